@@ -1,0 +1,1 @@
+"""What runs below training: checkpoints today, the distributed expert-parallel engine next."""

@@ -1,0 +1,1 @@
+"""The training loop: schedules, metrics, resume."""

@@ -1,0 +1,1 @@
+"""Specs, runs and their store, experiments, notebooks through papermill, results pages."""
