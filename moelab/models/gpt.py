@@ -1,0 +1,145 @@
+"""The decoder: GPT-3-like, as the paper trains it (learned positions, pre-LayerNorm, GELU, tied embedding), dense or MoE.
+
+    tokens_BT -> embedding -> L x (attention, feed-forward or MoE) -> norm -> logits_BTV
+
+Letters as in `moelab.config`; B sequences, T tokens each.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from moelab.config import ModelConfig
+from moelab.models.moe import MLP, Experts, MoE
+from moelab.models.routing import Routing
+
+
+@dataclass(frozen=True)
+class Output:
+    """What a forward pass gives.
+
+    Attributes:
+        logits_BTV: scores of the next token, in the activations' dtype.
+        routing: one `Routing` per MoE layer, in order.
+    """
+
+    logits_BTV: Tensor
+    routing: tuple[Routing, ...]
+
+    def cross_entropy(self, targets_BT: Tensor, reduction: str = "mean") -> Tensor:
+        """Next-token loss in nats, fp32."""
+        logits = self.logits_BTV.flatten(0, 1).float()
+        return F.cross_entropy(logits, targets_BT.flatten(), reduction=reduction)
+
+    def routing_loss(self, config: ModelConfig) -> Tensor | float:
+        """Load-balancing and z losses, weighted, summed over MoE layers (the released code sums, too)."""
+        r = config.routing
+        total: Tensor | float = 0.0
+        for routing in self.routing:
+            total = total + r.aux_loss * routing.aux_loss
+            if r.z_loss:
+                total = total + r.z_loss * routing.z_loss
+        return total
+
+
+class Attention(nn.Module):
+    """Causal multi-head self-attention."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.heads, self.dropout = config.heads, config.dropout
+        self.qkv = nn.Linear(config.hidden, 3 * config.hidden)
+        self.out = nn.Linear(config.hidden, config.hidden)
+
+    def forward(self, x_BTM: Tensor) -> Tensor:
+        B, T, M = x_BTM.shape
+        q, k, v = self.qkv(x_BTM).view(B, T, 3, self.heads, M // self.heads).permute(2, 0, 3, 1, 4)
+        y_BHTD = F.scaled_dot_product_attention(
+            q, k, v, is_causal=True, dropout_p=self.dropout if self.training else 0.0
+        )
+        return self.out(y_BHTD.transpose(1, 2).reshape(B, T, M))
+
+
+class Block(nn.Module):
+    """One layer: attention, then a feed-forward or an MoE, each behind a LayerNorm and added to the stream."""
+
+    def __init__(self, config: ModelConfig, experts: int) -> None:
+        super().__init__()
+        self.attention_norm = nn.LayerNorm(config.hidden)
+        self.attention = Attention(config)
+        self.ffn_norm = nn.LayerNorm(config.hidden)
+        self.ffn = MoE(config, experts) if experts else MLP(config.hidden, config.ffn)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x_BTM: Tensor) -> tuple[Tensor, Routing | None]:
+        x_BTM = x_BTM + self.dropout(self.attention(self.attention_norm(x_BTM)))
+        h = self.ffn_norm(x_BTM)
+        y, routing = self.ffn(h) if isinstance(self.ffn, MoE) else (self.ffn(h), None)
+        return x_BTM + self.dropout(y), routing
+
+
+class GPT(nn.Module):
+    """The decoder of a `ModelConfig`. Build it, then call `init_weights`; on the meta device nothing is allocated."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.token_embedding = nn.Embedding(config.vocab, config.hidden)
+        self.position_embedding = nn.Embedding(config.context, config.hidden)
+        self.dropout = nn.Dropout(config.dropout)
+        self.blocks = nn.ModuleList(Block(config, experts) for experts in config.experts)
+        self.norm = nn.LayerNorm(config.hidden)
+
+    def forward(self, tokens_BT: Tensor) -> Output:
+        """tokens_BT: int64 ids, T up to the config's context (ValueError beyond)."""
+        T = tokens_BT.shape[1]
+        if T > self.config.context:
+            raise ValueError(f"model: sequence of {T} tokens is longer than the context of {self.config.context}")
+        x_BTM = self.dropout(self.token_embedding(tokens_BT) + self.position_embedding.weight[:T])
+        routings = []
+        for block in self.blocks:
+            x_BTM, routing = block(x_BTM)
+            if routing is not None:
+                routings.append(routing)
+        logits_BTV = F.linear(self.norm(x_BTM), self.token_embedding.weight)
+        return Output(logits_BTV, tuple(routings))
+
+    @torch.no_grad()
+    def init_weights(self, seed: int) -> None:
+        """Initial weights, each a function of (seed, parameter name, expert) alone.
+
+        So a dense model and its MoE variants start from the same shared weights under one seed (their comparison is paired), and
+        a layer's weights do not depend on how many experts it has or where they live. Normal with `init_std`; projections that
+        write to the residual stream are scaled by 1 / sqrt(2L) (GPT-2, Megatron); biases are zero.
+        """
+        std = self.config.init_std
+        scaled = std / math.sqrt(2 * self.config.layers)
+        for name, parameter in self.named_parameters():
+            if name.endswith("bias"):
+                parameter.zero_()
+            elif "norm" in name:
+                parameter.fill_(1.0)
+            else:
+                into_stream = name.endswith(("attention.out.weight", "down.weight", "experts.down"))
+                owner = self.get_submodule(name.rpartition(".")[0])
+                pieces = parameter.unbind() if isinstance(owner, Experts) else [parameter]
+                for expert, piece in enumerate(pieces):
+                    key = hashlib.sha256(f"{seed}/{name}/{expert}".encode()).digest()
+                    generator = torch.Generator().manual_seed(int.from_bytes(key[:8], "big") >> 1)
+                    values = torch.empty(piece.shape).normal_(0.0, scaled if into_stream else std, generator=generator)
+                    piece.copy_(values)
+
+
+def build(config: ModelConfig, seed: int, device: str | torch.device = "cpu") -> GPT:
+    """A model with initial weights, fp32, on `device`."""
+    with torch.device("meta"):
+        model = GPT(config)
+    model.to_empty(device=device)
+    model.init_weights(seed)
+    return model

@@ -1,0 +1,65 @@
+"""Metrics of a run as JSON lines, one file for training rows and one for validation rows.
+
+A run that resumes at step n first drops the rows after n (and a line torn by a kill), so the files read as if it had never
+stopped.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from moelab.files import write_text
+
+TRAIN, VALIDATION = "train.jsonl", "validation.jsonl"
+
+
+class Metrics:
+    """Appends rows to `<run>/train.jsonl` and `<run>/validation.jsonl`, and to TensorBoard if asked."""
+
+    def __init__(self, run_dir: Path, resume_step: int, tensorboard: bool = False) -> None:
+        self._paths = {name: run_dir / name for name in (TRAIN, VALIDATION)}
+        for path in self._paths.values():
+            rows = [row for row in read_rows(path) if row["step"] <= resume_step]
+            write_text(path, "".join(_line(row) for row in rows))
+        self._board = None
+        if tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=resume_step + 1)
+
+    def write(self, file: str, row: dict[str, Any]) -> None:
+        """Append a row; `file` is TRAIN or VALIDATION, `row` has "step" and JSON values."""
+        with open(self._paths[file], "a") as f:
+            f.write(_line(row))
+        if self._board is not None:
+            for key, value in row.items():
+                if key not in ("step", "time_s") and isinstance(value, int | float):
+                    self._board.add_scalar(f"{Path(file).stem}/{key}", value, row["step"])
+            for layer, load in row.get("expert_load", {}).items():
+                for q in (0.0, 0.5, 1.0):
+                    share = sorted(load)[round(q * (len(load) - 1))]
+                    self._board.add_scalar(
+                        f"expert_load/layer{layer}/p{round(100 * q)}", share * len(load), row["step"]
+                    )
+
+    def close(self) -> None:
+        if self._board is not None:
+            self._board.close()
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """All complete rows of a JSON-lines file, in order; none if the file does not exist."""
+    rows = []
+    if path.exists():
+        for line in path.read_text().splitlines():
+            try:
+                rows.append(json.loads(line))
+            except json.JSONDecodeError:
+                break  # torn by a kill; the rows after it, if any, are written again
+    return rows
+
+
+def _line(row: dict[str, Any]) -> str:
+    return json.dumps(row) + "\n"
