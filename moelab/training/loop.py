@@ -136,20 +136,19 @@ def train(
     try:
         if last is None:
             metrics.write(VALIDATION, {"step": 0, "tokens": 0, "time_s": 0.0, **validate(config.eval_tokens)})
-        row_started, row_steps = time.perf_counter(), 0
+        row_step, row_seconds = step, seconds  # of the last metric row, or of the resume
         while step < steps:
             started = time.perf_counter()
             _train_step(model, optimizer, batches, config, step, context, window, run_dir)
             step += 1
             seconds += time.perf_counter() - started
-            row_steps += 1
             tokens = step * config.batch_size * context
             if step % config.log_every == 0 or step == steps:
-                speed = row_steps * config.batch_size * context / (time.perf_counter() - row_started)
+                speed = (step - row_step) * config.batch_size * context / (seconds - row_seconds)
                 row = {"step": step, "tokens": tokens, "lr": optimizer.param_groups[0]["lr"], **window.row()}
                 metrics.write(TRAIN, {**row, "tokens_per_s": speed, "time_s": seconds})
                 on_progress(Progress(step, steps, row["loss"], speed))
-                window = Window()
+                window, row_step, row_seconds = Window(), step, seconds
             if step % config.eval_every == 0 or step == steps:
                 scores = validate(config.eval_tokens)
                 metrics.write(VALIDATION, {"step": step, "tokens": tokens, "time_s": seconds, **scores})
@@ -160,8 +159,6 @@ def train(
                 raise TrainingStopped(
                     f"stopped at step {step} of {steps}; the checkpoint is written, run again to go on"
                 )
-            if window.steps == 0:
-                row_started, row_steps = time.perf_counter(), 0
         final = validate(0)
     finally:
         metrics.close()

@@ -1,0 +1,134 @@
+"""The `moelab` command. Heavy modules are imported inside the commands: `moelab --help` answers at once."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Reproduce, question and extend the DeepSpeed-MoE paper (arXiv 2201.05596).",
+)
+bench = typer.Typer(no_args_is_help=True, help="Benchmarks; each prints ratios measured side by side in one run.")
+app.add_typer(bench, name="bench")
+
+
+@app.command(name="list")
+def list_() -> None:
+    """Show the experiments, their scales and what they cost."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from moelab.workbench.experiments import EXPERIMENTS
+
+    view = Table("experiment", "paper", "question", "scale", "what", "cost")
+    for e in EXPERIMENTS.values():
+        for i, (name, scale) in enumerate(e.scales.items()):
+            view.add_row(*((e.name, e.paper, e.question) if i == 0 else ("", "", "")), name, scale.what, scale.cost)
+    Console().print(view)
+
+
+@app.command()
+def run(
+    name: Annotated[str, typer.Argument(help="experiment, see `moelab list`")],
+    scale: Annotated[str, typer.Option(help="smoke, cpu or gpu")] = "cpu",
+    parameter: Annotated[
+        list[str] | None, typer.Option("-p", "--parameter", metavar="NAME=VALUE", help="a parameter of the notebook")
+    ] = None,
+) -> None:
+    """Run an experiment's notebook: trains what is not trained yet, publishes figures and claims to the results."""
+    from moelab.workbench import notebooks
+    from moelab.workbench.experiments import experiment
+    from moelab.workbench.watch import execute_watched
+
+    given = {}
+    for item in parameter or []:
+        key, separator, value = item.partition("=")
+        if not separator:
+            raise ValueError(f"-p {item}: expected NAME=VALUE")
+        given[key.strip()] = value.strip()
+    given.setdefault("scale", scale)
+    chosen = experiment(name)
+    values = notebooks.check_parameters(chosen, given)
+    chosen.scale(values["scale"])
+    if not execute_watched(chosen, values):
+        raise typer.Exit(1)
+
+
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def lab(context: typer.Context) -> None:
+    """Open JupyterLab on the notebooks, on 127.0.0.1; further arguments go to JupyterLab."""
+    from moelab.workbench import paths
+
+    command = [sys.executable, "-m", "jupyterlab", f"--ServerApp.root_dir={paths.notebooks()}", *context.args]
+    os.execv(sys.executable, command)
+
+
+@app.command()
+def browse(
+    port: Annotated[int, typer.Option(help="port on 127.0.0.1")] = 8800,
+    open_browser: Annotated[bool, typer.Option("--open/--no-open", help="open a browser window")] = False,
+) -> None:
+    """Build the results page and serve it on localhost."""
+    import functools
+    import http.server
+    import webbrowser
+
+    from moelab.workbench import paths, site
+
+    folder = site.build(paths.results()).parent
+    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=str(folder))
+    try:
+        server = http.server.ThreadingHTTPServer(("127.0.0.1", port), handler)
+    except OSError as error:
+        raise ValueError(f"port {port}: {error.strerror}; choose another with --port") from None
+    address = f"http://127.0.0.1:{server.server_port}/"
+    print(f"results of {folder} at {address} (Ctrl-C ends)", flush=True)
+    if open_browser:
+        webbrowser.open(address)
+    try:
+        server.serve_forever()
+    except KeyboardInterrupt:
+        print()
+
+
+@app.command()
+def doctor() -> None:
+    """Check this installation: what works, what is missing, how to get it."""
+    from moelab.workbench.doctor import report
+
+    if not report():
+        raise typer.Exit(1)
+
+
+@bench.command(name="train")
+def bench_train(
+    steps: Annotated[int, typer.Option(help="measured steps of each model")] = 20,
+    rounds: Annotated[int, typer.Option(help="times the models take turns")] = 5,
+    threads: Annotated[int, typer.Option(help="CPU threads")] = 1,
+    dtype: Annotated[str, typer.Option(help="fp32 or bf16")] = "fp32",
+    out: Annotated[Path | None, typer.Option(help="folder for the numbers as JSON lines")] = None,
+) -> None:
+    """Training speed of the twins: MoE over its dense base, and our dense twin over a bare PyTorch loop."""
+    from moelab.training.bench import main as bench_main
+
+    bench_main(steps=steps, rounds=rounds, threads=threads, dtype=dtype, out=out)
+
+
+def main() -> None:
+    """Entry point: bad input is one line on standard error and exit code 2."""
+    try:
+        app()
+    except ValueError as error:
+        print(f"moelab: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

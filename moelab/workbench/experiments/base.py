@@ -1,0 +1,54 @@
+"""What an experiment is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+from moelab.workbench.specs import RunSpec
+
+
+@dataclass(frozen=True)
+class Scale:
+    """A size at which an experiment runs.
+
+    Attributes:
+        what: one line: models, tokens, text.
+        cost: one line: time and hardware, measured or estimated (it says which).
+        seeds: seeds by default.
+    """
+
+    what: str
+    cost: str
+    seeds: int = 1
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """One experiment of the paper.
+
+    Attributes:
+        name: how the command line calls it.
+        title: one line.
+        paper: figure, table or section.
+        question: what it asks, one line.
+        paper_answer: what the paper found, one line.
+        notebook: file name in `notebooks/`.
+        scales: scale name -> Scale.
+        specs: the runs, from scale, seeds and whatever else the notebook's parameters say.
+    """
+
+    name: str
+    title: str
+    paper: str
+    question: str
+    paper_answer: str
+    notebook: str
+    scales: Mapping[str, Scale]
+    specs: Callable[..., Sequence[RunSpec]]
+
+    def scale(self, name: str) -> Scale:
+        """ValueError, one line, for a scale this experiment does not have."""
+        if name not in self.scales:
+            raise ValueError(f"experiment {self.name}: no scale {name!r}; allowed: {', '.join(self.scales)}")
+        return self.scales[name]

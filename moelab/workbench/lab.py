@@ -1,0 +1,159 @@
+"""`Lab`: what a notebook talks to. It runs specs, reads runs back, and publishes what was found.
+
+lab = Lab()
+runs = lab.run(specs)           # finished ones are read back, others continue or start
+runs.final()                    # one tidy row a run
+runs.curves()                   # validation loss over tokens
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from moelab.files import write_json
+from moelab.workbench import executors
+from moelab.workbench.progress import NotebookProgress
+from moelab.workbench.specs import RunSpec
+from moelab.workbench.store import Run, RunStore
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from moelab.workbench.results import Publication
+
+
+class Runs(Sequence[Run]):
+    """The runs of one `lab.run`, in the order of the specs."""
+
+    def __init__(self, runs: Sequence[Run]) -> None:
+        self._runs = list(runs)
+
+    def __len__(self) -> int:
+        return len(self._runs)
+
+    def __getitem__(self, index):
+        return self._runs[index]
+
+    def __iter__(self) -> Iterator[Run]:
+        return iter(self._runs)
+
+    @property
+    def finished(self) -> Runs:
+        return Runs([run for run in self if run.finished])
+
+    @property
+    def missing(self) -> Runs:
+        """Runs without a result; `status.reason` and `log_tail()` say why."""
+        return Runs([run for run in self if not run.finished])
+
+    def explain_missing(self) -> str:
+        """One line for each run without a result, and the end of its log; empty when there is none."""
+        texts = []
+        for run in self.missing:
+            status = run.status
+            texts.append(
+                f"{run.spec.title}, seed {run.spec.train.seed}: {status.state}: {status.reason} ({run.path / 'log.txt'})"
+            )
+            if tail := run.log_tail(4):
+                texts.append("    " + tail.replace("\n", "\n    "))
+        return "\n".join(texts)
+
+    def final(self) -> pd.DataFrame:
+        """One row a finished run: arm, seed, losses (nats a token), bits per byte, parameters, FLOPs a token, seconds, tokens/s."""
+        import pandas as pd
+
+        rows = []
+        for run in self.finished:
+            r = run.result
+            rows.append(
+                {
+                    "arm": run.spec.title,
+                    "model": str(run.spec.model),
+                    "seed": run.spec.train.seed,
+                    "run": run.spec.id,
+                    **{k: r[k] for k in ("tokens", "steps", "validation_loss", "bits_per_byte", "unigram_loss")},
+                    **{k: r[k] for k in ("parameters", "active_parameters", "flops_per_token", "seconds")},
+                    "tokens_per_s": r["tokens"] / r["seconds"],
+                }
+            )
+        return pd.DataFrame(rows)
+
+    def curves(self, file: str = "validation.jsonl") -> pd.DataFrame:
+        """Rows of `validation.jsonl` (or `train.jsonl`) of all runs, with columns arm and seed in front."""
+        import pandas as pd
+
+        frames = []
+        for run in self:
+            frame = run.rows(file)
+            if len(frame):
+                frame.insert(0, "seed", run.spec.train.seed)
+                frame.insert(0, "arm", run.spec.title)
+                frames.append(frame)
+        return (
+            pd.concat(frames, ignore_index=True)
+            if frames
+            else pd.DataFrame(columns=["arm", "seed", "step", "tokens", "loss"])
+        )
+
+
+class Lab:
+    """A run store, and a way to run on this machine."""
+
+    def __init__(self, store: RunStore | None = None) -> None:
+        self.store = store or RunStore()
+
+    def run(
+        self,
+        specs: Sequence[RunSpec],
+        *,
+        executor: Literal["auto", "inline", "processes"] = "auto",
+        workers: int | None = None,
+    ) -> Runs:
+        """Runs of the specs: finished ones read back, the others trained to their end.
+
+        A run that fails is in the result without a result of its own (`Runs.missing`); it never takes the others with it.
+
+        Args:
+            executor: "inline" in this process; "processes" one process a run; "auto" is processes.
+            workers: processes at a time; by default as many as the machine's cores allow at each run's threads, 1 on a GPU.
+        """
+        if executor not in ("auto", "inline", "processes"):
+            raise ValueError(f"lab.run: executor must be auto, inline or processes, got {executor!r}")
+        runs = [self.store.run(spec) for spec in {spec.id: spec for spec in specs}.values()]
+        self._announce(runs)
+        todo = [run for run in runs if not run.finished]
+        show = NotebookProgress(runs)
+        try:
+            if todo and executor == "inline":
+                executors.inline(todo, show)
+            elif todo:
+                executors.processes(todo, workers or self._workers(todo), show)
+        finally:
+            show(final=True)
+        by_id = {run.spec.id: run for run in runs}
+        return Runs([Run(spec, by_id[spec.id].path) for spec in specs])
+
+    @staticmethod
+    def _workers(runs: Sequence[Run]) -> int:
+        if any(run.spec.train.device == "cuda" for run in runs):
+            return 1
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
+        return max(1, cores // max(run.spec.train.threads for run in runs))
+
+    @staticmethod
+    def _announce(runs: Sequence[Run]) -> None:
+        """Tell the command that executes this notebook, if any, which runs to watch."""
+        if file := os.environ.get("MOELAB_PLAN"):
+            write_json(Path(file), [str(run.path) for run in runs])
+
+    def publish(self, experiment: str, scale: str, parameters: dict | None = None) -> Publication:
+        """Where this notebook puts its figures, tables and claims.
+
+        A batch run (`moelab run`) publishes to `results/`; an interactive one drafts to `.moelab/drafts/`.
+        """
+        from moelab.workbench.results import Publication
+
+        return Publication.open(experiment, scale, parameters or {})

@@ -1,0 +1,118 @@
+"""What a notebook found, as files anyone can read: figures, the data behind them, claims, provenance.
+
+results/<experiment>/<scale>/<date>-<time>/summary.json      what is here, how it came about
+                                           <name>.png, .svg, <name>.jsonl    a figure and its data
+                                           notebook.ipynb, notebook.html     the executed notebook
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from moelab.files import write_json, write_text
+from moelab.workbench import paths
+from moelab.workbench.provenance import provenance
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from matplotlib.figure import Figure
+
+    from moelab.workbench.claims import Verdict
+    from moelab.workbench.lab import Runs
+
+SUMMARY = "summary.json"
+
+
+@dataclass
+class Publication:
+    """Collects what one notebook publishes, and writes it as it comes; `finish` writes the summary that makes it a result.
+
+    Attributes:
+        path: the folder it goes to.
+        interactive: a draft (JupyterLab), not a batch run.
+    """
+
+    experiment: str
+    scale: str
+    parameters: dict[str, Any]
+    path: Path
+    interactive: bool
+    figures: list[dict[str, Any]] = field(default_factory=list)
+    tables: list[dict[str, Any]] = field(default_factory=list)
+    verdicts: list[dict[str, Any]] = field(default_factory=list)
+    started: float = field(default_factory=time.time)
+
+    @classmethod
+    def open(cls, experiment: str, scale: str, parameters: dict[str, Any]) -> Publication:
+        """In a batch run the folder comes from the command (`MOELAB_PUBLICATION`); else a fresh draft."""
+        given = os.environ.get("MOELAB_PUBLICATION")
+        path = Path(given) if given else paths.home() / "drafts" / experiment / scale
+        if not given and path.exists():
+            shutil.rmtree(path)
+        path.mkdir(parents=True, exist_ok=True)
+        return cls(experiment, scale, parameters, path, interactive=given is None)
+
+    def figure(
+        self, figure: Figure, name: str, *, title: str, caption: str = "", data: pd.DataFrame | None = None
+    ) -> None:
+        """Save a figure as PNG and SVG, and the numbers it shows as JSON lines. `title` states the finding."""
+        for suffix, options in (("png", {"dpi": 160}), ("svg", {})):
+            figure.savefig(self.path / f"{name}.{suffix}", bbox_inches="tight", **options)
+        record = {"name": name, "title": title, "caption": caption}
+        if data is not None:
+            record["data"] = f"{name}.jsonl"
+            self._write_frame(record["data"], data)
+        self.figures.append(record)
+
+    def table(self, data: pd.DataFrame, name: str, *, title: str, caption: str = "") -> None:
+        """Save a table as JSON lines."""
+        self._write_frame(f"{name}.jsonl", data)
+        self.tables.append({"name": name, "title": title, "caption": caption, "data": f"{name}.jsonl"})
+
+    def claims(self, verdicts: Sequence[Verdict]) -> None:
+        """Save the verdicts on the paper's claims."""
+        self.verdicts = [asdict(v) for v in verdicts]
+        write_json(self.path / "claims.json", self.verdicts)
+
+    def finish(self, runs: Runs, *, title: str) -> str:
+        """Write the summary; returns one line saying where everything is. `title` states the experiment's finding."""
+        hardware = [run.provenance.get("hardware") for run in runs.finished]
+        write_json(
+            self.path / SUMMARY,
+            {
+                "experiment": self.experiment,
+                "scale": self.scale,
+                "title": title,
+                "parameters": self.parameters,
+                "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+                "notebook_seconds": round(time.time() - self.started, 1),
+                "training_seconds": round(sum(run.result["seconds"] for run in runs.finished), 1),
+                "seeds": sorted({run.spec.train.seed for run in runs.finished}),
+                "hardware": hardware[0] if hardware else None,
+                "figures": self.figures,
+                "tables": self.tables,
+                "claims": self.verdicts,
+                "missing": [run.spec.id for run in runs.missing],
+                "runs": [
+                    {
+                        "id": run.spec.id,
+                        "label": run.spec.title,
+                        "spec": run.spec.to_json(),
+                        "result": run.result,
+                        "provenance": run.provenance,
+                    }
+                    for run in runs.finished
+                ],
+                "provenance": provenance(),
+            },
+        )
+        return f"{'draft' if self.interactive else 'result'} written to {self.path}"
+
+    def _write_frame(self, name: str, data: pd.DataFrame) -> None:
+        write_text(self.path / name, data.to_json(orient="records", lines=True, double_precision=15))

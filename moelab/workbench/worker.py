@@ -1,0 +1,44 @@
+"""The process of one run: `python -m moelab.workbench.worker RUN_DIRECTORY`.
+
+SIGTERM, SIGINT and SIGUSR1 ask it to write a checkpoint and go; it answers after the current step. It also goes when its parent
+dies, so no run outlives the notebook that asked for it unseen.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import traceback
+from pathlib import Path
+
+FINISHED, FAILED, STOPPED = 0, 1, 75
+
+
+def main(path: Path, parent: int) -> int:
+    from moelab.files import read_json
+    from moelab.training import TrainingStopped
+    from moelab.workbench.specs import RunSpec
+    from moelab.workbench.store import Run, execute
+
+    asked: list[int] = []
+    for name in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+        signal.signal(name, lambda number, _: asked.append(number))
+
+    def should_stop() -> bool:
+        return bool(asked) or (parent > 0 and os.getppid() != parent)
+
+    run = Run(RunSpec.from_json(read_json(path / "spec.json"), where=str(path / "spec.json")), path)
+    try:
+        execute(run, should_stop=should_stop)
+    except (TrainingStopped, KeyboardInterrupt) as stop:
+        print(stop, file=sys.stderr)
+        return STOPPED
+    except Exception:
+        traceback.print_exc()
+        return FAILED
+    return FINISHED
+
+
+if __name__ == "__main__":
+    sys.exit(main(Path(sys.argv[1]), int(sys.argv[2]) if len(sys.argv) > 2 else 0))
