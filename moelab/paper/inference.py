@@ -11,12 +11,15 @@ from moelab.paper._table import Provenance, Table, load, unknown
 class InferenceResult(Provenance):
     """One measured or stated number.
 
-    figure: `fig-10` … `fig-15`, `sc22-slide-23`, `tutorial`, `early-headline`. model: the architecture's name, or the
-    text's description where it has none. variant: `standard`, `pr-moe`, `pr-moe-mos` or `dense`. system: `pytorch`
-    (the authors' own distributed baseline), `deepspeed` (the full system) or `deepspeed-generic` (the released part).
-    metric: `latency` (ms per generated token), `throughput-per-gpu` (tokens/s/GPU), `throughput` (all GPUs,
-    tokens/s), `speedup` (ratio to `baseline`, higher is better), `cost-saving` (ratio), `gpus-needed`. value_low and
-    value_high: the range of the reading, or of the statement. gpus: `None` when not stated.
+    figure: `fig-10` to `fig-15`, `sc22-slide-13`, `sc22-slide-23`, `tutorial` or `early-headline`. model: the
+    architecture's name, or a description where the text has no name. variant: `standard`, `pr-moe`, `pr-moe-mos` or
+    `dense`. system: `pytorch` (the authors' own distributed baseline), `deepspeed` (the full system),
+    `deepspeed-generic` (its released part) or `other`. gpus: `None` when not stated.
+
+    metric, with the unit of value: `latency` (ms per generated token), `throughput-per-gpu` (tokens/s/GPU),
+    `throughput` (all GPUs, tokens/s), `speedup` and `cost-saving` (x, baseline over this system, so above 1 is better),
+    `gpus-needed` (GPUs), `tokens-per-step-per-gpu` (tokens). baseline and baseline_gpus say what a ratio compares with.
+    value_low and value_high: the range of the reading or of the printed digits.
     """
 
     figure: str
