@@ -94,6 +94,8 @@ def test_arithmetic_claims():
     ranks, per_node = 32, 8
     hops = (per_node - 1 + ranks // per_node - 1) / (ranks - 1)
     assert paper.claim("hierarchical-hops").value == pytest.approx(hops, abs=1e-4)
+    volume = (1 - 1 / per_node) + (1 - per_node / ranks)  # what leaves the rank in the two steps
+    assert round(volume / (1 - 1 / ranks), 2) == 1.68 and "1.68" in paper.claim("hierarchical-volume").note
     assert paper.claim("pcc-hops").value == 16 / 128
     rows = paper.inference_results("fig-10", "1.3B+MoE-128", "deepspeed", "throughput-per-gpu")
     first, last = (row.value for row in (*rows.where(gpus=8), *rows.where(gpus=64)))
