@@ -1,0 +1,61 @@
+"""The paper's checkable statements, one row each, grouped by the experiment that tests them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from moelab.paper._table import Provenance, Table, load, unknown
+
+KINDS = ("difference", "ratio", "ordering", "bound")
+DIRECTIONS = ("lower", "higher", "equal")
+TESTABLE_AT = ("smoke", "cpu", "gpu", "paper", "simulated")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Claim(Provenance):
+    """One statement: `left` compared with `right` in `quantity`.
+
+    kind says what `value` is: `difference` left - right, in `unit`; `ratio` left / right (unit `x`); `ordering` no
+    number, only `direction`; `bound` a limit that left keeps, in `unit`. direction says what holds: left is lower or
+    higher than, or equal to, right (for a bound: left stays below, above or at `value`). value is the paper's number,
+    `None` when it gives none, with value_low and value_high its range where the reading or rounding has one. For a
+    loss or a latency, lower is better. testable_at: the smallest scale at which the statement can be tested at all:
+    `smoke` (arithmetic or counting, seconds), `cpu` (a scaled-down twin), `gpu` (one GPU), `paper` (the A100 cluster)
+    or `simulated` (the cluster model). where: section, table or figure.
+    """
+
+    id: str
+    experiment: str
+    where: str
+    statement: str
+    kind: str
+    quantity: str
+    left: str
+    right: str
+    value: float | None
+    value_low: float | None
+    value_high: float | None
+    unit: str
+    direction: str
+    testable_at: str
+
+
+def claims(experiment: str | None = None) -> Table[Claim]:
+    """All claims, or those of one experiment such as `pr-moe`; ValueError names close matches."""
+    rows = load("claims.csv", Claim)
+    if experiment is not None and not rows.where(experiment=experiment):
+        raise unknown("experiment", experiment, (row.experiment for row in rows))
+    return rows.where(experiment=experiment)
+
+
+def claim(id: str) -> Claim:
+    """One claim by its kebab-case id, such as `pr-moe-size`; ValueError names close matches."""
+    for row in claims():
+        if row.id == id:
+            return row
+    raise unknown("claim", id, (row.id for row in claims()))
+
+
+def experiments() -> tuple[str, ...]:
+    """The experiments that have claims, in the order of the paper."""
+    return tuple(dict.fromkeys(row.experiment for row in claims()))

@@ -1,0 +1,101 @@
+"""Parameter counts, recomputed here with a formula of their own."""
+
+import pytest
+
+from moelab import paper
+
+VOCABULARY, POSITIONS = 50304, 2048
+
+
+def count(layers, hidden, experts, experts_per_token=None, residual=False):
+    """Parameters of the decoder in billions; with experts_per_token, those a token passes through."""
+    h = hidden
+    mlp = 8 * h * h + 5 * h
+    total = (VOCABULARY + POSITIONS) * h + 2 * h  # tied embedding, positions, final norm
+    for experts_here in experts:
+        total += 12 * h * h + 13 * h
+        if experts_here:
+            used = experts_here if experts_per_token is None else experts_per_token
+            total += (used - 1) * mlp + h * experts_here
+            total += (mlp + 2 * h + 2) if residual else 0
+    assert len(experts) == layers
+    return total / 1e9
+
+
+@pytest.mark.parametrize("row", paper.models(), ids=lambda row: row.model)
+def test_computed_sizes(row):
+    assert count(row.layers, row.hidden, row.experts, None, row.residual) == pytest.approx(row.computed_B, rel=1e-3)
+    active = count(row.layers, row.hidden, row.experts, row.top_k, row.residual)
+    assert active == pytest.approx(row.active_B, rel=1e-3)
+
+
+@pytest.mark.parametrize("row", [row for row in paper.models() if row.stated_B], ids=lambda row: row.model)
+def test_stated_sizes(row):
+    """Within 0.7 % or the printed digits; the 350M of the name is the one nominal exception."""
+    error = abs(row.computed_B - row.stated_B)
+    agrees = error <= max(0.007 * row.stated_B, row.stated_precision_B)
+    assert agrees == (row.model != "350M")
+    assert agrees or (row.stated_kind == "nominal" and "nominal-350m" in row.conflict and error < 0.02 * row.stated_B)
+
+
+@pytest.mark.parametrize("row", paper.models(), ids=lambda row: row.model)
+def test_shapes(row):
+    assert len(row.experts) == row.layers
+    assert row.heads is None or row.hidden % row.heads == 0
+    assert (row.top_k == 0) == (not row.moe_layers)
+    assert all(number % 2 == 0 for number in row.moe_layers)
+    assert (row.stated_B is None) == (row.stated_kind == "none") == (row.stated_precision_B is None)
+    assert row.experts_kind in {"stated", "derived", "assumed"}
+    if row.moe_layers and "Half" not in row.model:
+        assert row.moe_layers == tuple(range(2, row.layers + 1, 2))
+
+
+def test_shapes_by_name():
+    experts = {name: [e for e in paper.model(name).experts if e] for name in (row.model for row in paper.models())}
+    assert experts["350M"] == experts["175B"] == []
+    assert experts["350M+MoE-128"] == [128] * 12
+    assert experts["350M+PR-MoE-32/64"] == experts["350M+Pyramid-MoE-32/64"] == [32] * 10 + [64] * 2
+    assert experts["1.3B+PR-MoE-64/128+L21"] == [64] * 8 + [128] * 2
+    assert paper.model("350M+FirstHalf-MoE-32").moe_layers == (2, 4, 6, 8, 10, 12)
+    assert paper.model("350M+SecondHalf-MoE-32").moe_layers == (14, 16, 18, 20, 22, 24)
+    assert paper.model("350M+SecondHalf-MoE-32").experts_kind == "assumed"
+    assert {row.model for row in paper.models() if row.residual} == {
+        name for name in experts if "Residual" in name or "PR-MoE" in name
+    }
+    assert {row.model for row in paper.models() if row.top_k == 2} == {"350M+Top2-MoE-32"}
+
+
+def test_active_parameters_of_residual_and_top2_agree():
+    """The residual MLP costs what the second expert of Top-2 costs, up to the two mixing coefficients."""
+    residual, top2 = paper.model("350M+Residual-MoE-32"), paper.model("350M+Top2-MoE-32")
+    assert residual.active_B == pytest.approx(top2.active_B, rel=1e-4)
+    assert top2.active_B - paper.model("350M+MoE-32").active_B == pytest.approx(12 * 8.39e-3, rel=1e-3)
+
+
+def test_table_6_layers_are_swapped_in_one_copy():
+    sizes = {
+        (base, layers): count(layers, hidden, [0, 128] * (layers // 2))
+        for base, hidden in (("8B", 4096), ("24B", 8192))
+        for layers in (30, 40)
+    }
+    assert sizes["8B", 40] == pytest.approx(349.0, rel=1e-3) and sizes["24B", 30] == pytest.approx(1046.9, rel=1e-3)
+    assert sizes["8B", 30] == pytest.approx(262.0, rel=1e-3) and sizes["24B", 40] == pytest.approx(1396.4, rel=1e-3)
+    assert paper.model("8B+MoE-128").layers == 40 and paper.model("24B+MoE-128").layers == 30
+    for name in ("8B+MoE-128", "24B+MoE-128"):
+        assert "table6-layers" in paper.model(name).conflict
+
+
+def test_other_size_conflicts():
+    assert count(16, 3584, [0, 128] * 8) == pytest.approx(107.7 * (1 - 0.0057), rel=1e-3)  # size-2.4b
+    dense = count(16, 3584, [0] * 16)
+    embeddings = (VOCABULARY + POSITIONS) * 3584 / 1e9
+    assert round(dense, 1) == 2.7 and dense - embeddings == pytest.approx(2.47, abs=0.005)  # name-2.4b-24b
+    assert count(44, 8192, [0] * 44) == pytest.approx(35.87, abs=0.01)
+    assert count(44, 8192, [0, 128] * 22) == pytest.approx(1536, rel=1e-3)  # fig15-equivalence
+    pyramid, pr_moe = paper.model("350M+Pyramid-MoE-32/64"), paper.model("350M+PR-MoE-32/64")  # pr-moe-350m-digits
+    assert round(pyramid.computed_B, 1) == 4.0 and round(pr_moe.computed_B, 1) == 4.1
+    ratio = paper.model("1.3B").computed_B / paper.model("350M").computed_B  # dense-equivalent-ratio
+    assert ratio == pytest.approx(3.70, abs=0.005)
+    assert paper.model("6.7B").computed_B / paper.model("1.3B").computed_B == pytest.approx(5.06, abs=0.005)
+    mixing = 12 * (2 * 1024 + 2) / 1e9  # residual-sum-or-mix
+    assert mixing / paper.model("350M+Residual-MoE-32").computed_B < 2e-5
