@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from moelab.config import ModelConfig, TrainConfig
-from moelab.data import TokenData, TrainBatches, validation_batches
+from moelab.data import TokenData, TrainBatches, bits_per_byte, overall_loss, validation_batches
 from moelab.engine import checkpoint
 from moelab.models import GPT, Output, build
 from moelab.training.metrics import TRAIN, VALIDATION, Metrics
@@ -80,6 +80,7 @@ def train(
     model_config: ModelConfig,
     config: TrainConfig,
     data: TokenData,
+    context: int,
     run_dir: Path,
     *,
     on_progress: Callable[[Progress], None] = lambda _: None,
@@ -90,6 +91,7 @@ def train(
     Writes `train.jsonl`, `validation.jsonl` (see `moelab.training.metrics`) and `checkpoints/`.
 
     Args:
+        context: tokens a sequence, T.
         on_progress: called at each metric row.
         should_stop: asked after each step; True writes a checkpoint and raises TrainingStopped.
 
@@ -102,7 +104,6 @@ def train(
         raise ValueError(
             f"train: tokenizer has {data.vocab_size} entries, the model's embedding only {model_config.vocab}"
         )
-    context = data.context
     if context > model_config.context:
         raise ValueError(
             f"train: sequences of {context} tokens are longer than the model's context of {model_config.context}"
@@ -128,7 +129,7 @@ def train(
         checkpoint.save(run_dir / "checkpoints", step, model, optimizer, state)
 
     def validate(max_tokens: int) -> dict[str, Any]:
-        scores = evaluate(model, data, config, max_tokens=max_tokens)
+        scores = evaluate(model, data, config, context, max_tokens=max_tokens)
         if not math.isfinite(scores["loss"]):
             raise _diverged("validation loss", scores["loss"], step, run_dir)
         return scores
@@ -139,7 +140,7 @@ def train(
         row_step, row_seconds = step, seconds  # of the last metric row, or of the resume
         while step < steps:
             started = time.perf_counter()
-            _train_step(model, optimizer, batches, config, step, context, window, run_dir)
+            train_step(model, optimizer, batches, config, step, context, window, run_dir)
             step += 1
             seconds += time.perf_counter() - started
             tokens = step * config.batch_size * context
@@ -188,7 +189,7 @@ def make_optimizer(model: GPT, config: TrainConfig) -> torch.optim.AdamW:
     return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=True)
 
 
-def _train_step(
+def train_step(
     model: GPT,
     optimizer: torch.optim.Optimizer,
     batches: TrainBatches,
@@ -232,28 +233,32 @@ def _train_step(
 
 
 @torch.no_grad()
-def evaluate(model: GPT, data: TokenData, config: TrainConfig, *, max_tokens: int = 0) -> dict[str, Any]:
-    """Validation loss in nats a token, over all and by domain, and in bits per byte of text.
+def evaluate(model: GPT, data: TokenData, config: TrainConfig, context: int, *, max_tokens: int = 0) -> dict[str, Any]:
+    """Validation loss in nats a token and in bits per byte of text, over all and by domain.
 
     Args:
+        context: tokens a sequence, T.
         max_tokens: bound on the tokens of each domain; 0 is all of them.
     """
     model.eval()
     nats: dict[str, float] = {}
     counts: dict[str, int] = {}
-    for domain, tokens_BT, targets_BT in validation_batches(data, config.batch_size, data.context, max_tokens):
+    for domain, tokens_BT, targets_BT in validation_batches(data, config.batch_size, context, max_tokens):
         with torch.autocast(config.device, torch.bfloat16, enabled=config.dtype == "bf16"):
             output = model(tokens_BT.to(config.device))
         total = output.cross_entropy(targets_BT.to(config.device), reduction="sum")
         nats[domain] = nats.get(domain, 0.0) + float(total)
         counts[domain] = counts.get(domain, 0) + targets_BT.numel()
     model.train()
-    bits = {d: nats[d] / counts[d] / math.log(2) / data.bytes_per_token(d) for d in nats}
-    all_bytes = sum(counts[d] * data.bytes_per_token(d) for d in nats)
+    losses = {domain: nats[domain] / counts[domain] for domain in nats}
+    overall = overall_loss(data, losses)
     return {
-        "loss": sum(nats.values()) / sum(counts.values()),
-        "bits_per_byte": sum(nats.values()) / math.log(2) / all_bytes,
-        "by_domain": {d: {"loss": nats[d] / counts[d], "bits_per_byte": bits[d]} for d in nats},
+        "loss": overall.nats_per_token,
+        "bits_per_byte": overall.bits_per_byte,
+        "by_domain": {
+            domain: {"loss": loss, "bits_per_byte": bits_per_byte(data, loss, domain)}
+            for domain, loss in losses.items()
+        },
         "validation_tokens": sum(counts.values()),
     }
 

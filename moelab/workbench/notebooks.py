@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from traitlets import Unicode
+
 from moelab.workbench import paths
 from moelab.workbench.experiments import Experiment
 from moelab.workbench.results import SUMMARY
@@ -130,6 +132,7 @@ def execute(experiment: Experiment, values: Mapping[str, Any], plan: Path) -> Pa
                 str(copy),
                 parameters=dict(values),
                 kernel_name="python3",
+                kernel_manager_class=_kernel_manager(),
                 progress_bar=False,
                 cwd=str(staging),
             )
@@ -150,6 +153,15 @@ def execute(experiment: Experiment, values: Mapping[str, Any], plan: Path) -> Pa
     shutil.move(staging, beside)
     os.replace(beside, target)
     return target
+
+
+def _kernel_manager() -> type:
+    """A kernel manager on Unix sockets where there are any: no port race between notebooks run in parallel, nothing on the network."""
+    from jupyter_client.manager import AsyncKernelManager
+
+    if os.name != "posix":
+        return AsyncKernelManager
+    return type("SocketKernelManager", (AsyncKernelManager,), {"transport": Unicode("ipc")})
 
 
 def _to_html(notebook: Path) -> None:

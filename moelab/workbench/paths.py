@@ -29,6 +29,8 @@ def results() -> Path:
 
 def notebooks() -> Path:
     """The folder of the experiments' notebooks; they ship in the wheel, too."""
+    if root := checkout():
+        return root / "notebooks"
     spec = find_spec("moelab.notebooks")
     places = list(spec.submodule_search_locations or []) if spec else []
     if not places:

@@ -24,13 +24,18 @@ def build(results: Path) -> Path:
     )
     environment.filters["duration"] = duration
     environment.filters["hardware"] = lambda record: describe(record) if record else "unknown hardware"
-    environment.filters["number"] = lambda value: (
-        "–" if value is None else f"{value:+.3f}" if abs(value) < 10 else f"{value:,.1f}"
-    )
+    environment.filters["number"] = _number
     page = environment.get_template("index.html").render(groups=_groups(results))
     index = results / "index.html"
     write_text(index, page)
     return index
+
+
+def _number(value: float | None, unit: str = "") -> str:
+    """Differences carry their sign, ratios none; a dash for what was not measured."""
+    if value is None:
+        return "–"
+    return f"{value:.3f}" if unit == "x" else f"{value:+.3f}" if abs(value) < 10 else f"{value:,.1f}"
 
 
 def _groups(results: Path) -> list[dict[str, Any]]:

@@ -189,7 +189,9 @@ def _train(run: Run, should_stop, on_progress, cache: Path) -> None:
     try:
         torch.set_num_threads(spec.train.threads)
         data = prepare(spec.data, cache)
-        result = train(spec.model, spec.train, data, run.path, on_progress=progress, should_stop=should_stop)
+        result = train(
+            spec.model, spec.train, data, spec.data.context, run.path, on_progress=progress, should_stop=should_stop
+        )
     except (TrainingStopped, KeyboardInterrupt) as stop:
         run.set_status(Status("stopped", **state, reason=str(stop) or "interrupted"))
         raise

@@ -18,10 +18,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
+from moelab import paper
 from moelab.config import DataConfig, ModelConfig, RoutingConfig, TrainConfig
+from moelab.workbench.claims import Verdict, interval, judge
 from moelab.workbench.experiments.base import Experiment, Scale
 from moelab.workbench.specs import RunSpec
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 ARMS = {
     "Dense": "350M",
@@ -70,6 +76,72 @@ def specs(
         for seed in range(seeds)
         for arm, model in models.items()
     ]
+
+
+def gaps(final: pd.DataFrame) -> pd.DataFrame:
+    """Final validation loss minus MoE-128's of the same seed, nats a token: columns arm, seed, gap.
+
+    Args:
+        final: `Runs.final()`; seeds without a finished MoE-128 have no gap and are left out.
+    """
+    reference = final[final["arm"] == "MoE-128"].set_index("seed")["validation_loss"]
+    paired = final[final["seed"].isin(reference.index)]
+    return paired.assign(gap=paired["validation_loss"] - paired["seed"].map(reference))[["arm", "seed", "gap"]]
+
+
+def paper_gaps() -> dict[str, tuple[float, float, float]]:
+    """What the paper gives of the same: arm -> (gap, low, high). Its Fig 4 itself is not at hand, only the text and Fig 1."""
+    dense, moe = paper.loss_curve("350M"), paper.loss_curve("350M+MoE-128")
+    near = paper.claim("pr-moe-matches-moe128")
+    return {
+        "Dense": (
+            dense.final - moe.final,
+            dense.final_low - moe.final_high,
+            dense.final_high - moe.final_low,
+        ),
+        "PR-MoE-32/64": (near.value, near.value_low, near.value_high),
+    }
+
+
+def verdicts(final: pd.DataFrame) -> list[Verdict]:
+    """The paper's claims on this ablation, judged on `Runs.final()`; sizes by arithmetic on the paper's own models."""
+    by_arm = final.pivot(index="seed", columns="arm", values="validation_loss")
+    judged = []
+    for claim in paper.claims("pr-moe"):
+        arms = [next((arm for arm, name in ARMS.items() if name == side), None) for side in (claim.left, claim.right)]
+        if claim.quantity == "total parameters":
+            ratio = ModelConfig.parse(claim.left).parameters() / ModelConfig.parse(claim.right).parameters()
+            judged.append(judge(claim, [ratio], exact=True, note="Arithmetic at the paper's size."))
+        elif claim.quantity == "final validation loss" and all(arm in by_arm for arm in arms):
+            difference = (by_arm[arms[0]] - by_arm[arms[1]]).dropna()
+            judged.append(judge(claim, list(difference), note="Twins, paired by seed."))
+        else:
+            judged.append(judge(claim, []))
+    return judged
+
+
+def moe_finding(final: pd.DataFrame) -> str:
+    """What many experts bring over the dense base, in one line."""
+    by_arm = final.pivot(index="seed", columns="arm", values="validation_loss")
+    if not {"Dense", "MoE-128"} <= set(by_arm):
+        return "Validation loss of the arms that finished"
+    mean, low, high = interval(list((by_arm["MoE-128"] - by_arm["Dense"]).dropna()))
+    return f"MoE-128 ends {mean:+.3f} nats from its dense base ({_spread(low, high, len(by_arm))})"
+
+
+def _spread(low: float, high: float, seeds: int) -> str:
+    return f"95 % interval {low:+.3f} to {high:+.3f}, {seeds} seeds" if seeds > 1 else "1 seed, no spread"
+
+
+def finding(final: pd.DataFrame) -> str:
+    """The result in one line, for titles."""
+    measured = gaps(final).query("arm == 'PR-MoE-32/64'")["gap"]
+    if not len(measured):
+        return "PR-MoE or MoE-128 has no finished run"
+    mean, low, high = interval(list(measured))
+    size = final.drop_duplicates("arm").set_index("arm")["parameters"]
+    share = size["PR-MoE-32/64"] / size["MoE-128"]
+    return f"PR-MoE ends {mean:+.3f} nats from MoE-128 ({_spread(low, high, len(measured))}) with {share:.0%} of its parameters"
 
 
 # scale -> (arguments of shrink, training, data)

@@ -1,0 +1,41 @@
+# The commands of this project; see README.md. Each creates what it needs on first use.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+
+.PHONY: reproduce test lab browse lint format clean
+
+reproduce: $(VENV)/.installed  ## rerun the paper's PR-MoE ablation on a laptop (about 10 minutes on 2 cores)
+	$(BIN)/moelab run pr-moe --scale cpu
+
+test: $(VENV)/.installed-test  ## run the tests
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto
+
+lab: $(VENV)/.installed  ## JupyterLab on the notebooks
+	$(BIN)/moelab lab
+
+browse: $(VENV)/.installed  ## the results page on localhost
+	$(BIN)/moelab browse
+
+lint: $(VENV)/.installed-test
+	$(BIN)/ruff check . && $(BIN)/ruff format --check .
+
+format: $(VENV)/.installed-test
+	$(BIN)/ruff check --fix . && $(BIN)/ruff format .
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "moelab needs Python 3.11 or newer; $(PYTHON) is $$($(PYTHON) --version 2>&1). Choose one: make PYTHON=python3.12 ..."; exit 1; }
+	@$(PYTHON) -m venv $(VENV) || { echo "creating $(VENV) failed; on Debian and Ubuntu: apt install python3-venv"; rm -rf $(VENV); exit 1; }
+
+$(VENV)/.installed: pyproject.toml | $(BIN)/python
+	@echo "installing into $(VENV) (torch and Jupyter; a few minutes the first time)"
+	$(BIN)/pip install --quiet --disable-pip-version-check -e .
+	@touch $@
+
+$(VENV)/.installed-test: pyproject.toml | $(BIN)/python
+	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[test]'
+	@touch $@ $(VENV)/.installed
+
+clean:  ## remove the environment; runs, tokens and results stay
+	rm -rf $(VENV)

@@ -1,0 +1,150 @@
+"""The MoE layer against a loop over tokens, outputs and gradients."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from moelab.config import ModelConfig, RoutingConfig
+from moelab.models.moe import MoE
+from moelab.models.routing import Router, route
+
+BASE = ModelConfig(
+    layers=2, hidden=12, heads=1, experts=(0, 5), vocab=16, context=16, routing=RoutingConfig(drop_tokens=False)
+)
+
+
+def layer(config: ModelConfig, experts: int, dtype=torch.float64) -> MoE:
+    torch.manual_seed(0)
+    moe = MoE(config, experts).to(dtype)
+    for p in moe.parameters():
+        torch.nn.init.normal_(p, 0.0, 0.5)
+    return moe
+
+
+def reference(moe: MoE, x_SM, routing):
+    """Token by token, expert by expert."""
+    rows = []
+    for s in range(len(x_SM)):
+        y = torch.zeros_like(x_SM[s])
+        for k in range(routing.expert_SK.shape[1]):
+            if routing.slot_SK[s, k] >= 0:
+                e = routing.expert_SK[s, k]
+                h = F.gelu(x_SM[s] @ moe.experts.up[e] + moe.experts.up_bias[e], approximate="tanh")
+                y = y + routing.weight_SK[s, k].to(y.dtype) * (h @ moe.experts.down[e] + moe.experts.down_bias[e])
+        if moe.mlp is not None:
+            fixed = moe.mlp(x_SM[s])
+            if moe.mix is None:
+                y = y + fixed
+            else:
+                a = F.softmax(moe.mix(x_SM[s]).float(), -1).to(y.dtype)
+                y = a[0] * y + a[1] * fixed
+        rows.append(y)
+    return torch.stack(rows)
+
+
+@pytest.mark.parametrize("tokens", [1, 7, 13, 67])
+@pytest.mark.parametrize(
+    "change",
+    [
+        {},
+        {"top_k": 2},
+        {"top_k": 3},
+        {"residual": True},
+        {"residual": True, "residual_mix": "sum"},
+        {"routing": RoutingConfig(capacity_factor=1.0, min_capacity=1)},
+        {"top_k": 2, "routing": RoutingConfig(min_capacity=1, random_token_selection=False)},
+    ],
+    ids=lambda change: "-".join(change) or "plain",
+)
+def test_layer_equals_a_loop_over_tokens(tokens, change):
+    config = replace(BASE, **change)
+    moe = layer(config, 5)
+    x = torch.randn(tokens, 12, dtype=torch.float64)
+    grads = []
+    for forward in (lambda x: moe(x), lambda x: (reference(moe, x, moe.router(x)), None)):
+        torch.manual_seed(1)  # the same random token selection
+        moe.zero_grad()
+        leaf = x.clone().requires_grad_()
+        y, _ = forward(leaf)
+        (y * torch.linspace(-1, 1, y.numel(), dtype=y.dtype).view_as(y)).sum().backward()
+        grads.append((y.detach(), leaf.grad, [p.grad.clone() for p in moe.parameters() if p.grad is not None]))
+    # The gate computes in fp32, so agreement is fp32's.
+    torch.testing.assert_close(grads[0][0], grads[1][0], rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(grads[0][1], grads[1][1], rtol=1e-5, atol=1e-5)
+    assert len(grads[0][2]) == len(grads[1][2])
+    for ours, theirs in zip(grads[0][2], grads[1][2], strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+
+
+def test_all_tokens_to_one_expert_and_the_others_empty():
+    moe = layer(BASE, 5)
+    with torch.no_grad():
+        moe.router.weight.zero_()
+    x = torch.randn(9, 12, dtype=torch.float64)
+    y, routing = moe(x)
+    assert routing.load_E.tolist() == [9, 0, 0, 0, 0], "equal logits go to the lowest expert"
+    assert float(routing.aux_loss.detach()) == pytest.approx(1.0)
+    torch.testing.assert_close(y, reference(moe, x, routing), rtol=1e-5, atol=1e-6)
+    y.sum().backward()
+    assert not moe.experts.up.grad[1:].any() and moe.experts.up.grad[0].any()
+
+
+def test_no_tokens_at_all():
+    moe = layer(BASE, 5)
+    y, routing = moe(torch.zeros(0, 12, dtype=torch.float64))
+    assert y.shape == (0, 12) and routing.load_E.tolist() == [0] * 5
+    assert float(routing.aux_loss.detach()) == 0.0 and float(routing.dropped_share) == 0.0
+
+
+def test_capacity_keeps_the_earliest_or_a_random_selection():
+    logits = torch.zeros(100, 4)
+    logits[:, 2] = 1
+    first = route(logits, 1, capacity=10)
+    assert first.slot_SK[:10, 0].tolist() == list(range(10)) and (first.slot_SK[10:] == -1).all()
+    assert first.kept_E.tolist() == [0, 0, 10, 0] and float(first.dropped_share) == pytest.approx(0.9)
+    kept = {
+        seed: (route(logits, 1, capacity=10, seed=seed).slot_SK[:, 0] >= 0).nonzero().flatten().tolist()
+        for seed in range(50)
+    }
+    assert all(len(k) == 10 for k in kept.values()) and kept[0] != kept[1]
+    late = sum(s >= 50 for k in kept.values() for s in k) / 500
+    assert 0.35 < late < 0.65, "random token selection has no positional bias"
+    slots = route(logits, 1, capacity=10, seed=3).slot_SK[:, 0]
+    assert slots[slots >= 0].tolist() == list(range(10)), "slots are numbered in token order"
+
+
+def test_second_choices_queue_behind_all_first_choices():
+    logits = torch.tensor([[2.0, 1.0, 0.0], [2.0, 1.0, 0.0], [1.0, 2.0, 0.0]])
+    r = route(logits, 2, capacity=2)
+    assert r.expert_SK.tolist() == [[0, 1], [0, 1], [1, 0]]
+    assert r.slot_SK.tolist() == [[0, 1], [1, -1], [0, -1]]
+    n = route(logits, 2, normalize=True)
+    torch.testing.assert_close(n.weight_SK.sum(1), torch.ones(3))
+
+
+def test_load_balancing_loss_by_hand():
+    logits = torch.log(torch.tensor([[0.7, 0.3], [0.6, 0.4], [0.2, 0.8]]))
+    r = route(logits, 1)
+    expected = 2 * ((0.7 + 0.6 + 0.2) / 3 * 2 / 3 + (0.3 + 0.4 + 0.8) / 3 * 1 / 3)
+    assert float(r.aux_loss) == pytest.approx(expected, rel=1e-6)
+    assert float(r.z_loss) == pytest.approx(0.0, abs=1e-6)
+
+
+def test_noise_changes_choices_in_training_only_and_not_the_weights():
+    config = RoutingConfig(drop_tokens=False, choice_noise="gumbel", input_jitter=0.0)
+    router = Router(8, 4, 1, config)
+    torch.nn.init.normal_(router.weight, 0.0, 0.1)
+    x = torch.randn(200, 8)
+    clean = router.eval()(x)
+    torch.manual_seed(0)
+    noisy = router.train()(x)
+    assert (clean.expert_SK != noisy.expert_SK).float().mean() > 0.2
+    probs = F.softmax(F.linear(x, router.weight), -1)
+    torch.testing.assert_close(noisy.weight_SK, probs.gather(1, noisy.expert_SK))
+
+
+def test_top_k_out_of_range_is_one_line():
+    with pytest.raises(ValueError, match="top_k must be between 1 and the 4 experts"):
+        route(torch.zeros(3, 4), 5)

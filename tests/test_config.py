@@ -1,0 +1,180 @@
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import example, given
+from hypothesis import strategies as st
+
+from moelab import paper
+from moelab.config import (
+    DataConfig,
+    ModelConfig,
+    RoutingConfig,
+    TrainConfig,
+    digest,
+    from_json,
+    identity,
+    to_json,
+)
+from moelab.models import GPT, build
+
+NAMES = [m.model for m in paper.models()]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_model_of_the_paper_parses_to_its_canonical_name_and_shape(name):
+    config = ModelConfig.parse(name)
+    stated = paper.model(name)
+    assert str(config) == name
+    assert (config.layers, config.hidden) == (stated.layers, stated.hidden)
+    assert tuple(config.experts) == tuple(stated.experts)
+    assert config.residual == stated.residual and config.top_k == max(1, stated.top_k)
+    if stated.heads:
+        assert config.heads == stated.heads
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_parameters_agree_with_the_paper(name):
+    config, row = ModelConfig.parse(name), paper.model(name)
+    billions = config.parameters() / 1e9
+    if row.computed_B:
+        assert billions == pytest.approx(row.computed_B, rel=1e-3)
+    if row.stated_B:
+        # Within 0.7 %, or what rounding to the printed digits allows. "350M" is a nominal name: its shape has 356 M.
+        assert abs(billions - row.stated_B) <= max(0.007 * row.stated_B, row.stated_precision_B) or name == "350M"
+    if row.active_B:
+        assert config.active_parameters() / 1e9 == pytest.approx(row.active_B, rel=2e-3)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_parameters_equal_the_built_model_exactly(name):
+    for config in (ModelConfig.parse(name), ModelConfig.parse(name).shrink()):
+        with torch.device("meta"):
+            model = GPT(config)
+        assert sum(p.numel() for p in model.parameters()) == config.parameters()
+
+
+def test_active_parameters_are_those_with_a_gradient_from_one_token():
+    config = replace(ModelConfig.parse("350M+Top2-MoE-32").shrink(hidden=32), context=1)
+    model = build(config, seed=0)
+    model(torch.zeros(1, 1, dtype=torch.long)).cross_entropy(torch.ones(1, 1, dtype=torch.long)).backward()
+    used = sum(
+        (p.grad.abs().flatten(1).amax(1) > 0).sum().item() * p[0].numel() if ".experts." in name else p.numel()
+        for name, p in model.named_parameters()
+    )
+    assert used == config.active_parameters()
+
+
+def test_flops_per_token_equal_what_torch_counts():
+    from torch.utils.flop_counter import FlopCounterMode
+
+    config = ModelConfig.parse("350M twin")
+    with FlopCounterMode(display=False) as counter, torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+        build(config, 0)(torch.zeros(1, config.context, dtype=torch.long))
+    T, M, L = config.context, config.hidden, config.layers
+    uncausal = counter.get_total_flops() / T  # torch computes, and counts, the full square of attention scores
+    assert config.flops_per_token(training=False) == pytest.approx(uncausal - L * 2 * M * (2 * T - (T + 1)), rel=1e-6)
+    assert config.flops_per_token() == 3 * config.flops_per_token(training=False)
+
+
+@pytest.mark.parametrize("text", ["350m+moe-128", " 350M + MoE-128 ", "350M+MOE-128"])
+def test_names_tolerate_case_and_spaces(text):
+    assert str(ModelConfig.parse(text)) == "350M+MoE-128"
+
+
+@pytest.mark.parametrize(
+    ("text", "part"),
+    [
+        ("400M", "allowed: 125M, 350M"),
+        ("350M+MoE", "did you mean"),
+        ("350M+PR-MoE-32", "two expert counts"),
+        ("350M+MoE-32/64", "need Pyramid-MoE or PR-MoE"),
+        ("350M+Pyramid-MoE-64/32", "no fewer experts late"),
+        ("350M+L30", "between L1 and the base's L24"),
+        ("350M+MoE-1", "at least 2"),
+        ("350M+Top64-MoE-32", "top_k"),
+        ("", "not understood"),
+    ],
+)
+def test_wrong_names_say_what_is_allowed_in_one_line(text, part):
+    with pytest.raises(ValueError) as error:
+        ModelConfig.parse(text)
+    assert part in str(error.value) and "\n" not in str(error.value)
+
+
+@given(st.text(alphabet="350M+PRMoEL-/124Top twinhalf", max_size=30))
+@example("350M+MoE-2/2")
+def test_any_text_parses_to_itself_or_to_one_line(text):
+    try:
+        config = ModelConfig.parse(text)
+    except ValueError as error:
+        assert "\n" not in str(error)
+    else:
+        assert ModelConfig.parse(str(config)) == config
+
+
+@pytest.mark.parametrize(
+    ("fields", "part"),
+    [
+        ({"heads": 7}, "7 heads do not divide hidden size 1024"),
+        ({"experts": (0, 32)}, "experts lists 2 layers, the model has 24"),
+        ({"residual": True}, "residual needs MoE layers"),
+        ({"experts": (1,) * 24}, "at least 2 experts"),
+        ({"dropout": 1.0}, "dropout must be in [0, 1)"),
+    ],
+)
+def test_impossible_models_are_refused_in_one_line(fields, part):
+    with pytest.raises(ValueError) as error:
+        replace(ModelConfig.parse("350M"), **fields)
+    assert part in str(error.value) and "\n" not in str(error.value)
+
+
+def test_twins_keep_the_shape_rule():
+    twin = ModelConfig.parse("350M+PR-MoE-32/64").shrink()
+    assert (twin.layers, twin.hidden, twin.heads, twin.vocab) == (8, 64, 1, 4096)
+    assert twin.experts == (0, 4, 0, 4, 0, 4, 0, 8) and twin.residual
+    assert ModelConfig.parse("350M+PR-MoE-32/64+L21").shrink().experts == (0, 4, 0, 4, 0, 8, 0)
+    assert ModelConfig.parse("350M+SecondHalf-MoE-32").shrink().experts == (0, 0, 0, 0, 0, 4, 0, 4)
+    assert ModelConfig.parse("350M+FirstHalf-MoE-32").shrink().experts == (0, 4, 0, 4, 0, 0, 0, 0)
+    assert ModelConfig.parse("350M+MoE-128 twin") == ModelConfig.parse("350M+MoE-128").shrink()
+    assert ModelConfig.parse("1.3B").shrink().head_size == 64
+
+
+def test_capacity_is_the_papers():
+    routing = RoutingConfig()
+    assert routing.capacity(8192, 128, 1, training=True) == 64  # micro-batch of the 350M runs
+    assert routing.capacity(8192, 128, 2, training=True) == 128  # doubled for top-2
+    assert routing.capacity(10, 128, 1, training=True) == 4  # min_capacity
+    assert RoutingConfig(drop_tokens=False).capacity(8192, 128, 1, training=True) is None
+
+
+def test_identity_leaves_out_defaults_and_names():
+    assert identity(TrainConfig()) == {}
+    assert identity(TrainConfig(lr=1e-3, checkpoint_every=7)) == {"lr": 1e-3}
+    a, b = ModelConfig.parse("350M"), replace(ModelConfig.parse("350M"), name="other")
+    assert a == b and digest(a) == digest(b)
+
+
+@pytest.mark.parametrize(
+    "config", [ModelConfig.parse("350M+PR-MoE-32/64"), TrainConfig(betas=(0.8, 0.9)), DataConfig(corpus="mix5")]
+)
+def test_json_round_trip(config):
+    back = from_json(type(config), to_json(config))
+    assert back == config and to_json(back) == to_json(config)
+
+
+@pytest.mark.parametrize(
+    ("data", "part"),
+    [
+        ({"lr": 1, "learning": 2}, "unknown field learning; allowed: tokens"),
+        ({"lr": "fast"}, "TrainConfig.lr: expected float, got 'fast'"),
+        ({"betas": [0.9]}, "expected 2 values"),
+        ({"dtype": "fp64"}, "must be one of"),
+        ({"seed": True}, "expected int"),
+        ([], "expected an object"),
+    ],
+)
+def test_bad_json_is_one_line(data, part):
+    with pytest.raises(ValueError) as error:
+        from_json(TrainConfig, data)
+    assert part in str(error.value) and "\n" not in str(error.value)

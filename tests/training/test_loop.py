@@ -1,0 +1,189 @@
+import json
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from moelab.engine import checkpoint
+from moelab.training import TrainingDiverged, TrainingStopped, evaluate, train
+from moelab.training.loop import Window, make_optimizer, train_step
+from moelab.training.metrics import TRAIN, VALIDATION, Metrics, read_rows
+from moelab.training.schedule import learning_rate
+
+CLOCK = ("time_s", "tokens_per_s", "seconds")
+
+
+def numbers(run_dir):
+    """Every number of a run but the clock's."""
+    rows = [
+        {k: v for k, v in row.items() if k not in CLOCK}
+        for file in (TRAIN, VALIDATION)
+        for row in read_rows(run_dir / file)
+    ]
+    last = checkpoint.latest(run_dir / "checkpoints")
+    return rows, {
+        f"{f}/{k}": v for f in ("model", "optimizer") for k, v in load_file(last.path / f"{f}.safetensors").items()
+    }
+
+
+def assert_same_run(a, b):
+    rows_a, tensors_a = numbers(a)
+    rows_b, tensors_b = numbers(b)
+    assert rows_a == rows_b
+    assert tensors_a.keys() == tensors_b.keys()
+    assert all(torch.equal(tensors_a[k], tensors_b[k]) for k in tensors_a)
+
+
+def stop_at(step):
+    """A `should_stop` that says yes after `step` steps of its process."""
+    done = iter(range(1, 10_000))
+    return lambda: next(done) >= step
+
+
+def test_learns_and_reports(tiny_model, tiny_train, data, tmp_path):
+    config = replace(tiny_train, tokens=120 * 128, tensorboard=True)
+    seen = []
+    result = train(tiny_model, config, data, 32, tmp_path, on_progress=seen.append)
+    assert result["validation_loss"] < data.unigram_loss - 0.5
+    assert result["steps"] == 120 and seen[-1].step == 120
+    assert set(result["validation_by_domain"]) == {"sea", "field"}
+    assert result["bits_per_byte"] == pytest.approx(result["validation_loss"] / math.log(2) / data.bytes_per_token())
+    rows = read_rows(tmp_path / TRAIN)
+    assert [row["step"] for row in rows] == list(range(3, 121, 3))
+    assert rows[0]["expert_load"].keys() == {"2", "4"}
+    assert all(sum(load) == pytest.approx(1.0) for row in rows for load in row["expert_load"].values())
+    assert all(0 <= row["dropped_share"] < 1 for row in rows) and any(row["dropped_share"] > 0 for row in rows)
+    assert [row["step"] for row in read_rows(tmp_path / VALIDATION)][:2] == [0, 8]
+    assert list((tmp_path / "tensorboard").iterdir())
+
+
+@pytest.mark.parametrize("step", [1, 4, 5, 17, 23])
+def test_a_stopped_and_resumed_run_is_the_undisturbed_one(step, tiny_model, tiny_train, data, tmp_path):
+    train(tiny_model, tiny_train, data, 32, tmp_path / "whole")
+    with pytest.raises(TrainingStopped, match=f"stopped at step {step} of 24"):
+        train(tiny_model, tiny_train, data, 32, tmp_path / "cut", should_stop=stop_at(step))
+    train(tiny_model, tiny_train, data, 32, tmp_path / "cut")
+    assert_same_run(tmp_path / "whole", tmp_path / "cut")
+
+
+def test_a_corrupt_checkpoint_is_named_and_the_one_before_used(tiny_model, tiny_train, data, tmp_path, caplog):
+    train(tiny_model, tiny_train, data, 32, tmp_path / "whole")
+    with pytest.raises(TrainingStopped):
+        train(tiny_model, tiny_train, data, 32, tmp_path / "cut", should_stop=stop_at(12))
+    newest = checkpoint.latest(tmp_path / "cut" / "checkpoints").path
+    file = newest / "model.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-5] ^= 1
+    file.write_bytes(content)
+    train(tiny_model, tiny_train, data, 32, tmp_path / "cut")
+    assert "step-00000012" in caplog.text and "does not match its SHA-256" in caplog.text
+    assert_same_run(tmp_path / "whole", tmp_path / "cut")
+
+
+def test_a_full_disk_leaves_the_earlier_checkpoint(tiny_model, tiny_train, data, tmp_path, monkeypatch):
+    calls = iter(range(100))
+    real = checkpoint.save_file
+
+    def full(tensors, path):
+        if next(calls) >= 2:  # the first checkpoint has two files
+            path.write_bytes(b"half")
+            raise OSError(28, "No space left on device", str(path))
+        real(tensors, path)
+
+    monkeypatch.setattr(checkpoint, "save_file", full)
+    with pytest.raises(OSError, match="No space left"):
+        train(tiny_model, tiny_train, data, 32, tmp_path / "cut")
+    folder = tmp_path / "cut" / "checkpoints"
+    assert [p.name for p in folder.iterdir()] == ["step-00000005"], "nothing half-written is left"
+    monkeypatch.setattr(checkpoint, "save_file", real)
+    train(tiny_model, tiny_train, data, 32, tmp_path / "cut")
+    train(tiny_model, tiny_train, data, 32, tmp_path / "whole")
+    assert_same_run(tmp_path / "whole", tmp_path / "cut")
+
+
+def test_divergence_names_step_and_checkpoint(tiny_model, tiny_train, data, tmp_path):
+    config = replace(
+        tiny_train, lr=1e30, min_lr=0.0, warmup_tokens=6 * 128, clip=0.0, weight_decay=0.0, checkpoint_every=1
+    )
+    with pytest.raises(TrainingDiverged) as error:
+        train(tiny_model, config, data, 32, tmp_path)
+    assert "at step 2" in str(error.value) and "step-00000001" in str(error.value) and "\n" not in str(error.value)
+    assert checkpoint.latest(tmp_path / "checkpoints").step == 1, "no checkpoint of the diverged model"
+
+
+def test_other_data_is_refused(tiny_model, tiny_train, data, tmp_path):
+    with pytest.raises(TrainingStopped):
+        train(tiny_model, tiny_train, data, 32, tmp_path, should_stop=stop_at(2))
+    state = checkpoint.latest(tmp_path / "checkpoints").path / "state.json"
+    record = json.loads(state.read_text())
+    record["state"]["data"] = "other"
+    state.write_text(json.dumps(record))
+    with pytest.raises(ValueError, match="was written with other data"):
+        train(tiny_model, tiny_train, data, 32, tmp_path)
+
+
+def test_a_checkpoint_of_another_model_is_refused(tiny_model, tiny_train, data, tmp_path):
+    with pytest.raises(TrainingStopped):
+        train(tiny_model, tiny_train, data, 32, tmp_path, should_stop=stop_at(2))
+    with pytest.raises(checkpoint.CheckpointError, match="the model has"):
+        train(replace(tiny_model, experts=(0, 2, 0, 2)), tiny_train, data, 32, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "part"),
+    [({"vocab": 200}, "the model's embedding only 200"), ({"context": 16}, "longer than the model's context of 16")],
+)
+def test_model_and_data_that_do_not_fit_are_refused(change, part, tiny_model, tiny_train, data, tmp_path):
+    with pytest.raises(ValueError, match=part):
+        train(replace(tiny_model, **change), tiny_train, data, 32, tmp_path)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a CUDA device is here")
+def test_a_missing_gpu_is_one_line(tiny_model, tiny_train, data, tmp_path):
+    with pytest.raises(ValueError, match="no CUDA device is available; allowed here: cpu"):
+        train(tiny_model, replace(tiny_train, device="cuda"), data, 32, tmp_path)
+
+
+def test_micro_batches_give_the_gradient_of_the_whole_batch(tiny_model, tiny_train, data):
+    from moelab.data import TrainBatches
+    from moelab.models import build
+
+    dense = replace(tiny_model, experts=(), residual=False, dropout=0.0)
+    weights = []
+    for micro in (0, 1, 2):
+        config = replace(tiny_train, micro_batch=micro)
+        model = build(dense, 0)
+        train_step(model, make_optimizer(model, config), TrainBatches(data, 4, 32, 0), config, 0, 32, Window(), None)
+        weights.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
+    for other in weights[1:]:
+        # Adam's first step is lr * sign(gradient): rounding may flip the sign of a gradient that is nothing.
+        assert (weights[0] - other).abs().gt(1e-6).float().mean() < 2e-3
+
+
+def test_evaluation_does_not_depend_on_batch_size_when_drop_free(tiny_model, tiny_train, data):
+    from moelab.models import build
+
+    model = build(replace(tiny_model, routing=replace(tiny_model.routing, drop_tokens=False)), 0)
+    losses = [evaluate(model, data, replace(tiny_train, batch_size=b), 32)["loss"] for b in (1, 4, 7)]
+    assert max(losses) - min(losses) < 1e-5
+
+
+def test_bf16_trains(tiny_model, tiny_train, data, tmp_path):
+    result = train(tiny_model, replace(tiny_train, dtype="bf16"), data, 32, tmp_path)
+    assert result["validation_loss"] < data.unigram_loss + 0.5
+
+
+def test_schedule_warms_up_decays_and_stays(tiny_train):
+    config = replace(tiny_train, tokens=1000, warmup_tokens=100, decay_tokens=500, lr=1.0, min_lr=0.1)
+    assert learning_rate(config, 50) == pytest.approx(0.5)
+    assert learning_rate(config, 100) == pytest.approx(1.0)
+    assert learning_rate(config, 300) == pytest.approx(0.55)
+    assert learning_rate(config, 500) == learning_rate(config, 999) == pytest.approx(0.1)
+
+
+def test_metrics_drop_a_torn_line_and_what_lies_after_the_checkpoint(tmp_path):
+    (tmp_path / TRAIN).write_text('{"step": 1}\n{"step": 2}\n{"step": 3}\n{"st')
+    Metrics(tmp_path, resume_step=2).write(TRAIN, {"step": 3, "again": True})
+    assert read_rows(tmp_path / TRAIN) == [{"step": 1}, {"step": 2}, {"step": 3, "again": True}]
