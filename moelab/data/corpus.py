@@ -22,8 +22,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
+from moelab.config import DataConfig
 from moelab.data import mix5
-from moelab.data._config_stub import DataConfig
 from moelab.data.packages import CorpusUnavailable, Package, unpacked
 
 Split = Literal["train", "validation"]

@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from moelab.data._config_stub import DataConfig
+from moelab.config import DataConfig
 from moelab.data.corpus import Corpus, Document, open_corpus
 from moelab.data.packages import sha256_of
 

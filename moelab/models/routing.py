@@ -42,8 +42,8 @@ class Routing:
     @property
     def dropped_share(self) -> Tensor:
         """Share of the S x K choices that found no slot; fp32 scalar."""
-        chosen = self.load_E.sum().clamp(min=1)
-        return 1 - self.kept_E.sum() / chosen
+        chosen = self.load_E.sum()
+        return (chosen - self.kept_E.sum()) / chosen.clamp(min=1)
 
 
 def priority(seed: int, tokens: int, top_k: int, device: torch.device | None = None) -> Tensor:

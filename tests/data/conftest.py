@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from moelab.data._config_stub import DataConfig
+from moelab.config import DataConfig
 from moelab.data.tokens import TokenData, prepare
 
 

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from moelab.config import DataConfig
 from moelab.data import mix5
-from moelab.data._config_stub import DataConfig
 from moelab.data.corpus import Document, held_out, open_corpus
 from moelab.data.packages import CorpusUnavailable, Package, unpacked
 

@@ -12,8 +12,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from moelab.config import DataConfig
 from moelab.data import tokens as module
-from moelab.data._config_stub import DataConfig
 from moelab.data.corpus import open_corpus
 from moelab.data.tokens import TokenData, prepare
 
@@ -87,7 +87,7 @@ def test_second_call_reads_nothing_and_needs_no_tokenizer_library(config, tmp_pa
     prepare(config, tmp_path, said.clear)  # would fail: `clear` takes no line
     code = (
         "import sys; from pathlib import Path; from moelab.data import prepare;"
-        "from moelab.data._config_stub import DataConfig;"
+        "from moelab.config import DataConfig;"
         f"data = prepare(DataConfig(corpus={config.corpus!r}, tokenizer='bpe-300', context=16), Path(sys.argv[1]));"
         "assert not {'tokenizers', 'torch', 'filelock'} & sys.modules.keys();"
         "assert data.tokenizer().vocab_size == 300"
@@ -145,7 +145,7 @@ def test_a_failed_build_leaves_nothing(config, tmp_path, monkeypatch):
 def test_processes_preparing_at_once_build_once(config, tmp_path):
     code = (
         "import sys; from pathlib import Path; from moelab.data import prepare;"
-        "from moelab.data._config_stub import DataConfig;"
+        "from moelab.config import DataConfig;"
         f"config = DataConfig(corpus={config.corpus!r}, tokenizer='bpe-300', context=16);"
         "print(prepare(config, Path(sys.argv[1]), lambda line: print('built', line)).fingerprint)"
     )
