@@ -16,13 +16,13 @@ the faster one at every shape tried, so it is the only one. float16 is computed 
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 
 from . import _buffers
-from ._common import Backend, accumulate_dtype, pick_backend
+from ._common import INTERPRETING, Backend, accumulate_dtype, next_power_of_2, pick_backend, tl, triton
 
 Activation = Literal["none", "gelu", "gelu_tanh"]
 """gelu: exact (erf). gelu_tanh: the tanh approximation, GPT-2's and Megatron's."""
@@ -255,3 +255,255 @@ class _TorchFFN(torch.autograd.Function):
         if dx is not None:
             dx[end:].zero_()
         return dx, dw1, db1, dw2, db2, None, None
+
+
+# --- GPU --------------------------------------------------------------------------------------------------------------
+#
+# A tile is BM rows of one group. A first small launch lists the tiles (their number is bounded without asking the device), so
+# that the products need no host synchronisation and no search. The tile list serves forward and backward.
+
+
+@triton.jit
+def _schedule_kernel(offsets_p, expert_p, row_p, tiles, R, E, BM: tl.constexpr, BE: tl.constexpr):
+    """Program e lists group e's tiles; group E is the rows past the last offset; unused places get expert -1."""
+    e = tl.program_id(0)
+    cols = tl.arange(0, BE)
+    start = tl.load(offsets_p + cols, mask=cols <= E, other=0)
+    end = tl.load(offsets_p + cols + 1, mask=cols < E, other=0)
+    end = tl.where(cols == E, R, end)
+    count = tl.where(cols <= E, (end - start + BM - 1) // BM, 0)
+    first = tl.sum(tl.where(cols < e, count, 0), axis=0)
+    mine = tl.sum(tl.where(cols == e, count, 0), axis=0)
+    row = tl.sum(tl.where(cols == e, start, 0), axis=0)
+    for i in range(0, mine, BE):
+        at = i + cols
+        tl.store(expert_p + first + at, tl.zeros([BE], tl.int32) + e, mask=at < mine)
+        tl.store(row_p + first + at, row + at * BM, mask=at < mine)
+    if e == E:
+        for i in range(first + mine, tiles, BE):
+            tl.store(expert_p + i + cols, tl.full([BE], -1, tl.int32), mask=i + cols < tiles)
+
+
+@triton.jit
+def _act(x, EXACT: tl.constexpr):
+    """(gelu(x), gelu'(x)) in float32."""
+    if EXACT:
+        cdf = 0.5 * (1.0 + tl.erf(x * 0.7071067811865476))
+        return x * cdf, cdf + x * 0.3989422804014327 * tl.exp(-0.5 * x * x)
+    t = 1.0 - 2.0 / (tl.exp(1.5957691216057308 * (x + 0.044715 * x * x * x)) + 1.0)  # tanh by its exponential
+    slope = 0.5 * (1.0 + t) + 0.5 * x * (1.0 - t * t) * 0.7978845608028654 * (1.0 + 0.134145 * x * x)
+    return 0.5 * x * (1.0 + t), slope
+
+
+@triton.jit
+def _product_kernel(
+    x_p, w_p, b_p, y_p, pre_p, h_p, tile_expert_p, tile_row_p, offsets_p,
+    R, K, N, E, tiles, stride_we, stride_wk, stride_wn,
+    BIAS: tl.constexpr, ACT: tl.constexpr, EXACT: tl.constexpr, PRE: tl.constexpr, EVEN_K: tl.constexpr,
+    PRECISION: tl.constexpr, UPCAST: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+):  # fmt: skip
+    """One tile of x @ W[e]. ACT 0: y = it + b. 1: y = act(it + b), with PRE also pre = it + b.
+    2 (the way back): y = it * act'(pre), with PRE also h = act(pre)."""
+    pid = tl.program_id(0)
+    across = tl.cdiv(N, BN)
+    group = pid // (8 * across)  # eight tiles share their weights' columns in cache
+    height = tl.minimum(tiles - group * 8, 8)
+    tile = group * 8 + pid % (8 * across) % height
+    n = (pid % (8 * across) // height) * BN + tl.arange(0, BN)
+    e = tl.load(tile_expert_p + tile)
+    if e >= 0:
+        rows = tl.load(tile_row_p + tile) + tl.arange(0, BM)
+        end = R if e == E else tl.load(offsets_p + e + 1)
+        y_at = rows[:, None].to(tl.int64) * N + n[None, :]
+        inside = (rows[:, None] < end) & (n[None, :] < N)
+        if e == E:
+            tl.store(y_p + y_at, tl.zeros([BM, BN], y_p.dtype.element_ty), mask=inside)
+        else:
+            k = tl.arange(0, BK)
+            x_at = x_p + rows[:, None].to(tl.int64) * K + k[None, :]
+            w_at = w_p + e.to(tl.int64) * stride_we + k[:, None].to(tl.int64) * stride_wk + n[None, :].to(tl.int64) * stride_wn
+            acc = tl.zeros([BM, BN], tl.float32)
+            for start in range(0, K, BK):
+                if EVEN_K:
+                    x = tl.load(x_at, mask=rows[:, None] < end, other=0.0)
+                    w = tl.load(w_at, mask=n[None, :] < N, other=0.0)
+                else:
+                    x = tl.load(x_at, mask=(rows[:, None] < end) & (start + k[None, :] < K), other=0.0)
+                    w = tl.load(w_at, mask=(n[None, :] < N) & (start + k[:, None] < K), other=0.0)
+                if UPCAST:
+                    x, w = x.to(tl.float32), w.to(tl.float32)
+                acc = tl.dot(x, w, acc, input_precision=PRECISION)
+                x_at += BK
+                w_at += BK * stride_wk
+            if BIAS:
+                acc += tl.load(b_p + e * N + n, mask=n < N, other=0.0).to(tl.float32)[None, :]
+            if ACT == 1:
+                if PRE:
+                    tl.store(pre_p + y_at, acc.to(pre_p.dtype.element_ty), mask=inside)
+                acc, _ = _act(acc, EXACT)
+            if ACT == 2:
+                h, slope = _act(tl.load(pre_p + y_at, mask=inside, other=0.0).to(tl.float32), EXACT)
+                acc *= slope
+                if PRE:
+                    tl.store(h_p + y_at, h.to(h_p.dtype.element_ty), mask=inside)
+            tl.store(y_p + y_at, acc.to(y_p.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _weight_kernel(
+    x_p, dy_p, dw_p, db_p, offsets_p, K, N,
+    BIAS: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+    BK: tl.constexpr, BN: tl.constexpr, BR: tl.constexpr,
+):  # fmt: skip
+    """One tile of dW[e] = x^T dy over the group's rows; the first tile of a column also sums its bias gradient."""
+    e = tl.program_id(1)
+    across = tl.cdiv(N, BN)
+    block = tl.program_id(0) // across
+    k = block * BK + tl.arange(0, BK)
+    n = (tl.program_id(0) % across) * BN + tl.arange(0, BN)
+    begin = tl.load(offsets_p + e)
+    end = tl.load(offsets_p + e + 1)
+    acc = tl.zeros([BK, BN], tl.float32)
+    bias = tl.zeros([BN], tl.float32)
+    for start in range(begin, end, BR):
+        r = start + tl.arange(0, BR)
+        x = tl.load(x_p + r[None, :].to(tl.int64) * K + k[:, None], mask=(r[None, :] < end) & (k[:, None] < K), other=0.0)
+        dy = tl.load(dy_p + r[:, None].to(tl.int64) * N + n[None, :], mask=(r[:, None] < end) & (n[None, :] < N), other=0.0)
+        if BIAS and block == 0:
+            bias += tl.sum(dy.to(tl.float32), axis=0)
+        if UPCAST:
+            x, dy = x.to(tl.float32), dy.to(tl.float32)
+        acc = tl.dot(x, dy, acc, input_precision=PRECISION)
+    at = dw_p + (e.to(tl.int64) * K + k[:, None]) * N + n[None, :]
+    tl.store(at, acc.to(dw_p.dtype.element_ty), mask=(k[:, None] < K) & (n[None, :] < N))
+    if BIAS and block == 0:
+        tl.store(db_p + e * N + n, bias.to(db_p.dtype.element_ty), mask=n < N)
+
+
+class _Plan(NamedTuple):
+    """The tiles of one call, shared by all its products."""
+
+    expert: torch.Tensor
+    row: torch.Tensor
+    offsets: torch.Tensor
+    BM: int
+
+
+def _plan(x, offsets_E1) -> _Plan:
+    R, E = len(x), len(offsets_E1) - 1
+    average = R // E
+    BM = 16 if average <= 16 else 32 if average <= 32 else 64 if average <= 64 or x.dtype == torch.float32 else 128
+    tiles = R // BM + E + 1
+    offsets_E1 = offsets_E1.int()
+    expert, row = torch.empty(2, tiles, dtype=torch.int32, device=x.device).unbind()
+    _schedule_kernel[(E + 1,)](offsets_E1, expert, row, tiles, R, E, BM=BM, BE=next_power_of_2(E + 1), num_warps=1)
+    return _Plan(expert, row, offsets_E1, BM)
+
+
+def _precision(dtype) -> str:
+    return "tf32" if dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest" else "ieee"
+
+
+def product_config(BM: int, N: int, K: int, dtype: torch.dtype) -> dict:
+    """Tile of a forward or input-gradient product; shared with the ahead-of-time table."""
+    wide = dtype == torch.float32
+    BN = min(max(next_power_of_2(N), 16), 64 if wide else 128)
+    BK = min(max(next_power_of_2(K), 16), 32 if wide else 64)
+    return dict(BM=BM, BN=BN, BK=BK, num_warps=8 if BM * BN >= 16384 else 4, num_stages=3)
+
+
+def weight_config(N: int, K: int, dtype: torch.dtype) -> dict:
+    """Tile of a weight-gradient product."""
+    wide = dtype == torch.float32
+    BK, BN = (min(max(next_power_of_2(n), 16), 64 if wide else 128) for n in (K, N))
+    return dict(BK=BK, BN=BN, BR=32, num_warps=8 if BK * BN >= 16384 else 4, num_stages=3)
+
+
+def _mm(plan: _Plan, x, w, b, *, transpose=False, act=0, exact=False, pre=None, save=False):
+    """y, and with ``save`` the pre-activation (act 1) or the activation (act 2)."""
+    R, K = x.shape
+    E = len(w)
+    N = w.shape[1] if transpose else w.shape[2]
+    y = x.new_empty(R, N)
+    extra = x.new_empty(R, N) if save else None
+    if R and N:
+        config = product_config(plan.BM, N, K, x.dtype)
+        tiles = len(plan.expert)
+        _product_kernel[(tiles * triton.cdiv(N, config["BN"]),)](
+            x, w, x if b is None else b, y, (extra if save else x) if act != 2 else pre, extra if save else x,
+            plan.expert, plan.row, plan.offsets,
+            R, K, N, E, tiles, w.stride(0), *((w.stride(2), w.stride(1)) if transpose else (w.stride(1), w.stride(2))),
+            BIAS=b is not None, ACT=act, EXACT=exact, PRE=save, EVEN_K=K % config["BK"] == 0,
+            PRECISION=_precision(x.dtype), UPCAST=INTERPRETING, **config,
+        )  # fmt: skip
+    return (y, extra) if save else y
+
+
+def _weight_gradient(plan: _Plan, x, dy, w, b):
+    """(dW, db or None)."""
+    E, K, N = w.shape
+    dw = torch.empty_like(w, memory_format=torch.contiguous_format)
+    db = None if b is None else torch.empty_like(b, memory_format=torch.contiguous_format)
+    config = weight_config(N, K, x.dtype)
+    _weight_kernel[(triton.cdiv(K, config["BK"]) * triton.cdiv(N, config["BN"]), E)](
+        x, dy, dw, dw if db is None else db, plan.offsets, K, N,
+        BIAS=db is not None, PRECISION=_precision(x.dtype), UPCAST=INTERPRETING, **config,
+    )  # fmt: skip
+    return dw, db
+
+
+class _TritonGroupedMM(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, w, b, offsets_E1, activation):
+        x = x.contiguous()
+        b = None if b is None else b.contiguous()
+        plan, act, exact = _plan(x, offsets_E1), int(activation != "none"), activation == "gelu"
+        keep = act and any(ctx.needs_input_grad)
+        y = _mm(plan, x, w, b, act=act, exact=exact, save=keep)
+        y, pre = y if keep else (y, None)
+        ctx.save_for_backward(x, w, b, pre)
+        ctx.plan, ctx.exact = plan, exact
+        return y
+
+    @staticmethod
+    def backward(ctx, dy):
+        x, w, b, pre = ctx.saved_tensors
+        need, dy = ctx.needs_input_grad, dy.contiguous()
+        if pre is not None:
+            approximate = "none" if ctx.exact else "tanh"
+            dy = torch.ops.aten.gelu_backward(dy, pre, approximate=approximate)
+        dx = _mm(ctx.plan, dy, w, None, transpose=True) if need[0] else None
+        dw, db = _weight_gradient(ctx.plan, x, dy, w, b) if need[1] or need[2] else (None, None)
+        return dx, dw if need[1] else None, db, None, None
+
+
+class _TritonFFN(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, w1, b1, w2, b2, offsets_E1, activation):
+        x = x.contiguous()
+        b1, b2 = (None if b is None else b.contiguous() for b in (b1, b2))
+        plan, act, exact = _plan(x, offsets_E1), int(activation != "none"), activation == "gelu"
+        keep = any(ctx.needs_input_grad)
+        h = _mm(plan, x, w1, b1, act=act, exact=exact, save=act and keep)
+        h, pre = h if act and keep else (h, h)
+        y = _mm(plan, h, w2, b2)
+        if keep:
+            ctx.save_for_backward(x, w1, b1, w2, b2, pre)
+            ctx.plan, ctx.act, ctx.exact = plan, act, exact
+        return y
+
+    @staticmethod
+    def backward(ctx, dy):
+        x, w1, b1, w2, b2, pre = ctx.saved_tensors
+        plan, need, dy = ctx.plan, ctx.needs_input_grad, dy.contiguous()
+        second = need[3] or need[4]
+        h = pre
+        if ctx.act:
+            d_pre = _mm(plan, dy, w2, None, transpose=True, act=2, exact=ctx.exact, pre=pre, save=second)
+            d_pre, h = d_pre if second else (d_pre, None)
+        else:
+            d_pre = _mm(plan, dy, w2, None, transpose=True)
+        dw2, db2 = _weight_gradient(plan, h, dy, w2, b2) if second else (None, None)
+        dw1, db1 = _weight_gradient(plan, x, d_pre, w1, b1) if need[1] or need[2] else (None, None)
+        dx = _mm(plan, d_pre, w1, None, transpose=True) if need[0] else None
+        return dx, dw1 if need[1] else None, db1, dw2 if need[3] else None, db2, None, None
