@@ -11,7 +11,8 @@ text of the operation. A MoE layer is
     y_SM = residual_mix(y_SM, mlp_SM, x_SM, w_2M, b_2)          # PR-MoE
 """
 
-from .gating import Gate, gate, priorities
+from ._hash import priorities
+from .gating import Gate, gate
 from .grouped_mm import expert_ffn, grouped_mm
 from .permute import RowTable, combine, dispatch, row_table
 from .residual import residual_mix

@@ -55,12 +55,16 @@ def pick_backend(op: str, backend: Backend, *tensors: torch.Tensor | None) -> st
     if backend == "auto":
         backend = {"cuda": "triton", "cpu": "torch"}.get(kind, "reference")
     if backend == "torch" and kind != "cpu":
-        raise ValueError(f"{op}: backend 'torch' is tuned for CPU tensors, these are on {kind}; use 'auto' or 'reference'")
+        raise ValueError(
+            f"{op}: backend 'torch' is tuned for CPU tensors, these are on {kind}; use 'auto' or 'reference'"
+        )
     if backend == "triton":
         if not HAS_TRITON:
             raise ValueError(f"{op}: backend 'triton' needs the triton package, which this platform lacks")
         if kind != "cuda" and not INTERPRETING:
-            raise ValueError(f"{op}: backend 'triton' needs CUDA tensors, these are on {kind} (tests: TRITON_INTERPRET=1)")
+            raise ValueError(
+                f"{op}: backend 'triton' needs CUDA tensors, these are on {kind} (tests: TRITON_INTERPRET=1)"
+            )
         for t in present:
             if t.is_floating_point() and t.dtype not in FLOATS:
                 raise ValueError(f"{op}: Triton kernels take float32, bfloat16 or float16, not {t.dtype}")

@@ -321,7 +321,12 @@ def _product_kernel(
         else:
             k = tl.arange(0, BK)
             x_at = x_p + rows[:, None].to(tl.int64) * K + k[None, :]
-            w_at = w_p + e.to(tl.int64) * stride_we + k[:, None].to(tl.int64) * stride_wk + n[None, :].to(tl.int64) * stride_wn
+            w_at = (
+                w_p
+                + e.to(tl.int64) * stride_we
+                + k[:, None].to(tl.int64) * stride_wk
+                + n[None, :].to(tl.int64) * stride_wn
+            )
             acc = tl.zeros([BM, BN], tl.float32)
             for start in range(0, K, BK):
                 if EVEN_K:
@@ -367,8 +372,12 @@ def _weight_kernel(
     bias = tl.zeros([BN], tl.float32)
     for start in range(begin, end, BR):
         r = start + tl.arange(0, BR)
-        x = tl.load(x_p + r[None, :].to(tl.int64) * K + k[:, None], mask=(r[None, :] < end) & (k[:, None] < K), other=0.0)
-        dy = tl.load(dy_p + r[:, None].to(tl.int64) * N + n[None, :], mask=(r[:, None] < end) & (n[None, :] < N), other=0.0)
+        x = tl.load(
+            x_p + r[None, :].to(tl.int64) * K + k[:, None], mask=(r[None, :] < end) & (k[:, None] < K), other=0.0
+        )
+        dy = tl.load(
+            dy_p + r[:, None].to(tl.int64) * N + n[None, :], mask=(r[:, None] < end) & (n[None, :] < N), other=0.0
+        )
         if BIAS and block == 0:
             bias += tl.sum(dy.to(tl.float32), axis=0)
         if UPCAST:

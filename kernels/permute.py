@@ -31,7 +31,9 @@ class RowTable(NamedTuple):
     """int32 [E + 1]: expert e's rows are offsets[e] to offsets[e + 1]."""
 
 
-def row_table(gate: Gate, *, capacity: int | None = None, rows: int | None = None, backend: Backend = "auto") -> RowTable:
+def row_table(
+    gate: Gate, *, capacity: int | None = None, rows: int | None = None, backend: Backend = "auto"
+) -> RowTable:
     """The table of a gate's kept entries.
 
     Compact by default: groups lie one behind the other, uneven, without padding. With ``capacity`` every expert has exactly C
@@ -239,15 +241,15 @@ def _spread_kernel(
             y = tl.load(rows_p + out_at[:, None] + m[None, :], mask=inside, other=0.0).to(tl.float32)
             dot += tl.sum(x * y, axis=1)
         x = x * scale[:, None]
-        tl.store(out_p + out_at[:, None] + m[None, :], x.to(out_p.dtype.element_ty), mask=(r[:, None] < R) & (m[None, :] < M))
+        tl.store(
+            out_p + out_at[:, None] + m[None, :], x.to(out_p.dtype.element_ty), mask=(r[:, None] < R) & (m[None, :] < M)
+        )
     if DOT:
         tl.store(d_weight_p + entry, dot, mask=there)
 
 
 @triton.jit
-def _sum_kernel(
-    rows_p, row_p, weight_p, y_p, S, K, M, WEIGHTED: tl.constexpr, BS: tl.constexpr, BM: tl.constexpr
-):
+def _sum_kernel(rows_p, row_p, weight_p, y_p, S, K, M, WEIGHTED: tl.constexpr, BS: tl.constexpr, BM: tl.constexpr):
     """y_s = sum_k (weight_sk *) rows[row_sk] over the rows that exist."""
     s = tl.program_id(0) * BS + tl.arange(0, BS)
     for start in range(0, M, BM):

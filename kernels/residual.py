@@ -40,9 +40,13 @@ def residual_mix(
     if (x_SM is None) != (w_2M is None) or (b_2 is not None and w_2M is None):
         raise ValueError("residual_mix: the learned mix needs both x_SM and w_2M")
     if w_2M is not None and (x_SM.shape != (S, M) or w_2M.shape != (2, M) or (b_2 is not None and b_2.shape != (2,))):
-        raise ValueError(f"residual_mix: x {tuple(x_SM.shape)}, w {tuple(w_2M.shape)} must be {(S, M)} and {(2, M)}, b [2]")
+        raise ValueError(
+            f"residual_mix: x {tuple(x_SM.shape)}, w {tuple(w_2M.shape)} must be {(S, M)} and {(2, M)}, b [2]"
+        )
     if coefficient_S2 is not None and (w_2M is not None or coefficient_S2.shape != (S, 2)):
-        raise ValueError(f"residual_mix: either x_SM and w_2M or coefficients {(S, 2)}, not {tuple(coefficient_S2.shape)}")
+        raise ValueError(
+            f"residual_mix: either x_SM and w_2M or coefficients {(S, 2)}, not {tuple(coefficient_S2.shape)}"
+        )
     chosen = pick_backend("residual_mix", backend, moe_SM, mlp_SM, x_SM, w_2M, b_2, coefficient_S2)
     if w_2M is None and coefficient_S2 is None:
         return moe_SM + mlp_SM
@@ -240,6 +244,18 @@ def _mix_backward_triton(dy, moe, mlp, a_S2, x=None, w=None):
     if S * M:
         tile = mix_tile(S, M)
         _mix_backward_kernel[(triton.cdiv(S, tile["BS"]),)](
-            dy, moe, mlp, a_S2, w if learned else dy, d_moe, d_mlp, da, dx if learned else dy, S, M, LEARNED=learned, **tile
+            dy,
+            moe,
+            mlp,
+            a_S2,
+            w if learned else dy,
+            d_moe,
+            d_mlp,
+            da,
+            dx if learned else dy,
+            S,
+            M,
+            LEARNED=learned,
+            **tile,
         )
     return d_moe, d_mlp, da, dx

@@ -17,7 +17,11 @@ GPU = pytest.param(
     marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")],
     id="triton-cuda",
 )
-TARGETS = [pytest.param(("triton", "cpu"), id="triton-interpreted")] if INTERPRETING else [pytest.param(("torch", "cpu"), id="torch-cpu"), GPU]
+TARGETS = (
+    [pytest.param(("triton", "cpu"), id="triton-interpreted")]
+    if INTERPRETING
+    else [pytest.param(("torch", "cpu"), id="torch-cpu"), GPU]
+)
 
 
 def pytest_generate_tests(metafunc):

@@ -6,8 +6,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-
-from moelab.kernels.gating import Gate, gate, hash_keys, priorities
+from moelab.kernels._hash import hash_keys, priorities
+from moelab.kernels.gating import Gate, gate
 
 SHAPES = [  # S, E, K, capacity
     (0, 4, 1, None),
@@ -224,9 +224,7 @@ def test_gradcheck(backend, part):
     for normalize in (False, True):
 
         def f(x, normalize=normalize):
-            return getattr(
-                gate(x, 2, 2, seed=1, normalize=normalize, choice_logits_SE=choice, backend=backend), part
-            )
+            return getattr(gate(x, 2, 2, seed=1, normalize=normalize, choice_logits_SE=choice, backend=backend), part)
 
         assert torch.autograd.gradcheck(f, logits)
 

@@ -4,7 +4,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-
 from moelab.kernels import _buffers
 from moelab.kernels.grouped_mm import expert_ffn, grouped_mm
 

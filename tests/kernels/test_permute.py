@@ -4,7 +4,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-
 from moelab.kernels import _buffers
 from moelab.kernels.gating import gate
 from moelab.kernels.permute import RowTable, combine, dispatch, row_table
@@ -92,7 +91,12 @@ def test_values_and_gradients(target, S, E, K, capacity, M, dtype):
 def test_dispatch_and_combine_by_hand(target):
     backend, device = target
     x = torch.tensor([[1.0, 10.0], [2.0, 20.0], [3.0, 30.0]], device=device)
-    table = RowTable(*(torch.tensor(t, dtype=torch.int32, device=device) for t in ([[1, 3], [-1, 2], [0, -1]], [4, 0, 3, 1, -1], [0, 2, 5])))
+    table = RowTable(
+        *(
+            torch.tensor(t, dtype=torch.int32, device=device)
+            for t in ([[1, 3], [-1, 2], [0, -1]], [4, 0, 3, 1, -1], [0, 2, 5])
+        )
+    )
     rows = dispatch(x, table, backend=backend)
     assert rows.tolist() == [[3, 30], [1, 10], [2, 20], [1, 10], [0, 0]]
     rows[4] = float("nan")  # an empty row is never read
@@ -105,7 +109,9 @@ def test_everything_dropped(target):
     """A table without rows: zeros out, zero gradients."""
     backend, device = target
     row = torch.full((5, 2), -1, dtype=torch.int32, device=device)
-    table = RowTable(row, torch.empty(0, dtype=torch.int32, device=device), torch.zeros(4, dtype=torch.int32, device=device))
+    table = RowTable(
+        row, torch.empty(0, dtype=torch.int32, device=device), torch.zeros(4, dtype=torch.int32, device=device)
+    )
     x = torch.randn(5, 3, device=device)
     rows, y, dx, _, dw = run(x, table, torch.ones(5, 2, device=device), torch.ones(5, 3, device=device), backend)
     assert rows.shape == (0, 3) and not y.any() and not dx.any() and not dw.any()

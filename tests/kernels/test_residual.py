@@ -4,7 +4,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-
 from moelab.kernels.residual import residual_mix
 
 WAYS = ["learned", "no bias", "given", "sum"]
@@ -63,7 +62,9 @@ def test_gradcheck(backend):
     moe, mlp, x = (torch.randn(4, 3, dtype=torch.float64, requires_grad=True) for _ in range(3))
     w, b, a = (torch.randn(n, dtype=torch.float64, requires_grad=True) for n in ((2, 3), (2,), (4, 2)))
     assert torch.autograd.gradcheck(lambda *t: residual_mix(*t, backend=backend), (moe, mlp, x, w, b))
-    assert torch.autograd.gradcheck(lambda m, n, a: residual_mix(m, n, coefficient_S2=a, backend=backend), (moe, mlp, a))
+    assert torch.autograd.gradcheck(
+        lambda m, n, a: residual_mix(m, n, coefficient_S2=a, backend=backend), (moe, mlp, a)
+    )
 
 
 def test_coefficients_stay_per_token():
