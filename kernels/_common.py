@@ -1,0 +1,83 @@
+"""What every op shares: the choice of a backend, Triton's presence, and small helpers.
+
+Backends. ``auto`` is Triton on CUDA tensors and tuned torch on CPU tensors. ``reference`` is the plain PyTorch text of the
+operation, on any device, written to be read. ``triton`` on CPU tensors needs Triton's interpreter, that is
+``TRITON_INTERPRET=1`` set before Triton is imported (tests only: it is slow).
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+
+try:
+    import triton
+    import triton.language as tl
+
+    HAS_TRITON = True
+    INTERPRETING = bool(triton.knobs.runtime.interpret)
+except ImportError:  # macOS: the torch backend needs none of it
+
+    class _NoTriton:
+        """Lets the kernel files be imported; nothing decorated here is ever launched."""
+
+        constexpr = None
+
+        @staticmethod
+        def jit(fn=None, **_):
+            return fn if fn is not None else (lambda f: f)
+
+        @staticmethod
+        def constexpr_function(fn):
+            return fn
+
+    triton = tl = _NoTriton()  # type: ignore[assignment]
+    HAS_TRITON = False
+    INTERPRETING = False
+
+Backend = Literal["auto", "torch", "triton", "reference"]
+"""How an op runs; see the module's text."""
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def pick_backend(op: str, backend: Backend, *tensors: torch.Tensor | None) -> str:
+    """The backend that runs ``op`` on these tensors: ``torch``, ``triton`` or ``reference``.
+
+    Raises ``ValueError`` for an unknown name, for tensors on different devices, and for a backend that cannot run there.
+    """
+    present = [t for t in tensors if t is not None]
+    devices = {t.device for t in present}
+    if len(devices) > 1:
+        raise ValueError(f"{op}: tensors are on different devices: {', '.join(sorted(map(str, devices)))}")
+    kind = present[0].device.type
+    if backend == "auto":
+        backend = {"cuda": "triton", "cpu": "torch"}.get(kind, "reference")
+    if backend == "torch" and kind != "cpu":
+        raise ValueError(
+            f"{op}: backend 'torch' is tuned for CPU tensors, these are on {kind}; use 'auto' or 'reference'"
+        )
+    if backend == "triton":
+        if not HAS_TRITON:
+            raise ValueError(f"{op}: backend 'triton' needs the triton package, which this platform lacks")
+        if kind != "cuda" and not INTERPRETING:
+            raise ValueError(
+                f"{op}: backend 'triton' needs CUDA tensors, these are on {kind} (tests: TRITON_INTERPRET=1)"
+            )
+        for t in present:
+            if t.is_floating_point() and t.dtype not in FLOATS:
+                raise ValueError(f"{op}: Triton kernels take float32, bfloat16 or float16, not {t.dtype}")
+    if backend not in ("torch", "triton", "reference"):
+        raise ValueError(f"{op}: unknown backend {backend!r}; know auto, torch, triton, reference")
+    return backend
+
+
+def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
+    """float32, or float64 for float64 inputs (gradient checks)."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def next_power_of_2(n: int) -> int:
+    """The smallest power of two that is at least ``n`` (and at least 1)."""
+    return 1 << max(n - 1, 0).bit_length()

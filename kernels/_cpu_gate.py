@@ -1,0 +1,150 @@
+"""The gate on CPU: the same semantics as ``gating.py`` without masks.
+
+A softmax, one vectorised argmax per choice, radix sorts on 16-bit keys for the slots and the random selection, and one
+hand-written backward. NumPy does the integer work: its argmax and its 16-bit sort are several times faster than torch's
+(one core, S = 4096, E = 128: argmax 90 against 490 us, stable sort of the expert ids 10 against 60 us, topk 1400 us).
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from ._common import accumulate_dtype
+from ._hash import priorities_numpy
+
+
+def _choose(choice_SE: np.ndarray, first_S: np.ndarray, top_k: int) -> np.ndarray:
+    """int64 [S, K]: top-k per row, ties to the lower index. K passes of a vectorised argmax beat partial sorts by far."""
+    if top_k == 1:
+        return first_S[:, None]
+    rows = np.arange(len(choice_SE))
+    rest_SE = choice_SE.copy()
+    columns = [first_S]
+    for _ in range(1, top_k):
+        rest_SE[rows, columns[-1]] = -np.inf
+        next_S = rest_SE.argmax(1)
+        if (rest_SE[rows, next_S] == -np.inf).any():  # what was taken and what was -inf cannot be told apart
+            return np.argsort(-choice_SE, axis=1, kind="stable")[:, :top_k]
+        columns.append(next_S)
+    return np.stack(columns, 1)
+
+
+def _slots(expert_SK: np.ndarray, ok_S, load_E: np.ndarray, capacity, seed, token_offset):
+    """(slot [S, K] int32, kept_E int64) by radix sorts on 16-bit keys: linear in the entries, no masks."""
+    S, K = expert_SK.shape
+    E = len(load_E)
+    key_N = expert_SK.T.astype(np.int16).ravel()  # k-major
+    if ok_S is not None:
+        key_N[~np.tile(ok_S, K)] = E
+    order = np.argsort(key_N, kind="stable")[: int(load_E.sum())]
+    kept_E = load_E if capacity is None else np.minimum(load_E, capacity)
+    slot_N = np.full(S * K, -1, np.int32)
+    start_E = np.cumsum(load_E) - load_E
+    rank = np.arange(len(order), dtype=np.int32)
+    sorted_key = key_N[order]
+    if kept_E is load_E or (kept_E == load_E).all():
+        slot_N[order] = rank - start_E.astype(np.int32)[sorted_key]
+    elif seed is None:
+        rank = rank - start_E.astype(np.int32)[sorted_key]
+        slot_N[order] = np.where(rank < capacity, rank, np.int32(-1))
+    else:
+        # entries from the highest priority to the lowest, token-major so that stability breaks ties, then by expert
+        falling_SK = ~priorities_numpy(seed, S, K, token_offset)
+        token_key = key_N.reshape(K, S).T.ravel() if K > 1 else key_N
+        falling_N = falling_SK.ravel()
+        by = np.argsort(falling_N.astype(np.uint16), kind="stable")
+        by = by[np.argsort((falling_N >> np.uint32(16)).astype(np.uint16)[by], kind="stable")]
+        by = by[np.argsort(token_key[by], kind="stable")][: len(order)]
+        kept_N = np.zeros(S * K, bool)
+        kept_N[by] = rank - start_E.astype(np.int32)[sorted_key] < capacity  # same experts in the same places
+        if K > 1:
+            kept_N = kept_N.reshape(S, K).T.ravel()
+        order = order[kept_N[order]]
+        start_E = np.cumsum(kept_E) - kept_E
+        slot_N[order] = np.arange(len(order), dtype=np.int32) - start_E.astype(np.int32)[key_N[order]]
+    return slot_N.reshape(K, S).T, kept_E
+
+
+class CPUGate(torch.autograd.Function):
+    """CPU: a softmax, an argmax per choice, radix sorts on 16-bit keys, and one hand-written backward."""
+
+    @staticmethod
+    def forward(ctx, logits_SE, choice_SE, top_k, capacity, seed, token_offset, normalize):
+        S, E = logits_SE.shape
+        dtype = accumulate_dtype(logits_SE.dtype)
+        wide_SE = logits_SE.to(dtype)
+        p_SE = wide_SE.softmax(1)
+        lse_S = wide_SE.amax(1) - p_SE.amax(1).log() if S else wide_SE.new_zeros(0)
+        choice_np = (wide_SE if choice_SE is None else choice_SE.to(dtype)).numpy()
+
+        first_np = choice_np.argmax(1)
+        expert_np = _choose(choice_np, first_np, top_k)
+        ok_np = None
+        healthy = bool(lse_S.sum().isfinite())
+        if choice_SE is not None and healthy:
+            healthy = not np.isnan(choice_np[np.arange(S), first_np]).any()  # argmax takes a NaN first
+        if not healthy:
+            ok_np = lse_S.isfinite().numpy() & ~np.isnan(choice_np).any(1)
+            expert_np[~ok_np] = np.arange(top_k)
+            healthy = bool(ok_np.all())  # finite values whose sum is not
+        counted = expert_np if ok_np is None else expert_np[ok_np]
+        load_E = np.bincount(counted.ravel(), minlength=E)
+        first_E = load_E if top_k == 1 else np.bincount(counted[:, 0], minlength=E)
+        slot_np, kept_E = _slots(expert_np, ok_np, load_E, capacity, seed, token_offset)
+
+        expert_SK = torch.from_numpy(expert_np)
+        slot_SK = torch.from_numpy(np.ascontiguousarray(slot_np))
+        raw_SK = p_SE.gather(1, expert_SK)
+        weight_SK = raw_SK
+        if capacity is not None or ok_np is not None:
+            raw_SK = weight_SK = torch.where(slot_SK >= 0, raw_SK, 0.0)
+        if normalize:
+            weight_SK = raw_SK / raw_SK.sum(1, keepdim=True).clamp_(min=torch.finfo(torch.float32).eps)
+
+        share_E = torch.from_numpy(first_E / max(S, 1)).to(dtype)
+        if S:
+            aux_loss = E * ((p_SE.sum(0) / S) @ share_E)
+            z_loss = lse_S.square().mean()
+            if not healthy:
+                aux_loss, z_loss = aux_loss + torch.nan, z_loss + torch.nan
+        else:
+            aux_loss, z_loss = p_SE.new_zeros(()), p_SE.new_zeros(())
+
+        expert_32, load_32, kept_32 = expert_SK.int(), torch.from_numpy(load_E).int(), torch.from_numpy(kept_E).int()
+        ctx.save_for_backward(p_SE, lse_S, expert_SK, raw_SK, weight_SK, share_E)
+        ctx.normalize, ctx.dtype = normalize, logits_SE.dtype
+        ctx.mark_non_differentiable(expert_32, slot_SK, load_32, kept_32)
+        ctx.set_materialize_grads(False)
+        return expert_32, slot_SK, weight_SK, load_32, kept_32, aux_loss, z_loss
+
+    @staticmethod
+    def backward(ctx, _expert, _slot, d_weight_SK, _load, _kept, d_aux, d_z):
+        p_SE, lse_S, expert_SK, raw_SK, weight_SK, share_E = ctx.saved_tensors
+        S, E = p_SE.shape
+        if S == 0 or (d_weight_SK is None and d_aux is None and d_z is None):
+            return (torch.zeros_like(p_SE, dtype=ctx.dtype), *[None] * 6)
+        # dL/dlogit = p * (a_e + r_s), plus p_k * q_k at the chosen experts, with q = dL/dp there
+        r_S = torch.zeros(S, dtype=p_SE.dtype)
+        if d_z is not None:
+            r_S.add_(lse_S * (2.0 / S * d_z))
+        a_E = None
+        if d_aux is not None:
+            a_E = share_E * (d_aux * (E / S))
+            r_S.sub_(p_SE @ a_E)
+        if d_weight_SK is not None:
+            if ctx.normalize:
+                total_S1 = raw_SK.sum(1, keepdim=True)
+                eps = torch.finfo(torch.float32).eps
+                inner_S1 = (d_weight_SK * weight_SK).sum(1, keepdim=True) * (total_S1 > eps)
+                at_SK = raw_SK * (d_weight_SK - inner_S1) / total_S1.clamp(min=eps)
+            else:
+                at_SK = raw_SK * d_weight_SK
+            r_S.sub_(at_SK.sum(1))
+        if a_E is None:
+            d_SE = p_SE * r_S[:, None]
+        else:
+            d_SE = torch.add(r_S[:, None], a_E).mul_(p_SE)
+        if d_weight_SK is not None:
+            d_SE.scatter_add_(1, expert_SK, at_SK)
+        return (d_SE.to(ctx.dtype), *[None] * 6)

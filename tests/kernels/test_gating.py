@@ -1,0 +1,261 @@
+"""The gate against a brute-force loop over tokens, its backends against each other, and its gradients."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from moelab.kernels._hash import hash_keys, priorities
+from moelab.kernels.gating import Gate, gate
+
+SHAPES = [  # S, E, K, capacity
+    (0, 4, 1, None),
+    (1, 2, 1, None),
+    (1, 2, 2, 1),
+    (7, 2, 1, 4),
+    (13, 5, 2, 3),
+    (67, 7, 3, 11),
+    (67, 512, 2, 1),
+    (70, 64, 8, 12),
+    (257, 16, 1, 19),
+]
+
+
+def brute_force(choice_SE, top_k, capacity, seed, token_offset):
+    """Experts and slots by loops over Python numbers, straight from the definition."""
+    S, E = choice_SE.shape
+    rows = choice_SE.tolist()
+    experts = [sorted(range(E), key=lambda e: (-row[e], e))[:top_k] for row in rows]
+    entries = [(k, s) for k in range(top_k) for s in range(S)]  # k-major
+    kept = set()
+    for e in range(E):
+        mine = [(k, s) for k, s in entries if experts[s][k] == e]
+        if capacity is not None and seed is not None:
+            mine.sort(key=lambda ks: (-python_priority(seed, token_offset + ks[1], ks[0]), ks[1]))
+        kept.update(mine if capacity is None else mine[:capacity])
+    slots = [[-1] * top_k for _ in range(S)]
+    counts = [0] * E
+    for k, s in entries:
+        if (k, s) in kept:
+            slots[s][k] = counts[experts[s][k]]
+            counts[experts[s][k]] += 1
+    load = [sum(e in row for row in experts) for e in range(E)]
+    return experts, slots, load, counts
+
+
+def python_priority(seed, token, k):
+    low, high, _ = hash_keys(seed, 0)
+
+    def mix(x):
+        x ^= x >> 16
+        x = x * 0x85EBCA6B % 2**32
+        x ^= x >> 13
+        x = x * 0xC2B2AE35 % 2**32
+        return x ^ x >> 16
+
+    return mix((mix(token % 2**32 ^ low) + k * 0x9E3779B9) % 2**32 ^ high)
+
+
+def on(target, logits, *args, choice_logits_SE=None, **kwargs):
+    """gate(…) on the target's device, results back on CPU."""
+    backend, device = target
+    if choice_logits_SE is not None:
+        choice_logits_SE = choice_logits_SE.to(device)
+    g = gate(logits.to(device), *args, choice_logits_SE=choice_logits_SE, backend=backend, **kwargs)
+    return Gate(*(t.cpu() for t in g))
+
+
+def check_against_brute_force(logits, top_k, capacity, seed, offset, normalize, target, choice=None):
+    g = on(
+        target, logits, top_k, capacity, seed=seed, token_offset=offset, normalize=normalize, choice_logits_SE=choice
+    )
+    experts, slots, load, kept = brute_force(logits if choice is None else choice, top_k, capacity, seed, offset)
+    S, E = logits.shape
+    shape = (S, top_k)
+    assert torch.equal(g.expert_SK, torch.tensor(experts, dtype=torch.int32).reshape(shape))
+    assert torch.equal(g.slot_SK, torch.tensor(slots, dtype=torch.int32).reshape(shape))
+    assert g.load_E.tolist() == load and g.kept_E.tolist() == kept
+    p = logits.double().softmax(1)
+    weight = torch.where(g.slot_SK >= 0, p.gather(1, g.expert_SK.long()), 0.0)
+    if normalize:
+        weight = weight / weight.sum(1, keepdim=True).clamp(min=1.2e-7)
+    torch.testing.assert_close(g.weight_SK.double(), weight, rtol=1e-5, atol=1e-6)
+    if S:
+        first = torch.bincount(g.expert_SK[:, 0].long(), minlength=E) / S
+        assert math.isclose(g.aux_loss.item(), (E * (p.mean(0) * first).sum()).item(), rel_tol=1e-5)
+        assert math.isclose(g.z_loss.item(), logits.double().logsumexp(1).square().mean().item(), rel_tol=1e-5)
+    else:
+        assert g.aux_loss.item() == 0 and g.z_loss.item() == 0
+    for t in (g.expert_SK, g.slot_SK, g.load_E, g.kept_E):
+        assert t.dtype == torch.int32
+    assert g.weight_SK.dtype == g.aux_loss.dtype == g.z_loss.dtype == torch.float32
+    return g
+
+
+@pytest.mark.parametrize("seed", [None, 0, 1 << 40])
+@pytest.mark.parametrize("S,E,K,capacity", SHAPES)
+def test_semantics(target, S, E, K, capacity, seed):
+    check_against_brute_force(torch.randn(S, E), K, capacity, seed, 3, K > 1, target)
+
+
+@pytest.mark.parametrize("seed", [None, 7])
+@pytest.mark.parametrize("S,E,K,capacity", SHAPES)
+def test_reference_semantics(S, E, K, capacity, seed):
+    check_against_brute_force(torch.randn(S, E), K, capacity, seed, 3, K > 1, ("reference", "cpu"))
+
+
+@settings(max_examples=40, deadline=None)
+@given(data=st.data())
+def test_semantics_hypothesis(target, data):
+    S, E = data.draw(st.integers(0, 40)), data.draw(st.integers(2, 12))
+    K = data.draw(st.integers(1, E))
+    capacity = data.draw(st.none() | st.integers(1, 12))
+    seed = data.draw(st.none() | st.integers(0, 2**63 - 1))
+    offset = data.draw(st.integers(0, 2**33))
+    values = data.draw(st.lists(st.integers(-2, 2), min_size=S * E, max_size=S * E))  # many ties
+    logits = torch.tensor(values, dtype=torch.float32).reshape(S, E)
+    choice = torch.randn(S, E) if data.draw(st.booleans()) else None
+    normalize = data.draw(st.booleans())
+    for each in (target, ("reference", "cpu")):
+        check_against_brute_force(logits, K, capacity, seed, offset, normalize, each, choice)
+
+
+def test_one_expert_takes_all(target):
+    logits = torch.zeros(67, 8)
+    logits[:, 5] = 9.0
+    g = check_against_brute_force(logits, 1, 9, None, 0, False, target)
+    assert g.slot_SK[:9, 0].tolist() == list(range(9)) and (g.slot_SK[9:] == -1).all()
+    g = check_against_brute_force(logits, 1, 9, 4, 0, False, target)
+    assert g.kept_E.tolist() == [0, 0, 0, 0, 0, 9, 0, 0]
+
+
+def test_infinite_logits(target):
+    """An expert masked with -inf is chosen last; ids stay distinct; +inf in the choice logits forces a choice."""
+    logits = torch.randn(9, 6)
+    logits[:, 2:] = -math.inf
+    for each in (target, ("reference", "cpu")):
+        g = check_against_brute_force(logits, 4, None, None, 0, False, each)
+        assert all(len(set(row)) == 4 for row in g.expert_SK.tolist())
+        assert (g.weight_SK[:, 2:] == 0).all()
+        choice = torch.randn(9, 6)
+        choice[:, 3] = math.inf
+        g = check_against_brute_force(torch.randn(9, 6), 2, 4, 1, 0, True, each, choice)
+        assert (g.expert_SK[:, 0] == 3).all()
+
+
+@pytest.mark.parametrize("where", ["nan", "inf", "minus", "choice"])
+@pytest.mark.parametrize("S,E", [(13, 5), (97, 128)])
+def test_bad_tokens_go_nowhere_and_poison_the_losses(target, where, S, E):
+    logits = torch.randn(S, E)
+    clean = logits[[s for s in range(S) if s not in (3, 7)]]
+    choice = logits.clone()
+    if where == "choice":
+        choice[[3, 7], 4] = math.nan
+    else:
+        logits[3, 1] = logits[7, 0] = {"nan": math.nan, "inf": math.inf, "minus": 0.0}[where]
+        if where == "minus":
+            logits[[3, 7]] = -math.inf
+        choice = logits
+    for each in (target, ("reference", "cpu")):
+        for seed in (None, 5):
+            g = on(each, logits, 2, 3, seed=seed, choice_logits_SE=choice)
+            assert g.expert_SK[[3, 7]].tolist() == [[0, 1]] * 2
+            assert (g.slot_SK[[3, 7]] == -1).all() and (g.weight_SK[[3, 7]] == 0).all()
+            assert g.aux_loss.isnan() and g.z_loss.isnan()
+            assert torch.equal(g.load_E, gate(clean, 2).load_E)
+            assert g.weight_SK.isfinite().all()
+
+
+def test_random_selection_ignores_batch_boundaries():
+    """A token's priority depends on the seed and its global index only."""
+    whole = priorities(11, 100, 3)
+    parts = torch.cat([priorities(11, 40, 3), priorities(11, 60, 3, token_offset=40)])
+    assert torch.equal(whole, parts)
+    assert not torch.equal(whole, priorities(12, 100, 3))
+    assert whole.tolist() == [[python_priority(11, s, k) for k in range(3)] for s in range(100)]
+    assert len(set(priorities(3, 5000, 1).flatten().tolist())) == 5000
+
+
+@pytest.mark.parametrize("S,E,K,capacity", [(300, 3, 2, 40), (1100, 4, 1, 200), (90, 2, 2, 1)])
+def test_priority_ties_and_long_lists(target, S, E, K, capacity, monkeypatch):
+    """Few distinct priorities, so that the token decides; and experts with more entries than one chunk."""
+    g = check_against_brute_force(torch.randn(S, E), K, capacity, 3, 0, False, target)
+    assert (g.kept_E == capacity).any()
+
+
+def test_random_selection_is_fair():
+    """Each of 64 tokens that want one expert is kept about as often as any other: no positional bias."""
+    logits = torch.zeros(64, 2)
+    logits[:, 0] = 1
+    kept = torch.stack([gate(logits, 1, 16, seed=s).slot_SK[:, 0] >= 0 for s in range(2000)]).double().mean(0)
+    spread = math.sqrt(0.25 * 0.75 / 2000)
+    assert (kept - 0.25).abs().max() < 4.5 * spread
+
+
+def losses(g, weights):
+    return (g.weight_SK * weights).sum() + 0.3 * g.aux_loss + 0.07 * g.z_loss
+
+
+@pytest.mark.parametrize("normalize", [False, True])
+@pytest.mark.parametrize("S,E,K,capacity", SHAPES)
+def test_gradients_match_the_reference(target, S, E, K, capacity, normalize):
+    """The CPU path in float64, the kernels in float32; each of the three outputs alone and all together."""
+    backend, device = target
+    dtype = torch.float64 if backend == "torch" else torch.float32
+    logits = torch.randn(S, E, dtype=dtype, device=device)
+    out = torch.randn(S, K, dtype=dtype, device=device)
+    grads = []
+    for each in (backend, "reference"):
+        x = logits.clone().requires_grad_()
+        g = gate(x, K, capacity, seed=1, normalize=normalize, backend=each)
+        terms = [(g.weight_SK * out).sum(), g.aux_loss, g.z_loss]
+        grads.append([torch.autograd.grad(t, x, retain_graph=True)[0] for t in (*terms, sum(terms))])
+    exact = dict(rtol=1e-9, atol=1e-11) if dtype == torch.float64 else dict(rtol=1e-4, atol=2e-6)
+    for a, b in zip(*grads, strict=True):
+        torch.testing.assert_close(a, b, **exact)
+
+
+@pytest.mark.parametrize("part", ["weight_SK", "aux_loss", "z_loss"])
+@pytest.mark.parametrize("backend", ["torch", "reference"])
+def test_gradcheck(backend, part):
+    logits = (torch.randn(5, 4, dtype=torch.float64) * 3).requires_grad_()
+    choice = torch.randn(5, 4, dtype=torch.float64)
+    for normalize in (False, True):
+
+        def f(x, normalize=normalize):
+            return getattr(gate(x, 2, 2, seed=1, normalize=normalize, choice_logits_SE=choice, backend=backend), part)
+
+        assert torch.autograd.gradcheck(f, logits)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_logits_route_in_float32(target, dtype):
+    backend, device = target
+    logits = torch.randn(50, 9, device=device).to(dtype).requires_grad_()
+    g = gate(logits, 2, 8, seed=0, backend=backend)
+    wide = gate(logits.detach().float(), 2, 8, seed=0, backend=backend)
+    assert g.weight_SK.dtype == torch.float32
+    for a, b in zip(g, wide, strict=True):
+        assert torch.equal(a, b)
+    losses(g, 1.0).backward()
+    assert logits.grad.dtype == dtype and logits.grad.isfinite().all()
+
+
+@pytest.mark.parametrize(
+    "args,kwargs,message",
+    [
+        ((torch.zeros(3), 1), {}, "logits must be"),
+        ((torch.zeros(3, 4, dtype=torch.int64), 1), {}, "logits must be"),
+        ((torch.zeros(3, 1), 1), {}, "2 to 512 experts"),
+        ((torch.zeros(3, 513), 1), {}, "2 to 512 experts"),
+        ((torch.zeros(3, 4), 5), {}, "top_k must be 1 to 4"),
+        ((torch.zeros(3, 4), 1, 0), {}, "capacity must be at least 1"),
+        ((torch.zeros(3, 4), 1), {"choice_logits_SE": torch.zeros(3, 5)}, "choice logits"),
+        ((torch.zeros(3, 4), 1), {"backend": "cuda"}, "unknown backend"),
+        ((torch.zeros(3, 4), 1), {"backend": "triton"}, "needs CUDA tensors"),
+    ],
+)
+def test_clear_errors(args, kwargs, message):
+    with pytest.raises(ValueError, match=message):
+        gate(*args, **kwargs)

@@ -1,0 +1,165 @@
+"""Grouped products and expert networks against the reference: uneven and empty groups, odd sizes, poisoned memory."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from moelab.kernels import _buffers
+from moelab.kernels.grouped_mm import expert_ffn, grouped_mm
+
+CASES = [  # rows per expert, spare rows, K or M, N or F
+    ([1], 0, 1, 1),
+    ([3, 0, 4], 2, 13, 7),
+    ([0, 67, 0, 1], 0, 67, 33),
+    ([0, 0, 13], 5, 40, 130),
+    ([5, 9, 31, 17], 0, 64, 48),
+    ([0, 0], 3, 8, 8),
+    ([1, 2] * 16, 0, 16, 20),
+]
+ACTIVATIONS = ["none", "gelu", "gelu_tanh"]
+
+
+def make(counts, spare, *dims, dtype, device):
+    """(x, offsets, [(w, b), …], dy)"""
+    E, R = len(counts), sum(counts) + spare
+    offsets = torch.tensor([0, *torch.tensor(counts).cumsum(0).tolist()], dtype=torch.int32, device=device)
+    layers = []
+    for a, b in zip(dims, dims[1:], strict=False):
+        layers += [torch.randn(E, a, b) * a**-0.5, torch.randn(E, b)]
+    tensors = [t.to(device, dtype) for t in (torch.randn(R, dims[0]), *layers, torch.randn(R, dims[-1]))]
+    return tensors[0], offsets, tensors[1:-1], tensors[-1]
+
+
+def run(op, x, offsets, params, dy, **kwargs):
+    leaves = [t.clone().requires_grad_() for t in (x, *params)]
+    y = op(leaves[0], offsets, *leaves[1:], **kwargs)
+    y.backward(dy)
+    return [y.detach(), *(t.grad for t in leaves)]
+
+
+def mm(x, offsets, w, b, **kwargs):
+    return grouped_mm(x, w, offsets, b, **kwargs)
+
+
+def poison():
+    for shape in ((1 << 18,), (1 << 20,)):
+        held = [_buffers.empty(shape, torch.float32).fill_(float("nan")) for _ in range(3)]
+        held += [torch.full(shape, float("nan")) for _ in range(3)]
+        del held
+    held = [torch.full((n,), float("nan")) for n in (64, 512, 4096, 32768) for _ in range(6)]
+    del held
+
+
+def check(op, counts, spare, dims, dtype, activation, target):
+    backend, device = target
+    x, offsets, params, dy = make(counts, spare, *dims, dtype=dtype, device=device)
+    poison()
+    got = run(op, x, offsets, params, dy, activation=activation, backend=backend)
+    want = run(op, x, offsets, params, dy, activation=activation, backend="reference")
+    tolerance = {torch.float32: 2e-5, torch.bfloat16: 3e-2, torch.float16: 4e-3}[dtype]
+    for name, a, b in zip(("y", "dx", "dw1", "db1", "dw2", "db2"), got, want, strict=False):
+        assert a.dtype == b.dtype == dtype and a.shape == b.shape, name
+        scale = max(1.0, b.abs().max().item()) if b.numel() else 1.0
+        torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance * scale, msg=lambda m, n=name: f"{n}: {m}")
+    assert not got[0][sum(counts) :].any() and not got[1][sum(counts) :].any()  # spare rows: zero out, zero gradient
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("counts,spare,K,N", CASES)
+def test_grouped_mm(target, counts, spare, K, N, activation):
+    check(mm, counts, spare, (K, N), torch.float32, activation, target)
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("counts,spare,M,F", CASES)
+def test_expert_ffn(target, counts, spare, M, F, activation):
+    check(expert_ffn, counts, spare, (M, F, M), torch.float32, activation, target)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("op,dims", [(mm, (24, 40)), (expert_ffn, (24, 40, 24))])
+def test_half_precision(target, op, dims, dtype):
+    check(op, [5, 0, 33, 1], 2, dims, dtype, "gelu_tanh", target)
+
+
+def test_without_bias(target):
+    backend, device = target
+    x, offsets, (w1, _, w2, _), dy = make([4, 0, 7], 0, 10, 12, 10, dtype=torch.float32, device=device)
+    leaves = [[t.clone().requires_grad_() for t in (x, w1, w2)] for _ in range(2)]
+    for (a, b, c), name in zip(leaves, (backend, "reference"), strict=True):
+        expert_ffn(a, offsets, b, None, c, None, backend=name).backward(dy)
+    for a, b in zip(*leaves, strict=True):
+        torch.testing.assert_close(a.grad, b.grad, rtol=2e-5, atol=2e-5)
+
+
+def test_partial_gradients(target):
+    """Frozen inputs and weights get no gradient and do not disturb the others."""
+    backend, device = target
+    x, offsets, params, dy = make([4, 2], 0, 6, 8, 6, dtype=torch.float32, device=device)
+    full = run(expert_ffn, x, offsets, params, dy, backend=backend)
+    for free in range(5):
+        leaves = [t.clone().requires_grad_(i == free) for i, t in enumerate((x, *params))]
+        expert_ffn(leaves[0], offsets, *leaves[1:], backend=backend).backward(dy)
+        assert [t.grad is not None for t in leaves] == [i == free for i in range(5)]
+        torch.testing.assert_close(leaves[free].grad, full[1 + free])
+    with torch.no_grad():
+        torch.testing.assert_close(expert_ffn(x, offsets, *params, backend=backend), full[0])
+
+
+def test_no_rows(target):
+    backend, device = target
+    x, offsets, params, dy = make([0, 0, 0], 0, 6, 8, 6, dtype=torch.float32, device=device)
+    got = run(expert_ffn, x, offsets, params, dy, backend=backend)
+    assert got[0].shape == (0, 6) and not any(t.any() for t in got[1:])
+
+
+@settings(max_examples=15, deadline=None)
+@given(
+    counts=st.lists(st.integers(0, 40), min_size=1, max_size=6),
+    spare=st.integers(0, 3),
+    M=st.integers(1, 70),
+    F=st.integers(1, 70),
+    activation=st.sampled_from(ACTIVATIONS),
+)
+def test_expert_ffn_hypothesis(target, counts, spare, M, F, activation):
+    check(expert_ffn, counts, spare, (M, F, M), torch.float32, activation, target)
+
+
+@pytest.mark.parametrize("backend", ["torch", "reference"])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_gradcheck(backend, activation):
+    x, offsets, params, _ = make([2, 0, 3], 0, 3, 4, 3, dtype=torch.float64, device="cpu")
+    inputs = [t.requires_grad_() for t in (x, *params)]
+
+    def ffn(x, *params):
+        return expert_ffn(x, offsets, *params, activation=activation, backend=backend)
+
+    def product(x, w, b):
+        return grouped_mm(x, w, offsets, b, activation=activation, backend=backend)
+
+    assert torch.autograd.gradcheck(ffn, inputs)
+    assert torch.autograd.gradcheck(product, inputs[:3])
+
+
+def test_weight_gradient_is_deterministic(target):
+    backend, device = target
+    args = make([40, 3, 21], 0, 33, 29, 33, dtype=torch.float32, device=device)
+    first, second = (run(expert_ffn, *args, backend=backend) for _ in range(2))
+    for a, b in zip(first, second, strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize(
+    "change,message",
+    [
+        (dict(activation="relu"), "unknown activation"),
+        (dict(w=torch.zeros(2, 3, 4)), "rows of width 5"),
+        (dict(b=torch.zeros(2, 5)), "bias"),
+        (dict(w=torch.zeros(2, 5, 4, dtype=torch.bfloat16)), "one dtype for all"),
+        (dict(offsets=torch.zeros(3)), "offsets must be int32"),
+    ],
+)
+def test_clear_errors(change, message):
+    a = dict(x=torch.zeros(6, 5), w=torch.zeros(2, 5, 4), offsets=torch.tensor([0, 2, 6]), b=torch.zeros(2, 4)) | change
+    with pytest.raises(ValueError, match=message):
+        grouped_mm(a["x"], a["w"], a["offsets"], a["b"], activation=a.get("activation", "none"))

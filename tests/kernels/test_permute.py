@@ -1,0 +1,182 @@
+"""Row tables, dispatch and combine: against loops, the reference, and poisoned memory."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from moelab.kernels import _buffers
+from moelab.kernels.gating import gate
+from moelab.kernels.permute import RowTable, combine, dispatch, row_table
+
+CASES = [  # S, E, K, capacity, M
+    (1, 2, 1, None, 1),
+    (7, 4, 2, 2, 13),
+    (13, 5, 1, 2, 67),
+    (67, 8, 3, 11, 130),
+    (67, 32, 2, None, 64),
+    (40, 3, 1, 1, 256),
+]
+
+
+def make(S, E, K, capacity, device="cpu", seed=2):
+    logits = torch.randn(S, E)
+    if E > 3:
+        logits[:, 1] = -50.0  # an empty expert
+    return gate(logits.to(device), K, capacity, seed=seed)
+
+
+def poison():
+    """NaN in the memory that the next outputs are likely to get."""
+    _buffers.release()
+    held = [torch.full((n,), float("nan")) for n in (1 << 8, 1 << 12, 1 << 16, 1 << 19) for _ in range(4)]
+    held += [_buffers.empty((1 << k,), torch.float32).fill_(float("nan")) for k in range(18, 21)]
+    del held
+
+
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("S,E,K,capacity,M", CASES)
+def test_table(target, S, E, K, capacity, M, padded):
+    backend, device = target
+    g = make(S, E, K, capacity, device)
+    C = capacity if capacity is not None else S
+    table = row_table(g, capacity=C if padded else None, backend=backend)
+    for t in table:
+        assert t.dtype == torch.int32
+    row, entry, offsets = (t.tolist() for t in table)
+    expert, slot = g.expert_SK.tolist(), g.slot_SK.tolist()
+    kept = g.kept_E.tolist()
+    assert offsets == [e * C for e in range(E + 1)] if padded else offsets == [sum(kept[:e]) for e in range(E + 1)]
+    seen = 0
+    for s in range(S):
+        for k in range(K):
+            if slot[s][k] < 0:
+                assert row[s][k] == -1
+            else:
+                assert row[s][k] == offsets[expert[s][k]] + slot[s][k] and entry[row[s][k]] == s * K + k
+                seen += 1
+    assert sum(e >= 0 for e in entry) == seen == sum(kept)
+    reference = row_table(g, capacity=C if padded else None, rows=None if padded else len(entry), backend="reference")
+    for a, b in zip(table, reference, strict=True):
+        assert torch.equal(a, b)
+
+
+def run(x, table, weight, dy, backend):
+    """Outputs and gradients of combine(f(dispatch(x))) with a fixed f."""
+    x, weight = x.clone().requires_grad_(), weight.clone().requires_grad_()
+    rows = dispatch(x, table, backend=backend)
+    rows.retain_grad()
+    y = combine(rows * 1.5, table, weight, backend=backend)
+    y.backward(dy)
+    return rows.detach(), y.detach(), x.grad, rows.grad, weight.grad
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("S,E,K,capacity,M", CASES)
+def test_values_and_gradients(target, S, E, K, capacity, M, dtype):
+    backend, device = target
+    g = make(S, E, K, capacity, device)
+    for padded in (False, True):
+        table = row_table(g, capacity=(capacity or S) if padded else None, backend=backend)
+        x, dy = torch.randn(2, S, M, device=device).to(dtype)
+        poison()
+        got = run(x, table, g.weight_SK, dy, backend)
+        want = run(x, table, g.weight_SK, dy, "reference")
+        tolerance = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}[dtype]
+        for name, a, b in zip(("rows", "y", "dx", "d rows", "d weight"), got, want, strict=True):
+            assert a.dtype == b.dtype, name
+            torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance * M**0.5, msg=lambda m, n=name: f"{n}: {m}")
+        assert torch.equal(got[0], want[0])
+
+
+def test_dispatch_and_combine_by_hand(target):
+    backend, device = target
+    x = torch.tensor([[1.0, 10.0], [2.0, 20.0], [3.0, 30.0]], device=device)
+    table = RowTable(
+        *(
+            torch.tensor(t, dtype=torch.int32, device=device)
+            for t in ([[1, 3], [-1, 2], [0, -1]], [4, 0, 3, 1, -1], [0, 2, 5])
+        )
+    )
+    rows = dispatch(x, table, backend=backend)
+    assert rows.tolist() == [[3, 30], [1, 10], [2, 20], [1, 10], [0, 0]]
+    rows[4] = float("nan")  # an empty row is never read
+    weight = torch.tensor([[0.5, 0.25], [9.0, 2.0], [1.0, 9.0]], device=device)
+    y = combine(rows, table, weight, backend=backend)
+    assert y.tolist() == [[0.75, 7.5], [4, 40], [3, 30]]
+
+
+def test_everything_dropped(target):
+    """A table without rows: zeros out, zero gradients."""
+    backend, device = target
+    row = torch.full((5, 2), -1, dtype=torch.int32, device=device)
+    table = RowTable(
+        row, torch.empty(0, dtype=torch.int32, device=device), torch.zeros(4, dtype=torch.int32, device=device)
+    )
+    x = torch.randn(5, 3, device=device)
+    rows, y, dx, _, dw = run(x, table, torch.ones(5, 2, device=device), torch.ones(5, 3, device=device), backend)
+    assert rows.shape == (0, 3) and not y.any() and not dx.any() and not dw.any()
+
+
+def test_no_tokens(target):
+    backend, device = target
+    g = gate(torch.zeros(0, 4, device=device), 2, backend=backend)
+    table = row_table(g, backend=backend)
+    rows = dispatch(torch.zeros(0, 8, device=device), table, backend=backend)
+    assert combine(rows, table, g.weight_SK, backend=backend).shape == (0, 8)
+
+
+def test_given_row_count(target):
+    """Rows past the last group are empty and zero, as on a GPU that must not ask for the exact count."""
+    backend, device = target
+    g = make(20, 4, 1, 3, device)
+    table = row_table(g, rows=20, backend=backend)
+    total = int(table.offsets_E1[-1])
+    assert total < 20 and (table.entry_R[total:] == -1).all()
+    assert not dispatch(torch.randn(20, 7, device=device), table, backend=backend)[total:].any()
+
+
+@settings(max_examples=25, deadline=None)
+@given(S=st.integers(1, 30), E=st.integers(2, 9), data=st.data())
+def test_round_trip_hypothesis(target, S, E, data):
+    """Unit weights and no drops: combine(dispatch(x)) is K times x."""
+    backend, device = target
+    K = data.draw(st.integers(1, min(E, 4)))
+    M = data.draw(st.integers(1, 70))
+    g = gate(torch.randn(S, E, device=device), K, backend=backend)
+    table = row_table(g, backend=backend)
+    x = torch.randn(S, M, device=device)
+    y = combine(dispatch(x, table, backend=backend), table, torch.ones(S, K, device=device), backend=backend)
+    torch.testing.assert_close(y, K * x)
+
+
+def test_gradcheck():
+    table = row_table(make(6, 3, 2, 3))
+    x = torch.randn(6, 4, dtype=torch.float64, requires_grad=True)
+    rows = torch.randn(len(table.entry_R), 4, dtype=torch.float64, requires_grad=True)
+    weight = torch.rand(6, 2, dtype=torch.float64, requires_grad=True)
+    for backend in ("torch", "reference"):
+        assert torch.autograd.gradcheck(lambda x, b=backend: dispatch(x, table, backend=b), x)
+        assert torch.autograd.gradcheck(lambda r, w, b=backend: combine(r, table, w, backend=b), (rows, weight))
+
+
+def test_clear_errors():
+    table = row_table(make(6, 3, 2, 3))
+    with pytest.raises(ValueError, match="table of 6 tokens"):
+        dispatch(torch.zeros(5, 4), table)
+    with pytest.raises(ValueError, match="combine: rows"):
+        combine(torch.zeros(5, 4), table, torch.zeros(6, 2))
+
+
+def test_buffers_are_reused_only_when_free():
+    _buffers.release()
+    a = _buffers.empty((1 << 20,), torch.bfloat16)
+    assert a.data_ptr() % 64 == 0 and a.shape == (1 << 20,) and a.dtype == torch.bfloat16
+    address, part = a.data_ptr(), a[5:9]
+    b = _buffers.empty((1 << 20,), torch.bfloat16)
+    assert b.data_ptr() != address
+    del a
+    assert _buffers.empty((1 << 20,), torch.bfloat16).data_ptr() != address  # a view keeps it
+    del part
+    assert _buffers.empty((1 << 19,), torch.float32).data_ptr() == address
+    del b
+    assert _buffers.release() > 0
