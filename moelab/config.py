@@ -126,6 +126,7 @@ class ModelConfig:
         init_std: standard deviation of the initial weights.
         dropout: applied to embeddings, attention and the two residual branches.
         routing: the gate's behaviour.
+        dispatch: how tokens reach their experts: "local" by table, or "einsum", the paper's PyTorch baseline. Same results.
         name: how the configuration prints; not part of its identity.
     """
 
@@ -141,6 +142,7 @@ class ModelConfig:
     init_std: float = 0.014
     dropout: float = 0.0
     routing: RoutingConfig = RoutingConfig()
+    dispatch: Literal["local", "einsum"] = "local"
     name: str = field(default="", compare=False, metadata={"identity": False})
 
     def __post_init__(self) -> None:
@@ -176,6 +178,10 @@ class ModelConfig:
         _check(
             self.residual_mix in ("learned", "sum"),
             f"{where}: residual_mix must be 'learned' or 'sum', got {self.residual_mix!r}",
+        )
+        _check(
+            self.dispatch in ("local", "einsum"),
+            f"{where}: dispatch must be 'local' or 'einsum', got {self.dispatch!r}",
         )
 
     # -- names -------------------------------------------------------------------------------------------------------
@@ -268,7 +274,8 @@ class ModelConfig:
 
         Hidden size, depth and experts are divided by the given numbers (24 -> 8 layers, 21 -> 7: the students keep their 12.5 %
         cut). Twin layer i stands for the source's layers ``((i - 1) L/L', i L/L']`` and, every second layer, carries the most
-        experts found in the last two of those windows: halves stay halves, and a pyramid keeps its wide top. Heads are about
+        experts found in the last two of those windows: halves stay halves, and a pyramid keeps its wide top. `init_std` grows as
+        1 / sqrt(hidden), so that products start at the source's size (see LOG.md for what that brings). Heads are about
         `head_size` wide (the 350M model's own width; narrower ones are slower on a CPU, see LOG.md).
         """
         layers = max(1, round(self.layers / depth))
@@ -292,7 +299,7 @@ class ModelConfig:
             top_k=min(self.top_k, min((e for e in twin_experts if e), default=self.top_k)),
             vocab=vocab,
             context=context,
-            init_std=0.02,
+            init_std=round(self.init_std * math.sqrt(self.hidden / width), 6),
             name=f"{self} twin",
         )
 
@@ -422,10 +429,10 @@ class TrainConfig:
     """
 
     tokens: int = 1_000_000
-    batch_size: int = 8
+    batch_size: int = 4
     micro_batch: int = 0
-    lr: float = 3e-3
-    min_lr: float = 3e-4
+    lr: float = 4e-3
+    min_lr: float = 4e-4
     warmup_tokens: int = 50_000
     decay_tokens: int = 0
     betas: tuple[float, float] = (0.9, 0.95)
@@ -437,8 +444,8 @@ class TrainConfig:
     threads: int = 1
     seed: int = 0
     eval_every: int = 100
-    eval_tokens: int = 32_768
-    log_every: int = 10
+    eval_tokens: int = 16_384
+    log_every: int = 20
     checkpoint_every: int = field(default=100, metadata={"identity": False})
     tensorboard: bool = field(default=False, metadata={"identity": False})
 

@@ -138,6 +138,7 @@ def test_twins_keep_the_shape_rule():
     assert ModelConfig.parse("350M+FirstHalf-MoE-32").shrink().experts == (0, 4, 0, 4, 0, 0, 0, 0)
     assert ModelConfig.parse("350M+MoE-128 twin") == ModelConfig.parse("350M+MoE-128").shrink()
     assert ModelConfig.parse("1.3B").shrink().head_size == 64
+    assert twin.init_std == pytest.approx(0.014 * 4)  # 1 / sqrt(hidden)
 
 
 def test_capacity_is_the_papers():

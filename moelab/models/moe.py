@@ -1,8 +1,10 @@
-"""The mixture-of-experts feed-forward layer, and its residual form (paper sections 3 and 4).
+"""The mixture-of-experts feed-forward layer, and its residual form (paper sections 3, 4 and 5.4).
 
     x_SM -> Router -> Routing -> dispatch -> experts -> combine -> y_SM (+ residual mix)
 
 Read from `MoE` at the end. Dispatch brings tokens into expert order, combine brings the experts' outputs back and weighs them.
+Two ways to do it, the same results: `local` copies rows by table (`moelab.kernels`), `einsum` is the paper's PyTorch baseline, kept
+because experiments compare with it.
 """
 
 from __future__ import annotations
@@ -11,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from moelab import kernels
 from moelab.config import ModelConfig
 from moelab.models.routing import Router, Routing
 
@@ -37,41 +40,35 @@ class Experts(nn.Module):
         self.down = nn.Parameter(torch.empty(experts, ffn, hidden))
         self.down_bias = nn.Parameter(torch.empty(experts, hidden))
 
-    def forward(self, rows_RM: Tensor, count_E: Tensor) -> Tensor:
-        """Rows grouped by expert, `count_E` (int64) of them each -> the experts' outputs in the same order, [R, M]."""
-        outputs = []
-        # unbind once: indexing the stacked parameter per expert would make its gradient a sum of E full-size tensors.
-        weights = zip(self.up.unbind(), self.up_bias.unbind(), self.down.unbind(), self.down_bias.unbind(), strict=True)
-        for rows, (up, up_bias, down, down_bias) in zip(rows_RM.split(count_E.tolist()), weights, strict=True):
-            outputs.append(F.linear(F.gelu(F.linear(rows, up.t(), up_bias), approximate="tanh"), down.t(), down_bias))
-        return torch.cat(outputs)
+    def forward(self, rows_RM: Tensor, offsets_E1: Tensor) -> Tensor:
+        """Rows in expert order, expert e's from `offsets_E1[e]` (int32) to `offsets_E1[e + 1]` -> outputs, same order, [R, M]."""
+        weights = (w.to(rows_RM.dtype) for w in (self.up, self.up_bias, self.down, self.down_bias))
+        return kernels.expert_ffn(rows_RM, offsets_E1, *weights)
 
 
-def dispatch(x_SM: Tensor, routing: Routing) -> tuple[Tensor, Tensor]:
-    """Tokens in expert order, without padding.
+def local(x_SM: Tensor, routing: Routing, experts: Experts) -> Tensor:
+    """Dispatch, experts and combine by table: every kept token is copied once there and once back, S * K * M each."""
+    table = kernels.row_table(routing)
+    rows_RM = experts(kernels.dispatch(x_SM, table), table.offsets_E1)
+    return kernels.combine(rows_RM, table, routing.weight_SK)
 
-    Returns:
-        rows_RM: the R kept choices' tokens, expert by expert, slot by slot.
-        row_SK: int64, the row of each choice, R where it was dropped.
-    """
-    S, K = routing.expert_SK.shape
-    start_E = routing.kept_E.cumsum(0) - routing.kept_E
+
+def einsum(x_SM: Tensor, routing: Routing, experts: Experts) -> Tensor:
+    """The baseline: one-hot masks [S, E, C] and two products of S * E * C * M multiply-adds, nearly all with zeros (GShard)."""
+    E = len(routing.kept_E)
+    capacity = max(int(routing.kept_E.max()), 1)
     kept_SK = routing.slot_SK >= 0
-    total = int(routing.kept_E.sum())
-    row_SK = torch.where(kept_SK, start_E[routing.expert_SK] + routing.slot_SK, total)
-    token_R = torch.empty(total + 1, dtype=torch.int64, device=x_SM.device)
-    token_R[row_SK] = torch.arange(S, device=x_SM.device)[:, None].expand(S, K)
-    return x_SM.index_select(0, token_R[:total]), row_SK
+    expert_SKE = F.one_hot(routing.expert_SK.long(), E).to(x_SM.dtype)
+    slot_SKC = F.one_hot(routing.slot_SK.long().clamp(min=0), capacity).to(x_SM.dtype) * kept_SK[:, :, None]
+    combine_SEC = torch.einsum("sk,ske,skc->sec", routing.weight_SK.to(x_SM.dtype), expert_SKE, slot_SKC)
+    dispatch_SEC = torch.einsum("ske,skc->sec", expert_SKE, slot_SKC)
+    rows_ECM = torch.einsum("sec,sm->ecm", dispatch_SEC, x_SM)
+    offsets_E1 = torch.arange(E + 1, dtype=torch.int32, device=x_SM.device) * capacity
+    rows_ECM = experts(rows_ECM.flatten(0, 1), offsets_E1).view(E, capacity, -1)
+    return torch.einsum("sec,ecm->sm", combine_SEC, rows_ECM)
 
 
-def combine(rows_RM: Tensor, row_SK: Tensor, weight_SK: Tensor) -> Tensor:
-    """Each token's weighted sum of its experts' outputs, [S, M]; zero for a token all of whose choices were dropped."""
-    rows = torch.cat([rows_RM, rows_RM.new_zeros(1, rows_RM.shape[1])])
-    weight_SK = weight_SK.to(rows.dtype)
-    y_SM = rows.index_select(0, row_SK[:, 0]) * weight_SK[:, :1]
-    for k in range(1, row_SK.shape[1]):
-        y_SM = y_SM + rows.index_select(0, row_SK[:, k]) * weight_SK[:, k : k + 1]
-    return y_SM
+DISPATCH = {"local": local, "einsum": einsum}
 
 
 class MoE(nn.Module):
@@ -87,18 +84,16 @@ class MoE(nn.Module):
         self.experts = Experts(experts, config.hidden, config.ffn)
         self.mlp = MLP(config.hidden, config.ffn) if config.residual else None
         self.mix = nn.Linear(config.hidden, 2) if config.residual and config.residual_mix == "learned" else None
+        self.dispatch = config.dispatch
 
     def forward(self, x: Tensor) -> tuple[Tensor, Routing]:
         """x [..., M] -> (y [..., M], how it was routed); S is the product of the leading dims."""
         x_SM = x.reshape(-1, x.shape[-1])
         routing = self.router(x_SM)
-        rows_RM, row_SK = dispatch(x_SM, routing)
-        y_SM = combine(self.experts(rows_RM, routing.kept_E), row_SK, routing.weight_SK)
+        if torch.is_autocast_enabled(x.device.type):  # our kernels compute in their input's dtype
+            x_SM = x_SM.to(torch.get_autocast_dtype(x.device.type))
+        y_SM = DISPATCH[self.dispatch](x_SM, routing, self.experts)
         if self.mlp is not None:
-            fixed_SM = self.mlp(x_SM)
-            if self.mix is not None:
-                coefficient_S2 = F.softmax(self.mix(x_SM).float(), dim=-1).to(y_SM.dtype)
-                y_SM = coefficient_S2[:, :1] * y_SM + coefficient_S2[:, 1:] * fixed_SM
-            else:
-                y_SM = y_SM + fixed_SM
+            mix = (x_SM, self.mix.weight.to(x_SM.dtype), self.mix.bias.to(x_SM.dtype)) if self.mix is not None else ()
+            y_SM = kernels.residual_mix(y_SM, self.mlp(x_SM), *mix)
         return y_SM.view_as(x), routing
