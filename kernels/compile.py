@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import csv
-import os
 import re
 import subprocess
 import sys
@@ -66,7 +65,7 @@ class Record(NamedTuple):
     registers: int
     shared_bytes: int
     spill_bytes: int
-    stack_bytes: int
+    """Local memory a thread takes; see ``_resources``."""
     blocks_per_sm: int
     occupancy: float
 
@@ -131,6 +130,7 @@ FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
 CASES: dict[str, Callable[[], None]] = {
     "gate S1 E128 K1": _gate_case(1, 128, 1),
     "gate S64 E128 K1 random": _gate_case(64, 128, 1, capacity=4, seed=1),
+    "gate S512 E16 K2": _gate_case(512, 16, 2, capacity=64, normalize=True),
     "gate S1024 E8 K2": _gate_case(1024, 8, 2, capacity=128, normalize=True),
     "gate S8192 E128 K1 random": _gate_case(8192, 128, 1, capacity=64, seed=1),
     "gate S8192 E64 K2 noisy": _gate_case(8192, 64, 2, capacity=256, normalize=True, noisy=True),
@@ -220,14 +220,27 @@ def launches(cases: tuple[str, ...] | None = None) -> list[Launch]:
 # --- compiling ----------------------------------------------------------------------------------------------------------
 
 
-def _ptxas() -> str:
+def _resources(cubin: bytes) -> tuple[int, int]:
+    """(registers, bytes of local memory) a thread of a compiled kernel takes, read from the machine code itself.
+
+    The kernels have no arrays of their own, so that local memory, stack included, is spilled registers."""
     from triton import knobs
 
-    return knobs.nvidia.ptxas.path
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "kernel.cubin"
+        path.write_bytes(cubin)
+        command = [knobs.nvidia.cuobjdump.path, "-res-usage", str(path)]
+        report = subprocess.run(command, capture_output=True, text=True)
+    text = report.stdout + report.stderr
+    usage = re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", text)
+    if usage is None:
+        raise RuntimeError(f"cuobjdump told no resources: {text.strip()[-500:]}")
+    registers, stack, local = (int(v) for v in usage.groups())
+    return registers, stack + local
 
 
 def compile_launch(launch: Launch, arch: str) -> Record:
-    """Compiles one launch to machine code for ``arch`` and reads its resources from ptxas."""
+    """Compiles one launch to machine code for ``arch`` and reads its resources back."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -239,19 +252,9 @@ def compile_launch(launch: Launch, arch: str) -> Record:
         attrs={(i,): [["tt.divisibility", 16]] for i in launch.aligned},
     )
     target = GPUTarget("cuda", int(arch.removeprefix("sm_")), 32)
-    options = dict(num_warps=launch.num_warps, num_stages=launch.num_stages)
+    options = dict(num_warps=launch.num_warps, num_stages=launch.num_stages, enable_fp_fusion=True)
     compiled = triton.compile(source, target=target, options=options)
-    ptx = compiled.asm["ptx"]
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "kernel.ptx"
-        path.write_text(ptx)
-        name = re.search(r"\.target (sm_\w+)", ptx).group(1)
-        command = [_ptxas(), "-v", "--gpu-name", name, str(path), "-o", os.devnull]
-        report = subprocess.run(command, capture_output=True, text=True, check=True)
-    text = report.stdout + report.stderr
-    registers = int(re.search(r"Used (\d+) registers", text).group(1))
-    frame = re.search(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", text)
-    stack, stores, loads = (int(v) for v in frame.groups())
+    registers, local = _resources(compiled.asm["cubin"])
     warps = compiled.metadata.num_warps
     blocks, occupancy = estimate_occupancy(arch, warps, registers, compiled.metadata.shared)
     shown = [f"{k}={v}" for k, v in launch.constants if isinstance(v, int | str) and k.isupper()]
@@ -259,7 +262,7 @@ def compile_launch(launch: Launch, arch: str) -> Record:
     configuration = " ".join([pointers, *shown, f"stages={launch.num_stages}"])
     return Record(
         launch.kernel.__name__.strip("_"), launch.case, arch, configuration, warps,
-        registers, compiled.metadata.shared, stores + loads, stack, blocks, round(occupancy, 3),
+        registers, compiled.metadata.shared, local, blocks, round(occupancy, 3),
     )  # fmt: skip
 
 
