@@ -178,7 +178,7 @@ def _softmax_tile(logits_p, rows, cols, S, E):
     x = tl.load(logits_p + at, mask=inside, other=float("-inf")).to(tl.float32)
     top = tl.max(x, axis=1)
     top = tl.where(rows < S, top, 0.0)
-    ex = tl.where(inside, tl.exp(x - top[:, None]), 0.0)
+    ex = tl.exp(x - top[:, None])  # 0 outside, where x is -inf
     total = tl.sum(ex, axis=1)
     ok = (rows < S) & (total == total)
     return ex / tl.where(rows < S, total, 1.0)[:, None], top + tl.log(total), ok, x
@@ -191,7 +191,7 @@ def _choice_keys(choice_p, x, ok, rows, cols, S, E, HAS_CHOICE: tl.constexpr):
     if HAS_CHOICE:
         x = tl.load(choice_p + rows[:, None].to(tl.int64) * E + cols[None, :], mask=inside, other=0.0).to(tl.float32)
         ok = ok & (tl.sum((x != x).to(tl.int32), axis=1) == 0)
-    return tl.where(inside, _sortable(x), -0x80000000), ok
+    return tl.where(cols[None, :] < E, _sortable(x), -0x80000000), ok
 
 
 @triton.jit(do_not_specialize=["CAP", "low", "high", "offset"])
@@ -284,7 +284,7 @@ def _gate_choose_kernel(
         at = rows.to(tl.int64) * K + k
         tl.store(expert_p + at, tl.where(ok, best, k).to(tl.int32), mask=rows < S)
         tl.store(slot_p + at, tl.where(ok, 0, -1), mask=rows < S)
-        tl.store(weight_p + at, tl.where(ok, tl.sum(tl.where(taken, p, 0.0), axis=1), 0.0), mask=rows < S)
+        tl.store(weight_p + at, tl.where(ok, tl.sum(taken.to(tl.float32) * p, axis=1), 0.0), mask=rows < S)
         count = tl.sum((taken & ok[:, None]).to(tl.int32), axis=0)
         tl.store(counts_p + (k * blocks + block) * E + cols, count, mask=cols < E)
 
@@ -519,7 +519,7 @@ class _TritonGate(torch.autograd.Function):
                 num_warps=8 if rows * BE >= TILE else 4,
             )  # fmt: skip
         else:
-            BS = max(TILE // BE, 1)
+            BS = max((TILE if BE > 32 else TILE // 2) // BE, 1)
             blocks = triton.cdiv(S, BS)
             counts = torch.empty(K, blocks, E, dtype=torch.int32, device=device)
             mean, z = torch.empty(blocks, E, device=device), torch.empty(blocks, device=device)
