@@ -39,6 +39,9 @@ except ImportError:  # macOS: the torch backend needs none of it
 Backend = Literal["auto", "torch", "triton", "reference"]
 """How an op runs; see the module's text."""
 
+recording = False
+"""True while compile.py collects the launches of the ops on meta tensors; nothing runs then."""
+
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -61,7 +64,7 @@ def pick_backend(op: str, backend: Backend, *tensors: torch.Tensor | None) -> st
     if backend == "triton":
         if not HAS_TRITON:
             raise ValueError(f"{op}: backend 'triton' needs the triton package, which this platform lacks")
-        if kind != "cuda" and not INTERPRETING:
+        if kind != "cuda" and not INTERPRETING and not (recording and kind == "meta"):
             raise ValueError(
                 f"{op}: backend 'triton' needs CUDA tensors, these are on {kind} (tests: TRITON_INTERPRET=1)"
             )

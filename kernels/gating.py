@@ -178,7 +178,7 @@ def _softmax_tile(logits_p, rows, cols, S, E):
     x = tl.load(logits_p + at, mask=inside, other=float("-inf")).to(tl.float32)
     top = tl.max(x, axis=1)
     top = tl.where(rows < S, top, 0.0)
-    ex = tl.where(inside, tl.exp(x - top[:, None]), 0.0)
+    ex = tl.exp(x - top[:, None])  # 0 outside, where x is -inf
     total = tl.sum(ex, axis=1)
     ok = (rows < S) & (total == total)
     return ex / tl.where(rows < S, total, 1.0)[:, None], top + tl.log(total), ok, x
@@ -191,7 +191,7 @@ def _choice_keys(choice_p, x, ok, rows, cols, S, E, HAS_CHOICE: tl.constexpr):
     if HAS_CHOICE:
         x = tl.load(choice_p + rows[:, None].to(tl.int64) * E + cols[None, :], mask=inside, other=0.0).to(tl.float32)
         ok = ok & (tl.sum((x != x).to(tl.int32), axis=1) == 0)
-    return tl.where(inside, _sortable(x), -0x80000000), ok
+    return tl.where(cols[None, :] < E, _sortable(x), -0x80000000), ok
 
 
 @triton.jit(do_not_specialize=["CAP", "low", "high", "offset"])
@@ -284,7 +284,7 @@ def _gate_choose_kernel(
         at = rows.to(tl.int64) * K + k
         tl.store(expert_p + at, tl.where(ok, best, k).to(tl.int32), mask=rows < S)
         tl.store(slot_p + at, tl.where(ok, 0, -1), mask=rows < S)
-        tl.store(weight_p + at, tl.where(ok, tl.sum(tl.where(taken, p, 0.0), axis=1), 0.0), mask=rows < S)
+        tl.store(weight_p + at, tl.where(ok, tl.sum(taken.to(tl.float32) * p, axis=1), 0.0), mask=rows < S)
         count = tl.sum((taken & ok[:, None]).to(tl.int32), axis=0)
         tl.store(counts_p + (k * blocks + block) * E + cols, count, mask=cols < E)
 
@@ -440,7 +440,7 @@ def _gate_backward_kernel(
     """dL/dlogits = p * (a_e + r_s), plus p_k q_k at the chosen experts, q = dL/dp there; p is computed anew."""
     rows = tl.program_id(0) * BS + tl.arange(0, BS)
     cols = tl.arange(0, BE)
-    p, lse, ok, _ = _softmax_tile(logits_p, rows, cols, S, E)
+    p, lse, _, _ = _softmax_tile(logits_p, rows, cols, S, E)
     r = tl.zeros([BS], tl.float32)
     if HAS_Z:
         r += lse * (2.0 * tl.load(d_z_p) / S)
@@ -459,7 +459,8 @@ def _gate_backward_kernel(
                 at = rows.to(tl.int64) * K + k
                 expert = tl.load(expert_p + at, mask=rows < S, other=0)
                 kept = tl.load(slot_p + at, mask=rows < S, other=-1) >= 0
-                raw = tl.where(kept, tl.sum(tl.where(cols[None, :] == expert[:, None], p, 0.0), axis=1), 0.0)
+                hot = (cols[None, :] == expert[:, None]).to(tl.float32)  # numbers: predicates would be spilled
+                raw = tl.where(kept, tl.sum(hot * p, axis=1), 0.0)
                 total += raw
                 inner += raw * tl.load(d_weight_p + at, mask=rows < S, other=0.0)
             inner = tl.where(total > EPS, inner / total, 0.0)
@@ -468,11 +469,11 @@ def _gate_backward_kernel(
             at = rows.to(tl.int64) * K + k
             expert = tl.load(expert_p + at, mask=rows < S, other=0)
             kept = tl.load(slot_p + at, mask=rows < S, other=-1) >= 0
-            chosen = cols[None, :] == expert[:, None]
+            hot = (cols[None, :] == expert[:, None]).to(tl.float32)
             q = (tl.load(d_weight_p + at, mask=rows < S, other=0.0) - inner) / total
             q = tl.where(kept, q, 0.0)
-            r -= q * tl.sum(tl.where(chosen, p, 0.0), axis=1)
-            coefficient += tl.where(chosen, q[:, None], 0.0)
+            r -= q * tl.sum(hot * p, axis=1)
+            coefficient += hot * q[:, None]
     d = p * (coefficient + r[:, None])
     inside = (rows[:, None] < S) & (cols[None, :] < E)
     tl.store(
@@ -480,8 +481,8 @@ def _gate_backward_kernel(
     )
 
 
-TILE = 4096  # elements of a [tokens, experts] tile: 32 a thread at 4 warps
-SMALL_TILE = 8192
+TILE = 4096  # elements of a [tokens, experts] tile: 16 a thread at 8 warps
+SMALL_TILE, SMALL_ROWS = 8192, 512  # one program's
 SMALL_ENTRIES = 128  # random selection by pairs
 
 
@@ -510,15 +511,15 @@ class _TritonGate(torch.autograd.Function):
         rows = next_power_of_2(S)
         if S == 0:
             first_E.zero_(), load_E.zero_(), kept_E.zero_(), losses.zero_()
-        elif rows * BE <= SMALL_TILE and (not random or rows * BK <= SMALL_ENTRIES):
+        elif rows <= SMALL_ROWS and rows * BE <= SMALL_TILE and (not random or rows * BK <= SMALL_ENTRIES):
             _gate_small_kernel[(1,)](
                 logits_SE, choice_SE, expert_SK, slot_SK, weight_SK, first_E, load_E, kept_E, losses,
                 S, E, CAP, low, high, offset,
                 K=K, HAS_CHOICE=has_choice, RANDOM=random, NORMALIZE=normalize, EPS=eps, BS=rows, BE=BE, BK=BK,
-                num_warps=8 if rows * BE > TILE else 4,
+                num_warps=8 if rows * BE >= TILE else 4,
             )  # fmt: skip
         else:
-            BS = max(TILE // BE, 1)
+            BS = max((TILE if BE > 32 else TILE // 2) // BE, 1)
             blocks = triton.cdiv(S, BS)
             counts = torch.empty(K, blocks, E, dtype=torch.int32, device=device)
             mean, z = torch.empty(blocks, E, device=device), torch.empty(blocks, device=device)
@@ -526,7 +527,7 @@ class _TritonGate(torch.autograd.Function):
             entries = torch.empty(S * K if random else 0, dtype=torch.int32, device=device)
             _gate_choose_kernel[(blocks,)](
                 logits_SE, choice_SE, expert_SK, slot_SK, weight_SK, counts, mean, z,
-                S, E, K=K, HAS_CHOICE=has_choice, BS=BS, BE=BE, num_warps=4,
+                S, E, K=K, HAS_CHOICE=has_choice, BS=BS, BE=BE, num_warps=8,
             )  # fmt: skip
             scan = min(BE, 32)
             _gate_scan_kernel[(triton.cdiv(E, scan),)](
@@ -535,7 +536,7 @@ class _TritonGate(torch.autograd.Function):
             )  # fmt: skip
             _gate_place_kernel[(blocks,)](
                 expert_SK, slot_SK, weight_SK, counts, load_E, entries, aux_E, z, losses,
-                blocks, S, E, CAP, K=K, RANDOM=random, NORMALIZE=normalize, EPS=eps, BS=BS, BE=BE, BK=BK, BN=128, num_warps=4,
+                blocks, S, E, CAP, K=K, RANDOM=random, NORMALIZE=normalize, EPS=eps, BS=BS, BE=BE, BK=BK, BN=128, num_warps=8,
             )  # fmt: skip
             if random:
                 _gate_select_kernel[(E,)](
@@ -558,7 +559,7 @@ class _TritonGate(torch.autograd.Function):
         if S == 0 or (d_weight_SK is None and d_aux is None and d_z is None):
             return (d_SE.zero_(), *[None] * 6)
         BE = next_power_of_2(E)
-        BS = max(min(TILE // BE, next_power_of_2(S)), 1)
+        BS = max(min(TILE // 4 // BE, next_power_of_2(S)), 1)  # more values per element than on the way there
         none = first_E  # any pointer
         _gate_backward_kernel[(triton.cdiv(S, BS),)](
             logits_SE, expert_SK, slot_SK, first_E,

@@ -307,39 +307,40 @@ def _product_kernel(
     pid = tl.program_id(0)
     across = tl.cdiv(N, BN)
     group = pid // (8 * across)  # eight tiles share their weights' columns in cache
-    height = tl.minimum(tiles - group * 8, 8)
-    tile = group * 8 + pid % (8 * across) % height
-    n = (pid % (8 * across) // height) * BN + tl.arange(0, BN)
+    members = tl.minimum(tiles - group * 8, 8)
+    tile = group * 8 + pid % (8 * across) % members
+    n = (pid % (8 * across) // members) * BN + tl.arange(0, BN)
     e = tl.load(tile_expert_p + tile)
     if e >= 0:
-        rows = tl.load(tile_row_p + tile) + tl.arange(0, BM)
-        end = R if e == E else tl.load(offsets_p + e + 1)
-        y_at = rows[:, None].to(tl.int64) * N + n[None, :]
-        inside = (rows[:, None] < end) & (n[None, :] < N)
+        row = tl.load(tile_row_p + tile)
+        height = tl.minimum((R if e == E else tl.load(offsets_p + e + 1)) - row, BM)
+        m = tl.arange(0, BM)
+        y_at = m[:, None] * N + n[None, :]
+        y_p += row.to(tl.int64) * N  # tile offsets stay within 32 bits, which saves registers
+        pre_p += row.to(tl.int64) * N
+        h_p += row.to(tl.int64) * N
+        inside = (m[:, None] < height) & (n[None, :] < N)
         if e == E:
             tl.store(y_p + y_at, tl.zeros([BM, BN], y_p.dtype.element_ty), mask=inside)
         else:
             k = tl.arange(0, BK)
-            x_at = x_p + rows[:, None].to(tl.int64) * K + k[None, :]
-            w_at = (
-                w_p
-                + e.to(tl.int64) * stride_we
-                + k[:, None].to(tl.int64) * stride_wk
-                + n[None, :].to(tl.int64) * stride_wn
-            )
+            x_p += row.to(tl.int64) * K
+            w_p += e.to(tl.int64) * stride_we
+            x_at = m[:, None] * K + k[None, :]
+            w_at = k[:, None] * stride_wk + n[None, :] * stride_wn
             acc = tl.zeros([BM, BN], tl.float32)
             for start in range(0, K, BK):
                 if EVEN_K:
-                    x = tl.load(x_at, mask=rows[:, None] < end, other=0.0)
-                    w = tl.load(w_at, mask=n[None, :] < N, other=0.0)
+                    x = tl.load(x_p + x_at, mask=m[:, None] < height, other=0.0)
+                    w = tl.load(w_p + w_at, mask=n[None, :] < N, other=0.0)
                 else:
-                    x = tl.load(x_at, mask=(rows[:, None] < end) & (start + k[None, :] < K), other=0.0)
-                    w = tl.load(w_at, mask=(n[None, :] < N) & (start + k[:, None] < K), other=0.0)
+                    x = tl.load(x_p + x_at, mask=(m[:, None] < height) & (start + k[None, :] < K), other=0.0)
+                    w = tl.load(w_p + w_at, mask=(n[None, :] < N) & (start + k[:, None] < K), other=0.0)
                 if UPCAST:
                     x, w = x.to(tl.float32), w.to(tl.float32)
                 acc = tl.dot(x, w, acc, input_precision=PRECISION)
-                x_at += BK
-                w_at += BK * stride_wk
+                x_p += BK
+                w_p += BK * stride_wk
             if BIAS:
                 acc += tl.load(b_p + e * N + n, mask=n < N, other=0.0).to(tl.float32)[None, :]
             if ACT == 1:
@@ -367,22 +368,23 @@ def _weight_kernel(
     k = block * BK + tl.arange(0, BK)
     n = (tl.program_id(0) % across) * BN + tl.arange(0, BN)
     begin = tl.load(offsets_p + e)
-    end = tl.load(offsets_p + e + 1)
+    count = tl.load(offsets_p + e + 1) - begin
+    x_p += begin.to(tl.int64) * K
+    dy_p += begin.to(tl.int64) * N
+    r = tl.arange(0, BR)
     acc = tl.zeros([BK, BN], tl.float32)
     bias = tl.zeros([BN], tl.float32)
-    for start in range(begin, end, BR):
-        r = start + tl.arange(0, BR)
-        x = tl.load(
-            x_p + r[None, :].to(tl.int64) * K + k[:, None], mask=(r[None, :] < end) & (k[:, None] < K), other=0.0
-        )
-        dy = tl.load(
-            dy_p + r[:, None].to(tl.int64) * N + n[None, :], mask=(r[:, None] < end) & (n[None, :] < N), other=0.0
-        )
+    for start in range(0, count, BR):
+        left = count - start
+        x = tl.load(x_p + r[None, :] * K + k[:, None], mask=(r[None, :] < left) & (k[:, None] < K), other=0.0)
+        dy = tl.load(dy_p + r[:, None] * N + n[None, :], mask=(r[:, None] < left) & (n[None, :] < N), other=0.0)
         if BIAS and block == 0:
             bias += tl.sum(dy.to(tl.float32), axis=0)
         if UPCAST:
             x, dy = x.to(tl.float32), dy.to(tl.float32)
         acc = tl.dot(x, dy, acc, input_precision=PRECISION)
+        x_p += BR * K
+        dy_p += BR * N
     at = dw_p + (e.to(tl.int64) * K + k[:, None]) * N + n[None, :]
     tl.store(at, acc.to(dw_p.dtype.element_ty), mask=(k[:, None] < K) & (n[None, :] < N))
     if BIAS and block == 0:
@@ -413,18 +415,19 @@ def _precision(dtype) -> str:
     return "tf32" if dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest" else "ieee"
 
 
-def product_config(BM: int, N: int, K: int, dtype: torch.dtype) -> dict:
-    """Tile of a forward or input-gradient product; shared with the ahead-of-time table."""
-    wide = dtype == torch.float32
-    BN = min(max(next_power_of_2(N), 16), 64 if wide else 128)
-    BK = min(max(next_power_of_2(K), 16), 32 if wide else 64)
-    return dict(BM=BM, BN=BN, BK=BK, num_warps=8 if BM * BN >= 16384 else 4, num_stages=3)
+def _product_config(BM: int, N: int, K: int, dtype: torch.dtype, act: int) -> dict:
+    """Tile of a forward or input-gradient product: what compiles for sm_80 without spills. Widths that are no multiple of 16
+    need masks and single loads, act 2 holds a second tile; both take a narrower one."""
+    odd = N % 16 or K % 16
+    BN = min(max(next_power_of_2(N), 16), 64 if dtype == torch.float32 or odd or act == 2 else 128)
+    BK = min(max(next_power_of_2(K), 16), 32 if dtype == torch.float32 or odd else 64)
+    return dict(BM=BM, BN=BN, BK=BK, num_warps=8 if BM == 128 else 4, num_stages=3)
 
 
-def weight_config(N: int, K: int, dtype: torch.dtype) -> dict:
+def _weight_config(N: int, K: int, dtype: torch.dtype) -> dict:
     """Tile of a weight-gradient product."""
-    wide = dtype == torch.float32
-    BK, BN = (min(max(next_power_of_2(n), 16), 64 if wide else 128) for n in (K, N))
+    odd = N % 16 or K % 16
+    BK, BN = (min(max(next_power_of_2(n), 16), 64 if dtype == torch.float32 or odd else 128) for n in (K, N))
     return dict(BK=BK, BN=BN, BR=32, num_warps=8 if BK * BN >= 16384 else 4, num_stages=3)
 
 
@@ -436,7 +439,7 @@ def _mm(plan: _Plan, x, w, b, *, transpose=False, act=0, exact=False, pre=None, 
     y = x.new_empty(R, N)
     extra = x.new_empty(R, N) if save else None
     if R and N:
-        config = product_config(plan.BM, N, K, x.dtype)
+        config = _product_config(plan.BM, N, K, x.dtype, act)
         tiles = len(plan.expert)
         _product_kernel[(tiles * triton.cdiv(N, config["BN"]),)](
             x, w, x if b is None else b, y, (extra if save else x) if act != 2 else pre, extra if save else x,
@@ -453,7 +456,7 @@ def _weight_gradient(plan: _Plan, x, dy, w, b):
     E, K, N = w.shape
     dw = torch.empty_like(w, memory_format=torch.contiguous_format)
     db = None if b is None else torch.empty_like(b, memory_format=torch.contiguous_format)
-    config = weight_config(N, K, x.dtype)
+    config = _weight_config(N, K, x.dtype)
     _weight_kernel[(triton.cdiv(K, config["BK"]) * triton.cdiv(N, config["BN"]), E)](
         x, dy, dw, dw if db is None else db, plan.offsets, K, N,
         BIAS=db is not None, PRECISION=_precision(x.dtype), UPCAST=INTERPRETING, **config,
@@ -467,7 +470,7 @@ class _TritonGroupedMM(torch.autograd.Function):
         x = x.contiguous()
         b = None if b is None else b.contiguous()
         plan, act, exact = _plan(x, offsets_E1), int(activation != "none"), activation == "gelu"
-        keep = act and any(ctx.needs_input_grad)
+        keep = bool(act) and any(ctx.needs_input_grad)
         y = _mm(plan, x, w, b, act=act, exact=exact, save=keep)
         y, pre = y if keep else (y, None)
         ctx.save_for_backward(x, w, b, pre)
@@ -493,7 +496,7 @@ class _TritonFFN(torch.autograd.Function):
         b1, b2 = (None if b is None else b.contiguous() for b in (b1, b2))
         plan, act, exact = _plan(x, offsets_E1), int(activation != "none"), activation == "gelu"
         keep = any(ctx.needs_input_grad)
-        h = _mm(plan, x, w1, b1, act=act, exact=exact, save=act and keep)
+        h = _mm(plan, x, w1, b1, act=act, exact=exact, save=bool(act) and keep)
         h, pre = h if act and keep else (h, h)
         y = _mm(plan, h, w2, b2)
         if keep:

@@ -213,10 +213,11 @@ def _mix_backward_kernel(
         tl.store(da_p + s * 2 + 1, da1, mask=s < S)
 
 
-def mix_tile(S: int, M: int) -> dict:
-    """Tokens and columns of a program; shared with the ahead-of-time table."""
+def _mix_tile(S: int, M: int) -> dict:
+    """Tokens and columns of a program."""
     columns = min(next_power_of_2(M), 1024)
-    return dict(BS=min(max(2048 // columns, 1), next_power_of_2(S)), BM=columns, num_warps=4)
+    elements = 1024 if M % 16 else 2048  # odd widths are addressed one by one, which takes registers
+    return dict(BS=min(max(elements // columns, 1), next_power_of_2(S)), BM=columns, num_warps=4)
 
 
 def _mix_triton(moe, mlp, a_S2, x=None, w=None, b=None):
@@ -226,7 +227,7 @@ def _mix_triton(moe, mlp, a_S2, x=None, w=None, b=None):
     if learned:
         a_S2 = torch.empty(S, 2, dtype=torch.float32, device=moe.device)
     if S * M:
-        tile = mix_tile(S, M)
+        tile = _mix_tile(S, M)
         _mix_kernel[(triton.cdiv(S, tile["BS"]),)](
             moe, mlp, x if learned else moe, w if learned else moe, moe if b is None else b, a_S2, y, S, M,
             LEARNED=learned, BIAS=b is not None, **tile,
@@ -242,7 +243,7 @@ def _mix_backward_triton(dy, moe, mlp, a_S2, x=None, w=None):
     dx = torch.empty_like(x) if learned else None
     da = torch.empty((S,) if learned else (S, 2), dtype=torch.float32, device=moe.device)
     if S * M:
-        tile = mix_tile(S, M)
+        tile = _mix_tile(S, M)
         _mix_backward_kernel[(triton.cdiv(S, tile["BS"]),)](
             dy,
             moe,

@@ -1,0 +1,58 @@
+"""Every kernel compiles for the GPUs of the paper and the next, without spilling registers, on a machine without one."""
+
+import csv
+import os
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton")
+
+from moelab.kernels import compile as aot
+
+pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="an interpreting process cannot compile")
+TABLE = Path(__file__).parents[2] / "results/kernels/compile.csv"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", sorted(aot.LIMITS))
+def test_compiles_without_spills(arch):
+    records = aot.compile_all((arch,), aot.QUICK)
+    assert [r for r in records if r.spill_bytes] == []
+    assert all(r.registers > 0 and 0 < r.occupancy <= 1 and r.arch == arch for r in records)
+
+
+def test_the_quick_cases_cover_every_kernel():
+    assert {x.kernel.__name__ for x in aot.launches(aot.QUICK)} == {x.kernel.__name__ for x in aot.launches()}
+
+
+def test_launches_are_recorded_as_triton_would_specialise_them():
+    launch = next(x for x in aot.launches(("gate S64 E128 K1 random",)) if x.kernel.__name__ == "_gate_small_kernel")
+    signature = dict(launch.signature)
+    assert signature["logits_p"] == "*fp32" and signature["expert_p"] == "*i32" and signature["BE"] == "constexpr"
+    names = launch.kernel.arg_names
+    assert names.index("S") in launch.aligned  # 64 tokens
+    assert names.index("low") not in launch.aligned  # a seed must not compile anew
+
+
+def test_occupancy_by_hand():
+    assert aot.estimate_occupancy("sm_80", 4, 128, 0) == (4, 0.25)  # 65536 registers / (128 threads * 128)
+    assert aot.estimate_occupancy("sm_80", 4, 32, 0) == (16, 1.0)
+    assert aot.estimate_occupancy("sm_80", 8, 64, 80 << 10) == (2, 0.25)  # 164 KiB / 81 KiB
+    assert aot.estimate_occupancy("sm_90", 1, 16, 0) == (32, 0.5)  # 32 blocks of one warp
+
+
+def test_unknown_architecture():
+    with pytest.raises(ValueError, match="no limits known for 'sm_10'"):
+        aot.compile_all(("sm_10",), ())
+
+
+def test_the_kept_table_is_current():
+    """Same kernels and configurations as the code launches today, none of them spilling on sm_80."""
+    with TABLE.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert {r["arch"] for r in rows} == set(aot.LIMITS)
+    expected = sorted((x.kernel.__name__.strip("_"), x.case) for x in aot.launches())
+    for arch in aot.LIMITS:
+        assert sorted((r["kernel"], r["case"]) for r in rows if r["arch"] == arch) == expected
+    assert all(r["spill_bytes"] == "0" for r in rows if r["arch"] == "sm_80")
