@@ -91,7 +91,9 @@ def _permute_case(S, E, K, M, dtype, capacity=None) -> Callable[[], None]:
     def run():
         i32 = dict(dtype=torch.int32)
         scalar = _meta()
-        g = gating.Gate(_meta(S, K, **i32), _meta(S, K, **i32), _meta(S, K, grad=True), *_meta(2, E, **i32), scalar, scalar)
+        g = gating.Gate(
+            _meta(S, K, **i32), _meta(S, K, **i32), _meta(S, K, grad=True), *_meta(2, E, **i32), scalar, scalar
+        )
         table = permute.row_table(g, capacity=capacity, backend="triton")
         rows = permute.dispatch(_meta(S, M, dtype=dtype, grad=True), table, backend="triton")
         y = permute.combine(rows, table, g.weight_SK, backend="triton")

@@ -17,6 +17,8 @@ app = typer.Typer(
 )
 bench = typer.Typer(no_args_is_help=True, help="Benchmarks; each prints ratios measured side by side in one run.")
 app.add_typer(bench, name="bench")
+kernels = typer.Typer(no_args_is_help=True, help="The Triton kernels, without a GPU.")
+app.add_typer(kernels, name="kernels")
 
 
 @app.command(name="list")
@@ -119,6 +121,18 @@ def bench_train(
     from moelab.training.bench import main as bench_main
 
     bench_main(steps=steps, rounds=rounds, threads=threads, dtype=dtype, out=out)
+
+
+@kernels.command(name="compile")
+def kernels_compile(
+    arch: Annotated[list[str] | None, typer.Option(help="sm_80 (A100), sm_90 (H100); repeat for several")] = None,
+    out: Annotated[Path | None, typer.Option(help="CSV file for the table")] = None,
+) -> None:
+    """Compile every kernel ahead of time; print registers, shared memory, spills and occupancy. Exit code 1 if one spills."""
+    from moelab.kernels.compile import main as compile_main
+
+    arguments = [item for name in arch or ["sm_80", "sm_90"] for item in ("--arch", name)]
+    raise typer.Exit(compile_main(arguments + (["--out", str(out)] if out else [])))
 
 
 def main() -> None:

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from moelab.workbench.claims import Verdict
-    from moelab.workbench.lab import Runs
+    from moelab.workbench.runs import Runs
 
 SUMMARY = "summary.json"
 

@@ -10,7 +10,9 @@ pytest.importorskip("triton")
 
 from moelab.kernels import compile as aot
 
-pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="an interpreting process cannot compile")
+pytestmark = pytest.mark.skipif(
+    os.environ.get("TRITON_INTERPRET") == "1", reason="an interpreting process cannot compile"
+)
 TABLE = Path(__file__).parents[2] / "results/kernels/compile.csv"
 
 
