@@ -1,4 +1,5 @@
-"""Every kernel compiles for the GPUs of the paper and the next, without spilling registers, on a machine without one."""
+"""Every kernel compiles for the GPUs of the paper and the next, without spilling registers, on a machine without
+one."""
 
 import csv
 import os
@@ -10,7 +11,9 @@ pytest.importorskip("triton")
 
 from moelab.kernels import compile as aot
 
-pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="an interpreting process cannot compile")
+pytestmark = pytest.mark.skipif(
+    os.environ.get("TRITON_INTERPRET") == "1", reason="an interpreting process cannot compile"
+)
 TABLE = Path(__file__).parents[2] / "results/kernels/compile.csv"
 
 
