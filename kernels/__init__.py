@@ -1,7 +1,7 @@
 """Triton kernels of moelab, imported as ``moelab.kernels``; every op stands beside its PyTorch reference.
 
-One function per op. On CUDA tensors it runs Triton kernels, on CPU tensors tuned torch; ``backend="reference"`` is the plain
-text of the operation. A MoE layer is
+One function per op. On CUDA tensors it runs Triton kernels, on CPU tensors tuned torch; ``backend="reference"`` is
+the plain text of the operation. A MoE layer is
 
     g = gate(logits_SE, top_k, capacity, seed=step)             # which experts, which slot, which weight, both losses
     table = row_table(g)                                        # which row holds which token

@@ -1,8 +1,9 @@
 """Large CPU tensors on memory that stays mapped: what the stacked gradients of many experts need.
 
-The C allocator gives a freed 512 MiB gradient back to the system, and the next step pays again for having every page of it
-mapped and zeroed: measured on one core, 220 ms against 18 ms for writing it, more than the matrix product that fills it. Here
-a buffer goes back to a pool when the last tensor that uses it dies. Buffers are NumPy's, which asks for huge pages.
+The C allocator gives a freed 512 MiB gradient back to the system, and the next step pays again for having every page
+of it mapped and zeroed: measured on one core, 220 ms against 18 ms for writing it, more than the matrix product that
+fills it. Here a buffer goes back to a pool when the last tensor that uses it dies. Buffers are NumPy's, which asks
+for huge pages.
 
 The pool holds at most what was once alive at the same time; :func:`release` gives the free ones back.
 """

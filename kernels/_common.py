@@ -1,7 +1,7 @@
 """What every op shares: the choice of a backend, Triton's presence, and small helpers.
 
-Backends. ``auto`` is Triton on CUDA tensors and tuned torch on CPU tensors. ``reference`` is the plain PyTorch text of the
-operation, on any device, written to be read. ``triton`` on CPU tensors needs Triton's interpreter, that is
+Backends. ``auto`` is Triton on CUDA tensors and tuned torch on CPU tensors. ``reference`` is the plain PyTorch text
+of the operation, on any device, written to be read. ``triton`` on CPU tensors needs Triton's interpreter, that is
 ``TRITON_INTERPRET=1`` set before Triton is imported (tests only: it is slow).
 """
 
@@ -48,7 +48,8 @@ FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 def pick_backend(op: str, backend: Backend, *tensors: torch.Tensor | None) -> str:
     """The backend that runs ``op`` on these tensors: ``torch``, ``triton`` or ``reference``.
 
-    Raises ``ValueError`` for an unknown name, for tensors on different devices, and for a backend that cannot run there.
+    Raises ``ValueError`` for an unknown name, for tensors on different devices, and for a backend that cannot run
+    there.
     """
     present = [t for t in tensors if t is not None]
     devices = {t.device for t in present}

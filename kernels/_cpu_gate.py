@@ -15,7 +15,8 @@ from ._hash import priorities_numpy
 
 
 def _choose(choice_SE: np.ndarray, first_S: np.ndarray, top_k: int) -> np.ndarray:
-    """int64 [S, K]: top-k per row, ties to the lower index. K passes of a vectorised argmax beat partial sorts by far."""
+    """int64 [S, K]: top-k per row, ties to the lower index. K passes of a vectorised argmax beat partial sorts by
+    far."""
     if top_k == 1:
         return first_S[:, None]
     rows = np.arange(len(choice_SE))

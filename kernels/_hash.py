@@ -24,7 +24,8 @@ def hash_keys(seed: int, token_offset: int) -> tuple[int, int, int]:
 
 
 def priorities(seed: int, tokens: int, top_k: int, token_offset: int = 0, device="cpu") -> torch.Tensor:
-    """int64 [S, K] in [0, 2^32): the entries' priorities in random token selection. For one k, no two tokens draw the same."""
+    """int64 [S, K] in [0, 2^32): the entries' priorities in random token selection. For one k, no two tokens draw the
+    same."""
     low, high, offset = hash_keys(seed, token_offset)
 
     def mix(x):

@@ -2,8 +2,8 @@
 
     python -m moelab.kernels.compile --arch sm_80 --arch sm_90 --out results/kernels/compile.csv
 
-The configurations are not listed here a second time: the ops themselves run on meta tensors of the shapes below, and their
-launches are recorded instead of executed, so that what is compiled is what a GPU would be given. Occupancy is
+The configurations are not listed here a second time: the ops themselves run on meta tensors of the shapes below, and
+their launches are recorded instead of executed, so that what is compiled is what a GPU would be given. Occupancy is
 the share of a multiprocessor's warps that registers, shared memory and block slots leave room for; it is an estimate.
 """
 
@@ -29,7 +29,8 @@ DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", 
 
 
 class Limits(NamedTuple):
-    """One multiprocessor of an architecture (CUDA programming guide, technical specifications per compute capability)."""
+    """One multiprocessor of an architecture (CUDA programming guide, technical specifications per compute
+    capability)."""
 
     warps: int
     blocks: int
@@ -70,7 +71,7 @@ class Record(NamedTuple):
     occupancy: float
 
 
-# --- what is compiled ---------------------------------------------------------------------------------------------------
+# --- what is compiled ------------------------------------------------------------------------------------------------
 
 
 def _meta(*shape, dtype=torch.float32, grad=False) -> torch.Tensor:
@@ -219,7 +220,7 @@ def launches(cases: tuple[str, ...] | None = None) -> list[Launch]:
     return list(reversed(distinct.values()))
 
 
-# --- compiling ----------------------------------------------------------------------------------------------------------
+# --- compiling -------------------------------------------------------------------------------------------------------
 
 
 def _resources(cubin: bytes) -> tuple[int, int]:

@@ -1,20 +1,21 @@
-"""The gate: softmax, top-k, capacity, random token selection, slots and both losses in one op (paper 5.4, notes 2, 3, 10).
+"""The gate: softmax, top-k, capacity, random token selection, slots and both losses in one op (paper 5.4).
 
-Shapes: S tokens, E experts, K experts per token, C capacity. For every token: probabilities ``p = softmax(logits)`` in
-float32; choices are the top-k of the choice logits (the clean ones unless noisy ones are given), ties to the lower expert.
-An *entry* is one (token, k) pair. Entries count in GShard's order: all first choices before any second one, tokens in order
-("k-major"). What an expert keeps when more than C entries chose it:
+Shapes: S tokens, E experts, K experts per token, C capacity. For every token: probabilities ``p = softmax(logits)``
+in float32; choices are the top-k of the choice logits (the clean ones unless noisy ones are given), ties to the lower
+expert. An *entry* is one (token, k) pair. Entries count in GShard's order: all first choices before any second one,
+tokens in order ("k-major"). What an expert keeps when more than C entries chose it:
 
 - ``seed=None``: the first C in that order (first come, first served).
-- with a seed: random token selection. Each entry draws a 32-bit priority, a counter hash of (seed, token_offset + s, k); the
-  C highest stay, ties to the lower token. The hash is integer arithmetic and bit-equal on every backend, and a token's draw
-  does not depend on the batch or rank it lies in.
+- with a seed: random token selection. Each entry draws a 32-bit priority, a counter hash of (seed, token_offset + s,
+  k); the C highest stay, ties to the lower token. The hash is integer arithmetic and bit-equal on every backend, and
+  a token's draw does not depend on the batch or rank it lies in.
 
 Kept entries are then numbered per expert in k-major order: their slots. Dropped ones have slot -1 and weight 0.
 
-A token whose logits make no softmax (a NaN, +inf, or nothing but -inf) or whose choice logits hold a NaN goes nowhere: ids
-0..K-1, slots -1, weights 0, not counted in the load; and both losses become NaN, so that training sees it. This costs
-nothing and never synchronises; the gradients of such a token are unspecified. With no tokens at all both losses are 0.
+A token whose logits make no softmax (a NaN, +inf, or nothing but -inf) or whose choice logits hold a NaN goes
+nowhere: ids 0..K-1, slots -1, weights 0, not counted in the load; and both losses become NaN, so that training sees
+it. This costs nothing and never synchronises; the gradients of such a token are unspecified. With no tokens at all
+both losses are 0.
 """
 
 from __future__ import annotations
@@ -44,7 +45,8 @@ class Gate(NamedTuple):
     kept_E: torch.Tensor
     """int32 [E]: entries that the expert keeps."""
     aux_loss: torch.Tensor
-    """float32 scalar, differentiable: E * sum_e mean_s(p_se) * share_s(first choice is e), before dropping; 1 when uniform."""
+    """float32 scalar, differentiable: E * sum_e mean_s(p_se) * share_s(first choice is e), before dropping; 1 when
+    uniform."""
     z_loss: torch.Tensor
     """float32 scalar, differentiable: mean_s logsumexp(logits_s)^2."""
 
@@ -62,10 +64,10 @@ def gate(
 ) -> Gate:
     """Routes S tokens to ``top_k`` of E experts each (2 <= E <= 512); see the module's text for the semantics.
 
-    ``capacity=None`` drops nothing. ``seed`` selects at random instead of first-come. ``token_offset`` is the global index
-    of the first token. ``normalize`` divides the weights of a token's *kept* choices by their sum (at least float32's eps),
-    as DeepSpeed's top-2 gate does. ``choice_logits_SE`` decide the choices only; no gradient flows into them.
-    Raises ``ValueError`` for shapes, ``top_k`` or ``capacity`` out of range.
+    ``capacity=None`` drops nothing. ``seed`` selects at random instead of first-come. ``token_offset`` is the global
+    index of the first token. ``normalize`` divides the weights of a token's *kept* choices by their sum (at least
+    float32's eps), as DeepSpeed's top-2 gate does. ``choice_logits_SE`` decide the choices only; no gradient flows
+    into them. Raises ``ValueError`` for shapes, ``top_k`` or ``capacity`` out of range.
     """
     if logits_SE.dim() != 2 or not logits_SE.is_floating_point():
         raise ValueError(f"gate: logits must be floating point [S, E], not {logits_SE.dtype} {tuple(logits_SE.shape)}")
@@ -142,9 +144,10 @@ def gate_reference(logits_SE, choice_SE, top_k, capacity, seed, token_offset, no
 
 # --- GPU --------------------------------------------------------------------------------------------------------------
 #
-# Small batches: one launch of one program. Otherwise choose (per block of tokens: softmax, top-k, histograms), scan (bases of
-# every block's slots), place (slots, weights, losses); random selection adds select (one program per expert, only the
-# overflowing ones work) and, for normalised weights, weigh. Sums across blocks run in a fixed order: the same bits every time.
+# Small batches: one launch of one program. Otherwise choose (per block of tokens: softmax, top-k, histograms), scan
+# (bases of every block's slots), place (slots, weights, losses); random selection adds select (one program per
+# expert, only the overflowing ones work) and, for normalised weights, weigh. Sums across blocks run in a fixed order:
+# the same bits every time.
 
 
 @triton.jit
@@ -201,7 +204,8 @@ def _gate_small_kernel(
     K: tl.constexpr, HAS_CHOICE: tl.constexpr, RANDOM: tl.constexpr, NORMALIZE: tl.constexpr, EPS: tl.constexpr,
     BS: tl.constexpr, BE: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
-    """The whole gate in one program: S <= BS, E <= BE, K <= BK; with RANDOM, BS * BK entries are ranked pair by pair."""
+    """The whole gate in one program: S <= BS, E <= BE, K <= BK; with RANDOM, BS * BK entries are ranked pair by
+    pair."""
     rows = tl.arange(0, BS)
     cols = tl.arange(0, BE)
     ks = tl.arange(0, BK)
@@ -294,7 +298,8 @@ def _gate_scan_kernel(
     counts_p, mean_p, first_p, load_p, kept_p, aux_p,
     blocks, S, E, CAP, K: tl.constexpr, BN: tl.constexpr, BE: tl.constexpr,
 ):  # fmt: skip
-    """Per block of experts: counts become the entries before, in k-major order; totals; each expert's part of the aux loss."""
+    """Per block of experts: counts become the entries before, in k-major order; totals; each expert's part of the aux
+    loss."""
     cols = tl.program_id(0) * BE + tl.arange(0, BE)
     steps = tl.arange(0, BN)
     load = tl.zeros([BE], tl.int32)
@@ -322,7 +327,8 @@ def _gate_place_kernel(
     blocks, S, E, CAP, K: tl.constexpr, RANDOM: tl.constexpr, NORMALIZE: tl.constexpr, EPS: tl.constexpr,
     BS: tl.constexpr, BE: tl.constexpr, BK: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
-    """Per block of BS tokens: slots in k-major order. With RANDOM nothing is dropped yet, and list gets every expert's entries."""
+    """Per block of BS tokens: slots in k-major order. With RANDOM nothing is dropped yet, and list gets every
+    expert's entries."""
     block = tl.program_id(0)
     rows = block * BS + tl.arange(0, BS)
     cols = tl.arange(0, BE)
@@ -362,8 +368,8 @@ def _gate_place_kernel(
 
 @triton.jit
 def _highest(list_p, n, wanted, low, high, offset, threshold, K: tl.constexpr, TIES: tl.constexpr, BL: tl.constexpr):
-    """The ``wanted``-th highest key among n entries, by its bits from the top: the priorities, or with TIES ~token among the
-    entries at ``threshold``."""
+    """The ``wanted``-th highest key among n entries, by its bits from the top: the priorities, or with TIES ~token
+    among the entries at ``threshold``."""
     found = threshold * 0
     bit = found + 0x80000000
     while bit > 0:
@@ -536,7 +542,8 @@ class _TritonGate(torch.autograd.Function):
             )  # fmt: skip
             _gate_place_kernel[(blocks,)](
                 expert_SK, slot_SK, weight_SK, counts, load_E, entries, aux_E, z, losses,
-                blocks, S, E, CAP, K=K, RANDOM=random, NORMALIZE=normalize, EPS=eps, BS=BS, BE=BE, BK=BK, BN=128, num_warps=8,
+                blocks, S, E, CAP, K=K, RANDOM=random, NORMALIZE=normalize, EPS=eps,
+                BS=BS, BE=BE, BK=BK, BN=128, num_warps=8,
             )  # fmt: skip
             if random:
                 _gate_select_kernel[(E,)](
@@ -565,7 +572,8 @@ class _TritonGate(torch.autograd.Function):
             logits_SE, expert_SK, slot_SK, first_E,
             none if d_weight_SK is None else d_weight_SK.contiguous(), none if d_aux is None else d_aux,
             none if d_z is None else d_z, d_SE,
-            S, E, K=expert_SK.shape[1], HAS_WEIGHT=d_weight_SK is not None, HAS_AUX=d_aux is not None, HAS_Z=d_z is not None,
+            S, E, K=expert_SK.shape[1], HAS_WEIGHT=d_weight_SK is not None, HAS_AUX=d_aux is not None,
+            HAS_Z=d_z is not None,
             NORMALIZE=ctx.normalize, EPS=torch.finfo(torch.float32).eps, BS=BS, BE=BE, num_warps=4,
         )  # fmt: skip
         return (d_SE, *[None] * 6)

@@ -1,21 +1,23 @@
 """Matrix products over the experts' row groups: uneven, some empty (the expert computation of paper 5.4).
 
-Shapes: R rows in expert order, E experts, K inputs and N outputs of one product, M hidden, F feed-forward. Expert e's rows
-are ``offsets[e]`` to ``offsets[e + 1]``; rows past the last offset come out zero.
+Shapes: R rows in expert order, E experts, K inputs and N outputs of one product, M hidden, F feed-forward. Expert e's
+rows are ``offsets[e]`` to ``offsets[e + 1]``; rows past the last offset come out zero.
 
     grouped_mm:  y = act(x @ W[e] + b[e])                      W [E, K, N], b [E, N]
     expert_ffn:  y = act(x @ W1[e] + b1[e]) @ W2[e] + b2[e]    W1 [E, M, F], W2 [E, F, M]
 
-``expert_ffn`` keeps only the pre-activation for its backward and recomputes the activation from it while the values are in
-cache (CPU) or registers (GPU): a third less memory than keeping both. Weight gradients are written expert by
+``expert_ffn`` keeps only the pre-activation for its backward and recomputes the activation from it while the values
+are in cache (CPU) or registers (GPU): a third less memory than keeping both. Weight gradients are written expert by
 expert into one buffer, in a fixed order: no atomics, the same bits every time.
 
-CPU: a loop of matrix products over contiguous slices; measured against ``F.grouped_mm`` (see results/kernels/README.md) it is
-the faster one at every shape tried, so it is the only one. float16 is computed in float32 there, as CPUs lack float16 products.
+CPU: a loop of matrix products over contiguous slices; measured against ``F.grouped_mm`` (results/kernels/README.md) it
+is faster at every float32 shape tried and at many experts in bfloat16 (equal within noise at E = 8), so it is the only
+one. float16 is computed in float32 there, as CPUs lack float16 products.
 """
 
 from __future__ import annotations
 
+import itertools
 from typing import Literal, NamedTuple
 
 import torch
@@ -41,8 +43,8 @@ def grouped_mm(
 ) -> torch.Tensor:
     """y [R, N] = act(x @ W[e] + b[e]) over each expert's rows, in x's dtype, accumulated in float32.
 
-    ``offsets_E1`` is int32 [E + 1] (RowTable.offsets_E1). Differentiable in x, W and b. Raises ``ValueError`` for shapes or
-    dtypes that do not fit.
+    ``offsets_E1`` is int32 [E + 1] (RowTable.offsets_E1). Differentiable in x, W and b. Raises ``ValueError`` for
+    shapes or dtypes that do not fit.
     """
     _check("grouped_mm", x_RK, offsets_E1, activation, (w_EKN, b_EN))
     chosen = pick_backend("grouped_mm", backend, x_RK, w_EKN, offsets_E1, b_EN)
@@ -67,7 +69,8 @@ def expert_ffn(
     activation: Activation = "gelu_tanh",
     backend: Backend = "auto",
 ) -> torch.Tensor:
-    """The experts' feed-forward networks on their rows: [R, M] -> [R, M], in x's dtype. Differentiable in all but the offsets."""
+    """The experts' feed-forward networks on their rows: [R, M] -> [R, M], in x's dtype. Differentiable in all but the
+    offsets."""
     _check("expert_ffn", x_RM, offsets_E1, activation, (w1_EMF, b1_EF), (w2_EFM, b2_EM))
     chosen = pick_backend("expert_ffn", backend, x_RM, offsets_E1, w1_EMF, b1_EF, w2_EFM, b2_EM)
     if chosen == "reference":
@@ -118,7 +121,7 @@ def _reference(x_RK, offsets_E1, fn, w_last):
     wide = accumulate_dtype(x_RK.dtype)
     bounds = offsets_E1.tolist()
     with torch.autocast(x_RK.device.type, enabled=False):
-        parts = [fn(x_RK[a:b], e) for e, (a, b) in enumerate(zip(bounds, bounds[1:], strict=False))]
+        parts = [fn(x_RK[a:b], e) for e, (a, b) in enumerate(itertools.pairwise(bounds))]
     tail = x_RK.new_zeros(len(x_RK) - bounds[-1], w_last.shape[2], dtype=wide)
     return torch.cat([*parts, tail]).to(x_RK.dtype)
 
@@ -140,7 +143,7 @@ def _product(x, w, b, out):
 def _groups(offsets_E1):
     """[(e, first row, row past the last)] of the experts that have rows, and the largest group."""
     bounds = offsets_E1.tolist()
-    groups = [(e, a, b) for e, (a, b) in enumerate(zip(bounds, bounds[1:], strict=False)) if b > a]
+    groups = [(e, a, b) for e, (a, b) in enumerate(itertools.pairwise(bounds)) if b > a]
     return groups, max((b - a for _, a, b in groups), default=0), bounds[-1]
 
 
@@ -259,8 +262,8 @@ class _TorchFFN(torch.autograd.Function):
 
 # --- GPU --------------------------------------------------------------------------------------------------------------
 #
-# A tile is BM rows of one group. A first small launch lists the tiles (their number is bounded without asking the device), so
-# that the products need no host synchronisation and no search. The tile list serves forward and backward.
+# A tile is BM rows of one group. A first small launch lists the tiles (their number is bounded without asking the
+# device), so that the products need no host synchronisation and no search. The tile list serves forward and backward.
 
 
 @triton.jit
@@ -416,8 +419,8 @@ def _precision(dtype) -> str:
 
 
 def _product_config(BM: int, N: int, K: int, dtype: torch.dtype, act: int) -> dict:
-    """Tile of a forward or input-gradient product: what compiles for sm_80 without spills. Widths that are no multiple of 16
-    need masks and single loads, act 2 holds a second tile; both take a narrower one."""
+    """Tile of a forward or input-gradient product: what compiles for sm_80 without spills. Widths that are no
+    multiple of 16 need masks and single loads, act 2 holds a second tile; both take a narrower one."""
     odd = N % 16 or K % 16
     BN = min(max(next_power_of_2(N), 16), 64 if dtype == torch.float32 or odd or act == 2 else 128)
     BK = min(max(next_power_of_2(K), 16), 32 if dtype == torch.float32 or odd else 64)

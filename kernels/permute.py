@@ -1,11 +1,12 @@
 """Tokens to expert order and back (paper 5.4 (b): the einsums against one-hot masks become table-driven copies).
 
-Shapes: S tokens, K experts per token, R rows, E experts, M hidden, C capacity. A *row* is a token's copy for one expert, rows
-lie expert by expert. Both directions and both gradients are gathers, each through the side of the table that says where its
-output comes from: no atomics, hence deterministic, and nothing is ever multiplied by zero.
+Shapes: S tokens, K experts per token, R rows, E experts, M hidden, C capacity. A *row* is a token's copy for one
+expert, rows lie expert by expert. Both directions and both gradients are gathers, each through the side of the table
+that says where its output comes from: no atomics, hence deterministic, and nothing is ever multiplied by zero.
 
-    rows_r = x[token(r)]                       d x_s    = sum_k d rows[row_sk]
-    y_s    = sum_k weight_sk * rows[row_sk]    d rows_r = weight(r) * d y[token(r)],  d weight_sk = <d y_s, rows[row_sk]>
+    rows_r = x[token(r)]                       d x_s       = sum_k d rows[row_sk]
+    y_s    = sum_k weight_sk * rows[row_sk]    d rows_r    = weight(r) * d y[token(r)]
+                                               d weight_sk = <d y_s, rows[row_sk]>
 """
 
 from __future__ import annotations
@@ -36,9 +37,10 @@ def row_table(
 ) -> RowTable:
     """The table of a gate's kept entries.
 
-    Compact by default: groups lie one behind the other, uneven, without padding. With ``capacity`` every expert has exactly C
-    rows, [E * C], the unused ones empty (the layout of an even all-to-all). ``rows`` fixes R of the compact layout; rows past
-    the last group are empty. Without it, R is exact on CPU, and on a GPU the bound S * K, because asking would synchronise.
+    Compact by default: groups lie one behind the other, uneven, without padding. With ``capacity`` every expert has
+    exactly C rows, [E * C], the unused ones empty (the layout of an even all-to-all). ``rows`` fixes R of the compact
+    layout; rows past the last group are empty. Without it, R is exact on CPU, and on a GPU the bound S * K, because
+    asking would synchronise.
     """
     chosen = pick_backend("row_table", backend, gate.slot_SK)
     E = len(gate.kept_E)
@@ -88,7 +90,8 @@ def dispatch(x_SM: torch.Tensor, table: RowTable, *, backend: Backend = "auto") 
 def combine(
     rows_RM: torch.Tensor, table: RowTable, weight_SK: torch.Tensor, *, backend: Backend = "auto"
 ) -> torch.Tensor:
-    """Tokens [S, M], the weighted sums of their rows, in the rows' dtype, accumulated in float32; a token without rows is zero.
+    """Tokens [S, M], the weighted sums of their rows, in the rows' dtype, accumulated in float32; a token without
+    rows is zero.
 
     ``weight_SK`` is float32 (Gate.weight_SK). Differentiable in the rows and the weights. Empty rows are never read.
     """
@@ -166,7 +169,7 @@ class _TorchCombine(torch.autograd.Function):
     @staticmethod
     def backward(ctx, d_SM):
         rows_RM, weight_SK, entry_R = ctx.saved_tensors
-        S, K = weight_SK.shape
+        _S, K = weight_SK.shape
         entry_np = entry_R.numpy()
         full = len(entry_np) > 0 and entry_np.min() >= 0
         d_RM = _take(d_SM, entry_np // K)  # // keeps -1
@@ -197,7 +200,8 @@ def _table_kernel(
     expert_p, slot_p, kept_p, row_p, entry_p, offsets_p,
     N, R, E, CAP, PADDED: tl.constexpr, BN: tl.constexpr, BE: tl.constexpr,
 ):  # fmt: skip
-    """Both sides of the table: entries [pid * BN, …) scatter themselves, rows in the same range that stay empty get -1."""
+    """Both sides of the table: entries [pid * BN, …) scatter themselves, rows in the same range that stay empty get
+    -1."""
     pid = tl.program_id(0)
     cols = tl.arange(0, BE)
     kept = tl.load(kept_p + cols, mask=cols < E, other=0)
@@ -223,7 +227,8 @@ def _spread_kernel(
     x_p, entry_p, weight_p, rows_p, out_p, d_weight_p,
     R, K, M, WEIGHTED: tl.constexpr, DOT: tl.constexpr, BR: tl.constexpr, BM: tl.constexpr,
 ):  # fmt: skip
-    """out_r = (weight(r) *) x[token(r)], zero where the row is empty; with DOT also d_weight(r) = <rows_r, x[token(r)]>."""
+    """out_r = (weight(r) *) x[token(r)], zero where the row is empty; with DOT also d_weight(r) = <rows_r,
+    x[token(r)]>."""
     r = tl.program_id(0) * BR + tl.arange(0, BR)
     entry = tl.load(entry_p + r, mask=r < R, other=-1)
     there = entry >= 0
@@ -281,7 +286,8 @@ def _table_triton(gate: Gate, R: int, capacity: int | None) -> RowTable:
 
 
 def _tile(count: int, M: int) -> tuple[int, int]:
-    """(rows, columns) of a program's tile: 16 bytes a thread and more, few rows each, so that small batches fill the GPU."""
+    """(rows, columns) of a program's tile: 16 bytes a thread and more, few rows each, so that small batches fill the
+    GPU."""
     columns = min(next_power_of_2(M), 1024)
     return min(max(2048 // columns, 1), next_power_of_2(count)), columns
 

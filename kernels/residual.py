@@ -2,8 +2,8 @@
 
 Shapes: S tokens, M hidden. Three ways, all of which the literature of this one model contains:
 
-- learned mix: ``a = softmax(x @ W^T + b)``, ``y = a_0 * moe + a_1 * mlp``, per token. The released code, and what the paper's
-  runs most likely used.
+- learned mix: ``a = softmax(x @ W^T + b)``, ``y = a_0 * moe + a_1 * mlp``, per token. The released code, and what the
+  paper's runs most likely used.
 - given coefficients: the same with ``a`` from the caller (any values).
 - plain sum: ``y = moe + mlp``, the paper's text.
 
@@ -27,14 +27,16 @@ def residual_mix(
     coefficient_S2: torch.Tensor | None = None,
     backend: Backend = "auto",
 ) -> torch.Tensor:
-    """y [S, M] in moe's dtype. With ``x_SM`` and ``w_2M`` (and ``b_2``; a Linear(M, 2)'s parameters) the learned mix, with
-    ``coefficient_S2`` the given one (column 0 belongs to moe), with neither the plain sum. Differentiable in everything.
+    """y [S, M] in moe's dtype. With ``x_SM`` and ``w_2M`` (and ``b_2``; a Linear(M, 2)'s parameters) the learned mix,
+    with ``coefficient_S2`` the given one (column 0 belongs to moe), with neither the plain sum. Differentiable in
+    everything.
 
     Raises ``ValueError`` for shapes that do not fit, or for both kinds of coefficients at once.
     """
     if moe_SM.dim() != 2 or moe_SM.shape != mlp_SM.shape or moe_SM.dtype != mlp_SM.dtype:
         raise ValueError(
-            f"residual_mix: moe {moe_SM.dtype} {tuple(moe_SM.shape)} and mlp {mlp_SM.dtype} {tuple(mlp_SM.shape)} must agree"
+            f"residual_mix: moe {moe_SM.dtype} {tuple(moe_SM.shape)} and mlp {mlp_SM.dtype} {tuple(mlp_SM.shape)} "
+            "must agree"
         )
     S, M = moe_SM.shape
     if (x_SM is None) != (w_2M is None) or (b_2 is not None and w_2M is None):

@@ -1,9 +1,9 @@
 """Each op's tests run against its *targets*, one text for all of them.
 
-A test with an argument ``target`` gets (backend, device): the tuned torch path on CPU and, with a GPU, the Triton kernels on
-it. In a process started with TRITON_INTERPRET=1 it gets the Triton kernels in Triton's interpreter instead, on CPU tensors;
-``test_interpreter.py`` starts such processes, because the variable must be set before Triton is imported and changes every
-kernel of the process.
+A test with an argument ``target`` gets (backend, device): the tuned torch path on CPU and, with a GPU, the Triton
+kernels on it. In a process started with TRITON_INTERPRET=1 it gets the Triton kernels in Triton's interpreter
+instead, on CPU tensors; ``test_interpreter.py`` starts such processes, because the variable must be set before Triton
+is imported and changes every kernel of the process.
 """
 
 import os

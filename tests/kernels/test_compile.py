@@ -1,4 +1,5 @@
-"""Every kernel compiles for the GPUs of the paper and the next, without spilling registers, on a machine without one."""
+"""Every kernel compiles for the GPUs of the paper and the next, without spilling registers, on a machine without
+one."""
 
 import csv
 import os

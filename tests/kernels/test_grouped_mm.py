@@ -1,5 +1,7 @@
 """Grouped products and expert networks against the reference: uneven and empty groups, odd sizes, poisoned memory."""
 
+import itertools
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -24,7 +26,7 @@ def make(counts, spare, *dims, dtype, device):
     E, R = len(counts), sum(counts) + spare
     offsets = torch.tensor([0, *torch.tensor(counts).cumsum(0).tolist()], dtype=torch.int32, device=device)
     layers = []
-    for a, b in zip(dims, dims[1:], strict=False):
+    for a, b in itertools.pairwise(dims):
         layers += [torch.randn(E, a, b) * a**-0.5, torch.randn(E, b)]
     tensors = [t.to(device, dtype) for t in (torch.randn(R, dims[0]), *layers, torch.randn(R, dims[-1]))]
     return tensors[0], offsets, tensors[1:-1], tensors[-1]
