@@ -123,6 +123,70 @@ def bench_train(
     bench_main(steps=steps, rounds=rounds, threads=threads, dtype=dtype, out=out)
 
 
+Experts = Annotated[list[int] | None, typer.Option("--experts", help="number of experts; repeat for several")]
+Threads = Annotated[int, typer.Option(help="CPU threads")]
+Device = Annotated[str, typer.Option(help="cpu or cuda")]
+Out = Annotated[Path | None, typer.Option(help="folder for the numbers as JSON lines")]
+
+
+def _check_device(device: str) -> None:
+    import torch
+
+    if device not in ("cpu", "cuda"):
+        raise ValueError(f"--device must be cpu or cuda, got {device!r}")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device cuda: no CUDA device is available; allowed here: cpu")
+
+
+@bench.command(name="gate")
+def bench_gate(
+    tokens: Annotated[int, typer.Option(help="S")] = 4096,
+    experts: Experts = None,
+    rounds: Annotated[int, typer.Option(help="times the candidates take turns")] = 15,
+    threads: Threads = 2,
+    device: Device = "cpu",
+    out: Out = None,
+) -> None:
+    """The gate against the mask baseline and, where installed (extra peers), DeepSpeed's."""
+    _check_device(device)
+    from moelab.kernels.bench.gate import main as bench_main
+
+    bench_main(tokens=tokens, experts=experts or [8, 64, 128], rounds=rounds, threads=threads, device=device, out=out)
+
+
+@bench.command(name="layer")
+def bench_layer(
+    tokens: Annotated[int, typer.Option(help="S")] = 4096,
+    hidden: Annotated[int, typer.Option(help="M")] = 512,
+    ffn: Annotated[int, typer.Option(help="F")] = 2048,
+    experts: Experts = None,
+    dtype: Annotated[list[str] | None, typer.Option(help="fp32 or bf16; repeat for both")] = None,
+    rounds: Annotated[int, typer.Option(help="times the candidates take turns")] = 7,
+    threads: Threads = 2,
+    device: Device = "cpu",
+    out: Out = None,
+) -> None:
+    """The MoE layer against the dense layer of equal FLOPs, the einsum baseline and, where installed (extra peers), others' layers."""
+    _check_device(device)
+    from moelab.kernels.bench.layer import DTYPES
+    from moelab.kernels.bench.layer import main as bench_main
+
+    for name in dtype or ():
+        if name not in DTYPES:
+            raise ValueError(f"--dtype must be one of {', '.join(DTYPES)}, got {name!r}")
+    bench_main(
+        tokens=tokens,
+        hidden=hidden,
+        ffn=ffn,
+        experts=experts or [8, 64, 128],
+        dtypes=dtype or ["fp32"],
+        rounds=rounds,
+        threads=threads,
+        device=device,
+        out=out,
+    )
+
+
 @kernels.command(name="compile")
 def kernels_compile(
     arch: Annotated[list[str] | None, typer.Option(help="sm_80 (A100), sm_90 (H100); repeat for several")] = None,

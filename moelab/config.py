@@ -71,8 +71,9 @@ class RoutingConfig:
         drop_tokens: False is drop-free routing: capacity is whatever the busiest expert needs.
         random_token_selection: choose the tokens an over-full expert keeps at random instead of the earliest ones.
         input_jitter: training only: multiply the gate's input by U(1 - x, 1 + x); the paper's policy 'Jitter' uses 0.01.
-        choice_noise: training only: "gumbel" perturbs the logits for the choice of experts, not their weights ('RSample').
-        normalize_weights: the K weights of a token are divided by their sum; None means only if K > 1.
+        choice_noise: training only, perturbs the logits for the choice of experts, not their weights: "gumbel" all of them
+            ('RSample'), "gumbel_second" all but the best one, which stays (the released top-2 gate samples its second expert so).
+        normalize_weights: the weights of a token's kept choices are divided by their sum; None means only if K > 1.
         aux_loss: weight of the load-balancing loss, summed over MoE layers.
         z_loss: weight of the mean squared logsumexp of the gate's logits (ST-MoE; not in the paper).
     """
@@ -83,7 +84,7 @@ class RoutingConfig:
     drop_tokens: bool = True
     random_token_selection: bool = True
     input_jitter: float = 0.0
-    choice_noise: Literal["none", "gumbel"] = "none"
+    choice_noise: Literal["none", "gumbel", "gumbel_second"] = "none"
     normalize_weights: bool | None = None
     aux_loss: float = 0.01
     z_loss: float = 0.0
@@ -96,8 +97,8 @@ class RoutingConfig:
         _check(self.min_capacity >= 1, f"routing: min_capacity must be at least 1, got {self.min_capacity}")
         _check(0 <= self.input_jitter < 1, f"routing: input_jitter must be in [0, 1), got {self.input_jitter}")
         _check(
-            self.choice_noise in ("none", "gumbel"),
-            f"routing: choice_noise must be 'none' or 'gumbel', got {self.choice_noise!r}",
+            self.choice_noise in ("none", "gumbel", "gumbel_second"),
+            f"routing: choice_noise must be 'none', 'gumbel' or 'gumbel_second', got {self.choice_noise!r}",
         )
 
     def capacity(self, tokens: int, experts: int, top_k: int, training: bool) -> int | None:

@@ -35,9 +35,11 @@ class Router(nn.Module):
                 x = x * torch.empty_like(x).uniform_(1 - cfg.input_jitter, 1 + cfg.input_jitter)
             logits_SE = F.linear(x, self.weight.float())
             choice_SE = None
-            if self.training and cfg.choice_noise == "gumbel":
+            if self.training and cfg.choice_noise != "none":
                 noise = torch.empty_like(logits_SE).exponential_().clamp_(min=1e-20).log_()
                 choice_SE = logits_SE.detach() - noise
+                if cfg.choice_noise == "gumbel_second" and len(x):
+                    choice_SE.scatter_(1, logits_SE.detach().argmax(1, keepdim=True), torch.inf)
             seed = None
             if cfg.drop_tokens and cfg.random_token_selection:
                 # Training draws from torch's CPU generator, which the loop seeds at each step; evaluation is always the same.

@@ -110,3 +110,29 @@ def test_noise_changes_choices_in_training_only_and_not_the_weights():
     assert (clean.expert_SK != noisy.expert_SK.long()).float().mean() > 0.2
     probs = F.softmax(F.linear(x, router.weight), -1)
     torch.testing.assert_close(noisy.weight_SK, probs.gather(1, noisy.expert_SK.long()))
+
+
+def test_the_second_expert_can_be_sampled_while_the_first_stays():
+    router = Router(8, 6, 2, RoutingConfig(drop_tokens=False, choice_noise="gumbel_second"))
+    torch.nn.init.normal_(router.weight, 0.0, 0.1)
+    x = torch.randn(300, 8)
+    clean = router.eval()(x)
+    torch.manual_seed(0)
+    sampled = router.train()(x)
+    assert torch.equal(clean.expert_SK[:, 0], sampled.expert_SK[:, 0])
+    assert (clean.expert_SK[:, 1] != sampled.expert_SK[:, 1]).float().mean() > 0.2
+    assert (sampled.expert_SK[:, 0] != sampled.expert_SK[:, 1]).all()
+    torch.testing.assert_close(sampled.weight_SK.sum(1), torch.ones(300))
+    assert router(torch.zeros(0, 8)).expert_SK.shape == (0, 2)
+
+
+def test_bf16_autocast_computes_experts_in_bf16_and_routes_in_fp32():
+    moe = layer(replace(BASE, residual=True), 5, torch.float32)
+    x = torch.randn(40, 12, requires_grad=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        y, routing = moe(x)
+    exact, exact_routing = moe(x)
+    assert y.dtype == torch.bfloat16 and torch.equal(routing.expert_SK, exact_routing.expert_SK)
+    assert (y.float() - exact).abs().max() < 0.05 * exact.abs().max()
+    y.float().sum().backward()
+    assert x.grad.isfinite().all() and moe.experts.up.grad.dtype == torch.float32

@@ -1,0 +1,135 @@
+"""What the benchmarks share: timing in turns, ceilings measured in the same run, one table and one file of numbers."""
+
+from __future__ import annotations
+
+import json
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+Candidate = Callable[[], Any]
+
+
+def device_name(device: str) -> str:
+    """The card's or the processor's name."""
+    if device == "cuda":
+        return torch.cuda.get_device_name(0)
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        name = next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        name = platform.machine()
+    return f"{name}, {torch.get_num_threads()} threads"
+
+
+def seconds(call: Candidate, device: str) -> float:
+    """One timed call, waiting for the device."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+    started = time.perf_counter()
+    call()
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - started
+
+
+def in_turns(
+    candidates: dict[str, Candidate], rounds: int, device: str, budget_s: float = 60.0
+) -> dict[str, list[float]]:
+    """Seconds of each candidate, `rounds` times (at least 3, fewer than asked when `budget_s` is spent), after a warm-up of two calls.
+
+    The candidates take turns, so that a machine that slows down slows them alike.
+    """
+    for call in candidates.values():
+        call()
+        call()
+    times: dict[str, list[float]] = {name: [] for name in candidates}
+    started = time.monotonic()
+    for i in range(rounds):
+        for name, call in candidates.items():
+            times[name].append(seconds(call, device))
+        if i >= 2 and time.monotonic() - started > budget_s:
+            break
+    return times
+
+
+def gemm_rate(dtype: torch.dtype, device: str, n: int = 2048) -> float:
+    """FLOP/s of an n x n x n product, median of five."""
+    a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
+    a @ b
+    return 2 * n**3 / statistics.median(seconds(lambda: a @ b, device) for _ in range(5))
+
+
+def copy_rate(device: str, size: int = 1 << 28) -> float:
+    """Bytes/s, read plus written, of copying memory larger than the caches, median of five."""
+    a = torch.empty(size, dtype=torch.uint8, device=device)
+    b = torch.empty_like(a)
+    b.copy_(a)
+    return 2 * size / statistics.median(seconds(lambda: b.copy_(a), device) for _ in range(5))
+
+
+def rows(case: dict[str, Any], times: dict[str, list[float]], against: str, floor_s: float) -> list[dict[str, Any]]:
+    """Tidy rows of one case. `ratio` is a candidate's time over `against`'s, round by round; `floor_ratio` its time over the floor."""
+    found = []
+    for name, measured in times.items():
+        ratios = [a / b for a, b in zip(measured, times[against], strict=True)]
+        median = statistics.median(measured)
+        found.append(
+            {
+                **case,
+                "candidate": name,
+                "median_ms": median * 1e3,
+                "min_ms": min(measured) * 1e3,
+                "max_ms": max(measured) * 1e3,
+                "rounds": len(measured),
+                "against": against,
+                "ratio": statistics.median(ratios),
+                "ratio_min": min(ratios),
+                "ratio_max": max(ratios),
+                "floor_ms": floor_s * 1e3,
+                "floor_ratio": median / floor_s,
+            }
+        )
+    return found
+
+
+def show(title: str, found: list[dict[str, Any]]) -> None:
+    """Print the rows of one case."""
+    from rich.console import Console
+    from rich.table import Table
+
+    against = found[0]["against"]
+    view = Table(
+        "candidate",
+        "median ms",
+        "min to max",
+        f"time / {against}",
+        "min to max",
+        "time / floor",
+        title=title,
+        title_justify="left",
+    )
+    for row in found:
+        view.add_row(
+            row["candidate"],
+            f"{row['median_ms']:.3g}",
+            f"{row['min_ms']:.3g} to {row['max_ms']:.3g}",
+            f"{row['ratio']:.2f}",
+            f"{row['ratio_min']:.2f} to {row['ratio_max']:.2f}",
+            f"{row['floor_ratio']:.2f}",
+        )
+    Console().print(view)
+
+
+def write(found: list[dict[str, Any]], path: Path) -> None:
+    """JSON lines, replaced in one step."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(path.name + ".part")
+    part.write_text("".join(json.dumps(row) + "\n" for row in found))
+    part.replace(path)
+    print(f"written to {path}")
