@@ -31,8 +31,8 @@ def _deepspeed(logits: torch.Tensor) -> dict[str, common.Candidate]:
         (weight.sum() + out[0]).backward()
 
     named = {"deepspeed, masks": call}
-    if "sparse_route" in inspect.signature(sharded_moe.top1gating).parameters:
-        named["deepspeed, sparse route"] = lambda: call(sparse_route=True)
+    if "sparse_routes" in inspect.signature(sharded_moe.top1gating).parameters:
+        named["deepspeed, sparse routes"] = lambda: call(sparse_routes=True)
     return named
 
 
