@@ -82,6 +82,7 @@ def loss_curves(curves: pd.DataFrame, ax: Axes, *, arms: Sequence[str], skip_fir
         palette=colors(arms),
         dashes=dict(zip(arms, _DASHES, strict=False)),
         errorbar=student,
+        err_kws={"alpha": 0.1, "linewidth": 0},
         ax=ax,
     )
     ax.set(xlabel="training tokens (millions)", ylabel="validation loss (nats per token)")
