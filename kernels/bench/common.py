@@ -133,3 +133,53 @@ def write(found: list[dict[str, Any]], path: Path) -> None:
     part.write_text("".join(json.dumps(row) + "\n" for row in found))
     part.replace(path)
     print(f"written to {path}")
+
+
+def draw(found: list[dict[str, Any]], path: Path, *, title: str, panel: str | None = None) -> None:
+    """PNG and SVG of times relative to `against` over the number of experts: medians of the rounds, bars from least to greatest.
+
+    Args:
+        path: without suffix.
+        panel: a column, one panel for each of its values.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    colors = ("#D55E00", "#E69F00", "#0072B2", "#009E73", "#6E6E6E", "#CC79A7", "#56B4E9")
+    panels = list(dict.fromkeys(row[panel] for row in found)) if panel else [None]
+    names = list(dict.fromkeys(row["candidate"] for row in found if row["candidate"] != row["against"]))
+    figure, axes = plt.subplots(1, len(panels), figsize=(3.2 + 4 * len(panels), 4.4), sharey=True, squeeze=False)
+    for ax, value in zip(axes[0], panels, strict=True):
+        shown = [row for row in found if panel is None or row[panel] == value]
+        experts = list(dict.fromkeys(row["experts"] for row in shown))
+        for i, name in enumerate(names):
+            rows_ = [row for row in shown if row["candidate"] == name]
+            at = [experts.index(row["experts"]) + (i - (len(names) - 1) / 2) * 0.11 for row in rows_]
+            ratio = [row["ratio"] for row in rows_]
+            spread = [[r["ratio"] - r["ratio_min"] for r in rows_], [r["ratio_max"] - r["ratio"] for r in rows_]]
+            ax.errorbar(at, ratio, yerr=spread, fmt="o", capsize=3, color=colors[i % len(colors)], label=name)
+        ax.axhline(1, color="#888888", linewidth=1)
+        ax.set_yscale("log")
+        ax.yaxis.set_major_formatter(lambda v, _: f"{v:g}")
+        ax.yaxis.set_minor_formatter(lambda v, _: f"{v:g}" if f"{v:e}"[0] in "25" else "")
+        ax.set_xticks(range(len(experts)), [str(e) for e in experts])
+        ax.set_xlabel("experts")
+        ax.set_title("" if value is None else str(value), loc="left", fontsize=10)
+        ax.spines[["top", "right"]].set_visible(False)
+        ax.grid(axis="y", alpha=0.35)
+    axes[0][0].set_ylabel(f"time / {found[0]['against']} (median, least to greatest)")
+    axes[0][-1].legend(loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False, fontsize=9)
+    figure.suptitle(f"{title}\n{found[0]['device']}", x=0.01, ha="left", fontsize=11)
+    figure.tight_layout()
+    for suffix in ("png", "svg"):
+        figure.savefig(path.with_suffix(f".{suffix}"), dpi=160, bbox_inches="tight")
+    plt.close(figure)
+    print(f"drawn to {path.with_suffix('.png')}")
+
+
+def span(found: list[dict[str, Any]], candidate: str) -> str:
+    """ "1.0 to 2.4": the least and greatest median ratio of a candidate."""
+    ratios = [row["ratio"] for row in found if row["candidate"] == candidate]
+    return f"{min(ratios):.1f} to {max(ratios):.1f}"

@@ -68,3 +68,10 @@ def main(*, tokens: int, experts: list[int], rounds: int, threads: int, device: 
         found += case
     if out is not None:
         common.write(found, out / "gate.jsonl")
+        draw(found, out)
+
+
+def draw(found: list[dict], out: Path) -> None:
+    """The figure of `gate.jsonl`."""
+    title = f"The mask form of the gate takes {common.span(found, 'masks (baseline)')} times as long as ours"
+    common.draw(found, out / "gate", title=title)
