@@ -382,7 +382,7 @@ def _highest(list_p, n, wanted, low, high, offset, threshold, K: tl.constexpr, T
             hit = i < n
             if TIES:
                 hit = hit & (key == threshold)
-                key = ~((entry // K).to(tl.uint32))
+                key = (entry // K).to(tl.uint32) ^ 0xFFFFFFFF
             count += (hit & (key >= attempt)).to(tl.int32)
         found = tl.where(tl.sum(count, axis=0) >= wanted, attempt, found)
         bit = bit >> 1
@@ -418,7 +418,7 @@ def _gate_select_kernel(
             i = start + tl.arange(0, BL)
             entry = tl.load(list_p + i, mask=i < n, other=0)
             key = _priority(entry // K, entry % K, low, high, offset)
-            tied = (key == threshold) & (~((entry // K).to(tl.uint32)) >= last)
+            tied = (key == threshold) & (((entry // K).to(tl.uint32) ^ 0xFFFFFFFF) >= last)
             keep = ((i < n) & ((key > threshold) | tied)).to(tl.int32)
             slot = tl.where(keep > 0, base + tl.cumsum(keep, axis=0) - 1, -1)
             base += tl.sum(keep, axis=0)
