@@ -12,7 +12,8 @@ expert into one buffer, in a fixed order: no atomics, the same bits every time.
 
 CPU: a loop of matrix products over contiguous slices; measured against ``F.grouped_mm`` (results/kernels/README.md) it
 is faster at every float32 shape tried and at many experts in bfloat16 (equal within noise at E = 8), so it is the only
-one. float16 is computed in float32 there, as CPUs lack float16 products.
+one. Many small groups are shared out among threads, an expert to a thread, instead of splitting each product: its bits
+are then those of one thread. float16 is computed in float32 there, as CPUs lack float16 products.
 """
 
 from __future__ import annotations
@@ -22,8 +23,9 @@ from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import _get_current_dispatch_mode
 
-from . import _buffers
+from . import _buffers, _pool
 from ._common import INTERPRETING, Backend, accumulate_dtype, next_power_of_2, pick_backend, tl, triton
 
 Activation = Literal["none", "gelu", "gelu_tanh"]
@@ -128,6 +130,7 @@ def _reference(x_RK, offsets_E1, fn, w_last):
 
 # --- CPU --------------------------------------------------------------------------------------------------------------
 
+_ROWS = 128  # per expert on average, up to which each expert has a thread of its own
 _gelu_out = torch.ops.aten.gelu.out
 _gelu_backward_out = torch.ops.aten.gelu_backward.grad_input
 
@@ -160,6 +163,27 @@ def _gradients(groups, like: torch.Tensor | None, wanted: bool):
     return grad
 
 
+def _each(work, groups, KN: int) -> None:
+    """``work(groups)``: in this thread, each operation on all of PyTorch's threads, or each expert on one thread.
+
+    The second where it was measured to be faster: many small groups, none of them longer than a thread's share of the
+    rows, but with products (of KN multiply-adds a row) that take longer than their dispatch, which Python serialises.
+    It is not used under a dispatch mode (a FLOP counter, say), which would not see what other threads do.
+    """
+    threads, rows = torch.get_num_threads(), sum(j - i for _, i, j in groups)
+    if (
+        threads > 1
+        and len(groups) >= 8 * threads
+        and rows <= _ROWS * len(groups)
+        and rows * KN >= len(groups) << 20
+        and max(j - i for _, i, j in groups) * threads <= rows
+        and _get_current_dispatch_mode() is None
+    ):
+        _pool.share(work, sorted(groups, key=lambda g: g[1] - g[2]), threads)  # the longest first
+    else:
+        work(groups)
+
+
 class _TorchGroupedMM(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, w, b, offsets_E1, activation):
@@ -167,10 +191,14 @@ class _TorchGroupedMM(torch.autograd.Function):
         act = activation != "none"
         y = _buffers.empty((len(x), w.shape[2]), x.dtype)
         pre = _buffers.empty(y.shape, y.dtype) if act else y
-        for e, i, j in groups:
-            _product(x[i:j], w[e], None if b is None else b[e], pre[i:j])
-            if act:
-                _gelu_out(pre[i:j], approximate=_APPROXIMATE[activation], out=y[i:j])
+
+        def work(groups):
+            for e, i, j in groups:
+                _product(x[i:j], w[e], None if b is None else b[e], pre[i:j])
+                if act:
+                    _gelu_out(pre[i:j], approximate=_APPROXIMATE[activation], out=y[i:j])
+
+        _each(work, groups, w[0].numel())
         y[end:].zero_()
         ctx.save_for_backward(x, w, b, pre if act else None)
         ctx.groups, ctx.activation = groups, activation
@@ -185,17 +213,19 @@ class _TorchGroupedMM(torch.autograd.Function):
         dx = _buffers.empty(x.shape, x.dtype) if ctx.needs_input_grad[0] else None
         dw = _gradients(groups, w, ctx.needs_input_grad[1])
         db = _gradients(groups, b, ctx.needs_input_grad[2])
-        end = 0
-        for e, i, j in groups:
-            end = j
-            if dx is not None:
-                torch.mm(dy[i:j], w[e].T, out=dx[i:j])
-            if dw is not None:
-                torch.mm(x[i:j].T, dy[i:j], out=dw[e])
-            if db is not None:
-                torch.sum(dy[i:j], 0, out=db[e])
+
+        def work(groups):
+            for e, i, j in groups:
+                if dx is not None:
+                    torch.mm(dy[i:j], w[e].T, out=dx[i:j])
+                if dw is not None:
+                    torch.mm(x[i:j].T, dy[i:j], out=dw[e])
+                if db is not None:
+                    torch.sum(dy[i:j], 0, out=db[e])
+
+        _each(work, groups, w[0].numel())
         if dx is not None:
-            dx[end:].zero_()
+            dx[groups[-1][2] if groups else 0 :].zero_()
         return dx, dw, db, None, None
 
 
@@ -206,16 +236,21 @@ class _TorchFFN(torch.autograd.Function):
         act = activation != "none"
         y = _buffers.empty((len(x), w2.shape[2]), x.dtype)
         keep = any(ctx.needs_input_grad)
-        pre = _buffers.empty((len(x) if keep else largest, w1.shape[2]), x.dtype)
-        h = x.new_empty(largest, w1.shape[2]) if act else None
-        for e, i, j in groups:
-            pre_e = pre[i:j] if keep else pre[: j - i]
-            _product(x[i:j], w1[e], None if b1 is None else b1[e], pre_e)
-            h_e = pre_e
-            if act:
-                h_e = h[: j - i]
-                _gelu_out(pre_e, approximate=_APPROXIMATE[activation], out=h_e)
-            _product(h_e, w2[e], None if b2 is None else b2[e], y[i:j])
+        pre = _buffers.empty((len(x), w1.shape[2]), x.dtype) if keep else None
+
+        def work(groups):
+            pre_any = None if keep else x.new_empty(largest, w1.shape[2])
+            h = x.new_empty(largest, w1.shape[2]) if act else None
+            for e, i, j in groups:
+                pre_e = pre[i:j] if keep else pre_any[: j - i]
+                _product(x[i:j], w1[e], None if b1 is None else b1[e], pre_e)
+                h_e = pre_e
+                if act:
+                    h_e = h[: j - i]
+                    _gelu_out(pre_e, approximate=_APPROXIMATE[activation], out=h_e)
+                _product(h_e, w2[e], None if b2 is None else b2[e], y[i:j])
+
+        _each(work, groups, w1[0].numel())
         y[end:].zero_()
         if keep:
             ctx.save_for_backward(x, w1, b1, w2, b2, pre)
@@ -232,31 +267,33 @@ class _TorchFFN(torch.autograd.Function):
         dx = _buffers.empty(x.shape, x.dtype) if need[0] else None
         dw1, db1 = _gradients(groups, w1, need[1]), _gradients(groups, b1, need[2])
         dw2, db2 = _gradients(groups, w2, need[3]), _gradients(groups, b2, need[4])
-        h = pre.new_empty(ctx.largest, pre.shape[1]) if act and dw2 is not None else None
-        d_pre = pre.new_empty(ctx.largest, pre.shape[1])
-        end = 0
-        for e, i, j in groups:
-            end = j
-            x_e, dy_e, pre_e, d_e = x[i:j], dy[i:j], pre[i:j], d_pre[: j - i]
-            if db2 is not None:
-                torch.sum(dy_e, 0, out=db2[e])
-            if dw2 is not None:
-                h_e = pre_e
+
+        def work(groups):
+            h = pre.new_empty(ctx.largest, pre.shape[1]) if act and dw2 is not None else None
+            d_pre = pre.new_empty(ctx.largest, pre.shape[1])
+            for e, i, j in groups:
+                x_e, dy_e, pre_e, d_e = x[i:j], dy[i:j], pre[i:j], d_pre[: j - i]
+                if db2 is not None:
+                    torch.sum(dy_e, 0, out=db2[e])
+                if dw2 is not None:
+                    h_e = pre_e
+                    if act:
+                        h_e = h[: j - i]
+                        _gelu_out(pre_e, approximate=approximate, out=h_e)
+                    torch.mm(h_e.T, dy_e, out=dw2[e])
+                torch.mm(dy_e, w2[e].T, out=d_e)
                 if act:
-                    h_e = h[: j - i]
-                    _gelu_out(pre_e, approximate=approximate, out=h_e)
-                torch.mm(h_e.T, dy_e, out=dw2[e])
-            torch.mm(dy_e, w2[e].T, out=d_e)
-            if act:
-                _gelu_backward_out(d_e, pre_e, approximate=approximate, grad_input=d_e)
-            if dx is not None:
-                torch.mm(d_e, w1[e].T, out=dx[i:j])
-            if dw1 is not None:
-                torch.mm(x_e.T, d_e, out=dw1[e])
-            if db1 is not None:
-                torch.sum(d_e, 0, out=db1[e])
+                    _gelu_backward_out(d_e, pre_e, approximate=approximate, grad_input=d_e)
+                if dx is not None:
+                    torch.mm(d_e, w1[e].T, out=dx[i:j])
+                if dw1 is not None:
+                    torch.mm(x_e.T, d_e, out=dw1[e])
+                if db1 is not None:
+                    torch.sum(d_e, 0, out=db1[e])
+
+        _each(work, groups, w1[0].numel())
         if dx is not None:
-            dx[end:].zero_()
+            dx[groups[-1][2] if groups else 0 :].zero_()
         return dx, dw1, db1, dw2, db2, None, None
 
 

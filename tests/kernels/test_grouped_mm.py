@@ -1,12 +1,14 @@
 """Grouped products and expert networks against the reference: uneven and empty groups, odd sizes, poisoned memory."""
 
 import itertools
+import os
+import threading
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from moelab.kernels import _buffers
+from moelab.kernels import _buffers, _pool
 from moelab.kernels.grouped_mm import expert_ffn, grouped_mm
 
 CASES = [  # rows per expert, spare rows, K or M, N or F
@@ -149,6 +151,104 @@ def test_weight_gradient_is_deterministic(target):
     first, second = (run(expert_ffn, *args, backend=backend) for _ in range(2))
     for a, b in zip(first, second, strict=True):
         assert torch.equal(a, b)
+
+
+@pytest.fixture
+def shared(monkeypatch):
+    """Two threads, and the calls of the pool counted."""
+    calls, share, before = [], _pool.share, torch.get_num_threads()
+    monkeypatch.setattr(_pool, "share", lambda *args: (calls.append(1), share(*args)))
+    torch.set_num_threads(2)
+    yield calls
+    torch.set_num_threads(before)
+
+
+def many(dtype=torch.float32):
+    return make([80, 0, 3, 150, 97, 0, 128, 64] * 4, 3, 64, 256, 64, dtype=dtype, device="cpu")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_threads_do_not_change_the_bits(shared, activation, dtype):
+    x, offsets, params, dy = many(dtype)
+    cases = [(expert_ffn, params, dy), (mm, params[:2], torch.randn(len(x), 256).to(dtype))]
+    for op, params, dy in cases:
+        found = []
+        for threads, calls in ((1, 0), (2, 2), (2, 2)):
+            torch.set_num_threads(threads)
+            poison()
+            shared.clear()
+            found.append(run(op, x, offsets, params, dy, activation=activation, backend="torch"))
+            assert torch.get_num_threads() == threads and len(shared) == calls
+        for other in found[1:]:
+            assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))
+
+
+def test_threads_leave_no_trace(shared):
+    x, offsets, params, dy = many()
+    run(expert_ffn, x, offsets, params, dy, backend="torch")
+    seen = []
+    newcomer = threading.Thread(target=lambda: seen.append(torch.get_num_threads()))
+    newcomer.start()
+    newcomer.join()
+    assert seen == [2] == [torch.get_num_threads()]
+    for _ in range(20):
+        expert_ffn(x, offsets, *params, backend="torch")
+    assert sum(t.name.startswith("moelab-kernels") for t in threading.enumerate()) <= os.cpu_count()
+    with torch.inference_mode():
+        assert expert_ffn(x, offsets, *params, backend="torch").is_inference()
+    with torch.no_grad():
+        y = expert_ffn(x, offsets, *params, backend="torch")
+    assert not y.is_inference() and (y.requires_grad_() * y).sum().requires_grad
+
+
+def test_an_exception_in_a_thread_propagates(shared, monkeypatch):
+    x, offsets, params, dy = many()
+    want = run(expert_ffn, x, offsets, params, dy, backend="torch")
+
+    def fail(*args, **kwargs):
+        raise ArithmeticError("from the thread")
+
+    with monkeypatch.context() as patch:
+        patch.setitem(expert_ffn.__globals__, "_gelu_out", fail)
+        with pytest.raises(ArithmeticError, match="from the thread"):
+            expert_ffn(x, offsets, *params, backend="torch")
+    leaf = x.clone().requires_grad_()
+    y = expert_ffn(leaf, offsets, *params, backend="torch")
+    with monkeypatch.context() as patch:
+        patch.setitem(expert_ffn.__globals__, "_gelu_backward_out", fail)
+        with pytest.raises(ArithmeticError, match="from the thread"):
+            y.backward(dy)
+    got = run(expert_ffn, x, offsets, params, dy, backend="torch")
+    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+
+
+def test_a_flop_counter_sees_all(shared):
+    from torch.utils.flop_counter import FlopCounterMode
+
+    x, offsets, params, _ = many()
+    with FlopCounterMode(display=False) as counter:
+        expert_ffn(x, offsets, *params, backend="torch")
+    assert counter.get_total_flops() == int(offsets[-1]) * 2 * 2 * 64 * 256 and not shared
+
+
+@pytest.mark.multiprocess
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_a_forked_child_starts_threads_of_its_own():
+    found = []
+    _pool.share(found.extend, range(10), 2)
+    assert sorted(found) == list(range(10))
+    child = os.fork()
+    if child == 0:
+        code = 1
+        try:
+            found.clear()
+            _pool.share(found.extend, range(10), 2)
+            code = int(sorted(found) != list(range(10)))
+        finally:
+            os._exit(code)
+    assert os.waitpid(child, 0)[1] == 0
 
 
 @pytest.mark.parametrize(
