@@ -121,12 +121,22 @@ def bench_train(
     from moelab.training.bench import main as bench_main
 
     bench_main(steps=steps, rounds=rounds, threads=threads, dtype=dtype, out=out)
+    _write_provenance(out, "train")
 
 
 Experts = Annotated[list[int] | None, typer.Option("--experts", help="number of experts; repeat for several")]
 Threads = Annotated[int, typer.Option(help="CPU threads")]
 Device = Annotated[str, typer.Option(help="cpu or cuda")]
 Out = Annotated[Path | None, typer.Option(help="folder for the numbers as JSON lines")]
+
+
+def _write_provenance(out: Path | None, name: str) -> None:
+    """Commit, versions and hardware beside a benchmark's numbers."""
+    if out is not None:
+        from moelab.files import write_json
+        from moelab.workbench.provenance import provenance
+
+        write_json(out / f"{name}.provenance.json", provenance())
 
 
 def _check_device(device: str) -> None:
@@ -152,6 +162,7 @@ def bench_gate(
     from moelab.kernels.bench.gate import main as bench_main
 
     bench_main(tokens=tokens, experts=experts or [8, 64, 128], rounds=rounds, threads=threads, device=device, out=out)
+    _write_provenance(out, "gate")
 
 
 @bench.command(name="layer")
@@ -185,6 +196,7 @@ def bench_layer(
         device=device,
         out=out,
     )
+    _write_provenance(out, "layer")
 
 
 @kernels.command(name="compile")

