@@ -31,6 +31,10 @@ def build(results: Path) -> Path:
     return index
 
 
+def _commit(record: dict[str, Any]) -> str:
+    return (record.get("commit") or "none")[:10] + (" with changes" if record.get("modified") else "")
+
+
 def _number(value: float | None, unit: str = "") -> str:
     """Differences carry their sign, ratios none; a dash for what was not measured."""
     if value is None:
@@ -44,6 +48,7 @@ def _groups(results: Path) -> list[dict[str, Any]]:
     for file in results.glob(f"*/*/*/{SUMMARY}"):
         summary = read_json(file)
         summary["path"] = file.parent.relative_to(results).as_posix()
+        summary["training_commits"] = sorted({_commit(run["provenance"]) for run in summary["runs"]})
         summary["notebook_html"] = (file.parent / "notebook.html").exists()
         found.setdefault(summary["experiment"], []).append(summary)
     order = [name for name in EXPERIMENTS if name in found] + sorted(set(found) - set(EXPERIMENTS))
