@@ -143,6 +143,7 @@ def execute(experiment: Experiment, values: Mapping[str, Any], plan: Path) -> Pa
             ) from None
     if not (staging / SUMMARY).exists():
         raise NotebookFailed(f"{experiment.notebook} ended without publishing a result (executed copy: {copy})")
+    _forget_places(copy)
     _to_html(copy)
     target = paths.results() / experiment.name / scale / name
     while target.exists():  # nothing is overwritten
@@ -153,6 +154,16 @@ def execute(experiment: Experiment, values: Mapping[str, Any], plan: Path) -> Pa
     shutil.move(staging, beside)
     os.replace(beside, target)
     return target
+
+
+def _forget_places(notebook: Path) -> None:
+    """Papermill notes where it read and wrote on this machine; a published copy lies elsewhere."""
+    import nbformat
+
+    content = nbformat.read(notebook, as_version=4)
+    for key in ("input_path", "output_path"):
+        content.metadata["papermill"][key] = Path(content.metadata["papermill"][key]).name
+    nbformat.write(content, notebook)
 
 
 def _kernel_manager() -> type:

@@ -112,7 +112,9 @@ class Publication:
                 "provenance": provenance(),
             },
         )
-        return f"{'draft' if self.interactive else 'result'} written to {self.path}"
+        if self.interactive:
+            return f"draft written to {self.path}"
+        return f"result handed over as {self.experiment}, scale {self.scale}"
 
     def _write_frame(self, name: str, data: pd.DataFrame) -> None:
         write_text(self.path / name, data.to_json(orient="records", lines=True, double_precision=15))

@@ -104,6 +104,10 @@ class TestPrMoeNotebook:
         assert [c for c in notebook.cells if "injected-parameters" in c.metadata.get("tags", [])]
         for claim in summary["claims"]:
             assert claim["verdict"]
+        places = str(results.parent)
+        assert not [
+            p.name for p in folder.iterdir() if p.suffix in (".ipynb", ".json", ".html") and places in p.read_text()
+        ]
 
     def test_again_is_read_back_and_overwrites_nothing(self, published):
         results, env, _ = published
