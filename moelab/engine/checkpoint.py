@@ -46,8 +46,11 @@ def save(
     """Write a checkpoint and remove all but the `keep` newest. OSError (a full disk, say) leaves the older ones as they were."""
     path = directory / f"step-{step:08d}"
     with new_directory(path) as new:
-        save_file({name: p.detach().contiguous() for name, p in model.named_parameters()}, new / _MODEL)
-        save_file(_optimizer_tensors(model, optimizer), new / _OPTIMIZER)
+        try:
+            save_file({name: p.detach().contiguous() for name, p in model.named_parameters()}, new / _MODEL)
+            save_file(_optimizer_tensors(model, optimizer), new / _OPTIMIZER)
+        except SafetensorError as error:  # how safetensors reports a full disk
+            raise OSError(str(error)) from error
         hashes = {name: _sha256(new / name) for name in (_MODEL, _OPTIMIZER)}
         write_json(new / _STATE, {"step": step, "sha256": hashes, "state": state})
     for old in _directories(directory)[:-keep]:
