@@ -175,7 +175,7 @@ def _train(run: Run, should_stop, on_progress, cache: Path) -> None:
     import torch
 
     from moelab.data import prepare
-    from moelab.training import TrainingStopped, train
+    from moelab.training import Teacher, TrainingStopped, train
     from moelab.workbench.provenance import provenance
 
     spec = run.spec
@@ -191,9 +191,22 @@ def _train(run: Run, should_stop, on_progress, cache: Path) -> None:
     threads = torch.get_num_threads()
     try:
         torch.set_num_threads(spec.train.threads)
+        teacher = None
+        if spec.teacher is not None and spec.distill is not None:
+            source = Run(spec.teacher, run.path.parent / spec.teacher.id)
+            if not source.finished:
+                raise ValueError(f"its teacher {spec.teacher.id} has no result: {source.status.state}")
+            teacher = Teacher(spec.teacher.model, source.path, spec.distill)
         data = prepare(spec.data, cache)
         result = train(
-            spec.model, spec.train, data, spec.data.context, run.path, on_progress=progress, should_stop=should_stop
+            spec.model,
+            spec.train,
+            data,
+            spec.data.context,
+            run.path,
+            teacher=teacher,
+            on_progress=progress,
+            should_stop=should_stop,
         )
     except (TrainingStopped, KeyboardInterrupt) as stop:
         run.set_status(Status("stopped", **state, reason=str(stop) or "interrupted"))
