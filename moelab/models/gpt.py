@@ -75,20 +75,20 @@ class Attention(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.heads, self.dropout = config.heads, config.dropout
+        self.heads, self.head_size, self.dropout = config.heads, config.head_size, config.dropout
         self.qkv = nn.Linear(config.hidden, 3 * config.hidden)
         self.out = nn.Linear(config.hidden, config.hidden)
 
     def forward(self, x_BTM: Tensor, past: Past | None = None) -> Tensor:
         B, T, _ = x_BTM.shape
-        q, k, v = self.qkv(x_BTM).view(B, T, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
+        q, k, v = self.qkv(x_BTM).view(B, T, 3, self.heads, self.head_size).permute(2, 0, 3, 1, 4)
         if past is not None:
             y_BHTD = past.attend(q, k, v)
         else:
             y_BHTD = F.scaled_dot_product_attention(
                 q, k, v, is_causal=True, dropout_p=self.dropout if self.training else 0.0
             )
-        return self.out(y_BHTD.transpose(1, 2).reshape(B, T, -1))
+        return self.out(y_BHTD.transpose(1, 2).flatten(2))
 
 
 class Block(nn.Module):
