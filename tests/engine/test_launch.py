@@ -15,7 +15,7 @@ from moelab.engine.launch import Limits, RankFailed, launch
 
 pytestmark = pytest.mark.multiprocess
 
-QUICK = Limits(hang_s=2, death_s=6, stop_s=6, collective_s=30)
+QUICK = Limits(hang_s=2, death_s=3, stop_s=6, collective_s=30)
 
 ALONE = """
 import os, signal, subprocess, sys, time
@@ -104,7 +104,7 @@ def test_ranks_meet_talk_and_leave(ranks, tmp_path):
 def test_an_exception_is_told_by_rank_and_not_by_those_who_lost_the_connection(ranks):
     code = TOGETHER + "step()\nif place.rank == 1: raise ValueError('no such expert')\nwhile True: step()"
     failure = fails(ranks, code, within=40)
-    assert failure.rank == 1 and "failed with ValueError: no such expert (exit code 1)" in str(failure)
+    assert failure.rank == 1 and "failed with ValueError: no such expert (" in str(failure)
     assert "Traceback" in failure.tail and failure.host in str(failure)
 
 
@@ -142,7 +142,7 @@ def test_a_rank_that_is_halted_is_told(ranks):
 
 def test_a_collective_that_times_out_names_the_rank_it_waited_for(ranks):
     code = TOGETHER + "step()\nif place.rank == 1: time.sleep(600)\nwhile True: step()"
-    failure = fails(ranks, code, within=40, limits=Limits(hang_s=100, death_s=6, collective_s=4))
+    failure = fails(ranks, code, within=40, limits=Limits(hang_s=100, death_s=3, collective_s=4))
     assert failure.rank == 1 and "hangs: rank 0 waited for it" in str(failure)
 
 
@@ -170,10 +170,7 @@ def test_one_that_stops_by_itself_takes_the_others_along(ranks, tmp_path):
 
 
 def test_one_that_stays_when_the_others_have_stopped_fails(ranks):
-    code = (
-        ALONE
-        + "if place.rank == 1: asked = None\nif place.rank == 0: steps(1000)\nwhile True: process.beat(); time.sleep(0.1)"
-    )
+    code = ALONE + "if place.rank == 0: steps(1000)\nwhile True: process.beat(); time.sleep(0.1)"
     started = time.monotonic()
     limits = Limits(hang_s=60, death_s=2, stop_s=2)
     failure = fails(ranks, code, within=12, limits=limits, should_stop=lambda: time.monotonic() - started > 1)
