@@ -106,6 +106,7 @@ def launch(
 
     Raises:
         RankFailed: one did not.
+        ValueError: the job of Slurm has too few tasks on a node for the layout; nothing is started.
         whatever `should_stop` and `tick` raise, KeyboardInterrupt included, once the ranks have had `limits.stop_s` to stop.
     """
     limits = limits or Limits.read()
@@ -239,7 +240,9 @@ class _Watch:
         rank = (killed or causes or lonely)[0]
         code = codes[rank]
         assert code is not None
-        if rank in killed:
+        if complaint := self.started.complaint():
+            how = f"was not started: {complaint}"
+        elif rank in killed:
             oom = postmortem.oom_kills() > self.oom_kills
             how = postmortem.death_by_signal(-code, rank, self.started.memory(), oom)
         else:

@@ -108,6 +108,9 @@ def test_the_dead_rank_is_the_status(spec, monkeypatch):
     assert "the last lines of rank-00001.txt" in runs[0].log_tail(60) and "expert 7 is lost" in runs.explain_missing()
     with pytest.raises(RankFailed, match="expert 7 is lost"):
         supervise(runs[0], limits=LIMITS)
+    monkeypatch.setenv("MOELAB_HANG_S", "long")
+    assert Lab().run([spec])[0].status.reason == "MOELAB_HANG_S must be a number of seconds, got 'long'"
+    monkeypatch.delenv("MOELAB_HANG_S")
     monkeypatch.delenv("STAND_IN_DIES")
     assert Lab().run([spec])[0].finished, "and the next try may do better"
 
