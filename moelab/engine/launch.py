@@ -167,7 +167,9 @@ class _Watch:
                 self._looked = time.monotonic()
                 self.started.watch_memory()
                 if hanging := self._hanging(codes):
-                    raise self._hung(hanging, f"hangs: no sign of life for {self.limits.hang_s:g} s")
+                    # The one that hangs may have given its last sign a moment later than those that wait for it.
+                    others = [rank for rank, code in enumerate(codes) if code is None and rank not in hanging]
+                    raise self._hung(hanging + others, f"hangs: no sign of life for {self.limits.hang_s:g} s")
             tick()
             time.sleep(_POLL_S)
 
