@@ -5,9 +5,9 @@ to all ranks alike, one expert a rank, `bytes` of them in all. Hierarchical ways
 messages but no slow links. For the coordinated ways each tensor group holds the same tokens, of which `flat` sends every copy.
 
 The candidates take turns; a time is the slowest rank's. Beside them, the two bare all-to-alls that dispatch and combine come down to.
-Floor (alpha-beta model): messages * alpha + bytes * beta of what the busiest rank sends, one message after the other. alpha is half the round trip
-of 8 bytes between ranks 0 and 1 while the others wait, beta the slope from there to 4 MiB; medians, in the same run. It knows nothing of ranks
-that share cores.
+Floor (alpha-beta model): messages * alpha + bytes * beta of what the busiest rank sends. alpha is what one more message costs in a stream of
+small ones from rank 0 to rank 1 while the others wait, beta what one more byte costs in a stream of 1 MiB; medians, in the same run. Gloo's
+messages take a core's time, so there the floor is multiplied by the ranks that share a core. It knows nothing of waking up waiting ranks.
 """
 
 from __future__ import annotations
@@ -58,26 +58,28 @@ def layouts(ranks: int) -> dict[str, ParallelConfig]:
     return found
 
 
-def _ping(device: str, rounds: int) -> tuple[float, float]:
-    """(alpha in seconds, beta in seconds a byte), on every rank."""
-    rank, times = dist.get_rank(), []
-    for size in (8, 4 << 20):
-        buffer = torch.zeros(size, dtype=torch.uint8, device=device)
+def _stream(device: str, rounds: int) -> tuple[float, float]:
+    """(alpha in seconds a message, beta in seconds a byte), on every rank."""
+    rank = dist.get_rank()
+    ack = torch.zeros(1, device=device)
 
-        def there_and_back(buffer: Tensor = buffer) -> None:
-            if rank == 0:
-                dist.send(buffer, 1)
-                dist.recv(buffer, 1)
-            else:
-                dist.recv(buffer, 0)
-                dist.send(buffer, 0)
+    def seconds(size: int, count: int) -> float:
+        buffers = [torch.zeros(size, dtype=torch.uint8, device=device) for _ in range(count)]
 
-        if rank < 2:
-            there_and_back()
-            times.append(statistics.median(common.seconds(there_and_back, device) for _ in range(4 * rounds)) / 2)
-        dist.barrier()
-    alpha, large = times or (0.0, 0.0)
-    result = torch.tensor([alpha, max(large - alpha, 0.0) / (4 << 20)], dtype=torch.float64, device=device)
+        def send_all() -> None:
+            start = dist.isend if rank == 0 else dist.irecv
+            for work in [start(buffer, 1 - rank) for buffer in buffers]:
+                work.wait()
+            (dist.recv if rank == 0 else dist.send)(ack, 1 - rank)
+
+        send_all()
+        return statistics.median(common.seconds(send_all, device) for _ in range(2 * rounds))
+
+    result = torch.zeros(2, dtype=torch.float64, device=device)
+    if rank < 2:
+        alpha = max(seconds(8, 129) - seconds(8, 1), 0.0) / 128
+        large = max(seconds(1 << 20, 9) - seconds(1 << 20, 1), 0.0) / 8
+        result[:] = torch.tensor([alpha, max(large - alpha, 0.0) / (1 << 20)])
     dist.broadcast(result, 0)
     return tuple(result.tolist())
 
@@ -129,7 +131,7 @@ def _measure_rank(ranks: int, size: int, rounds: int, device: str) -> dict[str, 
                     torch.cuda.synchronize()
                 if i:  # the first round warms up
                     times[name].append((time.perf_counter() - started) / repeats)
-    return {"times": times, "sent": sent, "ping": _ping(device, rounds), "bytes": x.nbytes}
+    return {"times": times, "sent": sent, "stream": _stream(device, rounds), "bytes": x.nbytes}
 
 
 def measure(pool: Ranks, size: int, rounds: int, device: str) -> list[dict[str, Any]]:
@@ -140,13 +142,16 @@ def measure(pool: Ranks, size: int, rounds: int, device: str) -> list[dict[str, 
     found = pool.run(_measure_rank, pool.size, size, rounds, device, timeout_s=600)
     names = list(found[0]["times"])
     times = {n: [max(t) for t in zip(*(f["times"][n] for f in found), strict=True)] for n in names}
-    alpha, beta = found[0]["ping"]
+    alpha, beta = found[0]["stream"]
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    crowding = 1.0 if device == "cuda" else max(pool.size / cores, 1.0)
     case = {
         "ranks": pool.size,
         "bytes_per_rank": found[0]["bytes"],
         "backend": "nccl" if device == "cuda" else "gloo",
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "cores": cores,
         "device": common.device_name(device),
+        "ranks_per_core": crowding,
         "alpha_ms": alpha * 1e3,
         "beta_ms_per_mib": beta * 1e3 * (1 << 20),
     }
@@ -155,7 +160,8 @@ def measure(pool: Ranks, size: int, rounds: int, device: str) -> list[dict[str, 
         busiest = max(
             (f["sent"][row["candidate"]] for f in found), key=lambda s: s["near_messages"] + s["far_messages"]
         )
-        floor = (busiest["near_messages"] + busiest["far_messages"]) * alpha + busiest["bytes"] * beta
+        messages = busiest["near_messages"] + busiest["far_messages"]
+        floor = crowding * (messages * alpha + busiest["bytes"] * beta)
         row.update(
             near_messages=busiest["near_messages"],
             far_messages=busiest["far_messages"],

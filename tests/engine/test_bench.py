@@ -19,6 +19,7 @@ def test_measures_every_way_side_by_side(tmp_path):
         assert 0 < row["min_ms"] <= row["median_ms"] <= row["max_ms"] and row["rounds"] == 2
         messages = row["near_messages"] + row["far_messages"]
         floor = messages * row["alpha_ms"] + row["sent_bytes"] / (1 << 20) * row["beta_ms_per_mib"]
+        floor *= row["ranks_per_core"]
         assert row["floor_ms"] == pytest.approx(floor) and row["floor_ratio"] == pytest.approx(row["median_ms"] / floor)
         assert row["alpha_ms"] > 0 and (row["ratio"] == 1 or row["candidate"] != "flat")
     # counts, dispatch, combine: 3 x 7; 3 x (3 + 1); 3 x 1 and the gather's 3; 3 x (1 + 1) and 1
