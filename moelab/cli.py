@@ -216,6 +216,25 @@ def bench_scaling(
     _write_provenance(out, "scaling")
 
 
+@bench.command(name="exchange")
+def bench_exchange(
+    ranks: Annotated[list[int] | None, typer.Option("--ranks", help="processes; repeat for several")] = None,
+    size: Annotated[
+        list[int] | None, typer.Option("--bytes", help="bytes of tokens a rank; repeat for several")
+    ] = None,
+    rounds: Annotated[int, typer.Option(help="times the ways take turns")] = 15,
+    device: Device = "cpu",
+    out: Out = None,
+) -> None:
+    """How tokens travel between ranks of this machine: flat, hierarchical, coordinated, and the alpha-beta floor."""
+    _check_device(device)
+    from moelab.engine.bench import main as bench_main
+
+    sizes = size or [1 << 10, 1 << 14, 1 << 18, 1 << 22]
+    bench_main(ranks=ranks or [4, 8, 16], sizes=sizes, rounds=rounds, device=device, out=out)
+    _write_provenance(out, "exchange")
+
+
 @kernels.command(name="compile")
 def kernels_compile(
     arch: Annotated[list[str] | None, typer.Option(help="sm_80 (A100), sm_90 (H100); repeat for several")] = None,
