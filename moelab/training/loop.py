@@ -28,11 +28,12 @@ from torch.distributed.tensor import DTensor
 
 from moelab.config import ModelConfig, TrainConfig
 from moelab.data import TokenData, TrainBatches, bits_per_byte, overall_loss, validation_batches
-from moelab.engine import checkpoint, gradients
+from moelab.engine import checkpoint, gradients, process
 from moelab.engine import parallel as engine
 from moelab.engine.mesh import Mesh
 from moelab.layout import ParallelConfig
 from moelab.models import GPT, Routing
+from moelab.training.distill import Distiller, Teacher
 from moelab.training.metrics import TRAIN, VALIDATION, Metrics
 from moelab.training.schedule import learning_rate
 
@@ -62,14 +63,18 @@ class Window:
     steps: int = 0
     loss: float = 0.0
     routing_loss: float = 0.0
+    distill_loss: float = 0.0
     grad_norm: float = 0.0
     load: dict[str, list[int]] = field(default_factory=dict)  # layer (from 1) -> tokens that chose each expert
     kept: dict[str, int] = field(default_factory=dict)  # layer -> tokens kept
 
-    def add(self, loss: float, routing_loss: float, load: dict[str, list[int]], kept: dict[str, int]) -> None:
+    def add(
+        self, loss: float, routing_loss: float, distill_loss: float, load: dict[str, list[int]], kept: dict[str, int]
+    ) -> None:
         self.steps += 1
         self.loss += loss
         self.routing_loss += routing_loss
+        self.distill_loss += distill_loss
         for layer, counts in load.items():
             before = self.load.get(layer, [0] * len(counts))
             self.load[layer] = [a + b for a, b in zip(before, counts, strict=True)]
@@ -82,6 +87,8 @@ class Window:
             "routing_loss": self.routing_loss / n,
             "grad_norm": self.grad_norm / n,
         }
+        if self.distill_loss:
+            row["distill_loss"] = self.distill_loss / n
         if self.load:
             totals = {layer: max(1, sum(load)) for layer, load in self.load.items()}
             row["dropped_share"] = 1 - sum(self.kept.values()) / sum(totals.values())
@@ -98,6 +105,7 @@ def train(
     run_dir: Path,
     *,
     parallel: ParallelConfig | None = None,
+    teacher: Teacher | None = None,
     on_progress: Callable[[Progress], None] = lambda _: None,
     should_stop: Callable[[], bool] = lambda: False,
 ) -> dict[str, Any]:
@@ -108,6 +116,7 @@ def train(
     Args:
         context: tokens a sequence, T.
         parallel: how the model is spread over ranks; all of them call this, in one process group. None is this process alone.
+        teacher: a finished run to learn from, and how; see `moelab.training.distill`.
         on_progress: called at each metric row, on rank 0.
         should_stop: asked once a step, on every rank; when one says True, all write a checkpoint and raise TrainingStopped.
 
@@ -130,7 +139,8 @@ def train(
     mesh = Mesh(parallel or ParallelConfig(), model_config.experts, config.device)
     leads = mesh.rank == 0
     batches = TrainBatches(data, config.batch_size, context, config.seed, mesh.data.index, mesh.data.size)
-    trainer = Trainer(model_config, config, batches, context, mesh)
+    distiller = Distiller(teacher, config, data, context, mesh) if teacher else None
+    trainer = Trainer(model_config, config, batches, context, mesh, distiller)
     step, window, seconds = 0, Window(), 0.0
     checkpoints = checkpoint.Writer(run_dir / "checkpoints")
     last = checkpoint.latest(run_dir / "checkpoints")
@@ -167,6 +177,7 @@ def train(
             if not done.applied:
                 what = "gradient norm" if math.isfinite(done.loss) else "loss"
                 raise diverged(what, done.grad_norm if math.isfinite(done.loss) else done.loss, step + 1)
+            process.beat()
             step += 1
             seconds += time.perf_counter() - started
             tokens = step * config.batch_size * context
@@ -233,18 +244,21 @@ class Trainer:
         batches: TrainBatches,
         context: int,
         mesh: Mesh | None = None,
+        distiller: Distiller | None = None,
     ) -> None:
         """
         Args:
             batches: this data rank's part of every step's batch.
             context: tokens a sequence, T.
             mesh: the ranks; None is this process alone.
+            distiller: the teacher, if there is one.
 
         Raises:
             ValueError: the batch's micro-batches do not spread over the data ranks, or the layout is impossible for the model.
         """
         self.model_config, self.config, self.batches, self.context = model_config, config, batches, context
         self.mesh = mesh or Mesh(ParallelConfig(), model_config.experts, config.device)
+        self.distiller = distiller
         self.micro_batch = config.micro_batch or config.batch_size
         count = config.batch_size // self.micro_batch
         if count % self.mesh.data.size:
@@ -262,52 +276,57 @@ class Trainer:
         tokens_BT, targets_BT = (t.to(config.device) for t in self.batches.batch(step))
         parts = len(tokens_BT) // self.micro_batch
         module.train()
-        loss_sum = routing_sum = 0.0
+        loss_sum = routing_sum = distill_sum = 0.0
         counts: list[tuple[Routing, ...]] = []
         for part in range(parts):
-            torch.manual_seed(draw_seed(config.seed, step, self.mesh.data.index * parts + part))
+            number = self.mesh.data.index * parts + part  # of the micro-batch, over all ranks
+            torch.manual_seed(draw_seed(config.seed, step, number))
             rows = slice(part * self.micro_batch, (part + 1) * self.micro_batch)
             with torch.autocast(config.device, torch.bfloat16, enabled=config.dtype == "bf16"):
                 output = module(tokens_BT[rows])
             loss = output.cross_entropy(targets_BT[rows])
             routing_loss = output.routing_loss(self.model_config)
+            extra = self.distiller.loss(tokens_BT[rows], output.logits_BTV, step, number) if self.distiller else 0.0
             if part == parts - 1:
                 self.sync.arm()
-            ((loss + routing_loss) / parts).backward()
+            ((loss + routing_loss + extra) / parts).backward()
             loss_sum += float(loss.detach()) / parts
             routing_sum += float(torch.as_tensor(routing_loss).detach()) / parts
+            distill_sum += float(torch.as_tensor(extra).detach()) / parts
             counts.append(output.routing)
         self.sync.finish()
         norm = gradients.clip(self.model, config.clip or math.inf)
-        loss_sum, routing_sum, load, kept, stop = self._agree(loss_sum, routing_sum, counts, should_stop())
-        applied = math.isfinite(loss_sum + routing_sum) and math.isfinite(norm)
+        losses, load, kept, stop = self._agree((loss_sum, routing_sum, distill_sum), counts, should_stop())
+        applied = math.isfinite(sum(losses)) and math.isfinite(norm)
         if applied:
             self.optimizer.step()
-            window.add(loss_sum, routing_sum, load, kept)
+            window.add(*losses, load, kept)
             window.grad_norm += norm
         self.optimizer.zero_grad(set_to_none=True)
-        return StepDone(loss_sum + (0.0 if math.isfinite(routing_sum) else routing_sum), norm, rate, applied, stop)
+        others = sum(losses[1:])
+        return StepDone(losses[0] + (0.0 if math.isfinite(others) else others), norm, rate, applied, stop)
 
     def _agree(
-        self, loss: float, routing_loss: float, counts: list[tuple[Routing, ...]], stop: bool
-    ) -> tuple[float, float, dict[str, list[int]], dict[str, int], bool]:
+        self, losses: tuple[float, ...], counts: list[tuple[Routing, ...]], stop: bool
+    ) -> tuple[tuple[float, ...], dict[str, list[int]], dict[str, int], bool]:
         """The step's numbers over all data ranks: losses, load and kept tokens by layer, whether to stop."""
         layers = [str(i + 1) for i, experts in enumerate(self.model_config.experts) if experts]
         load = {layer: sum(part[i].load_E for part in counts) for i, layer in enumerate(layers)}
         kept = {layer: sum(part[i].kept_E.sum() for part in counts) for i, layer in enumerate(layers)}
         if self.mesh.world.size > 1:
-            numbers = [torch.tensor([loss, routing_loss, float(stop)], dtype=torch.float64, device=self.mesh.device)]
+            numbers = [torch.tensor([*losses, float(stop)], dtype=torch.float64, device=self.mesh.device)]
             numbers += [load[layer].double() for layer in layers] + [kept[layer].double()[None] for layer in layers]
             flat = torch.cat(numbers)
             dist.all_reduce(flat)
-            loss, routing_loss = (flat[:2] / self.mesh.world.size).tolist()
-            stop = bool(flat[2] > 0)
+            n = len(losses)
+            losses = tuple((flat[:n] / self.mesh.world.size).tolist())
+            stop = bool(flat[n] > 0)
             whole = (flat / self.mesh.tensor.size).round().long()  # tensor ranks have counted the same tokens
-            sizes = [3, *(len(load[layer]) for layer in layers), *(1 for _ in layers)]
+            sizes = [n + 1, *(len(load[layer]) for layer in layers), *(1 for _ in layers)]
             pieces = whole.split(sizes)[1:]
             load = dict(zip(layers, pieces, strict=False))
             kept = dict(zip(layers, pieces[len(layers) :], strict=True))
-        return loss, routing_loss, {k: v.tolist() for k, v in load.items()}, {k: int(v) for k, v in kept.items()}, stop
+        return losses, {k: v.tolist() for k, v in load.items()}, {k: int(v) for k, v in kept.items()}, stop
 
     def save(self, checkpoints: checkpoint.Writer, step: int, state: dict[str, Any]) -> None:
         """Write a checkpoint of `step` steps in the background; see `moelab.engine.checkpoint.Writer.save`."""
@@ -360,6 +379,7 @@ def evaluate(
     sums = torch.zeros(len(domains), 2, dtype=torch.float64)  # nats, tokens
     batches = validation_batches(data, config.batch_size, context, max_tokens)
     while group := list(itertools.islice(batches, world)):
+        process.beat()
         # Every rank runs the model as often as the others, if need be without tokens: they may need its experts.
         domain, tokens_BT, targets_BT = group[mine] if mine < len(group) else _nothing(group[0])
         with torch.autocast(config.device, torch.bfloat16, enabled=config.dtype == "bf16"):
