@@ -77,7 +77,7 @@ def _stream(device: str, rounds: int) -> tuple[float, float]:
 
     result = torch.zeros(2, dtype=torch.float64, device=device)
     if rank < 2:
-        alpha = max(seconds(8, 129) - seconds(8, 1), 0.0) / 128
+        alpha = max(seconds(8, 1025) - seconds(8, 1), 0.0) / 1024
         large = max(seconds(1 << 20, 9) - seconds(1 << 20, 1), 0.0) / 8
         result[:] = torch.tensor([alpha, max(large - alpha, 0.0) / (1 << 20)])
     dist.broadcast(result, 0)
