@@ -127,6 +127,9 @@ class Writer:
             if error is None:
                 raise
             log.error("checkpoint not written: %s", failed)
+        finally:
+            if self._group is not None:
+                dist.destroy_process_group(self._group)  # it holds threads and connections
 
 
 def latest(directory: Path) -> Checkpoint | None:
