@@ -146,6 +146,28 @@ def gaps(
     return ax
 
 
+def means(measured: pd.DataFrame, ax: Axes, *, x: str, y: str) -> Axes:
+    """A line of means over seeds with 95 % bars, each seed as a small dot. Columns x, y and seed."""
+    rows = [(at, part[y].mean(), *student(part[y])) for at, part in measured.groupby(x)]
+    ax.scatter(measured[x], measured[y], s=14, color=_COLORS[5], alpha=0.5, linewidths=0)
+    if rows:
+        at, center, low, high = (list(column) for column in zip(*rows, strict=True))
+        bars = [[c - a for c, a in zip(center, low, strict=True)], [b - c for c, b in zip(center, high, strict=True)]]
+        ax.errorbar(at, center, yerr=bars, fmt="o-", color=_COLORS[5], capsize=4)
+    return ax
+
+
+def seed_lines(measured: pd.DataFrame, ax: Axes, *, arms: Sequence[str], value: str = "validation_loss") -> Axes:
+    """A line a seed across the arms: parallel lines are what pairing takes out. Columns arm, seed and `value`."""
+    table = measured.pivot(index="seed", columns="arm", values=value)
+    there = [arm for arm in arms if arm in table]
+    for _, row in table[there].iterrows():
+        ax.plot(range(len(there)), row, marker="o", color=_COLORS[5], alpha=0.6)
+    ax.set_xticks(range(len(there)), there)
+    ax.set_xlim(-0.3, len(there) - 0.7)
+    return ax
+
+
 def legend_below(ax: Axes, columns: int = 2) -> None:
     """Put an axis's legend under it, where it covers nothing."""
     ax.legend(loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=columns)

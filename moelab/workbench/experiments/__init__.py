@@ -12,15 +12,15 @@ from moelab.workbench.experiments import (
     learning_rate,
     pr_moe,
     scaling,
-    seeds,
     specialisation,
+    spread,
     throughput,
     top2,
 )
 from moelab.workbench.experiments.base import Experiment, Scale
 
 _OF_THE_PAPER = (scaling, half_moe, top2, pr_moe, distillation, throughput)
-_BEYOND = (expert_count, capacity, specialisation, seeds, learning_rate)
+_BEYOND = (expert_count, capacity, specialisation, spread, learning_rate)
 
 EXPERIMENTS: dict[str, Experiment] = {m.EXPERIMENT.name: m.EXPERIMENT for m in (*_OF_THE_PAPER, *_BEYOND)}
 

@@ -20,6 +20,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from moelab import paper
+from moelab.config import ModelConfig
 from moelab.workbench.claims import Verdict, judge
 from moelab.workbench.experiments import common
 from moelab.workbench.experiments.base import Experiment, Scale
@@ -74,6 +75,35 @@ def efficiency(curves: pd.DataFrame, final: pd.DataFrame) -> pd.DataFrame:
                     }
                 )
     return pd.DataFrame(rows, columns=["arm", "base", "seed", "tokens", "flops"])
+
+
+def paper_efficiency() -> dict[str, float]:
+    """The same read off the paper's Fig 1, in tokens: MoE -> times fewer to its base's last reading."""
+    import pandas as pd
+
+    found = {}
+    for moe, base, _ in PAIRS:
+        curve, goal = paper.loss_curve(moe), paper.loss_curve(base)
+        reached = _first_at(pd.DataFrame({"tokens": curve.tokens_B, "loss": curve.loss}), goal.loss[-1])
+        if reached:
+            found[moe] = goal.tokens_B[-1] / reached
+    return found
+
+
+def training_length(final: pd.DataFrame) -> pd.DataFrame:
+    """Training tokens for each active parameter, ours and the paper's: a row an arm."""
+    import pandas as pd
+
+    rows = {}
+    for run in final.drop_duplicates("arm").itertuples():
+        published, model = paper.training_settings(run.arm), ModelConfig.parse(run.arm)
+        rows[run.arm] = {
+            "active parameters (M)": run.active_parameters / 1e6,
+            "tokens (M)": run.tokens / 1e6,
+            "tokens per active parameter": run.tokens / run.active_parameters,
+            "paper: tokens per active parameter": published.train_tokens / model.active_parameters(),
+        }
+    return pd.DataFrame(rows).T
 
 
 def equal_flops(curves: pd.DataFrame, final: pd.DataFrame) -> pd.DataFrame:
