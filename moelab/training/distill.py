@@ -103,11 +103,12 @@ class Distiller:
             raise ValueError(f"distill: the teacher of {teacher.run_dir} was trained on other data than the student's")
         self.config, self.distill, self.context = config, teacher.distill, context
         own = Mesh(mesh.config, teacher.model.experts, config.device)
-        self.model = engine.build(teacher.model, config.seed, own).module
-        checkpoint.load(last, self.model)
-        self.model.eval().requires_grad_(False)
+        built = engine.build(teacher.model, config.seed, own)
+        checkpoint.load_model(last, built.module, built.placements)
+        self.model = built.module.eval().requires_grad_(False)
         self.cache = None
-        if teacher.distill.cache_bytes:
+        # A rank that finds its logits on disk would leave the others alone in the teacher's exchange: several ranks compute them.
+        if teacher.distill.cache_bytes and mesh.world.size == 1:
             batches = (data.fingerprint, config.seed, config.batch_size, config.micro_batch, context)
             key = digest((*batches, teacher.distill.top_k, teacher.distill.temperature, config.dtype))
             self.cache = LogitCache(teacher.run_dir / "logits" / key, teacher.distill.cache_bytes)

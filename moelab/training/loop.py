@@ -11,6 +11,7 @@ with another layout. Rank 0 writes the files.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import itertools
 import math
@@ -141,6 +142,7 @@ def train(
     distiller = Distiller(teacher, config, data, context, mesh) if teacher else None
     trainer = Trainer(model_config, config, batches, context, mesh, distiller)
     step, window, seconds = 0, Window(), 0.0
+    checkpoints = checkpoint.Writer(run_dir / "checkpoints")
     last = checkpoint.latest(run_dir / "checkpoints")
     if last is not None:
         if last.state["data"] != data.fingerprint:
@@ -154,6 +156,7 @@ def train(
             metrics.write(file, row)
 
     def diverged(what: str, value: float, at: int) -> TrainingDiverged:
+        checkpoints.wait()
         good = checkpoint.latest(run_dir / "checkpoints")
         where = f"the last good checkpoint is {good.path}" if good else "no checkpoint was written before"
         return TrainingDiverged(f"{what} is {value} at step {at}; {where}")
@@ -164,7 +167,7 @@ def train(
             raise diverged("validation loss", scores["loss"], step)
         return scores
 
-    try:
+    with checkpoints, contextlib.closing(metrics) if metrics else contextlib.nullcontext():
         if last is None:
             write(VALIDATION, {"step": 0, "tokens": 0, "time_s": 0.0, **validate(config.eval_tokens)})
         row_step, row_seconds = step, seconds  # of the last metric row, or of the resume
@@ -189,15 +192,12 @@ def train(
                 write(VALIDATION, {"step": step, "tokens": tokens, "time_s": seconds, **scores})
             if done.stop or step == steps or (config.checkpoint_every and step % config.checkpoint_every == 0):
                 state = {"window": asdict(window), "seconds": seconds, "data": data.fingerprint}
-                trainer.save(run_dir / "checkpoints", step, state)
+                trainer.save(checkpoints, step, state)
             if done.stop and step < steps:
                 raise TrainingStopped(
                     f"stopped at step {step} of {steps}; the checkpoint is written, run again to go on"
                 )
         final = validate(0)
-    finally:
-        if metrics is not None:
-            metrics.close()
     return {
         "steps": steps,
         "tokens": steps * config.batch_size * context,
@@ -327,13 +327,13 @@ class Trainer:
             kept = dict(zip(layers, pieces[len(layers) :], strict=True))
         return losses, {k: v.tolist() for k, v in load.items()}, {k: int(v) for k, v in kept.items()}, stop
 
-    def save(self, directory: Path, step: int, state: dict[str, Any]) -> None:
-        """Write a checkpoint of `step` steps; see `moelab.engine.checkpoint.save`."""
-        checkpoint.save(directory, step, self.model.module, self.optimizer, state)
+    def save(self, checkpoints: checkpoint.Writer, step: int, state: dict[str, Any]) -> None:
+        """Write a checkpoint of `step` steps in the background; see `moelab.engine.checkpoint.Writer.save`."""
+        checkpoints.save(step, self.model.module, self.optimizer, state, self.model.placements)
 
     def load(self, saved: checkpoint.Checkpoint) -> None:
         """Take over a checkpoint's weights and optimizer state."""
-        checkpoint.load(saved, self.model.module, self.optimizer)
+        checkpoint.load(saved, self.model.module, self.optimizer, self.model.placements)
 
 
 def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:

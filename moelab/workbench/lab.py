@@ -40,8 +40,10 @@ class Lab:
         Teachers are trained before their students. A run that fails is in the result without a result of its own (`Runs.missing`); it never takes the others with it.
 
         Args:
-            executor: "inline" in this process; "processes" one process a run; "auto" is processes.
-            workers: processes at a time; by default as many as the machine's cores allow at each run's threads, 1 on a GPU.
+            executor: "inline" in this process; "processes" one process a run; "auto" is processes. A run on several ranks is
+                processes either way, or srun's tasks.
+            workers: processes at a time, each rank one; by default as many as the machine's cores allow at each run's threads, 1 on a
+                GPU. One run always goes.
         """
         if executor not in ("auto", "inline", "processes"):
             raise ValueError(f"lab.run: executor must be auto, inline or processes, got {executor!r}")

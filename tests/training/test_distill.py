@@ -104,7 +104,7 @@ def taught(tiny_model, tiny_train, data, tmp_path):
 def weights(folder):
     from safetensors.torch import load_file
 
-    return load_file(checkpoint.latest(folder / "checkpoints").path / "model.safetensors")
+    return load_file(checkpoint.latest(folder / "checkpoints").path / "model-00000.safetensors")
 
 
 def test_a_student_learns_from_its_teacher(taught, tmp_path):

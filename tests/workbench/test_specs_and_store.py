@@ -148,12 +148,12 @@ def test_a_worker_goes_when_its_parent_dies(tiny_spec, tmp_path):
 
 
 def test_full_disk_is_told_in_the_status(tiny_spec, tmp_path, monkeypatch):
-    from moelab.engine import checkpoint
+    from moelab.engine import storage
 
     def full(tensors, path):
         raise OSError(28, "No space left on device", str(path))
 
-    monkeypatch.setattr(checkpoint, "save_file", full)
+    monkeypatch.setattr(storage, "save_file", full)
     runs = Lab().run([tiny_spec], executor="inline")
     assert runs[0].status.state == "failed"
     assert "No space left on device" in runs[0].status.reason and "run again" in runs[0].status.reason
