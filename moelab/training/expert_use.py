@@ -48,7 +48,7 @@ def expert_use(
     if last is None:
         raise ValueError(f"expert use: no checkpoint in {run_dir}")
     model = build(config, train.seed, train.device)
-    checkpoint.load(last, model)
+    checkpoint.load_model(last, model)
     model.eval()
     layers = [(i + 1, experts) for i, experts in enumerate(config.experts) if experts]
     by_domain: dict[str, list[np.ndarray]] = {}

@@ -97,12 +97,14 @@ def gaps(
     arms: Sequence[str],
     value: str,
     paper: Mapping[str, tuple[float, float, float]],
+    of: str = "seeds",
 ) -> Axes:
     """A row an arm: mean over seeds of `value` with its 95 % interval, each seed as a small dot, the paper's value beside.
 
     Args:
         measured: columns arm, seed and `value`.
         paper: arm -> (value, low, high) as the paper reports it.
+        of: what the values are: seeds, or rounds of a measurement.
     """
     palette = colors(arms)
     labelled = set()
@@ -125,7 +127,7 @@ def gaps(
                 capsize=4,
                 markersize=8,
                 zorder=3,
-                label=once("ours" if len(values) == 1 else f"ours: mean of {len(values)} seeds, 95 % interval"),
+                label=once("ours" if len(values) == 1 else f"ours: mean of {len(values)} {of}, 95 % interval"),
             )
         if arm in paper:
             at, low, high = paper[arm]
@@ -169,5 +171,6 @@ def seed_lines(measured: pd.DataFrame, ax: Axes, *, arms: Sequence[str], value: 
 
 
 def legend_below(ax: Axes, columns: int = 2) -> None:
-    """Put an axis's legend under it, where it covers nothing."""
-    ax.legend(loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=columns)
+    """Put an axis's legend under it and its label, where it covers nothing."""
+    # The pad is in font sizes, so the distance is the same for a low axis and a high one.
+    ax.legend(loc="upper center", bbox_to_anchor=(0.5, 0), borderaxespad=4.6, ncols=columns)
