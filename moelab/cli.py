@@ -63,6 +63,36 @@ def run(
         raise typer.Exit(1)
 
 
+@app.command()
+def claims(
+    as_json: Annotated[bool, typer.Option("--json", help="all of it, as JSON")] = False,
+) -> None:
+    """Every claim of the paper, ours beside the paper's value, and a verdict; computed from the published results."""
+    import json
+
+    from moelab.workbench import paths
+    from moelab.workbench.ledger import counts, ledger
+
+    entries = ledger(paths.results())
+    if as_json:
+        print(json.dumps([entry.to_json() for entry in entries], indent=2))
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    view = Table("claim", "where", "paper", "ours, 95 % interval", "at", "verdict", "figure")
+    for entry in entries:
+        f = entry.finding
+        ours = "" if f is None or f.ours is None else f"{f.ours:.4g}"
+        if f is not None and f.low is not None and f.samples:
+            ours += f" ({f.low:.4g} to {f.high:.4g})"
+        at = f"{f.scale}, {f.samples or 'exact'}" if f else ""
+        view.add_row(entry.claim, entry.where, entry.paper, ours, at, entry.verdict, f.figure if f else "")
+    console = Console()
+    console.print(view)
+    console.print(f"{len(entries)} claims: " + ", ".join(f"{n} {verdict}" for verdict, n in counts(entries).items()))
+
+
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
 def lab(context: typer.Context) -> None:
     """Open JupyterLab on the notebooks, on 127.0.0.1; further arguments go to JupyterLab."""
