@@ -1,7 +1,7 @@
 """What do experts specialise in? (beyond the paper)
 
 Shows: for each MoE layer of the trained 350M+MoE-128 twin, which share of each domain's validation tokens goes to each expert; how much of the choice of
-an expert the current token's identity tells, and how much the domain (mutual information over the entropy of the choice, less what chance gives).
+an expert the current token's identity tells, and how much the domain (mutual information over the entropy of the choice, both less what chance gives).
 
 Expect: routing follows the token almost alone in the first MoE layer, less in later ones; the domain tells little beyond its vocabulary.
 """
@@ -33,19 +33,24 @@ def specs(
 
 
 def told(counts_XE: np.ndarray) -> float:
-    """Share of the entropy of the expert that another variable tells, from their joint counts [values, experts].
+    """Share of the entropy of the expert that another variable tells, from their joint counts [values, experts]; 0 to 1.
 
-    Mutual information less its bias in a sample of that size (Miller and Madow), over the expert's entropy; 0 to 1.
+    Mutual information over entropy, both less what the same counts tell after shuffling (a small sample tells something by chance).
     """
     import numpy as np
 
-    n = counts_XE.sum()
-    joint, x, e = counts_XE[counts_XE > 0] / n, counts_XE.sum(1) / n, counts_XE.sum(0) / n
-    entropy = {name: float(-(p[p > 0] * np.log(p[p > 0])).sum()) for name, p in (("xe", joint), ("x", x), ("e", e))}
-    bias = (joint.size - (x > 0).sum() - (e > 0).sum() + 1) / (2 * n)
-    if entropy["e"] == 0:
-        return 0.0
-    return float(np.clip((entropy["x"] + entropy["e"] - entropy["xe"] - bias) / entropy["e"], 0, 1))
+    x_N, e_N = (np.repeat(part, counts_XE.flatten()) for part in map(np.ravel, np.indices(counts_XE.shape)))
+    shuffled_XE = np.zeros_like(counts_XE)
+    np.add.at(shuffled_XE, (x_N, np.random.default_rng(0).permutation(e_N)), 1)
+
+    def entropy(counts: np.ndarray) -> float:
+        p = counts[counts > 0] / counts.sum()
+        return float(-(p * np.log(p)).sum())
+
+    sides = entropy(counts_XE.sum(1)) + entropy(counts_XE.sum(0))
+    chance = sides - entropy(shuffled_XE)
+    most = entropy(counts_XE.sum(0)) - chance
+    return float(np.clip((sides - entropy(counts_XE) - chance) / most, 0, 1)) if most > 1e-9 else 0.0
 
 
 def measure(runs: Runs, max_tokens: int = 0) -> tuple[pd.DataFrame, pd.DataFrame]:

@@ -64,4 +64,6 @@ EXPERIMENT = Experiment(
         "paper": Scale("1.3B+MoE-128 and 6.7B", "not run; see its dry run"),
     },
     specs=specs,
+    trains=False,
+    measures=True,
 )

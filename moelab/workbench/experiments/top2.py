@@ -100,4 +100,5 @@ EXPERIMENT = Experiment(
         "paper": Scale("350M base with 32 experts; 300 B tokens", "not run; see its dry run"),
     },
     specs=specs,
+    measures=True,
 )
