@@ -38,29 +38,78 @@ def list_() -> None:
 
 @app.command()
 def run(
-    name: Annotated[str, typer.Argument(help="experiment, see `moelab list`")],
-    scale: Annotated[str, typer.Option(help="smoke, cpu or gpu")] = "cpu",
+    name: Annotated[str | None, typer.Argument(help="experiment, see `moelab list`")] = None,
+    scale: Annotated[str, typer.Option(help="smoke, cpu, gpu or paper")] = "cpu",
     parameter: Annotated[
         list[str] | None, typer.Option("-p", "--parameter", metavar="NAME=VALUE", help="a parameter of the notebook")
     ] = None,
+    all_: Annotated[bool, typer.Option("--all", help="every experiment that has the scale")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="only say what would be trained, and what it costs")
+    ] = False,
 ) -> None:
     """Run an experiment's notebook: trains what is not trained yet, publishes figures and claims to the results."""
-    from moelab.workbench import notebooks
-    from moelab.workbench.experiments import experiment
-    from moelab.workbench.watch import execute_watched
+    from moelab.workbench import batch, notebooks
+    from moelab.workbench.experiments import EXPERIMENTS, experiment
 
+    if all_ == (name is not None):
+        raise ValueError("run: give an experiment's name or --all; see `moelab list`")
     given = {}
     for item in parameter or []:
         key, separator, value = item.partition("=")
         if not separator:
             raise ValueError(f"-p {item}: expected NAME=VALUE")
         given[key.strip()] = value.strip()
-    given.setdefault("scale", scale)
-    chosen = experiment(name)
-    values = notebooks.check_parameters(chosen, given)
-    chosen.scale(values["scale"])
-    if not execute_watched(chosen, values):
+    scale = given.setdefault("scale", scale)
+    if name is not None:
+        values = notebooks.check_parameters(experiment(name), given)
+        experiment(name).scale(values["scale"])
+    if dry_run:
+        from moelab.workbench.plan import plan, show
+
+        wanted = {name: given} if name else batch.chosen(scale, {k: v for k, v in given.items() if k != "scale"})
+        show(plan([spec for e, taken in wanted.items() for spec in batch.specs_of(EXPERIMENTS[e], taken)]))
+        return
+    if name is None:
+        good = batch.run_all(scale, {k: v for k, v in given.items() if k != "scale"})
+    else:
+        from moelab.workbench.watch import execute_watched
+
+        good = execute_watched(experiment(name), values)
+    if not good:
         raise typer.Exit(1)
+
+
+@app.command()
+def claims(
+    as_json: Annotated[bool, typer.Option("--json", help="all of it, as JSON")] = False,
+) -> None:
+    """Every claim of the paper, ours beside the paper's value, and a verdict; computed from the published results."""
+    import json
+
+    from moelab.workbench import paths
+    from moelab.workbench.ledger import counts, ledger
+
+    entries = ledger(paths.results())
+    if as_json:
+        print(json.dumps([entry.to_json() for entry in entries], indent=2))
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    view = Table("claim", "where", "paper", "ours, 95 % interval", "at", "verdict", "figure")
+    for column in view.columns:
+        column.overflow = "fold"
+    for entry in entries:
+        f = entry.finding
+        ours = "" if f is None or f.ours is None else f"{f.ours:.4g}"
+        if f is not None and f.low is not None and f.samples:
+            ours += f" ({f.low:.4g} to {f.high:.4g})"
+        at = f"{f.scale}, {f.samples or 'exact'}" if f else ""
+        view.add_row(entry.claim, entry.where, entry.paper, ours, at, entry.verdict, f.figure if f else "")
+    console = Console()
+    console.print(view)
+    console.print(f"{len(entries)} claims: " + ", ".join(f"{n} {verdict}" for verdict, n in counts(entries).items()))
 
 
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})

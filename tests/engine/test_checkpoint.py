@@ -4,7 +4,6 @@ import functools
 import json
 import logging
 import os
-import re
 import resource
 import shutil
 import signal

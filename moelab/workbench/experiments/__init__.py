@@ -1,13 +1,28 @@
-"""One module per experiment of the paper; each ends in an `EXPERIMENT`. Loads no torch."""
+"""One module per experiment; each ends in an `EXPERIMENT`. Loads no torch."""
 
 from __future__ import annotations
 
 import difflib
 
-from moelab.workbench.experiments import pr_moe
+from moelab.workbench.experiments import (
+    capacity,
+    distillation,
+    expert_count,
+    half_moe,
+    learning_rate,
+    pr_moe,
+    scaling,
+    specialisation,
+    spread,
+    throughput,
+    top2,
+)
 from moelab.workbench.experiments.base import Experiment, Scale
 
-EXPERIMENTS: dict[str, Experiment] = {module.EXPERIMENT.name: module.EXPERIMENT for module in (pr_moe,)}
+_OF_THE_PAPER = (scaling, half_moe, top2, pr_moe, distillation, throughput)
+_BEYOND = (expert_count, capacity, specialisation, spread, learning_rate)
+
+EXPERIMENTS: dict[str, Experiment] = {m.EXPERIMENT.name: m.EXPERIMENT for m in (*_OF_THE_PAPER, *_BEYOND)}
 
 
 def experiment(name: str) -> Experiment:
