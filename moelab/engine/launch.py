@@ -106,6 +106,7 @@ def launch(
 
     Raises:
         RankFailed: one did not.
+        ValueError: the job of Slurm has too few tasks on a node for the layout; nothing is started.
         whatever `should_stop` and `tick` raise, KeyboardInterrupt included, once the ranks have had `limits.stop_s` to stop.
     """
     limits = limits or Limits.read()
@@ -229,7 +230,8 @@ class _Watch:
             codes = self.started.codes()
         self._failed(codes)
         errors = {rank: postmortem.last_error(self._new_log(rank)) for rank in self.order}
-        killed = [rank for rank in self.order if (codes[rank] or 0) < 0]
+        # One that raises may still be aborted on its way out, by threads of the process group: what it said counts.
+        killed = [r for r in self.order if (codes[r] or 0) < 0 and (codes[r] == -signal.SIGKILL or not errors[r])]
         lonely = [rank for rank in self.order if rank not in killed and postmortem.lost_connection(errors[rank])]
         causes = [rank for rank in self.order if rank not in killed and rank not in lonely]
         silent = [rank for rank, code in enumerate(codes) if code is None]
@@ -238,10 +240,11 @@ class _Watch:
         rank = (killed or causes or lonely)[0]
         code = codes[rank]
         assert code is not None
-        if code < 0:
-            how = postmortem.death_by_signal(
-                -code, rank, self.started.memory(), postmortem.oom_kills() > self.oom_kills
-            )
+        if complaint := self.started.complaint():
+            how = f"was not started: {complaint}"
+        elif rank in killed:
+            oom = postmortem.oom_kills() > self.oom_kills
+            how = postmortem.death_by_signal(-code, rank, self.started.memory(), oom)
         else:
             how = postmortem.death_by_exit(code, errors[rank])
         return self._failure(rank, how, deadline)
