@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from moelab.config import ModelConfig
+from moelab.engine.testing import Ranks
 from moelab.models import build
 
 # Large weights, so that outputs depend on everything before them and ties are out of the question.
@@ -54,3 +55,16 @@ def make():
         return model.eval()
 
     return make
+
+
+@pytest.fixture(scope="session")
+def on_ranks():
+    """`on_ranks(size, function, *args)`: results of all ranks, which start once per size."""
+    pools: dict[int, Ranks] = {}
+
+    def run(size, function, *args, timeout_s=60.0):
+        return pools.setdefault(size, Ranks(size)).run(function, *args, timeout_s=timeout_s)
+
+    yield run
+    for pool in pools.values():
+        pool.close()
