@@ -263,6 +263,42 @@ def bench_layer(
     _write_provenance(out, "layer")
 
 
+@bench.command(name="decode")
+def bench_decode(
+    model: Annotated[
+        list[str] | None,
+        typer.Option("--model", help="name; repeat for several (default: six, from the dense twin to MoE-128)"),
+    ] = None,
+    batch: Annotated[list[int] | None, typer.Option("--batch", help="sequences; repeat for several")] = None,
+    ranks: Annotated[
+        list[int] | None, typer.Option("--ranks", help="ranks that share the experts; repeat; 0 leaves it out")
+    ] = None,
+    rank_batch: Annotated[int, typer.Option(help="sequences over all ranks")] = 8,
+    prompt: Annotated[int, typer.Option(help="tokens of a prompt")] = 32,
+    output: Annotated[int, typer.Option(help="tokens generated for each")] = 32,
+    rounds: Annotated[int, typer.Option(help="times the candidates take turns")] = 5,
+    threads: Threads = 2,
+    device: Device = "cpu",
+    out: Out = None,
+) -> None:
+    """Latency and throughput of decoding: optimised, the paper's baseline and, where installed (extra peers), transformers."""
+    _check_device(device)
+    from moelab.inference.bench import Protocol
+    from moelab.inference.bench import main as bench_main
+
+    bench_main(
+        models=model,
+        batches=batch or [1, 8, 32],
+        ranks=[n for n in ranks or [1, 2, 4] if n],
+        rank_batch=rank_batch,
+        protocol=Protocol(prompt, output, rounds),
+        threads=threads,
+        device=device,
+        out=out,
+    )
+    _write_provenance(out, "decode")
+
+
 @bench.command(name="scaling")
 def bench_scaling(
     model: Annotated[list[str] | None, typer.Option("--model", help="model name; repeat for several")] = None,
