@@ -158,6 +158,70 @@ def doctor() -> None:
         raise typer.Exit(1)
 
 
+@app.command()
+def generate(
+    run: Annotated[
+        str, typer.Argument(help="id of a run, or the beginning of it, or a directory of a run or an exported model")
+    ],
+    prompt: Annotated[list[str] | None, typer.Option("--prompt", help="text to continue; repeat for several")] = None,
+    max_new_tokens: Annotated[int, typer.Option(help="tokens at most")] = 64,
+    temperature: Annotated[float, typer.Option(help="0 takes the likeliest token")] = 0.8,
+    top_k: Annotated[int, typer.Option(help="draw from the k likeliest tokens; 0 is all")] = 0,
+    top_p: Annotated[float, typer.Option(help="draw from the likeliest tokens of this probability")] = 1.0,
+    seed: Annotated[int, typer.Option(help="of the draws")] = 0,
+    mode: Annotated[str, typer.Option(help="optimised, or baseline: the paper's PyTorch")] = "optimised",
+    dtype: Annotated[str, typer.Option(help="fp32 or bf16")] = "fp32",
+    device: Annotated[str, typer.Option(help="cpu or cuda")] = "cpu",
+) -> None:
+    """Continue prompts with a trained run; a single one is shown as it comes."""
+    _check_device(device)
+    from moelab.engine.checkpoint import CheckpointError
+    from moelab.inference import Sampling
+    from moelab.inference.text import open_text
+    from moelab.workbench import paths
+    from moelab.workbench.store import RunStore
+
+    sampling = Sampling(max_new_tokens, temperature, top_k, top_p, seed)
+    prompts = prompt or [""]
+    directory = RunStore().find(run)
+    try:
+        writer = open_text(
+            directory, cache=paths.home() / "data", mode=mode, dtype=dtype, device=device, batch=min(len(prompts), 32)
+        )
+    except CheckpointError as error:
+        raise ValueError(str(error)) from None
+    if len(prompts) == 1:
+        print(prompts[0], end="", flush=True)
+        for _, text in writer.stream(prompts, sampling):
+            print(text, end="", flush=True)
+        print()
+    else:
+        print("\n\n".join(str(text) for text in writer.generate(prompts, sampling)))
+
+
+@app.command()
+def export(
+    run: Annotated[str, typer.Argument(help="id of a run, or the beginning of it, or its directory")],
+    directory: Annotated[Path, typer.Argument(help="new directory")],
+) -> None:
+    """Write a run's weights and tokenizer for others: GPT-2's format if the model is dense, our safetensors format if it has experts."""
+    from moelab.data import prepare
+    from moelab.engine.checkpoint import CheckpointError
+    from moelab.evaluation import hf
+    from moelab.inference.text import load_run, run_configs
+    from moelab.workbench import paths
+    from moelab.workbench.store import RunStore
+
+    source = RunStore().find(run)
+    config, data = run_configs(source)
+    try:
+        model = load_run(source)
+    except CheckpointError as error:
+        raise ValueError(str(error)) from None
+    hf.export(model, directory, prepare(data, paths.home() / "data").tokenizer())
+    print(f"{config}: {'our format' if config.is_moe else 'GPT-2'} in {directory}")
+
+
 @bench.command(name="train")
 def bench_train(
     steps: Annotated[int, typer.Option(help="measured steps of each model")] = 20,
@@ -246,6 +310,42 @@ def bench_layer(
         out=out,
     )
     _write_provenance(out, "layer")
+
+
+@bench.command(name="decode")
+def bench_decode(
+    model: Annotated[
+        list[str] | None,
+        typer.Option("--model", help="name; repeat for several (default: six, from the dense twin to MoE-128)"),
+    ] = None,
+    batch: Annotated[list[int] | None, typer.Option("--batch", help="sequences; repeat for several")] = None,
+    ranks: Annotated[
+        list[int] | None, typer.Option("--ranks", help="ranks that share the experts; repeat; 0 leaves it out")
+    ] = None,
+    rank_batch: Annotated[int, typer.Option(help="sequences over all ranks")] = 8,
+    prompt: Annotated[int, typer.Option(help="tokens of a prompt")] = 32,
+    output: Annotated[int, typer.Option(help="tokens generated for each")] = 32,
+    rounds: Annotated[int, typer.Option(help="times the candidates take turns")] = 5,
+    threads: Threads = 2,
+    device: Device = "cpu",
+    out: Out = None,
+) -> None:
+    """Latency and throughput of decoding: optimised, the paper's baseline and, where installed (extra peers), transformers."""
+    _check_device(device)
+    from moelab.inference.bench import Protocol
+    from moelab.inference.bench import main as bench_main
+
+    bench_main(
+        models=model,
+        batches=batch or [1, 8, 32],
+        ranks=[n for n in ranks or [1, 2, 4] if n],
+        rank_batch=rank_batch,
+        protocol=Protocol(prompt, output, rounds),
+        threads=threads,
+        device=device,
+        out=out,
+    )
+    _write_provenance(out, "decode")
 
 
 @bench.command(name="scaling")
