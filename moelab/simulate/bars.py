@@ -11,8 +11,8 @@ from dataclasses import dataclass, replace
 from moelab import paper
 from moelab.config import ModelConfig
 from moelab.layout import ParallelConfig
-from moelab.simulate.inference import DecodeEstimate, decode
-from moelab.simulate.system import system
+from moelab.simulate.decoding import DecodeEstimate, decode
+from moelab.simulate.systems import system
 
 FITTED = "fig-10"
 CLUSTER = "a100-40gb"
@@ -28,7 +28,7 @@ class Bar:
     """One latency bar.
 
     Attributes:
-        figure, label, gpus, system: as the paper calls them; `system` as in `moelab.simulate.system`.
+        figure, label, gpus, system: as the paper calls them; `system` as in `moelab.simulate.systems`.
         model, parallel: what is simulated.
         paper_ms, low, high: the paper's value with its reading; None where the bar is not at hand.
         fitted: whether the constants were fitted on it.

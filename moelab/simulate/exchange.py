@@ -18,7 +18,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from moelab.simulate.cluster import Cluster
+from moelab.simulate.hardware import Cluster
 from moelab.simulate.constants import Constants
 from moelab.simulate.layouts import Array, ExpertLayouts, Layouts
 

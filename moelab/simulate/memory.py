@@ -11,7 +11,7 @@ from moelab.config import ModelConfig
 from moelab.simulate.constants import Constants
 from moelab.simulate.exchange import rows_to_send
 from moelab.simulate.layouts import Array, ExpertLayouts, Layouts
-from moelab.simulate.system import System, slots
+from moelab.simulate.systems import System, slots
 
 
 @dataclass(frozen=True)

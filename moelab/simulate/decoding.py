@@ -24,7 +24,7 @@ import numpy as np
 from moelab.config import DTYPE_BYTES, ModelConfig
 from moelab.layout import ParallelConfig
 from moelab.simulate import constants as _constants
-from moelab.simulate.cluster import Cluster, cluster
+from moelab.simulate.hardware import Cluster, cluster
 from moelab.simulate.constants import Constants
 from moelab.simulate.exchange import (
     all_reduce_us,
@@ -36,7 +36,7 @@ from moelab.simulate.exchange import (
 )
 from moelab.simulate.layouts import Array, ExpertLayouts, Layouts
 from moelab.simulate.memory import InferenceMemory, inference_memory
-from moelab.simulate.system import System, slots, system
+from moelab.simulate.systems import System, slots, system
 
 PARTS = ("attention", "dense", "gate", "dispatch", "all_to_all", "experts", "all_reduce", "head", "launch")
 """The breakdown: device time of the parts (dense holds residual MLPs, dispatch both layout transforms), and the time the device waits for the
