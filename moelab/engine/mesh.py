@@ -48,6 +48,7 @@ class ExpertGroups:
         share: the c ranks that hold the same tokens.
         slices: the W ranks that hold the slices of the same experts.
         replicas: the R ranks that hold copies of the same experts (or slices).
+        alike: the R * W ranks of equal place among the experts.
     """
 
     layout: ExpertLayout
@@ -59,6 +60,7 @@ class ExpertGroups:
     share: Group
     slices: Group
     replicas: Group
+    alike: Group
 
     @property
     def local_experts(self) -> range:
@@ -111,7 +113,7 @@ class Mesh:
     def _expert_groups(self, layout: ExpertLayout, alone: Group) -> ExpertGroups:
         position = layout.position(self.rank)
         if self.dense is None:
-            return ExpertGroups(layout, position, *[alone] * 7)
+            return ExpertGroups(layout, position, *[alone] * 8)
         names = ("replica", "slice", "node", "local", "share")
         mesh = DeviceMesh(self.device, torch.from_numpy(layout.grid()), mesh_dim_names=names)
         near = ("local",) if self.config.coordinated else ("local", "share")
@@ -125,6 +127,7 @@ class Mesh:
             share=self._group(mesh, "share"),
             slices=self._group(mesh, "slice"),
             replicas=self._group(mesh, "replica"),
+            alike=self._group(mesh, "replica", "slice"),
         )
 
     def _group(self, mesh: DeviceMesh, *axes: str) -> Group:

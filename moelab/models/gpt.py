@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -48,22 +50,45 @@ class Output:
         return total
 
 
+class Past(Protocol):
+    """One layer's keys and values of earlier tokens (`moelab.inference` has them)."""
+
+    def attend(self, q_BHTD: Tensor, k_BHTD: Tensor, v_BHTD: Tensor) -> Tensor:
+        """Keep the new tokens' keys and values; the new tokens' attention over all they may see, [B, H, T, D]."""
+        ...
+
+
+class Cache(Protocol):
+    """What a forward pass with a past needs.
+
+    Attributes:
+        positions_BT: int64, the new tokens' places in their sequences.
+        layers: one `Past` per layer.
+    """
+
+    positions_BT: Tensor
+    layers: Sequence[Past]
+
+
 class Attention(nn.Module):
     """Causal multi-head self-attention."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.heads, self.dropout = config.heads, config.dropout
+        self.heads, self.head_size, self.dropout = config.heads, config.head_size, config.dropout
         self.qkv = nn.Linear(config.hidden, 3 * config.hidden)
         self.out = nn.Linear(config.hidden, config.hidden)
 
-    def forward(self, x_BTM: Tensor) -> Tensor:
-        B, T, M = x_BTM.shape
-        q, k, v = self.qkv(x_BTM).view(B, T, 3, self.heads, M // self.heads).permute(2, 0, 3, 1, 4)
-        y_BHTD = F.scaled_dot_product_attention(
-            q, k, v, is_causal=True, dropout_p=self.dropout if self.training else 0.0
-        )
-        return self.out(y_BHTD.transpose(1, 2).reshape(B, T, M))
+    def forward(self, x_BTM: Tensor, past: Past | None = None) -> Tensor:
+        B, T, _ = x_BTM.shape
+        q, k, v = self.qkv(x_BTM).view(B, T, 3, self.heads, self.head_size).permute(2, 0, 3, 1, 4)
+        if past is not None:
+            y_BHTD = past.attend(q, k, v)
+        else:
+            y_BHTD = F.scaled_dot_product_attention(
+                q, k, v, is_causal=True, dropout_p=self.dropout if self.training else 0.0
+            )
+        return self.out(y_BHTD.transpose(1, 2).flatten(2))
 
 
 class Block(nn.Module):
@@ -77,8 +102,8 @@ class Block(nn.Module):
         self.ffn = MoE(config, experts) if experts else MLP(config.hidden, config.ffn)
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x_BTM: Tensor) -> tuple[Tensor, Routing | None]:
-        x_BTM = x_BTM + self.dropout(self.attention(self.attention_norm(x_BTM)))
+    def forward(self, x_BTM: Tensor, past: Past | None = None) -> tuple[Tensor, Routing | None]:
+        x_BTM = x_BTM + self.dropout(self.attention(self.attention_norm(x_BTM), past))
         h = self.ffn_norm(x_BTM)
         y, routing = self.ffn(h) if isinstance(self.ffn, MoE) else (self.ffn(h), None)
         return x_BTM + self.dropout(y), routing
@@ -96,44 +121,62 @@ class GPT(nn.Module):
         self.blocks = nn.ModuleList(Block(config, experts) for experts in config.experts)
         self.norm = nn.LayerNorm(config.hidden)
 
-    def forward(self, tokens_BT: Tensor) -> Output:
-        """tokens_BT: int64 ids, T up to the config's context (ValueError beyond)."""
+    def forward(self, tokens_BT: Tensor, cache: Cache | None = None) -> Output:
+        """tokens_BT: int64 ids, T up to the config's context (ValueError beyond). With a `cache` they follow those it holds."""
+        x_BTM, routings = self.trunk(tokens_BT, cache)
+        return Output(self.head(x_BTM), routings)
+
+    def trunk(self, tokens_BT: Tensor, cache: Cache | None = None) -> tuple[Tensor, tuple[Routing, ...]]:
+        """Everything up to the last block: (x_BTM, a `Routing` per MoE layer)."""
         T = tokens_BT.shape[1]
-        if T > self.config.context:
+        if cache is not None:
+            position = self.position_embedding(cache.positions_BT)
+        elif T > self.config.context:
             raise ValueError(f"model: sequence of {T} tokens is longer than the context of {self.config.context}")
-        x_BTM = self.dropout(self.token_embedding(tokens_BT) + self.position_embedding.weight[:T])
+        else:
+            position = self.position_embedding.weight[:T]
+        x_BTM = self.dropout(self.token_embedding(tokens_BT) + position)
         routings = []
-        for block in self.blocks:
-            x_BTM, routing = block(x_BTM)
+        for i, block in enumerate(self.blocks):
+            x_BTM, routing = block(x_BTM, None if cache is None else cache.layers[i])
             if routing is not None:
                 routings.append(routing)
-        logits_BTV = F.linear(self.norm(x_BTM), self.token_embedding.weight)
-        return Output(logits_BTV, tuple(routings))
+        return x_BTM, tuple(routings)
+
+    def head(self, x: Tensor) -> Tensor:
+        """Scores of the next token, [..., V], from the trunk's output [..., M]."""
+        return F.linear(self.norm(x), self.token_embedding.weight)
 
     @torch.no_grad()
     def init_weights(self, seed: int) -> None:
-        """Initial weights, each a function of (seed, parameter name, expert) alone.
-
-        So a dense model and its MoE variants start from the same shared weights under one seed (their comparison is paired), and
-        a layer's weights do not depend on how many experts it has or where they live. Normal with `init_std`; projections that
-        write to the residual stream are scaled by 1 / sqrt(2L) (GPT-2, Megatron); biases are zero.
-        """
-        std = self.config.init_std
-        scaled = std / math.sqrt(2 * self.config.layers)
+        """Initial weights, see `initial_weight`."""
         for name, parameter in self.named_parameters():
-            if name.endswith("bias"):
-                parameter.zero_()
-            elif "norm" in name:
-                parameter.fill_(1.0)
-            else:
-                into_stream = name.endswith(("attention.out.weight", "down.weight", "experts.down"))
-                owner = self.get_submodule(name.rpartition(".")[0])
-                pieces = parameter.unbind() if isinstance(owner, Experts) else [parameter]
-                for expert, piece in enumerate(pieces):
-                    key = hashlib.sha256(f"{seed}/{name}/{expert}".encode()).digest()
-                    generator = torch.Generator().manual_seed(int.from_bytes(key[:8], "big") >> 1)
-                    values = torch.empty(piece.shape).normal_(0.0, scaled if into_stream else std, generator=generator)
-                    piece.copy_(values)
+            owner = self.get_submodule(name.rpartition(".")[0])
+            for expert, piece in enumerate(parameter.unbind() if isinstance(owner, Experts) else [parameter]):
+                piece.copy_(initial_weight(self.config, seed, name, piece.shape, expert))
+
+
+def initial_weight(config: ModelConfig, seed: int, name: str, shape: tuple[int, ...], expert: int = 0) -> Tensor:
+    """The initial values of one parameter (of one expert's part of it), fp32, a function of (seed, name, expert) alone.
+
+    So a dense model and its MoE variants start from the same shared weights under one seed (their comparison is paired), and
+    a layer's weights do not depend on how many experts it has or where they live. Normal with `init_std`; projections that
+    write to the residual stream are scaled by 1 / sqrt(2L) (GPT-2, Megatron); biases are zero, norms one.
+
+    Args:
+        name: the parameter's name in the model.
+        shape: of the parameter, or of one expert's part of a stacked one.
+        expert: the expert's global id.
+    """
+    if name.endswith("bias"):
+        return torch.zeros(shape)
+    if "norm" in name:
+        return torch.ones(shape)
+    into_stream = name.endswith(("attention.out.weight", "down.weight", "experts.down"))
+    std = config.init_std / math.sqrt(2 * config.layers) if into_stream else config.init_std
+    key = hashlib.sha256(f"{seed}/{name}/{expert}".encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(key[:8], "big") >> 1)
+    return torch.empty(shape).normal_(0.0, std, generator=generator)
 
 
 def build(config: ModelConfig, seed: int, device: str | torch.device = "cpu") -> GPT:
