@@ -116,7 +116,11 @@ def student(model: ModelConfig, cut: float = 0.125) -> ModelConfig:
 def standard_1_5t() -> ModelConfig:
     """A 1.5T MoE with 128 experts: its shape is not published; 44 layers of width 8192 hold 1.54T, and a chart label (35B) fits them."""
     return ModelConfig(
-        layers=44, hidden=8192, heads=64, experts=tuple(128 * (i % 2) for i in range(44)), name="1.5T MoE (assumed shape)"
+        layers=44,
+        hidden=8192,
+        heads=64,
+        experts=tuple(128 * (i % 2) for i in range(44)),
+        name="1.5T MoE (assumed shape)",
     )
 
 
@@ -151,7 +155,9 @@ def variants(names: tuple[str, ...] = ("1.3B", "2.4B", "8B", "24B", "47B"), gpus
         count = 256 if base in ("24B", "47B") else gpus
         for kind, model in (("MoE", plain), ("PR-MoE", pr_moe(plain)), ("PR-MoE+MoS", student(pr_moe(plain)))):
             assumed = "" if kind == "MoE" else "experts 64/128 in every size" if base != "1.3B" else ""
-            bars.append(_bar("fig-13", f"{base} {kind}", "deepspeed", count, None, assumed, model=model, tensor=TENSOR[base]))
+            bars.append(
+                _bar("fig-13", f"{base} {kind}", "deepspeed", count, None, assumed, model=model, tensor=TENSOR[base])
+            )
     return bars
 
 

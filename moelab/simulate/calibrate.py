@@ -35,7 +35,12 @@ def fit(bars: list[_bars.Bar] | None = None, start: Constants | None = None) -> 
         return np.log([bar.simulate(constants=known).latency_ms for bar in bars]) - target
 
     # The maxima in the model have corners; several starts keep the fit from stopping at one.
-    starts = [np.log([getattr(first, n) for n in names]), (low + high) / 2, 0.8 * low + 0.2 * high, 0.2 * low + 0.8 * high]
+    starts = [
+        np.log([getattr(first, n) for n in names]),
+        (low + high) / 2,
+        0.8 * low + 0.2 * high,
+        0.2 * low + 0.8 * high,
+    ]
     found = min(
         (least_squares(residuals, x, bounds=(low, high), diff_step=1e-3, xtol=1e-10, ftol=1e-10) for x in starts),
         key=lambda r: r.cost,
@@ -48,7 +53,8 @@ def fit(bars: list[_bars.Bar] | None = None, start: Constants | None = None) -> 
     return {
         "constants": values,
         "standard_errors": {
-            n: None if n in at_bound else round(float(np.sqrt(s)), 4) for n, s in zip(names, np.diag(spread), strict=True)
+            n: None if n in at_bound else round(float(np.sqrt(s)), 4)
+            for n, s in zip(names, np.diag(spread), strict=True)
         },
         "at_bound": at_bound,
         "fitted_on": "arXiv 2201.05596 Fig 10: latency of 1.3B+MoE-128 on 8 to 64 GPUs, PyTorch and DeepSpeed-MoE",

@@ -47,7 +47,11 @@ class Constants:
 
 FREE: dict[str, tuple[float, float, str]] = {
     "eager_us": (5.0, 50.0, "5 us is a bare launch from C++; 50 us is far above what Python takes for one operation"),
-    "memory_share": (0.4, 0.9, "a plain copy reaches 0.9 on A100 (STREAM, 1.40 of 1.555 TB/s); products of a few rows reach less"),
+    "memory_share": (
+        0.4,
+        0.9,
+        "a plain copy reaches 0.9 on A100 (STREAM, 1.40 of 1.555 TB/s); products of a few rows reach less",
+    ),
     "far_us": (1.0, 10.0, "an InfiniBand message takes 1 to 2 us; NCCL's proxy thread adds a few"),
 }
 """Free constant -> lower bound, upper bound, why these."""

@@ -24,7 +24,6 @@ import numpy as np
 from moelab.config import DTYPE_BYTES, ModelConfig
 from moelab.layout import ParallelConfig
 from moelab.simulate import constants as _constants
-from moelab.simulate.hardware import Cluster, cluster
 from moelab.simulate.constants import Constants
 from moelab.simulate.exchange import (
     all_reduce_us,
@@ -34,6 +33,7 @@ from moelab.simulate.exchange import (
     slice_exchange,
     transfer_us,
 )
+from moelab.simulate.hardware import Cluster, cluster
 from moelab.simulate.layouts import Array, ExpertLayouts, Layouts
 from moelab.simulate.memory import InferenceMemory, inference_memory
 from moelab.simulate.systems import System, slots, system
@@ -192,9 +192,7 @@ def decode_sweep(
         gather = share_gather(spread, sent)
         clock.kernels("all_to_all", count * gather.happens, gather.microseconds(M * width, where, known))
         over_slices = slice_exchange(layouts, spread, sent, where.gpus_per_node)
-        clock.kernels(
-            "all_to_all", 2 * count * over_slices.happens, over_slices.microseconds(M * width, where, known)
-        )
+        clock.kernels("all_to_all", 2 * count * over_slices.happens, over_slices.microseconds(M * width, where, known))
 
         own = spread.experts / spread.parallel
         arriving = sent * spread.slices / own * (1.0 if C else imbalance)  # rows an expert of this rank multiplies

@@ -18,8 +18,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from moelab.simulate.hardware import Cluster
 from moelab.simulate.constants import Constants
+from moelab.simulate.hardware import Cluster
 from moelab.simulate.layouts import Array, ExpertLayouts, Layouts
 
 
@@ -121,9 +121,7 @@ def all_reduce_us(
     """
     g = np.clip(cluster.gpus_per_node // np.asarray(stride), 1, ranks)
     nodes = np.maximum(np.asarray(ranks) // g, 1)
-    near = 2 * (g - 1) * (
-        constants.near_us + transfer_us(size / g, cluster.near_gb_s * constants.near_share)
-    )
+    near = 2 * (g - 1) * (constants.near_us + transfer_us(size / g, cluster.near_gb_s * constants.near_share))
     far = 2 * np.log2(nodes) * constants.far_us + 2 * (nodes > 1) * transfer_us(
         size / g, cluster.far_gb_s * constants.far_share
     )

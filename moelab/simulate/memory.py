@@ -72,7 +72,9 @@ def inference_memory(
         sent = rows_to_send(spread, np.full(n, batch), model.top_k, slots(system, model, batch, count))
         arrived = sent * spread.slices
         hidden = arrived * F / spread.slices / (1 if system.grouped else spread.experts / spread.parallel)
-        largest = np.maximum(largest, (2 * sent * M + 2 * arrived * M + hidden) * width)  # out, in, results, intermediate
+        largest = np.maximum(
+            largest, (2 * sent * M + 2 * arrived * M + hidden) * width
+        )  # out, in, results, intermediate
     return InferenceMemory(
         weights=outside * width,
         experts=experts * width,

@@ -11,8 +11,8 @@ import numpy as np
 
 from moelab.config import ModelConfig
 from moelab.layout import EXCHANGES, ParallelConfig
-from moelab.simulate.hardware import Cluster, cluster
 from moelab.simulate.decoding import DecodeEstimate, DecodeSweep, decode, decode_sweep
+from moelab.simulate.hardware import Cluster, cluster
 from moelab.simulate.layouts import Layouts
 from moelab.simulate.systems import System, system
 
@@ -89,8 +89,9 @@ class Plan:
     """The outcome of a search.
 
     Attributes:
-        best: the best layout by `objective`; why: lines that say what bounds it and what comes next.
-        runner_up: the best layout that differs in more than its batch; None when there is none.
+        best: the best layout by `objective`; `why` says what bounds it and what comes next.
+        runner_up: the best other layout that is worse (by more than 0.05 %); None when there is none.
+        ties: other layouts as good as the best.
         considered, fitting: how many (layout, batch) pairs were judged, and how many fit the memory.
         front: the Pareto front of latency and throughput a GPU, best latency first.
     """
@@ -98,6 +99,7 @@ class Plan:
     objective: str
     best: DecodeEstimate
     runner_up: DecodeEstimate | None
+    ties: int
     considered: int
     fitting: int
     front: tuple[DecodeEstimate, ...]
@@ -117,12 +119,10 @@ class Plan:
             worse = max(other.parts_ms, key=lambda p: other.parts_ms[p] - best.parts_ms[p])
             lines.append(
                 f"runner-up: {describe(other)}: {other.latency_ms:.2f} ms, {other.tokens_per_s_per_gpu:,.1f} tokens/s/GPU; "
-                + (
-                    f"as good by {self.objective}"
-                    if ratio < 1.0005
-                    else f"{ratio - 1:.1%} worse by {self.objective}, most of it {BOUND[worse]}"
-                )
+                f"{ratio - 1:.1%} worse by {self.objective}, most of it {BOUND[worse]}"
             )
+        if self.ties:
+            lines.append(f"{self.ties} other layout{'s' if self.ties > 1 else ''} as good")
         lines.append(f"{self.considered:,} layouts and batches judged, {self.fitting:,} fit")
         return lines
 
@@ -206,23 +206,25 @@ def plan(
         need, _ = least_gpus(model, where, program=code, batch=min(batches), context=context, dtype=dtype)
         raise ValueError(f"plan: {model} does not fit {gpus} GPUs of {where.name}; it needs {need}")
 
-    # Ties by the objective go to the lower latency, then to fewer GPUs.
-    keys = {"latency": latency, "throughput": 1 / throughput, "cost": 1 / throughput}[objective]
-    order = np.lexsort(
-        (np.broadcast_to(options.ranks, keys.shape).ravel(), latency.ravel(), np.where(good, keys, np.inf).ravel())
-    )
-    order = order[: int(good.sum())]
+    # Ties by the objective: what else is better, then fewer GPUs, then the simpler exchange.
+    main = latency if objective == "latency" else 1 / throughput
+    keys = np.broadcast_arrays(options.exchange, options.ranks, 1 / throughput, latency, np.where(good, main, np.inf))
+    order = np.lexsort([key.ravel() for key in keys])[: int(good.sum())]
+    n, worth = len(options), main.ravel()
+    first = int(order[0])
+    equal = worth[order] <= worth[first] * 1.0005
+    others = order[~equal & (order % n != first % n)]
+    other = int(others[0]) if len(others) else None
 
     def estimate(flat: int) -> DecodeEstimate:
-        b, i = divmod(int(flat), len(options))
+        b, i = divmod(flat, n)
         return decode(model, options.config(i), where, batch=list(batches)[b], **settings)
 
-    first = int(order[0]) % len(options)
-    other = next((f for f in order if int(f) % len(options) != first), None)
     return Plan(
         objective=objective,
-        best=estimate(order[0]),
+        best=estimate(first),
         runner_up=None if other is None else estimate(other),
+        ties=len(set((order[equal] % n).tolist()) - {first % n}),
         considered=latency.size,
         fitting=int(fits.sum()),
         front=tuple(estimate(f) for f in pareto(latency.ravel(), throughput.ravel(), good.ravel())),

@@ -23,9 +23,9 @@ import numpy as np
 from moelab.config import ModelConfig
 from moelab.layout import ParallelConfig
 from moelab.simulate import constants as _constants
-from moelab.simulate.hardware import Cluster, cluster
 from moelab.simulate.constants import Constants
 from moelab.simulate.exchange import all_reduce_us, all_to_all, rows_to_send, share_gather, slice_exchange, transfer_us
+from moelab.simulate.hardware import Cluster, cluster
 from moelab.simulate.layouts import ExpertLayouts, Layouts
 from moelab.simulate.memory import rank_parameters
 from moelab.simulate.systems import System, system
@@ -144,8 +144,7 @@ def training(
         tflops_per_gpu=6 * model.active_parameters() * samples * model.context / parallel.ranks / 1e12,
         parts_s={name: parts[name] / 1e6 for name in PARTS},
         memory_gib={
-            name: size / 2**30
-            for name, size in _memory(model, parallel, outside, experts, tokens, zero, known).items()
+            name: size / 2**30 for name, size in _memory(model, parallel, outside, experts, tokens, zero, known).items()
         },
         capacity_gib=where.gpu.memory_gib,
     )
