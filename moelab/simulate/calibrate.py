@@ -14,8 +14,10 @@ from moelab.simulate import bars as _bars
 from moelab.simulate.constants import FREE, Constants
 
 
-def fit(bars: list[_bars.Bar] | None = None, start: Constants | None = None) -> dict[str, Any]:
-    """Fit `FREE` on bars (default: Fig 10).
+def fit(
+    bars: list[_bars.Bar] | None = None, start: Constants | None = None, held: tuple[str, ...] = ()
+) -> dict[str, Any]:
+    """Fit `FREE` on bars (default: Fig 10), all but those `held` at their value in `start`.
 
     Returns:
         what `calibration.json` holds: `constants` (free ones only), `standard_errors` (of their logarithm's linearisation, as shares),
@@ -24,7 +26,7 @@ def fit(bars: list[_bars.Bar] | None = None, start: Constants | None = None) -> 
     from scipy.optimize import least_squares
 
     bars = _bars.fig10() if bars is None else bars
-    names = list(FREE)
+    names = [n for n in FREE if n not in held]
     low = np.log([FREE[n][0] for n in names])
     high = np.log([FREE[n][1] for n in names])
     first = start or Constants()
@@ -34,15 +36,10 @@ def fit(bars: list[_bars.Bar] | None = None, start: Constants | None = None) -> 
         known = first.with_free(dict(zip(names, np.exp(x), strict=True)))
         return np.log([bar.simulate(constants=known).latency_ms for bar in bars]) - target
 
-    # The maxima in the model have corners; several starts keep the fit from stopping at one.
-    starts = [
-        np.log([getattr(first, n) for n in names]),
-        (low + high) / 2,
-        0.8 * low + 0.2 * high,
-        0.2 * low + 0.8 * high,
-    ]
+    # The maxima in the model have corners; a second start keeps the fit from stopping at one.
+    starts = [np.log([getattr(first, n) for n in names]), (low + high) / 2]
     found = min(
-        (least_squares(residuals, x, bounds=(low, high), diff_step=1e-3, xtol=1e-10, ftol=1e-10) for x in starts),
+        (least_squares(residuals, x, bounds=(low, high), diff_step=1e-3, xtol=1e-7, ftol=1e-9) for x in starts),
         key=lambda r: r.cost,
     )
     values = dict(zip(names, (round(float(v), 4) for v in np.exp(found.x)), strict=True))
