@@ -90,7 +90,7 @@ class Plan:
 
     Attributes:
         best: the best layout by `objective`; `why` says what bounds it and what comes next.
-        runner_up: the best other layout that is worse (by more than 0.05 %); None when there is none.
+        runner_up: the best layout that is not as good with any batch (by more than 0.05 %); None when there is none.
         ties: other layouts as good as the best.
         considered, fitting: how many (layout, batch) pairs were judged, and how many fit the memory.
         front: the Pareto front of latency and throughput a GPU, best latency first.
@@ -213,7 +213,7 @@ def plan(
     n, worth = len(options), main.ravel()
     first = int(order[0])
     equal = worth[order] <= worth[first] * 1.0005
-    others = order[~equal & (order % n != first % n)]
+    others = order[~np.isin(order % n, order[equal] % n)]
     other = int(others[0]) if len(others) else None
 
     def estimate(flat: int) -> DecodeEstimate:
