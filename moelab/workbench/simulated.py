@@ -199,6 +199,9 @@ def pareto(plan: Plan, ax: Axes) -> Axes:
         )
     ax.margins(x=0.12, y=0.1)
     ax.set(xscale="log", yscale="log", xlabel="latency of a token (ms)", ylabel="tokens / s / GPU")
+    for axis in (ax.xaxis, ax.yaxis):
+        axis.set_major_formatter("{x:g}")
+        axis.set_minor_formatter("{x:g}")
     low, high = ax.get_xlim()
     ax.set_xlim(low, high * (high / low) ** 0.25)  # room for the last label
     ax.legend(loc="lower right")

@@ -4,10 +4,18 @@ from __future__ import annotations
 
 import difflib
 
-from moelab.workbench.experiments import pr_moe
+from moelab.workbench.experiments import (
+    inference_large,
+    inference_scaling,
+    inference_variants,
+    inference_vs_dense,
+    pr_moe,
+)
 from moelab.workbench.experiments.base import Experiment, Scale
 
-EXPERIMENTS: dict[str, Experiment] = {module.EXPERIMENT.name: module.EXPERIMENT for module in (pr_moe,)}
+_INFERENCE = (inference_scaling, inference_large, inference_variants, inference_vs_dense)
+
+EXPERIMENTS: dict[str, Experiment] = {m.EXPERIMENT.name: m.EXPERIMENT for m in (pr_moe, *_INFERENCE)}
 
 
 def experiment(name: str) -> Experiment:
