@@ -42,7 +42,7 @@ def rows(constants: Constants | None = None) -> list[dict]:
             what = f"{row['figure']}: {bar.label}, {bar.system}, {bar.gpus} GPUs"
             add("latency", what, bar.paper_ms, row["simulated_ms"], "ms", row["kind"], bar.assumed)
     for label, ratio in speedups(constants).items():
-        add("ratio", f"fig-11: speed-up at {label}", _printed(label), ratio, "x")
+        add("ratio", f"fig-11: speed-up at {label}", printed_speedup(label), ratio, "x")
     against = against_dense(constants)
     for what, ratio in against.items():
         figure, metric = what.split(":")
@@ -145,5 +145,6 @@ def sensitivity(values: dict[str, list[float]]) -> list[dict]:
     return table
 
 
-def _printed(label: str) -> float:
+def printed_speedup(label: str) -> float:
+    """The ratio printed on the paper's chart for a model of Fig 11."""
     return paper.inference_results(figure="fig-11", metric="speedup", model=label)[0].value

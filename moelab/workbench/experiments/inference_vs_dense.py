@@ -31,6 +31,15 @@ def costs(frame: pd.DataFrame) -> pd.DataFrame:
     )
 
 
+def labels(frame: pd.DataFrame) -> list[str]:
+    """Model, GPUs and system of each row, in lines narrow enough to stand under a bar."""
+    system = {"pytorch": "PyTorch", "deepspeed": "DeepSpeed"}
+    return [
+        f"{row.model.replace(' ', chr(10)).replace('+', chr(10) + '+')}\n{row.gpus} GPU{'s' if row.gpus > 1 else ''}\n{system[row.system]}"
+        for row in frame.itertuples()
+    ]
+
+
 def verdicts(frame: pd.DataFrame) -> list[Verdict]:
     """The claims on Figs 14 and 15, from `costs(...)`."""
     from moelab.workbench.simulated import verdict
