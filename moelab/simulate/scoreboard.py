@@ -39,7 +39,7 @@ def rows(constants: Constants | None = None) -> list[dict]:
     for bar in (*bars.fig10(), *bars.fig11(), *bars.tutorial()):
         if bar.paper_ms is not None:
             row = bar.row(constants=constants)
-            what = f"{row['figure']}: {bar.label}, {bar.system}, {bar.gpus} GPUs"
+            what = f"{bar.figure}: {bar.label}, {bar.system}, {bar.gpus} GPUs"
             add("latency", what, bar.paper_ms, row["simulated_ms"], "ms", row["kind"], bar.assumed)
     for label, ratio in speedups(constants).items():
         add("ratio", f"fig-11: speed-up at {label}", printed_speedup(label), ratio, "x")
@@ -48,7 +48,8 @@ def rows(constants: Constants | None = None) -> list[dict]:
         figure, metric = what.split(":")
         reported = paper.inference_results(figure=figure, metric=metric)[0].value
         assumed = "shape of the 1.5T model and its PR-MoE, GPU count" if figure == "fig-15" else ""
-        add("ratio", f"{figure}: {metric} over dense", reported, ratio, "x", assumed=assumed)
+        word = "faster" if metric == "speedup" else "cheaper"
+        add("ratio", f"{figure}: {word} than dense", reported, ratio, "x", assumed=assumed)
     needed = paper.inference_results(figure="fig-12", metric="gpus-needed")[0]
     for what, reported, model in (
         ("8B+MoE-128", needed.baseline_gpus, fig12()["MoE"]),

@@ -10,10 +10,10 @@ import numpy as np
 import pandas as pd
 
 from moelab import paper
-from moelab.simulate.bars import Bar
+from moelab.simulate.bars import BATCH, Bar
 from moelab.simulate.decoding import PARTS
 from moelab.simulate.scoreboard import TOLERANCE, median_error
-from moelab.workbench.claims import DIRECTION, NOT_TESTED, Verdict, judge
+from moelab.workbench.claims import DIRECTION, Verdict, judge
 from moelab.workbench.figures import PAPER
 
 if TYPE_CHECKING:
@@ -49,9 +49,9 @@ DIRECTION_ONLY = f"simulated: {DIRECTION}"
 
 
 def bar_frame(bars: Sequence[Bar]) -> pd.DataFrame:
-    """`Bar.row` of each bar, with the share of throughput that both sides have by the same rule (tokens of a step / latency / GPUs)."""
+    """`Bar.row` of each bar, and its tokens / s / GPU."""
     frame = pd.DataFrame([bar.row() for bar in bars])
-    tokens = np.array([8 / bar.parallel.tensor for bar in bars])
+    tokens = np.array([BATCH / bar.parallel.tensor for bar in bars])  # of a step, a GPU
     frame["simulated_throughput"] = tokens / frame["simulated_ms"] * 1e3
     return frame
 
@@ -116,6 +116,7 @@ def grouped_bars(
     ax.grid(axis="x", visible=False)
     if log:
         ax.set_yscale("log")
+        ax.yaxis.set_major_formatter("{x:g}")
         ax.set_ylim(top=top * 2.6)
     else:
         ax.set_ylim(0, top * 1.2)
@@ -237,15 +238,3 @@ def verdict(claim: paper.Claim, ours: float | None, *, note: str = "", fitted: b
 def claims_frame(verdicts: Sequence[Verdict]) -> pd.DataFrame:
     """Verdicts as the notebooks show them."""
     return pd.DataFrame(verdicts)[["statement", "where", "paper", "ours", "unit", "verdict", "note"]]
-
-
-__all__ = [
-    "NOT_TESTED",
-    "bar_frame",
-    "breakdown",
-    "claims_frame",
-    "grouped_bars",
-    "pareto",
-    "scores",
-    "verdict",
-]

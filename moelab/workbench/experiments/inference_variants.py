@@ -64,10 +64,13 @@ def verdicts(held: pd.DataFrame, latency: pd.DataFrame) -> list[Verdict]:
 
     least = held[held["fits"]].groupby("variant")["gpus"].min()
     ms = latency.pivot(index="base", columns="variant", values="simulated_ms")
-    worst = (ms["PR-MoE+MoS"] - ms["PR-MoE"]).max()  # negative when the student is faster at every size
-    above = [base for base in ms.index if ms.loc[base, "PR-MoE+MoS"] > ms.loc[base, "MoE"]]
-    note = "At every size" if worst < 0 else "Not at every size"
-    note += f"; against the standard MoE the student is slower at {', '.join(above)}." if above else "."
+    student = ms["PR-MoE+MoS"]
+    worst = (student - ms[["MoE", "PR-MoE"]].min(axis=1)).max()  # negative when it is the fastest at every size
+    behind = {other: [base for base in ms.index if student[base] >= ms.loc[base, other]] for other in ("PR-MoE", "MoE")}
+    note = " ".join(
+        f"Faster than the {name} at every size." if not sizes else f"Not faster than the {name} at {', '.join(sizes)}."
+        for name, sizes in (("PR-MoE", behind["PR-MoE"]), ("standard MoE", behind["MoE"]))
+    )
     plain = bars.variants(("2.4B",), gpus=8)
     small = [decode(b.model, bars.layout(b.model, 8, 1, "deepspeed"), bars.CLUSTER).latency_ms for b in plain]
     ours = {
