@@ -9,6 +9,8 @@ from typing import Annotated
 
 import typer
 
+from moelab.workbench import simulate_cli
+
 app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
@@ -19,6 +21,8 @@ bench = typer.Typer(no_args_is_help=True, help="Benchmarks; each prints ratios m
 app.add_typer(bench, name="bench")
 kernels = typer.Typer(no_args_is_help=True, help="The Triton kernels, without a GPU.")
 app.add_typer(kernels, name="kernels")
+app.add_typer(simulate_cli.app, name="simulate")
+app.command()(simulate_cli.plan)
 
 
 @app.command(name="list")

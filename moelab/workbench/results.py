@@ -80,9 +80,14 @@ class Publication:
         self.verdicts = [{**asdict(v), "figure": figure} for v in verdicts]
         write_json(self.path / "claims.json", self.verdicts)
 
-    def finish(self, runs: Runs, *, title: str) -> str:
-        """Write the summary; returns one line saying where everything is. `title` states the experiment's finding."""
-        hardware = [run.provenance.get("hardware") for run in runs.finished]
+    def finish(self, runs: Runs | None = None, *, title: str) -> str:
+        """Write the summary; returns one line saying where everything is. `title` states the experiment's finding.
+
+        Args:
+            runs: the trainings behind it; none for an experiment that trains nothing.
+        """
+        finished = runs.finished if runs is not None else ()
+        hardware = [run.provenance.get("hardware") for run in finished]
         write_json(
             self.path / SUMMARY,
             {
@@ -92,13 +97,13 @@ class Publication:
                 "parameters": self.parameters,
                 "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
                 "notebook_seconds": round(time.time() - self.started, 1),
-                "training_seconds": round(sum(run.result["seconds"] for run in runs.finished), 1),
-                "seeds": sorted({run.spec.train.seed for run in runs.finished}),
+                "training_seconds": round(sum(run.result["seconds"] for run in finished), 1),
+                "seeds": sorted({run.spec.train.seed for run in finished}),
                 "hardware": hardware[0] if hardware else None,
                 "figures": self.figures,
                 "tables": self.tables,
                 "claims": self.verdicts,
-                "missing": [run.spec.id for run in runs.missing],
+                "missing": [run.spec.id for run in runs.missing] if runs is not None else [],
                 "runs": [
                     {
                         "id": run.spec.id,
@@ -107,7 +112,7 @@ class Publication:
                         "result": run.result,
                         "provenance": run.provenance,
                     }
-                    for run in runs.finished
+                    for run in finished
                 ],
                 "provenance": provenance(),
             },

@@ -9,6 +9,10 @@ from moelab.workbench.experiments import (
     distillation,
     expert_count,
     half_moe,
+    inference_large,
+    inference_scaling,
+    inference_variants,
+    inference_vs_dense,
     learning_rate,
     pr_moe,
     scaling,
@@ -19,10 +23,11 @@ from moelab.workbench.experiments import (
 )
 from moelab.workbench.experiments.base import Experiment, Scale
 
-_OF_THE_PAPER = (scaling, half_moe, top2, pr_moe, distillation, throughput)
+_TRAINING = (scaling, half_moe, top2, pr_moe, distillation, throughput)
+_INFERENCE = (inference_scaling, inference_large, inference_variants, inference_vs_dense)
 _BEYOND = (expert_count, capacity, specialisation, spread, learning_rate)
 
-EXPERIMENTS: dict[str, Experiment] = {m.EXPERIMENT.name: m.EXPERIMENT for m in (*_OF_THE_PAPER, *_BEYOND)}
+EXPERIMENTS: dict[str, Experiment] = {m.EXPERIMENT.name: m.EXPERIMENT for m in (*_TRAINING, *_INFERENCE, *_BEYOND)}
 
 
 def experiment(name: str) -> Experiment:
