@@ -40,6 +40,14 @@ const moelab = {
         item.hidden = !keep;
         if (keep) shown[claim ? "claim" : chapter ? "chapter" : "result"] += 1;
       }
+      const untested = document.getElementById("untested");
+      if (untested) {
+        const left = untested.querySelectorAll("[data-item]:not([hidden])").length;
+        untested.hidden = !left;
+        untested.querySelector("summary strong").textContent = left;
+        if (words.length || verdict) untested.open = left > 0;
+      }
+      document.getElementById("tested").hidden = !document.querySelector("#tested [data-item]:not([hidden])");
       for (const button of tally) button.setAttribute("aria-pressed", String(button.dataset.verdict === verdict));
       const any = words.length || scale || verdict || experiment;
       const count = (n, word) => n + " " + word + (n === 1 ? "" : "s");
@@ -81,21 +89,20 @@ const moelab = {
   },
 
   // Comparison: each result's data.js calls `add`.
-  results: {},
-  waiting: {},
+  arrived: {},
+  asked: {},
   add(result) {
-    this.results[result.path] = result;
-    this.waiting[result.path]?.();
+    this.arrived[result.path] = result;
   },
   load(path) {
-    if (this.results[path]) return Promise.resolve(this.results[path]);
-    return new Promise((resolve, reject) => {
-      this.waiting[path] = () => resolve(this.results[path]);
+    this.asked[path] ??= new Promise((resolve, reject) => {
       const script = document.createElement("script");
       script.src = `${path}/data.js`;
-      script.onerror = () => reject(new Error(`no data of ${path}`));
+      script.onload = () => resolve(this.arrived[path]);
+      script.onerror = () => reject(new Error(`${path}: no data.js; building the pages again writes it`));
       document.head.append(script);
     });
+    return this.asked[path];
   },
 
   comparison(form) {

@@ -11,7 +11,7 @@ The pages ask for nothing outside the folder, work without a script (filters and
 publication (`moelab.workbench.results`) and the descriptions in `moelab.workbench.experiments` alone.
 """
 
-from moelab.workbench.site.pages import Built, build
 from moelab.workbench.site.notebook import convert
+from moelab.workbench.site.pages import Built, build
 
 __all__ = ["Built", "build", "convert"]

@@ -17,7 +17,7 @@ from moelab.workbench.experiments import EXPERIMENTS, Experiment
 from moelab.workbench.progress import duration
 from moelab.workbench.provenance import describe
 from moelab.workbench.results import SUMMARY
-from moelab.workbench.site.order import BEYOND, position, scale_rank
+from moelab.workbench.site.order import position, scale_rank
 
 UNTESTED = "not tested yet"
 
@@ -31,6 +31,9 @@ VERDICTS = {
     NOT_TESTED: ("–", "none"),
 }
 """Verdict -> sign and style, in the order of the summary."""
+
+
+_JUDGED = (REPRODUCED, DIRECTION, UNDECIDED, NOT_REPRODUCED)
 
 
 @dataclass(frozen=True)
@@ -133,8 +136,9 @@ class Result:
         return made
 
     @cached_property
-    def names(self) -> frozenset[str]:
-        return frozenset(p.name for p in self.folder.iterdir())
+    def names(self) -> set[str]:
+        """The files of the folder; whoever adds one adds its name."""
+        return {p.name for p in self.folder.iterdir()}
 
     @property
     def words(self) -> str:
@@ -298,12 +302,12 @@ def ledger(found: Iterable[Result]) -> list[Line]:
     newest: dict[str, dict[str, Line]] = {claim.id: {} for claim in paper.claims()}
     for result in found:
         for line in judged(result):
-            if line.verdict != NOT_TESTED:
+            if line.verdict in _JUDGED or line.ours is not None:
                 newest[line.claim.id].setdefault(line.scale, line)
     lines = []
     for claim in paper.claims():
-        # A scale that could not decide for want of seeds does not stand before one that did.
-        own = sorted(newest[claim.id].values(), key=lambda line: (line.verdict == NO_SPREAD, scale_rank(line.scale)))
+        # A scale that could not judge (one seed, or too small) does not stand before one that did.
+        own = sorted(newest[claim.id].values(), key=lambda line: (line.verdict not in _JUDGED, scale_rank(line.scale)))
         lines += [replace(line, best=i == 0) for i, line in enumerate(own or [Line(claim)])]
     return sorted(lines, key=lambda line: position(line.claim.where))
 

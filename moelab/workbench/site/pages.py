@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from moelab.files import write_text
+from moelab.workbench import svg
 from moelab.workbench.site import notebook, template
 from moelab.workbench.site.collect import VERDICTS, Line, Result, benchmarks, chapters, judged, ledger, results
 from moelab.workbench.site.order import SCALES
@@ -46,7 +47,7 @@ def build(root: Path) -> Built:
     """
     found, unreadable = results(root)
     converted = _convert([r.folder / "notebook.ipynb" for r in found if r.has("notebook.ipynb")])
-    written = converted + sum(_write_result(result) for result in found)
+    written = converted + sum(_darken(result) + _write_result(result) for result in found)
     for name in ("site.css", "site.js"):
         written += _write_if_changed(root / "assets" / name, template.asset(name))
     lines = ledger(found)
@@ -87,6 +88,18 @@ def _convert(notebooks: Sequence[Path]) -> int:
     else:
         with ProcessPoolExecutor(workers) as pool:
             list(pool.map(notebook.convert, todo, chunksize=4))
+    return len(todo)
+
+
+def _darken(result: Result) -> int:
+    """Dark variants of the figures that were published without one; returns how many."""
+    todo = [
+        f["name"] for f in result.figures if result.has(f"{f['name']}.svg") and not result.has(f"{f['name']}-dark.svg")
+    ]
+    for name in todo:
+        text = (result.folder / f"{name}.svg").read_text(encoding="utf-8")
+        write_text(result.folder / f"{name}-dark.svg", svg.dark(text))
+        result.names.add(f"{name}-dark.svg")
     return len(todo)
 
 

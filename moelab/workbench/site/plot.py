@@ -37,4 +37,6 @@ def interval_plot(line: Line) -> Markup:
     parts.append(f'<path class="ours" d="M{x(min(ours))} 19H{x(max(ours))}"/>')
     parts.append(f'<circle class="ours" cx="{x(line.ours)}" cy="19" r="3.6"/>')
     body = "".join(parts)
-    return Markup(f'<svg class="plot" viewBox="0 0 {WIDTH} {HEIGHT}" width="{WIDTH}" height="{HEIGHT}" aria-hidden="true">{body}</svg>')
+    return Markup(
+        f'<svg class="plot" viewBox="0 0 {WIDTH} {HEIGHT}" width="{WIDTH}" height="{HEIGHT}" aria-hidden="true">{body}</svg>'
+    )

@@ -157,7 +157,7 @@ const moelab = {
     ];
 
     const facts = rows(union(Object.keys(a.facts), Object.keys(b.facts)).map((k) => [k, text(a.facts[k]), text(b.facts[k])]));
-    parts.push(table("How they were made", ["", "A", "B"], facts));
+    if (facts.length) parts.push(table("How they were made", ["", "A", "B"], facts));
 
     const claims = (r) => Object.fromEntries(r.claims.map((c) => [c.id, c]));
     const [ca, cb] = [claims(a), claims(b)];
