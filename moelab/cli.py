@@ -101,6 +101,17 @@ def browse(
 
 
 @app.command()
+def tensorboard(
+    run: Annotated[list[str] | None, typer.Argument(help="runs, by the beginning of their id; all without")] = None,
+    port: Annotated[int, typer.Option(help="port on 127.0.0.1")] = 6006,
+) -> None:
+    """Show runs in TensorBoard, those still training too: losses, speed, and the experts' load by layer."""
+    from moelab.workbench import tensorboard as board
+
+    raise typer.Exit(board.serve(board.select(run or []), port))
+
+
+@app.command()
 def doctor() -> None:
     """Check this installation: what works, what is missing, how to get it."""
     from moelab.workbench.doctor import report
