@@ -37,27 +37,37 @@ class Lab:
     ) -> Runs:
         """Runs of the specs: finished ones read back, the others trained to their end.
 
-        A run that fails is in the result without a result of its own (`Runs.missing`); it never takes the others with it.
+        Teachers are trained before their students. A run that fails is in the result without a result of its own (`Runs.missing`); it never takes the others with it.
 
         Args:
-            executor: "inline" in this process; "processes" one process a run; "auto" is processes.
-            workers: processes at a time; by default as many as the machine's cores allow at each run's threads, 1 on a GPU.
+            executor: "inline" in this process; "processes" one process a run; "auto" is processes. A run on several ranks is
+                processes either way, or srun's tasks.
+            workers: processes at a time, each rank one; by default as many as the machine's cores allow at each run's threads, 1 on a
+                GPU. One run always goes.
         """
         if executor not in ("auto", "inline", "processes"):
             raise ValueError(f"lab.run: executor must be auto, inline or processes, got {executor!r}")
-        runs = [self.store.run(spec) for spec in {spec.id: spec for spec in specs}.values()]
+        wanted = [needed for spec in specs for needed in (*spec.requires(), spec)]
+        runs = [self.store.run(spec) for spec in {spec.id: spec for spec in wanted}.values()]
         self._announce(runs)
-        todo = [run for run in runs if not run.finished]
         show = NotebookProgress(runs)
         try:
-            if todo and executor == "inline":
-                executors.inline(todo, show)
-            elif todo:
-                executors.processes(todo, workers or self._workers(todo), show)
+            for generation in self._generations(runs):
+                todo = [run for run in generation if not run.finished]
+                if todo and executor == "inline":
+                    executors.inline(todo, show)
+                elif todo:
+                    executors.processes(todo, workers or self._workers(todo), show)
         finally:
             show(final=True)
         by_id = {run.spec.id: run for run in runs}
         return Runs([Run(spec, by_id[spec.id].path) for spec in specs])
+
+    @staticmethod
+    def _generations(runs: Sequence[Run]) -> list[list[Run]]:
+        """Runs without a teacher, then their students, then theirs."""
+        depths = {run.spec.id: len(run.spec.requires()) for run in runs}
+        return [[run for run in runs if depths[run.spec.id] == depth] for depth in sorted(set(depths.values()))]
 
     @staticmethod
     def _workers(runs: Sequence[Run]) -> int:
