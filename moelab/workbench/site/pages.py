@@ -110,7 +110,7 @@ def _write_result(result: Result) -> int:
     lines = judged(result)
     tables = {t["name"]: result.rows(t["data"]) for t in result.tables}
     shown = sorted(name for name in result.names if not name.endswith((".html", ".js")))
-    parts = json.dumps([result.summary, described, shown, tables]), repr([line.claim for line in lines])
+    parts = json.dumps([result.path, result.summary, described, shown, tables]), repr([line.claim for line in lines])
     mark = template.mark(*parts, names=("result.html", "base.html", "macros.html"))
     page, data = result.folder / "index.html", result.folder / "data.js"
     if template.is_current(page, mark) and data.exists():
