@@ -84,7 +84,7 @@ def browse(
 
     from moelab.workbench import paths, site
 
-    folder = site.build(paths.results()).parent
+    folder = site.build(paths.results()).index.parent
     handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=str(folder))
     try:
         server = http.server.ThreadingHTTPServer(("127.0.0.1", port), handler)
