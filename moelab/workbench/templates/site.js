@@ -51,7 +51,7 @@ const moelab = {
       for (const button of tally) button.setAttribute("aria-pressed", String(button.dataset.verdict === verdict));
       const any = words.length || scale || verdict || experiment;
       const count = (n, word) => n + " " + word + (n === 1 ? "" : "s");
-      document.getElementById("matches").textContent = any
+      document.getElementById("count").textContent = any
         ? [count(shown.claim, "claim"), count(shown.chapter, "experiment"), count(shown.result, "result")].join(", ")
         : "";
     };
