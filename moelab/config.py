@@ -75,6 +75,8 @@ class RoutingConfig:
             ('RSample'), "gumbel_second" all but the best one, which stays (the released top-2 gate samples its second expert so).
         normalize_weights: the weights of a token's kept choices are divided by their sum; None means only if K > 1.
         aux_loss: weight of the load-balancing loss, summed over MoE layers.
+        aux_scope: over which tokens its statistics run: those of a "micro_batch" (the paper), or of all micro-batches of a "step",
+            which needs each on its own data rank.
         z_loss: weight of the mean squared logsumexp of the gate's logits (ST-MoE; not in the paper).
     """
 
@@ -87,6 +89,7 @@ class RoutingConfig:
     choice_noise: Literal["none", "gumbel", "gumbel_second"] = "none"
     normalize_weights: bool | None = None
     aux_loss: float = 0.01
+    aux_scope: Literal["micro_batch", "step"] = "micro_batch"
     z_loss: float = 0.0
 
     def __post_init__(self) -> None:
@@ -99,6 +102,10 @@ class RoutingConfig:
         _check(
             self.choice_noise in ("none", "gumbel", "gumbel_second"),
             f"routing: choice_noise must be 'none', 'gumbel' or 'gumbel_second', got {self.choice_noise!r}",
+        )
+        _check(
+            self.aux_scope in ("micro_batch", "step"),
+            f"routing: aux_scope must be 'micro_batch' or 'step', got {self.aux_scope!r}",
         )
 
     def capacity(self, tokens: int, experts: int, top_k: int, training: bool) -> int | None:

@@ -7,9 +7,10 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 FLOORS = [
-    {"files", "config", "paper", "kernels"},
-    {"models", "data", "engine"},
-    {"training"},
+    {"files", "config", "layout", "paper", "kernels"},
+    {"models", "data", "simulate"},
+    {"engine"},
+    {"training", "inference", "evaluation"},
     {"workbench"},
     {"cli", "notebooks"},
 ]

@@ -58,12 +58,12 @@ class Attention(nn.Module):
         self.out = nn.Linear(config.hidden, config.hidden)
 
     def forward(self, x_BTM: Tensor) -> Tensor:
-        B, T, M = x_BTM.shape
-        q, k, v = self.qkv(x_BTM).view(B, T, 3, self.heads, M // self.heads).permute(2, 0, 3, 1, 4)
+        B, T, _ = x_BTM.shape
+        q, k, v = self.qkv(x_BTM).view(B, T, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
         y_BHTD = F.scaled_dot_product_attention(
             q, k, v, is_causal=True, dropout_p=self.dropout if self.training else 0.0
         )
-        return self.out(y_BHTD.transpose(1, 2).reshape(B, T, M))
+        return self.out(y_BHTD.transpose(1, 2).reshape(B, T, -1))
 
 
 class Block(nn.Module):
@@ -112,28 +112,34 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def init_weights(self, seed: int) -> None:
-        """Initial weights, each a function of (seed, parameter name, expert) alone.
-
-        So a dense model and its MoE variants start from the same shared weights under one seed (their comparison is paired), and
-        a layer's weights do not depend on how many experts it has or where they live. Normal with `init_std`; projections that
-        write to the residual stream are scaled by 1 / sqrt(2L) (GPT-2, Megatron); biases are zero.
-        """
-        std = self.config.init_std
-        scaled = std / math.sqrt(2 * self.config.layers)
+        """Initial weights, see `initial_weight`."""
         for name, parameter in self.named_parameters():
-            if name.endswith("bias"):
-                parameter.zero_()
-            elif "norm" in name:
-                parameter.fill_(1.0)
-            else:
-                into_stream = name.endswith(("attention.out.weight", "down.weight", "experts.down"))
-                owner = self.get_submodule(name.rpartition(".")[0])
-                pieces = parameter.unbind() if isinstance(owner, Experts) else [parameter]
-                for expert, piece in enumerate(pieces):
-                    key = hashlib.sha256(f"{seed}/{name}/{expert}".encode()).digest()
-                    generator = torch.Generator().manual_seed(int.from_bytes(key[:8], "big") >> 1)
-                    values = torch.empty(piece.shape).normal_(0.0, scaled if into_stream else std, generator=generator)
-                    piece.copy_(values)
+            owner = self.get_submodule(name.rpartition(".")[0])
+            for expert, piece in enumerate(parameter.unbind() if isinstance(owner, Experts) else [parameter]):
+                piece.copy_(initial_weight(self.config, seed, name, piece.shape, expert))
+
+
+def initial_weight(config: ModelConfig, seed: int, name: str, shape: tuple[int, ...], expert: int = 0) -> Tensor:
+    """The initial values of one parameter (of one expert's part of it), fp32, a function of (seed, name, expert) alone.
+
+    So a dense model and its MoE variants start from the same shared weights under one seed (their comparison is paired), and
+    a layer's weights do not depend on how many experts it has or where they live. Normal with `init_std`; projections that
+    write to the residual stream are scaled by 1 / sqrt(2L) (GPT-2, Megatron); biases are zero, norms one.
+
+    Args:
+        name: the parameter's name in the model.
+        shape: of the parameter, or of one expert's part of a stacked one.
+        expert: the expert's global id.
+    """
+    if name.endswith("bias"):
+        return torch.zeros(shape)
+    if "norm" in name:
+        return torch.ones(shape)
+    into_stream = name.endswith(("attention.out.weight", "down.weight", "experts.down"))
+    std = config.init_std / math.sqrt(2 * config.layers) if into_stream else config.init_std
+    key = hashlib.sha256(f"{seed}/{name}/{expert}".encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(key[:8], "big") >> 1)
+    return torch.empty(shape).normal_(0.0, std, generator=generator)
 
 
 def build(config: ModelConfig, seed: int, device: str | torch.device = "cpu") -> GPT:

@@ -84,7 +84,7 @@ class MoE(nn.Module):
         self.experts = Experts(experts, config.hidden, config.ffn)
         self.mlp = MLP(config.hidden, config.ffn) if config.residual else None
         self.mix = nn.Linear(config.hidden, 2) if config.residual and config.residual_mix == "learned" else None
-        self.dispatch = config.dispatch
+        self.flow = DISPATCH[config.dispatch]  # the engine puts its exchange here
 
     def forward(self, x: Tensor) -> tuple[Tensor, Routing]:
         """x [..., M] -> (y [..., M], how it was routed); S is the product of the leading dims."""
@@ -92,7 +92,7 @@ class MoE(nn.Module):
         routing = self.router(x_SM)
         if torch.is_autocast_enabled(x.device.type):  # our kernels compute in their input's dtype
             x_SM = x_SM.to(torch.get_autocast_dtype(x.device.type))
-        y_SM = DISPATCH[self.dispatch](x_SM, routing, self.experts)
+        y_SM = self.flow(x_SM, routing, self.experts)
         if self.mlp is not None:
             mix = (x_SM, self.mix.weight.to(x_SM.dtype), self.mix.bias.to(x_SM.dtype)) if self.mix is not None else ()
             y_SM = kernels.residual_mix(y_SM, self.mlp(x_SM), *mix)

@@ -9,6 +9,8 @@ downstream (dispatch, combine, losses, metrics) only reads it. Routing is fp32 w
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -19,12 +21,17 @@ from moelab.kernels import gate
 
 
 class Router(nn.Module):
-    """The gate of one MoE layer: a linear map M -> E without bias, and `RoutingConfig`'s rules."""
+    """The gate of one MoE layer: a linear map M -> E without bias, and `RoutingConfig`'s rules.
+
+    Attributes:
+        pool: averages a tensor over the data ranks; the engine sets it when `aux_scope` is "step" and there are several.
+    """
 
     def __init__(self, hidden: int, experts: int, top_k: int, config: RoutingConfig) -> None:
         super().__init__()
         self.experts, self.top_k, self.config = experts, top_k, config
         self.weight = nn.Parameter(torch.empty(experts, hidden))
+        self.pool: Callable[[Tensor], Tensor] | None = None
 
     def forward(self, x_SM: Tensor) -> Routing:
         """Route S tokens; noise only in training mode."""
@@ -46,7 +53,13 @@ class Router(nn.Module):
                 seed = int(torch.randint(2**31, ())) if self.training else 0
             normalize = self.top_k > 1 if cfg.normalize_weights is None else cfg.normalize_weights
             capacity = cfg.capacity(len(x_SM), self.experts, self.top_k, self.training)
-            return gate(logits_SE, self.top_k, capacity, seed=seed, normalize=normalize, choice_logits_SE=choice_SE)
+            routing = gate(logits_SE, self.top_k, capacity, seed=seed, normalize=normalize, choice_logits_SE=choice_SE)
+            if self.training and self.pool is not None:
+                # Only the probabilities carry a gradient, so each rank's own mean with everyone's shares averages to the whole.
+                share_E = self.pool(torch.bincount(routing.expert_SK[:, 0], minlength=self.experts) / len(x_SM))
+                aux_loss = self.experts * (logits_SE.softmax(1).mean(0) * share_E).sum()
+                routing = routing._replace(aux_loss=aux_loss)
+            return routing
 
 
 __all__ = ["Router", "Routing"]

@@ -7,6 +7,7 @@ and range printed. The floor is the time of the model's FLOPs at the matrix-prod
 
 from __future__ import annotations
 
+import itertools
 import statistics
 import time
 from collections.abc import Callable
@@ -19,8 +20,7 @@ from torch import Tensor, nn
 
 from moelab.config import ModelConfig, RoutingConfig, TrainConfig
 from moelab.files import write_text
-from moelab.models import build
-from moelab.training.loop import Window, make_optimizer, train_step
+from moelab.training.loop import Trainer, Window
 
 
 class RandomBatches:
@@ -90,14 +90,11 @@ def _bare(model_config: ModelConfig, config: TrainConfig) -> Callable[[], None]:
 
 
 def _ours(model_config: ModelConfig, config: TrainConfig) -> Callable[[], None]:
-    model = build(model_config, 0)
-    optimizer = make_optimizer(model, config)
-    batches = RandomBatches(config, model_config)
-    state = {"step": 0, "window": Window()}
+    trainer = Trainer(model_config, config, RandomBatches(config, model_config), model_config.context)
+    steps, window = itertools.count(), Window()
 
     def step() -> None:
-        train_step(model, optimizer, batches, config, state["step"], model_config.context, state["window"], Path("."))
-        state["step"] += 1
+        trainer.step(next(steps), window)
 
     return step
 

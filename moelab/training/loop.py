@@ -3,11 +3,16 @@
 Resume is bit for bit: the data of a step and every random draw in it are functions of (seed, step), so a checkpoint needs only
 weights, optimizer state and the running sums of the metrics. Kill the process at any step, call `train` again with the same
 arguments, and the numbers are those of a run that was never killed.
+
+On several ranks every rank calls `train` with the same arguments. A step's micro-batches are shared out over the data ranks; routing, its
+losses and its random draws belong to the micro-batch, so the numbers do not depend on the layout (up to the order of sums), and a run may go on
+with another layout. Rank 0 writes the files.
 """
 
 from __future__ import annotations
 
 import hashlib
+import itertools
 import math
 import time
 from collections.abc import Callable
@@ -16,11 +21,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from moelab.config import ModelConfig, TrainConfig
 from moelab.data import TokenData, TrainBatches, bits_per_byte, overall_loss, validation_batches
-from moelab.engine import checkpoint
-from moelab.models import GPT, Output, build
+from moelab.engine import checkpoint, gradients
+from moelab.engine import parallel as engine
+from moelab.engine.mesh import Mesh
+from moelab.layout import ParallelConfig
+from moelab.models import GPT, Routing
 from moelab.training.metrics import TRAIN, VALIDATION, Metrics
 from moelab.training.schedule import learning_rate
 
@@ -54,12 +65,14 @@ class Window:
     load: dict[str, list[int]] = field(default_factory=dict)  # layer (from 1) -> tokens that chose each expert
     kept: dict[str, int] = field(default_factory=dict)  # layer -> tokens kept
 
-    def add_routing(self, output: Output, config: ModelConfig) -> None:
-        layers = [str(i + 1) for i, experts in enumerate(config.experts) if experts]
-        for layer, routing in zip(layers, output.routing, strict=True):
-            load = routing.load_E.tolist()
-            self.load[layer] = [a + b for a, b in zip(self.load.get(layer, [0] * len(load)), load, strict=True)]
-            self.kept[layer] = self.kept.get(layer, 0) + int(routing.kept_E.sum())
+    def add(self, loss: float, routing_loss: float, load: dict[str, list[int]], kept: dict[str, int]) -> None:
+        self.steps += 1
+        self.loss += loss
+        self.routing_loss += routing_loss
+        for layer, counts in load.items():
+            before = self.load.get(layer, [0] * len(counts))
+            self.load[layer] = [a + b for a, b in zip(before, counts, strict=True)]
+            self.kept[layer] = self.kept.get(layer, 0) + kept[layer]
 
     def row(self) -> dict[str, Any]:
         n = max(1, self.steps)
@@ -83,6 +96,7 @@ def train(
     context: int,
     run_dir: Path,
     *,
+    parallel: ParallelConfig | None = None,
     on_progress: Callable[[Progress], None] = lambda _: None,
     should_stop: Callable[[], bool] = lambda: False,
 ) -> dict[str, Any]:
@@ -92,11 +106,12 @@ def train(
 
     Args:
         context: tokens a sequence, T.
-        on_progress: called at each metric row.
-        should_stop: asked after each step; True writes a checkpoint and raises TrainingStopped.
+        parallel: how the model is spread over ranks; all of them call this, in one process group. None is this process alone.
+        on_progress: called at each metric row, on rank 0.
+        should_stop: asked once a step, on every rank; when one says True, all write a checkpoint and raise TrainingStopped.
 
     Raises:
-        ValueError: model, data and training do not fit each other, or the checkpoint is of other data.
+        ValueError: model, data, training and layout do not fit each other, or the checkpoint is of other data.
         TrainingDiverged: the loss or gradient norm is NaN or infinite; names the step and the last good checkpoint.
         TrainingStopped: `should_stop` said so.
     """
@@ -111,58 +126,68 @@ def train(
     if config.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("train: device is cuda, but no CUDA device is available; allowed here: cpu")
     steps = config.steps(context)
-    batches = TrainBatches(data, config.batch_size, context, config.seed)
-
-    model = build(model_config, config.seed, config.device)
-    optimizer = make_optimizer(model, config)
+    mesh = Mesh(parallel or ParallelConfig(), model_config.experts, config.device)
+    leads = mesh.rank == 0
+    batches = TrainBatches(data, config.batch_size, context, config.seed, mesh.data.index, mesh.data.size)
+    trainer = Trainer(model_config, config, batches, context, mesh)
     step, window, seconds = 0, Window(), 0.0
     last = checkpoint.latest(run_dir / "checkpoints")
     if last is not None:
         if last.state["data"] != data.fingerprint:
             raise ValueError(f"train: {last.path} was written with other data; remove {run_dir} to start again")
-        checkpoint.load(last, model, optimizer)
+        trainer.load(last)
         step, window, seconds = last.step, Window(**last.state["window"]), last.state["seconds"]
-    metrics = Metrics(run_dir, resume_step=step if last else -1, tensorboard=config.tensorboard)
+    metrics = Metrics(run_dir, resume_step=step if last else -1, tensorboard=config.tensorboard) if leads else None
 
-    def save() -> None:
-        state = {"window": asdict(window), "seconds": seconds, "data": data.fingerprint}
-        checkpoint.save(run_dir / "checkpoints", step, model, optimizer, state)
+    def write(file: str, row: dict[str, Any]) -> None:
+        if metrics is not None:
+            metrics.write(file, row)
+
+    def diverged(what: str, value: float, at: int) -> TrainingDiverged:
+        good = checkpoint.latest(run_dir / "checkpoints")
+        where = f"the last good checkpoint is {good.path}" if good else "no checkpoint was written before"
+        return TrainingDiverged(f"{what} is {value} at step {at}; {where}")
 
     def validate(max_tokens: int) -> dict[str, Any]:
-        scores = evaluate(model, data, config, context, max_tokens=max_tokens)
+        scores = evaluate(trainer.model.module, data, config, context, max_tokens=max_tokens, mesh=mesh)
         if not math.isfinite(scores["loss"]):
-            raise _diverged("validation loss", scores["loss"], step, run_dir)
+            raise diverged("validation loss", scores["loss"], step)
         return scores
 
     try:
         if last is None:
-            metrics.write(VALIDATION, {"step": 0, "tokens": 0, "time_s": 0.0, **validate(config.eval_tokens)})
+            write(VALIDATION, {"step": 0, "tokens": 0, "time_s": 0.0, **validate(config.eval_tokens)})
         row_step, row_seconds = step, seconds  # of the last metric row, or of the resume
         while step < steps:
             started = time.perf_counter()
-            train_step(model, optimizer, batches, config, step, context, window, run_dir)
+            done = trainer.step(step, window, should_stop)
+            if not done.applied:
+                what = "gradient norm" if math.isfinite(done.loss) else "loss"
+                raise diverged(what, done.grad_norm if math.isfinite(done.loss) else done.loss, step + 1)
             step += 1
             seconds += time.perf_counter() - started
             tokens = step * config.batch_size * context
             if step % config.log_every == 0 or step == steps:
                 speed = (step - row_step) * config.batch_size * context / (seconds - row_seconds)
-                row = {"step": step, "tokens": tokens, "lr": optimizer.param_groups[0]["lr"], **window.row()}
-                metrics.write(TRAIN, {**row, "tokens_per_s": speed, "time_s": seconds})
-                on_progress(Progress(step, steps, row["loss"], speed))
+                row = {"step": step, "tokens": tokens, "lr": done.lr, **window.row()}
+                write(TRAIN, {**row, "tokens_per_s": speed, "time_s": seconds})
+                if leads:
+                    on_progress(Progress(step, steps, row["loss"], speed))
                 window, row_step, row_seconds = Window(), step, seconds
             if step % config.eval_every == 0 or step == steps:
                 scores = validate(config.eval_tokens)
-                metrics.write(VALIDATION, {"step": step, "tokens": tokens, "time_s": seconds, **scores})
-            stop = should_stop()
-            if stop or step == steps or (config.checkpoint_every and step % config.checkpoint_every == 0):
-                save()
-            if stop and step < steps:
+                write(VALIDATION, {"step": step, "tokens": tokens, "time_s": seconds, **scores})
+            if done.stop or step == steps or (config.checkpoint_every and step % config.checkpoint_every == 0):
+                state = {"window": asdict(window), "seconds": seconds, "data": data.fingerprint}
+                trainer.save(run_dir / "checkpoints", step, state)
+            if done.stop and step < steps:
                 raise TrainingStopped(
                     f"stopped at step {step} of {steps}; the checkpoint is written, run again to go on"
                 )
         final = validate(0)
     finally:
-        metrics.close()
+        if metrics is not None:
+            metrics.close()
     return {
         "steps": steps,
         "tokens": steps * config.batch_size * context,
@@ -179,78 +204,173 @@ def train(
     }
 
 
-def make_optimizer(model: GPT, config: TrainConfig) -> torch.optim.AdamW:
+@dataclass(frozen=True)
+class StepDone:
+    """What a step did; the same on every rank.
+
+    Attributes:
+        loss: training loss, nats a token, mean over the batch.
+        grad_norm: before clipping.
+        lr: learning rate.
+        applied: False when loss or norm is not finite; the weights are then as before.
+        stop: a rank wants to stop.
+    """
+
+    loss: float
+    grad_norm: float
+    lr: float
+    applied: bool
+    stop: bool
+
+
+class Trainer:
+    """A model, its optimizer and its data on one rank."""
+
+    def __init__(
+        self,
+        model_config: ModelConfig,
+        config: TrainConfig,
+        batches: TrainBatches,
+        context: int,
+        mesh: Mesh | None = None,
+    ) -> None:
+        """
+        Args:
+            batches: this data rank's part of every step's batch.
+            context: tokens a sequence, T.
+            mesh: the ranks; None is this process alone.
+
+        Raises:
+            ValueError: the batch's micro-batches do not spread over the data ranks, or the layout is impossible for the model.
+        """
+        self.model_config, self.config, self.batches, self.context = model_config, config, batches, context
+        self.mesh = mesh or Mesh(ParallelConfig(), model_config.experts, config.device)
+        self.micro_batch = config.micro_batch or config.batch_size
+        count = config.batch_size // self.micro_batch
+        if count % self.mesh.data.size:
+            raise ValueError(f"train: {count} micro-batches a step do not spread over {self.mesh.data.size} data ranks")
+        self.model = engine.build(model_config, config.seed, self.mesh)
+        self.sync = gradients.GradientSync(self.model)
+        self.optimizer = make_optimizer(self.model.module, config)
+
+    def step(self, step: int, window: Window, should_stop: Callable[[], bool] = lambda: False) -> StepDone:
+        """One optimizer step on the batch of `step` (counting from 0); adds to `window`."""
+        config, module = self.config, self.model.module
+        rate = learning_rate(config, (step + 1) * config.batch_size * self.context)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        tokens_BT, targets_BT = (t.to(config.device) for t in self.batches.batch(step))
+        parts = len(tokens_BT) // self.micro_batch
+        module.train()
+        loss_sum = routing_sum = 0.0
+        counts: list[tuple[Routing, ...]] = []
+        for part in range(parts):
+            torch.manual_seed(draw_seed(config.seed, step, self.mesh.data.index * parts + part))
+            rows = slice(part * self.micro_batch, (part + 1) * self.micro_batch)
+            with torch.autocast(config.device, torch.bfloat16, enabled=config.dtype == "bf16"):
+                output = module(tokens_BT[rows])
+            loss = output.cross_entropy(targets_BT[rows])
+            routing_loss = output.routing_loss(self.model_config)
+            if part == parts - 1:
+                self.sync.arm()
+            ((loss + routing_loss) / parts).backward()
+            loss_sum += float(loss.detach()) / parts
+            routing_sum += float(torch.as_tensor(routing_loss).detach()) / parts
+            counts.append(output.routing)
+        self.sync.finish()
+        norm = gradients.clip(self.model, config.clip or math.inf)
+        loss_sum, routing_sum, load, kept, stop = self._agree(loss_sum, routing_sum, counts, should_stop())
+        applied = math.isfinite(loss_sum + routing_sum) and math.isfinite(norm)
+        if applied:
+            self.optimizer.step()
+            window.add(loss_sum, routing_sum, load, kept)
+            window.grad_norm += norm
+        self.optimizer.zero_grad(set_to_none=True)
+        return StepDone(loss_sum + (0.0 if math.isfinite(routing_sum) else routing_sum), norm, rate, applied, stop)
+
+    def _agree(
+        self, loss: float, routing_loss: float, counts: list[tuple[Routing, ...]], stop: bool
+    ) -> tuple[float, float, dict[str, list[int]], dict[str, int], bool]:
+        """The step's numbers over all data ranks: losses, load and kept tokens by layer, whether to stop."""
+        layers = [str(i + 1) for i, experts in enumerate(self.model_config.experts) if experts]
+        load = {layer: sum(part[i].load_E for part in counts) for i, layer in enumerate(layers)}
+        kept = {layer: sum(part[i].kept_E.sum() for part in counts) for i, layer in enumerate(layers)}
+        if self.mesh.world.size > 1:
+            numbers = [torch.tensor([loss, routing_loss, float(stop)], dtype=torch.float64, device=self.mesh.device)]
+            numbers += [load[layer].double() for layer in layers] + [kept[layer].double()[None] for layer in layers]
+            flat = torch.cat(numbers)
+            dist.all_reduce(flat)
+            loss, routing_loss = (flat[:2] / self.mesh.world.size).tolist()
+            stop = bool(flat[2] > 0)
+            whole = (flat / self.mesh.tensor.size).round().long()  # tensor ranks have counted the same tokens
+            sizes = [3, *(len(load[layer]) for layer in layers), *(1 for _ in layers)]
+            pieces = whole.split(sizes)[1:]
+            load = dict(zip(layers, pieces, strict=False))
+            kept = dict(zip(layers, pieces[len(layers) :], strict=True))
+        return loss, routing_loss, {k: v.tolist() for k, v in load.items()}, {k: int(v) for k, v in kept.items()}, stop
+
+    def save(self, directory: Path, step: int, state: dict[str, Any]) -> None:
+        """Write a checkpoint of `step` steps; see `moelab.engine.checkpoint.save`."""
+        checkpoint.save(directory, step, self.model.module, self.optimizer, state)
+
+    def load(self, saved: checkpoint.Checkpoint) -> None:
+        """Take over a checkpoint's weights and optimizer state."""
+        checkpoint.load(saved, self.model.module, self.optimizer)
+
+
+def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
     """AdamW; weight decay on matrices only (not biases, norms), as GPT-3's recipe."""
-    decayed, others = [], []
+    groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         matrix = parameter.ndim >= 2 and not name.endswith("bias")
-        (decayed if matrix else others).append(parameter)
-    groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=True)
-
-
-def train_step(
-    model: GPT,
-    optimizer: torch.optim.Optimizer,
-    batches: TrainBatches,
-    config: TrainConfig,
-    step: int,
-    context: int,
-    window: Window,
-    run_dir: Path,
-) -> None:
-    """One optimizer step on the batch of `step` (counting from 0); adds to `window`."""
-    rate = learning_rate(config, (step + 1) * config.batch_size * context)
-    for group in optimizer.param_groups:
-        group["lr"] = rate
-    tokens_BT, targets_BT = (t.to(config.device) for t in batches.batch(step))
-    size = config.micro_batch or config.batch_size
-    parts = config.batch_size // size
-    model.train()
-    loss_sum = routing_sum = 0.0
-    for part in range(parts):
-        torch.manual_seed(draw_seed(config.seed, step, part))
-        rows = slice(part * size, (part + 1) * size)
-        with torch.autocast(config.device, torch.bfloat16, enabled=config.dtype == "bf16"):
-            output = model(tokens_BT[rows])
-        loss = output.cross_entropy(targets_BT[rows])
-        routing_loss = output.routing_loss(model.config)
-        ((loss + routing_loss) / parts).backward()
-        loss_sum += float(loss.detach()) / parts
-        routing_sum += float(torch.as_tensor(routing_loss).detach()) / parts
-        window.add_routing(output, model.config)
-    if not math.isfinite(loss_sum + routing_sum):
-        raise _diverged("loss", loss_sum + routing_sum, step + 1, run_dir)
-    norm = float(torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip or math.inf))
-    if not math.isfinite(norm):
-        raise _diverged("gradient norm", norm, step + 1, run_dir)
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
-    window.steps += 1
-    window.loss += loss_sum
-    window.routing_loss += routing_sum
-    window.grad_norm += norm
+        # One fused update cannot mix sharded and whole tensors.
+        groups.setdefault((matrix, isinstance(parameter, DTensor)), []).append(parameter)
+    return torch.optim.AdamW(
+        [
+            {"params": parameters, "weight_decay": config.weight_decay if matrix else 0.0}
+            for (matrix, _), parameters in sorted(groups.items(), reverse=True)
+        ],
+        lr=config.lr,
+        betas=config.betas,
+        eps=config.eps,
+        fused=True,
+    )
 
 
 @torch.no_grad()
-def evaluate(model: GPT, data: TokenData, config: TrainConfig, context: int, *, max_tokens: int = 0) -> dict[str, Any]:
+def evaluate(
+    model: GPT,
+    data: TokenData,
+    config: TrainConfig,
+    context: int,
+    *,
+    max_tokens: int = 0,
+    mesh: Mesh | None = None,
+) -> dict[str, Any]:
     """Validation loss in nats a token and in bits per byte of text, over all and by domain.
 
     Args:
         context: tokens a sequence, T.
         max_tokens: bound on the tokens of each domain; 0 is all of them.
+        mesh: the ranks that share the work, all of which call this; None is this process alone.
     """
     model.eval()
-    nats: dict[str, float] = {}
-    counts: dict[str, int] = {}
-    for domain, tokens_BT, targets_BT in validation_batches(data, config.batch_size, context, max_tokens):
+    world, mine = (mesh.data.size, mesh.data.index) if mesh else (1, 0)
+    domains = sorted(data.validation)
+    sums = torch.zeros(len(domains), 2, dtype=torch.float64)  # nats, tokens
+    batches = validation_batches(data, config.batch_size, context, max_tokens)
+    while group := list(itertools.islice(batches, world)):
+        # Every rank runs the model as often as the others, if need be without tokens: they may need its experts.
+        domain, tokens_BT, targets_BT = group[mine] if mine < len(group) else _nothing(group[0])
         with torch.autocast(config.device, torch.bfloat16, enabled=config.dtype == "bf16"):
             output = model(tokens_BT.to(config.device))
         total = output.cross_entropy(targets_BT.to(config.device), reduction="sum")
-        nats[domain] = nats.get(domain, 0.0) + float(total)
-        counts[domain] = counts.get(domain, 0) + targets_BT.numel()
+        sums[domains.index(domain)] += torch.tensor([float(total), targets_BT.numel()], dtype=torch.float64)
+    if world > 1:
+        sums = sums.to(mesh.device)
+        dist.all_reduce(sums, group=mesh.data.handle)
     model.train()
-    losses = {domain: nats[domain] / counts[domain] for domain in nats}
+    losses = {domain: nats / count for domain, (nats, count) in zip(domains, sums.tolist(), strict=True)}
     overall = overall_loss(data, losses)
     return {
         "loss": overall.nats_per_token,
@@ -259,17 +379,20 @@ def evaluate(model: GPT, data: TokenData, config: TrainConfig, context: int, *, 
             domain: {"loss": loss, "bits_per_byte": bits_per_byte(data, loss, domain)}
             for domain, loss in losses.items()
         },
-        "validation_tokens": sum(counts.values()),
+        "validation_tokens": int(sums[:, 1].sum()),
     }
 
 
-def draw_seed(seed: int, step: int, part: int, rank: int = 0) -> int:
-    """Seed of every random draw in one forward pass: a function of where it stands, so that resume needs no generator state."""
-    key = hashlib.sha256(f"{seed}/{step}/{part}/{rank}".encode()).digest()
+def _nothing(batch: tuple[str, Tensor, Tensor]) -> tuple[str, Tensor, Tensor]:
+    domain, tokens_BT, targets_BT = batch
+    return domain, tokens_BT[:0], targets_BT[:0]
+
+
+def draw_seed(seed: int, step: int, part: int) -> int:
+    """Seed of every random draw in one micro-batch: a function of where it stands, so that resume needs no generator state.
+
+    Args:
+        part: the micro-batch's number in the step, over all ranks.
+    """
+    key = hashlib.sha256(f"{seed}/{step}/{part}/0".encode()).digest()
     return int.from_bytes(key[:8], "big") >> 1
-
-
-def _diverged(what: str, value: float, step: int, run_dir: Path) -> TrainingDiverged:
-    last = checkpoint.latest(run_dir / "checkpoints")
-    where = f"the last good checkpoint is {last.path}" if last else "no checkpoint was written before"
-    return TrainingDiverged(f"{what} is {value} at step {step}; {where}")

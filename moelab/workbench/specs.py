@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass, field
 from typing import Any, Self
 
 from moelab.config import DataConfig, ModelConfig, TrainConfig, digest, from_json, to_json
+from moelab.layout import ParallelConfig
 
 # Raised when the same spec would give other numbers than before (a changed initialisation, say): all ids change.
 GENERATION = 1
@@ -18,12 +20,15 @@ class RunSpec:
 
     Attributes:
         model, train, data: the three configurations.
+        parallel: the ranks it runs on. Not part of the identity: every layout gives the same numbers up to the order of sums, and a
+            run may go on with another one. Provenance says which it was.
         label: how figures and tables call this arm; not part of the identity.
     """
 
     model: ModelConfig
     train: TrainConfig = field(default_factory=TrainConfig)
     data: DataConfig = field(default_factory=DataConfig)
+    parallel: ParallelConfig = field(default=ParallelConfig(), compare=False, metadata={"identity": False})
     label: str = field(default="", compare=False, metadata={"identity": False})
 
     def __post_init__(self) -> None:
@@ -31,6 +36,24 @@ class RunSpec:
         if self.data.context > self.model.context:
             raise ValueError(
                 f"spec: sequences of {self.data.context} tokens are longer than the context of {self.model} ({self.model.context})"
+            )
+        self._check_parallel()
+
+    def _check_parallel(self) -> None:
+        parallel, train = self.parallel, self.train
+        parallel.check(self.model.experts, heads=self.model.heads, ffn=self.model.ffn)
+        micro_batches = train.batch_size // (train.micro_batch or train.batch_size)
+        if micro_batches % parallel.data:
+            raise ValueError(
+                f"spec: {micro_batches} micro-batches a step (batch_size {train.batch_size}, micro_batch "
+                f"{train.micro_batch or train.batch_size}) do not spread over {parallel.data} data ranks; "
+                f"choose a micro_batch that divides {train.batch_size // math.gcd(train.batch_size, parallel.data)}"
+            )
+        if parallel.tensor > 1 and self.model.dropout:
+            raise ValueError("spec: dropout with tensor slicing is not supported, its masks would depend on the layout")
+        if self.model.routing.aux_scope == "step" and micro_batches != parallel.data:
+            raise ValueError(
+                f"spec: aux_scope 'step' needs one micro-batch a data rank, got {micro_batches} on {parallel.data} data ranks"
             )
 
     @property

@@ -131,7 +131,10 @@ class RunStore:
     def run(self, spec: RunSpec) -> Run:
         """The run of a spec, its directory made and its spec written."""
         run = Run(spec, self.root / spec.id)
-        if not (run.path / "spec.json").exists():
+        stored = read_json(run.path / "spec.json")
+        if (
+            stored is None or stored.get("parallel", {}) != spec.to_json()["parallel"]
+        ):  # the last asked-for layout counts
             write_json(run.path / "spec.json", spec.to_json())
         return run
 

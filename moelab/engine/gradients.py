@@ -1,0 +1,151 @@
+"""Gradients over ranks: sums over the holders of each parameter, during the backward pass, and the true global norm.
+
+A parameter's gradient is the mean over data ranks of what each rank's tokens contribute. What is summed over whom follows from its
+`Placement`: a non-expert weight over all ranks, an expert over its expert-data group (the tokens of the other ranks have
+come to it already), and the sum is divided by data ranks times the copies of each token in it. FSDP2's own parameters (DTensors) reduce
+themselves.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from moelab.engine.parallel import ParallelModel
+
+BUCKET_BYTES = 8 << 20
+"""Gradients are summed in buckets of about this size: large enough to be worth a message, small enough to start early."""
+
+
+class _Bucket:
+    """Parameters with the same holders, whose gradients travel together."""
+
+    def __init__(self, group: dist.ProcessGroup | None, scale: float) -> None:
+        self.group, self.scale = group, scale
+        self.parameters: list[nn.Parameter] = []
+        self.bytes = 0
+        self.waiting = 0
+        self.flat: Tensor | None = None
+        self.work: dist.Work | None = None
+
+    def add(self, parameter: nn.Parameter) -> None:
+        self.parameters.append(parameter)
+        self.bytes += parameter.numel() * parameter.element_size()
+
+    def start(self) -> None:
+        """Begin the sum; a parameter that got no gradient on this rank contributes zeros."""
+        for p in self.parameters:
+            if p.grad is None:
+                p.grad = torch.zeros_like(p)
+        grads = [p.grad for p in self.parameters]
+        alone = len(grads) == 1 and grads[0].is_contiguous()
+        self.flat = grads[0].view(-1) if alone else torch.cat([g.reshape(-1) for g in grads])
+        if self.group is not None:
+            self.work = dist.all_reduce(self.flat, group=self.group, async_op=True)
+
+    def finish(self) -> None:
+        if self.work is not None:
+            self.work.wait()
+        if self.scale != 1.0:
+            self.flat.mul_(self.scale)
+        if self.flat.data_ptr() != self.parameters[0].grad.data_ptr():
+            at = 0
+            for p in self.parameters:
+                p.grad.copy_(self.flat[at : at + p.numel()].view_as(p))
+                at += p.numel()
+        self.flat = self.work = None
+
+
+class GradientSync:
+    """Sums the gradients of a `ParallelModel` over ranks.
+
+    Use: `arm()` before the last backward pass of a step, `finish()` after it. With `ParallelConfig.overlap` each bucket starts as soon
+    as its last gradient is there, while the backward pass goes on; buckets start in the same order on every rank.
+    """
+
+    def __init__(self, model: ParallelModel) -> None:
+        self.mesh = model.mesh
+        self._armed = False
+        self._next = 0
+        self.buckets = _buckets(model) if model.mesh.world.size > 1 else []
+        self._bucket_of = {id(p): bucket for bucket in self.buckets for p in bucket.parameters}
+        if model.mesh.config.overlap:
+            for bucket in self.buckets:
+                for parameter in bucket.parameters:
+                    parameter.register_post_accumulate_grad_hook(self._arrived)
+
+    def arm(self) -> None:
+        """The next backward pass is the step's last: gradients that it completes may go."""
+        self._armed, self._next = True, 0
+        for bucket in self.buckets:
+            bucket.waiting = len(bucket.parameters)
+
+    def finish(self) -> None:
+        """Start what has not started, wait for all; afterwards every `grad` is the step's gradient, equal on all holders."""
+        self._armed = False
+        for bucket in self.buckets[self._next :]:
+            bucket.start()
+        for bucket in self.buckets:
+            bucket.finish()
+
+    def _arrived(self, parameter: Tensor) -> None:
+        if not self._armed:
+            return
+        self._bucket_of[id(parameter)].waiting -= 1
+        while self._next < len(self.buckets) and self.buckets[self._next].waiting == 0:
+            self.buckets[self._next].start()
+            self._next += 1
+
+
+def _buckets(model: ParallelModel) -> list[_Bucket]:
+    """Buckets in the order in which the backward pass completes them, roughly: the last layers first."""
+    mesh = model.mesh
+    groups = {mesh.world.ranks: mesh.world.handle, mesh.data.ranks: mesh.data.handle}
+    for experts in {e for e in model.module.config.experts if e}:
+        for group in (mesh.experts(experts).replicas, mesh.experts(experts).alike):
+            groups[group.ranks] = group.handle
+    buckets: list[_Bucket] = []
+    open_buckets: dict[tuple, _Bucket] = {}
+    for name, parameter in reversed(list(model.module.named_parameters())):
+        if isinstance(parameter, DTensor):
+            continue
+        placement = model.placements[name]
+        scale = 1 / (mesh.config.data * placement.copies)
+        key = (placement.holders, scale)
+        bucket = open_buckets.get(key)
+        if bucket is None:
+            bucket = open_buckets[key] = _Bucket(groups[placement.holders], scale)
+            buckets.append(bucket)
+        bucket.add(parameter)
+        if bucket.bytes >= BUCKET_BYTES:
+            del open_buckets[key]
+    return buckets
+
+
+def clip(model: ParallelModel, largest: float) -> float:
+    """Scale the gradients, in place, so that the norm of the whole model's gradient is at most `largest`; returns the norm before.
+
+    The same number on every rank: each contributes its pieces' squares, divided by how many ranks hold the same piece, which is exact
+    under any layout.
+    """
+    parameters = [p for p in model.module.parameters() if p.grad is not None]
+    if model.mesh.world.size == 1:
+        return float(nn.utils.clip_grad_norm_(parameters, largest))
+    total = torch.zeros((), dtype=torch.float64, device=model.mesh.device)
+    for name, parameter in model.module.named_parameters():
+        grad = parameter.grad
+        if isinstance(grad, DTensor):
+            total += grad.to_local().square().sum(dtype=torch.float64)
+        elif grad is not None:
+            total += grad.square().sum(dtype=torch.float64) / len(model.placements[name].holders)
+    dist.all_reduce(total)
+    norm = math.sqrt(float(total)) if math.isfinite(float(total)) else float(total)
+    scale = min(1.0, largest / (norm + 1e-6))
+    if scale < 1.0:
+        for p in parameters:
+            p.grad.mul_(scale)
+    return norm

@@ -1,0 +1,168 @@
+"""A model's part on one rank: `build(config, seed, mesh)` instead of `moelab.models.build`.
+
+The model file stays as it is. Here its linear layers are replaced by sliced ones, its experts by this rank's experts, and the
+`flow` of each MoE layer by an exchange. Each parameter gets a `Placement`, which is all that gradients, norms and checkpoints need to know.
+Initial weights are those of the model on one rank.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
+from torch.utils.checkpoint import checkpoint
+
+from moelab import kernels
+from moelab.config import ModelConfig
+from moelab.engine.exchange import Exchange
+from moelab.engine.mesh import ExpertGroups, Mesh
+from moelab.engine.placement import Placement
+from moelab.engine.tensor_slicing import ColumnLinear, RowLinear
+from moelab.models.gpt import GPT, initial_weight
+from moelab.models.moe import MLP, Experts, MoE
+
+
+@dataclass(frozen=True)
+class ParallelModel:
+    """A rank's model, and where its parameters sit in the whole.
+
+    Attributes:
+        module: the model; call it like the whole one, on this data rank's tokens.
+        placements: parameter name -> placement. With `shard`, non-expert parameters are DTensors besides.
+        mesh: the groups it communicates in.
+    """
+
+    module: GPT
+    placements: dict[str, Placement]
+    mesh: Mesh
+
+
+class SlicedExperts(Experts):
+    """This rank's experts: E / X of them, each cut to 1 / W of its feed-forward size; outputs are then partial sums over the W slices."""
+
+    def __init__(self, config: ModelConfig, groups: ExpertGroups) -> None:
+        super().__init__(groups.layout.experts_per_rank, config.hidden, config.ffn // groups.slices.size)
+        self.adds_bias = groups.slices.index == 0
+
+    def forward(self, rows_RM: Tensor, offsets_E1: Tensor) -> Tensor:
+        """As `Experts.forward`; the output bias enters the sum over slices once."""
+        down_bias = self.down_bias if self.adds_bias else self.down_bias * 0
+        weights = (w.to(rows_RM.dtype) for w in (self.up, self.up_bias, self.down, down_bias))
+        return kernels.expert_ffn(rows_RM, offsets_E1, *weights)
+
+
+def build(config: ModelConfig, seed: int, mesh: Mesh) -> ParallelModel:
+    """This rank's part of a model with initial weights, fp32, on `mesh.device`.
+
+    Raises:
+        ValueError: the layout is impossible for the model, or the model's dispatch is the one-rank baseline.
+    """
+    parallel = mesh.config
+    parallel.check(config.experts, heads=config.heads, ffn=config.ffn)
+    if config.dispatch != "local" and any(e and mesh.experts(e).expert.size > 1 for e in config.experts):
+        raise ValueError(f"parallel: dispatch {config.dispatch!r} knows no expert parallelism; use 'local'")
+    with torch.device("meta"):
+        whole = {name: tuple(p.shape) for name, p in GPT(config).named_parameters()}
+        model = GPT(config)
+        for block in model.blocks:
+            _slice_block(block, config, mesh)
+    placements = {name: _placement(name, shape, config, mesh) for name, shape in whole.items()}
+    model.to_empty(device=mesh.device)
+    _init(model, config, seed, placements, mesh)
+    if parallel.recompute:
+        for block in model.blocks:
+            block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
+    if parallel.shard and mesh.data.size > 1:
+        _shard(model, mesh)
+    return ParallelModel(model, placements, mesh)
+
+
+def _slice_block(block: nn.Module, config: ModelConfig, mesh: Mesh) -> None:
+    tensor = mesh.tensor
+    if tensor.size > 1:
+        attention = block.attention
+        attention.heads //= tensor.size
+        attention.qkv = ColumnLinear(config.hidden, 3 * config.hidden, tensor)
+        attention.out = RowLinear(config.hidden, config.hidden, tensor)
+        mlp = block.ffn if isinstance(block.ffn, MLP) else block.ffn.mlp
+        if mlp is not None:
+            mlp.up = ColumnLinear(config.hidden, config.ffn, tensor)
+            mlp.down = RowLinear(config.ffn, config.hidden, tensor)
+    if isinstance(block.ffn, MoE):
+        groups = mesh.experts(block.ffn.router.experts)
+        if groups.expert.size > 1 or groups.slices.size > 1:
+            block.ffn.experts = SlicedExperts(config, groups)
+            block.ffn.flow = Exchange(groups, mesh.config)
+        if mesh.data.size > 1 and config.routing.aux_scope == "step":
+            block.ffn.router.pool = functools.partial(_mean, mesh=mesh)
+
+
+def _mean(x: Tensor, mesh: Mesh) -> Tensor:
+    dist.all_reduce(x, group=mesh.data.handle)
+    return x / mesh.data.size
+
+
+_SLICED_DIM = {
+    ("qkv", "weight"): 0,
+    ("qkv", "bias"): 0,
+    ("out", "weight"): 1,
+    ("up", "weight"): 0,
+    ("up", "bias"): 0,
+    ("down", "weight"): 1,
+}
+"""(module, parameter) -> the dim that tensor slicing cuts; query, key and value are cut each."""
+
+
+def _placement(name: str, shape: tuple[int, ...], config: ModelConfig, mesh: Mesh) -> Placement:
+    owner, _, leaf = name.rpartition(".")
+    module = owner.rpartition(".")[2]
+    if module == "experts":
+        groups = mesh.experts(shape[0])
+        layout, position = groups.layout, groups.position
+        parts = {0: (position.expert, layout.parallel)}
+        if leaf != "down_bias":
+            parts[{"up": 2, "up_bias": 1, "down": 1}[leaf]] = (position.slice, layout.slices)
+        holders = groups.alike if leaf == "down_bias" else groups.replicas
+        return Placement.part(shape, parts, holders.ranks, layout.copies)
+    if mesh.tensor.size > 1 and (dim := _SLICED_DIM.get((module, leaf))) is not None:
+        part = (mesh.tensor.index, mesh.tensor.size)
+        return Placement.part(shape, {dim: part}, mesh.data.ranks, 1, repeats=3 if module == "qkv" else 1)
+    return Placement.whole(shape, mesh.world.ranks, mesh.tensor.size)
+
+
+@torch.no_grad()
+def _init(model: GPT, config: ModelConfig, seed: int, placements: dict[str, Placement], mesh: Mesh) -> None:
+    for name, parameter in model.named_parameters():
+        placement = placements[name]
+        if placement.local_shape != tuple(parameter.shape):
+            raise AssertionError(f"{name}: placed as {placement.local_shape}, built as {tuple(parameter.shape)}")
+        for box in placement.boxes:
+            target = box.of(parameter)
+            if name.rpartition(".")[0].endswith("experts"):  # one expert at a time: nobody ever holds them all
+                inner = tuple(slice(a, a + n) for a, n in zip(box.at[1:], box.size[1:], strict=True))
+                for i in range(box.size[0]):
+                    values = initial_weight(config, seed, name, placement.shape[1:], box.at[0] + i)
+                    target[i].copy_(values[inner])
+            else:
+                values = initial_weight(config, seed, name, placement.shape)
+                target.copy_(values[tuple(slice(a, a + n) for a, n in zip(box.at, box.size, strict=True))])
+
+
+def expert_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
+    """The parameters that expert parallelism spreads."""
+    for module in model.modules():
+        if isinstance(module, Experts):
+            yield from module.parameters()
+
+
+def _shard(model: GPT, mesh: Mesh) -> None:
+    data = mesh.dense["data"]
+    spread = set(expert_parameters(model))
+    for block in model.blocks:
+        fully_shard(block, mesh=data, ignored_params=spread)
+    fully_shard(model, mesh=data, ignored_params=spread)
