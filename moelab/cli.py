@@ -9,6 +9,8 @@ from typing import Annotated
 
 import typer
 
+from moelab.workbench.slurm import commands
+
 app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
@@ -19,6 +21,7 @@ bench = typer.Typer(no_args_is_help=True, help="Benchmarks; each prints ratios m
 app.add_typer(bench, name="bench")
 kernels = typer.Typer(no_args_is_help=True, help="The Triton kernels, without a GPU.")
 app.add_typer(kernels, name="kernels")
+commands.register(app)
 
 
 @app.command(name="list")
@@ -49,13 +52,7 @@ def run(
     from moelab.workbench.experiments import experiment
     from moelab.workbench.watch import execute_watched
 
-    given = {}
-    for item in parameter or []:
-        key, separator, value = item.partition("=")
-        if not separator:
-            raise ValueError(f"-p {item}: expected NAME=VALUE")
-        given[key.strip()] = value.strip()
-    given.setdefault("scale", scale)
+    given = commands.parse_parameters(parameter, scale)
     chosen = experiment(name)
     values = notebooks.check_parameters(chosen, given)
     chosen.scale(values["scale"])
@@ -64,10 +61,15 @@ def run(
 
 
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
-def lab(context: typer.Context) -> None:
-    """Open JupyterLab on the notebooks, on 127.0.0.1; further arguments go to JupyterLab."""
+def lab(context: typer.Context, profile: commands.Profile = None) -> None:
+    """Open JupyterLab on the notebooks, here on 127.0.0.1 or, with --profile, on a node of a cluster; further arguments go to it."""
     from moelab.workbench import paths
 
+    if profile is not None:
+        from moelab.workbench.slurm import lab as cluster_lab
+        from moelab.workbench.slurm import profiles
+
+        raise typer.Exit(cluster_lab.start(profiles.load(profile), context.args))
     command = [sys.executable, "-m", "jupyterlab", f"--ServerApp.root_dir={paths.notebooks()}", *context.args]
     os.execv(sys.executable, command)
 

@@ -68,15 +68,19 @@ def decide(run: Run, attempt: Attempt, failures: int, restarts: int) -> tuple[bo
         restarts: how often the job may be started again for whatever reason.
     """
     if attempt.kind == "restarts":
-        return False, f"started {attempt.restart + 1} times without finishing; last: {run.status.reason or 'no reason known'}"
+        return (
+            False,
+            f"started {attempt.restart + 1} times without finishing; last: {run.status.reason or 'no reason known'}",
+        )
     if attempt.restart >= restarts:
         return False, f"started {attempt.restart + 1} times without finishing; last: {attempt.reason}"
     if attempt.kind == "stopped":
         return True, ""
     earlier = [a for a in history(run) if a.job == attempt.job]
-    if earlier and earlier[-1].kind == attempt.kind and earlier[-1].reason == attempt.reason:
-        if attempt.kind == "failed" or earlier[-1].checkpoint >= attempt.checkpoint:
-            return False, f"failed twice the same way: {attempt.reason}"
+    last = earlier[-1] if earlier else None
+    same = last is not None and (last.kind, last.reason) == (attempt.kind, attempt.reason)
+    if same and (attempt.kind == "failed" or last.checkpoint >= attempt.checkpoint):
+        return False, f"failed twice the same way: {attempt.reason}"
     count = 1 + sum(a.kind in ("failed", "killed") for a in earlier)
     if count > failures:
         return False, f"failed {count} times; last: {attempt.reason}"
@@ -88,7 +92,7 @@ def record(path: Path, job: str, restart: int, code: str, failures: int, restart
     run = Run(RunSpec.from_json(read_json(path / "spec.json"), where=str(path / "spec.json")), path)
     status = run.status
     kind, reason = _what(code, status)
-    if kind == "failed" and run.finished or code == str(FINISHED):
+    if (kind == "failed" and run.finished) or code == str(FINISHED):
         return False
     node = os.environ.get("SLURMD_NODENAME", "")
     attempt = Attempt(job, restart, kind, reason, newest_checkpoint(path), node, time.time())

@@ -24,7 +24,13 @@ def main(folder: Path, name: str) -> int:
     file.unlink(missing_ok=True)  # of an attempt before this one
     job = {"job": os.environ.get("SLURM_JOB_ID"), "node": os.environ.get("SLURMD_NODENAME")}
     try:
-        result = notebooks.execute(experiment(submission.experiment), part.values or {}, folder / f"{name}.plan.json")
+        result = notebooks.execute(
+            experiment(submission.experiment),
+            part.values or {},
+            folder / f"{name}.plan.json",
+            log=sys.stdout,
+            progress=folder / f"{name}.progress.json",
+        )
     except (notebooks.NotebookFailed, ValueError, KeyboardInterrupt) as error:
         reason = str(error) or "out of time; raise the profile's notebook_time"
         write_json(file, {"error": reason, **job})

@@ -89,7 +89,9 @@ class Profile:
         for what in ("memory_per_rank", "notebook_memory"):
             megabytes(getattr(self, what), f"{where}: {what}")
         if self.lead_s >= 60 * minutes(self.time, where) - 30:
-            raise ValueError(f"{where}: lead_s must leave at least 30 s of the time limit {self.time}, got {self.lead_s}")
+            raise ValueError(
+                f"{where}: lead_s must leave at least 30 s of the time limit {self.time}, got {self.lead_s}"
+            )
         for line in self.environment:
             if not re.fullmatch(r"[A-Za-z_]\w*=.*", line):
                 raise ValueError(f"{where}: environment takes NAME=VALUE lines, got {line!r}")
@@ -114,7 +116,9 @@ def load(name: str) -> Profile:
     import yaml
 
     known = folder()
-    path = Path(name) if name.endswith((".yaml", ".yml")) else (known / f"{name}.yaml" if known else Path(f"{name}.yaml"))
+    path = (
+        Path(name) if name.endswith((".yaml", ".yml")) else (known / f"{name}.yaml" if known else Path(f"{name}.yaml"))
+    )
     try:
         text = path.read_text()
     except OSError:

@@ -8,7 +8,18 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-_ENDED = {"BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAIL", "OUT_OF_MEMORY", "PREEMPTED", "REVOKED", "TIMEOUT"}
+_ENDED = {
+    "BOOT_FAIL",
+    "CANCELLED",
+    "COMPLETED",
+    "DEADLINE",
+    "FAILED",
+    "NODE_FAIL",
+    "OUT_OF_MEMORY",
+    "PREEMPTED",
+    "REVOKED",
+    "TIMEOUT",
+}
 _MARK = "moelab"
 
 
@@ -82,6 +93,16 @@ def submit(script: Path) -> str:
     return _run("sbatch", "--parsable", str(script)).strip().partition(";")[0]
 
 
+def state(job: str) -> str:
+    """Slurm's word for one job's state; empty when it is no longer known."""
+    try:
+        return _run("squeue", "-h", "-t", "all", "-j", job, "-o", "%T").strip()
+    except SlurmError as error:
+        if "Invalid job id" in str(error):
+            return ""
+        raise
+
+
 def cancel(ids: Sequence[str]) -> None:
     """Cancel jobs; running ones write a checkpoint first, if the site's KillWait gives them the time."""
     if ids:
@@ -102,7 +123,11 @@ def _run(*command: str, stdin: str | None = None) -> str:
     except subprocess.TimeoutExpired:
         raise SlurmError(f"{command[0]}: Slurm's controller does not answer") from None
     if done.returncode:
-        lines = [line.removeprefix(f"{command[0]}: ").removeprefix("error: ") for line in done.stderr.splitlines() if line.strip()]
+        lines = [
+            line.removeprefix(f"{command[0]}: ").removeprefix("error: ")
+            for line in done.stderr.splitlines()
+            if line.strip()
+        ]
         said = [line for line in lines if not line.startswith("Batch job submission failed")] or lines
         raise SlurmError(f"{command[0]}: {'; '.join(said) or f'exit code {done.returncode}'}")
     return done.stdout

@@ -8,7 +8,6 @@ the state there is, and the script decides with `moelab.workbench.slurm.attempt`
 
 from __future__ import annotations
 
-import math
 import shlex
 import sys
 from dataclasses import dataclass
@@ -40,15 +39,15 @@ class Size:
     @classmethod
     def of(cls, spec: RunSpec, profile: Profile) -> Size:
         """ValueError, one line, when the profile's cluster is too small for the run."""
-        ranks = spec.parallel.ranks
-        per_node = min(ranks, spec.parallel.gpus_per_node or profile.gpus_per_node, profile.gpus_per_node)
-        nodes = math.ceil(ranks / per_node)
-        if nodes > profile.nodes:
+        layout = spec.parallel
+        per_node, nodes = layout.ranks_per_node, layout.nodes
+        if per_node > profile.gpus_per_node or nodes > profile.nodes:
             raise ValueError(
-                f"{spec.title}: {ranks} ranks, {per_node} a node, need {nodes} nodes; profile {profile.name} allows {profile.nodes}"
+                f"{spec.title}: its layout has {nodes} nodes of {per_node} ranks; profile {profile.name} allows "
+                f"{profile.nodes} nodes of {profile.gpus_per_node}"
             )
         return cls(
-            ranks=ranks,
+            ranks=layout.ranks,
             nodes=nodes,
             per_node=per_node,
             gpus=per_node if spec.train.device == "cuda" else 0,
@@ -76,7 +75,7 @@ def runs_script(
         dependency: as sbatch takes it.
     """
     step = f"--ntasks={size.ranks} --nodes={size.nodes} --ntasks-per-node={size.per_node} --cpus-per-task={size.cpus}"
-    worker = _step(profile, f"{step} --wait=300 --open-mode=append --output=\"$run/log.txt\"")
+    worker = _step(profile, f'{step} --wait=300 --open-mode=append --output="$run/log.txt"')
     python = _python(profile)
     decide = f"{python} -m moelab.workbench.slurm.attempt"
     if profile.container:
@@ -172,7 +171,9 @@ exec {_step(profile, "--ntasks=1 --nodes=1")} bash -c 'echo "${{SLURMD_NODENAME:
         ntasks_per_node=1,
         cpus_per_task=profile.cpus_per_rank * profile.gpus_per_node,
         gpus_per_node=gpus,
-        mem=f"{profile.gpus_per_node * megabytes(profile.memory_per_rank, profile.name)}M" if profile.memory_per_rank else None,
+        mem=f"{profile.gpus_per_node * megabytes(profile.memory_per_rank, profile.name)}M"
+        if profile.memory_per_rank
+        else None,
         output=folder / "lab.out",
         no_requeue=True,
     )
@@ -197,7 +198,7 @@ def _script(profile: Profile, body: str, snapshot: Path | None, folder: Path, **
         additional_parameters={
             "signal": "INT@30",  # replaces submitit's own; a notebook out of time is saved as it is
             **({} if parameters.pop("no_requeue", False) else {"requeue": True}),
-            **({"kill-on-invalid-dep": "yes"} if parameters.get("dependency") else {}),
+            **({"kill-on-invalid-dep": "yes"} if str(parameters.get("dependency")).startswith("afterok") else {}),
             **own,
             **{key: value or True for key, value in extra.items()},
         },

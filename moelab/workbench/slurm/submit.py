@@ -121,6 +121,7 @@ def submit(
     with_notebooks: bool = True,
     again: bool = False,
     dry_run: bool = False,
+    store: RunStore | None = None,
 ) -> Plan:
     """Queue the unfinished runs and, after them, their notebooks. Nothing that is finished or in the queue is queued again.
 
@@ -135,15 +136,16 @@ def submit(
         ValueError: a run does not fit the profile, or Slurm refuses a script; nothing has been queued.
         queue.SlurmError: Slurm is not there or does not answer. What had been queued by then is on record; the rest follows next time.
     """
+    store = store or RunStore()
     if dry_run:
-        return _plan(name, notebooks, profile, with_notebooks, again, jobs={})
+        return _plan(name, notebooks, profile, with_notebooks, again, store, jobs={})
     root().mkdir(parents=True, exist_ok=True)
     with FileLock(root() / ".lock"):
-        plan = _plan(name, notebooks, profile, with_notebooks, again, queue.jobs())
+        plan = _plan(name, notebooks, profile, with_notebooks, again, store, queue.jobs())
         if plan.scripts:
             for text in {_header(text): None for text in plan.scripts.values()}:
                 queue.check(text)
-            _queue(plan)
+            _queue(plan, store)
     return plan
 
 
@@ -165,13 +167,13 @@ def _plan(
     profile: Profile,
     with_notebooks: bool,
     again: bool,
+    store: RunStore,
     jobs: Mapping[tuple[str, str, int], queue.Job],
 ) -> Plan:
-    runs = RunStore().root
     wanted = _closure([spec for _, specs in notebooks for spec in specs])
     earlier = submissions()
     queued = live_runs(earlier, jobs)
-    done = {id for id in wanted if (runs / id / "result.json").exists()}
+    done = {id for id in wanted if (store.root / id / "result.json").exists()}
     todo = [spec for id, spec in wanted.items() if id not in done and id not in queued]
 
     now = time.gmtime()
@@ -200,7 +202,9 @@ def _plan(
         awaited |= {spec.id: _Place(f"@{part.name}@", index, len(group)) for index, spec in enumerate(group)}
     for values, specs in notebooks if with_notebooks else ():
         shown = list(_closure(specs))
-        if _notebook_queued(earlier, jobs, name, values) or (not again and _notebook_done(earlier, name, values, shown)):
+        if _notebook_queued(earlier, jobs, name, values) or (
+            not again and _notebook_done(earlier, name, values, shown)
+        ):
             continue
         part = Part(f"notebook-{len(scripts) - len(specs_by_part)}", None, shown, dict(values))
         submission.parts.append(part)
@@ -217,8 +221,8 @@ def _plan(
     return Plan(submission, scripts, specs_by_part, len(done), len(wanted) - len(done) - len(todo))
 
 
-def _queue(plan: Plan) -> None:
-    submission, store = plan.submission, RunStore()
+def _queue(plan: Plan, store: RunStore) -> None:
+    submission = plan.submission
     if submission.snapshot:
         snapshot.take(Path(submission.snapshot))
     submission.write()  # before anything is queued: a job must never be one that nobody knows
@@ -260,9 +264,13 @@ def _closure(specs: Sequence[RunSpec]) -> dict[str, RunSpec]:
     """Run id -> spec, those that others need in front of them."""
     found: dict[str, RunSpec] = {}
     for spec in specs:
-        found |= {id: s for id, s in _closure(spec.requires()).items() if id not in found}
+        found |= {id: s for id, s in _closure(_requires(spec)).items() if id not in found}
         found.setdefault(spec.id, spec)
     return found
+
+
+def _requires(spec: RunSpec) -> Sequence[RunSpec]:
+    return getattr(spec, "requires", tuple)()
 
 
 def _groups(
@@ -271,7 +279,7 @@ def _groups(
     """Runs of equal size that wait for the same runs, in arrays of at most `_ARRAY`."""
     alike: dict[tuple[script.Size, tuple[str, ...]], list[RunSpec]] = {}
     for spec in specs:
-        needs = tuple(run.id for run in spec.requires() if run.id not in done)
+        needs = tuple(run.id for run in _requires(spec) if run.id not in done)
         alike.setdefault((script.Size.of(spec, profile), needs), []).append(spec)
     return [(key, group[i : i + _ARRAY]) for key, group in alike.items() for i in range(0, len(group), _ARRAY)]
 
@@ -283,7 +291,10 @@ def _notebook_queued(
     values: Mapping[str, Any],
 ) -> bool:
     return any(
-        submission.experiment == name and part.values == values and (job := jobs.get((submission.id, part.name, 0))) and job.live
+        submission.experiment == name
+        and part.values == values
+        and (job := jobs.get((submission.id, part.name, 0)))
+        and job.live
         for submission in earlier
         for part in submission.parts
     )
