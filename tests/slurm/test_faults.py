@@ -112,7 +112,9 @@ def test_the_controller_restarts(workplace, spec, undisturbed):
     (run,) = workplace.submit(spec)
     workplace.until_step(run, 60)
     try:
-        os.kill(workplace.pid("slurmctld"), signal.SIGKILL)
+        pid = workplace.pid("slurmctld")
+        os.kill(pid, signal.SIGTERM)
+        until(lambda: not Path(f"/proc/{pid}").exists(), what="the controller to go")
         seen = overview([spec.id])
         assert "squeue: " in seen.trouble and seen.rows[0].step >= 60, "the run speaks for itself"
         with pytest.raises(queue.SlurmError, match="squeue: "):
