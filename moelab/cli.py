@@ -201,6 +201,23 @@ def bench_layer(
     _write_provenance(out, "layer")
 
 
+@bench.command(name="scaling")
+def bench_scaling(
+    model: Annotated[list[str] | None, typer.Option("--model", help="model name; repeat for several")] = None,
+    ranks: Annotated[int, typer.Option(help="processes on this machine")] = 2,
+    sequences: Annotated[int, typer.Option(help="sequences a rank and step")] = 4,
+    steps: Annotated[int, typer.Option(help="measured steps of each way in a round")] = 10,
+    rounds: Annotated[int, typer.Option(help="times the ways take turns")] = 5,
+    out: Out = None,
+) -> None:
+    """Weak scaling of training over ranks of this machine, and where the time goes."""
+    from moelab.training.scaling import main as bench_main
+
+    models = model or ["350M twin", "350M+MoE-128 twin", "350M+PR-MoE-32/64 twin"]
+    bench_main(models=models, ranks=ranks, per_rank=sequences, steps=steps, rounds=rounds, out=out)
+    _write_provenance(out, "scaling")
+
+
 @kernels.command(name="compile")
 def kernels_compile(
     arch: Annotated[list[str] | None, typer.Option(help="sm_80 (A100), sm_90 (H100); repeat for several")] = None,

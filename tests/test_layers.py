@@ -7,7 +7,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 FLOORS = [
-    {"files", "config", "layout", "paper", "kernels"},
+    {"files", "config", "distill_config", "layout", "paper", "kernels"},
     {"models", "data", "simulate"},
     {"engine"},
     {"training", "inference", "evaluation"},

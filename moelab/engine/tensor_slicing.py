@@ -11,22 +11,8 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from moelab.engine.collectives import enter
 from moelab.engine.mesh import Group
-
-
-class _Enter(torch.autograd.Function):
-    """Identity forward; backward adds up the gradients of the ranks, each of which saw the input through its own slice."""
-
-    @staticmethod
-    def forward(ctx, x: Tensor, group: Group) -> Tensor:
-        ctx.group = group
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx, grad: Tensor):
-        grad = grad.contiguous().clone()
-        dist.all_reduce(grad, group=ctx.group.handle)
-        return grad, None
 
 
 class _Leave(torch.autograd.Function):
@@ -41,11 +27,6 @@ class _Leave(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad: Tensor):
         return grad, None
-
-
-def enter(x: Tensor, group: Group) -> Tensor:
-    """Where a tensor that all ranks of `group` hold goes into their own slices. Same shape."""
-    return x if group.size == 1 else _Enter.apply(x, group)
 
 
 def leave(x: Tensor, group: Group) -> Tensor:

@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -48,22 +50,45 @@ class Output:
         return total
 
 
+class Past(Protocol):
+    """One layer's keys and values of earlier tokens (`moelab.inference` has them)."""
+
+    def attend(self, q_BHTD: Tensor, k_BHTD: Tensor, v_BHTD: Tensor) -> Tensor:
+        """Keep the new tokens' keys and values; the new tokens' attention over all they may see, [B, H, T, D]."""
+        ...
+
+
+class Cache(Protocol):
+    """What a forward pass with a past needs.
+
+    Attributes:
+        positions_BT: int64, the new tokens' places in their sequences.
+        layers: one `Past` per layer.
+    """
+
+    positions_BT: Tensor
+    layers: Sequence[Past]
+
+
 class Attention(nn.Module):
     """Causal multi-head self-attention."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.heads, self.dropout = config.heads, config.dropout
+        self.heads, self.head_size, self.dropout = config.heads, config.head_size, config.dropout
         self.qkv = nn.Linear(config.hidden, 3 * config.hidden)
         self.out = nn.Linear(config.hidden, config.hidden)
 
-    def forward(self, x_BTM: Tensor) -> Tensor:
+    def forward(self, x_BTM: Tensor, past: Past | None = None) -> Tensor:
         B, T, _ = x_BTM.shape
-        q, k, v = self.qkv(x_BTM).view(B, T, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
-        y_BHTD = F.scaled_dot_product_attention(
-            q, k, v, is_causal=True, dropout_p=self.dropout if self.training else 0.0
-        )
-        return self.out(y_BHTD.transpose(1, 2).reshape(B, T, -1))
+        q, k, v = self.qkv(x_BTM).view(B, T, 3, self.heads, self.head_size).permute(2, 0, 3, 1, 4)
+        if past is not None:
+            y_BHTD = past.attend(q, k, v)
+        else:
+            y_BHTD = F.scaled_dot_product_attention(
+                q, k, v, is_causal=True, dropout_p=self.dropout if self.training else 0.0
+            )
+        return self.out(y_BHTD.transpose(1, 2).flatten(2))
 
 
 class Block(nn.Module):
@@ -77,8 +102,8 @@ class Block(nn.Module):
         self.ffn = MoE(config, experts) if experts else MLP(config.hidden, config.ffn)
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x_BTM: Tensor) -> tuple[Tensor, Routing | None]:
-        x_BTM = x_BTM + self.dropout(self.attention(self.attention_norm(x_BTM)))
+    def forward(self, x_BTM: Tensor, past: Past | None = None) -> tuple[Tensor, Routing | None]:
+        x_BTM = x_BTM + self.dropout(self.attention(self.attention_norm(x_BTM), past))
         h = self.ffn_norm(x_BTM)
         y, routing = self.ffn(h) if isinstance(self.ffn, MoE) else (self.ffn(h), None)
         return x_BTM + self.dropout(y), routing
@@ -96,19 +121,31 @@ class GPT(nn.Module):
         self.blocks = nn.ModuleList(Block(config, experts) for experts in config.experts)
         self.norm = nn.LayerNorm(config.hidden)
 
-    def forward(self, tokens_BT: Tensor) -> Output:
-        """tokens_BT: int64 ids, T up to the config's context (ValueError beyond)."""
+    def forward(self, tokens_BT: Tensor, cache: Cache | None = None) -> Output:
+        """tokens_BT: int64 ids, T up to the config's context (ValueError beyond). With a `cache` they follow those it holds."""
+        x_BTM, routings = self.trunk(tokens_BT, cache)
+        return Output(self.head(x_BTM), routings)
+
+    def trunk(self, tokens_BT: Tensor, cache: Cache | None = None) -> tuple[Tensor, tuple[Routing, ...]]:
+        """Everything up to the last block: (x_BTM, a `Routing` per MoE layer)."""
         T = tokens_BT.shape[1]
-        if T > self.config.context:
+        if cache is not None:
+            position = self.position_embedding(cache.positions_BT)
+        elif T > self.config.context:
             raise ValueError(f"model: sequence of {T} tokens is longer than the context of {self.config.context}")
-        x_BTM = self.dropout(self.token_embedding(tokens_BT) + self.position_embedding.weight[:T])
+        else:
+            position = self.position_embedding.weight[:T]
+        x_BTM = self.dropout(self.token_embedding(tokens_BT) + position)
         routings = []
-        for block in self.blocks:
-            x_BTM, routing = block(x_BTM)
+        for i, block in enumerate(self.blocks):
+            x_BTM, routing = block(x_BTM, None if cache is None else cache.layers[i])
             if routing is not None:
                 routings.append(routing)
-        logits_BTV = F.linear(self.norm(x_BTM), self.token_embedding.weight)
-        return Output(logits_BTV, tuple(routings))
+        return x_BTM, tuple(routings)
+
+    def head(self, x: Tensor) -> Tensor:
+        """Scores of the next token, [..., V], from the trunk's output [..., M]."""
+        return F.linear(self.norm(x), self.token_embedding.weight)
 
     @torch.no_grad()
     def init_weights(self, seed: int) -> None:

@@ -11,6 +11,7 @@ with another layout. Rank 0 writes the files.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import itertools
 import math
@@ -32,6 +33,7 @@ from moelab.engine import parallel as engine
 from moelab.engine.mesh import Mesh
 from moelab.layout import ParallelConfig
 from moelab.models import GPT, Routing
+from moelab.training.distill import Distiller, Teacher
 from moelab.training.metrics import TRAIN, VALIDATION, Metrics
 from moelab.training.schedule import learning_rate
 
@@ -61,14 +63,18 @@ class Window:
     steps: int = 0
     loss: float = 0.0
     routing_loss: float = 0.0
+    distill_loss: float = 0.0
     grad_norm: float = 0.0
     load: dict[str, list[int]] = field(default_factory=dict)  # layer (from 1) -> tokens that chose each expert
     kept: dict[str, int] = field(default_factory=dict)  # layer -> tokens kept
 
-    def add(self, loss: float, routing_loss: float, load: dict[str, list[int]], kept: dict[str, int]) -> None:
+    def add(
+        self, loss: float, routing_loss: float, distill_loss: float, load: dict[str, list[int]], kept: dict[str, int]
+    ) -> None:
         self.steps += 1
         self.loss += loss
         self.routing_loss += routing_loss
+        self.distill_loss += distill_loss
         for layer, counts in load.items():
             before = self.load.get(layer, [0] * len(counts))
             self.load[layer] = [a + b for a, b in zip(before, counts, strict=True)]
@@ -81,6 +87,8 @@ class Window:
             "routing_loss": self.routing_loss / n,
             "grad_norm": self.grad_norm / n,
         }
+        if self.distill_loss:
+            row["distill_loss"] = self.distill_loss / n
         if self.load:
             totals = {layer: max(1, sum(load)) for layer, load in self.load.items()}
             row["dropped_share"] = 1 - sum(self.kept.values()) / sum(totals.values())
@@ -97,6 +105,7 @@ def train(
     run_dir: Path,
     *,
     parallel: ParallelConfig | None = None,
+    teacher: Teacher | None = None,
     on_progress: Callable[[Progress], None] = lambda _: None,
     should_stop: Callable[[], bool] = lambda: False,
 ) -> dict[str, Any]:
@@ -107,6 +116,7 @@ def train(
     Args:
         context: tokens a sequence, T.
         parallel: how the model is spread over ranks; all of them call this, in one process group. None is this process alone.
+        teacher: a finished run to learn from, and how; see `moelab.training.distill`.
         on_progress: called at each metric row, on rank 0.
         should_stop: asked once a step, on every rank; when one says True, all write a checkpoint and raise TrainingStopped.
 
@@ -129,8 +139,10 @@ def train(
     mesh = Mesh(parallel or ParallelConfig(), model_config.experts, config.device)
     leads = mesh.rank == 0
     batches = TrainBatches(data, config.batch_size, context, config.seed, mesh.data.index, mesh.data.size)
-    trainer = Trainer(model_config, config, batches, context, mesh)
+    distiller = Distiller(teacher, config, data, context, mesh) if teacher else None
+    trainer = Trainer(model_config, config, batches, context, mesh, distiller)
     step, window, seconds = 0, Window(), 0.0
+    checkpoints = checkpoint.Writer(run_dir / "checkpoints")
     last = checkpoint.latest(run_dir / "checkpoints")
     if last is not None:
         if last.state["data"] != data.fingerprint:
@@ -144,6 +156,7 @@ def train(
             metrics.write(file, row)
 
     def diverged(what: str, value: float, at: int) -> TrainingDiverged:
+        checkpoints.wait()
         good = checkpoint.latest(run_dir / "checkpoints")
         where = f"the last good checkpoint is {good.path}" if good else "no checkpoint was written before"
         return TrainingDiverged(f"{what} is {value} at step {at}; {where}")
@@ -154,7 +167,7 @@ def train(
             raise diverged("validation loss", scores["loss"], step)
         return scores
 
-    try:
+    with checkpoints, contextlib.closing(metrics) if metrics else contextlib.nullcontext():
         if last is None:
             write(VALIDATION, {"step": 0, "tokens": 0, "time_s": 0.0, **validate(config.eval_tokens)})
         row_step, row_seconds = step, seconds  # of the last metric row, or of the resume
@@ -179,15 +192,12 @@ def train(
                 write(VALIDATION, {"step": step, "tokens": tokens, "time_s": seconds, **scores})
             if done.stop or step == steps or (config.checkpoint_every and step % config.checkpoint_every == 0):
                 state = {"window": asdict(window), "seconds": seconds, "data": data.fingerprint}
-                trainer.save(run_dir / "checkpoints", step, state)
+                trainer.save(checkpoints, step, state)
             if done.stop and step < steps:
                 raise TrainingStopped(
                     f"stopped at step {step} of {steps}; the checkpoint is written, run again to go on"
                 )
         final = validate(0)
-    finally:
-        if metrics is not None:
-            metrics.close()
     return {
         "steps": steps,
         "tokens": steps * config.batch_size * context,
@@ -233,18 +243,21 @@ class Trainer:
         batches: TrainBatches,
         context: int,
         mesh: Mesh | None = None,
+        distiller: Distiller | None = None,
     ) -> None:
         """
         Args:
             batches: this data rank's part of every step's batch.
             context: tokens a sequence, T.
             mesh: the ranks; None is this process alone.
+            distiller: the teacher, if there is one.
 
         Raises:
             ValueError: the batch's micro-batches do not spread over the data ranks, or the layout is impossible for the model.
         """
         self.model_config, self.config, self.batches, self.context = model_config, config, batches, context
         self.mesh = mesh or Mesh(ParallelConfig(), model_config.experts, config.device)
+        self.distiller = distiller
         self.micro_batch = config.micro_batch or config.batch_size
         count = config.batch_size // self.micro_batch
         if count % self.mesh.data.size:
@@ -262,60 +275,65 @@ class Trainer:
         tokens_BT, targets_BT = (t.to(config.device) for t in self.batches.batch(step))
         parts = len(tokens_BT) // self.micro_batch
         module.train()
-        loss_sum = routing_sum = 0.0
+        loss_sum = routing_sum = distill_sum = 0.0
         counts: list[tuple[Routing, ...]] = []
         for part in range(parts):
-            torch.manual_seed(draw_seed(config.seed, step, self.mesh.data.index * parts + part))
+            number = self.mesh.data.index * parts + part  # of the micro-batch, over all ranks
+            torch.manual_seed(draw_seed(config.seed, step, number))
             rows = slice(part * self.micro_batch, (part + 1) * self.micro_batch)
             with torch.autocast(config.device, torch.bfloat16, enabled=config.dtype == "bf16"):
                 output = module(tokens_BT[rows])
             loss = output.cross_entropy(targets_BT[rows])
             routing_loss = output.routing_loss(self.model_config)
+            extra = self.distiller.loss(tokens_BT[rows], output.logits_BTV, step, number) if self.distiller else 0.0
             if part == parts - 1:
                 self.sync.arm()
-            ((loss + routing_loss) / parts).backward()
+            ((loss + routing_loss + extra) / parts).backward()
             loss_sum += float(loss.detach()) / parts
             routing_sum += float(torch.as_tensor(routing_loss).detach()) / parts
+            distill_sum += float(torch.as_tensor(extra).detach()) / parts
             counts.append(output.routing)
         self.sync.finish()
         norm = gradients.clip(self.model, config.clip or math.inf)
-        loss_sum, routing_sum, load, kept, stop = self._agree(loss_sum, routing_sum, counts, should_stop())
-        applied = math.isfinite(loss_sum + routing_sum) and math.isfinite(norm)
+        losses, load, kept, stop = self._agree((loss_sum, routing_sum, distill_sum), counts, should_stop())
+        applied = math.isfinite(sum(losses)) and math.isfinite(norm)
         if applied:
             self.optimizer.step()
-            window.add(loss_sum, routing_sum, load, kept)
+            window.add(*losses, load, kept)
             window.grad_norm += norm
         self.optimizer.zero_grad(set_to_none=True)
-        return StepDone(loss_sum + (0.0 if math.isfinite(routing_sum) else routing_sum), norm, rate, applied, stop)
+        others = sum(losses[1:])
+        return StepDone(losses[0] + (0.0 if math.isfinite(others) else others), norm, rate, applied, stop)
 
     def _agree(
-        self, loss: float, routing_loss: float, counts: list[tuple[Routing, ...]], stop: bool
-    ) -> tuple[float, float, dict[str, list[int]], dict[str, int], bool]:
+        self, losses: tuple[float, ...], counts: list[tuple[Routing, ...]], stop: bool
+    ) -> tuple[tuple[float, ...], dict[str, list[int]], dict[str, int], bool]:
         """The step's numbers over all data ranks: losses, load and kept tokens by layer, whether to stop."""
         layers = [str(i + 1) for i, experts in enumerate(self.model_config.experts) if experts]
         load = {layer: sum(part[i].load_E for part in counts) for i, layer in enumerate(layers)}
         kept = {layer: sum(part[i].kept_E.sum() for part in counts) for i, layer in enumerate(layers)}
         if self.mesh.world.size > 1:
-            numbers = [torch.tensor([loss, routing_loss, float(stop)], dtype=torch.float64, device=self.mesh.device)]
+            numbers = [torch.tensor([*losses, float(stop)], dtype=torch.float64, device=self.mesh.device)]
             numbers += [load[layer].double() for layer in layers] + [kept[layer].double()[None] for layer in layers]
             flat = torch.cat(numbers)
             dist.all_reduce(flat)
-            loss, routing_loss = (flat[:2] / self.mesh.world.size).tolist()
-            stop = bool(flat[2] > 0)
+            n = len(losses)
+            losses = tuple((flat[:n] / self.mesh.world.size).tolist())
+            stop = bool(flat[n] > 0)
             whole = (flat / self.mesh.tensor.size).round().long()  # tensor ranks have counted the same tokens
-            sizes = [3, *(len(load[layer]) for layer in layers), *(1 for _ in layers)]
+            sizes = [n + 1, *(len(load[layer]) for layer in layers), *(1 for _ in layers)]
             pieces = whole.split(sizes)[1:]
             load = dict(zip(layers, pieces, strict=False))
             kept = dict(zip(layers, pieces[len(layers) :], strict=True))
-        return loss, routing_loss, {k: v.tolist() for k, v in load.items()}, {k: int(v) for k, v in kept.items()}, stop
+        return losses, {k: v.tolist() for k, v in load.items()}, {k: int(v) for k, v in kept.items()}, stop
 
-    def save(self, directory: Path, step: int, state: dict[str, Any]) -> None:
-        """Write a checkpoint of `step` steps; see `moelab.engine.checkpoint.save`."""
-        checkpoint.save(directory, step, self.model.module, self.optimizer, state)
+    def save(self, checkpoints: checkpoint.Writer, step: int, state: dict[str, Any]) -> None:
+        """Write a checkpoint of `step` steps in the background; see `moelab.engine.checkpoint.Writer.save`."""
+        checkpoints.save(step, self.model.module, self.optimizer, state, self.model.placements)
 
     def load(self, saved: checkpoint.Checkpoint) -> None:
         """Take over a checkpoint's weights and optimizer state."""
-        checkpoint.load(saved, self.model.module, self.optimizer)
+        checkpoint.load(saved, self.model.module, self.optimizer, self.model.placements)
 
 
 def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:

@@ -43,30 +43,34 @@ class Lab:
     ) -> Runs:
         """Runs of the specs: finished ones read back, the others trained to their end.
 
-        A run that fails is in the result without a result of its own (`Runs.missing`); it never takes the others with it.
+        Teachers are trained before their students. A run that fails is in the result without a result of its own (`Runs.missing`); it never takes the others with it.
 
         Args:
-            executor: "inline" in this process; "processes" one process a run; "slurm" as jobs of a cluster, waiting for them with their
-                state on show (stopping the cell leaves them in the queue); "read" trains nothing; "auto" is what the environment
-                variable `MOELAB_EXECUTOR` says (a notebook's batch job reads), else processes.
-            workers: processes at a time; by default as many as the machine's cores allow at each run's threads, 1 on a GPU.
+            executor: "inline" in this process; "processes" one process a run (a run on several ranks is processes either way, or srun's
+                tasks); "slurm" as jobs of a cluster, waiting for them with their state on show (stopping the cell leaves them in the
+                queue); "read" trains nothing; "auto" is what the environment variable `MOELAB_EXECUTOR` says (a notebook's batch job
+                reads), else processes.
+            workers: processes at a time, each rank one; by default as many as the machine's cores allow at each run's threads, 1 on a
+                GPU. One run always goes.
             profile: the cluster for "slurm", see `moelab.workbench.slurm.profiles`; by default `MOELAB_PROFILE`.
         """
         if executor == "auto":
             executor = os.environ.get("MOELAB_EXECUTOR", "processes")  # type: ignore[assignment]
         if executor not in (allowed := get_args(Executor)):
             raise ValueError(f"lab.run: executor must be one of {', '.join(allowed)}, got {executor!r}")
-        runs = [self.store.run(spec) for spec in {spec.id: spec for spec in specs}.values()]
+        wanted = [needed for spec in specs for needed in (*spec.requires(), spec)]
+        runs = [self.store.run(spec) for spec in {spec.id: spec for spec in wanted}.values()]
         self._announce(runs)
-        todo = [run for run in runs if not run.finished]
-        if todo and executor == "slurm":
-            self._on_cluster([run.spec for run in todo], profile)
+        if executor == "slurm" and (waiting := [run.spec for run in runs if not run.finished]):
+            self._on_cluster(waiting, profile)
         show = NotebookProgress(runs)
         try:
-            if todo and executor == "inline":
-                executors.inline(todo, show)
-            elif todo and executor == "processes":
-                executors.processes(todo, workers or self._workers(todo), show)
+            for generation in self._generations(runs):
+                todo = [run for run in generation if not run.finished]
+                if todo and executor == "inline":
+                    executors.inline(todo, show)
+                elif todo and executor == "processes":
+                    executors.processes(todo, workers or self._workers(todo), show)
         finally:
             show(final=True)
         by_id = {run.spec.id: run for run in runs}
@@ -101,6 +105,12 @@ class Lab:
         handle = in_notebook(first)
         ids = [spec.id for spec in specs]
         status.watch(handle.update if handle else lambda _: None, ids, store=self.store)
+
+    @staticmethod
+    def _generations(runs: Sequence[Run]) -> list[list[Run]]:
+        """Runs without a teacher, then their students, then theirs."""
+        depths = {run.spec.id: len(run.spec.requires()) for run in runs}
+        return [[run for run in runs if depths[run.spec.id] == depth] for depth in sorted(set(depths.values()))]
 
     @staticmethod
     def _workers(runs: Sequence[Run]) -> int:

@@ -1,4 +1,7 @@
-"""The process of one run: `python -m moelab.workbench.worker RUN_DIRECTORY`.
+"""The process of one run: `python -m moelab.workbench.worker RUN_DIRECTORY [PARENT]`.
+
+The same command is a rank's, where torchrun, srun or `moelab.engine.launch` started it as one. A run on several ranks that is asked
+for in any other way starts them itself and watches them.
 
 SIGTERM, SIGINT and SIGUSR1 ask it to write a checkpoint and go; it answers after the current step. It also goes when its parent
 dies, so no run outlives the notebook that asked for it unseen.
@@ -12,23 +15,33 @@ import sys
 import traceback
 from pathlib import Path
 
-FINISHED, FAILED, STOPPED = 0, 1, 75
+from moelab.engine import process
+from moelab.engine.launch import RankFailed
+from moelab.engine.process import FAILED, FINISHED, STOPPED
+from moelab.files import read_json
+from moelab.workbench.specs import RunSpec
+from moelab.workbench.store import Run, execute
+from moelab.workbench.supervisor import supervise
 
 
 def main(path: Path, parent: int) -> int:
-    from moelab.files import read_json
-    from moelab.training import TrainingStopped
-    from moelab.workbench.specs import RunSpec
-    from moelab.workbench.store import Run, execute
-
     asked: list[int] = []
     for name in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
         signal.signal(name, lambda number, _: asked.append(number))
 
     def should_stop() -> bool:
-        return bool(asked) or (parent > 0 and os.getppid() != parent)
+        return bool(asked) or (parent > 0 and os.getppid() != parent) or process.launcher_gone()
 
-    run = Run(RunSpec.from_json(read_json(path / "spec.json"), where=str(path / "spec.json")), path)
+    try:
+        run = Run(RunSpec.from_json(read_json(path / "spec.json"), where=str(path / "spec.json")), path)
+        if run.spec.parallel.ranks > 1 and process.find() is None:
+            return supervise(run, should_stop=should_stop)
+    except (RankFailed, OSError, ValueError) as error:
+        print(error, file=sys.stderr)  # the details are in the run's log
+        return FAILED
+
+    from moelab.training import TrainingStopped
+
     try:
         execute(run, should_stop=should_stop)
     except (TrainingStopped, KeyboardInterrupt) as stop:

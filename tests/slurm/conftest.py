@@ -71,7 +71,9 @@ def numbers(run: Run) -> dict:
     def timeless(row: dict) -> dict:
         return {k: v for k, v in row.items() if k not in ("seconds", "time_s", "tokens_per_s")}
 
-    rows = {file: [timeless(r) for r in run.rows(file).to_dict("records")] for file in ("train.jsonl", "validation.jsonl")}
+    rows = {
+        file: [timeless(r) for r in run.rows(file).to_dict("records")] for file in ("train.jsonl", "validation.jsonl")
+    }
     return {"result": timeless(run.result), **rows}
 
 
@@ -132,7 +134,9 @@ class Workplace:
         """Wait until all four nodes are there and free."""
 
         def idle() -> bool:
-            done = subprocess.run(["sinfo", "-h", "-p", "debug", "-t", "idle", "-o", "%D"], capture_output=True, text=True)
+            done = subprocess.run(
+                ["sinfo", "-h", "-p", "debug", "-t", "idle", "-o", "%D"], capture_output=True, text=True
+            )
             return done.stdout.strip() == "4"
 
         until(idle, 60, "four idle nodes")

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.slurm.conftest import numbers, until
 from moelab.config import DataConfig
 from moelab.workbench.slurm import attempt, queue
 from moelab.workbench.slurm.status import overview
+from tests.slurm.conftest import numbers, until
 
 pytestmark = pytest.mark.slow
 
@@ -42,7 +42,9 @@ def worker(job: str, cluster: Path) -> int:
     (pid,) = [
         pid
         for pid in processes(job, cluster)
-        if b"moelab.workbench.worker" in (line := Path(f"/proc/{pid}/cmdline").read_bytes()) and line.startswith(b"/") and b"srun" not in line
+        if b"moelab.workbench.worker" in (line := Path(f"/proc/{pid}/cmdline").read_bytes())
+        and line.startswith(b"/")
+        and b"srun" not in line
     ]
     return pid
 
@@ -55,7 +57,9 @@ def test_time_limit(workplace, spec, undisturbed):
     until(lambda: workplace.job(run).state == "PENDING", what="the requeue")
     scontrol("update", f"JobId={job}", "TimeLimit=60")
     (first,) = attempt.history(run)
-    assert (first.kind, first.again) == ("stopped", True) and first.checkpoint >= 60, "a checkpoint of the step it was stopped at"
+    assert (first.kind, first.again) == ("stopped", True) and first.checkpoint >= 60, (
+        "a checkpoint of the step it was stopped at"
+    )
     workplace.until_over(run)
     assert numbers(run) == numbers(undisturbed)
 
@@ -65,7 +69,9 @@ def test_preemption(workplace, spec, undisturbed):
     workplace.until_step(run, 60)
     node = workplace.job(run).node
     subprocess.run(
-        ["sbatch", "-p", "urgent", "-w", node, "--exclusive", "-o", "/dev/null", "--wrap", "sleep 3"], check=True, capture_output=True
+        ["sbatch", "-p", "urgent", "-w", node, "--exclusive", "-o", "/dev/null", "--wrap", "sleep 3"],
+        check=True,
+        capture_output=True,
     )
     until(lambda: workplace.job(run).state != "RUNNING", what="the preemption")
     workplace.until_over(run)
@@ -88,7 +94,12 @@ def test_a_killed_task(workplace, spec, undisturbed):
     os.kill(worker(workplace.job(run).id, workplace.cluster), signal.SIGKILL)
     until(lambda: attempt.history(run), what="the attempt's record")
     (first,) = attempt.history(run)
-    assert first.kind == "killed" and "SIGKILL (out of memory?)" in first.reason and first.checkpoint in (50, 100) and first.again
+    assert (
+        first.kind == "killed"
+        and "SIGKILL (out of memory?)" in first.reason
+        and first.checkpoint in (50, 100)
+        and first.again
+    )
     workplace.until_over(run)
     assert numbers(run) == numbers(undisturbed)
 
@@ -129,7 +140,9 @@ def test_the_controller_restarts(workplace, spec, undisturbed):
 def test_a_full_disk(workplace, spec, undisturbed):
     runs = workplace.home / "runs"
     runs.mkdir()
-    small = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=24M", "none", str(runs)], capture_output=True, text=True)
+    small = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=24M", "none", str(runs)], capture_output=True, text=True
+    )
     if small.returncode:
         pytest.skip(f"a small file system needs mount: {small.stderr.strip()}")
     try:

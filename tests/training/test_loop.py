@@ -1,4 +1,3 @@
-import json
 import math
 from dataclasses import replace
 
@@ -6,7 +5,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from moelab.engine import checkpoint
+from moelab.engine import checkpoint, storage
 from moelab.training import TrainingDiverged, TrainingStopped, evaluate, train
 from moelab.training.loop import Trainer, Window
 from moelab.training.metrics import TRAIN, VALIDATION, Metrics, read_rows
@@ -24,7 +23,9 @@ def numbers(run_dir):
     ]
     last = checkpoint.latest(run_dir / "checkpoints")
     return rows, {
-        f"{f}/{k}": v for f in ("model", "optimizer") for k, v in load_file(last.path / f"{f}.safetensors").items()
+        f"{f}/{k}": v
+        for f in ("model", "optimizer")
+        for k, v in load_file(last.path / f"{f}-00000.safetensors").items()
     }
 
 
@@ -73,7 +74,7 @@ def test_a_corrupt_checkpoint_is_named_and_the_one_before_used(tiny_model, tiny_
     with pytest.raises(TrainingStopped):
         train(tiny_model, tiny_train, data, 32, tmp_path / "cut", should_stop=stop_at(12))
     newest = checkpoint.latest(tmp_path / "cut" / "checkpoints").path
-    file = newest / "model.safetensors"
+    file = newest / "model-00000.safetensors"
     content = bytearray(file.read_bytes())
     content[-5] ^= 1
     file.write_bytes(content)
@@ -84,7 +85,7 @@ def test_a_corrupt_checkpoint_is_named_and_the_one_before_used(tiny_model, tiny_
 
 def test_a_full_disk_leaves_the_earlier_checkpoint(tiny_model, tiny_train, data, tmp_path, monkeypatch):
     calls = iter(range(100))
-    real = checkpoint.save_file
+    real = storage.save_file
 
     def full(tensors, path):
         if next(calls) >= 2:  # the first checkpoint has two files
@@ -92,12 +93,12 @@ def test_a_full_disk_leaves_the_earlier_checkpoint(tiny_model, tiny_train, data,
             raise OSError(28, "No space left on device", str(path))
         real(tensors, path)
 
-    monkeypatch.setattr(checkpoint, "save_file", full)
+    monkeypatch.setattr(storage, "save_file", full)
     with pytest.raises(OSError, match="No space left"):
         train(tiny_model, tiny_train, data, 32, tmp_path / "cut")
     folder = tmp_path / "cut" / "checkpoints"
     assert [p.name for p in folder.iterdir()] == ["step-00000005"], "nothing half-written is left"
-    monkeypatch.setattr(checkpoint, "save_file", real)
+    monkeypatch.setattr(storage, "save_file", real)
     train(tiny_model, tiny_train, data, 32, tmp_path / "cut")
     train(tiny_model, tiny_train, data, 32, tmp_path / "whole")
     assert_same_run(tmp_path / "whole", tmp_path / "cut")
@@ -113,13 +114,10 @@ def test_divergence_names_step_and_checkpoint(tiny_model, tiny_train, data, tmp_
     assert checkpoint.latest(tmp_path / "checkpoints").step == 1, "no checkpoint of the diverged model"
 
 
-def test_other_data_is_refused(tiny_model, tiny_train, data, tmp_path):
+def test_other_data_is_refused(tiny_model, tiny_train, data, tmp_path, monkeypatch):
     with pytest.raises(TrainingStopped):
         train(tiny_model, tiny_train, data, 32, tmp_path, should_stop=stop_at(2))
-    state = checkpoint.latest(tmp_path / "checkpoints").path / "state.json"
-    record = json.loads(state.read_text())
-    record["state"]["data"] = "other"
-    state.write_text(json.dumps(record))
+    monkeypatch.setattr(data, "fingerprint", "other")
     with pytest.raises(ValueError, match="was written with other data"):
         train(tiny_model, tiny_train, data, 32, tmp_path)
 

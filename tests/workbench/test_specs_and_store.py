@@ -148,12 +148,12 @@ def test_a_worker_goes_when_its_parent_dies(tiny_spec, tmp_path):
 
 
 def test_full_disk_is_told_in_the_status(tiny_spec, tmp_path, monkeypatch):
-    from moelab.engine import checkpoint
+    from moelab.engine import storage
 
     def full(tensors, path):
         raise OSError(28, "No space left on device", str(path))
 
-    monkeypatch.setattr(checkpoint, "save_file", full)
+    monkeypatch.setattr(storage, "save_file", full)
     runs = Lab().run([tiny_spec], executor="inline")
     assert runs[0].status.state == "failed"
     assert "No space left on device" in runs[0].status.reason and "run again" in runs[0].status.reason
@@ -176,3 +176,55 @@ def test_bad_executor_is_one_line(tiny_spec):
 
 def test_home_can_be_elsewhere(tmp_path):
     assert Path(os.environ["MOELAB_HOME"]) / "runs" == RunStore().root
+
+
+def student_of(spec: RunSpec, **distill) -> RunSpec:
+    from moelab.distill_config import DistillConfig
+
+    model = replace(spec.model, layers=3, experts=(0, 2, 0), name="student")
+    return replace(spec, model=model, teacher=spec, distill=DistillConfig(**distill), label="student")
+
+
+def test_a_students_identity_includes_its_teachers(tiny_spec):
+    student = student_of(tiny_spec)
+    assert student.requires() == [tiny_spec]
+    assert replace(student, distill=replace(student.distill, weight=0.5)).id != student.id
+    assert replace(student, distill=replace(student.distill, top_k=4)).id != student.id
+    kept = replace(student.distill, top_k=4, cache_bytes=9)
+    assert replace(student, distill=kept).id == replace(student, distill=replace(kept, cache_bytes=0)).id
+    other = replace(tiny_spec, train=replace(tiny_spec.train, seed=7))
+    assert replace(student, teacher=other).id != student.id
+    grandchild = student_of(student)
+    assert grandchild.requires() == [tiny_spec, student]
+    assert RunSpec.from_json(json.loads(json.dumps(grandchild.to_json()))) == grandchild
+    assert student.cost > replace(student, teacher=None, distill=None).cost
+
+
+@pytest.mark.parametrize(
+    ("change", "part"),
+    [
+        (lambda s: replace(s, distill=None), "teacher is given without distill"),
+        (lambda s: replace(s, teacher=None), "distill is given without teacher"),
+        (lambda s: replace(s, data=replace(s.data, tokenizer="bpe-301")), "must share their text, tokenizer is"),
+        (lambda s: replace(s, model=replace(s.model, vocab=321)), "must share their vocabulary, it has 321 and 320"),
+    ],
+)
+def test_student_and_teacher_that_do_not_fit_are_refused(tiny_spec, change, part):
+    student = student_of(tiny_spec)
+    with pytest.raises(ValueError, match=part):
+        change(student)
+
+
+@pytest.mark.parametrize("executor", ["inline", "processes"])
+def test_teachers_are_trained_first(tiny_spec, executor):
+    student = student_of(tiny_spec)
+    runs = Lab().run([student], executor=executor)
+    assert len(runs) == 1 and runs[0].finished, runs.explain_missing()
+    assert (runs[0].path.parent / tiny_spec.id / "result.json").exists()
+    assert "distill_loss" in runs.curves("train.jsonl")
+
+
+def test_a_student_without_its_teacher_says_so(tiny_spec):
+    run = RunStore().run(student_of(tiny_spec))
+    with pytest.raises(ValueError, match=f"its teacher {tiny_spec.id} has no result: new"):
+        execute(run)

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING
 
 from moelab import paper
 from moelab.config import DataConfig, ModelConfig, RoutingConfig, TrainConfig
+from moelab.layout import ParallelConfig
 from moelab.workbench.claims import Verdict, interval, judge
 from moelab.workbench.experiments.base import Experiment, Scale
 from moelab.workbench.specs import RunSpec
@@ -48,6 +49,7 @@ def specs(
     tokens: int = 0,
     corpus: str = "",
     drop_tokens: bool = False,
+    ranks: int = 1,
 ) -> list[RunSpec]:
     """The runs, seed by seed so that a stopped batch has whole seeds.
 
@@ -57,6 +59,8 @@ def specs(
         tokens: training tokens of a run; 0 is the scale's own number.
         corpus: see `DataConfig`; empty is the scale's own.
         drop_tokens: capacity factor 1.0 with random token selection, as the paper trains, instead of drop-free.
+        ranks: processes (GPUs) a run is spread over; each MoE layer gets as much expert parallelism as it has experts for. A step's batch is
+            then cut into one micro-batch a rank, which makes it another run (routing belongs to the micro-batch).
     """
     EXPERIMENT.scale(scale)
     unknown = [arm for arm in arms if arm not in ARMS]
@@ -68,11 +72,14 @@ def specs(
         raise ValueError(f"pr-moe: tokens must not be negative (0 is the scale's own number), got {tokens}")
     routing = RoutingConfig(drop_tokens=drop_tokens)
     shape, train, data = _SETTINGS[scale]
-    train = replace(train, tokens=tokens or train.tokens)
+    if ranks < 1 or train.batch_size % ranks:
+        raise ValueError(f"pr-moe: ranks must divide the batch of {train.batch_size} sequences, got {ranks}")
+    micro_batch = train.batch_size // ranks if ranks > 1 else train.micro_batch
+    train = replace(train, tokens=tokens or train.tokens, micro_batch=micro_batch)
     data = replace(data, corpus=corpus or data.corpus)
     models = {arm: replace(ModelConfig.parse(ARMS[arm]).shrink(**shape), routing=routing) for arm in arms}
     return [
-        RunSpec(model=model, train=replace(train, seed=seed), data=data, label=arm)
+        RunSpec(model=model, train=replace(train, seed=seed), data=data, parallel=ParallelConfig(data=ranks), label=arm)
         for seed in range(seeds)
         for arm, model in models.items()
     ]

@@ -17,10 +17,10 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal
 
+from moelab.engine.process import FINISHED, STOPPED
 from moelab.files import read_json
 from moelab.workbench.specs import RunSpec
 from moelab.workbench.store import Run, Status
-from moelab.workbench.worker import FINISHED, STOPPED
 
 ATTEMPTS = "attempts.jsonl"
 

@@ -83,11 +83,9 @@ def runs_script(
     limits = f"--failures={profile.failures} --restarts={profile.restarts}"
     body = f"""\
 run=$(sed -n "$((${{SLURM_ARRAY_TASK_ID:-0}} + 1))p" {_q(listing)})
-export MASTER_PORT=$((20000 + (SLURM_JOB_ID + ${{SLURM_RESTART_COUNT:-0}}) % 20000))
 after() {{ {decide} "$run" --job="$job" --restart="${{SLURM_RESTART_COUNT:-0}}" {limits} --code="$1"; }}
 if [ "${{SLURM_RESTART_COUNT:-0}}" -gt {profile.restarts} ]; then after restarts; exit 1; fi
-# The first node's address, not its name: names do not resolve everywhere.
-{worker} bash -c 'export MASTER_ADDR=$SLURM_LAUNCH_NODE_IPADDR; exec "$@"' rank {python} -m moelab.workbench.worker "$run"
+{worker} {python} -m moelab.workbench.worker "$run"
 code=$?
 [ $code = 0 ] && exit 0
 # Not running any more: Slurm is ending or requeueing this job itself (cancelled, preempted, requeued).

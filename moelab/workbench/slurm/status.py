@@ -20,7 +20,14 @@ if TYPE_CHECKING:
     import pandas as pd
 
 
-_COLORS = {"failed": "red", "lost": "red", "stopped": "yellow", "incomplete": "yellow", "finished": "green", "running": "cyan"}
+_COLORS = {
+    "failed": "red",
+    "lost": "red",
+    "stopped": "yellow",
+    "incomplete": "yellow",
+    "finished": "green",
+    "running": "cyan",
+}
 
 
 @dataclass(frozen=True)
@@ -95,7 +102,9 @@ class Overview:
         cells = {name: texts for name, texts in cells.items() if any(texts)}
         for name in cells:
             number = name in ("step", "loss", "tokens/s", "left")
-            view.add_column(name, justify="right" if number else "left", no_wrap=name not in ("run", "why"), overflow="fold")
+            view.add_column(
+                name, justify="right" if number else "left", no_wrap=name not in ("run", "why"), overflow="fold"
+            )
         for texts in zip(*cells.values(), strict=True):
             view.add_row(*texts)
         return view
@@ -213,7 +222,9 @@ def _notebook(submission: Submission, part: Part, job: queue.Job | None, answere
             state, reason = "failed", ended["error"]
         else:
             state = "incomplete" if ended["missing"] else "finished"
-            reason = f"without {', '.join(ended['missing'])}" if ended["missing"] else paths.short(Path(ended["result"]))
+            reason = (
+                f"without {', '.join(ended['missing'])}" if ended["missing"] else paths.short(Path(ended["result"]))
+            )
     elif live:
         state = "running" if live.state == "RUNNING" else "waiting"
         reason = "" if live.reason == "None" else live.reason

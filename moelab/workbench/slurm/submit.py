@@ -264,13 +264,9 @@ def _closure(specs: Sequence[RunSpec]) -> dict[str, RunSpec]:
     """Run id -> spec, those that others need in front of them."""
     found: dict[str, RunSpec] = {}
     for spec in specs:
-        found |= {id: s for id, s in _closure(_requires(spec)).items() if id not in found}
+        found |= {id: s for id, s in _closure(spec.requires()).items() if id not in found}
         found.setdefault(spec.id, spec)
     return found
-
-
-def _requires(spec: RunSpec) -> Sequence[RunSpec]:
-    return getattr(spec, "requires", tuple)()
 
 
 def _groups(
@@ -279,7 +275,7 @@ def _groups(
     """Runs of equal size that wait for the same runs, in arrays of at most `_ARRAY`."""
     alike: dict[tuple[script.Size, tuple[str, ...]], list[RunSpec]] = {}
     for spec in specs:
-        needs = tuple(run.id for run in _requires(spec) if run.id not in done)
+        needs = tuple(run.id for run in spec.requires() if run.id not in done)
         alike.setdefault((script.Size.of(spec, profile), needs), []).append(spec)
     return [(key, group[i : i + _ARRAY]) for key, group in alike.items() for i in range(0, len(group), _ARRAY)]
 

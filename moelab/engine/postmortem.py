@@ -1,0 +1,132 @@
+"""How a rank died or where it hangs, read from what it left: exit code, log, stacks, the kernel's counters."""
+
+from __future__ import annotations
+
+import contextlib
+import linecache
+import re
+import signal
+from collections.abc import Sequence
+from pathlib import Path
+
+_ERROR = re.compile(r"^([A-Za-z_][\w.]*(?:Error|Exception|Interrupt|Exit|Diverged|Failed))\b(:.*)?$")
+_LOST = re.compile(
+    r"Connection (?:closed|reset|refused)|connection lost|Broken pipe|Timed? ?out waiting|remote process exited|DistNetworkError"
+    r"|DistBackendError|DistStoreError|Socket Timeout|wait timeout|Rank \d+ failed to pass|did not come within|gloo/transport",
+    re.IGNORECASE,
+)
+_MEMORY = re.compile(
+    r"MemoryError|OutOfMemoryError|out of memory|can't allocate memory|not enough memory", re.IGNORECASE
+)
+_FRAME = re.compile(r'^  File "(?P<file>.*)", line (?P<line>\d+) in (?P<function>\S+)')
+
+Stack = list[tuple[str, int, str]]  # file, line, function; innermost first
+
+
+def last_error(log: str) -> str:
+    """The last line of a log that names an exception as Python's tracebacks do, or an empty text."""
+    return next((line.strip() for line in reversed(log.splitlines()) if _ERROR.match(line.strip())), "")
+
+
+def lost_connection(error: str) -> bool:
+    """Whether an exception only says that another rank is gone."""
+    return bool(_LOST.search(error))
+
+
+def death_by_exit(code: int, error: str) -> str:
+    """One line about a rank that ended by itself."""
+    memory = "ran out of memory: " if _MEMORY.search(error) else "failed with "
+    return f"{memory}{error} (exit code {code})" if error else f"ended with exit code {code}"
+
+
+def death_by_signal(number: int, rank: int, memory: Sequence[int], oom_kill: bool) -> str:
+    """One line about a rank that a signal ended.
+
+    Args:
+        memory: last seen resident bytes of each rank.
+        oom_kill: whether the kernel has counted a kill for want of memory since the ranks were started.
+    """
+    try:
+        name = signal.Signals(number).name
+    except ValueError:
+        name = f"signal {number}"
+    how = f"was killed by {name}"
+    limit = memory_limit()
+    seen = f"last seen with {_GiB(memory[rank])} of {_GiB(limit)}" if memory[rank] else ""
+    if number != signal.SIGKILL:
+        return how
+    if oom_kill:
+        return f"{how}, out of memory: the kernel counted a kill" + (f" ({seen})" if seen else "")
+    if limit and (memory[rank] > limit / 2 or sum(memory) > 0.8 * limit):
+        return f"{how}, likely out of memory ({seen}, {_GiB(sum(memory))} all ranks together)"
+    return how + (f" ({seen})" if seen else "")
+
+
+def oom_kills() -> int:
+    """Processes of this control group that the kernel has killed for want of memory so far; 0 where nobody counts."""
+    for file, name in _control_files():
+        with contextlib.suppress(OSError, ValueError):
+            for line in (file / name).read_text().splitlines():
+                if line.startswith("oom_kill "):
+                    return int(line.split()[1])
+    return 0
+
+
+def memory_limit() -> int:
+    """Bytes this process's control group may use, at most the machine's memory."""
+    import psutil
+
+    limit = psutil.virtual_memory().total
+    for folder, _ in _control_files():
+        for name in ("memory.max", "memory.limit_in_bytes"):
+            with contextlib.suppress(OSError, ValueError):
+                limit = min(limit, int((folder / name).read_text()))
+    return limit
+
+
+def stacks(dump: str) -> list[Stack]:
+    """The threads in a dump of `faulthandler`."""
+    found: list[Stack] = []
+    for line in dump.splitlines():
+        if line.endswith("(most recent call first):"):
+            found.append([])
+        elif found and (match := _FRAME.match(line)):
+            found[-1].append((match["file"], int(match["line"]), match["function"]))
+    return [stack for stack in found if stack]
+
+
+def in_collective(threads: Sequence[Stack]) -> bool:
+    """Whether one of the threads waits for other ranks: inside torch.distributed, or at the `wait` of a handle it gave."""
+    return any(_waits(stack) for stack in threads)
+
+
+def innermost(threads: Sequence[Stack]) -> str:
+    """Where the main thread stands, ``file.py:12 in function``; empty for no stack."""
+    if not threads:
+        return ""
+    file, line, function = threads[-1][0]  # faulthandler prints the main thread last
+    return f"{Path(file).name}:{line} in {function}"
+
+
+def _waits(stack: Stack) -> bool:
+    file, line, _ = stack[0]
+    inside = any("torch/distributed" in f.replace("\\", "/") for f, _, _ in stack[:4])
+    return inside or re.search(r"\.wait(_tensor)?\(", linecache.getline(file, line)) is not None
+
+
+def _control_files() -> list[tuple[Path, str]]:
+    """(folder, file that counts kills) of this process's control group: version 2, then 1; in a container its root."""
+    root, found = Path("/sys/fs/cgroup"), []
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/self/cgroup").read_text().splitlines():
+            _, kinds, path = line.split(":", 2)
+            if not kinds:
+                found += [(root / path.lstrip("/"), "memory.events"), (root, "memory.events")]
+            elif "memory" in kinds.split(","):
+                folder = root / "memory"
+                found += [(folder / path.lstrip("/"), "memory.oom_control"), (folder, "memory.oom_control")]
+    return found
+
+
+def _GiB(size: int) -> str:
+    return f"{size / 2**30:.1f} GiB"

@@ -1,0 +1,190 @@
+"""Run functions on N ranks of this machine: for tests and benchmarks.
+
+Ranks are processes forked from a server that has imported torch once, so that eight of them start in about a second, and they
+stay for many functions. The first failure ends them all and is raised here with the failing rank's traceback; nothing outlives
+its time or this process.
+"""
+
+from __future__ import annotations
+
+import datetime
+import importlib.util
+import multiprocessing
+import os
+import pickle
+import shutil
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+START_S = 120.0  # to import, fork and rendezvous on a busy machine
+
+
+class RankError(RuntimeError):
+    """A function failed on a rank, a rank died, or time ran out; the message has the rank and its traceback."""
+
+
+class Ranks:
+    """N processes that form one process group and run functions together.
+
+    They start with the first `run`; after a failure they are killed and the next `run` starts new ones. Used as a context, or
+    closed with `close`.
+
+    >>> with Ranks(4) as ranks:
+    ...     sums = ranks.run(sum_of_ranks, 3)  # each rank calls sum_of_ranks(3); one result a rank
+    """
+
+    def __init__(self, size: int, backend: str = "gloo", threads: int = 1) -> None:
+        """
+        Args:
+            size: ranks.
+            backend: "gloo", or "nccl", where rank i takes GPU i.
+            threads: CPU threads of each rank.
+        """
+        self.size, self._backend, self._threads = size, backend, threads
+        self._processes: list[multiprocessing.Process] = []
+        self._pipes: list[Connection] = []
+        self._folder: Path | None = None
+
+    def run(self, function: Callable[..., Any], *args: Any, timeout_s: float = 60.0) -> list[Any]:
+        """`function(*args)` on every rank at once; their results in rank order.
+
+        Args:
+            function: defined at the top of a module or a test file. It asks `torch.distributed` which rank it is.
+            args, and what it returns: anything that pickles; tensors arrive as CPU copies.
+            timeout_s: after that long all ranks are killed.
+
+        Raises:
+            RankError: the first failure, or the ranks that had not answered in time.
+        """
+        deadline = time.monotonic() + timeout_s
+        if not self._processes:
+            self._start()
+            deadline += START_S
+        code = sys.modules[function.__module__].__file__
+        message = (function.__module__, code, function.__qualname__, pickle.dumps(args))
+        try:
+            for pipe in self._pipes:
+                pipe.send(message)
+            return self._collect(function.__qualname__, deadline)
+        except BaseException as error:
+            self._end(grace_s=0)
+            if isinstance(error, BrokenPipeError):
+                raise RankError(f"{function.__qualname__}: a rank had died before it could be called") from None
+            raise
+
+    def close(self) -> None:
+        """End the ranks. Idle ones leave by themselves, others are killed."""
+        self._end(grace_s=5)
+
+    def _end(self, grace_s: float) -> None:
+        for pipe in self._pipes:
+            pipe.close()
+        deadline = time.monotonic() + grace_s
+        for process in self._processes:
+            process.join(max(deadline - time.monotonic(), 0))
+            process.kill()
+            process.join()
+        if self._folder:
+            shutil.rmtree(self._folder, ignore_errors=True)
+        self._processes, self._pipes, self._folder = [], [], None
+
+    def __enter__(self) -> Ranks:
+        return self
+
+    def __exit__(self, kind: type | None, value: BaseException | None, where: TracebackType | None) -> None:
+        self.close()
+
+    def _start(self) -> None:
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(
+            ["torch", "torch.distributed.device_mesh", "moelab.engine.mesh", "moelab.models"]
+        )
+        self._folder = Path(tempfile.mkdtemp(prefix="ranks-"))
+        for rank in range(self.size):
+            ours, theirs = context.Pipe()
+            args = (rank, self.size, self._backend, self._threads, str(self._folder / "rendezvous"), theirs)
+            process = context.Process(target=_serve, args=args, daemon=True, name=f"rank {rank}")
+            process.start()
+            theirs.close()
+            self._processes.append(process)
+            self._pipes.append(ours)
+
+    def _collect(self, name: str, deadline: float) -> list[Any]:
+        results: dict[int, Any] = {}
+        while len(results) < self.size:
+            waiting = {self._pipes[rank]: rank for rank in range(self.size) if rank not in results}
+            ready = wait(list(waiting), max(deadline - time.monotonic(), 0))
+            if not ready:
+                raise RankError(f"{name}: ranks {sorted(waiting.values())} of {self.size} did not answer in time")
+            for pipe in ready:
+                rank = waiting[pipe]
+                try:
+                    failure, result = pickle.loads(pipe.recv_bytes())
+                except (EOFError, OSError):
+                    self._processes[rank].join(5)
+                    code = self._processes[rank].exitcode
+                    raise RankError(f"{name}: rank {rank} of {self.size} died with exit code {code}") from None
+                if failure:
+                    raise RankError(f"{name}: rank {rank} of {self.size} failed\n{failure}")
+                results[rank] = result
+        return [results[rank] for rank in range(self.size)]
+
+
+def run_on_ranks(size: int, function: Callable[..., Any], *args: Any, timeout_s: float = 60.0) -> list[Any]:
+    """`function(*args)` once on `size` fresh gloo ranks; see `Ranks.run`."""
+    with Ranks(size) as ranks:
+        return ranks.run(function, *args, timeout_s=timeout_s)
+
+
+def _serve(rank: int, size: int, backend: str, threads: int, rendezvous: str, pipe: Connection) -> None:
+    """A rank: run what comes through the pipe until it closes."""
+    import torch
+    import torch.distributed as dist
+
+    torch.set_num_threads(threads)
+    if sys.platform == "linux":
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    ready = False
+    while True:
+        try:
+            module, code, name, args = pipe.recv()
+        except EOFError:
+            return  # the process group dies with us: a goodbye could wait for ranks that are gone
+        try:
+            if not ready:
+                if backend == "nccl":
+                    torch.cuda.set_device(rank)
+                timeout = datetime.timedelta(seconds=START_S)
+                dist.init_process_group(
+                    backend, init_method=f"file://{rendezvous}", rank=rank, world_size=size, timeout=timeout
+                )
+                ready = True
+            function = _module(module, code)
+            for part in name.split("."):
+                function = getattr(function, part)
+            answer = pickle.dumps((None, function(*pickle.loads(args))))
+        except BaseException:
+            answer = pickle.dumps((traceback.format_exc(), None))
+        try:
+            pipe.send_bytes(answer)
+        except OSError:
+            return
+
+
+def _module(name: str, code: str | None) -> Any:
+    """The module of a function; test files are no package, so they are found by path and known by the same name."""
+    if name not in sys.modules:
+        try:
+            return importlib.import_module(name)
+        except ImportError:
+            spec = importlib.util.spec_from_file_location(name, code)
+            sys.modules[name] = importlib.util.module_from_spec(spec)
+            spec.loader.exec_module(sys.modules[name])
+    return sys.modules[name]

@@ -1,0 +1,18 @@
+"""Ranks that the tests of this folder share: started once per number."""
+
+import pytest
+
+from moelab.engine.testing import Ranks
+
+
+@pytest.fixture(scope="session")
+def on_ranks():
+    """`on_ranks(size, function, *args)`: results of all ranks; see `moelab.engine.testing.Ranks.run`."""
+    pools: dict[int, Ranks] = {}
+
+    def run(size, function, *args, timeout_s=60.0):
+        return pools.setdefault(size, Ranks(size)).run(function, *args, timeout_s=timeout_s)
+
+    yield run
+    for pool in pools.values():
+        pool.close()

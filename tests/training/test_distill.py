@@ -1,0 +1,176 @@
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from moelab.distill_config import DistillConfig
+from moelab.engine import checkpoint
+from moelab.training import Teacher, TrainingStopped, train
+from moelab.training.distill import Likeliest, LogitCache, divergence, divergence_of_likeliest, likeliest
+from moelab.training.metrics import TRAIN, read_rows
+
+
+@pytest.fixture
+def logits():
+    torch.manual_seed(0)
+    return torch.randn(2, 3, 11) * 2, torch.randn(2, 3, 11, requires_grad=True)
+
+
+@pytest.mark.parametrize("t", [1.0, 2.5])
+def test_divergence_is_the_formula(logits, t):
+    teacher, student = logits[0], logits[1].detach()
+    by_hand = 0.0
+    for b in range(2):
+        for s in range(3):
+            p, q = torch.softmax(teacher[b, s] / t, 0), torch.softmax(student[b, s] / t, 0)
+            by_hand += sum(float(p[v] * (p[v] / q[v]).log()) for v in range(11)) / 6
+    assert float(divergence(teacher, student, t)) == pytest.approx(by_hand, rel=1e-5)
+    assert float(divergence(teacher, teacher, t)) == pytest.approx(0.0, abs=1e-6)
+
+
+@pytest.mark.parametrize("t", [1.0, 2.5])
+def test_likeliest_bound_the_divergence_and_reach_it(logits, t):
+    teacher, student = logits
+    whole = float(divergence(teacher, student, t))
+    some = [float(divergence_of_likeliest(likeliest(teacher, k, t), student, t)) for k in (1, 4, 10, 11, 50)]
+    assert some[:3] == sorted(some[:3]) and some[4] == some[3], (
+        "more tokens tell more; beyond the vocabulary is nothing"
+    )
+    assert (
+        some[0] < whole - 0.05
+        and some[2] == pytest.approx(whole, abs=1e-5)
+        and some[3] == pytest.approx(whole, abs=1e-4)
+    )
+    a, b = (torch.autograd.grad(f, student)[0] for f in (
+        divergence(teacher, student, t), divergence_of_likeliest(likeliest(teacher, 10, t), student, t)))  # fmt: skip
+    assert torch.allclose(a, b, atol=1e-5)
+
+
+def test_gradient_at_temperature_one_is_q_minus_p(logits):
+    teacher, student = logits
+    (grad,) = torch.autograd.grad(divergence(teacher, student, 1.0), student)
+    assert torch.allclose(grad, (F.softmax(student, -1) - F.softmax(teacher, -1)) / 6, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("config", "weights"),
+    [
+        (DistillConfig(schedule="off"), [0, 0, 0, 0, 0]),
+        (DistillConfig(weight=2.0), [2, 2, 2, 2, 2]),
+        (DistillConfig(schedule="stop", unit="steps", stop=3), [1, 1, 1, 0, 0]),
+        (DistillConfig(schedule="stop", stop=200), [1, 1, 0, 0, 0]),
+        (DistillConfig(schedule="linear", unit="steps", start=1, stop=3), [1, 1, 0.5, 0, 0]),
+        (DistillConfig(schedule="cosine", unit="steps", stop=4), [1, 0.5 + math.sqrt(0.125), 0.5, 0.5 - math.sqrt(0.125), 0]),
+    ],
+)  # fmt: skip
+def test_schedules(config, weights):
+    assert [config.weight_at(step, 100 * step) for step in range(5)] == pytest.approx(weights)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "part"),
+    [
+        ({"temperature": 0.0}, "temperature must be positive"),
+        ({"schedule": "late"}, "schedule must be one of off, constant, stop, linear, cosine, got 'late'"),
+        ({"schedule": "stop"}, "needs a stop above 0"),
+        ({"stop": 5}, "stop belongs to"),
+        ({"schedule": "linear", "start": 5, "stop": 5}, "start must be before stop"),
+        ({"schedule": "stop", "start": 1, "stop": 5}, "start belongs to"),
+        ({"cache_bytes": 1}, "a cache needs top_k"),
+    ],
+)
+def test_bad_configurations_are_one_line(arguments, part):
+    with pytest.raises(ValueError, match=part) as error:
+        DistillConfig(**arguments)
+    assert "\n" not in str(error.value)
+
+
+@pytest.fixture
+def taught(tiny_model, tiny_train, data, tmp_path):
+    """A trained teacher, and a function that trains a student of it into a folder."""
+    teacher = replace(tiny_model, experts=(0, 4, 0, 4), name="teacher")
+    train(teacher, replace(tiny_train, tokens=60 * 128), data, 32, tmp_path / "teacher")
+
+    def student(name, distill, **options):
+        who = Teacher(teacher, tmp_path / "teacher", distill) if distill else None
+        config = replace(tiny_train, seed=1, **options.pop("train", {}))
+        return train(tiny_model, config, data, 32, tmp_path / name, teacher=who, **options)
+
+    return student
+
+
+def weights(folder):
+    from safetensors.torch import load_file
+
+    return load_file(checkpoint.latest(folder / "checkpoints").path / "model-00000.safetensors")
+
+
+def test_a_student_learns_from_its_teacher(taught, tmp_path):
+    # One epoch has few batches here: at equal steps the teacher's whole distributions tell more than single next tokens.
+    alone, full = taught("alone", None), taught("full", DistillConfig(weight=3.0))
+    assert full["validation_loss"] < alone["validation_loss"] - 0.01
+    rows = read_rows(tmp_path / "full" / TRAIN)
+    assert (
+        rows[-1]["distill_loss"] < rows[0]["distill_loss"]
+        and "distill_loss" not in read_rows(tmp_path / "alone" / TRAIN)[0]
+    )
+
+
+def test_off_is_no_teacher_and_stop_is_staged(taught, tmp_path):
+    taught("alone", None), taught("off", DistillConfig(schedule="off"))
+    a, b = weights(tmp_path / "alone"), weights(tmp_path / "off")
+    assert all(torch.equal(a[k], b[k]) for k in a)
+    taught("staged", DistillConfig(schedule="stop", unit="steps", stop=9))
+    rows = read_rows(tmp_path / "staged" / TRAIN)
+    assert [row["step"] for row in rows if row.get("distill_loss")] == [3, 6, 9]
+
+
+def test_a_stopped_student_goes_on_bit_for_bit(taught, tmp_path):
+    distill = DistillConfig(schedule="linear", unit="steps", stop=20, temperature=2.0)
+    taught("whole", distill)
+    done = iter(range(100))
+    with pytest.raises(TrainingStopped):
+        taught("cut", distill, should_stop=lambda: next(done) >= 10)
+    taught("cut", distill)
+    a, b = weights(tmp_path / "whole"), weights(tmp_path / "cut")
+    assert all(torch.equal(a[k], b[k]) for k in a)
+
+
+def test_the_cache_changes_no_number_and_keeps_its_bound(taught, tmp_path, caplog):
+    plain = DistillConfig(top_k=8)
+    micro = {"train": {"micro_batch": 2}}
+    taught("plain", plain, **micro)
+    taught("filling", replace(plain, cache_bytes=10_000_000), **micro)
+    (folder,) = (tmp_path / "teacher" / "logits").iterdir()
+    files = sorted(folder.iterdir())
+    assert len(files) == 48, "a file a micro-batch"
+    files[0].write_bytes(b"torn")
+    taught("reading", replace(plain, cache_bytes=10_000_000), **micro)
+    assert "is unreadable" in caplog.text
+    for name in ("filling", "reading"):
+        a, b = weights(tmp_path / "plain"), weights(tmp_path / name)
+        assert all(torch.equal(a[k], b[k]) for k in a)
+
+    bound = 3 * files[1].stat().st_size
+    taught("bounded", replace(plain, top_k=9, cache_bytes=bound), **micro)
+    other = next(f for f in (tmp_path / "teacher" / "logits").iterdir() if f != folder)
+    assert 0 < sum(f.stat().st_size for f in other.iterdir()) <= bound
+
+
+def test_a_cache_of_another_shape_is_not_used(tmp_path):
+    cache = LogitCache(tmp_path, 10_000)
+    cache.put("a", Likeliest(torch.zeros(2, 3, 4), torch.zeros(2, 3, 4, dtype=torch.int32)))
+    assert cache.get("a", torch.zeros(2, 3)) is not None and cache.get("a", torch.zeros(3, 3)) is None
+
+
+def test_a_teacher_without_checkpoint_is_one_line(tiny_model, tiny_train, data, tmp_path):
+    with pytest.raises(ValueError, match="has no checkpoint"):
+        train(tiny_model, tiny_train, data, 32, tmp_path, teacher=Teacher(tiny_model, tmp_path / "no", DistillConfig()))
+
+
+def test_the_teacher_is_not_trained(taught, tmp_path):
+    before = {k: v.clone() for k, v in weights(tmp_path / "teacher").items()}
+    taught("full", DistillConfig())
+    assert all(torch.equal(v, before[k]) for k, v in weights(tmp_path / "teacher").items())
