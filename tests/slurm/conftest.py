@@ -82,7 +82,7 @@ def until(condition: Callable[[], object], limit_s: float = 90, what: str = "") 
     deadline = time.monotonic() + limit_s
     while not condition():
         assert time.monotonic() < deadline, f"waited {limit_s} s for {what or condition}"
-        time.sleep(0.1)
+        time.sleep(0.2)
 
 
 @dataclass
