@@ -218,6 +218,21 @@ def bench_scaling(
     _write_provenance(out, "scaling")
 
 
+@bench.command(name="submit")
+def bench_submit(
+    profile: commands.Profile = None,
+    rounds: Annotated[int, typer.Option(help="times the ways of running take turns")] = 3,
+    runs: Annotated[int, typer.Option(help="runs submitted at once")] = 200,
+    out: Out = None,
+) -> None:
+    """Slurm's cost: submit to first step, a notebook batch against the same work inline, many runs at once."""
+    from moelab.workbench.slurm import bench as slurm_bench
+    from moelab.workbench.slurm import profiles
+
+    slurm_bench.main(profiles.choose(profile), rounds=rounds, runs=runs, out=out)
+    _write_provenance(out, "submit")
+
+
 @kernels.command(name="compile")
 def kernels_compile(
     arch: Annotated[list[str] | None, typer.Option(help="sm_80 (A100), sm_90 (H100); repeat for several")] = None,

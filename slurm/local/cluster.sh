@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# A real Slurm on this machine, for development and tests: four pretend nodes with eight pretend GPUs each.
+# A real Slurm on this machine, for development and tests: four pretend nodes with (up to) eight pretend GPUs each.
 #
 #   slurm/local/cluster.sh up                 start it (about a second)
 #   eval "$(slurm/local/cluster.sh env)"      let this shell's sbatch, squeue, moelab submit talk to it
@@ -13,7 +13,9 @@
 set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 dir=$(realpath -m "${MOELAB_SLURM_DIR:-$here/../../.moelab/slurm}")
-port=${MOELAB_SLURM_PORT:-17800} nodes=4 gpus=8 cpus=16 memory=32000
+port=${MOELAB_SLURM_PORT:-17800} nodes=4 cpus=16 memory=32000
+# A pretend GPU is a character device that Slurm counts and nobody opens: eight of those this machine has.
+devices=$(find /dev -maxdepth 1 -type c | sort -V | tail -8 | paste -sd,) gpus=$(tr ',' '\n' <<< "$devices" | wc -l)
 export SLURM_CONF=$dir/etc/slurm.conf PATH=$PATH:/usr/sbin
 
 alive() { [ -f "$1" ] && kill -0 "$(cat "$1")" 2>/dev/null; }
@@ -36,7 +38,7 @@ up() {
   mkdir -p "$dir"/{etc,run,log,state,spool}
   chmod 711 "$dir/run"  # munged insists on a directory that others may pass through
   for file in slurm.conf gres.conf; do
-    sed -e "s#@DIR@#$dir#g; s#@USER@#$(id -un)#g; s#@PLUGINS@#$(echo /usr/lib/*/slurm-wlm)#g; s#@NODES@#$nodes#g; s#@GPUS@#$gpus#g" \
+    sed -e "s#@DIR@#$dir#g; s#@USER@#$(id -un)#g; s#@PLUGINS@#$(echo /usr/lib/*/slurm-wlm)#g; s#@NODES@#$nodes#g; s#@GPUS@#$gpus#g; s#@DEVICES@#$devices#g" \
         -e "s#@CPUS@#$cpus#g; s#@MEMORY@#$memory#g; s#@PORT@#$port#g; s#@FIRST@#$((port + 1))#g; s#@LAST@#$((port + nodes))#g" \
         "$here/$file" > "$dir/etc/$file"
   done

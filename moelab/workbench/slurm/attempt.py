@@ -122,6 +122,8 @@ def _what(code: str, status: Status) -> tuple[Literal["stopped", "failed", "kill
     number = int(code)
     if number == STOPPED:
         return "stopped", status.reason or "stopped with a checkpoint"
+    if number - 128 in (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT):
+        return "stopped", "told to stop before it could listen"
     if number > 128:
         name = signal.Signals(number - 128).name if number - 128 in set(signal.Signals) else f"signal {number - 128}"
         return "killed", f"killed by {name}" + (" (out of memory?)" if name == "SIGKILL" else "")
