@@ -1,8 +1,11 @@
 """Submitting, watching and reading back, as users do it."""
 
 import os
+import signal
 import subprocess
 import sys
+import urllib.error
+import urllib.request
 from dataclasses import replace
 
 import nbformat
@@ -134,6 +137,33 @@ def test_from_a_notebook(workplace, spec, undisturbed, monkeypatch):
     assert run.finished and list(lab.status().frame()["state"]) == ["finished"]
     html = lab.status()._repr_mimebundle_()["text/html"]
     assert "finished" in html
+
+
+def test_jupyterlab_in_an_allocation(workplace):
+    command = [sys.executable, "-m", "moelab.cli", "lab", "--profile", "local", "--allow-root"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    try:
+        said = []
+        for line in process.stdout:
+            said.append(line)
+            if "then open" in line:
+                break
+        (tunnel,) = [line for line in said if "ssh -N -L" in line]
+        address = said[-1].split()[-1]
+        assert "127.0.0.1:" in tunnel and "@node" in tunnel
+        with urllib.request.urlopen(address.replace("/lab?", "/api/status?")) as response:
+            assert response.status == 200
+        with pytest.raises(urllib.error.HTTPError, match="403"):
+            urllib.request.urlopen(address.split("/lab?")[0] + "/api/status")
+        (folder,) = (workplace.home / "lab").iterdir()
+        assert (folder / "token").stat().st_mode & 0o077 == 0 and address.split("=")[1] not in (
+            folder / "lab.sbatch"
+        ).read_text()
+    finally:
+        process.send_signal(signal.SIGINT)
+        assert process.wait(30) == 0
+    left = subprocess.run(["squeue", "-h", "-n", "moelab-lab", "-t", "RUNNING"], capture_output=True, text=True, check=True)
+    assert not left.stdout
 
 
 @pytest.mark.parametrize(

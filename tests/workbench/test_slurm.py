@@ -297,7 +297,8 @@ def test_without_slurm_the_runs_still_speak(submitted, monkeypatch):
 
     console = Console(width=160, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
     console.print(now)
-    assert "1 finished, 3 new" in console.export_text() and "nobody answers" in console.export_text()
+    shown = console.export_text()
+    assert "1 finished, 3 new" in shown and "nobody answers" in shown
 
 
 def test_a_full_queue_is_asked_for_once_and_read_right(monkeypatch):

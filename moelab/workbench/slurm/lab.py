@@ -50,7 +50,9 @@ def start(profile: Profile, arguments: Sequence[str]) -> int:
         queue.cancel([job])
         console.print(f"\njob {job} cancelled")
         return 0
-    console.print(f"job {job} ended; see {folder / 'lab.out'}")
+    log = folder / "lab.out"
+    console.print(f"job {job} ended; the last lines of {log}:")
+    console.print(*log.read_text().splitlines()[-4:] if log.exists() else ["(nothing)"], sep="\n", markup=False)
     return 1
 
 
