@@ -416,4 +416,4 @@ def _title(one: list[dict[str, Any]]) -> str:
         return "Latency of a decoding step"
     most = max(row["experts"] for row in moe)
     ratios = [f"{row['time_over_optimised']:.1f} (batch {row['batch']})" for row in moe if row["experts"] == most]
-    return f"With {most} experts the paper's baseline takes times the optimised step: {', '.join(ratios)}"
+    return f"With {most} experts a step of the paper's baseline takes {', '.join(ratios)} times as long as the optimised one"
