@@ -9,6 +9,9 @@ from typing import Annotated
 
 import typer
 
+from moelab.workbench import simulate_cli
+from moelab.workbench.slurm import commands
+
 app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
@@ -19,6 +22,9 @@ bench = typer.Typer(no_args_is_help=True, help="Benchmarks; each prints ratios m
 app.add_typer(bench, name="bench")
 kernels = typer.Typer(no_args_is_help=True, help="The Triton kernels, without a GPU.")
 app.add_typer(kernels, name="kernels")
+app.add_typer(simulate_cli.app, name="simulate")
+app.command()(simulate_cli.plan)
+commands.register(app)
 
 
 @app.command(name="list")
@@ -38,36 +44,85 @@ def list_() -> None:
 
 @app.command()
 def run(
-    name: Annotated[str, typer.Argument(help="experiment, see `moelab list`")],
-    scale: Annotated[str, typer.Option(help="smoke, cpu or gpu")] = "cpu",
+    name: Annotated[str | None, typer.Argument(help="experiment, see `moelab list`")] = None,
+    scale: Annotated[str, typer.Option(help="smoke, cpu, gpu or paper")] = "cpu",
     parameter: Annotated[
         list[str] | None, typer.Option("-p", "--parameter", metavar="NAME=VALUE", help="a parameter of the notebook")
     ] = None,
+    all_: Annotated[bool, typer.Option("--all", help="every experiment that has the scale")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="only say what would be trained, and what it costs")
+    ] = False,
 ) -> None:
     """Run an experiment's notebook: trains what is not trained yet, publishes figures and claims to the results."""
-    from moelab.workbench import notebooks
-    from moelab.workbench.experiments import experiment
-    from moelab.workbench.watch import execute_watched
+    from moelab.workbench import batch, notebooks
+    from moelab.workbench.experiments import EXPERIMENTS, experiment
 
-    given = {}
-    for item in parameter or []:
-        key, separator, value = item.partition("=")
-        if not separator:
-            raise ValueError(f"-p {item}: expected NAME=VALUE")
-        given[key.strip()] = value.strip()
-    given.setdefault("scale", scale)
-    chosen = experiment(name)
-    values = notebooks.check_parameters(chosen, given)
-    chosen.scale(values["scale"])
-    if not execute_watched(chosen, values):
+    if all_ == (name is not None):
+        raise ValueError("run: give an experiment's name or --all; see `moelab list`")
+    given = commands.parse_parameters(parameter, scale)
+    scale = given["scale"]
+    if name is not None:
+        values = notebooks.check_parameters(experiment(name), given)
+        experiment(name).scale(values["scale"])
+    if dry_run:
+        from moelab.workbench.plan import plan, show
+
+        wanted = {name: given} if name else batch.chosen(scale, {k: v for k, v in given.items() if k != "scale"})
+        show(plan([spec for e, taken in wanted.items() for spec in batch.specs_of(EXPERIMENTS[e], taken)]))
+        return
+    if name is None:
+        good = batch.run_all(scale, {k: v for k, v in given.items() if k != "scale"})
+    else:
+        from moelab.workbench.watch import execute_watched
+
+        good = execute_watched(experiment(name), values)
+    if not good:
         raise typer.Exit(1)
 
 
+@app.command()
+def claims(
+    as_json: Annotated[bool, typer.Option("--json", help="all of it, as JSON")] = False,
+) -> None:
+    """Every claim of the paper, ours beside the paper's value, and a verdict; computed from the published results."""
+    import json
+
+    from moelab.workbench import paths
+    from moelab.workbench.ledger import counts, ledger
+
+    entries = ledger(paths.results())
+    if as_json:
+        print(json.dumps([entry.to_json() for entry in entries], indent=2))
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    view = Table("claim", "where", "paper", "ours, 95 % interval", "at", "verdict", "figure")
+    for column in view.columns:
+        column.overflow = "fold"
+    for entry in entries:
+        f = entry.finding
+        ours = "" if f is None or f.ours is None else f"{f.ours:.4g}"
+        if f is not None and f.low is not None and f.samples:
+            ours += f" ({f.low:.4g} to {f.high:.4g})"
+        at = f"{f.scale}, {f.samples or 'exact'}" if f else ""
+        view.add_row(entry.claim, entry.where, entry.paper, ours, at, entry.verdict, f.figure if f else "")
+    console = Console()
+    console.print(view)
+    console.print(f"{len(entries)} claims: " + ", ".join(f"{n} {verdict}" for verdict, n in counts(entries).items()))
+
+
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
-def lab(context: typer.Context) -> None:
-    """Open JupyterLab on the notebooks, on 127.0.0.1; further arguments go to JupyterLab."""
+def lab(context: typer.Context, profile: commands.Profile = None) -> None:
+    """Open JupyterLab on the notebooks, here on 127.0.0.1 or, with --profile, on a node of a cluster; further arguments go to it."""
     from moelab.workbench import paths
 
+    if profile is not None:
+        from moelab.workbench.slurm import lab as cluster_lab
+        from moelab.workbench.slurm import profiles
+
+        raise typer.Exit(cluster_lab.start(profiles.load(profile), context.args))
     command = [sys.executable, "-m", "jupyterlab", f"--ServerApp.root_dir={paths.notebooks()}", *context.args]
     os.execv(sys.executable, command)
 
@@ -84,7 +139,7 @@ def browse(
 
     from moelab.workbench import paths, site
 
-    folder = site.build(paths.results()).parent
+    folder = site.build(paths.results()).index.parent
     handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=str(folder))
     try:
         server = http.server.ThreadingHTTPServer(("127.0.0.1", port), handler)
@@ -98,6 +153,17 @@ def browse(
         server.serve_forever()
     except KeyboardInterrupt:
         print()
+
+
+@app.command()
+def tensorboard(
+    run: Annotated[list[str] | None, typer.Argument(help="runs, by the beginning of their id; all without")] = None,
+    port: Annotated[int, typer.Option(help="port on 127.0.0.1")] = 6006,
+) -> None:
+    """Show runs in TensorBoard, those still training too: losses, speed, and the experts' load by layer."""
+    from moelab.workbench import tensorboard as board
+
+    raise typer.Exit(board.serve(board.select(run or []), port))
 
 
 @app.command()
@@ -314,6 +380,40 @@ def bench_scaling(
     models = model or ["350M twin", "350M+MoE-128 twin", "350M+PR-MoE-32/64 twin"]
     bench_main(models=models, ranks=ranks, per_rank=sequences, steps=steps, rounds=rounds, out=out)
     _write_provenance(out, "scaling")
+
+
+@bench.command(name="exchange")
+def bench_exchange(
+    ranks: Annotated[list[int] | None, typer.Option("--ranks", help="processes; repeat for several")] = None,
+    size: Annotated[
+        list[int] | None, typer.Option("--bytes", help="bytes of tokens a rank; repeat for several")
+    ] = None,
+    rounds: Annotated[int, typer.Option(help="times the ways take turns")] = 15,
+    device: Device = "cpu",
+    out: Out = None,
+) -> None:
+    """How tokens travel between ranks of this machine: flat, hierarchical, coordinated, and the alpha-beta floor."""
+    _check_device(device)
+    from moelab.engine.bench import main as bench_main
+
+    sizes = size or [1 << 10, 1 << 14, 1 << 18, 1 << 22]
+    bench_main(ranks=ranks or [4, 8, 16], sizes=sizes, rounds=rounds, device=device, out=out)
+    _write_provenance(out, "exchange")
+
+
+@bench.command(name="submit")
+def bench_submit(
+    profile: commands.Profile = None,
+    rounds: Annotated[int, typer.Option(help="times the ways of running take turns")] = 3,
+    runs: Annotated[int, typer.Option(help="runs submitted at once")] = 200,
+    out: Out = None,
+) -> None:
+    """Slurm's cost: submit to first step, a notebook batch against the same work inline, many runs at once."""
+    from moelab.workbench.slurm import bench as slurm_bench
+    from moelab.workbench.slurm import profiles
+
+    slurm_bench.main(profiles.choose(profile), rounds=rounds, runs=runs, out=out)
+    _write_provenance(out, "submit")
 
 
 @kernels.command(name="compile")
