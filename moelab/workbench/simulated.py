@@ -117,7 +117,7 @@ def grouped_bars(
     if log:
         ax.set_yscale("log")
         ax.yaxis.set_major_formatter("{x:g}")
-        ax.set_ylim(top=top * 2.6)
+        ax.set_ylim(frame[value].min() / 3, top * 2.6)
     else:
         ax.set_ylim(0, top * 1.2)
     return ax
