@@ -36,6 +36,8 @@ class Experiment:
         notebook: file name in `notebooks/`.
         scales: scale name -> Scale.
         specs: the runs, from scale, seeds and whatever else the notebook's parameters say; `no_runs` where nothing is trained.
+        trains: the notebook asks for these runs to be trained; False if it only measures their steps.
+        measures: the notebook measures time, so nothing else should run beside it.
     """
 
     name: str
@@ -46,6 +48,8 @@ class Experiment:
     notebook: str
     scales: Mapping[str, Scale]
     specs: Callable[..., Sequence[RunSpec]]
+    trains: bool = True
+    measures: bool = False
 
     def scale(self, name: str) -> Scale:
         """ValueError, one line, for a scale this experiment does not have."""

@@ -1,0 +1,192 @@
+"""A model spread over 8 gloo ranks is the model on one: losses, gradients, norm, clipped step, initial weights."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch.distributed.tensor import DTensor
+
+from moelab.config import ModelConfig, RoutingConfig
+from moelab.engine import gradients, parallel
+from moelab.engine.mesh import Mesh
+from moelab.engine.testing import Ranks
+from moelab.layout import ParallelConfig
+from moelab.models import build
+
+pytestmark = pytest.mark.multiprocess
+
+MODEL = ModelConfig(
+    layers=4, hidden=32, heads=4, experts=(0, 4, 0, 8), residual=True, vocab=96, context=16, init_std=0.05,
+    routing=RoutingConfig(drop_tokens=True, z_loss=0.01),
+)  # fmt: skip
+TOP2 = replace(MODEL, top_k=2, residual=False, routing=RoutingConfig(drop_tokens=False))
+UNEVEN = replace(MODEL, experts=(2, 0, 8, 4), residual_mix="sum", routing=RoutingConfig(capacity_factor=0.5))
+SEQUENCES, SEED = 8, 3
+
+
+@pytest.fixture(scope="module")
+def ranks():
+    with Ranks(8) as started:
+        yield started
+
+
+def batch(config: ModelConfig) -> tuple[torch.Tensor, torch.Tensor]:
+    tokens = torch.randint(config.vocab, (SEQUENCES, config.context + 1), generator=torch.Generator().manual_seed(5))
+    return tokens[:, :-1], tokens[:, 1:]
+
+
+def forward_backward(config: ModelConfig, module, first: int, count: int, last=lambda: None) -> float:
+    """Sequences first ... first + count - 1, each a micro-batch, mean loss over them."""
+    tokens, targets = batch(config)
+    module.train()
+    total = 0.0
+    for i in range(first, first + count):
+        torch.manual_seed(i)
+        if i == first + count - 1:
+            last()
+        output = module(tokens[i : i + 1])
+        loss = output.cross_entropy(targets[i : i + 1]) + output.routing_loss(config)
+        (loss / count).backward()
+        total += float(loss.detach()) / count
+    return total
+
+
+def compare(config: ModelConfig, layout: ParallelConfig) -> dict[str, float]:
+    """On a rank: largest differences from the model on one rank, relative to the largest value of each parameter's gradient."""
+    reference = build(config, SEED)
+    whole_loss = forward_backward(config, reference, 0, SEQUENCES)
+    whole = {name: (p.detach(), p.grad) for name, p in reference.named_parameters()}
+
+    mesh = Mesh(layout, config.experts)
+    model = parallel.build(config, SEED, mesh)
+    sync = gradients.GradientSync(model)
+    count = SEQUENCES // mesh.data.size
+    loss = forward_backward(config, model.module, mesh.data.index * count, count, sync.arm)
+    sync.finish()
+    total = torch.tensor(loss)
+    if mesh.data.size > 1:
+        torch.distributed.all_reduce(total, group=mesh.data.handle)
+    difference = {"loss": abs(float(total) / mesh.data.size - whole_loss), "weights": 0.0, "gradients": 0.0}
+    for name, p in model.module.named_parameters():
+        weight, grad = whole[name]
+        if isinstance(p, DTensor):
+            difference["weights"] = max(difference["weights"], float((p.full_tensor() - weight).abs().max()))
+            off = float((p.grad.full_tensor() - grad).abs().max())
+            difference["gradients"] = max(difference["gradients"], off / (float(grad.abs().max()) + 1e-3))
+            continue
+        for box in model.placements[name].boxes:
+            region = tuple(slice(a, a + n) for a, n in zip(box.at, box.size, strict=True))
+            difference["weights"] = max(difference["weights"], float((box.of(p) - weight[region]).abs().max()))
+            off = float((box.of(p.grad) - grad[region]).abs().max())
+            difference["gradients"] = max(difference["gradients"], off / (float(grad.abs().max()) + 1e-3))
+    norm = float(torch.nn.utils.get_total_norm([g for _, g in whole.values()]))
+    difference["norm"] = abs(gradients.clip(model, norm / 2) - norm) / norm
+    mesh.close()
+    clipped = max(
+        float((g.full_tensor() if isinstance(g := p.grad, DTensor) else g).abs().max())
+        for p in model.module.parameters()
+    )
+    assert clipped <= max(float(g.abs().max()) for _, g in whole.values()) / 2 * (1 + 1e-4)
+    return difference
+
+
+LAYOUTS = {
+    "expert 1": ParallelConfig(data=8, expert=1),
+    "tensor 2, no exchange": ParallelConfig(tensor=2, data=4, expert=1),
+    "shard, expert 1": ParallelConfig(data=8, shard=True, expert=1),
+    "expert 2": ParallelConfig(data=8, expert=2),
+    "expert 4": ParallelConfig(data=8, expert=4),
+    "as many as experts": ParallelConfig(data=8),
+    "no overlap": ParallelConfig(data=8, overlap=False),
+    "hierarchical 2x4": ParallelConfig(data=8, gpus_per_node=4, exchange="hierarchical"),
+    "hierarchical 4x2": ParallelConfig(data=8, gpus_per_node=2, exchange="hierarchical"),
+    "slicing 2": ParallelConfig(data=8, expert_slicing=2),
+    "slicing 2, expert 2": ParallelConfig(data=8, expert=2, expert_slicing=2),
+    "slicing 8": ParallelConfig(data=8, expert=1, expert_slicing=8),
+    "tensor 2, flat": ParallelConfig(tensor=2, data=4),
+    "tensor 2, coordinated": ParallelConfig(tensor=2, data=4, exchange="coordinated"),
+    "tensor 4, coordinated": ParallelConfig(tensor=4, data=2, exchange="coordinated"),
+    "tensor 2, expert 2, coordinated": ParallelConfig(tensor=2, data=4, expert=2, exchange="coordinated"),
+    "tensor 4, expert 2, coordinated": ParallelConfig(tensor=4, data=2, expert=2, exchange="coordinated"),
+    "tensor 2, coordinated, 2 nodes": ParallelConfig(
+        tensor=2, data=4, gpus_per_node=4, exchange="coordinated-hierarchical"
+    ),
+    "figure 7 in small": ParallelConfig(
+        tensor=2, data=4, expert=4, expert_slicing=2, gpus_per_node=2, exchange="coordinated"
+    ),
+    "tensor 4, slicing 4, flat": ParallelConfig(tensor=4, data=2, expert=2, expert_slicing=4),
+    "shard": ParallelConfig(data=8, shard=True),
+    "shard, slicing 2": ParallelConfig(data=8, shard=True, expert_slicing=2),
+    "recompute": ParallelConfig(data=8, recompute=True),
+    "recompute, shard, hierarchical": ParallelConfig(
+        data=8, recompute=True, shard=True, gpus_per_node=4, exchange="hierarchical"
+    ),
+    "recompute, tensor 2, coordinated": ParallelConfig(tensor=2, data=4, recompute=True, exchange="coordinated"),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_pr_moe_on_8_ranks_is_the_model_on_one(ranks, layout):
+    check(ranks, MODEL, LAYOUTS[layout])
+
+
+@pytest.mark.parametrize("layout", ["as many as experts", "hierarchical 2x4", "slicing 2", "tensor 2, coordinated"])
+@pytest.mark.parametrize("model", [TOP2, UNEVEN], ids=["top-2, drop-free", "2, 8 and 4 experts, dropping"])
+def test_other_models_too(ranks, layout, model):
+    check(ranks, model, LAYOUTS[layout])
+
+
+def check(ranks: Ranks, model: ModelConfig, layout: ParallelConfig) -> None:
+    for rank, difference in enumerate(ranks.run(compare, model, layout)):
+        assert difference["weights"] == 0, f"rank {rank}: initial weights depend on the layout"
+        assert difference["loss"] < 1e-5 and difference["gradients"] < 1e-5 and difference["norm"] < 1e-5, (
+            rank,
+            difference,
+        )
+
+
+def pooled(config: ModelConfig, layout: ParallelConfig) -> float:
+    """On a rank: largest difference of a router's gradient from that of the whole batch as one micro-batch."""
+    tokens, targets = batch(config)
+    reference = build(config, SEED).train()
+    torch.manual_seed(0)
+    output = reference(tokens)
+    (output.cross_entropy(targets) + output.routing_loss(config)).backward()
+    mesh = Mesh(layout, config.experts)
+    model = parallel.build(config, SEED, mesh)
+    sync = gradients.GradientSync(model)
+    forward_backward(config, model.module, mesh.data.index, 1, sync.arm)
+    sync.finish()
+    mesh.close()
+    return max(
+        float((a.ffn.router.weight.grad - b.ffn.router.weight.grad).abs().max() / b.ffn.router.weight.grad.abs().max())
+        for a, b in zip(model.module.blocks, reference.blocks, strict=True)
+        if hasattr(a.ffn, "router")
+    )
+
+
+def test_load_balancing_over_all_ranks_is_that_of_the_whole_batch(ranks):
+    routing = RoutingConfig(drop_tokens=False, aux_scope="step", aux_loss=1.0)
+    model = replace(MODEL, routing=routing)
+    assert max(ranks.run(pooled, model, ParallelConfig(data=8))) < 1e-5
+    per_rank = replace(model, routing=replace(routing, aux_scope="micro_batch"))
+    assert max(ranks.run(pooled, per_rank, ParallelConfig(data=8))) > 1e-3  # the choice matters
+
+
+def test_the_wrong_number_of_ranks_is_refused():
+    with pytest.raises(ValueError, match=r"the layout is for 8 ranks \(tensor 2 x data 4\), there are 1"):
+        Mesh(ParallelConfig(tensor=2, data=4))
+
+
+def test_the_one_rank_baseline_is_refused(ranks):
+    assert "knows no expert parallelism" in ranks.run(refused, replace(MODEL, dispatch="einsum"))[0]
+
+
+def refused(config: ModelConfig) -> str:
+    try:
+        parallel.build(config, 0, Mesh(ParallelConfig(data=8), config.experts))
+    except ValueError as error:
+        return str(error)
+    return ""

@@ -1,0 +1,103 @@
+"""Training on gloo ranks: the loss curve does not depend on the layout, and a run goes on with another one."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch.distributed as dist
+
+from moelab.config import ModelConfig, TrainConfig
+from moelab.data import TokenData
+from moelab.engine.testing import Ranks
+from moelab.layout import ParallelConfig
+from moelab.training import TrainingStopped, train
+from moelab.training.metrics import TRAIN, VALIDATION, read_rows
+
+pytestmark = pytest.mark.multiprocess
+
+CLOSE = ("loss", "routing_loss", "grad_norm", "validation_loss")
+SAME = ("step", "tokens", "lr", "dropped_share", "expert_load", "validation_tokens")
+
+
+@pytest.fixture(scope="module")
+def ranks():
+    with Ranks(4) as four, Ranks(2) as two:
+        yield {4: four, 2: two}
+
+
+@pytest.fixture
+def run(ranks, data, tmp_path):
+    """Trains on as many ranks as the layout asks for, or here when it is None."""
+
+    def start(
+        name: str, layout: ParallelConfig | None, model: ModelConfig, config: TrainConfig, stop_after: int = 0
+    ) -> Path:
+        folder = tmp_path / name
+        folder.mkdir(exist_ok=True)
+        if layout is None:
+            train(model, config, data, 32, folder)
+        else:
+            ranks[layout.ranks].run(on_rank, model, config, data.folder, folder, layout, stop_after)
+        return folder
+
+    return start
+
+
+def on_rank(model, config, tokens, folder, layout, stop_after) -> None:
+    data = TokenData(tokens)
+    asked = iter(range(1, 10_000))
+    # Only one rank is told to stop: the others must hear of it.
+    told = stop_after and dist.get_rank() == layout.ranks - 1
+    try:
+        train(
+            model,
+            config,
+            data,
+            32,
+            folder,
+            parallel=layout,
+            should_stop=lambda: bool(told) and next(asked) >= stop_after,
+        )
+        assert not stop_after
+    except TrainingStopped as stop:
+        assert "the checkpoint is written" in str(stop)
+
+
+def assert_same_curve(a: Path, b: Path) -> None:
+    for file in (TRAIN, VALIDATION):
+        rows_a, rows_b = read_rows(a / file), read_rows(b / file)
+        assert [row["step"] for row in rows_a] == [row["step"] for row in rows_b]
+        for row_a, row_b in zip(rows_a, rows_b, strict=True):
+            for key in row_a.keys() & set(SAME):
+                assert row_a[key] == row_b[key], (key, row_a["step"])
+            for key in row_a.keys() & set(CLOSE):
+                assert row_a[key] == pytest.approx(row_b[key], rel=1e-5, abs=1e-5), (key, row_a["step"])
+
+
+LAYOUTS = {
+    "expert 4": ParallelConfig(data=4),
+    "expert 2, hierarchical": ParallelConfig(data=4, gpus_per_node=2, exchange="hierarchical"),
+    "tensor 2, coordinated": ParallelConfig(tensor=2, data=2, exchange="coordinated"),
+    "slicing 2, recompute": ParallelConfig(data=4, expert_slicing=2, recompute=True),
+    "shard": ParallelConfig(data=4, shard=True),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_the_curve_does_not_depend_on_the_layout(run, tiny_model, tiny_train, layout):
+    # Without dropout, so that tensor slicing is allowed; few steps, because rounding grows.
+    model, config = replace(tiny_model, dropout=0.0), replace(tiny_train, micro_batch=1, tokens=12 * 128)
+    assert_same_curve(run("one", None, model, config), run("many", LAYOUTS[layout], model, config))
+
+
+def test_a_stopped_run_goes_on_with_another_layout(run, tiny_model, tiny_train):
+    config = replace(tiny_train, micro_batch=1, tokens=12 * 128, checkpoint_every=4)
+    undisturbed = run("one", None, tiny_model, config)
+    moved = run("moved", ParallelConfig(data=4), tiny_model, config, stop_after=5)
+    assert read_rows(moved / TRAIN)[-1]["step"] < 6
+    run("moved", ParallelConfig(data=2, shard=True), tiny_model, config, stop_after=3)
+    run("moved", ParallelConfig(data=2, expert_slicing=2), tiny_model, config, stop_after=2)
+    run("moved", None, tiny_model, config)
+    assert_same_curve(undisturbed, moved)
