@@ -137,7 +137,7 @@ def browse(
 
     from moelab.workbench import paths, site
 
-    folder = site.build(paths.results()).parent
+    folder = site.build(paths.results()).index.parent
     handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=str(folder))
     try:
         server = http.server.ThreadingHTTPServer(("127.0.0.1", port), handler)
@@ -151,6 +151,17 @@ def browse(
         server.serve_forever()
     except KeyboardInterrupt:
         print()
+
+
+@app.command()
+def tensorboard(
+    run: Annotated[list[str] | None, typer.Argument(help="runs, by the beginning of their id; all without")] = None,
+    port: Annotated[int, typer.Option(help="port on 127.0.0.1")] = 6006,
+) -> None:
+    """Show runs in TensorBoard, those still training too: losses, speed, and the experts' load by layer."""
+    from moelab.workbench import tensorboard as board
+
+    raise typer.Exit(board.serve(board.select(run or []), port))
 
 
 @app.command()

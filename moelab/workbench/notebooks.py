@@ -18,6 +18,7 @@ from traitlets import Unicode
 from moelab.workbench import paths
 from moelab.workbench.experiments import Experiment
 from moelab.workbench.results import SUMMARY
+from moelab.workbench.site import convert
 
 
 class NotebookFailed(RuntimeError):
@@ -144,7 +145,7 @@ def execute(experiment: Experiment, values: Mapping[str, Any], plan: Path) -> Pa
     if not (staging / SUMMARY).exists():
         raise NotebookFailed(f"{experiment.notebook} ended without publishing a result (executed copy: {copy})")
     _forget_places(copy)
-    _to_html(copy)
+    convert(copy)
     target = paths.results() / experiment.name / scale / name
     while target.exists():  # nothing is overwritten
         target = target.with_name(target.name + "x")
@@ -173,11 +174,3 @@ def _kernel_manager() -> type:
     if os.name != "posix":
         return AsyncKernelManager
     return type("SocketKernelManager", (AsyncKernelManager,), {"transport": Unicode("ipc")})
-
-
-def _to_html(notebook: Path) -> None:
-    from nbconvert import HTMLExporter
-
-    exporter = HTMLExporter(template_name="lab")
-    body, _ = exporter.from_filename(str(notebook))
-    notebook.with_suffix(".html").write_text(body)

@@ -1,7 +1,7 @@
 """What a notebook found, as files anyone can read: figures, the data behind them, claims, provenance.
 
 results/<experiment>/<scale>/<date>-<time>/summary.json      what is here, how it came about
-                                           <name>.png, .svg, <name>.jsonl    a figure and its data
+                                           <name>.png, .svg, -dark.svg, .jsonl  a figure and its data
                                            notebook.ipynb, notebook.html     the executed notebook
 """
 
@@ -15,6 +15,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from moelab import paper
 from moelab.files import write_json, write_text
 from moelab.workbench import paths
 from moelab.workbench.provenance import provenance
@@ -59,12 +60,27 @@ class Publication:
         return cls(experiment, scale, parameters, path, interactive=given is None)
 
     def figure(
-        self, figure: Figure, name: str, *, title: str, caption: str = "", data: pd.DataFrame | None = None
+        self,
+        figure: Figure,
+        name: str,
+        *,
+        title: str,
+        caption: str = "",
+        data: pd.DataFrame | None = None,
+        claims: Sequence[str] = (),
     ) -> None:
-        """Save a figure as PNG and SVG, and the numbers it shows as JSON lines. `title` states the finding."""
-        for suffix, options in (("png", {"dpi": 160}), ("svg", {})):
-            figure.savefig(self.path / f"{name}.{suffix}", bbox_inches="tight", **options)
-        record = {"name": name, "title": title, "caption": caption}
+        """Save a figure as PNG and SVG (for light and for dark pages), and the numbers it shows as JSON lines.
+
+        Args:
+            title: the finding, one line.
+            claims: the paper's claims that it shows, by id; the ledger links them to it.
+        """
+        from moelab.workbench import figures
+
+        figures.save(figure, self.path / name, title=title)
+        record: dict[str, Any] = {"name": name, "title": title, "caption": caption}
+        if claims:
+            record["claims"] = [paper.claim(id).id for id in claims]  # ValueError for one that is none
         if data is not None:
             record["data"] = f"{name}.jsonl"
             self._write_frame(record["data"], data)

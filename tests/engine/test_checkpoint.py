@@ -4,6 +4,7 @@ import functools
 import json
 import logging
 import os
+import re
 import resource
 import shutil
 import signal
