@@ -106,7 +106,7 @@ def test_a_simulation_ranks_below_a_measurement_whatever_scale_it_ran_at(tmp_pat
     claim = paper.claim("52b-speedup-8-gpus")
     publish(tmp_path, "inference-scaling", "cpu", "20260102-000000", [verdict(claim, 2.05)])
     entry = entries(tmp_path)[claim.id]
-    assert entry.verdict == "simulated: within 15%" and entry.finding.scale == "simulated"
+    assert entry.verdict == "simulated: within 15 %" and entry.finding.scale == "simulated"
     publish(tmp_path, "inference-scaling", "cpu", "20260101-000000", [judge(claim, [1.4, 1.5, 1.6])])
     entry = entries(tmp_path)[claim.id]
     assert entry.verdict == claims.DIRECTION and [f.scale for f in entry.findings] == ["cpu", "simulated"]
