@@ -15,7 +15,7 @@ from typing import Any
 
 from moelab import paper
 from moelab.files import read_json
-from moelab.workbench.claims import NOT_TESTABLE, NOT_TESTED
+from moelab.workbench.claims import NOT_TESTABLE, NOT_TESTED, SIMULATED
 from moelab.workbench.results import SUMMARY
 
 DISAGREES = "paper's own numbers disagree"
@@ -126,7 +126,8 @@ def _finding(record: dict[str, Any], path: Path, summary: dict[str, Any]) -> Fin
     figures = [f["name"] for f in summary["figures"]]
     name = record.get("figure") or next(iter(figures), "")
     return Finding(
-        scale=summary["scale"],
+        # A simulation says the same at every scale, and less than a measurement at any but the smallest.
+        scale="simulated" if record["verdict"] in SIMULATED else summary["scale"],
         **{key: record[key] for key in ("ours", "low", "high", "unit", "samples", "verdict", "note")},
         result=path.as_posix(),
         figure=f"{path.as_posix()}/{name}.png" if name in figures else "",

@@ -51,7 +51,7 @@ const moelab = {
       for (const button of tally) button.setAttribute("aria-pressed", String(button.dataset.verdict === verdict));
       const any = words.length || scale || verdict || experiment;
       const count = (n, word) => n + " " + word + (n === 1 ? "" : "s");
-      document.getElementById("matches").textContent = any
+      document.getElementById("count").textContent = any
         ? [count(shown.claim, "claim"), count(shown.chapter, "experiment"), count(shown.result, "result")].join(", ")
         : "";
     };
@@ -157,7 +157,7 @@ const moelab = {
     ];
 
     const facts = rows(union(Object.keys(a.facts), Object.keys(b.facts)).map((k) => [k, text(a.facts[k]), text(b.facts[k])]));
-    parts.push(table("How they were made", ["", "A", "B"], facts));
+    if (facts.length) parts.push(table("How they were made", ["", "A", "B"], facts));
 
     const claims = (r) => Object.fromEntries(r.claims.map((c) => [c.id, c]));
     const [ca, cb] = [claims(a), claims(b)];

@@ -12,7 +12,19 @@ from typing import Any
 
 from moelab import paper
 from moelab.files import read_json
-from moelab.workbench.claims import DIRECTION, NO_SPREAD, NOT_REPRODUCED, NOT_TESTED, REPRODUCED, UNDECIDED
+from moelab.workbench.claims import (
+    DIRECTION,
+    NO_SPREAD,
+    NOT_REPRODUCED,
+    NOT_TESTED,
+    REPRODUCED,
+    SIMULATED,
+    SIMULATED_DIRECTION,
+    SIMULATED_FAILS,
+    SIMULATED_HOLDS,
+    SIMULATED_WITHIN,
+    UNDECIDED,
+)
 from moelab.workbench.experiments import EXPERIMENTS, Experiment
 from moelab.workbench.progress import duration
 from moelab.workbench.provenance import describe
@@ -26,6 +38,10 @@ VERDICTS = {
     DIRECTION: ("↗", "part"),
     UNDECIDED: ("?", "open"),
     NOT_REPRODUCED: ("✗", "bad"),
+    SIMULATED_WITHIN: ("≈", "good"),
+    SIMULATED_HOLDS: ("≈", "good"),
+    SIMULATED_DIRECTION: ("↗", "part"),
+    SIMULATED_FAILS: ("✗", "bad"),
     NO_SPREAD: ("1", "none"),
     UNTESTED: ("–", "none"),
     NOT_TESTED: ("–", "none"),
@@ -33,7 +49,8 @@ VERDICTS = {
 """Verdict -> sign and style, in the order of the summary."""
 
 
-_JUDGED = (REPRODUCED, DIRECTION, UNDECIDED, NOT_REPRODUCED)
+_MEASURED = (REPRODUCED, DIRECTION, UNDECIDED, NOT_REPRODUCED)
+_JUDGED = (*_MEASURED, *SIMULATED)
 
 
 @dataclass(frozen=True)
@@ -299,17 +316,22 @@ def ledger(found: Iterable[Result]) -> list[Line]:
     Args:
         found: newest first.
     """
-    newest: dict[str, dict[str, Line]] = {claim.id: {} for claim in paper.claims()}
+    newest: dict[str, dict[tuple[str, bool], Line]] = {claim.id: {} for claim in paper.claims()}
     for result in found:
         for line in judged(result):
             if line.verdict in _JUDGED or line.ours is not None:
-                newest[line.claim.id].setdefault(line.scale, line)
+                newest[line.claim.id].setdefault((line.scale, line.verdict in SIMULATED), line)
     lines = []
     for claim in paper.claims():
-        # A scale that could not judge (one seed, or too small) does not stand before one that did.
-        own = sorted(newest[claim.id].values(), key=lambda line: (line.verdict not in _JUDGED, scale_rank(line.scale)))
+        # A scale that could not judge (one seed, or too small) does not stand before one that did, nor a simulation before a measurement.
+        own = sorted(newest[claim.id].values(), key=_telling)
         lines += [replace(line, best=i == 0) for i, line in enumerate(own or [Line(claim)])]
     return sorted(lines, key=lambda line: position(line.claim.where))
+
+
+def _telling(line: Line) -> tuple[bool, bool, int]:
+    """Sorts the most telling line of a claim first."""
+    return line.verdict not in _JUDGED, line.verdict not in _MEASURED, scale_rank(line.scale)
 
 
 def _finite(value: float | None) -> float | None:
