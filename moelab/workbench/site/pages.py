@@ -163,4 +163,4 @@ def interval(line: Line) -> str:
     return f"{template.number(line.low, line.claim.unit)} … {template.number(line.high, line.claim.unit)}"
 
 
-_VIEW = {"verdicts": VERDICTS, "plot": interval_plot, "interval": interval, "table_rows": TABLE_ROWS}
+_VIEW = {"verdicts": VERDICTS, "plot": interval_plot, "interval": interval, "judged": judged, "table_rows": TABLE_ROWS}
