@@ -167,7 +167,9 @@ class _Watch:
                 self._looked = time.monotonic()
                 self.started.watch_memory()
                 if hanging := self._hanging(codes):
-                    raise self._hung(hanging, f"hangs: no sign of life for {self.limits.hang_s:g} s")
+                    # The one that hangs may have given its last sign a moment later than those that wait for it.
+                    others = [rank for rank, code in enumerate(codes) if code is None and rank not in hanging]
+                    raise self._hung(hanging + others, f"hangs: no sign of life for {self.limits.hang_s:g} s")
             tick()
             time.sleep(_POLL_S)
 
@@ -256,7 +258,7 @@ class _Watch:
         halted = [rank for rank in late if self.started.stopped_by_signal(rank)]
         if not halted:
             self.started.signal(signal.SIGUSR2)
-            time.sleep(min(1.0, self.limits.death_s / 4))
+            self._await_stacks(marks)
         stacks = {rank: postmortem.stacks(_read(_log(self.logs, rank), marks[rank])) for rank in late}
         culprits = halted or [r for r in late if not postmortem.in_collective(stacks[r])] or list(late)
         rank = culprits[0]
@@ -269,6 +271,17 @@ class _Watch:
         if len(culprits) > 1:
             how += f"; {_list(culprits[1:])} too"
         return self._failure(rank, how, deadline)
+
+    def _await_stacks(self, marks: Mapping[int, int]) -> None:
+        """Until all of them have written theirs, at most half the time there is."""
+        deadline = time.monotonic() + self.limits.death_s / 2
+        before: list[int] = []
+        while time.monotonic() < deadline:
+            time.sleep(0.25)
+            sizes = [_size(_log(self.logs, rank)) for rank in marks]
+            if sizes == before and all(size > mark for size, mark in zip(sizes, marks.values(), strict=True)):
+                return
+            before = sizes
 
     def _failure(self, rank: int, how: str, deadline: float | None = None) -> RankFailed:
         """Ends all ranks."""

@@ -175,10 +175,10 @@ class SlurmRanks:
 
     def complaint(self) -> str:
         """As `LocalRanks.complaint`."""
-        text = self._text()
-        if self._ENDED.search(text):
+        lines = [line.strip() for line in self._text().splitlines() if line.strip()]
+        if not self._srun.poll() or any(self._ENDED.search(line) for line in lines):
             return ""
-        return next((line.strip() for line in text.splitlines() if line.startswith("srun: error: ")), "")
+        return next((line for line in lines if line.startswith("srun: error: ")), (lines or ["srun failed"])[-1])
 
     def host(self, rank: int) -> str:
         for match in self._ENDED.finditer(self._text()):

@@ -207,12 +207,14 @@ def gaps(
     arms: Sequence[str],
     value: str,
     paper: Mapping[str, tuple[float, float, float]],
+    of: str = "seeds",
 ) -> Axes:
     """A row an arm: mean over seeds of `value` with its 95 % interval, each seed as a small dot, the paper's value beside.
 
     Args:
         measured: columns arm, seed and `value`.
         paper: arm -> (value, low, high) as the paper reports it.
+        of: what the values are: seeds, or rounds of a measurement.
     """
     palette = colors(arms)
     labelled = set()
@@ -235,7 +237,7 @@ def gaps(
                 capsize=4,
                 markersize=8,
                 zorder=3,
-                label=once("ours" if len(values) == 1 else f"ours: mean of {len(values)} seeds, 95 % interval"),
+                label=once("ours" if len(values) == 1 else f"ours: mean of {len(values)} {of}, 95 % interval"),
             )
         if arm in paper:
             at, low, high = paper[arm]
@@ -247,6 +249,29 @@ def gaps(
     return ax
 
 
+def means(measured: pd.DataFrame, ax: Axes, *, x: str, y: str) -> Axes:
+    """A line of means over seeds with 95 % bars, each seed as a small dot. Columns x, y and seed."""
+    rows = [(at, part[y].mean(), *student(part[y])) for at, part in measured.groupby(x)]
+    ax.scatter(measured[x], measured[y], s=14, color=_COLORS[5], alpha=0.5, linewidths=0)
+    if rows:
+        at, center, low, high = (list(column) for column in zip(*rows, strict=True))
+        bars = [[c - a for c, a in zip(center, low, strict=True)], [b - c for c, b in zip(center, high, strict=True)]]
+        ax.errorbar(at, center, yerr=bars, fmt="o-", color=_COLORS[5], capsize=4)
+    return ax
+
+
+def seed_lines(measured: pd.DataFrame, ax: Axes, *, arms: Sequence[str], value: str = "validation_loss") -> Axes:
+    """A line a seed across the arms: parallel lines are what pairing takes out. Columns arm, seed and `value`."""
+    table = measured.pivot(index="seed", columns="arm", values=value)
+    there = [arm for arm in arms if arm in table]
+    for _, row in table[there].iterrows():
+        ax.plot(range(len(there)), row, marker="o", color=_COLORS[5], alpha=0.6)
+    ax.set_xticks(range(len(there)), there)
+    ax.set_xlim(-0.3, len(there) - 0.7)
+    return ax
+
+
 def legend_below(ax: Axes, columns: int = 2) -> None:
-    """Put an axis's legend under it, where it covers nothing."""
-    ax.legend(loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=columns)
+    """Put an axis's legend under it and its label, where it covers nothing."""
+    # The pad is in font sizes, so the distance is the same for a low axis and a high one.
+    ax.legend(loc="upper center", bbox_to_anchor=(0.5, 0), borderaxespad=4.6, ncols=columns)

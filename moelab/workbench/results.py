@@ -91,14 +91,19 @@ class Publication:
         self._write_frame(f"{name}.jsonl", data)
         self.tables.append({"name": name, "title": title, "caption": caption, "data": f"{name}.jsonl"})
 
-    def claims(self, verdicts: Sequence[Verdict]) -> None:
-        """Save the verdicts on the paper's claims."""
-        self.verdicts = [asdict(v) for v in verdicts]
+    def claims(self, verdicts: Sequence[Verdict], *, figure: str = "") -> None:
+        """Save the verdicts on the paper's claims; `figure` is the one that shows them, the first by default."""
+        self.verdicts = [{**asdict(v), "figure": figure} for v in verdicts]
         write_json(self.path / "claims.json", self.verdicts)
 
-    def finish(self, runs: Runs, *, title: str) -> str:
-        """Write the summary; returns one line saying where everything is. `title` states the experiment's finding."""
-        hardware = [run.provenance.get("hardware") for run in runs.finished]
+    def finish(self, runs: Runs | None = None, *, title: str) -> str:
+        """Write the summary; returns one line saying where everything is. `title` states the experiment's finding.
+
+        Args:
+            runs: the trainings behind it; none for an experiment that trains nothing.
+        """
+        finished = runs.finished if runs is not None else ()
+        hardware = [run.provenance.get("hardware") for run in finished]
         write_json(
             self.path / SUMMARY,
             {
@@ -108,13 +113,13 @@ class Publication:
                 "parameters": self.parameters,
                 "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
                 "notebook_seconds": round(time.time() - self.started, 1),
-                "training_seconds": round(sum(run.result["seconds"] for run in runs.finished), 1),
-                "seeds": sorted({run.spec.train.seed for run in runs.finished}),
+                "training_seconds": round(sum(run.result["seconds"] for run in finished), 1),
+                "seeds": sorted({run.spec.train.seed for run in finished}),
                 "hardware": hardware[0] if hardware else None,
                 "figures": self.figures,
                 "tables": self.tables,
                 "claims": self.verdicts,
-                "missing": [run.spec.id for run in runs.missing],
+                "missing": [run.spec.id for run in runs.missing] if runs is not None else [],
                 "runs": [
                     {
                         "id": run.spec.id,
@@ -123,7 +128,7 @@ class Publication:
                         "result": run.result,
                         "provenance": run.provenance,
                     }
-                    for run in runs.finished
+                    for run in finished
                 ],
                 "provenance": provenance(),
             },

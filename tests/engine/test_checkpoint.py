@@ -1,8 +1,10 @@
 """Checkpoints of N ranks: any layout loads any other bit for bit; broken ones are found, failed writes told."""
 
+import functools
 import json
 import logging
 import os
+import re
 import resource
 import shutil
 import signal
@@ -22,25 +24,25 @@ from moelab.engine.testing import RankError, Ranks
 from moelab.layout import ParallelConfig
 
 MODEL = ModelConfig(
-    layers=4, hidden=16, heads=2, experts=(0, 4, 0, 8), residual=True, vocab=37, context=8, init_std=0.02, name="tiny"
+    layers=3, hidden=16, heads=2, experts=(0, 4, 8), residual=True, vocab=37, context=8, init_std=0.02, name="tiny"
 )
 LAYOUTS = [
     ParallelConfig(),
     ParallelConfig(data=2, expert=1, shard=True),
     ParallelConfig(data=2, expert=2),
     ParallelConfig(tensor=2, expert=1),
+    ParallelConfig(data=4, expert=1),
     ParallelConfig(data=4, expert=4, shard=True),
     ParallelConfig(data=4, expert=2, expert_slicing=2),
     ParallelConfig(data=2, tensor=2, expert=2),
-    ParallelConfig(data=8, expert=1),
     ParallelConfig(data=8, expert=2, shard=True),
     ParallelConfig(data=8, expert=4, expert_slicing=2),
     ParallelConfig(data=8, expert=8),  # the pyramid's layers at EP 4 and 8
-    ParallelConfig(data=4, tensor=2, expert=8, exchange="coordinated"),
     ParallelConfig(data=4, tensor=2, expert=4, expert_slicing=2),
 ]
 
 
+@functools.cache
 def truth(name, shape):
     """The whole tensor of a name: what every layout must agree on."""
     draw = torch.Generator().manual_seed(sum(ord(c) * 31**i for i, c in enumerate(name)) % 2**31)
@@ -64,7 +66,6 @@ def local(tensor):
 
 
 def build(layout):
-    parallel.Exchange = lambda groups, config: None  # tokens do not travel here
     built = parallel.build(MODEL, 0, Mesh(layout, MODEL.experts))
     optimizer = torch.optim.AdamW(built.module.parameters())
     return built, optimizer
@@ -105,6 +106,7 @@ def save_at(layouts, root):
         built, optimizer = filled(layout)
         with checkpoint.Writer(root / str(i)) as checkpoints:
             checkpoints.save(7, built.module, optimizer, {"i": i}, built.placements)
+        built.mesh.close()
 
 
 def load_at(layouts, sources, root):
@@ -132,6 +134,7 @@ def load_at(layouts, sources, root):
             checkpoint.load(last, built.module, optimizer, built.placements)
             wrong += [(i, source, name) for name in differences(built, optimizer)]
             needed += sum(parts) * 3 + len(parts)
+        built.mesh.close()
     storage._LoadPlanner.resolve_tensor = resolve
     return wrong, read, needed
 
@@ -176,11 +179,12 @@ def test_files_are_data_and_each_piece_is_written_once_in_turns(saved):
         folder = root / str(i) / "step-00000007"
         sums = dict.fromkeys(range(layout.ranks), 0)
         for file in folder.iterdir():
-            if file.suffix == ".json":
+            if file.name in ("index.json", "state.json"):
                 json.loads(file.read_text())
-            else:
-                with safe_open(file, "pt") as f:
-                    sums[int(file.stem[-5:])] += sum(f.get_tensor(k).nbytes for k in f.keys())  # noqa: SIM118
+                continue
+            _, rank = re.fullmatch(r"(model|optimizer)-(\d{5})\.safetensors", file.name).groups()
+            with safe_open(file, "pt") as f:
+                sums[int(rank)] += sum(f.get_tensor(k).nbytes for k in f.keys())  # noqa: SIM118
         assert whole <= sum(sums.values()) <= whole * 1.02, "once"
         assert max(sums.values()) <= 1.3 * whole / layout.ranks, f"{layout}: {sums}"
 
@@ -189,7 +193,7 @@ def test_any_checkpoint_loads_in_one_process_and_keeps_the_models_dtype(saved):
     root, sizes = saved
     built, _ = build(ParallelConfig())
     model = built.module.to(torch.bfloat16)
-    for i in (0, 11):
+    for i in (0, len(LAYOUTS) - 1):
         checkpoint.load_model(checkpoint.latest(root / str(i)), model)
         for name, p in model.named_parameters():
             assert p.dtype == torch.bfloat16 and torch.equal(p, truth(name, p.shape).to(torch.bfloat16))
@@ -197,9 +201,9 @@ def test_any_checkpoint_loads_in_one_process_and_keeps_the_models_dtype(saved):
 
 def test_another_model_is_refused(saved):
     root, _ = saved
-    last = checkpoint.latest(root / "11")
+    last = checkpoint.latest(root / str(len(LAYOUTS) - 1))
     for change, words in (
-        ({"experts": (0, 4, 0, 4)}, r"is \(8, .*\), the model has \(4"),
+        ({"experts": (0, 4, 4)}, r"is \(8, .*\), the model has \(4"),
         ({"layers": 2, "experts": (0, 4)}, "not a checkpoint of this model; differing parameters: blocks.2"),
     ):
         model = parallel.build(replace(MODEL, **change), 0, Mesh(ParallelConfig(), (4,))).module

@@ -25,7 +25,8 @@ import os, signal, subprocess, sys, time
 from moelab.engine import process
 place = process.find()
 asked = []
-signal.signal(signal.SIGTERM, lambda number, frame: asked.append(number))
+for name in (signal.SIGTERM, signal.SIGUSR1):
+    signal.signal(name, lambda number, frame: asked.append(number))
 def steps(n, sleep=0.05):
     for step in range(n):
         process.beat()
@@ -61,6 +62,12 @@ def ranks(tmp_path):
 
     yield go
     assert alive(mark) == [], "orphans"
+
+
+@pytest.fixture
+def ready(tmp_path):
+    """Whether all ranks of a text in ALONE have come so far that they can be asked to stop."""
+    return lambda n=2: sum("hello" in log.read_text() for log in tmp_path.glob("rank-*.txt")) == n
 
 
 def alive(mark):
@@ -106,14 +113,14 @@ def test_ranks_meet_talk_and_leave(ranks, tmp_path):
 
 def test_an_exception_is_told_by_rank_and_not_by_those_who_lost_the_connection(ranks):
     code = TOGETHER + "step()\nif place.rank == 1: raise ValueError('no such expert')\nwhile True: step()"
-    failure = fails(ranks, code, within=40)
+    failure = fails(ranks, code, within=60)
     assert failure.rank == 1 and "failed with ValueError: no such expert (" in str(failure)
     assert "Traceback" in failure.tail and failure.host in str(failure)
 
 
 def test_sigkill_is_told_even_if_another_speaks_first(ranks):
     code = TOGETHER + "step()\nif place.rank == 1: os.kill(os.getpid(), 9)\nwhile True: step()"
-    failure = fails(ranks, code, within=40)
+    failure = fails(ranks, code, within=60)
     assert failure.rank == 1 and "was killed by SIGKILL" in str(failure)
 
 
@@ -123,7 +130,7 @@ def test_no_memory_is_told(ranks):
         "    resource.setrlimit(resource.RLIMIT_AS, (4 << 30, 4 << 30))\n    torch.ones(1 << 32)\n"
         "while True: step()"
     )
-    failure = fails(ranks, code, within=40)
+    failure = fails(ranks, code, within=60)
     assert failure.rank == 1 and "ran out of memory: RuntimeError" in str(failure)
 
 
@@ -131,7 +138,7 @@ def test_the_rank_that_hangs_is_told_from_those_that_wait_for_it(ranks):
     code = TOGETHER + (
         "def stuck(): time.sleep(600)\nstep()\nfor i in range(3):\n    step()\nif place.rank == 1: stuck()\nwhile True: step()"
     )
-    failure = fails(ranks, code, within=40, limits=IMPATIENT)
+    failure = fails(ranks, code, within=60, limits=IMPATIENT)
     assert failure.rank == 1
     assert "hangs: no sign of life for 2 s; it stands at <string>:" in str(failure) and "in stuck" in str(failure)
     assert str(failure).endswith("rank 0 waits for others")
@@ -139,13 +146,14 @@ def test_the_rank_that_hangs_is_told_from_those_that_wait_for_it(ranks):
 
 def test_a_rank_that_is_halted_is_told(ranks):
     code = ALONE + "steps(3)\nif place.rank == 1: os.kill(os.getpid(), signal.SIGSTOP)\nsteps(1000)"
-    failure = fails(ranks, code, within=20, limits=IMPATIENT)
+    failure = fails(ranks, code, within=60, limits=IMPATIENT)
     assert failure.rank == 1 and "halted by a signal" in str(failure)
 
 
+@pytest.mark.slow
 def test_a_collective_that_times_out_names_the_rank_it_waited_for(ranks):
     code = TOGETHER + "step()\nif place.rank == 1: time.sleep(600)\nwhile True: step()"
-    failure = fails(ranks, code, within=40, limits=Limits(hang_s=100, death_s=3, collective_s=4))
+    failure = fails(ranks, code, within=60, limits=Limits(hang_s=100, death_s=3, collective_s=6))
     assert failure.rank == 1 and "hangs: rank 0 waited for it" in str(failure)
 
 
@@ -156,39 +164,35 @@ def test_what_does_not_answer_and_what_it_started_is_killed(ranks):
         "if place.rank == 1: sys.exit(3)\n"
         "time.sleep(600)"
     )
-    failure = fails(ranks, code, within=12)
+    failure = fails(ranks, code, within=60)
     assert failure.rank == 1 and "ended with exit code 3" in str(failure)
 
 
-def test_stopping_is_no_failure(ranks, tmp_path):
-    started = time.monotonic()
-    code = ALONE + "steps(1000) if place.rank else steps(1000, 0.2)"
-    assert ranks(code, should_stop=lambda: time.monotonic() - started > 1.5) == process.STOPPED
+def test_stopping_is_no_failure(ranks, ready, tmp_path):
+    code = ALONE + "steps(10_000) if place.rank else steps(10_000, 0.2)"
+    assert ranks(code, should_stop=ready) == process.STOPPED
     assert "checkpoint written" in (tmp_path / "rank-00000.txt").read_text()
 
 
 def test_one_that_stops_by_itself_takes_the_others_along(ranks, tmp_path):
-    assert ranks(ALONE + "steps(1000) if place.rank else sys.exit(75)") == process.STOPPED
+    code = ALONE + "if place.rank == 0:\n    steps(40)\n    sys.exit(75)\nsteps(10_000)"
+    assert ranks(code) == process.STOPPED
     assert "checkpoint written" in (tmp_path / "rank-00001.txt").read_text()
 
 
-def test_one_that_stays_when_the_others_have_stopped_fails(ranks):
-    code = ALONE + "if place.rank == 0: steps(1000)\nwhile True: process.beat(); time.sleep(0.1)"
-    started = time.monotonic()
-    limits = Limits(hang_s=60, death_s=2, stop_s=2)
-    failure = fails(ranks, code, within=12, limits=limits, should_stop=lambda: time.monotonic() - started > 1)
+def test_one_that_stays_when_the_others_have_stopped_fails(ranks, ready):
+    code = ALONE + "if place.rank == 0: steps(10_000)\nwhile True: process.beat(); time.sleep(0.1)"
+    failure = fails(ranks, code, within=60, limits=Limits(death_s=2, stop_s=2), should_stop=ready)
     assert failure.rank == 1 and "did not stop within 2 s" in str(failure)
 
 
-def test_an_interrupt_lets_ranks_write_a_checkpoint(ranks, tmp_path):
-    started = time.monotonic()
-
+def test_an_interrupt_lets_ranks_write_a_checkpoint(ranks, ready, tmp_path):
     def interrupt():
-        if time.monotonic() - started > 1.5:
+        if ready():
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        ranks(ALONE + "steps(1000)", tick=interrupt)
+        ranks(ALONE + "steps(10_000)", tick=interrupt)
     assert all("checkpoint written" in (tmp_path / f"rank-0000{rank}.txt").read_text() for rank in (0, 1))
 
 
@@ -259,8 +263,9 @@ while None in codes:
     rank = next(r for r, p in enumerate(started) if p.pid == pid)
     code = codes[rank] = os.waitstatus_to_exitcode(status)
     started[rank].returncode = code
-    how = f"Exited with exit code {code}" if code > 0 else signal.strsignal(-code)
-    if code: print(f"srun: error: node{rank * nodes // tasks + 1}: task {rank}: {how}", file=sys.stderr, flush=True)
+    if code:
+        how = f"Exited with exit code {code}" if code > 0 else signal.strsignal(-code)
+        print(f"srun: error: node{rank * nodes // tasks + 1}: task {rank}: {how}", file=sys.stderr, flush=True)
 sys.exit(max(abs(c) for c in codes))
 """
 
@@ -286,27 +291,25 @@ def srun(ranks, tmp_path, monkeypatch):
 
 
 def test_srun_ranks_meet_by_address_and_end_well(srun, tmp_path):
-    assert srun(TOGETHER + "print(place, step())\nprocess.leave()") == process.FINISHED
-    assert re.match(r"rank 3 of 4 on \S+ 10.0", (tmp_path / "rank-00003.txt").read_text())
+    assert srun(TOGETHER + "print(place, step())\nprocess.leave()", n=2, per_node=1) == process.FINISHED
+    assert re.match(r"rank 1 of 2 on \S+ 3.0", (tmp_path / "rank-00001.txt").read_text())
     assert not list(tmp_path.glob(".session*"))
 
 
 def test_srun_names_the_task_that_died(srun):
-    failure = fails(srun, ALONE + "steps(5)\nif place.rank == 2: os.kill(os.getpid(), 9)\nsteps(1000)", within=20)
+    failure = fails(srun, ALONE + "steps(5)\nif place.rank == 2: os.kill(os.getpid(), 9)\nsteps(1000)", within=60)
     assert str(failure) == "rank 2 of 4 on node2 was killed by SIGKILL"
-    failure = fails(srun, ALONE + "steps(5)\nif place.rank == 1: raise OSError('no disk')\nsteps(1000)", within=20)
+    failure = fails(srun, ALONE + "steps(5)\nif place.rank == 1: raise OSError('no disk')\nsteps(1000)", within=60)
     assert str(failure) == "rank 1 of 4 on node1 failed with OSError: no disk (exit code 1)"
 
 
-def test_srun_passes_on_the_wish_to_stop(srun, tmp_path):
-    started = time.monotonic()
-    code = ALONE + "signal.signal(signal.SIGUSR1, lambda number, frame: asked.append(number))\nsteps(1000)"
-    assert srun(code, should_stop=lambda: time.monotonic() - started > 2) == process.STOPPED
+def test_srun_passes_on_the_wish_to_stop(srun, ready, tmp_path):
+    assert srun(ALONE + "steps(10_000)", should_stop=lambda: ready(4)) == process.STOPPED
     assert "checkpoint written" in (tmp_path / "rank-00003.txt").read_text()
 
 
 def test_what_a_job_cannot_hold_is_one_line(srun, monkeypatch):
-    failure = fails(srun, ALONE, n=8, per_node=8, within=10)
+    failure = fails(srun, ALONE, n=8, per_node=8, within=60)
     assert "was not started: srun: error: Unable to create step for job 7: More processors" in str(failure)
     monkeypatch.setenv("SLURM_TASKS_PER_NODE", "3,1")
     with pytest.raises(ValueError, match="the job a node with 1; submit it with --ntasks-per-node=2"):

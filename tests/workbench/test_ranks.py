@@ -26,11 +26,12 @@ import os, sys, time
 
 class Training:
     """In place of moelab.training: the ranks agree on a sum each step."""
+    Teacher = None
     class TrainingStopped(Exception): pass
     class Progress:
         def __init__(self, step, steps): self.step, self.steps, self.loss, self.tokens_per_s = step, steps, 1.0, 10.0
     @classmethod
-    def train(cls, model, config, data, context, path, *, on_progress, should_stop, parallel):
+    def train(cls, model, config, data, context, path, *, on_progress, should_stop, parallel, teacher):
         import torch, torch.distributed as dist
         from moelab.engine import process
         rank, steps = dist.get_rank(), config.steps(context)
