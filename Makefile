@@ -3,13 +3,17 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: reproduce test lab browse lint format clean
+.PHONY: reproduce test test-slurm lab browse lint format clean
 
 reproduce: $(VENV)/.installed  ## rerun the paper's PR-MoE ablation on a laptop (about 10 minutes on 2 cores)
 	$(BIN)/moelab run pr-moe --scale cpu
 
 test: $(VENV)/.installed-test  ## run the tests
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadgroup
+
+test-slurm: $(VENV)/.installed-test  ## the tests on a real Slurm on this machine (slurm/README.md says what it needs)
+	slurm/local/cluster.sh up
+	MOELAB_SLURM=require OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/slurm --durations=5; code=$$?; slurm/local/cluster.sh down; exit $$code
 
 lab: $(VENV)/.installed  ## JupyterLab on the notebooks
 	$(BIN)/moelab lab

@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 from moelab.workbench import simulate_cli
+from moelab.workbench.slurm import commands
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -23,6 +24,7 @@ kernels = typer.Typer(no_args_is_help=True, help="The Triton kernels, without a 
 app.add_typer(kernels, name="kernels")
 app.add_typer(simulate_cli.app, name="simulate")
 app.command()(simulate_cli.plan)
+commands.register(app)
 
 
 @app.command(name="list")
@@ -58,13 +60,8 @@ def run(
 
     if all_ == (name is not None):
         raise ValueError("run: give an experiment's name or --all; see `moelab list`")
-    given = {}
-    for item in parameter or []:
-        key, separator, value = item.partition("=")
-        if not separator:
-            raise ValueError(f"-p {item}: expected NAME=VALUE")
-        given[key.strip()] = value.strip()
-    scale = given.setdefault("scale", scale)
+    given = commands.parse_parameters(parameter, scale)
+    scale = given["scale"]
     if name is not None:
         values = notebooks.check_parameters(experiment(name), given)
         experiment(name).scale(values["scale"])
@@ -117,10 +114,15 @@ def claims(
 
 
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
-def lab(context: typer.Context) -> None:
-    """Open JupyterLab on the notebooks, on 127.0.0.1; further arguments go to JupyterLab."""
+def lab(context: typer.Context, profile: commands.Profile = None) -> None:
+    """Open JupyterLab on the notebooks, here on 127.0.0.1 or, with --profile, on a node of a cluster; further arguments go to it."""
     from moelab.workbench import paths
 
+    if profile is not None:
+        from moelab.workbench.slurm import lab as cluster_lab
+        from moelab.workbench.slurm import profiles
+
+        raise typer.Exit(cluster_lab.start(profiles.load(profile), context.args))
     command = [sys.executable, "-m", "jupyterlab", f"--ServerApp.root_dir={paths.notebooks()}", *context.args]
     os.execv(sys.executable, command)
 
@@ -397,6 +399,21 @@ def bench_exchange(
     sizes = size or [1 << 10, 1 << 14, 1 << 18, 1 << 22]
     bench_main(ranks=ranks or [4, 8, 16], sizes=sizes, rounds=rounds, device=device, out=out)
     _write_provenance(out, "exchange")
+
+
+@bench.command(name="submit")
+def bench_submit(
+    profile: commands.Profile = None,
+    rounds: Annotated[int, typer.Option(help="times the ways of running take turns")] = 3,
+    runs: Annotated[int, typer.Option(help="runs submitted at once")] = 200,
+    out: Out = None,
+) -> None:
+    """Slurm's cost: submit to first step, a notebook batch against the same work inline, many runs at once."""
+    from moelab.workbench.slurm import bench as slurm_bench
+    from moelab.workbench.slurm import profiles
+
+    slurm_bench.main(profiles.choose(profile), rounds=rounds, runs=runs, out=out)
+    _write_provenance(out, "submit")
 
 
 @kernels.command(name="compile")

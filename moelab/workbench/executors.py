@@ -46,7 +46,7 @@ def processes(runs: Sequence[Run], workers: int, tick: Tick = lambda: None, poll
             going = {p: ranks for p, ranks in going.items() if p.poll() is None}
             while (run := _next(waiting, workers - sum(going.values()), alone=not going)) is not None:
                 waiting.remove(run)
-                going[_start(run)] = run.spec.parallel.ranks
+                going[start(run)] = run.spec.parallel.ranks
             tick()
             time.sleep(poll_s)
     except BaseException:
@@ -67,7 +67,8 @@ def _next(waiting: Sequence[Run], free: int, *, alone: bool) -> Run | None:
     return next((run for run in waiting if alone or run.spec.parallel.ranks <= free), None)
 
 
-def _start(run: Run) -> subprocess.Popen:
+def start(run: Run) -> subprocess.Popen:
+    """The process of one run; ends when this one does."""
     # Its own session, so that a terminal's Ctrl-C reaches us alone and we ask for the checkpoint.
     with open(run.path / "log.txt", "ab") as log:
         return subprocess.Popen(

@@ -13,7 +13,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from moelab.files import write_json
 from moelab.workbench import executors, paths
@@ -25,10 +25,13 @@ from moelab.workbench.store import Run, RunStore
 
 if TYPE_CHECKING:
     from moelab.inference.text import Text
+    from moelab.workbench.slurm.status import Overview
+
+Executor = Literal["auto", "inline", "processes", "slurm", "read"]
 
 
 class Lab:
-    """A run store, and a way to run on this machine."""
+    """A run store, and ways to run: on this machine, on a cluster."""
 
     def __init__(self, store: RunStore | None = None) -> None:
         self.store = store or RunStore()
@@ -37,36 +40,74 @@ class Lab:
         self,
         specs: Sequence[RunSpec],
         *,
-        executor: Literal["auto", "inline", "processes"] = "auto",
+        executor: Executor = "auto",
         workers: int | None = None,
+        profile: str | None = None,
     ) -> Runs:
         """Runs of the specs: finished ones read back, the others trained to their end.
 
         Teachers are trained before their students. A run that fails is in the result without a result of its own (`Runs.missing`); it never takes the others with it.
 
         Args:
-            executor: "inline" in this process; "processes" one process a run; "auto" is processes. A run on several ranks is
-                processes either way, or srun's tasks.
+            executor: "inline" in this process; "processes" one process a run (a run on several ranks is processes either way, or srun's
+                tasks); "slurm" as jobs of a cluster, waiting for them with their state on show (stopping the cell leaves them in the
+                queue); "read" trains nothing; "auto" is what the environment variable `MOELAB_EXECUTOR` says (a notebook's batch job
+                reads), else processes.
             workers: processes at a time, each rank one; by default as many as the machine's cores allow at each run's threads, 1 on a
                 GPU. One run always goes.
+            profile: the cluster for "slurm", see `moelab.workbench.slurm.profiles`; by default `MOELAB_PROFILE`.
         """
-        if executor not in ("auto", "inline", "processes"):
-            raise ValueError(f"lab.run: executor must be auto, inline or processes, got {executor!r}")
+        if executor == "auto":
+            executor = os.environ.get("MOELAB_EXECUTOR", "processes")  # type: ignore[assignment]
+        if executor not in (allowed := get_args(Executor)):
+            raise ValueError(f"lab.run: executor must be one of {', '.join(allowed)}, got {executor!r}")
         wanted = [needed for spec in specs for needed in (*spec.requires(), spec)]
         runs = [self.store.run(spec) for spec in {spec.id: spec for spec in wanted}.values()]
         self._announce(runs)
+        if executor == "slurm" and (waiting := [run.spec for run in runs if not run.finished]):
+            self._on_cluster(waiting, profile)
         show = NotebookProgress(runs)
         try:
             for generation in self._generations(runs):
                 todo = [run for run in generation if not run.finished]
                 if todo and executor == "inline":
                     executors.inline(todo, show)
-                elif todo:
+                elif todo and executor == "processes":
                     executors.processes(todo, workers or self._workers(todo), show)
         finally:
             show(final=True)
         by_id = {run.spec.id: run for run in runs}
         return Runs([Run(spec, by_id[spec.id].path) for spec in specs])
+
+    def submit(self, specs: Sequence[RunSpec], profile: str | None = None) -> Overview:
+        """Queue the unfinished runs of the specs on a cluster and return at once with how they stand; `run` or `status` look again.
+
+        Raises:
+            ValueError: a bad profile, or Slurm refuses the job; nothing was queued.
+        """
+        from moelab.workbench.slurm import profiles, submit
+
+        submit.submit("lab", [({}, specs)], profiles.choose(profile), with_notebooks=False, store=self.store)
+        return self.status([spec.id for spec in specs])
+
+    def status(self, names: Sequence[str] = ()) -> Overview:
+        """How all that was submitted to Slurm stands; shows as a table, `.frame()` is the data.
+
+        Args:
+            names: only experiments, runs (ids) or submissions whose name begins with one of these.
+        """
+        from moelab.workbench.slurm.status import overview
+
+        return overview(names, store=self.store)
+
+    def _on_cluster(self, specs: Sequence[RunSpec], profile: str | None) -> None:
+        from moelab.workbench.progress import in_notebook
+        from moelab.workbench.slurm import status
+
+        first = self.submit(specs, profile)
+        handle = in_notebook(first)
+        ids = [spec.id for spec in specs]
+        status.watch(handle.update if handle else lambda _: None, ids, store=self.store)
 
     @staticmethod
     def _generations(runs: Sequence[Run]) -> list[list[Run]]:

@@ -36,3 +36,11 @@ def notebooks() -> Path:
     if not places:
         raise ValueError("the notebooks are not installed with this copy of moelab; run it from a checkout")
     return Path(places[0])
+
+
+def short(path: Path) -> str:
+    """A path as people read it: relative to the current folder where it lies below it."""
+    try:
+        return str(path.relative_to(Path.cwd()))
+    except ValueError:
+        return str(path)

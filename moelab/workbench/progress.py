@@ -72,21 +72,23 @@ def table(runs: Sequence[Run], snapshot: Snapshot, left: float | None) -> Any:
     return view
 
 
+def in_notebook(view: Any) -> Any:
+    """Display something in the notebook cell that runs; its handle, to update it, or None outside a notebook."""
+    try:
+        from IPython import get_ipython
+        from IPython.display import display
+    except ImportError:
+        return None
+    return display(view, display_id=True) if get_ipython() is not None else None
+
+
 class NotebookProgress:
     """Keeps one table up to date in a notebook cell (or prints nothing outside one)."""
 
     def __init__(self, runs: Sequence[Run], every_s: float = 2.0) -> None:
         self._runs, self._every, self._shown = runs, every_s, 0.0
         self._estimate = Estimate(Snapshot.of(runs).done)
-        self._handle = None
-        try:
-            from IPython import get_ipython
-            from IPython.display import display
-
-            if get_ipython() is not None:
-                self._handle = display(self._table(), display_id=True)
-        except ImportError:
-            pass
+        self._handle = in_notebook(self._table())
 
     def _table(self) -> Any:
         snapshot = Snapshot.of(self._runs)

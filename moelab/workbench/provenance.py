@@ -10,7 +10,11 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import moelab
+from moelab.files import read_json
 from moelab.workbench import paths
+
+SNAPSHOT = "SNAPSHOT.json"
+"""In a copy of the code that was made for a batch: the commit it was copied from."""
 
 _PACKAGES = (
     "torch",
@@ -30,7 +34,7 @@ def provenance() -> dict[str, Any]:
     """Commit (and whether the tree differed from it), package versions, hardware, as JSON values."""
     return {
         "moelab": moelab.__version__,
-        **_git(),
+        **commit(),
         "python": platform.python_version(),
         "versions": {name: _version(name) for name in _PACKAGES if _version(name)},
         "hardware": hardware(),
@@ -59,8 +63,11 @@ def describe(record: dict[str, Any]) -> str:
     return f"{len(gpus)} x {gpus[0]}" if gpus else f"{record.get('cores')} cores of {record.get('cpu')}"
 
 
-def _git() -> dict[str, Any]:
+def commit() -> dict[str, Any]:
+    """The commit of the code that runs, and whether its files differed from it; None for both outside a git checkout."""
     root = paths.checkout()
+    if root is not None and (copied := read_json(root / SNAPSHOT)):
+        return copied
 
     def git(*arguments: str) -> str | None:
         try:
@@ -69,10 +76,10 @@ def _git() -> dict[str, Any]:
             return None
         return done.stdout.strip() if done.returncode == 0 else None
 
-    if root is None or (commit := git("rev-parse", "HEAD")) is None:
+    if root is None or (head := git("rev-parse", "HEAD")) is None:
         return {"commit": None, "modified": None}
     # Published results do not change what the code does.
-    return {"commit": commit, "modified": bool(git("status", "--porcelain", "--", ".", ":!results"))}
+    return {"commit": head, "modified": bool(git("status", "--porcelain", "--", ".", ":!results"))}
 
 
 def _version(name: str) -> str | None:

@@ -52,20 +52,13 @@ def execute_watched(experiment: Experiment, values: Mapping[str, Any]) -> bool:
         *(("figure", result / f"{f['name']}.png") for f in summary["figures"]),
         ("page", index),
     ):
-        console.print(f"{name:>9}  {_short(path)}", soft_wrap=True, highlight=False)
+        console.print(f"{name:>9}  {paths.short(path)}", soft_wrap=True, highlight=False)
     if summary["missing"]:
         console.print(
             f"[red]without a result:[/] {', '.join(summary['missing'])}; the notebook says why", soft_wrap=True
         )
         return False
     return True
-
-
-def _short(path: Path) -> str:
-    try:
-        return str(path.relative_to(Path.cwd()))
-    except ValueError:
-        return str(path)
 
 
 def _watch(plan: Path, done: threading.Event, console: Console) -> None:

@@ -1,0 +1,155 @@
+"""The development cluster (slurm/local), which these tests share and partly break and mend."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import pytest
+
+from moelab.config import ModelConfig, TrainConfig
+from moelab.files import read_json
+from moelab.workbench.slurm import profiles, queue, submit
+from moelab.workbench.slurm.profiles import Profile
+from moelab.workbench.specs import RunSpec
+from moelab.workbench.store import Run, RunStore, execute
+
+ROOT = Path(__file__).resolve().parents[2]
+CLUSTER = ROOT / "slurm" / "local" / "cluster.sh"
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if Path(__file__).parent in item.path.parents:
+            item.add_marker(pytest.mark.slurm)
+            item.add_marker(pytest.mark.xdist_group("slurm"))  # one process: the tests stop daemons that others need
+
+
+@pytest.fixture(scope="session")
+def cluster() -> Path:
+    """The folder of the running development cluster; this process talks to it."""
+    if subprocess.run([CLUSTER, "status"], capture_output=True).returncode:
+        how = "the development cluster is down: slurm/local/cluster.sh up (or make test-slurm) starts it"
+        if os.environ.get("MOELAB_SLURM") == "require":
+            pytest.fail(how)
+        pytest.skip(how)
+    out = subprocess.run([CLUSTER, "env"], capture_output=True, text=True, check=True).stdout
+    os.environ["SLURM_CONF"] = out.strip().partition("SLURM_CONF=")[2]
+    return Path(os.environ["SLURM_CONF"]).parents[1]
+
+
+@pytest.fixture(scope="session")
+def spec(data_config) -> RunSpec:
+    """A run of some seconds: long enough to be disturbed."""
+    model = ModelConfig(
+        layers=4, hidden=32, heads=2, experts=(0, 2, 0, 4), residual=True, vocab=320, context=32, init_std=0.02, dropout=0.1,
+        name="tiny",
+    )  # fmt: skip
+    train = TrainConfig(
+        tokens=500 * 4 * 32, batch_size=4, lr=3e-3, min_lr=3e-4, warmup_tokens=256, eval_every=100, eval_tokens=512, log_every=5,
+        checkpoint_every=50,
+    )  # fmt: skip
+    return RunSpec(model=model, train=train, data=data_config, label="tiny")
+
+
+@pytest.fixture(scope="session")
+def undisturbed(spec, tmp_path_factory) -> Run:
+    """The same run in this process, never interrupted."""
+    home = tmp_path_factory.mktemp("undisturbed")
+    run = RunStore(home / "runs").run(spec)
+    execute(run, cache=home / "data")
+    return run
+
+
+def numbers(run: Run) -> dict:
+    """All that a run found, without how long it took."""
+
+    def timeless(row: dict) -> dict:
+        return {k: v for k, v in row.items() if k not in ("seconds", "time_s", "tokens_per_s")}
+
+    rows = {
+        file: [timeless(r) for r in run.rows(file).to_dict("records")] for file in ("train.jsonl", "validation.jsonl")
+    }
+    return {"result": timeless(run.result), **rows}
+
+
+def until(condition: Callable[[], object], limit_s: float = 90, what: str = "") -> None:
+    """Wait for a condition; fail after a time."""
+    deadline = time.monotonic() + limit_s
+    while not condition():
+        assert time.monotonic() < deadline, f"waited {limit_s} s for {what or condition}"
+        time.sleep(0.2)
+
+
+@dataclass
+class Workplace:
+    """A workshop of its own on the cluster."""
+
+    home: Path
+    profile: Profile
+    cluster: Path
+
+    def submit(self, *specs: RunSpec, **changes) -> list[Run]:
+        submit.submit("test", [({}, specs)], replace(self.profile, **changes), with_notebooks=False)
+        return [RunStore().run(spec) for spec in specs]
+
+    def job(self, run: Run) -> queue.Job | None:
+        """The newest job of a run that Slurm still knows."""
+        jobs = queue.jobs()
+        for submission in submit.submissions():
+            for part in submission.parts:
+                if run.spec.id in part.runs and part.values is None:
+                    return jobs.get((submission.id, part.name, part.runs.index(run.spec.id)))
+        return None
+
+    def until_step(self, run: Run, step: int) -> None:
+        """Wait until the run has got so far."""
+        until(lambda: self.step(run) >= step, what=f"step {step}")
+        assert not run.finished, "too late to disturb"
+
+    def step(self, run: Run) -> int:
+        return (read_json(run.path / "status.json") or {}).get("step", 0)
+
+    def until_over(self, *runs: Run, limit_s: float = 120) -> None:
+        """Wait until the jobs of the runs are out of the queue."""
+
+        def over() -> bool:
+            live = submit.live_runs(submit.submissions(), queue.jobs())
+            return not any(run.spec.id in live for run in runs)
+
+        until(over, limit_s, "the jobs to end")
+
+    def start(self, daemon: str) -> None:
+        """Start a dead daemon of the cluster again."""
+        subprocess.run([CLUSTER, "start", daemon], check=True, capture_output=True)
+
+    def pid(self, daemon: str) -> int:
+        return int((self.cluster / "run" / f"{daemon}.pid").read_text())
+
+    def until_idle(self) -> None:
+        """Wait until all four nodes are there and free."""
+
+        def idle() -> bool:
+            done = subprocess.run(
+                ["sinfo", "-h", "-p", "debug", "-t", "idle", "-o", "%D"], capture_output=True, text=True
+            )
+            return done.stdout.strip() == "4"
+
+        until(idle, 60, "four idle nodes")
+
+
+@pytest.fixture
+def workplace(cluster, undisturbed, tmp_path, monkeypatch):
+    home = tmp_path / "home"
+    home.mkdir()
+    (home / "data").symlink_to(undisturbed.path.parents[1] / "data")
+    monkeypatch.setenv("MOELAB_HOME", str(home))
+    monkeypatch.setenv("MOELAB_RESULTS", str(tmp_path / "results"))
+    place = Workplace(home, profiles.load("local"), cluster)
+    place.until_idle()
+    yield place
+    queue.cancel([job.id for job in queue.jobs().values() if job.live and (submit.root() / job.submission).exists()])

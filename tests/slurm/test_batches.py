@@ -1,0 +1,191 @@
+"""Submitting, watching and reading back, as users do it."""
+
+import os
+import signal
+import subprocess
+import sys
+import urllib.error
+import urllib.request
+from dataclasses import replace
+
+import nbformat
+import pytest
+
+from moelab.engine.process import FINISHED
+from moelab.files import read_json
+from moelab.layout import ParallelConfig
+from moelab.workbench import Lab
+from moelab.workbench.slurm import attempt, queue, submit
+from moelab.workbench.slurm.status import overview
+from moelab.workbench.store import RunStore
+from moelab.workbench.supervisor import supervise
+from tests.slurm.conftest import numbers, until
+
+pytestmark = pytest.mark.slow
+
+
+def moelab(*arguments: str, code: int = 0) -> str:
+    done = subprocess.run([sys.executable, "-m", "moelab.cli", *arguments], capture_output=True, text=True)
+    assert done.returncode == code, done.stdout + done.stderr
+    return done.stdout if code == 0 else done.stderr
+
+
+def until_all_is_over(limit_s: float = 240) -> dict:
+    until(lambda: all(row.over for row in overview(everything=True).rows), limit_s, "the submissions to end")
+    return {row.what if row.what.startswith("notebook") else row.id: row for row in overview(everything=True).rows}
+
+
+def test_the_pr_moe_notebook_and_its_runs(workplace, tmp_path):
+    out = moelab(
+        "submit", "pr-moe", "--scale", "smoke", "--profile", "local", "-p", "seeds=2", "-p", 'arms=["Dense","MoE-128"]'
+    )
+    assert "4 runs" in out and "notebook, after its runs" in out and "moelab status" in out
+    again = moelab(
+        "submit", "pr-moe", "--scale", "smoke", "--profile", "local", "-p", "seeds=2", "-p", 'arms=["Dense","MoE-128"]'
+    )
+    assert "nothing to submit; 4 are queued already and so is the notebook" in again
+    (array, notebook) = submit.submissions()[0].parts
+    assert {job.id.partition("_")[0] for job in queue.jobs().values() if job.part == "runs-0"} == {array.job}, (
+        "one array"
+    )
+    rows = until_all_is_over()
+    assert {row.state for row in rows.values()} == {"finished"}, rows
+    result = next((tmp_path / "results" / "pr-moe" / "smoke").iterdir())
+    summary = read_json(result / "summary.json")
+    assert len(summary["runs"]) == 4 and not summary["missing"]
+    assert {run["provenance"]["commit"] for run in summary["runs"]} == {summary["provenance"]["commit"]} != {None}
+    log = moelab("logs", f"{submit.submissions()[0].id}/{notebook.name}", "-n", "0")
+    assert "cell 1 of " in log and "all 4 runs have a result" in log
+    # A second time: finished runs and notebooks are left alone.
+    assert "nothing to submit; 4 runs are finished" in moelab(
+        "submit", "pr-moe", "--scale", "smoke", "--profile", "local", "-p", "seeds=2", "-p", 'arms=["Dense","MoE-128"]'
+    )
+    assert "pr-moe" in moelab("status") and len(submit.submissions()) == 1
+
+
+def test_a_sweep_of_six_loses_only_the_points_of_a_lost_run(workplace, tmp_path):
+    arms = 'arms=["Dense","MoE-32"];["Dense","MoE-128"];["Dense","PR-MoE-32/64"]'
+    out = moelab("sweep", "pr-moe", "--scale", "smoke", "--profile", "local", "-g", arms, "-g", "tokens=1024,2048")
+    assert "8 runs" in out and out.count("notebook") == 6, "runs that points share are trained once"
+    (submission,) = submit.submissions()
+    lost = next(run for run in submission.parts[0].runs if run.startswith("350m-moe-32"))
+    queue.cancel([f"{submission.parts[0].job}_{submission.parts[0].runs.index(lost)}"])
+    rows = until_all_is_over()
+    states = sorted(row.state for name, row in rows.items() if name.startswith("notebook"))
+    assert states == ["finished"] * 5 + ["incomplete"]
+    (row,) = [row for row in rows.values() if row.state == "incomplete"]
+    assert lost in row.reason
+    published = [
+        p
+        for p in (tmp_path / "results" / "pr-moe" / "smoke").iterdir()
+        if lost in read_json(p / "summary.json")["missing"]
+    ]
+    assert len(published) == 1
+    shown = "".join(
+        "".join(o.get("text", ""))
+        for c in nbformat.read(published[0] / "notebook.ipynb", 4).cells
+        for o in c.get("outputs", [])
+    )
+    assert "MoE-32, seed 0" in shown, "the notebook says what is missing"
+    out = moelab(
+        "sweep", "pr-moe", "--scale", "smoke", "--profile", "local", "-g", arms, "-g", "tokens=1024,2048", "--dry-run"
+    )
+    assert out.count(".sbatch\n") == 2 and lost in out, "the lost run and its notebook are all that is left to do"
+
+
+def test_a_run_on_two_nodes_is_interrupted_and_ends_with_the_same_numbers(workplace, spec, tmp_path):
+    two = replace(
+        spec,
+        train=replace(spec.train, micro_batch=2, tokens=200 * 4 * 32),
+        parallel=ParallelConfig(data=2, expert=2, gpus_per_node=1),
+    )
+    local = RunStore(tmp_path / "local").run(two)
+    assert supervise(local) == FINISHED
+    (run,) = workplace.submit(two)
+    workplace.until_step(run, 60)
+    job = workplace.job(run)
+    hosts = subprocess.run(["scontrol", "show", "hostnames", job.node], capture_output=True, text=True).stdout.split()
+    assert len(hosts) == 2
+    subprocess.run(["scontrol", "requeue", job.id], check=True)
+    until(lambda: attempt.newest_checkpoint(run.path) >= 60, what="the checkpoint")
+    workplace.until_over(run)
+    assert numbers(run) == numbers(local)
+
+
+def test_editing_the_checkout_does_not_change_a_queued_job(workplace, spec):
+    (run,) = workplace.submit(spec, sbatch=("--hold",))
+    (submission,) = submit.submissions()
+    script = (submission.folder / "runs-0.sbatch").read_text()
+    assert submission.snapshot in script and "PYTHONSAFEPATH=1" in script
+    probe = "import moelab, moelab.kernels, moelab.workbench.worker; print(moelab.__file__, moelab.kernels.__file__)"
+    env = {**os.environ, "PYTHONPATH": submission.snapshot, "PYTHONSAFEPATH": "1"}
+    out = subprocess.run([sys.executable, "-c", probe], env=env, capture_output=True, text=True).stdout
+    assert out.count(submission.snapshot) == 2
+    (row,) = overview().rows
+    assert (row.state, row.slurm, row.reason) == ("waiting", "PENDING", "JobHeldUser")
+    assert "cancelled 1 jobs" in moelab("cancel", spec.id)
+    (row,) = overview().rows
+    assert row.state == "lost" and "submit again" in row.reason
+
+
+def test_from_a_notebook(workplace, spec, undisturbed, monkeypatch):
+    monkeypatch.setenv("MOELAB_PROFILE", "local")
+    lab = Lab()
+    quick = replace(spec, train=replace(spec.train, tokens=20 * 4 * 32))
+    assert list(lab.submit([quick]).frame()["state"]) == ["waiting"]
+    (run,) = lab.run([quick], executor="slurm")
+    assert run.finished and list(lab.status().frame()["state"]) == ["finished"]
+    html = lab.status()._repr_mimebundle_()["text/html"]
+    assert "finished" in html
+
+
+def test_jupyterlab_in_an_allocation(workplace):
+    command = [sys.executable, "-m", "moelab.cli", "lab", "--profile", "local", "--allow-root"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    try:
+        said = []
+        for line in process.stdout:
+            said.append(line)
+            if "then open" in line:
+                break
+        (tunnel,) = [line for line in said if "ssh -N -L" in line]
+        address = said[-1].split()[-1]
+        assert "127.0.0.1:" in tunnel and "@node" in tunnel
+        with urllib.request.urlopen(address.replace("/lab?", "/api/status?")) as response:
+            assert response.status == 200
+        with pytest.raises(urllib.error.HTTPError, match="403"):
+            urllib.request.urlopen(address.split("/lab?")[0] + "/api/status")
+        (folder,) = (workplace.home / "lab").iterdir()
+        assert (folder / "token").stat().st_mode & 0o077 == 0 and address.split("=")[1] not in (
+            folder / "lab.sbatch"
+        ).read_text()
+    finally:
+        process.send_signal(signal.SIGINT)
+        assert process.wait(30) == 0
+    left = subprocess.run(
+        ["squeue", "-h", "-n", "moelab-lab", "-t", "RUNNING"], capture_output=True, text=True, check=True
+    )
+    assert not left.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "part"),
+    [
+        (("--profile", "a10"), "no cluster profile 'a10'; allowed: a100, example, local"),
+        (("--profile", "bad.yaml"), "profile bad: unknown field partiton"),
+        (("--profile", "wrong.yaml"), "invalid partition specified: nope"),
+        (("--profile", "local", "-p", "seed=3"), "no parameter 'seed'"),
+        (("--profile", "local", "-p", 'arms=["MoE-7"]'), "unknown arm 'MoE-7'"),
+        (("--profile", "huge.yaml"), "not available"),
+    ],
+)
+def test_bad_input_is_one_line_and_queues_nothing(workplace, tmp_path, monkeypatch, arguments, part):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "bad.yaml").write_text("partiton: debug\n")
+    (tmp_path / "wrong.yaml").write_text("partition: nope\n")
+    (tmp_path / "huge.yaml").write_text("partition: debug\nmemory_per_rank: 900G\n")
+    before = set(queue.jobs())
+    said = moelab("submit", "pr-moe", "--scale", "smoke", *arguments, code=2)
+    assert part in said and len(said.strip().splitlines()) == 1
+    assert set(queue.jobs()) == before
+    assert not [*(workplace.home / "submissions").glob("2*"), *(workplace.home / "runs").glob("*")]
