@@ -13,8 +13,17 @@ from typing import Any
 from moelab.files import write_text
 from moelab.workbench import svg
 from moelab.workbench.site import notebook, template
-from moelab.workbench.site.collect import VERDICTS, Line, Result, benchmarks, chapters, judged, ledger, results
-from moelab.workbench.site.order import SCALES
+from moelab.workbench.site.collect import (
+    VERDICTS,
+    Line,
+    Result,
+    benchmarks,
+    chapters,
+    judged,
+    ledger,
+    results,
+    scale_rank,
+)
 from moelab.workbench.site.plot import interval_plot
 
 TABLE_ROWS = 40
@@ -52,8 +61,7 @@ def build(root: Path) -> Built:
         written += _write_if_changed(root / "assets" / name, template.asset(name))
     lines = ledger(found)
     counted = [(verdict, sum(line.best and line.verdict == verdict for line in lines)) for verdict in VERDICTS]
-    used = {result.scale for result in found}
-    scales = [s for s in SCALES if s in used] + sorted(used - set(SCALES))
+    scales = sorted({result.scale for result in found}, key=lambda scale: (scale_rank(scale), scale))
     page = template.render(
         "index.html",
         up="",
