@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
@@ -60,7 +61,8 @@ def build(root: Path) -> Built:
     for name in ("site.css", "site.js"):
         written += _write_if_changed(root / "assets" / name, template.asset(name))
     lines = ledger(found)
-    counted = [(verdict, sum(line.best and line.verdict == verdict for line in lines)) for verdict in VERDICTS]
+    count = Counter(line.verdict for line in lines if line.best)
+    counted = [(v, count[v]) for v in dict.fromkeys((*VERDICTS, *sorted(count))) if count[v]]
     scales = sorted({result.scale for result in found}, key=lambda scale: (scale_rank(scale), scale))
     page = template.render(
         "index.html",
