@@ -41,6 +41,16 @@ VERDICTS = {
 }
 """Verdict -> sign and style, in the order of the summary."""
 
+_SIMULATED = {"holds": VERDICTS[REPRODUCED], "does not hold": VERDICTS[NOT_REPRODUCED]}
+
+
+def sign(verdict: str) -> tuple[str, str]:
+    """Sign and style of a verdict; those of simulations (`moelab.workbench.simulated`) look like the measured ones that say the same."""
+    rest = verdict.removeprefix("simulated: ")
+    if rest.startswith("within "):
+        return VERDICTS[REPRODUCED]
+    return {**VERDICTS, **_SIMULATED}.get(rest, ("•", "none"))
+
 
 @dataclass(frozen=True)
 class Result:

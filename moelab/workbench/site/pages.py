@@ -24,6 +24,7 @@ from moelab.workbench.site.collect import (
     ledger,
     results,
     scale_rank,
+    sign,
 )
 from moelab.workbench.site.plot import interval_plot
 
@@ -62,7 +63,9 @@ def build(root: Path) -> Built:
         written += _write_if_changed(root / "assets" / name, template.asset(name))
     lines = ledger(found)
     count = Counter(line.verdict for line in lines if line.best)
-    counted = [(v, count[v]) for v in dict.fromkeys((*VERDICTS, *sorted(count))) if count[v]]
+    styles = list(dict.fromkeys(style for _, style in VERDICTS.values()))
+    order = [*VERDICTS, *sorted(set(count) - set(VERDICTS))]
+    counted = [(v, count[v]) for v in sorted(order, key=lambda v: styles.index(sign(v)[1])) if count[v]]
     scales = sorted({result.scale for result in found}, key=lambda scale: (scale_rank(scale), scale))
     page = template.render(
         "index.html",
@@ -152,7 +155,7 @@ def _compared(result: Result, lines: Sequence[Line], tables: Mapping[str, list])
                 "id": line.claim.id,
                 "statement": line.claim.statement,
                 "paper": line.paper,
-                "ours": template.number(line.ours, line.claim.unit),
+                "ours": template.number(line.ours, line.claim),
                 "interval": interval(line),
                 "verdict": line.verdict,
             }
@@ -170,7 +173,7 @@ def interval(line: Line) -> str:
         return "–"
     if line.samples == 0:
         return "exact"
-    return f"{template.number(line.low, line.claim.unit)} … {template.number(line.high, line.claim.unit)}"
+    return f"{template.number(line.low, line.claim)} … {template.number(line.high, line.claim)}"
 
 
-_VIEW = {"verdicts": VERDICTS, "plot": interval_plot, "interval": interval, "judged": judged, "table_rows": TABLE_ROWS}
+_VIEW = {"sign": sign, "plot": interval_plot, "interval": interval, "judged": judged, "table_rows": TABLE_ROWS}
