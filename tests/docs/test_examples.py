@@ -49,3 +49,32 @@ def test_the_example_runs_and_is_published(tmp_path):
     assert len(published["runs"]) == 6 and published["title"].startswith("weight 0 ends ")
     assert (summary.parent / "balance-dark.svg").exists()
     assert "How much balance the gate needs" in (tmp_path / "results" / "index.html").read_text()
+
+
+def test_links_lead_to_files():
+    import re
+
+    for page in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]:
+        for link in re.findall(r"\]\(([^)#]+)", page.read_text()):
+            assert link.startswith("https://") or (page.parent / link).exists(), f"{page.name}: {link}"
+
+
+@pytest.mark.parametrize("page", ["explore.md", "browse.md"])
+def test_code_of_the_pages_runs(page, tmp_path, monkeypatch):
+    """All of it but the trainings, which are asked for and not made."""
+    import re
+
+    from moelab.workbench import Lab
+    from moelab.workbench.runs import Runs
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MPLBACKEND", "Agg")
+    asked = []
+    monkeypatch.setattr(Lab, "run", lambda self, specs: asked.extend(specs) or Runs([]))
+    code = "\n".join(re.findall(r"```python\n(.*?)```", (ROOT / "docs" / page).read_text(), re.S))
+    names: dict = {}
+    exec(code, names)
+    if page == "explore.md":
+        assert len({spec.id for spec in asked}) == 6
+    else:
+        assert (tmp_path / "curve-dark.svg").exists()
