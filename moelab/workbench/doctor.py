@@ -62,7 +62,10 @@ def _checks() -> Iterator[tuple[bool | None, str]]:
         free = shutil.disk_usage(_existing(folder)).free / 2**30
         yield free > 1, f"{name} {folder}, {free:.0f} GiB free"
     slurm = shutil.which("sbatch") is not None
-    yield True if slurm else None, "Slurm" + ("" if slurm else ": not a machine of a cluster; slurm/README.md has one to try")
+    yield (
+        True if slurm else None,
+        "Slurm" + ("" if slurm else ": not a machine of a cluster; slurm/README.md has one to try"),
+    )
     for extra, module in _EXTRAS.items():
         there = find_spec(module) is not None
         yield True if there else None, f"extra {extra} ({module})" + ("" if there else f": pip install -e '.[{extra}]'")

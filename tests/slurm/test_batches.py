@@ -162,7 +162,9 @@ def test_jupyterlab_in_an_allocation(workplace):
     finally:
         process.send_signal(signal.SIGINT)
         assert process.wait(30) == 0
-    left = subprocess.run(["squeue", "-h", "-n", "moelab-lab", "-t", "RUNNING"], capture_output=True, text=True, check=True)
+    left = subprocess.run(
+        ["squeue", "-h", "-n", "moelab-lab", "-t", "RUNNING"], capture_output=True, text=True, check=True
+    )
     assert not left.stdout
 
 
