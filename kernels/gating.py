@@ -25,7 +25,7 @@ from typing import NamedTuple
 import torch
 
 from ._common import Backend, accumulate_dtype, next_power_of_2, pick_backend, tl, triton
-from ._cpu_gate import CPUGate
+from ._cpu_gate import SMALL, CPUGate, small_gate
 from ._hash import hash_keys, priorities
 
 MAX_EXPERTS = 512
@@ -87,6 +87,12 @@ def gate(
         capacity = None  # an expert is chosen at most once per token
     if capacity is None:
         seed = None
+    if (
+        chosen == "torch"
+        and 0 < logits_SE.numel() <= SMALL
+        and not (torch.is_grad_enabled() and logits_SE.requires_grad)
+    ):
+        return Gate(*small_gate(logits_SE, choice_logits_SE, top_k, capacity, seed, token_offset, normalize))
     run = {"reference": gate_reference, "torch": CPUGate.apply, "triton": _TritonGate.apply}[chosen]
     return Gate(*run(logits_SE, choice_logits_SE, top_k, capacity, seed, token_offset, normalize))
 

@@ -9,6 +9,7 @@ from typing import Annotated
 
 import typer
 
+from moelab.workbench import simulate_cli
 from moelab.workbench.slurm import commands
 
 app = typer.Typer(
@@ -21,6 +22,8 @@ bench = typer.Typer(no_args_is_help=True, help="Benchmarks; each prints ratios m
 app.add_typer(bench, name="bench")
 kernels = typer.Typer(no_args_is_help=True, help="The Triton kernels, without a GPU.")
 app.add_typer(kernels, name="kernels")
+app.add_typer(simulate_cli.app, name="simulate")
+app.command()(simulate_cli.plan)
 commands.register(app)
 
 
@@ -41,23 +44,73 @@ def list_() -> None:
 
 @app.command()
 def run(
-    name: Annotated[str, typer.Argument(help="experiment, see `moelab list`")],
-    scale: Annotated[str, typer.Option(help="smoke, cpu or gpu")] = "cpu",
+    name: Annotated[str | None, typer.Argument(help="experiment, see `moelab list`")] = None,
+    scale: Annotated[str, typer.Option(help="smoke, cpu, gpu or paper")] = "cpu",
     parameter: Annotated[
         list[str] | None, typer.Option("-p", "--parameter", metavar="NAME=VALUE", help="a parameter of the notebook")
     ] = None,
+    all_: Annotated[bool, typer.Option("--all", help="every experiment that has the scale")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="only say what would be trained, and what it costs")
+    ] = False,
 ) -> None:
     """Run an experiment's notebook: trains what is not trained yet, publishes figures and claims to the results."""
-    from moelab.workbench import notebooks
-    from moelab.workbench.experiments import experiment
-    from moelab.workbench.watch import execute_watched
+    from moelab.workbench import batch, notebooks
+    from moelab.workbench.experiments import EXPERIMENTS, experiment
 
+    if all_ == (name is not None):
+        raise ValueError("run: give an experiment's name or --all; see `moelab list`")
     given = commands.parse_parameters(parameter, scale)
-    chosen = experiment(name)
-    values = notebooks.check_parameters(chosen, given)
-    chosen.scale(values["scale"])
-    if not execute_watched(chosen, values):
+    scale = given["scale"]
+    if name is not None:
+        values = notebooks.check_parameters(experiment(name), given)
+        experiment(name).scale(values["scale"])
+    if dry_run:
+        from moelab.workbench.plan import plan, show
+
+        wanted = {name: given} if name else batch.chosen(scale, {k: v for k, v in given.items() if k != "scale"})
+        show(plan([spec for e, taken in wanted.items() for spec in batch.specs_of(EXPERIMENTS[e], taken)]))
+        return
+    if name is None:
+        good = batch.run_all(scale, {k: v for k, v in given.items() if k != "scale"})
+    else:
+        from moelab.workbench.watch import execute_watched
+
+        good = execute_watched(experiment(name), values)
+    if not good:
         raise typer.Exit(1)
+
+
+@app.command()
+def claims(
+    as_json: Annotated[bool, typer.Option("--json", help="all of it, as JSON")] = False,
+) -> None:
+    """Every claim of the paper, ours beside the paper's value, and a verdict; computed from the published results."""
+    import json
+
+    from moelab.workbench import paths
+    from moelab.workbench.ledger import counts, ledger
+
+    entries = ledger(paths.results())
+    if as_json:
+        print(json.dumps([entry.to_json() for entry in entries], indent=2))
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    view = Table("claim", "where", "paper", "ours, 95 % interval", "at", "verdict", "figure")
+    for column in view.columns:
+        column.overflow = "fold"
+    for entry in entries:
+        f = entry.finding
+        ours = "" if f is None or f.ours is None else f"{f.ours:.4g}"
+        if f is not None and f.low is not None and f.samples:
+            ours += f" ({f.low:.4g} to {f.high:.4g})"
+        at = f"{f.scale}, {f.samples or 'exact'}" if f else ""
+        view.add_row(entry.claim, entry.where, entry.paper, ours, at, entry.verdict, f.figure if f else "")
+    console = Console()
+    console.print(view)
+    console.print(f"{len(entries)} claims: " + ", ".join(f"{n} {verdict}" for verdict, n in counts(entries).items()))
 
 
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
@@ -86,7 +139,7 @@ def browse(
 
     from moelab.workbench import paths, site
 
-    folder = site.build(paths.results()).parent
+    folder = site.build(paths.results()).index.parent
     handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=str(folder))
     try:
         server = http.server.ThreadingHTTPServer(("127.0.0.1", port), handler)
@@ -103,12 +156,87 @@ def browse(
 
 
 @app.command()
+def tensorboard(
+    run: Annotated[list[str] | None, typer.Argument(help="runs, by the beginning of their id; all without")] = None,
+    port: Annotated[int, typer.Option(help="port on 127.0.0.1")] = 6006,
+) -> None:
+    """Show runs in TensorBoard, those still training too: losses, speed, and the experts' load by layer."""
+    from moelab.workbench import tensorboard as board
+
+    raise typer.Exit(board.serve(board.select(run or []), port))
+
+
+@app.command()
 def doctor() -> None:
     """Check this installation: what works, what is missing, how to get it."""
     from moelab.workbench.doctor import report
 
     if not report():
         raise typer.Exit(1)
+
+
+@app.command()
+def generate(
+    run: Annotated[
+        str, typer.Argument(help="id of a run, or the beginning of it, or a directory of a run or an exported model")
+    ],
+    prompt: Annotated[list[str] | None, typer.Option("--prompt", help="text to continue; repeat for several")] = None,
+    max_new_tokens: Annotated[int, typer.Option(help="tokens at most")] = 64,
+    temperature: Annotated[float, typer.Option(help="0 takes the likeliest token")] = 0.8,
+    top_k: Annotated[int, typer.Option(help="draw from the k likeliest tokens; 0 is all")] = 0,
+    top_p: Annotated[float, typer.Option(help="draw from the likeliest tokens of this probability")] = 1.0,
+    seed: Annotated[int, typer.Option(help="of the draws")] = 0,
+    mode: Annotated[str, typer.Option(help="optimised, or baseline: the paper's PyTorch")] = "optimised",
+    dtype: Annotated[str, typer.Option(help="fp32 or bf16")] = "fp32",
+    device: Annotated[str, typer.Option(help="cpu or cuda")] = "cpu",
+) -> None:
+    """Continue prompts with a trained run; a single one is shown as it comes."""
+    _check_device(device)
+    from moelab.engine.checkpoint import CheckpointError
+    from moelab.inference import Sampling
+    from moelab.inference.text import open_text
+    from moelab.workbench import paths
+    from moelab.workbench.store import RunStore
+
+    sampling = Sampling(max_new_tokens, temperature, top_k, top_p, seed)
+    prompts = prompt or [""]
+    directory = RunStore().find(run)
+    try:
+        writer = open_text(
+            directory, cache=paths.home() / "data", mode=mode, dtype=dtype, device=device, batch=min(len(prompts), 32)
+        )
+    except CheckpointError as error:
+        raise ValueError(str(error)) from None
+    if len(prompts) == 1:
+        print(prompts[0], end="", flush=True)
+        for _, text in writer.stream(prompts, sampling):
+            print(text, end="", flush=True)
+        print()
+    else:
+        print("\n\n".join(str(text) for text in writer.generate(prompts, sampling)))
+
+
+@app.command()
+def export(
+    run: Annotated[str, typer.Argument(help="id of a run, or the beginning of it, or its directory")],
+    directory: Annotated[Path, typer.Argument(help="new directory")],
+) -> None:
+    """Write a run's weights and tokenizer for others: GPT-2's format if the model is dense, our safetensors format if it has experts."""
+    from moelab.data import prepare
+    from moelab.engine.checkpoint import CheckpointError
+    from moelab.evaluation import hf
+    from moelab.inference.text import load_run, run_configs
+    from moelab.workbench import paths
+    from moelab.workbench.store import RunStore
+
+    source = RunStore().find(run)
+    config, data = run_configs(source)
+    try:
+        model = load_run(source)
+    except CheckpointError as error:
+        raise ValueError(str(error)) from None
+    hf.export(model, directory, prepare(data, paths.home() / "data").tokenizer())
+    print(f"{config}: {'our format' if config.is_moe else 'GPT-2'} in {directory}")
 
 
 @bench.command(name="train")
@@ -201,6 +329,42 @@ def bench_layer(
     _write_provenance(out, "layer")
 
 
+@bench.command(name="decode")
+def bench_decode(
+    model: Annotated[
+        list[str] | None,
+        typer.Option("--model", help="name; repeat for several (default: six, from the dense twin to MoE-128)"),
+    ] = None,
+    batch: Annotated[list[int] | None, typer.Option("--batch", help="sequences; repeat for several")] = None,
+    ranks: Annotated[
+        list[int] | None, typer.Option("--ranks", help="ranks that share the experts; repeat; 0 leaves it out")
+    ] = None,
+    rank_batch: Annotated[int, typer.Option(help="sequences over all ranks")] = 8,
+    prompt: Annotated[int, typer.Option(help="tokens of a prompt")] = 32,
+    output: Annotated[int, typer.Option(help="tokens generated for each")] = 32,
+    rounds: Annotated[int, typer.Option(help="times the candidates take turns")] = 5,
+    threads: Threads = 2,
+    device: Device = "cpu",
+    out: Out = None,
+) -> None:
+    """Latency and throughput of decoding: optimised, the paper's baseline and, where installed (extra peers), transformers."""
+    _check_device(device)
+    from moelab.inference.bench import Protocol
+    from moelab.inference.bench import main as bench_main
+
+    bench_main(
+        models=model,
+        batches=batch or [1, 8, 32],
+        ranks=[n for n in ranks or [1, 2, 4] if n],
+        rank_batch=rank_batch,
+        protocol=Protocol(prompt, output, rounds),
+        threads=threads,
+        device=device,
+        out=out,
+    )
+    _write_provenance(out, "decode")
+
+
 @bench.command(name="scaling")
 def bench_scaling(
     model: Annotated[list[str] | None, typer.Option("--model", help="model name; repeat for several")] = None,
@@ -216,6 +380,25 @@ def bench_scaling(
     models = model or ["350M twin", "350M+MoE-128 twin", "350M+PR-MoE-32/64 twin"]
     bench_main(models=models, ranks=ranks, per_rank=sequences, steps=steps, rounds=rounds, out=out)
     _write_provenance(out, "scaling")
+
+
+@bench.command(name="exchange")
+def bench_exchange(
+    ranks: Annotated[list[int] | None, typer.Option("--ranks", help="processes; repeat for several")] = None,
+    size: Annotated[
+        list[int] | None, typer.Option("--bytes", help="bytes of tokens a rank; repeat for several")
+    ] = None,
+    rounds: Annotated[int, typer.Option(help="times the ways take turns")] = 15,
+    device: Device = "cpu",
+    out: Out = None,
+) -> None:
+    """How tokens travel between ranks of this machine: flat, hierarchical, coordinated, and the alpha-beta floor."""
+    _check_device(device)
+    from moelab.engine.bench import main as bench_main
+
+    sizes = size or [1 << 10, 1 << 14, 1 << 18, 1 << 22]
+    bench_main(ranks=ranks or [4, 8, 16], sizes=sizes, rounds=rounds, device=device, out=out)
+    _write_provenance(out, "exchange")
 
 
 @bench.command(name="submit")

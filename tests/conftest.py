@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import base64
+import json
 import random
 from pathlib import Path
 
+import nbformat
 import pytest
 import torch
 
@@ -74,3 +77,86 @@ def tiny_train() -> TrainConfig:
 @pytest.fixture
 def tiny_spec(tiny_model, tiny_train, data_config) -> RunSpec:
     return RunSpec(model=tiny_model, train=tiny_train, data=data_config, label="tiny")
+
+
+@pytest.fixture(scope="session")
+def publish(tmp_path_factory):
+    """Publishes made-up results: `publish(results, experiment, scale, name, …)` writes one through `Publication`, with an executed notebook."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import nbformat.v4 as nb
+    import pandas as pd
+    from matplotlib import pyplot as plt
+
+    from moelab import paper
+    from moelab.files import write_json
+    from moelab.workbench import figures
+    from moelab.workbench.claims import judge
+    from moelab.workbench.results import Publication
+    from moelab.workbench.runs import Runs
+    from moelab.workbench.store import RunStore
+
+    def publish(
+        results: Path,
+        experiment: str = "pr-moe",
+        scale: str = "cpu",
+        name: str = "20260101-000000",
+        *,
+        losses: tuple[float, ...] = (3.0, 3.1, 3.05),
+        claims: dict[str, tuple[float, ...]] | None = None,
+        parameters: dict | None = None,
+        finished: str = "",
+    ) -> Path:
+        folder = results / experiment / scale / name
+        folder.mkdir(parents=True)
+        store = RunStore(tmp_path_factory.mktemp("runs"))
+        specs = [
+            RunSpec(model=ModelConfig.parse(model).shrink(), train=TrainConfig(seed=seed), label=model)
+            for seed in range(len(losses))
+            for model in ("350M", "350M+MoE-128")
+        ]
+        for spec in specs:
+            run = store.run(spec)
+            loss = losses[spec.train.seed] - 0.1 * any(spec.model.experts)
+            write_json(run.path / "result.json", {"validation_loss": loss, "parameters": 1000, "seconds": 60.0})
+            write_json(
+                run.path / "provenance.json",
+                {"commit": "a" * 40, "modified": False, "hardware": {"cpu": "Test", "cores": 2}},
+            )
+        figures.theme()
+        publication = Publication(experiment, scale, {"scale": scale, **(parameters or {})}, folder, interactive=False)
+        fig, ax = plt.subplots(figsize=(8, 3))
+        figures.measured(ax, [1, 2, 3], list(losses) if len(losses) == 3 else [3, 2, 1])
+        figures.paper_points(ax, [1, 2, 3], [3, 2.5, 2], [2.9, 2.4, 1.9], [3.1, 2.6, 2.1])
+        ax.set(xlabel="tokens (millions)", ylabel="loss (nats per token)")
+        title = f"Loss falls with tokens, {experiment} at {scale}"
+        figures.finding(fig, title)
+        data = pd.DataFrame({"arm": ["350M", "350M+MoE-128"], "loss": [3.05, 2.95]})
+        shown = tuple(claims or ())[:1]
+        publication.figure(fig, "curves", title=title, caption="Made up for a test.", data=data, claims=shown)
+        plt.close(fig)
+        publication.table(data, "final", title="final losses")
+        publication.claims([judge(paper.claim(id), values) for id, values in (claims or {}).items()])
+        publication.finish(Runs([store.run(spec) for spec in specs]), title=title)
+        if finished:
+            summary = json.loads((folder / "summary.json").read_text())
+            write_json(folder / "summary.json", {**summary, "finished": finished})
+        picture = base64.b64encode((folder / "curves.png").read_bytes()).decode()
+        table = data.style.format(precision=2)._repr_html_()
+        outputs = [
+            nb.new_output("stream", name="stderr", text="a warning\n"),
+            nb.new_output("execute_result", data={"text/html": table, "text/plain": "a table"}),
+            nb.new_output("display_data", data={"image/png": picture, "text/plain": "<Figure>"}),
+            nb.new_output("display_data", data={"application/vnd.jupyter.widget-view+json": {"model_id": "0"}, "text/plain": "a slider"}),
+        ]  # fmt: skip
+        cells = [
+            nb.new_markdown_cell(f"# Notebook of {experiment}\n\nA loss in $\\log$ units, and `code`."),
+            nb.new_code_cell(
+                "for i in range(3):  # a comment\n    print('text', i)", outputs=outputs, execution_count=1
+            ),
+        ]
+        (folder / "notebook.ipynb").write_text(nbformat.writes(nb.new_notebook(cells=cells)))
+        return folder
+
+    return publish

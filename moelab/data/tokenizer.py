@@ -6,7 +6,7 @@ no code. The base alphabet is the 256 bytes, so any text can be encoded and deco
 
 import json
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 import tokenizers
@@ -119,6 +119,11 @@ class Tokenizer:
     def decode(self, ids: Iterable[int]) -> str:
         """The text of the ids (a list, array or tensor); `eot` shows as "<|endoftext|>", and broken UTF-8 as U+FFFD."""
         return self._backend.decode([int(i) for i in ids], skip_special_tokens=False)
+
+    def stream(self) -> Callable[[int], str]:
+        """A function to be called with one id after another: the text each adds, empty while a character is not complete."""
+        state = decoders.DecodeStream(skip_special_tokens=False)
+        return lambda token: state.step(self._backend, int(token)) or ""
 
 
 def _byte_level(model: models.BPE) -> tokenizers.Tokenizer:

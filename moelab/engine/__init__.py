@@ -1,1 +1,1 @@
-"""What runs below training: checkpoints today, the distributed expert-parallel engine next."""
+"""What runs below training: the distributed expert-parallel engine and its checkpoints."""

@@ -127,6 +127,9 @@ class Writer:
             if error is None:
                 raise
             log.error("checkpoint not written: %s", failed)
+        finally:
+            if self._group is not None:
+                dist.destroy_process_group(self._group)  # it holds threads and connections
 
 
 def latest(directory: Path) -> Checkpoint | None:
@@ -151,18 +154,20 @@ def load_model(checkpoint: Checkpoint, model: nn.Module, placements: Placements 
     Raises:
         CheckpointError: the tensors do not fit the model; nothing was loaded.
     """
-    storage.read(checkpoint.path, _model_pieces(checkpoint, model, placements))
+    index = storage.read_index(checkpoint.path)
+    storage.read(checkpoint.path, index, _model_pieces(checkpoint.path, index, model, placements))
 
 
 def load(
     checkpoint: Checkpoint, model: nn.Module, optimizer: torch.optim.Optimizer, placements: Placements = None
 ) -> None:
     """`load_model`, and the optimizer's state with it."""
-    pieces = _model_pieces(checkpoint, model, placements)
+    index = storage.read_index(checkpoint.path)
+    pieces = _model_pieces(checkpoint.path, index, model, placements)
     parameters = _parameters(model)
     fused = bool(optimizer.defaults.get("fused"))
     optimizer.state.clear()
-    for name, entry in storage.read_index(checkpoint.path).items():
+    for name, entry in index.items():
         kind, _, rest = name.partition("/")
         if kind != "optimizer":
             continue
@@ -176,24 +181,20 @@ def load(
             placement = Placement.whole(())
         optimizer.state[parameter][key] = value
         pieces += _pieces(name, value, placement)
-    storage.read(checkpoint.path, pieces)
+    storage.read(checkpoint.path, index, pieces)
 
 
-def _model_pieces(checkpoint: Checkpoint, model: nn.Module, placements: Placements) -> list[Piece]:
+def _model_pieces(path: Path, index: dict[str, Any], model: nn.Module, placements: Placements) -> list[Piece]:
     stored = {
-        name.partition("/")[2]: tuple(entry["shape"])
-        for name, entry in storage.read_index(checkpoint.path).items()
-        if name.startswith("model/")
+        name.partition("/")[2]: tuple(entry["shape"]) for name, entry in index.items() if name.startswith("model/")
     }
     wanted = {name: (p, _placement(name, p, placements)) for name, p in _parameters(model).items()}
     if stored.keys() != wanted.keys():
         odd = sorted(stored.keys() ^ wanted.keys())[:3]
-        raise CheckpointError(
-            f"{checkpoint.path}: not a checkpoint of this model; differing parameters: {', '.join(odd)}"
-        )
+        raise CheckpointError(f"{path}: not a checkpoint of this model; differing parameters: {', '.join(odd)}")
     for name, (_, placement) in wanted.items():
         if stored[name] != placement.shape:
-            raise CheckpointError(f"{checkpoint.path}: {name} is {stored[name]}, the model has {placement.shape}")
+            raise CheckpointError(f"{path}: {name} is {stored[name]}, the model has {placement.shape}")
     return [piece for name, (p, placement) in wanted.items() for piece in _pieces(f"model/{name}", p, placement)]
 
 
@@ -213,9 +214,8 @@ def _tensors(
 
 def _parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     for module in model.modules():
-        if isinstance(
-            module, FSDPModule
-        ):  # a forward without a backward leaves gathered weights in the parameters' place
+        # A forward without a backward leaves gathered weights in the parameters' place.
+        if isinstance(module, FSDPModule):
             module.reshard()
     return dict(model.named_parameters())
 

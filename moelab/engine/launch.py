@@ -106,6 +106,7 @@ def launch(
 
     Raises:
         RankFailed: one did not.
+        ValueError: the job of Slurm has too few tasks on a node for the layout; nothing is started.
         whatever `should_stop` and `tick` raise, KeyboardInterrupt included, once the ranks have had `limits.stop_s` to stop.
     """
     limits = limits or Limits.read()
@@ -166,7 +167,9 @@ class _Watch:
                 self._looked = time.monotonic()
                 self.started.watch_memory()
                 if hanging := self._hanging(codes):
-                    raise self._hung(hanging, f"hangs: no sign of life for {self.limits.hang_s:g} s")
+                    # The one that hangs may have given its last sign a moment later than those that wait for it.
+                    others = [rank for rank, code in enumerate(codes) if code is None and rank not in hanging]
+                    raise self._hung(hanging + others, f"hangs: no sign of life for {self.limits.hang_s:g} s")
             tick()
             time.sleep(_POLL_S)
 
@@ -229,7 +232,8 @@ class _Watch:
             codes = self.started.codes()
         self._failed(codes)
         errors = {rank: postmortem.last_error(self._new_log(rank)) for rank in self.order}
-        killed = [rank for rank in self.order if (codes[rank] or 0) < 0]
+        # One that raises may still be aborted on its way out, by threads of the process group: what it said counts.
+        killed = [r for r in self.order if (codes[r] or 0) < 0 and (codes[r] == -signal.SIGKILL or not errors[r])]
         lonely = [rank for rank in self.order if rank not in killed and postmortem.lost_connection(errors[rank])]
         causes = [rank for rank in self.order if rank not in killed and rank not in lonely]
         silent = [rank for rank, code in enumerate(codes) if code is None]
@@ -238,10 +242,11 @@ class _Watch:
         rank = (killed or causes or lonely)[0]
         code = codes[rank]
         assert code is not None
-        if code < 0:
-            how = postmortem.death_by_signal(
-                -code, rank, self.started.memory(), postmortem.oom_kills() > self.oom_kills
-            )
+        if complaint := self.started.complaint():
+            how = f"was not started: {complaint}"
+        elif rank in killed:
+            oom = postmortem.oom_kills() > self.oom_kills
+            how = postmortem.death_by_signal(-code, rank, self.started.memory(), oom)
         else:
             how = postmortem.death_by_exit(code, errors[rank])
         return self._failure(rank, how, deadline)
@@ -253,7 +258,7 @@ class _Watch:
         halted = [rank for rank in late if self.started.stopped_by_signal(rank)]
         if not halted:
             self.started.signal(signal.SIGUSR2)
-            time.sleep(min(1.0, self.limits.death_s / 4))
+            self._await_stacks(marks)
         stacks = {rank: postmortem.stacks(_read(_log(self.logs, rank), marks[rank])) for rank in late}
         culprits = halted or [r for r in late if not postmortem.in_collective(stacks[r])] or list(late)
         rank = culprits[0]
@@ -266,6 +271,17 @@ class _Watch:
         if len(culprits) > 1:
             how += f"; {_list(culprits[1:])} too"
         return self._failure(rank, how, deadline)
+
+    def _await_stacks(self, marks: Mapping[int, int]) -> None:
+        """Until all of them have written theirs, at most half the time there is."""
+        deadline = time.monotonic() + self.limits.death_s / 2
+        before: list[int] = []
+        while time.monotonic() < deadline:
+            time.sleep(0.25)
+            sizes = [_size(_log(self.logs, rank)) for rank in marks]
+            if sizes == before and all(size > mark for size, mark in zip(sizes, marks.values(), strict=True)):
+                return
+            before = sizes
 
     def _failure(self, rank: int, how: str, deadline: float | None = None) -> RankFailed:
         """Ends all ranks."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
@@ -77,7 +78,7 @@ class Mesh:
         rank: this rank.
         device: "cpu" or "cuda".
         world, data, tensor: all ranks; those with equal tensor rank; those of this tensor group.
-        dense: the DeviceMesh (data, tensor), None for one rank.
+        dense: the DeviceMesh (data, tensor), without axes of one; None for one rank.
     """
 
     def __init__(self, config: ParallelConfig, expert_counts: Iterable[int] = (), device: str = "cpu") -> None:
@@ -96,13 +97,14 @@ class Mesh:
                 f"parallel: the layout is for {config.ranks} ranks (tensor {config.tensor} x data {config.data}), there are {ranks}"
             )
         self.config, self.device = config, device
+        self._made: list[dist.ProcessGroup] = []
         self.rank = dist.get_rank() if ranks > 1 else 0
         self.dense: DeviceMesh | None = None
         alone = Group((0,), 0, None)
         self.world = self.data = self.tensor = alone
         if ranks > 1:
             self.world = Group(tuple(range(ranks)), self.rank, dist.group.WORLD)
-            self.dense = DeviceMesh(device, torch.from_numpy(config.dense_grid()), mesh_dim_names=("data", "tensor"))
+            self.dense = self._mesh(config.dense_grid(), ("data", "tensor"))
             self.data, self.tensor = self._group(self.dense, "data"), self._group(self.dense, "tensor")
         self._experts = {e: self._expert_groups(layout, alone) for e, layout in layouts.items()}
 
@@ -115,7 +117,7 @@ class Mesh:
         if self.dense is None:
             return ExpertGroups(layout, position, *[alone] * 8)
         names = ("replica", "slice", "node", "local", "share")
-        mesh = DeviceMesh(self.device, torch.from_numpy(layout.grid()), mesh_dim_names=names)
+        mesh = self._mesh(layout.grid(), names)
         near = ("local",) if self.config.coordinated else ("local", "share")
         return ExpertGroups(
             layout,
@@ -130,8 +132,29 @@ class Mesh:
             alike=self._group(mesh, "replica", "slice"),
         )
 
+    def close(self) -> None:
+        """Let go of the groups, of which each holds threads and connections; every rank calls this. For processes that make many meshes."""
+        for handle in self._made:
+            dist.destroy_process_group(handle)
+        self._made = []
+
+    def _mesh(self, grid: np.ndarray, names: tuple[str, ...]) -> DeviceMesh:
+        """Only of the axes longer than one: each axis costs a process group."""
+        kept = [i for i, size in enumerate(grid.shape) if size > 1]
+        shape = [grid.shape[i] for i in kept]
+        return DeviceMesh(
+            self.device, torch.from_numpy(grid.reshape(shape)), mesh_dim_names=tuple(names[i] for i in kept)
+        )
+
     def _group(self, mesh: DeviceMesh, *axes: str) -> Group:
+        axes = tuple(axis for axis in axes if axis in mesh.mesh_dim_names)
+        if not axes:
+            return Group((self.rank,), 0, None)
+        if len(axes) == mesh.ndim:
+            return self.world
         part = mesh[axes[0]] if len(axes) == 1 else mesh[axes]._flatten("-".join(axes))
         handle = part.get_group()
+        if handle is not dist.group.WORLD and handle not in self._made:
+            self._made.append(handle)
         ranks = tuple(dist.get_process_group_ranks(handle))
         return Group(ranks, ranks.index(self.rank), handle if len(ranks) > 1 else None)

@@ -9,7 +9,10 @@ import signal
 from collections.abc import Sequence
 from pathlib import Path
 
-_ERROR = re.compile(r"^([A-Za-z_][\w.]*(?:Error|Exception|Interrupt|Exit|Diverged|Failed))\b(:.*)?$")
+# torch puts "[rank1]: " before the lines of an exception that nobody caught.
+_ERROR = re.compile(
+    r"^(?:\[rank\d+\]: )?(?P<error>(?:[A-Za-z_][\w.]*(?:Error|Exception|Interrupt|Exit|Diverged|Failed))\b(?::.*)?)$"
+)
 _LOST = re.compile(
     r"Connection (?:closed|reset|refused)|connection lost|Broken pipe|Timed? ?out waiting|remote process exited|DistNetworkError"
     r"|DistBackendError|DistStoreError|Socket Timeout|wait timeout|Rank \d+ failed to pass|did not come within|gloo/transport",
@@ -25,7 +28,8 @@ Stack = list[tuple[str, int, str]]  # file, line, function; innermost first
 
 def last_error(log: str) -> str:
     """The last line of a log that names an exception as Python's tracebacks do, or an empty text."""
-    return next((line.strip() for line in reversed(log.splitlines()) if _ERROR.match(line.strip())), "")
+    found = (_ERROR.match(line.rstrip()) for line in reversed(log.splitlines()))
+    return next((match["error"] for match in found if match), "")
 
 
 def lost_connection(error: str) -> bool:
@@ -34,9 +38,10 @@ def lost_connection(error: str) -> bool:
 
 
 def death_by_exit(code: int, error: str) -> str:
-    """One line about a rank that ended by itself."""
+    """One line about a rank that ended by itself; `code` is negative if a signal finished it off."""
+    ending = f"exit code {code}" if code >= 0 else f"then {_signal(-code)}"
     memory = "ran out of memory: " if _MEMORY.search(error) else "failed with "
-    return f"{memory}{error} (exit code {code})" if error else f"ended with exit code {code}"
+    return f"{memory}{error} ({ending})" if error else f"ended with {ending}"
 
 
 def death_by_signal(number: int, rank: int, memory: Sequence[int], oom_kill: bool) -> str:
@@ -46,11 +51,7 @@ def death_by_signal(number: int, rank: int, memory: Sequence[int], oom_kill: boo
         memory: last seen resident bytes of each rank.
         oom_kill: whether the kernel has counted a kill for want of memory since the ranks were started.
     """
-    try:
-        name = signal.Signals(number).name
-    except ValueError:
-        name = f"signal {number}"
-    how = f"was killed by {name}"
+    how = f"was killed by {_signal(number)}"
     limit = memory_limit()
     seen = f"last seen with {_GiB(memory[rank])} of {_GiB(limit)}" if memory[rank] else ""
     if number != signal.SIGKILL:
@@ -126,6 +127,13 @@ def _control_files() -> list[tuple[Path, str]]:
                 folder = root / "memory"
                 found += [(folder / path.lstrip("/"), "memory.oom_control"), (folder, "memory.oom_control")]
     return found
+
+
+def _signal(number: int) -> str:
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return f"signal {number}"
 
 
 def _GiB(size: int) -> str:

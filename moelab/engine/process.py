@@ -100,6 +100,7 @@ def join(*, device: str = "cpu", timeout: float | None = None) -> Place:
 
     Raises:
         RuntimeError: this process is no rank, or the others did not come in time.
+        ValueError: there is no GPU for it.
     """
     from datetime import timedelta
 
@@ -117,8 +118,11 @@ def join(*, device: str = "cpu", timeout: float | None = None) -> Place:
     store = _meet(place, limit)
     options: dict[str, Any] = {}
     if device == "cuda":
+        count = torch.cuda.device_count()
         # Under srun a rank may see one GPU only: its own.
-        number = place.local_rank % torch.cuda.device_count()
+        number = 0 if count == 1 and "SLURM_PROCID" in os.environ else place.local_rank
+        if number >= count:
+            raise ValueError(f"ranks: {place} needs a GPU of its own, its number {number} here; there are {count}")
         torch.cuda.set_device(number)
         options["device_id"] = torch.device("cuda", number)
     dist.init_process_group(

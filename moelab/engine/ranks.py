@@ -57,6 +57,10 @@ class LocalRanks:
         """Exit code of each rank, negative for a signal; None while it lives."""
         return [p.poll() for p in self._processes]
 
+    def complaint(self) -> str:
+        """Why no rank was started at all; empty when they were."""
+        return ""
+
     def host(self, rank: int) -> str:
         return socket.gethostname()
 
@@ -122,6 +126,15 @@ class SlurmRanks:
     ) -> None:
         self._ranks, self._said, self._session = ranks, session / "srun.txt", session
         nodes = int(environment.get("SLURM_JOB_NUM_NODES", 1))
+        if (
+            ranks > per_node
+            and (fewest := _fewest_tasks(environment.get("SLURM_TASKS_PER_NODE", ""), per_node)) < per_node
+        ):
+            # srun would silently fill the nodes unevenly, and groups that must stay in a node would not.
+            raise ValueError(
+                f"srun: the layout has {per_node} ranks on each node, the job a node with {fewest}; "
+                f"submit it with --ntasks-per-node={per_node}"
+            )
         layout = [f"--nodes={nodes}", f"--ntasks-per-node={ranks // nodes}"] if ranks == nodes * per_node else []
         cpus = environment.get("SLURM_CPUS_PER_TASK")
         with open(self._said, "ab") as said:
@@ -159,6 +172,13 @@ class SlurmRanks:
         if over and not told:  # srun itself failed
             codes = [over] * self._ranks
         return codes
+
+    def complaint(self) -> str:
+        """As `LocalRanks.complaint`."""
+        lines = [line.strip() for line in self._text().splitlines() if line.strip()]
+        if not self._srun.poll() or any(self._ENDED.search(line) for line in lines):
+            return ""
+        return next((line for line in lines if line.startswith("srun: error: ")), (lines or ["srun failed"])[-1])
 
     def host(self, rank: int) -> str:
         for match in self._ENDED.finditer(self._text()):
@@ -226,6 +246,11 @@ def _tasks(text: str) -> list[int]:
         first, _, last = part.partition("-")
         numbers += range(int(first), int(last or first) + 1)
     return numbers
+
+
+def _fewest_tasks(text: str, default: int) -> int:
+    """The smallest count in Slurm's ``3,1`` or ``2(x4),1``."""
+    return min((int(count) for count in re.findall(r"(\d+)(?:\(x\d+\))?", text)), default=default)
 
 
 def _code(how: str) -> int:

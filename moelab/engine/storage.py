@@ -105,15 +105,18 @@ def write(
         raise _one_line(error, path, "not written", ranks=group is not None) from None
 
 
-def read(path: Path, pieces: Iterable[Piece]) -> None:
+def read(path: Path, index: dict[str, Any], pieces: Iterable[Piece]) -> None:
     """Fill pieces with a checkpoint's values, reading no more than they cover. Each rank reads for itself, without the others.
+
+    Args:
+        index: from `read_index`.
 
     Raises:
         CheckpointError: unreadable, or it does not have all of a piece.
     """
     _quiet()
     try:
-        dcp.load({}, storage_reader=_Reader(path), planner=_LoadPlanner(pieces), no_dist=True)
+        dcp.load({}, storage_reader=_Reader(path, index), planner=_LoadPlanner(pieces), no_dist=True)
     except CheckpointException as error:
         raise _one_line(error, path, "unreadable", ranks=False) from None
 
@@ -276,15 +279,15 @@ class _Writer(StorageWriter):
 class _Reader(StorageReader):
     """Reads slices of the files that the index names."""
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, path: Path, index: dict[str, Any]) -> None:
+        self.path, self.index = path, index
         self.stored: dict[MetadataIndex, tuple[str, str]] = {}
 
     def reset(self, checkpoint_id: str | os.PathLike | None = None) -> None: ...
 
     def read_metadata(self, *args: Any) -> Metadata:
         tensors: dict[str, TensorStorageMetadata] = {}
-        for name, entry in read_index(self.path).items():
+        for name, entry in self.index.items():
             shape = torch.Size(entry["shape"])
             chunks = [ChunkStorageMetadata(torch.Size(p["at"]), torch.Size(p["size"])) for p in entry["pieces"]]
             tensors[name] = TensorStorageMetadata(TensorProperties(getattr(torch, entry["dtype"])), shape, chunks)

@@ -90,7 +90,7 @@ class Ranks:
         for process in self._processes:
             process.join(max(deadline - time.monotonic(), 0))
             process.kill()
-            process.join()
+            process.join(5)
         if self._folder:
             shutil.rmtree(self._folder, ignore_errors=True)
         self._processes, self._pipes, self._folder = [], [], None

@@ -111,6 +111,31 @@ def _gemm_rate(dtype: torch.dtype) -> float:
     return 2 * n**3 / statistics.median(times)
 
 
+def side_by_side(
+    models: dict[str, ModelConfig], config: TrainConfig, *, steps: int, rounds: int
+) -> dict[str, list[float]]:
+    """Training tokens/s of each model, round by round: models take turns, so that other load of the machine meets all.
+
+    Args:
+        config: batch, dtype and threads of all of them.
+        steps: measured steps of a model in a round, after three to warm up.
+    """
+    torch.set_num_threads(config.threads)
+    calls = {name: _ours(model, config) for name, model in models.items()}
+    for call in calls.values():
+        for _ in range(3):
+            call()
+    speeds: dict[str, list[float]] = {name: [] for name in models}
+    for _ in range(rounds):
+        for name, call in calls.items():
+            started = time.perf_counter()
+            for _ in range(steps):
+                call()
+            tokens = steps * config.batch_size * models[name].context
+            speeds[name].append(tokens / (time.perf_counter() - started))
+    return speeds
+
+
 def measure(*, steps: int, rounds: int, threads: int, dtype: str) -> list[dict[str, Any]]:
     """One row per model: tokens/s of each round, the ratio to what it is held against, and the floor."""
     torch.set_num_threads(threads)

@@ -28,7 +28,7 @@ from torch.distributed.tensor import DTensor
 
 from moelab.config import ModelConfig, TrainConfig
 from moelab.data import TokenData, TrainBatches, bits_per_byte, overall_loss, validation_batches
-from moelab.engine import checkpoint, gradients
+from moelab.engine import checkpoint, gradients, process
 from moelab.engine import parallel as engine
 from moelab.engine.mesh import Mesh
 from moelab.layout import ParallelConfig
@@ -177,6 +177,7 @@ def train(
             if not done.applied:
                 what = "gradient norm" if math.isfinite(done.loss) else "loss"
                 raise diverged(what, done.grad_norm if math.isfinite(done.loss) else done.loss, step + 1)
+            process.beat()
             step += 1
             seconds += time.perf_counter() - started
             tokens = step * config.batch_size * context
@@ -378,6 +379,7 @@ def evaluate(
     sums = torch.zeros(len(domains), 2, dtype=torch.float64)  # nats, tokens
     batches = validation_batches(data, config.batch_size, context, max_tokens)
     while group := list(itertools.islice(batches, world)):
+        process.beat()
         # Every rank runs the model as often as the others, if need be without tokens: they may need its experts.
         domain, tokens_BT, targets_BT = group[mine] if mine < len(group) else _nothing(group[0])
         with torch.autocast(config.device, torch.bfloat16, enabled=config.dtype == "bf16"):

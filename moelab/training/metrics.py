@@ -7,12 +7,15 @@ stopped.
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from moelab.files import write_text
 
 TRAIN, VALIDATION = "train.jsonl", "validation.jsonl"
+PERCENTILES = (0, 10, 50, 90, 100)
+"""Of the experts' load, in TensorBoard."""
 
 
 class Metrics:
@@ -34,19 +37,26 @@ class Metrics:
         with open(self._paths[file], "a") as f:
             f.write(_line(row))
         if self._board is not None:
-            for key, value in row.items():
-                if key not in ("step", "time_s") and isinstance(value, int | float):
-                    self._board.add_scalar(f"{Path(file).stem}/{key}", value, row["step"])
-            for layer, load in row.get("expert_load", {}).items():
-                for q in (0.0, 0.5, 1.0):
-                    share = sorted(load)[round(q * (len(load) - 1))]
-                    self._board.add_scalar(
-                        f"expert_load/layer{layer}/p{round(100 * q)}", share * len(load), row["step"]
-                    )
+            for name, value in scalars(file, row):
+                self._board.add_scalar(name, value, row["step"])
 
     def close(self) -> None:
         if self._board is not None:
             self._board.close()
+
+
+def scalars(file: str, row: dict[str, Any]) -> Iterator[tuple[str, float]]:
+    """What TensorBoard shows of a row: its numbers as `train/loss`, and for each layer percentiles of the experts' load.
+
+    `expert_load/layer4/p90` is the load that 90 % of the experts do not exceed, relative to an even share (1 is even; p100 the busiest).
+    """
+    for key, value in row.items():
+        if key not in ("step", "time_s") and isinstance(value, int | float):
+            yield f"{Path(file).stem}/{key}", value
+    for layer, load in row.get("expert_load", {}).items():
+        ordered = sorted(load)
+        for percent in PERCENTILES:
+            yield f"expert_load/layer{layer}/p{percent}", ordered[round(percent / 100 * (len(load) - 1))] * len(load)
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:

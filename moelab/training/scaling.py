@@ -153,26 +153,18 @@ def main(*, models: list[str], ranks: int, per_rank: int, steps: int, rounds: in
     title = (
         f"weak scaling 1 -> {ranks} ranks, 1 thread each, {per_rank} sequences a rank, {rounds} rounds of {steps} steps"
     )
-    view = Table(
-        "model",
-        "ms/step alone",
-        "ms/step together",
-        "efficiency",
-        "over independent ranks",
-        "where the time goes",
-        title=title,
-    )
+    kinds = ("computation", "exchange", "gradients", "agreement")
+    view = Table("model", "alone, ms", "together, ms", "efficiency", "of independent", *kinds, title=title)
     for row in rows:
         t, e, i = row["seconds_per_step"], row["efficiency"], row["efficiency_over_independent"]
         total = sum(row["seconds_by_kind"].values())
-        shares = sorted(row["seconds_by_kind"].items(), key=lambda item: -item[1])
         view.add_row(
             row["model"],
             f"{1e3 * statistics.median(t['alone']):.0f}",
             f"{1e3 * statistics.median(t['together']):.0f}",
             f"{e['median']:.0%} ({e['low']:.0%} to {e['high']:.0%})",
             f"{i['median']:.0%} ({i['low']:.0%} to {i['high']:.0%})",
-            ", ".join(f"{kind} {value / total:.0%}" for kind, value in shares),
+            *(f"{row['seconds_by_kind'][kind] / total:.0%}" for kind in kinds),
         )
     console = Console()
     console.print(view)

@@ -18,6 +18,17 @@ NOT_REPRODUCED = "not reproduced"
 UNDECIDED = "undecided"  # the interval allows both
 NO_SPREAD = "not judged: one seed"
 NOT_TESTED = "not tested at this scale"
+NOT_TESTABLE = "not testable at this scale"
+
+SAME = 0.02
+"""Nats a token within which two losses count as the same when the paper says so without a number: twice the 0.01 that it calls a match (Fig 4)."""
+
+_SCALES = ("smoke", "cpu", "gpu", "paper")
+
+
+def testable(claim: Claim, scale: str) -> bool:
+    """Whether training runs of a scale can test a claim at all."""
+    return claim.testable_at in _SCALES and _SCALES.index(scale) >= _SCALES.index(claim.testable_at)
 
 
 @dataclass(frozen=True)
@@ -59,18 +70,24 @@ def interval(values: Sequence[float]) -> tuple[float, float, float]:
     return mean, mean - half, mean + half
 
 
-def judge(claim: Claim, values: Sequence[float], *, note: str = "", exact: bool = False) -> Verdict:
+def judge(claim: Claim, values: Sequence[float], *, note: str = "", exact: bool = False, scale: str = "") -> Verdict:
     """The verdict on a claim.
 
     - ordering: reproduced when the interval lies on the claimed side of zero, not reproduced when on the other side.
     - difference, ratio: reproduced when our interval meets the paper's range (its reading uncertainty, or half a unit of the last
       printed digit), else direction only when it lies on the claimed side.
-    - a difference claimed to be about nothing (direction "equal"): reproduced when our interval lies within twice the paper's value.
+    - a difference claimed to be about nothing (direction "equal"): reproduced when our interval lies within twice the paper's value, or
+      within `SAME` where it gives none.
 
     Args:
         values: per seed, what the claim's `quantity` compares: left - right, or left / right for a ratio.
         exact: the values are arithmetic, without spread.
+        scale: the experiment's; a claim that needs a larger one is shown with our values but not judged. Empty judges in any case.
     """
+    if scale and not testable(claim, scale):
+        mean, low, high = interval(values) if values else (None, None, None)
+        one = len(values) < 2
+        return _verdict(claim, mean, None if one else low, None if one else high, len(values), NOT_TESTABLE, note)
     if not values:
         return _verdict(claim, None, None, None, 0, NOT_TESTED, note)
     mean, low, high = interval(values)
@@ -86,7 +103,7 @@ def _rule(claim: Claim, low: float, high: float) -> str:
     right_side = (high < neutral) if claim.direction == "lower" else (low > neutral)
     wrong_side = (low > neutral) if claim.direction == "lower" else (high < neutral)
     if claim.direction == "equal":
-        margin = 2 * abs((claim.value if claim.value is not None else neutral) - neutral)
+        margin = SAME if claim.value is None else 2 * abs(claim.value - neutral)
         if -margin <= low - neutral and high - neutral <= margin:
             return REPRODUCED
         return NOT_REPRODUCED if low - neutral > margin or high - neutral < -margin else UNDECIDED

@@ -1,20 +1,35 @@
 """One look for all figures: a seaborn theme, colours that survive colour blindness, the paper's values always drawn alike.
 
-Every function draws on an axis that it is given and returns it, so that a notebook can go on from there.
+    figures.theme()
+    fig, ax = plt.subplots()
+    figures.measured(ax, x, ours, low, high, label="ours")
+    figures.paper_points(ax, x, theirs)
+    ax.set(xlabel="GPUs", ylabel="latency (ms per token)")
+    figures.finding(fig, "Twice the GPUs take 0.6 times the latency")
+    figures.save(fig, Path("latency"))                  # latency.png, latency.svg, latency-dark.svg
+
+Every function draws on an axis that it is given and returns it, so that a notebook can go on from there. `Publication.figure` saves a
+figure by `save`.
 """
 
 from __future__ import annotations
 
+import io
+import textwrap
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pandas as pd
 import seaborn as sns
 
+from moelab.files import write_text
+from moelab.workbench import svg
 from moelab.workbench.claims import interval
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 PAPER = {"color": "#444444", "marker": "D"}
 """How a value of the paper is drawn: a dark hollow diamond, everywhere."""
@@ -46,6 +61,7 @@ def theme() -> None:
             "xtick.labelsize": 9,
             "ytick.labelsize": 9,
             "svg.fonttype": "none",
+            "svg.hashsalt": "moelab",  # the same figure is the same file
             "savefig.facecolor": "white",
         },
     )
@@ -54,6 +70,37 @@ def theme() -> None:
 def colors(arms: Sequence[str]) -> dict[str, str]:
     """Arm -> colour, by position."""
     return {arm: _COLORS[i % len(_COLORS)] for i, arm in enumerate(arms)}
+
+
+def finding(fig: Figure, text: str) -> Figure:
+    """Write what the figure shows above it, wrapped to the figure's width; call it last, it lays the figure out anew."""
+    width = int(fig.get_figwidth() * 11)
+    lines = textwrap.wrap(text, width)
+    fig.suptitle("\n".join(lines), x=0.01, ha="left", fontsize=12)
+    fig.tight_layout()
+    return fig
+
+
+def save(fig: Figure, path: Path, *, title: str = "") -> list[Path]:
+    """Save a figure as `<path>.png` (160 dots an inch), `<path>.svg` and `<path>-dark.svg`; returns the three.
+
+    Args:
+        path: without suffix.
+        title: the finding as a caption or page will state it. Where the figure's own title says the same, the SVGs leave it out; the
+            PNG, which travels alone, keeps it.
+    """
+    png, light, dark = (path.with_name(path.name + end) for end in (".png", ".svg", "-dark.svg"))
+    fig.savefig(png, dpi=160, bbox_inches="tight")
+    heading = [t for t in fig.texts if title and t.get_text().split() == title.split()]
+    for artist in heading:
+        artist.set_visible(False)
+    text = io.StringIO()
+    fig.savefig(text, format="svg", bbox_inches="tight", metadata={"Date": None})
+    for artist in heading:
+        artist.set_visible(True)
+    write_text(light, text.getvalue())
+    write_text(dark, svg.dark(text.getvalue()))
+    return [png, light, dark]
 
 
 def student(values: pd.Series) -> tuple[float, float]:
@@ -90,6 +137,69 @@ def loss_curves(curves: pd.DataFrame, ax: Axes, *, arms: Sequence[str], skip_fir
     return ax
 
 
+def measured(
+    ax: Axes,
+    x: Sequence[float],
+    y: Sequence[float],
+    low: Sequence[float] | None = None,
+    high: Sequence[float] | None = None,
+    *,
+    label: str = "ours",
+    color: str = _COLORS[5],
+    line: bool = True,
+) -> Axes:
+    """Our values: filled dots, joined by a line, with their intervals.
+
+    Args:
+        low, high: bounds of the interval of each value; None for values without spread (arithmetic, a model).
+        line: join the dots.
+    """
+    bars = None if low is None or high is None else _around(y, low, high)
+    ax.errorbar(x, y, yerr=bars, fmt="o-" if line else "o", color=color, capsize=3, zorder=3, label=label)
+    return ax
+
+
+def paper_points(
+    ax: Axes,
+    x: Sequence[float],
+    y: Sequence[float],
+    low: Sequence[float] | None = None,
+    high: Sequence[float] | None = None,
+    *,
+    label: str = "paper",
+    color: str = PAPER["color"],
+    line: bool = False,
+    across: bool = False,
+) -> Axes:
+    """Values of the paper: hollow diamonds, everywhere, with the uncertainty of the reading where it is known.
+
+    Args:
+        low, high: bounds of each reading.
+        color: an arm's own colour where several arms of the paper share the axis.
+        line: join the diamonds, for a curve of the paper.
+        across: the values run along x, as in `gaps`.
+    """
+    bars = None if low is None or high is None else _around(x if across else y, low, high)
+    ax.errorbar(
+        x,
+        y,
+        **{"xerr" if across else "yerr": bars},
+        fmt=PAPER["marker"],
+        linestyle="--" if line else "none",
+        color=color,
+        markerfacecolor="white",
+        capsize=3,
+        zorder=3,
+        label=label,
+    )
+    return ax
+
+
+def _around(values: Sequence[float], low: Sequence[float], high: Sequence[float]) -> list[list[float]]:
+    """Bounds as distances, the way `errorbar` takes them."""
+    return [[v - a for v, a in zip(values, low, strict=True)], [b - v for v, b in zip(values, high, strict=True)]]
+
+
 def gaps(
     measured: pd.DataFrame,
     ax: Axes,
@@ -97,12 +207,14 @@ def gaps(
     arms: Sequence[str],
     value: str,
     paper: Mapping[str, tuple[float, float, float]],
+    of: str = "seeds",
 ) -> Axes:
     """A row an arm: mean over seeds of `value` with its 95 % interval, each seed as a small dot, the paper's value beside.
 
     Args:
         measured: columns arm, seed and `value`.
         paper: arm -> (value, low, high) as the paper reports it.
+        of: what the values are: seeds, or rounds of a measurement.
     """
     palette = colors(arms)
     labelled = set()
@@ -125,27 +237,41 @@ def gaps(
                 capsize=4,
                 markersize=8,
                 zorder=3,
-                label=once("ours" if len(values) == 1 else f"ours: mean of {len(values)} seeds, 95 % interval"),
+                label=once("ours" if len(values) == 1 else f"ours: mean of {len(values)} {of}, 95 % interval"),
             )
         if arm in paper:
             at, low, high = paper[arm]
-            ax.errorbar(
-                at,
-                row - 0.28,
-                xerr=[[at - low], [high - at]],
-                fmt=PAPER["marker"],
-                color=PAPER["color"],
-                markerfacecolor="white",
-                capsize=3,
-                zorder=3,
-                label=once("paper, with the uncertainty of the reading"),
-            )
+            label = once("paper, with the uncertainty of the reading")
+            paper_points(ax, [at], [row - 0.28], [low], [high], label=label, across=True)
     ax.axvline(0, color="#888888", linewidth=1, zorder=1)
     ax.set_yticks(range(len(arms)), arms)
     ax.set_ylim(len(arms) - 0.4, -0.8)
     return ax
 
 
+def means(measured: pd.DataFrame, ax: Axes, *, x: str, y: str) -> Axes:
+    """A line of means over seeds with 95 % bars, each seed as a small dot. Columns x, y and seed."""
+    rows = [(at, part[y].mean(), *student(part[y])) for at, part in measured.groupby(x)]
+    ax.scatter(measured[x], measured[y], s=14, color=_COLORS[5], alpha=0.5, linewidths=0)
+    if rows:
+        at, center, low, high = (list(column) for column in zip(*rows, strict=True))
+        bars = [[c - a for c, a in zip(center, low, strict=True)], [b - c for c, b in zip(center, high, strict=True)]]
+        ax.errorbar(at, center, yerr=bars, fmt="o-", color=_COLORS[5], capsize=4)
+    return ax
+
+
+def seed_lines(measured: pd.DataFrame, ax: Axes, *, arms: Sequence[str], value: str = "validation_loss") -> Axes:
+    """A line a seed across the arms: parallel lines are what pairing takes out. Columns arm, seed and `value`."""
+    table = measured.pivot(index="seed", columns="arm", values=value)
+    there = [arm for arm in arms if arm in table]
+    for _, row in table[there].iterrows():
+        ax.plot(range(len(there)), row, marker="o", color=_COLORS[5], alpha=0.6)
+    ax.set_xticks(range(len(there)), there)
+    ax.set_xlim(-0.3, len(there) - 0.7)
+    return ax
+
+
 def legend_below(ax: Axes, columns: int = 2) -> None:
-    """Put an axis's legend under it, where it covers nothing."""
-    ax.legend(loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=columns)
+    """Put an axis's legend under it and its label, where it covers nothing."""
+    # The pad is in font sizes, so the distance is the same for a low axis and a high one.
+    ax.legend(loc="upper center", bbox_to_anchor=(0.5, 0), borderaxespad=4.6, ncols=columns)

@@ -4,17 +4,19 @@ lab = Lab()
 runs = lab.run(specs)           # finished ones are read back, others continue or start
 runs.final()                    # one tidy row a run
 runs.curves()                   # validation loss over tokens
+lab.generate(runs[0], "Fellow") # what it writes
 """
 
 from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from dataclasses import fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from moelab.files import write_json
-from moelab.workbench import executors
+from moelab.workbench import executors, paths
 from moelab.workbench.progress import NotebookProgress
 from moelab.workbench.results import Publication
 from moelab.workbench.runs import Runs
@@ -22,6 +24,7 @@ from moelab.workbench.specs import RunSpec
 from moelab.workbench.store import Run, RunStore
 
 if TYPE_CHECKING:
+    from moelab.inference.text import Text
     from moelab.workbench.slurm.status import Overview
 
 Executor = Literal["auto", "inline", "processes", "slurm", "read"]
@@ -124,6 +127,34 @@ class Lab:
         """Tell the command that executes this notebook, if any, which runs to watch."""
         if file := os.environ.get("MOELAB_PLAN"):
             write_json(Path(file), [str(run.path) for run in runs])
+
+    def generate(
+        self,
+        run: Run | str,
+        prompts: str | Sequence[str],
+        *,
+        mode: str = "optimised",
+        device: str = "cpu",
+        **sampling: Any,
+    ) -> Text | list[Text]:
+        """Continue one prompt or several with a trained run (or its id, or a directory of an exported model).
+
+        `sampling` are fields of `moelab.inference.Sampling`: ``lab.generate(run, "Fellow citizens", max_new_tokens=40, top_p=0.9)``.
+        """
+        from moelab.inference import Sampling
+        from moelab.inference.text import open_text
+
+        directory = run.path if isinstance(run, Run) else self.store.find(run)
+        several = [prompts] if isinstance(prompts, str) else list(prompts)
+        allowed = {f.name for f in fields(Sampling)}
+        if unknown := set(sampling) - allowed:
+            raise ValueError(
+                f"lab.generate: unknown {', '.join(sorted(unknown))}; allowed: {', '.join(sorted(allowed))}"
+            )
+        batch = min(max(len(several), 1), 32)
+        writer = open_text(directory, cache=paths.home() / "data", mode=mode, device=device, batch=batch)
+        found = writer.generate(several, Sampling(**sampling))
+        return found[0] if isinstance(prompts, str) else found
 
     def publish(self, experiment: str, scale: str, parameters: dict | None = None) -> Publication:
         """Where this notebook puts its figures, tables and claims.

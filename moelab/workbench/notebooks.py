@@ -20,6 +20,7 @@ from moelab.files import write_json
 from moelab.workbench import paths
 from moelab.workbench.experiments import Experiment
 from moelab.workbench.results import SUMMARY
+from moelab.workbench.site import convert
 
 
 class NotebookFailed(RuntimeError):
@@ -222,7 +223,7 @@ def execute(
     if not (staging / SUMMARY).exists():
         raise NotebookFailed(f"{experiment.notebook} ended without publishing a result (executed copy: {copy})")
     _forget_places(copy)
-    _to_html(copy)
+    convert(copy)
     target = paths.results() / experiment.name / scale / name
     target.parent.mkdir(parents=True, exist_ok=True)
     # Moved beside its place first: results may be on another disk than the workshop, and only a rename is one step.
@@ -288,11 +289,3 @@ def _kernel_manager() -> type:
     if os.name != "posix":
         return AsyncKernelManager
     return type("SocketKernelManager", (AsyncKernelManager,), {"transport": Unicode("ipc")})
-
-
-def _to_html(notebook: Path) -> None:
-    from nbconvert import HTMLExporter
-
-    exporter = HTMLExporter(template_name="lab")
-    body, _ = exporter.from_filename(str(notebook))
-    notebook.with_suffix(".html").write_text(body)

@@ -1,7 +1,7 @@
 """What a notebook found, as files anyone can read: figures, the data behind them, claims, provenance.
 
 results/<experiment>/<scale>/<date>-<time>/summary.json      what is here, how it came about
-                                           <name>.png, .svg, <name>.jsonl    a figure and its data
+                                           <name>.png, .svg, -dark.svg, .jsonl  a figure and its data
                                            notebook.ipynb, notebook.html     the executed notebook
 """
 
@@ -15,6 +15,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from moelab import paper
 from moelab.files import write_json, write_text
 from moelab.workbench import paths
 from moelab.workbench.provenance import provenance
@@ -59,12 +60,27 @@ class Publication:
         return cls(experiment, scale, parameters, path, interactive=given is None)
 
     def figure(
-        self, figure: Figure, name: str, *, title: str, caption: str = "", data: pd.DataFrame | None = None
+        self,
+        figure: Figure,
+        name: str,
+        *,
+        title: str,
+        caption: str = "",
+        data: pd.DataFrame | None = None,
+        claims: Sequence[str] = (),
     ) -> None:
-        """Save a figure as PNG and SVG, and the numbers it shows as JSON lines. `title` states the finding."""
-        for suffix, options in (("png", {"dpi": 160}), ("svg", {})):
-            figure.savefig(self.path / f"{name}.{suffix}", bbox_inches="tight", **options)
-        record = {"name": name, "title": title, "caption": caption}
+        """Save a figure as PNG and SVG (for light and for dark pages), and the numbers it shows as JSON lines.
+
+        Args:
+            title: the finding, one line.
+            claims: the paper's claims that it shows, by id; the ledger links them to it.
+        """
+        from moelab.workbench import figures
+
+        figures.save(figure, self.path / name, title=title)
+        record: dict[str, Any] = {"name": name, "title": title, "caption": caption}
+        if claims:
+            record["claims"] = [paper.claim(id).id for id in claims]  # ValueError for one that is none
         if data is not None:
             record["data"] = f"{name}.jsonl"
             self._write_frame(record["data"], data)
@@ -75,14 +91,19 @@ class Publication:
         self._write_frame(f"{name}.jsonl", data)
         self.tables.append({"name": name, "title": title, "caption": caption, "data": f"{name}.jsonl"})
 
-    def claims(self, verdicts: Sequence[Verdict]) -> None:
-        """Save the verdicts on the paper's claims."""
-        self.verdicts = [asdict(v) for v in verdicts]
+    def claims(self, verdicts: Sequence[Verdict], *, figure: str = "") -> None:
+        """Save the verdicts on the paper's claims; `figure` is the one that shows them, the first by default."""
+        self.verdicts = [{**asdict(v), "figure": figure} for v in verdicts]
         write_json(self.path / "claims.json", self.verdicts)
 
-    def finish(self, runs: Runs, *, title: str) -> str:
-        """Write the summary; returns one line saying where everything is. `title` states the experiment's finding."""
-        hardware = [run.provenance.get("hardware") for run in runs.finished]
+    def finish(self, runs: Runs | None = None, *, title: str) -> str:
+        """Write the summary; returns one line saying where everything is. `title` states the experiment's finding.
+
+        Args:
+            runs: the trainings behind it; none for an experiment that trains nothing.
+        """
+        finished = runs.finished if runs is not None else ()
+        hardware = [run.provenance.get("hardware") for run in finished]
         write_json(
             self.path / SUMMARY,
             {
@@ -92,13 +113,13 @@ class Publication:
                 "parameters": self.parameters,
                 "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
                 "notebook_seconds": round(time.time() - self.started, 1),
-                "training_seconds": round(sum(run.result["seconds"] for run in runs.finished), 1),
-                "seeds": sorted({run.spec.train.seed for run in runs.finished}),
+                "training_seconds": round(sum(run.result["seconds"] for run in finished), 1),
+                "seeds": sorted({run.spec.train.seed for run in finished}),
                 "hardware": hardware[0] if hardware else None,
                 "figures": self.figures,
                 "tables": self.tables,
                 "claims": self.verdicts,
-                "missing": [run.spec.id for run in runs.missing],
+                "missing": [run.spec.id for run in runs.missing] if runs is not None else [],
                 "runs": [
                     {
                         "id": run.spec.id,
@@ -107,7 +128,7 @@ class Publication:
                         "result": run.result,
                         "provenance": run.provenance,
                     }
-                    for run in runs.finished
+                    for run in finished
                 ],
                 "provenance": provenance(),
             },

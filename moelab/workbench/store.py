@@ -14,6 +14,7 @@ process dies).
 from __future__ import annotations
 
 import contextlib
+import difflib
 import os
 import socket
 import time
@@ -142,6 +143,27 @@ class RunStore:
         ):  # the last asked-for layout counts
             write_json(run.path / "spec.json", spec.to_json())
         return run
+
+    def find(self, name: str) -> Path:
+        """The directory of a run: its id, the beginning of one, or a directory itself (of a run or of an exported model).
+
+        Raises:
+            ValueError: there is none, or several begin so; names those that are close.
+        """
+        if (path := Path(name).expanduser()).is_dir():
+            return path
+        known = [path.parent.name for path in sorted(self.root.glob("*/spec.json"))]
+        found = [name] if name in known else [run for run in known if name and run.startswith(name)]
+        if len(found) == 1:
+            return self.root / found[0]
+        if found:
+            raise ValueError(f"run {name!r}: {len(found)} runs begin so: {', '.join(found[:5])}")
+        starts = {run[: len(name)]: run for run in known}
+        close = [starts[start] for start in difflib.get_close_matches(name, starts, n=3)]
+        raise ValueError(
+            f"run {name!r}: no such run or directory; "
+            + (f"did you mean {', '.join(close)}?" if close else f"runs are in {self.root}, {len(known)} there")
+        )
 
     def __iter__(self):
         for path in sorted(self.root.glob("*/spec.json")):

@@ -33,6 +33,7 @@ def supervise(
 
     Raises:
         RankFailed: one line naming rank, host and death, which is also the run's status; the rank's last lines are in the run's log.
+        ValueError, OSError: no rank could be started; the run's status says so too.
     """
     if run.finished:
         return FINISHED
@@ -57,21 +58,24 @@ def supervise(
     except RankFailed as failure:
         if run.finished:  # it died on its way out
             return FINISHED
-        _record(run, failure)
+        _record(run, str(failure), f"the last lines of {failure.log.name}:", failure.tail)
+        raise
+    except (ValueError, OSError) as error:  # before any rank was started
+        _record(run, str(error))
         raise
 
 
-def _record(run: Run, failure: RankFailed) -> None:
+def _record(run: Run, reason: str, *details: str) -> None:
     """The cause takes the place of what rank 0 could say, which only lost a connection; unless another process trains by now."""
     with open(run.path / "log.txt", "a") as log:
-        log.write(f"\n{time.strftime('%Y-%m-%d %H:%M:%S')} {failure}; the last lines of {failure.log.name}:\n")
-        log.write("".join(f"    {line}\n" for line in failure.tail.splitlines()))
+        log.write(f"\n{time.strftime('%Y-%m-%d %H:%M:%S')} {reason}\n")
+        log.write("".join(f"    {line}\n" for text in details for line in text.splitlines()))
     lock = run.lock()
     try:
-        lock.acquire(timeout=0)
+        lock.acquire(timeout=2)  # whoever looks at the status holds it for a moment
     except TimeoutError:
         return
     try:
-        run.set_status(replace(run.status, state="failed", reason=str(failure)))
+        run.set_status(replace(run.status, state="failed", reason=reason))
     finally:
         lock.release()

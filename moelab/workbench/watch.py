@@ -44,7 +44,7 @@ def execute_watched(experiment: Experiment, values: Mapping[str, Any]) -> bool:
         finally:
             done.set()
         watcher.join()
-    index = site.build(paths.results())
+    index = site.build(paths.results()).index
     summary = read_json(result / SUMMARY)
     console.print(f"[bold green]{summary['title']}[/]")
     for name, path in (

@@ -1,15 +1,17 @@
 """The exchanges on real processes against `local` on the same arrays."""
 
 import functools
-from dataclasses import dataclass, field
+import random
+from dataclasses import dataclass
 
 import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from moelab import kernels
-from moelab.engine.collectives import Traffic
+from moelab.engine.collectives import Sent, Traffic
 from moelab.engine.exchange import Exchange
 from moelab.engine.mesh import Mesh
 from moelab.layout import ParallelConfig
@@ -33,7 +35,6 @@ class Case:
     body: str = "experts"
     seed: int = 0
     input_grad: bool = True
-    names: tuple[str, ...] = field(default=(), compare=False)
 
 
 class Scale(nn.Module):
@@ -91,6 +92,8 @@ def tokens_of(case, data_rank):
     logits = torch.randn(S, case.experts, generator=generator)
     if case.skew == "one":
         logits[:, case.experts // 2] += 50
+    elif case.skew == "even":
+        logits[torch.arange(S), torch.arange(S) % case.experts] += 50
     elif case.skew == "last":
         logits[:, : case.experts - case.top_k] -= 50
     return x.requires_grad_(case.input_grad), logits.requires_grad_(), dy
@@ -173,10 +176,11 @@ def layouts():
 LAYOUTS = [pytest.param(*rest, id=name) for name, *rest in layouts()]
 
 
-@pytest.mark.parametrize(("ranks", "parallel", "experts"), LAYOUTS)
+UNSLICED = [p for p in LAYOUTS if p.values[1].expert_slicing == 1]
+
+
+@pytest.mark.parametrize(("ranks", "parallel", "experts"), UNSLICED)
 def test_same_bits_as_local_where_the_arithmetic_is_the_same(on_ranks, ranks, parallel, experts):
-    if parallel.expert_slicing > 1:
-        pytest.skip("slices add partial sums")
     for capacity in (None, 2):
         case = Case(parallel, experts, capacity=capacity, body="scale", seed=ranks)
         for differences, _ in on_ranks(ranks, run_case, case):
@@ -210,3 +214,88 @@ def test_input_without_gradient(on_ranks, ranks, parallel, experts):
         assert set(differences) > {"y", "logits"} and "x" not in differences
         assert max(differences.values()) < 1e-5
         assert ("dispatch", "backward") not in traffic.sent
+
+
+def test_random_cases(on_ranks):
+    draw = random.Random(0)
+    for seed in range(12):
+        _, ranks, parallel, experts = draw.choice([*layouts()])
+        tokens = tuple(draw.choice([0, 1, 2, 3, 31, 32, 67]) for _ in range(8))
+        top_k, capacity = draw.randint(1, min(3, experts)), draw.choice([None, 1, 4])
+        case = Case(
+            parallel, experts, top_k, capacity, tokens, draw.choice(["random", "one", "last", "even"]), seed=seed
+        )
+        for differences, _ in on_ranks(ranks, run_case, case):
+            assert max(differences.values()) < 1e-5, (case, differences)
+
+
+def two_layers(case, recompute):
+    """Gradients of two MoE layers in a row, gates included, with or without recomputation."""
+    mesh = mesh_of(case.parallel, case.experts)
+    groups = mesh.experts(case.experts)
+    mine = rank_experts(case, groups)
+    exchange = Exchange(groups, case.parallel)
+    x, _, dy = tokens_of(case, mesh.data.index)
+    gates = [torch.linspace(-1, 1, case.experts * M).sin().mul(i).view(case.experts, M) for i in (10, 20)]
+    gates = [g.requires_grad_() for g in gates]
+
+    def layer(x, gate):
+        return x + exchange(x, route(case, x @ gate.T), mine)
+
+    y = x
+    for gate in gates:
+        y = checkpoint(layer, y, gate, use_reentrant=False) if recompute else layer(y, gate)
+    y.backward(dy)
+    return [y.detach(), x.grad, *(g.grad for g in gates), *(p.grad for p in mine.parameters())]
+
+
+@pytest.mark.parametrize(("ranks", "parallel", "experts"), LAYOUTS)
+def test_recomputation_in_backward(on_ranks, ranks, parallel, experts):
+    case = Case(parallel, experts, top_k=2, capacity=3, tokens=(9, 0, 4, 17))
+    plain, recomputed = (on_ranks(ranks, two_layers, case, recompute) for recompute in (False, True))
+    for a, b in zip(plain, recomputed, strict=True):
+        assert all(torch.equal(s, t) for s, t in zip(a, b, strict=True))
+    assert sum(g.abs().sum() for g in plain[0][1:]) > 0
+
+
+ROW = M * 4  # bytes
+
+
+def test_traffic_of_flat_and_hierarchical(on_ranks):
+    """8 ranks as 2 nodes of 4, an expert each, 3 rows from each rank to each expert."""
+    found = {}
+    for name in ("flat", "hierarchical"):
+        case = Case(ParallelConfig(data=8, gpus_per_node=4, exchange=name), 8, tokens=(24,), skew="even")
+        (found[name],) = {repr(traffic): traffic for _, traffic in on_ranks(8, run_case, case)}.values()
+    rows = Sent(3, 3 * 3 * ROW, 4, 4 * 3 * ROW)
+    assert found["flat"].sent == {
+        ("counts", "forward"): Sent(3, 3 * 4, 4, 4 * 4),
+        **{(kind, way): rows for kind in ("dispatch", "combine") for way in ("forward", "backward")},
+    }
+    rows = Sent(3, 2 * 3 * 3 * ROW, 1, 4 * 3 * ROW)  # twice the bytes inside the node, the same between
+    assert found["hierarchical"].sent == {
+        ("counts", "forward"): Sent(3, 3 * 2 * 4, 1, 4 * 4),
+        **{(kind, way): rows for kind in ("dispatch", "combine") for way in ("forward", "backward")},
+    }
+
+
+def test_traffic_of_coordinated_and_slices(on_ranks):
+    """8 ranks, tensor 4: a token travels once instead of four times, and its result is gathered by its tensor group."""
+    case = Case(ParallelConfig(tensor=4, data=2, exchange="coordinated"), 8, tokens=(24,), skew="even")
+    rows, mine = Sent(1, 3 * ROW), 6 * ROW
+    for _, traffic in on_ranks(8, run_case, case):
+        assert traffic.sent == {
+            ("counts", "forward"): Sent(1, 4),
+            **{(kind, way): rows for kind in ("dispatch", "combine") for way in ("forward", "backward")},
+            ("share", "forward"): Sent(3, 3 * mine),
+            ("share", "backward"): Sent(6, 6 * 24 * ROW // 4),  # the ring that adds up the tokens' gradients
+        }
+        assert traffic.total("dispatch", "combine") == Sent(4, 4 * 3 * ROW)
+        assert traffic.total().near_messages == 1 + 4 + 3 + 6
+    case = Case(ParallelConfig(data=4, expert=2, expert_slicing=2), 2, tokens=(8, 0, 4, 0), skew="even")
+    sent = [traffic.sent for _, traffic in on_ranks(4, run_case, case)]
+    # Slices are ranks 0 and 2, 1 and 3; after the exchange 4, 4, 2, 2 rows lie there, and each is sent the other's sums.
+    for rank, (own, other) in enumerate([(4, 2), (4, 2), (2, 4), (2, 4)]):
+        assert sent[rank]["slices", "forward"] == Sent(2, (own + other) * ROW)
+        assert sent[rank]["slices", "backward"] == Sent(2, (own + other) * ROW)
+    assert sent[1]["dispatch", "forward"] == Sent(), "nothing to send is no message"

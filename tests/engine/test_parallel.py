@@ -83,6 +83,7 @@ def compare(config: ModelConfig, layout: ParallelConfig) -> dict[str, float]:
             difference["gradients"] = max(difference["gradients"], off / (float(grad.abs().max()) + 1e-3))
     norm = float(torch.nn.utils.get_total_norm([g for _, g in whole.values()]))
     difference["norm"] = abs(gradients.clip(model, norm / 2) - norm) / norm
+    mesh.close()
     clipped = max(
         float((g.full_tensor() if isinstance(g := p.grad, DTensor) else g).abs().max())
         for p in model.module.parameters()
@@ -158,6 +159,7 @@ def pooled(config: ModelConfig, layout: ParallelConfig) -> float:
     sync = gradients.GradientSync(model)
     forward_backward(config, model.module, mesh.data.index, 1, sync.arm)
     sync.finish()
+    mesh.close()
     return max(
         float((a.ffn.router.weight.grad - b.ffn.router.weight.grad).abs().max() / b.ffn.router.weight.grad.abs().max())
         for a, b in zip(model.module.blocks, reference.blocks, strict=True)

@@ -67,6 +67,14 @@ def on(target, logits, *args, choice_logits_SE=None, **kwargs):
 
 
 def check_against_brute_force(logits, top_k, capacity, seed, offset, normalize, target, choice=None):
+    """On CPU both forms: with a gradient, and without one, which for few logits is another text."""
+    given = (top_k, capacity, seed, offset, normalize, target, choice)
+    if target[0] == "torch":
+        _check_against_brute_force(logits.clone().requires_grad_(), *given)
+    return _check_against_brute_force(logits, *given)
+
+
+def _check_against_brute_force(logits, top_k, capacity, seed, offset, normalize, target, choice):
     g = on(
         target, logits, top_k, capacity, seed=seed, token_offset=offset, normalize=normalize, choice_logits_SE=choice
     )
@@ -76,6 +84,7 @@ def check_against_brute_force(logits, top_k, capacity, seed, offset, normalize, 
     assert torch.equal(g.expert_SK, torch.tensor(experts, dtype=torch.int32).reshape(shape))
     assert torch.equal(g.slot_SK, torch.tensor(slots, dtype=torch.int32).reshape(shape))
     assert g.load_E.tolist() == load and g.kept_E.tolist() == kept
+    logits, g = logits.detach(), Gate(*(t.detach() for t in g))
     p = logits.double().softmax(1)
     weight = torch.where(g.slot_SK >= 0, p.gather(1, g.expert_SK.long()), 0.0)
     if normalize:
@@ -167,6 +176,16 @@ def test_bad_tokens_go_nowhere_and_poison_the_losses(target, where, S, E):
             assert g.weight_SK.isfinite().all()
 
 
+@pytest.mark.parametrize("S,E,K", [(32, 8, 1), (8, 128, 2), (13, 5, 3)])
+def test_without_gradients_few_tokens_are_gated_alike_in_any_company(S, E, K):
+    logits = torch.randn(S, E)
+    together = gate(logits, K, normalize=K > 1)
+    for s in range(S):
+        alone = gate(logits[s : s + 1], K, normalize=K > 1)
+        assert torch.equal(alone.expert_SK[0], together.expert_SK[s])
+        assert torch.equal(alone.weight_SK[0], together.weight_SK[s]), "bit for bit"
+
+
 def test_random_selection_ignores_batch_boundaries():
     """A token's priority depends on the seed and its global index only."""
     whole = priorities(11, 100, 3)
@@ -234,7 +253,7 @@ def test_half_precision_logits_route_in_float32(target, dtype):
     backend, device = target
     logits = torch.randn(50, 9, device=device).to(dtype).requires_grad_()
     g = gate(logits, 2, 8, seed=0, backend=backend)
-    wide = gate(logits.detach().float(), 2, 8, seed=0, backend=backend)
+    wide = gate(logits.detach().float().requires_grad_(), 2, 8, seed=0, backend=backend)
     assert g.weight_SK.dtype == torch.float32
     for a, b in zip(g, wide, strict=True):
         assert torch.equal(a, b)

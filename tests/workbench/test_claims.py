@@ -76,7 +76,7 @@ def test_pr_moe_pairs_by_seed_and_survives_missing_arms():
     assert verdicts["pr-moe-size"].ours == pytest.approx(4.1168 / 13.150, rel=1e-3)
     assert "+0.010 nats" in pr_moe.finding(frame) and "40%" in pr_moe.finding(frame)
     assert "1 seed, no spread" in pr_moe.finding(frame[frame["seed"] == 0])
-    assert "no finished run" in pr_moe.finding(frame[frame["arm"] == "Dense"])
+    assert "no finished pair" in pr_moe.finding(frame[frame["arm"] == "Dense"])
 
 
 def test_the_papers_gaps_come_from_the_paper():
@@ -89,3 +89,74 @@ def test_bad_arguments_are_one_line(bad):
     with pytest.raises(ValueError) as error:
         pr_moe.specs(**bad)
     assert "\n" not in str(error.value)
+
+
+class TestSimulated:
+    """Simulations have no seeds: their verdicts say so."""
+
+    SPEED = paper.claim("speedup-1t")
+    LIMIT = paper.claim("1t-under-25ms")
+    ORDERED = paper.claim("pytorch-moe-slower-than-dense")
+
+    @pytest.mark.parametrize(
+        ("claim", "ours", "expected"),
+        [
+            (SPEED, 7.3, "simulated: within 15%"),
+            (SPEED, 7.25 * 1.149, "simulated: within 15%"),
+            (SPEED, 7.25 * 1.16, "simulated: direction only"),
+            (SPEED, 5.1, "simulated: direction only"),
+            (SPEED, 0.9, "simulated: does not hold"),
+            (LIMIT, 24.9, "simulated: holds"),
+            (LIMIT, 25.1, "simulated: does not hold"),
+            (ORDERED, 1.0, "simulated: holds"),
+            (ORDERED, -1.0, "simulated: does not hold"),
+            (SPEED, None, claims.NOT_TESTED),
+        ],
+    )
+    def test_rules(self, claim, ours, expected):
+        from moelab.workbench.simulated import verdict
+
+        found = verdict(claim, ours)
+        assert found.verdict == expected and found.ours == ours
+        assert found.samples == 0 and found.low is None and found.high is None
+        assert ours is None or found.note.startswith("Simulated, predicted")
+        assert ours is None or "constants were fitted on" in verdict(claim, ours, fitted=True).note
+
+    def test_every_inference_claim_is_judged(self):
+        from moelab.simulate import bars
+        from moelab.workbench import simulated
+        from moelab.workbench.experiments import (
+            inference_large,
+            inference_scaling,
+            inference_variants,
+            inference_vs_dense,
+        )
+
+        variants = simulated.bar_frame(bars.variants())
+        variants[["base", "variant"]] = variants["model"].str.split(" ", expand=True)
+        dense = inference_vs_dense.costs(simulated.bar_frame(bars.fig14() + bars.fig15()))
+        found = [
+            *inference_scaling.verdicts(simulated.bar_frame(bars.fig10())),
+            *inference_large.verdicts(simulated.bar_frame(bars.fig11())),
+            *inference_variants.verdicts(inference_variants.memory(), variants),
+            *inference_vs_dense.verdicts(dense),
+        ]
+        wanted = {
+            claim.id
+            for name in (
+                "inference-scaling",
+                "inference-large",
+                "min-gpus",
+                "model-variants-latency",
+                "moe-vs-dense-inference",
+            )
+            for claim in paper.claims(name)
+        }
+        assert {v.claim for v in found} == wanted
+        untested = {v.claim for v in found if v.verdict == claims.NOT_TESTED}
+        assert untested == {"released-part-speedup"}
+        assert all(v.verdict.startswith("simulated: ") for v in found if v.claim not in untested)
+        by_id = {v.claim: v for v in found}
+        assert by_id["half-the-gpus"].ours == 0.5
+        dense_ratio = dense.query("figure == 'fig-15' and model == 'PR-MoE+MoS'").iloc[0]
+        assert dense_ratio["cheaper"] == pytest.approx(2 * dense_ratio["faster"]), "8-way instead of 16-way slicing"

@@ -1,13 +1,33 @@
-"""One module per experiment of the paper; each ends in an `EXPERIMENT`. Loads no torch."""
+"""One module per experiment; each ends in an `EXPERIMENT`. Loads no torch."""
 
 from __future__ import annotations
 
 import difflib
 
-from moelab.workbench.experiments import pr_moe
+from moelab.workbench.experiments import (
+    capacity,
+    distillation,
+    expert_count,
+    half_moe,
+    inference_large,
+    inference_scaling,
+    inference_variants,
+    inference_vs_dense,
+    learning_rate,
+    pr_moe,
+    scaling,
+    specialisation,
+    spread,
+    throughput,
+    top2,
+)
 from moelab.workbench.experiments.base import Experiment, Scale
 
-EXPERIMENTS: dict[str, Experiment] = {module.EXPERIMENT.name: module.EXPERIMENT for module in (pr_moe,)}
+_TRAINING = (scaling, half_moe, top2, pr_moe, distillation, throughput)
+_INFERENCE = (inference_scaling, inference_large, inference_variants, inference_vs_dense)
+_BEYOND = (expert_count, capacity, specialisation, spread, learning_rate)
+
+EXPERIMENTS: dict[str, Experiment] = {m.EXPERIMENT.name: m.EXPERIMENT for m in (*_TRAINING, *_INFERENCE, *_BEYOND)}
 
 
 def experiment(name: str) -> Experiment:

@@ -35,7 +35,9 @@ class Experiment:
         paper_answer: what the paper found, one line.
         notebook: file name in `notebooks/`.
         scales: scale name -> Scale.
-        specs: the runs, from scale, seeds and whatever else the notebook's parameters say.
+        specs: the runs, from scale, seeds and whatever else the notebook's parameters say; `no_runs` where nothing is trained.
+        trains: the notebook asks for these runs to be trained; False if it only measures their steps.
+        measures: the notebook measures time, so nothing else should run beside it.
     """
 
     name: str
@@ -46,9 +48,16 @@ class Experiment:
     notebook: str
     scales: Mapping[str, Scale]
     specs: Callable[..., Sequence[RunSpec]]
+    trains: bool = True
+    measures: bool = False
 
     def scale(self, name: str) -> Scale:
         """ValueError, one line, for a scale this experiment does not have."""
         if name not in self.scales:
             raise ValueError(f"experiment {self.name}: no scale {name!r}; allowed: {', '.join(self.scales)}")
         return self.scales[name]
+
+
+def no_runs(scale: str = "cpu", seeds: int = 1, **_: object) -> list[RunSpec]:
+    """The specs of an experiment that trains nothing: a simulation, or a measurement that the notebook makes itself."""
+    return []

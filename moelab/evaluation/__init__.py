@@ -1,0 +1,1 @@
+"""What a trained model is worth, and how it leaves the house: Hugging Face formats today."""

@@ -1,0 +1,132 @@
+"""Where a step's time goes: a clock that always runs for exactly one part, the innermost one that is being computed."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from moelab.models import GPT
+from moelab.models.moe import MoE
+
+PARTS = ("attention", "gate", "dispatch", "all-to-all", "experts", "combine", "feed-forward", "head", "sums", "rest")
+"""feed-forward: dense layers and the fixed MLP of residual ones. sums: all-reduces and all-gathers outside the
+exchange. rest: norms, embeddings, choosing tokens, Python."""
+_EXCHANGES = ("all_to_all_single",)
+_OTHERS = ("all_reduce", "all_gather", "all_gather_into_tensor", "reduce_scatter_tensor")
+
+
+class Clock:
+    """Times the parts of a model from `attach` to `detach`.
+
+    Attributes:
+        seconds: part -> time since the last `reset`.
+        collectives: calls since then, of any kind.
+        distinct: experts that had tokens on this rank, one number for each call of a MoE layer's gate.
+    """
+
+    def __init__(self, device: str = "cpu") -> None:
+        self._cuda = device == "cuda"
+        self._stack, self._since = ["rest"], time.perf_counter()
+        self._attached: list[tuple[Any, str, Any]] = []
+        self.reset()
+
+    def reset(self) -> None:
+        self.seconds: Counter[str] = Counter()
+        self.collectives = 0
+        self.distinct: list[int] = []
+        self._since = self._now()
+
+    def stop(self) -> None:
+        """Book the time up to now."""
+        self._book()
+
+    def _now(self) -> float:
+        if self._cuda:
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+    def _book(self) -> None:
+        now = self._now()
+        self.seconds[self._stack[-1]] += now - self._since
+        self._since = now
+
+    def timed(self, part: str, call: Callable[..., Any]) -> Callable[..., Any]:
+        """`call` with its time on `part`."""
+
+        def run(*args: Any, **kwargs: Any) -> Any:
+            self._book()
+            self._stack.append(part)
+            try:
+                return call(*args, **kwargs)
+            finally:
+                self._book()
+                self._stack.pop()
+                if part == "experts" and self._stack[-1] == "dispatch":
+                    self._stack[-1] = "combine"  # what a flow does after its experts
+
+        return run
+
+    def attach(self, model: GPT) -> None:
+        """Time this model's parts from now on."""
+        for block in model.blocks:
+            self._replace(block.attention, "forward", "attention")
+            ffn = block.ffn
+            if not isinstance(ffn, MoE):
+                self._replace(ffn, "forward", "feed-forward")
+                continue
+            self._replace(ffn.experts, "forward", "experts")
+            self._replace(ffn, "flow", "dispatch")
+            if ffn.mlp is not None:
+                self._replace(ffn.mlp, "forward", "feed-forward")
+            gate = (ffn, "route") if hasattr(ffn, "route") else (ffn.router, "forward")
+            self._replace(*gate, "gate")
+            setattr(*gate, self._counted(getattr(*gate)))
+        self._replace(model, "head", "head")
+
+    def detach(self) -> None:
+        """The model as it was."""
+        while self._attached:
+            owner, name, before = self._attached.pop()
+            if before is None:
+                delattr(owner, name)
+            else:
+                setattr(owner, name, before)
+
+    def _replace(self, owner: Any, name: str, part: str) -> None:
+        self._attached.append((owner, name, owner.__dict__.get(name)))
+        setattr(owner, name, self.timed(part, getattr(owner, name)))
+
+    @contextlib.contextmanager
+    def communication(self) -> Iterator[None]:
+        """Time this process's collectives, too, while the context lasts."""
+        originals = {name: getattr(dist, name) for name in (*_EXCHANGES, *_OTHERS)}
+        for name, call in originals.items():
+            setattr(dist, name, self._message("all-to-all" if name in _EXCHANGES else "sums", call))
+        try:
+            yield
+        finally:
+            for name, call in originals.items():
+                setattr(dist, name, call)
+
+    def _message(self, part: str, call: Callable[..., Any]) -> Callable[..., Any]:
+        timed = self.timed(part, call)
+
+        def run(*args: Any, **kwargs: Any) -> Any:
+            self.collectives += 1
+            return timed(*args, **kwargs)
+
+        return run
+
+    def _counted(self, route: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*args: Any) -> Any:
+            routing = route(*args)
+            self.distinct.append(int((routing.load_E > 0).sum()))
+            return routing
+
+        return run

@@ -1,0 +1,318 @@
+"""Generation: prompts in, tokens out, many sequences at a time.
+
+    generator = Generator(set_mode(model), batch=8)
+    for piece in generator.stream(prompts, Sampling(temperature=0.8, top_k=50)): ...
+    completions = generator.generate(prompts, Sampling(temperature=0))
+
+Sequences share forward passes but not results: routing is drop-free, attention and random draws are each sequence's own. A sequence that
+ends makes room for the next prompt at once. On several ranks every rank calls the same method with the same prompts; each data rank
+takes its share, and ranks that have nothing left keep taking part, with no tokens, until all are done.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from moelab.engine.mesh import Mesh
+from moelab.inference.cache import KVCache
+from moelab.inference.sampling import Sampling, choose, uniforms
+from moelab.models import GPT
+
+Finish = Literal["stop", "length", "context"]
+"""Why a sequence ended: a stop token, `max_new_tokens`, or the context is full."""
+_FINISHES: tuple[Finish, ...] = ("stop", "length", "context")
+_PREFILL_TOKENS = 4096  # prompts share a pass up to here: bounds the memory of activations
+
+
+@dataclass(frozen=True)
+class Piece:
+    """One new token: whose (index of the prompt), which, and why it is the last one, if it is."""
+
+    prompt: int
+    token: int
+    finish: Finish | None
+
+
+@dataclass(frozen=True)
+class Completion:
+    """A prompt's continuation, a final stop token included."""
+
+    tokens: tuple[int, ...]
+    finish: Finish
+
+
+@dataclass
+class _Sequence:
+    index: int
+    prompt: tuple[int, ...]
+    draws: list[float]
+    tokens: list[int] = field(default_factory=list)
+
+    @property
+    def cached(self) -> int:
+        """Tokens whose keys and values are in the cache: all but the newest."""
+        return len(self.prompt) + len(self.tokens) - 1
+
+
+class Generator:
+    """A model made ready to generate.
+
+    Args:
+        model: the whole model, or this rank's part; on the device and in the dtype it computes in.
+        batch: sequences at a time (on a data rank).
+        length: longest sequence, prompt and output; 0 is the model's context. Decides the cache's memory.
+        mesh: the ranks; None is this process alone.
+        static: decode with equal shapes and all state on the device (see `moelab.inference.cache`), on CUDA replayed as a graph. None is:
+            on CUDA, and not with expert parallelism, whose message sizes the host must know.
+
+    Raises:
+        ValueError: batch or length make no sense, or static with expert parallelism.
+    """
+
+    def __init__(
+        self, model: GPT, *, batch: int = 8, length: int = 0, mesh: Mesh | None = None, static: bool | None = None
+    ) -> None:
+        context = model.config.context
+        if batch < 1:
+            raise ValueError(f"generate: batch must be at least 1, got {batch}")
+        if not 0 <= length <= context:
+            raise ValueError(f"generate: length must be at most the model's context of {context}, got {length}")
+        weight = model.token_embedding.weight
+        self.model, self.mesh = model.eval(), mesh if mesh is not None and mesh.world.size > 1 else None
+        self.static = weight.device.type == "cuda" and self.mesh is None if static is None else static
+        if self.static and self.mesh is not None:
+            raise ValueError("generate: static decoding is for one rank, this is one of several")
+        self.cache = KVCache(model, batch, length or context, weight.dtype, weight.device)
+        self._step: _StaticStep | None = None
+
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        sampling: Sampling | None = None,
+        on_piece: Callable[[Piece], None] = lambda _: None,
+    ) -> list[Completion]:
+        """Completions in the order of the prompts; `on_piece` sees this data rank's tokens as they come."""
+        tokens: dict[int, list[int]] = {}
+        finish: dict[int, Finish] = {}
+        for piece in self.stream(prompts, sampling):
+            tokens.setdefault(piece.prompt, []).append(piece.token)
+            if piece.finish:
+                finish[piece.prompt] = piece.finish
+            on_piece(piece)
+        done = {i: Completion(tuple(tokens[i]), finish[i]) for i in finish}
+        if self.mesh is not None:
+            done = _gather(done, len(prompts), self.mesh)
+        return [done[i] for i in range(len(prompts))]
+
+    def stream(self, prompts: Sequence[Sequence[int]], sampling: Sampling | None = None) -> Iterator[Piece]:
+        """Tokens as they come: of the sequences alive one each in turn.
+
+        Raises:
+            ValueError: a prompt is empty, too long, or has an id the model does not know; at the call, before anything runs.
+        """
+        sampling = sampling or Sampling()
+        prompts = [tuple(int(t) for t in p) for p in prompts]
+        self._check(prompts)
+        draws = uniforms(sampling.seed, prompts, 0 if sampling.greedy else sampling.max_new_tokens).tolist()
+        data, ranks = (self.mesh.data.index, self.mesh.data.size) if self.mesh is not None else (0, 1)
+        queue = deque(_Sequence(i, prompts[i], draws[i]) for i in range(data, len(prompts), ranks))
+        return (self._stream_static if self.static else self._stream)(queue, sampling)
+
+    def _check(self, prompts: list[tuple[int, ...]]) -> None:
+        vocab, length = self.model.config.vocab, self.cache.length
+        for i, prompt in enumerate(prompts):
+            if not prompt:
+                raise ValueError(f"generate: prompt {i} is empty; give at least one token")
+            if len(prompt) >= length:
+                raise ValueError(f"generate: prompt {i} has {len(prompt)} tokens, allowed are at most {length - 1}")
+            if min(prompt) < 0 or max(prompt) >= vocab:
+                odd = next(t for t in prompt if not 0 <= t < vocab)
+                raise ValueError(f"generate: prompt {i} has token {odd}, allowed are 0 to {vocab - 1}")
+
+    # -- dynamic ---------------------------------------------------------------------------------------------------------------
+
+    def _stream(self, queue: deque[_Sequence], sampling: Sampling) -> Iterator[Piece]:
+        alive: list[_Sequence] = []  # in slots 0, 1, ...
+        while True:
+            fresh = self._admit(queue, self.cache.slots - len(alive))
+            prefill, decode = self._any(bool(fresh), bool(alive))
+            if not prefill and not decode:
+                return
+            if decode:
+                yield from self._take(alive, self._decode(alive), sampling)
+            if prefill:  # behind those that just took a step, so that each yields one token a turn
+                slots = range(len(alive), len(alive) + len(fresh))
+                yield from self._take(fresh, self._prefill(fresh, slots), sampling)
+                alive += fresh
+            for slot in reversed(range(len(alive))):
+                if self._finish(alive[slot], sampling):
+                    last = alive.pop()
+                    if slot < len(alive):
+                        self.cache.move(len(alive), slot, last.cached)
+                        alive[slot] = last
+
+    def _admit(self, queue: deque[_Sequence], room: int) -> list[_Sequence]:
+        fresh: list[_Sequence] = []
+        tokens = 0
+        while queue and len(fresh) < room and (not fresh or tokens + len(queue[0].prompt) <= _PREFILL_TOKENS):
+            fresh.append(queue.popleft())
+            tokens += len(fresh[-1].prompt)
+        return fresh
+
+    def _any(self, *mine: bool) -> list[bool]:
+        """Whether any rank says so."""
+        if self.mesh is None:
+            return list(mine)
+        flags = torch.tensor(mine, dtype=torch.int32, device=self.cache.device)
+        dist.all_reduce(flags, dist.ReduceOp.MAX, group=self.mesh.world.handle)
+        return [bool(f) for f in flags.tolist()]
+
+    @torch.inference_mode()
+    def _prefill(self, fresh: list[_Sequence], slots: Sequence[int]) -> Tensor:
+        """Logits [B, V] after each prompt."""
+        lengths = [len(s.prompt) for s in fresh]
+        tokens = torch.tensor([list(itertools.chain.from_iterable(s.prompt for s in fresh))], dtype=torch.long)
+        self.cache.prefill(slots, lengths)
+        x_1NM, _ = self.model.trunk(tokens.to(self.cache.device), self.cache)
+        last = torch.tensor([end - 1 for end in itertools.accumulate(lengths)], dtype=torch.long)
+        return self.model.head(x_1NM[0, last.to(self.cache.device)])
+
+    @torch.inference_mode()
+    def _decode(self, alive: list[_Sequence]) -> Tensor:
+        """Logits [B, V] after each sequence's newest token."""
+        self.cache.decode([s.cached for s in alive])
+        tokens = torch.tensor([s.tokens[-1] for s in alive], dtype=torch.long, device=self.cache.device)
+        x_B1M, _ = self.model.trunk(tokens[:, None], self.cache)
+        return self.model.head(x_B1M[:, 0])
+
+    @torch.inference_mode()
+    def _take(self, sequences: list[_Sequence], logits_BV: Tensor, sampling: Sampling) -> list[Piece]:
+        """Choose a token for each, and keep it."""
+        if not sequences:
+            return []
+        draws = [0.0 if sampling.greedy else s.draws[len(s.tokens)] for s in sequences]
+        chosen = choose(logits_BV, torch.tensor(draws, dtype=torch.float64, device=logits_BV.device), sampling)
+        return self._keep(sequences, chosen.tolist(), sampling)
+
+    def _keep(self, sequences: list[_Sequence], tokens: list[int], sampling: Sampling) -> list[Piece]:
+        for sequence, token in zip(sequences, tokens, strict=True):
+            sequence.tokens.append(token)
+        return [Piece(s.index, s.tokens[-1], self._finish(s, sampling)) for s in sequences]
+
+    def _finish(self, sequence: _Sequence, sampling: Sampling) -> Finish | None:
+        if sequence.tokens[-1] in sampling.stop_tokens:
+            return "stop"
+        if len(sequence.tokens) == sampling.max_new_tokens:
+            return "length"
+        return "context" if sequence.cached + 1 == self.cache.length else None
+
+    # -- static ----------------------------------------------------------------------------------------------------------------
+
+    def _stream_static(self, queue: deque[_Sequence], sampling: Sampling) -> Iterator[Piece]:
+        slots: list[_Sequence | None] = [None] * self.cache.slots
+        step = self._step
+        if step is None or step.sampling != sampling:
+            step = self._step = _StaticStep(self.model, self.cache, sampling)
+        while queue or any(slots):
+            alive = [slot for slot, s in enumerate(slots) if s is not None]
+            free = [slot for slot, s in enumerate(slots) if s is None]
+            if alive:
+                tokens = step()
+                yield from self._keep([slots[i] for i in alive], [tokens[i] for i in alive], sampling)
+            if fresh := self._admit(queue, len(free)):
+                taken = free[: len(fresh)]
+                yield from self._take(fresh, self._prefill(fresh, taken), sampling)
+                for slot, sequence in zip(taken, fresh, strict=True):
+                    slots[slot] = sequence
+                    step.place(slot, sequence)
+            for slot, sequence in enumerate(slots):
+                if sequence is not None and self._finish(sequence, sampling):
+                    slots[slot] = None
+
+
+class _StaticStep:
+    """A decoding step of all slots whose state lives on the device; empty slots compute, too, and nobody looks."""
+
+    def __init__(self, model: GPT, cache: KVCache, sampling: Sampling) -> None:
+        self.model, self.cache, self.sampling = model, cache, sampling
+        B, device = cache.slots, cache.device
+        self.tokens_B1 = torch.zeros(B, 1, dtype=torch.long, device=device)
+        self.positions_B, self.count_B1 = torch.zeros_like(self.tokens_B1[:, 0]), torch.zeros_like(self.tokens_B1)
+        self.draws_BN = torch.zeros(B, sampling.max_new_tokens, dtype=torch.float64, device=device)
+        self.graph: torch.cuda.CUDAGraph | None = None
+
+    def place(self, slot: int, sequence: _Sequence) -> None:
+        """Put a sequence that has been prefilled into a slot."""
+        self.tokens_B1[slot, 0], self.positions_B[slot], self.count_B1[slot, 0] = (
+            sequence.tokens[-1],
+            sequence.cached,
+            1,
+        )
+        if sequence.draws:
+            self.draws_BN[slot] = torch.tensor(sequence.draws, dtype=torch.float64)
+
+    @torch.inference_mode()
+    def compute(self) -> None:
+        """One step, without a word from or to the host."""
+        self.cache.decode_static(self.positions_B)
+        x_B1M, _ = self.model.trunk(self.tokens_B1, self.cache)
+        last = self.draws_BN.shape[1] - 1
+        draw_B = self.draws_BN.gather(1, self.count_B1.clamp(max=last))[:, 0]
+        self.tokens_B1.copy_(choose(self.model.head(x_B1M[:, 0]), draw_B, self.sampling)[:, None])
+        self.positions_B.add_(1).clamp_(max=self.cache.length - 1)
+        self.count_B1.add_(1)
+
+    def __call__(self) -> list[int]:
+        """The step's tokens, one a slot."""
+        if self.cache.device.type != "cuda":
+            self.compute()
+        else:
+            if self.graph is None:
+                self.graph = self._capture()
+            self.graph.replay()
+        return self.tokens_B1[:, 0].tolist()
+
+    def _capture(self) -> torch.cuda.CUDAGraph:
+        state = [t.clone() for t in (self.tokens_B1, self.positions_B, self.count_B1)]
+        side = torch.cuda.Stream()  # a few steps first: kernels are compiled and workspaces allocated outside the graph
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(3):
+                self.compute()
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            self.compute()
+        for now, before in zip((self.tokens_B1, self.positions_B, self.count_B1), state, strict=True):
+            now.copy_(
+                before
+            )  # what the warm-up wrote into the cache is written again with the same values, or never seen
+        return graph
+
+
+def _gather(mine: dict[int, Completion], count: int, mesh: Mesh) -> dict[int, Completion]:
+    """Every data rank's completions, as tensors: [prompt, finish, tokens ...] a row."""
+    if mesh.data.size == 1:
+        return mine
+    rows, width = -(-count // mesh.data.size), torch.tensor([max((len(c.tokens) for c in mine.values()), default=0)])
+    width = width.to(mesh.device)
+    dist.all_reduce(width, dist.ReduceOp.MAX, group=mesh.data.handle)
+    sent = torch.full((rows, 2 + int(width)), -1, dtype=torch.long)
+    for row, (i, c) in zip(sent, mine.items(), strict=False):
+        row[: 2 + len(c.tokens)] = torch.tensor([i, _FINISHES.index(c.finish), *c.tokens])
+    sent = sent.to(mesh.device)
+    received = [torch.empty_like(sent) for _ in range(mesh.data.size)]
+    dist.all_gather(received, sent, group=mesh.data.handle)
+    return {
+        row[0]: Completion(tuple(t for t in row[2:] if t >= 0), _FINISHES[row[1]])
+        for row in torch.cat(received).tolist()
+        if row[0] >= 0
+    }

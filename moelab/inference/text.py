@@ -1,0 +1,160 @@
+"""From a directory to text: a training run or an exported model, opened and continued.
+
+writer = open_text(directory, cache=...)
+for prompt, text in writer.stream(["Fellow citizens"]): print(text, end="")
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from moelab.config import DataConfig, ModelConfig, from_json
+from moelab.data import Tokenizer, prepare
+from moelab.engine import checkpoint
+from moelab.engine import parallel as engine
+from moelab.engine.mesh import Mesh
+from moelab.evaluation import hf
+from moelab.files import read_json
+from moelab.inference.generate import Finish, Generator, Piece
+from moelab.inference.modes import set_mode
+from moelab.inference.sampling import Sampling
+from moelab.models import GPT
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class Text:
+    """A prompt's continuation.
+
+    Attributes:
+        prompt, text: what was given, what follows it; "<|endoftext|>" is left out.
+        tokens: the new tokens' number.
+        finish: "stop" (the end of a document), "length" or "context".
+    """
+
+    prompt: str
+    text: str
+    tokens: int
+    finish: Finish
+
+    def __str__(self) -> str:
+        return self.prompt + self.text
+
+
+class Writer:
+    """A generator and its tokenizer. A document ends with `<|endoftext|>`, so a stop token always; an empty prompt starts a document."""
+
+    def __init__(self, generator: Generator, tokenizer: Tokenizer) -> None:
+        if tokenizer.vocab_size > (vocab := generator.model.config.vocab):
+            raise ValueError(
+                f"generate: the tokenizer has {tokenizer.vocab_size} entries, the model's embedding only {vocab}"
+            )
+        self.generator, self.tokenizer = generator, tokenizer
+
+    def generate(self, prompts: Sequence[str], sampling: Sampling | None = None) -> list[Text]:
+        """Continuations in the order of the prompts."""
+        found = self.generator.generate(self._encode(prompts), self._with_end(sampling))
+        return [
+            Text(prompt, self.tokenizer.decode(self._without_end(c.tokens)), len(c.tokens), c.finish)
+            for prompt, c in zip(prompts, found, strict=True)
+        ]
+
+    def stream(self, prompts: Sequence[str], sampling: Sampling | None = None) -> Iterator[tuple[int, str]]:
+        """(index of the prompt, new text) as it comes; a character that takes several tokens waits for the last of them."""
+        return self._texts(self.generator.stream(self._encode(prompts), self._with_end(sampling)))
+
+    def _texts(self, pieces: Iterator[Piece]) -> Iterator[tuple[int, str]]:
+        tokens: dict[int, list[int]] = {}
+        shown: dict[int, int] = {}  # characters
+        steps: dict[int, Callable[[int], str]] = {}
+        for piece in pieces:
+            i = piece.prompt
+            if piece.token != self.tokenizer.eot:
+                tokens.setdefault(i, []).append(piece.token)
+                if text := steps.setdefault(i, self.tokenizer.stream())(piece.token):
+                    shown[i] = shown.get(i, 0) + len(text)
+                    yield i, text
+            if piece.finish and (rest := self.tokenizer.decode(tokens.get(i, []))[shown.get(i, 0) :]):
+                yield i, rest  # half a character
+
+    def _encode(self, prompts: Sequence[str]) -> list[list[int]]:
+        if isinstance(prompts, str):
+            raise ValueError("generate: prompts must be a list of texts, got one text")
+        return [self.tokenizer.encode(prompt) or [self.tokenizer.eot] for prompt in prompts]
+
+    def _with_end(self, sampling: Sampling | None) -> Sampling:
+        sampling = sampling or Sampling()
+        return replace(sampling, stop_tokens=(*sampling.stop_tokens, self.tokenizer.eot))
+
+    def _without_end(self, tokens: Sequence[int]) -> Sequence[int]:
+        return tokens[:-1] if tokens[-1] == self.tokenizer.eot else tokens
+
+
+def open_text(
+    directory: Path,
+    *,
+    cache: Path,
+    mode: str = "optimised",
+    dtype: str = "fp32",
+    device: str = "cpu",
+    batch: int = 8,
+    mesh: Mesh | None = None,
+) -> Writer:
+    """A run's directory (its newest whole checkpoint, of any layout) or an exported model's (`moelab.evaluation.hf`), ready to write.
+
+    Args:
+        cache: prepared tokens, among them a run's tokenizer.
+        mode, batch: see `moelab.inference.modes` and `Generator`.
+        dtype: "fp32" or "bf16", of weights and activations; routing stays fp32.
+        mesh: the ranks to spread over, made for the model's numbers of experts; runs only. None is this process alone.
+
+    Raises:
+        ValueError: nothing to open there, or no checkpoint yet, or an unknown dtype.
+        CheckpointError: the checkpoint is of another model.
+    """
+    if dtype not in DTYPES:
+        raise ValueError(f"generate: dtype must be fp32 or bf16, got {dtype!r}")
+    if (directory / "spec.json").is_file():
+        model = load_run(directory, mesh=mesh, device=device, dtype=dtype)
+        tokenizer = prepare(run_configs(directory)[1], cache).tokenizer()
+    elif (directory / "config.json").is_file():
+        if mesh is not None and mesh.world.size > 1:
+            raise ValueError(f"{directory}: an exported model is for one process; open the run it came from")
+        model = hf.load(directory).to(device, DTYPES[dtype])
+        tokenizer = hf.load_tokenizer(directory)
+    else:
+        raise ValueError(f"{directory}: neither a run (spec.json) nor an exported model (config.json)")
+    return Writer(Generator(set_mode(model, mode), batch=batch, mesh=mesh), tokenizer)
+
+
+def run_configs(directory: Path) -> tuple[ModelConfig, DataConfig]:
+    """What a run's `spec.json` says of its model and data. ValueError, one line, if it does not."""
+    spec = read_json(directory / "spec.json")
+    if not isinstance(spec, dict) or "model" not in spec:
+        raise ValueError(f"{directory / 'spec.json'}: not the spec of a run")
+    where = str(directory / "spec.json")
+    return from_json(ModelConfig, spec["model"], f"{where}: model"), from_json(
+        DataConfig, spec.get("data", {}), f"{where}: data"
+    )
+
+
+def load_run(directory: Path, *, mesh: Mesh | None = None, device: str = "cpu", dtype: str = "fp32") -> GPT:
+    """A run's model, or this rank's part of it, with the weights of its newest whole checkpoint."""
+    config, _ = run_configs(directory)
+    last = checkpoint.latest(directory / "checkpoints")
+    if last is None:
+        raise ValueError(f"{directory}: no checkpoint yet; train the run first")
+    if mesh is not None and mesh.world.size > 1:
+        part = engine.build(config, 0, mesh)
+        checkpoint.load_model(last, part.module, part.placements)
+        return part.module.to(DTYPES[dtype])
+    with torch.device("meta"):
+        model = GPT(config).to(DTYPES[dtype])
+    model.to_empty(device=device)
+    checkpoint.load_model(last, model)
+    return model

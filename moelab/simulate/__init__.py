@@ -1,0 +1,48 @@
+"""An analytical model of GPU clusters: memory, latency, throughput and cost of MoE inference, and of training (paper section 5).
+
+    from moelab import simulate
+    from moelab.layout import ParallelConfig
+
+    simulate.decode("1.3B+MoE-128", ParallelConfig(data=64), "a100", program="deepspeed", batch=8).latency_ms
+    simulate.training("6.7B", ParallelConfig(tensor=8, data=16), "a100", batch=1024, micro_batch=4).samples_per_s
+    simulate.plan("24B+MoE-128", 256, "a100", objective="latency").best
+    simulate.least_gpus("8B+MoE-128", "a100")
+
+Roofline for kernels, alpha-beta for collectives; three free constants, fitted on the paper's Fig 10 alone (`constants`, `calibrate`); everything else
+is prediction. Pure numpy, thousands of layouts at once (`decode_sweep`). No torch.
+"""
+
+from importlib import import_module
+from typing import Any
+
+_WHERE = {
+    "Cluster": "hardware",
+    "cluster": "hardware",
+    "clusters": "hardware",
+    "Constants": "constants",
+    "fitted": "constants",
+    "calibration": "constants",
+    "System": "systems",
+    "system": "systems",
+    "Layouts": "layouts",
+    "decode": "decoding",
+    "decode_sweep": "decoding",
+    "DecodeEstimate": "decoding",
+    "DecodeSweep": "decoding",
+    "training": "step",
+    "TrainingEstimate": "step",
+    "plan": "search",
+    "Plan": "search",
+    "least_gpus": "search",
+    "fit": "calibrate",
+}
+__all__ = sorted(_WHERE)
+
+
+def __getattr__(name: str) -> Any:
+    """Names are loaded when asked for: the command line's help must not wait for numpy."""
+    if name not in _WHERE:
+        raise AttributeError(name)
+    value = getattr(import_module(f"moelab.simulate.{_WHERE[name]}"), name)
+    globals()[name] = value
+    return value

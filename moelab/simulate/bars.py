@@ -1,0 +1,234 @@
+"""The paper's inference bars, and the settings under which they are simulated.
+
+Only what `moelab.paper` states; where the paper is silent the assumption is written in `Bar.assumed`. Bars of `FITTED` are those the free
+constants were fitted on; all others are predictions.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from moelab import paper
+from moelab.config import ModelConfig
+from moelab.layout import ParallelConfig
+from moelab.simulate.decoding import DecodeEstimate, decode
+from moelab.simulate.systems import system
+
+FITTED = "fig-10"
+CLUSTER = "a100-40gb"
+BATCH = 8
+"""Sequences of a tensor group: latency x throughput of Figs 10 and 11 gives 8, 8 and 8 (`moelab.paper`, derived)."""
+
+# The tensor slicing of Table 6; dense models from the captions of Figs 14 and 15.
+TENSOR = {"1.3B": 1, "2.4B": 1, "8B": 4, "24B": 8, "47B": 8}
+
+
+@dataclass(frozen=True)
+class Bar:
+    """One latency bar.
+
+    Attributes:
+        figure, label, gpus, system: as the paper calls them; `system` as in `moelab.simulate.systems`.
+        model, parallel: what is simulated.
+        paper_ms, low, high: the paper's value with its reading; None where the bar is not at hand.
+        fitted: whether the constants were fitted on it.
+        assumed: what the paper leaves open.
+    """
+
+    figure: str
+    label: str
+    system: str
+    gpus: int
+    model: ModelConfig
+    parallel: ParallelConfig
+    paper_ms: float | None
+    low: float | None
+    high: float | None
+    fitted: bool = False
+    assumed: str = ""
+
+    def simulate(self, **options) -> DecodeEstimate:
+        """`options` as in `decode_sweep`."""
+        return decode(self.model, self.parallel, CLUSTER, program=self.system, batch=BATCH, **options)
+
+    def row(self, **options) -> dict:
+        """One tidy row: the paper's latency, ours, the error in per cent."""
+        got = self.simulate(**options)
+        error = None if self.paper_ms is None else 100 * (got.latency_ms / self.paper_ms - 1)
+        return {
+            "figure": self.figure,
+            "model": self.label,
+            "system": self.system,
+            "gpus": self.gpus,
+            "tensor": self.parallel.tensor,
+            "paper_ms": self.paper_ms,
+            "paper_low": self.low,
+            "paper_high": self.high,
+            "simulated_ms": got.latency_ms,
+            "error_percent": error,
+            "kind": "fitted" if self.fitted else "predicted",
+            "bound": got.bound,
+            "gib_per_gpu": got.total_gib,
+            "fits": got.fits,
+            **{f"{part}_ms": ms for part, ms in got.parts_ms.items()},
+            "assumed": self.assumed,
+        }
+
+
+def layout(model: ModelConfig, gpus: int, tensor: int, program: str) -> ParallelConfig:
+    """The paper's way to use `gpus` GPUs (section 5.2): tensor slicing, as much expert parallelism as there are experts for, then expert slicing.
+
+    Layers of fewer experts than GPUs take their own number of ranks; slicing is one for all layers, what the layer of most experts needs.
+    """
+    most = max(model.experts, default=0)
+    slicing = max(1, gpus // most) if most else 1
+    return ParallelConfig(
+        tensor=tensor,
+        data=gpus // tensor,
+        expert_slicing=slicing,
+        gpus_per_node=8 if model.is_moe else max(8, tensor),
+        exchange=system(program).exchange,
+    )
+
+
+def pr_moe(model: ModelConfig, experts: tuple[int, int] = (64, 128)) -> ModelConfig:
+    """The PR-MoE of a standard MoE: residual, `experts` in its MoE layers, the second number in the last two.
+
+    The lists for the bases of 2.4B and more are not published; 64 and 128 are those of the 1.3B base.
+    """
+    places = [i for i, e in enumerate(model.experts) if e]
+    counts = dict.fromkeys(places, experts[0]) | dict.fromkeys(places[-2:], experts[1])
+    listed = tuple(counts.get(i, 0) for i in range(model.layers))
+    base = str(model).split("+")[0]
+    return replace(model, experts=listed, residual=True, name=f"{base}+PR-MoE-{experts[0]}/{experts[1]}")
+
+
+def student(model: ModelConfig, cut: float = 0.125) -> ModelConfig:
+    """The Mixture-of-Students of a PR-MoE: depth cut by an eighth (24 -> 21), the last two MoE layers keep the larger number."""
+    layers = round(model.layers * (1 - cut))
+    few, many = min(e for e in model.experts if e), max(model.experts)
+    places = range(1, layers, 2)
+    counts = dict.fromkeys(places, few) | dict.fromkeys(list(places)[-2:], many)
+    listed = tuple(counts.get(i, 0) for i in range(layers))
+    return replace(model, layers=layers, experts=listed, name=f"{model}+L{layers}")
+
+
+def standard_1_5t() -> ModelConfig:
+    """A 1.5T MoE with 128 experts: its shape is not published; 44 layers of width 8192 hold 1.54T, and a chart label (35B) fits them."""
+    return ModelConfig(
+        layers=44,
+        hidden=8192,
+        heads=64,
+        experts=tuple(128 * (i % 2) for i in range(44)),
+        name="1.5T MoE (assumed shape)",
+    )
+
+
+def fig10() -> list[Bar]:
+    """52B on 8 to 64 GPUs, both systems: the bars of the fit."""
+    return _measured("fig-10")
+
+
+def fig11() -> list[Bar]:
+    """107B to 2T: PyTorch on 128 GPUs, DeepSpeed on 128 or 256. 349B and the 2T bars are not at hand as numbers, only printed ratios."""
+    bars = _measured("fig-11")
+    have = {(b.label, b.system) for b in bars}
+    for name, gpus in (("8B+MoE-128", 128), ("24B+MoE-128", 256), ("47B+MoE-128", 256)):
+        for program, count in (("pytorch", 128), ("deepspeed", gpus)):
+            if (name, program) not in have:
+                bars.append(_bar("fig-11", name, program, count, None, "no bar at hand"))
+    order = ["2.4B+MoE-128", "8B+MoE-128", "24B+MoE-128", "47B+MoE-128"]
+    return sorted(bars, key=lambda b: (order.index(b.label), b.system != "pytorch"))
+
+
+def tutorial() -> list[Bar]:
+    """The tutorial's bars of the two systems that are simulated, without those that repeat Fig 10."""
+    repeated = {(b.label, b.gpus) for b in fig10()}
+    return [b for b in _measured("tutorial") if (b.label, b.gpus) not in repeated]
+
+
+def variants(names: tuple[str, ...] = ("1.3B", "2.4B", "8B", "24B", "47B"), gpus: int = 128) -> list[Bar]:
+    """Fig 13: standard MoE, PR-MoE and PR-MoE + MoS of every size on DeepSpeed; GPU counts as in Fig 11. No bars are at hand."""
+    bars = []
+    for base in names:
+        plain = ModelConfig.parse(f"{base}+MoE-128")
+        count = 256 if base in ("24B", "47B") else gpus
+        for kind, model in (("MoE", plain), ("PR-MoE", pr_moe(plain)), ("PR-MoE+MoS", student(pr_moe(plain)))):
+            assumed = "" if kind == "MoE" else "experts 64/128 in every size" if base != "1.3B" else ""
+            bars.append(
+                _bar("fig-13", f"{base} {kind}", "deepspeed", count, None, assumed, model=model, tensor=TENSOR[base])
+            )
+    return bars
+
+
+def fig14() -> list[Bar]:
+    """6.7B dense on one GPU against the 52B family on 128."""
+    dense = ModelConfig.parse("6.7B")
+    plain = ModelConfig.parse("1.3B+MoE-128")
+    small = student(pr_moe(plain))
+    return [
+        _bar("fig-14", "6.7B dense", "pytorch", 1, None, model=dense, tensor=1),
+        _bar("fig-14", "52B MoE", "pytorch", 128, None, model=plain, tensor=1),
+        _bar("fig-14", "52B MoE", "deepspeed", 128, None, model=plain, tensor=1),
+        _bar("fig-14", "PR-MoE", "deepspeed", 128, None, model=pr_moe(plain), tensor=1),
+        _bar("fig-14", "PR-MoE+MoS", "deepspeed", 128, None, model=small, tensor=1),
+    ]
+
+
+def fig15() -> list[Bar]:
+    """175B dense in 16 slices against the 1.5T family in 8; GPU counts are not stated, 256 as for the trillion-scale models of Fig 11."""
+    dense, plain = ModelConfig.parse("175B"), standard_1_5t()
+    guess = "shape of the 1.5T model and GPU count"
+    return [
+        _bar("fig-15", "175B dense", "pytorch", 16, None, model=dense, tensor=16),
+        _bar("fig-15", "1.5T MoE", "pytorch", 256, None, guess, model=plain, tensor=8),
+        _bar("fig-15", "1.5T MoE", "deepspeed", 256, None, guess, model=plain, tensor=8),
+        _bar("fig-15", "PR-MoE", "deepspeed", 256, None, guess + ", experts 64/128", model=pr_moe(plain), tensor=8),
+        _bar(
+            "fig-15",
+            "PR-MoE+MoS",
+            "deepspeed",
+            256,
+            None,
+            guess + ", experts 64/128",
+            model=student(pr_moe(plain)),
+            tensor=8,
+        ),
+    ]
+
+
+def _measured(figure: str) -> list[Bar]:
+    rows = paper.inference_results(figure=figure, metric="latency").where(variant="standard")
+    bars: dict[tuple, Bar] = {}
+    for row in rows:
+        if row.system in ("pytorch", "deepspeed") and row.gpus and row.how.startswith("read off"):
+            bars.setdefault((row.model, row.system, row.gpus), _bar(figure, row.model, row.system, row.gpus, row))
+    return list(bars.values())
+
+
+def _bar(
+    figure: str,
+    label: str,
+    program: str,
+    gpus: int,
+    row: paper.InferenceResult | None,
+    assumed: str = "",
+    *,
+    model: ModelConfig | None = None,
+    tensor: int | None = None,
+) -> Bar:
+    model = model or ModelConfig.parse(label)
+    tensor = tensor or TENSOR[label.split("+")[0]]
+    return Bar(
+        figure=figure,
+        label=label,
+        system=program,
+        gpus=gpus,
+        model=model,
+        parallel=layout(model, gpus, tensor, program),
+        paper_ms=row.value if row else None,
+        low=row.value_low if row else None,
+        high=row.value_high if row else None,
+        fitted=figure == FITTED,
+        assumed=assumed,
+    )

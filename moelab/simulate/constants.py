@@ -1,0 +1,81 @@
+"""What programs reach of a data sheet: the simulator's constants, free and fixed, with bounds and sources.
+
+The free ones are fitted on the 52B scaling figure (arXiv Fig 10) alone, by `moelab simulate fit`; their values live in
+`calibration.json` together with how they came about. The fixed ones are taken from public measurements of other programs.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, fields, replace
+from functools import cache
+from importlib import resources
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Constants:
+    """Times in microseconds, efficiencies as shares of the data sheet.
+
+    Attributes:
+        eager_us: free. Host time to issue one kernel from Python, module calls and view operations included. A kernel takes at least that
+            long, because nothing hides it at decode sizes (section 5.4 calls it kernel-invocation overhead).
+        memory_share: free. Share of memory bandwidth that a matrix product of few rows reaches.
+        far_us: free. Time that each message to another node adds to an all-to-all: the alpha of alpha-beta.
+        near_us: the same inside a node.
+        collective_us: start of any collective: the kernel, and its first hand-shake.
+        near_share, far_share: share of link bandwidth that NCCL reaches on large messages.
+        matmul_share: share of the tensor-core rate of products large enough to be bound by it.
+        graph_us: time between kernels replayed from a CUDA graph.
+        reserved_gib: memory of CUDA context, NCCL, workspaces and allocator gaps on each GPU.
+    """
+
+    eager_us: float = 20.0
+    memory_share: float = 0.7
+    far_us: float = 3.0
+    near_us: float = 1.0
+    collective_us: float = 10.0
+    near_share: float = 0.77
+    far_share: float = 0.9
+    matmul_share: float = 0.6
+    graph_us: float = 2.0
+    reserved_gib: float = 2.5
+
+    def with_free(self, values: dict[str, float]) -> Constants:
+        return replace(self, **values)
+
+
+FREE: dict[str, tuple[float, float, str]] = {
+    "eager_us": (5.0, 50.0, "5 us is a bare launch from C++; 50 us is far above what Python takes for one operation"),
+    "memory_share": (
+        0.4,
+        0.9,
+        "a plain copy reaches 0.9 on A100 (STREAM, 1.40 of 1.555 TB/s); products of a few rows reach less",
+    ),
+    "far_us": (1.0, 10.0, "an InfiniBand message takes 1 to 2 us; NCCL's proxy thread adds a few"),
+}
+"""Free constant -> lower bound, upper bound, why these."""
+
+SOURCES = {
+    "near_us": "NCCL hands on a small message over NVLink in about 1 us",
+    "collective_us": "nccl-tests, small all-to-all among 2 to 4 GPUs of a node: 10 to 12 us (as in deepseek-ai/DeepEP issue 303)",
+    "near_share": "nccl-tests all-reduce on 8 A100: about 230 of 300 GB/s",
+    "far_share": "InfiniBand HDR: 22 to 23 of 25 GB/s",
+    "matmul_share": "large fp16 products on A100 reach 0.6 to 0.8 of 312 TFLOP/s",
+    "graph_us": "NVIDIA, CUDA graphs: about 2 us between small kernels",
+    "reserved_gib": "CUDA context 0.5, NCCL 1, workspaces and gaps 1 GiB: an estimate",
+}
+"""Fixed constant -> where its value comes from."""
+
+
+def calibration() -> dict[str, Any]:
+    """The stored fit: values, residuals, and how they came about."""
+    return json.loads(resources.files(__package__).joinpath("calibration.json").read_text(encoding="utf-8"))
+
+
+@cache
+def fitted() -> Constants:
+    """The constants of `calibration.json`; fixed ones as they stand here."""
+    values = calibration()["constants"]
+    assert set(values) == set(FREE) and set(values) <= {f.name for f in fields(Constants)}
+    return Constants().with_free(values)

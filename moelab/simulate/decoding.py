@@ -1,0 +1,263 @@
+"""One decoding step on a cluster: latency with its breakdown, memory, throughput, cost.
+
+A step makes one token for each sequence. It is a chain of kernels; each takes the longest of
+
+    time to issue it (host)          `Constants.eager_us`, or `graph_us` in a CUDA graph
+    bytes of weights / bandwidth     the roofline's memory side: section 5.1, all parameters on the path are read in each step
+    operations / rate                its compute side
+    alpha-beta time                  if it is a collective (`moelab.simulate.exchange`)
+
+and the step is their sum: kernels of a step depend on one another, and at these sizes the host is not ahead of the device. Kernel counts
+come from `System`. Which experts are read: all of a rank's where slots are padded (both systems of the paper); else the expected number of
+distinct experts that T tokens choose, E (1 - (1 - 1/E)^T), plus the spread of the busiest of X ranks.
+
+One set of formulas works on arrays of layouts; `decode` asks it about one.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+
+import numpy as np
+
+from moelab.config import DTYPE_BYTES, ModelConfig
+from moelab.layout import ParallelConfig
+from moelab.simulate import constants as _constants
+from moelab.simulate.constants import Constants
+from moelab.simulate.exchange import (
+    all_reduce_us,
+    all_to_all,
+    rows_to_send,
+    share_gather,
+    slice_exchange,
+    transfer_us,
+)
+from moelab.simulate.hardware import Cluster, cluster
+from moelab.simulate.layouts import Array, ExpertLayouts, Layouts
+from moelab.simulate.memory import InferenceMemory, inference_memory
+from moelab.simulate.systems import System, slots, system
+
+PARTS = ("attention", "dense", "gate", "dispatch", "all_to_all", "experts", "all_reduce", "head", "launch")
+"""The breakdown: device time of the parts (dense holds residual MLPs, dispatch both layout transforms), and the time the device waits for the
+host to issue kernels (launch). They add up to the latency."""
+
+
+@dataclass(frozen=True)
+class DecodeSweep:
+    """n decoding steps, one a layout; arrays of n.
+
+    Attributes:
+        latency_ms: time of a step, which is the time of a token of every sequence.
+        parts_ms: part -> device time, see `PARTS`.
+        tokens_per_s_per_gpu: sequences of all replicas / step / GPUs.
+        cost_per_million: price of a million tokens at the cluster's price of a GPU.
+        memory: bytes a GPU, by use.
+        fits: whether that fits the GPU.
+    """
+
+    latency_ms: Array
+    parts_ms: dict[str, Array]
+    tokens_per_s_per_gpu: Array
+    cost_per_million: Array
+    memory: InferenceMemory
+    fits: Array
+
+
+@dataclass(frozen=True)
+class DecodeEstimate:
+    """One decoding step; see `DecodeSweep`. `bound` is the part that takes longest."""
+
+    model: str
+    system: str
+    cluster: str
+    parallel: ParallelConfig
+    batch: int
+    latency_ms: float
+    parts_ms: dict[str, float]
+    tokens_per_s_per_gpu: float
+    cost_per_million: float
+    memory_gib: dict[str, float]
+    total_gib: float
+    capacity_gib: float
+    fits: bool
+
+    @property
+    def bound(self) -> str:
+        return max(self.parts_ms, key=self.parts_ms.get)
+
+
+class _Clock:
+    """Adds up kernels: device time by part, and waiting for their issue."""
+
+    def __init__(self, n: int, issue_us: float) -> None:
+        self.parts = {part: np.zeros(n) for part in PARTS}
+        self.issue = issue_us
+
+    def kernels(self, part: str, count: Array | float, each_us: Array | float = 0.0) -> None:
+        """`count` kernels of `each_us` device time each."""
+        self.parts[part] += count * each_us
+        self.parts["launch"] += count * np.maximum(self.issue - each_us, 0.0)
+
+
+def distinct_experts(experts: Array | float, tokens: Array | float) -> Array:
+    """Expected number of experts that at least one of `tokens` even choices hits: E (1 - (1 - 1/E)^T), the occupancy problem."""
+    return experts * -np.expm1(tokens * np.log1p(-1.0 / np.asarray(experts, dtype=float)))
+
+
+def busiest_distinct(experts: int, ranks: Array, tokens: Array) -> Array:
+    """Distinct experts read by the rank that reads most: mean + sqrt(2 ln X) standard deviations, at most what it has.
+
+    The slots of a rank are taken as independent, so the count is binomial; sqrt(2 ln X) is the leading term of the expected maximum of X
+    normal variables.
+    """
+    own = experts / ranks
+    hit = distinct_experts(experts, tokens) / experts
+    spread = np.sqrt(own * hit * (1 - hit) * 2 * np.log(ranks))
+    return np.minimum(own * hit + spread, np.minimum(own, tokens))
+
+
+def decode_sweep(
+    model: ModelConfig,
+    layouts: Layouts,
+    on: str | Cluster,
+    *,
+    program: str | System = "deepspeed",
+    batch: int = 8,
+    context: int = 128,
+    dtype: str = "fp16",
+    imbalance: float = 1.0,
+    constants: Constants | None = None,
+) -> DecodeSweep:
+    """A decoding step in every layout.
+
+    Args:
+        on: the cluster.
+        program: see `System`; the exchange is that of the layout.
+        batch: sequences of one tensor group. The paper's runs have 8.
+        context: tokens already in the cache (its prompt and output lengths are not published; at 128 the cache hardly matters).
+        imbalance: tokens of the busiest rank over an even share; matters to systems without slots.
+        constants: the fitted ones unless given.
+    """
+    where, code = cluster(on), system(program)
+    _check(batch >= 1 and context >= 1, f"batch and context must be at least 1, got {batch} and {context}")
+    _check(imbalance >= 1, f"imbalance must be at least 1 (even), got {imbalance}")
+    _check(dtype in DTYPE_BYTES, f"dtype must be one of {', '.join(DTYPE_BYTES)}, got {dtype!r}")
+    known = constants or _constants.fitted()
+    width = DTYPE_BYTES[dtype]
+    M, F, L = model.hidden, model.ffn, layouts.tensor
+    bandwidth = where.gpu.memory_gb_s * known.memory_share
+    rate = where.gpu.tflops * known.matmul_share * (1 if width == 2 else 0.5) * 1e6  # operations a microsecond
+    clock = _Clock(len(layouts), known.graph_us if code.graph else known.eager_us)
+
+    def product(rows: Array | float, weights: Array | float) -> Array:
+        """Microseconds of rows x (a matrix of `weights` numbers)."""
+        return np.maximum(transfer_us(weights * width, bandwidth), 2 * rows * weights / rate)
+
+    def sum_over_tensor(count: float) -> None:
+        sliced = L > 1
+        clock.kernels("all_reduce", count * sliced, all_reduce_us(L, batch * M * width, where, known))
+
+    layers, dense_layers = model.layers, model.layers - model.moe_layers
+    clock.kernels("attention", layers, product(batch, 3 * M * M / L))
+    clock.kernels("attention", layers, product(batch, M * M / L))
+    clock.kernels("attention", layers, transfer_us(batch * context * 2 * M * width / L, bandwidth))  # reads the cache
+    clock.kernels("attention", layers * (code.attention - 1))
+    sum_over_tensor(layers)
+
+    clock.kernels("dense", 2 * dense_layers, product(batch, M * F / L))
+    clock.kernels("dense", dense_layers * code.dense)
+    sum_over_tensor(dense_layers)
+
+    for experts, count in Counter(e for e in model.experts if e).items():
+        spread = ExpertLayouts.of(layouts, experts)
+        C = slots(code, model, batch, experts)
+        sent = rows_to_send(spread, np.full(len(layouts), batch), model.top_k, C)
+        if model.residual:
+            clock.kernels("dense", 2 * count, product(batch, M * F / L))
+            clock.kernels("dense", count * code.residual)
+            sum_over_tensor(count)
+        clock.kernels("gate", count, product(batch, M * experts))
+        clock.kernels("gate", count * code.gate)
+        moved = transfer_us(2 * sent * M * width, bandwidth)
+        for kernels in (code.dispatch, code.combine):
+            clock.kernels("dispatch", count, moved)
+            clock.kernels("dispatch", count * (kernels - 1))
+
+        there = all_to_all(layouts, spread, sent, where.gpus_per_node)
+        staged = there[0].happens & there[1].happens
+        for stage in (*there, *there):
+            clock.kernels("all_to_all", count * stage.happens, stage.microseconds(M * width, where, known))
+            clock.kernels("dispatch", count * code.transform * staged, moved)
+        gather = share_gather(spread, sent)
+        clock.kernels("all_to_all", count * gather.happens, gather.microseconds(M * width, where, known))
+        over_slices = slice_exchange(layouts, spread, sent, where.gpus_per_node)
+        clock.kernels("all_to_all", 2 * count * over_slices.happens, over_slices.microseconds(M * width, where, known))
+
+        own = spread.experts / spread.parallel
+        arriving = sent * spread.slices / own * (1.0 if C else imbalance)  # rows an expert of this rank multiplies
+        weights = M * F / spread.slices
+        if C:
+            read = own
+        else:
+            groups = np.maximum(spread.parallel * spread.slices / L, 1.0)  # tensor groups whose tokens meet here
+            read = busiest_distinct(experts, spread.parallel, batch * model.top_k * groups)
+        if code.grouped:
+            whole = np.maximum(transfer_us(read * weights * width, bandwidth), 2 * arriving * own * weights / rate)
+            clock.kernels("experts", 2 * count, whole)
+            clock.kernels("experts", count * (code.expert + code.once))
+        else:
+            clock.kernels("experts", 2 * count * read, product(arriving, weights))
+            clock.kernels("experts", count * (read * code.expert + code.once))
+
+    clock.kernels("head", 1, product(batch, model.vocab * M / L))
+    clock.kernels("head", code.step)
+
+    parts = {part: us / 1e3 for part, us in clock.parts.items()}
+    latency = sum(parts.values())
+    throughput = batch / L / latency * 1e3
+    memory = inference_memory(model, layouts, code, batch=batch, context=context, width=width, constants=known)
+    return DecodeSweep(
+        latency_ms=latency,
+        parts_ms=parts,
+        tokens_per_s_per_gpu=throughput,
+        cost_per_million=where.price_per_gpu_hour / 3600 / throughput * 1e6,
+        memory=memory,
+        fits=memory.total <= where.gpu.memory_gib * 2**30,
+    )
+
+
+def decode(model: ModelConfig | str, parallel: ParallelConfig, on: str | Cluster, **options) -> DecodeEstimate:
+    """One layout of `decode_sweep`, as plain numbers; `options` are the sweep's.
+
+    Raises:
+        ValueError: one line: the model cannot be spread so, or an option is wrong.
+    """
+    model = ModelConfig.parse(model) if isinstance(model, str) else model
+    where = cluster(on)
+    parallel.check(model.experts, heads=model.heads, ffn=model.ffn)
+    _check(
+        not model.is_moe or parallel.ranks_per_node <= where.gpus_per_node,
+        f"gpus_per_node {parallel.gpus_per_node} is more than the {where.gpus_per_node} of cluster {where.name}",
+    )
+    sweep = decode_sweep(model, Layouts.of([parallel]), where, **options)
+    return DecodeEstimate(
+        model=str(model),
+        system=system(options.get("program", "deepspeed")).name,
+        cluster=where.name,
+        parallel=parallel,
+        batch=options.get("batch", 8),
+        latency_ms=float(sweep.latency_ms[0]),
+        parts_ms={part: float(ms[0]) for part, ms in sweep.parts_ms.items()},
+        tokens_per_s_per_gpu=float(sweep.tokens_per_s_per_gpu[0]),
+        cost_per_million=float(sweep.cost_per_million[0]),
+        memory_gib={name: float(size[0]) / 2**30 for name, size in sweep.memory.parts().items()},
+        total_gib=float(sweep.memory.total[0]) / 2**30,
+        capacity_gib=where.gpu.memory_gib,
+        fits=bool(sweep.fits[0]),
+    )
+
+
+def _check(condition: bool, message: str) -> None:
+    if not condition:
+        raise ValueError(f"simulate: {message}")

@@ -1,0 +1,128 @@
+"""What the exchanges send: messages and rows a rank, stage by stage, counted from the layout (paper section 5.3), and what that costs.
+
+Counts are per rank and per MoE layer, for one direction, without what stays on the rank. With slots (padded exchanges) they are exact; without,
+they are the mean under even routing. A rank whose group of X ranks straddles nodes counts for the worst placed one.
+
+    flat             one all-to-all among X ranks                       X - 1 messages
+    hierarchical     all-to-all in the node, then between nodes         (G - 1) + (X / G - 1) messages, nearly twice the rows
+    coordinated      all-to-all among the X / c ranks of equal share    X / c - 1 messages of a c-th of the rows; on the way back
+                     all-gather over the c ranks that hold the same tokens
+    coordinated-hierarchical    both
+
+and, with expert slicing, an all-gather of rows over the W slices before the experts and a reduce-scatter after them (section 5.2, Fig 7).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from moelab.simulate.constants import Constants
+from moelab.simulate.hardware import Cluster
+from moelab.simulate.layouts import Array, ExpertLayouts, Layouts
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One collective, as one rank sees it; arrays of n layouts.
+
+    Attributes:
+        name: what it is.
+        near_messages, far_messages: messages it sends inside its node and to others.
+        near_rows, far_rows: rows of M numbers in them.
+    """
+
+    name: str
+    near_messages: Array
+    far_messages: Array
+    near_rows: Array
+    far_rows: Array
+
+    @property
+    def happens(self) -> Array:
+        return (self.near_messages + self.far_messages) > 0
+
+    def microseconds(self, row_bytes: float, cluster: Cluster, constants: Constants) -> Array:
+        """alpha-beta: start + messages x latency + bytes / bandwidth; 0 where nothing is sent."""
+        near = self.near_messages * constants.near_us + transfer_us(
+            self.near_rows * row_bytes, cluster.near_gb_s * constants.near_share
+        )
+        far = self.far_messages * constants.far_us + transfer_us(
+            self.far_rows * row_bytes, cluster.far_gb_s * constants.far_share
+        )
+        return self.happens * (constants.collective_us + near + far)
+
+
+def transfer_us(size: Array | float, gb_s: float) -> Array | float:
+    """Microseconds for `size` bytes at `gb_s` 1e9 bytes a second."""
+    return size / (gb_s * 1e3)
+
+
+def rows_to_send(expert: ExpertLayouts, tokens: Array, top_k: int, slots: int) -> Array:
+    """Rows a rank sends to all experts, its own included.
+
+    Args:
+        tokens: S, tokens of a tensor group.
+        slots: C, rows for every expert whether used or not; 0: as many as there are (token, expert) pairs.
+    """
+    return (slots * expert.experts if slots else tokens * top_k) / expert.senders
+
+
+def all_to_all(layouts: Layouts, expert: ExpertLayouts, rows: Array, gpus_per_node: int) -> list[Stage]:
+    """The stages of one all-to-all of `rows` rows a rank, in the direction of the experts; backwards it is the same in reverse order."""
+    X, c = expert.parallel, expert.senders
+    in_node = np.gcd(X, np.minimum(gpus_per_node, layouts.ranks)) // c  # group members of a node
+    group = X // c
+    nodes = group // in_node
+    staged = layouts.hierarchical
+    none = np.zeros_like(rows)
+
+    near_peers, far_peers = in_node - 1, np.where(staged, nodes - 1, group - in_node)
+    first = Stage(
+        "all-to-all",
+        near_messages=near_peers,
+        far_messages=np.where(staged, 0, far_peers),
+        near_rows=rows * near_peers / np.where(staged, in_node, group),
+        far_rows=np.where(staged, 0, rows * far_peers / group),
+    )
+    second = Stage(
+        "all-to-all between nodes",
+        near_messages=none,
+        far_messages=np.where(staged, far_peers, 0),
+        near_rows=none,
+        far_rows=np.where(staged, rows * far_peers / nodes, 0),
+    )
+    return [first, second]
+
+
+def share_gather(expert: ExpertLayouts, rows: Array) -> Stage:
+    """Coordinated only: the c ranks of a share group give each other the results of their part of the tokens."""
+    peers = expert.senders - 1
+    none = np.zeros_like(rows)
+    return Stage("all-gather of results", peers, none, rows * peers, none)
+
+
+def slice_exchange(layouts: Layouts, expert: ExpertLayouts, rows: Array, gpus_per_node: int) -> Stage:
+    """All-gather of `rows` received rows over the W slices (or, after the experts, the reduce-scatter of equal size)."""
+    W, X = expert.slices, expert.parallel
+    in_node = np.maximum(np.gcd(X * W, np.minimum(gpus_per_node, layouts.ranks)) // X, 1)
+    near, far = in_node - 1, W - in_node
+    return Stage("all-gather over slices", near, far, rows * near, rows * far)
+
+
+def all_reduce_us(
+    ranks: Array, size: Array | float, cluster: Cluster, constants: Constants, *, stride: Array | int = 1
+) -> Array:
+    """All-reduce of `size` bytes over `ranks` ranks that lie `stride` apart: ring inside nodes, tree between them.
+
+    Ring: 2 (g - 1) messages and 2 (g - 1) / g of the bytes a rank; tree over N nodes: 2 log2 N messages deep, each of the g ranks of a node
+    with its g-th of the bytes, sent up and down once each.
+    """
+    g = np.clip(cluster.gpus_per_node // np.asarray(stride), 1, ranks)
+    nodes = np.maximum(np.asarray(ranks) // g, 1)
+    near = 2 * (g - 1) * (constants.near_us + transfer_us(size / g, cluster.near_gb_s * constants.near_share))
+    far = 2 * np.log2(nodes) * constants.far_us + 2 * (nodes > 1) * transfer_us(
+        size / g, cluster.far_gb_s * constants.far_share
+    )
+    return (np.asarray(ranks) > 1) * (constants.collective_us + near + far)

@@ -1,0 +1,123 @@
+"""Clusters: what a GPU, a node and the network between nodes can do at best. Shipped ones are the YAML files in `clusters/`.
+
+    cluster("a100-40gb")        # the paper's machines (also a100); a100-80gb, h100
+    cluster("mine.yaml")        # yours; the same fields
+
+Data-sheet numbers only: what a program reaches of them is in `moelab.simulate.constants`.
+"""
+
+from __future__ import annotations
+
+import difflib
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+
+from moelab.config import from_json
+
+ALIASES = {"a100": "a100-40gb"}
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """One GPU.
+
+    Attributes:
+        memory_gib: memory that CUDA reports, GiB.
+        memory_gb_s: memory bandwidth, 1e9 bytes a second.
+        tflops: dense fp16 or bf16 tensor-core rate, 1e12 operations a second.
+    """
+
+    name: str
+    memory_gib: float
+    memory_gb_s: float
+    tflops: float
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """Equal nodes of G GPUs.
+
+    Attributes:
+        gpus_per_node: G.
+        near_gb_s: between GPUs of a node, 1e9 bytes a second and GPU, each direction.
+        far_gb_s: between nodes, 1e9 bytes a second and GPU, each direction.
+        price_per_gpu_hour: for the cost of tokens, in the currency you like.
+        source: where the numbers come from.
+    """
+
+    name: str
+    gpu: Gpu
+    gpus_per_node: int
+    near_gb_s: float
+    far_gb_s: float
+    price_per_gpu_hour: float = 0.0
+    source: str = ""
+
+    def __post_init__(self) -> None:
+        positive = {
+            "gpu.memory_gib": self.gpu.memory_gib,
+            "gpu.memory_gb_s": self.gpu.memory_gb_s,
+            "gpu.tflops": self.gpu.tflops,
+            "gpus_per_node": self.gpus_per_node,
+            "near_gb_s": self.near_gb_s,
+            "far_gb_s": self.far_gb_s,
+        }
+        for what, value in positive.items():
+            if not value > 0:
+                raise ValueError(f"cluster {self.name}: {what} must be positive, got {value}")
+        if self.price_per_gpu_hour < 0:
+            raise ValueError(
+                f"cluster {self.name}: price_per_gpu_hour must not be negative, got {self.price_per_gpu_hour}"
+            )
+
+
+def clusters() -> tuple[str, ...]:
+    """Names of the shipped clusters."""
+    files = resources.files(__package__).joinpath("clusters").iterdir()
+    return tuple(sorted(f.name.removesuffix(".yaml") for f in files if f.name.endswith(".yaml")))
+
+
+def cluster(name: str | Cluster) -> Cluster:
+    """A shipped cluster by name, or one described in a YAML file.
+
+    Raises:
+        ValueError: one line: unknown name, unreadable file, or the field that is wrong.
+    """
+    if isinstance(name, Cluster):
+        return name
+    if name.endswith((".yaml", ".yml")):
+        try:
+            text = Path(name).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            reason = error.strerror if isinstance(error, OSError) else "not a UTF-8 text"
+            raise ValueError(f"cluster file {name}: {reason}") from None
+        return parse(text, name)
+    known = clusters()
+    plain = ALIASES.get(name.lower(), name.lower())
+    if plain not in known:
+        close = difflib.get_close_matches(plain, known, n=1)
+        hint = f" (did you mean {close[0]}?)" if close else ""
+        raise ValueError(f"no cluster {name!r}; allowed: {', '.join((*ALIASES, *known))}, or a YAML file{hint}")
+    return parse(resources.files(__package__).joinpath("clusters", f"{plain}.yaml").read_text(encoding="utf-8"), plain)
+
+
+def parse(text: str, where: str) -> Cluster:
+    """A cluster from YAML text; a one-line ValueError names the field that is missing, unknown or wrong."""
+    import yaml
+
+    try:
+        data = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f", line {mark.line + 1}" if mark else ""
+        raise ValueError(f"cluster file {where}{line}: not valid YAML") from None
+    if not isinstance(data, dict):
+        raise ValueError(f"cluster file {where}: expected fields such as name and gpu, got {type(data).__name__}")
+    for field, inside, kind in (
+        *((f, data, "") for f in ("name", "gpu", "gpus_per_node", "near_gb_s", "far_gb_s")),
+        *((f, data.get("gpu"), "gpu.") for f in ("name", "memory_gib", "memory_gb_s", "tflops")),
+    ):
+        if isinstance(inside, dict) and field not in inside:
+            raise ValueError(f"cluster file {where}: {kind}{field} is missing")
+    return from_json(Cluster, data, f"cluster file {where}")

@@ -1,0 +1,124 @@
+"""Many layouts at once: `ParallelConfig` and `ExpertLayout` as arrays, one entry a layout.
+
+The rules and formulas are those of `moelab.layout` (tests hold them equal, layout by layout); here a sweep of 10,000 costs as many
+numpy operations as one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from moelab.config import ModelConfig
+from moelab.layout import EXCHANGES, ParallelConfig
+
+Array = np.ndarray
+
+
+@dataclass(frozen=True)
+class Layouts:
+    """n layouts; every field is an array of n, named as in `ParallelConfig`. `exchange` holds indices into `EXCHANGES`."""
+
+    tensor: Array
+    data: Array
+    expert: Array
+    expert_slicing: Array
+    gpus_per_node: Array
+    exchange: Array
+
+    @classmethod
+    def of(cls, configs: Sequence[ParallelConfig]) -> Layouts:
+        def column(name: str) -> Array:
+            return np.array([getattr(c, name) for c in configs], dtype=np.int64)
+
+        return cls(
+            *(column(n) for n in ("tensor", "data", "expert", "expert_slicing", "gpus_per_node")),
+            np.array([EXCHANGES.index(c.exchange) for c in configs]),
+        )
+
+    def __len__(self) -> int:
+        return len(self.tensor)
+
+    def __getitem__(self, index: Array | slice) -> Layouts:
+        return Layouts(*(getattr(self, f)[index] for f in self.__dataclass_fields__))
+
+    def config(self, i: int) -> ParallelConfig:
+        """The i-th as a `ParallelConfig`, with its checks."""
+        return ParallelConfig(
+            tensor=int(self.tensor[i]),
+            data=int(self.data[i]),
+            expert=int(self.expert[i]),
+            expert_slicing=int(self.expert_slicing[i]),
+            gpus_per_node=int(self.gpus_per_node[i]),
+            exchange=EXCHANGES[self.exchange[i]],
+        )
+
+    @property
+    def ranks(self) -> Array:
+        return self.tensor * self.data
+
+    @property
+    def ranks_per_node(self) -> Array:
+        return np.minimum(self.gpus_per_node, self.ranks)
+
+    @property
+    def coordinated(self) -> Array:
+        return self.exchange >= 2
+
+    @property
+    def hierarchical(self) -> Array:
+        return self.exchange % 2 == 1
+
+    def valid(self, model: ModelConfig) -> Array:
+        """Which of them `ParallelConfig` and its `check` accept for this model."""
+        P, G, L, W = self.ranks, self.ranks_per_node, self.tensor, self.expert_slicing
+        good = (P % G == 0) & (G % L == 0) & (P % W == 0)
+        good &= (model.heads % L == 0) & (model.ffn % L == 0) & (model.ffn % W == 0)
+        for count in {e for e in model.experts if e}:
+            good &= ExpertLayouts.of(self, count).valid
+        return good
+
+
+@dataclass(frozen=True)
+class ExpertLayouts:
+    """How a layer of `experts` experts is spread in each of n layouts; fields as in `ExpertLayout`, arrays of n.
+
+    Attributes:
+        valid: whether it can be at all; the other fields mean nothing where it cannot.
+        senders: c of the exchange: ranks that share out one set of tokens among them, 1 unless coordinated.
+    """
+
+    experts: int
+    replicas: Array
+    slices: Array
+    parallel: Array
+    nodes: Array
+    local: Array
+    share: Array
+    copies: Array
+    senders: Array
+    valid: Array
+
+    @classmethod
+    def of(cls, layouts: Layouts, experts: int) -> ExpertLayouts:
+        P, W, L, G = layouts.ranks, layouts.expert_slicing, layouts.tensor, layouts.ranks_per_node
+        X = np.maximum(np.minimum(np.where(layouts.expert > 0, layouts.expert, P // W), experts), 1)
+        whole = (X % G == 0) | (G % X == 0)
+        valid = (experts % X == 0) & (P % (X * W) == 0) & ((L % X == 0) | (X % L == 0))
+        valid &= ~layouts.hierarchical | whole
+        share = np.minimum(L, X)
+        nodes = np.where(whole & (X > G), X // G, 1)
+        return cls(
+            experts=experts,
+            replicas=P // (X * W),
+            slices=W,
+            parallel=X,
+            nodes=nodes,
+            local=X // nodes // share,
+            share=share,
+            copies=np.where(layouts.coordinated, L // share, L),
+            senders=np.where(layouts.coordinated, share, 1),
+            valid=valid,
+        )

@@ -1,0 +1,84 @@
+"""Memory of a GPU: what inference and training keep there. Bytes, arrays of n layouts."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, fields
+
+import numpy as np
+
+from moelab.config import ModelConfig
+from moelab.simulate.constants import Constants
+from moelab.simulate.exchange import rows_to_send
+from moelab.simulate.layouts import Array, ExpertLayouts, Layouts
+from moelab.simulate.systems import System, slots
+
+
+@dataclass(frozen=True)
+class InferenceMemory:
+    """Bytes on a GPU while decoding.
+
+    Attributes:
+        weights: everything outside experts, sliced over the tensor group (section 5.2).
+        experts: its experts, or slices of them.
+        cache: keys and values of its heads for all sequences of its tensor group.
+        buffers: what the exchange and the experts hold at once, in the largest layer.
+        reserved: `Constants.reserved_gib`.
+    """
+
+    weights: Array
+    experts: Array
+    cache: Array
+    buffers: Array
+    reserved: Array
+
+    def parts(self) -> dict[str, Array]:
+        return {f.name: getattr(self, f.name) for f in fields(self)}
+
+    @property
+    def total(self) -> Array:
+        return self.weights + self.experts + self.cache + self.buffers + self.reserved
+
+
+def rank_parameters(model: ModelConfig, layouts: Layouts) -> tuple[Array, Array]:
+    """Parameters on a rank, as (outside experts, experts). Gates are on every rank whole, all else outside experts is sliced."""
+    one = 2 * model.hidden * model.ffn + model.ffn + model.hidden
+    gates = sum(model.hidden * e for e in model.experts)
+    outside = model.parameters() - sum(model.experts) * one - gates
+    experts = np.zeros(len(layouts))
+    for count, layers in Counter(e for e in model.experts if e).items():
+        spread = ExpertLayouts.of(layouts, count)
+        experts += layers * count / spread.parallel * one / spread.slices
+    return outside / layouts.tensor + gates, experts
+
+
+def inference_memory(
+    model: ModelConfig,
+    layouts: Layouts,
+    system: System,
+    *,
+    batch: int,
+    context: int,
+    width: int,
+    constants: Constants,
+) -> InferenceMemory:
+    """See `InferenceMemory`. `width`: bytes a number; other arguments as in `decode_sweep`."""
+    n, M, F = len(layouts), model.hidden, model.ffn
+    outside, experts = rank_parameters(model, layouts)
+    buffers = batch * model.vocab * 4 / layouts.tensor + batch * (2 * M + F) * width
+    largest = np.zeros(n)
+    for count in {e for e in model.experts if e}:
+        spread = ExpertLayouts.of(layouts, count)
+        sent = rows_to_send(spread, np.full(n, batch), model.top_k, slots(system, model, batch, count))
+        arrived = sent * spread.slices
+        hidden = arrived * F / spread.slices / (1 if system.grouped else spread.experts / spread.parallel)
+        largest = np.maximum(
+            largest, (2 * sent * M + 2 * arrived * M + hidden) * width
+        )  # out, in, results, intermediate
+    return InferenceMemory(
+        weights=outside * width,
+        experts=experts * width,
+        cache=batch * context * 2 * model.layers * M * width / layouts.tensor,
+        buffers=buffers + largest,
+        reserved=np.full(n, constants.reserved_gib * 2**30),
+    )

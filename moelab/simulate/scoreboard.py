@@ -1,0 +1,151 @@
+"""All numbers of the paper that the simulator can be held against, each with its error: fitted on, or predicted."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from moelab import paper
+from moelab.config import ModelConfig
+from moelab.layout import ParallelConfig
+from moelab.simulate import bars
+from moelab.simulate.calibrate import fit
+from moelab.simulate.constants import Constants
+from moelab.simulate.decoding import DecodeEstimate
+from moelab.simulate.search import least_gpus
+from moelab.simulate.step import TrainingEstimate, training
+
+TOLERANCE = 0.15
+"""The aim: predictions within 15 % (median of the absolute error)."""
+
+
+def rows(constants: Constants | None = None) -> list[dict]:
+    """One row a number: group, what, paper, simulated, unit, error_percent, kind ("fitted" or "predicted"), assumed."""
+    found = []
+
+    def add(group: str, what: str, reported: float, ours: float, unit: str, kind: str = "predicted", assumed: str = ""):
+        found.append(
+            {
+                "group": group,
+                "what": what,
+                "paper": reported,
+                "simulated": ours,
+                "unit": unit,
+                "error_percent": 100 * (ours / reported - 1),
+                "kind": kind,
+                "assumed": assumed,
+            }
+        )
+
+    for bar in (*bars.fig10(), *bars.fig11(), *bars.tutorial()):
+        if bar.paper_ms is not None:
+            row = bar.row(constants=constants)
+            what = f"{bar.figure}: {bar.label}, {bar.system}, {bar.gpus} GPUs"
+            add("latency", what, bar.paper_ms, row["simulated_ms"], "ms", row["kind"], bar.assumed)
+    for label, ratio in speedups(constants).items():
+        add("ratio", f"fig-11: speed-up at {label}", printed_speedup(label), ratio, "x")
+    against = against_dense(constants)
+    for what, ratio in against.items():
+        figure, metric = what.split(":")
+        reported = paper.inference_results(figure=figure, metric=metric)[0].value
+        assumed = "shape of the 1.5T model and its PR-MoE, GPU count" if figure == "fig-15" else ""
+        word = "faster" if metric == "speedup" else "cheaper"
+        add("ratio", f"{figure}: {word} than dense", reported, ratio, "x", assumed=assumed)
+    needed = paper.inference_results(figure="fig-12", metric="gpus-needed")[0]
+    for what, reported, model in (
+        ("8B+MoE-128", needed.baseline_gpus, fig12()["MoE"]),
+        ("its PR-MoE+MoS", needed.value, fig12()["PR-MoE+MoS"]),
+    ):
+        assumed = "" if what == "8B+MoE-128" else "experts 64/128"
+        add("GPUs", f"fig-12: fewest for {what}", reported, least_gpus(model, bars.CLUSTER)[0], "GPUs", assumed=assumed)
+    speeds = table3(constants)
+    for reported in paper.training_throughput():
+        ours = speeds[reported.model].samples_per_s
+        add("training", f"Table 3: {reported.model}", reported.samples_per_s, ours, "samples/s", assumed=TABLE3_ASSUMED)
+    ratio = [t.samples_per_s for t in paper.training_throughput()]
+    ours = [speeds[t.model].samples_per_s for t in paper.training_throughput()]
+    add("ratio", "Table 3: MoE over dense", ratio[1] / ratio[0], ours[1] / ours[0], "x", assumed=TABLE3_ASSUMED)
+    return found
+
+
+def median_error(found: list[dict], **wanted: str) -> float:
+    """Median of the absolute error in per cent over rows that match, such as kind="predicted", group="latency"."""
+    return float(np.median([abs(r["error_percent"]) for r in found if all(r[k] == v for k, v in wanted.items())]))
+
+
+def speedups(constants: Constants | None = None) -> dict[str, float]:
+    """Fig 11's ratios, latency of PyTorch over DeepSpeed, for the sizes that have a printed one."""
+    latency = {(b.label, b.system): b.simulate(constants=constants).latency_ms for b in bars.fig11()}
+    labels = [r.model for r in paper.inference_results(figure="fig-11", metric="speedup")]
+    return {label: latency[label, "pytorch"] / latency[label, "deepspeed"] for label in labels}
+
+
+def against_dense(constants: Constants | None = None) -> dict[str, float]:
+    """Figs 14 and 15: PR-MoE+MoS on DeepSpeed over the dense model on PyTorch, in latency and in GPU time a token (cost)."""
+    ratios = {}
+    for figure, found in (("fig-14", bars.fig14()), ("fig-15", bars.fig15())):
+        dense, small = (found[i].simulate(constants=constants) for i in (0, -1))
+        ratios[f"{figure}:speedup"] = dense.latency_ms / small.latency_ms
+        ratios[f"{figure}:cost-saving"] = gpu_ms_per_token(dense) / gpu_ms_per_token(small)
+    return ratios
+
+
+def gpu_ms_per_token(estimate: DecodeEstimate) -> float:
+    """GPU time that a token takes, which is its cost: both sides rent the same machines."""
+    return 1e3 / estimate.tokens_per_s_per_gpu
+
+
+def fig12() -> dict[str, ModelConfig]:
+    """The 349B model and its variants."""
+    plain = ModelConfig.parse("8B+MoE-128")
+    return {"MoE": plain, "PR-MoE": bars.pr_moe(plain), "PR-MoE+MoS": bars.student(bars.pr_moe(plain))}
+
+
+TABLE3_ASSUMED = "batch, micro-batch and slicing of the released scripts, recomputation as there"
+
+
+def table3(constants: Constants | None = None, program: str = "pytorch") -> dict[str, TrainingEstimate]:
+    """Table 3: both models on 128 A100, with the released scripts' batch, micro-batch, slicing and recomputation; their 64 GPUs become 128 by data
+    parallelism, so a rank's micro-batch is at most its share of the batch."""
+    found = {}
+    for row in paper.training_throughput():
+        settings = paper.training_settings(row.model)
+        data = row.gpus // settings.script_tp
+        found[row.model] = training(
+            row.model,
+            ParallelConfig(tensor=settings.script_tp, data=data, recompute=settings.activation_checkpointing),
+            bars.CLUSTER,
+            batch=settings.batch_seqs,
+            micro_batch=min(settings.micro_batch_seqs, settings.batch_seqs // data),
+            program=program,
+            zero=settings.zero_stage,
+            constants=constants,
+        )
+    return found
+
+
+def sensitivity(values: dict[str, list[float]]) -> list[dict]:
+    """What the fit leaves open: hold one constant at each of some values, fit the others again, and see what changes.
+
+    Returns:
+        rows: constant, value, worst error of the fitted bars, and median errors of predicted latencies and of all predictions, per cent.
+    """
+    table = []
+    for name, options in values.items():
+        for value in options:
+            start = Constants().with_free({name: value})
+            found = rows(start.with_free(fit(start=start, held=(name,))["constants"]))
+            table.append(
+                {
+                    "constant": name,
+                    "value": value,
+                    "worst_fitted_percent": max(abs(r["error_percent"]) for r in found if r["kind"] == "fitted"),
+                    "predicted_latency_percent": median_error(found, kind="predicted", group="latency"),
+                    "all_predicted_percent": median_error(found, kind="predicted"),
+                }
+            )
+    return table
+
+
+def printed_speedup(label: str) -> float:
+    """The ratio printed on the paper's chart for a model of Fig 11."""
+    return paper.inference_results(figure="fig-11", metric="speedup", model=label)[0].value

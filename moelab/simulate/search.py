@@ -1,0 +1,267 @@
+"""Finding layouts: every way to spread a model over a cluster, judged at once; the best one, why, and the Pareto front."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import product
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+
+from moelab.config import ModelConfig
+from moelab.layout import EXCHANGES, ParallelConfig
+from moelab.simulate.decoding import DecodeEstimate, DecodeSweep, decode, decode_sweep
+from moelab.simulate.hardware import Cluster, cluster
+from moelab.simulate.layouts import Layouts
+from moelab.simulate.systems import System, system
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+Objective = Literal["latency", "throughput", "cost"]
+OBJECTIVES: tuple[str, ...] = ("latency", "throughput", "cost")
+BATCHES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
+
+
+def layouts(model: ModelConfig, gpus: Sequence[int], gpus_per_node: int) -> Layouts:
+    """Every valid layout on each of these numbers of GPUs.
+
+    Tensor slicing inside a node, expert parallelism over any divisor, expert slicing by any power of two, all four exchanges for MoE models.
+    """
+    rows = []
+    for P in gpus:
+        G = min(gpus_per_node, P)
+        if P % G:
+            continue
+        for L in (d for d in range(1, G + 1) if G % d == 0):
+            if not model.is_moe:
+                rows.append((L, P // L, 0, 1, gpus_per_node, 0))
+                continue
+            slicing = [w for w in (1, 2, 4, 8, 16) if P % w == 0 and model.ffn % w == 0]
+            parallel = [x for x in range(1, min(P, max(model.experts)) + 1) if P % x == 0]
+            for W, X, exchange in product(slicing, parallel, range(len(EXCHANGES))):
+                if X * W <= P:
+                    rows.append((L, P // L, X, W, gpus_per_node, exchange))
+    if not rows:
+        return Layouts(*(np.zeros(0, dtype=np.int64) for _ in range(6)))
+    found = Layouts(*np.array(rows, dtype=np.int64).T)
+    return found[found.valid(model)]
+
+
+def sizes(most: int, gpus_per_node: int) -> list[int]:
+    """Numbers of GPUs up to `most` that fill nodes: powers of two, and `most` itself."""
+    powers = [2**i for i in range(20) if 2**i <= most]
+    return sorted({n for n in (*powers, most) if n <= gpus_per_node or n % gpus_per_node == 0})
+
+
+def least_gpus(
+    model: ModelConfig | str,
+    on: str | Cluster,
+    *,
+    program: str | System = "deepspeed",
+    batch: int = 8,
+    context: int = 2048,
+    most: int = 4096,
+    dtype: str = "fp16",
+) -> tuple[int, ParallelConfig]:
+    """Fewest GPUs (a power of two) that hold the model and the cache of `batch` sequences of `context` tokens, and a layout that does.
+
+    Raises:
+        ValueError: it does not fit `most` GPUs.
+    """
+    model = ModelConfig.parse(model) if isinstance(model, str) else model
+    where = cluster(on)
+    for n in sizes(most, where.gpus_per_node):
+        options = layouts(model, [n], where.gpus_per_node)
+        if not len(options):
+            continue
+        sweep = decode_sweep(model, options, where, program=program, batch=batch, context=context, dtype=dtype)
+        if sweep.fits.any():
+            return n, options.config(int(np.argmin(np.where(sweep.fits, sweep.memory.total, np.inf))))
+    raise ValueError(
+        f"simulate: {model} does not fit {most} GPUs of {where.name} with {batch} sequences of {context} tokens a tensor group"
+    )
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The outcome of a search.
+
+    Attributes:
+        best: the best layout by `objective`; `why` says what bounds it and what comes next.
+        runner_up: the best layout that is not as good with any batch (by more than 0.05 %); None when there is none.
+        ties: other layouts as good as the best.
+        considered, fitting: how many (layout, batch) pairs were judged, and how many fit the memory.
+        front: the Pareto front of latency and throughput a GPU, best latency first.
+    """
+
+    objective: str
+    best: DecodeEstimate
+    runner_up: DecodeEstimate | None
+    ties: int
+    considered: int
+    fitting: int
+    front: tuple[DecodeEstimate, ...]
+
+    @property
+    def why(self) -> list[str]:
+        best = self.best
+        share = best.parts_ms[best.bound] / best.latency_ms
+        lines = [
+            f"bound by {BOUND[best.bound]} ({share:.0%} of {best.latency_ms:.2f} ms)",
+            f"{best.total_gib:.1f} of {best.capacity_gib:.1f} GiB a GPU: "
+            + ", ".join(f"{name} {size:.1f}" for name, size in best.memory_gib.items() if size >= 0.05),
+        ]
+        if self.runner_up:
+            ratio = score(self.runner_up, self.objective) / score(best, self.objective)
+            other = self.runner_up
+            worse = max(other.parts_ms, key=lambda p: other.parts_ms[p] - best.parts_ms[p])
+            lines.append(
+                f"runner-up: {describe(other)}: {other.latency_ms:.2f} ms, {other.tokens_per_s_per_gpu:,.1f} tokens/s/GPU; "
+                f"{ratio - 1:.1%} worse by {self.objective}, most of it {BOUND[worse]}"
+            )
+        if self.ties:
+            lines.append(f"{self.ties} other layout{'s' if self.ties > 1 else ''} as good")
+        lines.append(f"{self.considered:,} layouts and batches judged, {self.fitting:,} fit")
+        return lines
+
+
+BOUND = {
+    "attention": "reading attention weights and cache",
+    "dense": "reading dense feed-forward weights",
+    "gate": "the gate's product",
+    "dispatch": "moving tokens into expert order and back",
+    "all_to_all": "the all-to-alls",
+    "experts": "reading and multiplying experts",
+    "all_reduce": "the all-reduces of tensor slicing",
+    "head": "the output head",
+    "launch": "issuing kernels from the host",
+}
+"""Part of a step -> what it means when a step is bound by it."""
+
+
+def score(estimate: DecodeEstimate, objective: str) -> float:
+    """What the search minimises."""
+    return {
+        "latency": estimate.latency_ms,
+        "throughput": 1 / estimate.tokens_per_s_per_gpu,
+        "cost": estimate.cost_per_million or 1 / estimate.tokens_per_s_per_gpu,
+    }[objective]
+
+
+def describe(estimate: DecodeEstimate) -> str:
+    """A layout and batch in one line."""
+    p = estimate.parallel
+    words = [f"{p.ranks} GPU{'s' if p.ranks > 1 else ''}", f"tensor {p.tensor} x data {p.data}"]
+    if p.expert:
+        words.append(f"experts over {p.expert}" + (f", {p.expert_slicing} slices each" if p.expert_slicing > 1 else ""))
+        words.append(f"{p.exchange} exchange")
+    words.append(f"{estimate.batch} sequence{'s' if estimate.batch > 1 else ''} a tensor group")
+    return ", ".join(words)
+
+
+def plan(
+    model: ModelConfig | str,
+    gpus: int,
+    on: str | Cluster = "a100",
+    *,
+    objective: Objective = "latency",
+    program: str | System = "deepspeed",
+    batches: Sequence[int] = BATCHES,
+    context: int = 2048,
+    max_latency_ms: float = 0.0,
+    dtype: str = "fp16",
+) -> Plan:
+    """The best way to serve a model on up to `gpus` GPUs.
+
+    Args:
+        objective: `latency` of a token, `throughput` a GPU, or `cost` of a token.
+        batches: sequences of a tensor group to choose from.
+        context: tokens a sequence, for the cache.
+        max_latency_ms: only layouts at most that slow; 0 is no limit.
+
+    Raises:
+        ValueError: one line: nothing fits, and how many GPUs would.
+    """
+    model = ModelConfig.parse(model) if isinstance(model, str) else model
+    where, code = cluster(on), system(program)
+    if objective not in OBJECTIVES:
+        raise ValueError(f"plan: objective must be one of {', '.join(OBJECTIVES)}, got {objective!r}")
+    if gpus < 1 or not batches:
+        raise ValueError(f"plan: needs at least one GPU and one batch, got {gpus} and {list(batches)}")
+    options = layouts(model, sizes(gpus, where.gpus_per_node), where.gpus_per_node)
+    settings = {"program": code, "context": context, "dtype": dtype}
+    sweeps = {b: decode_sweep(model, options, where, batch=b, **settings) for b in batches}
+    latency = _table(sweeps, "latency_ms")
+    throughput = _table(sweeps, "tokens_per_s_per_gpu")
+    fits = _table(sweeps, "fits")
+    good = fits & ((latency <= max_latency_ms) if max_latency_ms > 0 else True)
+    if not good.any():
+        if fits.any():
+            raise ValueError(
+                f"plan: no layout of {model} on {gpus} GPUs of {where.name} is faster than {np.where(fits, latency, np.inf).min():.1f} ms, "
+                f"asked were {max_latency_ms:g}"
+            )
+        need, _ = least_gpus(model, where, program=code, batch=min(batches), context=context, dtype=dtype)
+        raise ValueError(f"plan: {model} does not fit {gpus} GPUs of {where.name}; it needs {need}")
+
+    # Ties by the objective: what else is better, then fewer GPUs, then the simpler exchange.
+    main = latency if objective == "latency" else 1 / throughput
+    keys = np.broadcast_arrays(options.exchange, options.ranks, 1 / throughput, latency, np.where(good, main, np.inf))
+    order = np.lexsort([key.ravel() for key in keys])[: int(good.sum())]
+    n, worth = len(options), main.ravel()
+    first = int(order[0])
+    equal = worth[order] <= worth[first] * 1.0005
+    others = order[~np.isin(order % n, order[equal] % n)]
+    other = int(others[0]) if len(others) else None
+
+    def estimate(flat: int) -> DecodeEstimate:
+        b, i = divmod(flat, n)
+        return decode(model, options.config(i), where, batch=list(batches)[b], **settings)
+
+    return Plan(
+        objective=objective,
+        best=estimate(first),
+        runner_up=None if other is None else estimate(other),
+        ties=len(set((order[equal] % n).tolist()) - {first % n}),
+        considered=latency.size,
+        fitting=int(fits.sum()),
+        front=tuple(estimate(f) for f in pareto(latency.ravel(), throughput.ravel(), good.ravel())),
+    )
+
+
+def pareto(latency: np.ndarray, throughput: np.ndarray, allowed: np.ndarray) -> list[int]:
+    """Indices that no other allowed one beats in both (lower latency, higher throughput), by rising latency."""
+    front, best = [], -np.inf
+    for i in np.lexsort((-throughput, latency)):
+        if allowed[i] and throughput[i] > best * (1 + 1e-9):
+            front.append(int(i))
+            best = throughput[i]
+    return front
+
+
+def frame(estimates: Sequence[DecodeEstimate]) -> pd.DataFrame:
+    """Estimates as a tidy table."""
+    import pandas as pd
+
+    return pd.DataFrame(
+        [
+            {
+                "layout": describe(e),
+                "gpus": e.parallel.ranks,
+                "batch": e.batch,
+                "latency_ms": e.latency_ms,
+                "tokens_per_s_per_gpu": e.tokens_per_s_per_gpu,
+                "cost_per_million": e.cost_per_million,
+                "gib_per_gpu": e.total_gib,
+                "bound": e.bound,
+            }
+            for e in estimates
+        ]
+    )
+
+
+def _table(sweeps: dict[int, DecodeSweep], field: str) -> np.ndarray:
+    """(batches, layouts)."""
+    return np.stack([getattr(sweep, field) for sweep in sweeps.values()])

@@ -1,0 +1,258 @@
+"""One training step on a cluster: time with its breakdown, memory with optimizer, samples a second, days for N tokens.
+
+Nothing here is fitted: data-sheet rates times the fixed shares of `Constants`. A step is, for each micro-batch, forward, backward (twice forward)
+and, with recomputation, forward once more; then gradients are summed and the optimizer runs. Per pass and layer:
+
+    products      FLOPs / (rate x matmul_share); experts multiply all their slots (capacity), full or empty
+    einsums       the one-hot dispatch and combine of the PyTorch system: 2 S E C M multiply-adds each (section 5.4), which grows with S^2
+    elementwise   the s b h (34 + 5 a s / h) bytes of activations a layer keeps (Korthikanti et al. 2022, eq. 1), once written, once read
+    all_reduce    two of S M numbers a layer over the tensor group
+    all_to_all    two a MoE layer, of its slots (`moelab.simulate.exchange`)
+
+The host is ahead of the device at these sizes: a micro-batch takes the larger of device time and the time to issue its kernels.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from dataclasses import dataclass
+
+import numpy as np
+
+from moelab.config import ModelConfig
+from moelab.layout import ParallelConfig
+from moelab.simulate import constants as _constants
+from moelab.simulate.constants import Constants
+from moelab.simulate.exchange import all_reduce_us, all_to_all, rows_to_send, share_gather, slice_exchange, transfer_us
+from moelab.simulate.hardware import Cluster, cluster
+from moelab.simulate.layouts import ExpertLayouts, Layouts
+from moelab.simulate.memory import rank_parameters
+from moelab.simulate.systems import System, system
+
+PARTS = ("products", "einsums", "elementwise", "all_reduce", "all_to_all", "launch", "gradients", "optimizer")
+STATE_BYTES = {"weights": 2, "gradients": 2, "optimizer": 12}
+"""Bytes a parameter in mixed precision with Adam: fp16 weight and gradient; fp32 weight and two moments (Rajbhandari et al. 2020)."""
+
+
+@dataclass(frozen=True)
+class TrainingEstimate:
+    """One layout of one model.
+
+    Attributes:
+        step_s, samples_per_s, tokens_per_s: of the whole cluster; a sample is a sequence of `context` tokens.
+        tflops_per_gpu: model operations a second and GPU, 1e12: 6 x active parameters x tokens, as Table 3's derived column.
+        parts_s: part of a step -> seconds; they add up to `step_s`. See `PARTS`.
+        memory_gib: GPU memory by use.
+    """
+
+    model: str
+    system: str
+    cluster: str
+    parallel: ParallelConfig
+    batch: int
+    micro_batch: int
+    step_s: float
+    samples_per_s: float
+    tokens_per_s: float
+    tflops_per_gpu: float
+    parts_s: dict[str, float]
+    memory_gib: dict[str, float]
+    capacity_gib: float
+
+    @property
+    def total_gib(self) -> float:
+        return sum(self.memory_gib.values())
+
+    @property
+    def fits(self) -> bool:
+        return self.total_gib <= self.capacity_gib
+
+    @property
+    def bound(self) -> str:
+        return max(self.parts_s, key=self.parts_s.get)
+
+    def days(self, tokens: float) -> float:
+        """Days of training for `tokens` tokens at a constant batch."""
+        return tokens / self.tokens_per_s / 86400
+
+
+def training(
+    model: ModelConfig | str,
+    parallel: ParallelConfig,
+    on: str | Cluster = "a100-40gb",
+    *,
+    batch: int,
+    micro_batch: int = 1,
+    program: str | System = "pytorch",
+    zero: int = 0,
+    constants: Constants | None = None,
+) -> TrainingEstimate:
+    """A training step.
+
+    Args:
+        parallel: `recompute` adds a forward pass and saves activations; `shard` splits all of a model's state over the data ranks.
+        batch: sequences a step, over all ranks.
+        micro_batch: sequences a forward pass of one data rank.
+        program: its dispatch ("pytorch": einsums; the others: table-driven), its exchange is that of `parallel`.
+        zero: 2 splits gradients and optimizer state over the ranks that hold the same parameters; 0 and 1 as in the paper's scripts.
+
+    Raises:
+        ValueError: one line: the model cannot be spread so, or the batch not divided.
+    """
+    model = ModelConfig.parse(model) if isinstance(model, str) else model
+    where, code, known = cluster(on), system(program), constants or _constants.fitted()
+    parallel.check(model.experts, heads=model.heads, ffn=model.ffn)
+    share = batch / (parallel.data * micro_batch) if micro_batch >= 1 else 0
+    if share < 1 or share != int(share):
+        raise ValueError(
+            f"simulate: batch {batch} is not a multiple of {parallel.data} data ranks x micro_batch {micro_batch}"
+        )
+    if zero not in (0, 1, 2):
+        raise ValueError(f"simulate: zero must be 0, 1 or 2, got {zero}")
+    layouts = Layouts.of([parallel])
+    tokens = micro_batch * model.context
+    forward = _forward_us(model, layouts, where, code, known, tokens)
+    passes = 3 + parallel.recompute
+    device = sum(forward.values())
+    issue = passes * known.eager_us * _kernels(model, code, parallel)
+    parts = {name: passes * us for name, us in forward.items()}
+    parts["launch"] = max(0.0, issue - passes * device)
+    parts = {name: int(share) * us for name, us in parts.items()}
+
+    outside, experts = (float(p[0]) for p in rank_parameters(model, layouts))
+    parts["gradients"] = float(
+        all_reduce_us(parallel.data, 2 * outside, where, known, stride=parallel.tensor)
+        + _expert_gradients_us(model, layouts, where, known)
+    )
+    sharded = parallel.data if parallel.shard or zero else 1
+    state = outside / sharded + experts
+    # Adam reads and writes weight, moments and reads the gradient in fp32 terms: 7 numbers of 4 bytes.
+    parts["optimizer"] = transfer_us(state * 28, where.gpu.memory_gb_s * known.memory_share)
+    step = sum(parts.values()) / 1e6
+    samples = batch / step
+    return TrainingEstimate(
+        model=str(model),
+        system=code.name,
+        cluster=where.name,
+        parallel=parallel,
+        batch=batch,
+        micro_batch=micro_batch,
+        step_s=step,
+        samples_per_s=samples,
+        tokens_per_s=samples * model.context,
+        tflops_per_gpu=6 * model.active_parameters() * samples * model.context / parallel.ranks / 1e12,
+        parts_s={name: parts[name] / 1e6 for name in PARTS},
+        memory_gib={
+            name: size / 2**30 for name, size in _memory(model, parallel, outside, experts, tokens, zero, known).items()
+        },
+        capacity_gib=where.gpu.memory_gib,
+    )
+
+
+def training_slots(model: ModelConfig, tokens: int, experts: int) -> int:
+    """C of a micro-batch of `tokens` tokens; what even routing needs where routing is drop-free."""
+    capacity = model.routing.capacity(tokens, experts, model.top_k, training=True)
+    return capacity if capacity is not None else math.ceil(tokens * model.top_k / experts)
+
+
+def _forward_us(
+    model: ModelConfig, layouts: Layouts, where: Cluster, code: System, known: Constants, tokens: int
+) -> dict[str, float]:
+    """One forward pass of one micro-batch: part -> device microseconds. Recomputation repeats all of it but the head, which is small."""
+    M, F, L = model.hidden, model.ffn, int(layouts.tensor[0])
+    rate = where.gpu.tflops * known.matmul_share * 1e6
+    bandwidth = where.gpu.memory_gb_s * known.memory_share
+    fixed = model.vocab * M + model.layers * 4 * M * M + (model.layers - model.moe_layers) * 2 * M * F
+    fixed += model.moe_layers * model.residual * 2 * M * F
+    flops = tokens * (2 * fixed + model.layers * 2 * M * (model.context + 1)) / L
+    kept = tokens * M * (10 + 24 / L + 5 * model.heads * model.context / M / L)
+    reduced = all_reduce_us(L, tokens * M * 2, where, known)
+    parts = {
+        "products": flops / rate,
+        "einsums": 0.0,
+        "elementwise": model.layers * transfer_us(2 * kept, bandwidth),
+        "all_reduce": (2 * model.layers - model.moe_layers * (not model.residual)) * float(reduced),
+        "all_to_all": 0.0,
+    }
+    for experts, count in Counter(e for e in model.experts if e).items():
+        spread = ExpertLayouts.of(layouts, experts)
+        C = training_slots(model, tokens, experts)
+        sent = rows_to_send(spread, np.array([tokens]), model.top_k, C)
+        # Every sender fills its slots: a rank multiplies as many rows as it sends, its slices' rows by a slice of the weights each.
+        parts["products"] += count * float(2 * sent[0] * 2 * M * F + 2 * tokens * M * experts) / rate
+        if code.gate > 10:  # one-hot masks instead of tables
+            parts["einsums"] += count * 2 * 2 * tokens * experts * C * M / rate
+        else:
+            parts["elementwise"] += count * 2 * transfer_us(2 * float(sent[0]) * M * 2, bandwidth)
+        row = M * 2
+        for stage in all_to_all(layouts, spread, sent, where.gpus_per_node):
+            parts["all_to_all"] += count * 2 * float(stage.microseconds(row, where, known)[0])
+        parts["all_to_all"] += count * float(share_gather(spread, sent).microseconds(row, where, known)[0])
+        over = slice_exchange(layouts, spread, sent, where.gpus_per_node)
+        parts["all_to_all"] += count * 2 * float(over.microseconds(row, where, known)[0])
+    return parts
+
+
+def _kernels(model: ModelConfig, code: System, parallel: ParallelConfig) -> float:
+    """Kernels of a forward pass; a backward pass has about twice as many."""
+    count = code.step + 1 + model.layers * (code.attention + 2) + (model.layers - model.moe_layers) * (code.dense + 2)
+    count += model.moe_layers * model.residual * (code.residual + 2)
+    for experts in (e for e in model.experts if e):
+        own = parallel.experts(experts).experts_per_rank
+        loops = 1 if code.grouped else own
+        count += code.gate + 1 + code.dispatch + code.combine + 2 + code.once + loops * (code.expert + 2)
+    return count
+
+
+def _expert_gradients_us(model: ModelConfig, layouts: Layouts, where: Cluster, known: Constants) -> float:
+    """Sum of each layer's expert gradients over its replicas (expert-data parallelism, section 4.1.3)."""
+    one = 2 * model.hidden * model.ffn + model.ffn + model.hidden
+    total = 0.0
+    for experts, count in Counter(e for e in model.experts if e).items():
+        spread = ExpertLayouts.of(layouts, experts)
+        size = 2 * count * experts / spread.parallel[0] * one / spread.slices[0]
+        stride = spread.parallel * spread.slices
+        total += float(all_reduce_us(spread.replicas, size, where, known, stride=stride)[0])
+    return total
+
+
+def _memory(
+    model: ModelConfig,
+    parallel: ParallelConfig,
+    outside: float,
+    experts: float,
+    tokens: int,
+    zero: int,
+    known: Constants,
+) -> dict[str, float]:
+    """Bytes on a GPU: states by `STATE_BYTES`, activations of a micro-batch, workspace."""
+    L, M = parallel.tensor, model.hidden
+    everything = parallel.data if parallel.shard else 1
+    late = max(everything, parallel.data if zero == 2 else 1)
+
+    def split(divisor: int, expert_divisor: float) -> float:
+        return outside / divisor + experts / expert_divisor
+
+    copies = _expert_copies(model, parallel) if zero == 2 else 1.0
+    layer = tokens * M * (10 + 24 / L + 5 * model.heads * model.context / M / L)
+    slots = max((e * training_slots(model, tokens, e) for e in model.experts if e), default=0)
+    layer += 2 * slots * (2 * M + model.ffn)  # rows in and out of experts, and between their two products
+    kept = model.layers * tokens * M * 2 + layer if parallel.recompute else model.layers * layer
+    return {
+        "weights": STATE_BYTES["weights"] * split(everything, 1),
+        "gradients": STATE_BYTES["gradients"] * split(late, copies),
+        "optimizer": STATE_BYTES["optimizer"] * split(late, copies),
+        "activations": kept + tokens * model.vocab * 6 / L,
+        "reserved": known.reserved_gib * 2**30,
+    }
+
+
+def _expert_copies(model: ModelConfig, parallel: ParallelConfig) -> float:
+    """Over how many ranks ZeRO can split a rank's expert state: the replicas, weighted by the layers' sizes."""
+    held = shared = 0.0
+    for experts in (e for e in model.experts if e):
+        spread = parallel.experts(experts)
+        held += spread.experts_per_rank
+        shared += spread.experts_per_rank / spread.replicas
+    return held / shared if shared else 1.0

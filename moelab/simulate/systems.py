@@ -1,0 +1,129 @@
+"""The programs that are simulated: how many kernels each part of a decoding step takes, what it sends, which experts it reads.
+
+The counts are read off the code or the paper's text, not fitted. A part's two matrix products are not in its count.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+from dataclasses import dataclass
+
+from moelab.config import ModelConfig
+from moelab.layout import Exchange
+
+
+@dataclass(frozen=True)
+class System:
+    """One program.
+
+    Attributes:
+        attention, dense, residual: small kernels of attention, a dense feed-forward, and what Residual-MoE adds to a layer (its MLP's, and
+            the mix).
+        gate, dispatch, combine: kernels of the gate, of the layout transform to experts and back.
+        expert: small kernels of one expert. once: kernels around all experts of a layer.
+        transform: layout transforms a stage of a staged exchange needs (section 5.3).
+        step: kernels a step takes outside the layers: embeddings, last norm, output head, choice of the token.
+        exchange: its all-to-all unless you say otherwise.
+        min_capacity: slots every expert gets from every rank at least; 0 means no slots: exactly the routed tokens travel, and only experts
+            that got any are read. With slots, all experts of a rank are read, chosen or not: weights are multiplied with empty slots.
+        grouped: all experts of a rank in two grouped products instead of a loop over experts.
+        graph: kernels are replayed from a CUDA graph.
+        source: where the counts come from.
+    """
+
+    name: str
+    attention: int
+    dense: int
+    residual: int
+    gate: int
+    dispatch: int
+    combine: int
+    expert: int
+    once: int
+    transform: int
+    step: int
+    exchange: Exchange
+    min_capacity: int
+    grouped: bool = False
+    graph: bool = False
+    source: str = ""
+
+
+SYSTEMS = {
+    s.name: s
+    for s in (
+        System(
+            name="pytorch",
+            attention=18,
+            dense=5,
+            residual=8,
+            gate=40,
+            dispatch=5,
+            combine=5,
+            expert=1,
+            once=2,
+            transform=0,
+            step=15,
+            exchange="flat",
+            min_capacity=4,
+            source="The paper's baseline (section 5.5): the training stack, eager. Kernels counted in the public Megatron-DeepSpeed attention and "
+            "DeepSpeed's one-hot gate and einsum dispatch (sharded_moe.py); experts in a Python loop; min_capacity 4 as in the scripts.",
+        ),
+        System(
+            name="deepspeed",
+            attention=4,
+            dense=2,
+            residual=3,
+            gate=2,
+            dispatch=1,
+            combine=1,
+            expert=1,
+            once=1,
+            transform=1,
+            step=8,
+            exchange="coordinated-hierarchical",
+            min_capacity=1,
+            source="The full system: fused inference kernels (DeepSpeed-Inference: norm+product, attention, product, bias+residual), one gating "
+            "kernel and table-driven transforms (section 5.4), hierarchical and coordinated all-to-all (5.3), experts in a loop and min_capacity 1 "
+            "(defaults of moe_inference.py).",
+        ),
+        System(
+            name="moelab",
+            attention=4,
+            dense=2,
+            residual=3,
+            gate=2,
+            dispatch=1,
+            combine=1,
+            expert=1,
+            once=1,
+            transform=1,
+            step=8,
+            exchange="coordinated-hierarchical",
+            min_capacity=0,
+            grouped=True,
+            graph=True,
+            source="What this project's engine aims at: drop-free routing, grouped products over the experts that got tokens, a CUDA graph.",
+        ),
+    )
+}
+
+
+def system(name: str | System) -> System:
+    """By name: pytorch (the paper's baseline), deepspeed (its full system), moelab; ValueError, one line, for another."""
+    if isinstance(name, System):
+        return name
+    if name not in SYSTEMS:
+        close = difflib.get_close_matches(name, SYSTEMS, n=1)
+        raise ValueError(
+            f"no system {name!r}; allowed: {', '.join(SYSTEMS)}" + (f" (did you mean {close[0]}?)" if close else "")
+        )
+    return SYSTEMS[name]
+
+
+def slots(system: System, model: ModelConfig, tokens: int, experts: int) -> int:
+    """C: rows an expert gets from each rank, 0 where exactly the routed tokens travel (section 5.4's expert capacity c_e)."""
+    if not system.min_capacity:
+        return 0
+    return max(math.ceil(tokens * model.top_k / experts * model.routing.capacity_factor_eval), system.min_capacity)

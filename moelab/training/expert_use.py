@@ -1,0 +1,69 @@
+"""Which experts a trained model uses for which text: tokens by domain and expert, and by token and expert."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from moelab.config import ModelConfig, TrainConfig
+from moelab.data import TokenData, validation_batches
+from moelab.engine import checkpoint
+from moelab.models import build
+
+
+@dataclass(frozen=True)
+class ExpertUse:
+    """How one MoE layer routed the validation text (first choices and all others alike).
+
+    Attributes:
+        layer: counting from 1.
+        domains: their names.
+        by_domain_DE: tokens of each domain that went to each expert, int64.
+        by_token_VE: the same by token id.
+    """
+
+    layer: int
+    domains: tuple[str, ...]
+    by_domain_DE: np.ndarray
+    by_token_VE: np.ndarray
+
+
+@torch.no_grad()
+def expert_use(
+    config: ModelConfig, train: TrainConfig, run_dir: Path, data: TokenData, context: int, *, max_tokens: int = 0
+) -> list[ExpertUse]:
+    """One `ExpertUse` per MoE layer of a finished run, over its validation text.
+
+    Args:
+        context: tokens a sequence, T.
+        max_tokens: bound on the tokens of each domain; 0 is all of them.
+
+    Raises:
+        ValueError: the run has no checkpoint.
+    """
+    last = checkpoint.latest(run_dir / "checkpoints")
+    if last is None:
+        raise ValueError(f"expert use: no checkpoint in {run_dir}")
+    model = build(config, train.seed, train.device)
+    checkpoint.load_model(last, model)
+    model.eval()
+    layers = [(i + 1, experts) for i, experts in enumerate(config.experts) if experts]
+    by_domain: dict[str, list[np.ndarray]] = {}
+    by_token = [np.zeros((config.vocab, experts), np.int64) for _, experts in layers]
+    for domain, tokens_BT, _ in validation_batches(data, train.batch_size, context, max_tokens):
+        routing = model(tokens_BT.to(train.device)).routing
+        counts = by_domain.setdefault(domain, [np.zeros(experts, np.int64) for _, experts in layers])
+        ids_S = tokens_BT.flatten().numpy()
+        for i, layer in enumerate(routing):
+            expert_SK = layer.expert_SK.cpu().numpy()
+            for expert_S in expert_SK.T:
+                counts[i] += np.bincount(expert_S, minlength=layers[i][1])
+                np.add.at(by_token[i], (ids_S, expert_S), 1)
+    names = tuple(by_domain)
+    return [
+        ExpertUse(number, names, np.stack([by_domain[name][i] for name in names]), by_token[i])
+        for i, (number, _) in enumerate(layers)
+    ]

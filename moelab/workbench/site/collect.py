@@ -1,0 +1,351 @@
+"""What the pages show, read from the publications: results, and the ledger of the paper's claims."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from moelab import paper
+from moelab.files import read_json
+from moelab.workbench.claims import DIRECTION, NO_SPREAD, NOT_REPRODUCED, NOT_TESTED, REPRODUCED, UNDECIDED
+from moelab.workbench.experiments import EXPERIMENTS, Experiment
+from moelab.workbench.progress import duration
+from moelab.workbench.provenance import describe
+from moelab.workbench.results import SUMMARY
+from moelab.workbench.site.order import position, scale_rank
+
+UNTESTED = "not tested yet"
+
+VERDICTS = {
+    REPRODUCED: ("✓", "good"),
+    DIRECTION: ("↗", "part"),
+    UNDECIDED: ("?", "open"),
+    NOT_REPRODUCED: ("✗", "bad"),
+    NO_SPREAD: ("1", "none"),
+    UNTESTED: ("–", "none"),
+    NOT_TESTED: ("–", "none"),
+}
+"""Verdict -> sign and style, in the order of the summary."""
+
+
+_JUDGED = (REPRODUCED, DIRECTION, UNDECIDED, NOT_REPRODUCED)
+
+
+@dataclass(frozen=True)
+class Result:
+    """One publication.
+
+    Attributes:
+        folder: where it lies.
+        path: the same relative to the results, with slashes.
+        summary: its `summary.json`; see `moelab.workbench.results`.
+    """
+
+    folder: Path
+    path: str
+    summary: Mapping[str, Any]
+
+    @property
+    def experiment(self) -> str:
+        return self.summary["experiment"]
+
+    @property
+    def scale(self) -> str:
+        return self.summary["scale"]
+
+    @property
+    def title(self) -> str:
+        return self.summary["title"]
+
+    @property
+    def finished(self) -> str:
+        return self.summary["finished"]
+
+    @property
+    def date(self) -> str:
+        """``2026-11-24 18:43 UTC``."""
+        return self.finished[:16].replace("T", " ") + " UTC"
+
+    @property
+    def about(self) -> Experiment | None:
+        return EXPERIMENTS.get(self.experiment)
+
+    @property
+    def figures(self) -> Sequence[Mapping[str, Any]]:
+        return self.summary.get("figures", [])
+
+    @property
+    def tables(self) -> Sequence[Mapping[str, Any]]:
+        return self.summary.get("tables", [])
+
+    @property
+    def claims(self) -> Sequence[Mapping[str, Any]]:
+        return self.summary.get("claims", [])
+
+    @property
+    def runs(self) -> Sequence[Mapping[str, Any]]:
+        return self.summary.get("runs", [])
+
+    @property
+    def seeds(self) -> str:
+        n = len(self.summary.get("seeds") or [])
+        return "no seeds: computed" if not n else f"{n} seed{'s' if n > 1 else ''}"
+
+    @property
+    def hardware(self) -> str:
+        record = self.summary.get("hardware") or self.summary.get("provenance", {}).get("hardware")
+        return describe(record) if record else "unknown hardware"
+
+    @property
+    def cost(self) -> str:
+        if trained := self.summary.get("training_seconds"):
+            return f"{duration(trained)} of training"
+        return f"{duration(self.summary.get('notebook_seconds') or 0)} of computing"
+
+    @cached_property
+    def commits(self) -> tuple[str, ...]:
+        """The commits its runs were trained at, then the one the figures were drawn at; each short, with its state."""
+        trained = sorted({_commit(run.get("provenance", {})) for run in self.runs})
+        return (*trained, _commit(self.summary.get("provenance", {})))
+
+    def has(self, name: str) -> bool:
+        """Whether a file lies beside the summary."""
+        return name in self.names
+
+    def rows(self, name: str) -> list[dict[str, Any]]:
+        """The rows of a JSON-lines file beside the summary; none if it is missing."""
+        if not self.has(name):
+            return []
+        return [json.loads(line) for line in (self.folder / name).read_text(encoding="utf-8").splitlines()]
+
+    @cached_property
+    def arms(self) -> list[dict[str, Any]]:
+        """The runs by arm: label, seeds, and the mean of every number that all results of the arm have, in the order of the runs."""
+        by_label: dict[str, list[Mapping[str, Any]]] = {}
+        for run in self.runs:
+            by_label.setdefault(run["label"], []).append(run["result"])
+        made = []
+        for label, rows in by_label.items():
+            keys = [k for k in rows[0] if all(_is_number(row.get(k)) for row in rows)]
+            made.append({"arm": label, "seeds": len(rows), **{k: sum(r[k] for r in rows) / len(rows) for k in keys}})
+        return made
+
+    @cached_property
+    def names(self) -> set[str]:
+        """The files of the folder; whoever adds one adds its name."""
+        return {p.name for p in self.folder.iterdir()}
+
+    @property
+    def words(self) -> str:
+        """What the search looks through."""
+        about = self.about
+        described = (about.title, about.paper) if about else ()
+        shown = (f["title"] for f in self.figures)
+        return " ".join((self.experiment, self.scale, self.title, self.date, self.hardware, *described, *shown)).lower()
+
+    def image(self, name: str) -> dict[str, str]:
+        """The files that show a figure: `light`, and `dark` where there is one (else the light one stands on a white card)."""
+        if self.has(f"{name}-dark.svg"):
+            return {"light": f"{name}.svg", "dark": f"{name}-dark.svg"}
+        return {"light": f"{name}.png"}
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _commit(record: Mapping[str, Any]) -> str:
+    return (record.get("commit") or "none")[:10] + (" with changes" if record.get("modified") else "")
+
+
+def results(root: Path) -> tuple[list[Result], list[str]]:
+    """All results below `root`, newest first, and a line for each that cannot be read."""
+    found, broken = [], []
+    for file in sorted(root.glob(f"*/*/*/{SUMMARY}")):
+        if file.parent.name.startswith("."):
+            continue  # being moved into place
+        try:
+            summary = read_json(file)
+            if missing := {"experiment", "scale", "title", "finished"} - set(summary):
+                raise ValueError(f"lacks {', '.join(sorted(missing))}")
+        except (ValueError, TypeError, OSError) as error:
+            broken.append(f"{file.relative_to(root).as_posix()}: {str(error).split(': ', 1)[-1]}")
+            continue
+        found.append(Result(file.parent, file.parent.relative_to(root).as_posix(), summary))
+    return sorted(found, key=lambda r: (r.finished, r.path), reverse=True), broken
+
+
+@dataclass(frozen=True)
+class Chapter:
+    """One experiment of the gallery.
+
+    Attributes:
+        name, title, reference, question, answer: the experiment's, as far as it is known.
+        command: what runs it, empty for an experiment this version does not have.
+        shown: scale -> its newest result, the most telling scale first.
+        position: its place in the paper; `BEYOND` for one that the paper does not have.
+    """
+
+    name: str
+    title: str
+    reference: str
+    question: str
+    answer: str
+    command: str
+    shown: Mapping[str, Result]
+    position: int
+
+
+def chapters(found: Sequence[Result]) -> list[Chapter]:
+    """All experiments, with a result or not yet, in the order of the paper."""
+    newest: dict[str, dict[str, Result]] = {}
+    for result in found:
+        newest.setdefault(result.experiment, {}).setdefault(result.scale, result)
+    made = []
+    for name in dict.fromkeys([*EXPERIMENTS, *newest]):
+        about = EXPERIMENTS.get(name)
+        where = about.paper if about else ", ".join(c.where for c in paper.claims() if c.experiment == name)
+        shown = dict(sorted(newest.get(name, {}).items(), key=lambda item: scale_rank(item[0])))
+        made.append(
+            Chapter(
+                name,
+                about.title if about else name,
+                where,
+                about.question if about else "",
+                about.paper_answer if about else "",
+                f"moelab run {name}" if about else "",
+                shown,
+                position(where),
+            )
+        )
+    return sorted(made, key=lambda c: c.position)
+
+
+@dataclass(frozen=True)
+class Line:
+    """A claim of the paper and what one result says of it.
+
+    Attributes:
+        claim: the paper's statement.
+        verdict: one of `moelab.workbench.claims`.
+        result: where it was judged, None for a claim that nothing has tested.
+        ours, low, high: as `Verdict` has them; an infinite bound is None.
+        best: whether this is the claim's most telling line, the one that counts.
+    """
+
+    claim: paper.Claim
+    verdict: str = UNTESTED
+    result: Result | None = None
+    ours: float | None = None
+    low: float | None = None
+    high: float | None = None
+    samples: int = 0
+    note: str = ""
+    best: bool = False
+
+    @property
+    def scale(self) -> str:
+        """Empty when not tested."""
+        return self.result.scale if self.result else ""
+
+    @property
+    def paper(self) -> str:
+        """The paper's number with its unit, or the side it claims: ``-0.307 nats/token``, ``lower``."""
+        claim = self.claim
+        return claim.direction if claim.value is None else f"{claim.value:g} {claim.unit}".strip()
+
+    @property
+    def words(self) -> str:
+        """What the search looks through."""
+        c = self.claim
+        return " ".join((c.id, c.statement, c.where, c.experiment, c.quantity, self.verdict)).lower()
+
+    @property
+    def figure(self) -> str:
+        """The page of the result, at the figure that shows this claim where the publication says which."""
+        if self.result is None:
+            return ""
+        for figure in self.result.figures:
+            if self.claim.id in figure.get("claims", ()):
+                return f"{self.result.path}/index.html#{figure['name']}"
+        return f"{self.result.path}/index.html#claims"
+
+
+def judged(result: Result) -> list[Line]:
+    """What a result says of the paper's claims, those it could not test included; claims this version does not know are left out."""
+    known = {claim.id: claim for claim in paper.claims()}
+    return [
+        Line(
+            known[v["claim"]],
+            v["verdict"],
+            result,
+            *(_finite(v.get(key)) for key in ("ours", "low", "high")),
+            v.get("samples", 0),
+            v.get("note", ""),
+        )
+        for v in result.claims
+        if v["claim"] in known
+    ]
+
+
+def ledger(found: Iterable[Result]) -> list[Line]:
+    """Every claim of the paper, in the paper's order: a line for each scale that judged it (its newest result), or one untested line.
+
+    Args:
+        found: newest first.
+    """
+    newest: dict[str, dict[str, Line]] = {claim.id: {} for claim in paper.claims()}
+    for result in found:
+        for line in judged(result):
+            if line.verdict in _JUDGED or line.ours is not None:
+                newest[line.claim.id].setdefault(line.scale, line)
+    lines = []
+    for claim in paper.claims():
+        # A scale that could not judge (one seed, or too small) does not stand before one that did.
+        own = sorted(newest[claim.id].values(), key=lambda line: (line.verdict not in _JUDGED, scale_rank(line.scale)))
+        lines += [replace(line, best=i == 0) for i, line in enumerate(own or [Line(claim)])]
+    return sorted(lines, key=lambda line: position(line.claim.where))
+
+
+def _finite(value: float | None) -> float | None:
+    return value if value is not None and math.isfinite(value) else None
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """Numbers of `moelab bench`: a name with its files beside a provenance."""
+
+    name: str
+    title: str
+    path: str
+    hardware: str
+    commit: str
+    files: tuple[str, ...]
+
+    def has(self, suffix: str) -> bool:
+        return f"{self.name}{suffix}" in self.files
+
+
+def benchmarks(root: Path) -> list[Benchmark]:
+    """What lies in `benchmarks/`, by name."""
+    made = []
+    for file in sorted((root / "benchmarks").glob("*.provenance.json")):
+        name = file.name.removesuffix(".provenance.json")
+        record = read_json(file)
+        beside = tuple(sorted(p.name for p in file.parent.glob(f"{name}.*")))
+        made.append(
+            Benchmark(
+                name,
+                record.get("title", f"Benchmark: {name}"),
+                "benchmarks",
+                describe(record["hardware"]),
+                _commit(record),
+                beside,
+            )
+        )
+    return made

@@ -1,0 +1,32 @@
+"""The order of the paper's figures and tables."""
+
+from __future__ import annotations
+
+import re
+
+_ORDER = (
+    *("Fig 1", "Table 2", "Table 3", "Fig 2", "Fig 3", "Fig 4", "Table 4", "Fig 5", "Table 5", "Fig 6", "Fig 7"),
+    *("Fig 8", "sec 5.3", "Fig 9", "sec 5.4", "Table 6", "Fig 10", "Fig 11", "sec 5.5", "Fig 12", "Fig 13", "Fig 14", "Fig 15"),
+)  # fmt: skip
+BEYOND = len(_ORDER)
+"""The position of what the paper does not have."""
+
+
+def position(reference: str) -> int:
+    """Where in the paper a reference such as ``section 4.1.4, Fig 4`` belongs; its first figure or table decides, else its section."""
+    found = re.search(r"\b(Fig|Table)(?:ure)?s?\.?\s*(\d+)", reference)
+    if found and (name := f"{found[1]} {found[2]}") in _ORDER:
+        return _ORDER.index(name)
+    if section := re.search(r"\bsec(?:tion)?\.?\s*(\d+\.\d+)", reference):
+        name = f"sec {section[1]}"
+        return _ORDER.index(name) if name in _ORDER else BEYOND
+    return BEYOND
+
+
+SCALES = ("paper", "gpu", "simulated", "cpu", "smoke")
+"""Scales from the most to the least telling; the first that a claim or experiment has is shown first."""
+
+
+def scale_rank(scale: str) -> int:
+    """0 for the most telling scale; scales that are not listed stand before `smoke`."""
+    return SCALES.index(scale) if scale in SCALES else SCALES.index("smoke")

@@ -1,0 +1,74 @@
+"""A headless Chromium, and pages that note what goes wrong in them.
+
+Without one the tests are skipped, or fail where `MOELAB_BROWSER=require` says that there must be one (continuous integration).
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from dataclasses import dataclass, field
+
+import pytest
+
+# No sandbox: tests run as root in containers. The others keep Chromium from calling home.
+_FLAGS = (
+    *("--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking"),
+    *("--disable-component-update", "--disable-sync"),
+)
+
+
+def _missing(reason: str) -> None:
+    if os.environ.get("MOELAB_BROWSER") == "require":
+        pytest.fail(f"MOELAB_BROWSER=require, but {reason}")
+    pytest.skip(reason)
+
+
+@pytest.fixture(scope="session")
+def chromium():
+    """The browser; its own download of one is not needed."""
+    try:
+        from playwright.sync_api import sync_playwright
+    except ImportError:
+        _missing("playwright is not installed (extra browser-tests)")
+    found = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    if found is None:
+        _missing("no chromium on the path (Debian: apt install chromium)")
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=found, args=list(_FLAGS))
+        yield browser
+        browser.close()
+
+
+@dataclass
+class Trouble:
+    """What a page did wrong: errors on its console, and requests that left the folder or the host."""
+
+    errors: list[str] = field(default_factory=list)
+    outside: list[str] = field(default_factory=list)
+
+
+@pytest.fixture
+def visit(chromium):
+    """Opens pages: `visit(address, width=…, scheme=…, script=…)` returns the page and its `Trouble`; at the end there must be none."""
+    contexts, troubles = [], []
+
+    def visit(address: str, *, width: int = 1280, scheme: str = "light", script: bool = True):
+        context = chromium.new_context(
+            viewport={"width": width, "height": 900}, color_scheme=scheme, java_script_enabled=script
+        )
+        contexts.append(context)
+        page, trouble = context.new_page(), Trouble()
+        troubles.append(trouble)
+        page.on("console", lambda m: trouble.errors.append(m.text) if m.type in ("error", "warning") else None)
+        page.on("pageerror", lambda error: trouble.errors.append(str(error)))
+        page.on("requestfailed", lambda request: trouble.errors.append(f"failed: {request.url}"))
+        home = ("file:", "data:", address.split("/", 3)[0] + "//" + address.split("/", 3)[2])
+        page.on("request", lambda r: None if r.url.startswith(home) else trouble.outside.append(r.url))
+        page.goto(address)
+        return page
+
+    yield visit
+    for context in contexts:
+        context.close()
+    assert [t for t in troubles if t.errors or t.outside] == []

@@ -1,0 +1,158 @@
+"""The results pages as people meet them: in a browser, on a phone, in the dark, with a screen reader's eyes."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from moelab.workbench import site
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def results(publish, tmp_path_factory):
+    root = tmp_path_factory.mktemp("pages") / "results"
+    base = {"moe128-350m-beats-own-base": (-0.30, -0.31, -0.305)}
+    publish(root, "moe-scaling", "cpu", claims=base)
+    publish(root, "pr-moe", "cpu", "20260101-000000", claims={"pr-moe-matches-moe128": (0.5, 0.5)}, finished="2026-01-01T00:00:00Z", losses=(2.0, 2.5))  # fmt: skip
+    publish(root, "pr-moe", "cpu", "20260102-000000", claims={"pr-moe-matches-moe128": (0.01, 0.02)}, finished="2026-01-02T00:00:00Z", parameters={"tokens": 7})  # fmt: skip
+    publish(root, "pr-moe", "gpu", claims={"pr-moe-matches-moe128": (0.3, 0.3)})
+    publish(root, "mine", "smoke")
+    site.build(root)
+    return root
+
+
+NEWEST = "pr-moe/cpu/20260102-000000"
+PAGES = ("index.html", "compare.html", f"{NEWEST}/index.html", f"{NEWEST}/notebook.html", f"compare.html?a={NEWEST}&b=pr-moe/gpu/20260101-000000")  # fmt: skip
+
+
+def shown(page, selector: str) -> list[str]:
+    return [node.inner_text() for node in page.locator(selector).all() if node.is_visible()]
+
+
+@pytest.mark.parametrize("address", PAGES)
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("width", [1280, 390])
+def test_a_page_is_whole_and_accessible(results, visit, address, scheme, width):
+    from axe_playwright_python.sync_playwright import Axe
+
+    page = visit(f"{results.as_uri()}/{address}", width=width, scheme=scheme)
+    page.evaluate("document.querySelectorAll('details').forEach(d => d.open = true)")
+    page.evaluate("document.querySelectorAll('img').forEach(i => i.loading = 'eager')")
+    page.wait_for_function("[...document.images].every(i => i.complete)")
+    visible = "[...document.images].filter(i => i.offsetParent)"
+    assert page.evaluate(f"{visible}.every(i => i.naturalWidth > 0)")
+    assert page.evaluate(f"{visible}.length") >= (1 if "a=" in address or "compare" not in address else 0)
+    wide = "document.documentElement.scrollWidth - document.documentElement.clientWidth"
+    assert page.evaluate(wide) <= 0, "the page does not scroll sideways"
+    # Without preload: axe would ask for the style sheet again, which a page from a file may not.
+    checked = Axe().run(page, options={"preload": False}).response
+    assert len(checked["passes"]) > 15
+    found = checked["violations"]
+    serious = [
+        f"{v['id']}: {n['html'][:200]}" for v in found for n in v["nodes"] if v["impact"] in ("serious", "critical")
+    ]
+    assert serious == []
+
+
+def test_search_and_filters(results, visit):
+    page = visit(f"{results.as_uri()}/index.html")
+    rows, chapters, entries = "#tested tbody tr", "section[data-chapter]", "table.all tbody tr"
+    assert len(shown(page, rows)) == 2 and len(shown(page, entries)) == 5
+    page.get_by_label("Search").fill("moe-128's validation loss")
+    (row,) = shown(page, rows)
+    assert "ends within about 0.01" in row and not shown(page, entries)
+    assert "1 claim" in page.locator("#count").inner_text()
+    page.get_by_label("Search").fill("latency")
+    assert len(shown(page, "#untested tbody tr")) > 5, "claims that nothing has tested unfold when they are looked for"
+    page.get_by_label("Search").fill("")
+    page.locator("select[name=experiment]").select_option("pr-moe")
+    assert len(shown(page, rows)) == 1 and len(shown(page, chapters)) == 1 and len(shown(page, entries)) == 3
+    page.locator("select[name=experiment]").select_option("")
+    page.get_by_role("button", name="not reproduced").click()
+    (row,) = shown(page, rows)
+    assert row.startswith("✗") and page.locator("select[name=verdict]").input_value() == "not reproduced"
+    page.get_by_role("button", name="not reproduced").click()
+    assert len(shown(page, rows)) == 2
+
+
+def test_scale_switch(results, visit):
+    page = visit(f"{results.as_uri()}/index.html")
+    chapter = "section[data-experiment='pr-moe'] "
+    (facts,) = shown(page, chapter + ".facts")
+    assert facts.startswith("gpu"), "the most telling scale first"
+    page.get_by_label("cpu", exact=True).check()
+    (facts,) = shown(page, chapter + ".facts")
+    assert facts.startswith("cpu")
+    assert [row.split()[0] for row in shown(page, "#tested tbody tr")] == ["✓", "?"]
+    page.get_by_label("gpu", exact=True).check()
+    assert "No result at scale gpu; there is one at cpu." in shown(
+        page, "section[data-experiment='moe-scaling'] .elsewhere"
+    )
+    page.get_by_label("best of each").check()
+    assert not shown(page, ".elsewhere")
+
+
+def test_colour_switch(results, visit):
+    page = visit(f"{results.as_uri()}/{NEWEST}/index.html")
+    ground = "getComputedStyle(document.body).backgroundColor"
+    assert page.evaluate(ground) == "rgb(255, 255, 255)" and page.locator("img.light").is_visible()
+    button = page.get_by_role("button", name="Colours")
+    button.click()
+    button.click()
+    assert page.evaluate(ground) == "rgb(20, 24, 29)"
+    assert page.locator("img.dark").is_visible() and not page.locator("img.light").is_visible()
+    page.goto(f"{results.as_uri()}/index.html")
+    assert page.evaluate(ground) == "rgb(20, 24, 29)", "the choice is kept"
+
+
+def test_two_results_side_by_side(results, visit):
+    page = visit(f"{results.as_uri()}/index.html")
+    pick = page.locator("#pick")
+    assert pick.get_by_role("button", name="Compare").is_disabled()
+    pick.get_by_label("pr-moe, cpu, 2026-01-02").check()
+    pick.get_by_label("pr-moe, cpu, 2026-01-01").check()
+    pick.get_by_role("button", name="Compare").click()
+    page.wait_for_selector("#compared table")
+    text = page.locator("#compared").inner_text()
+    for part in ("parameter tokens", "not reproduced: +0.500", "350M: validation loss", "Loss falls with tokens"):
+        assert part in text
+    assert "hardware" not in text
+    page.get_by_label("also what is the same").check()
+    assert "hardware" in page.locator("#compared").inner_text()
+    page.goto(f"{results.as_uri()}/compare.html?a={NEWEST}")
+    assert page.locator("#compared").inner_text() == "Choose the other result."
+
+
+def test_links_lead_from_a_claim_to_its_figure(results, visit):
+    page = visit(f"{results.as_uri()}/index.html")
+    page.locator("#tested tbody a").first.click()
+    assert page.url.endswith("moe-scaling/cpu/20260101-000000/index.html#curves")
+    page.get_by_role("link", name="Executed notebook").click()
+    assert page.get_by_role("heading", name="Notebook of moe-scaling").is_visible()
+
+
+def test_without_a_script_everything_is_there(results, visit):
+    page = visit(f"{results.as_uri()}/index.html", script=False)
+    assert len(shown(page, "table.all tbody tr")) == 5 and not shown(page, "#filter")
+    assert len(shown(page, "section[data-experiment='pr-moe'] .facts")) == 2
+
+
+def test_moelab_browse(results, visit):
+    process = subprocess.Popen(
+        [sys.executable, "-m", "moelab.cli", "browse", "--port", "0"],
+        env={**os.environ, "MOELAB_RESULTS": str(results)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+    )
+    try:
+        address = process.stdout.readline().split(" at ")[1].split()[0]
+        page = visit(address)
+        page.locator("#tested tbody a").first.click()
+        assert page.get_by_role("heading", level=1).is_visible()
+    finally:
+        process.terminate()
+        process.wait()

@@ -1,0 +1,449 @@
+"""Checkpoints of N ranks: any layout loads any other bit for bit; broken ones are found, failed writes told."""
+
+import functools
+import json
+import logging
+import os
+import re
+import resource
+import shutil
+import signal
+import threading
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.distributed as dist
+from safetensors import safe_open
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from moelab.config import ModelConfig
+from moelab.engine import checkpoint, parallel, storage
+from moelab.engine.mesh import Mesh
+from moelab.engine.testing import RankError, Ranks
+from moelab.layout import ParallelConfig
+
+MODEL = ModelConfig(
+    layers=3, hidden=16, heads=2, experts=(0, 4, 8), residual=True, vocab=37, context=8, init_std=0.02, name="tiny"
+)
+LAYOUTS = [
+    ParallelConfig(),
+    ParallelConfig(data=2, expert=1, shard=True),
+    ParallelConfig(data=2, expert=2),
+    ParallelConfig(tensor=2, expert=1),
+    ParallelConfig(data=4, expert=1),
+    ParallelConfig(data=4, expert=4, shard=True),
+    ParallelConfig(data=4, expert=2, expert_slicing=2),
+    ParallelConfig(data=2, tensor=2, expert=2),
+    ParallelConfig(data=8, expert=2, shard=True),
+    ParallelConfig(data=8, expert=4, expert_slicing=2),
+    ParallelConfig(data=8, expert=8),  # the pyramid's layers at EP 4 and 8
+    ParallelConfig(data=4, tensor=2, expert=4, expert_slicing=2),
+]
+
+
+@functools.cache
+def truth(name, shape):
+    """The whole tensor of a name: what every layout must agree on."""
+    draw = torch.Generator().manual_seed(sum(ord(c) * 31**i for i, c in enumerate(name)) % 2**31)
+    return torch.randn(shape, generator=draw)
+
+
+def local_truth(name, tensor, placement):
+    """This rank's part of it, cut here and not by the code under test."""
+    whole = truth(name, placement.shape)
+    if isinstance(tensor, DTensor):
+        return distribute_tensor(whole, tensor.device_mesh, tensor.placements, src_data_rank=None).to_local()
+    mine = torch.full(tensor.shape, float("nan"))
+    for box in placement.boxes:
+        there = tuple(slice(a, a + n) for a, n in zip(box.local, box.size, strict=True))
+        mine[there] = whole[tuple(slice(a, a + n) for a, n in zip(box.at, box.size, strict=True))]
+    return mine
+
+
+def local(tensor):
+    return tensor.detach().to_local() if isinstance(tensor, DTensor) else tensor.detach()
+
+
+def build(layout):
+    built = parallel.build(MODEL, 0, Mesh(layout, MODEL.experts))
+    optimizer = torch.optim.AdamW(built.module.parameters())
+    return built, optimizer
+
+
+def filled(layout):
+    """A model and optimizer that hold the truth, after 7 steps."""
+    built, optimizer = build(layout)
+    with torch.no_grad():
+        for name, p in built.module.named_parameters():
+            local(p).copy_(local_truth(name, p, built.placements[name]))
+            optimizer.state[p] = {"step": torch.tensor(7.0), "exp_avg": None, "exp_avg_sq": None}
+            for key in ("exp_avg", "exp_avg_sq"):
+                value = optimizer.state[p][key] = torch.zeros_like(p, requires_grad=False)
+                local(value).copy_(local_truth(key + name, p, built.placements[name]))
+    return built, optimizer
+
+
+def differences(built, optimizer):
+    """Names of what is not the truth."""
+    found = []
+    for name, p in built.module.named_parameters():
+        placement, state = built.placements[name], optimizer.state[p]
+        if not torch.equal(local(p), local_truth(name, p, placement)):
+            found.append(name)
+        found += [
+            f"{key} of {name}"
+            for key in ("exp_avg", "exp_avg_sq")
+            if not torch.equal(local(state[key]), local_truth(key + name, p, placement))
+        ]
+        if not torch.equal(state["step"], torch.tensor(7.0)):
+            found.append(f"step of {name}")
+    return found
+
+
+def save_at(layouts, root):
+    for i, layout in layouts.items():
+        built, optimizer = filled(layout)
+        with checkpoint.Writer(root / str(i)) as checkpoints:
+            checkpoints.save(7, built.module, optimizer, {"i": i}, built.placements)
+        built.mesh.close()
+
+
+def load_at(layouts, sources, root):
+    """(layout, source, differences), and how much was read beside how much there is to fill."""
+    read = 0
+    resolve = storage._LoadPlanner.resolve_tensor
+
+    def counted(self, item):
+        nonlocal read
+        target = resolve(self, item)
+        read += target.numel()
+        return target
+
+    storage._LoadPlanner.resolve_tensor = counted
+    wrong, needed = [], 0
+    for i, layout in layouts.items():
+        built, optimizer = build(layout)
+        parts = [local(p).numel() for p in built.module.parameters()]
+        for source in sources:
+            last = checkpoint.latest(root / str(source))
+            assert last.state == {"i": source} and last.step == 7
+            with torch.no_grad():
+                for p in built.module.parameters():
+                    local(p).fill_(float("nan"))
+            checkpoint.load(last, built.module, optimizer, built.placements)
+            wrong += [(i, source, name) for name in differences(built, optimizer)]
+            needed += sum(parts) * 3 + len(parts)
+        built.mesh.close()
+    storage._LoadPlanner.resolve_tensor = resolve
+    return wrong, read, needed
+
+
+@pytest.fixture(scope="module")
+def pools():
+    """size -> run a function on so many ranks; on one, here."""
+    ranks = {n: Ranks(n) for n in (2, 4, 8)}
+
+    def run(size, function, *args):
+        return ranks[size].run(function, *args, timeout_s=300) if size > 1 else [function(*args)]
+
+    yield run
+    for pool in ranks.values():
+        pool.close()
+
+
+@pytest.fixture(scope="module")
+def saved(pools, tmp_path_factory):
+    """A checkpoint of every layout: the folder, and size -> {index: layout}."""
+    root = tmp_path_factory.mktemp("checkpoints")
+    sizes = {n: {i: x for i, x in enumerate(LAYOUTS) if x.ranks == n} for n in (1, 2, 4, 8)}
+    for size, layouts in sizes.items():
+        pools(size, save_at, layouts, root)
+    return root, sizes
+
+
+@pytest.mark.multiprocess
+@pytest.mark.parametrize("size", [1, 2, 4, 8])
+def test_every_layout_loads_every_other_bit_for_bit(size, pools, saved):
+    root, sizes = saved
+    for wrong, read, needed in pools(size, load_at, sizes[size], range(len(LAYOUTS)), root):
+        assert not wrong
+        assert read == needed, "a rank reads its part and no more"
+
+
+@pytest.mark.multiprocess
+def test_files_are_data_and_each_piece_is_written_once_in_turns(saved):
+    root, sizes = saved
+    whole = sum(p.numel() for p in filled(ParallelConfig())[0].module.parameters()) * 3 * 4
+    for i, layout in enumerate(LAYOUTS):
+        folder = root / str(i) / "step-00000007"
+        sums = dict.fromkeys(range(layout.ranks), 0)
+        for file in folder.iterdir():
+            if file.name in ("index.json", "state.json"):
+                json.loads(file.read_text())
+                continue
+            _, rank = re.fullmatch(r"(model|optimizer)-(\d{5})\.safetensors", file.name).groups()
+            with safe_open(file, "pt") as f:
+                sums[int(rank)] += sum(f.get_tensor(k).nbytes for k in f.keys())  # noqa: SIM118
+        assert whole <= sum(sums.values()) <= whole * 1.02, "once"
+        assert max(sums.values()) <= 1.3 * whole / layout.ranks, f"{layout}: {sums}"
+
+
+def test_any_checkpoint_loads_in_one_process_and_keeps_the_models_dtype(saved):
+    root, sizes = saved
+    built, _ = build(ParallelConfig())
+    model = built.module.to(torch.bfloat16)
+    for i in (0, len(LAYOUTS) - 1):
+        checkpoint.load_model(checkpoint.latest(root / str(i)), model)
+        for name, p in model.named_parameters():
+            assert p.dtype == torch.bfloat16 and torch.equal(p, truth(name, p.shape).to(torch.bfloat16))
+
+
+def test_another_model_is_refused(saved):
+    root, _ = saved
+    last = checkpoint.latest(root / str(len(LAYOUTS) - 1))
+    for change, words in (
+        ({"experts": (0, 4, 4)}, r"is \(8, .*\), the model has \(4"),
+        ({"layers": 2, "experts": (0, 4)}, "not a checkpoint of this model; differing parameters: blocks.2"),
+    ):
+        model = parallel.build(replace(MODEL, **change), 0, Mesh(ParallelConfig(), (4,))).module
+        before = [p.clone() for p in model.parameters()]
+        with pytest.raises(checkpoint.CheckpointError, match=words):
+            checkpoint.load_model(last, model)
+        assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+
+
+def save_after_forward(root):
+    built, optimizer = filled(ParallelConfig(data=2, expert=1, shard=True))
+    with torch.no_grad():
+        built.module(torch.zeros(1, 4, dtype=torch.long))
+    with checkpoint.Writer(root / "0") as checkpoints:
+        checkpoints.save(7, built.module, optimizer, {"i": 0}, built.placements)
+
+
+@pytest.mark.multiprocess
+def test_weights_that_a_validation_left_gathered_are_saved_with_their_state(pools, tmp_path):
+    pools(2, save_after_forward, tmp_path)
+    ((wrong, read, needed),) = pools(1, load_at, {0: ParallelConfig()}, [0], tmp_path)
+    assert not wrong and read == needed
+
+
+def flip(folder):
+    file = folder / "optimizer-00001.safetensors"
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+
+
+def truncate(folder):
+    os.truncate(folder / "model-00002.safetensors", 500)
+
+
+def edit_state(folder):
+    text = (folder / "state.json").read_text()
+    (folder / "state.json").write_text(text.replace('"step": 9', '"step": 8'))
+
+
+DAMAGE = {
+    "flip": (flip, "optimizer-00001.safetensors: content does not match its SHA-256"),
+    "truncate": (truncate, "model-00002.safetensors: content does not match its SHA-256"),
+    "lose": (lambda folder: (folder / "model-00003.safetensors").unlink(), "unreadable"),
+    "no-state": (lambda folder: (folder / "state.json").unlink(), "no state.json"),
+    "torn-state": (lambda folder: os.truncate(folder / "state.json", 30), "not valid JSON"),
+    "edited-state": (edit_state, "state.json: content does not match its SHA-256"),
+    "no-index": (lambda folder: (folder / "index.json").unlink(), "unreadable"),
+    "old-format": (lambda folder: (folder / "state.json").write_text('{"step": 9, "sha256": {}}'), "unreadable"),
+}
+
+
+class Listener(logging.Handler):
+    def __init__(self):
+        super().__init__()
+        self.lines = []
+
+    def emit(self, record):
+        self.lines.append(record.getMessage())
+
+
+def save_two(root):
+    built, optimizer = filled(ParallelConfig(data=4, expert=4))
+    with checkpoint.Writer(root) as checkpoints:
+        for step in (5, 9):
+            checkpoints.save(step, built.module, optimizer, {"at": step}, built.placements)
+
+
+def latest_of(folders):
+    listener = Listener()
+    checkpoint.log.addHandler(listener)
+    try:
+        return [checkpoint.latest(folder) for folder in folders], listener.lines
+    finally:
+        checkpoint.log.removeHandler(listener)
+
+
+@pytest.mark.multiprocess
+def test_a_broken_checkpoint_is_named_and_all_ranks_use_the_one_before(pools, tmp_path):
+    pools(4, save_two, tmp_path / "whole")
+    folders = [shutil.copytree(tmp_path / "whole", tmp_path / name) for name in DAMAGE]
+    for (damage, _), folder in zip(DAMAGE.values(), folders, strict=True):
+        damage(folder / "step-00000009")
+    for size in (1, 4, 2):
+        answers = pools(size, latest_of, [tmp_path / "whole", *folders, tmp_path / "none"])
+        for found, _ in answers:
+            assert found[0].step == 9 and found[-1] is None
+            assert [(c.step, c.state) for c in found[1:-1]] == [(5, {"at": 5})] * len(DAMAGE)
+        lines = answers[0][1]
+        assert len(lines) == len(DAMAGE) and not any(more for _, more in answers[1:])
+        for line, folder, (_, words) in zip(lines, folders, DAMAGE.values(), strict=True):
+            assert str(folder / "step-00000009") in line and words in line and "\n" not in line
+
+
+def full_on_rank_1(root):
+    built, optimizer = filled(ParallelConfig(data=2, expert=2))
+    real = storage.save_file
+
+    def full(tensors, path):
+        path.write_bytes(b"half")
+        raise OSError(28, "No space left on device", str(path))
+
+    errors = []
+    with checkpoint.Writer(root) as checkpoints:
+        for step in (1, 2, 3, 4):
+            if dist.get_rank() == 1:
+                storage.save_file = full if step == 2 else real
+            try:
+                checkpoints.save(step, built.module, optimizer, {}, built.placements)
+                checkpoints.wait()
+            except OSError as error:
+                errors.append((step, str(error)))
+            if step == 2:
+                dist.barrier()
+                seen = sorted(os.listdir(root))
+                dist.barrier()
+    return errors, seen
+
+
+@pytest.mark.multiprocess
+def test_a_full_disk_on_one_rank_is_told_on_all(pools, tmp_path):
+    for errors, seen in pools(2, full_on_rank_1, tmp_path):
+        ((step, text),) = errors
+        assert step == 2 and "rank 1: No space left on device" in text and "\n" not in text
+        assert seen == ["step-00000001"], "the older one stays, nothing half-written does"
+    assert sorted(os.listdir(tmp_path)) == ["step-00000003", "step-00000004"]
+
+
+def die_while_writing(root):
+    built, optimizer = filled(ParallelConfig(data=2, expert=2))
+    real = storage.save_file
+    with checkpoint.Writer(root) as checkpoints:
+        checkpoints.save(1, built.module, optimizer, {}, built.placements)
+        checkpoints.wait()
+
+        def die(tensors, path):
+            real(tensors, path)
+            if dist.get_rank() == 1:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        storage.save_file = die
+        checkpoints.save(2, built.module, optimizer, {}, built.placements)
+
+
+def save_again(root):
+    last = checkpoint.latest(root)
+    built, optimizer = filled(ParallelConfig(data=2, expert=2))
+    with checkpoint.Writer(root) as checkpoints:
+        checkpoints.save(3, built.module, optimizer, {}, built.placements)
+    return last.step
+
+
+@pytest.mark.multiprocess
+def test_a_rank_killed_while_it_writes_leaves_the_one_before(pools, tmp_path):
+    with pytest.raises(RankError):
+        pools(2, die_while_writing, tmp_path)
+    assert (tmp_path / ".step-00000002.partial").is_dir()
+    assert pools(2, save_again, tmp_path) == [1, 1]
+    assert sorted(os.listdir(tmp_path)) == ["step-00000001", "step-00000003"], "what was left is swept away"
+
+
+def test_saving_copies_and_returns(tmp_path, monkeypatch):
+    """Weights may change while a checkpoint of them is written."""
+    built, optimizer = filled(ParallelConfig())
+    go, real = threading.Event(), storage.save_file
+
+    def slow(tensors, path):
+        assert go.wait(30)
+        real(tensors, path)
+
+    monkeypatch.setattr(storage, "save_file", slow)
+    with checkpoint.Writer(tmp_path) as checkpoints:
+        checkpoints.save(1, built.module, optimizer, {})
+        assert checkpoint.latest(tmp_path) is None
+        for p in built.module.parameters():
+            p.detach().zero_()
+            optimizer.state[p]["exp_avg"].zero_()
+        go.set()
+    checkpoint.load(checkpoint.latest(tmp_path), built.module, optimizer)
+    assert not differences(built, optimizer)
+
+
+def test_a_disk_without_room_is_one_line_at_the_next_call(tmp_path):
+    """A real limit on file size stands for the full disk: safetensors reports it as it reports that one."""
+    built, optimizer = filled(ParallelConfig())
+    checkpoints = checkpoint.Writer(tmp_path)
+    checkpoints.save(1, built.module, optimizer, {})
+    checkpoints.wait()
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, hard))
+    try:
+        checkpoints.save(2, built.module, optimizer, {})
+        with pytest.raises(OSError, match="File too large") as error:
+            checkpoints.save(3, built.module, optimizer, {})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert "\n" not in str(error.value) and os.listdir(tmp_path) == ["step-00000001"]
+    checkpoints.save(4, built.module, optimizer, {})
+    checkpoints.wait()
+    assert checkpoint.latest(tmp_path).step == 4
+
+
+def test_an_error_of_the_block_goes_before_one_of_the_write(tmp_path, monkeypatch, caplog):
+    built, optimizer = filled(ParallelConfig())
+
+    def full(tensors, path):
+        raise OSError(28, "No space left on device", str(path))
+
+    monkeypatch.setattr(storage, "save_file", full)
+    with pytest.raises(KeyError, match="mine"), checkpoint.Writer(tmp_path) as checkpoints:
+        checkpoints.save(1, built.module, optimizer, {})
+        raise KeyError("mine")
+    assert "No space left on device" in caplog.text
+
+
+def test_the_newest_are_kept_and_a_broken_newer_one_does_not_count(tmp_path):
+    built, optimizer = filled(ParallelConfig())
+    (tmp_path / "step-00000099").mkdir()  # broken, so training went back
+    with checkpoint.Writer(tmp_path, keep=3) as checkpoints:
+        for step in range(1, 6):
+            checkpoints.save(step, built.module, optimizer, {})
+    assert [int(p.name[5:]) for p in storage.directories(tmp_path)] == [3, 4, 5, 99]
+    assert checkpoint.latest(tmp_path).step == 5
+
+
+def test_pieces_that_leave_a_gap_are_not_a_checkpoint(pools, tmp_path):
+    for text in pools(2, save_with_a_gap, tmp_path):
+        assert "not written" in text and "blocks.1.ffn.experts.up" in text and "\n" not in text
+    assert not os.listdir(tmp_path)
+
+
+def save_with_a_gap(root):
+    built, optimizer = filled(ParallelConfig(data=2, expert=2))
+    name = "blocks.1.ffn.experts.up"
+    placement = built.placements[name]
+    box = replace(placement.boxes[0], at=(0, 0, 0))  # both ranks claim the first experts
+    built.placements[name] = replace(placement, boxes=(box,), holders=(0,))
+    checkpoints = checkpoint.Writer(root)
+    checkpoints.save(1, built.module, optimizer, {}, built.placements)
+    try:
+        checkpoints.wait()
+    except checkpoint.CheckpointError as error:
+        return str(error)

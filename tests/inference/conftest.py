@@ -1,0 +1,70 @@
+from dataclasses import replace
+
+import pytest
+import torch
+
+from moelab.config import ModelConfig
+from moelab.engine.testing import Ranks
+from moelab.models import build
+
+# Large weights, so that outputs depend on everything before them and ties are out of the question.
+_COMMON = dict(hidden=32, heads=2, vocab=320, context=48, init_std=0.3)
+KINDS = {
+    "dense": ModelConfig(layers=3, **_COMMON),
+    "MoE": ModelConfig(layers=4, experts=(0, 4, 0, 4), **_COMMON),
+    "top-2": ModelConfig(layers=2, experts=(0, 4), top_k=2, **_COMMON),
+    "PR-MoE": ModelConfig(layers=4, experts=(0, 4, 0, 8), residual=True, **_COMMON),
+    "residual, sum": ModelConfig(layers=2, experts=(0, 4), residual=True, residual_mix="sum", **_COMMON),
+    "student": ModelConfig(layers=3, experts=(0, 4, 8), residual=True, **_COMMON),
+}
+
+
+KINDS = {name: replace(config, routing=replace(config.routing, drop_tokens=False)) for name, config in KINDS.items()}
+
+
+@pytest.fixture(params=KINDS)
+def kind(request) -> ModelConfig:
+    """A small model of each kind the paper has."""
+    return KINDS[request.param]
+
+
+@pytest.fixture
+def prompts() -> list[list[int]]:
+    """Prompts of different lengths, one of a single token, two of the same."""
+    generator = torch.Generator().manual_seed(5)
+    draw = [torch.randint(320, (n,), generator=generator).tolist() for n in (7, 1, 19, 12, 7, 30)]
+    return [*draw, draw[2]]
+
+
+@pytest.fixture
+def kinds() -> dict[str, ModelConfig]:
+    return KINDS
+
+
+@pytest.fixture
+def make():
+    """Build a model; biases are drawn, too: the initial zeros would hide one that is lost or added twice."""
+
+    def make(config: ModelConfig):
+        model = build(config, 0)
+        generator = torch.Generator().manual_seed(3)
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if name.endswith("bias"):
+                    parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.3)
+        return model.eval()
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def on_ranks():
+    """`on_ranks(size, function, *args)`: results of all ranks, which start once per size."""
+    pools: dict[int, Ranks] = {}
+
+    def run(size, function, *args, timeout_s=60.0):
+        return pools.setdefault(size, Ranks(size)).run(function, *args, timeout_s=timeout_s)
+
+    yield run
+    for pool in pools.values():
+        pool.close()

@@ -1,0 +1,186 @@
+"""Cached generation equals the full forward pass, and nobody's output depends on the neighbours."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from moelab.config import RoutingConfig
+from moelab.inference import Generator, Sampling, set_mode
+
+GREEDY = Sampling(max_new_tokens=8, temperature=0)
+
+
+class Recorder(Generator):
+    """Keeps the logits behind every token."""
+
+    def _take(self, sequences, logits_BV, sampling):
+        self.logits = getattr(self, "logits", {})
+        for sequence, row in zip(sequences, logits_BV, strict=True):
+            self.logits[sequence.index, len(sequence.tokens)] = row.clone()
+        return super()._take(sequences, logits_BV, sampling)
+
+
+def by_full_forward(model, prompt, count):
+    """Greedy tokens and their logits without a cache: everything anew for each token."""
+    tokens, logits = list(prompt), []
+    with torch.no_grad():
+        for _ in range(count):
+            logits.append(model(torch.tensor([tokens])).logits_BTV[0, -1])
+            tokens.append(int(logits[-1].argmax()))
+    return tuple(tokens[len(prompt) :]), logits
+
+
+@pytest.mark.parametrize("mode", ["baseline", "optimised"])
+def test_cached_decoding_equals_the_full_forward_pass(kind, prompts, mode, make):
+    generator = Recorder(set_mode(make(kind), mode), batch=4)
+    found = generator.generate(prompts, GREEDY)
+    reference = make(kind)
+    for i, prompt in enumerate(prompts):
+        tokens, logits = by_full_forward(reference, prompt, 8)
+        assert found[i].tokens == tokens
+        for n, expected in enumerate(logits):
+            torch.testing.assert_close(generator.logits[i, n], expected, rtol=1e-4, atol=1e-4)
+
+
+def test_static_decoding_equals_the_full_forward_pass(kind, prompts, make):
+    found = Generator(set_mode(make(kind)), batch=3, static=True).generate(prompts, GREEDY)
+    reference = make(kind)
+    assert [c.tokens for c in found] == [by_full_forward(reference, p, 8)[0] for p in prompts]
+
+
+def test_the_batch_changes_no_bit_of_a_sequence(kind, prompts, make):
+    """On CPU, packed: a row's products have the same bits in any company, attention and draws are per sequence."""
+    sampling = Sampling(max_new_tokens=6, temperature=0.8, top_k=40, top_p=0.95, seed=3)
+    model = set_mode(make(kind))
+    together = Recorder(model, batch=7)
+    found = together.generate(prompts, sampling)
+    few = Recorder(model, batch=2)
+    assert few.generate(prompts, sampling) == found
+    backwards = Recorder(model, batch=4)
+    assert [backwards.generate(prompts[5::-1], sampling)[5 - i] for i in range(6)] == found[:6]
+    assert together.logits.keys() == few.logits.keys()
+    assert all(torch.equal(together.logits[key], few.logits[key]) for key in together.logits)
+    alone = Recorder(model, batch=1)
+    assert alone.generate(prompts[:1], sampling) == found[:1]
+    assert all(torch.equal(alone.logits[0, n], together.logits[0, n]) for n in range(6))
+
+
+@pytest.mark.parametrize("static", [False, True])
+def test_in_baseline_mode_the_batch_changes_no_token(kind, prompts, static, make):
+    """Plain products choose their kernel by the number of rows: the last bits differ, the tokens do not."""
+    model = set_mode(make(kind), "baseline")
+    sampling = Sampling(max_new_tokens=6, temperature=0.8, seed=3)
+    assert Generator(model, batch=2, static=static).generate(prompts, sampling) == Generator(model, batch=7).generate(
+        prompts, sampling
+    )
+
+
+def test_equal_prompts_draw_differently_and_seeds_matter(prompts, kinds, make):
+    generator = Generator(set_mode(make(kinds["dense"])), batch=8)
+    sampling = Sampling(max_new_tokens=12, temperature=1.5)
+    found = generator.generate(prompts, sampling)
+    assert prompts[2] == prompts[6] and found[2] != found[6]
+    assert generator.generate(prompts, sampling) == found
+    assert generator.generate(prompts, Sampling(max_new_tokens=12, temperature=1.5, seed=1)) != found
+    longer = generator.generate(prompts, Sampling(max_new_tokens=15, temperature=1.5))
+    assert [c.tokens[:12] for c in longer] == [c.tokens for c in found]
+
+
+@pytest.mark.parametrize("static", [False, True])
+def test_stop_conditions(prompts, static, kinds, make):
+    model = set_mode(make(kinds["MoE"]))
+    generator = Generator(model, batch=3, static=static)
+    free = generator.generate(prompts, GREEDY)
+    assert all(c.finish == "length" and len(c.tokens) == 8 for c in free)
+    stop = free[0].tokens[3]
+    stopped = generator.generate(prompts, Sampling(max_new_tokens=8, temperature=0, stop_tokens=(stop,)))
+    for before, now in zip(free, stopped, strict=True):
+        if stop in before.tokens:
+            assert now.finish == "stop" and now.tokens == before.tokens[: before.tokens.index(stop) + 1]
+        else:
+            assert now == before
+    full = generator.generate(prompts, Sampling(max_new_tokens=1000, temperature=0))
+    assert all(c.finish == "context" and len(p) + len(c.tokens) == 48 for p, c in zip(prompts, full, strict=True))
+    assert [c.tokens[:8] for c in full] == [c.tokens for c in free]
+
+
+def test_streaming_gives_the_same_tokens_as_they_come(prompts, kinds, make):
+    generator = Generator(set_mode(make(kinds["PR-MoE"])), batch=3)
+    seen = {}
+    pieces = []
+    found = generator.generate(prompts, GREEDY, on_piece=pieces.append)
+    for piece in pieces:
+        assert not any(p.finish for p in seen.get(piece.prompt, [])), "nothing follows the last token"
+        seen.setdefault(piece.prompt, []).append(piece)
+    assert [tuple(p.token for p in seen[i]) for i in range(len(prompts))] == [c.tokens for c in found]
+    first = next(iter(generator.stream(prompts, GREEDY)))
+    assert first.token == found[first.prompt].tokens[0]
+    assert generator.generate(prompts, GREEDY) == found, "a stream that was left half-way leaves nothing behind"
+
+
+def test_capacity_on_request(prompts, kinds, make):
+    """With drops, a capacity of few slots changes outputs; drop-free is the default whatever the model was trained with."""
+    tight = replace(kinds["MoE"], routing=RoutingConfig(capacity_factor_eval=0.1, min_capacity=1))
+    free = Generator(set_mode(make(kinds["MoE"])), batch=7).generate(prompts, GREEDY)
+    assert Generator(set_mode(make(tight)), batch=7).generate(prompts, GREEDY) == free
+    assert Generator(set_mode(make(tight), drop_free=False), batch=7).generate(prompts, GREEDY) != free
+
+
+class NoAnswers(TorchDispatchMode):
+    """Refuses operations that hand a tensor's values to the host."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        assert func.overloadpacket.__name__ not in ("_local_scalar_dense", "nonzero", "masked_select", "equal"), func
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("sampling", [GREEDY, Sampling(max_new_tokens=8, top_k=9, top_p=0.9)])
+def test_a_static_step_never_asks_the_device(kinds, make, prompts, sampling):
+    """Dense: on CPU the MoE kernels may ask. Those of CUDA may not either, or the capture in the test below fails."""
+    generator = Generator(set_mode(make(kinds["dense"])), batch=3, static=True)
+    generator.generate(prompts, sampling)
+    step = generator._step
+    state = (step.tokens_B1, step.positions_B, step.count_B1, generator.cache.keys)
+    addresses = [t.data_ptr() for t in state]
+    with NoAnswers():
+        step.compute()
+    assert addresses == [t.data_ptr() for t in state], "a graph finds its state where it was captured"
+    with pytest.raises(AssertionError), NoAnswers():
+        step.tokens_B1.sum().item()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device: steps are captured in a graph")
+def test_graphs_give_the_tokens_of_eager_steps(kind, prompts, make):
+    model = set_mode(make(kind).cuda())
+    captured = Generator(model, batch=3)
+    assert captured.static
+    assert captured.generate(prompts, GREEDY) == Generator(model, batch=3, static=False).generate(prompts, GREEDY)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "message"),
+    [
+        ([], "prompt 1 is empty"),
+        ([1] * 48, "prompt 1 has 48 tokens, allowed are at most 47"),
+        ([3, 320], "prompt 1 has token 320, allowed are 0 to 319"),
+        ([-1], "prompt 1 has token -1"),
+    ],
+)
+def test_bad_prompts(prompt, message, kinds, make):
+    generator = Generator(make(kinds["dense"]), batch=2)
+    with pytest.raises(ValueError, match=message):
+        generator.stream([[1], prompt])
+
+
+def test_bad_settings(kinds, make):
+    model = make(kinds["dense"])
+    with pytest.raises(ValueError, match="batch must be at least 1"):
+        Generator(model, batch=0)
+    with pytest.raises(ValueError, match="length must be at most the model's context of 48, got 49"):
+        Generator(model, length=49)
+    with pytest.raises(ValueError, match="mode must be 'optimised' or 'baseline', got 'fast'"):
+        set_mode(model, "fast")
+    assert Generator(model).generate([]) == []

@@ -1,0 +1,134 @@
+"""Every layout writes the tokens of one process; ranks that have no sequences take part without a word of their own."""
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from moelab.config import ModelConfig
+from moelab.engine import parallel as engine
+from moelab.engine.mesh import Mesh
+from moelab.engine.placement import Placement
+from moelab.inference import Generator, Sampling, set_mode
+from moelab.layout import ParallelConfig
+from moelab.models import build
+
+pytestmark = pytest.mark.multiprocess
+
+SIZES = dict(hidden=32, heads=4, vocab=320, context=48, init_std=0.3)
+PR = ModelConfig(layers=4, experts=(0, 4, 0, 8), residual=True, **SIZES)
+DENSE = ModelConfig(layers=2, **SIZES)
+TOP2 = ModelConfig(layers=2, experts=(0, 4), top_k=2, **SIZES)
+SAMPLING = Sampling(max_new_tokens=6, temperature=0.8, top_k=50, seed=2)
+PROMPTS = [
+    torch.randint(320, (n,), generator=torch.Generator().manual_seed(n)).tolist() for n in (7, 1, 19, 12, 8, 30, 3)
+]
+
+LAYOUTS = {
+    "expert 2": (PR, ParallelConfig(data=2)),
+    "expert 2, top-2": (TOP2, ParallelConfig(data=2)),
+    "tensor 2": (PR, ParallelConfig(tensor=2, expert=1)),
+    "tensor 2, dense": (DENSE, ParallelConfig(tensor=2)),
+    "tensor 2, expert 2": (PR, ParallelConfig(tensor=2)),
+    "tensor 2, expert 2, coordinated": (PR, ParallelConfig(tensor=2, exchange="coordinated")),
+    "slicing 2": (PR, ParallelConfig(data=2, expert=1, expert_slicing=2)),
+    "expert 4": (PR, ParallelConfig(data=4)),
+    "expert 4, hierarchical 2 x 2": (PR, ParallelConfig(data=4, gpus_per_node=2, exchange="hierarchical")),
+    "expert 2, slicing 2": (PR, ParallelConfig(data=4, expert=2, expert_slicing=2)),
+    "expert 2 of 4 ranks": (PR, ParallelConfig(data=4, expert=2)),
+    "tensor 2, expert 4, coordinated": (PR, ParallelConfig(tensor=2, data=2, exchange="coordinated")),
+    "tensor 2, expert 4, both": (
+        PR,
+        ParallelConfig(tensor=2, data=2, gpus_per_node=2, exchange="coordinated-hierarchical"),
+    ),
+}
+
+
+def random_biases(model, placements):
+    """The initial ones are zero and would hide one that is lost or added on every rank."""
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("bias"):
+                place = placements.get(name) or Placement.whole(tuple(parameter.shape))
+                whole = torch.randn(place.shape, generator=torch.Generator().manual_seed(len(name))) * 0.3
+                for box in place.boxes:
+                    at = tuple(slice(a, a + n) for a, n in zip(box.at, box.size, strict=True))
+                    box.of(parameter).copy_(whole[at])
+    return model
+
+
+def write(config, parallel, mode, prompts, batch=2):
+    """This rank's completions of all prompts, and the draws its own sequences took."""
+    torch.set_num_threads(1)
+    mesh = Mesh(parallel, config.experts)
+    part = engine.build(config, 0, mesh)
+    model = set_mode(random_biases(part.module, part.placements), mode)
+    generator = Generator(model, batch=batch, mesh=mesh)
+    mine = []
+    found = generator.generate(prompts, SAMPLING, on_piece=lambda piece: mine.append(piece.prompt))
+    dist.barrier()
+    return [c.tokens for c in found], sorted(set(mine))
+
+
+def alone(config, mode, prompts):
+    model = set_mode(random_biases(build(config, 0), {}), mode)
+    return [c.tokens for c in Generator(model, batch=2).generate(prompts, SAMPLING)]
+
+
+@pytest.mark.parametrize("mode", ["optimised", "baseline"])
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_a_layout_writes_the_tokens_of_one_process(on_ranks, name, mode):
+    config, parallel = LAYOUTS[name]
+    expected = alone(config, mode, PROMPTS)
+    for rank, (tokens, mine) in enumerate(on_ranks(parallel.ranks, write, config, parallel, mode, PROMPTS)):
+        assert tokens == expected
+        data = rank // parallel.tensor
+        assert mine == list(range(data, len(PROMPTS), parallel.data)), "each data rank wrote its share"
+
+
+@pytest.mark.parametrize("prompts", [PROMPTS[:1], [], [PROMPTS[0], PROMPTS[5]]], ids=["one", "none", "two"])
+@pytest.mark.parametrize("name", ["expert 4", "expert 4, hierarchical 2 x 2", "expert 2, slicing 2"])
+def test_ranks_without_sequences_neither_hang_nor_skew(on_ranks, name, prompts):
+    config, parallel = LAYOUTS[name]
+    expected = alone(config, "optimised", prompts)
+    for tokens, _ in on_ranks(parallel.ranks, write, config, parallel, "optimised", prompts):
+        assert tokens == expected
+
+
+def test_a_rank_that_ends_early_waits_for_the_others(on_ranks):
+    """Rank 0 has five prompts and room for one, rank 1 four shorter ones: both keep meeting until the last token."""
+    prompts = [PROMPTS[i % 7] for i in range(9)]
+    expected = alone(PR, "optimised", prompts)
+    for tokens, _ in on_ranks(2, write, PR, ParallelConfig(data=2), "optimised", prompts, 1):
+        assert tokens == expected
+
+
+def open_and_write(directory, cache, parallel, expert_counts):
+    from moelab.inference.text import open_text
+
+    torch.set_num_threads(1)
+    mesh = Mesh(parallel, expert_counts)
+    return open_text(directory, cache=cache, mesh=mesh).generate(["the wave", "corn", "mill"], SAMPLING)
+
+
+def test_a_checkpoint_of_one_process_is_written_with_by_many(on_ranks, tiny_spec, tmp_path):
+    from moelab.inference.text import open_text
+    from moelab.workbench.store import RunStore, execute
+
+    run = RunStore(tmp_path / "runs").run(tiny_spec)
+    execute(run, cache=tmp_path / "data")
+    expected = open_text(run.path, cache=tmp_path / "data").generate(["the wave", "corn", "mill"], SAMPLING)
+    for parallel in (ParallelConfig(data=2), ParallelConfig(tensor=2, exchange="coordinated")):
+        args = (run.path, tmp_path / "data", parallel, tiny_spec.model.experts)
+        assert on_ranks(2, open_and_write, *args) == [expected, expected]
+
+
+def refuse_static(parallel):
+    mesh = Mesh(parallel, PR.experts)
+    try:
+        Generator(engine.build(PR, 0, mesh).module, mesh=mesh, static=True)
+    except ValueError as error:
+        return str(error)
+
+
+def test_static_is_for_one_rank(on_ranks):
+    assert "static decoding is for one rank" in on_ranks(2, refuse_static, ParallelConfig(data=2))[0]

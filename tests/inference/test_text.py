@@ -1,0 +1,123 @@
+"""From a trained run to text, through the library, the notebook's one line and the command."""
+
+from dataclasses import replace
+
+import pytest
+from typer.testing import CliRunner
+
+from moelab.cli import app
+from moelab.evaluation import hf
+from moelab.inference import Sampling
+from moelab.inference.text import load_run, open_text
+from moelab.workbench.lab import Lab
+from moelab.workbench.store import RunStore
+
+SAMPLING = Sampling(max_new_tokens=20, temperature=0.7, top_k=20)
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    return tmp_path_factory.mktemp("home")
+
+
+@pytest.fixture
+def spec(tiny_spec):
+    return replace(tiny_spec, model=replace(tiny_spec.model, dropout=0.0))
+
+
+@pytest.fixture
+def trained(spec, home, monkeypatch):
+    """A finished run, trained once."""
+    monkeypatch.setenv("MOELAB_HOME", str(home))
+    return Lab(RunStore()).run([spec], executor="inline")[0]
+
+
+def test_a_run_writes_and_streams_the_same_text(trained, home):
+    writer = open_text(trained.path, cache=home / "data")
+    prompts = ["wave salt", "", "corn plough barn"]
+    found = writer.generate(prompts, SAMPLING)
+    assert [t.prompt for t in found] == prompts
+    assert all(0 < t.tokens <= 20 and t.finish in ("length", "stop") for t in found)
+    streamed = {0: "", 1: "", 2: ""}
+    for i, text in writer.stream(prompts, SAMPLING):
+        streamed[i] += text
+    assert [streamed[i] for i in range(3)] == [t.text for t in found]
+    assert writer.generate(prompts[:1], SAMPLING) == found[:1]
+
+
+def test_modes_and_exports_write_the_same_text(trained, home, tmp_path):
+    expected = open_text(trained.path, cache=home / "data").generate(["the wave"], SAMPLING)
+    assert open_text(trained.path, cache=home / "data", mode="baseline").generate(["the wave"], SAMPLING) == expected
+    model = load_run(trained.path)
+    writer = open_text(trained.path, cache=home / "data")
+    folder = hf.export(model, tmp_path / "out", writer.tokenizer)
+    assert open_text(folder, cache=home / "data").generate(["the wave"], SAMPLING) == expected
+
+
+def test_half_a_character_is_shown_at_the_end(trained, home):
+    writer = open_text(trained.path, cache=home / "data")
+    e, grave = writer.tokenizer.encode("è")
+
+    class Piece:
+        prompt = 0
+
+        def __init__(self, token, finish=None):
+            self.token, self.finish = token, finish
+
+    assert list(writer._texts(iter([Piece(e), Piece(grave, "length")]))) == [(0, "è")]
+    assert list(writer._texts(iter([Piece(e), Piece(e, "length")]))) == [(0, "��")]
+
+
+def test_one_line_in_a_notebook(trained):
+    lab = Lab()
+    text = lab.generate(trained, "wave", max_new_tokens=5, temperature=0)
+    assert str(text).startswith("wave") and text.tokens <= 5
+    assert lab.generate(trained.spec.id[:8], ["wave", "corn"], max_new_tokens=5, temperature=0)[0] == text
+    with pytest.raises(ValueError, match=r"lab\.generate: unknown topp; allowed: max_new_tokens"):
+        lab.generate(trained, "wave", topp=0.5)
+
+
+def test_bf16_writes_too(trained, home):
+    assert open_text(trained.path, cache=home / "data", dtype="bf16").generate(["wave"], SAMPLING)[0].tokens
+
+
+def test_commands(trained, tmp_path):
+    def moelab(*arguments):
+        done = CliRunner().invoke(app, arguments, catch_exceptions=False)
+        assert done.exit_code == 0
+        return done.output
+
+    few = ("--max-new-tokens", "6", "--temperature", "0")
+    assert moelab("generate", trained.spec.id, "--prompt", "wave salt", *few).startswith("wave salt")
+    assert "our format in" in moelab("export", trained.spec.id[:6], str(tmp_path / "out"))
+    both = moelab("generate", str(tmp_path / "out"), "--prompt", "wave", "--prompt", "corn", *few)
+    assert both.startswith("wave") and "\n\ncorn" in both
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["tinny"], "run 'tinny': no such run or directory; did you mean tiny-"),
+        (["other"], "run 'other': no such run or directory; runs are in .*, 1 there"),
+        (["tiny", "--top-p", "0"], "sampling: top_p must be above 0 and at most 1, got 0.0"),
+        (["tiny", "--mode", "slow"], "mode must be 'optimised' or 'baseline', got 'slow'"),
+    ],
+)
+def test_bad_commands(trained, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        CliRunner().invoke(app, ["generate", *arguments], catch_exceptions=False)
+
+
+def test_what_cannot_be_opened(trained, home, tmp_path):
+    with pytest.raises(ValueError, match="neither a run"):
+        open_text(tmp_path, cache=home / "data")
+    empty = RunStore(tmp_path / "runs").run(trained.spec).path
+    with pytest.raises(ValueError, match="no checkpoint yet; train the run first"):
+        open_text(empty, cache=home / "data")
+    with pytest.raises(ValueError, match="dtype must be fp32 or bf16, got 'fp64'"):
+        open_text(trained.path, cache=home / "data", dtype="fp64")
+    with pytest.raises(ValueError, match="2 runs begin so"):
+        store = RunStore(tmp_path / "two")
+        store.run(trained.spec)
+        store.run(replace(trained.spec, train=replace(trained.spec.train, lr=1e-3)))
+        store.find("tiny")

@@ -1,0 +1,101 @@
+import json
+import subprocess
+import sys
+
+import pytest
+
+from moelab import simulate
+from moelab.simulate import bars
+from moelab.simulate.constants import FREE, SOURCES, Constants
+from moelab.simulate.hardware import ALIASES, parse
+
+GOOD = """
+name: mine
+gpu: {name: X, memory_gib: 10, memory_gb_s: 100, tflops: 10}
+gpus_per_node: 4
+near_gb_s: 50
+far_gb_s: 5
+"""
+
+
+def test_shipped_clusters_are_whole_and_cite_their_source():
+    assert set(simulate.clusters()) == {"a100-40gb", "a100-80gb", "h100"} and set(ALIASES.values()) < set(
+        simulate.clusters()
+    )
+    for name in simulate.clusters():
+        cluster = simulate.cluster(name)
+        assert cluster.name == name and cluster.source and cluster.price_per_gpu_hour > 0
+    assert simulate.cluster("a100") == simulate.cluster("A100-40GB")
+
+
+def test_ones_own_cluster(tmp_path):
+    file = tmp_path / "mine.yaml"
+    file.write_text(GOOD)
+    mine = simulate.cluster(str(file))
+    assert (mine.gpu.memory_gib, mine.gpus_per_node, mine.price_per_gpu_hour) == (10.0, 4, 0.0)
+
+
+@pytest.mark.parametrize(
+    ("text", "part"),
+    [
+        (GOOD.replace("far_gb_s: 5", ""), "far_gb_s is missing"),
+        (GOOD.replace("tflops: 10", "flops: 10"), "gpu.tflops is missing"),
+        (GOOD + "colour: red", "unknown field colour"),
+        (GOOD.replace("far_gb_s: 5", "far_gb_s: fast"), "far_gb_s: expected float"),
+        (GOOD.replace("far_gb_s: 5", "far_gb_s: -5"), "far_gb_s must be positive, got -5"),
+        (GOOD.replace("gpus_per_node: 4", "gpus_per_node: 4.5"), "gpus_per_node: expected int"),
+        ("name: [", "line 1: not valid YAML"),
+        ("- a", "expected fields such as name and gpu, got list"),
+        ("!!python/object/apply:os.system [true]", "not valid YAML"),
+    ],
+)
+def test_a_bad_file_is_one_line(text, part):
+    with pytest.raises(ValueError) as error:
+        parse(text, "mine.yaml")
+    assert part in str(error.value) and "\n" not in str(error.value) and "mine" in str(error.value)
+
+
+def test_unknown_names_and_files_are_one_line(tmp_path):
+    with pytest.raises(ValueError, match=r"no cluster 'a100-40'.*did you mean a100-40gb"):
+        simulate.cluster("a100-40")
+    with pytest.raises(ValueError, match="No such file"):
+        simulate.cluster(str(tmp_path / "none.yaml"))
+    with pytest.raises(ValueError, match=r"no system 'pytroch'.*did you mean pytorch"):
+        simulate.system("pytroch")
+
+
+def test_the_stored_fit_is_what_the_fit_gives():
+    stored, again = simulate.calibration(), json.loads(json.dumps(simulate.fit()))
+    for name, value in again["constants"].items():
+        assert value == pytest.approx(stored["constants"][name], rel=2e-3), name
+        low, high, why = FREE[name]
+        assert low <= value <= high and why
+    assert again["at_bound"] == stored["at_bound"]
+    assert {(b["system"], b["gpus"]) for b in stored["bars"]} == {(b.system, b.gpus) for b in bars.fig10()}
+    assert set(stored) >= {"fitted_on", "method", "made"}
+    worst = max(abs(b["simulated_ms"] / b["paper_ms"] - 1) for b in stored["bars"])
+    assert worst < 0.10, "three constants for eight bars"
+
+
+def test_the_fit_finds_constants_that_made_the_bars():
+    """Bars made by the simulator from known constants: the fit gives what can be identified back."""
+    from dataclasses import replace
+
+    truth = Constants().with_free({"eager_us": 18.0, "memory_share": 0.6, "far_us": 4.0})
+    made = [replace(b, paper_ms=b.simulate(constants=truth).latency_ms) for b in bars.fig10()]
+    found = simulate.fit(made)
+    assert found["constants"]["eager_us"] == pytest.approx(18.0, rel=0.01)
+    assert found["constants"]["memory_share"] == pytest.approx(0.6, rel=0.01)
+    assert found["constants"]["far_us"] == pytest.approx(4.0, rel=0.05)
+
+
+def test_no_bar_but_fig_10_is_fitted_and_every_constant_has_a_source():
+    everything = bars.fig10() + bars.fig11() + bars.tutorial() + bars.variants() + bars.fig14() + bars.fig15()
+    assert {b.figure for b in everything if b.fitted} == {"fig-10"}
+    assert set(FREE) | set(SOURCES) == set(Constants.__dataclass_fields__)
+
+
+def test_no_torch():
+    code = "import sys; from moelab import simulate; simulate.plan('350M+MoE-32', 8); print('torch' in sys.modules, 'pandas' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["False", "False"]

@@ -1,0 +1,210 @@
+import math
+import time
+
+import numpy as np
+import pytest
+
+from moelab import paper, simulate
+from moelab.config import ModelConfig
+from moelab.layout import ParallelConfig
+from moelab.simulate import bars
+from moelab.simulate.constants import Constants
+from moelab.simulate.decoding import busiest_distinct, decode_sweep, distinct_experts
+from moelab.simulate.exchange import all_reduce_us
+from moelab.simulate.hardware import Cluster, Gpu
+from moelab.simulate.layouts import Layouts
+from moelab.simulate.search import layouts
+from moelab.simulate.systems import System, slots
+
+ROUND = Constants(
+    eager_us=10.0,
+    memory_share=0.5,
+    far_us=4.0,
+    near_us=1.0,
+    collective_us=10.0,
+    near_share=1.0,
+    far_share=0.5,
+    matmul_share=0.5,
+    graph_us=2.0,
+    reserved_gib=0.0,
+)
+TOY = Cluster("toy", Gpu("toy", memory_gib=1.0, memory_gb_s=20.0, tflops=1.0), 2, near_gb_s=10.0, far_gb_s=2.0)
+BARE = System("bare", 2, 1, 1, 1, 1, 1, 1, 0, 1, 1, "flat", min_capacity=2)
+
+
+def test_a_dense_step_by_hand():
+    """One layer, M 64, F 256, 4 sequences: every product is small, so each kernel takes its issue time, but the output head.
+
+    10 GB/s of 20: 10,000 bytes a microsecond. Head: 8192 x 64 x 2 = 1,048,576 bytes -> 104.8576 us; operations 2 x 4 x 524,288 / (0.5 TFLOP/s
+    = 500,000 a us) = 8.4 us. qkv: 24,576 bytes -> 2.4576; out 0.8192; up and down 3.2768 each. Cache: 4 x 16 x 2 x 64 x 2 bytes -> 1.6384.
+    """
+    model = ModelConfig(layers=1, hidden=64, heads=1, vocab=8192)
+    got = simulate.decode(model, ParallelConfig(), TOY, program=BARE, batch=4, context=16, constants=ROUND)
+    kernels = 2 + 1 + 1 + (2 + 1) + 1  # qkv, out, cache, one more of attention, ffn, step; the head is the slow one
+    assert got.latency_ms == pytest.approx((kernels * 10 + 104.8576) / 1e3)
+    assert got.parts_ms["attention"] == pytest.approx((2.4576 + 0.8192 + 1.6384) / 1e3)
+    assert got.parts_ms["dense"] == pytest.approx(2 * 3.2768 / 1e3)
+    assert got.tokens_per_s_per_gpu == pytest.approx(4 / got.latency_ms * 1e3)
+    assert got.bound == "head"
+
+
+def test_the_exchange_and_the_experts_by_hand():
+    """4 ranks on 2 nodes of 2, 8 experts, 2 slots: each rank sends 16 rows of 128 bytes, 4 to each rank.
+
+    Flat: 10 + 1 x 1 + 512 bytes / 10 GB/s + 2 x 4 + 1024 bytes / 1 GB/s = 10 + 1 + 0.0512 + 8 + 1.024. A rank reads its 2 experts: 2 x 2 products of
+    32,768 bytes, 3.2768 us each.
+    """
+    model = ModelConfig(layers=1, hidden=64, heads=1, vocab=64, experts=(8,))
+    config = ParallelConfig(data=4, gpus_per_node=2)
+    got = simulate.decode(model, config, TOY, program=BARE, batch=2, context=1, constants=ROUND)
+    assert got.parts_ms["all_to_all"] == pytest.approx(2 * 20.0752 / 1e3)
+    assert got.parts_ms["experts"] == pytest.approx(4 * 3.2768 / 1e3)
+    staged = simulate.decode(
+        model,
+        ParallelConfig(data=4, gpus_per_node=2, exchange="hierarchical"),
+        TOY,
+        program=BARE,
+        batch=2,
+        context=1,
+        constants=ROUND,
+    )
+    near, far = 10 + 1 + 8 * 128 / 1e4, 10 + 4 + 8 * 128 / 1e3
+    assert staged.parts_ms["all_to_all"] == pytest.approx(2 * (near + far) / 1e3)
+
+
+def test_an_all_reduce_by_hand():
+    """4 ranks in 2 nodes of 2: ring of 2 in the node with halves, tree over 2 nodes."""
+    got = float(all_reduce_us(np.array([4]), 1000, TOY, ROUND)[0])
+    assert got == pytest.approx(10 + 2 * (1 + 500 / 1e4) + 2 * 4 + 2 * 500 / 1e3)
+    assert float(all_reduce_us(np.array([1]), 1000, TOY, ROUND)[0]) == 0
+
+
+def test_parts_add_up_and_latency_is_never_below_the_floor():
+    """The floor: weights that must be read, over the full bandwidth."""
+    for bar in bars.fig10() + bars.fig11() + bars.fig14() + bars.fig15():
+        got = bar.simulate()
+        assert got.latency_ms == pytest.approx(sum(got.parts_ms.values()))
+        weights = (got.memory_gib["weights"] + got.memory_gib["experts"]) * 2**30
+        embeddings = (bar.model.vocab + bar.model.context) * bar.model.hidden * 2
+        assert got.latency_ms >= (weights - embeddings) / 1555e6
+
+
+def test_distinct_experts_against_a_draw():
+    rng = np.random.default_rng(0)
+    for experts, tokens in ((8, 3), (128, 64), (128, 1024)):
+        seen = np.mean([len(np.unique(rng.integers(0, experts, tokens))) for _ in range(400)])
+        assert float(distinct_experts(experts, tokens)) == pytest.approx(seen, rel=0.03)
+    busiest = []
+    for _ in range(400):
+        hit = np.unique(rng.integers(0, 128, 64)) // 16  # 8 ranks of 16
+        busiest.append(np.bincount(hit, minlength=8).max())
+    assert float(busiest_distinct(128, np.array([8]), np.array([64]))[0]) == pytest.approx(np.mean(busiest), rel=0.12)
+    assert float(busiest_distinct(128, np.array([128]), np.array([4096]))[0]) == pytest.approx(1.0)
+
+
+def test_slots():
+    model = ModelConfig.parse("1.3B+MoE-128")
+    pytorch, deepspeed, ours = (simulate.system(n) for n in ("pytorch", "deepspeed", "moelab"))
+    assert (slots(pytorch, model, 8, 128), slots(deepspeed, model, 8, 128), slots(ours, model, 8, 128)) == (4, 1, 0)
+    assert slots(deepspeed, model, 1024, 128) == 8
+
+
+@pytest.mark.parametrize(
+    ("name", "gpus", "tensor"), [("1.3B+MoE-128", 8, 1), ("2.4B+MoE-128", 128, 1), ("24B+MoE-128", 128, 8)]
+)
+def test_weights_of_all_gpus_are_the_model(name, gpus, tensor):
+    """Summed over GPUs: experts once, everything else once a tensor group; against the paper's sizes."""
+    model = ModelConfig.parse(name)
+    bar = bars.layout(model, gpus, tensor, "deepspeed")
+    got = simulate.decode(model, bar, "a100", batch=8)
+    groups = gpus // tensor
+    experts = got.memory_gib["experts"] * gpus * 2**30
+    rest = got.memory_gib["weights"] * tensor * 2**30
+    assert (experts + rest) / 2e9 == pytest.approx(paper.model(name).computed_B, rel=2e-3)
+    assert groups * rest + experts < gpus * got.total_gib * 2**30
+
+
+def test_what_the_paper_says_about_memory():
+    """It served 52B on 8 GPUs, 2T on 256 (and the baseline on 128); 349B needs 32 GPUs, as PR-MoE with a student 16 (Fig 12)."""
+    for bar in bars.fig10() + bars.fig11() + bars.tutorial():
+        assert bar.simulate().fits, bar
+    assert simulate.least_gpus("8B+MoE-128", "a100")[0] == 32
+    assert simulate.least_gpus(bars.student(bars.pr_moe(ModelConfig.parse("8B+MoE-128"))), "a100")[0] == 16
+    assert not simulate.decode("175B", ParallelConfig(tensor=8), "a100").fits
+    assert simulate.decode("175B", ParallelConfig(tensor=16, gpus_per_node=16), "a100").fits
+
+
+def test_the_variants_are_those_of_the_paper():
+    pr = bars.pr_moe(ModelConfig.parse("1.3B+MoE-128"))
+    assert pr == ModelConfig.parse("1.3B+PR-MoE-64/128")
+    assert bars.student(pr) == ModelConfig.parse("1.3B+PR-MoE-64/128+L21")
+    assert bars.standard_1_5t().parameters() / 1e12 == pytest.approx(1.5, rel=0.03)
+
+
+SHAPES = [("1.3B+MoE-128", 64), ("24B+MoE-128", 128), ("350M+PR-MoE-32/64", 16)]
+
+
+@pytest.mark.parametrize(("name", "gpus"), SHAPES)
+@pytest.mark.parametrize("program", ["pytorch", "deepspeed", "moelab"])
+def test_monotone(name, gpus, program):
+    """More sequences take longer but give more tokens; a faster machine is not slower; a longer context neither faster nor smaller."""
+    model = ModelConfig.parse(name)
+    options = layouts(model, [gpus], 8)
+
+    def run(on="a100-40gb", **kw):
+        return decode_sweep(model, options, on, program=program, **kw)
+
+    def not_slower(fast, slow):
+        return np.all(fast.latency_ms <= slow.latency_ms * (1 + 1e-12))
+
+    base = run(batch=8)
+    more, longer = run(batch=32), run(batch=8, context=2048)
+    assert not_slower(base, more)
+    assert np.all(more.tokens_per_s_per_gpu >= base.tokens_per_s_per_gpu)
+    assert np.all(more.memory.total > base.memory.total)
+    assert not_slower(base, longer) and np.all(longer.memory.total > base.memory.total)
+    assert not_slower(run("a100-80gb", batch=8), base)
+    assert not_slower(run("h100", batch=8), run("a100-80gb", batch=8))
+    assert not_slower(base, run(batch=8, imbalance=4.0))
+
+
+def test_latency_falls_as_gpus_are_added():
+    """The paper's point of section 5.1: spread over more GPUs, each reads fewer experts, and the exchange must not eat that up."""
+    model = ModelConfig.parse("1.3B+MoE-128")
+    spread = [bars.layout(model, n, 1, "deepspeed") for n in (8, 16, 32, 64, 128)]
+    latency = [simulate.decode(model, p, "a100").latency_ms for p in spread]
+    assert latency == sorted(latency, reverse=True)
+
+
+@pytest.mark.parametrize(
+    ("call", "part"),
+    [
+        (lambda: simulate.decode("1.3B+MoE-128", ParallelConfig(tensor=3, data=1), "a100"), "16 attention heads"),
+        (lambda: simulate.decode("1.3B+MoE-128", ParallelConfig(data=24, expert=24), "a100"), "do not spread evenly"),
+        (lambda: simulate.decode("350M", ParallelConfig(), "a100", batch=0), "batch and context must be at least 1"),
+        (lambda: simulate.decode("350M", ParallelConfig(), "a100", dtype="fp8"), "dtype must be one of"),
+        (lambda: simulate.decode("350M", ParallelConfig(), "a100", imbalance=0.5), "imbalance"),
+        (
+            lambda: simulate.decode("350M+MoE-32", ParallelConfig(data=16, gpus_per_node=16), "a100"),
+            "more than the 8 of cluster",
+        ),
+    ],
+)
+def test_bad_queries_are_one_line(call, part):
+    with pytest.raises(ValueError) as error:
+        call()
+    assert part in str(error.value) and "\n" not in str(error.value)
+
+
+def test_ten_thousand_layouts_in_under_a_second():
+    model = ModelConfig.parse("24B+MoE-128")
+    some = layouts(model, [64, 128, 256], 8)
+    many = Layouts(*(np.resize(getattr(some, f), 10_000) for f in Layouts.__dataclass_fields__))
+    times = []
+    for _ in range(3):
+        started = time.perf_counter()
+        sweep = decode_sweep(model, many, "a100")
+        times.append(time.perf_counter() - started)
+    assert len(sweep.latency_ms) == 10_000 and min(times) < 1.0
+    one = simulate.decode(model, many.config(7), "a100")
+    assert math.isclose(one.latency_ms, sweep.latency_ms[7], rel_tol=1e-12)

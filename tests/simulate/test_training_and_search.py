@@ -1,0 +1,121 @@
+import numpy as np
+import pytest
+
+from moelab import simulate
+from moelab.config import ModelConfig
+from moelab.layout import ParallelConfig
+from moelab.simulate.decoding import decode_sweep
+from moelab.simulate.search import layouts, pareto, sizes
+
+
+def dense(**kw):
+    options = {"parallel": ParallelConfig(tensor=8, data=16, recompute=True), "batch": 1024, "micro_batch": 4} | kw
+    return simulate.training("6.7B", options.pop("parallel"), "a100", **options)
+
+
+def test_a_training_step_holds_together():
+    got = dense()
+    assert got.step_s == pytest.approx(sum(got.parts_s.values()))
+    assert got.samples_per_s == pytest.approx(1024 / got.step_s) and got.tokens_per_s == got.samples_per_s * 2048
+    flops = 6 * ModelConfig.parse("6.7B").active_parameters() * 1024 * 2048
+    assert got.tflops_per_gpu * 128 * 1e12 * got.step_s == pytest.approx(flops)
+    assert got.tflops_per_gpu < 312 and got.parts_s["products"] > flops / 128 / 312e12
+    assert got.days(300e9) == pytest.approx(300e9 / got.tokens_per_s / 86400)
+
+
+def test_states_of_mixed_precision_adam():
+    """16 bytes a parameter of the rank: 6.66 B over 8 slices."""
+    got = dense()
+    state = sum(got.memory_gib[k] for k in ("weights", "gradients", "optimizer")) * 2**30
+    assert state == pytest.approx(16 * ModelConfig.parse("6.7B").parameters() / 8)
+    two = dense(zero=2)
+    assert two.memory_gib["optimizer"] == pytest.approx(got.memory_gib["optimizer"] / 16)
+    assert two.memory_gib["weights"] == got.memory_gib["weights"]
+    whole = simulate.training("6.7B", ParallelConfig(data=128, shard=True), "a100", batch=128)
+    state = sum(whole.memory_gib[k] for k in ("weights", "gradients", "optimizer")) * 2**30
+    assert state == pytest.approx(16 * ModelConfig.parse("6.7B").parameters() / 128)
+
+
+def test_what_costs_and_what_saves():
+    got = dense()
+    assert dense(parallel=ParallelConfig(tensor=8, data=16)).step_s < got.step_s, "recomputation is work"
+    assert dense(parallel=ParallelConfig(tensor=8, data=16)).memory_gib["activations"] > got.memory_gib["activations"]
+    moe = ParallelConfig(data=128, recompute=True)
+    einsum, table = (
+        simulate.training("1.3B+MoE-128", moe, "a100", batch=512, micro_batch=4, program=p)
+        for p in ("pytorch", "deepspeed")
+    )
+    assert einsum.parts_s["einsums"] > 0 == table.parts_s["einsums"] and table.step_s < einsum.step_s
+    assert einsum.samples_per_s > 3 * got.samples_per_s
+
+
+def test_pr_moe_needs_less_memory_in_training():
+    """Section 4: up to 3x, the ratio of the models' parameters, less what is not experts, where a GPU holds many of them."""
+    layout = ParallelConfig(data=8, recompute=True)
+    pr, plain = (simulate.training(m, layout, "a100", batch=8) for m in ("350M+PR-MoE-32/64", "350M+MoE-128"))
+    states = [sum(m.memory_gib[k] for k in ("weights", "gradients", "optimizer")) for m in (plain, pr)]
+    assert 2 < states[0] / states[1] < 3.2
+
+
+@pytest.mark.parametrize(
+    ("call", "part"),
+    [
+        (lambda: dense(batch=1000), "not a multiple of 16 data ranks x micro_batch 4"),
+        (lambda: dense(micro_batch=0), "not a multiple"),
+        (lambda: dense(zero=3), "zero must be 0, 1 or 2"),
+        (lambda: simulate.plan("24B+MoE-128", 8), "does not fit 8 GPUs of a100-40gb; it needs 64"),
+        (lambda: simulate.plan("1.3B", 8, objective="speed"), "objective must be one of latency"),
+        (lambda: simulate.plan("1.3B", 8, max_latency_ms=0.1), "is faster than"),
+        (lambda: simulate.plan("1.3B", 0), "at least one GPU"),
+    ],
+)
+def test_bad_queries_are_one_line(call, part):
+    with pytest.raises(ValueError) as error:
+        call()
+    assert part in str(error.value) and "\n" not in str(error.value)
+
+
+def test_sizes_fill_nodes():
+    assert (
+        sizes(64, 8) == [1, 2, 4, 8, 16, 32, 64]
+        and sizes(24, 8) == [1, 2, 4, 8, 16, 24]
+        and sizes(12, 8) == [1, 2, 4, 8]
+    )
+
+
+def test_the_pareto_front():
+    latency, throughput = np.array([1.0, 2.0, 3.0, 2.5, 0.5]), np.array([1.0, 3.0, 3.0, 4.0, 9.0])
+    allowed = np.array([True, True, True, True, False])
+    assert pareto(latency, throughput, allowed) == [0, 1, 3]
+
+
+@pytest.mark.parametrize("objective", ["latency", "throughput", "cost"])
+def test_a_plan_is_the_best_of_all(objective):
+    found = simulate.plan("350M+PR-MoE-32/64", 32, "a100", objective=objective, batches=(1, 8, 64), context=256)
+    model = ModelConfig.parse("350M+PR-MoE-32/64")
+    options = layouts(model, sizes(32, 8), 8)
+    sweeps = [decode_sweep(model, options, "a100", batch=b, context=256) for b in (1, 8, 64)]
+    assert found.considered == 3 * len(options) and found.best.fits
+    if objective == "latency":
+        assert found.best.latency_ms == pytest.approx(min(s.latency_ms[s.fits].min() for s in sweeps))
+    else:
+        best = max(s.tokens_per_s_per_gpu[s.fits].max() for s in sweeps)
+        assert found.best.tokens_per_s_per_gpu == pytest.approx(best)
+    assert found.runner_up is not None and len(found.why) >= 4
+    front = [(e.latency_ms, e.tokens_per_s_per_gpu) for e in found.front]
+    assert front == sorted(front) and [t for _, t in front] == sorted(t for _, t in front)
+    assert front[0][0] == pytest.approx(min(s.latency_ms[s.fits].min() for s in sweeps))
+
+
+def test_a_latency_bound_is_kept():
+    free = simulate.plan("1.3B+MoE-128", 64, objective="throughput")
+    bound = simulate.plan("1.3B+MoE-128", 64, objective="throughput", max_latency_ms=16.0)
+    assert bound.best.latency_ms <= 16.0 < free.best.latency_ms
+    assert bound.best.tokens_per_s_per_gpu < free.best.tokens_per_s_per_gpu
+
+
+def test_a_dense_model_has_plans_too():
+    found = simulate.plan("6.7B", 8, "h100", program="pytorch")
+    assert found.best.bound == "launch", "so slicing it would only add all-reduces"
+    assert found.best.parallel.tensor == 1
+    assert simulate.plan("175B", 8, "h100").best.parallel.tensor == 8

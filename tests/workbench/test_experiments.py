@@ -1,0 +1,214 @@
+"""The training experiments: their specs at every scale, and the arithmetic between runs and verdicts."""
+
+import math
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from moelab import paper
+from moelab.config import ModelConfig
+from moelab.workbench import claims
+from moelab.workbench.experiments import (
+    EXPERIMENTS,
+    capacity,
+    common,
+    distillation,
+    expert_count,
+    half_moe,
+    learning_rate,
+    pr_moe,
+    scaling,
+    settings,
+    specialisation,
+    spread,
+    throughput,
+    top2,
+)
+from moelab.workbench.plan import paper_rate, plan, state_bytes
+
+SCALED = [(e.name, scale) for e in EXPERIMENTS.values() for scale in e.scales]
+
+
+@pytest.mark.parametrize(("name", "scale"), SCALED)
+def test_every_experiment_has_specs_at_each_of_its_scales(name, scale):
+    experiment = EXPERIMENTS[name]
+    specs = experiment.specs(scale, 2)
+    assert specs and {spec.train.seed % 100 for spec in specs} == {0, 1}
+    for spec in specs:
+        assert spec.label and (spec.train.device == "cuda") == (scale in ("gpu", "paper"))
+        assert spec.train.tokens >= 1_000_000 or scale == "smoke"
+    with pytest.raises(ValueError, match=f"{name}: no scale 'huge'"):
+        experiment.specs("huge")
+
+
+def test_equal_arms_of_experiments_are_one_run():
+    def ids(module, *arms):
+        return [spec.id for spec in module.specs("cpu", 1, arms=arms)]
+
+    assert ids(pr_moe, "Dense") == ids(scaling, "350M") == ids(half_moe, "Dense") == ids(expert_count, "1 (dense)")
+    assert ids(pr_moe, "MoE-32") == ids(half_moe, "MoE-32") == ids(top2, "MoE-32") == ids(expert_count, "4")
+    assert (
+        ids(pr_moe, "MoE-128") == ids(scaling, "350M+MoE-128") == ids(capacity, "drop-free") == ids(expert_count, "16")
+    )
+    assert ids(pr_moe, "PR-MoE-32/64") == ids(distillation, "Teacher")
+    assert ids(pr_moe, "Residual-MoE-32") == ids(top2, "Residual-MoE-32")
+    assert ids(spread, "MoE-128") == [s.id for s in specialisation.specs("cpu")]
+
+
+@pytest.mark.parametrize("run", [s.run for s in paper.all_training_settings()])
+def test_the_paper_scale_is_the_published_settings(run):
+    s = paper.training_settings(run)
+    spec = settings.spec(s.model, "paper", run=run)
+    train = spec.train
+    assert abs(train.steps(spec.data.context) - s.steps) <= 1
+    assert (train.lr, train.min_lr, train.batch_size, train.micro_batch) == (
+        s.lr,
+        s.min_lr,
+        s.batch_seqs,
+        s.micro_batch_seqs,
+    )
+    assert (train.warmup_tokens, train.decay_tokens) == (s.warmup_tokens, s.decay_tokens)
+    assert spec.model.parameters() == ModelConfig.parse(s.model).parameters() and spec.model.dropout == s.dropout
+    if s.capacity_factor_train:
+        assert spec.model.routing.capacity_factor == s.capacity_factor_train and spec.model.routing.drop_tokens
+    assert spec.parallel.ranks == settings.GPUS
+
+
+def test_the_papers_students_are_taught_as_published():
+    specs = {spec.label: spec for spec in distillation.specs("paper")}
+    staged = specs["L21 + staged KD"]
+    assert staged.teacher == specs["Teacher"] and staged.distill.stop == pytest.approx(400_000 * 256 * 2048, rel=0.002)
+    s = paper.training_settings("350M+PR-MoE-32/64+L21+MoS")
+    assert (staged.distill.weight, staged.distill.temperature) == (s.kd_beta, s.kd_temperature)
+    assert specs["L21 alone"].distill is None and specs["L21 + KD"].distill.schedule == "constant"
+
+
+def test_the_sweep_uses_a_seed_of_its_own_and_the_rate_in_use():
+    specs = learning_rate.specs("cpu")
+    assert {spec.train.seed for spec in specs} == {settings.SWEEP_SEED}
+    assert settings.TRAINS["cpu"].lr in learning_rate.RATES
+
+
+@pytest.mark.parametrize(
+    ("call", "part"),
+    [
+        (lambda: half_moe.specs(arms=["Third half"]), "half-moe: unknown arm 'Third half'; allowed: Dense"),
+        (lambda: top2.specs(seeds=0), "top2-vs-residual: seeds must be at least 1"),
+        (lambda: scaling.specs(tokens=5), "scaling: train: 5 tokens are less than one step"),
+        (lambda: distillation.specs(base="2B"), "distillation: base must be one of 350M, 1.3B, got '2B'"),
+        (lambda: distillation.specs(stop=1.5), "distillation: stop must be a share"),
+        (lambda: distillation.specs(arms=["L22"]), "distillation: unknown arm 'L22'"),
+        (lambda: pr_moe.specs(ranks=3), "pr-moe: ranks must divide the batch"),
+    ],
+)
+def test_bad_arguments_are_one_line(call, part):
+    with pytest.raises(ValueError, match=part) as error:
+        call()
+    assert "\n" not in str(error.value)
+
+
+def curves(losses, tokens=(0, 100, 200, 300)):
+    rows = [
+        {"arm": arm, "seed": seed, "tokens": t, "loss": loss}
+        for (arm, seed), values in losses.items()
+        for t, loss in zip(tokens, values, strict=True)
+    ]
+    return pd.DataFrame(rows)
+
+
+def final(losses, **columns):
+    rows = [
+        {"arm": arm, "seed": seed, "validation_loss": v, **{k: c[arm] for k, c in columns.items()}}
+        for arm, values in losses.items()
+        for seed, v in enumerate(values)
+    ]
+    return pd.DataFrame(rows)
+
+
+def test_data_efficiency_by_hand():
+    lines = curves({("350M", 0): (9, 6, 5, 4), ("350M+MoE-128", 0): (9, 5, 3, 2)})
+    table = final({"350M": [4], "350M+MoE-128": [2]}, flops_per_token={"350M": 10.0, "350M+MoE-128": 12.0})
+    (row,) = scaling.efficiency(lines, table).to_dict("records")
+    assert row["tokens"] == pytest.approx(300 / 150) and row["flops"] == pytest.approx(2 * 10 / 12)
+    never = curves({("350M", 0): (9, 6, 5, 4), ("350M+MoE-128", 0): (9, 8, 7, 6)})
+    assert scaling.efficiency(never, table)["tokens"].isna().all()
+
+
+def test_equal_flops_reads_the_dearer_model_where_the_money_ends():
+    lines = curves({("350M", 0): (9, 6, 5, 4), ("350M+MoE-128", 0): (9, 5, 3, 2), ("1.3B", 0): (9, 5, 3, 1)})
+    cost = {"350M": 10.0, "350M+MoE-128": 10.0, "1.3B": 30.0}
+    table = final({"350M": [4], "350M+MoE-128": [2], "1.3B": [1]}, flops_per_token=cost)
+    at = {row.against: row.difference for row in scaling.equal_flops(lines, table).itertuples()}
+    assert at == {"350M": pytest.approx(2 - 4), "1.3B": pytest.approx(2 - 5)}, "1.3B has seen 100 tokens for that"
+    tokens = {row.against: row.difference for row in scaling.equal_tokens(table).itertuples()}
+    assert tokens == {"350M": -2, "1.3B": 1}
+
+
+def test_scaling_judges_the_base_and_only_shows_the_larger_model():
+    table = final({"350M": [5.0, 5.1, 5.2], "350M+MoE-128": [4.9, 5.01, 5.1], "1.3B": [4.6, 4.7, 4.8]})
+    verdicts = {v.claim: v for v in scaling.verdicts(table, "cpu")}
+    assert verdicts["moe128-350m-beats-own-base"].verdict == claims.DIRECTION
+    assert verdicts["moe128-350m-beats-1.3b"].verdict == claims.NOT_TESTABLE
+    assert verdicts["moe128-350m-beats-1.3b"].ours == pytest.approx(0.303, abs=0.01)
+    assert verdicts["moe128-1.3b-beats-own-base"].verdict == claims.NOT_TESTED
+
+
+def test_distillation_early_is_the_mean_of_the_first_half():
+    lines = curves(
+        {("L21 alone", 0): (9, 6, 5, 4), ("L21 + KD", 0): (9, 5, 5, 5), ("L21 + staged KD", 0): (9, 5, 4, 3)}
+    )
+    assert distillation.early(lines).set_index("arm")["gap"].to_dict() == {"L21 + KD": -1, "L21 + staged KD": -1}
+    assert distillation.early(lines, 0.7).set_index("arm")["gap"].to_dict() == {"L21 + KD": -0.5, "L21 + staged KD": -1}
+
+
+def test_counted_claims_of_top2():
+    verdicts = {v.claim: v for v in top2.verdicts(final({"MoE-32": [1.0]}), [1.2, 1.21, 1.22], "cpu")}
+    assert verdicts["residual-halves-exchange"].ours == 0.5
+    assert verdicts["top2-flops-33pct"].ours == pytest.approx(4 / 3, abs=0.002)
+    assert verdicts["residual-faster-than-top2"].verdict == claims.REPRODUCED
+    assert verdicts["residual-equals-top2"].verdict == claims.NOT_TESTED
+
+
+def test_throughput_ratio_at_the_papers_size():
+    ratio = throughput.flops_ratio(ModelConfig.parse("6.7B"), ModelConfig.parse("1.3B+MoE-128"))
+    assert 4.5 < ratio < 5.3
+    assert all(v.verdict == claims.NOT_TESTABLE for v in throughput.verdicts([3.0, 3.1], [0.9, 0.9], "cpu"))
+
+
+def test_what_a_variable_tells_of_the_expert():
+    assert specialisation.told(np.diag([500, 500])) == pytest.approx(1, abs=0.01)
+    assert specialisation.told(np.full((2, 4), 1000)) == pytest.approx(0, abs=0.01)
+    draw = np.random.default_rng(0)
+    chance = np.zeros((200, 16), int)
+    np.add.at(chance, (draw.integers(200, size=4000), draw.integers(16, size=4000)), 1)
+    assert specialisation.told(chance) < 0.05, "what a small sample shows by chance is taken off"
+
+
+def test_pairing_takes_the_common_part_out():
+    table = final({"Dense": [5.0, 5.2, 5.4], "MoE-32": [4.9, 5.1, 5.31], "MoE-128": [4.8, 5.0, 5.2]})
+    row = spread.deviations(table).set_index("what").loc["MoE-128 − Dense"]
+    assert row["mean"] == pytest.approx(-0.2) and row["paired"] < 1e-9
+    assert row["unpaired"] == pytest.approx(math.hypot(0.2, 0.2))
+    assert spread.seeds_needed(0.01, 0.03) == 3 and spread.seeds_needed(1.0, 0.001) is None
+
+
+def test_a_plan_counts_state_and_hours(tmp_path):
+    from moelab.workbench.store import RunStore
+
+    specs = [spec for spec in distillation.specs("paper", arms=["L21 + KD"])]
+    teacher, student = plan(specs, RunStore(tmp_path))
+    assert teacher.spec == specs[0].teacher and teacher.state == "new" and not list(tmp_path.iterdir())
+    assert teacher.gpu_hours == pytest.approx(teacher.flops / paper_rate() / 3600) and student.gpu_hours > 0
+    one = settings.spec("1.3B+MoE-128", "paper")
+    experts = 12 * 2 * (2 * 2048 * 8192 + 8192 + 2048)  # 128 experts on 64 ranks: two a layer
+    shared = ModelConfig.parse("1.3B+MoE-128").parameters() - 64 * experts
+    assert state_bytes(one) == 16 * (experts + shared)
+    assert plan(half_moe.specs("cpu"), RunStore(tmp_path))[0].gpu_hours is None
+
+
+def test_summary_and_gaps():
+    table = final({"a": [2.0, 3.0], "b": [1.0, 2.5]})
+    assert common.paired(table, "a", "b") == [1.0, 0.5] and common.paired(table, "a", "c") == []
+    assert common.gaps(table, "b").query("arm == 'a'")["gap"].tolist() == [1.0, 0.5]
+    assert "a ends +0.750 nats from b (95 % interval" in common.difference(table, "a", "b")

@@ -1,0 +1,95 @@
+"""`moelab plan` and `moelab simulate`, as users type them."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from moelab.cli import app
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def moelab(*arguments):
+    return CliRunner().invoke(app, arguments)
+
+
+def test_plan_says_what_and_why(tmp_path):
+    figure = tmp_path / "front.png"
+    done = moelab("plan", "350M+MoE-32", "--gpus", "16", "--objective", "throughput", "--figure", str(figure))
+    assert done.exit_code == 0, done.output
+    for part in ("350M+MoE-32 on a100-40gb", "bound by", "runner-up", "Pareto front", "GiB a GPU"):
+        assert part in done.output
+    assert figure.stat().st_size > 10_000
+
+
+def test_decode_train_clusters_and_score():
+    done = moelab("simulate", "decode", "1.3B+MoE-128", "--gpus", "64", "--system", "pytorch")
+    assert "ms a token" in done.output and "launch" in done.output and "fits" in done.output
+    done = moelab("simulate", "train", "6.7B", "--tensor", "8", "--batch", "1024", "--micro-batch", "4")
+    assert "samples/s" in done.output and "days for 3e+11 tokens" in done.output
+    assert "a100-80gb" in moelab("simulate", "clusters").output
+    assert "median absolute error, predicted" in moelab("simulate", "score").output
+
+
+def test_fit_writes_what_it_found(tmp_path):
+    file = tmp_path / "calibration.json"
+    done = moelab("simulate", "fit", "--out", str(file))
+    assert done.exit_code == 0, done.output
+    stored = json.loads((ROOT / "moelab/simulate/calibration.json").read_text())
+    found = json.loads(file.read_text())
+    assert set(found) == set(stored) and found["constants"] == pytest.approx(stored["constants"], rel=2e-3)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "part"),
+    [
+        (("plan", "350M+MoE-33", "--gpus", "8", "--objective", "speed"), "objective must be one of"),
+        (("plan", "24B+MoE-128", "--gpus", "8"), "it needs 64"),
+        (("plan", "350M", "--gpus", "8", "--cluster", "b100"), "no cluster 'b100'"),
+        (("plan", "350M", "--gpus", "8", "--figure", "x.pdf"), "must end in .png or .svg"),
+        (("simulate", "decode", "350M", "--gpus", "8", "--tensor", "3"), "does not divide"),
+        (("simulate", "decode", "350M", "--gpus", "9"), "do not fill nodes of 8"),
+        (("simulate", "decode", "GPT-5"), "model name 'GPT-5' is not understood"),
+    ],
+)
+def test_bad_input_is_one_line(arguments, part):
+    done = subprocess.run([sys.executable, "-m", "moelab.cli", *arguments], capture_output=True, text=True)
+    assert done.returncode == 2 and part in done.stderr and len(done.stderr.strip().splitlines()) == 1
+
+
+@pytest.mark.slow
+@pytest.mark.notebook
+@pytest.mark.parametrize(
+    "name", ["inference-scaling", "inference-large", "model-variants-latency", "moe-vs-dense-inference"]
+)
+def test_an_experiment_without_trainings_runs_and_publishes(name, tmp_path):
+    env = {**os.environ, "MOELAB_HOME": str(tmp_path / "home"), "MOELAB_RESULTS": str(tmp_path / "results")}
+    command = [sys.executable, "-m", "moelab.cli", "run", name, "--scale", "smoke"]
+    done = subprocess.run(command, capture_output=True, text=True, env=env)
+    assert done.returncode == 0, done.stdout + done.stderr
+    (summary,) = (tmp_path / "results").glob("*/smoke/*/summary.json")
+    record = json.loads(summary.read_text())
+    assert record["figures"] and record["claims"] and record["runs"] == [] and record["missing"] == []
+    assert "no training" in (tmp_path / "results" / "index.html").read_text()
+
+
+@pytest.mark.slow
+@pytest.mark.notebook
+def test_the_what_if_page_runs(tmp_path):
+    import nbformat
+    from nbclient import NotebookClient
+
+    notebook = nbformat.read(ROOT / "notebooks" / "16_what_if.ipynb", as_version=4)
+    NotebookClient(
+        notebook, timeout=120, kernel_name="python3", resources={"metadata": {"path": str(tmp_path)}}
+    ).execute()
+    widgets = [
+        o for c in notebook.cells if c.cell_type == "code" for o in c.outputs
+        if "application/vnd.jupyter.widget-view+json" in o.get("data", {})
+    ]  # fmt: skip
+    assert len(widgets) == 4, "two boxes of controls, two outputs"
