@@ -105,3 +105,15 @@ def test_the_command_prints_table_and_json(tmp_path):
     assert len(records) == 63
     (record,) = [r for r in records if r["claim"] == ORDER.id]
     assert record["verdict"] == "reproduced" and record["findings"][0]["samples"] == 3
+
+
+def test_a_simulation_ranks_below_a_measurement_whatever_scale_it_ran_at(tmp_path):
+    from moelab.workbench.simulated import verdict
+
+    claim = paper.claim("52b-speedup-8-gpus")
+    publish(tmp_path, "inference-scaling", "cpu", "20260102-000000", [verdict(claim, 2.05)])
+    entry = entries(tmp_path)[claim.id]
+    assert entry.verdict == "simulated: within 15 %" and entry.finding.scale == "simulated"
+    publish(tmp_path, "inference-scaling", "cpu", "20260101-000000", [judge(claim, [1.4, 1.5, 1.6])])
+    entry = entries(tmp_path)[claim.id]
+    assert entry.verdict == claims.DIRECTION and [f.scale for f in entry.findings] == ["cpu", "simulated"]
