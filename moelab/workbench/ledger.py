@@ -2,7 +2,7 @@
 
 A claim's verdict is that of the largest scale at which a published result judged it; arithmetic and counting are the same at every scale. A claim that no
 result has judged is "paper's own numbers disagree" where the paper gives its number twice and differently, "not testable at this scale" where it
-needs more than what has run, and "not tested yet" otherwise.
+needs more than what has run, "not judged: one seed" where a result has no spread, and "not tested yet" otherwise.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 
 from moelab import paper
 from moelab.files import read_json
-from moelab.workbench.claims import NO_SPREAD, NOT_TESTABLE, NOT_TESTED
+from moelab.workbench.claims import NO_SPREAD, NOT_TESTABLE, NOT_TESTED, SIMULATED
 from moelab.workbench.results import SUMMARY
 
 DISAGREES = "paper's own numbers disagree"
@@ -61,7 +61,7 @@ class Finding:
 
     @property
     def judged(self) -> bool:
-        return self.verdict not in (NOT_TESTABLE, NOT_TESTED)
+        return self.verdict not in (NOT_TESTABLE, NOT_TESTED, NO_SPREAD)
 
 
 @dataclass(frozen=True)
@@ -122,13 +122,14 @@ def counts(entries: Sequence[Entry]) -> dict[str, int]:
 
 
 def _finding(record: Mapping[str, Any], path: str, summary: Mapping[str, Any]) -> Finding:
-    figures = [f["name"] for f in summary["figures"]]
-    name = record.get("figure") or next(iter(figures), "")
+    shown = [f["name"] for f in summary["figures"] if record["claim"] in f.get("claims", ())]
+    name = record.get("figure") or next(iter(shown or [f["name"] for f in summary["figures"]]), "")
     return Finding(
-        scale=summary["scale"],
+        # A simulation says the same at every scale, and less than a measurement at any but the smallest.
+        scale="simulated" if record["verdict"] in SIMULATED else summary["scale"],
         **{key: record[key] for key in ("ours", "low", "high", "unit", "samples", "verdict", "note")},
         result=path,
-        figure=f"{path}/{name}.png" if name in figures else "",
+        figure=f"{path}/{name}.png" if name else "",
     )
 
 
@@ -139,6 +140,8 @@ def _entry(claim: paper.Claim, found: dict[str, Finding]) -> Entry:
     judged = next((f for f in findings if f.judged), None)
     if judged:
         verdict = judged.verdict
+    elif any(f.verdict == NO_SPREAD for f in findings):
+        verdict = NO_SPREAD
     elif _DISPUTED & set(conflicts):
         verdict = DISAGREES
     elif any(f.verdict == NOT_TESTABLE for f in findings) or claim.testable_at in ("gpu", "paper"):

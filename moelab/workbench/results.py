@@ -76,9 +76,9 @@ class Publication:
         self._write_frame(f"{name}.jsonl", data)
         self.tables.append({"name": name, "title": title, "caption": caption, "data": f"{name}.jsonl"})
 
-    def claims(self, verdicts: Sequence[Verdict], *, figure: str = "") -> None:
-        """Save the verdicts on the paper's claims; `figure` is the one that shows them, the first by default."""
-        self.verdicts = [{**asdict(v), "figure": figure} for v in verdicts]
+    def claims(self, verdicts: Sequence[Verdict]) -> None:
+        """Save the verdicts on the paper's claims."""
+        self.verdicts = [asdict(v) for v in verdicts]
         write_json(self.path / "claims.json", self.verdicts)
 
     def finish(self, runs: Runs | None = None, *, title: str) -> str:
