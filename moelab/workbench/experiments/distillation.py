@@ -120,7 +120,8 @@ def verdicts(final: pd.DataFrame, curves: pd.DataFrame, scale: str, base: str = 
 
 def finding(final: pd.DataFrame) -> str:
     """The result in one line."""
-    return common.difference(final, "L21 + staged KD", "L21 alone")
+    staged = "L21 + staged KD" in set(final["arm"])
+    return common.difference(final, "L21 + staged KD" if staged else "L21 + KD", "L21 alone")
 
 
 EXPERIMENT = Experiment(

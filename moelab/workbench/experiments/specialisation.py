@@ -3,7 +3,8 @@
 Shows: for each MoE layer of the trained 350M+MoE-128 twin, which share of each domain's validation tokens goes to each expert; how much of the choice of
 an expert the current token's identity tells, and how much the domain (mutual information over the entropy of the choice, both less what chance gives).
 
-Expect: routing follows the token almost alone in the first MoE layer, less in later ones; the domain tells little beyond its vocabulary.
+Expect at `cpu` (3 seeds, results/specialisation): the token tells four fifths of the choice in the first MoE layer and three quarters in the last; the
+domain a twentieth.
 """
 
 from __future__ import annotations
