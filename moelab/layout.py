@@ -24,9 +24,10 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-import numpy as np
+if TYPE_CHECKING:
+    import numpy as np
 
 Exchange = Literal["flat", "hierarchical", "coordinated", "coordinated-hierarchical"]
 EXCHANGES: tuple[str, ...] = ("flat", "hierarchical", "coordinated", "coordinated-hierarchical")
@@ -111,6 +112,8 @@ class ParallelConfig:
 
     def dense_grid(self) -> np.ndarray:
         """Ranks as (data D, tensor L)."""
+        import numpy as np  # not at the top: the command line's help loads this module
+
         return np.arange(self.ranks).reshape(self.data, self.tensor)
 
     def experts(self, experts: int) -> ExpertLayout:
@@ -211,6 +214,8 @@ class ExpertLayout:
 
     def grid(self) -> np.ndarray:
         """Ranks as (replica R, slice W, node N, local, share c)."""
+        import numpy as np
+
         P = self.replicas * self.slices * self.parallel
         return np.arange(P).reshape(self.replicas, self.slices, self.nodes, self.local, self.share)
 

@@ -46,24 +46,28 @@ class Constants:
 
 
 FREE: dict[str, tuple[float, float, str]] = {
-    "eager_us": (5.0, 50.0, "5 us is a bare launch from C++; 50 us is far above what Python takes for one operation"),
+    "eager_us": (5.0, 50.0, "a bare launch from C++ takes about 5 us; 50 us is far above one operation from Python"),
     "memory_share": (
         0.4,
         0.9,
-        "a plain copy reaches 0.9 on A100 (STREAM, 1.40 of 1.555 TB/s); products of a few rows reach less",
+        "plain copies reach about 0.9 of an A100's data sheet, products of a few rows less (unverified)",
     ),
-    "far_us": (1.0, 10.0, "an InfiniBand message takes 1 to 2 us; NCCL's proxy thread adds a few"),
+    "far_us": (
+        1.0,
+        10.0,
+        "InfiniBand takes 1 to 2 us a message, NCCL's proxy adds some; 8 MiB among 64 H800 in 296 to 338 us (NVIDIA/nccl issue 1531) leave about 3",
+    ),
 }
 """Free constant -> lower bound, upper bound, why these."""
 
 SOURCES = {
-    "near_us": "NCCL hands on a small message over NVLink in about 1 us",
-    "collective_us": "nccl-tests, small all-to-all among 2 to 4 GPUs of a node: 10 to 12 us (as in deepseek-ai/DeepEP issue 303)",
-    "near_share": "nccl-tests all-reduce on 8 A100: about 230 of 300 GB/s",
-    "far_share": "InfiniBand HDR: 22 to 23 of 25 GB/s",
-    "matmul_share": "large fp16 products on A100 reach 0.6 to 0.8 of 312 TFLOP/s",
-    "graph_us": "NVIDIA, CUDA graphs: about 2 us between small kernels",
-    "reserved_gib": "CUDA context 0.5, NCCL 1, workspaces and gaps 1 GiB: an estimate",
+    "near_us": "an estimate: a small all-to-all among 8 GPUs of a node takes hardly longer than among 2",
+    "collective_us": "nccl-tests, small all-to-all in a node: 10 to 12 us (tinygrad/open-gpu-kernel-modules issue 17; deepseek-ai/DeepEP issue 303)",
+    "near_share": "nccl-tests all-reduce on 8 A100: about 230 of 300 GB/s (unverified)",
+    "far_share": "nccl-tests over HDR InfiniBand, A100: 85 on average, 96 at best of 100 GB/s (NVIDIA/nccl-tests issue 119)",
+    "matmul_share": "large fp16 products on A100 reach 0.6 to 0.8 of 312 TFLOP/s (unverified)",
+    "graph_us": "about 2 us between small kernels of a CUDA graph (unverified)",
+    "reserved_gib": "an estimate: CUDA context 0.5, NCCL 1, workspaces and gaps 1 GiB",
 }
 """Fixed constant -> where its value comes from."""
 

@@ -20,6 +20,13 @@ NO_SPREAD = "not judged: one seed"
 NOT_TESTED = "not tested at this scale"
 NOT_TESTABLE = "not testable at this scale"
 
+# A simulation has no seeds and measures nothing: its verdicts say so (see `moelab.workbench.simulated`).
+SIMULATED_WITHIN = "simulated: within 15 %"
+SIMULATED_HOLDS = "simulated: holds"
+SIMULATED_DIRECTION = "simulated: direction only"
+SIMULATED_FAILS = "simulated: does not hold"
+SIMULATED = (SIMULATED_WITHIN, SIMULATED_HOLDS, SIMULATED_DIRECTION, SIMULATED_FAILS)
+
 SAME = 0.02
 """Nats a token within which two losses count as the same when the paper says so without a number: twice the 0.01 that it calls a match (Fig 4)."""
 

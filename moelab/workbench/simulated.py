@@ -13,7 +13,14 @@ from moelab import paper
 from moelab.simulate.bars import BATCH, Bar
 from moelab.simulate.decoding import PARTS
 from moelab.simulate.scoreboard import TOLERANCE, median_error
-from moelab.workbench.claims import DIRECTION, Verdict, judge
+from moelab.workbench.claims import (
+    SIMULATED_DIRECTION,
+    SIMULATED_FAILS,
+    SIMULATED_HOLDS,
+    SIMULATED_WITHIN,
+    Verdict,
+    judge,
+)
 from moelab.workbench.figures import PAPER
 
 if TYPE_CHECKING:
@@ -41,11 +48,6 @@ PART_NAMES = {
     "head": "output head",
     "launch": "waiting for the host",
 }
-
-WITHIN = f"simulated: within {TOLERANCE:.0%}"
-HOLDS = "simulated: holds"
-FAILS = "simulated: does not hold"
-DIRECTION_ONLY = f"simulated: {DIRECTION}"
 
 
 def bar_frame(bars: Sequence[Bar]) -> pd.DataFrame:
@@ -117,7 +119,7 @@ def grouped_bars(
     if log:
         ax.set_yscale("log")
         ax.yaxis.set_major_formatter("{x:g}")
-        ax.set_ylim(top=top * 2.6)
+        ax.set_ylim(frame[value].min() / 3, top * 2.6)
     else:
         ax.set_ylim(0, top * 1.2)
     return ax
@@ -219,19 +221,19 @@ def verdict(claim: paper.Claim, ours: float | None, *, note: str = "", fitted: b
     neutral = 1.0 if claim.kind == "ratio" else 0.0
     lower = claim.direction == "lower"
     if claim.kind == "bound" and claim.direction != "equal":
-        found = HOLDS if (ours <= claim.value if lower else ours >= claim.value) else FAILS
+        found = SIMULATED_HOLDS if (ours <= claim.value if lower else ours >= claim.value) else SIMULATED_FAILS
     elif claim.kind == "ordering" or claim.value is None:
         right = ours < neutral if lower else ours > neutral
-        found = HOLDS if right else FAILS
+        found = SIMULATED_HOLDS if right else SIMULATED_FAILS
     else:
         low = claim.value if claim.value_low is None else claim.value_low
         high = claim.value if claim.value_high is None else claim.value_high
         if low * (1 - TOLERANCE) <= ours <= high * (1 + TOLERANCE):
-            found = WITHIN
+            found = SIMULATED_WITHIN
         elif ours < neutral if lower else ours > neutral:
-            found = DIRECTION_ONLY
+            found = SIMULATED_DIRECTION
         else:
-            found = FAILS
+            found = SIMULATED_FAILS
     return replace(plain, low=None, high=None, verdict=found, note=f"{text} {note}".strip())
 
 

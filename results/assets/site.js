@@ -51,7 +51,7 @@ const moelab = {
       for (const button of tally) button.setAttribute("aria-pressed", String(button.dataset.verdict === verdict));
       const any = words.length || scale || verdict || experiment;
       const count = (n, word) => n + " " + word + (n === 1 ? "" : "s");
-      document.getElementById("matches").textContent = any
+      document.getElementById("count").textContent = any
         ? [count(shown.claim, "claim"), count(shown.chapter, "experiment"), count(shown.result, "result")].join(", ")
         : "";
     };
@@ -157,7 +157,7 @@ const moelab = {
     ];
 
     const facts = rows(union(Object.keys(a.facts), Object.keys(b.facts)).map((k) => [k, text(a.facts[k]), text(b.facts[k])]));
-    parts.push(table("How they were made", ["", "A", "B"], facts));
+    if (facts.length) parts.push(table("How they were made", ["", "A", "B"], facts));
 
     const claims = (r) => Object.fromEntries(r.claims.map((c) => [c.id, c]));
     const [ca, cb] = [claims(a), claims(b)];
@@ -188,7 +188,8 @@ const moelab = {
         if (!f) return make("p", { class: "soft" }, `${side} has no figure ${name}.`);
         const image = (kind, file) => make("img", { class: kind, src: `${r.path}/${file}`, alt: f.title });
         return make("figure", {}, make("h3", {}, `${side}: ${f.title}`),
-          ...(f.dark ? [image("light", f.light), image("dark", f.dark)] : [image("card", f.light)]));
+          make("div", { class: "scroll" },
+            ...(f.dark ? [image("light", f.light), image("dark", f.dark)] : [image("card", f.light)])));
       };
       parts.push(make("h2", {}, name), make("div", { class: "pair" }, one(a, fa[name], "A"), one(b, fb[name], "B")));
     }

@@ -90,6 +90,7 @@ def test_the_mixtral_peer_has_experts_of_equal_size():
     assert 1 <= peer.distinct_experts(prompts, 4) <= 2 and peer.distinct_experts(prompts[:1], 4) == 1
 
 
+@pytest.mark.slow
 @pytest.mark.multiprocess
 def test_rows_of_ranks():
     rows = bench.measure_ranks(MOE, [1, 2], 4, TINY)

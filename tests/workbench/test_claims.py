@@ -101,8 +101,8 @@ class TestSimulated:
     @pytest.mark.parametrize(
         ("claim", "ours", "expected"),
         [
-            (SPEED, 7.3, "simulated: within 15%"),
-            (SPEED, 7.25 * 1.149, "simulated: within 15%"),
+            (SPEED, 7.3, "simulated: within 15 %"),
+            (SPEED, 7.25 * 1.149, "simulated: within 15 %"),
             (SPEED, 7.25 * 1.16, "simulated: direction only"),
             (SPEED, 5.1, "simulated: direction only"),
             (SPEED, 0.9, "simulated: does not hold"),
