@@ -131,15 +131,22 @@ def lab(context: typer.Context, profile: commands.Profile = None) -> None:
 def browse(
     port: Annotated[int, typer.Option(help="port on 127.0.0.1")] = 8800,
     open_browser: Annotated[bool, typer.Option("--open/--no-open", help="open a browser window")] = False,
+    serve: Annotated[bool, typer.Option("--serve/--no-serve", help="serve the pages, or only build them")] = True,
 ) -> None:
-    """Build the results page and serve it on localhost."""
+    """Build the results pages and serve them on localhost."""
     import functools
     import http.server
     import webbrowser
 
     from moelab.workbench import paths, site
 
-    folder = site.build(paths.results()).index.parent
+    built = site.build(paths.results())
+    for line in built.unreadable:
+        print(f"left out: {line}", file=sys.stderr)
+    folder = built.index.parent
+    if not serve:
+        print(f"{built.results} results, {built.written} files written: {built.index}")
+        return
     handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=str(folder))
     try:
         server = http.server.ThreadingHTTPServer(("127.0.0.1", port), handler)

@@ -126,6 +126,14 @@ def test_an_unreadable_result_is_named_and_left_out(published, tmp_path):
     assert "mine/smoke/20260101-000000/summary.json" in (root / "index.html").read_text()
 
 
+def test_the_results_of_this_checkout_build(tmp_path):
+    root = Path(__file__).resolve().parents[2] / "results"
+    shutil.copytree(root, tmp_path / "results")
+    built = site.build(tmp_path / "results")
+    assert built.results >= 1 and not built.unreadable
+    assert site.build(tmp_path / "results").written == 0
+
+
 def test_no_results_yet(tmp_path):
     built = site.build(tmp_path)
     assert built.results == 0 and "No results yet" in built.index.read_text()
