@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 
 .PHONY: reproduce test test-slurm lab browse lint format clean
 
-reproduce: $(VENV)/.installed  ## rerun the paper's PR-MoE ablation on a laptop (about 10 minutes on 2 cores)
+reproduce: $(VENV)/.installed  ## rerun the paper's PR-MoE ablation on a laptop (minutes on 2 cores)
 	$(BIN)/moelab run pr-moe --scale cpu
 
 test: $(VENV)/.installed-test  ## run the tests

@@ -189,31 +189,43 @@ def generate(
     mode: Annotated[str, typer.Option(help="optimised, or baseline: the paper's PyTorch")] = "optimised",
     dtype: Annotated[str, typer.Option(help="fp32 or bf16")] = "fp32",
     device: Annotated[str, typer.Option(help="cpu or cuda")] = "cpu",
+    tensor: Annotated[int, typer.Option(help="on ranks: tensor slicing")] = 1,
+    expert: Annotated[int, typer.Option(help="on ranks: that share a layer's experts; 0 is as many as can")] = 0,
+    expert_slicing: Annotated[int, typer.Option(help="on ranks: that share one expert")] = 1,
+    exchange: Annotated[
+        str, typer.Option(help="on ranks: flat, hierarchical, coordinated or coordinated-hierarchical")
+    ] = "flat",
+    gpus_per_node: Annotated[int, typer.Option(help="on ranks: of a node")] = 8,
 ) -> None:
-    """Continue prompts with a trained run; a single one is shown as it comes."""
+    """Continue prompts with a trained run; a single one is shown as it comes. Under torchrun or srun, ranks share the model."""
     _check_device(device)
+    from moelab.engine import process
     from moelab.engine.checkpoint import CheckpointError
     from moelab.inference import Sampling
-    from moelab.inference.text import open_text
+    from moelab.inference.text import join_ranks, open_text
     from moelab.workbench import paths
     from moelab.workbench.store import RunStore
 
     sampling = Sampling(max_new_tokens, temperature, top_k, top_p, seed)
     prompts = prompt or [""]
     directory = RunStore().find(run)
+    layout = dict(tensor=tensor, expert=expert, expert_slicing=expert_slicing, exchange=exchange)
+    mesh = join_ranks(directory, device, **layout, gpus_per_node=gpus_per_node)
+    cache, batch = paths.home() / "data", min(len(prompts), 32)
     try:
-        writer = open_text(
-            directory, cache=paths.home() / "data", mode=mode, dtype=dtype, device=device, batch=min(len(prompts), 32)
-        )
+        writer = open_text(directory, cache=cache, mode=mode, dtype=dtype, device=device, batch=batch, mesh=mesh)
     except CheckpointError as error:
         raise ValueError(str(error)) from None
-    if len(prompts) == 1:
+    if len(prompts) == 1 and mesh is None:
         print(prompts[0], end="", flush=True)
         for _, text in writer.stream(prompts, sampling):
             print(text, end="", flush=True)
         print()
-    else:
-        print("\n\n".join(str(text) for text in writer.generate(prompts, sampling)))
+        return
+    found = writer.generate(prompts, sampling)
+    if mesh is None or mesh.rank == 0:
+        print("\n\n".join(str(text) for text in found))
+    process.leave()
 
 
 @app.command()

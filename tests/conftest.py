@@ -133,8 +133,7 @@ def publish(tmp_path_factory):
         title = f"Loss falls with tokens, {experiment} at {scale}"
         figures.finding(fig, title)
         data = pd.DataFrame({"arm": ["350M", "350M+MoE-128"], "loss": [3.05, 2.95]})
-        shown = tuple(claims or ())[:1]
-        publication.figure(fig, "curves", title=title, caption="Made up for a test.", data=data, claims=shown)
+        publication.figure(fig, "curves", title=title, caption="Made up for a test.", data=data)
         plt.close(fig)
         publication.table(data, "final", title="final losses")
         publication.claims([judge(paper.claim(id), values) for id, values in (claims or {}).items()])

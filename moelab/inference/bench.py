@@ -222,23 +222,30 @@ def floor(row: dict[str, Any], at_least_s: float) -> dict[str, float]:
 # -- ranks -------------------------------------------------------------------------------------------------------------------------
 
 
-def measure_rank(
-    config: ModelConfig, parallel: ParallelConfig, mode: str, batch: int, protocol: Protocol
-) -> dict[str, Any]:
-    """On each rank: a row of this layout and mode, as this rank saw it; `batch` sequences over all ranks."""
+def measure_rank(config: ModelConfig, parallel: ParallelConfig, batch: int, protocol: Protocol) -> list[dict[str, Any]]:
+    """On each rank: a row for each mode, as this rank saw it; `batch` sequences over all ranks."""
     mesh = Mesh(parallel, config.experts)
-    part = engine.build(config, 0, mesh)
-    generator = Generator(set_mode(part.module, mode), batch=-(-batch // mesh.data.size), mesh=mesh)
-    prompts = make_prompts(config, batch, protocol)
-    steps = our_steps(generator, prompts)
-    times = in_turns({mode: steps}, protocol)
-    row = figures(times[mode], times, batch, protocol)
-    clock = Clock()
-    clock.attach(generator.model)
-    with clock.communication():
-        row |= breakdown(generator, steps, clock, protocol)
-    clock.detach()
-    return row | {"empty_collective_ms": empty_collective(mesh) * 1e3, "read_GB_per_s": read_rate("cpu", 1 << 26) / 1e9}
+    generators = {
+        mode: Generator(
+            set_mode(engine.build(config, 0, mesh).module, mode), batch=-(-batch // mesh.data.size), mesh=mesh
+        )
+        for mode in MODES
+    }
+    candidates = {mode: our_steps(g, make_prompts(config, batch, protocol)) for mode, g in generators.items()}
+    times = in_turns(candidates, protocol)
+    machine = {
+        "empty_collective_ms": empty_collective(mesh) * 1e3,
+        "read_GB_per_s": read_rate("cpu", 1 << 26) / 1e9,
+    }
+    rows = []
+    for mode, generator in generators.items():
+        clock = Clock()
+        clock.attach(generator.model)
+        with clock.communication():
+            parts = breakdown(generator, candidates[mode], clock, protocol)
+        clock.detach()
+        rows.append({"candidate": mode, **figures(times[mode], times, batch, protocol), **parts, **machine})
+    return rows
 
 
 def empty_collective(mesh: Mesh) -> float:
@@ -255,27 +262,22 @@ def empty_collective(mesh: Mesh) -> float:
 def measure_ranks(
     config: ModelConfig, ranks: list[int], batch: int, protocol: Protocol, exchange: str = "flat"
 ) -> list[dict[str, Any]]:
-    """Rows of one model over numbers of ranks, experts spread over all of them, data parallel outside; one thread a rank."""
+    """Rows of one model over numbers of ranks, the slowest rank's: experts spread over all of them, data parallel outside."""
     found = []
     for size in ranks:
         parallel = ParallelConfig(data=size, exchange=exchange)
         with Ranks(size, threads=1) as pool:
-            for mode in MODES:
-                rows = pool.run(measure_rank, config, parallel, mode, batch, protocol, timeout_s=900)
-                row = max(rows, key=lambda r: r["median_ms"])  # the slowest rank's
-                case = {"model": str(config), "experts": max(config.experts), "batch": batch, "ranks": size}
-                row = {**case, "parameters": config.parameters(), "candidate": mode, **row}
-                row["device"] = f"{device_name('cpu').partition(',')[0]}, {size} ranks of 1 thread"
-                share = sum(r["distinct_experts"] or 0 for r in rows) / size
-                # Each rank reads the shared weights and, on average, its share of the experts that got tokens.
-                needed = weight_bytes(config, share) + cache_bytes(config, -(-batch // size), protocol)
-                found.append(
-                    row
-                    | floor(
-                        row,
-                        needed / (row["read_GB_per_s"] * 1e9) + row["collectives"] * row["empty_collective_ms"] / 1e3,
-                    )
-                )
+            answers = pool.run(measure_rank, config, parallel, batch, protocol, timeout_s=900)
+        for rows in zip(*answers, strict=True):  # of all ranks, mode by mode
+            row = max(rows, key=lambda r: r["median_ms"])
+            # Each rank reads the shared weights and, on average, its share of the experts that tokens chose.
+            share = sum(r["distinct_experts"] for r in rows) / size
+            needed = weight_bytes(config, share) + cache_bytes(config, -(-batch // size), protocol)
+            waiting_s = row["collectives"] * row["empty_collective_ms"] / 1e3
+            case = {"model": str(config), "experts": max(config.experts), "batch": batch, "ranks": size}
+            case |= {"parameters": config.parameters(), "exchange": exchange}
+            case["device"] = f"{device_name('cpu').partition(',')[0]}, {size} ranks of 1 thread"
+            found.append({**case, **row, **floor(row, needed / (row["read_GB_per_s"] * 1e9) + waiting_s)})
     return found
 
 
@@ -414,4 +416,4 @@ def _title(one: list[dict[str, Any]]) -> str:
         return "Latency of a decoding step"
     most = max(row["experts"] for row in moe)
     ratios = [f"{row['time_over_optimised']:.1f} (batch {row['batch']})" for row in moe if row["experts"] == most]
-    return f"With {most} experts the paper's baseline takes times the optimised step: {', '.join(ratios)}"
+    return f"With {most} experts a step of the paper's baseline takes {', '.join(ratios)} times as long as the optimised one"

@@ -24,7 +24,7 @@ class Sampling:
     Attributes:
         max_new_tokens: at most so many; also stops where the context is full.
         temperature: logits are divided by it; 0 takes the likeliest token (ties to the lower id).
-        top_k: draw from the k likeliest tokens only; 0 is all.
+        top_k: draw from the k likeliest tokens only (which of equal ones at the edge is not said); 0 is all.
         top_p: draw from the likeliest tokens that reach this share of the probability (after top_k); 1 is all.
         seed: see the module's text.
         stop_tokens: a sequence ends with the first of these ids, which is kept.

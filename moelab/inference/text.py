@@ -9,12 +9,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from moelab.config import DataConfig, ModelConfig, from_json
 from moelab.data import Tokenizer, prepare
-from moelab.engine import checkpoint
+from moelab.engine import checkpoint, process
 from moelab.engine import parallel as engine
 from moelab.engine.mesh import Mesh
 from moelab.evaluation import hf
@@ -22,6 +23,7 @@ from moelab.files import read_json
 from moelab.inference.generate import Finish, Generator, Piece
 from moelab.inference.modes import set_mode
 from moelab.inference.sampling import Sampling
+from moelab.layout import ParallelConfig
 from moelab.models import GPT
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -130,6 +132,30 @@ def open_text(
     else:
         raise ValueError(f"{directory}: neither a run (spec.json) nor an exported model (config.json)")
     return Writer(Generator(set_mode(model, mode), batch=batch, mesh=mesh), tokenizer)
+
+
+def join_ranks(directory: Path, device: str = "cpu", **layout: Any) -> Mesh | None:
+    """The mesh for a run's model when this process is one of several ranks (started by torchrun or srun), else None.
+
+    Args:
+        layout: fields of `ParallelConfig` but `data`, which is what the ranks leave for it.
+
+    Raises:
+        ValueError: the layout does not fit the ranks or the model; before anybody waits for anybody.
+    """
+    place = process.find()
+    if place is None or place.world == 1:
+        if unusual := {k: v for k, v in layout.items() if v != getattr(ParallelConfig(), k)}:
+            raise ValueError(f"generate: {', '.join(unusual)} needs several ranks; start with torchrun or srun")
+        return None
+    tensor = layout.get("tensor", 1)
+    if tensor < 1 or place.world % tensor:
+        raise ValueError(f"generate: tensor {tensor} does not divide {place.world} ranks")
+    parallel = ParallelConfig(data=place.world // tensor, **layout)
+    config, _ = run_configs(directory)
+    parallel.check(config.experts, heads=config.heads, ffn=config.ffn)
+    process.join(device=device)
+    return Mesh(parallel, config.experts, device)
 
 
 def run_configs(directory: Path) -> tuple[ModelConfig, DataConfig]:

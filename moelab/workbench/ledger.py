@@ -2,20 +2,20 @@
 
 A claim's verdict is that of the largest scale at which a published result judged it; arithmetic and counting are the same at every scale. A claim that no
 result has judged is "paper's own numbers disagree" where the paper gives its number twice and differently, "not testable at this scale" where it
-needs more than what has run, and "not tested yet" otherwise.
+needs more than what has run, "not judged: one seed" where a result has no spread, and "not tested yet" otherwise.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from moelab import paper
 from moelab.files import read_json
-from moelab.workbench.claims import NOT_TESTABLE, NOT_TESTED, SIMULATED
+from moelab.workbench.claims import NO_SPREAD, NOT_TESTABLE, NOT_TESTED, SIMULATED
 from moelab.workbench.results import SUMMARY
 
 DISAGREES = "paper's own numbers disagree"
@@ -61,7 +61,7 @@ class Finding:
 
     @property
     def judged(self) -> bool:
-        return self.verdict not in (NOT_TESTABLE, NOT_TESTED)
+        return self.verdict not in (NOT_TESTABLE, NOT_TESTED, NO_SPREAD)
 
 
 @dataclass(frozen=True)
@@ -99,8 +99,14 @@ class Entry:
 
 def ledger(results: Path) -> list[Entry]:
     """Every claim of the paper, in its order, with what the results below `results` say."""
+    files = results.glob(f"*/*/*/{SUMMARY}")
+    return entries([(file.parent.relative_to(results).as_posix(), read_json(file)) for file in files])
+
+
+def entries(summaries: Iterable[tuple[str, Mapping[str, Any]]]) -> list[Entry]:
+    """The same from summaries at hand, each with its folder relative to the results."""
     found: dict[str, dict[str, Finding]] = {}
-    for path, summary in _newest_last(results):
+    for path, summary in sorted(summaries, key=lambda item: item[1]["finished"]):
         for record in summary["claims"]:
             finding = _finding(record, path, summary)
             before = found.setdefault(record["claim"], {}).get(finding.scale)
@@ -115,31 +121,27 @@ def counts(entries: Sequence[Entry]) -> dict[str, int]:
     return dict(Counter(entry.verdict for entry in entries).most_common())
 
 
-def _newest_last(results: Path) -> list[tuple[Path, dict[str, Any]]]:
-    summaries = [(file.parent, read_json(file)) for file in results.glob(f"*/*/*/{SUMMARY}")]
-    return sorted(
-        ((path.relative_to(results), summary) for path, summary in summaries), key=lambda item: item[1]["finished"]
-    )
-
-
-def _finding(record: dict[str, Any], path: Path, summary: dict[str, Any]) -> Finding:
-    figures = [f["name"] for f in summary["figures"]]
-    name = record.get("figure") or next(iter(figures), "")
+def _finding(record: Mapping[str, Any], path: str, summary: Mapping[str, Any]) -> Finding:
+    shown = [f["name"] for f in summary["figures"] if record["claim"] in f.get("claims", ())]
+    name = record.get("figure") or next(iter(shown or [f["name"] for f in summary["figures"]]), "")
     return Finding(
         # A simulation says the same at every scale, and less than a measurement at any but the smallest.
         scale="simulated" if record["verdict"] in SIMULATED else summary["scale"],
         **{key: record[key] for key in ("ours", "low", "high", "unit", "samples", "verdict", "note")},
-        result=path.as_posix(),
-        figure=f"{path.as_posix()}/{name}.png" if name in figures else "",
+        result=path,
+        figure=f"{path}/{name}.png" if name else "",
     )
 
 
 def _entry(claim: paper.Claim, found: dict[str, Finding]) -> Entry:
-    findings = tuple(sorted(found.values(), key=lambda f: -SCALES.index(f.scale)))
+    # One seed judges nothing: it does not stand before a smaller scale with several.
+    findings = tuple(sorted(found.values(), key=lambda f: (f.verdict == NO_SPREAD, -SCALES.index(f.scale))))
     conflicts = tuple(part.split(":")[0].strip() for part in claim.conflict.split("|") if part.strip())
     judged = next((f for f in findings if f.judged), None)
     if judged:
         verdict = judged.verdict
+    elif any(f.verdict == NO_SPREAD for f in findings):
+        verdict = NO_SPREAD
     elif _DISPUTED & set(conflicts):
         verdict = DISAGREES
     elif any(f.verdict == NOT_TESTABLE for f in findings) or claim.testable_at in ("gpu", "paper"):

@@ -163,8 +163,10 @@ def execute(
     scale = values.get("scale", parameters(experiment)["scale"].default)
     experiment.scale(scale)
     name = time.strftime("%Y%m%d-%H%M%S", time.gmtime())
-    staging = paths.home() / "publishing" / f"{experiment.name}-{scale}-{name}-{os.getpid()}"
-    staging.mkdir(parents=True)
+    (publishing := paths.home() / "publishing").mkdir(parents=True, exist_ok=True)
+    # Notebooks of a sweep start in the same second, on several machines.
+    staging = Path(tempfile.mkdtemp(prefix=f"{experiment.name}-{scale}-{name}-", dir=publishing))
+    staging.chmod(0o755)
     copy = staging / "notebook.ipynb"
     at = [0]
 
@@ -223,13 +225,18 @@ def execute(
     _forget_places(copy)
     convert(copy)
     target = paths.results() / experiment.name / scale / name
-    while target.exists():  # nothing is overwritten
-        target = target.with_name(target.name + "x")
     target.parent.mkdir(parents=True, exist_ok=True)
     # Moved beside its place first: results may be on another disk than the workshop, and only a rename is one step.
-    beside = target.with_name(f".{target.name}")
+    beside = target.with_name(f".{staging.name}")
     shutil.move(staging, beside)
-    os.replace(beside, target)
+    while True:
+        try:
+            os.rename(beside, target)  # fails where there is a folder with something in it: nothing is overwritten
+            break
+        except OSError:
+            if not target.exists():
+                raise
+            target = target.with_name(target.name + "x")
     return target
 
 

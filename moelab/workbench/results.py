@@ -15,7 +15,6 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from moelab import paper
 from moelab.files import write_json, write_text
 from moelab.workbench import paths
 from moelab.workbench.provenance import provenance
@@ -60,27 +59,13 @@ class Publication:
         return cls(experiment, scale, parameters, path, interactive=given is None)
 
     def figure(
-        self,
-        figure: Figure,
-        name: str,
-        *,
-        title: str,
-        caption: str = "",
-        data: pd.DataFrame | None = None,
-        claims: Sequence[str] = (),
+        self, figure: Figure, name: str, *, title: str, caption: str = "", data: pd.DataFrame | None = None
     ) -> None:
-        """Save a figure as PNG and SVG (for light and for dark pages), and the numbers it shows as JSON lines.
-
-        Args:
-            title: the finding, one line.
-            claims: the paper's claims that it shows, by id; the ledger links them to it.
-        """
+        """Save a figure as PNG and SVG (light and dark), and the numbers it shows as JSON lines. `title` states the finding."""
         from moelab.workbench import figures
 
         figures.save(figure, self.path / name, title=title)
-        record: dict[str, Any] = {"name": name, "title": title, "caption": caption}
-        if claims:
-            record["claims"] = [paper.claim(id).id for id in claims]  # ValueError for one that is none
+        record = {"name": name, "title": title, "caption": caption}
         if data is not None:
             record["data"] = f"{name}.jsonl"
             self._write_frame(record["data"], data)
@@ -91,9 +76,9 @@ class Publication:
         self._write_frame(f"{name}.jsonl", data)
         self.tables.append({"name": name, "title": title, "caption": caption, "data": f"{name}.jsonl"})
 
-    def claims(self, verdicts: Sequence[Verdict], *, figure: str = "") -> None:
-        """Save the verdicts on the paper's claims; `figure` is the one that shows them, the first by default."""
-        self.verdicts = [{**asdict(v), "figure": figure} for v in verdicts]
+    def claims(self, verdicts: Sequence[Verdict]) -> None:
+        """Save the verdicts on the paper's claims."""
+        self.verdicts = [asdict(v) for v in verdicts]
         write_json(self.path / "claims.json", self.verdicts)
 
     def finish(self, runs: Runs | None = None, *, title: str) -> str:

@@ -188,7 +188,8 @@ const moelab = {
         if (!f) return make("p", { class: "soft" }, `${side} has no figure ${name}.`);
         const image = (kind, file) => make("img", { class: kind, src: `${r.path}/${file}`, alt: f.title });
         return make("figure", {}, make("h3", {}, `${side}: ${f.title}`),
-          ...(f.dark ? [image("light", f.light), image("dark", f.dark)] : [image("card", f.light)]));
+          make("div", { class: "scroll" },
+            ...(f.dark ? [image("light", f.light), image("dark", f.dark)] : [image("card", f.light)])));
       };
       parts.push(make("h2", {}, name), make("div", { class: "pair" }, one(a, fa[name], "A"), one(b, fb[name], "B")));
     }

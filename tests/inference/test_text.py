@@ -1,11 +1,13 @@
 """From a trained run to text, through the library, the notebook's one line and the command."""
 
+import sys
 from dataclasses import replace
 
 import pytest
 from typer.testing import CliRunner
 
 from moelab.cli import app
+from moelab.engine.launch import launch
 from moelab.evaluation import hf
 from moelab.inference import Sampling
 from moelab.inference.text import load_run, open_text
@@ -94,9 +96,23 @@ def test_commands(trained, tmp_path):
     assert both.startswith("wave") and "\n\ncorn" in both
 
 
+@pytest.mark.multiprocess
+@pytest.mark.slow
+def test_the_command_on_ranks(trained, tmp_path):
+    """What `torchrun -m moelab.cli generate` does, started by our own launcher."""
+    arguments = ["generate", trained.spec.id, "--prompt", "wave", "--prompt", "corn", "--prompt", "mill"]
+    alone = CliRunner().invoke(app, arguments, catch_exceptions=False).output
+    command = [sys.executable, "-m", "moelab.cli", *arguments, "--tensor", "2", "--exchange", "coordinated"]
+    launch(command, 2, logs=tmp_path)
+    assert (tmp_path / "rank-00000.txt").read_text().endswith(alone)
+    assert alone not in (tmp_path / "rank-00001.txt").read_text()
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (["tiny", "--tensor", "2"], "generate: tensor needs several ranks; start with torchrun or srun"),
+        (["tiny", "--exchange", "ring"], "generate: exchange needs several ranks"),
         (["tinny"], "run 'tinny': no such run or directory; did you mean tiny-"),
         (["other"], "run 'other': no such run or directory; runs are in .*, 1 there"),
         (["tiny", "--top-p", "0"], "sampling: top_p must be above 0 and at most 1, got 0.0"),

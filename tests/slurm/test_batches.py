@@ -19,7 +19,7 @@ from moelab.workbench.slurm import attempt, queue, submit
 from moelab.workbench.slurm.status import overview
 from moelab.workbench.store import RunStore
 from moelab.workbench.supervisor import supervise
-from tests.slurm.conftest import numbers, until
+from tests.slurm.conftest import ROOT, numbers, until
 
 pytestmark = pytest.mark.slow
 
@@ -30,36 +30,36 @@ def moelab(*arguments: str, code: int = 0) -> str:
     return done.stdout if code == 0 else done.stderr
 
 
-def until_all_is_over(limit_s: float = 240) -> dict:
+def until_all_is_over(limit_s: float = 600) -> dict:
     until(lambda: all(row.over for row in overview(everything=True).rows), limit_s, "the submissions to end")
     return {row.what if row.what.startswith("notebook") else row.id: row for row in overview(everything=True).rows}
 
 
-def test_the_pr_moe_notebook_and_its_runs(workplace, tmp_path):
-    out = moelab(
-        "submit", "pr-moe", "--scale", "smoke", "--profile", "local", "-p", "seeds=2", "-p", 'arms=["Dense","MoE-128"]'
-    )
-    assert "4 runs" in out and "notebook, after its runs" in out and "moelab status" in out
-    again = moelab(
-        "submit", "pr-moe", "--scale", "smoke", "--profile", "local", "-p", "seeds=2", "-p", 'arms=["Dense","MoE-128"]'
-    )
-    assert "nothing to submit; 4 are queued already and so is the notebook" in again
+def test_the_pr_moe_notebook_and_its_array_of_two_node_runs(workplace, tmp_path):
+    text = (ROOT / "slurm" / "local.yaml").read_text().replace("gpus_per_node: 8", "gpus_per_node: 1")
+    (tmp_path / "two.yaml").write_text(text)
+    command = ("submit", "pr-moe", "--scale", "smoke", "--profile", str(tmp_path / "two.yaml"), "-p", "ranks=2")
+    command = (*command, "-p", 'arms=["Dense","MoE-128"]')
+    out = moelab(*command)
+    assert "2 runs" in out and "notebook, after its runs" in out and "moelab status" in out
+    assert "nothing to submit; 2 are queued already and so is the notebook" in moelab(*command)
     (array, notebook) = submit.submissions()[0].parts
-    assert {job.id.partition("_")[0] for job in queue.jobs().values() if job.part == "runs-0"} == {array.job}, (
+    assert {job.id.partition("_")[0] for job in queue.jobs().values() if job.part == "runs-0"} >= {array.job}, (
         "one array"
     )
+    script = (submit.submissions()[0].folder / "runs-0.sbatch").read_text()
+    assert "#SBATCH --nodes=2" in script and "#SBATCH --array=0-1%2" in script
     rows = until_all_is_over()
     assert {row.state for row in rows.values()} == {"finished"}, rows
     result = next((tmp_path / "results" / "pr-moe" / "smoke").iterdir())
     summary = read_json(result / "summary.json")
-    assert len(summary["runs"]) == 4 and not summary["missing"]
+    assert len(summary["runs"]) == 2 and not summary["missing"]
+    assert {run["provenance"]["parallel"]["data"] for run in summary["runs"]} == {2}
     assert {run["provenance"]["commit"] for run in summary["runs"]} == {summary["provenance"]["commit"]} != {None}
     log = moelab("logs", f"{submit.submissions()[0].id}/{notebook.name}", "-n", "0")
-    assert "cell 1 of " in log and "all 4 runs have a result" in log
+    assert "cell 1 of " in log and "all 2 runs have a result" in log
     # A second time: finished runs and notebooks are left alone.
-    assert "nothing to submit; 4 runs are finished" in moelab(
-        "submit", "pr-moe", "--scale", "smoke", "--profile", "local", "-p", "seeds=2", "-p", 'arms=["Dense","MoE-128"]'
-    )
+    assert "nothing to submit; 2 runs are finished" in moelab(*command)
     assert "pr-moe" in moelab("status") and len(submit.submissions()) == 1
 
 
@@ -96,18 +96,18 @@ def test_a_sweep_of_six_loses_only_the_points_of_a_lost_run(workplace, tmp_path)
 def test_a_run_on_two_nodes_is_interrupted_and_ends_with_the_same_numbers(workplace, spec, tmp_path):
     two = replace(
         spec,
-        train=replace(spec.train, micro_batch=2, tokens=200 * 4 * 32),
+        train=replace(spec.train, micro_batch=2, tokens=120 * 4 * 32),
         parallel=ParallelConfig(data=2, expert=2, gpus_per_node=1),
     )
     local = RunStore(tmp_path / "local").run(two)
     assert supervise(local) == FINISHED
     (run,) = workplace.submit(two)
-    workplace.until_step(run, 60)
+    workplace.until_step(run, 30)
     job = workplace.job(run)
     hosts = subprocess.run(["scontrol", "show", "hostnames", job.node], capture_output=True, text=True).stdout.split()
     assert len(hosts) == 2
     subprocess.run(["scontrol", "requeue", job.id], check=True)
-    until(lambda: attempt.newest_checkpoint(run.path) >= 60, what="the checkpoint")
+    until(lambda: attempt.newest_checkpoint(run.path) >= 30, what="the checkpoint")
     workplace.until_over(run)
     assert numbers(run) == numbers(local)
 

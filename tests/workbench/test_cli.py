@@ -95,7 +95,7 @@ class TestPrMoeNotebook:
         for figure in ("loss-curves", "gap-to-moe128", "expert-load"):
             assert {f"{figure}.png", f"{figure}.svg", f"{figure}.jsonl"} <= names
         summary = json.loads((folder / "summary.json").read_text())
-        assert len(summary["runs"]) == 12 and not summary["missing"] and summary["seeds"] == [0, 1]
+        assert len(summary["runs"]) == 16 and not summary["missing"] and summary["seeds"] == [0, 1]
         assert summary["runs"][0]["provenance"]["versions"]["torch"] and summary["hardware"]["cores"]
         assert {c["claim"] for c in summary["claims"]} >= {"pr-moe-matches-moe128", "pr-moe-size"}
         for line in ("notebook", "figure", "page"):

@@ -174,7 +174,13 @@ def test_counted_claims_of_top2():
 def test_throughput_ratio_at_the_papers_size():
     ratio = throughput.flops_ratio(ModelConfig.parse("6.7B"), ModelConfig.parse("1.3B+MoE-128"))
     assert 4.5 < ratio < 5.3
-    assert all(v.verdict == claims.NOT_TESTABLE for v in throughput.verdicts([3.0, 3.1], [0.9, 0.9], "cpu"))
+    predicted = throughput.simulated()
+    assert predicted["fits"].all()
+    verdicts = {v.claim: v for v in throughput.verdicts(predicted)}
+    assert verdicts["training-5x-cheaper"].ours == pytest.approx(
+        predicted["samples/s"]["1.3B+MoE-128"] / predicted["samples/s"]["6.7B"]
+    )
+    assert all(v.samples == 0 and "imulated" in v.note for v in verdicts.values())
 
 
 def test_what_a_variable_tells_of_the_expert():

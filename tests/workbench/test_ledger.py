@@ -13,15 +13,22 @@ from moelab.workbench.claims import judge
 from moelab.workbench.results import SUMMARY
 
 
-def publish(results, experiment, scale, date, verdicts, figures=("gaps",), figure=""):
+def publish(
+    results,
+    experiment,
+    scale,
+    date,
+    verdicts,
+    figures=({"name": "curves"}, {"name": "gaps", "claims": ["moe128-beats-moe32"]}),
+):
     """A published result in small: what `Publication` leaves."""
     from dataclasses import asdict
 
     folder = results / experiment / scale / date
-    records = [{**asdict(v), "figure": figure} for v in verdicts]
+    records = [asdict(v) for v in verdicts]
     write_json(
         folder / SUMMARY,
-        {"scale": scale, "finished": date, "claims": records, "figures": [{"name": name} for name in figures]},
+        {"scale": scale, "finished": date, "claims": records, "figures": list(figures)},
     )
 
 
@@ -50,7 +57,7 @@ def test_every_dispute_is_a_conflict_of_the_paper():
 
 def test_the_newest_result_of_the_most_telling_scale_decides(tmp_path):
     publish(tmp_path, "pr-moe", "cpu", "2026-01-01", [judge(ORDER, [-0.1, -0.11, -0.12])])
-    publish(tmp_path, "pr-moe", "cpu", "2026-01-02", [judge(ORDER, [0.1, 0.11, 0.12])], figure="gaps")
+    publish(tmp_path, "pr-moe", "cpu", "2026-01-02", [judge(ORDER, [0.1, 0.11, 0.12])])
     entry = entries(tmp_path)["moe128-beats-moe32"]
     assert entry.verdict == claims.NOT_REPRODUCED and entry.finding.result == "pr-moe/cpu/2026-01-02"
     assert entry.finding.figure == "pr-moe/cpu/2026-01-02/gaps.png"

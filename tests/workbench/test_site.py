@@ -12,6 +12,7 @@ import pytest
 from moelab import paper
 from moelab.workbench import site, svg
 from moelab.workbench.claims import NO_SPREAD, REPRODUCED, UNDECIDED
+from moelab.workbench.ledger import DISAGREES
 from moelab.workbench.site import collect, order
 
 
@@ -74,8 +75,8 @@ def test_the_ledger_has_every_claim_in_the_papers_order_and_the_verdict_that_cou
     assert matches.verdict in (REPRODUCED, UNDECIDED) and matches.scale == "cpu", "one seed on a GPU judges nothing"
     assert matches.result.path == "pr-moe/cpu/20260103-000000", "the newest result of a scale counts"
     assert [line.verdict for line in lines if line.claim.id == "pr-moe-matches-moe128" and not line.best] == [NO_SPREAD]
-    assert matches.figure == "pr-moe/cpu/20260103-000000/index.html#curves"
-    assert by_id["speedup-1t"].verdict == collect.UNTESTED and by_id["speedup-1t"].result is None
+    assert matches.link == "pr-moe/cpu/20260103-000000/index.html#curves"
+    assert by_id["speedup-1t"].verdict == DISAGREES and by_id["speedup-1t"].result is None
     page = (published / "index.html").read_text()
     assert all(claim.statement.replace("'", "&#39;") in page for claim in paper.claims())
 

@@ -104,8 +104,13 @@ def test_a_job_is_sized_by_the_layout(tiny_spec):
     assert "export NCCL_SOCKET_IFNAME='^lo,docker'" in text and "export PYTHONPATH=/w/code" in text
     single = script.Size.of(tiny_spec, profile)
     assert (single.ranks, single.nodes, single.gpus) == (1, 1, 0)
-    with pytest.raises(ValueError, match="4 nodes of 8 ranks; profile a100 allows 2 nodes of 8"):
+    with pytest.raises(ValueError, match="32 ranks in nodes of 8 need 4 nodes; profile a100 allows 2"):
         script.Size.of(big, replace(profile, nodes=2))
+    smaller = script.Size.of(big, replace(profile, gpus_per_node=4))
+    assert (smaller.nodes, smaller.per_node, smaller.gpus) == (8, 4, 4)
+    hierarchical = replace(big, parallel=replace(big.parallel, exchange="hierarchical"))
+    with pytest.raises(ValueError, match="do not fit profile a100's nodes of 4"):
+        script.Size.of(hierarchical, replace(profile, gpus_per_node=4))
 
 
 def test_containers_setup_and_further_arguments(tiny_spec):
@@ -172,7 +177,9 @@ def test_the_notebook_and_the_submission_ask_for_the_same_runs():
 
     for chosen in EXPERIMENTS.values():
         values = notebooks.resolve(chosen, {"scale": "smoke"})
-        assert {spec.id for spec in submit.specs_of(chosen, values)} == {spec.id for spec in chosen.specs("smoke")}
+        seeds = {"seeds": values["seeds"]} if "seeds" in values else {}
+        wanted = {spec.id for spec in chosen.specs("smoke", **seeds)}
+        assert {spec.id for spec in submit.specs_of(chosen, values)} == wanted, chosen.name
 
 
 def test_a_snapshot_is_the_code_with_its_commit_and_made_once(tmp_path):

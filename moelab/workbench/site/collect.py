@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -16,41 +16,40 @@ from moelab.workbench.claims import (
     DIRECTION,
     NO_SPREAD,
     NOT_REPRODUCED,
+    NOT_TESTABLE,
     NOT_TESTED,
     REPRODUCED,
-    SIMULATED,
-    SIMULATED_DIRECTION,
-    SIMULATED_FAILS,
-    SIMULATED_HOLDS,
-    SIMULATED_WITHIN,
     UNDECIDED,
 )
 from moelab.workbench.experiments import EXPERIMENTS, Experiment
+from moelab.workbench.ledger import DISAGREES, NOT_YET, SCALES, entries
 from moelab.workbench.progress import duration
 from moelab.workbench.provenance import describe
 from moelab.workbench.results import SUMMARY
-from moelab.workbench.site.order import position, scale_rank
-
-UNTESTED = "not tested yet"
+from moelab.workbench.site.order import position
 
 VERDICTS = {
     REPRODUCED: ("✓", "good"),
     DIRECTION: ("↗", "part"),
     UNDECIDED: ("?", "open"),
     NOT_REPRODUCED: ("✗", "bad"),
-    SIMULATED_WITHIN: ("≈", "good"),
-    SIMULATED_HOLDS: ("≈", "good"),
-    SIMULATED_DIRECTION: ("↗", "part"),
-    SIMULATED_FAILS: ("✗", "bad"),
+    DISAGREES: ("≠", "open"),
     NO_SPREAD: ("1", "none"),
-    UNTESTED: ("–", "none"),
     NOT_TESTED: ("–", "none"),
+    NOT_TESTABLE: ("–", "none"),
+    NOT_YET: ("–", "none"),
 }
 """Verdict -> sign and style, in the order of the summary."""
 
+_SIMULATED = {"holds": VERDICTS[REPRODUCED], "does not hold": VERDICTS[NOT_REPRODUCED]}
 
-_MEASURED = (REPRODUCED, DIRECTION, UNDECIDED, NOT_REPRODUCED)
-_JUDGED = (*_MEASURED, *SIMULATED)
+
+def sign(verdict: str) -> tuple[str, str]:
+    """Sign and style of a verdict; those of simulations (`moelab.workbench.simulated`) look like the measured ones that say the same."""
+    rest = verdict.removeprefix("simulated: ")
+    if rest.startswith("within "):
+        return VERDICTS[REPRODUCED]
+    return {**VERDICTS, **_SIMULATED}.get(rest, ("•", "none"))
 
 
 @dataclass(frozen=True)
@@ -205,7 +204,7 @@ class Chapter:
         name, title, reference, question, answer: the experiment's, as far as it is known.
         command: what runs it, empty for an experiment this version does not have.
         shown: scale -> its newest result, the most telling scale first.
-        position: its place in the paper; `BEYOND` for one that the paper does not have.
+        position: its place in the paper, see `moelab.workbench.site.order`.
     """
 
     name: str
@@ -216,6 +215,11 @@ class Chapter:
     command: str
     shown: Mapping[str, Result]
     position: int
+
+
+def scale_rank(scale: str) -> int:
+    """0 for the most telling scale; a scale that the ledger does not know comes last."""
+    return len(SCALES) - 1 - SCALES.index(scale) if scale in SCALES else len(SCALES)
 
 
 def chapters(found: Sequence[Result]) -> list[Chapter]:
@@ -249,20 +253,22 @@ class Line:
 
     Attributes:
         claim: the paper's statement.
-        verdict: one of `moelab.workbench.claims`.
-        result: where it was judged, None for a claim that nothing has tested.
+        verdict: one of `moelab.workbench.claims` or `moelab.workbench.ledger`.
+        result: where it was measured, None for a claim of which no result says anything.
         ours, low, high: as `Verdict` has them; an infinite bound is None.
+        figure: name of the figure that shows it, empty if none does.
         best: whether this is the claim's most telling line, the one that counts.
     """
 
     claim: paper.Claim
-    verdict: str = UNTESTED
+    verdict: str
     result: Result | None = None
     ours: float | None = None
     low: float | None = None
     high: float | None = None
     samples: int = 0
     note: str = ""
+    figure: str = ""
     best: bool = False
 
     @property
@@ -283,14 +289,9 @@ class Line:
         return " ".join((c.id, c.statement, c.where, c.experiment, c.quantity, self.verdict)).lower()
 
     @property
-    def figure(self) -> str:
-        """The page of the result, at the figure that shows this claim where the publication says which."""
-        if self.result is None:
-            return ""
-        for figure in self.result.figures:
-            if self.claim.id in figure.get("claims", ()):
-                return f"{self.result.path}/index.html#{figure['name']}"
-        return f"{self.result.path}/index.html#claims"
+    def link(self) -> str:
+        """The page of the result, at the figure that shows this claim."""
+        return f"{self.result.path}/index.html#{self.figure or 'claims'}" if self.result else ""
 
 
 def judged(result: Result) -> list[Line]:
@@ -302,36 +303,33 @@ def judged(result: Result) -> list[Line]:
             v["verdict"],
             result,
             *(_finite(v.get(key)) for key in ("ours", "low", "high")),
-            v.get("samples", 0),
-            v.get("note", ""),
+            samples=v.get("samples", 0),
+            note=v.get("note", ""),
         )
         for v in result.claims
         if v["claim"] in known
     ]
 
 
-def ledger(found: Iterable[Result]) -> list[Line]:
-    """Every claim of the paper, in the paper's order: a line for each scale that judged it (its newest result), or one untested line.
+def ledger(found: Sequence[Result]) -> list[Line]:
+    """Every claim, in the order of the paper's figures: a line for each scale with a value, the one that counts first, or one line without.
 
-    Args:
-        found: newest first.
+    What counts is decided by `moelab.workbench.ledger`, as for `moelab claims`.
     """
-    newest: dict[str, dict[tuple[str, bool], Line]] = {claim.id: {} for claim in paper.claims()}
-    for result in found:
-        for line in judged(result):
-            if line.verdict in _JUDGED or line.ours is not None:
-                newest[line.claim.id].setdefault((line.scale, line.verdict in SIMULATED), line)
+    by_path = {result.path: result for result in found}
     lines = []
-    for claim in paper.claims():
-        # A scale that could not judge (one seed, or too small) does not stand before one that did, nor a simulation before a measurement.
-        own = sorted(newest[claim.id].values(), key=_telling)
-        lines += [replace(line, best=i == 0) for i, line in enumerate(own or [Line(claim)])]
+    for entry in entries((result.path, result.summary) for result in found):
+        claim, counts = paper.claim(entry.claim), entry.finding
+        told = [f for f in entry.findings if f.judged or f.ours is not None]
+        for f in sorted(told, key=lambda f: f is not counts):
+            numbers = (_finite(value) for value in (f.ours, f.low, f.high))
+            figure = f.figure.removeprefix(f"{f.result}/").removesuffix(".png")
+            verdict = entry.verdict if f is counts else f.verdict
+            line = Line(claim, verdict, by_path[f.result], *numbers, f.samples, f.note, figure, best=f is counts)
+            lines.append(line)
+        if not told:
+            lines.append(Line(claim, entry.verdict, best=True))
     return sorted(lines, key=lambda line: position(line.claim.where))
-
-
-def _telling(line: Line) -> tuple[bool, bool, int]:
-    """Sorts the most telling line of a claim first."""
-    return line.verdict not in _JUDGED, line.verdict not in _MEASURED, scale_rank(line.scale)
 
 
 def _finite(value: float | None) -> float | None:

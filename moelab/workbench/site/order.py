@@ -21,12 +21,3 @@ def position(reference: str) -> int:
         name = f"sec {section[1]}"
         return _ORDER.index(name) if name in _ORDER else BEYOND
     return BEYOND
-
-
-SCALES = ("paper", "gpu", "simulated", "cpu", "smoke")
-"""Scales from the most to the least telling; the first that a claim or experiment has is shown first."""
-
-
-def scale_rank(scale: str) -> int:
-    """0 for the most telling scale; scales that are not listed stand before `smoke`."""
-    return SCALES.index(scale) if scale in SCALES else SCALES.index("smoke")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
@@ -13,8 +14,18 @@ from typing import Any
 from moelab.files import write_text
 from moelab.workbench import svg
 from moelab.workbench.site import notebook, template
-from moelab.workbench.site.collect import VERDICTS, Line, Result, benchmarks, chapters, judged, ledger, results
-from moelab.workbench.site.order import SCALES
+from moelab.workbench.site.collect import (
+    VERDICTS,
+    Line,
+    Result,
+    benchmarks,
+    chapters,
+    judged,
+    ledger,
+    results,
+    scale_rank,
+    sign,
+)
 from moelab.workbench.site.plot import interval_plot
 
 TABLE_ROWS = 40
@@ -51,9 +62,11 @@ def build(root: Path) -> Built:
     for name in ("site.css", "site.js"):
         written += _write_if_changed(root / "assets" / name, template.asset(name))
     lines = ledger(found)
-    counted = [(verdict, sum(line.best and line.verdict == verdict for line in lines)) for verdict in VERDICTS]
-    used = {result.scale for result in found}
-    scales = [s for s in SCALES if s in used] + sorted(used - set(SCALES))
+    count = Counter(line.verdict for line in lines if line.best)
+    styles = list(dict.fromkeys(style for _, style in VERDICTS.values()))
+    order = [*VERDICTS, *sorted(set(count) - set(VERDICTS))]
+    counted = [(v, count[v]) for v in sorted(order, key=lambda v: styles.index(sign(v)[1])) if count[v]]
+    scales = sorted({result.scale for result in found}, key=lambda scale: (scale_rank(scale), scale))
     page = template.render(
         "index.html",
         up="",
@@ -142,7 +155,7 @@ def _compared(result: Result, lines: Sequence[Line], tables: Mapping[str, list])
                 "id": line.claim.id,
                 "statement": line.claim.statement,
                 "paper": line.paper,
-                "ours": template.number(line.ours, line.claim.unit),
+                "ours": template.number(line.ours, line.claim),
                 "interval": interval(line),
                 "verdict": line.verdict,
             }
@@ -160,7 +173,7 @@ def interval(line: Line) -> str:
         return "–"
     if line.samples == 0:
         return "exact"
-    return f"{template.number(line.low, line.claim.unit)} … {template.number(line.high, line.claim.unit)}"
+    return f"{template.number(line.low, line.claim)} … {template.number(line.high, line.claim)}"
 
 
-_VIEW = {"verdicts": VERDICTS, "plot": interval_plot, "interval": interval, "table_rows": TABLE_ROWS}
+_VIEW = {"sign": sign, "plot": interval_plot, "interval": interval, "judged": judged, "table_rows": TABLE_ROWS}

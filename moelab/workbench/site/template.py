@@ -14,6 +14,8 @@ from moelab.workbench.progress import duration
 if TYPE_CHECKING:
     from jinja2 import Environment
 
+    from moelab.paper import Claim
+
 _PREFIX = "<!-- made from "
 
 
@@ -61,14 +63,14 @@ def _environment() -> Environment:
     return environment
 
 
-def number(value: float | None, unit: str = "") -> str:
-    """Differences carry their sign, ratios none; a dash for what was not measured."""
+def number(value: float | None, claim: Claim) -> str:
+    """A value for a claim: differences carry their sign, ratios and limits none; a dash for what was not measured."""
     if value is None:
         return "–"
-    if unit == "x":
-        return f"{value:.3g}" if abs(value) < 1000 else f"{value:,.0f}"
     if abs(value) >= 1000:
         return f"{value:,.0f}"
+    if claim.kind in ("ratio", "bound"):
+        return f"{value:.3g}"
     return f"{value:+.3f}" if abs(value) < 10 else f"{value:+.1f}"
 
 

@@ -30,7 +30,8 @@ class Profile:
         array_parallelism: runs of one array at a time.
         failures: how often a run may fail before it is given up (the same failure twice in a row ends it at once).
         restarts: how often a job may be started again for any reason (preemption, time limit, lost node).
-        notebook_time, notebook_cpus, notebook_memory: the job of a notebook, which only reads runs; it asks for no GPU.
+        notebook_time, notebook_cpus, notebook_memory, notebook_gpus: the job of a notebook, which only reads runs. Those that measure
+            by themselves (throughput, inference) want a GPU at the scales that are for one.
         lab_time: limit of `moelab lab`.
         lab_address: where JupyterLab listens on its node: ``loopback`` (the tunnel goes by ssh to the node) or ``node`` (for sites
             that allow no ssh to nodes; a token protects it).
@@ -60,6 +61,7 @@ class Profile:
     notebook_time: str = "2:00:00"
     notebook_cpus: int = 2
     notebook_memory: str = "8G"
+    notebook_gpus: int = 0
     lab_time: str = "8:00:00"
     lab_address: Literal["loopback", "node"] = "loopback"
     login: str = ""
@@ -81,6 +83,7 @@ class Profile:
             ("failures", 0),
             ("restarts", 0),
             ("notebook_cpus", 1),
+            ("notebook_gpus", 0),
         ):
             if (value := getattr(self, what)) < least:
                 raise ValueError(f"{where}: {what} must be at least {least}, got {value}")

@@ -40,12 +40,18 @@ class Size:
     def of(cls, spec: RunSpec, profile: Profile) -> Size:
         """ValueError, one line, when the profile's cluster is too small for the run."""
         layout = spec.parallel
-        per_node, nodes = layout.ranks_per_node, layout.nodes
-        if per_node > profile.gpus_per_node or nodes > profile.nodes:
+        per_node = min(layout.ranks_per_node, profile.gpus_per_node)
+        nodes = layout.ranks // per_node
+        told = f"{spec.title}: {layout.ranks} ranks in nodes of {layout.ranks_per_node}"
+        # Smaller nodes than the layout's do no harm unless it counts on them.
+        if per_node < layout.ranks_per_node and (
+            layout.hierarchical or per_node % layout.tensor or layout.ranks % per_node
+        ):
             raise ValueError(
-                f"{spec.title}: its layout has {nodes} nodes of {per_node} ranks; profile {profile.name} allows "
-                f"{profile.nodes} nodes of {profile.gpus_per_node}"
+                f"{told} do not fit profile {profile.name}'s nodes of {profile.gpus_per_node}; set its gpus_per_node"
             )
+        if nodes > profile.nodes:
+            raise ValueError(f"{told} need {nodes} nodes; profile {profile.name} allows {profile.nodes}")
         return cls(
             ranks=layout.ranks,
             nodes=nodes,
@@ -104,7 +110,7 @@ exit $code
         nodes=size.nodes,
         ntasks_per_node=size.per_node,
         cpus_per_task=size.cpus,
-        gpus_per_node=(f"{profile.gpu_type}:" if profile.gpu_type else "") + str(size.gpus) if size.gpus else None,
+        gpus_per_node=_gpus(profile, size.gpus),
         mem=f"{size.memory}M" if size.memory else None,
         map_count=count if count > 1 else None,
         array_parallelism=profile.array_parallelism,
@@ -140,6 +146,7 @@ exit $code
         nodes=1,
         ntasks_per_node=1,
         cpus_per_task=profile.notebook_cpus,
+        gpus_per_node=_gpus(profile, profile.notebook_gpus),
         mem=profile.notebook_memory or None,
         output=folder / f"{key}.out",
         dependency=dependency or None,
@@ -156,7 +163,6 @@ unset XDG_RUNTIME_DIR
 exec {_step(profile, "--ntasks=1 --nodes=1")} bash -c 'echo "${{SLURMD_NODENAME:-$(hostname)}}" > {_q(folder / "node")}; exec "$@"' \\
   lab {_python(profile)} -m jupyterlab --ServerApp.ip={address} {options}
 """
-    gpus = f"{profile.gpu_type}:{profile.gpus_per_node}" if profile.gpu_type else str(profile.gpus_per_node)
     return _script(
         profile,
         body,
@@ -168,7 +174,7 @@ exec {_step(profile, "--ntasks=1 --nodes=1")} bash -c 'echo "${{SLURMD_NODENAME:
         nodes=1,
         ntasks_per_node=1,
         cpus_per_task=profile.cpus_per_rank * profile.gpus_per_node,
-        gpus_per_node=gpus,
+        gpus_per_node=_gpus(profile, profile.gpus_per_node),
         mem=f"{profile.gpus_per_node * megabytes(profile.memory_per_rank, profile.name)}M"
         if profile.memory_per_rank
         else None,
@@ -227,6 +233,10 @@ again() {{ ask scontrol requeue "$job" && sleep 120; }}
 
 def _step(profile: Profile, options: str) -> str:
     return " ".join(["srun", options, "--unbuffered", *map(_q, profile.srun), *map(_q, profile.container)])
+
+
+def _gpus(profile: Profile, count: int) -> str | None:
+    return (f"{profile.gpu_type}:{count}" if profile.gpu_type else str(count)) if count else None
 
 
 def _python(profile: Profile) -> str:

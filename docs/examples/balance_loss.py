@@ -1,0 +1,30 @@
+"""How hard must the gate be pushed towards balance? (beyond the paper, which sets the auxiliary loss to 0.01)"""
+
+from moelab.config import RoutingConfig
+from moelab.workbench.experiments import common
+from moelab.workbench.experiments.base import Experiment, Scale
+
+ARMS = {
+    f"weight {weight:g}": {"name": "350M+MoE-128", "routing": RoutingConfig(drop_tokens=False, aux_loss=weight)}
+    for weight in (0.0, 0.01, 0.1)
+}
+
+
+def specs(scale="cpu", seeds=1):
+    return common.specs("balance-loss", ARMS, scale, seeds)
+
+
+def finding(final):
+    return common.difference(final, "weight 0", "weight 0.01")
+
+
+EXPERIMENT = Experiment(
+    name="balance-loss",
+    title="How much balance the gate needs",
+    paper="beyond the paper",
+    question="What happens without the auxiliary loss?",
+    paper_answer="Not examined; its weight is 0.01 throughout.",
+    notebook="30_balance_loss.ipynb",
+    scales={"smoke": Scale("tiny twins", "seconds"), "cpu": Scale("twins, 1 M tokens", "minutes a seed", seeds=3)},
+    specs=specs,
+)
