@@ -59,13 +59,25 @@ class Publication:
         return cls(experiment, scale, parameters, path, interactive=given is None)
 
     def figure(
-        self, figure: Figure, name: str, *, title: str, caption: str = "", data: pd.DataFrame | None = None
+        self,
+        figure: Figure,
+        name: str,
+        *,
+        title: str,
+        caption: str = "",
+        data: pd.DataFrame | None = None,
+        claims: Sequence[str] = (),
     ) -> None:
-        """Save a figure as PNG and SVG (light and dark), and the numbers it shows as JSON lines. `title` states the finding."""
+        """Save a figure as PNG and SVG (light and dark), and the numbers it shows as JSON lines.
+
+        Args:
+            title: states the finding.
+            claims: ids of the paper's claims that it shows; the ledger links them to it.
+        """
         from moelab.workbench import figures
 
         figures.save(figure, self.path / name, title=title)
-        record = {"name": name, "title": title, "caption": caption}
+        record: dict[str, Any] = {"name": name, "title": title, "caption": caption, "claims": list(claims)}
         if data is not None:
             record["data"] = f"{name}.jsonl"
             self._write_frame(record["data"], data)
