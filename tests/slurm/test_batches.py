@@ -102,7 +102,7 @@ def test_a_run_on_two_nodes_is_interrupted_and_ends_with_the_same_numbers(workpl
     local = RunStore(tmp_path / "local").run(two)
     assert supervise(local) == FINISHED
     (run,) = workplace.submit(two)
-    workplace.until_step(run, 30)
+    workplace.freeze(run, 30)
     job = workplace.job(run)
     hosts = subprocess.run(["scontrol", "show", "hostnames", job.node], capture_output=True, text=True).stdout.split()
     assert len(hosts) == 2
