@@ -112,11 +112,16 @@ def read_trainer(job: str, cluster: Path) -> int:
     raise AssertionError(f"job {job} trains nothing")
 
 
-def awaits(pid: int, number: int) -> bool:
-    """Whether a signal has been sent to a halted process."""
-    status = Path(f"/proc/{pid}/status").read_text()
-    pending = sum(int(line.split()[1], 16) for line in status.splitlines() if line.startswith(("SigPnd", "ShdPnd")))
-    return bool(pending >> (number - 1) & 1)
+def told(pid: int, number: int) -> bool:
+    """Whether a halted process has been sent a signal, or has been woken for it."""
+    try:
+        status = dict(
+            line.split(":\t", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines() if ":\t" in line
+        )
+    except FileNotFoundError:
+        return True
+    pending = int(status["SigPnd"], 16) | int(status["ShdPnd"], 16)
+    return not status["State"].startswith("T") or bool(pending >> (number - 1) & 1)
 
 
 @dataclass

@@ -187,5 +187,5 @@ def test_bad_input_is_one_line_and_queues_nothing(workplace, tmp_path, monkeypat
     before = set(queue.jobs())
     said = moelab("submit", "pr-moe", "--scale", "smoke", *arguments, code=2)
     assert part in said and len(said.strip().splitlines()) == 1
-    assert set(queue.jobs()) == before
+    assert set(queue.jobs()) <= before, "ended jobs may have been forgotten meanwhile"
     assert not [*(workplace.home / "submissions").glob("2*"), *(workplace.home / "runs").glob("*")]

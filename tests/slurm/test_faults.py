@@ -1,5 +1,6 @@
 """Each thing that befalls jobs on a cluster, once; the run must end with the numbers of one that was never disturbed."""
 
+import contextlib
 import os
 import shutil
 import signal
@@ -12,7 +13,7 @@ import pytest
 from moelab.config import DataConfig
 from moelab.workbench.slurm import attempt, queue
 from moelab.workbench.slurm.status import log_of, overview
-from tests.slurm.conftest import awaits, numbers, processes, until
+from tests.slurm.conftest import numbers, processes, told, until
 
 pytestmark = pytest.mark.slow
 
@@ -26,8 +27,9 @@ def test_time_limit(workplace, spec, undisturbed):
     pid = workplace.freeze(run, 60)
     job = workplace.job(run).id
     scontrol("update", f"JobId={job}", "TimeLimit=1")  # the warning is due a minute before it
-    until(lambda: awaits(pid, signal.SIGUSR1), what="the warning")
-    os.kill(pid, signal.SIGCONT)
+    until(lambda: told(pid, signal.SIGUSR1), what="the warning")
+    with contextlib.suppress(ProcessLookupError):  # Slurm may have woken it
+        os.kill(pid, signal.SIGCONT)
     until(lambda: workplace.job(run).state == "PENDING", what="the requeue")
     scontrol("update", f"JobId={job}", "TimeLimit=60")
     (first,) = attempt.history(run)
