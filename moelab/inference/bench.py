@@ -16,7 +16,7 @@ import json
 import math
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -83,21 +83,27 @@ def filled(config: ModelConfig, device: str) -> GPT:
     return model
 
 
-def our_steps(generator: Generator, prompts: list[list[int]]) -> Steps:
-    """Turns of one of our generators; on ranks, of this rank's share of the prompts."""
+def turns(generator: Generator, prompts: list[list[int]], tokens: int) -> Iterator[None]:
+    """Generate, greedily, and come back after each turn: one token for each prompt, on ranks of this rank's share."""
     share = len(prompts)
     if generator.mesh is not None:
         share = len(range(generator.mesh.data.index, len(prompts), generator.mesh.data.size))
+    pieces = generator.stream(prompts, Sampling(max_new_tokens=tokens, temperature=0))
+    for count, _ in enumerate(pieces, start=1):
+        if count % share == 0:
+            yield
+
+
+def our_steps(generator: Generator, prompts: list[list[int]]) -> Steps:
+    """Times of one of our generators."""
 
     def run(tokens: int) -> list[float]:
-        times: list[float] = []
+        times = []
         last = time.perf_counter()
-        pieces = generator.stream(prompts, Sampling(max_new_tokens=tokens, temperature=0))
-        for count, _ in enumerate(pieces, start=1):
-            if count % share == 0:
-                now = time.perf_counter()
-                times.append(now - last)
-                last = now
+        for _ in turns(generator, prompts, tokens):
+            now = time.perf_counter()
+            times.append(now - last)
+            last = now
         return times
 
     return run
@@ -128,23 +134,22 @@ def make_prompts(config: ModelConfig, batch: int, protocol: Protocol) -> list[li
     ).tolist()
 
 
-def breakdown(generator: Generator, steps: Steps, clock: Clock, protocol: Protocol) -> dict[str, Any]:
+def breakdown(generator: Generator, prompts: list[list[int]], protocol: Protocol) -> dict[str, Any]:
     """Milliseconds a step by part, collectives a step, and distinct experts a MoE layer, from one more generation."""
-    steps(1)
-    clock.reset()
-    steps(1)
-    clock.stop()
-    first = clock.seconds.copy(), clock.collectives, len(clock.distinct)
-    clock.reset()
-    steps(protocol.output)
-    clock.stop()
+    clock = Clock(generator.cache.device.type)
+    clock.attach(generator.model)
+    with clock.communication():
+        for turn, _ in enumerate(turns(generator, prompts, protocol.output)):
+            if turn == 0:
+                clock.reset()  # the prompts are not a step, and what comes after the last one is none
+            clock.stop()
+            spent, collectives = clock.seconds.copy(), clock.collectives
+    clock.detach()
     n = protocol.output - 1
-    parts = {part: (clock.seconds[part] - first[0][part]) / n * 1e3 for part in PARTS if clock.seconds[part]}
-    distinct = clock.distinct[first[2] :]
     return {
-        "parts_ms": parts,
-        "collectives": (clock.collectives - first[1]) / n,
-        "distinct_experts": statistics.mean(distinct) if distinct else None,
+        "parts_ms": {part: spent[part] / n * 1e3 for part in PARTS if spent[part]},
+        "collectives": collectives / n,
+        "distinct_experts": statistics.mean(clock.distinct) if clock.distinct else None,
     }
 
 
@@ -167,13 +172,11 @@ def measure(config: ModelConfig, batches: list[int], protocol: Protocol, device:
         for name, measured in times.items():
             found.append({**case, "candidate": name, **figures(measured, times, batch, protocol)})
     for row in found:  # last, as the clock slows the models down
-        if row["candidate"] in models:
-            generator = Generator(models[row["candidate"]], batch=row["batch"])
-            clock = Clock(device)
-            clock.attach(generator.model)
-            steps = our_steps(generator, make_prompts(config, row["batch"], protocol))
-            row |= breakdown(generator, steps, clock, protocol)
-            clock.detach()
+        prompts, name = make_prompts(config, row["batch"], protocol), row["candidate"]
+        if name in models:
+            row |= breakdown(Generator(models[name], batch=row["batch"]), prompts, protocol)
+        else:
+            row["distinct_experts"] = others[name].distinct_experts(prompts, protocol.output)
     distinct = {row["batch"]: row["distinct_experts"] for row in found if row["candidate"] == "optimised"}
     for row in found:
         needed = weight_bytes(config, distinct[row["batch"]] or 0) + cache_bytes(config, row["batch"], protocol)
@@ -231,21 +234,21 @@ def measure_rank(config: ModelConfig, parallel: ParallelConfig, batch: int, prot
         )
         for mode in MODES
     }
-    candidates = {mode: our_steps(g, make_prompts(config, batch, protocol)) for mode, g in generators.items()}
-    times = in_turns(candidates, protocol)
+    prompts = make_prompts(config, batch, protocol)
+    times = in_turns({mode: our_steps(g, prompts) for mode, g in generators.items()}, protocol)
     machine = {
         "empty_collective_ms": empty_collective(mesh) * 1e3,
         "read_GB_per_s": read_rate("cpu", 1 << 26) / 1e9,
     }
-    rows = []
-    for mode, generator in generators.items():
-        clock = Clock()
-        clock.attach(generator.model)
-        with clock.communication():
-            parts = breakdown(generator, candidates[mode], clock, protocol)
-        clock.detach()
-        rows.append({"candidate": mode, **figures(times[mode], times, batch, protocol), **parts, **machine})
-    return rows
+    return [
+        {
+            "candidate": mode,
+            **figures(times[mode], times, batch, protocol),
+            **breakdown(generator, prompts, protocol),
+            **machine,
+        }
+        for mode, generator in generators.items()
+    ]
 
 
 def empty_collective(mesh: Mesh) -> float:

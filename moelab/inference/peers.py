@@ -7,6 +7,7 @@ two thirds) and nothing in between, so the peer has fewer layers of attention to
 
 from __future__ import annotations
 
+import statistics
 import tempfile
 import time
 from pathlib import Path
@@ -42,6 +43,19 @@ class Peer:
                 streamer=streamer,
             )
         return out[:, ids.shape[1] :].tolist()
+
+    def distinct_experts(self, prompts: list[list[int]], tokens: int) -> float | None:
+        """Experts that had tokens, mean over layers and decoding steps; None without experts."""
+        met: list[int] = []
+        hooks = [
+            module.register_forward_pre_hook(lambda _, args: met.append(args[1].unique().numel()))
+            for name, module in self.model.named_modules()
+            if name.endswith(".experts")
+        ]
+        self.generate(prompts, tokens)
+        for hook in hooks:
+            hook.remove()
+        return statistics.mean(met[len(hooks) :]) if hooks else None  # the first call of each layer is the prompts'
 
     def steps(self, prompts: list[list[int]]):
         """Turns, as `moelab.inference.bench.Steps`."""

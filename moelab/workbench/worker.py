@@ -12,8 +12,10 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import time
 import traceback
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from moelab.engine import process
 from moelab.engine.launch import RankFailed
@@ -22,6 +24,9 @@ from moelab.files import read_json
 from moelab.workbench.specs import RunSpec
 from moelab.workbench.store import Run, execute
 from moelab.workbench.supervisor import supervise
+
+if TYPE_CHECKING:
+    from moelab.training import Progress
 
 
 def main(path: Path, parent: int) -> int:
@@ -43,7 +48,7 @@ def main(path: Path, parent: int) -> int:
     from moelab.training import TrainingStopped
 
     try:
-        execute(run, should_stop=should_stop)
+        execute(run, should_stop=should_stop, on_progress=_print)
     except (TrainingStopped, KeyboardInterrupt) as stop:
         print(stop, file=sys.stderr)
         return STOPPED
@@ -51,6 +56,12 @@ def main(path: Path, parent: int) -> int:
         traceback.print_exc()
         return FAILED
     return FINISHED
+
+
+def _print(p: Progress) -> None:
+    """For whoever follows the run's log; flushed, so that the last line is how far it came."""
+    now = time.strftime("%Y-%m-%d %H:%M:%S")
+    print(f"[{now}] step {p.step} of {p.steps}  loss {p.loss:.4f}  {p.tokens_per_s:,.0f} tokens/s", flush=True)
 
 
 if __name__ == "__main__":

@@ -98,12 +98,14 @@ def test_scale_switch(results, visit):
 def test_colour_switch(results, visit):
     page = visit(f"{results.as_uri()}/{NEWEST}/index.html")
     ground = "getComputedStyle(document.body).backgroundColor"
-    assert page.evaluate(ground) == "rgb(255, 255, 255)" and page.locator("img.light").is_visible()
+    assert page.evaluate(ground) == "rgb(255, 255, 255)"
+    page.locator("img.light").wait_for()  # has a size, and is visible, once it is loaded
     button = page.get_by_role("button", name="Colours")
     button.click()
     button.click()
     assert page.evaluate(ground) == "rgb(20, 24, 29)"
-    assert page.locator("img.dark").is_visible() and not page.locator("img.light").is_visible()
+    page.locator("img.dark").wait_for()
+    assert not page.locator("img.light").is_visible()
     page.goto(f"{results.as_uri()}/index.html")
     assert page.evaluate(ground) == "rgb(20, 24, 29)", "the choice is kept"
 

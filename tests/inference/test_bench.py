@@ -85,9 +85,12 @@ def test_the_mixtral_peer_has_experts_of_equal_size():
     theirs = sum(p.numel() for n, p in peer.model.named_parameters() if "experts" in n)
     ours = sum(block.ffn.experts.up.numel() + block.ffn.experts.down.numel() for block in model.blocks[1::2])
     assert theirs == ours
-    assert len(peer.steps(bench.make_prompts(config, 2, TINY))(4)) == 4
+    prompts = bench.make_prompts(config, 2, TINY)
+    assert len(peer.steps(prompts)(4)) == 4
+    assert 1 <= peer.distinct_experts(prompts, 4) <= 2 and peer.distinct_experts(prompts[:1], 4) == 1
 
 
+@pytest.mark.slow
 @pytest.mark.multiprocess
 def test_rows_of_ranks():
     rows = bench.measure_ranks(MOE, [1, 2], 4, TINY)

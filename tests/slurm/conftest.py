@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import signal
 import subprocess
 import time
 from collections.abc import Callable
@@ -85,6 +87,43 @@ def until(condition: Callable[[], object], limit_s: float = 90, what: str = "") 
         time.sleep(0.2)
 
 
+def processes(job: str, cluster: Path) -> list[int]:
+    """A job's processes on this machine, and the step daemons above them, by the environment they were given."""
+    want = {f"SLURM_CONF={cluster}/etc/slurm.conf".encode(), f"SLURM_JOB_ID={job}".encode()}
+    found = set()
+    for folder in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            if want <= set((folder / "environ").read_bytes().split(b"\0")):
+                found.add(int(folder.name))
+                parent = int((folder / "stat").read_text().rsplit(")", 1)[1].split()[1])
+                if b"slurmstepd" in Path(f"/proc/{parent}/cmdline").read_bytes():
+                    found.add(parent)
+    return sorted(found)
+
+
+def read_trainer(job: str, cluster: Path) -> int:
+    """The process of a job that trains (its rank 0)."""
+    for pid in processes(job, cluster):
+        with contextlib.suppress(OSError):
+            words = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
+            rank = b"SLURM_PROCID=0\0" in Path(f"/proc/{pid}/environ").read_bytes()
+            if words[1:3] == [b"-m", b"moelab.workbench.worker"] and rank:
+                return pid
+    raise AssertionError(f"job {job} trains nothing")
+
+
+def told(pid: int, number: int) -> bool:
+    """Whether a halted process has been sent a signal, or has been woken for it."""
+    try:
+        status = dict(
+            line.split(":\t", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines() if ":\t" in line
+        )
+    except FileNotFoundError:
+        return True
+    pending = int(status["SigPnd"], 16) | int(status["ShdPnd"], 16)
+    return not status["State"].startswith("T") or bool(pending >> (number - 1) & 1)
+
+
 @dataclass
 class Workplace:
     """A workshop of its own on the cluster."""
@@ -106,10 +145,16 @@ class Workplace:
                     return jobs.get((submission.id, part.name, part.runs.index(run.spec.id)))
         return None
 
-    def until_step(self, run: Run, step: int) -> None:
-        """Wait until the run has got so far."""
+    def freeze(self, run: Run, step: int) -> int:
+        """Wait until the run has got so far and halt the process that trains, whose id it returns: now there is time to disturb it.
+
+        It goes on with SIGCONT, which Slurm sends by itself before it asks a job to end.
+        """
         until(lambda: self.step(run) >= step, what=f"step {step}")
+        pid = read_trainer(self.job(run).id, self.cluster)
+        os.kill(pid, signal.SIGSTOP)
         assert not run.finished, "too late to disturb"
+        return pid
 
     def step(self, run: Run) -> int:
         return (read_json(run.path / "status.json") or {}).get("step", 0)

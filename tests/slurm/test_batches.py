@@ -102,7 +102,7 @@ def test_a_run_on_two_nodes_is_interrupted_and_ends_with_the_same_numbers(workpl
     local = RunStore(tmp_path / "local").run(two)
     assert supervise(local) == FINISHED
     (run,) = workplace.submit(two)
-    workplace.until_step(run, 30)
+    workplace.freeze(run, 30)
     job = workplace.job(run)
     hosts = subprocess.run(["scontrol", "show", "hostnames", job.node], capture_output=True, text=True).stdout.split()
     assert len(hosts) == 2
@@ -187,5 +187,5 @@ def test_bad_input_is_one_line_and_queues_nothing(workplace, tmp_path, monkeypat
     before = set(queue.jobs())
     said = moelab("submit", "pr-moe", "--scale", "smoke", *arguments, code=2)
     assert part in said and len(said.strip().splitlines()) == 1
-    assert set(queue.jobs()) == before
+    assert set(queue.jobs()) <= before, "ended jobs may have been forgotten meanwhile"
     assert not [*(workplace.home / "submissions").glob("2*"), *(workplace.home / "runs").glob("*")]

@@ -1,5 +1,6 @@
 """Each thing that befalls jobs on a cluster, once; the run must end with the numbers of one that was never disturbed."""
 
+import contextlib
 import os
 import shutil
 import signal
@@ -11,8 +12,8 @@ import pytest
 
 from moelab.config import DataConfig
 from moelab.workbench.slurm import attempt, queue
-from moelab.workbench.slurm.status import overview
-from tests.slurm.conftest import numbers, until
+from moelab.workbench.slurm.status import log_of, overview
+from tests.slurm.conftest import numbers, processes, told, until
 
 pytestmark = pytest.mark.slow
 
@@ -21,39 +22,14 @@ def scontrol(*arguments: str) -> str:
     return subprocess.run(["scontrol", *arguments], check=True, capture_output=True, text=True).stdout
 
 
-def processes(job: str, cluster: Path) -> list[int]:
-    """A job's processes on this machine, and the step daemons above them, by the environment they were given."""
-    want = {f"SLURM_CONF={cluster}/etc/slurm.conf".encode(), f"SLURM_JOB_ID={job}".encode()}
-    found = set()
-    for folder in Path("/proc").glob("[0-9]*"):
-        try:
-            if want <= set((folder / "environ").read_bytes().split(b"\0")):
-                found.add(int(folder.name))
-                parent = int((folder / "stat").read_text().rsplit(")", 1)[1].split()[1])
-                if b"slurmstepd" in Path(f"/proc/{parent}/cmdline").read_bytes():
-                    found.add(parent)
-        except OSError:
-            pass
-    return sorted(found)
-
-
-def worker(job: str, cluster: Path) -> int:
-    """The process that trains."""
-    (pid,) = [
-        pid
-        for pid in processes(job, cluster)
-        if b"moelab.workbench.worker" in (line := Path(f"/proc/{pid}/cmdline").read_bytes())
-        and line.startswith(b"/")
-        and b"srun" not in line
-    ]
-    return pid
-
-
 def test_time_limit(workplace, spec, undisturbed):
     (run,) = workplace.submit(spec)
-    workplace.until_step(run, 60)
+    pid = workplace.freeze(run, 60)
     job = workplace.job(run).id
     scontrol("update", f"JobId={job}", "TimeLimit=1")  # the warning is due a minute before it
+    until(lambda: told(pid, signal.SIGUSR1), what="the warning")
+    with contextlib.suppress(ProcessLookupError):  # Slurm may have woken it
+        os.kill(pid, signal.SIGCONT)
     until(lambda: workplace.job(run).state == "PENDING", what="the requeue")
     scontrol("update", f"JobId={job}", "TimeLimit=60")
     (first,) = attempt.history(run)
@@ -66,7 +42,7 @@ def test_time_limit(workplace, spec, undisturbed):
 
 def test_preemption(workplace, spec, undisturbed):
     (run,) = workplace.submit(spec)
-    workplace.until_step(run, 60)
+    workplace.freeze(run, 60)
     node = workplace.job(run).node
     subprocess.run(
         ["sbatch", "-p", "urgent", "-w", node, "--exclusive", "-o", "/dev/null", "--wrap", "sleep 3"],
@@ -80,18 +56,19 @@ def test_preemption(workplace, spec, undisturbed):
 
 def test_requeue_by_hand(workplace, spec, undisturbed):
     (run,) = workplace.submit(spec)
-    workplace.until_step(run, 60)
+    workplace.freeze(run, 60)
     scontrol("requeue", workplace.job(run).id)
     until(lambda: run.status.state == "stopped" and attempt.newest_checkpoint(run.path) >= 60, what="the checkpoint")
     assert overview([spec.id]).rows[0].state == "waiting"
+    assert "step 60 of 500  loss " in log_of(spec.id).read_text()
     workplace.until_over(run)
     assert numbers(run) == numbers(undisturbed)
 
 
 def test_a_killed_task(workplace, spec, undisturbed):
     (run,) = workplace.submit(spec)
-    workplace.until_step(run, 60)
-    os.kill(worker(workplace.job(run).id, workplace.cluster), signal.SIGKILL)
+    pid = workplace.freeze(run, 60)
+    os.kill(pid, signal.SIGKILL)
     until(lambda: attempt.history(run), what="the attempt's record")
     (first,) = attempt.history(run)
     assert (
@@ -106,7 +83,7 @@ def test_a_killed_task(workplace, spec, undisturbed):
 
 def test_a_lost_node(workplace, spec, undisturbed):
     (run,) = workplace.submit(spec)
-    workplace.until_step(run, 60)
+    workplace.freeze(run, 60)
     job = workplace.job(run)
     for pid in [workplace.pid(f"slurmd.{job.node}"), *processes(job.id, workplace.cluster)]:
         os.kill(pid, signal.SIGKILL)
@@ -121,11 +98,11 @@ def test_a_lost_node(workplace, spec, undisturbed):
 
 def test_the_controller_restarts(workplace, spec, undisturbed):
     (run,) = workplace.submit(spec)
-    workplace.until_step(run, 60)
+    pid = workplace.freeze(run, 60)
     try:
-        pid = workplace.pid("slurmctld")
-        os.kill(pid, signal.SIGTERM)
-        until(lambda: not Path(f"/proc/{pid}").exists(), what="the controller to go")
+        controller = workplace.pid("slurmctld")
+        os.kill(controller, signal.SIGTERM)
+        until(lambda: not Path(f"/proc/{controller}").exists(), what="the controller to go")
         seen = overview([spec.id])
         assert "squeue: " in seen.trouble and seen.rows[0].step >= 60, "the run speaks for itself"
         with pytest.raises(queue.SlurmError, match="squeue: "):
@@ -133,6 +110,7 @@ def test_the_controller_restarts(workplace, spec, undisturbed):
     finally:
         workplace.start("slurmctld")
     until(lambda: not overview([spec.id]).trouble, what="the controller")
+    os.kill(pid, signal.SIGCONT)
     workplace.until_over(run)
     assert numbers(run) == numbers(undisturbed)
 
@@ -147,10 +125,11 @@ def test_a_full_disk(workplace, spec, undisturbed):
         pytest.skip(f"a small file system needs mount: {small.stderr.strip()}")
     try:
         (run,) = workplace.submit(spec)
-        workplace.until_step(run, 60)
+        pid = workplace.freeze(run, 60)
         ballast = runs / "ballast"
         with open(ballast, "wb") as file:
             file.write(b"\0" * (shutil.disk_usage(runs).free - 500_000))
+        os.kill(pid, signal.SIGCONT)
         until(lambda: attempt.history(run), what="the attempt's record")
         ballast.unlink()
         (first,) = attempt.history(run)
@@ -173,7 +152,7 @@ def test_failing_twice_the_same_way_ends_it_and_says_why(workplace, spec, tmp_pa
 
 def test_cancelled_runs_keep_a_checkpoint_and_go_on_when_submitted_again(workplace, spec, undisturbed):
     (run,) = workplace.submit(spec)
-    workplace.until_step(run, 60)
+    workplace.freeze(run, 60)
     queue.cancel([workplace.job(run).id])
     workplace.until_over(run)
     assert run.status.state == "stopped" and attempt.newest_checkpoint(run.path) >= 60

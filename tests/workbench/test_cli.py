@@ -185,12 +185,13 @@ def test_a_wheel_brings_notebooks_and_paper(tmp_path):
     code = """
 import sys, moelab, moelab.kernels
 from pathlib import Path
-from moelab import paper
+from moelab import paper, simulate
 from moelab.workbench import paths, site
 from moelab.workbench.experiments import EXPERIMENTS
 from moelab.workbench.notebooks import parameters
 assert paths.checkout() is None and moelab.__file__.startswith(sys.argv[1])
 site.build(Path("results"))
+assert simulate.plan("350M+MoE-32", 8, "h100").best.fits, "clusters and calibration come along"
 print(len(paper.models()), len(paper.claims()), *parameters(EXPERIMENTS["pr-moe"]))
 """
     done = subprocess.run(

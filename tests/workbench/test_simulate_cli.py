@@ -1,7 +1,6 @@
 """`moelab plan` and `moelab simulate`, as users type them."""
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -60,23 +59,6 @@ def test_fit_writes_what_it_found(tmp_path):
 def test_bad_input_is_one_line(arguments, part):
     done = subprocess.run([sys.executable, "-m", "moelab.cli", *arguments], capture_output=True, text=True)
     assert done.returncode == 2 and part in done.stderr and len(done.stderr.strip().splitlines()) == 1
-
-
-@pytest.mark.slow
-@pytest.mark.notebook
-@pytest.mark.parametrize(
-    "name", ["inference-scaling", "inference-large", "model-variants-latency", "moe-vs-dense-inference"]
-)
-def test_an_experiment_without_trainings_runs_and_publishes(name, tmp_path):
-    env = {**os.environ, "MOELAB_HOME": str(tmp_path / "home"), "MOELAB_RESULTS": str(tmp_path / "results")}
-    command = [sys.executable, "-m", "moelab.cli", "run", name, "--scale", "smoke"]
-    done = subprocess.run(command, capture_output=True, text=True, env=env)
-    assert done.returncode == 0, done.stdout + done.stderr
-    (summary,) = (tmp_path / "results").glob("*/smoke/*/summary.json")
-    record = json.loads(summary.read_text())
-    assert record["figures"] and record["claims"] and record["runs"] == [] and record["missing"] == []
-    page = (tmp_path / "results" / "index.html").read_text()
-    assert "simulated: within 15 %" in page or "simulated: direction only" in page
 
 
 @pytest.mark.slow

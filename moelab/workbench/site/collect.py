@@ -19,6 +19,11 @@ from moelab.workbench.claims import (
     NOT_TESTABLE,
     NOT_TESTED,
     REPRODUCED,
+    SIMULATED,
+    SIMULATED_DIRECTION,
+    SIMULATED_FAILS,
+    SIMULATED_HOLDS,
+    SIMULATED_WITHIN,
     UNDECIDED,
 )
 from moelab.workbench.experiments import EXPERIMENTS, Experiment
@@ -30,9 +35,13 @@ from moelab.workbench.site.order import position
 
 VERDICTS = {
     REPRODUCED: ("✓", "good"),
+    SIMULATED_HOLDS: ("✓", "good"),
+    SIMULATED_WITHIN: ("✓", "good"),
     DIRECTION: ("↗", "part"),
+    SIMULATED_DIRECTION: ("↗", "part"),
     UNDECIDED: ("?", "open"),
     NOT_REPRODUCED: ("✗", "bad"),
+    SIMULATED_FAILS: ("✗", "bad"),
     DISAGREES: ("≠", "open"),
     NO_SPREAD: ("1", "none"),
     NOT_TESTED: ("–", "none"),
@@ -41,15 +50,10 @@ VERDICTS = {
 }
 """Verdict -> sign and style, in the order of the summary."""
 
-_SIMULATED = {"holds": VERDICTS[REPRODUCED], "does not hold": VERDICTS[NOT_REPRODUCED]}
-
 
 def sign(verdict: str) -> tuple[str, str]:
-    """Sign and style of a verdict; those of simulations (`moelab.workbench.simulated`) look like the measured ones that say the same."""
-    rest = verdict.removeprefix("simulated: ")
-    if rest.startswith("within "):
-        return VERDICTS[REPRODUCED]
-    return {**VERDICTS, **_SIMULATED}.get(rest, ("•", "none"))
+    """Sign and style of a verdict."""
+    return VERDICTS.get(verdict, ("•", "none"))
 
 
 @dataclass(frozen=True)
@@ -70,9 +74,11 @@ class Result:
     def experiment(self) -> str:
         return self.summary["experiment"]
 
-    @property
+    @cached_property
     def scale(self) -> str:
-        return self.summary["scale"]
+        """The scale it ran at; `simulated` for one that says so in all its verdicts and trained nothing."""
+        verdicts = {v["verdict"] for v in self.claims} - {NOT_TESTED, NOT_TESTABLE}
+        return "simulated" if verdicts and verdicts <= set(SIMULATED) and not self.runs else self.summary["scale"]
 
     @property
     def title(self) -> str:
@@ -255,6 +261,7 @@ class Line:
         claim: the paper's statement.
         verdict: one of `moelab.workbench.claims` or `moelab.workbench.ledger`.
         result: where it was measured, None for a claim of which no result says anything.
+        scale: at which; empty where there is no result.
         ours, low, high: as `Verdict` has them; an infinite bound is None.
         figure: name of the figure that shows it, empty if none does.
         best: whether this is the claim's most telling line, the one that counts.
@@ -263,6 +270,7 @@ class Line:
     claim: paper.Claim
     verdict: str
     result: Result | None = None
+    scale: str = ""
     ours: float | None = None
     low: float | None = None
     high: float | None = None
@@ -270,11 +278,6 @@ class Line:
     note: str = ""
     figure: str = ""
     best: bool = False
-
-    @property
-    def scale(self) -> str:
-        """Empty when not tested."""
-        return self.result.scale if self.result else ""
 
     @property
     def paper(self) -> str:
@@ -286,7 +289,12 @@ class Line:
     def words(self) -> str:
         """What the search looks through."""
         c = self.claim
-        return " ".join((c.id, c.statement, c.where, c.experiment, c.quantity, self.verdict)).lower()
+        return " ".join((c.id, c.statement, c.where, c.experiment, self.experiment, c.quantity, self.verdict)).lower()
+
+    @property
+    def experiment(self) -> str:
+        """The one whose result this is, else the one that the claim is listed under."""
+        return self.result.experiment if self.result else self.claim.experiment
 
     @property
     def link(self) -> str:
@@ -302,6 +310,7 @@ def judged(result: Result) -> list[Line]:
             known[v["claim"]],
             v["verdict"],
             result,
+            result.scale,
             *(_finite(v.get(key)) for key in ("ours", "low", "high")),
             samples=v.get("samples", 0),
             note=v.get("note", ""),
@@ -325,7 +334,9 @@ def ledger(found: Sequence[Result]) -> list[Line]:
             numbers = (_finite(value) for value in (f.ours, f.low, f.high))
             figure = f.figure.removeprefix(f"{f.result}/").removesuffix(".png")
             verdict = entry.verdict if f is counts else f.verdict
-            line = Line(claim, verdict, by_path[f.result], *numbers, f.samples, f.note, figure, best=f is counts)
+            line = Line(
+                claim, verdict, by_path[f.result], f.scale, *numbers, f.samples, f.note, figure, best=f is counts
+            )
             lines.append(line)
         if not told:
             lines.append(Line(claim, entry.verdict, best=True))

@@ -63,10 +63,9 @@ def build(root: Path) -> Built:
         written += _write_if_changed(root / "assets" / name, template.asset(name))
     lines = ledger(found)
     count = Counter(line.verdict for line in lines if line.best)
-    styles = list(dict.fromkeys(style for _, style in VERDICTS.values()))
-    order = [*VERDICTS, *sorted(set(count) - set(VERDICTS))]
-    counted = [(v, count[v]) for v in sorted(order, key=lambda v: styles.index(sign(v)[1])) if count[v]]
-    scales = sorted({result.scale for result in found}, key=lambda scale: (scale_rank(scale), scale))
+    counted = [(v, count[v]) for v in dict.fromkeys((*VERDICTS, *sorted(count))) if count[v]]
+    used = {result.scale for result in found} | {line.scale for line in lines if line.result}
+    scales = sorted(used, key=lambda scale: (scale_rank(scale), scale))
     page = template.render(
         "index.html",
         up="",

@@ -227,7 +227,8 @@ trap true TERM USR1
 # The controller may be restarting: ask again for a minute.
 ask() {{ for _ in 1 2 3 4 5 6; do "$@" && return; sleep 10; done; return 1; }}
 state() {{ ask squeue -h -j "$job" -o %T; }}
-again() {{ ask scontrol requeue "$job" && sleep 120; }}
+# Looks once more: a job that is cancelled by now would come back.
+again() {{ [ "$(state)" = RUNNING ] && ask scontrol requeue "$job" && sleep 120; }}
 """
 
 
