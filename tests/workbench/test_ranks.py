@@ -95,7 +95,7 @@ def test_a_lab_runs_it_and_reads_it_back(spec, executor):
     assert runs[0].finished, runs.explain_missing()
     assert runs[0].result == {"ranks": 2, "step": 24} and runs[0].status.state == "finished"
     assert runs[0].provenance["parallel"]["data"] == 2
-    assert "trains with 2 ranks as 0" in runs[0].log_tail()
+    assert "trains with 2 ranks as 0" in runs[0].log_tail(100)
     assert "trains with 2 ranks as 1" in (runs[0].path / "logs" / "rank-00001.txt").read_text()
 
 
@@ -168,7 +168,7 @@ def test_ranks_count_as_workers(spec, tmp_path, monkeypatch):
             seen.append(run.spec.parallel.ranks)
         return subprocess.Popen([sys.executable, "-S", "-c", "import time; time.sleep(0.3)"])
 
-    monkeypatch.setattr(executors, "_start", start)
+    monkeypatch.setattr(executors, "start", start)
     most, going = [], []
 
     def tick():

@@ -170,8 +170,8 @@ def test_a_directory_appears_whole_or_not_at_all(tmp_path):
 
 
 def test_bad_executor_is_one_line(tiny_spec):
-    with pytest.raises(ValueError, match="executor must be auto, inline or processes"):
-        Lab().run([tiny_spec], executor="slurm")
+    with pytest.raises(ValueError, match="executor must be one of auto, inline, processes, slurm, read"):
+        Lab().run([tiny_spec], executor="cloud")
 
 
 def test_home_can_be_elsewhere(tmp_path):
