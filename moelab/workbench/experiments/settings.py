@@ -16,7 +16,7 @@ Twins are drop-free: in the first 100 k tokens routing is so uneven that capacit
 forgets and a 1,000-step run does not. The experiment `capacity` measures that.
 
 Learning rate: one for all arms of a scale, so that no arm is tuned more than another. The `cpu` rate comes from a sweep (experiment
-`learning-rate`) on a seed that no other experiment uses.
+`learning-rate`) on a seed that no other experiment uses: of 4e-3 to 32e-3 all swept arms end lowest at 16e-3.
 """
 
 from __future__ import annotations
@@ -52,8 +52,8 @@ TRAINS = {
     "cpu": TrainConfig(
         tokens=1_024_000,
         batch_size=8,
-        lr=8e-3,
-        min_lr=8e-4,
+        lr=16e-3,
+        min_lr=1.6e-3,
         warmup_tokens=51_200,
         eval_every=100,
         eval_tokens=4_096,
