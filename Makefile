@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 .PHONY: reproduce test test-slurm lab browse lint format clean
 
 reproduce: $(VENV)/.installed  ## rerun the paper's PR-MoE ablation on a laptop (minutes on 2 cores)
-	$(BIN)/moelab run pr-moe --scale cpu
+	$(BIN)/moelab run pr-moe --scale cpu -p corpus=sotu
 
 test: $(VENV)/.installed-test  ## run the tests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadgroup
