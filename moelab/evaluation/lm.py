@@ -54,7 +54,9 @@ class RunLM(TemplateLM):
         if batch < 1:
             raise ValueError(f"eval: batch must be at least 1, got {batch}")
         if tokenizer.vocab_size > (vocab := model.config.vocab):
-            raise ValueError(f"eval: the tokenizer has {tokenizer.vocab_size} entries, the model's embedding only {vocab}")
+            raise ValueError(
+                f"eval: the tokenizer has {tokenizer.vocab_size} entries, the model's embedding only {vocab}"
+            )
         self.model, self.texts, self.batch = model, tokenizer, batch
         self.answers = requests or Requests()
         self.on_progress = on_progress
@@ -76,7 +78,9 @@ class RunLM(TemplateLM):
 
     # -- scores --------------------------------------------------------------------------------------------------------------------
 
-    def _loglikelihood_tokens(self, requests: Sequence, disable_tqdm: bool = False, **_: Any) -> list[tuple[float, bool]]:
+    def _loglikelihood_tokens(
+        self, requests: Sequence, disable_tqdm: bool = False, **_: Any
+    ) -> list[tuple[float, bool]]:
         """(log-probability in nats, whether each token was the likeliest) of each (texts, context, continuation)."""
         pieces = [list(self._windows(context, continuation)) for _, context, continuation in requests]
         scored = iter(self._scores([piece for windows in pieces for piece in windows]))

@@ -209,7 +209,9 @@ def _manager(tasks: Sequence[str]) -> Any:
     manager = TaskManager(include_defaults=bool(others))
     for task in others:
         if task not in manager.all_subtasks:
-            raise ValueError(f"eval: no task {task!r}; allowed: {', '.join(PACKAGED)}, and lm-eval's own with a network")
+            raise ValueError(
+                f"eval: no task {task!r}; allowed: {', '.join(PACKAGED)}, and lm-eval's own with a network"
+            )
     return manager
 
 

@@ -31,25 +31,26 @@ def progress() -> Iterator[Callable[[str, int, int], None]]:
 
 def show(scores: Sequence[Score]) -> None:
     """Print scores as a table."""
+    from rich.box import SIMPLE
     from rich.console import Console
     from rich.table import Table
 
-    view = Table("task", "metric", "accuracy", "chance", "always one", "n", "bits per byte", "cut", "seconds")
+    view = Table(
+        "task", "accuracy %", "chance %", "always %", "n", "bits/byte", "cut", box=SIMPLE, padding=(0, 1, 0, 0)
+    )
     for s in scores:
         view.add_row(
-            s.task + (" (stand-in)" if s.stand_in else ""),
-            s.metric,
-            f"{100 * s.accuracy:.1f} ± {100 * s.standard_error:.1f} %",
-            f"{100 * s.chance:.1f} %",
-            "–" if s.majority is None else f"{100 * s.majority:.1f} %",
+            s.task + ("*" if s.stand_in else ""),
+            f"{100 * s.accuracy:.1f} ± {100 * s.standard_error:.1f}",
+            f"{100 * s.chance:.1f}",
+            "–" if s.majority is None else f"{100 * s.majority:.1f}",
             str(s.n),
             f"{s.bits_per_byte:.3f}",
-            "–" if s.cut is None else f"{s.cut} of {s.requests}",
-            f"{s.seconds:.1f}",
+            "–" if s.cut is None else f"{s.cut / s.requests:.0%}",
         )
     console = Console()
     console.print(view)
     console.print(
-        "±: one standard error over the items. Always one: always giving the commonest right answer's place. Bits per byte: of the right answers, "
-        "given their questions. Cut: requests whose context lost its beginning, because the model's is shorter. Stand-in: not the paper's data set."
+        "±: one standard error over the items. Always: always giving the commonest right answer's place. Bits per byte: of the right answers, given "
+        "their questions. Cut: requests whose context lost its beginning, because the model's is shorter. *: stands in for the paper's data set."
     )
