@@ -235,6 +235,45 @@ def generate(
     process.leave()
 
 
+@app.command(name="eval")
+def eval_(
+    run: Annotated[
+        str, typer.Argument(help="id of a run, or the beginning of it, or a directory of a run or an exported model")
+    ],
+    tasks: Annotated[
+        str, typer.Option(help="comma-separated: packaged ones (default: all six), or lm-eval's own with a network")
+    ] = "",
+    limit: Annotated[int, typer.Option(help="only the first items of each task; 0 is all")] = 0,
+    batch: Annotated[int, typer.Option(help="sequences at a time")] = 16,
+    dtype: Annotated[str, typer.Option(help="fp32 or bf16")] = "fp32",
+    device: Annotated[str, typer.Option(help="cpu or cuda")] = "cpu",
+    as_json: Annotated[bool, typer.Option("--json", help="the scores as JSON")] = False,
+) -> None:
+    """Zero-shot tasks (the paper's Table 2): accuracy beside chance and the answers' bits per byte. Killed, it goes on where it was."""
+    import json
+    from dataclasses import asdict
+
+    _check_device(device)
+    from moelab.data.packages import CorpusUnavailable
+    from moelab.engine.checkpoint import CheckpointError
+    from moelab.evaluation.zero_shot import PACKAGED, evaluate
+    from moelab.workbench import paths, zero_shot
+    from moelab.workbench.store import RunStore
+
+    directory = RunStore().find(run)
+    wanted = tuple(dict.fromkeys(name for name in map(str.strip, tasks.split(",")) if name)) or PACKAGED
+    options = dict(cache=paths.home() / "data", limit=limit, batch=batch, dtype=dtype, device=device)
+    try:
+        with zero_shot.progress() as show:
+            scores = evaluate(directory, wanted, **options, on_progress=show)
+    except (CheckpointError, CorpusUnavailable) as error:
+        raise ValueError(str(error)) from None
+    if as_json:
+        print(json.dumps([asdict(score) for score in scores], indent=2))
+        return
+    zero_shot.show(scores)
+
+
 @app.command()
 def export(
     run: Annotated[str, typer.Argument(help="id of a run, or the beginning of it, or its directory")],

@@ -4,6 +4,7 @@ Both are stored as the `tokenizer.json` of the `tokenizers` library, which other
 no code. The base alphabet is the 256 bytes, so any text can be encoded and decodes to itself.
 """
 
+import hashlib
 import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -106,6 +107,10 @@ class Tokenizer:
     def save(self, path: Path) -> None:
         """Write `tokenizer.json`."""
         path.write_text(self._backend.to_str(), encoding="utf-8")
+
+    def digest(self) -> str:
+        """Hexadecimal SHA-256 of what it does to a text: of its `tokenizer.json`."""
+        return hashlib.sha256(self._backend.to_str().encode()).hexdigest()
 
     def encode(self, text: str) -> list[int]:
         """Token ids of the text; no `eot` is added."""

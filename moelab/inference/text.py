@@ -119,8 +119,16 @@ def open_text(
         ValueError: nothing to open there, or no checkpoint yet, or an unknown dtype.
         CheckpointError: the checkpoint is of another model.
     """
+    model, tokenizer = open_model(directory, cache=cache, dtype=dtype, device=device, mesh=mesh)
+    return Writer(Generator(set_mode(model, mode), batch=batch, mesh=mesh), tokenizer)
+
+
+def open_model(
+    directory: Path, *, cache: Path, dtype: str = "fp32", device: str = "cpu", mesh: Mesh | None = None
+) -> tuple[GPT, Tokenizer]:
+    """What `open_text` writes with: the model, not yet in a mode, and its tokenizer. Arguments and errors as there."""
     if dtype not in DTYPES:
-        raise ValueError(f"generate: dtype must be fp32 or bf16, got {dtype!r}")
+        raise ValueError(f"dtype must be fp32 or bf16, got {dtype!r}")
     if (directory / "spec.json").is_file():
         model = load_run(directory, mesh=mesh, device=device, dtype=dtype)
         tokenizer = prepare(run_configs(directory)[1], cache).tokenizer()
@@ -131,7 +139,7 @@ def open_text(
         tokenizer = hf.load_tokenizer(directory)
     else:
         raise ValueError(f"{directory}: neither a run (spec.json) nor an exported model (config.json)")
-    return Writer(Generator(set_mode(model, mode), batch=batch, mesh=mesh), tokenizer)
+    return model, tokenizer
 
 
 def join_ranks(directory: Path, device: str = "cpu", **layout: Any) -> Mesh | None:

@@ -20,10 +20,11 @@ from moelab.workbench.experiments import (
     spread,
     throughput,
     top2,
+    zero_shot,
 )
 from moelab.workbench.experiments.base import Experiment, Scale
 
-_TRAINING = (scaling, half_moe, top2, pr_moe, distillation, throughput)
+_TRAINING = (scaling, half_moe, top2, pr_moe, distillation, throughput, zero_shot)
 _INFERENCE = (inference_scaling, inference_large, inference_variants, inference_vs_dense)
 _BEYOND = (expert_count, capacity, specialisation, spread, learning_rate)
 

@@ -1,0 +1,198 @@
+"""Any of our models as lm-eval sees one: `RunLM` scores and continues texts, in batches, and remembers what it was asked.
+
+Texts become tokens as in lm-eval's own wrapper of transformers models, so equal weights give equal numbers (tested): a context's trailing spaces
+go to the continuation, an empty context is the end-of-text token, and what does not fit the model's context is cut on the left. Needs the extra
+`eval`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from lm_eval.api.instance import Instance
+from lm_eval.api.model import TemplateLM
+from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+from torch.nn.utils.rnn import pad_sequence
+
+from moelab.data import Tokenizer
+from moelab.evaluation.requests import Requests
+from moelab.inference.generate import Generator
+from moelab.inference.sampling import Sampling
+from moelab.models import GPT
+
+MAX_NEW_TOKENS = 256
+"""Length of a continuation where the task gives none, as in lm-eval."""
+
+OnProgress = Callable[[int, int], None]
+"""Called with (requests done, of all) after each batch."""
+
+
+class RunLM(TemplateLM):
+    """A model and its tokenizer behind lm-eval's interface.
+
+    Args:
+        model: drop-free and in evaluation mode (`moelab.inference.modes.set_mode`): a batch's other texts and padding must not matter.
+        batch: sequences at a time.
+        requests: where answers are kept; those already there are not computed again.
+
+    Attributes:
+        cut: requests so far that had to lose the beginning of their context, computed or remembered.
+    """
+
+    def __init__(
+        self,
+        model: GPT,
+        tokenizer: Tokenizer,
+        *,
+        batch: int = 16,
+        requests: Requests | None = None,
+        on_progress: OnProgress = lambda done, total: None,
+    ) -> None:
+        super().__init__()
+        if batch < 1:
+            raise ValueError(f"eval: batch must be at least 1, got {batch}")
+        if tokenizer.vocab_size > (vocab := model.config.vocab):
+            raise ValueError(
+                f"eval: the tokenizer has {tokenizer.vocab_size} entries, the model's embedding only {vocab}"
+            )
+        self.model, self.texts, self.batch = model, tokenizer, batch
+        self.answers = requests or Requests()
+        self.on_progress = on_progress
+        self.cut = 0
+        self._device = str(model.token_embedding.weight.device)
+        self._generator: Generator | None = None
+
+    @property
+    def eot_token_id(self) -> int:
+        return self.texts.eot
+
+    @property
+    def max_length(self) -> int:
+        """The model's context."""
+        return self.model.config.context
+
+    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
+        return self.texts.encode(string)
+
+    # -- scores --------------------------------------------------------------------------------------------------------------------
+
+    def _loglikelihood_tokens(
+        self, requests: Sequence, disable_tqdm: bool = False, **_: Any
+    ) -> list[tuple[float, bool]]:
+        """(log-probability in nats, whether each token was the likeliest) of each (texts, context, continuation)."""
+        pieces = [list(self._windows(context, continuation)) for _, context, continuation in requests]
+        scored = iter(self._scores([piece for windows in pieces for piece in windows]))
+        sums = []
+        for windows in pieces:
+            parts = [next(scored) for _ in windows]
+            sums.append((sum(p[0] for p in parts), all(p[1] for p in parts)))
+        return sums
+
+    def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
+        """Log-probability in nats of whole texts, in windows of the model's context that do not overlap in what they score."""
+        windows = [
+            [make_disjoint_window(w) for w in self._rolling(self.tok_encode(request.args[0]), self.prefix_token_id)]
+            for request in requests
+        ]
+        scored = iter(self._scores([piece for text in windows for piece in text]))
+        return [sum(next(scored)[0] for _ in text) for text in windows]
+
+    def _windows(self, context: list[int], continuation: list[int]) -> Iterator[tuple[list[int], list[int]]]:
+        """One window, or several for a continuation that is longer than the model's context."""
+        if len(continuation) <= self.max_length:
+            self.cut += len(context) + len(continuation) > self.max_length + 1
+            yield context, continuation
+            return
+        self.cut += 1
+        yield from map(make_disjoint_window, self._rolling(continuation, context[-1]))
+
+    def _rolling(self, tokens: list[int], prefix: int) -> Iterator[tuple[list[int], list[int]]]:
+        return get_rolling_token_windows(
+            token_list=tokens, prefix_token=prefix, max_seq_len=self.max_length, context_len=1
+        )
+
+    def _scores(self, pairs: Sequence[tuple[list[int], list[int]]]) -> list[tuple[float, bool]]:
+        """Scores of (context, continuation) token pairs: those known, and the others in batches of like length, the longest first."""
+        keys = [Requests.key("score", context[-self.max_length :], continuation) for context, continuation in pairs]
+        missing = {key: pair for key, pair in zip(keys, pairs, strict=True) if self.answers.get(key) is None}
+        todo = sorted(missing.items(), key=lambda item: -len(item[1][0]) - len(item[1][1]))
+        for start in range(0, len(todo), self.batch):
+            part = todo[start : start + self.batch]
+            self.answers.put(dict(zip((key for key, _ in part), self._score([pair for _, pair in part]), strict=True)))
+            self.on_progress(len(pairs) - len(todo) + start + len(part), len(pairs))
+        return [tuple(self.answers.get(key)) for key in keys]
+
+    @torch.inference_mode()
+    def _score(self, pairs: Sequence[tuple[list[int], list[int]]]) -> list[tuple[float, bool]]:
+        inputs = [torch.tensor((context + wanted)[-self.max_length - 1 : -1]) for context, wanted in pairs]
+        # Padding stands on the right, where causal attention does not look from.
+        tokens_BT = pad_sequence(inputs, batch_first=True).to(self.device)
+        x_BTM, _ = self.model.trunk(tokens_BT)
+        lengths = [len(wanted) for _, wanted in pairs]
+        rows_NM = torch.cat(
+            [x[len(i) - n : len(i)] for x, i, n in zip(x_BTM, inputs, lengths, strict=True)]
+        )  # those that predict the continuations: the head runs on no others
+        wanted_N = torch.tensor([t for _, wanted in pairs for t in wanted], device=self.device)
+        logits_NV = self.model.head(rows_NM).float()[:, : self.texts.vocab_size]
+        chosen_N = logits_NV.log_softmax(1).gather(1, wanted_N[:, None])[:, 0].double()
+        best_N = logits_NV.argmax(1) == wanted_N
+        return [
+            (float(chosen.sum()), bool(best.all()))
+            for chosen, best in zip(chosen_N.split(lengths), best_N.split(lengths), strict=True)
+        ]
+
+    # -- continuations -------------------------------------------------------------------------------------------------------------
+
+    def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
+        """The likeliest continuation of each context up to the first of its stop texts.
+
+        Raises:
+            ValueError: the task wants draws; only the likeliest token is taken here.
+        """
+        keys = []
+        missing: dict[tuple[tuple[str, ...], int], dict[str, list[int]]] = {}
+        for request in requests:
+            context, settings = request.args
+            until, limit = self._settings(settings)
+            tokens = self.tok_encode(context) or [self.prefix_token_id]
+            room = self.max_length - limit
+            self.cut += len(tokens) > room
+            keys.append(Requests.key("continue", tokens[-room:], until, limit))
+            if self.answers.get(keys[-1]) is None:
+                missing.setdefault((until, limit), {})[keys[-1]] = tokens[-room:]
+        left = sum(map(len, missing.values()))
+        for (until, limit), prompts in missing.items():
+            names = sorted(prompts, key=lambda name: -len(prompts[name]))
+            for start in range(0, len(names), 4 * self.batch):
+                part = names[start : start + 4 * self.batch]
+                texts = self._continue([prompts[name] for name in part], until, limit)
+                self.answers.put(dict(zip(part, texts, strict=True)))
+                left -= len(part)
+                self.on_progress(len(requests) - left, len(requests))
+        return [self.answers.get(key) for key in keys]
+
+    def _settings(self, settings: dict[str, Any]) -> tuple[tuple[str, ...], int]:
+        """(stop texts, tokens at most); at most half the context, so that half is left for the question."""
+        if settings.get("do_sample") or settings.get("temperature"):
+            raise ValueError(f"eval: only tasks that take the likeliest text can be run, this one wants {settings}")
+        until = settings.get("until") or []
+        until = (until,) if isinstance(until, str) else tuple(until)
+        limit = int(settings.get("max_gen_toks") or settings.get("max_new_tokens") or MAX_NEW_TOKENS)
+        return until, min(limit, self.max_length // 2)
+
+    def _continue(self, prompts: Sequence[list[int]], until: tuple[str, ...], limit: int) -> list[str]:
+        if self._generator is None:
+            self._generator = Generator(self.model, batch=self.batch)
+        # A token that holds a stop text ends the sequence at once; one that is spread over tokens is cut off below.
+        stops = [t for t in range(self.texts.vocab_size) if any(u in self.texts.decode([t]) for u in until)]
+        sampling = Sampling(max_new_tokens=limit, temperature=0.0, stop_tokens=(*stops, self.texts.eot))
+        texts = []
+        for found in self._generator.generate(prompts, sampling):
+            tokens = found.tokens[:-1] if found.tokens[-1] == self.texts.eot else found.tokens
+            text = self.texts.decode(tokens)
+            for stop in filter(None, until):
+                text = text.partition(stop)[0]
+            texts.append(text)
+        return texts

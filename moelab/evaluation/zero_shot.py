@@ -1,0 +1,264 @@
+"""Zero-shot tasks of the paper (Table 2) for any model: accuracy beside chance, n, its standard error and the right answer's bits per byte.
+
+    scores = evaluate(run_directory, PACKAGED, cache=..., limit=200)
+
+Tasks are lm-eval's (by name, with a network: `lambada_openai`, `piqa`, `boolq`, `race`, `triviaqa`, `webqs`) or the packaged ones of
+`moelab.evaluation.items`, whose definitions are in `tasks/*.yaml`. Both give the same `Score`.
+
+    <directory>/evaluation/<weights>/requests.jsonl       every answer of the model, as it comes
+                                     <task>[-first-N].json  the score
+
+`<weights>` is a hash of the model's weights and tokenizer, so a run that trains on is evaluated anew.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import io
+import logging
+import math
+import statistics
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from importlib import metadata
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+from moelab.config import digest, from_json
+from moelab.evaluation.items import READERS, items
+from moelab.files import read_json, write_json
+
+if TYPE_CHECKING:
+    from lm_eval.api.model import LM
+
+    from moelab.data import Tokenizer
+    from moelab.models import GPT
+
+PACKAGED = tuple(READERS)
+"""The tasks that need no hub, in the paper's order."""
+
+PAPER_TASKS = {
+    "lambada": ("packaged_lambada", "lambada_openai"),
+    "piqa": ("packaged_piqa", "piqa"),
+    "boolq": ("packaged_boolq", "boolq"),
+    "race_h": ("packaged_history", "race"),
+    "triviaqa": ("packaged_trivia", "triviaqa"),
+    "webqs": ("packaged_nq", "webqs"),
+}
+"""Column of the paper's table -> the packaged task and lm-eval's."""
+
+STAND_INS = ("packaged_history", "packaged_nq")
+"""Tasks of another data set than the paper's column names."""
+
+OnProgress = Callable[[str, int, int], None]
+"""Called with (task, requests done, of all)."""
+
+
+@dataclass(frozen=True)
+class Score:
+    """One model on one task.
+
+    Attributes:
+        task: lm-eval's or the packaged name.
+        metric: "acc", or "exact_match" for free answers.
+        accuracy: share of right answers, 0 to 1.
+        standard_error: of `accuracy`, over the items: s / sqrt(n).
+        chance: what guessing gives: one over the number of answers, 0 for free ones.
+        majority: what always giving the commonest right answer's place gives; None for free ones.
+        n: items.
+        bits_per_byte: bits a byte of the right answers, given their questions; of several right ones the first is taken.
+        cut: requests whose context did not fit and lost its beginning; None where the model is not ours.
+        requests: of the task, all.
+        stand_in: the data set is another one than the paper's.
+        version: of the task, and of lm-eval.
+        seconds: wall time.
+    """
+
+    task: str
+    metric: str
+    accuracy: float
+    standard_error: float
+    chance: float
+    majority: float | None
+    n: int
+    bits_per_byte: float
+    cut: int | None
+    requests: int
+    stand_in: bool
+    version: str
+    seconds: float
+
+
+def evaluate(
+    directory: Path,
+    tasks: Sequence[str] = PACKAGED,
+    *,
+    cache: Path,
+    limit: int = 0,
+    batch: int = 16,
+    dtype: str = "fp32",
+    device: str = "cpu",
+    on_progress: OnProgress = lambda task, done, total: None,
+) -> list[Score]:
+    """Scores of a run's newest checkpoint, or of an exported model; those already there are read back.
+
+    Args:
+        cache: prepared tokens and packages.
+        limit: only the first items of each task; 0 is all.
+        batch: sequences at a time.
+
+    Raises:
+        ValueError: one line: nothing to open, an unknown task, a task whose data cannot be had, or lm-eval is not installed.
+        CorpusUnavailable: the packaged tasks cannot be had.
+        CheckpointError: the checkpoint is of another model.
+    """
+    if limit < 0 or limit == 1:
+        raise ValueError(f"eval: limit must be 0 (all items) or at least 2, got {limit}")
+    manager = _manager(tasks)
+    from moelab.evaluation.lm import RunLM
+    from moelab.evaluation.requests import Requests
+    from moelab.inference.modes import set_mode
+    from moelab.inference.text import open_model
+
+    model, tokenizer = open_model(directory, cache=cache, dtype=dtype, device=device)
+    folder = directory / "evaluation" / fingerprint(model, tokenizer)
+    lm = RunLM(set_mode(model), tokenizer, batch=batch, requests=Requests(folder / "requests.jsonl"))
+    scores = []
+    for task in tasks:
+        file = folder / f"{task}{f'-first-{limit}' if limit else ''}.json"
+        score = _read(file, task)
+        if score is None:
+            lm.on_progress = lambda done, total, task=task: on_progress(task, done, total)
+            score = run_task(lm, task, cache=cache, limit=limit, manager=manager)
+            write_json(file, asdict(score))
+        on_progress(task, score.requests, score.requests)
+        scores.append(score)
+    return scores
+
+
+def run_task(lm: LM, task: str, *, cache: Path, limit: int = 0, manager: Any = None) -> Score:
+    """The score of any lm-eval model on one task; see `evaluate`.
+
+    Args:
+        manager: lm-eval's `TaskManager`, made if not given.
+    """
+    import lm_eval
+
+    manager = manager or _manager([task])
+    asked = _packaged(task, cache) if task in PACKAGED else task
+    cut, started = getattr(lm, "cut", None), time.monotonic()
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    try:
+        with contextlib.redirect_stderr(io.StringIO()):  # its progress bars; ours are enough
+            found = lm_eval.simple_evaluate(
+                lm, tasks=[asked], task_manager=manager, limit=limit or None, bootstrap_iters=0, num_fewshot=0
+            )
+    except (OSError, ConnectionError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ValueError(
+            f"eval: the data of {task} cannot be had here ({reason}); without a network: {', '.join(PACKAGED)}"
+        ) from None
+    kind = found["configs"][task]["output_type"]
+    rows = _first_filter(found["samples"][task])
+    metric = next(name for name in ("exact_match", "acc") if name in rows[0])
+    right = [float(row[metric]) for row in rows]
+    chosen = kind == "multiple_choice" and metric == "acc"
+    places = Counter(_first(row["target"]) for row in rows)
+    nats, size = _nats(lm, rows, kind)
+    return Score(
+        task=task,
+        metric=metric,
+        accuracy=statistics.fmean(right),
+        standard_error=statistics.stdev(right) / math.sqrt(len(right)),
+        chance=statistics.fmean(1 / len(row["resps"]) for row in rows) if chosen else 0.0,
+        majority=max(places.values()) / len(rows) if chosen else None,
+        n=len(rows),
+        bits_per_byte=nats / math.log(2) / size,
+        cut=None if cut is None else lm.cut - cut,
+        requests=sum(len(row["resps"]) for row in rows) * (2 if kind == "generate_until" else 1),
+        stand_in=task in STAND_INS,
+        version=_version(task),
+        seconds=round(time.monotonic() - started, 1),
+    )
+
+
+def fingerprint(model: GPT, tokenizer: Tokenizer) -> str:
+    """A hash of the model, its weights as they compute, and the tokenizer: whose answers these are."""
+    import torch
+
+    found = hashlib.sha256(f"{digest(model.config)} {tokenizer.digest()}".encode())
+    for name, parameter in model.named_parameters():
+        found.update(name.encode())
+        found.update(parameter.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return found.hexdigest()[:12]
+
+
+def _manager(tasks: Sequence[str]) -> Any:
+    """lm-eval's tasks, indexed only if one of them is asked for (it takes seconds); ValueError for one it does not know."""
+    if find_spec("lm_eval") is None:
+        raise ValueError("eval: lm-eval is not installed; install moelab with its extra `eval`")
+    from lm_eval.tasks import TaskManager
+
+    others = [task for task in tasks if task not in PACKAGED]
+    manager = TaskManager(include_defaults=bool(others))
+    for task in others:
+        if task not in manager.all_subtasks:
+            raise ValueError(
+                f"eval: no task {task!r}; allowed: {', '.join(PACKAGED)}, and lm-eval's own with a network"
+            )
+    return manager
+
+
+def _packaged(task: str, cache: Path) -> dict[str, Any]:
+    from datasets import Dataset
+
+    rows = [item.record() for item in items(task, cache)]
+    return {**definition(task), "custom_dataset": lambda **_: {"test": Dataset.from_list(rows)}}
+
+
+def definition(task: str) -> dict[str, Any]:
+    """A packaged task's definition for lm-eval, without its data."""
+    return yaml.safe_load((Path(__file__).parent / "tasks" / f"{task}.yaml").read_text())
+
+
+def _version(task: str) -> str:
+    ours = f"{task} {definition(task)['metadata']['version']}, " if task in PACKAGED else ""
+    return f"{ours}lm-eval {metadata.version('lm_eval')}"
+
+
+def _read(file: Path, task: str) -> Score | None:
+    """A stored score, unless the task has changed since."""
+    record = read_json(file)
+    if not isinstance(record, dict) or record.get("version") != _version(task):
+        return None
+    return from_json(Score, record, str(file))
+
+
+def _first_filter(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [row for row in rows if row["filter"] == rows[0]["filter"]]
+
+
+def _first(target: Any) -> Any:
+    return target[0] if isinstance(target, list | tuple) else target
+
+
+def _nats(lm: LM, rows: list[dict[str, Any]], kind: str) -> tuple[float, int]:
+    """(minus the log-probability, UTF-8 bytes) of the right answers."""
+    if kind == "generate_until":  # the task has not asked for it
+        from lm_eval.api.instance import Instance
+
+        pairs = [(row["arguments"][0][0], f" {_first(row['target'])}") for row in rows]
+        asked = [Instance("loglikelihood", {}, pair, i) for i, pair in enumerate(pairs)]
+        with contextlib.redirect_stderr(io.StringIO()):
+            scores = [score for score, _ in lm.loglikelihood(asked)]
+    else:
+        places = [int(_first(row["target"])) if kind == "multiple_choice" else 0 for row in rows]
+        pairs = [row["arguments"][place] for row, place in zip(rows, places, strict=True)]
+        scores = [row["filtered_resps"][place][0] for row, place in zip(rows, places, strict=True)]
+    return -math.fsum(scores), sum(len(answer.encode()) for _, answer in pairs)

@@ -1,0 +1,266 @@
+"""Zero-shot tasks: the questions, the answers kept on disk, our model in lm-eval, and the scores."""
+
+import dataclasses
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from moelab.cli import app
+from moelab.config import ModelConfig
+from moelab.evaluation import zero_shot
+from moelab.evaluation.items import READERS, items
+from moelab.evaluation.requests import Requests
+from moelab.evaluation.zero_shot import PACKAGED, evaluate, run_task
+from moelab.inference.modes import set_mode
+from moelab.models import build
+
+PR = dict(layers=4, experts=(0, 2, 0, 4), residual=True, name="small PR")
+
+
+@pytest.fixture
+def lm_eval(monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    return pytest.importorskip("lm_eval", reason="needs lm-eval (extra eval)")
+
+
+# -- questions -----------------------------------------------------------------------------------------------------------------------
+
+
+def test_every_packaged_task_is_read(cache):
+    found = {task: items(task, cache) for task in READERS}
+    assert {task: len(rows) for task, rows in found.items()} == {
+        "packaged_lambada": 6, "packaged_piqa": 5, "packaged_boolq": 5, "packaged_history": 6, "packaged_trivia": 4, "packaged_nq": 4,
+    }  # fmt: skip
+    assert found["packaged_lambada"][0].answers == ("gull",)
+    assert found["packaged_boolq"][0].gold == (1,) and found["packaged_boolq"][4].gold == (0,)
+    assert found["packaged_trivia"][0].answers == ("tide", "the tide", "Tide"), "the main answer first, once"
+    subjects = [item.question.split()[0] for item in found["packaged_history"]]
+    assert subjects == ["european", "us", "world", "european", "world", "european"], (
+        "the first items are of all subjects"
+    )
+    for rows in found.values():
+        assert all(0 <= g < len(item.answers) for item in rows for g in item.gold)
+    with pytest.raises(ValueError, match=r"no packaged task 'race'; allowed: packaged_lambada"):
+        items("race", cache)
+
+
+def test_every_packaged_task_has_a_definition():
+    for task in PACKAGED:
+        assert zero_shot.definition(task)["task"] == task
+
+
+# -- answers on disk -----------------------------------------------------------------------------------------------------------------
+
+
+def test_answers_survive_a_kill_in_the_middle_of_a_line(tmp_path):
+    path = tmp_path / "a" / "requests.jsonl"
+    keys = [Requests.key("score", [1, 2], [i]) for i in range(3)]
+    assert len(set(keys)) == 3
+    first = Requests(path)
+    first.put({keys[0]: [-1.5, True], keys[1]: [-0.1 - 0.2, False]})
+    with path.open("a") as file:
+        file.write('["' + keys[2] + '", [-3')
+    again = Requests(path)
+    assert len(again) == 2 and again.get(keys[1]) == [-0.1 - 0.2, False] and again.get(keys[2]) is None
+    again.put({keys[2]: "text\n"})
+    assert Requests(path).get(keys[2]) == "text\n"
+
+
+# -- our model as lm-eval sees it ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(params=["dense", "PR-MoE"])
+def model(request):
+    fields = PR if request.param == "PR-MoE" else {}
+    config = ModelConfig(**{**dict(layers=2, hidden=32, heads=2, vocab=300, context=24, init_std=0.3), **fields})
+    return build(config, 0)
+
+
+def instances(lm_eval, kind, pairs):
+    from lm_eval.api.instance import Instance
+
+    return [Instance(kind, {}, pair, i) for i, pair in enumerate(pairs)]
+
+
+def naive(model, context, continuation):
+    """Sum and greediness of one request, token by token."""
+    total, greedy = 0.0, True
+    for i, token in enumerate(continuation):
+        seen = (context + continuation[:i])[-model.config.context :]
+        with torch.no_grad():
+            row = model(torch.tensor([seen])).logits_BTV[0, -1].log_softmax(0)
+        total, greedy = total + float(row[token]), greedy and int(row.argmax()) == token
+    return total, greedy
+
+
+def test_scores_are_the_models_whatever_the_batch(lm_eval, model, tokenizer):
+    from moelab.evaluation.lm import RunLM
+
+    asked = {  # (context, continuation) -> what is scored given what
+        ("the wave", " and the"): ("the wave", " and the"),
+        ("", "gull"): (None, "gull"),
+        ("does the ", "tide"): ("does the", " tide"),
+        ("a", "b" * 9): ("a", "b" * 9),
+        ("the mast and", " wind"): ("the mast and", " wind"),
+    }
+    requests = instances(lm_eval, "loglikelihood", list(asked))
+    lm = RunLM(set_mode(model), tokenizer, batch=4)
+    found = lm.loglikelihood(requests, disable_tqdm=True)
+    alone = RunLM(model, tokenizer, batch=1).loglikelihood(requests, disable_tqdm=True)
+    for (context, wanted), (score, greedy), one in zip(asked.values(), found, alone, strict=True):
+        tokens = [tokenizer.eot] if context is None else tokenizer.encode(context)
+        expected = naive(
+            model, tokens, tokenizer.encode((context or "") + wanted)[0 if context is None else len(tokens) :]
+        )
+        assert score == pytest.approx(expected[0], abs=1e-4) and score == pytest.approx(one[0], abs=1e-4)
+        assert greedy == expected[1] == one[1]
+    assert lm.cut == 0
+
+
+def test_what_does_not_fit_is_cut_on_the_left_or_scored_in_windows(lm_eval, model, tokenizer):
+    from moelab.evaluation.lm import RunLM
+
+    lm = RunLM(set_mode(model), tokenizer)
+    ((long, _), (short, _)) = lm.loglikelihood(
+        instances(lm_eval, "loglikelihood", [("a" * 90, "q"), ("a" * 24, "q")]), disable_tqdm=True
+    )
+    assert long == pytest.approx(short, abs=1e-5) and lm.cut == 1
+    ((score, _),) = lm.loglikelihood(instances(lm_eval, "loglikelihood", [("x", "q" * 60)]), disable_tqdm=True)
+    (rolled,) = lm.loglikelihood_rolling(instances(lm_eval, "loglikelihood_rolling", [("q" * 60,)]), disable_tqdm=True)
+    assert lm.cut == 2 and score < 0 and rolled < 0
+    (whole,) = lm.loglikelihood_rolling(instances(lm_eval, "loglikelihood_rolling", [("q" * 9,)]), disable_tqdm=True)
+    ((same, _),) = lm.loglikelihood(instances(lm_eval, "loglikelihood", [("", "q" * 9)]), disable_tqdm=True)
+    assert whole == same
+
+
+def test_continuations_are_the_likeliest_and_end_at_a_stop_text(lm_eval, model, tokenizer):
+    from moelab.evaluation.lm import RunLM
+
+    lm = RunLM(set_mode(model), tokenizer, batch=2)
+    settings = {"until": ["\n"], "do_sample": False, "max_gen_toks": 8}
+    contexts = ["the wave", "does the tide", "gull " * 30]
+    asked = instances(lm_eval, "generate_until", [(c, settings) for c in contexts])
+    texts = lm.generate_until(asked, disable_tqdm=True)
+    for context, text in zip(contexts, texts, strict=True):
+        tokens, wanted = tokenizer.encode(context)[-16:], []
+        while len(wanted) < 8:
+            with torch.no_grad():
+                token = int(model(torch.tensor([tokens + wanted])).logits_BTV[0, -1].argmax())
+            if token == tokenizer.eot:
+                break
+            wanted.append(token)
+        assert text == tokenizer.decode(wanted).split("\n")[0]
+    stop = texts[0][2:4]
+    cut = {**settings, "until": [stop]}
+    (shorter,) = lm.generate_until(instances(lm_eval, "generate_until", [(contexts[0], cut)]), disable_tqdm=True)
+    assert shorter == texts[0].partition(stop)[0]
+    with pytest.raises(ValueError, match="only tasks that take the likeliest text"):
+        lm.generate_until(instances(lm_eval, "generate_until", [("a", {"do_sample": True, "temperature": 1.0})]))
+
+
+# -- scores --------------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_a_dense_export_scores_as_in_lm_evals_own_wrapper(lm_eval, exported, cache):
+    from lm_eval.models.huggingface import HFLM
+
+    folder = exported(context=64)
+    theirs = HFLM(pretrained=str(folder), device="cpu", batch_size=4, dtype="float32")
+    ours = {score.task: score for score in evaluate(folder, PACKAGED, cache=cache, batch=3)}
+    for task in PACKAGED:
+        reference = run_task(theirs, task, cache=cache)
+        assert ours[task].accuracy == reference.accuracy and ours[task].n == reference.n, task
+        assert ours[task].standard_error == reference.standard_error, task
+        assert ours[task].bits_per_byte == pytest.approx(reference.bits_per_byte, rel=1e-4), task
+        assert ours[task].chance == reference.chance and ours[task].majority == reference.majority
+
+
+@pytest.mark.slow
+def test_a_killed_evaluation_goes_on_and_a_finished_one_is_read_back(lm_eval, exported, cache, monkeypatch):
+    from moelab.evaluation.lm import RunLM
+
+    folder = exported(**PR)
+    tasks = ("packaged_boolq", "packaged_trivia")
+    answered = []
+    score = RunLM._score
+    monkeypatch.setattr(RunLM, "_score", lambda self, pairs: answered.append(len(pairs)) or score(self, pairs))
+
+    def kill(task, done, total):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(folder, tasks, cache=cache, batch=2, on_progress=kill)
+    assert sum(answered) == 2
+    seen = []
+    scores = evaluate(folder, tasks, cache=cache, batch=2, on_progress=lambda *state: seen.append(state))
+    assert sum(answered) == 10 + 4, "each request once: 5 items of 2 answers, and the right answers of 4"
+    assert seen[0] == ("packaged_boolq", 4, 10) and seen[-1][1] == seen[-1][2]
+    assert evaluate(folder, tasks, cache=cache) == scores and sum(answered) == 14
+    boolq, trivia = scores
+    assert boolq.chance == 0.5 and boolq.majority == 0.8 and boolq.metric == "acc"
+    assert trivia.chance == 0 and trivia.majority is None and trivia.metric == "exact_match"
+    assert boolq.cut > 0 and not boolq.stand_in
+    (few,) = evaluate(folder, ["packaged_history"], cache=cache, limit=4)
+    assert few.n == 4 and few.stand_in and few.chance == 0.25
+    files = sorted(p.name for p in (folder / "evaluation").glob("*/*"))
+    assert files == ["packaged_boolq.json", "packaged_history-first-4.json", "packaged_trivia.json", "requests.jsonl"]
+
+
+def test_other_weights_are_evaluated_anew(exported, tokenizer):
+    from moelab.evaluation import hf
+
+    folder = exported()
+    model = hf.load(folder)
+    before = zero_shot.fingerprint(model, tokenizer)
+    assert zero_shot.fingerprint(hf.load(folder), tokenizer) == before
+    with torch.no_grad():
+        model.blocks[1].ffn.up.bias[3] += 1e-6
+    assert zero_shot.fingerprint(model, tokenizer) != before
+
+
+def test_the_command(lm_eval, exported, cache, tmp_path, monkeypatch):
+    home = tmp_path / "home"
+    home.mkdir()
+    (home / "data").symlink_to(cache)
+    monkeypatch.setenv("MOELAB_HOME", str(home))
+    monkeypatch.setenv("COLUMNS", "80")
+    folder = str(exported())
+    command = ["eval", folder, "--tasks", "packaged_piqa,packaged_nq", "--limit", "4"]
+    shown = CliRunner().invoke(app, command)
+    assert shown.exit_code == 0, shown.output
+    assert "packaged_nq*" in shown.output and "…" not in shown.output
+    found = json.loads(CliRunner().invoke(app, [*command, "--json"]).stdout)
+    assert [score["n"] for score in found] == [4, 4]
+    assert set(found[0]) == {f.name for f in dataclasses.fields(zero_shot.Score)}
+
+
+def test_bad_input_is_one_line(lm_eval, exported, cache, tmp_path, monkeypatch):
+    folder = exported()
+    with pytest.raises(ValueError, match="limit must be 0"):
+        evaluate(folder, cache=cache, limit=1)
+    with pytest.raises(ValueError, match="batch must be at least 1"):
+        evaluate(folder, cache=cache, batch=0)
+    with pytest.raises(ValueError, match="neither a run"):
+        evaluate(tmp_path, cache=cache)
+    monkeypatch.setattr(zero_shot, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match="lm-eval is not installed; install moelab with its extra"):
+        evaluate(folder, cache=cache)
+
+
+@pytest.mark.slow
+def test_a_task_of_lm_eval_that_is_not_there_or_has_no_network(lm_eval, exported, cache):
+    folder = exported()
+    with pytest.raises(ValueError, match=r"no task 'lambda'; allowed: packaged_lambada"):
+        evaluate(folder, ["lambda"], cache=cache)
+    with pytest.raises(ValueError, match=r"the data of piqa cannot be had here \(.*without a network: packaged"):
+        evaluate(folder, ["piqa"], cache=cache)
+
+
+def test_the_command_line_loads_no_torch_for_it():
+    code = "import sys, moelab.cli; print([m for m in ('torch', 'lm_eval', 'moelab.evaluation') if m in sys.modules])"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "[]"
