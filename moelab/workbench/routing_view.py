@@ -157,9 +157,17 @@ def heatmap(choices: Choices, ax: Axes, *, top: float | None = None) -> Axes:
         top: the probability of the darkest blue, for pictures to be compared; by default the highest there is.
     """
     shown = choices.probability_SE.T
-    image = ax.imshow(shown, aspect="auto", cmap="Blues", vmin=0, vmax=top, interpolation="nearest")
+    image = ax.imshow(shown.numpy(), aspect="auto", cmap="Blues", vmin=0, vmax=top, interpolation="nearest")
     for expert_S in choices.route().expert_SK.T:
-        ax.plot(range(len(expert_S)), expert_S, "o", markersize=7, markerfacecolor="none", color=CHOSEN, clip_on=False)
+        ax.plot(
+            range(len(expert_S)),
+            expert_S.numpy(),
+            "o",
+            markersize=7,
+            markerfacecolor="none",
+            color=CHOSEN,
+            clip_on=False,
+        )
     ax.set_xticks(range(len(choices.tokens)), choices.tokens, rotation=90, family="monospace")
     ax.set_yticks(range(0, choices.experts, max(1, choices.experts // 8)))
     ax.set(ylabel="expert")

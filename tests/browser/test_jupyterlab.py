@@ -35,6 +35,9 @@ RUN = "() => jupyterapp.commands.execute('notebook:run-all-cells')"
 CELLS = """() => [...jupyterapp.shell.currentWidget.content.model.cells].filter(c => c.type === 'code')
     .map(c => ({count: c.executionCount, outputs: c.outputs.toJSON()}))"""
 
+SEEN = """figures => [...document.querySelectorAll('.jp-OutputArea-output img')]
+    .filter(i => i.offsetParent && i.naturalWidth > 300).length >= figures"""
+
 
 def free_port() -> int:
     with socket.socket() as s:
@@ -103,13 +106,12 @@ def kinds(cells) -> list[str]:
     return [kind for cell in cells for output in cell["outputs"] for kind in (output.get("data") or {})]
 
 
-def screenshot(page, name: str) -> None:
-    """Kept where `MOELAB_SCREENSHOTS` names a folder: the whole notebook, in pieces."""
-    if folder := os.environ.get("MOELAB_SCREENSHOTS"):
-        page.set_viewport_size({"width": 1400, "height": 9000})
-        page.evaluate("() => jupyterapp.shell.collapseLeft()")
-        page.wait_for_timeout(1500)
-        page.screenshot(path=f"{folder}/{name}.png")
+def show_all(page) -> None:
+    """A window as high as the notebook, at its top."""
+    page.set_viewport_size({"width": 1400, "height": 9000})
+    page.evaluate("() => jupyterapp.shell.collapseLeft()")
+    page.evaluate("() => { jupyterapp.shell.currentWidget.content.activeCellIndex = 0; }")
+    page.evaluate("() => document.querySelectorAll('.jp-WindowedPanel-outer').forEach(e => e.scrollTo(0, 0))")
 
 
 @pytest.mark.parametrize(("path", "figures"), [("00_start_here.ipynb", 4), ("02_half_moe.ipynb", 3)])
@@ -118,7 +120,11 @@ def test_a_notebook_runs_top_to_bottom(notebook, path, figures):
     errors = [output for cell in cells for output in cell["outputs"] if output["output_type"] == "error"]
     assert errors == [] and all(cell["count"] for cell in cells)
     assert kinds(cells).count("image/png") == figures
-    screenshot(page, path.partition(".")[0])
+    show_all(page)
+    page.wait_for_function(SEEN, arg=figures)
+    if folder := os.environ.get("MOELAB_SCREENSHOTS"):
+        page.wait_for_timeout(1000)
+        page.screenshot(path=f"{folder}/{path}.png")
     if path.startswith("00"):
         assert "application/vnd.jupyter.widget-view+json" in kinds(cells)
         widget = page.locator(".jupyter-widgets.widget-output").first
