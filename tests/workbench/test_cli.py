@@ -158,6 +158,7 @@ def test_notebooks_are_committed_without_outputs_and_with_typed_commented_parame
         notebook = nbformat.read(path, as_version=4)
         nbformat.validate(notebook)
         assert all(not c.outputs and c.execution_count is None for c in notebook.cells if c.cell_type == "code"), path
+        assert all(part in notebook.cells[0].source for part in ("**Question", "**The paper's answer", "**Ours")), path
     for experiment in EXPERIMENTS.values():
         for p in parameters(experiment).values():
             assert p.type not in ("None", "") and p.help, f"{experiment.name}: {p.name} needs a type and a comment"

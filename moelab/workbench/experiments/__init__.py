@@ -18,6 +18,7 @@ from moelab.workbench.experiments import (
     scaling,
     specialisation,
     spread,
+    start,
     throughput,
     top2,
     zero_shot,
@@ -28,7 +29,9 @@ _TRAINING = (scaling, half_moe, top2, pr_moe, distillation, throughput, zero_sho
 _INFERENCE = (inference_scaling, inference_large, inference_variants, inference_vs_dense)
 _BEYOND = (expert_count, capacity, specialisation, spread, learning_rate)
 
-EXPERIMENTS: dict[str, Experiment] = {m.EXPERIMENT.name: m.EXPERIMENT for m in (*_TRAINING, *_INFERENCE, *_BEYOND)}
+EXPERIMENTS: dict[str, Experiment] = {
+    m.EXPERIMENT.name: m.EXPERIMENT for m in (start, *_TRAINING, *_INFERENCE, *_BEYOND)
+}
 
 
 def experiment(name: str) -> Experiment:

@@ -1,0 +1,134 @@
+"""Notebooks as people run them: in a real JupyterLab in a browser, top to bottom."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+
+import pytest
+
+pytestmark = [pytest.mark.slow, pytest.mark.notebook]
+
+TOKEN = "only-for-this-test"
+# Nothing is written back into the notebooks, and nobody is asked for news.
+SETTINGS = {
+    "@jupyterlab/docmanager-extension/plugin": {"autosave": False},
+    "@jupyterlab/apputils-extension/notification": {"fetchNews": "false", "checkForUpdates": False},
+}
+
+OPENED = "async path => { await jupyterapp.commands.execute('docmanager:open', {path}); await jupyterapp.shell.currentWidget.context.ready; await jupyterapp.shell.currentWidget.sessionContext.ready; }"
+# The person's edit of the parameters cell.
+PARAMETERS = """([from, to]) => {
+    const cells = [...jupyterapp.shell.currentWidget.content.model.cells];
+    const cell = cells.find(c => (c.getMetadata('tags') || []).includes('parameters'));
+    const source = cell.sharedModel.getSource();
+    cell.sharedModel.setSource(source.replace(from, to));
+    return source.includes(from);
+}"""
+RUN = "() => jupyterapp.commands.execute('notebook:run-all-cells')"
+CELLS = """() => [...jupyterapp.shell.currentWidget.content.model.cells].filter(c => c.type === 'code')
+    .map(c => ({count: c.executionCount, outputs: c.outputs.toJSON()}))"""
+
+SEEN = """figures => [...document.querySelectorAll('.jp-OutputArea-output img')]
+    .filter(i => i.offsetParent && i.naturalWidth > 300).length >= figures"""
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+@pytest.fixture(scope="module")
+def lab(chromium, tmp_path_factory):
+    """The address of a JupyterLab started by `moelab lab`, with a workshop of its own."""
+    root = tmp_path_factory.mktemp("lab")
+    for plugin, values in SETTINGS.items():
+        file = root / "settings" / f"{plugin}.jupyterlab-settings"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps(values))
+    folders = {
+        "MOELAB_HOME": "home",
+        "MOELAB_RESULTS": "results",
+        "JUPYTERLAB_SETTINGS_DIR": "settings",
+        "JUPYTERLAB_WORKSPACES_DIR": "workspaces",
+        "JUPYTER_CONFIG_DIR": "config",
+        "JUPYTER_RUNTIME_DIR": "runtime",
+        "JUPYTER_DATA_DIR": "data",
+        "IPYTHONDIR": "ipython",
+    }
+    env = os.environ | {name: str(root / folder) for name, folder in folders.items()} | {"OMP_NUM_THREADS": "1"}
+    port = free_port()
+    address = f"http://127.0.0.1:{port}"
+    options = [f"--port={port}", f"--IdentityProvider.token={TOKEN}", "--no-browser", "--allow-root"]
+    command = [sys.executable, "-m", "moelab.cli", "lab", *options, "--expose-app-in-browser"]
+    with open(root / "log.txt", "w") as log:
+        process = subprocess.Popen(command, env=env, stdout=log, stderr=subprocess.STDOUT)
+    try:
+        until = time.monotonic() + 60
+        while True:
+            try:
+                urllib.request.urlopen(f"{address}/api/status?token={TOKEN}", timeout=5).close()
+                break
+            except (urllib.error.URLError, TimeoutError):
+                assert process.poll() is None and time.monotonic() < until, (root / "log.txt").read_text()
+                time.sleep(0.3)
+        yield address
+    finally:
+        process.terminate()
+        process.wait(30)
+
+
+@pytest.fixture
+def notebook(lab, visit):
+    """Runs a notebook at smoke scale: `notebook(path)` returns the page and its code cells when the last one is done."""
+
+    def run(path: str):
+        page = visit(f"{lab}/lab?token={TOKEN}&reset")
+        page.set_default_timeout(120_000)
+        page.wait_for_function("() => window.jupyterapp !== undefined")
+        page.evaluate("() => jupyterapp.restored.then(() => null)")
+        page.evaluate(OPENED, path)
+        assert page.evaluate(PARAMETERS, ['scale: str = "cpu"', 'scale: str = "smoke"'])
+        page.evaluate(RUN)
+        return page, page.evaluate(CELLS)
+
+    return run
+
+
+def kinds(cells) -> list[str]:
+    return [kind for cell in cells for output in cell["outputs"] for kind in (output.get("data") or {})]
+
+
+def show_all(page) -> None:
+    """A window as high as the notebook, at its top."""
+    page.set_viewport_size({"width": 1400, "height": 9000})
+    page.evaluate("() => jupyterapp.shell.collapseLeft()")
+    page.evaluate("() => { jupyterapp.shell.currentWidget.content.activeCellIndex = 0; }")
+    page.evaluate("() => document.querySelectorAll('.jp-WindowedPanel-outer').forEach(e => e.scrollTo(0, 0))")
+
+
+@pytest.mark.parametrize(("path", "figures"), [("00_start_here.ipynb", 4), ("02_half_moe.ipynb", 3)])
+def test_a_notebook_runs_top_to_bottom(notebook, path, figures):
+    page, cells = notebook(path)
+    errors = [output for cell in cells for output in cell["outputs"] if output["output_type"] == "error"]
+    assert errors == [] and all(cell["count"] for cell in cells)
+    assert kinds(cells).count("image/png") == figures
+    show_all(page)
+    page.wait_for_function(SEEN, arg=figures)
+    if folder := os.environ.get("MOELAB_SCREENSHOTS"):
+        page.wait_for_timeout(1000)
+        page.screenshot(path=f"{folder}/{path}.png")
+    if path.startswith("00"):
+        assert "application/vnd.jupyter.widget-view+json" in kinds(cells)
+        widget = page.locator(".jupyter-widgets.widget-output").first
+        widget.scroll_into_view_if_needed()
+        before = widget.locator("img").get_attribute("src")
+        page.get_by_role("button", name="before training").click()
+        page.wait_for_function("b => document.querySelector('.widget-output img')?.src !== b", arg=before)
