@@ -88,10 +88,10 @@ def test_every_row_arrives_and_messages_are_as_the_paper_counts(config, experts,
         "coordinated-hierarchical": G // L - 1 + p // G - 1,
     }
     assert formula[config.exchange] == dispatch
-    for traffic in run(config, experts, even=True):
-        sent = traffic.sent["dispatch", "forward"]
+    for found in run(config, experts, even=True):
+        sent = found.sent["dispatch", "forward"]
         assert sent.near_messages + sent.far_messages == dispatch
-        back = traffic.total("share")
+        back = found.total("share")
         assert back.near_messages == 3 * gather, "gathered forward, added up by a ring backward"
         assert (back.far_messages, back.far_bytes) == (0, 0)
         # every row to another node crosses once, however it travels; tensor ranks that coordinate share them

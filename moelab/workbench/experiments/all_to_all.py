@@ -24,9 +24,11 @@ from moelab.workbench.experiments.base import Experiment, Scale, no_runs
 
 if TYPE_CHECKING:
     import pandas as pd
+    from matplotlib.axes import Axes
 
 NODE = 8
 """G, GPUs of a node, and L, the tensor slicing of the coordinated way: the paper's."""
+COLORS = {"flat": "#6E6E6E", "hierarchical": "#0072B2", "coordinated": "#D55E00"}
 WORLDS = {"smoke": (4, 8, 32, 128), "cpu": (4, 8, 16, 32, 64, 128, 256)}
 MEASURED: dict[str, tuple[tuple[int, ...], tuple[int, ...], int]] = {
     "smoke": ((4,), (1 << 10, 1 << 14), 2),
@@ -191,6 +193,42 @@ def verdicts(counted: pd.DataFrame) -> list[Verdict]:
         "pcc-hops": (group, "Counted in the engine on 128 ranks, tensor slicing 8."),
     }
     return [judge(c, [float(found[c.id][0])], exact=True, note=found[c.id][1]) for c in paper.claims("exchange")]
+
+
+def draw_counts(counted: pd.DataFrame, left: Axes, right: Axes) -> None:
+    """Messages over ranks, and rows over flat's: formulas as lines, counts as dots."""
+    worlds = sorted(counted["ranks"].unique())
+    flat = counted[counted["way"] == "flat"].set_index("ranks")
+    for way, color in COLORS.items():
+        there = counted[counted["way"] == way].set_index("ranks")
+        there = there[there["messages"] > 0]
+        left.plot(there.index, there["formula_messages"], color=color, label=f"{way}, formula")
+        left.plot(there.index, there["messages"], "o", color=color, label=f"{way}, counted")
+        out = (there["rows"] + there["gathered_rows"]) / flat["rows"]
+        expected = (there["formula_rows"] + there["formula_gathered_rows"]) / flat["formula_rows"]
+        right.plot(there.index, expected[there.index], color=color)
+        right.plot(there.index, out[there.index], "o", color=color)
+    left.set(yscale="log", ylabel="messages a rank")
+    right.set(ylabel="rows that leave a rank, over flat", ylim=(0, 2.1))
+    left.yaxis.set_major_formatter("{x:g}")
+    for ax in (left, right):
+        ax.set(xscale="log", xlabel="ranks")
+        ax.set_xticks(worlds, [str(p) for p in worlds])
+        ax.minorticks_off()
+    left.legend()
+
+
+def draw_simulated(predicted: pd.DataFrame, axes: Sequence[Axes]) -> None:
+    """Time over flat's over ranks, a panel for each size."""
+    for ax, (size, part) in zip(axes, predicted.groupby("bytes"), strict=True):
+        for way, color in COLORS.items():
+            there = part[part["way"] == way]
+            ax.plot(there["ranks"], there["ratio"], "o-", color=color, label=way)
+        ax.set(xscale="log", xlabel="GPUs", title=f"{size // 1024} KiB a GPU", ylim=(0, None))
+        ax.set_xticks(sorted(part["ranks"].unique()), [str(p) for p in sorted(part["ranks"].unique())])
+        ax.minorticks_off()
+    axes[0].set_ylabel("time / flat, simulated")
+    axes[-1].legend(loc="center left", bbox_to_anchor=(1, 0.5))
 
 
 EXPERIMENT = Experiment(

@@ -22,6 +22,8 @@ from moelab.workbench.experiments.base import Experiment, Scale, no_runs
 
 if TYPE_CHECKING:
     import pandas as pd
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 
 @dataclass(frozen=True)
@@ -49,6 +51,7 @@ class Shapes:
     rounds: int
 
 
+CLAIM = "kernels-6x"
 SHAPES = {
     "smoke": Shapes("cpu", (8, 64), (4, 16), 32, 256, (32, 64, 64), 5, 3),
     "cpu": Shapes("cpu", (8, 64, 512), (8, 32, 128), 512, 2048, (256, 1024, 1024), 10, 9),
@@ -128,11 +131,60 @@ def verdicts(ratios: pd.DataFrame, scale: str, device: str) -> list[Verdict]:
     judged = whole[(whole["tokens"] == tokens) & (whole["experts"] == experts)]["ratio"]
     medians = whole.groupby(["tokens", "experts"])["ratio"].median()
     note = f"On {device}: {tokens} tokens, {experts} experts, {len(judged)} rounds; over all shapes {medians.min():.1f} to {medians.max():.1f} times."
-    (claim,) = paper.claims("kernels")
-    found = judge(claim, list(judged), note=note, scale=scale if scale == "smoke" else "")
+    found = judge(paper.claim(CLAIM), list(judged), note=note, scale=scale if scale == "smoke" else "")
     if scale == "cpu" and found.verdict == REPRODUCED:
         found = replace(found, verdict=DIRECTION if found.low is not None and found.low > 1 else UNDECIDED)
     return [found]
+
+
+def draw_speedups(whole: pd.DataFrame, ax: Axes) -> Axes:
+    """Ratios over experts, a line for each number of tokens: means over rounds with 95 % intervals, and the paper's bound."""
+    from moelab.workbench import figures
+
+    claim = paper.claim(CLAIM)
+    experts = sorted(whole["experts"].unique())
+    tokens = sorted(whole["tokens"].unique())
+    palette = figures.colors(["", *map(str, tokens)])
+    for i, S in enumerate(tokens):
+        part = whole[whole["tokens"] == S].groupby("experts")["ratio"]
+        low, high = zip(*(figures.student(values) for _, values in part), strict=True)
+        at = [experts.index(E) + (i - (len(tokens) - 1) / 2) * 0.06 for E in part.groups]
+        # An interval may reach below zero, where a logarithmic axis ends.
+        low = [max(bound, mean / 10) for bound, mean in zip(low, part.mean(), strict=True)]
+        figures.measured(ax, at, list(part.mean()), low, high, label=f"{S} tokens", color=palette[str(S)])
+    ax.axhline(claim.value, color=figures.PAPER["color"], linestyle="--", label=f"paper: over {claim.value:g}")
+    ax.axhline(1, color="#888888", linewidth=1)
+    ax.set(xlabel="experts", ylabel="baseline / ours", yscale="log")
+    ax.yaxis.set_major_formatter("{x:g}")
+    ax.set_xticks(range(len(experts)), [str(E) for E in experts])
+    ax.legend(loc="center left", bbox_to_anchor=(1, 0.5))
+    return ax
+
+
+def draw_breakdown(table: pd.DataFrame) -> Figure:
+    """Stacked bars of `breakdown`, a panel for each number of tokens with its own scale."""
+    import matplotlib.pyplot as plt
+
+    from moelab.workbench.figures import colors
+
+    names = ["gate", "dispatch", "combine"]
+    palette = colors(["", *names])
+    panels = sorted(table.index.unique("tokens"))
+    fig, axes = plt.subplots(1, len(panels), figsize=(2 + 3.4 * len(panels), 4.4), squeeze=False)
+    for ax, tokens in zip(axes[0], panels, strict=True):
+        shown = table.loc[tokens].sort_index(level=["experts", "candidate"], ascending=[True, False])
+        labels = [f"{candidate.split()[0]}, {experts}" for experts, candidate in shown.index]
+        left = [0.0] * len(shown)
+        for name in names:
+            ax.barh(labels, shown[name], left=left, color=palette[name], label=name)
+            left = [a + b for a, b in zip(left, shown[name], strict=True)]
+        ax.invert_yaxis()
+        ax.grid(axis="y", visible=False)
+        ax.set_title(f"{tokens} tokens")
+        ax.set_xlabel("ms")
+    axes[0][0].set_ylabel("form, experts")
+    axes[0][-1].legend(loc="center left", bbox_to_anchor=(1, 0.5))
+    return fig
 
 
 EXPERIMENT = Experiment(
