@@ -22,12 +22,22 @@ def mask_gate(logits_SE: Tensor, capacity: int, random: bool = True) -> tuple[Te
     return aux_loss, combine_SEC, combine_SEC.bool()
 
 
+def einsum_dispatch(x_SM: Tensor, dispatch_SEC: Tensor) -> Tensor:
+    """Tokens in the slots of their experts: [E, C, M]."""
+    return torch.einsum("sec,sm->ecm", dispatch_SEC.to(x_SM.dtype), x_SM)
+
+
+def einsum_combine(rows_ECM: Tensor, combine_SEC: Tensor) -> Tensor:
+    """Back to tokens, weighted: [S, M]."""
+    return torch.einsum("sec,ecm->sm", combine_SEC.to(rows_ECM.dtype), rows_ECM)
+
+
 def einsum_layer(
     x_SM: Tensor, logits_SE: Tensor, capacity: int, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor
 ) -> tuple[Tensor, Tensor]:
     """One MoE layer: (y [S, M], aux_loss)."""
     aux_loss, combine_SEC, dispatch_SEC = mask_gate(logits_SE, capacity)
-    rows_ECM = torch.einsum("sec,sm->ecm", dispatch_SEC.to(x_SM.dtype), x_SM)
+    rows_ECM = einsum_dispatch(x_SM, dispatch_SEC)
     hidden_ECF = F.gelu(torch.baddbmm(b1[:, None], rows_ECM, w1), approximate="tanh")
     rows_ECM = torch.baddbmm(b2[:, None], hidden_ECF, w2)
-    return torch.einsum("sec,ecm->sm", combine_SEC.to(x_SM.dtype), rows_ECM), aux_loss
+    return einsum_combine(rows_ECM, combine_SEC), aux_loss

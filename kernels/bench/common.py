@@ -8,9 +8,12 @@ import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 Candidate = Callable[[], Any]
 
@@ -135,22 +138,18 @@ def write(found: list[dict[str, Any]], path: Path) -> None:
     print(f"written to {path}")
 
 
-def draw(found: list[dict[str, Any]], path: Path, *, title: str, panel: str | None = None) -> None:
-    """PNG and SVG of times relative to `against` over the number of experts: medians of the rounds, bars from least to greatest.
+def figure(found: list[dict[str, Any]], *, title: str, panel: str | None = None) -> Figure:
+    """Times relative to `against` over the number of experts: medians of the rounds, bars from least to greatest.
 
     Args:
-        path: without suffix.
         panel: a column, one panel for each of its values.
     """
-    import matplotlib
-
-    matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
     colors = ("#D55E00", "#E69F00", "#0072B2", "#009E73", "#6E6E6E", "#CC79A7", "#56B4E9")
     panels = list(dict.fromkeys(row[panel] for row in found)) if panel else [None]
     names = list(dict.fromkeys(row["candidate"] for row in found if row["candidate"] != row["against"]))
-    figure, axes = plt.subplots(1, len(panels), figsize=(3.2 + 4 * len(panels), 4.4), sharey=True, squeeze=False)
+    fig, axes = plt.subplots(1, len(panels), figsize=(3.2 + 4 * len(panels), 4.4), sharey=True, squeeze=False)
     for ax, value in zip(axes[0], panels, strict=True):
         shown = [row for row in found if panel is None or row[panel] == value]
         experts = list(dict.fromkeys(row["experts"] for row in shown))
@@ -171,11 +170,26 @@ def draw(found: list[dict[str, Any]], path: Path, *, title: str, panel: str | No
         ax.grid(axis="y", alpha=0.35)
     axes[0][0].set_ylabel(f"time / {found[0]['against']} (median, least to greatest)")
     axes[0][-1].legend(loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False, fontsize=9)
-    figure.suptitle(f"{title}\n{found[0]['device']}", x=0.01, ha="left", fontsize=11)
-    figure.tight_layout()
+    fig.suptitle(f"{title}\n{found[0]['device']}", x=0.01, ha="left", fontsize=11)
+    fig.tight_layout()
+    return fig
+
+
+def draw(found: list[dict[str, Any]], path: Path, *, title: str, panel: str | None = None) -> None:
+    """PNG and SVG of `figure`; `path` without suffix."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    save(figure(found, title=title, panel=panel), path)
+
+
+def save(fig: Figure, path: Path) -> None:
+    """PNG and SVG; `path` without suffix."""
+    import matplotlib.pyplot as plt
+
     for suffix in ("png", "svg"):
-        figure.savefig(path.with_suffix(f".{suffix}"), dpi=160, bbox_inches="tight")
-    plt.close(figure)
+        fig.savefig(path.with_suffix(f".{suffix}"), dpi=160, bbox_inches="tight")
+    plt.close(fig)
     print(f"drawn to {path.with_suffix('.png')}")
 
 

@@ -9,7 +9,7 @@ Floor: the FLOPs at the measured rate of a large product, plus expert weights re
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -136,22 +136,44 @@ def _transformers(M: int, F_: int, E: int, implementation: str) -> nn.Module | N
     return Adapter()
 
 
-def measure(tokens: int, M: int, F_: int, experts: int, dtype: str, rounds: int, device: str) -> list[dict]:
-    """Rows of one case; see `common.rows`."""
+def measure(
+    tokens: int,
+    M: int,
+    F_: int,
+    experts: int,
+    dtype: str,
+    rounds: int,
+    device: str,
+    *,
+    backward: bool = True,
+    only: Sequence[str] = (),
+) -> list[dict]:
+    """Rows of one case; see `common.rows`.
+
+    Args:
+        backward: False times the forward pass alone, without gradients, as at inference; the floor is then the products once and the weights read
+            once (those of as many experts as there are tokens, at most).
+        only: some of the candidates beside "dense"; empty is all.
+    """
     torch.manual_seed(0)
-    modules: dict[str, nn.Module | None] = {
-        "dense": Dense(M, F_),
-        "ours, capacity 1.0": Layer(M, F_, experts, _ours(1.0)),
-        "ours, drop-free": Layer(M, F_, experts, _ours(None)),
-        "sort and loop, drop-free": Layer(M, F_, experts, _loop),
-        "einsum (baseline)": Layer(M, F_, experts, _einsum),
-        "deepspeed, capacity 1.0": _deepspeed(M, F_, experts),
-        "transformers grouped_mm": _transformers(M, F_, experts, "grouped_mm"),
+    make: dict[str, Callable[[], nn.Module | None]] = {
+        "dense": lambda: Dense(M, F_),
+        "ours, capacity 1.0": lambda: Layer(M, F_, experts, _ours(1.0)),
+        "ours, drop-free": lambda: Layer(M, F_, experts, _ours(None)),
+        "sort and loop, drop-free": lambda: Layer(M, F_, experts, _loop),
+        "einsum (baseline)": lambda: Layer(M, F_, experts, _einsum),
+        "deepspeed, capacity 1.0": lambda: _deepspeed(M, F_, experts),
+        "transformers grouped_mm": lambda: _transformers(M, F_, experts, "grouped_mm"),
     }
+    if unknown := [name for name in only if name not in make]:
+        raise ValueError(f"bench layer: unknown candidate {unknown[0]!r}; allowed: {', '.join(make)}")
+    modules = {name: build() for name, build in make.items() if not only or name in ("dense", *only)}
     x = torch.randn(tokens, M, device=device).to(DTYPES[dtype])
 
     def candidate(module: nn.Module) -> common.Candidate:
         module.to(device, DTYPES[dtype])
+        if not backward:
+            return torch.no_grad()(lambda: module(x))
         leaf = x.clone().requires_grad_()
         parameters = list(module.parameters())
         dy = torch.randn_like(x)
@@ -169,8 +191,9 @@ def measure(tokens: int, M: int, F_: int, experts: int, dtype: str, rounds: int,
         return step
 
     times = common.in_turns({name: candidate(m) for name, m in modules.items() if m is not None}, rounds, device)
-    flops = 3 * 2 * tokens * 2 * M * F_
-    weight_bytes = 3 * experts * 2 * M * F_ * DTYPES[dtype].itemsize
+    passes, read = (3, experts) if backward else (1, min(experts, tokens))
+    flops = passes * 2 * tokens * 2 * M * F_
+    weight_bytes = passes * read * 2 * M * F_ * DTYPES[dtype].itemsize
     floor = flops / common.gemm_rate(DTYPES[dtype], device) + weight_bytes / common.copy_rate(device)
     case = {
         "tokens": tokens,

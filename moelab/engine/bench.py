@@ -18,7 +18,7 @@ import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -31,6 +31,9 @@ from moelab.engine.mesh import Mesh
 from moelab.engine.testing import Ranks
 from moelab.kernels.bench import common
 from moelab.layout import ParallelConfig
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 BARE = "two bare all-to-alls"
 WIDEST = 4096
@@ -233,16 +236,29 @@ def _kind(candidate: str) -> str:
 
 
 def draw(found: list[dict[str, Any]], path: Path) -> None:
-    """PNG and SVG: time relative to flat over bytes a rank, one panel for each number of ranks."""
+    """PNG and SVG of `figure`; `path` without suffix."""
     import matplotlib
 
     matplotlib.use("Agg")
+    common.save(figure(found), path)
+
+
+def finding(found: list[dict[str, Any]]) -> str:
+    """What the smallest messages say, one line."""
+    smallest = min(row["bytes_per_rank"] for row in found)
+    ratios = [r["ratio"] for r in found if _kind(r["candidate"]) == "hierarchical" and r["bytes_per_rank"] == smallest]
+    span = " to ".join(dict.fromkeys(f"{ratio:.2f}" for ratio in (min(ratios), max(ratios))))
+    return f"At {smallest / 1024:g} KiB hierarchical takes {span} times as long as flat"
+
+
+def figure(found: list[dict[str, Any]]) -> Figure:
+    """Time relative to flat over bytes a rank, one panel for each number of ranks."""
     import matplotlib.pyplot as plt
 
     colors = {"hierarchical": "#0072B2", "coordinated": "#D55E00", "both": "#009E73", "two": "#6E6E6E"}
     labels = {"both": "coordinated + hierarchical", "two": BARE}
     panels = sorted({row["ranks"] for row in found})
-    figure, axes = plt.subplots(1, len(panels), figsize=(3 + 3.2 * len(panels), 4.2), sharey=True, squeeze=False)
+    fig, axes = plt.subplots(1, len(panels), figsize=(3 + 3.2 * len(panels), 4.2), sharey=True, squeeze=False)
     for ax, ranks in zip(axes[0], panels, strict=True):
         shown = [row for row in found if row["ranks"] == ranks and row["candidate"] != "flat"]
         for name in dict.fromkeys(row["candidate"] for row in shown):
@@ -267,15 +283,11 @@ def draw(found: list[dict[str, Any]], path: Path) -> None:
     axes[0][-1].legend(
         handles.values(), handles.keys(), loc="center left", bbox_to_anchor=(1, 0.5), frameon=False, fontsize=9
     )
-    smallest = min(row["bytes_per_rank"] for row in found)
-    ratios = [r["ratio"] for r in found if _kind(r["candidate"]) == "hierarchical" and r["bytes_per_rank"] == smallest]
-    figure.suptitle(
-        f"At {smallest / 1024:g} KiB hierarchical takes {min(ratios):.2f} to {max(ratios):.2f} times as long as flat\n"
-        f"one layer, forward; {found[0]['backend']} on {found[0]['cores']} cores, {found[0]['device'].split(',')[0]}",
-        x=0.01, ha="left", fontsize=11,
-    )  # fmt: skip
-    figure.tight_layout()
-    for suffix in ("png", "svg"):
-        figure.savefig(path.with_suffix(f".{suffix}"), dpi=160, bbox_inches="tight")
-    plt.close(figure)
-    print(f"drawn to {path.with_suffix('.png')}")
+    fig.suptitle(
+        f"{finding(found)}\none layer, forward; {found[0]['backend']} on {found[0]['cores']} cores, {found[0]['device'].split(',')[0]}",
+        x=0.01,
+        ha="left",
+        fontsize=11,
+    )
+    fig.tight_layout()
+    return fig

@@ -1,90 +1,17 @@
 """The exchanges on 32 to 256 ranks: the real code, a thread a rank, collectives that copy between threads."""
 
-import threading
-from concurrent.futures import ThreadPoolExecutor
-
 import pytest
 import torch
-import torch.distributed as dist
 from torch import nn
 
 from moelab import kernels
 from moelab.engine.collectives import Traffic
 from moelab.engine.exchange import Exchange
-from moelab.engine.mesh import ExpertGroups, Group
+from moelab.engine.threads import World, traffic
 from moelab.layout import ParallelConfig
 from moelab.models.moe import local
 
 M = 2
-
-
-class Meeting:
-    """Some threads that hand each other tensors."""
-
-    def __init__(self, size):
-        self.slots = [None] * size
-        self.barrier = threading.Barrier(size)
-
-    def swap(self, index, item):
-        """Everyone's items; they may be read until the next call of `done`."""
-        self.slots[index] = item
-        self.barrier.wait(60)
-        return list(self.slots)
-
-    def done(self):
-        self.barrier.wait(60)
-
-
-def all_to_all_single(output, input, output_split_sizes=None, input_split_sizes=None, group=None):
-    meeting, index = group
-    pieces = input.split(input_split_sizes) if input_split_sizes is not None else input.chunk(len(meeting.slots))
-    received = torch.cat([theirs[index] for theirs in meeting.swap(index, pieces)])
-    assert received.shape == output.shape
-    if output_split_sizes is not None:
-        assert [len(theirs[index]) for theirs in meeting.slots] == output_split_sizes
-    output.copy_(received)
-    meeting.done()
-
-
-def all_reduce(tensor, group=None):
-    meeting, index = group
-    total = torch.stack(meeting.swap(index, tensor)).sum(0)
-    meeting.done()
-    tensor.copy_(total)
-
-
-class World:
-    """All ranks' groups of one layer."""
-
-    def __init__(self, config, experts):
-        self.config, self.experts = config, experts
-        self.layout = config.experts(experts)
-        self.grid = self.layout.grid()  # replica, slice, node, local, share
-        self.meetings = {}
-
-    def group(self, rank, *axes):
-        position = (self.grid == rank).nonzero()
-        at = tuple(slice(None) if axis in axes else int(position[axis][0]) for axis in range(5))
-        ranks = tuple(self.grid[at].ravel().tolist())
-        if len(ranks) == 1:
-            return Group(ranks, 0, None)
-        meeting = self.meetings.setdefault(ranks, Meeting(len(ranks)))
-        return Group(ranks, ranks.index(rank), (meeting, ranks.index(rank)))
-
-    def groups(self, rank):
-        near = (3,) if self.config.coordinated else (3, 4)
-        return ExpertGroups(
-            self.layout,
-            self.layout.position(rank),
-            expert=self.group(rank, 2, 3, 4),
-            spread=self.group(rank, 2, 3),
-            near=self.group(rank, *near),
-            far=self.group(rank, 2),
-            share=self.group(rank, 4),
-            slices=self.group(rank, 1),
-            replicas=self.group(rank, 0),
-            alike=self.group(rank, 0, 1),
-        )
 
 
 class Scale(nn.Module):
@@ -109,10 +36,8 @@ def data(config, experts, rank, even):
     return x.requires_grad_(), logits.requires_grad_(), dy
 
 
-def run(monkeypatch, config, experts, even):
+def run(config, experts, even):
     """Every rank's traffic, its results having been compared with `local`."""
-    monkeypatch.setattr(dist, "all_to_all_single", all_to_all_single)
-    monkeypatch.setattr(dist, "all_reduce", all_reduce)
     world = World(config, experts)
     whole = Scale(0, experts)
 
@@ -124,9 +49,7 @@ def run(monkeypatch, config, experts, even):
         y.backward(dy)
         return y.detach(), x.grad, logits.grad, mine.weight.grad, traffic
 
-    groups = [world.groups(rank) for rank in range(config.ranks)]
-    with ThreadPoolExecutor(config.ranks) as pool:
-        results = list(pool.map(rank_, range(config.ranks), groups))
+    results = world.run(rank_)
     for d in range(config.data):
         x, logits, dy = data(config, experts, d * config.tensor, even)
         y = local(x, kernels.gate(logits, 1), whole)
@@ -135,7 +58,7 @@ def run(monkeypatch, config, experts, even):
             for a, b in zip(found, (y, x.grad, logits.grad), strict=False):
                 assert torch.equal(a, b)
     total = torch.zeros(experts)
-    for (*_, grad, _), g in zip(results, groups, strict=True):
+    for (*_, grad, _), g in zip(results, world.groups, strict=True):
         total[g.local_experts.start : g.local_experts.stop] += grad / g.layout.copies
     torch.testing.assert_close(total, whole.weight.grad, rtol=1e-4, atol=1e-3)
     return [result[-1] for result in results]
@@ -156,7 +79,7 @@ WORLDS = [
 
 
 @pytest.mark.parametrize(("config", "experts", "dispatch", "gather"), WORLDS)
-def test_every_row_arrives_and_messages_are_as_the_paper_counts(monkeypatch, config, experts, dispatch, gather):
+def test_every_row_arrives_and_messages_are_as_the_paper_counts(config, experts, dispatch, gather):
     p, G, L = config.ranks, config.ranks_per_node, config.tensor
     formula = {
         "flat": p - 1,
@@ -165,10 +88,10 @@ def test_every_row_arrives_and_messages_are_as_the_paper_counts(monkeypatch, con
         "coordinated-hierarchical": G // L - 1 + p // G - 1,
     }
     assert formula[config.exchange] == dispatch
-    for traffic in run(monkeypatch, config, experts, even=True):
-        sent = traffic.sent["dispatch", "forward"]
+    for found in run(config, experts, even=True):
+        sent = found.sent["dispatch", "forward"]
         assert sent.near_messages + sent.far_messages == dispatch
-        back = traffic.total("share")
+        back = found.total("share")
         assert back.near_messages == 3 * gather, "gathered forward, added up by a ring backward"
         assert (back.far_messages, back.far_bytes) == (0, 0)
         # every row to another node crosses once, however it travels; tensor ranks that coordinate share them
@@ -177,5 +100,21 @@ def test_every_row_arrives_and_messages_are_as_the_paper_counts(monkeypatch, con
 
 
 @pytest.mark.parametrize("exchange", ["hierarchical", "coordinated-hierarchical"])
-def test_uneven_rows_on_256_ranks_with_replicas_and_slices_of_nodes(monkeypatch, exchange):
-    run(monkeypatch, P(tensor=2, data=128, expert=64, exchange=exchange), 128, even=False)
+def test_uneven_rows_on_256_ranks_with_replicas_and_slices_of_nodes(exchange):
+    run(P(tensor=2, data=128, expert=64, exchange=exchange), 128, even=False)
+
+
+def test_counting_is_what_a_run_counts():
+    config = P(tensor=4, data=4, exchange="coordinated")
+    counted = [t.sent["dispatch", "forward"] for t in traffic(config, 16, width=M)]
+    assert counted == [t.sent["dispatch", "forward"] for t in run(config, 16, even=True)]
+
+
+def test_a_failing_rank_ends_its_world():
+    def fail(rank, groups):
+        if rank == 3:
+            raise ValueError("rank 3 had enough")
+        groups.expert.handle[0].swap(groups.expert.index, None)
+
+    with pytest.raises(ValueError, match="rank 3 had enough"):
+        World(P(data=8), 8).run(fail)

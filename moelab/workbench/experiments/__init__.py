@@ -5,9 +5,11 @@ from __future__ import annotations
 import difflib
 
 from moelab.workbench.experiments import (
+    all_to_all,
     capacity,
     distillation,
     expert_count,
+    gating_kernels,
     half_moe,
     inference_large,
     inference_scaling,
@@ -26,7 +28,7 @@ from moelab.workbench.experiments import (
 from moelab.workbench.experiments.base import Experiment, Scale
 
 _TRAINING = (scaling, half_moe, top2, pr_moe, distillation, throughput, zero_shot)
-_INFERENCE = (inference_scaling, inference_large, inference_variants, inference_vs_dense)
+_INFERENCE = (gating_kernels, all_to_all, inference_scaling, inference_large, inference_variants, inference_vs_dense)
 _BEYOND = (expert_count, capacity, specialisation, spread, learning_rate)
 
 EXPERIMENTS: dict[str, Experiment] = {
