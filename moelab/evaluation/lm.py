@@ -58,7 +58,7 @@ class RunLM(TemplateLM):
                 f"eval: the tokenizer has {tokenizer.vocab_size} entries, the model's embedding only {vocab}"
             )
         self.model, self.texts, self.batch = model, tokenizer, batch
-        self.answers = requests or Requests()
+        self.answers = Requests() if requests is None else requests  # an empty one is falsy
         self.on_progress = on_progress
         self.cut = 0
         self._device = str(model.token_embedding.weight.device)
