@@ -142,7 +142,7 @@ EXPERIMENT = Experiment(
     paper="Table 2",
     question="Does a MoE answer like a dense model several times its base?",
     paper_answer="Yes: 350M+MoE-128 scores like dense 1.3B, 1.3B+MoE-128 like 6.7B.",
-    notebook="20_zero_shot.ipynb",
+    notebook="07_zero_shot.ipynb",
     scales={
         "smoke": Scale(
             "twins of 32 wide, 4 layers; 8 items of each task", "a minute, and 86 MB the first time (tests)"
