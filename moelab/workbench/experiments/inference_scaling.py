@@ -72,7 +72,18 @@ def draw_measured(rows: list[dict], left: Axes, right: Axes) -> None:
     left.yaxis.set_minor_formatter("{x:g}")
     left.legend()
     ends = [0.0] * len(best)
-    tints = ("#56B4E9", "#F0E442", "#E69F00", "#D55E00", "#009E73", "#CC79A7", "#0072B2", "#7A5195", "#AAAAAA", "#DDDDDD")
+    tints = (
+        "#56B4E9",
+        "#F0E442",
+        "#E69F00",
+        "#D55E00",
+        "#009E73",
+        "#CC79A7",
+        "#0072B2",
+        "#7A5195",
+        "#AAAAAA",
+        "#DDDDDD",
+    )
     for part, color in zip(PARTS, tints, strict=True):
         ms = [row["parts_ms"].get(part, 0.0) for row in best]
         if max(ms):
@@ -108,7 +119,9 @@ EXPERIMENT = Experiment(
     notebook="10_inference_scaling.ipynb",
     scales={
         "smoke": Scale("simulated cluster; a tiny twin on 1, 2, 4 gloo ranks", "seconds"),
-        "cpu": Scale("simulated cluster; the 1.3B+MoE-128 twin on 1, 2, 4 gloo ranks", "half a minute on two cores (estimated)"),
+        "cpu": Scale(
+            "simulated cluster; the 1.3B+MoE-128 twin on 1, 2, 4 gloo ranks", "half a minute on two cores (estimated)"
+        ),
     },
     specs=no_runs,
     trains=False,
