@@ -69,7 +69,7 @@ def draw_measured(rows: list[dict], left: Axes, right: Axes) -> None:
     left.set(yscale="log", ylabel="latency of a step (ms)")
     left.set_xticks(range(len(best)), labels)
     left.yaxis.set_major_formatter("{x:g}")
-    left.yaxis.set_minor_formatter("{x:g}")
+    left.yaxis.set_minor_formatter(lambda v, _: f"{v:g}" if f"{v:e}"[0] in "25" else "")
     left.legend()
     ends = [0.0] * len(best)
     tints = (
