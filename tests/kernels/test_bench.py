@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 from moelab.kernels import gate
-from moelab.kernels.bench import baseline, common, layer
+from moelab.kernels.bench import baseline, common, layer, parts
 from moelab.kernels.bench import gate as gate_bench
 
 
@@ -59,3 +59,29 @@ def test_candidates_take_turns():
     order = []
     common.in_turns({"a": lambda: order.append("a"), "b": lambda: order.append("b")}, 3, "cpu")
     assert order == ["a", "a", "b", "b"] + ["a", "b"] * 3
+
+
+def test_parts_of_both_forms_give_the_same_tokens():
+    torch.manual_seed(0)
+    x, logits = torch.randn(60, 16), torch.randn(60, 4)
+    with torch.no_grad():
+        made = [form(x, logits, 60) for form in (parts.ours, parts.masks)]
+    for part in ("combine", "all three"):
+        torch.testing.assert_close(*(calls[part]() for calls in made))
+    torch.testing.assert_close(made[0]["combine"](), made[0]["all three"]())
+
+
+def test_parts_are_timed_round_by_round():
+    rows = parts.measure(8, 16, 4, 3, "cpu", calls=2)
+    assert len(rows) == len(parts.PARTS) * 2 * 3 and all(r["ms"] > 0 and r["capacity"] == 4 for r in rows)
+    assert {(r["part"], r["candidate"], r["round"]) for r in rows} == {
+        (p, c, i) for p in parts.PARTS for c in (parts.OURS, parts.BASELINE) for i in range(3)
+    }
+
+
+def test_layer_forward_only_and_a_choice_of_candidates():
+    only = ("ours, drop-free", "einsum (baseline)")
+    rows = layer.measure(8, 32, 64, 4, "fp32", 3, "cpu", backward=False, only=only)
+    assert [r["candidate"] for r in rows] == ["dense", *only]
+    with pytest.raises(ValueError, match="unknown candidate 'einsum'; allowed: dense"):
+        layer.measure(8, 32, 64, 4, "fp32", 3, "cpu", only=["einsum"])

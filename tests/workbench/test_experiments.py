@@ -11,11 +11,14 @@ from moelab.config import ModelConfig
 from moelab.workbench import claims
 from moelab.workbench.experiments import (
     EXPERIMENTS,
+    all_to_all,
     capacity,
     common,
     distillation,
     expert_count,
+    gating_kernels,
     half_moe,
+    inference_scaling,
     learning_rate,
     pr_moe,
     scaling,
@@ -219,3 +222,63 @@ def test_summary_and_gaps():
     assert common.paired(table, "a", "b") == [1.0, 0.5] and common.paired(table, "a", "c") == []
     assert common.gaps(table, "b").query("arm == 'a'")["gap"].tolist() == [1.0, 0.5]
     assert "a ends +0.750 nats from b (95 % interval" in common.difference(table, "a", "b")
+
+
+def test_counts_of_the_exchanges_are_the_papers_and_the_simulators():
+    counted = all_to_all.counts((8, 32, 128))
+    for what in ("messages", "rows", "gathered_rows"):
+        assert counted[what].tolist() == counted[f"formula_{what}"].tolist() == counted[f"simulated_{what}"].tolist()
+    verdicts = {v.claim: v for v in all_to_all.verdicts(counted)}
+    assert {v.verdict for v in verdicts.values()} == {claims.REPRODUCED}
+    assert verdicts["hierarchical-hops"].ours == pytest.approx(10 / 31) and verdicts["pcc-hops"].ours == 16 / 128
+    assert verdicts["hierarchical-volume"].ours == 2 and "1.68" in verdicts["hierarchical-volume"].note
+
+
+def test_the_simulated_exchange_pays_with_ranks():
+    found = all_to_all.simulated().set_index(["bytes", "way", "ranks"])["ratio"]
+    for size in (1 << 14, 1 << 18, 1 << 22):
+        assert found[size, "hierarchical", 8] == 1 and found[size, "hierarchical", 256] < 0.7
+        assert found[size, "coordinated", 256] < found[size, "hierarchical", 256]
+
+
+def kernel_rounds(masks, ours):
+    """Rounds of "all three" at 8 tokens and 16 experts, and one slow shape that no verdict looks at."""
+    rows = [
+        (8, 16, name, i, ms)
+        for name, all_ms in (("einsum (baseline)", masks), ("ours", ours))
+        for i, ms in enumerate(all_ms)
+    ]
+    rows += [(64, 4, name, 0, ms) for name, ms in (("einsum (baseline)", 50.0), ("ours", 1.0))]
+    columns = ["tokens", "experts", "candidate", "round", "ms"]
+    return gating_kernels.speedups(pd.DataFrame(rows, columns=columns).assign(part="all three"))
+
+
+@pytest.mark.parametrize(
+    ("masks", "scale", "verdict"),
+    [
+        ((7.0, 7.1, 7.2), "gpu", claims.REPRODUCED),
+        ((7.0, 7.1, 7.2), "cpu", claims.DIRECTION),
+        ((2.0, 2.1, 2.2), "cpu", claims.DIRECTION),
+        ((0.5, 0.51, 0.52), "cpu", claims.NOT_REPRODUCED),
+        ((1.0, 9.0, 20.0), "cpu", claims.UNDECIDED),
+        ((7.0, 7.1, 7.2), "smoke", claims.NOT_TESTABLE),
+    ],
+)
+def test_six_times_is_judged_on_a_gpu_and_its_order_on_a_processor(masks, scale, verdict):
+    found, work = gating_kernels.verdicts(kernel_rounds(masks, (1.0, 1.0, 1.0)), scale, "a machine")
+    assert found.verdict == verdict and found.ours == pytest.approx(sum(masks) / 3)
+    assert "On a machine: 8 tokens, 16 experts, 3 rounds" in found.note and "to 50.0 times" in found.note
+    assert work.verdict == claims.REPRODUCED
+
+
+def test_the_work_of_dispatch_is_tokens_times_slots():
+    s = gating_kernels.SHAPES["smoke"]
+    S, E = s.tokens[-1], s.experts[-1]
+    assert gating_kernels.work("smoke") == -(-S // E) * E
+
+
+def test_the_measured_twin_is_the_papers_in_small():
+    for scale in inference_scaling.TWINS:
+        twin = inference_scaling.twin(scale)
+        assert twin.is_moe and max(twin.experts) % 4 == 0, "experts spread over 1, 2 and 4 ranks"
+        assert twin.parameters() < 100e6
