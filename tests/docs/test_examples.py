@@ -66,15 +66,22 @@ def test_code_of_the_pages_runs(page, tmp_path, monkeypatch):
 
     from moelab.workbench import Lab
     from moelab.workbench.runs import Runs
+    from moelab.workbench.store import Run
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("MPLBACKEND", "Agg")
-    asked = []
-    monkeypatch.setattr(Lab, "run", lambda self, specs: asked.extend(specs) or Runs([]))
+    asked, prompts = [], []
+
+    def run(self, specs):
+        asked.extend(specs)
+        return Runs([Run(spec, tmp_path / spec.id) for spec in specs])
+
+    monkeypatch.setattr(Lab, "run", run)
+    monkeypatch.setattr(Lab, "generate", lambda self, run, prompt, **options: prompts.append(prompt))
     code = "\n".join(re.findall(r"```python\n(.*?)```", (ROOT / "docs" / page).read_text(), re.S))
     names: dict = {}
     exec(code, names)
     if page == "explore.md":
-        assert len({spec.id for spec in asked}) == 6
+        assert len({spec.id for spec in asked}) == 6 and len(prompts) == 2
     else:
         assert (tmp_path / "curve-dark.svg").exists()
