@@ -9,7 +9,7 @@ reproduce: $(VENV)/.installed  ## rerun the paper's PR-MoE ablation on a laptop 
 	$(BIN)/moelab run pr-moe --scale cpu -p corpus=sotu
 
 test: $(VENV)/.installed-test  ## run the tests
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadgroup
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile
 
 test-slurm: $(VENV)/.installed-test  ## the tests on a real Slurm on this machine (slurm/README.md says what it needs)
 	slurm/local/cluster.sh up

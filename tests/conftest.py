@@ -15,26 +15,6 @@ from moelab.config import DataConfig, ModelConfig, RoutingConfig, TrainConfig
 from moelab.data import TokenData, prepare
 from moelab.workbench.specs import RunSpec
 
-SHARING = (
-    "engine",
-    "browser",
-    "inference",
-    "training/test_distributed",
-    "workbench/test_all_notebooks",
-    "workbench/test_cli",
-    "workbench/test_site",
-)
-"""Folders and files below tests/ whose tests share something costly (ranks, executed notebooks): each stays in one test process."""
-
-
-def pytest_collection_modifyitems(items) -> None:
-    root = Path(__file__).parent
-    for item in items:
-        where = item.path.relative_to(root).with_suffix("").as_posix()
-        for shared in SHARING:
-            if where == shared or where.startswith(f"{shared}/"):
-                item.add_marker(pytest.mark.xdist_group(shared))
-
 
 @pytest.fixture(autouse=True)
 def _one_thread():

@@ -28,7 +28,6 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if Path(__file__).parent in item.path.parents:
             item.add_marker(pytest.mark.slurm)
-            item.add_marker(pytest.mark.xdist_group("slurm"))  # one process: the tests stop daemons that others need
 
 
 @pytest.fixture(scope="session")
