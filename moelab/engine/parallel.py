@@ -64,8 +64,8 @@ def build(config: ModelConfig, seed: int, mesh: Mesh) -> ParallelModel:
     """
     parallel = mesh.config
     parallel.check(config.experts, heads=config.heads, ffn=config.ffn)
-    if config.dispatch != "local" and any(e and mesh.experts(e).expert.size > 1 for e in config.experts):
-        raise ValueError(f"parallel: dispatch {config.dispatch!r} knows no expert parallelism; use 'local'")
+    if config.dispatch != "local" and any(e and _spread(mesh.experts(e)) for e in config.experts):
+        raise ValueError(f"parallel: dispatch {config.dispatch!r} knows no expert parallelism or slicing; use 'local'")
     with torch.device("meta"):
         whole = {name: tuple(p.shape) for name, p in GPT(config).named_parameters()}
         model = GPT(config)
@@ -95,11 +95,16 @@ def _slice_block(block: nn.Module, config: ModelConfig, mesh: Mesh) -> None:
             mlp.down = RowLinear(config.ffn, config.hidden, tensor)
     if isinstance(block.ffn, MoE):
         groups = mesh.experts(block.ffn.router.experts)
-        if groups.expert.size > 1 or groups.slices.size > 1:
+        if _spread(groups):
             block.ffn.experts = SlicedExperts(config, groups)
             block.ffn.flow = Exchange(groups, mesh.config)
         if mesh.data.size > 1 and config.routing.aux_scope == "step":
             block.ffn.router.pool = functools.partial(_mean, mesh=mesh)
+
+
+def _spread(groups: ExpertGroups) -> bool:
+    """Whether tokens have to travel to this layer's experts."""
+    return groups.expert.size > 1 or groups.slices.size > 1
 
 
 def _mean(x: Tensor, mesh: Mesh) -> Tensor:

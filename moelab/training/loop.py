@@ -195,6 +195,7 @@ def train(
                 state = {"window": asdict(window), "seconds": seconds, "data": data.fingerprint}
                 trainer.save(checkpoints, step, state)
             if done.stop and step < steps:
+                checkpoints.wait()  # an OSError goes before "the checkpoint is written"
                 raise TrainingStopped(
                     f"stopped at step {step} of {steps}; the checkpoint is written, run again to go on"
                 )

@@ -83,6 +83,17 @@ def test_a_corrupt_checkpoint_is_named_and_the_one_before_used(tiny_model, tiny_
     assert_same_run(tmp_path / "whole", tmp_path / "cut")
 
 
+def test_a_stop_on_a_full_disk_does_not_claim_a_checkpoint(tiny_model, tiny_train, data, tmp_path, monkeypatch):
+    from moelab.engine import storage
+
+    def full(tensors, path):
+        raise OSError(28, "No space left on device", str(path))
+
+    monkeypatch.setattr(storage, "save_file", full)
+    with pytest.raises(OSError, match="No space left"):
+        train(tiny_model, tiny_train, data, 32, tmp_path, should_stop=stop_at(2))
+
+
 def test_a_full_disk_leaves_the_earlier_checkpoint(tiny_model, tiny_train, data, tmp_path, monkeypatch):
     calls = iter(range(100))
     real = storage.save_file
