@@ -101,12 +101,13 @@ def grouped_bars(
                 markerfacecolor="white",
                 linestyle="none",
                 markersize=6,
-                label=once("paper"),
+                label=once("paper (its number in brackets)"),
             )
         height = max(row[value], row[reported]) if given else row[value]
-        error = f"{100 * (row[value] / row[reported] - 1):+.0f} %" if given else ""
+        # Over the higher of bar and diamond, so both numbers are named: a lone one would read as the diamond's.
+        against = f"\n({row[reported]:.3g})\n{100 * (row[value] / row[reported] - 1):+.0f} %" if given else ""
         ax.annotate(
-            f"{row[value]:.3g}" + (f"\n{error}" if error else ""),
+            f"{row[value]:.3g}{against}",
             (at, height),
             xytext=(0, 5),
             textcoords="offset points",
