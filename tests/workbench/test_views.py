@@ -8,12 +8,20 @@ from matplotlib import pyplot as plt
 from moelab.config import ModelConfig
 from moelab.inference.text import load_run
 from moelab.layout import ParallelConfig
-from moelab.workbench import Lab, layout_view, routing_view
+from moelab.workbench import Lab, figures, layout_view, routing_view
 from moelab.workbench.experiments import start
 from moelab.workbench.routing_view import Choices, Gates
 
 matplotlib.use("Agg")
 TEXT = "wave salt ship mast wind gull."
+
+
+@pytest.fixture(autouse=True)
+def _theme():
+    """The notebooks' theme, which puts titles left, and nobody else's after it."""
+    with matplotlib.rc_context():
+        figures.theme()
+        yield
 
 
 @pytest.fixture
@@ -55,7 +63,7 @@ class TestChoices:
     def test_the_pictures_say_it(self, ax):
         lopsided = choices([0] * 9 + [1, 2, 3])
         routing_view.loads(lopsided, ax, top_k=1, capacity_factor=1.0)
-        assert ax.get_title() == "42% of 12 choices dropped, 56% of 16 slots empty"
+        assert ax.get_title("left") == "42% of 12 choices dropped, 56% of 16 slots empty"
         heights = [bar.get_height() for bar in ax.patches]
         assert heights == [4, 1, 1, 1, 5, 0, 0, 0]
         ax.clear()
@@ -109,12 +117,14 @@ class TestLayout:
     def test_a_pyramid_on_eight_ranks(self, ax):
         layout = ParallelConfig(data=8, gpus_per_node=4)
         layout_view.gpus(layout, ax, experts=4)
-        assert texts(ax) == ["0", "1", "2", "3"] * 2 and ax.get_title() == "a layer of 4 experts: all of them twice"
+        assert (
+            texts(ax) == ["0", "1", "2", "3"] * 2 and ax.get_title("left") == "a layer of 4 experts: all of them twice"
+        )
         colors = [patch.get_facecolor() for patch in ax.patches]
         assert len(set(colors)) == 2 and len(set(colors[:4])) == 1, "a colour a whole set"
         ax.clear()
         layout_view.gpus(layout, ax, experts=16)
-        assert texts(ax)[:2] == ["0–1", "2–3"] and ax.get_title().endswith("once")
+        assert texts(ax)[:2] == ["0–1", "2–3"] and ax.get_title("left").endswith("once")
 
     def test_slices(self, ax):
         layout = ParallelConfig(tensor=2, data=4, expert_slicing=2, gpus_per_node=8)
