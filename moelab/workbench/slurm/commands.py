@@ -168,7 +168,6 @@ def _submit(
     from moelab.workbench.experiments import experiment
     from moelab.workbench.slurm import profiles
     from moelab.workbench.slurm import submit as module
-    from moelab.workbench.slurm.queue import SlurmError
 
     cluster = profiles.choose(profile)
     batches: list[tuple[str, list[tuple[dict[str, Any], Sequence[Any]]]]] = []
@@ -177,10 +176,7 @@ def _submit(
         values = [notebooks.resolve(chosen, notebooks.check_parameters(chosen, given)) for given in points]
         batches.append((name, [(v, module.specs_of(chosen, v)) for v in values]))
     for name, batch in batches:
-        try:
-            plan = module.submit(name, batch, cluster, again=again, dry_run=dry_run)
-        except SlurmError as error:
-            raise ValueError(str(error)) from None
+        plan = module.submit(name, batch, cluster, again=again, dry_run=dry_run)
         if dry_run:
             _print_scripts(plan)
         else:

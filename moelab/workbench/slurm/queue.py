@@ -23,8 +23,8 @@ _ENDED = {
 _MARK = "moelab"
 
 
-class SlurmError(RuntimeError):
-    """Slurm refused or did not answer; the message is one line."""
+class SlurmError(ValueError):
+    """Slurm refused or did not answer; the message is one line, and the command line shows it as such."""
 
 
 @dataclass(frozen=True)
