@@ -65,6 +65,7 @@ def _print(p: Progress) -> None:
 
 
 if __name__ == "__main__":
+    process.keep_freed_memory()
     code = main(Path(sys.argv[1]), int(sys.argv[2]) if len(sys.argv) > 2 else 0)
     if code == FAILED and process.find() is not None:
         # The process group is still there, and its threads may abort or wait for ranks that are gone: leave without them.
