@@ -91,7 +91,13 @@ def test_the_papers_students_are_taught_as_published():
 def test_the_sweep_uses_a_seed_of_its_own_and_the_rate_in_use():
     specs = learning_rate.specs("cpu")
     assert {spec.train.seed for spec in specs} == {settings.SWEEP_SEED}
-    assert settings.TRAINS["cpu"].lr in learning_rate.RATES
+    assert all(settings.peak_rate(base, "cpu") in learning_rate.rates(base) for base in learning_rate.BASES)
+
+
+def test_larger_bases_train_at_less_in_the_papers_proportion_and_arms_of_a_base_alike():
+    rate = {name: settings.spec(name, "cpu").train.lr for name in ("350M", "1.3B", "1.3B+MoE-128", "6.7B")}
+    assert rate["1.3B"] == rate["1.3B+MoE-128"] == pytest.approx(rate["350M"] * 2e-4 / 3e-4, rel=1e-4)
+    assert rate["6.7B"] == pytest.approx(rate["350M"] * 1.2e-4 / 3e-4, rel=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -101,6 +107,7 @@ def test_the_sweep_uses_a_seed_of_its_own_and_the_rate_in_use():
         (lambda: top2.specs(seeds=0), "top2-vs-residual: seeds must be at least 1"),
         (lambda: scaling.specs(tokens=5), "scaling: train: 5 tokens are less than one step"),
         (lambda: distillation.specs(base="2B"), "distillation: base must be one of 350M, 1.3B, got '2B'"),
+        (lambda: learning_rate.specs(base="2B"), "learning-rate: base must be one of 350M, 1.3B, 6.7B, got '2B'"),
         (lambda: distillation.specs(stop=1.5), "distillation: stop must be a share"),
         (lambda: distillation.specs(arms=["L22"]), "distillation: unknown arm 'L22'"),
         (lambda: pr_moe.specs(ranks=3), "pr-moe: ranks must divide the batch"),

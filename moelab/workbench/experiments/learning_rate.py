@@ -1,6 +1,7 @@
 """The learning rate of all arms (the sweep behind `settings`).
 
-Shows: final validation loss of the 350M twin, dense, with MoE-128 and with PR-MoE-32/64, at half to four times the rate in use.
+Shows: final validation loss of the 350M twin, dense, with MoE-128 and with PR-MoE-32/64, at a quarter to twice the rate in use; of the larger bases
+on request.
 
 Here: one seed that no other experiment uses, 1.23 M tokens (the `cpu` scale trains 1.02 M), one rate for all arms. An arm whose best rate lies elsewhere is
 told by how much it would gain.
@@ -17,20 +18,39 @@ from moelab.workbench.specs import RunSpec
 if TYPE_CHECKING:
     import pandas as pd
 
-ARMS = {"Dense": "350M", "MoE-128": "350M+MoE-128", "PR-MoE-32/64": "350M+PR-MoE-32/64"}
+BASES = {
+    "350M": {"Dense": "350M", "MoE-128": "350M+MoE-128", "PR-MoE-32/64": "350M+PR-MoE-32/64"},
+    "1.3B": {"Dense": "1.3B", "MoE-128": "1.3B+MoE-128"},
+    "6.7B": {"Dense": "6.7B"},
+}
+"""Base -> arm -> the paper's model."""
+
 RATES = (4e-3, 8e-3, 16e-3, 32e-3)
+"""Peak rates of the 350M base; larger bases are swept in the same proportion to their own (`settings.of_base`)."""
+
 TOKENS = {"cpu": 1_228_800}
 
 
-def specs(scale: str = "cpu", seeds: int = 1) -> list[RunSpec]:
-    """The sweep, `seeds` seeds from `settings.SWEEP_SEED` on."""
+def rates(base: str = "350M") -> list[float]:
+    """The swept peak rates of a base."""
+    return [round(rate * settings.of_base(base), 6) for rate in RATES]
+
+
+def specs(scale: str = "cpu", seeds: int = 1, *, base: str = "350M") -> list[RunSpec]:
+    """The sweep, `seeds` seeds from `settings.SWEEP_SEED` on.
+
+    Raises:
+        ValueError: one line: a scale, base or number of seeds that there is not.
+    """
     from dataclasses import replace
 
     EXPERIMENT.scale(scale)
+    if base not in BASES:
+        raise ValueError(f"learning-rate: base must be one of {', '.join(BASES)}, got {base!r}")
     found = []
     for seed in settings.check_seeds("learning-rate", seeds):
-        for rate in RATES:
-            for arm, name in ARMS.items():
+        for rate in rates(base):
+            for arm, name in BASES[base].items():
                 spec = settings.spec(name, scale, settings.SWEEP_SEED + seed, lr=rate, label=arm)
                 tokens = TOKENS.get(scale, spec.train.tokens)
                 warmup = round(tokens * 0.05) if scale in TOKENS else spec.train.warmup_tokens

@@ -15,8 +15,9 @@ Scales:
 Twins are drop-free: in the first 100 k tokens routing is so uneven that capacity 1.0 would drop a third of the tokens, which a 572,000-step run
 forgets and a 1,000-step run does not. The experiment `capacity` measures that.
 
-Learning rate: one for all arms of a scale, so that no arm is tuned more than another. The `cpu` rate comes from a sweep (experiment
-`learning-rate`) on a seed that no other experiment uses: of 4e-3 to 32e-3 all swept arms end lowest at 16e-3.
+Learning rate: one for all arms on a base, so that no arm is tuned more than another. The `cpu` rate comes from a sweep (experiment
+`learning-rate`) on a seed that no other experiment uses: of 4e-3 to 32e-3 all swept arms on the 350M base end lowest at 16e-3. Larger bases train
+at less, in the proportion of the paper's dense rates (3e-4, 2e-4 and 1.2e-4 for 350M, 1.3B and 6.7B); their own sweep is `-p base=1.3B`.
 """
 
 from __future__ import annotations
@@ -110,7 +111,7 @@ def spec(
         run: whose published settings the `paper` scale takes; the model's by default, the 350M+MoE-128 recipe of its base if it has none.
         tokens: 0 is the scale's own number.
         corpus: see `DataConfig`; empty is the scale's own.
-        lr: peak learning rate, with a tenth of it at the end; 0 is the scale's own. Not at `paper` scale, which has published ones.
+        lr: peak learning rate, with a tenth of it at the end; 0 is `peak_rate`. Not at `paper` scale, which has published ones.
         routing: other than the scale's own.
         ranks: processes (GPUs) of a twin; the batch is then cut into one micro-batch a rank, which makes it another run.
 
@@ -134,8 +135,8 @@ def spec(
         train,
         seed=seed,
         tokens=tokens or train.tokens,
-        lr=lr or train.lr,
-        min_lr=lr / 10 if lr else train.min_lr,
+        lr=lr or peak_rate(name, scale),
+        min_lr=lr / 10 if lr else round(train.min_lr * of_base(name), 7),
         micro_batch=train.batch_size // ranks if ranks > 1 else train.micro_batch,
     )
     model = ModelConfig.parse(name).shrink(**SHAPES[scale])
@@ -151,6 +152,22 @@ def spec(
     )
 
 
+def base_of(name: str) -> str:
+    """The dense model that a model grows from: ``1.3B`` of ``1.3B+MoE-128``."""
+    return name.split("+")[0]
+
+
+def of_base(name: str) -> float:
+    """Learning rate of a model's base over that of the 350M, as the paper trains them dense; 1 for a base it does not train."""
+    rates = {row.run: row.lr for row in paper.all_training_settings()}
+    return rates.get(base_of(name), rates["350M"]) / rates["350M"]
+
+
+def peak_rate(name: str, scale: str) -> float:
+    """The peak learning rate of a twin: the scale's own, for larger bases in the proportion of the paper's dense rates."""
+    return round(TRAINS[scale].lr * of_base(name), 6)
+
+
 def check_seeds(experiment: str, seeds: int) -> range:
     """Seeds 0 .. seeds - 1; ValueError for none."""
     if seeds < 1:
@@ -161,7 +178,7 @@ def check_seeds(experiment: str, seeds: int) -> range:
 def _published(name: str, run: str, data: DataConfig) -> RunSpec:
     """A model at its own size with the settings of the paper's scripts."""
     known = {row.run for row in paper.all_training_settings()}
-    base = name.split("+")[0]
+    base = base_of(name)
     s = paper.training_settings(run if run in known else f"{base}+MoE-128" if "MoE" in name else base)
     routing = RoutingConfig()
     if s.capacity_factor_train is not None:
