@@ -89,27 +89,16 @@ def claims(
     import json
 
     from moelab.workbench import paths
-    from moelab.workbench.ledger import counts, ledger
+    from moelab.workbench.ledger import counts, ledger, table
 
     entries = ledger(paths.results())
     if as_json:
         print(json.dumps([entry.to_json() for entry in entries], indent=2))
         return
     from rich.console import Console
-    from rich.table import Table
 
-    view = Table("claim", "where", "paper", "ours, 95 % interval", "at", "verdict", "figure")
-    for column in view.columns:
-        column.overflow = "fold"
-    for entry in entries:
-        f = entry.finding
-        ours = "" if f is None or f.ours is None else f"{f.ours:.4g}"
-        if f is not None and f.low is not None and f.samples:
-            ours += f" ({f.low:.4g} to {f.high:.4g})"
-        at = f"{f.scale}, {f.samples or 'exact'}" if f else ""
-        view.add_row(entry.claim, entry.where, entry.paper, ours, at, entry.verdict, f.figure if f else "")
-    console = Console()
-    console.print(view)
+    console = Console() if sys.stdout.isatty() else Console(width=220)  # a file has room for all
+    console.print(table(entries, console.width))
     console.print(f"{len(entries)} claims: " + ", ".join(f"{n} {verdict}" for verdict, n in counts(entries).items()))
 
 

@@ -11,12 +11,15 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from moelab import paper
 from moelab.files import read_json
 from moelab.workbench.claims import NO_SPREAD, NOT_TESTABLE, NOT_TESTED, SIMULATED
 from moelab.workbench.results import SUMMARY
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 DISAGREES = "paper's own numbers disagree"
 NOT_YET = "not tested yet"
@@ -62,6 +65,9 @@ class Finding:
     @property
     def judged(self) -> bool:
         return self.verdict not in (NOT_TESTABLE, NOT_TESTED, NO_SPREAD)
+
+
+_NARROW = ("paper", "ours, 95 % interval", "verdict")
 
 
 @dataclass(frozen=True)
@@ -119,6 +125,27 @@ def entries(summaries: Iterable[tuple[str, Mapping[str, Any]]]) -> list[Entry]:
 def counts(entries: Sequence[Entry]) -> dict[str, int]:
     """Verdict -> claims, most frequent first."""
     return dict(Counter(entry.verdict for entry in entries).most_common())
+
+
+def table(entries: Sequence[Entry], width: int) -> Table:
+    """The ledger as a table for a terminal that many characters wide; where the claim and the figure are found only if there is room."""
+    from rich import box
+    from rich.table import Table
+
+    wide = width >= 160
+    view = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    view.add_column("claim", no_wrap=wide, overflow="fold")
+    for name in ("where", "paper", "ours, 95 % interval", "at", "verdict", "figure") if wide else _NARROW:
+        view.add_column(name, overflow="fold")
+    for entry in entries:
+        f = entry.finding
+        ours = "" if f is None or f.ours is None else f"{f.ours:.3g}"
+        if f is not None and f.low is not None and f.samples:
+            ours += f" ({f.low:.3g} to {f.high:.3g})"
+        at = f"{f.scale}, {f.samples or 'exact'}" if f else ""
+        cells = [entry.where, entry.paper, ours, at, entry.verdict, f.figure if f else ""]
+        view.add_row(entry.claim, *(cells if wide else [entry.paper, ours, entry.verdict]))
+    return view
 
 
 def _finding(record: Mapping[str, Any], path: str, summary: Mapping[str, Any]) -> Finding:

@@ -117,3 +117,16 @@ def test_a_simulation_ranks_below_a_measurement_whatever_scale_it_ran_at(tmp_pat
     publish(tmp_path, "inference-scaling", "cpu", "20260101-000000", [judge(claim, [1.4, 1.5, 1.6])])
     entry = entries(tmp_path)[claim.id]
     assert entry.verdict == claims.DIRECTION and [f.scale for f in entry.findings] == ["cpu", "simulated"]
+
+
+@pytest.mark.parametrize("width", [80, 220])
+def test_the_table_fits_and_a_wide_one_names_each_claim_on_one_line(width, tmp_path):
+    from rich.console import Console
+
+    console = Console(width=width)
+    with console.capture() as printed:
+        console.print(ledger.table(ledger.ledger(tmp_path), width))
+    lines = printed.get().splitlines()
+    assert max(map(len, lines)) <= width
+    names = {claim.id for claim in paper.claims()}
+    assert (names <= {line.split()[0] for line in lines if line.split()}) == (width == 220)
