@@ -30,16 +30,14 @@ commands.register(app)
 @app.command(name="list")
 def list_() -> None:
     """Show the experiments, their scales and what they cost."""
-    from rich.console import Console
-    from rich.table import Table
-
+    from moelab import terminal
     from moelab.workbench.experiments import EXPERIMENTS
 
-    view = Table("experiment", "paper", "question", "scale", "what", "cost")
+    view = terminal.table("experiment", "paper", "question", "scale", "what", "cost")
     for e in EXPERIMENTS.values():
         for i, (name, scale) in enumerate(e.scales.items()):
             view.add_row(*((e.name, e.paper, e.question) if i == 0 else ("", "", "")), name, scale.what, scale.cost)
-    Console().print(view)
+    terminal.console().print(view)
 
 
 @app.command()
@@ -88,6 +86,7 @@ def claims(
     """Every claim of the paper, ours beside the paper's value, and a verdict; computed from the published results."""
     import json
 
+    from moelab import terminal
     from moelab.workbench import paths
     from moelab.workbench.ledger import counts, ledger, table
 
@@ -95,9 +94,7 @@ def claims(
     if as_json:
         print(json.dumps([entry.to_json() for entry in entries], indent=2))
         return
-    from rich.console import Console
-
-    console = Console() if sys.stdout.isatty() else Console(width=220)  # a file has room for all
+    console = terminal.console()
     console.print(table(entries, console.width))
     console.print(f"{len(entries)} claims: " + ", ".join(f"{n} {verdict}" for verdict, n in counts(entries).items()))
 

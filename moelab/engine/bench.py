@@ -177,17 +177,16 @@ def measure(pool: Ranks, size: int, rounds: int, device: str) -> list[dict[str, 
 
 def show(found: list[dict[str, Any]]) -> None:
     """Print the rows of one case."""
-    from rich.console import Console
-    from rich.table import Table
+    from moelab import terminal
 
     first = found[0]
     title = (
         f"exchange, forward: {first['ranks']} ranks on {first['cores']} cores, {first['backend']}, {first['bytes_per_rank'] / 1024:g} KiB a rank; "
         f"alpha {first['alpha_ms']:.3g} ms, beta {first['beta_ms_per_mib']:.3g} ms/MiB"
     )
-    view = Table(
+    view = terminal.table(
         "candidate", "messages (in node + out)", "KiB sent", "median ms", "min to max", "time / flat", "min to max",
-        "floor ms", "time / floor", title=title, title_justify="left",
+        "floor ms", "time / floor", title=title,
     )  # fmt: skip
     for row in found:
         view.add_row(
@@ -201,7 +200,7 @@ def show(found: list[dict[str, Any]]) -> None:
             f"{row['floor_ms']:.3g}",
             f"{row['floor_ratio']:.3g}",
         )
-    Console().print(view)
+    terminal.console().print(view)
 
 
 def main(*, ranks: list[int], sizes: list[int], rounds: int, device: str, out: Path | None) -> None:

@@ -190,20 +190,19 @@ def main(*, steps: int, rounds: int, threads: int, dtype: str, out: Path | None)
     """Measure, print, and write `train.jsonl` into `out` if given."""
     import json
 
-    from rich.console import Console
-    from rich.table import Table
+    from moelab import terminal
 
     if dtype not in ("fp32", "bf16"):
         raise ValueError(f"bench train: dtype must be fp32 or bf16, got {dtype!r}")
     rows = measure(steps=steps, rounds=rounds, threads=threads, dtype=dtype)
     title = f"training, {dtype}, {threads} thread{'s' if threads > 1 else ''}, {rounds} rounds of {steps} steps"
-    view = Table("model", "tokens/s (median)", "ratio (median, range)", "against", "of the floor", title=title)
+    view = terminal.table("model", "tokens/s (median)", "ratio (median, range)", "against", "of the floor", title=title)
     for row in rows:
         ratio = f"{row['ratio']:.2f} ({row['ratio_low']:.2f} to {row['ratio_high']:.2f})" if row["ratio"] else ""
         view.add_row(
             row["model"], f"{row['tokens_per_s']:,.0f}", ratio, row["against"] or "", f"{row['share_of_floor']:.0%}"
         )
-    console = Console()
+    console = terminal.console()
     console.print(view)
     console.print(
         f"floor: the model's FLOPs at {rows[0]['gemm_flop_per_s'] / 1e9:.0f} GFLOP/s, measured on a 2048^3 product"

@@ -140,8 +140,7 @@ def _ratio(over: list[float], under: list[float]) -> dict[str, float]:
 
 def main(*, models: list[str], ranks: int, per_rank: int, steps: int, rounds: int, out: Path | None) -> None:
     """Measure, print, and write `scaling.jsonl` into `out` if given."""
-    from rich.console import Console
-    from rich.table import Table
+    from moelab import terminal
 
     for what, value in (("ranks", ranks), ("sequences", per_rank), ("steps", steps), ("rounds", rounds)):
         if value < (2 if what == "ranks" else 1):
@@ -154,7 +153,7 @@ def main(*, models: list[str], ranks: int, per_rank: int, steps: int, rounds: in
         f"weak scaling 1 -> {ranks} ranks, 1 thread each, {per_rank} sequences a rank, {rounds} rounds of {steps} steps"
     )
     kinds = ("computation", "exchange", "gradients", "agreement")
-    view = Table("model", "alone, ms", "together, ms", "efficiency", "of independent", *kinds, title=title)
+    view = terminal.table("model", "alone, ms", "together, ms", "efficiency", "of independent", *kinds, title=title)
     for row in rows:
         t, e, i = row["seconds_per_step"], row["efficiency"], row["efficiency_over_independent"]
         total = sum(row["seconds_by_kind"].values())
@@ -166,7 +165,7 @@ def main(*, models: list[str], ranks: int, per_rank: int, steps: int, rounds: in
             f"{i['median']:.0%} ({i['low']:.0%} to {i['high']:.0%})",
             *(f"{row['seconds_by_kind'][kind] / total:.0%}" for kind in kinds),
         )
-    console = Console()
+    console = terminal.console()
     console.print(view)
     if out is not None:
         path = out / "scaling.jsonl"

@@ -68,6 +68,7 @@ class Finding:
 
 
 _NARROW = ("paper", "ours, 95 % interval", "verdict")
+_WIDE = ("where", "paper", "ours, 95 % interval", "at", "verdict", "figure")
 
 
 @dataclass(frozen=True)
@@ -129,14 +130,11 @@ def counts(entries: Sequence[Entry]) -> dict[str, int]:
 
 def table(entries: Sequence[Entry], width: int) -> Table:
     """The ledger as a table for a terminal that many characters wide; where the claim and the figure are found only if there is room."""
-    from rich import box
-    from rich.table import Table
+    from moelab import terminal
 
     wide = width >= 160
-    view = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    view.add_column("claim", no_wrap=wide, overflow="fold")
-    for name in ("where", "paper", "ours, 95 % interval", "at", "verdict", "figure") if wide else _NARROW:
-        view.add_column(name, overflow="fold")
+    view = terminal.table("claim", *(_WIDE if wide else _NARROW))
+    view.columns[0].no_wrap = wide
     for entry in entries:
         f = entry.finding
         ours = "" if f is None or f.ours is None else f"{f.ours:.3g}"

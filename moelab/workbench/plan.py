@@ -88,10 +88,9 @@ def _planned(spec: RunSpec, store: RunStore) -> PlannedRun:
 
 def show(runs: Sequence[PlannedRun]) -> None:
     """Print the plan as a table, with totals."""
-    from rich.console import Console
-    from rich.table import Table
+    from moelab import terminal
 
-    view = Table(
+    view = terminal.table(
         "run", "seed", "parameters", "active", "tokens", "steps", "ranks", "a rank's state", "FLOPs", "A100 h", ""
     )
     for r in runs:
@@ -108,7 +107,7 @@ def show(runs: Sequence[PlannedRun]) -> None:
             "–" if r.gpu_hours is None else f"{r.gpu_hours:,.0f}",
             r.state,
         )
-    console = Console()
+    console = terminal.console()
     console.print(view)
     hours = sum(r.gpu_hours or 0 for r in runs if r.state != "finished")
     left = sum(r.state != "finished" for r in runs)
