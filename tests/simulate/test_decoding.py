@@ -25,7 +25,8 @@ ROUND = Constants(
     near_share=1.0,
     far_share=0.5,
     matmul_share=0.5,
-    graph_us=2.0,
+    hop_us=4.0,
+    kernel_us=0.0,
     reserved_gib=0.0,
 )
 TOY = Cluster("toy", Gpu("toy", memory_gib=1.0, memory_gb_s=20.0, tflops=1.0), 2, near_gb_s=10.0, far_gb_s=2.0)
