@@ -21,7 +21,7 @@ class Constants:
         eager_us: free. Host time to issue one kernel from Python, module calls and view operations included (section 5.4 calls it
             kernel-invocation overhead). The device waits for it unless it is behind (`moelab.simulate.clocks`).
         far_us: free. Time that each message to another node adds to an all-to-all: the alpha of alpha-beta, of NCCL as it was in 2021.
-        memory_share: share of memory bandwidth that a matrix product of few rows reaches.
+        memory_share: share of memory bandwidth that kernels bound by it reach: products of few rows, elementwise ones.
         near_us: the alpha inside a node.
         collective_us: start of any collective: the kernel, and its first hand-shake.
         near_share, far_share: share of link bandwidth that NCCL reaches on large messages.

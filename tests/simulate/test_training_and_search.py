@@ -38,7 +38,10 @@ def test_states_of_mixed_precision_adam():
 
 def test_what_costs_and_what_saves():
     got = dense()
-    assert dense(parallel=ParallelConfig(tensor=8, data=16)).step_s < got.step_s, "recomputation is work"
+    kept = dense(parallel=ParallelConfig(tensor=8, data=16))
+    assert kept.step_s < got.step_s, "recomputation is work"
+    assert got.parts_s["all_reduce"] == pytest.approx(1.5 * kept.parts_s["all_reduce"]), "backward as often as forward"
+    assert got.parts_s["products"] == pytest.approx(4 / 3 * kept.parts_s["products"])
     assert dense(parallel=ParallelConfig(tensor=8, data=16)).memory_gib["activations"] > got.memory_gib["activations"]
     moe = ParallelConfig(data=128, recompute=True)
     einsum, table = (
