@@ -339,7 +339,16 @@ def show(title: str, found: list[dict[str, Any]]) -> None:
     from rich.table import Table
 
     view = Table(
-        "ranks", "batch", "candidate", "median ms", "p95 ms", "tokens/s", "time / floor", "where (ms)", title=title
+        "ranks",
+        "batch",
+        "candidate",
+        "median ms",
+        "p95 ms",
+        "tokens/s",
+        "time / optimised",
+        "time / floor",
+        "where (ms)",
+        title=title,
     )
     for row in found:
         parts = sorted(row.get("parts_ms", {}).items(), key=lambda item: -item[1])
@@ -350,6 +359,7 @@ def show(title: str, found: list[dict[str, Any]]) -> None:
             f"{row['median_ms']:.2f}",
             f"{row['p95_ms']:.2f}",
             f"{row['tokens_per_s']:,.0f}",
+            f"{row['time_over_optimised']:.2f}",
             f"{row['floor_ratio']:.1f}",
             ", ".join(f"{name} {ms:.2f}" for name, ms in parts if ms >= 0.005),
         )

@@ -1,7 +1,7 @@
 """Two ways to compute the same model, for inference only: "optimised", as fast as we can, and "baseline", the paper's PyTorch.
 
 **baseline** (section 5.4): gating by one-hot masks, dispatch and combine by einsum, every expert computes the busiest expert's load. Among ranks that
-share experts the tokens travel by the engine's exchange (flat, as the layout says), so masks are in the gate alone.
+share experts all slots travel, empty ones too, in flat all-to-alls (`moelab.inference.padded`).
 
 **optimised**: on CUDA the fused gate, table and grouped kernels that training uses, too. On CPU it packs every weight matrix for oneDNN: at the
 few rows of a decoding step that is two to three times as fast as the plain product; GELU is computed on the way; and, as tests check, a row's
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from moelab.engine.parallel import SlicedExperts
 from moelab.engine.tensor_slicing import RowLinear, leave
+from moelab.inference.padded import PaddedExchange
 from moelab.kernels import gate, residual_mix
 from moelab.models import GPT, Routing
 from moelab.models.moe import DISPATCH, MLP, Experts, MoE
@@ -41,8 +42,10 @@ def set_mode(model: GPT, mode: str = "optimised", *, drop_free: bool = True) -> 
     for moe in moes:
         if drop_free:
             moe.router.config = replace(moe.router.config, drop_tokens=False)
-        if moe.flow in DISPATCH.values():  # otherwise the engine's exchange, in both modes
+        if moe.flow in DISPATCH.values():
             moe.flow = DISPATCH["einsum" if mode == "baseline" else "local"]
+        elif mode == "baseline":  # instead of the engine's exchange
+            moe.flow = PaddedExchange(moe.flow.groups, moe.flow.traffic)
         if mode == "baseline":
             moe.router = MaskRouter(moe.router)
     weight = model.token_embedding.weight

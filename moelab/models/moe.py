@@ -57,15 +57,20 @@ def einsum(x_SM: Tensor, routing: Routing, experts: Experts) -> Tensor:
     """The baseline: one-hot masks [S, E, C] and two products of S * E * C * M multiply-adds, nearly all with zeros (GShard)."""
     E = len(routing.kept_E)
     capacity = max(int(routing.kept_E.max()), 1)
-    kept_SK = routing.slot_SK >= 0
-    expert_SKE = F.one_hot(routing.expert_SK.long(), E).to(x_SM.dtype)
-    slot_SKC = F.one_hot(routing.slot_SK.long().clamp(min=0), capacity).to(x_SM.dtype) * kept_SK[:, :, None]
-    combine_SEC = torch.einsum("sk,ske,skc->sec", routing.weight_SK.to(x_SM.dtype), expert_SKE, slot_SKC)
-    dispatch_SEC = torch.einsum("ske,skc->sec", expert_SKE, slot_SKC)
+    dispatch_SEC, combine_SEC = masks(routing, capacity, x_SM.dtype)
     rows_ECM = torch.einsum("sec,sm->ecm", dispatch_SEC, x_SM)
     offsets_E1 = torch.arange(E + 1, dtype=torch.int32, device=x_SM.device) * capacity
     rows_ECM = experts(rows_ECM.flatten(0, 1), offsets_E1).view(E, capacity, -1)
     return torch.einsum("sec,ecm->sm", combine_SEC, rows_ECM)
+
+
+def masks(routing: Routing, capacity: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """[S, E, C] twice: 1 where a token has a slot of an expert, and the weight that the slot's result gets. C is at least the busiest expert's load."""
+    kept_SK = routing.slot_SK >= 0
+    expert_SKE = F.one_hot(routing.expert_SK.long(), len(routing.kept_E)).to(dtype)
+    slot_SKC = F.one_hot(routing.slot_SK.long().clamp(min=0), capacity).to(dtype) * kept_SK[:, :, None]
+    combine_SEC = torch.einsum("sk,ske,skc->sec", routing.weight_SK.to(dtype), expert_SKE, slot_SKC)
+    return torch.einsum("ske,skc->sec", expert_SKE, slot_SKC), combine_SEC
 
 
 DISPATCH = {"local": local, "einsum": einsum}

@@ -8,7 +8,7 @@
     simulate.plan("24B+MoE-128", 256, "a100", objective="latency").best
     simulate.least_gpus("8B+MoE-128", "a100")
 
-Roofline for kernels, alpha-beta for collectives; three free constants, fitted on the paper's Fig 10 alone (`constants`, `calibrate`); everything else
+Roofline for kernels, alpha-beta for collectives, host and device as two clocks; two free constants, fitted on the paper's Fig 10 alone (`constants`, `calibrate`); everything else
 is prediction. Pure numpy, thousands of layouts at once (`decode_sweep`). No torch.
 """
 

@@ -18,27 +18,29 @@ class Constants:
     """Times in microseconds, efficiencies as shares of the data sheet.
 
     Attributes:
-        eager_us: free. Host time to issue one kernel from Python, module calls and view operations included. A kernel takes at least that
-            long, because nothing hides it at decode sizes (section 5.4 calls it kernel-invocation overhead).
-        memory_share: free. Share of memory bandwidth that a matrix product of few rows reaches.
-        far_us: free. Time that each message to another node adds to an all-to-all: the alpha of alpha-beta.
-        near_us: the same inside a node.
+        eager_us: free. Host time to issue one kernel from Python, module calls and view operations included (section 5.4 calls it
+            kernel-invocation overhead). The device waits for it unless it is behind (`moelab.simulate.clocks`).
+        far_us: free. Time that each message to another node adds to an all-to-all: the alpha of alpha-beta, of NCCL as it was in 2021.
+        memory_share: share of memory bandwidth that kernels bound by it reach: products of few rows, elementwise ones.
+        near_us: the alpha inside a node.
         collective_us: start of any collective: the kernel, and its first hand-shake.
         near_share, far_share: share of link bandwidth that NCCL reaches on large messages.
         matmul_share: share of the tensor-core rate of products large enough to be bound by it.
-        graph_us: time between kernels replayed from a CUDA graph.
+        hop_us: time of one step of an all-reduce between nodes.
+        kernel_us: least time of a kernel on the device, the gap to the next one included.
         reserved_gib: memory of CUDA context, NCCL, workspaces and allocator gaps on each GPU.
     """
 
     eager_us: float = 20.0
-    memory_share: float = 0.7
     far_us: float = 3.0
+    memory_share: float = 0.556
     near_us: float = 1.0
     collective_us: float = 10.0
     near_share: float = 0.77
     far_share: float = 0.9
     matmul_share: float = 0.6
-    graph_us: float = 2.0
+    hop_us: float = 5.0
+    kernel_us: float = 2.0
     reserved_gib: float = 2.5
 
     def with_free(self, values: dict[str, float]) -> Constants:
@@ -47,26 +49,24 @@ class Constants:
 
 FREE: dict[str, tuple[float, float, str]] = {
     "eager_us": (5.0, 50.0, "a bare launch from C++ takes about 5 us; 50 us is far above one operation from Python"),
-    "memory_share": (
-        0.4,
-        0.9,
-        "plain copies reach about 0.9 of an A100's data sheet, products of a few rows less (unverified)",
-    ),
     "far_us": (
         1.0,
-        10.0,
-        "InfiniBand takes 1 to 2 us a message, NCCL's proxy adds some; 8 MiB among 64 H800 in 296 to 338 us (NVIDIA/nccl issue 1531) leave about 3",
+        18.0,
+        "InfiniBand takes 1 to 2 us a message. NCCL sends with its Simple protocol over one channel a remote peer until 2.12 (v2.10.3, paths.cc, sendrecv.h): "
+        "8.4 us to start and 9.6 a network hop in its own table (tuning.cc), as an upper bound if each message waited for the one before",
     ),
 }
 """Free constant -> lower bound, upper bound, why these."""
 
 SOURCES = {
+    "memory_share": "the authors' own arithmetic: 500 of a V100's 900 GB/s (DeepSpeed SC22 slides, p. 13); Fig 10 does not determine it",
     "near_us": "an estimate: a small all-to-all among 8 GPUs of a node takes hardly longer than among 2",
     "collective_us": "nccl-tests, small all-to-all in a node: 10 to 12 us (tinygrad/open-gpu-kernel-modules issue 17; deepseek-ai/DeepEP issue 303)",
     "near_share": "nccl-tests all-reduce on 8 A100: about 230 of 300 GB/s (unverified)",
     "far_share": "nccl-tests over HDR InfiniBand, A100: 85 on average, 96 at best of 100 GB/s (NVIDIA/nccl-tests issue 119)",
     "matmul_share": "large fp16 products on A100 reach 0.6 to 0.8 of 312 TFLOP/s (unverified)",
-    "graph_us": "about 2 us between small kernels of a CUDA graph (unverified)",
+    "hop_us": "NCCL's own table (v2.10.3, tuning.cc): tree, LL protocol, a network hop",
+    "kernel_us": "about 2 us between small kernels of a CUDA graph (unverified)",
     "reserved_gib": "an estimate: CUDA context 0.5, NCCL 1, workspaces and gaps 1 GiB",
 }
 """Fixed constant -> where its value comes from."""

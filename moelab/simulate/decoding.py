@@ -1,22 +1,23 @@
 """One decoding step on a cluster: latency with its breakdown, memory, throughput, cost.
 
-A step makes one token for each sequence. It is a chain of kernels; each takes the longest of
+A step makes one token for each sequence. It is a chain of kernels; on the device each takes the longest of
 
-    time to issue it (host)          `Constants.eager_us`, or `graph_us` in a CUDA graph
+    `Constants.kernel_us`            no kernel is shorter
     bytes of weights / bandwidth     the roofline's memory side: section 5.1, all parameters on the path are read in each step
     operations / rate                its compute side
     alpha-beta time                  if it is a collective (`moelab.simulate.exchange`)
 
-and the step is their sum: kernels of a step depend on one another, and at these sizes the host is not ahead of the device. Kernel counts
-come from `System`. Which experts are read: all of a rank's where slots are padded (both systems of the paper); else the expected number of
-distinct experts that T tokens choose, E (1 - (1 - 1/E)^T), plus the spread of the busiest of X ranks.
+and on the host `Constants.eager_us` to issue, unless a CUDA graph is replayed. The two run side by side and wait for each other where the
+program makes them (`moelab.simulate.clocks`); the step ends when the device has ended. Kernel counts and waits come from `System`. Which
+experts are read: all of a rank's where slots are padded (both systems of the paper); else the expected number of distinct experts that T
+tokens choose, E (1 - (1 - 1/E)^T), plus the spread of the busiest of X ranks.
 
 One set of formulas works on arrays of layouts; `decode` asks it about one.
 """
 
 from __future__ import annotations
 
-from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -24,8 +25,10 @@ import numpy as np
 from moelab.config import DTYPE_BYTES, ModelConfig
 from moelab.layout import ParallelConfig
 from moelab.simulate import constants as _constants
+from moelab.simulate.clocks import WAIT, Span, kernels
 from moelab.simulate.constants import Constants
 from moelab.simulate.exchange import (
+    Stage,
     all_reduce_us,
     all_to_all,
     rows_to_send,
@@ -39,8 +42,8 @@ from moelab.simulate.memory import InferenceMemory, inference_memory
 from moelab.simulate.systems import System, slots, system
 
 PARTS = ("attention", "dense", "gate", "dispatch", "all_to_all", "experts", "all_reduce", "head", "launch")
-"""The breakdown: device time of the parts (dense holds residual MLPs, dispatch both layout transforms), and the time the device waits for the
-host to issue kernels (launch). They add up to the latency."""
+"""The breakdown: device time of the parts (dense holds residual MLPs, dispatch both layout transforms), and the time the device stands idle because
+the host has not issued the next kernel (launch). They add up to the latency."""
 
 
 @dataclass(frozen=True)
@@ -87,17 +90,29 @@ class DecodeEstimate:
         return max(self.parts_ms, key=self.parts_ms.get)
 
 
-class _Clock:
-    """Adds up kernels: device time by part, and waiting for their issue."""
+class _Program:
+    """Kernels in the order they are issued: device time by part, and what they do to the two clocks."""
 
-    def __init__(self, n: int, issue_us: float) -> None:
-        self.parts = {part: np.zeros(n) for part in PARTS}
-        self.issue = issue_us
+    def __init__(self, issue_us: float, kernel_us: float) -> None:
+        self.issue, self.least = issue_us, kernel_us
+        self.parts: dict[str, Array | float] = {}
+        self.span = Span()
 
     def kernels(self, part: str, count: Array | float, each_us: Array | float = 0.0) -> None:
         """`count` kernels of `each_us` device time each."""
-        self.parts[part] += count * each_us
-        self.parts["launch"] += count * np.maximum(self.issue - each_us, 0.0)
+        each = np.maximum(each_us, self.least)
+        self.parts[part] = self.parts.get(part, 0.0) + count * each
+        self.span = self.span.then(kernels(count, self.issue, each))
+
+    def wait(self) -> None:
+        """The host waits for the device."""
+        self.span = self.span.then(WAIT)
+
+    def run(self, other: _Program) -> None:
+        """All of another one's kernels."""
+        for part, us in other.parts.items():
+            self.parts[part] = self.parts.get(part, 0.0) + us
+        self.span = self.span.then(other.span)
 
 
 def distinct_experts(experts: Array | float, tokens: Array | float) -> Array:
@@ -148,52 +163,57 @@ def decode_sweep(
     M, F, L = model.hidden, model.ffn, layouts.tensor
     bandwidth = where.gpu.memory_gb_s * known.memory_share
     rate = where.gpu.tflops * known.matmul_share * (1 if width == 2 else 0.5) * 1e6  # operations a microsecond
-    clock = _Clock(len(layouts), known.graph_us if code.graph else known.eager_us)
+    issue = 0.0 if code.graph else known.eager_us
 
     def product(rows: Array | float, weights: Array | float) -> Array:
         """Microseconds of rows x (a matrix of `weights` numbers)."""
         return np.maximum(transfer_us(weights * width, bandwidth), 2 * rows * weights / rate)
 
-    def sum_over_tensor(count: float) -> None:
-        sliced = L > 1
-        clock.kernels("all_reduce", count * sliced, all_reduce_us(L, batch * M * width, where, known))
+    def sum_over_tensor(program: _Program) -> None:
+        program.kernels("all_reduce", L > 1, all_reduce_us(L, batch * M * width, where, known))
 
-    layers, dense_layers = model.layers, model.layers - model.moe_layers
-    clock.kernels("attention", layers, product(batch, 3 * M * M / L))
-    clock.kernels("attention", layers, product(batch, M * M / L))
-    clock.kernels("attention", layers, transfer_us(batch * context * 2 * M * width / L, bandwidth))  # reads the cache
-    clock.kernels("attention", layers * (code.attention - 1))
-    sum_over_tensor(layers)
+    def attention(program: _Program) -> None:
+        program.kernels("attention", 1, product(batch, 3 * M * M / L))
+        program.kernels("attention", 1, transfer_us(batch * context * 2 * M * width / L, bandwidth))  # reads the cache
+        program.kernels("attention", code.attention - 1)
+        program.kernels("attention", 1, product(batch, M * M / L))
+        sum_over_tensor(program)
 
-    clock.kernels("dense", 2 * dense_layers, product(batch, M * F / L))
-    clock.kernels("dense", dense_layers * code.dense)
-    sum_over_tensor(dense_layers)
+    def feed_forward(program: _Program, small: int) -> None:
+        program.kernels("dense", 2, product(batch, M * F / L))
+        program.kernels("dense", small)
+        sum_over_tensor(program)
 
-    for experts, count in Counter(e for e in model.experts if e).items():
+    def experts_layer(program: _Program, experts: int) -> None:
         spread = ExpertLayouts.of(layouts, experts)
         C = slots(code, model, batch, experts)
         sent = rows_to_send(spread, np.full(len(layouts), batch), model.top_k, C)
         if model.residual:
-            clock.kernels("dense", 2 * count, product(batch, M * F / L))
-            clock.kernels("dense", count * code.residual)
-            sum_over_tensor(count)
-        clock.kernels("gate", count, product(batch, M * experts))
-        clock.kernels("gate", count * code.gate)
-        moved = transfer_us(2 * sent * M * width, bandwidth)
-        for kernels in (code.dispatch, code.combine):
-            clock.kernels("dispatch", count, moved)
-            clock.kernels("dispatch", count * (kernels - 1))
+            feed_forward(program, code.residual)
+        program.kernels("gate", 1, product(batch, M * experts))
+        program.kernels("gate", code.gate_wait)
+        if code.gate_wait:
+            program.wait()
+        program.kernels("gate", code.gate - code.gate_wait)
 
+        moved = transfer_us(2 * sent * M * width, bandwidth)
+        program.kernels("dispatch", 1, moved)
+        program.kernels("dispatch", code.dispatch - 1)
         there = all_to_all(layouts, spread, sent, where.gpus_per_node)
         staged = there[0].happens & there[1].happens
-        for stage in (*there, *there):
-            clock.kernels("all_to_all", count * stage.happens, stage.microseconds(M * width, where, known))
-            clock.kernels("dispatch", count * code.transform * staged, moved)
-        gather = share_gather(spread, sent)
-        clock.kernels("all_to_all", count * gather.happens, gather.microseconds(M * width, where, known))
         over_slices = slice_exchange(layouts, spread, sent, where.gpus_per_node)
-        clock.kernels("all_to_all", 2 * count * over_slices.happens, over_slices.microseconds(M * width, where, known))
 
+        def exchange(stages: Sequence[Stage]) -> None:
+            for stage in stages:
+                program.kernels("all_to_all", stage.happens, stage.microseconds(M * width, where, known))
+                program.kernels("dispatch", code.transform * staged, moved)
+
+        def slices() -> None:
+            us = over_slices.microseconds(M * width, where, known)
+            program.kernels("all_to_all", over_slices.happens, us)
+
+        exchange(there)
+        slices()
         own = spread.experts / spread.parallel
         arriving = sent * spread.slices / own * (1.0 if C else imbalance)  # rows an expert of this rank multiplies
         weights = M * F / spread.slices
@@ -204,17 +224,39 @@ def decode_sweep(
             read = busiest_distinct(experts, spread.parallel, batch * model.top_k * groups)
         if code.grouped:
             whole = np.maximum(transfer_us(read * weights * width, bandwidth), 2 * arriving * own * weights / rate)
-            clock.kernels("experts", 2 * count, whole)
-            clock.kernels("experts", count * (code.expert + code.once))
+            program.kernels("experts", 2, whole)
+            program.kernels("experts", code.expert + code.once)
+        else:  # one expert after the other: its products and its small kernels alternate, so all get the mean
+            mean = (2 * product(arriving, weights) + code.expert * known.kernel_us) / (2 + code.expert)
+            program.kernels("experts", read * (2 + code.expert), mean)
+            program.kernels("experts", code.once)
+        slices()
+        exchange(there[::-1])
+        gather = share_gather(spread, sent)
+        program.kernels("all_to_all", gather.happens, gather.microseconds(M * width, where, known))
+        program.kernels("dispatch", 1, moved)
+        program.kernels("dispatch", code.combine - 1)
+
+    layer: dict[int, _Program] = {}
+    for experts in dict.fromkeys(model.experts or (0,) * model.layers):
+        one = layer[experts] = _Program(issue, known.kernel_us)
+        attention(one)
+        if code.layer_waits:
+            one.wait()
+        if experts:
+            experts_layer(one, experts)
         else:
-            clock.kernels("experts", 2 * count * read, product(arriving, weights))
-            clock.kernels("experts", count * (read * code.expert + code.once))
+            feed_forward(one, code.dense)
 
-    clock.kernels("head", 1, product(batch, model.vocab * M / L))
-    clock.kernels("head", code.step)
+    step = _Program(issue, known.kernel_us)
+    for experts in model.experts or (0,) * model.layers:
+        step.run(layer[experts])
+    step.kernels("head", 1, product(batch, model.vocab * M / L))
+    step.kernels("head", code.step)
 
-    parts = {part: us / 1e3 for part, us in clock.parts.items()}
-    latency = sum(parts.values())
+    latency = np.broadcast_to(step.span.ends, len(layouts)) / 1e3
+    parts = {part: np.broadcast_to(step.parts.get(part, 0.0), len(layouts)) / 1e3 for part in PARTS}
+    parts["launch"] = np.maximum(latency - sum(parts.values()), 0.0)
     throughput = batch / L / latency * 1e3
     memory = inference_memory(model, layouts, code, batch=batch, context=context, width=width, constants=known)
     return DecodeSweep(

@@ -122,7 +122,7 @@ def all_reduce_us(
     g = np.clip(cluster.gpus_per_node // np.asarray(stride), 1, ranks)
     nodes = np.maximum(np.asarray(ranks) // g, 1)
     near = 2 * (g - 1) * (constants.near_us + transfer_us(size / g, cluster.near_gb_s * constants.near_share))
-    far = 2 * np.log2(nodes) * constants.far_us + 2 * (nodes > 1) * transfer_us(
+    far = 2 * np.log2(nodes) * constants.hop_us + 2 * (nodes > 1) * transfer_us(
         size / g, cluster.far_gb_s * constants.far_share
     )
     return (np.asarray(ranks) > 1) * (constants.collective_us + near + far)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import difflib
 from dataclasses import dataclass
+from functools import cache
 from importlib import resources
 from pathlib import Path
 
@@ -99,7 +100,12 @@ def cluster(name: str | Cluster) -> Cluster:
         close = difflib.get_close_matches(plain, known, n=1)
         hint = f" (did you mean {close[0]}?)" if close else ""
         raise ValueError(f"no cluster {name!r}; allowed: {', '.join((*ALIASES, *known))}, or a YAML file{hint}")
-    return parse(resources.files(__package__).joinpath("clusters", f"{plain}.yaml").read_text(encoding="utf-8"), plain)
+    return _shipped(plain)
+
+
+@cache
+def _shipped(name: str) -> Cluster:
+    return parse(resources.files(__package__).joinpath("clusters", f"{name}.yaml").read_text(encoding="utf-8"), name)
 
 
 def parse(text: str, where: str) -> Cluster:

@@ -47,7 +47,7 @@ def rows(constants: Constants | None = None) -> list[dict]:
     for what, ratio in against.items():
         figure, metric = what.split(":")
         reported = paper.inference_results(figure=figure, metric=metric)[0].value
-        assumed = "shape of the 1.5T model and its PR-MoE, GPU count" if figure == "fig-15" else ""
+        assumed = "shapes and GPU count from the authors' script" if figure == "fig-15" else ""
         word = "faster" if metric == "speedup" else "cheaper"
         add("ratio", f"{figure}: {word} than dense", reported, ratio, "x", assumed=assumed)
     needed = paper.inference_results(figure="fig-12", metric="gpus-needed")[0]
@@ -55,7 +55,7 @@ def rows(constants: Constants | None = None) -> list[dict]:
         ("8B+MoE-128", needed.baseline_gpus, fig12()["MoE"]),
         ("its PR-MoE+MoS", needed.value, fig12()["PR-MoE+MoS"]),
     ):
-        assumed = "" if what == "8B+MoE-128" else "experts 64/128"
+        assumed = "" if what == "8B+MoE-128" else "experts from the authors' script"
         add("GPUs", f"fig-12: fewest for {what}", reported, least_gpus(model, bars.CLUSTER)[0], "GPUs", assumed=assumed)
     speeds = table3(constants)
     for reported in paper.training_throughput():

@@ -6,8 +6,8 @@ and, with recomputation, forward once more; then gradients are summed and the op
     products      FLOPs / (rate x matmul_share); experts multiply all their slots (capacity), full or empty
     einsums       the one-hot dispatch and combine of the PyTorch system: 2 S E C M multiply-adds each (section 5.4), which grows with S^2
     elementwise   the s b h (34 + 5 a s / h) bytes of activations a layer keeps (Korthikanti et al. 2022, eq. 1), once written, once read
-    all_reduce    two of S M numbers a layer over the tensor group
-    all_to_all    two a MoE layer, of its slots (`moelab.simulate.exchange`)
+    all_reduce    two of S M numbers a layer over the tensor group; as many backward (Shoeybi et al. 2019, the conjugate operators f and g)
+    all_to_all    two a MoE layer, of its slots (`moelab.simulate.exchange`); as many backward
 
 The host is ahead of the device at these sizes: a micro-batch takes the larger of device time and the time to issue its kernels.
 """
@@ -31,6 +31,7 @@ from moelab.simulate.memory import rank_parameters
 from moelab.simulate.systems import System, system
 
 PARTS = ("products", "einsums", "elementwise", "all_reduce", "all_to_all", "launch", "gradients", "optimizer")
+COLLECTIVES = ("all_reduce", "all_to_all")
 STATE_BYTES = {"weights": 2, "gradients": 2, "optimizer": 12}
 """Bytes a parameter in mixed precision with Adam: fp16 weight and gradient; fp32 weight and two moments (Rajbhandari et al. 2020)."""
 
@@ -114,10 +115,9 @@ def training(
     tokens = micro_batch * model.context
     forward = _forward_us(model, layouts, where, code, known, tokens)
     passes = 3 + parallel.recompute
-    device = sum(forward.values())
     issue = passes * known.eager_us * _kernels(model, code, parallel)
-    parts = {name: passes * us for name, us in forward.items()}
-    parts["launch"] = max(0.0, issue - passes * device)
+    parts = {name: (passes - (name in COLLECTIVES)) * us for name, us in forward.items()}
+    parts["launch"] = max(0.0, issue - sum(parts.values()))
     parts = {name: int(share) * us for name, us in parts.items()}
 
     outside, experts = (float(p[0]) for p in rank_parameters(model, layouts))

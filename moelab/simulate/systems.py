@@ -29,6 +29,8 @@ class System:
             that got any are read. With slots, all experts of a rank are read, chosen or not: weights are multiplied with empty slots.
         grouped: all experts of a rank in two grouped products instead of a loop over experts.
         graph: kernels are replayed from a CUDA graph.
+        layer_waits: the host waits for the device in every layer, before its feed-forward.
+        gate_wait: kernels of the gate issued before the host waits for their result; 0: it never waits.
         source: where the counts come from.
     """
 
@@ -47,6 +49,8 @@ class System:
     min_capacity: int
     grouped: bool = False
     graph: bool = False
+    layer_waits: bool = False
+    gate_wait: int = 0
     source: str = ""
 
 
@@ -67,8 +71,13 @@ SYSTEMS = {
             step=15,
             exchange="flat",
             min_capacity=4,
+            layer_waits=True,
+            gate_wait=9,
             source="The paper's baseline (section 5.5): the training stack, eager. Kernels counted in the public Megatron-DeepSpeed attention and "
-            "DeepSpeed's one-hot gate and einsum dispatch (sharded_moe.py); experts in a Python loop; min_capacity 4 as in the scripts.",
+            "DeepSpeed's one-hot gate and einsum dispatch (sharded_moe.py); experts in a Python loop; min_capacity 4 as in the scripts. The gate of "
+            "DeepSpeed 0.6.0 copies the experts' counts to the CPU (sharded_moe.py, top1gating: exp_counts), and each layer of the authors' "
+            "Megatron-DeepSpeed of 2022-01-19 (a599d072, transformer.py) makes two scalars on the GPU from Python numbers, which in PyTorch "
+            "copies and waits for the stream.",
         ),
         System(
             name="deepspeed",
@@ -86,7 +95,7 @@ SYSTEMS = {
             min_capacity=1,
             source="The full system: fused inference kernels (DeepSpeed-Inference: norm+product, attention, product, bias+residual), one gating "
             "kernel and table-driven transforms (section 5.4), hierarchical and coordinated all-to-all (5.3), experts in a loop and min_capacity 1 "
-            "(defaults of moe_inference.py).",
+            "(defaults of moe_inference.py). A gate of one kernel has no counts to copy, so the host does not wait.",
         ),
         System(
             name="moelab",

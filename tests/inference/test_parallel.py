@@ -86,11 +86,19 @@ def test_a_layout_writes_the_tokens_of_one_process(on_ranks, name, mode):
 
 
 @pytest.mark.parametrize("prompts", [PROMPTS[:1], [], [PROMPTS[0], PROMPTS[5]]], ids=["one", "none", "two"])
-@pytest.mark.parametrize("name", ["expert 4", "expert 4, hierarchical 2 x 2", "expert 2, slicing 2"])
-def test_ranks_without_sequences_neither_hang_nor_skew(on_ranks, name, prompts):
+@pytest.mark.parametrize(
+    ("name", "mode"),
+    [
+        ("expert 4", "optimised"),
+        ("expert 4, hierarchical 2 x 2", "optimised"),
+        ("expert 2, slicing 2", "optimised"),
+        ("expert 2, slicing 2", "baseline"),
+    ],
+)
+def test_ranks_without_sequences_neither_hang_nor_skew(on_ranks, name, mode, prompts):
     config, parallel = LAYOUTS[name]
-    expected = alone(config, "optimised", prompts)
-    for tokens, _ in on_ranks(parallel.ranks, write, config, parallel, "optimised", prompts):
+    expected = alone(config, mode, prompts)
+    for tokens, _ in on_ranks(parallel.ranks, write, config, parallel, mode, prompts):
         assert tokens == expected
 
 

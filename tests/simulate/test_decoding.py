@@ -25,7 +25,8 @@ ROUND = Constants(
     near_share=1.0,
     far_share=0.5,
     matmul_share=0.5,
-    graph_us=2.0,
+    hop_us=4.0,
+    kernel_us=0.0,
     reserved_gib=0.0,
 )
 TOY = Cluster("toy", Gpu("toy", memory_gib=1.0, memory_gb_s=20.0, tflops=1.0), 2, near_gb_s=10.0, far_gb_s=2.0)
@@ -33,15 +34,17 @@ BARE = System("bare", 2, 1, 1, 1, 1, 1, 1, 0, 1, 1, "flat", min_capacity=2)
 
 
 def test_a_dense_step_by_hand():
-    """One layer, M 64, F 256, 4 sequences: every product is small, so each kernel takes its issue time, but the output head.
+    """One layer, M 64, F 256, 4 sequences: every product is small, so each kernel waits for its issue, but the output head.
 
     10 GB/s of 20: 10,000 bytes a microsecond. Head: 8192 x 64 x 2 = 1,048,576 bytes -> 104.8576 us; operations 2 x 4 x 524,288 / (0.5 TFLOP/s
     = 500,000 a us) = 8.4 us. qkv: 24,576 bytes -> 2.4576; out 0.8192; up and down 3.2768 each. Cache: 4 x 16 x 2 x 64 x 2 bytes -> 1.6384.
     """
     model = ModelConfig(layers=1, hidden=64, heads=1, vocab=8192)
     got = simulate.decode(model, ParallelConfig(), TOY, program=BARE, batch=4, context=16, constants=ROUND)
-    kernels = 2 + 1 + 1 + (2 + 1) + 1  # qkv, out, cache, one more of attention, ffn, step; the head is the slow one
-    assert got.latency_ms == pytest.approx((kernels * 10 + 104.8576) / 1e3)
+    kernels = 2 + 1 + 1 + (2 + 1) + 1  # qkv, out, cache, one more of attention, ffn, head: issued one after the other
+    assert got.latency_ms == pytest.approx(
+        (kernels * 10 + 104.8576) / 1e3
+    )  # that of the step is issued behind the head
     assert got.parts_ms["attention"] == pytest.approx((2.4576 + 0.8192 + 1.6384) / 1e3)
     assert got.parts_ms["dense"] == pytest.approx(2 * 3.2768 / 1e3)
     assert got.tokens_per_s_per_gpu == pytest.approx(4 / got.latency_ms * 1e3)

@@ -6,7 +6,7 @@ the breakdown of a step.
 Paper: more GPUs make DeepSpeed-MoE faster and each GPU more productive: 27.3 to 12.7 ms, 292 to 620 tokens/s/GPU; the baseline falls from 56.6 to
 43.9 ms only.
 
-Here: the simulator's three free constants are fitted on the eight latencies of this figure, so its bars are a fit, not a prediction; the notebook
+Here: the simulator's two free constants are fitted on the eight latencies of this figure, so its bars are a fit, not a prediction; the notebook
 shows how good it is and what it leaves undecided. Beside it, decoding steps of the model's twin on gloo ranks of this machine, measured with
 `moelab bench decode`'s own function: the baseline and the optimised mode, experts spread over the ranks.
 """

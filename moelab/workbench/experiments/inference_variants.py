@@ -72,7 +72,10 @@ def verdicts(held: pd.DataFrame, latency: pd.DataFrame) -> list[Verdict]:
         for name, sizes in (("PR-MoE", behind["PR-MoE"]), ("standard MoE", behind["MoE"]))
     )
     plain = bars.variants(("2.4B",), gpus=8)
-    small = [decode(b.model, bars.layout(b.model, 8, 1, "deepspeed"), bars.CLUSTER).latency_ms for b in plain]
+    small = [
+        decode(b.model, bars.layout(b.model, 8, 1, "deepspeed"), bars.CLUSTER, context=bars.CONTEXT).latency_ms
+        for b in plain
+    ]
     ours = {
         "half-the-gpus": (least["PR-MoE+MoS"] / least["MoE"], "Experts 64/128 and a student of 35 layers assumed."),
         "pr-moe-mos-lowest-latency": (worst, note),

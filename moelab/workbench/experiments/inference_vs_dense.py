@@ -50,7 +50,7 @@ def verdicts(frame: pd.DataFrame) -> list[Verdict]:
         rows.loc["fig-14", "52B MoE", "pytorch"]["simulated_ms"]
         - rows.loc["fig-14", "6.7B dense", "pytorch"]["simulated_ms"]
     )
-    guess = "Shape of the 1.5T model, its PR-MoE and its GPU count assumed."
+    guess = "Shapes and GPU count from the authors' script."
     ours = {
         "pytorch-moe-slower-than-dense": (slower, ""),
         "faster-than-6.7b": (small["fig-14"]["faster"], ""),

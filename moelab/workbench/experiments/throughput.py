@@ -18,7 +18,6 @@ from typing import TYPE_CHECKING
 
 from moelab import paper
 from moelab.config import ModelConfig
-from moelab.layout import ParallelConfig
 from moelab.workbench.claims import Verdict
 from moelab.workbench.experiments import common
 from moelab.workbench.experiments.base import Experiment, Scale
@@ -43,34 +42,24 @@ def flops_ratio(dense: ModelConfig, moe: ModelConfig) -> float:
     return dense.flops_per_token() / moe.flops_per_token()
 
 
-def simulated(gpus: int = 128) -> pd.DataFrame:
-    """Both models of Table 3 on the paper's cluster as `moelab.simulate` predicts them: a row a model.
-
-    Layouts as the paper's: tensor slicing inside a node for 6.7B, an expert a GPU for the MoE, batches of the scripts, recomputation. Nothing is
-    fitted to Table 3.
-    """
+def simulated() -> pd.DataFrame:
+    """Both models of Table 3 on the paper's cluster as `moelab.simulate` predicts them (`scoreboard.table3`): a row a model. Nothing is fitted to
+    Table 3."""
     import pandas as pd
 
-    from moelab import simulate
+    from moelab.simulate.scoreboard import table3
 
-    layouts = {
-        "6.7B": ParallelConfig(tensor=8, data=gpus // 8, recompute=True),
-        "1.3B+MoE-128": ParallelConfig(data=gpus, recompute=True),
-    }
-    rows = []
-    for name, layout in layouts.items():
-        batch = paper.training_settings(name).batch_seqs
-        step = simulate.training(name, layout, batch=batch, micro_batch=min(4, batch // layout.data))
-        rows.append(
-            {
-                "model": name,
-                "samples/s": step.samples_per_s,
-                "TFLOP/s a GPU": step.tflops_per_gpu,
-                "GiB a GPU": step.total_gib,
-                "fits": step.fits,
-                "bound by": step.bound,
-            }
-        )
+    rows = [
+        {
+            "model": name,
+            "samples/s": step.samples_per_s,
+            "TFLOP/s a GPU": step.tflops_per_gpu,
+            "GiB a GPU": step.total_gib,
+            "fits": step.fits,
+            "bound by": step.bound,
+        }
+        for name, step in table3().items()
+    ]
     return pd.DataFrame(rows).set_index("model")
 
 
