@@ -27,6 +27,12 @@ app.command()(simulate_cli.plan)
 commands.register(app)
 
 
+Experts = Annotated[list[int] | None, typer.Option("--experts", help="number of experts; repeat for several")]
+Threads = Annotated[int, typer.Option(help="CPU threads")]
+Device = Annotated[str, typer.Option(help="cpu or cuda")]
+Out = Annotated[Path | None, typer.Option(help="folder for the numbers as JSON lines")]
+
+
 @app.command(name="list")
 def list_() -> None:
     """Show the experiments, their scales and what they cost."""
@@ -224,7 +230,11 @@ def generate(
 @app.command(name="eval")
 def eval_(
     run: Annotated[
-        str, typer.Argument(help="id of a run, or the beginning of it, or a directory of a run or an exported model")
+        str,
+        typer.Argument(
+            help="id of a run, or the beginning of it, or a directory of a run or a model (ours exported, or one that transformers opens), or "
+            "smollm2: a small real model, fetched, to check the pipeline with"
+        ),
     ],
     tasks: Annotated[
         str, typer.Option(help="comma-separated: packaged ones (default: all six), or lm-eval's own with a network")
@@ -234,6 +244,7 @@ def eval_(
     dtype: Annotated[str, typer.Option(help="fp32 or bf16")] = "fp32",
     device: Annotated[str, typer.Option(help="cpu or cuda")] = "cpu",
     as_json: Annotated[bool, typer.Option("--json", help="the scores as JSON")] = False,
+    out: Out = None,
 ) -> None:
     """Zero-shot tasks (the paper's Table 2): accuracy beside chance and the answers' bits per byte. Killed, it goes on where it was."""
     import json
@@ -242,18 +253,22 @@ def eval_(
     _check_device(device)
     from moelab.data.packages import CorpusUnavailable
     from moelab.engine.checkpoint import CheckpointError
+    from moelab.evaluation.models import REFERENCES, reference_directory
     from moelab.evaluation.zero_shot import PACKAGED, evaluate
     from moelab.workbench import paths, zero_shot
     from moelab.workbench.store import RunStore
 
-    directory = RunStore().find(run)
     wanted = tuple(dict.fromkeys(name for name in map(str.strip, tasks.split(",")) if name)) or PACKAGED
     options = dict(cache=paths.home() / "data", limit=limit, batch=batch, dtype=dtype, device=device)
     try:
+        reference = run in REFERENCES
+        directory = reference_directory(run, options["cache"]) if reference else RunStore().find(run)
         with zero_shot.progress() as show:
             scores = evaluate(directory, wanted, **options, on_progress=show)
     except (CheckpointError, CorpusUnavailable) as error:
         raise ValueError(str(error)) from None
+    if out is not None:
+        zero_shot.save(scores, out, run if reference else directory.resolve().name, options)
     if as_json:
         print(json.dumps([asdict(score) for score in scores], indent=2))
         return
@@ -296,12 +311,6 @@ def bench_train(
 
     bench_main(steps=steps, rounds=rounds, threads=threads, dtype=dtype, out=out)
     _write_provenance(out, "train")
-
-
-Experts = Annotated[list[int] | None, typer.Option("--experts", help="number of experts; repeat for several")]
-Threads = Annotated[int, typer.Option(help="CPU threads")]
-Device = Annotated[str, typer.Option(help="cpu or cuda")]
-Out = Annotated[Path | None, typer.Option(help="folder for the numbers as JSON lines")]
 
 
 def _write_provenance(out: Path | None, name: str) -> None:

@@ -273,6 +273,7 @@ def figure(found: list[dict[str, Any]]) -> Figure:
         ax.set_yscale("log", base=2)
         ax.xaxis.set_major_formatter(lambda v, _: f"{v:g}")
         ax.yaxis.set_major_formatter(lambda v, _: f"{v:g}")
+        ax.minorticks_off()
         ax.set_xlabel("KiB of tokens a rank")
         ax.set_title(f"{ranks} ranks", loc="left", fontsize=10)
         ax.spines[["top", "right"]].set_visible(False)

@@ -1,4 +1,4 @@
-"""Any of our models as lm-eval sees one: `RunLM` scores and continues texts, in batches, and remembers what it was asked.
+"""A model as lm-eval sees one: `RunLM` scores and continues texts, in batches, and remembers what it was asked.
 
 Texts become tokens as in lm-eval's own wrapper of transformers models, so equal weights give equal numbers (tested): a context's trailing spaces
 go to the continuation, an empty context is the end-of-text token, and what does not fit the model's context is cut on the left. Needs the extra
@@ -17,10 +17,8 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from torch.nn.utils.rnn import pad_sequence
 
 from moelab.data import Tokenizer
+from moelab.evaluation.models import LanguageModel
 from moelab.evaluation.requests import Requests
-from moelab.inference.generate import Generator
-from moelab.inference.sampling import Sampling
-from moelab.models import GPT
 
 MAX_NEW_TOKENS = 256
 """Length of a continuation where the task gives none, as in lm-eval."""
@@ -33,7 +31,7 @@ class RunLM(TemplateLM):
     """A model and its tokenizer behind lm-eval's interface.
 
     Args:
-        model: drop-free and in evaluation mode (`moelab.inference.modes.set_mode`): a batch's other texts and padding must not matter.
+        model: ours or another's, see `moelab.evaluation.models`.
         batch: sequences at a time.
         requests: where answers are kept; those already there are not computed again.
 
@@ -43,7 +41,7 @@ class RunLM(TemplateLM):
 
     def __init__(
         self,
-        model: GPT,
+        model: LanguageModel,
         tokenizer: Tokenizer,
         *,
         batch: int = 16,
@@ -53,16 +51,16 @@ class RunLM(TemplateLM):
         super().__init__()
         if batch < 1:
             raise ValueError(f"eval: batch must be at least 1, got {batch}")
-        if tokenizer.vocab_size > (vocab := model.config.vocab):
+        if tokenizer.vocab_size > model.vocab:
             raise ValueError(
-                f"eval: the tokenizer has {tokenizer.vocab_size} entries, the model's embedding only {vocab}"
+                f"eval: the tokenizer has {tokenizer.vocab_size} entries, the model's embedding only {model.vocab}"
             )
         self.model, self.texts, self.batch = model, tokenizer, batch
         self.answers = Requests() if requests is None else requests  # an empty one is falsy
         self.on_progress = on_progress
         self.cut = 0
-        self._device = str(model.token_embedding.weight.device)
-        self._generator: Generator | None = None
+        self._device = str(model.device)
+        self._stops: dict[tuple[str, ...], list[int]] = {}
 
     @property
     def eot_token_id(self) -> int:
@@ -71,7 +69,7 @@ class RunLM(TemplateLM):
     @property
     def max_length(self) -> int:
         """The model's context."""
-        return self.model.config.context
+        return self.model.context
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
         return self.texts.encode(string)
@@ -126,13 +124,14 @@ class RunLM(TemplateLM):
 
     @torch.inference_mode()
     def _score(self, pairs: Sequence[tuple[list[int], list[int]]]) -> list[tuple[float, bool]]:
-        inputs = [torch.tensor((context + wanted)[-self.max_length - 1 : -1]) for context, wanted in pairs]
+        texts = [tuple((context + wanted)[-self.max_length - 1 : -1]) for context, wanted in pairs]
+        rows = {text: row for row, text in enumerate(dict.fromkeys(texts))}  # answers of one token share their input
         # Padding stands on the right, where causal attention does not look from.
-        tokens_BT = pad_sequence(inputs, batch_first=True).to(self.device)
-        x_BTM, _ = self.model.trunk(tokens_BT)
+        tokens_BT = pad_sequence([torch.tensor(text) for text in rows], batch_first=True).to(self.device)
+        x_BTM = self.model.trunk(tokens_BT)
         lengths = [len(wanted) for _, wanted in pairs]
         rows_NM = torch.cat(
-            [x[len(i) - n : len(i)] for x, i, n in zip(x_BTM, inputs, lengths, strict=True)]
+            [x_BTM[rows[text], len(text) - n : len(text)] for text, n in zip(texts, lengths, strict=True)]
         )  # those that predict the continuations: the head runs on no others
         wanted_N = torch.tensor([t for _, wanted in pairs for t in wanted], device=self.device)
         logits_NV = self.model.head(rows_NM).float()[:, : self.texts.vocab_size]
@@ -183,14 +182,12 @@ class RunLM(TemplateLM):
         return until, min(limit, self.max_length // 2)
 
     def _continue(self, prompts: Sequence[list[int]], until: tuple[str, ...], limit: int) -> list[str]:
-        if self._generator is None:
-            self._generator = Generator(self.model, batch=self.batch)
         # A token that holds a stop text ends the sequence at once; one that is spread over tokens is cut off below.
-        stops = [t for t in range(self.texts.vocab_size) if any(u in self.texts.decode([t]) for u in until)]
-        sampling = Sampling(max_new_tokens=limit, temperature=0.0, stop_tokens=(*stops, self.texts.eot))
+        if until not in self._stops:
+            every = range(self.texts.vocab_size)
+            self._stops[until] = [t for t in every if any(u in self.texts.decode([t]) for u in until)]
         texts = []
-        for found in self._generator.generate(prompts, sampling):
-            tokens = found.tokens[:-1] if found.tokens[-1] == self.texts.eot else found.tokens
+        for tokens in self.model.likeliest(prompts, limit, self._stops[until], self.batch):
             text = self.texts.decode(tokens)
             for stop in filter(None, until):
                 text = text.partition(stop)[0]

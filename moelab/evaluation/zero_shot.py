@@ -30,7 +30,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from moelab.config import digest, from_json
+from moelab.config import from_json
 from moelab.evaluation.items import READERS, items
 from moelab.files import read_json, write_json
 
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from lm_eval.api.model import LM
 
     from moelab.data import Tokenizer
-    from moelab.models import GPT
+    from moelab.evaluation.models import LanguageModel
 
 PACKAGED = tuple(READERS)
 """The tasks that need no hub, in the paper's order."""
@@ -106,7 +106,7 @@ def evaluate(
     device: str = "cpu",
     on_progress: OnProgress = lambda task, done, total: None,
 ) -> list[Score]:
-    """Scores of a run's newest checkpoint, or of an exported model; those already there are read back.
+    """Scores of a run's newest checkpoint, of an exported model or of another's (`moelab.evaluation.models`); those already there are read back.
 
     Args:
         cache: prepared tokens and packages.
@@ -122,13 +122,12 @@ def evaluate(
         raise ValueError(f"eval: limit must be 0 (all items) or at least 2, got {limit}")
     manager = _manager(tasks)
     from moelab.evaluation.lm import RunLM
+    from moelab.evaluation.models import open_evaluated
     from moelab.evaluation.requests import Requests
-    from moelab.inference.modes import set_mode
-    from moelab.inference.text import open_model
 
-    model, tokenizer = open_model(directory, cache=cache, dtype=dtype, device=device)
+    model, tokenizer = open_evaluated(directory, cache=cache, dtype=dtype, device=device)
     folder = directory / "evaluation" / fingerprint(model, tokenizer)
-    lm = RunLM(set_mode(model), tokenizer, batch=batch, requests=Requests(folder / "requests.jsonl"))
+    lm = RunLM(model, tokenizer, batch=batch, requests=Requests(folder / "requests.jsonl"))
     scores = []
     for task in tasks:
         file = folder / f"{task}{f'-first-{limit}' if limit else ''}.json"
@@ -156,9 +155,11 @@ def run_task(lm: LM, task: str, *, cache: Path, limit: int = 0, manager: Any = N
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     try:
         with contextlib.redirect_stderr(io.StringIO()):  # its progress bars; ours are enough
-            found = lm_eval.simple_evaluate(
-                lm, tasks=[asked], task_manager=manager, limit=limit or None, bootstrap_iters=0, num_fewshot=0
-            )
+            loaded = manager.load([asked])
+            for one in loaded["tasks"].values():
+                one.set_config("num_fewshot", 0)
+            # Not `simple_evaluate`, which asks pip for a list of all packages each time.
+            found = lm_eval.evaluate(lm, loaded, limit=limit or None, bootstrap_iters=0)
     except (OSError, ConnectionError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise ValueError(
@@ -188,15 +189,9 @@ def run_task(lm: LM, task: str, *, cache: Path, limit: int = 0, manager: Any = N
     )
 
 
-def fingerprint(model: GPT, tokenizer: Tokenizer) -> str:
-    """A hash of the model, its weights as they compute, and the tokenizer: whose answers these are."""
-    import torch
-
-    found = hashlib.sha256(f"{digest(model.config)} {tokenizer.digest()}".encode())
-    for name, parameter in model.named_parameters():
-        found.update(name.encode())
-        found.update(parameter.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-    return found.hexdigest()[:12]
+def fingerprint(model: LanguageModel, tokenizer: Tokenizer) -> str:
+    """A short hash of the model and its tokenizer: whose answers these are."""
+    return hashlib.sha256(f"{model.digest} {tokenizer.digest()}".encode()).hexdigest()[:12]
 
 
 def _manager(tasks: Sequence[str]) -> Any:

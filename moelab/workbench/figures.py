@@ -26,6 +26,7 @@ import seaborn as sns
 from moelab.files import write_text
 from moelab.workbench import svg
 from moelab.workbench.claims import interval
+from moelab.workbench.typography import typeset
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -37,6 +38,23 @@ PAPER = {"color": "#444444", "marker": "D"}
 # Okabe and Ito's colours, grey (for the dense base, the first arm) instead of the yellow that is too light on white; dash patterns
 # carry the same distinction in print.
 _COLORS = ("#6E6E6E", "#56B4E9", "#009E73", "#E69F00", "#D55E00", "#0072B2", "#CC79A7", "#000000")
+_OF_ARM = {
+    name: color
+    for color, names in zip(
+        _COLORS,
+        (
+            ("Dense", "350M"),
+            ("MoE-32", "350M+MoE-32"),
+            ("Pyramid-MoE-32/64",),
+            ("Residual-MoE-32",),
+            ("PR-MoE-32/64", "Teacher"),
+            ("MoE-128", "350M+MoE-128"),
+            ("Top2-MoE-32",),
+        ),
+        strict=False,
+    )
+    for name in names
+}
 _DASHES = ("", (4, 1.5), (1, 1), (6, 1.5, 1, 1.5), (3, 1), (5, 1, 1, 1, 1, 1), (2, 2), (8, 2))
 
 
@@ -55,11 +73,11 @@ def theme() -> None:
             "axes.titlesize": 11,
             "axes.titlelocation": "left",
             "axes.titlepad": 10,
-            "axes.labelsize": 10,
-            "legend.fontsize": 9,
+            "axes.labelsize": 11,
+            "legend.fontsize": 10,
             "legend.frameon": False,
-            "xtick.labelsize": 9,
-            "ytick.labelsize": 9,
+            "xtick.labelsize": 10,
+            "ytick.labelsize": 10,
             "svg.fonttype": "none",
             "svg.hashsalt": "moelab",  # the same figure is the same file
             "savefig.facecolor": "white",
@@ -68,16 +86,23 @@ def theme() -> None:
 
 
 def colors(arms: Sequence[str]) -> dict[str, str]:
-    """Arm -> colour, by position."""
-    return {arm: _COLORS[i % len(_COLORS)] for i, arm in enumerate(arms)}
+    """Arm -> colour: the paper's arms have the same one in every figure, the others take what is left, by position."""
+    fixed = {arm: _OF_ARM[arm] for arm in arms if arm in _OF_ARM}
+    free = [color for color in _COLORS if color not in fixed.values()] or list(_COLORS)
+    others = [arm for arm in arms if arm not in fixed]
+    fixed |= {arm: free[i % len(free)] for i, arm in enumerate(others)}
+    return {arm: fixed[arm] for arm in arms}
 
 
 def finding(fig: Figure, text: str) -> Figure:
     """Write what the figure shows above it, wrapped to the figure's width; call it last, it lays the figure out anew."""
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
+
     width = int(fig.get_figwidth() * 11)
-    lines = textwrap.wrap(text, width)
+    lines = textwrap.wrap(typeset(text), width)
     fig.suptitle("\n".join(lines), x=0.01, ha="left", fontsize=12)
-    fig.tight_layout()
+    if not isinstance(fig.get_layout_engine(), ConstrainedLayoutEngine):
+        fig.tight_layout()
     return fig
 
 
@@ -91,7 +116,7 @@ def save(fig: Figure, path: Path, *, title: str = "") -> list[Path]:
     """
     png, light, dark = (path.with_name(path.name + end) for end in (".png", ".svg", "-dark.svg"))
     fig.savefig(png, dpi=160, bbox_inches="tight")
-    heading = [t for t in fig.texts if title and t.get_text().split() == title.split()]
+    heading = [t for t in fig.texts if title and t.get_text().split() == typeset(title).split()]
     for artist in heading:
         artist.set_visible(False)
     text = io.StringIO()
@@ -195,6 +220,27 @@ def paper_points(
     return ax
 
 
+def paper_bound(ax: Axes, value: float, *, label: str = "paper", across: bool = False) -> Axes:
+    """A number that the paper gives for the whole axis, such as a limit or "over six times": a dashed line that ends in the paper's diamond.
+
+    Args:
+        across: the value runs along x.
+    """
+    draw = ax.axvline if across else ax.axhline
+    draw(
+        value,
+        color=PAPER["color"],
+        linewidth=1.2,
+        linestyle=(0, (5, 3)),
+        marker=PAPER["marker"],
+        markevery=[1],
+        markerfacecolor="white",
+        clip_on=False,
+        label=label,
+    )
+    return ax
+
+
 def _around(values: Sequence[float], low: Sequence[float], high: Sequence[float]) -> list[list[float]]:
     """Bounds as distances, the way `errorbar` takes them."""
     return [[v - a for v, a in zip(values, low, strict=True)], [b - v for v, b in zip(values, high, strict=True)]]
@@ -209,7 +255,7 @@ def gaps(
     paper: Mapping[str, tuple[float, float, float]],
     of: str = "seeds",
 ) -> Axes:
-    """A row an arm: mean over seeds of `value` with its 95 % interval, each seed as a small dot, the paper's value beside.
+    """A row an arm: mean over seeds of `value` with its 95 % interval, each seed as a small dot below, the paper's value above.
 
     Args:
         measured: columns arm, seed and `value`.
@@ -227,7 +273,8 @@ def gaps(
         if len(values):
             low, high = student(values)
             center = values.mean()
-            ax.scatter(values, [row] * len(values), s=14, color=palette[arm], alpha=0.5, zorder=2, linewidths=0)
+            # Under the interval, which would hide them.
+            ax.scatter(values, [row + 0.22] * len(values), s=18, color=palette[arm], alpha=0.7, zorder=2, linewidths=0)
             ax.errorbar(
                 center,
                 row,
@@ -241,7 +288,7 @@ def gaps(
             )
         if arm in paper:
             at, low, high = paper[arm]
-            label = once("paper, with the uncertainty of the reading")
+            label = once("paper" if low == at == high else "paper, with the uncertainty of the reading")
             paper_points(ax, [at], [row - 0.28], [low], [high], label=label, across=True)
     ax.axvline(0, color="#888888", linewidth=1, zorder=1)
     ax.set_yticks(range(len(arms)), arms)

@@ -27,6 +27,8 @@ _PACKAGES = (
     "papermill",
     "deepspeed",
     "transformers",
+    "lm_eval",
+    "gguf",
 )
 
 

@@ -164,9 +164,13 @@ def scores(found: Sequence[Mapping], ax: Axes) -> Axes:
             zorder=3,
             label=f"{kind}: median error {median_error(list(found), kind=kind):.0f} %",
         )
-    ax.set_yticks(rows, frame["what"])
+    names = {"fig-": "Fig ", "pytorch": "PyTorch", "deepspeed": "DeepSpeed-MoE"}
+    labels = frame["what"].tolist()
+    for name, shown in names.items():
+        labels = [label.replace(name, shown) for label in labels]
+    ax.set_yticks(rows, labels)
     ax.invert_yaxis()
-    ax.set_xlabel("simulated over paper, per cent")
+    ax.set_xlabel("simulated against the paper (%)")
     return ax
 
 

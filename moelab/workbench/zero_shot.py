@@ -1,10 +1,15 @@
-"""Zero-shot scores as people look at them: a bar while they are made, a table when they are there."""
+"""Zero-shot scores as people look at them: a bar while they are made, a table when they are there, a file for others."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from moelab.files import write_json, write_text
 
 if TYPE_CHECKING:
     from moelab.evaluation.zero_shot import Score
@@ -54,3 +59,31 @@ def show(scores: Sequence[Score]) -> None:
         "±: one standard error over the items. Always: always giving the commonest right answer's place. Bits per byte: of the right answers, given "
         "their questions. Cut: requests whose context lost its beginning, because the model's is shorter. *: stands in for the paper's data set."
     )
+
+
+def save(scores: Sequence[Score], folder: Path, name: str, options: Mapping[str, Any]) -> Path:
+    """Write `zero-shot-<name>.jsonl`, a line a task, and its provenance beside it; returns the former.
+
+    Args:
+        name: of the model: one of `moelab.evaluation.models.REFERENCES`, a run's id or a directory's.
+        options: of the evaluation: limit, batch, dtype, device.
+    """
+    from moelab.evaluation.models import REFERENCES
+    from moelab.workbench.provenance import provenance
+
+    known = REFERENCES.get(name)
+    about = {"model": known.name if known else name, "source": str(known.package) if known else ""}
+    about |= {key: options[key] for key in ("limit", "dtype", "device")}
+    file = folder / f"zero-shot-{name}.jsonl"
+    write_text(file, "".join(json.dumps({**about, **asdict(score)}) + "\n" for score in scores))
+    write_json(folder / f"zero-shot-{name}.provenance.json", {"title": title(about["model"], scores), **provenance()})
+    return file
+
+
+def title(model: str, scores: Sequence[Score]) -> str:
+    """The scores in a line: those furthest above knowing nothing first."""
+    parts = [
+        f"{s.task.removeprefix('packaged_')} {100 * s.accuracy:.1f} ± {100 * s.standard_error:.1f}"
+        for s in sorted(scores, key=lambda s: max(s.chance, s.majority or 0) - s.accuracy)
+    ]
+    return f"{model} through our zero-shot pipeline, percent: {', '.join(parts)}"

@@ -59,7 +59,7 @@ def test_a_page_is_whole_and_accessible(results, visit, address, scheme, width):
 
 def test_search_and_filters(results, visit):
     page = visit(f"{results.as_uri()}/index.html")
-    rows, chapters, entries = "#tested tbody tr", "section[data-chapter]", "table.all tbody tr"
+    rows, chapters, entries = "#tested tr[data-item]", "section[data-chapter]", "table.all tbody tr"
     assert len(shown(page, rows)) == 2 and len(shown(page, entries)) == 5
     page.get_by_label("Search").fill("moe-128's validation loss")
     (row,) = shown(page, rows)
@@ -86,7 +86,7 @@ def test_scale_switch(results, visit):
     page.get_by_label("cpu", exact=True).check()
     (facts,) = shown(page, chapter + ".facts")
     assert facts.startswith("cpu")
-    assert [row.split()[0] for row in shown(page, "#tested tbody tr")] == ["✓", "?"]
+    assert [row.split()[0] for row in shown(page, "#tested tr[data-item]")] == ["✓", "?"]
     page.get_by_label("gpu", exact=True).check()
     assert "No result at scale gpu; there is one at cpu." in shown(
         page, "section[data-experiment='moe-scaling'] .elsewhere"
@@ -130,7 +130,7 @@ def test_two_results_side_by_side(results, visit):
 
 def test_links_lead_from_a_claim_to_its_figure(results, visit):
     page = visit(f"{results.as_uri()}/index.html")
-    page.locator("#tested tbody a").first.click()
+    page.locator("#tested tr[data-item] a").first.click()
     assert page.url.endswith("moe-scaling/cpu/20260101-000000/index.html#curves")
     page.get_by_role("link", name="Executed notebook").click()
     assert page.get_by_role("heading", name="Notebook of moe-scaling").is_visible()
@@ -153,7 +153,7 @@ def test_moelab_browse(results, visit):
     try:
         address = process.stdout.readline().split(" at ")[1].split()[0]
         page = visit(address)
-        page.locator("#tested tbody a").first.click()
+        page.locator("#tested tr[data-item] a").first.click()
         assert page.get_by_role("heading", level=1).is_visible()
     finally:
         process.terminate()

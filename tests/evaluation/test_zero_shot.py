@@ -13,9 +13,9 @@ from moelab.cli import app
 from moelab.config import ModelConfig
 from moelab.evaluation import zero_shot
 from moelab.evaluation.items import READERS, items
+from moelab.evaluation.models import Ours, open_evaluated
 from moelab.evaluation.requests import Requests
 from moelab.evaluation.zero_shot import PACKAGED, evaluate, run_task
-from moelab.inference.modes import set_mode
 from moelab.models import build
 
 PR = dict(layers=4, experts=(0, 2, 0, 4), residual=True, name="small PR")
@@ -108,9 +108,9 @@ def test_scores_are_the_models_whatever_the_batch(lm_eval, model, tokenizer):
         ("the mast and", " wind"): ("the mast and", " wind"),
     }
     requests = instances(lm_eval, "loglikelihood", list(asked))
-    lm = RunLM(set_mode(model), tokenizer, batch=4)
+    lm = RunLM(Ours(model, tokenizer.eot), tokenizer, batch=4)
     found = lm.loglikelihood(requests, disable_tqdm=True)
-    alone = RunLM(model, tokenizer, batch=1).loglikelihood(requests, disable_tqdm=True)
+    alone = RunLM(lm.model, tokenizer, batch=1).loglikelihood(requests, disable_tqdm=True)
     for (context, wanted), (score, greedy), one in zip(asked.values(), found, alone, strict=True):
         tokens = [tokenizer.eot] if context is None else tokenizer.encode(context)
         expected = naive(
@@ -124,7 +124,7 @@ def test_scores_are_the_models_whatever_the_batch(lm_eval, model, tokenizer):
 def test_what_does_not_fit_is_cut_on_the_left_or_scored_in_windows(lm_eval, model, tokenizer):
     from moelab.evaluation.lm import RunLM
 
-    lm = RunLM(set_mode(model), tokenizer)
+    lm = RunLM(Ours(model, tokenizer.eot), tokenizer)
     ((long, _), (short, _)) = lm.loglikelihood(
         instances(lm_eval, "loglikelihood", [("a" * 90, "q"), ("a" * 24, "q")]), disable_tqdm=True
     )
@@ -140,7 +140,7 @@ def test_what_does_not_fit_is_cut_on_the_left_or_scored_in_windows(lm_eval, mode
 def test_continuations_are_the_likeliest_and_end_at_a_stop_text(lm_eval, model, tokenizer):
     from moelab.evaluation.lm import RunLM
 
-    lm = RunLM(set_mode(model), tokenizer, batch=2)
+    lm = RunLM(Ours(model, tokenizer.eot), tokenizer, batch=2)
     settings = {"until": ["\n"], "do_sample": False, "max_gen_toks": 8}
     contexts = ["the wave", "does the tide", "gull " * 30]
     asked = instances(lm_eval, "generate_until", [(c, settings) for c in contexts])
@@ -160,6 +160,64 @@ def test_continuations_are_the_likeliest_and_end_at_a_stop_text(lm_eval, model, 
     assert shorter == texts[0].partition(stop)[0]
     with pytest.raises(ValueError, match="only tasks that take the likeliest text"):
         lm.generate_until(instances(lm_eval, "generate_until", [("a", {"do_sample": True, "temperature": 1.0})]))
+
+
+# -- other people's models -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def llama(tmp_path, tokenizer):
+    """The directory of a small Llama that transformers saved, with opinions of its own."""
+    transformers = pytest.importorskip("transformers", reason="needs transformers (extra eval)")
+    config = transformers.LlamaConfig(
+        hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        vocab_size=300, max_position_embeddings=64, initializer_range=0.4, bos_token_id=0, eos_token_id=0,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    folder = tmp_path / "llama"
+    transformers.LlamaForCausalLM(config).save_pretrained(folder)
+    tokenizer.save(folder / "tokenizer.json")
+    record = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|endoftext|>", "bos_token": "<|endoftext|>"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(record))
+    return folder
+
+
+@pytest.mark.slow
+def test_a_model_of_others_scores_as_in_lm_evals_own_wrapper(lm_eval, llama, cache):
+    from lm_eval.models.huggingface import HFLM
+
+    theirs = HFLM(pretrained=str(llama), device="cpu", batch_size=4, dtype="float32")
+    ours = {score.task: score for score in evaluate(llama, PACKAGED, cache=cache, batch=3)}
+    for task in PACKAGED:
+        reference = run_task(theirs, task, cache=cache)
+        assert ours[task].accuracy == reference.accuracy and ours[task].n == reference.n, task
+        assert ours[task].bits_per_byte == pytest.approx(reference.bits_per_byte, rel=1e-4), task
+    before = ours["packaged_piqa"].seconds
+    assert evaluate(llama, ["packaged_piqa"], cache=cache)[0].seconds == before, "read back"
+
+
+def test_continuations_of_a_model_of_others_end_as_they_should(llama, cache, tokenizer):
+    model, _ = open_evaluated(llama, cache=cache)
+    prompts = [tokenizer.encode(text) for text in ("the wave", "does the tide wait for the gull", "no")]
+    free = model.likeliest(prompts, 6, [], 2)
+    assert [len(tokens) for tokens in free] == [6, 6, 6] and free == model.likeliest(prompts, 6, [], 1)
+    stop = free[1][2]
+    first = free[1].index(stop)
+    assert model.likeliest(prompts, 6, [stop], 3)[1] == free[1][: first + 1], "a stop token is the last one"
+    model.ends = {stop}
+    assert model.likeliest(prompts, 6, [], 3)[1] == free[1][:first], "the end of a text is no text"
+
+
+def test_a_model_of_others_that_cannot_be_opened_is_one_line(llama, cache):
+    (llama / "model.safetensors").rename(llama / "pytorch_model.bin")
+    with pytest.raises(ValueError, match="llama: transformers cannot open it") as caught:
+        open_evaluated(llama, cache=cache)
+    assert "\n" not in str(caught.value)
+    for name in ("one.gguf", "two.gguf"):
+        (llama / name).touch()
+    (llama / "config.json").unlink()
+    with pytest.raises(ValueError, match="2 GGUF files; give a directory with one"):
+        open_evaluated(llama, cache=cache)
 
 
 # -- scores --------------------------------------------------------------------------------------------------------------------------
@@ -216,11 +274,11 @@ def test_other_weights_are_evaluated_anew(exported, tokenizer):
 
     folder = exported()
     model = hf.load(folder)
-    before = zero_shot.fingerprint(model, tokenizer)
-    assert zero_shot.fingerprint(hf.load(folder), tokenizer) == before
+    before = zero_shot.fingerprint(Ours(hf.load(folder), tokenizer.eot), tokenizer)
+    assert zero_shot.fingerprint(Ours(hf.load(folder), tokenizer.eot), tokenizer) == before
     with torch.no_grad():
         model.blocks[1].ffn.up.bias[3] += 1e-6
-    assert zero_shot.fingerprint(model, tokenizer) != before
+    assert zero_shot.fingerprint(Ours(model, tokenizer.eot), tokenizer) != before
 
 
 def test_the_command(lm_eval, exported, cache, tmp_path, monkeypatch):

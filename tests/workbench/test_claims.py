@@ -74,7 +74,7 @@ def test_pr_moe_pairs_by_seed_and_survives_missing_arms():
     assert verdicts["pr-moe-matches-moe128"].verdict == claims.REPRODUCED
     assert verdicts["pyramid-shrinks-gap"].verdict == claims.NOT_TESTED
     assert verdicts["pr-moe-size"].ours == pytest.approx(4.1168 / 13.150, rel=1e-3)
-    assert "+0.010 nats" in pr_moe.finding(frame) and "40%" in pr_moe.finding(frame)
+    assert "0.010 nats above" in pr_moe.finding(frame) and "40%" in pr_moe.finding(frame)
     assert "1 seed, no spread" in pr_moe.finding(frame[frame["seed"] == 0])
     assert "no finished pair" in pr_moe.finding(frame[frame["arm"] == "Dense"])
 

@@ -228,7 +228,7 @@ def test_summary_and_gaps():
     table = final({"a": [2.0, 3.0], "b": [1.0, 2.5]})
     assert common.paired(table, "a", "b") == [1.0, 0.5] and common.paired(table, "a", "c") == []
     assert common.gaps(table, "b").query("arm == 'a'")["gap"].tolist() == [1.0, 0.5]
-    assert "a ends +0.750 nats from b (95 % interval" in common.difference(table, "a", "b")
+    assert "a ends 0.750 nats above b (95 % interval" in common.difference(table, "a", "b")
 
 
 def test_counts_of_the_exchanges_are_the_papers_and_the_simulators():

@@ -7,13 +7,15 @@ import time
 from html.parser import HTMLParser
 from pathlib import Path
 
+import nbformat
 import pytest
 
 from moelab import paper
 from moelab.workbench import site, svg
 from moelab.workbench.claims import NO_SPREAD, REPRODUCED, UNDECIDED
 from moelab.workbench.ledger import DISAGREES
-from moelab.workbench.site import collect, order
+from moelab.workbench.site import collect, notebook, order, template
+from moelab.workbench.typography import typeset
 
 
 @pytest.fixture(scope="module")
@@ -78,7 +80,7 @@ def test_the_ledger_has_every_claim_in_the_papers_order_and_the_verdict_that_cou
     assert matches.link == "pr-moe/cpu/20260103-000000/index.html#curves"
     assert by_id["speedup-1t"].verdict == DISAGREES and by_id["speedup-1t"].result is None
     page = (published / "index.html").read_text()
-    assert all(claim.statement.replace("'", "&#39;") in page for claim in paper.claims())
+    assert all(typeset(claim.statement).replace("'", "&#39;") in page for claim in paper.claims())
 
 
 def test_the_gallery_follows_the_paper():
@@ -100,12 +102,12 @@ def test_unchanged_results_are_not_written_again(published, tmp_path):
     root = tmp_path / "results"
     shutil.copytree(published, root)
     assert site.build(root).written == 0
-    notebook = root / "pr-moe" / "cpu" / "20260103-000000" / "notebook.ipynb"
-    notebook.write_text(notebook.read_text().replace("Notebook of", "Executed notebook of"))
+    executed = root / "pr-moe" / "cpu" / "20260103-000000" / "notebook.ipynb"
+    executed.write_text(executed.read_text().replace("Notebook of", "Executed notebook of"))
     again = site.build(root)
     assert (again.converted, again.written) == (1, 1)
-    assert "Executed notebook of pr-moe" in notebook.with_suffix(".html").read_text()
-    summary = notebook.with_name("summary.json")
+    assert "Executed notebook of pr-moe" in executed.with_suffix(".html").read_text()
+    summary = executed.with_name("summary.json")
     summary.write_text(summary.read_text().replace("Loss falls", "Loss rises"))
     again = site.build(root)
     assert again.converted == 0 and "Loss rises" in (root / "index.html").read_text()
@@ -152,6 +154,22 @@ def test_a_notebook_page_has_its_outputs_and_no_library_from_outside(published):
     page = (published / "pr-moe" / "cpu" / "20260103-000000" / "notebook.html").read_text()
     assert "data:image/png;base64," in page and "a warning" in page and "a slider" in page and "2.95" in page
     assert "cdnjs" not in page and "require" not in page
+    assert (
+        "<math" in page
+        and "<mi>log</mi>" in page
+        and "$" not in re.sub(r"<(style|script).*?</\1>", "", page, flags=re.S)
+    )
+    assert 'alt="Figure: Notebook of pr-moe"' in page and "<details" not in page
+
+
+def test_long_code_is_folded_and_a_formula_nobody_can_read_stays(tmp_path):
+    import nbformat.v4 as nb
+
+    cells = [nb.new_markdown_cell("$$\\ell_i = -\\sum_v p_v \\log q_v$$"), nb.new_code_cell("x = 1\n" * 20)]
+    (tmp_path / "notebook.ipynb").write_text(nbformat.writes(nb.new_notebook(cells=cells)))
+    page = site.convert(tmp_path / "notebook.ipynb").read_text()
+    assert 'display="block"' in page and "<summary>20 lines of code</summary>" in page
+    assert notebook.mathml("\\left(x", "inline").startswith("<code>")
 
 
 def test_dark_figures_are_readable(published):
@@ -184,3 +202,33 @@ def test_three_hundred_results_take_seconds_and_again_next_to_nothing(published,
     started = time.perf_counter()
     assert site.build(tmp_path / "results").written == 0
     assert time.perf_counter() - started < first < 30
+
+
+def test_signs_and_per_cents_are_set_as_in_print():
+    assert typeset("-0.050 nats (95 % of -.5, 50%); MoE-128, 2-3, 2026-11-24, x-1") == (
+        "−0.050 nats (95\u00a0% of −.5, 50\u00a0%); MoE-128, 2-3, 2026-11-24, x-1"
+    )
+
+
+def test_numbers_have_their_units():
+    loss, ratio, order_, bound = (
+        paper.claim(id)
+        for id in (
+            "moe128-350m-beats-own-base",
+            "training-5x-cheaper",
+            "pytorch-moe-slower-than-dense",
+            "1t-under-25ms",
+        )
+    )
+    shown = [template.quantity(c.value, c) for c in (loss, ratio, bound)]
+    assert shown == ["−0.307 nats/token", "5.31×", "25 ms"]
+    assert template.quantity(12.6, order_) == "+12.6 ms" and template.quantity(None, loss) == "–"
+
+
+def test_the_tally_keeps_measured_and_simulated_apart():
+    found = collect.tally({REPRODUCED: 2, "simulated: holds": 3, DISAGREES: 1, "a verdict of tomorrow": 1})
+    assert [(name, [(word, n) for _, word, n in of]) for name, of in found] == [
+        ("Measured here", [("reproduced", 2), ("a verdict of tomorrow", 1)]),
+        ("Simulated on the paper's cluster", [("holds", 3)]),
+        ("Open", [(DISAGREES, 1)]),
+    ]

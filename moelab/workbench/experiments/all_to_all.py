@@ -202,7 +202,7 @@ def draw_counts(counted: pd.DataFrame, left: Axes, right: Axes) -> None:
     for way, color in COLORS.items():
         there = counted[counted["way"] == way].set_index("ranks")
         there = there[there["messages"] > 0]
-        left.plot(there.index, there["formula_messages"], color=color, label=f"{way}, formula")
+        left.plot(there.index, there["formula_messages"], color=color, label=f"{way}, the paper's formula")
         left.plot(there.index, there["messages"], "o", color=color, label=f"{way}, counted")
         out = (there["rows"] + there["gathered_rows"]) / flat["rows"]
         expected = (there["formula_rows"] + there["formula_gathered_rows"]) / flat["formula_rows"]

@@ -112,11 +112,21 @@ def spread(values: Sequence[float]) -> str:
 
 
 def difference(final: pd.DataFrame, left: str, right: str) -> str:
-    """ "LEFT ends +0.012 nats from RIGHT (95 % interval …)", or which of them is missing."""
+    """ "LEFT ends 0.012 nats above RIGHT (95 % interval …)", or which of them is missing."""
     values = paired(final, left, right)
     if not values:
         return f"{left} and {right} have no finished pair"
-    return f"{left} ends {sum(values) / len(values):+.3f} nats from {right} ({spread(values)})"
+    mean = sum(values) / len(values)
+    where = f"{abs(mean):.3f} nats {'below' if mean < 0 else 'above'}" if abs(mean) >= 0.0005 else "level with"
+    return f"{left} ends {where} {right} ({spread(values)})"
+
+
+def gap_finding(table: pd.DataFrame, reference: str) -> str:
+    """ "Against REFERENCE: ARM −0.012, … nats", from `gaps`."""
+    means = table[table["arm"] != reference].groupby("arm", sort=False)["gap"].mean()
+    if not len(means):
+        return f"{reference} and another arm have no finished pair"
+    return f"Against {reference}: {', '.join(f'{arm} {gap:+.3f}' for arm, gap in means.items())} nats"
 
 
 def models(specs: Sequence[RunSpec]) -> pd.DataFrame:

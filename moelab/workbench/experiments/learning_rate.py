@@ -69,11 +69,9 @@ def losses(final: pd.DataFrame, specs: list[RunSpec]) -> pd.DataFrame:
 def finding(table: pd.DataFrame, used: float) -> str:
     """What the rate in use costs each arm."""
     at = table[table["rate"] == used].groupby("arm")["behind"].mean()
-    return (
-        f"At the rate in use, {used:g}: "
-        + ", ".join(f"{arm} {gap:+.3f}" for arm, gap in at.items())
-        + " nats from its best"
-    )
+    behind = [f"{arm} {gap:.3f} nats above its own" for arm, gap in at.items() if gap >= 0.0005]
+    best = "every arm is at its best of those tried" if len(at) else "no run has finished"
+    return f"At the rate in use, {used:g}, {', '.join(behind) or best}"
 
 
 EXPERIMENT = Experiment(

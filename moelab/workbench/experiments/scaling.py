@@ -182,6 +182,20 @@ def finding(curves: pd.DataFrame, final: pd.DataFrame) -> str:
     return f"{text}; it reaches its base's loss on {times.mean():.2f} times fewer tokens" if len(times) else text
 
 
+def flops_finding(differences: pd.DataFrame) -> str:
+    """MoE minus dense at equal tokens and at equal FLOPs, in one line.
+
+    Args:
+        differences: `equal_tokens` and `equal_flops` with a column `at` that names them.
+    """
+    means = differences.groupby(["arm", "against", "at"], sort=False)["difference"].mean().unstack()
+    said = [
+        f"{arm} − {against}: " + ", ".join(f"{value:+.3f} at {at}" for at, value in row.dropna().items())
+        for (arm, against), row in means.iterrows()
+    ]
+    return f"{'; '.join(said[:2])} (nats)" if said else "no MoE and its base have finished"
+
+
 EXPERIMENT = Experiment(
     name="scaling",
     title="MoE against dense scaling",

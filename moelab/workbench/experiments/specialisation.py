@@ -97,6 +97,15 @@ def finding(layers: pd.DataFrame) -> str:
     )
 
 
+def domain_finding(shares: pd.DataFrame) -> str:
+    """The expert that a domain asks for most, in one line; columns layer, domain, expert, share of one seed, as `measure` has them."""
+    if not len(shares):
+        return "no run has finished"
+    most = shares.loc[shares["share"].idxmax()]
+    times = most["share"] * shares["expert"].nunique()
+    return f"The strongest preference: {most['domain']} gives expert {most['expert']} of layer {most['layer']} {times:.1f} times an even share"
+
+
 EXPERIMENT = Experiment(
     name="specialisation",
     title="What experts specialise in",

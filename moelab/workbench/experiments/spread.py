@@ -52,6 +52,18 @@ def deviations(final: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=["what", "mean", "paired", "unpaired", "seeds"])
 
 
+def finding(table: pd.DataFrame) -> str:
+    """What sharing seeds does to the first pair, in one line; from `deviations`."""
+    if not len(table):
+        return "no pair has finished"
+    row = table.iloc[0]
+    does = "narrows" if row["paired"] < row["unpaired"] else "does not narrow"
+    return (
+        f"Sharing seeds {does} the spread of {row['what']}: standard deviation {row['paired']:.3f} nats paired, "
+        f"{row['unpaired']:.3f} unpaired ({row['seeds']:.0f} seeds)"
+    )
+
+
 def seeds_needed(deviation: float, effect: float, limit: int = 1000) -> int | None:
     """Fewest seeds whose expected 95 % Student interval is narrower than an effect on either side; None beyond the limit."""
     from scipy.stats import t

