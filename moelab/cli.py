@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from moelab.workbench import simulate_cli
+from moelab.workbench import records, simulate_cli
 from moelab.workbench.slurm import commands
 
 app = typer.Typer(
@@ -23,6 +23,7 @@ app.add_typer(bench, name="bench")
 kernels = typer.Typer(no_args_is_help=True, help="The Triton kernels, without a GPU.")
 app.add_typer(kernels, name="kernels")
 app.add_typer(simulate_cli.app, name="simulate")
+app.add_typer(records.app, name="runs")
 app.command()(simulate_cli.plan)
 commands.register(app)
 

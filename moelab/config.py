@@ -18,7 +18,7 @@ import math
 import re
 import types
 import typing
-from dataclasses import dataclass, field, fields, is_dataclass, replace
+from dataclasses import MISSING, dataclass, field, fields, is_dataclass, replace
 from typing import Any, Literal, Self, TypeVar
 
 # The paper's dense bases: layers L, hidden M, heads H. Heads of 2.4B, 8B, 24B and 47B are not stated; size 128 is our assumption
@@ -525,12 +525,14 @@ def to_json(config: Any) -> dict[str, Any]:
 
 
 def from_json(cls: type[T], data: Any, where: str = "") -> T:
-    """A config of type `cls` from `to_json`'s output. Unknown or ill-typed fields raise a one-line ValueError."""
+    """A config of type `cls` from `to_json`'s output. Unknown, missing or ill-typed fields raise a one-line ValueError."""
     where = where or cls.__name__
     _check(isinstance(data, dict), f"{where}: expected an object, got {data!r}")
     hints = typing.get_type_hints(cls)
     unknown = set(data) - set(hints)
     _check(not unknown, f"{where}: unknown field {', '.join(sorted(unknown))}; allowed: {', '.join(hints)}")
+    needed = {f.name for f in fields(cls) if f.default is MISSING and f.default_factory is MISSING}
+    _check(needed <= set(data), f"{where}: {', '.join(sorted(needed - set(data)))} is missing")
     return cls(**{key: _coerce(hints[key], value, f"{where}.{key}") for key, value in data.items()})
 
 

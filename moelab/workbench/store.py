@@ -165,9 +165,14 @@ class RunStore:
             + (f"did you mean {', '.join(close)}?" if close else f"runs are in {self.root}, {len(known)} there")
         )
 
+    def at(self, name: str) -> Run:
+        """The run in the directory of that name."""
+        path = self.root / name / "spec.json"
+        return Run(RunSpec.from_json(read_json(path), where=str(path)), path.parent)
+
     def __iter__(self):
         for path in sorted(self.root.glob("*/spec.json")):
-            yield Run(RunSpec.from_json(read_json(path), where=str(path)), path.parent)
+            yield self.at(path.parent.name)
 
 
 def execute(run: Run, *, should_stop=lambda: False, on_progress=lambda _: None, cache: Path | None = None) -> None:
@@ -293,6 +298,8 @@ def _call_train(run: Run, data, should_stop, on_progress) -> dict[str, Any]:
         source = Run(spec.teacher, run.path.parent / spec.teacher.id)
         if not source.finished:
             raise ValueError(f"its teacher {spec.teacher.id} has no result: {source.status.state}")
+        if not (source.path / "checkpoints").is_dir():
+            raise ValueError(f"its teacher was taken over without weights; remove {source.path} to train it here")
         teacher = Teacher(spec.teacher.model, source.path, spec.distill)
     threads = torch.get_num_threads()
     try:
