@@ -17,6 +17,7 @@ ClusterName = Annotated[str, typer.Option(help="a100, a100-40gb, a100-80gb, h100
 SystemName = Annotated[str, typer.Option(help="pytorch (the paper's baseline), deepspeed (its full system), moelab")]
 Tensor = Annotated[int, typer.Option(help="ranks of tensor slicing")]
 Context = Annotated[int, typer.Option(help="tokens a sequence, for the cache")]
+Dtype = Annotated[str, typer.Option(help="fp16, bf16 or fp32: of weights, cache and products")]
 
 
 def plan(
@@ -30,6 +31,7 @@ def plan(
         list[int] | None, typer.Option(help="sequences of a tensor group; repeat for several; default 1 to 512")
     ] = None,
     max_latency: Annotated[float, typer.Option(help="ms; 0 is no limit")] = 0.0,
+    dtype: Dtype = "fp16",
     figure: Annotated[Path | None, typer.Option(help="PNG or SVG file for the Pareto front")] = None,
 ) -> None:
     """Find the best layout to serve a model, and say why it is."""
@@ -47,12 +49,12 @@ def plan(
         batches=tuple(batch or BATCHES),
         context=context,
         max_latency_ms=max_latency,
+        dtype=dtype,
     )
     best = found.best
     print(f"{best.model} on {best.cluster}, {best.system}, best by {objective}:")
     print(f"  {describe(best)}")
-    price = f", {best.cost_per_million:,.2f} per million tokens" if best.cost_per_million else ""
-    print(f"  {best.latency_ms:.2f} ms a token, {best.tokens_per_s_per_gpu:,.1f} tokens/s/GPU{price}")
+    print(f"  {best.latency_ms:.2f} ms a token, {best.tokens_per_s_per_gpu:,.1f} tokens/s/GPU{_price(best)}")
     for line in found.why:
         print(f"  {line}")
     print("Pareto front:")
@@ -67,9 +69,9 @@ def plan(
         from moelab.workbench import figures, simulated
 
         figures.theme()
-        drawing, ax = plt.subplots(figsize=(8, 5))
+        drawing, ax = plt.subplots(figsize=(8.5, 5))
         simulated.pareto(found, ax)
-        ax.set_title(f"{best.model}, up to {gpus} GPUs of {best.cluster} ({best.system}, simulated)")
+        figures.finding(drawing, simulated.pareto_finding(found, gpus))
         drawing.savefig(figure, bbox_inches="tight", dpi=160)
         print(f"figure: {figure}")
 
@@ -86,17 +88,22 @@ def decode(
     exchange: Annotated[str, typer.Option(help="flat, hierarchical, …; default the system's own")] = "",
     batch: Annotated[int, typer.Option(help="sequences of a tensor group")] = 8,
     context: Context = 128,
+    dtype: Dtype = "fp16",
+    imbalance: Annotated[
+        float, typer.Option(help="tokens of the busiest rank over an even share; for systems without slots")
+    ] = 1.0,
 ) -> None:
     """One decoding step of one layout: latency with its breakdown, memory, throughput, cost."""
     from moelab import simulate
 
     parallel = _parallel(simulate, cluster, gpus, tensor, expert, slicing, exchange or simulate.system(system).exchange)
-    got = simulate.decode(model, parallel, cluster, program=system, batch=batch, context=context)
+    options = {"program": system, "batch": batch, "context": context, "dtype": dtype, "imbalance": imbalance}
+    got = simulate.decode(model, parallel, cluster, **options)
     print(f"{got.model} on {gpus} GPUs of {got.cluster}, {got.system}: {got.latency_ms:.2f} ms a token")
     for part, ms in got.parts_ms.items():
         if ms >= 0.0005:
             print(f"  {part:<12} {ms:9.3f} ms  {ms / got.latency_ms:4.0%}")
-    print(f"{got.tokens_per_s_per_gpu:,.1f} tokens/s/GPU, {got.cost_per_million:,.2f} per million tokens")
+    print(f"{got.tokens_per_s_per_gpu:,.1f} tokens/s/GPU{_price(got)}")
     _print_memory(got)
 
 
@@ -133,7 +140,7 @@ def train(
         if seconds > 0:
             print(f"  {part:<12} {seconds:9.4f} s  {seconds / got.step_s:4.0%}")
     print(f"{got.samples_per_s:,.1f} samples/s, {got.tflops_per_gpu:.1f} model TFLOP/s/GPU")
-    print(f"{got.days(tokens):,.1f} days for {tokens:.3g} tokens")
+    print(f"{got.days(tokens):,.1f} days for {tokens / 1e9:,g} billion tokens")
     _print_memory(got)
 
 
@@ -213,6 +220,10 @@ def _parallel(simulate, cluster: str, gpus: int, tensor: int, expert: int, slici
         gpus_per_node=simulate.cluster(cluster).gpus_per_node,
         exchange=exchange,
     )
+
+
+def _price(got) -> str:
+    return f", {got.cost_per_million:,.2f} per million tokens" if got.cost_per_million else ""
 
 
 def _print_memory(got) -> None:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
+from matplotlib.ticker import LogLocator, NullFormatter
 
 from moelab import paper
 from moelab.simulate.bars import BATCH, Bar
@@ -208,12 +209,23 @@ def pareto(plan: Plan, ax: Axes) -> Axes:
     ax.margins(x=0.12, y=0.1)
     ax.set(xscale="log", yscale="log", xlabel="latency of a token (ms)", ylabel="tokens / s / GPU")
     for axis in (ax.xaxis, ax.yaxis):
+        low, high = axis.get_view_interval()
+        axis.set_major_locator(LogLocator(subs=(1, 2, 5) if high > 5 * low else (1, 1.5, 2, 2.5, 3, 4, 5, 6, 8)))
         axis.set_major_formatter("{x:g}")
-        axis.set_minor_formatter("{x:g}")
+        axis.set_minor_formatter(NullFormatter())
     low, high = ax.get_xlim()
     ax.set_xlim(low, high * (high / low) ** 0.25)  # room for the last label
     ax.legend(loc="lower right")
     return ax
+
+
+def pareto_finding(plan: Plan, gpus: int) -> str:
+    """What `pareto` shows, in a line."""
+    fastest, most = plan.front[0], plan.front[-1]
+    return (
+        f"{plan.best.model} on up to {gpus} GPUs of {plan.best.cluster}: {fastest.latency_ms:.1f} ms a token at best, "
+        f"{most.tokens_per_s_per_gpu:,.0f} tokens/s/GPU at most, at {most.latency_ms:.0f} ms ({plan.best.system}, simulated)"
+    )
 
 
 def verdict(claim: paper.Claim, ours: float | None, *, note: str = "", fitted: bool = False) -> Verdict:

@@ -26,11 +26,21 @@ def test_plan_says_what_and_why(tmp_path):
     assert figure.stat().st_size > 10_000
 
 
-def test_decode_train_clusters_and_score():
+def test_decode_train_clusters_and_score(tmp_path):
     done = moelab("simulate", "decode", "1.3B+MoE-128", "--gpus", "64", "--system", "pytorch")
     assert "ms a token" in done.output and "launch" in done.output and "fits" in done.output
+    assert "per million tokens" in done.output
+    mine = tmp_path / "mine.yaml"
+    gpu = "{name: X, memory_gib: 40, memory_gb_s: 1000, tflops: 100}"
+    mine.write_text(f"name: mine\ngpu: {gpu}\ngpus_per_node: 4\nnear_gb_s: 50\nfar_gb_s: 5\n")
+    one, two = (
+        moelab("simulate", "decode", "350M+MoE-32", "--cluster", str(mine), "--dtype", dtype)
+        for dtype in ("fp16", "fp32")
+    )
+    assert "on 8 GPUs of mine" in one.output and "per million" not in one.output, "no price, no cost"
+    assert one.output != two.output
     done = moelab("simulate", "train", "6.7B", "--tensor", "8", "--batch", "1024", "--micro-batch", "4")
-    assert "samples/s" in done.output and "days for 3e+11 tokens" in done.output
+    assert "samples/s" in done.output and "days for 300 billion tokens" in done.output
     assert "a100-80gb" in moelab("simulate", "clusters").output
     assert "median absolute error, predicted" in moelab("simulate", "score").output
 
