@@ -184,7 +184,7 @@ def run_task(lm: LM, task: str, *, cache: Path, limit: int = 0, manager: Any = N
         cut=None if cut is None else lm.cut - cut,
         requests=sum(len(row["resps"]) for row in rows) * (2 if kind == "generate_until" else 1),
         stand_in=task in STAND_INS,
-        version=_version(task),
+        version=version(task),
         seconds=round(time.monotonic() - started, 1),
     )
 
@@ -222,7 +222,8 @@ def definition(task: str) -> dict[str, Any]:
     return yaml.safe_load((Path(__file__).parent / "tasks" / f"{task}.yaml").read_text())
 
 
-def _version(task: str) -> str:
+def version(task: str) -> str:
+    """Of a task's definition, if it is a packaged one, and of lm-eval."""
     ours = f"{task} {definition(task)['metadata']['version']}, " if task in PACKAGED else ""
     return f"{ours}lm-eval {metadata.version('lm_eval')}"
 
@@ -230,7 +231,7 @@ def _version(task: str) -> str:
 def _read(file: Path, task: str) -> Score | None:
     """A stored score, unless the task has changed since."""
     record = read_json(file)
-    if not isinstance(record, dict) or record.get("version") != _version(task):
+    if not isinstance(record, dict) or record.get("version") != version(task):
         return None
     return from_json(Score, record, str(file))
 

@@ -48,6 +48,11 @@ class Trouble:
     outside: list[str] = field(default_factory=list)
 
 
+def counts(message) -> bool:
+    """Whether a console message is a fault of the page; JupyterLab also says when a busy machine starts its plugins slowly."""
+    return message.type in ("error", "warning") and "to activate" not in message.text
+
+
 @pytest.fixture
 def visit(chromium):
     """Opens pages: `visit(address, width=…, scheme=…, script=…)` returns the page and its `Trouble`; at the end there must be none."""
@@ -60,7 +65,7 @@ def visit(chromium):
         contexts.append(context)
         page, trouble = context.new_page(), Trouble()
         troubles.append(trouble)
-        page.on("console", lambda m: trouble.errors.append(m.text) if m.type in ("error", "warning") else None)
+        page.on("console", lambda m: trouble.errors.append(m.text) if counts(m) else None)
         page.on("pageerror", lambda error: trouble.errors.append(str(error)))
         page.on("requestfailed", lambda request: trouble.errors.append(f"failed: {request.url}"))
         home = ("file:", "data:", address.split("/", 3)[0] + "//" + address.split("/", 3)[2])

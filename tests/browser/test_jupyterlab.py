@@ -35,6 +35,7 @@ RUN = "() => jupyterapp.commands.execute('notebook:run-all-cells')"
 CELLS = """() => [...jupyterapp.shell.currentWidget.content.model.cells].filter(c => c.type === 'code')
     .map(c => ({count: c.executionCount, outputs: c.outputs.toJSON()}))"""
 
+THEME = "theme => jupyterapp.commands.execute('apputils:change-theme', {theme})"
 SEEN = """figures => [...document.querySelectorAll('.jp-OutputArea-output img')]
     .filter(i => i.offsetParent && i.naturalWidth > 300).length >= figures"""
 
@@ -123,8 +124,10 @@ def test_a_notebook_runs_top_to_bottom(notebook, path, figures):
     show_all(page)
     page.wait_for_function(SEEN, arg=figures)
     if folder := os.environ.get("MOELAB_SCREENSHOTS"):
-        page.wait_for_timeout(1000)
-        page.screenshot(path=f"{folder}/{path}.png")
+        for theme in ("Light", "Dark"):
+            page.evaluate(THEME, f"JupyterLab {theme}")
+            page.wait_for_timeout(1500)
+            page.screenshot(path=f"{folder}/{path}-{theme.lower()}.png")
     if path.startswith("00"):
         assert "application/vnd.jupyter.widget-view+json" in kinds(cells)
         widget = page.locator(".jupyter-widgets.widget-output").first

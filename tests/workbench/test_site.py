@@ -172,6 +172,22 @@ def test_long_code_is_folded_and_a_formula_nobody_can_read_stays(tmp_path):
     assert notebook.mathml("\\left(x", "inline").startswith("<code>")
 
 
+def test_every_formula_of_the_notebooks_can_be_read():
+    from moelab.workbench import paths
+
+    found = []
+    for path in paths.notebooks().glob("*.ipynb"):
+        texts = (cell.source for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == "markdown")
+        found += [
+            (path.name, one or other)
+            for t in texts
+            for one, other in re.findall(r"\$\$(.+?)\$\$|\$([^$\n]+)\$", t, re.S)
+        ]
+    assert len(found) > 8
+    for name, formula in found:
+        assert notebook.mathml(formula, "inline").startswith("<math"), f"{name}: {formula}"
+
+
 def test_dark_figures_are_readable(published):
     folder = published / "pr-moe" / "cpu" / "20260103-000000"
     light, dark = ((folder / name).read_text() for name in ("curves.svg", "curves-dark.svg"))

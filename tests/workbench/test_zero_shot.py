@@ -49,6 +49,34 @@ def test_guessing_is_called_guessing_and_knowing_knowing():
     )
 
 
+def test_a_real_models_scores_are_read_from_the_results_while_the_tasks_are_the_same(tmp_path, monkeypatch):
+    from moelab.evaluation.zero_shot import Score, version
+    from moelab.workbench.zero_shot import save
+
+    monkeypatch.setenv("MOELAB_RESULTS", str(tmp_path))
+    assert not len(zero_shot.reference()) and "moelab eval smollm2" in zero_shot.reference_finding(
+        zero_shot.reference()
+    )
+    found = [
+        Score("packaged_lambada", "acc", 0.34, 0.03, 0.0, None, 200, 0.8, 0, 200, False, version("packaged_lambada"), 1.0),
+        Score("packaged_piqa", "acc", 0.64, 0.03, 0.5, 0.525, 200, 1.1, 0, 400, False, version("packaged_piqa"), 1.0),
+        Score("packaged_boolq", "acc", 0.60, 0.03, 0.5, 0.6, 200, 1.1, 0, 400, False, "packaged_boolq 0.1, lm-eval 0", 1.0),
+    ]  # fmt: skip
+    save(found, tmp_path / "benchmarks", "smollm2", {"limit": 200, "dtype": "fp32", "device": "cpu"})
+    rows = zero_shot.reference()
+    assert list(rows["task"]) == ["packaged_lambada", "packaged_piqa"], "an older form of a task does not count"
+    assert set(rows["arm"]) == {"SmolLM2-135M-Instruct"} and list(rows["paper"]) == ["lambada", "piqa"]
+    assert zero_shot.reference_finding(rows) == (
+        "SmolLM2-135M-Instruct, a real model, is above knowing nothing on lambada 34.0 ± 3.0 %, piqa 64.0 ± 3.0 %"
+    )
+    table = pd.concat([zero_shot.over_chance(scores(BOTH)), zero_shot.over_chance(rows)])
+    assert len(table) == 20 and zero_shot.our_table(rows).loc["SmolLM2-135M-Instruct", "piqa"] == pytest.approx(64)
+    record = json.loads((tmp_path / "benchmarks" / "zero-shot-smollm2.provenance.json").read_text())
+    assert record["versions"]["torch"] and record["title"].startswith(
+        "SmolLM2-135M-Instruct through our zero-shot pipeline"
+    )
+
+
 def test_the_tables_are_the_papers_and_ours_in_its_columns():
     theirs, ours = zero_shot.paper_table(), zero_shot.our_table(scores(BOTH))
     assert list(theirs.columns) == list(ours.columns) == [*paper.TASKS, "average"]

@@ -11,6 +11,7 @@ for RACE-h and WebQs other data sets stand in, under their own names.
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -28,6 +29,8 @@ if TYPE_CHECKING:
     from moelab.workbench.runs import Runs
 
 ARMS = {"Dense": "350M", "MoE-128": "350M+MoE-128", "PR-MoE-32/64": "350M+PR-MoE-32/64"}
+REFERENCE = "smollm2"
+"""The real model that checks the pipeline, see `moelab.evaluation.models`."""
 LIMITS = {"smoke": 8, "cpu": 200, "gpu": 1000, "paper": 0}
 """Items of each task by scale; 0 is all."""
 
@@ -70,6 +73,38 @@ def measure(runs: Runs, limit: int, tasks: Sequence[str] = ()) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=["arm", "seed", "paper", *Score.__dataclass_fields__])
 
 
+def reference() -> pd.DataFrame:
+    """The published scores of a real model through the same code (`moelab eval smollm2 --limit 200 --out results/benchmarks`), as `measure` has them.
+
+    Its arm is the model's name, its seed -1. Empty where they are not at hand, or where the tasks have changed since.
+    """
+    import pandas as pd
+
+    from moelab.evaluation.zero_shot import PAPER_TASKS, Score, version
+    from moelab.workbench import paths
+
+    columns = {name: column for column, names in PAPER_TASKS.items() for name in names}
+    file = paths.results() / "benchmarks" / f"zero-shot-{REFERENCE}.jsonl"
+    rows = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+    current = [row for row in rows if row["version"].partition(",")[0] == version(row["task"]).partition(",")[0]]
+    made = [{**row, "arm": row["model"], "seed": -1, "paper": columns.get(row["task"], "")} for row in current]
+    return pd.DataFrame(made, columns=["arm", "seed", "paper", *Score.__dataclass_fields__])
+
+
+def reference_finding(rows: pd.DataFrame) -> str:
+    """What a real model scores, in one line, from `reference`."""
+    if not len(rows):
+        return (
+            "No scores of a real model at hand: `moelab eval smollm2 --limit 200 --out results/benchmarks` makes them"
+        )
+    table = over_chance(rows)
+    best = [
+        f"{row.task.removeprefix('packaged_')} {100 * row.accuracy:.1f} ± {100 * row.standard_error:.1f} %"
+        for row in table[table["sigmas"] > 3].itertuples()
+    ]
+    return f"{table['arm'].iloc[0]}, a real model, is above knowing nothing on {', '.join(best) or 'no task'}"
+
+
 def paper_table() -> pd.DataFrame:
     """The paper's own models: zero-shot percentages by run (internal corpus) and task, with their average."""
     import pandas as pd
@@ -89,6 +124,8 @@ def our_table(scores: pd.DataFrame) -> pd.DataFrame:
 
 def over_chance(scores: pd.DataFrame) -> pd.DataFrame:
     """One row an arm and task, mean over seeds: accuracy, standard_error, chance, reference, sigmas, n, bits_per_byte.
+
+    sigmas is the distance from the reference in standard errors.
 
     reference is what no knowledge gives: chance, or always the commonest answer's place, whichever is more. The standard error is that of one model's
     items: seeds answer the same questions, so they do not shrink it.
