@@ -77,11 +77,14 @@ def verdicts(held: pd.DataFrame, latency: pd.DataFrame) -> list[Verdict]:
         for b in plain
     ]
     ours = {
-        "half-the-gpus": (least["PR-MoE+MoS"] / least["MoE"], "Experts 64/128 and a student of 35 layers assumed."),
+        "half-the-gpus": (
+            least["PR-MoE+MoS"] / least["MoE"],
+            "Experts and the student's depth from the authors' script.",
+        ),
         "pr-moe-mos-lowest-latency": (worst, note),
         "pr-moe-lower-latency": (
             small[1] / small[0],
-            "The full system on 8 GPUs, not the released one; experts 64/128 assumed.",
+            "The full system on 8 GPUs, not the released one; experts 64/128 as in the authors' larger models.",
         ),
     }
     claims = (*paper.claims("min-gpus"), *paper.claims("model-variants-latency"))
