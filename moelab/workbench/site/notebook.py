@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,6 +12,10 @@ from moelab.workbench.site import template
 
 if TYPE_CHECKING:
     from nbconvert import HTMLExporter
+
+# Half of what papermill, nbconvert and nbformat take to import: jsonschema, if it can, compiles a grammar of internationalised
+# addresses, which nothing in a notebook's format asks for.
+sys.modules.setdefault("rfc3987_syntax", None)  # type: ignore[arg-type]
 
 
 def convert(notebook: Path) -> Path:
