@@ -2,14 +2,16 @@
 # A real Slurm on this machine, for development and tests: four pretend nodes with (up to) eight pretend GPUs each.
 #
 #   slurm/local/cluster.sh up                 start it (about a second)
+#   slurm/local/cluster.sh up --accounting    the same with slurmdbd on a database of its own: accounts, QoS, sacct
 #   eval "$(slurm/local/cluster.sh env)"      let this shell's sbatch, squeue, moelab submit talk to it
 #   slurm/local/cluster.sh status             nodes and jobs
 #   slurm/local/cluster.sh down               cancel its jobs and stop it
 #   slurm/local/cluster.sh start NAME         start a part that died: slurmctld, or a node (node1)
 #
 # All its files are in MOELAB_SLURM_DIR (.moelab/slurm), all its ports at MOELAB_SLURM_PORT (17800) and the few above; a Slurm that
-# is installed or running on this machine is neither read nor changed. No accounting: sacct has nothing to say here.
+# is installed or running on this machine is neither read nor changed. Without --accounting, sacct has nothing to say here.
 # Needs Debian's or Ubuntu's packages: apt-get install --no-install-recommends slurmctld slurmd slurm-client munge
+# For accounting, too: slurmdbd mariadb-server-core mariadb-client-core
 set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 dir=$(realpath -m "${MOELAB_SLURM_DIR:-$here/../../.moelab/slurm}")
@@ -21,35 +23,74 @@ export SLURM_CONF=$dir/etc/slurm.conf PATH=$PATH:/usr/sbin
 alive() { [ -f "$1" ] && kill -0 "$(cat "$1")" 2>/dev/null; }
 idle() { timeout 5 sinfo -h -p debug -o %D -t idle 2>/dev/null; }
 
+need() {  # TOOL... PACKAGES
+  local packages=${*: -1} tool
+  for tool in "${@:1:$#-1}"; do
+    command -v "$tool" >/dev/null || { echo "$tool is not installed: apt-get install --no-install-recommends $packages" >&2; exit 1; }
+  done
+}
+
+fill() {  # the templates, into the files Slurm reads
+  for file in "$@"; do
+    sed -e "s#@DIR@#$dir#g; s#@USER@#$(id -un)#g; s#@PLUGINS@#$(echo /usr/lib/*/slurm-wlm)#g; s#@NODES@#$nodes#g; s#@GPUS@#$gpus#g; s#@DEVICES@#$devices#g" \
+        -e "s#@CPUS@#$cpus#g; s#@MEMORY@#$memory#g; s#@PORT@#$port#g; s#@FIRST@#$((port + 1))#g; s#@LAST@#$((port + nodes))#g; s#@DBDPORT@#$((port + nodes + 1))#g" \
+        "$here/$file" > "$dir/etc/$file"
+  done
+}
+
 start() {  # each daemon goes to the background and writes its pid file
   case $1 in
     slurmctld) slurmctld ;;
+    slurmdbd) MYSQL_UNIX_PORT=$dir/run/db.sock slurmdbd ;;
+    mariadbd)  # on a socket of its own, no port
+      mariadbd --no-defaults --user="$(id -un)" --datadir="$dir/db" --socket="$dir/run/db.sock" --skip-networking \
+        --pid-file="$dir/run/mariadbd.pid" --log-error="$dir/log/mariadbd.log" >/dev/null 2>&1 </dev/null & ;;
     *) mkdir -p "$dir/spool/$1"; slurmd -N "$1" -d "$(command -v slurmstepd)" ;;
   esac
 }
 
 up() {
-  for tool in slurmctld slurmd munged sbatch; do
-    command -v "$tool" >/dev/null || {
-      echo "$tool is not installed: apt-get install --no-install-recommends slurmctld slurmd slurm-client munge" >&2; exit 1; }
-  done
+  local accounting=${1:-}
+  case $accounting in "" | --accounting) ;; *) echo "up takes --accounting or nothing, not $accounting" >&2; exit 2 ;; esac
+  need slurmctld slurmd munged sbatch "slurmctld slurmd slurm-client munge"
+  [ -z "$accounting" ] || need slurmdbd mariadbd mariadb-install-db mariadb "slurmdbd mariadb-server-core mariadb-client-core"
   if alive "$dir/run/slurmctld.pid"; then echo "already up: $dir"; return; fi
   umask 022
   mkdir -p "$dir"/{etc,run,log,state,spool}
   chmod 711 "$dir/run"  # munged insists on a directory that others may pass through
-  for file in slurm.conf gres.conf; do
-    sed -e "s#@DIR@#$dir#g; s#@USER@#$(id -un)#g; s#@PLUGINS@#$(echo /usr/lib/*/slurm-wlm)#g; s#@NODES@#$nodes#g; s#@GPUS@#$gpus#g; s#@DEVICES@#$devices#g" \
-        -e "s#@CPUS@#$cpus#g; s#@MEMORY@#$memory#g; s#@PORT@#$port#g; s#@FIRST@#$((port + 1))#g; s#@LAST@#$((port + nodes))#g" \
-        "$here/$file" > "$dir/etc/$file"
-  done
+  fill slurm.conf gres.conf
   [ -f "$dir/etc/munge.key" ] || mungekey --create --keyfile="$dir/etc/munge.key"
   munged --key-file="$dir/etc/munge.key" --socket="$dir/run/munge.sock" --pid-file="$dir/run/munged.pid" \
          --seed-file="$dir/run/munge.seed" --log-file="$dir/log/munged.log"
+  [ -z "$accounting" ] || account
   start slurmctld
   for n in $(seq $nodes); do start "node$n"; done
-  for _ in $(seq 200); do [ "$(idle)" = $nodes ] && break; sleep 0.1; done
+  for _ in $(seq 600); do [ "$(idle)" = $nodes ] && break; sleep 0.1; done
   [ "$(idle)" = $nodes ] || { echo "not all nodes came up; see $dir/log" >&2; exit 1; }
-  echo "up: $nodes nodes, $gpus pretend GPUs each; eval \"\$(slurm/local/cluster.sh env)\""
+  echo "up: $nodes nodes, $gpus pretend GPUs each${accounting:+, with accounting}; eval \"\$(slurm/local/cluster.sh env)\""
+}
+
+account() {  # a database, slurmdbd on it, and in it this user with the account "moelab" and the QoS "normal" and "long"
+  fill accounting.conf slurmdbd.conf
+  chmod 600 "$dir/etc/slurmdbd.conf"
+  echo "Include $dir/etc/accounting.conf" >> "$dir/etc/slurm.conf"
+  [ -d "$dir/db/mysql" ] || mariadb-install-db --no-defaults --datadir="$dir/db" --user="$(id -un)" --skip-test-db \
+    --auth-root-authentication-method=socket --auth-root-socket-user="$(id -un)" > "$dir/log/mariadb-install.log" 2>&1
+  start mariadbd
+  # slurmdbd would make its database itself, but after that its first connection is broken (MariaDB's client 11.8.9: "exceeds maximum
+  # allowed number of columns (=0)").
+  wait_for mariadb --no-defaults -S "$dir/run/db.sock" -u root -e "create database if not exists slurm_acct_db"
+  start slurmdbd
+  wait_for sacctmgr -n show cluster
+  sacctmgr -i -Q add cluster moelab >/dev/null || true  # each of these says no when it is there already
+  sacctmgr -i -Q add qos long >/dev/null || true
+  sacctmgr -i -Q add account moelab >/dev/null || true
+  sacctmgr -i -Q add user "$(id -un)" account=moelab qos=normal,long defaultqos=normal >/dev/null || true
+}
+
+wait_for() {  # COMMAND that succeeds once what it talks to is up
+  for _ in $(seq 600); do "$@" >/dev/null 2>&1 && return; sleep 0.1; done
+  echo "no answer: $*; see $dir/log" >&2; exit 1
 }
 
 stop() {  # by the pid in a file of ours; a daemon that does not go in eight seconds is killed
@@ -66,7 +107,7 @@ down() {
     timeout 5 squeue -h -o %A | sort -u | xargs -r timeout 5 scancel -f || true
     for _ in $(seq 150); do [ -z "$(timeout 5 squeue -h 2>/dev/null)" ] && break; sleep 0.1; done
   fi
-  for file in "$dir"/run/slurmd.*.pid "$dir/run/slurmctld.pid" "$dir/run/munged.pid"; do stop "$file"; done
+  for file in "$dir"/run/slurmd.*.pid "$dir"/run/{slurmctld,slurmdbd,mariadbd,munged}.pid; do stop "$file"; done
 }
 
 status() {
@@ -76,8 +117,9 @@ status() {
 }
 
 case ${1:-} in
-  up | down | status) "$1" ;;
+  up) up "${2:-}" ;;
+  down | status) "$1" ;;
   start) start "${2:?which: slurmctld or node1..node$nodes}" ;;
   env) echo "export SLURM_CONF=$SLURM_CONF" ;;
-  *) sed -n '2,13s/^# \{0,1\}//p' "$0"; exit 2 ;;
+  *) sed -n '2,15s/^# \{0,1\}//p' "$0"; exit 2 ;;
 esac

@@ -1,20 +1,23 @@
-"""The development cluster (slurm/local), which these tests share and partly break and mend."""
+"""The development cluster (slurm/local), which these tests share and partly break and mend.
+
+Nothing here waits for a time: limits are generous, since they only count when something is wrong, and a run that is to be disturbed
+halts by itself at a given step.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import json
 import os
-import signal
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
 
 from moelab.config import ModelConfig, TrainConfig
-from moelab.files import read_json
 from moelab.workbench.slurm import profiles, queue, submit
 from moelab.workbench.slurm.profiles import Profile
 from moelab.workbench.specs import RunSpec
@@ -22,6 +25,28 @@ from moelab.workbench.store import Run, RunStore, execute
 
 ROOT = Path(__file__).resolve().parents[2]
 CLUSTER = ROOT / "slurm" / "local" / "cluster.sh"
+STEPS, EVERY = 160, 40  # of the run that is disturbed; checkpoints
+
+# Python's start-up hook in every process of a test. The process that trains a run halts (SIGSTOP) when it has done as many steps as the
+# run's halt.json says, the checkpoint before them written. It goes on with SIGCONT, which Slurm sends before it asks a job to end.
+HALT = f"""
+import json, os, signal, sys, time
+from pathlib import Path
+if sys.orig_argv[1:3] == ["-m", "moelab.workbench.worker"] and (Path(sys.orig_argv[3]) / "halt.json").exists():
+    from moelab.workbench.store import Run
+    set_status = Run.set_status
+    def halting(run, status):
+        set_status(run, status)
+        for step in json.loads((run.path / "halt.json").read_text()):
+            mark = run.path / f"halted-{{step}}"
+            if status.state == "running" and status.step == step and not mark.exists():
+                before = run.path / "checkpoints" / f"step-{{step // {EVERY} * {EVERY}:08d}}"
+                while step >= {EVERY} and not before.exists():
+                    time.sleep(0.01)
+                mark.write_text(str(os.getpid()))
+                os.kill(os.getpid(), signal.SIGSTOP)
+    Run.set_status = halting
+"""
 
 
 def pytest_collection_modifyitems(items):
@@ -45,14 +70,14 @@ def cluster() -> Path:
 
 @pytest.fixture(scope="session")
 def spec(data_config) -> RunSpec:
-    """A run of some seconds: long enough to be disturbed."""
+    """A run of a second or two."""
     model = ModelConfig(
         layers=4, hidden=32, heads=2, experts=(0, 2, 0, 4), residual=True, vocab=320, context=32, init_std=0.02, dropout=0.1,
         name="tiny",
     )  # fmt: skip
     train = TrainConfig(
-        tokens=500 * 4 * 32, batch_size=4, lr=3e-3, min_lr=3e-4, warmup_tokens=256, eval_every=100, eval_tokens=512, log_every=5,
-        checkpoint_every=50,
+        tokens=STEPS * 4 * 32, batch_size=4, lr=3e-3, min_lr=3e-4, warmup_tokens=256, eval_every=EVERY, eval_tokens=512, log_every=5,
+        checkpoint_every=EVERY,
     )  # fmt: skip
     return RunSpec(model=model, train=train, data=data_config, label="tiny")
 
@@ -78,12 +103,12 @@ def numbers(run: Run) -> dict:
     return {"result": timeless(run.result), **rows}
 
 
-def until(condition: Callable[[], object], limit_s: float = 90, what: str = "") -> None:
-    """Wait for a condition; fail after a time."""
+def until(condition: Callable[[], object], what: str, limit_s: float = 900) -> None:
+    """Wait for a condition; fail after a time that only something wrong takes."""
     deadline = time.monotonic() + limit_s
     while not condition():
-        assert time.monotonic() < deadline, f"waited {limit_s} s for {what or condition}"
-        time.sleep(0.2)
+        assert time.monotonic() < deadline, f"waited {limit_s} s for {what}"
+        time.sleep(0.1)
 
 
 def processes(job: str, cluster: Path) -> list[int]:
@@ -100,27 +125,23 @@ def processes(job: str, cluster: Path) -> list[int]:
     return sorted(found)
 
 
-def read_trainer(job: str, cluster: Path) -> int:
-    """The process of a job that trains (its rank 0)."""
-    for pid in processes(job, cluster):
-        with contextlib.suppress(OSError):
-            words = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
-            rank = b"SLURM_PROCID=0\0" in Path(f"/proc/{pid}/environ").read_bytes()
-            if words[1:3] == [b"-m", b"moelab.workbench.worker"] and rank:
-                return pid
-    raise AssertionError(f"job {job} trains nothing")
+def _proc_status(pid: int) -> dict[str, str]:
+    """What the kernel says about a process; empty when there is none."""
+    try:
+        return dict(
+            line.split(":\t", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines() if ":\t" in line
+        )
+    except (FileNotFoundError, ProcessLookupError):
+        return {}
 
 
 def told(pid: int, number: int) -> bool:
     """Whether a halted process has been sent a signal, or has been woken for it."""
-    try:
-        status = dict(
-            line.split(":\t", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines() if ":\t" in line
-        )
-    except FileNotFoundError:
+    status = _proc_status(pid)
+    if not status.get("State", "").startswith("T"):
         return True
     pending = int(status["SigPnd"], 16) | int(status["ShdPnd"], 16)
-    return not status["State"].startswith("T") or bool(pending >> (number - 1) & 1)
+    return bool(pending >> (number - 1) & 1)
 
 
 @dataclass
@@ -131,9 +152,13 @@ class Workplace:
     profile: Profile
     cluster: Path
 
-    def submit(self, *specs: RunSpec, **changes) -> list[Run]:
+    def submit(self, *specs: RunSpec, halt: Sequence[int] = (), **changes) -> list[Run]:
+        """Queue runs that will halt after these steps; `changes` are fields of the profile."""
+        runs = [RunStore().run(spec) for spec in specs]
+        for run in runs if halt else ():
+            (run.path / "halt.json").write_text(json.dumps(halt))
         submit.submit("test", [({}, specs)], replace(self.profile, **changes), with_notebooks=False)
-        return [RunStore().run(spec) for spec in specs]
+        return runs
 
     def job(self, run: Run) -> queue.Job | None:
         """The newest job of a run that Slurm still knows."""
@@ -144,28 +169,45 @@ class Workplace:
                     return jobs.get((submission.id, part.name, part.runs.index(run.spec.id)))
         return None
 
-    def freeze(self, run: Run, step: int) -> int:
-        """Wait until the run has got so far and halt the process that trains, whose id it returns: now there is time to disturb it.
+    def halted(self, run: Run, step: int) -> int:
+        """Wait until the run has halted at a step; the id of the process that trains it (rank 0). Now there is time to disturb it."""
+        mark = run.path / f"halted-{step}"
 
-        It goes on with SIGCONT, which Slurm sends by itself before it asks a job to end.
-        """
-        until(lambda: self.step(run) >= step, what=f"step {step}")
-        pid = read_trainer(self.job(run).id, self.cluster)
-        os.kill(pid, signal.SIGSTOP)
-        assert not run.finished, "too late to disturb"
-        return pid
+        def halts() -> bool:
+            return mark.exists() and _proc_status(int(mark.read_text() or 0)).get("State", "").startswith("T")
 
-    def step(self, run: Run) -> int:
-        return (read_json(run.path / "status.json") or {}).get("step", 0)
+        until(halts, f"the run to halt at step {step}")
+        return int(mark.read_text())
 
-    def until_over(self, *runs: Run, limit_s: float = 120) -> None:
+    def rank(self, run: Run, number: int) -> int:
+        """The process that is this rank of a run."""
+        want = f"SLURM_PROCID={number}".encode()
+        for pid in processes(self.job(run).id, self.cluster):
+            with contextlib.suppress(OSError):
+                words = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
+                if words[1:3] == [b"-m", b"moelab.workbench.worker"] and want in Path(
+                    f"/proc/{pid}/environ"
+                ).read_bytes().split(b"\0"):
+                    return pid
+        raise AssertionError(f"no rank {number} of {run.spec.id}")
+
+    def until_requeued(self, run: Run) -> None:
+        """Wait until Slurm has started the run's job again, or is about to; its state alone may be over before one looks."""
+
+        def requeued() -> bool:
+            shown = subprocess.run(["scontrol", "show", "job", self.job(run).id], capture_output=True, text=True)
+            return "Restarts=0" not in shown.stdout and "Restarts=" in shown.stdout
+
+        until(requeued, "the requeue")
+
+    def until_over(self, *runs: Run) -> None:
         """Wait until the jobs of the runs are out of the queue."""
 
         def over() -> bool:
             live = submit.live_runs(submit.submissions(), queue.jobs())
             return not any(run.spec.id in live for run in runs)
 
-        until(over, limit_s, "the jobs to end")
+        until(over, "the jobs to end")
 
     def start(self, daemon: str) -> None:
         """Start a dead daemon of the cluster again."""
@@ -183,7 +225,7 @@ class Workplace:
             )
             return done.stdout.strip() == "4"
 
-        until(idle, 60, "four idle nodes")
+        until(idle, "four idle nodes")
 
 
 @pytest.fixture
@@ -193,6 +235,10 @@ def workplace(cluster, undisturbed, tmp_path, monkeypatch):
     (home / "data").symlink_to(undisturbed.path.parents[1] / "data")
     monkeypatch.setenv("MOELAB_HOME", str(home))
     monkeypatch.setenv("MOELAB_RESULTS", str(tmp_path / "results"))
+    hook = tmp_path / "hook"
+    hook.mkdir()
+    (hook / "sitecustomize.py").write_text(HALT)
+    monkeypatch.setenv("PYTHONPATH", str(hook))
     place = Workplace(home, profiles.load("local"), cluster)
     place.until_idle()
     yield place

@@ -19,7 +19,7 @@ from moelab.workbench.slurm import attempt, queue, submit
 from moelab.workbench.slurm.status import overview
 from moelab.workbench.store import RunStore
 from moelab.workbench.supervisor import supervise
-from tests.slurm.conftest import ROOT, numbers, until
+from tests.slurm.conftest import EVERY, ROOT, numbers, until
 
 pytestmark = pytest.mark.slow
 
@@ -30,8 +30,12 @@ def moelab(*arguments: str, code: int = 0) -> str:
     return done.stdout if code == 0 else done.stderr
 
 
-def until_all_is_over(limit_s: float = 600) -> dict:
-    until(lambda: all(row.over for row in overview(everything=True).rows), limit_s, "the submissions to end")
+def slurm(*command: str) -> str:
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def until_all_is_over() -> dict:
+    until(lambda: all(row.over for row in overview(everything=True).rows), "the submissions to end", 1800)
     return {row.what if row.what.startswith("notebook") else row.id: row for row in overview(everything=True).rows}
 
 
@@ -93,21 +97,21 @@ def test_a_sweep_of_six_loses_only_the_points_of_a_lost_run(workplace, tmp_path)
     assert out.count(".sbatch\n") == 2 and lost in out, "the lost run and its notebook are all that is left to do"
 
 
-def test_a_run_on_two_nodes_is_interrupted_and_ends_with_the_same_numbers(workplace, spec, tmp_path):
-    two = replace(
-        spec,
-        train=replace(spec.train, micro_batch=2, tokens=120 * 4 * 32),
-        parallel=ParallelConfig(data=2, expert=2, gpus_per_node=1),
-    )
+def test_a_run_on_two_nodes_is_interrupted_loses_a_rank_and_ends_with_the_same_numbers(workplace, spec, tmp_path):
+    two = replace(spec, train=replace(spec.train, micro_batch=2), parallel=ParallelConfig(data=2, expert=2, gpus_per_node=1))  # fmt: skip
     local = RunStore(tmp_path / "local").run(two)
     assert supervise(local) == FINISHED
-    (run,) = workplace.submit(two)
-    workplace.freeze(run, 30)
+    (run,) = workplace.submit(two, halt=[30, 70])
+    workplace.halted(run, 30)
     job = workplace.job(run)
-    hosts = subprocess.run(["scontrol", "show", "hostnames", job.node], capture_output=True, text=True).stdout.split()
-    assert len(hosts) == 2
-    subprocess.run(["scontrol", "requeue", job.id], check=True)
-    until(lambda: attempt.newest_checkpoint(run.path) >= 30, what="the checkpoint")
+    assert len(slurm("scontrol", "show", "hostnames", job.node).split()) == 2
+    slurm("scontrol", "requeue", job.id)
+    until(lambda: attempt.newest_checkpoint(run.path) >= 30, "the checkpoint")
+    first = workplace.halted(run, 70)
+    os.kill(workplace.rank(run, 1), signal.SIGKILL)
+    os.kill(first, signal.SIGCONT)
+    until(lambda: attempt.history(run), "the attempt's record")
+    assert [(a.kind, a.checkpoint, a.again) for a in attempt.history(run)] == [("killed", EVERY, True)]
     workplace.until_over(run)
     assert numbers(run) == numbers(local)
 
@@ -161,11 +165,8 @@ def test_jupyterlab_in_an_allocation(workplace):
         ).read_text()
     finally:
         process.send_signal(signal.SIGINT)
-        assert process.wait(30) == 0
-    left = subprocess.run(
-        ["squeue", "-h", "-n", "moelab-lab", "-t", "RUNNING"], capture_output=True, text=True, check=True
-    )
-    assert not left.stdout
+        assert process.wait(300) == 0
+    assert not slurm("squeue", "-h", "-n", "moelab-lab", "-t", "RUNNING")
 
 
 @pytest.mark.parametrize(
@@ -189,3 +190,19 @@ def test_bad_input_is_one_line_and_queues_nothing(workplace, tmp_path, monkeypat
     assert part in said and len(said.strip().splitlines()) == 1
     assert set(queue.jobs()) <= before, "ended jobs may have been forgotten meanwhile"
     assert not [*(workplace.home / "submissions").glob("2*"), *(workplace.home / "runs").glob("*")]
+
+
+def test_account_and_qos_are_checked_and_billed_where_there_is_accounting(workplace, spec, tmp_path):
+    if "slurmdbd" not in slurm("scontrol", "show", "config").partition("AccountingStorageType")[2].splitlines()[0]:
+        pytest.skip("the development cluster runs without accounting: slurm/local/cluster.sh up --accounting")
+    for wrong, why in (({"account": "nope"}, "Invalid account"), ({"qos": "nope"}, "Invalid qos")):
+        with pytest.raises(ValueError, match=why) as error:
+            workplace.submit(spec, **wrong)
+        assert "\n" not in str(error.value) and not submit.submissions()
+    (run,) = workplace.submit(spec, account="moelab", qos="long")
+    job = submit.submissions()[0].parts[0].job
+    workplace.until_over(run)
+    assert run.finished
+    # slurmdbd is told a little later.
+    told = ("sacct", "-n", "-X", "-P", "-j", job, "-o", "account,qos,state")
+    until(lambda: slurm(*told).strip() == "moelab|long|COMPLETED", "the accounting")

@@ -13,7 +13,7 @@ import pytest
 from moelab.config import DataConfig
 from moelab.workbench.slurm import attempt, queue
 from moelab.workbench.slurm.status import log_of, overview
-from tests.slurm.conftest import numbers, processes, told, until
+from tests.slurm.conftest import EVERY, STEPS, numbers, processes, told, until
 
 pytestmark = pytest.mark.slow
 
@@ -23,14 +23,14 @@ def scontrol(*arguments: str) -> str:
 
 
 def test_time_limit(workplace, spec, undisturbed):
-    (run,) = workplace.submit(spec)
-    pid = workplace.freeze(run, 60)
+    (run,) = workplace.submit(spec, halt=[60])
+    pid = workplace.halted(run, 60)
     job = workplace.job(run).id
     scontrol("update", f"JobId={job}", "TimeLimit=1")  # the warning is due a minute before it
-    until(lambda: told(pid, signal.SIGUSR1), what="the warning")
+    until(lambda: told(pid, signal.SIGUSR1), "the warning")
     with contextlib.suppress(ProcessLookupError):  # Slurm may have woken it
         os.kill(pid, signal.SIGCONT)
-    until(lambda: workplace.job(run).state == "PENDING", what="the requeue")
+    workplace.until_requeued(run)
     scontrol("update", f"JobId={job}", "TimeLimit=60")
     (first,) = attempt.history(run)
     assert (first.kind, first.again) == ("stopped", True) and first.checkpoint >= 60, (
@@ -41,40 +41,42 @@ def test_time_limit(workplace, spec, undisturbed):
 
 
 def test_preemption(workplace, spec, undisturbed):
-    (run,) = workplace.submit(spec)
-    workplace.freeze(run, 60)
+    (run,) = workplace.submit(spec, halt=[60])
+    workplace.halted(run, 60)
     node = workplace.job(run).node
     subprocess.run(
         ["sbatch", "-p", "urgent", "-w", node, "--exclusive", "-o", "/dev/null", "--wrap", "sleep 3"],
         check=True,
         capture_output=True,
     )
-    until(lambda: workplace.job(run).state != "RUNNING", what="the preemption")
+    workplace.until_requeued(run)
     workplace.until_over(run)
     assert numbers(run) == numbers(undisturbed)
 
 
 def test_requeue_by_hand(workplace, spec, undisturbed):
-    (run,) = workplace.submit(spec)
-    workplace.freeze(run, 60)
-    scontrol("requeue", workplace.job(run).id)
-    until(lambda: run.status.state == "stopped" and attempt.newest_checkpoint(run.path) >= 60, what="the checkpoint")
+    (run,) = workplace.submit(spec, halt=[60])
+    workplace.halted(run, 60)
+    job = workplace.job(run).id
+    scontrol("requeuehold", job)  # held, so that there is time to look
+    until(lambda: run.status.state == "stopped" and attempt.newest_checkpoint(run.path) >= 60, "the checkpoint")
     assert overview([spec.id]).rows[0].state == "waiting"
-    assert "step 60 of 500  loss " in log_of(spec.id).read_text()
+    assert f"step 60 of {STEPS}  loss " in log_of(spec.id).read_text()
+    scontrol("release", job)
     workplace.until_over(run)
     assert numbers(run) == numbers(undisturbed)
 
 
 def test_a_killed_task(workplace, spec, undisturbed):
-    (run,) = workplace.submit(spec)
-    pid = workplace.freeze(run, 60)
+    (run,) = workplace.submit(spec, halt=[60])
+    pid = workplace.halted(run, 60)
     os.kill(pid, signal.SIGKILL)
-    until(lambda: attempt.history(run), what="the attempt's record")
+    until(lambda: attempt.history(run), "the attempt's record")
     (first,) = attempt.history(run)
     assert (
         first.kind == "killed"
         and "SIGKILL (out of memory?)" in first.reason
-        and first.checkpoint in (50, 100)
+        and first.checkpoint == EVERY
         and first.again
     )
     workplace.until_over(run)
@@ -82,13 +84,13 @@ def test_a_killed_task(workplace, spec, undisturbed):
 
 
 def test_a_lost_node(workplace, spec, undisturbed):
-    (run,) = workplace.submit(spec)
-    workplace.freeze(run, 60)
+    (run,) = workplace.submit(spec, halt=[60])
+    workplace.halted(run, 60)
     job = workplace.job(run)
     for pid in [workplace.pid(f"slurmd.{job.node}"), *processes(job.id, workplace.cluster)]:
         os.kill(pid, signal.SIGKILL)
     try:
-        until(lambda: workplace.job(run).node not in (job.node, ""), what="another node")
+        until(lambda: workplace.job(run).node not in (job.node, ""), "another node")
     finally:
         workplace.start(job.node)
     workplace.until_over(run)
@@ -97,19 +99,19 @@ def test_a_lost_node(workplace, spec, undisturbed):
 
 
 def test_the_controller_restarts(workplace, spec, undisturbed):
-    (run,) = workplace.submit(spec)
-    pid = workplace.freeze(run, 60)
+    (run,) = workplace.submit(spec, halt=[60])
+    pid = workplace.halted(run, 60)
     try:
         controller = workplace.pid("slurmctld")
         os.kill(controller, signal.SIGTERM)
-        until(lambda: not Path(f"/proc/{controller}").exists(), what="the controller to go")
+        until(lambda: not Path(f"/proc/{controller}").exists(), "the controller to go")
         seen = overview([spec.id])
         assert "squeue: " in seen.trouble and seen.rows[0].step >= 60, "the run speaks for itself"
         with pytest.raises(queue.SlurmError, match="squeue: "):
             workplace.submit(replace(spec, train=replace(spec.train, seed=7)))
     finally:
         workplace.start("slurmctld")
-    until(lambda: not overview([spec.id]).trouble, what="the controller")
+    until(lambda: not overview([spec.id]).trouble, "the controller")
     os.kill(pid, signal.SIGCONT)
     workplace.until_over(run)
     assert numbers(run) == numbers(undisturbed)
@@ -124,16 +126,16 @@ def test_a_full_disk(workplace, spec, undisturbed):
     if small.returncode:
         pytest.skip(f"a small file system needs mount: {small.stderr.strip()}")
     try:
-        (run,) = workplace.submit(spec)
-        pid = workplace.freeze(run, 60)
+        (run,) = workplace.submit(spec, halt=[60])
+        pid = workplace.halted(run, 60)
         ballast = runs / "ballast"
         with open(ballast, "wb") as file:
             file.write(b"\0" * (shutil.disk_usage(runs).free - 500_000))
         os.kill(pid, signal.SIGCONT)
-        until(lambda: attempt.history(run), what="the attempt's record")
+        until(lambda: attempt.history(run), "the attempt's record")
         ballast.unlink()
         (first,) = attempt.history(run)
-        assert first.kind == "failed" and "make room" in first.reason and first.checkpoint in (50, 100) and first.again
+        assert first.kind == "failed" and "make room" in first.reason and first.checkpoint == EVERY and first.again
         workplace.until_over(run)
         assert numbers(run) == numbers(undisturbed)
     finally:
@@ -151,8 +153,8 @@ def test_failing_twice_the_same_way_ends_it_and_says_why(workplace, spec, tmp_pa
 
 
 def test_cancelled_runs_keep_a_checkpoint_and_go_on_when_submitted_again(workplace, spec, undisturbed):
-    (run,) = workplace.submit(spec)
-    workplace.freeze(run, 60)
+    (run,) = workplace.submit(spec, halt=[60])
+    workplace.halted(run, 60)
     queue.cancel([workplace.job(run).id])
     workplace.until_over(run)
     assert run.status.state == "stopped" and attempt.newest_checkpoint(run.path) >= 60

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import html
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +14,10 @@ from moelab.workbench.site import template
 if TYPE_CHECKING:
     from nbconvert import HTMLExporter
     from nbformat import NotebookNode
+
+# Half of what papermill, nbconvert and nbformat take to import: jsonschema, if it can, compiles a grammar of internationalised
+# addresses, which nothing in a notebook's format asks for.
+sys.modules.setdefault("rfc3987_syntax", None)  # type: ignore[arg-type]
 
 
 def convert(notebook: Path) -> Path:
