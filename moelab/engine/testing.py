@@ -52,7 +52,7 @@ class Ranks:
         self._pipes: list[Connection] = []
         self._folder: Path | None = None
 
-    def run(self, function: Callable[..., Any], *args: Any, timeout_s: float = 60.0) -> list[Any]:
+    def run(self, function: Callable[..., Any], *args: Any, timeout_s: float = 300.0) -> list[Any]:
         """`function(*args)` on every rank at once; their results in rank order.
 
         Args:
@@ -103,9 +103,8 @@ class Ranks:
 
     def _start(self) -> None:
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(
-            ["torch", "torch.distributed.device_mesh", "moelab.engine.mesh", "moelab.models"]
-        )
+        # With all that ranks will ask for: each import here is one for all of them.
+        context.set_forkserver_preload(["torch", "moelab.models", "moelab.engine.parallel", "moelab.engine.checkpoint"])
         self._folder = Path(tempfile.mkdtemp(prefix="ranks-"))
         for rank in range(self.size):
             ours, theirs = context.Pipe()
@@ -137,7 +136,7 @@ class Ranks:
         return [results[rank] for rank in range(self.size)]
 
 
-def run_on_ranks(size: int, function: Callable[..., Any], *args: Any, timeout_s: float = 60.0) -> list[Any]:
+def run_on_ranks(size: int, function: Callable[..., Any], *args: Any, timeout_s: float = 300.0) -> list[Any]:
     """`function(*args)` once on `size` fresh gloo ranks; see `Ranks.run`."""
     with Ranks(size) as ranks:
         return ranks.run(function, *args, timeout_s=timeout_s)

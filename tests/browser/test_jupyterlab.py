@@ -72,10 +72,10 @@ def lab(chromium, tmp_path_factory):
     with open(root / "log.txt", "w") as log:
         process = subprocess.Popen(command, env=env, stdout=log, stderr=subprocess.STDOUT)
     try:
-        until = time.monotonic() + 60
+        until = time.monotonic() + 300
         while True:
             try:
-                urllib.request.urlopen(f"{address}/api/status?token={TOKEN}", timeout=5).close()
+                urllib.request.urlopen(f"{address}/api/status?token={TOKEN}", timeout=60).close()
                 break
             except (urllib.error.URLError, TimeoutError):
                 assert process.poll() is None and time.monotonic() < until, (root / "log.txt").read_text()
@@ -83,7 +83,7 @@ def lab(chromium, tmp_path_factory):
         yield address
     finally:
         process.terminate()
-        process.wait(30)
+        process.wait(300)
 
 
 @pytest.fixture
@@ -92,7 +92,7 @@ def notebook(lab, visit):
 
     def run(path: str):
         page = visit(f"{lab}/lab?token={TOKEN}&reset")
-        page.set_default_timeout(120_000)
+        page.set_default_timeout(600_000)
         page.wait_for_function("() => window.jupyterapp !== undefined")
         page.evaluate("() => jupyterapp.restored.then(() => null)")
         page.evaluate(OPENED, path)

@@ -10,7 +10,7 @@ def on_ranks():
     """`on_ranks(size, function, *args)`: results of all ranks; see `moelab.engine.testing.Ranks.run`."""
     pools: dict[int, Ranks] = {}
 
-    def run(size, function, *args, timeout_s=60.0):
+    def run(size, function, *args, timeout_s=300.0):
         return pools.setdefault(size, Ranks(size)).run(function, *args, timeout_s=timeout_s)
 
     yield run

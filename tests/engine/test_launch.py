@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 
 import psutil
 import pytest
@@ -17,8 +18,9 @@ from moelab.engine.launch import Limits, RankFailed, launch
 
 pytestmark = pytest.mark.multiprocess
 
-QUICK = Limits(hang_s=30, death_s=3, stop_s=20, collective_s=60)
-IMPATIENT = Limits(hang_s=2, death_s=3)
+# Long enough for ranks that get little of a busy machine. Nothing waits for these to pass but what tests them.
+QUICK = Limits(hang_s=120, death_s=6, stop_s=120, collective_s=240)
+IMPATIENT = Limits(hang_s=4, death_s=8)
 
 ALONE = """
 import os, signal, subprocess, sys, time
@@ -82,11 +84,11 @@ def alive(mark):
     return found
 
 
-def fails(go, *arguments, within, **options):
+def fails(go, *arguments, **options):
     started = time.monotonic()
     with pytest.raises(RankFailed) as caught:
         go(*arguments, **options)
-    assert time.monotonic() - started < within
+    assert time.monotonic() - started < 300, "the ranks would have slept for 600"
     assert "\n" not in str(caught.value)
     return caught.value
 
@@ -113,14 +115,14 @@ def test_ranks_meet_talk_and_leave(ranks, tmp_path):
 
 def test_an_exception_is_told_by_rank_and_not_by_those_who_lost_the_connection(ranks):
     code = TOGETHER + "step()\nif place.rank == 1: raise ValueError('no such expert')\nwhile True: step()"
-    failure = fails(ranks, code, within=60)
+    failure = fails(ranks, code)
     assert failure.rank == 1 and "failed with ValueError: no such expert (" in str(failure)
     assert "Traceback" in failure.tail and failure.host in str(failure)
 
 
 def test_sigkill_is_told_even_if_another_speaks_first(ranks):
     code = TOGETHER + "step()\nif place.rank == 1: os.kill(os.getpid(), 9)\nwhile True: step()"
-    failure = fails(ranks, code, within=60)
+    failure = fails(ranks, code)
     assert failure.rank == 1 and "was killed by SIGKILL" in str(failure)
 
 
@@ -130,7 +132,7 @@ def test_no_memory_is_told(ranks):
         "    resource.setrlimit(resource.RLIMIT_AS, (4 << 30, 4 << 30))\n    torch.ones(1 << 32)\n"
         "while True: step()"
     )
-    failure = fails(ranks, code, within=60)
+    failure = fails(ranks, code)
     assert failure.rank == 1 and "ran out of memory: RuntimeError" in str(failure)
 
 
@@ -138,22 +140,22 @@ def test_the_rank_that_hangs_is_told_from_those_that_wait_for_it(ranks):
     code = TOGETHER + (
         "def stuck(): time.sleep(600)\nstep()\nfor i in range(3):\n    step()\nif place.rank == 1: stuck()\nwhile True: step()"
     )
-    failure = fails(ranks, code, within=60, limits=IMPATIENT)
+    failure = fails(ranks, code, limits=IMPATIENT)
     assert failure.rank == 1
-    assert "hangs: no sign of life for 2 s; it stands at <string>:" in str(failure) and "in stuck" in str(failure)
+    assert "hangs: no sign of life for 4 s; it stands at <string>:" in str(failure) and "in stuck" in str(failure)
     assert str(failure).endswith("rank 0 waits for others")
 
 
 def test_a_rank_that_is_halted_is_told(ranks):
     code = ALONE + "steps(3)\nif place.rank == 1: os.kill(os.getpid(), signal.SIGSTOP)\nsteps(1000)"
-    failure = fails(ranks, code, within=60, limits=IMPATIENT)
+    failure = fails(ranks, code, limits=IMPATIENT)
     assert failure.rank == 1 and "halted by a signal" in str(failure)
 
 
 @pytest.mark.slow
 def test_a_collective_that_times_out_names_the_rank_it_waited_for(ranks):
     code = TOGETHER + "step()\nif place.rank == 1: time.sleep(600)\nwhile True: step()"
-    failure = fails(ranks, code, within=60, limits=Limits(hang_s=100, death_s=3, collective_s=6))
+    failure = fails(ranks, code, limits=Limits(hang_s=100, death_s=6, collective_s=10))
     assert failure.rank == 1 and "hangs: rank 0 waited for it" in str(failure)
 
 
@@ -164,7 +166,7 @@ def test_what_does_not_answer_and_what_it_started_is_killed(ranks):
         "if place.rank == 1: sys.exit(3)\n"
         "time.sleep(600)"
     )
-    failure = fails(ranks, code, within=60)
+    failure = fails(ranks, code, limits=replace(QUICK, death_s=3))
     assert failure.rank == 1 and "ended with exit code 3" in str(failure)
 
 
@@ -182,7 +184,7 @@ def test_one_that_stops_by_itself_takes_the_others_along(ranks, tmp_path):
 
 def test_one_that_stays_when_the_others_have_stopped_fails(ranks, ready):
     code = ALONE + "if place.rank == 0: steps(10_000)\nwhile True: process.beat(); time.sleep(0.1)"
-    failure = fails(ranks, code, within=60, limits=Limits(death_s=2, stop_s=2), should_stop=ready)
+    failure = fails(ranks, code, limits=Limits(death_s=2, stop_s=2), should_stop=ready)
     assert failure.rank == 1 and "did not stop within 2 s" in str(failure)
 
 
@@ -205,13 +207,13 @@ def test_no_rank_outlives_its_launcher(tmp_path):
     environment = {**os.environ, "MOELAB_TEST_MARK": str(tmp_path)}
     launcher = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], env=environment)
     mark = f"MOELAB_TEST_MARK={tmp_path}"
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 120
     while len(alive(mark)) < 4 and time.monotonic() < deadline:
         time.sleep(0.1)
     assert len(alive(mark)) == 4
     launcher.kill()
     launcher.wait()
-    deadline = time.monotonic() + 5
+    deadline = time.monotonic() + 60
     while alive(mark) and time.monotonic() < deadline:
         time.sleep(0.1)
     assert alive(mark) == []
@@ -297,9 +299,9 @@ def test_srun_ranks_meet_by_address_and_end_well(srun, tmp_path):
 
 
 def test_srun_names_the_task_that_died(srun):
-    failure = fails(srun, ALONE + "steps(5)\nif place.rank == 2: os.kill(os.getpid(), 9)\nsteps(1000)", within=60)
+    failure = fails(srun, ALONE + "steps(5)\nif place.rank == 2: os.kill(os.getpid(), 9)\nsteps(1000)")
     assert str(failure) == "rank 2 of 4 on node2 was killed by SIGKILL"
-    failure = fails(srun, ALONE + "steps(5)\nif place.rank == 1: raise OSError('no disk')\nsteps(1000)", within=60)
+    failure = fails(srun, ALONE + "steps(5)\nif place.rank == 1: raise OSError('no disk')\nsteps(1000)")
     assert str(failure) == "rank 1 of 4 on node1 failed with OSError: no disk (exit code 1)"
 
 
@@ -309,7 +311,7 @@ def test_srun_passes_on_the_wish_to_stop(srun, ready, tmp_path):
 
 
 def test_what_a_job_cannot_hold_is_one_line(srun, monkeypatch):
-    failure = fails(srun, ALONE, n=8, per_node=8, within=60)
+    failure = fails(srun, ALONE, n=8, per_node=8)
     assert "was not started: srun: error: Unable to create step for job 7: More processors" in str(failure)
     monkeypatch.setenv("SLURM_TASKS_PER_NODE", "3,1")
     with pytest.raises(ValueError, match="the job a node with 1; submit it with --ntasks-per-node=2"):

@@ -62,7 +62,7 @@ def on_ranks():
     """`on_ranks(size, function, *args)`: results of all ranks, which start once per size."""
     pools: dict[int, Ranks] = {}
 
-    def run(size, function, *args, timeout_s=60.0):
+    def run(size, function, *args, timeout_s=300.0):
         return pools.setdefault(size, Ranks(size)).run(function, *args, timeout_s=timeout_s)
 
     yield run

@@ -199,15 +199,15 @@ def test_bad_queries_are_one_line(call, part):
     assert part in str(error.value) and "\n" not in str(error.value)
 
 
-def test_ten_thousand_layouts_in_under_a_second():
+def test_ten_thousand_layouts_take_less_than_a_second_of_a_processor():
     model = ModelConfig.parse("24B+MoE-128")
     some = layouts(model, [64, 128, 256], 8)
     many = Layouts(*(np.resize(getattr(some, f), 10_000) for f in Layouts.__dataclass_fields__))
     times = []
     for _ in range(3):
-        started = time.perf_counter()
+        started = time.process_time()
         sweep = decode_sweep(model, many, "a100")
-        times.append(time.perf_counter() - started)
+        times.append(time.process_time() - started)
     assert len(sweep.latency_ms) == 10_000 and min(times) < 1.0
     one = simulate.decode(model, many.config(7), "a100")
     assert math.isclose(one.latency_ms, sweep.latency_ms[7], rel_tol=1e-12)

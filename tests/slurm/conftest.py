@@ -125,6 +125,17 @@ def processes(job: str, cluster: Path) -> list[int]:
     return sorted(found)
 
 
+def find_process(job: str, cluster: Path, module: bytes, variable: bytes = b"") -> int:
+    """The process of a job that executes a module (``python -m``), with this in its environment."""
+    for pid in processes(job, cluster):
+        with contextlib.suppress(OSError):
+            words = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
+            environment = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+            if words[1:3] == [b"-m", module] and (not variable or variable in environment):
+                return pid
+    raise AssertionError(f"job {job} has no process of {module.decode()} {variable.decode()}")
+
+
 def _proc_status(pid: int) -> dict[str, str]:
     """What the kernel says about a process; empty when there is none."""
     try:
@@ -181,15 +192,8 @@ class Workplace:
 
     def rank(self, run: Run, number: int) -> int:
         """The process that is this rank of a run."""
-        want = f"SLURM_PROCID={number}".encode()
-        for pid in processes(self.job(run).id, self.cluster):
-            with contextlib.suppress(OSError):
-                words = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
-                if words[1:3] == [b"-m", b"moelab.workbench.worker"] and want in Path(
-                    f"/proc/{pid}/environ"
-                ).read_bytes().split(b"\0"):
-                    return pid
-        raise AssertionError(f"no rank {number} of {run.spec.id}")
+        variable = f"SLURM_PROCID={number}".encode()
+        return find_process(self.job(run).id, self.cluster, b"moelab.workbench.worker", variable)
 
     def until_requeued(self, run: Run) -> None:
         """Wait until Slurm has started the run's job again, or is about to; its state alone may be over before one looks."""

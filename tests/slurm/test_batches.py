@@ -1,5 +1,6 @@
 """Submitting, watching and reading back, as users do it."""
 
+import json
 import os
 import signal
 import subprocess
@@ -10,16 +11,16 @@ from dataclasses import replace
 
 import nbformat
 import pytest
+from nbclient import NotebookClient
 
 from moelab.engine.process import FINISHED
 from moelab.files import read_json
 from moelab.layout import ParallelConfig
-from moelab.workbench import Lab
 from moelab.workbench.slurm import attempt, queue, submit
 from moelab.workbench.slurm.status import overview
 from moelab.workbench.store import RunStore
 from moelab.workbench.supervisor import supervise
-from tests.slurm.conftest import EVERY, ROOT, numbers, until
+from tests.slurm.conftest import EVERY, ROOT, find_process, numbers, until
 
 pytestmark = pytest.mark.slow
 
@@ -53,15 +54,18 @@ def test_the_pr_moe_notebook_and_its_array_of_two_node_runs(workplace, tmp_path)
     )
     script = (submit.submissions()[0].folder / "runs-0.sbatch").read_text()
     assert "#SBATCH --nodes=2" in script and "#SBATCH --array=0-1%2" in script
+    # The notebook is killed while it runs, and runs again.
+    until((submit.submissions()[0].folder / "notebook-0.progress.json").exists, "the notebook")
+    os.kill(find_process(notebook.job, workplace.cluster, b"moelab.workbench.slurm.notebook"), signal.SIGKILL)
     rows = until_all_is_over()
     assert {row.state for row in rows.values()} == {"finished"}, rows
-    result = next((tmp_path / "results" / "pr-moe" / "smoke").iterdir())
+    (result,) = (tmp_path / "results" / "pr-moe" / "smoke").iterdir()
     summary = read_json(result / "summary.json")
     assert len(summary["runs"]) == 2 and not summary["missing"]
     assert {run["provenance"]["parallel"]["data"] for run in summary["runs"]} == {2}
     assert {run["provenance"]["commit"] for run in summary["runs"]} == {summary["provenance"]["commit"]} != {None}
     log = moelab("logs", f"{submit.submissions()[0].id}/{notebook.name}", "-n", "0")
-    assert "cell 1 of " in log and "all 2 runs have a result" in log
+    assert log.count("cell 1 of ") == 2 and "all 2 runs have a result" in log
     # A second time: finished runs and notebooks are left alone.
     assert "nothing to submit; 2 runs are finished" in moelab(*command)
     assert "pr-moe" in moelab("status") and len(submit.submissions()) == 1
@@ -132,15 +136,31 @@ def test_editing_the_checkout_does_not_change_a_queued_job(workplace, spec):
     assert row.state == "lost" and "submit again" in row.reason
 
 
-def test_from_a_notebook(workplace, spec, undisturbed, monkeypatch):
+def test_from_a_notebook_on_the_login_node(workplace, spec, tmp_path, monkeypatch):
+    """In a kernel: submits, shows live how it goes, reads back."""
     monkeypatch.setenv("MOELAB_PROFILE", "local")
-    lab = Lab()
-    quick = replace(spec, train=replace(spec.train, tokens=20 * 4 * 32))
-    assert list(lab.submit([quick]).frame()["state"]) == ["waiting"]
-    (run,) = lab.run([quick], executor="slurm")
-    assert run.finished and list(lab.status().frame()["state"]) == ["finished"]
-    html = lab.status()._repr_mimebundle_()["text/html"]
-    assert "finished" in html
+    (tmp_path / "spec.json").write_text(json.dumps(spec.to_json()))
+    cells = [
+        f"""import json
+from pathlib import Path
+from moelab.workbench import Lab, RunSpec
+spec = RunSpec.from_json(json.loads(Path({str(tmp_path / "spec.json")!r}).read_text()))
+lab = Lab()
+print(list(lab.submit([spec]).frame()["state"]))""",
+        """(run,) = lab.run([spec], executor="slurm")
+print(run.finished, run.result["validation_loss"])""",
+        "lab.status()",
+    ]
+    notebook = nbformat.v4.new_notebook(cells=list(map(nbformat.v4.new_code_cell, cells)))
+    NotebookClient(notebook, timeout=1800, kernel_name="python3").execute()
+    asked, ran, status = (cell.outputs for cell in notebook.cells)
+    (run,) = (workplace.home / "runs").iterdir()
+    assert "['waiting']" in asked[-1].text
+    assert f"True {read_json(run / 'result.json')['validation_loss']}" in ran[-1].text
+    # One table, renewed in place until all is over; then the progress bar of what was read back.
+    table = next(output.data["text/html"] for output in ran if "text/html" in output.get("data", {}))
+    assert "finished" in table and "waiting" not in table
+    assert "finished" in status[0].data["text/html"]
 
 
 def test_jupyterlab_in_an_allocation(workplace):

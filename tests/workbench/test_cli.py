@@ -5,7 +5,6 @@ import os
 import resource
 import subprocess
 import sys
-import time
 import urllib.request
 import zipfile
 from pathlib import Path
@@ -27,6 +26,7 @@ def moelab(*arguments, env=None, **options):
 
 
 def test_help_answers_at_once_and_loads_nothing_heavy():
+<<<<<<< HEAD
     def cpu_seconds():
         used = resource.getrusage(resource.RUSAGE_CHILDREN)
         return used.ru_utime + used.ru_stime
@@ -40,6 +40,16 @@ def test_help_answers_at_once_and_loads_nothing_heavy():
     loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.split()
     assert loaded == [], "and so does `moelab list`"
     assert min(times) < 1.5, "seconds of CPU time, a third of which it needs; the clock's depend on what else runs"
+=======
+    before = os.times()
+    assert "Reproduce, question and extend" in moelab("--help").stdout
+    after = os.times()
+    # Seconds of the processor, not of the clock: the machine may be busy. A quarter of a second when it is not.
+    assert (after.children_user - before.children_user) + (after.children_system - before.children_system) < 1.5
+    code = "import sys, moelab, moelab.cli, moelab.workbench.experiments; print(*sorted({'torch', 'pandas', 'numpy'} & set(sys.modules)))"
+    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.split()
+    assert loaded == [], "and so does `moelab list`"
+>>>>>>> h5
 
 
 @pytest.mark.parametrize(
@@ -80,12 +90,15 @@ def test_doctor_finds_this_installation_sound():
     assert "embedded corpus" in done.stdout and "Jupyter kernel" in done.stdout
 
 
+PR_MOE = ("run", "pr-moe", "--scale", "smoke", "-p", "seeds=2", "-p", 'arms=["MoE-128","PR-MoE-32/64"]')
+
+
 @pytest.fixture(scope="module")
 def published(tmp_path_factory):
-    """The PR-MoE notebook at smoke scale, two seeds, through the command that users take."""
+    """The PR-MoE notebook at smoke scale, two arms with two seeds, through the command that users take."""
     root = tmp_path_factory.mktemp("published")
     env = {"MOELAB_HOME": str(root / "home"), "MOELAB_RESULTS": str(root / "results"), "COLUMNS": "200"}
-    done = moelab("run", "pr-moe", "--scale", "smoke", "-p", "seeds=2", env=env)
+    done = moelab(*PR_MOE, env=env)
     assert done.returncode == 0, done.stdout + done.stderr
     return root / "results", env, done.stdout
 
@@ -100,7 +113,7 @@ class TestPrMoeNotebook:
         for figure in ("loss-curves", "gap-to-moe128", "expert-load"):
             assert {f"{figure}.png", f"{figure}.svg", f"{figure}.jsonl"} <= names
         summary = json.loads((folder / "summary.json").read_text())
-        assert len(summary["runs"]) == 16 and not summary["missing"] and summary["seeds"] == [0, 1]
+        assert len(summary["runs"]) == 4 and not summary["missing"] and summary["seeds"] == [0, 1]
         assert summary["runs"][0]["provenance"]["versions"]["torch"] and summary["hardware"]["cores"]
         assert {c["claim"] for c in summary["claims"]} >= {"pr-moe-matches-moe128", "pr-moe-size"}
         for line in ("notebook", "figure", "page"):
@@ -116,9 +129,9 @@ class TestPrMoeNotebook:
 
     def test_again_is_read_back_and_overwrites_nothing(self, published):
         results, env, _ = published
-        started = time.perf_counter()
-        done = moelab("run", "pr-moe", "--scale", "smoke", "-p", "seeds=2", env=env)
-        assert done.returncode == 0 and time.perf_counter() - started < 60
+        before = {f: f.stat().st_mtime_ns for f in (results.parent / "home" / "runs").glob("*/result.json")}
+        assert moelab(*PR_MOE, env=env).returncode == 0
+        assert {f: f.stat().st_mtime_ns for f in before} == before and len(before) == 4
         folders = sorted((results / "pr-moe" / "smoke").iterdir())
         assert len(folders) >= 2
         first, last = (json.loads((f / "summary.json").read_text())["runs"] for f in (folders[0], folders[-1]))

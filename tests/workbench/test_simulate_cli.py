@@ -79,7 +79,7 @@ def test_the_what_if_page_runs(tmp_path):
 
     notebook = nbformat.read(ROOT / "notebooks" / "16_what_if.ipynb", as_version=4)
     NotebookClient(
-        notebook, timeout=120, kernel_name="python3", resources={"metadata": {"path": str(tmp_path)}}
+        notebook, timeout=600, kernel_name="python3", resources={"metadata": {"path": str(tmp_path)}}
     ).execute()
     widgets = [
         o for c in notebook.cells if c.cell_type == "code" for o in c.outputs

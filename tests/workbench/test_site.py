@@ -217,7 +217,7 @@ def test_three_hundred_results_take_seconds_and_again_next_to_nothing(published,
     first = time.perf_counter() - started
     started = time.perf_counter()
     assert site.build(tmp_path / "results").written == 0
-    assert time.perf_counter() - started < first < 30
+    assert time.perf_counter() - started < first < 120
 
 
 def test_signs_and_per_cents_are_set_as_in_print():

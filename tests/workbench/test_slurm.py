@@ -1,6 +1,8 @@
 """The Slurm side without a Slurm: profiles, scripts, decisions, tables. tests/slurm runs the rest on a real one."""
 
 import json
+import os
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -190,6 +192,39 @@ def test_a_snapshot_is_the_code_with_its_commit_and_made_once(tmp_path):
     assert snapshot.place(tmp_path) == place
 
 
+def test_code_that_no_job_uses_goes_after_a_week(submitted, workshop, tiny_spec, monkeypatch):
+    _, job, record, jobs = submitted
+    old = time.time() - 8 * 24 * 3600
+    copies = {name: workshop / "snapshots" / name for name in ("live", "idle", "recent")}
+    for copy in copies.values():
+        (copy / "moelab").mkdir(parents=True)
+        os.utime(copy, (old, old) if copy.name != "recent" else None)
+    record.snapshot = str(copies["live"])
+    record.write()
+    job("runs-0", 0, "PENDING")
+    monkeypatch.setattr(queue, "check", lambda script: None)
+    monkeypatch.setattr(queue, "submit", lambda script: "9")
+    new = replace(tiny_spec, train=replace(tiny_spec.train, seed=8))
+    plan = submit.submit("x", [({}, [new])], profiles.load("local"))
+    left = {path.name for path in (workshop / "snapshots").iterdir()}
+    assert left == {"live", "recent", Path(plan.submission.snapshot).name}
+    jobs["unknown", "runs-0", 0] = next(iter(jobs.values()))
+    os.utime(copies["recent"], (old, old))
+    submit.submit("x", [({}, [replace(new, train=replace(new.train, seed=9))])], profiles.load("local"))
+    assert copies["recent"].exists(), "a job whose submission is gone may need it"
+
+
+def test_two_hundred_runs_are_one_array_and_a_handful_of_calls(workshop, tiny_spec, monkeypatch):
+    calls = []
+    monkeypatch.setattr(queue, "_run", lambda *command, **_: calls.append(command[:2]) or "")
+    specs = [replace(tiny_spec, train=replace(tiny_spec.train, seed=seed)) for seed in range(200)]
+    plan = submit.submit("x", [({}, specs)], profiles.load("local"))
+    assert [len(group) for group in plan.specs.values()] == [200]
+    assert [command[0] for command in calls] == ["squeue", *["sbatch"] * 4], "two scripts: each judged, each queued"
+    calls.clear()
+    assert len(status.overview().rows) == 201 and [command[0] for command in calls] == ["squeue"]
+
+
 # -- what comes after an attempt -----------------------------------------------------------------------------------------
 
 
@@ -306,6 +341,24 @@ def test_without_slurm_the_runs_still_speak(submitted, monkeypatch):
     console.print(now)
     shown = console.export_text()
     assert "1 finished, 3 new" in shown and "nobody answers" in shown
+    console.print(status.overview(["none"]))
+    assert console.export_text().strip() == "nothing submitted (by these names) · squeue: nobody answers"
+
+
+def test_a_machine_without_a_cluster_is_told_as_such(monkeypatch, tmp_path):
+    """What Slurm's own commands say where there is no slurm.conf fills three lines."""
+    squeue = tmp_path / "squeue"
+    squeue.write_text(
+        "#!/bin/sh\necho 'squeue: error: fetch_config: DNS SRV lookup failed' >&2\n"
+        "echo 'squeue: fatal: Could not establish a configuration source' >&2\nexit 1\n"
+    )
+    squeue.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    with pytest.raises(queue.SlurmError, match=r"^squeue: no slurm.conf here: .*cluster.sh env\)\"$"):
+        queue.jobs()
+    monkeypatch.setenv("PATH", str(tmp_path / "nothing"))
+    with pytest.raises(queue.SlurmError, match="squeue is not installed here"):
+        queue.jobs()
 
 
 def test_a_full_queue_is_asked_for_once_and_read_right(monkeypatch):

@@ -35,7 +35,7 @@ def worker(run: Run) -> subprocess.Popen:
 
 
 def wait_for_step(run: Run, step: int, process: subprocess.Popen) -> None:
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 300
     while process.poll() is None and time.monotonic() < deadline:
         record = read_json(run.path / "status.json")
         if record and record["step"] >= step:
@@ -91,7 +91,7 @@ def test_one_failing_run_takes_no_other_with_it(tiny_spec):
 @pytest.mark.multiprocess
 @pytest.mark.slow
 def test_sigkill_at_any_step_changes_no_number(tiny_spec, tmp_path):
-    spec = replace(tiny_spec, train=replace(tiny_spec.train, tokens=60 * 128))
+    spec = replace(tiny_spec, train=replace(tiny_spec.train, tokens=120 * 128))
     whole = RunStore(tmp_path / "whole").run(spec)
     execute(whole)
     cut = RunStore(tmp_path / "cut").run(spec)
@@ -102,7 +102,7 @@ def test_sigkill_at_any_step_changes_no_number(tiny_spec, tmp_path):
         process.wait()
         if step < 45:
             assert not cut.finished and cut.status.state == "stopped", "a killed run is seen as stopped"
-    assert worker(cut).wait(timeout=120) == 0
+    assert worker(cut).wait(timeout=300) == 0
     assert numbers(cut) == numbers(whole)
 
 
@@ -113,7 +113,7 @@ def test_sigterm_writes_a_checkpoint_and_goes(tiny_spec, tmp_path):
     process = worker(run)
     wait_for_step(run, 3, process)
     process.terminate()
-    assert process.wait(timeout=60) == 75
+    assert process.wait(timeout=300) == 75
     assert run.status.state == "stopped" and "the checkpoint is written" in run.status.reason
     assert list((run.path / "checkpoints").glob("step-*"))
 
@@ -122,7 +122,7 @@ def test_sigterm_writes_a_checkpoint_and_goes(tiny_spec, tmp_path):
 def test_two_processes_asking_for_one_run_train_it_once(tiny_spec, tmp_path):
     run = RunStore(tmp_path).run(replace(tiny_spec, train=replace(tiny_spec.train, tokens=60 * 128)))
     both = [worker(run), worker(run)]
-    assert [p.wait(timeout=120) for p in both] == [0, 0]
+    assert [p.wait(timeout=300) for p in both] == [0, 0]
     steps = [row["step"] for row in read_rows(run.path / TRAIN)]
     assert steps == sorted(set(steps)) and steps[-1] == 60
 
@@ -140,7 +140,7 @@ def test_a_worker_goes_when_its_parent_dies(tiny_spec, tmp_path):
     wait_for_step(run, 3, parent)
     parent.kill()
     parent.wait()
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 300
     while time.monotonic() < deadline and run.locked:
         time.sleep(0.1)
     assert not run.locked, f"worker {child} trains on"

@@ -189,6 +189,15 @@ def _print_scripts(plan: Plan) -> None:
         print(f"# ---- {name}.sbatch" + "".join(f"\n#      {i} {run.id}" for i, run in enumerate(runs)) + f"\n{text}")
     if not plan.scripts:
         print("nothing to submit: all is finished or queued")
+        return
+    runs, notebooks = sum(map(len, plan.specs.values())), len(plan.scripts) - len(plan.specs)
+    what = [f"{n} {name}{'s' * (n != 1)}" for n, name in ((runs, "run"), (notebooks, "notebook")) if n]
+    ids = (
+        "; @NAME@ stands for the job's id"
+        if any("=afterany:@" in x or "=afterok:@" in x for x in plan.scripts.values())
+        else ""
+    )
+    print(f"# nothing was queued: {' and '.join(what)} would be{ids}")
 
 
 def _print_submitted(name: str, plan: Plan) -> None:

@@ -128,6 +128,11 @@ def _run(*command: str, stdin: str | None = None) -> str:
             for line in done.stderr.splitlines()
             if line.strip()
         ]
+        if "Could not establish a configuration source" in done.stderr:
+            raise SlurmError(
+                f"{command[0]}: no slurm.conf here: this machine is of no Slurm cluster; for the development cluster: "
+                'eval "$(slurm/local/cluster.sh env)"'
+            )
         said = [line for line in lines if not line.startswith("Batch job submission failed")] or lines
         raise SlurmError(f"{command[0]}: {'; '.join(said) or f'exit code {done.returncode}'}")
     return done.stdout

@@ -201,6 +201,7 @@ def _script(profile: Profile, body: str, snapshot: Path | None, folder: Path, **
         wckey=None,
         additional_parameters={
             "signal": "INT@30",  # replaces submitit's own; a notebook out of time is saved as it is
+            "open-mode": "append",  # a requeued job would start its log anew
             **({} if parameters.pop("no_requeue", False) else {"requeue": True}),
             **({"kill-on-invalid-dep": "yes"} if str(parameters.get("dependency")).startswith("afterok") else {}),
             **own,

@@ -10,6 +10,8 @@ import hashlib
 import os
 import shutil
 import subprocess
+import time
+from collections.abc import Collection
 from pathlib import Path
 
 from moelab.files import new_directory, write_json
@@ -17,6 +19,7 @@ from moelab.workbench import paths
 from moelab.workbench.provenance import SNAPSHOT, commit
 
 _PARTS = ("moelab", "kernels", "notebooks", "pyproject.toml")
+_KEEP_S = 7 * 24 * 3600
 
 
 def place(root: Path) -> Path | None:
@@ -37,6 +40,8 @@ def take(target: Path) -> None:
     """Copy the checkout's code to its `place`, unless it is there: all that git does not ignore, and the commit it is or differs from."""
     checkout = paths.checkout()
     if target.exists() or checkout is None:
+        if target != checkout:
+            os.utime(target)  # its age is how long ago it was last used
         return
     with new_directory(target) as new:
         for name in _names(checkout):
@@ -45,6 +50,15 @@ def take(target: Path) -> None:
         # An installation maps the checkout's kernels/ to moelab.kernels (pyproject.toml); in a plain folder a link does.
         os.symlink(Path("..") / "kernels", new / "moelab" / "kernels")
         write_json(new / SNAPSHOT, commit())
+
+
+def prune(root: Path, in_use: Collection[Path]) -> None:
+    """Remove the copies below `root` that no job uses and nobody submitted for a week."""
+    for copy in root.glob("[!.]*"):
+        if copy not in in_use and time.time() - copy.stat().st_mtime > _KEEP_S:
+            # Gone in one step: what is left of a copy must not pass for one.
+            copy.rename(gone := copy.with_name(f".{copy.name}-{os.getpid()}"))
+            shutil.rmtree(gone, ignore_errors=True)
 
 
 def _names(checkout: Path) -> list[str]:

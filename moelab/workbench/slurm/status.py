@@ -77,14 +77,18 @@ class Overview:
         return pd.DataFrame([row.__dict__ for row in self.rows], columns=[f.name for f in fields(Row)])
 
     def table(self) -> Any:
-        """The rows as a rich table; shows in terminals and notebooks."""
+        """The rows as a rich table, or one line when there are none; shows in terminals and notebooks."""
         from rich.table import Table
+        from rich.text import Text
 
         counts: dict[str, int] = {}
         for row in self.rows:
             counts[row.state] = counts.get(row.state, 0) + 1
-        title = ", ".join(f"{n} {state}" for state, n in counts.items()) or "nothing submitted"
-        view = Table(title=title + (f" · {self.trouble}" if self.trouble else ""), title_justify="left")
+        title = ", ".join(f"{n} {state}" for state, n in counts.items()) or "nothing submitted (by these names)"
+        title += f" · {self.trouble}" if self.trouble else ""
+        if not self.rows:
+            return Text(title)
+        view = Table(title=title, title_justify="left")
         columns: dict[str, Callable[[Row], str]] = {
             "experiment": lambda row: row.experiment,
             "run": lambda row: row.what,
@@ -151,13 +155,15 @@ def overview(names: Sequence[str] = (), *, everything: bool = False, store: RunS
 def watch(
     show: Callable[[Overview], None], names: Sequence[str] = (), *, every_s: float = 10.0, store: RunStore | None = None
 ) -> Overview:
-    """Show the overview until everything in it is over; the last one."""
+    """Show the overview until everything in it is over; the last one. At most every `every_s` seconds, at first more often."""
+    pause = min(1.0, every_s)
     while True:
         now = overview(names, store=store)
         show(now)
         if all(row.over for row in now.rows):
             return now
-        time.sleep(every_s)
+        time.sleep(pause)
+        pause = min(2 * pause, every_s)
 
 
 def _named(row: Row, submission: Submission, names: Sequence[str]) -> bool:

@@ -141,11 +141,12 @@ def submit(
         return _plan(name, notebooks, profile, with_notebooks, again, store, jobs={})
     root().mkdir(parents=True, exist_ok=True)
     with FileLock(root() / ".lock"):
-        plan = _plan(name, notebooks, profile, with_notebooks, again, store, queue.jobs())
+        plan = _plan(name, notebooks, profile, with_notebooks, again, store, jobs := queue.jobs())
         if plan.scripts:
             for text in {_header(text): None for text in plan.scripts.values()}:
                 queue.check(text)
             _queue(plan, store)
+            _prune(jobs, plan.submission)
     return plan
 
 
@@ -236,6 +237,14 @@ def _queue(plan: Plan, store: RunStore) -> None:
             ids[part.name] = part.job = queue.submit(path)
     finally:
         submission.write()
+
+
+def _prune(jobs: Mapping[tuple[str, str, int], queue.Job], newest: Submission) -> None:
+    """Let go of code that no job will run any more."""
+    records = {id: root() / id / "submission.json" for (id, _, _), job in jobs.items() if job.live}
+    if all(path.exists() for path in records.values()):  # else some job's code is not known
+        used = [newest, *map(Submission.read, records.values())]
+        snapshot.prune(paths.home() / "snapshots", {Path(s.snapshot) for s in used if s.snapshot})
 
 
 @dataclass(frozen=True)
