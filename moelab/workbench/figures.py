@@ -134,11 +134,15 @@ def student(values: pd.Series) -> tuple[float, float]:
     return (mean, mean) if len(values) < 2 else (low, high)
 
 
-def loss_curves(curves: pd.DataFrame, ax: Axes, *, arms: Sequence[str], skip_first: bool = True) -> Axes:
+def loss_curves(
+    curves: pd.DataFrame, ax: Axes, *, arms: Sequence[str], of: Sequence[str] = (), skip_first: bool = True
+) -> Axes:
     """Validation loss over tokens, a line an arm: the mean over seeds with its 95 % interval.
 
     Args:
         curves: `Runs.curves()`: columns arm, seed, tokens, loss.
+        arms: those that are drawn, in the order of the legend.
+        of: all arms of the experiment, where only some are drawn: each keeps the colour and the dashes that it has beside the others.
         skip_first: leave out the untrained model, which would squeeze the rest.
     """
     shown = curves[curves["tokens"] > 0] if skip_first else curves
@@ -151,8 +155,8 @@ def loss_curves(curves: pd.DataFrame, ax: Axes, *, arms: Sequence[str], skip_fir
         style="arm",
         hue_order=list(arms),
         style_order=list(arms),
-        palette=colors(arms),
-        dashes=dict(zip(arms, _DASHES, strict=False)),
+        palette=colors(of or arms),
+        dashes=dict(zip(of or arms, _DASHES, strict=False)),
         errorbar=student,
         err_kws={"alpha": 0.1, "linewidth": 0},
         ax=ax,

@@ -47,6 +47,8 @@ const moelab = {
         untested.querySelector("summary strong").textContent = left;
         if (words.length || verdict) untested.open = left > 0;
       }
+      for (const group of document.querySelectorAll("[data-group]"))
+        group.hidden = !group.querySelector("[data-item]:not([hidden])");
       document.getElementById("tested").hidden = !document.querySelector("#tested [data-item]:not([hidden])");
       for (const button of tally) button.setAttribute("aria-pressed", String(button.dataset.verdict === verdict));
       const any = words.length || scale || verdict || experiment;
@@ -138,8 +140,11 @@ const moelab = {
       return node;
     };
     const union = (x, y) => [...new Set([...x, ...y])];
-    const text = (value) =>
-      value === undefined || value === null ? "–" : typeof value === "number" ? +value.toPrecision(5) + "" : String(value);
+    const text = (value) => {
+      if (value === undefined || value === null) return "–";
+      if (typeof value !== "number") return String(value);
+      return value.toLocaleString("en", Math.abs(value) >= 1000 ? { maximumFractionDigits: 0 } : { maximumSignificantDigits: 5 }).replace("-", "−");
+    };
     const table = (caption, head, rows) =>
       make("div", { class: "scroll" },
         make("table", {},
@@ -171,13 +176,18 @@ const moelab = {
     const arms = (r) => Object.fromEntries(r.arms.map((row) => [row.arm, row]));
     const [aa, ab] = [arms(a), arms(b)];
     const measured = [];
-    for (const arm of union(Object.keys(aa), Object.keys(ab)))
-      for (const key of union(Object.keys(aa[arm] ?? {}), Object.keys(ab[arm] ?? {}))) {
+    for (const arm of union(Object.keys(aa), Object.keys(ab))) {
+      if (!aa[arm] || !ab[arm]) {
+        measured.push([arm, aa[arm] ? "there" : "not there", ab[arm] ? "there" : "not there", "–"]);
+        continue;
+      }
+      for (const key of union(Object.keys(aa[arm]), Object.keys(ab[arm]))) {
         if (key === "arm") continue;
-        const [x, y] = [aa[arm]?.[key], ab[arm]?.[key]];
+        const [x, y] = [aa[arm][key], ab[arm][key]];
         const change = typeof x === "number" && typeof y === "number" ? y - x : undefined;
         measured.push([`${arm}: ${key.replaceAll("_", " ")}`, text(x), text(y), text(change)]);
       }
+    }
     const runs = rows(measured);
     if (runs.length) parts.push(table("Runs, means over seeds", ["arm", "A", "B", "B − A"], runs));
 
