@@ -72,7 +72,7 @@ def lab(chromium, tmp_path_factory):
     with open(root / "log.txt", "w") as log:
         process = subprocess.Popen(command, env=env, stdout=log, stderr=subprocess.STDOUT)
     try:
-        until = time.monotonic() + 60
+        until = time.monotonic() + 180
         while True:
             try:
                 urllib.request.urlopen(f"{address}/api/status?token={TOKEN}", timeout=5).close()
