@@ -399,10 +399,16 @@ def bench_decode(
     rounds: Annotated[int, typer.Option(help="times the candidates take turns")] = 5,
     threads: Threads = 2,
     device: Device = "cpu",
+    tensor: Annotated[int, typer.Option(help="under torchrun or srun: tensor slicing")] = 1,
+    exchange: Annotated[str, typer.Option(help="under torchrun or srun: the optimised mode's exchange")] = "flat",
     out: Out = None,
 ) -> None:
-    """Latency and throughput of decoding: optimised, the paper's baseline and, where installed (extra peers), transformers."""
+    """Latency and throughput of decoding: optimised, the paper's baseline and, where installed (extra peers), transformers.
+
+    Under torchrun or srun each model is measured on the ranks that were started, --rank-batch sequences over all of them.
+    """
     _check_device(device)
+    from moelab.engine import process
     from moelab.inference.bench import Protocol
     from moelab.inference.bench import main as bench_main
 
@@ -414,9 +420,13 @@ def bench_decode(
         protocol=Protocol(prompt, output, rounds),
         threads=threads,
         device=device,
+        tensor=tensor,
+        exchange=exchange,
         out=out,
     )
-    _write_provenance(out, "decode")
+    place = process.find()
+    if place is None or place.rank == 0:
+        _write_provenance(out, "decode")
 
 
 @bench.command(name="scaling")

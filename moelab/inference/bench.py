@@ -8,6 +8,8 @@ generation under a clock, so its sum is a little more than the latency.
 The floor is what the machine must do at least: read the weights that a step needs (of the experts, those that got tokens, counted) and
 the cache, once, at the bandwidth measured in the same run; on ranks, plus the step's collectives times the time of an empty one. A model that fits
 the processor's cache can be faster than that.
+
+Ranks are processes of this machine, or, under torchrun and srun, those that were started: then each model is measured on all of them, by rank 0's word.
 """
 
 from __future__ import annotations
@@ -26,6 +28,7 @@ import torch.distributed as dist
 
 from moelab.config import ModelConfig
 from moelab.engine import parallel as engine
+from moelab.engine import process
 from moelab.engine.mesh import Mesh
 from moelab.engine.testing import Ranks
 from moelab.files import write_text
@@ -225,9 +228,11 @@ def floor(row: dict[str, Any], at_least_s: float) -> dict[str, float]:
 # -- ranks -------------------------------------------------------------------------------------------------------------------------
 
 
-def measure_rank(config: ModelConfig, parallel: ParallelConfig, batch: int, protocol: Protocol) -> list[dict[str, Any]]:
+def measure_rank(
+    config: ModelConfig, parallel: ParallelConfig, batch: int, protocol: Protocol, device: str = "cpu"
+) -> list[dict[str, Any]]:
     """On each rank: a row for each mode, as this rank saw it; `batch` sequences over all ranks."""
-    mesh = Mesh(parallel, config.experts)
+    mesh = Mesh(parallel, config.experts, device)
     generators = {
         mode: Generator(
             set_mode(engine.build(config, 0, mesh).module, mode), batch=-(-batch // mesh.data.size), mesh=mesh
@@ -238,7 +243,7 @@ def measure_rank(config: ModelConfig, parallel: ParallelConfig, batch: int, prot
     times = in_turns({mode: our_steps(g, prompts) for mode, g in generators.items()}, protocol)
     machine = {
         "empty_collective_ms": empty_collective(mesh) * 1e3,
-        "read_GB_per_s": read_rate("cpu", 1 << 26) / 1e9,
+        "read_GB_per_s": read_rate(device, 1 << 26) / 1e9,
     }
     return [
         {
@@ -255,32 +260,60 @@ def empty_collective(mesh: Mesh) -> float:
     """Seconds of an all-to-all of one number a rank, median of 50; 0 for one rank."""
     if mesh.world.size == 1:
         return 0.0
-    x = torch.zeros(mesh.world.size, dtype=torch.int32)
+    x = torch.zeros(mesh.world.size, dtype=torch.int32, device=mesh.device)
     out = torch.empty_like(x)
     return statistics.median(
-        seconds(lambda: dist.all_to_all_single(out, x, group=mesh.world.handle), "cpu") for _ in range(50)
+        seconds(lambda: dist.all_to_all_single(out, x, group=mesh.world.handle), mesh.device) for _ in range(50)
     )
 
 
 def measure_ranks(
     config: ModelConfig, ranks: list[int], batch: int, protocol: Protocol, exchange: str = "flat"
 ) -> list[dict[str, Any]]:
-    """Rows of one model over numbers of ranks, the slowest rank's: experts spread over all of them, data parallel outside."""
+    """Rows of one model over numbers of ranks of this machine: experts spread over all of them, data parallel outside."""
     found = []
     for size in ranks:
         parallel = ParallelConfig(data=size, exchange=exchange)
         with Ranks(size, threads=1) as pool:
             answers = pool.run(measure_rank, config, parallel, batch, protocol, timeout_s=900)
-        for rows in zip(*answers, strict=True):  # of all ranks, mode by mode
-            row = max(rows, key=lambda r: r["median_ms"])
-            # Each rank reads the shared weights and, on average, its share of the experts that tokens chose.
-            share = sum(r["distinct_experts"] for r in rows) / size
-            needed = weight_bytes(config, share) + cache_bytes(config, -(-batch // size), protocol)
-            waiting_s = row["collectives"] * row["empty_collective_ms"] / 1e3
-            case = {"model": str(config), "experts": max(config.experts), "batch": batch, "ranks": size}
-            case |= {"parameters": config.parameters(), "exchange": exchange}
-            case["device"] = f"{device_name('cpu').partition(',')[0]}, {size} ranks of 1 thread"
-            found.append({**case, **row, **floor(row, needed / (row["read_GB_per_s"] * 1e9) + waiting_s)})
+        machine = f"{device_name('cpu').partition(',')[0]}, {size} ranks of 1 thread"
+        found += slowest(answers, config, parallel, batch, protocol, machine)
+    return found
+
+
+def measure_joined(
+    config: ModelConfig, parallel: ParallelConfig, batch: int, protocol: Protocol, device: str
+) -> list[dict[str, Any]]:
+    """On ranks that have met (`process.join`): the rows, on every rank."""
+    mine = measure_rank(config, parallel, batch, protocol, device)
+    answers: list[Any] = [None] * parallel.ranks
+    dist.all_gather_object(answers, mine)
+    name = device_name(device).partition(",")[0]
+    return slowest(answers, config, parallel, batch, protocol, f"{name}, {parallel.ranks} ranks")
+
+
+def slowest(
+    answers: list[list[dict[str, Any]]],
+    config: ModelConfig,
+    parallel: ParallelConfig,
+    batch: int,
+    protocol: Protocol,
+    machine: str,
+) -> list[dict[str, Any]]:
+    """Of what the ranks saw the slowest one's, mode by mode, with the floor."""
+    found = []
+    for rows in zip(*answers, strict=True):
+        row = max(rows, key=lambda r: r["median_ms"])
+        # Each rank reads the shared weights and, on average, its share of the experts that tokens chose.
+        share = sum(r["distinct_experts"] or 0 for r in rows) / len(rows)
+        needed = weight_bytes(config, share) / parallel.tensor + cache_bytes(
+            config, -(-batch // parallel.data), protocol
+        )
+        waiting_s = row["collectives"] * row["empty_collective_ms"] / 1e3
+        case = {"model": str(config), "experts": max(config.experts), "batch": batch, "ranks": parallel.ranks}
+        case |= {"parameters": config.parameters(), "exchange": parallel.exchange, "tensor": parallel.tensor}
+        case["device"] = machine
+        found.append({**case, **row, **floor(row, needed / (row["read_GB_per_s"] * 1e9) + waiting_s)})
     return found
 
 
@@ -297,6 +330,8 @@ def main(
     threads: int,
     device: str,
     out: Path | None,
+    tensor: int = 1,
+    exchange: str = "flat",
 ) -> None:
     """Measure, print and, with `out` (a folder), write `decode.jsonl` and its figure.
 
@@ -304,6 +339,7 @@ def main(
         models: names of `decoders` or of the paper's grammar; None is all of `decoders`.
         ranks: numbers of ranks for the models with experts; empty leaves that part out.
         rank_batch: sequences over all ranks there.
+        tensor, exchange: the layout where torchrun or srun started the ranks; otherwise it is flat and data parallel.
     """
     known = decoders()
     configs = [known[name] if name in known else ModelConfig.parse(name) for name in models or known]
@@ -314,10 +350,17 @@ def main(
             )
     if protocol.output < 2 or min(*batches, protocol.prompt, protocol.rounds) < 1:
         raise ValueError("bench decode: output must be at least 2 tokens; batch, prompt and rounds at least 1")
+    place = process.find()
+    if place is not None and place.world > 1:
+        torch.set_num_threads(threads)
+        _on_ranks(configs, place, tensor, exchange, rank_batch, protocol, device, out)
+        return
     for size in ranks:
         if rank_batch < size:
             raise ValueError(f"bench decode: {rank_batch} sequences do not give each of {size} ranks one")
     torch.set_num_threads(threads)
+    if tensor != 1 or exchange != "flat":
+        raise ValueError("bench decode: --tensor and --exchange need several ranks; start with torchrun or srun")
     found = []
     for config in configs:
         case = measure(config, batches, protocol, device)
@@ -331,6 +374,35 @@ def main(
         write_text(out / "decode.jsonl", "".join(json.dumps(row) + "\n" for row in found))
         print(f"written to {out / 'decode.jsonl'}")
         draw(found, out / "decode")
+
+
+def _on_ranks(
+    configs: list[ModelConfig],
+    place: process.Place,
+    tensor: int,
+    exchange: str,
+    batch: int,
+    protocol: Protocol,
+    device: str,
+    out: Path | None,
+) -> None:
+    if tensor < 1 or place.world % tensor:
+        raise ValueError(f"bench decode: --tensor {tensor} does not divide {place.world} ranks")
+    parallel = ParallelConfig(tensor=tensor, data=place.world // tensor, exchange=exchange)
+    if batch < parallel.data:
+        raise ValueError(f"bench decode: {batch} sequences do not give each of {parallel.data} data ranks one")
+    for config in configs:
+        parallel.check(config.experts, heads=config.heads, ffn=config.ffn)
+    process.join(device=device)
+    found = []
+    for config in configs:
+        found += measure_joined(config, parallel, batch, protocol, device)
+        if place.rank == 0:
+            show(f"{config}, batch {batch}, {found[-1]['device']}", found[-len(MODES) :])
+    if place.rank == 0 and out is not None:
+        write_text(out / "decode.jsonl", "".join(json.dumps(row) + "\n" for row in found))
+        print(f"written to {out / 'decode.jsonl'}")
+    dist.barrier()
 
 
 def show(title: str, found: list[dict[str, Any]]) -> None:

@@ -1,11 +1,13 @@
 """The decode benchmark in small: what it counts is right, and the peers it names compute the same."""
 
 import json
+import sys
 
 import pytest
 import torch
 
 from moelab.config import ModelConfig
+from moelab.engine.launch import launch
 from moelab.inference import Generator, Sampling, bench, peers, set_mode
 from moelab.inference.clock import PARTS, Clock
 
@@ -104,6 +106,22 @@ def test_rows_of_ranks():
         assert row["tokens_per_s"] > 0 and row["floor_ratio"] > 0
 
 
+@pytest.mark.slow
+@pytest.mark.multiprocess
+def test_the_command_on_ranks(tmp_path):
+    """What `srun moelab bench decode` does, started by our own launcher: tensor slicing 2, and rank 0 writes."""
+    small = ["--prompt", "5", "--output", "4", "--rounds", "1", "--threads", "1", "--rank-batch", "2"]
+    layout = ["--tensor", "2", "--exchange", "coordinated"]
+    command = [sys.executable, "-m", "moelab.cli", "bench", "decode", "--model", "1.3B+MoE-128 twin", *small, *layout]
+    launch([*command, "--out", str(tmp_path / "out")], 2, logs=tmp_path)
+    rows = [json.loads(line) for line in (tmp_path / "out" / "decode.jsonl").read_text().splitlines()]
+    assert [r["candidate"] for r in rows] == ["optimised", "baseline"]
+    assert all((r["ranks"], r["tensor"], r["exchange"]) == (2, 2, "coordinated") for r in rows)
+    assert all("all-to-all" in r["parts_ms"] and r["floor_ms"] > 0 for r in rows)
+    assert "tokens/s" in (tmp_path / "rank-00000.txt").read_text()
+    assert "tokens/s" not in (tmp_path / "rank-00001.txt").read_text()
+
+
 def test_the_command_writes_numbers_and_a_figure(known_rate, tmp_path, monkeypatch):
     monkeypatch.setattr(bench, "decoders", lambda: {"tiny MoE": MOE, "tiny": DENSE})
     bench.main(
@@ -123,6 +141,7 @@ def test_the_command_writes_numbers_and_a_figure(known_rate, tmp_path, monkeypat
         (dict(protocol=bench.Protocol(output=1)), "output must be at least 2 tokens"),
         (dict(batches=[0]), "batch, prompt and rounds at least 1"),
         (dict(ranks=[4], rank_batch=2), "2 sequences do not give each of 4 ranks one"),
+        (dict(tensor=2), "need several ranks; start with torchrun or srun"),
     ],
 )
 def test_bad_settings(change, message):

@@ -288,4 +288,40 @@ def test_the_measured_twin_is_the_papers_in_small():
     for scale in inference_scaling.TWINS:
         twin = inference_scaling.twin(scale)
         assert twin.is_moe and max(twin.experts) % 4 == 0, "experts spread over 1, 2 and 4 ranks"
-        assert twin.parameters() < 100e6
+        assert twin.parameters() < (2e9 if scale == "gpu" else 100e6), "two copies on one card"
+
+
+def test_measurements_of_a_cluster_are_read_and_drawn(tmp_path):
+    import json
+
+    import matplotlib.pyplot as plt
+
+    def row(mode, ranks, ms):
+        parts = {"attention": ms / 2, "all-to-all": ms / 2}
+        rank = {
+            "candidate": mode,
+            "ranks": ranks,
+            "median_ms": ms,
+            "p95_ms": 2 * ms,
+            "floor_ms": 1.0,
+            "parts_ms": parts,
+        }
+        return rank | {"batch": 64, "empty_collective_ms": 0.1}
+
+    rows = [row(mode, ranks, ms) for ranks, ms in ((64, 4.0), (8, 9.0)) for mode in ("baseline", "optimised")]
+    file = tmp_path / "decode.jsonl"
+    file.write_text("".join(json.dumps(r) + "\n" for r in rows))
+    found = inference_scaling.measured("paper", str(file))
+    assert [inference_scaling.label(r) for r in found] == ["8 ranks", "8 ranks", "64 ranks", "64 ranks"]
+    fig, axes = plt.subplots(1, 2)
+    inference_scaling.draw_measured(found, *axes)
+    assert [t.get_text() for t in axes[0].get_xticklabels()] == ["8 ranks", "64 ranks"]
+    plt.close(fig)
+    file.write_text("{}")
+    for given, part in (
+        ("", "needs -p measured=FILE"),
+        (str(tmp_path / "none"), "No such file"),
+        (str(file), "no rows"),
+    ):
+        with pytest.raises(ValueError, match=part):
+            inference_scaling.measured("paper", given)

@@ -7,8 +7,9 @@ Paper: more GPUs make DeepSpeed-MoE faster and each GPU more productive: 27.3 to
 43.9 ms only.
 
 Here: the simulator's two free constants are fitted on the eight latencies of this figure, so its bars are a fit, not a prediction; the notebook
-shows how good it is and what it leaves undecided. Beside it, decoding steps of the model's twin on gloo ranks of this machine, measured with
-`moelab bench decode`'s own function: the baseline and the optimised mode, experts spread over the ranks.
+shows how good it is and what it leaves undecided. Beside it, decoding steps measured with `moelab bench decode`'s own functions, the baseline and the
+optimised mode: of the model's twin on gloo ranks of this machine, experts spread over the ranks (smoke, cpu); of a larger twin on one GPU (gpu); or, of the
+model itself, by `srun moelab bench decode` on the cluster, whose numbers are read here (paper).
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ RANKS = (1, 2, 4)
 TWINS: dict[str, dict[str, int]] = {
     "smoke": {"hidden": 64, "depth": 12, "experts": 16, "vocab": 256, "context": 32},
     "cpu": {"hidden": 16, "depth": 6, "experts": 4, "vocab": 2048, "context": 128},
+    "gpu": {"hidden": 2, "depth": 2, "experts": 4, "vocab": 50304, "context": 2048},
 }
 """scale -> how the 1.3B+MoE-128 model is shrunk, see `ModelConfig.shrink`."""
 
@@ -43,16 +45,54 @@ def twin(scale: str) -> ModelConfig:
     return replace(shrunk, init_std=0.05)
 
 
-def measured(scale: str) -> list[dict]:
-    """Decoding steps on 1, 2 and 4 gloo ranks: rows of `moelab bench decode`, a mode and number of ranks each; 8 sequences over all ranks."""
-    from moelab.inference.bench import Protocol, measure_ranks
+def measured(scale: str, file: str = "") -> list[dict]:
+    """Decoding steps: rows of `moelab bench decode`.
 
+    smoke and cpu: 8 sequences over 1, 2 and 4 gloo ranks. gpu: 1, 8 and 32 sequences on one GPU. paper: what is in `file`.
+
+    Raises:
+        ValueError: one line: no such file at scale paper, or it is not that of ranks.
+    """
+    from moelab.inference.bench import Protocol, measure, measure_ranks
+
+    if scale == "paper":
+        return read_measured(file)
+    if scale == "gpu":
+        found = measure(twin(scale), [1, 8, 32], Protocol(), "cuda")
+        return [row for row in found if row["candidate"] in ("baseline", "optimised")]
     protocol = Protocol(4, 4, 1, 2) if scale == "smoke" else Protocol(16, 24, 5, 4)
     return measure_ranks(twin(scale), list(RANKS), 8, protocol)
 
 
+def read_measured(file: str) -> list[dict]:
+    """The rows that `srun moelab bench decode --device cuda --out ...` wrote on the cluster, of one run or of several joined together, fewest ranks first."""
+    import json
+    from pathlib import Path
+
+    if not file:
+        raise ValueError(
+            "inference-scaling: scale paper needs -p measured=FILE, the decode.jsonl of `srun moelab bench decode`"
+        )
+    try:
+        rows = [json.loads(line) for line in Path(file).read_text(encoding="utf-8").splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "no JSON lines"
+        raise ValueError(f"inference-scaling: {file}: {reason}") from None
+    rows = [row for row in rows if isinstance(row, dict) and "empty_collective_ms" in row]
+    if not rows:
+        raise ValueError(f"inference-scaling: {file}: no rows of ranks in it")
+    return sorted(rows, key=lambda row: row["ranks"])
+
+
+def label(row: dict) -> str:
+    """What tells a measured row from the others: its ranks, or on one GPU its batch."""
+    if "empty_collective_ms" in row:
+        return f"{row['ranks']} rank{'s' if row['ranks'] > 1 else ''}"
+    return f"batch {row['batch']}"
+
+
 def draw_measured(rows: list[dict], left: Axes, right: Axes) -> None:
-    """Left: latency over ranks with the bar to p95, and the floor. Right: where the optimised mode's step goes."""
+    """Left: latency over ranks (or batches) with the bar to p95, and the floor. Right: where the optimised mode's step goes."""
     from moelab.inference.clock import PARTS
     from moelab.workbench import simulated
 
@@ -64,7 +104,7 @@ def draw_measured(rows: list[dict], left: Axes, right: Axes) -> None:
         x = range(len(mine))
         left.errorbar(x, median, yerr=[[0.0] * len(mine), above], fmt="o-", capsize=3, color=color, label=mode)
     best = [row for row in rows if row["candidate"] == "optimised"]
-    labels = [f"{row['ranks']} rank{'s' if row['ranks'] > 1 else ''}" for row in best]
+    labels = [label(row) for row in best]
     left.plot(range(len(best)), [row["floor_ms"] for row in best], "_", markersize=24, color="#444444", label="floor")
     left.set(yscale="log", ylabel="latency of a step (ms)")
     left.set_xticks(range(len(best)), labels)
@@ -121,6 +161,13 @@ EXPERIMENT = Experiment(
         "smoke": Scale("simulated cluster; a tiny twin on 1, 2, 4 gloo ranks", "seconds"),
         "cpu": Scale(
             "simulated cluster; the 1.3B+MoE-128 twin on 1, 2, 4 gloo ranks", "half a minute on two cores (estimated)"
+        ),
+        "gpu": Scale(
+            "simulated cluster; a twin of 1024 wide, 12 layers, 32 experts on one GPU", "not yet run; one GPU"
+        ),
+        "paper": Scale(
+            "simulated cluster; 1.3B+MoE-128 as `srun moelab bench decode` measured it on 8 to 64 GPUs",
+            "not yet run; 64 A100",
         ),
     },
     specs=no_runs,
