@@ -14,6 +14,7 @@ Tasks are lm-eval's (by name, with a network: `lambada_openai`, `piqa`, `boolq`,
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import io
 import logging
@@ -198,16 +199,21 @@ def _manager(tasks: Sequence[str]) -> Any:
     """lm-eval's tasks, indexed only if one of them is asked for (it takes seconds); ValueError for one it does not know."""
     if find_spec("lm_eval") is None:
         raise ValueError("eval: lm-eval is not installed; install moelab with its extra `eval`")
-    from lm_eval.tasks import TaskManager
-
     others = [task for task in tasks if task not in PACKAGED]
-    manager = TaskManager(include_defaults=bool(others))
+    manager = _task_manager(bool(others))
     for task in others:
         if task not in manager.all_subtasks:
             raise ValueError(
                 f"eval: no task {task!r}; allowed: {', '.join(PACKAGED)}, and lm-eval's own with a network"
             )
     return manager
+
+
+@functools.cache
+def _task_manager(include_defaults: bool) -> Any:
+    from lm_eval.tasks import TaskManager
+
+    return TaskManager(include_defaults=include_defaults)
 
 
 def _packaged(task: str, cache: Path) -> dict[str, Any]:

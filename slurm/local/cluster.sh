@@ -32,7 +32,7 @@ need() {  # TOOL... PACKAGES
 
 fill() {  # the templates, into the files Slurm reads
   for file in "$@"; do
-    sed -e "s#@DIR@#$dir#g; s#@USER@#$(id -un)#g; s#@PLUGINS@#$(echo /usr/lib/*/slurm-wlm)#g; s#@NODES@#$nodes#g; s#@GPUS@#$gpus#g; s#@DEVICES@#$devices#g" \
+    sed -e "s#@HERE@#$here#g; s#@DIR@#$dir#g; s#@USER@#$(id -un)#g; s#@PLUGINS@#$(echo /usr/lib/*/slurm-wlm)#g; s#@NODES@#$nodes#g; s#@GPUS@#$gpus#g; s#@DEVICES@#$devices#g" \
         -e "s#@CPUS@#$cpus#g; s#@MEMORY@#$memory#g; s#@PORT@#$port#g; s#@FIRST@#$((port + 1))#g; s#@LAST@#$((port + nodes))#g; s#@DBDPORT@#$((port + nodes + 1))#g" \
         "$here/$file" > "$dir/etc/$file"
   done
@@ -58,7 +58,7 @@ up() {
   umask 022
   mkdir -p "$dir"/{etc,run,log,state,spool}
   chmod 711 "$dir/run"  # munged insists on a directory that others may pass through
-  fill slurm.conf gres.conf
+  fill slurm.conf gres.conf oci.conf
   [ -f "$dir/etc/munge.key" ] || mungekey --create --keyfile="$dir/etc/munge.key"
   munged --key-file="$dir/etc/munge.key" --socket="$dir/run/munge.sock" --pid-file="$dir/run/munged.pid" \
          --seed-file="$dir/run/munge.seed" --log-file="$dir/log/munged.log"

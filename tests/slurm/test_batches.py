@@ -8,6 +8,7 @@ import sys
 import urllib.error
 import urllib.request
 from dataclasses import replace
+from pathlib import Path
 
 import nbformat
 import pytest
@@ -118,6 +119,27 @@ def test_a_run_on_two_nodes_is_interrupted_loses_a_rank_and_ends_with_the_same_n
     assert [(a.kind, a.checkpoint, a.again) for a in attempt.history(run)] == [("killed", EVERY, True)]
     workplace.until_over(run)
     assert numbers(run) == numbers(local)
+
+
+def test_steps_start_in_a_container(workplace, spec, undisturbed, tmp_path):
+    """The development cluster's containers see as /mnt what is in their rootfs; the interpreter's path is one that only exists inside."""
+    (tmp_path / "image" / "rootfs").mkdir(parents=True)
+    (tmp_path / "image" / "rootfs" / "env").symlink_to(sys.prefix)
+    (tmp_path / "image" / "config.json").write_text('{"ociVersion": "1.0.0", "root": {"path": "rootfs"}}')
+    may = subprocess.run(["unshare", "--mount", "mount", "--bind", tmp_path, "/mnt"], capture_output=True, text=True)
+    if may.returncode:
+        pytest.skip(f"containers need mounts: {may.stderr.strip()}")
+    inside = {"container": (f"--container={tmp_path}/image",), "python": "/mnt/env/bin/python"}
+    assert not Path("/mnt/env").exists()
+    bad = replace(spec, data=replace(spec.data, corpus=f"folder:{tmp_path}/nothing"))
+    (lost,) = workplace.submit(bad, **inside)
+    (run,) = workplace.submit(spec, halt=[60], **inside)
+    pid = workplace.halted(run, 60)
+    assert Path(f"/proc/{pid}/cmdline").read_bytes().startswith(b"/mnt/env/bin/python\0")
+    slurm("scontrol", "requeue", workplace.job(run).id)
+    workplace.until_over(run, lost)
+    assert numbers(run) == numbers(undisturbed)
+    assert [a.kind for a in attempt.history(lost)] == ["failed", "failed"] and lost.status.state == "failed"
 
 
 def test_editing_the_checkout_does_not_change_a_queued_job(workplace, spec):
