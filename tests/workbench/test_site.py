@@ -165,10 +165,19 @@ def test_a_notebook_page_has_its_outputs_and_no_library_from_outside(published):
 def test_long_code_is_folded_and_a_formula_nobody_can_read_stays(tmp_path):
     import nbformat.v4 as nb
 
-    cells = [nb.new_markdown_cell("$$\\ell_i = -\\sum_v p_v \\log q_v$$"), nb.new_code_cell("x = 1\n" * 20)]
+    view = "application/vnd.jupyter.widget-view+json"
+    widgets = [
+        nb.new_output("display_data", data={view: {"model_id": "0"}, "text/plain": text})
+        for text in ("Output()", "VBox(children=(IntSlider(value=1),))")
+    ]
+    cells = [
+        nb.new_markdown_cell("$$\\ell_i = -\\sum_v p_v \\log q_v$$"),
+        nb.new_code_cell("x = 1\n" * 20, outputs=widgets),
+    ]
     (tmp_path / "notebook.ipynb").write_text(nbformat.writes(nb.new_notebook(cells=cells)))
     page = site.convert(tmp_path / "notebook.ipynb").read_text()
     assert 'display="block"' in page and "<summary>20 lines of code</summary>" in page
+    assert "Controls to play with" in page and "VBox" not in page and "Output()" not in page
     assert notebook.mathml("\\left(x", "inline").startswith("<code>")
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import html
+import re
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,7 +24,7 @@ sys.modules.setdefault("rfc3987_syntax", None)  # type: ignore[arg-type]
 def convert(notebook: Path) -> Path:
     """Write `<name>.html` beside an executed notebook of a publication, unless the page there was made from it; returns its path.
 
-    Outputs that need a running kernel (widgets) are shown as the table or text they carry beside. Formulas become MathML, which browsers draw
+    Outputs that need a running kernel (widgets) are shown as the table or text they carry beside, and where that is only a name, a line says so. Formulas become MathML, which browsers draw
     themselves; long code is folded.
     """
     page, mark = notebook.with_suffix(".html"), _mark(notebook)
@@ -32,6 +33,7 @@ def convert(notebook: Path) -> Path:
 
         node = nbformat.read(notebook, as_version=4)
         _describe_figures(node)
+        _name_widgets(node)
         body, _ = _exporter().from_notebook_node(node)
         text = template.render(
             "notebook.html", mark=mark, title=_heading(node, notebook.stem), body=body, name=notebook.name
@@ -102,6 +104,26 @@ def _describe_figures(notebook: NotebookNode) -> None:
         for output in cell.get("outputs", []):
             if "image/png" in output.get("data", {}):
                 output.metadata.setdefault("image/png", {}).setdefault("alt", f"Figure: {heading}")
+
+
+def _name_widgets(notebook: NotebookNode) -> None:
+    """Put a line in the place of widgets, which have no kernel on a page, and nothing in the place of progress bars that are done."""
+    for cell in notebook.cells:
+        kept = []
+        for output in cell.get("outputs", []):
+            data = output.get("data", {})
+            if any(kind.startswith("application/vnd.jupyter.widget-view") for kind in data) and "text/html" not in data:
+                if (text := data.get("text/plain", "")) == "Output()":
+                    continue
+                if _WIDGET.fullmatch(text):
+                    data["text/plain"] = "Controls to play with: open this notebook in JupyterLab."
+            kept.append(output)
+        if "outputs" in cell:
+            cell.outputs = kept
+
+
+_WIDGET = re.compile(r"[A-Z]\w+\(.*\)", re.S)
+"""How a widget prints itself."""
 
 
 def _heading(notebook: NotebookNode, name: str) -> str:
