@@ -150,7 +150,7 @@ def run_task(lm: LM, task: str, *, cache: Path, limit: int = 0, manager: Any = N
     import lm_eval
 
     manager = manager or _manager([task])
-    asked = _packaged(task, cache) if task in PACKAGED else task
+    asked = _packaged(task, cache, limit) if task in PACKAGED else task
     cut, started = getattr(lm, "cut", None), time.monotonic()
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     try:
@@ -210,10 +210,10 @@ def _manager(tasks: Sequence[str]) -> Any:
     return manager
 
 
-def _packaged(task: str, cache: Path) -> dict[str, Any]:
+def _packaged(task: str, cache: Path, limit: int) -> dict[str, Any]:
     from datasets import Dataset
 
-    rows = [item.record() for item in items(task, cache)]
+    rows = [item.record() for item in items(task, cache)[: limit or None]]
     return {**definition(task), "custom_dataset": lambda **_: {"test": Dataset.from_list(rows)}}
 
 
