@@ -151,7 +151,7 @@ def run_task(lm: LM, task: str, *, cache: Path, limit: int = 0, manager: Any = N
     import lm_eval
 
     manager = manager or _manager([task])
-    asked = _packaged(task, cache) if task in PACKAGED else task
+    asked = _packaged(task, cache, limit) if task in PACKAGED else task
     cut, started = getattr(lm, "cut", None), time.monotonic()
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     try:
@@ -216,10 +216,10 @@ def _task_manager(include_defaults: bool) -> Any:
     return TaskManager(include_defaults=include_defaults)
 
 
-def _packaged(task: str, cache: Path) -> dict[str, Any]:
+def _packaged(task: str, cache: Path, limit: int) -> dict[str, Any]:
     from datasets import Dataset
 
-    rows = [item.record() for item in items(task, cache)]
+    rows = [item.record() for item in items(task, cache)[: limit or None]]
     return {**definition(task), "custom_dataset": lambda **_: {"test": Dataset.from_list(rows)}}
 
 

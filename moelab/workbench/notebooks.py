@@ -201,6 +201,7 @@ def execute(
                 kernel_name="python3",
                 kernel_manager_class=_kernel_manager(),
                 progress_bar=False,
+                iopub_timeout=120,  # a cell's last output may come late on a busy machine; the default gives it 4 s
                 cwd=str(staging),
                 stdout_file=log,
                 stderr_file=log,

@@ -11,9 +11,10 @@ for RACE-h and WebQs other data sets stand in, under their own names.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
@@ -59,18 +60,32 @@ def measure(runs: Runs, limit: int, tasks: Sequence[str] = ()) -> pd.DataFrame:
     with progress() as show:
         for run in runs.finished:
             arm, seed = run.spec.title, run.spec.train.seed
-            scores = evaluate(
-                run.path,
-                tasks or PACKAGED,
-                cache=paths.home() / "data",
-                limit=limit,
-                device=run.spec.train.device,
-                on_progress=lambda task, done, total, arm=arm, seed=seed: show(
-                    f"{arm}, seed {seed}: {task}", done, total
-                ),
-            )
+            with _threads(run.spec.train.threads):
+                scores = evaluate(
+                    run.path,
+                    tasks or PACKAGED,
+                    cache=paths.home() / "data",
+                    limit=limit,
+                    device=run.spec.train.device,
+                    on_progress=lambda task, done, total, arm=arm, seed=seed: show(
+                        f"{arm}, seed {seed}: {task}", done, total
+                    ),
+                )
             rows += [{"arm": arm, "seed": seed, "paper": columns.get(s.task, ""), **asdict(s)} for s in scores]
     return pd.DataFrame(rows, columns=["arm", "seed", "paper", *Score.__dataclass_fields__])
+
+
+@contextlib.contextmanager
+def _threads(count: int) -> Iterator[None]:
+    """At most so many CPU threads: small models lose by more, a great deal where the machine has other work."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(min(count, before))
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def reference() -> pd.DataFrame:
