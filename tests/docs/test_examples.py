@@ -36,6 +36,7 @@ def test_the_example_runs_and_is_published(tmp_path):
         "PYTHONPATH": str(tmp_path),
         "MOELAB_HOME": str(tmp_path / "home"),
         "MOELAB_RESULTS": str(tmp_path / "results"),
+        "MOELAB_EXECUTOR": "inline",  # six short runs: a process for each would take longer than they do
     }
     # A checkout maps kernels/ to moelab.kernels when it is installed; here a link does.
     (tmp_path / "moelab" / "kernels").symlink_to(tmp_path / "kernels")

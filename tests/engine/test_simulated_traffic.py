@@ -27,11 +27,13 @@ class Same(nn.Module):
 @torch.no_grad()
 def send(parallel, experts):
     """One layer on this rank, SLOTS tokens of each tensor group to every expert: what it sent."""
-    groups = Mesh(parallel, [experts]).experts(experts)
+    mesh = Mesh(parallel, [experts])
+    groups = mesh.experts(experts)
     logits = 50 * torch.eye(experts).repeat(SLOTS, 1)
     traffic = Traffic(parallel.ranks_per_node)
     exchange = Exchange(groups, parallel, traffic)
     exchange(torch.randn(len(logits), M), kernels.gate(logits, 1, None), Same())
+    mesh.close()
     return traffic
 
 

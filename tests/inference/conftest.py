@@ -57,9 +57,9 @@ def make():
     return make
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def on_ranks():
-    """`on_ranks(size, function, *args)`: results of all ranks, which start once per size."""
+    """`on_ranks(size, function, *args)`: results of all ranks, which start once per size and file."""
     pools: dict[int, Ranks] = {}
 
     def run(size, function, *args, timeout_s=300.0):

@@ -66,6 +66,7 @@ def write(config, parallel, mode, prompts, batch=2):
     mine = []
     found = generator.generate(prompts, SAMPLING, on_piece=lambda piece: mine.append(piece.prompt))
     dist.barrier()
+    mesh.close()
     return [c.tokens for c in found], sorted(set(mine))
 
 
@@ -115,7 +116,9 @@ def open_and_write(directory, cache, parallel, expert_counts):
 
     torch.set_num_threads(1)
     mesh = Mesh(parallel, expert_counts)
-    return open_text(directory, cache=cache, mesh=mesh).generate(["the wave", "corn", "mill"], SAMPLING)
+    found = open_text(directory, cache=cache, mesh=mesh).generate(["the wave", "corn", "mill"], SAMPLING)
+    mesh.close()
+    return found
 
 
 def test_a_checkpoint_of_one_process_is_written_with_by_many(on_ranks, tiny_spec, tmp_path):
