@@ -49,7 +49,7 @@ def set_mode(model: GPT, mode: str = "optimised", *, drop_free: bool = True) -> 
         if mode == "baseline":
             moe.router = MaskRouter(moe.router)
     weight = model.token_embedding.weight
-    if mode == "optimised" and weight.device.type == "cpu" and weight.dtype in (torch.float32, torch.bfloat16):
+    if mode == "optimised" and weight.device.type == "cpu" and can_pack(weight.dtype):
         _pack(model)
     return model.eval()
 
@@ -76,6 +76,13 @@ def _route(router: Router, logits_SE: Tensor, backend: str = "auto") -> Routing:
 # -- packed for oneDNN (CPU) -----------------------------------------------------------------------------------------------------
 
 
+def can_pack(dtype: torch.dtype) -> bool:
+    """Whether oneDNN packs matrices of this type on this CPU: fp32 on all, bf16 not without AVX-512 (or its like)."""
+    if not torch.backends.mkldnn.is_available():
+        return False
+    return dtype == torch.float32 or (dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
 def _packed(weight_NK: Tensor) -> Tensor:
     """An opaque tensor that `_linear` reads."""
     return torch.ops.mkldnn._reorder_linear_weight(weight_NK.detach().contiguous())
@@ -89,8 +96,6 @@ def _linear(x: Tensor, packed: Tensor, bias: Tensor | None, gelu: bool = False) 
 
 def _pack(model: GPT) -> None:
     """Replace the modules that multiply by matrices; their parameters are freed one by one on the way."""
-    if not torch.backends.mkldnn.is_available():
-        return
     for block in model.blocks:
         block.attention.qkv, block.attention.out = _pack_linear(block.attention.qkv), _pack_linear(block.attention.out)
         block.ffn = PackedMoE(block.ffn) if isinstance(block.ffn, MoE) else PackedMLP(block.ffn)
