@@ -9,6 +9,7 @@ themselves.
 from __future__ import annotations
 
 import math
+import weakref
 
 import torch
 import torch.distributed as dist
@@ -74,9 +75,11 @@ class GradientSync:
         self.buckets = _buckets(model) if model.mesh.world.size > 1 else []
         self._bucket_of = {id(p): bucket for bucket in self.buckets for p in bucket.parameters}
         if model.mesh.config.overlap:
+            # Weak: the garbage collector does not see through hooks, and these would keep the model and its groups for good.
+            arrived = weakref.WeakMethod(self._arrived)
             for bucket in self.buckets:
                 for parameter in bucket.parameters:
-                    parameter.register_post_accumulate_grad_hook(self._arrived)
+                    parameter.register_post_accumulate_grad_hook(lambda p: (call := arrived()) and call(p))
 
     def arm(self) -> None:
         """The next backward pass is the step's last: gradients that it completes may go."""

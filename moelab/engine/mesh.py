@@ -142,9 +142,16 @@ class Mesh:
         """Only of the axes longer than one: each axis costs a process group."""
         kept = [i for i, size in enumerate(grid.shape) if size > 1]
         shape = [grid.shape[i] for i in kept]
-        return DeviceMesh(
+        made = DeviceMesh(
             self.device, torch.from_numpy(grid.reshape(shape)), mesh_dim_names=tuple(names[i] for i in kept)
         )
+        for handle in made.get_all_groups():
+            self._keep(handle)
+        return made
+
+    def _keep(self, handle: dist.ProcessGroup) -> None:
+        if handle is not dist.group.WORLD and handle not in self._made:
+            self._made.append(handle)
 
     def _group(self, mesh: DeviceMesh, *axes: str) -> Group:
         axes = tuple(axis for axis in axes if axis in mesh.mesh_dim_names)
@@ -154,7 +161,6 @@ class Mesh:
             return self.world
         part = mesh[axes[0]] if len(axes) == 1 else mesh[axes]._flatten("-".join(axes))
         handle = part.get_group()
-        if handle is not dist.group.WORLD and handle not in self._made:
-            self._made.append(handle)
+        self._keep(handle)
         ranks = tuple(dist.get_process_group_ranks(handle))
         return Group(ranks, ranks.index(self.rank), handle if len(ranks) > 1 else None)

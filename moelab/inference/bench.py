@@ -370,10 +370,16 @@ def main(
             case = measure_ranks(config, ranks, rank_batch, protocol)
             show(f"{config}, batch {rank_batch} over ranks of 1 thread, experts over all ranks", case)
             found += case
+        write(found, out)
+    if out is not None:
+        draw(found, out / "decode")
+
+
+def write(found: list[dict[str, Any]], out: Path | None) -> None:
+    """All rows so far, after each model: an interrupted benchmark keeps what it measured."""
     if out is not None:
         write_text(out / "decode.jsonl", "".join(json.dumps(row) + "\n" for row in found))
-        print(f"written to {out / 'decode.jsonl'}")
-        draw(found, out / "decode")
+        print(f"{len(found)} rows in {out / 'decode.jsonl'}")
 
 
 def _on_ranks(
@@ -399,9 +405,7 @@ def _on_ranks(
         found += measure_joined(config, parallel, batch, protocol, device)
         if place.rank == 0:
             show(f"{config}, batch {batch}, {found[-1]['device']}", found[-len(MODES) :])
-    if place.rank == 0 and out is not None:
-        write_text(out / "decode.jsonl", "".join(json.dumps(row) + "\n" for row in found))
-        print(f"written to {out / 'decode.jsonl'}")
+            write(found, out)
     dist.barrier()
 
 
