@@ -18,8 +18,12 @@ from moelab.workbench.experiments import (
     expert_count,
     gating_kernels,
     half_moe,
+    inference_large,
     inference_scaling,
+    inference_variants,
+    inference_vs_dense,
     learning_rate,
+    measured,
     pr_moe,
     scaling,
     settings,
@@ -291,6 +295,20 @@ def test_the_measured_twin_is_the_papers_in_small():
         assert twin.parameters() < (2e9 if scale == "gpu" else 100e6), "two copies on one card"
 
 
+def test_twins_of_the_large_models_keep_what_tells_them_apart():
+    for module in (inference_large, inference_variants, inference_vs_dense):
+        for scale in measured.SHRINK:
+            twins = measured.twins(module.models(), scale)
+            assert list(twins) == list(module.models())
+            assert max(twin.parameters() for twin in twins.values()) < (3e9 if scale == "gpu" else 300e6)
+            for name, twin in twins.items():
+                assert twin.is_moe == (name != "6.7B dense")
+                assert all(experts % 2 == 0 for experts in twin.experts), "experts spread over 2 ranks"
+    moe, pr_moe, student = measured.twins(inference_variants.models(), "cpu").values()
+    assert pr_moe.parameters() < moe.parameters() and student.layers < pr_moe.layers
+    assert measured.twins(inference_variants.models(), "paper") == {}
+
+
 def test_measurements_of_a_cluster_are_read_and_drawn(tmp_path):
     import json
 
@@ -312,14 +330,14 @@ def test_measurements_of_a_cluster_are_read_and_drawn(tmp_path):
     file = tmp_path / "decode.jsonl"
     file.write_text("".join(json.dumps(r) + "\n" for r in rows))
     found = inference_scaling.measured("paper", str(file))
-    assert [inference_scaling.label(r) for r in found] == ["8 ranks", "8 ranks", "64 ranks", "64 ranks"]
+    assert [measured.by_size(r) for r in found] == ["8 ranks", "8 ranks", "64 ranks", "64 ranks"]
     fig, axes = plt.subplots(1, 2)
-    inference_scaling.draw_measured(found, *axes)
+    measured.draw(found, *axes, measured.by_size)
     assert [t.get_text() for t in axes[0].get_xticklabels()] == ["8 ranks", "64 ranks"]
     plt.close(fig)
     file.write_text("{}")
     for given, part in (
-        ("", "needs -p measured=FILE"),
+        ("", "needs -p measured_file=FILE"),
         (str(tmp_path / "none"), "No such file"),
         (str(file), "no rows"),
     ):

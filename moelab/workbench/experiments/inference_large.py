@@ -5,6 +5,8 @@ number of the paper the simulator can be held against, with its error.
 
 Paper: up to 7.3 times lower latency and higher throughput than PyTorch; a trillion parameters in under 25 ms.
 
+Beside it, measured: the four models' twins, baseline and optimised mode (`measured`).
+
 Here: predictions. The DeepSpeed bars come out close; the baseline's are predicted far too fast: nothing in Fig 10 explains them.
 """
 
@@ -18,7 +20,17 @@ from moelab.workbench.experiments.base import Experiment, Scale, no_runs
 if TYPE_CHECKING:
     import pandas as pd
 
+    from moelab.config import ModelConfig
     from moelab.workbench.claims import Verdict
+
+SIZES = {"2.4B+MoE-128": "107B", "8B+MoE-128": "349B", "24B+MoE-128": "1T", "47B+MoE-128": "2T"}
+
+
+def models() -> dict[str, ModelConfig]:
+    """Parameters in all -> the model."""
+    from moelab.config import ModelConfig
+
+    return {size: ModelConfig.parse(name) for name, size in SIZES.items()}
 
 
 def verdicts(frame: pd.DataFrame) -> list[Verdict]:
@@ -49,8 +61,17 @@ EXPERIMENT = Experiment(
     paper_answer="In under 25 ms a token on 256 GPUs, up to 7.3 times faster than the PyTorch baseline.",
     notebook="11_inference_large.ipynb",
     scales={
-        "smoke": Scale("simulated cluster", "seconds"),
-        "cpu": Scale("simulated cluster, with what the fit leaves open", "half a minute on one core"),
+        "smoke": Scale("simulated cluster; tiny twins on 2 gloo ranks", "seconds"),
+        "cpu": Scale(
+            "simulated cluster, with what the fit leaves open; twins on 2 gloo ranks",
+            "a minute on two cores (estimated)",
+        ),
+        "gpu": Scale("simulated cluster; twins 448 to 1024 wide on one GPU", "not yet run; one GPU"),
+        "paper": Scale(
+            "simulated cluster; the models as `srun moelab bench decode` measured them", "not yet run; 128 to 256 A100"
+        ),
     },
     specs=no_runs,
+    trains=False,
+    measures=True,
 )

@@ -18,10 +18,10 @@ from typing import TYPE_CHECKING
 
 from moelab import paper
 from moelab.workbench.experiments.base import Experiment, Scale, no_runs
+from moelab.workbench.experiments.measured import steps
 
 if TYPE_CHECKING:
     import pandas as pd
-    from matplotlib.axes import Axes
 
     from moelab.config import ModelConfig
     from moelab.workbench.claims import Verdict
@@ -46,93 +46,10 @@ def twin(scale: str) -> ModelConfig:
 
 
 def measured(scale: str, file: str = "") -> list[dict]:
-    """Decoding steps: rows of `moelab bench decode`.
-
-    smoke and cpu: 8 sequences over 1, 2 and 4 gloo ranks. gpu: 1, 8 and 32 sequences on one GPU. paper: what is in `file`.
-
-    Raises:
-        ValueError: one line: no such file at scale paper, or it is not that of ranks.
-    """
-    from moelab.inference.bench import Protocol, measure, measure_ranks
-
-    if scale == "paper":
-        return read_measured(file)
-    if scale == "gpu":
-        found = measure(twin(scale), [1, 8, 32], Protocol(), "cuda")
-        return [row for row in found if row["candidate"] in ("baseline", "optimised")]
-    protocol = Protocol(4, 4, 1, 2) if scale == "smoke" else Protocol(16, 24, 5, 4)
-    return measure_ranks(twin(scale), list(RANKS), 8, protocol)
-
-
-def read_measured(file: str) -> list[dict]:
-    """The rows that `srun moelab bench decode --device cuda --out ...` wrote on the cluster, of one run or of several joined together, fewest ranks first."""
-    import json
-    from pathlib import Path
-
-    if not file:
-        raise ValueError(
-            "inference-scaling: scale paper needs -p measured=FILE, the decode.jsonl of `srun moelab bench decode`"
-        )
-    try:
-        rows = [json.loads(line) for line in Path(file).read_text(encoding="utf-8").splitlines() if line.strip()]
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "no JSON lines"
-        raise ValueError(f"inference-scaling: {file}: {reason}") from None
-    rows = [row for row in rows if isinstance(row, dict) and "empty_collective_ms" in row]
-    if not rows:
-        raise ValueError(f"inference-scaling: {file}: no rows of ranks in it")
-    return sorted(rows, key=lambda row: row["ranks"])
-
-
-def label(row: dict) -> str:
-    """What tells a measured row from the others: its ranks, or on one GPU its batch."""
-    if "empty_collective_ms" in row:
-        return f"{row['ranks']} rank{'s' if row['ranks'] > 1 else ''}"
-    return f"batch {row['batch']}"
-
-
-def draw_measured(rows: list[dict], left: Axes, right: Axes) -> None:
-    """Left: latency over ranks (or batches) with the bar to p95, and the floor. Right: where the optimised mode's step goes."""
-    from moelab.inference.clock import PARTS
-    from moelab.workbench import simulated
-
-    colors = {"baseline": simulated.SYSTEM_COLORS["pytorch"], "optimised": simulated.SYSTEM_COLORS["moelab"]}
-    for mode, color in colors.items():
-        mine = [row for row in rows if row["candidate"] == mode]
-        median = [row["median_ms"] for row in mine]
-        above = [max(row["p95_ms"] - row["median_ms"], 0.0) for row in mine]
-        x = range(len(mine))
-        left.errorbar(x, median, yerr=[[0.0] * len(mine), above], fmt="o-", capsize=3, color=color, label=mode)
-    best = [row for row in rows if row["candidate"] == "optimised"]
-    labels = [label(row) for row in best]
-    left.plot(range(len(best)), [row["floor_ms"] for row in best], "_", markersize=24, color="#444444", label="floor")
-    left.set(yscale="log", ylabel="latency of a step (ms)")
-    left.set_xticks(range(len(best)), labels)
-    left.yaxis.set_major_formatter("{x:g}")
-    left.yaxis.set_minor_formatter(lambda v, _: f"{v:g}" if f"{v:e}"[0] in "25" else "")
-    left.legend()
-    ends = [0.0] * len(best)
-    tints = (
-        "#56B4E9",
-        "#F0E442",
-        "#E69F00",
-        "#D55E00",
-        "#009E73",
-        "#CC79A7",
-        "#0072B2",
-        "#7A5195",
-        "#AAAAAA",
-        "#DDDDDD",
+    """Decoding steps of the twin over 1, 2 and 4 ranks, or over batches on one GPU, or at scale paper what is in `file`; see `measured.steps`."""
+    return steps(
+        EXPERIMENT.name, {"": twin(scale)} if scale != "paper" else {}, scale, file, ranks=RANKS, batches=(1, 8, 32)
     )
-    for part, color in zip(PARTS, tints, strict=True):
-        ms = [row["parts_ms"].get(part, 0.0) for row in best]
-        if max(ms):
-            right.barh(labels, ms, left=ends, color=color, label=part)
-            ends = [a + b for a, b in zip(ends, ms, strict=True)]
-    right.invert_yaxis()
-    right.grid(axis="y", visible=False)
-    right.set(xlabel="ms of a step, optimised, under the clock")
-    right.legend(loc="center left", bbox_to_anchor=(1, 0.5))
 
 
 def verdicts(frame: pd.DataFrame) -> list[Verdict]:

@@ -20,7 +20,15 @@ from moelab.workbench.experiments.base import Experiment, Scale, no_runs
 if TYPE_CHECKING:
     import pandas as pd
 
+    from moelab.config import ModelConfig
     from moelab.workbench.claims import Verdict
+
+
+def models() -> dict[str, ModelConfig]:
+    """Variant -> the 349B model as it."""
+    from moelab.simulate import bars
+
+    return {bar.label.split()[1]: bar.model for bar in bars.variants(("8B",))}
 
 
 def memory() -> pd.DataFrame:
@@ -99,8 +107,15 @@ EXPERIMENT = Experiment(
     paper_answer="PR-MoE with the staged student serves 349B quality on 16 GPUs instead of 32, and is the fastest variant at every size.",
     notebook="12_inference_variants.ipynb",
     scales={
-        "smoke": Scale("simulated cluster", "seconds"),
-        "cpu": Scale("simulated cluster", "seconds on one core"),
+        "smoke": Scale("simulated cluster; tiny twins on 2 gloo ranks", "seconds"),
+        "cpu": Scale("simulated cluster; twins on 2 gloo ranks", "a minute on two cores (estimated)"),
+        "gpu": Scale("simulated cluster; twins of the 349B variants, 512 wide, on one GPU", "not yet run; one GPU"),
+        "paper": Scale(
+            "simulated cluster; 8B+MoE-128 and its variants as `srun moelab bench decode` measured them",
+            "not yet run; A100 cluster",
+        ),
     },
     specs=no_runs,
+    trains=False,
+    measures=True,
 )

@@ -18,7 +18,15 @@ from moelab.workbench.experiments.base import Experiment, Scale, no_runs
 if TYPE_CHECKING:
     import pandas as pd
 
+    from moelab.config import ModelConfig
     from moelab.workbench.claims import Verdict
+
+
+def models() -> dict[str, ModelConfig]:
+    """The models of Fig 14, by name."""
+    from moelab.simulate import bars
+
+    return {bar.label: bar.model for bar in bars.fig14()}
 
 
 def costs(frame: pd.DataFrame) -> pd.DataFrame:
@@ -69,8 +77,15 @@ EXPERIMENT = Experiment(
     paper_answer="On PyTorch it is slower; as PR-MoE with the staged student on DeepSpeed-MoE 2.4 times faster and cheaper, and 4.5 and 9 times at 1.5T.",
     notebook="14_inference_vs_dense.ipynb",
     scales={
-        "smoke": Scale("simulated cluster", "seconds"),
-        "cpu": Scale("simulated cluster", "seconds on one core"),
+        "smoke": Scale("simulated cluster; tiny twins on 2 gloo ranks", "seconds"),
+        "cpu": Scale("simulated cluster; twins on 2 gloo ranks", "a minute on two cores (estimated)"),
+        "gpu": Scale("simulated cluster; twins of Fig 14, 256 and 512 wide, on one GPU", "not yet run; one GPU"),
+        "paper": Scale(
+            "simulated cluster; the models of Fig 14 as `srun moelab bench decode` measured them",
+            "not yet run; A100 cluster",
+        ),
     },
     specs=no_runs,
+    trains=False,
+    measures=True,
 )
