@@ -456,13 +456,19 @@ def bench_exchange(
     device: Device = "cpu",
     out: Out = None,
 ) -> None:
-    """How tokens travel between ranks of this machine: flat, hierarchical, coordinated, and the alpha-beta floor."""
+    """How tokens travel between ranks: flat, hierarchical, coordinated, and the alpha-beta floor.
+
+    On ranks of this machine; under torchrun or srun on the ranks that were started, and --ranks does not count.
+    """
     _check_device(device)
+    from moelab.engine import process
     from moelab.engine.bench import main as bench_main
 
     sizes = size or [1 << 10, 1 << 14, 1 << 18, 1 << 22]
     bench_main(ranks=ranks or [4, 8, 16], sizes=sizes, rounds=rounds, device=device, out=out)
-    _write_provenance(out, "exchange")
+    place = process.find()
+    if place is None or place.rank == 0:
+        _write_provenance(out, "exchange")
 
 
 @bench.command(name="submit")

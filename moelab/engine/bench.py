@@ -25,6 +25,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from moelab import kernels
+from moelab.engine import process
 from moelab.engine.collectives import Traffic
 from moelab.engine.exchange import Exchange
 from moelab.engine.mesh import Mesh
@@ -45,9 +46,12 @@ class _Pass(nn.Module):
         return rows_RM
 
 
-def layouts(ranks: int) -> dict[str, ParallelConfig]:
-    """Candidate -> layout on so many ranks (a power of two from 4): about as many nodes as ranks in a node, tensor groups of half a node."""
-    G = 1 << ranks.bit_length() // 2
+def layouts(ranks: int, node: int = 0) -> dict[str, ParallelConfig]:
+    """Candidate -> layout on so many ranks (a power of two from 4), tensor groups of half a node.
+
+    node: ranks of a node; 0, and one node alone, calls about as many ranks a node as there are then nodes.
+    """
+    G = node if 1 < node < ranks else 1 << ranks.bit_length() // 2
     L = G // 2
     found = {
         "flat": ParallelConfig(data=ranks, gpus_per_node=G),
@@ -87,10 +91,8 @@ def _stream(device: str, rounds: int) -> tuple[float, float]:
     return tuple(result.tolist())
 
 
-def _measure_rank(ranks: int, size: int, rounds: int, device: str) -> dict[str, Any]:
+def _measure_rank(ranks: int, size: int, rounds: int, device: str, node: int = 0) -> dict[str, Any]:
     """On each rank: seconds of each candidate, round by round; what it sends; alpha and beta."""
-    if device == "cuda":
-        torch.cuda.set_device(dist.get_rank())
     S = max(ranks, size // WIDEST // ranks * ranks)
     x = torch.ones(S, max(size // S // 4, 1), device=device)
     logits = torch.zeros(S, ranks, device=device)
@@ -104,8 +106,10 @@ def _measure_rank(ranks: int, size: int, rounds: int, device: str) -> dict[str, 
 
     calls: dict[str, Callable[[], Any]] = {}
     sent = {}
-    for name, config in layouts(ranks).items():
-        groups = Mesh(config, [ranks], device).experts(ranks)
+    meshes = []
+    for name, config in layouts(ranks, node).items():
+        meshes.append(Mesh(config, [ranks], device))
+        groups = meshes[-1].experts(ranks)
         traffic = Traffic(config.ranks_per_node)
         Exchange(groups, config, traffic)(x, routing, _Pass())
         total = traffic.total()
@@ -134,7 +138,10 @@ def _measure_rank(ranks: int, size: int, rounds: int, device: str) -> dict[str, 
                     torch.cuda.synchronize()
                 if i:  # the first round warms up
                     times[name].append((time.perf_counter() - started) / repeats)
-    return {"times": times, "sent": sent, "stream": _stream(device, rounds), "bytes": x.nbytes}
+    stream = _stream(device, rounds)
+    for mesh in meshes:
+        mesh.close()
+    return {"times": times, "sent": sent, "stream": stream, "bytes": x.nbytes}
 
 
 def measure(pool: Ranks, size: int, rounds: int, device: str) -> list[dict[str, Any]]:
@@ -143,13 +150,18 @@ def measure(pool: Ranks, size: int, rounds: int, device: str) -> list[dict[str, 
     `ratio` is time over `flat`'s; messages and bytes are the busiest rank's, counts included.
     """
     found = pool.run(_measure_rank, pool.size, size, rounds, device, timeout_s=600)
+    return _rows(found, pool.size, rounds, device)
+
+
+def _rows(found: list[dict[str, Any]], near: int, rounds: int, device: str) -> list[dict[str, Any]]:
+    """Rows of what the ranks found; `near` of them share a machine."""
     names = list(found[0]["times"])
     times = {n: [max(t) for t in zip(*(f["times"][n] for f in found), strict=True)] for n in names}
     alpha, beta = found[0]["stream"]
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    crowding = 1.0 if device == "cuda" else max(pool.size / cores, 1.0)
+    crowding = 1.0 if device == "cuda" else max(near / cores, 1.0)
     case = {
-        "ranks": pool.size,
+        "ranks": len(found),
         "bytes_per_rank": found[0]["bytes"],
         "backend": "nccl" if device == "cuda" else "gloo",
         "cores": cores,
@@ -208,9 +220,13 @@ def main(*, ranks: list[int], sizes: list[int], rounds: int, device: str, out: P
 
     Raises:
         ValueError: ranks that are no power of two from 4, or more than there are GPUs; sizes below 1 KiB; no rounds.
+
+    On the ranks that torchrun or srun started `ranks` does not count: there are as many as there are.
     """
-    most = torch.cuda.device_count() if device == "cuda" else 64
-    for P in ranks:
+    place = process.find()
+    joined = place is not None and place.world > 1
+    most = 1 << 20 if joined else torch.cuda.device_count() if device == "cuda" else 64
+    for P in [place.world] if joined else ranks:
         if P < 4 or P & (P - 1) or P > most:
             raise ValueError(f"--ranks must be powers of two from 4 to {most} here, got {P}")
     for size in sizes:
@@ -218,6 +234,9 @@ def main(*, ranks: list[int], sizes: list[int], rounds: int, device: str, out: P
             raise ValueError(f"--bytes must be 1024 or more, got {size}")
     if rounds < 1:
         raise ValueError(f"--rounds must be 1 or more, got {rounds}")
+    if joined:
+        _on_ranks(place, sizes, rounds, device, out)
+        return
     found = []
     for P in ranks:
         with Ranks(P, backend="nccl" if device == "cuda" else "gloo") as pool:
@@ -228,6 +247,26 @@ def main(*, ranks: list[int], sizes: list[int], rounds: int, device: str, out: P
     if out is not None:
         common.write(found, out / "exchange.jsonl")
         draw(found, out / "exchange")
+
+
+def _on_ranks(place: process.Place, sizes: list[int], rounds: int, device: str, out: Path | None) -> None:
+    process.join(device=device)
+    hosts: list[Any] = [None] * place.world
+    dist.all_gather_object(hosts, place.host)
+    near = hosts.count(place.host)
+    found = []
+    for size in sizes:
+        answers: list[Any] = [None] * place.world
+        dist.all_gather_object(answers, _measure_rank(place.world, size, rounds, device, near))
+        case = _rows(answers, near, rounds, device)
+        found += case
+        if place.rank == 0:
+            show(case)
+            if out is not None:  # after each size: what was measured is kept
+                common.write(found, out / "exchange.jsonl")
+    if place.rank == 0 and out is not None:
+        draw(found, out / "exchange")
+    dist.barrier()
 
 
 def _kind(candidate: str) -> str:

@@ -1,11 +1,14 @@
 """`moelab bench exchange`: honest numbers, refusals, a figure."""
 
 import json
+import sys
 
 import pytest
 
 from moelab.engine import bench
+from moelab.engine.launch import launch
 from moelab.layout import EXCHANGES
+from moelab.workbench.experiments import all_to_all
 
 
 @pytest.mark.multiprocess
@@ -25,6 +28,25 @@ def test_measures_every_way_side_by_side(tmp_path):
     # counts, dispatch, combine: 3 x 7; 3 x (3 + 1); 3 x 1 and the gather's 3; 3 x (1 + 1) and 1
     assert [r["near_messages"] + r["far_messages"] for r in rows[:5]] == [21, 12, 6, 7, 14]
     assert (tmp_path / "exchange.png").stat().st_size > 10_000 and (tmp_path / "exchange.svg").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.multiprocess
+def test_the_command_on_ranks(tmp_path):
+    """What `srun moelab bench exchange` does, started by our own launcher: rank 0 writes, of as many ranks as there are."""
+    command = [sys.executable, "-m", "moelab.cli", "bench", "exchange", "--bytes", "1024", "--rounds", "1"]
+    launch([*command, "--out", str(tmp_path / "out")], 4, logs=tmp_path)
+    rows = all_to_all.measured("paper", file=str(tmp_path / "out" / "exchange.jsonl"))
+    assert [r["candidate"] for r in rows] == [*bench.layouts(4), bench.BARE] and {r["ranks"] for r in rows} == {4}
+    assert bench.finding(rows).startswith("At 1 KiB")
+    assert (tmp_path / "out" / "exchange.provenance.json").exists()
+    assert "time / flat" in (tmp_path / "rank-00000.txt").read_text()
+    assert "time / flat" not in (tmp_path / "rank-00003.txt").read_text()
+
+
+def test_layouts_follow_the_nodes_there_are():
+    assert bench.layouts(128, 8)["flat"].gpus_per_node == 8 and "hierarchical 16x8" in bench.layouts(128, 8)
+    assert bench.layouts(16, 16) == bench.layouts(16), "one node alone is cut as ranks of one machine are"
 
 
 def test_layouts_cover_every_way():

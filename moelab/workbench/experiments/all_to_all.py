@@ -7,7 +7,8 @@ Paper: hierarchical takes a rank's messages from O(p) to O(G + p/G) for twice th
 slicing. No measurement.
 
 Here: large worlds are threads that run the real exchange (`moelab.engine.threads`), so counts are exact and times mean nothing; times come from gloo
-processes on one machine, which saves messages but has no slow links.
+processes on one machine, which saves messages but has no slow links, or, at scale paper, from `srun moelab bench exchange` on the cluster. One GPU alone has
+nobody to send to, so there is no scale gpu.
 
 Expect: counts equal to the formulas; hierarchical slower than flat on few ranks and large messages; coordinated faster where tensor ranks share tokens.
 """
@@ -21,6 +22,7 @@ from moelab import paper
 from moelab.layout import ParallelConfig
 from moelab.workbench.claims import Verdict, judge
 from moelab.workbench.experiments.base import Experiment, Scale, no_runs
+from moelab.workbench.experiments.measured import read
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -29,7 +31,7 @@ if TYPE_CHECKING:
 NODE = 8
 """G, GPUs of a node, and L, the tensor slicing of the coordinated way: the paper's."""
 COLORS = {"flat": "#6E6E6E", "hierarchical": "#0072B2", "coordinated": "#D55E00"}
-WORLDS = {"smoke": (4, 8, 32, 128), "cpu": (4, 8, 16, 32, 64, 128, 256)}
+WORLDS = {"smoke": (4, 8, 32, 128), "cpu": (4, 8, 16, 32, 64, 128, 256), "paper": (4, 8, 16, 32, 64, 128, 256)}
 MEASURED: dict[str, tuple[tuple[int, ...], tuple[int, ...], int]] = {
     "smoke": ((4,), (1 << 10, 1 << 14), 2),
     "cpu": ((4, 8, 16), (1 << 10, 1 << 14, 1 << 18, 1 << 22), 7),
@@ -131,12 +133,17 @@ def _simulated_counts(config: ParallelConfig, ranks: int) -> dict[str, int]:
     }
 
 
-def measured(scale: str, rounds: int = 0) -> list[dict]:
-    """Times on gloo ranks of this machine: rows of `moelab bench exchange`.
+def measured(scale: str, rounds: int = 0, file: str = "") -> list[dict]:
+    """Times on gloo ranks of this machine, or at scale paper those in `file`: rows of `moelab bench exchange`.
 
     Args:
         rounds: 0 is the scale's own.
+
+    Raises:
+        ValueError: one line: no such file at scale paper.
     """
+    if scale == "paper":
+        return read(EXPERIMENT.name, file, "exchange")
     from moelab.engine import bench
     from moelab.engine.testing import Ranks
 
@@ -242,6 +249,10 @@ EXPERIMENT = Experiment(
         "smoke": Scale("counts to 128 ranks; 4 gloo ranks", "seconds (tests)"),
         "cpu": Scale(
             "counts to 256 ranks; 4, 8 and 16 gloo ranks; simulated cluster", "about a minute on two cores (estimated)"
+        ),
+        "paper": Scale(
+            "counts to 256 ranks; the cluster's GPUs as `srun moelab bench exchange` measured them; simulated cluster",
+            "not yet run; 16 to 256 A100",
         ),
     },
     specs=no_runs,

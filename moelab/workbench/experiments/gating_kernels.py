@@ -57,6 +57,7 @@ SHAPES = {
     "cpu": Shapes("cpu", (8, 64, 512), (8, 32, 128), 512, 2048, (256, 1024, 1024), 10, 9),
     "gpu": Shapes("cuda", (8, 64, 512), (8, 32, 128), 2048, 8192, (1024, 4096, 4096), 20, 15),
 }
+SHAPES["paper"] = SHAPES["gpu"]
 
 
 def parts(scale: str, rounds: int = 0) -> pd.DataFrame:
@@ -220,6 +221,7 @@ EXPERIMENT = Experiment(
         "smoke": Scale("32 wide, 4 and 16 experts", "seconds (tests)"),
         "cpu": Scale("512 wide, 8 to 128 experts, 8 to 512 tokens", "about a minute on one core (estimated)"),
         "gpu": Scale("2048 wide, 8 to 128 experts, 8 to 512 tokens", "not yet run; one GPU"),
+        "paper": Scale("as gpu; the paper's GPU", "not yet run; one A100"),
     },
     specs=no_runs,
     trains=False,

@@ -70,18 +70,22 @@ def steps(
     return found
 
 
-def read(experiment: str, file: str) -> list[dict]:
-    """The rows that `srun moelab bench decode --device cuda --out ...` wrote on the cluster, of one run or of several joined together, fewest ranks first."""
+def read(experiment: str, file: str, bench: str = "decode") -> list[dict]:
+    """The rows that `srun moelab bench decode --device cuda --out ...` wrote on the cluster, of one run or of several joined together, fewest ranks first.
+
+    bench: "decode" or "exchange", whose rows are told by a field of their own.
+    """
+    mark = {"decode": "empty_collective_ms", "exchange": "alpha_ms"}[bench]
     if not file:
         raise ValueError(
-            f"{experiment}: scale paper needs -p measured_file=FILE, the decode.jsonl of `srun moelab bench decode`"
+            f"{experiment}: scale paper needs -p measured_file=FILE, the {bench}.jsonl of `srun moelab bench {bench}`"
         )
     try:
         rows = [json.loads(line) for line in Path(file).read_text(encoding="utf-8").splitlines() if line.strip()]
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "no JSON lines"
         raise ValueError(f"{experiment}: {file}: {reason}") from None
-    rows = [row for row in rows if isinstance(row, dict) and "empty_collective_ms" in row]
+    rows = [row for row in rows if isinstance(row, dict) and mark in row]
     if not rows:
         raise ValueError(f"{experiment}: {file}: no rows of ranks in it")
     return [{"name": row.get("model", ""), **row} for row in sorted(rows, key=lambda row: row["ranks"])]
