@@ -62,10 +62,15 @@ def in_turns(
     return times
 
 
-def gemm_rate(dtype: torch.dtype, device: str, n: int = 2048) -> float:
-    """FLOP/s of an n x n x n product, median of five."""
-    a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
-    a @ b
+def gemm_rate(dtype: torch.dtype, device: str, largest: int = 2048) -> float:
+    """FLOP/s of an n x n x n product, median of five; n is `largest`, or less where that would take long (bf16 on a CPU that has none)."""
+    n = min(256, largest)
+    while True:
+        a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
+        a @ b
+        if n == largest or seconds(lambda a=a, b=b: a @ b, device) > 0.1:
+            break
+        n = min(2 * n, largest)
     return 2 * n**3 / statistics.median(seconds(lambda: a @ b, device) for _ in range(5))
 
 
