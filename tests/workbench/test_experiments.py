@@ -98,10 +98,15 @@ def test_the_sweep_uses_a_seed_of_its_own_and_the_rate_in_use():
     assert all(settings.peak_rate(base, "cpu") in learning_rate.rates(base) for base in learning_rate.BASES)
 
 
-def test_larger_bases_train_at_less_in_the_papers_proportion_and_arms_of_a_base_alike():
-    rate = {name: settings.spec(name, "cpu").train.lr for name in ("350M", "1.3B", "1.3B+MoE-128", "6.7B")}
-    assert rate["1.3B"] == rate["1.3B+MoE-128"] == pytest.approx(rate["350M"] * 2e-4 / 3e-4, rel=1e-4)
-    assert rate["6.7B"] == pytest.approx(rate["350M"] * 1.2e-4 / 3e-4, rel=1e-4)
+def test_larger_bases_train_at_less_and_arms_of_a_base_alike():
+    names = ("350M", "1.3B", "1.3B+MoE-128", "6.7B")
+    for scale in ("cpu", "gpu"):
+        train = {name: settings.spec(name, scale).train for name in names}
+        assert train["350M"].lr > train["1.3B"].lr == train["1.3B+MoE-128"].lr > train["6.7B"].lr
+        assert all(t.min_lr == pytest.approx(t.lr / 10, rel=1e-4) for t in train.values())
+    # without a sweep in the proportion of the paper's dense rates
+    assert train["1.3B"].lr == pytest.approx(train["350M"].lr * 2e-4 / 3e-4, rel=1e-3)
+    assert train["6.7B"].lr == pytest.approx(train["350M"].lr * 1.2e-4 / 3e-4, rel=1e-3)
 
 
 @pytest.mark.parametrize(

@@ -26,7 +26,7 @@ BASES = {
 """Base -> arm -> the paper's model."""
 
 RATES = (4e-3, 8e-3, 16e-3, 32e-3)
-"""Peak rates of the 350M base; larger bases are swept in the same proportion to their own (`settings.of_base`)."""
+"""Peak rates of the 350M base; larger bases are swept at less, in the proportion of the paper's dense rates (`settings.of_base`)."""
 
 TOKENS = {"cpu": 1_228_800}
 

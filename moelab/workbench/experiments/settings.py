@@ -15,9 +15,9 @@ Scales:
 Twins are drop-free: in the first 100 k tokens routing is so uneven that capacity 1.0 would drop a third of the tokens, which a 572,000-step run
 forgets and a 1,000-step run does not. The experiment `capacity` measures that.
 
-Learning rate: one for all arms on a base, so that no arm is tuned more than another. The `cpu` rate comes from a sweep (experiment
-`learning-rate`) on a seed that no other experiment uses: of 4e-3 to 32e-3 all swept arms on the 350M base end lowest at 16e-3. Larger bases train
-at less, in the proportion of the paper's dense rates (3e-4, 2e-4 and 1.2e-4 for 350M, 1.3B and 6.7B); their own sweep is `-p base=1.3B`.
+Learning rate: one for all arms on a base, so that no arm is tuned more than another. The `cpu` rates come from sweeps of four rates (experiment
+`learning-rate`, `-p base=...`) on a seed that no other experiment uses (`TRAINS`, `SWEPT`). Where there is no sweep, larger bases train at less than the 350M in
+the proportion of the paper's dense rates (3e-4, 2e-4 and 1.2e-4 for 350M, 1.3B and 6.7B).
 """
 
 from __future__ import annotations
@@ -75,6 +75,9 @@ TRAINS = {
     ),
 }
 
+SWEPT = {"cpu": {"1.3B": 10.667e-3, "6.7B": 3.2e-3}}
+"""Scale -> larger base -> the peak rate at which its arms end lowest in their sweep; the 350M's is in `TRAINS`."""
+
 DATA = {
     "smoke": DataConfig(tokenizer="bpe-1024", context=64, max_bytes=3_000_000),
     "cpu": DataConfig(corpus="mix5", tokenizer="bpe-2048", context=128),
@@ -131,12 +134,13 @@ def spec(
     train = TRAINS[scale]
     if ranks < 1 or train.batch_size % ranks:
         raise ValueError(f"ranks must divide the batch of {train.batch_size} sequences, got {ranks}")
+    peak = peak_rate(name, scale)
     train = replace(
         train,
         seed=seed,
         tokens=tokens or train.tokens,
-        lr=lr or peak_rate(name, scale),
-        min_lr=lr / 10 if lr else round(train.min_lr * of_base(name), 7),
+        lr=lr or peak,
+        min_lr=lr / 10 if lr else round(train.min_lr * peak / train.lr, 7),
         micro_batch=train.batch_size // ranks if ranks > 1 else train.micro_batch,
     )
     model = ModelConfig.parse(name).shrink(**SHAPES[scale])
@@ -164,8 +168,9 @@ def of_base(name: str) -> float:
 
 
 def peak_rate(name: str, scale: str) -> float:
-    """The peak learning rate of a twin: the scale's own, for larger bases in the proportion of the paper's dense rates."""
-    return round(TRAINS[scale].lr * of_base(name), 6)
+    """The peak learning rate of a twin: what its base's sweep chose, else the scale's own in the proportion of the paper's dense rates."""
+    swept = SWEPT.get(scale, {}).get(base_of(name))
+    return swept or round(TRAINS[scale].lr * of_base(name), 6)
 
 
 def check_seeds(experiment: str, seeds: int) -> range:
