@@ -75,8 +75,8 @@ TRAINS = {
     ),
 }
 
-SWEPT = {"cpu": {"1.3B": 10.667e-3, "6.7B": 3.2e-3}}
-"""Scale -> larger base -> the peak rate at which its arms end lowest in their sweep; the 350M's is in `TRAINS`."""
+SWEPT = {"cpu": {"1.3B": 5.333e-3, "6.7B": 3.2e-3}}
+"""Scale -> larger base -> the peak rate at which its arms end lowest on average in their sweep; the 350M's is in `TRAINS`."""
 
 DATA = {
     "smoke": DataConfig(tokenizer="bpe-1024", context=64, max_bytes=3_000_000),
