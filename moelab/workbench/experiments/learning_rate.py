@@ -66,12 +66,12 @@ def losses(final: pd.DataFrame, specs: list[RunSpec]) -> pd.DataFrame:
     return table.assign(behind=table["loss"] - table["arm"].map(best))
 
 
-def finding(table: pd.DataFrame, used: float) -> str:
-    """What the rate in use costs each arm."""
+def finding(table: pd.DataFrame, used: float, base: str) -> str:
+    """What the rate in use costs each arm on a base."""
     at = table[table["rate"] == used].groupby("arm")["behind"].mean()
-    behind = [f"{arm} {gap:.3f} nats above its own" for arm, gap in at.items() if gap >= 0.0005]
+    behind = [f"{arm} ends {gap:.3f} nats above its best" for arm, gap in at.items() if gap >= 0.0005]
     best = "every arm is at its best of those tried" if len(at) else "no run has finished"
-    return f"At the rate in use, {used:g}, {', '.join(behind) or best}"
+    return f"{base} base, at the rate in use ({used:g}): {', '.join(behind) or best}"
 
 
 EXPERIMENT = Experiment(
