@@ -257,3 +257,17 @@ def test_the_tally_keeps_measured_and_simulated_apart():
         ("Simulated on the paper's cluster", [("holds", 3)]),
         ("Open", [(DISAGREES, 1)]),
     ]
+
+
+def test_runs_of_an_arm_that_were_trained_differently_are_not_averaged():
+    def run(label, lr, seed, loss):
+        train = {"lr": lr, "min_lr": lr / 10, "seed": seed}
+        return {"label": label, "spec": {"train": train}, "result": {"validation_loss": loss}}
+
+    runs = [run("A", 0.1, 0, 4.0), run("A", 0.1, 1, 5.0), run("A", 0.2, 0, 6.0), run("B", 0.1, 0, 3.0)]
+    found = collect.Result(Path("nowhere"), "nowhere", {"runs": runs}).arms
+    assert [(a["arm"], a["seeds"], a["validation_loss"]) for a in found] == [
+        ("A, lr 0.1", 2, 4.5),
+        ("A, lr 0.2", 1, 6.0),
+        ("B", 1, 3.0),
+    ]

@@ -166,12 +166,20 @@ class Result:
 
     @cached_property
     def arms(self) -> list[dict[str, Any]]:
-        """The runs by arm: label, seeds, and the mean of every number that all results of the arm have, in the order of the runs."""
-        by_label: dict[str, list[Mapping[str, Any]]] = {}
+        """The runs by arm: label, seeds, and the mean of every number that all results of the arm have, in the order of the runs.
+
+        Runs of one label that were trained differently (a sweep) are arms of their own, named by what differs.
+        """
+        settings: dict[str, dict[str, set[str]]] = {}  # label -> field of TrainConfig -> its values
         for run in self.runs:
-            by_label.setdefault(run["label"], []).append(run["result"])
+            for field, value in _train(run).items():
+                settings.setdefault(run["label"], {}).setdefault(field, set()).add(str(value))
+        arms: dict[str, list[Mapping[str, Any]]] = {}
+        for run in self.runs:
+            differs = [f"{f} {v}" for f, v in _train(run).items() if len(settings[run["label"]][f]) > 1]
+            arms.setdefault(", ".join([run["label"], *differs]), []).append(run["result"])
         made = []
-        for label, rows in by_label.items():
+        for label, rows in arms.items():
             keys = [k for k in rows[0] if all(_is_number(row.get(k)) for row in rows)]
             made.append({"arm": label, "seeds": len(rows), **{k: sum(r[k] for r in rows) / len(rows) for k in keys}})
         return made
@@ -199,6 +207,12 @@ class Result:
 def _rows(path: Path) -> list[dict[str, Any]]:
     """The lines of a JSON-lines file; none if it is missing."""
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
+
+
+def _train(run: Mapping[str, Any]) -> dict[str, Any]:
+    """How a run was trained, its seed left out, and what follows from the peak rate."""
+    train = run.get("spec", {}).get("train", {})
+    return {field: value for field, value in train.items() if field not in ("seed", "min_lr")}
 
 
 def _is_number(value: Any) -> bool:
