@@ -1,6 +1,8 @@
 """The training experiments: their specs at every scale, and the arithmetic between runs and verdicts."""
 
+import json
 import math
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -96,6 +98,17 @@ def test_the_sweep_uses_a_seed_of_its_own_and_the_rate_in_use():
     specs = learning_rate.specs("cpu")
     assert {spec.train.seed for spec in specs} == {settings.SWEEP_SEED}
     assert all(settings.peak_rate(base, "cpu") in learning_rate.rates(base) for base in learning_rate.BASES)
+
+
+def test_the_rate_in_use_is_the_lowest_of_the_published_sweep():
+    swept = set()
+    for file in (Path(__file__).parents[2] / "results" / "learning-rate" / "cpu").glob("*/summary.json"):
+        base = json.loads(file.read_text())["parameters"]["base"]
+        table = pd.read_json(file.with_name("loss-over-rate.jsonl"), lines=True)
+        mean = table.groupby("rate")["loss"].mean()  # over arms
+        assert mean.idxmin() == pytest.approx(settings.peak_rate(base, "cpu"))
+        swept.add(base)
+    assert swept == set(learning_rate.BASES)
 
 
 def test_larger_bases_train_at_less_and_arms_of_a_base_alike():

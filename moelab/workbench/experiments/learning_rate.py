@@ -83,7 +83,9 @@ EXPERIMENT = Experiment(
     notebook="24_learning_rate.ipynb",
     scales={
         "smoke": Scale("twins of 32 wide, 4 layers; 12 k tokens of sotu", "seconds (tests)"),
-        "cpu": Scale("twins 32 wide, 8 layers; 1.2 M tokens of mix5; one seed", "about 6 minutes on one core"),
+        "cpu": Scale(
+            "twins 32 wide, 8 layers; 1.2 M tokens of mix5; one seed", "12 (350M) to 22 (6.7B) minutes on one core"
+        ),
     },
     specs=specs,
 )

