@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
-from traitlets import Unicode
+from traitlets import Type, Unicode
 
 from moelab.files import write_json
 from moelab.workbench import paths
@@ -284,9 +284,29 @@ def _engine() -> str:
 
 
 def _kernel_manager() -> type:
-    """A kernel manager on Unix sockets where there are any: no port race between notebooks run in parallel, nothing on the network."""
+    """A kernel manager on Unix sockets where there are any: no port race between notebooks run in parallel, nothing on the network.
+
+    Its clients look for a reply every second besides waiting for it. A widget's output makes nbclient send to the kernel while it waits; jupyter_client
+    sends past the event loop, which can take the signal of a reply that has just come, and the wait would never end (nbclient issue 312).
+    """
+    from queue import Empty
+
+    from jupyter_client.asynchronous import AsyncKernelClient
+    from jupyter_client.channels import AsyncZMQSocketChannel
     from jupyter_client.manager import AsyncKernelManager
 
-    if os.name != "posix":
-        return AsyncKernelManager
-    return type("SocketKernelManager", (AsyncKernelManager,), {"transport": Unicode("ipc")})
+    class PatientChannel(AsyncZMQSocketChannel):
+        async def get_msg(self, timeout: float | None = None) -> dict[str, Any]:
+            while timeout is None:
+                with contextlib.suppress(Empty):
+                    return await super().get_msg(1.0)
+            return await super().get_msg(timeout)
+
+    class Client(AsyncKernelClient):
+        shell_channel_class = Type(PatientChannel)
+
+    class Manager(AsyncKernelManager):
+        client_factory = Type(klass=AsyncKernelClient, default_value=Client)
+        transport = Unicode("ipc" if os.name == "posix" else "tcp")
+
+    return Manager

@@ -111,3 +111,34 @@ def test_many_at_once_keep_to_themselves(place):
     with ProcessPoolExecutor(3, mp_context=get_context("spawn")) as pool:
         results = list(pool.map(_execute, [str(place)] * 3))
     assert len(set(results)) == 3 and all((Path(r) / "summary.json").exists() for r in results)
+
+
+def test_a_reply_whose_signal_was_taken_is_found():
+    """jupyter_client's own channel waits forever here."""
+    import asyncio
+
+    import zmq.asyncio
+    from jupyter_client.session import Session
+
+    manager = notebooks._kernel_manager()()
+    channel_class, session = type(manager.client().shell_channel), Session(key=b"key")
+
+    async def wait():
+        with zmq.Context() as far, zmq.asyncio.Context() as near:
+            kernel, client = far.socket(zmq.ROUTER), near.socket(zmq.DEALER)
+            try:
+                client.connect(f"tcp://127.0.0.1:{kernel.bind_to_random_port('tcp://127.0.0.1')}")
+                channel = channel_class(client, session)
+                channel.send(session.msg("execute_request"))
+                identity = kernel.recv_multipart()[0]
+                reply = asyncio.ensure_future(channel.get_msg())
+                await asyncio.sleep(0.1)  # it waits
+                session.send(kernel, "execute_reply", ident=identity)
+                while not client.getsockopt(zmq.EVENTS) & zmq.POLLIN:  # the reply is here, and its signal gone
+                    pass
+                return await asyncio.wait_for(reply, 60)
+            finally:
+                kernel.close(0)
+                client.close(0)
+
+    assert asyncio.run(wait())["msg_type"] == "execute_reply"
