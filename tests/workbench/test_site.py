@@ -223,10 +223,9 @@ def test_three_hundred_results_take_seconds_and_again_next_to_nothing(published,
         shutil.copytree(model, tmp_path / "results" / "pr-moe" / "cpu" / f"20260104-{i:06d}")
     started = time.perf_counter()
     assert site.build(tmp_path / "results").converted == 0, "the notebooks' pages came along"
-    first = time.perf_counter() - started
-    started = time.perf_counter()
-    assert site.build(tmp_path / "results").written == 0
-    assert time.perf_counter() - started < first < 120
+    assert time.perf_counter() - started < 120, "seconds, with room for a busy machine"
+    again = site.build(tmp_path / "results")
+    assert (again.written, again.converted) == (0, 0)
 
 
 def test_signs_and_per_cents_are_set_as_in_print():
