@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
+import multiprocessing
+import multiprocessing.connection
 import os
-import subprocess
 import sys
 import time
 from collections.abc import Mapping
+from typing import Any
 
-from moelab.workbench import notebooks
+from moelab.files import read_json
+from moelab.workbench import notebooks, paths
 from moelab.workbench.experiments import EXPERIMENTS, Experiment
+from moelab.workbench.measurements import MeasurementStore
+from moelab.workbench.results import SUMMARY
 from moelab.workbench.specs import RunSpec
 
 
@@ -47,47 +53,83 @@ def _arguments(experiment: Experiment) -> set[str]:
     return set(inspect.signature(experiment.specs).parameters)
 
 
+def _last(experiment: Experiment, values: Mapping[str, Any]) -> dict[str, Any]:
+    """Summary of its newest result with these parameters, empty when there is none."""
+    for file in sorted((paths.results() / experiment.name / values["scale"]).glob(f"[!.]*/{SUMMARY}"), reverse=True):
+        with contextlib.suppress(ValueError):  # no JSON; the results page says so
+            summary = read_json(file)
+            if all(values.get(name) == value for name, value in summary.get("parameters", {}).items()):
+                return summary
+    return {}
+
+
+def _reads_back(last: Mapping[str, Any], values: Mapping[str, Any]) -> bool:
+    """Whether all that the last result measured is stored, for the code and the machine of now."""
+    ids = [one["id"] for one in last.get("measurements", ())]
+    return bool(ids) and not values.get("again") and MeasurementStore().current(ids)
+
+
+def _publish(name: str, values: Mapping[str, Any], log: str, environment: Mapping[str, str], folder: str) -> None:
+    """One notebook, in a process of its own; its output goes to the log."""
+    os.environ.clear()  # what this process was forked from may be of another time
+    os.environ.update(environment)
+    os.chdir(folder)
+    with open(log, "wb", buffering=0) as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    from moelab.workbench.watch import execute_watched
+
+    sys.exit(0 if execute_watched(EXPERIMENTS[name], values) else 1)
+
+
 def run_all(scale: str, given: Mapping[str, str], workers: int | None = None) -> bool:
     """Train and publish every experiment that has the scale; True when all were published whole.
 
-    A notebook that fails does not stop the others. Each one's output goes into a log in the workshop, named here.
+    A notebook that fails does not stop the others. Each one's output goes into a log in the workshop, named here. What takes part of each notebook's time and is
+    the same for all, papermill's and nbconvert's imports, is done once.
     """
-    from moelab.workbench import paths
     from moelab.workbench.lab import Lab
 
     wanted = chosen(scale, given)
-    # A measurement beside nothing else: notebooks that time something come last and alone.
-    order = sorted(wanted, key=lambda name: EXPERIMENTS[name].measures)
     started = time.monotonic()
-    specs = [spec for name in order if EXPERIMENTS[name].trains for spec in specs_of(EXPERIMENTS[name], wanted[name])]
+    specs = [spec for name in wanted if EXPERIMENTS[name].trains for spec in specs_of(EXPERIMENTS[name], wanted[name])]
     runs = Lab().run(specs, workers=workers)
     if why := runs.explain_missing():
         print(why)
     print(f"{len({s.id for s in specs})} runs in {time.monotonic() - started:.0f} s", flush=True)
+    values = {name: notebooks.check_parameters(EXPERIMENTS[name], texts) for name, texts in wanted.items()}
+    whole = {name: notebooks.resolve(EXPERIMENTS[name], values[name]) for name in wanted}
+    last = {name: _last(EXPERIMENTS[name], whole[name]) for name in wanted}
+    # A measurement beside nothing else: notebooks that time something anew come last and alone.
+    alone = [name for name in wanted if EXPERIMENTS[name].measures and not _reads_back(last[name], whole[name])]
+    # The longest first, so that none is left over at the end.
+    beside = sorted((n for n in wanted if n not in alone), key=lambda n: -last[n].get("notebook_seconds", 0.0))
     logs = paths.home() / "logs"
     logs.mkdir(parents=True, exist_ok=True)
     cores = workers or len(os.sched_getaffinity(0))
+    context = multiprocessing.get_context("forkserver" if os.name == "posix" else "spawn")
+    context.set_forkserver_preload(["papermill", "nbconvert", "moelab.workbench.watch"])
     failed: list[str] = []
-    going: dict[str, tuple[subprocess.Popen, float]] = {}
+    going: dict[str, tuple[Any, float]] = {}
 
     def reap(until: int) -> None:
         while len(going) > until:
+            multiprocessing.connection.wait([process.sentinel for process, _ in going.values()])
             for name, (process, since) in list(going.items()):
-                if process.poll() is not None:
+                if process.exitcode is not None:
                     del going[name]
-                    good = process.returncode == 0
+                    good = process.exitcode == 0
                     failed.extend([] if good else [name])
                     result = "published" if good else f"FAILED, see {logs / f'{name}-{scale}.log'}"
                     print(f"{name}: {result} ({time.monotonic() - since:.0f} s)", flush=True)
-            time.sleep(0.1)
 
-    for name in order:
-        reap(0 if EXPERIMENTS[name].measures else cores - 1)
-        arguments = [part for key, value in wanted[name].items() for part in ("-p", f"{key}={value}")]
-        with open(logs / f"{name}-{scale}.log", "wb") as log:
-            command = [sys.executable, "-m", "moelab.cli", "run", name, *arguments]
-            process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL)
+    for name in (*beside, *alone):
+        reap(0 if name in alone else cores - 1)
+        log = str(logs / f"{name}-{scale}.log")
+        process = context.Process(target=_publish, args=(name, values[name], log, dict(os.environ), os.getcwd()))
+        process.start()
         going[name] = (process, time.monotonic())
     reap(0)
-    print(f"{len(order) - len(failed)} of {len(order)} experiments published in {time.monotonic() - started:.0f} s")
+    count = f"{len(wanted) - len(failed)} of {len(wanted)} experiments"
+    print(f"{count} published in {time.monotonic() - started:.0f} s")
     return not failed

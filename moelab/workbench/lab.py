@@ -4,19 +4,21 @@ lab = Lab()
 runs = lab.run(specs)           # finished ones are read back, others continue or start
 runs.final()                    # one tidy row a run
 runs.curves()                   # validation loss over tokens
+lab.measure(all_to_all.counts, (4, 8))    # what a function of moelab returns, read back if this machine has measured it
 lab.generate(runs[0], "Fellow") # what it writes
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from moelab.files import write_json
 from moelab.workbench import executors, paths
+from moelab.workbench.measurements import Measurement, MeasurementStore
 from moelab.workbench.progress import NotebookProgress
 from moelab.workbench.results import Publication
 from moelab.workbench.runs import Runs
@@ -31,10 +33,18 @@ Executor = Literal["auto", "inline", "processes", "slurm", "read"]
 
 
 class Lab:
-    """A run store, and ways to run: on this machine, on a cluster."""
+    """A run store, and ways to run: on this machine, on a cluster.
 
-    def __init__(self, store: RunStore | None = None) -> None:
+    Args:
+        store: of runs; by default the workshop's.
+        measure_again: `measure` reads nothing back.
+    """
+
+    def __init__(self, store: RunStore | None = None, *, measure_again: bool = False) -> None:
         self.store = store or RunStore()
+        self.measurements = MeasurementStore()
+        self.measured: list[Measurement] = []
+        self._again = measure_again
 
     def run(
         self,
@@ -78,6 +88,18 @@ class Lab:
             show(final=True)
         by_id = {run.spec.id: run for run in runs}
         return Runs([Run(spec, by_id[spec.id].path) for spec in specs])
+
+    def measure(self, function: Callable[..., Any], *arguments: Any) -> Any:
+        """What the function returns, as JSON has it: read back where the same code has measured it with the same arguments on the same machine, else measured
+        now, while no other notebook of this workshop measures. Says which, and what is published of this lab lists it.
+
+        Raises:
+            ValueError: one line: a function outside moelab, or an argument by which nothing can be stored; see `moelab.workbench.measurements`.
+        """
+        found = self.measurements.measure(function, *arguments, again=self._again)
+        self.measured.append(found)
+        print(found)
+        return found.value
 
     def submit(self, specs: Sequence[RunSpec], profile: str | None = None) -> Overview:
         """Queue the unfinished runs of the specs on a cluster and return at once with how they stand; `run` or `status` look again.
@@ -161,4 +183,4 @@ class Lab:
 
         A batch run (`moelab run`) publishes to `results/`; an interactive one drafts to `.moelab/drafts/`.
         """
-        return Publication.open(experiment, scale, parameters or {})
+        return Publication.open(experiment, scale, parameters or {}, measured=self.measured)

@@ -38,7 +38,7 @@ def provenance() -> dict[str, Any]:
         "moelab": moelab.__version__,
         **commit(),
         "python": platform.python_version(),
-        "versions": {name: _version(name) for name in _PACKAGES if _version(name)},
+        "versions": {name: version_of(name) for name in _PACKAGES if version_of(name)},
         "hardware": hardware(),
     }
 
@@ -84,7 +84,8 @@ def commit() -> dict[str, Any]:
     return {"commit": head, "modified": bool(git("status", "--porcelain", "--", ".", ":!results"))}
 
 
-def _version(name: str) -> str | None:
+def version_of(name: str) -> str | None:
+    """Of an installed package; None for one that is not."""
     try:
         return version(name)
     except PackageNotFoundError:

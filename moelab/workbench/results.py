@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from moelab.workbench.claims import Verdict
+    from moelab.workbench.measurements import Measurement
     from moelab.workbench.runs import Runs
 
 SUMMARY = "summary.json"
@@ -36,6 +37,7 @@ class Publication:
     Attributes:
         path: the folder it goes to.
         interactive: a draft (JupyterLab), not a batch run.
+        measured: what the lab measured or read back, see `Lab.measure`.
     """
 
     experiment: str
@@ -43,20 +45,23 @@ class Publication:
     parameters: dict[str, Any]
     path: Path
     interactive: bool
+    measured: Sequence[Measurement] = ()
     figures: list[dict[str, Any]] = field(default_factory=list)
     tables: list[dict[str, Any]] = field(default_factory=list)
     verdicts: list[dict[str, Any]] = field(default_factory=list)
     started: float = field(default_factory=time.time)
 
     @classmethod
-    def open(cls, experiment: str, scale: str, parameters: dict[str, Any]) -> Publication:
+    def open(
+        cls, experiment: str, scale: str, parameters: dict[str, Any], measured: Sequence[Measurement] = ()
+    ) -> Publication:
         """In a batch run the folder comes from the command (`MOELAB_PUBLICATION`); else a fresh draft."""
         given = os.environ.get("MOELAB_PUBLICATION")
         path = Path(given) if given else paths.home() / "drafts" / experiment / scale
         if not given and path.exists():
             shutil.rmtree(path)
         path.mkdir(parents=True, exist_ok=True)
-        return cls(experiment, scale, parameters, path, interactive=given is None)
+        return cls(experiment, scale, parameters, path, interactive=given is None, measured=measured)
 
     def figure(
         self,
@@ -127,6 +132,7 @@ class Publication:
                     }
                     for run in finished
                 ],
+                "measurements": [one.summary() for one in self.measured],
                 "provenance": provenance(),
             },
         )

@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.axes import Axes
 
+    from moelab.workbench.lab import Lab
+
 NODE = 8
 """G, GPUs of a node, and L, the tensor slicing of the coordinated way: the paper's."""
 COLORS = {"flat": "#6E6E6E", "hierarchical": "#0072B2", "coordinated": "#D55E00"}
@@ -64,14 +66,12 @@ def formula(way: str, ranks: int) -> tuple[int, int, int]:
     return nodes - 1, nodes - 1, (G - 1) * nodes
 
 
-def counts(worlds: Iterable[int]) -> pd.DataFrame:
+def counts(worlds: Iterable[int]) -> list[dict]:
     """What the busiest rank sends in one all-to-all: a row for each world and way.
 
-    Columns: ranks, way; `messages`, `rows`, `gathered_rows` (of the all-gather after the way back) counted in the engine; the same with `formula_` and, from the
+    Fields: ranks, way; `messages`, `rows`, `gathered_rows` (of the all-gather after the way back) counted in the engine; the same with `formula_` and, from the
     simulator, `simulated_`; `moved_rows`: rows with those that a rank keeps for itself at each hop, as the paper counts bytes.
     """
-    import pandas as pd
-
     from moelab.engine.collectives import Sent
     from moelab.engine.threads import traffic
 
@@ -99,7 +99,7 @@ def counts(worlds: Iterable[int]) -> pd.DataFrame:
                     **{f"simulated_{name}": value for name, value in simulated.items()},
                 }
             )
-    return pd.DataFrame(found)
+    return found
 
 
 def _kept(way: str, ranks: int) -> int:
@@ -133,10 +133,11 @@ def _simulated_counts(config: ParallelConfig, ranks: int) -> dict[str, int]:
     }
 
 
-def measured(scale: str, rounds: int = 0, file: str = "") -> list[dict]:
+def measured(lab: Lab, scale: str, rounds: int = 0, file: str = "") -> list[dict]:
     """Times on gloo ranks of this machine, or at scale paper those in `file`: rows of `moelab bench exchange`.
 
     Args:
+        lab: keeps what is measured here.
         rounds: 0 is the scale's own.
 
     Raises:
@@ -144,6 +145,11 @@ def measured(scale: str, rounds: int = 0, file: str = "") -> list[dict]:
     """
     if scale == "paper":
         return read(EXPERIMENT.name, file, "exchange")
+    return lab.measure(times, scale, rounds)
+
+
+def times(scale: str, rounds: int) -> list[dict]:
+    """The measurement of `measured`, here and now."""
     from moelab.engine import bench
     from moelab.engine.testing import Ranks
 

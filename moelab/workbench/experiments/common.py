@@ -147,6 +147,13 @@ def models(specs: Sequence[RunSpec]) -> pd.DataFrame:
     return pd.DataFrame(rows.values(), index=pd.Index(rows, name="arm"))
 
 
+def speeds(specs: Sequence[RunSpec], steps: int, rounds: int) -> dict[str, list[float]]:
+    """Training tokens/s of each arm, round by round, arms taking turns; see `moelab.training.bench.side_by_side`."""
+    from moelab.training.bench import side_by_side
+
+    return side_by_side({spec.label: spec.model for spec in specs}, specs[0].train, steps=steps, rounds=rounds)
+
+
 def summary(runs: Runs) -> pd.DataFrame:
     """One row an arm: mean final loss with its 95 % interval, bits a byte, seeds, tokens, seconds a run."""
     import pandas as pd

@@ -13,6 +13,8 @@ Expect: little at the 8 tokens of a decoding step, tens of times at hundreds of 
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -60,49 +62,62 @@ SHAPES = {
 SHAPES["paper"] = SHAPES["gpu"]
 
 
-def parts(scale: str, rounds: int = 0) -> pd.DataFrame:
+@contextlib.contextmanager
+def _threads(count: int) -> Iterator[None]:
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def parts(scale: str, rounds: int = 0, threads: int = 1) -> list[dict]:
     """Gate, dispatch and combine at inference: a row for each shape, part, candidate and round, see `moelab.kernels.bench.parts.measure`.
 
     Args:
         rounds: 0 is the scale's own.
+        threads: of the processor.
     """
-    import pandas as pd
-
     from moelab.kernels.bench.parts import measure
 
     s = SHAPES[scale]
     cases = [(tokens, experts) for tokens in s.tokens for experts in s.experts]
-    return pd.DataFrame(
-        row for S, E in cases for row in measure(S, s.hidden, E, rounds or s.rounds, s.device, calls=s.calls)
-    )
+    with _threads(threads):
+        return [row for S, E in cases for row in measure(S, s.hidden, E, rounds or s.rounds, s.device, calls=s.calls)]
 
 
-def training_gate(scale: str, rounds: int = 0) -> list[dict]:
-    """The gate, forward and backward: rows of `moelab bench gate`."""
+def training_gate(scale: str, rounds: int = 0, threads: int = 1) -> list[dict]:
+    """The gate, forward and backward: rows of `moelab bench gate`. Args as of `parts`."""
     from moelab.kernels.bench.gate import measure
 
     s = SHAPES[scale]
-    return [row for E in s.experts for row in measure(s.train_tokens, E, rounds or s.rounds, s.device)]
+    with _threads(threads):
+        return [row for E in s.experts for row in measure(s.train_tokens, E, rounds or s.rounds, s.device)]
 
 
-def layers(scale: str, rounds: int = 0) -> list[dict]:
-    """Whole layers: rows of `moelab bench layer`, with `case`: inference at the first two numbers of tokens (forward), training (and backward)."""
+def layers(scale: str, rounds: int = 0, threads: int = 1) -> list[dict]:
+    """Whole layers: rows of `moelab bench layer`, with `case`: inference at the first two numbers of tokens (forward), training (and backward).
+    Args as of `parts`."""
     from moelab.kernels.bench.layer import measure
 
     s = SHAPES[scale]
     M, F, S = s.layer
     ours = ("ours, drop-free", "einsum (baseline)")
     cases = [(f"inference, {tokens} tokens", tokens, False) for tokens in s.tokens[:2]]
-    return [
-        row | {"case": case}
-        for case, tokens, backward in [*cases, (f"training, {S} tokens", S, True)]
-        for E in s.experts
-        for row in measure(tokens, M, F, E, "fp32", rounds or s.rounds, s.device, backward=backward, only=ours)
-    ]
+    with _threads(threads):
+        return [
+            row | {"case": case}
+            for case, tokens, backward in [*cases, (f"training, {S} tokens", S, True)]
+            for E in s.experts
+            for row in measure(tokens, M, F, E, "fp32", rounds or s.rounds, s.device, backward=backward, only=ours)
+        ]
 
 
 def speedups(found: pd.DataFrame) -> pd.DataFrame:
-    """The baseline's time over ours within each round: columns tokens, experts, part, round, ratio."""
+    """The baseline's time over ours within each round, from `parts`: columns tokens, experts, part, round, ratio."""
     from moelab.kernels.bench.parts import BASELINE, OURS
 
     keys = ["tokens", "experts", "part", "round"]
@@ -111,7 +126,7 @@ def speedups(found: pd.DataFrame) -> pd.DataFrame:
 
 
 def breakdown(found: pd.DataFrame) -> pd.DataFrame:
-    """Median milliseconds: a row for each shape and candidate, a column a part."""
+    """Median milliseconds, from `parts`: a row for each shape and candidate, a column a part."""
     from moelab.kernels.bench.parts import PARTS
 
     table = found.groupby(["tokens", "experts", "candidate", "part"])["ms"].median().unstack()

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
     from moelab.config import ModelConfig
     from moelab.workbench.claims import Verdict
+    from moelab.workbench.lab import Lab
 
 RANKS = (1, 2, 4)
 TWINS: dict[str, dict[str, int]] = {
@@ -45,11 +46,10 @@ def twin(scale: str) -> ModelConfig:
     return replace(shrunk, init_std=0.05)
 
 
-def measured(scale: str, file: str = "") -> list[dict]:
+def measured(lab: Lab, scale: str, file: str = "") -> list[dict]:
     """Decoding steps of the twin over 1, 2 and 4 ranks, or over batches on one GPU, or at scale paper what is in `file`; see `measured.steps`."""
-    return steps(
-        EXPERIMENT.name, {"": twin(scale)} if scale != "paper" else {}, scale, file, ranks=RANKS, batches=(1, 8, 32)
-    )
+    models = {"": twin(scale)} if scale != "paper" else {}
+    return steps(lab, EXPERIMENT.name, models, scale, file, ranks=RANKS, batches=(1, 8, 32))
 
 
 def verdicts(frame: pd.DataFrame) -> list[Verdict]:

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
     from moelab.config import ModelConfig
+    from moelab.workbench.lab import Lab
 
 MODES = ("baseline", "optimised")
 SHRINK: dict[str, dict[str, int]] = {
@@ -38,6 +39,7 @@ def twins(models: Mapping[str, ModelConfig], scale: str) -> dict[str, ModelConfi
 
 
 def steps(
+    lab: Lab,
     experiment: str,
     models: Mapping[str, ModelConfig],
     scale: str,
@@ -49,16 +51,22 @@ def steps(
     """Decoding steps: rows of `moelab bench decode`, with `name`, the model's key.
 
     Args:
+        lab: keeps what is measured here.
         models: what is measured at smoke and cpu (8 sequences over gloo ranks) and gpu (`batches` sequences on one GPU).
         file: what is read at paper.
 
     Raises:
         ValueError: one line: no such file at scale paper, or it is not that of ranks.
     """
-    from moelab.inference.bench import Protocol, measure, measure_ranks
-
     if scale == "paper":
         return read(experiment, file)
+    return lab.measure(decoding, models, scale, ranks, batches)
+
+
+def decoding(models: Mapping[str, ModelConfig], scale: str, ranks: Sequence[int], batches: Sequence[int]) -> list[dict]:
+    """The measurement of `steps`, here and now."""
+    from moelab.inference.bench import Protocol, measure, measure_ranks
+
     protocol = Protocol(4, 4, 1, 2) if scale == "smoke" else Protocol(16, 24, 5, 4)
     found = []
     for name, model in models.items():

@@ -9,7 +9,7 @@ domain a twentieth.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from moelab.workbench.experiments import common
@@ -54,17 +54,15 @@ def told(counts_XE: np.ndarray) -> float:
     return float(np.clip((sides - entropy(counts_XE) - chance) / most, 0, 1)) if most > 1e-9 else 0.0
 
 
-def measure(runs: Runs, max_tokens: int = 0) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """Route each finished run's validation text: (by layer, by layer, domain and expert).
+def measure(runs: Runs, max_tokens: int = 0) -> dict[str, list[dict]]:
+    """Route each finished run's validation text: rows of two tables.
 
     Args:
         max_tokens: bound on the tokens of each domain; 0 is all of them.
 
     Returns:
-        columns seed, layer, by_domain, by_token (see `told`); and seed, layer, domain, expert, share of the domain's tokens.
+        "layers": seed, layer, by_domain, by_token (see `told`); "shares": seed, layer, domain, expert, share of the domain's tokens.
     """
-    import pandas as pd
-
     from moelab.data import prepare
     from moelab.training.expert_use import expert_use
     from moelab.workbench import paths
@@ -77,11 +75,18 @@ def measure(runs: Runs, max_tokens: int = 0) -> tuple[pd.DataFrame, pd.DataFrame
             seed = {"seed": spec.train.seed, "layer": use.layer}
             layers.append({**seed, "by_domain": told(use.by_domain_DE), "by_token": told(use.by_token_VE)})
             for domain, counts in zip(use.domains, use.by_domain_DE, strict=True):
-                rows = enumerate(counts / counts.sum())
+                rows = enumerate((counts / counts.sum()).tolist())
                 shares += [{**seed, "domain": domain, "expert": e, "share": share} for e, share in rows]
+    return {"layers": layers, "shares": shares}
+
+
+def tables(found: Mapping[str, Sequence[dict]]) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """What `measure` found, as frames: layers, shares."""
+    import pandas as pd
+
     return (
-        pd.DataFrame(layers, columns=["seed", "layer", "by_domain", "by_token"]),
-        pd.DataFrame(shares, columns=["seed", "layer", "domain", "expert", "share"]),
+        pd.DataFrame(found["layers"], columns=["seed", "layer", "by_domain", "by_token"]),
+        pd.DataFrame(found["shares"], columns=["seed", "layer", "domain", "expert", "share"]),
     )
 
 
@@ -98,7 +103,7 @@ def finding(layers: pd.DataFrame) -> str:
 
 
 def domain_finding(shares: pd.DataFrame) -> str:
-    """The expert that a domain asks for most, in one line; columns layer, domain, expert, share of one seed, as `measure` has them."""
+    """The expert that a domain asks for most, in one line; columns layer, domain, expert, share of one seed, as `tables` has them."""
     if not len(shares):
         return "no run has finished"
     most = shares.loc[shares["share"].idxmax()]
