@@ -2,7 +2,7 @@
 
     .moelab/measurements/<function>-<digest>.json      arguments, code, machine, when, provenance, value
 
-The digest is of all that a measurement depends on, so a changed source file, another processor or another torch measures anew. One measurement at a time goes
+The digest is of all that a measurement depends on, so a changed source file, another processor or another version of torch measures anew. One measurement at a time goes
 on a machine, as far as this store knows: times would be of both.
 """
 
@@ -24,7 +24,7 @@ from filelock import FileLock
 
 from moelab.files import read_json, write_json
 from moelab.workbench import paths
-from moelab.workbench.provenance import hardware, provenance, version_of
+from moelab.workbench.provenance import hardware, provenance, versions
 from moelab.workbench.store import Run
 
 FORMAT = 1
@@ -170,13 +170,13 @@ def code() -> str:
 
 @functools.cache
 def machine() -> dict[str, Any]:
-    """What times depend on besides the code: processor, cores of this process, GPUs, torch, threads asked for."""
+    """What numbers depend on besides the code: processor, cores of this process, GPUs, packages, threads asked for."""
     record = hardware()
     return {
         "cpu": record["cpu"],
         "cores": record["cores"],
         "gpus": _gpus(),
-        "torch": version_of("torch"),
+        "versions": versions(),
         "threads": os.environ.get("OMP_NUM_THREADS"),
     }
 

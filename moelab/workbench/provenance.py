@@ -38,7 +38,7 @@ def provenance() -> dict[str, Any]:
         "moelab": moelab.__version__,
         **commit(),
         "python": platform.python_version(),
-        "versions": {name: version_of(name) for name in _PACKAGES if version_of(name)},
+        "versions": versions(),
         "hardware": hardware(),
     }
 
@@ -84,8 +84,12 @@ def commit() -> dict[str, Any]:
     return {"commit": head, "modified": bool(git("status", "--porcelain", "--", ".", ":!results"))}
 
 
-def version_of(name: str) -> str | None:
-    """Of an installed package; None for one that is not."""
+def versions() -> dict[str, str]:
+    """Of the packages that numbers may depend on, those that are installed."""
+    return {name: found for name in _PACKAGES if (found := _version(name))}
+
+
+def _version(name: str) -> str | None:
     try:
         return version(name)
     except PackageNotFoundError:

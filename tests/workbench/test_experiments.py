@@ -10,7 +10,7 @@ import pytest
 
 from moelab import paper
 from moelab.config import ModelConfig
-from moelab.workbench import claims
+from moelab.workbench import Lab, claims
 from moelab.workbench.experiments import (
     EXPERIMENTS,
     all_to_all,
@@ -254,7 +254,7 @@ def test_summary_and_gaps():
 
 
 def test_counts_of_the_exchanges_are_the_papers_and_the_simulators():
-    counted = all_to_all.counts((8, 32, 128))
+    counted = pd.DataFrame(all_to_all.counts((8, 32, 128)))
     for what in ("messages", "rows", "gathered_rows"):
         assert counted[what].tolist() == counted[f"formula_{what}"].tolist() == counted[f"simulated_{what}"].tolist()
     verdicts = {v.claim: v for v in all_to_all.verdicts(counted)}
@@ -347,7 +347,7 @@ def test_measurements_of_a_cluster_are_read_and_drawn(tmp_path):
     rows = [row(mode, ranks, ms) for ranks, ms in ((64, 4.0), (8, 9.0)) for mode in ("baseline", "optimised")]
     file = tmp_path / "decode.jsonl"
     file.write_text("".join(json.dumps(r) + "\n" for r in rows))
-    found = inference_scaling.measured("paper", str(file))
+    found = inference_scaling.measured(Lab(), "paper", str(file))
     assert [measured.by_size(r) for r in found] == ["8 ranks", "8 ranks", "64 ranks", "64 ranks"]
     fig, axes = plt.subplots(1, 2)
     measured.draw(found, *axes, measured.by_size)
@@ -360,4 +360,4 @@ def test_measurements_of_a_cluster_are_read_and_drawn(tmp_path):
         (str(file), "no rows"),
     ):
         with pytest.raises(ValueError, match=part):
-            inference_scaling.measured("paper", given)
+            inference_scaling.measured(Lab(), "paper", given)

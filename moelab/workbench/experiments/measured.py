@@ -25,10 +25,19 @@ SHRINK: dict[str, dict[str, int]] = {
     "gpu": {"hidden": 8, "depth": 2, "experts": 8, "vocab": 50304, "context": 2048},
 }
 """scale -> how models of 1.3B to 2T are shrunk, see `ModelConfig.shrink`."""
-TINTS = (
-    "#56B4E9", "#F0E442", "#E69F00", "#D55E00", "#009E73", "#CC79A7", "#0072B2", "#7A5195", "#AAAAAA", "#DDDDDD",
-)  # fmt: skip
-"""Colours of `moelab.inference.clock.PARTS`."""
+TINTS = {
+    "attention": "#56B4E9",
+    "gate": "#F0E442",
+    "dispatch": "#E69F00",
+    "all-to-all": "#D55E00",
+    "experts": "#009E73",
+    "combine": "#CC79A7",
+    "feed-forward": "#0072B2",
+    "head": "#7A5195",
+    "sums": "#AAAAAA",
+    "rest": "#DDDDDD",
+}
+"""Colours of `moelab.inference.clock.PARTS`, in their order; that module's import takes torch."""
 
 
 def twins(models: Mapping[str, ModelConfig], scale: str) -> dict[str, ModelConfig]:
@@ -121,7 +130,6 @@ def speedups(rows: Sequence[dict], label: Callable[[dict], str]) -> dict[str, fl
 
 def draw(rows: Sequence[dict], left: Axes, right: Axes, label: Callable[[dict], str]) -> None:
     """Left: latency of each label with the bar to p95, and the floor. Right: where the optimised mode's step goes."""
-    from moelab.inference.clock import PARTS
     from moelab.workbench import simulated
 
     colors = {"baseline": simulated.SYSTEM_COLORS["pytorch"], "optimised": simulated.SYSTEM_COLORS["moelab"]}
@@ -141,7 +149,7 @@ def draw(rows: Sequence[dict], left: Axes, right: Axes, label: Callable[[dict], 
     left.yaxis.set_minor_formatter(lambda v, _: f"{v:g}" if f"{v:e}"[0] in "25" else "")
     left.legend()
     ends = [0.0] * len(best)
-    for part, color in zip(PARTS, TINTS, strict=True):
+    for part, color in TINTS.items():
         ms = [row["parts_ms"].get(part, 0.0) for row in best]
         if max(ms):
             right.barh(labels, ms, left=ends, color=color, label=part)

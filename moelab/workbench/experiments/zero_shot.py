@@ -27,7 +27,7 @@ from moelab.workbench.specs import RunSpec
 if TYPE_CHECKING:
     import pandas as pd
 
-    from moelab.workbench.runs import Runs
+    from moelab.workbench.store import Run
 
 ARMS = {"Dense": "350M", "MoE-128": "350M+MoE-128", "PR-MoE-32/64": "350M+PR-MoE-32/64"}
 REFERENCE = "smollm2"
@@ -44,21 +44,19 @@ def specs(
     return common.specs("zero-shot", ARMS, scale, seeds, selected=arms, tokens=tokens, corpus=corpus)
 
 
-def measure(runs: Runs, limit: int, tasks: Sequence[str] = ()) -> pd.DataFrame:
+def measure(runs: Sequence[Run], limit: int, tasks: Sequence[str] = ()) -> list[dict]:
     """One row a finished run and task: arm, seed, paper (the paper's column, or empty), and the fields of `Score`.
 
     Scores that are there are read back. Args as of `moelab.evaluation.zero_shot.evaluate`; no tasks means the packaged ones.
     """
-    import pandas as pd
-
-    from moelab.evaluation.zero_shot import PACKAGED, PAPER_TASKS, Score, evaluate
+    from moelab.evaluation.zero_shot import PACKAGED, PAPER_TASKS, evaluate
     from moelab.workbench import paths
     from moelab.workbench.zero_shot import progress
 
     columns = {name: column for column, names in PAPER_TASKS.items() for name in names}
     rows = []
     with progress() as show:
-        for run in runs.finished:
+        for run in (run for run in runs if run.finished):
             arm, seed = run.spec.title, run.spec.train.seed
             with _threads(run.spec.train.threads):
                 scores = evaluate(
@@ -72,6 +70,15 @@ def measure(runs: Runs, limit: int, tasks: Sequence[str] = ()) -> pd.DataFrame:
                     ),
                 )
             rows += [{"arm": arm, "seed": seed, "paper": columns.get(s.task, ""), **asdict(s)} for s in scores]
+    return rows
+
+
+def scored(rows: Sequence[dict]) -> pd.DataFrame:
+    """What `measure` found, as a frame."""
+    import pandas as pd
+
+    from moelab.evaluation.zero_shot import Score
+
     return pd.DataFrame(rows, columns=["arm", "seed", "paper", *Score.__dataclass_fields__])
 
 
@@ -89,13 +96,11 @@ def _threads(count: int) -> Iterator[None]:
 
 
 def reference() -> pd.DataFrame:
-    """The published scores of a real model through the same code (`moelab eval smollm2 --limit 200 --out results/benchmarks`), as `measure` has them.
+    """The published scores of a real model through the same code (`moelab eval smollm2 --limit 200 --out results/benchmarks`), as `scored` has them.
 
     Its arm is the model's name, its seed -1. Empty where they are not at hand, or where the tasks have changed since.
     """
-    import pandas as pd
-
-    from moelab.evaluation.zero_shot import PAPER_TASKS, Score, version
+    from moelab.evaluation.zero_shot import PAPER_TASKS, version
     from moelab.workbench import paths
 
     columns = {name: column for column, names in PAPER_TASKS.items() for name in names}
@@ -103,7 +108,7 @@ def reference() -> pd.DataFrame:
     rows = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
     current = [row for row in rows if row["version"].partition(",")[0] == version(row["task"]).partition(",")[0]]
     made = [{**row, "arm": row["model"], "seed": -1, "paper": columns.get(row["task"], "")} for row in current]
-    return pd.DataFrame(made, columns=["arm", "seed", "paper", *Score.__dataclass_fields__])
+    return scored(made)
 
 
 def reference_finding(rows: pd.DataFrame) -> str:
