@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from moelab.files import read_json
-from moelab.workbench import notebooks, paths
+from moelab.workbench import notebooks, paths, site
 from moelab.workbench.experiments import EXPERIMENTS, Experiment
 from moelab.workbench.measurements import MeasurementStore
 from moelab.workbench.results import SUMMARY
@@ -79,14 +79,14 @@ def _publish(name: str, values: Mapping[str, Any], log: str, environment: Mappin
         os.dup2(file.fileno(), 2)
     from moelab.workbench.watch import execute_watched
 
-    sys.exit(0 if execute_watched(EXPERIMENTS[name], values) else 1)
+    sys.exit(0 if execute_watched(EXPERIMENTS[name], values, page=False) else 1)
 
 
 def run_all(scale: str, given: Mapping[str, str], workers: int | None = None) -> bool:
     """Train and publish every experiment that has the scale; True when all were published whole.
 
     A notebook that fails does not stop the others. Each one's output goes into a log in the workshop, named here. What takes part of each notebook's time and is
-    the same for all, papermill's and nbconvert's imports, is done once.
+    the same for all, what papermill and nbconvert load, is done once.
     """
     from moelab.workbench.lab import Lab
 
@@ -108,7 +108,7 @@ def run_all(scale: str, given: Mapping[str, str], workers: int | None = None) ->
     logs.mkdir(parents=True, exist_ok=True)
     cores = workers or len(os.sched_getaffinity(0))
     context = multiprocessing.get_context("forkserver" if os.name == "posix" else "spawn")
-    context.set_forkserver_preload(["papermill", "nbconvert", "moelab.workbench.watch"])
+    context.set_forkserver_preload(["moelab.workbench.forked"])
     failed: list[str] = []
     going: dict[str, tuple[Any, float]] = {}
 
@@ -131,5 +131,6 @@ def run_all(scale: str, given: Mapping[str, str], workers: int | None = None) ->
         going[name] = (process, time.monotonic())
     reap(0)
     count = f"{len(wanted) - len(failed)} of {len(wanted)} experiments"
-    print(f"{count} published in {time.monotonic() - started:.0f} s")
+    index = site.build(paths.results()).index
+    print(f"{count} published in {time.monotonic() - started:.0f} s; {paths.short(index)}")
     return not failed

@@ -19,8 +19,12 @@ from moelab.workbench.specs import RunSpec
 from moelab.workbench.store import Run
 
 
-def execute_watched(experiment: Experiment, values: Mapping[str, Any]) -> bool:
-    """Execute, show progress with the time left, and end by naming notebook, figures and page. False when something failed."""
+def execute_watched(experiment: Experiment, values: Mapping[str, Any], *, page: bool = True) -> bool:
+    """Execute, show progress with the time left, and end by naming notebook, figures and page. False when something failed.
+
+    Args:
+        page: bring the results' page up to date.
+    """
     console = Console()
     console.print(f"[bold]{experiment.title}[/] · {experiment.paper}")
     console.print(f"paper: {experiment.paper_answer}")
@@ -44,13 +48,13 @@ def execute_watched(experiment: Experiment, values: Mapping[str, Any]) -> bool:
         finally:
             done.set()
         watcher.join()
-    index = site.build(paths.results()).index
+    index = site.build(paths.results()).index if page else None
     summary = read_json(result / SUMMARY)
     console.print(f"[bold green]{summary['title']}[/]")
     for name, path in (
         ("notebook", result / "notebook.ipynb"),
         *(("figure", result / f"{f['name']}.png") for f in summary["figures"]),
-        ("page", index),
+        *([("page", index)] if index else []),
     ):
         console.print(f"{name:>9}  {paths.short(path)}", soft_wrap=True, highlight=False)
     if summary["missing"]:

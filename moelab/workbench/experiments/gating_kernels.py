@@ -148,7 +148,7 @@ def work(scale: str) -> float:
     return counter.get_total_flops() / 2 / (S * M)
 
 
-def verdicts(ratios: pd.DataFrame, scale: str, device: str) -> list[Verdict]:
+def verdicts(ratios: pd.DataFrame, scale: str, device: str, counted_work: float) -> list[Verdict]:
     """The claims of section 5.4: the counted work of dispatch, exact; and "more than six times", judged at a decoding step's tokens and the most experts,
     with the 95 % interval over rounds.
 
@@ -157,6 +157,7 @@ def verdicts(ratios: pd.DataFrame, scale: str, device: str) -> list[Verdict]:
     Args:
         ratios: from `speedups`.
         device: the processor's or card's name.
+        counted_work: from `work`.
     """
     tokens, experts = ratios["tokens"].min(), ratios["experts"].max()
     whole = ratios[ratios["part"] == "all three"]
@@ -168,7 +169,7 @@ def verdicts(ratios: pd.DataFrame, scale: str, device: str) -> list[Verdict]:
         found = replace(found, verdict=DIRECTION if found.low is not None and found.low > 1 else UNDECIDED)
     counted = judge(
         paper.claim("dispatch-cost-factor-e"),
-        [work(scale)],
+        [counted_work],
         exact=True,
         note=f"Counted for {whole['tokens'].max()} tokens: the factor is the slots of all experts together.",
     )
