@@ -53,7 +53,7 @@ def _arguments(experiment: Experiment) -> set[str]:
     return set(inspect.signature(experiment.specs).parameters)
 
 
-def _last(experiment: Experiment, values: Mapping[str, Any]) -> dict[str, Any]:
+def last_result(experiment: Experiment, values: Mapping[str, Any]) -> dict[str, Any]:
     """Summary of its newest result with these parameters, empty when there is none."""
     for file in sorted((paths.results() / experiment.name / values["scale"]).glob(f"[!.]*/{SUMMARY}"), reverse=True):
         with contextlib.suppress(ValueError):  # no JSON; the results page says so
@@ -63,7 +63,7 @@ def _last(experiment: Experiment, values: Mapping[str, Any]) -> dict[str, Any]:
     return {}
 
 
-def _reads_back(last: Mapping[str, Any], values: Mapping[str, Any]) -> bool:
+def reads_back(last: Mapping[str, Any], values: Mapping[str, Any]) -> bool:
     """Whether all that the last result measured is stored, for the code and the machine of now."""
     ids = [one["id"] for one in last.get("measurements", ())]
     return bool(ids) and not values.get("again") and MeasurementStore().current(ids)
@@ -99,9 +99,9 @@ def run_all(scale: str, given: Mapping[str, str], workers: int | None = None) ->
     print(f"{len({s.id for s in specs})} runs in {time.monotonic() - started:.0f} s", flush=True)
     values = {name: notebooks.check_parameters(EXPERIMENTS[name], texts) for name, texts in wanted.items()}
     whole = {name: notebooks.resolve(EXPERIMENTS[name], values[name]) for name in wanted}
-    last = {name: _last(EXPERIMENTS[name], whole[name]) for name in wanted}
+    last = {name: last_result(EXPERIMENTS[name], whole[name]) for name in wanted}
     # A measurement beside nothing else: notebooks that time something anew come last and alone.
-    alone = [name for name in wanted if EXPERIMENTS[name].measures and not _reads_back(last[name], whole[name])]
+    alone = [name for name in wanted if EXPERIMENTS[name].measures and not reads_back(last[name], whole[name])]
     # The longest first, so that none is left over at the end.
     beside = sorted((n for n in wanted if n not in alone), key=lambda n: -last[n].get("notebook_seconds", 0.0))
     logs = paths.home() / "logs"

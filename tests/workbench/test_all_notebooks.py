@@ -7,6 +7,7 @@ import sys
 
 import pytest
 
+from moelab.workbench import batch, notebooks
 from moelab.workbench.experiments import EXPERIMENTS
 
 SMOKE = [e.name for e in EXPERIMENTS.values() if "smoke" in e.scales]
@@ -51,6 +52,22 @@ class TestAllNotebooks:
         assert {f: f.stat().st_mtime_ns for f in (everything / "home" / "runs").glob("*/result.json")} == before
         first, second = ([run["result"] for run in s["runs"]] for s in summaries(everything, "distillation"))
         assert first == second
+
+    def test_what_was_measured_is_read_back(self, everything, monkeypatch):
+        (first,) = summaries(everything, "throughput")
+        assert run(everything, "throughput").returncode == 0
+        second = summaries(everything, "throughput")[1]
+        assert [one["read_back"] for one in first["measurements"]] == [False]
+        assert [one["read_back"] for one in second["measurements"]] == [True]
+        assert second["measurements"][0]["measured"] == first["measurements"][0]["measured"]
+        assert (second["title"], second["claims"]) == (first["title"], first["claims"])
+        monkeypatch.setenv("MOELAB_HOME", str(everything / "home"))
+        monkeypatch.setenv("MOELAB_RESULTS", str(everything / "results"))
+        for name in (e.name for e in EXPERIMENTS.values() if e.measures):
+            values = notebooks.resolve(EXPERIMENTS[name], {"scale": "smoke"})
+            last = batch.last_result(EXPERIMENTS[name], values)
+            assert batch.reads_back(last, values), f"{name} would run alone again"
+            assert not batch.reads_back(last, values | {"again": True})
 
     def test_the_ledger_knows_what_they_counted(self, everything):
         from moelab.workbench.ledger import ledger

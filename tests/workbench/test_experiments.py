@@ -294,7 +294,7 @@ def kernel_rounds(masks, ours):
     ],
 )
 def test_six_times_is_judged_on_a_gpu_and_its_order_on_a_processor(masks, scale, verdict):
-    found, work = gating_kernels.verdicts(kernel_rounds(masks, (1.0, 1.0, 1.0)), scale, "a machine")
+    found, work = gating_kernels.verdicts(kernel_rounds(masks, (1.0, 1.0, 1.0)), scale, "a machine", 64.0)
     assert found.verdict == verdict and found.ours == pytest.approx(sum(masks) / 3)
     assert "On a machine: 8 tokens, 16 experts, 3 rounds" in found.note and "to 50.0 times" in found.note
     assert work.verdict == claims.REPRODUCED

@@ -148,7 +148,14 @@ class Result:
     def cost(self) -> str:
         if trained := self.summary.get("training_seconds"):
             return f"{duration(trained)} of training"
-        return f"{duration(self.summary.get('notebook_seconds') or 0)} of computing"
+        earlier = sum(one["seconds"] for one in self.summary.get("measurements", ()) if one["read_back"])
+        return f"{duration((self.summary.get('notebook_seconds') or 0) + earlier)} of computing"
+
+    @property
+    def measured(self) -> list[str]:
+        """When and by which code the notebook's measurements were made, each pair once."""
+        made = ((one["measured"], one["provenance"]) for one in self.summary.get("measurements", ()))
+        return sorted({f"{when.partition(' ')[0]} at commit {_commit(record)}" for when, record in made})
 
     @cached_property
     def commits(self) -> tuple[str, ...]:
