@@ -266,7 +266,7 @@ def _on_ranks(place: process.Place, sizes: list[int], rounds: int, device: str, 
                 common.write(found, out / "exchange.jsonl")
     if place.rank == 0 and out is not None:
         draw(found, out / "exchange")
-    dist.barrier()
+    process.leave()
 
 
 def _kind(candidate: str) -> str:

@@ -155,7 +155,10 @@ def join(*, device: str = "cpu", timeout: float | None = None) -> Place:
 
 
 def leave() -> None:
-    """Wait for the other ranks to come here too, and end the process group. Without one, nothing."""
+    """Wait for the other ranks to come here too, and end the process group. Without one, nothing.
+
+    A rank that ends with its group open may abort: gloo's threads are then torn down with the interpreter.
+    """
     import torch.distributed as dist
 
     global _store

@@ -406,7 +406,7 @@ def _on_ranks(
         if place.rank == 0:
             show(f"{config}, batch {batch}, {found[-1]['device']}", found[-len(MODES) :])
             write(found, out)
-    dist.barrier()
+    process.leave()
 
 
 def show(title: str, found: list[dict[str, Any]]) -> None:
