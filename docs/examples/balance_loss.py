@@ -25,6 +25,6 @@ EXPERIMENT = Experiment(
     question="What happens without the auxiliary loss?",
     paper_answer="Not examined; its weight is 0.01 throughout.",
     notebook="30_balance_loss.ipynb",
-    scales={"smoke": Scale("tiny twins", "seconds"), "cpu": Scale("twins, 1 M tokens", "minutes a seed", seeds=3)},
+    scales={"smoke": Scale("tiny twins", "seconds"), "cpu": Scale("twins, 1 M tokens", "minutes a seed")},
     specs=specs,
 )

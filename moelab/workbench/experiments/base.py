@@ -15,12 +15,10 @@ class Scale:
     Attributes:
         what: one line: models, tokens, text.
         cost: one line: time and hardware, measured or estimated (it says which).
-        seeds: seeds by default.
     """
 
     what: str
     cost: str
-    seeds: int = 1
 
 
 @dataclass(frozen=True)

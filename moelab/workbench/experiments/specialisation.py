@@ -120,8 +120,8 @@ EXPERIMENT = Experiment(
     notebook="22_specialisation.ipynb",
     scales={
         "smoke": Scale("twins of 32 wide, 4 layers; 12 k tokens of sotu", "seconds (tests)"),
-        "cpu": Scale("the 350M+MoE-128 twin of `scaling`", "seconds beyond that run", seeds=3),
-        "gpu": Scale("the 350M+MoE-128 twin of `scaling`", "not yet run; one GPU", seeds=3),
+        "cpu": Scale("the 350M+MoE-128 twin of `scaling`", "seconds beyond that run"),
+        "gpu": Scale("the 350M+MoE-128 twin of `scaling`", "not yet run; one GPU"),
     },
     specs=specs,
 )

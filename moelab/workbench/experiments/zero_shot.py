@@ -207,9 +207,8 @@ EXPERIMENT = Experiment(
         "cpu": Scale(
             "the 350M twins of `scaling` and `pr-moe`; 200 items of each task",
             "half a minute a run beyond the training",
-            seeds=3,
         ),
-        "gpu": Scale("the 350M twins at `gpu` scale; 1000 items of each task", "not yet run; one GPU", seeds=3),
+        "gpu": Scale("the 350M twins at `gpu` scale; 1000 items of each task", "not yet run; one GPU"),
     },
     specs=specs,
 )
