@@ -8,7 +8,7 @@ Paper: equal quality; the residual form trains more than 10 % faster, because it
 Here: twins, paired by seed. Speed is measured side by side in one process (`moelab.training.bench`): with one rank there is no all-to-all, so what
 is left is the cost of routing, copying and smaller products; the volume is counted from the slots that leave a rank.
 
-Expect at `cpu` (5 seeds, results/top2-vs-residual): no difference in loss beyond the spread of a hundredth of a nat; the residual form as fast or up to a
+Expect at `cpu` (8 seeds, results/top2-vs-residual): no difference in loss beyond the spread of a hundredth of a nat; the residual form as fast or up to a
 tenth slower (measurements differ): there is no exchange to save, and its fixed MLP and learned mix cost as much as a second routed expert.
 """
 
