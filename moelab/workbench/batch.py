@@ -58,7 +58,9 @@ def last_result(experiment: Experiment, values: Mapping[str, Any]) -> dict[str, 
     for file in sorted((paths.results() / experiment.name / values["scale"]).glob(f"[!.]*/{SUMMARY}"), reverse=True):
         with contextlib.suppress(ValueError):  # no JSON; the results page says so
             summary = read_json(file)
-            if all(values.get(name) == value for name, value in summary.get("parameters", {}).items()):
+            if isinstance(summary, dict) and all(
+                values.get(name) == value for name, value in summary.get("parameters", {}).items()
+            ):
                 return summary
     return {}
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from moelab import paper
@@ -145,6 +146,19 @@ def models(specs: Sequence[RunSpec]) -> pd.DataFrame:
         for spec in specs
     }
     return pd.DataFrame(rows.values(), index=pd.Index(rows, name="arm"))
+
+
+@contextlib.contextmanager
+def threads(count: int) -> Iterator[None]:
+    """So many CPU threads of torch for the length of a block."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def speeds(specs: Sequence[RunSpec], steps: int, rounds: int) -> dict[str, list[float]]:

@@ -119,10 +119,10 @@ def verdicts(final: pd.DataFrame, curves: pd.DataFrame, scale: str, base: str = 
     return judged
 
 
-def finding(final: pd.DataFrame) -> str:
-    """The result in one line."""
+def finding(final: pd.DataFrame, base: str = "350M") -> str:
+    """The result in one line, naming the base: results of both stand beside each other."""
     staged = "L21 + staged KD" in set(final["arm"])
-    return common.difference(final, "L21 + staged KD" if staged else "L21 + KD", "L21 alone")
+    return f"{base} base: {common.difference(final, 'L21 + staged KD' if staged else 'L21 + KD', 'L21 alone')}"
 
 
 EXPERIMENT = Experiment(

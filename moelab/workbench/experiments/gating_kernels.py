@@ -13,13 +13,12 @@ Expect: little at the 8 tokens of a decoding step, tens of times at hundreds of 
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from moelab import paper
 from moelab.workbench.claims import DIRECTION, REPRODUCED, UNDECIDED, Verdict, judge
+from moelab.workbench.experiments import common
 from moelab.workbench.experiments.base import Experiment, Scale, no_runs
 
 if TYPE_CHECKING:
@@ -62,18 +61,6 @@ SHAPES = {
 SHAPES["paper"] = SHAPES["gpu"]
 
 
-@contextlib.contextmanager
-def _threads(count: int) -> Iterator[None]:
-    import torch
-
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
 def parts(scale: str, rounds: int = 0, threads: int = 1) -> list[dict]:
     """Gate, dispatch and combine at inference: a row for each shape, part, candidate and round, see `moelab.kernels.bench.parts.measure`.
 
@@ -85,7 +72,7 @@ def parts(scale: str, rounds: int = 0, threads: int = 1) -> list[dict]:
 
     s = SHAPES[scale]
     cases = [(tokens, experts) for tokens in s.tokens for experts in s.experts]
-    with _threads(threads):
+    with common.threads(threads):
         return [row for S, E in cases for row in measure(S, s.hidden, E, rounds or s.rounds, s.device, calls=s.calls)]
 
 
@@ -94,20 +81,21 @@ def training_gate(scale: str, rounds: int = 0, threads: int = 1) -> list[dict]:
     from moelab.kernels.bench.gate import measure
 
     s = SHAPES[scale]
-    with _threads(threads):
+    with common.threads(threads):
         return [row for E in s.experts for row in measure(s.train_tokens, E, rounds or s.rounds, s.device)]
 
 
 def layers(scale: str, rounds: int = 0, threads: int = 1) -> list[dict]:
-    """Whole layers: rows of `moelab bench layer`, with `case`: inference at the first two numbers of tokens (forward), training (and backward).
-    Args as of `parts`."""
+    """Whole layers: rows of `moelab bench layer`, with `case`: inference at the first two numbers of tokens (forward), training (and backward). Args as
+    of `parts`.
+    """
     from moelab.kernels.bench.layer import measure
 
     s = SHAPES[scale]
     M, F, S = s.layer
     ours = ("ours, drop-free", "einsum (baseline)")
     cases = [(f"inference, {tokens} tokens", tokens, False) for tokens in s.tokens[:2]]
-    with _threads(threads):
+    with common.threads(threads):
         return [
             row | {"case": case}
             for case, tokens, backward in [*cases, (f"training, {S} tokens", S, True)]

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     import numpy as np
     import pandas as pd
 
-    from moelab.workbench.store import Run
+    from moelab.workbench.runs import Runs
 
 ARMS = {"MoE-128": "350M+MoE-128"}
 
@@ -54,7 +54,7 @@ def told(counts_XE: np.ndarray) -> float:
     return float(np.clip((sides - entropy(counts_XE) - chance) / most, 0, 1)) if most > 1e-9 else 0.0
 
 
-def measure(runs: Sequence[Run], max_tokens: int = 0) -> dict[str, list[dict]]:
+def measure(runs: Runs, max_tokens: int = 0) -> dict[str, list[dict]]:
     """Route each finished run's validation text: rows of two tables.
 
     Args:
@@ -68,7 +68,7 @@ def measure(runs: Sequence[Run], max_tokens: int = 0) -> dict[str, list[dict]]:
     from moelab.workbench import paths
 
     layers, shares = [], []
-    for run in (run for run in runs if run.finished):
+    for run in runs.finished:
         spec = run.spec
         data = prepare(spec.data, paths.home() / "data")
         for use in expert_use(spec.model, spec.train, run.path, data, spec.data.context, max_tokens=max_tokens):

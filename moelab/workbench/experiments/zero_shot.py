@@ -11,10 +11,9 @@ for RACE-h and WebQs other data sets stand in, under their own names.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
@@ -27,7 +26,7 @@ from moelab.workbench.specs import RunSpec
 if TYPE_CHECKING:
     import pandas as pd
 
-    from moelab.workbench.store import Run
+    from moelab.workbench.runs import Runs
 
 ARMS = {"Dense": "350M", "MoE-128": "350M+MoE-128", "PR-MoE-32/64": "350M+PR-MoE-32/64"}
 REFERENCE = "smollm2"
@@ -44,7 +43,7 @@ def specs(
     return common.specs("zero-shot", ARMS, scale, seeds, selected=arms, tokens=tokens, corpus=corpus)
 
 
-def measure(runs: Sequence[Run], limit: int, tasks: Sequence[str] = ()) -> list[dict]:
+def measure(runs: Runs, limit: int, tasks: Sequence[str] = ()) -> list[dict]:
     """One row a finished run and task: arm, seed, paper (the paper's column, or empty), and the fields of `Score`.
 
     Scores that are there are read back. Args as of `moelab.evaluation.zero_shot.evaluate`; no tasks means the packaged ones.
@@ -56,9 +55,9 @@ def measure(runs: Sequence[Run], limit: int, tasks: Sequence[str] = ()) -> list[
     columns = {name: column for column, names in PAPER_TASKS.items() for name in names}
     rows = []
     with progress() as show:
-        for run in (run for run in runs if run.finished):
+        for run in runs.finished:
             arm, seed = run.spec.title, run.spec.train.seed
-            with _threads(run.spec.train.threads):
+            with common.threads(run.spec.train.threads):  # small models lose by more, a great deal beside other work
                 scores = evaluate(
                     run.path,
                     tasks or PACKAGED,
@@ -80,19 +79,6 @@ def scored(rows: Sequence[dict]) -> pd.DataFrame:
     from moelab.evaluation.zero_shot import Score
 
     return pd.DataFrame(rows, columns=["arm", "seed", "paper", *Score.__dataclass_fields__])
-
-
-@contextlib.contextmanager
-def _threads(count: int) -> Iterator[None]:
-    """At most so many CPU threads: small models lose by more, a great deal where the machine has other work."""
-    import torch
-
-    before = torch.get_num_threads()
-    torch.set_num_threads(min(count, before))
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def reference() -> pd.DataFrame:
