@@ -16,7 +16,7 @@ test: $(VENV)/.installed-test  ## run the tests
 
 test-slurm: $(VENV)/.installed-test  ## the tests on a real Slurm on this machine (slurm/README.md says what it needs)
 	slurm/local/cluster.sh up
-	MOELAB_SLURM=require $(TEST) tests/slurm --durations=10; code=$$?; slurm/local/cluster.sh down; exit $$code
+	MOELAB_SLURM=require $(TEST) tests/cluster --durations=10; code=$$?; slurm/local/cluster.sh down; exit $$code
 
 lab: $(VENV)/.installed  ## JupyterLab on the notebooks
 	$(BIN)/moelab lab
@@ -28,7 +28,7 @@ api: $(VENV)/.installed-test  ## the API reference from the docstrings, in .moel
 	$(BIN)/python docs/api.py .moelab/api
 
 lint: $(VENV)/.installed-test
-	$(BIN)/ruff check . && $(BIN)/ruff format --check .
+	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/lint-imports
 
 format: $(VENV)/.installed-test
 	$(BIN)/ruff check --fix . && $(BIN)/ruff format .

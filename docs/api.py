@@ -19,7 +19,7 @@ def modules() -> list[str]:
     for package in ("moelab", "moelab.kernels"):  # kernels/ is mapped there by the installation
         paths = import_module(package).__path__
         found += [package, *(m.name for m in pkgutil.walk_packages(paths, f"{package}."))]
-    hidden = ("moelab.notebooks", "moelab.workbench.templates")
+    hidden = ("moelab.notebooks", "moelab.report.templates")
     return [name for name in dict.fromkeys(found) if "._" not in name and not name.startswith(hidden)]
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -28,3 +30,22 @@ def table(*columns: str, title: str | None = None) -> Table:
     for column in columns:
         view.add_column(column, overflow="fold")
     return view
+
+
+@contextlib.contextmanager
+def task_progress() -> Iterator[Callable[[str, int, int], None]]:
+    """Show one progress bar a task, on standard error or in the notebook; yield the function to call with (task, done, total)."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), refresh_per_second=2) as bars:
+        rows: dict[str, int] = {}
+
+        def show(task: str, done: int, total: int) -> None:
+            row = rows.setdefault(task, -1)
+            if row < 0:
+                row = rows[task] = bars.add_task(task, total=total)
+            bars.update(row, completed=done, total=total)
+
+        yield show

@@ -13,15 +13,15 @@ import torch
 
 from moelab.config import DataConfig, ModelConfig, RoutingConfig, TrainConfig
 from moelab.data import TokenData, prepare
-from moelab.workbench.specs import RunSpec
+from moelab.runs.spec import RunSpec
 
 HERE = Path(__file__).parent
 # `make test` hands out whole files to two processes, in this order: what takes long must not come last and leave one of them idle.
 LONGEST = [
-    "workbench/test_all_notebooks.py",
+    "notebook/test_all_notebooks.py",
     "browser/test_jupyterlab.py",
-    "workbench/test_cli.py",
-    "workbench/test_specs_and_store.py",
+    "cli/test_cli.py",
+    "runs/test_specs_and_store.py",
     "engine/test_checkpoint.py",
     "kernels/test_interpreter.py",
     "evaluation/test_zero_shot.py",
@@ -112,12 +112,12 @@ def publish(tmp_path_factory):
     from matplotlib import pyplot as plt
 
     from moelab import paper
+    from moelab.experiments.verdicts import judge
     from moelab.files import write_json
-    from moelab.workbench import figures
-    from moelab.workbench.claims import judge
-    from moelab.workbench.results import Publication
-    from moelab.workbench.runs import Runs
-    from moelab.workbench.store import RunStore
+    from moelab.plotting import figures
+    from moelab.report.publication import Publication
+    from moelab.runs.collection import Runs
+    from moelab.runs.store import RunStore
 
     def publish(
         results: Path,

@@ -1,8 +1,8 @@
 """How hard must the gate be pushed towards balance? (beyond the paper, which sets the auxiliary loss to 0.01)"""
 
 from moelab.config import RoutingConfig
-from moelab.workbench.experiments import common
-from moelab.workbench.experiments.base import Experiment, Scale
+from moelab.experiments import common
+from moelab.experiments.base import Experiment, Scale
 
 ARMS = {
     f"weight {weight:g}": {"name": "350M+MoE-128", "routing": RoutingConfig(drop_tokens=False, aux_loss=weight)}

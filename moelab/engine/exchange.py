@@ -4,7 +4,7 @@
 
 Rows go in chunks, one for each (destination rank, expert there); their sizes are exchanged first, by the same way. Letters for shapes of
 counts: N nodes, G places in a node (of those that exchange), C ranks that share tokens, E here the experts of a rank, W slices. Each
-rank of the grid (node, place, share) holds E experts; see `moelab.layout`.
+rank of the grid (node, place, share) holds E experts; see `moelab.config.parallel`.
 
 Two hops, of which `flat` makes only the first, with N = 1 and all ranks as one node (Fig 8):
 
@@ -29,10 +29,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from moelab import kernels
+from moelab.config.parallel import ParallelConfig
 from moelab.engine.collectives import Traffic, enter, exchange_rows, gather_rows, gather_shared, scatter_sum
 from moelab.engine.mesh import ExpertGroups, Group
 from moelab.kernels import RowTable
-from moelab.layout import ParallelConfig
 from moelab.models.routing import Routing
 
 

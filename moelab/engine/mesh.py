@@ -1,6 +1,6 @@
 """The ranks as DeviceMeshes: one grid (data, tensor) for everything outside the experts, and one per number of experts.
 
-`moelab.layout` says who is who; here its grids become process groups. Groups are made together, by every rank in the same
+`moelab.config.parallel` says who is who; here its grids become process groups. Groups are made together, by every rank in the same
 order, before the model is built. A mesh of one rank needs no process group at all.
 """
 
@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
-from moelab.layout import ExpertLayout, ParallelConfig, Position
+from moelab.config.parallel import ExpertLayout, ParallelConfig, Position
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Group:
 
 @dataclass(frozen=True)
 class ExpertGroups:
-    """The groups of one MoE layer on this rank; names as in `moelab.layout`.
+    """The groups of one MoE layer on this rank; names as in `moelab.config.parallel`.
 
     Attributes:
         layout, position: the layer's grid, and where this rank stands in it.

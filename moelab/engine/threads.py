@@ -20,10 +20,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from moelab import kernels
+from moelab.config.parallel import ParallelConfig
 from moelab.engine.collectives import Traffic
 from moelab.engine.exchange import Exchange
 from moelab.engine.mesh import ExpertGroups, Group
-from moelab.layout import ParallelConfig
 
 Result = TypeVar("Result")
 WAIT_S = 60.0  # for the slowest thread at one collective

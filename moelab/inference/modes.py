@@ -1,7 +1,7 @@
 """Two ways to compute the same model, for inference only: "optimised", as fast as we can, and "baseline", the paper's PyTorch.
 
 **baseline** (section 5.4): gating by one-hot masks, dispatch and combine by einsum, every expert computes the busiest expert's load. Among ranks that
-share experts all slots travel, empty ones too, in flat all-to-alls (`moelab.inference.padded`).
+share experts all slots travel, empty ones too, in flat all-to-alls (`moelab.engine.padded`).
 
 **optimised**: on CUDA the fused gate, table and grouped kernels that training uses, too. On CPU it packs every weight matrix for oneDNN: at the
 few rows of a decoding step that is two to three times as fast as the plain product; GELU is computed on the way; and, as tests check, a row's
@@ -16,9 +16,9 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
+from moelab.engine.padded import PaddedExchange
 from moelab.engine.parallel import SlicedExperts
 from moelab.engine.tensor_slicing import RowLinear, leave
-from moelab.inference.padded import PaddedExchange
 from moelab.kernels import gate, residual_mix
 from moelab.models import GPT, Routing
 from moelab.models.moe import DISPATCH, MLP, Experts, MoE

@@ -14,16 +14,17 @@ from typing import Any
 import torch
 
 from moelab.config import DataConfig, ModelConfig, from_json
+from moelab.config.parallel import ParallelConfig
 from moelab.data import Tokenizer, prepare
-from moelab.engine import checkpoint, process
+from moelab.engine import checkpoint
 from moelab.engine import parallel as engine
+from moelab.engine.checkpoint import hf
+from moelab.engine.launch import process
 from moelab.engine.mesh import Mesh
-from moelab.evaluation import hf
 from moelab.files import read_json
 from moelab.inference.generate import Finish, Generator, Piece
 from moelab.inference.modes import set_mode
 from moelab.inference.sampling import Sampling
-from moelab.layout import ParallelConfig
 from moelab.models import GPT
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -107,7 +108,7 @@ def open_text(
     batch: int = 8,
     mesh: Mesh | None = None,
 ) -> Writer:
-    """A run's directory (its newest whole checkpoint, of any layout) or an exported model's (`moelab.evaluation.hf`), ready to write.
+    """A run's directory (its newest whole checkpoint, of any layout) or an exported model's (`moelab.engine.checkpoint.hf`), ready to write.
 
     Args:
         cache: prepared tokens, among them a run's tokenizer.

@@ -1,7 +1,7 @@
 """An analytical model of GPU clusters: memory, latency, throughput and cost of MoE inference, and of training (paper section 5).
 
     from moelab import simulate
-    from moelab.layout import ParallelConfig
+    from moelab.config.parallel import ParallelConfig
 
     simulate.decode("1.3B+MoE-128", ParallelConfig(data=64), "a100", program="deepspeed", batch=8).latency_ms
     simulate.training("6.7B", ParallelConfig(tensor=8, data=16), "a100", batch=1024, micro_batch=4).samples_per_s

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 
 from moelab import paper
 from moelab.config import ModelConfig
-from moelab.layout import ParallelConfig
+from moelab.config.parallel import ParallelConfig
 from moelab.simulate.decoding import DecodeEstimate, decode
 from moelab.simulate.systems import system
 

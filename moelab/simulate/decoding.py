@@ -23,7 +23,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from moelab.config import DTYPE_BYTES, ModelConfig
-from moelab.layout import ParallelConfig
+from moelab.config.parallel import ParallelConfig
 from moelab.simulate import constants as _constants
 from moelab.simulate.clocks import WAIT, Span, kernels
 from moelab.simulate.constants import Constants

@@ -1,6 +1,6 @@
 """Many layouts at once: `ParallelConfig` and `ExpertLayout` as arrays, one entry a layout.
 
-The rules and formulas are those of `moelab.layout` (tests hold them equal, layout by layout); here a sweep of 10,000 costs as many
+The rules and formulas are those of `moelab.config.parallel` (tests hold them equal, layout by layout); here a sweep of 10,000 costs as many
 numpy operations as one.
 """
 
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from moelab.config import ModelConfig
-from moelab.layout import EXCHANGES, ParallelConfig
+from moelab.config.parallel import EXCHANGES, ParallelConfig
 
 Array = np.ndarray
 

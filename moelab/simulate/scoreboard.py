@@ -6,7 +6,7 @@ import numpy as np
 
 from moelab import paper
 from moelab.config import ModelConfig
-from moelab.layout import ParallelConfig
+from moelab.config.parallel import ParallelConfig
 from moelab.simulate import bars
 from moelab.simulate.calibrate import fit
 from moelab.simulate.constants import Constants

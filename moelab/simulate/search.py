@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 
 from moelab.config import ModelConfig
-from moelab.layout import EXCHANGES, ParallelConfig
+from moelab.config.parallel import EXCHANGES, ParallelConfig
 from moelab.simulate.decoding import DecodeEstimate, DecodeSweep, decode, decode_sweep
 from moelab.simulate.hardware import Cluster, cluster
 from moelab.simulate.layouts import Layouts

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from moelab.config import ModelConfig
-from moelab.layout import ParallelConfig
+from moelab.config.parallel import ParallelConfig
 from moelab.simulate import constants as _constants
 from moelab.simulate.constants import Constants
 from moelab.simulate.exchange import all_reduce_us, all_to_all, rows_to_send, share_gather, slice_exchange, transfer_us

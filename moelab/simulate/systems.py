@@ -10,7 +10,7 @@ import math
 from dataclasses import dataclass
 
 from moelab.config import ModelConfig
-from moelab.layout import Exchange
+from moelab.config.parallel import Exchange
 
 
 @dataclass(frozen=True)

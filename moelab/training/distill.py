@@ -21,8 +21,8 @@ from safetensors.torch import save as save_tensors
 from torch import Tensor
 
 from moelab.config import ModelConfig, TrainConfig, digest
+from moelab.config.distill import DistillConfig
 from moelab.data import TokenData
-from moelab.distill_config import DistillConfig
 from moelab.engine import checkpoint
 from moelab.engine import parallel as engine
 from moelab.engine.mesh import Mesh

@@ -27,11 +27,12 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from moelab.config import ModelConfig, TrainConfig
+from moelab.config.parallel import ParallelConfig
 from moelab.data import TokenData, TrainBatches, bits_per_byte, overall_loss, validation_batches
-from moelab.engine import checkpoint, gradients, process
+from moelab.engine import checkpoint, gradients
 from moelab.engine import parallel as engine
+from moelab.engine.launch import process
 from moelab.engine.mesh import Mesh
-from moelab.layout import ParallelConfig
 from moelab.models import GPT, Routing
 from moelab.training.distill import Distiller, Teacher
 from moelab.training.metrics import TRAIN, VALIDATION, Metrics

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from moelab.workbench import site
+from moelab.report import site
 
 pytestmark = pytest.mark.slow
 

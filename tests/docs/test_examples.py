@@ -26,10 +26,10 @@ def test_the_example_runs_and_is_published(tmp_path):
     for name in ("moelab", "kernels", "notebooks"):
         shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copy(ROOT / "pyproject.toml", tmp_path)
-    shutil.copy(EXAMPLES / "balance_loss.py", tmp_path / "moelab" / "workbench" / "experiments")
+    shutil.copy(EXAMPLES / "balance_loss.py", tmp_path / "moelab" / "experiments")
     shutil.copy(EXAMPLES / "30_balance_loss.ipynb", tmp_path / "notebooks")
-    with open(tmp_path / "moelab" / "workbench" / "experiments" / "__init__.py", "a") as f:
-        f.write("\nfrom moelab.workbench.experiments import balance_loss\n")
+    with open(tmp_path / "moelab" / "experiments" / "__init__.py", "a") as f:
+        f.write("\nfrom moelab.experiments import balance_loss\n")
         f.write("EXPERIMENTS[balance_loss.EXPERIMENT.name] = balance_loss.EXPERIMENT\n")
     environment = {
         **os.environ,
@@ -65,9 +65,9 @@ def test_code_of_the_pages_runs(page, tmp_path, monkeypatch):
     """All of it but the trainings, which are asked for and not made."""
     import re
 
-    from moelab.workbench import Lab
-    from moelab.workbench.runs import Runs
-    from moelab.workbench.store import Run
+    from moelab.lab import Lab
+    from moelab.runs.collection import Runs
+    from moelab.runs.store import Run
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("MPLBACKEND", "Agg")
@@ -93,16 +93,16 @@ def test_the_reference_has_all_modules_and_asks_for_nothing_outside(tmp_path):
     import re
 
     done = subprocess.run(
-        [sys.executable, str(ROOT / "docs" / "api.py"), str(tmp_path), "moelab.config", "moelab.workbench.figures"],
+        [sys.executable, str(ROOT / "docs" / "api.py"), str(tmp_path), "moelab.config", "moelab.plotting.figures"],
         capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    page = (tmp_path / "moelab" / "workbench" / "figures.html").read_text()
+    page = (tmp_path / "moelab" / "plotting" / "figures.html").read_text()
     assert "paper_points" in page and "hollow diamonds" in page
     assert not re.findall(r"<(?:script|link|img)[^>]+(?:src|href)=.https?:", page)
     names = subprocess.run(
         [sys.executable, "-c", "import api; print(*api.modules())"], capture_output=True, text=True, cwd=ROOT / "docs"
     ).stdout.split()
-    assert {"moelab.config", "moelab.kernels.gating", "moelab.engine.exchange", "moelab.workbench.site.pages"} <= set(
+    assert {"moelab.config", "moelab.kernels.gating", "moelab.engine.exchange", "moelab.report.site.pages"} <= set(
         names
     )

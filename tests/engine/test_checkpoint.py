@@ -18,10 +18,11 @@ from safetensors import safe_open
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from moelab.config import ModelConfig
-from moelab.engine import checkpoint, parallel, storage
+from moelab.config.parallel import ParallelConfig
+from moelab.engine import checkpoint, parallel
+from moelab.engine.checkpoint import storage
 from moelab.engine.mesh import Mesh
 from moelab.engine.testing import RankError, Ranks
-from moelab.layout import ParallelConfig
 
 MODEL = ModelConfig(
     layers=3, hidden=16, heads=2, experts=(0, 4, 8), residual=True, vocab=37, context=8, init_std=0.02, name="tiny"

@@ -11,10 +11,10 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from moelab import kernels
+from moelab.config.parallel import ParallelConfig
 from moelab.engine.collectives import Sent, Traffic
 from moelab.engine.exchange import Exchange
 from moelab.engine.mesh import Mesh
-from moelab.layout import ParallelConfig
 from moelab.models.moe import Experts, local
 
 pytestmark = pytest.mark.multiprocess

@@ -5,10 +5,10 @@ import torch
 from torch import nn
 
 from moelab import kernels
+from moelab.config.parallel import ParallelConfig
 from moelab.engine.collectives import Traffic
 from moelab.engine.exchange import Exchange
 from moelab.engine.threads import World, traffic
-from moelab.layout import ParallelConfig
 from moelab.models.moe import local
 
 M = 2

@@ -12,9 +12,8 @@ from dataclasses import replace
 import psutil
 import pytest
 
-from moelab.engine import postmortem, process
-from moelab.engine import ranks as ranks_module
-from moelab.engine.launch import Limits, RankFailed, launch
+from moelab.engine.launch import Limits, RankFailed, launch, postmortem, process
+from moelab.engine.launch import ranks as ranks_module
 
 pytestmark = pytest.mark.multiprocess
 

@@ -9,10 +9,10 @@ import torch
 from torch.distributed.tensor import DTensor
 
 from moelab.config import ModelConfig, RoutingConfig
+from moelab.config.parallel import ParallelConfig
 from moelab.engine import gradients, parallel
 from moelab.engine.mesh import Mesh
 from moelab.engine.testing import Ranks
-from moelab.layout import ParallelConfig
 from moelab.models import build
 
 pytestmark = pytest.mark.multiprocess

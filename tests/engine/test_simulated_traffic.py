@@ -6,10 +6,10 @@ import torch
 from torch import nn
 
 from moelab import kernels
+from moelab.config.parallel import ParallelConfig
 from moelab.engine.collectives import Sent, Traffic
 from moelab.engine.exchange import Exchange
 from moelab.engine.mesh import Mesh
-from moelab.layout import ParallelConfig
 from moelab.simulate.exchange import all_to_all, rows_to_send, share_gather, slice_exchange
 from moelab.simulate.layouts import ExpertLayouts, Layouts
 

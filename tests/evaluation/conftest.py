@@ -6,7 +6,7 @@ import pytest
 
 from moelab.config import ModelConfig
 from moelab.data import Tokenizer
-from moelab.evaluation import hf
+from moelab.engine.checkpoint import hf
 from moelab.models import build
 
 TEXT = ["Question: does the wave carry the ship? Answer: yes, the wave and the wind. no mast", "the gull and the tide"]

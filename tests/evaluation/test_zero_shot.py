@@ -270,7 +270,7 @@ def test_a_killed_evaluation_goes_on_and_a_finished_one_is_read_back(lm_eval, ex
 
 
 def test_other_weights_are_evaluated_anew(exported, tokenizer):
-    from moelab.evaluation import hf
+    from moelab.engine.checkpoint import hf
 
     folder = exported()
     model = hf.load(folder)

@@ -5,11 +5,11 @@ import torch
 import torch.distributed as dist
 
 from moelab.config import ModelConfig
+from moelab.config.parallel import ParallelConfig
 from moelab.engine import parallel as engine
 from moelab.engine.mesh import Mesh
 from moelab.engine.placement import Placement
 from moelab.inference import Generator, Sampling, set_mode
-from moelab.layout import ParallelConfig
 from moelab.models import build
 
 pytestmark = pytest.mark.multiprocess
@@ -123,7 +123,7 @@ def open_and_write(directory, cache, parallel, expert_counts):
 
 def test_a_checkpoint_of_one_process_is_written_with_by_many(on_ranks, tiny_spec, tmp_path):
     from moelab.inference.text import open_text
-    from moelab.workbench.store import RunStore, execute
+    from moelab.runs.store import RunStore, execute
 
     run = RunStore(tmp_path / "runs").run(tiny_spec)
     execute(run, cache=tmp_path / "data")

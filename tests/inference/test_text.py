@@ -7,12 +7,12 @@ import pytest
 from typer.testing import CliRunner
 
 from moelab.cli import app
+from moelab.engine.checkpoint import hf
 from moelab.engine.launch import launch
-from moelab.evaluation import hf
 from moelab.inference import Sampling
 from moelab.inference.text import load_run, open_text
-from moelab.workbench.lab import Lab
-from moelab.workbench.store import RunStore
+from moelab.lab import Lab
+from moelab.runs.store import RunStore
 
 SAMPLING = Sampling(max_new_tokens=20, temperature=0.7, top_k=20)
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from moelab import simulate
-from moelab.layout import ParallelConfig
+from moelab.config.parallel import ParallelConfig
 from moelab.simulate import bars
 from moelab.simulate.clocks import WAIT, Span, kernels
 from moelab.simulate.systems import SYSTEMS

@@ -6,7 +6,7 @@ import pytest
 
 from moelab import paper, simulate
 from moelab.config import ModelConfig
-from moelab.layout import ParallelConfig
+from moelab.config.parallel import ParallelConfig
 from moelab.simulate import bars
 from moelab.simulate.constants import Constants
 from moelab.simulate.decoding import busiest_distinct, decode_sweep, distinct_experts

@@ -1,4 +1,4 @@
-"""Arrays of layouts against `moelab.layout`, and counts against enumeration over all ranks."""
+"""Arrays of layouts against `moelab.config.parallel`, and counts against enumeration over all ranks."""
 
 import itertools
 from dataclasses import fields
@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from moelab.config import ModelConfig
-from moelab.layout import EXCHANGES, ExpertLayout, ParallelConfig
+from moelab.config.parallel import EXCHANGES, ExpertLayout, ParallelConfig
 from moelab.simulate.exchange import all_to_all, rows_to_send, share_gather, slice_exchange
 from moelab.simulate.layouts import ExpertLayouts, Layouts
 

@@ -3,7 +3,7 @@ import pytest
 
 from moelab import simulate
 from moelab.config import ModelConfig
-from moelab.layout import ParallelConfig
+from moelab.config.parallel import ParallelConfig
 from moelab.simulate.decoding import decode_sweep
 from moelab.simulate.search import layouts, pareto, sizes
 

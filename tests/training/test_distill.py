@@ -5,7 +5,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from moelab.distill_config import DistillConfig
+from moelab.config.distill import DistillConfig
 from moelab.engine import checkpoint
 from moelab.training import Teacher, TrainingStopped, train
 from moelab.training.distill import Likeliest, LogitCache, divergence, divergence_of_likeliest, likeliest

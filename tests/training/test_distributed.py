@@ -9,9 +9,9 @@ import pytest
 import torch.distributed as dist
 
 from moelab.config import ModelConfig, TrainConfig
+from moelab.config.parallel import ParallelConfig
 from moelab.data import TokenData
 from moelab.engine.testing import Ranks
-from moelab.layout import ParallelConfig
 from moelab.training import TrainingStopped, train
 from moelab.training.metrics import TRAIN, VALIDATION, read_rows
 

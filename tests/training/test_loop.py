@@ -5,7 +5,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from moelab.engine import checkpoint, storage
+from moelab.engine import checkpoint
+from moelab.engine.checkpoint import storage
 from moelab.training import TrainingDiverged, TrainingStopped, evaluate, train
 from moelab.training.loop import Trainer, Window
 from moelab.training.metrics import TRAIN, VALIDATION, Metrics, read_rows
@@ -84,7 +85,7 @@ def test_a_corrupt_checkpoint_is_named_and_the_one_before_used(tiny_model, tiny_
 
 
 def test_a_stop_on_a_full_disk_does_not_claim_a_checkpoint(tiny_model, tiny_train, data, tmp_path, monkeypatch):
-    from moelab.engine import storage
+    from moelab.engine.checkpoint import storage
 
     def full(tensors, path):
         raise OSError(28, "No space left on device", str(path))

@@ -1,0 +1,5 @@
+"""`python -m moelab.cli`."""
+
+from moelab.cli import main
+
+main()

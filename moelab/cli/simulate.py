@@ -1,0 +1,233 @@
+"""`moelab simulate …` and `moelab plan`. Heavy modules are imported inside the commands."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+app = typer.Typer(
+    no_args_is_help=True, help="The cluster model: latency, memory, throughput and cost without a cluster."
+)
+
+Model = Annotated[str, typer.Argument(help="a name such as 1.3B+MoE-128")]
+Gpus = Annotated[int, typer.Option(help="GPUs")]
+ClusterName = Annotated[str, typer.Option(help="a100, a100-40gb, a100-80gb, h100, or a YAML file")]
+SystemName = Annotated[str, typer.Option(help="pytorch (the paper's baseline), deepspeed (its full system), moelab")]
+Tensor = Annotated[int, typer.Option(help="ranks of tensor slicing")]
+Context = Annotated[int, typer.Option(help="tokens a sequence, for the cache")]
+Dtype = Annotated[str, typer.Option(help="fp16, bf16 or fp32: of weights, cache and products")]
+
+
+def plan(
+    model: Model,
+    gpus: Annotated[int, typer.Option(help="at most so many GPUs")],
+    cluster: ClusterName = "a100",
+    objective: Annotated[str, typer.Option(help="latency, throughput or cost")] = "latency",
+    system: SystemName = "deepspeed",
+    context: Context = 2048,
+    batch: Annotated[
+        list[int] | None, typer.Option(help="sequences of a tensor group; repeat for several; default 1 to 512")
+    ] = None,
+    max_latency: Annotated[float, typer.Option(help="ms; 0 is no limit")] = 0.0,
+    dtype: Dtype = "fp16",
+    figure: Annotated[Path | None, typer.Option(help="PNG or SVG file for the Pareto front")] = None,
+) -> None:
+    """Find the best layout to serve a model, and say why it is."""
+    from moelab.simulate.search import BATCHES, describe, frame
+    from moelab.simulate.search import plan as search
+
+    if figure is not None and figure.suffix not in (".png", ".svg"):
+        raise ValueError(f"--figure {figure}: must end in .png or .svg")
+    found = search(
+        model,
+        gpus,
+        cluster,
+        objective=objective,
+        program=system,
+        batches=tuple(batch or BATCHES),
+        context=context,
+        max_latency_ms=max_latency,
+        dtype=dtype,
+    )
+    best = found.best
+    print(f"{best.model} on {best.cluster}, {best.system}, best by {objective}:")
+    print(f"  {describe(best)}")
+    print(f"  {best.latency_ms:.2f} ms a token, {best.tokens_per_s_per_gpu:,.1f} tokens/s/GPU{_price(best)}")
+    for line in found.why:
+        print(f"  {line}")
+    print("Pareto front:")
+    columns = ["layout", "latency_ms", "tokens_per_s_per_gpu", "gib_per_gpu", "bound"]
+    print(frame(found.front)[columns].to_string(index=False, float_format="{:,.2f}".format))
+    if figure is not None:
+        import matplotlib
+
+        matplotlib.use("Agg")
+        import matplotlib.pyplot as plt
+
+        from moelab.experiments import simulated
+        from moelab.plotting import figures
+
+        figures.theme()
+        drawing, ax = plt.subplots(figsize=(8.5, 5))
+        simulated.pareto(found, ax)
+        figures.finding(drawing, simulated.pareto_finding(found, gpus))
+        drawing.savefig(figure, bbox_inches="tight", dpi=160)
+        print(f"figure: {figure}")
+
+
+@app.command()
+def decode(
+    model: Model,
+    gpus: Gpus = 8,
+    cluster: ClusterName = "a100",
+    system: SystemName = "deepspeed",
+    tensor: Tensor = 1,
+    expert: Annotated[int, typer.Option(help="ranks that share a layer's experts; 0 is as many as there can be")] = 0,
+    slicing: Annotated[int, typer.Option(help="ranks that share one expert")] = 1,
+    exchange: Annotated[str, typer.Option(help="flat, hierarchical, …; default the system's own")] = "",
+    batch: Annotated[int, typer.Option(help="sequences of a tensor group")] = 8,
+    context: Context = 128,
+    dtype: Dtype = "fp16",
+    imbalance: Annotated[
+        float, typer.Option(help="tokens of the busiest rank over an even share; for systems without slots")
+    ] = 1.0,
+) -> None:
+    """One decoding step of one layout: latency with its breakdown, memory, throughput, cost."""
+    from moelab import simulate
+
+    parallel = _parallel(simulate, cluster, gpus, tensor, expert, slicing, exchange or simulate.system(system).exchange)
+    options = {"program": system, "batch": batch, "context": context, "dtype": dtype, "imbalance": imbalance}
+    got = simulate.decode(model, parallel, cluster, **options)
+    print(f"{got.model} on {gpus} GPUs of {got.cluster}, {got.system}: {got.latency_ms:.2f} ms a token")
+    for part, ms in got.parts_ms.items():
+        if ms >= 0.0005:
+            print(f"  {part:<12} {ms:9.3f} ms  {ms / got.latency_ms:4.0%}")
+    print(f"{got.tokens_per_s_per_gpu:,.1f} tokens/s/GPU{_price(got)}")
+    _print_memory(got)
+
+
+@app.command()
+def train(
+    model: Model,
+    gpus: Gpus = 128,
+    cluster: ClusterName = "a100",
+    system: SystemName = "pytorch",
+    tensor: Tensor = 1,
+    batch: Annotated[int, typer.Option(help="sequences a step, over all GPUs")] = 512,
+    micro_batch: Annotated[int, typer.Option(help="sequences a forward pass of a data rank")] = 1,
+    recompute: Annotated[bool, typer.Option(help="activation checkpointing")] = True,
+    zero: Annotated[int, typer.Option(help="0, 1 or 2")] = 0,
+    tokens: Annotated[float, typer.Option(help="tokens of the whole training, for the days it takes")] = 300e9,
+) -> None:
+    """A training step of one layout: samples/s, breakdown, memory with optimizer, days for so many tokens."""
+    from dataclasses import replace
+
+    from moelab import simulate
+
+    parallel = _parallel(simulate, cluster, gpus, tensor, 0, 1, "flat")
+    got = simulate.training(
+        model,
+        replace(parallel, recompute=recompute),
+        cluster,
+        batch=batch,
+        micro_batch=micro_batch,
+        program=system,
+        zero=zero,
+    )
+    print(f"{got.model} on {gpus} GPUs of {got.cluster}, {got.system}: {got.step_s:.3f} s a step of {batch} sequences")
+    for part, seconds in got.parts_s.items():
+        if seconds > 0:
+            print(f"  {part:<12} {seconds:9.4f} s  {seconds / got.step_s:4.0%}")
+    print(f"{got.samples_per_s:,.1f} samples/s, {got.tflops_per_gpu:.1f} model TFLOP/s/GPU")
+    print(f"{got.days(tokens):,.1f} days for {tokens / 1e9:,g} billion tokens")
+    _print_memory(got)
+
+
+@app.command()
+def clusters() -> None:
+    """The clusters that come with the package."""
+    from moelab import simulate
+
+    for name in simulate.clusters():
+        c = simulate.cluster(name)
+        print(
+            f"{name:<10} {c.gpus_per_node} x {c.gpu.name}, {c.gpu.memory_gb_s:,.0f} GB/s, {c.gpu.tflops:,.0f} TFLOP/s; "
+            f"NVLink {c.near_gb_s:g}, between nodes {c.far_gb_s:g} GB/s a GPU"
+        )
+
+
+@app.command()
+def score() -> None:
+    """Every number of the paper that the simulator can be held against, with its error."""
+    from moelab.simulate.scoreboard import median_error, rows
+
+    found = rows()
+    for row in found:
+        print(
+            f"{row['what']:<44} paper {row['paper']:>8.4g}  simulated {row['simulated']:>8.4g} {row['unit']:<9} "
+            f"{row['error_percent']:+6.1f} %  {row['kind']}"
+        )
+    for kind in ("fitted", "predicted"):
+        print(f"median absolute error, {kind}: {median_error(found, kind=kind):.1f} %")
+
+
+@app.command()
+def fit(
+    out: Annotated[Path | None, typer.Option(help="JSON file; default: the package's calibration.json")] = None,
+) -> None:
+    """Fit the free constants on the 52B scaling figure (arXiv Fig 10) alone, and store them with how they came about."""
+    import time
+    from importlib import resources
+
+    from moelab.files import write_json
+    from moelab.runs.provenance import provenance
+    from moelab.simulate.calibrate import fit as run_fit
+    from moelab.simulate.constants import FREE
+
+    found = run_fit()
+    for name, value in found["constants"].items():
+        low, high, _ = FREE[name]
+        error = found["standard_errors"][name]
+        spread = "at its bound" if error is None else f"± {error:.0%}"
+        print(f"{name:<14} {value:8.3f}  {spread}, allowed {low:g} to {high:g}")
+    for bar in found["bars"]:
+        ratio = bar["simulated_ms"] / bar["paper_ms"] - 1
+        print(
+            f"{bar['system']:<10} {bar['gpus']:>3} GPUs  paper {bar['paper_ms']:5.1f}  simulated {bar['simulated_ms']:5.1f} ms  {ratio:+.1%}"
+        )
+    record = provenance()
+    found["made"] = {
+        "date": time.strftime("%Y-%m-%d", time.gmtime()),
+        "command": "moelab simulate fit",
+        **{k: record[k] for k in ("commit", "modified") if k in record},
+    }
+    file = out or Path(str(resources.files("moelab.simulate").joinpath("calibration.json")))
+    write_json(file, found)
+    print(f"written: {file}")
+
+
+def _parallel(simulate, cluster: str, gpus: int, tensor: int, expert: int, slicing: int, exchange: str):
+    from moelab.config.parallel import ParallelConfig
+
+    if gpus < 1 or tensor < 1 or gpus % tensor:
+        raise ValueError(f"--tensor {tensor} does not divide --gpus {gpus}")
+    return ParallelConfig(
+        tensor=tensor,
+        data=gpus // tensor,
+        expert=expert,
+        expert_slicing=slicing,
+        gpus_per_node=simulate.cluster(cluster).gpus_per_node,
+        exchange=exchange,
+    )
+
+
+def _price(got) -> str:
+    return f", {got.cost_per_million:,.2f} per million tokens" if got.cost_per_million else ""
+
+
+def _print_memory(got) -> None:
+    used = ", ".join(f"{name} {size:.1f}" for name, size in got.memory_gib.items() if size >= 0.05)
+    fits = "fits" if got.fits else "does NOT fit"
+    print(f"memory a GPU: {got.total_gib:.1f} of {got.capacity_gib:.1f} GiB ({used}): {fits}")

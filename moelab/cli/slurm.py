@@ -1,0 +1,222 @@
+"""`moelab submit`, `sweep`, `status`, `logs`, `cancel`: thin, and heavy modules are imported inside (see `moelab.cli`)."""
+
+from __future__ import annotations
+
+import itertools
+import sys
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from moelab.slurm.submit import Plan
+
+Name = Annotated[str, typer.Argument(help="experiment, see `moelab list`")]
+Scale = Annotated[str | None, typer.Option(help="smoke, cpu, gpu or paper; by default the notebook's own")]
+Profile = Annotated[
+    str | None,
+    typer.Option(help="cluster: slurm/NAME.yaml or the path of one; by default MOELAB_PROFILE", metavar="NAME"),
+]
+Parameters = Annotated[
+    list[str] | None, typer.Option("-p", "--parameter", metavar="NAME=VALUE", help="a parameter of the notebook")
+]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="print the batch scripts, queue nothing")]
+Again = Annotated[bool, typer.Option("--again", help="execute notebooks that have a complete result, too")]
+Names = Annotated[
+    list[str] | None, typer.Argument(help="experiments, runs or submissions, by the beginning of their names")
+]
+
+
+def register(app: typer.Typer) -> None:
+    """Add the commands to `moelab`."""
+    for function in (submit, sweep, status, logs, cancel):
+        app.command()(function)
+
+
+def parse_parameters(items: Iterable[str] | None, scale: str | None) -> dict[str, str]:
+    """``-p NAME=VALUE`` options and --scale as texts by name. ValueError, one line."""
+    given = {}
+    for item in items or ():
+        key, separator, value = item.partition("=")
+        if not separator:
+            raise ValueError(f"-p {item}: expected NAME=VALUE")
+        given[key.strip()] = value.strip()
+    if scale is not None:
+        given.setdefault("scale", scale)
+    return given
+
+
+def submit(
+    names: Annotated[list[str], typer.Argument(metavar="NAME...", help="experiments, see `moelab list`")],
+    scale: Scale = None,
+    profile: Profile = None,
+    parameter: Parameters = None,
+    dry_run: DryRun = False,
+    again: Again = False,
+) -> None:
+    """Submit experiments to Slurm: their unfinished runs, then their notebooks. What is finished or queued is left alone."""
+    given = parse_parameters(parameter, scale)
+    _submit([(name, [given]) for name in names], profile, dry_run, again)
+
+
+def sweep(
+    name: Name,
+    grid: Annotated[
+        list[str],
+        typer.Option(
+            "-g", "--grid", metavar="NAME=V1,V2", help="values of a parameter (lists: separated by ;), repeat for more"
+        ),
+    ],
+    scale: Scale = None,
+    profile: Profile = None,
+    parameter: Parameters = None,
+    dry_run: DryRun = False,
+    again: Again = False,
+) -> None:
+    """Submit one notebook for each point of a grid of parameters; runs that points share are trained once."""
+    fixed = parse_parameters(parameter, scale)
+    axes = {}
+    for item in grid:
+        key, separator, values = item.partition("=")
+        points = [
+            v.strip()
+            for v in values.split(";" if ";" in values or values.strip().startswith("[") else ",")
+            if v.strip()
+        ]
+        if not separator or not points:
+            raise ValueError(f"-g {item}: expected NAME=V1,V2 (or V1;V2 where a value holds commas)")
+        if key.strip() in fixed:
+            raise ValueError(f"-g {item}: {key.strip()} is given by -p or --scale, too")
+        axes[key.strip()] = points
+    points = [{**fixed, **dict(zip(axes, values, strict=True))} for values in itertools.product(*axes.values())]
+    _submit([(name, points)], profile, dry_run, again)
+
+
+def status(
+    names: Names = None,
+    watch: Annotated[bool, typer.Option("--watch", help="keep looking until all is over")] = False,
+    everything: Annotated[bool, typer.Option("--all", help="submissions in which all is over, too")] = False,
+    every: Annotated[float, typer.Option(help="seconds between two looks of --watch")] = 10.0,
+) -> None:
+    """Show what was submitted: state of each run by its own word and by Slurm's, step, speed, loss, time left."""
+    from rich.console import Console
+    from rich.live import Live
+
+    from moelab.slurm import status as module
+
+    console = Console(width=None if sys.stdout.isatty() else 160)
+    if not watch:
+        console.print(module.overview(names or (), everything=everything))
+        return
+    with Live(console=console, auto_refresh=False) as live:
+        try:
+            module.watch(lambda now: live.update(now, refresh=True), names or (), every_s=every)
+        except KeyboardInterrupt:
+            console.print("the jobs stay in the queue; moelab status shows them again")
+
+
+def logs(
+    name: Annotated[
+        str, typer.Argument(help="run id (its beginning is enough), or SUBMISSION/notebook-0; see `moelab status`")
+    ],
+    follow: Annotated[bool, typer.Option("-f", "--follow", help="go on with what is added, until Ctrl-C")] = False,
+    lines: Annotated[int, typer.Option("-n", help="of the end; 0 is all")] = 40,
+) -> None:
+    """Print the log of a run or of a notebook."""
+    from moelab.slurm.status import log_of
+
+    path = log_of(name)
+    print(f"{path}:", file=sys.stderr)
+    with open(path, errors="replace") as file:
+        for line in file.readlines()[-lines:]:
+            print(line, end="")
+        try:
+            while follow:
+                sys.stdout.flush()
+                if text := file.read():
+                    print(text, end="")
+                else:
+                    time.sleep(0.5)
+        except KeyboardInterrupt:
+            print()
+
+
+def cancel(
+    names: Names = None,
+    everything: Annotated[bool, typer.Option("--all", help="all that moelab has in the queue")] = False,
+) -> None:
+    """Take runs and notebooks out of the queue; running ones write a checkpoint and can be submitted again."""
+    from moelab.slurm import queue
+    from moelab.slurm.status import overview
+
+    if not names and not everything:
+        raise ValueError("cancel what? name experiments, runs or submissions, or give --all")
+    now = overview(names or ())
+    if now.trouble:
+        raise ValueError(now.trouble)
+    jobs = [row.job for row in now.rows if row.job]
+    queue.cancel(jobs)
+    print(f"cancelled {len(jobs)} jobs" + (f": {', '.join(jobs)}" if jobs else "; none of these names is in the queue"))
+
+
+def _submit(
+    wanted: Sequence[tuple[str, Sequence[Mapping[str, str]]]], profile: str | None, dry_run: bool, again: bool
+) -> None:
+    from moelab.experiments import experiment
+    from moelab.notebook import execute as notebooks
+    from moelab.slurm import profiles
+    from moelab.slurm import submit as module
+
+    cluster = profiles.choose(profile)
+    batches: list[tuple[str, list[tuple[dict[str, Any], Sequence[Any]]]]] = []
+    for name, points in wanted:  # all of it checked before any of it is queued
+        chosen = experiment(name)
+        values = [notebooks.resolve(chosen, notebooks.check_parameters(chosen, given)) for given in points]
+        batches.append((name, [(v, module.specs_of(chosen, v)) for v in values]))
+    for name, batch in batches:
+        plan = module.submit(name, batch, cluster, again=again, dry_run=dry_run)
+        if dry_run:
+            _print_scripts(plan)
+        else:
+            _print_submitted(name, plan)
+
+
+def _print_scripts(plan: Plan) -> None:
+    for name, text in plan.scripts.items():
+        runs = plan.specs.get(name, ())
+        print(f"# ---- {name}.sbatch" + "".join(f"\n#      {i} {run.id}" for i, run in enumerate(runs)) + f"\n{text}")
+    if not plan.scripts:
+        print("nothing to submit: all is finished or queued")
+        return
+    runs, notebooks = sum(map(len, plan.specs.values())), len(plan.scripts) - len(plan.specs)
+    what = [f"{n} {name}{'s' * (n != 1)}" for n, name in ((runs, "run"), (notebooks, "notebook")) if n]
+    ids = (
+        "; @NAME@ stands for the job's id"
+        if any("=afterany:@" in x or "=afterok:@" in x for x in plan.scripts.values())
+        else ""
+    )
+    print(f"# nothing was queued: {' and '.join(what)} would be{ids}")
+
+
+def _print_submitted(name: str, plan: Plan) -> None:
+    from moelab import paths
+
+    submission = plan.submission
+    before = [f"{plan.finished} runs are finished"] * bool(plan.finished) + [
+        f"{plan.queued} are queued already"
+    ] * bool(plan.queued)
+    if not plan.scripts:
+        print(
+            f"{name}: nothing to submit; {' and '.join([*before, 'so is the notebook'] if before else ['all is finished or queued'])}"
+        )
+        return
+    if before:
+        print(f"{name}: {', '.join(before)}")
+    for part in submission.parts:
+        what = (
+            f"{len(part.runs)} run{'s' * (len(part.runs) != 1)}" if part.values is None else "notebook, after its runs"
+        )
+        print(f"{name}: job {part.job}: {what}")
+    print(f"scripts and logs: {paths.short(submission.folder)}\nwatch: moelab status --watch")

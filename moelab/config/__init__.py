@@ -1,0 +1,29 @@
+"""What is a model, a training, a data set, a distillation, a parallel layout? Frozen dataclasses answer; nothing here loads torch.
+
+This package imports nothing else of moelab. Letters in names and comments: S tokens, E experts, K experts per token, C capacity,
+M model (hidden) size, F feed-forward size, H heads, D head size, V vocabulary, L layers, T context length, G GPUs per node, P ranks.
+"""
+
+from moelab.config.data import DataConfig
+from moelab.config.distill import DistillConfig
+from moelab.config.model import BASES, DTYPE_BYTES, ModelConfig, RoutingConfig
+from moelab.config.parallel import ExpertLayout, ParallelConfig, Position
+from moelab.config.serialization import digest, from_json, identity, to_json
+from moelab.config.train import TrainConfig
+
+__all__ = [
+    "BASES",
+    "DTYPE_BYTES",
+    "DataConfig",
+    "DistillConfig",
+    "ExpertLayout",
+    "ModelConfig",
+    "ParallelConfig",
+    "Position",
+    "RoutingConfig",
+    "TrainConfig",
+    "digest",
+    "from_json",
+    "identity",
+    "to_json",
+]

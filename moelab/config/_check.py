@@ -1,0 +1,30 @@
+"""Check configuration values in one line each."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+
+def check(condition: bool, message: str) -> None:
+    """Raise a one-line ValueError unless `condition` holds."""
+    if not condition:
+        raise ValueError(message)
+
+
+def check_choices(config: Any, where: str) -> None:
+    """Check each field of a dataclass that is declared as a `Literal` against the values that the declaration allows.
+
+    Args:
+        config: a dataclass instance.
+        where: what the message begins with, such as "train".
+
+    Raises:
+        ValueError: one line naming the field, the allowed values and the value given.
+    """
+    hints = get_type_hints(type(config))
+    for field in fields(config):
+        if get_origin(hints[field.name]) is Literal:
+            allowed, value = get_args(hints[field.name]), getattr(config, field.name)
+            names = ", ".join(map(repr, allowed))
+            check(value in allowed, f"{where}: {field.name} must be one of {names}, got {value!r}")

@@ -1,0 +1,26 @@
+"""Describe a data set: `DataConfig`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Which text, cut how.
+
+    Attributes:
+        corpus: ``sotu`` (embedded, 12 MB), ``mix5`` (five domains, 64 MB), ``folder:PATH`` or ``hf:NAME[:CONFIG]``.
+        tokenizer: ``bpe-N``, trained on the corpus's training split with N entries, or ``gpt2``.
+        context: tokens a sequence, T.
+        text_field: the text column of an ``hf:`` data set.
+        max_documents: bound on documents read from an ``hf:`` data set; 0 is none.
+        max_bytes: bound on bytes of text read; 0 is none.
+    """
+
+    corpus: str = "sotu"
+    tokenizer: str = "bpe-4096"
+    context: int = 256
+    text_field: str = "text"
+    max_documents: int = 0
+    max_bytes: int = 0

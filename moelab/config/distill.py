@@ -1,0 +1,73 @@
+"""`DistillConfig`: how a student learns from a teacher (Mixture-of-Students, paper section 4.2). Imports nothing heavy."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Literal
+
+from moelab.config._check import check_choices
+
+Schedule = Literal["off", "constant", "stop", "linear", "cosine"]
+
+
+@dataclass(frozen=True)
+class DistillConfig:
+    """The distillation term of a training loss: ``weight(t) * temperature^2 * KL(teacher || student)``.
+
+    Attributes:
+        temperature: both models' logits are divided by it.
+        weight: of the term, while the schedule does not lower it (the released code's beta; the paper's alpha).
+        schedule: "off"; "constant" to the end; "stop" at `stop` (the paper's staged distillation); "linear" or "cosine" from the whole
+            weight at `start` to nothing at `stop`.
+        unit: of `start` and `stop`: optimizer "steps" or training "tokens".
+        start, stop: see `schedule`; a step counts by where it begins. 0 where the schedule does not use them.
+        top_k: learn from the teacher's K likeliest tokens and the sum of the rest; 0 is the whole distribution.
+        cache_bytes: bound of the teacher's logits kept on disk, in its run, for all students with the same batches; needs `top_k`. What
+            does not fit is computed again. 0 keeps nothing. The numbers do not depend on it, so it is no part of a run's identity.
+    """
+
+    temperature: float = 1.0
+    weight: float = 1.0
+    schedule: Schedule = "constant"
+    unit: Literal["steps", "tokens"] = "tokens"
+    start: int = 0
+    stop: int = 0
+    top_k: int = 0
+    cache_bytes: int = field(default=0, metadata={"identity": False})
+
+    def __post_init__(self) -> None:
+        def check(condition: bool, message: str) -> None:
+            if not condition:
+                raise ValueError(f"distill: {message}")
+
+        check(self.temperature > 0, f"temperature must be positive, got {self.temperature}")
+        check(self.weight >= 0, f"weight must not be negative, got {self.weight}")
+        check_choices(self, "distill")
+        decays = self.schedule in ("linear", "cosine")
+        if decays:
+            check(0 <= self.start < self.stop, f"start must be before stop, got {self.start} and {self.stop}")
+        elif self.schedule == "stop":
+            check(self.stop > 0, f"schedule 'stop' needs a stop above 0, got {self.stop}")
+        check(decays or not self.start, f"start belongs to 'linear' and 'cosine', schedule is {self.schedule!r}")
+        check(
+            decays or self.schedule == "stop" or not self.stop,
+            f"stop belongs to 'stop', 'linear' and 'cosine', schedule is {self.schedule!r}",
+        )
+        check(self.top_k >= 0, f"top_k must not be negative, got {self.top_k}")
+        check(self.cache_bytes >= 0, f"cache_bytes must not be negative, got {self.cache_bytes}")
+        check(not self.cache_bytes or self.top_k > 0, "a cache needs top_k: whole distributions are too large to keep")
+
+    def weight_at(self, step: int, tokens: int) -> float:
+        """The term's weight in a step that begins after `step` steps and `tokens` tokens."""
+        at = step if self.unit == "steps" else tokens
+        if self.schedule == "off":
+            return 0.0
+        if self.schedule == "constant" or at < self.start:
+            return self.weight
+        if at >= self.stop:
+            return 0.0
+        if self.schedule == "stop":
+            return self.weight
+        left = (self.stop - at) / (self.stop - self.start)
+        return self.weight * (left if self.schedule == "linear" else 0.5 * (1 - math.cos(math.pi * left)))

@@ -1,0 +1,82 @@
+"""Turn configurations into JSON and back, and compute the digest that names a run."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import types
+import typing
+from dataclasses import MISSING, fields, is_dataclass
+from typing import Any, Literal, TypeVar
+
+from moelab.config._check import check as _check
+
+T = TypeVar("T")
+
+
+def identity(config: Any) -> Any:
+    """What of a config makes it what it is: JSON values, fields at their default left out, non-identity fields too.
+
+    Leaving defaults out means that a field added later does not change the identity of what exists. The other side of that: a
+    default, once released, keeps its meaning.
+    """
+    if is_dataclass(config):
+        kept = {}
+        for f in fields(config):
+            value = getattr(config, f.name)
+            default = f.default if f.default_factory is dataclasses.MISSING else f.default_factory()
+            if f.metadata.get("identity", True) and value != default:
+                kept[f.name] = identity(value)
+        return kept
+    if isinstance(config, tuple | list):
+        return [identity(v) for v in config]
+    return config
+
+
+def digest(config: Any, length: int = 10) -> str:
+    """Hexadecimal SHA-256 of a config's `identity`, shortened."""
+    text = json.dumps(identity(config), sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()[:length]
+
+
+def to_json(config: Any) -> dict[str, Any]:
+    """All fields of a config as JSON values; `from_json` reads them back."""
+    return json.loads(json.dumps(dataclasses.asdict(config)))
+
+
+def from_json(cls: type[T], data: Any, where: str = "") -> T:
+    """A config of type `cls` from `to_json`'s output. Unknown, missing or ill-typed fields raise a one-line ValueError."""
+    where = where or cls.__name__
+    _check(isinstance(data, dict), f"{where}: expected an object, got {data!r}")
+    hints = typing.get_type_hints(cls)
+    unknown = set(data) - set(hints)
+    _check(not unknown, f"{where}: unknown field {', '.join(sorted(unknown))}; allowed: {', '.join(hints)}")
+    needed = {f.name for f in fields(cls) if f.default is MISSING and f.default_factory is MISSING}
+    _check(needed <= set(data), f"{where}: {', '.join(sorted(needed - set(data)))} is missing")
+    return cls(**{key: _coerce(hints[key], value, f"{where}.{key}") for key, value in data.items()})
+
+
+def _coerce(hint: Any, value: Any, where: str) -> Any:
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if is_dataclass(hint):
+        return from_json(hint, value, where)
+    if origin is tuple:
+        _check(isinstance(value, list | tuple), f"{where}: expected a list, got {value!r}")
+        inner = [args[0]] * len(value) if args[-1] is Ellipsis else args
+        _check(len(inner) == len(value), f"{where}: expected {len(inner)} values, got {value!r}")
+        return tuple(_coerce(h, v, where) for h, v in zip(inner, value, strict=True))
+    if origin is Literal:
+        _check(value in args, f"{where}: must be one of {', '.join(map(repr, args))}, got {value!r}")
+        return value
+    if origin in (typing.Union, types.UnionType):
+        if value is None and type(None) in args:
+            return None
+        return _coerce(next(a for a in args if a is not type(None)), value, where)
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    _check(
+        isinstance(value, hint) and (hint is bool or not isinstance(value, bool)),
+        f"{where}: expected {hint.__name__}, got {value!r}",
+    )
+    return value

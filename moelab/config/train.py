@@ -1,0 +1,85 @@
+"""Describe a training: `TrainConfig`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from moelab.config._check import check as _check
+from moelab.config._check import check_choices
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """One training: tokens, optimiser, evaluation. Defaults are a twin's; the paper's settings come from `moelab.paper`.
+
+    Attributes:
+        tokens: training tokens; the run takes ``tokens // (batch_size * context)`` steps.
+        batch_size: sequences a step, over all ranks.
+        micro_batch: sequences a forward pass; 0 is the whole batch. Part of a run's identity: capacity and the load-balancing loss
+            are computed per micro-batch, as in the paper.
+        lr, min_lr: peak and final learning rate.
+        warmup_tokens: linear warm-up; then cosine decay until `decay_tokens` (0: until `tokens`), then `min_lr`.
+        betas, eps, weight_decay, clip: AdamW and the gradient's largest norm (0: no clipping). Biases and norms are not decayed.
+        dtype: ``fp32``, or ``bf16`` for autocast matrix products over fp32 weights.
+        device: ``cpu`` or ``cuda``.
+        threads: CPU threads of the run. Part of its identity, because sums are ordered by it.
+        seed: initial weights, data order, dropout, random token selection.
+        eval_every: steps between evaluations on at most `eval_tokens` validation tokens; the last step evaluates on all of them.
+        log_every: steps between metric rows.
+        checkpoint_every: steps between checkpoints (0: only at the end or when told to stop). Not part of a run's identity.
+        tensorboard: also write TensorBoard events. Not part of a run's identity.
+    """
+
+    tokens: int = 1_000_000
+    batch_size: int = 4
+    micro_batch: int = 0
+    lr: float = 4e-3
+    min_lr: float = 4e-4
+    warmup_tokens: int = 50_000
+    decay_tokens: int = 0
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: float = 1e-8
+    weight_decay: float = 0.1
+    clip: float = 1.0
+    dtype: Literal["fp32", "bf16"] = "fp32"
+    device: Literal["cpu", "cuda"] = "cpu"
+    threads: int = 1
+    seed: int = 0
+    eval_every: int = 100
+    eval_tokens: int = 16_384
+    log_every: int = 20
+    checkpoint_every: int = field(default=100, metadata={"identity": False})
+    tensorboard: bool = field(default=False, metadata={"identity": False})
+
+    def __post_init__(self) -> None:
+        for what in ("tokens", "batch_size", "lr", "eval_every", "eval_tokens", "log_every", "threads"):
+            value = getattr(self, what)
+            _check(value > 0, f"train: {what} must be positive, got {value}")
+        for what in (
+            "micro_batch",
+            "min_lr",
+            "warmup_tokens",
+            "decay_tokens",
+            "weight_decay",
+            "clip",
+            "checkpoint_every",
+            "seed",
+        ):
+            value = getattr(self, what)
+            _check(value >= 0, f"train: {what} must not be negative, got {value}")
+        _check(
+            not self.micro_batch or self.batch_size % self.micro_batch == 0,
+            f"train: micro_batch {self.micro_batch} does not divide batch_size {self.batch_size}",
+        )
+        _check(self.min_lr <= self.lr, f"train: min_lr {self.min_lr} is above lr {self.lr}")
+        check_choices(self, "train")
+
+    def steps(self, context: int) -> int:
+        """Optimiser steps for sequences of `context` tokens."""
+        steps = self.tokens // (self.batch_size * context)
+        _check(
+            steps >= 1,
+            f"train: {self.tokens} tokens are less than one step of {self.batch_size} x {context} = {self.batch_size * context} tokens",
+        )
+        return steps

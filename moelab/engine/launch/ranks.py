@@ -1,0 +1,263 @@
+"""Ranks as the launcher handles them: processes of this machine, or tasks of one srun."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from moelab.engine.launch import process
+from moelab.engine.launch.process import rank_name
+
+_PR_SET_PDEATHSIG = 1
+_libc = ctypes.CDLL(None, use_errno=True) if sys.platform == "linux" else None
+
+
+class LocalRanks:
+    """P processes of this machine, each a session of its own, with the variables that torchrun would set."""
+
+    kind = "local"
+
+    def __init__(
+        self, command: Sequence[str], ranks: int, logs: Path, session: Path, environment: Mapping[str, str]
+    ) -> None:
+        self._processes: list[subprocess.Popen] = []
+        self._memory = [0] * ranks
+        try:
+            for rank in range(ranks):
+                place = {"RANK": rank, "WORLD_SIZE": ranks, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": ranks}
+                where: dict[str, object] = {process.RENDEZVOUS: session / "rendezvous.json", process.HEARTBEAT: session}
+                where[process.LAUNCHER] = os.getpid()
+                with open(logs / f"{rank_name(rank)}.txt", "ab") as log:
+                    self._processes.append(
+                        subprocess.Popen(
+                            command,
+                            stdout=log,
+                            stderr=subprocess.STDOUT,
+                            stdin=subprocess.DEVNULL,
+                            start_new_session=True,
+                            preexec_fn=_die_with(os.getpid(), signal.SIGKILL),
+                            env={**environment, **{name: str(value) for name, value in {**place, **where}.items()}},
+                        )
+                    )
+        except BaseException:
+            self.end(0)
+            raise
+
+    def codes(self) -> list[int | None]:
+        """Exit code of each rank, negative for a signal; None while it lives."""
+        return [p.poll() for p in self._processes]
+
+    def complaint(self) -> str:
+        """Why no rank was started at all; empty when they were."""
+        return ""
+
+    def host(self, rank: int) -> str:
+        return socket.gethostname()
+
+    def ask_to_stop(self) -> None:
+        self.signal(signal.SIGTERM)
+
+    def signal(self, number: int) -> None:
+        for p in self._processes:
+            if p.poll() is None:
+                p.send_signal(number)
+
+    def watch_memory(self) -> None:
+        """Note the resident memory of each rank, for the day it is gone."""
+        import psutil
+
+        for rank, p in enumerate(self._processes):
+            with contextlib.suppress(psutil.Error):
+                self._memory[rank] = psutil.Process(p.pid).memory_info().rss or self._memory[rank]
+
+    def memory(self) -> list[int]:
+        """Last seen resident memory of each rank, in bytes."""
+        return list(self._memory)
+
+    def stopped_by_signal(self, rank: int) -> bool:
+        """Whether a rank lives but is halted (SIGSTOP, a debugger)."""
+        import psutil
+
+        try:
+            return psutil.Process(self._processes[rank].pid).status() in (
+                psutil.STATUS_STOPPED,
+                psutil.STATUS_TRACING_STOP,
+            )
+        except psutil.Error:
+            return False
+
+    def end(self, grace_s: float) -> None:
+        """Nothing of any rank lives afterwards: SIGTERM to their process groups, at most `grace_s`, SIGKILL."""
+        self._signal_groups(signal.SIGTERM)
+        _wait(self._processes, grace_s)
+        self._signal_groups(signal.SIGKILL)
+        _wait(self._processes, 10)
+
+    def _signal_groups(self, number: int) -> None:
+        for p in self._processes:
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.killpg(p.pid, number)  # also what a dead rank left behind
+
+
+class SlurmRanks:
+    """The tasks of one srun inside an allocation. Slurm kills what is left of a step, on all its nodes."""
+
+    kind = "srun"
+    _ENDED = re.compile(r"srun: error: (?P<host>\S+): tasks? (?P<tasks>[\d,\s-]+): (?P<how>.+)")
+
+    def __init__(
+        self,
+        command: Sequence[str],
+        ranks: int,
+        logs: Path,
+        session: Path,
+        environment: Mapping[str, str],
+        per_node: int,
+    ) -> None:
+        self._ranks, self._said, self._session = ranks, session / "srun.txt", session
+        nodes = int(environment.get("SLURM_JOB_NUM_NODES", 1))
+        if (
+            ranks > per_node
+            and (fewest := _fewest_tasks(environment.get("SLURM_TASKS_PER_NODE", ""), per_node)) < per_node
+        ):
+            # srun would silently fill the nodes unevenly, and groups that must stay in a node would not.
+            raise ValueError(
+                f"srun: the layout has {per_node} ranks on each node, the job a node with {fewest}; "
+                f"submit it with --ntasks-per-node={per_node}"
+            )
+        layout = [f"--nodes={nodes}", f"--ntasks-per-node={ranks // nodes}"] if ranks == nodes * per_node else []
+        cpus = environment.get("SLURM_CPUS_PER_TASK")
+        with open(self._said, "ab") as said:
+            self._srun = subprocess.Popen(
+                [
+                    "srun",
+                    f"--ntasks={ranks}",
+                    *layout,
+                    *([f"--cpus-per-task={cpus}"] if cpus else []),
+                    *(["--overlap"] if "SLURM_STEP_ID" in environment else []),
+                    "--distribution=block",
+                    # The launcher decides when one rank's end is everybody's: a rank that stopped in good order is no failure.
+                    "--kill-on-bad-exit=0",
+                    "--wait=0",
+                    "--open-mode=append",
+                    f"--output={logs}/rank-%5t.txt",
+                    *command,
+                ],
+                stdout=said,
+                stderr=subprocess.STDOUT,
+                stdin=subprocess.DEVNULL,
+                start_new_session=True,
+                preexec_fn=_die_with(os.getpid(), signal.SIGTERM),  # srun then ends the step
+                env={**environment, process.HEARTBEAT: str(session)},
+            )
+
+    def codes(self) -> list[int | None]:
+        """As `LocalRanks.codes`; srun tells of tasks that failed at once, of those that did well when all have ended."""
+        over = self._srun.poll()
+        codes: list[int | None] = [None if over is None else 0] * self._ranks
+        told = False
+        for match in self._ENDED.finditer(self._text()):
+            for rank in _tasks(match["tasks"]):
+                codes[rank], told = _code(match["how"]), True
+        if over and not told:  # srun itself failed
+            codes = [over] * self._ranks
+        return codes
+
+    def complaint(self) -> str:
+        """As `LocalRanks.complaint`."""
+        lines = [line.strip() for line in self._text().splitlines() if line.strip()]
+        if not self._srun.poll() or any(self._ENDED.search(line) for line in lines):
+            return ""
+        return next((line for line in lines if line.startswith("srun: error: ")), (lines or ["srun failed"])[-1])
+
+    def host(self, rank: int) -> str:
+        for match in self._ENDED.finditer(self._text()):
+            if rank in _tasks(match["tasks"]):
+                return match["host"]
+        return os.environ.get("SLURM_JOB_NODELIST", "the allocation")
+
+    def ask_to_stop(self) -> None:
+        self.signal(signal.SIGUSR1)  # SIGTERM would make srun end the step itself
+
+    def signal(self, number: int) -> None:
+        if self._srun.poll() is None:
+            self._srun.send_signal(number)  # srun passes it on to the tasks
+
+    def watch_memory(self) -> None:
+        pass  # Slurm says "Out Of Memory" itself
+
+    def memory(self) -> list[int]:
+        return [0] * self._ranks
+
+    def stopped_by_signal(self, rank: int) -> bool:
+        return False
+
+    def end(self, grace_s: float) -> None:
+        """SIGTERM to srun, which ends the step and kills what does not go; SIGKILL to srun if it stays."""
+        if self._srun.poll() is None:
+            self._srun.send_signal(signal.SIGTERM)
+            _wait([self._srun], grace_s)
+        if self._srun.poll() is None:
+            self._srun.kill()
+            _wait([self._srun], 10)
+
+    def _text(self) -> str:
+        return self._said.read_text(errors="replace")
+
+
+def in_allocation(environment: Mapping[str, str] = os.environ) -> bool:
+    """Whether ranks should be srun's tasks: inside a job of Slurm that has several nodes or tasks."""
+    several = any(int(environment.get(name) or 1) > 1 for name in ("SLURM_JOB_NUM_NODES", "SLURM_NTASKS"))
+    return "SLURM_JOB_ID" in environment and several and shutil.which("srun") is not None
+
+
+def _die_with(parent: int, number: int):
+    """What a child does before its program starts: ask the kernel for `number` when its parent dies (Linux)."""
+
+    def ask() -> None:
+        if _libc is not None:
+            _libc.prctl(_PR_SET_PDEATHSIG, int(number))
+            if os.getppid() != parent:  # it died while we were being born
+                os._exit(process.STOPPED)
+
+    return ask
+
+
+def _wait(processes: Sequence[subprocess.Popen], seconds: float) -> None:
+    deadline = time.monotonic() + seconds
+    while any(p.poll() is None for p in processes) and time.monotonic() < deadline:
+        time.sleep(0.05)
+
+
+def _tasks(text: str) -> list[int]:
+    """Slurm's ``0,2-3`` as numbers."""
+    numbers: list[int] = []
+    for part in text.replace(" ", "").split(","):
+        first, _, last = part.partition("-")
+        numbers += range(int(first), int(last or first) + 1)
+    return numbers
+
+
+def _fewest_tasks(text: str, default: int) -> int:
+    """The smallest count in Slurm's ``3,1`` or ``2(x4),1``."""
+    return min((int(count) for count in re.findall(r"(\d+)(?:\(x\d+\))?", text)), default=default)
+
+
+def _code(how: str) -> int:
+    """Slurm's words about a task's end as an exit code."""
+    if match := re.search(r"exit code (\d+)", how):
+        return int(match[1])
+    if "Out Of Memory" in how or "Killed" in how:
+        return -signal.SIGKILL
+    names = {signal.strsignal(s): s for s in signal.Signals}
+    return next((-s for name, s in names.items() if name and how.startswith(name)), 1)

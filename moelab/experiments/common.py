@@ -1,0 +1,194 @@
+"""What the training experiments share: specs of arms, differences paired by seed, verdicts, one-line findings."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from moelab import paper
+from moelab.config import ModelConfig
+from moelab.experiments import settings
+from moelab.experiments.verdicts import Verdict, judge
+from moelab.runs.spec import RunSpec
+from moelab.statistics import interval
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from moelab.runs.collection import Runs
+
+TWINS = "Twins, paired by seed."
+
+
+def specs(
+    experiment: str,
+    arms: Mapping[str, str | Mapping[str, Any]],
+    scale: str,
+    seeds: int,
+    *,
+    selected: Sequence[str] = (),
+    **options: Any,
+) -> list[RunSpec]:
+    """The runs of an experiment's arms, seed by seed so that a stopped batch has whole seeds.
+
+    Args:
+        arms: arm -> model name, or arguments of `settings.spec`.
+        selected: some of the arms; empty is all.
+        options: further arguments of `settings.spec`, the same for all arms.
+
+    Raises:
+        ValueError: one line that begins with the experiment's name.
+    """
+    unknown = [arm for arm in selected if arm not in arms]
+    if unknown:
+        raise ValueError(f"{experiment}: unknown arm {unknown[0]!r}; allowed: {', '.join(arms)}")
+    try:
+        return [
+            settings.spec(**as_arguments(arms[arm]), scale=scale, seed=seed, label=arm, **options)
+            for seed in settings.check_seeds(experiment, seeds)
+            for arm in (selected or arms)
+        ]
+    except ValueError as error:
+        text = str(error)
+        raise ValueError(text if text.startswith(experiment) else f"{experiment}: {text}") from None
+
+
+def as_arguments(arm: str | Mapping[str, Any]) -> dict[str, Any]:
+    """An arm's arguments of `settings.spec`."""
+    return {"name": arm} if isinstance(arm, str) else dict(arm)
+
+
+def by_arm(final: pd.DataFrame, value: str = "validation_loss") -> pd.DataFrame:
+    """`Runs.final()` as a row a seed, a column an arm."""
+    return final.pivot(index="seed", columns="arm", values=value)
+
+
+def paired(final: pd.DataFrame, left: str, right: str, value: str = "validation_loss") -> list[float]:
+    """left - right, seed by seed; seeds in which one of them is missing are left out."""
+    table = by_arm(final, value)
+    if left not in table or right not in table:
+        return []
+    return list((table[left] - table[right]).dropna())
+
+
+def gaps(final: pd.DataFrame, reference: str) -> pd.DataFrame:
+    """Final validation loss minus the reference arm's of the same seed, nats a token: columns arm, seed, gap."""
+    base = final[final["arm"] == reference].set_index("seed")["validation_loss"]
+    there = final[final["seed"].isin(base.index)]
+    return there.assign(gap=there["validation_loss"] - there["seed"].map(base))[["arm", "seed", "gap"]]
+
+
+def loss_verdicts(experiment: str, final: pd.DataFrame, arms: Mapping[str, str], scale: str) -> list[Verdict]:
+    """The claims about final validation losses and total parameters, judged; the others not tested.
+
+    Args:
+        experiment: of `paper.claims`.
+        arms: arm -> the paper's name of its run (a model, or with +KD, +MoS).
+    """
+    return [loss_verdict(claim, final, arms, scale) for claim in paper.claims(experiment)]
+
+
+def loss_verdict(claim: paper.Claim, final: pd.DataFrame, arms: Mapping[str, str], scale: str) -> Verdict:
+    """One claim, see `loss_verdicts`."""
+    if claim.quantity == "total parameters":
+        return judge(claim, [size_ratio(claim.left, claim.right)], exact=True, note="Arithmetic at the paper's size.")
+    sides = [next((arm for arm, name in arms.items() if name == side), "") for side in (claim.left, claim.right)]
+    if claim.quantity == "final validation loss" and all(sides):
+        return judge(claim, paired(final, *sides), note=TWINS, scale=scale)
+    return judge(claim, [], scale=scale)
+
+
+def size_ratio(left: str, right: str) -> float:
+    """Total parameters of one paper model over another's."""
+    sizes = [ModelConfig.parse(name.replace("+KD", "").replace("+MoS", "")).parameters() for name in (left, right)]
+    return sizes[0] / sizes[1]
+
+
+def spread(values: Sequence[float]) -> str:
+    """What stands behind a mean, in words."""
+    if len(values) < 2:
+        return "1 seed, no spread"
+    _, low, high = interval(values)
+    return f"95 % interval {low:+.3f} to {high:+.3f}, {len(values)} seeds"
+
+
+def difference(final: pd.DataFrame, left: str, right: str) -> str:
+    """ "LEFT ends 0.012 nats above RIGHT (95 % interval …)", or which of them is missing."""
+    values = paired(final, left, right)
+    if not values:
+        return f"{left} and {right} have no finished pair"
+    mean = sum(values) / len(values)
+    where = f"{abs(mean):.3f} nats {'below' if mean < 0 else 'above'}" if abs(mean) >= 0.0005 else "level with"
+    return f"{left} ends {where} {right} ({spread(values)})"
+
+
+def gap_finding(table: pd.DataFrame, reference: str) -> str:
+    """ "Against REFERENCE: ARM −0.012, … nats", from `gaps`."""
+    means = table[table["arm"] != reference].groupby("arm", sort=False)["gap"].mean()
+    if not len(means):
+        return f"{reference} and another arm have no finished pair"
+    return f"Against {reference}: {', '.join(f'{arm} {gap:+.3f}' for arm, gap in means.items())} nats"
+
+
+def models(specs: Sequence[RunSpec]) -> pd.DataFrame:
+    """One row an arm: its twin's sizes (millions), experts by layer, FLOPs a token (millions)."""
+    import pandas as pd
+
+    rows = {
+        spec.title: {
+            "layers": spec.model.layers,
+            "hidden": spec.model.hidden,
+            "parameters (M)": spec.model.parameters() / 1e6,
+            "active (M)": spec.model.active_parameters() / 1e6,
+            "training MFLOPs a token": spec.model.flops_per_token(context=spec.data.context) / 1e6,
+            "experts by layer": " ".join(str(e or "–") for e in spec.model.experts),
+        }
+        for spec in specs
+    }
+    return pd.DataFrame(rows.values(), index=pd.Index(rows, name="arm"))
+
+
+@contextlib.contextmanager
+def threads(count: int) -> Iterator[None]:
+    """So many CPU threads of torch for the length of a block."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def speeds(specs: Sequence[RunSpec], steps: int, rounds: int) -> dict[str, list[float]]:
+    """Training tokens/s of each arm, round by round, arms taking turns; see `moelab.bench.train.side_by_side`."""
+    from moelab.bench.train import side_by_side
+
+    return side_by_side({spec.label: spec.model for spec in specs}, specs[0].train, steps=steps, rounds=rounds)
+
+
+def summary(runs: Runs) -> pd.DataFrame:
+    """One row an arm: mean final loss with its 95 % interval, bits a byte, seeds, tokens, seconds a run."""
+    import pandas as pd
+
+    final = runs.final()
+    rows = []
+    for arm in dict.fromkeys(final["arm"]) if len(final) else ():
+        part = final[final["arm"] == arm]
+        mean, low, high = interval(list(part["validation_loss"]))
+        one = len(part) < 2
+        rows.append(
+            {
+                "arm": arm,
+                "loss": mean,
+                "low": None if one else low,
+                "high": None if one else high,
+                "bits_per_byte": part["bits_per_byte"].mean(),
+                "seeds": len(part),
+                "tokens (M)": part["tokens"].iloc[0] / 1e6,
+                "seconds": part["seconds"].mean(),
+            }
+        )
+    return pd.DataFrame(rows).set_index("arm") if rows else pd.DataFrame()

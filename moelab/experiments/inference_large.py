@@ -1,0 +1,77 @@
+"""Serving 107 billion to 2 trillion parameters (paper section 5.5.2, Fig 11).
+
+Shows: latency and throughput a GPU of the four large models on 128 and 256 GPUs, predicted with constants fitted on Fig 10 alone; and every other
+number of the paper the simulator can be held against, with its error.
+
+Paper: up to 7.3 times lower latency and higher throughput than PyTorch; a trillion parameters in under 25 ms.
+
+Beside it, measured: the four models' twins, baseline and optimised mode (`measured`).
+
+Here: predictions. The DeepSpeed bars come out close; the baseline's are predicted far too fast: nothing in Fig 10 explains them.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from moelab import paper
+from moelab.experiments.base import Experiment, Scale, no_runs
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from moelab.config import ModelConfig
+    from moelab.experiments.verdicts import Verdict
+
+SIZES = {"2.4B+MoE-128": "107B", "8B+MoE-128": "349B", "24B+MoE-128": "1T", "47B+MoE-128": "2T"}
+
+
+def models() -> dict[str, ModelConfig]:
+    """Parameters in all -> the model."""
+    from moelab.config import ModelConfig
+
+    return {size: ModelConfig.parse(name) for name, size in SIZES.items()}
+
+
+def verdicts(frame: pd.DataFrame) -> list[Verdict]:
+    """The claims on Fig 11, from `simulated.bar_frame(bars.fig11())`."""
+    from moelab.experiments.simulated import verdict
+
+    ms = frame.set_index(["model", "system"])["simulated_ms"]
+    rate = frame.set_index(["model", "system"])["simulated_throughput"]
+
+    def speedup(model: str) -> float:
+        return ms[model, "pytorch"] / ms[model, "deepspeed"]
+
+    ours = {
+        "speedup-107b": speedup("2.4B+MoE-128"),
+        "speedup-1t": speedup("24B+MoE-128"),
+        "speedup-2t": speedup("47B+MoE-128"),
+        "1t-under-25ms": ms["24B+MoE-128", "deepspeed"],
+        "throughput-up-to-7.3x": rate["47B+MoE-128", "deepspeed"] / rate["47B+MoE-128", "pytorch"],
+    }
+    return [verdict(claim, ours.get(claim.id)) for claim in paper.claims("inference-large")]
+
+
+EXPERIMENT = Experiment(
+    name="inference-large",
+    title="Serving 107B to 2T",
+    paper="Fig 11 (section 5.5.2)",
+    question="How fast can a trillion parameters be served?",
+    paper_answer="In under 25 ms a token on 256 GPUs, up to 7.3 times faster than the PyTorch baseline.",
+    notebook="11_inference_large.ipynb",
+    scales={
+        "smoke": Scale("simulated cluster; tiny twins on 2 gloo ranks", "seconds"),
+        "cpu": Scale(
+            "simulated cluster, with what the fit leaves open; twins on 2 gloo ranks",
+            "a minute on two cores (estimated)",
+        ),
+        "gpu": Scale("simulated cluster; twins 448 to 1024 wide on one GPU", "not yet run; one GPU"),
+        "paper": Scale(
+            "simulated cluster; the models as `srun moelab bench decode` measured them", "not yet run; 128 to 256 A100"
+        ),
+    },
+    specs=no_runs,
+    trains=False,
+    measures=True,
+)

@@ -1,0 +1,121 @@
+"""PR-MoE and Mixture-of-Students at inference (paper section 5.5.3, Figs 12 and 13).
+
+Shows: memory a GPU of the 349B model and its variants over GPU counts, and with it the fewest GPUs that hold them; latency of the three variants
+of every size.
+
+Paper: PR-MoE with the staged student needs 16 GPUs where the standard model needs 32, and has the lowest latency at every size. The bars are not
+at hand, only the text.
+
+Here: predictions. The PR-MoE variants of the large models are not published: 64 and 128 experts, as for the 1.3B base, and an eighth of the layers
+cut for the student, are assumed.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from moelab import paper
+from moelab.experiments.base import Experiment, Scale, no_runs
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from moelab.config import ModelConfig
+    from moelab.experiments.verdicts import Verdict
+
+
+def models() -> dict[str, ModelConfig]:
+    """Variant -> the 349B model as it."""
+    from moelab.simulate import bars
+
+    return {bar.label.split()[1]: bar.model for bar in bars.variants(("8B",))}
+
+
+def memory() -> pd.DataFrame:
+    """GiB a GPU of the layout that needs least, by variant of the 349B model and GPU count; `fits` on the paper's machines."""
+    import pandas as pd
+
+    from moelab.simulate import bars, scoreboard
+    from moelab.simulate.decoding import decode_sweep
+    from moelab.simulate.hardware import cluster
+    from moelab.simulate.search import layouts
+
+    where = cluster(bars.CLUSTER)
+    rows = []
+    for variant, model in scoreboard.fig12().items():
+        for gpus in (4, 8, 16, 32, 64, 128):
+            sweep = decode_sweep(model, layouts(model, [gpus], where.gpus_per_node), where, context=2048)
+            i = int(sweep.memory.total.argmin())
+            parts = {f"{name}_gib": float(size[i]) / 2**30 for name, size in sweep.memory.parts().items()}
+            rows.append(
+                {
+                    "variant": variant,
+                    "gpus": gpus,
+                    "gib_per_gpu": float(sweep.memory.total[i]) / 2**30,
+                    "fits": bool(sweep.fits[i]),
+                    **parts,
+                }
+            )
+    return pd.DataFrame(rows)
+
+
+def verdicts(held: pd.DataFrame, latency: pd.DataFrame) -> list[Verdict]:
+    """The claims on Figs 12 and 13.
+
+    Args:
+        held: `memory()`.
+        latency: `simulated.bar_frame(bars.variants())`, with columns base and variant.
+    """
+    from moelab.experiments.simulated import verdict
+    from moelab.simulate import bars
+    from moelab.simulate.decoding import decode
+
+    least = held[held["fits"]].groupby("variant")["gpus"].min()
+    ms = latency.pivot(index="base", columns="variant", values="simulated_ms")
+    student = ms["PR-MoE+MoS"]
+    worst = (student - ms[["MoE", "PR-MoE"]].min(axis=1)).max()  # negative when it is the fastest at every size
+    behind = {other: [base for base in ms.index if student[base] >= ms.loc[base, other]] for other in ("PR-MoE", "MoE")}
+    note = " ".join(
+        f"Faster than the {name} at every size." if not sizes else f"Not faster than the {name} at {', '.join(sizes)}."
+        for name, sizes in (("PR-MoE", behind["PR-MoE"]), ("standard MoE", behind["MoE"]))
+    )
+    plain = bars.variants(("2.4B",), gpus=8)
+    small = [
+        decode(b.model, bars.layout(b.model, 8, 1, "deepspeed"), bars.CLUSTER, context=bars.CONTEXT).latency_ms
+        for b in plain
+    ]
+    ours = {
+        "half-the-gpus": (
+            least["PR-MoE+MoS"] / least["MoE"],
+            "Experts and the student's depth from the authors' script.",
+        ),
+        "pr-moe-mos-lowest-latency": (worst, note),
+        "pr-moe-lower-latency": (
+            small[1] / small[0],
+            "The full system on 8 GPUs, not the released one; experts 64/128 as in the authors' larger models.",
+        ),
+    }
+    claims = (*paper.claims("min-gpus"), *paper.claims("model-variants-latency"))
+    return [verdict(claim, ours[claim.id][0], note=ours[claim.id][1]) for claim in claims]
+
+
+EXPERIMENT = Experiment(
+    name="model-variants-latency",
+    title="PR-MoE and students at inference",
+    paper="Figs 12 and 13 (section 5.5.3)",
+    question="How many GPUs, and how much time, do PR-MoE and Mixture-of-Students save?",
+    paper_answer="PR-MoE with the staged student serves 349B quality on 16 GPUs instead of 32, and is the fastest variant at every size.",
+    notebook="12_inference_variants.ipynb",
+    scales={
+        "smoke": Scale("simulated cluster; tiny twins on 2 gloo ranks", "seconds"),
+        "cpu": Scale("simulated cluster; twins on 2 gloo ranks", "a minute on two cores (estimated)"),
+        "gpu": Scale("simulated cluster; twins of the 349B variants, 512 wide, on one GPU", "not yet run; one GPU"),
+        "paper": Scale(
+            "simulated cluster; 8B+MoE-128 and its variants as `srun moelab bench decode` measured them",
+            "not yet run; A100 cluster",
+        ),
+    },
+    specs=no_runs,
+    trains=False,
+    measures=True,
+)

@@ -1,0 +1,91 @@
+"""MoE against dense models of equal quality at inference (paper section 5.5.4, Figs 14 and 15).
+
+Shows: latency and cost of a token of dense 6.7B on one GPU against the 52B family on 128, and of dense 175B in 16 slices against a 1.5T family in 8.
+
+Paper: on PyTorch the 52B MoE is slower than its dense counterpart; as PR-MoE with the staged student on DeepSpeed-MoE it is 2.4 times faster and
+cheaper, and the 1.5T model 4.5 times faster and 9 times cheaper than 175B. Equal quality of the second pair is assumed there.
+
+Here: predictions. The shape of the 1.5T model is not published (44 layers of width 8192 assumed), nor are its GPU count and PR-MoE.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from moelab import paper
+from moelab.experiments.base import Experiment, Scale, no_runs
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from moelab.config import ModelConfig
+    from moelab.experiments.verdicts import Verdict
+
+
+def models() -> dict[str, ModelConfig]:
+    """The models of Fig 14, by name."""
+    from moelab.simulate import bars
+
+    return {bar.label: bar.model for bar in bars.fig14()}
+
+
+def costs(frame: pd.DataFrame) -> pd.DataFrame:
+    """Adds `gpu_ms_per_token`, what a token costs, and both ratios to the dense model of the same figure."""
+    frame = frame.assign(gpu_ms_per_token=1e3 / frame["simulated_throughput"])
+    dense = frame[frame["model"].str.endswith("dense")].set_index("figure")
+    return frame.assign(
+        faster=frame["figure"].map(dense["simulated_ms"]) / frame["simulated_ms"],
+        cheaper=frame["figure"].map(dense["gpu_ms_per_token"]) / frame["gpu_ms_per_token"],
+    )
+
+
+def labels(frame: pd.DataFrame) -> list[str]:
+    """Model, GPUs and system of each row, in lines narrow enough to stand under a bar."""
+    system = {"pytorch": "PyTorch", "deepspeed": "DeepSpeed"}
+    return [
+        f"{row.model.replace(' ', chr(10)).replace('+', chr(10) + '+')}\n{row.gpus} GPU{'s' if row.gpus > 1 else ''}\n{system[row.system]}"
+        for row in frame.itertuples()
+    ]
+
+
+def verdicts(frame: pd.DataFrame) -> list[Verdict]:
+    """The claims on Figs 14 and 15, from `costs(...)`."""
+    from moelab.experiments.simulated import verdict
+
+    rows = frame.set_index(["figure", "model", "system"])
+    small = {figure: rows.loc[figure, "PR-MoE+MoS", "deepspeed"] for figure in ("fig-14", "fig-15")}
+    slower = (
+        rows.loc["fig-14", "52B MoE", "pytorch"]["simulated_ms"]
+        - rows.loc["fig-14", "6.7B dense", "pytorch"]["simulated_ms"]
+    )
+    guess = "Shapes and GPU count from the authors' script."
+    ours = {
+        "pytorch-moe-slower-than-dense": (slower, ""),
+        "faster-than-6.7b": (small["fig-14"]["faster"], ""),
+        "cheaper-than-6.7b": (small["fig-14"]["cheaper"], ""),
+        "faster-than-175b": (small["fig-15"]["faster"], guess),
+        "cheaper-than-175b": (small["fig-15"]["cheaper"], guess),
+    }
+    return [verdict(c, float(ours[c.id][0]), note=ours[c.id][1]) for c in paper.claims("moe-vs-dense-inference")]
+
+
+EXPERIMENT = Experiment(
+    name="moe-vs-dense-inference",
+    title="MoE against dense at inference",
+    paper="Figs 14 and 15 (section 5.5.4)",
+    question="Is a MoE cheaper to serve than the dense model it matches?",
+    paper_answer="On PyTorch it is slower; as PR-MoE with the staged student on DeepSpeed-MoE 2.4 times faster and cheaper, and 4.5 and 9 times at 1.5T.",
+    notebook="14_inference_vs_dense.ipynb",
+    scales={
+        "smoke": Scale("simulated cluster; tiny twins on 2 gloo ranks", "seconds"),
+        "cpu": Scale("simulated cluster; twins on 2 gloo ranks", "a minute on two cores (estimated)"),
+        "gpu": Scale("simulated cluster; twins of Fig 14, 256 and 512 wide, on one GPU", "not yet run; one GPU"),
+        "paper": Scale(
+            "simulated cluster; the models of Fig 14 as `srun moelab bench decode` measured them",
+            "not yet run; A100 cluster",
+        ),
+    },
+    specs=no_runs,
+    trains=False,
+    measures=True,
+)

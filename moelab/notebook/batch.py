@@ -1,0 +1,142 @@
+"""All experiments of a scale in one go: first every run, each once, then the notebooks, several at a time."""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+import multiprocessing.connection
+import os
+import sys
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from moelab import paths
+from moelab.experiments import EXPERIMENTS, Experiment
+from moelab.files import read_json
+from moelab.notebook import execute as notebooks
+from moelab.report import site
+from moelab.report.publication import SUMMARY
+from moelab.runs.collection import Runs
+from moelab.runs.measurements import MeasurementStore
+from moelab.runs.spec import RunSpec
+
+
+def chosen(scale: str, given: Mapping[str, str]) -> dict[str, dict[str, str]]:
+    """Experiment -> the parameters its notebook takes of those given; experiments without the scale are left out.
+
+    Raises:
+        ValueError: no notebook takes a parameter, a value is of the wrong type, or no experiment has the scale.
+    """
+    found: dict[str, dict[str, str]] = {}
+    for e in EXPERIMENTS.values():
+        if scale in e.scales:
+            allowed = notebooks.parameters(e)
+            found[e.name] = {"scale": scale} | {k: v for k, v in given.items() if k in allowed}
+            notebooks.check_parameters(e, found[e.name])
+    if not found:
+        scales = dict.fromkeys(name for e in EXPERIMENTS.values() for name in e.scales)
+        raise ValueError(f"no experiment has the scale {scale!r}; allowed: {', '.join(scales)}")
+    for name in given:
+        if not any(name in taken for taken in found.values()):
+            raise ValueError(f"no notebook takes a parameter {name!r}")
+    return found
+
+
+def specs_of(experiment: Experiment, values: Mapping[str, str]) -> list[RunSpec]:
+    """The runs a notebook asks for with these parameters and its defaults for the others."""
+    allowed = notebooks.parameters(experiment)
+    given = {name: p.default for name, p in allowed.items()} | notebooks.check_parameters(experiment, values)
+    return list(experiment.specs(**{name: value for name, value in given.items() if name in _arguments(experiment)}))
+
+
+def _arguments(experiment: Experiment) -> set[str]:
+    import inspect
+
+    return set(inspect.signature(experiment.specs).parameters)
+
+
+def last_result(experiment: Experiment, values: Mapping[str, Any]) -> dict[str, Any]:
+    """Summary of its newest result with these parameters, empty when there is none."""
+    for file in sorted((paths.results() / experiment.name / values["scale"]).glob(f"[!.]*/{SUMMARY}"), reverse=True):
+        with contextlib.suppress(ValueError):  # no JSON; the results page says so
+            summary = read_json(file)
+            if isinstance(summary, dict) and all(
+                values.get(name) == value for name, value in summary.get("parameters", {}).items()
+            ):
+                return summary
+    return {}
+
+
+def reads_back(last: Mapping[str, Any], values: Mapping[str, Any]) -> bool:
+    """Whether all that the last result measured is stored, for the code and the machine of now."""
+    ids = [one["id"] for one in last.get("measurements", ())]
+    return bool(ids) and not values.get("again") and MeasurementStore().current(ids)
+
+
+def _publish(name: str, values: Mapping[str, Any], log: str, environment: Mapping[str, str], folder: str) -> None:
+    """One notebook, in a process of its own; its output goes to the log."""
+    os.environ.clear()  # what this process was forked from may be of another time
+    os.environ.update(environment)
+    os.chdir(folder)
+    with open(log, "wb", buffering=0) as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    from moelab.notebook.watch import execute_watched
+
+    sys.exit(0 if execute_watched(EXPERIMENTS[name], values, page=False) else 1)
+
+
+def run_all(scale: str, given: Mapping[str, str], run: Callable[..., Runs], workers: int | None = None) -> bool:
+    """Train and publish every experiment that has the scale; True when all were published whole.
+
+    A notebook that fails does not stop the others. Each one's output goes into a log in the workshop, named here. What takes part of each notebook's time and is
+    the same for all, what papermill and nbconvert load, is done once.
+
+    Args:
+        run: `Lab.run`.
+    """
+    wanted = chosen(scale, given)
+    started = time.monotonic()
+    specs = [spec for name in wanted if EXPERIMENTS[name].trains for spec in specs_of(EXPERIMENTS[name], wanted[name])]
+    runs = run(specs, workers=workers)
+    if why := runs.explain_missing():
+        print(why)
+    print(f"{len({s.id for s in specs})} runs in {time.monotonic() - started:.0f} s", flush=True)
+    values = {name: notebooks.check_parameters(EXPERIMENTS[name], texts) for name, texts in wanted.items()}
+    whole = {name: notebooks.resolve(EXPERIMENTS[name], values[name]) for name in wanted}
+    last = {name: last_result(EXPERIMENTS[name], whole[name]) for name in wanted}
+    # A measurement beside nothing else: notebooks that time something anew come last and alone.
+    alone = [name for name in wanted if EXPERIMENTS[name].measures and not reads_back(last[name], whole[name])]
+    # The longest first, so that none is left over at the end.
+    beside = sorted((n for n in wanted if n not in alone), key=lambda n: -last[n].get("notebook_seconds", 0.0))
+    logs = paths.home() / "logs"
+    logs.mkdir(parents=True, exist_ok=True)
+    cores = workers or len(os.sched_getaffinity(0))
+    context = multiprocessing.get_context("forkserver" if os.name == "posix" else "spawn")
+    context.set_forkserver_preload(["moelab.notebook.forked"])
+    failed: list[str] = []
+    going: dict[str, tuple[Any, float]] = {}
+
+    def reap(until: int) -> None:
+        while len(going) > until:
+            multiprocessing.connection.wait([process.sentinel for process, _ in going.values()])
+            for name, (process, since) in list(going.items()):
+                if process.exitcode is not None:
+                    del going[name]
+                    good = process.exitcode == 0
+                    failed.extend([] if good else [name])
+                    result = "published" if good else f"FAILED, see {logs / f'{name}-{scale}.log'}"
+                    print(f"{name}: {result} ({time.monotonic() - since:.0f} s)", flush=True)
+
+    for name in (*beside, *alone):
+        reap(0 if name in alone else cores - 1)
+        log = str(logs / f"{name}-{scale}.log")
+        process = context.Process(target=_publish, args=(name, values[name], log, dict(os.environ), os.getcwd()))
+        process.start()
+        going[name] = (process, time.monotonic())
+    reap(0)
+    count = f"{len(wanted) - len(failed)} of {len(wanted)} experiments"
+    index = site.build(paths.results()).index
+    print(f"{count} published in {time.monotonic() - started:.0f} s; {paths.short(index)}")
+    return not failed

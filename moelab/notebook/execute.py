@@ -1,0 +1,312 @@
+"""Executing an experiment's notebook through papermill: parameters checked first, results published whole or not at all."""
+
+from __future__ import annotations
+
+import ast
+import contextlib
+import json
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TextIO
+
+from traitlets import Type, Unicode
+
+from moelab import paths
+from moelab.experiments import Experiment
+from moelab.files import write_json
+from moelab.report.publication import SUMMARY
+from moelab.report.site import convert
+
+
+class NotebookFailed(RuntimeError):
+    """A notebook stopped at an error; the message names the cell, the error and the executed copy."""
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """One parameter of a notebook's `parameters` cell, as papermill reads it."""
+
+    name: str
+    type: str
+    default: Any
+    help: str
+
+
+def parameters(experiment: Experiment) -> dict[str, Parameter]:
+    """What the notebook takes: name -> type, default, comment."""
+    from papermill import inspect_notebook
+
+    found = inspect_notebook(str(paths.notebooks() / experiment.notebook))
+    return {
+        name: Parameter(name, p["inferred_type_name"], ast.literal_eval(p["default"]), p["help"])
+        for name, p in found.items()
+    }
+
+
+def check_parameters(experiment: Experiment, given: Mapping[str, str]) -> dict[str, Any]:
+    """Parameter texts from the command line as values of the notebook's declared types.
+
+    Raises:
+        ValueError: one line with the parameters and types that are allowed.
+    """
+    allowed = parameters(experiment)
+    listing = "; allowed: " + ", ".join(f"{p.name}: {p.type} = {p.default!r}" for p in allowed.values())
+    values = {}
+    for name, text in given.items():
+        if name not in allowed:
+            raise ValueError(f"{experiment.name}: no parameter {name!r}{listing}")
+        try:
+            values[name] = _value(allowed[name].type, text)
+        except ValueError:
+            raise ValueError(
+                f"{experiment.name}: parameter {name} must be {allowed[name].type}, got {text!r}{listing}"
+            ) from None
+    return values
+
+
+def _value(kind: str, text: str) -> Any:
+    if kind == "str":
+        return text
+    if kind == "bool":
+        if text.lower() in ("true", "yes", "1"):
+            return True
+        if text.lower() in ("false", "no", "0"):
+            return False
+        raise ValueError(text)
+    if kind in ("int", "float"):
+        return {"int": int, "float": float}[kind](text.replace("_", ""))
+    if kind.startswith("list"):
+        element = kind.removeprefix("list").strip("[]")
+        try:
+            value = json.loads(text)
+        except json.JSONDecodeError:
+            value = [part.strip() for part in text.split(",") if part.strip()]
+        else:
+            value = [value] if element in ("int", "float") and isinstance(value, int | float) else value
+        if not isinstance(value, list):
+            raise ValueError(text)
+        return [_element(element, v) for v in value]
+    if kind.startswith("dict"):
+        value = json.loads(text)  # a JSONDecodeError is a ValueError
+        if not isinstance(value, dict):
+            raise ValueError(text)
+        element = kind.removeprefix("dict").strip("[]").partition(",")[2].strip()
+        return {key: _element(element, v) for key, v in value.items()}
+    raise ValueError(text)
+
+
+def _element(kind: str, value: Any) -> Any:
+    """An element of a list or dict, as the declared type; numbers may come as text (``1,2,3``)."""
+    if kind in ("int", "float") and not isinstance(value, bool):
+        number = float(value) if kind == "float" else int(value)
+        if isinstance(value, str) or number == value:
+            return number
+    elif (
+        (kind == "str" and isinstance(value, str))
+        or (kind == "bool" and isinstance(value, bool))
+        or kind in ("", "Any")
+    ):
+        return value
+    raise ValueError(value)
+
+
+@contextlib.contextmanager
+def environment(values: Mapping[str, str]) -> Iterator[None]:
+    """Environment variables for the length of a block; the kernel that papermill starts inherits them."""
+    before = {name: os.environ.get(name) for name in values}
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
+
+
+def resolve(experiment: Experiment, given: Mapping[str, Any]) -> dict[str, Any]:
+    """All parameters of the notebook: those given, and the defaults of the others."""
+    return {name: given.get(name, p.default) for name, p in parameters(experiment).items()}
+
+
+def execute(
+    experiment: Experiment,
+    values: Mapping[str, Any],
+    plan: Path,
+    *,
+    log: TextIO | None = None,
+    progress: Path | None = None,
+) -> Path:
+    """Execute the notebook with these parameter values; returns the folder of the published result.
+
+    Everything is made in `.moelab/publishing/` and moved into the results in one step, so a failed or killed notebook publishes nothing.
+
+    Args:
+        values: from `check_parameters`.
+        plan: file in which the notebook lists the runs it waits for, for whoever shows progress.
+        log: where what the notebook prints goes while it runs, cell by cell; by default a file beside the executed copy.
+        progress: file that says which cell runs: ``{"cell": 3, "cells": 12, "started": seconds since the epoch}``.
+
+    Raises:
+        NotebookFailed: a cell raised, or the kernel died; the executed copy, with the error on top, stays in `.moelab/publishing/`.
+        KeyboardInterrupt: stopped; the executed copy says where.
+    """
+    import papermill
+    from nbclient.exceptions import CellTimeoutError, DeadKernelError
+
+    scale = values.get("scale", parameters(experiment)["scale"].default)
+    experiment.scale(scale)
+    name = time.strftime("%Y%m%d-%H%M%S", time.gmtime())
+    (publishing := paths.home() / "publishing").mkdir(parents=True, exist_ok=True)
+    # Notebooks of a sweep start in the same second, on several machines.
+    staging = Path(tempfile.mkdtemp(prefix=f"{experiment.name}-{scale}-{name}-", dir=publishing))
+    staging.chmod(0o755)
+    copy = staging / "notebook.ipynb"
+    at = [0]
+
+    with contextlib.ExitStack() as stack:
+        if log is None:
+            log = stack.enter_context(open(staging.parent / f"{staging.name}.log", "w"))
+        # Sockets belong on this machine's own disk: a home folder on a network has no room for them, or a path too long.
+        sockets = stack.enter_context(tempfile.TemporaryDirectory(prefix="moelab-"))
+        stack.enter_context(
+            environment(
+                {
+                    "MOELAB_PUBLICATION": str(staging),
+                    "MOELAB_PLAN": str(plan),
+                    "JUPYTER_PREFER_ENV_PATH": "1",
+                    "JUPYTER_RUNTIME_DIR": sockets,
+                }
+            )
+        )
+
+        def on_cell(cell: int, cells: int) -> None:
+            at[0] = cell
+            print(f"[{time.strftime('%H:%M:%S')}] cell {cell} of {cells}", file=log, flush=True)
+            if progress:
+                write_json(progress, {"cell": cell, "cells": cells, "started": time.time()})
+
+        try:
+            papermill.execute_notebook(
+                str(paths.notebooks() / experiment.notebook),
+                str(copy),
+                parameters=dict(values),
+                engine_name=_engine(),
+                kernel_name="python3",
+                kernel_manager_class=_kernel_manager(),
+                progress_bar=False,
+                iopub_timeout=120,  # a cell's last output may come late on a busy machine; the default gives it 4 s
+                cwd=str(staging),
+                stdout_file=log,
+                stderr_file=log,
+                on_cell=on_cell,
+            )
+        except papermill.PapermillExecutionError as error:
+            why = (str(error.evalue).splitlines() or [""])[0]
+            raise NotebookFailed(
+                f"{experiment.notebook}, cell {error.exec_count}: {error.ename}: {why} (executed copy: {copy})"
+            ) from None
+        except (DeadKernelError, CellTimeoutError) as error:
+            why = (
+                "the kernel died (out of memory?)" if isinstance(error, DeadKernelError) else str(error).splitlines()[0]
+            )
+            _error_on_top(copy, f"Stopped in cell {at[0]}: {why}")
+            raise NotebookFailed(f"{experiment.notebook}, cell {at[0]}: {why} (executed copy: {copy})") from None
+        except KeyboardInterrupt:
+            _error_on_top(copy, f"Interrupted in cell {at[0]}")
+            raise
+    if not (staging / SUMMARY).exists():
+        raise NotebookFailed(f"{experiment.notebook} ended without publishing a result (executed copy: {copy})")
+    _forget_places(copy)
+    convert(copy)
+    target = paths.results() / experiment.name / scale / name
+    target.parent.mkdir(parents=True, exist_ok=True)
+    # Moved beside its place first: results may be on another disk than the workshop, and only a rename is one step.
+    beside = target.with_name(f".{staging.name}")
+    shutil.move(staging, beside)
+    while True:
+        try:
+            os.rename(beside, target)  # fails where there is a folder with something in it: nothing is overwritten
+            break
+        except OSError:
+            if not target.exists():
+                raise
+            target = target.with_name(target.name + "x")
+    return target
+
+
+def _forget_places(notebook: Path) -> None:
+    """Papermill notes where it read and wrote on this machine; a published copy lies elsewhere."""
+    import nbformat
+
+    content = nbformat.read(notebook, as_version=4)
+    for key in ("input_path", "output_path"):
+        content.metadata["papermill"][key] = Path(content.metadata["papermill"][key]).name
+    nbformat.write(content, notebook)
+
+
+def _error_on_top(notebook: Path, message: str) -> None:
+    """What papermill writes for an exception in a cell, for ends that it does not notice (it marks such cells as completed)."""
+    import nbformat
+
+    if notebook.exists():
+        content = nbformat.read(notebook, as_version=4)
+        content.cells.insert(0, nbformat.v4.new_markdown_cell(f"**{message}**"))
+        nbformat.write(content, notebook)
+
+
+def _engine() -> str:
+    """Papermill's own engine, telling `on_cell` (number from 1, of all) before each code cell."""
+    from papermill.engines import NBClientEngine, papermill_engines
+
+    class CellEngine(NBClientEngine):
+        @classmethod
+        def execute_managed_notebook(cls, nb_man, kernel_name, *, on_cell: Callable[[int, int], None], **options):
+            code = [i for i, cell in enumerate(nb_man.nb.cells) if cell.cell_type == "code"]
+            start = nb_man.cell_start
+
+            def cell_start(cell, cell_index=None, **more):
+                if cell_index in code:
+                    on_cell(code.index(cell_index) + 1, len(code))
+                return start(cell, cell_index, **more)
+
+            nb_man.cell_start = cell_start
+            return super().execute_managed_notebook(nb_man, kernel_name, **options)
+
+    papermill_engines.register("moelab", CellEngine)
+    return "moelab"
+
+
+def _kernel_manager() -> type:
+    """A kernel manager on Unix sockets where there are any: no port race between notebooks run in parallel, nothing on the network.
+
+    Its clients look for a reply every second besides waiting for it. A widget's output makes nbclient send to the kernel while it waits; jupyter_client
+    sends past the event loop, which can take the signal of a reply that has just come, and the wait would never end (nbclient issue 312).
+    """
+    from queue import Empty
+
+    from jupyter_client.asynchronous import AsyncKernelClient
+    from jupyter_client.channels import AsyncZMQSocketChannel
+    from jupyter_client.manager import AsyncKernelManager
+
+    class PatientChannel(AsyncZMQSocketChannel):
+        async def get_msg(self, timeout: float | None = None) -> dict[str, Any]:
+            while timeout is None:
+                with contextlib.suppress(Empty):
+                    return await super().get_msg(1.0)
+            return await super().get_msg(timeout)
+
+    class Client(AsyncKernelClient):
+        shell_channel_class = Type(PatientChannel)
+
+    class Manager(AsyncKernelManager):
+        client_factory = Type(klass=AsyncKernelClient, default_value=Client)
+        transport = Unicode("ipc" if os.name == "posix" else "tcp")
+
+    return Manager

@@ -1,0 +1,102 @@
+"""The terminal's side of a batch run: executes the notebook and shows, from the runs' own files, how far it is."""
+
+from __future__ import annotations
+
+import tempfile
+import threading
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from moelab import paths
+from moelab.experiments import Experiment
+from moelab.files import read_json
+from moelab.notebook import execute as notebooks
+from moelab.report import site
+from moelab.report.publication import SUMMARY
+from moelab.runs.progress import Estimate, Snapshot, duration
+from moelab.runs.spec import RunSpec
+from moelab.runs.store import Run
+
+
+def execute_watched(experiment: Experiment, values: Mapping[str, Any], *, page: bool = True) -> bool:
+    """Execute, show progress with the time left, and end by naming notebook, figures and page. False when something failed.
+
+    Args:
+        page: bring the results' page up to date.
+    """
+    console = Console()
+    console.print(f"[bold]{experiment.title}[/] · {experiment.paper}")
+    console.print(f"paper: {experiment.paper_answer}")
+    with tempfile.TemporaryDirectory() as folder:
+        plan = Path(folder) / "plan.json"
+        done = threading.Event()
+        watcher = threading.Thread(target=_watch, args=(plan, done, console), daemon=True)
+        watcher.start()
+        try:
+            result = notebooks.execute(experiment, values, plan)
+        except notebooks.NotebookFailed as error:
+            done.set()
+            watcher.join()
+            console.print(f"[red]failed:[/] {error}", soft_wrap=True)
+            return False
+        except KeyboardInterrupt:
+            done.set()
+            watcher.join()
+            console.print("stopped; unfinished runs wrote a checkpoint, the same command goes on from there")
+            return False
+        finally:
+            done.set()
+        watcher.join()
+    index = site.build(paths.results()).index if page else None
+    summary = read_json(result / SUMMARY)
+    console.print(f"[bold green]{summary['title']}[/]")
+    for name, path in (
+        ("notebook", result / "notebook.ipynb"),
+        *(("figure", result / f"{f['name']}.png") for f in summary["figures"]),
+        *([("page", index)] if index else []),
+    ):
+        console.print(f"{name:>9}  {paths.short(path)}", soft_wrap=True, highlight=False)
+    if summary["missing"]:
+        console.print(
+            f"[red]without a result:[/] {', '.join(summary['missing'])}; the notebook says why", soft_wrap=True
+        )
+        return False
+    return True
+
+
+def _watch(plan: Path, done: threading.Event, console: Console) -> None:
+    """Bars on a terminal; in a log, one line each half minute."""
+    from rich.progress import BarColumn, Progress, TextColumn
+
+    every = 1.0 if console.is_terminal else 30.0
+    runs: list[Run] = []
+    estimate: Estimate | None = None
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.percentage:>3.0f} %"),
+        TextColumn("{task.fields[note]}"),
+    )
+    with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as bars:
+        tasks: list[Any] = []
+        total = bars.add_task("starting", total=1.0, note="kernel and text")
+        while not done.wait(1.0 if not runs else every):
+            if not runs and (listed := read_json(plan)):
+                runs = [Run(RunSpec.from_json(read_json(Path(p) / "spec.json")), Path(p)) for p in listed]
+                estimate = Estimate(Snapshot.of(runs).done)
+                tasks = [bars.add_task(f"  {r.spec.title} s{r.spec.train.seed}", total=1.0, note="") for r in runs]
+            if not runs or estimate is None:
+                continue
+            snapshot = Snapshot.of(runs)
+            left = f"{duration(estimate.seconds_left(snapshot.done))} left"
+            finished = sum(s.state == "finished" for s in snapshot.statuses)
+            for task, s in zip(tasks, snapshot.statuses, strict=True):
+                note = s.state if s.loss is None else f"loss {s.loss:.3f}"
+                share = 1.0 if s.state == "finished" else s.step / max(1, s.steps)
+                bars.update(task, completed=share, note=note)
+            bars.update(total, description=f"{finished}/{len(runs)} runs", completed=snapshot.done, note=left)
+            if not console.is_terminal:
+                console.print(f"{finished}/{len(runs)} runs finished, {snapshot.done:.0%} done, {left}")

@@ -1,0 +1,328 @@
+"""One look for all figures: a seaborn theme, colours that survive colour blindness, the paper's values always drawn alike.
+
+    figures.theme()
+    fig, ax = plt.subplots()
+    figures.measured(ax, x, ours, low, high, label="ours")
+    figures.paper_points(ax, x, theirs)
+    ax.set(xlabel="GPUs", ylabel="latency (ms per token)")
+    figures.finding(fig, "Twice the GPUs take 0.6 times the latency")
+    figures.save(fig, Path("latency"))                  # latency.png, latency.svg, latency-dark.svg
+
+Every function draws on an axis that it is given and returns it, so that a notebook can go on from there. `Publication.figure` saves a
+figure by `save`.
+"""
+
+from __future__ import annotations
+
+import io
+import textwrap
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pandas as pd
+import seaborn as sns
+
+from moelab.files import write_text
+from moelab.plotting import svg
+from moelab.plotting.typography import typeset
+from moelab.statistics import interval
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+PAPER = {"color": "#444444", "marker": "D"}
+"""How a value of the paper is drawn: a dark hollow diamond, everywhere."""
+
+# Okabe and Ito's colours, grey (for the dense base, the first arm) instead of the yellow that is too light on white; dash patterns
+# carry the same distinction in print.
+_COLORS = ("#6E6E6E", "#56B4E9", "#009E73", "#E69F00", "#D55E00", "#0072B2", "#CC79A7", "#000000")
+_OF_ARM = {
+    name: color
+    for color, names in zip(
+        _COLORS,
+        (
+            ("Dense", "350M"),
+            ("MoE-32", "350M+MoE-32"),
+            ("Pyramid-MoE-32/64",),
+            ("Residual-MoE-32",),
+            ("PR-MoE-32/64", "Teacher"),
+            ("MoE-128", "350M+MoE-128"),
+            ("Top2-MoE-32",),
+        ),
+        strict=False,
+    )
+    for name in names
+}
+_DASHES = ("", (4, 1.5), (1, 1), (6, 1.5, 1, 1.5), (3, 1), (5, 1, 1, 1, 1, 1), (2, 2), (8, 2))
+
+
+def theme() -> None:
+    """Set the look for all figures that follow."""
+    sns.set_theme(
+        context="notebook",
+        style="ticks",
+        rc={
+            "figure.figsize": (10, 4.4),
+            "figure.dpi": 96,
+            "axes.spines.top": False,
+            "axes.spines.right": False,
+            "axes.grid": True,
+            "grid.alpha": 0.35,
+            "axes.titlesize": 11,
+            "axes.titlelocation": "left",
+            "axes.titlepad": 10,
+            "axes.labelsize": 11,
+            "legend.fontsize": 10,
+            "legend.frameon": False,
+            "xtick.labelsize": 10,
+            "ytick.labelsize": 10,
+            "svg.fonttype": "none",
+            "svg.hashsalt": "moelab",  # the same figure is the same file
+            "savefig.facecolor": "white",
+        },
+    )
+
+
+def colors(arms: Sequence[str]) -> dict[str, str]:
+    """Arm -> colour: the paper's arms have the same one in every figure, the others take what is left, by position."""
+    fixed = {arm: _OF_ARM[arm] for arm in arms if arm in _OF_ARM}
+    free = [color for color in _COLORS if color not in fixed.values()] or list(_COLORS)
+    others = [arm for arm in arms if arm not in fixed]
+    fixed |= {arm: free[i % len(free)] for i, arm in enumerate(others)}
+    return {arm: fixed[arm] for arm in arms}
+
+
+def finding(fig: Figure, text: str) -> Figure:
+    """Write what the figure shows above it, wrapped to the figure's width; call it last, it lays the figure out anew."""
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
+
+    width = int(fig.get_figwidth() * 11)
+    lines = textwrap.wrap(typeset(text), width)
+    fig.suptitle("\n".join(lines), x=0.01, ha="left", fontsize=12)
+    if not isinstance(fig.get_layout_engine(), ConstrainedLayoutEngine):
+        fig.tight_layout()
+    return fig
+
+
+def save(fig: Figure, path: Path, *, title: str = "") -> list[Path]:
+    """Save a figure as `<path>.png` (160 dots an inch), `<path>.svg` and `<path>-dark.svg`; returns the three.
+
+    Args:
+        path: without suffix.
+        title: the finding as a caption or page will state it. Where the figure's own title says the same, the SVGs leave it out; the
+            PNG, which travels alone, keeps it.
+    """
+    png, light, dark = (path.with_name(path.name + end) for end in (".png", ".svg", "-dark.svg"))
+    fig.savefig(png, dpi=160, bbox_inches="tight")
+    heading = [t for t in fig.texts if title and t.get_text().split() == typeset(title).split()]
+    for artist in heading:
+        artist.set_visible(False)
+    text = io.StringIO()
+    fig.savefig(text, format="svg", bbox_inches="tight", metadata={"Date": None})
+    for artist in heading:
+        artist.set_visible(True)
+    write_text(light, text.getvalue())
+    write_text(dark, svg.dark(text.getvalue()))
+    return [png, light, dark]
+
+
+def student(values: pd.Series) -> tuple[float, float]:
+    """The 95 % Student interval of a mean, for seaborn's `errorbar`; the value itself when there is one."""
+    mean, low, high = interval(list(values))
+    return (mean, mean) if len(values) < 2 else (low, high)
+
+
+def loss_curves(
+    curves: pd.DataFrame, ax: Axes, *, arms: Sequence[str], of: Sequence[str] = (), skip_first: bool = True
+) -> Axes:
+    """Validation loss over tokens, a line an arm: the mean over seeds with its 95 % interval.
+
+    Args:
+        curves: `Runs.curves()`: columns arm, seed, tokens, loss.
+        arms: those that are drawn, in the order of the legend.
+        of: all arms of the experiment, where only some are drawn: each keeps the colour and the dashes that it has beside the others.
+        skip_first: leave out the untrained model, which would squeeze the rest.
+    """
+    shown = curves[curves["tokens"] > 0] if skip_first else curves
+    shown = shown.assign(millions=shown["tokens"] / 1e6)
+    sns.lineplot(
+        shown,
+        x="millions",
+        y="loss",
+        hue="arm",
+        style="arm",
+        hue_order=list(arms),
+        style_order=list(arms),
+        palette=colors(of or arms),
+        dashes=dict(zip(of or arms, _DASHES, strict=False)),
+        errorbar=student,
+        err_kws={"alpha": 0.1, "linewidth": 0},
+        ax=ax,
+    )
+    ax.set(xlabel="training tokens (millions)", ylabel="validation loss (nats per token)")
+    ax.legend(title=None)
+    return ax
+
+
+def measured(
+    ax: Axes,
+    x: Sequence[float],
+    y: Sequence[float],
+    low: Sequence[float] | None = None,
+    high: Sequence[float] | None = None,
+    *,
+    label: str = "ours",
+    color: str = _COLORS[5],
+    line: bool = True,
+) -> Axes:
+    """Our values: filled dots, joined by a line, with their intervals.
+
+    Args:
+        low, high: bounds of the interval of each value; None for values without spread (arithmetic, a model).
+        line: join the dots.
+    """
+    bars = None if low is None or high is None else _around(y, low, high)
+    ax.errorbar(x, y, yerr=bars, fmt="o-" if line else "o", color=color, capsize=3, zorder=3, label=label)
+    return ax
+
+
+def paper_points(
+    ax: Axes,
+    x: Sequence[float],
+    y: Sequence[float],
+    low: Sequence[float] | None = None,
+    high: Sequence[float] | None = None,
+    *,
+    label: str = "paper",
+    color: str = PAPER["color"],
+    line: bool = False,
+    across: bool = False,
+) -> Axes:
+    """Values of the paper: hollow diamonds, everywhere, with the uncertainty of the reading where it is known.
+
+    Args:
+        low, high: bounds of each reading.
+        color: an arm's own colour where several arms of the paper share the axis.
+        line: join the diamonds, for a curve of the paper.
+        across: the values run along x, as in `gaps`.
+    """
+    bars = None if low is None or high is None else _around(x if across else y, low, high)
+    ax.errorbar(
+        x,
+        y,
+        **{"xerr" if across else "yerr": bars},
+        fmt=PAPER["marker"],
+        linestyle="--" if line else "none",
+        color=color,
+        markerfacecolor="white",
+        capsize=3,
+        zorder=3,
+        label=label,
+    )
+    return ax
+
+
+def paper_bound(ax: Axes, value: float, *, label: str = "paper", across: bool = False) -> Axes:
+    """A number that the paper gives for the whole axis, such as a limit or "over six times": a dashed line that ends in the paper's diamond.
+
+    Args:
+        across: the value runs along x.
+    """
+    draw = ax.axvline if across else ax.axhline
+    draw(
+        value,
+        color=PAPER["color"],
+        linewidth=1.2,
+        linestyle=(0, (5, 3)),
+        marker=PAPER["marker"],
+        markevery=[1],
+        markerfacecolor="white",
+        clip_on=False,
+        label=label,
+    )
+    return ax
+
+
+def _around(values: Sequence[float], low: Sequence[float], high: Sequence[float]) -> list[list[float]]:
+    """Bounds as distances, the way `errorbar` takes them."""
+    return [[v - a for v, a in zip(values, low, strict=True)], [b - v for v, b in zip(values, high, strict=True)]]
+
+
+def gaps(
+    measured: pd.DataFrame,
+    ax: Axes,
+    *,
+    arms: Sequence[str],
+    value: str,
+    paper: Mapping[str, tuple[float, float, float]],
+    of: str = "seeds",
+) -> Axes:
+    """A row an arm: mean over seeds of `value` with its 95 % interval, each seed as a small dot below, the paper's value above.
+
+    Args:
+        measured: columns arm, seed and `value`.
+        paper: arm -> (value, low, high) as the paper reports it.
+        of: what the values are: seeds, or rounds of a measurement.
+    """
+    palette = colors(arms)
+    labelled = set()
+
+    def once(label: str) -> str:
+        return "_" if label in labelled else labelled.add(label) or label
+
+    for row, arm in enumerate(arms):
+        values = measured.loc[measured["arm"] == arm, value]
+        if len(values):
+            low, high = student(values)
+            center = values.mean()
+            # Under the interval, which would hide them.
+            ax.scatter(values, [row + 0.22] * len(values), s=18, color=palette[arm], alpha=0.7, zorder=2, linewidths=0)
+            ax.errorbar(
+                center,
+                row,
+                xerr=[[center - low], [high - center]],
+                fmt="o",
+                color=palette[arm],
+                capsize=4,
+                markersize=8,
+                zorder=3,
+                label=once("ours" if len(values) == 1 else f"ours: mean of {len(values)} {of}, 95 % interval"),
+            )
+        if arm in paper:
+            at, low, high = paper[arm]
+            label = once("paper" if low == at == high else "paper, with the uncertainty of the reading")
+            paper_points(ax, [at], [row - 0.28], [low], [high], label=label, across=True)
+    ax.axvline(0, color="#888888", linewidth=1, zorder=1)
+    ax.set_yticks(range(len(arms)), arms)
+    ax.set_ylim(len(arms) - 0.4, -0.8)
+    return ax
+
+
+def means(measured: pd.DataFrame, ax: Axes, *, x: str, y: str) -> Axes:
+    """A line of means over seeds with 95 % bars, each seed as a small dot. Columns x, y and seed."""
+    rows = [(at, part[y].mean(), *student(part[y])) for at, part in measured.groupby(x)]
+    ax.scatter(measured[x], measured[y], s=14, color=_COLORS[5], alpha=0.5, linewidths=0)
+    if rows:
+        at, center, low, high = (list(column) for column in zip(*rows, strict=True))
+        bars = [[c - a for c, a in zip(center, low, strict=True)], [b - c for c, b in zip(center, high, strict=True)]]
+        ax.errorbar(at, center, yerr=bars, fmt="o-", color=_COLORS[5], capsize=4)
+    return ax
+
+
+def seed_lines(measured: pd.DataFrame, ax: Axes, *, arms: Sequence[str], value: str = "validation_loss") -> Axes:
+    """A line a seed across the arms: parallel lines are what pairing takes out. Columns arm, seed and `value`."""
+    table = measured.pivot(index="seed", columns="arm", values=value)
+    there = [arm for arm in arms if arm in table]
+    for _, row in table[there].iterrows():
+        ax.plot(range(len(there)), row, marker="o", color=_COLORS[5], alpha=0.6)
+    ax.set_xticks(range(len(there)), there)
+    ax.set_xlim(-0.3, len(there) - 0.7)
+    return ax
+
+
+def legend_below(ax: Axes, columns: int = 2) -> None:
+    """Put an axis's legend under it and its label, where it covers nothing."""
+    # The pad is in font sizes, so the distance is the same for a low axis and a high one.
+    ax.legend(loc="upper center", bbox_to_anchor=(0.5, 0), borderaxespad=4.6, ncols=columns)

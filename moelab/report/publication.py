@@ -1,0 +1,144 @@
+"""What a notebook found, as files anyone can read: figures, the data behind them, claims, provenance.
+
+results/<experiment>/<scale>/<date>-<time>/summary.json      what is here, how it came about
+                                           <name>.png, .svg, -dark.svg, .jsonl  a figure and its data
+                                           notebook.ipynb, notebook.html     the executed notebook
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from moelab import paths
+from moelab.files import write_json, write_text
+from moelab.runs.provenance import provenance
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from matplotlib.figure import Figure
+
+    from moelab.experiments.verdicts import Verdict
+    from moelab.runs.collection import Runs
+    from moelab.runs.measurements import Measurement
+
+SUMMARY = "summary.json"
+
+
+@dataclass
+class Publication:
+    """Collects what one notebook publishes, and writes it as it comes; `finish` writes the summary that makes it a result.
+
+    Attributes:
+        path: the folder it goes to.
+        interactive: a draft (JupyterLab), not a batch run.
+        measured: what the lab measured or read back, see `Lab.measure`.
+    """
+
+    experiment: str
+    scale: str
+    parameters: dict[str, Any]
+    path: Path
+    interactive: bool
+    measured: Sequence[Measurement] = ()
+    figures: list[dict[str, Any]] = field(default_factory=list)
+    tables: list[dict[str, Any]] = field(default_factory=list)
+    verdicts: list[dict[str, Any]] = field(default_factory=list)
+    started: float = field(default_factory=time.time)
+
+    @classmethod
+    def open(
+        cls, experiment: str, scale: str, parameters: dict[str, Any], measured: Sequence[Measurement] = ()
+    ) -> Publication:
+        """In a batch run the folder comes from the command (`MOELAB_PUBLICATION`); else a fresh draft."""
+        given = os.environ.get("MOELAB_PUBLICATION")
+        path = Path(given) if given else paths.home() / "drafts" / experiment / scale
+        if not given and path.exists():
+            shutil.rmtree(path)
+        path.mkdir(parents=True, exist_ok=True)
+        return cls(experiment, scale, parameters, path, interactive=given is None, measured=measured)
+
+    def figure(
+        self,
+        figure: Figure,
+        name: str,
+        *,
+        title: str,
+        caption: str = "",
+        data: pd.DataFrame | None = None,
+        claims: Sequence[str] = (),
+    ) -> None:
+        """Save a figure as PNG and SVG (light and dark), and the numbers it shows as JSON lines.
+
+        Args:
+            title: states the finding.
+            claims: ids of the paper's claims that it shows; the ledger links them to it.
+        """
+        from moelab.plotting import figures
+
+        figures.save(figure, self.path / name, title=title)
+        record: dict[str, Any] = {"name": name, "title": title, "caption": caption, "claims": list(claims)}
+        if data is not None:
+            record["data"] = f"{name}.jsonl"
+            self._write_frame(record["data"], data)
+        self.figures.append(record)
+
+    def table(self, data: pd.DataFrame, name: str, *, title: str, caption: str = "") -> None:
+        """Save a table as JSON lines."""
+        self._write_frame(f"{name}.jsonl", data)
+        self.tables.append({"name": name, "title": title, "caption": caption, "data": f"{name}.jsonl"})
+
+    def claims(self, verdicts: Sequence[Verdict]) -> None:
+        """Save the verdicts on the paper's claims."""
+        self.verdicts = [asdict(v) for v in verdicts]
+        write_json(self.path / "claims.json", self.verdicts)
+
+    def finish(self, runs: Runs | None = None, *, title: str) -> str:
+        """Write the summary; returns one line saying where everything is. `title` states the experiment's finding.
+
+        Args:
+            runs: the trainings behind it; none for an experiment that trains nothing.
+        """
+        finished = runs.finished if runs is not None else ()
+        hardware = [run.provenance.get("hardware") for run in finished]
+        write_json(
+            self.path / SUMMARY,
+            {
+                "experiment": self.experiment,
+                "scale": self.scale,
+                "title": title,
+                "parameters": self.parameters,
+                "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+                "notebook_seconds": round(time.time() - self.started, 1),
+                "training_seconds": round(sum(run.result["seconds"] for run in finished), 1),
+                "seeds": sorted({run.spec.train.seed for run in finished}),
+                "hardware": hardware[0] if hardware else None,
+                "figures": self.figures,
+                "tables": self.tables,
+                "claims": self.verdicts,
+                "missing": [run.spec.id for run in runs.missing] if runs is not None else [],
+                "runs": [
+                    {
+                        "id": run.spec.id,
+                        "label": run.spec.title,
+                        "spec": run.spec.to_json(),
+                        "result": run.result,
+                        "provenance": run.provenance,
+                    }
+                    for run in finished
+                ],
+                "measurements": [one.summary() for one in self.measured],
+                "provenance": provenance(),
+            },
+        )
+        if self.interactive:
+            return f"draft written to {self.path}"
+        return f"result handed over as {self.experiment}, scale {self.scale}"
+
+    def _write_frame(self, name: str, data: pd.DataFrame) -> None:
+        write_text(self.path / name, data.to_json(orient="records", lines=True, double_precision=15))

@@ -1,0 +1,99 @@
+"""The page templates, and the mark in each page that says what it was made from."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+from collections.abc import Sequence
+from importlib.resources import files
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from moelab.plotting.typography import typeset
+
+if TYPE_CHECKING:
+    from jinja2 import Environment
+
+    from moelab.paper import Claim
+
+_PREFIX = "<!-- made from "
+
+
+def render(name: str, /, **values: Any) -> str:
+    """The text of a page."""
+    return _environment().get_template(name).render(**values)
+
+
+def mark(*parts: str | bytes, names: Sequence[str]) -> str:
+    """A digest of what a page is made from: `parts` and the templates of these names."""
+    digest = hashlib.sha256()
+    for part in (*parts, *(asset(name) for name in names)):
+        data = part.encode() if isinstance(part, str) else part
+        digest.update(len(data).to_bytes(8, "big") + data)
+    return digest.hexdigest()[:32]
+
+
+def is_current(page: Path, mark: str) -> bool:
+    """Whether the page at this path carries this mark; a missing page does not."""
+    try:
+        with open(page, encoding="utf-8", errors="replace") as f:
+            return f"{_PREFIX}{mark} " in f.read(200)
+    except FileNotFoundError:
+        return False
+
+
+@functools.cache
+def asset(name: str) -> str:
+    """The text of a file in `templates/`."""
+    return (files("moelab.report") / "templates" / name).read_text(encoding="utf-8")
+
+
+@functools.cache
+def _environment() -> Environment:
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+
+    environment = Environment(
+        loader=PackageLoader("moelab.report", "templates"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {"number": number, "quantity": quantity, "cell": cell, "typeset": typeset}
+    return environment
+
+
+def number(value: float | None, claim: Claim) -> str:
+    """A value for a claim: differences carry their sign, ratios and limits none; a dash for what was not measured."""
+    if value is None:
+        return "–"
+    if abs(value) >= 1000:
+        return f"{value:,.0f}"
+    if claim.kind == "ratio":
+        return f"{value:.3g}"
+    if claim.kind == "bound":
+        return f"{value:.4g}" if abs(value) >= 100 else f"{value:.3g}"
+    return typeset(f"{value:+.3f}" if abs(value) < 10 else f"{value:+.1f}")
+
+
+def quantity(value: float | None, claim: Claim) -> str:
+    """`number` with its unit: the claim's, or that of what it orders."""
+    if value is None:
+        return "–"
+    unit = claim.unit or next((unit for word, unit in _ORDERED.items() if word in claim.quantity), "")
+    return number(value, claim) + _SHORT.get(unit, f" {unit}" if unit else "")
+
+
+_ORDERED = {"loss": "nats/token", "latency": "ms"}
+_SHORT = {"x": "×", "percentage points": " points"}
+
+
+def cell(value: Any) -> str:
+    """A value of a data table."""
+    if value is None:
+        return "–"
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return str(value)
+    if isinstance(value, int) or value == int(value):
+        return f"{int(value):,}"
+    return typeset(f"{value:,.0f}" if abs(value) >= 10_000 else f"{value:.4g}")

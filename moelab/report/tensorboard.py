@@ -1,0 +1,93 @@
+"""Any run in TensorBoard: event files are written from the run's own metrics, so no run has to ask for them beforehand."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
+from importlib.util import find_spec
+from pathlib import Path
+
+from moelab import paths
+from moelab.runs.store import RunStore
+from moelab.training.metrics import TRAIN, VALIDATION, read_rows, scalars
+
+FOLLOW_S = 5.0
+"""Seconds between two looks at the runs' metrics."""
+
+
+def select(names: Sequence[str]) -> list[Path]:
+    """The directories of the runs whose ids begin with one of `names`, all without; ValueError, one line, for a name that fits none."""
+    root = RunStore().root
+    every = sorted(p.parent for p in root.glob("*/spec.json"))
+    for name in names:
+        if not any(p.name.startswith(name) for p in every):
+            raise ValueError(f"no run begins with {name!r} in {root} ({len(every)} runs there)")
+    if not every:
+        raise ValueError(f"no runs in {root} yet; `moelab run` makes some")
+    return [p for p in every if not names or p.name.startswith(tuple(names))]
+
+
+class Events:
+    """Event files of some runs, below `folder`, one folder a run; `update` adds the rows that came since the last time."""
+
+    def __init__(self, runs: Sequence[Path], folder: Path) -> None:
+        """What `folder` held before is removed.
+
+        Raises:
+            ValueError: TensorBoard is not installed.
+        """
+        if find_spec("tensorboard") is None:
+            raise ValueError("tensorboard is not installed; pip install 'moelab[tensorboard]'")
+        shutil.rmtree(folder, ignore_errors=True)
+        self.folder = folder
+        self._runs = list(runs)
+        self._writers = {}
+        self._seen: dict[tuple[Path, str], int] = {}
+
+    def update(self) -> int:
+        """Write what is new; returns the number of rows."""
+        return sum(self._rows(run, file) for run in self._runs for file in (TRAIN, VALIDATION))
+
+    def close(self) -> None:
+        for writer in self._writers.values():
+            writer.close()
+
+    def _rows(self, run: Path, file: str) -> int:
+        # A run that resumes drops rows and writes the same ones again; steps that were shown stay shown.
+        last = self._seen.get((run, file), -1)
+        fresh = [row for row in read_rows(run / file) if row["step"] > last]
+        if not fresh:
+            return 0
+        if run not in self._writers:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._writers[run] = SummaryWriter(str(self.folder / run.name))
+        started = (run / "spec.json").stat().st_mtime
+        for row in fresh:
+            for name, value in scalars(file, row):
+                self._writers[run].add_scalar(name, value, row["step"], walltime=started + row.get("time_s", 0.0))
+        self._writers[run].flush()
+        self._seen[run, file] = fresh[-1]["step"]
+        return len(fresh)
+
+
+def serve(runs: Sequence[Path], port: int) -> int:
+    """TensorBoard on 127.0.0.1 until Ctrl-C, kept up to date with runs that are training; returns its exit code."""
+    events = Events(runs, paths.home() / "tensorboard")
+    rows = events.update()
+    print(f"{len(runs)} runs, {rows} rows; Ctrl-C ends", flush=True)
+    arguments = ("--logdir", str(events.folder), "--host", "127.0.0.1", "--port", str(port))
+    process = subprocess.Popen([sys.executable, "-m", "tensorboard.main", *arguments])
+    try:
+        while True:
+            try:
+                return process.wait(timeout=FOLLOW_S)
+            except subprocess.TimeoutExpired:
+                events.update()
+    except KeyboardInterrupt:
+        process.terminate()
+        return process.wait()
+    finally:
+        events.close()

@@ -1,0 +1,1 @@
+"""What is a run, and where is it in its life? Specs, the store, executing, executors, measurements, provenance."""

@@ -1,0 +1,135 @@
+"""What an experiment would train, before it does: sizes, layouts, memory and cost. The dry run; needs no GPU and no cluster."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from moelab import paper
+from moelab.runs.spec import RunSpec
+from moelab.runs.store import RunStore
+
+STATE_BYTES = 16
+"""A parameter's training state in fp32: weight, gradient and AdamW's two moments."""
+
+
+@dataclass(frozen=True)
+class PlannedRun:
+    """A run to be.
+
+    Attributes:
+        spec: what it is.
+        state: "finished", "stopped" and so on, as the store knows it; "new".
+        steps: optimiser steps.
+        parameters, active: of the model.
+        ranks: GPUs or processes.
+        micro_batches: forward passes a data rank takes in a step.
+        state_bytes: of the fullest rank's share of weights, gradients and moments; no activations.
+        flops: of the whole training, forward and backward, and a teacher's forward passes.
+        gpu_hours: at the operations per second and GPU that the paper's Table 3 implies (A100); None off a GPU.
+    """
+
+    spec: RunSpec
+    state: str
+    steps: int
+    parameters: int
+    active: int
+    ranks: int
+    micro_batches: int
+    state_bytes: int
+    flops: float
+    gpu_hours: float | None
+
+
+def plan(specs: Sequence[RunSpec], store: RunStore | None = None) -> list[PlannedRun]:
+    """One row a run, teachers before their students. Writes nothing."""
+    store = store or RunStore()
+    wanted = {s.id: s for spec in specs for s in (*spec.requires(), spec)}
+    return [_planned(spec, store) for spec in wanted.values()]
+
+
+def paper_rate() -> float:
+    """Operations per second and A100 in the paper's training: the mean over Table 3, FLOP/s."""
+    rows = paper.training_throughput()
+    return sum(row.tflops_per_gpu for row in rows) / len(rows) * 1e12
+
+
+def state_bytes(spec: RunSpec) -> int:
+    """Bytes of a rank's weights, gradients and moments, without activations.
+
+    Experts are spread over the expert-parallel ranks, everything else is whole on each rank, or over the data ranks with `shard`; a tensor-sliced
+    share of it is not subtracted (embeddings stay whole).
+    """
+    model, layout = spec.model, spec.parallel
+    an_expert = 2 * model.hidden * model.ffn + model.ffn + model.hidden
+    experts = sum(layout.experts(e).experts_per_rank * an_expert for e in model.experts if e)
+    others = model.parameters() - sum(e * an_expert for e in model.experts)
+    return STATE_BYTES * (experts + (others // layout.data if layout.shard else others))
+
+
+def _planned(spec: RunSpec, store: RunStore) -> PlannedRun:
+    train, layout = spec.train, spec.parallel
+    path = store.root / spec.id
+    state = store.run(spec).status.state if path.exists() else "new"
+    on_gpu = train.device == "cuda"
+    return PlannedRun(
+        spec=spec,
+        state=state,
+        steps=train.steps(spec.data.context),
+        parameters=spec.model.parameters(),
+        active=spec.model.active_parameters(),
+        ranks=layout.ranks,
+        micro_batches=train.batch_size // (train.micro_batch or train.batch_size) // layout.data,
+        state_bytes=state_bytes(spec),
+        flops=spec.cost,
+        gpu_hours=spec.cost / paper_rate() / 3600 if on_gpu else None,
+    )
+
+
+def show(runs: Sequence[PlannedRun]) -> None:
+    """Print the plan as a table, with totals."""
+    from moelab import terminal
+
+    view = terminal.table(
+        "run", "seed", "parameters", "active", "tokens", "steps", "ranks", "a rank's state", "FLOPs", "A100 h", ""
+    )
+    for r in runs:
+        view.add_row(
+            _name(r.spec),
+            str(r.spec.train.seed),
+            _short(r.parameters),
+            _short(r.active),
+            _short(r.spec.train.tokens),
+            f"{r.steps:,}",
+            f"{r.ranks} x {r.micro_batches}",
+            f"{r.state_bytes / 2**30:.1f} GiB" if r.state_bytes > 2**30 else f"{r.state_bytes / 2**20:.0f} MiB",
+            f"{r.flops:.2g}",
+            "–" if r.gpu_hours is None else f"{r.gpu_hours:,.0f}",
+            r.state,
+        )
+    console = terminal.console()
+    console.print(view)
+    hours = sum(r.gpu_hours or 0 for r in runs if r.state != "finished")
+    left = sum(r.state != "finished" for r in runs)
+    console.print(
+        f"{left} of {len(runs)} runs to train"
+        + (
+            f", {hours:,.0f} A100 hours at the paper's {paper_rate() / 1e12:.0f} TFLOP/s a GPU (Table 3)"
+            if hours
+            else ""
+        )
+        + "; ranks x micro-batches a step; state: fp32 weights, gradients, moments"
+    )
+
+
+def _name(spec: RunSpec) -> str:
+    """The model, and how it is taught; not the label, because arms of several experiments may be one run."""
+    sum_ = " (sum)" if spec.model.residual and spec.model.residual_mix == "sum" else ""
+    return f"{spec.model}{sum_}" + (f", KD {spec.distill.schedule}" if spec.distill else "")
+
+
+def _short(number: float) -> str:
+    for unit, size in (("T", 1e12), ("B", 1e9), ("M", 1e6), ("k", 1e3)):
+        if number >= size:
+            return f"{number / size:.3g} {unit}"
+    return f"{number:g}"

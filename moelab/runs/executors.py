@@ -1,0 +1,81 @@
+"""How unfinished runs get done: in this process, or as processes of this machine, one run each.
+
+A run on several ranks never trains in this process: it starts its ranks and waits for them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+
+from moelab.engine.launch import process
+from moelab.runs.store import Run, execute
+from moelab.runs.supervisor import supervise
+
+Tick = Callable[[], None]
+
+
+def inline(runs: Sequence[Run], tick: Tick = lambda: None) -> None:
+    """One after the other in this process. A run that fails leaves its reason in its status; the others go on."""
+    for run in runs:
+        with contextlib.suppress(Exception):
+            if run.spec.parallel.ranks > 1:
+                supervise(run, tick=tick)
+            else:
+                execute(run, on_progress=lambda _: tick())
+        tick()
+
+
+def processes(runs: Sequence[Run], workers: int, tick: Tick = lambda: None, poll_s: float = 0.5) -> None:
+    """Runs as processes, each with its own log, while `workers` lasts; longest first.
+
+    A run on P ranks counts as P workers. One always goes, even if it wants more than there are.
+
+    Ends when all have ended. An exception here (Ctrl-C in a notebook, say) asks the processes to write a checkpoint and go, waits for
+    them, and is raised again.
+    """
+    waiting = sorted(runs, key=lambda run: -run.spec.cost)
+    going: dict[subprocess.Popen, int] = {}  # and the workers each takes
+    try:
+        while waiting or going:
+            going = {p: ranks for p, ranks in going.items() if p.poll() is None}
+            while (run := _next(waiting, workers - sum(going.values()), alone=not going)) is not None:
+                waiting.remove(run)
+                going[start(run)] = run.spec.parallel.ranks
+            tick()
+            time.sleep(poll_s)
+    except BaseException:
+        for worker in going:
+            worker.send_signal(signal.SIGTERM)
+        deadline = time.monotonic() + 60
+        for worker in going:
+            try:
+                worker.wait(timeout=max(0.1, deadline - time.monotonic()))
+            except subprocess.TimeoutExpired:
+                worker.kill()
+        raise
+    tick()
+
+
+def _next(waiting: Sequence[Run], free: int, *, alone: bool) -> Run | None:
+    """The first that fits; when nothing goes, the first."""
+    return next((run for run in waiting if alone or run.spec.parallel.ranks <= free), None)
+
+
+def start(run: Run) -> subprocess.Popen:
+    """The process of one run; ends when this one does."""
+    # Its own session, so that a terminal's Ctrl-C reaches us alone and we ask for the checkpoint.
+    with open(run.path / "log.txt", "ab") as log:
+        return subprocess.Popen(
+            [sys.executable, "-m", "moelab.runs.worker", str(run.path), str(os.getpid())],
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            stdin=subprocess.DEVNULL,
+            start_new_session=True,
+            env={**process.forget(), "OMP_NUM_THREADS": str(run.spec.train.threads)},
+        )

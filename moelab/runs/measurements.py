@@ -1,0 +1,196 @@
+"""Measurements that are kept like runs: a notebook reads back what the same code has measured with the same arguments on the same machine.
+
+    .moelab/measurements/<function>-<digest>.json      arguments, code, machine, when, provenance, value
+
+The digest is of all that a measurement depends on, so a changed source file, another processor or another version of torch measures anew. One measurement at a time goes
+on a machine, as far as this store knows: times would be of both.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+import json
+import os
+import socket
+import time
+from collections.abc import Callable, Mapping, Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock
+
+from moelab import paths
+from moelab.files import read_json, write_json
+from moelab.runs.provenance import hardware, provenance, versions
+from moelab.runs.store import Run
+
+FORMAT = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Measurement:
+    """One value, and how it came about.
+
+    Attributes:
+        id: file name without its ending.
+        function, arguments: what was called.
+        measured: when, UTC.
+        seconds: that it took.
+        provenance: see `moelab.runs.provenance.provenance`.
+        value: what the function returned, as JSON has it.
+        read_back: it was measured by an earlier call.
+    """
+
+    id: str
+    function: str
+    arguments: list[Any]
+    measured: str
+    seconds: float
+    provenance: dict[str, Any]
+    value: Any
+    read_back: bool
+
+    def summary(self) -> dict[str, Any]:
+        """All but the value."""
+        return {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "value"}
+
+    def __str__(self) -> str:
+        commit = (self.provenance.get("commit") or "unknown")[:7]
+        how = "read back, measured" if self.read_back else "measured"
+        return f"{self.function.rpartition('.')[2]}: {how} {self.measured} at commit {commit} in {self.seconds:.1f} s"
+
+
+class MeasurementStore:
+    """All measurements below one folder."""
+
+    def __init__(self, root: Path | None = None) -> None:
+        self.root = root or paths.home() / "measurements"
+
+    def measure(self, function: Callable[..., Any], *arguments: Any, again: bool = False) -> Measurement:
+        """What `function(*arguments)` returns, from the store if it is there.
+
+        Args:
+            function: of a module of moelab; returns what JSON can hold (tuples come back as lists).
+            arguments: numbers, texts, dataclasses, runs, and lists or dicts of them.
+            again: measure although it is stored; the new value replaces the old one.
+
+        Raises:
+            ValueError: one line: a function or an argument by which nothing can be stored.
+        """
+        name, plain, key = _identity(function, arguments)
+        file = self.root / f"{key}.json"
+        if not again and (found := self._read(key)):
+            return found
+        self.root.mkdir(parents=True, exist_ok=True)
+        with FileLock(self.root / f".{socket.gethostname()}.lock"):
+            if not again and (found := self._read(key)):  # by whoever held the lock
+                return found
+            began, started = time.time(), time.perf_counter()
+            value = json.loads(json.dumps(function(*arguments)))
+            record = {
+                "format": FORMAT,
+                "function": name,
+                "arguments": plain,
+                "measured": time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(began)),
+                "seconds": round(time.perf_counter() - started, 3),
+                "code": code(),
+                "machine": machine(),
+                "provenance": provenance(),
+                "value": value,
+            }
+            write_json(file, record)
+        return _of(key, record, read_back=False)
+
+    def current(self, ids: Sequence[str]) -> bool:
+        """Whether all of these are stored, by this code and on this machine."""
+        found = [self._record(id) for id in ids]
+        return all(r is not None and (r["code"], r["machine"]) == (code(), machine()) for r in found)
+
+    def _read(self, key: str) -> Measurement | None:
+        record = self._record(key)
+        return _of(key, record, read_back=True) if record else None
+
+    def _record(self, key: str) -> dict[str, Any] | None:
+        """A file that cannot be read is one that is not there: what was in it can be measured again."""
+        try:
+            record = read_json(self.root / f"{key}.json")
+        except (ValueError, OSError):
+            return None
+        return record if isinstance(record, dict) and record.get("format") == FORMAT else None
+
+
+def _of(key: str, record: dict[str, Any], *, read_back: bool) -> Measurement:
+    fields = ("function", "arguments", "measured", "seconds", "provenance", "value")
+    return Measurement(key, *(record[name] for name in fields), read_back=read_back)
+
+
+def _identity(function: Callable[..., Any], arguments: Sequence[Any]) -> tuple[str, list[Any], str]:
+    """Name, arguments as JSON, id."""
+    module, name = getattr(function, "__module__", ""), getattr(function, "__qualname__", "")
+    if not module.startswith("moelab.") or "<" in name or not name:
+        raise ValueError(
+            f"measure: {module}.{name} is no function of a module of moelab, whose code a measurement is stored under; put it into one"
+        )
+    plain = [_plain(value) for value in arguments]
+    whole = json.dumps([FORMAT, module, name, plain, code(), machine()])
+    short = "-".join((*module.split(".")[-1:], name)).replace("_", "-")
+    return f"{module}.{name}", plain, f"{short}-{hashlib.sha256(whole.encode()).hexdigest()[:12]}"
+
+
+def _plain(value: Any) -> Any:
+    if value is None or isinstance(value, str | bool | int | float):
+        return value
+    if isinstance(value, Run):  # trained again it has other weights
+        return {"run": value.spec.id, "result": _file_digest(value.path / "result.json")}
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {"type": type(value).__qualname__} | {
+            f.name: _plain(getattr(value, f.name)) for f in dataclasses.fields(value)
+        }
+    if isinstance(value, Mapping):
+        return {str(key): _plain(part) for key, part in value.items()}
+    if isinstance(value, Sequence) and not isinstance(value, bytes):
+        return [_plain(part) for part in value]
+    raise ValueError(f"measure: nothing can be stored by an argument of type {type(value).__name__}")
+
+
+@functools.cache
+def code() -> str:
+    """Digest of moelab's source, kernels included."""
+    found = hashlib.sha256()
+    for package in ("moelab", "moelab.kernels"):
+        spec = find_spec(package)
+        for root in map(Path, (spec.submodule_search_locations or ()) if spec else ()):
+            for file in sorted(root.rglob("*.py")):
+                found.update(f"{package}/{file.relative_to(root)}\0".encode() + file.read_bytes() + b"\0")
+    return found.hexdigest()[:12]
+
+
+@functools.cache
+def machine() -> dict[str, Any]:
+    """What numbers depend on besides the code: processor, cores of this process, GPUs, packages, threads asked for."""
+    record = hardware()
+    return {
+        "cpu": record["cpu"],
+        "cores": record["cores"],
+        "gpus": _gpus(),
+        "versions": versions(),
+        "threads": os.environ.get("OMP_NUM_THREADS"),
+    }
+
+
+def _gpus() -> list[str]:
+    """As the driver lists them: asking torch would take its import."""
+    found = []
+    for file in sorted(Path("/proc/driver/nvidia/gpus").glob("*/information")):
+        lines = file.read_text(errors="replace").splitlines()
+        found += [line.partition(":")[2].strip() for line in lines if line.startswith("Model:")]
+    if visible := os.environ.get("CUDA_VISIBLE_DEVICES"):
+        found.append(f"visible: {visible}")
+    return found
+
+
+def _file_digest(file: Path) -> str:
+    return hashlib.sha256(file.read_bytes()).hexdigest()[:12] if file.exists() else ""

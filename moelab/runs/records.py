@@ -1,0 +1,121 @@
+"""The numbers of finished runs, to pass on without their weights: `moelab runs export` and `moelab runs import`.
+
+`results/runs/<id>.zip` holds what a run left beside its checkpoints: spec, result, provenance, metrics. Who takes them over can ask the
+experiments for more seeds or arms and trains only those; figures and verdicts come out as from runs trained here. What needs weights (generating,
+evaluating, distilling from the run) does not work with them. Any zip program opens a record, and loading one executes nothing.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import zipfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from moelab import paths
+from moelab.files import write_bytes
+from moelab.runs.spec import RunSpec
+from moelab.runs.store import Run, RunStore
+
+FILES = ("spec.json", "provenance.json", "train.jsonl", "validation.jsonl", "status.json", "result.json")
+"""What a record holds; the result comes last, because a run that has one counts as finished."""
+
+LARGEST = 64 << 20
+"""Bytes that one file of a record may have."""
+
+_EPOCH = (1980, 1, 1, 0, 0, 0)  # the same run is the same archive
+
+
+def folder() -> Path:
+    """Where published records are."""
+    return paths.results() / "runs"
+
+
+def write(run: Run, directory: Path) -> Path:
+    """Pack a finished run's record as `<directory>/<id>.zip`.
+
+    Raises:
+        ValueError: the run is not finished.
+    """
+    if not run.finished:
+        raise ValueError(f"run {run.spec.id}: not finished ({run.status.state}); only finished runs are passed on")
+    packed = io.BytesIO()
+    with zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED, compresslevel=9) as archive:
+        for name in FILES:
+            if (file := run.path / name).exists():
+                entry = zipfile.ZipInfo(name, _EPOCH)
+                entry.compress_type = zipfile.ZIP_DEFLATED
+                archive.writestr(entry, file.read_bytes())
+    path = directory / f"{run.spec.id}.zip"
+    write_bytes(path, packed.getvalue())
+    return path
+
+
+def read(archive: Path, store: RunStore) -> Run | None:
+    """Take a record over into a store; None when the store has begun that run itself, which is left as it is.
+
+    Raises:
+        ValueError: one line: not a record, damaged, or of a run that this version of moelab would call differently.
+    """
+    try:
+        with zipfile.ZipFile(archive) as packed:
+            entries = {entry.filename: entry for entry in packed.infolist()}
+            if not {"spec.json", "result.json"} <= set(entries) <= set(FILES):
+                raise ValueError(f"{archive}: not a run's record; one holds {', '.join(FILES)}")
+            if too_large := [name for name, entry in entries.items() if entry.file_size > LARGEST]:
+                raise ValueError(f"{archive}: {too_large[0]} is larger than {LARGEST >> 20} MiB")
+            content = {name: packed.read(name) for name in FILES if name in entries}
+        spec = RunSpec.from_json(json.loads(content["spec.json"]), where=f"{archive}: spec.json")
+        json.loads(content["result.json"])
+    except (zipfile.BadZipFile, OSError, json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{archive}: unreadable ({error})") from None
+    if spec.id != archive.stem:
+        raise ValueError(f"{archive}: the run it describes is called {spec.id} here; it is of another version")
+    run = Run(spec, store.root / spec.id)
+    if run.finished or (run.path / "checkpoints").exists():
+        return None
+    for name, data in content.items():
+        write_bytes(run.path / name, data, durable=name == "result.json")
+    return run
+
+
+app = typer.Typer(no_args_is_help=True, help="Pass on the numbers of finished runs, and take them over.")
+
+
+@app.command(name="export")
+def export_(
+    names: Annotated[list[str] | None, typer.Argument(help="runs, or beginnings of their ids; none is all")] = None,
+    to: Annotated[Path | None, typer.Option("--to", help="folder; default: results/runs")] = None,
+) -> None:
+    """Pack the numbers of finished runs, a zip each: spec, result, metrics, provenance, no weights."""
+    runs = _finished(RunStore(), names or [])
+    for run in runs:
+        write(run, to or folder())
+    print(f"{len(runs)} runs packed into {to or folder()}")
+
+
+@app.command(name="import")
+def import_(
+    source: Annotated[Path | None, typer.Argument(help="folder of zips, or one; default: results/runs")] = None,
+) -> None:
+    """Take published runs over, so that an experiment trains only what is missing."""
+    source = source or folder()
+    archives = sorted(source.glob("*.zip")) if source.is_dir() else [source]
+    if not archives or not source.exists():
+        raise ValueError(f"{source}: no runs to take over; give a folder of zips that `moelab runs export` wrote")
+    store = RunStore()
+    taken = sum(read(archive, store) is not None for archive in archives)
+    print(f"{taken} runs taken over, {len(archives) - taken} were here already ({store.root})")
+
+
+def _finished(store: RunStore, names: Sequence[str]) -> list[Run]:
+    known = [path.parent.name for path in sorted(store.root.glob("*/result.json"))]
+    for name in names:
+        if not any(run.startswith(name) for run in known):
+            raise ValueError(f"run {name!r}: no finished run begins so; {len(known)} are in {store.root}")
+    chosen = [run for run in known if not names or any(run.startswith(name) for name in names)]
+    return [store.at(run) for run in chosen]

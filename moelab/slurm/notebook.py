@@ -1,0 +1,49 @@
+"""The job of a notebook: `python -m moelab.slurm.notebook SUBMISSION_FOLDER PART`.
+
+Its outcome is `PART.json` in the submission's folder, written when it is over; a notebook file without one proves nothing.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+from moelab import paths
+from moelab.experiments import experiment
+from moelab.files import read_json, write_json
+from moelab.notebook import execute as notebooks
+from moelab.report import site
+from moelab.report.publication import SUMMARY
+from moelab.slurm.submit import Submission
+
+
+def main(folder: Path, name: str) -> int:
+    """Exit code 0 when a result was published, with or without missing runs; 1 when the notebook failed."""
+    submission = Submission.read(folder / "submission.json")
+    part = next(part for part in submission.parts if part.name == name)
+    file = folder / f"{name}.json"
+    file.unlink(missing_ok=True)  # of an attempt before this one
+    job = {"job": os.environ.get("SLURM_JOB_ID"), "node": os.environ.get("SLURMD_NODENAME")}
+    try:
+        result = notebooks.execute(
+            experiment(submission.experiment),
+            part.values or {},
+            folder / f"{name}.plan.json",
+            log=sys.stdout,
+            progress=folder / f"{name}.progress.json",
+        )
+    except (notebooks.NotebookFailed, ValueError, KeyboardInterrupt) as error:
+        reason = str(error) or "out of time; raise the profile's notebook_time"
+        write_json(file, {"error": reason, **job})
+        print(reason, file=sys.stderr)
+        return 1
+    site.build(paths.results())
+    missing = read_json(result / SUMMARY)["missing"]
+    write_json(file, {"result": str(result), "missing": missing, **job})
+    print(f"result: {result}" + (f"; without {', '.join(missing)}" if missing else ""))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(Path(sys.argv[1]), sys.argv[2]))

@@ -1,0 +1,72 @@
+"""The code as it is at submission, so that editing the checkout does not change what waits in the queue.
+
+submitit's `RsyncSnapshot` needs rsync, copies tracked files only (a new notebook would be left behind) and makes one copy a
+submission; here equal code is one folder, named by its content.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import subprocess
+import time
+from collections.abc import Collection
+from pathlib import Path
+
+from moelab import paths
+from moelab.files import new_directory, write_json
+from moelab.runs.provenance import SNAPSHOT, commit
+
+_PARTS = ("moelab", "kernels", "notebooks", "pyproject.toml")
+_KEEP_S = 7 * 24 * 3600
+
+
+def place(root: Path) -> Path | None:
+    """Where below `root` the code as it is now goes, or went; None for an installed wheel, whose code does not change under a job.
+
+    RuntimeError, one line, when the checkout is not a git one.
+    """
+    checkout = paths.checkout()
+    if checkout is None or (checkout / SNAPSHOT).exists():  # the latter: submitted from inside a job
+        return checkout
+    content = hashlib.sha256(str(commit()).encode())
+    for name in _names(checkout):
+        content.update(f"{name}\0".encode() + hashlib.sha256((checkout / name).read_bytes()).digest())
+    return root / content.hexdigest()[:12]
+
+
+def take(target: Path) -> None:
+    """Copy the checkout's code to its `place`, unless it is there: all that git does not ignore, and the commit it is or differs from."""
+    checkout = paths.checkout()
+    if target.exists() or checkout is None:
+        if target != checkout:
+            os.utime(target)  # its age is how long ago it was last used
+        return
+    with new_directory(target) as new:
+        for name in _names(checkout):
+            (new / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(checkout / name, new / name)
+        # An installation maps the checkout's kernels/ to moelab.kernels (pyproject.toml); in a plain folder a link does.
+        os.symlink(Path("..") / "kernels", new / "moelab" / "kernels")
+        write_json(new / SNAPSHOT, commit())
+
+
+def prune(root: Path, in_use: Collection[Path]) -> None:
+    """Remove the copies below `root` that no job uses and nobody submitted for a week."""
+    for copy in root.glob("[!.]*"):
+        if copy not in in_use and time.time() - copy.stat().st_mtime > _KEEP_S:
+            # Gone in one step: what is left of a copy must not pass for one.
+            copy.rename(gone := copy.with_name(f".{copy.name}-{os.getpid()}"))
+            shutil.rmtree(gone, ignore_errors=True)
+
+
+def _names(checkout: Path) -> list[str]:
+    listed = subprocess.run(
+        ["git", "-C", str(checkout), "ls-files", "-z", "--cached", "--others", "--exclude-standard", "--", *_PARTS],
+        capture_output=True,
+        text=True,
+    )
+    if listed.returncode:
+        raise RuntimeError(f"{checkout}: a snapshot of the code needs a git checkout ({listed.stderr.strip()})")
+    return sorted({n for n in listed.stdout.split("\0") if n and (checkout / n).is_file()})

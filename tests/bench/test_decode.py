@@ -1,0 +1,154 @@
+"""The decode benchmark in small: what it counts is right, and the peers it names compute the same."""
+
+import json
+import sys
+
+import pytest
+import torch
+
+from moelab.bench import decode as bench
+from moelab.bench import peers
+from moelab.bench.clock import PARTS, Clock
+from moelab.config import ModelConfig
+from moelab.engine.launch import launch
+from moelab.inference import Generator, Sampling, set_mode
+
+TINY = bench.Protocol(prompt=5, output=6, rounds=2, warm_up=2)
+MOE = ModelConfig(
+    layers=4, hidden=32, heads=2, vocab=100, context=24, experts=(0, 4, 0, 4), init_std=0.3, name="tiny MoE"
+)
+DENSE = ModelConfig(layers=2, hidden=32, heads=2, vocab=100, context=24, init_std=0.3, name="tiny")
+
+
+@pytest.fixture
+def known_rate(monkeypatch):
+    """Measuring the memory takes longer than all the rest."""
+    monkeypatch.setattr(bench, "read_rate", lambda *_: 1e10)
+
+
+def test_rows_of_one_process(known_rate):
+    rows = bench.measure(MOE, [1, 3], TINY, "cpu")
+    assert {(r["batch"], r["candidate"]) for r in rows} >= {(b, m) for b in (1, 3) for m in ("baseline", "optimised")}
+    for row in rows:
+        assert 0 < row["median_ms"] <= row["p95_ms"] and row["tokens_per_s"] > 0 and row["floor_ms"] > 0
+        assert row[f"time_over_{row['candidate']}"] == 1
+    ours = [r for r in rows if r["candidate"] in ("baseline", "optimised")]
+    for row in ours:
+        assert set(row["parts_ms"]) == set(PARTS) - {"all-to-all", "sums"}
+        assert row["collectives"] == 0
+        assert 1 <= row["distinct_experts"] <= row["batch"]
+    assert ours[0]["distinct_experts"] == 1, "one token meets one expert"
+
+
+def test_the_floor_counts_each_weight_once():
+    everything = bench.weight_bytes(MOE, 4)
+    model = bench.filled(MOE, "cpu")
+    rows = model.position_embedding.weight.numel()
+    assert everything == 4 * (sum(p.numel() for p in model.parameters()) - rows)
+    one_expert = sum(p[0].numel() for p in model.blocks[1].ffn.experts.parameters())
+    assert everything - bench.weight_bytes(MOE, 3) == 4 * 2 * one_expert
+    assert bench.cache_bytes(DENSE, 3, TINY) == 4 * 3 * 2 * 2 * 32 * 8
+
+
+def test_the_clock_books_all_time_and_leaves_no_trace(monkeypatch):
+    model = set_mode(bench.filled(MOE, "cpu"), "baseline")
+    generator = Generator(model, batch=2)
+    prompts = bench.make_prompts(MOE, 2, TINY)
+    expected = generator.generate(prompts, Sampling(max_new_tokens=4, temperature=0))
+    ticks = iter(range(10**6))
+    monkeypatch.setattr("time.perf_counter", lambda: next(ticks))
+    clock = Clock()
+    clock.attach(model)
+    clock.reset()
+    start = clock._since
+    assert generator.generate(prompts, Sampling(max_new_tokens=4, temperature=0)) == expected
+    clock.stop()
+    assert sum(clock.seconds.values()) == clock._since - start
+    # Four passes of two MoE layers and two others: every part is entered and left by one reading of the clock each.
+    assert clock.seconds["experts"] == 8 and clock.seconds["gate"] == 8 and clock.seconds["head"] == 4
+    assert clock.seconds["dispatch"] == clock.seconds["combine"] == 8 and clock.seconds["attention"] == 16
+    clock.detach()
+    assert not any("forward" in m.__dict__ for m in model.modules())
+
+
+def test_transformers_writes_the_same_tokens_with_the_same_weights():
+    pytest.importorskip("transformers", reason="needs transformers (extra peers)")
+    model = bench.filled(DENSE, "cpu")
+    (peer,) = peers.candidates(model, 24).values()
+    prompts = bench.make_prompts(DENSE, 3, TINY)
+    ours = Generator(set_mode(model), batch=3).generate(prompts, Sampling(max_new_tokens=8, temperature=0))
+    assert [list(c.tokens) for c in ours] == peer.generate(prompts, 8)
+    assert len(peer.steps(prompts)(8)) == 8
+
+
+def test_the_mixtral_peer_has_experts_of_equal_size():
+    pytest.importorskip("transformers", reason="needs transformers (extra peers)")
+    config = ModelConfig(layers=4, hidden=96, heads=2, vocab=100, context=24, experts=(0, 4, 0, 4))
+    model = bench.filled(config, "cpu")
+    (peer,) = peers.candidates(model, 24).values()
+    theirs = sum(p.numel() for n, p in peer.model.named_parameters() if "experts" in n)
+    ours = sum(block.ffn.experts.up.numel() + block.ffn.experts.down.numel() for block in model.blocks[1::2])
+    assert theirs == ours
+    prompts = bench.make_prompts(config, 2, TINY)
+    assert len(peer.steps(prompts)(4)) == 4
+    assert 1 <= peer.distinct_experts(prompts, 4) <= 2 and peer.distinct_experts(prompts[:1], 4) == 1
+
+
+@pytest.mark.slow
+@pytest.mark.multiprocess
+def test_rows_of_ranks():
+    rows = bench.measure_ranks(MOE, [1, 2], 4, TINY)
+    assert [(r["ranks"], r["candidate"]) for r in rows] == [
+        (1, "optimised"), (1, "baseline"), (2, "optimised"), (2, "baseline"),
+    ]  # fmt: skip
+    for row in rows:
+        # Per MoE layer the counts, there and back; per step one vote on whether anybody has work.
+        assert row["collectives"] == (0 if row["ranks"] == 1 else 2 * 3 + 1)
+        assert ("all-to-all" in row["parts_ms"]) == (row["ranks"] == 2)
+        assert row["tokens_per_s"] > 0 and row["floor_ratio"] > 0
+
+
+@pytest.mark.slow
+@pytest.mark.multiprocess
+def test_the_command_on_ranks(tmp_path):
+    """What `srun moelab bench decode` does, started by our own launcher: tensor slicing 2, and rank 0 writes."""
+    small = ["--prompt", "5", "--output", "4", "--rounds", "1", "--threads", "1", "--rank-batch", "2"]
+    layout = ["--tensor", "2", "--exchange", "coordinated"]
+    command = [sys.executable, "-m", "moelab.cli", "bench", "decode", "--model", "1.3B+MoE-128 twin", *small, *layout]
+    launch([*command, "--out", str(tmp_path / "out")], 2, logs=tmp_path)
+    rows = [json.loads(line) for line in (tmp_path / "out" / "decode.jsonl").read_text().splitlines()]
+    assert [r["candidate"] for r in rows] == ["optimised", "baseline"]
+    assert all((r["ranks"], r["tensor"], r["exchange"]) == (2, 2, "coordinated") for r in rows)
+    assert all("all-to-all" in r["parts_ms"] and r["floor_ms"] > 0 for r in rows)
+    assert "tokens/s" in (tmp_path / "rank-00000.txt").read_text()
+    assert "tokens/s" not in (tmp_path / "rank-00001.txt").read_text()
+
+
+def test_the_command_writes_numbers_and_a_figure(known_rate, tmp_path, monkeypatch):
+    monkeypatch.setattr(bench, "decoders", lambda: {"tiny MoE": MOE, "tiny": DENSE})
+    bench.main(
+        models=None, batches=[1, 2], ranks=[], rank_batch=2, protocol=TINY, threads=1, device="cpu", out=tmp_path
+    )  # fmt: skip
+    rows = [json.loads(line) for line in (tmp_path / "decode.jsonl").read_text().splitlines()]
+    assert {r["model"] for r in rows} == {"tiny MoE", "tiny"}
+    assert (tmp_path / "decode.png").stat().st_size > 10_000 and (tmp_path / "decode.svg").exists()
+    torch.set_num_threads(1)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (dict(models=["350M+MoE"]), "model name '350M\\+MoE' is not understood"),
+        (dict(protocol=bench.Protocol(prompt=300)), "prompt 300 and output 32 exceed the context of 350M twin"),
+        (dict(protocol=bench.Protocol(output=1)), "output must be at least 2 tokens"),
+        (dict(batches=[0]), "batch, prompt and rounds at least 1"),
+        (dict(ranks=[4], rank_batch=2), "2 sequences do not give each of 4 ranks one"),
+        (dict(tensor=2), "need several ranks; start with torchrun or srun"),
+    ],
+)
+def test_bad_settings(change, message):
+    given = dict(
+        models=["350M twin"], batches=[1], ranks=[], rank_batch=8, protocol=TINY, threads=1, device="cpu", out=None
+    )
+    with pytest.raises(ValueError, match=message):
+        bench.main(**(given | change))

@@ -1,0 +1,249 @@
+"""The development cluster (slurm/local), which these tests share and partly break and mend.
+
+Nothing here waits for a time: limits are generous, since they only count when something is wrong, and a run that is to be disturbed
+halts by itself at a given step.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import subprocess
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import pytest
+
+from moelab.config import ModelConfig, TrainConfig
+from moelab.runs.spec import RunSpec
+from moelab.runs.store import Run, RunStore, execute
+from moelab.slurm import profiles, queue, submit
+from moelab.slurm.profiles import Profile
+
+ROOT = Path(__file__).resolve().parents[2]
+CLUSTER = ROOT / "slurm" / "local" / "cluster.sh"
+STEPS, EVERY = 160, 40  # of the run that is disturbed; checkpoints
+
+# Python's start-up hook in every process of a test. The process that trains a run halts (SIGSTOP) when it has done as many steps as the
+# run's halt.json says, the checkpoint before them written. It goes on with SIGCONT, which Slurm sends before it asks a job to end.
+HALT = f"""
+import json, os, signal, sys, time
+from pathlib import Path
+if sys.orig_argv[1:3] == ["-m", "moelab.runs.worker"] and (Path(sys.orig_argv[3]) / "halt.json").exists():
+    from moelab.runs.store import Run
+    set_status = Run.set_status
+    def halting(run, status):
+        set_status(run, status)
+        for step in json.loads((run.path / "halt.json").read_text()):
+            mark = run.path / f"halted-{{step}}"
+            if status.state == "running" and status.step == step and not mark.exists():
+                before = run.path / "checkpoints" / f"step-{{step // {EVERY} * {EVERY}:08d}}"
+                while step >= {EVERY} and not before.exists():
+                    time.sleep(0.01)
+                mark.write_text(str(os.getpid()))
+                os.kill(os.getpid(), signal.SIGSTOP)
+    Run.set_status = halting
+"""
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if Path(__file__).parent in item.path.parents:
+            item.add_marker(pytest.mark.slurm)
+
+
+@pytest.fixture(scope="session")
+def cluster() -> Path:
+    """The folder of the running development cluster; this process talks to it."""
+    if subprocess.run([CLUSTER, "status"], capture_output=True).returncode:
+        how = "the development cluster is down: slurm/local/cluster.sh up (or make test-slurm) starts it"
+        if os.environ.get("MOELAB_SLURM") == "require":
+            pytest.fail(how)
+        pytest.skip(how)
+    out = subprocess.run([CLUSTER, "env"], capture_output=True, text=True, check=True).stdout
+    os.environ["SLURM_CONF"] = out.strip().partition("SLURM_CONF=")[2]
+    return Path(os.environ["SLURM_CONF"]).parents[1]
+
+
+@pytest.fixture(scope="session")
+def spec(data_config) -> RunSpec:
+    """A run of a second or two."""
+    model = ModelConfig(
+        layers=4, hidden=32, heads=2, experts=(0, 2, 0, 4), residual=True, vocab=320, context=32, init_std=0.02, dropout=0.1,
+        name="tiny",
+    )  # fmt: skip
+    train = TrainConfig(
+        tokens=STEPS * 4 * 32, batch_size=4, lr=3e-3, min_lr=3e-4, warmup_tokens=256, eval_every=EVERY, eval_tokens=512, log_every=5,
+        checkpoint_every=EVERY,
+    )  # fmt: skip
+    return RunSpec(model=model, train=train, data=data_config, label="tiny")
+
+
+@pytest.fixture(scope="session")
+def undisturbed(spec, tmp_path_factory) -> Run:
+    """The same run in this process, never interrupted."""
+    home = tmp_path_factory.mktemp("undisturbed")
+    run = RunStore(home / "runs").run(spec)
+    execute(run, cache=home / "data")
+    return run
+
+
+def numbers(run: Run) -> dict:
+    """All that a run found, without how long it took."""
+
+    def timeless(row: dict) -> dict:
+        return {k: v for k, v in row.items() if k not in ("seconds", "time_s", "tokens_per_s")}
+
+    rows = {
+        file: [timeless(r) for r in run.rows(file).to_dict("records")] for file in ("train.jsonl", "validation.jsonl")
+    }
+    return {"result": timeless(run.result), **rows}
+
+
+def until(condition: Callable[[], object], what: str, limit_s: float = 900) -> None:
+    """Wait for a condition; fail after a time that only something wrong takes."""
+    deadline = time.monotonic() + limit_s
+    while not condition():
+        assert time.monotonic() < deadline, f"waited {limit_s} s for {what}"
+        time.sleep(0.1)
+
+
+def processes(job: str, cluster: Path) -> list[int]:
+    """A job's processes on this machine, and the step daemons above them, by the environment they were given."""
+    want = {f"SLURM_CONF={cluster}/etc/slurm.conf".encode(), f"SLURM_JOB_ID={job}".encode()}
+    found = set()
+    for folder in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            if want <= set((folder / "environ").read_bytes().split(b"\0")):
+                found.add(int(folder.name))
+                parent = int((folder / "stat").read_text().rsplit(")", 1)[1].split()[1])
+                if b"slurmstepd" in Path(f"/proc/{parent}/cmdline").read_bytes():
+                    found.add(parent)
+    return sorted(found)
+
+
+def find_process(job: str, cluster: Path, module: bytes, variable: bytes = b"") -> int:
+    """The process of a job that executes a module (``python -m``), with this in its environment."""
+    for pid in processes(job, cluster):
+        with contextlib.suppress(OSError):
+            words = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
+            environment = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+            if words[1:3] == [b"-m", module] and (not variable or variable in environment):
+                return pid
+    raise AssertionError(f"job {job} has no process of {module.decode()} {variable.decode()}")
+
+
+def _proc_status(pid: int) -> dict[str, str]:
+    """What the kernel says about a process; empty when there is none."""
+    try:
+        return dict(
+            line.split(":\t", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines() if ":\t" in line
+        )
+    except (FileNotFoundError, ProcessLookupError):
+        return {}
+
+
+def told(pid: int, number: int) -> bool:
+    """Whether a halted process has been sent a signal, or has been woken for it."""
+    status = _proc_status(pid)
+    if not status.get("State", "").startswith("T"):
+        return True
+    pending = int(status["SigPnd"], 16) | int(status["ShdPnd"], 16)
+    return bool(pending >> (number - 1) & 1)
+
+
+@dataclass
+class Workplace:
+    """A workshop of its own on the cluster."""
+
+    home: Path
+    profile: Profile
+    cluster: Path
+
+    def submit(self, *specs: RunSpec, halt: Sequence[int] = (), **changes) -> list[Run]:
+        """Queue runs that will halt after these steps; `changes` are fields of the profile."""
+        runs = [RunStore().run(spec) for spec in specs]
+        for run in runs if halt else ():
+            (run.path / "halt.json").write_text(json.dumps(halt))
+        submit.submit("test", [({}, specs)], replace(self.profile, **changes), with_notebooks=False)
+        return runs
+
+    def job(self, run: Run) -> queue.Job | None:
+        """The newest job of a run that Slurm still knows."""
+        jobs = queue.jobs()
+        for submission in submit.submissions():
+            for part in submission.parts:
+                if run.spec.id in part.runs and part.values is None:
+                    return jobs.get((submission.id, part.name, part.runs.index(run.spec.id)))
+        return None
+
+    def halted(self, run: Run, step: int) -> int:
+        """Wait until the run has halted at a step; the id of the process that trains it (rank 0). Now there is time to disturb it."""
+        mark = run.path / f"halted-{step}"
+
+        def halts() -> bool:
+            return mark.exists() and _proc_status(int(mark.read_text() or 0)).get("State", "").startswith("T")
+
+        until(halts, f"the run to halt at step {step}")
+        return int(mark.read_text())
+
+    def rank(self, run: Run, number: int) -> int:
+        """The process that is this rank of a run."""
+        variable = f"SLURM_PROCID={number}".encode()
+        return find_process(self.job(run).id, self.cluster, b"moelab.runs.worker", variable)
+
+    def until_requeued(self, run: Run) -> None:
+        """Wait until Slurm has started the run's job again, or is about to; its state alone may be over before one looks."""
+
+        def requeued() -> bool:
+            shown = subprocess.run(["scontrol", "show", "job", self.job(run).id], capture_output=True, text=True)
+            return "Restarts=0" not in shown.stdout and "Restarts=" in shown.stdout
+
+        until(requeued, "the requeue")
+
+    def until_over(self, *runs: Run) -> None:
+        """Wait until the jobs of the runs are out of the queue."""
+
+        def over() -> bool:
+            live = submit.live_runs(submit.submissions(), queue.jobs())
+            return not any(run.spec.id in live for run in runs)
+
+        until(over, "the jobs to end")
+
+    def start(self, daemon: str) -> None:
+        """Start a dead daemon of the cluster again."""
+        subprocess.run([CLUSTER, "start", daemon], check=True, capture_output=True)
+
+    def pid(self, daemon: str) -> int:
+        return int((self.cluster / "run" / f"{daemon}.pid").read_text())
+
+    def until_idle(self) -> None:
+        """Wait until all four nodes are there and free."""
+
+        def idle() -> bool:
+            done = subprocess.run(
+                ["sinfo", "-h", "-p", "debug", "-t", "idle", "-o", "%D"], capture_output=True, text=True
+            )
+            return done.stdout.strip() == "4"
+
+        until(idle, "four idle nodes")
+
+
+@pytest.fixture
+def workplace(cluster, undisturbed, tmp_path, monkeypatch):
+    home = tmp_path / "home"
+    home.mkdir()
+    (home / "data").symlink_to(undisturbed.path.parents[1] / "data")
+    monkeypatch.setenv("MOELAB_HOME", str(home))
+    monkeypatch.setenv("MOELAB_RESULTS", str(tmp_path / "results"))
+    hook = tmp_path / "hook"
+    hook.mkdir()
+    (hook / "sitecustomize.py").write_text(HALT)
+    monkeypatch.setenv("PYTHONPATH", str(hook))
+    place = Workplace(home, profiles.load("local"), cluster)
+    place.until_idle()
+    yield place
+    queue.cancel([job.id for job in queue.jobs().values() if job.live and (submit.root() / job.submission).exists()])

@@ -1,0 +1,250 @@
+"""Submitting, watching and reading back, as users do it."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import urllib.error
+import urllib.request
+from dataclasses import replace
+from pathlib import Path
+
+import nbformat
+import pytest
+from nbclient import NotebookClient
+
+from moelab.config.parallel import ParallelConfig
+from moelab.engine.launch.process import FINISHED
+from moelab.files import read_json
+from moelab.runs.store import RunStore
+from moelab.runs.supervisor import supervise
+from moelab.slurm import attempt, queue, submit
+from moelab.slurm.status import overview
+from tests.cluster.conftest import EVERY, ROOT, find_process, numbers, until
+
+pytestmark = pytest.mark.slow
+
+
+def moelab(*arguments: str, code: int = 0) -> str:
+    done = subprocess.run([sys.executable, "-m", "moelab.cli", *arguments], capture_output=True, text=True)
+    assert done.returncode == code, done.stdout + done.stderr
+    return done.stdout if code == 0 else done.stderr
+
+
+def slurm(*command: str) -> str:
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def until_all_is_over() -> dict:
+    until(lambda: all(row.over for row in overview(everything=True).rows), "the submissions to end", 1800)
+    return {row.what if row.what.startswith("notebook") else row.id: row for row in overview(everything=True).rows}
+
+
+def test_the_pr_moe_notebook_and_its_array_of_two_node_runs(workplace, tmp_path):
+    text = (ROOT / "slurm" / "local.yaml").read_text().replace("gpus_per_node: 8", "gpus_per_node: 1")
+    (tmp_path / "two.yaml").write_text(text)
+    command = ("submit", "pr-moe", "--scale", "smoke", "--profile", str(tmp_path / "two.yaml"), "-p", "ranks=2")
+    command = (*command, "-p", 'arms=["Dense","MoE-128"]')
+    out = moelab(*command)
+    assert "2 runs" in out and "notebook, after its runs" in out and "moelab status" in out
+    assert "nothing to submit; 2 are queued already and so is the notebook" in moelab(*command)
+    (array, notebook) = submit.submissions()[0].parts
+    assert {job.id.partition("_")[0] for job in queue.jobs().values() if job.part == "runs-0"} >= {array.job}, (
+        "one array"
+    )
+    script = (submit.submissions()[0].folder / "runs-0.sbatch").read_text()
+    assert "#SBATCH --nodes=2" in script and "#SBATCH --array=0-1%2" in script
+    # The notebook is killed while it runs, and runs again.
+    until((submit.submissions()[0].folder / "notebook-0.progress.json").exists, "the notebook")
+    os.kill(find_process(notebook.job, workplace.cluster, b"moelab.slurm.notebook"), signal.SIGKILL)
+    rows = until_all_is_over()
+    assert {row.state for row in rows.values()} == {"finished"}, rows
+    (result,) = (tmp_path / "results" / "pr-moe" / "smoke").iterdir()
+    summary = read_json(result / "summary.json")
+    assert len(summary["runs"]) == 2 and not summary["missing"]
+    assert {run["provenance"]["parallel"]["data"] for run in summary["runs"]} == {2}
+    assert {run["provenance"]["commit"] for run in summary["runs"]} == {summary["provenance"]["commit"]} != {None}
+    log = moelab("logs", f"{submit.submissions()[0].id}/{notebook.name}", "-n", "0")
+    assert log.count("cell 1 of ") == 2 and "all 2 runs have a result" in log
+    # A second time: finished runs and notebooks are left alone.
+    assert "nothing to submit; 2 runs are finished" in moelab(*command)
+    assert "pr-moe" in moelab("status") and len(submit.submissions()) == 1
+
+
+def test_a_sweep_of_six_loses_only_the_points_of_a_lost_run(workplace, tmp_path):
+    arms = 'arms=["Dense","MoE-32"];["Dense","MoE-128"];["Dense","PR-MoE-32/64"]'
+    out = moelab("sweep", "pr-moe", "--scale", "smoke", "--profile", "local", "-g", arms, "-g", "tokens=1024,2048")
+    assert "8 runs" in out and out.count("notebook") == 6, "runs that points share are trained once"
+    (submission,) = submit.submissions()
+    lost = next(run for run in submission.parts[0].runs if run.startswith("350m-moe-32"))
+    queue.cancel([f"{submission.parts[0].job}_{submission.parts[0].runs.index(lost)}"])
+    rows = until_all_is_over()
+    states = sorted(row.state for name, row in rows.items() if name.startswith("notebook"))
+    assert states == ["finished"] * 5 + ["incomplete"]
+    (row,) = [row for row in rows.values() if row.state == "incomplete"]
+    assert lost in row.reason
+    published = [
+        p
+        for p in (tmp_path / "results" / "pr-moe" / "smoke").iterdir()
+        if lost in read_json(p / "summary.json")["missing"]
+    ]
+    assert len(published) == 1
+    shown = "".join(
+        "".join(o.get("text", ""))
+        for c in nbformat.read(published[0] / "notebook.ipynb", 4).cells
+        for o in c.get("outputs", [])
+    )
+    assert "MoE-32, seed 0" in shown, "the notebook says what is missing"
+    out = moelab(
+        "sweep", "pr-moe", "--scale", "smoke", "--profile", "local", "-g", arms, "-g", "tokens=1024,2048", "--dry-run"
+    )
+    assert out.count(".sbatch\n") == 2 and lost in out, "the lost run and its notebook are all that is left to do"
+
+
+def test_a_run_on_two_nodes_is_interrupted_loses_a_rank_and_ends_with_the_same_numbers(workplace, spec, tmp_path):
+    two = replace(spec, train=replace(spec.train, micro_batch=2), parallel=ParallelConfig(data=2, expert=2, gpus_per_node=1))  # fmt: skip
+    local = RunStore(tmp_path / "local").run(two)
+    assert supervise(local) == FINISHED
+    (run,) = workplace.submit(two, halt=[30, 70])
+    workplace.halted(run, 30)
+    job = workplace.job(run)
+    assert len(slurm("scontrol", "show", "hostnames", job.node).split()) == 2
+    slurm("scontrol", "requeue", job.id)
+    until(lambda: attempt.newest_checkpoint(run.path) >= 30, "the checkpoint")
+    first = workplace.halted(run, 70)
+    os.kill(workplace.rank(run, 1), signal.SIGKILL)
+    os.kill(first, signal.SIGCONT)
+    until(lambda: attempt.history(run), "the attempt's record")
+    assert [(a.kind, a.checkpoint, a.again) for a in attempt.history(run)] == [("killed", EVERY, True)]
+    workplace.until_over(run)
+    assert numbers(run) == numbers(local)
+
+
+def test_steps_start_in_a_container(workplace, spec, undisturbed, tmp_path):
+    """The development cluster's containers see as /mnt what is in their rootfs; the interpreter's path is one that only exists inside."""
+    (tmp_path / "image" / "rootfs").mkdir(parents=True)
+    (tmp_path / "image" / "rootfs" / "env").symlink_to(sys.prefix)
+    (tmp_path / "image" / "config.json").write_text('{"ociVersion": "1.0.0", "root": {"path": "rootfs"}}')
+    may = subprocess.run(["unshare", "--mount", "mount", "--bind", tmp_path, "/mnt"], capture_output=True, text=True)
+    if may.returncode:
+        pytest.skip(f"containers need mounts: {may.stderr.strip()}")
+    inside = {"container": (f"--container={tmp_path}/image",), "python": "/mnt/env/bin/python"}
+    assert not Path("/mnt/env").exists()
+    bad = replace(spec, data=replace(spec.data, corpus=f"folder:{tmp_path}/nothing"))
+    (lost,) = workplace.submit(bad, **inside)
+    (run,) = workplace.submit(spec, halt=[60], **inside)
+    pid = workplace.halted(run, 60)
+    assert Path(f"/proc/{pid}/cmdline").read_bytes().startswith(b"/mnt/env/bin/python\0")
+    slurm("scontrol", "requeue", workplace.job(run).id)
+    workplace.until_over(run, lost)
+    assert numbers(run) == numbers(undisturbed)
+    assert [a.kind for a in attempt.history(lost)] == ["failed", "failed"] and lost.status.state == "failed"
+
+
+def test_editing_the_checkout_does_not_change_a_queued_job(workplace, spec):
+    (run,) = workplace.submit(spec, sbatch=("--hold",))
+    (submission,) = submit.submissions()
+    script = (submission.folder / "runs-0.sbatch").read_text()
+    assert submission.snapshot in script and "PYTHONSAFEPATH=1" in script
+    probe = "import moelab, moelab.kernels, moelab.runs.worker; print(moelab.__file__, moelab.kernels.__file__)"
+    env = {**os.environ, "PYTHONPATH": submission.snapshot, "PYTHONSAFEPATH": "1"}
+    out = subprocess.run([sys.executable, "-c", probe], env=env, capture_output=True, text=True).stdout
+    assert out.count(submission.snapshot) == 2
+    (row,) = overview().rows
+    assert (row.state, row.slurm, row.reason) == ("waiting", "PENDING", "JobHeldUser")
+    assert "cancelled 1 jobs" in moelab("cancel", spec.id)
+    (row,) = overview().rows
+    assert row.state == "lost" and "submit again" in row.reason
+
+
+def test_from_a_notebook_on_the_login_node(workplace, spec, tmp_path, monkeypatch):
+    """In a kernel: submits, shows live how it goes, reads back."""
+    monkeypatch.setenv("MOELAB_PROFILE", "local")
+    (tmp_path / "spec.json").write_text(json.dumps(spec.to_json()))
+    cells = [
+        f"""import json
+from pathlib import Path
+from moelab.lab import Lab, RunSpec
+spec = RunSpec.from_json(json.loads(Path({str(tmp_path / "spec.json")!r}).read_text()))
+lab = Lab()
+print(list(lab.submit([spec]).frame()["state"]))""",
+        """(run,) = lab.run([spec], executor="slurm")
+print(run.finished, run.result["validation_loss"])""",
+        "lab.status()",
+    ]
+    notebook = nbformat.v4.new_notebook(cells=list(map(nbformat.v4.new_code_cell, cells)))
+    NotebookClient(notebook, timeout=1800, kernel_name="python3").execute()
+    asked, ran, status = (cell.outputs for cell in notebook.cells)
+    (run,) = (workplace.home / "runs").iterdir()
+    assert "['waiting']" in asked[-1].text
+    assert f"True {read_json(run / 'result.json')['validation_loss']}" in ran[-1].text
+    # One table, renewed in place until all is over; then the progress bar of what was read back.
+    table = next(output.data["text/html"] for output in ran if "text/html" in output.get("data", {}))
+    assert "finished" in table and "waiting" not in table
+    assert "finished" in status[0].data["text/html"]
+
+
+def test_jupyterlab_in_an_allocation(workplace):
+    command = [sys.executable, "-m", "moelab.cli", "lab", "--profile", "local", "--allow-root"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    try:
+        said = []
+        for line in process.stdout:
+            said.append(line)
+            if "then open" in line:
+                break
+        (tunnel,) = [line for line in said if "ssh -N -L" in line]
+        address = said[-1].split()[-1]
+        assert "127.0.0.1:" in tunnel and "@node" in tunnel
+        with urllib.request.urlopen(address.replace("/lab?", "/api/status?")) as response:
+            assert response.status == 200
+        with pytest.raises(urllib.error.HTTPError, match="403"):
+            urllib.request.urlopen(address.split("/lab?")[0] + "/api/status")
+        (folder,) = (workplace.home / "lab").iterdir()
+        assert (folder / "token").stat().st_mode & 0o077 == 0 and address.split("=")[1] not in (
+            folder / "lab.sbatch"
+        ).read_text()
+    finally:
+        process.send_signal(signal.SIGINT)
+        assert process.wait(300) == 0
+    assert not slurm("squeue", "-h", "-n", "moelab-lab", "-t", "RUNNING")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "part"),
+    [
+        (("--profile", "a10"), "no cluster profile 'a10'; allowed: a100, example, local"),
+        (("--profile", "bad.yaml"), "profile bad: unknown field partiton"),
+        (("--profile", "wrong.yaml"), "invalid partition specified: nope"),
+        (("--profile", "local", "-p", "seed=3"), "no parameter 'seed'"),
+        (("--profile", "local", "-p", 'arms=["MoE-7"]'), "unknown arm 'MoE-7'"),
+        (("--profile", "huge.yaml"), "not available"),
+    ],
+)
+def test_bad_input_is_one_line_and_queues_nothing(workplace, tmp_path, monkeypatch, arguments, part):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "bad.yaml").write_text("partiton: debug\n")
+    (tmp_path / "wrong.yaml").write_text("partition: nope\n")
+    (tmp_path / "huge.yaml").write_text("partition: debug\nmemory_per_rank: 900G\n")
+    before = set(queue.jobs())
+    said = moelab("submit", "pr-moe", "--scale", "smoke", *arguments, code=2)
+    assert part in said and len(said.strip().splitlines()) == 1
+    assert set(queue.jobs()) <= before, "ended jobs may have been forgotten meanwhile"
+    assert not [*(workplace.home / "submissions").glob("2*"), *(workplace.home / "runs").glob("*")]
+
+
+def test_account_and_qos_are_checked_and_billed_where_there_is_accounting(workplace, spec, tmp_path):
+    if "slurmdbd" not in slurm("scontrol", "show", "config").partition("AccountingStorageType")[2].splitlines()[0]:
+        pytest.skip("the development cluster runs without accounting: slurm/local/cluster.sh up --accounting")
+    for wrong, why in (({"account": "nope"}, "Invalid account"), ({"qos": "nope"}, "Invalid qos")):
+        with pytest.raises(ValueError, match=why) as error:
+            workplace.submit(spec, **wrong)
+        assert "\n" not in str(error.value) and not submit.submissions()
+    (run,) = workplace.submit(spec, account="moelab", qos="long")
+    job = submit.submissions()[0].parts[0].job
+    workplace.until_over(run)
+    assert run.finished
+    # slurmdbd is told a little later.
+    told = ("sacct", "-n", "-X", "-P", "-j", job, "-o", "account,qos,state")
+    until(lambda: slurm(*told).strip() == "moelab|long|COMPLETED", "the accounting")

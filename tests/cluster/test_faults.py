@@ -1,0 +1,163 @@
+"""Each thing that befalls jobs on a cluster, once; the run must end with the numbers of one that was never disturbed."""
+
+import contextlib
+import os
+import shutil
+import signal
+import subprocess
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from moelab.config import DataConfig
+from moelab.slurm import attempt, queue
+from moelab.slurm.status import log_of, overview
+from tests.cluster.conftest import EVERY, STEPS, numbers, processes, told, until
+
+pytestmark = pytest.mark.slow
+
+
+def scontrol(*arguments: str) -> str:
+    return subprocess.run(["scontrol", *arguments], check=True, capture_output=True, text=True).stdout
+
+
+def test_time_limit(workplace, spec, undisturbed):
+    (run,) = workplace.submit(spec, halt=[60])
+    pid = workplace.halted(run, 60)
+    job = workplace.job(run).id
+    scontrol("update", f"JobId={job}", "TimeLimit=1")  # the warning is due a minute before it
+    until(lambda: told(pid, signal.SIGUSR1), "the warning")
+    with contextlib.suppress(ProcessLookupError):  # Slurm may have woken it
+        os.kill(pid, signal.SIGCONT)
+    workplace.until_requeued(run)
+    scontrol("update", f"JobId={job}", "TimeLimit=60")
+    (first,) = attempt.history(run)
+    assert (first.kind, first.again) == ("stopped", True) and first.checkpoint >= 60, (
+        "a checkpoint of the step it was stopped at"
+    )
+    workplace.until_over(run)
+    assert numbers(run) == numbers(undisturbed)
+
+
+def test_preemption(workplace, spec, undisturbed):
+    (run,) = workplace.submit(spec, halt=[60])
+    workplace.halted(run, 60)
+    node = workplace.job(run).node
+    subprocess.run(
+        ["sbatch", "-p", "urgent", "-w", node, "--exclusive", "-o", "/dev/null", "--wrap", "sleep 3"],
+        check=True,
+        capture_output=True,
+    )
+    workplace.until_requeued(run)
+    workplace.until_over(run)
+    assert numbers(run) == numbers(undisturbed)
+
+
+def test_requeue_by_hand(workplace, spec, undisturbed):
+    (run,) = workplace.submit(spec, halt=[60])
+    workplace.halted(run, 60)
+    job = workplace.job(run).id
+    scontrol("requeuehold", job)  # held, so that there is time to look
+    until(lambda: run.status.state == "stopped" and attempt.newest_checkpoint(run.path) >= 60, "the checkpoint")
+    assert overview([spec.id]).rows[0].state == "waiting"
+    assert f"step 60 of {STEPS}  loss " in log_of(spec.id).read_text()
+    scontrol("release", job)
+    workplace.until_over(run)
+    assert numbers(run) == numbers(undisturbed)
+
+
+def test_a_killed_task(workplace, spec, undisturbed):
+    (run,) = workplace.submit(spec, halt=[60])
+    pid = workplace.halted(run, 60)
+    os.kill(pid, signal.SIGKILL)
+    until(lambda: attempt.history(run), "the attempt's record")
+    (first,) = attempt.history(run)
+    assert (
+        first.kind == "killed"
+        and "SIGKILL (out of memory?)" in first.reason
+        and first.checkpoint == EVERY
+        and first.again
+    )
+    workplace.until_over(run)
+    assert numbers(run) == numbers(undisturbed)
+
+
+def test_a_lost_node(workplace, spec, undisturbed):
+    (run,) = workplace.submit(spec, halt=[60])
+    workplace.halted(run, 60)
+    job = workplace.job(run)
+    for pid in [workplace.pid(f"slurmd.{job.node}"), *processes(job.id, workplace.cluster)]:
+        os.kill(pid, signal.SIGKILL)
+    try:
+        until(lambda: workplace.job(run).node not in (job.node, ""), "another node")
+    finally:
+        workplace.start(job.node)
+    workplace.until_over(run)
+    assert numbers(run) == numbers(undisturbed)
+    workplace.until_idle()
+
+
+def test_the_controller_restarts(workplace, spec, undisturbed):
+    (run,) = workplace.submit(spec, halt=[60])
+    pid = workplace.halted(run, 60)
+    try:
+        controller = workplace.pid("slurmctld")
+        os.kill(controller, signal.SIGTERM)
+        until(lambda: not Path(f"/proc/{controller}").exists(), "the controller to go")
+        seen = overview([spec.id])
+        assert "squeue: " in seen.trouble and seen.rows[0].step >= 60, "the run speaks for itself"
+        with pytest.raises(queue.SlurmError, match="squeue: "):
+            workplace.submit(replace(spec, train=replace(spec.train, seed=7)))
+    finally:
+        workplace.start("slurmctld")
+    until(lambda: not overview([spec.id]).trouble, "the controller")
+    os.kill(pid, signal.SIGCONT)
+    workplace.until_over(run)
+    assert numbers(run) == numbers(undisturbed)
+
+
+def test_a_full_disk(workplace, spec, undisturbed):
+    runs = workplace.home / "runs"
+    runs.mkdir()
+    small = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=24M", "none", str(runs)], capture_output=True, text=True
+    )
+    if small.returncode:
+        pytest.skip(f"a small file system needs mount: {small.stderr.strip()}")
+    try:
+        (run,) = workplace.submit(spec, halt=[60])
+        pid = workplace.halted(run, 60)
+        ballast = runs / "ballast"
+        with open(ballast, "wb") as file:
+            file.write(b"\0" * (shutil.disk_usage(runs).free - 500_000))
+        os.kill(pid, signal.SIGCONT)
+        until(lambda: attempt.history(run), "the attempt's record")
+        ballast.unlink()
+        (first,) = attempt.history(run)
+        assert first.kind == "failed" and "make room" in first.reason and first.checkpoint == EVERY and first.again
+        workplace.until_over(run)
+        assert numbers(run) == numbers(undisturbed)
+    finally:
+        workplace.until_over(run)
+        subprocess.run(["umount", str(runs)], check=True)
+
+
+def test_failing_twice_the_same_way_ends_it_and_says_why(workplace, spec, tmp_path):
+    bad = replace(spec, data=DataConfig(corpus=f"folder:{tmp_path}/nothing", tokenizer="bpe-300", context=32))
+    (run,) = workplace.submit(bad)
+    workplace.until_over(run)
+    assert [a.kind for a in attempt.history(run)] == ["failed", "failed"]
+    (row,) = overview([bad.id]).rows
+    assert row.state == "failed" and row.reason.startswith("failed twice the same way: ") and "nothing" in row.reason
+
+
+def test_cancelled_runs_keep_a_checkpoint_and_go_on_when_submitted_again(workplace, spec, undisturbed):
+    (run,) = workplace.submit(spec, halt=[60])
+    workplace.halted(run, 60)
+    queue.cancel([workplace.job(run).id])
+    workplace.until_over(run)
+    assert run.status.state == "stopped" and attempt.newest_checkpoint(run.path) >= 60
+    workplace.submit(spec)
+    workplace.until_over(run)
+    assert numbers(run) == numbers(undisturbed)

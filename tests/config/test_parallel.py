@@ -1,0 +1,93 @@
+"""Layouts are arithmetic: every one the paper uses, at any size, without a process."""
+
+import numpy as np
+import pytest
+
+from moelab.config import ModelConfig
+from moelab.config.parallel import EXCHANGES, ParallelConfig
+
+
+def test_pr_moe_gets_its_own_expert_parallelism_per_layer():
+    """Section 4.1.3: 128 GPUs, layers of 32, 64 and 128 experts: EP {32, 64, 128} x expert-data {4, 2, 1}."""
+    config = ParallelConfig(data=128)
+    layouts = [config.experts(e) for e in (32, 64, 128)]
+    assert [(x.parallel, x.replicas, x.experts_per_rank) for x in layouts] == [(32, 4, 1), (64, 2, 1), (128, 1, 1)]
+    model = ModelConfig.parse("350M+PR-MoE-32/64")
+    ParallelConfig(data=64).check(model.experts, heads=model.heads, ffn=model.ffn)
+    assert ParallelConfig(data=64).experts(32).replicas == 2
+
+
+def test_figure_7():
+    """16 GPUs, 8 experts, tensor slicing 4: EP 8, expert slicing 2, slices of expert i on GPUs i and i + 8."""
+    config = ParallelConfig(tensor=4, data=4, expert_slicing=2, gpus_per_node=4)
+    layout = config.experts(8)
+    assert (layout.parallel, layout.slices, layout.replicas) == (8, 2, 1)
+    for expert in range(8):
+        holders = [rank for rank in range(16) if expert in layout.local_experts(rank)]
+        assert holders == [expert, expert + 8]
+        assert [layout.position(rank).slice for rank in holders] == [0, 1]
+
+
+@pytest.mark.parametrize("exchange", EXCHANGES)
+@pytest.mark.parametrize(
+    "tensor, data, slicing, node, experts", [(1, 8, 1, 4, 16), (2, 4, 1, 4, 8), (4, 4, 2, 4, 8), (8, 32, 1, 8, 128)]
+)
+def test_grid_and_position_agree(exchange, tensor, data, slicing, node, experts):
+    config = ParallelConfig(tensor, data, expert_slicing=slicing, gpus_per_node=node, exchange=exchange)
+    layout = config.experts(experts)
+    grid = layout.grid()
+    for rank in range(config.ranks):
+        p = layout.position(rank)
+        assert grid[p.replica, p.slice, p.node, p.local, p.share] == rank
+        assert grid.reshape(layout.replicas, layout.slices, layout.parallel)[p.replica, p.slice, p.expert] == rank
+        assert rank % tensor % layout.share == p.share
+    held = [e for rank in grid[0, 0].ravel() for e in layout.local_experts(int(rank))]
+    assert held == list(range(experts))
+    # A (node, local, share) row never leaves its node when the layer spans several.
+    if layout.nodes > 1:
+        assert (grid // node == grid[..., :1, :1] // node).all()
+    assert np.array_equal(
+        config.dense_grid() // config.ranks_per_node,
+        config.dense_grid()[:, :1] // config.ranks_per_node + 0 * config.dense_grid(),
+    )
+
+
+@pytest.mark.parametrize(
+    "fields, message",
+    [
+        ({"tensor": 3, "data": 8}, "tensor 3 does not divide the 8 ranks of a node"),
+        ({"data": 12}, "12 ranks .* do not fill nodes of 8"),
+        ({"tensor": 0}, "tensor must be at least 1"),
+        ({"exchange": "ring"}, "exchange must be one of .flat"),
+        ({"tensor": 2, "data": 4, "shard": True}, "shard needs tensor = 1"),
+        ({"data": 8, "expert_slicing": 3}, r"expert_slicing 3 does not divide 8 ranks; allowed: \[1, 2, 4, 8\]"),
+    ],
+)
+def test_impossible_configurations_name_the_constraint(fields, message):
+    with pytest.raises(ValueError, match=message):
+        ParallelConfig(**fields)
+
+
+@pytest.mark.parametrize(
+    "fields, experts, message",
+    [
+        ({"data": 32}, 48, r"48 experts do not spread evenly over 32 ranks; allowed for expert: \[1, 2, 4, 8, 16\]"),
+        ({"data": 8, "expert_slicing": 4, "expert": 4}, 4, r"each in 4 slices, need a multiple of 16 ranks, got 8; allowed for expert: \[1, 2\]"),
+        ({"data": 8}, 6, r"6 experts over 6 ranks need a multiple of 6 ranks, got 8; allowed for expert: \[1, 2\]"),
+        ({"tensor": 4, "data": 3, "gpus_per_node": 4}, 6, "must divide one another"),
+        ({"data": 24, "exchange": "hierarchical", "gpus_per_node": 8}, 12, "needs whole nodes of 8"),
+    ],
+)  # fmt: skip
+def test_impossible_layers_name_the_constraint(fields, experts, message):
+    config = ParallelConfig(**fields)
+    with pytest.raises(ValueError, match=message):
+        config.experts(experts)
+
+
+def test_a_model_that_cannot_be_sliced_is_refused():
+    with pytest.raises(
+        ValueError, match=r"tensor 8 does not divide the model's 12 attention heads; allowed: \[1, 2, 3"
+    ):
+        ParallelConfig(tensor=8).check((0, 0), heads=12, ffn=64)
+    with pytest.raises(ValueError, match=r"\(layer 2\)"):
+        ParallelConfig(data=8).check((0, 6), heads=8, ffn=64)

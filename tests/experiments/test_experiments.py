@@ -1,0 +1,364 @@
+"""The training experiments: their specs at every scale, and the arithmetic between runs and verdicts."""
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from moelab import paper
+from moelab.config import ModelConfig
+from moelab.experiments import (
+    EXPERIMENTS,
+    all_to_all,
+    capacity,
+    common,
+    distillation,
+    expert_count,
+    gating_kernels,
+    half_moe,
+    inference_large,
+    inference_scaling,
+    inference_variants,
+    inference_vs_dense,
+    learning_rate,
+    measured,
+    pr_moe,
+    scaling,
+    settings,
+    specialisation,
+    spread,
+    throughput,
+    top2,
+)
+from moelab.experiments import verdicts as claims
+from moelab.experiments.base import no_runs
+from moelab.lab import Lab
+from moelab.runs.dry_run import paper_rate, plan, state_bytes
+
+SCALED = [(e.name, scale) for e in EXPERIMENTS.values() if e.specs is not no_runs for scale in e.scales]
+
+
+@pytest.mark.parametrize(("name", "scale"), SCALED)
+def test_every_experiment_has_specs_at_each_of_its_scales(name, scale):
+    experiment = EXPERIMENTS[name]
+    specs = experiment.specs(scale, 2)
+    assert specs and {spec.train.seed % 100 for spec in specs} == {0, 1}
+    for spec in specs:
+        assert spec.label and (spec.train.device == "cuda") == (scale in ("gpu", "paper"))
+        assert spec.train.tokens >= 1_000_000 or scale == "smoke" or name == "start"
+    with pytest.raises(ValueError, match=f"{name}: no scale 'huge'"):
+        experiment.specs("huge")
+
+
+def test_equal_arms_of_experiments_are_one_run():
+    def ids(module, *arms):
+        return [spec.id for spec in module.specs("cpu", 1, arms=arms)]
+
+    assert ids(pr_moe, "Dense") == ids(scaling, "350M") == ids(half_moe, "Dense") == ids(expert_count, "1 (dense)")
+    assert ids(pr_moe, "MoE-32") == ids(half_moe, "MoE-32") == ids(top2, "MoE-32") == ids(expert_count, "4")
+    assert (
+        ids(pr_moe, "MoE-128") == ids(scaling, "350M+MoE-128") == ids(capacity, "drop-free") == ids(expert_count, "16")
+    )
+    assert ids(pr_moe, "PR-MoE-32/64") == ids(distillation, "Teacher")
+    assert ids(pr_moe, "Residual-MoE-32") == ids(top2, "Residual-MoE-32")
+    assert ids(spread, "MoE-128") == [s.id for s in specialisation.specs("cpu")]
+
+
+@pytest.mark.parametrize("run", [s.run for s in paper.all_training_settings()])
+def test_the_paper_scale_is_the_published_settings(run):
+    s = paper.training_settings(run)
+    spec = settings.spec(s.model, "paper", run=run)
+    train = spec.train
+    assert abs(train.steps(spec.data.context) - s.steps) <= 1
+    assert (train.lr, train.min_lr, train.batch_size, train.micro_batch) == (
+        s.lr,
+        s.min_lr,
+        s.batch_seqs,
+        s.micro_batch_seqs,
+    )
+    assert (train.warmup_tokens, train.decay_tokens) == (s.warmup_tokens, s.decay_tokens)
+    assert spec.model.parameters() == ModelConfig.parse(s.model).parameters() and spec.model.dropout == s.dropout
+    if s.capacity_factor_train:
+        assert spec.model.routing.capacity_factor == s.capacity_factor_train and spec.model.routing.drop_tokens
+    assert spec.parallel.ranks == settings.GPUS
+
+
+def test_the_papers_students_are_taught_as_published():
+    specs = {spec.label: spec for spec in distillation.specs("paper")}
+    staged = specs["L21 + staged KD"]
+    assert staged.teacher == specs["Teacher"] and staged.distill.stop == pytest.approx(400_000 * 256 * 2048, rel=0.002)
+    s = paper.training_settings("350M+PR-MoE-32/64+L21+MoS")
+    assert (staged.distill.weight, staged.distill.temperature) == (s.kd_beta, s.kd_temperature)
+    assert specs["L21 alone"].distill is None and specs["L21 + KD"].distill.schedule == "constant"
+
+
+def test_the_sweep_uses_a_seed_of_its_own_and_the_rate_in_use():
+    specs = learning_rate.specs("cpu")
+    assert {spec.train.seed for spec in specs} == {settings.SWEEP_SEED}
+    assert all(settings.peak_rate(base, "cpu") in learning_rate.rates(base) for base in learning_rate.BASES)
+
+
+def test_the_rate_in_use_is_the_lowest_of_the_published_sweep():
+    swept = set()
+    for file in (Path(__file__).parents[2] / "results" / "learning-rate" / "cpu").glob("*/summary.json"):
+        base = json.loads(file.read_text())["parameters"]["base"]
+        table = pd.read_json(file.with_name("loss-over-rate.jsonl"), lines=True)
+        mean = table.groupby("rate")["loss"].mean()  # over arms
+        assert mean.idxmin() == pytest.approx(settings.peak_rate(base, "cpu"))
+        swept.add(base)
+    assert swept == set(learning_rate.BASES)
+
+
+def test_larger_bases_train_at_less_and_arms_of_a_base_alike():
+    names = ("350M", "1.3B", "1.3B+MoE-128", "6.7B")
+    for scale in ("cpu", "gpu"):
+        train = {name: settings.spec(name, scale).train for name in names}
+        assert train["350M"].lr > train["1.3B"].lr == train["1.3B+MoE-128"].lr > train["6.7B"].lr
+        assert all(t.min_lr == pytest.approx(t.lr / 10, rel=1e-4) for t in train.values())
+    # without a sweep in the proportion of the paper's dense rates
+    assert train["1.3B"].lr == pytest.approx(train["350M"].lr * 2e-4 / 3e-4, rel=1e-3)
+    assert train["6.7B"].lr == pytest.approx(train["350M"].lr * 1.2e-4 / 3e-4, rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("call", "part"),
+    [
+        (lambda: half_moe.specs(arms=["Third half"]), "half-moe: unknown arm 'Third half'; allowed: Dense"),
+        (lambda: top2.specs(seeds=0), "top2-vs-residual: seeds must be at least 1"),
+        (lambda: scaling.specs(tokens=5), "scaling: train: 5 tokens are less than one step"),
+        (lambda: distillation.specs(base="2B"), "distillation: base must be one of 350M, 1.3B, got '2B'"),
+        (lambda: learning_rate.specs(base="2B"), "learning-rate: base must be one of 350M, 1.3B, 6.7B, got '2B'"),
+        (lambda: distillation.specs(stop=1.5), "distillation: stop must be a share"),
+        (lambda: distillation.specs(arms=["L22"]), "distillation: unknown arm 'L22'"),
+        (lambda: pr_moe.specs(ranks=3), "pr-moe: ranks must divide the batch"),
+    ],
+)
+def test_bad_arguments_are_one_line(call, part):
+    with pytest.raises(ValueError, match=part) as error:
+        call()
+    assert "\n" not in str(error.value)
+
+
+def curves(losses, tokens=(0, 100, 200, 300)):
+    rows = [
+        {"arm": arm, "seed": seed, "tokens": t, "loss": loss}
+        for (arm, seed), values in losses.items()
+        for t, loss in zip(tokens, values, strict=True)
+    ]
+    return pd.DataFrame(rows)
+
+
+def final(losses, **columns):
+    rows = [
+        {"arm": arm, "seed": seed, "validation_loss": v, **{k: c[arm] for k, c in columns.items()}}
+        for arm, values in losses.items()
+        for seed, v in enumerate(values)
+    ]
+    return pd.DataFrame(rows)
+
+
+def test_data_efficiency_by_hand():
+    lines = curves({("350M", 0): (9, 6, 5, 4), ("350M+MoE-128", 0): (9, 5, 3, 2)})
+    table = final({"350M": [4], "350M+MoE-128": [2]}, flops_per_token={"350M": 10.0, "350M+MoE-128": 12.0})
+    (row,) = scaling.efficiency(lines, table).to_dict("records")
+    assert row["tokens"] == pytest.approx(300 / 150) and row["flops"] == pytest.approx(2 * 10 / 12)
+    never = curves({("350M", 0): (9, 6, 5, 4), ("350M+MoE-128", 0): (9, 8, 7, 6)})
+    assert scaling.efficiency(never, table)["tokens"].isna().all()
+
+
+def test_equal_flops_reads_the_dearer_model_where_the_money_ends():
+    lines = curves({("350M", 0): (9, 6, 5, 4), ("350M+MoE-128", 0): (9, 5, 3, 2), ("1.3B", 0): (9, 5, 3, 1)})
+    cost = {"350M": 10.0, "350M+MoE-128": 10.0, "1.3B": 30.0}
+    table = final({"350M": [4], "350M+MoE-128": [2], "1.3B": [1]}, flops_per_token=cost)
+    at = {row.against: row.difference for row in scaling.equal_flops(lines, table).itertuples()}
+    assert at == {"350M": pytest.approx(2 - 4), "1.3B": pytest.approx(2 - 5)}, "1.3B has seen 100 tokens for that"
+    tokens = {row.against: row.difference for row in scaling.equal_tokens(table).itertuples()}
+    assert tokens == {"350M": -2, "1.3B": 1}
+
+
+def test_scaling_judges_the_base_and_only_shows_the_larger_model():
+    table = final({"350M": [5.0, 5.1, 5.2], "350M+MoE-128": [4.9, 5.01, 5.1], "1.3B": [4.6, 4.7, 4.8]})
+    verdicts = {v.claim: v for v in scaling.verdicts(table, "cpu")}
+    assert verdicts["moe128-350m-beats-own-base"].verdict == claims.DIRECTION
+    assert verdicts["moe128-350m-beats-1.3b"].verdict == claims.NOT_TESTABLE
+    assert verdicts["moe128-350m-beats-1.3b"].ours == pytest.approx(0.303, abs=0.01)
+    assert verdicts["moe128-1.3b-beats-own-base"].verdict == claims.NOT_TESTED
+
+
+def test_distillation_early_is_the_mean_of_the_first_half():
+    lines = curves(
+        {("L21 alone", 0): (9, 6, 5, 4), ("L21 + KD", 0): (9, 5, 5, 5), ("L21 + staged KD", 0): (9, 5, 4, 3)}
+    )
+    assert distillation.early(lines).set_index("arm")["gap"].to_dict() == {"L21 + KD": -1, "L21 + staged KD": -1}
+    assert distillation.early(lines, 0.7).set_index("arm")["gap"].to_dict() == {"L21 + KD": -0.5, "L21 + staged KD": -1}
+
+
+def test_counted_claims_of_top2():
+    verdicts = {v.claim: v for v in top2.verdicts(final({"MoE-32": [1.0]}), [1.2, 1.21, 1.22], "cpu")}
+    assert verdicts["residual-halves-exchange"].ours == 0.5
+    assert verdicts["top2-flops-33pct"].ours == pytest.approx(4 / 3, abs=0.002)
+    assert verdicts["residual-faster-than-top2"].verdict == claims.REPRODUCED
+    assert verdicts["residual-equals-top2"].verdict == claims.NOT_TESTED
+
+
+def test_throughput_ratio_at_the_papers_size():
+    ratio = throughput.flops_ratio(ModelConfig.parse("6.7B"), ModelConfig.parse("1.3B+MoE-128"))
+    assert 4.5 < ratio < 5.3
+    predicted = throughput.simulated()
+    assert predicted["fits"].all()
+    verdicts = {v.claim: v for v in throughput.verdicts(predicted)}
+    assert verdicts["training-5x-cheaper"].ours == pytest.approx(
+        predicted["samples/s"]["1.3B+MoE-128"] / predicted["samples/s"]["6.7B"]
+    )
+    assert all(v.samples == 0 and "imulated" in v.note for v in verdicts.values())
+
+
+def test_what_a_variable_tells_of_the_expert():
+    assert specialisation.told(np.diag([500, 500])) == pytest.approx(1, abs=0.01)
+    assert specialisation.told(np.full((2, 4), 1000)) == pytest.approx(0, abs=0.01)
+    draw = np.random.default_rng(0)
+    chance = np.zeros((200, 16), int)
+    np.add.at(chance, (draw.integers(200, size=4000), draw.integers(16, size=4000)), 1)
+    assert specialisation.told(chance) < 0.05, "what a small sample shows by chance is taken off"
+
+
+def test_pairing_takes_the_common_part_out():
+    table = final({"Dense": [5.0, 5.2, 5.4], "MoE-32": [4.9, 5.1, 5.31], "MoE-128": [4.8, 5.0, 5.2]})
+    row = spread.deviations(table).set_index("what").loc["MoE-128 − Dense"]
+    assert row["mean"] == pytest.approx(-0.2) and row["paired"] < 1e-9
+    assert row["unpaired"] == pytest.approx(math.hypot(0.2, 0.2))
+    assert spread.seeds_needed(0.01, 0.03) == 3 and spread.seeds_needed(1.0, 0.001) is None
+
+
+def test_a_plan_counts_state_and_hours(tmp_path):
+    from moelab.runs.store import RunStore
+
+    specs = [spec for spec in distillation.specs("paper", arms=["L21 + KD"])]
+    teacher, student = plan(specs, RunStore(tmp_path))
+    assert teacher.spec == specs[0].teacher and teacher.state == "new" and not list(tmp_path.iterdir())
+    assert teacher.gpu_hours == pytest.approx(teacher.flops / paper_rate() / 3600) and student.gpu_hours > 0
+    one = settings.spec("1.3B+MoE-128", "paper")
+    experts = 12 * 2 * (2 * 2048 * 8192 + 8192 + 2048)  # 128 experts on 64 ranks: two a layer
+    shared = ModelConfig.parse("1.3B+MoE-128").parameters() - 64 * experts
+    assert state_bytes(one) == 16 * (experts + shared)
+    assert plan(half_moe.specs("cpu"), RunStore(tmp_path))[0].gpu_hours is None
+
+
+def test_summary_and_gaps():
+    table = final({"a": [2.0, 3.0], "b": [1.0, 2.5]})
+    assert common.paired(table, "a", "b") == [1.0, 0.5] and common.paired(table, "a", "c") == []
+    assert common.gaps(table, "b").query("arm == 'a'")["gap"].tolist() == [1.0, 0.5]
+    assert "a ends 0.750 nats above b (95 % interval" in common.difference(table, "a", "b")
+
+
+def test_counts_of_the_exchanges_are_the_papers_and_the_simulators():
+    counted = pd.DataFrame(all_to_all.counts((8, 32, 128)))
+    for what in ("messages", "rows", "gathered_rows"):
+        assert counted[what].tolist() == counted[f"formula_{what}"].tolist() == counted[f"simulated_{what}"].tolist()
+    verdicts = {v.claim: v for v in all_to_all.verdicts(counted)}
+    assert {v.verdict for v in verdicts.values()} == {claims.REPRODUCED}
+    assert verdicts["hierarchical-hops"].ours == pytest.approx(10 / 31) and verdicts["pcc-hops"].ours == 16 / 128
+    assert verdicts["hierarchical-volume"].ours == 2 and "1.68" in verdicts["hierarchical-volume"].note
+
+
+def test_the_simulated_exchange_pays_with_ranks():
+    found = all_to_all.simulated().set_index(["bytes", "way", "ranks"])["ratio"]
+    for size in (1 << 14, 1 << 18, 1 << 22):
+        assert found[size, "hierarchical", 8] == 1 and found[size, "hierarchical", 256] < 0.7
+        assert found[size, "coordinated", 256] < found[size, "hierarchical", 256]
+
+
+def kernel_rounds(masks, ours):
+    """Rounds of "all three" at 8 tokens and 16 experts, and one slow shape that no verdict looks at."""
+    rows = [
+        (8, 16, name, i, ms)
+        for name, all_ms in (("einsum (baseline)", masks), ("ours", ours))
+        for i, ms in enumerate(all_ms)
+    ]
+    rows += [(64, 4, name, 0, ms) for name, ms in (("einsum (baseline)", 50.0), ("ours", 1.0))]
+    columns = ["tokens", "experts", "candidate", "round", "ms"]
+    return gating_kernels.speedups(pd.DataFrame(rows, columns=columns).assign(part="all three"))
+
+
+@pytest.mark.parametrize(
+    ("masks", "scale", "verdict"),
+    [
+        ((7.0, 7.1, 7.2), "gpu", claims.REPRODUCED),
+        ((7.0, 7.1, 7.2), "cpu", claims.DIRECTION),
+        ((2.0, 2.1, 2.2), "cpu", claims.DIRECTION),
+        ((0.5, 0.51, 0.52), "cpu", claims.NOT_REPRODUCED),
+        ((1.0, 9.0, 20.0), "cpu", claims.UNDECIDED),
+        ((7.0, 7.1, 7.2), "smoke", claims.NOT_TESTABLE),
+    ],
+)
+def test_six_times_is_judged_on_a_gpu_and_its_order_on_a_processor(masks, scale, verdict):
+    found, work = gating_kernels.verdicts(kernel_rounds(masks, (1.0, 1.0, 1.0)), scale, "a machine", 64.0)
+    assert found.verdict == verdict and found.ours == pytest.approx(sum(masks) / 3)
+    assert "On a machine: 8 tokens, 16 experts, 3 rounds" in found.note and "to 50.0 times" in found.note
+    assert work.verdict == claims.REPRODUCED
+
+
+def test_the_work_of_dispatch_is_tokens_times_slots():
+    s = gating_kernels.SHAPES["smoke"]
+    S, E = s.tokens[-1], s.experts[-1]
+    assert gating_kernels.work("smoke") == -(-S // E) * E
+
+
+def test_the_measured_twin_is_the_papers_in_small():
+    for scale in inference_scaling.TWINS:
+        twin = inference_scaling.twin(scale)
+        assert twin.is_moe and max(twin.experts) % 4 == 0, "experts spread over 1, 2 and 4 ranks"
+        assert twin.parameters() < (2e9 if scale == "gpu" else 100e6), "two copies on one card"
+
+
+def test_twins_of_the_large_models_keep_what_tells_them_apart():
+    for module in (inference_large, inference_variants, inference_vs_dense):
+        for scale in measured.SHRINK:
+            twins = measured.twins(module.models(), scale)
+            assert list(twins) == list(module.models())
+            assert max(twin.parameters() for twin in twins.values()) < (3e9 if scale == "gpu" else 300e6)
+            for name, twin in twins.items():
+                assert twin.is_moe == (name != "6.7B dense")
+                assert all(experts % 2 == 0 for experts in twin.experts), "experts spread over 2 ranks"
+    moe, pr_moe, student = measured.twins(inference_variants.models(), "cpu").values()
+    assert pr_moe.parameters() < moe.parameters() and student.layers < pr_moe.layers
+    assert measured.twins(inference_variants.models(), "paper") == {}
+
+
+def test_measurements_of_a_cluster_are_read_and_drawn(tmp_path):
+    import json
+
+    import matplotlib.pyplot as plt
+
+    def row(mode, ranks, ms):
+        parts = {"attention": ms / 2, "all-to-all": ms / 2}
+        rank = {
+            "candidate": mode,
+            "ranks": ranks,
+            "median_ms": ms,
+            "p95_ms": 2 * ms,
+            "floor_ms": 1.0,
+            "parts_ms": parts,
+        }
+        return rank | {"batch": 64, "empty_collective_ms": 0.1}
+
+    rows = [row(mode, ranks, ms) for ranks, ms in ((64, 4.0), (8, 9.0)) for mode in ("baseline", "optimised")]
+    file = tmp_path / "decode.jsonl"
+    file.write_text("".join(json.dumps(r) + "\n" for r in rows))
+    found = inference_scaling.measured(Lab(), "paper", str(file))
+    assert [measured.by_size(r) for r in found] == ["8 ranks", "8 ranks", "64 ranks", "64 ranks"]
+    fig, axes = plt.subplots(1, 2)
+    measured.draw(found, *axes, measured.by_size)
+    assert [t.get_text() for t in axes[0].get_xticklabels()] == ["8 ranks", "64 ranks"]
+    plt.close(fig)
+    file.write_text("{}")
+    for given, part in (
+        ("", "needs -p measured_file=FILE"),
+        (str(tmp_path / "none"), "No such file"),
+        (str(file), "no rows"),
+    ):
+        with pytest.raises(ValueError, match=part):
+            inference_scaling.measured(Lab(), "paper", given)

@@ -1,0 +1,78 @@
+"""Every experiment's notebook at smoke scale, through the command that users take; and again from stored runs."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from moelab.experiments import EXPERIMENTS
+from moelab.notebook import batch
+from moelab.notebook import execute as notebooks
+
+SMOKE = [e.name for e in EXPERIMENTS.values() if "smoke" in e.scales]
+
+
+def run(root, *what):
+    """In one process the runs, which are so short that starting a process for each (as test_cli.py does) would take most of the time."""
+    places = {"MOELAB_HOME": str(root / "home"), "MOELAB_RESULTS": str(root / "results"), "MOELAB_EXECUTOR": "inline"}
+    command = [sys.executable, "-m", "moelab.cli", "run", *what, "--scale", "smoke"]
+    return subprocess.run(command, capture_output=True, text=True, env={**os.environ, **places, "COLUMNS": "200"})
+
+
+def summaries(root, name):
+    return [json.loads(file.read_text()) for file in sorted((root / "results" / name / "smoke").glob("*/summary.json"))]
+
+
+@pytest.fixture(scope="module")
+def everything(tmp_path_factory):
+    root = tmp_path_factory.mktemp("everything")
+    done = run(root, "--all")
+    assert done.returncode == 0, done.stdout + done.stderr
+    return root
+
+
+@pytest.mark.notebook
+@pytest.mark.slow
+class TestAllNotebooks:
+    @pytest.mark.parametrize("name", SMOKE)
+    def test_publishes_figures_and_every_run(self, everything, name):
+        summary = summaries(everything, name)[0]
+        assert not summary["missing"] and summary["figures"]
+        folder = sorted((everything / "results" / name / "smoke").iterdir())[0]
+        for figure in summary["figures"]:
+            assert (folder / f"{figure['name']}.png").stat().st_size > 5_000 and figure["title"]
+            assert (folder / figure["data"]).exists()
+
+    def test_runs_are_shared_and_not_trained_again(self, everything):
+        before = {f: f.stat().st_mtime_ns for f in (everything / "home" / "runs").glob("*/result.json")}
+        specs = [s.id for e in EXPERIMENTS.values() if e.trains and "smoke" in e.scales for s in e.specs("smoke")]
+        assert len(set(specs)) < len(specs), "experiments share runs"
+        assert run(everything, "distillation").returncode == 0, "teachers and students"
+        assert {f: f.stat().st_mtime_ns for f in (everything / "home" / "runs").glob("*/result.json")} == before
+        first, second = ([run["result"] for run in s["runs"]] for s in summaries(everything, "distillation"))
+        assert first == second
+
+    def test_what_was_measured_is_read_back(self, everything, monkeypatch):
+        (first,) = summaries(everything, "throughput")
+        assert run(everything, "throughput").returncode == 0
+        second = summaries(everything, "throughput")[1]
+        assert [one["read_back"] for one in first["measurements"]] == [False]
+        assert [one["read_back"] for one in second["measurements"]] == [True]
+        assert second["measurements"][0]["measured"] == first["measurements"][0]["measured"]
+        assert (second["title"], second["claims"]) == (first["title"], first["claims"])
+        monkeypatch.setenv("MOELAB_HOME", str(everything / "home"))
+        monkeypatch.setenv("MOELAB_RESULTS", str(everything / "results"))
+        for name in (e.name for e in EXPERIMENTS.values() if e.measures):
+            values = notebooks.resolve(EXPERIMENTS[name], {"scale": "smoke"})
+            last = batch.last_result(EXPERIMENTS[name], values)
+            assert batch.reads_back(last, values), f"{name} would run alone again"
+            assert not batch.reads_back(last, values | {"again": True})
+
+    def test_the_ledger_knows_what_they_counted(self, everything):
+        from moelab.report.ledger import ledger
+
+        verdicts = {entry.claim: entry.verdict for entry in ledger(everything / "results")}
+        for counted in ("pr-moe-size", "top2-flops-33pct", "residual-halves-exchange", "mos-size-350m"):
+            assert verdicts[counted] == "reproduced"

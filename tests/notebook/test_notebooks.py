@@ -1,0 +1,147 @@
+"""Executing notebooks through papermill: what they print shows at once, and every way to fail says where."""
+
+import io
+import json
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+
+import nbformat
+import pytest
+
+from moelab import paths
+from moelab.experiments.base import Experiment, Scale
+from moelab.notebook import execute as notebooks
+
+pytestmark = [pytest.mark.notebook, pytest.mark.slow]
+
+PARAMETERS = """scale: str = "smoke"  # size
+sizes: list[int] = [1]  # numbers
+rates: dict[str, float] = {}  # by name
+fail: str = ""  # how
+"""
+BODY = [
+    "print('first', sizes, rates)",
+    """import os
+if fail == "raise":
+    raise ValueError("no luck")
+if fail == "die":
+    os.kill(os.getpid(), 9)""",
+    """import json
+from pathlib import Path
+from ipykernel.connect import get_connection_info
+print(get_connection_info(unpack=True)["transport"])
+Path(os.environ["MOELAB_PUBLICATION"], "summary.json").write_text(json.dumps({"missing": []}))""",
+]
+EXPERIMENT = Experiment("x", "X", "none", "?", "!", "x.ipynb", {"smoke": Scale("w", "c")}, lambda scale: [])
+
+
+@pytest.fixture(autouse=True)
+def place(tmp_path, monkeypatch):
+    cells = [
+        nbformat.v4.new_code_cell(PARAMETERS, metadata={"tags": ["parameters"]}),
+        *map(nbformat.v4.new_code_cell, BODY),
+    ]
+    kernel = {"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}}
+    nbformat.write(nbformat.v4.new_notebook(cells=cells, metadata=kernel), tmp_path / "x.ipynb")
+    monkeypatch.setenv("MOELAB_HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("MOELAB_RESULTS", str(tmp_path / "results"))
+    monkeypatch.setattr(paths, "notebooks", lambda: tmp_path)
+    return tmp_path
+
+
+def given(**texts: str):
+    return notebooks.resolve(EXPERIMENT, notebooks.check_parameters(EXPERIMENT, texts))
+
+
+@pytest.mark.parametrize(
+    ("texts", "value"),
+    [
+        ({"sizes": "[1, 2]"}, [1, 2]),
+        ({"sizes": "3"}, [3]),
+        ({"sizes": "1,2"}, [1, 2]),
+        ({"rates": '{"a": 1, "b": 0.5}'}, {"a": 1.0, "b": 0.5}),
+        ({"sizes": '["a"]'}, None),
+        ({"sizes": "[1.5]"}, None),
+        ({"rates": '{"a": "b"}'}, None),
+        ({"rates": "[1]"}, None),
+    ],
+)
+def test_parameters_are_json_of_the_declared_type(texts, value):
+    (name,) = texts
+    if value is not None:
+        assert given(**texts)[name] == value
+    else:
+        with pytest.raises(ValueError, match=f"parameter {name} must be") as error:
+            given(**texts)
+        assert "\n" not in str(error.value)
+
+
+def test_what_it_prints_shows_while_it_runs_and_which_cell_it_is_at(place):
+    log, progress = io.StringIO(), place / "progress.json"
+    values = given(sizes="[1, 2]", rates='{"a": 1}')
+    result = notebooks.execute(EXPERIMENT, values, place / "plan.json", log=log, progress=progress)
+    lines = log.getvalue().splitlines()
+    assert [line.partition("] ")[2] for line in lines if "cell" in line] == [f"cell {i} of 5" for i in range(1, 6)]
+    assert "first [1, 2] {'a': 1.0}" in lines, "parameters keep their types"
+    assert "ipc" in lines, "no ports, so no race for them"
+    assert json.loads(progress.read_text())["cell"] == 5
+    assert result.parent == place / "results" / "x" / "smoke"
+    again = notebooks.execute(EXPERIMENT, values, place / "plan.json")
+    assert again != result and result.exists()
+
+
+@pytest.mark.parametrize(("fail", "why"), [("raise", "ValueError: no luck"), ("die", "the kernel died")])
+def test_a_failure_leaves_the_executed_copy_with_the_error_on_top(place, fail, why):
+    with pytest.raises(notebooks.NotebookFailed, match=f"x.ipynb, cell .: {why}") as error:
+        notebooks.execute(EXPERIMENT, given(fail=fail), place / "plan.json")
+    copy = Path(str(error.value).partition("executed copy: ")[2].rstrip(")"))
+    cells = nbformat.read(copy, as_version=4).cells
+    assert cells[0].cell_type == "markdown" and ("Exception" in cells[0].source or "kernel died" in cells[0].source)
+    assert any("first [1]" in str(cell.get("outputs", "")) for cell in cells), "what was done is kept"
+    assert not (place / "results").exists()
+    assert "first [1]" in copy.parent.with_name(f"{copy.parent.name}.log").read_text()
+
+
+def _execute(place: str) -> str:
+    paths.notebooks = lambda: Path(place)
+    return str(notebooks.execute(EXPERIMENT, given(), Path(place) / "plan.json"))
+
+
+def test_many_at_once_keep_to_themselves(place):
+    with ProcessPoolExecutor(3, mp_context=get_context("spawn")) as pool:
+        results = list(pool.map(_execute, [str(place)] * 3))
+    assert len(set(results)) == 3 and all((Path(r) / "summary.json").exists() for r in results)
+
+
+def test_a_reply_whose_signal_was_taken_is_found():
+    """jupyter_client's own channel waits forever here."""
+    import asyncio
+    from concurrent.futures import ThreadPoolExecutor
+
+    import zmq.asyncio
+    from jupyter_client.session import Session
+
+    manager = notebooks._kernel_manager()()
+    channel_class, session = type(manager.client().shell_channel), Session(key=b"key")
+
+    async def wait():
+        with zmq.Context() as far, zmq.asyncio.Context() as near:
+            kernel, client = far.socket(zmq.ROUTER), near.socket(zmq.DEALER)
+            try:
+                client.connect(f"tcp://127.0.0.1:{kernel.bind_to_random_port('tcp://127.0.0.1')}")
+                channel = channel_class(client, session)
+                channel.send(session.msg("execute_request"))
+                identity = kernel.recv_multipart()[0]
+                reply = asyncio.ensure_future(channel.get_msg())
+                await asyncio.sleep(0.1)  # it waits
+                session.send(kernel, "execute_reply", ident=identity)
+                while not client.getsockopt(zmq.EVENTS) & zmq.POLLIN:  # the reply is here, and its signal gone
+                    pass
+                return await asyncio.wait_for(reply, 60)
+            finally:
+                kernel.close(0)
+                client.close(0)
+
+    with ThreadPoolExecutor(1) as own:  # the browser's tests leave a loop running in this thread
+        assert own.submit(lambda: asyncio.run(wait())).result()["msg_type"] == "execute_reply"

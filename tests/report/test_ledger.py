@@ -1,0 +1,133 @@
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+
+from moelab import paper
+from moelab.experiments import verdicts as claims
+from moelab.experiments.verdicts import judge
+from moelab.files import write_json
+from moelab.report import ledger
+from moelab.report.publication import SUMMARY
+
+
+def publish(
+    results,
+    experiment,
+    scale,
+    date,
+    verdicts,
+    figures=({"name": "curves"}, {"name": "gaps", "claims": ["moe128-beats-moe32"]}),
+):
+    """A published result in small: what `Publication` leaves."""
+    from dataclasses import asdict
+
+    folder = results / experiment / scale / date
+    records = [asdict(v) for v in verdicts]
+    write_json(
+        folder / SUMMARY,
+        {"scale": scale, "finished": date, "claims": records, "figures": list(figures)},
+    )
+
+
+def entries(results):
+    return {entry.claim: entry for entry in ledger.ledger(results)}
+
+
+ORDER = paper.claim("moe128-beats-moe32")
+
+
+def test_without_results_every_claim_is_there_and_unjudged(tmp_path):
+    found = entries(tmp_path)
+    assert len(found) == len(paper.claims()) >= 60
+    assert {e.verdict for e in found.values()} == {ledger.DISAGREES, claims.NOT_TESTABLE, ledger.NOT_YET}
+    assert (
+        found["mos-retention-350m"].verdict == ledger.DISAGREES
+        and "mos-350m-average" in found["mos-retention-350m"].conflicts
+    )
+    assert found["zero-shot-350m-pr-moe"].verdict == claims.NOT_TESTABLE
+    assert found["moe128-beats-moe32"].verdict == ledger.NOT_YET
+
+
+def test_every_dispute_is_a_conflict_of_the_paper():
+    assert {c.id for c in paper.conflicts()} >= ledger._DISPUTED
+
+
+def test_the_newest_result_of_the_most_telling_scale_decides(tmp_path):
+    publish(tmp_path, "pr-moe", "cpu", "2026-01-01", [judge(ORDER, [-0.1, -0.11, -0.12])])
+    publish(tmp_path, "pr-moe", "cpu", "2026-01-02", [judge(ORDER, [0.1, 0.11, 0.12])])
+    entry = entries(tmp_path)["moe128-beats-moe32"]
+    assert entry.verdict == claims.NOT_REPRODUCED and entry.finding.result == "pr-moe/cpu/2026-01-02"
+    assert entry.finding.figure == "pr-moe/cpu/2026-01-02/gaps.png"
+    publish(tmp_path, "pr-moe", "gpu", "2025-01-01", [judge(ORDER, [-0.2, -0.21, -0.22])])
+    entry = entries(tmp_path)["moe128-beats-moe32"]
+    assert entry.verdict == claims.REPRODUCED and [f.scale for f in entry.findings] == ["gpu", "cpu"]
+
+
+def test_a_result_that_did_not_test_a_claim_does_not_hide_one_that_did(tmp_path):
+    publish(tmp_path, "pr-moe", "cpu", "2026-01-01", [judge(ORDER, [-0.1, -0.11, -0.12])])
+    publish(tmp_path, "pr-moe", "cpu", "2026-01-02", [judge(ORDER, [])])
+    assert entries(tmp_path)["moe128-beats-moe32"].verdict == claims.REPRODUCED
+
+
+def test_a_scale_too_small_is_shown_and_not_judged(tmp_path):
+    larger = paper.claim("moe128-350m-beats-1.3b")
+    verdict = judge(larger, [0.1, 0.11, 0.12], scale="cpu")
+    assert verdict.verdict == claims.NOT_TESTABLE and verdict.ours == pytest.approx(0.11) and verdict.low < 0.11
+    publish(tmp_path, "scaling", "cpu", "2026-01-01", [verdict])
+    entry = entries(tmp_path)[larger.id]
+    assert entry.verdict == claims.NOT_TESTABLE and entry.finding.ours == pytest.approx(0.11)
+    assert judge(replace(larger, testable_at="cpu"), [0.1, 0.11, 0.12], scale="cpu").verdict == claims.NOT_REPRODUCED
+
+
+def test_equal_without_a_number_means_within_what_the_paper_calls_a_match():
+    level = paper.claim("residual-equals-top2")
+    assert claims.SAME == 2 * paper.claim("pr-moe-matches-moe128").value
+    assert judge(level, [0.001, -0.001, 0.0]).verdict == claims.REPRODUCED
+    assert judge(level, [0.05, 0.051, 0.052]).verdict == claims.NOT_REPRODUCED
+    assert judge(level, [0.05, -0.05, 0.0]).verdict == claims.UNDECIDED
+
+
+def test_the_command_prints_table_and_json(tmp_path):
+
+    publish(tmp_path, "pr-moe", "cpu", "2026-01-01", [judge(ORDER, [-0.1, -0.11, -0.12])])
+    env = {"MOELAB_RESULTS": str(tmp_path), "COLUMNS": "220"}
+
+    def moelab(*arguments):
+        command = [sys.executable, "-m", "moelab.cli", *arguments]
+        return subprocess.run(command, capture_output=True, text=True, env={**os.environ, **env}).stdout
+
+    out = moelab("claims")
+    assert "63 claims: " in out and "1 reproduced" in out and "-0.11 (-0.1" in out
+    records = json.loads(moelab("claims", "--json"))
+    assert len(records) == 63
+    (record,) = [r for r in records if r["claim"] == ORDER.id]
+    assert record["verdict"] == "reproduced" and record["findings"][0]["samples"] == 3
+
+
+def test_a_simulation_ranks_below_a_measurement_whatever_scale_it_ran_at(tmp_path):
+    from moelab.experiments.simulated import verdict
+
+    claim = paper.claim("52b-speedup-8-gpus")
+    publish(tmp_path, "inference-scaling", "cpu", "20260102-000000", [verdict(claim, 2.05)])
+    entry = entries(tmp_path)[claim.id]
+    assert entry.verdict == "simulated: within 15 %" and entry.finding.scale == "simulated"
+    publish(tmp_path, "inference-scaling", "cpu", "20260101-000000", [judge(claim, [1.4, 1.5, 1.6])])
+    entry = entries(tmp_path)[claim.id]
+    assert entry.verdict == claims.DIRECTION and [f.scale for f in entry.findings] == ["cpu", "simulated"]
+
+
+@pytest.mark.parametrize("width", [80, 220])
+def test_the_table_fits_and_a_wide_one_names_each_claim_on_one_line(width, tmp_path):
+    from rich.console import Console
+
+    console = Console(width=width)
+    with console.capture() as printed:
+        console.print(ledger.table(ledger.ledger(tmp_path), width))
+    lines = printed.get().splitlines()
+    assert max(map(len, lines)) <= width
+    names = {claim.id for claim in paper.claims()}
+    assert (names <= {line.split()[0] for line in lines if line.split()}) == (width == 220)

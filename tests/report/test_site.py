@@ -1,0 +1,273 @@
+"""The results pages: what they say, what they are made from, and that only what changed is written."""
+
+import json
+import re
+import shutil
+import time
+from html.parser import HTMLParser
+from pathlib import Path
+
+import nbformat
+import pytest
+
+from moelab import paper
+from moelab.experiments.verdicts import NO_SPREAD, REPRODUCED, UNDECIDED
+from moelab.plotting import svg
+from moelab.plotting.typography import typeset
+from moelab.report import site
+from moelab.report.ledger import DISAGREES
+from moelab.report.site import collect, notebook, order, template
+
+
+@pytest.fixture(scope="module")
+def published(publish, tmp_path_factory):
+    """Two experiments, two scales, a newer and an older result of the same scale."""
+    root = tmp_path_factory.mktemp("site") / "results"
+    reproduced = {"moe128-350m-beats-own-base": (-0.30, -0.31, -0.305), "moe128-350m-beats-1.3b": (0.1, 0.2)}
+    publish(root, "moe-scaling", "cpu", "20260101-000000", claims=reproduced, finished="2026-01-01T00:00:00Z")
+    publish(root, "pr-moe", "cpu", "20260102-000000", claims={"pr-moe-matches-moe128": (0.5, 0.5)}, finished="2026-01-02T00:00:00Z")  # fmt: skip
+    publish(root, "pr-moe", "cpu", "20260103-000000", claims={"pr-moe-matches-moe128": (0.01, 0.012)}, finished="2026-01-03T00:00:00Z")  # fmt: skip
+    publish(root, "pr-moe", "gpu", "20260101-000000", claims={"pr-moe-matches-moe128": (0.02,)}, losses=(3.0,))
+    publish(root, "mine", "smoke", "20260101-000000")
+    built = site.build(root)
+    assert built.results == 5 and not built.unreadable
+    return root
+
+
+class Page(HTMLParser):
+    """The links, images and ids of a page."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self.path, self.links, self.ids = path, [], set()
+        self.feed(path.read_text())
+
+    def handle_starttag(self, tag, attributes):
+        values = dict(attributes)
+        self.links += [values[k] for k in ("href", "src") if values.get(k)]
+        self.ids |= {values["id"]} if values.get("id") else set()
+
+
+def test_every_link_on_every_page_leads_to_a_file_and_an_id_inside(published):
+    pages = sorted(published.rglob("*.html"))
+    assert len(pages) == 2 + 2 * 5
+    for page in pages:
+        found = Page(page)
+        assert len(found.links) > 5
+        for link in found.links:
+            if link.startswith("data:"):
+                continue
+            assert not re.match(r"[a-z]+:|//", link), f"{page} asks for {link}"
+            target, _, anchor = link.partition("#")
+            path = (page.parent / target.partition("?")[0]).resolve() if target else page
+            assert path.is_file(), f"{page}: {link}"
+            assert path.is_relative_to(published)
+            if anchor:
+                assert anchor in Page(path).ids, f"{page}: {link}"
+
+
+def test_the_ledger_has_every_claim_in_the_papers_order_and_the_verdict_that_counts(published):
+    found, _ = collect.results(published)
+    lines = collect.ledger(found)
+    best = [line for line in lines if line.best]
+    assert sorted(line.claim.id for line in best) == sorted(claim.id for claim in paper.claims())
+    places = [order.position(line.claim.where) for line in lines]
+    assert places == sorted(places)
+    by_id = {line.claim.id: line for line in best}
+    matches = by_id["pr-moe-matches-moe128"]
+    assert matches.verdict in (REPRODUCED, UNDECIDED) and matches.scale == "cpu", "one seed on a GPU judges nothing"
+    assert matches.result.path == "pr-moe/cpu/20260103-000000", "the newest result of a scale counts"
+    assert [line.verdict for line in lines if line.claim.id == "pr-moe-matches-moe128" and not line.best] == [NO_SPREAD]
+    assert matches.link == "pr-moe/cpu/20260103-000000/index.html#curves"
+    assert by_id["speedup-1t"].verdict == DISAGREES and by_id["speedup-1t"].result is None
+    page = (published / "index.html").read_text()
+    assert all(typeset(claim.statement).replace("'", "&#39;") in page for claim in paper.claims())
+
+
+def test_the_gallery_follows_the_paper():
+    references = (
+        "Fig 1",
+        "Table 3",
+        "Fig 2 left",
+        "section 4.1.4, Fig 4; sizes from Table 4",
+        "Fig 5",
+        "Figs 5, 6",
+        "Figure 6",
+    )
+    references += ("sec 5.3, Fig 8", "sec 5.4", "Fig 10", "Fig 11", "Figures 14 and 15", "beyond the paper")
+    places = [order.position(reference) for reference in references]
+    assert places == sorted(places) and places[-1] == order.BEYOND > places[-2]
+
+
+def test_unchanged_results_are_not_written_again(published, tmp_path):
+    root = tmp_path / "results"
+    shutil.copytree(published, root)
+    assert site.build(root).written == 0
+    executed = root / "pr-moe" / "cpu" / "20260103-000000" / "notebook.ipynb"
+    executed.write_text(executed.read_text().replace("Notebook of", "Executed notebook of"))
+    again = site.build(root)
+    assert (again.converted, again.written) == (1, 1)
+    assert "Executed notebook of pr-moe" in executed.with_suffix(".html").read_text()
+    summary = executed.with_name("summary.json")
+    summary.write_text(summary.read_text().replace("Loss falls", "Loss rises"))
+    again = site.build(root)
+    assert again.converted == 0 and "Loss rises" in (root / "index.html").read_text()
+    changed = {
+        p.relative_to(root).as_posix() for p in root.rglob("*.*") if p.stat().st_mtime >= summary.stat().st_mtime
+    }
+    assert {Path(p).name for p in changed} == {"summary.json", "index.html", "data.js", "compare.html"}
+    assert len(changed) == 5, "no page of another result"
+
+
+def test_an_unreadable_result_is_named_and_left_out(published, tmp_path):
+    root = tmp_path / "results"
+    shutil.copytree(published, root)
+    (root / "mine" / "smoke" / "20260101-000000" / "summary.json").write_text('{"experiment": "mi')
+    built = site.build(root)
+    assert built.results == 4 and len(built.unreadable) == 1
+    assert "mine/smoke/20260101-000000/summary.json: not valid JSON" in built.unreadable[0]
+    assert "mine/smoke/20260101-000000/summary.json" in (root / "index.html").read_text()
+
+
+def test_the_results_of_this_checkout_build(tmp_path):
+    root = Path(__file__).resolve().parents[2] / "results"
+    shutil.copytree(root, tmp_path / "results")
+    built = site.build(tmp_path / "results")
+    assert built.results >= 1 and not built.unreadable
+    assert site.build(tmp_path / "results").written == 0
+
+
+def test_no_results_yet(tmp_path):
+    built = site.build(tmp_path)
+    assert built.results == 0 and "No results yet" in built.index.read_text()
+
+
+def test_what_a_notebook_says_stays_text(publish, tmp_path):
+    folder = publish(tmp_path, parameters={"corpus": "<script>alert(1)</script>"}, finished="</script><b>")
+    site.build(tmp_path)
+    assert "<script>alert" not in (folder / "index.html").read_text()
+    assert "<b>" not in (tmp_path / "index.html").read_text()
+    text = (folder / "data.js").read_text()
+    assert json.loads(text.removeprefix("moelab.add(").removesuffix(");\n"))["path"].startswith("pr-moe/cpu")
+
+
+def test_a_notebook_page_has_its_outputs_and_no_library_from_outside(published):
+    page = (published / "pr-moe" / "cpu" / "20260103-000000" / "notebook.html").read_text()
+    assert "data:image/png;base64," in page and "a warning" in page and "a slider" in page and "2.95" in page
+    assert "cdnjs" not in page and "require" not in page
+    assert (
+        "<math" in page
+        and "<mi>log</mi>" in page
+        and "$" not in re.sub(r"<(style|script).*?</\1>", "", page, flags=re.S)
+    )
+    assert 'alt="Figure: Notebook of pr-moe"' in page and "<details" not in page
+
+
+def test_long_code_is_folded_and_a_formula_nobody_can_read_stays(tmp_path):
+    import nbformat.v4 as nb
+
+    view = "application/vnd.jupyter.widget-view+json"
+    widgets = [
+        nb.new_output("display_data", data={view: {"model_id": "0"}, "text/plain": text})
+        for text in ("Output()", "VBox(children=(IntSlider(value=1),))")
+    ]
+    cells = [
+        nb.new_markdown_cell("$$\\ell_i = -\\sum_v p_v \\log q_v$$"),
+        nb.new_code_cell("x = 1\n" * 20, outputs=widgets),
+    ]
+    (tmp_path / "notebook.ipynb").write_text(nbformat.writes(nb.new_notebook(cells=cells)))
+    page = site.convert(tmp_path / "notebook.ipynb").read_text()
+    assert 'display="block"' in page and "<summary>20 lines of code</summary>" in page
+    assert "Controls to play with" in page and "VBox" not in page and "Output()" not in page
+    assert notebook.mathml("\\left(x", "inline").startswith("<code>")
+
+
+def test_every_formula_of_the_notebooks_can_be_read():
+    from moelab import paths
+
+    found = []
+    for path in paths.notebooks().glob("*.ipynb"):
+        texts = (cell.source for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == "markdown")
+        found += [
+            (path.name, one or other)
+            for t in texts
+            for one, other in re.findall(r"\$\$(.+?)\$\$|\$([^$\n]+)\$", t, re.S)
+        ]
+    assert len(found) > 8
+    for name, formula in found:
+        assert notebook.mathml(formula, "inline").startswith("<math"), f"{name}: {formula}"
+
+
+def test_dark_figures_are_readable(published):
+    folder = published / "pr-moe" / "cpu" / "20260103-000000"
+    light, dark = ((folder / name).read_text() for name in ("curves.svg", "curves-dark.svg"))
+    assert "#ffffff" in light and "#ffffff" not in dark and svg.GROUND in dark
+    # Whatever writes or draws, grid and frames of nothing apart, stands out from the ground.
+    inks = set(re.findall(r"(?:fill|stroke): (#[0-9a-f]{6})", dark)) - {svg.GROUND}
+    faint = {ink for ink in inks if svg.contrast(ink, svg.GROUND) < 4.5}
+    assert len(inks) >= 3 and len(faint) <= 1, faint  # the grid
+    assert "Loss falls" not in light and "Loss falls" not in dark, "the page says it"
+
+
+@pytest.mark.parametrize(("color", "expected"), [("#ffffff", svg.GROUND), ("#000000", svg.INK), ("#E69F00", "#E69F00")])
+def test_colours_turn_around(color, expected):
+    assert (
+        svg.dark(f'<svg><path style="fill: {color}"/></svg>')
+        == f'<svg fill="{svg.INK}"><path style="fill: {expected}"/></svg>'
+    )
+
+
+@pytest.mark.slow
+def test_three_hundred_results_take_seconds_and_again_next_to_nothing(published, tmp_path):
+    model = published / "pr-moe" / "cpu" / "20260103-000000"
+    for i in range(300):
+        shutil.copytree(model, tmp_path / "results" / "pr-moe" / "cpu" / f"20260104-{i:06d}")
+    started = time.perf_counter()
+    assert site.build(tmp_path / "results").converted == 0, "the notebooks' pages came along"
+    assert time.perf_counter() - started < 120, "seconds, with room for a busy machine"
+    again = site.build(tmp_path / "results")
+    assert (again.written, again.converted) == (0, 0)
+
+
+def test_signs_and_per_cents_are_set_as_in_print():
+    assert typeset("-0.050 nats (95 % of -.5, 50%); MoE-128, 2-3, 2026-11-24, x-1") == (
+        "−0.050 nats (95\u00a0% of −.5, 50\u00a0%); MoE-128, 2-3, 2026-11-24, x-1"
+    )
+
+
+def test_numbers_have_their_units():
+    loss, ratio, order_, bound = (
+        paper.claim(id)
+        for id in (
+            "moe128-350m-beats-own-base",
+            "training-5x-cheaper",
+            "pytorch-moe-slower-than-dense",
+            "1t-under-25ms",
+        )
+    )
+    shown = [template.quantity(c.value, c) for c in (loss, ratio, bound)]
+    assert shown == ["−0.307 nats/token", "5.31×", "25 ms"]
+    assert template.quantity(12.6, order_) == "+12.6 ms" and template.quantity(None, loss) == "–"
+
+
+def test_the_tally_keeps_measured_and_simulated_apart():
+    found = collect.tally({REPRODUCED: 2, "simulated: holds": 3, DISAGREES: 1, "a verdict of tomorrow": 1})
+    assert [(name, [(word, n) for _, word, n in of]) for name, of in found] == [
+        ("Measured here", [("reproduced", 2), ("a verdict of tomorrow", 1)]),
+        ("Simulated on the paper's cluster", [("holds", 3)]),
+        ("Open", [(DISAGREES, 1)]),
+    ]
+
+
+def test_runs_of_an_arm_that_were_trained_differently_are_not_averaged():
+    def run(label, lr, seed, loss):
+        train = {"lr": lr, "min_lr": lr / 10, "seed": seed}
+        return {"label": label, "spec": {"train": train}, "result": {"validation_loss": loss}}
+
+    runs = [run("A", 0.1, 0, 4.0), run("A", 0.1, 1, 5.0), run("A", 0.2, 0, 6.0), run("B", 0.1, 0, 3.0)]
+    found = collect.Result(Path("nowhere"), "nowhere", {"runs": runs}).arms
+    assert [(a["arm"], a["seeds"], a["validation_loss"]) for a in found] == [
+        ("A, lr 0.1", 2, 4.5),
+        ("A, lr 0.2", 1, 6.0),
+        ("B", 1, 3.0),
+    ]

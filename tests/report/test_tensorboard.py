@@ -1,0 +1,87 @@
+"""Runs in TensorBoard, without having asked for it when they trained."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import urllib.request
+
+import pytest
+
+from moelab.files import write_json
+from moelab.report import tensorboard
+from moelab.training.metrics import TRAIN, VALIDATION, scalars
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch):
+    monkeypatch.setenv("MOELAB_HOME", str(tmp_path))
+    folder = tmp_path / "runs" / "350m-moe-128-twin-s0-0123456789"
+    write_json(folder / "spec.json", {})
+    rows = [{"step": s, "loss": 7.0 - s, "time_s": 2.0 * s, "expert_load": {"2": [0.1, 0.2, 0.3, 0.4]}} for s in (1, 2)]
+    (folder / TRAIN).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / VALIDATION).write_text(json.dumps({"step": 2, "loss": 5.5}) + "\n")
+    return folder
+
+
+def read(folder):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(folder), size_guidance={"scalars": 0})
+    events.Reload()
+    return {tag: [(e.step, round(e.value, 6)) for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+
+
+def test_percentiles_are_relative_to_an_even_share():
+    load = [i / 55 for i in range(11)]  # 0, 1, ... 10 of 55: an even share is 5
+    found = dict(scalars(TRAIN, {"step": 1, "expert_load": {"4": load}}))
+    assert found == pytest.approx(
+        {f"expert_load/layer4/p{p}": p / 10 / 5 for p in (0, 10, 50, 90, 100)}
+    )  # the median expert has exactly 1
+
+
+def test_events_follow_a_run(run, tmp_path):
+    events = tensorboard.Events([run], tmp_path / "board")
+    assert events.update() == 3 and events.update() == 0
+    with open(run / TRAIN, "a") as f:
+        f.write(json.dumps({"step": 3, "loss": 4.0}) + "\n" + '{"step": 4, "lo')  # torn: the run is writing
+    assert events.update() == 1
+    events.close()
+    found = read(tmp_path / "board" / run.name)
+    assert found["train/loss"] == [(1, 6.0), (2, 5.0), (3, 4.0)] and found["validation/loss"] == [(2, 5.5)]
+    assert found["expert_load/layer2/p100"] == [(1, 1.6), (2, 1.6)]
+    assert not any("time_s" in tag for tag in found)
+
+
+def test_a_run_that_does_not_exist_is_one_line(run):
+    assert tensorboard.select(["350m-moe"]) == tensorboard.select([]) == [run]
+    with pytest.raises(ValueError, match=r"no run begins with '6.7b' in .*runs \(1 runs there\)"):
+        tensorboard.select(["6.7b"])
+
+
+@pytest.mark.slow
+@pytest.mark.multiprocess
+def test_the_command_serves_on_localhost(run, tmp_path):
+    process = subprocess.Popen(
+        [sys.executable, "-m", "moelab.cli", "tensorboard", "--port", "0"],
+        env={**os.environ, "PYTHONUNBUFFERED": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    try:
+        lines = iter(process.stdout.readline, "")
+        address = next(line.split(" at ")[1].split()[0] for line in lines if " at http" in line)
+        assert address.startswith("http://127.0.0.1:") or address.startswith("http://localhost:")
+        deadline = time.monotonic() + 300
+        tags = {}
+        while not tags and time.monotonic() < deadline:
+            with urllib.request.urlopen(address + "data/plugin/scalars/tags") as answer:
+                tags = json.load(answer)
+            time.sleep(0.5)
+        assert "expert_load/layer2/p90" in tags[run.name]
+    finally:
+        process.send_signal(signal.SIGINT)
+        process.wait(timeout=300)

@@ -1,0 +1,148 @@
+"""Pictures of routing and of layouts: what they show is what the model and the engine do."""
+
+import matplotlib
+import pytest
+import torch
+from matplotlib import pyplot as plt
+
+from moelab.config import ModelConfig
+from moelab.config.parallel import ParallelConfig
+from moelab.experiments import start
+from moelab.inference.text import load_run
+from moelab.lab import Lab
+from moelab.plotting import figures
+from moelab.report import layout_view, routing_view
+from moelab.report.routing_view import Choices, Gates
+
+matplotlib.use("Agg")
+TEXT = "wave salt ship mast wind gull."
+
+
+@pytest.fixture(autouse=True)
+def _theme():
+    """The notebooks' theme, which puts titles left, and nobody else's after it."""
+    with matplotlib.rc_context():
+        figures.theme()
+        yield
+
+
+@pytest.fixture
+def ax():
+    fig, ax = plt.subplots()
+    yield ax
+    plt.close(fig)
+
+
+def choices(experts: list[int], count: int = 4, top_k: int = 1) -> Choices:
+    """Each token certain of one expert."""
+    logits = 9 * torch.nn.functional.one_hot(torch.tensor(experts), count).float()
+    return Choices(2, tuple(f"t{e}" for e in experts), logits, top_k)
+
+
+class TestChoices:
+    def test_a_full_expert_drops_what_does_not_fit(self):
+        # 12 tokens, 4 experts: room for the least capacity of 4 at factor 1, for 6 at factor 2.
+        lopsided = choices([0] * 9 + [1, 2, 3])
+        assert lopsided.dropped() == 0
+        assert lopsided.dropped(capacity_factor=1.0) == pytest.approx(5 / 12)
+        assert lopsided.dropped(capacity_factor=2.0) == pytest.approx(3 / 12)
+        first = lopsided.route(capacity_factor=1.0, by_chance=False)
+        assert first.slot_SK[:9, 0].tolist() == [0, 1, 2, 3, -1, -1, -1, -1, -1]
+
+    def test_more_choices_double_the_capacity_and_share_the_weight(self):
+        even = choices([0, 1, 2, 3] * 4)
+        assert even.route(2).expert_SK.shape == (16, 2)
+        assert torch.allclose(even.route(2).weight_SK.sum(1), torch.ones(16))
+        table = routing_view.dropped(even, [0.5, 1.0], top_k=2)
+        assert table.columns.tolist() == ["layer", "experts", "top_k", "capacity_factor", "dropped"]
+        assert table["dropped"].is_monotonic_decreasing and table["top_k"].eq(2).all()
+
+    def test_repeats(self):
+        said = Choices(2, ("the", "sea", "the", "the"), choices([0, 1, 0, 2]).logits_SE, 1)
+        assert said.repeats() == (1, 2)
+        assert choices([0, 1, 2]).repeats() == (0, 0)
+
+    def test_the_pictures_say_it(self, ax):
+        lopsided = choices([0] * 9 + [1, 2, 3])
+        routing_view.loads(lopsided, ax, top_k=1, capacity_factor=1.0)
+        assert ax.get_title("left") == "42% of 12 choices dropped, 56% of 16 slots empty"
+        heights = [bar.get_height() for bar in ax.patches]
+        assert heights == [4, 1, 1, 1, 5, 0, 0, 0]
+        ax.clear()
+        routing_view.heatmap(lopsided, ax)
+        assert [t.get_text() for t in ax.get_xticklabels()] == list(lopsided.tokens)
+        assert list(ax.lines[0].get_ydata()) == [0] * 9 + [1, 2, 3]
+        frame = routing_view.frame({"now": lopsided})
+        assert len(frame) == 12 * 4 and frame["chosen"].sum() == 12
+        assert frame.groupby("position")["probability"].sum().to_numpy() == pytest.approx(1)
+
+
+class TestGates:
+    @pytest.fixture
+    def run(self, tiny_spec, tmp_path, monkeypatch):
+        monkeypatch.setenv("MOELAB_HOME", str(tmp_path))
+        (run,) = Lab().run([tiny_spec], executor="inline")
+        return run
+
+    def test_they_route_as_the_model_does(self, run):
+        gates = Gates(run)
+        layers = gates.on_text(TEXT)
+        assert [(c.layer, c.experts) for c in layers] == [(2, 2), (4, 4)]
+        assert "".join(layers[0].tokens).replace(routing_view.SPACE, " ") == TEXT
+        ids = gates._tokenizer.encode(TEXT)
+        with torch.no_grad():
+            routing = load_run(run.path).eval()(torch.tensor([ids])).routing
+        for heard, did in zip(layers, routing, strict=True):
+            assert torch.equal(heard.route().expert_SK, did.expert_SK)
+        before = Gates(run, trained=False).on_text(TEXT)
+        assert not torch.allclose(before[1].logits_SE, layers[1].logits_SE)
+        spec = run.spec
+        assert len(gates.on_validation()[0].tokens) == spec.train.batch_size * spec.data.context
+        with pytest.raises(ValueError, match="the text is empty"):
+            gates.on_text("")
+
+    def test_a_dense_model_has_none(self, tiny_spec, tmp_path):
+        from dataclasses import replace
+
+        from moelab.runs.store import Run
+
+        dense = replace(tiny_spec, model=ModelConfig(layers=1, hidden=32, heads=2, vocab=320, context=32), label="flat")
+        with pytest.raises(ValueError, match="gates: flat is dense"):
+            Gates(Run(dense, tmp_path))
+
+
+def texts(ax) -> list[str]:
+    return [t.get_text() for t in ax.texts]
+
+
+class TestLayout:
+    def test_a_pyramid_on_eight_ranks(self, ax):
+        layout = ParallelConfig(data=8, gpus_per_node=4)
+        layout_view.gpus(layout, ax, experts=4)
+        assert (
+            texts(ax) == ["0", "1", "2", "3"] * 2 and ax.get_title("left") == "a layer of 4 experts: all of them twice"
+        )
+        colors = [patch.get_facecolor() for patch in ax.patches]
+        assert len(set(colors)) == 2 and len(set(colors[:4])) == 1, "a colour a whole set"
+        ax.clear()
+        layout_view.gpus(layout, ax, experts=16)
+        assert texts(ax)[:2] == ["0–1", "2–3"] and ax.get_title("left").endswith("once")
+
+    def test_slices(self, ax):
+        layout = ParallelConfig(tensor=2, data=4, expert_slicing=2, gpus_per_node=8)
+        layout_view.gpus(layout, ax)
+        assert texts(ax)[:3] == ["copy 0\nslice 0", "copy 0\nslice 1", "copy 1\nslice 0"]
+        ax.clear()
+        layout_view.gpus(layout, ax, experts=4)
+        assert texts(ax)[0] == "0\nslice 0" and texts(ax)[4] == "0\nslice 1", "slices of an expert sit X ranks apart"
+
+    def test_what_does_not_fit_is_one_line(self, ax):
+        with pytest.raises(ValueError, match=r"^parallel: "):
+            layout_view.gpus(ParallelConfig(data=8), ax, experts=5)
+
+
+def test_the_sizes_are_the_papers():
+    sizes = start.sizes()
+    assert sizes.loc["350M+PR-MoE-32/64", "MoE layers x experts"] == "10 x 32, 2 x 64"
+    assert len(sizes) >= 9 and sizes["off"].abs().max() < 0.03
+    assert sizes.loc["350M+MoE-128", "active (B)"] < 1.01 * sizes.loc["350M", "active (B)"]

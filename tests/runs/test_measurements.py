@@ -1,0 +1,153 @@
+"""Measurements are kept, and read back only where they would come out alike."""
+
+import json
+import threading
+import time
+
+import pytest
+
+from moelab.config import ModelConfig
+from moelab.lab import Lab
+from moelab.report.publication import SUMMARY
+from moelab.runs import measurements
+from moelab.runs.measurements import MeasurementStore
+from moelab.runs.spec import RunSpec
+from moelab.runs.store import Run
+
+CALLS = []
+
+
+def timing(*arguments):
+    CALLS.append(arguments)
+    time.sleep(0.2)
+    return {"ms": (1.5, len(CALLS))}
+
+
+timing.__module__ = "moelab.testing"  # a measurement is stored under moelab's code, and is of it
+
+
+@pytest.fixture
+def store(tmp_path):
+    CALLS.clear()
+    return MeasurementStore(tmp_path)
+
+
+def test_the_same_is_read_back_and_said_so(store):
+    first, second = store.measure(timing, 8, "smoke"), store.measure(timing, 8, "smoke")
+    assert first.value == second.value == {"ms": [1.5, 1]}, "as JSON has it, the first time, too"
+    assert (first.read_back, second.read_back) == (False, True) and len(CALLS) == 1
+    assert first.seconds >= 0.2 and second.measured == first.measured and second.provenance["hardware"]["cpu"]
+    assert "read back, measured 20" in str(second) and str(first).startswith("timing: measured 20")
+    assert store.current([first.id]) and not store.current([first.id, "other"])
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [(9, "smoke"), (8, "cpu"), (8,), ("8", "smoke"), ([8], "smoke"), (ModelConfig.parse("350M"), "smoke"), ({"a": 8}, "smoke")],
+)  # fmt: skip
+def test_other_arguments_are_another_measurement(store, arguments):
+    assert store.measure(timing, 8, "smoke").id != store.measure(timing, *arguments).id and len(CALLS) == 2
+
+
+@pytest.mark.parametrize(
+    ("what", "now"),
+    [("code", "another"), ("machine", {"cpu": "another"}), ("FORMAT", 2)],
+)
+def test_other_code_or_another_machine_measures_anew(store, monkeypatch, what, now):
+    first = store.measure(timing, 8)
+    monkeypatch.setattr(measurements, what, now if what == "FORMAT" else lambda: now)
+    assert not store.current([first.id])
+    assert not store.measure(timing, 8).read_back and len(CALLS) == 2
+
+
+def test_the_code_is_all_source_with_the_kernels(tmp_path, monkeypatch):
+    from importlib.util import find_spec as find
+    from types import SimpleNamespace
+
+    def changed(name):
+        return SimpleNamespace(submodule_search_locations=[str(tmp_path)]) if name == "moelab.kernels" else find(name)
+
+    before = measurements.code.__wrapped__()
+    assert before == measurements.code.__wrapped__()
+    monkeypatch.setattr(measurements, "find_spec", changed)
+    (tmp_path / "gate.py").write_text("x = 1\n")
+    one = measurements.code.__wrapped__()
+    (tmp_path / "gate.py").write_text("x = 2\n")
+    assert len({before, one, measurements.code.__wrapped__()}) == 3
+
+
+def test_a_run_that_was_trained_again_is_another(store, tmp_path):
+    run = Run(RunSpec(ModelConfig.parse("350M twin")), tmp_path / "run")
+    run.path.mkdir()
+    ids = [store.measure(timing, [run]).id]
+    for loss in (5.0, 4.9):
+        (run.path / "result.json").write_text(json.dumps({"loss": loss}))
+        ids.append(store.measure(timing, [run]).id)
+    assert len(set(ids)) == 3 and store.measure(timing, [run]).read_back
+
+
+def test_again_replaces_it(store):
+    store.measure(timing, 8)
+    assert store.measure(timing, 8, again=True).value == {"ms": [1.5, 2]}
+    assert store.measure(timing, 8).value == {"ms": [1.5, 2]}
+
+
+@pytest.mark.parametrize("torn", ["", "{", "[]", "{}", '{"format": 0}'])
+def test_a_torn_file_costs_another_measurement(store, torn):
+    first = store.measure(timing, 8)
+    (store.root / f"{first.id}.json").write_text(torn)
+    assert not store.current([first.id]) and not store.measure(timing, 8).read_back
+    assert store.measure(timing, 8).read_back
+
+
+def test_what_fails_leaves_nothing(store):
+    with pytest.raises(TypeError):
+        store.measure(timing_of_nothing)
+    assert not list(store.root.glob("*.json"))
+
+
+def timing_of_nothing():
+    return {"ms": {1, 2}}
+
+
+timing_of_nothing.__module__ = "moelab.testing"
+
+
+def test_one_at_a_time_and_once(store):
+    threads = [threading.Thread(target=store.measure, args=(timing, n)) for n in (1, 1, 2)]
+    started = time.monotonic()
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(CALLS) == [(1,), (2,)], "the one that waited reads back"
+    assert time.monotonic() - started >= 0.4, "not beside each other"
+
+
+@pytest.mark.parametrize(
+    ("function", "arguments", "why"),
+    [
+        (lambda: 1, (), "is no function of a module of moelab"),
+        (json.dumps, (1,), "json.dumps is no function of a module of moelab"),
+        (timing, (object(),), "argument of type object"),
+        (timing, (b"bytes",), "argument of type bytes"),
+    ],
+)
+def test_what_nothing_can_be_stored_by_is_refused(store, function, arguments, why):
+    with pytest.raises(ValueError, match=why) as refused:
+        store.measure(function, *arguments)
+    assert "\n" not in str(refused.value) and not CALLS
+
+
+def test_a_publication_lists_what_its_lab_measured(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("MOELAB_HOME", str(tmp_path))
+    CALLS.clear()
+    for again in (False, False, True):
+        lab = Lab(measure_again=again)
+        publication = lab.publish("throughput", "smoke")
+        assert lab.measure(timing, 8)["ms"][0] == 1.5
+        publication.finish(title="it takes time")
+        (listed,) = json.loads((publication.path / SUMMARY).read_text())["measurements"]
+        assert listed["function"] == "moelab.testing.timing" and listed["arguments"] == [8] and "value" not in listed
+        capsys.readouterr()
+    assert len(CALLS) == 2 and not listed["read_back"]

@@ -1,0 +1,199 @@
+"""Runs on several ranks, through the worker, the executors and the lab. The ranks do all but the training, which is a stand-in."""
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from moelab.config.parallel import ParallelConfig
+from moelab.engine.launch import Limits, RankFailed
+from moelab.files import read_json
+from moelab.lab import Lab
+from moelab.runs import executors
+from moelab.runs.store import Run, RunStore, execute
+from moelab.runs.supervisor import supervise
+
+LIMITS = Limits(hang_s=10, death_s=4, stop_s=20, collective_s=30)
+
+# What is imported in every process of a test before its own program: `train` replaced, as Python's start-up hook allows.
+STAND_IN = '''
+import os, sys, time
+
+class Training:
+    """In place of moelab.training: the ranks agree on a sum each step."""
+    Teacher = None
+    class TrainingStopped(Exception): pass
+    class Progress:
+        def __init__(self, step, steps): self.step, self.steps, self.loss, self.tokens_per_s = step, steps, 1.0, 10.0
+    @classmethod
+    def train(cls, model, config, data, context, path, *, on_progress, should_stop, parallel, teacher):
+        import torch, torch.distributed as dist
+        from moelab.engine import process
+        rank, steps = dist.get_rank(), config.steps(context)
+        print("trains with", parallel.ranks, "ranks as", rank, flush=True)
+        for step in range(steps):
+            process.beat()
+            state = torch.tensor([1.0, float(should_stop())])
+            dist.all_reduce(state)
+            if rank == 0: on_progress(cls.Progress(step + 1, steps))
+            if rank == 1 and os.environ.get("STAND_IN_DIES") == str(step): raise ValueError("expert 7 is lost")
+            if state[1] > 0: raise cls.TrainingStopped(f"stopped at step {step + 1}")
+            time.sleep(float(os.environ.get("STAND_IN_SLEEP", 0)))
+        return {"ranks": int(state[0]), "step": steps}
+
+sys.modules["moelab.training"] = Training
+'''
+
+
+@pytest.fixture(autouse=True)
+def _stand_in(tmp_path, monkeypatch):
+    folder = tmp_path / "stand-in"
+    folder.mkdir()
+    (folder / "sitecustomize.py").write_text(STAND_IN)
+    monkeypatch.setenv("PYTHONPATH", str(folder))
+    monkeypatch.setenv("MOELAB_HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+
+
+@pytest.fixture
+def spec(tiny_spec):
+    """24 steps on two ranks."""
+    return replace(
+        tiny_spec,
+        model=replace(tiny_spec.model, dropout=0.0),
+        train=replace(tiny_spec.train, micro_batch=2),
+        parallel=ParallelConfig(data=2),
+    )
+
+
+def worker(run: Run, **options) -> subprocess.Popen:
+    with open(run.path / "log.txt", "ab") as log:
+        return subprocess.Popen(
+            [sys.executable, "-m", "moelab.runs.worker", str(run.path)], stdout=log, stderr=log, **options
+        )
+
+
+def wait_for_step(run: Run, step: int) -> None:
+    deadline = time.monotonic() + 300
+    while time.monotonic() < deadline:
+        record = read_json(run.path / "status.json")
+        if record and record["step"] >= step:
+            return
+        time.sleep(0.05)
+    raise AssertionError("the ranks did not start")
+
+
+@pytest.mark.multiprocess
+@pytest.mark.parametrize("executor", ["inline", "processes"])
+def test_a_lab_runs_it_and_reads_it_back(spec, executor):
+    runs = Lab().run([spec], executor=executor)
+    assert runs[0].finished, runs.explain_missing()
+    assert runs[0].result == {"ranks": 2, "step": 24} and runs[0].status.state == "finished"
+    assert runs[0].provenance["parallel"]["data"] == 2
+    assert "trains with 2 ranks as 0" in runs[0].log_tail(100)
+    assert "trains with 2 ranks as 1" in (runs[0].path / "logs" / "rank-00001.txt").read_text()
+
+
+@pytest.mark.multiprocess
+def test_the_dead_rank_is_the_status(spec, monkeypatch):
+    monkeypatch.setenv("STAND_IN_DIES", "5")
+    runs = Lab().run([spec])
+    status = runs[0].status
+    assert status.state == "failed" and 5 <= status.step <= 7
+    assert status.reason.startswith("rank 1 of 2 on ") and "failed with ValueError: expert 7 is lost" in status.reason
+    assert "the last lines of rank-00001.txt" in runs[0].log_tail(60) and "expert 7 is lost" in runs.explain_missing()
+    with pytest.raises(RankFailed, match="expert 7 is lost"):
+        supervise(runs[0], limits=LIMITS)
+    monkeypatch.setenv("MOELAB_HANG_S", "long")
+    assert Lab().run([spec])[0].status.reason == "MOELAB_HANG_S must be a number of seconds, got 'long'"
+    monkeypatch.delenv("MOELAB_HANG_S")
+    monkeypatch.delenv("STAND_IN_DIES")
+    assert Lab().run([spec])[0].finished, "and the next try may do better"
+
+
+@pytest.mark.multiprocess
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+def test_a_signal_stops_all_ranks_with_a_checkpoint(spec, tmp_path, monkeypatch, number):
+    monkeypatch.setenv("STAND_IN_SLEEP", "0.5")
+    run = RunStore(tmp_path).run(spec)
+    process = worker(run)
+    wait_for_step(run, 2)
+    process.send_signal(number)
+    assert process.wait(timeout=300) == 75
+    assert run.status.state == "stopped" and run.status.reason.startswith("stopped at step")
+    assert not run.locked
+
+
+@pytest.mark.multiprocess
+def test_two_that_ask_for_one_run_train_it_once(spec, tmp_path, monkeypatch):
+    monkeypatch.setenv("STAND_IN_SLEEP", "0.08")
+    run = RunStore(tmp_path).run(spec)
+    both = [worker(run), worker(run)]
+    assert [p.wait(timeout=300) for p in both] == [0, 0]
+    assert (run.path / "log.txt").read_text().count("trains with 2 ranks as 0") == 1
+
+
+@pytest.mark.multiprocess
+def test_torchrun_starts_ranks_as_well(spec, tmp_path):
+    run = RunStore(tmp_path).run(spec)
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "moelab.runs.worker", str(run.path)],
+        capture_output=True, text=True, timeout=600,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert run.result["ranks"] == 2
+
+
+def test_a_wrong_number_of_ranks_is_one_line(spec, tmp_path, monkeypatch):
+    run = RunStore(tmp_path).run(spec)
+    with pytest.raises(ValueError, match="is for 2 ranks, this process is not one of several"):
+        execute(run)
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    with pytest.raises(ValueError, match="is for 2 ranks, this is rank 0 of 4"):
+        execute(run)
+
+
+def test_ranks_count_as_workers(spec, tmp_path, monkeypatch):
+    """Sleeping stand-ins for workers: what goes at a time."""
+    seen, lock = [], threading.Lock()
+
+    def start(run):
+        with lock:
+            seen.append(run.spec.parallel.ranks)
+        return subprocess.Popen([sys.executable, "-S", "-c", "import time; time.sleep(0.3)"])
+
+    monkeypatch.setattr(executors, "start", start)
+    most, going = [], []
+
+    def tick():
+        most.append(len(seen))
+
+    store = RunStore(tmp_path)
+    specs = [replace(spec, train=replace(spec.train, seed=s), parallel=p) for s, p in enumerate((
+        ParallelConfig(data=2), ParallelConfig(), ParallelConfig(), ParallelConfig(data=2)))]  # fmt: skip
+    executors.processes([store.run(s) for s in specs], 3, tick, poll_s=0.05)
+    assert sorted(seen) == [1, 1, 2, 2] and most[0] == 2 and not going
+    seen.clear()
+    executors.processes([store.run(specs[0])], 1, poll_s=0.05)
+    assert seen == [2], "one always goes"
+
+
+@pytest.mark.skipif(not Path("/proc").exists(), reason="reads /proc")
+@pytest.mark.multiprocess
+def test_the_supervisor_stays_small(spec, tmp_path, monkeypatch):
+    monkeypatch.setenv("STAND_IN_SLEEP", "0.5")
+    import psutil
+
+    run = RunStore(tmp_path).run(spec)
+    process = worker(run, env={**os.environ})
+    wait_for_step(run, 1)
+    assert not any("libtorch" in m.path for m in psutil.Process(process.pid).memory_maps()), "it waits without torch"
+    process.terminate()
+    assert process.wait(timeout=300) == 75

@@ -1,0 +1,230 @@
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from moelab.config import ModelConfig, TrainConfig
+from moelab.files import new_directory, read_json, write_text
+from moelab.lab import Lab
+from moelab.runs.spec import RunSpec
+from moelab.runs.store import Run, RunStore, execute
+from moelab.training.metrics import TRAIN, VALIDATION, read_rows
+
+
+@pytest.fixture(autouse=True)
+def _home(tmp_path, monkeypatch):
+    monkeypatch.setenv("MOELAB_HOME", str(tmp_path / "home"))
+
+
+def numbers(run: Run):
+    clock = ("time_s", "tokens_per_s", "seconds")
+    rows = [
+        {k: v for k, v in row.items() if k not in clock} for f in (TRAIN, VALIDATION) for row in read_rows(run.path / f)
+    ]
+    return rows, {k: v for k, v in run.result.items() if k not in clock}
+
+
+def worker(run: Run) -> subprocess.Popen:
+    return subprocess.Popen([sys.executable, "-m", "moelab.runs.worker", str(run.path)], stderr=subprocess.DEVNULL)
+
+
+def wait_for_step(run: Run, step: int, process: subprocess.Popen) -> None:
+    deadline = time.monotonic() + 300
+    while process.poll() is None and time.monotonic() < deadline:
+        record = read_json(run.path / "status.json")
+        if record and record["step"] >= step:
+            return
+        time.sleep(0.005)
+
+
+def test_ids_are_stable():
+    """Ids name the runs that people have: a change here orphans them (raise `GENERATION` if numbers change)."""
+    spec = RunSpec(model=ModelConfig.parse("350M+PR-MoE-32/64").shrink(), train=TrainConfig(seed=3))
+    assert spec.id == "350m-pr-moe-32-64-twin-s3-f8e69d8fa3"
+    assert replace(spec, label="x").id == spec.id
+    assert replace(spec, train=replace(spec.train, checkpoint_every=1)).id == spec.id
+    assert replace(spec, train=replace(spec.train, lr=1e-3)).id != spec.id
+
+
+def test_spec_round_trip(tiny_spec):
+    assert RunSpec.from_json(json.loads(json.dumps(tiny_spec.to_json()))) == tiny_spec
+    with pytest.raises(ValueError, match=r"spec.json.train: unknown field speed; allowed: tokens"):
+        RunSpec.from_json({**tiny_spec.to_json(), "train": {"speed": 1}}, where="spec.json")
+
+
+def test_specs_that_cannot_train_are_refused(tiny_spec):
+    with pytest.raises(ValueError, match="less than one step of 4 x 32 = 128 tokens"):
+        replace(tiny_spec, train=replace(tiny_spec.train, tokens=100))
+    with pytest.raises(ValueError, match="longer than the context of tiny"):
+        replace(tiny_spec, data=replace(tiny_spec.data, context=64))
+
+
+def test_a_finished_run_is_read_back(tiny_spec):
+    lab = Lab()
+    first = lab.run([tiny_spec], executor="inline")
+    stamp = (first[0].path / "result.json").stat().st_mtime_ns
+    again = lab.run([replace(tiny_spec, label="other name")], executor="inline")
+    assert (again[0].path / "result.json").stat().st_mtime_ns == stamp
+    assert again.final()["arm"].tolist() == ["other name"]
+    assert again[0].status.state == "finished" and not again.missing
+    record = first[0].provenance
+    assert record["versions"]["torch"] and record["hardware"]["cores"] >= 1 and record["data"]["fingerprint"]
+
+
+def test_one_failing_run_takes_no_other_with_it(tiny_spec):
+    bad = replace(tiny_spec, model=replace(tiny_spec.model, vocab=100), label="bad")
+    runs = Lab().run([bad, tiny_spec], executor="processes", workers=2)
+    assert [run.finished for run in runs] == [False, True]
+    assert runs[0].status.state == "failed" and "embedding only 100" in runs[0].status.reason
+    assert "bad, seed 0: failed" in runs.explain_missing() and "embedding only 100" in runs[0].log_tail()
+    with pytest.raises(RuntimeError, match="has no result: failed"):
+        _ = runs[0].result
+    assert len(runs.final()) == 1 and set(runs.curves()["arm"]) == {"bad", "tiny"} - {"bad"}
+
+
+@pytest.mark.multiprocess
+@pytest.mark.slow
+def test_sigkill_at_any_step_changes_no_number(tiny_spec, tmp_path):
+    spec = replace(tiny_spec, train=replace(tiny_spec.train, tokens=120 * 128))
+    whole = RunStore(tmp_path / "whole").run(spec)
+    execute(whole)
+    cut = RunStore(tmp_path / "cut").run(spec)
+    for step in (1, 9, 24, 45):
+        process = worker(cut)
+        wait_for_step(cut, step, process)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        if step < 45:
+            assert not cut.finished and cut.status.state == "stopped", "a killed run is seen as stopped"
+    assert worker(cut).wait(timeout=300) == 0
+    assert numbers(cut) == numbers(whole)
+
+
+@pytest.mark.multiprocess
+def test_sigterm_writes_a_checkpoint_and_goes(tiny_spec, tmp_path):
+    spec = replace(tiny_spec, train=replace(tiny_spec.train, tokens=2000 * 128, checkpoint_every=0))
+    run = RunStore(tmp_path).run(spec)
+    process = worker(run)
+    wait_for_step(run, 3, process)
+    process.terminate()
+    assert process.wait(timeout=300) == 75
+    assert run.status.state == "stopped" and "the checkpoint is written" in run.status.reason
+    assert list((run.path / "checkpoints").glob("step-*"))
+
+
+@pytest.mark.multiprocess
+def test_two_processes_asking_for_one_run_train_it_once(tiny_spec, tmp_path):
+    run = RunStore(tmp_path).run(replace(tiny_spec, train=replace(tiny_spec.train, tokens=60 * 128)))
+    both = [worker(run), worker(run)]
+    assert [p.wait(timeout=300) for p in both] == [0, 0]
+    steps = [row["step"] for row in read_rows(run.path / TRAIN)]
+    assert steps == sorted(set(steps)) and steps[-1] == 60
+
+
+@pytest.mark.multiprocess
+def test_a_worker_goes_when_its_parent_dies(tiny_spec, tmp_path):
+    run = RunStore(tmp_path).run(replace(tiny_spec, train=replace(tiny_spec.train, tokens=20_000 * 128)))
+    code = (
+        "import subprocess, sys, os, time\n"
+        "p = subprocess.Popen([sys.executable, '-m', 'moelab.runs.worker', sys.argv[1], str(os.getpid())])\n"
+        "print(p.pid, flush=True); time.sleep(300)"
+    )
+    parent = subprocess.Popen([sys.executable, "-c", code, str(run.path)], stdout=subprocess.PIPE, text=True)
+    child = int(parent.stdout.readline())
+    wait_for_step(run, 3, parent)
+    parent.kill()
+    parent.wait()
+    deadline = time.monotonic() + 300
+    while time.monotonic() < deadline and run.locked:
+        time.sleep(0.1)
+    assert not run.locked, f"worker {child} trains on"
+    assert run.status.state == "stopped"
+
+
+def test_full_disk_is_told_in_the_status(tiny_spec, tmp_path, monkeypatch):
+    from moelab.engine.checkpoint import storage
+
+    def full(tensors, path):
+        raise OSError(28, "No space left on device", str(path))
+
+    monkeypatch.setattr(storage, "save_file", full)
+    runs = Lab().run([tiny_spec], executor="inline")
+    assert runs[0].status.state == "failed"
+    assert "No space left on device" in runs[0].status.reason and "run again" in runs[0].status.reason
+
+
+def test_a_directory_appears_whole_or_not_at_all(tmp_path):
+    with pytest.raises(RuntimeError), new_directory(tmp_path / "a") as new:
+        (new / "half").write_text("x")
+        raise RuntimeError
+    assert not list(tmp_path.iterdir())
+    with new_directory(tmp_path / "a") as new:
+        write_text(new / "b" / "c", "x")
+    assert (tmp_path / "a" / "b" / "c").read_text() == "x" and [p.name for p in tmp_path.iterdir()] == ["a"]
+
+
+def test_bad_executor_is_one_line(tiny_spec):
+    with pytest.raises(ValueError, match="executor must be one of auto, inline, processes, slurm, read"):
+        Lab().run([tiny_spec], executor="cloud")
+
+
+def test_home_can_be_elsewhere(tmp_path):
+    assert Path(os.environ["MOELAB_HOME"]) / "runs" == RunStore().root
+
+
+def student_of(spec: RunSpec, **distill) -> RunSpec:
+    from moelab.config.distill import DistillConfig
+
+    model = replace(spec.model, layers=3, experts=(0, 2, 0), name="student")
+    return replace(spec, model=model, teacher=spec, distill=DistillConfig(**distill), label="student")
+
+
+def test_a_students_identity_includes_its_teachers(tiny_spec):
+    student = student_of(tiny_spec)
+    assert student.requires() == [tiny_spec]
+    assert replace(student, distill=replace(student.distill, weight=0.5)).id != student.id
+    assert replace(student, distill=replace(student.distill, top_k=4)).id != student.id
+    kept = replace(student.distill, top_k=4, cache_bytes=9)
+    assert replace(student, distill=kept).id == replace(student, distill=replace(kept, cache_bytes=0)).id
+    other = replace(tiny_spec, train=replace(tiny_spec.train, seed=7))
+    assert replace(student, teacher=other).id != student.id
+    grandchild = student_of(student)
+    assert grandchild.requires() == [tiny_spec, student]
+    assert RunSpec.from_json(json.loads(json.dumps(grandchild.to_json()))) == grandchild
+    assert student.cost > replace(student, teacher=None, distill=None).cost
+
+
+@pytest.mark.parametrize(
+    ("change", "part"),
+    [
+        (lambda s: replace(s, distill=None), "teacher is given without distill"),
+        (lambda s: replace(s, teacher=None), "distill is given without teacher"),
+        (lambda s: replace(s, data=replace(s.data, tokenizer="bpe-301")), "must share their text, tokenizer is"),
+        (lambda s: replace(s, model=replace(s.model, vocab=321)), "must share their vocabulary, it has 321 and 320"),
+    ],
+)
+def test_student_and_teacher_that_do_not_fit_are_refused(tiny_spec, change, part):
+    student = student_of(tiny_spec)
+    with pytest.raises(ValueError, match=part):
+        change(student)
+
+
+@pytest.mark.parametrize("executor", ["inline", "processes"])
+def test_teachers_are_trained_first(tiny_spec, executor):
+    student = student_of(tiny_spec)
+    runs = Lab().run([student], executor=executor)
+    assert len(runs) == 1 and runs[0].finished, runs.explain_missing()
+    assert (runs[0].path.parent / tiny_spec.id / "result.json").exists()
+    assert "distill_loss" in runs.curves("train.jsonl")
+
+
+def test_a_student_without_its_teacher_says_so(tiny_spec):
+    run = RunStore().run(student_of(tiny_spec))
+    with pytest.raises(ValueError, match=f"its teacher {tiny_spec.id} has no result: new"):
+        execute(run)

@@ -1,0 +1,389 @@
+"""The Slurm side without a Slurm: profiles, scripts, decisions, tables. tests/slurm runs the rest on a real one."""
+
+import json
+import os
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from moelab import paths
+from moelab.config.parallel import ParallelConfig
+from moelab.files import read_json, write_json
+from moelab.runs.store import RunStore, Status
+from moelab.slurm import attempt, profiles, queue, script, snapshot, status, submit
+from moelab.slurm.attempt import Attempt
+from moelab.slurm.queue import Job
+
+
+@pytest.fixture(autouse=True)
+def workshop(tmp_path, monkeypatch):
+    monkeypatch.setenv("MOELAB_HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("MOELAB_RESULTS", str(tmp_path / "results"))
+    return tmp_path / "home"
+
+
+# -- profiles ------------------------------------------------------------------------------------------------------------
+
+
+def test_profiles_that_ship_are_valid_and_the_example_shows_every_field():
+    assert profiles.load("a100").gpus_per_node == 8 and profiles.load("local").partition == "debug"
+    text = (paths.checkout() / "slurm" / "example.yaml").read_text()
+    assert [f for f in profiles.field_names() if f"\n{f}:" not in text] == []
+    documented = profiles.Profile.__doc__
+    assert [f for f in profiles.field_names() if f not in documented] == []
+
+
+@pytest.mark.parametrize(
+    ("text", "part"),
+    [
+        ("partiton: gpu", "unknown field partiton; allowed: name, partition"),
+        ("nodes: many", "profile site.nodes: expected a whole number, got 'many'"),
+        ("nodes: 0", "nodes must be at least 1, got 0"),
+        ("time: soon", "time: expected minutes, H:M:S or D-H:M:S, got 'soon'"),
+        ("memory_per_rank: 60", "memory_per_rank: expected a size such as 60G or 500M, got '60'"),
+        ("time: 0:02:00", "lead_s must leave at least 30 s of the time limit 0:02:00, got 180"),
+        ("environment: [NCCL]", "environment takes NAME=VALUE lines, got 'NCCL'"),
+        ("sbatch: [-x node1]", "sbatch takes --name=value or --name, got '-x node1'"),
+        ("setup: module load", "setup: expected a list, got 'module load'"),
+        ("lab_address: all", "lab_address: must be one of 'loopback', 'node', got 'all'"),
+        ("name: other", "a profile is named by its file"),
+        ("a: [", "not valid YAML"),
+        ("- a", "expected `field: value` lines"),
+    ],
+)
+def test_a_bad_profile_is_one_line(tmp_path, text, part):
+    path = tmp_path / "site.yaml"
+    path.write_text(text)
+    with pytest.raises(ValueError) as error:
+        profiles.load(str(path))
+    assert part in str(error.value) and "\n" not in str(error.value)
+
+
+def test_texts_that_yaml_takes_for_numbers_stay_texts(tmp_path):
+    path = tmp_path / "site.yaml"
+    path.write_text("time: 24:00:00\naccount: no\nqos: 007\n")
+    profile = profiles.load(str(path))
+    assert (profile.time, profile.account, profile.qos) == ("24:00:00", "no", "007")
+
+
+@pytest.mark.parametrize(
+    ("text", "minutes"),
+    [("90", 90), ("1:30", 1.5), ("2:00:00", 120), ("1-12", 2160), ("1-0:30", 1470), ("1-00:00:30", 1440.5)],
+)
+def test_time_limits(text, minutes):
+    assert profiles.minutes(text, "time") == minutes
+
+
+# -- scripts -------------------------------------------------------------------------------------------------------------
+
+
+def _lines(text: str) -> set[str]:
+    return {line.removeprefix("#SBATCH --") for line in text.splitlines() if line.startswith("#SBATCH")}
+
+
+def test_a_job_is_sized_by_the_layout(tiny_spec):
+    profile = profiles.load("a100")
+    train = replace(tiny_spec.train, device="cuda", batch_size=32, micro_batch=1)
+    big = replace(tiny_spec, train=train, parallel=ParallelConfig(data=32, expert=2))
+    size = script.Size.of(big, profile)
+    assert size == script.Size(ranks=32, nodes=4, per_node=8, gpus=8, cpus=8, memory=8 * 100 * 1024)
+    text = script.runs_script(
+        profile,
+        size,
+        name="x",
+        comment="moelab a runs-0",
+        listing=Path("/w/runs-0.txt"),
+        count=6,
+        snapshot=Path("/w/code"),
+    )
+    assert {"nodes=4", "ntasks-per-node=8", "gpus-per-node=a100:8", "mem=819200M", "array=0-5%6", "requeue"} <= _lines(
+        text
+    )
+    assert {"signal=USR1@300", "partition=gpu", "time=24:00:00"} <= _lines(text)
+    assert "srun --ntasks=32 --nodes=4 --ntasks-per-node=8 --cpus-per-task=8" in text
+    assert "export NCCL_SOCKET_IFNAME='^lo,docker'" in text and "export PYTHONPATH=/w/code" in text
+    single = script.Size.of(tiny_spec, profile)
+    assert (single.ranks, single.nodes, single.gpus) == (1, 1, 0)
+    with pytest.raises(ValueError, match="32 ranks in nodes of 8 need 4 nodes; profile a100 allows 2"):
+        script.Size.of(big, replace(profile, nodes=2))
+    smaller = script.Size.of(big, replace(profile, gpus_per_node=4))
+    assert (smaller.nodes, smaller.per_node, smaller.gpus) == (8, 4, 4)
+    hierarchical = replace(big, parallel=replace(big.parallel, exchange="hierarchical"))
+    with pytest.raises(ValueError, match="do not fit profile a100's nodes of 4"):
+        script.Size.of(hierarchical, replace(profile, gpus_per_node=4))
+
+
+def test_containers_setup_and_further_arguments(tiny_spec):
+    profile = replace(
+        profiles.load("a100"), container=("--container-image=/i.sqsh",), setup=("module load cuda",), srun=("--cpu-bind=cores",),
+        sbatch=("--exclusive", "--mail-type=FAIL"), python="/env/bin/python",
+    )  # fmt: skip
+    size = script.Size.of(tiny_spec, profile)
+    text = script.runs_script(
+        profile, size, name="x", comment="moelab a runs-0", listing=Path("/w/runs-0.txt"), count=1, snapshot=None
+    )
+    assert {"exclusive", "mail-type=FAIL"} <= _lines(text) and not [x for x in _lines(text) if x.startswith("array")]
+    assert "\nmodule load cuda\n" in text
+    steps = [line for line in text.splitlines() if "srun " in line]
+    assert len(steps) == 2 and all(
+        "--cpu-bind=cores --container-image=/i.sqsh /env/bin/python -m moelab" in s for s in steps
+    )
+
+
+def test_equal_sizes_share_an_array_and_notebooks_wait_for_their_own_runs(tiny_spec):
+    profile = profiles.load("local")
+    specs = [replace(tiny_spec, train=replace(tiny_spec.train, seed=seed)) for seed in range(3)]
+    wide = replace(
+        specs[0],
+        train=replace(specs[0].train, micro_batch=2, seed=9),
+        parallel=ParallelConfig(data=2, expert=2, gpus_per_node=1),
+    )
+    plan = submit.submit(
+        "x", [({"a": 1}, specs[:2]), ({"a": 2}, [specs[0], wide]), ({"a": 3}, specs)], profile, dry_run=True
+    )
+    assert {name: len(group) for name, group in plan.specs.items()} == {"runs-0": 3, "runs-1": 1}
+    waits = {
+        name: next((x for x in _lines(text) if x.startswith("dependency")), "") for name, text in plan.scripts.items()
+    }
+    assert waits == {
+        "runs-0": "",
+        "runs-1": "",
+        "notebook-0": "dependency=afterany:@runs-0@_0:@runs-0@_1",
+        "notebook-1": "dependency=afterany:@runs-0@_0:@runs-1@",
+        "notebook-2": "dependency=afterany:@runs-0@",
+    }
+    assert (
+        "--nodes=2 --ntasks-per-node=1" in plan.scripts["runs-1"]
+        and "MOELAB_EXECUTOR=read" in plan.scripts["notebook-0"]
+    )
+    assert not (paths.home() / "submissions").exists(), "a dry run writes nothing"
+
+
+def test_runs_that_wait_for_a_teacher_are_jobs_of_their_own(tiny_spec, monkeypatch):
+    teacher = replace(tiny_spec, train=replace(tiny_spec.train, seed=5))
+    monkeypatch.setattr(type(tiny_spec), "requires", lambda self: [teacher] if self.train.seed < 2 else [])
+    students = [replace(tiny_spec, train=replace(tiny_spec.train, seed=seed)) for seed in range(2)]
+    plan = submit.submit("x", [({}, students)], profiles.load("local"), dry_run=True)
+    assert [[s.train.seed for s in group] for group in plan.specs.values()] == [[5], [0, 1]]
+    assert {"dependency=afterok:@runs-0@", "kill-on-invalid-dep=yes"} <= _lines(plan.scripts["runs-1"])
+    write_json(RunStore().run(teacher).path / "result.json", {})
+    plan = submit.submit("x", [({}, students)], profiles.load("local"), dry_run=True)
+    assert "dependency" not in plan.scripts["runs-0"] and plan.finished == 1
+
+
+def test_the_notebook_and_the_submission_ask_for_the_same_runs():
+    from moelab.experiments import EXPERIMENTS
+    from moelab.notebook import execute as notebooks
+
+    for chosen in EXPERIMENTS.values():
+        values = notebooks.resolve(chosen, {"scale": "smoke"})
+        seeds = {"seeds": values["seeds"]} if "seeds" in values else {}
+        wanted = {spec.id for spec in chosen.specs("smoke", **seeds)}
+        assert {spec.id for spec in submit.specs_of(chosen, values)} == wanted, chosen.name
+
+
+def test_a_snapshot_is_the_code_with_its_commit_and_made_once(tmp_path):
+    place = snapshot.place(tmp_path)
+    snapshot.take(place)
+    assert (place / "moelab" / "kernels" / "gating.py").exists() and (place / "notebooks").is_dir()
+    assert read_json(place / "SNAPSHOT.json")["commit"] and not (place / "tests").exists()
+    assert snapshot.place(tmp_path) == place
+
+
+def test_code_that_no_job_uses_goes_after_a_week(submitted, workshop, tiny_spec, monkeypatch):
+    _, job, record, jobs = submitted
+    old = time.time() - 8 * 24 * 3600
+    copies = {name: workshop / "snapshots" / name for name in ("live", "idle", "recent")}
+    for copy in copies.values():
+        (copy / "moelab").mkdir(parents=True)
+        os.utime(copy, (old, old) if copy.name != "recent" else None)
+    record.snapshot = str(copies["live"])
+    record.write()
+    job("runs-0", 0, "PENDING")
+    monkeypatch.setattr(queue, "check", lambda script: None)
+    monkeypatch.setattr(queue, "submit", lambda script: "9")
+    new = replace(tiny_spec, train=replace(tiny_spec.train, seed=8))
+    plan = submit.submit("x", [({}, [new])], profiles.load("local"))
+    left = {path.name for path in (workshop / "snapshots").iterdir()}
+    assert left == {"live", "recent", Path(plan.submission.snapshot).name}
+    jobs["unknown", "runs-0", 0] = next(iter(jobs.values()))
+    os.utime(copies["recent"], (old, old))
+    submit.submit("x", [({}, [replace(new, train=replace(new.train, seed=9))])], profiles.load("local"))
+    assert copies["recent"].exists(), "a job whose submission is gone may need it"
+
+
+def test_two_hundred_runs_are_one_array_and_a_handful_of_calls(workshop, tiny_spec, monkeypatch):
+    calls = []
+    monkeypatch.setattr(queue, "_run", lambda *command, **_: calls.append(command[:2]) or "")
+    specs = [replace(tiny_spec, train=replace(tiny_spec.train, seed=seed)) for seed in range(200)]
+    plan = submit.submit("x", [({}, specs)], profiles.load("local"))
+    assert [len(group) for group in plan.specs.values()] == [200]
+    assert [command[0] for command in calls] == ["squeue", *["sbatch"] * 4], "two scripts: each judged, each queued"
+    calls.clear()
+    assert len(status.overview().rows) == 201 and [command[0] for command in calls] == ["squeue"]
+
+
+# -- what comes after an attempt -----------------------------------------------------------------------------------------
+
+
+def _attempt(kind: str, reason: str = "x", *, restart: int = 0, checkpoint: int = 0, job: str = "7") -> Attempt:
+    return Attempt(job, restart, kind, reason, checkpoint, "node1", 0.0)
+
+
+def test_what_is_tried_again(tiny_spec, workshop):
+    run = RunStore().run(tiny_spec)
+
+    def after(*earlier: Attempt, now: Attempt, failures: int = 3, restarts: int = 10) -> bool:
+        lines = [json.dumps(a.__dict__) for a in earlier]
+        (run.path / attempt.ATTEMPTS).write_text("".join(f"{line}\n" for line in lines) + '{"cut sho')
+        return attempt.decide(run, now, failures, restarts)[0]
+
+    assert after(now=_attempt("stopped"))
+    assert after(now=_attempt("failed")), "once may be chance"
+    assert not after(_attempt("failed"), now=_attempt("failed")), "twice the same way is not"
+    assert after(_attempt("failed", "x"), now=_attempt("failed", "y"))
+    assert after(_attempt("failed"), _attempt("stopped"), now=_attempt("failed")), "not in a row"
+    assert after(_attempt("failed", job="6"), now=_attempt("failed")), "a new submission counts anew"
+    assert after(_attempt("killed", checkpoint=5), now=_attempt("killed", checkpoint=10)), "it gets on"
+    assert not after(_attempt("killed", checkpoint=5), now=_attempt("killed", checkpoint=5))
+    assert not after(*(_attempt("failed", str(i)) for i in range(3)), now=_attempt("failed"))
+    assert not after(now=_attempt("stopped", restart=10))
+
+
+def test_the_reason_stays_with_the_run(tiny_spec, capsys):
+    run = RunStore().run(tiny_spec)
+    run.set_status(Status("failed", step=3, steps=24, reason="loss is nan at step 4"))
+    assert attempt.record(run.path, "7", 0, "1", 3, 10)
+    assert run.status.state == "stopped" and run.status.reason == "loss is nan at step 4; tried again"
+    run.set_status(Status("failed", step=3, steps=24, reason="loss is nan at step 4"))
+    assert not attempt.record(run.path, "7", 1, "1", 3, 10)
+    assert run.status.reason == "failed twice the same way: loss is nan at step 4" and run.status.step == 3
+    assert attempt.record(run.path, "8", 0, "137", 3, 10), "another job"
+    assert attempt.history(run)[-1].reason == "killed by SIGKILL (out of memory?)"
+    assert attempt.record(run.path, "8", 1, "138", 3, 10) and attempt.history(run)[-1].kind == "stopped", (
+        "told to stop before it could listen"
+    )
+
+
+def test_a_disk_without_room_for_a_line_ends_it(tiny_spec, monkeypatch, capsys):
+    run = RunStore().run(tiny_spec)
+    (run.path / attempt.ATTEMPTS).symlink_to("/dev/full")
+    monkeypatch.setattr(attempt, "history", lambda run: [])  # reading that device would never end
+    assert not attempt.record(run.path, "7", 0, "1", 3, 10)
+    assert "No space left" in capsys.readouterr().err
+
+
+# -- how things stand ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def submitted(tiny_spec, monkeypatch):
+    """Four runs and a notebook on record; the test says what Slurm knows."""
+    specs = [replace(tiny_spec, train=replace(tiny_spec.train, seed=seed)) for seed in range(4)]
+    runs = [RunStore().run(spec) for spec in specs]
+    record = submit.Submission("20260101-000000-x-abc", "x", "local", None, "2026-01-01T00:00:00Z")
+    record.parts = [
+        submit.Part("runs-0", "7", [run.spec.id for run in runs]),
+        submit.Part("notebook-0", "8", [run.spec.id for run in runs], {"seeds": 4}),
+    ]
+    record.write()
+    jobs: dict = {}
+    monkeypatch.setattr(queue, "jobs", lambda: jobs)
+
+    def job(part: str, index: int, state: str, reason: str = "None", node: str = "") -> None:
+        jobs[record.id, part, index] = Job(f"7_{index}", record.id, part, index, state, reason, node, "1:00")
+
+    return runs, job, record, jobs
+
+
+def test_the_overview_believes_the_run_and_slurm_where_each_knows_better(submitted):
+    runs, job, record, _ = submitted
+    job("runs-0", 0, "RUNNING", node="node3")
+    runs[0].set_status(
+        Status("running", step=12, steps=24, loss=3.5, tokens_per_s=128.0)
+    )  # no lock is held in this test
+    job("runs-0", 1, "PENDING", "Priority")
+    write_json(runs[2].path / "result.json", {})
+    job("notebook-0", 0, "PENDING", "Dependency")
+    rows = status.overview().rows
+    assert [row.state for row in rows] == ["running", "waiting", "finished", "lost", "waiting"]
+    assert (rows[0].node, rows[0].step, rows[0].left_s) == ("node3", 12, 12 * 4 * 32 / 128.0)
+    assert rows[1].reason == "Priority" and "submit again" in rows[3].reason
+    assert not rows[0].over and rows[2].over and rows[3].over
+
+    write_json(record.folder / "notebook-0.json", {"result": "/r", "missing": [runs[3].spec.id]})
+    job("notebook-0", 0, "COMPLETED")
+    (row,) = status.overview(["20260101-000000-x-abc/notebook"]).rows
+    assert row.state == "incomplete" and runs[3].spec.id in row.reason
+
+
+def test_a_requeued_run_waits_and_says_what_was_before(submitted):
+    runs, job, _, _ = submitted
+    runs[0].set_status(Status("stopped", step=12, steps=24, reason="stopped at step 12 of 24"))
+    job("runs-0", 0, "PENDING", "BeginTime")
+    row = status.overview([runs[0].spec.id]).rows[0]
+    assert (row.state, row.step) == ("waiting", 12) and row.reason == "BeginTime; before: stopped at step 12 of 24"
+    job("runs-0", 0, "RUNNING", node="node1")
+    assert status.overview([runs[0].spec.id]).rows[0].state == "starting"
+
+
+def test_without_slurm_the_runs_still_speak(submitted, monkeypatch):
+    runs, _, _, _ = submitted
+    write_json(runs[0].path / "result.json", {})
+    monkeypatch.setattr(queue, "jobs", lambda: (_ for _ in ()).throw(queue.SlurmError("squeue: nobody answers")))
+    now = status.overview()
+    assert now.trouble == "squeue: nobody answers" and [row.state for row in now.rows[:2]] == ["finished", "new"]
+    from rich.console import Console
+
+    console = Console(width=160, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
+    console.print(now)
+    shown = console.export_text()
+    assert "1 finished, 3 new" in shown and "nobody answers" in shown
+    console.print(status.overview(["none"]))
+    assert console.export_text().strip() == "nothing submitted (by these names) · squeue: nobody answers"
+
+
+def test_a_machine_without_a_cluster_is_told_as_such(monkeypatch, tmp_path):
+    """What Slurm's own commands say where there is no slurm.conf fills three lines."""
+    squeue = tmp_path / "squeue"
+    squeue.write_text(
+        "#!/bin/sh\necho 'squeue: error: fetch_config: DNS SRV lookup failed' >&2\n"
+        "echo 'squeue: fatal: Could not establish a configuration source' >&2\nexit 1\n"
+    )
+    squeue.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    with pytest.raises(queue.SlurmError, match=r"^squeue: no slurm.conf here: .*cluster.sh env\)\"$"):
+        queue.jobs()
+    monkeypatch.setenv("PATH", str(tmp_path / "nothing"))
+    with pytest.raises(queue.SlurmError, match="squeue is not installed here"):
+        queue.jobs()
+
+
+def test_a_full_queue_is_asked_for_once_and_read_right(monkeypatch):
+    lines = [
+        "12_0|RUNNING|None|node1|1:00|moelab s runs-0",
+        "12_1|PENDING|JobArrayTaskLimit||1:00|moelab s runs-0",
+        "13|PENDING|Dependency||1:00|moelab s notebook-0",
+        "14|RUNNING|None|node1|1:00|(null)",
+        "11_0|COMPLETED|None|node1|1:00|moelab s runs-0",
+    ]
+    asked = []
+    monkeypatch.setattr(queue, "_run", lambda *command, **_: asked.append(command) or "\n".join(lines))
+    jobs = queue.jobs()
+    assert len(asked) == 1 and jobs["s", "runs-0", 0].id == "12_0", "the live job of two with the same place"
+    assert set(jobs) == {("s", "runs-0", 0), ("s", "runs-0", 1), ("s", "notebook-0", 0)}
+
+
+def test_logs_are_found_by_the_beginning_of_an_id(submitted):
+    runs, _, record, _ = submitted
+    for run in runs[:2]:
+        (run.path / "log.txt").write_text("hello")
+    assert status.log_of(runs[0].spec.id[:-2]) == runs[0].path / "log.txt"
+    with pytest.raises(ValueError, match="several logs of 'tiny'"):
+        status.log_of("tiny")
+    with pytest.raises(ValueError, match="no log of 'nothing'"):
+        status.log_of("nothing")
+    (record.folder / "notebook-0.out").write_text("cell 1")
+    assert status.log_of(f"{record.id}/notebook-0").read_text() == "cell 1"
