@@ -16,7 +16,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
-from moelab import paths
+from moelab import environment, paths
 from moelab.files import write_json
 from moelab.report.publication import Publication
 from moelab.runs import executors
@@ -69,7 +69,7 @@ class Lab:
             profile: the cluster for "slurm", see `moelab.slurm.profiles`; by default `MOELAB_PROFILE`.
         """
         if executor == "auto":
-            executor = os.environ.get("MOELAB_EXECUTOR", "processes")  # type: ignore[assignment]
+            executor = environment.EXECUTOR.get() or "processes"  # type: ignore[assignment]
         if executor not in (allowed := get_args(Executor)):
             raise ValueError(f"lab.run: executor must be one of {', '.join(allowed)}, got {executor!r}")
         wanted = [needed for spec in specs for needed in (*spec.requires(), spec)]
@@ -148,7 +148,7 @@ class Lab:
     @staticmethod
     def _announce(runs: Sequence[Run]) -> None:
         """Tell the command that executes this notebook, if any, which runs to watch."""
-        if file := os.environ.get("MOELAB_PLAN"):
+        if file := environment.PLAN.get():
             write_json(Path(file), [str(run.path) for run in runs])
 
     def generate(

@@ -1,34 +1,35 @@
-"""Where things are: the checkout, the workshop (`.moelab/`: runs, tokens, drafts), the results, the notebooks."""
+"""Find the folders of moelab: the checkout, the home (`.moelab/`: runs, tokens, drafts), the results, the notebooks."""
 
 from __future__ import annotations
 
-import os
 from importlib.util import find_spec
 from pathlib import Path
 
+from moelab import environment
+
 
 def checkout() -> Path | None:
-    """The source checkout this package runs from, or None for an installed wheel."""
+    """Return the source checkout that this package runs from, or None for an installed wheel."""
     root = Path(__file__).resolve().parents[1]
     return root if (root / "pyproject.toml").is_file() and (root / "notebooks").is_dir() else None
 
 
 def home() -> Path:
-    """The workshop: runs, prepared tokens, drafts of results. `MOELAB_HOME`, else `.moelab` in the checkout or the current folder."""
-    if value := os.environ.get("MOELAB_HOME"):
+    """Return the folder of runs, prepared tokens and drafts: `MOELAB_HOME`, else `.moelab` in the checkout or the current folder."""
+    if value := environment.HOME.get():
         return Path(value).resolve()
     return (checkout() or Path.cwd()) / ".moelab"
 
 
 def results() -> Path:
-    """Where results are published: `MOELAB_RESULTS`, else `results` in the checkout or the current folder."""
-    if value := os.environ.get("MOELAB_RESULTS"):
+    """Return the folder of published results: `MOELAB_RESULTS`, else `results` in the checkout or the current folder."""
+    if value := environment.RESULTS.get():
         return Path(value).resolve()
     return (checkout() or Path.cwd()) / "results"
 
 
 def notebooks() -> Path:
-    """The folder of the experiments' notebooks; they ship in the wheel, too."""
+    """Return the folder of the experiments' notebooks; they ship in the wheel, too."""
     if root := checkout():
         return root / "notebooks"
     spec = find_spec("moelab.notebooks")
@@ -39,7 +40,7 @@ def notebooks() -> Path:
 
 
 def short(path: Path) -> str:
-    """A path as people read it: relative to the current folder where it lies below it."""
+    """Return a path relative to the current folder where it lies below it, else as it is."""
     try:
         return str(path.relative_to(Path.cwd()))
     except ValueError:

@@ -9,14 +9,14 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
 from traitlets import Type, Unicode
 
-from moelab import paths
+from moelab import environment, paths
 from moelab.experiments import Experiment
 from moelab.files import write_json
 from moelab.report.publication import SUMMARY
@@ -115,21 +115,6 @@ def _element(kind: str, value: Any) -> Any:
     raise ValueError(value)
 
 
-@contextlib.contextmanager
-def environment(values: Mapping[str, str]) -> Iterator[None]:
-    """Environment variables for the length of a block; the kernel that papermill starts inherits them."""
-    before = {name: os.environ.get(name) for name in values}
-    os.environ.update(values)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                os.environ.pop(name, None)
-            else:
-                os.environ[name] = value
-
-
 def resolve(experiment: Experiment, given: Mapping[str, Any]) -> dict[str, Any]:
     """All parameters of the notebook: those given, and the defaults of the others."""
     return {name: given.get(name, p.default) for name, p in parameters(experiment).items()}
@@ -176,10 +161,10 @@ def execute(
         # Sockets belong on this machine's own disk: a home folder on a network has no room for them, or a path too long.
         sockets = stack.enter_context(tempfile.TemporaryDirectory(prefix="moelab-"))
         stack.enter_context(
-            environment(
+            environment.overridden(
                 {
-                    "MOELAB_PUBLICATION": str(staging),
-                    "MOELAB_PLAN": str(plan),
+                    environment.PUBLICATION.name: str(staging),
+                    environment.PLAN.name: str(plan),
                     "JUPYTER_PREFER_ENV_PATH": "1",
                     "JUPYTER_RUNTIME_DIR": sockets,
                 }

@@ -7,7 +7,6 @@ results/<experiment>/<scale>/<date>-<time>/summary.json      what is here, how i
 
 from __future__ import annotations
 
-import os
 import shutil
 import time
 from collections.abc import Sequence
@@ -15,7 +14,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from moelab import paths
+from moelab import environment, paths
 from moelab.files import write_json, write_text
 from moelab.runs.provenance import provenance
 
@@ -56,7 +55,7 @@ class Publication:
         cls, experiment: str, scale: str, parameters: dict[str, Any], measured: Sequence[Measurement] = ()
     ) -> Publication:
         """In a batch run the folder comes from the command (`MOELAB_PUBLICATION`); else a fresh draft."""
-        given = os.environ.get("MOELAB_PUBLICATION")
+        given = environment.PUBLICATION.get()
         path = Path(given) if given else paths.home() / "drafts" / experiment / scale
         if not given and path.exists():
             shutil.rmtree(path)

@@ -14,7 +14,8 @@ import time
 from collections.abc import Callable, Sequence
 
 from moelab.engine.launch import process
-from moelab.runs.store import Run, execute
+from moelab.runs.execute import execute
+from moelab.runs.store import Run
 from moelab.runs.supervisor import supervise
 
 Tick = Callable[[], None]

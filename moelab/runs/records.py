@@ -12,9 +12,6 @@ import json
 import zipfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
-
-import typer
 
 from moelab import paths
 from moelab.files import write_bytes
@@ -83,36 +80,8 @@ def read(archive: Path, store: RunStore) -> Run | None:
     return run
 
 
-app = typer.Typer(no_args_is_help=True, help="Pass on the numbers of finished runs, and take them over.")
-
-
-@app.command(name="export")
-def export_(
-    names: Annotated[list[str] | None, typer.Argument(help="runs, or beginnings of their ids; none is all")] = None,
-    to: Annotated[Path | None, typer.Option("--to", help="folder; default: results/runs")] = None,
-) -> None:
-    """Pack the numbers of finished runs, a zip each: spec, result, metrics, provenance, no weights."""
-    runs = _finished(RunStore(), names or [])
-    for run in runs:
-        write(run, to or folder())
-    print(f"{len(runs)} runs packed into {to or folder()}")
-
-
-@app.command(name="import")
-def import_(
-    source: Annotated[Path | None, typer.Argument(help="folder of zips, or one; default: results/runs")] = None,
-) -> None:
-    """Take published runs over, so that an experiment trains only what is missing."""
-    source = source or folder()
-    archives = sorted(source.glob("*.zip")) if source.is_dir() else [source]
-    if not archives or not source.exists():
-        raise ValueError(f"{source}: no runs to take over; give a folder of zips that `moelab runs export` wrote")
-    store = RunStore()
-    taken = sum(read(archive, store) is not None for archive in archives)
-    print(f"{taken} runs taken over, {len(archives) - taken} were here already ({store.root})")
-
-
-def _finished(store: RunStore, names: Sequence[str]) -> list[Run]:
+def finished(store: RunStore, names: Sequence[str]) -> list[Run]:
+    """Return the finished runs whose ids begin with one of `names` (all without names). ValueError, one line, for a name that none begins with."""
     known = [path.parent.name for path in sorted(store.root.glob("*/result.json"))]
     for name in names:
         if not any(run.startswith(name) for run in known):

@@ -13,12 +13,7 @@ process dies).
 
 from __future__ import annotations
 
-import contextlib
 import difflib
-import os
-import socket
-import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,8 +21,6 @@ from typing import TYPE_CHECKING, Any
 from filelock import FileLock
 
 from moelab import paths
-from moelab.config import to_json
-from moelab.engine.launch import process
 from moelab.files import read_json, write_json
 from moelab.runs.spec import RunSpec
 
@@ -173,156 +166,3 @@ class RunStore:
     def __iter__(self):
         for path in sorted(self.root.glob("*/spec.json")):
             yield self.at(path.parent.name)
-
-
-def execute(run: Run, *, should_stop=lambda: False, on_progress=lambda _: None, cache: Path | None = None) -> None:
-    """Train a run to its end in this process, or find it finished. Waits while another process trains it.
-
-    Writes status, provenance and, last, the result. As a rank of several it joins the others; rank 0 does the writing.
-
-    Raises:
-        ValueError: the run wants another number of ranks than there are.
-        whatever training raises, after noting it in the status.
-    """
-    place, ranks = process.find(), run.spec.parallel.ranks
-    if (place.world if place else 1) != ranks:
-        there = f"this is {place}" if place else "this process is not one of several"
-        raise ValueError(f"run {run.spec.id} is for {ranks} ranks, {there}")
-    cache = cache or paths.home() / "data"
-    if ranks == 1:
-        with _trainer_of(run, should_stop):
-            if not run.finished:
-                _train(run, should_stop, on_progress, cache)
-        return
-
-    from moelab.training import TrainingStopped
-
-    place = process.join(device=run.spec.train.device)
-    try:
-        if place.rank == 0:
-            with _trainer_of(run, should_stop):
-                todo = not run.finished
-                process.tell("run", "train" if todo else "finished")
-                if todo:
-                    _train(run, should_stop, on_progress, cache)
-        elif process.hear("run", should_stop) == "train":
-            _train_along(run, should_stop, cache)
-    except TrainingStopped:  # all ranks at the same step
-        process.leave()
-        raise
-    process.leave()
-
-
-@contextlib.contextmanager
-def _trainer_of(run: Run, should_stop) -> Iterator[None]:
-    """The run's lock, waited for."""
-    lock = run.lock()
-    waited = False
-    while True:
-        try:
-            lock.acquire(timeout=1)
-            break
-        except TimeoutError:
-            waited = True
-            if should_stop():
-                raise KeyboardInterrupt("stopped while another process trains this run") from None
-    try:
-        if waited and run.finished:
-            print(f"run {run.spec.id}: finished by another process")
-        yield
-    finally:
-        lock.release()
-
-
-def _train(run: Run, should_stop, on_progress, cache: Path) -> None:
-    """Train and write all about it; the caller holds the lock."""
-    from moelab.data import prepare
-    from moelab.runs.provenance import provenance
-    from moelab.training import TrainingStopped
-
-    spec = run.spec
-    state = {"step": run.status.step, "steps": spec.train.steps(spec.data.context)}
-
-    def progress(p) -> None:
-        state.update(step=p.step, steps=p.steps, loss=p.loss, tokens_per_s=p.tokens_per_s)
-        run.set_status(Status("running", **state))
-        on_progress(p)
-
-    started = time.time()
-    run.set_status(Status("running", **state))
-    try:
-        data = prepare(spec.data, cache)
-        if spec.parallel.ranks > 1:
-            process.tell("data", data.fingerprint)
-        result = _call_train(run, data, should_stop, progress)
-    except (TrainingStopped, KeyboardInterrupt) as stop:
-        run.set_status(Status("stopped", **state, reason=str(stop) or "interrupted"))
-        raise
-    except OSError as error:
-        reason = f"{error.strerror or error}: {error.filename or run.path} (earlier checkpoints are kept; make room and run again)"
-        _try_status(run, Status("failed", **state, reason=reason))
-        raise
-    except BaseException as error:
-        run.set_status(Status("failed", **state, reason=(str(error).splitlines() or [type(error).__name__])[0]))
-        raise
-    record = provenance()
-    record["data"] = {"fingerprint": data.fingerprint, "corpus": spec.data.corpus, "tokenizer": spec.data.tokenizer}
-    record["started"], record["finished"] = _iso(started), _iso(time.time())
-    record["host"], record["process"] = socket.gethostname(), os.getpid()
-    if spec.parallel.ranks > 1:
-        record["parallel"] = to_json(spec.parallel)
-    write_json(run.path / "provenance.json", record)
-    write_json(run.path / "result.json", result, durable=True)
-    run.set_status(Status("finished", **{**state, "step": state["steps"]}))
-
-
-def _train_along(run: Run, should_stop, cache: Path) -> None:
-    """A rank after the first: reads the data that rank 0 has prepared, and trains."""
-    from moelab.data import prepare
-
-    fingerprint = process.hear("data", should_stop)
-    data = prepare(run.spec.data, cache)
-    if data.fingerprint != fingerprint:
-        raise ValueError(f"run {run.spec.id}: this rank's data are {data.fingerprint}, rank 0's {fingerprint}")
-    _call_train(run, data, should_stop, lambda _: None)
-
-
-def _call_train(run: Run, data, should_stop, on_progress) -> dict[str, Any]:
-    import torch
-
-    from moelab.training import Teacher, train
-
-    spec = run.spec
-    teacher = None
-    if spec.teacher is not None and spec.distill is not None:
-        source = Run(spec.teacher, run.path.parent / spec.teacher.id)
-        if not source.finished:
-            raise ValueError(f"its teacher {spec.teacher.id} has no result: {source.status.state}")
-        if not (source.path / "checkpoints").is_dir():
-            raise ValueError(f"its teacher was taken over without weights; remove {source.path} to train it here")
-        teacher = Teacher(spec.teacher.model, source.path, spec.distill)
-    threads = torch.get_num_threads()
-    try:
-        torch.set_num_threads(spec.train.threads)
-        return train(
-            spec.model,
-            spec.train,
-            data,
-            spec.data.context,
-            run.path,
-            parallel=spec.parallel,
-            teacher=teacher,
-            on_progress=on_progress,
-            should_stop=should_stop,
-        )
-    finally:
-        torch.set_num_threads(threads)
-
-
-def _try_status(run: Run, status: Status) -> None:
-    with contextlib.suppress(OSError):  # the disk that is full is the one the status lives on; the log says it
-        run.set_status(status)
-
-
-def _iso(seconds: float) -> str:
-    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(seconds))

@@ -20,8 +20,9 @@ from typing import TYPE_CHECKING
 from moelab.engine.launch import RankFailed, process
 from moelab.engine.launch.process import FAILED, FINISHED, STOPPED
 from moelab.files import read_json
+from moelab.runs.execute import execute
 from moelab.runs.spec import RunSpec
-from moelab.runs.store import Run, execute
+from moelab.runs.store import Run
 from moelab.runs.supervisor import supervise
 
 if TYPE_CHECKING:

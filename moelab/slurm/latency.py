@@ -13,13 +13,14 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from moelab import paths
+from moelab import environment, paths
 from moelab.experiments import experiment
 from moelab.files import write_text
 from moelab.notebook import execute as notebooks
 from moelab.runs import executors
+from moelab.runs.execute import execute
 from moelab.runs.spec import RunSpec
-from moelab.runs.store import Run, RunStore, execute
+from moelab.runs.store import Run, RunStore
 from moelab.slurm import queue, submit
 from moelab.slurm.profiles import Profile
 from moelab.slurm.status import overview
@@ -76,7 +77,7 @@ def _notebook(profile: Profile, rounds: int) -> Iterator[dict[str, Any]]:
         with _workshop() as home:
             _prepare(specs[0])
             started = time.perf_counter()
-            with notebooks.environment({"MOELAB_EXECUTOR": "inline"}):
+            with environment.overridden({environment.EXECUTOR.name: "inline"}):
                 notebooks.execute(chosen, values, home / "plan.json")
             times["papermill"].append(time.perf_counter() - started)
         with _workshop():
@@ -124,7 +125,9 @@ def _workshop() -> Iterator[Path]:
     home = paths.home() / "bench" / f"{os.getpid()}-{time.time_ns()}"
     home.mkdir(parents=True)
     try:
-        with notebooks.environment({"MOELAB_HOME": str(home), "MOELAB_RESULTS": str(home / "results")}):
+        with environment.overridden(
+            {environment.HOME.name: str(home), environment.RESULTS.name: str(home / "results")}
+        ):
             yield home
     finally:
         shutil.rmtree(home, ignore_errors=True)

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import re
 import typing
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Literal
 
-from moelab import paths
+from moelab import environment, paths
 from moelab.config import from_json
 
 
@@ -148,7 +147,7 @@ def load(name: str) -> Profile:
 
 def choose(name: str | None) -> Profile:
     """The profile asked for, else that of `MOELAB_PROFILE`."""
-    chosen = name or os.environ.get("MOELAB_PROFILE")
+    chosen = name or environment.PROFILE.get()
     if not chosen:
         known = folder()
         names = ", ".join(sorted(p.stem for p in known.glob("*.yaml"))) if known else "the path of a .yaml file"

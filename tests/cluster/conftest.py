@@ -18,8 +18,9 @@ from pathlib import Path
 import pytest
 
 from moelab.config import ModelConfig, TrainConfig
+from moelab.runs.execute import execute
 from moelab.runs.spec import RunSpec
-from moelab.runs.store import Run, RunStore, execute
+from moelab.runs.store import Run, RunStore
 from moelab.slurm import profiles, queue, submit
 from moelab.slurm.profiles import Profile
 

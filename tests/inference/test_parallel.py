@@ -123,7 +123,8 @@ def open_and_write(directory, cache, parallel, expert_counts):
 
 def test_a_checkpoint_of_one_process_is_written_with_by_many(on_ranks, tiny_spec, tmp_path):
     from moelab.inference.text import open_text
-    from moelab.runs.store import RunStore, execute
+    from moelab.runs.execute import execute
+    from moelab.runs.store import RunStore
 
     run = RunStore(tmp_path / "runs").run(tiny_spec)
     execute(run, cache=tmp_path / "data")

@@ -16,7 +16,8 @@ from moelab.engine.launch import Limits, RankFailed
 from moelab.files import read_json
 from moelab.lab import Lab
 from moelab.runs import executors
-from moelab.runs.store import Run, RunStore, execute
+from moelab.runs.execute import execute
+from moelab.runs.store import Run, RunStore
 from moelab.runs.supervisor import supervise
 
 LIMITS = Limits(hang_s=10, death_s=4, stop_s=20, collective_s=30)

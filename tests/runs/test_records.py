@@ -108,7 +108,7 @@ def test_a_file_that_is_no_zip_is_one_line(store, tmp_path):
 
 def test_a_teacher_without_weights_says_what_to_do(finished, tmp_path, monkeypatch):
     from moelab.config.distill import DistillConfig
-    from moelab.runs.store import execute
+    from moelab.runs.execute import execute
 
     theirs = RunStore(tmp_path / "theirs")
     records.read(records.write(finished, tmp_path), theirs)

@@ -12,8 +12,9 @@ import pytest
 from moelab.config import ModelConfig, TrainConfig
 from moelab.files import new_directory, read_json, write_text
 from moelab.lab import Lab
+from moelab.runs.execute import execute
 from moelab.runs.spec import RunSpec
-from moelab.runs.store import Run, RunStore, execute
+from moelab.runs.store import Run, RunStore
 from moelab.training.metrics import TRAIN, VALIDATION, read_rows
 
 

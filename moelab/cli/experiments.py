@@ -1,0 +1,87 @@
+"""`moelab list`, `run`, `claims`: experiments and what they found. Heavy modules are imported inside the commands."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from moelab.cli import slurm as commands
+
+
+def list_() -> None:
+    """Show the experiments, their scales and what they cost."""
+    from moelab import terminal
+    from moelab.experiments import EXPERIMENTS
+
+    view = terminal.table("experiment", "paper", "question", "scale", "what", "cost")
+    for e in EXPERIMENTS.values():
+        for i, (name, scale) in enumerate(e.scales.items()):
+            view.add_row(*((e.name, e.paper, e.question) if i == 0 else ("", "", "")), name, scale.what, scale.cost)
+    terminal.console().print(view)
+
+
+def run(
+    name: Annotated[str | None, typer.Argument(help="experiment, see `moelab list`")] = None,
+    scale: Annotated[str, typer.Option(help="smoke, cpu, gpu or paper")] = "cpu",
+    parameter: Annotated[
+        list[str] | None, typer.Option("-p", "--parameter", metavar="NAME=VALUE", help="a parameter of the notebook")
+    ] = None,
+    all_: Annotated[bool, typer.Option("--all", help="every experiment that has the scale")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="only say what would be trained, and what it costs")
+    ] = False,
+) -> None:
+    """Run an experiment's notebook: trains what is not trained yet, publishes figures and claims to the results."""
+    from moelab.experiments import EXPERIMENTS, experiment
+    from moelab.notebook import batch
+    from moelab.notebook import execute as notebooks
+
+    if all_ == (name is not None):
+        raise ValueError("run: give an experiment's name or --all; see `moelab list`")
+    given = commands.parse_parameters(parameter, scale)
+    scale = given["scale"]
+    if name is not None:
+        values = notebooks.check_parameters(experiment(name), given)
+        experiment(name).scale(values["scale"])
+    if dry_run:
+        from moelab.runs.dry_run import plan, show
+
+        wanted = {name: given} if name else batch.chosen(scale, {k: v for k, v in given.items() if k != "scale"})
+        show(plan([spec for e, taken in wanted.items() for spec in batch.specs_of(EXPERIMENTS[e], taken)]))
+        return
+    if name is None:
+        from moelab.lab import Lab
+
+        good = batch.run_all(scale, {k: v for k, v in given.items() if k != "scale"}, Lab().run)
+    else:
+        from moelab.notebook.watch import execute_watched
+
+        good = execute_watched(experiment(name), values)
+    if not good:
+        raise typer.Exit(1)
+
+
+def claims(
+    as_json: Annotated[bool, typer.Option("--json", help="all of it, as JSON")] = False,
+) -> None:
+    """Every claim of the paper, ours beside the paper's value, and a verdict; computed from the published results."""
+    import json
+
+    from moelab import paths, terminal
+    from moelab.report.ledger import counts, ledger, table
+
+    entries = ledger(paths.results())
+    if as_json:
+        print(json.dumps([entry.to_json() for entry in entries], indent=2))
+        return
+    console = terminal.console()
+    console.print(table(entries, console.width))
+    console.print(f"{len(entries)} claims: " + ", ".join(f"{n} {verdict}" for verdict, n in counts(entries).items()))
+
+
+def register(app: typer.Typer) -> None:
+    """Add these commands to `moelab`."""
+    app.command(name="list")(list_)
+    app.command()(run)
+    app.command()(claims)

@@ -1,0 +1,139 @@
+"""`moelab generate`, `eval`, `export`: use a trained run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from moelab.cli._options import Out, check_device
+
+
+def generate(
+    run: Annotated[
+        str, typer.Argument(help="id of a run, or the beginning of it, or a directory of a run or an exported model")
+    ],
+    prompt: Annotated[list[str] | None, typer.Option("--prompt", help="text to continue; repeat for several")] = None,
+    max_new_tokens: Annotated[int, typer.Option(help="tokens at most")] = 64,
+    temperature: Annotated[float, typer.Option(help="0 takes the likeliest token")] = 0.8,
+    top_k: Annotated[int, typer.Option(help="draw from the k likeliest tokens; 0 is all")] = 0,
+    top_p: Annotated[float, typer.Option(help="draw from the likeliest tokens of this probability")] = 1.0,
+    seed: Annotated[int, typer.Option(help="of the draws")] = 0,
+    mode: Annotated[str, typer.Option(help="optimised, or baseline: the paper's PyTorch")] = "optimised",
+    dtype: Annotated[str, typer.Option(help="fp32 or bf16")] = "fp32",
+    device: Annotated[str, typer.Option(help="cpu or cuda")] = "cpu",
+    tensor: Annotated[int, typer.Option(help="on ranks: tensor slicing")] = 1,
+    expert: Annotated[int, typer.Option(help="on ranks: that share a layer's experts; 0 is as many as can")] = 0,
+    expert_slicing: Annotated[int, typer.Option(help="on ranks: that share one expert")] = 1,
+    exchange: Annotated[
+        str, typer.Option(help="on ranks: flat, hierarchical, coordinated or coordinated-hierarchical")
+    ] = "flat",
+    gpus_per_node: Annotated[int, typer.Option(help="on ranks: of a node")] = 8,
+) -> None:
+    """Continue prompts with a trained run; a single one is shown as it comes. Under torchrun or srun, ranks share the model."""
+    check_device(device)
+    from moelab import paths
+    from moelab.engine.checkpoint import CheckpointError
+    from moelab.engine.launch import process
+    from moelab.inference import Sampling
+    from moelab.inference.text import join_ranks, open_text
+    from moelab.runs.store import RunStore
+
+    sampling = Sampling(max_new_tokens, temperature, top_k, top_p, seed)
+    prompts = prompt or [""]
+    directory = RunStore().find(run)
+    layout = dict(tensor=tensor, expert=expert, expert_slicing=expert_slicing, exchange=exchange)
+    mesh = join_ranks(directory, device, **layout, gpus_per_node=gpus_per_node)
+    cache, batch = paths.home() / "data", min(len(prompts), 32)
+    try:
+        writer = open_text(directory, cache=cache, mode=mode, dtype=dtype, device=device, batch=batch, mesh=mesh)
+    except CheckpointError as error:
+        raise ValueError(str(error)) from None
+    if len(prompts) == 1 and mesh is None:
+        print(prompts[0], end="", flush=True)
+        for _, text in writer.stream(prompts, sampling):
+            print(text, end="", flush=True)
+        print()
+        return
+    found = writer.generate(prompts, sampling)
+    if mesh is None or mesh.rank == 0:
+        print("\n\n".join(str(text) for text in found))
+    process.leave()
+
+
+def eval_(
+    run: Annotated[
+        str,
+        typer.Argument(
+            help="id of a run, or the beginning of it, or a directory of a run or a model (ours exported, or one that transformers opens), or "
+            "smollm2: a small real model, fetched, to check the pipeline with"
+        ),
+    ],
+    tasks: Annotated[
+        str, typer.Option(help="comma-separated: packaged ones (default: all six), or lm-eval's own with a network")
+    ] = "",
+    limit: Annotated[int, typer.Option(help="only the first items of each task; 0 is all")] = 0,
+    batch: Annotated[int, typer.Option(help="sequences at a time")] = 16,
+    dtype: Annotated[str, typer.Option(help="fp32 or bf16")] = "fp32",
+    device: Annotated[str, typer.Option(help="cpu or cuda")] = "cpu",
+    as_json: Annotated[bool, typer.Option("--json", help="the scores as JSON")] = False,
+    out: Out = None,
+) -> None:
+    """Zero-shot tasks (the paper's Table 2): accuracy beside chance and the answers' bits per byte. Killed, it goes on where it was."""
+    import json
+    from dataclasses import asdict
+
+    check_device(device)
+    from moelab import paths
+    from moelab.data.packages import CorpusUnavailable
+    from moelab.engine.checkpoint import CheckpointError
+    from moelab.evaluation.models import REFERENCES, reference_directory
+    from moelab.evaluation.zero_shot import PACKAGED, evaluate
+    from moelab.report import scores as report
+    from moelab.runs.store import RunStore
+    from moelab.terminal import task_progress
+
+    wanted = tuple(dict.fromkeys(name for name in map(str.strip, tasks.split(",")) if name)) or PACKAGED
+    options = dict(cache=paths.home() / "data", limit=limit, batch=batch, dtype=dtype, device=device)
+    try:
+        reference = run in REFERENCES
+        directory = reference_directory(run, options["cache"]) if reference else RunStore().find(run)
+        with task_progress() as show:
+            scores = evaluate(directory, wanted, **options, on_progress=show)
+    except (CheckpointError, CorpusUnavailable) as error:
+        raise ValueError(str(error)) from None
+    if out is not None:
+        report.save(scores, out, run if reference else directory.resolve().name, options)
+    if as_json:
+        print(json.dumps([asdict(score) for score in scores], indent=2))
+        return
+    report.show(scores)
+
+
+def export(
+    run: Annotated[str, typer.Argument(help="id of a run, or the beginning of it, or its directory")],
+    directory: Annotated[Path, typer.Argument(help="new directory")],
+) -> None:
+    """Write a run's weights and tokenizer for others: GPT-2's format if the model is dense, our safetensors format if it has experts."""
+    from moelab import paths
+    from moelab.data import prepare
+    from moelab.engine.checkpoint import CheckpointError, hf
+    from moelab.inference.text import load_run, run_configs
+    from moelab.runs.store import RunStore
+
+    source = RunStore().find(run)
+    config, data = run_configs(source)
+    try:
+        model = load_run(source)
+    except CheckpointError as error:
+        raise ValueError(str(error)) from None
+    hf.export(model, directory, prepare(data, paths.home() / "data").tokenizer())
+    print(f"{config}: {'our format' if config.is_moe else 'GPT-2'} in {directory}")
+
+
+def register(app: typer.Typer) -> None:
+    """Add these commands to `moelab`."""
+    app.command()(generate)
+    app.command(name="eval")(eval_)
+    app.command()(export)

@@ -1,0 +1,39 @@
+"""`moelab runs export` and `import`: pass on the numbers of finished runs, and take them over."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from moelab.runs import records
+from moelab.runs.store import RunStore
+
+app = typer.Typer(no_args_is_help=True, help="Pass on the numbers of finished runs, and take them over.")
+
+
+@app.command(name="export")
+def export_(
+    names: Annotated[list[str] | None, typer.Argument(help="runs, or beginnings of their ids; none is all")] = None,
+    to: Annotated[Path | None, typer.Option("--to", help="folder; default: results/runs")] = None,
+) -> None:
+    """Pack the numbers of finished runs, a zip each: spec, result, metrics, provenance, no weights."""
+    runs = records.finished(RunStore(), names or [])
+    for run in runs:
+        records.write(run, to or records.folder())
+    print(f"{len(runs)} runs packed into {to or records.folder()}")
+
+
+@app.command(name="import")
+def import_(
+    source: Annotated[Path | None, typer.Argument(help="folder of zips, or one; default: results/runs")] = None,
+) -> None:
+    """Take published runs over, so that an experiment trains only what is missing."""
+    source = source or records.folder()
+    archives = sorted(source.glob("*.zip")) if source.is_dir() else [source]
+    if not archives or not source.exists():
+        raise ValueError(f"{source}: no runs to take over; give a folder of zips that `moelab runs export` wrote")
+    store = RunStore()
+    taken = sum(records.read(archive, store) is not None for archive in archives)
+    print(f"{taken} runs taken over, {len(archives) - taken} were here already ({store.root})")

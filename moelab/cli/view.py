@@ -1,0 +1,85 @@
+"""`moelab lab`, `browse`, `tensorboard`, `doctor`: open notebooks and results, check the installation."""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import Annotated
+
+import typer
+
+from moelab.cli import slurm as commands
+
+
+def lab(context: typer.Context, profile: commands.Profile = None) -> None:
+    """Open JupyterLab on the notebooks, here on 127.0.0.1 or, with --profile, on a node of a cluster; further arguments go to it."""
+    from moelab import paths
+
+    if profile is not None:
+        from moelab.slurm import lab as cluster_lab
+        from moelab.slurm import profiles
+
+        raise typer.Exit(cluster_lab.start(profiles.load(profile), context.args))
+    command = [sys.executable, "-m", "jupyterlab", f"--ServerApp.root_dir={paths.notebooks()}", *context.args]
+    os.execv(sys.executable, command)
+
+
+def browse(
+    port: Annotated[int, typer.Option(help="port on 127.0.0.1")] = 8800,
+    open_browser: Annotated[bool, typer.Option("--open/--no-open", help="open a browser window")] = False,
+    serve: Annotated[bool, typer.Option("--serve/--no-serve", help="serve the pages, or only build them")] = True,
+) -> None:
+    """Build the results pages and serve them on localhost."""
+    import functools
+    import http.server
+    import webbrowser
+
+    from moelab import paths
+    from moelab.report import site
+
+    built = site.build(paths.results())
+    for line in built.unreadable:
+        print(f"left out: {line}", file=sys.stderr)
+    folder = built.index.parent
+    if not serve:
+        print(f"{built.results} results, {built.written} files written: {built.index}")
+        return
+    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=str(folder))
+    try:
+        server = http.server.ThreadingHTTPServer(("127.0.0.1", port), handler)
+    except OSError as error:
+        raise ValueError(f"port {port}: {error.strerror}; choose another with --port") from None
+    address = f"http://127.0.0.1:{server.server_port}/"
+    print(f"results of {folder} at {address} (Ctrl-C ends)", flush=True)
+    if open_browser:
+        webbrowser.open(address)
+    try:
+        server.serve_forever()
+    except KeyboardInterrupt:
+        print()
+
+
+def tensorboard(
+    run: Annotated[list[str] | None, typer.Argument(help="runs, by the beginning of their id; all without")] = None,
+    port: Annotated[int, typer.Option(help="port on 127.0.0.1")] = 6006,
+) -> None:
+    """Show runs in TensorBoard, those still training too: losses, speed, and the experts' load by layer."""
+    from moelab.report import tensorboard as board
+
+    raise typer.Exit(board.serve(board.select(run or []), port))
+
+
+def doctor() -> None:
+    """Check this installation: what works, what is missing, how to get it."""
+    from moelab.cli.doctor import report
+
+    if not report():
+        raise typer.Exit(1)
+
+
+def register(app: typer.Typer) -> None:
+    """Add these commands to `moelab`."""
+    app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(lab)
+    app.command()(browse)
+    app.command()(tensorboard)
+    app.command()(doctor)
