@@ -47,10 +47,14 @@ PLAN = Variable("MOELAB_PLAN", "File in which a notebook lists the runs that it 
 RENDEZVOUS = Variable("MOELAB_RENDEZVOUS", "File in which rank 0 says where its store listens.", "none", "moelab")
 HEARTBEAT = Variable("MOELAB_HEARTBEAT", "Folder in which each rank touches a file of its own.", "none", "moelab")
 LAUNCHER = Variable("MOELAB_LAUNCHER", "Process id of the launcher, when ranks are its children.", "none", "moelab")
-SLURM_DIR = Variable("MOELAB_SLURM_DIR", "Folder of the development cluster (slurm/local/cluster.sh).", "`.moelab/slurm`")
+SLURM_DIR = Variable(
+    "MOELAB_SLURM_DIR", "Folder of the development cluster (slurm/local/cluster.sh).", "`.moelab/slurm`"
+)
 SLURM_PORT = Variable("MOELAB_SLURM_PORT", "First port of the development cluster.", "17800")
 BROWSER = Variable("MOELAB_BROWSER", '"require": tests fail instead of being skipped without a browser.', "skip")
-SLURM = Variable("MOELAB_SLURM", '"require": tests fail instead of being skipped without the development cluster.', "skip")
+SLURM = Variable(
+    "MOELAB_SLURM", '"require": tests fail instead of being skipped without the development cluster.', "skip"
+)
 
 VARIABLES = (
     *(HOME, RESULTS, EXECUTOR, PROFILE, HANG_S, DEATH_S, STOP_S, COLLECTIVE_S),

@@ -19,9 +19,10 @@ def export_(
     to: Annotated[Path | None, typer.Option("--to", help="folder; default: results/runs")] = None,
 ) -> None:
     """Pack the numbers of finished runs, a zip each: spec, result, metrics, provenance, no weights."""
-    runs = records.finished(RunStore(), names or [])
+    store = RunStore()
+    runs = store.select(names or (), file="result.json")
     for run in runs:
-        records.write(run, to or records.folder())
+        records.write(store.at(run), to or records.folder())
     print(f"{len(runs)} runs packed into {to or records.folder()}")
 
 

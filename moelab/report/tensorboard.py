@@ -19,14 +19,10 @@ FOLLOW_S = 5.0
 
 def select(names: Sequence[str]) -> list[Path]:
     """The directories of the runs whose ids begin with one of `names`, all without; ValueError, one line, for a name that fits none."""
-    root = RunStore().root
-    every = sorted(p.parent for p in root.glob("*/spec.json"))
-    for name in names:
-        if not any(p.name.startswith(name) for p in every):
-            raise ValueError(f"no run begins with {name!r} in {root} ({len(every)} runs there)")
-    if not every:
-        raise ValueError(f"no runs in {root} yet; `moelab run` makes some")
-    return [p for p in every if not names or p.name.startswith(tuple(names))]
+    store = RunStore()
+    if not (found := store.select(names)):
+        raise ValueError(f"no runs in {store.root} yet; `moelab run` makes some")
+    return [store.root / run for run in found]
 
 
 class Events:

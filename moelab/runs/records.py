@@ -10,7 +10,6 @@ from __future__ import annotations
 import io
 import json
 import zipfile
-from collections.abc import Sequence
 from pathlib import Path
 
 from moelab import paths
@@ -78,13 +77,3 @@ def read(archive: Path, store: RunStore) -> Run | None:
     for name, data in content.items():
         write_bytes(run.path / name, data, durable=name == "result.json")
     return run
-
-
-def finished(store: RunStore, names: Sequence[str]) -> list[Run]:
-    """Return the finished runs whose ids begin with one of `names` (all without names). ValueError, one line, for a name that none begins with."""
-    known = [path.parent.name for path in sorted(store.root.glob("*/result.json"))]
-    for name in names:
-        if not any(run.startswith(name) for run in known):
-            raise ValueError(f"run {name!r}: no finished run begins so; {len(known)} are in {store.root}")
-    chosen = [run for run in known if not names or any(run.startswith(name) for name in names)]
-    return [store.at(run) for run in chosen]

@@ -14,6 +14,7 @@ process dies).
 from __future__ import annotations
 
 import difflib
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -128,7 +129,7 @@ class RunStore:
         self.root = root or paths.home() / "runs"
 
     def run(self, spec: RunSpec) -> Run:
-        """The run of a spec, its directory made and its spec written."""
+        """Return the run of a spec; make its directory and write its spec where they are missing."""
         run = Run(spec, self.root / spec.id)
         stored = read_json(run.path / "spec.json")
         if (
@@ -137,15 +138,32 @@ class RunStore:
             write_json(run.path / "spec.json", spec.to_json())
         return run
 
+    def ids(self, *, file: str = "spec.json") -> list[str]:
+        """Return the sorted ids of the runs that have `file`: "spec.json" for all, "result.json" for finished ones."""
+        return sorted(path.parent.name for path in self.root.glob(f"*/{file}"))
+
+    def select(self, names: Sequence[str] = (), *, file: str = "spec.json") -> list[str]:
+        """Return the ids of the runs that have `file` and begin with one of `names`; all of them without names.
+
+        Raises:
+            ValueError: one line: no run begins with one of the names.
+        """
+        known = self.ids(file=file)
+        for name in names:
+            if not any(run.startswith(name) for run in known):
+                kind = "finished run" if file == "result.json" else "run"
+                raise ValueError(f"run {name!r}: no {kind} begins so; {len(known)} are in {self.root}")
+        return [run for run in known if not names or run.startswith(tuple(names))]
+
     def find(self, name: str) -> Path:
-        """The directory of a run: its id, the beginning of one, or a directory itself (of a run or of an exported model).
+        """Return the directory of a run: its id, the beginning of one, or a directory itself (of a run or an exported model).
 
         Raises:
             ValueError: there is none, or several begin so; names those that are close.
         """
         if (path := Path(name).expanduser()).is_dir():
             return path
-        known = [path.parent.name for path in sorted(self.root.glob("*/spec.json"))]
+        known = self.ids()
         found = [name] if name in known else [run for run in known if name and run.startswith(name)]
         if len(found) == 1:
             return self.root / found[0]
@@ -159,10 +177,9 @@ class RunStore:
         )
 
     def at(self, name: str) -> Run:
-        """The run in the directory of that name."""
+        """Return the run in the directory of that name."""
         path = self.root / name / "spec.json"
         return Run(RunSpec.from_json(read_json(path), where=str(path)), path.parent)
 
-    def __iter__(self):
-        for path in sorted(self.root.glob("*/spec.json")):
-            yield self.at(path.parent.name)
+    def __iter__(self) -> Iterator[Run]:
+        return (self.at(run) for run in self.ids())
