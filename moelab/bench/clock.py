@@ -67,8 +67,6 @@ class Clock:
             finally:
                 self._book()
                 self._stack.pop()
-                if part == "experts" and self._stack[-1] == "dispatch":
-                    self._stack[-1] = "combine"  # what a flow does after its experts
 
         return run
 
@@ -81,12 +79,12 @@ class Clock:
                 self._replace(ffn, "forward", "feed-forward")
                 continue
             self._replace(ffn.experts, "forward", "experts")
-            self._replace(ffn, "flow", "dispatch")
+            self._replace(ffn.dispatcher, "dispatch", "dispatch")
+            self._replace(ffn.dispatcher, "combine", "combine")
             if ffn.mlp is not None:
                 self._replace(ffn.mlp, "forward", "feed-forward")
-            gate = (ffn, "route") if hasattr(ffn, "route") else (ffn.router, "forward")
-            self._replace(*gate, "gate")
-            setattr(*gate, self._counted(getattr(*gate)))
+            self._replace(ffn.router, "forward", "gate")
+            ffn.router.forward = self._counted(ffn.router.forward)
         self._replace(model, "head", "head")
 
     def detach(self) -> None:

@@ -12,9 +12,9 @@ from pathlib import Path
 
 import torch
 
-from moelab.bench import baseline
 from moelab.bench import harness as common
 from moelab.kernels import gate
+from moelab.models import baseline
 
 
 def _deepspeed(logits: torch.Tensor) -> dict[str, common.Candidate]:
@@ -49,9 +49,10 @@ def measure(tokens: int, experts: int, rounds: int, device: str) -> list[dict]:
         (g.weight_SK.sum() + g.aux_loss).backward()
 
     def masks():
-        aux_loss, combine_SEC, _ = baseline.mask_gate(logits, capacity)
+        g = baseline.mask_gate(logits, 1, capacity, seed=1)
+        _, combine_SEC = baseline.one_hot_masks(g, capacity, logits.dtype)
         logits.grad = None
-        (combine_SEC.sum() + aux_loss).backward()
+        (combine_SEC.sum() + g.aux_loss).backward()
 
     times = common.in_turns({"ours": ours, "masks (baseline)": masks, **_deepspeed(logits)}, rounds, device)
     floor = 3 * logits.numel() * 4 / common.copy_rate(device)

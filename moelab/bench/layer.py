@@ -16,9 +16,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from moelab.bench import baseline
 from moelab.bench import harness as common
 from moelab.kernels import combine, dispatch, expert_ffn, gate, row_table
+from moelab.models import baseline
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -49,10 +49,15 @@ def _ours(capacity_factor: float | None) -> Callable[[Layer, Tensor], tuple[Tens
     return form
 
 
-def _einsum(layer: Layer, x: Tensor) -> tuple[Tensor, Tensor]:
+def _einsum(layer: Layer, x: Tensor, capacity: int = 0) -> tuple[Tensor, Tensor]:
     logits = F.linear(x.float(), layer.wg.float())
-    capacity = max(4, math.ceil(len(x) / layer.experts))
-    return baseline.einsum_layer(x, logits, capacity, layer.w1, layer.b1, layer.w2, layer.b2)
+    capacity = capacity or max(4, math.ceil(len(x) / layer.experts))
+    g = baseline.mask_gate(logits, 1, capacity, seed=1)
+    dispatch_SEC, combine_SEC = baseline.one_hot_masks(g, capacity, x.dtype)
+    rows_ECM = baseline.einsum_dispatch(x, dispatch_SEC)
+    hidden_ECF = F.gelu(torch.baddbmm(layer.b1[:, None], rows_ECM, layer.w1), approximate="tanh")
+    rows_ECM = torch.baddbmm(layer.b2[:, None], hidden_ECF, layer.w2)
+    return baseline.einsum_combine(rows_ECM, combine_SEC), g.aux_loss
 
 
 def _loop(layer: Layer, x: Tensor) -> tuple[Tensor, Tensor]:

@@ -12,9 +12,9 @@ import math
 import torch
 from torch import Tensor
 
-from moelab.bench import baseline
 from moelab.bench import harness as common
 from moelab.kernels import combine, dispatch, gate, row_table
+from moelab.models import baseline
 
 PARTS = ("gate", "dispatch", "combine", "all three")
 OURS, BASELINE = "ours", "einsum (baseline)"
@@ -42,15 +42,19 @@ def ours(x_SM: Tensor, logits_SE: Tensor, capacity: int) -> dict[str, common.Can
 
 def masks(x_SM: Tensor, logits_SE: Tensor, capacity: int) -> dict[str, common.Candidate]:
     """The same of the baseline."""
-    _, combine_SEC, dispatch_SEC = baseline.mask_gate(logits_SE, capacity, random=False)
+
+    def gate_() -> tuple[Tensor, Tensor]:
+        return baseline.one_hot_masks(baseline.mask_gate(logits_SE, 1, capacity), capacity, x_SM.dtype)
+
+    dispatch_SEC, combine_SEC = gate_()
     rows_ECM = baseline.einsum_dispatch(x_SM, dispatch_SEC)
 
     def all_three() -> Tensor:
-        _, combine_SEC, dispatch_SEC = baseline.mask_gate(logits_SE, capacity, random=False)
+        dispatch_SEC, combine_SEC = gate_()
         return baseline.einsum_combine(baseline.einsum_dispatch(x_SM, dispatch_SEC), combine_SEC)
 
     calls = (
-        lambda: baseline.mask_gate(logits_SE, capacity, random=False),
+        gate_,
         lambda: baseline.einsum_dispatch(x_SM, dispatch_SEC),
         lambda: baseline.einsum_combine(rows_ECM, combine_SEC),
         all_three,

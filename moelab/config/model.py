@@ -13,6 +13,7 @@ import difflib
 import math
 import re
 from dataclasses import dataclass, field, replace
+from fractions import Fraction
 from typing import Any, Literal, Self
 
 from moelab.config._check import check as _check
@@ -94,8 +95,9 @@ class RoutingConfig:
         """Slots per expert for `tokens` tokens of one micro-batch, or None when routing is drop-free."""
         if not self.drop_tokens:
             return None
-        factor = self.capacity_factor if training else self.capacity_factor_eval
-        return max(math.ceil(tokens * top_k / experts * factor), self.min_capacity)
+        # Exact: in floating point 400 / 4 * 1.1 is above 110. The factor is the decimal number that was written.
+        factor = Fraction(str(self.capacity_factor if training else self.capacity_factor_eval))
+        return max(math.ceil(factor * tokens * top_k / experts), self.min_capacity)
 
 
 @dataclass(frozen=True)
@@ -305,8 +307,13 @@ class ModelConfig:
     def head_size(self) -> int:
         return self.hidden // self.heads
 
-    def _mlp(self) -> int:
+    def expert_parameters(self) -> int:
+        """Parameters of one expert; a dense feed-forward and the fixed branch of a residual layer have as many."""
         return 2 * self.hidden * self.ffn + self.ffn + self.hidden
+
+    def expert_bytes(self, dtype: str = "bf16") -> int:
+        """Bytes of one expert's weights in `dtype`: fp32, bf16 or fp16."""
+        return self.expert_parameters() * _itemsize(dtype)
 
     def _shared(self) -> int:
         """Parameters outside experts, gates and residual branches: embeddings, attention, norms, dense feed-forwards."""
@@ -314,12 +321,17 @@ class ModelConfig:
         attention = 4 * M * M + 4 * M
         norms = 4 * M
         dense_layers = self.layers - self.moe_layers
-        return (self.vocab + self.context) * M + self.layers * (attention + norms) + 2 * M + dense_layers * self._mlp()
+        return (
+            (self.vocab + self.context) * M
+            + self.layers * (attention + norms)
+            + 2 * M
+            + dense_layers * self.expert_parameters()
+        )
 
     def _per_moe_layer(self, experts: int, used: int) -> int:
         gate = self.hidden * experts
         mix = 2 * self.hidden + 2 if self.residual_mix == "learned" else 0
-        return gate + used * self._mlp() + (self._mlp() + mix if self.residual else 0)
+        return gate + used * self.expert_parameters() + (self.expert_parameters() + mix if self.residual else 0)
 
     def parameters(self) -> int:
         """Number of parameters; the tied embedding counts once. Equals the built model's exactly."""
@@ -347,8 +359,12 @@ class ModelConfig:
 
     def bytes(self, dtype: str = "bf16", *, active: bool = False) -> int:
         """Bytes of the weights (or of those one token uses) in `dtype`: fp32, bf16 or fp16."""
-        _check(dtype in DTYPE_BYTES, f"dtype must be one of {', '.join(DTYPE_BYTES)}, got {dtype!r}")
-        return (self.active_parameters() if active else self.parameters()) * DTYPE_BYTES[dtype]
+        return (self.active_parameters() if active else self.parameters()) * _itemsize(dtype)
+
+
+def _itemsize(dtype: str) -> int:
+    _check(dtype in DTYPE_BYTES, f"dtype must be one of {', '.join(DTYPE_BYTES)}, got {dtype!r}")
+    return DTYPE_BYTES[dtype]
 
 
 _PAPER_NAMES = [

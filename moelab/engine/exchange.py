@@ -1,4 +1,4 @@
-"""Tokens to the ranks of their experts and back (paper sections 5.2, 5.3): what stands in for `moelab.models.moe.local` on many ranks.
+"""Tokens to the ranks of their experts and back (paper sections 5.2, 5.3): the `LocalDispatch` of `moelab.models` on many ranks.
 
     x_SM -> rows by table -> all-to-all -> rows by expert -> experts -> all-to-all back -> weighted sums y_SM
 
@@ -22,17 +22,19 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
+from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
 from moelab import kernels
 from moelab.config.parallel import ParallelConfig
 from moelab.engine.collectives import Traffic, enter, exchange_rows, gather_rows, gather_shared, scatter_sum
 from moelab.engine.mesh import ExpertGroups, Group
 from moelab.kernels import RowTable
+from moelab.models.dispatch import Dispatch, Dispatched
 from moelab.models.routing import Routing
 
 
@@ -116,12 +118,30 @@ class Route:
         return np.concatenate([[0], self.arrived.sum((0, 1)).cumsum()]).astype(np.int32)
 
 
-class Exchange:
-    """Dispatch, experts and combine of one MoE layer over ranks; `config.exchange` says how tokens travel.
+class Trip(NamedTuple):
+    """The state of `Exchange`: how this call's rows came, so that their results go back the same way.
+
+    Attributes:
+        route: how many rows went where.
+        table, weight_SK: which row holds which token, and with which weight.
+        far_back: brings rows by node back into the near hop's order, and its inverse; None without a far hop.
+        expert_back: brings rows by expert back into order of arrival, and its inverse; None where the two orders are the same.
+    """
+
+    route: Route
+    table: RowTable
+    weight_SK: Tensor
+    far_back: tuple[Tensor, Tensor] | None
+    expert_back: tuple[Tensor, Tensor] | None
+
+
+class Exchange(Dispatch[Trip]):
+    """Dispatch and combine of one MoE layer over ranks; `config.exchange` says how tokens travel.
 
     Every rank of the layer's groups must call it equally often, and run backward through it equally often, whatever its tokens: none,
     none for some expert, all for one. Sizes are uneven and exact, nothing is padded; capacity or not is the gate's affair.
-    Row counts must be known to the host: on GPUs each call synchronises once.
+    Row counts must be known to the host: on GPUs each call synchronises once. With expert slicing the experts' outputs are partial
+    sums, which combine adds up.
 
     Args:
         groups: of this layer.
@@ -137,55 +157,52 @@ class Exchange:
         if config.hierarchical and groups.layout.nodes > 1:
             self._near, self._far = groups.near, groups.far
 
-    def __call__(self, x_SM: Tensor, routing: Routing, experts: nn.Module) -> Tensor:
-        """Like `moelab.models.moe.local`, for this rank's tokens.
+    def dispatch(self, x_SM: Tensor, routing: Routing) -> Dispatched[Trip]:
+        """Bring this rank's tokens to the ranks of their experts.
 
         Args:
             x_SM: this rank's tokens, S >= 0, S differing from rank to rank; within a share group (coordinated) the same tokens.
             routing: of these tokens over all E * X experts; in a share group the same.
-            experts: called with rows [R, M] of this rank's experts and offsets int32 [E + 1]. With expert slicing its results
-                are partial sums.
 
         Returns:
-            [S, M], x's dtype.
+            Rows of this rank's experts, which all ranks sent, and offsets int32 [E + 1].
         """
-        near, far, share, slices = self._near, self._far, self._share, self.groups.slices
+        far, share = self._far, self._share
         route = self._route(routing.kept_E)
-        device = x_SM.device
 
         def index(order: np.ndarray) -> Tensor:
-            return torch.from_numpy(order).to(device, non_blocking=True)
+            return torch.from_numpy(order).to(x_SM.device, non_blocking=True)
 
         table = kernels.row_table(routing, rows=int(route.kept.sum()))
         if far.size > 1 or share.size > 1:
             table = _reordered(table, index(route.outgoing_order))
         rows = enter(x_SM, share, "share", self.traffic)
         rows = kernels.dispatch(rows, table if share.size == 1 else _narrowed(table, *route.mine))
+        rows = exchange_rows(rows, *route.near, self._near, "dispatch", self.traffic)
+        far_back = expert_back = None
+        if far.size > 1:
+            rows, far_back = _reorder(rows, index(route.far_order))
+            rows = exchange_rows(rows, *route.far, far, "dispatch", self.traffic)
+        rows = gather_rows(rows, route.slice_sizes, self.groups.slices, "slices", self.traffic)
+        if _is_transposed(route.arrived):
+            rows, expert_back = _reorder(rows, index(route.expert_order))
+        return Dispatched(rows, index(route.offsets), Trip(route, table, routing.weight_SK, far_back, expert_back))
 
-        near_send, near_receive = route.near
-        far_send, far_receive = route.far
-        rows = exchange_rows(rows, near_send, near_receive, near, "dispatch", self.traffic)
-        if far.size > 1:
-            order = index(route.far_order)
-            back = _inverse(order)
-            rows = _Reorder.apply(rows, order, back)
-            rows = exchange_rows(rows, far_send, far_receive, far, "dispatch", self.traffic)
-        rows = gather_rows(rows, route.slice_sizes, slices, "slices", self.traffic)
-        by_expert = _is_transposed(route.arrived)
-        if by_expert:
-            expert_order = index(route.expert_order)
-            expert_back = _inverse(expert_order)
-            rows = _Reorder.apply(rows, expert_order, expert_back)
-        rows = experts(rows, index(route.offsets))
-        if by_expert:
-            rows = _Reorder.apply(rows, expert_back, expert_order)
-        rows = scatter_sum(rows, route.slice_sizes, slices, "slices", self.traffic)
-        if far.size > 1:
-            rows = exchange_rows(rows, far_receive, far_send, far, "combine", self.traffic)
-            rows = _Reorder.apply(rows, back, order)
-        rows = exchange_rows(rows, near_receive, near_send, near, "combine", self.traffic)
-        rows = gather_shared(rows, route.share_sizes, share, "share", self.traffic)
-        return kernels.combine(rows, table, routing.weight_SK)
+    def combine(self, rows_RM: Tensor, state: Trip) -> Tensor:
+        """Bring the outputs of this rank's experts back to their tokens' ranks: this rank's [S, M], in the rows' dtype."""
+        route, rows = state.route, rows_RM
+        if state.expert_back is not None:
+            rows = _Reorder.apply(rows, *state.expert_back)
+        rows = scatter_sum(rows, route.slice_sizes, self.groups.slices, "slices", self.traffic)
+        if state.far_back is not None:
+            rows = exchange_rows(rows, *reversed(route.far), self._far, "combine", self.traffic)
+            rows = _Reorder.apply(rows, *state.far_back)
+        rows = exchange_rows(rows, *reversed(route.near), self._near, "combine", self.traffic)
+        rows = gather_shared(rows, route.share_sizes, self._share, "share", self.traffic)
+        return kernels.combine(rows, state.table, state.weight_SK)
+
+    def reads_device(self, tokens: int) -> bool:
+        return True
 
     @torch.no_grad()
     def _route(self, kept_E: Tensor) -> Route:
@@ -226,10 +243,11 @@ def _is_transposed(arrived_WXE: np.ndarray) -> bool:
     return arrived_WXE.shape[2] > 1 and arrived_WXE.shape[0] * arrived_WXE.shape[1] > 1
 
 
-def _inverse(order: Tensor) -> Tensor:
-    out = torch.empty_like(order)
-    out[order] = torch.arange(len(order), device=order.device)
-    return out
+def _reorder(rows: Tensor, order: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    """rows[order], and the arguments with which `_Reorder` takes them back."""
+    back = torch.empty_like(order)
+    back[order] = torch.arange(len(order), device=order.device)
+    return _Reorder.apply(rows, order, back), (back, order)
 
 
 def _reordered(table: RowTable, order: Tensor) -> RowTable:

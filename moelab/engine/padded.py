@@ -10,15 +10,16 @@ from __future__ import annotations
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
 from moelab.engine.collectives import Traffic, exchange_rows, gather_rows, scatter_sum
 from moelab.engine.mesh import ExpertGroups
-from moelab.models.moe import masks
+from moelab.models.baseline import einsum_combine, einsum_dispatch, one_hot_masks
+from moelab.models.dispatch import Dispatch, Dispatched
 from moelab.models.routing import Routing
 
 
-class PaddedExchange:
+class PaddedExchange(Dispatch[Tensor]):
     """Stands in for `moelab.engine.exchange.Exchange` in baseline mode: the same results, by masks and padding, flat whatever the layout says.
 
     Args:
@@ -29,23 +30,33 @@ class PaddedExchange:
     def __init__(self, groups: ExpertGroups, traffic: Traffic | None = None) -> None:
         self.groups, self.traffic = groups, traffic
 
-    def __call__(self, x_SM: Tensor, routing: Routing, experts: nn.Module) -> Tensor:
-        """As `Exchange.__call__`."""
-        expert, slices = self.groups.expert, self.groups.slices
-        X, W, own, M = expert.size, slices.size, self.groups.layout.experts_per_rank, x_SM.shape[1]
+    def dispatch(self, x_SM: Tensor, routing: Routing) -> Dispatched[Tensor]:
+        """As `Exchange.dispatch`; the state is the combine mask."""
+        expert, slices, own = self.groups.expert, self.groups.slices, self.groups.layout.experts_per_rank
         C = self._capacity(routing.kept_E)
-        dispatch_SEC, combine_SEC = masks(routing, C, x_SM.dtype)
-        rows = torch.einsum("sec,sm->ecm", dispatch_SEC, x_SM).flatten(0, 1)  # by expert, so by rank
-        even = [own * C] * X
+        dispatch_SEC, combine_SEC = one_hot_masks(routing, C, x_SM.dtype)
+        rows = einsum_dispatch(x_SM, dispatch_SEC).flatten(0, 1)  # by expert, so by rank
+        even = [own * C] * expert.size
         rows = exchange_rows(rows, even, even, expert, "dispatch", self.traffic)
-        arrived = [len(rows)] * W
-        rows = gather_rows(rows, arrived, slices, "slices", self.traffic)
-        by_expert = rows.view(W * X, own, C, M).transpose(0, 1).reshape(-1, M)
-        offsets_E1 = torch.arange(own + 1, dtype=torch.int32, device=x_SM.device) * (W * X * C)
-        rows = experts(by_expert, offsets_E1).view(own, W * X, C, M).transpose(0, 1).reshape(-1, M)
-        rows = scatter_sum(rows, arrived, slices, "slices", self.traffic)
+        rows = gather_rows(rows, [len(rows)] * slices.size, slices, "slices", self.traffic)
+        sources = slices.size * expert.size
+        rows = rows.view(sources, own, C, -1).transpose(0, 1).reshape(own * sources * C, -1)
+        offsets_E1 = torch.arange(own + 1, dtype=torch.int32, device=x_SM.device) * (sources * C)
+        return Dispatched(rows, offsets_E1, combine_SEC)
+
+    def combine(self, rows_RM: Tensor, state: Tensor) -> Tensor:
+        """As `Exchange.combine`."""
+        expert, slices, own = self.groups.expert, self.groups.slices, self.groups.layout.experts_per_rank
+        _, E, C = state.shape
+        sources = slices.size * expert.size
+        rows = rows_RM.view(own, sources, C, -1).transpose(0, 1).reshape(len(rows_RM), -1)
+        rows = scatter_sum(rows, [E * C] * slices.size, slices, "slices", self.traffic)
+        even = [own * C] * expert.size
         rows = exchange_rows(rows, even, even, expert, "combine", self.traffic)
-        return torch.einsum("sec,ecm->sm", combine_SEC, rows.view(X * own, C, M))
+        return einsum_combine(rows.view(E, C, -1), state)
+
+    def reads_device(self, tokens: int) -> bool:
+        return True
 
     def _capacity(self, kept_E: Tensor) -> int:
         """C: the busiest expert's load on any of the ranks, at least 1."""

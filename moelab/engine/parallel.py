@@ -1,7 +1,7 @@
 """A model's part on one rank: `build(config, seed, mesh)` instead of `moelab.models.build`.
 
 The model file stays as it is. Here its linear layers are replaced by sliced ones, its experts by this rank's experts, and the
-`flow` of each MoE layer by an exchange. Each parameter gets a `Placement`, which is all that gradients, norms and checkpoints need to know.
+dispatch of each MoE layer by an exchange. Each parameter gets a `Placement`, which is all that gradients, norms and checkpoints need to know.
 Initial weights are those of the model on one rank.
 """
 
@@ -19,10 +19,13 @@ from torch.utils.checkpoint import checkpoint
 
 from moelab import kernels
 from moelab.config import ModelConfig
+from moelab.config.parallel import ParallelConfig
 from moelab.engine.exchange import Exchange
 from moelab.engine.mesh import ExpertGroups, Mesh
+from moelab.engine.padded import PaddedExchange
 from moelab.engine.placement import Placement
 from moelab.engine.tensor_slicing import ColumnLinear, RowLinear
+from moelab.models.dispatch import Dispatch
 from moelab.models.gpt import GPT, initial_weight
 from moelab.models.moe import MLP, Experts, MoE
 
@@ -97,9 +100,15 @@ def _slice_block(block: nn.Module, config: ModelConfig, mesh: Mesh) -> None:
         groups = mesh.experts(block.ffn.router.experts)
         if _spread(groups):
             block.ffn.experts = SlicedExperts(config, groups)
-            block.ffn.flow = Exchange(groups, mesh.config)
+            block.ffn.set_dispatch(config.dispatch, functools.partial(make_dispatch, groups=groups, config=mesh.config))
         if mesh.data.size > 1 and config.routing.aux_scope == "step":
             block.ffn.router.pool = functools.partial(_mean, mesh=mesh)
+
+
+def make_dispatch(name: str, static_tokens: int = 0, *, groups: ExpertGroups, config: ParallelConfig) -> Dispatch:
+    """The `moelab.models.dispatch.DispatchFactory` of a layer whose experts are spread over `groups`: "local" names the exchange that
+    `config` describes, "einsum" the baseline's, which always reads the device."""
+    return Exchange(groups, config) if name == "local" else PaddedExchange(groups)
 
 
 def _spread(groups: ExpertGroups) -> bool:

@@ -126,13 +126,13 @@ def work(scale: str) -> float:
     import torch
     from torch.utils.flop_counter import FlopCounterMode
 
-    from moelab.bench.baseline import einsum_dispatch
+    from moelab.models.baseline import einsum_dispatch
 
     s = SHAPES[scale]
     S, E, M = s.tokens[-1], s.experts[-1], s.hidden
     slots = -(-S // E)
     with FlopCounterMode(display=False) as counter:
-        einsum_dispatch(torch.zeros(S, M), torch.zeros(S, E, slots, dtype=torch.bool))
+        einsum_dispatch(torch.zeros(S, M), torch.zeros(S, E, slots))
     return counter.get_total_flops() / 2 / (S * M)
 
 

@@ -23,8 +23,10 @@ from torch import Tensor
 
 from moelab.engine.mesh import Mesh
 from moelab.inference.cache import KVCache
+from moelab.inference.modes import STATIC_TOKENS
 from moelab.inference.sampling import Sampling, choose, uniforms
 from moelab.models import GPT
+from moelab.models.moe import MoE
 
 Finish = Literal["stop", "length", "context"]
 """Why a sequence ended: a stop token, `max_new_tokens`, or the context is full."""
@@ -71,10 +73,11 @@ class Generator:
         length: longest sequence, prompt and output; 0 is the model's context. Decides the cache's memory.
         mesh: the ranks; None is this process alone.
         static: decode with equal shapes and all state on the device (see `moelab.inference.cache`), on CUDA replayed as a graph. None is:
-            on CUDA, and not with expert parallelism, whose message sizes the host must know.
+            on CUDA, where the host need not know a number: not with expert parallelism (message sizes), nor in baseline mode with more
+            sequences than `moelab.inference.modes.STATIC_TOKENS` (the busiest expert's load).
 
     Raises:
-        ValueError: batch or length make no sense, or static with expert parallelism.
+        ValueError: batch or length make no sense, or static where the host must know a number.
     """
 
     def __init__(
@@ -87,11 +90,19 @@ class Generator:
             raise ValueError(f"generate: length must be at most the model's context of {context}, got {length}")
         weight = model.token_embedding.weight
         self.model, self.mesh = model.eval(), mesh if mesh is not None and mesh.world.size > 1 else None
-        self.static = weight.device.type == "cuda" and self.mesh is None if static is None else static
+        cuda = weight.device.type == "cuda"
+        dispatchers = [block.ffn.dispatcher for block in model.blocks if isinstance(block.ffn, MoE)]
+        reads = any(dispatcher.reads_device(batch) for dispatcher in dispatchers)
+        self.static = cuda and self.mesh is None and not reads if static is None else static
         if self.static and self.mesh is not None:
             raise ValueError("generate: static decoding is for one rank, this is one of several")
+        if self.static and cuda and reads:
+            raise ValueError(
+                f"generate: static decoding in baseline mode takes at most {STATIC_TOKENS} sequences, got {batch}"
+            )
         self.cache = KVCache(model, batch, length or context, weight.dtype, weight.device)
         self._step: _StaticStep | None = None
+        self._newest: object = None  # the stream that the cache belongs to
 
     def generate(
         self,
@@ -115,16 +126,29 @@ class Generator:
     def stream(self, prompts: Sequence[Sequence[int]], sampling: Sampling | None = None) -> Iterator[Piece]:
         """Tokens as they come: of the sequences alive one each in turn.
 
+        A generator has one cache, so one stream at a time: beginning one ends those that began before it.
+
         Raises:
             ValueError: a prompt is empty, too long, or has an id the model does not know; at the call, before anything runs.
+            RuntimeError: a stream is read on after a later one has begun.
         """
         sampling = sampling or Sampling()
         prompts = [tuple(int(t) for t in p) for p in prompts]
         self._check(prompts)
-        draws = uniforms(sampling.seed, prompts, 0 if sampling.greedy else sampling.max_new_tokens).tolist()
+        room = self.cache.length - min(map(len, prompts), default=0)  # the most that any of them can continue
+        count = 0 if sampling.greedy else min(sampling.max_new_tokens, room)
+        draws = uniforms(sampling.seed, prompts, count).tolist()
         data, ranks = (self.mesh.data.index, self.mesh.data.size) if self.mesh is not None else (0, 1)
         queue = deque(_Sequence(i, prompts[i], draws[i]) for i in range(data, len(prompts), ranks))
-        return (self._stream_static if self.static else self._stream)(queue, sampling)
+        return self._alone((self._stream_static if self.static else self._stream)(queue, sampling))
+
+    def _alone(self, pieces: Iterator[Piece]) -> Iterator[Piece]:
+        """The pieces of a stream, as long as none begins after it."""
+        mine = self._newest = object()
+        for piece in pieces:
+            yield piece
+            if self._newest is not mine:
+                raise RuntimeError("generate: this stream ended when a later one of the same generator began")
 
     def _check(self, prompts: list[tuple[int, ...]]) -> None:
         vocab, length = self.model.config.vocab, self.cache.length
@@ -246,7 +270,8 @@ class _StaticStep:
         B, device = cache.slots, cache.device
         self.tokens_B1 = torch.zeros(B, 1, dtype=torch.long, device=device)
         self.positions_B, self.count_B1 = torch.zeros_like(self.tokens_B1[:, 0]), torch.zeros_like(self.tokens_B1)
-        self.draws_BN = torch.zeros(B, sampling.max_new_tokens, dtype=torch.float64, device=device)
+        draws = min(sampling.max_new_tokens, cache.length)
+        self.draws_BN = torch.zeros(B, draws, dtype=torch.float64, device=device)
         self.graph: torch.cuda.CUDAGraph | None = None
 
     def place(self, slot: int, sequence: _Sequence) -> None:
@@ -257,7 +282,7 @@ class _StaticStep:
             1,
         )
         if sequence.draws:
-            self.draws_BN[slot] = torch.tensor(sequence.draws, dtype=torch.float64)
+            self.draws_BN[slot, : len(sequence.draws)] = torch.tensor(sequence.draws, dtype=torch.float64)
 
     @torch.inference_mode()
     def compute(self) -> None:

@@ -2,9 +2,9 @@
 
     x_SM -> Router -> Routing -> dispatch -> experts -> combine -> y_SM (+ residual mix)
 
-Read from `MoE` at the end. Dispatch brings tokens into expert order, combine brings the experts' outputs back and weighs them.
-Two ways to do it, the same results: `local` copies rows by table (`moelab.kernels`), `einsum` is the paper's PyTorch baseline, kept
-because experiments compare with it.
+Read from `MoE` at the end. `routing.py` has the router, `dispatch.py` the ways to the experts and back, `baseline.py` the paper's
+PyTorch baseline. Inference and the engine replace parts of a built layer (router, experts, mix) by modules with the same call, and its
+dispatch by `MoE.set_dispatch`.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from moelab import kernels
 from moelab.config import ModelConfig
+from moelab.models.dispatch import Dispatch, DispatchFactory, make_dispatch
 from moelab.models.routing import Router, Routing
 
 
@@ -46,34 +47,16 @@ class Experts(nn.Module):
         return kernels.expert_ffn(rows_RM, offsets_E1, *weights)
 
 
-def local(x_SM: Tensor, routing: Routing, experts: Experts) -> Tensor:
-    """Dispatch, experts and combine by table: every kept token is copied once there and once back, S * K * M each."""
-    table = kernels.row_table(routing)
-    rows_RM = experts(kernels.dispatch(x_SM, table), table.offsets_E1)
-    return kernels.combine(rows_RM, table, routing.weight_SK)
+class Mix(nn.Linear):
+    """The residual form's learned mix: a softmax over two coefficients for each token, the first on the routed branch."""
 
+    def __init__(self, hidden: int) -> None:
+        super().__init__(hidden, 2)
 
-def einsum(x_SM: Tensor, routing: Routing, experts: Experts) -> Tensor:
-    """The baseline: one-hot masks [S, E, C] and two products of S * E * C * M multiply-adds, nearly all with zeros (GShard)."""
-    E = len(routing.kept_E)
-    capacity = max(int(routing.kept_E.max()), 1)
-    dispatch_SEC, combine_SEC = masks(routing, capacity, x_SM.dtype)
-    rows_ECM = torch.einsum("sec,sm->ecm", dispatch_SEC, x_SM)
-    offsets_E1 = torch.arange(E + 1, dtype=torch.int32, device=x_SM.device) * capacity
-    rows_ECM = experts(rows_ECM.flatten(0, 1), offsets_E1).view(E, capacity, -1)
-    return torch.einsum("sec,ecm->sm", combine_SEC, rows_ECM)
-
-
-def masks(routing: Routing, capacity: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """[S, E, C] twice: 1 where a token has a slot of an expert, and the weight that the slot's result gets. C is at least the busiest expert's load."""
-    kept_SK = routing.slot_SK >= 0
-    expert_SKE = F.one_hot(routing.expert_SK.long(), len(routing.kept_E)).to(dtype)
-    slot_SKC = F.one_hot(routing.slot_SK.long().clamp(min=0), capacity).to(dtype) * kept_SK[:, :, None]
-    combine_SEC = torch.einsum("sk,ske,skc->sec", routing.weight_SK.to(dtype), expert_SKE, slot_SKC)
-    return torch.einsum("ske,skc->sec", expert_SKE, slot_SKC), combine_SEC
-
-
-DISPATCH = {"local": local, "einsum": einsum}
+    def forward(self, routed_SM: Tensor, fixed_SM: Tensor, x_SM: Tensor) -> Tensor:
+        """Return the branches' weighted sum, [S, M]; the coefficients are computed from the layer's input `x_SM`."""
+        weight, bias = self.weight.to(x_SM.dtype), self.bias.to(x_SM.dtype)
+        return kernels.residual_mix(routed_SM, fixed_SM, x_SM, weight, bias)
 
 
 class MoE(nn.Module):
@@ -88,8 +71,21 @@ class MoE(nn.Module):
         self.router = Router(config.hidden, experts, config.top_k, config.routing)
         self.experts = Experts(experts, config.hidden, config.ffn)
         self.mlp = MLP(config.hidden, config.ffn) if config.residual else None
-        self.mix = nn.Linear(config.hidden, 2) if config.residual and config.residual_mix == "learned" else None
-        self.flow = DISPATCH[config.dispatch]  # the engine puts its exchange here
+        self.mix = Mix(config.hidden) if config.residual and config.residual_mix == "learned" else None
+        self.set_dispatch(config.dispatch, make_dispatch)
+
+    def set_dispatch(self, name: str, factory: DispatchFactory | None = None, static_tokens: int = 0) -> None:
+        """Choose the way to the experts and back; the layer computes the same by any.
+
+        Args:
+            name: as `ModelConfig.dispatch`.
+            factory: makes the dispatch, now and at later calls of this method that give none. The engine gives one whose dispatches know
+                where the experts are; by default all are in this process.
+            static_tokens: see `moelab.models.dispatch.EinsumDispatch`.
+        """
+        if factory is not None:
+            self._factory = factory
+        self.dispatcher: Dispatch = self._factory(name, static_tokens)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Routing]:
         """x [..., M] -> (y [..., M], how it was routed); S is the product of the leading dims."""
@@ -97,8 +93,8 @@ class MoE(nn.Module):
         routing = self.router(x_SM)
         if torch.is_autocast_enabled(x.device.type):  # our kernels compute in their input's dtype
             x_SM = x_SM.to(torch.get_autocast_dtype(x.device.type))
-        y_SM = self.flow(x_SM, routing, self.experts)
+        y_SM = self.dispatcher(x_SM, routing, self.experts)
         if self.mlp is not None:
-            mix = (x_SM, self.mix.weight.to(x_SM.dtype), self.mix.bias.to(x_SM.dtype)) if self.mix is not None else ()
-            y_SM = kernels.residual_mix(y_SM, self.mlp(x_SM), *mix)
+            fixed_SM = self.mlp(x_SM)
+            y_SM = y_SM + fixed_SM if self.mix is None else self.mix(y_SM, fixed_SM, x_SM)
         return y_SM.view_as(x), routing

@@ -1,10 +1,12 @@
 """The router: which expert takes which token, at which slot, with which weight (paper section 4, GShard, Switch).
 
-    x_SM -> logits_SE -> gate -> Routing
+    x_SM -> scores -> logits_SE -> noise, capacity, gate -> Routing
 
 `Routing` is data (`moelab.kernels.Gate`: expert ids, slots, weights, counts, losses). It is made once a layer and everything
 downstream (dispatch, combine, losses, metrics) only reads it. Routing is fp32 whatever the activations are. Letters as in
 `moelab.config`.
+
+To add a noise: write a function of the logits here, enter it in `NOISE`, and add its name to `RoutingConfig.choice_noise`.
 """
 
 from __future__ import annotations
@@ -15,17 +17,35 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from moelab import kernels
 from moelab.config import RoutingConfig
 from moelab.kernels import Gate as Routing
-from moelab.kernels import gate
+
+
+def gumbel(logits_SE: Tensor) -> Tensor:
+    """Add Gumbel noise to all logits, so that experts are sampled in proportion to their probabilities."""
+    return logits_SE - torch.empty_like(logits_SE).exponential_().clamp_(min=1e-20).log_()
+
+
+def gumbel_second(logits_SE: Tensor) -> Tensor:
+    """Add Gumbel noise to all logits but the best one's, which stays the first choice."""
+    choice_SE = gumbel(logits_SE)
+    return choice_SE.scatter_(1, logits_SE.argmax(1, keepdim=True), torch.inf) if len(logits_SE) else choice_SE
+
+
+NOISE: dict[str, Callable[[Tensor], Tensor]] = {"gumbel": gumbel, "gumbel_second": gumbel_second}
+"""`RoutingConfig.choice_noise` -> the logits that decide the choice of experts, from the gate's own; "none" needs no entry."""
 
 
 class Router(nn.Module):
     """The gate of one MoE layer: a linear map M -> E without bias, and `RoutingConfig`'s rules.
 
     Attributes:
+        gate: computes the routing from logits and rules, by default `moelab.kernels.gate`.
         pool: averages a tensor over the data ranks; the engine sets it when `aux_scope` is "step" and there are several.
     """
+
+    gate = staticmethod(kernels.gate)
 
     def __init__(self, hidden: int, experts: int, top_k: int, config: RoutingConfig) -> None:
         super().__init__()
@@ -34,32 +54,34 @@ class Router(nn.Module):
         self.pool: Callable[[Tensor], Tensor] | None = None
 
     def forward(self, x_SM: Tensor) -> Routing:
-        """Route S tokens; noise only in training mode."""
-        cfg = self.config
+        """Route S tokens by their activations; noise only in training mode."""
         with torch.autocast(x_SM.device.type, enabled=False):
-            x = x_SM.float()
-            if self.training and cfg.input_jitter:
-                x = x * torch.empty_like(x).uniform_(1 - cfg.input_jitter, 1 + cfg.input_jitter)
-            logits_SE = F.linear(x, self.weight.float())
-            choice_SE = None
-            if self.training and cfg.choice_noise != "none":
-                noise = torch.empty_like(logits_SE).exponential_().clamp_(min=1e-20).log_()
-                choice_SE = logits_SE.detach() - noise
-                if cfg.choice_noise == "gumbel_second" and len(x):
-                    choice_SE.scatter_(1, logits_SE.detach().argmax(1, keepdim=True), torch.inf)
-            seed = None
-            if cfg.drop_tokens and cfg.random_token_selection:
-                # Training draws from torch's CPU generator, which the loop seeds at each step; evaluation is always the same.
-                seed = int(torch.randint(2**31, ())) if self.training else 0
-            normalize = self.top_k > 1 if cfg.normalize_weights is None else cfg.normalize_weights
-            capacity = cfg.capacity(len(x_SM), self.experts, self.top_k, self.training)
-            routing = gate(logits_SE, self.top_k, capacity, seed=seed, normalize=normalize, choice_logits_SE=choice_SE)
-            if self.training and self.pool is not None:
-                # Only the probabilities carry a gradient, so each rank's own mean with everyone's shares averages to the whole.
-                share_E = self.pool(torch.bincount(routing.expert_SK[:, 0], minlength=self.experts) / len(x_SM))
-                aux_loss = self.experts * (logits_SE.softmax(1).mean(0) * share_E).sum()
-                routing = routing._replace(aux_loss=aux_loss)
-            return routing
+            return self.route(self.scores(x_SM.float()))
+
+    def scores(self, x_SM: Tensor) -> Tensor:
+        """Return the logits [S, E] of fp32 activations."""
+        if self.training and (jitter := self.config.input_jitter):
+            x_SM = x_SM * torch.empty_like(x_SM).uniform_(1 - jitter, 1 + jitter)
+        return F.linear(x_SM, self.weight.float())
+
+    def route(self, logits_SE: Tensor) -> Routing:
+        """Route S tokens by their fp32 logits, by all of `RoutingConfig`'s rules; noise only in training mode."""
+        cfg, S = self.config, len(logits_SE)
+        noisy = self.training and cfg.choice_noise != "none"
+        choice_SE = NOISE[cfg.choice_noise](logits_SE.detach()) if noisy else None
+        seed = None
+        if cfg.drop_tokens and cfg.random_token_selection:
+            # Training draws from torch's CPU generator, which the loop seeds at each step; evaluation is always the same.
+            seed = int(torch.randint(2**31, ())) if self.training else 0
+        normalize = self.top_k > 1 if cfg.normalize_weights is None else cfg.normalize_weights
+        capacity = cfg.capacity(S, self.experts, self.top_k, self.training)
+        routing = self.gate(logits_SE, self.top_k, capacity, seed=seed, normalize=normalize, choice_logits_SE=choice_SE)
+        if self.training and self.pool is not None:
+            # Only the probabilities carry a gradient, so each rank's own mean with everyone's shares averages to the whole.
+            share_E = self.pool(torch.bincount(routing.expert_SK[:, 0], minlength=self.experts) / S)
+            aux_loss = self.experts * (logits_SE.softmax(1).mean(0) * share_E).sum()
+            routing = routing._replace(aux_loss=aux_loss)
+        return routing
 
 
-__all__ = ["Router", "Routing"]
+__all__ = ["NOISE", "Router", "Routing"]

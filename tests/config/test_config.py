@@ -141,6 +141,17 @@ def test_twins_keep_the_shape_rule():
     assert twin.init_std == pytest.approx(0.014 * 4)  # 1 / sqrt(hidden)
 
 
+@pytest.mark.parametrize("hundredths", range(5, 405, 5))
+def test_capacity_is_exact(hundredths):
+    """Against integers: ceil(S K / E * factor), where floating point is one too high at 400 / 4 * 1.1 = 110."""
+    routing = RoutingConfig(capacity_factor=hundredths / 100, capacity_factor_eval=hundredths / 100, min_capacity=1)
+    for tokens in (1, 7, 100, 400, 1000, 8192):
+        for experts in (2, 3, 4, 10, 128):
+            for top_k in (1, 2):
+                exact = -(-tokens * top_k * hundredths // (100 * experts))
+                assert routing.capacity(tokens, experts, top_k, training=hundredths % 2 == 0) == exact
+
+
 def test_capacity_is_the_papers():
     routing = RoutingConfig()
     assert routing.capacity(8192, 128, 1, training=True) == 64  # micro-batch of the 350M runs

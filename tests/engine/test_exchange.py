@@ -1,4 +1,4 @@
-"""The exchanges on real processes against `local` on the same arrays."""
+"""The exchanges on real processes against `LocalDispatch` on the same arrays."""
 
 import functools
 import random
@@ -15,7 +15,8 @@ from moelab.config.parallel import ParallelConfig
 from moelab.engine.collectives import Sent, Traffic
 from moelab.engine.exchange import Exchange
 from moelab.engine.mesh import Mesh
-from moelab.models.moe import Experts, local
+from moelab.models.dispatch import LocalDispatch
+from moelab.models.moe import Experts
 
 pytestmark = pytest.mark.multiprocess
 M, F = 6, 8
@@ -111,13 +112,13 @@ def route(case, logits):
 
 
 def run_case(case):
-    """Differences to `local`: y, gradients of x and logits (this rank's), gradient of the experts; with the traffic."""
+    """Differences to `LocalDispatch`: y, gradients of x and logits (this rank's), gradient of the experts; with the traffic."""
     mesh = mesh_of(case.parallel, case.experts)
     groups = mesh.experts(case.experts)
     reference = whole_experts(case)
     for d in range(case.parallel.data):
         x, logits, dy = tokens_of(case, d)
-        y = local(x, route(case, logits), reference)
+        y = LocalDispatch()(x, route(case, logits), reference)
         y.backward(dy)
         if d == mesh.data.index:
             expected = y.detach(), x.grad, logits.grad

@@ -9,7 +9,7 @@ from moelab.config.parallel import ParallelConfig
 from moelab.engine.collectives import Traffic
 from moelab.engine.exchange import Exchange
 from moelab.engine.threads import World, traffic
-from moelab.models.moe import local
+from moelab.models.dispatch import LocalDispatch
 
 M = 2
 
@@ -37,7 +37,7 @@ def data(config, experts, rank, even):
 
 
 def run(config, experts, even):
-    """Every rank's traffic, its results having been compared with `local`."""
+    """Every rank's traffic, its results having been compared with `LocalDispatch`."""
     world = World(config, experts)
     whole = Scale(0, experts)
 
@@ -52,7 +52,7 @@ def run(config, experts, even):
     results = world.run(rank_)
     for d in range(config.data):
         x, logits, dy = data(config, experts, d * config.tensor, even)
-        y = local(x, kernels.gate(logits, 1), whole)
+        y = LocalDispatch()(x, kernels.gate(logits, 1), whole)
         y.backward(dy)
         for found in results[d * config.tensor : (d + 1) * config.tensor]:
             for a, b in zip(found, (y, x.grad, logits.grad), strict=False):

@@ -7,7 +7,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from moelab.config import RoutingConfig
-from moelab.inference import Generator, Sampling, set_mode
+from moelab.inference import Generator, Sampling, frozen, set_mode
 
 GREEDY = Sampling(max_new_tokens=8, temperature=0)
 
@@ -51,7 +51,18 @@ def test_static_decoding_equals_the_full_forward_pass(kind, prompts, make):
 
 
 def test_the_batch_changes_no_bit_of_a_sequence(kind, prompts, make):
-    """On CPU, packed: a row's products have the same bits in any company, attention and draws are per sequence."""
+    """On CPU, frozen: a row's products have the same bits in any company, attention and draws are per sequence."""
+    assert_same_bits(kind, prompts, make)
+
+
+@pytest.mark.parametrize("pack_from", [0, 1 << 40], ids=["all packed", "none packed"])
+@pytest.mark.parametrize("hidden", [32, 192])
+def test_packed_or_not_the_batch_changes_no_bit(pack_from, hidden, kinds, prompts, make, monkeypatch):
+    monkeypatch.setattr(frozen, "PACK_FROM", pack_from)
+    assert_same_bits(replace(kinds["PR-MoE"], hidden=hidden), prompts, make)
+
+
+def assert_same_bits(kind, prompts, make):
     sampling = Sampling(max_new_tokens=6, temperature=0.8, top_k=40, top_p=0.95, seed=3)
     model = set_mode(make(kind))
     together = Recorder(model, batch=7)
@@ -118,6 +129,27 @@ def test_streaming_gives_the_same_tokens_as_they_come(prompts, kinds, make):
     first = next(iter(generator.stream(prompts, GREEDY)))
     assert first.token == found[first.prompt].tokens[0]
     assert generator.generate(prompts, GREEDY) == found, "a stream that was left half-way leaves nothing behind"
+
+
+def test_a_stream_ends_when_a_later_one_begins(prompts, kinds, make):
+    """Both would write into one cache."""
+    generator = Generator(set_mode(make(kinds["MoE"])), batch=2)
+    expected = generator.generate(prompts[:2], GREEDY)
+    older, newer = generator.stream(prompts, GREEDY), generator.stream(prompts[:2], GREEDY)
+    next(older)
+    next(older)
+    pieces = [next(newer)]
+    with pytest.raises(RuntimeError, match="ended when a later one of the same generator began"):
+        next(older)
+    pieces += newer
+    assert [tuple(p.token for p in pieces if p.prompt == i) for i in range(2)] == [c.tokens for c in expected]
+
+
+@pytest.mark.parametrize("static", [False, True])
+def test_more_tokens_than_the_context_holds_cost_nothing(static, prompts, kinds, make):
+    generator = Generator(set_mode(make(kinds["dense"])), batch=3, static=static)
+    found = [generator.generate(prompts, Sampling(max_new_tokens=n, temperature=0.9)) for n in (48, 10**15)]
+    assert found[0] == found[1] and all(c.finish == "context" for c in found[1])
 
 
 def test_capacity_on_request(prompts, kinds, make):

@@ -1,0 +1,70 @@
+"""The baseline's gate against the kernels' gate: the same choices, slots, weights, losses and gradients."""
+
+import pytest
+import torch
+from moelab.kernels import gate
+
+from moelab.config import RoutingConfig
+from moelab.models.baseline import MaskRouter, mask_gate, one_hot_masks
+from moelab.models.routing import Router
+
+
+def assert_same(found, expected):
+    for name in ("expert_SK", "slot_SK", "load_E", "kept_E"):
+        a, b = getattr(found, name), getattr(expected, name)
+        assert a.dtype == b.dtype and torch.equal(a, b), name
+    for name in ("weight_SK", "aux_loss", "z_loss"):
+        torch.testing.assert_close(getattr(found, name), getattr(expected, name))
+
+
+@pytest.mark.parametrize("rules", [{}, {"seed": 3}, {"normalize": True}, {"seed": 3, "normalize": True}], ids=str)
+@pytest.mark.parametrize("capacity", [None, 1, 5, 1000])
+@pytest.mark.parametrize("top_k", [1, 2, 3])
+@pytest.mark.parametrize("tokens", [0, 1, 7, 67])
+def test_mask_gate_equals_the_kernels_gate(tokens, top_k, capacity, rules):
+    generator = torch.Generator().manual_seed(tokens)
+    logits, noisy = (torch.randn(tokens, 5, generator=generator) for _ in range(2))
+    for choice in (None, noisy):
+        grads = []
+        for function in (mask_gate, gate):
+            leaf = logits.clone().requires_grad_()
+            routing = function(leaf, top_k, capacity, choice_logits_SE=choice, **rules)
+            weights = torch.linspace(-1, 1, tokens * top_k).view(tokens, top_k)
+            ((routing.weight_SK * weights).sum() + routing.aux_loss + routing.z_loss).backward()
+            grads.append((routing, leaf.grad))
+        assert_same(grads[0][0], grads[1][0])
+        torch.testing.assert_close(grads[0][1], grads[1][1])
+
+
+def test_ties_and_all_tokens_to_one_expert():
+    logits = torch.zeros(9, 4)
+    for capacity, seed in ((None, None), (3, None), (3, 7)):
+        assert_same(mask_gate(logits, 2, capacity, seed=seed), gate(logits, 2, capacity, seed=seed))
+
+
+def test_masks_hold_what_the_routing_says():
+    routing = gate(torch.randn(13, 4, generator=torch.Generator().manual_seed(0)), 2, 3)
+    dispatch_SEC, combine_SEC = one_hot_masks(routing, 3, torch.float32)
+    expected = torch.zeros(2, 13, 4, 3)
+    for s in range(13):
+        for k in range(2):
+            if (c := routing.slot_SK[s, k]) >= 0:
+                expected[0, s, routing.expert_SK[s, k], c] = 1
+                expected[1, s, routing.expert_SK[s, k], c] = routing.weight_SK[s, k]
+    assert 0 < dispatch_SEC.sum() < 26, "some are dropped"
+    assert torch.equal(dispatch_SEC, expected[0]) and torch.equal(combine_SEC, expected[1])
+
+
+@pytest.mark.parametrize(
+    "routing", [RoutingConfig(), RoutingConfig(choice_noise="gumbel", input_jitter=0.01, aux_scope="step")]
+)
+def test_a_mask_router_follows_the_rules_of_the_router_it_replaces(routing):
+    router = Router(8, 4, 2, routing)
+    torch.nn.init.normal_(router.weight)
+    router.pool = lambda share: share / 2
+    x, found = torch.randn(40, 8), []
+    for module in (router, MaskRouter(router)):
+        torch.manual_seed(1)
+        found.append(module(x))
+    assert_same(*found)
+    assert [n for n, _ in MaskRouter(router).named_parameters()] == ["weight"]

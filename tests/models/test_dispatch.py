@@ -1,0 +1,80 @@
+"""The ways to the experts and back on hand-written arrays, and what a layer does with them."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from moelab.kernels import gate
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from moelab.config import ModelConfig, RoutingConfig
+from moelab.models.baseline import mask_gate
+from moelab.models.dispatch import DISPATCH, EinsumDispatch, LocalDispatch, make_dispatch
+from moelab.models.moe import MoE
+
+CONFIG = ModelConfig(
+    layers=2, hidden=12, heads=1, experts=(0, 5), vocab=16, context=16, routing=RoutingConfig(drop_tokens=False)
+)
+WAYS = [LocalDispatch(), EinsumDispatch(), EinsumDispatch(static_tokens=100)]
+
+
+@pytest.mark.parametrize("way", WAYS, ids=["local", "einsum", "einsum, static"])
+def test_rows_lie_in_expert_order_and_come_back_weighted(way):
+    """Three tokens: the second to expert 2, the others to expert 0; expert 1 is empty."""
+    logits = torch.tensor([[9.0, 0, 0], [0, 0, 9.0], [9.0, 0, 0]])
+    routing = gate(logits, 1)
+    x = torch.tensor([[1.0, 2.0], [3.0, 4.0], [5.0, 6.0]])
+    rows, offsets, state = way.dispatch(x, routing)
+    groups = [rows[a:b] for a, b in zip(offsets[:-1], offsets[1:], strict=True)]
+    assert offsets.dtype == torch.int32 and rows.dtype == x.dtype
+    assert torch.equal(groups[0][:2], x[[0, 2]]) and torch.equal(groups[2][0], x[1])
+    assert all(not g[n:].any() for g, n in zip(groups, (2, 0, 1), strict=True)), "slots that nobody uses are zeros"
+    torch.testing.assert_close(way.combine(rows * 2, state), 2 * x * logits.softmax(1).amax(1)[:, None])
+
+
+@pytest.mark.parametrize("tokens", [0, 1, 13])
+@pytest.mark.parametrize("top_k", [1, 2])
+def test_all_ways_agree_with_gradients(tokens, top_k):
+    x, logits = torch.randn(tokens, 6), torch.randn(tokens, 4)
+    found = []
+    for way in WAYS:
+        leaves = x.clone().requires_grad_(), logits.clone().requires_grad_()
+        y = way(leaves[0], gate(leaves[1], top_k, 2, seed=1), lambda rows, offsets: rows * 3)
+        (y * torch.linspace(-1, 1, y.numel()).view_as(y)).sum().backward()
+        found.append((y.detach(), *(leaf.grad for leaf in leaves)))
+    for other in found[1:]:
+        for a, b in zip(found[0], other, strict=True):
+            torch.testing.assert_close(a, b)
+
+
+class NoAnswers(TorchDispatchMode):
+    """Refuses operations that hand a tensor's values to the host."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        assert func.overloadpacket.__name__ not in ("_local_scalar_dense", "nonzero", "masked_select", "equal"), func
+        return func(*args, **(kwargs or {}))
+
+
+def test_static_slots_read_nothing_from_the_device():
+    x, routing = torch.randn(8, 4), gate(torch.randn(8, 3), 1)
+    static, reading = EinsumDispatch(static_tokens=8), EinsumDispatch()
+    assert not static.reads_device(8) and static.reads_device(9) and reading.reads_device(1)
+    with NoAnswers():
+        mask_gate(torch.randn(8, 3), 2, 4, seed=1, normalize=True)
+        y = static(x, routing, lambda rows, offsets: rows)
+    with pytest.raises(AssertionError), NoAnswers():
+        reading.dispatch(x, routing)
+    torch.testing.assert_close(y, reading(x, routing, lambda rows, offsets: rows))
+
+
+def test_a_layer_takes_its_dispatch_from_the_config_and_by_one_method():
+    for name, way in (("local", LocalDispatch), ("einsum", EinsumDispatch)):
+        assert isinstance(MoE(replace(CONFIG, dispatch=name), 5).dispatcher, way)
+    moe = MoE(CONFIG, 5)
+    moe.set_dispatch("einsum", static_tokens=3)
+    assert moe.dispatcher.static_tokens == 3
+    made = []
+    moe.set_dispatch("local", lambda name, static_tokens=0: made.append(name) or make_dispatch(name))
+    moe.set_dispatch("einsum")
+    assert made == ["local", "einsum"], "the factory stays"
+    assert set(DISPATCH) == {"local", "einsum"}
