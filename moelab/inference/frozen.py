@@ -4,7 +4,7 @@ A large matrix is packed for oneDNN (its own memory layout), which at few rows i
 computed on the way. A call of oneDNN costs about 9 us more than one of the plain product, so a small matrix stays as it is.
 
 A row's result has the same bits whatever rows are beside it. oneDNN's products have this property at any number of rows, plain ones (MKL) from
-`LEAST_ROWS` on; fewer rows get rows of zeros beside them. Neither library promises it: tests check it on the machine they run on.
+`LEAST_ROWS` on; fewer rows get copies of themselves beside them. Neither library promises it: tests check it on the machine they run on.
 
 An expert is frozen alone, so a step reads the weights of the experts that have tokens and no others. Packed copies replace the parameters,
 which are freed one by one on the way.
@@ -69,7 +69,7 @@ def product(weight_NK: Tensor) -> Product:
     """The product with this matrix, packed if that is faster."""
     weight_NK = weight_NK.detach()
     if weight_NK.dtype == torch.float32 and weight_NK.numel() < PACK_FROM:
-        return functools.partial(_plain, weight_NK.T)
+        return functools.partial(_plain, weight_NK)
     return functools.partial(_packed, torch.ops.mkldnn._reorder_linear_weight(weight_NK.contiguous()))
 
 
@@ -78,15 +78,12 @@ def _packed(weight: Tensor, x: Tensor, bias: Tensor | None, gelu: bool = False) 
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, *activation)
 
 
-def _plain(weight_KN: Tensor, x: Tensor, bias: Tensor | None, gelu: bool = False) -> Tensor:
-    rows_RK = x.reshape(-1, x.shape[-1])
-    R = len(rows_RK)
-    if R < LEAST_ROWS:
-        rows_RK = F.pad(rows_RK, (0, 0, 0, LEAST_ROWS - R))
-    y_RN = rows_RK @ weight_KN if bias is None else torch.addmm(bias, rows_RK, weight_KN)
-    if gelu:
-        y_RN = F.gelu(y_RN, approximate="tanh")
-    return y_RN[:R].view(*x.shape[:-1], weight_KN.shape[1])
+def _plain(weight_NK: Tensor, x: Tensor, bias: Tensor | None, gelu: bool = False) -> Tensor:
+    if x.numel() >= LEAST_ROWS * x.shape[-1]:
+        y = F.linear(x, weight_NK, bias)
+    else:
+        y = F.linear(torch.cat([x] * LEAST_ROWS), weight_NK, bias)[: len(x)]
+    return F.gelu(y, approximate="tanh") if gelu else y
 
 
 # -- modules -----------------------------------------------------------------------------------------------------------------------
