@@ -132,7 +132,7 @@ def work(scale: str) -> float:
     S, E, M = s.tokens[-1], s.experts[-1], s.hidden
     slots = -(-S // E)
     with FlopCounterMode(display=False) as counter:
-        einsum_dispatch(torch.zeros(S, M), torch.zeros(S, E, slots))
+        einsum_dispatch(torch.zeros(S, M), torch.zeros(S, E, slots, dtype=torch.bool))
     return counter.get_total_flops() / 2 / (S * M)
 
 

@@ -32,25 +32,27 @@ def mask_gate(
     logits_SE = logits_SE.float()
     probs_SE = logits_SE.softmax(1)
     remaining_SE = (logits_SE if choice_logits_SE is None else choice_logits_SE).detach()
-    masks_SE: list[Tensor] = []
-    for _ in range(top_k):
-        masks_SE.append(_one_hot(remaining_SE.argmax(1), E).long())
-        if len(masks_SE) < top_k:
+    experts_S, masks_SE = [], []
+    for k in range(top_k):
+        if k:
             remaining_SE = remaining_SE.masked_fill(masks_SE[-1].bool(), -torch.inf)
+        experts_S.append(remaining_SE.argmax(1))
+        masks_SE.append(_one_hot(experts_S[-1], E).long())
     chosen_NE = torch.cat(masks_SE)  # N = K * S entries: all first choices before any second one
-    kept_NE = chosen_NE
-    if capacity is not None and capacity < S:
-        if seed is None:
-            kept_NE = chosen_NE * (chosen_NE.cumsum(0) <= capacity)
-        else:
-            draw_N = priorities(seed, S, top_k, device=logits_SE.device).T.flatten()
-            # Equal draws are rare; the order of the entries decides between them.
-            rank_N = draw_N * (S * top_k) + torch.arange(S * top_k, 0, -1, device=logits_SE.device)
-            top_CE = (chosen_NE * rank_N[:, None]).topk(capacity, dim=0).indices
-            kept_NE = chosen_NE * torch.zeros_like(chosen_NE).scatter_(0, top_CE, 1)
-    slot_N = ((kept_NE.cumsum(0) - 1) * kept_NE).sum(1)
-    slot_N = torch.where(kept_NE.sum(1) > 0, slot_N, -1)
-    weight_SK = torch.stack([(probs_SE * kept_SE).sum(1) for kept_SE in kept_NE.view(top_k, S, E)], 1)
+    load_E = chosen_NE.sum(0, dtype=torch.int32)
+    limited = capacity is not None and capacity < S
+    if limited and seed is not None:
+        draw_N = priorities(seed, S, top_k, device=logits_SE.device).T.flatten()
+        # Equal draws are rare; the order of the entries decides between them.
+        rank_N = draw_N * (S * top_k) + torch.arange(S * top_k, 0, -1, device=logits_SE.device)
+        top_CE = (chosen_NE * rank_N[:, None]).topk(capacity, dim=0).indices
+        chosen_NE = chosen_NE * torch.zeros_like(chosen_NE).scatter_(0, top_CE, 1)
+    slot_N = (chosen_NE.cumsum(0) * chosen_NE).sum(1) - 1  # -1 where nothing is chosen any more
+    if limited and seed is None:
+        slot_N = torch.where(slot_N < capacity, slot_N, -1)
+    slot_SK = slot_N.view(top_k, S).T
+    expert_SK = torch.stack(experts_S, 1)
+    weight_SK = probs_SE.gather(1, expert_SK) * (slot_SK >= 0)
     if normalize:
         weight_SK = weight_SK / weight_SK.sum(1, keepdim=True).clamp(min=torch.finfo(torch.float32).eps)
     if S:
@@ -58,9 +60,8 @@ def mask_gate(
         z_loss = logits_SE.logsumexp(1).square().mean()
     else:
         aux_loss = z_loss = logits_SE.sum()
-    expert_SK = torch.stack([mask_SE.argmax(1) for mask_SE in masks_SE], 1)
-    counts = (chosen_NE.sum(0).int(), kept_NE.sum(0).int())
-    return Routing(expert_SK.int(), slot_N.view(top_k, S).T.int(), weight_SK, *counts, aux_loss, z_loss)
+    kept_E = load_E.clamp(max=capacity) if limited else load_E
+    return Routing(expert_SK.int(), slot_SK.int(), weight_SK, load_E, kept_E, aux_loss, z_loss)
 
 
 def _one_hot(index_S: Tensor, count: int) -> Tensor:
@@ -83,27 +84,25 @@ class MaskRouter(Router):
 
 
 def one_hot_masks(routing: Routing, capacity: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Return (dispatch_SEC, combine_SEC): 1 where a token has a slot of an expert, and the weight that the slot's result gets.
+    """Return (dispatch_SEC, combine_SEC): True where a token has a slot of an expert, and the weight, in `dtype`, of the slot's result.
+
+    As in the released code, a slot whose weight is exactly 0 counts as empty; neither results nor gradients depend on it.
 
     Args:
-        capacity: C, at least the busiest expert's kept entries; a smaller one is an error that on a GPU only the device notices.
+        capacity: C, at least the busiest expert's kept entries; what has a slot beyond it is lost.
     """
-    dispatch_SEC = combine_SEC = None
-    choices = zip(routing.expert_SK.T, routing.slot_SK.T, routing.weight_SK.T.to(dtype), strict=True)
-    for expert_S, slot_S, weight_S in choices:
-        expert_SE = _one_hot(expert_S, len(routing.kept_E)).to(dtype)
-        slot_SC = _one_hot(slot_S, capacity).to(dtype)
-        taken_SEC = torch.einsum("se,sc->sec", expert_SE, slot_SC)
-        weight_SEC = torch.einsum("se,sc->sec", weight_S[:, None] * expert_SE, slot_SC)
-        dispatch_SEC = taken_SEC if dispatch_SEC is None else dispatch_SEC + taken_SEC
-        combine_SEC = weight_SEC if combine_SEC is None else combine_SEC + weight_SEC
-    assert dispatch_SEC is not None and combine_SEC is not None  # K is at least 1
-    return dispatch_SEC, combine_SEC
+    combine_SEC = torch.zeros(())
+    for k in range(routing.expert_SK.shape[1]):
+        expert_SE = _one_hot(routing.expert_SK[:, k], len(routing.kept_E))
+        slot_SC = _one_hot(routing.slot_SK[:, k], capacity).to(dtype)
+        choice_SEC = torch.einsum("se,sc->sec", routing.weight_SK[:, k, None].to(dtype) * expert_SE, slot_SC)
+        combine_SEC = combine_SEC + choice_SEC if k else choice_SEC
+    return combine_SEC.bool(), combine_SEC
 
 
 def einsum_dispatch(x_SM: Tensor, dispatch_SEC: Tensor) -> Tensor:
     """Return the tokens in the slots of their experts, [E, C, M]: S * E * C * M multiply-adds, nearly all with zeros."""
-    return torch.einsum("sec,sm->ecm", dispatch_SEC, x_SM)
+    return torch.einsum("sec,sm->ecm", dispatch_SEC.to(x_SM.dtype), x_SM)
 
 
 def einsum_combine(rows_ECM: Tensor, combine_SEC: Tensor) -> Tensor:

@@ -52,7 +52,7 @@ def test_masks_hold_what_the_routing_says():
                 expected[0, s, routing.expert_SK[s, k], c] = 1
                 expected[1, s, routing.expert_SK[s, k], c] = routing.weight_SK[s, k]
     assert 0 < dispatch_SEC.sum() < 26, "some are dropped"
-    assert torch.equal(dispatch_SEC, expected[0]) and torch.equal(combine_SEC, expected[1])
+    assert torch.equal(dispatch_SEC, expected[0].bool()) and torch.equal(combine_SEC, expected[1])
 
 
 @pytest.mark.parametrize(
