@@ -1,10 +1,12 @@
-"""Tokens to the ranks of their experts and back (paper sections 5.2, 5.3): the `LocalDispatch` of `moelab.models` on many ranks.
+"""Tokens to the ranks of their experts and back (paper sections 5.2, 5.3): the `LocalDispatch` of `moelab.models` on
+many ranks.
 
     x_SM -> rows by table -> all-to-all -> rows by expert -> experts -> all-to-all back -> weighted sums y_SM
 
-Rows go in chunks, one for each (destination rank, expert there); their sizes are exchanged first, by the same way. Letters for shapes of
-counts: N nodes, G places in a node (of those that exchange), C ranks that share tokens, E here the experts of a rank, W slices. Each
-rank of the grid (node, place, share) holds E experts; see `moelab.config.parallel`.
+Rows go in chunks, one for each (destination rank, expert there); their sizes are exchanged first, by the same way.
+Letters for shapes of counts: N nodes, G places in a node (of those that exchange), C ranks that share tokens, E here
+the experts of a rank, W slices. Each rank of the grid (node, place, share) holds E experts; see
+`moelab.config.parallel`.
 
 Two hops, of which `flat` makes only the first, with N = 1 and all ranks as one node (Fig 8):
 
@@ -14,8 +16,8 @@ Two hops, of which `flat` makes only the first, with N = 1 and all ranks as one 
     -- all-to-all among ranks of equal place (far) -->        [N, G, E]   from each rank, in rank order
     gathered over slices: [W, N * G, E], transposed to [E, W, N * G]: rows by expert
 
-Coordinated (PCC, Fig 9): the C ranks of a share group hold the same tokens; each sends only outgoing[its share], which is what goes to ranks
-of its own share, and what comes back is all-gathered among them. Otherwise C = 1 here.
+Coordinated (PCC, Fig 9): the C ranks of a share group hold the same tokens; each sends only outgoing[its share], which
+is what goes to ranks of its own share, and what comes back is all-gathered among them. Otherwise C = 1 here.
 """
 
 from __future__ import annotations
@@ -39,8 +41,8 @@ from moelab.models.routing import Routing
 
 
 def regroup(counts: np.ndarray, axes: tuple[int, ...]) -> np.ndarray:
-    """Rows lie chunk by chunk, `counts` [...] rows each, in C order. The index, int64 [rows], that takes them in the C order of
-    `counts.transpose(axes)`; within a chunk the order stays."""
+    """Rows lie chunk by chunk, `counts` [...] rows each, in C order. The index, int64 [rows], that takes them in the C
+    order of `counts.transpose(axes)`; within a chunk the order stays."""
     size = counts.ravel()
     start = (np.cumsum(size) - size).reshape(counts.shape).transpose(axes).ravel()
     size = counts.transpose(axes).ravel()
@@ -125,7 +127,8 @@ class Trip(NamedTuple):
         route: how many rows went where.
         table, weight_SK: which row holds which token, and with which weight.
         far_back: brings rows by node back into the near hop's order, and its inverse; None without a far hop.
-        expert_back: brings rows by expert back into order of arrival, and its inverse; None where the two orders are the same.
+        expert_back: brings rows by expert back into order of arrival, and its inverse; None where the two orders are
+            the same.
     """
 
     route: Route
@@ -138,10 +141,10 @@ class Trip(NamedTuple):
 class Exchange(Dispatch[Trip]):
     """Dispatch and combine of one MoE layer over ranks; `config.exchange` says how tokens travel.
 
-    Every rank of the layer's groups must call it equally often, and run backward through it equally often, whatever its tokens: none,
-    none for some expert, all for one. Sizes are uneven and exact, nothing is padded; capacity or not is the gate's affair.
-    Row counts must be known to the host: on GPUs each call synchronises once. With expert slicing the experts' outputs are partial
-    sums, which combine adds up.
+    Every rank of the layer's groups must call it equally often, and run backward through it equally often, whatever its
+    tokens: none, none for some expert, all for one. Sizes are uneven and exact, nothing is padded; capacity or not is
+    the gate's affair. Row counts must be known to the host: on GPUs each call synchronises once. With expert slicing
+    the experts' outputs are partial sums, which combine adds up.
 
     Args:
         groups: of this layer.
@@ -161,7 +164,8 @@ class Exchange(Dispatch[Trip]):
         """Bring this rank's tokens to the ranks of their experts.
 
         Args:
-            x_SM: this rank's tokens, S >= 0, S differing from rank to rank; within a share group (coordinated) the same tokens.
+            x_SM: this rank's tokens, S >= 0, S differing from rank to rank; within a share group (coordinated) the same
+                tokens.
             routing: of these tokens over all E * X experts; in a share group the same.
 
         Returns:
@@ -189,7 +193,7 @@ class Exchange(Dispatch[Trip]):
         return Dispatched(rows, index(route.offsets), Trip(route, table, routing.weight_SK, far_back, expert_back))
 
     def combine(self, rows_RM: Tensor, state: Trip) -> Tensor:
-        """Bring the outputs of this rank's experts back to their tokens' ranks: this rank's [S, M], in the rows' dtype."""
+        """Bring the outputs of experts back to their tokens' ranks: this rank's [S, M], in the rows' dtype."""
         route, rows = state.route, rows_RM
         if state.expert_back is not None:
             rows = _Reorder.apply(rows, *state.expert_back)
@@ -264,7 +268,7 @@ def _narrowed(table: RowTable, start: int, stop: int) -> RowTable:
 
 
 class _Reorder(torch.autograd.Function):
-    """rows[order]; the backward is rows[back], its inverse. Both are saved, not kept, so that recomputation frees them."""
+    """rows[order]; the backward is rows[back], its inverse. Both are saved for backward, so recomputation frees them."""
 
     @staticmethod
     def forward(ctx, rows, order, back):

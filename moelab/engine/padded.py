@@ -1,9 +1,12 @@
-"""The paper's baseline among ranks (section 5.4, GShard): padded slots, whoever uses them, in one flat all-to-all there and one back.
+"""The paper's baseline among ranks (section 5.4, GShard): padded slots, whoever uses them, in one flat all-to-all there
+and one back.
 
-    x_SM -> one-hot masks -> [E, C, M] -> all-to-all -> each expert's slots of all ranks -> experts -> all-to-all back -> masks -> y_SM
+    x_SM -> one-hot masks -> [E, C, M] -> all-to-all -> each expert's slots of all ranks -> experts -> all-to-all back
+    -> masks -> y_SM
 
-Every rank sends every expert C slots, full or empty, and with tensor slicing each of the ranks that hold the same tokens sends all of them. C is the
-busiest expert's load on any rank that shares the experts, which is what DeepSpeed's drop-free gate agrees on (sharded_moe.py).
+Every rank sends every expert C slots, full or empty, and with tensor slicing each of the ranks that hold the same
+tokens sends all of them. C is the busiest expert's load on any rank that shares the experts, which is what DeepSpeed's
+drop-free gate agrees on (sharded_moe.py).
 """
 
 from __future__ import annotations
@@ -20,7 +23,8 @@ from moelab.models.routing import Routing
 
 
 class PaddedExchange(Dispatch[Tensor]):
-    """Stands in for `moelab.engine.exchange.Exchange` in baseline mode: the same results, by masks and padding, flat whatever the layout says.
+    """Stands in for `moelab.engine.exchange.Exchange` in baseline mode: the same results, by masks and padding, flat
+    whatever the layout says.
 
     Args:
         groups: of this layer.

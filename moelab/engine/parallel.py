@@ -1,8 +1,8 @@
 """A model's part on one rank: `build(config, seed, mesh)` instead of `moelab.models.build`.
 
-The model file stays as it is. Here its linear layers are replaced by sliced ones, its experts by this rank's experts, and the
-dispatch of each MoE layer by an exchange. Each parameter gets a `Placement`, which is all that gradients, norms and checkpoints need to know.
-Initial weights are those of the model on one rank.
+The model file stays as it is. Here its linear layers are replaced by sliced ones, its experts by this rank's experts,
+and the dispatch of each MoE layer by an exchange. Each parameter gets a `Placement`, which is all that gradients, norms
+and checkpoints need to know. Initial weights are those of the model on one rank.
 """
 
 from __future__ import annotations
@@ -106,8 +106,10 @@ def _slice_block(block: nn.Module, config: ModelConfig, mesh: Mesh) -> None:
 
 
 def make_dispatch(name: str, static_tokens: int = 0, *, groups: ExpertGroups, config: ParallelConfig) -> Dispatch:
-    """The `moelab.models.dispatch.DispatchFactory` of a layer whose experts are spread over `groups`: "local" names the exchange that
-    `config` describes, "einsum" the baseline's, which always reads the device."""
+    """The `moelab.models.dispatch.DispatchFactory` of a layer whose experts are spread over `groups`: "local" names the
+    exchange that `config` describes, "einsum" the baseline's, which always reads the device."""
+    if name not in ("local", "einsum"):
+        raise ValueError(f"parallel: dispatch {name!r} knows no expert parallelism or slicing; use 'local' or 'einsum'")
     return Exchange(groups, config) if name == "local" else PaddedExchange(groups)
 
 

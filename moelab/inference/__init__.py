@@ -1,7 +1,7 @@
 """Inference: a KV cache, generation, the paper's baseline beside the fast path, latency measured.
 
-Read `generate.py` first; `cache.py` and `sampling.py` are its parts. `modes.py` makes a model fast (`frozen.py`, on a CPU) or the
-paper's baseline.
+Read `generate.py` first; `cache.py` and `sampling.py` are its parts. `modes.py` makes a model fast (`frozen.py`, on a
+CPU) or the paper's baseline.
 """
 
 from moelab.inference.generate import Completion, Generator, Piece

@@ -1,15 +1,17 @@
 """Frozen modules: a model's matrices made ready for products of few rows on a CPU, as a decoding step has them.
 
-A large matrix is packed for oneDNN (its own memory layout), which at few rows is faster than the plain product; GELU is computed on the
-way. A call of oneDNN takes about 9 us longer than one of the plain product, so a small matrix stays as it is (`PACK_FROM`).
+A large matrix is packed for oneDNN (its own memory layout), which at few rows is faster than the plain product; GELU is
+computed on the way. A call of oneDNN takes about 9 us longer than one of the plain product, so a small matrix stays as
+it is (`PACK_FROM`).
 
-A row's result has the same bits whatever rows are beside it. oneDNN's products have this property at any number of rows, plain ones (MKL) from
-`LEAST_ROWS` on; fewer rows get copies of themselves beside them. Neither library promises it: tests check it on the machine they run on.
-For one sequence in a model up to 128 wide the property costs 2 to 7 % of a step's time against the plain model, which does not have it; for wider
-models or more sequences the frozen model is as fast as the plain one or faster (17 % at 512 wide).
+A row's result has the same bits whatever rows are beside it. oneDNN's products have this property at any number of
+rows, plain ones (MKL) from `LEAST_ROWS` on; fewer rows get copies of themselves beside them. Neither library promises
+it: tests check it on the machine they run on. For one sequence in a model up to 128 wide the property costs 2 to 7 % of
+a step's time against the plain model, which does not have it; for wider models or more sequences the frozen model is as
+fast as the plain one or faster (17 % at 512 wide).
 
-An expert is frozen alone, so a step reads the weights of the experts that have tokens and no others. Packed copies replace the parameters,
-which are freed one by one on the way.
+An expert is frozen alone, so a step reads the weights of the experts that have tokens and no others. Packed copies
+replace the parameters, which are freed one by one on the way.
 """
 
 from __future__ import annotations
@@ -30,9 +32,9 @@ from moelab.models.moe import MLP, Experts, Mix, MoE
 from moelab.models.routing import Router, Routing
 
 PACK_FROM = 1 << 17
-"""Numbers in the smallest fp32 matrix that is packed. Measured (AMD Zen 4, one thread, 1 and 8 rows, shapes from 32 x 32 to 1024 x 256): the plain
-product of 2**16 numbers takes 6 and 19 us, the packed one 15 and 22; of 2**18 numbers 25 and 80 us against 32 and 60. bf16 matrices are
-always packed."""
+"""Numbers in the smallest fp32 matrix that is packed. Measured (AMD Zen 4, one thread, 1 and 8 rows, shapes from 32 x
+32 to 1024 x 256): the plain product of 2**16 numbers takes 6 and 19 us, the packed one 15 and 22; of 2**18 numbers 25
+and 80 us against 32 and 60. bf16 matrices are always packed."""
 LEAST_ROWS = 4
 
 
@@ -61,7 +63,7 @@ def freeze_moe(moe: MoE) -> MoE:
     return moe
 
 
-# -- products ----------------------------------------------------------------------------------------------------------------------
+# -- products ------------------------------------------------------------------------------------------------------------
 
 Product = Callable[..., Tensor]
 """(x [..., K], bias [N] or None, gelu=False) -> x @ weight.T + bias [..., N], GELU (tanh) behind it if asked."""
@@ -88,7 +90,7 @@ def _plain(weight_NK: Tensor, x: Tensor, bias: Tensor | None, gelu: bool = False
     return F.gelu(y, approximate="tanh") if gelu else y
 
 
-# -- modules -----------------------------------------------------------------------------------------------------------------------
+# -- modules -------------------------------------------------------------------------------------------------------------
 
 
 def freeze_linear(linear: nn.Linear, gelu: bool = False) -> nn.Module:

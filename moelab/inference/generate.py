@@ -4,9 +4,10 @@
     for piece in generator.stream(prompts, Sampling(temperature=0.8, top_k=50)): ...
     completions = generator.generate(prompts, Sampling(temperature=0))
 
-Sequences share forward passes but not results: routing is drop-free, attention and random draws are each sequence's own. A sequence that
-ends makes room for the next prompt at once. On several ranks every rank calls the same method with the same prompts; each data rank
-takes its share, and ranks that have nothing left keep taking part, with no tokens, until all are done.
+Sequences share forward passes but not results: routing is drop-free, attention and random draws are each sequence's
+own. A sequence that ends makes room for the next prompt at once. On several ranks every rank calls the same method with
+the same prompts; each data rank takes its share, and ranks that have nothing left keep taking part, with no tokens,
+until all are done.
 """
 
 from __future__ import annotations
@@ -72,9 +73,10 @@ class Generator:
         batch: sequences at a time (on a data rank).
         length: longest sequence, prompt and output; 0 is the model's context. Decides the cache's memory.
         mesh: the ranks; None is this process alone.
-        static: decode with equal shapes and all state on the device (see `moelab.inference.cache`), on CUDA replayed as a graph. None is:
-            on CUDA, where the host need not know a number: not with expert parallelism (message sizes), nor in baseline mode with more
-            sequences than `moelab.inference.modes.STATIC_TOKENS` (the busiest expert's load).
+        static: decode with equal shapes and all state on the device (see `moelab.inference.cache`), on CUDA replayed as
+            a graph. None is: on CUDA, where the host need not know a number: not with expert parallelism (message
+            sizes), nor in baseline mode with more sequences than `moelab.inference.modes.STATIC_TOKENS` (the busiest
+            expert's load).
 
     Raises:
         ValueError: batch or length make no sense, or static where the host must know a number.
@@ -129,7 +131,8 @@ class Generator:
         A generator has one cache, so one stream at a time: beginning one ends those that began before it.
 
         Raises:
-            ValueError: a prompt is empty, too long, or has an id the model does not know; at the call, before anything runs.
+            ValueError: a prompt is empty, too long, or has an id the model does not know; at the call, before anything
+                runs.
             RuntimeError: a stream is read on after a later one has begun.
         """
         sampling = sampling or Sampling()

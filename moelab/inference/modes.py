@@ -1,10 +1,12 @@
-"""Two ways to compute the same model, for inference only: "optimised", as fast as we can, and "baseline", the paper's PyTorch.
+"""Two ways to compute the same model, for inference only: "optimised", as fast as we can, and "baseline", the paper's
+PyTorch.
 
-**baseline** (section 5.4): gating by one-hot masks, dispatch and combine by einsum, every expert computes the busiest expert's load
-(`moelab.models.baseline`). Among ranks that share experts all slots travel, empty ones too, in flat all-to-alls (`moelab.engine.padded`).
+**baseline** (section 5.4): gating by one-hot masks, dispatch and combine by einsum, every expert computes the busiest
+expert's load (`moelab.models.baseline`). Among ranks that share experts all slots travel, empty ones too, in flat
+all-to-alls (`moelab.engine.padded`).
 
-**optimised**: on CUDA the fused gate, table and grouped kernels that training uses, too. On CPU each matrix is frozen for fast products of few
-rows (`moelab.inference.frozen`).
+**optimised**: on CUDA the fused gate, table and grouped kernels that training uses, too. On CPU each matrix is frozen
+for fast products of few rows (`moelab.inference.frozen`).
 """
 
 from __future__ import annotations
@@ -18,14 +20,15 @@ from moelab.models.moe import MoE
 
 MODES = ("optimised", "baseline")
 STATIC_TOKENS = 64
-"""Calls of at most so many tokens take the baseline's fixed number of slots on CUDA, so that a decoding step can be captured in a graph."""
+"""On CUDA the baseline's calls of at most so many tokens have a fixed number of slots: a graph can capture the step."""
 
 
 def set_mode(model: GPT, mode: str = "optimised", *, drop_free: bool = True) -> GPT:
     """Make the model compute in this mode, in place; returns it.
 
     Args:
-        drop_free: False keeps the routing's evaluation capacity, under which a token's fate depends on who else is in the batch.
+        drop_free: False keeps the routing's evaluation capacity, under which a token's fate depends on who else is in
+            the batch.
 
     Raises:
         ValueError: no such mode.

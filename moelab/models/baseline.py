@@ -1,8 +1,10 @@
-"""The paper's PyTorch baseline: gating by one-hot masks, dispatch and combine as einsums (GShard; DeepSpeed up to 0.19).
+"""The paper's PyTorch baseline: gating by one-hot masks, dispatch and combine as einsums (GShard; DeepSpeed up to
+0.19).
 
-It computes what `moelab.kernels` computes, operation by operation as the released code does, and it stands here once: the model's and
-the inference mode's `EinsumDispatch`, the exchange with padded slots among ranks (`moelab.engine.padded`) and the benchmarks all use it.
-Letters as in `moelab.config`; a mask [S, E, C] has an entry for each token, expert and slot, nearly all of them zero.
+It computes what `moelab.kernels` computes, operation by operation as the released code does, and it stands here once:
+the model's and the inference mode's `EinsumDispatch`, the exchange with padded slots among ranks
+(`moelab.engine.padded`) and the benchmarks all use it. Letters as in `moelab.config`; a mask [S, E, C] has an entry for
+each token, expert and slot, nearly all of them zero.
 """
 
 from __future__ import annotations
@@ -25,8 +27,8 @@ def mask_gate(
 ) -> Routing:
     """Return what `moelab.kernels.gate` returns for finite logits: the same choices, slots, weights and losses.
 
-    Each choice is an argmax and a one-hot mask [S, E]; capacity selects by a top-k over tokens, slots are cumulative sums. Arguments as
-    there; nothing is read from the device.
+    Each choice is an argmax and a one-hot mask [S, E]; capacity selects by a top-k over tokens, slots are cumulative
+    sums. Arguments as there; nothing is read from the device.
     """
     S, E = logits_SE.shape
     logits_SE = logits_SE.float()
@@ -84,9 +86,11 @@ class MaskRouter(Router):
 
 
 def one_hot_masks(routing: Routing, capacity: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Return (dispatch_SEC, combine_SEC): True where a token has a slot of an expert, and the weight, in `dtype`, of the slot's result.
+    """Return (dispatch_SEC, combine_SEC): True where a token has a slot of an expert, and the weight, in `dtype`, of
+    the slot's result.
 
-    As in the released code, a slot whose weight is exactly 0 counts as empty; neither results nor gradients depend on it.
+    As in the released code, a slot whose weight is exactly 0 counts as empty; neither results nor gradients depend on
+    it.
 
     Args:
         capacity: C, at least the busiest expert's kept entries; what has a slot beyond it is lost.
@@ -101,7 +105,7 @@ def one_hot_masks(routing: Routing, capacity: int, dtype: torch.dtype) -> tuple[
 
 
 def einsum_dispatch(x_SM: Tensor, dispatch_SEC: Tensor) -> Tensor:
-    """Return the tokens in the slots of their experts, [E, C, M]: S * E * C * M multiply-adds, nearly all with zeros."""
+    """Return the tokens in their experts' slots, [E, C, M]: S * E * C * M multiply-adds, nearly all with zeros."""
     return torch.einsum("sec,sm->ecm", dispatch_SEC.to(x_SM.dtype), x_SM)
 
 

@@ -3,8 +3,8 @@
     rows_RM, offsets_E1, state = dispatcher.dispatch(x_SM, routing)
     y_SM = dispatcher.combine(experts(rows_RM, offsets_E1), state)
 
-A `Dispatch` holds settings, never a call's data: what combine needs travels in `state`. All of them give the same results, gradients
-included; here are those of one process, `moelab.engine` has those among ranks.
+A `Dispatch` holds settings, never a call's data: what combine needs travels in `state`. All of them give the same
+results, gradients included; here are those of one process, `moelab.engine` has those among ranks.
 
 To add one: write the class here, enter it in `DISPATCH`, and add its name to `ModelConfig.dispatch`.
 """
@@ -29,9 +29,9 @@ class Dispatched(NamedTuple, Generic[State]):
     """Tokens in expert order, and what brings them back."""
 
     rows_RM: Tensor
-    """A row for each token that an expert keeps, by expert, in the tokens' dtype; a way may leave rows empty (zeros)."""
+    """A row for each token that an expert keeps, by expert, in the tokens' dtype; some may be empty (zeros)."""
     offsets_E1: Tensor
-    """int32 [E + 1]: expert e's rows are `offsets_E1[e]` to `offsets_E1[e + 1]`; E counts the experts of this process."""
+    """int32 [E + 1]: expert e's rows are `offsets_E1[e]` to `offsets_E1[e + 1]`; E counts this process's."""
     state: State
     """What `combine` needs to know of this call."""
 
@@ -45,7 +45,7 @@ class Dispatch(ABC, Generic[State]):
 
     @abstractmethod
     def combine(self, rows_RM: Tensor, state: State) -> Tensor:
-        """Return the weighted sums of the experts' outputs by token, [S, M]; a token that no expert keeps gets zeros."""
+        """Return the weighted sums of the experts' outputs by token, [S, M]; zeros where no expert kept one."""
 
     def __call__(self, x_SM: Tensor, routing: Routing, experts: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
         """Dispatch, run the experts, combine. `experts` takes rows and offsets and returns rows of the same shape."""
@@ -54,7 +54,7 @@ class Dispatch(ABC, Generic[State]):
         return self.combine(rows_RM, state)
 
     def reads_device(self, tokens: int) -> bool:
-        """Whether a call with so many tokens waits for a number from the device. A CUDA graph cannot capture such a call."""
+        """Whether a call with so many tokens waits for a number from the device; a CUDA graph cannot capture it."""
         return False
 
 
@@ -77,12 +77,14 @@ class LocalDispatch(Dispatch[ByTable]):
 
 
 class EinsumDispatch(Dispatch[Tensor]):
-    """Multiply by one-hot masks [S, E, C], the paper's PyTorch baseline (`moelab.models.baseline`); the state is the combine mask.
+    """Multiply by one-hot masks [S, E, C], the paper's PyTorch baseline (`moelab.models.baseline`); the state is the
+    combine mask.
 
     C, the slots of each expert, is the busiest expert's load, which the host reads from the device.
 
     Args:
-        static_tokens: calls with at most so many tokens S take C = S instead (no expert keeps more), and read nothing from the device.
+        static_tokens: calls with at most so many tokens S take C = S instead (no expert keeps more), and read nothing
+            from the device.
     """
 
     def __init__(self, static_tokens: int = 0) -> None:
@@ -103,7 +105,7 @@ class EinsumDispatch(Dispatch[Tensor]):
 
 
 class DispatchFactory(Protocol):
-    """Makes the dispatch of one layer from a name that `ModelConfig.dispatch` knows; the engine has one of its own for its ranks."""
+    """Makes one layer's dispatch from a name that `ModelConfig.dispatch` knows; the engine has one for its ranks."""
 
     def __call__(self, name: str, static_tokens: int = 0) -> Dispatch:
         """`static_tokens` is for the baseline alone, see `EinsumDispatch`."""
@@ -114,7 +116,7 @@ DISPATCH: dict[str, Callable[[int], Dispatch]] = {
     "local": lambda static_tokens: LocalDispatch(),
     "einsum": EinsumDispatch,
 }
-"""`ModelConfig.dispatch` -> makes the dispatch of a layer whose experts are all in this process, from `static_tokens`."""
+"""`ModelConfig.dispatch` -> makes a dispatch, from `static_tokens`, to experts that are all in this process."""
 
 
 def make_dispatch(name: str, static_tokens: int = 0) -> Dispatch:

@@ -2,9 +2,9 @@
 
     x_SM -> Router -> Routing -> dispatch -> experts -> combine -> y_SM (+ residual mix)
 
-Read from `MoE` at the end. `routing.py` has the router, `dispatch.py` the ways to the experts and back, `baseline.py` the paper's
-PyTorch baseline. Inference and the engine replace parts of a built layer (router, experts, mix) by modules with the same call, and its
-dispatch by `MoE.set_dispatch`.
+Read from `MoE` at the end. `routing.py` has the router, `dispatch.py` the ways to the experts and back, `baseline.py`
+the paper's PyTorch baseline. Inference and the engine replace parts of a built layer (router, experts, mix) by modules
+with the same call, and its dispatch by `MoE.set_dispatch`.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class MLP(nn.Module):
 
 
 class Experts(nn.Module):
-    """E feed-forwards of one shape, their weights stacked along the first dim, so that global expert e is row e everywhere."""
+    """E feed-forwards of one shape, their weights stacked along the first dim: global expert e is row e everywhere."""
 
     def __init__(self, experts: int, hidden: int, ffn: int) -> None:
         super().__init__()
@@ -42,13 +42,13 @@ class Experts(nn.Module):
         self.down_bias = nn.Parameter(torch.empty(experts, hidden))
 
     def forward(self, rows_RM: Tensor, offsets_E1: Tensor) -> Tensor:
-        """Rows in expert order, expert e's from `offsets_E1[e]` (int32) to `offsets_E1[e + 1]` -> outputs, same order, [R, M]."""
+        """Return the outputs [R, M] of rows in expert order; expert e's are `offsets_E1[e]` to `offsets_E1[e + 1]`, int32."""
         weights = (w.to(rows_RM.dtype) for w in (self.up, self.up_bias, self.down, self.down_bias))
         return kernels.expert_ffn(rows_RM, offsets_E1, *weights)
 
 
 class Mix(nn.Linear):
-    """The residual form's learned mix: a softmax over two coefficients for each token, the first on the routed branch."""
+    """The residual form's learned mix: two coefficients a token by softmax, the first on the routed branch."""
 
     def __init__(self, hidden: int) -> None:
         super().__init__(hidden, 2)
@@ -62,8 +62,9 @@ class Mix(nn.Linear):
 class MoE(nn.Module):
     """A routed feed-forward layer; with `config.residual`, a fixed MLP beside it.
 
-    The released code mixes the branches by a learned, per-token softmax over two coefficients, the first on the routed branch;
-    the paper's text adds them up. Both are here (`ModelConfig.residual_mix`). A dropped token still gets the fixed MLP.
+    The released code mixes the branches by a learned, per-token softmax over two coefficients, the first on the routed
+    branch; the paper's text adds them up. Both are here (`ModelConfig.residual_mix`). A dropped token still gets the
+    fixed MLP.
     """
 
     def __init__(self, config: ModelConfig, experts: int) -> None:
@@ -79,8 +80,8 @@ class MoE(nn.Module):
 
         Args:
             name: as `ModelConfig.dispatch`.
-            factory: makes the dispatch, now and at later calls of this method that give none. The engine gives one whose dispatches know
-                where the experts are; by default all are in this process.
+            factory: makes the dispatch, now and at later calls of this method that give none. The engine gives one
+                whose dispatches know where the experts are; by default all are in this process.
             static_tokens: see `moelab.models.dispatch.EinsumDispatch`.
         """
         if factory is not None:

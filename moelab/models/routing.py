@@ -2,11 +2,12 @@
 
     x_SM -> scores -> logits_SE -> noise, capacity, gate -> Routing
 
-`Routing` is data (`moelab.kernels.Gate`: expert ids, slots, weights, counts, losses). It is made once a layer and everything
-downstream (dispatch, combine, losses, metrics) only reads it. Routing is fp32 whatever the activations are. Letters as in
-`moelab.config`.
+`Routing` is data (`moelab.kernels.Gate`: expert ids, slots, weights, counts, losses). It is made once a layer and
+everything downstream (dispatch, combine, losses, metrics) only reads it. Routing is fp32 whatever the activations are.
+Letters as in `moelab.config`.
 
-To add a noise: write a function of the logits here, enter it in `NOISE`, and add its name to `RoutingConfig.choice_noise`.
+To add a noise: write a function of the logits here, enter it in `NOISE`, and add its name to
+`RoutingConfig.choice_noise`.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ def gumbel_second(logits_SE: Tensor) -> Tensor:
 
 
 NOISE: dict[str, Callable[[Tensor], Tensor]] = {"gumbel": gumbel, "gumbel_second": gumbel_second}
-"""`RoutingConfig.choice_noise` -> the logits that decide the choice of experts, from the gate's own; "none" needs no entry."""
+"""`RoutingConfig.choice_noise` -> makes the logits that decide the choice of experts from the gate's own."""
 
 
 class Router(nn.Module):
@@ -42,7 +43,8 @@ class Router(nn.Module):
 
     Attributes:
         gate: computes the routing from logits and rules, by default `moelab.kernels.gate`.
-        pool: averages a tensor over the data ranks; the engine sets it when `aux_scope` is "step" and there are several.
+        pool: averages a tensor over the data ranks; the engine sets it when `aux_scope` is "step" and there are
+            several.
     """
 
     gate = staticmethod(kernels.gate)
@@ -71,13 +73,15 @@ class Router(nn.Module):
         choice_SE = NOISE[cfg.choice_noise](logits_SE.detach()) if noisy else None
         seed = None
         if cfg.drop_tokens and cfg.random_token_selection:
-            # Training draws from torch's CPU generator, which the loop seeds at each step; evaluation is always the same.
+            # Training draws from torch's CPU generator, which the loop seeds at each step; evaluation is always the
+            # same.
             seed = int(torch.randint(2**31, ())) if self.training else 0
         normalize = self.top_k > 1 if cfg.normalize_weights is None else cfg.normalize_weights
         capacity = cfg.capacity(S, self.experts, self.top_k, self.training)
         routing = self.gate(logits_SE, self.top_k, capacity, seed=seed, normalize=normalize, choice_logits_SE=choice_SE)
         if self.training and self.pool is not None:
-            # Only the probabilities carry a gradient, so each rank's own mean with everyone's shares averages to the whole.
+            # Only the probabilities carry a gradient, so each rank's own mean with everyone's shares averages to the
+            # whole.
             share_E = self.pool(torch.bincount(routing.expert_SK[:, 0], minlength=self.experts) / S)
             aux_loss = self.experts * (logits_SE.softmax(1).mean(0) * share_E).sum()
             routing = routing._replace(aux_loss=aux_loss)

@@ -141,6 +141,17 @@ def test_twins_keep_the_shape_rule():
     assert twin.init_std == pytest.approx(0.014 * 4)  # 1 / sqrt(hidden)
 
 
+def test_an_experts_size_is_that_of_the_built_one():
+    config = ModelConfig.parse("350M+PR-MoE-32/64 twin")
+    with torch.device("meta"):
+        layer = GPT(config).blocks[1].ffn
+    built = sum(p[0].numel() for p in layer.experts.parameters())
+    assert config.expert_parameters() == built == sum(p.numel() for p in layer.mlp.parameters())
+    assert config.expert_bytes("fp32") == 4 * built and config.expert_bytes() == 2 * built
+    with pytest.raises(ValueError, match="dtype must be one of fp32, bf16, fp16, got 'int8'"):
+        config.expert_bytes("int8")
+
+
 @pytest.mark.parametrize("hundredths", range(5, 405, 5))
 def test_capacity_is_exact(hundredths):
     """Against integers: ceil(S K / E * factor), where floating point is one too high at 400 / 4 * 1.1 = 110."""
