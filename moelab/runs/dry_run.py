@@ -61,7 +61,7 @@ def state_bytes(spec: RunSpec) -> int:
     share of it is not subtracted (embeddings stay whole).
     """
     model, layout = spec.model, spec.parallel
-    an_expert = 2 * model.hidden * model.ffn + model.ffn + model.hidden
+    an_expert = model.expert_parameters()
     experts = sum(layout.experts(e).experts_per_rank * an_expert for e in model.experts if e)
     others = model.parameters() - sum(e * an_expert for e in model.experts)
     return STATE_BYTES * (experts + (others // layout.data if layout.shard else others))

@@ -42,7 +42,7 @@ class InferenceMemory:
 
 def rank_parameters(model: ModelConfig, layouts: Layouts) -> tuple[Array, Array]:
     """Parameters on a rank, as (outside experts, experts). Gates are on every rank whole, all else outside experts is sliced."""
-    one = 2 * model.hidden * model.ffn + model.ffn + model.hidden
+    one = model.expert_parameters()
     gates = sum(model.hidden * e for e in model.experts)
     outside = model.parameters() - sum(model.experts) * one - gates
     experts = np.zeros(len(layouts))

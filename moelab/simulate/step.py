@@ -207,7 +207,7 @@ def _kernels(model: ModelConfig, code: System, parallel: ParallelConfig) -> floa
 
 def _expert_gradients_us(model: ModelConfig, layouts: Layouts, where: Cluster, known: Constants) -> float:
     """Sum of each layer's expert gradients over its replicas (expert-data parallelism, section 4.1.3)."""
-    one = 2 * model.hidden * model.ffn + model.ffn + model.hidden
+    one = model.expert_parameters()
     total = 0.0
     for experts, count in Counter(e for e in model.experts if e).items():
         spread = ExpertLayouts.of(layouts, experts)
