@@ -1,7 +1,8 @@
-"""Triton kernels of moelab, imported as ``moelab.kernels``; every op stands beside its PyTorch reference.
+"""Provide the operations of a MoE layer, imported as ``moelab.kernels``; imports nothing else of moelab.
 
-One function per op. On CUDA tensors it runs Triton kernels, on CPU tensors tuned torch; ``backend="reference"`` is
-the plain text of the operation. A MoE layer is
+One function per op. On CUDA tensors it runs Triton kernels, on CPU tensors tuned torch; ``backend="reference"`` runs
+the op in plain PyTorch. An op's file (``gating.py``) holds the public function and its reference, the files beside it
+(``_gating_triton.py``, ``_gating_cpu.py``) the implementations. A MoE layer is
 
     g = gate(logits_SE, top_k, capacity, seed=step)             # which experts, which slot, which weight, both losses
     table = row_table(g)                                        # which row holds which token
@@ -11,9 +12,8 @@ the plain text of the operation. A MoE layer is
     y_SM = residual_mix(y_SM, mlp_SM, x_SM, w_2M, b_2)          # PR-MoE
 """
 
-from ._hash import priorities
+from .experts import expert_ffn
 from .gating import Gate, gate
-from .grouped_mm import expert_ffn, grouped_mm
 from .permute import RowTable, combine, dispatch, row_table
 from .residual import residual_mix
 
@@ -24,8 +24,6 @@ __all__ = [
     "dispatch",
     "expert_ffn",
     "gate",
-    "grouped_mm",
-    "priorities",
     "residual_mix",
     "row_table",
 ]

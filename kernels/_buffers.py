@@ -1,51 +1,102 @@
-"""Large CPU tensors on memory that stays mapped: what the stacked gradients of many experts need.
+"""Keep the memory of large CPU tensors mapped: what the stacked gradients of many experts need.
 
 The C allocator gives a freed 512 MiB gradient back to the system, and the next step pays again for having every page
 of it mapped and zeroed: measured on one core, 220 ms against 18 ms for writing it, more than the matrix product that
 fills it. Here a buffer goes back to a pool when the last tensor that uses it dies. Buffers are NumPy's, which asks
 for huge pages.
 
-The pool holds at most what was once alive at the same time; :func:`release` gives the free ones back.
+Buffers in use and free ones together never exceed the most that was in use at one time: beyond that, the free buffers
+whose size was used least recently are given back to the system. :func:`release` gives all free ones back.
 """
 
 from __future__ import annotations
 
 import math
+import os
+import threading
 import weakref
+from collections import deque
 
 import numpy as np
 import torch
 
 _MIN_BYTES = 1 << 20
-_free: dict[int, list[np.ndarray]] = {}  # append and pop are atomic: finalizers may run in any thread
+
+
+class _Pool:
+    """Hold the free buffers by size, and count bytes."""
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.returned: deque[np.ndarray] = deque()  # finalizers run in any thread, at any time: they only append
+        self.free: dict[int, list[np.ndarray]] = {}  # the least recently returned size first
+        self.used_bytes = self.free_bytes = self.most_bytes = 0
+
+    def collect(self) -> None:
+        """Sort the returned buffers into the free ones."""
+        while self.returned:
+            base = self.returned.popleft()
+            same = self.free.pop(len(base), [])
+            same.append(base)
+            self.free[len(base)] = same
+            self.used_bytes -= len(base)
+            self.free_bytes += len(base)
+
+    def pop(self, size: int) -> np.ndarray:
+        """Take a free buffer of ``size`` bytes away."""
+        base = self.free[size].pop()
+        if not self.free[size]:
+            del self.free[size]
+        self.free_bytes -= size
+        return base
+
+    def take(self, size: int) -> np.ndarray:
+        """Return a buffer of at least ``size`` bytes: the smallest free one of less than twice that, or a new one."""
+        self.collect()
+        fitting = min((s for s in self.free if size <= s < 2 * size), default=None)
+        base = None if fitting is None else self.pop(fitting)
+        self.used_bytes += size if base is None else len(base)
+        self.most_bytes = max(self.most_bytes, self.used_bytes)
+        while self.free and self.used_bytes + self.free_bytes > self.most_bytes:
+            self.pop(next(iter(self.free)))
+        if base is None:  # after the others went back to the system
+            base = np.empty(size + 64, np.uint8)
+            base = base[-base.ctypes.data % 64 :][:size]
+        return base
+
+
+_pool = _Pool()
+
+
+def _forget() -> None:
+    """Give a forked child a pool of its own: another thread may have held the lock."""
+    global _pool
+    _pool = _Pool()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget)
 
 
 def empty(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-    """An uninitialised contiguous CPU tensor, as ``torch.empty``, on pooled memory when it is large."""
-    size = math.prod(shape) * dtype.itemsize
-    if size < _MIN_BYTES:
+    """Return an uninitialised contiguous CPU tensor, as ``torch.empty`` does, on pooled memory if it is large."""
+    needed = math.prod(shape) * dtype.itemsize
+    if needed < _MIN_BYTES:
         return torch.empty(shape, dtype=dtype)
-    step = 1 << size.bit_length() - 4  # size classes an eighth apart, so that row counts that vary share buffers
-    size = -(-size // step) * step
-    free = _free.setdefault(size, [])
-    try:
-        base = free.pop()
-    except IndexError:
-        base = np.empty(size + 64, np.uint8)
-        base = base[-base.ctypes.data % 64 :][:size]
+    step = 1 << needed.bit_length() - 4  # size classes an eighth apart, so that row counts that vary share buffers
+    pool = _pool
+    with pool.lock:
+        base = pool.take(-(-needed // step) * step)
     loan = base[:]  # dies with the last tensor on it
-    weakref.finalize(loan, free.append, base).atexit = False
-    return torch.from_numpy(loan)[: math.prod(shape) * dtype.itemsize].view(dtype).view(shape)
+    weakref.finalize(loan, pool.returned.append, base).atexit = False
+    return torch.from_numpy(loan)[:needed].view(dtype).view(shape)
 
 
 def release() -> int:
-    """Gives all free buffers back to the system; their bytes."""
-    released = 0
-    for size, free in list(_free.items()):
-        while free:
-            try:
-                free.pop()
-            except IndexError:
-                break
-            released += size
+    """Give all free buffers back to the system and return their bytes."""
+    with _pool.lock:
+        _pool.collect()
+        released, _pool.free_bytes = _pool.free_bytes, 0
+        _pool.free.clear()
+        _pool.most_bytes = _pool.used_bytes
     return released

@@ -1,7 +1,7 @@
-"""What every op shares: the choice of a backend, Triton's presence, and small helpers.
+"""Choose backends and precisions for every op.
 
-Backends. ``auto`` is Triton on CUDA tensors and tuned torch on CPU tensors. ``reference`` is the plain PyTorch text
-of the operation, on any device, written to be read. ``triton`` on CPU tensors needs Triton's interpreter, that is
+Backends. ``auto`` is Triton on CUDA tensors and tuned torch on CPU tensors. ``reference`` is the operation
+in plain PyTorch, on any device, written to be read. ``triton`` on CPU tensors needs Triton's interpreter, that is
 ``TRITON_INTERPRET=1`` set before Triton is imported (tests only: it is slow).
 """
 
@@ -20,7 +20,7 @@ try:
 except ImportError:  # macOS: the torch backend needs none of it
 
     class _NoTriton:
-        """Lets the kernel files be imported; nothing decorated here is ever launched."""
+        """Let the kernel files be imported; nothing decorated here is ever launched."""
 
         constexpr = None
 
@@ -37,16 +37,19 @@ except ImportError:  # macOS: the torch backend needs none of it
     INTERPRETING = False
 
 Backend = Literal["auto", "torch", "triton", "reference"]
-"""How an op runs; see the module's text."""
+"""How an op runs; see the module's docstring."""
 
 recording = False
 """True while compile.py collects the launches of the ops on meta tensors; nothing runs then."""
+
+APPROXIMATE = {"gelu": "none", "gelu_tanh": "tanh"}
+"""The names of the GELUs here, and PyTorch's ``approximate`` for them."""
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def pick_backend(op: str, backend: Backend, *tensors: torch.Tensor | None) -> str:
-    """The backend that runs ``op`` on these tensors: ``torch``, ``triton`` or ``reference``.
+    """Return the backend that runs ``op`` on these tensors: ``torch``, ``triton`` or ``reference``.
 
     Raises ``ValueError`` for an unknown name, for tensors on different devices, and for a backend that cannot run
     there.
@@ -78,10 +81,27 @@ def pick_backend(op: str, backend: Backend, *tensors: torch.Tensor | None) -> st
 
 
 def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
-    """float32, or float64 for float64 inputs (gradient checks)."""
+    """Return float32, or float64 for float64 inputs (gradient checks)."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def next_power_of_2(n: int) -> int:
-    """The smallest power of two that is at least ``n`` (and at least 1)."""
+    """Return the smallest power of two that is at least ``n`` (and at least 1)."""
     return 1 << max(n - 1, 0).bit_length()
+
+
+def dot_precision(dtype: torch.dtype) -> str:
+    """Return how Triton multiplies matrices of ``dtype`` on CUDA: "tf32" or "ieee" (``tl.dot``'s input_precision).
+
+    float32 follows PyTorch's own switch for CUDA products, so that a Triton kernel is as precise as the ``torch.matmul``
+    beside it: exact float32 by default, TF32 (10 bits of mantissa, about 8 times the rate on an A100) once a program has
+    asked for it, by ``torch.set_float32_matmul_precision("high")`` or by
+    ``torch.backends.cuda.matmul.fp32_precision = "tf32"``. The second makes PyTorch's reader of the first raise, while
+    ``fp32_precision`` reflects both. Other dtypes have one precision.
+    """
+    return "tf32" if dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
+
+
+def contiguous(*tensors: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
+    """Return the tensors with contiguous memory, None where one is None: kernels address them by shape alone."""
+    return tuple(None if t is None else t.contiguous() for t in tensors)

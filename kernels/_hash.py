@@ -1,4 +1,4 @@
-"""The priorities of random token selection: a counter hash, the same bits in Python, NumPy, torch and Triton."""
+"""Draw the priorities of random token selection: a counter hash, the same bits in NumPy, torch and Triton."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ _M32 = 0xFFFFFFFF
 
 
 def _mix32(x: int) -> int:
-    """Murmur3's 32-bit finaliser: a bijection on 32 bits in which every input bit reaches every output bit."""
+    """Apply Murmur3's 32-bit finaliser: a bijection on 32 bits in which every input bit reaches every output bit."""
     x ^= x >> 16
     x = x * 0x85EBCA6B & _M32
     x ^= x >> 13
@@ -17,16 +17,15 @@ def _mix32(x: int) -> int:
     return x ^ x >> 16
 
 
-def hash_keys(seed: int, token_offset: int) -> tuple[int, int, int]:
-    """The per-call words of the priority hash, in [0, 2^32): two from the 64-bit seed, and the token offset."""
+def hash_keys(seed: int) -> tuple[int, int]:
+    """Return the two words of the priority hash that the 64-bit seed gives, each in [0, 2^32)."""
     low = _mix32((seed & _M32) ^ 0x9E3779B9)
-    return low, _mix32((seed >> 32 & _M32) ^ low ^ 0x7F4A7C15), token_offset & _M32
+    return low, _mix32((seed >> 32 & _M32) ^ low ^ 0x7F4A7C15)
 
 
-def priorities(seed: int, tokens: int, top_k: int, token_offset: int = 0, device="cpu") -> torch.Tensor:
-    """int64 [S, K] in [0, 2^32): the entries' priorities in random token selection. For one k, no two tokens draw the
-    same."""
-    low, high, offset = hash_keys(seed, token_offset)
+def priorities(seed: int, tokens: int, top_k: int, device: torch.device | str = "cpu") -> torch.Tensor:
+    """Return the priority of every entry, int64 [S, K] in [0, 2^32). For one k, no two tokens draw the same."""
+    low, high = hash_keys(seed)
 
     def mix(x):
         x = x ^ x >> 16
@@ -35,14 +34,14 @@ def priorities(seed: int, tokens: int, top_k: int, token_offset: int = 0, device
         x = x * 0xC2B2AE35 & _M32
         return x ^ x >> 16
 
-    token_S1 = torch.arange(tokens, device=device)[:, None] + offset & _M32
+    token_S1 = torch.arange(tokens, device=device)[:, None]
     k_1K = torch.arange(top_k, device=device)[None, :] * 0x9E3779B9
     return mix(mix(token_S1 ^ low) + k_1K & _M32 ^ high)
 
 
-def priorities_numpy(seed: int, tokens: int, top_k: int, token_offset: int) -> np.ndarray:
-    """uint32 [S, K]: the same bits as :func:`priorities`."""
-    low, high, offset = (np.uint32(v) for v in hash_keys(seed, token_offset))
+def priorities_numpy(seed: int, tokens: int, top_k: int) -> np.ndarray:
+    """Return the same bits as :func:`priorities`, uint32 [S, K]."""
+    low, high = (np.uint32(v) for v in hash_keys(seed))
 
     def mix(x):
         x ^= x >> np.uint32(16)
@@ -53,7 +52,6 @@ def priorities_numpy(seed: int, tokens: int, top_k: int, token_offset: int) -> n
         return x
 
     token_S1 = np.arange(tokens, dtype=np.uint32)[:, None]
-    token_S1 += offset
     token_S1 ^= low
     k_1K = np.arange(top_k, dtype=np.uint32)[None, :] * np.uint32(0x9E3779B9)
     x_SK = mix(token_S1) + k_1K

@@ -1,4 +1,4 @@
-"""Compiles every kernel ahead of time, without a GPU, and tables what it will use of one.
+"""Compile every kernel ahead of time, without a GPU, and table the resources that each will use.
 
     python -m moelab.kernels.compile --arch sm_80 --arch sm_90 --out results/kernels/compile.csv
 
@@ -23,13 +23,13 @@ from typing import NamedTuple
 import torch
 
 from . import _common, gating, permute, residual
-from .grouped_mm import expert_ffn
+from .experts import expert_ffn
 
 DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.int32: "i32", torch.int64: "i64"}
 
 
 class Limits(NamedTuple):
-    """One multiprocessor of an architecture (CUDA programming guide, technical specifications per compute
+    """Describe one multiprocessor of an architecture (CUDA programming guide, technical specifications per compute
     capability)."""
 
     warps: int
@@ -43,7 +43,7 @@ LIMITS = {"sm_80": Limits(64, 32, 65536, 164 << 10), "sm_90": Limits(64, 32, 655
 
 
 class Launch(NamedTuple):
-    """One kernel as an op would launch it."""
+    """Describe one kernel as an op would launch it."""
 
     kernel: object
     case: str
@@ -56,7 +56,7 @@ class Launch(NamedTuple):
 
 
 class Record(NamedTuple):
-    """A row of the table."""
+    """Hold a row of the table."""
 
     kernel: str
     case: str
@@ -88,14 +88,14 @@ def _gate_case(S, E, K, dtype=torch.float32, noisy=False, **options) -> Callable
     return run
 
 
-def _permute_case(S, E, K, M, dtype, capacity=None) -> Callable[[], None]:
+def _permute_case(S, E, K, M, dtype) -> Callable[[], None]:
     def run():
         i32 = dict(dtype=torch.int32)
         scalar = _meta()
         g = gating.Gate(
             _meta(S, K, **i32), _meta(S, K, **i32), _meta(S, K, grad=True), *_meta(2, E, **i32), scalar, scalar
         )
-        table = permute.row_table(g, capacity=capacity, backend="triton")
+        table = permute.row_table(g, backend="triton")
         rows = permute.dispatch(_meta(S, M, dtype=dtype, grad=True), table, backend="triton")
         y = permute.combine(rows, table, g.weight_SK, backend="triton")
         y.backward(torch.empty_like(y))
@@ -141,7 +141,7 @@ CASES: dict[str, Callable[[], None]] = {
     "gate S16384 E128 K8 bf16": _gate_case(16384, 128, 8, BF16, normalize=True),
     "gate S16384 E512 K1": _gate_case(16384, 512, 1, capacity=32),
     "permute S8192 E128 K1 M1024 bf16": _permute_case(8192, 128, 1, 1024, BF16),
-    "permute S8192 E32 K2 M2048 fp16 padded": _permute_case(8192, 32, 2, 2048, FP16, capacity=512),
+    "permute S8192 E32 K2 M2048 fp16": _permute_case(8192, 32, 2, 2048, FP16),
     "permute S4096 E8 K1 M512 fp32": _permute_case(4096, 8, 1, 512, FP32),
     "permute S333 E64 K2 M100 fp32": _permute_case(333, 64, 2, 100, FP32),
     "ffn R8192 E128 M1024 F4096 bf16": _ffn_case(8192, 128, 1024, 4096, BF16),
@@ -167,7 +167,7 @@ QUICK = (
 
 
 def _launch(kernel, case: str, args: tuple, kwargs: dict) -> Launch:
-    """Triton's own rules for one launch: what is constant, what is a multiple of 16."""
+    """Apply Triton's own rules to one launch: what is constant, what is a multiple of 16."""
     options = {name: kwargs.pop(name, default) for name, default in (("num_warps", 4), ("num_stages", 3))}
     values = dict(zip(kernel.arg_names, args, strict=False)) | kwargs
     signature, constants, aligned = [], [], []
@@ -191,7 +191,7 @@ def _launch(kernel, case: str, args: tuple, kwargs: dict) -> Launch:
 
 @contextlib.contextmanager
 def _recorded(case: str, launches: list[Launch]) -> Iterator[None]:
-    """Kernels launched within are appended to ``launches`` and not run."""
+    """Append the kernels launched within to ``launches`` instead of running them."""
     from triton.runtime.jit import JITFunction
 
     run = JITFunction.run
@@ -207,7 +207,7 @@ def _recorded(case: str, launches: list[Launch]) -> Iterator[None]:
 
 
 def launches(cases: tuple[str, ...] | None = None) -> list[Launch]:
-    """The distinct launches of the cases (all by default), each under the first case that makes it."""
+    """Return the distinct launches of the cases (all by default), each under the first case that makes it."""
     if not _common.HAS_TRITON:
         raise RuntimeError("compiling kernels needs the triton package, which this platform lacks")
     if _common.INTERPRETING:
@@ -224,7 +224,7 @@ def launches(cases: tuple[str, ...] | None = None) -> list[Launch]:
 
 
 def _resources(cubin: bytes) -> tuple[int, int]:
-    """(registers, bytes of local memory) a thread of a compiled kernel takes, read from the machine code itself.
+    """Return (registers, bytes of local memory) of a compiled kernel's thread, read from the machine code itself.
 
     The kernels have no arrays of their own, so that local memory, stack included, is spilled registers."""
     from triton import knobs
@@ -243,7 +243,7 @@ def _resources(cubin: bytes) -> tuple[int, int]:
 
 
 def compile_launch(launch: Launch, arch: str) -> Record:
-    """Compiles one launch to machine code for ``arch`` and reads its resources back."""
+    """Compile one launch to machine code for ``arch`` and read its resources back."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -270,7 +270,7 @@ def compile_launch(launch: Launch, arch: str) -> Record:
 
 
 def estimate_occupancy(arch: str, warps: int, registers: int, shared: int) -> tuple[int, float]:
-    """(blocks per multiprocessor, share of its warps in use). Registers are given to warps in units of 256."""
+    """Return (blocks per multiprocessor, share of its warps in use). Registers are given to warps in units of 256."""
     limit = LIMITS[arch]
     per_warp = -(-registers * 32 // 256) * 256
     by_registers = limit.registers // per_warp // warps if registers else limit.blocks
@@ -284,7 +284,7 @@ def compile_all(
     cases: tuple[str, ...] | None = None,
     report: Callable[[Record], None] = lambda record: None,
 ) -> list[Record]:
-    """Compiles the launches of the cases for every architecture; ``report`` hears of each as it is done.
+    """Compile the launches of the cases for every architecture; ``report`` hears of each as it is done.
 
     Raises ``ValueError`` for an architecture without known limits, ``RuntimeError`` where Triton cannot compile.
     """
@@ -300,7 +300,7 @@ def compile_all(
 
 
 def write_csv(records: list[Record], path: Path) -> None:
-    """Writes the table, sorted, so that two runs differ where a kernel does."""
+    """Write the table, sorted, so that two runs differ where a kernel does."""
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(path.name + ".part")
     with part.open("w", newline="") as file:
@@ -311,7 +311,7 @@ def write_csv(records: list[Record], path: Path) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Prints one line per kernel; 1 if any spills on sm_80."""
+    """Print one line per kernel; return 1 if any spills on sm_80."""
     parser = argparse.ArgumentParser(prog="moelab kernels compile", description=__doc__.splitlines()[0])
     parser.add_argument("--arch", action="append", choices=sorted(LIMITS), help="repeatable; default all")
     parser.add_argument("--out", type=Path, help="a .csv to write")

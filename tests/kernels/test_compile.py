@@ -34,8 +34,21 @@ def test_launches_are_recorded_as_triton_would_specialise_them():
     signature = dict(launch.signature)
     assert signature["logits_p"] == "*fp32" and signature["expert_p"] == "*i32" and signature["BE"] == "constexpr"
     names = launch.kernel.arg_names
-    assert names.index("S") in launch.aligned  # 64 tokens
+    assert names.index("E") in launch.aligned  # 128 experts
     assert names.index("low") not in launch.aligned  # a seed must not compile anew
+
+
+def test_numbers_that_change_from_step_to_step_compile_nothing_anew():
+    """Tokens, rows, capacity, blocks, tiles: a multiple of 16, any other number and 1 are one kernel."""
+    changing = {"S", "R", "N", "CAP", "blocks", "tiles", "low", "high"}
+    for launch in aot.launches():
+        if "weight_kernel" in launch.kernel.__name__ or "product_kernel" in launch.kernel.__name__:
+            changing_here = changing - {"N"}  # a width there
+        else:
+            changing_here = changing
+        for i, parameter in enumerate(launch.kernel.params):
+            if parameter.name in changing_here:
+                assert parameter.do_not_specialize and i not in launch.aligned, launch.kernel.__name__
 
 
 def test_occupancy_by_hand():

@@ -6,7 +6,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from moelab.kernels._hash import hash_keys, priorities
+from moelab.kernels import _gating_cpu, _gating_triton, _selection_triton, gating
+from moelab.kernels._hash import hash_keys, priorities, priorities_numpy
 from moelab.kernels.gating import Gate, gate
 
 SHAPES = [  # S, E, K, capacity
@@ -22,7 +23,7 @@ SHAPES = [  # S, E, K, capacity
 ]
 
 
-def brute_force(choice_SE, top_k, capacity, seed, token_offset):
+def brute_force(choice_SE, top_k, capacity, seed, draw=None):
     """Experts and slots by loops over Python numbers, straight from the definition."""
     S, E = choice_SE.shape
     rows = choice_SE.tolist()
@@ -32,7 +33,7 @@ def brute_force(choice_SE, top_k, capacity, seed, token_offset):
     for e in range(E):
         mine = [(k, s) for k, s in entries if experts[s][k] == e]
         if capacity is not None and seed is not None:
-            mine.sort(key=lambda ks: (-python_priority(seed, token_offset + ks[1], ks[0]), ks[1]))
+            mine.sort(key=lambda ks: (-(draw or python_priority)(seed, ks[1], ks[0]), ks[1]))
         kept.update(mine if capacity is None else mine[:capacity])
     slots = [[-1] * top_k for _ in range(S)]
     counts = [0] * E
@@ -45,7 +46,7 @@ def brute_force(choice_SE, top_k, capacity, seed, token_offset):
 
 
 def python_priority(seed, token, k):
-    low, high, _ = hash_keys(seed, 0)
+    low, high = hash_keys(seed)
 
     def mix(x):
         x ^= x >> 16
@@ -66,19 +67,17 @@ def on(target, logits, *args, choice_logits_SE=None, **kwargs):
     return Gate(*(t.cpu() for t in g))
 
 
-def check_against_brute_force(logits, top_k, capacity, seed, offset, normalize, target, choice=None):
+def check_against_brute_force(logits, top_k, capacity, seed, normalize, target, choice=None, draw=None):
     """On CPU both forms: with a gradient, and without one, which for few logits is another text."""
-    given = (top_k, capacity, seed, offset, normalize, target, choice)
+    given = (top_k, capacity, seed, normalize, target, choice, draw)
     if target[0] == "torch":
         _check_against_brute_force(logits.clone().requires_grad_(), *given)
     return _check_against_brute_force(logits, *given)
 
 
-def _check_against_brute_force(logits, top_k, capacity, seed, offset, normalize, target, choice):
-    g = on(
-        target, logits, top_k, capacity, seed=seed, token_offset=offset, normalize=normalize, choice_logits_SE=choice
-    )
-    experts, slots, load, kept = brute_force(logits if choice is None else choice, top_k, capacity, seed, offset)
+def _check_against_brute_force(logits, top_k, capacity, seed, normalize, target, choice, draw):
+    g = on(target, logits, top_k, capacity, seed=seed, normalize=normalize, choice_logits_SE=choice)
+    experts, slots, load, kept = brute_force(logits if choice is None else choice, top_k, capacity, seed, draw)
     S, E = logits.shape
     shape = (S, top_k)
     assert torch.equal(g.expert_SK, torch.tensor(experts, dtype=torch.int32).reshape(shape))
@@ -105,13 +104,13 @@ def _check_against_brute_force(logits, top_k, capacity, seed, offset, normalize,
 @pytest.mark.parametrize("seed", [None, 0, 1 << 40])
 @pytest.mark.parametrize("S,E,K,capacity", SHAPES)
 def test_semantics(target, S, E, K, capacity, seed):
-    check_against_brute_force(torch.randn(S, E), K, capacity, seed, 3, K > 1, target)
+    check_against_brute_force(torch.randn(S, E), K, capacity, seed, K > 1, target)
 
 
 @pytest.mark.parametrize("seed", [None, 7])
 @pytest.mark.parametrize("S,E,K,capacity", SHAPES)
 def test_reference_semantics(S, E, K, capacity, seed):
-    check_against_brute_force(torch.randn(S, E), K, capacity, seed, 3, K > 1, ("reference", "cpu"))
+    check_against_brute_force(torch.randn(S, E), K, capacity, seed, K > 1, ("reference", "cpu"))
 
 
 @settings(max_examples=40, deadline=None)
@@ -121,21 +120,20 @@ def test_semantics_hypothesis(target, data):
     K = data.draw(st.integers(1, E))
     capacity = data.draw(st.none() | st.integers(1, 12))
     seed = data.draw(st.none() | st.integers(0, 2**63 - 1))
-    offset = data.draw(st.integers(0, 2**33))
     values = data.draw(st.lists(st.integers(-2, 2), min_size=S * E, max_size=S * E))  # many ties
     logits = torch.tensor(values, dtype=torch.float32).reshape(S, E)
     choice = torch.randn(S, E) if data.draw(st.booleans()) else None
     normalize = data.draw(st.booleans())
     for each in (target, ("reference", "cpu")):
-        check_against_brute_force(logits, K, capacity, seed, offset, normalize, each, choice)
+        check_against_brute_force(logits, K, capacity, seed, normalize, each, choice)
 
 
 def test_one_expert_takes_all(target):
     logits = torch.zeros(67, 8)
     logits[:, 5] = 9.0
-    g = check_against_brute_force(logits, 1, 9, None, 0, False, target)
+    g = check_against_brute_force(logits, 1, 9, None, False, target)
     assert g.slot_SK[:9, 0].tolist() == list(range(9)) and (g.slot_SK[9:] == -1).all()
-    g = check_against_brute_force(logits, 1, 9, 4, 0, False, target)
+    g = check_against_brute_force(logits, 1, 9, 4, False, target)
     assert g.kept_E.tolist() == [0, 0, 0, 0, 0, 9, 0, 0]
 
 
@@ -144,12 +142,12 @@ def test_infinite_logits(target):
     logits = torch.randn(9, 6)
     logits[:, 2:] = -math.inf
     for each in (target, ("reference", "cpu")):
-        g = check_against_brute_force(logits, 4, None, None, 0, False, each)
+        g = check_against_brute_force(logits, 4, None, None, False, each)
         assert all(len(set(row)) == 4 for row in g.expert_SK.tolist())
         assert (g.weight_SK[:, 2:] == 0).all()
         choice = torch.randn(9, 6)
         choice[:, 3] = math.inf
-        g = check_against_brute_force(torch.randn(9, 6), 2, 4, 1, 0, True, each, choice)
+        g = check_against_brute_force(torch.randn(9, 6), 2, 4, 1, True, each, choice)
         assert (g.expert_SK[:, 0] == 3).all()
 
 
@@ -186,21 +184,64 @@ def test_without_gradients_few_tokens_are_gated_alike_in_any_company(S, E, K):
         assert torch.equal(alone.weight_SK[0], together.weight_SK[s]), "bit for bit"
 
 
-def test_random_selection_ignores_batch_boundaries():
-    """A token's priority depends on the seed and its global index only."""
-    whole = priorities(11, 100, 3)
-    parts = torch.cat([priorities(11, 40, 3), priorities(11, 60, 3, token_offset=40)])
-    assert torch.equal(whole, parts)
-    assert not torch.equal(whole, priorities(12, 100, 3))
-    assert whole.tolist() == [[python_priority(11, s, k) for k in range(3)] for s in range(100)]
+def test_priorities_are_one_hash_everywhere():
+    want = [[python_priority(11, s, k) for k in range(3)] for s in range(100)]
+    assert priorities(11, 100, 3).tolist() == want == priorities_numpy(11, 100, 3).tolist()
+    assert priorities(12, 100, 3).tolist() != want
+    assert priorities(11, 40, 3).tolist() == want[:40], "a token's draw does not depend on the number of tokens"
     assert len(set(priorities(3, 5000, 1).flatten().tolist())) == 5000
 
 
-@pytest.mark.parametrize("S,E,K,capacity", [(300, 3, 2, 40), (1100, 4, 1, 200), (90, 2, 2, 1)])
-def test_priority_ties_and_long_lists(target, S, E, K, capacity, monkeypatch):
-    """Few distinct priorities, so that the token decides; and experts with more entries than one chunk."""
-    g = check_against_brute_force(torch.randn(S, E), K, capacity, 3, 0, False, target)
+@pytest.mark.parametrize("S,E,K,capacity", [(300, 3, 2, 40), (1100, 4, 1, 200), (1500, 3, 3, 1300), (90, 2, 2, 1)])
+def test_long_lists(target, S, E, K, capacity):
+    """Experts with more entries than one chunk of the selection."""
+    g = check_against_brute_force(torch.randn(S, E), K, capacity, 3, False, target)
     assert (g.kept_E == capacity).any()
+
+
+@pytest.mark.parametrize(
+    "S,seed,first,second",  # tokens whose entries (first, k = 0) and (second, k = 1) draw the same priority
+    [(512, 10810, 306, 111), (512, 35692, 16, 355), (64, 1044463, 34, 26), (64, 3213365, 34, 58)],
+)
+def test_the_lower_token_wins_a_tie_of_priorities(target, S, seed, first, second):
+    """All tokens want expert 0, first or second, and its capacity ends between two entries of equal priority."""
+    assert python_priority(seed, first, 0) == python_priority(seed, second, 1)
+    logits = torch.zeros(S, 3)
+    rank_S = torch.arange(S) % 2  # of expert 0 among the choices
+    rank_S[first], rank_S[second] = 0, 1
+    logits[:, 0], logits[:, 1] = 2.0, 1.0 + 2.0 * rank_S
+    draw_S = priorities(seed, S, 2)[torch.arange(S), rank_S]
+    capacity = int((draw_S > draw_S[first]).sum()) + 1
+    for each in (target, ("reference", "cpu")):
+        g = check_against_brute_force(logits, 2, capacity, seed, False, each)
+        assert (g.expert_SK[torch.arange(S), rank_S] == 0).all()
+        kept_S = g.slot_SK[torch.arange(S), rank_S] >= 0
+        assert kept_S[min(first, second)] and not kept_S[max(first, second)]
+
+
+def few(draw):
+    """Four distinct priorities instead of 2^32."""
+    return lambda *args: draw(*args) & 3
+
+
+@pytest.fixture
+def few_priorities(target, monkeypatch):
+    if target == ("triton", "cuda"):
+        pytest.skip("a compiled kernel keeps the hash that it was compiled with")
+    monkeypatch.setattr(_gating_cpu, "priorities_numpy", few(_gating_cpu.priorities_numpy))
+    monkeypatch.setattr(gating, "priorities", few(gating.priorities))
+    if target[0] == "triton":
+        for module in (_gating_triton, _selection_triton):
+            monkeypatch.setattr(module, "priority", few(module.priority))
+
+
+@pytest.mark.parametrize(
+    "S,E,K,capacity", [(30, 3, 2, 7), (300, 3, 2, 40), (1100, 4, 1, 200), (1500, 3, 3, 1300), (90, 2, 2, 1)]
+)
+def test_many_ties_of_priorities(target, few_priorities, S, E, K, capacity):
+    for each in (target, ("reference", "cpu")):
+        g = check_against_brute_force(torch.randn(S, E), K, capacity, 3, False, each, draw=few(python_priority))
+        assert (g.kept_E == capacity).any()
 
 
 def test_random_selection_is_fair():

@@ -1,4 +1,4 @@
-"""The gate on CPU: the same semantics as ``gating.py`` without masks.
+"""Compute the gate on CPU: the semantics of ``gating.py`` without masks.
 
 A softmax, one vectorised argmax per choice, radix sorts on 16-bit keys for the slots and the random selection, and one
 hand-written backward. NumPy does the integer work: its argmax and its 16-bit sort are several times faster than torch's
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import numpy as np
 import torch
+from torch.autograd.function import once_differentiable
 
 from ._common import accumulate_dtype
 from ._hash import priorities_numpy
@@ -39,7 +40,7 @@ def _choose(choice_SE: np.ndarray, first_S: np.ndarray, top_k: int) -> np.ndarra
     return np.stack(columns, 1)
 
 
-def _slots(expert_SK: np.ndarray, ok_S, load_E: np.ndarray, capacity, seed, token_offset):
+def _slots(expert_SK: np.ndarray, ok_S, load_E: np.ndarray, capacity, seed):
     """(slot [S, K] int32, kept_E int64) by radix sorts on 16-bit keys: linear in the entries, no masks."""
     S, K = expert_SK.shape
     E = len(load_E)
@@ -59,7 +60,7 @@ def _slots(expert_SK: np.ndarray, ok_S, load_E: np.ndarray, capacity, seed, toke
         slot_N[order] = np.where(rank < capacity, rank, np.int32(-1))
     else:
         # entries from the highest priority to the lowest, token-major so that stability breaks ties, then by expert
-        falling_SK = ~priorities_numpy(seed, S, K, token_offset)
+        falling_SK = ~priorities_numpy(seed, S, K)
         token_key = key_N.reshape(K, S).T.ravel() if K > 1 else key_N
         falling_N = falling_SK.ravel()
         by = np.argsort(falling_N.astype(np.uint16), kind="stable")
@@ -78,7 +79,7 @@ def _slots(expert_SK: np.ndarray, ok_S, load_E: np.ndarray, capacity, seed, toke
 SMALL = 4096  # logits, up to which a gate without gradients is a few NumPy calls
 
 
-def small_gate(logits_SE, choice_SE, top_k, capacity, seed, token_offset, normalize):
+def small_gate(logits_SE, choice_SE, top_k, capacity, seed, normalize):
     """What `CPUGate` computes, without a gradient, for the few tokens of a decoding step, where each call counts and no
     element does. A row's result does not depend on the others."""
     x_SE = logits_SE.detach().to(accumulate_dtype(logits_SE.dtype)).numpy()
@@ -99,7 +100,7 @@ def small_gate(logits_SE, choice_SE, top_k, capacity, seed, token_offset, normal
         expert_SK[~ok_S] = np.arange(top_k)
     counted = expert_SK if healthy else expert_SK[ok_S]
     load_E = np.bincount(counted.ravel(), minlength=E)
-    slot_SK, kept_E = _slots(expert_SK, None if healthy else ok_S, load_E, capacity, seed, token_offset)
+    slot_SK, kept_E = _slots(expert_SK, None if healthy else ok_S, load_E, capacity, seed)
     slot_SK = np.ascontiguousarray(slot_SK)
     weight_SK = e_SE[rows_S1, expert_SK] / total_S[:, None]
     if capacity is not None or not healthy:
@@ -126,7 +127,7 @@ class CPUGate(torch.autograd.Function):
     """CPU: a softmax, an argmax per choice, radix sorts on 16-bit keys, and one hand-written backward."""
 
     @staticmethod
-    def forward(ctx, logits_SE, choice_SE, top_k, capacity, seed, token_offset, normalize):
+    def forward(ctx, logits_SE, choice_SE, top_k, capacity, seed, normalize):
         S, E = logits_SE.shape
         dtype = accumulate_dtype(logits_SE.dtype)
         wide_SE = logits_SE.to(dtype)
@@ -147,7 +148,7 @@ class CPUGate(torch.autograd.Function):
         counted = expert_np if ok_np is None else expert_np[ok_np]
         load_E = np.bincount(counted.ravel(), minlength=E)
         first_E = load_E if top_k == 1 else np.bincount(counted[:, 0], minlength=E)
-        slot_np, kept_E = _slots(expert_np, ok_np, load_E, capacity, seed, token_offset)
+        slot_np, kept_E = _slots(expert_np, ok_np, load_E, capacity, seed)
 
         expert_SK = torch.from_numpy(expert_np)
         slot_SK = torch.from_numpy(np.ascontiguousarray(slot_np))
@@ -175,11 +176,12 @@ class CPUGate(torch.autograd.Function):
         return expert_32, slot_SK, weight_SK, load_32, kept_32, aux_loss, z_loss
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, _expert, _slot, d_weight_SK, _load, _kept, d_aux, d_z):
         p_SE, lse_S, expert_SK, raw_SK, weight_SK, share_E = ctx.saved_tensors
         S, E = p_SE.shape
         if S == 0 or (d_weight_SK is None and d_aux is None and d_z is None):
-            return (torch.zeros_like(p_SE, dtype=ctx.dtype), *[None] * 6)
+            return (torch.zeros_like(p_SE, dtype=ctx.dtype), *[None] * 5)
         # dL/dlogit = p * (a_e + r_s), plus p_k * q_k at the chosen experts, with q = dL/dp there
         r_S = torch.zeros(S, dtype=p_SE.dtype)
         if d_z is not None:
@@ -203,4 +205,4 @@ class CPUGate(torch.autograd.Function):
             d_SE = torch.add(r_S[:, None], a_E).mul_(p_SE)
         if d_weight_SK is not None:
             d_SE.scatter_add_(1, expert_SK, at_SK)
-        return (d_SE.to(ctx.dtype), *[None] * 6)
+        return (d_SE.to(ctx.dtype), *[None] * 5)

@@ -8,8 +8,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from moelab.kernels import _buffers, _pool
-from moelab.kernels.grouped_mm import expert_ffn, grouped_mm
+from moelab.kernels import _buffers, _experts_cpu, _pool
+from moelab.kernels.experts import expert_ffn
 
 CASES = [  # rows per expert, spare rows, K or M, N or F
     ([1], 0, 1, 1),
@@ -34,15 +34,11 @@ def make(counts, spare, *dims, dtype, device):
     return tensors[0], offsets, tensors[1:-1], tensors[-1]
 
 
-def run(op, x, offsets, params, dy, **kwargs):
+def run(x, offsets, params, dy, **kwargs):
     leaves = [t.clone().requires_grad_() for t in (x, *params)]
-    y = op(leaves[0], offsets, *leaves[1:], **kwargs)
+    y = expert_ffn(leaves[0], offsets, *leaves[1:], **kwargs)
     y.backward(dy)
     return [y.detach(), *(t.grad for t in leaves)]
-
-
-def mm(x, offsets, w, b, **kwargs):
-    return grouped_mm(x, w, offsets, b, **kwargs)
 
 
 def poison():
@@ -54,12 +50,12 @@ def poison():
     del held
 
 
-def check(op, counts, spare, dims, dtype, activation, target):
+def check(counts, spare, dims, dtype, activation, target):
     backend, device = target
     x, offsets, params, dy = make(counts, spare, *dims, dtype=dtype, device=device)
     poison()
-    got = run(op, x, offsets, params, dy, activation=activation, backend=backend)
-    want = run(op, x, offsets, params, dy, activation=activation, backend="reference")
+    got = run(x, offsets, params, dy, activation=activation, backend=backend)
+    want = run(x, offsets, params, dy, activation=activation, backend="reference")
     tolerance = {torch.float32: 2e-5, torch.bfloat16: 3e-2, torch.float16: 4e-3}[dtype]
     for name, a, b in zip(("y", "dx", "dw1", "db1", "dw2", "db2"), got, want, strict=False):
         assert a.dtype == b.dtype == dtype and a.shape == b.shape, name
@@ -69,21 +65,14 @@ def check(op, counts, spare, dims, dtype, activation, target):
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
-@pytest.mark.parametrize("counts,spare,K,N", CASES)
-def test_grouped_mm(target, counts, spare, K, N, activation):
-    check(mm, counts, spare, (K, N), torch.float32, activation, target)
-
-
-@pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("counts,spare,M,F", CASES)
 def test_expert_ffn(target, counts, spare, M, F, activation):
-    check(expert_ffn, counts, spare, (M, F, M), torch.float32, activation, target)
+    check(counts, spare, (M, F, M), torch.float32, activation, target)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("op,dims", [(mm, (24, 40)), (expert_ffn, (24, 40, 24))])
-def test_half_precision(target, op, dims, dtype):
-    check(op, [5, 0, 33, 1], 2, dims, dtype, "gelu_tanh", target)
+def test_half_precision(target, dtype):
+    check([5, 0, 33, 1], 2, (24, 40, 24), dtype, "gelu_tanh", target)
 
 
 def test_without_bias(target):
@@ -100,7 +89,7 @@ def test_partial_gradients(target):
     """Frozen inputs and weights get no gradient and do not disturb the others."""
     backend, device = target
     x, offsets, params, dy = make([4, 2], 0, 6, 8, 6, dtype=torch.float32, device=device)
-    full = run(expert_ffn, x, offsets, params, dy, backend=backend)
+    full = run(x, offsets, params, dy, backend=backend)
     for free in range(5):
         leaves = [t.clone().requires_grad_(i == free) for i, t in enumerate((x, *params))]
         expert_ffn(leaves[0], offsets, *leaves[1:], backend=backend).backward(dy)
@@ -113,7 +102,7 @@ def test_partial_gradients(target):
 def test_no_rows(target):
     backend, device = target
     x, offsets, params, dy = make([0, 0, 0], 0, 6, 8, 6, dtype=torch.float32, device=device)
-    got = run(expert_ffn, x, offsets, params, dy, backend=backend)
+    got = run(x, offsets, params, dy, backend=backend)
     assert got[0].shape == (0, 6) and not any(t.any() for t in got[1:])
 
 
@@ -126,7 +115,7 @@ def test_no_rows(target):
     activation=st.sampled_from(ACTIVATIONS),
 )
 def test_expert_ffn_hypothesis(target, counts, spare, M, F, activation):
-    check(expert_ffn, counts, spare, (M, F, M), torch.float32, activation, target)
+    check(counts, spare, (M, F, M), torch.float32, activation, target)
 
 
 @pytest.mark.parametrize("backend", ["torch", "reference"])
@@ -138,17 +127,13 @@ def test_gradcheck(backend, activation):
     def ffn(x, *params):
         return expert_ffn(x, offsets, *params, activation=activation, backend=backend)
 
-    def product(x, w, b):
-        return grouped_mm(x, w, offsets, b, activation=activation, backend=backend)
-
     assert torch.autograd.gradcheck(ffn, inputs)
-    assert torch.autograd.gradcheck(product, inputs[:3])
 
 
 def test_weight_gradient_is_deterministic(target):
     backend, device = target
     args = make([40, 3, 21], 0, 33, 29, 33, dtype=torch.float32, device=device)
-    first, second = (run(expert_ffn, *args, backend=backend) for _ in range(2))
+    first, second = (run(*args, backend=backend) for _ in range(2))
     for a, b in zip(first, second, strict=True):
         assert torch.equal(a, b)
 
@@ -171,22 +156,20 @@ def many(dtype=torch.float32):
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_threads_do_not_change_the_bits(shared, activation, dtype):
     x, offsets, params, dy = many(dtype)
-    cases = [(expert_ffn, params, dy), (mm, params[:2], torch.randn(len(x), 256).to(dtype))]
-    for op, params, dy in cases:
-        found = []
-        for threads, calls in ((1, 0), (2, 2), (2, 2)):
-            torch.set_num_threads(threads)
-            poison()
-            shared.clear()
-            found.append(run(op, x, offsets, params, dy, activation=activation, backend="torch"))
-            assert torch.get_num_threads() == threads and len(shared) == calls
-        for other in found[1:]:
-            assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))
+    found = []
+    for threads, calls in ((1, 0), (2, 2), (2, 2)):
+        torch.set_num_threads(threads)
+        poison()
+        shared.clear()
+        found.append(run(x, offsets, params, dy, activation=activation, backend="torch"))
+        assert torch.get_num_threads() == threads and len(shared) == calls
+    for other in found[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))
 
 
 def test_threads_leave_no_trace(shared):
     x, offsets, params, dy = many()
-    run(expert_ffn, x, offsets, params, dy, backend="torch")
+    run(x, offsets, params, dy, backend="torch")
     seen = []
     newcomer = threading.Thread(target=lambda: seen.append(torch.get_num_threads()))
     newcomer.start()
@@ -204,22 +187,22 @@ def test_threads_leave_no_trace(shared):
 
 def test_an_exception_in_a_thread_propagates(shared, monkeypatch):
     x, offsets, params, dy = many()
-    want = run(expert_ffn, x, offsets, params, dy, backend="torch")
+    want = run(x, offsets, params, dy, backend="torch")
 
     def fail(*args, **kwargs):
         raise ArithmeticError("from the thread")
 
     with monkeypatch.context() as patch:
-        patch.setitem(expert_ffn.__globals__, "_gelu_out", fail)
+        patch.setitem(_experts_cpu.__dict__, "_gelu_out", fail)
         with pytest.raises(ArithmeticError, match="from the thread"):
             expert_ffn(x, offsets, *params, backend="torch")
     leaf = x.clone().requires_grad_()
     y = expert_ffn(leaf, offsets, *params, backend="torch")
     with monkeypatch.context() as patch:
-        patch.setitem(expert_ffn.__globals__, "_gelu_backward_out", fail)
+        patch.setitem(_experts_cpu.__dict__, "_gelu_backward_out", fail)
         with pytest.raises(ArithmeticError, match="from the thread"):
             y.backward(dy)
-    got = run(expert_ffn, x, offsets, params, dy, backend="torch")
+    got = run(x, offsets, params, dy, backend="torch")
     assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
 
 
@@ -255,13 +238,19 @@ def test_a_forked_child_starts_threads_of_its_own():
     "change,message",
     [
         (dict(activation="relu"), "unknown activation"),
-        (dict(w=torch.zeros(2, 3, 4)), "rows of width 5"),
-        (dict(b=torch.zeros(2, 5)), "bias"),
-        (dict(w=torch.zeros(2, 5, 4, dtype=torch.bfloat16)), "one dtype for all"),
+        (dict(w1=torch.zeros(2, 3, 4)), "rows of width 5"),
+        (dict(w2=torch.zeros(2, 5, 5)), "rows of width 4"),
+        (dict(b1=torch.zeros(2, 5)), "bias"),
+        (dict(w1=torch.zeros(2, 5, 4, dtype=torch.bfloat16)), "one dtype for all"),
         (dict(offsets=torch.zeros(3)), "offsets must be int32"),
+        (dict(offsets=torch.zeros(1, 3, dtype=torch.int32)), "offsets must be int32"),
     ],
 )
 def test_clear_errors(change, message):
-    a = dict(x=torch.zeros(6, 5), w=torch.zeros(2, 5, 4), offsets=torch.tensor([0, 2, 6]), b=torch.zeros(2, 4)) | change
+    a = (
+        dict(w1=torch.zeros(2, 5, 4), b1=torch.zeros(2, 4), w2=torch.zeros(2, 4, 5), b2=None, activation="gelu")
+        | change
+    )
+    offsets = a.pop("offsets", torch.tensor([0, 2, 6]))
     with pytest.raises(ValueError, match=message):
-        grouped_mm(a["x"], a["w"], a["offsets"], a["b"], activation=a.get("activation", "none"))
+        expert_ffn(torch.zeros(6, 5), offsets, a["w1"], a["b1"], a["w2"], a["b2"], activation=a["activation"])

@@ -1,0 +1,243 @@
+"""Compute the experts in Triton.
+
+A tile is BM rows of one group. A first small launch lists the tiles (their number is bounded without asking the
+device), so that the products need no host synchronisation and no search. The tile list serves forward and backward.
+Inside a product, K is the number of inputs and N the number of outputs. The numbers of rows and tiles do not
+specialise the kernels: they change from step to step.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch.autograd.function import once_differentiable
+
+from ._common import INTERPRETING, dot_precision, next_power_of_2, tl, triton
+
+
+@triton.jit(do_not_specialize=["tiles", "R"])
+def _schedule_kernel(offsets_p, expert_p, row_p, tiles, R, E, BM: tl.constexpr, BE: tl.constexpr):
+    """List the tiles of group e in program e; group E is the rows past the last offset; unused places get expert -1."""
+    e = tl.program_id(0)
+    cols = tl.arange(0, BE)
+    start = tl.load(offsets_p + cols, mask=cols <= E, other=0)
+    end = tl.load(offsets_p + cols + 1, mask=cols < E, other=0)
+    end = tl.where(cols == E, R, end)
+    count = tl.where(cols <= E, (end - start + BM - 1) // BM, 0)
+    first = tl.sum(tl.where(cols < e, count, 0), axis=0)
+    mine = tl.sum(tl.where(cols == e, count, 0), axis=0)
+    row = tl.sum(tl.where(cols == e, start, 0), axis=0)
+    for i in range(0, mine, BE):
+        at = i + cols
+        tl.store(expert_p + first + at, tl.zeros([BE], tl.int32) + e, mask=at < mine)
+        tl.store(row_p + first + at, row + at * BM, mask=at < mine)
+    if e == E:
+        for i in range(first + mine, tiles, BE):
+            tl.store(expert_p + i + cols, tl.full([BE], -1, tl.int32), mask=i + cols < tiles)
+
+
+@triton.jit
+def _act(x, EXACT: tl.constexpr):
+    """Return (gelu(x), gelu'(x)) in float32."""
+    if EXACT:
+        cdf = 0.5 * (1.0 + tl.erf(x * 0.7071067811865476))
+        return x * cdf, cdf + x * 0.3989422804014327 * tl.exp(-0.5 * x * x)
+    t = 1.0 - 2.0 / (tl.exp(1.5957691216057308 * (x + 0.044715 * x * x * x)) + 1.0)  # tanh by its exponential
+    slope = 0.5 * (1.0 + t) + 0.5 * x * (1.0 - t * t) * 0.7978845608028654 * (1.0 + 0.134145 * x * x)
+    return 0.5 * x * (1.0 + t), slope
+
+
+@triton.jit(do_not_specialize=["R", "tiles"])
+def _product_kernel(
+    x_p, w_p, b_p, y_p, pre_p, h_p, tile_expert_p, tile_row_p, offsets_p,
+    R, K, N, E, tiles, stride_we, stride_wk, stride_wn,
+    BIAS: tl.constexpr, ACT: tl.constexpr, EXACT: tl.constexpr, PRE: tl.constexpr, EVEN_K: tl.constexpr,
+    PRECISION: tl.constexpr, UPCAST: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+):  # fmt: skip
+    """Compute one tile of x @ W[e]. ACT 0: y = it + b. 1: y = act(it + b), with PRE also pre = it + b.
+    2 (backward): y = it * act'(pre), with PRE also h = act(pre)."""
+    pid = tl.program_id(0)
+    across = tl.cdiv(N, BN)
+    group = pid // (8 * across)  # eight tiles share their weights' columns in cache
+    members = tl.minimum(tiles - group * 8, 8)
+    tile = group * 8 + pid % (8 * across) % members
+    n = (pid % (8 * across) // members) * BN + tl.arange(0, BN)
+    e = tl.load(tile_expert_p + tile)
+    if e >= 0:
+        row = tl.load(tile_row_p + tile)
+        height = tl.minimum((R if e == E else tl.load(offsets_p + e + 1)) - row, BM)
+        m = tl.arange(0, BM)
+        y_at = m[:, None] * N + n[None, :]
+        y_p += row.to(tl.int64) * N  # tile offsets stay within 32 bits, which saves registers
+        pre_p += row.to(tl.int64) * N
+        h_p += row.to(tl.int64) * N
+        inside = (m[:, None] < height) & (n[None, :] < N)
+        if e == E:
+            tl.store(y_p + y_at, tl.zeros([BM, BN], y_p.dtype.element_ty), mask=inside)
+        else:
+            k = tl.arange(0, BK)
+            x_p += row.to(tl.int64) * K
+            w_p += e.to(tl.int64) * stride_we
+            x_at = m[:, None] * K + k[None, :]
+            w_at = k[:, None] * stride_wk + n[None, :] * stride_wn
+            acc = tl.zeros([BM, BN], tl.float32)
+            for start in range(0, K, BK):
+                if EVEN_K:
+                    x = tl.load(x_p + x_at, mask=m[:, None] < height, other=0.0)
+                    w = tl.load(w_p + w_at, mask=n[None, :] < N, other=0.0)
+                else:
+                    x = tl.load(x_p + x_at, mask=(m[:, None] < height) & (start + k[None, :] < K), other=0.0)
+                    w = tl.load(w_p + w_at, mask=(n[None, :] < N) & (start + k[:, None] < K), other=0.0)
+                if UPCAST:
+                    x, w = x.to(tl.float32), w.to(tl.float32)
+                acc = tl.dot(x, w, acc, input_precision=PRECISION)
+                x_p += BK
+                w_p += BK * stride_wk
+            if BIAS:
+                acc += tl.load(b_p + e * N + n, mask=n < N, other=0.0).to(tl.float32)[None, :]
+            if ACT == 1:
+                if PRE:
+                    tl.store(pre_p + y_at, acc.to(pre_p.dtype.element_ty), mask=inside)
+                acc, _ = _act(acc, EXACT)
+            if ACT == 2:
+                h, slope = _act(tl.load(pre_p + y_at, mask=inside, other=0.0).to(tl.float32), EXACT)
+                acc *= slope
+                if PRE:
+                    tl.store(h_p + y_at, h.to(h_p.dtype.element_ty), mask=inside)
+            tl.store(y_p + y_at, acc.to(y_p.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _weight_kernel(
+    x_p, dy_p, dw_p, db_p, offsets_p, K, N,
+    BIAS: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+    BK: tl.constexpr, BN: tl.constexpr, BR: tl.constexpr,
+):  # fmt: skip
+    """Compute one tile of dW[e] = x^T dy over the group's rows; the first tile of a column also sums its bias gradient."""
+    e = tl.program_id(1)
+    across = tl.cdiv(N, BN)
+    block = tl.program_id(0) // across
+    k = block * BK + tl.arange(0, BK)
+    n = (tl.program_id(0) % across) * BN + tl.arange(0, BN)
+    begin = tl.load(offsets_p + e)
+    count = tl.load(offsets_p + e + 1) - begin
+    x_p += begin.to(tl.int64) * K
+    dy_p += begin.to(tl.int64) * N
+    r = tl.arange(0, BR)
+    acc = tl.zeros([BK, BN], tl.float32)
+    bias = tl.zeros([BN], tl.float32)
+    for start in range(0, count, BR):
+        left = count - start
+        x = tl.load(x_p + r[None, :] * K + k[:, None], mask=(r[None, :] < left) & (k[:, None] < K), other=0.0)
+        dy = tl.load(dy_p + r[:, None] * N + n[None, :], mask=(r[:, None] < left) & (n[None, :] < N), other=0.0)
+        if BIAS and block == 0:
+            bias += tl.sum(dy.to(tl.float32), axis=0)
+        if UPCAST:
+            x, dy = x.to(tl.float32), dy.to(tl.float32)
+        acc = tl.dot(x, dy, acc, input_precision=PRECISION)
+        x_p += BR * K
+        dy_p += BR * N
+    at = dw_p + (e.to(tl.int64) * K + k[:, None]) * N + n[None, :]
+    tl.store(at, acc.to(dw_p.dtype.element_ty), mask=(k[:, None] < K) & (n[None, :] < N))
+    if BIAS and block == 0:
+        tl.store(db_p + e * N + n, bias.to(db_p.dtype.element_ty), mask=n < N)
+
+
+class _Plan(NamedTuple):
+    """Hold the tiles of one call; all its products share them."""
+
+    expert: torch.Tensor
+    row: torch.Tensor
+    offsets: torch.Tensor
+    BM: int
+
+
+def _plan(x, offsets_E1) -> _Plan:
+    R, E = len(x), len(offsets_E1) - 1
+    average = R // E
+    BM = 16 if average <= 16 else 32 if average <= 32 else 64 if average <= 64 or x.dtype == torch.float32 else 128
+    tiles = R // BM + E + 1
+    offsets_E1 = offsets_E1.int()
+    expert, row = torch.empty(2, tiles, dtype=torch.int32, device=x.device).unbind()
+    _schedule_kernel[(E + 1,)](offsets_E1, expert, row, tiles, R, E, BM=BM, BE=next_power_of_2(E + 1), num_warps=1)
+    return _Plan(expert, row, offsets_E1, BM)
+
+
+def _product_config(BM: int, N: int, K: int, dtype: torch.dtype, act: int) -> dict:
+    """Return the tile of a forward or input-gradient product, chosen to compile for sm_80 without spills. Widths that
+    are no multiple of 16 need masks and single loads, act 2 holds a second tile; both take a narrower one."""
+    odd = N % 16 or K % 16
+    BN = min(max(next_power_of_2(N), 16), 64 if dtype == torch.float32 or odd or act == 2 else 128)
+    BK = min(max(next_power_of_2(K), 16), 32 if dtype == torch.float32 or odd else 64)
+    return dict(BM=BM, BN=BN, BK=BK, num_warps=8 if BM == 128 else 4, num_stages=3)
+
+
+def _weight_config(N: int, K: int, dtype: torch.dtype) -> dict:
+    """Return the tile of a weight-gradient product."""
+    odd = N % 16 or K % 16
+    BK, BN = (min(max(next_power_of_2(n), 16), 64 if dtype == torch.float32 or odd else 128) for n in (K, N))
+    return dict(BK=BK, BN=BN, BR=32, num_warps=8 if BK * BN >= 16384 else 4, num_stages=3)
+
+
+def _mm(plan: _Plan, x, w, b, *, transpose=False, act=0, exact=False, pre=None, save=False):
+    """Return y, and with ``save`` also the pre-activation (act 1) or the activation (act 2)."""
+    R, K = x.shape
+    E = len(w)
+    N = w.shape[1] if transpose else w.shape[2]
+    y = x.new_empty(R, N)
+    extra = x.new_empty(R, N) if save else None
+    if R and N:
+        config = _product_config(plan.BM, N, K, x.dtype, act)
+        tiles = len(plan.expert)
+        _product_kernel[(tiles * triton.cdiv(N, config["BN"]),)](
+            x, w, x if b is None else b, y, (extra if save else x) if act != 2 else pre, extra if save else x,
+            plan.expert, plan.row, plan.offsets,
+            R, K, N, E, tiles, w.stride(0), *((w.stride(2), w.stride(1)) if transpose else (w.stride(1), w.stride(2))),
+            BIAS=b is not None, ACT=act, EXACT=exact, PRE=save, EVEN_K=K % config["BK"] == 0,
+            PRECISION=dot_precision(x.dtype), UPCAST=INTERPRETING, **config,
+        )  # fmt: skip
+    return (y, extra) if save else y
+
+
+def _weight_gradient(plan: _Plan, x, dy, w, b):
+    """Return (dW, db or None)."""
+    E, K, N = w.shape
+    dw = torch.empty_like(w)
+    db = None if b is None else torch.empty_like(b)
+    config = _weight_config(N, K, x.dtype)
+    _weight_kernel[(triton.cdiv(K, config["BK"]) * triton.cdiv(N, config["BN"]), E)](
+        x, dy, dw, dw if db is None else db, plan.offsets, K, N,
+        BIAS=db is not None, PRECISION=dot_precision(x.dtype), UPCAST=INTERPRETING, **config,
+    )  # fmt: skip
+    return dw, db
+
+
+class TritonExperts(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, w1, b1, w2, b2, offsets_E1, activation, keep):
+        plan, act, exact = _plan(x, offsets_E1), int(activation != "none"), activation == "gelu"
+        h = _mm(plan, x, w1, b1, act=act, exact=exact, save=bool(act) and keep)
+        h, pre = h if act and keep else (h, h)
+        y = _mm(plan, h, w2, b2)
+        if keep:
+            ctx.save_for_backward(x, w1, b1, w2, b2, pre)
+            ctx.plan, ctx.act, ctx.exact = plan, act, exact
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy):
+        x, w1, b1, w2, b2, pre = ctx.saved_tensors
+        plan, need, dy = ctx.plan, ctx.needs_input_grad, dy.contiguous()
+        second = need[3] or need[4]
+        h = pre
+        if ctx.act:
+            d_pre = _mm(plan, dy, w2, None, transpose=True, act=2, exact=ctx.exact, pre=pre, save=second)
+            d_pre, h = d_pre if second else (d_pre, None)
+        else:
+            d_pre = _mm(plan, dy, w2, None, transpose=True)
+        dw2, db2 = _weight_gradient(plan, h, dy, w2, b2) if second else (None, None)
+        dw1, db1 = _weight_gradient(plan, x, d_pre, w1, b1) if need[1] or need[2] else (None, None)
+        dx = _mm(plan, d_pre, w1, None, transpose=True) if need[0] else None
+        return dx, dw1 if need[1] else None, db1, dw2 if need[3] else None, db2, None, None, None

@@ -1,0 +1,97 @@
+"""Compute the experts' feed-forward networks on their groups of rows: uneven, some empty (paper 5.4).
+
+Shapes: R rows in expert order, E experts, M hidden, F feed-forward. Expert e's rows are ``offsets[e]`` to
+``offsets[e + 1]``; rows past the last offset come out zero.
+
+    y = act(x @ W1[e] + b1[e]) @ W2[e] + b2[e]    W1 [E, M, F], W2 [E, F, M]
+
+The forward pass keeps the pre-activation for the backward pass, which recomputes the activation from it: a third less
+memory than keeping both. Weight gradients are written expert by expert into one buffer, in a fixed order: no atomics,
+the same bits every time.
+
+The Triton implementation is in ``_experts_triton.py``, the CPU implementation in ``_experts_cpu.py``.
+"""
+
+from __future__ import annotations
+
+import itertools
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+
+from ._common import APPROXIMATE, Backend, accumulate_dtype, contiguous, pick_backend
+from ._experts_cpu import CPUExperts
+from ._experts_triton import TritonExperts
+
+Activation = Literal["none", "gelu", "gelu_tanh"]
+"""gelu: exact (erf). gelu_tanh: the tanh approximation, GPT-2's and Megatron's."""
+
+
+def expert_ffn(
+    x_RM: torch.Tensor,
+    offsets_E1: torch.Tensor,
+    w1_EMF: torch.Tensor,
+    b1_EF: torch.Tensor | None,
+    w2_EFM: torch.Tensor,
+    b2_EM: torch.Tensor | None,
+    *,
+    activation: Activation = "gelu_tanh",
+    backend: Backend = "auto",
+) -> torch.Tensor:
+    """Return the outputs [R, M] of the experts on their rows [R, M], in x's dtype, accumulated in float32.
+
+    ``offsets_E1`` is int32 [E + 1] (RowTable.offsets_E1). All other tensors have one dtype. Differentiable (once) in all
+    but the offsets. On CUDA, float32 products are exact unless TF32 is switched on (``_common.dot_precision``); on CPU,
+    float16 is computed in float32. Raises ``ValueError`` for shapes or dtypes that do not fit.
+    """
+    _check(x_RM, offsets_E1, activation, (w1_EMF, b1_EF), (w2_EFM, b2_EM))
+    chosen = pick_backend("expert_ffn", backend, x_RM, offsets_E1, w1_EMF, b1_EF, w2_EFM, b2_EM)
+    tensors = (x_RM, w1_EMF, b1_EF, w2_EFM, b2_EM)
+    if chosen == "reference":
+        return _reference(offsets_E1, *tensors, activation)
+    keep = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    if chosen == "torch":
+        wide = [None if t is None else t.float() for t in tensors] if x_RM.dtype == torch.float16 else tensors
+        return CPUExperts.apply(*contiguous(*wide), offsets_E1, activation, keep).to(x_RM.dtype)
+    return TritonExperts.apply(*contiguous(*tensors, offsets_E1), activation, keep)
+
+
+def _check(x, offsets_E1, activation, *layers) -> None:
+    if activation not in ("none", *APPROXIMATE):
+        raise ValueError(f"expert_ffn: unknown activation {activation!r}; know none, gelu, gelu_tanh")
+    if x.dim() != 2:
+        raise ValueError(f"expert_ffn: rows must be [R, M], not {tuple(x.shape)}")
+    if offsets_E1.dim() != 1 or offsets_E1.dtype not in (torch.int32, torch.int64):
+        shape = tuple(offsets_E1.shape)
+        raise ValueError(f"expert_ffn: offsets must be int32 [E + 1], not {offsets_E1.dtype} {shape}")
+    width, E = x.shape[1], len(offsets_E1) - 1
+    for w, b in layers:
+        if w.dim() != 3 or w.shape[:2] != (E, width):
+            raise ValueError(f"expert_ffn: weights {tuple(w.shape)} for {E} experts and rows of width {width}")
+        width = w.shape[2]
+        if b is not None and b.shape != (E, width):
+            raise ValueError(f"expert_ffn: bias {tuple(b.shape)} must be {(E, width)}")
+        if w.dtype != x.dtype or (b is not None and b.dtype != x.dtype):
+            raise ValueError(
+                f"expert_ffn: rows are {x.dtype}, weights {w.dtype}: one dtype for all (cast the parameters)"
+            )
+
+
+def _reference(offsets_E1, x_RM, w1_EMF, b1_EF, w2_EFM, b2_EM, activation: Activation):
+    """Loop over the experts, in float32 (float64 for float64), back in x's dtype; the rest zero."""
+    wide = accumulate_dtype(x_RM.dtype)
+    bounds = offsets_E1.tolist()
+
+    def affine(x, w, b, e):
+        return x @ w[e] if b is None else x @ w[e] + b[e]
+
+    parts = []
+    with torch.autocast(x_RM.device.type, enabled=False):
+        for e, (start, end) in enumerate(itertools.pairwise(bounds)):
+            hidden = affine(x_RM[start:end], w1_EMF, b1_EF, e)
+            if activation != "none":
+                hidden = F.gelu(hidden, approximate=APPROXIMATE[activation])
+            parts.append(affine(hidden, w2_EFM, b2_EM, e))
+    tail = x_RM.new_zeros(len(x_RM) - bounds[-1], w2_EFM.shape[2], dtype=wide)
+    return torch.cat([*parts, tail]).to(x_RM.dtype)

@@ -1,0 +1,173 @@
+"""What holds for every op: any strides, any mix of backends, PyTorch's modes and defaults."""
+
+import pytest
+import torch
+from moelab.kernels import Gate, RowTable, _common, combine, dispatch, expert_ffn, gate, residual_mix, row_table
+
+S, E, K, M, F = 67, 5, 2, 13, 20
+
+
+def strided(t):
+    """The same values with neither of the last two dims contiguous, for vectors every second element."""
+    if t.dim() < 2:
+        return torch.stack([t, torch.zeros_like(t)], 1)[:, 0]
+    wide = torch.stack([t.mT, torch.zeros_like(t.mT)], -1)
+    return wide[..., 0].mT
+
+
+def ops(backend, device):
+    """Each op as (function of its tensors, tensors); the function returns what is differentiated."""
+    g = Gate(*(t.detach() for t in gate(torch.randn(S, E, device=device), K, 30, seed=1, backend=backend)))
+    table = row_table(g, backend=backend)
+    R = len(table.entry_R)
+    random = dict(device=device)
+    ffn = [torch.randn(*s, **random) for s in ((R, M), (E, M, F), (E, F), (E, F, M), (E, M))]
+    mix = [torch.randn(*s, **random) for s in ((S, M), (S, M), (S, M), (2, M), (2,))]
+
+    def gated(logits, choice):
+        got = gate(logits, K, 30, seed=3, choice_logits_SE=choice, backend=backend)
+        return (got.weight_SK * torch.arange(K, device=device)).sum(1) + got.aux_loss + got.z_loss
+
+    def tabled(expert, slot, kept):
+        return torch.cat(
+            [t.flatten() for t in row_table(Gate(expert, slot, None, None, kept, None, None), backend=backend)]
+        )
+
+    def dispatched(x, row, entry):
+        return dispatch(x, RowTable(row, entry, None), backend=backend)
+
+    def combined(rows, weight, row, entry):
+        return combine(rows, RowTable(row, entry, None), weight, backend=backend)
+
+    def experts(offsets, x, *params):
+        return expert_ffn(x, offsets, *params, backend=backend)
+
+    def learned(*tensors):
+        return residual_mix(*tensors, backend=backend)
+
+    def given(moe, mlp, a):
+        return residual_mix(moe, mlp, coefficient_S2=a, backend=backend)
+
+    return dict(
+        gate=(gated, [torch.randn(S, E, **random), torch.randn(S, E, **random)]),
+        row_table=(tabled, [g.expert_SK, g.slot_SK, g.kept_E]),
+        dispatch=(dispatched, [torch.randn(S, M, **random), table.row_SK, table.entry_R]),
+        combine=(combined, [torch.randn(R, M, **random), g.weight_SK, table.row_SK, table.entry_R]),
+        expert_ffn=(experts, [table.offsets_E1, *ffn]),
+        residual_learned=(learned, mix),
+        residual_given=(given, [*mix[:2], torch.rand(S, 2, **random)]),
+    )
+
+
+OPS = ["gate", "row_table", "dispatch", "combine", "expert_ffn", "residual_learned", "residual_given"]
+DIFFERENTIABLE = [op for op in OPS if op != "row_table"]
+
+
+def results(function, tensors):
+    """Outputs and gradients of the floating-point inputs that have one."""
+    leaves = [t.detach().requires_grad_() if t.is_floating_point() else t for t in tensors]
+    y = function(*leaves)
+    if y.requires_grad:
+        y.backward(strided(torch.linspace(-1, 1, y.numel(), dtype=y.dtype, device=y.device).view(y.shape)))
+    return [y.detach(), *(t.grad for t in leaves if t.grad is not None)]
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_strided_tensors(target, op):
+    """Outputs and gradients are those of contiguous tensors."""
+    function, tensors = ops(*target)[op]
+    apart = [strided(t) for t in tensors]
+    assert all(torch.equal(a, b) and not a.is_contiguous() for a, b in zip(apart, tensors, strict=True))
+    want, got = results(function, tensors), results(function, apart)
+    assert len(want) == len(got) > (op in DIFFERENTIABLE)
+    for a, b in zip(got, want, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("first,second", [("reference", None), (None, "reference")])
+def test_backends_mix(target, first, second):
+    """What one backend's gate and table return, another's table, dispatch and combine take."""
+    backend, device = target
+    first, second = first or backend, second or backend
+    logits, x = torch.randn(S, E, device=device), torch.randn(S, M, device=device)
+    found = []
+    for a, b in ((first, second), ("reference", "reference")):
+        leaves = [t.clone().requires_grad_() for t in (logits, x)]
+        g = gate(leaves[0], K, 20, seed=1, normalize=True, backend=a)
+        assert all(t.is_contiguous() for t in g)
+        table = row_table(g, rows=S * K, backend=b)
+        y = combine(dispatch(leaves[1], table, backend=b), table, g.weight_SK, backend=b)
+        y.square().sum().backward()
+        found.append([*table, y.detach(), *(t.grad for t in leaves)])
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("op", DIFFERENTIABLE)
+def test_second_derivatives_raise(target, op):
+    function, tensors = ops(*target)[op]
+    leaves = [t.requires_grad_() if t.is_floating_point() else t for t in tensors]
+    x = next(t for t in leaves if t.is_floating_point())
+    (dx,) = torch.autograd.grad(function(*leaves).square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        dx.sum().backward()
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_the_default_dtype_does_not_matter(target, op):
+    backend, device = target
+    halves = [False, True] if backend == "torch" else [False]  # the interpreter's bfloat16 arithmetic is wrong
+    for half in halves:
+        function, tensors = ops(backend, device)[op]
+        if half:
+            narrow = tensors[:1] if op == "combine" else tensors  # the weights stay float32
+            tensors = [t.bfloat16() if t.is_floating_point() else t for t in narrow] + tensors[len(narrow) :]
+        want = results(function, tensors)
+        torch.set_default_dtype(torch.bfloat16)
+        try:
+            got = results(function, tensors)
+        finally:
+            torch.set_default_dtype(torch.float32)
+        assert all(a.dtype == b.dtype and torch.equal(a, b) for a, b in zip(got, want, strict=True))
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_without_gradients_nothing_is_kept(target, op, monkeypatch):
+    """Parameters that require gradients, under no_grad: the same output, and no memory for a backward pass."""
+    function, tensors = ops(*target)[op]
+    leaves = [t.requires_grad_() if t.is_floating_point() else t for t in tensors]
+    want = function(*leaves).detach()
+    shapes = []
+    new_empty = torch.Tensor.new_empty
+
+    def recording(self, *args, **kwargs):
+        t = new_empty(self, *args, **kwargs)
+        shapes.append(tuple(t.shape))
+        return t
+
+    monkeypatch.setattr(torch.Tensor, "new_empty", recording)
+    with torch.no_grad():
+        got = function(*leaves)
+    assert not got.requires_grad
+    torch.testing.assert_close(got, want)
+    if op == "expert_ffn" and target[0] == "triton":
+        assert shapes.count((len(leaves[1]), F)) == 1, "the activation, and no pre-activation beside it"
+
+
+def test_dot_precision_follows_either_switch():
+    matmul = torch.backends.cuda.matmul
+    before = matmul.fp32_precision
+    try:
+        torch.set_float32_matmul_precision("high")
+        assert _common.dot_precision(torch.float32) == "tf32"
+        torch.set_float32_matmul_precision("highest")
+        assert _common.dot_precision(torch.float32) == "ieee"
+        matmul.fp32_precision = "tf32"
+        with pytest.raises(RuntimeError, match="matmul precision"):
+            torch.get_float32_matmul_precision()
+        assert _common.dot_precision(torch.float32) == "tf32" and _common.dot_precision(torch.bfloat16) == "ieee"
+        matmul.fp32_precision = "ieee"
+        assert _common.dot_precision(torch.float32) == "ieee"
+    finally:
+        matmul.fp32_precision = before
+        torch.set_float32_matmul_precision("highest")
