@@ -20,7 +20,7 @@ from collections import deque
 import numpy as np
 import torch
 
-_MIN_BYTES = 1 << 20
+_MIN_BYTES = 1 << 18
 
 
 class _Pool:

@@ -1,12 +1,15 @@
-"""Compute the experts on CPU: a loop of matrix products over contiguous slices.
+"""Compute the experts on CPU: batched products and products of single groups over slots (``_layout_cpu.py``).
 
-Many small groups are shared out among threads, an expert to a thread, instead of splitting each product: its bits are
-then those of one thread.
+A task computes everything for some experts while the values are in cache. Experts with many rows are cut into tasks for
+the backward pass through their rows, and a second round of tasks computes the gradients of their weights. Threads share
+the tasks, each with PyTorch's own threading off, so that a result has the same bits however many threads there are.
+Unused slots hold zeros, and so do their gradients: they change no result.
 """
 
 from __future__ import annotations
 
-import itertools
+from collections.abc import Callable, Iterable, Sequence
+from typing import TypeVar
 
 import torch
 from torch.autograd.function import once_differentiable
@@ -14,124 +17,200 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from . import _buffers, _pool
 from ._common import APPROXIMATE
+from ._gelu_cpu import Gelu
+from ._layout_cpu import Layout, Task, plan
+from ._permute_cpu import take
 
-_ROWS = 128  # per expert on average, up to which each expert has a thread of its own
-_gelu_out = torch.ops.aten.gelu.out
-_gelu_backward_out = torch.ops.aten.gelu_backward.grad_input
+_LARGE = 1 << 30  # multiply-adds of one expert's weight gradient, from which it is cut into ``_PARTS``
+_PARTS = 4
+
+T = TypeVar("T")
 
 
-def _product(x, w, b, out):
-    """out = x @ w (+ b)."""
-    if b is None:
-        torch.mm(x, w, out=out)
+def _share(work: Callable[[Iterable[T]], None], tasks: Sequence[T], counting: bool) -> None:
+    """Run ``work`` over the tasks on PyTorch's number of threads; in this one under a dispatch mode (a FLOP counter,
+    say), which would not see what other threads do."""
+    threads = torch.get_num_threads()
+    if threads == 1 or counting:
+        work(tasks)
     else:
-        torch.addmm(b, x, w, out=out)
+        _pool.share(work, tasks, threads)
 
 
-def _groups(offsets_E1):
-    """[(e, first row, row past the last)] of the experts that have rows, and the largest group."""
-    bounds = offsets_E1.tolist()
-    groups = [(e, a, b) for e, (a, b) in enumerate(itertools.pairwise(bounds)) if b > a]
-    return groups, max((b - a for _, a, b in groups), default=0), bounds[-1]
+class _Experts:
+    """Hold a stack of weights or biases, whole and one by one: one call for all views costs less than one for each."""
+
+    def __init__(self, stack: torch.Tensor | None, layout: Layout) -> None:
+        self.stack = stack
+        alone = stack is not None and any(task.experts for task in layout.tasks)
+        self.each = stack.unbind() if alone else None
 
 
-def _gradients(groups, like: torch.Tensor | None, wanted: bool):
-    """A buffer for the gradient of ``like``, zero for the experts without rows; None if it is not wanted."""
-    if like is None or not wanted:
-        return None
-    grad = _buffers.empty(like.shape, like.dtype)
-    if len(groups) < len(like):
-        busy = {e for e, _, _ in groups}
-        for e in range(len(like)):
-            if e not in busy:
-                grad[e].zero_()
-    return grad
+def _products(task: Task, base: int, x, w: _Experts, b: _Experts, out) -> None:
+    """Write x @ w (+ b) to ``out``, both of the task's slots; w is [E, K, N]."""
+    n = task.last - task.first
+    if n:
+        experts = slice(task.first, task.last)
+        x_nC, out_nC = x[: n * base].view(n, base, -1), out[: n * base].view(n, base, -1)
+        if b.stack is None:
+            torch.bmm(x_nC, w.stack[experts], out=out_nC)
+        else:
+            torch.baddbmm(b.stack[experts, None], x_nC, w.stack[experts], out=out_nC)
+        x, out = x[n * base :], out[n * base :]
+    if task.experts:
+        for e, x_g, out_g in zip(task.experts, x.split(task.sizes), out.split(task.sizes), strict=True):
+            if b.stack is None:
+                torch.mm(x_g, w.each[e], out=out_g)
+            else:
+                torch.addmm(b.each[e], x_g, w.each[e], out=out_g)
 
 
-def _each(work, groups, KN: int) -> None:
-    """``work(groups)``: in this thread, each operation on all of PyTorch's threads, or each expert on one thread.
+def _weight_gradients(task: Task, base: int, x, dy, dw: _Experts, db: _Experts) -> None:
+    """Write x^T dy and the sums of dy over the slots of the task's experts to ``dw`` [E, K, N] and ``db`` [E, N]."""
+    n = task.last - task.first
+    if n:
+        experts = slice(task.first, task.last)
+        x_nC, dy_nC = x[: n * base].view(n, base, -1), dy[: n * base].view(n, base, -1)
+        if dw.stack is not None:
+            torch.bmm(x_nC.mT, dy_nC, out=dw.stack[experts])
+        if db.stack is not None:
+            torch.sum(dy_nC, 1, out=db.stack[experts])
+        x, dy = x[n * base :], dy[n * base :]
+    if task.experts:
+        for e, x_g, dy_g in zip(task.experts, x.split(task.sizes), dy.split(task.sizes), strict=True):
+            if dw.stack is not None:
+                if n:
+                    dw.each[e].addmm_(x_g.t(), dy_g)
+                else:
+                    torch.mm(x_g.t(), dy_g, out=dw.each[e])
+            if db.stack is not None:
+                if n:
+                    db.each[e].add_(dy_g.sum(0))
+                else:
+                    torch.sum(dy_g, 0, out=db.each[e])
 
-    The second where it was measured to be faster: many small groups, none of them longer than a thread's share of the
-    rows, but with products (of KN multiply-adds a row) that take longer than their dispatch, which Python serialises.
-    It is not used under a dispatch mode (a FLOP counter, say), which would not see what other threads do.
-    """
-    threads, rows = torch.get_num_threads(), sum(j - i for _, i, j in groups)
-    if (
-        threads > 1
-        and len(groups) >= 8 * threads
-        and rows <= _ROWS * len(groups)
-        and rows * KN >= len(groups) << 20
-        and max(j - i for _, i, j in groups) * threads <= rows
-        and _get_current_dispatch_mode() is None
-    ):
-        _pool.share(work, sorted(groups, key=lambda g: g[1] - g[2]), threads)  # the longest first
-    else:
-        work(groups)
+
+def _cut_weight_gradient(part: tuple[int, int, int, int, int], x, dy, dw: _Experts, db: _Experts) -> None:
+    """Write a part of the rows of x^T dy, and with the first part the sums of dy."""
+    e, i, j, number, parts = part
+    if dw.stack is not None:
+        K = x.shape[1]
+        columns = slice(number * K // parts, (number + 1) * K // parts)
+        torch.mm(x[i:j, columns].t(), dy[i:j], out=dw.each[e][columns])
+    if db.stack is not None and number == 0:
+        torch.sum(dy[i:j], 0, out=db.each[e])
 
 
 class CPUExperts(torch.autograd.Function):
+    """Compute the experts and their gradients; see the module's docstring."""
+
     @staticmethod
     def forward(ctx, x, w1, b1, w2, b2, offsets_E1, activation, keep):
-        groups, largest, end = _groups(offsets_E1)
-        act = activation != "none"
-        y = _buffers.empty((len(x), w2.shape[2]), x.dtype)
-        pre = _buffers.empty((len(x), w1.shape[2]), x.dtype) if keep else None
+        R, (_, M, F) = len(x), w1.shape
+        counting = _get_current_dispatch_mode() is not None
+        layout = plan(offsets_E1.tolist(), R, M, F, x.dtype, pad=not counting)
+        apart = layout.row_P is not None
+        x_P = take(x, layout.row_P) if apart else x
+        y_P = _buffers.empty((layout.slots if apart else R, M), x.dtype)
+        pre = _buffers.empty((layout.slots, F), x.dtype) if keep else None
+        weights = [_Experts(t, layout) for t in (w1, b1, w2, b2)]
 
-        def work(groups):
-            pre_any = None if keep else x.new_empty(largest, w1.shape[2])
-            h = x.new_empty(largest, w1.shape[2]) if act else None
-            for e, i, j in groups:
-                pre_e = pre[i:j] if keep else pre_any[: j - i]
-                _product(x[i:j], w1[e], None if b1 is None else b1[e], pre_e)
-                h_e = pre_e
-                if act:
-                    h_e = h[: j - i]
-                    _gelu_out(pre_e, approximate=APPROXIMATE[activation], out=h_e)
-                _product(h_e, w2[e], None if b2 is None else b2[e], y[i:j])
+        def work(tasks):
+            longest = max((t.end - t.start for t in layout.tasks), default=0)
+            gelu = None if activation == "none" else Gelu(x.dtype, APPROXIMATE[activation])
+            pre_any = None if keep else _buffers.empty((longest, F), x.dtype)
+            h_any = None if gelu is None else _buffers.empty((longest, F), x.dtype)
+            for task in tasks:
+                here = slice(task.start, task.end)
+                pre_t = pre[here] if keep else pre_any[: task.end - task.start]
+                _products(task, layout.base, x_P[here], *weights[:2], pre_t)
+                h_t = pre_t
+                if gelu is not None:
+                    h_t = h_any[: task.end - task.start]
+                    gelu.forward(pre_t, h_t)
+                _products(task, layout.base, h_t, *weights[2:], y_P[here])
 
-        _each(work, groups, w1[0].numel())
-        y[end:].zero_()
+        _share(work, layout.tasks, counting)
         if keep:
-            ctx.save_for_backward(x, w1, b1, w2, b2, pre)
-            ctx.groups, ctx.largest, ctx.activation = groups, largest, activation
-        return y
+            ctx.save_for_backward(x_P, w1, b1, w2, b2, pre)
+            ctx.layout, ctx.activation, ctx.rows = layout, activation, R
+        if apart:
+            return take(y_P, layout.slot_R)
+        y_P[layout.slots :].zero_()
+        return y_P
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dy):
-        x, w1, b1, w2, b2, pre = ctx.saved_tensors
-        groups, dy = ctx.groups, dy.contiguous()
-        act = ctx.activation != "none"
-        approximate = APPROXIMATE.get(ctx.activation, "none")
-        need = ctx.needs_input_grad
-        dx = _buffers.empty(x.shape, x.dtype) if need[0] else None
-        dw1, db1 = _gradients(groups, w1, need[1]), _gradients(groups, b1, need[2])
-        dw2, db2 = _gradients(groups, w2, need[3]), _gradients(groups, b2, need[4])
+        x_P, w1, b1, w2, b2, pre = ctx.saved_tensors
+        layout, need, act = ctx.layout, ctx.needs_input_grad, ctx.activation != "none"
+        base, F, counting = layout.base, pre.shape[1], _get_current_dispatch_mode() is not None
+        apart = layout.row_P is not None
+        dy_P = take(dy.contiguous(), layout.row_P) if apart else dy.contiguous()
+        dx_P = _buffers.empty(x_P.shape, x_P.dtype) if need[0] else None
+        grads = [
+            _buffers.empty(t.shape, t.dtype) if n else None for t, n in zip((w1, b1, w2, b2), need[1:5], strict=True)
+        ]
+        dw1, db1, dw2, db2 = (_Experts(t, layout) for t in grads)
+        w1_T, w2_T, none = _Experts(w1.mT, layout), _Experts(w2.mT, layout), _Experts(None, layout)
+        save_h = act and need[3]  # without an activation, the pre-activation is it
 
-        def work(groups):
-            h = pre.new_empty(ctx.largest, pre.shape[1]) if act and dw2 is not None else None
-            d_pre = pre.new_empty(ctx.largest, pre.shape[1])
-            for e, i, j in groups:
-                x_e, dy_e, pre_e, d_e = x[i:j], dy[i:j], pre[i:j], d_pre[: j - i]
-                if db2 is not None:
-                    torch.sum(dy_e, 0, out=db2[e])
-                if dw2 is not None:
-                    h_e = pre_e
-                    if act:
-                        h_e = h[: j - i]
-                        _gelu_out(pre_e, approximate=approximate, out=h_e)
-                    torch.mm(h_e.T, dy_e, out=dw2[e])
-                torch.mm(dy_e, w2[e].T, out=d_e)
-                if act:
-                    _gelu_backward_out(d_e, pre_e, approximate=approximate, grad_input=d_e)
-                if dx is not None:
-                    torch.mm(d_e, w1[e].T, out=dx[i:j])
-                if dw1 is not None:
-                    torch.mm(x_e.T, d_e, out=dw1[e])
-                if db1 is not None:
-                    torch.sum(d_e, 0, out=db1[e])
+        def rows(task, gelu, d_t, h_t):
+            """Compute d pre (and h) of the task's slots, and dx."""
+            here = slice(task.start, task.end)
+            _products(task, base, dy_P[here], w2_T, none, d_t)
+            if gelu is not None:
+                gelu.backward(pre[here], d_t, h_t)
+            if dx_P is not None:
+                _products(task, base, d_t, w1_T, none, dx_P[here])
 
-        _each(work, groups, w1[0].numel())
-        if dx is not None:
-            dx[groups[-1][2] if groups else 0 :].zero_()
-        return dx, dw1, db1, dw2, db2, None, None, None
+        def new_gelu():
+            return Gelu(pre.dtype, APPROXIMATE[ctx.activation]) if act else None
+
+        if layout.cut:
+            d_pre = _buffers.empty(pre.shape, pre.dtype)
+            h = _buffers.empty(pre.shape, pre.dtype) if save_h else None if act else pre
+
+            def work_rows(tasks):
+                gelu = new_gelu()
+                for task in tasks:
+                    rows(task, gelu, d_pre[task.start : task.end], h[task.start : task.end] if save_h else None)
+
+            def work_weights(parts):
+                for part in parts:
+                    _cut_weight_gradient(part, x_P, d_pre, dw1, db1)
+                    _cut_weight_gradient(part, h, dy_P, dw2, db2)
+
+            _share(work_rows, layout.tasks, counting)
+            parts = []
+            for e, i, j in layout.groups:
+                n = _PARTS if (j - i) * w1[0].numel() >= _LARGE else 1
+                parts += [(e, i, j, number, n) for number in range(n)]
+            _share(work_weights, parts, counting)
+        else:
+
+            def work(tasks):
+                longest = max((t.end - t.start for t in layout.tasks), default=0)
+                gelu = new_gelu()
+                d_any = _buffers.empty((longest, F), pre.dtype)
+                h_any = _buffers.empty((longest, F), pre.dtype) if save_h else None
+                for task in tasks:
+                    here, n = slice(task.start, task.end), task.end - task.start
+                    d_t = d_any[:n]
+                    h_t = h_any[:n] if save_h else None
+                    rows(task, gelu, d_t, h_t)
+                    _weight_gradients(task, base, x_P[here], d_t, dw1, db1)
+                    _weight_gradients(task, base, pre[here] if h_t is None else h_t, dy_P[here], dw2, db2)
+
+            _share(work, layout.tasks, counting)
+        if layout.idle:
+            idle = torch.tensor(layout.idle)
+            for grad in grads:
+                if grad is not None:
+                    grad.index_fill_(0, idle, 0)
+        dx = dx_P
+        if dx_P is not None and apart:
+            dx = take(dx_P, layout.slot_R)
+        elif dx_P is not None:
+            dx[layout.slots :].zero_()
+        return dx, *grads, None, None, None

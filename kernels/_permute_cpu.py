@@ -7,6 +7,7 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from . import _buffers
+from ._common import accumulate_dtype
 
 
 def table_cpu(expert_SK, slot_SK, kept_E, rows: int | None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -23,7 +24,13 @@ def table_cpu(expert_SK, slot_SK, kept_E, rows: int | None) -> tuple[torch.Tenso
     return torch.from_numpy(row_SK), torch.from_numpy(entry_R[:R]), torch.from_numpy(offsets_E1)
 
 
-def _take(x_SM: torch.Tensor, index_R: np.ndarray) -> torch.Tensor:
+def _blocks(rows: int, width: int) -> list[slice]:
+    """Return slices of rows that fit in a core's cache while several passes go over them."""
+    step = max((1 << 16) // max(width, 1), 1)
+    return [slice(i, i + step) for i in range(0, rows, step)]
+
+
+def take(x_SM: torch.Tensor, index_R: np.ndarray) -> torch.Tensor:
     """Return x[index], zero where the index is negative."""
     out = _buffers.empty((len(index_R), x_SM.shape[1]), x_SM.dtype)
     holes = np.flatnonzero(index_R < 0)
@@ -39,15 +46,20 @@ def _take(x_SM: torch.Tensor, index_R: np.ndarray) -> torch.Tensor:
 
 def _sum_rows(rows_RM: torch.Tensor, row_SK: np.ndarray, weight_SK: torch.Tensor | None) -> torch.Tensor:
     """Return sum_k weight_sk * rows[row_sk] over the rows that exist, accumulated in float32."""
-    S, K = row_SK.shape
-    if rows_RM.dtype not in (torch.float32, torch.float64):
-        y_SM = torch.zeros(S, rows_RM.shape[1], dtype=torch.float32)
-        for k in range(K):
-            part = _take(rows_RM, np.ascontiguousarray(row_SK[:, k])).float()
-            y_SM += part if weight_SK is None else part.mul_(weight_SK[:, k, None])
-        return y_SM.to(rows_RM.dtype)
+    (S, K), M = row_SK.shape, rows_RM.shape[1]
     if K == 1 and weight_SK is None:
-        return _take(rows_RM, np.ascontiguousarray(row_SK[:, 0]))
+        return take(rows_RM, np.ascontiguousarray(row_SK[:, 0]))
+    if rows_RM.dtype not in (torch.float32, torch.float64):
+        y_SM = _buffers.empty((S, M), rows_RM.dtype)
+        for here in _blocks(S, M):
+            total_BM = None
+            for k in range(K):
+                part_BM = take(rows_RM, np.ascontiguousarray(row_SK[here, k])).float()
+                if weight_SK is not None:
+                    part_BM.mul_(weight_SK[here, k, None])
+                total_BM = part_BM if total_BM is None else total_BM.add_(part_BM)
+            y_SM[here] = total_BM
+        return y_SM
     there_SK = row_SK >= 0
     count_S = there_SK.sum(1) if K > 1 else there_SK[:, 0]
     bag_S1 = np.zeros(S + 1, row_SK.dtype)
@@ -65,7 +77,7 @@ class CPUDispatch(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x_SM, row_SK, entry_R):
         ctx.row_SK = row_SK
-        return _take(x_SM, entry_R.numpy() // row_SK.shape[1])
+        return take(x_SM, entry_R.numpy() // row_SK.shape[1])
 
     @staticmethod
     @once_differentiable
@@ -83,24 +95,30 @@ class CPUCombine(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, d_SM):
         rows_RM, weight_SK, entry_R = ctx.saved_tensors
-        _S, K = weight_SK.shape
+        d_SM, wide = d_SM.contiguous(), accumulate_dtype(d_SM.dtype)
+        (R, M), K, need_weight = rows_RM.shape, weight_SK.shape[1], ctx.needs_input_grad[1]
         entry_np = entry_R.numpy()
-        full = len(entry_np) > 0 and entry_np.min() >= 0
-        d_RM = _take(d_SM.contiguous(), entry_np // K)  # // keeps -1
-        d_weight_SK = None
-        if ctx.needs_input_grad[1]:
-            if d_RM.dtype in (torch.float32, torch.float64):
-                dot_R = torch.linalg.vecdot(rows_RM, d_RM)
-            else:
-                dot_R = (rows_RM.float() * d_RM.float()).sum(1)
-            d_weight_SK = torch.zeros_like(weight_SK)
-            where_R = entry_R.long() if full else torch.from_numpy(entry_np[entry_np >= 0]).long()
-            d_weight_SK.view(-1)[where_R] = (dot_R if full else dot_R[entry_R >= 0]).to(weight_SK.dtype)
-        if not ctx.needs_input_grad[0]:
-            return None, d_weight_SK, None, None
-        weight_R = weight_SK.reshape(-1)[entry_R.clamp(min=0)]
-        if d_RM.dtype == weight_R.dtype:
-            d_RM.mul_(weight_R[:, None])
-        else:
-            d_RM = (d_RM.to(weight_R.dtype) * weight_R[:, None]).to(d_RM.dtype)
-        return d_RM, d_weight_SK, None, None
+        there_np = np.flatnonzero(entry_np >= 0)
+        d_RM = _buffers.empty((R, M), d_SM.dtype)
+        d_weight_SK = torch.zeros_like(weight_SK) if need_weight else None
+        if not len(there_np):
+            return d_RM.zero_(), d_weight_SK, None, None
+        entry_R = torch.from_numpy(np.maximum(entry_np, 0))
+        token_R, weight_R1 = entry_R // K, weight_SK.view(-1)[entry_R][:, None]
+        dot_R = torch.empty(R, dtype=wide) if need_weight else None
+        for here in _blocks(R, M):
+            d_BM = d_RM[here]
+            torch.index_select(d_SM, 0, token_R[here], out=d_BM)
+            wide_BM = d_BM.to(wide)
+            if need_weight:
+                torch.linalg.vecdot(rows_RM[here].to(wide), wide_BM, out=dot_R[here])
+            wide_BM.mul_(weight_R1[here])
+            if wide_BM is not d_BM:
+                d_BM.copy_(wide_BM)
+        if len(there_np) < R:
+            d_RM.index_fill_(0, torch.from_numpy(np.flatnonzero(entry_np < 0)), 0)
+            there_R = torch.from_numpy(there_np)
+            entry_R, dot_R = entry_R[there_R], dot_R[there_R] if need_weight else None
+        if need_weight:
+            d_weight_SK.view(-1)[entry_R] = dot_R.to(weight_SK.dtype)
+        return d_RM if ctx.needs_input_grad[0] else None, d_weight_SK, None, None

@@ -8,7 +8,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from moelab.kernels import _buffers, _experts_cpu, _pool
+from moelab.kernels import _buffers, _experts_cpu, _layout_cpu, _pool
+from moelab.kernels._gelu_cpu import Gelu
 from moelab.kernels.experts import expert_ffn
 
 CASES = [  # rows per expert, spare rows, K or M, N or F
@@ -138,6 +139,55 @@ def test_weight_gradient_is_deterministic(target):
         assert torch.equal(a, b)
 
 
+LAYOUTS = {  # how the CPU lays rows out: (slots per expert in the base, rounding by oneDNN, cut into parts)
+    "rows": (0, False, False),
+    "rounded": (0, True, False),
+    "base": (8, False, False),
+    "base, rounded": (16, True, False),
+    "all in the base": (160, True, False),
+    "cut": (0, False, True),
+    "cut, rounded": (0, True, True),
+}
+
+
+@pytest.fixture(params=LAYOUTS)
+def layout(request, monkeypatch):
+    """Force a layout on the CPU's experts, with tasks small enough that there are many."""
+    base, rounded, cut = LAYOUTS[request.param]
+    monkeypatch.setattr(_layout_cpu, "_base", lambda *args: base)
+    monkeypatch.setattr(_layout_cpu, "onednn", lambda dtype: rounded)
+    monkeypatch.setattr(_layout_cpu, "_ELEMENTS", 2048)
+    monkeypatch.setattr(_layout_cpu, "_ROWS", 24)
+    monkeypatch.setattr(_layout_cpu, "_CUT", 10**9 if cut else 0)
+    monkeypatch.setattr(_experts_cpu, "_LARGE", 1000)
+    return request.param
+
+
+@pytest.mark.parametrize("activation", ["none", "gelu_tanh"])
+@pytest.mark.parametrize("counts,spare,M,F", [*CASES[1:4], ([0, 150, 0], 1, 13, 7), ([33] * 20, 0, 24, 48)])
+def test_every_layout(layout, counts, spare, M, F, activation):
+    check(counts, spare, (M, F, M), torch.float32, activation, ("torch", "cpu"))
+
+
+@pytest.mark.parametrize(
+    "counts,spare,M,F", [([5, 0, 33, 1], 2, 24, 40), ([0, 150, 0], 1, 13, 7), ([33] * 20, 0, 24, 48)]
+)
+def test_every_layout_in_bfloat16(layout, counts, spare, M, F):
+    check(counts, spare, (M, F, M), torch.bfloat16, "gelu_tanh", ("torch", "cpu"))
+
+
+def test_unused_slots_change_nothing(layout):
+    """An expert without rows whose weights are not finite: no gradient of its own, no effect on others."""
+    x, offsets, params, dy = make([5, 0, 33, 1], 2, 24, 40, 24, dtype=torch.float32, device="cpu")
+    want = run(x, offsets, params, dy, backend="reference")
+    for t in params:
+        t[1] = float("nan")
+    got = run(x, offsets, params, dy, backend="torch")
+    for a, b in zip(got, want, strict=True):
+        torch.testing.assert_close(a, b, rtol=2e-5, atol=1e-4)
+    assert all(not t[1].any() for t in got[2:])
+
+
 @pytest.fixture
 def shared(monkeypatch):
     """Two threads, and the calls of the pool counted."""
@@ -154,10 +204,10 @@ def many(dtype=torch.float32):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("activation", ACTIVATIONS)
-def test_threads_do_not_change_the_bits(shared, activation, dtype):
+def test_threads_do_not_change_the_bits(shared, layout, activation, dtype):
     x, offsets, params, dy = many(dtype)
-    found = []
-    for threads, calls in ((1, 0), (2, 2), (2, 2)):
+    found, regions = [], 3 if "cut" in layout else 2
+    for threads, calls in ((1, 0), (2, regions), (2, regions)):
         torch.set_num_threads(threads)
         poison()
         shared.clear()
@@ -165,6 +215,17 @@ def test_threads_do_not_change_the_bits(shared, activation, dtype):
         assert torch.get_num_threads() == threads and len(shared) == calls
     for other in found[1:]:
         assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))
+
+
+@pytest.mark.parametrize("counts", [[700, 300], [0, 4000, 0, 0], [37] * 128])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_threads_do_not_change_the_bits_of_real_layouts(shared, counts, dtype):
+    args = make(counts, 0, 48, 192, 48, dtype=dtype, device="cpu")
+    found = []
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        found.append(run(*args, backend="torch"))
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True)) and shared
 
 
 def test_threads_leave_no_trace(shared):
@@ -185,6 +246,20 @@ def test_threads_leave_no_trace(shared):
     assert not y.is_inference() and (y.requires_grad_() * y).sum().requires_grad
 
 
+def test_without_gradients_no_pre_activation_is_kept():
+    x, offsets, params, _ = make([512, 512], 0, 16, 4096, 16, dtype=torch.float32, device="cpu")
+    leaves = [t.requires_grad_() for t in params]
+    _buffers.release()
+    kept = []
+    for grad in (False, True):
+        with torch.set_grad_enabled(grad):
+            y = expert_ffn(x, offsets, *leaves, backend="torch")
+        _buffers._pool.collect()
+        kept.append(_buffers._pool.used_bytes)
+        del y
+    assert kept[0] == 0 and kept[1] == 1024 * 4096 * 4
+
+
 def test_an_exception_in_a_thread_propagates(shared, monkeypatch):
     x, offsets, params, dy = many()
     want = run(x, offsets, params, dy, backend="torch")
@@ -193,13 +268,13 @@ def test_an_exception_in_a_thread_propagates(shared, monkeypatch):
         raise ArithmeticError("from the thread")
 
     with monkeypatch.context() as patch:
-        patch.setitem(_experts_cpu.__dict__, "_gelu_out", fail)
+        patch.setattr(Gelu, "forward", fail)
         with pytest.raises(ArithmeticError, match="from the thread"):
             expert_ffn(x, offsets, *params, backend="torch")
     leaf = x.clone().requires_grad_()
     y = expert_ffn(leaf, offsets, *params, backend="torch")
     with monkeypatch.context() as patch:
-        patch.setitem(_experts_cpu.__dict__, "_gelu_backward_out", fail)
+        patch.setattr(Gelu, "backward", fail)
         with pytest.raises(ArithmeticError, match="from the thread"):
             y.backward(dy)
     got = run(x, offsets, params, dy, backend="torch")
