@@ -6,7 +6,7 @@ AMX, [m, 128] x [128, 512]: 40 us for a known m, 683 us for a new one), while ro
 So the rows may lie in *slots*, expert block by expert block; a block is the work of one task:
 
 - the first ``base`` slots of each of the block's experts, for batched products; unused ones hold zeros;
-- then the remaining rows of these experts, each *group* rounded up to a multiple of 16 slots or more for oneDNN.
+- then the remaining rows of these experts, each *group* rounded up to a multiple of 4 to 64 slots for oneDNN.
 
 With ``base = 0`` and nothing rounded, slots are rows. :func:`plan` weighs the arithmetic of unused slots against calls.
 A layout depends on shapes and counts alone, never on the number of threads.
@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 _ELEMENTS = 1 << 18  # of the pre-activations of one task: they stay in a core's cache between its steps
-_ROWS = 512  # of one product where experts are cut into tasks
+_ROWS = 1024  # of one product where experts are cut into tasks
 _CUT = 16  # an expert with more than this fraction (1 / 16) of the rows is cut
 _FEW_ROWS = 16  # in the largest group, up to which row counts repeat of themselves
 
@@ -44,7 +44,7 @@ class Layout(NamedTuple):
     base: int
     slots: int
     tasks: tuple[Task, ...]
-    """Every expert with rows lies in one task; if ``cut``, these are parts of experts, at most 512 slots of one."""
+    """Every expert with rows lies in one task; if ``cut``, these are parts of experts, at most 1024 slots of one."""
     cut: bool
     groups: tuple[tuple[int, int, int], ...]
     """If ``cut``: (expert, first slot, slot past the last) of every expert with rows."""
@@ -74,12 +74,12 @@ class _Costs(NamedTuple):
     """A multiply-add."""
     weight: float
     """A weight that a product reads, or writes as a gradient."""
-    call: float
-    """A product's call, beyond the first of its experts."""
+    group: float
+    """The calls for a group, forward and backward."""
 
 
-_SLOW, _QUICK = _Costs(0.0265, 0.3, 8_000), _Costs(0.0098, 0.15, 13_000)  # float32 by MKL; bfloat16 by oneDNN
-_ELEMENT, _GROUP = 3, 25_000  # the activation of one element; the other calls for a group; forward and backward
+_SLOW, _QUICK = _Costs(0.0265, 0.3, 26_000), _Costs(0.0098, 0.15, 103_000)  # float32 by MKL; bfloat16 by oneDNN
+_ELEMENT, _COPY = 3, 4  # the activation of one element, and its gradient; copies of an element to its slot and back
 
 
 def _base(counts_E: np.ndarray, width: int, ffn: int, step: int, costs: _Costs) -> int:
@@ -90,10 +90,8 @@ def _base(counts_E: np.ndarray, width: int, ffn: int, step: int, costs: _Costs) 
     over_BE = np.maximum(counts_E - base_B[:, None], 0)
     rows_B = base_B * len(counts_E) + (-(-over_BE // step) * step).sum(1)
     groups_B = (over_BE > 0).sum(1)
-    ns_B = rows_B * (weights * costs.product + _ELEMENT * ffn) + groups_B * (
-        6 * costs.call + weights * costs.weight + _GROUP
-    )
-    ns_B[1:] += len(counts_E) * weights * costs.weight
+    ns_B = rows_B * (weights * costs.product + _ELEMENT * ffn) + groups_B * (weights * costs.weight + costs.group)
+    ns_B[1:] += len(counts_E) * weights * costs.weight + rows_B[1:] * width * _COPY
     return int(base_B[np.argmin(ns_B)])
 
 
@@ -107,8 +105,7 @@ def plan(bounds: list[int], rows: int, width: int, ffn: int, dtype: torch.dtype,
         quick = onednn(dtype)
         base = _base(counts_E, width, ffn, *((16, _QUICK) if quick else (8, _SLOW)))
         if quick and counts_E.max() > _FEW_ROWS:
-            average = total / len(busy)
-            round_up = 16 if average <= 64 else 32 if average <= 256 else 64
+            round_up = min(max(1 << (total // len(busy)).bit_length() - 4, 4), 64)  # an eighth to a sixteenth
     more_E = np.maximum(counts_E - base, 0)
     more_E = -(-more_E // round_up) * round_up
     cut = base == 0 and total > 0 and int(counts_E.max()) * _CUT > total

@@ -63,7 +63,7 @@ def test_layouts_follow_shapes():
     assert plan([4096] + [0] * 127, 32, torch.float32).base == 0 and plan([4096] + [0] * 127, 32, torch.float32).cut
     if _layout_cpu.onednn(torch.bfloat16):
         sizes = {n for t in plan([500 + 3 * e for e in range(8)], 512, torch.bfloat16).tasks for n in t.sizes}
-        assert all(n % 64 == 0 for n in sizes) and len(sizes) <= 3
+        assert all(n % 32 == 0 for n in sizes) and len(sizes) <= 3
 
 
 def test_a_new_routing_brings_few_new_shapes():
