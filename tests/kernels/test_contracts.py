@@ -171,3 +171,27 @@ def test_dot_precision_follows_either_switch():
     finally:
         matmul.fp32_precision = before
         torch.set_float32_matmul_precision("highest")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("experts,top_k,width", [(8, 2, 64), (128, 1, 33)])
+def test_a_layer_has_the_same_bits_on_any_number_of_threads(experts, top_k, width, dtype):
+    """Gate, table, dispatch, experts and combine on CPU, forward and backward; and twice the same."""
+    tokens = 4099
+    leaves = [torch.randn(tokens, experts), torch.randn(tokens, width).to(dtype)]
+    leaves += [(torch.randn(experts, a, b) * a**-0.5).to(dtype) for a, b in ((width, 4 * width), (4 * width, width))]
+    found, before = [], torch.get_num_threads()
+    try:
+        for threads in (1, 2, 2):
+            torch.set_num_threads(threads)
+            logits, x, w1, w2 = (t.clone().requires_grad_() for t in leaves)
+            g = gate(logits, top_k, 2 * tokens * top_k // experts, seed=5)
+            table = row_table(g)
+            rows = expert_ffn(dispatch(x, table), table.offsets_E1, w1, None, w2, None)
+            y = combine(rows, table, g.weight_SK)
+            (y.float().square().sum() + g.aux_loss + g.z_loss).backward()
+            found.append([*g, *table, y, *(t.grad for t in (logits, x, w1, w2))])
+    finally:
+        torch.set_num_threads(before)
+    for other in found[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))

@@ -14,7 +14,7 @@ HERE = Path(__file__).parent
 @pytest.mark.slow
 @pytest.mark.multiprocess
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="this process is the interpreting one")
-@pytest.mark.parametrize("op", ["gating", "permute", "experts", "residual"])
+@pytest.mark.parametrize("op", ["gating", "permute", "experts", "residual", "contracts"])
 def test_interpreted(op):
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", str(HERE / f"test_{op}.py")]
     env = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
