@@ -93,9 +93,9 @@ def next_power_of_2(n: int) -> int:
 def dot_precision(dtype: torch.dtype) -> str:
     """Return how Triton multiplies matrices of ``dtype`` on CUDA: "tf32" or "ieee" (``tl.dot``'s input_precision).
 
-    float32 follows PyTorch's own switch for CUDA products, so that a Triton kernel is as precise as the ``torch.matmul``
-    beside it: exact float32 by default, TF32 (10 bits of mantissa, about 8 times the rate on an A100) once a program has
-    asked for it, by ``torch.set_float32_matmul_precision("high")`` or by
+    float32 follows PyTorch's own switch for CUDA products, so that a Triton kernel is as precise as the
+    ``torch.matmul`` beside it: exact float32 by default, TF32 (10 bits of mantissa, about 8 times the rate on an A100)
+    once a program has asked for it, by ``torch.set_float32_matmul_precision("high")`` or by
     ``torch.backends.cuda.matmul.fp32_precision = "tf32"``. The second makes PyTorch's reader of the first raise, while
     ``fp32_precision`` reflects both. Other dtypes have one precision.
     """

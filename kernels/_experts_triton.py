@@ -114,7 +114,7 @@ def _weight_kernel(
     BIAS: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
     BK: tl.constexpr, BN: tl.constexpr, BR: tl.constexpr,
 ):  # fmt: skip
-    """Compute one tile of dW[e] = x^T dy over the group's rows; the first tile of a column also sums its bias gradient."""
+    """Compute one tile of dW[e] = x^T dy over the group's rows; a column's first tile also sums its bias gradient."""
     e = tl.program_id(1)
     across = tl.cdiv(N, BN)
     block = tl.program_id(0) // across

@@ -87,7 +87,7 @@ SMALL = 4096  # logits, up to which a gate without gradients is a few NumPy call
 
 
 def small_gate(logits_SE, choice_SE, top_k, capacity, seed, normalize):
-    """Compute what `CPUGate` does, without a gradient, in few NumPy calls: for the few tokens of a decoding step the calls
+    """Compute what `CPUGate` does, without a gradient, in few NumPy calls: for a decoding step's few tokens the calls
     cost, not the elements. A row's result does not depend on the other rows."""
     x_SE = logits_SE.detach().to(accumulate_dtype(logits_SE.dtype)).numpy()
     S, E = x_SE.shape
@@ -131,7 +131,7 @@ def small_gate(logits_SE, choice_SE, top_k, capacity, seed, normalize):
 
 
 class CPUGate(torch.autograd.Function):
-    """Compute the gate by a softmax, an argmax per choice, radix sorts on 16-bit keys, and one hand-written backward."""
+    """Compute the gate by a softmax, an argmax per choice, radix sorts of 16-bit keys and a hand-written backward."""
 
     @staticmethod
     def forward(ctx, logits_SE, choice_SE, top_k, capacity, seed, normalize):

@@ -26,7 +26,7 @@ def _sortable(x):
 
 @triton.jit
 def _softmax_tile(logits_p, rows, cols, S, E):
-    """Return (p [BS, BE], lse [BS], ok [BS], logits): p is zero outside the matrix; a row without a softmax is not ok."""
+    """Return (p [BS, BE], lse [BS], ok [BS], logits): p is zero outside the matrix, ok false without a softmax."""
     inside = (rows[:, None] < S) & (cols[None, :] < E)
     at = rows[:, None].to(tl.int64) * E + cols[None, :]
     x = tl.load(logits_p + at, mask=inside, other=float("-inf")).to(tl.float32)

@@ -2,7 +2,7 @@
 
 A matrix product of a few rows costs its call more than its arithmetic where experts are narrow, and oneDNN, which
 computes bfloat16, generates code for every new number of rows, which costs as much as dozens of products (Intel with
-AMX, [m, 128] x [128, 512]: 40 us for a known m, 683 us for a new one), while routing brings new numbers with every step.
+AMX, [m, 128] x [128, 512]: 40 us for a known m, 683 us for a new one), while every step's routing brings new numbers.
 So the rows may lie in *slots*, expert block by expert block; a block is the work of one task:
 
 - the first ``base`` slots of each of the block's experts, for batched products; unused ones hold zeros;

@@ -41,8 +41,8 @@ def expert_ffn(
 ) -> torch.Tensor:
     """Return the outputs [R, M] of the experts on their rows [R, M], in x's dtype, accumulated in float32.
 
-    ``offsets_E1`` is int32 [E + 1] (RowTable.offsets_E1). All other tensors have one dtype. Differentiable (once) in all
-    but the offsets. On CUDA, float32 products are exact unless TF32 is switched on (``_common.dot_precision``); on CPU,
+    ``offsets_E1`` is int32 [E + 1] (RowTable.offsets_E1). All other tensors have one dtype. Differentiable (once) in
+    all but the offsets. On CUDA, float32 products are exact unless TF32 is on (``_common.dot_precision``); on CPU,
     float16 is computed in float32. Raises ``ValueError`` for shapes or dtypes that do not fit.
     """
     _check(x_RM, offsets_E1, activation, (w1_EMF, b1_EF), (w2_EFM, b2_EM))

@@ -65,9 +65,10 @@ def gate(
 ) -> Gate:
     """Route S tokens to ``top_k`` of E experts each (2 <= E <= 512); see the module's text for the semantics.
 
-    ``capacity=None`` drops nothing. ``seed`` selects at random instead of first-come. ``normalize`` divides the weights of a token's *kept* choices by their sum (at least
-    float32's eps), as DeepSpeed's top-2 gate does. ``choice_logits_SE`` decide the choices only; no gradient flows
-    into them. Raises ``ValueError`` for shapes, ``top_k`` or ``capacity`` out of range.
+    ``capacity=None`` drops nothing. ``seed`` selects at random instead of first-come. ``normalize`` divides the weights
+    of a token's *kept* choices by their sum (at least float32's eps), as DeepSpeed's top-2 gate does.
+    ``choice_logits_SE`` decide the choices only; no gradient flows into them. Differentiable (once) in the logits.
+    Raises ``ValueError`` for shapes, ``top_k`` or ``capacity`` out of range.
     """
     if logits_SE.dim() != 2 or not logits_SE.is_floating_point():
         raise ValueError(f"gate: logits must be floating point [S, E], not {logits_SE.dtype} {tuple(logits_SE.shape)}")
