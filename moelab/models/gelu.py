@@ -20,6 +20,9 @@ def gelu(x: Tensor) -> Tensor:
     Where a gradient is wanted on a CPU, the forward pass keeps the derivative instead of the input: one exponential in all instead of two
     hyperbolic tangents, half the time.
     """
+    if torch.compiler.is_compiling():  # it fuses this, and an exponential is cheaper than a hyperbolic tangent
+        v = x.to(torch.promote_types(x.dtype, torch.float32))
+        return (v * torch.sigmoid(v * (_LINEAR + _CUBIC * v * v))).to(x.dtype)
     if x.device.type == "cpu" and x.requires_grad and torch.is_grad_enabled():
         return _Gelu.apply(x)
     return F.gelu(x, approximate="tanh")

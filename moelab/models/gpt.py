@@ -78,10 +78,14 @@ class Block(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x_BTM: Tensor, past: Past | None = None) -> tuple[Tensor, Routing | None]:
+        x_BTM, h_BTM = self.attend(x_BTM, past)
+        y_BTM, routing = self.ffn(h_BTM) if isinstance(self.ffn, MoE) else (self.ffn(h_BTM), None)
+        return x_BTM + self.dropout(y_BTM), routing
+
+    def attend(self, x_BTM: Tensor, past: Past | None = None) -> tuple[Tensor, Tensor]:
+        """The attention half: the stream after it, and what the feed-forward gets, both [B, T, M]."""
         x_BTM = x_BTM + self.dropout(self.attention(self.attention_norm(x_BTM), past))
-        h = self.ffn_norm(x_BTM)
-        y, routing = self.ffn(h) if isinstance(self.ffn, MoE) else (self.ffn(h), None)
-        return x_BTM + self.dropout(y), routing
+        return x_BTM, self.ffn_norm(x_BTM)
 
 
 class GPT(nn.Module):

@@ -34,6 +34,7 @@ from moelab.engine import parallel as engine
 from moelab.engine.launch import process
 from moelab.engine.mesh import Mesh
 from moelab.models import GPT, Routing
+from moelab.training.compilation import compile_parts
 from moelab.training.distill import Distiller, Teacher
 from moelab.training.metrics import TRAIN, VALIDATION, Metrics
 from moelab.training.schedule import learning_rate
@@ -266,6 +267,8 @@ class Trainer:
         if count % self.mesh.data.size:
             raise ValueError(f"train: {count} micro-batches a step do not spread over {self.mesh.data.size} data ranks")
         self.model = engine.build(model_config, config.seed, self.mesh)
+        if config.compile:
+            compile_parts(self.model.module, config, self.mesh.config)
         self.sync = gradients.GradientSync(self.model)
         self.optimizer = make_optimizer(self.model.module, config)
 
