@@ -2,13 +2,12 @@
 
     x_BTM -> qkv -> attention -> out -> y_BTM
 
-Short sequences on a CPU have a path of their own, `short_attention`, which keeps the attention probabilities for its backward pass; all others go
+Short sequences in bf16 on a CPU have a path of their own, `short_attention`, which keeps the attention probabilities for its backward pass; all others go
 through `F.scaled_dot_product_attention`. Letters as in `moelab.config`; B sequences.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Protocol
 
 import torch
@@ -19,8 +18,8 @@ from torch.autograd.function import once_differentiable
 from moelab.config import ModelConfig
 
 SHORT = 256
-"""Longest sequence for `short_attention`, in tokens. Forward and backward against `F.scaled_dot_product_attention`, one Zen 4 core, 4,096 tokens, 1
-to 4 heads of 32 or 64: bf16 2.4 to 3.1 times as fast at 128 tokens, 2 times at 256, equal at 1,024; fp32 1.06 to 1.15 times at 128, equal at 256."""
+"""Longest sequence for `short_attention`, in tokens. Forward and backward on one Zen 4 core, 4,096 tokens, 1 to 4 heads of 32 or 64: in bf16 2.3 to
+2.7 times as fast as `F.scaled_dot_product_attention` at 128 tokens, 1.6 times at 256, equal at 1,024; in fp32 0.9 to 1.1 times, so fp32 keeps that."""
 
 
 class Past(Protocol):
@@ -44,7 +43,7 @@ class Attention(nn.Module):
         B, T, _ = x_BTM.shape
         qkv_BT3HD = self.qkv(x_BTM).view(B, T, 3, self.heads, self.head_size)
         dropout = self.dropout if self.training else 0.0
-        if past is None and not dropout and T <= SHORT and x_BTM.device.type == "cpu":
+        if past is None and not dropout and T <= SHORT and _is_cpu_bf16(qkv_BT3HD):
             return self.out(short_attention(qkv_BT3HD).flatten(2))
         q, k, v = qkv_BT3HD.permute(2, 0, 3, 1, 4)
         if past is not None:
@@ -52,6 +51,10 @@ class Attention(nn.Module):
         else:
             y_BHTD = F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=dropout)
         return self.out(y_BHTD.transpose(1, 2).flatten(2))
+
+
+def _is_cpu_bf16(x: Tensor) -> bool:
+    return x.device.type == "cpu" and x.dtype == torch.bfloat16
 
 
 def short_attention(qkv_BT3HD: Tensor) -> Tensor:
@@ -64,40 +67,31 @@ def short_attention(qkv_BT3HD: Tensor) -> Tensor:
 
 
 class _ShortAttention(torch.autograd.Function):
-    """Head by head: a head's queries, keys and values are strided views that a batched product takes as they are."""
+    """N = H * B sequences of one head each, copied together once, for batched products."""
 
     @staticmethod
     def forward(ctx, qkv_BT3HD: Tensor) -> Tensor:
-        dtype, (_, T, _, _, D) = qkv_BT3HD.dtype, qkv_BT3HD.shape
-        wide = torch.promote_types(dtype, torch.float32)
+        B, T, _, H, D = qkv_BT3HD.shape
+        wide = torch.promote_types(qkv_BT3HD.dtype, torch.float32)
+        q_NTD, k_NTD, v_NTD = qkv_BT3HD.permute(2, 3, 0, 1, 4).reshape(3, H * B, T, D)
         future_TT = torch.full((T, T), -torch.inf, dtype=wide, device=qkv_BT3HD.device).triu_(1)
-        probabilities, outputs = [], []
-        for q_BTD, k_BTD, v_BTD in _heads(qkv_BT3HD):
-            scores_BTT = torch.baddbmm(future_TT, q_BTD.to(wide), k_BTD.to(wide).transpose(1, 2), alpha=D**-0.5)
-            p_BTT = torch.softmax(scores_BTT, -1).to(dtype)
-            probabilities.append(p_BTT)
-            outputs.append(p_BTT @ v_BTD)
-        ctx.save_for_backward(qkv_BT3HD, *probabilities)
-        return torch.stack(outputs, 2) if len(outputs) > 1 else outputs[0].unsqueeze(2)
+        scores_NTT = torch.baddbmm(future_TT, q_NTD.to(wide), k_NTD.to(wide).transpose(1, 2), alpha=D**-0.5)
+        p_NTT = torch.softmax(scores_NTT, -1).to(qkv_BT3HD.dtype)
+        ctx.save_for_backward(q_NTD, k_NTD, v_NTD, p_NTT)
+        return torch.bmm(p_NTT, v_NTD).view(H, B, T, D).permute(1, 2, 0, 3).contiguous()
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dy_BTHD: Tensor) -> Tensor:
-        qkv_BT3HD, *probabilities = ctx.saved_tensors
-        D = qkv_BT3HD.shape[-1]
-        gradients: tuple[list[Tensor], ...] = ([], [], [])
-        for (q_BTD, k_BTD, v_BTD), p_BTT, dy_BTD in zip(
-            _heads(qkv_BT3HD), probabilities, dy_BTHD.unbind(2), strict=True
-        ):
-            dp_BTT = dy_BTD @ v_BTD.transpose(1, 2)
-            dscores_BTT = torch._softmax_backward_data(dp_BTT, p_BTT, -1, p_BTT.dtype)
-            gradients[0].append((dscores_BTT @ k_BTD).mul_(D**-0.5))
-            gradients[1].append((dscores_BTT.transpose(1, 2) @ q_BTD).mul_(D**-0.5))
-            gradients[2].append(p_BTT.transpose(1, 2) @ dy_BTD)
-        # [B, T, 3 * H * D] is how the projection wants it: no copy after this one.
-        return torch.cat([t for part in gradients for t in part], -1).view(qkv_BT3HD.shape)
-
-
-def _heads(qkv_BT3HD: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """Query, key and value of each head, [B, T, D] views."""
-    return zip(*(part_BTHD.unbind(2) for part_BTHD in qkv_BT3HD.unbind(2)), strict=True)
+        q_NTD, k_NTD, v_NTD, p_NTT = ctx.saved_tensors
+        B, T, H, D = dy_BTHD.shape
+        dy_NTD = dy_BTHD.permute(2, 0, 1, 3).reshape(H * B, T, D)
+        dp_NTT = torch.bmm(dy_NTD, v_NTD.transpose(1, 2))
+        dscores_NTT = torch._softmax_backward_data(dp_NTT, p_NTT, -1, p_NTT.dtype)
+        dqkv_3NTD = torch.empty(3, H * B, T, D, dtype=dy_NTD.dtype, device=dy_NTD.device)
+        torch.bmm(dscores_NTT, k_NTD, out=dqkv_3NTD[0])
+        torch.bmm(dscores_NTT.transpose(1, 2), q_NTD, out=dqkv_3NTD[1])
+        dqkv_3NTD[:2].mul_(D**-0.5)
+        torch.bmm(p_NTT.transpose(1, 2), dy_NTD, out=dqkv_3NTD[2])
+        # In the projection's own order, so that nothing after it has to copy.
+        return dqkv_3NTD.view(3, H, B, T, D).permute(2, 3, 0, 1, 4).contiguous()

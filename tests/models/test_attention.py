@@ -44,8 +44,8 @@ def test_bf16_is_as_exact_as_the_fused_kernel(scale):
 
 @pytest.mark.parametrize("dropout", [0.0, 0.5])
 def test_the_module_takes_either_path(dropout, tiny_model, monkeypatch):
-    layer = Attention(replace(tiny_model, dropout=dropout))
-    x = torch.randn(2, 32, tiny_model.hidden, generator=torch.Generator().manual_seed(0))
+    layer = Attention(replace(tiny_model, dropout=dropout)).bfloat16()
+    x = torch.randn(2, 32, tiny_model.hidden, generator=torch.Generator().manual_seed(0)).bfloat16()
     calls = []
     monkeypatch.setattr(module, "short_attention", lambda qkv: calls.append(1) or short_attention(qkv))
     short = layer.eval()(x)
@@ -53,4 +53,6 @@ def test_the_module_takes_either_path(dropout, tiny_model, monkeypatch):
     layer.train()(x)
     assert len(calls) == (1 if dropout else 2), "dropout of probabilities is the fused kernel's business"
     monkeypatch.setattr(module, "SHORT", 16)
-    torch.testing.assert_close(layer.eval()(x), short)
+    torch.testing.assert_close(layer.eval()(x), short, rtol=0.02, atol=0.02)
+    layer.float()(x.float())
+    assert len(calls) == (1 if dropout else 2), "neither a longer sequence nor fp32 takes the short path"
