@@ -14,6 +14,12 @@ needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ 
 
 
 @pytest.fixture
+def model(tiny_model):
+    """A dense layer and a plain MoE layer: each kind of compiled part once."""
+    return replace(tiny_model, layers=2, experts=(0, 2), residual=False)
+
+
+@pytest.fixture
 def compiled(tiny_train, tmp_path, monkeypatch):
     """The tiny training, compiled into an empty cache."""
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "compiled"))
@@ -24,23 +30,23 @@ def compiled(tiny_train, tmp_path, monkeypatch):
 
 @needs_compiler
 @pytest.mark.slow
-def test_a_compiled_run_resumes_bit_for_bit_and_follows_the_plain_one(tiny_model, compiled, data, tmp_path):
+def test_a_compiled_run_resumes_bit_for_bit_and_follows_the_plain_one(model, compiled, data, tmp_path):
     config = replace(compiled, dtype="bf16")
-    whole = train(tiny_model, config, data, 32, tmp_path / "whole")
+    whole = train(model, config, data, 32, tmp_path / "whole")
     assert list((tmp_path / "compiled").rglob("*.so")), "the code is kept where it was told to be"
     with pytest.raises(TrainingStopped):
-        train(tiny_model, config, data, 32, tmp_path / "cut", should_stop=stop_at(7))
+        train(model, config, data, 32, tmp_path / "cut", should_stop=stop_at(7))
     torch.compiler.reset()  # as in a new process: what was compiled is read back
-    train(tiny_model, config, data, 32, tmp_path / "cut")
+    train(model, config, data, 32, tmp_path / "cut")
     assert_same_run(tmp_path / "whole", tmp_path / "cut")
-    plain = train(tiny_model, replace(config, compile=False), data, 32, tmp_path / "plain")
+    plain = train(model, replace(config, compile=False), data, 32, tmp_path / "plain")
     assert whole["validation_loss"] == pytest.approx(plain["validation_loss"], abs=0.02)
 
 
 @needs_compiler
 @pytest.mark.slow
-def test_a_compiled_step_is_the_plain_one_within_rounding(tiny_model, compiled, data):
-    model = replace(tiny_model, dropout=0.0)
+def test_a_compiled_step_is_the_plain_one_within_rounding(model, compiled, data):
+    model = replace(model, dropout=0.0)
     losses, norms = [], []
     for config in (compiled, replace(compiled, compile=False)):
         trainer = Trainer(model, config, TrainBatches(data, 4, 32, 0), 32)
