@@ -29,6 +29,8 @@ class TrainConfig:
         log_every: steps between metric rows.
         checkpoint_every: steps between checkpoints (0: only at the end or when told to stop). Not part of a run's identity.
         tensorboard: also write TensorBoard events. Not part of a run's identity.
+        compile: fuse the parts of a step between the routed products by `torch.compile`, which needs a C++ compiler and, the first time in a
+            workspace, half a minute. The numbers differ in their last bits.
     """
 
     tokens: int = 1_000_000
@@ -51,6 +53,7 @@ class TrainConfig:
     log_every: int = 20
     checkpoint_every: int = field(default=100, metadata={"identity": False})
     tensorboard: bool = field(default=False, metadata={"identity": False})
+    compile: bool = False
 
     def __post_init__(self) -> None:
         for what in ("tokens", "batch_size", "lr", "eval_every", "eval_tokens", "log_every", "threads"):

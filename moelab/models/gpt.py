@@ -18,6 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moelab.config import ModelConfig
+from moelab.models.attention import Attention, Past
+from moelab.models.loss import linear_cross_entropy
 from moelab.models.moe import MLP, Experts, MoE
 from moelab.models.routing import Routing
 
@@ -27,15 +29,17 @@ class Output:
     """What a forward pass gives.
 
     Attributes:
-        logits_BTV: scores of the next token, in the activations' dtype.
+        logits_BTV: scores of the next token, in the activations' dtype; None when the loss was computed without keeping them.
         routing: one `Routing` per MoE layer, in order.
+        loss: next-token loss in nats, fp32, of the targets given to the forward pass; None without targets.
     """
 
-    logits_BTV: Tensor
+    logits_BTV: Tensor | None
     routing: tuple[Routing, ...]
+    loss: Tensor | None = None
 
     def cross_entropy(self, targets_BT: Tensor, reduction: str = "mean") -> Tensor:
-        """Next-token loss in nats, fp32."""
+        """Next-token loss in nats, fp32, from the logits."""
         logits = self.logits_BTV.flatten(0, 1).float()
         return F.cross_entropy(logits, targets_BT.flatten(), reduction=reduction)
 
@@ -50,14 +54,6 @@ class Output:
         return total
 
 
-class Past(Protocol):
-    """One layer's keys and values of earlier tokens (`moelab.inference` has them)."""
-
-    def attend(self, q_BHTD: Tensor, k_BHTD: Tensor, v_BHTD: Tensor) -> Tensor:
-        """Keep the new tokens' keys and values; the new tokens' attention over all they may see, [B, H, T, D]."""
-        ...
-
-
 class Cache(Protocol):
     """What a forward pass with a past needs.
 
@@ -68,27 +64,6 @@ class Cache(Protocol):
 
     positions_BT: Tensor
     layers: Sequence[Past]
-
-
-class Attention(nn.Module):
-    """Causal multi-head self-attention."""
-
-    def __init__(self, config: ModelConfig) -> None:
-        super().__init__()
-        self.heads, self.head_size, self.dropout = config.heads, config.head_size, config.dropout
-        self.qkv = nn.Linear(config.hidden, 3 * config.hidden)
-        self.out = nn.Linear(config.hidden, config.hidden)
-
-    def forward(self, x_BTM: Tensor, past: Past | None = None) -> Tensor:
-        B, T, _ = x_BTM.shape
-        q, k, v = self.qkv(x_BTM).view(B, T, 3, self.heads, self.head_size).permute(2, 0, 3, 1, 4)
-        if past is not None:
-            y_BHTD = past.attend(q, k, v)
-        else:
-            y_BHTD = F.scaled_dot_product_attention(
-                q, k, v, is_causal=True, dropout_p=self.dropout if self.training else 0.0
-            )
-        return self.out(y_BHTD.transpose(1, 2).flatten(2))
 
 
 class Block(nn.Module):
@@ -103,10 +78,14 @@ class Block(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x_BTM: Tensor, past: Past | None = None) -> tuple[Tensor, Routing | None]:
+        x_BTM, h_BTM = self.attend(x_BTM, past)
+        y_BTM, routing = self.ffn(h_BTM) if isinstance(self.ffn, MoE) else (self.ffn(h_BTM), None)
+        return x_BTM + self.dropout(y_BTM), routing
+
+    def attend(self, x_BTM: Tensor, past: Past | None = None) -> tuple[Tensor, Tensor]:
+        """The attention half: the stream after it, and what the feed-forward gets, both [B, T, M]."""
         x_BTM = x_BTM + self.dropout(self.attention(self.attention_norm(x_BTM), past))
-        h = self.ffn_norm(x_BTM)
-        y, routing = self.ffn(h) if isinstance(self.ffn, MoE) else (self.ffn(h), None)
-        return x_BTM + self.dropout(y), routing
+        return x_BTM, self.ffn_norm(x_BTM)
 
 
 class GPT(nn.Module):
@@ -121,10 +100,26 @@ class GPT(nn.Module):
         self.blocks = nn.ModuleList(Block(config, experts) for experts in config.experts)
         self.norm = nn.LayerNorm(config.hidden)
 
-    def forward(self, tokens_BT: Tensor, cache: Cache | None = None) -> Output:
-        """tokens_BT: int64 ids, T up to the config's context (ValueError beyond). With a `cache` they follow those it holds."""
+    def forward(
+        self,
+        tokens_BT: Tensor,
+        cache: Cache | None = None,
+        *,
+        targets_BT: Tensor | None = None,
+        reduction: str = "mean",
+    ) -> Output:
+        """Return logits, or with `targets_BT` the loss instead of them.
+
+        Args:
+            tokens_BT: int64 ids, T up to the config's context (ValueError beyond). With a `cache` they follow those it holds.
+            targets_BT: int64 ids of the next tokens.
+            reduction: of the loss over tokens, "mean" or "sum".
+        """
         x_BTM, routings = self.trunk(tokens_BT, cache)
-        return Output(self.head(x_BTM), routings)
+        if targets_BT is None:
+            return Output(self.head(x_BTM), routings)
+        x_NM, weight = self.norm(x_BTM).flatten(0, 1), self.token_embedding.weight
+        return Output(None, routings, linear_cross_entropy(x_NM, weight, targets_BT.flatten(), reduction))
 
     def trunk(self, tokens_BT: Tensor, cache: Cache | None = None) -> tuple[Tensor, tuple[Routing, ...]]:
         """Everything up to the last block: (x_BTM, a `Routing` per MoE layer)."""

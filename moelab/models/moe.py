@@ -10,12 +10,12 @@ with the same call, and its dispatch by `MoE.set_dispatch`.
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moelab import kernels
 from moelab.config import ModelConfig
 from moelab.models.dispatch import Dispatch, DispatchFactory, make_dispatch
+from moelab.models.gelu import gelu
 from moelab.models.routing import Router, Routing
 
 
@@ -28,7 +28,7 @@ class MLP(nn.Module):
         self.down = nn.Linear(ffn, hidden)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down(F.gelu(self.up(x), approximate="tanh"))
+        return self.down(gelu(self.up(x)))
 
 
 class Experts(nn.Module):

@@ -113,6 +113,10 @@ class Distiller:
             key = digest((*batches, teacher.distill.top_k, teacher.distill.temperature, config.dtype))
             self.cache = LogitCache(teacher.run_dir / "logits" / key, teacher.distill.cache_bytes)
 
+    def weight(self, step: int) -> float:
+        """The schedule's weight of the KL in the step after `step` steps."""
+        return self.distill.weight_at(step, step * self.config.batch_size * self.context)
+
     def loss(self, tokens_BT: Tensor, student_BTV: Tensor, step: int, part: int) -> Tensor | float:
         """What the teacher adds to the loss of a micro-batch: weight * T^2 * KL; 0.0 while the weight is nothing.
 
@@ -121,7 +125,7 @@ class Distiller:
             step: steps done before this one.
             part: number of the micro-batch in the step, over all ranks.
         """
-        weight = self.distill.weight_at(step, step * self.config.batch_size * self.context)
+        weight = self.weight(step)
         if weight == 0.0:
             return 0.0
         t = self.distill.temperature

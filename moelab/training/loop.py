@@ -34,6 +34,7 @@ from moelab.engine import parallel as engine
 from moelab.engine.launch import process
 from moelab.engine.mesh import Mesh
 from moelab.models import GPT, Routing
+from moelab.training.compilation import compile_parts
 from moelab.training.distill import Distiller, Teacher
 from moelab.training.metrics import TRAIN, VALIDATION, Metrics
 from moelab.training.schedule import learning_rate
@@ -266,6 +267,8 @@ class Trainer:
         if count % self.mesh.data.size:
             raise ValueError(f"train: {count} micro-batches a step do not spread over {self.mesh.data.size} data ranks")
         self.model = engine.build(model_config, config.seed, self.mesh)
+        if config.compile:
+            compile_parts(self.model.module, config, self.mesh.config)
         self.sync = gradients.GradientSync(self.model)
         self.optimizer = make_optimizer(self.model.module, config)
 
@@ -277,6 +280,7 @@ class Trainer:
             group["lr"] = rate
         tokens_BT, targets_BT = (t.to(config.device) for t in self.batches.batch(step))
         parts = len(tokens_BT) // self.micro_batch
+        teaches = self.distiller is not None and self.distiller.weight(step) > 0  # only then are logits needed
         module.train()
         loss_sum = routing_sum = distill_sum = 0.0
         counts: list[tuple[Routing, ...]] = []
@@ -285,10 +289,10 @@ class Trainer:
             torch.manual_seed(draw_seed(config.seed, step, number))
             rows = slice(part * self.micro_batch, (part + 1) * self.micro_batch)
             with torch.autocast(config.device, torch.bfloat16, enabled=config.dtype == "bf16"):
-                output = module(tokens_BT[rows])
-            loss = output.cross_entropy(targets_BT[rows])
+                output = module(tokens_BT[rows], targets_BT=None if teaches else targets_BT[rows])
+            loss = output.cross_entropy(targets_BT[rows]) if teaches else output.loss
             routing_loss = output.routing_loss(self.model_config)
-            extra = self.distiller.loss(tokens_BT[rows], output.logits_BTV, step, number) if self.distiller else 0.0
+            extra = self.distiller.loss(tokens_BT[rows], output.logits_BTV, step, number) if teaches else 0.0
             if part == parts - 1:
                 self.sync.arm()
             ((loss + routing_loss + extra) / parts).backward()
@@ -385,9 +389,8 @@ def evaluate(
         # Every rank runs the model as often as the others, if need be without tokens: they may need its experts.
         domain, tokens_BT, targets_BT = group[mine] if mine < len(group) else _nothing(group[0])
         with torch.autocast(config.device, torch.bfloat16, enabled=config.dtype == "bf16"):
-            output = model(tokens_BT.to(config.device))
-        total = output.cross_entropy(targets_BT.to(config.device), reduction="sum")
-        sums[domains.index(domain)] += torch.tensor([float(total), targets_BT.numel()], dtype=torch.float64)
+            output = model(tokens_BT.to(config.device), targets_BT=targets_BT.to(config.device), reduction="sum")
+        sums[domains.index(domain)] += torch.tensor([float(output.loss), targets_BT.numel()], dtype=torch.float64)
     if world > 1:
         sums = sums.to(mesh.device)
         dist.all_reduce(sums, group=mesh.data.handle)

@@ -73,7 +73,7 @@ def test_schedules(config, weights):
     ("arguments", "part"),
     [
         ({"temperature": 0.0}, "temperature must be positive"),
-        ({"schedule": "late"}, "schedule must be one of off, constant, stop, linear, cosine, got 'late'"),
+        ({"schedule": "late"}, "schedule must be one of 'off', 'constant', 'stop', 'linear', 'cosine', got 'late'"),
         ({"schedule": "stop"}, "needs a stop above 0"),
         ({"stop": 5}, "stop belongs to"),
         ({"schedule": "linear", "start": 5, "stop": 5}, "start must be before stop"),

@@ -1,0 +1,119 @@
+import pytest
+import torch
+import torch.nn.functional as F
+
+from moelab.models import loss
+from moelab.models.loss import linear_cross_entropy
+
+
+def plain(x, w, targets, reduction="mean"):
+    return F.cross_entropy(F.linear(x, w).to(torch.promote_types(x.dtype, torch.float32)), targets, reduction=reduction)
+
+
+def outcome(function, x, w, targets, *rest):
+    """Loss and both gradients, the loss doubled on its way."""
+    x, w = x.clone().requires_grad_(), w.clone().requires_grad_()
+    value = function(x, w, targets, *rest)
+    (2 * value).backward()
+    return value.detach(), x.grad, w.grad
+
+
+def case(N, M, V, scale=1.0, dtype=torch.float32):
+    g = torch.Generator().manual_seed(N * V)
+    x = torch.randn(N, M, generator=g, dtype=dtype)
+    return x, torch.randn(V, M, generator=g, dtype=dtype) * scale, torch.randint(V, (N,), generator=g)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+@pytest.mark.parametrize("rows", [1, 5, 8, 1000])  # in a chunk: one, not a divisor, a divisor, more than there are
+@pytest.mark.parametrize(("N", "M", "V"), [(7, 13, 67), (64, 32, 128), (1, 3, 2)])
+def test_loss_and_gradients_are_those_of_the_plain_function(N, M, V, rows, reduction, monkeypatch):
+    monkeypatch.setitem(loss._CHUNK, "cpu", rows * V)
+    arguments = (*case(N, M, V, dtype=torch.float64), reduction)
+    for ours, theirs in zip(outcome(linear_cross_entropy, *arguments), outcome(plain, *arguments), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-14)
+
+
+def test_fp32_is_as_exact_as_the_plain_function():
+    x, w, targets = case(600, 32, 1000)
+    exact = outcome(plain, x.double(), w.double(), targets)
+    for ours, theirs, truth in zip(
+        outcome(linear_cross_entropy, x, w, targets), outcome(plain, x, w, targets), exact, strict=True
+    ):
+        assert (ours - truth).norm() <= 2 * (theirs - truth).norm() + 1e-7 * truth.norm()
+
+
+@pytest.mark.parametrize("rows", [16, 100])
+def test_bf16_autocast_is_as_exact_as_the_plain_function(rows, monkeypatch):
+    monkeypatch.setitem(loss._CHUNK, "cpu", rows * 67)
+    x, w, targets = case(333, 13, 67)
+    exact = outcome(plain, x.double(), w.double(), targets)
+    with torch.autocast("cpu", torch.bfloat16):
+        ours, theirs = outcome(linear_cross_entropy, x, w, targets), outcome(plain, x, w, targets)
+    assert [t.dtype for t in ours] == [torch.float32] * 3
+    assert ours[0] == pytest.approx(theirs[0].item(), rel=1e-6), "the loss is fp32 in both"
+    for a, b, truth in zip(ours[1:], theirs[1:], exact[1:], strict=True):
+        assert (a - truth).norm() <= 1.1 * (b - truth).norm()
+
+
+def test_a_token_that_the_model_excludes_costs_what_it_should():
+    x, w = torch.tensor([[200.0], [-1.0]]), torch.tensor([[1.0], [-1.0], [0.0]])
+    targets = torch.tensor([1, 0])  # the first one's probability is e^-400: nothing in fp32
+    for ours, theirs in zip(outcome(linear_cross_entropy, x, w, targets), outcome(plain, x, w, targets), strict=True):
+        torch.testing.assert_close(ours, theirs)
+    assert outcome(linear_cross_entropy, x, w, targets)[0] > 200
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_what_is_not_finite_stays_so(bad):
+    x, w, targets = case(9, 4, 11)
+    x[3, 2] = bad
+    assert not torch.isfinite(linear_cross_entropy(x, w, targets))
+
+
+def test_no_gradient_is_computed_that_nobody_wants():
+    x, w, targets = case(50, 8, 30)
+    for wanted in [(True, False), (False, True)]:
+        a, b = x.clone().requires_grad_(wanted[0]), w.clone().requires_grad_(wanted[1])
+        linear_cross_entropy(a, b, targets).backward()
+        assert (a.grad is not None, b.grad is not None) == wanted
+    with torch.no_grad():
+        value = linear_cross_entropy(x.requires_grad_(), w.requires_grad_(), targets)
+    assert not value.requires_grad and value == pytest.approx(plain(x, w, targets).item(), rel=1e-6)
+
+
+def test_no_tokens_cost_nothing():
+    value = linear_cross_entropy(torch.zeros(0, 4), torch.ones(9, 4), torch.zeros(0, dtype=torch.long), "sum")
+    assert value == 0
+
+
+def test_the_logits_are_never_held(monkeypatch):
+    """No tensor of the forward and backward passes has as many elements as the logits."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Largest(TorchDispatchMode):
+        elements = 0
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            out = function(*args, **(kwargs or {}))
+            for t in out if isinstance(out, tuple | list) else [out]:
+                if isinstance(t, torch.Tensor):
+                    self.elements = max(self.elements, t.untyped_storage().nbytes() // t.element_size())
+            return out
+
+    monkeypatch.setitem(loss._CHUNK, "cpu", 8 * 128)
+    x, w, targets = case(256, 16, 128)
+    for dtype, most in ((torch.float32, 256 * 16), (torch.bfloat16, 4 * 8 * 128)):
+        with Largest() as largest, torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+            outcome(linear_cross_entropy, x, w, targets)
+        assert largest.elements <= most < 256 * 128
+
+
+@pytest.mark.parametrize(
+    ("change", "part"),
+    [({"targets": torch.zeros(3, dtype=torch.long)}, r"\[3|\(3,\)"), ({"reduction": "none"}, "'mean' or 'sum'")],
+)
+def test_bad_input_is_one_line(change, part):
+    x, w, targets = case(4, 2, 5)
+    with pytest.raises(ValueError, match=part):
+        linear_cross_entropy(x, w, change.get("targets", targets), change.get("reduction", "mean"))
