@@ -76,10 +76,9 @@ def compare(config: ModelConfig, layout: ParallelConfig) -> dict[str, float]:
             off = float((p.grad.full_tensor() - grad).abs().max())
             difference["gradients"] = max(difference["gradients"], off / (float(grad.abs().max()) + 1e-3))
             continue
-        for box in model.placements[name].boxes:
-            region = tuple(slice(a, a + n) for a, n in zip(box.at, box.size, strict=True))
-            difference["weights"] = max(difference["weights"], float((box.of(p) - weight[region]).abs().max()))
-            off = float((box.of(p.grad) - grad[region]).abs().max())
+        for shard in model.placements[name].shards:
+            difference["weights"] = max(difference["weights"], float((shard.of(p) - weight[shard.region]).abs().max()))
+            off = float((shard.of(p.grad) - grad[shard.region]).abs().max())
             difference["gradients"] = max(difference["gradients"], off / (float(grad.abs().max()) + 1e-3))
     norm = float(torch.nn.utils.get_total_norm([g for _, g in whole.values()]))
     difference["norm"] = abs(gradients.clip(model, norm / 2) - norm) / norm
