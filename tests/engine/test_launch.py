@@ -23,7 +23,7 @@ IMPATIENT = Limits(hang_s=4, death_s=8)
 
 ALONE = """
 import os, signal, subprocess, sys, time
-from moelab.engine import process
+from moelab.engine.launch import process
 place = process.find()
 asked = []
 for name in (signal.SIGTERM, signal.SIGUSR1):
@@ -39,7 +39,7 @@ print("hello from", place, flush=True)
 
 TOGETHER = """
 import os, resource, signal, sys, time
-from moelab.engine import process
+from moelab.engine.launch import process
 place = process.join()
 import torch, torch.distributed as dist
 def step():
@@ -103,13 +103,13 @@ def test_all_end_well_and_speak_in_their_own_logs(ranks, tmp_path):
 def test_ranks_meet_talk_and_leave(ranks, tmp_path):
     code = TOGETHER + (
         "print('sum', step())\n"
-        "if place.rank == 0: time.sleep(0.5); process.tell('data', 'here')\n"
-        "else: print('heard', process.hear('data'))\n"
+        "if place.rank == 0: time.sleep(0.5); process.publish('data', 'here')\n"
+        "else: print('got', process.wait_for('data'))\n"
         "process.leave()"
     )
     assert ranks(code) == process.FINISHED
     assert "sum 3.0" in (tmp_path / "rank-00000.txt").read_text()
-    assert "heard here" in (tmp_path / "rank-00001.txt").read_text()
+    assert "got here" in (tmp_path / "rank-00001.txt").read_text()
 
 
 def test_an_exception_is_told_by_rank_and_not_by_those_who_lost_the_connection(ranks):
@@ -233,8 +233,8 @@ def test_no_rank_outlives_its_launcher(tmp_path):
 )
 def test_a_rank_finds_its_place(environment, place):
     found = process.find(environment)
-    assert (found and (found.rank, found.world, found.local_rank)) == place
-    assert process.find(process.forget(environment)) is None
+    assert (found and (found.rank, found.world_size, found.local_rank)) == place
+    assert process.find(process.without_rank(environment)) is None
 
 
 SRUN = """
