@@ -20,7 +20,8 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from moelab.config import ModelConfig
 from moelab.config.parallel import ParallelConfig
 from moelab.engine import checkpoint, parallel
-from moelab.engine.checkpoint import storage
+from moelab.engine.checkpoint import loading, storage
+from moelab.engine.checkpoint.format import directories
 from moelab.engine.mesh import Mesh
 from moelab.engine.testing import RankError, Ranks
 
@@ -56,9 +57,9 @@ def local_truth(name, tensor, placement):
     if isinstance(tensor, DTensor):
         return distribute_tensor(whole, tensor.device_mesh, tensor.placements, src_data_rank=None).to_local()
     mine = torch.full(tensor.shape, float("nan"))
-    for box in placement.boxes:
-        there = tuple(slice(a, a + n) for a, n in zip(box.local, box.size, strict=True))
-        mine[there] = whole[tuple(slice(a, a + n) for a, n in zip(box.at, box.size, strict=True))]
+    for shard in placement.shards:
+        there = tuple(slice(a, a + n) for a, n in zip(shard.local_offset, shard.size, strict=True))
+        mine[there] = whole[tuple(slice(a, a + n) for a, n in zip(shard.offset, shard.size, strict=True))]
     return mine
 
 
@@ -275,11 +276,11 @@ def save_two(root):
 
 def latest_of(folders):
     listener = Listener()
-    checkpoint.log.addHandler(listener)
+    loading.log.addHandler(listener)
     try:
         return [checkpoint.latest(folder) for folder in folders], listener.lines
     finally:
-        checkpoint.log.removeHandler(listener)
+        loading.log.removeHandler(listener)
 
 
 @pytest.mark.multiprocess
@@ -428,7 +429,7 @@ def test_the_newest_are_kept_and_a_broken_newer_one_does_not_count(tmp_path):
     with checkpoint.Writer(tmp_path, keep=3) as checkpoints:
         for step in range(1, 6):
             checkpoints.save(step, built.module, optimizer, {})
-    assert [int(p.name[5:]) for p in storage.directories(tmp_path)] == [3, 4, 5, 99]
+    assert [int(p.name[5:]) for p in directories(tmp_path)] == [3, 4, 5, 99]
     assert checkpoint.latest(tmp_path).step == 5
 
 
@@ -442,8 +443,8 @@ def save_with_a_gap(root):
     built, optimizer = filled(ParallelConfig(data=2, expert=2))
     name = "blocks.1.ffn.experts.up"
     placement = built.placements[name]
-    box = replace(placement.boxes[0], at=(0, 0, 0))  # both ranks claim the first experts
-    built.placements[name] = replace(placement, boxes=(box,), holders=(0,))
+    shard = replace(placement.shards[0], offset=(0, 0, 0))  # both ranks claim the first experts
+    built.placements[name] = replace(placement, shards=(shard,), replicas=(0,))
     checkpoints = checkpoint.Writer(root)
     checkpoints.save(1, built.module, optimizer, {}, built.placements)
     try:

@@ -88,12 +88,12 @@ def export(model: GPT, directory: Path, tokenizer: Tokenizer | None = None) -> P
 
 
 def load(directory: Path) -> GPT:
-    """The model in a directory of either format, fp32 or as stored, on CPU.
+    """Return the model in a directory of either format, fp32 or as stored, on CPU.
 
     Raises:
         ValueError: one line: no such model, an unknown format, settings that our model does not have, tensors missing or of wrong shape.
     """
-    record = read_json(directory / _CONFIG)
+    record = read_json(directory / _CONFIG) if (directory / _CONFIG).is_file() else None
     if not isinstance(record, dict):
         raise ValueError(f"{directory}: no model here ({_CONFIG} is missing or no object)")
     kind = record.get("model_type")
@@ -122,7 +122,7 @@ def load(directory: Path) -> GPT:
 
 
 def load_tokenizer(directory: Path) -> Tokenizer:
-    """The tokenizer beside a model. ValueError, one line, if there is none."""
+    """Return the tokenizer beside a model. ValueError, one line, if there is none."""
     path = directory / _TOKENIZER
     if not path.is_file():
         raise ValueError(f"{directory}: no {_TOKENIZER} here; text needs a tokenizer")
@@ -167,7 +167,7 @@ _FIXED: dict[str, Any] = {
     "add_cross_attention": False,
     "tie_word_embeddings": True,
 }
-"""What GPT-2's configuration may vary and our model does not; its defaults, but for a missing key."""
+"""Settings that GPT-2's configuration may vary and our model does not; a missing key means this value."""
 
 
 def _gpt2_config(config: ModelConfig, tokenizer: Tokenizer | None) -> dict[str, Any]:
@@ -249,6 +249,8 @@ class _Files:
         self.names: dict[str, Any] = {}
         for file in files:
             path = directory / Path(file).name
+            if path.exists() and not path.is_file():  # reading a FIFO or a device might never end
+                raise ValueError(f"{path}: not a regular file")
             try:
                 opened = safe_open(path, "pt").__enter__()
             except (OSError, SafetensorError) as error:

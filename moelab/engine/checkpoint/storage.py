@@ -5,23 +5,17 @@ rank needs when the layout has changed. Its planners and storage are replaceable
 storage keeps its metadata as a pickle, and its safetensors storage (`hf_storage`) keeps one piece of a tensor in a file, where a rank of a
 tensor-sliced model has three of each query-key-value weight; that one also opens every file of the checkpoint on every rank to
 find out what is where. Hence a small storage of our own, and planners that take boxes instead of tensor classes.
-
-    {model,optimizer}-<rank>.safetensors   a tensor "name" when the piece is whole, else "name@<offsets>"
-    index.json                             name -> dtype, shape, pieces (at, size, file)
-    state.json                             step, the caller's state, SHA-256 of every other file and of itself
 """
 
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 import math
 import os
 import shutil
 import warnings
 from collections.abc import Iterable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -52,38 +46,18 @@ from torch.distributed.checkpoint.planner_helpers import create_read_items_for_c
 from torch.distributed.checkpoint.storage import StorageReader, StorageWriter, WriteResult
 from torch.futures import Future
 
-from moelab.files import read_json, write_text
-
-INDEX, STATE = "index.json", "state.json"
-
-
-class CheckpointError(Exception):
-    """A checkpoint that cannot be used or written; the message is one line with the reason."""
-
-
-@dataclass(frozen=True)
-class Piece:
-    """A rectangle of a named tensor.
-
-    Attributes:
-        name: of the whole tensor, "model/…" or "optimizer/…".
-        shape: of the whole tensor.
-        at: where the rectangle begins in it.
-        tensor: its values; loading writes into it.
-    """
-
-    name: str
-    shape: tuple[int, ...]
-    at: tuple[int, ...]
-    tensor: Tensor
-
-    @property
-    def index(self) -> MetadataIndex:
-        return MetadataIndex(self.name, self.at)
-
-    @property
-    def chunk(self) -> ChunkStorageMetadata:
-        return ChunkStorageMetadata(torch.Size(self.at), self.tensor.shape)
+from moelab.engine.checkpoint.format import (
+    INDEX,
+    STATE,
+    CheckpointError,
+    Piece,
+    directories,
+    file_sha256,
+    regular_file,
+    sync,
+    write_state,
+)
+from moelab.files import write_text
 
 
 def write(
@@ -109,7 +83,7 @@ def read(path: Path, index: dict[str, Any], pieces: Iterable[Piece]) -> None:
     """Fill pieces with a checkpoint's values, reading no more than they cover. Each rank reads for itself, without the others.
 
     Args:
-        index: from `read_index`.
+        index: from `format.read_index`.
 
     Raises:
         CheckpointError: unreadable, or it does not have all of a piece.
@@ -121,57 +95,21 @@ def read(path: Path, index: dict[str, Any], pieces: Iterable[Piece]) -> None:
         raise _one_line(error, path, "unreadable", ranks=False) from None
 
 
-def read_index(path: Path) -> dict[str, Any]:
-    """name -> {"dtype", "shape", "pieces"} of every tensor in a checkpoint (CheckpointError)."""
-    index = read_json(path / INDEX)
-    if index is None:
-        raise CheckpointError(f"{path}: no {INDEX}")
-    return index
-
-
-def read_state(path: Path) -> dict[str, Any]:
-    """The content of state.json: "step", "state" and "sha256" (file -> digest). CheckpointError when it is not what was written."""
-    try:
-        record = read_json(path / STATE)
-        if record is None:
-            raise CheckpointError(f"{path}: no {STATE}")
-        if record.pop("check") != _digest(record):
-            raise CheckpointError(f"{path}/{STATE}: content does not match its SHA-256")
-        return record
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{path}: unreadable ({error})") from None
-
-
-def verify(path: Path, file: str, expected: str) -> None:
-    """CheckpointError unless the file's SHA-256 is the expected one."""
-    try:
-        actual = _sha256(path / file)
-    except OSError as error:
-        raise CheckpointError(f"{path}: unreadable ({error})") from None
-    if actual != expected:
-        raise CheckpointError(f"{path}/{file}: content does not match its SHA-256")
-
-
-def directories(directory: Path) -> list[Path]:
-    """The checkpoints in a directory by step, whole or not."""
-    return sorted(p for p in directory.glob("step-*") if p.is_dir()) if directory.is_dir() else []
-
-
 class _SavePlanner(DefaultSavePlanner):
     """Plans this rank's pieces; merging and checking the ranks' plans is DCP's."""
 
     def __init__(self, pieces: Iterable[Piece]) -> None:
         super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
-        self.pieces = {piece.index: piece for piece in pieces}
+        self.pieces = {_index(piece): piece for piece in pieces}
 
     def create_local_plan(self) -> SavePlan:
         self.plan = SavePlan(
             [
                 WriteItem(
-                    piece.index,
+                    _index(piece),
                     WriteItemType.SHARD,
                     tensor_data=TensorWriteData(
-                        piece.chunk, TensorProperties.create_from_tensor(piece.tensor), torch.Size(piece.shape)
+                        _chunk(piece), TensorProperties.create_from_tensor(piece.tensor), torch.Size(piece.shape)
                     ),
                 )
                 for piece in self.pieces.values()
@@ -188,13 +126,13 @@ class _LoadPlanner(DefaultLoadPlanner):
 
     def __init__(self, pieces: Iterable[Piece]) -> None:
         super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
-        self.pieces = {piece.index: piece for piece in pieces}
+        self.pieces = {_index(piece): piece for piece in pieces}
 
     def create_local_plan(self) -> LoadPlan:
         reads: list[ReadItem] = []
         for piece in self.pieces.values():
             stored = self.metadata.state_dict_metadata[piece.name]
-            parts = create_read_items_for_chunk_list(piece.name, stored, [piece.chunk])
+            parts = create_read_items_for_chunk_list(piece.name, stored, [_chunk(piece)])
             if sum(math.prod(part.lengths) for part in parts) != piece.tensor.numel():
                 raise CheckpointError(f"{piece.name} has gaps")
             reads += parts
@@ -205,7 +143,7 @@ class _LoadPlanner(DefaultLoadPlanner):
 
 
 class _Writer(StorageWriter):
-    """One file a rank and kind of tensor, in a directory that gets its name when all ranks are done."""
+    """Writes one file per rank and kind of tensor, in a directory that gets its name when all ranks are done."""
 
     def __init__(self, path: Path, step: int, state: dict[str, Any], keep: int) -> None:
         self.path, self.step, self.state, self.keep = path, step, state, keep
@@ -219,7 +157,7 @@ class _Writer(StorageWriter):
         return plan
 
     def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
-        for left in self.path.parent.glob(".step-*"):  # of a process killed while it wrote
+        for left in self.path.parent.glob(".step-*"):  # left by a process that was killed while it wrote
             shutil.rmtree(left)
         self.temporary.mkdir(parents=True)
         return [dataclasses.replace(plan, storage_data=rank) for rank, plan in enumerate(plans)]
@@ -237,8 +175,8 @@ class _Writer(StorageWriter):
                 save_file({key: planner.resolve_data(item) for key, item in items.items()}, path)
             except SafetensorError as error:  # how safetensors reports a full disk
                 raise OSError(str(error)) from error
-            _sync(path)
-            stored = (file, _sha256(path))
+            sync(path)
+            stored = (file, file_sha256(path))
             results += [WriteResult(item.index, item.tensor_storage_size(), stored) for item in items.values()]
         future: Future[list[WriteResult]] = Future()
         future.set_result(results)
@@ -258,16 +196,15 @@ class _Writer(StorageWriter):
             for name, tensor in metadata.state_dict_metadata.items()
         }
         write_text(self.temporary / INDEX, json.dumps(index))
-        hashes = {INDEX: _sha256(self.temporary / INDEX), **dict(sorted(stored.values()))}
-        record = json.loads(json.dumps({"step": self.step, "sha256": hashes, "state": self.state}))
-        write_text(self.temporary / STATE, json.dumps(record | {"check": _digest(record)}, indent=2) + "\n")
+        hashes = {INDEX: file_sha256(self.temporary / INDEX), **dict(sorted(stored.values()))}
+        write_state(self.temporary, self.step, self.state, hashes)
         for file in (INDEX, STATE):
-            _sync(self.temporary / file)
+            sync(self.temporary / file)
         if self.path.exists():
             shutil.rmtree(self.path)
         os.replace(self.temporary, self.path)
-        _sync(self.path.parent)
-        # A newer one was passed over, broken: it does not count among the kept.
+        sync(self.path.parent)
+        # A newer one was skipped as broken: it does not count among the kept ones.
         for old in [p for p in directories(self.path.parent) if p <= self.path][: -self.keep]:
             shutil.rmtree(old, ignore_errors=True)
 
@@ -309,7 +246,7 @@ class _Reader(StorageReader):
             file, key = self.stored[item.storage_index]
             files.setdefault(file, []).append((key, item))
         for file, items in files.items():
-            with safe_open(self.path / file, framework="pt") as f:
+            with safe_open(regular_file(self.path, file), framework="pt") as f:
                 for key, item in items:
                     window = tuple(slice(a, a + n) for a, n in zip(item.storage_offsets, item.lengths, strict=True))
                     values = f.get_slice(key)[window] if window else f.get_tensor(key)
@@ -323,14 +260,22 @@ class _Reader(StorageReader):
         return True
 
 
+def _index(piece: Piece) -> MetadataIndex:
+    return MetadataIndex(piece.name, piece.offset)
+
+
+def _chunk(piece: Piece) -> ChunkStorageMetadata:
+    return ChunkStorageMetadata(torch.Size(piece.offset), piece.tensor.shape)
+
+
 def _key(name: str, chunk: ChunkStorageMetadata, shape: torch.Size) -> str:
-    """A piece's name in its file."""
+    """Return a piece's name in its file."""
     inner = name.partition("/")[2]
     return inner if chunk.sizes == shape else f"{inner}@{','.join(map(str, chunk.offsets))}"
 
 
 def _one_line(error: BaseException, path: Path, what: str, *, ranks: bool) -> Exception:
-    """DCP's error, which carries every rank's traceback, as the first failing rank's reason."""
+    """Return DCP's error, which carries every rank's traceback, as the first failing rank's reason."""
     rank, cause = None, error
     if isinstance(error, CheckpointException):
         rank, (cause, _) = min(error.failures.items())
@@ -344,23 +289,5 @@ def _one_line(error: BaseException, path: Path, what: str, *, ranks: bool) -> Ex
 
 
 def _quiet() -> None:
-    """DCP warns whenever it works for one process, which is what we ask for."""
+    """Silence DCP's warning that it works for one process: that is intended."""
     warnings.filterwarnings("ignore", message="torch.distributed is disabled", category=UserWarning)
-
-
-def _digest(record: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
-
-
-def _sha256(path: Path) -> str:
-    with open(path, "rb") as f:
-        return hashlib.file_digest(f, "sha256").hexdigest()
-
-
-def _sync(path: Path) -> None:
-    """Wait until a file, or a directory's entries, are on the disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
