@@ -20,8 +20,8 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from moelab.config import ModelConfig
 from moelab.config.parallel import ParallelConfig
 from moelab.engine import checkpoint, parallel
-from moelab.engine.checkpoint import loading, storage
-from moelab.engine.checkpoint.format import directories
+from moelab.engine.checkpoint import format, loading, storage
+from moelab.engine.checkpoint.format import CheckpointError
 from moelab.engine.mesh import Mesh
 from moelab.engine.testing import RankError, Ranks
 
@@ -429,7 +429,7 @@ def test_the_newest_are_kept_and_a_broken_newer_one_does_not_count(tmp_path):
     with checkpoint.Writer(tmp_path, keep=3) as checkpoints:
         for step in range(1, 6):
             checkpoints.save(step, built.module, optimizer, {})
-    assert [int(p.name[5:]) for p in directories(tmp_path)] == [3, 4, 5, 99]
+    assert [int(p.name[5:]) for p in format.directories(tmp_path)] == [3, 4, 5, 99]
     assert checkpoint.latest(tmp_path).step == 5
 
 
@@ -451,3 +451,33 @@ def save_with_a_gap(root):
         checkpoints.wait()
     except checkpoint.CheckpointError as error:
         return str(error)
+
+
+@pytest.mark.parametrize("name", ["pipe", "../pipe", "/dev/zero"])
+def test_a_file_list_that_names_a_fifo_or_a_device_is_refused_at_once(tmp_path, name):
+    built, optimizer = filled(ParallelConfig())
+    with checkpoint.Writer(tmp_path) as checkpoints:
+        checkpoints.save(1, built.module, optimizer, {}, built.placements)
+    path = checkpoint.latest(tmp_path).path
+    for where in (path, tmp_path):
+        os.mkfifo(where / "pipe")
+    record = json.loads((path / "state.json").read_text())
+    format.write_state(path, 1, {}, {**record["sha256"], name: "0" * 64})
+    with pytest.raises(CheckpointError, match="is not a regular file of the checkpoint"):
+        format.verify(path, name, "0" * 64)
+    assert checkpoint.latest(tmp_path) is None
+    index = {key: {**entry, "pieces": [{**p, "file": name} for p in entry["pieces"]]}
+             for key, entry in format.read_index(path).items()}  # fmt: skip
+    (path / "index.json").write_text(json.dumps(index))
+    with pytest.raises(CheckpointError, match="is not a regular file of the checkpoint"):
+        checkpoint.load_model(checkpoint.Checkpoint(path, 1, {}), built.module, built.placements)
+
+
+@pytest.mark.parametrize("file", ["index.json", "state.json"])
+def test_an_index_or_state_that_is_a_fifo_is_refused_at_once(tmp_path, file):
+    path = tmp_path / "step-00000001"
+    path.mkdir()
+    os.mkfifo(path / file)
+    with pytest.raises(CheckpointError, match="is not a regular file"):
+        (format.read_index if file == "index.json" else format.read_state)(path)
+    assert checkpoint.latest(tmp_path) is None

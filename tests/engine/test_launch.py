@@ -12,8 +12,9 @@ from dataclasses import replace
 import psutil
 import pytest
 
-from moelab.engine.launch import Limits, RankFailed, launch, postmortem, process
+from moelab.engine.launch import Limits, RankFailed, launch, launcher, postmortem, process
 from moelab.engine.launch import ranks as ranks_module
+from moelab.engine.launch.process import rank_name
 
 pytestmark = pytest.mark.multiprocess
 
@@ -351,3 +352,73 @@ def test_a_kill_for_want_of_memory_is_recognised(monkeypatch):
     assert "likely out of memory (last seen with 6.0 GiB" in say(signal.SIGKILL, 1, [1 << 30, 6 << 30], oom_kill=False)
     assert "likely" not in say(signal.SIGKILL, 1, [1 << 30, 2 << 30], oom_kill=False)
     assert say(signal.SIGSEGV, 0, [0, 0], oom_kill=True) == "was killed by SIGSEGV"
+
+
+class Clocks:
+    """Stands in for the clocks that the watch reads."""
+
+    def __init__(self, monkeypatch):
+        self.monotonic = self.wall = 1000.0
+        monkeypatch.setattr(launcher.time, "monotonic", lambda: self.monotonic)
+        monkeypatch.setattr(launcher.time, "time", lambda: self.wall)
+
+    def run(self, watch, seconds):
+        """Let time pass, the watch looking twice a second; ranks that hang according to it."""
+        for _ in range(int(2 * seconds)):
+            self.monotonic += 0.5
+            self.wall += 0.5
+            watch.clock.read()
+            if hanging := watch._hanging([None, None]):
+                return hanging
+        return []
+
+
+@pytest.mark.parametrize(
+    ("monotonic", "wall"), [(0, 3600), (3600, 3600)], ids=["sleep, while the monotonic clock stands", "SIGSTOP of all"]
+)
+def test_a_suspended_machine_is_no_hang(monkeypatch, tmp_path, monotonic, wall):
+    for rank in range(2):
+        (tmp_path / rank_name(rank)).touch()
+    clocks = Clocks(monkeypatch)
+    watch = launcher._Watch(None, 2, Limits(hang_s=300), tmp_path, [0, 0], tmp_path)
+    assert clocks.run(watch, 200) == []
+    clocks.monotonic += monotonic
+    clocks.wall += wall
+    assert clocks.run(watch, 90) == [], "200 and 90 seconds awake are not 300"
+    os.utime(tmp_path / rank_name(1), (5, 5))  # rank 1 gives a sign of life
+    assert clocks.run(watch, 60) == [0], "a rank that hangs after all is still found"
+
+
+def test_a_wall_clock_that_is_set_hides_no_hang(monkeypatch, tmp_path):
+    (tmp_path / rank_name(0)).touch()
+    clocks = Clocks(monkeypatch)
+    watch = launcher._Watch(None, 2, Limits(hang_s=300), tmp_path, [0, 0], tmp_path)
+    assert clocks.run(watch, 100) == []
+    clocks.wall -= 7200
+    assert clocks.run(watch, 190) == []
+    assert clocks.run(watch, 30) == [0]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs SIGSTOP of a session")
+def test_halting_launcher_and_ranks_is_no_hang(ranks, tmp_path):
+    """A launcher and its ranks are halted for longer than the limit, then go on: the run ends well."""
+    code = (
+        "import sys; from pathlib import Path; from moelab.engine.launch import Limits, launch\n"
+        "sys.exit(launch([sys.executable, '-c', sys.argv[2]], 2, Path(sys.argv[1]), limits=Limits(hang_s=7), how='local'))"
+    )
+    environment = {**os.environ, "MOELAB_TEST_MARK": str(tmp_path), "OMP_NUM_THREADS": "1"}
+    launching = subprocess.Popen(
+        [sys.executable, "-c", code, str(tmp_path), ALONE + "steps(150, 0.1)"], env=environment
+    )
+    deadline = time.monotonic() + 120
+    while sum("hello" in log.read_text() for log in tmp_path.glob("rank-*.txt")) < 2 and time.monotonic() < deadline:
+        time.sleep(0.1)
+    time.sleep(1)
+    halted = [launching.pid, *(p.pid for p in psutil.Process(launching.pid).children(recursive=True))]
+    assert len(halted) == 3
+    for pid in halted:
+        os.kill(pid, signal.SIGSTOP)
+    time.sleep(9)
+    for pid in halted:
+        os.kill(pid, signal.SIGCONT)
+    assert launching.wait(120) == process.FINISHED
