@@ -1,7 +1,7 @@
 """The engine's collectives, and observers of them.
 
 Every collective of the engine is a call of one of these functions, so that `observe` sees all of them: `Traffic` counts messages and bytes, and
-benchmarks measure time. What FSDP2 and the checkpoints' DCP send is torch's own and not seen.
+benchmarks measure time. What FSDP2 sends is torch's own and not seen.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class Collective:
     """One call of a collective on this rank.
 
     Attributes:
-        operation: "all_to_all", "all_reduce", "all_gather", "broadcast", or "wait" for the end of an asynchronous one.
+        operation: "all_to_all", "all_reduce", "all_gather", "gather", "broadcast", or "wait" for the end of an asynchronous one.
         kind: what it is for, one of `KINDS`.
         group: the ranks that take part.
         sizes: bytes that this rank sends to each rank of the group, in the group's order; its own part is included.
@@ -152,27 +152,40 @@ def broadcast(tensor: Tensor, group: Group, kind: str) -> None:
 
 def all_gather_json(value: Any) -> list[Any]:
     """Return every rank's JSON value. Nothing is pickled, so that what arrives can run no code."""
-    world, data = Group.world(), _to_bytes(value)
-    lengths = [int(n) for n in all_gather(torch.tensor([len(data)], device=data.device), world, "control")]
+    return broadcast_json(gather_json(value))
+
+
+def gather_json(value: Any, group: Group | None = None) -> list[Any]:
+    """Return every rank's JSON value on the group's first rank (by default of all ranks), and an empty list on the others."""
+    group = group or Group.world()
+    if group.size == 1:
+        return [value]
+    data = _to_bytes(value, group)
+    lengths = [int(n) for n in all_gather(torch.tensor([len(data)], device=data.device), group, "control")]
     padded = data.new_zeros(max(lengths))
     padded[: len(data)] = data
-    return [_from_bytes(d[:n]) for d, n in zip(all_gather(padded, world, "control"), lengths, strict=True)]
+    outputs = [torch.empty_like(padded) for _ in group.ranks] if group.index == 0 else None
+    with _observed("gather", "control", group, [len(padded)] + [0] * (group.size - 1)):
+        group.gather(outputs, padded)
+    return [_from_bytes(d[:n]) for d, n in zip(outputs or [], lengths, strict=False)]
 
 
-def broadcast_json(value: Any) -> Any:
-    """Return rank 0's JSON value on every rank; that of the others is ignored."""
-    world, data = Group.world(), _to_bytes(value)
+def broadcast_json(value: Any, group: Group | None = None) -> Any:
+    """Return the JSON value of the group's first rank (by default rank 0) on every rank; that of the others is ignored."""
+    group = group or Group.world()
+    if group.size == 1:
+        return value
+    data = _to_bytes(value, group)
     length = torch.tensor([len(data)], device=data.device)
-    broadcast(length, world, "control")
-    if world.index:
+    broadcast(length, group, "control")
+    if group.index:
         data = data.new_empty(int(length))
-    broadcast(data, world, "control")
+    broadcast(data, group, "control")
     return _from_bytes(data)
 
 
-def _to_bytes(value: Any) -> Tensor:
-    device = "cuda" if dist.is_initialized() and dist.get_backend() == "nccl" else "cpu"
-    return torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8).to(device)
+def _to_bytes(value: Any, group: Group) -> Tensor:
+    return torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8).to(group.device_type)
 
 
 def _from_bytes(data: Tensor) -> Any:

@@ -6,7 +6,7 @@ waits for half an hour for a rank that is gone. Groups are made together, by eve
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import Any
 
@@ -53,6 +53,11 @@ class Group:
         """This rank's global rank."""
         return self.ranks[self.index]
 
+    @property
+    def device_type(self) -> str:
+        """Where tensors of its collectives are: "cuda" for nccl, else "cpu"."""
+        return "cpu" if self.handle is None else _device_type(self.handle)
+
     def all_to_all_single(
         self, output: Tensor, input: Tensor, receive: list[int] | None, send: list[int] | None
     ) -> None:
@@ -63,6 +68,10 @@ class Group:
 
     def all_gather(self, outputs: list[Tensor], tensor: Tensor) -> None:
         dist.all_gather(outputs, tensor, group=self.handle)
+
+    def gather(self, outputs: list[Tensor] | None, tensor: Tensor) -> None:
+        """Collect all ranks' tensors on the first rank."""
+        dist.gather(tensor, outputs, self.ranks[0], group=self.handle)
 
     def broadcast(self, tensor: Tensor) -> None:
         """Send the first rank's tensor to all."""
@@ -98,16 +107,21 @@ class ProcessGroups:
         self._made = {self.world.ranks: self.world}
 
 
-def gloo_group() -> dist.ProcessGroup | None:
-    """Make a group of all ranks that communicates over gloo, whatever the default group uses; None for one rank."""
-    if Group.world().size == 1:
-        return None
-    return dist.new_group(backend="gloo", timeout=time_limit(dist.group.WORLD))
+def gloo_group() -> Group:
+    """Make a group of all ranks that communicates over gloo, whatever the default group uses."""
+    world = Group.world()
+    if world.size == 1:
+        return world
+    return replace(world, handle=dist.new_group(backend="gloo", timeout=time_limit(dist.group.WORLD)))
 
 
 def time_limit(handle: dist.ProcessGroup) -> timedelta:
     """Return how long a collective of a process group waits before it raises."""
-    return handle._get_backend(torch.device("cuda" if dist.get_backend(handle) == "nccl" else "cpu")).options._timeout
+    return handle._get_backend(torch.device(_device_type(handle))).options._timeout
+
+
+def _device_type(handle: dist.ProcessGroup) -> str:
+    return "cuda" if dist.get_backend(handle) == "nccl" else "cpu"
 
 
 def _subgroup(partition: list[list[int]]) -> dist.ProcessGroup:

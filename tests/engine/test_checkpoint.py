@@ -114,15 +114,15 @@ def save_at(layouts, root):
 def load_at(layouts, sources, root):
     """(layout, source, differences), and how much was read beside how much there is to fill."""
     read = 0
-    resolve = storage._LoadPlanner.resolve_tensor
+    read_part = storage._read_part
 
-    def counted(self, item):
+    def counted(*args):
         nonlocal read
-        target = resolve(self, item)
-        read += target.numel()
-        return target
+        part = read_part(*args)
+        read += part.numel()
+        return part
 
-    storage._LoadPlanner.resolve_tensor = counted
+    storage._read_part = counted
     wrong, needed = [], 0
     for i, layout in layouts.items():
         built, optimizer = build(layout)
@@ -137,7 +137,7 @@ def load_at(layouts, sources, root):
             wrong += [(i, source, name) for name in differences(built, optimizer)]
             needed += sum(parts) * 3 + len(parts)
         built.mesh.close()
-    storage._LoadPlanner.resolve_tensor = resolve
+    storage._read_part = read_part
     return wrong, read, needed
 
 

@@ -419,6 +419,7 @@ def test_halting_launcher_and_ranks_is_no_hang(ranks, tmp_path):
     for pid in halted:
         os.kill(pid, signal.SIGSTOP)
     time.sleep(9)
-    for pid in halted:
+    for pid in halted:  # the launcher first: it must not judge by what it sees at once
         os.kill(pid, signal.SIGCONT)
+        time.sleep(1)
     assert launching.wait(120) == process.FINISHED

@@ -4,7 +4,7 @@
     loading    `latest`, `load`, `load_model`: find the newest complete checkpoint, read what a layout needs of it
     shards     which shards of which tensors a rank has
     format     the files of a checkpoint: names, index, SHA-256
-    storage    how torch's distributed checkpoints (DCP) plan, write and read these files
+    storage    writing these files together with the other ranks, and reading parts of them
     hf         models as directories of Hugging Face's formats
 
 Names and shapes in a checkpoint are those of the model on one rank: experts by global id, query, key and value in one weight. So what was

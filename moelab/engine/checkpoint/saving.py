@@ -27,7 +27,7 @@ class Writer:
     """Writes the checkpoints of one directory, one at a time, in a thread.
 
     The thread communicates with the other ranks' threads through a gloo group of its own, apart from the training's collectives; making it is
-    collective. DCP has an `async_save`, but it copies all a rank holds before it knows what the rank will write.
+    collective.
     """
 
     def __init__(self, directory: Path, keep: int = 2) -> None:
@@ -100,8 +100,8 @@ class Writer:
                 raise
             log.error("checkpoint not written: %s", failed)
         finally:
-            if self._group is not None:
-                dist.destroy_process_group(self._group)  # it holds threads and connections
+            if self._group.handle is not None:
+                dist.destroy_process_group(self._group.handle)  # it holds threads and connections
 
 
 class _Turns:
@@ -112,7 +112,7 @@ class _Turns:
 
     def mine(self, tensor: Tensor, placement: Placement) -> bool:
         if isinstance(tensor, DTensor):
-            return True  # sharded; were it replicated besides, DCP's plan would choose
+            return True  # sharded over the data ranks: no other rank has this shard
         loads = self.bytes.setdefault(placement.replicas, [0] * len(placement.replicas))
         turn = loads.index(min(loads))
         loads[turn] += tensor.nbytes
