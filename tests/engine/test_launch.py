@@ -408,7 +408,7 @@ def test_halting_launcher_and_ranks_is_no_hang(ranks, tmp_path):
     )
     environment = {**os.environ, "MOELAB_TEST_MARK": str(tmp_path), "OMP_NUM_THREADS": "1"}
     launching = subprocess.Popen(
-        [sys.executable, "-c", code, str(tmp_path), ALONE + "steps(150, 0.1)"], env=environment
+        [sys.executable, "-c", code, str(tmp_path), ALONE + "steps(4, 2.5)"], env=environment
     )
     deadline = time.monotonic() + 120
     while sum("hello" in log.read_text() for log in tmp_path.glob("rank-*.txt")) < 2 and time.monotonic() < deadline:
