@@ -407,9 +407,7 @@ def test_halting_launcher_and_ranks_is_no_hang(ranks, tmp_path):
         "sys.exit(launch([sys.executable, '-c', sys.argv[2]], 2, Path(sys.argv[1]), limits=Limits(hang_s=7), how='local'))"
     )
     environment = {**os.environ, "MOELAB_TEST_MARK": str(tmp_path), "OMP_NUM_THREADS": "1"}
-    launching = subprocess.Popen(
-        [sys.executable, "-c", code, str(tmp_path), ALONE + "steps(4, 2.5)"], env=environment
-    )
+    launching = subprocess.Popen([sys.executable, "-c", code, str(tmp_path), ALONE + "steps(4, 2.5)"], env=environment)
     deadline = time.monotonic() + 120
     while sum("hello" in log.read_text() for log in tmp_path.glob("rank-*.txt")) < 2 and time.monotonic() < deadline:
         time.sleep(0.1)

@@ -9,7 +9,7 @@ import psutil
 import pytest
 
 from moelab.engine.launch import rendezvous
-from moelab.engine.launch.rendezvous import LAUNCHER, RENDEZVOUS, gloo_interface, own_address
+from moelab.engine.launch.rendezvous import gloo_interface, own_address
 
 LIMIT = datetime.timedelta(seconds=30)
 
@@ -40,7 +40,12 @@ def meet(size, folder=None):
 def test_local_ranks_meet_on_loopback_only(environment, tmp_path):
     elsewhere = other_address()
     environment(
-        **{LAUNCHER: os.getppid(), RENDEZVOUS: tmp_path / "rendezvous.json", "MASTER_ADDR": elsewhere, "MASTER_PORT": 1}
+        **{
+            "MOELAB_LAUNCHER": os.getppid(),
+            "MOELAB_RENDEZVOUS": tmp_path / "rendezvous.json",
+            "MASTER_ADDR": elsewhere,
+            "MASTER_PORT": 1,
+        }
     )
     stores = meet(3)
     stores[0].set("key", "value")

@@ -21,6 +21,7 @@ from typing import Literal, Self
 from moelab.engine.launch import postmortem, process
 from moelab.engine.launch.process import FINISHED, STOPPED, rank_name
 from moelab.engine.launch.ranks import LocalRanks, SlurmRanks, in_allocation
+from moelab.environment import COLLECTIVE_S, DEATH_S, HANG_S, STOP_S
 
 Ranks = LocalRanks | SlurmRanks
 _POLL_S = 0.1
@@ -76,13 +77,12 @@ class Limits:
     def read(cls, environment: Mapping[str, str] = os.environ) -> Self:
         """Read the environment. ValueError, one line, for what is no number of seconds."""
         found = {}
-        for field in fields(cls):
-            name = f"MOELAB_{field.name.upper()}"
-            if text := environment.get(name):
+        for field, variable in zip(fields(cls), (HANG_S, DEATH_S, STOP_S, COLLECTIVE_S), strict=True):
+            if text := variable.get(environment):
                 try:
                     found[field.name] = float(text)
                 except ValueError:
-                    raise ValueError(f"{name} must be a number of seconds, got {text!r}") from None
+                    raise ValueError(f"{variable.name} must be a number of seconds, got {text!r}") from None
         return cls(**found)
 
 
@@ -132,7 +132,7 @@ def launch(
     """
     limits = limits or Limits.read()
     environment = process.without_rank(environment if environment is not None else os.environ)
-    environment[process.COLLECTIVE] = str(limits.collective_s)
+    environment[COLLECTIVE_S.name] = str(limits.collective_s)
     environment.setdefault("PYTHONUNBUFFERED", "1")  # the last words of a rank that is killed
     logs.mkdir(parents=True, exist_ok=True)
     slurm = how == "srun" or (how == "auto" and in_allocation(environment))

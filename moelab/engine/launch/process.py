@@ -20,14 +20,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moelab.engine.launch import rendezvous
-from moelab.engine.launch.rendezvous import LAUNCHER, RENDEZVOUS
+from moelab.environment import COLLECTIVE_S, HEARTBEAT, LAUNCHER, RENDEZVOUS
 
 if TYPE_CHECKING:
     from torch.distributed import Store
 
-HEARTBEAT = "MOELAB_HEARTBEAT"  # folder in which each rank touches a file of its own
-COLLECTIVE = "MOELAB_COLLECTIVE_S"  # seconds until a collective gives up
-_OF_RANKS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "SLURM_PROCID", RENDEZVOUS, HEARTBEAT, LAUNCHER)
+_OF_RANKS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "SLURM_PROCID", RENDEZVOUS.name, HEARTBEAT.name, LAUNCHER.name)
 _BEAT_EVERY_S = 0.5
 
 # Exit codes of ranks and of the launcher, which Slurm and the shell see.
@@ -132,7 +130,7 @@ def join(*, device: str = "cpu", timeout: float | None = None, folder: Path | No
     faulthandler.enable()
     if hasattr(signal, "SIGUSR2"):
         faulthandler.register(signal.SIGUSR2, all_threads=True)
-    limit = timedelta(seconds=timeout or float(os.environ.get(COLLECTIVE, 600)))
+    limit = timedelta(seconds=timeout or float(COLLECTIVE_S.get() or COLLECTIVE_S.default))
     if interface := rendezvous.gloo_interface(os.environ, [name for _, name in socket.if_nameindex()]):
         os.environ["GLOO_SOCKET_IFNAME"] = interface
     store = rendezvous.meet(place.rank, place.world_size, limit, folder)
@@ -198,7 +196,8 @@ def wait_for(key: str, should_stop: Callable[[], bool] = lambda: False, poll_s: 
 
 def launcher_gone() -> bool:
     """Return whether the launcher that started this rank has died. On Linux the kernel kills its ranks before they can ask."""
-    return LAUNCHER in os.environ and os.getppid() != int(os.environ[LAUNCHER])
+    launcher = LAUNCHER.get()
+    return launcher is not None and os.getppid() != int(launcher)
 
 
 def beat() -> None:
@@ -207,7 +206,7 @@ def beat() -> None:
     From the first one on, a rank that gives none for `Limits.hang_s` counts as hanging.
     """
     global _last_beat
-    folder = os.environ.get(HEARTBEAT)
+    folder = HEARTBEAT.get()
     if folder and time.monotonic() - _last_beat >= _BEAT_EVERY_S and (place := find()):
         _last_beat = time.monotonic()
         with contextlib.suppress(OSError):  # the launcher is gone, or its disk is full: no reason to fail a step

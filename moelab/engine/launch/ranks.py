@@ -17,7 +17,7 @@ from pathlib import Path
 
 from moelab.engine.launch import process
 from moelab.engine.launch.process import rank_name
-from moelab.engine.launch.rendezvous import LAUNCHER, RENDEZVOUS
+from moelab.environment import HEARTBEAT, LAUNCHER, RENDEZVOUS
 
 _PR_SET_PDEATHSIG = 1
 _libc = ctypes.CDLL(None, use_errno=True) if sys.platform == "linux" else None
@@ -36,8 +36,8 @@ class LocalRanks:
         try:
             for rank in range(ranks):
                 place = {"RANK": rank, "WORLD_SIZE": ranks, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": ranks}
-                where: dict[str, object] = {RENDEZVOUS: session / "rendezvous.json", process.HEARTBEAT: session}
-                where[LAUNCHER] = os.getpid()
+                where: dict[str, object] = {RENDEZVOUS.name: session / "rendezvous.json", HEARTBEAT.name: session}
+                where[LAUNCHER.name] = os.getpid()
                 with open(logs / f"{rank_name(rank)}.txt", "ab") as log:
                     self._processes.append(
                         subprocess.Popen(
@@ -159,7 +159,7 @@ class SlurmRanks:
                 stdin=subprocess.DEVNULL,
                 start_new_session=True,
                 preexec_fn=_die_with(os.getpid(), signal.SIGTERM),  # srun then ends the step
-                env={**environment, RENDEZVOUS: str(session / "rendezvous.json"), process.HEARTBEAT: str(session)},
+                env={**environment, RENDEZVOUS.name: str(session / "rendezvous.json"), HEARTBEAT.name: str(session)},
             )
 
     def codes(self) -> list[int | None]:

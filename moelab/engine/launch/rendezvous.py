@@ -17,13 +17,11 @@ from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from moelab.environment import LAUNCHER, RENDEZVOUS
 from moelab.files import read_json, write_json
 
 if TYPE_CHECKING:
     from torch.distributed import Store
-
-RENDEZVOUS = "MOELAB_RENDEZVOUS"  # file in which rank 0 publishes where its store listens; set by `launch`
-LAUNCHER = "MOELAB_LAUNCHER"  # process id of `launch`, where ranks are its children on this machine
 
 
 def meet(rank: int, world_size: int, limit: timedelta, folder: Path | None = None) -> Store:
@@ -70,7 +68,7 @@ def own_address(environment: Mapping[str, str]) -> str:
     """
     import psutil
 
-    if LAUNCHER in environment:
+    if LAUNCHER.get(environment):
         return "127.0.0.1"
     addresses = psutil.net_if_addrs()
     if (name := gloo_interface(environment, addresses)) and (own := addresses.get(name.split(",")[0])):
@@ -90,7 +88,7 @@ def gloo_interface(environment: Mapping[str, str], interfaces: Iterable[str]) ->
     """
     if given := environment.get("GLOO_SOCKET_IFNAME"):
         return given
-    if LAUNCHER in environment:
+    if LAUNCHER.get(environment):
         return "lo" if sys.platform == "linux" else None
     nccl = environment.get("NCCL_SOCKET_IFNAME", "")
     names = tuple(name for name in nccl.lstrip("^=").split(",") if name)
@@ -105,11 +103,11 @@ def gloo_interface(environment: Mapping[str, str], interfaces: Iterable[str]) ->
 
 
 def _has_master(environment: Mapping[str, str]) -> bool:
-    return RENDEZVOUS not in environment and "MASTER_ADDR" in environment and "MASTER_PORT" in environment
+    return not RENDEZVOUS.get(environment) and "MASTER_ADDR" in environment and "MASTER_PORT" in environment
 
 
 def _file(environment: Mapping[str, str], folder: Path | None) -> Path:
-    if file := environment.get(RENDEZVOUS):
+    if file := RENDEZVOUS.get(environment):
         return Path(file)
     if "SLURM_JOB_ID" not in environment or "SLURM_STEP_ID" not in environment:
         raise RuntimeError("ranks: MASTER_ADDR and MASTER_PORT are not set, and this is no step of Slurm")
