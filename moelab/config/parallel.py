@@ -1,20 +1,22 @@
-"""Which rank computes what: `ParallelConfig`, and the index arithmetic that turns it into groups of ranks (paper sections 4.1.3, 5.2, 5.3).
+"""Which rank computes what: `ParallelConfig`, and the index arithmetic that turns it into groups of ranks (paper
+sections 4.1.3, 5.2, 5.3).
 
-Pure arithmetic: no torch, no processes. The engine makes process groups of it, the simulator counts messages with it, and tests ask
-it about 2,048 ranks.
+Pure arithmetic: no torch, no processes. The engine makes process groups of it, the simulator counts messages with it,
+and tests ask it about 2,048 ranks.
 
-P ranks are numbered node by node (rank = node * G + GPU). Everything outside the experts sees them as a grid of data-parallel (dp)
-and tensor-parallel (tp) coordinates,
+P ranks are numbered node by node (rank = node * G + GPU). Everything outside the experts sees them as a grid of
+data-parallel (dp) and tensor-parallel (tp) coordinates,
 
-    (data dp, tensor tp)                     rank = data * tp + tensor, so a tensor-parallel group is tp consecutive ranks of one node,
+    (data dp, tensor tp)                     rank = data * tp + tensor: a tensor-parallel group is tp consecutive ranks,
 
 and each MoE layer sees the same ranks as a grid of its own, which depends on its number of experts:
 
     (replica, slice, expert ep)              rank = (replica * slices + slice) * ep + expert
 
-ep ranks hold the layer's E experts, E / ep each (expert parallelism). Each expert is cut into slices (expert slicing: the slices of an
-expert are on ranks i and i + ep, as in the paper's Fig 7), and all that is replicated (expert-data parallelism). So a PR-MoE's 32- and
-64-expert layers on 64 ranks get ep = 32 with 2 replicas and ep = 64 with 1. For the exchanges, the expert coordinate itself is a grid,
+ep ranks hold the layer's E experts, E / ep each (expert parallelism). Each expert is cut into slices (expert slicing:
+the slices of an expert are on ranks i and i + ep, as in the paper's Fig 7), and all that is replicated (expert-data
+parallelism). So a PR-MoE's 32- and 64-expert layers on 64 ranks get ep = 32 with 2 replicas and ep = 64 with 1. For the
+exchanges, the expert coordinate itself is a grid,
 
     (node, local, tensor)                    expert = (node * local size + local) * tensor size + tensor
 
@@ -41,15 +43,18 @@ class ParallelConfig:
     """How a model is distributed over ranks (one rank = one GPU, or one process on CPU).
 
     Attributes:
-        tensor: tensor-parallel degree tp: consecutive ranks of one node, each of which computes a slice of attention and dense feed-forwards.
+        tensor: tensor-parallel degree tp: consecutive ranks of one node, each of which computes a slice of attention
+            and dense feed-forwards.
         data: data-parallel degree dp: replicas of that; P = tensor * data ranks in all.
-        expert: expert-parallel degree ep: ranks over which a layer's experts are distributed; 0 is as many as the layer has experts for. A
-            layer with fewer experts takes its number of experts instead, so one setting serves a pyramid.
+        expert: expert-parallel degree ep: ranks over which a layer's experts are distributed; 0 is as many as the layer
+            has experts for. A layer with fewer experts takes its number of experts instead, so one setting serves a
+            pyramid.
         expert_slicing: ranks over which one expert is sliced.
-        gpus_per_node: G, ranks of a node; matters to `hierarchical`, to counts and to the tensor-parallel groups. Fewer ranks than G are one node.
-        exchange: how tokens travel: `flat`, one all-to-all, in which each tensor rank sends all its tokens (the paper's baseline);
-            `hierarchical`, inside nodes, then between them; `coordinated`, each tensor rank sends its part of them, then all-gather (PCC);
-            `coordinated-hierarchical`, both.
+        gpus_per_node: G, ranks of a node; matters to `hierarchical`, to counts and to the tensor-parallel groups. Fewer
+            ranks than G are one node.
+        exchange: how tokens travel: `flat`, one all-to-all, in which each tensor rank sends all its tokens (the paper's
+            baseline); `hierarchical`, inside nodes, then between them; `coordinated`, each tensor rank sends its part
+            of them, then all-gather (PCC); `coordinated-hierarchical`, both.
         shard: shard non-expert weights, gradients and optimizer state over the data ranks (FSDP2); needs tensor = 1.
         recompute: keep only the layers' inputs in forward, recompute the rest in backward (activation checkpointing).
         overlap: reduce gradients while the backward pass still runs.
@@ -166,8 +171,9 @@ class ExpertLayout:
         experts: E.
         replicas, slices, parallel: sizes of the layer's grid; `parallel` is the expert-parallel degree ep.
         nodes, local, tensor: sizes of the expert coordinate's grid; nodes * local * tensor = parallel.
-        token_replicas: how often each token reaches its expert, over all replicas: once from each tensor rank (`flat`), or once from all
-            tensor ranks of an expert-parallel group together (`coordinated`). Expert gradients are divided by it.
+        token_replicas: how often each token reaches its expert, over all replicas: once from each tensor rank (`flat`),
+            or once from all tensor ranks of an expert-parallel group together (`coordinated`). Expert gradients are
+            divided by it.
     """
 
     experts: int
@@ -197,7 +203,8 @@ class ExpertLayout:
         )
         _check(
             tp % ep == 0 or ep % tp == 0,
-            f"expert parallelism {ep} and tensor slicing {tp} must divide one another, for {experts} experts on {P} ranks",
+            f"expert parallelism {ep} and tensor slicing {tp} must divide one another, for {experts} experts on "
+            f"{P} ranks",
         )
         tensor = min(tp, ep)
         _check(

@@ -1,7 +1,7 @@
 """The engine's collectives, and observers of them.
 
-Every collective of the engine is a call of one of these functions, so that `observe` sees all of them: `Traffic` counts messages and bytes, and
-benchmarks measure time. What FSDP2 sends is torch's own and not seen.
+Every collective of the engine is a call of one of these functions, so that `observe` sees all of them: `Traffic` counts
+messages and bytes, and benchmarks measure time. What FSDP2 sends is torch's own and not seen.
 """
 
 from __future__ import annotations
@@ -41,7 +41,8 @@ class Collective:
     """One call of a collective on this rank.
 
     Attributes:
-        operation: "all_to_all", "all_reduce", "all_gather", "gather", "broadcast", or "wait" for the end of an asynchronous one.
+        operation: "all_to_all", "all_reduce", "all_gather", "gather", "broadcast", or "wait" for the end of an
+            asynchronous one.
         kind: what it is for, one of `KINDS`.
         group: the ranks that take part.
         sizes: bytes that this rank sends to each rank of the group, in the group's order; its own part is included.
@@ -82,7 +83,8 @@ def all_to_all(
     receive: Sequence[int] | None = None,
     backward: bool = False,
 ) -> Tensor:
-    """Send `send[i]` rows, in order, to rank i of the group and return `receive[i]` from each, in the order of the ranks.
+    """Send `send[i]` rows, in order, to rank i of the group and return `receive[i]` from each, in the order of the
+    ranks.
 
     Without sizes every rank gets an equal number of rows.
     """
@@ -106,7 +108,8 @@ def all_reduce(
     asynchronous: bool = False,
     backward: bool = False,
 ) -> Pending | None:
-    """Add a tensor up (or reduce it by `op`) over the group, in place. For `asynchronous` calls returns what to wait for.
+    """Add a tensor up (or reduce it by `op`) over the group, in place. For `asynchronous` calls returns what to wait
+    for.
 
     It counts as a ring that sends pieces of 1 / n: 2 (n - 1) messages to the next rank.
     """
@@ -156,7 +159,9 @@ def all_gather_json(value: Any) -> list[Any]:
 
 
 def gather_json(value: Any, group: Group | None = None) -> list[Any]:
-    """Return every rank's JSON value on the group's first rank (by default of all ranks), and an empty list on the others."""
+    """Return every rank's JSON value on the group's first rank (by default of all ranks), and an empty list on the
+    others.
+    """
     group = group or Group.world()
     if group.size == 1:
         return [value]
@@ -226,8 +231,8 @@ class Sent:
 class Traffic:
     """Counts what this rank sends: an observer, `with observe(traffic): ...`.
 
-    A message is one rank, other than this one, that is sent something: in an uneven all-to-all, each with at least one row; in an
-    all-gather each of the others; for an all-reduce see `all_reduce`.
+    A message is one rank, other than this one, that is sent something: in an uneven all-to-all, each with at least one
+    row; in an all-gather each of the others; for an all-reduce see `all_reduce`.
 
     Attributes:
         ranks_per_node: G; ranks a and b share a node if a // G == b // G.

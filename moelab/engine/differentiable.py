@@ -1,10 +1,11 @@
-"""Collectives that autograd goes through: rows of uneven number between ranks, and Megatron's two operators of tensor slicing.
+"""Collectives that autograd goes through: rows of uneven number between ranks, and Megatron's two operators of tensor
+slicing.
 
-Each function returns its input when the group is one rank. Otherwise every rank of the group must call it, in forward and in
-backward, with however few rows: a rank without rows still takes part.
+Each function returns its input when the group is one rank. Otherwise every rank of the group must call it, in forward
+and in backward, with however few rows: a rank without rows still takes part.
 
-gloo has no uneven all-gather or reduce-scatter. Their direct form over an all-to-all sends the same bytes on every backend and adds in a
-fixed order.
+gloo has no uneven all-gather or reduce-scatter. Their direct form over an all-to-all sends the same bytes on every
+backend and adds in a fixed order.
 """
 
 from __future__ import annotations
@@ -19,7 +20,9 @@ from moelab.engine.groups import Group
 
 
 def all_to_all_rows(rows_RM: Tensor, send: Sequence[int], receive: Sequence[int], group: Group, kind: str) -> Tensor:
-    """Send `send[i]` rows, in order, to rank i of the group, and return `receive[i]` from each, in the order of the ranks."""
+    """Send `send[i]` rows, in order, to rank i of the group, and return `receive[i]` from each, in the order of the
+    ranks.
+    """
     return rows_RM if group.size == 1 else _AllToAll.apply(rows_RM, tuple(send), tuple(receive), group, kind)
 
 
@@ -29,8 +32,8 @@ def all_gather_rows(
     """Return all ranks' rows, `sizes[i]` of them rank i's, on every rank.
 
     Args:
-        sum_gradients: the backward pass adds up all ranks' gradients (a reduce-scatter). False where all ranks compute the same from the
-            rows: their gradients are equal, and each rank keeps those of its own rows.
+        sum_gradients: the backward pass adds up all ranks' gradients (a reduce-scatter). False where all ranks compute
+            the same from the rows: their gradients are equal, and each rank keeps those of its own rows.
     """
     return rows_RM if group.size == 1 else _AllGather.apply(rows_RM, tuple(sizes), group, kind, sum_gradients)
 

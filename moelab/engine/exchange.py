@@ -3,20 +3,22 @@ many ranks.
 
     x_SM -> rows by table -> all-to-all -> rows by expert -> experts -> all-to-all back -> weighted sums y_SM
 
-Rows go in chunks, one for each (destination rank, expert there); their sizes are exchanged first, by the same way. Shapes of counts are
-written with the axes of the layer's grid (`moelab.config.parallel`): node, local, tensor, slice; and "own", the experts of one rank. Here
-`local` counts the ranks of a node that exchange rows: unless the exchange is coordinated it includes the axis `tensor`, which then has size 1.
+Rows go in chunks, one for each (destination rank, expert there); their sizes are exchanged first, by the same way.
+Shapes of counts are written with the axes of the layer's grid (`moelab.config.parallel`): node, local, tensor, slice;
+and "own", the experts of one rank. Here `local` counts the ranks of a node that exchange rows: unless the exchange is
+coordinated it includes the axis `tensor`, which then has size 1.
 
 Two hops, of which `flat` makes only the first, with all ranks as one node (Fig 8):
 
-    [tensor, local, node, own]   outgoing rows, in this order straight from the row table: the first layout transform costs nothing
+    [tensor, local, node, own]            outgoing rows, in this order straight from the row table: the first layout
+                                          transform costs nothing
     -- all-to-all inside the node -->     [local, node, own]   from each rank of this node, for each node
     transposed to [node, local, own]                           the second layout transform
     -- all-to-all between nodes -->       [node, local, own]   from each rank, in rank order
     gathered over slices: [slice, node * local, own], transposed to [own, slice, node * local]: rows by expert
 
-Coordinated (PCC, Fig 9): the ranks along `tensor` hold the same tokens; each sends only outgoing[its tensor coordinate], which is what goes to
-ranks of its own coordinate, and what comes back is all-gathered among them.
+Coordinated (PCC, Fig 9): the ranks along `tensor` hold the same tokens; each sends only outgoing[its tensor
+coordinate], which is what goes to ranks of its own coordinate, and what comes back is all-gathered among them.
 """
 
 from __future__ import annotations
@@ -56,10 +58,12 @@ class Route:
     """What one rank sends, holds and receives in one exchange, worked out from counts of rows alone.
 
     Attributes:
-        kept: int [node, local, tensor, own], rows of this rank's tokens by destination and expert; in the order of the experts.
-        between: int [local, node, own], what it holds after the hop inside the node: from each rank of its node, for each node.
-        arrived: int [slice, node * local, own], what it and the other slices of its experts hold after the hop between nodes, by
-            source rank.
+        kept: int [node, local, tensor, own], rows of this rank's tokens by destination and expert; in the order of the
+            experts.
+        between: int [local, node, own], what it holds after the hop inside the node: from each rank of its node, for
+            each node.
+        arrived: int [slice, node * local, own], what it and the other slices of its experts hold after the hop between
+            nodes, by source rank.
         tensor, slice: this rank's coordinates.
     """
 
@@ -129,7 +133,8 @@ class Trip(NamedTuple):
     Attributes:
         route: how many rows went where.
         table, weight_SK: which row holds which token, and with which weight.
-        inter_node_back: brings rows by node back into the order of the hop inside the node, and its inverse; None without a hop between nodes.
+        inter_node_back: brings rows by node back into the order of the hop inside the node, and its inverse; None
+            without a hop between nodes.
         expert_back: brings rows by expert back into order of arrival, and its inverse; None where the two orders are
             the same.
     """
@@ -166,7 +171,8 @@ class Exchange(Dispatch[Trip]):
         """Bring this rank's tokens to the ranks of their experts.
 
         Args:
-            x_SM: this rank's tokens, S >= 0, S differing from rank to rank; along `tensor` (coordinated) the same tokens.
+            x_SM: this rank's tokens, S >= 0, S differing from rank to rank; along `tensor` (coordinated) the same
+                tokens.
             routing: of these tokens over all experts of the layer; along `tensor` the same.
 
         Returns:

@@ -1,9 +1,9 @@
 """Gradients over ranks: sums over the replicas of each parameter, during the backward pass, and the true global norm.
 
-A parameter's gradient is the mean over data ranks of what each rank's tokens contribute. What is summed over whom follows from its
-`Placement`: a non-expert weight over all ranks, an expert over its expert-data group (the tokens of the other ranks have
-come to it already), and the sum is divided by data ranks times the replicas of each token in it. FSDP2 reduces the gradients of its own
-parameters (DTensors).
+A parameter's gradient is the mean over data ranks of what each rank's tokens contribute. What is summed over whom
+follows from its `Placement`: a non-expert weight over all ranks, an expert over its expert-data group (the tokens of
+the other ranks have come to it already), and the sum is divided by data ranks times the replicas of each token in it.
+FSDP2 reduces the gradients of its own parameters (DTensors).
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ from moelab.engine.groups import Group
 from moelab.engine.parallel import ParallelModel
 
 BUCKET_BYTES = 8 << 20
-"""Gradients are summed in buckets of about this size: large enough to be worth a message, small enough to start early."""
+"""Gradients are summed in buckets of about this size: large enough to be worth a message, small enough to start early.
+"""
 
 
 class _Bucket:
@@ -65,8 +66,9 @@ class _Bucket:
 class GradientSync:
     """Sums the gradients of a `ParallelModel` over ranks.
 
-    Use: `arm()` before the last backward pass of a step, `finish()` after it. With `ParallelConfig.overlap` each bucket starts as soon
-    as its last gradient is there, while the backward pass goes on; buckets start in the same order on every rank.
+    Use: `arm()` before the last backward pass of a step, `finish()` after it. With `ParallelConfig.overlap` each bucket
+    starts as soon as its last gradient is there, while the backward pass goes on; buckets start in the same order on
+    every rank.
     """
 
     def __init__(self, model: ParallelModel) -> None:
@@ -76,7 +78,7 @@ class GradientSync:
         self.buckets = _buckets(model) if model.mesh.world.size > 1 else []
         self._bucket_of = {id(p): bucket for bucket in self.buckets for p in bucket.parameters}
         if model.mesh.config.overlap:
-            # Weak: the garbage collector does not see through hooks, and these would keep the model and its groups for good.
+            # Weak: the garbage collector does not see through hooks, and these would keep the model for good.
             arrived = weakref.WeakMethod(self._arrived)
             for bucket in self.buckets:
                 for parameter in bucket.parameters:
@@ -89,7 +91,9 @@ class GradientSync:
             bucket.waiting = len(bucket.parameters)
 
     def finish(self) -> None:
-        """Start what has not started, wait for all; afterwards every `grad` is the step's gradient, equal on all replicas."""
+        """Start what has not started, wait for all; afterwards every `grad` is the step's gradient, equal on all
+        replicas.
+        """
         self._armed = False
         for bucket in self.buckets[self._next :]:
             bucket.start()
@@ -130,10 +134,11 @@ def _buckets(model: ParallelModel) -> list[_Bucket]:
 
 
 def clip(model: ParallelModel, largest: float) -> float:
-    """Scale the gradients, in place, so that the norm of the whole model's gradient is at most `largest`; returns the norm before.
+    """Scale the gradients, in place, so that the norm of the whole model's gradient is at most `largest`; returns the
+    norm before.
 
-    The same number on every rank: each contributes the squares of its shards, divided by how many ranks hold the same shard, which is
-    exact under any layout.
+    The same number on every rank: each contributes the squares of its shards, divided by how many ranks hold the same
+    shard, which is exact under any layout.
     """
     parameters = [p for p in model.module.parameters() if p.grad is not None]
     if model.mesh.world.size == 1:

@@ -1,7 +1,9 @@
-"""Process groups: `Group`, the ranks that take part in a collective, and `ProcessGroups`, the one place that makes them.
+"""Process groups: `Group`, the ranks that take part in a collective, and `ProcessGroups`, the one place that makes
+them.
 
-Each process group has the time limit of the default one, which `moelab.engine.launch.process.join` sets: without it a collective of a group
-waits for half an hour for a rank that is gone. Groups are made together, by every rank in the same order.
+Each process group has the time limit of the default one, which `moelab.engine.launch.process.join` sets: without it a
+collective of a group waits for half an hour for a rank that is gone. Groups are made together, by every rank in the
+same order.
 """
 
 from __future__ import annotations
@@ -86,7 +88,8 @@ class ProcessGroups:
         self._made: dict[tuple[int, ...], Group] = {self.world.ranks: self.world}
 
     def make(self, partition: np.ndarray) -> Group:
-        """Return this rank's group of a partition of all ranks. Every rank calls this, with the same partitions in the same order.
+        """Return this rank's group of a partition of all ranks. Every rank calls this, with the same partitions in the
+        same order.
 
         Args:
             partition: global ranks, one group a row.

@@ -1,7 +1,7 @@
 """All groups of a rank: data and tensor parallel ones outside the experts, and those of each MoE layer.
 
-`moelab.config.parallel` computes which ranks form which group; here the groups become process groups. They are made together, by every
-rank in the same order, before the model is built. One rank alone needs no process group at all.
+`moelab.config.parallel` computes which ranks form which group; here the groups become process groups. They are made
+together, by every rank in the same order, before the model is built. One rank alone needs no process group at all.
 """
 
 from __future__ import annotations
@@ -23,9 +23,10 @@ class ExpertGroups:
     Attributes:
         layout, position: the layer's grid, and this rank's coordinates in it.
         expert: the expert-parallel ranks, which hold different experts, in the order of the experts.
-        expert_coordinated: those among them with this rank's tensor coordinate, between which the coordinated exchange sends rows.
-        intra_node, inter_node: the hierarchical exchange's groups, inside a node and between nodes: together they span `expert`, or
-            `expert_coordinated` when the exchange is coordinated.
+        expert_coordinated: those among them with this rank's tensor coordinate, between which the coordinated exchange
+            sends rows.
+        intra_node, inter_node: the hierarchical exchange's groups, inside a node and between nodes: together they span
+            `expert`, or `expert_coordinated` when the exchange is coordinated.
         tensor: the ranks of `expert` that hold the same tokens, because they are one tensor-parallel group.
         slices: the ranks that hold the slices of the same experts.
         replicas: the expert-data-parallel ranks, which hold the same experts (or the same slices of them).
@@ -83,7 +84,8 @@ class Mesh:
         config: the layout.
         rank: this rank.
         device: "cpu" or "cuda".
-        world, data, tensor: all ranks; the data-parallel ranks, which have this rank's tensor coordinate; the tensor-parallel ranks.
+        world, data, tensor: all ranks; the data-parallel ranks, which have this rank's tensor coordinate; the
+            tensor-parallel ranks.
         fsdp: the data-parallel ranks as a DeviceMesh, where FSDP2 shards over them; else None.
     """
 
@@ -115,5 +117,7 @@ class Mesh:
         return self._experts[count]
 
     def close(self) -> None:
-        """Destroy the groups, each of which holds threads and connections; every rank calls this. For processes that make many meshes."""
+        """Destroy the groups, each of which holds threads and connections; every rank calls this. For processes that
+        make many meshes.
+        """
         self._groups.close()

@@ -5,8 +5,8 @@ and one back.
     -> masks -> y_SM
 
 Every rank sends every expert C slots, full or empty, and with tensor slicing each of the ranks that hold the same
-tokens sends all of them. C is the busiest expert's load on any rank of the expert-parallel group, which is what DeepSpeed's
-drop-free gate agrees on (sharded_moe.py).
+tokens sends all of them. C is the busiest expert's load on any rank of the expert-parallel group, which is what
+DeepSpeed's drop-free gate agrees on (sharded_moe.py).
 """
 
 from __future__ import annotations

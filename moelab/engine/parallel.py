@@ -46,7 +46,9 @@ class ParallelModel:
 
 
 class SlicedExperts(Experts):
-    """This rank's experts: E / ep of them, each a slice of its feed-forward size; outputs are then partial sums over the slices."""
+    """This rank's experts: E / ep of them, each a slice of its feed-forward size; outputs are then partial sums over
+    the slices.
+    """
 
     def __init__(self, config: ModelConfig, groups: ExpertGroups) -> None:
         super().__init__(groups.layout.experts_per_rank, config.hidden, config.ffn // groups.slices.size)
@@ -106,7 +108,8 @@ def _slice_block(block: nn.Module, config: ModelConfig, mesh: Mesh) -> None:
 
 
 def make_dispatch(name: str, static_tokens: int = 0, *, groups: ExpertGroups, config: ParallelConfig) -> Dispatch:
-    """Make the dispatch of a layer whose experts are distributed over `groups`: a `moelab.models.dispatch.DispatchFactory`.
+    """Make the dispatch of a layer whose experts are distributed over `groups`: a
+    `moelab.models.dispatch.DispatchFactory`.
 
     "local" names the exchange that `config` describes, "einsum" the baseline's, which always reads the device.
     """

@@ -9,7 +9,9 @@ import torch
 
 @dataclass(frozen=True)
 class Shard:
-    """A rectangle of a parameter: `size` elements from `offset` of the whole parameter are those from `local_offset` of the rank's tensor."""
+    """A rectangle of a parameter: `size` elements from `offset` of the whole parameter are those from `local_offset` of
+    the rank's tensor.
+    """
 
     offset: tuple[int, ...]
     local_offset: tuple[int, ...]
@@ -32,8 +34,8 @@ class Placement:
     """One parameter on this rank.
 
     Attributes:
-        shape: of the whole parameter, which no layout changes: names and shapes are those of the model on one rank, experts by
-            global id.
+        shape: of the whole parameter, which no layout changes: names and shapes are those of the model on one rank,
+            experts by global id.
         shards: what this rank holds. Usually one; a tensor-sliced query-key-value weight has three.
         replicas: ranks (this one included) that hold exactly these shards. Gradients are summed over them.
         token_replicas: how often a token contributes to that sum: gradients are divided by data ranks * token_replicas.

@@ -1,7 +1,8 @@
-"""Tensor slicing: the linear layers of one rank in a tensor-parallel group (paper section 5.2; Megatron's column and row parallel layers).
+"""Tensor slicing: the linear layers of one rank in a tensor-parallel group (paper section 5.2; Megatron's column and
+row parallel layers).
 
-A column-sliced layer computes some of the outputs, the row-sliced one after it takes them as some of its inputs, and one
-all-reduce adds up. Parameters keep their names; one dim of their local shapes is cut by the group's size.
+A column-sliced layer computes some of the outputs, the row-sliced one after it takes them as some of its inputs, and
+one all-reduce adds up. Parameters keep their names; one dim of their local shapes is cut by the group's size.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Run functions on N ranks of this machine: for tests and benchmarks.
 
-Ranks are processes forked from a server that has imported torch once, so that eight of them start in about a second, and they
-stay for many functions. The first failure ends them all and is raised here with the failing rank's traceback; nothing outlives
-its time or this process.
+Ranks are processes forked from a server that has imported torch once, so that eight of them start in about a second,
+and they stay for many functions. The first failure ends them all and is raised here with the failing rank's traceback;
+nothing outlives its time or this process.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ class RankError(RuntimeError):
 class Ranks:
     """N processes that form one process group and run functions together.
 
-    They start with the first `run`; after a failure they are killed and the next `run` starts new ones. Used as a context, or
-    closed with `close`.
+    They start with the first `run`; after a failure they are killed and the next `run` starts new ones. Used as a
+    context, or closed with `close`.
 
     >>> with Ranks(4) as ranks:
     ...     sums = ranks.run(sum_of_ranks, 3)  # each rank calls sum_of_ranks(3); one result a rank
@@ -182,7 +182,8 @@ def _serve(rank: int, size: int, backend: str, threads: int, rendezvous: str, pi
             answer = pickle.dumps((None, function(*pickle.loads(args))))
         except BaseException:
             answer = pickle.dumps((traceback.format_exc(), None))
-        # Groups that were closed hold their threads until the objects around them are gone, and each of gloo's threads wakes 100 times a second.
+        # Closed groups hold their threads until the objects around them are gone, and each of gloo's threads wakes
+        # 100 times a second.
         gc.collect()
         if first:
             gc.freeze()  # what the imports made stays: later collections take a tenth of the time

@@ -1,10 +1,11 @@
-"""Ranks as threads of one process: the real exchange in worlds of hundreds of ranks, to test it and to count what it sends.
+"""Ranks as threads of one process: the real exchange in worlds of hundreds of ranks, to test it and to count what it
+sends.
 
     world = World(ParallelConfig(data=256, exchange="hierarchical"), experts=256)
     results = world.run(function)      # function(rank, groups) on every rank, at once
 
-The code that runs is `moelab.engine.exchange`; only the collectives underneath it are replaced, by copies between threads. Nothing here says
-anything about time.
+The code that runs is `moelab.engine.exchange`; only the collectives underneath it are replaced, by copies between
+threads. Nothing here says anything about time.
 """
 
 from __future__ import annotations
@@ -123,7 +124,9 @@ class World:
 
 
 def traffic(config: ParallelConfig, experts: int, width: int = 1) -> list[Traffic]:
-    """Count what each rank sends in one layer's forward pass when each tensor group has one token, `width` fp32 numbers, for every expert."""
+    """Count what each rank sends in one layer's forward pass when each tensor group has one token, `width` fp32
+    numbers, for every expert.
+    """
     x_SM = torch.ones(experts, width)
     logits_SE = 50 * torch.eye(experts)
 

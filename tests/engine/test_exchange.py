@@ -112,7 +112,9 @@ def route(case, logits):
 
 
 def run_case(case):
-    """Differences to `LocalDispatch`: y, gradients of x and logits (this rank's), gradient of the experts; with the traffic."""
+    """Differences to `LocalDispatch`: y, gradients of x and logits (this rank's), gradient of the experts; with the
+    traffic.
+    """
     mesh = mesh_of(case.parallel, case.experts)
     groups = mesh.experts(case.experts)
     reference = whole_experts(case)

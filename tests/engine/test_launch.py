@@ -258,7 +258,8 @@ for rank in range(tasks):
     local = {"SLURM_PROCID": rank, "SLURM_STEP_ID": 0, "SLURM_STEP_NUM_TASKS": tasks, "SLURM_LOCALID": rank // nodes,
              "SLURM_LAUNCH_NODE_IPADDR": "127.0.0.1"}
     with open(re.sub("%5t", f"{rank:05d}", value["output"]), "ab") as out:
-        started.append(subprocess.Popen(command, stdout=out, stderr=out, env={**os.environ, **{k: str(v) for k, v in local.items()}}))
+        started.append(subprocess.Popen(command, stdout=out, stderr=out, env={**os.environ, **{k: str(v) for k, v in
+        local.items()}}))
 codes = [None] * tasks
 while None in codes:
     pid, status = os.wait()

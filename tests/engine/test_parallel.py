@@ -56,7 +56,9 @@ def forward_backward(config: ModelConfig, module, first: int, count: int, last=l
 
 
 def compare(config: ModelConfig, layout: ParallelConfig) -> dict[str, float]:
-    """On a rank: largest differences from the model on one rank, relative to the largest value of each parameter's gradient."""
+    """On a rank: largest differences from the model on one rank, relative to the largest value of each parameter's
+    gradient.
+    """
     reference = build(config, SEED)
     whole_loss = forward_backward(config, reference, 0, SEQUENCES)
     whole = {name: (p.detach(), p.grad) for name, p in reference.named_parameters()}
@@ -169,7 +171,9 @@ def pooled(config: ModelConfig, layout: ParallelConfig) -> float:
 
 
 def step_in_bf16(config: ModelConfig, layout: ParallelConfig) -> tuple[float, float]:
-    """On a rank: how far loss and gradients under autocast are from the model's on one rank, relative, all gradients as one vector."""
+    """On a rank: how far loss and gradients under autocast are from the model's on one rank, relative, all gradients as
+    one vector.
+    """
     reference = build(config, SEED)
     whole_loss = forward_backward(config, reference, 0, SEQUENCES, bf16=True)
     whole = {name: p.grad for name, p in reference.named_parameters()}

@@ -54,7 +54,8 @@ def regular_file(path: Path, name: str) -> Path:
     """Return the path of one of a checkpoint's files.
 
     Raises:
-        CheckpointError: it is not a regular file in the checkpoint's own directory. Reading a device or a FIFO might never end.
+        CheckpointError: it is not a regular file in the checkpoint's own directory. Reading a device or a FIFO might
+            never end.
         OSError: there is no such file.
     """
     file = path / name
@@ -69,7 +70,9 @@ def read_index(path: Path) -> dict[str, Any]:
 
 
 def read_state(path: Path) -> dict[str, Any]:
-    """Return the content of state.json: "step", "state" and "sha256" (file -> digest). CheckpointError when it is not what was written."""
+    """Return the content of state.json: "step", "state" and "sha256" (file -> digest). CheckpointError when it is not
+    what was written.
+    """
     record = _read(path, STATE)
     try:
         if record.pop("check") != _digest(record):

@@ -31,7 +31,8 @@ class Checkpoint:
 
 
 def latest(directory: Path) -> Checkpoint | None:
-    """Return the newest checkpoint whose files are complete and unchanged, or None. Broken ones are named in a warning and skipped.
+    """Return the newest checkpoint whose files are complete and unchanged, or None. Broken ones are named in a warning
+    and skipped.
 
     Every rank calls this and gets the same answer; each checks some of the files.
     """

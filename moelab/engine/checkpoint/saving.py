@@ -26,8 +26,8 @@ log = logging.getLogger(__name__)
 class Writer:
     """Writes the checkpoints of one directory, one at a time, in a thread.
 
-    The thread communicates with the other ranks' threads through a gloo group of its own, apart from the training's collectives; making it is
-    collective.
+    The thread communicates with the other ranks' threads through a gloo group of its own, apart from the training's
+    collectives; making it is collective.
     """
 
     def __init__(self, directory: Path, keep: int = 2) -> None:
@@ -48,7 +48,8 @@ class Writer:
         state: dict[str, Any],
         placements: Placements = None,
     ) -> None:
-        """Copy this rank's shards to host memory and return; a thread writes it to `step-<step>`. Every rank calls this.
+        """Copy this rank's shards to host memory and return; a thread writes it to `step-<step>`. Every rank calls
+        this.
 
         A shard that several ranks hold is copied and written by one of them; they take turns.
 
@@ -56,7 +57,8 @@ class Writer:
             state: JSON values; rank 0's are kept.
 
         Raises:
-            OSError: the write before this one failed (a full disk, say), on every rank; older checkpoints are as they were.
+            OSError: the write before this one failed (a full disk, say), on every rank; older checkpoints are as they
+                were.
             CheckpointError: the write before failed for another reason.
         """
         self.wait()
@@ -92,7 +94,10 @@ class Writer:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Wait for the last write. When the block raised, that error has precedence and a failed write is only logged."""
+        """Wait for the last write.
+
+        When the block raised, that error has precedence and a failed write is only logged.
+        """
         try:
             self.wait()
         except Exception as failed:
@@ -105,7 +110,9 @@ class Writer:
 
 
 class _Turns:
-    """Decides which of a shard's replicas writes it: the one with the fewest bytes to write so far. Every replica decides the same."""
+    """Decides which of a shard's replicas writes it: the one with the fewest bytes to write so far. Every replica
+    decides the same.
+    """
 
     def __init__(self) -> None:
         self.bytes: dict[tuple[int, ...], list[int]] = {}

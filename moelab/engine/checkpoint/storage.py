@@ -1,11 +1,12 @@
 """Writing a checkpoint together with the other ranks, and reading parts of one alone.
 
-Each rank writes its pieces into files of its own and tells rank 0, which checks that the pieces of all ranks make up whole tensors and
-writes the index. Reading copies the overlaps of the stored pieces with the wanted ones, so that any layout reads what any other wrote.
+Each rank writes its pieces into files of its own and tells rank 0, which checks that the pieces of all ranks make up
+whole tensors and writes the index. Reading copies the overlaps of the stored pieces with the wanted ones, so that any
+layout reads what any other wrote.
 
-torch's distributed checkpoints (DCP) would plan this too, but their ranks exchange pickled plans, their default storage keeps its metadata as a
-pickle, and their safetensors storage keeps one piece of a tensor in a file, where a rank of a tensor-sliced model has three of each
-query-key-value weight.
+torch's distributed checkpoints (DCP) would plan this too, but their ranks exchange pickled plans, their default storage
+keeps its metadata as a pickle, and their safetensors storage keeps one piece of a tensor in a file, where a rank of a
+tensor-sliced model has three of each query-key-value weight.
 """
 
 from __future__ import annotations
@@ -43,10 +44,12 @@ Entry = dict[str, Any]
 
 
 def write(path: Path, step: int, state: dict[str, Any], pieces: Iterable[Piece], keep: int, group: Group) -> None:
-    """Write a checkpoint directory, together with the ranks of `group`; its first rank then removes all but the newest `keep`.
+    """Write a checkpoint directory, together with the ranks of `group`; its first rank then removes all but the newest
+    `keep`.
 
     Raises:
-        OSError: a rank could not write its files. On every rank; nothing is left at `path`, older checkpoints are as they were.
+        OSError: a rank could not write its files. On every rank; nothing is left at `path`, older checkpoints are as
+            they were.
         CheckpointError: the pieces of all ranks do not make up whole tensors, or a rank has gone.
     """
     temporary = path.parent / f".{path.name}.partial"
@@ -62,7 +65,8 @@ def write(path: Path, step: int, state: dict[str, Any], pieces: Iterable[Piece],
 
 
 def read(path: Path, index: dict[str, Entry], pieces: Iterable[Piece]) -> None:
-    """Fill pieces with a checkpoint's values, reading no more than they cover. Each rank reads for itself, without the others.
+    """Fill pieces with a checkpoint's values, reading no more than they cover. Each rank reads for itself, without the
+    others.
 
     Args:
         index: from `format.read_index`.
@@ -91,7 +95,9 @@ def read(path: Path, index: dict[str, Entry], pieces: Iterable[Piece]) -> None:
 
 
 def _overlap(piece: Piece, stored: dict[str, Any]) -> tuple[tuple[slice, ...], tuple[slice, ...]] | None:
-    """Return the overlap of a wanted piece with a stored one, as indices into the stored and the wanted one; None if there is none."""
+    """Return the overlap of a wanted piece with a stored one, as indices into the stored and the wanted one; None if
+    there is none.
+    """
     source, target = [], []
     for want, length, at, size in zip(piece.offset, piece.tensor.shape, stored["at"], stored["size"], strict=True):
         start, stop = max(want, at), min(want + length, at + size)
@@ -113,7 +119,9 @@ def _prepare(temporary: Path) -> None:
 
 
 def _write_pieces(temporary: Path, rank: int, pieces: Iterable[Piece]) -> dict[str, Any]:
-    """Write this rank's pieces, one file for the model and one for the optimizer; return index entries and the files' SHA-256."""
+    """Write this rank's pieces, one file for the model and one for the optimizer; return index entries and the files'
+    SHA-256.
+    """
     index: dict[str, Entry] = {}
     files: dict[str, dict[str, Tensor]] = {}
     for piece in pieces:
@@ -161,7 +169,9 @@ def _finish(
 
 
 def _is_whole(entry: Entry) -> bool:
-    """Return whether the pieces cover the tensor: they lie inside it, have its number of elements in all, and do not overlap."""
+    """Return whether the pieces cover the tensor: they lie inside it, have its number of elements in all, and do not
+    overlap.
+    """
     start = np.array([piece["at"] for piece in entry["pieces"]]).reshape(len(entry["pieces"]), -1)
     stop = start + np.array([piece["size"] for piece in entry["pieces"]]).reshape(start.shape)
     inside = bool((start >= 0).all() and (stop <= np.array(entry["shape"])).all())
@@ -176,7 +186,10 @@ def _key(name: str, stored: dict[str, Any], shape: Sequence[int]) -> str:
 
 
 def _together(group: Group, path: Path, work: Callable[[], Any]) -> list[Any]:
-    """Do something on every rank and return the results on the first rank. If one fails, its error is raised on every rank."""
+    """Do something on every rank and return the results on the first rank.
+
+    If one fails, its error is raised on every rank.
+    """
     try:
         answer: dict[str, Any] = {"result": work()}
     except OSError as error:

@@ -1,8 +1,9 @@
 """`launch`: start P ranks, watch them, and end them together.
 
-`launch` runs one command P times: as processes of this machine, or as tasks of srun inside an allocation of Slurm. It returns when all
-ranks ended well. The first that dies or hangs ends all of them, within `Limits.death_s`, and the error names it: rank, host, how it
-died, the last lines of its log. Nothing of any rank outlives `launch`, and no rank outlives the launcher's process.
+`launch` runs one command P times: as processes of this machine, or as tasks of srun inside an allocation of Slurm. It
+returns when all ranks ended well. The first that dies or hangs ends all of them, within `Limits.death_s`, and the error
+names it: rank, host, how it died, the last lines of its log. Nothing of any rank outlives `launch`, and no rank
+outlives the launcher's process.
 """
 
 from __future__ import annotations
@@ -30,9 +31,10 @@ _POLL_S = 0.1
 class ActiveClock:
     """Measures the seconds in which this process really ran: limits on ranks count these.
 
-    When the machine sleeps (a laptop's lid) or everything is halted (SIGSTOP of a whole session, a frozen container), ranks and launcher stand
-    still together, and that is no hang. Two readings of the clock are then further apart than the watch's own pauses ever are: the
-    monotonic clock shows it for a halt, the wall clock for sleep, through which Linux' monotonic clock does not run.
+    When the machine sleeps (a laptop's lid) or everything is halted (SIGSTOP of a whole session, a frozen container),
+    ranks and launcher stand still together, and that is no hang. Two readings of the clock are then further apart than
+    the watch's own pauses ever are: the monotonic clock shows it for a halt, the wall clock for sleep, through which
+    Linux' monotonic clock does not run.
     """
 
     LONGEST_STEP_S = 5.0  # between two readings; more than a busy machine delays the watch
@@ -128,7 +130,8 @@ def launch(
     Raises:
         RankFailed: one did not.
         ValueError: the job of Slurm has too few tasks on a node for the layout; nothing is started.
-        whatever `should_stop` and `tick` raise, KeyboardInterrupt included, once the ranks have had `limits.stop_s` to stop.
+        whatever `should_stop` and `tick` raise, KeyboardInterrupt included, once the ranks have had `limits.stop_s` to
+        stop.
     """
     limits = limits or Limits.read()
     environment = process.without_rank(environment if environment is not None else os.environ)
@@ -247,7 +250,9 @@ class _Watch:
         return late
 
     def _dead(self) -> RankFailed:
-        """End all ranks and return what killed the first; the others get a moment to show whether they only lost the connection to it."""
+        """End all ranks and return what killed the first; the others get a moment to show whether they only lost the
+        connection to it.
+        """
         deadline = time.monotonic() + self.limits.death_s
         settle = time.monotonic() + min(2.0, self.limits.death_s / 4)
         codes = self.started.codes()

@@ -14,8 +14,9 @@ _ERROR = re.compile(
     r"^(?:\[rank\d+\]: )?(?P<error>(?:[A-Za-z_][\w.]*(?:Error|Exception|Interrupt|Exit|Diverged|Failed))\b(?::.*)?)$"
 )
 _LOST = re.compile(
-    r"Connection (?:closed|reset|refused)|connection lost|Broken pipe|Timed? ?out waiting|remote process exited|DistNetworkError"
-    r"|DistBackendError|DistStoreError|Socket Timeout|wait timeout|Rank \d+ failed to pass|did not come within|gloo/transport",
+    r"Connection (?:closed|reset|refused)|connection lost|Broken pipe|Timed? ?out waiting|remote process exited"
+    r"|DistNetworkError|DistBackendError|DistStoreError|Socket Timeout|wait timeout|Rank \d+ failed to pass|did not come within"
+    r"|gloo/transport",
     re.IGNORECASE,
 )
 _MEMORY = re.compile(
@@ -64,7 +65,9 @@ def death_by_signal(number: int, rank: int, memory: Sequence[int], oom_kill: boo
 
 
 def oom_kills() -> int:
-    """Count the processes of this control group that the kernel has killed for want of memory so far; 0 where it does not count them."""
+    """Count the processes of this control group that the kernel has killed for want of memory so far; 0 where it does
+    not count them.
+    """
     for file, name in _control_files():
         with contextlib.suppress(OSError, ValueError):
             for line in (file / name).read_text().splitlines():
@@ -97,7 +100,9 @@ def stacks(dump: str) -> list[Stack]:
 
 
 def in_collective(threads: Sequence[Stack]) -> bool:
-    """Return whether one of the threads waits for other ranks: inside torch.distributed, or at the `wait` of a handle it gave."""
+    """Return whether one of the threads waits for other ranks: inside torch.distributed, or at the `wait` of a handle
+    it gave.
+    """
     return any(_waits(stack) for stack in threads)
 
 
@@ -116,7 +121,9 @@ def _waits(stack: Stack) -> bool:
 
 
 def _control_files() -> list[tuple[Path, str]]:
-    """Return (folder, file that counts kills) of this process's control group: version 2, then 1; in a container its root."""
+    """Return (folder, file that counts kills) of this process's control group: version 2, then 1; in a container its
+    root.
+    """
     root, found = Path("/sys/fs/cgroup"), []
     with contextlib.suppress(OSError):
         for line in Path("/proc/self/cgroup").read_text().splitlines():

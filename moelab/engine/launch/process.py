@@ -1,8 +1,8 @@
 """What a rank does itself: find its place, join the process group, talk through the store, give signs of life.
 
-A rank is a process started by `moelab.engine.launch`, by torchrun or by srun; `find` reads from the environment which. A process
-started in any other way is no rank, whatever job it runs in: a plain `python` in a batch script or an interactive shell of Slurm sees
-variables that look like a rank's.
+A rank is a process started by `moelab.engine.launch`, by torchrun or by srun; `find` reads from the environment which.
+A process started in any other way is no rank, whatever job it runs in: a plain `python` in a batch script or an
+interactive shell of Slurm sees variables that look like a rank's.
 """
 
 from __future__ import annotations
@@ -55,10 +55,12 @@ class Place:
 
 
 def keep_freed_memory() -> bool:
-    """Have the C library keep what is freed mapped for the next step instead of giving it back; False where it is not glibc.
+    """Have the C library keep what is freed mapped for the next step instead of giving it back; False where it is not
+    glibc.
 
-    A training step allocates the same sizes again and again, and each page that was given back is mapped and zeroed anew: 6,000 page faults a
-    step of the twins, 10 to 19 % of its time. Call it first in a process: it does not move what is already allocated.
+    A training step allocates the same sizes again and again, and each page that was given back is mapped and zeroed
+    anew: 6,000 page faults a step of the twins, 10 to 19 % of its time. Call it first in a process: it does not move
+    what is already allocated.
     """
     never_mmap, trim_threshold, top_pad = -4, -1, -2  # of malloc.h
     try:
@@ -72,8 +74,8 @@ def keep_freed_memory() -> bool:
 def find(environment: Mapping[str, str] = os.environ) -> Place | None:
     """Return this process's place among ranks, or None when it is no rank.
 
-    torchrun (and `launch`): RANK, WORLD_SIZE, LOCAL_RANK. srun: SLURM_PROCID in a step of several tasks; a batch script has no
-    SLURM_STEP_ID, and an interactive shell is a step of one task.
+    torchrun (and `launch`): RANK, WORLD_SIZE, LOCAL_RANK. srun: SLURM_PROCID in a step of several tasks; a batch script
+    has no SLURM_STEP_ID, and an interactive shell is a step of one task.
 
     Raises:
         ValueError: one line, when the variables contradict each other.
@@ -111,7 +113,8 @@ def join(*, device: str = "cpu", timeout: float | None = None, folder: Path | No
     """Join the other ranks: process group (gloo for "cpu", nccl for "cuda"), GPU by local rank.
 
     Args:
-        timeout: seconds until meeting, or later a collective, gives up with an exception, in all groups; by default what the launcher says, else 600.
+        timeout: seconds until meeting, or later a collective, gives up with an exception, in all groups; by default
+            what the launcher says, else 600.
         folder: for ranks of a Slurm step, a folder that all nodes see; by default the working directory.
 
     Raises:
@@ -180,8 +183,8 @@ def publish(key: str, value: str) -> None:
 def wait_for(key: str, should_stop: Callable[[], bool] = lambda: False, poll_s: float = 0.1) -> str:
     """Return what a rank published under a key; wait for it, as long as it takes.
 
-    No collective and so no time limit: preparing data or waiting for a lock may take hours, and a rank that dies meanwhile is the
-    launcher's business.
+    No collective and so no time limit: preparing data or waiting for a lock may take hours, and a rank that dies
+    meanwhile is the launcher's business.
 
     Raises:
         KeyboardInterrupt: `should_stop` said so.
@@ -195,7 +198,10 @@ def wait_for(key: str, should_stop: Callable[[], bool] = lambda: False, poll_s: 
 
 
 def launcher_gone() -> bool:
-    """Return whether the launcher that started this rank has died. On Linux the kernel kills its ranks before they can ask."""
+    """Return whether the launcher that started this rank has died.
+
+    On Linux the kernel kills its ranks before they can ask.
+    """
     launcher = LAUNCHER.get()
     return launcher is not None and os.getppid() != int(launcher)
 

@@ -147,7 +147,7 @@ class SlurmRanks:
                     *([f"--cpus-per-task={cpus}"] if cpus else []),
                     *(["--overlap"] if "SLURM_STEP_ID" in environment else []),
                     "--distribution=block",
-                    # The launcher decides when one rank's end is everybody's: a rank that stopped in good order is no failure.
+                    # The launcher decides when one rank's end ends all: a rank that stopped as asked is no failure.
                     "--kill-on-bad-exit=0",
                     "--wait=0",
                     "--open-mode=append",
@@ -163,7 +163,9 @@ class SlurmRanks:
             )
 
     def codes(self) -> list[int | None]:
-        """Return codes as `LocalRanks.codes` does; srun reports tasks that failed at once, those that ended well when all have ended."""
+        """Return codes as `LocalRanks.codes` does; srun reports tasks that failed at once, those that ended well when
+        all have ended.
+        """
         over = self._srun.poll()
         codes: list[int | None] = [None if over is None else 0] * self._ranks
         reported = False
@@ -223,7 +225,9 @@ def in_allocation(environment: Mapping[str, str] = os.environ) -> bool:
 
 
 def _die_with(parent: int, number: int):
-    """Return what a child calls before its program starts: ask the kernel for signal `number` when its parent dies (Linux)."""
+    """Return what a child calls before its program starts: ask the kernel for signal `number` when its parent dies
+    (Linux).
+    """
 
     def ask() -> None:
         if _libc is not None:

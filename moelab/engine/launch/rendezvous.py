@@ -1,8 +1,9 @@
 """How ranks find each other: a TCPStore that rank 0 serves on one address, never on all of the machine's.
 
-Whoever reaches the store can disturb the run, for it asks nobody for a password. Ranks that `launch` started on this machine meet on the
-loopback interface. Those of a Slurm step meet on the job's network: rank 0 lets the system choose a free port and publishes address
-and port through a file that all nodes see. torchrun says itself where to meet (MASTER_ADDR, MASTER_PORT).
+Whoever reaches the store can disturb the run, for it asks nobody for a password. Ranks that `launch` started on this
+machine meet on the loopback interface. Those of a Slurm step meet on the job's network: rank 0 lets the system choose a
+free port and publishes address and port through a file that all nodes see. torchrun says itself where to meet
+(MASTER_ADDR, MASTER_PORT).
 """
 
 from __future__ import annotations
@@ -29,7 +30,8 @@ def meet(rank: int, world_size: int, limit: timedelta, folder: Path | None = Non
 
     Args:
         limit: how long to wait for the others.
-        folder: one that all nodes see, for ranks of a Slurm step that `launch` did not start; by default the working directory.
+        folder: one that all nodes see, for ranks of a Slurm step that `launch` did not start; by default the working
+            directory.
 
     Raises:
         RuntimeError: the others did not come in time, or nothing says where to meet.
@@ -63,8 +65,8 @@ def met(rank: int, folder: Path | None = None) -> None:
 def own_address(environment: Mapping[str, str]) -> str:
     """Return the address at which the other ranks reach this process.
 
-    Loopback for ranks of one machine. Among nodes that of the interface which GLOO_SOCKET_IFNAME or NCCL_SOCKET_IFNAME names, else of the one
-    through which the node that called srun is reached.
+    Loopback for ranks of one machine. Among nodes that of the interface which GLOO_SOCKET_IFNAME or NCCL_SOCKET_IFNAME
+    names, else of the one through which the node that called srun is reached.
     """
     import psutil
 
@@ -81,10 +83,12 @@ def own_address(environment: Mapping[str, str]) -> str:
 
 
 def gloo_interface(environment: Mapping[str, str], interfaces: Iterable[str]) -> str | None:
-    """Return what GLOO_SOCKET_IFNAME should be; None leaves the choice to gloo, which takes the interface of the host's name.
+    """Return what GLOO_SOCKET_IFNAME should be; None leaves the choice to gloo, which takes the interface of the host's
+    name.
 
-    Unset, it follows NCCL_SOCKET_IFNAME, so that on GPU clusters the checkpoints' gloo group uses the network that was chosen for NCCL.
-    gloo wants a full name; NCCL a list of prefixes, of full names after "=", or of what to leave out after "^".
+    Unset, it follows NCCL_SOCKET_IFNAME, so that on GPU clusters the checkpoints' gloo group uses the network that was
+    chosen for NCCL. gloo wants a full name; NCCL a list of prefixes, of full names after "=", or of what to leave out
+    after "^".
     """
     if given := environment.get("GLOO_SOCKET_IFNAME"):
         return given
@@ -116,7 +120,10 @@ def _file(environment: Mapping[str, str], folder: Path | None) -> Path:
 
 
 def _serve(address: str, world_size: int, limit: timedelta) -> Store:
-    """Serve a store on one address, at a port that the system chooses. Given only a name, TCPStore would listen on all interfaces."""
+    """Serve a store on one address, at a port that the system chooses.
+
+    Given only a name, TCPStore would listen on all interfaces.
+    """
     import torch.distributed as dist
 
     family = socket.getaddrinfo(address, None)[0][0]
