@@ -81,33 +81,35 @@ class Group:
 
 
 class ProcessGroups:
-    """Makes process groups over all ranks, each set of ranks once."""
+    """Makes process groups over all ranks, those of each partition once."""
 
     def __init__(self) -> None:
         self.world = Group.world()
-        self._made: dict[tuple[int, ...], Group] = {self.world.ranks: self.world}
+        self._made: dict[tuple[tuple[int, ...], ...], Group] = {}
 
     def make(self, partition: np.ndarray) -> Group:
-        """Return this rank's group of a partition of all ranks. Every rank calls this, with the same partitions in the
-        same order.
+        """Return this rank's group of a partition of all ranks.
+
+        Every rank calls this, with the same partitions in the same order.
 
         Args:
             partition: global ranks, one group a row.
         """
-        rank = self.world.rank
-        row = tuple(partition[(partition == rank).any(axis=1)][0].tolist())
-        if len(row) == 1:
-            return Group.alone(rank)
-        if row not in self._made:
-            self._made[row] = Group(row, row.index(rank), _subgroup(partition.tolist()))
-        return self._made[row]
+        if len(partition) == 1:
+            return self.world
+        if partition.shape[1] == 1:
+            return Group.alone(self.world.rank)
+        rows = tuple(map(tuple, partition.tolist()))
+        if rows not in self._made:
+            row = next(row for row in rows if self.world.rank in row)
+            self._made[rows] = Group(row, row.index(self.world.rank), _subgroup(partition.tolist()))
+        return self._made[rows]
 
     def close(self) -> None:
         """Destroy the groups, each of which holds threads and connections. Every rank calls this."""
         for group in self._made.values():
-            if group is not self.world:
-                dist.destroy_process_group(group.handle)
-        self._made = {self.world.ranks: self.world}
+            dist.destroy_process_group(group.handle)
+        self._made = {}
 
 
 def gloo_group() -> Group:
