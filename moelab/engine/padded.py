@@ -35,7 +35,7 @@ class PaddedExchange(Dispatch[Tensor]):
         self.groups = groups
 
     def dispatch(self, x_SM: Tensor, routing: Routing) -> Dispatched[Tensor]:
-        """As `Exchange.dispatch`; the state is the combine mask."""
+        """Dispatch as `Exchange.dispatch` does; the state is the combine mask."""
         expert, slices, own = self.groups.expert, self.groups.slices, self.groups.layout.experts_per_rank
         C = self._capacity(routing.kept_E)
         dispatch_SEC, combine_SEC = one_hot_masks(routing, C, x_SM.dtype)
@@ -49,7 +49,7 @@ class PaddedExchange(Dispatch[Tensor]):
         return Dispatched(rows, offsets_E1, combine_SEC)
 
     def combine(self, rows_RM: Tensor, state: Tensor) -> Tensor:
-        """As `Exchange.combine`."""
+        """Combine as `Exchange.combine` does."""
         expert, slices, own = self.groups.expert, self.groups.slices, self.groups.layout.experts_per_rank
         _, E, C = state.shape
         sources = slices.size * expert.size

@@ -113,7 +113,7 @@ class World:
         return results
 
     def count(self, function: Callable[[int, ExpertGroups], Result]) -> tuple[list[Result], list[Traffic]]:
-        """`run`, with what each rank sent."""
+        """Do what `run` does; also return what each rank sent."""
         traffic = [Traffic(self.config.ranks_per_node) for _ in self.groups]
 
         def count(call: Collective) -> None:
