@@ -9,16 +9,14 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
+from moelab.engine.collectives import Collective, observe
 from moelab.models import GPT
 from moelab.models.moe import MoE
 
 PARTS = ("attention", "gate", "dispatch", "all-to-all", "experts", "combine", "feed-forward", "head", "sums", "rest")
 """feed-forward: dense layers and the fixed MLP of residual ones. sums: all-reduces and all-gathers outside the
 exchange. rest: norms, embeddings, choosing tokens, Python."""
-_EXCHANGES = ("all_to_all_single",)
-_OTHERS = ("all_reduce", "all_gather", "all_gather_into_tensor", "reduce_scatter_tensor")
 
 
 class Clock:
@@ -60,15 +58,20 @@ class Clock:
         """`call` with its time on `part`."""
 
         def run(*args: Any, **kwargs: Any) -> Any:
-            self._book()
-            self._stack.append(part)
-            try:
+            with self._part(part):
                 return call(*args, **kwargs)
-            finally:
-                self._book()
-                self._stack.pop()
 
         return run
+
+    @contextlib.contextmanager
+    def _part(self, part: str) -> Iterator[None]:
+        self._book()
+        self._stack.append(part)
+        try:
+            yield
+        finally:
+            self._book()
+            self._stack.pop()
 
     def attach(self, model: GPT) -> None:
         """Time this model's parts from now on."""
@@ -103,23 +106,12 @@ class Clock:
     @contextlib.contextmanager
     def communication(self) -> Iterator[None]:
         """Time this process's collectives, too, while the context lasts."""
-        originals = {name: getattr(dist, name) for name in (*_EXCHANGES, *_OTHERS)}
-        for name, call in originals.items():
-            setattr(dist, name, self._message("all-to-all" if name in _EXCHANGES else "sums", call))
-        try:
+        with observe(self._collective):
             yield
-        finally:
-            for name, call in originals.items():
-                setattr(dist, name, call)
 
-    def _message(self, part: str, call: Callable[..., Any]) -> Callable[..., Any]:
-        timed = self.timed(part, call)
-
-        def run(*args: Any, **kwargs: Any) -> Any:
-            self.collectives += 1
-            return timed(*args, **kwargs)
-
-        return run
+    def _collective(self, call: Collective) -> contextlib.AbstractContextManager:
+        self.collectives += 1
+        return self._part("all-to-all" if call.operation == "all_to_all" else "sums")
 
     def _counted(self, route: Callable[..., Any]) -> Callable[..., Any]:
         def run(*args: Any) -> Any:

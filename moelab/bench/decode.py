@@ -32,6 +32,7 @@ from moelab.bench.harness import device_name, seconds
 from moelab.config import ModelConfig
 from moelab.config.parallel import ParallelConfig
 from moelab.engine import parallel as engine
+from moelab.engine.collectives import all_gather_json
 from moelab.engine.launch import process
 from moelab.engine.mesh import Mesh
 from moelab.engine.testing import Ranks
@@ -285,9 +286,7 @@ def measure_joined(
     config: ModelConfig, parallel: ParallelConfig, batch: int, protocol: Protocol, device: str
 ) -> list[dict[str, Any]]:
     """On ranks that have met (`process.join`): the rows, on every rank."""
-    mine = measure_rank(config, parallel, batch, protocol, device)
-    answers: list[Any] = [None] * parallel.ranks
-    dist.all_gather_object(answers, mine)
+    answers = all_gather_json(measure_rank(config, parallel, batch, protocol, device))
     name = device_name(device).partition(",")[0]
     return slowest(answers, config, parallel, batch, protocol, f"{name}, {parallel.ranks} ranks")
 
@@ -351,7 +350,7 @@ def main(
     if protocol.output < 2 or min(*batches, protocol.prompt, protocol.rounds) < 1:
         raise ValueError("bench decode: output must be at least 2 tokens; batch, prompt and rounds at least 1")
     place = process.find()
-    if place is not None and place.world > 1:
+    if place is not None and place.world_size > 1:
         torch.set_num_threads(threads)
         _on_ranks(configs, place, tensor, exchange, rank_batch, protocol, device, out)
         return
@@ -392,9 +391,9 @@ def _on_ranks(
     device: str,
     out: Path | None,
 ) -> None:
-    if tensor < 1 or place.world % tensor:
-        raise ValueError(f"bench decode: --tensor {tensor} does not divide {place.world} ranks")
-    parallel = ParallelConfig(tensor=tensor, data=place.world // tensor, exchange=exchange)
+    if tensor < 1 or place.world_size % tensor:
+        raise ValueError(f"bench decode: --tensor {tensor} does not divide {place.world_size} ranks")
+    parallel = ParallelConfig(tensor=tensor, data=place.world_size // tensor, exchange=exchange)
     if batch < parallel.data:
         raise ValueError(f"bench decode: {batch} sequences do not give each of {parallel.data} data ranks one")
     for config in configs:

@@ -22,16 +22,15 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
 
 from moelab import kernels
 from moelab.bench import harness as common
 from moelab.config.parallel import ParallelConfig
-from moelab.engine.collectives import Traffic
+from moelab.engine.collectives import Traffic, all_gather_json, observe
 from moelab.engine.exchange import Exchange
 from moelab.engine.launch import process
 from moelab.engine.mesh import Mesh
-from moelab.engine.testing import Ranks
+from moelab.engine.testing import Ranks, identity_experts
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -39,11 +38,6 @@ if TYPE_CHECKING:
 BARE = "two bare all-to-alls"
 WIDEST = 4096
 """Bytes of a row at most; small messages have narrower rows, at least one for each rank."""
-
-
-class _Pass(nn.Module):
-    def forward(self, rows_RM: Tensor, offsets_E1: Tensor) -> Tensor:
-        return rows_RM
 
 
 def layouts(ranks: int, node: int = 0) -> dict[str, ParallelConfig]:
@@ -111,14 +105,15 @@ def _measure_rank(ranks: int, size: int, rounds: int, device: str, node: int = 0
         meshes.append(Mesh(config, [ranks], device))
         groups = meshes[-1].experts(ranks)
         traffic = Traffic(config.ranks_per_node)
-        Exchange(groups, config, traffic)(x, routing, _Pass())
+        with observe(traffic):
+            Exchange(groups, config)(x, routing, identity_experts)
         total = traffic.total()
         sent[name] = {
-            "near_messages": total.near_messages,
-            "far_messages": total.far_messages,
-            "bytes": total.near_bytes + total.far_bytes,
+            "near_messages": total.intra_node_messages,
+            "far_messages": total.inter_node_messages,
+            "bytes": total.bytes,
         }
-        calls[name] = functools.partial(Exchange(groups, config), x, routing, _Pass())
+        calls[name] = functools.partial(Exchange(groups, config), x, routing, identity_experts)
     calls[BARE] = bare
     sent[BARE] = {
         "near_messages": 2 * (ranks - 1),
@@ -224,9 +219,9 @@ def main(*, ranks: list[int], sizes: list[int], rounds: int, device: str, out: P
     On the ranks that torchrun or srun started `ranks` does not count: there are as many as there are.
     """
     place = process.find()
-    joined = place is not None and place.world > 1
+    joined = place is not None and place.world_size > 1
     most = 1 << 20 if joined else torch.cuda.device_count() if device == "cuda" else 64
-    for P in [place.world] if joined else ranks:
+    for P in [place.world_size] if joined else ranks:
         if P < 4 or P & (P - 1) or P > most:
             raise ValueError(f"--ranks must be powers of two from 4 to {most} here, got {P}")
     for size in sizes:
@@ -251,13 +246,10 @@ def main(*, ranks: list[int], sizes: list[int], rounds: int, device: str, out: P
 
 def _on_ranks(place: process.Place, sizes: list[int], rounds: int, device: str, out: Path | None) -> None:
     process.join(device=device)
-    hosts: list[Any] = [None] * place.world
-    dist.all_gather_object(hosts, place.host)
-    near = hosts.count(place.host)
+    near = all_gather_json(place.host).count(place.host)
     found = []
     for size in sizes:
-        answers: list[Any] = [None] * place.world
-        dist.all_gather_object(answers, _measure_rank(place.world, size, rounds, device, near))
+        answers = all_gather_json(_measure_rank(place.world_size, size, rounds, device, near))
         case = _rows(answers, near, rounds, device)
         found += case
         if place.rank == 0:

@@ -18,49 +18,32 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import torch.distributed as dist
-
 from moelab.bench.train import RandomBatches
 from moelab.config import ModelConfig, RoutingConfig, TrainConfig
 from moelab.config.parallel import ParallelConfig
-from moelab.engine import gradients
+from moelab.engine.collectives import Collective, observe
 from moelab.engine.mesh import Mesh
 from moelab.engine.testing import Ranks
 from moelab.files import write_text
 from moelab.training.loop import Trainer, Window
 
-_CALLS = ("all_to_all_single", "all_gather_into_tensor", "reduce_scatter_tensor", "all_reduce")
-
 
 @contextlib.contextmanager
 def _clock_calls() -> Iterator[dict[str, float]]:
-    """Seconds this rank spends inside exchanges and gradient sums, while the context lasts."""
+    """Yield the seconds that this rank spends in collectives, by kind, while the context lasts."""
     seconds = {"exchange": 0.0, "gradients": 0.0, "agreement": 0.0}
-    originals = {name: getattr(dist, name) for name in _CALLS}
-    finish, agree = gradients.GradientSync.finish, Trainer._agree
+    kinds = {"gradients": "gradients", "norm": "agreement", "metrics": "agreement"}
 
-    def clocked(kind: str, call):
-        def wrapper(*args, **kwargs):
-            started = time.perf_counter()
-            try:
-                return call(*args, **kwargs)
-            finally:
-                # Asynchronous sums return at once here; their waiting is inside finish.
-                seconds[kind] += time.perf_counter() - started
+    @contextlib.contextmanager
+    def clock(call: Collective) -> Iterator[None]:
+        started = time.perf_counter()
+        try:
+            yield
+        finally:
+            seconds[kinds.get(call.kind, "exchange")] += time.perf_counter() - started
 
-        return wrapper
-
-    for name, call in originals.items():
-        if name != "all_reduce":
-            setattr(dist, name, clocked("exchange", call))
-    gradients.GradientSync.finish = clocked("gradients", finish)
-    Trainer._agree = clocked("agreement", agree)
-    try:
+    with observe(clock):
         yield seconds
-    finally:
-        for name, call in originals.items():
-            setattr(dist, name, call)
-        gradients.GradientSync.finish, Trainer._agree = finish, agree
 
 
 _TRAINERS: dict[tuple[str, int], tuple[Trainer, Iterator[int]]] = {}

@@ -1,23 +1,26 @@
-"""Who computes what: `ParallelConfig`, and the index arithmetic that turns it into groups of ranks (paper sections 4.1.3, 5.2, 5.3).
+"""Which rank computes what: `ParallelConfig`, and the index arithmetic that turns it into groups of ranks (paper
+sections 4.1.3, 5.2, 5.3).
 
-Pure arithmetic: no torch, no processes. The engine makes process groups of it, the simulator counts messages with it, and tests ask
-it about 2,048 ranks.
+Pure arithmetic: no torch, no processes. The engine makes process groups of it, the simulator counts messages with it,
+and tests ask it about 2,048 ranks.
 
 P ranks are numbered node by node (rank = node * G + GPU). Everything outside the experts sees them as a grid of
+data-parallel (dp) and tensor-parallel (tp) coordinates,
 
-    (data D, tensor L)                       rank = data * L + tensor, so a tensor group is L consecutive ranks of one node,
+    (data dp, tensor tp)                     rank = data * tp + tensor: a tensor-parallel group is tp consecutive ranks,
 
-and each MoE layer sees the same ranks as its own grid, which depends on its number of experts:
+and each MoE layer sees the same ranks as a grid of its own, which depends on its number of experts:
 
-    (replica R, slice W, expert X)           rank = (replica * W + slice) * X + expert
+    (replica, slice, expert ep)              rank = (replica * slices + slice) * ep + expert
 
-X ranks share the layer's E experts, E / X each (expert parallelism); each expert is cut into W slices (expert slicing: the slices of an
-expert sit on ranks i and i + X, as in the paper's Fig 7); and there are R copies of all that (expert-data parallelism). So a PR-MoE's 32- and
-64-expert layers on 64 ranks get X = 32, R = 2 and X = 64, R = 1. The expert coordinate itself is cut for the exchanges into
+ep ranks hold the layer's E experts, E / ep each (expert parallelism). Each expert is cut into slices (expert slicing:
+the slices of an expert are on ranks i and i + ep, as in the paper's Fig 7), and all that is replicated (expert-data
+parallelism). So a PR-MoE's 32- and 64-expert layers on 64 ranks get ep = 32 with 2 replicas and ep = 64 with 1. For the
+exchanges, the expert coordinate itself is a grid,
 
-    (node N, local, share c)                 expert = (node * local_size + local) * c + share
+    (node, local, tensor)                    expert = (node * local size + local) * tensor size + tensor
 
-where the c = min(L, X) ranks of one `share` group hold the same tokens, because a tensor-sliced operator came before.
+in which the min(tp, ep) ranks along `tensor` hold the same tokens, because they belong to one tensor-parallel group.
 """
 
 from __future__ import annotations
@@ -37,18 +40,21 @@ EXCHANGES: tuple[str, ...] = get_args(Exchange)
 
 @dataclass(frozen=True)
 class ParallelConfig:
-    """How a model is spread over ranks (one rank = one GPU, or one process on CPU).
+    """How a model is distributed over ranks (one rank = one GPU, or one process on CPU).
 
     Attributes:
-        tensor: L, ranks that share attention and dense feed-forwards by tensor slicing; L consecutive ranks of one node.
-        data: D, copies of that; P = tensor * data ranks in all.
-        expert: X, ranks that share a layer's experts; 0 is as many as the layer has experts for. A layer with fewer experts takes its own
-            number of experts instead, so one setting serves a pyramid.
-        expert_slicing: W, ranks that share one expert.
-        gpus_per_node: G, ranks of a node; matters to `hierarchical`, to counts and to the tensor groups. Fewer ranks than G are one node.
-        exchange: how tokens travel: `flat`, one all-to-all, in which each tensor rank sends all its tokens (the paper's baseline);
-            `hierarchical`, inside nodes, then between them; `coordinated`, tensor ranks share the work, then all-gather (PCC);
-            `coordinated-hierarchical`, both.
+        tensor: tensor-parallel degree tp: consecutive ranks of one node, each of which computes a slice of attention
+            and dense feed-forwards.
+        data: data-parallel degree dp: replicas of that; P = tensor * data ranks in all.
+        expert: expert-parallel degree ep: ranks over which a layer's experts are distributed; 0 is as many as the layer
+            has experts for. A layer with fewer experts takes its number of experts instead, so one setting serves a
+            pyramid.
+        expert_slicing: ranks over which one expert is sliced.
+        gpus_per_node: G, ranks of a node; matters to `hierarchical`, to counts and to the tensor-parallel groups. Fewer
+            ranks than G are one node.
+        exchange: how tokens travel: `flat`, one all-to-all, in which each tensor rank sends all its tokens (the paper's
+            baseline); `hierarchical`, inside nodes, then between them; `coordinated`, each tensor rank sends its part
+            of them, then all-gather (PCC); `coordinated-hierarchical`, both.
         shard: shard non-expert weights, gradients and optimizer state over the data ranks (FSDP2); needs tensor = 1.
         recompute: keep only the layers' inputs in forward, recompute the rest in backward (activation checkpointing).
         overlap: reduce gradients while the backward pass still runs.
@@ -113,25 +119,28 @@ class ParallelConfig:
         return self.exchange.endswith("hierarchical")
 
     def dense_grid(self) -> np.ndarray:
-        """Ranks as (data D, tensor L)."""
+        """Return the ranks as a grid (data, tensor)."""
         import numpy as np  # not at the top: the command line's help loads this module
 
         return np.arange(self.ranks).reshape(self.data, self.tensor)
 
     def experts(self, experts: int) -> ExpertLayout:
-        """How a layer of `experts` experts is spread.
+        """Return how a layer of `experts` experts is distributed.
 
         Raises:
-            ValueError: it cannot be; one line naming the constraint and what is allowed.
+            ValueError: it cannot be, one line naming the constraint and what is allowed.
         """
         return ExpertLayout.of(self, experts)
 
     def check(self, experts: tuple[int, ...], *, heads: int, ffn: int) -> None:
-        """ValueError, one line, if a model of these layers cannot be spread so. Asked before any process is started.
+        """Check that a model of these layers can be distributed so; called before any process is started.
 
         Args:
             experts: experts a layer, 0 for dense layers.
             heads, ffn: attention heads H, feed-forward size F.
+
+        Raises:
+            ValueError: it cannot, one line.
         """
         _check(
             heads % self.tensor == 0,
@@ -150,16 +159,21 @@ class ParallelConfig:
                     raise ValueError(f"{error} (layer {layer + 1})") from None
 
 
+AXES = ("replica", "slice", "node", "local", "tensor")
+"""Axes of a MoE layer's grid, see the module's text."""
+
+
 @dataclass(frozen=True)
 class ExpertLayout:
-    """How the experts of one layer are spread over P ranks; see the module's text.
+    """How the experts of one layer are distributed over P ranks; see the module's text.
 
     Attributes:
         experts: E.
-        replicas, slices, parallel: R, W, X of the layer's grid.
-        nodes, local, share: N, local size and c of the expert coordinate; nodes * local * share = parallel.
-        copies: how often each token reaches its expert, over all replicas: once per tensor rank (`flat`), or once per `share` group
-            (`coordinated`). Expert gradients are divided by it.
+        replicas, slices, parallel: sizes of the layer's grid; `parallel` is the expert-parallel degree ep.
+        nodes, local, tensor: sizes of the expert coordinate's grid; nodes * local * tensor = parallel.
+        token_replicas: how often each token reaches its expert, over all replicas: once from each tensor rank (`flat`),
+            or once from all tensor ranks of an expert-parallel group together (`coordinated`). Expert gradients are
+            divided by it.
     """
 
     experts: int
@@ -168,85 +182,94 @@ class ExpertLayout:
     parallel: int
     nodes: int
     local: int
-    share: int
-    copies: int
+    tensor: int
+    token_replicas: int
 
     @classmethod
     def of(cls, config: ParallelConfig, experts: int) -> ExpertLayout:
-        P, W, L, G = config.ranks, config.expert_slicing, config.tensor, config.ranks_per_node
-        X = min(config.expert or P // W, experts)
+        P, G, slices, tp = config.ranks, config.ranks_per_node, config.expert_slicing, config.tensor
+        ep = min(config.expert or P // slices, experts)
         _check(
-            experts % X == 0,
-            f"{experts} experts do not spread evenly over {X} ranks; allowed for expert: "
-            f"{[x for x in _divisors(P // W) if experts % x == 0]}",
+            experts % ep == 0,
+            f"{experts} experts do not spread evenly over {ep} ranks; allowed for expert: "
+            f"{[x for x in _divisors(P // slices) if experts % x == 0]}",
         )
         _check(
-            P % (X * W) == 0,
-            f"{experts} experts over {X} ranks"
-            + (f", each in {W} slices," if W > 1 else "")
-            + f" need a multiple of {X * W} ranks, got {P}; allowed for expert: "
-            f"{[x for x in _divisors(P // W) if experts % x == 0]}",
+            P % (ep * slices) == 0,
+            f"{experts} experts over {ep} ranks"
+            + (f", each in {slices} slices," if slices > 1 else "")
+            + f" need a multiple of {ep * slices} ranks, got {P}; allowed for expert: "
+            f"{[x for x in _divisors(P // slices) if experts % x == 0]}",
         )
         _check(
-            L % X == 0 or X % L == 0,
-            f"expert parallelism {X} and tensor slicing {L} must divide one another, for {experts} experts on {P} ranks",
+            tp % ep == 0 or ep % tp == 0,
+            f"expert parallelism {ep} and tensor slicing {tp} must divide one another, for {experts} experts on "
+            f"{P} ranks",
         )
-        share = min(L, X)
+        tensor = min(tp, ep)
         _check(
-            not config.hierarchical or _whole_nodes(X, G),
-            f"hierarchical exchange among {X} ranks needs whole nodes of {G}, or a whole number of groups in a node; allowed "
-            f"for expert: {[x for x in _divisors(P // W) if experts % x == 0 and _whole_nodes(x, G)]}",
+            not config.hierarchical or _whole_nodes(ep, G),
+            f"hierarchical exchange among {ep} ranks needs whole nodes of {G}, or a whole number of groups in a node; allowed "
+            f"for expert: {[x for x in _divisors(P // slices) if experts % x == 0 and _whole_nodes(x, G)]}",
         )
-        nodes = X // G if _whole_nodes(X, G) and X > G else 1
+        nodes = ep // G if _whole_nodes(ep, G) and ep > G else 1
         return cls(
             experts=experts,
-            replicas=P // (X * W),
-            slices=W,
-            parallel=X,
+            replicas=P // (ep * slices),
+            slices=slices,
+            parallel=ep,
             nodes=nodes,
-            local=X // nodes // share,
-            share=share,
-            copies=L // share if config.coordinated else L,
+            local=ep // nodes // tensor,
+            tensor=tensor,
+            token_replicas=tp // tensor if config.coordinated else tp,
         )
 
     @property
     def experts_per_rank(self) -> int:
-        """E / X."""
+        """E / ep."""
         return self.experts // self.parallel
 
     def grid(self) -> np.ndarray:
-        """Ranks as (replica R, slice W, node N, local, share c)."""
+        """Return the ranks as a grid with the axes `AXES`."""
         import numpy as np
 
         P = self.replicas * self.slices * self.parallel
-        return np.arange(P).reshape(self.replicas, self.slices, self.nodes, self.local, self.share)
+        return np.arange(P).reshape(self.replicas, self.slices, self.nodes, self.local, self.tensor)
+
+    def partition(self, *axes: str) -> np.ndarray:
+        """Return the groups of ranks that differ only along some of `AXES`: one group a row, in order of rank."""
+        import numpy as np
+
+        at = [AXES.index(axis) for axis in axes]
+        grid = np.moveaxis(self.grid(), at, range(-len(at), 0))
+        return grid.reshape(-1, math.prod(grid.shape[-len(at) :]))
 
     def position(self, rank: int) -> Position:
-        """Where a rank stands in the grid."""
+        """Return a rank's coordinates in the grid."""
         expert = rank % self.parallel
         slice_ = rank // self.parallel % self.slices
         replica = rank // (self.parallel * self.slices)
-        share = expert % self.share
-        local = expert // self.share % self.local
-        node = expert // (self.share * self.local)
-        return Position(replica, slice_, expert, node, local, share)
+        tensor = expert % self.tensor
+        local = expert // self.tensor % self.local
+        node = expert // (self.tensor * self.local)
+        return Position(replica, slice_, expert, node, local, tensor)
 
     def local_experts(self, rank: int) -> range:
-        """Global ids of the experts (or slices of experts) that live on a rank."""
+        """Return the global ids of the experts (or slices of experts) that live on a rank."""
         first = rank % self.parallel * self.experts_per_rank
         return range(first, first + self.experts_per_rank)
 
 
 @dataclass(frozen=True)
 class Position:
-    """A rank's coordinates in an `ExpertLayout`'s grid; `expert` joins node, local and share."""
+    """A rank's coordinates in an `ExpertLayout`'s grid; `expert` joins node, local and tensor."""
 
     replica: int
     slice: int
     expert: int
     node: int
     local: int
-    share: int
+    tensor: int
 
 
 def _whole_nodes(ranks: int, per_node: int) -> bool:

@@ -1,198 +1,260 @@
-"""Differentiable collectives on rows of uneven number, and the count of what they send.
+"""The engine's collectives, and observers of them.
 
-Each function returns its input when the group is one rank. Otherwise every rank of the group must call it, in forward and in
-backward, with however few rows: a rank without rows still takes part.
+Every collective of the engine is a call of one of these functions, so that `observe` sees all of them: `Traffic` counts
+messages and bytes, and benchmarks measure time. What FSDP2 sends is torch's own and not seen.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+import json
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from moelab.engine.mesh import Group
+from moelab.engine.groups import Group
 
-KINDS = ("counts", "dispatch", "slices", "combine", "share")
-"""What travels in an exchange, see `moelab.engine.exchange`: numbers of rows; rows to their experts; between the slices of an expert;
-back; among the ranks that hold the same tokens."""
+KINDS = {
+    "counts": "numbers of rows that will follow",
+    "dispatch": "rows to the ranks of their experts",
+    "slices": "rows and partial sums between the slices of an expert",
+    "combine": "experts' outputs back to the ranks of their tokens",
+    "tensor": "rows among tensor-parallel ranks, which hold the same tokens (the coordinated exchange)",
+    "capacity": "the baseline's agreement on one capacity",
+    "activations": "partial results of tensor-sliced layers, and their inputs' gradients",
+    "router": "routing statistics over the whole batch",
+    "gradients": "sums of gradients over replicas",
+    "norm": "the global gradient norm",
+    "metrics": "losses and counts of a step",
+    "control": "small messages that steer a program: flags, sizes, JSON",
+}
+"""What a collective is for."""
+
+
+@dataclass(frozen=True)
+class Collective:
+    """One call of a collective on this rank.
+
+    Attributes:
+        operation: "all_to_all", "all_reduce", "all_gather", "gather", "broadcast", or "wait" for the end of an
+            asynchronous one.
+        kind: what it is for, one of `KINDS`.
+        group: the ranks that take part.
+        sizes: bytes that this rank sends to each rank of the group, in the group's order; its own part is included.
+        messages: messages to each rank that is sent anything.
+        backward: whether a backward pass makes the call.
+    """
+
+    operation: str
+    kind: str
+    group: Group
+    sizes: tuple[int, ...]
+    messages: int = 1
+    backward: bool = False
+
+
+Observer = Callable[[Collective], AbstractContextManager | None]
+"""Is called before each collective; a context manager that it returns is open during the call."""
+
+_observers: list[Observer] = []
+
+
+@contextlib.contextmanager
+def observe(observer: Observer) -> Iterator[None]:
+    """Show an observer this process's collectives while the context lasts."""
+    _observers.append(observer)
+    try:
+        yield
+    finally:
+        _observers[:] = [o for o in _observers if o is not observer]
+
+
+def all_to_all(
+    rows: Tensor,
+    group: Group,
+    kind: str,
+    *,
+    send: Sequence[int] | None = None,
+    receive: Sequence[int] | None = None,
+    backward: bool = False,
+) -> Tensor:
+    """Send `send[i]` rows, in order, to rank i of the group and return `receive[i]` from each, in the order of the
+    ranks.
+
+    Without sizes every rank gets an equal number of rows.
+    """
+    rows = rows.contiguous()
+    output = torch.empty_like(rows) if receive is None else rows.new_empty(sum(receive), *rows.shape[1:])
+    row = rows.element_size() * rows.shape[1:].numel()
+    sizes = [n * row for n in send] if send is not None else [rows.nbytes // group.size] * group.size
+    with _observed("all_to_all", kind, group, sizes, backward=backward):
+        group.all_to_all_single(
+            output, rows, None if receive is None else list(receive), None if send is None else list(send)
+        )
+    return output
+
+
+def all_reduce(
+    tensor: Tensor,
+    group: Group,
+    kind: str,
+    *,
+    op: Any = dist.ReduceOp.SUM,
+    asynchronous: bool = False,
+    backward: bool = False,
+) -> Pending | None:
+    """Add a tensor up (or reduce it by `op`) over the group, in place. For `asynchronous` calls returns what to wait
+    for.
+
+    It counts as a ring that sends pieces of 1 / n: 2 (n - 1) messages to the next rank.
+    """
+    if group.size == 1:
+        return None
+    messages, sizes = 2 * (group.size - 1), [0] * group.size
+    sizes[(group.index + 1) % group.size] = messages * tensor.nbytes // group.size
+    with _observed("all_reduce", kind, group, sizes, messages=messages, backward=backward):
+        work = group.all_reduce(tensor, op, asynchronous)
+    return Pending(work, kind, group) if asynchronous else None
+
+
+@dataclass(frozen=True)
+class Pending:
+    """An asynchronous collective that has begun."""
+
+    work: dist.Work
+    kind: str
+    group: Group
+
+    def wait(self) -> None:
+        """Return when it is done (on a GPU: when it is queued before what follows)."""
+        with _observed("wait", self.kind, self.group, [0] * self.group.size):
+            self.work.wait()
+
+
+def all_gather(tensor: Tensor, group: Group, kind: str) -> list[Tensor]:
+    """Return every rank's tensor, in the order of the group; all of one shape."""
+    if group.size == 1:
+        return [tensor]
+    outputs = [torch.empty_like(tensor) for _ in group.ranks]
+    with _observed("all_gather", kind, group, [tensor.nbytes] * group.size):
+        group.all_gather(outputs, tensor)
+    return outputs
+
+
+def broadcast(tensor: Tensor, group: Group, kind: str) -> None:
+    """Overwrite a tensor with that of the group's first rank."""
+    if group.size > 1:
+        with _observed("broadcast", kind, group, [tensor.nbytes if group.index == 0 else 0] * group.size):
+            group.broadcast(tensor)
+
+
+def all_gather_json(value: Any) -> list[Any]:
+    """Return every rank's JSON value. Nothing is pickled, so that what arrives can run no code."""
+    return broadcast_json(gather_json(value))
+
+
+def gather_json(value: Any, group: Group | None = None) -> list[Any]:
+    """Return every rank's JSON value on the group's first rank (by default of all ranks), and an empty list on the
+    others.
+    """
+    group = group or Group.world()
+    if group.size == 1:
+        return [value]
+    data = _to_bytes(value, group)
+    lengths = [int(n) for n in all_gather(torch.tensor([len(data)], device=data.device), group, "control")]
+    padded = data.new_zeros(max(lengths))
+    padded[: len(data)] = data
+    outputs = [torch.empty_like(padded) for _ in group.ranks] if group.index == 0 else None
+    with _observed("gather", "control", group, [len(padded)] + [0] * (group.size - 1)):
+        group.gather(outputs, padded)
+    return [_from_bytes(d[:n]) for d, n in zip(outputs or [], lengths, strict=False)]
+
+
+def broadcast_json(value: Any, group: Group | None = None) -> Any:
+    """Return the JSON value of the group's first rank (by default rank 0) on every rank; that of the others is ignored."""
+    group = group or Group.world()
+    if group.size == 1:
+        return value
+    data = _to_bytes(value, group)
+    length = torch.tensor([len(data)], device=data.device)
+    broadcast(length, group, "control")
+    if group.index:
+        data = data.new_empty(int(length))
+    broadcast(data, group, "control")
+    return _from_bytes(data)
+
+
+def _to_bytes(value: Any, group: Group) -> Tensor:
+    return torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8).to(group.device_type)
+
+
+def _from_bytes(data: Tensor) -> Any:
+    return json.loads(bytes(data.cpu().numpy()))
+
+
+def _observed(
+    operation: str, kind: str, group: Group, sizes: Sequence[int], *, messages: int = 1, backward: bool = False
+) -> AbstractContextManager:
+    if not _observers:
+        return contextlib.nullcontext()
+    call, stack = Collective(operation, kind, group, tuple(sizes), messages, backward), contextlib.ExitStack()
+    for observer in _observers:
+        if (around := observer(call)) is not None:
+            stack.enter_context(around)
+    return stack
 
 
 @dataclass
 class Sent:
-    """What one rank sent: messages and bytes, inside its node and to others."""
+    """What one rank sent: messages and bytes, inside its node and to other nodes."""
 
-    near_messages: int = 0
-    near_bytes: int = 0
-    far_messages: int = 0
-    far_bytes: int = 0
+    intra_node_messages: int = 0
+    intra_node_bytes: int = 0
+    inter_node_messages: int = 0
+    inter_node_bytes: int = 0
+
+    @property
+    def messages(self) -> int:
+        return self.intra_node_messages + self.inter_node_messages
+
+    @property
+    def bytes(self) -> int:
+        return self.intra_node_bytes + self.inter_node_bytes
 
 
 @dataclass
 class Traffic:
-    """Counts what this rank sends.
+    """Counts what this rank sends: an observer, `with observe(traffic): ...`.
 
-    A message is one destination other than this rank that is sent something: in an uneven all-to-all, those with at least one
-    row; in an all-gather each of the others; in an all-reduce over n ranks, counted as the ring that sends pieces of 1 / n, 2 (n - 1) messages
-    to the next rank.
+    A message is one rank, other than this one, that is sent something: in an uneven all-to-all, each with at least one
+    row; in an all-gather each of the others; for an all-reduce see `all_reduce`.
 
     Attributes:
         ranks_per_node: G; ranks a and b share a node if a // G == b // G.
-        sent: (kind, "forward" or "backward") -> counts; kinds as in `KINDS`.
+        sent: (kind, "forward" or "backward") -> counts.
     """
 
     ranks_per_node: int
     sent: dict[tuple[str, str], Sent] = field(default_factory=dict)
 
-    def add(self, kind: str, group: Group, bytes_: Sequence[int], backward: bool, messages: int = 1) -> None:
-        """One collective: bytes to each rank of the group (its own part is ignored), each in so many messages."""
-        entry = self.sent.setdefault((kind, "backward" if backward else "forward"), Sent())
-        home = group.ranks[group.index] // self.ranks_per_node
-        for index, (rank, size) in enumerate(zip(group.ranks, bytes_, strict=True)):
-            if index == group.index or not size:
+    def __call__(self, call: Collective) -> None:
+        """Count one collective."""
+        entry = self.sent.setdefault((call.kind, "backward" if call.backward else "forward"), Sent())
+        node = call.group.rank // self.ranks_per_node
+        for rank, size in zip(call.group.ranks, call.sizes, strict=True):
+            if rank == call.group.rank or not size:
                 continue
-            if rank // self.ranks_per_node == home:
-                entry.near_messages += messages
-                entry.near_bytes += size
-            else:
-                entry.far_messages += messages
-                entry.far_bytes += size
+            where = "intra_node" if rank // self.ranks_per_node == node else "inter_node"
+            for what, count in (("messages", call.messages), ("bytes", size)):
+                name = f"{where}_{what}"
+                setattr(entry, name, getattr(entry, name) + count)
 
     def total(self, *kinds: str) -> Sent:
-        """The sum over directions, of some kinds or of all."""
+        """Return the sum over directions, of some kinds or of all."""
         chosen = [s for (kind, _), s in self.sent.items() if not kinds or kind in kinds]
         return Sent(*(sum(getattr(s, name) for s in chosen) for name in Sent.__dataclass_fields__))
-
-
-def exchange_rows(
-    rows_RM: Tensor,
-    send: Sequence[int],
-    receive: Sequence[int],
-    group: Group,
-    kind: str,
-    traffic: Traffic | None = None,
-) -> Tensor:
-    """All-to-all: `send[i]` rows, in order, to rank i of the group, `receive[i]` from it, in order of the ranks."""
-    if group.size == 1:
-        return rows_RM
-    return _Exchange.apply(rows_RM, tuple(send), tuple(receive), group, kind, traffic)
-
-
-def gather_rows(
-    rows_RM: Tensor, sizes: Sequence[int], group: Group, kind: str, traffic: Traffic | None = None
-) -> Tensor:
-    """All ranks' rows, `sizes[i]` of them rank i's, on every rank, which uses them in its own way: gradients are summed."""
-    return rows_RM if group.size == 1 else _Gather.apply(rows_RM, tuple(sizes), group, kind, traffic, True)
-
-
-def gather_shared(
-    rows_RM: Tensor, sizes: Sequence[int], group: Group, kind: str, traffic: Traffic | None = None
-) -> Tensor:
-    """As `gather_rows`, where all ranks go on to do the same with the rows: their gradients are equal, and each keeps its part."""
-    return rows_RM if group.size == 1 else _Gather.apply(rows_RM, tuple(sizes), group, kind, traffic, False)
-
-
-def scatter_sum(
-    rows_RM: Tensor, sizes: Sequence[int], group: Group, kind: str, traffic: Traffic | None = None
-) -> Tensor:
-    """Every rank holds all rows as partial sums; each gets the sum of its `sizes[i]` (a reduce-scatter), added up in rank order in
-    float32 at least."""
-    return rows_RM if group.size == 1 else _ScatterSum.apply(rows_RM, tuple(sizes), group, kind, traffic)
-
-
-def enter(x: Tensor, group: Group, kind: str = "", traffic: Traffic | None = None) -> Tensor:
-    """Where a tensor that all ranks of `group` hold goes into their own parts of the work: the same tensor, gradients are summed."""
-    return x if group.size == 1 else _Enter.apply(x, group, kind, traffic)
-
-
-# gloo has no uneven all-gather or reduce-scatter; the direct form over an all-to-all sends the same bytes on every backend and adds in
-# a fixed order.
-
-
-def _all_to_all(rows: Tensor, send: tuple[int, ...], receive: tuple[int, ...], group: Group) -> Tensor:
-    out = rows.new_empty(sum(receive), *rows.shape[1:])
-    dist.all_to_all_single(out, rows.contiguous(), list(receive), list(send), group=group.handle)
-    return out
-
-
-def _gather(rows: Tensor, sizes: tuple[int, ...], group: Group) -> Tensor:
-    return _all_to_all(torch.cat([rows] * group.size), (len(rows),) * group.size, sizes, group)
-
-
-def _scatter_sum(rows: Tensor, sizes: tuple[int, ...], group: Group) -> Tensor:
-    mine = sizes[group.index]
-    parts = _all_to_all(rows, sizes, (mine,) * group.size, group).view(group.size, mine, *rows.shape[1:])
-    wide = torch.promote_types(rows.dtype, torch.float32)
-    return parts.sum(0, dtype=wide).to(rows.dtype)
-
-
-def _note(traffic: Traffic | None, kind: str, group: Group, rows: Tensor, send: Sequence[int], backward: bool) -> None:
-    if traffic is not None:
-        size = rows.element_size() * rows.shape[1:].numel()
-        traffic.add(kind, group, [n * size for n in send], backward)
-
-
-class _Exchange(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, rows, send, receive, group, kind, traffic):
-        ctx.how = send, receive, group, kind, traffic
-        _note(traffic, kind, group, rows, send, False)
-        return _all_to_all(rows, send, receive, group)
-
-    @staticmethod
-    def backward(ctx, grad):
-        send, receive, group, kind, traffic = ctx.how
-        _note(traffic, kind, group, grad, receive, True)
-        return _all_to_all(grad, receive, send, group), None, None, None, None, None
-
-
-class _Gather(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, rows, sizes, group, kind, traffic, add_up):
-        ctx.how = sizes, group, kind, traffic, add_up
-        _note(traffic, kind, group, rows, (len(rows),) * group.size, False)
-        return _gather(rows, sizes, group)
-
-    @staticmethod
-    def backward(ctx, grad):
-        sizes, group, kind, traffic, add_up = ctx.how
-        if not add_up:
-            return grad.split(sizes)[group.index].contiguous(), None, None, None, None, None
-        _note(traffic, kind, group, grad, sizes, True)
-        return _scatter_sum(grad, sizes, group), None, None, None, None, None
-
-
-class _ScatterSum(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, rows, sizes, group, kind, traffic):
-        ctx.how = sizes, group, kind, traffic
-        _note(traffic, kind, group, rows, sizes, False)
-        return _scatter_sum(rows, sizes, group)
-
-    @staticmethod
-    def backward(ctx, grad):
-        sizes, group, kind, traffic = ctx.how
-        _note(traffic, kind, group, grad, (len(grad),) * group.size, True)
-        return _gather(grad, sizes, group), None, None, None, None
-
-
-class _Enter(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x, group, kind, traffic):
-        ctx.how = group, kind, traffic
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx, grad):
-        group, kind, traffic = ctx.how
-        if traffic is not None:
-            steps = 2 * (group.size - 1)
-            sizes = [0] * group.size
-            sizes[(group.index + 1) % group.size] = steps * grad.nbytes // group.size
-            traffic.add(kind, group, sizes, True, messages=steps)
-        grad = grad.clone(memory_format=torch.contiguous_format)
-        if grad.numel():  # as many on every rank of the group: they hold the same tensor
-            dist.all_reduce(grad, group=group.handle)
-        return grad, None, None, None

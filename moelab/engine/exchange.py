@@ -4,20 +4,21 @@ many ranks.
     x_SM -> rows by table -> all-to-all -> rows by expert -> experts -> all-to-all back -> weighted sums y_SM
 
 Rows go in chunks, one for each (destination rank, expert there); their sizes are exchanged first, by the same way.
-Letters for shapes of counts: N nodes, G places in a node (of those that exchange), C ranks that share tokens, E here
-the experts of a rank, W slices. Each rank of the grid (node, place, share) holds E experts; see
-`moelab.config.parallel`.
+Shapes of counts are written with the axes of the layer's grid (`moelab.config.parallel`): node, local, tensor, slice;
+and "own", the experts of one rank. Here `local` counts the ranks of a node that exchange rows: unless the exchange is
+coordinated it includes the axis `tensor`, which then has size 1.
 
-Two hops, of which `flat` makes only the first, with N = 1 and all ranks as one node (Fig 8):
+Two hops, of which `flat` makes only the first, with all ranks as one node (Fig 8):
 
-    [C, G, N, E]   outgoing rows, in this order straight from the row table: the first layout transform costs nothing
-    -- all-to-all among the G places of the node (near) -->   [G, N, E]   from each place here, for each node
-    transposed to [N, G, E]                                   the second layout transform
-    -- all-to-all among ranks of equal place (far) -->        [N, G, E]   from each rank, in rank order
-    gathered over slices: [W, N * G, E], transposed to [E, W, N * G]: rows by expert
+    [tensor, local, node, own]            outgoing rows, in this order straight from the row table: the first layout
+                                          transform costs nothing
+    -- all-to-all inside the node -->     [local, node, own]   from each rank of this node, for each node
+    transposed to [node, local, own]                           the second layout transform
+    -- all-to-all between nodes -->       [node, local, own]   from each rank, in rank order
+    gathered over slices: [slice, node * local, own], transposed to [own, slice, node * local]: rows by expert
 
-Coordinated (PCC, Fig 9): the C ranks of a share group hold the same tokens; each sends only outgoing[its share], which
-is what goes to ranks of its own share, and what comes back is all-gathered among them. Otherwise C = 1 here.
+Coordinated (PCC, Fig 9): the ranks along `tensor` hold the same tokens; each sends only outgoing[its tensor
+coordinate], which is what goes to ranks of its own coordinate, and what comes back is all-gathered among them.
 """
 
 from __future__ import annotations
@@ -28,21 +29,24 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from moelab import kernels
 from moelab.config.parallel import ParallelConfig
-from moelab.engine.collectives import Traffic, enter, exchange_rows, gather_rows, gather_shared, scatter_sum
-from moelab.engine.mesh import ExpertGroups, Group
+from moelab.engine.collectives import all_to_all
+from moelab.engine.differentiable import all_gather_rows, all_to_all_rows, copy_to_group, reduce_scatter_rows
+from moelab.engine.groups import Group
+from moelab.engine.mesh import ExpertGroups
 from moelab.kernels import RowTable
 from moelab.models.dispatch import Dispatch, Dispatched
 from moelab.models.routing import Routing
 
 
 def regroup(counts: np.ndarray, axes: tuple[int, ...]) -> np.ndarray:
-    """Rows lie chunk by chunk, `counts` [...] rows each, in C order. The index, int64 [rows], that takes them in the C
-    order of `counts.transpose(axes)`; within a chunk the order stays."""
+    """Return the index, int64 [rows], that takes rows in the C order of `counts.transpose(axes)`.
+
+    Rows lie chunk by chunk, `counts` [...] rows each, in C order; within a chunk the order stays.
+    """
     size = counts.ravel()
     start = (np.cumsum(size) - size).reshape(counts.shape).transpose(axes).ravel()
     size = counts.transpose(axes).ravel()
@@ -54,52 +58,55 @@ class Route:
     """What one rank sends, holds and receives in one exchange, worked out from counts of rows alone.
 
     Attributes:
-        kept: int [N, G, C, E], rows of this rank's tokens by destination and expert; in the order of the experts.
-        between: int [G, N, E], what it holds after the near hop: from each place of its node, for each node.
-        arrived: int [W, N * G, E], what it and the other slices of its experts hold after the far hop, by source rank.
-        share, slice: this rank's place on C and W.
+        kept: int [node, local, tensor, own], rows of this rank's tokens by destination and expert; in the order of the
+            experts.
+        between: int [local, node, own], what it holds after the hop inside the node: from each rank of its node, for
+            each node.
+        arrived: int [slice, node * local, own], what it and the other slices of its experts hold after the hop between
+            nodes, by source rank.
+        tensor, slice: this rank's coordinates.
     """
 
     kept: np.ndarray
     between: np.ndarray
     arrived: np.ndarray
-    share: int
+    tensor: int
     slice: int
 
     @cached_property
     def outgoing(self) -> np.ndarray:
-        """[C, G, N, E]: `kept` in the order in which rows leave."""
+        """[tensor, local, node, own]: `kept` in the order in which rows leave."""
         return self.kept.transpose(2, 1, 0, 3)
 
     @property
     def outgoing_order(self) -> np.ndarray:
-        """Brings rows from expert order into `outgoing`'s."""
+        """The index that brings rows from expert order into `outgoing`'s."""
         return regroup(self.kept, (2, 1, 0, 3))
 
     @property
-    def share_sizes(self) -> list[int]:
-        """Rows that each rank of the share group sends and gets back."""
+    def tensor_sizes(self) -> list[int]:
+        """Rows that each of the ranks with the same tokens sends and gets back."""
         return self.outgoing.sum((1, 2, 3)).tolist()
 
     @property
     def mine(self) -> tuple[int, int]:
         """From which to which row, in `outgoing`'s order, this rank sends."""
-        start = sum(self.share_sizes[: self.share])
-        return start, start + self.share_sizes[self.share]
+        start = sum(self.tensor_sizes[: self.tensor])
+        return start, start + self.tensor_sizes[self.tensor]
 
     @property
-    def near(self) -> tuple[list[int], list[int]]:
-        """Rows to and from each place of the node."""
-        return self.outgoing[self.share].sum((1, 2)).tolist(), self.between.sum((1, 2)).tolist()
+    def intra_node(self) -> tuple[list[int], list[int]]:
+        """Rows to and from each rank of the node."""
+        return self.outgoing[self.tensor].sum((1, 2)).tolist(), self.between.sum((1, 2)).tolist()
 
     @property
-    def far_order(self) -> np.ndarray:
-        """Brings rows from [G, N, E] to [N, G, E]."""
+    def inter_node_order(self) -> np.ndarray:
+        """The index that brings rows from [local, node, own] to [node, local, own]."""
         return regroup(self.between, (1, 0, 2))
 
     @property
-    def far(self) -> tuple[list[int], list[int]]:
-        """Rows to and from the rank of equal place in each node."""
+    def inter_node(self) -> tuple[list[int], list[int]]:
+        """Rows to and from the rank with this one's local coordinate in each node."""
         nodes = self.between.shape[1]
         arrived = self.arrived[self.slice].reshape(nodes, -1)
         return self.between.sum((0, 2)).tolist(), arrived.sum(1).tolist()
@@ -111,12 +118,12 @@ class Route:
 
     @property
     def expert_order(self) -> np.ndarray:
-        """Brings rows from [W, N * G, E] to [E, W, N * G]."""
+        """The index that brings rows from [slice, node * local, own] to [own, slice, node * local]."""
         return regroup(self.arrived, (2, 0, 1))
 
     @property
     def offsets(self) -> np.ndarray:
-        """int32 [E + 1]: each expert's first row among those by expert."""
+        """int32 [own + 1]: each expert's first row among those by expert."""
         return np.concatenate([[0], self.arrived.sum((0, 1)).cumsum()]).astype(np.int32)
 
 
@@ -126,7 +133,8 @@ class Trip(NamedTuple):
     Attributes:
         route: how many rows went where.
         table, weight_SK: which row holds which token, and with which weight.
-        far_back: brings rows by node back into the near hop's order, and its inverse; None without a far hop.
+        inter_node_back: brings rows by node back into the order of the hop inside the node, and its inverse; None
+            without a hop between nodes.
         expert_back: brings rows by expert back into order of arrival, and its inverse; None where the two orders are
             the same.
     """
@@ -134,7 +142,7 @@ class Trip(NamedTuple):
     route: Route
     table: RowTable
     weight_SK: Tensor
-    far_back: tuple[Tensor, Tensor] | None
+    inter_node_back: tuple[Tensor, Tensor] | None
     expert_back: tuple[Tensor, Tensor] | None
 
 
@@ -149,60 +157,61 @@ class Exchange(Dispatch[Trip]):
     Args:
         groups: of this layer.
         config: `exchange` is read.
-        traffic: counts what is sent, if given.
     """
 
-    def __init__(self, groups: ExpertGroups, config: ParallelConfig, traffic: Traffic | None = None) -> None:
-        alone = Group((groups.expert.ranks[groups.expert.index],), 0, None)
-        self.groups, self.traffic = groups, traffic
-        self._share = groups.share if config.coordinated else alone
-        self._near, self._far = groups.spread if config.coordinated else groups.expert, alone
+    def __init__(self, groups: ExpertGroups, config: ParallelConfig) -> None:
+        alone = Group.alone(groups.expert.rank)
+        self.groups = groups
+        self._tensor = groups.tensor if config.coordinated else alone
+        self._intra_node, self._inter_node = groups.expert_coordinated if config.coordinated else groups.expert, alone
         if config.hierarchical and groups.layout.nodes > 1:
-            self._near, self._far = groups.near, groups.far
+            self._intra_node, self._inter_node = groups.intra_node, groups.inter_node
 
     def dispatch(self, x_SM: Tensor, routing: Routing) -> Dispatched[Trip]:
         """Bring this rank's tokens to the ranks of their experts.
 
         Args:
-            x_SM: this rank's tokens, S >= 0, S differing from rank to rank; within a share group (coordinated) the same
+            x_SM: this rank's tokens, S >= 0, S differing from rank to rank; along `tensor` (coordinated) the same
                 tokens.
-            routing: of these tokens over all E * X experts; in a share group the same.
+            routing: of these tokens over all experts of the layer; along `tensor` the same.
 
         Returns:
-            Rows of this rank's experts, which all ranks sent, and offsets int32 [E + 1].
+            Rows of this rank's experts, which all ranks sent, and offsets int32 [own + 1].
         """
-        far, share = self._far, self._share
+        inter_node, tensor = self._inter_node, self._tensor
         route = self._route(routing.kept_E)
 
         def index(order: np.ndarray) -> Tensor:
             return torch.from_numpy(order).to(x_SM.device, non_blocking=True)
 
         table = kernels.row_table(routing, rows=int(route.kept.sum()))
-        if far.size > 1 or share.size > 1:
+        if inter_node.size > 1 or tensor.size > 1:
             table = _reordered(table, index(route.outgoing_order))
-        rows = enter(x_SM, share, "share", self.traffic)
-        rows = kernels.dispatch(rows, table if share.size == 1 else _narrowed(table, *route.mine))
-        rows = exchange_rows(rows, *route.near, self._near, "dispatch", self.traffic)
-        far_back = expert_back = None
-        if far.size > 1:
-            rows, far_back = _reorder(rows, index(route.far_order))
-            rows = exchange_rows(rows, *route.far, far, "dispatch", self.traffic)
-        rows = gather_rows(rows, route.slice_sizes, self.groups.slices, "slices", self.traffic)
+        rows = copy_to_group(x_SM, tensor, "tensor")
+        rows = kernels.dispatch(rows, table if tensor.size == 1 else _narrowed(table, *route.mine))
+        rows = all_to_all_rows(rows, *route.intra_node, self._intra_node, "dispatch")
+        inter_node_back = expert_back = None
+        if inter_node.size > 1:
+            rows, inter_node_back = _reorder(rows, index(route.inter_node_order))
+            rows = all_to_all_rows(rows, *route.inter_node, inter_node, "dispatch")
+        rows = all_gather_rows(rows, route.slice_sizes, self.groups.slices, "slices")
         if _is_transposed(route.arrived):
             rows, expert_back = _reorder(rows, index(route.expert_order))
-        return Dispatched(rows, index(route.offsets), Trip(route, table, routing.weight_SK, far_back, expert_back))
+        return Dispatched(
+            rows, index(route.offsets), Trip(route, table, routing.weight_SK, inter_node_back, expert_back)
+        )
 
     def combine(self, rows_RM: Tensor, state: Trip) -> Tensor:
         """Bring the outputs of experts back to their tokens' ranks: this rank's [S, M], in the rows' dtype."""
         route, rows = state.route, rows_RM
         if state.expert_back is not None:
             rows = _Reorder.apply(rows, *state.expert_back)
-        rows = scatter_sum(rows, route.slice_sizes, self.groups.slices, "slices", self.traffic)
-        if state.far_back is not None:
-            rows = exchange_rows(rows, *reversed(route.far), self._far, "combine", self.traffic)
-            rows = _Reorder.apply(rows, *state.far_back)
-        rows = exchange_rows(rows, *reversed(route.near), self._near, "combine", self.traffic)
-        rows = gather_shared(rows, route.share_sizes, self._share, "share", self.traffic)
+        rows = reduce_scatter_rows(rows, route.slice_sizes, self.groups.slices, "slices")
+        if state.inter_node_back is not None:
+            rows = all_to_all_rows(rows, *reversed(route.inter_node), self._inter_node, "combine")
+            rows = _Reorder.apply(rows, *state.inter_node_back)
+        rows = all_to_all_rows(rows, *reversed(route.intra_node), self._intra_node, "combine")
+        rows = all_gather_rows(rows, route.tensor_sizes, self._tensor, "tensor", sum_gradients=False)
         return kernels.combine(rows, state.table, state.weight_SK)
 
     def reads_device(self, tokens: int) -> bool:
@@ -210,12 +219,12 @@ class Exchange(Dispatch[Trip]):
 
     @torch.no_grad()
     def _route(self, kept_E: Tensor) -> Route:
-        """Tell the others how many rows will come, by the way the rows will take; int32, always all destinations."""
-        near, far, share, slices = self._near, self._far, self._share, self.groups.slices
-        shape = (far.size, near.size, share.size, self.groups.layout.experts_per_rank)
-        outgoing = kept_E.view(shape)[:, :, share.index].transpose(0, 1)
-        between = self._swap(outgoing, near)
-        arrived = self._swap(between.transpose(0, 1), far) if far.size > 1 else between
+        """Exchange the numbers of rows, by the way the rows will take; int32, always all destinations."""
+        intra_node, inter_node, tensor, slices = self._intra_node, self._inter_node, self._tensor, self.groups.slices
+        shape = (inter_node.size, intra_node.size, tensor.size, self.groups.layout.experts_per_rank)
+        outgoing = kept_E.view(shape)[:, :, tensor.index].transpose(0, 1)
+        between = self._swap(outgoing, intra_node)
+        arrived = self._swap(between.transpose(0, 1), inter_node) if inter_node.size > 1 else between
         arrived = arrived.reshape(1, -1, shape[-1])
         if slices.size > 1:
             arrived = self._swap(arrived.expand(slices.size, -1, -1), slices)
@@ -226,43 +235,36 @@ class Exchange(Dispatch[Trip]):
             kept.reshape(shape),
             between_.reshape(between.shape),
             arrived_.reshape(arrived.shape),
-            share.index,
+            tensor.index,
             slices.index,
         )
 
     def _swap(self, counts: Tensor, group: Group) -> Tensor:
-        """Even all-to-all along the first dim."""
-        counts = counts.contiguous()
-        if group.size == 1:
-            return counts
-        if self.traffic is not None:
-            self.traffic.add("counts", group, [counts[0].nbytes] * group.size, backward=False)
-        out = torch.empty_like(counts)
-        dist.all_to_all_single(out, counts, group=group.handle)
-        return out
+        """Exchange equal parts along the first dim."""
+        return counts if group.size == 1 else all_to_all(counts, group, "counts")
 
 
-def _is_transposed(arrived_WXE: np.ndarray) -> bool:
-    """Whether rows by source differ from rows by expert: by the shape alone, so that all ranks answer alike."""
-    return arrived_WXE.shape[2] > 1 and arrived_WXE.shape[0] * arrived_WXE.shape[1] > 1
+def _is_transposed(arrived: np.ndarray) -> bool:
+    """Return whether rows by source differ from rows by expert: by the shape alone, so that all ranks return the same."""
+    return arrived.shape[2] > 1 and arrived.shape[0] * arrived.shape[1] > 1
 
 
 def _reorder(rows: Tensor, order: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-    """rows[order], and the arguments with which `_Reorder` takes them back."""
+    """Return rows[order], and the arguments with which `_Reorder` takes them back."""
     back = torch.empty_like(order)
     back[order] = torch.arange(len(order), device=order.device)
     return _Reorder.apply(rows, order, back), (back, order)
 
 
 def _reordered(table: RowTable, order: Tensor) -> RowTable:
-    """The table of the same rows, in another order."""
+    """Return the table of the same rows, in another order."""
     place = torch.full((len(order) + 1,), -1, dtype=torch.int32, device=order.device)  # the last: where -1 leads
     place[order] = torch.arange(len(order), dtype=torch.int32, device=order.device)
     return RowTable(place[table.row_SK.long()], table.entry_R[order], table.offsets_E1)
 
 
 def _narrowed(table: RowTable, start: int, stop: int) -> RowTable:
-    """The table of some of the rows."""
+    """Return the table of some of the rows."""
     inside = (table.row_SK >= start) & (table.row_SK < stop)
     return RowTable(torch.where(inside, table.row_SK - start, -1), table.entry_R[start:stop], table.offsets_E1)
 

@@ -1,9 +1,9 @@
-"""Gradients over ranks: sums over the holders of each parameter, during the backward pass, and the true global norm.
+"""Gradients over ranks: sums over the replicas of each parameter, during the backward pass, and the true global norm.
 
-A parameter's gradient is the mean over data ranks of what each rank's tokens contribute. What is summed over whom follows from its
-`Placement`: a non-expert weight over all ranks, an expert over its expert-data group (the tokens of the other ranks have
-come to it already), and the sum is divided by data ranks times the copies of each token in it. FSDP2's own parameters (DTensors) reduce
-themselves.
+A parameter's gradient is the mean over data ranks of what each rank's tokens contribute. What is summed over whom
+follows from its `Placement`: a non-expert weight over all ranks, an expert over its expert-data group (the tokens of
+the other ranks have come to it already), and the sum is divided by data ranks times the replicas of each token in it.
+FSDP2 reduces the gradients of its own parameters (DTensors).
 """
 
 from __future__ import annotations
@@ -12,45 +12,47 @@ import math
 import weakref
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from moelab.engine.collectives import Pending, all_reduce
+from moelab.engine.groups import Group
 from moelab.engine.parallel import ParallelModel
 
 BUCKET_BYTES = 8 << 20
-"""Gradients are summed in buckets of about this size: large enough to be worth a message, small enough to start early."""
+"""Gradients are summed in buckets of about this size: large enough to be worth a message, small enough to start early.
+"""
 
 
 class _Bucket:
-    """Parameters with the same holders, whose gradients travel together."""
+    """Parameters with the same replicas, whose gradients are summed together."""
 
-    def __init__(self, group: dist.ProcessGroup | None, scale: float) -> None:
+    def __init__(self, group: Group, scale: float) -> None:
         self.group, self.scale = group, scale
         self.parameters: list[nn.Parameter] = []
         self.bytes = 0
         self.waiting = 0
         self.flat: Tensor | None = None
-        self.work: dist.Work | None = None
+        self.pending: Pending | None = None
 
     def add(self, parameter: nn.Parameter) -> None:
         self.parameters.append(parameter)
         self.bytes += parameter.numel() * parameter.element_size()
 
     def start(self) -> None:
-        """Begin the sum; a parameter that got no gradient on this rank contributes zeros."""
+        """Begin the sum; a parameter without a gradient on this rank contributes zeros."""
         for p in self.parameters:
             if p.grad is None:
                 p.grad = torch.zeros_like(p)
         grads = [p.grad for p in self.parameters]
         alone = len(grads) == 1 and grads[0].is_contiguous()
         self.flat = grads[0].view(-1) if alone else torch.cat([g.reshape(-1) for g in grads])
-        if self.group is not None:
-            self.work = dist.all_reduce(self.flat, group=self.group, async_op=True)
+        self.pending = all_reduce(self.flat, self.group, "gradients", asynchronous=True)
 
     def finish(self) -> None:
-        if self.work is not None:
-            self.work.wait()
+        """Wait for the sum and write it, scaled, into the parameters' gradients."""
+        if self.pending is not None:
+            self.pending.wait()
         if self.scale != 1.0:
             self.flat.mul_(self.scale)
         if self.flat.data_ptr() != self.parameters[0].grad.data_ptr():
@@ -58,14 +60,15 @@ class _Bucket:
             for p in self.parameters:
                 p.grad.copy_(self.flat[at : at + p.numel()].view_as(p))
                 at += p.numel()
-        self.flat = self.work = None
+        self.flat = self.pending = None
 
 
 class GradientSync:
     """Sums the gradients of a `ParallelModel` over ranks.
 
-    Use: `arm()` before the last backward pass of a step, `finish()` after it. With `ParallelConfig.overlap` each bucket starts as soon
-    as its last gradient is there, while the backward pass goes on; buckets start in the same order on every rank.
+    Use: `arm()` before the last backward pass of a step, `finish()` after it. With `ParallelConfig.overlap` each bucket
+    starts as soon as its last gradient is there, while the backward pass goes on; buckets start in the same order on
+    every rank.
     """
 
     def __init__(self, model: ParallelModel) -> None:
@@ -75,20 +78,22 @@ class GradientSync:
         self.buckets = _buckets(model) if model.mesh.world.size > 1 else []
         self._bucket_of = {id(p): bucket for bucket in self.buckets for p in bucket.parameters}
         if model.mesh.config.overlap:
-            # Weak: the garbage collector does not see through hooks, and these would keep the model and its groups for good.
+            # Weak: the garbage collector does not see through hooks, and these would keep the model for good.
             arrived = weakref.WeakMethod(self._arrived)
             for bucket in self.buckets:
                 for parameter in bucket.parameters:
                     parameter.register_post_accumulate_grad_hook(lambda p: (call := arrived()) and call(p))
 
     def arm(self) -> None:
-        """The next backward pass is the step's last: gradients that it completes may go."""
+        """Announce that the next backward pass is the step's last: gradients that it completes may be summed."""
         self._armed, self._next = True, 0
         for bucket in self.buckets:
             bucket.waiting = len(bucket.parameters)
 
     def finish(self) -> None:
-        """Start what has not started, wait for all; afterwards every `grad` is the step's gradient, equal on all holders."""
+        """Start what has not started, wait for all; afterwards every `grad` is the step's gradient, equal on all
+        replicas.
+        """
         self._armed = False
         for bucket in self.buckets[self._next :]:
             bucket.start()
@@ -105,23 +110,22 @@ class GradientSync:
 
 
 def _buckets(model: ParallelModel) -> list[_Bucket]:
-    """Buckets in the order in which the backward pass completes them, roughly: the last layers first."""
+    """Return buckets in the order in which the backward pass completes them, roughly: the last layers first."""
     mesh = model.mesh
-    groups = {mesh.world.ranks: mesh.world.handle, mesh.data.ranks: mesh.data.handle}
-    for experts in {e for e in model.module.config.experts if e}:
-        for group in (mesh.experts(experts).replicas, mesh.experts(experts).alike):
-            groups[group.ranks] = group.handle
+    layers = [mesh.experts(experts) for experts in {e for e in model.module.config.experts if e}]
+    candidates = [mesh.world, mesh.data, *(g for layer in layers for g in (layer.replicas, layer.same_experts))]
+    groups = {group.ranks: group for group in candidates}
     buckets: list[_Bucket] = []
     open_buckets: dict[tuple, _Bucket] = {}
     for name, parameter in reversed(list(model.module.named_parameters())):
         if isinstance(parameter, DTensor):
             continue
         placement = model.placements[name]
-        scale = 1 / (mesh.config.data * placement.copies)
-        key = (placement.holders, scale)
+        scale = 1 / (mesh.config.data * placement.token_replicas)
+        key = (placement.replicas, scale)
         bucket = open_buckets.get(key)
         if bucket is None:
-            bucket = open_buckets[key] = _Bucket(groups[placement.holders], scale)
+            bucket = open_buckets[key] = _Bucket(groups[placement.replicas], scale)
             buckets.append(bucket)
         bucket.add(parameter)
         if bucket.bytes >= BUCKET_BYTES:
@@ -130,10 +134,11 @@ def _buckets(model: ParallelModel) -> list[_Bucket]:
 
 
 def clip(model: ParallelModel, largest: float) -> float:
-    """Scale the gradients, in place, so that the norm of the whole model's gradient is at most `largest`; returns the norm before.
+    """Scale the gradients, in place, so that the norm of the whole model's gradient is at most `largest`; returns the
+    norm before.
 
-    The same number on every rank: each contributes its pieces' squares, divided by how many ranks hold the same piece, which is exact
-    under any layout.
+    The same number on every rank: each contributes the squares of its shards, divided by how many ranks hold the same
+    shard, which is exact under any layout.
     """
     parameters = [p for p in model.module.parameters() if p.grad is not None]
     if model.mesh.world.size == 1:
@@ -144,8 +149,8 @@ def clip(model: ParallelModel, largest: float) -> float:
         if isinstance(grad, DTensor):
             total += grad.to_local().square().sum(dtype=torch.float64)
         elif grad is not None:
-            total += grad.square().sum(dtype=torch.float64) / len(model.placements[name].holders)
-    dist.all_reduce(total)
+            total += grad.square().sum(dtype=torch.float64) / len(model.placements[name].replicas)
+    all_reduce(total, model.mesh.world, "norm")
     norm = math.sqrt(float(total)) if math.isfinite(float(total)) else float(total)
     scale = min(1.0, largest / (norm + 1e-6))
     if scale < 1.0:

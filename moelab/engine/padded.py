@@ -5,17 +5,18 @@ and one back.
     -> masks -> y_SM
 
 Every rank sends every expert C slots, full or empty, and with tensor slicing each of the ranks that hold the same
-tokens sends all of them. C is the busiest expert's load on any rank that shares the experts, which is what DeepSpeed's
-drop-free gate agrees on (sharded_moe.py).
+tokens sends all of them. C is the busiest expert's load on any rank of the expert-parallel group, which is what
+DeepSpeed's drop-free gate agrees on (sharded_moe.py).
 """
 
 from __future__ import annotations
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
+from torch.distributed import ReduceOp
 
-from moelab.engine.collectives import Traffic, exchange_rows, gather_rows, scatter_sum
+from moelab.engine.collectives import all_reduce
+from moelab.engine.differentiable import all_gather_rows, all_to_all_rows, reduce_scatter_rows
 from moelab.engine.mesh import ExpertGroups
 from moelab.models.baseline import einsum_combine, einsum_dispatch, one_hot_masks
 from moelab.models.dispatch import Dispatch, Dispatched
@@ -28,44 +29,42 @@ class PaddedExchange(Dispatch[Tensor]):
 
     Args:
         groups: of this layer.
-        traffic: counts what is sent, if given; the agreement on C, one number, is left out.
     """
 
-    def __init__(self, groups: ExpertGroups, traffic: Traffic | None = None) -> None:
-        self.groups, self.traffic = groups, traffic
+    def __init__(self, groups: ExpertGroups) -> None:
+        self.groups = groups
 
     def dispatch(self, x_SM: Tensor, routing: Routing) -> Dispatched[Tensor]:
-        """As `Exchange.dispatch`; the state is the combine mask."""
+        """Dispatch as `Exchange.dispatch` does; the state is the combine mask."""
         expert, slices, own = self.groups.expert, self.groups.slices, self.groups.layout.experts_per_rank
         C = self._capacity(routing.kept_E)
         dispatch_SEC, combine_SEC = one_hot_masks(routing, C, x_SM.dtype)
         rows = einsum_dispatch(x_SM, dispatch_SEC).flatten(0, 1)  # by expert, so by rank
         even = [own * C] * expert.size
-        rows = exchange_rows(rows, even, even, expert, "dispatch", self.traffic)
-        rows = gather_rows(rows, [len(rows)] * slices.size, slices, "slices", self.traffic)
+        rows = all_to_all_rows(rows, even, even, expert, "dispatch")
+        rows = all_gather_rows(rows, [len(rows)] * slices.size, slices, "slices")
         sources = slices.size * expert.size
         rows = rows.view(sources, own, C, -1).transpose(0, 1).reshape(own * sources * C, -1)
         offsets_E1 = torch.arange(own + 1, dtype=torch.int32, device=x_SM.device) * (sources * C)
         return Dispatched(rows, offsets_E1, combine_SEC)
 
     def combine(self, rows_RM: Tensor, state: Tensor) -> Tensor:
-        """As `Exchange.combine`."""
+        """Combine as `Exchange.combine` does."""
         expert, slices, own = self.groups.expert, self.groups.slices, self.groups.layout.experts_per_rank
         _, E, C = state.shape
         sources = slices.size * expert.size
         rows = rows_RM.view(own, sources, C, -1).transpose(0, 1).reshape(len(rows_RM), -1)
-        rows = scatter_sum(rows, [E * C] * slices.size, slices, "slices", self.traffic)
+        rows = reduce_scatter_rows(rows, [E * C] * slices.size, slices, "slices")
         even = [own * C] * expert.size
-        rows = exchange_rows(rows, even, even, expert, "combine", self.traffic)
+        rows = all_to_all_rows(rows, even, even, expert, "combine")
         return einsum_combine(rows.view(E, C, -1), state)
 
     def reads_device(self, tokens: int) -> bool:
         return True
 
     def _capacity(self, kept_E: Tensor) -> int:
-        """C: the busiest expert's load on any of the ranks, at least 1."""
+        """Return C, the busiest expert's load on any of the ranks, at least 1."""
         most = kept_E.max().clamp(min=1)
         for group in (self.groups.expert, self.groups.slices):
-            if group.size > 1:
-                dist.all_reduce(most, dist.ReduceOp.MAX, group=group.handle)
+            all_reduce(most, group, "capacity", op=ReduceOp.MAX)
         return int(most)

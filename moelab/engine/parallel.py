@@ -1,4 +1,4 @@
-"""A model's part on one rank: `build(config, seed, mesh)` instead of `moelab.models.build`.
+"""A rank's part of a model: `build(config, seed, mesh)` instead of `moelab.models.build`.
 
 The model file stays as it is. Here its linear layers are replaced by sliced ones, its experts by this rank's experts,
 and the dispatch of each MoE layer by an exchange. Each parameter gets a `Placement`, which is all that gradients, norms
@@ -12,7 +12,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 from torch.utils.checkpoint import checkpoint
@@ -20,6 +19,7 @@ from torch.utils.checkpoint import checkpoint
 from moelab import kernels
 from moelab.config import ModelConfig
 from moelab.config.parallel import ParallelConfig
+from moelab.engine.collectives import all_reduce
 from moelab.engine.exchange import Exchange
 from moelab.engine.mesh import ExpertGroups, Mesh
 from moelab.engine.padded import PaddedExchange
@@ -32,7 +32,7 @@ from moelab.models.moe import MLP, Experts, MoE
 
 @dataclass(frozen=True)
 class ParallelModel:
-    """A rank's model, and where its parameters sit in the whole.
+    """A rank's model, and which shards of the whole it holds.
 
     Attributes:
         module: the model; call it like the whole one, on this data rank's tokens.
@@ -46,28 +46,30 @@ class ParallelModel:
 
 
 class SlicedExperts(Experts):
-    """This rank's experts: E / X of them, each cut to 1 / W of its feed-forward size; outputs are then partial sums over the W slices."""
+    """This rank's experts: E / ep of them, each a slice of its feed-forward size; outputs are then partial sums over
+    the slices.
+    """
 
     def __init__(self, config: ModelConfig, groups: ExpertGroups) -> None:
         super().__init__(groups.layout.experts_per_rank, config.hidden, config.ffn // groups.slices.size)
         self.adds_bias = groups.slices.index == 0
 
     def forward(self, rows_RM: Tensor, offsets_E1: Tensor) -> Tensor:
-        """As `Experts.forward`; the output bias enters the sum over slices once."""
+        """Compute as `Experts.forward`; the output bias enters the sum over slices once."""
         down_bias = self.down_bias if self.adds_bias else self.down_bias * 0
         weights = (w.to(rows_RM.dtype) for w in (self.up, self.up_bias, self.down, down_bias))
         return kernels.expert_ffn(rows_RM, offsets_E1, *weights)
 
 
 def build(config: ModelConfig, seed: int, mesh: Mesh) -> ParallelModel:
-    """This rank's part of a model with initial weights, fp32, on `mesh.device`.
+    """Return this rank's part of a model with initial weights, fp32, on `mesh.device`.
 
     Raises:
         ValueError: the layout is impossible for the model, or the model's dispatch is the one-rank baseline.
     """
     parallel = mesh.config
     parallel.check(config.experts, heads=config.heads, ffn=config.ffn)
-    if config.dispatch != "local" and any(e and _spread(mesh.experts(e)) for e in config.experts):
+    if config.dispatch != "local" and any(e and _is_distributed(mesh.experts(e)) for e in config.experts):
         raise ValueError(f"parallel: dispatch {config.dispatch!r} knows no expert parallelism or slicing; use 'local'")
     with torch.device("meta"):
         whole = {name: tuple(p.shape) for name, p in GPT(config).named_parameters()}
@@ -80,7 +82,7 @@ def build(config: ModelConfig, seed: int, mesh: Mesh) -> ParallelModel:
     if parallel.recompute:
         for block in model.blocks:
             block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
-    if parallel.shard and mesh.data.size > 1:
+    if mesh.fsdp is not None:
         _shard(model, mesh)
     return ParallelModel(model, placements, mesh)
 
@@ -98,7 +100,7 @@ def _slice_block(block: nn.Module, config: ModelConfig, mesh: Mesh) -> None:
             mlp.down = RowLinear(config.ffn, config.hidden, tensor)
     if isinstance(block.ffn, MoE):
         groups = mesh.experts(block.ffn.router.experts)
-        if _spread(groups):
+        if _is_distributed(groups):
             block.ffn.experts = SlicedExperts(config, groups)
             block.ffn.set_dispatch(config.dispatch, functools.partial(make_dispatch, groups=groups, config=mesh.config))
         if mesh.data.size > 1 and config.routing.aux_scope == "step":
@@ -106,20 +108,23 @@ def _slice_block(block: nn.Module, config: ModelConfig, mesh: Mesh) -> None:
 
 
 def make_dispatch(name: str, static_tokens: int = 0, *, groups: ExpertGroups, config: ParallelConfig) -> Dispatch:
-    """The `moelab.models.dispatch.DispatchFactory` of a layer whose experts are spread over `groups`: "local" names the
-    exchange that `config` describes, "einsum" the baseline's, which always reads the device."""
+    """Make the dispatch of a layer whose experts are distributed over `groups`: a
+    `moelab.models.dispatch.DispatchFactory`.
+
+    "local" names the exchange that `config` describes, "einsum" the baseline's, which always reads the device.
+    """
     if name not in ("local", "einsum"):
         raise ValueError(f"parallel: dispatch {name!r} knows no expert parallelism or slicing; use 'local' or 'einsum'")
     return Exchange(groups, config) if name == "local" else PaddedExchange(groups)
 
 
-def _spread(groups: ExpertGroups) -> bool:
-    """Whether tokens have to travel to this layer's experts."""
+def _is_distributed(groups: ExpertGroups) -> bool:
+    """Return whether tokens have to travel to this layer's experts."""
     return groups.expert.size > 1 or groups.slices.size > 1
 
 
 def _mean(x: Tensor, mesh: Mesh) -> Tensor:
-    dist.all_reduce(x, group=mesh.data.handle)
+    all_reduce(x, mesh.data, "router")
     return x / mesh.data.size
 
 
@@ -143,8 +148,8 @@ def _placement(name: str, shape: tuple[int, ...], config: ModelConfig, mesh: Mes
         parts = {0: (position.expert, layout.parallel)}
         if leaf != "down_bias":
             parts[{"up": 2, "up_bias": 1, "down": 1}[leaf]] = (position.slice, layout.slices)
-        holders = groups.alike if leaf == "down_bias" else groups.replicas
-        return Placement.part(shape, parts, holders.ranks, layout.copies)
+        replicas = groups.same_experts if leaf == "down_bias" else groups.replicas
+        return Placement.part(shape, parts, replicas.ranks, layout.token_replicas)
     if mesh.tensor.size > 1 and (dim := _SLICED_DIM.get((module, leaf))) is not None:
         part = (mesh.tensor.index, mesh.tensor.size)
         return Placement.part(shape, {dim: part}, mesh.data.ranks, 1, repeats=3 if module == "qkv" else 1)
@@ -157,28 +162,25 @@ def _init(model: GPT, config: ModelConfig, seed: int, placements: dict[str, Plac
         placement = placements[name]
         if placement.local_shape != tuple(parameter.shape):
             raise AssertionError(f"{name}: placed as {placement.local_shape}, built as {tuple(parameter.shape)}")
-        for box in placement.boxes:
-            target = box.of(parameter)
+        for shard in placement.shards:
+            target = shard.of(parameter)
             if name.rpartition(".")[0].endswith("experts"):  # one expert at a time: nobody ever holds them all
-                inner = tuple(slice(a, a + n) for a, n in zip(box.at[1:], box.size[1:], strict=True))
-                for i in range(box.size[0]):
-                    values = initial_weight(config, seed, name, placement.shape[1:], box.at[0] + i)
-                    target[i].copy_(values[inner])
+                for i in range(shard.size[0]):
+                    values = initial_weight(config, seed, name, placement.shape[1:], shard.offset[0] + i)
+                    target[i].copy_(values[shard.region[1:]])
             else:
                 values = initial_weight(config, seed, name, placement.shape)
-                target.copy_(values[tuple(slice(a, a + n) for a, n in zip(box.at, box.size, strict=True))])
+                target.copy_(values[shard.region])
 
 
 def expert_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
-    """The parameters that expert parallelism spreads."""
+    """Iterate over the parameters that expert parallelism distributes."""
     for module in model.modules():
         if isinstance(module, Experts):
             yield from module.parameters()
 
 
 def _shard(model: GPT, mesh: Mesh) -> None:
-    data = mesh.dense["data"]
-    spread = set(expert_parameters(model))
-    for block in model.blocks:
-        fully_shard(block, mesh=data, ignored_params=spread)
-    fully_shard(model, mesh=data, ignored_params=spread)
+    experts = set(expert_parameters(model))
+    for module in (*model.blocks, model):
+        fully_shard(module, mesh=mesh.fsdp, ignored_params=experts)

@@ -1,4 +1,4 @@
-"""Where a rank's piece of a parameter sits in the whole parameter: what checkpoints and norms need to know of a layout."""
+"""Which shards of a parameter a rank holds: all that gradients, norms and checkpoints need to know of a layout."""
 
 from __future__ import annotations
 
@@ -8,16 +8,23 @@ import torch
 
 
 @dataclass(frozen=True)
-class Box:
-    """A rectangle of a parameter: `size` elements from `at` of the whole parameter are those from `local` of the rank's tensor."""
+class Shard:
+    """A rectangle of a parameter: `size` elements from `offset` of the whole parameter are those from `local_offset` of
+    the rank's tensor.
+    """
 
-    at: tuple[int, ...]
-    local: tuple[int, ...]
+    offset: tuple[int, ...]
+    local_offset: tuple[int, ...]
     size: tuple[int, ...]
 
+    @property
+    def region(self) -> tuple[slice, ...]:
+        """The index of the shard in the whole parameter."""
+        return tuple(slice(start, start + length) for start, length in zip(self.offset, self.size, strict=True))
+
     def of(self, tensor: torch.Tensor) -> torch.Tensor:
-        """The box as a view of the rank's tensor."""
-        for dim, (start, length) in enumerate(zip(self.local, self.size, strict=True)):
+        """Return the shard as a view of the rank's tensor."""
+        for dim, (start, length) in enumerate(zip(self.local_offset, self.size, strict=True)):
             tensor = tensor.narrow(dim, start, length)
         return tensor
 
@@ -27,34 +34,34 @@ class Placement:
     """One parameter on this rank.
 
     Attributes:
-        shape: of the whole parameter, which no layout changes: names and shapes are those of the model on one rank, experts by
-            global id.
-        boxes: this rank's piece. Usually one; a tensor-sliced query-key-value weight has three.
-        holders: ranks (this one included) that hold exactly this piece. Gradients are summed over them.
-        copies: how often a token's contribution appears in that sum: gradients are divided by data ranks * copies.
+        shape: of the whole parameter, which no layout changes: names and shapes are those of the model on one rank,
+            experts by global id.
+        shards: what this rank holds. Usually one; a tensor-sliced query-key-value weight has three.
+        replicas: ranks (this one included) that hold exactly these shards. Gradients are summed over them.
+        token_replicas: how often a token contributes to that sum: gradients are divided by data ranks * token_replicas.
     """
 
     shape: tuple[int, ...]
-    boxes: tuple[Box, ...]
-    holders: tuple[int, ...]
-    copies: int
+    shards: tuple[Shard, ...]
+    replicas: tuple[int, ...]
+    token_replicas: int
 
     @classmethod
-    def whole(cls, shape: tuple[int, ...], holders: tuple[int, ...] = (0,), copies: int = 1) -> Placement:
-        """The parameter as a whole."""
+    def whole(cls, shape: tuple[int, ...], replicas: tuple[int, ...] = (0,), token_replicas: int = 1) -> Placement:
+        """Place the parameter as a whole."""
         zero = (0,) * len(shape)
-        return cls(tuple(shape), (Box(zero, zero, tuple(shape)),), holders, copies)
+        return cls(tuple(shape), (Shard(zero, zero, tuple(shape)),), replicas, token_replicas)
 
     @classmethod
     def part(
         cls,
         shape: tuple[int, ...],
         parts: dict[int, tuple[int, int]],
-        holders: tuple[int, ...],
-        copies: int,
+        replicas: tuple[int, ...],
+        token_replicas: int,
         repeats: int = 1,
     ) -> Placement:
-        """Part `index` of `count` equal ones along each dim of `parts` (dim -> (index, count)).
+        """Place part `index` of `count` equal ones along each dim of `parts` (dim -> (index, count)).
 
         With `repeats` n, dim 0 consists of n equal stretches (query, key, value), each cut so.
 
@@ -62,22 +69,22 @@ class Placement:
             ValueError: a dim does not divide evenly.
         """
         stretch = shape[0] // repeats
-        at, size = [0] * len(shape), list(shape)
+        offset, size = [0] * len(shape), list(shape)
         size[0] = stretch
         for dim, (index, count) in parts.items():
             length = size[dim]
             if length % count:
                 raise ValueError(f"placement: {count} parts do not divide dim {dim} of {shape}")
             size[dim] = length // count
-            at[dim] = index * size[dim]
-        boxes = tuple(
-            Box((at[0] + i * stretch, *at[1:]), (i * size[0], *(0,) * (len(shape) - 1)), tuple(size))
+            offset[dim] = index * size[dim]
+        shards = tuple(
+            Shard((offset[0] + i * stretch, *offset[1:]), (i * size[0], *(0,) * (len(shape) - 1)), tuple(size))
             for i in range(repeats)
         )
-        return cls(tuple(shape), boxes, holders, copies)
+        return cls(tuple(shape), shards, replicas, token_replicas)
 
     @property
     def local_shape(self) -> tuple[int, ...]:
-        """Of the rank's tensor."""
-        first = self.boxes[0].size
-        return (first[0] * len(self.boxes), *first[1:]) if first else first
+        """Shape of the rank's tensor."""
+        first = self.shards[0].size
+        return (first[0] * len(self.shards), *first[1:]) if first else first

@@ -1,56 +1,37 @@
-"""Tensor slicing: the linear layers of one rank in a tensor group (paper section 5.2; Megatron's column and row parallel layers).
+"""Tensor slicing: the linear layers of one rank in a tensor-parallel group (paper section 5.2; Megatron's column and
+row parallel layers).
 
-A column-sliced layer computes some of the outputs, the row-sliced one after it takes them as some of its inputs, and one
-all-reduce adds up. Parameters keep their names; their local shapes are 1 / L of the whole in one dim.
+A column-sliced layer computes some of the outputs, the row-sliced one after it takes them as some of its inputs, and
+one all-reduce adds up. Parameters keep their names; one dim of their local shapes is cut by the group's size.
 """
 
 from __future__ import annotations
 
-import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from moelab.engine.collectives import enter
-from moelab.engine.mesh import Group
-
-
-class _Leave(torch.autograd.Function):
-    """Adds up the ranks' partial results forward; identity backward, as the sum's gradient is the same on every rank."""
-
-    @staticmethod
-    def forward(ctx, x: Tensor, group: Group) -> Tensor:
-        y = x.contiguous().clone()
-        dist.all_reduce(y, group=group.handle)
-        return y
-
-    @staticmethod
-    def backward(ctx, grad: Tensor):
-        return grad, None
-
-
-def leave(x: Tensor, group: Group) -> Tensor:
-    """Where the slices' partial results become one tensor that all ranks of `group` hold. Same shape."""
-    return x if group.size == 1 else _Leave.apply(x, group)
+from moelab.engine.differentiable import copy_to_group, reduce_from_group
+from moelab.engine.groups import Group
 
 
 class ColumnLinear(nn.Linear):
-    """1 / L of a linear layer's outputs."""
+    """Computes this rank's part of a linear layer's outputs."""
 
     def __init__(self, in_features: int, out_features: int, group: Group) -> None:
         super().__init__(in_features, out_features // group.size)
         self.group = group
 
     def forward(self, x: Tensor) -> Tensor:
-        return super().forward(enter(x, self.group))
+        return super().forward(copy_to_group(x, self.group))
 
 
 class RowLinear(nn.Linear):
-    """A linear layer over 1 / L of its inputs; the bias is added once, to the sum."""
+    """Computes a linear layer from this rank's part of its inputs; the bias is added once, to the sum over ranks."""
 
     def __init__(self, in_features: int, out_features: int, group: Group) -> None:
         super().__init__(in_features // group.size, out_features)
         self.group = group
 
     def forward(self, x: Tensor) -> Tensor:
-        return leave(F.linear(x, self.weight), self.group) + self.bias
+        y = reduce_from_group(F.linear(x, self.weight), self.group)
+        return y + self.bias.to(y.dtype)  # autocast makes y bf16; it does not convert the operands of a sum

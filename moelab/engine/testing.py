@@ -1,8 +1,8 @@
 """Run functions on N ranks of this machine: for tests and benchmarks.
 
-Ranks are processes forked from a server that has imported torch once, so that eight of them start in about a second, and they
-stay for many functions. The first failure ends them all and is raised here with the failing rank's traceback; nothing outlives
-its time or this process.
+Ranks are processes forked from a server that has imported torch once, so that eight of them start in about a second,
+and they stay for many functions. The first failure ends them all and is raised here with the failing rank's traceback;
+nothing outlives its time or this process.
 """
 
 from __future__ import annotations
@@ -22,7 +22,10 @@ from collections.abc import Callable
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 START_S = 120.0  # to import, fork and rendezvous on a busy machine
 
@@ -34,8 +37,8 @@ class RankError(RuntimeError):
 class Ranks:
     """N processes that form one process group and run functions together.
 
-    They start with the first `run`; after a failure they are killed and the next `run` starts new ones. Used as a context, or
-    closed with `close`.
+    They start with the first `run`; after a failure they are killed and the next `run` starts new ones. Used as a
+    context, or closed with `close`.
 
     >>> with Ranks(4) as ranks:
     ...     sums = ranks.run(sum_of_ranks, 3)  # each rank calls sum_of_ranks(3); one result a rank
@@ -54,7 +57,7 @@ class Ranks:
         self._folder: Path | None = None
 
     def run(self, function: Callable[..., Any], *args: Any, timeout_s: float = 300.0) -> list[Any]:
-        """`function(*args)` on every rank at once; their results in rank order.
+        """Call `function(*args)` on every rank at once; return their results in rank order.
 
         Args:
             function: defined at the top of a module or a test file. It asks `torch.distributed` which rank it is.
@@ -81,7 +84,7 @@ class Ranks:
             raise
 
     def close(self) -> None:
-        """End the ranks. Idle ones leave by themselves, others are killed."""
+        """End the ranks. Idle ones end by themselves, others are killed."""
         self._end(grace_s=5)
 
     def _end(self, grace_s: float) -> None:
@@ -139,14 +142,19 @@ class Ranks:
         return [results[rank] for rank in range(self.size)]
 
 
+def identity_experts(rows_RM: Tensor, offsets_E1: Tensor) -> Tensor:
+    """Return the rows: experts that compute nothing, where the exchange around them is tested or measured."""
+    return rows_RM
+
+
 def run_on_ranks(size: int, function: Callable[..., Any], *args: Any, timeout_s: float = 300.0) -> list[Any]:
-    """`function(*args)` once on `size` fresh gloo ranks; see `Ranks.run`."""
+    """Call `function(*args)` once on `size` new gloo ranks; see `Ranks.run`."""
     with Ranks(size) as ranks:
         return ranks.run(function, *args, timeout_s=timeout_s)
 
 
 def _serve(rank: int, size: int, backend: str, threads: int, rendezvous: str, pipe: Connection) -> None:
-    """A rank: run what comes through the pipe until it closes."""
+    """Run, on a rank, what comes through the pipe until it closes."""
     import torch
     import torch.distributed as dist
 
@@ -158,7 +166,7 @@ def _serve(rank: int, size: int, backend: str, threads: int, rendezvous: str, pi
         try:
             module, code, name, args = pipe.recv()
         except EOFError:
-            return  # the process group dies with us: a goodbye could wait for ranks that are gone
+            return  # the process group dies with us: leaving it could wait for ranks that are gone
         try:
             if not ready:
                 if backend == "nccl":
@@ -174,7 +182,8 @@ def _serve(rank: int, size: int, backend: str, threads: int, rendezvous: str, pi
             answer = pickle.dumps((None, function(*pickle.loads(args))))
         except BaseException:
             answer = pickle.dumps((traceback.format_exc(), None))
-        # Groups that were closed hold their threads until the objects around them are gone, and each of gloo's threads wakes 100 times a second.
+        # Closed groups hold their threads until the objects around them are gone, and each of gloo's threads wakes
+        # 100 times a second.
         gc.collect()
         if first:
             gc.freeze()  # what the imports made stays: later collections take a tenth of the time
@@ -186,7 +195,7 @@ def _serve(rank: int, size: int, backend: str, threads: int, rendezvous: str, pi
 
 
 def _module(name: str, code: str | None) -> Any:
-    """The module of a function; test files are no package, so they are found by path and known by the same name."""
+    """Return the module of a function; test files are no package, so they are found by path and known by the same name."""
     if name not in sys.modules:
         try:
             return importlib.import_module(name)

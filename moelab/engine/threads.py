@@ -1,29 +1,33 @@
-"""Ranks as threads of one process: the real exchange in worlds of hundreds of ranks, to test it and to count what it sends.
+"""Ranks as threads of one process: the real exchange in worlds of hundreds of ranks, to test it and to count what it
+sends.
 
     world = World(ParallelConfig(data=256, exchange="hierarchical"), experts=256)
-    traffic = world.run(function)      # function(rank, groups) on every rank, at once
+    results = world.run(function)      # function(rank, groups) on every rank, at once
 
-The code that runs is `moelab.engine.exchange`; only the two collectives underneath it are replaced, by copies between threads, while `run`
-lasts. Nothing here says anything about time.
+The code that runs is `moelab.engine.exchange`; only the collectives underneath it are replaced, by copies between
+threads. Nothing here says anything about time.
 """
 
 from __future__ import annotations
 
-import contextlib
+import functools
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
-import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
 from moelab import kernels
 from moelab.config.parallel import ParallelConfig
-from moelab.engine.collectives import Traffic
+from moelab.engine.collectives import Collective, Traffic, observe
 from moelab.engine.exchange import Exchange
-from moelab.engine.mesh import ExpertGroups, Group
+from moelab.engine.groups import Group
+from moelab.engine.mesh import ExpertGroups
+from moelab.engine.testing import identity_experts
 
 Result = TypeVar("Result")
 WAIT_S = 60.0  # for the slowest thread at one collective
@@ -33,14 +37,14 @@ class Meeting:
     """Some threads that hand each other tensors."""
 
     def __init__(self, size: int) -> None:
-        self.slots: list[Any] = [None] * size
+        self._slots: list[Any] = [None] * size
         self._barrier = threading.Barrier(size)
 
     def swap(self, index: int, item: Any) -> list[Any]:
-        """Everyone's items; they may be read until the next call of `done`."""
-        self.slots[index] = item
+        """Return everyone's items; they may be read until the next call of `done`."""
+        self._slots[index] = item
         self._barrier.wait(WAIT_S)
-        return list(self.slots)
+        return list(self._slots)
 
     def done(self) -> None:
         self._barrier.wait(WAIT_S)
@@ -49,78 +53,49 @@ class Meeting:
         self._barrier.abort()
 
 
-def _all_to_all_single(
-    output: Tensor,
-    input: Tensor,
-    output_split_sizes: Sequence[int] | None = None,
-    input_split_sizes: Sequence[int] | None = None,
-    group: Any = None,
-) -> None:
-    meeting, index = group
-    pieces = input.split(input_split_sizes) if input_split_sizes is not None else input.chunk(len(meeting.slots))
-    theirs = [pieces_of[index] for pieces_of in meeting.swap(index, pieces)]
-    if output_split_sizes is not None and [len(t) for t in theirs] != list(output_split_sizes):
-        raise ValueError(f"all-to-all: expected {list(output_split_sizes)} rows, was sent {[len(t) for t in theirs]}")
-    output.copy_(torch.cat(theirs))
-    meeting.done()
+@dataclass(frozen=True)
+class ThreadGroup(Group):
+    """A `Group` of threads; `handle` is their `Meeting`."""
 
+    def all_to_all_single(
+        self, output: Tensor, input: Tensor, receive: list[int] | None, send: list[int] | None
+    ) -> None:
+        pieces = input.split(send) if send is not None else input.chunk(self.size)
+        theirs = [pieces_of[self.index] for pieces_of in self.handle.swap(self.index, pieces)]
+        if receive is not None and [len(t) for t in theirs] != receive:
+            raise ValueError(f"all-to-all: expected {receive} rows, was sent {[len(t) for t in theirs]}")
+        output.copy_(torch.cat(theirs))
+        self.handle.done()
 
-def _all_reduce(tensor: Tensor, group: Any = None) -> None:
-    meeting, index = group
-    total = torch.stack(meeting.swap(index, tensor)).sum(0)
-    meeting.done()
-    tensor.copy_(total)
-
-
-@contextlib.contextmanager
-def _between_threads() -> Iterator[None]:
-    replaced = {"all_to_all_single": _all_to_all_single, "all_reduce": _all_reduce}
-    originals = {name: getattr(dist, name) for name in replaced}
-    for name, call in replaced.items():
-        setattr(dist, name, call)
-    try:
-        yield
-    finally:
-        for name, call in originals.items():
-            setattr(dist, name, call)
+    def all_reduce(self, tensor: Tensor, op: Any = None, asynchronous: bool = False) -> None:
+        total = torch.stack(self.handle.swap(self.index, tensor)).sum(0)
+        self.handle.done()
+        tensor.copy_(total)
 
 
 class World:
     """All ranks' groups of one MoE layer of `experts` experts."""
 
     def __init__(self, config: ParallelConfig, experts: int) -> None:
-        self.config, self.experts = config, experts
-        self.layout = config.experts(experts)
-        self._grid = self.layout.grid()  # replica, slice, node, local, share
+        self.config = config
         self._meetings: dict[tuple[int, ...], Meeting] = {}
-        self.groups = [self._groups(rank) for rank in range(config.ranks)]
+        layout = config.experts(experts)
+        self.groups = [
+            ExpertGroups.make(config, layout, rank, functools.partial(self._group, rank))
+            for rank in range(config.ranks)
+        ]
 
-    def _group(self, rank: int, *axes: int) -> Group:
-        position = (self._grid == rank).nonzero()
-        at = tuple(slice(None) if axis in axes else int(position[axis][0]) for axis in range(5))
-        ranks = tuple(self._grid[at].ravel().tolist())
+    def _group(self, rank: int, partition: np.ndarray) -> Group:
+        ranks = tuple(partition[(partition == rank).any(axis=1)][0].tolist())
         if len(ranks) == 1:
-            return Group(ranks, 0, None)
-        meeting = self._meetings.setdefault(ranks, Meeting(len(ranks)))
-        return Group(ranks, ranks.index(rank), (meeting, ranks.index(rank)))
-
-    def _groups(self, rank: int) -> ExpertGroups:
-        near = (3,) if self.config.coordinated else (3, 4)
-        return ExpertGroups(
-            self.layout,
-            self.layout.position(rank),
-            expert=self._group(rank, 2, 3, 4),
-            spread=self._group(rank, 2, 3),
-            near=self._group(rank, *near),
-            far=self._group(rank, 2),
-            share=self._group(rank, 4),
-            slices=self._group(rank, 1),
-            replicas=self._group(rank, 0),
-            alike=self._group(rank, 0, 1),
-        )
+            return Group.alone(rank)
+        return ThreadGroup(ranks, ranks.index(rank), self._meetings.setdefault(ranks, Meeting(len(ranks))))
 
     def run(self, function: Callable[[int, ExpertGroups], Result]) -> list[Result]:
-        """`function(rank, groups)` on every rank at once; results in rank order. The first failure frees the waiting and is raised here."""
+        """Call `function(rank, groups)` on every rank at once; return results in rank order.
+
+        The first failure frees the waiting threads and is raised here.
+        """
         failures: list[BaseException] = []
 
         def guarded(rank: int, groups: ExpertGroups) -> Any:
@@ -131,29 +106,32 @@ class World:
                 for meeting in self._meetings.values():
                     meeting.abort()
 
-        with _between_threads(), ThreadPoolExecutor(self.config.ranks) as pool:
+        with ThreadPoolExecutor(self.config.ranks) as pool:
             results = list(pool.map(guarded, range(self.config.ranks), self.groups))
         if failures:
             raise failures[0]
         return results
 
+    def count(self, function: Callable[[int, ExpertGroups], Result]) -> tuple[list[Result], list[Traffic]]:
+        """Do what `run` does; also return what each rank sent."""
+        traffic = [Traffic(self.config.ranks_per_node) for _ in self.groups]
 
-class Passed(nn.Module):
-    """Experts that return their rows."""
+        def count(call: Collective) -> None:
+            traffic[call.group.rank](call)
 
-    def forward(self, rows_RM: Tensor, offsets_E1: Tensor) -> Tensor:
-        return rows_RM
+        with observe(count):
+            return self.run(function), traffic
 
 
 def traffic(config: ParallelConfig, experts: int, width: int = 1) -> list[Traffic]:
-    """What each rank sends in one layer's forward pass when each tensor group has one token, `width` fp32 numbers, for every expert."""
+    """Count what each rank sends in one layer's forward pass when each tensor group has one token, `width` fp32
+    numbers, for every expert.
+    """
     x_SM = torch.ones(experts, width)
     logits_SE = 50 * torch.eye(experts)
 
     @torch.no_grad()
-    def count(rank: int, groups: ExpertGroups) -> Traffic:
-        found = Traffic(config.ranks_per_node)
-        Exchange(groups, config, found)(x_SM, kernels.gate(logits_SE, 1), Passed())
-        return found
+    def forward(rank: int, groups: ExpertGroups) -> None:
+        Exchange(groups, config)(x_SM, kernels.gate(logits_SE, 1), identity_experts)
 
-    return World(config, experts).run(count)
+    return World(config, experts).count(forward)[1]

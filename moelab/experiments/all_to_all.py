@@ -79,11 +79,9 @@ def counts(worlds: Iterable[int]) -> list[dict]:
     for ranks in worlds:
         for way, config in layouts(ranks).items():
             sent = traffic(config, ranks)
-            out = max(
-                (t.sent.get(("dispatch", "forward"), Sent()) for t in sent), key=lambda s: s.near_bytes + s.far_bytes
-            )
-            back = max(t.total("share").near_bytes + t.total("share").far_bytes for t in sent)
-            messages, rows = out.near_messages + out.far_messages, (out.near_bytes + out.far_bytes) // 4
+            out = max((t.sent.get(("dispatch", "forward"), Sent()) for t in sent), key=lambda s: s.bytes)
+            back = max(t.total("tensor").bytes for t in sent)
+            messages, rows = out.messages, out.bytes // 4
             own = _kept(way, ranks)
             expected = dict(zip(("messages", "rows", "gathered_rows"), formula(way, ranks), strict=True))
             simulated = _simulated_counts(config, ranks)

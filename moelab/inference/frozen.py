@@ -25,8 +25,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moelab import kernels
+from moelab.engine.differentiable import reduce_from_group
 from moelab.engine.parallel import SlicedExperts
-from moelab.engine.tensor_slicing import RowLinear, leave
+from moelab.engine.tensor_slicing import RowLinear
 from moelab.models import GPT
 from moelab.models.moe import MLP, Experts, Mix, MoE
 from moelab.models.routing import Router, Routing
@@ -118,7 +119,7 @@ class FrozenRowLinear(nn.Module):
         self.product, self.bias, self.group = product(linear.weight), linear.bias.detach(), linear.group
 
     def forward(self, x: Tensor) -> Tensor:
-        return leave(self.product(x, None), self.group) + self.bias
+        return reduce_from_group(self.product(x, None), self.group) + self.bias
 
 
 class FrozenMLP(nn.Module):

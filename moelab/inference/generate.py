@@ -22,6 +22,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from moelab.engine.collectives import all_gather, all_reduce
 from moelab.engine.mesh import Mesh
 from moelab.inference.cache import KVCache
 from moelab.inference.modes import STATIC_TOKENS
@@ -199,7 +200,7 @@ class Generator:
         if self.mesh is None:
             return list(mine)
         flags = torch.tensor(mine, dtype=torch.int32, device=self.cache.device)
-        dist.all_reduce(flags, dist.ReduceOp.MAX, group=self.mesh.world.handle)
+        all_reduce(flags, self.mesh.world, "control", op=dist.ReduceOp.MAX)
         return [bool(f) for f in flags.tolist()]
 
     @torch.inference_mode()
@@ -332,13 +333,12 @@ def _gather(mine: dict[int, Completion], count: int, mesh: Mesh) -> dict[int, Co
         return mine
     rows, width = -(-count // mesh.data.size), torch.tensor([max((len(c.tokens) for c in mine.values()), default=0)])
     width = width.to(mesh.device)
-    dist.all_reduce(width, dist.ReduceOp.MAX, group=mesh.data.handle)
+    all_reduce(width, mesh.data, "control", op=dist.ReduceOp.MAX)
     sent = torch.full((rows, 2 + int(width)), -1, dtype=torch.long)
     for row, (i, c) in zip(sent, mine.items(), strict=False):
         row[: 2 + len(c.tokens)] = torch.tensor([i, _FINISHES.index(c.finish), *c.tokens])
     sent = sent.to(mesh.device)
-    received = [torch.empty_like(sent) for _ in range(mesh.data.size)]
-    dist.all_gather(received, sent, group=mesh.data.handle)
+    received = all_gather(sent, mesh.data, "control")
     return {
         row[0]: Completion(tuple(t for t in row[2:] if t >= 0), _FINISHES[row[1]])
         for row in torch.cat(received).tolist()

@@ -153,14 +153,14 @@ def join_ranks(directory: Path, device: str = "cpu", **layout: Any) -> Mesh | No
         ValueError: the layout does not fit the ranks or the model; before anybody waits for anybody.
     """
     place = process.find()
-    if place is None or place.world == 1:
+    if place is None or place.world_size == 1:
         if unusual := {k: v for k, v in layout.items() if v != getattr(ParallelConfig(), k)}:
             raise ValueError(f"generate: {', '.join(unusual)} needs several ranks; start with torchrun or srun")
         return None
     tensor = layout.get("tensor", 1)
-    if tensor < 1 or place.world % tensor:
-        raise ValueError(f"generate: tensor {tensor} does not divide {place.world} ranks")
-    parallel = ParallelConfig(data=place.world // tensor, **layout)
+    if tensor < 1 or place.world_size % tensor:
+        raise ValueError(f"generate: tensor {tensor} does not divide {place.world_size} ranks")
+    parallel = ParallelConfig(data=place.world_size // tensor, **layout)
     config, _ = run_configs(directory)
     parallel.check(config.experts, heads=config.heads, ffn=config.ffn)
     process.join(device=device)

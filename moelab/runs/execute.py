@@ -27,7 +27,7 @@ def execute(run: Run, *, should_stop=lambda: False, on_progress=lambda _: None, 
         whatever training raises, after noting it in the status.
     """
     place, ranks = process.find(), run.spec.parallel.ranks
-    if (place.world if place else 1) != ranks:
+    if (place.world_size if place else 1) != ranks:
         there = f"this is {place}" if place else "this process is not one of several"
         raise ValueError(f"run {run.spec.id} is for {ranks} ranks, {there}")
     cache = cache or paths.home() / "data"
@@ -39,15 +39,15 @@ def execute(run: Run, *, should_stop=lambda: False, on_progress=lambda _: None, 
 
     from moelab.training import TrainingStopped
 
-    place = process.join(device=run.spec.train.device)
+    place = process.join(device=run.spec.train.device, folder=run.path)
     try:
         if place.rank == 0:
             with _trainer_of(run, should_stop):
                 todo = not run.finished
-                process.tell("run", "train" if todo else "finished")
+                process.publish("run", "train" if todo else "finished")
                 if todo:
                     _train(run, should_stop, on_progress, cache)
-        elif process.hear("run", should_stop) == "train":
+        elif process.wait_for("run", should_stop) == "train":
             _train_along(run, should_stop, cache)
     except TrainingStopped:  # all ranks at the same step
         process.leave()
@@ -95,7 +95,7 @@ def _train(run: Run, should_stop, on_progress, cache: Path) -> None:
     try:
         data = prepare(spec.data, cache)
         if spec.parallel.ranks > 1:
-            process.tell("data", data.fingerprint)
+            process.publish("data", data.fingerprint)
         result = _call_train(run, data, should_stop, progress)
     except (TrainingStopped, KeyboardInterrupt) as stop:
         run.set_status(Status("stopped", **state, reason=str(stop) or "interrupted"))
@@ -122,7 +122,7 @@ def _train_along(run: Run, should_stop, cache: Path) -> None:
     """A rank after the first: reads the data that rank 0 has prepared, and trains."""
     from moelab.data import prepare
 
-    fingerprint = process.hear("data", should_stop)
+    fingerprint = process.wait_for("data", should_stop)
     data = prepare(run.spec.data, cache)
     if data.fingerprint != fingerprint:
         raise ValueError(f"run {run.spec.id}: this rank's data are {data.fingerprint}, rank 0's {fingerprint}")

@@ -78,5 +78,5 @@ def start(run: Run) -> subprocess.Popen:
             stderr=subprocess.STDOUT,
             stdin=subprocess.DEVNULL,
             start_new_session=True,
-            env={**process.forget(), "OMP_NUM_THREADS": str(run.spec.train.threads)},
+            env={**process.without_rank(), "OMP_NUM_THREADS": str(run.spec.train.threads)},
         )

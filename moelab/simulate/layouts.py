@@ -96,8 +96,8 @@ class ExpertLayouts:
     parallel: Array
     nodes: Array
     local: Array
-    share: Array
-    copies: Array
+    tensor: Array
+    token_replicas: Array
     senders: Array
     valid: Array
 
@@ -108,7 +108,7 @@ class ExpertLayouts:
         whole = (X % G == 0) | (G % X == 0)
         valid = (experts % X == 0) & (P % (X * W) == 0) & ((L % X == 0) | (X % L == 0))
         valid &= ~layouts.hierarchical | whole
-        share = np.minimum(L, X)
+        tensor = np.minimum(L, X)
         nodes = np.where(whole & (X > G), X // G, 1)
         return cls(
             experts=experts,
@@ -116,9 +116,9 @@ class ExpertLayouts:
             slices=W,
             parallel=X,
             nodes=nodes,
-            local=X // nodes // share,
-            share=share,
-            copies=np.where(layouts.coordinated, L // share, L),
-            senders=np.where(layouts.coordinated, share, 1),
+            local=X // nodes // tensor,
+            tensor=tensor,
+            token_replicas=np.where(layouts.coordinated, L // tensor, L),
+            senders=np.where(layouts.coordinated, tensor, 1),
             valid=valid,
         )

@@ -22,7 +22,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
@@ -31,6 +30,7 @@ from moelab.config.parallel import ParallelConfig
 from moelab.data import TokenData, TrainBatches, bits_per_byte, overall_loss, validation_batches
 from moelab.engine import checkpoint, gradients
 from moelab.engine import parallel as engine
+from moelab.engine.collectives import all_reduce
 from moelab.engine.launch import process
 from moelab.engine.mesh import Mesh
 from moelab.models import GPT, Routing
@@ -323,7 +323,7 @@ class Trainer:
             numbers = [torch.tensor([*losses, float(stop)], dtype=torch.float64, device=self.mesh.device)]
             numbers += [load[layer].double() for layer in layers] + [kept[layer].double()[None] for layer in layers]
             flat = torch.cat(numbers)
-            dist.all_reduce(flat)
+            all_reduce(flat, self.mesh.world, "metrics")
             n = len(losses)
             losses = tuple((flat[:n] / self.mesh.world.size).tolist())
             stop = bool(flat[n] > 0)
@@ -393,7 +393,7 @@ def evaluate(
         sums[domains.index(domain)] += torch.tensor([float(output.loss), targets_BT.numel()], dtype=torch.float64)
     if world > 1:
         sums = sums.to(mesh.device)
-        dist.all_reduce(sums, group=mesh.data.handle)
+        all_reduce(sums, mesh.data, "metrics")
     model.train()
     losses = {domain: nats / count for domain, (nats, count) in zip(domains, sums.tolist(), strict=True)}
     overall = overall_loss(data, losses)

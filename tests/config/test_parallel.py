@@ -38,9 +38,9 @@ def test_grid_and_position_agree(exchange, tensor, data, slicing, node, experts)
     grid = layout.grid()
     for rank in range(config.ranks):
         p = layout.position(rank)
-        assert grid[p.replica, p.slice, p.node, p.local, p.share] == rank
+        assert grid[p.replica, p.slice, p.node, p.local, p.tensor] == rank
         assert grid.reshape(layout.replicas, layout.slices, layout.parallel)[p.replica, p.slice, p.expert] == rank
-        assert rank % tensor % layout.share == p.share
+        assert rank % tensor % layout.tensor == p.tensor
     held = [e for rank in grid[0, 0].ravel() for e in layout.local_experts(int(rank))]
     assert held == list(range(experts))
     # A (node, local, share) row never leaves its node when the layer spans several.

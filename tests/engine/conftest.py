@@ -9,8 +9,8 @@ from moelab.engine.testing import Ranks
 def on_ranks():
     """`on_ranks(size, function, *args)`: results of all ranks; see `moelab.engine.testing.Ranks.run`.
 
-    Not for the whole session: the threads of gloo's groups look around a hundred times a second, so ranks with many groups keep a core
-    busy while they wait.
+    Not for the whole session: the threads of gloo's groups look around a hundred times a second, so ranks with many
+    groups keep a core busy while they wait.
     """
     pools: dict[int, Ranks] = {}
 

@@ -20,7 +20,8 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from moelab.config import ModelConfig
 from moelab.config.parallel import ParallelConfig
 from moelab.engine import checkpoint, parallel
-from moelab.engine.checkpoint import storage
+from moelab.engine.checkpoint import format, loading, storage
+from moelab.engine.checkpoint.format import CheckpointError
 from moelab.engine.mesh import Mesh
 from moelab.engine.testing import RankError, Ranks
 
@@ -56,9 +57,9 @@ def local_truth(name, tensor, placement):
     if isinstance(tensor, DTensor):
         return distribute_tensor(whole, tensor.device_mesh, tensor.placements, src_data_rank=None).to_local()
     mine = torch.full(tensor.shape, float("nan"))
-    for box in placement.boxes:
-        there = tuple(slice(a, a + n) for a, n in zip(box.local, box.size, strict=True))
-        mine[there] = whole[tuple(slice(a, a + n) for a, n in zip(box.at, box.size, strict=True))]
+    for shard in placement.shards:
+        there = tuple(slice(a, a + n) for a, n in zip(shard.local_offset, shard.size, strict=True))
+        mine[there] = whole[tuple(slice(a, a + n) for a, n in zip(shard.offset, shard.size, strict=True))]
     return mine
 
 
@@ -113,15 +114,15 @@ def save_at(layouts, root):
 def load_at(layouts, sources, root):
     """(layout, source, differences), and how much was read beside how much there is to fill."""
     read = 0
-    resolve = storage._LoadPlanner.resolve_tensor
+    read_part = storage._read_part
 
-    def counted(self, item):
+    def counted(*args):
         nonlocal read
-        target = resolve(self, item)
-        read += target.numel()
-        return target
+        part = read_part(*args)
+        read += part.numel()
+        return part
 
-    storage._LoadPlanner.resolve_tensor = counted
+    storage._read_part = counted
     wrong, needed = [], 0
     for i, layout in layouts.items():
         built, optimizer = build(layout)
@@ -136,7 +137,7 @@ def load_at(layouts, sources, root):
             wrong += [(i, source, name) for name in differences(built, optimizer)]
             needed += sum(parts) * 3 + len(parts)
         built.mesh.close()
-    storage._LoadPlanner.resolve_tensor = resolve
+    storage._read_part = read_part
     return wrong, read, needed
 
 
@@ -275,11 +276,11 @@ def save_two(root):
 
 def latest_of(folders):
     listener = Listener()
-    checkpoint.log.addHandler(listener)
+    loading.log.addHandler(listener)
     try:
         return [checkpoint.latest(folder) for folder in folders], listener.lines
     finally:
-        checkpoint.log.removeHandler(listener)
+        loading.log.removeHandler(listener)
 
 
 @pytest.mark.multiprocess
@@ -428,7 +429,7 @@ def test_the_newest_are_kept_and_a_broken_newer_one_does_not_count(tmp_path):
     with checkpoint.Writer(tmp_path, keep=3) as checkpoints:
         for step in range(1, 6):
             checkpoints.save(step, built.module, optimizer, {})
-    assert [int(p.name[5:]) for p in storage.directories(tmp_path)] == [3, 4, 5, 99]
+    assert [int(p.name[5:]) for p in format.directories(tmp_path)] == [3, 4, 5, 99]
     assert checkpoint.latest(tmp_path).step == 5
 
 
@@ -442,11 +443,41 @@ def save_with_a_gap(root):
     built, optimizer = filled(ParallelConfig(data=2, expert=2))
     name = "blocks.1.ffn.experts.up"
     placement = built.placements[name]
-    box = replace(placement.boxes[0], at=(0, 0, 0))  # both ranks claim the first experts
-    built.placements[name] = replace(placement, boxes=(box,), holders=(0,))
+    shard = replace(placement.shards[0], offset=(0, 0, 0))  # both ranks claim the first experts
+    built.placements[name] = replace(placement, shards=(shard,), replicas=(0,))
     checkpoints = checkpoint.Writer(root)
     checkpoints.save(1, built.module, optimizer, {}, built.placements)
     try:
         checkpoints.wait()
     except checkpoint.CheckpointError as error:
         return str(error)
+
+
+@pytest.mark.parametrize("name", ["pipe", "../pipe", "/dev/zero"])
+def test_a_file_list_that_names_a_fifo_or_a_device_is_refused_at_once(tmp_path, name):
+    built, optimizer = filled(ParallelConfig())
+    with checkpoint.Writer(tmp_path) as checkpoints:
+        checkpoints.save(1, built.module, optimizer, {}, built.placements)
+    path = checkpoint.latest(tmp_path).path
+    for where in (path, tmp_path):
+        os.mkfifo(where / "pipe")
+    record = json.loads((path / "state.json").read_text())
+    format.write_state(path, 1, {}, {**record["sha256"], name: "0" * 64})
+    with pytest.raises(CheckpointError, match="is not a regular file of the checkpoint"):
+        format.verify(path, name, "0" * 64)
+    assert checkpoint.latest(tmp_path) is None
+    index = {key: {**entry, "pieces": [{**p, "file": name} for p in entry["pieces"]]}
+             for key, entry in format.read_index(path).items()}  # fmt: skip
+    (path / "index.json").write_text(json.dumps(index))
+    with pytest.raises(CheckpointError, match="is not a regular file of the checkpoint"):
+        checkpoint.load_model(checkpoint.Checkpoint(path, 1, {}), built.module, built.placements)
+
+
+@pytest.mark.parametrize("file", ["index.json", "state.json"])
+def test_an_index_or_state_that_is_a_fifo_is_refused_at_once(tmp_path, file):
+    path = tmp_path / "step-00000001"
+    path.mkdir()
+    os.mkfifo(path / file)
+    with pytest.raises(CheckpointError, match="is not a regular file"):
+        (format.read_index if file == "index.json" else format.read_state)(path)
+    assert checkpoint.latest(tmp_path) is None

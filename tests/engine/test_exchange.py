@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 from moelab import kernels
 from moelab.config.parallel import ParallelConfig
-from moelab.engine.collectives import Sent, Traffic
+from moelab.engine.collectives import Sent, Traffic, observe
 from moelab.engine.exchange import Exchange
 from moelab.engine.mesh import Mesh
 from moelab.models.dispatch import LocalDispatch
@@ -112,7 +112,9 @@ def route(case, logits):
 
 
 def run_case(case):
-    """Differences to `LocalDispatch`: y, gradients of x and logits (this rank's), gradient of the experts; with the traffic."""
+    """Differences to `LocalDispatch`: y, gradients of x and logits (this rank's), gradient of the experts; with the
+    traffic.
+    """
     mesh = mesh_of(case.parallel, case.experts)
     groups = mesh.experts(case.experts)
     reference = whole_experts(case)
@@ -124,11 +126,12 @@ def run_case(case):
             expected = y.detach(), x.grad, logits.grad
     mine = rank_experts(case, groups)
     traffic = Traffic(case.parallel.ranks_per_node)
-    exchange = Exchange(groups, case.parallel, traffic)
+    exchange = Exchange(groups, case.parallel)
     x, logits, dy = tokens_of(case, mesh.data.index)
-    y = exchange(x, route(case, logits), mine)
+    with observe(traffic):
+        y = exchange(x, route(case, logits), mine)
+        y.backward(dy)
     assert y.dtype == case.dtype
-    y.backward(dy)
     found = y.detach(), x.grad, logits.grad
     differences = {
         what: difference(a, b)
@@ -140,7 +143,7 @@ def run_case(case):
         if groups.replicas.size > 1:
             dist.all_reduce(total, group=groups.replicas.handle)
         differences["experts." + name] = difference(
-            total / groups.layout.copies, cut(reference.get_parameter(name).grad, name, groups)
+            total / groups.layout.token_replicas, cut(reference.get_parameter(name).grad, name, groups)
         )
     return differences, traffic
 
@@ -164,7 +167,7 @@ def layouts():
     yield "flat-tensor-4", 4, P(tensor=2, data=2), 4
     yield "hierarchical-2x2", 4, P(data=4, gpus_per_node=2, exchange="hierarchical"), 8
     yield "coordinated-2x2", 4, P(tensor=2, data=2, exchange="coordinated"), 4
-    yield "coordinated-one-share-4", 4, P(tensor=4, expert=2, exchange="coordinated"), 4
+    yield "coordinated-one-tensor-group-4", 4, P(tensor=4, expert=2, exchange="coordinated"), 4
     yield "slices-flat-4", 4, P(data=4, expert=2, expert_slicing=2), 4
     yield "slices-coordinated-4", 4, P(tensor=2, data=2, expert=2, expert_slicing=2, exchange="coordinated"), 6
     yield "hierarchical-2x4", 8, P(data=8, gpus_per_node=4, exchange="hierarchical"), 16
@@ -295,11 +298,11 @@ def test_traffic_of_coordinated_and_slices(on_ranks):
         assert traffic.sent == {
             ("counts", "forward"): Sent(1, 4),
             **{(kind, way): rows for kind in ("dispatch", "combine") for way in ("forward", "backward")},
-            ("share", "forward"): Sent(3, 3 * mine),
-            ("share", "backward"): Sent(6, 6 * 24 * ROW // 4),  # the ring that adds up the tokens' gradients
+            ("tensor", "forward"): Sent(3, 3 * mine),
+            ("tensor", "backward"): Sent(6, 6 * 24 * ROW // 4),  # the ring that adds up the tokens' gradients
         }
         assert traffic.total("dispatch", "combine") == Sent(4, 4 * 3 * ROW)
-        assert traffic.total().near_messages == 1 + 4 + 3 + 6
+        assert traffic.total().intra_node_messages == 1 + 4 + 3 + 6
     case = Case(ParallelConfig(data=4, expert=2, expert_slicing=2), 2, tokens=(8, 0, 4, 0), skew="even")
     sent = [traffic.sent for _, traffic in on_ranks(4, run_case, case)]
     # Slices are ranks 0 and 2, 1 and 3; after the exchange 4, 4, 2, 2 rows lie there, and each is sent the other's sums.

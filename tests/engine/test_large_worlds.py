@@ -6,7 +6,6 @@ from torch import nn
 
 from moelab import kernels
 from moelab.config.parallel import ParallelConfig
-from moelab.engine.collectives import Traffic
 from moelab.engine.exchange import Exchange
 from moelab.engine.threads import World, traffic
 from moelab.models.dispatch import LocalDispatch
@@ -42,14 +41,13 @@ def run(config, experts, even):
     whole = Scale(0, experts)
 
     def rank_(rank, groups):
-        traffic = Traffic(config.ranks_per_node)
         x, logits, dy = data(config, experts, rank, even)
         mine = Scale(groups.local_experts.start, len(groups.local_experts))
-        y = Exchange(groups, config, traffic)(x, kernels.gate(logits, 1), mine)
+        y = Exchange(groups, config)(x, kernels.gate(logits, 1), mine)
         y.backward(dy)
-        return y.detach(), x.grad, logits.grad, mine.weight.grad, traffic
+        return y.detach(), x.grad, logits.grad, mine.weight.grad
 
-    results = world.run(rank_)
+    results, traffic = world.count(rank_)
     for d in range(config.data):
         x, logits, dy = data(config, experts, d * config.tensor, even)
         y = LocalDispatch()(x, kernels.gate(logits, 1), whole)
@@ -58,10 +56,10 @@ def run(config, experts, even):
             for a, b in zip(found, (y, x.grad, logits.grad), strict=False):
                 assert torch.equal(a, b)
     total = torch.zeros(experts)
-    for (*_, grad, _), g in zip(results, world.groups, strict=True):
-        total[g.local_experts.start : g.local_experts.stop] += grad / g.layout.copies
+    for (*_, grad), g in zip(results, world.groups, strict=True):
+        total[g.local_experts.start : g.local_experts.stop] += grad / g.layout.token_replicas
     torch.testing.assert_close(total, whole.weight.grad, rtol=1e-4, atol=1e-3)
-    return [result[-1] for result in results]
+    return traffic
 
 
 P = ParallelConfig
@@ -90,13 +88,13 @@ def test_every_row_arrives_and_messages_are_as_the_paper_counts(config, experts,
     assert formula[config.exchange] == dispatch
     for found in run(config, experts, even=True):
         sent = found.sent["dispatch", "forward"]
-        assert sent.near_messages + sent.far_messages == dispatch
-        back = found.total("share")
-        assert back.near_messages == 3 * gather, "gathered forward, added up by a ring backward"
-        assert (back.far_messages, back.far_bytes) == (0, 0)
+        assert sent.messages == dispatch
+        back = found.total("tensor")
+        assert back.intra_node_messages == 3 * gather, "gathered forward, added up by a ring backward"
+        assert (back.inter_node_messages, back.inter_node_bytes) == (0, 0)
         # every row to another node crosses once, however it travels; tensor ranks that coordinate share them
         rows = (p - G) * (experts // p) // (L if config.coordinated else 1)
-        assert sent.far_bytes == rows * M * 4
+        assert sent.inter_node_bytes == rows * M * 4
 
 
 @pytest.mark.parametrize("exchange", ["hierarchical", "coordinated-hierarchical"])
@@ -114,7 +112,7 @@ def test_a_failing_rank_ends_its_world():
     def fail(rank, groups):
         if rank == 3:
             raise ValueError("rank 3 had enough")
-        groups.expert.handle[0].swap(groups.expert.index, None)
+        groups.expert.handle.swap(groups.expert.index, None)
 
     with pytest.raises(ValueError, match="rank 3 had enough"):
         World(P(data=8), 8).run(fail)

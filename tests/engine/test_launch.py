@@ -12,8 +12,9 @@ from dataclasses import replace
 import psutil
 import pytest
 
-from moelab.engine.launch import Limits, RankFailed, launch, postmortem, process
+from moelab.engine.launch import Limits, RankFailed, launch, launcher, postmortem, process
 from moelab.engine.launch import ranks as ranks_module
+from moelab.engine.launch.process import rank_name
 
 pytestmark = pytest.mark.multiprocess
 
@@ -23,7 +24,7 @@ IMPATIENT = Limits(hang_s=4, death_s=8)
 
 ALONE = """
 import os, signal, subprocess, sys, time
-from moelab.engine import process
+from moelab.engine.launch import process
 place = process.find()
 asked = []
 for name in (signal.SIGTERM, signal.SIGUSR1):
@@ -39,7 +40,7 @@ print("hello from", place, flush=True)
 
 TOGETHER = """
 import os, resource, signal, sys, time
-from moelab.engine import process
+from moelab.engine.launch import process
 place = process.join()
 import torch, torch.distributed as dist
 def step():
@@ -103,13 +104,13 @@ def test_all_end_well_and_speak_in_their_own_logs(ranks, tmp_path):
 def test_ranks_meet_talk_and_leave(ranks, tmp_path):
     code = TOGETHER + (
         "print('sum', step())\n"
-        "if place.rank == 0: time.sleep(0.5); process.tell('data', 'here')\n"
-        "else: print('heard', process.hear('data'))\n"
+        "if place.rank == 0: time.sleep(0.5); process.publish('data', 'here')\n"
+        "else: print('got', process.wait_for('data'))\n"
         "process.leave()"
     )
     assert ranks(code) == process.FINISHED
     assert "sum 3.0" in (tmp_path / "rank-00000.txt").read_text()
-    assert "heard here" in (tmp_path / "rank-00001.txt").read_text()
+    assert "got here" in (tmp_path / "rank-00001.txt").read_text()
 
 
 def test_an_exception_is_told_by_rank_and_not_by_those_who_lost_the_connection(ranks):
@@ -233,8 +234,8 @@ def test_no_rank_outlives_its_launcher(tmp_path):
 )
 def test_a_rank_finds_its_place(environment, place):
     found = process.find(environment)
-    assert (found and (found.rank, found.world, found.local_rank)) == place
-    assert process.find(process.forget(environment)) is None
+    assert (found and (found.rank, found.world_size, found.local_rank)) == place
+    assert process.find(process.without_rank(environment)) is None
 
 
 SRUN = """
@@ -257,7 +258,8 @@ for rank in range(tasks):
     local = {"SLURM_PROCID": rank, "SLURM_STEP_ID": 0, "SLURM_STEP_NUM_TASKS": tasks, "SLURM_LOCALID": rank // nodes,
              "SLURM_LAUNCH_NODE_IPADDR": "127.0.0.1"}
     with open(re.sub("%5t", f"{rank:05d}", value["output"]), "ab") as out:
-        started.append(subprocess.Popen(command, stdout=out, stderr=out, env={**os.environ, **{k: str(v) for k, v in local.items()}}))
+        started.append(subprocess.Popen(command, stdout=out, stderr=out, env={**os.environ, **{k: str(v) for k, v in
+        local.items()}}))
 codes = [None] * tasks
 while None in codes:
     pid, status = os.wait()
@@ -351,3 +353,72 @@ def test_a_kill_for_want_of_memory_is_recognised(monkeypatch):
     assert "likely out of memory (last seen with 6.0 GiB" in say(signal.SIGKILL, 1, [1 << 30, 6 << 30], oom_kill=False)
     assert "likely" not in say(signal.SIGKILL, 1, [1 << 30, 2 << 30], oom_kill=False)
     assert say(signal.SIGSEGV, 0, [0, 0], oom_kill=True) == "was killed by SIGSEGV"
+
+
+class Clocks:
+    """Stands in for the clocks that the watch reads."""
+
+    def __init__(self, monkeypatch):
+        self.monotonic = self.wall = 1000.0
+        monkeypatch.setattr(launcher.time, "monotonic", lambda: self.monotonic)
+        monkeypatch.setattr(launcher.time, "time", lambda: self.wall)
+
+    def run(self, watch, seconds):
+        """Let time pass, the watch looking twice a second; ranks that hang according to it."""
+        for _ in range(int(2 * seconds)):
+            self.monotonic += 0.5
+            self.wall += 0.5
+            watch.clock.read()
+            if hanging := watch._hanging([None, None]):
+                return hanging
+        return []
+
+
+@pytest.mark.parametrize(
+    ("monotonic", "wall"), [(0, 3600), (3600, 3600)], ids=["sleep, while the monotonic clock stands", "SIGSTOP of all"]
+)
+def test_a_suspended_machine_is_no_hang(monkeypatch, tmp_path, monotonic, wall):
+    for rank in range(2):
+        (tmp_path / rank_name(rank)).touch()
+    clocks = Clocks(monkeypatch)
+    watch = launcher._Watch(None, 2, Limits(hang_s=300), tmp_path, [0, 0], tmp_path)
+    assert clocks.run(watch, 200) == []
+    clocks.monotonic += monotonic
+    clocks.wall += wall
+    assert clocks.run(watch, 90) == [], "200 and 90 seconds awake are not 300"
+    os.utime(tmp_path / rank_name(1), (5, 5))  # rank 1 gives a sign of life
+    assert clocks.run(watch, 60) == [0], "a rank that hangs after all is still found"
+
+
+def test_a_wall_clock_that_is_set_hides_no_hang(monkeypatch, tmp_path):
+    (tmp_path / rank_name(0)).touch()
+    clocks = Clocks(monkeypatch)
+    watch = launcher._Watch(None, 2, Limits(hang_s=300), tmp_path, [0, 0], tmp_path)
+    assert clocks.run(watch, 100) == []
+    clocks.wall -= 7200
+    assert clocks.run(watch, 190) == []
+    assert clocks.run(watch, 30) == [0]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs SIGSTOP of a session")
+def test_halting_launcher_and_ranks_is_no_hang(ranks, tmp_path):
+    """A launcher and its ranks are halted for longer than the limit, then go on: the run ends well."""
+    code = (
+        "import sys; from pathlib import Path; from moelab.engine.launch import Limits, launch\n"
+        "sys.exit(launch([sys.executable, '-c', sys.argv[2]], 2, Path(sys.argv[1]), limits=Limits(hang_s=7), how='local'))"
+    )
+    environment = {**os.environ, "MOELAB_TEST_MARK": str(tmp_path), "OMP_NUM_THREADS": "1"}
+    launching = subprocess.Popen([sys.executable, "-c", code, str(tmp_path), ALONE + "steps(4, 2.5)"], env=environment)
+    deadline = time.monotonic() + 120
+    while sum("hello" in log.read_text() for log in tmp_path.glob("rank-*.txt")) < 2 and time.monotonic() < deadline:
+        time.sleep(0.1)
+    time.sleep(1)
+    halted = [launching.pid, *(p.pid for p in psutil.Process(launching.pid).children(recursive=True))]
+    assert len(halted) == 3
+    for pid in halted:
+        os.kill(pid, signal.SIGSTOP)
+    time.sleep(9)
+    for pid in halted:  # the launcher first: it must not judge by what it sees at once
+        os.kill(pid, signal.SIGCONT)
+        time.sleep(1)
+    assert launching.wait(120) == process.FINISHED

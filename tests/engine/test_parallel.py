@@ -11,6 +11,7 @@ from torch.distributed.tensor import DTensor
 from moelab.config import ModelConfig, RoutingConfig
 from moelab.config.parallel import ParallelConfig
 from moelab.engine import gradients, parallel
+from moelab.engine.collectives import all_reduce
 from moelab.engine.mesh import Mesh
 from moelab.engine.testing import Ranks
 from moelab.models import build
@@ -37,7 +38,7 @@ def batch(config: ModelConfig) -> tuple[torch.Tensor, torch.Tensor]:
     return tokens[:, :-1], tokens[:, 1:]
 
 
-def forward_backward(config: ModelConfig, module, first: int, count: int, last=lambda: None) -> float:
+def forward_backward(config: ModelConfig, module, first: int, count: int, last=lambda: None, bf16=False) -> float:
     """Sequences first ... first + count - 1, each a micro-batch, mean loss over them."""
     tokens, targets = batch(config)
     module.train()
@@ -46,7 +47,8 @@ def forward_backward(config: ModelConfig, module, first: int, count: int, last=l
         torch.manual_seed(i)
         if i == first + count - 1:
             last()
-        output = module(tokens[i : i + 1])
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            output = module(tokens[i : i + 1])
         loss = output.cross_entropy(targets[i : i + 1]) + output.routing_loss(config)
         (loss / count).backward()
         total += float(loss.detach()) / count
@@ -54,7 +56,9 @@ def forward_backward(config: ModelConfig, module, first: int, count: int, last=l
 
 
 def compare(config: ModelConfig, layout: ParallelConfig) -> dict[str, float]:
-    """On a rank: largest differences from the model on one rank, relative to the largest value of each parameter's gradient."""
+    """On a rank: largest differences from the model on one rank, relative to the largest value of each parameter's
+    gradient.
+    """
     reference = build(config, SEED)
     whole_loss = forward_backward(config, reference, 0, SEQUENCES)
     whole = {name: (p.detach(), p.grad) for name, p in reference.named_parameters()}
@@ -76,10 +80,9 @@ def compare(config: ModelConfig, layout: ParallelConfig) -> dict[str, float]:
             off = float((p.grad.full_tensor() - grad).abs().max())
             difference["gradients"] = max(difference["gradients"], off / (float(grad.abs().max()) + 1e-3))
             continue
-        for box in model.placements[name].boxes:
-            region = tuple(slice(a, a + n) for a, n in zip(box.at, box.size, strict=True))
-            difference["weights"] = max(difference["weights"], float((box.of(p) - weight[region]).abs().max()))
-            off = float((box.of(p.grad) - grad[region]).abs().max())
+        for shard in model.placements[name].shards:
+            difference["weights"] = max(difference["weights"], float((shard.of(p) - weight[shard.region]).abs().max()))
+            off = float((shard.of(p.grad) - grad[shard.region]).abs().max())
             difference["gradients"] = max(difference["gradients"], off / (float(grad.abs().max()) + 1e-3))
     norm = float(torch.nn.utils.get_total_norm([g for _, g in whole.values()]))
     difference["norm"] = abs(gradients.clip(model, norm / 2) - norm) / norm
@@ -165,6 +168,51 @@ def pooled(config: ModelConfig, layout: ParallelConfig) -> float:
         for a, b in zip(model.module.blocks, reference.blocks, strict=True)
         if hasattr(a.ffn, "router")
     )
+
+
+def step_in_bf16(config: ModelConfig, layout: ParallelConfig) -> tuple[float, float]:
+    """On a rank: how far loss and gradients under autocast are from the model's on one rank, relative, all gradients as
+    one vector.
+    """
+    reference = build(config, SEED)
+    whole_loss = forward_backward(config, reference, 0, SEQUENCES, bf16=True)
+    whole = {name: p.grad for name, p in reference.named_parameters()}
+    mesh = Mesh(layout, config.experts)
+    model = parallel.build(config, SEED, mesh)
+    sync = gradients.GradientSync(model)
+    count = SEQUENCES // mesh.data.size
+    loss = torch.tensor(forward_backward(config, model.module, mesh.data.index * count, count, sync.arm, bf16=True))
+    sync.finish()
+    all_reduce(loss, mesh.data, "metrics")
+    off = size = 0.0
+    for name, p in model.module.named_parameters():
+        if isinstance(p, DTensor):
+            pairs = [(p.grad.full_tensor(), whole[name])]
+        else:
+            pairs = [(s.of(p.grad), whole[name][s.region]) for s in model.placements[name].shards]
+        for found, expected in pairs:
+            off, size = off + float((found - expected).square().sum()), size + float(expected.square().sum())
+    model.module.eval()
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        assert torch.isfinite(model.module(batch(config)[0]).cross_entropy(batch(config)[1]))
+    mesh.close()
+    return abs(float(loss) / mesh.data.size - whole_loss) / whole_loss, (off / size) ** 0.5
+
+
+@pytest.mark.parametrize(
+    ("model", "layout"),
+    [
+        *(
+            (MODEL, layout)
+            for layout in ("as many as experts", "slicing 2", "tensor 2, flat", "figure 7 in small", "shard")
+        ),
+        *((UNEVEN, layout) for layout in ("tensor 2, no exchange", "recompute, tensor 2, coordinated")),
+    ],
+    ids=lambda value: value if isinstance(value, str) else value.residual_mix,
+)
+def test_a_step_in_bf16_is_that_of_one_rank(ranks, model, layout):
+    for loss, gradient in ranks.run(step_in_bf16, model, LAYOUTS[layout]):
+        assert loss < 1e-3 and gradient < 0.02
 
 
 def test_load_balancing_over_all_ranks_is_that_of_the_whole_batch(ranks):

@@ -8,7 +8,7 @@ import pytest
 
 COUNT_FAULTS = """
 import resource, sys
-from moelab.engine import process
+from moelab.engine.launch import process
 if sys.argv[1] == "keep":
     assert process.keep_freed_memory()
 import torch

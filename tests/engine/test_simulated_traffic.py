@@ -3,25 +3,18 @@
 import numpy as np
 import pytest
 import torch
-from torch import nn
 
 from moelab import kernels
 from moelab.config.parallel import ParallelConfig
-from moelab.engine.collectives import Sent, Traffic
+from moelab.engine.collectives import Sent, Traffic, observe
 from moelab.engine.exchange import Exchange
 from moelab.engine.mesh import Mesh
+from moelab.engine.testing import identity_experts
 from moelab.simulate.exchange import all_to_all, rows_to_send, share_gather, slice_exchange
 from moelab.simulate.layouts import ExpertLayouts, Layouts
 
 pytestmark = pytest.mark.multiprocess
 M, SLOTS = 4, 3
-
-
-class Same(nn.Module):
-    """Experts that return their rows: the exchange is what counts here."""
-
-    def forward(self, rows_RM, offsets_E1):
-        return rows_RM
 
 
 @torch.no_grad()
@@ -31,8 +24,8 @@ def send(parallel, experts):
     groups = mesh.experts(experts)
     logits = 50 * torch.eye(experts).repeat(SLOTS, 1)
     traffic = Traffic(parallel.ranks_per_node)
-    exchange = Exchange(groups, parallel, traffic)
-    exchange(torch.randn(len(logits), M), kernels.gate(logits, 1, None), Same())
+    with observe(traffic):
+        Exchange(groups, parallel)(torch.randn(len(logits), M), kernels.gate(logits, 1, None), identity_experts)
     mesh.close()
     return traffic
 
@@ -92,10 +85,10 @@ def test_counts_equal_what_was_sent(on_ranks, ranks, parallel, experts):
     dispatch, slices, share = simulated(parallel, experts)
 
     def worst(*kinds):
-        return max((t.total(*kinds) for t in measured), key=lambda s: (s.far_messages, s.near_messages))
+        return max((t.total(*kinds) for t in measured), key=lambda s: (s.inter_node_messages, s.intra_node_messages))
 
     assert worst("dispatch") == worst("combine") == dispatch
-    assert worst("share") == share
+    assert worst("tensor") == share
 
     def twice(s):
         return Sent(*(2 * getattr(s, f) for f in s.__dataclass_fields__))

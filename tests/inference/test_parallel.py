@@ -50,9 +50,8 @@ def random_biases(model, placements):
             if name.endswith("bias"):
                 place = placements.get(name) or Placement.whole(tuple(parameter.shape))
                 whole = torch.randn(place.shape, generator=torch.Generator().manual_seed(len(name))) * 0.3
-                for box in place.boxes:
-                    at = tuple(slice(a, a + n) for a, n in zip(box.at, box.size, strict=True))
-                    box.of(parameter).copy_(whole[at])
+                for shard in place.shards:
+                    shard.of(parameter).copy_(whole[shard.region])
     return model
 
 

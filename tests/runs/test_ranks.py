@@ -35,7 +35,7 @@ class Training:
     @classmethod
     def train(cls, model, config, data, context, path, *, on_progress, should_stop, parallel, teacher):
         import torch, torch.distributed as dist
-        from moelab.engine import process
+        from moelab.engine.launch import process
         rank, steps = dist.get_rank(), config.steps(context)
         print("trains with", parallel.ranks, "ranks as", rank, flush=True)
         for step in range(steps):

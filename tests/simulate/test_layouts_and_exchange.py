@@ -58,7 +58,9 @@ def enumerate_rank(config, layout, rank, slots, per_node):
             and (layout.position(r).replica, layout.position(r).slice) == (here.replica, here.slice)
         )
 
-    own = [e for e in range(layout.experts) if not config.coordinated or layout.position(owner(e)).share == here.share]
+    own = [
+        e for e in range(layout.experts) if not config.coordinated or layout.position(owner(e)).tensor == here.tensor
+    ]
     if config.hierarchical and layout.nodes > 1:
         near, far = {}, {}
         for e in own:
@@ -67,7 +69,7 @@ def enumerate_rank(config, layout, rank, slots, per_node):
                 r
                 for r in range(P)
                 if (p := layout.position(r)).node == here.node
-                and (p.replica, p.slice, p.local, p.share) == (here.replica, here.slice, goal.local, goal.share)
+                and (p.replica, p.slice, p.local, p.tensor) == (here.replica, here.slice, goal.local, goal.tensor)
             )
             near[step] = near.get(step, 0) + slots
         # By symmetry it then holds, for each node, as many rows as it kept for each node, from every rank of its node.
@@ -76,9 +78,9 @@ def enumerate_rank(config, layout, rank, slots, per_node):
                 r
                 for r in range(P)
                 if (p := layout.position(r)).node == node
-                and (p.replica, p.slice, p.local, p.share) == (here.replica, here.slice, here.local, here.share)
+                and (p.replica, p.slice, p.local, p.tensor) == (here.replica, here.slice, here.local, here.tensor)
             )
-            peers = layout.local * (1 if config.coordinated else layout.share)
+            peers = layout.local * (1 if config.coordinated else layout.tensor)
             far[goal] = slots * layout.experts_per_rank * peers
         hops = [near, far]
     else:
@@ -96,7 +98,7 @@ def enumerate_rank(config, layout, rank, slots, per_node):
         r: rows
         for r in range(P)
         if config.coordinated
-        and (p := layout.position(r)).share != here.share
+        and (p := layout.position(r)).tensor != here.tensor
         and (p.replica, p.slice, p.node, p.local) == (here.replica, here.slice, here.node, here.local)
     }
     return hops, slices, share

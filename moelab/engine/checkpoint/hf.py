@@ -1,7 +1,8 @@
 """Models as directories that others read: GPT-2's format for dense models, a small documented one for MoE models.
 
-Dense (`config.json` with ``"model_type": "gpt2"``): what transformers' `GPT2LMHeadModel` loads and saves, equal logits both ways. Its linear layers
-keep [in, out] matrices (ours are [out, in]); its ``gelu_new`` is our tanh GELU; the head is tied to the embedding in both.
+Dense (`config.json` with ``"model_type": "gpt2"``): what transformers' `GPT2LMHeadModel` loads and saves, equal logits
+both ways. Its linear layers keep [in, out] matrices (ours are [out, in]); its ``gelu_new`` is our tanh GELU; the head
+is tied to the embedding in both.
 
 MoE:
 
@@ -9,8 +10,8 @@ MoE:
     model.safetensors   the model's parameters by name; an expert's by its global id, each a tensor of its own:
                         blocks.1.ffn.experts.7.up [M, F], .up_bias [F], .down [F, M], .down_bias [M]
 
-so tools can take single experts without reading the rest. Both may have the `tokenizer.json` of the `tokenizers` library beside them. Nothing here is a
-pickle: reading runs no code.
+so tools can take single experts without reading the rest. Both may have the `tokenizer.json` of the `tokenizers`
+library beside them. Nothing here is a pickle: reading runs no code.
 """
 
 from __future__ import annotations
@@ -61,7 +62,8 @@ _BLOCK = {
 
 
 def export(model: GPT, directory: Path, tokenizer: Tokenizer | None = None) -> Path:
-    """Write a model: GPT-2's format if it is dense, ours if it has experts. The directory appears complete or not at all.
+    """Write a model: GPT-2's format if it is dense, ours if it has experts. The directory appears complete or not at
+    all.
 
     Raises:
         ValueError: `directory` exists and is not an empty folder.
@@ -88,12 +90,13 @@ def export(model: GPT, directory: Path, tokenizer: Tokenizer | None = None) -> P
 
 
 def load(directory: Path) -> GPT:
-    """The model in a directory of either format, fp32 or as stored, on CPU.
+    """Return the model in a directory of either format, fp32 or as stored, on CPU.
 
     Raises:
-        ValueError: one line: no such model, an unknown format, settings that our model does not have, tensors missing or of wrong shape.
+        ValueError: one line: no such model, an unknown format, settings that our model does not have, tensors missing
+            or of wrong shape.
     """
-    record = read_json(directory / _CONFIG)
+    record = read_json(directory / _CONFIG) if (directory / _CONFIG).is_file() else None
     if not isinstance(record, dict):
         raise ValueError(f"{directory}: no model here ({_CONFIG} is missing or no object)")
     kind = record.get("model_type")
@@ -122,14 +125,14 @@ def load(directory: Path) -> GPT:
 
 
 def load_tokenizer(directory: Path) -> Tokenizer:
-    """The tokenizer beside a model. ValueError, one line, if there is none."""
+    """Return the tokenizer beside a model. ValueError, one line, if there is none."""
     path = directory / _TOKENIZER
     if not path.is_file():
         raise ValueError(f"{directory}: no {_TOKENIZER} here; text needs a tokenizer")
     return Tokenizer.load(path)
 
 
-# -- GPT-2 -------------------------------------------------------------------------------------------------------------------------
+# -- GPT-2 ----------------------------------------------------------------------------------------------------
 
 
 def _gpt2_name(name: str) -> tuple[str, bool]:
@@ -167,7 +170,7 @@ _FIXED: dict[str, Any] = {
     "add_cross_attention": False,
     "tie_word_embeddings": True,
 }
-"""What GPT-2's configuration may vary and our model does not; its defaults, but for a missing key."""
+"""Settings that GPT-2's configuration may vary and our model does not; a missing key means this value."""
 
 
 def _gpt2_config(config: ModelConfig, tokenizer: Tokenizer | None) -> dict[str, Any]:
@@ -208,7 +211,7 @@ def _from_gpt2_config(record: dict[str, Any], where: Path) -> ModelConfig:
     return ModelConfig(**sizes)
 
 
-# -- MoE ---------------------------------------------------------------------------------------------------------------------------
+# -- MoE ------------------------------------------------------------------------------------------------------
 
 
 def _moelab_tensors(model: GPT) -> Iterator[tuple[str, Tensor]]:
@@ -232,8 +235,9 @@ def _read_moelab(files: _Files, parameters: dict[str, Tensor], found: dict[str, 
             if expert == 0:
                 found[name] = torch.empty(parameter.shape, dtype=part.dtype)
             if part.shape != parameter.shape[1:]:
+                expected = tuple(parameter.shape[1:])
                 raise ValueError(
-                    f"{files.directory}: {owner}.{expert}.{leaf} is {tuple(part.shape)}, expected {tuple(parameter.shape[1:])}"
+                    f"{files.directory}: {owner}.{expert}.{leaf} is {tuple(part.shape)}, expected {expected}"
                 )
             found[name][expert] = part
 
@@ -249,6 +253,8 @@ class _Files:
         self.names: dict[str, Any] = {}
         for file in files:
             path = directory / Path(file).name
+            if path.exists() and not path.is_file():  # reading a FIFO or a device might never end
+                raise ValueError(f"{path}: not a regular file")
             try:
                 opened = safe_open(path, "pt").__enter__()
             except (OSError, SafetensorError) as error:

@@ -1,366 +1,214 @@
-"""How torch's distributed checkpoints (DCP) plan and store pieces of tensors here: safetensors files and one JSON index.
+"""Writing a checkpoint together with the other ranks, and reading parts of one alone.
 
-DCP plans who writes what, checks that the pieces cover every tensor, coordinates the ranks and works out which stored pieces a
-rank needs when the layout has changed. Its planners and storage are replaceable, and two of its own do not fit: the default
-storage keeps its metadata as a pickle, and its safetensors storage (`hf_storage`) keeps one piece of a tensor in a file, where a rank of a
-tensor-sliced model has three of each query-key-value weight; that one also opens every file of the checkpoint on every rank to
-find out what is where. Hence a small storage of our own, and planners that take boxes instead of tensor classes.
+Each rank writes its pieces into files of its own and tells rank 0, which checks that the pieces of all ranks make up
+whole tensors and writes the index. Reading copies the overlaps of the stored pieces with the wanted ones, so that any
+layout reads what any other wrote.
 
-    {model,optimizer}-<rank>.safetensors   a tensor "name" when the piece is whole, else "name@<offsets>"
-    index.json                             name -> dtype, shape, pieces (at, size, file)
-    state.json                             step, the caller's state, SHA-256 of every other file and of itself
+torch's distributed checkpoints (DCP) would plan this too, but their ranks exchange pickled plans, their default storage
+keeps its metadata as a pickle, and their safetensors storage keeps one piece of a tensor in a file, where a rank of a
+tensor-sliced model has three of each query-key-value weight.
 """
 
 from __future__ import annotations
 
-import dataclasses
-import hashlib
 import json
 import math
 import os
 import shutil
-import warnings
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
+import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
-from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
-from torch.distributed.checkpoint.metadata import (
-    ChunkStorageMetadata,
-    Metadata,
-    MetadataIndex,
-    TensorProperties,
-    TensorStorageMetadata,
+
+from moelab.engine.checkpoint.format import (
+    INDEX,
+    STATE,
+    CheckpointError,
+    Piece,
+    directories,
+    file_sha256,
+    regular_file,
+    sync,
+    write_state,
 )
-from torch.distributed.checkpoint.planner import (
-    LoadPlan,
-    ReadItem,
-    SavePlan,
-    TensorWriteData,
-    WriteItem,
-    WriteItemType,
-)
-from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
-from torch.distributed.checkpoint.storage import StorageReader, StorageWriter, WriteResult
-from torch.futures import Future
+from moelab.engine.collectives import broadcast_json, gather_json
+from moelab.engine.groups import Group
+from moelab.files import write_text
 
-from moelab.files import read_json, write_text
-
-INDEX, STATE = "index.json", "state.json"
+Entry = dict[str, Any]
+"""What the index says of a tensor: "dtype", "shape" and "pieces", of which each has "at", "size" and "file"."""
 
 
-class CheckpointError(Exception):
-    """A checkpoint that cannot be used or written; the message is one line with the reason."""
-
-
-@dataclass(frozen=True)
-class Piece:
-    """A rectangle of a named tensor.
-
-    Attributes:
-        name: of the whole tensor, "model/…" or "optimizer/…".
-        shape: of the whole tensor.
-        at: where the rectangle begins in it.
-        tensor: its values; loading writes into it.
-    """
-
-    name: str
-    shape: tuple[int, ...]
-    at: tuple[int, ...]
-    tensor: Tensor
-
-    @property
-    def index(self) -> MetadataIndex:
-        return MetadataIndex(self.name, self.at)
-
-    @property
-    def chunk(self) -> ChunkStorageMetadata:
-        return ChunkStorageMetadata(torch.Size(self.at), self.tensor.shape)
-
-
-def write(
-    path: Path, step: int, state: dict[str, Any], pieces: Iterable[Piece], keep: int, group: dist.ProcessGroup | None
-) -> None:
-    """Write a checkpoint directory, together with the ranks of `group` (None: alone); the coordinator then removes all but `keep`.
+def write(path: Path, step: int, state: dict[str, Any], pieces: Iterable[Piece], keep: int, group: Group) -> None:
+    """Write a checkpoint directory, together with the ranks of `group`; its first rank then removes all but the newest
+    `keep`.
 
     Raises:
-        OSError: a rank could not write its files. On every rank; nothing is left at `path`, older checkpoints are as they were.
+        OSError: a rank could not write its files. On every rank; nothing is left at `path`, older checkpoints are as
+            they were.
         CheckpointError: the pieces of all ranks do not make up whole tensors, or a rank has gone.
     """
-    _quiet()
-    writer = _Writer(path, step, state, keep)
+    temporary = path.parent / f".{path.name}.partial"
+    first = group.index == 0
     try:
-        dcp.save({}, storage_writer=writer, planner=_SavePlanner(pieces), process_group=group, no_dist=group is None)
-    except (CheckpointException, RuntimeError) as error:
-        if group is None or dist.get_rank(group) == 0:
-            shutil.rmtree(writer.temporary, ignore_errors=True)
-        raise _one_line(error, path, "not written", ranks=group is not None) from None
+        _together(group, path, lambda: _prepare(temporary) if first else None)
+        written = _together(group, path, lambda: _write_pieces(temporary, group.index, pieces))
+        _together(group, path, lambda: _finish(path, temporary, step, state, written, keep) if first else None)
+    except Exception:
+        if first:
+            shutil.rmtree(temporary, ignore_errors=True)
+        raise
 
 
-def read(path: Path, index: dict[str, Any], pieces: Iterable[Piece]) -> None:
-    """Fill pieces with a checkpoint's values, reading no more than they cover. Each rank reads for itself, without the others.
+def read(path: Path, index: dict[str, Entry], pieces: Iterable[Piece]) -> None:
+    """Fill pieces with a checkpoint's values, reading no more than they cover. Each rank reads for itself, without the
+    others.
 
     Args:
-        index: from `read_index`.
+        index: from `format.read_index`.
 
     Raises:
         CheckpointError: unreadable, or it does not have all of a piece.
     """
-    _quiet()
-    try:
-        dcp.load({}, storage_reader=_Reader(path, index), planner=_LoadPlanner(pieces), no_dist=True)
-    except CheckpointException as error:
-        raise _one_line(error, path, "unreadable", ranks=False) from None
+    files: dict[str, list[tuple[str, tuple[slice, ...], Tensor]]] = {}
+    for piece in pieces:
+        missing = piece.tensor.numel()
+        for stored in index[piece.name]["pieces"]:
+            if (overlap := _overlap(piece, stored)) is not None:
+                source, target = overlap
+                missing -= math.prod(s.stop - s.start for s in target)
+                key = _key(piece.name, stored, piece.shape)
+                files.setdefault(stored["file"], []).append((key, source, piece.tensor[target]))
+        if missing:
+            raise CheckpointError(f"{path}: unreadable ({piece.name} has gaps)")
+    for file, parts in files.items():
+        try:
+            with safe_open(regular_file(path, file), framework="pt") as opened:
+                for key, source, target in parts:
+                    target.copy_(_read_part(opened, key, source))
+        except (OSError, SafetensorError) as error:
+            raise CheckpointError(f"{path}: unreadable ({error})") from None
 
 
-def read_index(path: Path) -> dict[str, Any]:
-    """name -> {"dtype", "shape", "pieces"} of every tensor in a checkpoint (CheckpointError)."""
-    index = read_json(path / INDEX)
-    if index is None:
-        raise CheckpointError(f"{path}: no {INDEX}")
-    return index
+def _overlap(piece: Piece, stored: dict[str, Any]) -> tuple[tuple[slice, ...], tuple[slice, ...]] | None:
+    """Return the overlap of a wanted piece with a stored one, as indices into the stored and the wanted one; None if
+    there is none.
+    """
+    source, target = [], []
+    for want, length, at, size in zip(piece.offset, piece.tensor.shape, stored["at"], stored["size"], strict=True):
+        start, stop = max(want, at), min(want + length, at + size)
+        if start >= stop:
+            return None
+        source.append(slice(start - at, stop - at))
+        target.append(slice(start - want, stop - want))
+    return tuple(source), tuple(target)
 
 
-def read_state(path: Path) -> dict[str, Any]:
-    """The content of state.json: "step", "state" and "sha256" (file -> digest). CheckpointError when it is not what was written."""
-    try:
-        record = read_json(path / STATE)
-        if record is None:
-            raise CheckpointError(f"{path}: no {STATE}")
-        if record.pop("check") != _digest(record):
-            raise CheckpointError(f"{path}/{STATE}: content does not match its SHA-256")
-        return record
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{path}: unreadable ({error})") from None
+def _read_part(opened: Any, key: str, part: tuple[slice, ...]) -> Tensor:
+    return opened.get_slice(key)[part] if part else opened.get_tensor(key)
 
 
-def verify(path: Path, file: str, expected: str) -> None:
-    """CheckpointError unless the file's SHA-256 is the expected one."""
-    try:
-        actual = _sha256(path / file)
-    except OSError as error:
-        raise CheckpointError(f"{path}: unreadable ({error})") from None
-    if actual != expected:
-        raise CheckpointError(f"{path}/{file}: content does not match its SHA-256")
+def _prepare(temporary: Path) -> None:
+    for left in temporary.parent.glob(".step-*.partial"):  # by a process that was killed while it wrote
+        shutil.rmtree(left)
+    temporary.mkdir(parents=True)
 
 
-def directories(directory: Path) -> list[Path]:
-    """The checkpoints in a directory by step, whole or not."""
-    return sorted(p for p in directory.glob("step-*") if p.is_dir()) if directory.is_dir() else []
+def _write_pieces(temporary: Path, rank: int, pieces: Iterable[Piece]) -> dict[str, Any]:
+    """Write this rank's pieces, one file for the model and one for the optimizer; return index entries and the files'
+    SHA-256.
+    """
+    index: dict[str, Entry] = {}
+    files: dict[str, dict[str, Tensor]] = {}
+    for piece in pieces:
+        file = f"{piece.name.partition('/')[0]}-{rank:05d}.safetensors"
+        stored = {"at": list(piece.offset), "size": list(piece.tensor.shape), "file": file}
+        files.setdefault(file, {})[_key(piece.name, stored, piece.shape)] = piece.tensor
+        dtype = str(piece.tensor.dtype).removeprefix("torch.")
+        entry = index.setdefault(piece.name, {"dtype": dtype, "shape": list(piece.shape), "pieces": []})
+        entry["pieces"].append(stored)
+    for file, tensors in files.items():
+        try:
+            save_file(tensors, temporary / file)
+        except SafetensorError as error:  # how safetensors reports a full disk
+            raise OSError(str(error)) from error
+        sync(temporary / file)
+    return {"index": index, "sha256": {file: file_sha256(temporary / file) for file in files}}
 
 
-class _SavePlanner(DefaultSavePlanner):
-    """Plans this rank's pieces; merging and checking the ranks' plans is DCP's."""
-
-    def __init__(self, pieces: Iterable[Piece]) -> None:
-        super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
-        self.pieces = {piece.index: piece for piece in pieces}
-
-    def create_local_plan(self) -> SavePlan:
-        self.plan = SavePlan(
-            [
-                WriteItem(
-                    piece.index,
-                    WriteItemType.SHARD,
-                    tensor_data=TensorWriteData(
-                        piece.chunk, TensorProperties.create_from_tensor(piece.tensor), torch.Size(piece.shape)
-                    ),
-                )
-                for piece in self.pieces.values()
-            ]
-        )
-        return self.plan
-
-    def lookup_object(self, index: MetadataIndex) -> Tensor:
-        return self.pieces[index].tensor
-
-
-class _LoadPlanner(DefaultLoadPlanner):
-    """Plans the reads that fill this rank's pieces."""
-
-    def __init__(self, pieces: Iterable[Piece]) -> None:
-        super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
-        self.pieces = {piece.index: piece for piece in pieces}
-
-    def create_local_plan(self) -> LoadPlan:
-        reads: list[ReadItem] = []
-        for piece in self.pieces.values():
-            stored = self.metadata.state_dict_metadata[piece.name]
-            parts = create_read_items_for_chunk_list(piece.name, stored, [piece.chunk])
-            if sum(math.prod(part.lengths) for part in parts) != piece.tensor.numel():
-                raise CheckpointError(f"{piece.name} has gaps")
-            reads += parts
-        return LoadPlan(reads)
-
-    def lookup_tensor(self, index: MetadataIndex) -> Tensor:
-        return self.pieces[index].tensor
+def _finish(
+    path: Path, temporary: Path, step: int, state: dict[str, Any], written: Sequence[dict[str, Any]], keep: int
+) -> None:
+    """Write index and state of what all ranks have written, give the directory its name, and remove older checkpoints."""
+    index: dict[str, Entry] = {}
+    for part in written:
+        for name, entry in part["index"].items():
+            whole = index.setdefault(name, {**entry, "pieces": []})
+            if (whole["dtype"], whole["shape"]) != (entry["dtype"], entry["shape"]):
+                raise CheckpointError(f"{path}: not written (ranks differ in dtype or shape of {name})")
+            whole["pieces"] += entry["pieces"]
+    for name, entry in index.items():
+        if not _is_whole(entry):
+            raise CheckpointError(f"{path}: not written (the pieces of {name} overlap or leave gaps)")
+    write_text(temporary / INDEX, json.dumps(index))
+    hashes = {file: digest for part in written for file, digest in sorted(part["sha256"].items())}
+    write_state(temporary, step, state, {INDEX: file_sha256(temporary / INDEX), **hashes})
+    for file in (INDEX, STATE):
+        sync(temporary / file)
+    if path.exists():
+        shutil.rmtree(path)
+    os.replace(temporary, path)
+    sync(path.parent)
+    # A newer one was skipped as broken: it does not count among the kept ones.
+    for old in [p for p in directories(path.parent) if p <= path][:-keep]:
+        shutil.rmtree(old, ignore_errors=True)
 
 
-class _Writer(StorageWriter):
-    """One file a rank and kind of tensor, in a directory that gets its name when all ranks are done."""
-
-    def __init__(self, path: Path, step: int, state: dict[str, Any], keep: int) -> None:
-        self.path, self.step, self.state, self.keep = path, step, state, keep
-        self.temporary = path.parent / f".{path.name}.partial"
-
-    def reset(self, checkpoint_id: str | os.PathLike | None = None) -> None: ...
-
-    def set_up_storage_writer(self, is_coordinator: bool, *args: Any, **kwargs: Any) -> None: ...
-
-    def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
-        return plan
-
-    def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
-        for left in self.path.parent.glob(".step-*"):  # of a process killed while it wrote
-            shutil.rmtree(left)
-        self.temporary.mkdir(parents=True)
-        return [dataclasses.replace(plan, storage_data=rank) for rank, plan in enumerate(plans)]
-
-    def write_data(self, plan: SavePlan, planner: _SavePlanner) -> Future[list[WriteResult]]:
-        files: dict[str, dict[str, WriteItem]] = {}
-        for item in plan.items:
-            kind = item.index.fqn.partition("/")[0]
-            key = _key(item.index.fqn, item.tensor_data.chunk, item.tensor_data.size)
-            files.setdefault(f"{kind}-{plan.storage_data:05d}.safetensors", {})[key] = item
-        results: list[WriteResult] = []
-        for file, items in files.items():
-            path = self.temporary / file
-            try:
-                save_file({key: planner.resolve_data(item) for key, item in items.items()}, path)
-            except SafetensorError as error:  # how safetensors reports a full disk
-                raise OSError(str(error)) from error
-            _sync(path)
-            stored = (file, _sha256(path))
-            results += [WriteResult(item.index, item.tensor_storage_size(), stored) for item in items.values()]
-        future: Future[list[WriteResult]] = Future()
-        future.set_result(results)
-        return future
-
-    def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
-        stored = {result.index: result.storage_data for rank in results for result in rank}
-        index = {
-            name: {
-                "dtype": str(tensor.properties.dtype).removeprefix("torch."),
-                "shape": list(tensor.size),
-                "pieces": [
-                    {"at": list(c.offsets), "size": list(c.sizes), "file": stored[MetadataIndex(name, c.offsets)][0]}
-                    for c in tensor.chunks
-                ],
-            }
-            for name, tensor in metadata.state_dict_metadata.items()
-        }
-        write_text(self.temporary / INDEX, json.dumps(index))
-        hashes = {INDEX: _sha256(self.temporary / INDEX), **dict(sorted(stored.values()))}
-        record = json.loads(json.dumps({"step": self.step, "sha256": hashes, "state": self.state}))
-        write_text(self.temporary / STATE, json.dumps(record | {"check": _digest(record)}, indent=2) + "\n")
-        for file in (INDEX, STATE):
-            _sync(self.temporary / file)
-        if self.path.exists():
-            shutil.rmtree(self.path)
-        os.replace(self.temporary, self.path)
-        _sync(self.path.parent)
-        # A newer one was passed over, broken: it does not count among the kept.
-        for old in [p for p in directories(self.path.parent) if p <= self.path][: -self.keep]:
-            shutil.rmtree(old, ignore_errors=True)
-
-    @classmethod
-    def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike) -> bool:
-        return True
+def _is_whole(entry: Entry) -> bool:
+    """Return whether the pieces cover the tensor: they lie inside it, have its number of elements in all, and do not
+    overlap.
+    """
+    start = np.array([piece["at"] for piece in entry["pieces"]]).reshape(len(entry["pieces"]), -1)
+    stop = start + np.array([piece["size"] for piece in entry["pieces"]]).reshape(start.shape)
+    inside = bool((start >= 0).all() and (stop <= np.array(entry["shape"])).all())
+    overlaps = ((start[:, None] < stop) & (start < stop[:, None])).all(-1)
+    return inside and int((stop - start).prod(-1).sum()) == math.prod(entry["shape"]) and overlaps.sum() <= len(start)
 
 
-class _Reader(StorageReader):
-    """Reads slices of the files that the index names."""
-
-    def __init__(self, path: Path, index: dict[str, Any]) -> None:
-        self.path, self.index = path, index
-        self.stored: dict[MetadataIndex, tuple[str, str]] = {}
-
-    def reset(self, checkpoint_id: str | os.PathLike | None = None) -> None: ...
-
-    def read_metadata(self, *args: Any) -> Metadata:
-        tensors: dict[str, TensorStorageMetadata] = {}
-        for name, entry in self.index.items():
-            shape = torch.Size(entry["shape"])
-            chunks = [ChunkStorageMetadata(torch.Size(p["at"]), torch.Size(p["size"])) for p in entry["pieces"]]
-            tensors[name] = TensorStorageMetadata(TensorProperties(getattr(torch, entry["dtype"])), shape, chunks)
-            for chunk, piece in zip(chunks, entry["pieces"], strict=True):
-                self.stored[MetadataIndex(name, chunk.offsets)] = piece["file"], _key(name, chunk, shape)
-        return Metadata(tensors)
-
-    def set_up_storage_reader(self, metadata: Metadata, is_coordinator: bool, *args: Any) -> None: ...
-
-    def prepare_local_plan(self, plan: LoadPlan) -> LoadPlan:
-        return plan
-
-    def prepare_global_plan(self, plans: list[LoadPlan]) -> list[LoadPlan]:
-        return plans
-
-    def read_data(self, plan: LoadPlan, planner: _LoadPlanner) -> Future[None]:
-        files: dict[str, list[tuple[str, ReadItem]]] = {}
-        for item in plan.items:
-            file, key = self.stored[item.storage_index]
-            files.setdefault(file, []).append((key, item))
-        for file, items in files.items():
-            with safe_open(self.path / file, framework="pt") as f:
-                for key, item in items:
-                    window = tuple(slice(a, a + n) for a, n in zip(item.storage_offsets, item.lengths, strict=True))
-                    values = f.get_slice(key)[window] if window else f.get_tensor(key)
-                    planner.resolve_tensor(item).copy_(values)
-        future: Future[None] = Future()
-        future.set_result(None)
-        return future
-
-    @classmethod
-    def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike) -> bool:
-        return True
-
-
-def _key(name: str, chunk: ChunkStorageMetadata, shape: torch.Size) -> str:
-    """A piece's name in its file."""
+def _key(name: str, stored: dict[str, Any], shape: Sequence[int]) -> str:
+    """Return a piece's name in its file."""
     inner = name.partition("/")[2]
-    return inner if chunk.sizes == shape else f"{inner}@{','.join(map(str, chunk.offsets))}"
+    return inner if list(stored["size"]) == list(shape) else f"{inner}@{','.join(map(str, stored['at']))}"
 
 
-def _one_line(error: BaseException, path: Path, what: str, *, ranks: bool) -> Exception:
-    """DCP's error, which carries every rank's traceback, as the first failing rank's reason."""
-    rank, cause = None, error
-    if isinstance(error, CheckpointException):
-        rank, (cause, _) = min(error.failures.items())
-    where = f"rank {rank}: " if ranks and rank is not None else ""
-    if isinstance(cause, OSError):
-        if cause.errno is not None:
-            return OSError(cause.errno, f"{where}{cause.strerror}", cause.filename or str(path))
-        return OSError(f"{where}{cause}")
-    reason = (str(cause).splitlines() or [""])[0] or type(cause).__name__
-    return CheckpointError(f"{path}: {what} ({where}{reason})")
+def _together(group: Group, path: Path, work: Callable[[], Any]) -> list[Any]:
+    """Do something on every rank and return the results on the first rank.
 
-
-def _quiet() -> None:
-    """DCP warns whenever it works for one process, which is what we ask for."""
-    warnings.filterwarnings("ignore", message="torch.distributed is disabled", category=UserWarning)
-
-
-def _digest(record: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
-
-
-def _sha256(path: Path) -> str:
-    with open(path, "rb") as f:
-        return hashlib.file_digest(f, "sha256").hexdigest()
-
-
-def _sync(path: Path) -> None:
-    """Wait until a file, or a directory's entries, are on the disk."""
-    handle = os.open(path, os.O_RDONLY)
+    If one fails, its error is raised on every rank.
+    """
     try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+        answer: dict[str, Any] = {"result": work()}
+    except OSError as error:
+        answer = {"os_error": [error.errno, error.strerror or str(error), error.filename and str(error.filename)]}
+    except Exception as error:
+        answer = {"error": (str(error).splitlines() or [""])[0] or type(error).__name__}
+    try:
+        answers = gather_json(answer, group)
+        failed = broadcast_json(next(_failures(answers), None), group)
+    except RuntimeError as error:
+        raise CheckpointError(f"{path}: not written ({str(error).splitlines()[0]})") from None
+    if failed is None:
+        return [a["result"] for a in answers]
+    where = f"rank {failed['rank']}: " if group.size > 1 else ""
+    if "error" in failed:
+        raise CheckpointError(failed["error"])
+    number, text, file = failed["os_error"]
+    raise OSError(f"{where}{text}") if number is None else OSError(number, f"{where}{text}", file or str(path))
+
+
+def _failures(answers: Sequence[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    return ({"rank": rank, **answer} for rank, answer in enumerate(answers) if "result" not in answer)

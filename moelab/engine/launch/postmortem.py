@@ -14,8 +14,9 @@ _ERROR = re.compile(
     r"^(?:\[rank\d+\]: )?(?P<error>(?:[A-Za-z_][\w.]*(?:Error|Exception|Interrupt|Exit|Diverged|Failed))\b(?::.*)?)$"
 )
 _LOST = re.compile(
-    r"Connection (?:closed|reset|refused)|connection lost|Broken pipe|Timed? ?out waiting|remote process exited|DistNetworkError"
-    r"|DistBackendError|DistStoreError|Socket Timeout|wait timeout|Rank \d+ failed to pass|did not come within|gloo/transport",
+    r"Connection (?:closed|reset|refused)|connection lost|Broken pipe|Timed? ?out waiting|remote process exited"
+    r"|DistNetworkError|DistBackendError|DistStoreError|Socket Timeout|wait timeout|Rank \d+ failed to pass|did not come within"
+    r"|gloo/transport",
     re.IGNORECASE,
 )
 _MEMORY = re.compile(
@@ -27,25 +28,25 @@ Stack = list[tuple[str, int, str]]  # file, line, function; innermost first
 
 
 def last_error(log: str) -> str:
-    """The last line of a log that names an exception as Python's tracebacks do, or an empty text."""
+    """Return the last line of a log that names an exception as Python's tracebacks do, or an empty text."""
     found = (_ERROR.match(line.rstrip()) for line in reversed(log.splitlines()))
     return next((match["error"] for match in found if match), "")
 
 
 def lost_connection(error: str) -> bool:
-    """Whether an exception only says that another rank is gone."""
+    """Return whether an exception only says that another rank is gone."""
     return bool(_LOST.search(error))
 
 
 def death_by_exit(code: int, error: str) -> str:
-    """One line about a rank that ended by itself; `code` is negative if a signal finished it off."""
+    """Describe in one line a rank that ended by itself; `code` is negative if a signal finished it off."""
     ending = f"exit code {code}" if code >= 0 else f"then {_signal(-code)}"
     memory = "ran out of memory: " if _MEMORY.search(error) else "failed with "
     return f"{memory}{error} ({ending})" if error else f"ended with {ending}"
 
 
 def death_by_signal(number: int, rank: int, memory: Sequence[int], oom_kill: bool) -> str:
-    """One line about a rank that a signal ended.
+    """Describe in one line a rank that a signal ended.
 
     Args:
         memory: last seen resident bytes of each rank.
@@ -64,7 +65,9 @@ def death_by_signal(number: int, rank: int, memory: Sequence[int], oom_kill: boo
 
 
 def oom_kills() -> int:
-    """Processes of this control group that the kernel has killed for want of memory so far; 0 where nobody counts."""
+    """Count the processes of this control group that the kernel has killed for want of memory so far; 0 where it does
+    not count them.
+    """
     for file, name in _control_files():
         with contextlib.suppress(OSError, ValueError):
             for line in (file / name).read_text().splitlines():
@@ -74,7 +77,7 @@ def oom_kills() -> int:
 
 
 def memory_limit() -> int:
-    """Bytes this process's control group may use, at most the machine's memory."""
+    """Return the bytes that this process's control group may use, at most the machine's memory."""
     import psutil
 
     limit = psutil.virtual_memory().total
@@ -86,7 +89,7 @@ def memory_limit() -> int:
 
 
 def stacks(dump: str) -> list[Stack]:
-    """The threads in a dump of `faulthandler`."""
+    """Parse the threads in a dump of `faulthandler`."""
     found: list[Stack] = []
     for line in dump.splitlines():
         if line.endswith("(most recent call first):"):
@@ -97,12 +100,14 @@ def stacks(dump: str) -> list[Stack]:
 
 
 def in_collective(threads: Sequence[Stack]) -> bool:
-    """Whether one of the threads waits for other ranks: inside torch.distributed, or at the `wait` of a handle it gave."""
+    """Return whether one of the threads waits for other ranks: inside torch.distributed, or at the `wait` of a handle
+    it gave.
+    """
     return any(_waits(stack) for stack in threads)
 
 
 def innermost(threads: Sequence[Stack]) -> str:
-    """Where the main thread stands, ``file.py:12 in function``; empty for no stack."""
+    """Return where the main thread is, ``file.py:12 in function``; empty for no stack."""
     if not threads:
         return ""
     file, line, function = threads[-1][0]  # faulthandler prints the main thread last
@@ -116,7 +121,9 @@ def _waits(stack: Stack) -> bool:
 
 
 def _control_files() -> list[tuple[Path, str]]:
-    """(folder, file that counts kills) of this process's control group: version 2, then 1; in a container its root."""
+    """Return (folder, file that counts kills) of this process's control group: version 2, then 1; in a container its
+    root.
+    """
     root, found = Path("/sys/fs/cgroup"), []
     with contextlib.suppress(OSError):
         for line in Path("/proc/self/cgroup").read_text().splitlines():

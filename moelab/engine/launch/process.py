@@ -1,8 +1,8 @@
-"""One rank: where it stands, how it joins the others, its signs of life.
+"""What a rank does itself: find its place, join the process group, talk through the store, give signs of life.
 
-A rank is a process started by `moelab.engine.launch`, by torchrun or by srun; `find` reads from the environment which. A process
-started in any other way is no rank, whatever job it runs in: a plain `python` in a batch script or an interactive shell of Slurm sees
-variables that look like a rank's.
+A rank is a process started by `moelab.engine.launch`, by torchrun or by srun; `find` reads from the environment which.
+A process started in any other way is no rank, whatever job it runs in: a plain `python` in a batch script or an
+interactive shell of Slurm sees variables that look like a rank's.
 """
 
 from __future__ import annotations
@@ -19,19 +19,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from moelab.files import read_json, write_json
+from moelab.engine.launch import rendezvous
+from moelab.environment import COLLECTIVE_S, HEARTBEAT, LAUNCHER, RENDEZVOUS
 
 if TYPE_CHECKING:
     from torch.distributed import Store
 
-RENDEZVOUS = "MOELAB_RENDEZVOUS"  # file in which rank 0 says where its store listens; set by `launch`
-HEARTBEAT = "MOELAB_HEARTBEAT"  # folder in which each rank touches a file of its own
-LAUNCHER = "MOELAB_LAUNCHER"  # process id of `launch`, when ranks are its children
-COLLECTIVE = "MOELAB_COLLECTIVE_S"  # seconds until a collective gives up
-_FORGET = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "SLURM_PROCID", RENDEZVOUS, HEARTBEAT, LAUNCHER)
+_OF_RANKS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "SLURM_PROCID", RENDEZVOUS.name, HEARTBEAT.name, LAUNCHER.name)
 _BEAT_EVERY_S = 0.5
 
-# How `train` and the launcher speak about an orderly end: Slurm and the shell see these exit codes.
+# Exit codes of ranks and of the launcher, which Slurm and the shell see.
 FINISHED, FAILED, STOPPED = 0, 1, 75
 
 _store: Store | None = None
@@ -40,28 +37,30 @@ _last_beat = 0.0
 
 @dataclass(frozen=True)
 class Place:
-    """Where a rank stands.
+    """A rank among the ranks.
 
     Attributes:
-        rank, world: this rank (from 0), and how many there are.
+        rank, world_size: this rank (from 0), and how many there are.
         local_rank: its number among the ranks of its node; chooses the GPU.
         host: the node's name.
     """
 
     rank: int
-    world: int
+    world_size: int
     local_rank: int
     host: str
 
     def __str__(self) -> str:
-        return f"rank {self.rank} of {self.world} on {self.host}"
+        return f"rank {self.rank} of {self.world_size} on {self.host}"
 
 
 def keep_freed_memory() -> bool:
-    """Have the C library keep what is freed mapped for the next step instead of giving it back; False where it is not glibc.
+    """Have the C library keep what is freed mapped for the next step instead of giving it back; False where it is not
+    glibc.
 
-    A training step allocates the same sizes again and again, and each page that was given back is mapped and zeroed anew: 6,000 page faults a
-    step of the twins, 10 to 19 % of its time. Call it first in a process: it does not move what is already allocated.
+    A training step allocates the same sizes again and again, and each page that was given back is mapped and zeroed
+    anew: 6,000 page faults a step of the twins, 10 to 19 % of its time. Call it first in a process: it does not move
+    what is already allocated.
     """
     never_mmap, trim_threshold, top_pad = -4, -1, -2  # of malloc.h
     try:
@@ -73,10 +72,10 @@ def keep_freed_memory() -> bool:
 
 
 def find(environment: Mapping[str, str] = os.environ) -> Place | None:
-    """This process's place among ranks, or None when it is not one.
+    """Return this process's place among ranks, or None when it is no rank.
 
-    torchrun (and `launch`): RANK, WORLD_SIZE, LOCAL_RANK. srun: SLURM_PROCID in a step of several tasks; a batch script has no
-    SLURM_STEP_ID, and an interactive shell is a step of one task.
+    torchrun (and `launch`): RANK, WORLD_SIZE, LOCAL_RANK. srun: SLURM_PROCID in a step of several tasks; a batch script
+    has no SLURM_STEP_ID, and an interactive shell is a step of one task.
 
     Raises:
         ValueError: one line, when the variables contradict each other.
@@ -98,21 +97,25 @@ def find(environment: Mapping[str, str] = os.environ) -> Place | None:
         )
     else:
         return None
-    if not 0 <= place.rank < place.world:
-        raise ValueError(f"ranks: the environment says rank {place.rank} of {place.world}; allowed: 0 to world - 1")
+    if not 0 <= place.rank < place.world_size:
+        raise ValueError(
+            f"ranks: the environment says rank {place.rank} of {place.world_size}; allowed: 0 to world size - 1"
+        )
     return place
 
 
-def forget(environment: Mapping[str, str] = os.environ) -> dict[str, str]:
-    """The environment for a child that is no rank, even where this process is one."""
-    return {name: value for name, value in environment.items() if name not in _FORGET}
+def without_rank(environment: Mapping[str, str] = os.environ) -> dict[str, str]:
+    """Return the environment for a child that is no rank, even where this process is one."""
+    return {name: value for name, value in environment.items() if name not in _OF_RANKS}
 
 
-def join(*, device: str = "cpu", timeout: float | None = None) -> Place:
-    """Meet the other ranks: process group (gloo for "cpu", nccl for "cuda"), GPU by local rank, first sign of life.
+def join(*, device: str = "cpu", timeout: float | None = None, folder: Path | None = None) -> Place:
+    """Join the other ranks: process group (gloo for "cpu", nccl for "cuda"), GPU by local rank.
 
     Args:
-        timeout: seconds until meeting, or later a collective, gives up with an exception; by default what the launcher says, else 600.
+        timeout: seconds until meeting, or later a collective, gives up with an exception, in all groups; by default
+            what the launcher says, else 600.
+        folder: for ranks of a Slurm step, a folder that all nodes see; by default the working directory.
 
     Raises:
         RuntimeError: this process is no rank, or the others did not come in time.
@@ -130,8 +133,10 @@ def join(*, device: str = "cpu", timeout: float | None = None) -> Place:
     faulthandler.enable()
     if hasattr(signal, "SIGUSR2"):
         faulthandler.register(signal.SIGUSR2, all_threads=True)
-    limit = timedelta(seconds=timeout or float(os.environ.get(COLLECTIVE, 600)))
-    store = _meet(place, limit)
+    limit = timedelta(seconds=timeout or float(COLLECTIVE_S.get() or COLLECTIVE_S.default))
+    if interface := rendezvous.gloo_interface(os.environ, [name for _, name in socket.if_nameindex()]):
+        os.environ["GLOO_SOCKET_IFNAME"] = interface
+    store = rendezvous.meet(place.rank, place.world_size, limit, folder)
     options: dict[str, Any] = {}
     if device == "cuda":
         count = torch.cuda.device_count()
@@ -145,12 +150,13 @@ def join(*, device: str = "cpu", timeout: float | None = None) -> Place:
         "nccl" if device == "cuda" else "gloo",
         store=dist.PrefixStore("group", store),
         rank=place.rank,
-        world_size=place.world,
+        world_size=place.world_size,
         timeout=limit,
         **options,
     )
+    rendezvous.met(place.rank, folder)  # all ranks are connected now
     global _store
-    _store = dist.PrefixStore("word", store)
+    _store = dist.PrefixStore("published", store)
     return place
 
 
@@ -168,41 +174,45 @@ def leave() -> None:
     _store = None
 
 
-def tell(what: str, word: str) -> None:
-    """Let all ranks know; each `what` once."""
+def publish(key: str, value: str) -> None:
+    """Let all ranks know a value; each key once."""
     assert _store is not None, "join first"
-    _store.set(what, word)
+    _store.set(key, value)
 
 
-def hear(what: str, should_stop: Callable[[], bool] = lambda: False, poll_s: float = 0.1) -> str:
-    """Wait, as long as it takes, for what a rank told.
+def wait_for(key: str, should_stop: Callable[[], bool] = lambda: False, poll_s: float = 0.1) -> str:
+    """Return what a rank published under a key; wait for it, as long as it takes.
 
-    No collective and so no time limit: preparing data or waiting for a lock may take hours, and a rank that dies meanwhile is the
-    launcher's business.
+    No collective and so no time limit: preparing data or waiting for a lock may take hours, and a rank that dies
+    meanwhile is the launcher's business.
 
     Raises:
         KeyboardInterrupt: `should_stop` said so.
     """
     assert _store is not None, "join first"
-    while not _store.check([what]):
+    while not _store.check([key]):
         if should_stop():
-            raise KeyboardInterrupt(f"stopped while waiting for {what}")
+            raise KeyboardInterrupt(f"stopped while waiting for {key}")
         time.sleep(poll_s)
-    return _store.get(what).decode()
+    return _store.get(key).decode()
 
 
 def launcher_gone() -> bool:
-    """Whether the launcher that started this rank has died. On Linux the kernel kills its ranks before they can ask."""
-    return LAUNCHER in os.environ and os.getppid() != int(os.environ[LAUNCHER])
+    """Return whether the launcher that started this rank has died.
+
+    On Linux the kernel kills its ranks before they can ask.
+    """
+    launcher = LAUNCHER.get()
+    return launcher is not None and os.getppid() != int(launcher)
 
 
 def beat() -> None:
-    """A sign of life, asked of every rank after each step, or batch of validation. Costs next to nothing.
+    """Give a sign of life; every rank calls this after each step, or batch of validation. It costs next to nothing.
 
     From the first one on, a rank that gives none for `Limits.hang_s` counts as hanging.
     """
     global _last_beat
-    folder = os.environ.get(HEARTBEAT)
+    folder = HEARTBEAT.get()
     if folder and time.monotonic() - _last_beat >= _BEAT_EVERY_S and (place := find()):
         _last_beat = time.monotonic()
         with contextlib.suppress(OSError):  # the launcher is gone, or its disk is full: no reason to fail a step
@@ -210,44 +220,8 @@ def beat() -> None:
 
 
 def rank_name(rank: int) -> str:
-    """``rank-00003``, in the names of a rank's files."""
+    """Return ``rank-00003``, for the names of a rank's files."""
     return f"rank-{rank:05d}"
-
-
-def _meet(place: Place, limit) -> Store:
-    """The store that all ranks share, served by rank 0."""
-    import torch.distributed as dist
-
-    if file := os.environ.get(RENDEZVOUS):
-        # Rank 0 lets the system choose a port and says which: no port is picked before it is bound.
-        if place.rank == 0:
-            store = dist.TCPStore("127.0.0.1", 0, place.world, is_master=True, timeout=limit, wait_for_workers=False)
-            write_json(Path(file), {"port": store.port})
-            return store
-        deadline = time.monotonic() + limit.total_seconds()
-        while (found := read_json(Path(file))) is None:
-            if time.monotonic() > deadline:
-                raise RuntimeError(f"{place}: rank 0 did not come within {limit.total_seconds():.0f} s")
-            time.sleep(0.02)
-        return dist.TCPStore("127.0.0.1", found["port"], place.world, is_master=False, timeout=limit)
-    if "MASTER_ADDR" not in os.environ or "MASTER_PORT" not in os.environ:
-        os.environ.update(_slurm_master(os.environ))
-    os.environ.update(RANK=str(place.rank), WORLD_SIZE=str(place.world))
-    store, _, _ = next(dist.rendezvous("env://", place.rank, place.world, timeout=limit))
-    return store
-
-
-def _slurm_master(environment: Mapping[str, str]) -> dict[str, str]:
-    """Address and port of rank 0 in a step of Slurm: the node that called srun, a port of the step's own below the ephemeral ones.
-
-    Raises:
-        RuntimeError: there is no such step.
-    """
-    address = environment.get("MASTER_ADDR") or environment.get("SLURM_LAUNCH_NODE_IPADDR")
-    if not address or "SLURM_JOB_ID" not in environment:
-        raise RuntimeError("ranks: MASTER_ADDR and MASTER_PORT are not set, and this is no step of Slurm")
-    job, step = _number(environment, "SLURM_JOB_ID"), _number(environment, "SLURM_STEP_ID", 0)
-    return {"MASTER_ADDR": address, "MASTER_PORT": str(20000 + (job * 97 + step) % 12000)}
 
 
 def _step_tasks(environment: Mapping[str, str]) -> int:

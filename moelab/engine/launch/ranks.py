@@ -17,6 +17,7 @@ from pathlib import Path
 
 from moelab.engine.launch import process
 from moelab.engine.launch.process import rank_name
+from moelab.environment import HEARTBEAT, LAUNCHER, RENDEZVOUS
 
 _PR_SET_PDEATHSIG = 1
 _libc = ctypes.CDLL(None, use_errno=True) if sys.platform == "linux" else None
@@ -35,8 +36,8 @@ class LocalRanks:
         try:
             for rank in range(ranks):
                 place = {"RANK": rank, "WORLD_SIZE": ranks, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": ranks}
-                where: dict[str, object] = {process.RENDEZVOUS: session / "rendezvous.json", process.HEARTBEAT: session}
-                where[process.LAUNCHER] = os.getpid()
+                where: dict[str, object] = {RENDEZVOUS.name: session / "rendezvous.json", HEARTBEAT.name: session}
+                where[LAUNCHER.name] = os.getpid()
                 with open(logs / f"{rank_name(rank)}.txt", "ab") as log:
                     self._processes.append(
                         subprocess.Popen(
@@ -54,11 +55,11 @@ class LocalRanks:
             raise
 
     def codes(self) -> list[int | None]:
-        """Exit code of each rank, negative for a signal; None while it lives."""
+        """Return the exit code of each rank, negative for a signal; None while it lives."""
         return [p.poll() for p in self._processes]
 
     def complaint(self) -> str:
-        """Why no rank was started at all; empty when they were."""
+        """Return why no rank was started at all; empty when they were."""
         return ""
 
     def host(self, rank: int) -> str:
@@ -73,7 +74,7 @@ class LocalRanks:
                 p.send_signal(number)
 
     def watch_memory(self) -> None:
-        """Note the resident memory of each rank, for the day it is gone."""
+        """Record the resident memory of each rank, to report it when a rank is killed."""
         import psutil
 
         for rank, p in enumerate(self._processes):
@@ -81,11 +82,11 @@ class LocalRanks:
                 self._memory[rank] = psutil.Process(p.pid).memory_info().rss or self._memory[rank]
 
     def memory(self) -> list[int]:
-        """Last seen resident memory of each rank, in bytes."""
+        """Return the last seen resident memory of each rank, in bytes."""
         return list(self._memory)
 
     def stopped_by_signal(self, rank: int) -> bool:
-        """Whether a rank lives but is halted (SIGSTOP, a debugger)."""
+        """Return whether a rank lives but is halted (SIGSTOP, a debugger)."""
         import psutil
 
         try:
@@ -97,7 +98,7 @@ class LocalRanks:
             return False
 
     def end(self, grace_s: float) -> None:
-        """Nothing of any rank lives afterwards: SIGTERM to their process groups, at most `grace_s`, SIGKILL."""
+        """End all ranks and what they started: SIGTERM to their process groups, at most `grace_s`, SIGKILL."""
         self._signal_groups(signal.SIGTERM)
         _wait(self._processes, grace_s)
         self._signal_groups(signal.SIGKILL)
@@ -146,7 +147,7 @@ class SlurmRanks:
                     *([f"--cpus-per-task={cpus}"] if cpus else []),
                     *(["--overlap"] if "SLURM_STEP_ID" in environment else []),
                     "--distribution=block",
-                    # The launcher decides when one rank's end is everybody's: a rank that stopped in good order is no failure.
+                    # The launcher decides when one rank's end ends all: a rank that stopped as asked is no failure.
                     "--kill-on-bad-exit=0",
                     "--wait=0",
                     "--open-mode=append",
@@ -158,23 +159,25 @@ class SlurmRanks:
                 stdin=subprocess.DEVNULL,
                 start_new_session=True,
                 preexec_fn=_die_with(os.getpid(), signal.SIGTERM),  # srun then ends the step
-                env={**environment, process.HEARTBEAT: str(session)},
+                env={**environment, RENDEZVOUS.name: str(session / "rendezvous.json"), HEARTBEAT.name: str(session)},
             )
 
     def codes(self) -> list[int | None]:
-        """As `LocalRanks.codes`; srun tells of tasks that failed at once, of those that did well when all have ended."""
+        """Return codes as `LocalRanks.codes` does; srun reports tasks that failed at once, those that ended well when
+        all have ended.
+        """
         over = self._srun.poll()
         codes: list[int | None] = [None if over is None else 0] * self._ranks
-        told = False
+        reported = False
         for match in self._ENDED.finditer(self._text()):
             for rank in _tasks(match["tasks"]):
-                codes[rank], told = _code(match["how"]), True
-        if over and not told:  # srun itself failed
+                codes[rank], reported = _code(match["how"]), True
+        if over and not reported:  # srun itself failed
             codes = [over] * self._ranks
         return codes
 
     def complaint(self) -> str:
-        """As `LocalRanks.complaint`."""
+        """Return what `LocalRanks.complaint` does."""
         lines = [line.strip() for line in self._text().splitlines() if line.strip()]
         if not self._srun.poll() or any(self._ENDED.search(line) for line in lines):
             return ""
@@ -203,7 +206,7 @@ class SlurmRanks:
         return False
 
     def end(self, grace_s: float) -> None:
-        """SIGTERM to srun, which ends the step and kills what does not go; SIGKILL to srun if it stays."""
+        """Send SIGTERM to srun, which ends the step and kills what does not end itself; SIGKILL to srun if it stays."""
         if self._srun.poll() is None:
             self._srun.send_signal(signal.SIGTERM)
             _wait([self._srun], grace_s)
@@ -216,18 +219,20 @@ class SlurmRanks:
 
 
 def in_allocation(environment: Mapping[str, str] = os.environ) -> bool:
-    """Whether ranks should be srun's tasks: inside a job of Slurm that has several nodes or tasks."""
+    """Return whether ranks should be srun's tasks: inside a job of Slurm that has several nodes or tasks."""
     several = any(int(environment.get(name) or 1) > 1 for name in ("SLURM_JOB_NUM_NODES", "SLURM_NTASKS"))
     return "SLURM_JOB_ID" in environment and several and shutil.which("srun") is not None
 
 
 def _die_with(parent: int, number: int):
-    """What a child does before its program starts: ask the kernel for `number` when its parent dies (Linux)."""
+    """Return what a child calls before its program starts: ask the kernel for signal `number` when its parent dies
+    (Linux).
+    """
 
     def ask() -> None:
         if _libc is not None:
             _libc.prctl(_PR_SET_PDEATHSIG, int(number))
-            if os.getppid() != parent:  # it died while we were being born
+            if os.getppid() != parent:  # it died before this call
                 os._exit(process.STOPPED)
 
     return ask
@@ -240,7 +245,7 @@ def _wait(processes: Sequence[subprocess.Popen], seconds: float) -> None:
 
 
 def _tasks(text: str) -> list[int]:
-    """Slurm's ``0,2-3`` as numbers."""
+    """Parse Slurm's ``0,2-3``."""
     numbers: list[int] = []
     for part in text.replace(" ", "").split(","):
         first, _, last = part.partition("-")
@@ -249,12 +254,12 @@ def _tasks(text: str) -> list[int]:
 
 
 def _fewest_tasks(text: str, default: int) -> int:
-    """The smallest count in Slurm's ``3,1`` or ``2(x4),1``."""
+    """Return the smallest count in Slurm's ``3,1`` or ``2(x4),1``."""
     return min((int(count) for count in re.findall(r"(\d+)(?:\(x\d+\))?", text)), default=default)
 
 
 def _code(how: str) -> int:
-    """Slurm's words about a task's end as an exit code."""
+    """Return the exit code that Slurm's words about a task's end mean."""
     if match := re.search(r"exit code (\d+)", how):
         return int(match[1])
     if "Out Of Memory" in how or "Killed" in how:

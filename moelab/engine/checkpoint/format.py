@@ -1,0 +1,125 @@
+"""The files of a checkpoint: their names, the index, and SHA-256 of everything.
+
+    {model,optimizer}-<rank>.safetensors   a tensor "name" when the piece is whole, else "name@<offsets>"
+    index.json                             name -> dtype, shape, pieces (at, size, file)
+    state.json                             step, the caller's state, SHA-256 of every other file and of itself
+
+A piece is a shard as it is stored.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import stat
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from moelab.files import read_json, write_text
+
+INDEX, STATE = "index.json", "state.json"
+
+
+class CheckpointError(Exception):
+    """A checkpoint that cannot be used or written; the message is one line with the reason."""
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A shard of a named tensor.
+
+    Attributes:
+        name: of the whole tensor, "model/..." or "optimizer/...".
+        shape: of the whole tensor.
+        offset: where the shard begins in it.
+        tensor: its values; loading writes into it.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    offset: tuple[int, ...]
+    tensor: Tensor
+
+
+def directories(directory: Path) -> list[Path]:
+    """Return the checkpoints in a directory by step, complete or not."""
+    return sorted(p for p in directory.glob("step-*") if p.is_dir()) if directory.is_dir() else []
+
+
+def regular_file(path: Path, name: str) -> Path:
+    """Return the path of one of a checkpoint's files.
+
+    Raises:
+        CheckpointError: it is not a regular file in the checkpoint's own directory. Reading a device or a FIFO might
+            never end.
+        OSError: there is no such file.
+    """
+    file = path / name
+    if Path(name).name != name or not stat.S_ISREG(file.stat().st_mode):
+        raise CheckpointError(f"{path}: {name} is not a regular file of the checkpoint")
+    return file
+
+
+def read_index(path: Path) -> dict[str, Any]:
+    """Return name -> {"dtype", "shape", "pieces"} of every tensor in a checkpoint (CheckpointError)."""
+    return _read(path, INDEX)
+
+
+def read_state(path: Path) -> dict[str, Any]:
+    """Return the content of state.json: "step", "state" and "sha256" (file -> digest). CheckpointError when it is not
+    what was written.
+    """
+    record = _read(path, STATE)
+    try:
+        if record.pop("check") != _digest(record):
+            raise CheckpointError(f"{path}/{STATE}: content does not match its SHA-256")
+    except (KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{path}: unreadable ({error})") from None
+    return record
+
+
+def write_state(path: Path, step: int, state: dict[str, Any], sha256: dict[str, str]) -> None:
+    """Write state.json; `sha256` has every other file's digest."""
+    record = json.loads(json.dumps({"step": step, "sha256": sha256, "state": state}))
+    write_text(path / STATE, json.dumps(record | {"check": _digest(record)}, indent=2) + "\n")
+
+
+def verify(path: Path, file: str, expected: str) -> None:
+    """Check that a file's SHA-256 is the expected one (CheckpointError)."""
+    try:
+        actual = file_sha256(regular_file(path, file))
+    except OSError as error:
+        raise CheckpointError(f"{path}: unreadable ({error})") from None
+    if actual != expected:
+        raise CheckpointError(f"{path}/{file}: content does not match its SHA-256")
+
+
+def file_sha256(path: Path) -> str:
+    with open(path, "rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
+
+
+def sync(path: Path) -> None:
+    """Wait until a file, or a directory's entries, are on the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _read(path: Path, name: str) -> dict[str, Any]:
+    try:
+        return read_json(regular_file(path, name))
+    except FileNotFoundError:
+        raise CheckpointError(f"{path}: no {name}") from None
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path}: unreadable ({error})") from None
+
+
+def _digest(record: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()

@@ -1,0 +1,121 @@
+"""Find the newest complete checkpoint and read from it what this rank's layout needs."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from moelab.engine.checkpoint import shards, storage
+from moelab.engine.checkpoint.format import CheckpointError, Piece, directories, read_index, read_state, verify
+from moelab.engine.checkpoint.shards import Placements
+from moelab.engine.collectives import all_gather_json, broadcast_json
+from moelab.engine.groups import Group
+from moelab.engine.placement import Placement
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint on disk: its directory, the steps done when it was written, the caller's state."""
+
+    path: Path
+    step: int
+    state: dict[str, Any]
+
+
+def latest(directory: Path) -> Checkpoint | None:
+    """Return the newest checkpoint whose files are complete and unchanged, or None. Broken ones are named in a warning
+    and skipped.
+
+    Every rank calls this and gets the same answer; each checks some of the files.
+    """
+    world = Group.world()
+    names = broadcast_json([path.name for path in directories(directory)] if world.index == 0 else None)
+    for name in reversed(names):
+        try:
+            return _verify(directory / name, world)
+        except CheckpointError as error:
+            if world.index == 0:
+                log.warning("checkpoint skipped: %s", error)
+    return None
+
+
+def load_model(checkpoint: Checkpoint, model: nn.Module, placements: Placements = None) -> None:
+    """Fill a model, or this rank's part of it, with a checkpoint's weights, whatever layout wrote it.
+
+    Reads what the part needs, and asks no other rank. The parameters' dtype stays.
+
+    Raises:
+        CheckpointError: the tensors do not fit the model; nothing was loaded.
+    """
+    index = read_index(checkpoint.path)
+    storage.read(checkpoint.path, index, _model_pieces(checkpoint.path, index, model, placements))
+
+
+def load(
+    checkpoint: Checkpoint, model: nn.Module, optimizer: torch.optim.Optimizer, placements: Placements = None
+) -> None:
+    """Fill a model as `load_model` does, and the optimizer's state with it."""
+    index = read_index(checkpoint.path)
+    pieces = _model_pieces(checkpoint.path, index, model, placements)
+    parameters = shards.parameters(model)
+    fused = bool(optimizer.defaults.get("fused"))
+    optimizer.state.clear()
+    for name, entry in index.items():
+        kind, _, rest = name.partition("/")
+        if kind != "optimizer":
+            continue
+        key, _, owner = rest.partition("/")
+        parameter, dtype = parameters[owner], getattr(torch, entry["dtype"])
+        if entry["shape"]:
+            value = torch.zeros_like(parameter, dtype=dtype, requires_grad=False)
+            placement = shards.placement_of(owner, parameter, placements)
+        else:  # the step counter: whole everywhere
+            value = torch.zeros((), dtype=dtype, device=parameter.device if fused else "cpu")
+            placement = Placement.whole(())
+        optimizer.state[parameter][key] = value
+        pieces += shards.pieces(name, value, placement)
+    storage.read(checkpoint.path, index, pieces)
+
+
+def _model_pieces(path: Path, index: dict[str, Any], model: nn.Module, placements: Placements) -> list[Piece]:
+    stored = {
+        name.partition("/")[2]: tuple(entry["shape"]) for name, entry in index.items() if name.startswith("model/")
+    }
+    wanted = {name: (p, shards.placement_of(name, p, placements)) for name, p in shards.parameters(model).items()}
+    if stored.keys() != wanted.keys():
+        odd = sorted(stored.keys() ^ wanted.keys())[:3]
+        raise CheckpointError(f"{path}: not a checkpoint of this model; differing parameters: {', '.join(odd)}")
+    for name, (_, placement) in wanted.items():
+        if stored[name] != placement.shape:
+            raise CheckpointError(f"{path}: {name} is {stored[name]}, the model has {placement.shape}")
+    return [piece for name, (p, placement) in wanted.items() for piece in shards.pieces(f"model/{name}", p, placement)]
+
+
+def _verify(path: Path, world: Group) -> Checkpoint:
+    """Check all files of a checkpoint. CheckpointError, the same on every rank, unless they are as written."""
+    record = broadcast_json(_or_error(read_state, path) if world.index == 0 else None)
+    if "error" in record:
+        raise CheckpointError(record["error"])
+    found: dict[str, Any] = {}
+    for file, expected in sorted(record["sha256"].items())[world.index :: world.size]:
+        found = found or _or_error(verify, path, file, expected) or {}
+    for answer in all_gather_json(found):
+        if "error" in answer:
+            raise CheckpointError(answer["error"])
+    return Checkpoint(path, record["step"], record["state"])
+
+
+def _or_error(check: Callable[..., Any], *args: Any) -> Any:
+    """Return what a check returns, or its CheckpointError as a JSON value."""
+    try:
+        return check(*args)
+    except CheckpointError as error:
+        return {"error": str(error)}

@@ -1,0 +1,64 @@
+"""Which shards of which tensors of a model and its optimizer a rank has."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
+
+from moelab.engine.checkpoint.format import Piece
+from moelab.engine.groups import Group
+from moelab.engine.placement import Placement
+
+Placements = dict[str, Placement] | None
+"""Parameter name -> its placement on this rank; None: every rank holds everything. DTensors know theirs themselves."""
+
+
+def tensors(
+    model: nn.Module, optimizer: torch.optim.Optimizer, placements: Placements
+) -> Iterator[tuple[str, Tensor, Placement]]:
+    """Iterate over all that a checkpoint holds, in an order that is the same on every rank: name, tensor, placement."""
+    own = parameters(model)
+    for name, parameter in own.items():
+        yield f"model/{name}", parameter, placement_of(name, parameter, placements)
+    for name, parameter in own.items():
+        for key, value in sorted(optimizer.state.get(parameter, {}).items()):
+            step_counter = Placement.whole((), Group.world().ranks)
+            placement = placement_of(name, parameter, placements) if value.ndim else step_counter
+            yield f"optimizer/{key}/{name}", value, placement
+
+
+def parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Return a model's parameters by name, sharded ones as the shards that they are."""
+    for module in model.modules():
+        # A forward without a backward leaves gathered weights in the parameters' place.
+        if isinstance(module, FSDPModule):
+            module.reshard()
+    return dict(model.named_parameters())
+
+
+def placement_of(name: str, parameter: Tensor, placements: Placements) -> Placement:
+    """Return a parameter's placement, having checked that it fits the tensor (ValueError)."""
+    if placements is None:
+        return Placement.whole(tuple(parameter.shape), Group.world().ranks)
+    placement = placements[name]
+    shape = placement.shape if isinstance(parameter, DTensor) else placement.local_shape
+    if shape != tuple(parameter.shape):
+        raise ValueError(f"checkpoint: {name} is placed as {shape}, but is {tuple(parameter.shape)}")
+    return placement
+
+
+def pieces(name: str, tensor: Tensor, placement: Placement) -> Iterator[Piece]:
+    """Iterate over the shards of a tensor that are on this rank, as views."""
+    tensor = tensor.detach()
+    if isinstance(tensor, DTensor):
+        local = tensor.to_local()
+        if local.numel():
+            (chunk,) = tensor.__create_chunk_list__()
+            yield Piece(name, placement.shape, tuple(chunk.offsets), local)
+        return
+    for shard in placement.shards:
+        yield Piece(name, placement.shape, shard.offset, shard.of(tensor))

@@ -1,0 +1,137 @@
+"""Process groups: `Group`, the ranks that take part in a collective, and `ProcessGroups`, the one place that makes
+them.
+
+Each process group has the time limit of the default one, which `moelab.engine.launch.process.join` sets: without it a
+collective of a group waits for half an hour for a rank that is gone. Groups are made together, by every rank in the
+same order.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from datetime import timedelta
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Group:
+    """Some ranks that communicate with each other.
+
+    The methods are torch.distributed's collectives; `moelab.engine.collectives` calls them, and nothing else does.
+
+    Attributes:
+        ranks: their global ranks, in the group's order.
+        index: this rank's place among them.
+        handle: the process group; None for a group of one, which never communicates.
+    """
+
+    ranks: tuple[int, ...]
+    index: int
+    handle: Any
+
+    @classmethod
+    def alone(cls, rank: int = 0) -> Group:
+        """Return the group of one rank."""
+        return cls((rank,), 0, None)
+
+    @classmethod
+    def world(cls) -> Group:
+        """Return the group of all ranks; of this process alone when there is no process group."""
+        if not dist.is_initialized() or dist.get_world_size() == 1:
+            return cls.alone()
+        return cls(tuple(range(dist.get_world_size())), dist.get_rank(), dist.group.WORLD)
+
+    @property
+    def size(self) -> int:
+        return len(self.ranks)
+
+    @property
+    def rank(self) -> int:
+        """This rank's global rank."""
+        return self.ranks[self.index]
+
+    @property
+    def device_type(self) -> str:
+        """Where tensors of its collectives are: "cuda" for nccl, else "cpu"."""
+        return "cpu" if self.handle is None else _device_type(self.handle)
+
+    def all_to_all_single(
+        self, output: Tensor, input: Tensor, receive: list[int] | None, send: list[int] | None
+    ) -> None:
+        dist.all_to_all_single(output, input, receive, send, group=self.handle)
+
+    def all_reduce(self, tensor: Tensor, op: Any = dist.ReduceOp.SUM, asynchronous: bool = False) -> dist.Work | None:
+        return dist.all_reduce(tensor, op, group=self.handle, async_op=asynchronous)
+
+    def all_gather(self, outputs: list[Tensor], tensor: Tensor) -> None:
+        dist.all_gather(outputs, tensor, group=self.handle)
+
+    def gather(self, outputs: list[Tensor] | None, tensor: Tensor) -> None:
+        """Collect all ranks' tensors on the first rank."""
+        dist.gather(tensor, outputs, self.ranks[0], group=self.handle)
+
+    def broadcast(self, tensor: Tensor) -> None:
+        """Send the first rank's tensor to all."""
+        dist.broadcast(tensor, self.ranks[0], group=self.handle)
+
+
+class ProcessGroups:
+    """Makes process groups over all ranks, those of each partition once."""
+
+    def __init__(self) -> None:
+        self.world = Group.world()
+        self._made: dict[tuple[tuple[int, ...], ...], Group] = {}
+
+    def make(self, partition: np.ndarray) -> Group:
+        """Return this rank's group of a partition of all ranks.
+
+        Every rank calls this, with the same partitions in the same order.
+
+        Args:
+            partition: global ranks, one group a row.
+        """
+        if len(partition) == 1:
+            return self.world
+        if partition.shape[1] == 1:
+            return Group.alone(self.world.rank)
+        rows = tuple(map(tuple, partition.tolist()))
+        if rows not in self._made:
+            row = next(row for row in rows if self.world.rank in row)
+            self._made[rows] = Group(row, row.index(self.world.rank), _subgroup(partition.tolist()))
+        return self._made[rows]
+
+    def close(self) -> None:
+        """Destroy the groups, each of which holds threads and connections. Every rank calls this."""
+        for group in self._made.values():
+            dist.destroy_process_group(group.handle)
+        self._made = {}
+
+
+def gloo_group() -> Group:
+    """Make a group of all ranks that communicates over gloo, whatever the default group uses."""
+    world = Group.world()
+    if world.size == 1:
+        return world
+    return replace(world, handle=dist.new_group(backend="gloo", timeout=time_limit(dist.group.WORLD)))
+
+
+def time_limit(handle: dist.ProcessGroup) -> timedelta:
+    """Return how long a collective of a process group waits before it raises."""
+    return handle._get_backend(torch.device(_device_type(handle))).options._timeout
+
+
+def _device_type(handle: dist.ProcessGroup) -> str:
+    return "cuda" if dist.get_backend(handle) == "nccl" else "cpu"
+
+
+def _subgroup(partition: list[list[int]]) -> dist.ProcessGroup:
+    """Make the groups of a partition and return this rank's."""
+    limit = time_limit(dist.group.WORLD)
+    if dist.get_backend() == "nccl" and dist.group.WORLD.bound_device_id is not None:
+        return dist.split_group(split_ranks=partition, timeout=limit)  # one call, where the others make one a group
+    return dist.new_subgroups_by_enumeration(partition, timeout=limit)[0]

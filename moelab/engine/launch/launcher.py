@@ -1,0 +1,346 @@
+"""`launch`: start P ranks, watch them, and end them together.
+
+`launch` runs one command P times: as processes of this machine, or as tasks of srun inside an allocation of Slurm. It
+returns when all ranks ended well. The first that dies or hangs ends all of them, within `Limits.death_s`, and the error
+names it: rank, host, how it died, the last lines of its log. Nothing of any rank outlives `launch`, and no rank
+outlives the launcher's process.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import signal
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Literal, Self
+
+from moelab.engine.launch import postmortem, process
+from moelab.engine.launch.process import FINISHED, STOPPED, rank_name
+from moelab.engine.launch.ranks import LocalRanks, SlurmRanks, in_allocation
+from moelab.environment import COLLECTIVE_S, DEATH_S, HANG_S, STOP_S
+
+Ranks = LocalRanks | SlurmRanks
+_POLL_S = 0.1
+
+
+class ActiveClock:
+    """Measures the seconds in which this process really ran: limits on ranks count these.
+
+    When the machine sleeps (a laptop's lid) or everything is halted (SIGSTOP of a whole session, a frozen container),
+    ranks and launcher stand still together, and that is no hang. Two readings of the clock are then further apart than
+    the watch's own pauses ever are: the monotonic clock shows it for a halt, the wall clock for sleep, through which
+    Linux' monotonic clock does not run.
+    """
+
+    LONGEST_STEP_S = 5.0  # between two readings; more than a busy machine delays the watch
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+        self._last = time.monotonic(), time.time()
+
+    def read(self) -> float:
+        """Return the seconds so far; call it at least every second."""
+        now = time.monotonic(), time.time()
+        monotonic, wall = (new - old for new, old in zip(now, self._last, strict=True))
+        self._last = now
+        suspended = max(monotonic, wall) > self.LONGEST_STEP_S
+        # The wall clock may be set, by hours and backwards: only the monotonic one counts, and not while suspended.
+        self.seconds += 0.0 if suspended else monotonic
+        return self.seconds
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Limits of the watch, in seconds; each may come from the environment as ``MOELAB_HANG_S`` and so on.
+
+    Attributes:
+        hang_s: a rank that gave signs of life and gives none for so long hangs.
+        death_s: from the first death to the end of all.
+        stop_s: for a checkpoint, from the first rank that has stopped to the last.
+        collective_s: a collective that waits longer raises in the ranks; the second net, so longer than `hang_s`.
+    """
+
+    hang_s: float = 300
+    death_s: float = 20
+    stop_s: float = 120
+    collective_s: float = 600
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            if not getattr(self, field.name) > 0:
+                raise ValueError(f"limits: {field.name} must be more than 0 seconds, got {getattr(self, field.name)}")
+
+    @classmethod
+    def read(cls, environment: Mapping[str, str] = os.environ) -> Self:
+        """Read the environment. ValueError, one line, for what is no number of seconds."""
+        found = {}
+        for field, variable in zip(fields(cls), (HANG_S, DEATH_S, STOP_S, COLLECTIVE_S), strict=True):
+            if text := variable.get(environment):
+                try:
+                    found[field.name] = float(text)
+                except ValueError:
+                    raise ValueError(f"{variable.name} must be a number of seconds, got {text!r}") from None
+        return cls(**found)
+
+
+class RankFailed(RuntimeError):
+    """A rank died or hung, and took the others with it. The text is one line.
+
+    Attributes:
+        rank, host: who and where.
+        how: how it ended, one line.
+        log: its log; `tail`, the last lines of it.
+    """
+
+    def __init__(self, rank: int, ranks: int, host: str, how: str, log: Path, tail: str) -> None:
+        super().__init__(f"rank {rank} of {ranks} on {host} {how}")
+        self.rank, self.host, self.how, self.log, self.tail = rank, host, how, log, tail
+
+
+def launch(
+    command: Sequence[str],
+    ranks: int,
+    logs: Path,
+    *,
+    limits: Limits | None = None,
+    should_stop: Callable[[], bool] = lambda: False,
+    tick: Callable[[], None] = lambda: None,
+    environment: Mapping[str, str] | None = None,
+    per_node: int = 8,
+    how: Literal["auto", "local", "srun"] = "auto",
+) -> int:
+    """Run `command` as `ranks` ranks to their end.
+
+    Args:
+        logs: folder of the ranks' outputs, ``rank-00003.txt``, appended to; for srun on a disk that all nodes see.
+        should_stop: asked ten times a second; True passes SIGTERM (srun: SIGUSR1) on to all ranks, once.
+        tick: called as often.
+        environment: of the ranks, before their place is added; by default this process's.
+        per_node: ranks of a node, for srun.
+        how: "local" processes, tasks of "srun", or srun just where this is a job of several nodes or tasks.
+
+    Returns:
+        FINISHED (0): all ended well. STOPPED (75): some said that they stopped as asked, the others ended well too.
+
+    Raises:
+        RankFailed: one did not.
+        ValueError: the job of Slurm has too few tasks on a node for the layout; nothing is started.
+        whatever `should_stop` and `tick` raise, KeyboardInterrupt included, once the ranks have had `limits.stop_s` to
+        stop.
+    """
+    limits = limits or Limits.read()
+    environment = process.without_rank(environment if environment is not None else os.environ)
+    environment[COLLECTIVE_S.name] = str(limits.collective_s)
+    environment.setdefault("PYTHONUNBUFFERED", "1")  # the last words of a rank that is killed
+    logs.mkdir(parents=True, exist_ok=True)
+    slurm = how == "srun" or (how == "auto" and in_allocation(environment))
+    # Signs of life are written often: beside the logs only where other nodes write them, too.
+    session = Path(tempfile.mkdtemp(prefix=".session-" if slurm else "moelab-ranks-", dir=logs if slurm else None))
+    started: Ranks | None = None
+    try:
+        starts = [_size(_log(logs, rank)) for rank in range(ranks)]
+        if slurm:
+            started = SlurmRanks(command, ranks, logs.resolve(), session, environment, per_node)
+        else:
+            started = LocalRanks(command, ranks, logs, session, environment)
+        watch = _Watch(started, ranks, limits, logs, starts, session)
+        try:
+            return watch.run(should_stop, tick)
+        except RankFailed:
+            raise
+        except BaseException:
+            watch.stop()
+            raise
+    finally:
+        if started is not None:
+            started.end(0.0)
+        shutil.rmtree(session, ignore_errors=True)
+
+
+class _Watch:
+    def __init__(
+        self, started: Ranks, ranks: int, limits: Limits, logs: Path, starts: Sequence[int], session: Path
+    ) -> None:
+        self.started, self.ranks, self.limits, self.logs, self.starts, self.session = (
+            started, ranks, limits, logs, starts, session,
+        )  # fmt: skip
+        self.asked = False
+        self.first_stopped: float | None = None
+        self.order: list[int] = []  # ranks in the order of their failures
+        self.beats: dict[int, tuple[int, float]] = {}  # rank -> time stamp of its file, and when it was seen to change
+        self.oom_kills = postmortem.oom_kills()
+        self.clock = ActiveClock()
+        self._looked = 0.0
+
+    def run(self, should_stop: Callable[[], bool], tick: Callable[[], None]) -> int:
+        while True:
+            self.clock.read()
+            codes = self.started.codes()
+            if self._failed(codes):
+                raise self._dead()
+            if all(code is not None for code in codes):
+                return STOPPED if any(code != FINISHED for code in codes) else FINISHED
+            if not self.asked and (should_stop() or STOPPED in codes):
+                self._ask()
+            if self._stays(codes):
+                raise self._failure(codes.index(None), f"did not stop within {self.limits.stop_s:g} s of the others")
+            if time.monotonic() - self._looked > 0.5:
+                self._looked = time.monotonic()
+                self.started.watch_memory()
+                if hanging := self._hanging(codes):
+                    # The one that hangs may have given its last sign a moment later than those that wait for it.
+                    others = [rank for rank, code in enumerate(codes) if code is None and rank not in hanging]
+                    raise self._hung(hanging + others, f"hangs: no sign of life for {self.limits.hang_s:g} s")
+            tick()
+            time.sleep(_POLL_S)
+
+    def stop(self) -> None:
+        """Let the ranks write a checkpoint and end, for at most `stop_s`."""
+        self._ask()
+        deadline = time.monotonic() + self.limits.stop_s
+        while time.monotonic() < deadline:
+            codes = self.started.codes()
+            if None not in codes:
+                return
+            if self._failed(codes):
+                deadline = min(deadline, time.monotonic() + self.limits.death_s)
+            time.sleep(_POLL_S)
+
+    def _ask(self) -> None:
+        if not self.asked:
+            self.asked = True
+            self.started.ask_to_stop()
+
+    def _failed(self, codes: Sequence[int | None]) -> list[int]:
+        """Return the ranks that failed, in the order of their ends as far as it is visible."""
+        # A rank that is asked to stop before it can answer ends by the signal: no failure.
+        good = {None, FINISHED, STOPPED, *((-signal.SIGTERM, -signal.SIGUSR1) if self.asked else ())}
+        self.order += [rank for rank, code in enumerate(codes) if code not in good and rank not in self.order]
+        return self.order
+
+    def _stays(self, codes: Sequence[int | None]) -> bool:
+        """Return whether a rank goes on long after another has stopped."""
+        ended = [code for code in codes if code not in (None, FINISHED)]
+        if not ended or None not in codes:
+            return False
+        if self.first_stopped is None:
+            self.first_stopped = self.clock.seconds
+        # One that was killed while starting will be waited for in vain.
+        limit = self.limits.stop_s if all(code == STOPPED for code in ended) else self.limits.death_s
+        return self.clock.seconds - self.first_stopped > limit
+
+    def _hanging(self, codes: Sequence[int | None]) -> list[int]:
+        """Return the ranks without a sign of life for too long."""
+        now, late = self.clock.seconds, []
+        for rank, code in enumerate(codes):
+            try:
+                stamp = (self.session / rank_name(rank)).stat().st_mtime_ns
+            except OSError:  # none yet: it is still starting, or reads data
+                continue
+            # The file's time stamp is another machine's; how long it has not changed is ours.
+            if self.beats.get(rank, (None,))[0] != stamp:
+                self.beats[rank] = (stamp, now)
+            elif code is None and now - self.beats[rank][1] > self.limits.hang_s:
+                late.append(rank)
+        return late
+
+    def _dead(self) -> RankFailed:
+        """End all ranks and return what killed the first; the others get a moment to show whether they only lost the
+        connection to it.
+        """
+        deadline = time.monotonic() + self.limits.death_s
+        settle = time.monotonic() + min(2.0, self.limits.death_s / 4)
+        codes = self.started.codes()
+        while None in codes and time.monotonic() < settle:
+            time.sleep(_POLL_S)
+            codes = self.started.codes()
+        self._failed(codes)
+        errors = {rank: postmortem.last_error(self._new_log(rank)) for rank in self.order}
+        # One that raises may still be aborted on its way out, by threads of the process group: what it said counts.
+        killed = [r for r in self.order if (codes[r] or 0) < 0 and (codes[r] == -signal.SIGKILL or not errors[r])]
+        cut_off = [rank for rank in self.order if rank not in killed and postmortem.lost_connection(errors[rank])]
+        causes = [rank for rank in self.order if rank not in killed and rank not in cut_off]
+        silent = [rank for rank, code in enumerate(codes) if code is None]
+        if not killed and not causes and silent:
+            return self._hung(silent, f"hangs: rank {cut_off[0]} waited for it ({errors[cut_off[0]]})", deadline)
+        rank = (killed or causes or cut_off)[0]
+        code = codes[rank]
+        assert code is not None
+        if complaint := self.started.complaint():
+            how = f"was not started: {complaint}"
+        elif rank in killed:
+            oom = postmortem.oom_kills() > self.oom_kills
+            how = postmortem.death_by_signal(-code, rank, self.started.memory(), oom)
+        else:
+            how = postmortem.death_by_exit(code, errors[rank])
+        return self._failure(rank, how, deadline)
+
+    def _hung(self, late: Sequence[int], how: str, deadline: float | None = None) -> RankFailed:
+        """End all ranks and return which of the late ones hangs: most wait for it, which their stacks show."""
+        deadline = deadline or time.monotonic() + self.limits.death_s
+        marks = {rank: _size(_log(self.logs, rank)) for rank in late}
+        halted = [rank for rank in late if self.started.stopped_by_signal(rank)]
+        if not halted:
+            self.started.signal(signal.SIGUSR2)
+            self._await_stacks(marks)
+        stacks = {rank: postmortem.stacks(_read(_log(self.logs, rank), marks[rank])) for rank in late}
+        culprits = halted or [r for r in late if not postmortem.in_collective(stacks[r])] or list(late)
+        rank = culprits[0]
+        if rank in halted:
+            how += "; it is halted by a signal (SIGSTOP)"
+        elif where := postmortem.innermost(stacks[rank]):
+            how += f"; it stands at {where}"
+        if waiting := [r for r in late if r not in culprits]:
+            how += f"; {_list(waiting)} {'wait' if len(waiting) > 1 else 'waits'} for others"
+        if len(culprits) > 1:
+            how += f"; {_list(culprits[1:])} too"
+        return self._failure(rank, how, deadline)
+
+    def _await_stacks(self, marks: Mapping[int, int]) -> None:
+        """Wait until all ranks have written their stacks, at most half the time there is."""
+        deadline = time.monotonic() + self.limits.death_s / 2
+        before: list[int] = []
+        while time.monotonic() < deadline:
+            time.sleep(0.25)
+            sizes = [_size(_log(self.logs, rank)) for rank in marks]
+            if sizes == before and all(size > mark for size, mark in zip(sizes, marks.values(), strict=True)):
+                return
+            before = sizes
+
+    def _failure(self, rank: int, how: str, deadline: float | None = None) -> RankFailed:
+        """End all ranks and return how one of them failed."""
+        log = _log(self.logs, rank)
+        host = self.started.host(rank)
+        tail = "\n".join(self._new_log(rank).splitlines()[-20:])
+        self.started.end(max(0.1, (deadline or time.monotonic() + self.limits.death_s) - time.monotonic()))
+        return RankFailed(rank, self.ranks, host, how, log, tail)
+
+    def _new_log(self, rank: int) -> str:
+        return _read(_log(self.logs, rank), self.starts[rank])
+
+
+def _log(logs: Path, rank: int) -> Path:
+    return logs / f"{rank_name(rank)}.txt"
+
+
+def _size(path: Path) -> int:
+    return path.stat().st_size if path.exists() else 0
+
+
+def _read(path: Path, start: int, at_most: int = 64_000) -> str:
+    """Return the end of a log, from byte `start` on."""
+    try:
+        with open(path, "rb") as file:
+            file.seek(max(start, _size(path) - at_most))
+            return re.sub(r"\r", "\n", file.read().decode(errors="replace"))
+    except FileNotFoundError:
+        return ""
+
+
+def _list(ranks: Sequence[int]) -> str:
+    return f"rank{'s' if len(ranks) > 1 else ''} {', '.join(map(str, ranks))}"
