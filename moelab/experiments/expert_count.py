@@ -9,12 +9,10 @@ Expect at `cpu` (3 seeds, results/expert-count): a loss that falls to 16 experts
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from moelab.experiments import common
+from moelab.experiments import comparison
 from moelab.experiments.base import Experiment, Scale
-from moelab.runs.spec import RunSpec
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -23,39 +21,31 @@ ARMS = {"1 (dense)": "350M"} | {str(n): f"350M+MoE-{8 * n}" for n in (2, 4, 8, 1
 """Experts of the `cpu` twin (the paper's model has eight times as many) -> model."""
 
 
-def specs(
-    scale: str = "cpu", seeds: int = 1, *, arms: Sequence[str] = (), tokens: int = 0, corpus: str = ""
-) -> list[RunSpec]:
-    """The runs; see `common.specs`."""
-    EXPERIMENT.scale(scale)
-    return common.specs("expert-count", ARMS, scale, seeds, selected=arms, tokens=tokens, corpus=corpus)
-
-
 def experts(arm: str) -> int:
-    """The number of experts an arm stands for."""
+    """Return the number of experts that an arm stands for."""
     return int(arm.split()[0])
 
 
-def finding(final: pd.DataFrame) -> str:
-    """The result in one line."""
+def headline(final: pd.DataFrame) -> str:
+    """Return the result in one line."""
     if not len(final):
         return "no run has finished"
     means = final.groupby("arm")["validation_loss"].mean()
     best = means.idxmin()
-    return f"Lowest mean loss at {best} experts: {common.difference(final, best, '1 (dense)')}"
+    return f"Lowest mean loss at {best} experts: {comparison.difference(final, best, '1 (dense)')}"
 
 
 EXPERIMENT = Experiment(
     name="expert-count",
+    number=20,
     title="How many experts",
     paper="beyond the paper",
     question="Where does adding experts at fixed compute stop paying?",
     paper_answer="Not examined; 128 experts beat 32 on the 350M base (Fig 4).",
-    notebook="20_expert_count.ipynb",
     scales={
         "smoke": Scale("twins of 32 wide, 4 layers; 12 k tokens of sotu", "seconds (tests)"),
         "cpu": Scale("twins 32 wide, 8 layers; 1 M tokens of mix5", "about 6 minutes a seed on one core"),
         "gpu": Scale("twins 256 wide, 12 layers, 4 to 128 experts; 200 M tokens", "not yet run; one GPU"),
     },
-    specs=specs,
+    arms=ARMS,
 )

@@ -14,18 +14,19 @@ model itself, by `srun moelab bench decode` on the cluster, whose numbers are re
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from moelab import paper
-from moelab.experiments.base import Experiment, Scale, no_runs
-from moelab.experiments.measured import steps
+from moelab.config import ModelConfig
+from moelab.experiments.base import Experiment, Scale
+from moelab.experiments.decoding import steps
+from moelab.experiments.verdicts import Verdict, judge_simulated
 
 if TYPE_CHECKING:
     import pandas as pd
 
-    from moelab.config import ModelConfig
     from moelab.experiments.base import Measure
-    from moelab.experiments.verdicts import Verdict
 
 RANKS = (1, 2, 4)
 TWINS: dict[str, dict[str, int]] = {
@@ -33,47 +34,43 @@ TWINS: dict[str, dict[str, int]] = {
     "cpu": {"hidden": 16, "depth": 6, "experts": 4, "vocab": 2048, "context": 128},
     "gpu": {"hidden": 2, "depth": 2, "experts": 4, "vocab": 50304, "context": 2048},
 }
-"""scale -> how the 1.3B+MoE-128 model is shrunk, see `ModelConfig.shrink`."""
+"""Scale -> how the 1.3B+MoE-128 model is shrunk, see `ModelConfig.shrink`."""
 
 
 def twin(scale: str) -> ModelConfig:
-    """The model that is measured here; its weights are random, and spread tokens over the experts."""
-    from dataclasses import replace
-
-    from moelab.config import ModelConfig
-
+    """Return the model that is measured here; its weights are random, and spread tokens over the experts."""
     shrunk = ModelConfig.parse("1.3B+MoE-128").shrink(**TWINS[scale])
     return replace(shrunk, init_std=0.05)
 
 
-def measured(measure: Measure, scale: str, file: str = "") -> list[dict]:
-    """Decoding steps of the twin over 1, 2 and 4 ranks, or over batches on one GPU, or at scale paper what is in `file`; see `measured.steps`."""
+def measured_steps(measure: Measure, scale: str, file: str | None = None) -> pd.DataFrame:
+    """Return decoding steps of the twin over 1, 2 and 4 ranks, or over batches on one GPU, or at scale paper those in `file`; see `decoding.steps`."""
     models = {"": twin(scale)} if scale != "paper" else {}
-    return steps(measure, EXPERIMENT.name, models, scale, file, ranks=RANKS, batches=(1, 8, 32))
+    return steps(measure, EXPERIMENT.name, models, scale, file, by="size", ranks=RANKS, batches=(1, 8, 32))
 
 
 def verdicts(frame: pd.DataFrame) -> list[Verdict]:
-    """The claims on Fig 10, from `simulated.bar_frame(bars.fig10())`."""
-    from moelab.experiments.simulated import verdict
-
+    """Judge the claims on Fig 10, from `simulated.bar_frame(bars.fig10())`."""
     ms = frame.set_index(["system", "gpus"])["simulated_ms"]
     rate = frame.set_index(["system", "gpus"])["simulated_throughput"]
     ours = {f"52b-speedup-{n}-gpus": ms["pytorch", n] / ms["deepspeed", n] for n in (8, 32, 64)}
     ours["52b-latency-falls"] = ms["deepspeed", 64] / ms["deepspeed", 8]
     ours["52b-superlinear"] = rate["deepspeed", 64] / rate["deepspeed", 8]
     return [
-        verdict(claim, ours.get(claim.id), fitted=True, note="" if claim.id in ours else "This system is not modelled.")
+        judge_simulated(
+            claim, ours.get(claim.id), fitted=True, note="" if claim.id in ours else "This system is not modelled."
+        )
         for claim in paper.claims("inference-scaling")
     ]
 
 
 EXPERIMENT = Experiment(
     name="inference-scaling",
+    number=10,
     title="Serving 52B on 8 to 64 GPUs",
     paper="Fig 10 (section 5.5)",
     question="Does a MoE get faster, and each GPU more productive, when GPUs are added?",
     paper_answer="Yes: from 8 to 64 GPUs latency falls from 27.3 to 12.7 ms while throughput per GPU doubles.",
-    notebook="10_inference_scaling.ipynb",
     scales={
         "smoke": Scale("simulated cluster; a tiny twin on 1, 2, 4 gloo ranks", "seconds"),
         "cpu": Scale(
@@ -87,7 +84,5 @@ EXPERIMENT = Experiment(
             "not yet run; 64 A100",
         ),
     },
-    specs=no_runs,
-    trains=False,
     measures=True,
 )

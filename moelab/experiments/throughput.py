@@ -13,15 +13,12 @@ Expect: a ratio of FLOPs near 3.5 (twins have larger embeddings, in proportion, 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from moelab import paper
 from moelab.config import ModelConfig
-from moelab.experiments import common
 from moelab.experiments.base import Experiment, Scale
-from moelab.experiments.verdicts import Verdict
-from moelab.runs.spec import RunSpec
+from moelab.experiments.verdicts import Verdict, judge_simulated
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -29,22 +26,13 @@ if TYPE_CHECKING:
 ARMS = {name: name for name in ("6.7B", "1.3B+MoE-128")}
 
 
-def specs(
-    scale: str = "cpu", seeds: int = 1, *, arms: Sequence[str] = (), tokens: int = 0, corpus: str = ""
-) -> list[RunSpec]:
-    """The two runs whose steps are measured, the same as in `scaling`; they need not be trained."""
-    EXPERIMENT.scale(scale)
-    return common.specs("throughput", ARMS, scale, seeds, selected=arms, tokens=tokens, corpus=corpus)
-
-
 def flops_ratio(dense: ModelConfig, moe: ModelConfig) -> float:
-    """Training FLOPs a token, dense over MoE: the speed-up at equal operations per second."""
+    """Return the training FLOPs a token of the dense model over the MoE's: the speed-up at equal operations per second."""
     return dense.flops_per_token() / moe.flops_per_token()
 
 
 def simulated() -> pd.DataFrame:
-    """Both models of Table 3 on the paper's cluster as `moelab.simulate` predicts them (`scoreboard.table3`): a row a model. Nothing is fitted to
-    Table 3."""
+    """Return a row for each model of Table 3 on the paper's cluster, as `moelab.simulate` predicts it; nothing is fitted to Table 3."""
     import pandas as pd
 
     from moelab.simulate.scoreboard import table3
@@ -64,35 +52,33 @@ def simulated() -> pd.DataFrame:
 
 
 def verdicts(predicted: pd.DataFrame) -> list[Verdict]:
-    """Table 3's claims, which speak of 128 A100, judged on the simulated cluster.
+    """Judge Table 3's claims, which speak of 128 A100, on the simulated cluster.
 
     Args:
         predicted: from `simulated`.
     """
-    from moelab.experiments.simulated import verdict
-
     moe, dense = predicted.loc["1.3B+MoE-128"], predicted.loc["6.7B"]
     values = {
         "training-5x-cheaper": moe["samples/s"] / dense["samples/s"],
         "moe-flop-efficiency": moe["TFLOP/s a GPU"] / dense["TFLOP/s a GPU"],
     }
-    return [verdict(c, float(values[c.id]), note="128 A100.") for c in paper.claims("training-throughput")]
+    return [judge_simulated(c, float(values[c.id]), note="128 A100.") for c in paper.claims("throughput")]
 
 
 EXPERIMENT = Experiment(
     name="throughput",
+    number=6,
     title="Training throughput at equal quality",
     paper="Table 3 (section 3)",
     question="How much cheaper is training an MoE than training the dense model it equals?",
     paper_answer="Five times: 372 against 70 samples per second on 128 A100.",
-    notebook="06_throughput.ipynb",
     scales={
         "smoke": Scale("twins 64 and 128 wide", "seconds (tests)"),
         "cpu": Scale("twins 64 and 128 wide, 8 and 11 layers", "about a minute on one core"),
         "gpu": Scale("twins 512 and 1024 wide", "not yet run; one GPU"),
         "paper": Scale("1.3B+MoE-128 and 6.7B", "not run; see its dry run"),
     },
-    specs=specs,
+    arms=ARMS,
     trains=False,
     measures=True,
 )

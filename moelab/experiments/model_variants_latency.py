@@ -15,24 +15,27 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from moelab import paper
-from moelab.experiments.base import Experiment, Scale, no_runs
+from moelab.experiments.base import Experiment, Scale
+from moelab.experiments.verdicts import Verdict, judge_simulated
 
 if TYPE_CHECKING:
     import pandas as pd
 
     from moelab.config import ModelConfig
-    from moelab.experiments.verdicts import Verdict
 
 
 def models() -> dict[str, ModelConfig]:
-    """Variant -> the 349B model as it."""
+    """Return the 349B model as each variant, by the variant's name."""
     from moelab.simulate import bars
 
     return {bar.label.split()[1]: bar.model for bar in bars.variants(("8B",))}
 
 
 def memory() -> pd.DataFrame:
-    """GiB a GPU of the layout that needs least, by variant of the 349B model and GPU count; `fits` on the paper's machines."""
+    """Return the memory of the layout that needs least, for each variant of the 349B model and GPU count.
+
+    Columns: variant, gpus, gib_per_gpu, fits (on the paper's machines), and the parts of the memory as <part>_gib.
+    """
     import pandas as pd
 
     from moelab.simulate import bars, scoreboard
@@ -60,13 +63,12 @@ def memory() -> pd.DataFrame:
 
 
 def verdicts(held: pd.DataFrame, latency: pd.DataFrame) -> list[Verdict]:
-    """The claims on Figs 12 and 13.
+    """Judge the claims on Figs 12 and 13.
 
     Args:
         held: `memory()`.
         latency: `simulated.bar_frame(bars.variants())`, with columns base and variant.
     """
-    from moelab.experiments.simulated import verdict
     from moelab.simulate import bars
     from moelab.simulate.decoding import decode
 
@@ -95,17 +97,19 @@ def verdicts(held: pd.DataFrame, latency: pd.DataFrame) -> list[Verdict]:
             "The full system on 8 GPUs, not the released one; experts 64/128 as in the authors' larger models.",
         ),
     }
-    claims = (*paper.claims("min-gpus"), *paper.claims("model-variants-latency"))
-    return [verdict(claim, ours[claim.id][0], note=ours[claim.id][1]) for claim in claims]
+    return [
+        judge_simulated(claim, ours[claim.id][0], note=ours[claim.id][1])
+        for claim in paper.claims("model-variants-latency")
+    ]
 
 
 EXPERIMENT = Experiment(
     name="model-variants-latency",
+    number=12,
     title="PR-MoE and students at inference",
     paper="Figs 12 and 13 (section 5.5.3)",
     question="How many GPUs, and how much time, do PR-MoE and Mixture-of-Students save?",
     paper_answer="PR-MoE with the staged student serves 349B quality on 16 GPUs instead of 32, and is the fastest variant at every size.",
-    notebook="12_inference_variants.ipynb",
     scales={
         "smoke": Scale("simulated cluster; tiny twins on 2 gloo ranks", "seconds"),
         "cpu": Scale("simulated cluster; twins on 2 gloo ranks", "a minute on two cores (estimated)"),
@@ -115,7 +119,5 @@ EXPERIMENT = Experiment(
             "not yet run; A100 cluster",
         ),
     },
-    specs=no_runs,
-    trains=False,
     measures=True,
 )

@@ -19,10 +19,9 @@ from typing import TYPE_CHECKING
 
 from moelab import paper
 from moelab.config import ModelConfig, RoutingConfig
-from moelab.experiments import common
+from moelab.experiments import comparison
 from moelab.experiments.base import Experiment, Scale
 from moelab.experiments.verdicts import Verdict, judge
-from moelab.runs.spec import RunSpec
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -35,29 +34,21 @@ ARMS = {
 """Arm -> the paper's model."""
 
 
-def specs(
-    scale: str = "cpu", seeds: int = 1, *, arms: Sequence[str] = (), tokens: int = 0, corpus: str = ""
-) -> list[RunSpec]:
-    """The runs; see `common.specs`."""
-    EXPERIMENT.scale(scale)
-    return common.specs("top2-vs-residual", ARMS, scale, seeds, selected=arms, tokens=tokens, corpus=corpus)
-
-
 def layer_flops(model: ModelConfig) -> float:
-    """Forward FLOPs a token of the layers' matrix products: no attention scores, no logits (as the paper counts)."""
+    """Return the forward FLOPs a token of the layers' matrix products: no attention scores, no logits (as the paper counts)."""
     M, T = model.hidden, model.context
     return model.flops_per_token(training=False) - 2 * model.vocab * M - model.layers * 2 * M * (T + 1)
 
 
 def exchanged_slots(model: ModelConfig, tokens: int) -> int:
-    """Token slots a rank sends into the all-to-all of one MoE layer and micro-batch: experts x capacity."""
+    """Return the token slots that a rank sends into the all-to-all of one MoE layer and micro-batch: experts x capacity."""
     experts = max(model.experts)
     capacity = RoutingConfig().capacity(tokens, experts, model.top_k, training=True)
     return experts * capacity
 
 
 def verdicts(final: pd.DataFrame, speed_ratios: Sequence[float], scale: str) -> list[Verdict]:
-    """The four claims: loss on the twins, speed as measured, volume and FLOPs by counting at the paper's size.
+    """Judge the four claims: loss on the twins, speed as measured, volume and FLOPs by counting at the paper's size.
 
     Args:
         speed_ratios: training speed of Residual-MoE-32 over Top2-MoE-32, round by round.
@@ -78,28 +69,28 @@ def verdicts(final: pd.DataFrame, speed_ratios: Sequence[float], scale: str) -> 
         elif claim.id == "top2-flops-33pct":
             judged.append(judge(claim, [layer_flops(left) / layer_flops(right)], exact=True, note="Counted."))
         else:
-            judged.append(common.loss_verdict(claim, final, ARMS, scale))
+            judged.append(comparison.judge_loss(claim, final, ARMS, scale))
     return judged
 
 
-def finding(final: pd.DataFrame) -> str:
-    """The result in one line."""
-    return common.difference(final, "Residual-MoE-32", "Top2-MoE-32")
+def headline(final: pd.DataFrame) -> str:
+    """Return the result in one line."""
+    return comparison.difference(final, "Residual-MoE-32", "Top2-MoE-32")
 
 
 EXPERIMENT = Experiment(
     name="top2-vs-residual",
+    number=3,
     title="Two experts, or one and a fixed MLP",
     paper="Fig 2 right (section 4.1.1)",
     question="Is a second routed expert worth more than a fixed MLP?",
     paper_answer="No: equal loss, and the residual form trains more than 10 % faster.",
-    notebook="03_top2_vs_residual.ipynb",
     scales={
         "smoke": Scale("twins of 32 wide, 4 layers; 12 k tokens of sotu", "seconds (tests)"),
         "cpu": Scale("twins 32 wide, 8 layers; 1 M tokens of mix5", "about 3 minutes a seed on one core"),
         "gpu": Scale("twins 256 wide, 12 layers; 200 M tokens of mix5", "not yet run; one GPU"),
         "paper": Scale("350M base with 32 experts; 300 B tokens", "not run; see its dry run"),
     },
-    specs=specs,
+    arms=ARMS,
     measures=True,
 )
