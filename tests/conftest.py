@@ -112,7 +112,7 @@ def publish(tmp_path_factory):
     from matplotlib import pyplot as plt
 
     from moelab import paper
-    from moelab.experiments.verdicts import judge
+    from moelab.paper.verdicts import judge
     from moelab.files import write_json
     from moelab.plotting import figures
     from moelab.report.publication import Publication

@@ -15,54 +15,26 @@ Expect: counts equal to the formulas; hierarchical slower than flat on few ranks
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from moelab import paper
-from moelab.config.parallel import ParallelConfig
 from moelab.experiments.base import Experiment, Scale
 from moelab.experiments.decoding import read
-from moelab.experiments.verdicts import Verdict, judge
+from moelab.paper.verdicts import Verdict, judge
 
 if TYPE_CHECKING:
     import pandas as pd
 
     from moelab.experiments.base import Measure
 
-NODE = 8
-"""G, GPUs of a node, and L, the tensor slicing of the coordinated way: the paper's."""
 WORLDS = {"smoke": (4, 8, 32, 128), "cpu": (4, 8, 16, 32, 64, 128, 256), "paper": (4, 8, 16, 32, 64, 128, 256)}
 MEASURED: dict[str, tuple[tuple[int, ...], tuple[int, ...], int]] = {
     "smoke": ((4,), (1 << 10, 1 << 14), 2),
     "cpu": ((4, 8, 16), (1 << 10, 1 << 14, 1 << 18, 1 << 22), 7),
 }
 """Scale -> ranks, bytes of tokens a rank, rounds."""
-
-
-def exchange_layouts(ranks: int) -> dict[str, ParallelConfig]:
-    """Return the layout of each way; one expert a rank."""
-    tensor = min(NODE, ranks)
-    return {
-        "flat": ParallelConfig(data=ranks, gpus_per_node=NODE),
-        "hierarchical": ParallelConfig(data=ranks, gpus_per_node=NODE, exchange="hierarchical"),
-        "coordinated": ParallelConfig(tensor=tensor, data=ranks // tensor, gpus_per_node=NODE, exchange="coordinated"),
-    }
-
-
-def formula(way: str, ranks: int) -> tuple[int, int, int]:
-    """Return (messages, rows, rows gathered after the way back) that a rank sends in one all-to-all, one row for every rank, after section 5.3.
-
-    flat: p - 1 messages of a row. hierarchical: G - 1 messages of p / G rows, then p / G - 1 of G rows. coordinated: p / L - 1 messages of a row; later each of the L
-    tensor ranks gives the others its p / L results.
-    """
-    G = min(NODE, ranks)
-    nodes = ranks // G
-    if way == "flat":
-        return ranks - 1, ranks - 1, 0
-    if way == "hierarchical":
-        return G - 1 + nodes - 1, (G - 1) * nodes + (nodes - 1) * G, 0
-    return nodes - 1, nodes - 1, (G - 1) * nodes
 
 
 @dataclass(frozen=True)
@@ -72,7 +44,7 @@ class Count:
     Attributes:
         ranks, way: the world's size, and flat, hierarchical or coordinated.
         messages, rows, gathered_rows: counted in the engine; gathered rows are those of the all-gather after the way back.
-        formula_…: the same by `formula`; simulated_…: the same by the simulator.
+        formula_…: the same by `moelab.simulate.ways.formula`; simulated_…: the same by the simulator.
         moved_rows: rows with those that a rank keeps for itself at each hop, as the paper counts bytes.
     """
 
@@ -94,17 +66,18 @@ def counts(worlds: Iterable[int]) -> list[dict[str, Any]]:
     """Count what the busiest rank sends in one all-to-all: the fields of a `Count` for each world and way."""
     from moelab.engine.collectives import Sent
     from moelab.engine.threads import traffic
+    from moelab.simulate import ways
 
     found = []
     for ranks in worlds:
-        for way, config in exchange_layouts(ranks).items():
+        for way, config in ways.layouts(ranks).items():
             sent = traffic(config, ranks)
             out = max(
                 (t.sent.get(("dispatch", "forward"), Sent()) for t in sent), key=lambda s: s.near_bytes + s.far_bytes
             )
             back = max(t.total("share").near_bytes + t.total("share").far_bytes for t in sent)
             messages, rows = out.near_messages + out.far_messages, (out.near_bytes + out.far_bytes) // 4
-            kept = _kept(way, ranks)
+            kept = ways.kept(way, ranks)
             count = Count(
                 ranks,
                 way,
@@ -112,43 +85,11 @@ def counts(worlds: Iterable[int]) -> list[dict[str, Any]]:
                 rows,
                 back // 4,
                 rows + kept,
-                *formula(way, ranks),
-                *_simulated_counts(config, ranks),
+                *ways.formula(way, ranks),
+                *ways.counts(config, ranks),
             )
             found.append(asdict(count))
     return found
-
-
-def _kept(way: str, ranks: int) -> int:
-    """Return the rows that a rank keeps for itself: one of the p; hierarchical, p / G at the first hop and G at the second."""
-    G = min(NODE, ranks)
-    return {"flat": 1, "hierarchical": ranks // G + (G if ranks > G else 0), "coordinated": 1}[way]
-
-
-def _stages(config: ParallelConfig, ranks: int) -> tuple[list, object]:
-    import numpy as np
-
-    from moelab.simulate.exchange import all_to_all, rows_to_send, share_gather
-    from moelab.simulate.layouts import ExpertLayouts, Layouts
-
-    layouts = Layouts.of([config])
-    experts = ExpertLayouts.of(layouts, ranks)
-    rows = rows_to_send(experts, np.array([ranks]), 1, 0)
-    return all_to_all(layouts, experts, rows, config.ranks_per_node), share_gather(experts, rows)
-
-
-def _simulated_counts(config: ParallelConfig, ranks: int) -> tuple[int, int, int]:
-    """Return messages, rows and gathered rows as the simulator counts them."""
-    stages, gather = _stages(config, ranks)
-
-    def total(parts: Sequence, *names: str) -> int:
-        return round(sum(float(getattr(part, name)[0]) for part in parts for name in names))
-
-    return (
-        total(stages, "near_messages", "far_messages"),
-        total(stages, "near_rows", "far_rows"),
-        total([gather], "near_rows", "far_rows"),
-    )
 
 
 def measured_times(
@@ -182,31 +123,29 @@ def times(scale: str, rounds: int | None) -> list[dict[str, Any]]:
     return found
 
 
-def simulated(
-    worlds: Iterable[int] = (8, 16, 32, 64, 128, 256),
-    sizes: Iterable[int] = (1 << 14, 1 << 18, 1 << 22),
-    cluster: str = "a100-40gb",
-) -> pd.DataFrame:
-    """Return the microseconds of dispatch, combine and the gather after it on the simulated cluster: columns ranks, bytes, way, us, ratio (over flat).
+def headline(counted: pd.DataFrame) -> str:
+    """Return what a rank sends in the largest world, and whether all counts agree, in one line; from `counts`."""
+    same = all(
+        (counted[what] == counted[f"{source}_{what}"]).all()
+        for source in ("formula", "simulated")
+        for what in ("messages", "rows", "gathered_rows")
+    )
+    ranks = counted["ranks"].max()
+    at = counted[counted["ranks"] == ranks].set_index("way")["messages"]
+    return (
+        f"On {ranks} ranks a rank sends {at['hierarchical']} messages hierarchically, {at['coordinated']} coordinated, {at['flat']} flat; "
+        f"all counts {'equal' if same else 'DIFFER FROM'} the formulas and the simulator's"
+    )
 
-    Args:
-        sizes: bytes of tokens that each rank holds, an equal part of them for every rank.
-    """
-    import pandas as pd
 
-    from moelab import simulate
-
-    machine, constants = simulate.cluster(cluster), simulate.fitted()
-    found = []
-    for ranks in worlds:
-        for size in sizes:
-            flat = 0.0
-            for way, config in exchange_layouts(ranks).items():
-                stages, gather = _stages(config, ranks)
-                each = [float(s.microseconds(size / ranks, machine, constants)[0]) for s in (*stages, *stages, gather)]
-                flat = sum(each) if way == "flat" else flat
-                found.append({"ranks": ranks, "bytes": size, "way": way, "us": sum(each), "ratio": sum(each) / flat})
-    return pd.DataFrame(found)
+def simulated_headline(predicted: pd.DataFrame) -> str:
+    """Return the times over flat's of the smallest exchange on the most GPUs, in one line; from `moelab.simulate.ways.times`."""
+    size, ranks = predicted["bytes"].min(), predicted["ranks"].max()
+    at = predicted[(predicted["bytes"] == size) & (predicted["ranks"] == ranks)].set_index("way")["ratio"]
+    return (
+        f"Simulated on {ranks} GPUs, {size // 1024} KiB a GPU: hierarchical takes {at['hierarchical']:.2f}, "
+        f"coordinated {at['coordinated']:.2f} times as long as flat"
+    )
 
 
 def verdicts(counted: pd.DataFrame) -> list[Verdict]:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from moelab import paper
 from moelab.config import ModelConfig
-from moelab.experiments.verdicts import Verdict, judge
+from moelab.paper.verdicts import Verdict, judge
 from moelab.runs.spec import RunSpec
 from moelab.statistics import interval
 
@@ -85,6 +85,14 @@ def difference(final: pd.DataFrame, left: str, right: str) -> str:
     mean = sum(values) / len(values)
     where = f"{abs(mean):.3f} nats {'below' if mean < 0 else 'above'}" if abs(mean) >= 0.0005 else "level with"
     return f"{left} ends {where} {right} ({interval_text(values)})"
+
+
+def over_training(curves: pd.DataFrame, arms: Sequence[str], reference: str) -> pd.DataFrame:
+    """Return the validation loss of arms minus the reference arm's at the same tokens and seed: columns arm, seed, tokens, loss (the difference)."""
+    trained = curves[curves["tokens"] > 0]
+    base = trained[trained["arm"] == reference].set_index(["seed", "tokens"])["loss"].rename("base")
+    both = trained[trained["arm"].isin(arms)].join(base, on=["seed", "tokens"], how="inner")
+    return both.assign(loss=both["loss"] - both["base"])[["arm", "seed", "tokens", "loss"]]
 
 
 def gaps_headline(table: pd.DataFrame, reference: str) -> str:

@@ -27,11 +27,13 @@ SHRINK: dict[str, dict[str, int]] = {
 """Scale -> how models of 1.3B to 2T are shrunk, see `ModelConfig.shrink`."""
 
 
-def twins(models: Mapping[str, ModelConfig], scale: str) -> dict[str, ModelConfig]:
+def twins(
+    models: Mapping[str, ModelConfig], scale: str, shrink: Mapping[str, Mapping[str, int]] = SHRINK
+) -> dict[str, ModelConfig]:
     """Return the twins that `steps` measures at smoke, cpu and gpu; none at paper. Their weights are random, and spread tokens over the experts."""
-    if scale not in SHRINK:
+    if scale not in shrink:
         return {}
-    return {name: replace(model.shrink(**SHRINK[scale]), init_std=0.05) for name, model in models.items()}
+    return {name: replace(model.shrink(**shrink[scale]), init_std=0.05) for name, model in models.items()}
 
 
 def steps(

@@ -22,7 +22,7 @@ from moelab import paper
 from moelab.config.distill import DistillConfig
 from moelab.experiments import comparison, settings
 from moelab.experiments.base import Experiment, Scale
-from moelab.experiments.verdicts import Verdict, judge
+from moelab.paper.verdicts import Verdict, judge
 from moelab.runs.spec import RunSpec
 
 if TYPE_CHECKING:
@@ -86,6 +86,31 @@ def early(curves: pd.DataFrame, share: float = 0.5) -> pd.DataFrame:
             for seed, value in (table[arm] - table["L21 alone"]).dropna().groupby("seed").mean().items():
                 rows.append({"arm": arm, "seed": seed, "gap": value})
     return pd.DataFrame(rows, columns=["arm", "seed", "gap"])
+
+
+def over_training_headline(moved: pd.DataFrame, stop: float) -> str:
+    """Return what distillation changes at its stop and at the end, in one line; from `comparison.over_training` against the student alone."""
+    taught = "L21 + KD" if "L21 + KD" in set(moved["arm"]) else moved["arm"].iloc[0]
+    at = moved[moved["arm"] == taught].groupby("tokens")["loss"].mean()
+    before = at[at.index <= stop * at.index.max()]
+    stopped = (before if len(before) else at).iloc[-1]
+    return f"{taught} minus L21 alone, {stopped:+.3f} nats at {stop:.0%} of training, {at.iloc[-1]:+.3f} at its end"
+
+
+def late_training(curves: pd.DataFrame, training: pd.DataFrame) -> pd.DataFrame:
+    """Return a column an arm: how far the loss falls over the last 15 % of the tokens, and the distillation term in its first and last row."""
+    import pandas as pd
+
+    late = curves[curves["tokens"] >= 0.85 * curves["tokens"].max()].sort_values("tokens").groupby(["arm", "seed"])
+    rows = {
+        "fall of the loss over the last 15 % of tokens": (late["loss"].first() - late["loss"].last())
+        .groupby("arm")
+        .mean()
+    }
+    if "distill_loss" in training:
+        term = training.dropna(subset=["distill_loss"]).sort_values("tokens").groupby("arm")["distill_loss"]
+        rows |= {"distillation term, first row": term.first(), "distillation term, last row": term.last()}
+    return pd.DataFrame(rows).T
 
 
 def verdicts(final: pd.DataFrame, curves: pd.DataFrame, scale: str, base: str = "350M") -> list[Verdict]:

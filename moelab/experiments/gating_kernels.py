@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from moelab import paper
 from moelab.experiments import comparison
 from moelab.experiments.base import Experiment, Scale
-from moelab.experiments.verdicts import DIRECTION, REPRODUCED, UNDECIDED, Verdict, judge
+from moelab.paper.verdicts import DIRECTION, REPRODUCED, UNDECIDED, Verdict, judge
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -50,7 +50,7 @@ class Shapes:
     rounds: int
 
 
-CLAIM = "kernels-6x"
+CLAIM = paper.claim("kernels-6x")
 SHAPES = {
     "smoke": Shapes("cpu", (8, 64), (4, 16), 32, 256, (32, 64, 64), 5, 3),
     "cpu": Shapes("cpu", (8, 64, 512), (8, 32, 128), 512, 2048, (256, 1024, 1024), 10, 9),
@@ -134,6 +134,27 @@ def work(scale: str) -> float:
     return counter.get_total_flops() / 2 / (S * M)
 
 
+def whole(ratios: pd.DataFrame) -> pd.DataFrame:
+    """Return the rows of `speedups` for gate, dispatch and combine together."""
+    return ratios[ratios["part"] == "all three"]
+
+
+def headline(ratios: pd.DataFrame) -> str:
+    """Return the result in one line, from `speedups`."""
+    medians = whole(ratios).groupby(["tokens", "experts"])["ratio"].median()
+    return (
+        f"Masks and einsum take {medians.min():.2g} to {medians.max():.2g} times as long as the fused gate and copies at inference "
+        f"(least at {medians.idxmin()[0]}, most at {medians.idxmax()[0]} tokens)"
+    )
+
+
+def breakdown_headline(table: pd.DataFrame) -> str:
+    """Return which part takes most of the baseline's time at the largest shape, in one line, from `breakdown`."""
+    tokens, experts = (table.index.unique(level).max() for level in ("tokens", "experts"))
+    parts = table.loc[(tokens, experts, "einsum (baseline)"), ["gate", "dispatch", "combine"]]
+    return f"At {tokens} tokens and {experts} experts the baseline's {parts.idxmax()} takes most: {parts.max() / parts.sum():.0%} of it"
+
+
 def verdicts(ratios: pd.DataFrame, scale: str, device: str, counted_work: float) -> list[Verdict]:
     """Judge the claims of section 5.4: the counted work of dispatch, exact; and "more than six times", judged at a decoding step's tokens and the most experts,
     with the 95 % interval over rounds.
@@ -146,18 +167,18 @@ def verdicts(ratios: pd.DataFrame, scale: str, device: str, counted_work: float)
         counted_work: from `work`.
     """
     tokens, experts = ratios["tokens"].min(), ratios["experts"].max()
-    whole = ratios[ratios["part"] == "all three"]
-    judged = whole[(whole["tokens"] == tokens) & (whole["experts"] == experts)]["ratio"]
-    medians = whole.groupby(["tokens", "experts"])["ratio"].median()
+    all_three = whole(ratios)
+    judged = all_three[(all_three["tokens"] == tokens) & (all_three["experts"] == experts)]["ratio"]
+    medians = all_three.groupby(["tokens", "experts"])["ratio"].median()
     note = f"On {device}: {tokens} tokens, {experts} experts, {len(judged)} rounds; over all shapes {medians.min():.1f} to {medians.max():.1f} times."
-    found = judge(paper.claim(CLAIM), list(judged), note=note, scale=scale if scale == "smoke" else None)
+    found = judge(CLAIM, list(judged), note=note, scale=scale if scale == "smoke" else None)
     if scale == "cpu" and found.verdict == REPRODUCED:
         found = replace(found, verdict=DIRECTION if found.low is not None and found.low > 1 else UNDECIDED)
     counted = judge(
         paper.claim("dispatch-cost-factor-e"),
         [counted_work],
         exact=True,
-        note=f"Counted for {whole['tokens'].max()} tokens: the factor is the slots of all experts together.",
+        note=f"Counted for {all_three['tokens'].max()} tokens: the factor is the slots of all experts together.",
     )
     return [found, counted]
 

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 from moelab.experiments import comparison
 from moelab.experiments.base import Experiment, Scale
-from moelab.experiments.verdicts import Verdict
+from moelab.paper.verdicts import Verdict
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 from moelab import paper
 from moelab.config import ModelConfig
 from moelab.experiments.base import Experiment, Scale
-from moelab.experiments.verdicts import Verdict, judge_simulated
+from moelab.paper.verdicts import Verdict, judge_simulated
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -31,8 +31,29 @@ def models() -> dict[str, ModelConfig]:
     return {size: ModelConfig.parse(name) for name, size in SIZES.items()}
 
 
+def bars() -> pd.DataFrame:
+    """Return the bars of Fig 11, simulated beside the paper's: `Bar.row`, and size (total parameters)."""
+    from moelab.simulate.bars import fig11, frame
+
+    found = frame(fig11())
+    return found.assign(size=found["model"].map(SIZES))
+
+
+def speedups() -> pd.DataFrame:
+    """Return the speed-up over PyTorch of each size, simulated and as printed on the paper's chart, in the form that `serving.grouped_bars` draws."""
+    import pandas as pd
+
+    from moelab.simulate import scoreboard
+
+    rows = [
+        {"size": SIZES[name], "simulated": ratio, "paper": scoreboard.printed_speedup(name)}
+        for name, ratio in scoreboard.speedups().items()
+    ]
+    return pd.DataFrame(rows).assign(system="deepspeed", kind="predicted")
+
+
 def verdicts(frame: pd.DataFrame) -> list[Verdict]:
-    """Judge the claims on Fig 11, from `simulated.bar_frame(bars.fig11())`."""
+    """Judge the claims on Fig 11, from `bars`."""
     ms = frame.set_index(["model", "system"])["simulated_ms"]
     rate = frame.set_index(["model", "system"])["simulated_throughput"]
 

@@ -14,14 +14,14 @@ model itself, by `srun moelab bench decode` on the cluster, whose numbers are re
 
 from __future__ import annotations
 
-from dataclasses import replace
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 from moelab import paper
 from moelab.config import ModelConfig
 from moelab.experiments.base import Experiment, Scale
-from moelab.experiments.decoding import steps
-from moelab.experiments.verdicts import Verdict, judge_simulated
+from moelab.experiments.decoding import steps, twins
+from moelab.paper.verdicts import Verdict, judge_simulated
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from moelab.experiments.base import Measure
 
 RANKS = (1, 2, 4)
-TWINS: dict[str, dict[str, int]] = {
+SHRINK: dict[str, dict[str, int]] = {
     "smoke": {"hidden": 64, "depth": 12, "experts": 16, "vocab": 256, "context": 32},
     "cpu": {"hidden": 16, "depth": 6, "experts": 4, "vocab": 2048, "context": 128},
     "gpu": {"hidden": 2, "depth": 2, "experts": 4, "vocab": 50304, "context": 2048},
@@ -37,20 +37,49 @@ TWINS: dict[str, dict[str, int]] = {
 """Scale -> how the 1.3B+MoE-128 model is shrunk, see `ModelConfig.shrink`."""
 
 
-def twin(scale: str) -> ModelConfig:
-    """Return the model that is measured here; its weights are random, and spread tokens over the experts."""
-    shrunk = ModelConfig.parse("1.3B+MoE-128").shrink(**TWINS[scale])
-    return replace(shrunk, init_std=0.05)
-
-
 def measured_steps(measure: Measure, scale: str, file: str | None = None) -> pd.DataFrame:
     """Return decoding steps of the twin over 1, 2 and 4 ranks, or over batches on one GPU, or at scale paper those in `file`; see `decoding.steps`."""
-    models = {"": twin(scale)} if scale != "paper" else {}
+    models = twins({"1.3B+MoE-128": ModelConfig.parse("1.3B+MoE-128")}, scale, SHRINK)
     return steps(measure, EXPERIMENT.name, models, scale, file, by="size", ranks=RANKS, batches=(1, 8, 32))
 
 
+def bars() -> pd.DataFrame:
+    """Return the bars of Fig 10, simulated beside the paper's: `Bar.row`, and paper_throughput in tokens / s / GPU."""
+    from moelab.simulate.bars import fig10, frame
+
+    read = paper.inference_results(figure="fig-10", metric="throughput-per-gpu")
+    rates = {(row.system, row.gpus): row.value for row in read}
+    found = frame(fig10())
+    return found.assign(paper_throughput=[rates[row.system, row.gpus] for row in found.itertuples()])
+
+
+def constants(fit: Mapping[str, Any]) -> pd.DataFrame:
+    """Return a row for each fitted constant: its value, standard error and bounds.
+
+    Args:
+        fit: from `moelab.simulate.calibration`.
+    """
+    import pandas as pd
+
+    from moelab.simulate.constants import FREE
+
+    errors = fit["standard_errors"]
+    rows = [
+        {
+            "constant": name,
+            "value": fit["constants"][name],
+            "standard error": "at its bound" if errors[name] is None else f"{errors[name]:.0%}",
+            "lowest allowed": low,
+            "highest allowed": high,
+            "why these bounds": why,
+        }
+        for name, (low, high, why) in FREE.items()
+    ]
+    return pd.DataFrame(rows)
+
+
 def verdicts(frame: pd.DataFrame) -> list[Verdict]:
-    """Judge the claims on Fig 10, from `simulated.bar_frame(bars.fig10())`."""
+    """Judge the claims on Fig 10, from `bars`."""
     ms = frame.set_index(["system", "gpus"])["simulated_ms"]
     rate = frame.set_index(["system", "gpus"])["simulated_throughput"]
     ours = {f"52b-speedup-{n}-gpus": ms["pytorch", n] / ms["deepspeed", n] for n in (8, 32, 64)}

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 from moelab import paper
 from moelab.experiments.base import Experiment, Scale
-from moelab.experiments.verdicts import Verdict, judge_simulated
+from moelab.paper.verdicts import Verdict, judge_simulated
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -62,16 +62,49 @@ def memory() -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
+def latency() -> pd.DataFrame:
+    """Return the bars of Fig 13, simulated: `Bar.row`, with columns base and variant."""
+    from moelab.simulate import bars
+
+    found = bars.variants()
+    names = [bar.label.split() for bar in found]
+    return bars.frame(found).assign(base=[base for base, _ in names], variant=[variant for _, variant in names])
+
+
+def latency_headline(frame: pd.DataFrame) -> str:
+    """Return how much faster the student is than the other variants, in one line; from `latency`."""
+    ms = frame.pivot(index="base", columns="variant", values="simulated_ms")
+    gain, against = 1 - ms["PR-MoE+MoS"] / ms["PR-MoE"], ms["PR-MoE+MoS"] / ms["MoE"] - 1
+    return (
+        f"The student is {gain.min():.0%} to {gain.max():.0%} faster than its PR-MoE; against the standard MoE "
+        f"{round(100 * against.min()):+d} to {round(100 * against.max()):+d} %"
+    )
+
+
+def few_gpus() -> pd.DataFrame:
+    """Return simulated latencies on few GPUs: columns base, variant, gpus, simulated_ms, fits."""
+    import pandas as pd
+
+    from moelab.simulate import bars
+    from moelab.simulate.decoding import decode
+
+    rows = []
+    for base, gpus in (("1.3B", 8), ("2.4B", 8), ("8B", 32)):
+        for bar in bars.variants((base,)):
+            layout = bars.layout(bar.model, gpus, bars.TENSOR[base], "deepspeed")
+            got = decode(bar.model, layout, bars.CLUSTER, context=bars.CONTEXT)
+            row = {"base": base, "variant": bar.label.split()[1], "gpus": gpus}
+            rows.append({**row, "simulated_ms": got.latency_ms, "fits": got.fits})
+    return pd.DataFrame(rows)
+
+
 def verdicts(held: pd.DataFrame, latency: pd.DataFrame) -> list[Verdict]:
     """Judge the claims on Figs 12 and 13.
 
     Args:
         held: `memory()`.
-        latency: `simulated.bar_frame(bars.variants())`, with columns base and variant.
+        latency: `latency()`.
     """
-    from moelab.simulate import bars
-    from moelab.simulate.decoding import decode
-
     least = held[held["fits"]].groupby("variant")["gpus"].min()
     ms = latency.pivot(index="base", columns="variant", values="simulated_ms")
     student = ms["PR-MoE+MoS"]
@@ -81,11 +114,7 @@ def verdicts(held: pd.DataFrame, latency: pd.DataFrame) -> list[Verdict]:
         f"Faster than the {name} at every size." if not sizes else f"Not faster than the {name} at {', '.join(sizes)}."
         for name, sizes in (("PR-MoE", behind["PR-MoE"]), ("standard MoE", behind["MoE"]))
     )
-    plain = bars.variants(("2.4B",), gpus=8)
-    small = [
-        decode(b.model, bars.layout(b.model, 8, 1, "deepspeed"), bars.CLUSTER, context=bars.CONTEXT).latency_ms
-        for b in plain
-    ]
+    few = few_gpus().set_index(["base", "variant"])["simulated_ms"]["2.4B"]
     ours = {
         "half-the-gpus": (
             least["PR-MoE+MoS"] / least["MoE"],
@@ -93,7 +122,7 @@ def verdicts(held: pd.DataFrame, latency: pd.DataFrame) -> list[Verdict]:
         ),
         "pr-moe-mos-lowest-latency": (worst, note),
         "pr-moe-lower-latency": (
-            small[1] / small[0],
+            few["PR-MoE"] / few["MoE"],
             "The full system on 8 GPUs, not the released one; experts 64/128 as in the authors' larger models.",
         ),
     }

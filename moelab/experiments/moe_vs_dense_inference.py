@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from moelab import paper
 from moelab.experiments.base import Experiment, Scale
-from moelab.experiments.verdicts import Verdict, judge_simulated
+from moelab.paper.verdicts import Verdict, judge_simulated
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -29,8 +29,11 @@ def models() -> dict[str, ModelConfig]:
     return {bar.label: bar.model for bar in bars.fig14()}
 
 
-def costs(frame: pd.DataFrame) -> pd.DataFrame:
-    """Return bars with gpu_ms_per_token (what a token costs), and faster and cheaper (ratios to the dense model of the same figure)."""
+def costs() -> pd.DataFrame:
+    """Return the bars of Figs 14 and 15, simulated: `Bar.row`, with gpu_ms_per_token (what a token costs), and faster and cheaper (ratios to the dense model of the same figure)."""
+    from moelab.simulate import bars
+
+    frame = bars.frame(bars.fig14() + bars.fig15())
     frame = frame.assign(gpu_ms_per_token=1e3 / frame["simulated_throughput"])
     dense = frame[frame["model"].str.endswith("dense")].set_index("figure")
     return frame.assign(
@@ -39,17 +42,16 @@ def costs(frame: pd.DataFrame) -> pd.DataFrame:
     )
 
 
-def labels(frame: pd.DataFrame) -> list[str]:
-    """Return model, GPUs and system of each row, in lines narrow enough to stand under a bar."""
-    system = {"pytorch": "PyTorch", "deepspeed": "DeepSpeed"}
-    return [
-        f"{row.model.replace(' ', chr(10)).replace('+', chr(10) + '+')}\n{row.gpus} GPU{'s' if row.gpus > 1 else ''}\n{system[row.system]}"
-        for row in frame.itertuples()
-    ]
+def steps_headline(steps: pd.DataFrame) -> str:
+    """Return the optimised steps of the MoE twins over the dense twin's in baseline mode, in one line; from `decoding.steps`."""
+    ms = steps.set_index(["name", "candidate"])["median_ms"]
+    dense, *others = dict.fromkeys(steps["name"])
+    compared = ", ".join(f"{name} {ms[name, 'optimised'] / ms[dense, 'baseline']:.2f}" for name in others)
+    return f"Measured on twins, over a step of {dense} in baseline mode: {compared} (optimised)"
 
 
 def verdicts(frame: pd.DataFrame) -> list[Verdict]:
-    """Judge the claims on Figs 14 and 15, from `costs(...)`."""
+    """Judge the claims on Figs 14 and 15, from `costs`."""
     rows = frame.set_index(["figure", "model", "system"])
     small = {figure: rows.loc[figure, "PR-MoE+MoS", "deepspeed"] for figure in ("fig-14", "fig-15")}
     slower = (

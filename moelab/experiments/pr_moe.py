@@ -16,12 +16,15 @@ MoE-32 by 0.01 and PR-MoE by 0.02, both just clear of the spread; whether PR-MoE
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from moelab import paper
+from moelab.config import ModelConfig
 from moelab.experiments import comparison
 from moelab.experiments.base import Experiment, Scale
-from moelab.experiments.verdicts import Verdict
+from moelab.paper.verdicts import Verdict
+from moelab.runs.spec import RunSpec
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -42,6 +45,38 @@ ARMS = MODELS | {"PR-MoE-32/64 (sum)": {"name": "350M+PR-MoE-32/64", "residual_m
 """Arm -> arguments of `settings.spec`."""
 
 _OF_THE_PAPER = {arm: name for arm, name in MODELS.items() if arm not in ("PR-MoE-32/64 (sum)", "Top2-MoE-128")}
+
+
+def sizes(specs: Sequence[RunSpec]) -> pd.DataFrame:
+    """Return a row an arm: parameters of the paper's model (billions) and of its twin (millions), and the twin's experts by layer."""
+    import pandas as pd
+
+    rows = {}
+    for spec in specs:
+        model = ModelConfig.parse(MODELS[spec.label])
+        rows[spec.label] = {
+            "paper: parameters (B)": model.parameters() / 1e9,
+            "paper: active (B)": model.active_parameters() / 1e9,
+            "twin: parameters (M)": spec.model.parameters() / 1e6,
+            "twin: active (M)": spec.model.active_parameters() / 1e6,
+            "twin: experts by layer": " ".join(str(e or "–") for e in spec.model.experts),
+        }
+    return pd.DataFrame(rows.values(), index=pd.Index(rows, name="arm"))
+
+
+def size_shares(final: pd.DataFrame) -> pd.DataFrame:
+    """Return total parameters as a share of MoE-128's: a row an arm, columns twin and paper."""
+    import pandas as pd
+
+    paper_sizes = pd.Series({arm: ModelConfig.parse(name).parameters() for arm, name in MODELS.items()})
+    twin_sizes = final.drop_duplicates("arm").set_index("arm")["parameters"].reindex(paper_sizes.index)
+    return pd.DataFrame({"twin": twin_sizes / twin_sizes["MoE-128"], "paper": paper_sizes / paper_sizes["MoE-128"]})
+
+
+def expert_load(training: pd.DataFrame) -> pd.DataFrame:
+    """Return the rows of training metrics that say how busy the busiest expert is: arm, seed, step, tokens, busiest_expert, dropped_share."""
+    columns = ["arm", "seed", "step", "tokens", "busiest_expert", "dropped_share"]
+    return training.dropna(subset=["busiest_expert"])[columns] if "busiest_expert" in training else training.iloc[:0]
 
 
 def gaps(final: pd.DataFrame) -> pd.DataFrame:

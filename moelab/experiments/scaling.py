@@ -17,13 +17,14 @@ tokens; the 6.7B twin behind those on the 1.3B base
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from moelab import paper
 from moelab.config import ModelConfig
 from moelab.experiments import comparison
 from moelab.experiments.base import Experiment, Scale
-from moelab.experiments.verdicts import Verdict, judge
+from moelab.paper.verdicts import Verdict, judge
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -34,7 +35,7 @@ PAIRS = (("350M+MoE-128", "350M", "1.3B"), ("1.3B+MoE-128", "1.3B", "6.7B"))
 """(MoE, its base, the dense model it is to equal)."""
 
 
-def with_flops(curves: pd.DataFrame, final: pd.DataFrame) -> pd.DataFrame:
+def over_flops(curves: pd.DataFrame, final: pd.DataFrame) -> pd.DataFrame:
     """Return `Runs.curves()` with a column flops: training FLOPs spent."""
     per_token = final.drop_duplicates("arm").set_index("arm")["flops_per_token"]
     return curves.assign(flops=curves["tokens"] * curves["arm"].map(per_token))
@@ -104,7 +105,7 @@ def equal_flops(curves: pd.DataFrame, final: pd.DataFrame) -> pd.DataFrame:
     """
     import pandas as pd
 
-    curves = with_flops(curves, final)
+    curves = over_flops(curves, final)
     rows = []
     for moe, base, larger in PAIRS:
         for against in (base, larger):
@@ -130,6 +131,15 @@ def equal_tokens(final: pd.DataFrame) -> pd.DataFrame:
                 for seed, value in (table[moe] - table[against]).dropna().items():
                     rows.append({"arm": moe, "against": against, "seed": seed, "difference": value})
     return pd.DataFrame(rows, columns=["arm", "against", "seed", "difference"])
+
+
+def at_equal_cost(curves: pd.DataFrame, final: pd.DataFrame) -> pd.DataFrame:
+    """Return `equal_tokens` and `equal_flops` together, with columns at (which of them) and pair (the label of a row in a figure)."""
+    import pandas as pd
+
+    both = {"equal tokens": equal_tokens(final), "equal FLOPs": equal_flops(curves, final)}
+    table = pd.concat([part.assign(at=at) for at, part in both.items()])
+    return table.assign(pair=table["arm"] + " − " + table["against"] + ",\n" + table["at"])
 
 
 def _curve(curves: pd.DataFrame, arm: str, seed: int) -> pd.DataFrame:
@@ -173,11 +183,21 @@ def headline(curves: pd.DataFrame, final: pd.DataFrame) -> str:
     return f"{text}; it reaches its base's loss on {times.mean():.2f} times fewer tokens" if len(times) else text
 
 
+def efficiency_headline(times: pd.DataFrame, paper_times: Mapping[str, float]) -> str:
+    """Return how many times fewer tokens each MoE needs than its base, in one line; from `efficiency` and `paper_efficiency`."""
+    said = [
+        f"{arm} needs {part['tokens'].mean():.2f} times fewer tokens than its base (paper: {paper_times[arm]:.1f})"
+        for arm, part in times.dropna().groupby("arm")
+        if arm in paper_times
+    ]
+    return "; ".join(said) or "no MoE has reached its base's loss"
+
+
 def flops_headline(differences: pd.DataFrame) -> str:
     """Return MoE minus dense at equal tokens and at equal FLOPs, in one line.
 
     Args:
-        differences: `equal_tokens` and `equal_flops` with a column `at` that names them.
+        differences: from `at_equal_cost`.
     """
     means = differences.groupby(["arm", "against", "at"], sort=False)["difference"].mean().unstack()
     said = [

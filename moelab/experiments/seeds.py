@@ -22,7 +22,10 @@ PAIRS = (("MoE-128", "Dense"), ("MoE-32", "Dense"), ("MoE-128", "MoE-32"))
 
 
 def deviations(final: pd.DataFrame) -> pd.DataFrame:
-    """Return standard deviations over seeds: columns what, paired, unpaired (of the difference, if seeds were not shared), seeds."""
+    """Return standard deviations over seeds of the difference of two arms.
+
+    Columns: what (the pair), mean, paired, unpaired (if seeds were not shared), seeds, and the seeds that an effect of 0.03 or 0.01 nats needs.
+    """
     import pandas as pd
 
     table = comparison.by_arm(final)
@@ -30,16 +33,21 @@ def deviations(final: pd.DataFrame) -> pd.DataFrame:
     for left, right in PAIRS:
         if left in table and right in table:
             both = table[[left, right]].dropna()
+            spread = (both[left] - both[right]).std()
             rows.append(
                 {
                     "what": f"{left} − {right}",
                     "mean": (both[left] - both[right]).mean(),
-                    "paired": (both[left] - both[right]).std(),
+                    "paired": spread,
                     "unpaired": math.hypot(both[left].std(), both[right].std()),
                     "seeds": len(both),
+                    "seeds for 0.03": seeds_needed(spread, 0.03),
+                    "seeds for 0.01": seeds_needed(spread, 0.01),
                 }
             )
-    return pd.DataFrame(rows, columns=["what", "mean", "paired", "unpaired", "seeds"])
+    return pd.DataFrame(
+        rows, columns=["what", "mean", "paired", "unpaired", "seeds", "seeds for 0.03", "seeds for 0.01"]
+    )
 
 
 def headline(table: pd.DataFrame) -> str:

@@ -32,9 +32,6 @@ from moelab.config.overrides import check_overrides, override
 from moelab.config.parallel import ParallelConfig
 from moelab.runs.spec import RunSpec
 
-SCALES = ("smoke", "cpu", "gpu", "paper")
-"""From the smallest to the largest."""
-
 SWEEP_SEED = 100
 """The seed of the learning-rate sweep; experiments use seeds from 0."""
 
@@ -121,8 +118,8 @@ def spec(
     Raises:
         ValueError: one line: an unknown scale, model or setting, or a number out of range.
     """
-    if scale not in SCALES:
-        raise ValueError(f"no scale {scale!r}; allowed: {', '.join(SCALES)}")
+    if scale not in paper.SCALES:
+        raise ValueError(f"no scale {scale!r}; allowed: {', '.join(paper.SCALES)}")
     given = check_overrides(overrides or {})
     parts = _published(name, published or name) if scale == "paper" else _twin(name, scale)
     if "train.lr" in given:

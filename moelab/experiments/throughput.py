@@ -13,12 +13,14 @@ Expect: a ratio of FLOPs near 3.5 (twins have larger embeddings, in proportion, 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from moelab import paper
 from moelab.config import ModelConfig
 from moelab.experiments.base import Experiment, Scale
-from moelab.experiments.verdicts import Verdict, judge_simulated
+from moelab.paper.verdicts import Verdict, judge_simulated
+from moelab.runs.spec import RunSpec
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -31,12 +33,48 @@ def flops_ratio(dense: ModelConfig, moe: ModelConfig) -> float:
     return dense.flops_per_token() / moe.flops_per_token()
 
 
+def compared(specs: Sequence[RunSpec], ratios: Sequence[float]) -> pd.DataFrame:
+    """Return the MoE's advantage by FLOPs a token and by training speed, for the twins and for the paper's models.
+
+    Args:
+        ratios: the MoE's measured training speed over the dense model's, round by round.
+
+    Returns:
+        Rows FLOPs a token and training speed; columns twins, paper's models, and the share of the first that the second delivers.
+    """
+    import pandas as pd
+
+    twins = {spec.label: spec.model for spec in specs}
+    full = {name: ModelConfig.parse(name) for name in twins}
+    printed = {row.model: row.samples_per_s for row in paper.training_throughput()}
+    flops, speed = flops_ratio(twins["6.7B"], twins["1.3B+MoE-128"]), float(pd.Series(ratios).median())
+    return pd.DataFrame(
+        {
+            "twins": [flops, speed],
+            "paper's models": [
+                flops_ratio(full["6.7B"], full["1.3B+MoE-128"]),
+                printed["1.3B+MoE-128"] / printed["6.7B"],
+            ],
+            "twins: share delivered": [None, speed / flops],
+        },
+        index=pd.Index(["FLOPs a token", "training speed"], name="1.3B+MoE-128 over 6.7B"),
+    )
+
+
+def rounds_table(ratios: Sequence[float]) -> pd.DataFrame:
+    """Return ratios of speed in the form that `figures.gaps` draws: columns arm, seed (the round), ratio."""
+    import pandas as pd
+
+    return pd.DataFrame({"arm": "twins, measured", "seed": range(len(ratios)), "ratio": ratios})
+
+
 def simulated() -> pd.DataFrame:
     """Return a row for each model of Table 3 on the paper's cluster, as `moelab.simulate` predicts it; nothing is fitted to Table 3."""
     import pandas as pd
 
     from moelab.simulate.scoreboard import table3
 
+    printed = {row.model: row for row in paper.training_throughput()}
     rows = [
         {
             "model": name,
@@ -45,6 +83,8 @@ def simulated() -> pd.DataFrame:
             "GiB a GPU": step.total_gib,
             "fits": step.fits,
             "bound by": step.bound,
+            "paper: samples/s": printed[name].samples_per_s,
+            "paper: TFLOP/s a GPU": printed[name].tflops_per_gpu,
         }
         for name, step in table3().items()
     ]

@@ -14,14 +14,14 @@ tenth slower (measurements differ): there is no exchange to save, and its fixed 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from moelab import paper
 from moelab.config import ModelConfig, RoutingConfig
 from moelab.experiments import comparison
 from moelab.experiments.base import Experiment, Scale
-from moelab.experiments.verdicts import Verdict, judge
+from moelab.paper.verdicts import Verdict, judge
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -45,6 +45,25 @@ def exchanged_slots(model: ModelConfig, tokens: int) -> int:
     experts = max(model.experts)
     capacity = RoutingConfig().capacity(tokens, experts, model.top_k, training=True)
     return experts * capacity
+
+
+def speed_ratios(speeds: Mapping[str, Sequence[float]]) -> tuple[pd.DataFrame, pd.Series]:
+    """Return training speeds over MoE-32's of the same round, and the rounds' ratios of Residual-MoE-32 over Top2-MoE-32.
+
+    Args:
+        speeds: from `comparison.speeds`.
+
+    Returns:
+        Columns arm, seed (the round), tokens_per_s, ratio; and a series, empty where an arm is missing.
+    """
+    import pandas as pd
+
+    wide = pd.DataFrame(speeds)
+    long = wide.rename_axis("seed").reset_index().melt("seed", var_name="arm", value_name="tokens_per_s")
+    base = wide["MoE-32"] if "MoE-32" in wide else pd.Series(dtype=float)
+    there = {"Top2-MoE-32", "Residual-MoE-32"} <= set(wide)
+    ratios = wide["Residual-MoE-32"] / wide["Top2-MoE-32"] if there else pd.Series(dtype=float)
+    return long.assign(ratio=long["tokens_per_s"] / long["seed"].map(base)), ratios
 
 
 def verdicts(final: pd.DataFrame, speed_ratios: Sequence[float], scale: str) -> list[Verdict]:

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 from moelab import paper
 from moelab.experiments import comparison
 from moelab.experiments.base import Experiment, Scale
-from moelab.experiments.verdicts import Verdict, judge
+from moelab.paper.verdicts import Verdict, judge
 
 if TYPE_CHECKING:
     import pandas as pd

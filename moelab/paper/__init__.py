@@ -14,7 +14,7 @@ without torch or pandas.
 """
 
 from moelab.paper._table import HOW, Provenance, Table
-from moelab.paper.claims import DIRECTIONS, KINDS, TESTABLE_AT, Claim, claim, claims, experiments
+from moelab.paper.claims import DIRECTIONS, KINDS, SCALES, TESTABLE_AT, Claim, claim, claims, experiments
 from moelab.paper.conflicts import Conflict, conflict, conflicts
 from moelab.paper.inference import InferenceResult, inference_results
 from moelab.paper.models import PaperModel, model, models
@@ -31,6 +31,7 @@ __all__ = [
     "DIRECTIONS",
     "HOW",
     "KINDS",
+    "SCALES",
     "TASKS",
     "TESTABLE_AT",
     "Claim",

@@ -6,13 +6,18 @@ constants were fitted on; all others are predictions.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 from moelab import paper
 from moelab.config import ModelConfig
 from moelab.config.parallel import ParallelConfig
 from moelab.simulate.decoding import DecodeEstimate, decode
 from moelab.simulate.systems import system
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 FITTED = "fig-10"
 CLUSTER = "a100-40gb"
@@ -57,7 +62,7 @@ class Bar:
         return decode(self.model, self.parallel, CLUSTER, program=self.system, batch=BATCH, context=CONTEXT, **options)
 
     def row(self, **options) -> dict:
-        """One tidy row: the paper's latency, ours, the error in per cent."""
+        """Return one tidy row: the paper's latency (ms), ours, the error in per cent, ours as throughput (tokens / s / GPU), parts and memory."""
         got = self.simulate(**options)
         error = None if self.paper_ms is None else 100 * (got.latency_ms / self.paper_ms - 1)
         return {
@@ -70,6 +75,7 @@ class Bar:
             "paper_low": self.low,
             "paper_high": self.high,
             "simulated_ms": got.latency_ms,
+            "simulated_throughput": 1e3 * BATCH / self.parallel.tensor / got.latency_ms,
             "error_percent": error,
             "kind": "fitted" if self.fitted else "predicted",
             "bound": got.bound,
@@ -78,6 +84,13 @@ class Bar:
             **{f"{part}_ms": ms for part, ms in got.parts_ms.items()},
             "assumed": self.assumed,
         }
+
+
+def frame(bars: Sequence[Bar]) -> pd.DataFrame:
+    """Return `Bar.row` of each bar as a table."""
+    import pandas as pd
+
+    return pd.DataFrame([bar.row() for bar in bars])
 
 
 def layout(model: ModelConfig, gpus: int, tensor: int, program: str) -> ParallelConfig:

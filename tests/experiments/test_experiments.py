@@ -33,7 +33,7 @@ from moelab.experiments import (
     throughput,
     top2,
 )
-from moelab.experiments import verdicts as claims
+from moelab.paper import verdicts as claims
 from moelab.experiments.base import no_runs
 from moelab.lab import Lab
 from moelab.runs.dry_run import paper_rate, plan, state_bytes

@@ -5,8 +5,8 @@ import pytest
 
 from moelab import paper
 from moelab.experiments import pr_moe
-from moelab.experiments import verdicts as claims
-from moelab.experiments.verdicts import judge
+from moelab.paper import verdicts as claims
+from moelab.paper.verdicts import judge
 from moelab.statistics import interval
 
 NEAR = paper.claim("pr-moe-matches-moe128")

@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 
 from moelab import paper
-from moelab.experiments import verdicts as claims
+from moelab.paper import verdicts as claims
 from moelab.experiments import zero_shot
 from moelab.report.publication import Publication
 

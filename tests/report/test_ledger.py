@@ -7,8 +7,8 @@ from dataclasses import replace
 import pytest
 
 from moelab import paper
-from moelab.experiments import verdicts as claims
-from moelab.experiments.verdicts import judge
+from moelab.paper import verdicts as claims
+from moelab.paper.verdicts import judge
 from moelab.files import write_json
 from moelab.report import ledger
 from moelab.report.publication import SUMMARY

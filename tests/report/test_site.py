@@ -11,7 +11,7 @@ import nbformat
 import pytest
 
 from moelab import paper
-from moelab.experiments.verdicts import NO_SPREAD, REPRODUCED, UNDECIDED
+from moelab.paper.verdicts import NO_SPREAD, REPRODUCED, UNDECIDED
 from moelab.plotting import svg
 from moelab.plotting.typography import typeset
 from moelab.report import site

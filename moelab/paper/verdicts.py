@@ -11,8 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from moelab.experiments.settings import SCALES
-from moelab.paper import Claim
+from moelab.paper.claims import SCALES, Claim
 from moelab.statistics import interval
 
 if TYPE_CHECKING:
@@ -32,6 +31,9 @@ SIMULATED_HOLDS = "simulated: holds"
 SIMULATED_DIRECTION = "simulated: direction only"
 SIMULATED_FAILS = "simulated: does not hold"
 SIMULATED = (SIMULATED_WITHIN, SIMULATED_HOLDS, SIMULATED_DIRECTION, SIMULATED_FAILS)
+
+TOLERANCE = 0.15
+"""Share of the paper's value by which a simulated one may differ and still count as within it."""
 
 SAME = 0.02
 """Nats a token within which two losses count as the same when the paper says so without a number: twice the 0.01 that it calls a match (Fig 4)."""
@@ -108,8 +110,6 @@ def judge_simulated(claim: Claim, ours: float | None, *, note: str = "", fitted:
         ours: None where it is not simulated.
         fitted: the constants of the simulator were fitted on this number.
     """
-    from moelab.simulate.scoreboard import TOLERANCE
-
     if ours is None:
         return judge(claim, [], note=note)
     neutral = 1.0 if claim.kind == "ratio" else 0.0

@@ -1,6 +1,7 @@
-"""Draw what the inference and exchange experiments find: bars of systems, breakdowns, errors, measured steps, messages over ranks.
+"""Draw how models are served: bars of systems, breakdowns of a step, errors, the Pareto front, measured steps, memory.
 
-Every function draws on axes that it is given. Frames come from `moelab.experiments`; the columns that a function reads are in its docstring.
+Every function draws on axes that it is given. Frames come from `moelab.simulate` and `moelab.experiments`; the columns that a function reads are in
+its docstring.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ MEASURED_PARTS = {
 }
 """Part of a measured decoding step (`moelab.bench.clock.PARTS`) -> its colour."""
 MODE_COLORS = {"baseline": SYSTEM_COLORS["pytorch"], "optimised": SYSTEM_COLORS["moelab"]}
-EXCHANGE_COLORS = {"flat": "#6E6E6E", "hierarchical": "#0072B2", "coordinated": "#D55E00"}
+VARIANT_COLORS = {"MoE": "#6E6E6E", "PR-MoE": "#56B4E9", "PR-MoE+MoS": "#0072B2"}
 
 
 def grouped_bars(
@@ -177,7 +178,7 @@ def pareto(front: pd.DataFrame, ax: Axes, *, best: tuple[float, float], objectiv
     """Draw latency against throughput a GPU: the Pareto front, and the layout that was chosen.
 
     Args:
-        front: columns latency_ms, tokens_per_s_per_gpu and label, the fastest first.
+        front: columns latency_ms, tokens_per_s_per_gpu, gpus, tensor and batch, the fastest first.
         best: latency and throughput of the choice.
         objective: what it is best by.
     """
@@ -197,7 +198,7 @@ def pareto(front: pd.DataFrame, ax: Axes, *, best: tuple[float, float], objectiv
     some = front if len(front) <= 7 else front.iloc[[round(i * (len(front) - 1) / 6) for i in range(7)]]
     for row in some.itertuples():
         ax.annotate(
-            row.label,
+            f"{row.gpus} GPUs, tensor {row.tensor}, batch {row.batch}",
             (row.latency_ms, row.tokens_per_s_per_gpu),
             xytext=(8, -4),
             textcoords="offset points",
@@ -256,91 +257,56 @@ def decoding_steps(steps: pd.DataFrame, left: Axes, right: Axes, *, join: bool =
     right.legend(loc="center left", bbox_to_anchor=(1, 0.5))
 
 
-def exchange_counts(counted: pd.DataFrame, left: Axes, right: Axes) -> None:
-    """Draw messages over ranks, and rows over those of the flat exchange: formulas as lines, counts as dots.
+def memory(held: pd.DataFrame, ax: Axes, *, capacity: float, paper: Mapping[str, int]) -> Axes:
+    """Draw memory a GPU over GPUs, a line a variant; the fewest GPUs that hold it ringed, the paper's counts as diamonds at the bottom.
 
     Args:
-        counted: columns as the fields of `moelab.experiments.all_to_all.Count`.
+        held: columns variant, gpus, gib_per_gpu and fits.
+        capacity: of a GPU, in GiB.
+        paper: variant -> fewest GPUs.
     """
-    worlds = sorted(counted["ranks"].unique())
-    flat = counted[counted["way"] == "flat"].set_index("ranks")
-    for way, color in EXCHANGE_COLORS.items():
-        there = counted[counted["way"] == way].set_index("ranks")
-        there = there[there["messages"] > 0]
-        left.plot(there.index, there["formula_messages"], color=color, label=f"{way}, the paper's formula")
-        left.plot(there.index, there["messages"], "o", color=color, label=f"{way}, counted")
-        out = (there["rows"] + there["gathered_rows"]) / flat["rows"]
-        expected = (there["formula_rows"] + there["formula_gathered_rows"]) / flat["formula_rows"]
-        right.plot(there.index, expected[there.index], color=color)
-        right.plot(there.index, out[there.index], "o", color=color)
-    left.set(yscale="log", ylabel="messages a rank")
-    right.set(ylabel="rows that leave a rank, over flat", ylim=(0, 2.1))
-    left.yaxis.set_major_formatter("{x:g}")
-    for ax in (left, right):
-        ax.set(xscale="log", xlabel="ranks")
-        ax.set_xticks(worlds, [str(p) for p in worlds])
-        ax.minorticks_off()
-    left.legend()
-
-
-def exchange_times(predicted: pd.DataFrame, axes: Sequence[Axes]) -> None:
-    """Draw the time over that of the flat exchange over ranks, a panel for each size; columns as `moelab.experiments.all_to_all.simulated` has them."""
-    for ax, (size, part) in zip(axes, predicted.groupby("bytes"), strict=True):
-        for way, color in EXCHANGE_COLORS.items():
-            there = part[part["way"] == way]
-            ax.plot(there["ranks"], there["ratio"], "o-", color=color, label=way)
-        ax.set(xscale="log", xlabel="GPUs", title=f"{size // 1024} KiB a GPU", ylim=(0, None))
-        ax.set_xticks(sorted(part["ranks"].unique()), [str(p) for p in sorted(part["ranks"].unique())])
-        ax.minorticks_off()
-    axes[0].set_ylabel("time / flat, simulated")
-    axes[-1].legend(loc="center left", bbox_to_anchor=(1, 0.5))
-
-
-def kernel_speedups(whole: pd.DataFrame, ax: Axes, *, bound: float) -> Axes:
-    """Draw the baseline's time over ours over experts, a line for each number of tokens: means over rounds with 95 % intervals, and the paper's bound.
-
-    Args:
-        whole: columns tokens, experts, ratio; a row a round.
-        bound: the ratio that the paper says is exceeded.
-    """
-    experts = sorted(whole["experts"].unique())
-    tokens = sorted(whole["tokens"].unique())
-    palette = figures.colors(["", *map(str, tokens)])
-    for i, S in enumerate(tokens):
-        part = whole[whole["tokens"] == S].groupby("experts")["ratio"]
-        low, high = zip(*(figures.student(values) for _, values in part), strict=True)
-        at = [experts.index(E) + (i - (len(tokens) - 1) / 2) * 0.06 for E in part.groups]
-        # An interval may reach below zero, where a logarithmic axis ends.
-        low = [max(bound, mean / 10) for bound, mean in zip(low, part.mean(), strict=True)]
-        figures.measured(ax, at, list(part.mean()), low, high, label=f"{S} tokens", color=palette[str(S)])
-    figures.paper_bound(ax, bound, label=f"paper: over {bound:g}")
-    ax.axhline(1, color="#888888", linewidth=1)
-    ax.set(xlabel="experts", ylabel="baseline's time over ours", yscale="log")
-    ax.yaxis.set_major_formatter("{x:g}")
-    ax.set_xticks(range(len(experts)), [str(E) for E in experts])
-    ax.legend(loc="center left", bbox_to_anchor=(1.02, 0.5))
+    for variant, color in VARIANT_COLORS.items():
+        of_variant = held[held["variant"] == variant]
+        ax.plot(of_variant["gpus"], of_variant["gib_per_gpu"], color=color, marker="o", label=variant)
+        least = of_variant[of_variant["fits"]].nsmallest(1, "gpus")
+        ax.scatter(least["gpus"], least["gib_per_gpu"], s=150, facecolor="none", edgecolor=color, linewidth=2)
+    ax.axhline(capacity, color="#D55E00", linewidth=1.5, label="memory of a GPU")
+    for i, (variant, gpus) in enumerate(paper.items()):
+        figures.paper_points(ax, [gpus], [6], color=VARIANT_COLORS[variant], label="_" if i else "paper: fewest GPUs")
+    ax.set(xscale="log", yscale="log", xlabel="GPUs", ylabel="GiB a GPU")
+    counts = sorted(set(held["gpus"]))
+    ax.set_xticks(counts, [str(n) for n in counts])
+    ax.set_yticks([5, 10, 20, 40, 80, 160], ["5", "10", "20", "40", "80", "160"])
+    ax.minorticks_off()
+    ax.legend()
     return ax
 
 
-def kernel_breakdown(table: pd.DataFrame, axes: Sequence[Axes]) -> None:
-    """Draw median milliseconds as stacked bars, a panel for each number of tokens with its own scale.
+def against_dense(frame: pd.DataFrame, ax: Axes, *, paper_ratio: float) -> Axes:
+    """Draw latencies as bars, the dense model first, with their speed and cost relative to it, and where the paper's ratio would put the last one.
 
     Args:
-        table: index tokens, experts, candidate; columns gate, dispatch, combine.
+        frame: columns model, gpus, system, simulated_ms, faster and cheaper.
+        paper_ratio: how many times faster than the dense model the last one is in the paper.
     """
-    names = ["gate", "dispatch", "combine"]
-    palette = figures.colors(["", *names])
-    panels = sorted(table.index.unique("tokens"))
-    for ax, tokens in zip(axes, panels, strict=True):
-        shown = table.loc[tokens].sort_index(level=["experts", "candidate"], ascending=[True, False])
-        labels = [f"{candidate.split()[0]}, {experts}" for experts, candidate in shown.index]
-        left = [0.0] * len(shown)
-        for name in names:
-            ax.barh(labels, shown[name], left=left, color=palette[name], label=name)
-            left = [a + b for a, b in zip(left, shown[name], strict=True)]
-        ax.invert_yaxis()
-        ax.grid(axis="y", visible=False)
-        ax.set_title(f"{tokens} tokens")
-        ax.set_xlabel("ms")
-    axes[0].set_ylabel("form, experts")
-    axes[-1].legend(loc="center left", bbox_to_anchor=(1, 0.5))
+    ms = frame["simulated_ms"].tolist()
+    ax.bar(range(len(ms)), ms, color=[SYSTEM_COLORS[system] for system in frame["system"]], width=0.7)
+    target = ms[0] / paper_ratio
+    figures.paper_points(ax, [len(ms) - 1], [target], label="where the paper's ratio to dense would put it")
+    labels = []
+    for i, row in enumerate(frame.itertuples()):
+        last = i == len(ms) - 1
+        ax.annotate(
+            f"{row.simulated_ms:.1f}\n{row.faster:.1f}x, cost {1 / row.cheaper:.2f}",
+            (i, max(row.simulated_ms, target if last else 0)),
+            xytext=(0, 9 if last else 5),
+            textcoords="offset points",
+            ha="center",
+            fontsize=8,
+        )
+        model = row.model.replace(" ", "\n").replace("+", "\n+")
+        labels.append(f"{model}\n{row.gpus} GPU{'s' if row.gpus > 1 else ''}\n{SYSTEM_NAMES[row.system].split()[0]}")
+    ax.set_xticks(range(len(ms)), labels, fontsize=8)
+    ax.set(ylabel="latency of a token (ms), predicted", ylim=(0, max(ms) * 1.2))
+    ax.grid(axis="x", visible=False)
+    return ax
