@@ -1,14 +1,11 @@
-"""Three ways for tokens to reach their experts: flat, hierarchical, coordinated with tensor slicing (paper section 5.3, Figs 8 and 9).
+"""Count and time three ways for tokens to reach their experts: flat, hierarchical, coordinated with tensor slicing (paper section 5.3, Figs 8 and 9).
 
 Shows: messages and bytes of one all-to-all on 4 to 256 ranks, counted while the engine runs, beside the formulas; time of a layer's exchange on ranks of
 this machine over message sizes; the same on the simulated cluster.
 
-Paper: hierarchical takes a rank's messages from O(p) to O(G + p/G) for twice the bytes; coordination (PCC) from 128 C1 + C2 to 16 C1 + C2 at 8-way tensor
-slicing. No measurement.
-
 Here: large worlds are threads that run the real exchange (`moelab.engine.threads`), so counts are exact and times mean nothing; times come from gloo
 processes on one machine, which saves messages but has no slow links, or, at scale paper, from `srun moelab bench exchange` on the cluster. One GPU alone has
-nobody to send to, so there is no scale gpu.
+no other rank to send to, so there is no scale gpu.
 
 Expect: counts equal to the formulas; hierarchical slower than flat on few ranks and large messages; coordinated faster where tensor ranks share tokens.
 """

@@ -1,16 +1,13 @@
-"""Distillation of a shallower student: throughout, and staged (paper section 4.2, Figs 5 and 6, Table 5).
+"""Distil a shallower student: throughout, and staged (paper section 4.2, Figs 5 and 6, Table 5).
 
 Shows: validation loss of the PR-MoE-32/64 teacher (24 layers) and of its 21-layer student trained alone, distilled throughout, and distilled for
-the first 70 % of its tokens (Mixture-of-Students).
-
-Paper: distillation helps early and hurts late; stopping it at 400 K of 572 K steps ends almost at the teacher's loss. The stop of the 1.3B student is
-not known; 70 % is taken for both.
+the first 70 % of its tokens (Mixture-of-Students). The paper stops at 400 K of 572 K steps; the stop of its 1.3B student is not known, 70 % is taken for both.
 
 Here: twins of 8 and 7 layers; the released code's loss (temperature 1, weight 1); teacher and student see the same batches, the teacher a finished
 run of the same seed. A teacher trained on as few tokens as its student is a weaker teacher than the paper's, seen by a less saturated student.
 
-Expect at `cpu` (8 seeds on the 350M base, 5 on the 1.3B one, results/distillation): distilled throughout, the student ends 0.06 nats below itself alone (1.3B: 0.10), stopped
-at 70 % another 0.04 below that, all clear of the spread; its teacher, which has one layer more, is no better than the student alone.
+Expect at `cpu` (8 seeds on the 350M base, 5 on the 1.3B one, results/distillation): distilled throughout, the student ends 0.06 nats below itself alone
+(1.3B: 0.10), stopped at 70 % another 0.04 below that, all clear of the spread; its teacher, which has one layer more, is no better than the student alone.
 """
 
 from __future__ import annotations

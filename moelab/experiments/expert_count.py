@@ -1,4 +1,4 @@
-"""How many experts? 1 to 64 at fixed compute (beyond the paper, which compares 32 and 128).
+"""Vary the number of experts, 1 to 64, at fixed compute (beyond the paper, which compares 32 and 128).
 
 Shows: final validation loss of the 350M twin with 1 (dense), 2, 4, 8, 16, 32 and 64 experts in every second layer, one expert a token.
 

@@ -1,14 +1,12 @@
-"""Half-MoE: do deep or shallow layers profit from experts? (paper section 4.1.1, Fig 2 left, "Phenomenon I")
+"""Place experts in deep or in shallow layers: Half-MoE (paper section 4.1.1, Fig 2 left, "Phenomenon I").
 
 Shows: validation loss of the 350M base with 32 experts in the first half of its layers only, in the second half only, in all (every second), in none.
 
-Paper: experts in the second half help clearly more than in the first. One run an arm; expert count and spacing are not stated, 32 and every second
-layer are assumed.
+Here: twins, paired by seed; both halves have the same number of experts, parameters and FLOPs. The paper does not state the number of experts and their
+spacing; 32 and every second layer are assumed.
 
-Here: twins, paired by seed; both halves have the same number of experts, parameters and FLOPs.
-
-Expect at `cpu` (8 seeds, results/half-moe): the halves within 0.03 nats of each other, the first one ahead by 0.01 on average, an interval that just includes zero: nothing
-of the paper's clear order.
+Expect at `cpu` (8 seeds, results/half-moe): the halves within 0.03 nats of each other, the first one ahead by 0.01 on average, with an interval that just
+includes zero: not the paper's clear order.
 """
 
 from __future__ import annotations

@@ -1,13 +1,9 @@
-"""Serving 107 billion to 2 trillion parameters (paper section 5.5.2, Fig 11).
+"""Serve 107 billion to 2 trillion parameters (paper section 5.5.2, Fig 11).
 
-Shows: latency and throughput a GPU of the four large models on 128 and 256 GPUs, predicted with constants fitted on Fig 10 alone; and every other
-number of the paper the simulator can be held against, with its error.
+Shows: latency and throughput a GPU of the four large models on 128 and 256 GPUs, predicted with constants fitted on Fig 10 alone; every other
+number of the paper with which the simulator can be compared, with its error; beside it, measured decoding steps of the models' twins.
 
-Paper: up to 7.3 times lower latency and higher throughput than PyTorch; a trillion parameters in under 25 ms.
-
-Beside it, measured: the four models' twins, baseline and optimised mode (`moelab.experiments.decoding`).
-
-Here: predictions. The DeepSpeed bars come out close; the baseline's are predicted far too fast: nothing in Fig 10 explains them.
+Here: the DeepSpeed bars come out close; the baseline's are predicted far too fast, and nothing in Fig 10 explains them.
 """
 
 from __future__ import annotations

@@ -1,15 +1,10 @@
-"""Serving the 52B model on 8 to 64 GPUs (paper section 5.5, Fig 10).
+"""Serve the 52B model on 8 to 64 GPUs (paper section 5.5, Fig 10).
 
 Shows: latency of a token and throughput a GPU of 1.3B+MoE-128 for the PyTorch baseline and for DeepSpeed-MoE, simulated on the paper's cluster, with
-the breakdown of a step.
-
-Paper: more GPUs make DeepSpeed-MoE faster and each GPU more productive: 27.3 to 12.7 ms, 292 to 620 tokens/s/GPU; the baseline falls from 56.6 to
-43.9 ms only.
+the breakdown of a step; beside it, measured decoding steps of the baseline and the optimised mode (`moelab.experiments.decoding`).
 
 Here: the simulator's two free constants are fitted on the eight latencies of this figure, so its bars are a fit, not a prediction; the notebook
-shows how good it is and what it leaves undecided. Beside it, decoding steps measured with `moelab bench decode`'s own functions, the baseline and the
-optimised mode: of the model's twin on gloo ranks of this machine, experts spread over the ranks (smoke, cpu); of a larger twin on one GPU (gpu); or, of the
-model itself, by `srun moelab bench decode` on the cluster, whose numbers are read here (paper).
+shows how good it is and what it leaves undecided.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
-"""The learning rate of all arms (the sweep behind `settings`).
+"""Sweep the learning rate of all arms (the rates in use are in `settings`).
 
 Shows: final validation loss of the 350M twin, dense, with MoE-128 and with PR-MoE-32/64, at a quarter to twice the rate in use; of the larger bases
 on request.
 
-Here: one seed that no other experiment uses, 1.23 M tokens (the `cpu` scale trains 1.02 M), one rate for all arms. An arm whose best rate lies elsewhere is
-told by how much it would gain.
+Here: one seed that no other experiment uses, 1.23 M tokens (the `cpu` scale trains 1.02 M), one rate for all arms. An arm whose best rate is another one
+is reported with the loss that it would gain.
 """
 
 from __future__ import annotations

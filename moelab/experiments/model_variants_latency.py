@@ -1,13 +1,10 @@
-"""PR-MoE and Mixture-of-Students at inference (paper section 5.5.3, Figs 12 and 13).
+"""Serve PR-MoE and Mixture-of-Students (paper section 5.5.3, Figs 12 and 13).
 
 Shows: memory a GPU of the 349B model and its variants over GPU counts, and with it the fewest GPUs that hold them; latency of the three variants
 of every size.
 
-Paper: PR-MoE with the staged student needs 16 GPUs where the standard model needs 32, and has the lowest latency at every size. The bars are not
-at hand, only the text.
-
-Here: predictions. The PR-MoE variants of the large models are not published: 64 and 128 experts, as for the 1.3B base, and an eighth of the layers
-cut for the student, are assumed.
+Here: predictions. The paper's bars are not available, only its text. The PR-MoE variants of the large models are not published: 64 and 128 experts, as
+for the 1.3B base, and an eighth of the layers cut for the student, are assumed.
 """
 
 from __future__ import annotations

@@ -1,11 +1,9 @@
-"""MoE against dense models of equal quality at inference (paper section 5.5.4, Figs 14 and 15).
+"""Serve MoE and dense models of equal quality (paper section 5.5.4, Figs 14 and 15).
 
 Shows: latency and cost of a token of dense 6.7B on one GPU against the 52B family on 128, and of dense 175B in 16 slices against a 1.5T family in 8.
 
-Paper: on PyTorch the 52B MoE is slower than its dense counterpart; as PR-MoE with the staged student on DeepSpeed-MoE it is 2.4 times faster and
-cheaper, and the 1.5T model 4.5 times faster and 9 times cheaper than 175B. Equal quality of the second pair is assumed there.
-
-Here: predictions. The shape of the 1.5T model is not published (44 layers of width 8192 assumed), nor are its GPU count and PR-MoE.
+Here: predictions. Equal quality of the second pair is the paper's assumption. The shape of the 1.5T model is not published (44 layers of width 8192
+assumed), nor are its GPU count and PR-MoE.
 """
 
 from __future__ import annotations

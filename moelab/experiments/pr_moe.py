@@ -1,10 +1,7 @@
-"""PR-MoE ablation: where should the experts go? (paper section 4.1.4, Fig 4; sizes from Table 4)
+"""Place experts where they count: the PR-MoE ablation (paper section 4.1.4, Fig 4; sizes from Table 4).
 
 Shows: validation loss of the 350M base with MoE-32, MoE-128, Pyramid-MoE-32/64, Residual-MoE-32 and PR-MoE-32/64, and of the
-dense base, over training tokens.
-
-Paper: pyramid and residual each close part of the gap between 32 and 128 experts; together (PR-MoE) they end about 0.01 nats
-from MoE-128 with a third of its parameters. One run an arm, no spread given; 300 B tokens.
+dense base, over training tokens. In the paper pyramid and residual each close part of the gap between 32 and 128 experts.
 
 Here: twins on the same data order from the same shared weights; sizes, tokens and drop-free routing as `settings` says. PR-MoE spends 28 % more active
 parameters than MoE-128 (the paper's does, too); `Top2-MoE-128` spends as many, so it is MoE-128 at PR-MoE's compute. `PR-MoE-32/64 (sum)` adds the two

@@ -1,18 +1,15 @@
-"""MoE against dense scaling (paper section 3, Fig 1).
+"""Compare MoE with dense scaling (paper section 3, Fig 1).
 
 Shows: validation loss of the dense 350M, 1.3B and 6.7B and of 350M and 1.3B with 128 experts, over training tokens and over training FLOPs, and how
-many times fewer tokens or FLOPs the MoE needs to its base's final loss.
-
-Paper: each MoE ends at the loss of a dense model 4 to 5 times its base, after 300 B tokens; on the way there it is far ahead of its own base
-and, for two thirds of the training, behind the larger dense model.
+many times fewer tokens or FLOPs the MoE needs to reach its base's final loss. In the paper the MoE is far ahead of its own base throughout and, for two
+thirds of the training, behind the larger dense model that it equals in the end.
 
 Here: twins on equal tokens in equal order. FLOPs are counted (`ModelConfig.flops_per_token`), so an MoE costs about what its base costs. A
 run's rate decays over its own tokens, so a curve read before its end is higher than a run of that length would end: data efficiency (read off
 the MoE's curve) is a lower bound, and the larger dense model at equal FLOPs looks worse than it is.
 
 Expect at `cpu` (3 seeds, results/scaling): the 350M MoE ahead of its base by 0.05 nats, the 1.3B MoE by 0.10; the 350M MoE behind the dense 1.3B at equal
-tokens; the 6.7B twin behind those on the 1.3B base
-(it has seen less than half a token a parameter). The cost of a seed is mostly the 6.7B twin's.
+tokens; the 6.7B twin behind those on the 1.3B base (it has seen less than half a token a parameter). The cost of a seed is mostly the 6.7B twin's.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
-"""How far do seeds spread? (beyond the paper, which gives one run an arm)
+"""Measure the spread over seeds (beyond the paper, which gives one run an arm).
 
 Shows: the standard deviation of the final loss over seeds, of a single arm and of the difference of two arms with the same seed (same shared weights,
 same data order), and how many seeds an effect needs to be seen.
 
-Expect: pairing takes out most of the spread between seeds; differences of 0.01 nats still need many seeds at 1 M tokens.
+Expect: pairing removes most of the spread between seeds; differences of 0.01 nats still need many seeds at 1 M tokens.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What do experts specialise in? (beyond the paper)
+"""Measure what experts specialise in (beyond the paper).
 
 Shows: for each MoE layer of the trained 350M+MoE-128 twin, which share of each domain's validation tokens goes to each expert; how much of the choice of
 an expert the current token's identity tells, and how much the domain (mutual information over the entropy of the choice, both less what chance gives).

@@ -1,9 +1,10 @@
-"""A first tour (notebook 00): the paper's model names, one gate at work, a short run, a layout, a cluster.
+"""Take a first tour (notebook 00): the paper's model names, one gate at work, a short run, a layout, a cluster.
 
-Shows: three twins trained for seconds on the embedded corpus: the dense 350M base, 350M+MoE-32 and 350M+MoE-128; which expert takes which token of a sentence, before and after.
+Shows: three twins trained for seconds on the embedded corpus: the dense 350M base, 350M+MoE-32 and 350M+MoE-128; which expert takes which token of a
+sentence, before and after training.
 
-Expect: all three learn little more than the commonest words, the MoE twins a little ahead. One seed and 131 k tokens do not rank arms (experiment `scaling` trains eight times
-longer, on several seeds), so no claim of the paper is judged here.
+Expect: all three learn little more than the commonest words, the MoE twins a little ahead. One seed and 131 k tokens do not rank arms (experiment
+`scaling` trains eight times longer, on several seeds), so no claim of the paper is judged here.
 """
 
 from __future__ import annotations

@@ -1,12 +1,10 @@
-"""Training throughput of an MoE and of the dense model it equals (paper section 3, Table 3).
+"""Measure the training throughput of an MoE and of the dense model it equals (paper section 3, Table 3).
 
-Shows: training tokens per second of the dense 6.7B twin and of the 1.3B+MoE-128 twin, side by side, and the ratio of their FLOPs a token.
+Shows: training tokens per second of the dense 6.7B twin and of the 1.3B+MoE-128 twin, side by side, and the ratio of their FLOPs a token. In the paper
+both models run at the same operations per second and GPU (44.7 and 47.1 TFLOP/s, our arithmetic), so the gain is fewer active parameters.
 
-Paper: 70 and 372 samples per second on 128 A100: 5.3 times, printed as 5; both run at the same operations per second and GPU (44.7 and 47.1
-TFLOP/s, our arithmetic), so the gain is fewer active parameters.
-
-Here: two twins taking turns in one process, so that other load meets both. What the ratio of FLOPs promises and how much of it the machine delivers
-are told apart: the ratio of times is a CPU's. The cluster itself is simulated (`moelab.simulate`, not fitted to this table).
+Here: two twins train in turns in one process, so that other load on the machine affects both. The ratio of FLOPs is the model's, the ratio of times a
+CPU's. The cluster is simulated (`moelab.simulate`, not fitted to this table).
 
 Expect: a ratio of FLOPs near 3.5 (twins have larger embeddings, in proportion, and the 6.7B twin is only 11 layers deep); measured somewhat less.
 """

@@ -1,9 +1,7 @@
-"""Top-2 gating against a residual MLP (paper section 4.1.1, Fig 2 right, "Phenomenon II").
+"""Compare top-2 gating with a residual MLP (paper section 4.1.1, Fig 2 right, "Phenomenon II").
 
 Shows: validation loss and training speed of the 350M base with 32 experts and two ways to spend twice the expert compute: two routed experts a
-token, or one and a fixed MLP. MoE-32 with one expert is beside them.
-
-Paper: equal quality; the residual form trains more than 10 % faster, because it sends half the all-to-all volume.
+token, or one and a fixed MLP. MoE-32 with one expert is beside them. In the paper the residual form is faster because it sends half the all-to-all volume.
 
 Here: twins, paired by seed. Speed is measured side by side in one process (`moelab.bench.train`): with one rank there is no all-to-all, so what
 is left is the cost of routing, copying and smaller products; the volume is counted from the slots that leave a rank.

@@ -1,11 +1,9 @@
-"""Zero-shot tasks (paper Table 2).
+"""Score zero-shot tasks (paper Table 2).
 
 Shows: for the trained twins accuracy on six tasks beside chance, with n and standard errors, the right answers' bits per byte, and the paper's table.
 
-Paper: 350M+MoE-128 scores like dense 1.3B, 1.3B+MoE-128 like 6.7B.
-
-Expect: nothing of that. Twins of 0.1 to 4 M parameters that read 1 M tokens sit at chance on every task: the pipeline is what this shows, and a run
-at `paper` scale goes through the same one. Bits per byte of the right answers move earlier than accuracy. Offline the tasks come from a package;
+Expect: accuracy at chance. Twins of 0.1 to 4 M parameters that read 1 M tokens cannot answer; this shows that the pipeline works, and a run
+at `paper` scale goes through the same one. Bits per byte of the right answers change earlier than accuracy. Offline the tasks come from a package;
 for RACE-h and WebQs other data sets stand in, under their own names.
 """
 
