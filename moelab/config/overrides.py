@@ -1,7 +1,7 @@
 """Replace settings of a run by dotted names, such as ``train.tokens`` or ``model.routing.drop_tokens``.
 
-The allowed names and the types of their values come from the fields of the configuration classes, so that a new field can be set
-without a change here.
+The allowed names and the types of their values come from the fields of the configuration classes, so that a new field
+can be set without a change here.
 """
 
 from __future__ import annotations

@@ -16,10 +16,11 @@ T = TypeVar("T")
 
 
 def identity(config: Any) -> Any:
-    """Return the JSON values that identify a configuration, without fields at their default and fields marked as no part of it.
+    """Return the JSON values that identify a configuration, without fields at their default and fields marked as no
+    part of it.
 
-    Leaving defaults out means that a field added later does not change the identity of what exists. The other side of that: a
-    default, once released, keeps its meaning.
+    Leaving defaults out means that a field added later does not change the identity of what exists. The other side of
+    that: a default, once released, keeps its meaning.
     """
     if is_dataclass(config):
         kept = {}
@@ -46,7 +47,8 @@ def to_json(config: Any) -> dict[str, Any]:
 
 
 def from_json(cls: type[T], data: Any, where: str = "") -> T:
-    """Return a config of type `cls` from `to_json`'s output. Unknown, missing or ill-typed fields raise a one-line ValueError."""
+    """Return a config of type `cls` from `to_json`'s output. Unknown, missing or ill-typed fields raise a one-line
+    ValueError."""
     where = where or cls.__name__
     _check(isinstance(data, dict), f"{where}: expected an object, got {data!r}")
     hints = typing.get_type_hints(cls)

@@ -1,8 +1,8 @@
 """Which experiments are there, which runs does each ask for, and what do its numbers say?
 
-Each experiment is a module that ends in an `EXPERIMENT`, and is found by that: nothing lists them. The name of the module, with
-hyphens, is the name of the experiment on the command line and of its folder in the results; its notebook is NN_module.ipynb.
-Importing this package loads no torch. It may import everything below `moelab.report`.
+Each experiment is a module that ends in an `EXPERIMENT`, and is found by that: nothing lists them. The name of the
+module, with hyphens, is the name of the experiment on the command line and of its folder in the results; its notebook
+is NN_module.ipynb. Importing this package loads no torch. It may import everything below `moelab.report`.
 """
 
 from __future__ import annotations

@@ -1,13 +1,15 @@
-"""Count and time three ways for tokens to reach their experts: flat, hierarchical, coordinated with tensor slicing (paper section 5.3, Figs 8 and 9).
+"""Count and time three ways for tokens to reach their experts: flat, hierarchical, coordinated with tensor slicing
+(paper section 5.3, Figs 8 and 9).
 
-Shows: messages and bytes of one all-to-all on 4 to 256 ranks, counted while the engine runs, beside the formulas; time of a layer's exchange on ranks of
-this machine over message sizes; the same on the simulated cluster.
+Shows: messages and bytes of one all-to-all on 4 to 256 ranks, counted while the engine runs, beside the formulas; time
+of a layer's exchange on ranks of this machine over message sizes; the same on the simulated cluster.
 
-Here: large worlds are threads that run the real exchange (`moelab.engine.threads`), so counts are exact and times mean nothing; times come from gloo
-processes on one machine, which saves messages but has no slow links, or, at scale paper, from `srun moelab bench exchange` on the cluster. One GPU alone has
-no other rank to send to, so there is no scale gpu.
+Here: large worlds are threads that run the real exchange (`moelab.engine.threads`), so counts are exact and times mean
+nothing; times come from gloo processes on one machine, which saves messages but has no slow links, or, at scale paper,
+from `srun moelab bench exchange` on the cluster. One GPU alone has no other rank to send to, so there is no scale gpu.
 
-Expect: counts equal to the formulas; hierarchical slower than flat on few ranks and large messages; coordinated faster where tensor ranks share tokens.
+Expect: counts equal to the formulas; hierarchical slower than flat on few ranks and large messages; coordinated faster
+where tensor ranks share tokens.
 """
 
 from __future__ import annotations
@@ -40,7 +42,8 @@ class Count:
 
     Attributes:
         ranks, way: the world's size, and flat, hierarchical or coordinated.
-        messages, rows, gathered_rows: counted in the engine; gathered rows are those of the all-gather after the way back.
+        messages, rows, gathered_rows: counted in the engine; gathered rows are those of the all-gather after the way
+            back.
         formula_…: the same by `moelab.simulate.ways.formula`; simulated_…: the same by the simulator.
         moved_rows: rows with those that a rank keeps for itself at each hop, as the paper counts bytes.
     """
@@ -136,7 +139,8 @@ def headline(counted: pd.DataFrame) -> str:
 
 
 def simulated_headline(predicted: pd.DataFrame) -> str:
-    """Return the times over flat's of the smallest exchange on the most GPUs, in one line; from `moelab.simulate.ways.times`."""
+    """Return the times over flat's of the smallest exchange on the most GPUs, in one line; from
+    `moelab.simulate.ways.times`."""
     size, ranks = predicted["bytes"].min(), predicted["ranks"].max()
     at = predicted[(predicted["bytes"] == size) & (predicted["ranks"] == ranks)].set_index("way")["ratio"]
     return (
@@ -146,7 +150,8 @@ def simulated_headline(predicted: pd.DataFrame) -> str:
 
 
 def verdicts(counted: pd.DataFrame) -> list[Verdict]:
-    """Judge the claims on messages and bytes, from `counts`: exact, at the worlds that the claims name (32 and 128 ranks)."""
+    """Judge the claims on messages and bytes, from `counts`: exact, at the worlds that the claims name (32 and 128
+    ranks)."""
     at = counted.set_index(["ranks", "way"])
     hops = at["messages"][32, "hierarchical"] / at["messages"][32, "flat"]
     volume = at["moved_rows"][32, "hierarchical"] / at["moved_rows"][32, "flat"]

@@ -40,10 +40,10 @@ class Experiment:
         question: what it asks, one line.
         paper_answer: what the paper found, one line.
         scales: scale name -> Scale.
-        arms: the compared models: label -> name of the paper's model, or arguments of `settings.spec`. None where `build` makes
-            the runs, or where nothing is trained.
-        build: ``build(scale, seed, overrides, *, options)`` returns the runs of one seed, for an experiment whose runs are more than arms
-            times seeds; its keyword-only options are parameters of the notebook.
+        arms: the compared models: label -> name of the paper's model, or arguments of `settings.spec`. None where
+            `build` makes the runs, or where nothing is trained.
+        build: ``build(scale, seed, overrides, *, options)`` returns the runs of one seed, for an experiment whose runs
+            are more than arms times seeds; its keyword-only options are parameters of the notebook.
         trains: the notebook asks for these runs to be trained; False if it only measures their steps.
         measures: the notebook measures time, so nothing else should run beside it.
     """
@@ -85,12 +85,14 @@ class Experiment:
         overrides: Mapping[str, Any] | None = None,
         **options: Any,
     ) -> list[RunSpec]:
-        """Return the runs, seed by seed, so that a batch that is stopped early has whole seeds; none where nothing is trained.
+        """Return the runs, seed by seed, so that a batch that is stopped early has whole seeds; none where nothing is
+        trained.
 
         Args:
             seeds: how many; they are 0 .. seeds - 1.
             arms: labels of the arms that are wanted; None is all of them.
-            overrides: dotted name -> value, see `moelab.config.overrides`, in place of the scale's own settings in every run.
+            overrides: dotted name -> value, see `moelab.config.overrides`, in place of the scale's own settings in
+                every run.
             options: of `build`.
 
         Raises:
@@ -112,7 +114,8 @@ class Experiment:
         return [spec for spec in made if not arms or spec.label in arms]
 
     def specs_of(self, parameters: Mapping[str, Any]) -> list[RunSpec]:
-        """Return the runs that the notebook asks for with these parameters; parameters that do not concern the runs are ignored."""
+        """Return the runs that the notebook asks for with these parameters; parameters that do not concern the runs are
+        ignored."""
         options = inspect.signature(self.build).parameters.values() if self.build else ()
         taken = {"scale", "seeds", "arms", "overrides"} | {o.name for o in options if o.kind is o.KEYWORD_ONLY}
         return self.specs(**{name: value for name, value in parameters.items() if name in taken and value is not None})

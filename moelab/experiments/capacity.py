@@ -1,12 +1,13 @@
 """Limit the capacity of experts (beyond the paper, which trains at capacity factor 1.0 without comparing).
 
-Shows: final validation loss, tokens dropped over training and speed of the 350M+MoE-128 twin at capacity factors 0.5, 1.0, 1.25 and 2.0 with random
-token selection, and drop-free.
+Shows: final validation loss, tokens dropped over training and speed of the 350M+MoE-128 twin at capacity factors 0.5,
+1.0, 1.25 and 2.0 with random token selection, and drop-free.
 
 Here: validation uses each arm's own capacity factor, as the paper's does.
 
-Expect at `cpu` (3 seeds, results/capacity): half of the tokens dropped in the first 100 k at factor 1.0, an eighth at the end; the loss does not order by
-the factor: no capacity costs more than 0.01 nats on average, within the interval even where half of all tokens are dropped to the end.
+Expect at `cpu` (3 seeds, results/capacity): half of the tokens dropped in the first 100 k at factor 1.0, an eighth at
+the end; the loss does not order by the factor: no capacity costs more than 0.01 nats on average, within the interval
+even where half of all tokens are dropped to the end.
 """
 
 from __future__ import annotations

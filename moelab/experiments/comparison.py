@@ -1,4 +1,5 @@
-"""Compare arms that were trained on the same seeds: differences paired by seed, verdicts on losses, one-line results, tables for notebooks.
+"""Compare arms that were trained on the same seeds: differences paired by seed, verdicts on losses, one-line results,
+tables for notebooks.
 
 Frames named `final` are `Runs.final()`: a row a run, with columns arm, seed, validation_loss (nats a token) and more.
 """
@@ -37,7 +38,8 @@ def paired(final: pd.DataFrame, left: str, right: str, value: str = "validation_
 
 
 def gaps(final: pd.DataFrame, reference: str) -> pd.DataFrame:
-    """Return the final validation loss minus the reference arm's of the same seed, nats a token: columns arm, seed, gap."""
+    """Return the final validation loss minus the reference arm's of the same seed, nats a token: columns arm, seed,
+    gap."""
     base = final[final["arm"] == reference].set_index("seed")["validation_loss"]
     there = final[final["seed"].isin(base.index)]
     return there.assign(gap=there["validation_loss"] - there["seed"].map(base))[["arm", "seed", "gap"]]
@@ -88,7 +90,8 @@ def difference(final: pd.DataFrame, left: str, right: str) -> str:
 
 
 def over_training(curves: pd.DataFrame, arms: Sequence[str], reference: str) -> pd.DataFrame:
-    """Return the validation loss of arms minus the reference arm's at the same tokens and seed: columns arm, seed, tokens, loss (the difference)."""
+    """Return the validation loss of arms minus the reference arm's at the same tokens and seed: columns arm, seed,
+    tokens, loss (the difference)."""
     trained = curves[curves["tokens"] > 0]
     base = trained[trained["arm"] == reference].set_index(["seed", "tokens"])["loss"].rename("base")
     both = trained[trained["arm"].isin(arms)].join(base, on=["seed", "tokens"], how="inner")
@@ -135,7 +138,8 @@ def threads(count: int) -> Iterator[None]:
 
 
 def speeds(specs: Sequence[RunSpec], steps: int, rounds: int) -> dict[str, list[float]]:
-    """Measure the training tokens/s of each arm, round by round, arms taking turns; see `moelab.bench.train.side_by_side`."""
+    """Measure the training tokens/s of each arm, round by round, arms taking turns; see
+    `moelab.bench.train.side_by_side`."""
     from moelab.bench.train import side_by_side
 
     return side_by_side({spec.label: spec.model for spec in specs}, specs[0].train, steps=steps, rounds=rounds)

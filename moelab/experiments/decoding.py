@@ -1,7 +1,8 @@
 """Measure decoding steps beside the simulated ones: the paper's baseline and the optimised mode take turns.
 
-At scales smoke and cpu twins of the paper's models decode on gloo ranks of this machine, with the experts spread over the ranks; at gpu larger twins on
-one GPU; at paper the models themselves, as `srun moelab bench decode` measured them on the cluster.
+At scales smoke and cpu twins of the paper's models decode on gloo ranks of this machine, with the experts spread over
+the ranks; at gpu larger twins on one GPU; at paper the models themselves, as `srun moelab bench decode` measured them
+on the cluster.
 """
 
 from __future__ import annotations
@@ -30,7 +31,8 @@ SHRINK: dict[str, dict[str, int]] = {
 def twins(
     models: Mapping[str, ModelConfig], scale: str, shrink: Mapping[str, Mapping[str, int]] = SHRINK
 ) -> dict[str, ModelConfig]:
-    """Return the twins that `steps` measures at smoke, cpu and gpu; none at paper. Their weights are random, and spread tokens over the experts."""
+    """Return the twins that `steps` measures at smoke, cpu and gpu; none at paper. Their weights are random, and spread
+    tokens over the experts."""
     if scale not in shrink:
         return {}
     return {name: replace(model.shrink(**shrink[scale]), init_std=0.05) for name, model in models.items()}
@@ -51,12 +53,14 @@ def steps(
 
     Args:
         measure: `Lab.measure`, which stores what is measured here.
-        models: what is measured at smoke and cpu (8 sequences over gloo ranks) and gpu (`batches` sequences on one GPU).
+        models: what is measured at smoke and cpu (8 sequences over gloo ranks) and gpu (`batches` sequences on one
+            GPU).
         file: what is read at paper.
         by: what tells the rows apart: the model, or the size (ranks, or on one GPU the batch).
 
     Returns:
-        The columns of `moelab bench decode`, among them candidate (of `MODES`), median_ms, p95_ms, floor_ms and parts_ms (part -> ms), and
+        The columns of `moelab bench decode`, among them candidate (of `MODES`), median_ms, p95_ms, floor_ms and
+            parts_ms (part -> ms), and
         name (the model's key) and label (by `by`).
 
     Raises:
@@ -86,7 +90,8 @@ def decode(
 
 
 def read(experiment: str, file: str | None, bench: Literal["decode", "exchange"]) -> list[dict[str, Any]]:
-    """Return the rows that `srun moelab bench decode --device cuda --out ...` wrote on the cluster, of one run or of several joined together, fewest ranks first."""
+    """Return the rows that `srun moelab bench decode --device cuda --out ...` wrote on the cluster, of one run or of
+    several joined together, fewest ranks first."""
     mark = {"decode": "empty_collective_ms", "exchange": "alpha_ms"}[bench]
     if not file:
         raise ValueError(

@@ -1,13 +1,16 @@
 """Distil a shallower student: throughout, and staged (paper section 4.2, Figs 5 and 6, Table 5).
 
-Shows: validation loss of the PR-MoE-32/64 teacher (24 layers) and of its 21-layer student trained alone, distilled throughout, and distilled for
-the first 70 % of its tokens (Mixture-of-Students). The paper stops at 400 K of 572 K steps; the stop of its 1.3B student is not known, 70 % is taken for both.
+Shows: validation loss of the PR-MoE-32/64 teacher (24 layers) and of its 21-layer student trained alone, distilled
+throughout, and distilled for the first 70 % of its tokens (Mixture-of-Students). The paper stops at 400 K of 572 K
+steps; the stop of its 1.3B student is not known, 70 % is taken for both.
 
-Here: twins of 8 and 7 layers; the released code's loss (temperature 1, weight 1); teacher and student see the same batches, the teacher a finished
-run of the same seed. A teacher trained on as few tokens as its student is a weaker teacher than the paper's, seen by a less saturated student.
+Here: twins of 8 and 7 layers; the released code's loss (temperature 1, weight 1); teacher and student see the same
+batches, the teacher a finished run of the same seed. A teacher trained on as few tokens as its student is a weaker
+teacher than the paper's, seen by a less saturated student.
 
-Expect at `cpu` (8 seeds on the 350M base, 5 on the 1.3B one, results/distillation): distilled throughout, the student ends 0.06 nats below itself alone
-(1.3B: 0.10), stopped at 70 % another 0.04 below that, all clear of the spread; its teacher, which has one layer more, is no better than the student alone.
+Expect at `cpu` (8 seeds on the 350M base, 5 on the 1.3B one, results/distillation): distilled throughout, the student
+ends 0.06 nats below itself alone (1.3B: 0.10), stopped at 70 % another 0.04 below that, all clear of the spread; its
+teacher, which has one layer more, is no better than the student alone.
 """
 
 from __future__ import annotations
@@ -71,7 +74,8 @@ def build(
 
 
 def early(curves: pd.DataFrame, share: float = 0.5) -> pd.DataFrame:
-    """Return the student with distillation minus the student alone, at each evaluation up to a share of the tokens, averaged: columns arm, seed, gap."""
+    """Return the student with distillation minus the student alone, at each evaluation up to a share of the tokens,
+    averaged: columns arm, seed, gap."""
     import pandas as pd
 
     end = curves["tokens"].max()
@@ -86,7 +90,8 @@ def early(curves: pd.DataFrame, share: float = 0.5) -> pd.DataFrame:
 
 
 def over_training_headline(moved: pd.DataFrame, stop: float) -> str:
-    """Return what distillation changes at its stop and at the end, in one line; from `comparison.over_training` against the student alone."""
+    """Return what distillation changes at its stop and at the end, in one line; from `comparison.over_training` against
+    the student alone."""
     taught = "L21 + KD" if "L21 + KD" in set(moved["arm"]) else moved["arm"].iloc[0]
     at = moved[moved["arm"] == taught].groupby("tokens")["loss"].mean()
     before = at[at.index <= stop * at.index.max()]
@@ -95,7 +100,8 @@ def over_training_headline(moved: pd.DataFrame, stop: float) -> str:
 
 
 def late_training(curves: pd.DataFrame, training: pd.DataFrame) -> pd.DataFrame:
-    """Return a column an arm: how far the loss falls over the last 15 % of the tokens, and the distillation term in its first and last row."""
+    """Return a column an arm: how far the loss falls over the last 15 % of the tokens, and the distillation term in its
+    first and last row."""
     import pandas as pd
 
     late = curves[curves["tokens"] >= 0.85 * curves["tokens"].max()].sort_values("tokens").groupby(["arm", "seed"])

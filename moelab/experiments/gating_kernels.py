@@ -1,10 +1,11 @@
 """Time the kernels around the experts: fused gate and table-driven copies against masks and einsum (paper section 5.4).
 
-Shows: latency of gate, dispatch and combine at inference, part by part, ours and the paper's PyTorch baseline, over tokens and experts; the gate in
-training; whole MoE layers of both against the dense layer of equal FLOPs.
+Shows: latency of gate, dispatch and combine at inference, part by part, ours and the paper's PyTorch baseline, over
+tokens and experts; the gate in training; whole MoE layers of both against the dense layer of equal FLOPs.
 
-Here: both forms run in one process, in turns; a ratio is taken within a round, its spread is over rounds. A CPU has no kernels to launch, so only the order
-of the two carries over, and how the gap grows with tokens: masks cost S E C M operations, copies S M.
+Here: both forms run in one process, in turns; a ratio is taken within a round, its spread is over rounds. A CPU has no
+kernels to launch, so only the order of the two carries over, and how the gap grows with tokens: masks cost S E C M
+operations, copies S M.
 
 Expect: little difference at the 8 tokens of a decoding step, tens of times at hundreds of tokens.
 """
@@ -58,7 +59,8 @@ SHAPES["paper"] = SHAPES["gpu"]
 
 
 def parts(scale: str, rounds: int | None = None, threads: int = 1) -> list[dict[str, Any]]:
-    """Measure gate, dispatch and combine at inference: a row for each shape, part, candidate and round, see `moelab.bench.parts.measure`.
+    """Measure gate, dispatch and combine at inference: a row for each shape, part, candidate and round, see
+    `moelab.bench.parts.measure`.
 
     Args:
         rounds: None is the scale's own number.
@@ -82,8 +84,8 @@ def training_gate(scale: str, rounds: int | None = None, threads: int = 1) -> li
 
 
 def layers(scale: str, rounds: int | None = None, threads: int = 1) -> list[dict[str, Any]]:
-    """Measure whole layers: rows of `moelab bench layer`, with `case`: inference at the first two numbers of tokens (forward), training (and backward). Args as
-    of `parts`.
+    """Measure whole layers: rows of `moelab bench layer`, with `case`: inference at the first two numbers of tokens
+    (forward), training (and backward). Args as of `parts`.
     """
     from moelab.bench.layer import measure
 
@@ -101,7 +103,8 @@ def layers(scale: str, rounds: int | None = None, threads: int = 1) -> list[dict
 
 
 def speedups(found: pd.DataFrame) -> pd.DataFrame:
-    """Return the baseline's time over ours within each round, from `parts`: columns tokens, experts, part, round, ratio."""
+    """Return the baseline's time over ours within each round, from `parts`: columns tokens, experts, part, round,
+    ratio."""
     from moelab.bench.parts import BASELINE, OURS
 
     keys = ["tokens", "experts", "part", "round"]
@@ -118,7 +121,8 @@ def breakdown(found: pd.DataFrame) -> pd.DataFrame:
 
 
 def work(scale: str) -> float:
-    """Return the multiply-adds of the baseline's dispatch einsum, as torch counts them, over the numbers that a copy by the table moves; largest shape."""
+    """Return the multiply-adds of the baseline's dispatch einsum, as torch counts them, over the numbers that a copy by
+    the table moves; largest shape."""
     import torch
     from torch.utils.flop_counter import FlopCounterMode
 
@@ -154,10 +158,11 @@ def breakdown_headline(table: pd.DataFrame) -> str:
 
 
 def verdicts(ratios: pd.DataFrame, scale: str, device: str, counted_work: float) -> list[Verdict]:
-    """Judge the claims of section 5.4: the counted work of dispatch, exact; and "more than six times", judged at a decoding step's tokens and the most experts,
-    with the 95 % interval over rounds.
+    """Judge the claims of section 5.4: the counted work of dispatch, exact; and "more than six times", judged at a
+    decoding step's tokens and the most experts, with the 95 % interval over rounds.
 
-    The paper speaks of GPUs. On a CPU the order alone is judged: at best "direction only". Smoke's shapes are too small for either.
+    The paper speaks of GPUs. On a CPU the order alone is judged: at best "direction only". Smoke's shapes are too small
+    for either.
 
     Args:
         ratios: from `speedups`.

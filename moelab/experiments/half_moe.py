@@ -1,12 +1,13 @@
 """Place experts in deep or in shallow layers: Half-MoE (paper section 4.1.1, Fig 2 left, "Phenomenon I").
 
-Shows: validation loss of the 350M base with 32 experts in the first half of its layers only, in the second half only, in all (every second), in none.
+Shows: validation loss of the 350M base with 32 experts in the first half of its layers only, in the second half only,
+in all (every second), in none.
 
-Here: twins, paired by seed; both halves have the same number of experts, parameters and FLOPs. The paper does not state the number of experts and their
-spacing; 32 and every second layer are assumed.
+Here: twins, paired by seed; both halves have the same number of experts, parameters and FLOPs. The paper does not state
+the number of experts and their spacing; 32 and every second layer are assumed.
 
-Expect at `cpu` (8 seeds, results/half-moe): the halves within 0.03 nats of each other, the first one ahead by 0.01 on average, with an interval that just
-includes zero: not the paper's clear order.
+Expect at `cpu` (8 seeds, results/half-moe): the halves within 0.03 nats of each other, the first one ahead by 0.01 on
+average, with an interval that just includes zero: not the paper's clear order.
 """
 
 from __future__ import annotations

@@ -1,16 +1,16 @@
 """Serve the 52B model on 8 to 64 GPUs (paper section 5.5, Fig 10).
 
-Shows: latency of a token and throughput a GPU of 1.3B+MoE-128 for the PyTorch baseline and for DeepSpeed-MoE, simulated on the paper's cluster, with
-the breakdown of a step; beside it, measured decoding steps of the baseline and the optimised mode (`moelab.experiments.decoding`).
+Shows: latency of a token and throughput a GPU of 1.3B+MoE-128 for the PyTorch baseline and for DeepSpeed-MoE, simulated
+on the paper's cluster, with the breakdown of a step; beside it, measured decoding steps of the baseline and the
+optimised mode (`moelab.experiments.decoding`).
 
-Here: the simulator's two free constants are fitted on the eight latencies of this figure, so its bars are a fit, not a prediction; the notebook
-shows how good it is and what it leaves undecided.
+Here: the simulator's two free constants are fitted on the eight latencies of this figure, so its bars are a fit, not a
+prediction; the notebook shows how good it is and what it leaves undecided.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from moelab import paper
 from moelab.config import ModelConfig
@@ -33,7 +33,8 @@ SHRINK: dict[str, dict[str, int]] = {
 
 
 def measured_steps(measure: Measure, scale: str, file: str | None = None) -> pd.DataFrame:
-    """Return decoding steps of the twin over 1, 2 and 4 ranks, or over batches on one GPU, or at scale paper those in `file`; see `decoding.steps`."""
+    """Return decoding steps of the twin over 1, 2 and 4 ranks, or over batches on one GPU, or at scale paper those in
+    `file`; see `decoding.steps`."""
     models = twins({"1.3B+MoE-128": ModelConfig.parse("1.3B+MoE-128")}, scale, SHRINK)
     return steps(measure, EXPERIMENT.name, models, scale, file, by="size", ranks=RANKS, batches=(1, 8, 32))
 
@@ -46,31 +47,6 @@ def bars() -> pd.DataFrame:
     rates = {(row.system, row.gpus): row.value for row in read}
     found = frame(fig10())
     return found.assign(paper_throughput=[rates[row.system, row.gpus] for row in found.itertuples()])
-
-
-def constants(fit: Mapping[str, Any]) -> pd.DataFrame:
-    """Return a row for each fitted constant: its value, standard error and bounds.
-
-    Args:
-        fit: from `moelab.simulate.calibration`.
-    """
-    import pandas as pd
-
-    from moelab.simulate.constants import FREE
-
-    errors = fit["standard_errors"]
-    rows = [
-        {
-            "constant": name,
-            "value": fit["constants"][name],
-            "standard error": "at its bound" if errors[name] is None else f"{errors[name]:.0%}",
-            "lowest allowed": low,
-            "highest allowed": high,
-            "why these bounds": why,
-        }
-        for name, (low, high, why) in FREE.items()
-    ]
-    return pd.DataFrame(rows)
 
 
 def verdicts(frame: pd.DataFrame) -> list[Verdict]:

@@ -1,10 +1,10 @@
 """Sweep the learning rate of all arms (the rates in use are in `settings`).
 
-Shows: final validation loss of the 350M twin, dense, with MoE-128 and with PR-MoE-32/64, at a quarter to twice the rate in use; of the larger bases
-on request.
+Shows: final validation loss of the 350M twin, dense, with MoE-128 and with PR-MoE-32/64, at a quarter to twice the rate
+in use; of the larger bases on request.
 
-Here: one seed that no other experiment uses, 1.23 M tokens (the `cpu` scale trains 1.02 M), one rate for all arms. An arm whose best rate is another one
-is reported with the loss that it would gain.
+Here: one seed that no other experiment uses, 1.23 M tokens (the `cpu` scale trains 1.02 M), one rate for all arms. An
+arm whose best rate is another one is reported with the loss that it would gain.
 """
 
 from __future__ import annotations
@@ -27,7 +27,8 @@ ARMS = {
 """Base -> arm -> the paper's model."""
 
 RATES = (4e-3, 8e-3, 16e-3, 32e-3)
-"""Peak rates of the 350M base; larger bases are swept at less, in the proportion of the paper's dense rates (`settings.rate_ratio`)."""
+"""Peak rates of the 350M base; larger bases are swept at less, in the proportion of the paper's dense rates
+(`settings.rate_ratio`)."""
 
 LENGTH = {"cpu": {"train.tokens": 1_228_800, "train.warmup_tokens": 61_440}}
 """Scale -> overrides of the length of a run."""
@@ -39,7 +40,8 @@ def rates(base: str = "350M") -> list[float]:
 
 
 def build(scale: str, seed: int, overrides: Mapping[str, Any], *, base: str = "350M") -> list[RunSpec]:
-    """Return every arm of a base at every swept rate, for one seed of the sweep's own (counted from `settings.SWEEP_SEED`)."""
+    """Return every arm of a base at every swept rate, for one seed of the sweep's own (counted from
+    `settings.SWEEP_SEED`)."""
     if base not in ARMS:
         raise ValueError(f"base must be one of {', '.join(ARMS)}, got {base!r}")
     return [

@@ -1,10 +1,10 @@
 """Serve PR-MoE and Mixture-of-Students (paper section 5.5.3, Figs 12 and 13).
 
-Shows: memory a GPU of the 349B model and its variants over GPU counts, and with it the fewest GPUs that hold them; latency of the three variants
-of every size.
+Shows: memory a GPU of the 349B model and its variants over GPU counts, and with it the fewest GPUs that hold them;
+latency of the three variants of every size.
 
-Here: predictions. The paper's bars are not available, only its text. The PR-MoE variants of the large models are not published: 64 and 128 experts, as
-for the 1.3B base, and an eighth of the layers cut for the student, are assumed.
+Here: predictions. The paper's bars are not available, only its text. The PR-MoE variants of the large models are not
+published: 64 and 128 experts, as for the 1.3B base, and an eighth of the layers cut for the student, are assumed.
 """
 
 from __future__ import annotations
@@ -28,37 +28,6 @@ def models() -> dict[str, ModelConfig]:
     return {bar.label.split()[1]: bar.model for bar in bars.variants(("8B",))}
 
 
-def memory() -> pd.DataFrame:
-    """Return the memory of the layout that needs least, for each variant of the 349B model and GPU count.
-
-    Columns: variant, gpus, gib_per_gpu, fits (on the paper's machines), and the parts of the memory as <part>_gib.
-    """
-    import pandas as pd
-
-    from moelab.simulate import bars, scoreboard
-    from moelab.simulate.decoding import decode_sweep
-    from moelab.simulate.hardware import cluster
-    from moelab.simulate.search import layouts
-
-    where = cluster(bars.CLUSTER)
-    rows = []
-    for variant, model in scoreboard.fig12().items():
-        for gpus in (4, 8, 16, 32, 64, 128):
-            sweep = decode_sweep(model, layouts(model, [gpus], where.gpus_per_node), where, context=2048)
-            i = int(sweep.memory.total.argmin())
-            parts = {f"{name}_gib": float(size[i]) / 2**30 for name, size in sweep.memory.parts().items()}
-            rows.append(
-                {
-                    "variant": variant,
-                    "gpus": gpus,
-                    "gib_per_gpu": float(sweep.memory.total[i]) / 2**30,
-                    "fits": bool(sweep.fits[i]),
-                    **parts,
-                }
-            )
-    return pd.DataFrame(rows)
-
-
 def latency() -> pd.DataFrame:
     """Return the bars of Fig 13, simulated: `Bar.row`, with columns base and variant."""
     from moelab.simulate import bars
@@ -78,30 +47,15 @@ def latency_headline(frame: pd.DataFrame) -> str:
     )
 
 
-def few_gpus() -> pd.DataFrame:
-    """Return simulated latencies on few GPUs: columns base, variant, gpus, simulated_ms, fits."""
-    import pandas as pd
-
-    from moelab.simulate import bars
-    from moelab.simulate.decoding import decode
-
-    rows = []
-    for base, gpus in (("1.3B", 8), ("2.4B", 8), ("8B", 32)):
-        for bar in bars.variants((base,)):
-            layout = bars.layout(bar.model, gpus, bars.TENSOR[base], "deepspeed")
-            got = decode(bar.model, layout, bars.CLUSTER, context=bars.CONTEXT)
-            row = {"base": base, "variant": bar.label.split()[1], "gpus": gpus}
-            rows.append({**row, "simulated_ms": got.latency_ms, "fits": got.fits})
-    return pd.DataFrame(rows)
-
-
 def verdicts(held: pd.DataFrame, latency: pd.DataFrame) -> list[Verdict]:
     """Judge the claims on Figs 12 and 13.
 
     Args:
-        held: `memory()`.
+        held: `moelab.simulate.frames.memory()`.
         latency: `latency()`.
     """
+    from moelab.simulate import frames
+
     least = held[held["fits"]].groupby("variant")["gpus"].min()
     ms = latency.pivot(index="base", columns="variant", values="simulated_ms")
     student = ms["PR-MoE+MoS"]
@@ -111,7 +65,7 @@ def verdicts(held: pd.DataFrame, latency: pd.DataFrame) -> list[Verdict]:
         f"Faster than the {name} at every size." if not sizes else f"Not faster than the {name} at {', '.join(sizes)}."
         for name, sizes in (("PR-MoE", behind["PR-MoE"]), ("standard MoE", behind["MoE"]))
     )
-    few = few_gpus().set_index(["base", "variant"])["simulated_ms"]["2.4B"]
+    few = frames.few_gpus().set_index(["base", "variant"])["simulated_ms"]["2.4B"]
     ours = {
         "half-the-gpus": (
             least["PR-MoE+MoS"] / least["MoE"],

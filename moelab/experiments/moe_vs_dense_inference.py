@@ -1,9 +1,10 @@
 """Serve MoE and dense models of equal quality (paper section 5.5.4, Figs 14 and 15).
 
-Shows: latency and cost of a token of dense 6.7B on one GPU against the 52B family on 128, and of dense 175B in 16 slices against a 1.5T family in 8.
+Shows: latency and cost of a token of dense 6.7B on one GPU against the 52B family on 128, and of dense 175B in 16
+slices against a 1.5T family in 8.
 
-Here: predictions. Equal quality of the second pair is the paper's assumption. The shape of the 1.5T model is not published (44 layers of width 8192
-assumed), nor are its GPU count and PR-MoE.
+Here: predictions. Equal quality of the second pair is the paper's assumption. The shape of the 1.5T model is not
+published (44 layers of width 8192 assumed), nor are its GPU count and PR-MoE.
 """
 
 from __future__ import annotations
@@ -28,7 +29,8 @@ def models() -> dict[str, ModelConfig]:
 
 
 def costs() -> pd.DataFrame:
-    """Return the bars of Figs 14 and 15, simulated: `Bar.row`, with gpu_ms_per_token (what a token costs), and faster and cheaper (ratios to the dense model of the same figure)."""
+    """Return the bars of Figs 14 and 15, simulated: `Bar.row`, with gpu_ms_per_token (what a token costs), and faster
+    and cheaper (ratios to the dense model of the same figure)."""
     from moelab.simulate import bars
 
     frame = bars.frame(bars.fig14() + bars.fig15())
@@ -41,7 +43,8 @@ def costs() -> pd.DataFrame:
 
 
 def steps_headline(steps: pd.DataFrame) -> str:
-    """Return the optimised steps of the MoE twins over the dense twin's in baseline mode, in one line; from `decoding.steps`."""
+    """Return the optimised steps of the MoE twins over the dense twin's in baseline mode, in one line; from
+    `decoding.steps`."""
     ms = steps.set_index(["name", "candidate"])["median_ms"]
     dense, *others = dict.fromkeys(steps["name"])
     compared = ", ".join(f"{name} {ms[name, 'optimised'] / ms[dense, 'baseline']:.2f}" for name in others)

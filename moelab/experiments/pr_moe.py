@@ -1,14 +1,17 @@
 """Place experts where they count: the PR-MoE ablation (paper section 4.1.4, Fig 4; sizes from Table 4).
 
-Shows: validation loss of the 350M base with MoE-32, MoE-128, Pyramid-MoE-32/64, Residual-MoE-32 and PR-MoE-32/64, and of the
-dense base, over training tokens. In the paper pyramid and residual each close part of the gap between 32 and 128 experts.
+Shows: validation loss of the 350M base with MoE-32, MoE-128, Pyramid-MoE-32/64, Residual-MoE-32 and PR-MoE-32/64, and
+of the dense base, over training tokens. In the paper pyramid and residual each close part of the gap between 32 and 128
+experts.
 
-Here: twins on the same data order from the same shared weights; sizes, tokens and drop-free routing as `settings` says. PR-MoE spends 28 % more active
-parameters than MoE-128 (the paper's does, too); `Top2-MoE-128` spends as many, so it is MoE-128 at PR-MoE's compute. `PR-MoE-32/64 (sum)` adds the two
-branches, as the text says; the others mix them by learned coefficients, as the released code does.
+Here: twins on the same data order from the same shared weights; sizes, tokens and drop-free routing as `settings` says.
+PR-MoE spends 28 % more active parameters than MoE-128 (the paper's does, too); `Top2-MoE-128` spends as many, so it is
+MoE-128 at PR-MoE's compute. `PR-MoE-32/64 (sum)` adds the two branches, as the text says; the others mix them by
+learned coefficients, as the released code does.
 
-Expect at `cpu` (8 seeds, results/pr-moe): all MoE arms but the summed PR-MoE beat the dense base, MoE-128 by 0.04 nats; MoE-128 beats
-MoE-32 by 0.01 and PR-MoE by 0.02, both just clear of the spread; whether PR-MoE comes within the paper's 0.01 is open.
+Expect at `cpu` (8 seeds, results/pr-moe): all MoE arms but the summed PR-MoE beat the dense base, MoE-128 by 0.04 nats;
+MoE-128 beats MoE-32 by 0.01 and PR-MoE by 0.02, both just clear of the spread; whether PR-MoE comes within the paper's
+0.01 is open.
 """
 
 from __future__ import annotations
@@ -45,7 +48,8 @@ _OF_THE_PAPER = {arm: name for arm, name in MODELS.items() if arm not in ("PR-Mo
 
 
 def sizes(specs: Sequence[RunSpec]) -> pd.DataFrame:
-    """Return a row an arm: parameters of the paper's model (billions) and of its twin (millions), and the twin's experts by layer."""
+    """Return a row an arm: parameters of the paper's model (billions) and of its twin (millions), and the twin's
+    experts by layer."""
     import pandas as pd
 
     rows = {}
@@ -71,7 +75,8 @@ def size_shares(final: pd.DataFrame) -> pd.DataFrame:
 
 
 def expert_load(training: pd.DataFrame) -> pd.DataFrame:
-    """Return the rows of training metrics that say how busy the busiest expert is: arm, seed, step, tokens, busiest_expert, dropped_share."""
+    """Return the rows of training metrics that say how busy the busiest expert is: arm, seed, step, tokens,
+    busiest_expert, dropped_share."""
     columns = ["arm", "seed", "step", "tokens", "busiest_expert", "dropped_share"]
     return training.dropna(subset=["busiest_expert"])[columns] if "busiest_expert" in training else training.iloc[:0]
 
@@ -82,7 +87,8 @@ def gaps(final: pd.DataFrame) -> pd.DataFrame:
 
 
 def paper_gaps() -> dict[str, tuple[float, float, float]]:
-    """Return what the paper gives of the same: arm -> (gap, low, high). Its Fig 4 itself is not at hand, only the text and Fig 1."""
+    """Return what the paper gives of the same: arm -> (gap, low, high). Its Fig 4 itself is not at hand, only the text
+    and Fig 1."""
     dense, moe = paper.loss_curve("350M"), paper.loss_curve("350M+MoE-128")
     near = paper.claim("pr-moe-matches-moe128")
     return {

@@ -1,15 +1,18 @@
 """Compare MoE with dense scaling (paper section 3, Fig 1).
 
-Shows: validation loss of the dense 350M, 1.3B and 6.7B and of 350M and 1.3B with 128 experts, over training tokens and over training FLOPs, and how
-many times fewer tokens or FLOPs the MoE needs to reach its base's final loss. In the paper the MoE is far ahead of its own base throughout and, for two
-thirds of the training, behind the larger dense model that it equals in the end.
+Shows: validation loss of the dense 350M, 1.3B and 6.7B and of 350M and 1.3B with 128 experts, over training tokens and
+over training FLOPs, and how many times fewer tokens or FLOPs the MoE needs to reach its base's final loss. In the paper
+the MoE is far ahead of its own base throughout and, for two thirds of the training, behind the larger dense model that
+it equals in the end.
 
-Here: twins on equal tokens in equal order. FLOPs are counted (`ModelConfig.flops_per_token`), so an MoE costs about what its base costs. A
-run's rate decays over its own tokens, so a curve read before its end is higher than a run of that length would end: data efficiency (read off
-the MoE's curve) is a lower bound, and the larger dense model at equal FLOPs looks worse than it is.
+Here: twins on equal tokens in equal order. FLOPs are counted (`ModelConfig.flops_per_token`), so an MoE costs about
+what its base costs. A run's rate decays over its own tokens, so a curve read before its end is higher than a run of
+that length would end: data efficiency (read off the MoE's curve) is a lower bound, and the larger dense model at equal
+FLOPs looks worse than it is.
 
-Expect at `cpu` (3 seeds, results/scaling): the 350M MoE ahead of its base by 0.05 nats, the 1.3B MoE by 0.10; the 350M MoE behind the dense 1.3B at equal
-tokens; the 6.7B twin behind those on the 1.3B base (it has seen less than half a token a parameter). The cost of a seed is mostly the 6.7B twin's.
+Expect at `cpu` (3 seeds, results/scaling): the 350M MoE ahead of its base by 0.05 nats, the 1.3B MoE by 0.10; the 350M
+MoE behind the dense 1.3B at equal tokens; the 6.7B twin behind those on the 1.3B base (it has seen less than half a
+token a parameter). The cost of a seed is mostly the 6.7B twin's.
 """
 
 from __future__ import annotations
@@ -39,7 +42,8 @@ def over_flops(curves: pd.DataFrame, final: pd.DataFrame) -> pd.DataFrame:
 
 
 def efficiency(curves: pd.DataFrame, final: pd.DataFrame) -> pd.DataFrame:
-    """Return how many times fewer tokens and FLOPs an MoE takes to the last loss of its base: columns arm, base, seed, tokens, flops.
+    """Return how many times fewer tokens and FLOPs an MoE takes to the last loss of its base: columns arm, base, seed,
+    tokens, flops.
 
     Read off the MoE's validation curve by linear interpolation; below 1, or not at all, if it never gets there (None).
     """
@@ -96,9 +100,11 @@ def training_length(final: pd.DataFrame) -> pd.DataFrame:
 
 
 def equal_flops(curves: pd.DataFrame, final: pd.DataFrame) -> pd.DataFrame:
-    """Return MoE minus dense at the FLOPs the MoE's whole run takes: columns arm, against, seed, difference (nats a token).
+    """Return MoE minus dense at the FLOPs the MoE's whole run takes: columns arm, against, seed, difference (nats a
+    token).
 
-    The larger dense model is read off its curve at that many FLOPs (undecayed, so too high); the base, which is cheaper, at its own end.
+    The larger dense model is read off its curve at that many FLOPs (undecayed, so too high); the base, which is
+    cheaper, at its own end.
     """
     import pandas as pd
 
@@ -131,7 +137,8 @@ def equal_tokens(final: pd.DataFrame) -> pd.DataFrame:
 
 
 def at_equal_cost(curves: pd.DataFrame, final: pd.DataFrame) -> pd.DataFrame:
-    """Return `equal_tokens` and `equal_flops` together, with columns at (which of them) and pair (the label of a row in a figure)."""
+    """Return `equal_tokens` and `equal_flops` together, with columns at (which of them) and pair (the label of a row in
+    a figure)."""
     import pandas as pd
 
     both = {"equal tokens": equal_tokens(final), "equal FLOPs": equal_flops(curves, final)}
@@ -162,7 +169,8 @@ def _at(curve: pd.DataFrame, flops: float) -> float:
 
 
 def verdicts(final: pd.DataFrame, scale: str) -> list[Verdict]:
-    """Judge the claims of Fig 1. Those about the larger dense model need the paper's budget: shown, not judged, below it."""
+    """Judge the claims of Fig 1. Those about the larger dense model need the paper's budget: shown, not judged, below
+    it."""
     judged = []
     for claim in paper.claims("scaling"):
         judged.append(
@@ -181,7 +189,8 @@ def headline(curves: pd.DataFrame, final: pd.DataFrame) -> str:
 
 
 def efficiency_headline(times: pd.DataFrame, paper_times: Mapping[str, float]) -> str:
-    """Return how many times fewer tokens each MoE needs than its base, in one line; from `efficiency` and `paper_efficiency`."""
+    """Return how many times fewer tokens each MoE needs than its base, in one line; from `efficiency` and
+    `paper_efficiency`."""
     said = [
         f"{arm} needs {part['tokens'].mean():.2f} times fewer tokens than its base (paper: {paper_times[arm]:.1f})"
         for arm, part in times.dropna().groupby("arm")

@@ -1,7 +1,7 @@
 """Measure the spread over seeds (beyond the paper, which gives one run an arm).
 
-Shows: the standard deviation of the final loss over seeds, of a single arm and of the difference of two arms with the same seed (same shared weights,
-same data order), and how many seeds an effect needs to be seen.
+Shows: the standard deviation of the final loss over seeds, of a single arm and of the difference of two arms with the
+same seed (same shared weights, same data order), and how many seeds an effect needs to be seen.
 
 Expect: pairing removes most of the spread between seeds; differences of 0.01 nats still need many seeds at 1 M tokens.
 """
@@ -24,7 +24,8 @@ PAIRS = (("MoE-128", "Dense"), ("MoE-32", "Dense"), ("MoE-128", "MoE-32"))
 def deviations(final: pd.DataFrame) -> pd.DataFrame:
     """Return standard deviations over seeds of the difference of two arms.
 
-    Columns: what (the pair), mean, paired, unpaired (if seeds were not shared), seeds, and the seeds that an effect of 0.03 or 0.01 nats needs.
+    Columns: what (the pair), mean, paired, unpaired (if seeds were not shared), seeds, and the seeds that an effect of
+    0.03 or 0.01 nats needs.
     """
     import pandas as pd
 
@@ -63,7 +64,8 @@ def headline(table: pd.DataFrame) -> str:
 
 
 def seeds_needed(deviation: float, effect: float, limit: int = 1000) -> int | None:
-    """Return the fewest seeds whose expected 95 % Student interval is narrower than an effect on either side; None beyond the limit."""
+    """Return the fewest seeds whose expected 95 % Student interval is narrower than an effect on either side; None
+    beyond the limit."""
     from scipy.stats import t
 
     for n in range(2, limit + 1):

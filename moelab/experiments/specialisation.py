@@ -1,10 +1,11 @@
 """Measure what experts specialise in (beyond the paper).
 
-Shows: for each MoE layer of the trained 350M+MoE-128 twin, which share of each domain's validation tokens goes to each expert; how much of the choice of
-an expert the current token's identity tells, and how much the domain (mutual information over the entropy of the choice, both less what chance gives).
+Shows: for each MoE layer of the trained 350M+MoE-128 twin, which share of each domain's validation tokens goes to each
+expert; how much of the choice of an expert the current token's identity tells, and how much the domain (mutual
+information over the entropy of the choice, both less what chance gives).
 
-Expect at `cpu` (3 seeds, results/specialisation): the token tells four fifths of the choice in the first MoE layer and three quarters in the last; the
-domain a twentieth.
+Expect at `cpu` (3 seeds, results/specialisation): the token tells four fifths of the choice in the first MoE layer and
+three quarters in the last; the domain a twentieth.
 """
 
 from __future__ import annotations
@@ -25,9 +26,11 @@ ARMS = {"MoE-128": "350M+MoE-128"}
 
 
 def told(counts_XE: np.ndarray) -> float:
-    """Return the share of the entropy of the expert that another variable tells, from their joint counts [values, experts]; 0 to 1.
+    """Return the share of the entropy of the expert that another variable tells, from their joint counts [values,
+    experts]; 0 to 1.
 
-    Mutual information over entropy, both less what the same counts tell after shuffling (a small sample tells something by chance).
+    Mutual information over entropy, both less what the same counts tell after shuffling (a small sample tells something
+    by chance).
     """
     import numpy as np
 
@@ -67,7 +70,8 @@ class Share:
 
 
 def measure(runs: Runs, max_tokens: int | None = None) -> dict[str, list[dict[str, Any]]]:
-    """Route each finished run's validation text; the fields of a `Told` for each layer, and of a `Share` for each layer, domain and expert.
+    """Route each finished run's validation text; the fields of a `Told` for each layer, and of a `Share` for each
+    layer, domain and expert.
 
     Args:
         max_tokens: bound on the tokens of each domain; None is all of them.
@@ -115,7 +119,8 @@ def headline(layers: pd.DataFrame) -> str:
 
 
 def domain_headline(shares: pd.DataFrame) -> str:
-    """Return the expert that a domain asks for most, in one line; columns layer, domain, expert, share of one seed, as `tables` has them."""
+    """Return the expert that a domain asks for most, in one line; columns layer, domain, expert, share of one seed, as
+    `tables` has them."""
     if not len(shares):
         return "no run has finished"
     most = shares.loc[shares["share"].idxmax()]

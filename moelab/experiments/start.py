@@ -1,10 +1,11 @@
 """Take a first tour (notebook 00): the paper's model names, one gate at work, a short run, a layout, a cluster.
 
-Shows: three twins trained for seconds on the embedded corpus: the dense 350M base, 350M+MoE-32 and 350M+MoE-128; which expert takes which token of a
-sentence, before and after training.
+Shows: three twins trained for seconds on the embedded corpus: the dense 350M base, 350M+MoE-32 and 350M+MoE-128; which
+expert takes which token of a sentence, before and after training.
 
-Expect: all three learn little more than the commonest words, the MoE twins a little ahead. One seed and 131 k tokens do not rank arms (experiment
-`scaling` trains eight times longer, on several seeds), so no claim of the paper is judged here.
+Expect: all three learn little more than the commonest words, the MoE twins a little ahead. One seed and 131 k tokens do
+not rank arms (experiment `scaling` trains eight times longer, on several seeds), so no claim of the paper is judged
+here.
 """
 
 from __future__ import annotations
@@ -12,7 +13,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from moelab.config import ModelConfig
 from moelab.experiments import settings
 from moelab.experiments.base import Experiment, Scale
 from moelab.runs.spec import RunSpec
@@ -29,34 +29,6 @@ def build(scale: str, seed: int, overrides: Mapping[str, Any]) -> list[RunSpec]:
     """Return the runs of one seed. The corpus is the embedded one, so nothing is downloaded."""
     given = {"data.corpus": "sotu", **SHORT[scale], **overrides}
     return [settings.spec(name, scale, seed, label=arm, overrides=given) for arm, name in ARMS.items()]
-
-
-def sizes() -> pd.DataFrame:
-    """Return the models that the paper trains for quality: what `ModelConfig.parse` makes of the name, and the size that the paper states.
-
-    One row a model: layers, hidden, experts (``10 x 32, 2 x 64`` by layer), residual, parameters and active parameters (billions), stated (billions),
-    off (parameters over stated, minus 1). Stated sizes are rounded as printed.
-    """
-    import pandas as pd
-
-    from moelab import paper
-
-    rows = {}
-    for row in paper.models():
-        if row.role.startswith("quality") and row.stated_B is not None:
-            model = ModelConfig.parse(row.model)
-            counts = {e: model.experts.count(e) for e in sorted(set(model.experts)) if e}
-            rows[row.model] = {
-                "layers": model.layers,
-                "hidden": model.hidden,
-                "MoE layers x experts": ", ".join(f"{n} x {e}" for e, n in counts.items()) or "–",
-                "residual": "yes" if model.residual else "",
-                "parameters (B)": model.parameters() / 1e9,
-                "active (B)": model.active_parameters() / 1e9,
-                "paper (B)": row.stated_B,
-                "off": model.parameters() / 1e9 / row.stated_B - 1,
-            }
-    return pd.DataFrame(rows.values(), index=pd.Index(rows, name="model"))
 
 
 def headline(final: pd.DataFrame) -> str:

@@ -1,12 +1,14 @@
 """Measure the training throughput of an MoE and of the dense model it equals (paper section 3, Table 3).
 
-Shows: training tokens per second of the dense 6.7B twin and of the 1.3B+MoE-128 twin, side by side, and the ratio of their FLOPs a token. In the paper
-both models run at the same operations per second and GPU (44.7 and 47.1 TFLOP/s, our arithmetic), so the gain is fewer active parameters.
+Shows: training tokens per second of the dense 6.7B twin and of the 1.3B+MoE-128 twin, side by side, and the ratio of
+their FLOPs a token. In the paper both models run at the same operations per second and GPU (44.7 and 47.1 TFLOP/s, our
+arithmetic), so the gain is fewer active parameters.
 
-Here: two twins train in turns in one process, so that other load on the machine affects both. The ratio of FLOPs is the model's, the ratio of times a
-CPU's. The cluster is simulated (`moelab.simulate`, not fitted to this table).
+Here: two twins train in turns in one process, so that other load on the machine affects both. The ratio of FLOPs is the
+model's, the ratio of times a CPU's. The cluster is simulated (`moelab.simulate`, not fitted to this table).
 
-Expect: a ratio of FLOPs near 3.5 (twins have larger embeddings, in proportion, and the 6.7B twin is only 11 layers deep); measured somewhat less.
+Expect: a ratio of FLOPs near 3.5 (twins have larger embeddings, in proportion, and the 6.7B twin is only 11 layers
+deep); measured somewhat less.
 """
 
 from __future__ import annotations
@@ -38,7 +40,8 @@ def compared(specs: Sequence[RunSpec], ratios: Sequence[float]) -> pd.DataFrame:
         ratios: the MoE's measured training speed over the dense model's, round by round.
 
     Returns:
-        Rows FLOPs a token and training speed; columns twins, paper's models, and the share of the first that the second delivers.
+        Rows FLOPs a token and training speed; columns twins, paper's models, and the share of the first that the second
+            delivers.
     """
     import pandas as pd
 
@@ -66,34 +69,11 @@ def rounds_table(ratios: Sequence[float]) -> pd.DataFrame:
     return pd.DataFrame({"arm": "twins, measured", "seed": range(len(ratios)), "ratio": ratios})
 
 
-def simulated() -> pd.DataFrame:
-    """Return a row for each model of Table 3 on the paper's cluster, as `moelab.simulate` predicts it; nothing is fitted to Table 3."""
-    import pandas as pd
-
-    from moelab.simulate.scoreboard import table3
-
-    printed = {row.model: row for row in paper.training_throughput()}
-    rows = [
-        {
-            "model": name,
-            "samples/s": step.samples_per_s,
-            "TFLOP/s a GPU": step.tflops_per_gpu,
-            "GiB a GPU": step.total_gib,
-            "fits": step.fits,
-            "bound by": step.bound,
-            "paper: samples/s": printed[name].samples_per_s,
-            "paper: TFLOP/s a GPU": printed[name].tflops_per_gpu,
-        }
-        for name, step in table3().items()
-    ]
-    return pd.DataFrame(rows).set_index("model")
-
-
 def verdicts(predicted: pd.DataFrame) -> list[Verdict]:
     """Judge Table 3's claims, which speak of 128 A100, on the simulated cluster.
 
     Args:
-        predicted: from `simulated`.
+        predicted: from `moelab.simulate.frames.training`.
     """
     moe, dense = predicted.loc["1.3B+MoE-128"], predicted.loc["6.7B"]
     values = {

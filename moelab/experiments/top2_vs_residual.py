@@ -1,13 +1,16 @@
 """Compare top-2 gating with a residual MLP (paper section 4.1.1, Fig 2 right, "Phenomenon II").
 
-Shows: validation loss and training speed of the 350M base with 32 experts and two ways to spend twice the expert compute: two routed experts a
-token, or one and a fixed MLP. MoE-32 with one expert is beside them. In the paper the residual form is faster because it sends half the all-to-all volume.
+Shows: validation loss and training speed of the 350M base with 32 experts and two ways to spend twice the expert
+compute: two routed experts a token, or one and a fixed MLP. MoE-32 with one expert is beside them. In the paper the
+residual form is faster because it sends half the all-to-all volume.
 
-Here: twins, paired by seed. Speed is measured side by side in one process (`moelab.bench.train`): with one rank there is no all-to-all, so what
-is left is the cost of routing, copying and smaller products; the volume is counted from the slots that leave a rank.
+Here: twins, paired by seed. Speed is measured side by side in one process (`moelab.bench.train`): with one rank there
+is no all-to-all, so what is left is the cost of routing, copying and smaller products; the volume is counted from the
+slots that leave a rank.
 
-Expect at `cpu` (8 seeds, results/top2-vs-residual): no difference in loss beyond the spread of a hundredth of a nat; the residual form as fast or up to a
-tenth slower (measurements differ): there is no exchange to save, and its fixed MLP and learned mix cost as much as a second routed expert.
+Expect at `cpu` (8 seeds, results/top2-vs-residual): no difference in loss beyond the spread of a hundredth of a nat;
+the residual form as fast or up to a tenth slower (measurements differ): there is no exchange to save, and its fixed MLP
+and learned mix cost as much as a second routed expert.
 """
 
 from __future__ import annotations
@@ -33,20 +36,23 @@ ARMS = {
 
 
 def layer_flops(model: ModelConfig) -> float:
-    """Return the forward FLOPs a token of the layers' matrix products: no attention scores, no logits (as the paper counts)."""
+    """Return the forward FLOPs a token of the layers' matrix products: no attention scores, no logits (as the paper
+    counts)."""
     M, T = model.hidden, model.context
     return model.flops_per_token(training=False) - 2 * model.vocab * M - model.layers * 2 * M * (T + 1)
 
 
 def exchanged_slots(model: ModelConfig, tokens: int) -> int:
-    """Return the token slots that a rank sends into the all-to-all of one MoE layer and micro-batch: experts x capacity."""
+    """Return the token slots that a rank sends into the all-to-all of one MoE layer and micro-batch: experts x
+    capacity."""
     experts = max(model.experts)
     capacity = RoutingConfig().capacity(tokens, experts, model.top_k, training=True)
     return experts * capacity
 
 
 def speed_ratios(speeds: Mapping[str, Sequence[float]]) -> tuple[pd.DataFrame, pd.Series]:
-    """Return training speeds over MoE-32's of the same round, and the rounds' ratios of Residual-MoE-32 over Top2-MoE-32.
+    """Return training speeds over MoE-32's of the same round, and the rounds' ratios of Residual-MoE-32 over
+    Top2-MoE-32.
 
     Args:
         speeds: from `comparison.speeds`.

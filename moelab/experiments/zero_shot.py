@@ -1,10 +1,12 @@
 """Score zero-shot tasks (paper Table 2).
 
-Shows: for the trained twins accuracy on six tasks beside chance, with n and standard errors, the right answers' bits per byte, and the paper's table.
+Shows: for the trained twins accuracy on six tasks beside chance, with n and standard errors, the right answers' bits
+per byte, and the paper's table.
 
-Expect: accuracy at chance. Twins of 0.1 to 4 M parameters that read 1 M tokens cannot answer; this shows that the pipeline works, and a run
-at `paper` scale goes through the same one. Bits per byte of the right answers change earlier than accuracy. Offline the tasks come from a package;
-for RACE-h and WebQs other data sets stand in, under their own names.
+Expect: accuracy at chance. Twins of 0.1 to 4 M parameters that read 1 M tokens cannot answer; this shows that the
+pipeline works, and a run at `paper` scale goes through the same one. Bits per byte of the right answers change earlier
+than accuracy. Offline the tasks come from a package; for RACE-h and WebQs other data sets stand in, under their own
+names.
 """
 
 from __future__ import annotations
@@ -33,9 +35,11 @@ LIMITS = {"smoke": 8, "cpu": 200, "gpu": 1000, "paper": 0}
 
 
 def measure(runs: Runs, limit: int, tasks: Sequence[str] | None = None) -> list[dict]:
-    """Score every finished run; a row a run and task: arm, seed, paper (the paper's column, or empty), and the fields of `Score`.
+    """Score every finished run; a row a run and task: arm, seed, paper (the paper's column, or empty), and the fields
+    of `Score`.
 
-    Scores that are there are read back. Args as of `moelab.evaluation.zero_shot.evaluate`; None for tasks means the packaged ones.
+    Scores that are there are read back. Args as of `moelab.evaluation.zero_shot.evaluate`; None for tasks means the
+    packaged ones.
     """
     from moelab import paths
     from moelab.evaluation.zero_shot import PACKAGED, PAPER_TASKS, evaluate
@@ -73,7 +77,8 @@ def scored(rows: Sequence[dict]) -> pd.DataFrame:
 
 
 def reference() -> pd.DataFrame:
-    """Return the published scores of a real model through the same code (`moelab eval smollm2 --limit 200 --out results/benchmarks`), as `scored` has them.
+    """Return the published scores of a real model through the same code (`moelab eval smollm2 --limit 200 --out
+    results/benchmarks`), as `scored` has them.
 
     Its arm is the model's name, its seed -1. Empty where they are not at hand, or where the tasks have changed since.
     """
@@ -111,7 +116,8 @@ def paper_table() -> pd.DataFrame:
 
 
 def our_table(scores: pd.DataFrame) -> pd.DataFrame:
-    """Return ours as the paper's table: percent by arm and paper column, mean over seeds, with the average where all six are there."""
+    """Return ours as the paper's table: percent by arm and paper column, mean over seeds, with the average where all
+    six are there."""
     part = scores[scores["paper"] != ""]
     table = (100 * part.pivot_table(index="arm", columns="paper", values="accuracy", sort=False)).reindex(
         columns=list(paper.TASKS)
@@ -120,12 +126,13 @@ def our_table(scores: pd.DataFrame) -> pd.DataFrame:
 
 
 def over_chance(scores: pd.DataFrame) -> pd.DataFrame:
-    """Return a row an arm and task, mean over seeds: accuracy, standard_error, chance, reference, sigmas, n, bits_per_byte.
+    """Return a row an arm and task, mean over seeds: accuracy, standard_error, chance, reference, sigmas, n,
+    bits_per_byte.
 
     sigmas is the distance from the reference in standard errors.
 
-    reference is what no knowledge gives: chance, or always the commonest answer's place, whichever is more. The standard error is that of one model's
-    items: seeds answer the same questions, so they do not shrink it.
+    reference is what no knowledge gives: chance, or always the commonest answer's place, whichever is more. The
+    standard error is that of one model's items: seeds answer the same questions, so they do not shrink it.
     """
     groups = scores.groupby(["arm", "task"], sort=False)
     table = groups[["accuracy", "standard_error", "chance", "majority", "n", "bits_per_byte"]].mean().reset_index()
@@ -154,7 +161,8 @@ def headline(table: pd.DataFrame) -> str:
 
 
 def verdicts(scores: pd.DataFrame, scale: str) -> list[Verdict]:
-    """Judge the claims on Tables 2 and 4: differences of the average over the six tasks, in percentage points, paired by seed."""
+    """Judge the claims on Tables 2 and 4: differences of the average over the six tasks, in percentage points, paired
+    by seed."""
     part = scores[scores["paper"] != ""]
     whole = part.groupby(["arm", "seed"]).filter(lambda g: set(g["paper"]) == set(paper.TASKS))
     table = 100 * whole.pivot_table(index="seed", columns="arm", values="accuracy") if len(whole) else None

@@ -1,7 +1,7 @@
 """Judge claims of the paper by our measurements or simulations.
 
-The interval is the 95 % Student interval of the mean over seeds (paired differences where the claim compares two arms). One seed
-has no spread and gets no verdict.
+The interval is the 95 % Student interval of the mean over seeds (paired differences where the claim compares two arms).
+One seed has no spread and gets no verdict.
 """
 
 from __future__ import annotations
@@ -36,7 +36,8 @@ TOLERANCE = 0.15
 """Share of the paper's value by which a simulated one may differ and still count as within it."""
 
 SAME = 0.02
-"""Nats a token within which two losses count as the same when the paper says so without a number: twice the 0.01 that it calls a match (Fig 4)."""
+"""Nats a token within which two losses count as the same when the paper says so without a number: twice the 0.01 that
+it calls a match (Fig 4)."""
 
 
 def testable(claim: Claim, scale: str) -> bool:
@@ -77,15 +78,16 @@ def judge(
     """Return the verdict on a claim.
 
     - ordering: reproduced when the interval lies on the claimed side of zero, not reproduced when on the other side.
-    - difference, ratio: reproduced when our interval meets the paper's range (its reading uncertainty, or half a unit of the last
-      printed digit), else direction only when it lies on the claimed side.
-    - a difference claimed to be about nothing (direction "equal"): reproduced when our interval lies within twice the paper's value, or
-      within `SAME` where it gives none.
+    - difference, ratio: reproduced when our interval meets the paper's range (its reading uncertainty, or half a unit
+      of the last printed digit), else direction only when it lies on the claimed side.
+    - a difference claimed to be about nothing (direction "equal"): reproduced when our interval lies within twice the
+      paper's value, or within `SAME` where it gives none.
 
     Args:
         values: per seed, what the claim's `quantity` compares: left - right, or left / right for a ratio.
         exact: the values are arithmetic, without spread.
-        scale: the experiment's; a claim that needs a larger one is shown with our values but not judged. None judges in any case.
+        scale: the experiment's; a claim that needs a larger one is shown with our values but not judged. None judges in
+            any case.
     """
     if scale and not testable(claim, scale):
         mean, low, high = interval(values) if values else (None, None, None)
@@ -104,7 +106,8 @@ def judge(
 def judge_simulated(claim: Claim, ours: float | None, *, note: str = "", fitted: bool = False) -> Verdict:
     """Return the verdict of a simulation, which has no seeds and no spread.
 
-    A number is within 15 % of the paper's value (or range), else only its direction holds or not. Limits and orderings hold or do not.
+    A number is within 15 % of the paper's value (or range), else only its direction holds or not. Limits and orderings
+    hold or do not.
 
     Args:
         ours: None where it is not simulated.

@@ -46,7 +46,8 @@ def exchange_counts(counted: pd.DataFrame, left: Axes, right: Axes) -> None:
 
 
 def exchange_times(predicted: pd.DataFrame, axes: Sequence[Axes]) -> None:
-    """Draw the time over that of the flat exchange over ranks, a panel for each size; columns as `moelab.experiments.all_to_all.simulated` has them."""
+    """Draw the time over that of the flat exchange over ranks, a panel for each size; columns as
+    `moelab.experiments.all_to_all.simulated` has them."""
     for ax, (size, part) in zip(axes, predicted.groupby("bytes"), strict=True):
         for way, color in EXCHANGE_COLORS.items():
             there = part[part["way"] == way]
@@ -59,7 +60,8 @@ def exchange_times(predicted: pd.DataFrame, axes: Sequence[Axes]) -> None:
 
 
 def kernel_speedups(whole: pd.DataFrame, ax: Axes, *, bound: float) -> Axes:
-    """Draw the baseline's time over ours over experts, a line for each number of tokens: means over rounds with 95 % intervals, and the paper's bound.
+    """Draw the baseline's time over ours over experts, a line for each number of tokens: means over rounds with 95 %
+    intervals, and the paper's bound.
 
     Args:
         whole: columns tokens, experts, ratio; a row a round.

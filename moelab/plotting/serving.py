@@ -1,7 +1,7 @@
 """Draw how models are served: bars of systems, breakdowns of a step, errors, the Pareto front, measured steps, memory.
 
-Every function draws on axes that it is given. Frames come from `moelab.simulate` and `moelab.experiments`; the columns that a function reads are in
-its docstring.
+Every function draws on axes that it is given. Frames come from `moelab.simulate` and `moelab.experiments`; the columns
+that a function reads are in its docstring.
 """
 
 from __future__ import annotations
@@ -58,7 +58,8 @@ def grouped_bars(
     reported: str = "paper_ms",
     log: bool = False,
 ) -> Axes:
-    """Draw a group of bars for each `x`, one bar a system: hatched where the constants were fitted on it, the paper's value as a diamond, the error above.
+    """Draw a group of bars for each `x`, one bar a system: hatched where the constants were fitted on it, the paper's
+    value as a diamond, the error above.
 
     Args:
         frame: columns system, kind ("fitted" or "predicted"), `x`, `value` and `reported`.
@@ -123,7 +124,8 @@ def grouped_bars(
 
 
 def breakdown(frame: pd.DataFrame, ax: Axes, *, labels: Sequence[str]) -> Axes:
-    """Draw the parts of simulated steps as stacked horizontal bars: a row of `frame` (columns `<part>_ms`) a bar, the first one on top."""
+    """Draw the parts of simulated steps as stacked horizontal bars: a row of `frame` (columns `<part>_ms`) a bar, the
+    first one on top."""
     left = np.zeros(len(frame))
     rows = np.arange(len(frame))
     for part, (color, name) in SIMULATED_PARTS.items():
@@ -219,7 +221,8 @@ def pareto(front: pd.DataFrame, ax: Axes, *, best: tuple[float, float], objectiv
 
 
 def decoding_steps(steps: pd.DataFrame, left: Axes, right: Axes, *, join: bool = False) -> None:
-    """Draw measured decoding steps. Left: latency of each label with a bar to the 95th percentile, and the floor. Right: the parts of the optimised step.
+    """Draw measured decoding steps. Left: latency of each label with a bar to the 95th percentile, and the floor.
+    Right: the parts of the optimised step.
 
     Args:
         steps: see `moelab.experiments.decoding.steps`.
@@ -258,7 +261,8 @@ def decoding_steps(steps: pd.DataFrame, left: Axes, right: Axes, *, join: bool =
 
 
 def memory(held: pd.DataFrame, ax: Axes, *, capacity: float, paper: Mapping[str, int]) -> Axes:
-    """Draw memory a GPU over GPUs, a line a variant; the fewest GPUs that hold it ringed, the paper's counts as diamonds at the bottom.
+    """Draw memory a GPU over GPUs, a line a variant; the fewest GPUs that hold it ringed, the paper's counts as
+    diamonds at the bottom.
 
     Args:
         held: columns variant, gpus, gib_per_gpu and fits.
@@ -283,7 +287,8 @@ def memory(held: pd.DataFrame, ax: Axes, *, capacity: float, paper: Mapping[str,
 
 
 def against_dense(frame: pd.DataFrame, ax: Axes, *, paper_ratio: float) -> Axes:
-    """Draw latencies as bars, the dense model first, with their speed and cost relative to it, and where the paper's ratio would put the last one.
+    """Draw latencies as bars, the dense model first, with their speed and cost relative to it, and where the paper's
+    ratio would put the last one.
 
     Args:
         frame: columns model, gpus, system, simulated_ms, faster and cheaper.

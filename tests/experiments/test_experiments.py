@@ -36,7 +36,7 @@ from moelab.experiments import (
 from moelab.lab import Lab
 from moelab.paper import verdicts as claims
 from moelab.runs.dry_run import paper_rate, plan, state_bytes
-from moelab.simulate import ways
+from moelab.simulate import frames, ways
 
 SCALED = [(e.name, scale) for e in EXPERIMENTS.values() if e.arms or e.build for scale in e.scales]
 ROOT = Path(__file__).parents[2]
@@ -217,7 +217,7 @@ def test_counted_claims_of_top2():
 def test_throughput_ratio_at_the_papers_size():
     ratio = throughput.flops_ratio(ModelConfig.parse("6.7B"), ModelConfig.parse("1.3B+MoE-128"))
     assert 4.5 < ratio < 5.3
-    predicted = throughput.simulated()
+    predicted = frames.training()
     assert predicted["fits"].all()
     verdicts = {v.claim: v for v in throughput.verdicts(predicted)}
     assert verdicts["training-5x-cheaper"].ours == pytest.approx(

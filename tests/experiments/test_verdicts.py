@@ -137,12 +137,13 @@ class TestSimulated:
             model_variants_latency,
             moe_vs_dense_inference,
         )
+        from moelab.simulate import frames
 
         dense = moe_vs_dense_inference.costs()
         found = [
             *inference_scaling.verdicts(inference_scaling.bars()),
             *inference_large.verdicts(inference_large.bars()),
-            *model_variants_latency.verdicts(model_variants_latency.memory(), model_variants_latency.latency()),
+            *model_variants_latency.verdicts(frames.memory(), model_variants_latency.latency()),
             *moe_vs_dense_inference.verdicts(dense),
         ]
         wanted = {
