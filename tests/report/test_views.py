@@ -8,7 +8,6 @@ from matplotlib import pyplot as plt
 from moelab import paper
 from moelab.config import ModelConfig
 from moelab.config.parallel import ParallelConfig
-from moelab.experiments import start
 from moelab.inference.text import load_run
 from moelab.lab import Lab
 from moelab.plotting import figures
