@@ -76,9 +76,12 @@ def check_parameters(experiment: Experiment, given: Mapping[str, str]) -> dict[s
             ) from None
     if dotted:
         try:
-            values["overrides"] = values.get("overrides", {}) | check_overrides(dotted)
+            typed = json.loads(
+                json.dumps(check_overrides(dotted))
+            )  # what a notebook and a submission's record can hold
         except ValueError as error:
             raise ValueError(f"{experiment.name}: {error}") from None
+        values["overrides"] = values.get("overrides", {}) | typed
     experiment.specs_of(resolve(experiment, values))
     return values
 

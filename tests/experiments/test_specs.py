@@ -166,3 +166,13 @@ def test_parameters_that_do_not_concern_the_runs_are_ignored():
     given = {"scale": "smoke", "seeds": 1, "arms": None, "base": "1.3B", "overrides": {}, "again": True}
     assert chosen.specs_of(given) == chosen.specs("smoke", base="1.3B")
     assert experiment("gating-kernels").specs_of({"scale": "smoke", "rounds": None}) == []
+
+
+def test_the_command_line_fills_the_notebooks_overrides_with_what_json_can_hold():
+    from moelab.notebook.execute import check_parameters
+
+    given = {"seeds": "2", "train.betas": "[0.9, 0.99]", "overrides": '{"data.corpus": "sotu"}', "train.tokens": "4e6"}
+    found = check_parameters(experiment("pr-moe"), given)
+    expected = {"data.corpus": "sotu", "train.betas": [0.9, 0.99], "train.tokens": 4_000_000}
+    assert found == {"seeds": 2, "overrides": expected}
+    assert {spec.train.betas for spec in experiment("pr-moe").specs_of(found)} == {(0.9, 0.99)}
