@@ -1,8 +1,7 @@
-"""Describe which rank computes what: `ParallelConfig`, and the index arithmetic that turns it into groups of ranks
-(paper sections 4.1.3, 5.2, 5.3).
+"""Who computes what: `ParallelConfig`, and the index arithmetic that turns it into groups of ranks (paper sections 4.1.3, 5.2, 5.3).
 
-Pure arithmetic: no torch, no processes. The engine makes process groups of it, the simulator counts messages with it,
-and tests ask it about 2,048 ranks.
+Pure arithmetic: no torch, no processes. The engine makes process groups of it, the simulator counts messages with it, and tests ask
+it about 2,048 ranks.
 
 P ranks are numbered node by node (rank = node * G + GPU). Everything outside the experts sees them as a grid of
 
@@ -12,10 +11,9 @@ and each MoE layer sees the same ranks as its own grid, which depends on its num
 
     (replica R, slice W, expert X)           rank = (replica * W + slice) * X + expert
 
-X ranks share the layer's E experts, E / X each (expert parallelism); each expert is cut into W slices (expert slicing:
-the slices of an expert sit on ranks i and i + X, as in the paper's Fig 7); and there are R copies of all that
-(expert-data parallelism). So a PR-MoE's 32- and 64-expert layers on 64 ranks get X = 32, R = 2 and X = 64, R = 1. The
-expert coordinate itself is cut for the exchanges into
+X ranks share the layer's E experts, E / X each (expert parallelism); each expert is cut into W slices (expert slicing: the slices of an
+expert sit on ranks i and i + X, as in the paper's Fig 7); and there are R copies of all that (expert-data parallelism). So a PR-MoE's 32- and
+64-expert layers on 64 ranks get X = 32, R = 2 and X = 64, R = 1. The expert coordinate itself is cut for the exchanges into
 
     (node N, local, share c)                 expert = (node * local_size + local) * c + share
 
@@ -39,20 +37,18 @@ EXCHANGES: tuple[str, ...] = get_args(Exchange)
 
 @dataclass(frozen=True)
 class ParallelConfig:
-    """Describe how a model is spread over ranks (one rank = one GPU, or one process on CPU).
+    """How a model is spread over ranks (one rank = one GPU, or one process on CPU).
 
     Attributes:
-        tensor: L, ranks that share attention and dense feed-forwards by tensor slicing; L consecutive ranks of one
-            node.
+        tensor: L, ranks that share attention and dense feed-forwards by tensor slicing; L consecutive ranks of one node.
         data: D, copies of that; P = tensor * data ranks in all.
-        expert: X, ranks that share a layer's experts; 0 is as many as the layer has experts for. A layer with fewer
-            experts takes its own number of experts instead, so one setting serves a pyramid.
+        expert: X, ranks that share a layer's experts; 0 is as many as the layer has experts for. A layer with fewer experts takes its own
+            number of experts instead, so one setting serves a pyramid.
         expert_slicing: W, ranks that share one expert.
-        gpus_per_node: G, ranks of a node; matters to `hierarchical`, to counts and to the tensor groups. Fewer ranks
-            than G are one node.
-        exchange: how tokens travel: `flat`, one all-to-all, in which each tensor rank sends all its tokens (the paper's
-            baseline); `hierarchical`, inside nodes, then between them; `coordinated`, tensor ranks share the work, then
-            all-gather (PCC); `coordinated-hierarchical`, both.
+        gpus_per_node: G, ranks of a node; matters to `hierarchical`, to counts and to the tensor groups. Fewer ranks than G are one node.
+        exchange: how tokens travel: `flat`, one all-to-all, in which each tensor rank sends all its tokens (the paper's baseline);
+            `hierarchical`, inside nodes, then between them; `coordinated`, tensor ranks share the work, then all-gather (PCC);
+            `coordinated-hierarchical`, both.
         shard: shard non-expert weights, gradients and optimizer state over the data ranks (FSDP2); needs tensor = 1.
         recompute: keep only the layers' inputs in forward, recompute the rest in backward (activation checkpointing).
         overlap: reduce gradients while the backward pass still runs.
@@ -117,13 +113,13 @@ class ParallelConfig:
         return self.exchange.endswith("hierarchical")
 
     def dense_grid(self) -> np.ndarray:
-        """Return the ranks as (data D, tensor L)."""
+        """Ranks as (data D, tensor L)."""
         import numpy as np  # not at the top: the command line's help loads this module
 
         return np.arange(self.ranks).reshape(self.data, self.tensor)
 
     def experts(self, experts: int) -> ExpertLayout:
-        """Return how a layer of `experts` experts is spread.
+        """How a layer of `experts` experts is spread.
 
         Raises:
             ValueError: it cannot be; one line naming the constraint and what is allowed.
@@ -131,8 +127,7 @@ class ParallelConfig:
         return ExpertLayout.of(self, experts)
 
     def check(self, experts: tuple[int, ...], *, heads: int, ffn: int) -> None:
-        """Raise a one-line ValueError if a model of these layers cannot be spread so. Asked before any process is
-        started.
+        """ValueError, one line, if a model of these layers cannot be spread so. Asked before any process is started.
 
         Args:
             experts: experts a layer, 0 for dense layers.
@@ -157,14 +152,14 @@ class ParallelConfig:
 
 @dataclass(frozen=True)
 class ExpertLayout:
-    """Describe how the experts of one layer are spread over P ranks; see the module's text.
+    """How the experts of one layer are spread over P ranks; see the module's text.
 
     Attributes:
         experts: E.
         replicas, slices, parallel: R, W, X of the layer's grid.
         nodes, local, share: N, local size and c of the expert coordinate; nodes * local * share = parallel.
-        copies: how often each token reaches its expert, over all replicas: once per tensor rank (`flat`), or once per
-            `share` group (`coordinated`). Expert gradients are divided by it.
+        copies: how often each token reaches its expert, over all replicas: once per tensor rank (`flat`), or once per `share` group
+            (`coordinated`). Expert gradients are divided by it.
     """
 
     experts: int
@@ -220,14 +215,14 @@ class ExpertLayout:
         return self.experts // self.parallel
 
     def grid(self) -> np.ndarray:
-        """Return the ranks as (replica R, slice W, node N, local, share c)."""
+        """Ranks as (replica R, slice W, node N, local, share c)."""
         import numpy as np
 
         P = self.replicas * self.slices * self.parallel
         return np.arange(P).reshape(self.replicas, self.slices, self.nodes, self.local, self.share)
 
     def position(self, rank: int) -> Position:
-        """Return the coordinates of a rank in the grid."""
+        """Where a rank stands in the grid."""
         expert = rank % self.parallel
         slice_ = rank // self.parallel % self.slices
         replica = rank // (self.parallel * self.slices)
@@ -237,14 +232,14 @@ class ExpertLayout:
         return Position(replica, slice_, expert, node, local, share)
 
     def local_experts(self, rank: int) -> range:
-        """Return the global ids of the experts (or slices of experts) that live on a rank."""
+        """Global ids of the experts (or slices of experts) that live on a rank."""
         first = rank % self.parallel * self.experts_per_rank
         return range(first, first + self.experts_per_rank)
 
 
 @dataclass(frozen=True)
 class Position:
-    """Hold a rank's coordinates in an `ExpertLayout`'s grid; `expert` joins node, local and share."""
+    """A rank's coordinates in an `ExpertLayout`'s grid; `expert` joins node, local and share."""
 
     replica: int
     slice: int
