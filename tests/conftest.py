@@ -112,8 +112,8 @@ def publish(tmp_path_factory):
     from matplotlib import pyplot as plt
 
     from moelab import paper
-    from moelab.experiments.verdicts import judge
     from moelab.files import write_json
+    from moelab.paper.verdicts import judge
     from moelab.plotting import figures
     from moelab.report.publication import Publication
     from moelab.runs.collection import Runs

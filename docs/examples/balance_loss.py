@@ -1,7 +1,7 @@
 """How hard must the gate be pushed towards balance? (beyond the paper, which sets the auxiliary loss to 0.01)"""
 
 from moelab.config import RoutingConfig
-from moelab.experiments import common
+from moelab.experiments import comparison
 from moelab.experiments.base import Experiment, Scale
 
 ARMS = {
@@ -10,21 +10,17 @@ ARMS = {
 }
 
 
-def specs(scale="cpu", seeds=1):
-    return common.specs("balance-loss", ARMS, scale, seeds)
-
-
-def finding(final):
-    return common.difference(final, "weight 0", "weight 0.01")
+def headline(final):
+    return comparison.difference(final, "weight 0", "weight 0.01")
 
 
 EXPERIMENT = Experiment(
     name="balance-loss",
+    number=30,
     title="How much balance the gate needs",
     paper="beyond the paper",
     question="What happens without the auxiliary loss?",
     paper_answer="Not examined; its weight is 0.01 throughout.",
-    notebook="30_balance_loss.ipynb",
-    scales={"smoke": Scale("tiny twins", "seconds"), "cpu": Scale("twins, 1 M tokens", "minutes a seed")},
-    specs=specs,
+    scales={"smoke": Scale("the smallest twins", "seconds"), "cpu": Scale("twins, 1 M tokens", "minutes a seed")},
+    arms=ARMS,
 )

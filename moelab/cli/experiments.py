@@ -24,16 +24,14 @@ def list_() -> None:
 def run(
     name: Annotated[str | None, typer.Argument(help="experiment, see `moelab list`")] = None,
     scale: Annotated[str, typer.Option(help="smoke, cpu, gpu or paper")] = "cpu",
-    parameter: Annotated[
-        list[str] | None, typer.Option("-p", "--parameter", metavar="NAME=VALUE", help="a parameter of the notebook")
-    ] = None,
+    parameter: commands.Parameters = None,
     all_: Annotated[bool, typer.Option("--all", help="every experiment that has the scale")] = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="only say what would be trained, and what it costs")
     ] = False,
 ) -> None:
     """Run an experiment's notebook: trains what is not trained yet, publishes figures and claims to the results."""
-    from moelab.experiments import EXPERIMENTS, experiment
+    from moelab.experiments import experiment
     from moelab.notebook import batch
     from moelab.notebook import execute as notebooks
 
@@ -48,7 +46,8 @@ def run(
         from moelab.runs.dry_run import plan, show
 
         wanted = {name: given} if name else batch.chosen(scale, {k: v for k, v in given.items() if k != "scale"})
-        show(plan([spec for e, taken in wanted.items() for spec in batch.specs_of(EXPERIMENTS[e], taken)]))
+        checked = [(experiment(e), notebooks.check_parameters(experiment(e), taken)) for e, taken in wanted.items()]
+        show(plan([spec for e, taken in checked for spec in e.specs_of(notebooks.resolve(e, taken))]))
         return
     if name is None:
         from moelab.lab import Lab

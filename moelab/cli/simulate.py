@@ -66,13 +66,13 @@ def plan(
         matplotlib.use("Agg")
         import matplotlib.pyplot as plt
 
-        from moelab.experiments import simulated
-        from moelab.plotting import figures
+        from moelab.plotting import figures, serving
 
         figures.theme()
         drawing, ax = plt.subplots(figsize=(8.5, 5))
-        simulated.pareto(found, ax)
-        figures.finding(drawing, simulated.pareto_finding(found, gpus))
+        chosen = (best.latency_ms, best.tokens_per_s_per_gpu)
+        serving.pareto(frame(found.front), ax, best=chosen, objective=objective)
+        figures.finding(drawing, found.headline)
         drawing.savefig(figure, bbox_inches="tight", dpi=160)
         print(f"figure: {figure}")
 

@@ -20,7 +20,13 @@ Profile = Annotated[
     typer.Option(help="cluster: slurm/NAME.yaml or the path of one; by default MOELAB_PROFILE", metavar="NAME"),
 ]
 Parameters = Annotated[
-    list[str] | None, typer.Option("-p", "--parameter", metavar="NAME=VALUE", help="a parameter of the notebook")
+    list[str] | None,
+    typer.Option(
+        "-p",
+        "--parameter",
+        metavar="NAME=VALUE",
+        help="a parameter of the notebook, or a setting of its runs such as train.tokens=4e6",
+    ),
 ]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="print the batch scripts, queue nothing")]
 Again = Annotated[bool, typer.Option("--again", help="execute notebooks that have a complete result, too")]
@@ -174,7 +180,7 @@ def _submit(
     for name, points in wanted:  # all of it checked before any of it is queued
         chosen = experiment(name)
         values = [notebooks.resolve(chosen, notebooks.check_parameters(chosen, given)) for given in points]
-        batches.append((name, [(v, module.specs_of(chosen, v)) for v in values]))
+        batches.append((name, [(v, chosen.specs_of(v)) for v in values]))
     for name, batch in batches:
         plan = module.submit(name, batch, cluster, again=again, dry_run=dry_run)
         if dry_run:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class DataConfig:
-    """Which text, cut how.
+    """Describe which text is read and how it is cut into sequences.
 
     Attributes:
         corpus: ``sotu`` (embedded, 12 MB), ``mix5`` (five domains, 64 MB), ``folder:PATH`` or ``hf:NAME[:CONFIG]``.

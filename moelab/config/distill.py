@@ -1,4 +1,4 @@
-"""`DistillConfig`: how a student learns from a teacher (Mixture-of-Students, paper section 4.2). Imports nothing heavy."""
+"""Describe how a student learns from a teacher: `DistillConfig` (Mixture-of-Students, paper section 4.2)."""
 
 from __future__ import annotations
 
@@ -13,18 +13,19 @@ Schedule = Literal["off", "constant", "stop", "linear", "cosine"]
 
 @dataclass(frozen=True)
 class DistillConfig:
-    """The distillation term of a training loss: ``weight(t) * temperature^2 * KL(teacher || student)``.
+    """Describe the distillation term of a training loss: ``weight(t) * temperature^2 * KL(teacher || student)``.
 
     Attributes:
         temperature: both models' logits are divided by it.
         weight: of the term, while the schedule does not lower it (the released code's beta; the paper's alpha).
-        schedule: "off"; "constant" to the end; "stop" at `stop` (the paper's staged distillation); "linear" or "cosine" from the whole
-            weight at `start` to nothing at `stop`.
+        schedule: "off"; "constant" to the end; "stop" at `stop` (the paper's staged distillation); "linear" or "cosine"
+            from the whole weight at `start` to nothing at `stop`.
         unit: of `start` and `stop`: optimizer "steps" or training "tokens".
         start, stop: see `schedule`; a step counts by where it begins. 0 where the schedule does not use them.
         top_k: learn from the teacher's K likeliest tokens and the sum of the rest; 0 is the whole distribution.
-        cache_bytes: bound of the teacher's logits kept on disk, in its run, for all students with the same batches; needs `top_k`. What
-            does not fit is computed again. 0 keeps nothing. The numbers do not depend on it, so it is no part of a run's identity.
+        cache_bytes: bound of the teacher's logits kept on disk, in its run, for all students with the same batches;
+            needs `top_k`. What does not fit is computed again. 0 keeps nothing. The numbers do not depend on it, so it
+            is no part of a run's identity.
     """
 
     temperature: float = 1.0
@@ -59,7 +60,7 @@ class DistillConfig:
         check(not self.cache_bytes or self.top_k > 0, "a cache needs top_k: whole distributions are too large to keep")
 
     def weight_at(self, step: int, tokens: int) -> float:
-        """The term's weight in a step that begins after `step` steps and `tokens` tokens."""
+        """Return the term's weight in a step that begins after `step` steps and `tokens` tokens."""
         at = step if self.unit == "steps" else tokens
         if self.schedule == "off":
             return 0.0

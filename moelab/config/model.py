@@ -1,8 +1,8 @@
 """Describe a model: `ModelConfig`, the paper's names for models, and their scaled-down twins (paper sections 3 and 4).
 
-`ModelConfig.parse` understands the names that the paper uses (``350M+PR-MoE-32/64``). `ModelConfig.shrink` returns the twin of a
-paper model: the same shape rule with smaller numbers. Sizes, FLOPs and bytes are methods, so that nothing has to be built to
-know them; tests compare them with the built model and with `moelab.paper`.
+`ModelConfig.parse` understands the names that the paper uses (``350M+PR-MoE-32/64``). `ModelConfig.shrink` returns the
+twin of a paper model: the same shape rule with smaller numbers. Sizes, FLOPs and bytes are methods, so that nothing has
+to be built to know them; tests compare them with the built model and with `moelab.paper`.
 
 Layer numbers in names and messages count from 1, as in the paper; tuples are indexed from 0.
 """
@@ -19,8 +19,9 @@ from typing import Any, Literal, Self
 from moelab.config._check import check as _check
 from moelab.config._check import check_choices
 
-# The paper's dense bases: layers L, hidden M, heads H. Heads of 2.4B, 8B, 24B and 47B are not stated; size 128 is our assumption
-# (1.3B has head size 128 in its training script, 6.7B and 175B too). Sources: `moelab.paper`, data file models.csv.
+# The paper's dense bases: layers L, hidden M, heads H. Heads of 2.4B, 8B, 24B and 47B are not stated; size 128 is our
+# assumption (1.3B has head size 128 in its training script, 6.7B and 175B too). Sources: `moelab.paper`, data file
+# models.csv.
 BASES: dict[str, tuple[int, int, int]] = {
     "125M": (12, 768, 12),
     "350M": (24, 1024, 16),
@@ -52,21 +53,25 @@ DTYPE_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 
 @dataclass(frozen=True)
 class RoutingConfig:
-    """How a MoE layer's gate sends tokens to experts (paper section 4; defaults are those of the released training scripts).
+    """Describe how a MoE layer's gate sends tokens to experts (paper section 4; defaults are those of the released
+    training scripts).
 
     Attributes:
-        capacity_factor: an expert takes at most ``ceil(S * K / E * capacity_factor)`` tokens of a micro-batch in training.
+        capacity_factor: an expert takes at most ``ceil(S * K / E * capacity_factor)`` tokens of a micro-batch in
+            training.
         capacity_factor_eval: the same in evaluation.
         min_capacity: lower bound of that number.
         drop_tokens: False is drop-free routing: capacity is whatever the busiest expert needs.
         random_token_selection: choose the tokens an over-full expert keeps at random instead of the earliest ones.
-        input_jitter: training only: multiply the gate's input by U(1 - x, 1 + x); the paper's policy 'Jitter' uses 0.01.
-        choice_noise: training only, perturbs the logits for the choice of experts, not their weights: "gumbel" all of them
-            ('RSample'), "gumbel_second" all but the best one, which stays (the released top-2 gate samples its second expert so).
+        input_jitter: training only: multiply the gate's input by U(1 - x, 1 + x); the paper's policy 'Jitter' uses
+            0.01.
+        choice_noise: training only, perturbs the logits for the choice of experts, not their weights: "gumbel" all of
+            them ('RSample'), "gumbel_second" all but the best one, which stays (the released top-2 gate samples its
+            second expert so).
         normalize_weights: the weights of a token's kept choices are divided by their sum; None means only if K > 1.
         aux_loss: weight of the load-balancing loss, summed over MoE layers.
-        aux_scope: over which tokens its statistics run: those of a "micro_batch" (the paper), or of all micro-batches of a "step",
-            which needs each on its own data rank.
+        aux_scope: over which tokens its statistics run: those of a "micro_batch" (the paper), or of all micro-batches
+            of a "step", which needs each on its own data rank.
         z_loss: weight of the mean squared logsumexp of the gate's logits (ST-MoE; not in the paper).
     """
 
@@ -92,7 +97,7 @@ class RoutingConfig:
         check_choices(self, "routing")
 
     def capacity(self, tokens: int, experts: int, top_k: int, training: bool) -> int | None:
-        """Slots per expert for `tokens` tokens of one micro-batch, or None when routing is drop-free."""
+        """Return the slots per expert for `tokens` tokens of one micro-batch, or None when routing is drop-free."""
         if not self.drop_tokens:
             return None
         # Exact: in floating point 400 / 4 * 1.1 is above 110. The factor is the decimal number that was written.
@@ -102,7 +107,7 @@ class RoutingConfig:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """A GPT-3-like decoder, dense or with mixture-of-experts (MoE) layers (paper sections 3 and 4).
+    """Describe a GPT-3-like decoder, dense or with mixture-of-experts (MoE) layers (paper sections 3 and 4).
 
     Dense, standard, half, pyramid, residual, PR-MoE and student models are this one class, told apart by `experts` and
     `residual`.
@@ -111,14 +116,16 @@ class ModelConfig:
         layers, hidden, heads: L, M, H.
         experts: per layer the number of experts, 0 for a dense feed-forward; an empty tuple means all dense.
         residual: each MoE layer adds a fixed MLP beside the routed expert (Residual-MoE).
-        residual_mix: how the two branches join: "learned" per-token convex mix (released code) or plain "sum" (paper's text).
+        residual_mix: how the two branches join: "learned" per-token convex mix (released code) or plain "sum" (paper's
+            text).
         top_k: experts per token, K.
         vocab: rows of the embedding, V; 50304 is GPT-2's 50257 padded to a multiple of 128.
         context: longest sequence in tokens, T.
         init_std: standard deviation of the initial weights.
         dropout: applied to embeddings, attention and the two residual branches.
         routing: the gate's behaviour.
-        dispatch: how tokens reach their experts: "local" by table, or "einsum", the paper's PyTorch baseline. Same results.
+        dispatch: how tokens reach their experts: "local" by table, or "einsum", the paper's PyTorch baseline. Same
+            results.
         name: how the configuration prints; not part of its identity.
     """
 
@@ -173,10 +180,11 @@ class ModelConfig:
 
     @classmethod
     def parse(cls, name: str, **overrides: Any) -> Self:
-        """The model a paper name stands for, such as ``"350M+PR-MoE-32/64"``; case and spaces do not matter.
+        """Return the model that a paper name stands for, such as ``"350M+PR-MoE-32/64"``; case and spaces do not
+        matter.
 
-        `overrides` replace fields (``vocab=4096``). The last two MoE layers of Pyramid and PR models take the second number
-        (paper section 4.1). A trailing ``twin`` applies `shrink`.
+        `overrides` replace fields (``vocab=4096``). The last two MoE layers of Pyramid and PR models take the second
+        number (paper section 4.1). A trailing ``twin`` applies `shrink`.
 
         Raises:
             ValueError: one line naming what is wrong and what is allowed.
@@ -255,13 +263,14 @@ class ModelConfig:
         context: int = 256,
         head_size: int = 64,
     ) -> Self:
-        """The twin: this model's shape rule at a laptop's size.
+        """Return the twin: this model's shape rule at a laptop's size.
 
-        Hidden size, depth and experts are divided by the given numbers (24 -> 8 layers, 21 -> 7: the students keep their 12.5 %
-        cut). Twin layer i stands for the source's layers ``((i - 1) L/L', i L/L']`` and, every second layer, carries the most
-        experts found in the last two of those windows: halves stay halves, and a pyramid keeps its wide top. `init_std` grows as
-        1 / sqrt(hidden), so that products start at the source's size (see LOG.md for what that brings). Heads are about
-        `head_size` wide (the 350M model's own width; narrower ones are slower on a CPU, see LOG.md).
+        Hidden size, depth and experts are divided by the given numbers (24 -> 8 layers, 21 -> 7: the students keep
+        their 12.5 % cut). Twin layer i stands for the source's layers ``((i - 1) L/L', i L/L']`` and, every second
+        layer, carries the most experts found in the last two of those windows: halves stay halves, and a pyramid keeps
+        its wide top. `init_std` grows as 1 / sqrt(hidden), so that products start at the source's size (see LOG.md for
+        what that brings). Heads are about `head_size` wide (the 350M model's own width; narrower ones are slower on a
+        CPU, see LOG.md).
         """
         layers = max(1, round(self.layers / depth))
         ratio = self.layers / layers
@@ -316,7 +325,8 @@ class ModelConfig:
         return self.expert_parameters() * _itemsize(dtype)
 
     def _shared(self) -> int:
-        """Parameters outside experts, gates and residual branches: embeddings, attention, norms, dense feed-forwards."""
+        """Count the parameters outside experts, gates and residual branches: embeddings, attention, norms, dense
+        feed-forwards."""
         M = self.hidden
         attention = 4 * M * M + 4 * M
         norms = 4 * M
@@ -334,15 +344,16 @@ class ModelConfig:
         return gate + used * self.expert_parameters() + (self.expert_parameters() + mix if self.residual else 0)
 
     def parameters(self) -> int:
-        """Number of parameters; the tied embedding counts once. Equals the built model's exactly."""
+        """Return the number of parameters; the tied embedding counts once. Equals the built model's exactly."""
         return self._shared() + sum(self._per_moe_layer(e, e) for e in self.experts if e)
 
     def active_parameters(self) -> int:
-        """Parameters that one token uses: K of each MoE layer's experts, and everything else."""
+        """Return the number of parameters that one token uses: K of each MoE layer's experts, and everything else."""
         return self._shared() + sum(self._per_moe_layer(e, self.top_k) for e in self.experts if e)
 
     def flops_per_token(self, *, training: bool = True, context: int | None = None) -> float:
-        """Matrix-multiply FLOPs a token, causal attention at the mean of its prefix lengths; training counts forward + 2x backward.
+        """Return matrix-multiply FLOPs a token, causal attention at the mean of its prefix lengths; training counts
+        forward + 2x backward.
 
         Counts the output head, and the experts a token uses (not the slots capacity adds).
         """

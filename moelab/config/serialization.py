@@ -16,10 +16,11 @@ T = TypeVar("T")
 
 
 def identity(config: Any) -> Any:
-    """What of a config makes it what it is: JSON values, fields at their default left out, non-identity fields too.
+    """Return the JSON values that identify a configuration, without fields at their default and fields marked as no
+    part of it.
 
-    Leaving defaults out means that a field added later does not change the identity of what exists. The other side of that: a
-    default, once released, keeps its meaning.
+    Leaving defaults out means that a field added later does not change the identity of what exists. The other side of
+    that: a default, once released, keeps its meaning.
     """
     if is_dataclass(config):
         kept = {}
@@ -35,18 +36,19 @@ def identity(config: Any) -> Any:
 
 
 def digest(config: Any, length: int = 10) -> str:
-    """Hexadecimal SHA-256 of a config's `identity`, shortened."""
+    """Return the hexadecimal SHA-256 of a config's `identity`, shortened."""
     text = json.dumps(identity(config), sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()[:length]
 
 
 def to_json(config: Any) -> dict[str, Any]:
-    """All fields of a config as JSON values; `from_json` reads them back."""
+    """Return all fields of a config as JSON values; `from_json` reads them back."""
     return json.loads(json.dumps(dataclasses.asdict(config)))
 
 
 def from_json(cls: type[T], data: Any, where: str = "") -> T:
-    """A config of type `cls` from `to_json`'s output. Unknown, missing or ill-typed fields raise a one-line ValueError."""
+    """Return a config of type `cls` from `to_json`'s output. Unknown, missing or ill-typed fields raise a one-line
+    ValueError."""
     where = where or cls.__name__
     _check(isinstance(data, dict), f"{where}: expected an object, got {data!r}")
     hints = typing.get_type_hints(cls)
@@ -54,10 +56,15 @@ def from_json(cls: type[T], data: Any, where: str = "") -> T:
     _check(not unknown, f"{where}: unknown field {', '.join(sorted(unknown))}; allowed: {', '.join(hints)}")
     needed = {f.name for f in fields(cls) if f.default is MISSING and f.default_factory is MISSING}
     _check(needed <= set(data), f"{where}: {', '.join(sorted(needed - set(data)))} is missing")
-    return cls(**{key: _coerce(hints[key], value, f"{where}.{key}") for key, value in data.items()})
+    return cls(**{key: coerce(hints[key], value, f"{where}.{key}") for key, value in data.items()})
 
 
-def _coerce(hint: Any, value: Any, where: str) -> Any:
+def coerce(hint: Any, value: Any, where: str) -> Any:
+    """Return a JSON value as the declared type of a field; a value of another type raises a one-line ValueError.
+
+    Args:
+        where: what the message begins with, such as "train.tokens".
+    """
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if is_dataclass(hint):
         return from_json(hint, value, where)
@@ -65,14 +72,14 @@ def _coerce(hint: Any, value: Any, where: str) -> Any:
         _check(isinstance(value, list | tuple), f"{where}: expected a list, got {value!r}")
         inner = [args[0]] * len(value) if args[-1] is Ellipsis else args
         _check(len(inner) == len(value), f"{where}: expected {len(inner)} values, got {value!r}")
-        return tuple(_coerce(h, v, where) for h, v in zip(inner, value, strict=True))
+        return tuple(coerce(h, v, where) for h, v in zip(inner, value, strict=True))
     if origin is Literal:
         _check(value in args, f"{where}: must be one of {', '.join(map(repr, args))}, got {value!r}")
         return value
     if origin in (typing.Union, types.UnionType):
         if value is None and type(None) in args:
             return None
-        return _coerce(next(a for a in args if a is not type(None)), value, where)
+        return coerce(next(a for a in args if a is not type(None)), value, where)
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     _check(

@@ -11,23 +11,27 @@ from moelab.config._check import check_choices
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """One training: tokens, optimiser, evaluation. Defaults are a twin's; the paper's settings come from `moelab.paper`.
+    """Describe one training: tokens, optimiser, evaluation. Defaults are a twin's; the paper's settings come from
+    `moelab.paper`.
 
     Attributes:
         tokens: training tokens; the run takes ``tokens // (batch_size * context)`` steps.
         batch_size: sequences a step, over all ranks.
-        micro_batch: sequences a forward pass; 0 is the whole batch. Part of a run's identity: capacity and the load-balancing loss
-            are computed per micro-batch, as in the paper.
+        micro_batch: sequences a forward pass; 0 is the whole batch. Part of a run's identity: capacity and the
+            load-balancing loss are computed per micro-batch, as in the paper.
         lr, min_lr: peak and final learning rate.
         warmup_tokens: linear warm-up; then cosine decay until `decay_tokens` (0: until `tokens`), then `min_lr`.
-        betas, eps, weight_decay, clip: AdamW and the gradient's largest norm (0: no clipping). Biases and norms are not decayed.
+        betas, eps, weight_decay, clip: AdamW and the gradient's largest norm (0: no clipping). Biases and norms are not
+            decayed.
         dtype: ``fp32``, or ``bf16`` for autocast matrix products over fp32 weights.
         device: ``cpu`` or ``cuda``.
         threads: CPU threads of the run. Part of its identity, because sums are ordered by it.
         seed: initial weights, data order, dropout, random token selection.
-        eval_every: steps between evaluations on at most `eval_tokens` validation tokens; the last step evaluates on all of them.
+        eval_every: steps between evaluations on at most `eval_tokens` validation tokens; the last step evaluates on all
+            of them.
         log_every: steps between metric rows.
-        checkpoint_every: steps between checkpoints (0: only at the end or when told to stop). Not part of a run's identity.
+        checkpoint_every: steps between checkpoints (0: only at the end or when told to stop). Not part of a run's
+            identity.
         tensorboard: also write TensorBoard events. Not part of a run's identity.
         compile: fuse the parts of a step between the routed products by `torch.compile`, which needs a C++ compiler and, the first time in a
             workspace, half a minute. The numbers differ in their last bits.
@@ -79,7 +83,7 @@ class TrainConfig:
         check_choices(self, "train")
 
     def steps(self, context: int) -> int:
-        """Optimiser steps for sequences of `context` tokens."""
+        """Return the optimiser steps for sequences of `context` tokens."""
         steps = self.tokens // (self.batch_size * context)
         _check(
             steps >= 1,

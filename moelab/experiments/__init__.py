@@ -1,43 +1,38 @@
-"""One module per experiment; each ends in an `EXPERIMENT`. Loads no torch."""
+"""Which experiments are there, which runs does each ask for, and what do its numbers say?
+
+Each experiment is a module that ends in an `EXPERIMENT`, and is found by that: nothing lists them. The name of the
+module, with hyphens, is the name of the experiment on the command line and of its folder in the results; its notebook
+is NN_module.ipynb. Importing this package loads no torch. It may import everything below `moelab.report`.
+"""
 
 from __future__ import annotations
 
 import difflib
+import importlib
+import pkgutil
 
-from moelab.experiments import (
-    all_to_all,
-    capacity,
-    distillation,
-    expert_count,
-    gating_kernels,
-    half_moe,
-    inference_large,
-    inference_scaling,
-    inference_variants,
-    inference_vs_dense,
-    learning_rate,
-    pr_moe,
-    scaling,
-    specialisation,
-    spread,
-    start,
-    throughput,
-    top2,
-    zero_shot,
-)
 from moelab.experiments.base import Experiment, Scale
 
-_TRAINING = (scaling, half_moe, top2, pr_moe, distillation, throughput, zero_shot)
-_INFERENCE = (gating_kernels, all_to_all, inference_scaling, inference_large, inference_variants, inference_vs_dense)
-_BEYOND = (expert_count, capacity, specialisation, spread, learning_rate)
 
-EXPERIMENTS: dict[str, Experiment] = {
-    m.EXPERIMENT.name: m.EXPERIMENT for m in (start, *_TRAINING, *_INFERENCE, *_BEYOND)
-}
+def _discover() -> dict[str, Experiment]:
+    """Return the `EXPERIMENT` of every module of this package by name, in the order of their numbers."""
+    found = []
+    for info in pkgutil.iter_modules(__path__):
+        module = importlib.import_module(f"{__name__}.{info.name}")
+        if declared := getattr(module, "EXPERIMENT", None):
+            if declared.module != info.name:
+                raise ValueError(
+                    f"experiment {declared.name!r} belongs in {declared.module}.py, found in {info.name}.py"
+                )
+            found.append(declared)
+    return {e.name: e for e in sorted(found, key=lambda e: e.number)}
+
+
+EXPERIMENTS: dict[str, Experiment] = _discover()
 
 
 def experiment(name: str) -> Experiment:
-    """The experiment of that name; ValueError, one line, with what is allowed."""
+    """Return the experiment of that name; ValueError, one line, with the names that are allowed."""
     if name not in EXPERIMENTS:
         close = difflib.get_close_matches(name, EXPERIMENTS, n=1)
         hint = f" (did you mean {close[0]}?)" if close else ""

@@ -1,11 +1,14 @@
-"""What an experiment is."""
+"""Describe an experiment: `Experiment`, and how its runs follow from a scale, seeds, arms and overrides."""
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from moelab.config.overrides import check_overrides
+from moelab.experiments import settings
 from moelab.runs.spec import RunSpec
 
 Measure = Callable[..., Any]
@@ -14,7 +17,7 @@ Measure = Callable[..., Any]
 
 @dataclass(frozen=True)
 class Scale:
-    """A size at which an experiment runs.
+    """Describe a size at which an experiment runs.
 
     Attributes:
         what: one line: models, tokens, text.
@@ -25,41 +28,112 @@ class Scale:
     cost: str
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Experiment:
-    """One experiment of the paper.
+    """Describe one experiment of the paper, or beyond it.
 
     Attributes:
-        name: how the command line calls it.
+        name: on the command line and in the results: the name of the module, with hyphens.
+        number: position in lists; the two digits that the notebook's file name begins with.
         title: one line.
         paper: figure, table or section.
         question: what it asks, one line.
         paper_answer: what the paper found, one line.
-        notebook: file name in `notebooks/`.
         scales: scale name -> Scale.
-        specs: the runs, from scale, seeds and whatever else the notebook's parameters say; `no_runs` where nothing is trained.
+        arms: the compared models: label -> name of the paper's model, or arguments of `settings.spec`. None where
+            `build` makes the runs, or where nothing is trained.
+        build: ``build(scale, seed, overrides, *, options)`` returns the runs of one seed, for an experiment whose runs
+            are more than arms times seeds; its keyword-only options are parameters of the notebook.
         trains: the notebook asks for these runs to be trained; False if it only measures their steps.
         measures: the notebook measures time, so nothing else should run beside it.
     """
 
     name: str
+    number: int
     title: str
     paper: str
     question: str
     paper_answer: str
-    notebook: str
     scales: Mapping[str, Scale]
-    specs: Callable[..., Sequence[RunSpec]]
+    arms: Mapping[str, str | Mapping[str, Any]] | None = None
+    build: Callable[..., list[RunSpec]] | None = None
     trains: bool = True
     measures: bool = False
 
+    @property
+    def module(self) -> str:
+        """The name of its module."""
+        return self.name.replace("-", "_")
+
+    @property
+    def notebook(self) -> str:
+        """The file name of its notebook."""
+        return f"{self.number:02d}_{self.module}.ipynb"
+
     def scale(self, name: str) -> Scale:
-        """ValueError, one line, for a scale this experiment does not have."""
+        """Return a scale by its name; ValueError, one line, for one that this experiment does not have."""
         if name not in self.scales:
             raise ValueError(f"experiment {self.name}: no scale {name!r}; allowed: {', '.join(self.scales)}")
         return self.scales[name]
 
+    def specs(
+        self,
+        scale: str = "cpu",
+        seeds: int = 1,
+        *,
+        arms: Sequence[str] | None = None,
+        overrides: Mapping[str, Any] | None = None,
+        **options: Any,
+    ) -> list[RunSpec]:
+        """Return the runs, seed by seed, so that a batch that is stopped early has whole seeds; none where nothing is
+        trained.
 
-def no_runs(scale: str = "cpu", seeds: int = 1, **_: object) -> list[RunSpec]:
-    """The specs of an experiment that trains nothing: a simulation, or a measurement that the notebook makes itself."""
-    return []
+        Args:
+            seeds: how many; they are 0 .. seeds - 1.
+            arms: labels of the arms that are wanted; None is all of them.
+            overrides: dotted name -> value, see `moelab.config.overrides`, in place of the scale's own settings in
+                every run.
+            options: of `build`.
+
+        Raises:
+            ValueError: one line that begins with the experiment's name.
+        """
+        self.scale(scale)
+        try:
+            if seeds < 1:
+                raise ValueError(f"seeds must be at least 1, got {seeds}")
+            given = check_overrides(overrides or {})
+            made = [spec for seed in range(seeds) for spec in self._of_seed(scale, seed, given, options)]
+            labels = dict.fromkeys(spec.label for spec in made)
+            if unknown := [arm for arm in arms or () if arm not in labels]:
+                raise ValueError(f"unknown arm {unknown[0]!r}; allowed: {', '.join(labels)}")
+            if any(name.startswith("distill.") for name in given) and not any(spec.distill for spec in made):
+                raise ValueError("settings of distill.… need a run that has a teacher, and there is none")
+        except ValueError as error:
+            raise ValueError(f"{self.name}: {error}") from None
+        return [spec for spec in made if not arms or spec.label in arms]
+
+    def specs_of(self, parameters: Mapping[str, Any]) -> list[RunSpec]:
+        """Return the runs that the notebook asks for with these parameters; parameters that do not concern the runs are
+        ignored."""
+        options = inspect.signature(self.build).parameters.values() if self.build else ()
+        taken = {"scale", "seeds", "arms", "overrides"} | {o.name for o in options if o.kind is o.KEYWORD_ONLY}
+        return self.specs(**{name: value for name, value in parameters.items() if name in taken and value is not None})
+
+    def _of_seed(
+        self, scale: str, seed: int, overrides: Mapping[str, Any], options: Mapping[str, Any]
+    ) -> list[RunSpec]:
+        if self.build:
+            return self.build(scale, seed, overrides, **options)
+        if options:
+            raise ValueError(f"no option {next(iter(options))!r}; allowed: scale, seeds, arms, overrides")
+        return [
+            settings.spec(
+                **({"name": arm} if isinstance(arm, str) else arm),
+                scale=scale,
+                seed=seed,
+                label=label,
+                overrides=overrides,
+            )
+            for label, arm in (self.arms or {}).items()
+        ]

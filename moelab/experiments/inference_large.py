@@ -1,13 +1,10 @@
-"""Serving 107 billion to 2 trillion parameters (paper section 5.5.2, Fig 11).
+"""Serve 107 billion to 2 trillion parameters (paper section 5.5.2, Fig 11).
 
-Shows: latency and throughput a GPU of the four large models on 128 and 256 GPUs, predicted with constants fitted on Fig 10 alone; and every other
-number of the paper the simulator can be held against, with its error.
+Shows: latency and throughput a GPU of the four large models on 128 and 256 GPUs, predicted with constants fitted on Fig
+10 alone; every other number of the paper with which the simulator can be compared, with its error; beside it, measured
+decoding steps of the models' twins.
 
-Paper: up to 7.3 times lower latency and higher throughput than PyTorch; a trillion parameters in under 25 ms.
-
-Beside it, measured: the four models' twins, baseline and optimised mode (`measured`).
-
-Here: predictions. The DeepSpeed bars come out close; the baseline's are predicted far too fast: nothing in Fig 10 explains them.
+Here: the DeepSpeed bars come out close; the baseline's are predicted far too fast, and nothing in Fig 10 explains them.
 """
 
 from __future__ import annotations
@@ -15,28 +12,46 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from moelab import paper
-from moelab.experiments.base import Experiment, Scale, no_runs
+from moelab.config import ModelConfig
+from moelab.experiments.base import Experiment, Scale
+from moelab.paper.verdicts import Verdict, judge_simulated
 
 if TYPE_CHECKING:
     import pandas as pd
 
-    from moelab.config import ModelConfig
-    from moelab.experiments.verdicts import Verdict
 
 SIZES = {"2.4B+MoE-128": "107B", "8B+MoE-128": "349B", "24B+MoE-128": "1T", "47B+MoE-128": "2T"}
 
 
 def models() -> dict[str, ModelConfig]:
-    """Parameters in all -> the model."""
-    from moelab.config import ModelConfig
-
+    """Return the four models by their total parameters."""
     return {size: ModelConfig.parse(name) for name, size in SIZES.items()}
 
 
-def verdicts(frame: pd.DataFrame) -> list[Verdict]:
-    """The claims on Fig 11, from `simulated.bar_frame(bars.fig11())`."""
-    from moelab.experiments.simulated import verdict
+def bars() -> pd.DataFrame:
+    """Return the bars of Fig 11, simulated beside the paper's: `Bar.row`, and size (total parameters)."""
+    from moelab.simulate.bars import fig11, frame
 
+    found = frame(fig11())
+    return found.assign(size=found["model"].map(SIZES))
+
+
+def speedups() -> pd.DataFrame:
+    """Return the speed-up over PyTorch of each size, simulated and as printed on the paper's chart, in the form that
+    `serving.grouped_bars` draws."""
+    import pandas as pd
+
+    from moelab.simulate import scoreboard
+
+    rows = [
+        {"size": SIZES[name], "simulated": ratio, "paper": scoreboard.printed_speedup(name)}
+        for name, ratio in scoreboard.speedups().items()
+    ]
+    return pd.DataFrame(rows).assign(system="deepspeed", kind="predicted")
+
+
+def verdicts(frame: pd.DataFrame) -> list[Verdict]:
+    """Judge the claims on Fig 11, from `bars`."""
     ms = frame.set_index(["model", "system"])["simulated_ms"]
     rate = frame.set_index(["model", "system"])["simulated_throughput"]
 
@@ -50,16 +65,16 @@ def verdicts(frame: pd.DataFrame) -> list[Verdict]:
         "1t-under-25ms": ms["24B+MoE-128", "deepspeed"],
         "throughput-up-to-7.3x": rate["47B+MoE-128", "deepspeed"] / rate["47B+MoE-128", "pytorch"],
     }
-    return [verdict(claim, ours.get(claim.id)) for claim in paper.claims("inference-large")]
+    return [judge_simulated(claim, ours.get(claim.id)) for claim in paper.claims("inference-large")]
 
 
 EXPERIMENT = Experiment(
     name="inference-large",
+    number=11,
     title="Serving 107B to 2T",
     paper="Fig 11 (section 5.5.2)",
     question="How fast can a trillion parameters be served?",
     paper_answer="In under 25 ms a token on 256 GPUs, up to 7.3 times faster than the PyTorch baseline.",
-    notebook="11_inference_large.ipynb",
     scales={
         "smoke": Scale("simulated cluster; tiny twins on 2 gloo ranks", "seconds"),
         "cpu": Scale(
@@ -71,7 +86,5 @@ EXPERIMENT = Experiment(
             "simulated cluster; the models as `srun moelab bench decode` measured them", "not yet run; 128 to 256 A100"
         ),
     },
-    specs=no_runs,
-    trains=False,
     measures=True,
 )

@@ -1,15 +1,11 @@
-"""Serving the 52B model on 8 to 64 GPUs (paper section 5.5, Fig 10).
+"""Serve the 52B model on 8 to 64 GPUs (paper section 5.5, Fig 10).
 
-Shows: latency of a token and throughput a GPU of 1.3B+MoE-128 for the PyTorch baseline and for DeepSpeed-MoE, simulated on the paper's cluster, with
-the breakdown of a step.
+Shows: latency of a token and throughput a GPU of 1.3B+MoE-128 for the PyTorch baseline and for DeepSpeed-MoE, simulated
+on the paper's cluster, with the breakdown of a step; beside it, measured decoding steps of the baseline and the
+optimised mode (`moelab.experiments.decoding`).
 
-Paper: more GPUs make DeepSpeed-MoE faster and each GPU more productive: 27.3 to 12.7 ms, 292 to 620 tokens/s/GPU; the baseline falls from 56.6 to
-43.9 ms only.
-
-Here: the simulator's two free constants are fitted on the eight latencies of this figure, so its bars are a fit, not a prediction; the notebook
-shows how good it is and what it leaves undecided. Beside it, decoding steps measured with `moelab bench decode`'s own functions, the baseline and the
-optimised mode: of the model's twin on gloo ranks of this machine, experts spread over the ranks (smoke, cpu); of a larger twin on one GPU (gpu); or, of the
-model itself, by `srun moelab bench decode` on the cluster, whose numbers are read here (paper).
+Here: the simulator's two free constants are fitted on the eight latencies of this figure, so its bars are a fit, not a
+prediction; the notebook shows how good it is and what it leaves undecided.
 """
 
 from __future__ import annotations
@@ -17,63 +13,64 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from moelab import paper
-from moelab.experiments.base import Experiment, Scale, no_runs
-from moelab.experiments.measured import steps
+from moelab.config import ModelConfig
+from moelab.experiments.base import Experiment, Scale
+from moelab.experiments.decoding import steps, twins
+from moelab.paper.verdicts import Verdict, judge_simulated
 
 if TYPE_CHECKING:
     import pandas as pd
 
-    from moelab.config import ModelConfig
     from moelab.experiments.base import Measure
-    from moelab.experiments.verdicts import Verdict
 
 RANKS = (1, 2, 4)
-TWINS: dict[str, dict[str, int]] = {
+SHRINK: dict[str, dict[str, int]] = {
     "smoke": {"hidden": 64, "depth": 12, "experts": 16, "vocab": 256, "context": 32},
     "cpu": {"hidden": 16, "depth": 6, "experts": 4, "vocab": 2048, "context": 128},
     "gpu": {"hidden": 2, "depth": 2, "experts": 4, "vocab": 50304, "context": 2048},
 }
-"""scale -> how the 1.3B+MoE-128 model is shrunk, see `ModelConfig.shrink`."""
+"""Scale -> how the 1.3B+MoE-128 model is shrunk, see `ModelConfig.shrink`."""
 
 
-def twin(scale: str) -> ModelConfig:
-    """The model that is measured here; its weights are random, and spread tokens over the experts."""
-    from dataclasses import replace
-
-    from moelab.config import ModelConfig
-
-    shrunk = ModelConfig.parse("1.3B+MoE-128").shrink(**TWINS[scale])
-    return replace(shrunk, init_std=0.05)
+def measured_steps(measure: Measure, scale: str, file: str | None = None) -> pd.DataFrame:
+    """Return decoding steps of the twin over 1, 2 and 4 ranks, or over batches on one GPU, or at scale paper those in
+    `file`; see `decoding.steps`."""
+    models = twins({"1.3B+MoE-128": ModelConfig.parse("1.3B+MoE-128")}, scale, SHRINK)
+    return steps(measure, EXPERIMENT.name, models, scale, file, by="size", ranks=RANKS, batches=(1, 8, 32))
 
 
-def measured(measure: Measure, scale: str, file: str = "") -> list[dict]:
-    """Decoding steps of the twin over 1, 2 and 4 ranks, or over batches on one GPU, or at scale paper what is in `file`; see `measured.steps`."""
-    models = {"": twin(scale)} if scale != "paper" else {}
-    return steps(measure, EXPERIMENT.name, models, scale, file, ranks=RANKS, batches=(1, 8, 32))
+def bars() -> pd.DataFrame:
+    """Return the bars of Fig 10, simulated beside the paper's: `Bar.row`, and paper_throughput in tokens / s / GPU."""
+    from moelab.simulate.bars import fig10, frame
+
+    read = paper.inference_results(figure="fig-10", metric="throughput-per-gpu")
+    rates = {(row.system, row.gpus): row.value for row in read}
+    found = frame(fig10())
+    return found.assign(paper_throughput=[rates[row.system, row.gpus] for row in found.itertuples()])
 
 
 def verdicts(frame: pd.DataFrame) -> list[Verdict]:
-    """The claims on Fig 10, from `simulated.bar_frame(bars.fig10())`."""
-    from moelab.experiments.simulated import verdict
-
+    """Judge the claims on Fig 10, from `bars`."""
     ms = frame.set_index(["system", "gpus"])["simulated_ms"]
     rate = frame.set_index(["system", "gpus"])["simulated_throughput"]
     ours = {f"52b-speedup-{n}-gpus": ms["pytorch", n] / ms["deepspeed", n] for n in (8, 32, 64)}
     ours["52b-latency-falls"] = ms["deepspeed", 64] / ms["deepspeed", 8]
     ours["52b-superlinear"] = rate["deepspeed", 64] / rate["deepspeed", 8]
     return [
-        verdict(claim, ours.get(claim.id), fitted=True, note="" if claim.id in ours else "This system is not modelled.")
+        judge_simulated(
+            claim, ours.get(claim.id), fitted=True, note="" if claim.id in ours else "This system is not modelled."
+        )
         for claim in paper.claims("inference-scaling")
     ]
 
 
 EXPERIMENT = Experiment(
     name="inference-scaling",
+    number=10,
     title="Serving 52B on 8 to 64 GPUs",
     paper="Fig 10 (section 5.5)",
     question="Does a MoE get faster, and each GPU more productive, when GPUs are added?",
     paper_answer="Yes: from 8 to 64 GPUs latency falls from 27.3 to 12.7 ms while throughput per GPU doubles.",
-    notebook="10_inference_scaling.ipynb",
     scales={
         "smoke": Scale("simulated cluster; a tiny twin on 1, 2, 4 gloo ranks", "seconds"),
         "cpu": Scale(
@@ -87,7 +84,5 @@ EXPERIMENT = Experiment(
             "not yet run; 64 A100",
         ),
     },
-    specs=no_runs,
-    trains=False,
     measures=True,
 )

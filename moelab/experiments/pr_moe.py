@@ -1,17 +1,17 @@
-"""PR-MoE ablation: where should the experts go? (paper section 4.1.4, Fig 4; sizes from Table 4)
+"""Place experts where they count: the PR-MoE ablation (paper section 4.1.4, Fig 4; sizes from Table 4).
 
-Shows: validation loss of the 350M base with MoE-32, MoE-128, Pyramid-MoE-32/64, Residual-MoE-32 and PR-MoE-32/64, and of the
-dense base, over training tokens.
+Shows: validation loss of the 350M base with MoE-32, MoE-128, Pyramid-MoE-32/64, Residual-MoE-32 and PR-MoE-32/64, and
+of the dense base, over training tokens. In the paper pyramid and residual each close part of the gap between 32 and 128
+experts.
 
-Paper: pyramid and residual each close part of the gap between 32 and 128 experts; together (PR-MoE) they end about 0.01 nats
-from MoE-128 with a third of its parameters. One run an arm, no spread given; 300 B tokens.
+Here: twins on the same data order from the same shared weights; sizes, tokens and drop-free routing as `settings` says.
+PR-MoE spends 28 % more active parameters than MoE-128 (the paper's does, too); `Top2-MoE-128` spends as many, so it is
+MoE-128 at PR-MoE's compute. `PR-MoE-32/64 (sum)` adds the two branches, as the text says; the others mix them by
+learned coefficients, as the released code does.
 
-Here: twins on the same data order from the same shared weights; sizes, tokens and drop-free routing as `settings` says. PR-MoE spends 28 % more active
-parameters than MoE-128 (the paper's does, too); `Top2-MoE-128` spends as many, so it is MoE-128 at PR-MoE's compute. `PR-MoE-32/64 (sum)` adds the two
-branches, as the text says; the others mix them by learned coefficients, as the released code does.
-
-Expect at `cpu` (8 seeds, results/pr-moe): all MoE arms but the summed PR-MoE beat the dense base, MoE-128 by 0.04 nats; MoE-128 beats
-MoE-32 by 0.01 and PR-MoE by 0.02, both just clear of the spread; whether PR-MoE comes within the paper's 0.01 is open.
+Expect at `cpu` (8 seeds, results/pr-moe): all MoE arms but the summed PR-MoE beat the dense base, MoE-128 by 0.04 nats;
+MoE-128 beats MoE-32 by 0.01 and PR-MoE by 0.02, both just clear of the spread; whether PR-MoE comes within the paper's
+0.01 is open.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from moelab import paper
-from moelab.config import RoutingConfig
-from moelab.experiments import common
+from moelab.config import ModelConfig
+from moelab.experiments import comparison
 from moelab.experiments.base import Experiment, Scale
-from moelab.experiments.verdicts import Verdict
+from moelab.paper.verdicts import Verdict
 from moelab.runs.spec import RunSpec
 
 if TYPE_CHECKING:
@@ -47,41 +47,48 @@ ARMS = MODELS | {"PR-MoE-32/64 (sum)": {"name": "350M+PR-MoE-32/64", "residual_m
 _OF_THE_PAPER = {arm: name for arm, name in MODELS.items() if arm not in ("PR-MoE-32/64 (sum)", "Top2-MoE-128")}
 
 
-def specs(
-    scale: str = "cpu",
-    seeds: int = 1,
-    *,
-    arms: Sequence[str] = (),
-    tokens: int = 0,
-    corpus: str = "",
-    drop_tokens: bool = False,
-    ranks: int = 1,
-) -> list[RunSpec]:
-    """The runs, seed by seed so that a stopped batch has whole seeds.
+def sizes(specs: Sequence[RunSpec]) -> pd.DataFrame:
+    """Return a row an arm: parameters of the paper's model (billions) and of its twin (millions), and the twin's
+    experts by layer."""
+    import pandas as pd
 
-    Args:
-        seeds: seeds 0 .. seeds - 1.
-        arms: names from `ARMS`; empty is all.
-        tokens: training tokens of a run; 0 is the scale's own number.
-        corpus: see `DataConfig`; empty is the scale's own.
-        drop_tokens: capacity factor 1.0 with random token selection, as the paper trains, instead of drop-free.
-        ranks: processes (GPUs) a run is spread over; each MoE layer gets as much expert parallelism as it has experts for. A step's batch is
-            then cut into one micro-batch a rank, which makes it another run (routing belongs to the micro-batch).
-    """
-    EXPERIMENT.scale(scale)
-    options = {"routing": RoutingConfig()} if drop_tokens and scale != "paper" else {}
-    return common.specs(
-        "pr-moe", ARMS, scale, seeds, selected=arms, tokens=tokens, corpus=corpus, ranks=ranks, **options
-    )
+    rows = {}
+    for spec in specs:
+        model = ModelConfig.parse(MODELS[spec.label])
+        rows[spec.label] = {
+            "paper: parameters (B)": model.parameters() / 1e9,
+            "paper: active (B)": model.active_parameters() / 1e9,
+            "twin: parameters (M)": spec.model.parameters() / 1e6,
+            "twin: active (M)": spec.model.active_parameters() / 1e6,
+            "twin: experts by layer": " ".join(str(e or "–") for e in spec.model.experts),
+        }
+    return pd.DataFrame(rows.values(), index=pd.Index(rows, name="arm"))
+
+
+def size_shares(final: pd.DataFrame) -> pd.DataFrame:
+    """Return total parameters as a share of MoE-128's: a row an arm, columns twin and paper."""
+    import pandas as pd
+
+    paper_sizes = pd.Series({arm: ModelConfig.parse(name).parameters() for arm, name in MODELS.items()})
+    twin_sizes = final.drop_duplicates("arm").set_index("arm")["parameters"].reindex(paper_sizes.index)
+    return pd.DataFrame({"twin": twin_sizes / twin_sizes["MoE-128"], "paper": paper_sizes / paper_sizes["MoE-128"]})
+
+
+def expert_load(training: pd.DataFrame) -> pd.DataFrame:
+    """Return the rows of training metrics that say how busy the busiest expert is: arm, seed, step, tokens,
+    busiest_expert, dropped_share."""
+    columns = ["arm", "seed", "step", "tokens", "busiest_expert", "dropped_share"]
+    return training.dropna(subset=["busiest_expert"])[columns] if "busiest_expert" in training else training.iloc[:0]
 
 
 def gaps(final: pd.DataFrame) -> pd.DataFrame:
-    """Final validation loss minus MoE-128's of the same seed, nats a token: columns arm, seed, gap."""
-    return common.gaps(final, "MoE-128")
+    """Return the final validation loss minus MoE-128's of the same seed, nats a token: columns arm, seed, gap."""
+    return comparison.gaps(final, "MoE-128")
 
 
 def paper_gaps() -> dict[str, tuple[float, float, float]]:
-    """What the paper gives of the same: arm -> (gap, low, high). Its Fig 4 itself is not at hand, only the text and Fig 1."""
+    """Return what the paper gives of the same: arm -> (gap, low, high). Its Fig 4 itself is not at hand, only the text
+    and Fig 1."""
     dense, moe = paper.loss_curve("350M"), paper.loss_curve("350M+MoE-128")
     near = paper.claim("pr-moe-matches-moe128")
     return {
@@ -95,18 +102,18 @@ def paper_gaps() -> dict[str, tuple[float, float, float]]:
 
 
 def verdicts(final: pd.DataFrame, scale: str = "cpu") -> list[Verdict]:
-    """The paper's claims on this ablation, judged on `Runs.final()`; sizes by arithmetic on the paper's own models."""
-    return common.loss_verdicts("pr-moe", final, _OF_THE_PAPER, scale)
+    """Judge the paper's claims on this ablation on `Runs.final()`; sizes by arithmetic on the paper's own models."""
+    return comparison.judge_losses("pr-moe", final, _OF_THE_PAPER, scale)
 
 
-def moe_finding(final: pd.DataFrame) -> str:
-    """What many experts bring over the dense base, in one line."""
-    return common.difference(final, "MoE-128", "Dense")
+def moe_headline(final: pd.DataFrame) -> str:
+    """Return what many experts bring over the dense base, in one line."""
+    return comparison.difference(final, "MoE-128", "Dense")
 
 
-def finding(final: pd.DataFrame) -> str:
-    """The result in one line, for titles."""
-    text = common.difference(final, "PR-MoE-32/64", "MoE-128")
+def headline(final: pd.DataFrame) -> str:
+    """Return the result in one line, for titles."""
+    text = comparison.difference(final, "PR-MoE-32/64", "MoE-128")
     size = final.drop_duplicates("arm").set_index("arm")["parameters"]
     if not {"PR-MoE-32/64", "MoE-128"} <= set(size.index):
         return text
@@ -115,16 +122,16 @@ def finding(final: pd.DataFrame) -> str:
 
 EXPERIMENT = Experiment(
     name="pr-moe",
+    number=4,
     title="PR-MoE: pyramid and residual experts",
     paper="Fig 4, Table 4 (section 4.1)",
     question="Can fewer experts, better placed, match many?",
     paper_answer="PR-MoE-32/64 ends within about 0.01 nats of MoE-128 with a third of its parameters.",
-    notebook="04_pr_moe.ipynb",
     scales={
         "smoke": Scale("twins of 32 wide, 4 layers; 12 k tokens of sotu", "seconds (tests)"),
         "cpu": Scale("twins 32 wide, 8 layers; 1 M tokens of mix5", "about 7 minutes a seed on one core"),
         "gpu": Scale("twins 256 wide, 12 layers; 200 M tokens of mix5", "not yet run; one GPU"),
         "paper": Scale("the paper's models; 300 B tokens", "not run; see its dry run"),
     },
-    specs=specs,
+    arms=ARMS,
 )

@@ -1,31 +1,30 @@
-"""MoE against dense scaling (paper section 3, Fig 1).
+"""Compare MoE with dense scaling (paper section 3, Fig 1).
 
-Shows: validation loss of the dense 350M, 1.3B and 6.7B and of 350M and 1.3B with 128 experts, over training tokens and over training FLOPs, and how
-many times fewer tokens or FLOPs the MoE needs to its base's final loss.
+Shows: validation loss of the dense 350M, 1.3B and 6.7B and of 350M and 1.3B with 128 experts, over training tokens and
+over training FLOPs, and how many times fewer tokens or FLOPs the MoE needs to reach its base's final loss. In the paper
+the MoE is far ahead of its own base throughout and, for two thirds of the training, behind the larger dense model that
+it equals in the end.
 
-Paper: each MoE ends at the loss of a dense model 4 to 5 times its base, after 300 B tokens; on the way there it is far ahead of its own base
-and, for two thirds of the training, behind the larger dense model.
+Here: twins on equal tokens in equal order. FLOPs are counted (`ModelConfig.flops_per_token`), so an MoE costs about
+what its base costs. A run's rate decays over its own tokens, so a curve read before its end is higher than a run of
+that length would end: data efficiency (read off the MoE's curve) is a lower bound, and the larger dense model at equal
+FLOPs looks worse than it is.
 
-Here: twins on equal tokens in equal order. FLOPs are counted (`ModelConfig.flops_per_token`), so an MoE costs about what its base costs. A
-run's rate decays over its own tokens, so a curve read before its end is higher than a run of that length would end: data efficiency (read off
-the MoE's curve) is a lower bound, and the larger dense model at equal FLOPs looks worse than it is.
-
-Expect at `cpu` (3 seeds, results/scaling): the 350M MoE ahead of its base by 0.05 nats, the 1.3B MoE by 0.10; the 350M MoE behind the dense 1.3B at equal
-tokens; the 6.7B twin behind those on the 1.3B base
-(it has seen less than half a token a parameter). The cost of a seed is mostly the 6.7B twin's.
+Expect at `cpu` (3 seeds, results/scaling): the 350M MoE ahead of its base by 0.05 nats, the 1.3B MoE by 0.10; the 350M
+MoE behind the dense 1.3B at equal tokens; the 6.7B twin behind those on the 1.3B base (it has seen less than half a
+token a parameter). The cost of a seed is mostly the 6.7B twin's.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from moelab import paper
 from moelab.config import ModelConfig
-from moelab.experiments import common
+from moelab.experiments import comparison
 from moelab.experiments.base import Experiment, Scale
-from moelab.experiments.verdicts import Verdict, judge
-from moelab.runs.spec import RunSpec
+from moelab.paper.verdicts import Verdict, judge
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -36,22 +35,15 @@ PAIRS = (("350M+MoE-128", "350M", "1.3B"), ("1.3B+MoE-128", "1.3B", "6.7B"))
 """(MoE, its base, the dense model it is to equal)."""
 
 
-def specs(
-    scale: str = "cpu", seeds: int = 1, *, arms: Sequence[str] = (), tokens: int = 0, corpus: str = ""
-) -> list[RunSpec]:
-    """The runs; see `common.specs`."""
-    EXPERIMENT.scale(scale)
-    return common.specs("scaling", ARMS, scale, seeds, selected=arms, tokens=tokens, corpus=corpus)
-
-
-def with_flops(curves: pd.DataFrame, final: pd.DataFrame) -> pd.DataFrame:
-    """`Runs.curves()` with a column flops: training FLOPs spent."""
+def over_flops(curves: pd.DataFrame, final: pd.DataFrame) -> pd.DataFrame:
+    """Return `Runs.curves()` with a column flops: training FLOPs spent."""
     per_token = final.drop_duplicates("arm").set_index("arm")["flops_per_token"]
     return curves.assign(flops=curves["tokens"] * curves["arm"].map(per_token))
 
 
 def efficiency(curves: pd.DataFrame, final: pd.DataFrame) -> pd.DataFrame:
-    """How many times fewer tokens and FLOPs an MoE takes to the last loss of its base: columns arm, base, seed, tokens, flops.
+    """Return how many times fewer tokens and FLOPs an MoE takes to the last loss of its base: columns arm, base, seed,
+    tokens, flops.
 
     Read off the MoE's validation curve by linear interpolation; below 1, or not at all, if it never gets there (None).
     """
@@ -79,7 +71,7 @@ def efficiency(curves: pd.DataFrame, final: pd.DataFrame) -> pd.DataFrame:
 
 
 def paper_efficiency() -> dict[str, float]:
-    """The same read off the paper's Fig 1, in tokens: MoE -> times fewer to its base's last reading."""
+    """Return the same read off the paper's Fig 1, in tokens: MoE -> times fewer to its base's last reading."""
     import pandas as pd
 
     found = {}
@@ -92,7 +84,7 @@ def paper_efficiency() -> dict[str, float]:
 
 
 def training_length(final: pd.DataFrame) -> pd.DataFrame:
-    """Training tokens for each active parameter, ours and the paper's: a row an arm."""
+    """Return the training tokens for each active parameter, ours and the paper's: a row an arm."""
     import pandas as pd
 
     rows = {}
@@ -108,13 +100,15 @@ def training_length(final: pd.DataFrame) -> pd.DataFrame:
 
 
 def equal_flops(curves: pd.DataFrame, final: pd.DataFrame) -> pd.DataFrame:
-    """MoE minus dense at the FLOPs the MoE's whole run takes: columns arm, against, seed, difference (nats a token).
+    """Return MoE minus dense at the FLOPs the MoE's whole run takes: columns arm, against, seed, difference (nats a
+    token).
 
-    The larger dense model is read off its curve at that many FLOPs (undecayed, so too high); the base, which is cheaper, at its own end.
+    The larger dense model is read off its curve at that many FLOPs (undecayed, so too high); the base, which is
+    cheaper, at its own end.
     """
     import pandas as pd
 
-    curves = with_flops(curves, final)
+    curves = over_flops(curves, final)
     rows = []
     for moe, base, larger in PAIRS:
         for against in (base, larger):
@@ -129,17 +123,27 @@ def equal_flops(curves: pd.DataFrame, final: pd.DataFrame) -> pd.DataFrame:
 
 
 def equal_tokens(final: pd.DataFrame) -> pd.DataFrame:
-    """MoE minus dense after all tokens, on the whole validation text: columns as `equal_flops`."""
+    """Return MoE minus dense after all tokens, on the whole validation text: columns as `equal_flops`."""
     import pandas as pd
 
     rows = []
     for moe, base, larger in PAIRS:
         for against in (base, larger):
-            table = common.by_arm(final)
+            table = comparison.by_arm(final)
             if moe in table and against in table:
                 for seed, value in (table[moe] - table[against]).dropna().items():
                     rows.append({"arm": moe, "against": against, "seed": seed, "difference": value})
     return pd.DataFrame(rows, columns=["arm", "against", "seed", "difference"])
+
+
+def at_equal_cost(curves: pd.DataFrame, final: pd.DataFrame) -> pd.DataFrame:
+    """Return `equal_tokens` and `equal_flops` together, with columns at (which of them) and pair (the label of a row in
+    a figure)."""
+    import pandas as pd
+
+    both = {"equal tokens": equal_tokens(final), "equal FLOPs": equal_flops(curves, final)}
+    table = pd.concat([part.assign(at=at) for at, part in both.items()])
+    return table.assign(pair=table["arm"] + " − " + table["against"] + ",\n" + table["at"])
 
 
 def _curve(curves: pd.DataFrame, arm: str, seed: int) -> pd.DataFrame:
@@ -148,7 +152,7 @@ def _curve(curves: pd.DataFrame, arm: str, seed: int) -> pd.DataFrame:
 
 
 def _first_at(curve: pd.DataFrame, goal: float) -> float | None:
-    """Tokens at which a curve first reaches a loss."""
+    """Return the tokens at which a curve first reaches a loss."""
     tokens, losses = list(curve["tokens"]), list(curve["loss"])
     for i in range(1, len(losses)):
         if losses[i] <= goal:
@@ -158,36 +162,48 @@ def _first_at(curve: pd.DataFrame, goal: float) -> float | None:
 
 
 def _at(curve: pd.DataFrame, flops: float) -> float:
-    """Loss at that many FLOPs; the last one if the run was shorter."""
+    """Return the loss at that many FLOPs; the last one if the run was shorter."""
     import numpy as np
 
     return float(np.interp(flops, curve["flops"], curve["loss"]))
 
 
 def verdicts(final: pd.DataFrame, scale: str) -> list[Verdict]:
-    """The claims of Fig 1. Those about the larger dense model need the paper's budget: shown, not judged, below it."""
+    """Judge the claims of Fig 1. Those about the larger dense model need the paper's budget: shown, not judged, below
+    it."""
     judged = []
-    for claim in paper.claims("moe-scaling"):
+    for claim in paper.claims("scaling"):
         judged.append(
-            common.loss_verdict(claim, final, ARMS, scale)
+            comparison.judge_loss(claim, final, ARMS, scale)
             if claim.kind == "difference"
             else judge(claim, [], scale=scale)
         )
     return judged
 
 
-def finding(curves: pd.DataFrame, final: pd.DataFrame) -> str:
-    """The result in one line."""
-    text = common.difference(final, "350M+MoE-128", "350M")
+def headline(curves: pd.DataFrame, final: pd.DataFrame) -> str:
+    """Return the result in one line."""
+    text = comparison.difference(final, "350M+MoE-128", "350M")
     times = efficiency(curves, final).query("arm == '350M+MoE-128'")["tokens"].dropna()
     return f"{text}; it reaches its base's loss on {times.mean():.2f} times fewer tokens" if len(times) else text
 
 
-def flops_finding(differences: pd.DataFrame) -> str:
-    """MoE minus dense at equal tokens and at equal FLOPs, in one line.
+def efficiency_headline(times: pd.DataFrame, paper_times: Mapping[str, float]) -> str:
+    """Return how many times fewer tokens each MoE needs than its base, in one line; from `efficiency` and
+    `paper_efficiency`."""
+    said = [
+        f"{arm} needs {part['tokens'].mean():.2f} times fewer tokens than its base (paper: {paper_times[arm]:.1f})"
+        for arm, part in times.dropna().groupby("arm")
+        if arm in paper_times
+    ]
+    return "; ".join(said) or "no MoE has reached its base's loss"
+
+
+def flops_headline(differences: pd.DataFrame) -> str:
+    """Return MoE minus dense at equal tokens and at equal FLOPs, in one line.
 
     Args:
-        differences: `equal_tokens` and `equal_flops` with a column `at` that names them.
+        differences: from `at_equal_cost`.
     """
     means = differences.groupby(["arm", "against", "at"], sort=False)["difference"].mean().unstack()
     said = [
@@ -199,16 +215,16 @@ def flops_finding(differences: pd.DataFrame) -> str:
 
 EXPERIMENT = Experiment(
     name="scaling",
+    number=1,
     title="MoE against dense scaling",
     paper="Fig 1 (section 3)",
     question="How much does an MoE gain over its base, and how large a dense model does it equal?",
     paper_answer="Each MoE ends at the loss of a dense model 4 to 5 times its base's size.",
-    notebook="01_scaling.ipynb",
     scales={
         "smoke": Scale("twins of 32 to 128 wide; 12 k tokens of sotu", "seconds (tests)"),
         "cpu": Scale("twins 32, 64 and 128 wide; 1 M tokens of mix5", "about 9 minutes a seed on one core"),
         "gpu": Scale("twins 256 to 1024 wide; 200 M tokens of mix5", "not yet run; one GPU"),
         "paper": Scale("the paper's five models; 300 B tokens", "not run; see its dry run"),
     },
-    specs=specs,
+    arms=ARMS,
 )

@@ -1,32 +1,38 @@
-"""The settings all training experiments share, so that the same arm of two experiments is the same run.
+"""The settings that all training experiments share, so that the same arm of two experiments is the same run.
 
-Scales:
+A *twin* is a paper model with the same structure and smaller numbers (`ModelConfig.shrink`). A *scale* is the size at
+which an experiment runs:
 
-- `smoke`: twins of twins, 24 steps of sotu, seconds: shows that everything runs.
-- `cpu`: hidden size / 32, depth / 3, experts / 8 (350M: 32 wide, 8 layers; 1.3B: 64; 6.7B: 128 and 11 layers; 128 experts: 16); 1.02 M
-  tokens of mix5 in batches of 8 x 128, BPE of 2048. Chosen for what one core resolves: at width 32 a run takes half a minute to two, so that 3 to
-  8 seeds are affordable, and 1 M tokens are about 10 for each of the dense twin's 98 k parameters outside the embedding (the paper: 850), where
-  capacity begins to matter; at width 64 it would be 2.5. A vocabulary of 4096 would double the time.
+- `smoke`: the smallest twins, 24 steps of the corpus sotu, seconds: shows that everything runs.
+- `cpu`: hidden size / 32, depth / 3, experts / 8 (350M: 32 wide, 8 layers; 1.3B: 64; 6.7B: 128 and 11 layers; 128
+  experts: 16); 1.02 M tokens of mix5 in batches of 8 x 128, BPE of 2048. Chosen for what one core resolves: at width 32
+  a run takes half a minute to two, so that 3 to 8 seeds are affordable, and 1 M tokens are about 10 for each of the
+  dense twin's 98 k parameters outside the embedding (the paper: 850), where capacity begins to matter; at width 64 it
+  would be 2.5. A vocabulary of 4096 would double the time.
 - `gpu`: hidden / 4, depth / 2, experts / 4, 200 M tokens of mix5; one GPU.
-- `paper`: the published settings (`moelab.paper.training_settings`) on 64 GPUs, as the scripts: batch, rates, warm-up and decay in tokens, capacity 1.0
-  with random token selection. What differs: bf16 for fp16 with loss scaling; the public Pile for the internal blend; the dense models' batch is not
-  ramped up; FSDP instead of tensor slicing for the dense 1.3B and 6.7B (one degree less to set, the same mathematics).
+- `paper`: the published settings (`moelab.paper.training_settings`) on 64 GPUs, as the scripts: batch, rates, warm-up
+  and decay in tokens, capacity 1.0 with random token selection. What differs: bf16 for fp16 with loss scaling; the
+  public Pile for the internal blend; the dense models' batch is not ramped up; FSDP instead of tensor slicing for the
+  dense 1.3B and 6.7B (one degree less to set, the same mathematics).
 
-Twins are drop-free: in the first 100 k tokens routing is so uneven that capacity 1.0 would drop a third of the tokens, which a 572,000-step run
-forgets and a 1,000-step run does not. The experiment `capacity` measures that.
+Twins are *drop-free*: an expert takes all tokens that are routed to it. In the first 100 k tokens routing is so uneven
+that capacity 1.0 would drop a third of the tokens, which a run of 572,000 steps recovers from and one of 1,000 steps
+does not. The experiment `capacity` measures that.
 
-Learning rate: one for all arms on a base, so that no arm is tuned more than another. The `cpu` rates come from sweeps of four rates (experiment
-`learning-rate`, `-p base=...`) on a seed that no other experiment uses (`TRAINS`, `SWEPT`). Where there is no sweep, larger bases train at less than the 350M in
-the proportion of the paper's dense rates (3e-4, 2e-4 and 1.2e-4 for 350M, 1.3B and 6.7B).
+Learning rate: one for all arms on a base, so that no arm is tuned more than another. The rates of `cpu` come from
+sweeps of four rates (experiment `learning-rate`) on a seed that no other experiment uses.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
+from typing import Any
 
 from moelab import paper
 from moelab.config import DataConfig, ModelConfig, RoutingConfig, TrainConfig
 from moelab.config.distill import DistillConfig
+from moelab.config.overrides import check_overrides, override
 from moelab.config.parallel import ParallelConfig
 from moelab.runs.spec import RunSpec
 
@@ -53,8 +59,6 @@ TRAINS = {
     "cpu": TrainConfig(
         tokens=1_024_000,
         batch_size=8,
-        lr=16e-3,
-        min_lr=1.6e-3,
         warmup_tokens=51_200,
         eval_every=100,
         eval_tokens=4_096,
@@ -64,8 +68,6 @@ TRAINS = {
     "gpu": TrainConfig(
         tokens=200_000_000,
         batch_size=64,
-        lr=1e-3,
-        min_lr=1e-4,
         warmup_tokens=4_000_000,
         dtype="bf16",
         device="cuda",
@@ -75,8 +77,13 @@ TRAINS = {
     ),
 }
 
-SWEPT = {"cpu": {"1.3B": 5.333e-3, "6.7B": 3.2e-3}}
-"""Scale -> larger base -> the peak rate at which its arms end lowest on average in their sweep; the 350M's is in `TRAINS`."""
+PEAK_RATES = {
+    "smoke": {"350M": 4e-3},
+    "cpu": {"350M": 16e-3, "1.3B": 5.333e-3, "6.7B": 3.2e-3},
+    "gpu": {"350M": 1e-3},
+}
+"""Scale -> base -> peak learning rate of all its arms; at `cpu` the one at which they end lowest on average in their
+sweep."""
 
 DATA = {
     "smoke": DataConfig(tokenizer="bpe-1024", context=64, max_bytes=3_000_000),
@@ -84,8 +91,6 @@ DATA = {
     "gpu": DataConfig(corpus="mix5", tokenizer="bpe-8192", context=512),
     "paper": DataConfig(corpus="hf:monology/pile-uncopyrighted", tokenizer="gpt2", context=2048),
 }
-
-SCALES = ("smoke", "cpu", "gpu", "paper")
 
 GPUS = 64
 """Of the paper's training scripts."""
@@ -96,92 +101,82 @@ def spec(
     scale: str,
     seed: int = 0,
     *,
+    overrides: Mapping[str, Any] | None = None,
     label: str = "",
-    run: str = "",
-    tokens: int = 0,
-    corpus: str = "",
-    lr: float = 0.0,
+    published: str | None = None,
     routing: RoutingConfig | None = None,
     residual_mix: str = "learned",
-    ranks: int = 1,
     teacher: RunSpec | None = None,
     distill: DistillConfig | None = None,
 ) -> RunSpec:
-    """One training of a paper model, or of its twin.
+    """Return one training of a paper model, or of its twin.
 
     Args:
         name: of the model, such as ``350M+MoE-128``.
-        run: whose published settings the `paper` scale takes; the model's by default, the 350M+MoE-128 recipe of its base if it has none.
-        tokens: 0 is the scale's own number.
-        corpus: see `DataConfig`; empty is the scale's own.
-        lr: peak learning rate, with a tenth of it at the end; 0 is `peak_rate`. Not at `paper` scale, which has published ones.
-        routing: other than the scale's own.
-        ranks: processes (GPUs) of a twin; the batch is then cut into one micro-batch a rank, which makes it another run.
+        overrides: settings in place of the scale's own, see `moelab.config.overrides`. With ``train.lr`` the rate ends
+            at a tenth of it unless ``train.min_lr`` says otherwise. With ``parallel.data`` a twin's batch is cut into
+            one micro-batch a data rank unless ``train.micro_batch`` says otherwise, which makes it another run: routing
+            belongs to the micro-batch.
+        published: whose published settings the `paper` scale takes; None is the model's own, or those of 350M+MoE-128
+            on its base if it has none.
+        routing: None is the scale's own.
 
     Raises:
-        ValueError: one line: an unknown scale or model, or a number out of range.
+        ValueError: one line: an unknown scale, model or setting, or a number out of range.
     """
-    if scale not in SCALES:
-        raise ValueError(f"no scale {scale!r}; allowed: {', '.join(SCALES)}")
-    if tokens < 0:
-        raise ValueError(f"tokens must not be negative (0 is the scale's own number), got {tokens}")
-    data = replace(DATA[scale], corpus=corpus or DATA[scale].corpus)
-    if scale == "paper":
-        made = _published(name, run or name, data)
-        train = replace(made.train, seed=seed, tokens=tokens or made.train.tokens)
-        model = replace(made.model, routing=routing or made.model.routing, residual_mix=residual_mix)
-        return replace(made, model=model, train=train, label=label, teacher=teacher, distill=distill)
-    train = TRAINS[scale]
-    if ranks < 1 or train.batch_size % ranks:
-        raise ValueError(f"ranks must divide the batch of {train.batch_size} sequences, got {ranks}")
-    peak = peak_rate(name, scale)
-    train = replace(
-        train,
-        seed=seed,
-        tokens=tokens or train.tokens,
-        lr=lr or peak,
-        min_lr=lr / 10 if lr else round(train.min_lr * peak / train.lr, 7),
-        micro_batch=train.batch_size // ranks if ranks > 1 else train.micro_batch,
-    )
-    model = ModelConfig.parse(name).shrink(**SHAPES[scale])
-    model = replace(model, routing=routing or RoutingConfig(drop_tokens=False), residual_mix=residual_mix)
-    return RunSpec(
-        model=model,
-        train=train,
-        data=data,
-        parallel=ParallelConfig(data=ranks),
-        teacher=teacher,
-        distill=distill,
-        label=label,
-    )
+    if scale not in paper.SCALES:
+        raise ValueError(f"no scale {scale!r}; allowed: {', '.join(paper.SCALES)}")
+    given = check_overrides(overrides or {})
+    parts = _published(name, published or name) if scale == "paper" else _twin(name, scale)
+    if "train.lr" in given:
+        given.setdefault("train.min_lr", given["train.lr"] / 10)
+    ranks = given.get("parallel.data", 1)
+    if ranks > 1 and scale != "paper" and "train.micro_batch" not in given:
+        batch = given.get("train.batch_size", parts["train"].batch_size)
+        if batch % ranks:
+            raise ValueError(f"parallel.data must divide the batch of {batch} sequences, got {ranks}")
+        given["train.micro_batch"] = batch // ranks
+    model = parts["model"]
+    parts["model"] = replace(model, routing=routing or model.routing, residual_mix=residual_mix)
+    parts["train"] = replace(parts["train"], seed=seed)
+    if distill is not None:
+        parts["distill"] = distill
+    made = {section: override(section, config, given) for section, config in parts.items()}
+    return RunSpec(**made, teacher=teacher, label=label)
 
 
 def base_of(name: str) -> str:
-    """The dense model that a model grows from: ``1.3B`` of ``1.3B+MoE-128``."""
+    """Return the dense model that a model grows from: ``1.3B`` of ``1.3B+MoE-128``."""
     return name.split("+")[0]
 
 
-def of_base(name: str) -> float:
-    """Learning rate of a model's base over that of the 350M, as the paper trains them dense; 1 for a base it does not train."""
+def rate_ratio(name: str) -> float:
+    """Return the learning rate of a model's base over that of the 350M, as the paper trains them dense; 1 for a base
+    that it does not train."""
     rates = {row.run: row.lr for row in paper.all_training_settings()}
     return rates.get(base_of(name), rates["350M"]) / rates["350M"]
 
 
 def peak_rate(name: str, scale: str) -> float:
-    """The peak learning rate of a twin: what its base's sweep chose, else the scale's own in the proportion of the paper's dense rates."""
-    swept = SWEPT.get(scale, {}).get(base_of(name))
-    return swept or round(TRAINS[scale].lr * of_base(name), 6)
+    """Return the peak learning rate of a twin: its base's in `PEAK_RATES`, else the 350M's in the proportion of the
+    paper's dense rates."""
+    rates = PEAK_RATES[scale]
+    return rates.get(base_of(name)) or round(rates["350M"] * rate_ratio(name), 6)
 
 
-def check_seeds(experiment: str, seeds: int) -> range:
-    """Seeds 0 .. seeds - 1; ValueError for none."""
-    if seeds < 1:
-        raise ValueError(f"{experiment}: seeds must be at least 1, got {seeds}")
-    return range(seeds)
+def _twin(name: str, scale: str) -> dict[str, Any]:
+    """Return the sections of a twin's spec."""
+    peak = peak_rate(name, scale)
+    return {
+        "model": replace(ModelConfig.parse(name).shrink(**SHAPES[scale]), routing=RoutingConfig(drop_tokens=False)),
+        "train": replace(TRAINS[scale], lr=peak, min_lr=round(peak / 10, 7)),
+        "data": DATA[scale],
+        "parallel": ParallelConfig(),
+    }
 
 
-def _published(name: str, run: str, data: DataConfig) -> RunSpec:
-    """A model at its own size with the settings of the paper's scripts."""
+def _published(name: str, run: str) -> dict[str, Any]:
+    """Return the sections of the spec of a model at its own size, with the settings of the paper's scripts for a run."""
     known = {row.run for row in paper.all_training_settings()}
     base = base_of(name)
     s = paper.training_settings(run if run in known else f"{base}+MoE-128" if "MoE" in name else base)
@@ -216,4 +211,4 @@ def _published(name: str, run: str, data: DataConfig) -> RunSpec:
         checkpoint_every=500,
     )
     layout = ParallelConfig(data=GPUS, shard=not model.is_moe and base != "350M", recompute=s.activation_checkpointing)
-    return RunSpec(model=model, train=train, data=data, parallel=layout)
+    return {"model": model, "train": train, "data": DATA["paper"], "parallel": layout}

@@ -1,20 +1,20 @@
-"""What do experts specialise in? (beyond the paper)
+"""Measure what experts specialise in (beyond the paper).
 
-Shows: for each MoE layer of the trained 350M+MoE-128 twin, which share of each domain's validation tokens goes to each expert; how much of the choice of
-an expert the current token's identity tells, and how much the domain (mutual information over the entropy of the choice, both less what chance gives).
+Shows: for each MoE layer of the trained 350M+MoE-128 twin, which share of each domain's validation tokens goes to each
+expert; how much of the choice of an expert the current token's identity tells, and how much the domain (mutual
+information over the entropy of the choice, both less what chance gives).
 
-Expect at `cpu` (3 seeds, results/specialisation): the token tells four fifths of the choice in the first MoE layer and three quarters in the last; the
-domain a twentieth.
+Expect at `cpu` (3 seeds, results/specialisation): the token tells four fifths of the choice in the first MoE layer and
+three quarters in the last; the domain a twentieth.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from dataclasses import asdict, dataclass, fields
+from typing import TYPE_CHECKING, Any
 
-from moelab.experiments import common
 from moelab.experiments.base import Experiment, Scale
-from moelab.runs.spec import RunSpec
 
 if TYPE_CHECKING:
     import numpy as np
@@ -25,18 +25,12 @@ if TYPE_CHECKING:
 ARMS = {"MoE-128": "350M+MoE-128"}
 
 
-def specs(
-    scale: str = "cpu", seeds: int = 1, *, arms: Sequence[str] = (), tokens: int = 0, corpus: str = ""
-) -> list[RunSpec]:
-    """The runs; see `common.specs`."""
-    EXPERIMENT.scale(scale)
-    return common.specs("specialisation", ARMS, scale, seeds, selected=arms, tokens=tokens, corpus=corpus)
-
-
 def told(counts_XE: np.ndarray) -> float:
-    """Share of the entropy of the expert that another variable tells, from their joint counts [values, experts]; 0 to 1.
+    """Return the share of the entropy of the expert that another variable tells, from their joint counts [values,
+    experts]; 0 to 1.
 
-    Mutual information over entropy, both less what the same counts tell after shuffling (a small sample tells something by chance).
+    Mutual information over entropy, both less what the same counts tell after shuffling (a small sample tells something
+    by chance).
     """
     import numpy as np
 
@@ -54,14 +48,36 @@ def told(counts_XE: np.ndarray) -> float:
     return float(np.clip((sides - entropy(counts_XE) - chance) / most, 0, 1)) if most > 1e-9 else 0.0
 
 
-def measure(runs: Runs, max_tokens: int = 0) -> dict[str, list[dict]]:
-    """Route each finished run's validation text: rows of two tables.
+@dataclass(frozen=True)
+class Told:
+    """Hold how much of a layer's choice of an expert two variables tell; see `told`."""
+
+    seed: int
+    layer: int
+    by_domain: float
+    by_token: float
+
+
+@dataclass(frozen=True)
+class Share:
+    """Hold the share of a domain's validation tokens that one expert of a layer takes."""
+
+    seed: int
+    layer: int
+    domain: str
+    expert: int
+    share: float
+
+
+def measure(runs: Runs, max_tokens: int | None = None) -> dict[str, list[dict[str, Any]]]:
+    """Route each finished run's validation text; the fields of a `Told` for each layer, and of a `Share` for each
+    layer, domain and expert.
 
     Args:
-        max_tokens: bound on the tokens of each domain; 0 is all of them.
+        max_tokens: bound on the tokens of each domain; None is all of them.
 
     Returns:
-        "layers": seed, layer, by_domain, by_token (see `told`); "shares": seed, layer, domain, expert, share of the domain's tokens.
+        "layers" and "shares".
     """
     from moelab import paths
     from moelab.data import prepare
@@ -70,28 +86,28 @@ def measure(runs: Runs, max_tokens: int = 0) -> dict[str, list[dict]]:
     layers, shares = [], []
     for run in runs.finished:
         spec = run.spec
+        seed = spec.train.seed
         data = prepare(spec.data, paths.home() / "data")
-        for use in expert_use(spec.model, spec.train, run.path, data, spec.data.context, max_tokens=max_tokens):
-            seed = {"seed": spec.train.seed, "layer": use.layer}
-            layers.append({**seed, "by_domain": told(use.by_domain_DE), "by_token": told(use.by_token_VE)})
+        for use in expert_use(spec.model, spec.train, run.path, data, spec.data.context, max_tokens=max_tokens or 0):
+            layers.append(Told(seed, use.layer, told(use.by_domain_DE), told(use.by_token_VE)))
             for domain, counts in zip(use.domains, use.by_domain_DE, strict=True):
                 rows = enumerate((counts / counts.sum()).tolist())
-                shares += [{**seed, "domain": domain, "expert": e, "share": share} for e, share in rows]
-    return {"layers": layers, "shares": shares}
+                shares += [Share(seed, use.layer, domain, expert, share) for expert, share in rows]
+    return {"layers": [asdict(row) for row in layers], "shares": [asdict(row) for row in shares]}
 
 
-def tables(found: Mapping[str, Sequence[dict]]) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """What `measure` found, as frames: layers, shares."""
+def tables(found: Mapping[str, Sequence[Mapping[str, Any]]]) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Return what `measure` found as frames: layers, shares."""
     import pandas as pd
 
-    return (
-        pd.DataFrame(found["layers"], columns=["seed", "layer", "by_domain", "by_token"]),
-        pd.DataFrame(found["shares"], columns=["seed", "layer", "domain", "expert", "share"]),
+    return tuple(
+        pd.DataFrame(found[name], columns=[f.name for f in fields(row)])
+        for name, row in (("layers", Told), ("shares", Share))
     )
 
 
-def finding(layers: pd.DataFrame) -> str:
-    """The result in one line."""
+def headline(layers: pd.DataFrame) -> str:
+    """Return the result in one line."""
     if not len(layers):
         return "no run has finished"
     means = layers.groupby("layer")[["by_token", "by_domain"]].mean()
@@ -102,8 +118,9 @@ def finding(layers: pd.DataFrame) -> str:
     )
 
 
-def domain_finding(shares: pd.DataFrame) -> str:
-    """The expert that a domain asks for most, in one line; columns layer, domain, expert, share of one seed, as `tables` has them."""
+def domain_headline(shares: pd.DataFrame) -> str:
+    """Return the expert that a domain asks for most, in one line; columns layer, domain, expert, share of one seed, as
+    `tables` has them."""
     if not len(shares):
         return "no run has finished"
     most = shares.loc[shares["share"].idxmax()]
@@ -113,15 +130,15 @@ def domain_finding(shares: pd.DataFrame) -> str:
 
 EXPERIMENT = Experiment(
     name="specialisation",
+    number=22,
     title="What experts specialise in",
     paper="beyond the paper",
     question="Does an expert's load tell which text it is reading?",
     paper_answer="Not examined.",
-    notebook="22_specialisation.ipynb",
     scales={
         "smoke": Scale("twins of 32 wide, 4 layers; 12 k tokens of sotu", "seconds (tests)"),
         "cpu": Scale("the 350M+MoE-128 twin of `scaling`", "seconds beyond that run"),
         "gpu": Scale("the 350M+MoE-128 twin of `scaling`", "not yet run; one GPU"),
     },
-    specs=specs,
+    arms=ARMS,
 )

@@ -1,19 +1,19 @@
-"""A first tour (notebook 00): the paper's model names, one gate at work, a short run, a layout, a cluster.
+"""Take a first tour (notebook 00): the paper's model names, one gate at work, a short run, a layout, a cluster.
 
-Shows: three twins trained for seconds on the embedded corpus: the dense 350M base, 350M+MoE-32 and 350M+MoE-128; which expert takes which token of a sentence, before and after.
+Shows: three twins trained for seconds on the embedded corpus: the dense 350M base, 350M+MoE-32 and 350M+MoE-128; which
+expert takes which token of a sentence, before and after training.
 
-Expect: all three learn little more than the commonest words, the MoE twins a little ahead. One seed and 131 k tokens do not rank arms (experiment `scaling` trains eight times
-longer, on several seeds), so no claim of the paper is judged here.
+Expect: all three learn little more than the commonest words, the MoE twins a little ahead. One seed and 131 k tokens do
+not rank arms (experiment `scaling` trains eight times longer, on several seeds), so no claim of the paper is judged
+here.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import replace
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
-from moelab.config import ModelConfig
-from moelab.experiments import common
+from moelab.experiments import settings
 from moelab.experiments.base import Experiment, Scale
 from moelab.runs.spec import RunSpec
 
@@ -21,49 +21,18 @@ if TYPE_CHECKING:
     import pandas as pd
 
 ARMS = {"Dense": "350M", "MoE-32": "350M+MoE-32", "MoE-128": "350M+MoE-128"}
-TOKENS = {"smoke": 0, "cpu": 131_072}
-"""Scale -> training tokens of a run, 0 for the scale's own."""
+SHORT = {"smoke": {}, "cpu": {"train.tokens": 131_072, "train.eval_every": 16}}
+"""Scale -> overrides that make a run short, and its curve more than three points."""
 
 
-def specs(scale: str = "cpu", seeds: int = 1, *, arms: Sequence[str] = ()) -> list[RunSpec]:
-    """The runs; see `common.specs`. The corpus is the embedded one, so nothing is downloaded."""
-    EXPERIMENT.scale(scale)
-    made = common.specs("start", ARMS, scale, seeds, selected=arms, tokens=TOKENS[scale], corpus="sotu")
-    if scale == "smoke":
-        return made
-    return [replace(spec, train=replace(spec.train, eval_every=16)) for spec in made]  # a curve, not three points
+def build(scale: str, seed: int, overrides: Mapping[str, Any]) -> list[RunSpec]:
+    """Return the runs of one seed. The corpus is the embedded one, so nothing is downloaded."""
+    given = {"data.corpus": "sotu", **SHORT[scale], **overrides}
+    return [settings.spec(name, scale, seed, label=arm, overrides=given) for arm, name in ARMS.items()]
 
 
-def sizes() -> pd.DataFrame:
-    """The models that the paper trains for quality: what `ModelConfig.parse` makes of the name, and the size that the paper states.
-
-    One row a model: layers, hidden, experts (``10 x 32, 2 x 64`` by layer), residual, parameters and active parameters (billions), stated (billions),
-    off (parameters over stated, minus 1). Stated sizes are rounded as printed.
-    """
-    import pandas as pd
-
-    from moelab import paper
-
-    rows = {}
-    for row in paper.models():
-        if row.role.startswith("quality") and row.stated_B is not None:
-            model = ModelConfig.parse(row.model)
-            counts = {e: model.experts.count(e) for e in sorted(set(model.experts)) if e}
-            rows[row.model] = {
-                "layers": model.layers,
-                "hidden": model.hidden,
-                "MoE layers x experts": ", ".join(f"{n} x {e}" for e, n in counts.items()) or "–",
-                "residual": "yes" if model.residual else "",
-                "parameters (B)": model.parameters() / 1e9,
-                "active (B)": model.active_parameters() / 1e9,
-                "paper (B)": row.stated_B,
-                "off": model.parameters() / 1e9 / row.stated_B - 1,
-            }
-    return pd.DataFrame(rows.values(), index=pd.Index(rows, name="model"))
-
-
-def finding(final: pd.DataFrame) -> str:
-    """The result in one line."""
+def headline(final: pd.DataFrame) -> str:
+    """Return the result in one line."""
     if not len(final):
         return "no run has finished"
     losses = ", ".join(f"{arm} {loss:.2f}" for arm, loss in zip(final["arm"], final["validation_loss"], strict=True))
@@ -73,11 +42,11 @@ def finding(final: pd.DataFrame) -> str:
 
 EXPERIMENT = Experiment(
     name="start",
+    number=0,
     title="Start here: a tour in ten minutes",
     paper="sections 3 to 5",
     question="What is a mixture of experts, and how does one work with moelab?",
     paper_answer="A gate sends each token to one of many feed-forward networks, so a model grows without its compute per token growing.",
-    notebook="00_start_here.ipynb",
     scales={
         "smoke": Scale("twins of 32 wide, 4 layers; 12 k tokens of sotu", "seconds (tests)"),
         "cpu": Scale(
@@ -85,5 +54,5 @@ EXPERIMENT = Experiment(
             "half a minute of training on two cores (30 s of CPU time in all, measured)",
         ),
     },
-    specs=specs,
+    build=build,
 )

@@ -1,14 +1,14 @@
-"""Training throughput of an MoE and of the dense model it equals (paper section 3, Table 3).
+"""Measure the training throughput of an MoE and of the dense model it equals (paper section 3, Table 3).
 
-Shows: training tokens per second of the dense 6.7B twin and of the 1.3B+MoE-128 twin, side by side, and the ratio of their FLOPs a token.
+Shows: training tokens per second of the dense 6.7B twin and of the 1.3B+MoE-128 twin, side by side, and the ratio of
+their FLOPs a token. In the paper both models run at the same operations per second and GPU (44.7 and 47.1 TFLOP/s, our
+arithmetic), so the gain is fewer active parameters.
 
-Paper: 70 and 372 samples per second on 128 A100: 5.3 times, printed as 5; both run at the same operations per second and GPU (44.7 and 47.1
-TFLOP/s, our arithmetic), so the gain is fewer active parameters.
+Here: two twins train in turns in one process, so that other load on the machine affects both. The ratio of FLOPs is the
+model's, the ratio of times a CPU's. The cluster is simulated (`moelab.simulate`, not fitted to this table).
 
-Here: two twins taking turns in one process, so that other load meets both. What the ratio of FLOPs promises and how much of it the machine delivers
-are told apart: the ratio of times is a CPU's. The cluster itself is simulated (`moelab.simulate`, not fitted to this table).
-
-Expect: a ratio of FLOPs near 3.5 (twins have larger embeddings, in proportion, and the 6.7B twin is only 11 layers deep); measured somewhat less.
+Expect: a ratio of FLOPs near 3.5 (twins have larger embeddings, in proportion, and the 6.7B twin is only 11 layers
+deep); measured somewhat less.
 """
 
 from __future__ import annotations
@@ -18,9 +18,8 @@ from typing import TYPE_CHECKING
 
 from moelab import paper
 from moelab.config import ModelConfig
-from moelab.experiments import common
 from moelab.experiments.base import Experiment, Scale
-from moelab.experiments.verdicts import Verdict
+from moelab.paper.verdicts import Verdict, judge_simulated
 from moelab.runs.spec import RunSpec
 
 if TYPE_CHECKING:
@@ -29,70 +28,75 @@ if TYPE_CHECKING:
 ARMS = {name: name for name in ("6.7B", "1.3B+MoE-128")}
 
 
-def specs(
-    scale: str = "cpu", seeds: int = 1, *, arms: Sequence[str] = (), tokens: int = 0, corpus: str = ""
-) -> list[RunSpec]:
-    """The two runs whose steps are measured, the same as in `scaling`; they need not be trained."""
-    EXPERIMENT.scale(scale)
-    return common.specs("throughput", ARMS, scale, seeds, selected=arms, tokens=tokens, corpus=corpus)
-
-
 def flops_ratio(dense: ModelConfig, moe: ModelConfig) -> float:
-    """Training FLOPs a token, dense over MoE: the speed-up at equal operations per second."""
+    """Return the training FLOPs a token of the dense model over the MoE's: the speed-up at equal operations per second."""
     return dense.flops_per_token() / moe.flops_per_token()
 
 
-def simulated() -> pd.DataFrame:
-    """Both models of Table 3 on the paper's cluster as `moelab.simulate` predicts them (`scoreboard.table3`): a row a model. Nothing is fitted to
-    Table 3."""
+def compared(specs: Sequence[RunSpec], ratios: Sequence[float]) -> pd.DataFrame:
+    """Return the MoE's advantage by FLOPs a token and by training speed, for the twins and for the paper's models.
+
+    Args:
+        ratios: the MoE's measured training speed over the dense model's, round by round.
+
+    Returns:
+        Rows FLOPs a token and training speed; columns twins, paper's models, and the share of the first that the second
+            delivers.
+    """
     import pandas as pd
 
-    from moelab.simulate.scoreboard import table3
-
-    rows = [
+    twins = {spec.label: spec.model for spec in specs}
+    full = {name: ModelConfig.parse(name) for name in twins}
+    printed = {row.model: row.samples_per_s for row in paper.training_throughput()}
+    flops, speed = flops_ratio(twins["6.7B"], twins["1.3B+MoE-128"]), float(pd.Series(ratios).median())
+    return pd.DataFrame(
         {
-            "model": name,
-            "samples/s": step.samples_per_s,
-            "TFLOP/s a GPU": step.tflops_per_gpu,
-            "GiB a GPU": step.total_gib,
-            "fits": step.fits,
-            "bound by": step.bound,
-        }
-        for name, step in table3().items()
-    ]
-    return pd.DataFrame(rows).set_index("model")
+            "twins": [flops, speed],
+            "paper's models": [
+                flops_ratio(full["6.7B"], full["1.3B+MoE-128"]),
+                printed["1.3B+MoE-128"] / printed["6.7B"],
+            ],
+            "twins: share delivered": [None, speed / flops],
+        },
+        index=pd.Index(["FLOPs a token", "training speed"], name="1.3B+MoE-128 over 6.7B"),
+    )
+
+
+def rounds_table(ratios: Sequence[float]) -> pd.DataFrame:
+    """Return ratios of speed in the form that `figures.gaps` draws: columns arm, seed (the round), ratio."""
+    import pandas as pd
+
+    return pd.DataFrame({"arm": "twins, measured", "seed": range(len(ratios)), "ratio": ratios})
 
 
 def verdicts(predicted: pd.DataFrame) -> list[Verdict]:
-    """Table 3's claims, which speak of 128 A100, judged on the simulated cluster.
+    """Judge Table 3's claims, which speak of 128 A100, on the simulated cluster.
 
     Args:
-        predicted: from `simulated`.
+        predicted: from `moelab.simulate.frames.training`.
     """
-    from moelab.experiments.simulated import verdict
-
     moe, dense = predicted.loc["1.3B+MoE-128"], predicted.loc["6.7B"]
     values = {
         "training-5x-cheaper": moe["samples/s"] / dense["samples/s"],
         "moe-flop-efficiency": moe["TFLOP/s a GPU"] / dense["TFLOP/s a GPU"],
     }
-    return [verdict(c, float(values[c.id]), note="128 A100.") for c in paper.claims("training-throughput")]
+    return [judge_simulated(c, float(values[c.id]), note="128 A100.") for c in paper.claims("throughput")]
 
 
 EXPERIMENT = Experiment(
     name="throughput",
+    number=6,
     title="Training throughput at equal quality",
     paper="Table 3 (section 3)",
     question="How much cheaper is training an MoE than training the dense model it equals?",
     paper_answer="Five times: 372 against 70 samples per second on 128 A100.",
-    notebook="06_throughput.ipynb",
     scales={
         "smoke": Scale("twins 64 and 128 wide", "seconds (tests)"),
         "cpu": Scale("twins 64 and 128 wide, 8 and 11 layers", "about a minute on one core"),
         "gpu": Scale("twins 512 and 1024 wide", "not yet run; one GPU"),
         "paper": Scale("1.3B+MoE-128 and 6.7B", "not run; see its dry run"),
     },
-    specs=specs,
+    arms=ARMS,
     trains=False,
     measures=True,
 )

@@ -1,12 +1,12 @@
-"""Zero-shot tasks (paper Table 2).
+"""Score zero-shot tasks (paper Table 2).
 
-Shows: for the trained twins accuracy on six tasks beside chance, with n and standard errors, the right answers' bits per byte, and the paper's table.
+Shows: for the trained twins accuracy on six tasks beside chance, with n and standard errors, the right answers' bits
+per byte, and the paper's table.
 
-Paper: 350M+MoE-128 scores like dense 1.3B, 1.3B+MoE-128 like 6.7B.
-
-Expect: nothing of that. Twins of 0.1 to 4 M parameters that read 1 M tokens sit at chance on every task: the pipeline is what this shows, and a run
-at `paper` scale goes through the same one. Bits per byte of the right answers move earlier than accuracy. Offline the tasks come from a package;
-for RACE-h and WebQs other data sets stand in, under their own names.
+Expect: accuracy at chance. Twins of 0.1 to 4 M parameters that read 1 M tokens cannot answer; this shows that the
+pipeline works, and a run at `paper` scale goes through the same one. Bits per byte of the right answers change earlier
+than accuracy. Offline the tasks come from a package; for RACE-h and WebQs other data sets stand in, under their own
+names.
 """
 
 from __future__ import annotations
@@ -18,10 +18,9 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 from moelab import paper
-from moelab.experiments import common
+from moelab.experiments import comparison
 from moelab.experiments.base import Experiment, Scale
-from moelab.experiments.verdicts import Verdict, judge
-from moelab.runs.spec import RunSpec
+from moelab.paper.verdicts import Verdict, judge
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -35,18 +34,12 @@ LIMITS = {"smoke": 8, "cpu": 200, "gpu": 1000, "paper": 0}
 """Items of each task by scale; 0 is all."""
 
 
-def specs(
-    scale: str = "cpu", seeds: int = 1, *, arms: Sequence[str] = (), tokens: int = 0, corpus: str = ""
-) -> list[RunSpec]:
-    """The runs, those of `scaling` and `pr-moe`; see `common.specs`."""
-    EXPERIMENT.scale(scale)
-    return common.specs("zero-shot", ARMS, scale, seeds, selected=arms, tokens=tokens, corpus=corpus)
+def measure(runs: Runs, limit: int, tasks: Sequence[str] | None = None) -> list[dict]:
+    """Score every finished run; a row a run and task: arm, seed, paper (the paper's column, or empty), and the fields
+    of `Score`.
 
-
-def measure(runs: Runs, limit: int, tasks: Sequence[str] = ()) -> list[dict]:
-    """One row a finished run and task: arm, seed, paper (the paper's column, or empty), and the fields of `Score`.
-
-    Scores that are there are read back. Args as of `moelab.evaluation.zero_shot.evaluate`; no tasks means the packaged ones.
+    Scores that are there are read back. Args as of `moelab.evaluation.zero_shot.evaluate`; None for tasks means the
+    packaged ones.
     """
     from moelab import paths
     from moelab.evaluation.zero_shot import PACKAGED, PAPER_TASKS, evaluate
@@ -57,7 +50,9 @@ def measure(runs: Runs, limit: int, tasks: Sequence[str] = ()) -> list[dict]:
     with task_progress() as show:
         for run in runs.finished:
             arm, seed = run.spec.title, run.spec.train.seed
-            with common.threads(run.spec.train.threads):  # small models lose by more, a great deal beside other work
+            with comparison.threads(
+                run.spec.train.threads
+            ):  # small models lose by more, a great deal beside other work
                 scores = evaluate(
                     run.path,
                     tasks or PACKAGED,
@@ -73,7 +68,7 @@ def measure(runs: Runs, limit: int, tasks: Sequence[str] = ()) -> list[dict]:
 
 
 def scored(rows: Sequence[dict]) -> pd.DataFrame:
-    """What `measure` found, as a frame."""
+    """Return what `measure` found as a frame."""
     import pandas as pd
 
     from moelab.evaluation.zero_shot import Score
@@ -82,7 +77,8 @@ def scored(rows: Sequence[dict]) -> pd.DataFrame:
 
 
 def reference() -> pd.DataFrame:
-    """The published scores of a real model through the same code (`moelab eval smollm2 --limit 200 --out results/benchmarks`), as `scored` has them.
+    """Return the published scores of a real model through the same code (`moelab eval smollm2 --limit 200 --out
+    results/benchmarks`), as `scored` has them.
 
     Its arm is the model's name, its seed -1. Empty where they are not at hand, or where the tasks have changed since.
     """
@@ -97,8 +93,8 @@ def reference() -> pd.DataFrame:
     return scored(made)
 
 
-def reference_finding(rows: pd.DataFrame) -> str:
-    """What a real model scores, in one line, from `reference`."""
+def reference_headline(rows: pd.DataFrame) -> str:
+    """Return what a real model scores, in one line, from `reference`."""
     if not len(rows):
         return (
             "No scores of a real model at hand: `moelab eval smollm2 --limit 200 --out results/benchmarks` makes them"
@@ -112,7 +108,7 @@ def reference_finding(rows: pd.DataFrame) -> str:
 
 
 def paper_table() -> pd.DataFrame:
-    """The paper's own models: zero-shot percentages by run (internal corpus) and task, with their average."""
+    """Return the paper's own models: zero-shot percentages by run (internal corpus) and task, with their average."""
     import pandas as pd
 
     rows = [row for row in paper.zero_shot() if row.group == "paper" and row.corpus == "internal"]
@@ -120,7 +116,8 @@ def paper_table() -> pd.DataFrame:
 
 
 def our_table(scores: pd.DataFrame) -> pd.DataFrame:
-    """Ours as the paper's table: percent by arm and paper column, mean over seeds, with the average where all six are there."""
+    """Return ours as the paper's table: percent by arm and paper column, mean over seeds, with the average where all
+    six are there."""
     part = scores[scores["paper"] != ""]
     table = (100 * part.pivot_table(index="arm", columns="paper", values="accuracy", sort=False)).reindex(
         columns=list(paper.TASKS)
@@ -129,12 +126,13 @@ def our_table(scores: pd.DataFrame) -> pd.DataFrame:
 
 
 def over_chance(scores: pd.DataFrame) -> pd.DataFrame:
-    """One row an arm and task, mean over seeds: accuracy, standard_error, chance, reference, sigmas, n, bits_per_byte.
+    """Return a row an arm and task, mean over seeds: accuracy, standard_error, chance, reference, sigmas, n,
+    bits_per_byte.
 
     sigmas is the distance from the reference in standard errors.
 
-    reference is what no knowledge gives: chance, or always the commonest answer's place, whichever is more. The standard error is that of one model's
-    items: seeds answer the same questions, so they do not shrink it.
+    reference is what no knowledge gives: chance, or always the commonest answer's place, whichever is more. The
+    standard error is that of one model's items: seeds answer the same questions, so they do not shrink it.
     """
     groups = scores.groupby(["arm", "task"], sort=False)
     table = groups[["accuracy", "standard_error", "chance", "majority", "n", "bits_per_byte"]].mean().reset_index()
@@ -147,8 +145,8 @@ def over_chance(scores: pd.DataFrame) -> pd.DataFrame:
     return table
 
 
-def finding(table: pd.DataFrame) -> str:
-    """The result in one line, from `over_chance`."""
+def headline(table: pd.DataFrame) -> str:
+    """Return the result in one line, from `over_chance`."""
     if not len(table):
         return "no run has finished"
     above = [f"{r.arm} on {r.task}" for r in table.itertuples() if r.sigmas > 3]
@@ -163,11 +161,12 @@ def finding(table: pd.DataFrame) -> str:
 
 
 def verdicts(scores: pd.DataFrame, scale: str) -> list[Verdict]:
-    """The claims on Tables 2 and 4: differences of the average over the six tasks, in percentage points, paired by seed."""
+    """Judge the claims on Tables 2 and 4: differences of the average over the six tasks, in percentage points, paired
+    by seed."""
     part = scores[scores["paper"] != ""]
     whole = part.groupby(["arm", "seed"]).filter(lambda g: set(g["paper"]) == set(paper.TASKS))
     table = 100 * whole.pivot_table(index="seed", columns="arm", values="accuracy") if len(whole) else None
-    note = f"{common.TWINS} Stand-ins for RACE-h and WebQs." if scores["stand_in"].any() else common.TWINS
+    note = f"{comparison.TWINS} Stand-ins for RACE-h and WebQs." if scores["stand_in"].any() else comparison.TWINS
     return [judge(claim, _differences(claim, table), note=note, scale=scale) for claim in paper.claims("zero-shot")]
 
 
@@ -181,11 +180,11 @@ def _differences(claim: paper.Claim, table: pd.DataFrame | None, arms: Mapping[s
 
 EXPERIMENT = Experiment(
     name="zero-shot",
+    number=7,
     title="Zero-shot tasks",
     paper="Table 2",
     question="Does a MoE answer like a dense model several times its base?",
     paper_answer="Yes: 350M+MoE-128 scores like dense 1.3B, 1.3B+MoE-128 like 6.7B.",
-    notebook="07_zero_shot.ipynb",
     scales={
         "smoke": Scale(
             "twins of 32 wide, 4 layers; 8 items of each task", "a minute, and 86 MB the first time (tests)"
@@ -196,5 +195,5 @@ EXPERIMENT = Experiment(
         ),
         "gpu": Scale("the 350M twins at `gpu` scale; 1000 items of each task", "not yet run; one GPU"),
     },
-    specs=specs,
+    arms=ARMS,
 )

@@ -19,11 +19,12 @@ from moelab.report import site
 from moelab.report.publication import SUMMARY
 from moelab.runs.collection import Runs
 from moelab.runs.measurements import MeasurementStore
-from moelab.runs.spec import RunSpec
 
 
 def chosen(scale: str, given: Mapping[str, str]) -> dict[str, dict[str, str]]:
-    """Experiment -> the parameters its notebook takes of those given; experiments without the scale are left out.
+    """Return the parameters that each experiment's notebook takes of those given; experiments without the scale are left out.
+
+    Overrides (dotted names) are for the notebooks whose runs can be overridden.
 
     Raises:
         ValueError: no notebook takes a parameter, a value is of the wrong type, or no experiment has the scale.
@@ -32,7 +33,9 @@ def chosen(scale: str, given: Mapping[str, str]) -> dict[str, dict[str, str]]:
     for e in EXPERIMENTS.values():
         if scale in e.scales:
             allowed = notebooks.parameters(e)
-            found[e.name] = {"scale": scale} | {k: v for k, v in given.items() if k in allowed}
+            found[e.name] = {"scale": scale} | {
+                k: v for k, v in given.items() if k in allowed or ("." in k and "overrides" in allowed)
+            }
             notebooks.check_parameters(e, found[e.name])
     if not found:
         scales = dict.fromkeys(name for e in EXPERIMENTS.values() for name in e.scales)
@@ -41,19 +44,6 @@ def chosen(scale: str, given: Mapping[str, str]) -> dict[str, dict[str, str]]:
         if not any(name in taken for taken in found.values()):
             raise ValueError(f"no notebook takes a parameter {name!r}")
     return found
-
-
-def specs_of(experiment: Experiment, values: Mapping[str, str]) -> list[RunSpec]:
-    """The runs a notebook asks for with these parameters and its defaults for the others."""
-    allowed = notebooks.parameters(experiment)
-    given = {name: p.default for name, p in allowed.items()} | notebooks.check_parameters(experiment, values)
-    return list(experiment.specs(**{name: value for name, value in given.items() if name in _arguments(experiment)}))
-
-
-def _arguments(experiment: Experiment) -> set[str]:
-    import inspect
-
-    return set(inspect.signature(experiment.specs).parameters)
 
 
 def last_result(experiment: Experiment, values: Mapping[str, Any]) -> dict[str, Any]:
@@ -98,13 +88,13 @@ def run_all(scale: str, given: Mapping[str, str], run: Callable[..., Runs], work
     """
     wanted = chosen(scale, given)
     started = time.monotonic()
-    specs = [spec for name in wanted if EXPERIMENTS[name].trains for spec in specs_of(EXPERIMENTS[name], wanted[name])]
+    values = {name: notebooks.check_parameters(EXPERIMENTS[name], texts) for name, texts in wanted.items()}
+    whole = {name: notebooks.resolve(EXPERIMENTS[name], values[name]) for name in wanted}
+    specs = [spec for name in wanted if EXPERIMENTS[name].trains for spec in EXPERIMENTS[name].specs_of(whole[name])]
     runs = run(specs, workers=workers)
     if why := runs.explain_missing():
         print(why)
     print(f"{len({s.id for s in specs})} runs in {time.monotonic() - started:.0f} s", flush=True)
-    values = {name: notebooks.check_parameters(EXPERIMENTS[name], texts) for name, texts in wanted.items()}
-    whole = {name: notebooks.resolve(EXPERIMENTS[name], values[name]) for name in wanted}
     last = {name: last_result(EXPERIMENTS[name], whole[name]) for name in wanted}
     # A measurement beside nothing else: notebooks that time something anew come last and alone.
     alone = [name for name in wanted if EXPERIMENTS[name].measures and not reads_back(last[name], whole[name])]

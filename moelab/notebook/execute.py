@@ -17,6 +17,7 @@ from typing import Any, TextIO
 from traitlets import Type, Unicode
 
 from moelab import environment, paths
+from moelab.config.overrides import SECTIONS, check_overrides
 from moelab.experiments import Experiment
 from moelab.files import write_json
 from moelab.report.publication import SUMMARY
@@ -49,15 +50,22 @@ def parameters(experiment: Experiment) -> dict[str, Parameter]:
 
 
 def check_parameters(experiment: Experiment, given: Mapping[str, str]) -> dict[str, Any]:
-    """Parameter texts from the command line as values of the notebook's declared types.
+    """Return parameter texts from the command line as values of the notebook's declared types, checked down to the runs they lead to.
+
+    Dotted names such as ``train.tokens`` are settings of the runs (`moelab.config.overrides`); they become the parameter `overrides`.
 
     Raises:
-        ValueError: one line with the parameters and types that are allowed.
+        ValueError: one line with the parameters and types, or the settings, that are allowed.
     """
     allowed = parameters(experiment)
     listing = "; allowed: " + ", ".join(f"{p.name}: {p.type} = {p.default!r}" for p in allowed.values())
-    values = {}
+    if "overrides" in allowed:
+        listing += f"; settings of the runs: {', '.join(f'{section}.…' for section in SECTIONS)}"
+    values: dict[str, Any] = {}
+    dotted = {name: text for name, text in given.items() if "." in name and "overrides" in allowed}
     for name, text in given.items():
+        if name in dotted:
+            continue
         if name not in allowed:
             raise ValueError(f"{experiment.name}: no parameter {name!r}{listing}")
         try:
@@ -66,6 +74,15 @@ def check_parameters(experiment: Experiment, given: Mapping[str, str]) -> dict[s
             raise ValueError(
                 f"{experiment.name}: parameter {name} must be {allowed[name].type}, got {text!r}{listing}"
             ) from None
+    if dotted:
+        try:
+            typed = json.loads(
+                json.dumps(check_overrides(dotted))
+            )  # what a notebook and a submission's record can hold
+        except ValueError as error:
+            raise ValueError(f"{experiment.name}: {error}") from None
+        values["overrides"] = values.get("overrides", {}) | typed
+    experiment.specs_of(resolve(experiment, values))
     return values
 
 

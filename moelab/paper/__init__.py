@@ -14,10 +14,10 @@ without torch or pandas.
 """
 
 from moelab.paper._table import HOW, Provenance, Table
-from moelab.paper.claims import DIRECTIONS, KINDS, TESTABLE_AT, Claim, claim, claims, experiments
+from moelab.paper.claims import DIRECTIONS, KINDS, SCALES, TESTABLE_AT, Claim, claim, claims, experiments
 from moelab.paper.conflicts import Conflict, conflict, conflicts
 from moelab.paper.inference import InferenceResult, inference_results
-from moelab.paper.models import PaperModel, model, models
+from moelab.paper.models import PaperModel, model, models, size_table
 from moelab.paper.quality import TASKS, LossCurve, LossPoint, ZeroShot, loss_curve, loss_points, zero_shot
 from moelab.paper.training import (
     TrainingSettings,
@@ -31,6 +31,7 @@ __all__ = [
     "DIRECTIONS",
     "HOW",
     "KINDS",
+    "SCALES",
     "TASKS",
     "TESTABLE_AT",
     "Claim",
@@ -55,6 +56,7 @@ __all__ = [
     "loss_points",
     "model",
     "models",
+    "size_table",
     "training_settings",
     "training_throughput",
     "zero_shot",

@@ -8,7 +8,9 @@ from moelab.paper._table import Provenance, Table, load, unknown
 
 KINDS = ("difference", "ratio", "ordering", "bound")
 DIRECTIONS = ("lower", "higher", "equal")
-TESTABLE_AT = ("smoke", "cpu", "gpu", "paper", "simulated")
+SCALES = ("smoke", "cpu", "gpu", "paper")
+"""The sizes at which experiments run, from the smallest to the largest."""
+TESTABLE_AT = (*SCALES, "simulated")
 
 
 @dataclass(frozen=True, kw_only=True)

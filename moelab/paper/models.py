@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from moelab.paper._table import Provenance, Table, load, unknown
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 RUN_SUFFIXES = ("+KD", "+MoS")
 """What a run label adds to a student's name: distilled throughout, or staged distillation (Mixture-of-Students)."""
@@ -73,3 +77,32 @@ def model(name: str) -> PaperModel:
         if row.model == plain:
             return row
     raise unknown("model", name, (row.model for row in models()))
+
+
+def size_table() -> pd.DataFrame:
+    """Return the models that the paper trains for quality: what `ModelConfig.parse` makes of the name, and the size
+    that the paper states.
+
+    One row a model: layers, hidden, experts (``10 x 32, 2 x 64`` by layer), residual, parameters and active parameters
+    (billions), stated (billions), off (parameters over stated, minus 1). Stated sizes are rounded as printed.
+    """
+    import pandas as pd
+
+    from moelab.config import ModelConfig
+
+    rows = {}
+    for row in models():
+        if row.role.startswith("quality") and row.stated_B is not None:
+            model = ModelConfig.parse(row.model)
+            counts = {e: model.experts.count(e) for e in sorted(set(model.experts)) if e}
+            rows[row.model] = {
+                "layers": model.layers,
+                "hidden": model.hidden,
+                "MoE layers x experts": ", ".join(f"{n} x {e}" for e, n in counts.items()) or "–",
+                "residual": "yes" if model.residual else "",
+                "parameters (B)": model.parameters() / 1e9,
+                "active (B)": model.active_parameters() / 1e9,
+                "paper (B)": row.stated_B,
+                "off": model.parameters() / 1e9 / row.stated_B - 1,
+            }
+    return pd.DataFrame(rows.values(), index=pd.Index(rows, name="model"))

@@ -322,6 +322,30 @@ def seed_lines(measured: pd.DataFrame, ax: Axes, *, arms: Sequence[str], value: 
     return ax
 
 
+def task_scores(
+    table: pd.DataFrame, ax: Axes, *, tasks: Sequence[str], colors: Mapping[str, str], twins: Sequence[str]
+) -> Axes:
+    """Draw the accuracy of each arm on each task with the 95 % interval of its items, and what guessing reaches as dashes.
+
+    Args:
+        table: columns arm, task, accuracy, standard_error and reference (what guessing reaches).
+        colors: arm -> colour.
+        twins: arms that are twins; the others are real models.
+    """
+    arms = list(dict.fromkeys(table["arm"]))
+    for i, arm in enumerate(arms):
+        part = table[table["arm"] == arm].set_index("task").reindex(tasks)
+        places = [at + (i - (len(arms) - 1) / 2) * 0.22 for at in range(len(tasks))]
+        marker, label = ("o", f"{arm} twin") if arm in twins else ("s", f"{arm} (real)")
+        error = 100 * 1.96 * part["standard_error"]
+        ax.errorbar(places, 100 * part["accuracy"], yerr=error, fmt=marker, capsize=3, color=colors[arm], label=label)
+    for at, reference in enumerate(table.drop_duplicates("task").set_index("task").loc[list(tasks), "reference"]):
+        ax.plot([at - 0.4, at + 0.4], [100 * reference] * 2, "k--", lw=1, label="guessing" if at == 0 else None)
+    ax.set(ylabel="accuracy (%)", ylim=(-4, 100))
+    legend_below(ax)
+    return ax
+
+
 def legend_below(ax: Axes, columns: int = 2) -> None:
     """Put an axis's legend under it and its label, where it covers nothing."""
     # The pad is in font sizes, so the distance is the same for a low axis and a high one.

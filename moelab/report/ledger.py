@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moelab import paper
-from moelab.experiments.verdicts import NO_SPREAD, NOT_TESTABLE, NOT_TESTED, SIMULATED
 from moelab.files import read_json
+from moelab.paper.verdicts import NO_SPREAD, NOT_TESTABLE, NOT_TESTED, SIMULATED
 from moelab.report.publication import SUMMARY
 
 if TYPE_CHECKING:
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 DISAGREES = "paper's own numbers disagree"
 NOT_YET = "not tested yet"
 
-SCALES = ("smoke", "simulated", "cpu", "gpu", "paper")
+SCALES = (paper.SCALES[0], "simulated", *paper.SCALES[1:])
 """From the least to the most telling."""
 
 _DISPUTED = frozenset(
@@ -46,7 +46,7 @@ class Finding:
 
     Attributes:
         scale: of the result.
-        ours, low, high, unit, samples, verdict, note: see `moelab.experiments.verdicts.Verdict`.
+        ours, low, high, unit, samples, verdict, note: see `moelab.paper.verdicts.Verdict`.
         result: its folder, relative to the results.
         figure: the figure that shows it, relative to the results; empty if it has none.
     """

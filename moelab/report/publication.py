@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.figure import Figure
 
-    from moelab.experiments.verdicts import Verdict
+    from moelab.paper.verdicts import Verdict
     from moelab.runs.collection import Runs
     from moelab.runs.measurements import Measurement
 

@@ -1,12 +1,14 @@
 """The paper's inference bars, and the settings under which they are simulated.
 
-Only what `moelab.paper` states; where the paper is silent the assumption is written in `Bar.assumed`. Bars of `FITTED` are those the free
-constants were fitted on; all others are predictions.
+Only what `moelab.paper` states; where the paper is silent the assumption is written in `Bar.assumed`. Bars of `FITTED`
+are those the free constants were fitted on; all others are predictions.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 from moelab import paper
 from moelab.config import ModelConfig
@@ -14,15 +16,20 @@ from moelab.config.parallel import ParallelConfig
 from moelab.simulate.decoding import DecodeEstimate, decode
 from moelab.simulate.systems import system
 
+if TYPE_CHECKING:
+    import pandas as pd
+
 FITTED = "fig-10"
 CLUSTER = "a100-40gb"
 BATCH = 8
 """Sequences of a tensor group: latency x throughput of Figs 10 and 11 gives 8, 8 and 8 (`moelab.paper`, derived)."""
 CONTEXT = 10
-"""Tokens in the cache: the authors' script runs `--seq-length 10 --out-seq-length 10` (`SCRIPT`), so a cache never holds more."""
+"""Tokens in the cache: the authors' script runs `--seq-length 10 --out-seq-length 10` (`SCRIPT`), so a cache never
+holds more."""
 SCRIPT = "Megatron-DeepSpeed 8f3a0100 (2022-01-06), examples/generate_text.sh"
-"""The authors' own inference runs, in the history of a public branch: prompts, batch 8, shapes (8192 wide: 29, 44 and 58 layers on 32 nodes, slicing
-8) and experts of the large PR-MoEs (64, in the last two layers 128) and their students (17 and 19 MoE layers for 40 and 44 layers' 20 and 22)."""
+"""The authors' own inference runs, in the history of a public branch: prompts, batch 8, shapes (8192 wide: 29, 44 and
+58 layers on 32 nodes, slicing 8) and experts of the large PR-MoEs (64, in the last two layers 128) and their students
+(17 and 19 MoE layers for 40 and 44 layers' 20 and 22)."""
 
 # The tensor slicing of Table 6; dense models from the captions of Figs 14 and 15.
 TENSOR = {"1.3B": 1, "2.4B": 1, "8B": 4, "24B": 8, "47B": 8}
@@ -57,7 +64,8 @@ class Bar:
         return decode(self.model, self.parallel, CLUSTER, program=self.system, batch=BATCH, context=CONTEXT, **options)
 
     def row(self, **options) -> dict:
-        """One tidy row: the paper's latency, ours, the error in per cent."""
+        """Return one tidy row: the paper's latency (ms), ours, the error in per cent, ours as throughput (tokens / s /
+        GPU), parts and memory."""
         got = self.simulate(**options)
         error = None if self.paper_ms is None else 100 * (got.latency_ms / self.paper_ms - 1)
         return {
@@ -70,6 +78,7 @@ class Bar:
             "paper_low": self.low,
             "paper_high": self.high,
             "simulated_ms": got.latency_ms,
+            "simulated_throughput": 1e3 * BATCH / self.parallel.tensor / got.latency_ms,
             "error_percent": error,
             "kind": "fitted" if self.fitted else "predicted",
             "bound": got.bound,
@@ -80,10 +89,19 @@ class Bar:
         }
 
 
-def layout(model: ModelConfig, gpus: int, tensor: int, program: str) -> ParallelConfig:
-    """The paper's way to use `gpus` GPUs (section 5.2): tensor slicing, as much expert parallelism as there are experts for, then expert slicing.
+def frame(bars: Sequence[Bar]) -> pd.DataFrame:
+    """Return `Bar.row` of each bar as a table."""
+    import pandas as pd
 
-    Layers of fewer experts than GPUs take their own number of ranks; slicing is one for all layers, what the layer of most experts needs.
+    return pd.DataFrame([bar.row() for bar in bars])
+
+
+def layout(model: ModelConfig, gpus: int, tensor: int, program: str) -> ParallelConfig:
+    """The paper's way to use `gpus` GPUs (section 5.2): tensor slicing, as much expert parallelism as there are experts
+    for, then expert slicing.
+
+    Layers of fewer experts than GPUs take their own number of ranks; slicing is one for all layers, what the layer of
+    most experts needs.
     """
     most = max(model.experts, default=0)
     slicing = max(1, gpus // most) if most else 1
@@ -99,7 +117,8 @@ def layout(model: ModelConfig, gpus: int, tensor: int, program: str) -> Parallel
 def pr_moe(model: ModelConfig, experts: tuple[int, int] = (64, 128)) -> ModelConfig:
     """The PR-MoE of a standard MoE: residual, `experts` in its MoE layers, the second number in the last two.
 
-    Those of the 1.3B base; the authors' script (`SCRIPT`) has the same numbers for the large ones, with 20 and 22 MoE layers.
+    Those of the 1.3B base; the authors' script (`SCRIPT`) has the same numbers for the large ones, with 20 and 22 MoE
+    layers.
     """
     places = [i for i, e in enumerate(model.experts) if e]
     counts = dict.fromkeys(places, experts[0]) | dict.fromkeys(places[-2:], experts[1])
@@ -109,8 +128,8 @@ def pr_moe(model: ModelConfig, experts: tuple[int, int] = (64, 128)) -> ModelCon
 
 
 def student(model: ModelConfig, cut: float = 0.125) -> ModelConfig:
-    """The Mixture-of-Students of a PR-MoE: depth cut by an eighth (24 -> 21, and in `SCRIPT` 40 -> 35, 44 -> 38), the last two MoE layers keep the
-    larger number."""
+    """The Mixture-of-Students of a PR-MoE: depth cut by an eighth (24 -> 21, and in `SCRIPT` 40 -> 35, 44 -> 38), the
+    last two MoE layers keep the larger number."""
     layers = round(model.layers * (1 - cut))
     few, many = min(e for e in model.experts if e), max(model.experts)
     places = range(1, layers, 2)
@@ -120,7 +139,8 @@ def student(model: ModelConfig, cut: float = 0.125) -> ModelConfig:
 
 
 def standard_1_5t() -> ModelConfig:
-    """The 1.5T MoE with 128 experts: the paper is silent; the authors' script (`SCRIPT`) has 44 layers of width 8192, which hold 1.54T."""
+    """The 1.5T MoE with 128 experts: the paper is silent; the authors' script (`SCRIPT`) has 44 layers of width 8192,
+    which hold 1.54T."""
     return ModelConfig(
         layers=44,
         hidden=8192,
@@ -136,7 +156,8 @@ def fig10() -> list[Bar]:
 
 
 def fig11() -> list[Bar]:
-    """107B to 2T: PyTorch on 128 GPUs, DeepSpeed on 128 or 256. 349B and the 2T bars are not at hand as numbers, only printed ratios."""
+    """107B to 2T: PyTorch on 128 GPUs, DeepSpeed on 128 or 256. 349B and the 2T bars are not at hand as numbers, only
+    printed ratios."""
     bars = _measured("fig-11")
     have = {(b.label, b.system) for b in bars}
     for name, gpus in (("8B+MoE-128", 128), ("24B+MoE-128", 256), ("47B+MoE-128", 256)):
@@ -154,7 +175,8 @@ def tutorial() -> list[Bar]:
 
 
 def variants(names: tuple[str, ...] = ("1.3B", "2.4B", "8B", "24B", "47B"), gpus: int = 128) -> list[Bar]:
-    """Fig 13: standard MoE, PR-MoE and PR-MoE + MoS of every size on DeepSpeed; GPU counts as in Fig 11. No bars are at hand."""
+    """Fig 13: standard MoE, PR-MoE and PR-MoE + MoS of every size on DeepSpeed; GPU counts as in Fig 11. No bars are at
+    hand."""
     bars = []
     for base in names:
         plain = ModelConfig.parse(f"{base}+MoE-128")
@@ -182,7 +204,8 @@ def fig14() -> list[Bar]:
 
 
 def fig15() -> list[Bar]:
-    """175B dense in 16 slices against the 1.5T family in 8; GPU counts are not in the paper, the authors' script (`SCRIPT`) has 32 nodes."""
+    """175B dense in 16 slices against the 1.5T family in 8; GPU counts are not in the paper, the authors' script
+    (`SCRIPT`) has 32 nodes."""
     dense, plain = ModelConfig.parse("175B"), standard_1_5t()
     guess = "shape and GPU count from the authors' script"
     return [

@@ -105,6 +105,15 @@ class Plan:
     front: tuple[DecodeEstimate, ...]
 
     @property
+    def headline(self) -> str:
+        """What the Pareto front shows, in one line."""
+        fastest, most = self.front[0], self.front[-1]
+        return (
+            f"{self.best.model} on {self.best.cluster}: {fastest.latency_ms:.1f} ms a token at best, "
+            f"{most.tokens_per_s_per_gpu:,.0f} tokens/s/GPU at most, at {most.latency_ms:.0f} ms ({self.best.system}, simulated)"
+        )
+
+    @property
     def why(self) -> list[str]:
         best = self.best
         share = best.parts_ms[best.bound] / best.latency_ms
@@ -242,7 +251,7 @@ def pareto(latency: np.ndarray, throughput: np.ndarray, allowed: np.ndarray) -> 
 
 
 def frame(estimates: Sequence[DecodeEstimate]) -> pd.DataFrame:
-    """Estimates as a tidy table."""
+    """Return estimates as a tidy table."""
     import pandas as pd
 
     return pd.DataFrame(
@@ -250,6 +259,7 @@ def frame(estimates: Sequence[DecodeEstimate]) -> pd.DataFrame:
             {
                 "layout": describe(e),
                 "gpus": e.parallel.ranks,
+                "tensor": e.parallel.tensor,
                 "batch": e.batch,
                 "latency_ms": e.latency_ms,
                 "tokens_per_s_per_gpu": e.tokens_per_s_per_gpu,

@@ -65,7 +65,7 @@ def _notebook(profile: Profile, rounds: int) -> Iterator[dict[str, Any]]:
     """The PR-MoE notebook's two smallest arms at smoke: runs only, in one process; notebook and runs here; all of it through Slurm."""
     chosen = experiment("pr-moe")
     values = notebooks.resolve(chosen, {"scale": "smoke", "arms": ["Dense", "MoE-128"]})
-    specs = submit.specs_of(chosen, values)
+    specs = chosen.specs_of(values)
     times: dict[str, list[float]] = {"inline": [], "papermill": [], "slurm": []}
     for _ in range(rounds):
         with _workshop():

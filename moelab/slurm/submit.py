@@ -11,7 +11,6 @@ could write its id down.
 
 from __future__ import annotations
 
-import inspect
 import re
 import secrets
 import time
@@ -23,7 +22,6 @@ from typing import Any, Self
 from filelock import FileLock
 
 from moelab import paths
-from moelab.experiments import Experiment
 from moelab.files import read_json, write_json, write_text
 from moelab.runs.spec import RunSpec
 from moelab.runs.store import RunStore
@@ -105,12 +103,6 @@ def submissions() -> list[Submission]:
 def outcome(folder: Path, part: str) -> dict[str, Any] | None:
     """How a notebook ended, by its own word: ``{"result": folder, "missing": [run ids]}`` or ``{"error": line}``; None before."""
     return read_json(folder / f"{part}.json")
-
-
-def specs_of(experiment: Experiment, values: Mapping[str, Any]) -> list[RunSpec]:
-    """The runs that the notebook will ask for with these parameters. An empty list means, as in the notebooks, all there are."""
-    takes = inspect.signature(experiment.specs).parameters
-    return list(experiment.specs(**{k: v for k, v in values.items() if k in takes and v != []}))
 
 
 def submit(

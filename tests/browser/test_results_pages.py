@@ -15,7 +15,7 @@ pytestmark = pytest.mark.slow
 def results(publish, tmp_path_factory):
     root = tmp_path_factory.mktemp("pages") / "results"
     base = {"moe128-350m-beats-own-base": (-0.30, -0.31, -0.305)}
-    publish(root, "moe-scaling", "cpu", claims=base)
+    publish(root, "scaling", "cpu", claims=base)
     publish(root, "pr-moe", "cpu", "20260101-000000", claims={"pr-moe-matches-moe128": (0.5, 0.5)}, finished="2026-01-01T00:00:00Z", losses=(2.0, 2.5))  # fmt: skip
     publish(root, "pr-moe", "cpu", "20260102-000000", claims={"pr-moe-matches-moe128": (0.01, 0.02)}, finished="2026-01-02T00:00:00Z", parameters={"tokens": 7})  # fmt: skip
     publish(root, "pr-moe", "gpu", claims={"pr-moe-matches-moe128": (0.3, 0.3)})
@@ -89,7 +89,7 @@ def test_scale_switch(results, visit):
     assert [row.split()[0] for row in shown(page, "#tested tr[data-item]")] == ["✓", "?"]
     page.get_by_label("gpu", exact=True).check()
     assert "No result at scale gpu; there is one at cpu." in shown(
-        page, "section[data-experiment='moe-scaling'] .elsewhere"
+        page, "section[data-experiment='scaling'] .elsewhere"
     )
     page.get_by_label("best of each").check()
     assert not shown(page, ".elsewhere")
@@ -131,9 +131,9 @@ def test_two_results_side_by_side(results, visit):
 def test_links_lead_from_a_claim_to_its_figure(results, visit):
     page = visit(f"{results.as_uri()}/index.html")
     page.locator("#tested tr[data-item] a").first.click()
-    assert page.url.endswith("moe-scaling/cpu/20260101-000000/index.html#curves")
+    assert page.url.endswith("scaling/cpu/20260101-000000/index.html#curves")
     page.get_by_role("link", name="Executed notebook").click()
-    assert page.get_by_role("heading", name="Notebook of moe-scaling").is_visible()
+    assert page.get_by_role("heading", name="Notebook of scaling").is_visible()
 
 
 def test_without_a_script_everything_is_there(results, visit):

@@ -42,7 +42,15 @@ def test_help_answers_at_once_and_loads_nothing_heavy():
         (("run", "pr-moe", "-p", "seed=3"), "no parameter 'seed'; allowed: scale: str = 'cpu', seeds: int = 1"),
         (("run", "pr-moe", "-p", "seeds=many"), "parameter seeds must be int, got 'many'"),
         (("run", "pr-moe", "-p", "seeds"), "expected NAME=VALUE"),
-        (("run", "pr-moe", "-p", "drop_tokens=maybe"), "parameter drop_tokens must be bool"),
+        (("run", "throughput", "-p", "again=maybe"), "parameter again must be bool"),
+        (
+            ("run", "pr-moe", "-p", "train.tokenz=5"),
+            "no setting 'train.tokenz'; allowed: train.tokens, train.batch_size",
+        ),
+        (("run", "pr-moe", "-p", "model.routing.drop_tokens=maybe"), "model.routing.drop_tokens: expected bool"),
+        (("run", "pr-moe", "-p", "arms=MoE-7"), "pr-moe: unknown arm 'MoE-7'; allowed: Dense"),
+        (("run", "scaling", "-p", "distill.weight=2"), "need a run that has a teacher"),
+        (("run", "throughput", "-p", "train.tokens=5"), "no parameter 'train.tokens'"),
         (("run", "pr-moe", "--scale", "huge"), "no scale 'huge'; allowed: smoke, cpu, gpu"),
     ],
 )
@@ -130,9 +138,9 @@ class TestPrMoeNotebook:
     def test_a_failing_notebook_publishes_nothing_and_says_where(self, published):
         results, env, _ = published
         before = sorted((results / "pr-moe" / "smoke").iterdir())
-        done = moelab("run", "pr-moe", "--scale", "smoke", "-p", "arms=MoE-7", env=env)
+        done = moelab("run", "pr-moe", "--scale", "smoke", env={**env, "MOELAB_EXECUTOR": "nobody"})
         assert done.returncode == 1
-        assert "unknown arm 'MoE-7'; allowed: Dense" in done.stdout and "executed copy" in done.stdout
+        assert "executor must be one of auto, inline" in done.stdout and "executed copy" in done.stdout
         assert sorted((results / "pr-moe" / "smoke").iterdir()) == before
 
     def test_browse_serves_the_page(self, published):

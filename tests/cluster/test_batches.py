@@ -44,7 +44,7 @@ def until_all_is_over() -> dict:
 def test_the_pr_moe_notebook_and_its_array_of_two_node_runs(workplace, tmp_path):
     text = (ROOT / "slurm" / "local.yaml").read_text().replace("gpus_per_node: 8", "gpus_per_node: 1")
     (tmp_path / "two.yaml").write_text(text)
-    command = ("submit", "pr-moe", "--scale", "smoke", "--profile", str(tmp_path / "two.yaml"), "-p", "ranks=2")
+    command = ("submit", "pr-moe", "--scale", "smoke", "--profile", str(tmp_path / "two.yaml"), "-p", "parallel.data=2")
     command = (*command, "-p", 'arms=["Dense","MoE-128"]')
     out = moelab(*command)
     assert "2 runs" in out and "notebook, after its runs" in out and "moelab status" in out
@@ -74,7 +74,9 @@ def test_the_pr_moe_notebook_and_its_array_of_two_node_runs(workplace, tmp_path)
 
 def test_a_sweep_of_six_loses_only_the_points_of_a_lost_run(workplace, tmp_path):
     arms = 'arms=["Dense","MoE-32"];["Dense","MoE-128"];["Dense","PR-MoE-32/64"]'
-    out = moelab("sweep", "pr-moe", "--scale", "smoke", "--profile", "local", "-g", arms, "-g", "tokens=1024,2048")
+    out = moelab(
+        "sweep", "pr-moe", "--scale", "smoke", "--profile", "local", "-g", arms, "-g", "train.tokens=1024,2048"
+    )
     assert "8 runs" in out and out.count("notebook") == 6, "runs that points share are trained once"
     (submission,) = submit.submissions()
     lost = next(run for run in submission.parts[0].runs if run.startswith("350m-moe-32"))
@@ -97,7 +99,17 @@ def test_a_sweep_of_six_loses_only_the_points_of_a_lost_run(workplace, tmp_path)
     )
     assert "MoE-32, seed 0" in shown, "the notebook says what is missing"
     out = moelab(
-        "sweep", "pr-moe", "--scale", "smoke", "--profile", "local", "-g", arms, "-g", "tokens=1024,2048", "--dry-run"
+        "sweep",
+        "pr-moe",
+        "--scale",
+        "smoke",
+        "--profile",
+        "local",
+        "-g",
+        arms,
+        "-g",
+        "train.tokens=1024,2048",
+        "--dry-run",
     )
     assert out.count(".sbatch\n") == 2 and lost in out, "the lost run and its notebook are all that is left to do"
 

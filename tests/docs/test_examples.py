@@ -28,9 +28,6 @@ def test_the_example_runs_and_is_published(tmp_path):
     shutil.copy(ROOT / "pyproject.toml", tmp_path)
     shutil.copy(EXAMPLES / "balance_loss.py", tmp_path / "moelab" / "experiments")
     shutil.copy(EXAMPLES / "30_balance_loss.ipynb", tmp_path / "notebooks")
-    with open(tmp_path / "moelab" / "experiments" / "__init__.py", "a") as f:
-        f.write("\nfrom moelab.experiments import balance_loss\n")
-        f.write("EXPERIMENTS[balance_loss.EXPERIMENT.name] = balance_loss.EXPERIMENT\n")
     environment = {
         **os.environ,
         "PYTHONPATH": str(tmp_path),

@@ -14,31 +14,32 @@ from moelab.experiments import (
     EXPERIMENTS,
     all_to_all,
     capacity,
-    common,
+    comparison,
+    decoding,
     distillation,
     expert_count,
     gating_kernels,
     half_moe,
     inference_large,
     inference_scaling,
-    inference_variants,
-    inference_vs_dense,
     learning_rate,
-    measured,
+    model_variants_latency,
+    moe_vs_dense_inference,
     pr_moe,
     scaling,
+    seeds,
     settings,
     specialisation,
-    spread,
     throughput,
-    top2,
+    top2_vs_residual,
 )
-from moelab.experiments import verdicts as claims
-from moelab.experiments.base import no_runs
 from moelab.lab import Lab
+from moelab.paper import verdicts as claims
 from moelab.runs.dry_run import paper_rate, plan, state_bytes
+from moelab.simulate import frames, ways
 
-SCALED = [(e.name, scale) for e in EXPERIMENTS.values() if e.specs is not no_runs for scale in e.scales]
+SCALED = [(e.name, scale) for e in EXPERIMENTS.values() if e.arms or e.build for scale in e.scales]
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.parametrize(("name", "scale"), SCALED)
@@ -55,22 +56,22 @@ def test_every_experiment_has_specs_at_each_of_its_scales(name, scale):
 
 def test_equal_arms_of_experiments_are_one_run():
     def ids(module, *arms):
-        return [spec.id for spec in module.specs("cpu", 1, arms=arms)]
+        return [spec.id for spec in module.EXPERIMENT.specs("cpu", 1, arms=arms)]
 
     assert ids(pr_moe, "Dense") == ids(scaling, "350M") == ids(half_moe, "Dense") == ids(expert_count, "1 (dense)")
-    assert ids(pr_moe, "MoE-32") == ids(half_moe, "MoE-32") == ids(top2, "MoE-32") == ids(expert_count, "4")
+    assert ids(pr_moe, "MoE-32") == ids(half_moe, "MoE-32") == ids(top2_vs_residual, "MoE-32") == ids(expert_count, "4")
     assert (
         ids(pr_moe, "MoE-128") == ids(scaling, "350M+MoE-128") == ids(capacity, "drop-free") == ids(expert_count, "16")
     )
     assert ids(pr_moe, "PR-MoE-32/64") == ids(distillation, "Teacher")
-    assert ids(pr_moe, "Residual-MoE-32") == ids(top2, "Residual-MoE-32")
-    assert ids(spread, "MoE-128") == [s.id for s in specialisation.specs("cpu")]
+    assert ids(pr_moe, "Residual-MoE-32") == ids(top2_vs_residual, "Residual-MoE-32")
+    assert ids(seeds, "MoE-128") == [s.id for s in specialisation.EXPERIMENT.specs("cpu")]
 
 
 @pytest.mark.parametrize("run", [s.run for s in paper.all_training_settings()])
 def test_the_paper_scale_is_the_published_settings(run):
     s = paper.training_settings(run)
-    spec = settings.spec(s.model, "paper", run=run)
+    spec = settings.spec(s.model, "paper", published=run)
     train = spec.train
     assert abs(train.steps(spec.data.context) - s.steps) <= 1
     assert (train.lr, train.min_lr, train.batch_size, train.micro_batch) == (
@@ -87,7 +88,7 @@ def test_the_paper_scale_is_the_published_settings(run):
 
 
 def test_the_papers_students_are_taught_as_published():
-    specs = {spec.label: spec for spec in distillation.specs("paper")}
+    specs = {spec.label: spec for spec in distillation.EXPERIMENT.specs("paper")}
     staged = specs["L21 + staged KD"]
     assert staged.teacher == specs["Teacher"] and staged.distill.stop == pytest.approx(400_000 * 256 * 2048, rel=0.002)
     s = paper.training_settings("350M+PR-MoE-32/64+L21+MoS")
@@ -96,9 +97,9 @@ def test_the_papers_students_are_taught_as_published():
 
 
 def test_the_sweep_uses_a_seed_of_its_own_and_the_rate_in_use():
-    specs = learning_rate.specs("cpu")
+    specs = learning_rate.EXPERIMENT.specs("cpu")
     assert {spec.train.seed for spec in specs} == {settings.SWEEP_SEED}
-    assert all(settings.peak_rate(base, "cpu") in learning_rate.rates(base) for base in learning_rate.BASES)
+    assert all(settings.peak_rate(base, "cpu") in learning_rate.rates(base) for base in learning_rate.ARMS)
 
 
 def test_the_rate_in_use_is_the_lowest_of_the_published_sweep():
@@ -109,7 +110,7 @@ def test_the_rate_in_use_is_the_lowest_of_the_published_sweep():
         mean = table.groupby("rate")["loss"].mean()  # over arms
         assert mean.idxmin() == pytest.approx(settings.peak_rate(base, "cpu"))
         swept.add(base)
-    assert swept == set(learning_rate.BASES)
+    assert swept == set(learning_rate.ARMS)
 
 
 def test_larger_bases_train_at_less_and_arms_of_a_base_alike():
@@ -126,14 +127,23 @@ def test_larger_bases_train_at_less_and_arms_of_a_base_alike():
 @pytest.mark.parametrize(
     ("call", "part"),
     [
-        (lambda: half_moe.specs(arms=["Third half"]), "half-moe: unknown arm 'Third half'; allowed: Dense"),
-        (lambda: top2.specs(seeds=0), "top2-vs-residual: seeds must be at least 1"),
-        (lambda: scaling.specs(tokens=5), "scaling: train: 5 tokens are less than one step"),
-        (lambda: distillation.specs(base="2B"), "distillation: base must be one of 350M, 1.3B, got '2B'"),
-        (lambda: learning_rate.specs(base="2B"), "learning-rate: base must be one of 350M, 1.3B, 6.7B, got '2B'"),
-        (lambda: distillation.specs(stop=1.5), "distillation: stop must be a share"),
-        (lambda: distillation.specs(arms=["L22"]), "distillation: unknown arm 'L22'"),
-        (lambda: pr_moe.specs(ranks=3), "pr-moe: ranks must divide the batch"),
+        (lambda: half_moe.EXPERIMENT.specs(arms=["Third half"]), "half-moe: unknown arm 'Third half'; allowed: Dense"),
+        (lambda: top2_vs_residual.EXPERIMENT.specs(seeds=0), "top2-vs-residual: seeds must be at least 1"),
+        (
+            lambda: scaling.EXPERIMENT.specs(overrides={"train.tokens": 5}),
+            "scaling: train: 5 tokens are less than one step",
+        ),
+        (lambda: distillation.EXPERIMENT.specs(base="2B"), "distillation: base must be one of 350M, 1.3B, got '2B'"),
+        (
+            lambda: learning_rate.EXPERIMENT.specs(base="2B"),
+            "learning-rate: base must be one of 350M, 1.3B, 6.7B, got '2B'",
+        ),
+        (lambda: distillation.EXPERIMENT.specs(stop=1.5), "distillation: stop must be a share"),
+        (lambda: distillation.EXPERIMENT.specs(arms=["L22"]), "distillation: unknown arm 'L22'"),
+        (
+            lambda: pr_moe.EXPERIMENT.specs(overrides={"parallel.data": 3}),
+            "pr-moe: parallel.data must divide the batch",
+        ),
     ],
 )
 def test_bad_arguments_are_one_line(call, part):
@@ -197,7 +207,7 @@ def test_distillation_early_is_the_mean_of_the_first_half():
 
 
 def test_counted_claims_of_top2():
-    verdicts = {v.claim: v for v in top2.verdicts(final({"MoE-32": [1.0]}), [1.2, 1.21, 1.22], "cpu")}
+    verdicts = {v.claim: v for v in top2_vs_residual.verdicts(final({"MoE-32": [1.0]}), [1.2, 1.21, 1.22], "cpu")}
     assert verdicts["residual-halves-exchange"].ours == 0.5
     assert verdicts["top2-flops-33pct"].ours == pytest.approx(4 / 3, abs=0.002)
     assert verdicts["residual-faster-than-top2"].verdict == claims.REPRODUCED
@@ -207,7 +217,7 @@ def test_counted_claims_of_top2():
 def test_throughput_ratio_at_the_papers_size():
     ratio = throughput.flops_ratio(ModelConfig.parse("6.7B"), ModelConfig.parse("1.3B+MoE-128"))
     assert 4.5 < ratio < 5.3
-    predicted = throughput.simulated()
+    predicted = frames.training()
     assert predicted["fits"].all()
     verdicts = {v.claim: v for v in throughput.verdicts(predicted)}
     assert verdicts["training-5x-cheaper"].ours == pytest.approx(
@@ -227,16 +237,16 @@ def test_what_a_variable_tells_of_the_expert():
 
 def test_pairing_takes_the_common_part_out():
     table = final({"Dense": [5.0, 5.2, 5.4], "MoE-32": [4.9, 5.1, 5.31], "MoE-128": [4.8, 5.0, 5.2]})
-    row = spread.deviations(table).set_index("what").loc["MoE-128 − Dense"]
+    row = seeds.deviations(table).set_index("what").loc["MoE-128 − Dense"]
     assert row["mean"] == pytest.approx(-0.2) and row["paired"] < 1e-9
     assert row["unpaired"] == pytest.approx(math.hypot(0.2, 0.2))
-    assert spread.seeds_needed(0.01, 0.03) == 3 and spread.seeds_needed(1.0, 0.001) is None
+    assert seeds.seeds_needed(0.01, 0.03) == 3 and seeds.seeds_needed(1.0, 0.001) is None
 
 
 def test_a_plan_counts_state_and_hours(tmp_path):
     from moelab.runs.store import RunStore
 
-    specs = [spec for spec in distillation.specs("paper", arms=["L21 + KD"])]
+    specs = [spec for spec in distillation.EXPERIMENT.specs("paper", arms=["L21 + KD"])]
     teacher, student = plan(specs, RunStore(tmp_path))
     assert teacher.spec == specs[0].teacher and teacher.state == "new" and not list(tmp_path.iterdir())
     assert teacher.gpu_hours == pytest.approx(teacher.flops / paper_rate() / 3600) and student.gpu_hours > 0
@@ -244,14 +254,14 @@ def test_a_plan_counts_state_and_hours(tmp_path):
     experts = 12 * 2 * (2 * 2048 * 8192 + 8192 + 2048)  # 128 experts on 64 ranks: two a layer
     shared = ModelConfig.parse("1.3B+MoE-128").parameters() - 64 * experts
     assert state_bytes(one) == 16 * (experts + shared)
-    assert plan(half_moe.specs("cpu"), RunStore(tmp_path))[0].gpu_hours is None
+    assert plan(half_moe.EXPERIMENT.specs("cpu"), RunStore(tmp_path))[0].gpu_hours is None
 
 
 def test_summary_and_gaps():
     table = final({"a": [2.0, 3.0], "b": [1.0, 2.5]})
-    assert common.paired(table, "a", "b") == [1.0, 0.5] and common.paired(table, "a", "c") == []
-    assert common.gaps(table, "b").query("arm == 'a'")["gap"].tolist() == [1.0, 0.5]
-    assert "a ends 0.750 nats above b (95 % interval" in common.difference(table, "a", "b")
+    assert comparison.paired(table, "a", "b") == [1.0, 0.5] and comparison.paired(table, "a", "c") == []
+    assert comparison.gaps(table, "b").query("arm == 'a'")["gap"].tolist() == [1.0, 0.5]
+    assert "a ends 0.750 nats above b (95 % interval" in comparison.difference(table, "a", "b")
 
 
 def test_counts_of_the_exchanges_are_the_papers_and_the_simulators():
@@ -265,7 +275,7 @@ def test_counts_of_the_exchanges_are_the_papers_and_the_simulators():
 
 
 def test_the_simulated_exchange_pays_with_ranks():
-    found = all_to_all.simulated().set_index(["bytes", "way", "ranks"])["ratio"]
+    found = ways.times().set_index(["bytes", "way", "ranks"])["ratio"]
     for size in (1 << 14, 1 << 18, 1 << 22):
         assert found[size, "hierarchical", 8] == 1 and found[size, "hierarchical", 256] < 0.7
         assert found[size, "coordinated", 256] < found[size, "hierarchical", 256]
@@ -308,30 +318,31 @@ def test_the_work_of_dispatch_is_tokens_times_slots():
 
 
 def test_the_measured_twin_is_the_papers_in_small():
-    for scale in inference_scaling.TWINS:
-        twin = inference_scaling.twin(scale)
+    for scale in inference_scaling.SHRINK:
+        model = {"52B": ModelConfig.parse("1.3B+MoE-128")}
+        twin = decoding.twins(model, scale, inference_scaling.SHRINK)["52B"]
         assert twin.is_moe and max(twin.experts) % 4 == 0, "experts spread over 1, 2 and 4 ranks"
         assert twin.parameters() < (2e9 if scale == "gpu" else 100e6), "two copies on one card"
 
 
 def test_twins_of_the_large_models_keep_what_tells_them_apart():
-    for module in (inference_large, inference_variants, inference_vs_dense):
-        for scale in measured.SHRINK:
-            twins = measured.twins(module.models(), scale)
+    for module in (inference_large, model_variants_latency, moe_vs_dense_inference):
+        for scale in decoding.SHRINK:
+            twins = decoding.twins(module.models(), scale)
             assert list(twins) == list(module.models())
             assert max(twin.parameters() for twin in twins.values()) < (3e9 if scale == "gpu" else 300e6)
             for name, twin in twins.items():
                 assert twin.is_moe == (name != "6.7B dense")
                 assert all(experts % 2 == 0 for experts in twin.experts), "experts spread over 2 ranks"
-    moe, pr_moe, student = measured.twins(inference_variants.models(), "cpu").values()
+    moe, pr_moe, student = decoding.twins(model_variants_latency.models(), "cpu").values()
     assert pr_moe.parameters() < moe.parameters() and student.layers < pr_moe.layers
-    assert measured.twins(inference_variants.models(), "paper") == {}
+    assert decoding.twins(model_variants_latency.models(), "paper") == {}
 
 
 def test_measurements_of_a_cluster_are_read_and_drawn(tmp_path):
-    import json
-
     import matplotlib.pyplot as plt
+
+    from moelab.plotting import serving
 
     def row(mode, ranks, ms):
         parts = {"attention": ms / 2, "all-to-all": ms / 2}
@@ -348,17 +359,18 @@ def test_measurements_of_a_cluster_are_read_and_drawn(tmp_path):
     rows = [row(mode, ranks, ms) for ranks, ms in ((64, 4.0), (8, 9.0)) for mode in ("baseline", "optimised")]
     file = tmp_path / "decode.jsonl"
     file.write_text("".join(json.dumps(r) + "\n" for r in rows))
-    found = inference_scaling.measured(Lab(), "paper", str(file))
-    assert [measured.by_size(r) for r in found] == ["8 ranks", "8 ranks", "64 ranks", "64 ranks"]
+    found = inference_scaling.measured_steps(Lab().measure, "paper", str(file))
+    assert list(found["label"]) == ["8 ranks", "8 ranks", "64 ranks", "64 ranks"]
+    assert decoding.speedups(found) == {"8 ranks": 1.0, "64 ranks": 1.0}
     fig, axes = plt.subplots(1, 2)
-    measured.draw(found, *axes, measured.by_size)
+    serving.decoding_steps(found, *axes, join=True)
     assert [t.get_text() for t in axes[0].get_xticklabels()] == ["8 ranks", "64 ranks"]
     plt.close(fig)
     file.write_text("{}")
     for given, part in (
-        ("", "needs -p measured_file=FILE"),
+        (None, "needs -p measured_file=FILE"),
         (str(tmp_path / "none"), "No such file"),
         (str(file), "no rows"),
     ):
         with pytest.raises(ValueError, match=part):
-            inference_scaling.measured(Lab(), "paper", given)
+            inference_scaling.measured_steps(Lab().measure, "paper", given)

@@ -5,8 +5,8 @@ import pytest
 
 from moelab import paper
 from moelab.experiments import pr_moe
-from moelab.experiments import verdicts as claims
-from moelab.experiments.verdicts import judge
+from moelab.paper import verdicts as claims
+from moelab.paper.verdicts import judge, judge_simulated
 from moelab.statistics import interval
 
 NEAR = paper.claim("pr-moe-matches-moe128")
@@ -75,9 +75,9 @@ def test_pr_moe_pairs_by_seed_and_survives_missing_arms():
     assert verdicts["pr-moe-matches-moe128"].verdict == claims.REPRODUCED
     assert verdicts["pyramid-shrinks-gap"].verdict == claims.NOT_TESTED
     assert verdicts["pr-moe-size"].ours == pytest.approx(4.1168 / 13.150, rel=1e-3)
-    assert "0.010 nats above" in pr_moe.finding(frame) and "40%" in pr_moe.finding(frame)
-    assert "1 seed, no spread" in pr_moe.finding(frame[frame["seed"] == 0])
-    assert "no finished pair" in pr_moe.finding(frame[frame["arm"] == "Dense"])
+    assert "0.010 nats above" in pr_moe.headline(frame) and "40%" in pr_moe.headline(frame)
+    assert "1 seed, no spread" in pr_moe.headline(frame[frame["seed"] == 0])
+    assert "no finished pair" in pr_moe.headline(frame[frame["arm"] == "Dense"])
 
 
 def test_the_papers_gaps_come_from_the_paper():
@@ -85,10 +85,19 @@ def test_the_papers_gaps_come_from_the_paper():
     assert gaps["Dense"][0] == pytest.approx(2.593 - 2.286) and gaps["PR-MoE-32/64"][0] == 0.01
 
 
-@pytest.mark.parametrize("bad", [{"arms": ["MoE-64"]}, {"seeds": 0}, {"scale": "huge"}, {"tokens": -1}, {"tokens": 5}])
+@pytest.mark.parametrize(
+    "bad",
+    [
+        {"arms": ["MoE-64"]},
+        {"seeds": 0},
+        {"scale": "huge"},
+        {"overrides": {"train.tokens": -1}},
+        {"overrides": {"train.tokens": 5}},
+    ],
+)
 def test_bad_arguments_are_one_line(bad):
     with pytest.raises(ValueError) as error:
-        pr_moe.specs(**bad)
+        pr_moe.EXPERIMENT.specs(**bad)
     assert "\n" not in str(error.value)
 
 
@@ -115,39 +124,33 @@ class TestSimulated:
         ],
     )
     def test_rules(self, claim, ours, expected):
-        from moelab.experiments.simulated import verdict
-
-        found = verdict(claim, ours)
+        found = judge_simulated(claim, ours)
         assert found.verdict == expected and found.ours == ours
         assert found.samples == 0 and found.low is None and found.high is None
         assert ours is None or found.note.startswith("Simulated, predicted")
-        assert ours is None or "constants were fitted on" in verdict(claim, ours, fitted=True).note
+        assert ours is None or "constants were fitted on" in judge_simulated(claim, ours, fitted=True).note
 
     def test_every_inference_claim_is_judged(self):
         from moelab.experiments import (
             inference_large,
             inference_scaling,
-            inference_variants,
-            inference_vs_dense,
-            simulated,
+            model_variants_latency,
+            moe_vs_dense_inference,
         )
-        from moelab.simulate import bars
+        from moelab.simulate import frames
 
-        variants = simulated.bar_frame(bars.variants())
-        variants[["base", "variant"]] = variants["model"].str.split(" ", expand=True)
-        dense = inference_vs_dense.costs(simulated.bar_frame(bars.fig14() + bars.fig15()))
+        dense = moe_vs_dense_inference.costs()
         found = [
-            *inference_scaling.verdicts(simulated.bar_frame(bars.fig10())),
-            *inference_large.verdicts(simulated.bar_frame(bars.fig11())),
-            *inference_variants.verdicts(inference_variants.memory(), variants),
-            *inference_vs_dense.verdicts(dense),
+            *inference_scaling.verdicts(inference_scaling.bars()),
+            *inference_large.verdicts(inference_large.bars()),
+            *model_variants_latency.verdicts(frames.memory(), model_variants_latency.latency()),
+            *moe_vs_dense_inference.verdicts(dense),
         ]
         wanted = {
             claim.id
             for name in (
                 "inference-scaling",
                 "inference-large",
-                "min-gpus",
                 "model-variants-latency",
                 "moe-vs-dense-inference",
             )

@@ -7,8 +7,8 @@ import pandas as pd
 import pytest
 
 from moelab import paper
-from moelab.experiments import verdicts as claims
 from moelab.experiments import zero_shot
+from moelab.paper import verdicts as claims
 from moelab.report.publication import Publication
 
 
@@ -36,15 +36,17 @@ def test_guessing_is_called_guessing_and_knowing_knowing():
     table = zero_shot.over_chance(scores(BOTH))
     boolq = table[(table["arm"] == "Dense") & (table["task"] == "packaged_boolq")].iloc[0]
     assert boolq["reference"] == 0.62 and boolq["sigmas"] == 0 and boolq["n"] == 100
-    assert "At chance" in zero_shot.finding(table) and "3 twins on 6 tasks, up to 100 items" in zero_shot.finding(table)
+    assert "At chance" in zero_shot.headline(table) and "3 twins on 6 tasks, up to 100 items" in zero_shot.headline(
+        table
+    )
     knows = zero_shot.over_chance(
         scores({**BOTH, ("Dense", 0): {**SIX, "lambada": 0.4}, ("Dense", 1): {**SIX, "lambada": 0.3}})
     )
-    assert zero_shot.finding(knows).startswith(
+    assert zero_shot.headline(knows).startswith(
         "Above knowing nothing by 3 standard errors: Dense on packaged_lambada ("
     )
     assert (
-        zero_shot.finding(zero_shot.over_chance(scores({}).reindex(columns=scores(BOTH).columns)))
+        zero_shot.headline(zero_shot.over_chance(scores({}).reindex(columns=scores(BOTH).columns)))
         == "no run has finished"
     )
 
@@ -54,7 +56,7 @@ def test_a_real_models_scores_are_read_from_the_results_while_the_tasks_are_the_
     from moelab.report.scores import save
 
     monkeypatch.setenv("MOELAB_RESULTS", str(tmp_path))
-    assert not len(zero_shot.reference()) and "moelab eval smollm2" in zero_shot.reference_finding(
+    assert not len(zero_shot.reference()) and "moelab eval smollm2" in zero_shot.reference_headline(
         zero_shot.reference()
     )
     found = [
@@ -66,7 +68,7 @@ def test_a_real_models_scores_are_read_from_the_results_while_the_tasks_are_the_
     rows = zero_shot.reference()
     assert list(rows["task"]) == ["packaged_lambada", "packaged_piqa"], "an older form of a task does not count"
     assert set(rows["arm"]) == {"SmolLM2-135M-Instruct"} and list(rows["paper"]) == ["lambada", "piqa"]
-    assert zero_shot.reference_finding(rows) == (
+    assert zero_shot.reference_headline(rows) == (
         "SmolLM2-135M-Instruct, a real model, is above knowing nothing on lambada 34.0 ± 3.0 %, piqa 64.0 ± 3.0 %"
     )
     table = pd.concat([zero_shot.over_chance(scores(BOTH)), zero_shot.over_chance(rows)])
@@ -106,8 +108,8 @@ def test_claims_are_shown_at_this_scale_and_judged_at_the_papers():
 def test_runs_are_those_of_the_other_experiments(tmp_path):
     from moelab.experiments import pr_moe, scaling
 
-    others = {s.id for module in (scaling, pr_moe) for s in module.specs("cpu", 1)}
-    assert {s.id for s in zero_shot.specs("cpu", 1)} <= others
+    others = {s.id for module in (scaling, pr_moe) for s in module.EXPERIMENT.specs("cpu", 1)}
+    assert {s.id for s in zero_shot.EXPERIMENT.specs("cpu", 1)} <= others
     publication = Publication("zero-shot", "cpu", {}, tmp_path, interactive=True)
     publication.table(zero_shot.over_chance(scores(BOTH)), "over", title="t")
     assert len([json.loads(line) for line in (tmp_path / "over.jsonl").read_text().splitlines()]) == 18

@@ -13,7 +13,7 @@ import pytest
 @pytest.mark.multiprocess
 def test_pr_moe_trains_on_two_ranks_through_its_notebook(tmp_path):
     env = {**os.environ, "MOELAB_HOME": str(tmp_path / "home"), "MOELAB_RESULTS": str(tmp_path / "results")}
-    command = [sys.executable, "-m", "moelab.cli", "run", "pr-moe", "--scale", "smoke", "-p", "ranks=2"]
+    command = [sys.executable, "-m", "moelab.cli", "run", "pr-moe", "--scale", "smoke", "-p", "parallel.data=2"]
     command += ["-p", 'arms=["PR-MoE-32/64", "MoE-128"]']
     done = subprocess.run(command, capture_output=True, text=True, env=env)
     assert done.returncode == 0, done.stdout + done.stderr

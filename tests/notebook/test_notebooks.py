@@ -33,7 +33,9 @@ from ipykernel.connect import get_connection_info
 print(get_connection_info(unpack=True)["transport"])
 Path(os.environ["MOELAB_PUBLICATION"], "summary.json").write_text(json.dumps({"missing": []}))""",
 ]
-EXPERIMENT = Experiment("x", "X", "none", "?", "!", "x.ipynb", {"smoke": Scale("w", "c")}, lambda scale: [])
+EXPERIMENT = Experiment(
+    name="x", number=1, title="X", paper="none", question="?", paper_answer="!", scales={"smoke": Scale("w", "c")}
+)
 
 
 @pytest.fixture(autouse=True)
@@ -43,7 +45,7 @@ def place(tmp_path, monkeypatch):
         *map(nbformat.v4.new_code_cell, BODY),
     ]
     kernel = {"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}}
-    nbformat.write(nbformat.v4.new_notebook(cells=cells, metadata=kernel), tmp_path / "x.ipynb")
+    nbformat.write(nbformat.v4.new_notebook(cells=cells, metadata=kernel), tmp_path / "01_x.ipynb")
     monkeypatch.setenv("MOELAB_HOME", str(tmp_path / "home"))
     monkeypatch.setenv("MOELAB_RESULTS", str(tmp_path / "results"))
     monkeypatch.setattr(paths, "notebooks", lambda: tmp_path)
@@ -93,7 +95,7 @@ def test_what_it_prints_shows_while_it_runs_and_which_cell_it_is_at(place):
 
 @pytest.mark.parametrize(("fail", "why"), [("raise", "ValueError: no luck"), ("die", "the kernel died")])
 def test_a_failure_leaves_the_executed_copy_with_the_error_on_top(place, fail, why):
-    with pytest.raises(notebooks.NotebookFailed, match=f"x.ipynb, cell .: {why}") as error:
+    with pytest.raises(notebooks.NotebookFailed, match=f"01_x.ipynb, cell .: {why}") as error:
         notebooks.execute(EXPERIMENT, given(fail=fail), place / "plan.json")
     copy = Path(str(error.value).partition("executed copy: ")[2].rstrip(")"))
     cells = nbformat.read(copy, as_version=4).cells

@@ -5,7 +5,7 @@ import pandas as pd
 import pytest
 from matplotlib import pyplot as plt
 
-from moelab.experiments import pr_moe, scaling, top2, zero_shot
+from moelab.experiments import pr_moe, scaling, top2_vs_residual, zero_shot
 from moelab.plotting import figures
 
 matplotlib.use("Agg")
@@ -22,12 +22,12 @@ def ax():
 
 def test_an_arm_has_one_colour_in_every_figure():
     whole = figures.colors(list(pr_moe.ARMS))
-    for arms in (list(zero_shot.ARMS), list(top2.ARMS), ["MoE-128", "Dense"]):
+    for arms in (list(zero_shot.ARMS), list(top2_vs_residual.ARMS), ["MoE-128", "Dense"]):
         some = figures.colors(arms)
         assert list(some) == arms
         assert all(some[arm] == whole[arm] for arm in arms if arm in whole)
     assert figures.colors(list(scaling.ARMS))["350M+MoE-128"] == whole["MoE-128"]
-    for arms in (pr_moe.ARMS, top2.ARMS, scaling.ARMS):
+    for arms in (pr_moe.ARMS, top2_vs_residual.ARMS, scaling.ARMS):
         assert len(set(figures.colors(list(arms)).values())) == len(arms)
 
 

@@ -7,9 +7,9 @@ from dataclasses import replace
 import pytest
 
 from moelab import paper
-from moelab.experiments import verdicts as claims
-from moelab.experiments.verdicts import judge
 from moelab.files import write_json
+from moelab.paper import verdicts as claims
+from moelab.paper.verdicts import judge
 from moelab.report import ledger
 from moelab.report.publication import SUMMARY
 
@@ -109,10 +109,10 @@ def test_the_command_prints_table_and_json(tmp_path):
 
 
 def test_a_simulation_ranks_below_a_measurement_whatever_scale_it_ran_at(tmp_path):
-    from moelab.experiments.simulated import verdict
+    from moelab.paper.verdicts import judge_simulated
 
     claim = paper.claim("52b-speedup-8-gpus")
-    publish(tmp_path, "inference-scaling", "cpu", "20260102-000000", [verdict(claim, 2.05)])
+    publish(tmp_path, "inference-scaling", "cpu", "20260102-000000", [judge_simulated(claim, 2.05)])
     entry = entries(tmp_path)[claim.id]
     assert entry.verdict == "simulated: within 15 %" and entry.finding.scale == "simulated"
     publish(tmp_path, "inference-scaling", "cpu", "20260101-000000", [judge(claim, [1.4, 1.5, 1.6])])

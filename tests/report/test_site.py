@@ -11,7 +11,7 @@ import nbformat
 import pytest
 
 from moelab import paper
-from moelab.experiments.verdicts import NO_SPREAD, REPRODUCED, UNDECIDED
+from moelab.paper.verdicts import NO_SPREAD, REPRODUCED, UNDECIDED
 from moelab.plotting import svg
 from moelab.plotting.typography import typeset
 from moelab.report import site
@@ -24,7 +24,7 @@ def published(publish, tmp_path_factory):
     """Two experiments, two scales, a newer and an older result of the same scale."""
     root = tmp_path_factory.mktemp("site") / "results"
     reproduced = {"moe128-350m-beats-own-base": (-0.30, -0.31, -0.305), "moe128-350m-beats-1.3b": (0.1, 0.2)}
-    publish(root, "moe-scaling", "cpu", "20260101-000000", claims=reproduced, finished="2026-01-01T00:00:00Z")
+    publish(root, "scaling", "cpu", "20260101-000000", claims=reproduced, finished="2026-01-01T00:00:00Z")
     publish(root, "pr-moe", "cpu", "20260102-000000", claims={"pr-moe-matches-moe128": (0.5, 0.5)}, finished="2026-01-02T00:00:00Z")  # fmt: skip
     publish(root, "pr-moe", "cpu", "20260103-000000", claims={"pr-moe-matches-moe128": (0.01, 0.012)}, finished="2026-01-03T00:00:00Z")  # fmt: skip
     publish(root, "pr-moe", "gpu", "20260101-000000", claims={"pr-moe-matches-moe128": (0.02,)}, losses=(3.0,))

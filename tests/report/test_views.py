@@ -5,9 +5,9 @@ import pytest
 import torch
 from matplotlib import pyplot as plt
 
+from moelab import paper
 from moelab.config import ModelConfig
 from moelab.config.parallel import ParallelConfig
-from moelab.experiments import start
 from moelab.inference.text import load_run
 from moelab.lab import Lab
 from moelab.plotting import figures
@@ -142,7 +142,7 @@ class TestLayout:
 
 
 def test_the_sizes_are_the_papers():
-    sizes = start.sizes()
+    sizes = paper.size_table()
     assert sizes.loc["350M+PR-MoE-32/64", "MoE layers x experts"] == "10 x 32, 2 x 64"
     assert len(sizes) >= 9 and sizes["off"].abs().max() < 0.03
     assert sizes.loc["350M+MoE-128", "active (B)"] < 1.01 * sizes.loc["350M", "active (B)"]

@@ -33,7 +33,7 @@ def store(tmp_path):
 @pytest.fixture
 def finished(store):
     """A run as training leaves it, its numbers made up."""
-    run = store.run(pr_moe.specs("smoke", arms=["PR-MoE-32/64"])[0])
+    run = store.run(pr_moe.EXPERIMENT.specs("smoke", arms=["PR-MoE-32/64"])[0])
     (run.path / "train.jsonl").write_text('{"step": 1, "loss": 4.6}\n')
     (run.path / "validation.jsonl").write_text('{"step": 1, "tokens": 8, "loss": 4.5}\n')
     (run.path / "checkpoints" / "step-00000001").mkdir(parents=True)
@@ -61,7 +61,7 @@ def test_what_the_store_has_stays(finished, store, tmp_path):
 
 
 def test_an_unfinished_run_is_not_passed_on(store, tmp_path):
-    run = store.run(pr_moe.specs("smoke", arms=["Dense"])[0])
+    run = store.run(pr_moe.EXPERIMENT.specs("smoke", arms=["Dense"])[0])
     with pytest.raises(ValueError, match="not finished"):
         records.write(run, tmp_path)
 

@@ -181,7 +181,7 @@ def test_the_notebook_and_the_submission_ask_for_the_same_runs():
         values = notebooks.resolve(chosen, {"scale": "smoke"})
         seeds = {"seeds": values["seeds"]} if "seeds" in values else {}
         wanted = {spec.id for spec in chosen.specs("smoke", **seeds)}
-        assert {spec.id for spec in submit.specs_of(chosen, values)} == wanted, chosen.name
+        assert {spec.id for spec in chosen.specs_of(values)} == wanted, chosen.name
 
 
 def test_a_snapshot_is_the_code_with_its_commit_and_made_once(tmp_path):

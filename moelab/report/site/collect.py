@@ -12,7 +12,8 @@ from typing import Any
 
 from moelab import paper
 from moelab.experiments import EXPERIMENTS, Experiment
-from moelab.experiments.verdicts import (
+from moelab.files import read_json
+from moelab.paper.verdicts import (
     DIRECTION,
     NO_SPREAD,
     NOT_REPRODUCED,
@@ -26,7 +27,6 @@ from moelab.experiments.verdicts import (
     SIMULATED_WITHIN,
     UNDECIDED,
 )
-from moelab.files import read_json
 from moelab.plotting.typography import typeset
 from moelab.report.ledger import DISAGREES, NOT_YET, SCALES, entries
 from moelab.report.publication import SUMMARY
@@ -304,7 +304,7 @@ class Line:
 
     Attributes:
         claim: the paper's statement.
-        verdict: one of `moelab.experiments.verdicts` or `moelab.report.ledger`.
+        verdict: one of `moelab.paper.verdicts` or `moelab.report.ledger`.
         result: where it was measured, None for a claim of which no result says anything.
         scale: at which; empty where there is no result.
         ours, low, high: as `Verdict` has them; an infinite bound is None.

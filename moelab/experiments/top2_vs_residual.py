@@ -1,28 +1,28 @@
-"""Top-2 gating against a residual MLP (paper section 4.1.1, Fig 2 right, "Phenomenon II").
+"""Compare top-2 gating with a residual MLP (paper section 4.1.1, Fig 2 right, "Phenomenon II").
 
-Shows: validation loss and training speed of the 350M base with 32 experts and two ways to spend twice the expert compute: two routed experts a
-token, or one and a fixed MLP. MoE-32 with one expert is beside them.
+Shows: validation loss and training speed of the 350M base with 32 experts and two ways to spend twice the expert
+compute: two routed experts a token, or one and a fixed MLP. MoE-32 with one expert is beside them. In the paper the
+residual form is faster because it sends half the all-to-all volume.
 
-Paper: equal quality; the residual form trains more than 10 % faster, because it sends half the all-to-all volume.
+Here: twins, paired by seed. Speed is measured side by side in one process (`moelab.bench.train`): with one rank there
+is no all-to-all, so what is left is the cost of routing, copying and smaller products; the volume is counted from the
+slots that leave a rank.
 
-Here: twins, paired by seed. Speed is measured side by side in one process (`moelab.bench.train`): with one rank there is no all-to-all, so what
-is left is the cost of routing, copying and smaller products; the volume is counted from the slots that leave a rank.
-
-Expect at `cpu` (8 seeds, results/top2-vs-residual): no difference in loss beyond the spread of a hundredth of a nat; the residual form as fast or up to a
-tenth slower (measurements differ): there is no exchange to save, and its fixed MLP and learned mix cost as much as a second routed expert.
+Expect at `cpu` (8 seeds, results/top2-vs-residual): no difference in loss beyond the spread of a hundredth of a nat;
+the residual form as fast or up to a tenth slower (measurements differ): there is no exchange to save, and its fixed MLP
+and learned mix cost as much as a second routed expert.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from moelab import paper
 from moelab.config import ModelConfig, RoutingConfig
-from moelab.experiments import common
+from moelab.experiments import comparison
 from moelab.experiments.base import Experiment, Scale
-from moelab.experiments.verdicts import Verdict, judge
-from moelab.runs.spec import RunSpec
+from moelab.paper.verdicts import Verdict, judge
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -35,29 +35,43 @@ ARMS = {
 """Arm -> the paper's model."""
 
 
-def specs(
-    scale: str = "cpu", seeds: int = 1, *, arms: Sequence[str] = (), tokens: int = 0, corpus: str = ""
-) -> list[RunSpec]:
-    """The runs; see `common.specs`."""
-    EXPERIMENT.scale(scale)
-    return common.specs("top2-vs-residual", ARMS, scale, seeds, selected=arms, tokens=tokens, corpus=corpus)
-
-
 def layer_flops(model: ModelConfig) -> float:
-    """Forward FLOPs a token of the layers' matrix products: no attention scores, no logits (as the paper counts)."""
+    """Return the forward FLOPs a token of the layers' matrix products: no attention scores, no logits (as the paper
+    counts)."""
     M, T = model.hidden, model.context
     return model.flops_per_token(training=False) - 2 * model.vocab * M - model.layers * 2 * M * (T + 1)
 
 
 def exchanged_slots(model: ModelConfig, tokens: int) -> int:
-    """Token slots a rank sends into the all-to-all of one MoE layer and micro-batch: experts x capacity."""
+    """Return the token slots that a rank sends into the all-to-all of one MoE layer and micro-batch: experts x
+    capacity."""
     experts = max(model.experts)
     capacity = RoutingConfig().capacity(tokens, experts, model.top_k, training=True)
     return experts * capacity
 
 
+def speed_ratios(speeds: Mapping[str, Sequence[float]]) -> tuple[pd.DataFrame, pd.Series]:
+    """Return training speeds over MoE-32's of the same round, and the rounds' ratios of Residual-MoE-32 over
+    Top2-MoE-32.
+
+    Args:
+        speeds: from `comparison.speeds`.
+
+    Returns:
+        Columns arm, seed (the round), tokens_per_s, ratio; and a series, empty where an arm is missing.
+    """
+    import pandas as pd
+
+    wide = pd.DataFrame(speeds)
+    long = wide.rename_axis("seed").reset_index().melt("seed", var_name="arm", value_name="tokens_per_s")
+    base = wide["MoE-32"] if "MoE-32" in wide else pd.Series(dtype=float)
+    there = {"Top2-MoE-32", "Residual-MoE-32"} <= set(wide)
+    ratios = wide["Residual-MoE-32"] / wide["Top2-MoE-32"] if there else pd.Series(dtype=float)
+    return long.assign(ratio=long["tokens_per_s"] / long["seed"].map(base)), ratios
+
+
 def verdicts(final: pd.DataFrame, speed_ratios: Sequence[float], scale: str) -> list[Verdict]:
-    """The four claims: loss on the twins, speed as measured, volume and FLOPs by counting at the paper's size.
+    """Judge the four claims: loss on the twins, speed as measured, volume and FLOPs by counting at the paper's size.
 
     Args:
         speed_ratios: training speed of Residual-MoE-32 over Top2-MoE-32, round by round.
@@ -78,28 +92,28 @@ def verdicts(final: pd.DataFrame, speed_ratios: Sequence[float], scale: str) -> 
         elif claim.id == "top2-flops-33pct":
             judged.append(judge(claim, [layer_flops(left) / layer_flops(right)], exact=True, note="Counted."))
         else:
-            judged.append(common.loss_verdict(claim, final, ARMS, scale))
+            judged.append(comparison.judge_loss(claim, final, ARMS, scale))
     return judged
 
 
-def finding(final: pd.DataFrame) -> str:
-    """The result in one line."""
-    return common.difference(final, "Residual-MoE-32", "Top2-MoE-32")
+def headline(final: pd.DataFrame) -> str:
+    """Return the result in one line."""
+    return comparison.difference(final, "Residual-MoE-32", "Top2-MoE-32")
 
 
 EXPERIMENT = Experiment(
     name="top2-vs-residual",
+    number=3,
     title="Two experts, or one and a fixed MLP",
     paper="Fig 2 right (section 4.1.1)",
     question="Is a second routed expert worth more than a fixed MLP?",
     paper_answer="No: equal loss, and the residual form trains more than 10 % faster.",
-    notebook="03_top2_vs_residual.ipynb",
     scales={
         "smoke": Scale("twins of 32 wide, 4 layers; 12 k tokens of sotu", "seconds (tests)"),
         "cpu": Scale("twins 32 wide, 8 layers; 1 M tokens of mix5", "about 3 minutes a seed on one core"),
         "gpu": Scale("twins 256 wide, 12 layers; 200 M tokens of mix5", "not yet run; one GPU"),
         "paper": Scale("350M base with 32 experts; 300 B tokens", "not run; see its dry run"),
     },
-    specs=specs,
+    arms=ARMS,
     measures=True,
 )

@@ -1,11 +1,10 @@
-"""MoE against dense models of equal quality at inference (paper section 5.5.4, Figs 14 and 15).
+"""Serve MoE and dense models of equal quality (paper section 5.5.4, Figs 14 and 15).
 
-Shows: latency and cost of a token of dense 6.7B on one GPU against the 52B family on 128, and of dense 175B in 16 slices against a 1.5T family in 8.
+Shows: latency and cost of a token of dense 6.7B on one GPU against the 52B family on 128, and of dense 175B in 16
+slices against a 1.5T family in 8.
 
-Paper: on PyTorch the 52B MoE is slower than its dense counterpart; as PR-MoE with the staged student on DeepSpeed-MoE it is 2.4 times faster and
-cheaper, and the 1.5T model 4.5 times faster and 9 times cheaper than 175B. Equal quality of the second pair is assumed there.
-
-Here: predictions. The shape of the 1.5T model is not published (44 layers of width 8192 assumed), nor are its GPU count and PR-MoE.
+Here: predictions. Equal quality of the second pair is the paper's assumption. The shape of the 1.5T model is not
+published (44 layers of width 8192 assumed), nor are its GPU count and PR-MoE.
 """
 
 from __future__ import annotations
@@ -13,24 +12,28 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from moelab import paper
-from moelab.experiments.base import Experiment, Scale, no_runs
+from moelab.experiments.base import Experiment, Scale
+from moelab.paper.verdicts import Verdict, judge_simulated
 
 if TYPE_CHECKING:
     import pandas as pd
 
     from moelab.config import ModelConfig
-    from moelab.experiments.verdicts import Verdict
 
 
 def models() -> dict[str, ModelConfig]:
-    """The models of Fig 14, by name."""
+    """Return the models of Fig 14, by name."""
     from moelab.simulate import bars
 
     return {bar.label: bar.model for bar in bars.fig14()}
 
 
-def costs(frame: pd.DataFrame) -> pd.DataFrame:
-    """Adds `gpu_ms_per_token`, what a token costs, and both ratios to the dense model of the same figure."""
+def costs() -> pd.DataFrame:
+    """Return the bars of Figs 14 and 15, simulated: `Bar.row`, with gpu_ms_per_token (what a token costs), and faster
+    and cheaper (ratios to the dense model of the same figure)."""
+    from moelab.simulate import bars
+
+    frame = bars.frame(bars.fig14() + bars.fig15())
     frame = frame.assign(gpu_ms_per_token=1e3 / frame["simulated_throughput"])
     dense = frame[frame["model"].str.endswith("dense")].set_index("figure")
     return frame.assign(
@@ -39,19 +42,17 @@ def costs(frame: pd.DataFrame) -> pd.DataFrame:
     )
 
 
-def labels(frame: pd.DataFrame) -> list[str]:
-    """Model, GPUs and system of each row, in lines narrow enough to stand under a bar."""
-    system = {"pytorch": "PyTorch", "deepspeed": "DeepSpeed"}
-    return [
-        f"{row.model.replace(' ', chr(10)).replace('+', chr(10) + '+')}\n{row.gpus} GPU{'s' if row.gpus > 1 else ''}\n{system[row.system]}"
-        for row in frame.itertuples()
-    ]
+def steps_headline(steps: pd.DataFrame) -> str:
+    """Return the optimised steps of the MoE twins over the dense twin's in baseline mode, in one line; from
+    `decoding.steps`."""
+    ms = steps.set_index(["name", "candidate"])["median_ms"]
+    dense, *others = dict.fromkeys(steps["name"])
+    compared = ", ".join(f"{name} {ms[name, 'optimised'] / ms[dense, 'baseline']:.2f}" for name in others)
+    return f"Measured on twins, over a step of {dense} in baseline mode: {compared} (optimised)"
 
 
 def verdicts(frame: pd.DataFrame) -> list[Verdict]:
-    """The claims on Figs 14 and 15, from `costs(...)`."""
-    from moelab.experiments.simulated import verdict
-
+    """Judge the claims on Figs 14 and 15, from `costs`."""
     rows = frame.set_index(["figure", "model", "system"])
     small = {figure: rows.loc[figure, "PR-MoE+MoS", "deepspeed"] for figure in ("fig-14", "fig-15")}
     slower = (
@@ -66,16 +67,18 @@ def verdicts(frame: pd.DataFrame) -> list[Verdict]:
         "faster-than-175b": (small["fig-15"]["faster"], guess),
         "cheaper-than-175b": (small["fig-15"]["cheaper"], guess),
     }
-    return [verdict(c, float(ours[c.id][0]), note=ours[c.id][1]) for c in paper.claims("moe-vs-dense-inference")]
+    return [
+        judge_simulated(c, float(ours[c.id][0]), note=ours[c.id][1]) for c in paper.claims("moe-vs-dense-inference")
+    ]
 
 
 EXPERIMENT = Experiment(
     name="moe-vs-dense-inference",
+    number=14,
     title="MoE against dense at inference",
     paper="Figs 14 and 15 (section 5.5.4)",
     question="Is a MoE cheaper to serve than the dense model it matches?",
     paper_answer="On PyTorch it is slower; as PR-MoE with the staged student on DeepSpeed-MoE 2.4 times faster and cheaper, and 4.5 and 9 times at 1.5T.",
-    notebook="14_inference_vs_dense.ipynb",
     scales={
         "smoke": Scale("simulated cluster; tiny twins on 2 gloo ranks", "seconds"),
         "cpu": Scale("simulated cluster; twins on 2 gloo ranks", "a minute on two cores (estimated)"),
@@ -85,7 +88,5 @@ EXPERIMENT = Experiment(
             "not yet run; A100 cluster",
         ),
     },
-    specs=no_runs,
-    trains=False,
     measures=True,
 )

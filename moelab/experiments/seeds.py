@@ -1,20 +1,18 @@
-"""How far do seeds spread? (beyond the paper, which gives one run an arm)
+"""Measure the spread over seeds (beyond the paper, which gives one run an arm).
 
-Shows: the standard deviation of the final loss over seeds, of a single arm and of the difference of two arms with the same seed (same shared weights,
-same data order), and how many seeds an effect needs to be seen.
+Shows: the standard deviation of the final loss over seeds, of a single arm and of the difference of two arms with the
+same seed (same shared weights, same data order), and how many seeds an effect needs to be seen.
 
-Expect: pairing takes out most of the spread between seeds; differences of 0.01 nats still need many seeds at 1 M tokens.
+Expect: pairing removes most of the spread between seeds; differences of 0.01 nats still need many seeds at 1 M tokens.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from moelab.experiments import common
+from moelab.experiments import comparison
 from moelab.experiments.base import Experiment, Scale
-from moelab.runs.spec import RunSpec
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -23,37 +21,38 @@ ARMS = {"Dense": "350M", "MoE-32": "350M+MoE-32", "MoE-128": "350M+MoE-128"}
 PAIRS = (("MoE-128", "Dense"), ("MoE-32", "Dense"), ("MoE-128", "MoE-32"))
 
 
-def specs(
-    scale: str = "cpu", seeds: int = 1, *, arms: Sequence[str] = (), tokens: int = 0, corpus: str = ""
-) -> list[RunSpec]:
-    """The runs; see `common.specs`."""
-    EXPERIMENT.scale(scale)
-    return common.specs("seeds", ARMS, scale, seeds, selected=arms, tokens=tokens, corpus=corpus)
-
-
 def deviations(final: pd.DataFrame) -> pd.DataFrame:
-    """Standard deviations over seeds: columns what, paired, unpaired (of the difference, if seeds were not shared), seeds."""
+    """Return standard deviations over seeds of the difference of two arms.
+
+    Columns: what (the pair), mean, paired, unpaired (if seeds were not shared), seeds, and the seeds that an effect of
+    0.03 or 0.01 nats needs.
+    """
     import pandas as pd
 
-    table = common.by_arm(final)
+    table = comparison.by_arm(final)
     rows = []
     for left, right in PAIRS:
         if left in table and right in table:
             both = table[[left, right]].dropna()
+            spread = (both[left] - both[right]).std()
             rows.append(
                 {
                     "what": f"{left} − {right}",
                     "mean": (both[left] - both[right]).mean(),
-                    "paired": (both[left] - both[right]).std(),
+                    "paired": spread,
                     "unpaired": math.hypot(both[left].std(), both[right].std()),
                     "seeds": len(both),
+                    "seeds for 0.03": seeds_needed(spread, 0.03),
+                    "seeds for 0.01": seeds_needed(spread, 0.01),
                 }
             )
-    return pd.DataFrame(rows, columns=["what", "mean", "paired", "unpaired", "seeds"])
+    return pd.DataFrame(
+        rows, columns=["what", "mean", "paired", "unpaired", "seeds", "seeds for 0.03", "seeds for 0.01"]
+    )
 
 
-def finding(table: pd.DataFrame) -> str:
-    """What sharing seeds does to the first pair, in one line; from `deviations`."""
+def headline(table: pd.DataFrame) -> str:
+    """Return what sharing seeds does to the first pair, in one line; from `deviations`."""
     if not len(table):
         return "no pair has finished"
     row = table.iloc[0]
@@ -65,7 +64,8 @@ def finding(table: pd.DataFrame) -> str:
 
 
 def seeds_needed(deviation: float, effect: float, limit: int = 1000) -> int | None:
-    """Fewest seeds whose expected 95 % Student interval is narrower than an effect on either side; None beyond the limit."""
+    """Return the fewest seeds whose expected 95 % Student interval is narrower than an effect on either side; None
+    beyond the limit."""
     from scipy.stats import t
 
     for n in range(2, limit + 1):
@@ -76,15 +76,15 @@ def seeds_needed(deviation: float, effect: float, limit: int = 1000) -> int | No
 
 EXPERIMENT = Experiment(
     name="seeds",
+    number=23,
     title="Spread over seeds",
     paper="beyond the paper",
     question="How many seeds does a difference need?",
     paper_answer="Not examined; one run an arm.",
-    notebook="23_seeds.ipynb",
     scales={
         "smoke": Scale("twins of 32 wide, 4 layers; 12 k tokens of sotu", "seconds (tests)"),
         "cpu": Scale("the dense, MoE-32 and MoE-128 twins of the other experiments", "about 2 minutes a seed"),
         "gpu": Scale("twins 256 wide, 12 layers; 200 M tokens of mix5", "not yet run; one GPU"),
     },
-    specs=specs,
+    arms=ARMS,
 )

@@ -1,15 +1,18 @@
-"""What the training experiments share: specs of arms, differences paired by seed, verdicts, one-line findings."""
+"""Compare arms that were trained on the same seeds: differences paired by seed, verdicts on losses, one-line results,
+tables for notebooks.
+
+Frames named `final` are `Runs.final()`: a row a run, with columns arm, seed, validation_loss (nats a token) and more.
+"""
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from moelab import paper
 from moelab.config import ModelConfig
-from moelab.experiments import settings
-from moelab.experiments.verdicts import Verdict, judge
+from moelab.paper.verdicts import Verdict, judge
 from moelab.runs.spec import RunSpec
 from moelab.statistics import interval
 
@@ -21,51 +24,13 @@ if TYPE_CHECKING:
 TWINS = "Twins, paired by seed."
 
 
-def specs(
-    experiment: str,
-    arms: Mapping[str, str | Mapping[str, Any]],
-    scale: str,
-    seeds: int,
-    *,
-    selected: Sequence[str] = (),
-    **options: Any,
-) -> list[RunSpec]:
-    """The runs of an experiment's arms, seed by seed so that a stopped batch has whole seeds.
-
-    Args:
-        arms: arm -> model name, or arguments of `settings.spec`.
-        selected: some of the arms; empty is all.
-        options: further arguments of `settings.spec`, the same for all arms.
-
-    Raises:
-        ValueError: one line that begins with the experiment's name.
-    """
-    unknown = [arm for arm in selected if arm not in arms]
-    if unknown:
-        raise ValueError(f"{experiment}: unknown arm {unknown[0]!r}; allowed: {', '.join(arms)}")
-    try:
-        return [
-            settings.spec(**as_arguments(arms[arm]), scale=scale, seed=seed, label=arm, **options)
-            for seed in settings.check_seeds(experiment, seeds)
-            for arm in (selected or arms)
-        ]
-    except ValueError as error:
-        text = str(error)
-        raise ValueError(text if text.startswith(experiment) else f"{experiment}: {text}") from None
-
-
-def as_arguments(arm: str | Mapping[str, Any]) -> dict[str, Any]:
-    """An arm's arguments of `settings.spec`."""
-    return {"name": arm} if isinstance(arm, str) else dict(arm)
-
-
 def by_arm(final: pd.DataFrame, value: str = "validation_loss") -> pd.DataFrame:
-    """`Runs.final()` as a row a seed, a column an arm."""
+    """Return one column of `final` as a table: a row a seed, a column an arm."""
     return final.pivot(index="seed", columns="arm", values=value)
 
 
 def paired(final: pd.DataFrame, left: str, right: str, value: str = "validation_loss") -> list[float]:
-    """left - right, seed by seed; seeds in which one of them is missing are left out."""
+    """Return left - right, seed by seed; seeds in which one of them is missing are left out."""
     table = by_arm(final, value)
     if left not in table or right not in table:
         return []
@@ -73,24 +38,25 @@ def paired(final: pd.DataFrame, left: str, right: str, value: str = "validation_
 
 
 def gaps(final: pd.DataFrame, reference: str) -> pd.DataFrame:
-    """Final validation loss minus the reference arm's of the same seed, nats a token: columns arm, seed, gap."""
+    """Return the final validation loss minus the reference arm's of the same seed, nats a token: columns arm, seed,
+    gap."""
     base = final[final["arm"] == reference].set_index("seed")["validation_loss"]
     there = final[final["seed"].isin(base.index)]
     return there.assign(gap=there["validation_loss"] - there["seed"].map(base))[["arm", "seed", "gap"]]
 
 
-def loss_verdicts(experiment: str, final: pd.DataFrame, arms: Mapping[str, str], scale: str) -> list[Verdict]:
-    """The claims about final validation losses and total parameters, judged; the others not tested.
+def judge_losses(experiment: str, final: pd.DataFrame, arms: Mapping[str, str], scale: str) -> list[Verdict]:
+    """Judge the claims about final validation losses and total parameters; the others are not tested.
 
     Args:
         experiment: of `paper.claims`.
         arms: arm -> the paper's name of its run (a model, or with +KD, +MoS).
     """
-    return [loss_verdict(claim, final, arms, scale) for claim in paper.claims(experiment)]
+    return [judge_loss(claim, final, arms, scale) for claim in paper.claims(experiment)]
 
 
-def loss_verdict(claim: paper.Claim, final: pd.DataFrame, arms: Mapping[str, str], scale: str) -> Verdict:
-    """One claim, see `loss_verdicts`."""
+def judge_loss(claim: paper.Claim, final: pd.DataFrame, arms: Mapping[str, str], scale: str) -> Verdict:
+    """Judge one claim, see `judge_losses`."""
     if claim.quantity == "total parameters":
         return judge(claim, [size_ratio(claim.left, claim.right)], exact=True, note="Arithmetic at the paper's size.")
     sides = [next((arm for arm, name in arms.items() if name == side), "") for side in (claim.left, claim.right)]
@@ -100,13 +66,13 @@ def loss_verdict(claim: paper.Claim, final: pd.DataFrame, arms: Mapping[str, str
 
 
 def size_ratio(left: str, right: str) -> float:
-    """Total parameters of one paper model over another's."""
+    """Return the total parameters of one paper model over another's."""
     sizes = [ModelConfig.parse(name.replace("+KD", "").replace("+MoS", "")).parameters() for name in (left, right)]
     return sizes[0] / sizes[1]
 
 
-def spread(values: Sequence[float]) -> str:
-    """What stands behind a mean, in words."""
+def interval_text(values: Sequence[float]) -> str:
+    """Return the 95 % interval of a mean and the number of seeds, in words."""
     if len(values) < 2:
         return "1 seed, no spread"
     _, low, high = interval(values)
@@ -114,17 +80,26 @@ def spread(values: Sequence[float]) -> str:
 
 
 def difference(final: pd.DataFrame, left: str, right: str) -> str:
-    """ "LEFT ends 0.012 nats above RIGHT (95 % interval …)", or which of them is missing."""
+    """Return "LEFT ends 0.012 nats above RIGHT (95 % interval …)", or which of them is missing."""
     values = paired(final, left, right)
     if not values:
         return f"{left} and {right} have no finished pair"
     mean = sum(values) / len(values)
     where = f"{abs(mean):.3f} nats {'below' if mean < 0 else 'above'}" if abs(mean) >= 0.0005 else "level with"
-    return f"{left} ends {where} {right} ({spread(values)})"
+    return f"{left} ends {where} {right} ({interval_text(values)})"
 
 
-def gap_finding(table: pd.DataFrame, reference: str) -> str:
-    """ "Against REFERENCE: ARM −0.012, … nats", from `gaps`."""
+def over_training(curves: pd.DataFrame, arms: Sequence[str], reference: str) -> pd.DataFrame:
+    """Return the validation loss of arms minus the reference arm's at the same tokens and seed: columns arm, seed,
+    tokens, loss (the difference)."""
+    trained = curves[curves["tokens"] > 0]
+    base = trained[trained["arm"] == reference].set_index(["seed", "tokens"])["loss"].rename("base")
+    both = trained[trained["arm"].isin(arms)].join(base, on=["seed", "tokens"], how="inner")
+    return both.assign(loss=both["loss"] - both["base"])[["arm", "seed", "tokens", "loss"]]
+
+
+def gaps_headline(table: pd.DataFrame, reference: str) -> str:
+    """Return "Against REFERENCE: ARM −0.012, … nats", from `gaps`."""
     means = table[table["arm"] != reference].groupby("arm", sort=False)["gap"].mean()
     if not len(means):
         return f"{reference} and another arm have no finished pair"
@@ -132,7 +107,7 @@ def gap_finding(table: pd.DataFrame, reference: str) -> str:
 
 
 def models(specs: Sequence[RunSpec]) -> pd.DataFrame:
-    """One row an arm: its twin's sizes (millions), experts by layer, FLOPs a token (millions)."""
+    """Return a row an arm: its twin's sizes (millions), experts by layer, FLOPs a token (millions)."""
     import pandas as pd
 
     rows = {
@@ -151,7 +126,7 @@ def models(specs: Sequence[RunSpec]) -> pd.DataFrame:
 
 @contextlib.contextmanager
 def threads(count: int) -> Iterator[None]:
-    """So many CPU threads of torch for the length of a block."""
+    """Set the number of torch's CPU threads for the length of a block."""
     import torch
 
     before = torch.get_num_threads()
@@ -163,14 +138,15 @@ def threads(count: int) -> Iterator[None]:
 
 
 def speeds(specs: Sequence[RunSpec], steps: int, rounds: int) -> dict[str, list[float]]:
-    """Training tokens/s of each arm, round by round, arms taking turns; see `moelab.bench.train.side_by_side`."""
+    """Measure the training tokens/s of each arm, round by round, arms taking turns; see
+    `moelab.bench.train.side_by_side`."""
     from moelab.bench.train import side_by_side
 
     return side_by_side({spec.label: spec.model for spec in specs}, specs[0].train, steps=steps, rounds=rounds)
 
 
 def summary(runs: Runs) -> pd.DataFrame:
-    """One row an arm: mean final loss with its 95 % interval, bits a byte, seeds, tokens, seconds a run."""
+    """Return a row an arm: mean final loss with its 95 % interval, bits a byte, seeds, tokens, seconds a run."""
     import pandas as pd
 
     final = runs.final()

@@ -1,0 +1,116 @@
+"""Replace settings of a run by dotted names, such as ``train.tokens`` or ``model.routing.drop_tokens``.
+
+The allowed names and the types of their values come from the fields of the configuration classes, so that a new field
+can be set without a change here.
+"""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import json
+import types
+from collections.abc import Mapping
+from dataclasses import fields, is_dataclass, replace
+from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
+
+from moelab.config.data import DataConfig
+from moelab.config.distill import DistillConfig
+from moelab.config.model import ModelConfig
+from moelab.config.parallel import ParallelConfig
+from moelab.config.serialization import coerce
+from moelab.config.train import TrainConfig
+
+T = TypeVar("T")
+
+SECTIONS = {
+    "model": ModelConfig,
+    "train": TrainConfig,
+    "data": DataConfig,
+    "parallel": ParallelConfig,
+    "distill": DistillConfig,
+}
+"""First part of a name -> the configuration that it is a field of."""
+
+_FIXED = ("model.name", "train.seed")  # a name decides nothing; an experiment's `seeds` says which seeds there are
+
+
+@functools.cache
+def settable() -> dict[str, Any]:
+    """Return every dotted name that can be overridden, with the declared type of its value."""
+    found: dict[str, Any] = {}
+
+    def collect(cls: type, prefix: str) -> None:
+        hints = get_type_hints(cls)
+        for field in fields(cls):
+            name, hint = f"{prefix}.{field.name}", hints[field.name]
+            if is_dataclass(hint):
+                collect(hint, name)
+            elif name not in _FIXED:
+                found[name] = hint
+
+    for section, cls in SECTIONS.items():
+        collect(cls, section)
+    return found
+
+
+def check_overrides(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return overrides with each value converted to the type of its setting.
+
+    Args:
+        given: dotted name -> value, or its text as on a command line (``4e6``, ``true``, ``[0, 4]``).
+
+    Raises:
+        ValueError: one line: an unknown name (with those that are allowed), or a value of another type.
+    """
+    return {name: _value(name, value) for name, value in given.items()}
+
+
+def override(section: str, config: T, given: Mapping[str, Any]) -> T:
+    """Return a copy of a configuration with the settings of its section replaced.
+
+    Args:
+        section: key of `SECTIONS`.
+        given: from `check_overrides`; names of other sections are ignored.
+    """
+    changes: dict[str, Any] = {}
+    for name, value in given.items():
+        first, *inner, last = name.split(".")
+        if first == section:
+            level = changes
+            for part in inner:
+                level = level.setdefault(part, {})
+            level[last] = value
+    return _replace(config, changes)
+
+
+def _replace(config: Any, changes: Mapping[str, Any]) -> Any:
+    new = {k: _replace(getattr(config, k), v) if isinstance(v, dict) else v for k, v in changes.items()}
+    return replace(config, **new) if new else config
+
+
+def _value(name: str, value: Any) -> Any:
+    allowed = settable()
+    if name not in allowed:
+        section = name.partition(".")[0]
+        of_section = [other for other in allowed if other.startswith(f"{section}.")]
+        close = difflib.get_close_matches(name, allowed, n=1)
+        hint = f" (did you mean {close[0]}?)" if close else ""
+        names = ", ".join(of_section or (f"{section}.…" for section in SECTIONS))
+        raise ValueError(f"no setting {name!r}; allowed: {names}{hint}")
+    hint = allowed[name]
+    value = _read(hint, value) if isinstance(value, str) else value
+    if hint is int and isinstance(value, float) and value.is_integer():
+        value = int(value)
+    return coerce(hint, value, name)
+
+
+def _read(hint: Any, text: str) -> Any:
+    """Return the value that a text stands for; text that is no JSON stays text, for `coerce` to accept or refuse."""
+    options = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
+    if str in options or get_origin(hint) not in (None, tuple, Union, types.UnionType):  # text, or a choice of texts
+        return text
+    try:
+        return json.loads(text.replace("_", "").lower().replace("none", "null"))
+    except json.JSONDecodeError:
+        return text

@@ -1,0 +1,129 @@
+"""Measure decoding steps beside the simulated ones: the paper's baseline and the optimised mode take turns.
+
+At scales smoke and cpu twins of the paper's models decode on gloo ranks of this machine, with the experts spread over
+the ranks; at gpu larger twins on one GPU; at paper the models themselves, as `srun moelab bench decode` measured them
+on the cluster.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from moelab.config import ModelConfig
+    from moelab.experiments.base import Measure
+
+MODES = ("baseline", "optimised")
+SHRINK: dict[str, dict[str, int]] = {
+    "smoke": {"hidden": 128, "depth": 8, "experts": 32, "vocab": 256, "context": 32},
+    "cpu": {"hidden": 16, "depth": 4, "experts": 8, "vocab": 2048, "context": 128},
+    "gpu": {"hidden": 8, "depth": 2, "experts": 8, "vocab": 50304, "context": 2048},
+}
+"""Scale -> how models of 1.3B to 2T are shrunk, see `ModelConfig.shrink`."""
+
+
+def twins(
+    models: Mapping[str, ModelConfig], scale: str, shrink: Mapping[str, Mapping[str, int]] = SHRINK
+) -> dict[str, ModelConfig]:
+    """Return the twins that `steps` measures at smoke, cpu and gpu; none at paper. Their weights are random, and spread
+    tokens over the experts."""
+    if scale not in shrink:
+        return {}
+    return {name: replace(model.shrink(**shrink[scale]), init_std=0.05) for name, model in models.items()}
+
+
+def steps(
+    measure: Measure,
+    experiment: str,
+    models: Mapping[str, ModelConfig],
+    scale: str,
+    file: str | None = None,
+    *,
+    by: Literal["model", "size"] = "model",
+    ranks: Sequence[int] = (2,),
+    batches: Sequence[int] = (8,),
+) -> pd.DataFrame:
+    """Return one row for each measured step and mode.
+
+    Args:
+        measure: `Lab.measure`, which stores what is measured here.
+        models: what is measured at smoke and cpu (8 sequences over gloo ranks) and gpu (`batches` sequences on one
+            GPU).
+        file: what is read at paper.
+        by: what tells the rows apart: the model, or the size (ranks, or on one GPU the batch).
+
+    Returns:
+        The columns of `moelab bench decode`, among them candidate (of `MODES`), median_ms, p95_ms, floor_ms and
+            parts_ms (part -> ms), and
+        name (the model's key) and label (by `by`).
+
+    Raises:
+        ValueError: one line: no such file at scale paper, or it is not one of ranks.
+    """
+    import pandas as pd
+
+    rows = read(experiment, file, "decode") if scale == "paper" else measure(decode, models, scale, ranks, batches)
+    return pd.DataFrame([{**row, "label": row["name"] if by == "model" else _size(row)} for row in rows])
+
+
+def decode(
+    models: Mapping[str, ModelConfig], scale: str, ranks: Sequence[int], batches: Sequence[int]
+) -> list[dict[str, Any]]:
+    """Measure the steps here and now; rows of `moelab bench decode` with the model's key as name."""
+    from moelab.bench.decode import Protocol, measure, measure_ranks
+
+    protocol = Protocol(4, 4, 1, 2) if scale == "smoke" else Protocol(16, 24, 5, 4)
+    found = []
+    for name, model in models.items():
+        if scale == "gpu":
+            rows = [r for r in measure(model, list(batches), Protocol(), "cuda") if r["candidate"] in MODES]
+        else:
+            rows = measure_ranks(model, list(ranks), 8, protocol)
+        found += [{**row, "name": name} for row in rows]
+    return found
+
+
+def read(experiment: str, file: str | None, bench: Literal["decode", "exchange"]) -> list[dict[str, Any]]:
+    """Return the rows that `srun moelab bench decode --device cuda --out ...` wrote on the cluster, of one run or of
+    several joined together, fewest ranks first."""
+    mark = {"decode": "empty_collective_ms", "exchange": "alpha_ms"}[bench]
+    if not file:
+        raise ValueError(
+            f"{experiment}: scale paper needs -p measured_file=FILE, the {bench}.jsonl of `srun moelab bench {bench}`"
+        )
+    try:
+        rows = [json.loads(line) for line in Path(file).read_text(encoding="utf-8").splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "no JSON lines"
+        raise ValueError(f"{experiment}: {file}: {reason}") from None
+    rows = [row for row in rows if isinstance(row, dict) and mark in row]
+    if not rows:
+        raise ValueError(f"{experiment}: {file}: no rows of ranks in it")
+    return [{"name": row.get("model", ""), **row} for row in sorted(rows, key=lambda row: row["ranks"])]
+
+
+def _size(row: Mapping[str, Any]) -> str:
+    if "empty_collective_ms" in row:
+        return f"{row['ranks']} rank{'s' if row['ranks'] > 1 else ''}"
+    return f"batch {row['batch']}"
+
+
+def speedups(steps: pd.DataFrame) -> dict[str, float]:
+    """Return the baseline's median step over the optimised one's, by label."""
+    ms = steps.pivot(index="label", columns="candidate", values="median_ms").loc[list(dict.fromkeys(steps["label"]))]
+    return (ms["baseline"] / ms["optimised"]).to_dict()
+
+
+def caption(steps: pd.DataFrame) -> str:
+    """Return how the steps were measured."""
+    first = steps.iloc[0]
+    return (
+        f"Prompt {first['prompt']}, output {first['output']}, {first['rounds']} rounds; median, bar to the 95th percentile; of several ranks the slowest. Floor: weights and cache "
+        f"read once, plus empty collectives. {steps['device'].iloc[-1]}."
+    )

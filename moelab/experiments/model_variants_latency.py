@@ -1,0 +1,103 @@
+"""Serve PR-MoE and Mixture-of-Students (paper section 5.5.3, Figs 12 and 13).
+
+Shows: memory a GPU of the 349B model and its variants over GPU counts, and with it the fewest GPUs that hold them;
+latency of the three variants of every size.
+
+Here: predictions. The paper's bars are not available, only its text. The PR-MoE variants of the large models are not
+published: 64 and 128 experts, as for the 1.3B base, and an eighth of the layers cut for the student, are assumed.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from moelab import paper
+from moelab.experiments.base import Experiment, Scale
+from moelab.paper.verdicts import Verdict, judge_simulated
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from moelab.config import ModelConfig
+
+
+def models() -> dict[str, ModelConfig]:
+    """Return the 349B model as each variant, by the variant's name."""
+    from moelab.simulate import bars
+
+    return {bar.label.split()[1]: bar.model for bar in bars.variants(("8B",))}
+
+
+def latency() -> pd.DataFrame:
+    """Return the bars of Fig 13, simulated: `Bar.row`, with columns base and variant."""
+    from moelab.simulate import bars
+
+    found = bars.variants()
+    names = [bar.label.split() for bar in found]
+    return bars.frame(found).assign(base=[base for base, _ in names], variant=[variant for _, variant in names])
+
+
+def latency_headline(frame: pd.DataFrame) -> str:
+    """Return how much faster the student is than the other variants, in one line; from `latency`."""
+    ms = frame.pivot(index="base", columns="variant", values="simulated_ms")
+    gain, against = 1 - ms["PR-MoE+MoS"] / ms["PR-MoE"], ms["PR-MoE+MoS"] / ms["MoE"] - 1
+    return (
+        f"The student is {gain.min():.0%} to {gain.max():.0%} faster than its PR-MoE; against the standard MoE "
+        f"{round(100 * against.min()):+d} to {round(100 * against.max()):+d} %"
+    )
+
+
+def verdicts(held: pd.DataFrame, latency: pd.DataFrame) -> list[Verdict]:
+    """Judge the claims on Figs 12 and 13.
+
+    Args:
+        held: `moelab.simulate.frames.memory()`.
+        latency: `latency()`.
+    """
+    from moelab.simulate import frames
+
+    least = held[held["fits"]].groupby("variant")["gpus"].min()
+    ms = latency.pivot(index="base", columns="variant", values="simulated_ms")
+    student = ms["PR-MoE+MoS"]
+    worst = (student - ms[["MoE", "PR-MoE"]].min(axis=1)).max()  # negative when it is the fastest at every size
+    behind = {other: [base for base in ms.index if student[base] >= ms.loc[base, other]] for other in ("PR-MoE", "MoE")}
+    note = " ".join(
+        f"Faster than the {name} at every size." if not sizes else f"Not faster than the {name} at {', '.join(sizes)}."
+        for name, sizes in (("PR-MoE", behind["PR-MoE"]), ("standard MoE", behind["MoE"]))
+    )
+    few = frames.few_gpus().set_index(["base", "variant"])["simulated_ms"]["2.4B"]
+    ours = {
+        "half-the-gpus": (
+            least["PR-MoE+MoS"] / least["MoE"],
+            "Experts and the student's depth from the authors' script.",
+        ),
+        "pr-moe-mos-lowest-latency": (worst, note),
+        "pr-moe-lower-latency": (
+            few["PR-MoE"] / few["MoE"],
+            "The full system on 8 GPUs, not the released one; experts 64/128 as in the authors' larger models.",
+        ),
+    }
+    return [
+        judge_simulated(claim, ours[claim.id][0], note=ours[claim.id][1])
+        for claim in paper.claims("model-variants-latency")
+    ]
+
+
+EXPERIMENT = Experiment(
+    name="model-variants-latency",
+    number=12,
+    title="PR-MoE and students at inference",
+    paper="Figs 12 and 13 (section 5.5.3)",
+    question="How many GPUs, and how much time, do PR-MoE and Mixture-of-Students save?",
+    paper_answer="PR-MoE with the staged student serves 349B quality on 16 GPUs instead of 32, and is the fastest variant at every size.",
+    scales={
+        "smoke": Scale("simulated cluster; tiny twins on 2 gloo ranks", "seconds"),
+        "cpu": Scale("simulated cluster; twins on 2 gloo ranks", "a minute on two cores (estimated)"),
+        "gpu": Scale("simulated cluster; twins of the 349B variants, 512 wide, on one GPU", "not yet run; one GPU"),
+        "paper": Scale(
+            "simulated cluster; 8B+MoE-128 and its variants as `srun moelab bench decode` measured them",
+            "not yet run; A100 cluster",
+        ),
+    },
+    measures=True,
+)
