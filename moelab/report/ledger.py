@@ -1,9 +1,9 @@
 """The claims ledger: every claim of the paper, what the published results say about it, and a verdict.
 
-Everything is computed from `results/`. A claim's verdict is that of the largest scale at which a published result judged it;
-arithmetic and counting are the same at every scale. A claim that no result has judged is "paper's own numbers disagree" where
-the paper gives its number twice and differently, "not testable at this scale" where it needs a larger scale than any that has
-run, "not judged: one seed" where a result has no spread, and "not tested yet" otherwise.
+Everything is computed from `results/`. A claim's verdict is that of the largest scale at which a published result
+judged it; arithmetic and counting are the same at every scale. A claim that no result has judged is "paper's own
+numbers disagree" where the paper gives its number twice and differently, "not testable at this scale" where it needs a
+larger scale than any that has run, "not judged: one seed" where a result has no spread, and "not tested yet" otherwise.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ _DISPUTED = frozenset(
         "early-10x-headline",
     )
 )
-"""Conflicts (`moelab.paper.conflicts`) between two numbers for the claimed quantity; the others are about settings, names or shapes."""
+"""Conflicts (`moelab.paper.conflicts`) between two numbers for the claimed quantity; others concern settings."""
 
 
 def scale_rank(scale: str) -> int:
@@ -136,7 +136,7 @@ def counts(entries: Sequence[Entry]) -> dict[str, int]:
 
 
 def table(entries: Sequence[Entry], width: int) -> Table:
-    """Return the ledger as a table for a terminal of `width` characters; from 160 on it names each claim's place and figure."""
+    """Return the ledger as a table `width` characters wide; from 160 on with each claim's place and figure."""
     from rich.markup import escape
 
     from moelab import terminal

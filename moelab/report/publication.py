@@ -1,4 +1,4 @@
-"""What a notebook found, as files anyone can read: figures, the data behind them, claims, provenance.
+"""Publish what a notebook found as files: figures, the data behind them, claims, provenance.
 
 results/<experiment>/<scale>/<date>-<time>/summary.json      what is here, how it came about
                                            <name>.png, .svg, -dark.svg, .jsonl  a figure and its data
@@ -31,12 +31,12 @@ SUMMARY = "summary.json"
 
 @dataclass
 class Publication:
-    """Collects what one notebook publishes, and writes it as it comes; `finish` writes the summary that makes it a result.
+    """Writes what one notebook publishes; `finish` writes the summary that makes it a result.
 
     Attributes:
-        path: the folder it goes to.
-        interactive: a draft (JupyterLab), not a batch run.
-        measured: what the lab measured or read back, see `Lab.measure`.
+        path: the folder to write to.
+        interactive: whether this is a draft (JupyterLab), not a batch run.
+        measured: the measurements that the lab made or read back, see `Lab.measure`.
     """
 
     experiment: str
@@ -54,7 +54,7 @@ class Publication:
     def open(
         cls, experiment: str, scale: str, parameters: dict[str, Any], measured: Sequence[Measurement] = ()
     ) -> Publication:
-        """In a batch run the folder comes from the command (`MOELAB_PUBLICATION`); else a fresh draft."""
+        """Open the folder that the command gives to a batch run (`MOELAB_PUBLICATION`), else an empty draft."""
         given = environment.PUBLICATION.get()
         path = Path(given) if given else paths.home() / "drafts" / experiment / scale
         if not given and path.exists():
@@ -75,8 +75,8 @@ class Publication:
         """Save a figure as PNG and SVG (light and dark), and the numbers it shows as JSON lines.
 
         Args:
-            title: states the finding.
-            claims: ids of the paper's claims that it shows; the ledger links them to it.
+            title: the finding, one sentence.
+            claims: ids of the paper's claims that the figure shows; the ledger links them to it.
         """
         from moelab.plotting import figures
 
@@ -98,10 +98,11 @@ class Publication:
         write_json(self.path / "claims.json", self.verdicts)
 
     def finish(self, runs: Runs | None = None, *, title: str) -> str:
-        """Write the summary; returns one line saying where everything is. `title` states the experiment's finding.
+        """Write the summary; return one line that says where everything is.
 
         Args:
-            runs: the trainings behind it; none for an experiment that trains nothing.
+            runs: the training runs behind it; none for an experiment that trains nothing.
+            title: the main finding, one sentence.
         """
         finished = runs.finished if runs is not None else ()
         hardware = [run.provenance.get("hardware") for run in finished]

@@ -54,7 +54,7 @@ class Provenance:
 
 @dataclass(frozen=True)
 class FigureRow:
-    """A figure of a result: files `<name>.png`, `<name>.svg`, `<name>-dark.svg`, and `data` with the numbers that it shows."""
+    """A figure of a result: `<name>.png`, `.svg`, `-dark.svg`, and the file `data` with the numbers that it shows."""
 
     name: str
     title: str = ""
@@ -151,7 +151,7 @@ _ROWS = {
 
 
 def _known(row: type, value: Any) -> Any:
-    """`value` without the fields that this version does not know; what is no object is left for `from_json` to refuse."""
+    """Return `value` without fields that this version does not know; `from_json` refuses what is no object."""
     if isinstance(value, list):
         return [_known(row, one) for one in value]
     if not isinstance(value, dict):

@@ -1,4 +1,6 @@
-"""Show the results as static pages, opened as files or served by `moelab browse`; `build(results)` writes them, and only what changed.
+"""Show the results as static pages, opened as files or served by `moelab browse`.
+
+`build(results)` writes the pages that are new or have changed:
 
     results/index.html                                     the paper's claims, the gallery, all results
     results/compare.html                                   two results side by side
@@ -7,8 +9,8 @@
                                                notebook.html  its executed notebook
                                                data.js        the part of it that compare.html shows
 
-The pages load nothing from outside the folder and work without a script (filters and comparison need it). They are made only from the
-files of the results (`moelab.report.publication`) and the descriptions in `moelab.experiments`.
+The pages load nothing from outside the folder and work without a script (filters and comparison need it). They are made
+only from the files of the results (`moelab.report.publication`) and the descriptions in `moelab.experiments`.
 """
 
 from moelab.report.site.notebook import convert

@@ -154,8 +154,8 @@ def claims_of(result: Result) -> list[ClaimRow]:
 def all_claims(results: Sequence[Result]) -> list[ClaimRow]:
     """Return rows for every claim, in the order of the paper's figures.
 
-    A claim has a row for each scale with a value, the deciding one first, or one row without a result. Which row decides is
-    up to `moelab.report.ledger`, as for `moelab claims`.
+    A claim has a row for each scale with a value, the deciding one first, or one row without a result. The ledger
+    (`moelab.report.ledger`) says which row decides, as for `moelab claims`.
     """
     by_path = {result.path: result for result in results}
     rows = []

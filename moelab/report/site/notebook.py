@@ -16,16 +16,17 @@ if TYPE_CHECKING:
     from nbconvert import HTMLExporter
     from nbformat import NotebookNode
 
-# jsonschema, if it finds this package, compiles a grammar of internationalised addresses, which takes half of the time that papermill,
-# nbconvert and nbformat need to be imported. The format of notebooks does not use it.
+# jsonschema, if it finds this package, compiles a grammar of internationalised addresses, which takes half of the time
+# that papermill, nbconvert and nbformat need to be imported. The format of notebooks does not use it.
 sys.modules.setdefault("rfc3987_syntax", None)  # type: ignore[arg-type]
 
 
 def convert(notebook: Path) -> Path:
     """Write `<name>.html` beside the executed notebook of a result, unless that page is current; return its path.
 
-    Widgets, which need a running kernel, are shown as the table or text that is stored with them; where that is only a name, a line
-    refers to JupyterLab. Formulas become MathML, which browsers draw themselves. Code of more than 12 lines is folded.
+    Widgets, which need a running kernel, are shown as the table or text that is stored with them; where that is only a
+    name, a line refers to JupyterLab. Formulas become MathML, which browsers draw themselves. Code of more than 12
+    lines is folded.
     """
     page, mark = notebook.with_suffix(".html"), _mark(notebook)
     if not template.is_current(page, mark):

@@ -46,10 +46,10 @@ class Built:
 
 
 def build(root: Path) -> Built:
-    """Write the pages of all results below `root`. What is already there and made from the same files is left alone.
+    """Write the pages of all results below `root`; pages that were made from the same files are left as they are.
 
-    A result that cannot be read is left out, a notebook or table that cannot be read is missing on its result's page; the start
-    page names them.
+    A result that cannot be read is left out, and a notebook or table that cannot be read is missing on its result's
+    page; the start page names them.
     """
     results, unreadable = read_results(root)
     converted, failed = _convert(root, [r.folder / "notebook.ipynb" for r in results if r.has("notebook.ipynb")])

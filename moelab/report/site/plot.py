@@ -10,9 +10,10 @@ WIDTH, HEIGHT, EDGE = 150, 26, 8
 
 
 def interval_plot(row: ClaimRow) -> Markup:
-    """Return an inline SVG: the paper's value as a hollow diamond with its range, ours as a dot with its interval, a line at no difference.
+    """Return an inline SVG: the paper's value as a hollow diamond with its range, ours as a dot with its interval.
 
-    Screen readers skip it, because the same numbers stand beside it as text. Empty for a claim without a value of ours.
+    A vertical line marks no difference. Screen readers skip it, because the same numbers stand beside it as text. Empty
+    for a claim without a value of ours.
     """
     claim = row.claim
     if row.ours is None:
@@ -38,5 +39,6 @@ def interval_plot(row: ClaimRow) -> Markup:
     parts.append(f'<circle class="ours" cx="{x(row.ours)}" cy="19" r="3.6"/>')
     body = "".join(parts)
     return Markup(
-        f'<svg class="plot" viewBox="0 0 {WIDTH} {HEIGHT}" width="{WIDTH}" height="{HEIGHT}" aria-hidden="true">{body}</svg>'
+        f'<svg class="plot" viewBox="0 0 {WIDTH} {HEIGHT}" width="{WIDTH}" height="{HEIGHT}" aria-hidden="true">'
+        f"{body}</svg>"
     )

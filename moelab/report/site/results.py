@@ -114,12 +114,12 @@ class Result:
         return name in self.names
 
     def rows(self, name: str) -> list[dict[str, Any]]:
-        """Return the rows of a file of JSON lines in the folder, none if it is missing; ValueError if it is malformed."""
+        """Return the rows of a file of JSON lines in the folder, none if it is missing; ValueError: see `read_rows`."""
         return read_rows(self.folder / name) if self.has(name) else []
 
     @cached_property
     def arms(self) -> list[dict[str, Any]]:
-        """The runs by arm: label, seeds, and the mean of every number that all results of the arm have, in the order of the runs.
+        """The runs by arm: label, seeds, and the mean of every number that all results of the arm have.
 
         Runs of one label that were trained differently (a sweep) are arms of their own, named by what differs.
         """
@@ -146,7 +146,7 @@ class Result:
         return " ".join((self.experiment, self.scale, self.title, self.date, self.hardware, *described, *shown)).lower()
 
     def image(self, name: str) -> dict[str, str]:
-        """Return the files of a figure: `light`, and `dark` where there is one (else the light one is shown on a white card)."""
+        """Return the files of a figure: `light`, and `dark` where there is one."""
         if self.has(f"{name}-dark.svg"):
             return {"light": f"{name}.svg", "dark": f"{name}-dark.svg"}
         return {"light": f"{name}.png"}

@@ -10,8 +10,8 @@ from typing import Any
 HOSTS = ("127.0.0.1", "localhost", "[::1]")
 """Names of this machine that a request may give in its Host header.
 
-A page of another site can make a browser ask 127.0.0.1 under that site's own name (DNS rebinding) and read the answer; requests under
-other names are therefore refused.
+A page of another site can make a browser ask 127.0.0.1 under that site's own name (DNS rebinding) and read the answer.
+Requests under other names are therefore refused.
 """
 
 

@@ -65,7 +65,7 @@ def _environment() -> Environment:
 
 
 def number(value: float | None, claim: Claim) -> str:
-    """Return a claim's value as text: differences carry their sign, ratios and limits none; a dash for what was not measured."""
+    """Return a claim's value as text: differences with their sign, ratios and limits without; a dash for None."""
     if value is None:
         return "–"
     if abs(value) >= 1000:
