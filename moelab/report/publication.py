@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from moelab import environment, paths
 from moelab.files import write_json, write_text
+from moelab.report.summary import SUMMARY, FigureRow, TableRow
 from moelab.runs.provenance import provenance
 
 if TYPE_CHECKING:
@@ -25,8 +26,6 @@ if TYPE_CHECKING:
     from moelab.paper.verdicts import Verdict
     from moelab.runs.collection import Runs
     from moelab.runs.measurements import Measurement
-
-SUMMARY = "summary.json"
 
 
 @dataclass
@@ -45,9 +44,9 @@ class Publication:
     path: Path
     interactive: bool
     measured: Sequence[Measurement] = ()
-    figures: list[dict[str, Any]] = field(default_factory=list)
-    tables: list[dict[str, Any]] = field(default_factory=list)
-    verdicts: list[dict[str, Any]] = field(default_factory=list)
+    figures: list[FigureRow] = field(default_factory=list)
+    tables: list[TableRow] = field(default_factory=list)
+    verdicts: list[Verdict] = field(default_factory=list)
     started: float = field(default_factory=time.time)
 
     @classmethod
@@ -81,21 +80,21 @@ class Publication:
         from moelab.plotting import figures
 
         figures.save(figure, self.path / name, title=title)
-        record: dict[str, Any] = {"name": name, "title": title, "caption": caption, "claims": list(claims)}
+        row = FigureRow(name, title, caption, tuple(claims), "" if data is None else f"{name}.jsonl")
         if data is not None:
-            record["data"] = f"{name}.jsonl"
-            self._write_frame(record["data"], data)
-        self.figures.append(record)
+            self._write_frame(row.data, data)
+        self.figures.append(row)
 
     def table(self, data: pd.DataFrame, name: str, *, title: str, caption: str = "") -> None:
         """Save a table as JSON lines."""
-        self._write_frame(f"{name}.jsonl", data)
-        self.tables.append({"name": name, "title": title, "caption": caption, "data": f"{name}.jsonl"})
+        row = TableRow(name, f"{name}.jsonl", title, caption)
+        self._write_frame(row.data, data)
+        self.tables.append(row)
 
     def claims(self, verdicts: Sequence[Verdict]) -> None:
         """Save the verdicts on the paper's claims."""
-        self.verdicts = [asdict(v) for v in verdicts]
-        write_json(self.path / "claims.json", self.verdicts)
+        self.verdicts = list(verdicts)
+        write_json(self.path / "claims.json", [asdict(verdict) for verdict in verdicts])
 
     def finish(self, runs: Runs | None = None, *, title: str) -> str:
         """Write the summary; return one line that says where everything is.
@@ -118,9 +117,9 @@ class Publication:
                 "training_seconds": round(sum(run.result["seconds"] for run in finished), 1),
                 "seeds": sorted({run.spec.train.seed for run in finished}),
                 "hardware": hardware[0] if hardware else None,
-                "figures": self.figures,
-                "tables": self.tables,
-                "claims": self.verdicts,
+                "figures": [asdict(row) for row in self.figures],
+                "tables": [asdict(row) for row in self.tables],
+                "claims": [asdict(verdict) for verdict in self.verdicts],
                 "missing": [run.spec.id for run in runs.missing] if runs is not None else [],
                 "runs": [
                     {

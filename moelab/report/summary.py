@@ -104,6 +104,7 @@ class RunRow:
 class MeasurementRow:
     """A measurement that the notebook made or read back; `measured` is when, UTC."""
 
+    id: str
     measured: str
     seconds: float
     read_back: bool
