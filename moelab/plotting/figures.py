@@ -251,7 +251,7 @@ def _around(values: Sequence[float], low: Sequence[float], high: Sequence[float]
 
 
 def gaps(
-    measured: pd.DataFrame,
+    results: pd.DataFrame,
     ax: Axes,
     *,
     arms: Sequence[str],
@@ -262,7 +262,7 @@ def gaps(
     """Draw a row per arm: the mean of `value` over seeds with its 95 % interval, each seed, and the paper's value.
 
     Args:
-        measured: columns arm, seed and `value`.
+        results: columns arm, seed and `value`.
         paper: arm -> (value, low, high) as the paper reports it.
         of: the word for a value in the legend: seeds, or rounds of a measurement.
     """
@@ -273,7 +273,7 @@ def gaps(
         return "_" if label in labelled else labelled.add(label) or label
 
     for row, arm in enumerate(arms):
-        values = measured.loc[measured["arm"] == arm, value]
+        values = results.loc[results["arm"] == arm, value]
         if len(values):
             low, high = student(values)
             center = values.mean()
@@ -300,10 +300,10 @@ def gaps(
     return ax
 
 
-def means(measured: pd.DataFrame, ax: Axes, *, x: str, y: str) -> Axes:
+def means(results: pd.DataFrame, ax: Axes, *, x: str, y: str) -> Axes:
     """Draw a line of means over seeds with 95 % bars, and each seed as a small dot. Columns x, y and seed."""
-    rows = [(at, part[y].mean(), *student(part[y])) for at, part in measured.groupby(x)]
-    ax.scatter(measured[x], measured[y], s=14, color=_COLORS[5], alpha=0.5, linewidths=0)
+    rows = [(at, part[y].mean(), *student(part[y])) for at, part in results.groupby(x)]
+    ax.scatter(results[x], results[y], s=14, color=_COLORS[5], alpha=0.5, linewidths=0)
     if rows:
         at, center, low, high = (list(column) for column in zip(*rows, strict=True))
         bars = [[c - a for c, a in zip(center, low, strict=True)], [b - c for c, b in zip(center, high, strict=True)]]
@@ -311,13 +311,13 @@ def means(measured: pd.DataFrame, ax: Axes, *, x: str, y: str) -> Axes:
     return ax
 
 
-def seed_lines(measured: pd.DataFrame, ax: Axes, *, arms: Sequence[str], value: str = "validation_loss") -> Axes:
+def seed_lines(results: pd.DataFrame, ax: Axes, *, arms: Sequence[str], value: str = "validation_loss") -> Axes:
     """Draw a line per seed across the arms; pairing by seed removes what the lines have in common.
 
     Args:
-        measured: columns arm, seed and `value`.
+        results: columns arm, seed and `value`.
     """
-    table = measured.pivot(index="seed", columns="arm", values=value)
+    table = results.pivot(index="seed", columns="arm", values=value)
     there = [arm for arm in arms if arm in table]
     for _, row in table[there].iterrows():
         ax.plot(range(len(there)), row, marker="o", color=_COLORS[5], alpha=0.6)
