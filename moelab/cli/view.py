@@ -12,7 +12,7 @@ from moelab.cli import slurm as commands
 
 
 def lab(context: typer.Context, profile: commands.Profile = None) -> None:
-    """Open JupyterLab on the notebooks, here on 127.0.0.1 or, with --profile, on a node of a cluster; further arguments go to it."""
+    """Open JupyterLab on the notebooks, on 127.0.0.1 or a node of a cluster; further arguments are JupyterLab's."""
     from moelab import paths
 
     if profile is not None:
