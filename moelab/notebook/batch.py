@@ -22,7 +22,7 @@ from moelab.runs.measurements import MeasurementStore
 
 
 def chosen(scale: str, given: Mapping[str, str]) -> dict[str, dict[str, str]]:
-    """Return the parameters that each experiment's notebook takes of those given; experiments without the scale are left out.
+    """Return experiment -> those of the given parameters that its notebook takes, for experiments that have the scale.
 
     Overrides (dotted names) are for the notebooks whose runs can be overridden.
 

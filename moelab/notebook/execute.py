@@ -50,9 +50,10 @@ def parameters(experiment: Experiment) -> dict[str, Parameter]:
 
 
 def check_parameters(experiment: Experiment, given: Mapping[str, str]) -> dict[str, Any]:
-    """Return parameter texts from the command line as values of the notebook's declared types, checked down to the runs they lead to.
+    """Return the command line's parameters as values of the declared types, checked down to the runs they lead to.
 
-    Dotted names such as ``train.tokens`` are settings of the runs (`moelab.config.overrides`); they become the parameter `overrides`.
+    Dotted names such as ``train.tokens`` are settings of the runs (`moelab.config.overrides`); they become the
+    parameter `overrides`.
 
     Raises:
         ValueError: one line with the parameters and types, or the settings, that are allowed.

@@ -329,7 +329,7 @@ def seed_lines(results: pd.DataFrame, ax: Axes, *, arms: Sequence[str], value: s
 def task_scores(
     table: pd.DataFrame, ax: Axes, *, tasks: Sequence[str], colors: Mapping[str, str], twins: Sequence[str]
 ) -> Axes:
-    """Draw the accuracy of each arm on each task with the 95 % interval of its items, and what guessing reaches as dashes.
+    """Draw the accuracy of each arm on each task with the 95 % interval of its items, and that of guessing as dashes.
 
     Args:
         table: columns arm, task, accuracy, standard_error and reference (what guessing reaches).

@@ -46,8 +46,12 @@ def exchange_counts(counted: pd.DataFrame, left: Axes, right: Axes) -> None:
 
 
 def exchange_times(predicted: pd.DataFrame, axes: Sequence[Axes]) -> None:
-    """Draw the time over that of the flat exchange over ranks, a panel for each size; columns as
-    `moelab.experiments.all_to_all.simulated` has them."""
+    """Draw the time of each exchange over that of the flat one, a panel for each size.
+
+    Args:
+        predicted: columns as in `moelab.experiments.all_to_all.simulated`.
+        axes: one for each size.
+    """
     for ax, (size, part) in zip(axes, predicted.groupby("bytes"), strict=True):
         for way, color in EXCHANGE_COLORS.items():
             there = part[part["way"] == way]
@@ -60,11 +64,10 @@ def exchange_times(predicted: pd.DataFrame, axes: Sequence[Axes]) -> None:
 
 
 def kernel_speedups(whole: pd.DataFrame, ax: Axes, *, bound: float) -> Axes:
-    """Draw the baseline's time over ours over experts, a line for each number of tokens: means over rounds with 95 %
-    intervals, and the paper's bound.
+    """Draw the baseline's time over ours by experts, a line for each number of tokens, and the paper's bound.
 
     Args:
-        whole: columns tokens, experts, ratio; a row a round.
+        whole: columns tokens, experts, ratio; one row per round. Drawn are means with 95 % intervals.
         bound: the ratio that the paper says is exceeded.
     """
     experts = sorted(whole["experts"].unique())
