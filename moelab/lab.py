@@ -188,4 +188,4 @@ class Lab:
 
         A batch run (`moelab run`) publishes to `results/`, an interactive one writes a draft to `.moelab/drafts/`.
         """
-        return Publication.open(experiment, scale, parameters or {}, measured=self.measured)
+        return Publication.open(experiment, scale, parameters or {}, measurements=self.measured)

@@ -72,7 +72,7 @@ def plan(
         drawing, ax = plt.subplots(figsize=(8.5, 5))
         chosen = (best.latency_ms, best.tokens_per_s_per_gpu)
         serving.pareto(frame(found.front), ax, best=chosen, objective=objective)
-        figures.finding(drawing, found.headline)
+        figures.title(drawing, found.headline)
         drawing.savefig(figure, bbox_inches="tight", dpi=160)
         print(f"figure: {figure}")
 

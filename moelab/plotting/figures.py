@@ -2,10 +2,10 @@
 
     figures.theme()
     fig, ax = plt.subplots()
-    figures.measured(ax, x, ours, low, high, label="ours")
+    figures.our_points(ax, x, ours, low, high, label="ours")
     figures.paper_points(ax, x, theirs)
     ax.set(xlabel="GPUs", ylabel="latency (ms per token)")
-    figures.finding(fig, "Twice the GPUs take 0.6 times the latency")
+    figures.title(fig, "Twice the GPUs take 0.6 times the latency")
     figures.save(fig, Path("latency"))                  # latency.png, latency.svg, latency-dark.svg
 
 Every function draws on an axis that it is given and returns it, so that a notebook can add to it. `Publication.figure`
@@ -94,7 +94,7 @@ def colors(arms: Sequence[str]) -> dict[str, str]:
     return {arm: fixed[arm] for arm in arms}
 
 
-def finding(fig: Figure, text: str) -> Figure:
+def title(fig: Figure, text: str) -> Figure:
     """Write the title above the figure, wrapped to its width; call it last, because it lays the figure out again."""
     from matplotlib.layout_engine import ConstrainedLayoutEngine
 
@@ -166,7 +166,7 @@ def loss_curves(
     return ax
 
 
-def measured(
+def our_points(
     ax: Axes,
     x: Sequence[float],
     y: Sequence[float],

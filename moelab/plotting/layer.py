@@ -79,7 +79,7 @@ def kernel_speedups(whole: pd.DataFrame, ax: Axes, *, bound: float) -> Axes:
         at = [experts.index(E) + (i - (len(tokens) - 1) / 2) * 0.06 for E in part.groups]
         # An interval may reach below zero, where a logarithmic axis ends.
         low = [max(bound, mean / 10) for bound, mean in zip(low, part.mean(), strict=True)]
-        figures.measured(ax, at, list(part.mean()), low, high, label=f"{S} tokens", color=palette[str(S)])
+        figures.our_points(ax, at, list(part.mean()), low, high, label=f"{S} tokens", color=palette[str(S)])
     figures.paper_bound(ax, bound, label=f"paper: over {bound:g}")
     ax.axhline(1, color="#888888", linewidth=1)
     ax.set(xlabel="experts", ylabel="baseline's time over ours", yscale="log")

@@ -35,7 +35,7 @@ class Publication:
     Attributes:
         path: the folder to write to.
         interactive: whether this is a draft (JupyterLab), not a batch run.
-        measured: the measurements that the lab made or read back, see `Lab.measure`.
+        measurements: those that the lab made or read back, see `Lab.measure`.
     """
 
     experiment: str
@@ -43,7 +43,7 @@ class Publication:
     parameters: dict[str, Any]
     path: Path
     interactive: bool
-    measured: Sequence[Measurement] = ()
+    measurements: Sequence[Measurement] = ()
     figures: list[FigureRow] = field(default_factory=list)
     tables: list[TableRow] = field(default_factory=list)
     verdicts: list[Verdict] = field(default_factory=list)
@@ -51,7 +51,7 @@ class Publication:
 
     @classmethod
     def open(
-        cls, experiment: str, scale: str, parameters: dict[str, Any], measured: Sequence[Measurement] = ()
+        cls, experiment: str, scale: str, parameters: dict[str, Any], measurements: Sequence[Measurement] = ()
     ) -> Publication:
         """Open the folder that the command gives to a batch run (`MOELAB_PUBLICATION`), else an empty draft."""
         given = environment.PUBLICATION.get()
@@ -59,7 +59,7 @@ class Publication:
         if not given and path.exists():
             shutil.rmtree(path)
         path.mkdir(parents=True, exist_ok=True)
-        return cls(experiment, scale, parameters, path, interactive=given is None, measured=measured)
+        return cls(experiment, scale, parameters, path, interactive=given is None, measurements=measurements)
 
     def figure(
         self,
@@ -131,7 +131,7 @@ class Publication:
                     }
                     for run in finished
                 ],
-                "measurements": [one.summary() for one in self.measured],
+                "measurements": [one.summary() for one in self.measurements],
                 "provenance": provenance(),
             },
         )
