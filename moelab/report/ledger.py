@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 DISAGREES = "paper's own numbers disagree"
 NOT_YET = "not tested yet"
 
-SCALES = (paper.SCALES[0], "simulated", *paper.SCALES[1:])
-"""From the weakest evidence to the strongest."""
+_BY_STRENGTH = (paper.SCALES[0], "simulated", *paper.SCALES[1:])
+"""Scales and simulation, from the weakest evidence to the strongest."""
 
 _DISPUTED = frozenset(
     (
@@ -42,7 +42,7 @@ _DISPUTED = frozenset(
 
 def scale_rank(scale: str) -> int:
     """Return 0 for the scale whose evidence is strongest; a scale that this version does not know comes last."""
-    return len(SCALES) - 1 - SCALES.index(scale) if scale in SCALES else len(SCALES)
+    return len(_BY_STRENGTH) - 1 - _BY_STRENGTH.index(scale) if scale in _BY_STRENGTH else len(_BY_STRENGTH)
 
 
 @dataclass(frozen=True)
