@@ -41,7 +41,7 @@ def write_json(path: Path, value: Any, *, durable: bool = False) -> None:
 
 
 def read_json(path: Path) -> Any:
-    """The JSON value in a file, or None when there is no such file.
+    """Return the JSON value in a file, or None when there is no such file.
 
     Raises:
         ValueError: one line naming the file, when it is not JSON.

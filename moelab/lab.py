@@ -1,11 +1,11 @@
-"""`Lab`: what a notebook talks to. It runs specs, reads runs back, and publishes what was found.
+"""`Lab`, the interface for notebooks: run specs, read runs back, publish results.
 
 lab = Lab()
 runs = lab.run(specs)           # finished ones are read back, others continue or start
-runs.final()                    # one tidy row a run
+runs.final()                    # one row per run
 runs.curves()                   # validation loss over tokens
-lab.measure(all_to_all.counts, (4, 8))    # what a function of moelab returns, read back if this machine has measured it
-lab.generate(runs[0], "Fellow") # what it writes
+lab.measure(all_to_all.counts, (4, 8))    # a function's value, read back if this machine has measured it
+lab.generate(runs[0], "Fellow") # text that the run's model generates
 """
 
 from __future__ import annotations
@@ -34,10 +34,10 @@ Executor = Literal["auto", "inline", "processes", "slurm", "read"]
 
 
 class Lab:
-    """A run store, and ways to run: on this machine, on a cluster.
+    """Runs specs on this machine or on a cluster, over one run store.
 
     Args:
-        store: of runs; by default the workshop's.
+        store: the run store; by default that of `MOELAB_HOME`.
         measure_again: `measure` reads nothing back.
     """
 
@@ -55,17 +55,18 @@ class Lab:
         workers: int | None = None,
         profile: str | None = None,
     ) -> Runs:
-        """Runs of the specs: finished ones read back, the others trained to their end.
+        """Return the runs of the specs: read finished ones back, train the others to their end.
 
-        Teachers are trained before their students. A run that fails is in the result without a result of its own (`Runs.missing`); it never takes the others with it.
+        Teachers are trained before their students. A run that fails is among the returned runs without a result
+        (`Runs.missing`); the others go on.
 
         Args:
-            executor: "inline" in this process; "processes" one process a run (a run on several ranks is processes either way, or srun's
-                tasks); "slurm" as jobs of a cluster, waiting for them with their state on show (stopping the cell leaves them in the
-                queue); "read" trains nothing; "auto" is what the environment variable `MOELAB_EXECUTOR` says (a notebook's batch job
-                reads), else processes.
-            workers: processes at a time, each rank one; by default as many as the machine's cores allow at each run's threads, 1 on a
-                GPU. One run always goes.
+            executor: "inline" trains in this process; "processes" in one process per run (a run on several ranks has
+                several processes or srun tasks in any case); "slurm" in jobs of a cluster, and waits for them and
+                shows their state (stopping the cell leaves them in the queue); "read" trains nothing; "auto" is what
+                the environment variable `MOELAB_EXECUTOR` says (a notebook's batch job reads), else processes.
+            workers: processes at a time, each rank one; by default as many as the cores allow at each run's threads, 1
+                on a GPU. At least one run is trained at a time.
             profile: the cluster for "slurm", see `moelab.slurm.profiles`; by default `MOELAB_PROFILE`.
         """
         if executor == "auto":
@@ -91,11 +92,14 @@ class Lab:
         return Runs([Run(spec, by_id[spec.id].path) for spec in specs])
 
     def measure(self, function: Callable[..., Any], *arguments: Any) -> Any:
-        """What the function returns, as JSON has it: read back where the same code has measured it with the same arguments on the same machine, else measured
-        now, while no other notebook of this workshop measures. Says which, and what is published of this lab lists it.
+        """Return what the function returns, as JSON values.
+
+        The value is read back if the same code has measured it with the same arguments on the same machine, else
+        measured now, while no other notebook of this store measures. Prints which, and publications list it.
 
         Raises:
-            ValueError: one line: a function outside moelab, or an argument by which nothing can be stored; see `moelab.runs.measurements`.
+            ValueError: one line: a function outside moelab, or an argument by which nothing can be stored; see
+                `moelab.runs.measurements`.
         """
         found = self.measurements.measure(function, *arguments, again=self._again)
         self.measured.append(found)
@@ -134,7 +138,7 @@ class Lab:
 
     @staticmethod
     def _generations(runs: Sequence[Run]) -> list[list[Run]]:
-        """Runs without a teacher, then their students, then theirs."""
+        """Group the runs: those without a teacher, then their students, then the students of these."""
         depths = {run.spec.id: len(run.spec.requires()) for run in runs}
         return [[run for run in runs if depths[run.spec.id] == depth] for depth in sorted(set(depths.values()))]
 
@@ -162,7 +166,7 @@ class Lab:
     ) -> Text | list[Text]:
         """Continue one prompt or several with a trained run (or its id, or a directory of an exported model).
 
-        `sampling` are fields of `moelab.inference.Sampling`: ``lab.generate(run, "Fellow citizens", max_new_tokens=40, top_p=0.9)``.
+        `sampling` are fields of `moelab.inference.Sampling`, such as ``max_new_tokens=40, top_p=0.9``.
         """
         from moelab.inference import Sampling
         from moelab.inference.text import open_text
@@ -180,8 +184,8 @@ class Lab:
         return found[0] if isinstance(prompts, str) else found
 
     def publish(self, experiment: str, scale: str, parameters: dict | None = None) -> Publication:
-        """Where this notebook puts its figures, tables and claims.
+        """Open the publication to which this notebook adds its figures, tables and claims.
 
-        A batch run (`moelab run`) publishes to `results/`; an interactive one drafts to `.moelab/drafts/`.
+        A batch run (`moelab run`) publishes to `results/`, an interactive one writes a draft to `.moelab/drafts/`.
         """
-        return Publication.open(experiment, scale, parameters or {}, measured=self.measured)
+        return Publication.open(experiment, scale, parameters or {}, measurements=self.measured)

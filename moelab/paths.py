@@ -15,14 +15,14 @@ def checkout() -> Path | None:
 
 
 def home() -> Path:
-    """Return the folder of runs, prepared tokens and drafts: `MOELAB_HOME`, else `.moelab` in the checkout or the current folder."""
+    """Return the folder of runs and drafts: `MOELAB_HOME`, else `.moelab` in the checkout or the current folder."""
     if value := environment.HOME.get():
         return Path(value).resolve()
     return (checkout() or Path.cwd()) / ".moelab"
 
 
 def results() -> Path:
-    """Return the folder of published results: `MOELAB_RESULTS`, else `results` in the checkout or the current folder."""
+    """Return the folder of results: `MOELAB_RESULTS`, else `results` in the checkout or the current folder."""
     if value := environment.RESULTS.get():
         return Path(value).resolve()
     return (checkout() or Path.cwd()) / "results"

@@ -22,7 +22,7 @@ def console() -> Console:
 
 
 def table(*columns: str, title: str | None = None) -> Table:
-    """A table without vertical lines, which leave a narrow terminal no room; text that does not fit its column goes on below, uncut."""
+    """Return a table without vertical lines, for narrow terminals; text that does not fit is wrapped, not cut."""
     from rich import box
     from rich.table import Table
 
@@ -34,7 +34,7 @@ def table(*columns: str, title: str | None = None) -> Table:
 
 @contextlib.contextmanager
 def task_progress() -> Iterator[Callable[[str, int, int], None]]:
-    """Show one progress bar a task, on standard error or in the notebook; yield the function to call with (task, done, total)."""
+    """Show a progress bar per task, on standard error or in the notebook; yield a function of (task, done, total)."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 

@@ -149,11 +149,11 @@ def publish(tmp_path_factory):
         figures.theme()
         publication = Publication(experiment, scale, {"scale": scale, **(parameters or {})}, folder, interactive=False)
         fig, ax = plt.subplots(figsize=(8, 3))
-        figures.measured(ax, [1, 2, 3], list(losses) if len(losses) == 3 else [3, 2, 1])
+        figures.our_points(ax, [1, 2, 3], list(losses) if len(losses) == 3 else [3, 2, 1])
         figures.paper_points(ax, [1, 2, 3], [3, 2.5, 2], [2.9, 2.4, 1.9], [3.1, 2.6, 2.1])
         ax.set(xlabel="tokens (millions)", ylabel="loss (nats per token)")
         title = f"Loss falls with tokens, {experiment} at {scale}"
-        figures.finding(fig, title)
+        figures.title(fig, title)
         data = pd.DataFrame({"arm": ["350M", "350M+MoE-128"], "loss": [3.05, 2.95]})
         publication.figure(fig, "curves", title=title, caption="Made up for a test.", data=data)
         plt.close(fig)

@@ -1,4 +1,7 @@
-"""The `moelab` command: one file per group of commands. Heavy modules are imported inside the commands, so that `moelab --help` is quick."""
+"""The `moelab` command: one file per group of commands.
+
+Heavy modules are imported inside the commands, so that `moelab --help` is quick. May import every room.
+"""
 
 from __future__ import annotations
 

@@ -21,7 +21,7 @@ def bench_train(
     dtype: Annotated[str, typer.Option(help="fp32 or bf16")] = "fp32",
     out: Annotated[Path | None, typer.Option(help="folder for the numbers as JSON lines")] = None,
 ) -> None:
-    """Training speed of the twins: MoE over its dense base, and our dense twin over a bare PyTorch loop."""
+    """Measure the training speed of twins: MoE over its dense base, our dense twin over a plain PyTorch loop."""
     from moelab.bench.train import main as bench_main
 
     bench_main(steps=steps, rounds=rounds, threads=threads, dtype=dtype, out=out)
@@ -37,7 +37,7 @@ def bench_gate(
     device: Device = "cpu",
     out: Out = None,
 ) -> None:
-    """The gate against the mask baseline and, where installed (extra peers), DeepSpeed's."""
+    """Compare the gate with the mask baseline and, where installed (extra peers), DeepSpeed's."""
     check_device(device)
     from moelab.bench.gate import main as bench_main
 
@@ -57,7 +57,7 @@ def bench_layer(
     device: Device = "cpu",
     out: Out = None,
 ) -> None:
-    """The MoE layer against the dense layer of equal FLOPs, the einsum baseline and, where installed (extra peers), others' layers."""
+    """Compare the MoE layer with a dense one of equal FLOPs, the einsum baseline and other libraries (extra peers)."""
     check_device(device)
     from moelab.bench.layer import DTYPES
     from moelab.bench.layer import main as bench_main
@@ -99,9 +99,10 @@ def bench_decode(
     exchange: Annotated[str, typer.Option(help="under torchrun or srun: the optimised mode's exchange")] = "flat",
     out: Out = None,
 ) -> None:
-    """Latency and throughput of decoding: optimised, the paper's baseline and, where installed (extra peers), transformers.
+    """Measure decoding: optimised, the paper's baseline and, where installed (extra peers), transformers.
 
-    Under torchrun or srun each model is measured on the ranks that were started, --rank-batch sequences over all of them.
+    Under torchrun or srun each model is measured on the ranks that were started, with --rank-batch sequences over all
+    of them.
     """
     check_device(device)
     from moelab.bench.decode import Protocol

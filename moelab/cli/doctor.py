@@ -29,7 +29,7 @@ def report() -> bool:
 
 
 def _checks() -> Iterator[tuple[bool | None, str]]:
-    """(True, False or None for an optional thing that is absent; what)."""
+    """Return True, False or None (an optional thing that is absent), and a line that says what was found."""
     python = sys.version.split()[0]
     yield sys.version_info >= (3, 11), f"Python {python} (3.11 or newer)"
     for name in ("torch", "triton", "tokenizers", "papermill", "jupyterlab", "seaborn", "submitit"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Annotated
 
 import typer
@@ -68,15 +69,20 @@ def claims(
     import json
 
     from moelab import paths, terminal
-    from moelab.report.ledger import counts, ledger, table
+    from moelab.report.ledger import counts, entries, table
+    from moelab.report.summary import read_all
 
-    entries = ledger(paths.results())
+    summaries, unreadable = read_all(paths.results())
+    for line in unreadable:
+        print(f"not readable: {line}", file=sys.stderr)
+    ledger = entries(summaries)
     if as_json:
-        print(json.dumps([entry.to_json() for entry in entries], indent=2))
+        print(json.dumps([entry.to_json() for entry in ledger], indent=2))
         return
     console = terminal.console()
-    console.print(table(entries, console.width))
-    console.print(f"{len(entries)} claims: " + ", ".join(f"{n} {verdict}" for verdict, n in counts(entries).items()))
+    console.print(table(ledger, console.width))
+    totals = ", ".join(f"{n} {verdict}" for verdict, n in counts(ledger).items())
+    console.print(f"{len(ledger)} claims: {totals}", markup=False)
 
 
 def register(app: typer.Typer) -> None:

@@ -15,7 +15,7 @@ def kernels_compile(
     arch: Annotated[list[str] | None, typer.Option(help="sm_80 (A100), sm_90 (H100); repeat for several")] = None,
     out: Annotated[Path | None, typer.Option(help="CSV file for the table")] = None,
 ) -> None:
-    """Compile every kernel ahead of time; print registers, shared memory, spills and occupancy. Exit code 1 if one spills."""
+    """Compile every kernel ahead of time; print registers, shared memory, spills, occupancy; exit code 1 on a spill."""
     from moelab.kernels.compile import main as compile_main
 
     arguments = [item for name in arch or ["sm_80", "sm_90"] for item in ("--arch", name)]

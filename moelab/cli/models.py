@@ -31,7 +31,7 @@ def generate(
     ] = "flat",
     gpus_per_node: Annotated[int, typer.Option(help="on ranks: of a node")] = 8,
 ) -> None:
-    """Continue prompts with a trained run; a single one is shown as it comes. Under torchrun or srun, ranks share the model."""
+    """Continue prompts with a trained run; under torchrun or srun, ranks share the model."""
     check_device(device)
     from moelab import paths
     from moelab.engine.checkpoint import CheckpointError
@@ -66,7 +66,8 @@ def eval_(
     run: Annotated[
         str,
         typer.Argument(
-            help="id of a run, or the beginning of it, or a directory of a run or a model (ours exported, or one that transformers opens), or "
+            help="id of a run, or the beginning of it, or a directory of a run or a model (ours exported, or one that "
+            "transformers opens), or "
             "smollm2: a small real model, fetched, to check the pipeline with"
         ),
     ],
@@ -80,7 +81,7 @@ def eval_(
     as_json: Annotated[bool, typer.Option("--json", help="the scores as JSON")] = False,
     out: Out = None,
 ) -> None:
-    """Zero-shot tasks (the paper's Table 2): accuracy beside chance and the answers' bits per byte. Killed, it goes on where it was."""
+    """Evaluate zero-shot tasks (the paper's Table 2): accuracy beside chance, bits per byte; resumable."""
     import json
     from dataclasses import asdict
 
@@ -115,7 +116,7 @@ def export(
     run: Annotated[str, typer.Argument(help="id of a run, or the beginning of it, or its directory")],
     directory: Annotated[Path, typer.Argument(help="new directory")],
 ) -> None:
-    """Write a run's weights and tokenizer for others: GPT-2's format if the model is dense, our safetensors format if it has experts."""
+    """Write a run's weights and tokenizer: GPT-2's format for a dense model, safetensors for one with experts."""
     from moelab import paths
     from moelab.data import prepare
     from moelab.engine.checkpoint import CheckpointError, hf

@@ -72,7 +72,7 @@ def plan(
         drawing, ax = plt.subplots(figsize=(8.5, 5))
         chosen = (best.latency_ms, best.tokens_per_s_per_gpu)
         serving.pareto(frame(found.front), ax, best=chosen, objective=objective)
-        figures.finding(drawing, found.headline)
+        figures.title(drawing, found.headline)
         drawing.savefig(figure, bbox_inches="tight", dpi=160)
         print(f"figure: {figure}")
 
@@ -94,7 +94,7 @@ def decode(
         float, typer.Option(help="tokens of the busiest rank over an even share; for systems without slots")
     ] = 1.0,
 ) -> None:
-    """One decoding step of one layout: latency with its breakdown, memory, throughput, cost."""
+    """Show one decoding step of one layout: latency by part, memory, throughput, cost."""
     from moelab import simulate
 
     parallel = _parallel(simulate, cluster, gpus, tensor, expert, slicing, exchange or simulate.system(system).exchange)
@@ -121,7 +121,7 @@ def train(
     zero: Annotated[int, typer.Option(help="0, 1 or 2")] = 0,
     tokens: Annotated[float, typer.Option(help="tokens of the whole training, for the days it takes")] = 300e9,
 ) -> None:
-    """A training step of one layout: samples/s, breakdown, memory with optimizer, days for so many tokens."""
+    """Show a training step of one layout: time by part, samples/s, memory with optimizer, days of the training."""
     from dataclasses import replace
 
     from moelab import simulate
@@ -147,7 +147,7 @@ def train(
 
 @app.command()
 def clusters() -> None:
-    """The clusters that come with the package."""
+    """Show the clusters that come with the package."""
     from moelab import simulate
 
     for name in simulate.clusters():
@@ -160,7 +160,7 @@ def clusters() -> None:
 
 @app.command()
 def score() -> None:
-    """Every number of the paper that the simulator can be held against, with its error."""
+    """Show every number of the paper that the simulator can be compared with, and its error."""
     from moelab.simulate.scoreboard import median_error, rows
 
     found = rows()
@@ -177,7 +177,7 @@ def score() -> None:
 def fit(
     out: Annotated[Path | None, typer.Option(help="JSON file; default: the package's calibration.json")] = None,
 ) -> None:
-    """Fit the free constants on the 52B scaling figure (arXiv Fig 10) alone, and store them with how they came about."""
+    """Fit the free constants to the 52B scaling figure (arXiv Fig 10) alone, and store them with their provenance."""
     import time
     from importlib import resources
 
@@ -195,7 +195,8 @@ def fit(
     for bar in found["bars"]:
         ratio = bar["simulated_ms"] / bar["paper_ms"] - 1
         print(
-            f"{bar['system']:<10} {bar['gpus']:>3} GPUs  paper {bar['paper_ms']:5.1f}  simulated {bar['simulated_ms']:5.1f} ms  {ratio:+.1%}"
+            f"{bar['system']:<10} {bar['gpus']:>3} GPUs  paper {bar['paper_ms']:5.1f}  "
+            f"simulated {bar['simulated_ms']:5.1f} ms  {ratio:+.1%}"
         )
     record = provenance()
     found["made"] = {

@@ -215,7 +215,8 @@ def _print_submitted(name: str, plan: Plan) -> None:
     ] * bool(plan.queued)
     if not plan.scripts:
         print(
-            f"{name}: nothing to submit; {' and '.join([*before, 'so is the notebook'] if before else ['all is finished or queued'])}"
+            f"{name}: nothing to submit; "
+            + " and ".join([*before, "so is the notebook"] if before else ["all is finished or queued"])
         )
         return
     if before:

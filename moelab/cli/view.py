@@ -12,7 +12,7 @@ from moelab.cli import slurm as commands
 
 
 def lab(context: typer.Context, profile: commands.Profile = None) -> None:
-    """Open JupyterLab on the notebooks, here on 127.0.0.1 or, with --profile, on a node of a cluster; further arguments go to it."""
+    """Open JupyterLab on the notebooks, on 127.0.0.1 or a node of a cluster; further arguments are JupyterLab's."""
     from moelab import paths
 
     if profile is not None:
@@ -30,33 +30,26 @@ def browse(
     serve: Annotated[bool, typer.Option("--serve/--no-serve", help="serve the pages, or only build them")] = True,
 ) -> None:
     """Build the results pages and serve them on localhost."""
-    import functools
-    import http.server
     import webbrowser
 
     from moelab import paths
     from moelab.report import site
+    from moelab.report.site.server import ResultsServer
 
     built = site.build(paths.results())
     for line in built.unreadable:
-        print(f"left out: {line}", file=sys.stderr)
-    folder = built.index.parent
+        print(f"not readable: {line}", file=sys.stderr)
     if not serve:
         print(f"{built.results} results, {built.written} files written: {built.index}")
         return
-    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=str(folder))
-    try:
-        server = http.server.ThreadingHTTPServer(("127.0.0.1", port), handler)
-    except OSError as error:
-        raise ValueError(f"port {port}: {error.strerror}; choose another with --port") from None
-    address = f"http://127.0.0.1:{server.server_port}/"
-    print(f"results of {folder} at {address} (Ctrl-C ends)", flush=True)
-    if open_browser:
-        webbrowser.open(address)
-    try:
-        server.serve_forever()
-    except KeyboardInterrupt:
-        print()
+    with ResultsServer(built.index.parent, port) as server:
+        print(f"results of {server.folder} at {server.address} (Ctrl-C ends)", flush=True)
+        if open_browser:
+            webbrowser.open(server.address)
+        try:
+            server.serve_forever()
+        except KeyboardInterrupt:
+            print()
 
 
 def tensorboard(

@@ -16,13 +16,13 @@ from moelab.experiments import EXPERIMENTS, Experiment
 from moelab.files import read_json
 from moelab.notebook import execute as notebooks
 from moelab.report import site
-from moelab.report.publication import SUMMARY
+from moelab.report.summary import SUMMARY, Summary, parse
 from moelab.runs.collection import Runs
 from moelab.runs.measurements import MeasurementStore
 
 
 def chosen(scale: str, given: Mapping[str, str]) -> dict[str, dict[str, str]]:
-    """Return the parameters that each experiment's notebook takes of those given; experiments without the scale are left out.
+    """Return experiment -> those of the given parameters that its notebook takes, for experiments that have the scale.
 
     Overrides (dotted names) are for the notebooks whose runs can be overridden.
 
@@ -46,21 +46,19 @@ def chosen(scale: str, given: Mapping[str, str]) -> dict[str, dict[str, str]]:
     return found
 
 
-def last_result(experiment: Experiment, values: Mapping[str, Any]) -> dict[str, Any]:
-    """Summary of its newest result with these parameters, empty when there is none."""
+def last_result(experiment: Experiment, values: Mapping[str, Any]) -> Summary | None:
+    """Return the summary of the experiment's newest result with these parameters, None when there is none."""
     for file in sorted((paths.results() / experiment.name / values["scale"]).glob(f"[!.]*/{SUMMARY}"), reverse=True):
-        with contextlib.suppress(ValueError):  # no JSON; the results page says so
-            summary = read_json(file)
-            if isinstance(summary, dict) and all(
-                values.get(name) == value for name, value in summary.get("parameters", {}).items()
-            ):
+        with contextlib.suppress(ValueError, OSError, RecursionError):  # the results page names what cannot be read
+            summary = parse(read_json(file))
+            if all(values.get(name) == value for name, value in summary.parameters.items()):
                 return summary
-    return {}
+    return None
 
 
-def reads_back(last: Mapping[str, Any], values: Mapping[str, Any]) -> bool:
-    """Whether all that the last result measured is stored, for the code and the machine of now."""
-    ids = [one["id"] for one in last.get("measurements", ())]
+def reads_back(last: Summary | None, values: Mapping[str, Any]) -> bool:
+    """Return whether all measurements of the last result are stored, for the present code and machine."""
+    ids = [measurement.id for measurement in last.measurements] if last else []
     return bool(ids) and not values.get("again") and MeasurementStore().current(ids)
 
 
@@ -80,8 +78,8 @@ def _publish(name: str, values: Mapping[str, Any], log: str, environment: Mappin
 def run_all(scale: str, given: Mapping[str, str], run: Callable[..., Runs], workers: int | None = None) -> bool:
     """Train and publish every experiment that has the scale; True when all were published whole.
 
-    A notebook that fails does not stop the others. Each one's output goes into a log in the workshop, named here. What takes part of each notebook's time and is
-    the same for all, what papermill and nbconvert load, is done once.
+    A notebook that fails does not stop the others. Each one's output goes into a log in the workshop, named here. What
+    takes part of each notebook's time and is the same for all, what papermill and nbconvert load, is done once.
 
     Args:
         run: `Lab.run`.
@@ -98,8 +96,12 @@ def run_all(scale: str, given: Mapping[str, str], run: Callable[..., Runs], work
     last = {name: last_result(EXPERIMENTS[name], whole[name]) for name in wanted}
     # A measurement beside nothing else: notebooks that time something anew come last and alone.
     alone = [name for name in wanted if EXPERIMENTS[name].measures and not reads_back(last[name], whole[name])]
+
+    def seconds(summary: Summary | None) -> float:
+        return (summary and summary.notebook_seconds) or 0.0
+
     # The longest first, so that none is left over at the end.
-    beside = sorted((n for n in wanted if n not in alone), key=lambda n: -last[n].get("notebook_seconds", 0.0))
+    beside = sorted((n for n in wanted if n not in alone), key=lambda n: -seconds(last[n]))
     logs = paths.home() / "logs"
     logs.mkdir(parents=True, exist_ok=True)
     cores = workers or len(os.sched_getaffinity(0))

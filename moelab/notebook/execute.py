@@ -1,4 +1,4 @@
-"""Executing an experiment's notebook through papermill: parameters checked first, results published whole or not at all."""
+"""Execute an experiment's notebook by papermill: check parameters first, publish the whole result or nothing."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class Parameter:
 
 
 def parameters(experiment: Experiment) -> dict[str, Parameter]:
-    """What the notebook takes: name -> type, default, comment."""
+    """Return the notebook's parameters: name -> type, default, comment."""
     from papermill import inspect_notebook
 
     found = inspect_notebook(str(paths.notebooks() / experiment.notebook))
@@ -50,9 +50,10 @@ def parameters(experiment: Experiment) -> dict[str, Parameter]:
 
 
 def check_parameters(experiment: Experiment, given: Mapping[str, str]) -> dict[str, Any]:
-    """Return parameter texts from the command line as values of the notebook's declared types, checked down to the runs they lead to.
+    """Return the command line's parameters as values of the declared types, checked down to the runs they lead to.
 
-    Dotted names such as ``train.tokens`` are settings of the runs (`moelab.config.overrides`); they become the parameter `overrides`.
+    Dotted names such as ``train.tokens`` are settings of the runs (`moelab.config.overrides`); they become the
+    parameter `overrides`.
 
     Raises:
         ValueError: one line with the parameters and types, or the settings, that are allowed.
@@ -118,7 +119,7 @@ def _value(kind: str, text: str) -> Any:
 
 
 def _element(kind: str, value: Any) -> Any:
-    """An element of a list or dict, as the declared type; numbers may come as text (``1,2,3``)."""
+    """Return an element of a list or dict as the declared type; numbers may be given as text (``1,2,3``)."""
     if kind in ("int", "float") and not isinstance(value, bool):
         number = float(value) if kind == "float" else int(value)
         if isinstance(value, str) or number == value:
@@ -147,16 +148,19 @@ def execute(
 ) -> Path:
     """Execute the notebook with these parameter values; returns the folder of the published result.
 
-    Everything is made in `.moelab/publishing/` and moved into the results in one step, so a failed or killed notebook publishes nothing.
+    Everything is made in `.moelab/publishing/` and moved into the results in one step, so a failed or killed notebook
+    publishes nothing.
 
     Args:
         values: from `check_parameters`.
         plan: file in which the notebook lists the runs it waits for, for whoever shows progress.
-        log: where what the notebook prints goes while it runs, cell by cell; by default a file beside the executed copy.
+        log: where what the notebook prints goes while it runs, cell by cell; by default a file beside the executed
+            copy.
         progress: file that says which cell runs: ``{"cell": 3, "cells": 12, "started": seconds since the epoch}``.
 
     Raises:
-        NotebookFailed: a cell raised, or the kernel died; the executed copy, with the error on top, stays in `.moelab/publishing/`.
+        NotebookFailed: a cell raised, or the kernel died; the executed copy, with the error on top, stays in
+            `.moelab/publishing/`.
         KeyboardInterrupt: stopped; the executed copy says where.
     """
     import papermill
@@ -175,7 +179,8 @@ def execute(
     with contextlib.ExitStack() as stack:
         if log is None:
             log = stack.enter_context(open(staging.parent / f"{staging.name}.log", "w"))
-        # Sockets belong on this machine's own disk: a home folder on a network has no room for them, or a path too long.
+        # Sockets belong on this machine's own disk: a home folder on a network has no room for them, or a path too
+        # long.
         sockets = stack.enter_context(tempfile.TemporaryDirectory(prefix="moelab-"))
         stack.enter_context(
             environment.overridden(
@@ -254,7 +259,7 @@ def _forget_places(notebook: Path) -> None:
 
 
 def _error_on_top(notebook: Path, message: str) -> None:
-    """What papermill writes for an exception in a cell, for ends that it does not notice (it marks such cells as completed)."""
+    """Write papermill's error banner of a failed cell, for ends that papermill does not notice."""
     import nbformat
 
     if notebook.exists():
@@ -286,10 +291,11 @@ def _engine() -> str:
 
 
 def _kernel_manager() -> type:
-    """A kernel manager on Unix sockets where there are any: no port race between notebooks run in parallel, nothing on the network.
+    """Return a kernel manager that uses Unix sockets where possible: no races for ports, nothing on the network.
 
-    Its clients look for a reply every second besides waiting for it. A widget's output makes nbclient send to the kernel while it waits; jupyter_client
-    sends past the event loop, which can take the signal of a reply that has just come, and the wait would never end (nbclient issue 312).
+    Its clients look for a reply every second besides waiting for it. A widget's output makes nbclient send to the
+    kernel while it waits; jupyter_client sends past the event loop, which can take the signal of a reply that has just
+    come, and the wait would never end (nbclient issue 312).
     """
     from queue import Empty
 

@@ -22,7 +22,7 @@ from moelab.runs.store import Run
 
 
 def execute_watched(experiment: Experiment, values: Mapping[str, Any], *, page: bool = True) -> bool:
-    """Execute, show progress with the time left, and end by naming notebook, figures and page. False when something failed.
+    """Execute an experiment, show progress with the time left, name notebook, figures and page; False if it failed.
 
     Args:
         page: bring the results' page up to date.

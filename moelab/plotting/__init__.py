@@ -1,1 +1,4 @@
-"""In which style is a figure drawn? One theme, colour-blind safe colours, the paper's values always drawn alike, dark variants."""
+"""Draw figures in one style: theme, colours safe for colour blindness, marks of the paper's values, dark variants.
+
+May import: `moelab.statistics`, `moelab.files`.
+"""

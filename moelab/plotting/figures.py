@@ -1,15 +1,15 @@
-"""One look for all figures: a seaborn theme, colours that survive colour blindness, the paper's values always drawn alike.
+"""Draw all figures in one style: a seaborn theme, colours safe for colour blindness, one mark for the paper's values.
 
     figures.theme()
     fig, ax = plt.subplots()
-    figures.measured(ax, x, ours, low, high, label="ours")
+    figures.our_points(ax, x, ours, low, high, label="ours")
     figures.paper_points(ax, x, theirs)
     ax.set(xlabel="GPUs", ylabel="latency (ms per token)")
-    figures.finding(fig, "Twice the GPUs take 0.6 times the latency")
+    figures.title(fig, "Twice the GPUs take 0.6 times the latency")
     figures.save(fig, Path("latency"))                  # latency.png, latency.svg, latency-dark.svg
 
-Every function draws on an axis that it is given and returns it, so that a notebook can go on from there. `Publication.figure` saves a
-figure by `save`.
+Every function draws on an axis that it is given and returns it, so that a notebook can add to it. `Publication.figure`
+saves a figure by `save`.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ if TYPE_CHECKING:
 PAPER = {"color": "#444444", "marker": "D"}
 """How a value of the paper is drawn: a dark hollow diamond, everywhere."""
 
-# Okabe and Ito's colours, grey (for the dense base, the first arm) instead of the yellow that is too light on white; dash patterns
-# carry the same distinction in print.
+# Okabe and Ito's colours, with grey (for the dense base, the first arm) instead of the yellow, which is too light on
+# white. Dash patterns carry the same distinction in print.
 _COLORS = ("#6E6E6E", "#56B4E9", "#009E73", "#E69F00", "#D55E00", "#0072B2", "#CC79A7", "#000000")
 _OF_ARM = {
     name: color
@@ -59,7 +59,7 @@ _DASHES = ("", (4, 1.5), (1, 1), (6, 1.5, 1, 1.5), (3, 1), (5, 1, 1, 1, 1, 1), (
 
 
 def theme() -> None:
-    """Set the look for all figures that follow."""
+    """Set the style of all figures drawn afterwards."""
     sns.set_theme(
         context="notebook",
         style="ticks",
@@ -86,7 +86,7 @@ def theme() -> None:
 
 
 def colors(arms: Sequence[str]) -> dict[str, str]:
-    """Arm -> colour: the paper's arms have the same one in every figure, the others take what is left, by position."""
+    """Return arm -> colour: the paper's arms have the same one in every figure, the others get the rest by position."""
     fixed = {arm: _OF_ARM[arm] for arm in arms if arm in _OF_ARM}
     free = [color for color in _COLORS if color not in fixed.values()] or list(_COLORS)
     others = [arm for arm in arms if arm not in fixed]
@@ -94,8 +94,8 @@ def colors(arms: Sequence[str]) -> dict[str, str]:
     return {arm: fixed[arm] for arm in arms}
 
 
-def finding(fig: Figure, text: str) -> Figure:
-    """Write what the figure shows above it, wrapped to the figure's width; call it last, it lays the figure out anew."""
+def title(fig: Figure, text: str) -> Figure:
+    """Write the title above the figure, wrapped to its width; call it last, because it lays the figure out again."""
     from matplotlib.layout_engine import ConstrainedLayoutEngine
 
     width = int(fig.get_figwidth() * 11)
@@ -107,12 +107,12 @@ def finding(fig: Figure, text: str) -> Figure:
 
 
 def save(fig: Figure, path: Path, *, title: str = "") -> list[Path]:
-    """Save a figure as `<path>.png` (160 dots an inch), `<path>.svg` and `<path>-dark.svg`; returns the three.
+    """Save a figure as `<path>.png` (160 dots per inch), `<path>.svg` and `<path>-dark.svg`; return the three paths.
 
     Args:
         path: without suffix.
-        title: the finding as a caption or page will state it. Where the figure's own title says the same, the SVGs leave it out; the
-            PNG, which travels alone, keeps it.
+        title: the title that a page shows above the figure. Where the figure's own title is the same, the SVGs leave it
+            out; the PNG, which is used without a page, keeps it.
     """
     png, light, dark = (path.with_name(path.name + end) for end in (".png", ".svg", "-dark.svg"))
     fig.savefig(png, dpi=160, bbox_inches="tight")
@@ -129,7 +129,7 @@ def save(fig: Figure, path: Path, *, title: str = "") -> list[Path]:
 
 
 def student(values: pd.Series) -> tuple[float, float]:
-    """The 95 % Student interval of a mean, for seaborn's `errorbar`; the value itself when there is one."""
+    """Return the 95 % Student interval of the mean, for seaborn's `errorbar`; of a single value, that value twice."""
     mean, low, high = interval(list(values))
     return (mean, mean) if len(values) < 2 else (low, high)
 
@@ -137,13 +137,13 @@ def student(values: pd.Series) -> tuple[float, float]:
 def loss_curves(
     curves: pd.DataFrame, ax: Axes, *, arms: Sequence[str], of: Sequence[str] = (), skip_first: bool = True
 ) -> Axes:
-    """Validation loss over tokens, a line an arm: the mean over seeds with its 95 % interval.
+    """Draw validation loss over tokens, one line per arm: the mean over seeds with its 95 % interval.
 
     Args:
         curves: `Runs.curves()`: columns arm, seed, tokens, loss.
-        arms: those that are drawn, in the order of the legend.
-        of: all arms of the experiment, where only some are drawn: each keeps the colour and the dashes that it has beside the others.
-        skip_first: leave out the untrained model, which would squeeze the rest.
+        arms: the arms to draw, in the order of the legend.
+        of: all arms of the experiment, where only some are drawn: each keeps its colour and its dashes.
+        skip_first: leave out the untrained model, whose loss would compress the rest of the axis.
     """
     shown = curves[curves["tokens"] > 0] if skip_first else curves
     shown = shown.assign(millions=shown["tokens"] / 1e6)
@@ -166,7 +166,7 @@ def loss_curves(
     return ax
 
 
-def measured(
+def our_points(
     ax: Axes,
     x: Sequence[float],
     y: Sequence[float],
@@ -177,7 +177,7 @@ def measured(
     color: str = _COLORS[5],
     line: bool = True,
 ) -> Axes:
-    """Our values: filled dots, joined by a line, with their intervals.
+    """Draw our values: filled dots, joined by a line, with their intervals.
 
     Args:
         low, high: bounds of the interval of each value; None for values without spread (arithmetic, a model).
@@ -200,13 +200,13 @@ def paper_points(
     line: bool = False,
     across: bool = False,
 ) -> Axes:
-    """Values of the paper: hollow diamonds, everywhere, with the uncertainty of the reading where it is known.
+    """Draw values of the paper: hollow diamonds in every figure, with the uncertainty of the reading where it is known.
 
     Args:
         low, high: bounds of each reading.
         color: an arm's own colour where several arms of the paper share the axis.
         line: join the diamonds, for a curve of the paper.
-        across: the values run along x, as in `gaps`.
+        across: the values are on the x axis, as in `gaps`.
     """
     bars = None if low is None or high is None else _around(x if across else y, low, high)
     ax.errorbar(
@@ -225,10 +225,10 @@ def paper_points(
 
 
 def paper_bound(ax: Axes, value: float, *, label: str = "paper", across: bool = False) -> Axes:
-    """A number that the paper gives for the whole axis, such as a limit or "over six times": a dashed line that ends in the paper's diamond.
+    """Draw a number that the paper gives for the whole axis, such as a limit: a dashed line with the paper's diamond.
 
     Args:
-        across: the value runs along x.
+        across: the value is on the x axis.
     """
     draw = ax.axvline if across else ax.axhline
     draw(
@@ -246,12 +246,12 @@ def paper_bound(ax: Axes, value: float, *, label: str = "paper", across: bool = 
 
 
 def _around(values: Sequence[float], low: Sequence[float], high: Sequence[float]) -> list[list[float]]:
-    """Bounds as distances, the way `errorbar` takes them."""
+    """Return bounds as distances from the values, as `errorbar` takes them."""
     return [[v - a for v, a in zip(values, low, strict=True)], [b - v for v, b in zip(values, high, strict=True)]]
 
 
 def gaps(
-    measured: pd.DataFrame,
+    results: pd.DataFrame,
     ax: Axes,
     *,
     arms: Sequence[str],
@@ -259,12 +259,12 @@ def gaps(
     paper: Mapping[str, tuple[float, float, float]],
     of: str = "seeds",
 ) -> Axes:
-    """A row an arm: mean over seeds of `value` with its 95 % interval, each seed as a small dot below, the paper's value above.
+    """Draw a row per arm: the mean of `value` over seeds with its 95 % interval, each seed, and the paper's value.
 
     Args:
-        measured: columns arm, seed and `value`.
+        results: columns arm, seed and `value`.
         paper: arm -> (value, low, high) as the paper reports it.
-        of: what the values are: seeds, or rounds of a measurement.
+        of: the word for a value in the legend: seeds, or rounds of a measurement.
     """
     palette = colors(arms)
     labelled = set()
@@ -273,7 +273,7 @@ def gaps(
         return "_" if label in labelled else labelled.add(label) or label
 
     for row, arm in enumerate(arms):
-        values = measured.loc[measured["arm"] == arm, value]
+        values = results.loc[results["arm"] == arm, value]
         if len(values):
             low, high = student(values)
             center = values.mean()
@@ -300,10 +300,10 @@ def gaps(
     return ax
 
 
-def means(measured: pd.DataFrame, ax: Axes, *, x: str, y: str) -> Axes:
-    """A line of means over seeds with 95 % bars, each seed as a small dot. Columns x, y and seed."""
-    rows = [(at, part[y].mean(), *student(part[y])) for at, part in measured.groupby(x)]
-    ax.scatter(measured[x], measured[y], s=14, color=_COLORS[5], alpha=0.5, linewidths=0)
+def means(results: pd.DataFrame, ax: Axes, *, x: str, y: str) -> Axes:
+    """Draw a line of means over seeds with 95 % bars, and each seed as a small dot. Columns x, y and seed."""
+    rows = [(at, part[y].mean(), *student(part[y])) for at, part in results.groupby(x)]
+    ax.scatter(results[x], results[y], s=14, color=_COLORS[5], alpha=0.5, linewidths=0)
     if rows:
         at, center, low, high = (list(column) for column in zip(*rows, strict=True))
         bars = [[c - a for c, a in zip(center, low, strict=True)], [b - c for c, b in zip(center, high, strict=True)]]
@@ -311,9 +311,13 @@ def means(measured: pd.DataFrame, ax: Axes, *, x: str, y: str) -> Axes:
     return ax
 
 
-def seed_lines(measured: pd.DataFrame, ax: Axes, *, arms: Sequence[str], value: str = "validation_loss") -> Axes:
-    """A line a seed across the arms: parallel lines are what pairing takes out. Columns arm, seed and `value`."""
-    table = measured.pivot(index="seed", columns="arm", values=value)
+def seed_lines(results: pd.DataFrame, ax: Axes, *, arms: Sequence[str], value: str = "validation_loss") -> Axes:
+    """Draw a line per seed across the arms; pairing by seed removes what the lines have in common.
+
+    Args:
+        results: columns arm, seed and `value`.
+    """
+    table = results.pivot(index="seed", columns="arm", values=value)
     there = [arm for arm in arms if arm in table]
     for _, row in table[there].iterrows():
         ax.plot(range(len(there)), row, marker="o", color=_COLORS[5], alpha=0.6)
@@ -325,7 +329,7 @@ def seed_lines(measured: pd.DataFrame, ax: Axes, *, arms: Sequence[str], value: 
 def task_scores(
     table: pd.DataFrame, ax: Axes, *, tasks: Sequence[str], colors: Mapping[str, str], twins: Sequence[str]
 ) -> Axes:
-    """Draw the accuracy of each arm on each task with the 95 % interval of its items, and what guessing reaches as dashes.
+    """Draw the accuracy of each arm on each task with the 95 % interval of its items, and that of guessing as dashes.
 
     Args:
         table: columns arm, task, accuracy, standard_error and reference (what guessing reaches).
@@ -347,6 +351,6 @@ def task_scores(
 
 
 def legend_below(ax: Axes, columns: int = 2) -> None:
-    """Put an axis's legend under it and its label, where it covers nothing."""
+    """Put an axis's legend below its label, where it covers nothing."""
     # The pad is in font sizes, so the distance is the same for a low axis and a high one.
     ax.legend(loc="upper center", bbox_to_anchor=(0.5, 0), borderaxespad=4.6, ncols=columns)

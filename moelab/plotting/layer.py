@@ -46,8 +46,12 @@ def exchange_counts(counted: pd.DataFrame, left: Axes, right: Axes) -> None:
 
 
 def exchange_times(predicted: pd.DataFrame, axes: Sequence[Axes]) -> None:
-    """Draw the time over that of the flat exchange over ranks, a panel for each size; columns as
-    `moelab.experiments.all_to_all.simulated` has them."""
+    """Draw the time of each exchange over that of the flat one, a panel for each size.
+
+    Args:
+        predicted: columns as in `moelab.experiments.all_to_all.simulated`.
+        axes: one for each size.
+    """
     for ax, (size, part) in zip(axes, predicted.groupby("bytes"), strict=True):
         for way, color in EXCHANGE_COLORS.items():
             there = part[part["way"] == way]
@@ -60,11 +64,10 @@ def exchange_times(predicted: pd.DataFrame, axes: Sequence[Axes]) -> None:
 
 
 def kernel_speedups(whole: pd.DataFrame, ax: Axes, *, bound: float) -> Axes:
-    """Draw the baseline's time over ours over experts, a line for each number of tokens: means over rounds with 95 %
-    intervals, and the paper's bound.
+    """Draw the baseline's time over ours by experts, a line for each number of tokens, and the paper's bound.
 
     Args:
-        whole: columns tokens, experts, ratio; a row a round.
+        whole: columns tokens, experts, ratio; one row per round. Drawn are means with 95 % intervals.
         bound: the ratio that the paper says is exceeded.
     """
     experts = sorted(whole["experts"].unique())
@@ -76,7 +79,7 @@ def kernel_speedups(whole: pd.DataFrame, ax: Axes, *, bound: float) -> Axes:
         at = [experts.index(E) + (i - (len(tokens) - 1) / 2) * 0.06 for E in part.groups]
         # An interval may reach below zero, where a logarithmic axis ends.
         low = [max(bound, mean / 10) for bound, mean in zip(low, part.mean(), strict=True)]
-        figures.measured(ax, at, list(part.mean()), low, high, label=f"{S} tokens", color=palette[str(S)])
+        figures.our_points(ax, at, list(part.mean()), low, high, label=f"{S} tokens", color=palette[str(S)])
     figures.paper_bound(ax, bound, label=f"paper: over {bound:g}")
     ax.axhline(1, color="#888888", linewidth=1)
     ax.set(xlabel="experts", ylabel="baseline's time over ours", yscale="log")

@@ -58,8 +58,9 @@ def grouped_bars(
     reported: str = "paper_ms",
     log: bool = False,
 ) -> Axes:
-    """Draw a group of bars for each `x`, one bar a system: hatched where the constants were fitted on it, the paper's
-    value as a diamond, the error above.
+    """Draw a group of bars for each `x`, one bar per system, the paper's values as diamonds and the errors above.
+
+    Bars to which the simulator's constants were fitted are hatched.
 
     Args:
         frame: columns system, kind ("fitted" or "predicted"), `x`, `value` and `reported`.
@@ -124,8 +125,12 @@ def grouped_bars(
 
 
 def breakdown(frame: pd.DataFrame, ax: Axes, *, labels: Sequence[str]) -> Axes:
-    """Draw the parts of simulated steps as stacked horizontal bars: a row of `frame` (columns `<part>_ms`) a bar, the
-    first one on top."""
+    """Draw the parts of simulated steps as stacked horizontal bars.
+
+    Args:
+        frame: columns `<part>_ms`; one bar per row, the first one on top.
+        labels: one per row.
+    """
     left = np.zeros(len(frame))
     rows = np.arange(len(frame))
     for part, (color, name) in SIMULATED_PARTS.items():
@@ -221,8 +226,9 @@ def pareto(front: pd.DataFrame, ax: Axes, *, best: tuple[float, float], objectiv
 
 
 def decoding_steps(steps: pd.DataFrame, left: Axes, right: Axes, *, join: bool = False) -> None:
-    """Draw measured decoding steps. Left: latency of each label with a bar to the 95th percentile, and the floor.
-    Right: the parts of the optimised step.
+    """Draw measured decoding steps.
+
+    Left: latency of each label with a bar to the 95th percentile, and the floor. Right: parts of the optimised step.
 
     Args:
         steps: see `moelab.experiments.decoding.steps`.
@@ -261,8 +267,9 @@ def decoding_steps(steps: pd.DataFrame, left: Axes, right: Axes, *, join: bool =
 
 
 def memory(held: pd.DataFrame, ax: Axes, *, capacity: float, paper: Mapping[str, int]) -> Axes:
-    """Draw memory a GPU over GPUs, a line a variant; the fewest GPUs that hold it ringed, the paper's counts as
-    diamonds at the bottom.
+    """Draw memory per GPU over GPUs, one line per variant.
+
+    A ring marks the fewest GPUs that hold the model, diamonds at the bottom mark the paper's numbers.
 
     Args:
         held: columns variant, gpus, gib_per_gpu and fits.
@@ -287,8 +294,9 @@ def memory(held: pd.DataFrame, ax: Axes, *, capacity: float, paper: Mapping[str,
 
 
 def against_dense(frame: pd.DataFrame, ax: Axes, *, paper_ratio: float) -> Axes:
-    """Draw latencies as bars, the dense model first, with their speed and cost relative to it, and where the paper's
-    ratio would put the last one.
+    """Draw latencies as bars, the dense model first, with their speed and cost relative to it.
+
+    A mark shows where the paper's ratio would put the last one.
 
     Args:
         frame: columns model, gpus, system, simulated_ms, faster and cheaper.

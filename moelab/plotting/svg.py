@@ -1,4 +1,4 @@
-"""Figures for dark pages: the colours of an SVG, turned around."""
+"""Make figures for dark pages: invert the colours of an SVG."""
 
 from __future__ import annotations
 
@@ -6,14 +6,15 @@ import colorsys
 import re
 
 GROUND, INK = "#14181d", "#e4e8ee"
-"""Page and text of the dark variant."""
+"""Colours of the page and of the text in the dark variant."""
 
 
 def dark(svg: str) -> str:
-    """The dark variant of an SVG that matplotlib wrote.
+    """Return the dark variant of an SVG that matplotlib wrote.
 
-    Greys are turned around (white becomes the dark ground, black the light ink); other colours keep their hue and are lightened until
-    they stand out 4.5 to 1 from the ground (WCAG's ratio for text). Pictures inside the SVG, such as a heat map's pixels, stay as they are.
+    Greys are inverted (white becomes the dark ground, black the light ink); other colours keep their hue and are
+    lightened until their contrast with the ground is 4.5 to 1 (WCAG's ratio for text). Pictures inside the SVG, such as
+    a heat map's pixels, stay as they are.
     """
     text = re.sub(r"#[0-9a-fA-F]{6}\b", lambda found: _dark(found[0]), svg)
     # What has no colour of its own is black by default.
@@ -33,7 +34,7 @@ def _dark(color: str) -> str:
 
 
 def contrast(one: str, other: str) -> float:
-    """WCAG's contrast ratio of two colours, 1 to 21."""
+    """Return WCAG's contrast ratio of two colours, 1 to 21."""
     high, low = sorted((_luminance(one), _luminance(other)), reverse=True)
     return (high + 0.05) / (low + 0.05)
 

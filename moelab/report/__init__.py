@@ -1,1 +1,4 @@
-"""What was found? Publications, the claims ledger, views of a run, and the results pages."""
+"""Publish and show results: publications, the claims ledger, views of a run, the results pages.
+
+May import every room but `notebook`, `slurm`, `lab` and `cli`.
+"""

@@ -1,4 +1,4 @@
-"""A picture of a layout: which GPU holds which experts, slices and copies.
+"""Draw a layout: which GPU holds which experts, slices and copies.
 
 layout = ParallelConfig(data=64)
 layout_view.gpus(layout, ax)              # everything outside the experts
@@ -21,26 +21,27 @@ _FILLS = ("#CFE6F5", "#FBE3B5", "#CDEBDF", "#F3D3E4", "#E3E3E3", "#F6CFBB", "#B9
 
 
 def gpus(layout: ParallelConfig, ax: Axes, *, experts: int = 0) -> Axes:
-    """A square a GPU, a row a node. Equal colours hold one whole copy of what the picture is about.
+    """Draw a square per GPU and a row per node. The GPUs of one colour hold one whole copy together.
 
     Args:
-        experts: of the layer to show; 0 shows everything outside the experts (copies for data parallelism, cut into tensor slices).
+        experts: number of experts of the layer to show; 0 shows the weights outside the experts (copies for data
+            parallelism, cut into tensor slices).
 
     Raises:
         ValueError: the layout cannot hold that many experts; one line with what is allowed.
     """
-    spread = layout.experts(experts) if experts else None
+    placement = layout.experts(experts) if experts else None
     G = layout.ranks_per_node
     for rank in range(layout.ranks):
         node, column = divmod(rank, G)
-        if spread is None:
+        if placement is None:
             copy, slice_ = divmod(rank, layout.tensor)
             text = f"copy {copy}" + (f"\nslice {slice_}" if layout.tensor > 1 else "")
             color = copy if layout.tensor > 1 else 0
         else:
-            held, at = spread.local_experts(rank), spread.position(rank)
+            held, at = placement.local_experts(rank), placement.position(rank)
             text = f"{held[0]}" if len(held) == 1 else f"{held[0]}–{held[-1]}"
-            text += f"\nslice {at.slice}" if spread.slices > 1 else ""
+            text += f"\nslice {at.slice}" if placement.slices > 1 else ""
             color = at.replica
         ax.add_patch(Rectangle((column, node), 0.92, 0.86, color=_FILLS[color % len(_FILLS)], linewidth=0))
         ax.text(column + 0.46, node + 0.43, text, ha="center", va="center", fontsize=7, color="#222222")
@@ -60,7 +61,7 @@ def _title(layout: ParallelConfig, experts: int) -> str:
             f"{layout.data} whole copies" if layout.tensor == 1 else f"{layout.data} copies in {layout.tensor} slices"
         )
         return f"outside the experts: {copies}"
-    spread = layout.experts(experts)
-    times = {1: "once", 2: "twice"}.get(spread.replicas, f"{spread.replicas} times")
-    sliced = f", each in {spread.slices} slices" if spread.slices > 1 else ""
+    placement = layout.experts(experts)
+    times = {1: "once", 2: "twice"}.get(placement.replicas, f"{placement.replicas} times")
+    sliced = f", each in {placement.slices} slices" if placement.slices > 1 else ""
     return f"a layer of {experts} experts: all of them {times}{sliced}"

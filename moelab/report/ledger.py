@@ -1,22 +1,22 @@
-"""The ledger: every claim of the paper, what the published results say about it, and a verdict. Computed from `results/`, nothing typed.
+"""The claims ledger: every claim of the paper, what the published results say about it, and a verdict.
 
-A claim's verdict is that of the largest scale at which a published result judged it; arithmetic and counting are the same at every scale. A claim that no
-result has judged is "paper's own numbers disagree" where the paper gives its number twice and differently, "not testable at this scale" where it
-needs more than what has run, "not judged: one seed" where a result has no spread, and "not tested yet" otherwise.
+Everything is computed from `results/`. A claim's verdict is that of the largest scale at which a published result
+judged it; arithmetic and counting are the same at every scale. A claim that no result has judged is "paper's own
+numbers disagree" where the paper gives its number twice and differently, "not testable at this scale" where it needs a
+larger scale than any that has run, "not judged: one seed" where a result has no spread, and "not tested yet" otherwise.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moelab import paper
-from moelab.files import read_json
-from moelab.paper.verdicts import NO_SPREAD, NOT_TESTABLE, NOT_TESTED, SIMULATED
-from moelab.report.publication import SUMMARY
+from moelab.paper.verdicts import NO_SPREAD, NOT_TESTABLE, NOT_TESTED, SIMULATED, Verdict
+from moelab.report.summary import Summary, read_all
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 DISAGREES = "paper's own numbers disagree"
 NOT_YET = "not tested yet"
 
-SCALES = (paper.SCALES[0], "simulated", *paper.SCALES[1:])
-"""From the least to the most telling."""
+_BY_STRENGTH = (paper.SCALES[0], "simulated", *paper.SCALES[1:])
+"""Scales and simulation, from the weakest evidence to the strongest."""
 
 _DISPUTED = frozenset(
     (
@@ -37,18 +37,23 @@ _DISPUTED = frozenset(
         "early-10x-headline",
     )
 )
-"""Conflicts (`moelab.paper.conflicts`) between two numbers for the quantity that is claimed; the others are about settings, names or shapes."""
+"""Conflicts (`moelab.paper.conflicts`) between two numbers for the claimed quantity; others concern settings."""
+
+
+def scale_rank(scale: str) -> int:
+    """Return 0 for the scale whose evidence is strongest; a scale that this version does not know comes last."""
+    return len(_BY_STRENGTH) - 1 - _BY_STRENGTH.index(scale) if scale in _BY_STRENGTH else len(_BY_STRENGTH)
 
 
 @dataclass(frozen=True)
-class Finding:
+class Evidence:
     """What the newest result of one scale says about a claim.
 
     Attributes:
-        scale: of the result.
+        scale: the result's scale, or `simulated` for a simulation, whatever scale it ran at.
         ours, low, high, unit, samples, verdict, note: see `moelab.paper.verdicts.Verdict`.
-        result: its folder, relative to the results.
-        figure: the figure that shows it, relative to the results; empty if it has none.
+        result: the result's folder, relative to the results.
+        figure: the figure that shows it, relative to the results; empty if there is none.
     """
 
     scale: str
@@ -64,6 +69,7 @@ class Finding:
 
     @property
     def judged(self) -> bool:
+        """Whether the result had what a verdict needs."""
         return self.verdict not in (NOT_TESTABLE, NOT_TESTED, NO_SPREAD)
 
 
@@ -76,11 +82,11 @@ class Entry:
     """A claim in the ledger.
 
     Attributes:
-        claim, experiment, where, statement: the paper's.
+        claim, experiment, where, statement: id, experiment, place and text of the paper's claim.
         paper: the paper's value with its unit, or its direction.
         testable_at: the smallest scale that can test it.
-        conflicts: contradictions of the paper that touch it.
-        findings: one a scale, the most telling first.
+        conflicts: ids of the paper's contradictions that touch it.
+        evidence: one item per scale, the strongest first.
         verdict: of the claim.
     """
 
@@ -91,85 +97,88 @@ class Entry:
     paper: str
     testable_at: str
     conflicts: tuple[str, ...]
-    findings: tuple[Finding, ...]
+    evidence: tuple[Evidence, ...]
     verdict: str
 
     @property
-    def finding(self) -> Finding | None:
-        """The finding that carries the verdict, else the most telling one with a value."""
-        judged = [f for f in self.findings if f.judged]
-        return next(iter(judged or [f for f in self.findings if f.ours is not None]), None)
+    def deciding(self) -> Evidence | None:
+        """The evidence that carries the verdict, else the strongest that has a value, else None."""
+        judged = [e for e in self.evidence if e.judged]
+        return next(iter(judged or [e for e in self.evidence if e.ours is not None]), None)
 
     def to_json(self) -> dict[str, Any]:
+        """Return all fields as JSON values."""
         return asdict(self)
 
 
 def ledger(results: Path) -> list[Entry]:
-    """Every claim of the paper, in its order, with what the results below `results` say."""
-    files = results.glob(f"*/*/*/{SUMMARY}")
-    return entries([(file.parent.relative_to(results).as_posix(), read_json(file)) for file in files])
+    """Return an entry for every claim of the paper, in its order; results that cannot be read are passed over."""
+    return entries(read_all(results)[0])
 
 
-def entries(summaries: Iterable[tuple[str, Mapping[str, Any]]]) -> list[Entry]:
-    """The same from summaries at hand, each with its folder relative to the results."""
-    found: dict[str, dict[str, Finding]] = {}
-    for path, summary in sorted(summaries, key=lambda item: item[1]["finished"]):
-        for record in summary["claims"]:
-            finding = _finding(record, path, summary)
-            before = found.setdefault(record["claim"], {}).get(finding.scale)
-            # A newer result replaces an older one, unless it has nothing to say about this claim.
-            if before is None or finding.ours is not None or before.ours is None:
-                found[record["claim"]][finding.scale] = finding
+def entries(summaries: Iterable[tuple[str, Summary]]) -> list[Entry]:
+    """Return the same from summaries at hand, each with its folder relative to the results."""
+    found: dict[str, dict[str, Evidence]] = {}
+    for path, summary in sorted(summaries, key=lambda item: item[1].finished):
+        for verdict in summary.claims:
+            evidence = _evidence(verdict, path, summary)
+            by_scale = found.setdefault(verdict.claim, {})
+            before = by_scale.get(evidence.scale)
+            # A newer result replaces an older one, unless it has no value for this claim.
+            if before is None or evidence.ours is not None or before.ours is None:
+                by_scale[evidence.scale] = evidence
     return [_entry(claim, found.get(claim.id, {})) for claim in paper.claims()]
 
 
 def counts(entries: Sequence[Entry]) -> dict[str, int]:
-    """Verdict -> claims, most frequent first."""
+    """Return how many claims have each verdict, the most frequent first."""
     return dict(Counter(entry.verdict for entry in entries).most_common())
 
 
 def table(entries: Sequence[Entry], width: int) -> Table:
-    """The ledger as a table for a terminal that many characters wide; where the claim and the figure are found only if there is room."""
+    """Return the ledger as a table `width` characters wide; from 160 on with each claim's place and figure."""
+    from rich.markup import escape
+
     from moelab import terminal
 
     wide = width >= 160
     view = terminal.table("claim", *(_WIDE if wide else _NARROW))
     view.columns[0].no_wrap = wide
     for entry in entries:
-        f = entry.finding
-        ours = "" if f is None or f.ours is None else f"{f.ours:.3g}"
-        if f is not None and f.low is not None and f.samples:
-            ours += f" ({f.low:.3g} to {f.high:.3g})"
-        at = f"{f.scale}, {f.samples or 'exact'}" if f else ""
-        cells = [entry.where, entry.paper, ours, at, entry.verdict, f.figure if f else ""]
-        view.add_row(entry.claim, *(cells if wide else [entry.paper, ours, entry.verdict]))
+        e = entry.deciding
+        ours = "" if e is None or e.ours is None else f"{e.ours:.3g}"
+        if e is not None and e.low is not None and e.high is not None and e.samples:
+            ours += f" ({e.low:.3g} to {e.high:.3g})"
+        at = f"{e.scale}, {e.samples or 'exact'}" if e else ""
+        cells = [entry.where, entry.paper, ours, at, entry.verdict, e.figure if e else ""]
+        view.add_row(entry.claim, *map(escape, cells if wide else [entry.paper, ours, entry.verdict]))
     return view
 
 
-def _finding(record: Mapping[str, Any], path: str, summary: Mapping[str, Any]) -> Finding:
-    shown = [f["name"] for f in summary["figures"] if record["claim"] in f.get("claims", ())]
-    name = record.get("figure") or next(iter(shown or [f["name"] for f in summary["figures"]]), "")
-    return Finding(
-        # A simulation says the same at every scale, and less than a measurement at any but the smallest.
-        scale="simulated" if record["verdict"] in SIMULATED else summary["scale"],
-        **{key: record[key] for key in ("ours", "low", "high", "unit", "samples", "verdict", "note")},
+def _evidence(verdict: Verdict, path: str, summary: Summary) -> Evidence:
+    showing = [figure.name for figure in summary.figures if verdict.claim in figure.claims]
+    name = next(iter(showing or [figure.name for figure in summary.figures]), "")
+    return Evidence(
+        # A simulation says the same at every scale, and is weaker evidence than a measurement at any but the smallest.
+        scale="simulated" if verdict.verdict in SIMULATED else summary.scale,
+        **{key: getattr(verdict, key) for key in ("ours", "low", "high", "unit", "samples", "verdict", "note")},
         result=path,
         figure=f"{path}/{name}.png" if name else "",
     )
 
 
-def _entry(claim: paper.Claim, found: dict[str, Finding]) -> Entry:
-    # One seed judges nothing: it does not stand before a smaller scale with several.
-    findings = tuple(sorted(found.values(), key=lambda f: (f.verdict == NO_SPREAD, -SCALES.index(f.scale))))
+def _entry(claim: paper.Claim, by_scale: dict[str, Evidence]) -> Entry:
+    # One seed judges nothing, so it ranks below a smaller scale with several.
+    evidence = tuple(sorted(by_scale.values(), key=lambda e: (e.verdict == NO_SPREAD, scale_rank(e.scale))))
     conflicts = tuple(part.split(":")[0].strip() for part in claim.conflict.split("|") if part.strip())
-    judged = next((f for f in findings if f.judged), None)
+    judged = next((e for e in evidence if e.judged), None)
     if judged:
         verdict = judged.verdict
-    elif any(f.verdict == NO_SPREAD for f in findings):
+    elif any(e.verdict == NO_SPREAD for e in evidence):
         verdict = NO_SPREAD
     elif _DISPUTED & set(conflicts):
         verdict = DISAGREES
-    elif any(f.verdict == NOT_TESTABLE for f in findings) or claim.testable_at in ("gpu", "paper"):
+    elif any(e.verdict == NOT_TESTABLE for e in evidence) or claim.testable_at in ("gpu", "paper"):
         verdict = NOT_TESTABLE
     else:
         verdict = NOT_YET
@@ -182,6 +191,6 @@ def _entry(claim: paper.Claim, found: dict[str, Finding]) -> Entry:
         value,
         claim.testable_at,
         conflicts,
-        findings,
+        evidence,
         verdict,
     )

@@ -1,4 +1,4 @@
-"""What a notebook found, as files anyone can read: figures, the data behind them, claims, provenance.
+"""Publish what a notebook found as files: figures, the data behind them, claims, provenance.
 
 results/<experiment>/<scale>/<date>-<time>/summary.json      what is here, how it came about
                                            <name>.png, .svg, -dark.svg, .jsonl  a figure and its data
@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from moelab import environment, paths
 from moelab.files import write_json, write_text
+from moelab.report.summary import SUMMARY, FigureRow, TableRow
 from moelab.runs.provenance import provenance
 
 if TYPE_CHECKING:
@@ -26,17 +27,15 @@ if TYPE_CHECKING:
     from moelab.runs.collection import Runs
     from moelab.runs.measurements import Measurement
 
-SUMMARY = "summary.json"
-
 
 @dataclass
 class Publication:
-    """Collects what one notebook publishes, and writes it as it comes; `finish` writes the summary that makes it a result.
+    """Writes what one notebook publishes; `finish` writes the summary that makes it a result.
 
     Attributes:
-        path: the folder it goes to.
-        interactive: a draft (JupyterLab), not a batch run.
-        measured: what the lab measured or read back, see `Lab.measure`.
+        path: the folder to write to.
+        interactive: whether this is a draft (JupyterLab), not a batch run.
+        measurements: those that the lab made or read back, see `Lab.measure`.
     """
 
     experiment: str
@@ -44,23 +43,23 @@ class Publication:
     parameters: dict[str, Any]
     path: Path
     interactive: bool
-    measured: Sequence[Measurement] = ()
-    figures: list[dict[str, Any]] = field(default_factory=list)
-    tables: list[dict[str, Any]] = field(default_factory=list)
-    verdicts: list[dict[str, Any]] = field(default_factory=list)
+    measurements: Sequence[Measurement] = ()
+    figures: list[FigureRow] = field(default_factory=list)
+    tables: list[TableRow] = field(default_factory=list)
+    verdicts: list[Verdict] = field(default_factory=list)
     started: float = field(default_factory=time.time)
 
     @classmethod
     def open(
-        cls, experiment: str, scale: str, parameters: dict[str, Any], measured: Sequence[Measurement] = ()
+        cls, experiment: str, scale: str, parameters: dict[str, Any], measurements: Sequence[Measurement] = ()
     ) -> Publication:
-        """In a batch run the folder comes from the command (`MOELAB_PUBLICATION`); else a fresh draft."""
+        """Open the folder that the command gives to a batch run (`MOELAB_PUBLICATION`), else an empty draft."""
         given = environment.PUBLICATION.get()
         path = Path(given) if given else paths.home() / "drafts" / experiment / scale
         if not given and path.exists():
             shutil.rmtree(path)
         path.mkdir(parents=True, exist_ok=True)
-        return cls(experiment, scale, parameters, path, interactive=given is None, measured=measured)
+        return cls(experiment, scale, parameters, path, interactive=given is None, measurements=measurements)
 
     def figure(
         self,
@@ -75,33 +74,34 @@ class Publication:
         """Save a figure as PNG and SVG (light and dark), and the numbers it shows as JSON lines.
 
         Args:
-            title: states the finding.
-            claims: ids of the paper's claims that it shows; the ledger links them to it.
+            title: the finding, one sentence.
+            claims: ids of the paper's claims that the figure shows; the ledger links them to it.
         """
         from moelab.plotting import figures
 
         figures.save(figure, self.path / name, title=title)
-        record: dict[str, Any] = {"name": name, "title": title, "caption": caption, "claims": list(claims)}
+        row = FigureRow(name, title, caption, tuple(claims), "" if data is None else f"{name}.jsonl")
         if data is not None:
-            record["data"] = f"{name}.jsonl"
-            self._write_frame(record["data"], data)
-        self.figures.append(record)
+            self._write_frame(row.data, data)
+        self.figures.append(row)
 
     def table(self, data: pd.DataFrame, name: str, *, title: str, caption: str = "") -> None:
         """Save a table as JSON lines."""
-        self._write_frame(f"{name}.jsonl", data)
-        self.tables.append({"name": name, "title": title, "caption": caption, "data": f"{name}.jsonl"})
+        row = TableRow(name, f"{name}.jsonl", title, caption)
+        self._write_frame(row.data, data)
+        self.tables.append(row)
 
     def claims(self, verdicts: Sequence[Verdict]) -> None:
         """Save the verdicts on the paper's claims."""
-        self.verdicts = [asdict(v) for v in verdicts]
-        write_json(self.path / "claims.json", self.verdicts)
+        self.verdicts = list(verdicts)
+        write_json(self.path / "claims.json", [asdict(verdict) for verdict in verdicts])
 
     def finish(self, runs: Runs | None = None, *, title: str) -> str:
-        """Write the summary; returns one line saying where everything is. `title` states the experiment's finding.
+        """Write the summary; return one line that says where everything is.
 
         Args:
-            runs: the trainings behind it; none for an experiment that trains nothing.
+            runs: the training runs behind it; none for an experiment that trains nothing.
+            title: the main finding, one sentence.
         """
         finished = runs.finished if runs is not None else ()
         hardware = [run.provenance.get("hardware") for run in finished]
@@ -117,9 +117,9 @@ class Publication:
                 "training_seconds": round(sum(run.result["seconds"] for run in finished), 1),
                 "seeds": sorted({run.spec.train.seed for run in finished}),
                 "hardware": hardware[0] if hardware else None,
-                "figures": self.figures,
-                "tables": self.tables,
-                "claims": self.verdicts,
+                "figures": [asdict(row) for row in self.figures],
+                "tables": [asdict(row) for row in self.tables],
+                "claims": [asdict(verdict) for verdict in self.verdicts],
                 "missing": [run.spec.id for run in runs.missing] if runs is not None else [],
                 "runs": [
                     {
@@ -131,7 +131,7 @@ class Publication:
                     }
                     for run in finished
                 ],
-                "measurements": [one.summary() for one in self.measured],
+                "measurements": [one.summary() for one in self.measurements],
                 "provenance": provenance(),
             },
         )

@@ -1,4 +1,4 @@
-"""Routing made visible: which expert takes which token, and what a capacity limit would drop.
+"""Draw routing: which expert takes which token, and what a capacity limit would drop.
 
     gates = routing_view.Gates(run)                    # or trained=False: as the run began
     layer = gates.on_text("Fellow citizens of ...")[0]  # the first MoE layer's `Choices`
@@ -6,7 +6,7 @@
     routing_view.loads(gates.on_validation()[0], ax, top_k=1, capacity_factor=1.0)
     layer.dropped(top_k=2, capacity_factor=1.25)
 
-Reads runs and draws; trains nothing. Letters as in `moelab.config`.
+Reads runs and trains nothing. Shape letters as in `moelab.config`.
 """
 
 from __future__ import annotations
@@ -35,18 +35,18 @@ if TYPE_CHECKING:
 
 KEPT, DROPPED, CHOSEN = "#0072B2", "#D55E00", "#D55E00"
 SPACE = "▁"
-"""Stands for the space that begins a token."""
+"""Marks the space at the beginning of a token."""
 
 
 @dataclass(frozen=True)
 class Choices:
-    """How one MoE layer's gate scores the tokens of a text.
+    """The scores that one MoE layer's gate gives the tokens of a text.
 
     Attributes:
-        layer: counting from 1.
-        tokens: what each token says, S texts, a leading space written as `SPACE`.
+        layer: the layer, counted from 1.
+        tokens: the S tokens as text, a leading space written as `SPACE`.
         logits_SE: the gate's scores, fp32.
-        top_k: experts a token, as the model was trained.
+        top_k: experts per token, as the model was trained.
     """
 
     layer: int
@@ -56,7 +56,7 @@ class Choices:
 
     @property
     def experts(self) -> int:
-        """E."""
+        """The number of experts E."""
         return self.logits_SE.shape[1]
 
     @property
@@ -65,12 +65,12 @@ class Choices:
         return self.logits_SE.softmax(1)
 
     def route(self, top_k: int | None = None, capacity_factor: float | None = None, *, by_chance: bool = True) -> Gate:
-        """The same scores under another rule (the code that training uses); nothing is learned anew.
+        """Route by the same scores under another rule, with the code that training uses; the weights stay the same.
 
         Args:
             top_k: by default the model's own.
             capacity_factor: None drops nothing.
-            by_chance: an over-full expert keeps tokens at random, else the earliest.
+            by_chance: an expert over its capacity keeps tokens at random, else the earliest.
         """
         K, limit = top_k or self.top_k, None
         if capacity_factor is not None:
@@ -79,12 +79,12 @@ class Choices:
         return gate(self.logits_SE, K, limit, seed=0 if by_chance else None, normalize=K > 1)
 
     def dropped(self, top_k: int | None = None, capacity_factor: float | None = None) -> float:
-        """Share of the S x K choices that find their expert full, 0 to 1."""
-        made = self.route(top_k, capacity_factor)
-        return 1 - float(made.kept_E.sum()) / float(made.load_E.sum())
+        """Return the share of the S x K choices that are dropped because their expert is full, 0 to 1."""
+        routing = self.route(top_k, capacity_factor)
+        return 1 - float(routing.kept_E.sum()) / float(routing.load_E.sum())
 
     def repeats(self) -> tuple[int, int]:
-        """Of the tokens that stand earlier in the text already: how many take the same first expert as there, and how many there are."""
+        """Return how many repeated tokens take the same first expert as before, and how many tokens repeat."""
         earlier: dict[str, int] = {}
         same = [
             earlier[token] == expert
@@ -95,10 +95,10 @@ class Choices:
 
 
 class Gates:
-    """A run's MoE layers, asked what they would do with a text.
+    """Applies the gates of a run's model to a text.
 
     Args:
-        trained: False takes the weights that the run began with.
+        trained: False takes the initial weights.
 
     Raises:
         ValueError: the run's model has no MoE layer, or no checkpoint yet.
@@ -114,7 +114,7 @@ class Gates:
         self._model = (load_run(run.path) if trained else build(spec.model, spec.train.seed)).eval()
 
     def on_text(self, text: str) -> list[Choices]:
-        """One `Choices` per MoE layer, in order.
+        """Return one `Choices` per MoE layer, in order.
 
         Raises:
             ValueError: no text, or more tokens than the model's context.
@@ -122,23 +122,23 @@ class Gates:
         ids = self._tokenizer.encode(text)
         if not ids:
             raise ValueError("gates: the text is empty")
-        return self._listen(torch.tensor([ids]))
+        return self._scores(torch.tensor([ids]))
 
     def on_validation(self) -> list[Choices]:
-        """The same for the first batch of the run's validation text, as many sequences as a training step has."""
+        """Return the same for the first batch of the run's validation text, of the size of a training batch."""
         spec = self._spec
         batches = validation_batches(self._data, spec.train.batch_size, spec.data.context)
-        return self._listen(next(iter(batches))[1])
+        return self._scores(next(iter(batches))[1])
 
     @torch.no_grad()
-    def _listen(self, tokens_BT: Tensor) -> list[Choices]:
-        heard: list[Tensor] = []
+    def _scores(self, tokens_BT: Tensor) -> list[Choices]:
+        recorded: list[Tensor] = []
 
-        def note(router: nn.Module, given: tuple[Tensor, ...], _: Gate) -> None:
-            heard.append(F.linear(given[0].float(), router.weight.float()))
+        def record(router: nn.Module, given: tuple[Tensor, ...], _: Gate) -> None:
+            recorded.append(F.linear(given[0].float(), router.weight.float()))
 
         routers = [module for module in self._model.modules() if isinstance(module, Router)]
-        hooks = [router.register_forward_hook(note) for router in routers]
+        hooks = [router.register_forward_hook(record) for router in routers]
         try:
             self._model(tokens_BT)
         finally:
@@ -147,14 +147,14 @@ class Gates:
         texts = tuple(self._tokenizer.decode([i]).replace(" ", SPACE) for i in tokens_BT.flatten())
         layers = [i + 1 for i, experts in enumerate(self._spec.model.experts) if experts]
         K = self._spec.model.top_k
-        return [Choices(layer, texts, logits, K) for layer, logits in zip(layers, heard, strict=True)]
+        return [Choices(layer, texts, logits, K) for layer, logits in zip(layers, recorded, strict=True)]
 
 
 def heatmap(choices: Choices, ax: Axes, *, top: float | None = None) -> Axes:
-    """The gate's probabilities as a picture, a column a token and a row an expert; a ring marks the chosen expert.
+    """Draw the gate's probabilities, one column per token and one row per expert; a ring marks the chosen expert.
 
     Args:
-        top: the probability of the darkest blue, for pictures to be compared; by default the highest there is.
+        top: the probability drawn in the darkest blue, for figures to be compared; by default the highest one.
     """
     shown = choices.probability_SE.T
     image = ax.imshow(shown.numpy(), aspect="auto", cmap="Blues", vmin=0, vmax=top, interpolation="nearest")
@@ -178,7 +178,11 @@ def heatmap(choices: Choices, ax: Axes, *, top: float | None = None) -> Axes:
 
 
 def frame(moments: Mapping[str, Choices]) -> pd.DataFrame:
-    """The numbers of heat maps, a row a token and expert: columns when, layer, position, token, expert, probability, chosen."""
+    """Return the numbers of heat maps, one row per token and expert.
+
+    Returns:
+        Columns when, layer, position, token, expert, probability, chosen.
+    """
     import pandas as pd
 
     rows = []
@@ -193,9 +197,9 @@ def frame(moments: Mapping[str, Choices]) -> pd.DataFrame:
 
 
 def loads(choices: Choices, ax: Axes, *, top_k: int, capacity_factor: float) -> Axes:
-    """What each expert is asked to take, kept and dropped, against its capacity."""
-    made = choices.route(top_k, capacity_factor)
-    kept, asked = made.kept_E.tolist(), made.load_E.tolist()
+    """Draw the tokens that each expert keeps and drops, against its capacity."""
+    routing = choices.route(top_k, capacity_factor)
+    kept, asked = routing.kept_E.tolist(), routing.load_E.tolist()
     experts = range(choices.experts)
     ax.bar(experts, kept, color=KEPT, label="kept")
     over = [a - k for a, k in zip(asked, kept, strict=True)]
@@ -214,7 +218,11 @@ def loads(choices: Choices, ax: Axes, *, top_k: int, capacity_factor: float) -> 
 
 
 def dropped(choices: Choices, factors: Iterable[float], top_k: int | None = None) -> pd.DataFrame:
-    """Share of choices dropped at each capacity factor: columns layer, experts, top_k, capacity_factor, dropped."""
+    """Return the share of choices dropped at each capacity factor.
+
+    Returns:
+        Columns layer, experts, top_k, capacity_factor, dropped.
+    """
     import pandas as pd
 
     K = top_k or choices.top_k

@@ -36,17 +36,18 @@ def show(scores: Sequence[Score]) -> None:
     console = Console()
     console.print(view)
     console.print(
-        "±: one standard error over the items. Always: always giving the commonest right answer's place. Bits per byte: of the right answers, given "
-        "their questions. Cut: requests whose context lost its beginning, because the model's is shorter. *: stands in for the paper's data set."
+        "±: one standard error over the items. Always: accuracy of always choosing the place that is right most often. "
+        "Bits per byte: of the right answers, given their questions. Cut: share of requests whose beginning was cut "
+        "off to fit the model's context. *: stands in for the paper's data set."
     )
 
 
 def save(scores: Sequence[Score], folder: Path, name: str, options: Mapping[str, Any]) -> Path:
-    """Write `zero-shot-<name>.jsonl`, a line a task, and its provenance beside it; returns the former.
+    """Write `zero-shot-<name>.jsonl`, one line per task, and its provenance beside it; return the former's path.
 
     Args:
-        name: of the model: one of `moelab.evaluation.models.REFERENCES`, a run's id or a directory's.
-        options: of the evaluation: limit, batch, dtype, device.
+        name: the model's: one of `moelab.evaluation.models.REFERENCES`, a run's id or a directory's name.
+        options: the evaluation's: limit, batch, dtype, device.
     """
     from moelab.evaluation.models import REFERENCES
     from moelab.runs.provenance import provenance
@@ -61,7 +62,7 @@ def save(scores: Sequence[Score], folder: Path, name: str, options: Mapping[str,
 
 
 def title(model: str, scores: Sequence[Score]) -> str:
-    """The scores in a line: those furthest above knowing nothing first."""
+    """Return the scores in one line, those furthest above chance first."""
     parts = [
         f"{s.task.removeprefix('packaged_')} {100 * s.accuracy:.1f} ± {100 * s.standard_error:.1f}"
         for s in sorted(scores, key=lambda s: max(s.chance, s.majority or 0) - s.accuracy)

@@ -1,4 +1,4 @@
-"""Any run in TensorBoard: event files are written from the run's own metrics, so no run has to ask for them beforehand."""
+"""Show runs in TensorBoard: write event files from the metrics that every run stores."""
 
 from __future__ import annotations
 
@@ -14,11 +14,15 @@ from moelab.runs.store import RunStore
 from moelab.training.metrics import TRAIN, VALIDATION, read_rows, scalars
 
 FOLLOW_S = 5.0
-"""Seconds between two looks at the runs' metrics."""
+"""Seconds between two reads of the runs' metrics."""
 
 
 def select(names: Sequence[str]) -> list[Path]:
-    """The directories of the runs whose ids begin with one of `names`, all without; ValueError, one line, for a name that fits none."""
+    """Return the directories of the runs whose ids begin with one of `names`; of all runs without names.
+
+    Raises:
+        ValueError: one line: no run fits a name, or there are none.
+    """
     store = RunStore()
     if not (found := store.select(names)):
         raise ValueError(f"no runs in {store.root} yet; `moelab run` makes some")
@@ -26,10 +30,10 @@ def select(names: Sequence[str]) -> list[Path]:
 
 
 class Events:
-    """Event files of some runs, below `folder`, one folder a run; `update` adds the rows that came since the last time."""
+    """Writes event files of runs, one folder per run; `update` adds the rows written since the last call."""
 
     def __init__(self, runs: Sequence[Path], folder: Path) -> None:
-        """What `folder` held before is removed.
+        """Empty the folder.
 
         Raises:
             ValueError: TensorBoard is not installed.
@@ -43,15 +47,16 @@ class Events:
         self._seen: dict[tuple[Path, str], int] = {}
 
     def update(self) -> int:
-        """Write what is new; returns the number of rows."""
+        """Write the new rows; return their number."""
         return sum(self._rows(run, file) for run in self._runs for file in (TRAIN, VALIDATION))
 
     def close(self) -> None:
+        """Close the event files."""
         for writer in self._writers.values():
             writer.close()
 
     def _rows(self, run: Path, file: str) -> int:
-        # A run that resumes drops rows and writes the same ones again; steps that were shown stay shown.
+        # A run that resumes drops rows and writes the same ones again, so rows of steps already shown are skipped.
         last = self._seen.get((run, file), -1)
         fresh = [row for row in read_rows(run / file) if row["step"] > last]
         if not fresh:
@@ -70,7 +75,7 @@ class Events:
 
 
 def serve(runs: Sequence[Path], port: int) -> int:
-    """TensorBoard on 127.0.0.1 until Ctrl-C, kept up to date with runs that are training; returns its exit code."""
+    """Run TensorBoard on 127.0.0.1 until Ctrl-C and follow runs that are training; return its exit code."""
     events = Events(runs, paths.home() / "tensorboard")
     rows = events.update()
     print(f"{len(runs)} runs, {rows} rows; Ctrl-C ends", flush=True)

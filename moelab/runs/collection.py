@@ -28,6 +28,7 @@ class Runs(Sequence[Run]):
 
     @property
     def finished(self) -> Runs:
+        """Runs that have a result."""
         return Runs([run for run in self if run.finished])
 
     @property
@@ -41,14 +42,15 @@ class Runs(Sequence[Run]):
         for run in self.missing:
             status = run.status
             texts.append(
-                f"{run.spec.title}, seed {run.spec.train.seed}: {status.state}: {status.reason} ({run.path / 'log.txt'})"
+                f"{run.spec.title}, seed {run.spec.train.seed}: {status.state}: {status.reason} "
+                f"({run.path / 'log.txt'})"
             )
             if tail := run.log_tail(4):
                 texts.append("    " + tail.replace("\n", "\n    "))
         return "\n".join(texts)
 
     def final(self) -> pd.DataFrame:
-        """One row a finished run: arm, seed, losses (nats a token), bits per byte, parameters, FLOPs a token, seconds, tokens/s."""
+        """Return one row per finished run: arm, seed, losses (nats per token), bits per byte, sizes, FLOPs, speed."""
         import pandas as pd
 
         rows = []

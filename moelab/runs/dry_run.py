@@ -1,4 +1,4 @@
-"""What an experiment would train, before it does: sizes, layouts, memory and cost. The dry run; needs no GPU and no cluster."""
+"""Say what an experiment would train: sizes, layouts, memory and cost. Needs no GPU and no cluster."""
 
 from __future__ import annotations
 
@@ -57,8 +57,8 @@ def paper_rate() -> float:
 def state_bytes(spec: RunSpec) -> int:
     """Bytes of a rank's weights, gradients and moments, without activations.
 
-    Experts are spread over the expert-parallel ranks, everything else is whole on each rank, or over the data ranks with `shard`; a tensor-sliced
-    share of it is not subtracted (embeddings stay whole).
+    Experts are spread over the expert-parallel ranks, everything else is whole on each rank, or over the data ranks
+    with `shard`; a tensor-sliced share of it is not subtracted (embeddings stay whole).
     """
     model, layout = spec.model, spec.parallel
     an_expert = model.expert_parameters()
@@ -123,7 +123,7 @@ def show(runs: Sequence[PlannedRun]) -> None:
 
 
 def _name(spec: RunSpec) -> str:
-    """The model, and how it is taught; not the label, because arms of several experiments may be one run."""
+    """Return the model and how it is taught; not the label, because arms of several experiments may be one run."""
     sum_ = " (sum)" if spec.model.residual and spec.model.residual_mix == "sum" else ""
     return f"{spec.model}{sum_}" + (f", KD {spec.distill.schedule}" if spec.distill else "")
 

@@ -57,7 +57,7 @@ def execute(run: Run, *, should_stop=lambda: False, on_progress=lambda _: None, 
 
 @contextlib.contextmanager
 def _trainer_of(run: Run, should_stop) -> Iterator[None]:
-    """The run's lock, waited for."""
+    """Hold the run's lock, after waiting for it."""
     lock = run.lock()
     waited = False
     while True:
@@ -101,7 +101,8 @@ def _train(run: Run, should_stop, on_progress, cache: Path) -> None:
         run.set_status(Status("stopped", **state, reason=str(stop) or "interrupted"))
         raise
     except OSError as error:
-        reason = f"{error.strerror or error}: {error.filename or run.path} (earlier checkpoints are kept; make room and run again)"
+        reason = f"{error.strerror or error}: {error.filename or run.path}"
+        reason += " (earlier checkpoints are kept; make room and run again)"
         _try_status(run, Status("failed", **state, reason=reason))
         raise
     except BaseException as error:
@@ -119,7 +120,7 @@ def _train(run: Run, should_stop, on_progress, cache: Path) -> None:
 
 
 def _train_along(run: Run, should_stop, cache: Path) -> None:
-    """A rank after the first: reads the data that rank 0 has prepared, and trains."""
+    """Train as a rank after the first, on the data that rank 0 has prepared."""
     from moelab.data import prepare
 
     fingerprint = process.wait_for("data", should_stop)

@@ -33,12 +33,12 @@ def inline(runs: Sequence[Run], tick: Tick = lambda: None) -> None:
 
 
 def processes(runs: Sequence[Run], workers: int, tick: Tick = lambda: None, poll_s: float = 0.5) -> None:
-    """Runs as processes, each with its own log, while `workers` lasts; longest first.
+    """Train runs in processes, each with its own log, `workers` ranks at a time; the longest first.
 
     A run on P ranks counts as P workers. One always goes, even if it wants more than there are.
 
-    Ends when all have ended. An exception here (Ctrl-C in a notebook, say) asks the processes to write a checkpoint and go, waits for
-    them, and is raised again.
+    Ends when all have ended. An exception here (Ctrl-C in a notebook, say) asks the processes to write a checkpoint and
+    go, waits for them, and is raised again.
     """
     waiting = sorted(runs, key=lambda run: -run.spec.cost)
     going: dict[subprocess.Popen, int] = {}  # and the workers each takes
@@ -64,12 +64,12 @@ def processes(runs: Sequence[Run], workers: int, tick: Tick = lambda: None, poll
 
 
 def _next(waiting: Sequence[Run], free: int, *, alone: bool) -> Run | None:
-    """The first that fits; when nothing goes, the first."""
+    """Return the first run that fits; the first of all when none is running."""
     return next((run for run in waiting if alone or run.spec.parallel.ranks <= free), None)
 
 
 def start(run: Run) -> subprocess.Popen:
-    """The process of one run; ends when this one does."""
+    """Start the process of one run; it ends when this process does."""
     # Its own session, so that a terminal's Ctrl-C reaches us alone and we ask for the checkpoint.
     with open(run.path / "log.txt", "ab") as log:
         return subprocess.Popen(

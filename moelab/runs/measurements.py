@@ -1,9 +1,10 @@
-"""Measurements that are kept like runs: a notebook reads back what the same code has measured with the same arguments on the same machine.
+"""Keep measurements like runs: read back what the same code measured with the same arguments on the same machine.
 
     .moelab/measurements/<function>-<digest>.json      arguments, code, machine, when, provenance, value
 
-The digest is of all that a measurement depends on, so a changed source file, another processor or another version of torch measures anew. One measurement at a time goes
-on a machine, as far as this store knows: times would be of both.
+The digest is of all that a measurement depends on, so a changed source file, another processor or another version of
+torch measures again. The store lets one measurement run at a time, because two on one machine would slow each other
+down.
 """
 
 from __future__ import annotations
@@ -70,7 +71,7 @@ class MeasurementStore:
         self.root = root or paths.home() / "measurements"
 
     def measure(self, function: Callable[..., Any], *arguments: Any, again: bool = False) -> Measurement:
-        """What `function(*arguments)` returns, from the store if it is there.
+        """Return what `function(*arguments)` returns, from the store if it is there.
 
         Args:
             function: of a module of moelab; returns what JSON can hold (tuples come back as lists).
@@ -114,7 +115,7 @@ class MeasurementStore:
         return _of(key, record, read_back=True) if record else None
 
     def _record(self, key: str) -> dict[str, Any] | None:
-        """A file that cannot be read is one that is not there: what was in it can be measured again."""
+        """Read a file, None if it is missing or malformed: its value can be measured again."""
         try:
             record = read_json(self.root / f"{key}.json")
         except (ValueError, OSError):
@@ -132,7 +133,8 @@ def _identity(function: Callable[..., Any], arguments: Sequence[Any]) -> tuple[s
     module, name = getattr(function, "__module__", ""), getattr(function, "__qualname__", "")
     if not module.startswith("moelab.") or "<" in name or not name:
         raise ValueError(
-            f"measure: {module}.{name} is no function of a module of moelab, whose code a measurement is stored under; put it into one"
+            f"measure: {module}.{name} is no function of a module of moelab, whose code a measurement is stored under; "
+            "put it into one"
         )
     plain = [_plain(value) for value in arguments]
     whole = json.dumps([FORMAT, module, name, plain, code(), machine()])
@@ -170,7 +172,7 @@ def code() -> str:
 
 @functools.cache
 def machine() -> dict[str, Any]:
-    """What numbers depend on besides the code: processor, cores of this process, GPUs, packages, threads asked for."""
+    """Return what numbers depend on besides the code: processor, cores of this process, GPUs, packages, threads."""
     record = hardware()
     return {
         "cpu": record["cpu"],

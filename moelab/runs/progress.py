@@ -19,6 +19,7 @@ class Snapshot:
 
     @classmethod
     def of(cls, runs: Sequence[Run]) -> Snapshot:
+        """Read the statuses of runs."""
         statuses = tuple(run.status for run in runs)
         total = sum(run.spec.cost for run in runs) or 1.0
         # A failed run asks for no more time.
@@ -50,7 +51,7 @@ def duration(seconds: float | None) -> str:
 
 
 def table(runs: Sequence[Run], snapshot: Snapshot, left: float | None) -> Any:
-    """A rich table, one row a run; shows in terminals and notebooks."""
+    """Return a rich table, one row per run, for terminals and notebooks."""
     from rich.table import Table
 
     title = (
@@ -95,6 +96,7 @@ class NotebookProgress:
         return table(self._runs, snapshot, self._estimate.seconds_left(snapshot.done))
 
     def __call__(self, final: bool = False) -> None:
+        """Update the table, unless that was done a moment ago; `final` updates it in any case."""
         if self._handle is not None and (final or time.monotonic() - self._shown > self._every):
             self._shown = time.monotonic()
             self._handle.update(self._table())

@@ -66,7 +66,7 @@ def describe(record: dict[str, Any]) -> str:
 
 
 def commit() -> dict[str, Any]:
-    """The commit of the code that runs, and whether its files differed from it; None for both outside a git checkout."""
+    """Return the commit of the running code, and whether files differ from it; None for both outside a git checkout."""
     root = paths.checkout()
     if root is not None and (copied := read_json(root / SNAPSHOT)):
         return copied

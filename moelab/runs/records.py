@@ -1,8 +1,9 @@
 """The numbers of finished runs, to pass on without their weights: `moelab runs export` and `moelab runs import`.
 
-`results/runs/<id>.zip` holds what a run left beside its checkpoints: spec, result, provenance, metrics. Who takes them over can ask the
-experiments for more seeds or arms and trains only those; figures and verdicts come out as from runs trained here. What needs weights (generating,
-evaluating, distilling from the run) does not work with them. Any zip program opens a record, and loading one executes nothing.
+`results/runs/<id>.zip` holds what a run left beside its checkpoints: spec, result, provenance, metrics. Who takes them
+over can ask the experiments for more seeds or arms and trains only those; figures and verdicts come out as from runs
+trained here. What needs weights (generating, evaluating, distilling from the run) does not work with them. Any zip
+program opens a record, and loading one executes nothing.
 """
 
 from __future__ import annotations

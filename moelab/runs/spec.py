@@ -21,8 +21,8 @@ class RunSpec:
 
     Attributes:
         model, train, data: the three configurations.
-        parallel: the ranks it runs on. Not part of the identity: every layout gives the same numbers up to the order of sums, and a
-            run may go on with another one. Provenance says which it was.
+        parallel: the ranks it runs on. Not part of the identity: every layout gives the same numbers up to the order of
+            sums, and a run may go on with another one. Provenance says which it was.
         teacher: a training whose final model teaches this one; `Lab.run` trains it first.
         distill: how it teaches; given exactly when there is a teacher.
         label: how figures and tables call this arm; not part of the identity.
@@ -40,7 +40,8 @@ class RunSpec:
         self.train.steps(self.data.context)  # at least one, or ValueError
         if self.data.context > self.model.context:
             raise ValueError(
-                f"spec: sequences of {self.data.context} tokens are longer than the context of {self.model} ({self.model.context})"
+                f"spec: sequences of {self.data.context} tokens are longer than the context of {self.model} "
+                f"({self.model.context})"
             )
         self._check_parallel()
         self._check_teacher()
@@ -59,7 +60,8 @@ class RunSpec:
             raise ValueError("spec: dropout with tensor slicing is not supported, its masks would depend on the layout")
         if self.model.routing.aux_scope == "step" and micro_batches != parallel.data:
             raise ValueError(
-                f"spec: aux_scope 'step' needs one micro-batch a data rank, got {micro_batches} on {parallel.data} data ranks"
+                f"spec: aux_scope 'step' needs one micro-batch per data rank, got {micro_batches} on "
+                f"{parallel.data} data ranks"
             )
 
     def _check_teacher(self) -> None:
@@ -74,15 +76,17 @@ class RunSpec:
                 raise ValueError(f"spec: student and teacher must share their text, {what} is {ours!r} and {theirs!r}")
         if self.model.vocab != self.teacher.model.vocab:
             raise ValueError(
-                f"spec: student and teacher must share their vocabulary, it has {self.model.vocab} and {self.teacher.model.vocab} entries"
+                f"spec: student and teacher must share their vocabulary, it has {self.model.vocab} and "
+                f"{self.teacher.model.vocab} entries"
             )
         if self.data.context > self.teacher.model.context:
             raise ValueError(
-                f"spec: sequences of {self.data.context} tokens are longer than the teacher's context of {self.teacher.model.context}"
+                f"spec: sequences of {self.data.context} tokens are longer than the teacher's context of "
+                f"{self.teacher.model.context}"
             )
 
     def requires(self) -> list[RunSpec]:
-        """The runs that must be finished before this one can start, first things first: its teacher's teachers, its teacher."""
+        """Return the runs that must be finished before this one starts, in order: teachers of the teacher, teacher."""
         return [*self.teacher.requires(), self.teacher] if self.teacher else []
 
     @property
@@ -93,11 +97,12 @@ class RunSpec:
 
     @property
     def title(self) -> str:
+        """The label, else the model's name."""
         return self.label or str(self.model)
 
     @property
     def cost(self) -> float:
-        """Training FLOPs (of a student: with its teacher's forward passes, to the end), for estimates of the time left."""
+        """Training FLOPs, with the forward passes of a student's teacher, for estimates of the time left."""
         context = self.data.context
         a_token = self.model.flops_per_token(context=context)
         if self.teacher is not None and self.distill is not None and self.distill.schedule != "off":
@@ -105,9 +110,10 @@ class RunSpec:
         return a_token * self.train.tokens
 
     def to_json(self) -> dict[str, Any]:
+        """Return all fields as JSON values."""
         return to_json(self)
 
     @classmethod
     def from_json(cls, data: Any, where: str = "spec") -> Self:
-        """Raises a one-line ValueError for unknown fields or wrong types."""
+        """Return the spec that `to_json` wrote; a one-line ValueError for unknown fields or wrong types."""
         return from_json(cls, data, where)

@@ -7,7 +7,8 @@
                       result.json        written last: the run is finished
                       provenance.json    commit, versions, hardware, durations
 
-Exactly one process trains a run, or one group of ranks: it, or rank 0, holds `run.lock` (flock; the kernel lets go of it when the
+Exactly one process trains a run, or one group of ranks: it, or rank 0, holds `run.lock` (flock; the kernel lets go of
+    it when the
 process dies).
 """
 
@@ -58,6 +59,7 @@ class Run:
 
     @property
     def finished(self) -> bool:
+        """Whether the run has a result."""
         return (self.path / "result.json").exists()
 
     @property
@@ -73,6 +75,7 @@ class Run:
 
     @property
     def provenance(self) -> dict[str, Any]:
+        """Code, versions, hardware and times of the run; empty before it is finished."""
         return read_json(self.path / "provenance.json") or {}
 
     @property
@@ -102,15 +105,17 @@ class Run:
         return False
 
     def lock(self) -> FileLock:
+        """Return the lock that whoever trains the run holds."""
         self.path.mkdir(parents=True, exist_ok=True)
         return FileLock(self.path / "run.lock", is_singleton=False)
 
     def log_tail(self, lines: int = 15) -> str:
-        """The last lines of its log, or an empty text."""
+        """Return the last lines of the log, or an empty text."""
         path = self.path / "log.txt"
         return "\n".join(path.read_text(errors="replace").splitlines()[-lines:]) if path.exists() else ""
 
     def set_status(self, status: Status) -> None:
+        """Write the status."""
         write_json(self.path / "status.json", status.__dict__)
 
     def rows(self, file: str) -> pd.DataFrame:
@@ -156,7 +161,7 @@ class RunStore:
         return [run for run in known if not names or run.startswith(tuple(names))]
 
     def find(self, name: str) -> Path:
-        """Return the directory of a run: its id, the beginning of one, or a directory itself (of a run or an exported model).
+        """Return the directory of a run by its id, the beginning of one, or its path (also that of an exported model).
 
         Raises:
             ValueError: there is none, or several begin so; names those that are close.

@@ -23,7 +23,8 @@ def supervise(
 ) -> int:
     """Run a spec on its P ranks, as processes here or, in a job of Slurm of several nodes or tasks, as srun's tasks.
 
-    Holds no lock: rank 0 does, and writes status and result. The ranks' outputs are in `logs/`; rank 0's is the run's log.
+    Holds no lock: rank 0 does, and writes status and result. The ranks' outputs are in `logs/`; rank 0's is the run's
+        log.
 
     Args:
         command: of a rank, which gets the run's directory as argument; by default the worker.
@@ -32,7 +33,8 @@ def supervise(
         0 finished, 75 stopped with a checkpoint.
 
     Raises:
-        RankFailed: one line naming rank, host and death, which is also the run's status; the rank's last lines are in the run's log.
+        RankFailed: one line naming rank, host and death, which is also the run's status; the rank's last lines are in
+            the run's log.
         ValueError, OSError: no rank could be started; the run's status says so too.
     """
     if run.finished:
@@ -66,7 +68,7 @@ def supervise(
 
 
 def _record(run: Run, reason: str, *details: str) -> None:
-    """The cause takes the place of what rank 0 could say, which only lost a connection; unless another process trains by now."""
+    """Put the cause in the status in place of rank 0's reason, a lost connection, unless another process trains now."""
     with open(run.path / "log.txt", "a") as log:
         log.write(f"\n{time.strftime('%Y-%m-%d %H:%M:%S')} {reason}\n")
         log.write("".join(f"    {line}\n" for text in details for line in text.splitlines()))

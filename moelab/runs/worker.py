@@ -1,10 +1,10 @@
 """The process of one run: `python -m moelab.runs.worker RUN_DIRECTORY [PARENT]`.
 
-The same command is a rank's, where torchrun, srun or `moelab.engine.launch` started it as one. A run on several ranks that is asked
-for in any other way starts them itself and watches them.
+The same command is a rank's, where torchrun, srun or `moelab.engine.launch` started it as one. A run on several ranks
+that is asked for in any other way starts them itself and watches them.
 
-SIGTERM, SIGINT and SIGUSR1 ask it to write a checkpoint and go; it answers after the current step. It also goes when its parent
-dies, so no run outlives the notebook that asked for it unseen.
+SIGTERM, SIGINT and SIGUSR1 ask it to write a checkpoint and go; it answers after the current step. It also goes when
+its parent dies, so no run outlives the notebook that asked for it unseen.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
 
 def main(path: Path, parent: int) -> int:
+    """Execute the run in a directory; return the process's exit code."""
     asked: list[int] = []
     for name in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
         signal.signal(name, lambda number, _: asked.append(number))
@@ -68,7 +69,7 @@ if __name__ == "__main__":
     process.keep_freed_memory()
     code = main(Path(sys.argv[1]), int(sys.argv[2]) if len(sys.argv) > 2 else 0)
     if code == FAILED and process.find() is not None:
-        # The process group is still there, and its threads may abort or wait for ranks that are gone: leave without them.
+        # The process group is still there, and its threads may abort or wait for ranks that are gone.
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)

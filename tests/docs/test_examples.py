@@ -1,7 +1,8 @@
-"""The example of docs/extend.md, followed to the letter on a copy of the checkout."""
+"""The pages of docs/: the example of extend.md is followed on a copy of the checkout; links, commands and code are checked."""
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -49,19 +50,63 @@ def test_the_example_runs_and_is_published(tmp_path):
     assert "How much balance the gate needs" in (tmp_path / "results" / "index.html").read_text()
 
 
-def test_links_lead_to_files():
-    import re
+def anchors(page: Path) -> set[str]:
+    """The anchors that GitHub gives the headings of a page."""
+    headings = re.findall(r"^#+ (.+)$", re.sub(r"```.*?```", "", page.read_text(), flags=re.S), re.M)
+    return {re.sub(r"[^\w\- ]", "", heading).strip().lower().replace(" ", "-") for heading in headings}
 
+
+def test_links_lead_to_files_and_headings():
+    pages = [ROOT / "README.md", ROOT / "LOG.md", *(ROOT / "docs").rglob("*.md"), ROOT / "slurm" / "README.md"]
+    for page in pages:
+        text = page.read_text()
+        for link in re.findall(r"\]\(([^)\s]+)\)", text):
+            if link.startswith("https://"):
+                continue
+            name, _, anchor = link.partition("#")
+            target = page.parent / name if name else page
+            assert target.exists(), f"{page.name}: {link}"
+            if anchor and target.suffix == ".md":
+                assert anchor in anchors(target), f"{page.name}: {link}"
+
+
+def test_the_index_has_every_page():
+    index = (ROOT / "docs" / "README.md").read_text()
+    for page in (ROOT / "docs").rglob("*.md"):
+        name = page.relative_to(ROOT / "docs").as_posix()
+        assert name == "README.md" or f"({name})" in index, name
+
+
+def test_prose_keeps_to_120_characters():
     for page in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]:
-        for link in re.findall(r"\]\(([^)#]+)", page.read_text()):
-            assert link.startswith("https://") or (page.parent / link).exists(), f"{page.name}: {link}"
+        for line in page.read_text().splitlines():
+            assert len(line) <= 120 or line.startswith(("|", "![")), f"{page.name}: {line}"
+
+
+def test_the_page_of_commands_has_every_command_and_no_other():
+    import typer
+
+    from moelab.cli import app
+
+    def names(command, prefix: str) -> set[str]:
+        subcommands = getattr(command, "commands", None)
+        if subcommands is None:
+            return {prefix}
+        return {name for key, sub in subcommands.items() for name in names(sub, f"{prefix} {key}")}
+
+    page = (ROOT / "docs" / "commands.md").read_text()
+    sections = re.split(r"^### ", page, flags=re.M)[1:]
+    found = {section.splitlines()[0] for section in sections}
+    assert found == names(typer.main.get_command(app), "moelab") and len(found) == len(sections)
+    for section in sections:
+        name = section.splitlines()[0]
+        code, said = re.fullmatch(r".+\n\n```\n(.*?)```\n\n(.+)", section, re.S).groups()
+        assert f"{name.removeprefix('moelab')}" in code and len(said) > 60, name
 
 
 @pytest.mark.parametrize("page", ["explore.md", "browse.md"])
 def test_code_of_the_pages_runs(page, tmp_path, monkeypatch):
     """All of it but the trainings, which are asked for and not made."""
-    import re
-
     from moelab.lab import Lab
     from moelab.runs.collection import Runs
     from moelab.runs.store import Run
@@ -87,8 +132,6 @@ def test_code_of_the_pages_runs(page, tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_the_reference_has_all_modules_and_asks_for_nothing_outside(tmp_path):
-    import re
-
     done = subprocess.run(
         [sys.executable, str(ROOT / "docs" / "api.py"), str(tmp_path), "moelab.config", "moelab.plotting.figures"],
         capture_output=True, text=True,

@@ -53,7 +53,7 @@ def test_seeds_stand_below_their_mean_and_the_paper_above(ax):
 
 def test_a_title_is_set_as_in_print_and_left_out_of_svgs_that_stand_below_it(ax, tmp_path):
     title = "Ours ends -0.05 nats away (95 % interval), 50% smaller"
-    figures.finding(ax.figure, title)
+    figures.title(ax.figure, title)
     (text,) = ax.figure.texts
     assert text.get_text() == "Ours ends −0.05 nats away (95\u00a0% interval), 50\u00a0% smaller"
     figures.save(ax.figure, tmp_path / "a", title=title)

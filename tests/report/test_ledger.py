@@ -11,7 +11,7 @@ from moelab.files import write_json
 from moelab.paper import verdicts as claims
 from moelab.paper.verdicts import judge
 from moelab.report import ledger
-from moelab.report.publication import SUMMARY
+from moelab.report.summary import SUMMARY, parse, read_all
 
 
 def publish(
@@ -29,7 +29,14 @@ def publish(
     records = [asdict(v) for v in verdicts]
     write_json(
         folder / SUMMARY,
-        {"scale": scale, "finished": date, "claims": records, "figures": list(figures)},
+        {
+            "experiment": experiment,
+            "scale": scale,
+            "title": "A title",
+            "finished": date,
+            "claims": records,
+            "figures": list(figures),
+        },
     )
 
 
@@ -60,11 +67,11 @@ def test_the_newest_result_of_the_most_telling_scale_decides(tmp_path):
     publish(tmp_path, "pr-moe", "cpu", "2026-01-01", [judge(ORDER, [-0.1, -0.11, -0.12])])
     publish(tmp_path, "pr-moe", "cpu", "2026-01-02", [judge(ORDER, [0.1, 0.11, 0.12])])
     entry = entries(tmp_path)["moe128-beats-moe32"]
-    assert entry.verdict == claims.NOT_REPRODUCED and entry.finding.result == "pr-moe/cpu/2026-01-02"
-    assert entry.finding.figure == "pr-moe/cpu/2026-01-02/gaps.png"
+    assert entry.verdict == claims.NOT_REPRODUCED and entry.deciding.result == "pr-moe/cpu/2026-01-02"
+    assert entry.deciding.figure == "pr-moe/cpu/2026-01-02/gaps.png"
     publish(tmp_path, "pr-moe", "gpu", "2025-01-01", [judge(ORDER, [-0.2, -0.21, -0.22])])
     entry = entries(tmp_path)["moe128-beats-moe32"]
-    assert entry.verdict == claims.REPRODUCED and [f.scale for f in entry.findings] == ["gpu", "cpu"]
+    assert entry.verdict == claims.REPRODUCED and [e.scale for e in entry.evidence] == ["gpu", "cpu"]
 
 
 def test_a_result_that_did_not_test_a_claim_does_not_hide_one_that_did(tmp_path):
@@ -79,7 +86,7 @@ def test_a_scale_too_small_is_shown_and_not_judged(tmp_path):
     assert verdict.verdict == claims.NOT_TESTABLE and verdict.ours == pytest.approx(0.11) and verdict.low < 0.11
     publish(tmp_path, "scaling", "cpu", "2026-01-01", [verdict])
     entry = entries(tmp_path)[larger.id]
-    assert entry.verdict == claims.NOT_TESTABLE and entry.finding.ours == pytest.approx(0.11)
+    assert entry.verdict == claims.NOT_TESTABLE and entry.deciding.ours == pytest.approx(0.11)
     assert judge(replace(larger, testable_at="cpu"), [0.1, 0.11, 0.12], scale="cpu").verdict == claims.NOT_REPRODUCED
 
 
@@ -100,12 +107,63 @@ def test_the_command_prints_table_and_json(tmp_path):
         command = [sys.executable, "-m", "moelab.cli", *arguments]
         return subprocess.run(command, capture_output=True, text=True, env={**os.environ, **env}).stdout
 
+    write_json(tmp_path / "pr-moe" / "cpu" / "2026-01-02" / SUMMARY, {"experiment": "pr-moe", "claims": 7})
     out = moelab("claims")
     assert "63 claims: " in out and "1 reproduced" in out and "-0.11 (-0.1" in out
     records = json.loads(moelab("claims", "--json"))
     assert len(records) == 63
     (record,) = [r for r in records if r["claim"] == ORDER.id]
-    assert record["verdict"] == "reproduced" and record["findings"][0]["samples"] == 3
+    assert record["verdict"] == "reproduced" and record["evidence"][0]["samples"] == 3
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "[]",
+        "7",
+        '{"experiment": "pr-moe"',
+        '{"scale": "cpu"}',
+        "\udcff",
+        "[" * 100_000,
+        json.dumps({"experiment": 1, "scale": "cpu", "title": "t", "finished": "2026"}),
+        json.dumps(
+            {"experiment": "e", "scale": "cpu", "title": "t", "finished": "2026", "claims": [{"claim": ORDER.id}]}
+        ),
+        json.dumps({"experiment": "e", "scale": "cpu", "title": "t", "finished": "2026", "claims": {"a": 1}}),
+    ],
+)
+def test_a_malformed_summary_is_named_and_the_others_count(text, tmp_path):
+    publish(tmp_path, "pr-moe", "cpu", "2026-01-01", [judge(ORDER, [-0.1, -0.11, -0.12])])
+    folder = tmp_path / "pr-moe" / "cpu" / "2026-01-02"
+    folder.mkdir()
+    (folder / SUMMARY).write_bytes(text.encode(errors="surrogateescape"))
+    assert entries(tmp_path)["moe128-beats-moe32"].verdict == claims.REPRODUCED
+    found, (line,) = read_all(tmp_path)
+    assert len(found) == 1 and line.startswith("pr-moe/cpu/2026-01-02/summary.json: ") and "\n" not in line
+
+
+def test_a_scale_or_a_field_of_a_later_version_is_read(tmp_path):
+    publish(tmp_path, "pr-moe", "cpu", "2026-01-01", [judge(ORDER, [-0.1, -0.11, -0.12])])
+    publish(tmp_path, "pr-moe", "planet", "2026-01-02", [judge(ORDER, [0.1, 0.11, 0.12])])
+    file = tmp_path / "pr-moe" / "planet" / "2026-01-02" / SUMMARY
+    write_json(file, {**json.loads(file.read_text()), "mood": "good"})
+    entry = entries(tmp_path)["moe128-beats-moe32"]
+    assert [e.scale for e in entry.evidence] == ["cpu", "planet"] and entry.verdict == claims.REPRODUCED
+
+
+@pytest.mark.parametrize(
+    "name", ["javascript:alert(1)", "https://example.org/a", "../a.jsonl", "/etc/passwd", "a\\b", ".a", ""]
+)
+def test_only_names_of_files_in_the_folder_are_links(name):
+    summary = {"experiment": "e", "scale": "cpu", "title": "t", "finished": "2026"}
+    assert parse({**summary, "figures": [{"name": "a b-1.5", "data": "a.jsonl"}]}).figures[0].data == "a.jsonl"
+    for rows in ({"figures": [{"name": name}]}, {"tables": [{"name": "a", "data": name}]}):
+        with pytest.raises(ValueError, match="expected the name of a file"):
+            parse({**summary, **rows})
+    if name:
+        with pytest.raises(ValueError, match="data of figure a: expected the name of a file"):
+            parse({**summary, "figures": [{"name": "a", "data": name}]})
 
 
 def test_a_simulation_ranks_below_a_measurement_whatever_scale_it_ran_at(tmp_path):
@@ -114,10 +172,10 @@ def test_a_simulation_ranks_below_a_measurement_whatever_scale_it_ran_at(tmp_pat
     claim = paper.claim("52b-speedup-8-gpus")
     publish(tmp_path, "inference-scaling", "cpu", "20260102-000000", [judge_simulated(claim, 2.05)])
     entry = entries(tmp_path)[claim.id]
-    assert entry.verdict == "simulated: within 15 %" and entry.finding.scale == "simulated"
+    assert entry.verdict == "simulated: within 15 %" and entry.deciding.scale == "simulated"
     publish(tmp_path, "inference-scaling", "cpu", "20260101-000000", [judge(claim, [1.4, 1.5, 1.6])])
     entry = entries(tmp_path)[claim.id]
-    assert entry.verdict == claims.DIRECTION and [f.scale for f in entry.findings] == ["cpu", "simulated"]
+    assert entry.verdict == claims.DIRECTION and [e.scale for e in entry.evidence] == ["cpu", "simulated"]
 
 
 @pytest.mark.parametrize("width", [80, 220])

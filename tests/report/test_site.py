@@ -16,7 +16,9 @@ from moelab.plotting import svg
 from moelab.plotting.typography import typeset
 from moelab.report import site
 from moelab.report.ledger import DISAGREES
-from moelab.report.site import collect, notebook, order, template
+from moelab.report.site import claims, notebook, order, template
+from moelab.report.site.results import Result, read_results
+from moelab.report.summary import parse
 
 
 @pytest.fixture(scope="module")
@@ -67,17 +69,17 @@ def test_every_link_on_every_page_leads_to_a_file_and_an_id_inside(published):
 
 
 def test_the_ledger_has_every_claim_in_the_papers_order_and_the_verdict_that_counts(published):
-    found, _ = collect.results(published)
-    lines = collect.ledger(found)
-    best = [line for line in lines if line.best]
-    assert sorted(line.claim.id for line in best) == sorted(claim.id for claim in paper.claims())
-    places = [order.position(line.claim.where) for line in lines]
+    found, _ = read_results(published)
+    rows = claims.all_claims(found)
+    deciding = [row for row in rows if row.decides]
+    assert sorted(row.claim.id for row in deciding) == sorted(claim.id for claim in paper.claims())
+    places = [order.position(row.claim.where) for row in rows]
     assert places == sorted(places)
-    by_id = {line.claim.id: line for line in best}
+    by_id = {row.claim.id: row for row in deciding}
     matches = by_id["pr-moe-matches-moe128"]
     assert matches.verdict in (REPRODUCED, UNDECIDED) and matches.scale == "cpu", "one seed on a GPU judges nothing"
     assert matches.result.path == "pr-moe/cpu/20260103-000000", "the newest result of a scale counts"
-    assert [line.verdict for line in lines if line.claim.id == "pr-moe-matches-moe128" and not line.best] == [NO_SPREAD]
+    assert [row.verdict for row in rows if row.claim.id == "pr-moe-matches-moe128" and not row.decides] == [NO_SPREAD]
     assert matches.link == "pr-moe/cpu/20260103-000000/index.html#curves"
     assert by_id["speedup-1t"].verdict == DISAGREES and by_id["speedup-1t"].result is None
     page = (published / "index.html").read_text()
@@ -127,6 +129,46 @@ def test_an_unreadable_result_is_named_and_left_out(published, tmp_path):
     assert built.results == 4 and len(built.unreadable) == 1
     assert "mine/smoke/20260101-000000/summary.json: not valid JSON" in built.unreadable[0]
     assert "mine/smoke/20260101-000000/summary.json" in (root / "index.html").read_text()
+
+
+def test_a_malformed_notebook_table_or_benchmark_is_named_and_the_rest_is_built(published, tmp_path):
+    root = tmp_path / "results"
+    shutil.copytree(published, root)
+    broken = root / "mine" / "smoke" / "20260101-000000"
+    (broken / "notebook.ipynb").write_text('{"cells": [{"cell_type": "code"}], "nbformat": 4}')
+    (broken / "final.jsonl").write_text('{"arm": "a"}\n[1]\n')
+    (root / "benchmarks").mkdir()
+    (root / "benchmarks" / "gate.provenance.json").write_text('{"hardware": "fast"}')
+    (root / "benchmarks" / "layer.provenance.json").write_text('{"commit": "abc"}')
+    (root / "benchmarks" / "layer.jsonl").write_text('{"ratio": Infinity, "other": NaN}\n')
+    built = site.build(root)
+    named = {line.partition(": ")[0] for line in built.unreadable}
+    folder = "mine/smoke/20260101-000000"
+    assert named == {f"{folder}/notebook.ipynb", f"{folder}/final.jsonl", "benchmarks/gate.provenance.json"}
+    assert built.results == 5
+    index, page = (root / "index.html").read_text(), (broken / "index.html").read_text()
+    assert (
+        all(name in index for name in named)
+        and 'href="notebook.html"' not in page
+        and "Executed notebook of mine" not in index
+    )
+    assert "One MoE layer" in index and "nan" in index, "the other benchmark is shown"
+    assert site.build(root).written == 0
+    shutil.copy(published / folder / "notebook.ipynb", broken)
+    site.build(root)
+    assert 'href="notebook.html"' in (broken / "index.html").read_text()
+
+
+def test_a_link_that_is_no_file_of_the_result_leaves_it_out(published, tmp_path):
+    root = tmp_path / "results"
+    shutil.copytree(published, root)
+    file = root / "mine" / "smoke" / "20260101-000000" / "summary.json"
+    summary = json.loads(file.read_text())
+    summary["figures"][0]["data"] = "javascript:alert(1)"
+    file.write_text(json.dumps(summary))
+    built = site.build(root)
+    assert built.results == 4 and "expected the name of a file" in built.unreadable[0]
+    assert 'href="javascript' not in (root / "index.html").read_text()
 
 
 def test_the_results_of_this_checkout_build(tmp_path):
@@ -251,8 +293,8 @@ def test_numbers_have_their_units():
 
 
 def test_the_tally_keeps_measured_and_simulated_apart():
-    found = collect.tally({REPRODUCED: 2, "simulated: holds": 3, DISAGREES: 1, "a verdict of tomorrow": 1})
-    assert [(name, [(word, n) for _, word, n in of]) for name, of in found] == [
+    found = claims.tally({REPRODUCED: 2, "simulated: holds": 3, DISAGREES: 1, "a verdict of tomorrow": 1})
+    assert [(heading, [(item.label, item.claims) for item in items]) for heading, items in found] == [
         ("Measured here", [("reproduced", 2), ("a verdict of tomorrow", 1)]),
         ("Simulated on the paper's cluster", [("holds", 3)]),
         ("Open", [(DISAGREES, 1)]),
@@ -262,10 +304,11 @@ def test_the_tally_keeps_measured_and_simulated_apart():
 def test_runs_of_an_arm_that_were_trained_differently_are_not_averaged():
     def run(label, lr, seed, loss):
         train = {"lr": lr, "min_lr": lr / 10, "seed": seed}
-        return {"label": label, "spec": {"train": train}, "result": {"validation_loss": loss}}
+        return {"id": f"{label}{seed}", "label": label, "spec": {"train": train}, "result": {"validation_loss": loss}}
 
     runs = [run("A", 0.1, 0, 4.0), run("A", 0.1, 1, 5.0), run("A", 0.2, 0, 6.0), run("B", 0.1, 0, 3.0)]
-    found = collect.Result(Path("nowhere"), "nowhere", {"runs": runs}).arms
+    summary = parse({"experiment": "e", "scale": "cpu", "title": "t", "finished": "2026", "runs": runs})
+    found = Result(Path("nowhere"), "nowhere", summary).arms
     assert [(a["arm"], a["seeds"], a["validation_loss"]) for a in found] == [
         ("A, lr 0.1", 2, 4.5),
         ("A, lr 0.2", 1, 6.0),

@@ -1,14 +1,16 @@
-"""The results as static pages, for file:// and for `moelab browse`: `build(results)` writes them, and only what changed.
+"""Show the results as static pages, opened as files or served by `moelab browse`.
+
+`build(results)` writes the pages that are new or have changed:
 
     results/index.html                                     the paper's claims, the gallery, all results
     results/compare.html                                   two results side by side
     results/assets/                                        the style and the script of all pages
     results/<experiment>/<scale>/<date>-<time>/index.html  one result
                                                notebook.html  its executed notebook
-                                               data.js        what compare.html shows of it
+                                               data.js        the part of it that compare.html shows
 
-The pages ask for nothing outside the folder, work without a script (filters and comparison need it), and are made from the files of a
-publication (`moelab.report.publication`) and the descriptions in `moelab.experiments` alone.
+The pages load nothing from outside the folder and work without a script (filters and comparison need it). They are made
+only from the files of the results (`moelab.report.publication`) and the descriptions in `moelab.experiments`.
 """
 
 from moelab.report.site.notebook import convert

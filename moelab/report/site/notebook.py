@@ -1,4 +1,4 @@
-"""An executed notebook as a page of the site: readable on a phone and in the dark, asking for nothing outside."""
+"""Convert an executed notebook to a page of the site, which loads nothing from other sites."""
 
 from __future__ import annotations
 
@@ -16,16 +16,17 @@ if TYPE_CHECKING:
     from nbconvert import HTMLExporter
     from nbformat import NotebookNode
 
-# Half of what papermill, nbconvert and nbformat take to import: jsonschema, if it can, compiles a grammar of internationalised
-# addresses, which nothing in a notebook's format asks for.
+# jsonschema, if it finds this package, compiles a grammar of internationalised addresses, which takes half of the time
+# that papermill, nbconvert and nbformat need to be imported. The format of notebooks does not use it.
 sys.modules.setdefault("rfc3987_syntax", None)  # type: ignore[arg-type]
 
 
 def convert(notebook: Path) -> Path:
-    """Write `<name>.html` beside an executed notebook of a publication, unless the page there was made from it; returns its path.
+    """Write `<name>.html` beside the executed notebook of a result, unless that page is current; return its path.
 
-    Outputs that need a running kernel (widgets) are shown as the table or text they carry beside, and where that is only a name, a line says so. Formulas become MathML, which browsers draw
-    themselves; long code is folded.
+    Widgets, which need a running kernel, are shown as the table or text that is stored with them; where that is only a
+    name, a line refers to JupyterLab. Formulas become MathML, which browsers draw themselves. Code of more than 12
+    lines is folded.
     """
     page, mark = notebook.with_suffix(".html"), _mark(notebook)
     if not template.is_current(page, mark):
@@ -43,7 +44,7 @@ def convert(notebook: Path) -> Path:
 
 
 def load() -> None:
-    """Import and compile all that `convert` needs, in the process that others are forked from."""
+    """Import and compile all that `convert` needs, before other processes are forked from this one."""
     from nbformat import v4
 
     cells = [v4.new_markdown_cell("# Title"), v4.new_code_cell("1")]
@@ -51,7 +52,7 @@ def load() -> None:
 
 
 def is_current(notebook: Path) -> bool:
-    """Whether `convert` would have nothing to do."""
+    """Return whether the notebook's page was made from it by these templates."""
     return template.is_current(notebook.with_suffix(".html"), _mark(notebook))
 
 
@@ -93,7 +94,7 @@ def _exporter() -> HTMLExporter:
 
 
 def mathml(formula: str, display: str) -> str:
-    """A LaTeX formula as MathML, or as it was written where it cannot be read. `display` is "inline" or "block"."""
+    """Return a LaTeX formula as MathML, or as code if it cannot be read. `display` is "inline" or "block"."""
     from latex2mathml.converter import convert as to_mathml
 
     try:
@@ -103,7 +104,7 @@ def mathml(formula: str, display: str) -> str:
 
 
 def _describe_figures(notebook: NotebookNode) -> None:
-    """Say for each picture without a description under which heading it stands."""
+    """Describe each picture that has no description by the heading above it."""
     heading = ""
     for cell in notebook.cells:
         if cell.cell_type == "markdown":
@@ -115,7 +116,7 @@ def _describe_figures(notebook: NotebookNode) -> None:
 
 
 def _name_widgets(notebook: NotebookNode) -> None:
-    """Put a line in the place of widgets, which have no kernel on a page, and nothing in the place of progress bars that are done."""
+    """Replace widgets, which have no kernel on a page, by a line of text, and drop progress bars that are done."""
     for cell in notebook.cells:
         kept = []
         for output in cell.get("outputs", []):
@@ -131,11 +132,11 @@ def _name_widgets(notebook: NotebookNode) -> None:
 
 
 _WIDGET = re.compile(r"[A-Z]\w+\(.*\)", re.S)
-"""How a widget prints itself."""
+"""The text of a widget."""
 
 
 def _heading(notebook: NotebookNode, name: str) -> str:
-    """The notebook's first heading, else its name."""
+    """Return the notebook's first heading, else its name."""
     for cell in notebook.cells:
         if cell.cell_type == "markdown" and cell.source.startswith("# "):
             return cell.source.splitlines()[0][2:].strip()

@@ -1,4 +1,4 @@
-"""Writing the site."""
+"""Write the pages."""
 
 from __future__ import annotations
 
@@ -11,26 +11,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from moelab.config.serialization import to_json
 from moelab.files import write_text
 from moelab.plotting import svg
+from moelab.report.ledger import scale_rank
 from moelab.report.site import notebook, template
-from moelab.report.site.collect import (
-    Line,
-    Result,
-    benchmarks,
-    chapters,
-    grouped,
-    judged,
-    ledger,
-    results,
-    scale_rank,
-    sign,
-    tally,
-)
+from moelab.report.site.claims import ClaimRow, all_claims, claims_of, sign, tally
+from moelab.report.site.gallery import by_chapter, chapters
 from moelab.report.site.plot import interval_plot
+from moelab.report.site.results import Result, read_benchmarks, read_results
+from moelab.report.summary import unreadable_line
 
 TABLE_ROWS = 40
-"""Rows of a data table on a page; the file beside has them all."""
+"""Rows of a data table on a page; the file linked below the table has them all."""
 
 
 @dataclass(frozen=True)
@@ -39,10 +32,10 @@ class Built:
 
     Attributes:
         index: the start page.
-        results: publications found.
+        results: number of results found.
         written: files that were new or had changed.
         converted: notebooks among them.
-        unreadable: a line for each publication that was left out.
+        unreadable: a line for each file that could not be read.
     """
 
     index: Path
@@ -53,90 +46,121 @@ class Built:
 
 
 def build(root: Path) -> Built:
-    """Write the pages of all results below `root`. What is already there and made from the same files is left alone.
+    """Write the pages of all results below `root`; pages that were made from the same files are left as they are.
 
-    A publication that cannot be read is left out, and the start page says so.
+    A result that cannot be read is left out, and a notebook or table that cannot be read is missing on its result's
+    page; the start page names them.
     """
-    found, unreadable = results(root)
-    converted = _convert([r.folder / "notebook.ipynb" for r in found if r.has("notebook.ipynb")])
-    written = converted + sum(_darken(result) + _write_result(result) for result in found)
+    results, unreadable = read_results(root)
+    converted, failed = _convert(root, [r.folder / "notebook.ipynb" for r in results if r.has("notebook.ipynb")])
+    written = converted
+    for result in results:
+        if result.has("notebook.ipynb"):
+            (result.names.discard if result.folder in failed else result.names.add)("notebook.html")
+        written += _write_dark_figures(result) + _write_result(result, root, unreadable)
+    benchmarks, unreadable_benchmarks = read_benchmarks(root)
+    unreadable += [*failed.values(), *unreadable_benchmarks]
     for name in ("site.css", "site.js"):
         written += _write_if_changed(root / "assets" / name, template.asset(name))
-    lines = ledger(found)
-    parts = chapters(found)
-    used = {result.scale for result in found} | {line.scale for line in lines if line.result}
-    scales = sorted(used, key=lambda scale: (scale_rank(scale), scale))
+    claims, parts = all_claims(results), chapters(results)
+    used = {result.scale for result in results} | {row.scale for row in claims if row.result}
     page = template.render(
         "index.html",
         up="",
         chapters=parts,
-        benchmarks=benchmarks(root),
-        lines=lines,
-        groups=grouped(lines, parts),
-        tally=tally(Counter(line.verdict for line in lines if line.best)),
-        scales=scales,
-        results=found,
+        benchmarks=benchmarks,
+        claims=claims,
+        groups=by_chapter(claims, parts),
+        tally=tally(Counter(row.verdict for row in claims if row.decides)),
+        scales=sorted(used, key=lambda scale: (scale_rank(scale), scale)),
+        results=results,
         unreadable=unreadable,
         **_VIEW,
     )
     written += _write_if_changed(root / "index.html", page)
-    written += _write_if_changed(root / "compare.html", template.render("compare.html", up="", results=found))
-    return Built(root / "index.html", len(found), written, converted, unreadable)
+    written += _write_if_changed(root / "compare.html", template.render("compare.html", up="", results=results))
+    return Built(root / "index.html", len(results), written, converted, unreadable)
 
 
 def _write_if_changed(path: Path, text: str) -> bool:
-    if path.exists() and path.read_text(encoding="utf-8") == text:
+    if path.exists() and path.read_text(encoding="utf-8", errors="replace") == text:
         return False
     write_text(path, text)
     return True
 
 
-def _convert(notebooks: Sequence[Path]) -> int:
-    """Convert the notebooks whose pages are not current, in parallel where there are many; returns how many there were."""
-    todo = [path for path in notebooks if not notebook.is_current(path)]
+def _convert(root: Path, notebooks: Sequence[Path]) -> tuple[int, dict[Path, str]]:
+    """Convert the notebooks whose pages are not current, in parallel where there are many.
+
+    Returns:
+        The number of pages written, and the folder of each notebook that cannot be read with a line that says why.
+    """
+    outdated = [path for path in notebooks if not path.is_file() or not notebook.is_current(path)]
     workers = min(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1, 8)
-    if len(todo) < 8 or workers < 2:
-        for path in todo:
-            notebook.convert(path)
+    if len(outdated) < 8 or workers < 2:
+        errors = [_conversion_error(path) for path in outdated]
     else:
         with ProcessPoolExecutor(workers) as pool:
-            list(pool.map(notebook.convert, todo, chunksize=4))
-    return len(todo)
+            errors = list(pool.map(_conversion_error, outdated, chunksize=4))
+    failed = {
+        path.parent: unreadable_line(path, root, ValueError(error))
+        for path, error in zip(outdated, errors, strict=True)
+        if error
+    }
+    return len(outdated) - len(failed), failed
 
 
-def _darken(result: Result) -> int:
-    """Dark variants of the figures that were published without one; returns how many."""
-    todo = [
-        f["name"] for f in result.figures if result.has(f"{f['name']}.svg") and not result.has(f"{f['name']}-dark.svg")
-    ]
-    for name in todo:
-        text = (result.folder / f"{name}.svg").read_text(encoding="utf-8")
-        write_text(result.folder / f"{name}-dark.svg", svg.dark(text))
-        result.names.add(f"{name}-dark.svg")
-    return len(todo)
+def _conversion_error(path: Path) -> str:
+    """Convert a notebook; return why it cannot be read, an empty text if it can."""
+    try:
+        notebook.convert(path)
+    except Exception as error:  # nbformat and nbconvert raise exceptions of many kinds for a malformed notebook
+        return str(error) or type(error).__name__
+    return ""
 
 
-def _write_result(result: Result) -> int:
-    """The page and the comparison data of one result; returns how many files were written."""
+def _write_dark_figures(result: Result) -> int:
+    """Write dark variants of the figures that were published without one; return how many."""
+    written = 0
+    for figure in result.figures:
+        dark = f"{figure.name}-dark.svg"
+        if result.has(f"{figure.name}.svg") and not result.has(dark):
+            text = (result.folder / f"{figure.name}.svg").read_text(encoding="utf-8", errors="replace")
+            write_text(result.folder / dark, svg.dark(text))
+            result.names.add(dark)
+            written += 1
+    return written
+
+
+def _write_result(result: Result, root: Path, unreadable: list[str]) -> int:
+    """Write the page and the comparison data of a result; return how many files were written."""
     about = result.about
     described = [about.title, about.paper, about.question, about.paper_answer] if about else []
-    lines = judged(result)
-    tables = {t["name"]: result.rows(t["data"]) for t in result.tables}
+    rows = claims_of(result)
+    tables: dict[str, list[dict[str, Any]]] = {}
+    for table in result.summary.tables:
+        try:
+            tables[table.name] = result.rows(table.data)
+        except (ValueError, OSError, RecursionError) as error:
+            tables[table.name] = []
+            unreadable.append(unreadable_line(result.folder / table.data, root, error))
     shown = sorted(name for name in result.names if not name.endswith((".html", ".js")))
-    parts = json.dumps([result.path, result.summary, described, shown, tables]), repr([line.claim for line in lines])
-    mark = template.mark(*parts, names=("result.html", "base.html", "macros.html"))
+    facts = [result.path, to_json(result.summary), described, shown, result.has("notebook.html"), tables]
+    mark = template.mark(
+        json.dumps(facts), repr([row.claim for row in rows]), names=("result.html", "base.html", "macros.html")
+    )
     page, data = result.folder / "index.html", result.folder / "data.js"
     if template.is_current(page, mark) and data.exists():
         return 0
     up = "../" * (result.path.count("/") + 1)
-    html = template.render("result.html", mark=mark, up=up, result=result, lines=lines, tables=tables, **_VIEW)
-    write_text(data, f"moelab.add({json.dumps(_compared(result, lines, tables))});\n")
+    html = template.render("result.html", mark=mark, up=up, result=result, claims=rows, tables=tables, **_VIEW)
+    write_text(data, f"moelab.add({json.dumps(_comparison(result, rows, tables))});\n")
     write_text(page, html)
     return 2
 
 
-def _compared(result: Result, lines: Sequence[Line], tables: Mapping[str, list]) -> dict[str, Any]:
-    """What compare.html shows of a result."""
+def _comparison(result: Result, rows: Sequence[ClaimRow], tables: Mapping[str, list]) -> dict[str, Any]:
+    """Return what compare.html shows of a result."""
     return {
         "path": result.path,
         "title": result.title,
@@ -148,32 +172,23 @@ def _compared(result: Result, lines: Sequence[Line], tables: Mapping[str, list])
             "hardware": result.hardware,
             "cost": result.cost,
             "commits": ", ".join(dict.fromkeys(result.commits)),
-            **{f"parameter {k}": json.dumps(v) for k, v in result.summary.get("parameters", {}).items()},
+            **{f"parameter {k}": json.dumps(v) for k, v in result.summary.parameters.items()},
         },
         "claims": [
             {
-                "id": line.claim.id,
-                "statement": line.claim.statement,
-                "paper": line.paper,
-                "ours": template.quantity(line.ours, line.claim),
-                "interval": interval(line),
-                "verdict": line.verdict,
+                "id": row.claim.id,
+                "statement": row.claim.statement,
+                "paper": row.paper,
+                "ours": template.quantity(row.ours, row.claim),
+                "interval": row.interval,
+                "verdict": row.verdict,
             }
-            for line in lines
+            for row in rows
         ],
         "arms": result.arms,
-        "figures": [{"name": f["name"], "title": f["title"], **result.image(f["name"])} for f in result.figures],
-        "tables": {t["name"]: {"title": t["title"], "rows": tables[t["name"]][:TABLE_ROWS]} for t in result.tables},
+        "figures": [{"name": f.name, "title": f.title, **result.image(f.name)} for f in result.figures],
+        "tables": {t.name: {"title": t.title, "rows": tables[t.name][:TABLE_ROWS]} for t in result.summary.tables},
     }
 
 
-def interval(line: Line) -> str:
-    """The interval as text: ``exact`` for arithmetic, a dash where there is none."""
-    if line.low is None or line.high is None:
-        return "–"
-    if line.samples == 0:
-        return "exact"
-    return f"{template.number(line.low, line.claim)} to {template.number(line.high, line.claim)}"
-
-
-_VIEW = {"sign": sign, "plot": interval_plot, "interval": interval, "judged": judged, "table_rows": TABLE_ROWS}
+_VIEW = {"sign": sign, "plot": interval_plot, "claims_of": claims_of, "table_rows": TABLE_ROWS}

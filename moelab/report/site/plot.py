@@ -1,25 +1,26 @@
-"""A claim at a glance: the paper's range and our interval on one small axis."""
+"""Draw a claim's numbers in a table cell: the paper's range and our interval on one small axis."""
 
 from __future__ import annotations
 
 from markupsafe import Markup
 
-from moelab.report.site.collect import Line
+from moelab.report.site.claims import ClaimRow
 
 WIDTH, HEIGHT, EDGE = 150, 26, 8
 
 
-def interval_plot(line: Line) -> Markup:
-    """An inline SVG: the paper's value as a hollow diamond with its range, ours as a dot with its interval, a line at no difference.
+def interval_plot(row: ClaimRow) -> Markup:
+    """Return an inline SVG: the paper's value as a hollow diamond with its range, ours as a dot with its interval.
 
-    Decoration for the eye: the same numbers stand beside it as text. Empty for a claim without a number of ours.
+    A vertical line marks no difference. Screen readers skip it, because the same numbers stand beside it as text. Empty
+    for a claim without a value of ours.
     """
-    claim = line.claim
-    if line.ours is None:
+    claim = row.claim
+    if row.ours is None:
         return Markup("")
     neutral = {"ratio": 1.0, "bound": None}.get(claim.kind, 0.0)
     stated = [v for v in (claim.value, claim.value_low, claim.value_high) if v is not None]
-    ours = [v for v in (line.ours, line.low, line.high) if v is not None]
+    ours = [v for v in (row.ours, row.low, row.high) if v is not None]
     every = [*stated, *ours, *([neutral] if neutral is not None else [])]
     low, high = min(every), max(every)
     span = (high - low) or 1.0
@@ -35,8 +36,9 @@ def interval_plot(line: Line) -> Markup:
         parts.append(f'<path class="paper" d="M{x(min(stated))} 8H{x(max(stated))}"/>')
         parts.append(f'<path class="paper point" d="M{x(at)} 3.5l4.5 4.5l-4.5 4.5l-4.5 -4.5z"/>')
     parts.append(f'<path class="ours" d="M{x(min(ours))} 19H{x(max(ours))}"/>')
-    parts.append(f'<circle class="ours" cx="{x(line.ours)}" cy="19" r="3.6"/>')
+    parts.append(f'<circle class="ours" cx="{x(row.ours)}" cy="19" r="3.6"/>')
     body = "".join(parts)
     return Markup(
-        f'<svg class="plot" viewBox="0 0 {WIDTH} {HEIGHT}" width="{WIDTH}" height="{HEIGHT}" aria-hidden="true">{body}</svg>'
+        f'<svg class="plot" viewBox="0 0 {WIDTH} {HEIGHT}" width="{WIDTH}" height="{HEIGHT}" aria-hidden="true">'
+        f"{body}</svg>"
     )

@@ -1,9 +1,10 @@
-"""The page templates, and the mark in each page that says what it was made from."""
+"""Render the page templates; each page carries a digest of what it was made from."""
 
 from __future__ import annotations
 
 import functools
 import hashlib
+import math
 from collections.abc import Sequence
 from importlib.resources import files
 from pathlib import Path
@@ -20,12 +21,12 @@ _PREFIX = "<!-- made from "
 
 
 def render(name: str, /, **values: Any) -> str:
-    """The text of a page."""
+    """Return the text of a page."""
     return _environment().get_template(name).render(**values)
 
 
 def mark(*parts: str | bytes, names: Sequence[str]) -> str:
-    """A digest of what a page is made from: `parts` and the templates of these names."""
+    """Return a digest of what a page is made from: `parts` and the templates of these names."""
     digest = hashlib.sha256()
     for part in (*parts, *(asset(name) for name in names)):
         data = part.encode() if isinstance(part, str) else part
@@ -34,7 +35,7 @@ def mark(*parts: str | bytes, names: Sequence[str]) -> str:
 
 
 def is_current(page: Path, mark: str) -> bool:
-    """Whether the page at this path carries this mark; a missing page does not."""
+    """Return whether the page at this path carries this mark; a missing page does not."""
     try:
         with open(page, encoding="utf-8", errors="replace") as f:
             return f"{_PREFIX}{mark} " in f.read(200)
@@ -44,7 +45,7 @@ def is_current(page: Path, mark: str) -> bool:
 
 @functools.cache
 def asset(name: str) -> str:
-    """The text of a file in `templates/`."""
+    """Return the text of a file in `templates/`."""
     return (files("moelab.report") / "templates" / name).read_text(encoding="utf-8")
 
 
@@ -64,7 +65,7 @@ def _environment() -> Environment:
 
 
 def number(value: float | None, claim: Claim) -> str:
-    """A value for a claim: differences carry their sign, ratios and limits none; a dash for what was not measured."""
+    """Return a claim's value as text: differences with their sign, ratios and limits without; a dash for None."""
     if value is None:
         return "–"
     if abs(value) >= 1000:
@@ -77,7 +78,7 @@ def number(value: float | None, claim: Claim) -> str:
 
 
 def quantity(value: float | None, claim: Claim) -> str:
-    """`number` with its unit: the claim's, or that of what it orders."""
+    """Return `number` with its unit: the claim's, or that of the quantity that it orders."""
     if value is None:
         return "–"
     unit = claim.unit or next((unit for word, unit in _ORDERED.items() if word in claim.quantity), "")
@@ -89,11 +90,11 @@ _SHORT = {"x": "×", "percentage points": " points"}
 
 
 def cell(value: Any) -> str:
-    """A value of a data table."""
+    """Return a value of a data table as text."""
     if value is None:
         return "–"
-    if isinstance(value, bool) or not isinstance(value, int | float):
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
         return str(value)
-    if isinstance(value, int) or value == int(value):
+    if value == int(value):
         return f"{int(value):,}"
     return typeset(f"{value:,.0f}" if abs(value) >= 10_000 else f"{value:.4g}")

@@ -1,0 +1,211 @@
+"""Read what the pages show of each published result, and of the benchmarks."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from moelab.experiments import EXPERIMENTS, Experiment
+from moelab.files import read_json
+from moelab.paper.verdicts import NOT_TESTABLE, NOT_TESTED, SIMULATED
+from moelab.plotting.typography import typeset
+from moelab.report.summary import (
+    FigureRow,
+    Provenance,
+    RunRow,
+    Summary,
+    parse_provenance,
+    read_all,
+    read_rows,
+    unreadable_line,
+)
+from moelab.runs.progress import duration
+
+
+@dataclass(frozen=True)
+class Result:
+    """A published result.
+
+    Attributes:
+        folder: the result's folder.
+        path: the same relative to the results, with slashes.
+        summary: what its `summary.json` says.
+    """
+
+    folder: Path
+    path: str
+    summary: Summary
+
+    @property
+    def experiment(self) -> str:
+        """Name of the experiment."""
+        return self.summary.experiment
+
+    @cached_property
+    def scale(self) -> str:
+        """The scale it ran at; `simulated` if all its verdicts are simulated and nothing was trained."""
+        verdicts = {v.verdict for v in self.summary.claims} - {NOT_TESTED, NOT_TESTABLE}
+        simulated = verdicts and verdicts <= set(SIMULATED) and not self.summary.runs
+        return "simulated" if simulated else self.summary.scale
+
+    @property
+    def title(self) -> str:
+        """The main finding, typeset."""
+        return typeset(self.summary.title)
+
+    @property
+    def date(self) -> str:
+        """When it was finished, as ``2026-11-24 18:43 UTC``."""
+        return self.summary.finished[:16].replace("T", " ") + " UTC"
+
+    @property
+    def about(self) -> Experiment | None:
+        """The experiment, None if this version does not have it."""
+        return EXPERIMENTS.get(self.experiment)
+
+    @cached_property
+    def figures(self) -> Sequence[FigureRow]:
+        """The figures, their texts typeset."""
+        return [FigureRow(f.name, typeset(f.title), typeset(f.caption), f.claims, f.data) for f in self.summary.figures]
+
+    @property
+    def seeds(self) -> str:
+        """How many seeds, as text."""
+        n = len(self.summary.seeds)
+        return "no seeds: computed" if not n else f"{n} seed{'s' if n > 1 else ''}"
+
+    @property
+    def hardware(self) -> str:
+        """The machine, as text."""
+        machine = self.summary.hardware or self.summary.provenance.hardware
+        text = str(machine) if machine else "unknown hardware"
+        return f"computed on {text}" if self.scale == "simulated" else text
+
+    @property
+    def cost(self) -> str:
+        """Time of training, or of computing where nothing was trained."""
+        if self.summary.training_seconds:
+            return f"{duration(self.summary.training_seconds)} of training"
+        earlier = sum(one.seconds for one in self.summary.measurements if one.read_back)
+        return f"{duration((self.summary.notebook_seconds or 0) + earlier)} of computing"
+
+    @property
+    def measurement_dates(self) -> list[str]:
+        """On which days and at which commits the notebook's measurements were made."""
+        dates = {(m.measured.partition(" ")[0], m.provenance.short_commit) for m in self.summary.measurements}
+        return sorted(f"{day} at commit {commit}" for day, commit in dates)
+
+    @cached_property
+    def commits(self) -> tuple[str, ...]:
+        """The commits at which its runs were trained, then the one at which the figures were drawn."""
+        trained = sorted({run.provenance.short_commit for run in self.summary.runs})
+        return (*trained, self.summary.provenance.short_commit)
+
+    @cached_property
+    def names(self) -> set[str]:
+        """Names of the files in the folder; whoever writes a file adds its name."""
+        return {p.name for p in self.folder.iterdir()}
+
+    def has(self, name: str) -> bool:
+        """Return whether the folder has a file of this name."""
+        return name in self.names
+
+    def rows(self, name: str) -> list[dict[str, Any]]:
+        """Return the rows of a file of JSON lines in the folder, none if it is missing; ValueError: see `read_rows`."""
+        return read_rows(self.folder / name) if self.has(name) else []
+
+    @cached_property
+    def arms(self) -> list[dict[str, Any]]:
+        """The runs by arm: label, seeds, and the mean of every number that all results of the arm have.
+
+        Runs of one label that were trained differently (a sweep) are arms of their own, named by what differs.
+        """
+        settings: dict[str, dict[str, set[str]]] = {}  # label -> field of TrainConfig -> its values
+        for run in self.summary.runs:
+            for field, value in run.training.items():
+                settings.setdefault(run.label, {}).setdefault(field, set()).add(str(value))
+
+        def name(run: RunRow) -> str:
+            differing = [f"{f} {v}" for f, v in run.training.items() if len(settings[run.label][f]) > 1]
+            return ", ".join([run.label, *differing])
+
+        results: dict[str, list[Mapping[str, Any]]] = {}
+        for run in self.summary.runs:
+            results.setdefault(name(run), []).append(run.result)
+        return [{"arm": arm, "seeds": len(rows), **_means(rows)} for arm, rows in results.items()]
+
+    @property
+    def search_text(self) -> str:
+        """The text that the page's search looks through."""
+        about = self.about
+        described = (about.title, about.paper) if about else ()
+        shown = (f.title for f in self.figures)
+        return " ".join((self.experiment, self.scale, self.title, self.date, self.hardware, *described, *shown)).lower()
+
+    def image(self, name: str) -> dict[str, str]:
+        """Return the files of a figure: `light`, and `dark` where there is one."""
+        if self.has(f"{name}-dark.svg"):
+            return {"light": f"{name}.svg", "dark": f"{name}-dark.svg"}
+        return {"light": f"{name}.png"}
+
+
+def _means(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    def is_number(value: Any) -> bool:
+        return isinstance(value, int | float) and not isinstance(value, bool)
+
+    keys = [key for key in rows[0] if all(is_number(row.get(key)) for row in rows)]
+    return {key: sum(row[key] for row in rows) / len(rows) for key in keys}
+
+
+def read_results(root: Path) -> tuple[list[Result], list[str]]:
+    """Return all results below `root`, newest first, and a line for each that cannot be read."""
+    summaries, unreadable = read_all(root)
+    found = [Result(root / path, path, summary) for path, summary in summaries]
+    return sorted(found, key=lambda r: (r.summary.finished, r.path), reverse=True), unreadable
+
+
+BENCHMARKS = {
+    "exchange": "Exchanges of tokens between ranks: time over the flat all-to-all",
+    "gate": "The gate alone, forward and backward: time over ours",
+    "layer": "One MoE layer, forward and backward: time over the dense layer of equal FLOPs",
+    "scaling": "Weak scaling of training over ranks of one machine",
+    "submit": "What Slurm adds: from submitting to the first step, many runs at once",
+    "train": "Training speed of the twins, side by side",
+    "decode": "A decoding step: optimised, the paper's baseline, transformers",
+}
+"""Title of each benchmark of `moelab bench`."""
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """The numbers of `moelab bench` or `moelab eval --out`, with the names of their files and their provenance."""
+
+    name: str
+    title: str
+    provenance: Provenance
+    files: tuple[str, ...]
+    rows: tuple[dict[str, Any], ...] = ()
+
+    def has(self, suffix: str) -> bool:
+        """Return whether there is a file `<name><suffix>`."""
+        return f"{self.name}{suffix}" in self.files
+
+
+def read_benchmarks(root: Path) -> tuple[list[Benchmark], list[str]]:
+    """Return what `benchmarks/` holds, by name, and a line for each that cannot be read."""
+    found, unreadable = [], []
+    for file in sorted((root / "benchmarks").glob("*.provenance.json")):
+        name = file.name.removesuffix(".provenance.json")
+        files = tuple(sorted(p.name for p in file.parent.glob(f"{name}.*")))
+        try:
+            provenance = parse_provenance(read_json(file))
+            rows = tuple(read_rows(file.with_name(f"{name}.jsonl"))) if f"{name}.jsonl" in files else ()
+        except (ValueError, OSError, RecursionError) as error:
+            unreadable.append(unreadable_line(file, root, error))
+            continue
+        title = typeset(provenance.title or BENCHMARKS.get(name, f"Benchmark: {name}"))
+        found.append(Benchmark(name, title, provenance, files, rows))
+    return found, unreadable

@@ -1,0 +1,63 @@
+"""Serve the pages on this machine."""
+
+from __future__ import annotations
+
+import http.server
+from http import HTTPStatus
+from pathlib import Path
+from typing import Any
+
+HOSTS = ("127.0.0.1", "localhost", "[::1]")
+"""Names of this machine that a request may give in its Host header.
+
+A page of another site can make a browser ask 127.0.0.1 under that site's own name (DNS rebinding) and read the answer.
+Requests under other names are therefore refused.
+"""
+
+
+class ResultsServer(http.server.ThreadingHTTPServer):
+    """Serves the files of a folder on 127.0.0.1.
+
+    Args:
+        port: 0 takes a free one; `server_port` says which.
+
+    Raises:
+        ValueError: one line: the port is in use or not allowed.
+    """
+
+    def __init__(self, folder: Path, port: int) -> None:
+        self.folder = folder.resolve()
+        try:
+            super().__init__(("127.0.0.1", port), _Handler)
+        except (OSError, OverflowError) as error:
+            reason = getattr(error, "strerror", None) or error
+            raise ValueError(f"port {port}: {reason}; choose another with --port") from None
+        self.hosts = {f"{host}:{self.server_port}" for host in HOSTS}
+        if self.server_port == 80:
+            self.hosts |= set(HOSTS)  # browsers leave the default port out
+
+    @property
+    def address(self) -> str:
+        """The address of the start page."""
+        return f"http://127.0.0.1:{self.server_port}/"
+
+
+class _Handler(http.server.SimpleHTTPRequestHandler):
+    server: ResultsServer
+
+    def __init__(self, request: Any, client_address: Any, server: ResultsServer) -> None:
+        super().__init__(request, client_address, server, directory=str(server.folder))
+
+    def send_head(self) -> Any:
+        """Refuse what is asked of another host, and files outside the folder, where a symbolic link may lead."""
+        if self.headers.get("Host", "").lower() not in self.server.hosts:
+            self.send_error(HTTPStatus.FORBIDDEN, "Host must be this machine")
+            return None
+        if not Path(self.translate_path(self.path)).resolve().is_relative_to(self.server.folder):
+            self.send_error(HTTPStatus.NOT_FOUND, "File not found")
+            return None
+        return super().send_head()
+
+    def list_directory(self, path: Any) -> None:
+        """List no folders: every page is linked from the start page."""
+        self.send_error(HTTPStatus.NOT_FOUND, "File not found")

@@ -1,0 +1,217 @@
+"""The `summary.json` of a published result as typed rows, checked when it is read."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from moelab.config.serialization import from_json
+from moelab.files import read_json
+from moelab.paper.verdicts import Verdict
+
+SUMMARY = "summary.json"
+
+_FILE_NAME = re.compile(r"\w[\w .+=-]*")
+
+
+def _check_file_name(what: str, name: str) -> None:
+    """Refuse what is not the plain name of a file beside the summary: paths, addresses, scripts."""
+    if not _FILE_NAME.fullmatch(name):
+        raise ValueError(f"{what}: expected the name of a file in the result's folder, got {name!r}")
+
+
+@dataclass(frozen=True)
+class Hardware:
+    """The machine of a run or a notebook; fields that a page does not show are left out."""
+
+    cpu: str | None = None
+    cores: int | None = None
+    gpus: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        return f"{len(self.gpus)} x {self.gpus[0]}" if self.gpus else f"{self.cores} cores of {self.cpu}"
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """The code, versions and machine behind a number; see `moelab.runs.provenance`."""
+
+    commit: str | None = None
+    modified: bool | None = None
+    python: str = "–"
+    versions: dict = field(default_factory=dict)
+    hardware: Hardware | None = None
+    title: str = ""
+
+    @property
+    def short_commit(self) -> str:
+        """The first ten digits of the commit, and whether files differed from it."""
+        return (self.commit or "none")[:10] + (" with changes" if self.modified else "")
+
+
+@dataclass(frozen=True)
+class FigureRow:
+    """A figure of a result: `<name>.png`, `.svg`, `-dark.svg`, and the file `data` with the numbers that it shows."""
+
+    name: str
+    title: str = ""
+    caption: str = ""
+    claims: tuple[str, ...] = ()
+    data: str = ""
+
+    def __post_init__(self) -> None:
+        _check_file_name("figure's name", self.name)
+        if self.data:
+            _check_file_name(f"data of figure {self.name}", self.data)
+
+
+@dataclass(frozen=True)
+class TableRow:
+    """A table of a result; `data` is its file of JSON lines."""
+
+    name: str
+    data: str
+    title: str = ""
+    caption: str = ""
+
+    def __post_init__(self) -> None:
+        _check_file_name("table's name", self.name)
+        _check_file_name(f"data of table {self.name}", self.data)
+
+
+@dataclass(frozen=True)
+class RunRow:
+    """A training run behind a result: its id, the name of its arm, its spec and its result as JSON values."""
+
+    id: str
+    label: str
+    spec: dict = field(default_factory=dict)
+    result: dict = field(default_factory=dict)
+    provenance: Provenance = field(default_factory=Provenance)
+
+    @property
+    def training(self) -> dict[str, Any]:
+        """The fields of `TrainConfig` that tell arms apart: all but the seed and what follows from the peak rate."""
+        train = self.spec.get("train")
+        fields_ = train.items() if isinstance(train, dict) else ()
+        return {name: value for name, value in fields_ if name not in ("seed", "min_lr")}
+
+
+@dataclass(frozen=True)
+class MeasurementRow:
+    """A measurement that the notebook made or read back; `measured` is when, UTC."""
+
+    id: str
+    measured: str
+    seconds: float
+    read_back: bool
+    provenance: Provenance = field(default_factory=Provenance)
+
+
+@dataclass(frozen=True)
+class Summary:
+    """A published result.
+
+    Attributes:
+        title: the main finding, one sentence.
+        finished: when, UTC, as ``2026-11-24T18:43:00Z``.
+        notebook_seconds, training_seconds: time of the notebook, and of the training runs behind it.
+        missing: ids of runs that the notebook asked for and that have no result.
+    """
+
+    experiment: str
+    scale: str
+    title: str
+    finished: str
+    parameters: dict = field(default_factory=dict)
+    notebook_seconds: float | None = None
+    training_seconds: float | None = None
+    seeds: tuple[int, ...] = ()
+    hardware: Hardware | None = None
+    figures: tuple[FigureRow, ...] = ()
+    tables: tuple[TableRow, ...] = ()
+    claims: tuple[Verdict, ...] = ()
+    missing: tuple[str, ...] = ()
+    runs: tuple[RunRow, ...] = ()
+    measurements: tuple[MeasurementRow, ...] = ()
+    provenance: Provenance = field(default_factory=Provenance)
+
+
+_ROWS = {
+    "hardware": Hardware,
+    "provenance": Provenance,
+    "figures": FigureRow,
+    "tables": TableRow,
+    "claims": Verdict,
+    "runs": RunRow,
+    "measurements": MeasurementRow,
+}
+
+
+def _known(row: type, value: Any) -> Any:
+    """Return `value` without fields that this version does not know; `from_json` refuses what is no object."""
+    if isinstance(value, list):
+        return [_known(row, one) for one in value]
+    if not isinstance(value, dict):
+        return value
+    names = {f.name for f in fields(row)}
+    return {key: _known(_ROWS[key], v) if key in _ROWS else v for key, v in value.items() if key in names}
+
+
+def parse(record: Any) -> Summary:
+    """Return the summary that a JSON value holds.
+
+    Raises:
+        ValueError: one line: a field is missing or has the wrong type, or a file name is none.
+    """
+    return from_json(Summary, _known(Summary, record), "summary")
+
+
+def parse_provenance(record: Any) -> Provenance:
+    """Return the provenance that a JSON value holds; ValueError as for `parse`."""
+    return from_json(Provenance, _known(Provenance, record), "provenance")
+
+
+def read_all(root: Path) -> tuple[list[tuple[str, Summary]], list[str]]:
+    """Return the summaries of all results below a folder, and one line for each that cannot be read.
+
+    Returns:
+        Pairs of a result's folder relative to `root`, with slashes, and its summary; by folder.
+    """
+    found: list[tuple[str, Summary]] = []
+    unreadable: list[str] = []
+    for file in sorted(root.glob(f"*/*/*/{SUMMARY}")):
+        if file.parent.name.startswith("."):
+            continue  # being moved into place
+        try:
+            found.append((file.parent.relative_to(root).as_posix(), parse(read_json(file))))
+        except (ValueError, OSError, RecursionError) as error:
+            unreadable.append(unreadable_line(file, root, error))
+    return found, unreadable
+
+
+def unreadable_line(file: Path, root: Path, error: BaseException) -> str:
+    """Return one line that says which file below `root` cannot be read, and why."""
+    reason = (str(error) or type(error).__name__).splitlines()[0].removeprefix(f"{file}: ")
+    return f"{file.relative_to(root).as_posix()}: {reason}"
+
+
+def read_rows(file: Path) -> list[dict[str, Any]]:
+    """Return the objects in a file of JSON lines.
+
+    Raises:
+        ValueError: one line: a line is no JSON object.
+    """
+    rows = []
+    for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
+        try:
+            row = json.loads(line)
+        except ValueError as error:
+            raise ValueError(f"line {number}: not valid JSON ({error})") from None
+        if not isinstance(row, dict):
+            raise ValueError(f"line {number}: expected an object, got {line[:40]}")
+        rows.append(row)
+    return rows
