@@ -12,6 +12,7 @@ the op in plain PyTorch. An op's file (``gating.py``) holds the public function 
     y_SM = residual_mix(y_SM, mlp_SM, x_SM, w_2M, b_2)          # PR-MoE
 """
 
+from ._hash import priorities
 from .experts import expert_ffn
 from .gating import Gate, gate
 from .permute import RowTable, combine, dispatch, row_table
@@ -24,6 +25,7 @@ __all__ = [
     "dispatch",
     "expert_ffn",
     "gate",
+    "priorities",
     "residual_mix",
     "row_table",
 ]
