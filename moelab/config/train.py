@@ -21,6 +21,8 @@ class TrainConfig:
             load-balancing loss are computed per micro-batch, as in the paper.
         lr, min_lr: peak and final learning rate.
         warmup_tokens: linear warm-up; then cosine decay until `decay_tokens` (0: until `tokens`), then `min_lr`.
+        cooldown_tokens: above 0, the rate stays at `lr` after the warm-up and decays linearly to `min_lr` over the last so many tokens
+            (warm-up, stable, decay): a run of fewer tokens is then the same run with an earlier decay. 0 is the cosine.
         betas, eps, weight_decay, clip: AdamW and the gradient's largest norm (0: no clipping). Biases and norms are not
             decayed.
         dtype: ``fp32``, or ``bf16`` for autocast matrix products over fp32 weights.
@@ -44,6 +46,7 @@ class TrainConfig:
     min_lr: float = 4e-4
     warmup_tokens: int = 50_000
     decay_tokens: int = 0
+    cooldown_tokens: int = 0
     betas: tuple[float, float] = (0.9, 0.95)
     eps: float = 1e-8
     weight_decay: float = 0.1
@@ -68,6 +71,7 @@ class TrainConfig:
             "min_lr",
             "warmup_tokens",
             "decay_tokens",
+            "cooldown_tokens",
             "weight_decay",
             "clip",
             "checkpoint_every",
@@ -78,6 +82,14 @@ class TrainConfig:
         _check(
             not self.micro_batch or self.batch_size % self.micro_batch == 0,
             f"train: micro_batch {self.micro_batch} does not divide batch_size {self.batch_size}",
+        )
+        _check(
+            not self.cooldown_tokens or not self.decay_tokens,
+            f"train: decay_tokens {self.decay_tokens} is of the cosine, cooldown_tokens {self.cooldown_tokens} replaces it; give one",
+        )
+        _check(
+            not self.cooldown_tokens or self.warmup_tokens + self.cooldown_tokens <= self.tokens,
+            f"train: warmup_tokens {self.warmup_tokens} and cooldown_tokens {self.cooldown_tokens} are more than tokens {self.tokens}",
         )
         _check(self.min_lr <= self.lr, f"train: min_lr {self.min_lr} is above lr {self.lr}")
         check_choices(self, "train")

@@ -8,13 +8,16 @@ from moelab.config import TrainConfig
 
 
 def learning_rate(config: TrainConfig, tokens: int) -> float:
-    """Linear warm-up over `warmup_tokens`, cosine decay to `min_lr` at `decay_tokens`, then constant (the paper's recipe).
+    """Return the rate of a step: linear warm-up, then the cosine decay of the paper's recipe, or with `cooldown_tokens` a linear one.
 
     Args:
         tokens: tokens seen when the step ends, so that the first step's rate is above zero.
     """
     if tokens < config.warmup_tokens:
         return config.lr * tokens / config.warmup_tokens
+    if config.cooldown_tokens:
+        left = min(1.0, max(0.0, (config.tokens - tokens) / config.cooldown_tokens))
+        return config.min_lr + (config.lr - config.min_lr) * left
     end = config.decay_tokens or config.tokens
     progress = min(1.0, (tokens - config.warmup_tokens) / max(1, end - config.warmup_tokens))
     return config.min_lr + (config.lr - config.min_lr) * 0.5 * (1 + math.cos(math.pi * progress))

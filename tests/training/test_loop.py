@@ -195,6 +195,16 @@ def test_schedule_warms_up_decays_and_stays(tiny_train):
     assert learning_rate(config, 500) == learning_rate(config, 999) == pytest.approx(0.1)
 
 
+def test_a_cooldown_keeps_the_rate_until_its_last_tokens(tiny_train):
+    config = replace(tiny_train, tokens=1000, warmup_tokens=100, cooldown_tokens=200, lr=1.0, min_lr=0.1)
+    assert learning_rate(config, 50) == pytest.approx(0.5)
+    assert learning_rate(config, 100) == learning_rate(config, 800) == 1.0
+    assert learning_rate(config, 900) == pytest.approx(0.55)
+    assert learning_rate(config, 1000) == learning_rate(config, 1040) == pytest.approx(0.1)
+    with pytest.raises(ValueError, match="more than tokens 1000"):
+        replace(config, cooldown_tokens=901)
+
+
 def test_metrics_drop_a_torn_line_and_what_lies_after_the_checkpoint(tmp_path):
     (tmp_path / TRAIN).write_text('{"step": 1}\n{"step": 2}\n{"step": 3}\n{"st')
     Metrics(tmp_path, resume_step=2).write(TRAIN, {"step": 3, "again": True})
