@@ -70,6 +70,14 @@ def test_links_lead_to_files_and_headings():
                 assert anchor in anchors(target), f"{page.name}: {link}"
 
 
+def test_files_that_the_architecture_page_names_exist():
+    text = (ROOT / "docs" / "architecture.md").read_text()
+    named = {name for name in re.findall(r"`([\w./]+)`", text) if "/" in name}
+    assert len(named) > 30
+    for name in named:
+        assert (ROOT / name).exists() or (ROOT / "moelab" / name).exists() or name.startswith("."), name
+
+
 def test_the_index_has_every_page():
     index = (ROOT / "docs" / "README.md").read_text()
     for page in (ROOT / "docs").rglob("*.md"):
