@@ -32,7 +32,8 @@ class TrainBatches:
     """
 
     def __init__(self, data: TokenData, batch_size: int, context: int, seed: int, rank: int = 0, world: int = 1):
-        """
+        """Divide the corpus's training tokens into windows.
+
         Args:
             data: a prepared corpus.
             batch_size: B, sequences per step over all ranks.
@@ -90,7 +91,7 @@ class TrainBatches:
         return starts
 
     def epoch(self, step: int) -> float:
-        """Passes over the training data that are completed before the step."""
+        """Return how many passes over the training data are completed before the step."""
         return step * self.batch_size / self.windows
 
 
@@ -101,7 +102,7 @@ def epoch_keys(seed: int, epoch: int) -> np.ndarray:
 
 
 def permuted(indices: np.ndarray, size: int, keys: np.ndarray) -> np.ndarray:
-    """A random permutation of 0 … size - 1, computed only at `indices`.
+    """Return a random permutation of 0 … size - 1, computed only at `indices`.
 
     A Feistel network permutes 0 … 4^h - 1, the next such range above `size`; indices that land outside `size` are
     sent through again until they land inside ("cycle walking", at most 4 passes on average). No table is ever needed.
@@ -186,7 +187,7 @@ class OverallLoss(NamedTuple):
 
 
 def bits_per_byte(data: TokenData, nats_per_token: float, domain: str | None = None) -> float:
-    """A validation loss that compares across tokenizers: nats per token / ln 2 / UTF-8 bytes per token.
+    """Return a validation loss that compares across tokenizers: nats per token / ln 2 / UTF-8 bytes per token.
 
     Args:
         data: the corpus the loss was measured on.
@@ -197,7 +198,7 @@ def bits_per_byte(data: TokenData, nats_per_token: float, domain: str | None = N
 
 
 def overall_loss(data: TokenData, nats_per_token: Mapping[str, float]) -> OverallLoss:
-    """The mean over all validation text of per-domain losses, each weighted by its domain's tokens.
+    """Return the mean over all validation text of per-domain losses, each weighted by its domain's tokens.
 
     Weights are those of the full text, so they do not depend on how much of it was evaluated.
 

@@ -75,7 +75,7 @@ class Corpus:
 
 
 def open_corpus(config: DataConfig, cache: Path) -> Corpus:
-    """The corpus that `config` names; nothing is read or downloaded before `documents` is called.
+    """Return the corpus that `config` names; nothing is read or downloaded before `documents` is called.
 
     With `max_bytes`, a local corpus becomes a miniature of itself: of every domain and split the same share, from its
     start, the last document cut short. A Hugging Face data set is simply left after that many bytes.
@@ -110,7 +110,7 @@ def open_corpus(config: DataConfig, cache: Path) -> Corpus:
 
 
 def hash_fraction(text: str) -> float:
-    """A number in [0, 1) that depends on the text alone: the same in every process and on every machine."""
+    """Return a number in [0, 1) that depends on the text alone: the same in every process and on every machine."""
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=6).digest()) / 2**48
 
 
@@ -272,12 +272,12 @@ def _valid(text: str) -> str:
 
 
 def _near_space(text: str, cut: int) -> int:
-    """The position of the last white space before `cut`, or `cut` if there is none close by."""
+    """Return the position of the last white space before `cut`, or `cut` if there is none close by."""
     return next((i for i in range(cut, max(0, cut - 1000), -1) if text[i : i + 1].isspace()), cut)
 
 
 def _listing(root: Path, files: list[Path]) -> str:
-    """Changes when a file is added, removed or rewritten."""
+    """Return a text that changes when a file is added, removed or rewritten."""
     rows = ((file, file.stat()) for file in files)
     return "\n".join(f"{file.relative_to(root)} {stat.st_size} {stat.st_mtime_ns}" for file, stat in rows)
 

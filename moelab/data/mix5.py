@@ -131,7 +131,7 @@ def _strings_under(node: object, key: str) -> Iterator[str]:
 
 
 def _paragraphs(documentation: str) -> Iterator[str]:
-    """The plain-text paragraphs of an HTML fragment, short sentences left out."""
+    """Return the plain-text paragraphs of an HTML fragment, short sentences left out."""
     for block in re.split(r"</?(?:p|li|ul|ol|dl|dt|dd|note|important|h\d|table|tr|td|pre|br)\b[^>]*>", documentation):
         plain = " ".join(html.unescape(re.sub(r"<[^>]+>", "", block)).split())
         sentences = [s for s in re.split(r"(?<=[.!?:]) (?=[A-Z])", plain) if len(s.split()) >= SENTENCE_WORDS]
@@ -140,7 +140,7 @@ def _paragraphs(documentation: str) -> Iterator[str]:
 
 
 def _entry(word: str, entry: dict) -> str:
-    """A headword's senses as one line of text."""
+    """Return a headword's senses as one line of text."""
     senses = []
     for use in entry.get("pos", []):
         for definition in use.get("definitions", []):
@@ -151,7 +151,7 @@ def _entry(word: str, entry: dict) -> str:
 
 
 def _integer_table(node: ast.Dict) -> dict[int, int] | None:
-    """The dictionary as integers, or None if it holds anything else."""
+    """Return the dictionary as integers, or None if it holds anything else."""
     pairs = [(k.value, v.value) for k, v in zip(node.keys, node.values, strict=True) if _is_int(k) and _is_int(v)]
     return dict(pairs) if pairs and len(pairs) == len(node.keys) else None
 

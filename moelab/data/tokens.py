@@ -95,7 +95,7 @@ class TokenData:
         return [(start, end, domain) for start, end, domain in self.meta["train"]["ranges"]]
 
     def tokenizer(self) -> "Tokenizer":
-        """The tokenizer, loaded on the first call."""
+        """Return the tokenizer, loaded on the first call."""
         return self._tokenizer
 
     @cached_property
@@ -139,7 +139,7 @@ class TokenData:
 
 
 def prepare(config: DataConfig, cache: Path, progress: Callable[[str], None] | None = None) -> TokenData:
-    """The tokens of `config`'s corpus, made on the first call and opened from `cache` afterwards.
+    """Return the tokens of `config`'s corpus, made on the first call and opened from `cache` afterwards.
 
     Concurrent calls build once: the others wait for a file lock. (Where a network file system does not honour locks
     between machines, both build, and one of two equal folders stays.)
@@ -397,7 +397,7 @@ def _groups(documents: Iterable[Document]) -> Iterator[list[Document]]:
 
 
 def _pieces(text: str) -> Iterator[str]:
-    """The text in pieces of at most PIECE characters, cut after a line end, or anywhere if there is none."""
+    """Return the text in pieces of at most PIECE characters, cut after a line end, or anywhere if there is none."""
     start = 0
     while len(text) - start > PIECE:
         end = text.rfind("\n", start, start + PIECE) + 1 or start + PIECE

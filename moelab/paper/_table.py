@@ -56,7 +56,7 @@ class Table(tuple[Row, ...], Generic[Row]):
     __slots__ = ()
 
     def frame(self) -> pandas.DataFrame:
-        """The rows as a pandas data frame, one column per field (pandas is imported here, not before)."""
+        """Return the rows as a pandas data frame, one column per field (pandas is imported here, not before)."""
         import pandas
 
         if not self:
@@ -65,13 +65,13 @@ class Table(tuple[Row, ...], Generic[Row]):
         return pandas.DataFrame([[getattr(row, name) for name in names] for row in self], columns=names)
 
     def where(self, **wanted: Any) -> Table[Row]:
-        """The rows whose fields equal `wanted`; a wanted value of `None` does not filter."""
+        """Return the rows whose fields equal `wanted`; a wanted value of `None` does not filter."""
         conditions = {name: value for name, value in wanted.items() if value is not None}
         return Table(row for row in self if all(getattr(row, name) == value for name, value in conditions.items()))
 
 
 def _parser(hint: Any) -> Callable[[str], Any]:
-    """The function that turns a cell into a value of type `hint`."""
+    """Return the function that turns a cell into a value of type `hint`."""
     if get_origin(hint) in (Union, types.UnionType):
         (inner,) = (argument for argument in get_args(hint) if argument is not type(None))
         parse = _parser(inner)
@@ -109,7 +109,7 @@ def load(file_name: str, row_type: type[Row]) -> Table[Row]:
 
 
 def unknown(what: str, name: object, allowed: Iterable[str]) -> ValueError:
-    """A one-line ValueError that says what is allowed: the close matches, or everything when nothing comes close."""
+    """Return a one-line ValueError that says what is allowed: the close matches, or everything if there are none."""
     options = list(dict.fromkeys(allowed))
     lower = {option.lower(): option for option in options}
     close = [lower[match] for match in difflib.get_close_matches(str(name).lower(), lower, n=4, cutoff=0.55)]

@@ -59,5 +59,5 @@ def claim(id: str) -> Claim:
 
 
 def experiments() -> tuple[str, ...]:
-    """The experiments that have claims, in the order of the paper."""
+    """Return the experiments that have claims, in the order of the paper."""
     return tuple(dict.fromkeys(row.experiment for row in claims()))

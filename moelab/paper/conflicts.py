@@ -9,8 +9,9 @@ from moelab.paper._table import Provenance, Table, load, unknown
 
 @dataclass(frozen=True, kw_only=True)
 class Conflict(Provenance):
-    """One contradiction. `used` is the reading the tables carry, with the reason; `check` is the arithmetic that
-    decides.
+    """One contradiction.
+
+    `used` is the reading that the tables carry, with the reason; `check` is the arithmetic that decides.
 
     `conflict` of the base class stays empty here.
     """

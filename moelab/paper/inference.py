@@ -39,7 +39,7 @@ class InferenceResult(Provenance):
 def inference_results(
     figure: str | None = None, model: str | None = None, system: str | None = None, metric: str | None = None
 ) -> Table[InferenceResult]:
-    """The inference numbers, filtered by what is given; ValueError for a value that no row has."""
+    """Return the inference numbers, filtered by what is given; ValueError for a value that no row has."""
     rows = load("inference.csv", InferenceResult)
     wanted = {"figure": figure, "model": model, "system": system, "metric": metric}
     for name, value in wanted.items():

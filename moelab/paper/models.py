@@ -16,8 +16,9 @@ RUN_SUFFIXES = ("+KD", "+MoS")
 
 @dataclass(frozen=True, kw_only=True)
 class PaperModel(Provenance):
-    """One architecture. Sizes are in billions of parameters (`_B`); a degree or count that no document states is
-    `None`.
+    """One architecture.
+
+    Sizes are in billions of parameters (`_B`); a degree or count that no document states is `None`.
 
     experts: experts per layer from the first layer to the last, 0 for a dense layer. top_k: experts per token (0:
     dense model). residual: every MoE layer also sends each token through a fixed MLP. experts_kind: `stated`,
@@ -80,10 +81,10 @@ def model(name: str) -> PaperModel:
 
 
 def size_table() -> pd.DataFrame:
-    """Return the models that the paper trains for quality: what `ModelConfig.parse` makes of the name, and the size
-    that the paper states.
+    """Return the models that the paper trains for quality, by `ModelConfig.parse`, with the size that the paper states.
 
-    One row a model: layers, hidden, experts (``10 x 32, 2 x 64`` by layer), residual, parameters and active parameters
+    One row per model: layers, hidden, experts (``10 x 32, 2 x 64`` by layer), residual, parameters and active
+        parameters
     (billions), stated (billions), off (parameters over stated, minus 1). Stated sizes are rounded as printed.
     """
     import pandas as pd

@@ -12,8 +12,9 @@ TASKS = ("lambada", "piqa", "boolq", "race_h", "triviaqa", "webqs")
 
 @dataclass(frozen=True, kw_only=True)
 class ZeroShot(Provenance):
-    """Zero-shot scores of one trained model, in percent (accuracy; exact match for triviaqa and webqs); `None` where
-    not printed.
+    """Zero-shot scores of one trained model, in percent; `None` where not printed.
+
+    Scores are accuracy, for triviaqa and webqs exact match.
 
     run: the run label, unique together with corpus. model: the architecture's name, empty for models of other papers.
     group: `paper` or the related work the row quotes. corpus: `internal`, `pile` or the other authors' own.
@@ -93,7 +94,7 @@ class LossCurve(Provenance):
     final_high: float
 
     def frame(self):
-        """The points as a pandas data frame with columns model, tokens_B, loss, uncertainty."""
+        """Return the points as a pandas data frame with columns model, tokens_B, loss, uncertainty."""
         import pandas
 
         columns = {"tokens_B": self.tokens_B, "loss": self.loss, "uncertainty": self.uncertainty}
@@ -101,7 +102,7 @@ class LossCurve(Provenance):
 
 
 def loss_curve(model: str) -> LossCurve:
-    """The validation-loss curve of one of the five models of Fig 1; ValueError names them for any other."""
+    """Return the validation-loss curve of one of the five models of Fig 1; ValueError names them for any other."""
     rows = loss_points().where(model=model)
     if not rows:
         raise unknown("loss curve", model, (row.model for row in loss_points()))

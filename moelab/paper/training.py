@@ -77,12 +77,12 @@ class TrainingSettings(Provenance):
 
 
 def all_training_settings() -> Table[TrainingSettings]:
-    """The settings of every run, published first in file order, then the assumed ones."""
+    """Return the settings of every run, published first in file order, then the assumed ones."""
     return load("training.csv", TrainingSettings)
 
 
 def training_settings(run: str) -> TrainingSettings:
-    """The settings of one run, such as `350M+MoE-128` or `350M+PR-MoE-32/64+L21+MoS`; ValueError names close matches.
+    """Return the settings of one run, such as `350M+PR-MoE-32/64+L21+MoS`; ValueError names close matches.
 
     Ablations without published settings come back as well, with `assumed=True` and `assumed_from` naming the recipe.
     """

@@ -164,7 +164,7 @@ def _rule(claim: Claim, low: float, high: float) -> str:
 
 
 def _range(claim: Claim) -> tuple[float, float]:
-    """Return the paper's range: as read; open on the side it leaves empty; the value alone when it gives neither bound."""
+    """Return the paper's range: as read, open on the side it leaves empty; the value alone if it gives no bound."""
     if claim.value_low is None and claim.value_high is None:
         return claim.value, claim.value
     return (
