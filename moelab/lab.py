@@ -28,6 +28,7 @@ from moelab.runs.store import Run, RunStore
 
 if TYPE_CHECKING:
     from moelab.inference.text import Text
+    from moelab.slurm.jobs import Jobs
     from moelab.slurm.status import Overview
 
 Executor = Literal["auto", "inline", "processes", "slurm", "read"]
@@ -106,16 +107,27 @@ class Lab:
         print(found)
         return found.value
 
-    def submit(self, specs: Sequence[RunSpec], profile: str | None = None) -> Overview:
-        """Queue the unfinished runs of the specs on a cluster and return at once with how they stand; `run` or `status` look again.
+    def submit(
+        self, specs: Sequence[RunSpec], profile: str | None = None, *, cluster: Literal["slurm", "local"] | None = None
+    ) -> Jobs:
+        """Queue the unfinished runs of the specs on a cluster and return their jobs at once; `run` or `status` look again.
+
+        A job has the methods of submitit's: `job_id`, `state`, `done()`, `wait()`, `result()`, `stdout()`, `cancel()`.
+
+        Args:
+            cluster: "local" needs neither Slurm nor a profile: processes of this machine, two runs at a time.
 
         Raises:
             ValueError: a bad profile, or Slurm refuses the job; nothing was queued.
         """
-        from moelab.slurm import profiles, submit
+        from moelab.slurm import jobs, profiles, submit
 
-        submit.submit("lab", [({}, specs)], profiles.choose(profile), with_notebooks=False, store=self.store)
-        return self.status([spec.id for spec in specs])
+        local = cluster == "local" and profile is None
+        chosen = profiles.Profile("local", cluster="local", array_parallelism=2) if local else profiles.choose(profile)
+        if cluster not in (None, chosen.cluster):
+            raise ValueError(f"lab.submit: profile {chosen.name} is for {chosen.cluster}, not {cluster!r}")
+        submit.submit("lab", [({}, specs)], chosen, with_notebooks=False, store=self.store)
+        return jobs.Jobs.of(specs, self.store)
 
     def status(self, names: Sequence[str] = ()) -> Overview:
         """How all that was submitted to Slurm stands; shows as a table, `.frame()` is the data.
@@ -131,8 +143,7 @@ class Lab:
         from moelab.runs.progress import in_notebook
         from moelab.slurm import status
 
-        first = self.submit(specs, profile)
-        handle = in_notebook(first)
+        handle = in_notebook(self.submit(specs, profile).overview)
         ids = [spec.id for spec in specs]
         status.watch(handle.update if handle else lambda _: None, ids, store=self.store)
 

@@ -1,4 +1,4 @@
-"""`moelab submit`, `sweep`, `status`, `logs`, `cancel`: thin, and heavy modules are imported inside (see `moelab.cli`)."""
+"""`moelab submit`, `sweep`, `status`, `logs`, `cancel`: queue runs and notebooks, and look after them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,10 @@ Name = Annotated[str, typer.Argument(help="experiment, see `moelab list`")]
 Scale = Annotated[str | None, typer.Option(help="smoke, cpu, gpu or paper; by default the notebook's own")]
 Profile = Annotated[
     str | None,
-    typer.Option(help="cluster: slurm/NAME.yaml or the path of one; by default MOELAB_PROFILE", metavar="NAME"),
+    typer.Option(
+        help="cluster: slurm/NAME.yaml or the path of one (processes: this machine); by default MOELAB_PROFILE",
+        metavar="NAME",
+    ),
 ]
 Parameters = Annotated[
     list[str] | None,
@@ -62,7 +65,7 @@ def submit(
     dry_run: DryRun = False,
     again: Again = False,
 ) -> None:
-    """Submit experiments to Slurm: their unfinished runs, then their notebooks. What is finished or queued is left alone."""
+    """Submit experiments as jobs: their unfinished runs, then their notebooks. What is finished or queued is left alone."""
     given = parse_parameters(parameter, scale)
     _submit([(name, [given]) for name in names], profile, dry_run, again)
 
@@ -154,16 +157,16 @@ def cancel(
     everything: Annotated[bool, typer.Option("--all", help="all that moelab has in the queue")] = False,
 ) -> None:
     """Take runs and notebooks out of the queue; running ones write a checkpoint and can be submitted again."""
-    from moelab.slurm import queue
+    from moelab.slurm import local, queue
     from moelab.slurm.status import overview
 
     if not names and not everything:
         raise ValueError("cancel what? name experiments, runs or submissions, or give --all")
     now = overview(names or ())
+    jobs = list(dict.fromkeys(row.job for row in now.rows if row.job))
+    queue.cancel(local.cancel(jobs))
     if now.trouble:
         raise ValueError(now.trouble)
-    jobs = [row.job for row in now.rows if row.job]
-    queue.cancel(jobs)
     print(f"cancelled {len(jobs)} jobs" + (f": {', '.join(jobs)}" if jobs else "; none of these names is in the queue"))
 
 

@@ -16,10 +16,9 @@ def lab(context: typer.Context, profile: commands.Profile = None) -> None:
     from moelab import paths
 
     if profile is not None:
-        from moelab.slurm import lab as cluster_lab
-        from moelab.slurm import profiles
+        from moelab.slurm import jupyter, profiles
 
-        raise typer.Exit(cluster_lab.start(profiles.load(profile), context.args))
+        raise typer.Exit(jupyter.start(profiles.load(profile), context.args))
     command = [sys.executable, "-m", "jupyterlab", f"--ServerApp.root_dir={paths.notebooks()}", *context.args]
     os.execv(sys.executable, command)
 

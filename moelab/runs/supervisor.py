@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import Literal
 
 from moelab.engine.launch import Limits, RankFailed, launch
 from moelab.engine.launch.process import FINISHED, rank_name
-from moelab.runs.store import Run
+from moelab.runs.store import Run, Status
 
 
 def supervise(
@@ -20,6 +22,9 @@ def supervise(
     tick: Callable[[], None] = lambda: None,
     limits: Limits | None = None,
     command: Sequence[str] | None = None,
+    how: Literal["auto", "local", "srun"] = "auto",
+    per_node: int | None = None,
+    srun: Sequence[str] = (),
 ) -> int:
     """Run a spec on its P ranks, as processes here or, in a job of Slurm of several nodes or tasks, as srun's tasks.
 
@@ -28,6 +33,8 @@ def supervise(
 
     Args:
         command: of a rank, which gets the run's directory as argument; by default the worker.
+        how, srun: as for `launch`.
+        per_node: ranks of a node; by default the layout's.
 
     Returns:
         0 finished, 75 stopped with a checkpoint.
@@ -45,7 +52,7 @@ def supervise(
     if not first.is_symlink():
         first.unlink(missing_ok=True)
         first.symlink_to("../log.txt")
-    parallel = run.spec.parallel
+    parallel, before = run.spec.parallel, run.status
     try:
         return launch(
             [*(command or (sys.executable, "-m", "moelab.runs.worker")), str(run.path)],
@@ -55,21 +62,23 @@ def supervise(
             should_stop=should_stop,
             tick=tick,
             environment={**os.environ, "OMP_NUM_THREADS": str(run.spec.train.threads)},
-            per_node=parallel.ranks_per_node,
+            per_node=per_node or parallel.ranks_per_node,
+            how=how,
+            srun=srun,
         )
     except RankFailed as failure:
         if run.finished:  # it died on its way out
             return FINISHED
-        _record(run, str(failure), f"the last lines of {failure.log.name}:", failure.tail)
+        _record(run, before, str(failure), f"the last lines of {failure.log.name}:", failure.tail)
         raise
     except (ValueError, OSError) as error:  # before any rank was started
-        _record(run, str(error))
+        _record(run, before, str(error))
         raise
 
 
-def _record(run: Run, reason: str, *details: str) -> None:
+def _record(run: Run, before: Status, reason: str, *details: str) -> None:
     """Put the cause in the status in place of rank 0's reason, a lost connection, unless another process trains now."""
-    with open(run.path / "log.txt", "a") as log:
+    with contextlib.suppress(OSError), open(run.path / "log.txt", "a") as log:  # the disk may be full
         log.write(f"\n{time.strftime('%Y-%m-%d %H:%M:%S')} {reason}\n")
         log.write("".join(f"    {line}\n" for text in details for line in text.splitlines()))
     lock = run.lock()
@@ -78,6 +87,10 @@ def _record(run: Run, reason: str, *details: str) -> None:
     except TimeoutError:
         return
     try:
-        run.set_status(replace(run.status, state="failed", reason=reason))
+        status = run.status
+        if run.spec.parallel.ranks == 1 and status.state == "failed" and status != before:
+            return  # the only rank has said why itself
+        with contextlib.suppress(OSError):
+            run.set_status(replace(status, state="failed", reason=reason))
     finally:
         lock.release()

@@ -1,1 +1,1 @@
-"""The workbench on a Slurm cluster: profiles, batch scripts, submissions, the queue, what a job does when it is interrupted."""
+"""Submit runs and notebooks as jobs of a Slurm cluster, or of this machine, and show how they stand. Imported by `lab` and `cli` only."""

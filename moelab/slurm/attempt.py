@@ -1,28 +1,25 @@
-"""What comes after an attempt at a run that did not finish it: `python -m moelab.slurm.attempt RUN_DIRECTORY --code ...`.
+"""Decide what follows an attempt at a run that did not finish it.
 
-Called by the batch script when the ranks have ended and Slurm still counts the job as running. Prints ``again`` or ``stop``; writes
-the attempt to the run's `attempts.jsonl` and, when it stops, the reason to the run's status. Loads no torch.
+An attempt is one start of a run's job. The history is `attempts.jsonl` in the run's directory; the reason for giving up becomes the
+run's status. submitit bounds time limits only (`max_num_timeout`); here failures, kills and restarts are bounded, too.
 """
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import json
 import os
-import signal
+import re
 import sys
 import time
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from typing import Literal
 
-from moelab.engine.launch.process import FINISHED, STOPPED
-from moelab.files import read_json
-from moelab.runs.spec import RunSpec
-from moelab.runs.store import Run, Status
+from moelab.engine.launch import RankFailed
+from moelab.runs.store import Run
 
 ATTEMPTS = "attempts.jsonl"
+Kind = Literal["stopped", "failed", "killed", "restarts"]
 
 
 @dataclass(frozen=True)
@@ -30,18 +27,20 @@ class Attempt:
     """One start of a run's job that did not finish it.
 
     Attributes:
-        job: Slurm's id (``12_3`` in an array); stays the same when it is requeued.
+        job: the job's id (``12_3`` in an array); a requeued job keeps it.
         restart: how often the job had been started before.
-        kind: "stopped" (told to, with a checkpoint), "failed" (an error), "killed" (a signal), "restarts" (too many starts).
+        kind: "stopped" (asked to, with a checkpoint), "failed" (an error), "killed" (a signal, or a rank that hung), "restarts" (too
+            many starts).
         reason: one line.
         checkpoint: step of the newest checkpoint; -1 without one.
-        node, time: where; end, seconds since the epoch.
-        again: whether it is tried again.
+        node: the node of the rank that died first; else the one that ran the job's driver.
+        time: of its end, in seconds since the epoch.
+        again: whether the run is tried again.
     """
 
     job: str
     restart: int
-    kind: Literal["stopped", "failed", "killed", "restarts"]
+    kind: Kind
     reason: str
     checkpoint: int
     node: str
@@ -49,8 +48,22 @@ class Attempt:
     again: bool = False
 
 
+@dataclass(frozen=True)
+class Limits:
+    """How often a job may be tried.
+
+    Attributes:
+        failures: attempts of one job that may fail or be killed. The same failure twice in a row ends it at once; being killed at a
+            later checkpoint than before is not the same failure, since the run advances.
+        restarts: starts of one job for any reason, after the first.
+    """
+
+    failures: int
+    restarts: int
+
+
 def history(run: Run) -> list[Attempt]:
-    """The attempts of a run that did not finish it, oldest first; a line cut short by a full disk is left out."""
+    """Return the attempts of a run that did not finish it, oldest first, without lines cut short by a full disk."""
     attempts = []
     with contextlib.suppress(FileNotFoundError):
         for line in (run.path / ATTEMPTS).read_text(errors="replace").splitlines():
@@ -59,87 +72,66 @@ def history(run: Run) -> list[Attempt]:
     return attempts
 
 
-def decide(run: Run, attempt: Attempt, failures: int, restarts: int) -> tuple[bool, str]:
-    """Whether to try again, and why not.
-
-    Args:
-        failures: how many attempts of this job may fail or be killed; two in a row for the same reason are enough. Being killed at
-            a later checkpoint than the time before is not the same: the run gets on.
-        restarts: how often the job may be started again for whatever reason.
-    """
+def decide(run: Run, attempt: Attempt, limits: Limits) -> tuple[bool, str]:
+    """Return whether to try again, and why not."""
+    started = f"started {attempt.restart + 1} times without finishing; last: "
     if attempt.kind == "restarts":
-        return (
-            False,
-            f"started {attempt.restart + 1} times without finishing; last: {run.status.reason or 'no reason known'}",
-        )
-    if attempt.restart >= restarts:
-        return False, f"started {attempt.restart + 1} times without finishing; last: {attempt.reason}"
+        return False, started + (run.status.reason or "no reason known")
+    if attempt.restart >= limits.restarts:
+        return False, started + attempt.reason
     if attempt.kind == "stopped":
         return True, ""
     earlier = [a for a in history(run) if a.job == attempt.job]
     last = earlier[-1] if earlier else None
-    same = last is not None and (last.kind, last.reason) == (attempt.kind, attempt.reason)
+    same = last is not None and (last.kind, _where_ever(last)) == (attempt.kind, _where_ever(attempt))
     if same and (attempt.kind == "failed" or last.checkpoint >= attempt.checkpoint):
         return False, f"failed twice the same way: {attempt.reason}"
     count = 1 + sum(a.kind in ("failed", "killed") for a in earlier)
-    if count > failures:
+    if count > limits.failures:
         return False, f"failed {count} times; last: {attempt.reason}"
     return True, ""
 
 
-def record(path: Path, job: str, restart: int, code: str, failures: int, restarts: int) -> bool:
-    """Judge the attempt that ended with `code` (an exit code, or "restarts"), write it down, and say whether to try again."""
-    run = Run(RunSpec.from_json(read_json(path / "spec.json"), where=str(path / "spec.json")), path)
+def record(run: Run, job: str, restart: int, kind: Kind, reason: str, node: str, limits: Limits) -> bool:
+    """Write an attempt to the run's history and status, and return whether to try again."""
+    attempt = Attempt(job, restart, kind, reason, newest_checkpoint(run), node, time.time())
+    again, why = decide(run, attempt, limits)
     status = run.status
-    kind, reason = _what(code, status)
-    if (kind == "failed" and run.finished) or code == str(FINISHED):
-        return False
-    node = os.environ.get("SLURMD_NODENAME", "")
-    attempt = Attempt(job, restart, kind, reason, newest_checkpoint(path), node, time.time())
-    again, why = decide(run, attempt, failures, restarts)
     try:
-        with open(path / ATTEMPTS, "a") as f:
+        with open(run.path / ATTEMPTS, "a") as f:
             f.write(json.dumps(asdict(replace(attempt, again=again))) + "\n")
         if not again:
             run.set_status(replace(status, state="failed", reason=why))
         elif kind != "stopped":
             run.set_status(replace(status, state="stopped", reason=f"{reason}; tried again"))
     except OSError as error:  # a disk without room for one line: without a history there is no bound on retries
-        print(f"{path}: {error}; not tried again", file=sys.stderr)
+        print(f"{run.path}: {error}; not tried again", file=sys.stderr)
         return False
     return again
 
 
-def newest_checkpoint(path: Path) -> int:
-    """Step of a run's newest checkpoint, by its name; -1 without one."""
-    steps = [int(p.name.removeprefix("step-")) for p in (path / "checkpoints").glob("step-*") if p.name[5:].isdigit()]
-    return max(steps, default=-1)
+def newest_checkpoint(run: Run) -> int:
+    """Return the step of a run's newest checkpoint, by its name; -1 without one."""
+    names = (p.name for p in (run.path / "checkpoints").glob("step-*"))
+    return max((int(name[5:]) for name in names if name[5:].isdigit()), default=-1)
 
 
-def _what(code: str, status: Status) -> tuple[Literal["stopped", "failed", "killed", "restarts"], str]:
-    if code == "restarts":
-        return "restarts", ""
-    number = int(code)
-    if number == STOPPED:
-        return "stopped", status.reason or "stopped with a checkpoint"
-    if number - 128 in (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT):
-        return "stopped", "told to stop before it could listen"
-    if number > 128:
-        name = signal.Signals(number - 128).name if number - 128 in set(signal.Signals) else f"signal {number - 128}"
-        return "killed", f"killed by {name}" + (" (out of memory?)" if name == "SIGKILL" else "")
-    return "failed", status.reason if status.state == "failed" else f"ended with exit code {number}; see its log.txt"
+def judge(failure: RankFailed | OSError | ValueError, run: Run) -> tuple[Kind, str, str]:
+    """Return kind, reason and node of an attempt that ended with an exception of the launcher."""
+    here = os.environ.get("SLURMD_NODENAME", "")
+    if not isinstance(failure, RankFailed):
+        return "failed", str(failure), here
+    if re.match(r"was killed by SIG(USR1|TERM|INT)\b", failure.how):
+        return "stopped", "asked to stop before it could listen", here
+    if failure.how.startswith(("was killed", "hangs")):
+        unknown = failure.how == "was killed by SIGKILL"  # the kernel gives no reason
+        return "killed", str(failure) + " (out of memory?)" * unknown, failure.host
+    status = run.status
+    if run.spec.parallel.ranks == 1 and status.state == "failed" and status.reason:
+        return "failed", status.reason, failure.host  # its own words
+    return "failed", str(failure), failure.host
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m moelab.slurm.attempt")
-    parser.add_argument("run", type=Path)
-    parser.add_argument("--job", required=True)
-    parser.add_argument("--code", required=True)
-    for name in ("restart", "failures", "restarts"):
-        parser.add_argument(f"--{name}", type=int, required=True)
-    a = parser.parse_args()
-    print("again" if record(a.run, a.job, a.restart, a.code, a.failures, a.restarts) else "stop")
-
-
-if __name__ == "__main__":
-    main()
+def _where_ever(attempt: Attempt) -> str:
+    """Return the reason without the node that it names."""
+    return attempt.reason.replace(f" on {attempt.node} ", " ") if attempt.node else attempt.reason

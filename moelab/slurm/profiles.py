@@ -18,6 +18,7 @@ class Profile:
 
     Attributes:
         name: the file's name; not a field of the file.
+        cluster: ``slurm``, or ``local`` for processes of the machine that submits, `array_parallelism` runs at a time.
         partition, account, qos, constraint: as sbatch takes them.
         nodes: the most nodes one job may have.
         gpus_per_node: GPUs of a node, and ranks that share a node (on CPUs, too).
@@ -43,6 +44,7 @@ class Profile:
     """
 
     name: str
+    cluster: Literal["slurm", "local"] = "slurm"
     partition: str = ""
     account: str = ""
     qos: str = ""
@@ -73,6 +75,7 @@ class Profile:
 
     def __post_init__(self) -> None:
         where = f"profile {self.name}"
+        self._check_characters(where)
         for what, least in (
             ("nodes", 1),
             ("gpus_per_node", 1),
@@ -101,6 +104,14 @@ class Profile:
             for argument in getattr(self, what):
                 if not re.fullmatch(r"--[a-z][a-z0-9-]*(=.*)?", argument):
                     raise ValueError(f"{where}: {what} takes --name=value or --name, got {argument!r}")
+
+    def _check_characters(self, where: str) -> None:
+        """Refuse what would end a line of the batch script: the rest would be read as further options or as commands."""
+        for field in fields(self):
+            value = getattr(self, field.name)
+            for text in [value] if isinstance(value, str) else value if isinstance(value, tuple) else ():
+                if not text.isprintable() and field.name != "setup":  # shell lines may be anything
+                    raise ValueError(f"{where}: {field.name} must be one line without control characters, got {text!r}")
 
 
 def folder() -> Path | None:

@@ -1,12 +1,19 @@
-"""Slurm's side: one `squeue` call for everything, `sbatch`, `scancel`. Needs no accounting."""
+"""Ask and tell Slurm: one `squeue` for all jobs, `sbatch --test-only`, `scancel`, `scontrol requeue`. Needs no accounting.
+
+submitit asks `sacct` for the states of jobs, which knows nothing where Slurm runs without accounting.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import os
 import subprocess
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from typing import TypeVar
+
+T = TypeVar("T")
 
 _ENDED = {
     "BOOT_FAIL",
@@ -21,6 +28,7 @@ _ENDED = {
     "TIMEOUT",
 }
 _MARK = "moelab"
+LOCAL = "local-"  # before the process id of a local job
 
 
 class SlurmError(ValueError):
@@ -29,13 +37,14 @@ class SlurmError(ValueError):
 
 @dataclass(frozen=True)
 class Job:
-    """One job, or one task of an array, as the controller sees it.
+    """One job, or one task of an array, as the controller sees it; or the job of a local submission.
 
     Attributes:
-        id: ``12`` or ``12_3``.
+        id: ``12``, ``12_3`` or ``local-4711`` (process id).
         submission, part: whose it is, from its comment; index: its place in the array, 0 without one.
         state: Slurm's word, such as PENDING or RUNNING.
         reason: why it waits or ended; node: where it runs; left: time to its limit.
+        ending: it is COMPLETING and will not be requeued.
     """
 
     id: str
@@ -46,34 +55,42 @@ class Job:
     reason: str
     node: str
     left: str
+    ending: bool = False
 
     @property
     def live(self) -> bool:
-        """Waiting, running, or about to be either."""
+        """Whether it waits, runs, or still holds its nodes."""
         return self.state not in _ENDED
+
+    @property
+    def local(self) -> bool:
+        """Whether it is a process of this machine."""
+        return self.id.startswith(LOCAL)
 
 
 def comment(submission: str, part: str) -> str:
-    """The comment by which `jobs` knows a job again, whatever its id."""
+    """Return the comment by which `jobs` knows a job again, whatever its id."""
     return f"{_MARK} {submission} {part}"
 
 
 def jobs() -> dict[tuple[str, str, int], Job]:
-    """This user's jobs that moelab submitted: (submission, part, index) -> job. Ended ones stay for some minutes (MinJobAge).
+    """Return this user's jobs that moelab submitted: (submission, part, index) -> job. Ended ones stay for some minutes (MinJobAge).
 
     Raises:
         SlurmError: there is no Slurm here, or its controller does not answer.
     """
-    out = _run("squeue", "--me", "-h", "-r", "-t", "all", "-o", "%i|%T|%r|%N|%L|%k")
+    out = _run("squeue", "--me", "-h", "-r", "-t", "all", "-o", "%i|%T|%r|%N|%L|%l|%k")
     found = {}
     for line in out.splitlines():
-        number, state, reason, node, left, note = line.split("|", 5)
+        number, state, reason, node, left, limit, note = line.split("|", 6)
         mark, _, rest = note.partition(" ")
         submission, _, part = rest.partition(" ")
         if mark != _MARK or not part:
             continue
         index = number.partition("_")[2]
-        job = Job(number, submission, part, int(index) if index.isdigit() else 0, state, reason, node, left)
+        # A job that is about to be requeued is COMPLETING, too, but has its whole time before it.
+        ending = state == "COMPLETING" and left != limit
+        job = Job(number, submission, part, int(index) if index.isdigit() else 0, state, reason, node, left, ending)
         key = (submission, part, job.index)
         if key not in found or job.live:
             found[key] = job
@@ -88,13 +105,8 @@ def check(script: str) -> None:
         raise ValueError(str(error)) from None
 
 
-def submit(script: Path) -> str:
-    """Queue a script; its job id."""
-    return _run("sbatch", "--parsable", str(script)).strip().partition(";")[0]
-
-
 def state(job: str) -> str:
-    """Slurm's word for one job's state; empty when it is no longer known."""
+    """Return Slurm's word for one job's state; empty when it is no longer known."""
     try:
         return _run("squeue", "-h", "-t", "all", "-j", job, "-o", "%T").strip()
     except SlurmError as error:
@@ -109,30 +121,77 @@ def cancel(ids: Sequence[str]) -> None:
         _run("scancel", *ids)
 
 
-def _run(*command: str, stdin: str | None = None) -> str:
+def requeue(job: str, exclude: str = "") -> None:
+    """Requeue the job that this process is the driver of, unless it has been cancelled meanwhile; it has to exit then.
+
+    Args:
+        exclude: a node where it should not run again; ignored unless its partition has more nodes than the job needs.
+    """
+    if retried(state, job) != "RUNNING":
+        return
+    spare = exclude and _has_spare_nodes(exclude)
+    retried(_run, "scontrol", "requeue", job)
+    if spare:  # only a pending job can be told, and this one cannot start again before its driver has gone
+        with contextlib.suppress(SlurmError):
+            _run("scontrol", "update", f"JobId={job}", f"ExcNodeList={exclude}")
+            print(f"requeued without {exclude}", flush=True)
+
+
+def retried(function: Callable[..., T], *arguments: str, times: int = 6, pause_s: float = 10) -> T:
+    """Call a function of this module for as long as a controller may take to restart: a minute."""
+    for _ in range(times - 1):
+        with contextlib.suppress(SlurmError):
+            return function(*arguments)
+        time.sleep(pause_s)
+    return function(*arguments)
+
+
+@contextlib.contextmanager
+def environment() -> Iterator[None]:
+    """Hide the SLURM_ variables of a job from what it submits, but for where the controller is."""
     from submitit.helpers import clean_env
 
     conf = os.environ.get("SLURM_CONF")
+    with clean_env():
+        if conf:
+            os.environ["SLURM_CONF"] = conf
+        yield
+
+
+def explain(command: str, stderr: str, code: int) -> SlurmError:
+    """Return what a command of Slurm complains about, as one line."""
+    if "Could not establish a configuration source" in stderr:
+        return SlurmError(
+            f"{command}: no slurm.conf here: this machine is of no Slurm cluster; for the development cluster: "
+            'eval "$(slurm/local/cluster.sh env)"'
+        )
+    lines = [line.removeprefix(f"{command}: ").removeprefix("error: ") for line in stderr.splitlines() if line.strip()]
+    said = [line for line in lines if not line.startswith("Batch job submission failed")] or lines
+    return SlurmError(f"{command}: {'; '.join(said) or f'exit code {code}'}")
+
+
+def not_installed(command: str) -> SlurmError:
+    """Return the error of a machine without Slurm's commands."""
+    return SlurmError(f"{command} is not installed here: this is not a machine of a Slurm cluster")
+
+
+def _has_spare_nodes(node: str) -> bool:
+    """Whether the job's partition has more usable nodes than the job, this one not counted."""
+    partition = os.environ.get("SLURM_JOB_PARTITION", "")
+    with contextlib.suppress(SlurmError):
+        nodes = _run("sinfo", "-h", "-N", "-p", partition, "-t", "idle,mixed,allocated", "-o", "%N").split()
+        return node in nodes and len(set(nodes) - {node}) >= int(os.environ.get("SLURM_JOB_NUM_NODES", 1))
+    return False
+
+
+def _run(*command: str, stdin: str | None = None) -> str:
     try:
-        # A job that submits must not hand its own SLURM_ variables on; where the controller is, it must.
-        with clean_env():
-            environment = {**os.environ, **({"SLURM_CONF": conf} if conf else {})}
-            done = subprocess.run(command, input=stdin, capture_output=True, text=True, timeout=120, env=environment)
+        with environment():
+            done = subprocess.run(command, input=stdin, capture_output=True, text=True, timeout=120)
     except FileNotFoundError:
-        raise SlurmError(f"{command[0]} is not installed here: this is not a machine of a Slurm cluster") from None
+        raise not_installed(command[0]) from None
     except subprocess.TimeoutExpired:
         raise SlurmError(f"{command[0]}: Slurm's controller does not answer") from None
     if done.returncode:
-        lines = [
-            line.removeprefix(f"{command[0]}: ").removeprefix("error: ")
-            for line in done.stderr.splitlines()
-            if line.strip()
-        ]
-        if "Could not establish a configuration source" in done.stderr:
-            raise SlurmError(
-                f"{command[0]}: no slurm.conf here: this machine is of no Slurm cluster; for the development cluster: "
-                'eval "$(slurm/local/cluster.sh env)"'
-            )
-        said = [line for line in lines if not line.startswith("Batch job submission failed")] or lines
-        raise SlurmError(f"{command[0]}: {'; '.join(said) or f'exit code {done.returncode}'}")
+        raise explain(command[0], done.stderr, done.returncode)
     return done.stdout

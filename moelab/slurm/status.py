@@ -1,20 +1,23 @@
-"""What has been submitted and how far it is: the runs' own word and Slurm's, side by side."""
+"""Show how all that was submitted stands: what the files of the runs say beside what Slurm says.
+
+A file that cannot be read makes one row "unreadable" and hides nothing else.
+"""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from moelab import paths
 from moelab.files import read_json
 from moelab.runs.progress import duration
 from moelab.runs.spec import RunSpec
 from moelab.runs.store import Run, RunStore, Status
-from moelab.slurm import queue, submit
-from moelab.slurm.submit import Part, Submission, outcome, submissions
+from moelab.slurm import local, queue
+from moelab.slurm.submission import Part, Submission, Unreadable, outcome, records, root, submissions
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -23,6 +26,7 @@ if TYPE_CHECKING:
 _COLORS = {
     "failed": "red",
     "lost": "red",
+    "unreadable": "red",
     "stopped": "yellow",
     "incomplete": "yellow",
     "finished": "green",
@@ -36,7 +40,8 @@ class Row:
 
     Attributes:
         experiment, what, id: for people; `id` is the run's, or ``<submission>/<part>`` of a notebook.
-        state: waiting, starting, running, finished, incomplete (a notebook with missing runs), failed, stopped or lost.
+        state: waiting, starting, running, finished, incomplete (a notebook with missing runs), failed, stopped, lost (its job ended
+            without a word) or unreadable (one of its files is not what it should be).
         job, slurm, node: Slurm's id, its word, where; empty when it has left the queue.
         step, steps: done, of all (a notebook: cells).
         tokens_per_s, loss: of the last metric row.
@@ -60,7 +65,8 @@ class Row:
 
     @property
     def over(self) -> bool:
-        return not self.slurm and self.state in ("finished", "incomplete", "failed", "stopped", "lost")
+        """Whether nothing more will happen to it."""
+        return not self.slurm and self.state not in ("new", "waiting", "starting", "running")
 
 
 @dataclass(frozen=True)
@@ -88,11 +94,11 @@ class Overview:
         title += f" · {self.trouble}" if self.trouble else ""
         if not self.rows:
             return Text(title)
-        view = Table(title=title, title_justify="left")
+        view = Table(title=Text(title, "table.title"), title_justify="left")
         columns: dict[str, Callable[[Row], str]] = {
             "experiment": lambda row: row.experiment,
             "run": lambda row: row.what,
-            "state": lambda row: f"[{c}]{row.state}[/]" if (c := _COLORS.get(row.state)) else row.state,
+            "state": lambda row: row.state,
             "Slurm": lambda row: row.slurm,
             "job": lambda row: row.job,
             "node": lambda row: row.node,
@@ -110,7 +116,10 @@ class Overview:
                 name, justify="right" if number else "left", no_wrap=name not in ("run", "why"), overflow="fold"
             )
         for texts in zip(*cells.values(), strict=True):
-            view.add_row(*texts)
+            # As texts: in a string, rich would take a parameter such as [/b] for markup.
+            view.add_row(
+                *(Text(t, _COLORS.get(t, "") if n == "state" else "") for n, t in zip(cells, texts, strict=True))
+            )
         return view
 
     def _repr_mimebundle_(self, **options: Any) -> Any:
@@ -121,32 +130,29 @@ class Overview:
 
 
 def overview(names: Sequence[str] = (), *, everything: bool = False, store: RunStore | None = None) -> Overview:
-    """How all that was submitted stands, from the files and one call to Slurm.
+    """Return how all that was submitted stands, from the files and one call to Slurm.
 
     Args:
         names: only experiments, runs or submissions whose name begins with one of these.
         everything: also submissions in which all is over, but for the newest one, which always shows.
     """
-    trouble, jobs = "", {}
-    try:
-        jobs = queue.jobs()
-    except queue.SlurmError as error:
-        trouble = str(error)
     store = store or RunStore()
+    known = list(records())
+    readable = [record for record in known if isinstance(record, Submission)]
+    trouble, jobs = "", local.jobs(readable, store)
+    if any(isinstance(record, Unreadable) or record.cluster == "slurm" for record in known) or not known:
+        try:
+            jobs |= queue.jobs()
+        except queue.SlurmError as error:
+            trouble = str(error)
     rows: list[Row] = []
     seen: set[str] = set()
-    for newest, submission in enumerate(submissions()):
-        own: list[Row] = []
-        for part in submission.parts:
-            if part.values is not None:
-                own.append(_notebook(submission, part, jobs.get((submission.id, part.name, 0)), not trouble))
-                continue
-            for index, run in enumerate(part.runs):
-                if run not in seen:
-                    seen.add(run)
-                    job = jobs.get((submission.id, part.name, index))
-                    own.append(_run(submission, _open(store, run), job, not trouble))
-        own = [row for row in own if _named(row, submission, names)]
+    for newest, record in enumerate(known):
+        if isinstance(record, Unreadable):
+            own = _unreadable(record, jobs)
+        else:
+            own = list(_rows(record, jobs, store, seen, answered=not trouble or record.cluster == "local"))
+        own = [row for row in own if _named(row, record.id, names)]
         if everything or names or newest == 0 or not all(row.over for row in own):
             rows += own
     return Overview(tuple(rows), trouble)
@@ -166,27 +172,94 @@ def watch(
         pause = min(2 * pause, every_s)
 
 
-def _named(row: Row, submission: Submission, names: Sequence[str]) -> bool:
+def _named(row: Row, submission: str, names: Sequence[str]) -> bool:
     return not names or any(
-        text.startswith(name) for name in names for text in (row.experiment, row.id, row.what, submission.id)
+        text.startswith(name) for name in names for text in (row.experiment, row.id, row.what, submission)
     )
 
 
-def _open(store: RunStore, id: str) -> Run:
-    path = store.root / id
-    return Run(RunSpec.from_json(read_json(path / "spec.json"), where=str(path / "spec.json")), path)
+def _rows(
+    submission: Submission,
+    jobs: Mapping[tuple[str, str, int], queue.Job],
+    store: RunStore,
+    seen: set[str],
+    answered: bool,
+) -> Iterator[Row]:
+    """Yield the rows of a submission, without the runs that a newer one has, too."""
+    for part in submission.parts:
+        if part.values is not None:
+            job = jobs.get((submission.id, part.name, 0))
+            id, row = (
+                f"{submission.id}/{part.name}",
+                lambda job=job, part=part: _notebook(submission, part, job, answered),
+            )
+            yield _try(row, Row(submission.experiment, "notebook", id, "unreadable"), job)
+            continue
+        for index, run in enumerate(part.runs):
+            if run not in seen:
+                seen.add(run)
+                job = jobs.get((submission.id, part.name, index))
+                row = lambda job=job, run=run: _run(submission, store.root / run, job, answered)  # noqa: E731
+                yield _try(row, Row(submission.experiment, run, run, "unreadable"), job)
 
 
-def _run(submission: Submission, run: Run, job: queue.Job | None, answered: bool) -> Row:
+def _try(row: Callable[[], Row], instead: Row, job: queue.Job | None) -> Row:
+    """Return a row, or in its place one that says which file cannot be read; a job it has can be cancelled all the same."""
+    try:
+        return row()
+    except (ValueError, TypeError, KeyError, AttributeError, OSError) as error:
+        return replace(instead, reason=str(error), **_job(job if job and job.live else None))
+
+
+def _unreadable(record: Unreadable, jobs: Mapping[tuple[str, str, int], queue.Job]) -> list[Row]:
+    """Return a row for a submission without a record, and one for each job of it that lives."""
+    alive = [job for (id, _, _), job in jobs.items() if id == record.id and job.live]
+    first = Row("?", record.id, record.id, "unreadable", reason=record.error)
+    return [first, *(replace(first, what=f"{job.part} {job.index}", reason="", **_job(job)) for job in alive)]
+
+
+def _job(live: queue.Job | None) -> dict[str, str]:
+    """Return what a row says about the job that it has in the queue."""
+    return {"job": live.id, "slurm": live.state, "node": live.node} if live else {}
+
+
+@dataclass(frozen=True)
+class _SpecSummary:
+    """What a row shows of a spec. Making a `RunSpec` of 2,000 files takes seconds, most of it checks.
+
+    Attributes:
+        what: title and seed.
+        tokens: of one step.
+    """
+
+    what: str
+    tokens: int
+
+    @classmethod
+    def read(cls, path: Path) -> _SpecSummary:
+        record = read_json(path / "spec.json")
+        if record is None:
+            raise ValueError(f"{path}: no spec.json there; was the run removed?")
+        train, model, data = record["train"], record["model"], record["data"]
+        title = record.get("label") or model.get("name") or RunSpec.from_json(record).title
+        return cls(f"{title} · seed {train['seed']}", train["batch_size"] * data["context"])
+
+
+def _run(submission: Submission, path: Path, job: queue.Job | None, answered: bool) -> Row:
     live = job if job and job.live else None
+    summary = _SpecSummary.read(path)
+    finished = (path / "result.json").exists()
+    record = read_json(path / "status.json")
+    status = Status(**record) if record is not None else Status("new")
+    if finished:
+        status = replace(status, state="finished")
     if live and live.state == "RUNNING":
         # What the run says, without asking for its lock: on some file systems a lock holds on its own node only.
-        record = read_json(run.path / "status.json")
-        status = Status(**record) if record else Status("new")
         state = status.state if status.state in ("running", "finished") else "starting"
     else:
-        status = run.status
-        state = "waiting" if live and not run.finished else status.state
+        if status.state == "running" and not Run(cast(RunSpec, None), path).locked:
+            status = replace(status, state="stopped", reason="its process ended without a word; it will resume")
+        state = "waiting" if live and not live.ending and not finished else status.state
         if state in ("new", "running") and not live and answered:
             state = "lost" if state == "new" else "stopped"
     reason = status.reason if state != "finished" else ""
@@ -198,23 +271,19 @@ def _run(submission: Submission, run: Run, job: queue.Job | None, answered: bool
         ) + _AGAIN
     elif state == "stopped" and not live:
         reason += _AGAIN
-    spec, left = run.spec, None
-    if state == "running" and status.tokens_per_s:
-        left = (status.steps - status.step) * spec.train.batch_size * spec.data.context / status.tokens_per_s
+    speed = status.tokens_per_s if state == "running" else None
     return Row(
         submission.experiment,
-        f"{spec.title} · seed {spec.train.seed}",
-        spec.id,
+        summary.what,
+        path.name,
         state,
-        live.id if live else "",
-        live.state if live else "",
-        live.node if live else "",
-        status.step,
-        status.steps,
-        status.tokens_per_s if state == "running" else None,
-        status.loss,
-        left,
-        reason,
+        **_job(live),
+        step=status.step,
+        steps=status.steps,
+        tokens_per_s=speed,
+        loss=status.loss,
+        left_s=(status.steps - status.step) * summary.tokens / speed if speed else None,
+        reason=reason,
     )
 
 
@@ -242,11 +311,9 @@ def _notebook(submission: Submission, part: Part, job: queue.Job | None, answere
         "notebook" + "".join(f" {k}={v}" for k, v in (part.values or {}).items() if v not in ("", [], 0, False)),
         f"{submission.id}/{part.name}",
         state,
-        live.id if live else "",
-        live.state if live else "",
-        live.node if live else "",
-        progress.get("cell", 0),
-        progress.get("cells", 0),
+        **_job(live),
+        step=progress.get("cell", 0),
+        steps=progress.get("cells", 0),
         reason=reason,
     )
 
@@ -255,7 +322,7 @@ _AGAIN = "; submit again to go on"
 
 
 def log_of(name: str, store: RunStore | None = None) -> Path:
-    """The log of a run (by the beginning of its id) or of a notebook (``<submission>/<part>``).
+    """Return the log of a run (by the beginning of its id) or of a notebook (``<submission>/<part>``).
 
     Raises:
         ValueError: one line, when there is none of that name, or several.
@@ -263,9 +330,11 @@ def log_of(name: str, store: RunStore | None = None) -> Path:
     store = store or RunStore()
     submission, _, part = name.partition("/")
     if part:
-        found = [p for p in (submit.root() / submission).glob(f"{part}.out")]
+        logs = [f"{p.job}_0_log.out" if record.cluster == "slurm" else f"{part}.out"
+                for record in submissions() for p in record.parts if (record.id, p.name) == (submission, part)]  # fmt: skip
+        found = [path for log in logs if (path := root() / submission / log).exists()]
     else:
-        found = [p for p in store.root.glob(f"{name}*/log.txt")]
+        found = list(store.root.glob(f"{name}*/log.txt"))
     if len(found) != 1:
         ids = ", ".join(p.parent.name for p in found[:5]) if found else "see `moelab status --all`"
         raise ValueError(f"{'several logs' if found else 'no log'} of {name!r}: {ids}")

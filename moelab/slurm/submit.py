@@ -1,76 +1,35 @@
-"""Submitting: an experiment's unfinished runs as jobs, its notebook as the job after them, and a record of both on disk.
-
-    .moelab/submissions/<date>-<name>-<hash>/submission.json    what was submitted: runs and notebooks with their job ids
-                                            runs-0.sbatch, runs-0.txt      an array and its run directories
-                                            notebook-0.sbatch, notebook-0.json, notebook-0.out     outcome and log of a notebook
-    .moelab/snapshots/<hash>/               the code they run
+"""Submit experiments: their unfinished runs as jobs, their notebooks as jobs after those, and a record of both on disk.
 
 A job carries its submission in its comment, so that one that was queued is known even if the submitting process died before it
-could write its id down.
+could write its id down. `moelab.slurm.submission` says what is on disk.
 """
 
 from __future__ import annotations
 
+import contextlib
 import re
 import secrets
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 from filelock import FileLock
 
 from moelab import paths
-from moelab.files import read_json, write_json, write_text
+from moelab.files import write_json
 from moelab.runs.spec import RunSpec
 from moelab.runs.store import RunStore
-from moelab.slurm import queue, script, snapshot
+from moelab.slurm import executor, local, queue, snapshot
+from moelab.slurm.attempt import Limits
+from moelab.slurm.callables import ExecuteNotebook, TrainRun
+from moelab.slurm.executor import Executor, Size
 from moelab.slurm.profiles import Profile
+from moelab.slurm.submission import Part, Submission, outcome, root, submissions
 
 _ARRAY = 500  # the default of Slurm's MaxArraySize is 1001
-
-
-@dataclass
-class Part:
-    """One job of a submission: an array of runs, or a notebook.
-
-    Attributes:
-        name: ``runs-0``, ``notebook-0``; the file names begin with it.
-        job: Slurm's id; None until it is queued.
-        runs: the run ids, in the array's order; for a notebook those it waits for and shows.
-        values: the notebook's parameters; None for runs.
-    """
-
-    name: str
-    job: str | None
-    runs: list[str]
-    values: dict[str, Any] | None = None
-
-
-@dataclass
-class Submission:
-    """What one `moelab submit` queued."""
-
-    id: str
-    experiment: str
-    profile: str
-    snapshot: str | None
-    created: str
-    parts: list[Part] = field(default_factory=list)
-
-    @property
-    def folder(self) -> Path:
-        return root() / self.id
-
-    def write(self) -> None:
-        record = {**self.__dict__, "parts": [part.__dict__ for part in self.parts]}
-        write_json(self.folder / "submission.json", record)
-
-    @classmethod
-    def read(cls, path: Path) -> Self:
-        record = read_json(path)
-        return cls(**{**record, "parts": [Part(**part) for part in record["parts"]]})
+Jobs = Mapping[tuple[str, str, int], queue.Job]
 
 
 @dataclass(frozen=True)
@@ -78,31 +37,28 @@ class Plan:
     """What is, or would be, queued.
 
     Attributes:
-        scripts: part -> batch script; ``@runs-0@`` stands for the id of a job that is not queued yet.
+        scripts: part -> batch script; ``@runs-0@`` stands for the id of a job that is not queued yet. Empty texts for a local submission.
         specs: part -> its runs.
         finished, queued: runs that have a result, and that were in the queue already.
+        executors, calls: part -> what queues it and what it calls; none for a local submission.
     """
 
     submission: Submission
-    scripts: dict[str, str]
-    specs: dict[str, list[RunSpec]]
+    profile: Profile
     finished: int
     queued: int
+    scripts: dict[str, str] = field(default_factory=dict)
+    specs: dict[str, list[RunSpec]] = field(default_factory=dict)
+    executors: dict[str, Executor] = field(default_factory=dict)
+    calls: dict[str, TrainRun | ExecuteNotebook] = field(default_factory=dict)
 
-
-def root() -> Path:
-    """The folder of all submissions."""
-    return paths.home() / "submissions"
-
-
-def submissions() -> list[Submission]:
-    """All submissions, newest first."""
-    return [Submission.read(path) for path in sorted(root().glob("*/submission.json"), reverse=True)]
-
-
-def outcome(folder: Path, part: str) -> dict[str, Any] | None:
-    """How a notebook ended, by its own word: ``{"result": folder, "missing": [run ids]}`` or ``{"error": line}``; None before."""
-    return read_json(folder / f"{part}.json")
+    def add(self, part: Part, executor: Executor | None = None, call: TrainRun | ExecuteNotebook | None = None) -> None:
+        """Add a part; a local submission needs no executor of its own for it."""
+        self.submission.parts.append(part)
+        self.scripts[part.name] = ""
+        if executor and call:
+            self.scripts[part.name] = executor.script(len(part.runs) if part.values is None else 1)
+            self.executors[part.name], self.calls[part.name] = executor, call
 
 
 def submit(
@@ -126,24 +82,27 @@ def submit(
 
     Raises:
         ValueError: a run does not fit the profile, or Slurm refuses a script; nothing has been queued.
-        queue.SlurmError: Slurm is not there or does not answer. What had been queued by then is on record; the rest follows next time.
+        queue.SlurmError: Slurm is not there or does not answer. What had been queued by then is on record; submit again for the rest.
     """
     store = store or RunStore()
     if dry_run:
         return _plan(name, notebooks, profile, with_notebooks, again, store, jobs={})
     root().mkdir(parents=True, exist_ok=True)
     with FileLock(root() / ".lock"):
-        plan = _plan(name, notebooks, profile, with_notebooks, again, store, jobs := queue.jobs())
+        jobs = local.jobs(submissions(), store)
+        if profile.cluster == "slurm":
+            jobs |= queue.jobs()
+        plan = _plan(name, notebooks, profile, with_notebooks, again, store, jobs)
         if plan.scripts:
-            for text in {_header(text): None for text in plan.scripts.values()}:
+            for text in {_header(text): None for text in plan.scripts.values() if text}:
                 queue.check(text)
             _queue(plan, store)
             _prune(jobs, plan.submission)
     return plan
 
 
-def live_runs(earlier: Sequence[Submission], jobs: Mapping[tuple[str, str, int], queue.Job]) -> dict[str, queue.Job]:
-    """Run id -> the job that will train it, or does."""
+def live_runs(earlier: Sequence[Submission], jobs: Jobs) -> dict[str, queue.Job]:
+    """Return run id -> the job that will train it, or does."""
     return {
         run: job
         for submission in earlier
@@ -161,57 +120,59 @@ def _plan(
     with_notebooks: bool,
     again: bool,
     store: RunStore,
-    jobs: Mapping[tuple[str, str, int], queue.Job],
+    jobs: Jobs,
 ) -> Plan:
     wanted = _closure([spec for _, specs in notebooks for spec in specs])
     earlier = submissions()
-    queued = live_runs(earlier, jobs)
+    # A cancelled job keeps its node while its run writes a checkpoint; the new job waits for the run's lock.
+    queued = {run: job for run, job in live_runs(earlier, jobs).items() if not job.ending}
     done = {id for id in wanted if (store.root / id / "result.json").exists()}
-    todo = [spec for id, spec in wanted.items() if id not in done and id not in queued]
+    shown = [(values, list(_closure(specs))) for values, specs in notebooks if with_notebooks]
+    shown = [
+        (values, runs)
+        for values, runs in shown
+        if not _notebook_queued(earlier, jobs, name, values)
+        and (again or not _notebook_done(earlier, name, values, runs))
+    ]
+    # A local notebook cannot wait for the runs of other jobs; its own job can, by their locks.
+    needed = {run for _, runs in shown for run in runs if profile.cluster == "local"}
+    todo = [spec for id, spec in wanted.items() if id not in done and (id not in queued or id in needed)]
 
     now = time.gmtime()
     id = f"{time.strftime('%Y%m%d-%H%M%S', now)}-{name}-{secrets.token_hex(3)}"
     code = snapshot.place(paths.home() / "snapshots")
     created = time.strftime("%Y-%m-%dT%H:%M:%SZ", now)
-    submission = Submission(id, name, profile.name, str(code) if code else None, created)
-    scripts: dict[str, str] = {}
-    specs_by_part: dict[str, list[RunSpec]] = {}
-    awaited = {run: _Place(job.id, 0, 0) for run, job in queued.items()}
-
+    submission = Submission(id, name, profile.name, str(code) if code else None, created, cluster=profile.cluster)
+    plan = Plan(submission, profile, len(done), len(wanted) - len(done) - len(todo))
+    awaited = {run: _Place(job.id, 0, 0) for run, job in queued.items() if not job.local}
     for (size, needs), group in _groups(todo, profile, done):
-        part = Part(f"runs-{len(specs_by_part)}", None, [spec.id for spec in group])
-        submission.parts.append(part)
-        specs_by_part[part.name] = group
-        scripts[part.name] = script.runs_script(
-            profile,
-            size,
-            name=name,
-            comment=queue.comment(id, part.name),
-            listing=submission.folder / f"{part.name}.txt",
-            count=len(group),
-            snapshot=code,
-            dependency=_dependency("afterok", needs, awaited),
-        )
-        awaited |= {spec.id: _Place(f"@{part.name}@", index, len(group)) for index, spec in enumerate(group)}
-    for values, specs in notebooks if with_notebooks else ():
-        shown = list(_closure(specs))
-        if _notebook_queued(earlier, jobs, name, values) or (
-            not again and _notebook_done(earlier, name, values, shown)
-        ):
+        part = Part(f"runs-{len(plan.specs)}", None, [spec.id for spec in group])
+        plan.specs[part.name] = group
+        if size is None:
+            plan.add(part)
             continue
-        part = Part(f"notebook-{len(scripts) - len(specs_by_part)}", None, shown, dict(values))
-        submission.parts.append(part)
-        scripts[part.name] = script.notebook_script(
-            profile,
-            name=f"{name}-notebook",
-            comment=queue.comment(id, part.name),
-            folder=submission.folder,
-            key=part.name,
-            snapshot=code,
-            # Whatever becomes of them: one failed run costs only its own points.
-            dependency=_dependency("afterany", [run for run in shown if run not in done], awaited),
+        call = TrainRun(
+            executor.interpreter(profile),
+            (*profile.srun, *profile.container),
+            size.per_node,
+            Limits(profile.failures, profile.restarts),
+            spare_nodes=not profile.constraint,  # how many nodes have the feature is not known
         )
-    return Plan(submission, scripts, specs_by_part, len(done), len(wanted) - len(done) - len(todo))
+        given = {"job_name": name, "comment": queue.comment(id, part.name)}
+        given["dependency"] = _dependency("afterok", needs, awaited)
+        plan.add(part, executor.for_runs(profile, size, code, submission.folder, **given), call)
+        awaited |= {spec.id: _Place(f"@{part.name}@", index, len(group)) for index, spec in enumerate(group)}
+    for values, runs in shown:
+        part = Part(f"notebook-{len(plan.scripts) - len(plan.specs)}", None, runs, dict(values))
+        if profile.cluster == "local":
+            plan.add(part)
+            continue
+        given = {"job_name": f"{name}-notebook", "comment": queue.comment(id, part.name)}
+        # Whatever becomes of them: one failed run costs only its own points.
+        given["dependency"] = _dependency("afterany", [run for run in runs if run not in done], awaited)
+        call = ExecuteNotebook(executor.step(profile, f"--cpus-per-task={profile.notebook_cpus}"), profile.failures)
+        plan.add(part, executor.for_notebook(profile, code, submission.folder, **given), call)
+    return plan
 
 
 def _queue(plan: Plan, store: RunStore) -> None:
@@ -219,23 +180,38 @@ def _queue(plan: Plan, store: RunStore) -> None:
     if submission.snapshot:
         snapshot.take(Path(submission.snapshot))
     submission.write()  # before anything is queued: a job must never be one that nobody knows
-    for name, specs in plan.specs.items():
-        write_text(submission.folder / f"{name}.txt", "".join(f"{store.run(spec).path}\n" for spec in specs))
+    directories = {name: [_directory(store, spec) for spec in specs] for name, specs in plan.specs.items()}
+    if submission.cluster == "local":
+        local.start(submission, plan.profile, plan.specs, directories)
+        return
     ids: dict[str, str] = {}
     try:
         for part in submission.parts:
-            text = re.sub(r"@([a-z]+-\d+)@", lambda found: ids[found[1]], plan.scripts[part.name])
-            write_text(path := submission.folder / f"{part.name}.sbatch", text)
-            ids[part.name] = part.job = queue.submit(path)
+            queued = plan.executors[part.name]
+            if waits := queued.parameters["dependency"]:
+                queued.update_parameters(dependency=re.sub(r"@([a-z]+-\d+)@", lambda found: ids[found[1]], waits))
+            alone = [(str(submission.folder), part.name)]
+            arguments = alone if part.values is not None else [(str(path),) for path in directories[part.name]]
+            ids[part.name] = part.job = queued.queue(plan.calls[part.name], arguments)
     finally:
         submission.write()
 
 
-def _prune(jobs: Mapping[tuple[str, str, int], queue.Job], newest: Submission) -> None:
-    """Let go of code that no job will run any more."""
-    records = {id: root() / id / "submission.json" for (id, _, _), job in jobs.items() if job.live}
-    if all(path.exists() for path in records.values()):  # else some job's code is not known
-        used = [newest, *map(Submission.read, records.values())]
+def _directory(store: RunStore, spec: RunSpec) -> Path:
+    """Return a run's directory, made if it is not there, its spec written."""
+    try:
+        return store.run(spec).path
+    except ValueError:  # a spec.json that was cut short
+        write_json(store.root / spec.id / "spec.json", spec.to_json())
+        return store.run(spec).path
+
+
+def _prune(jobs: Jobs, newest: Submission) -> None:
+    """Remove code that no job will run any more."""
+    live = {id for (id, _, _), job in jobs.items() if job.live}
+    known = {record.id: record for record in submissions()}
+    if live <= known.keys():  # else some job's code is not known
+        used = [newest, *(known[id] for id in live)]
         snapshot.prune(paths.home() / "snapshots", {Path(s.snapshot) for s in used if s.snapshot})
 
 
@@ -249,7 +225,7 @@ class _Place:
 
 
 def _dependency(kind: str, runs: Sequence[str], awaited: Mapping[str, _Place]) -> str:
-    """For sbatch: ``afterany:12:13_4``; a whole array by its id alone. Empty when there is nothing to wait for."""
+    """Return ``afterany:12:13_4`` for sbatch; a whole array by its id alone. Empty when there is nothing to wait for."""
     by_job: dict[str, list[_Place]] = {}
     for run in runs:
         if run in awaited:
@@ -262,7 +238,7 @@ def _dependency(kind: str, runs: Sequence[str], awaited: Mapping[str, _Place]) -
 
 
 def _closure(specs: Sequence[RunSpec]) -> dict[str, RunSpec]:
-    """Run id -> spec, those that others need in front of them."""
+    """Return run id -> spec, with those that others need in front of them."""
     found: dict[str, RunSpec] = {}
     for spec in specs:
         found |= {id: s for id, s in _closure(spec.requires()).items() if id not in found}
@@ -272,18 +248,19 @@ def _closure(specs: Sequence[RunSpec]) -> dict[str, RunSpec]:
 
 def _groups(
     specs: Sequence[RunSpec], profile: Profile, done: set[str]
-) -> list[tuple[tuple[script.Size, tuple[str, ...]], list[RunSpec]]]:
-    """Runs of equal size that wait for the same runs, in arrays of at most `_ARRAY`."""
-    alike: dict[tuple[script.Size, tuple[str, ...]], list[RunSpec]] = {}
+) -> list[tuple[tuple[Size | None, tuple[str, ...]], list[RunSpec]]]:
+    """Group runs of equal size that wait for the same runs, in arrays of at most `_ARRAY`. Without Slurm no run has a size."""
+    alike: dict[tuple[Size | None, tuple[str, ...]], list[RunSpec]] = {}
     for spec in specs:
         needs = tuple(run.id for run in spec.requires() if run.id not in done)
-        alike.setdefault((script.Size.of(spec, profile), needs), []).append(spec)
+        size = Size.of(spec, profile) if profile.cluster == "slurm" else None
+        alike.setdefault((size, needs), []).append(spec)
     return [(key, group[i : i + _ARRAY]) for key, group in alike.items() for i in range(0, len(group), _ARRAY)]
 
 
 def _notebook_queued(
     earlier: Sequence[Submission],
-    jobs: Mapping[tuple[str, str, int], queue.Job],
+    jobs: Jobs,
     name: str,
     values: Mapping[str, Any],
 ) -> bool:
@@ -292,24 +269,26 @@ def _notebook_queued(
         and part.values == values
         and (job := jobs.get((submission.id, part.name, 0)))
         and job.live
+        and not job.ending
         for submission in earlier
         for part in submission.parts
     )
 
 
 def _notebook_done(earlier: Sequence[Submission], name: str, values: Mapping[str, Any], runs: Sequence[str]) -> bool:
-    """Whether a submission's notebook published a result of these parameters and runs in which nothing is missing."""
+    """Return whether a submission's notebook published a result of these parameters and runs in which nothing is missing."""
     for submission in earlier:
         for part in submission.parts:
             if submission.experiment == name and part.values == values and part.runs == runs:
-                ended = outcome(submission.folder, part.name) or {}
-                if ended.get("result") and not ended["missing"] and Path(ended["result"]).exists():
-                    return True
+                with contextlib.suppress(ValueError, KeyError):  # an outcome cut short counts as none
+                    ended = outcome(submission.folder, part.name) or {}
+                    if ended.get("result") and not ended["missing"] and Path(ended["result"]).exists():
+                        return True
     return False
 
 
 def _header(text: str) -> str:
-    """What Slurm can judge before anything is queued: the script without what tells equal ones apart."""
+    """Return what Slurm can judge before anything is queued: the script without what tells equal ones apart."""
     lines = [line for line in text.splitlines() if line.startswith("#SBATCH")]
     apart = ("--comment", "--dependency", "--output")
     return "\n".join(["#!/bin/bash", *(line for line in lines if not line.split()[1].startswith(apart)), "true", ""])

@@ -53,11 +53,11 @@ def test_the_pr_moe_notebook_and_its_array_of_two_node_runs(workplace, tmp_path)
     assert {job.id.partition("_")[0] for job in queue.jobs().values() if job.part == "runs-0"} >= {array.job}, (
         "one array"
     )
-    script = (submit.submissions()[0].folder / "runs-0.sbatch").read_text()
+    script = (submit.submissions()[0].folder / f"{array.job}_submission.sh").read_text()
     assert "#SBATCH --nodes=2" in script and "#SBATCH --array=0-1%2" in script
     # The notebook is killed while it runs, and runs again.
     until((submit.submissions()[0].folder / "notebook-0.progress.json").exists, "the notebook")
-    os.kill(find_process(notebook.job, workplace.cluster, b"moelab.slurm.notebook"), signal.SIGKILL)
+    os.kill(find_process(notebook.job, workplace.cluster, b"moelab.slurm.notebook_job"), signal.SIGKILL)
     rows = until_all_is_over()
     assert {row.state for row in rows.values()} == {"finished"}, rows
     (result,) = (tmp_path / "results" / "pr-moe" / "smoke").iterdir()
@@ -123,7 +123,7 @@ def test_a_run_on_two_nodes_is_interrupted_loses_a_rank_and_ends_with_the_same_n
     job = workplace.job(run)
     assert len(slurm("scontrol", "show", "hostnames", job.node).split()) == 2
     slurm("scontrol", "requeue", job.id)
-    until(lambda: attempt.newest_checkpoint(run.path) >= 30, "the checkpoint")
+    until(lambda: attempt.newest_checkpoint(run) >= 30, "the checkpoint")
     first = workplace.halted(run, 70)
     os.kill(workplace.rank(run, 1), signal.SIGKILL)
     os.kill(first, signal.SIGCONT)
@@ -157,7 +157,7 @@ def test_steps_start_in_a_container(workplace, spec, undisturbed, tmp_path):
 def test_editing_the_checkout_does_not_change_a_queued_job(workplace, spec):
     (run,) = workplace.submit(spec, sbatch=("--hold",))
     (submission,) = submit.submissions()
-    script = (submission.folder / "runs-0.sbatch").read_text()
+    script = (submission.folder / f"{submission.parts[0].job}_submission.sh").read_text()
     assert submission.snapshot in script and "PYTHONSAFEPATH=1" in script
     probe = "import moelab, moelab.kernels, moelab.runs.worker; print(moelab.__file__, moelab.kernels.__file__)"
     env = {**os.environ, "PYTHONPATH": submission.snapshot, "PYTHONSAFEPATH": "1"}
@@ -214,9 +214,9 @@ def test_jupyterlab_in_an_allocation(workplace):
         with pytest.raises(urllib.error.HTTPError, match="403"):
             urllib.request.urlopen(address.split("/lab?")[0] + "/api/status")
         (folder,) = (workplace.home / "lab").iterdir()
-        assert (folder / "token").stat().st_mode & 0o077 == 0 and address.split("=")[1] not in (
-            folder / "lab.sbatch"
-        ).read_text()
+        assert (folder / "token").stat().st_mode & 0o077 == 0
+        written = [path.read_bytes() for path in folder.glob("*_sub*")]
+        assert len(written) == 2 and not any(address.split("=")[1].encode() in text for text in written)
     finally:
         process.send_signal(signal.SIGINT)
         assert process.wait(300) == 0

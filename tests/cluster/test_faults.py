@@ -11,8 +11,13 @@ from pathlib import Path
 import pytest
 
 from moelab.config import DataConfig
+from moelab.config.parallel import ParallelConfig
+from moelab.engine.launch.process import FINISHED
+from moelab.runs.store import RunStore
+from moelab.runs.supervisor import supervise
 from moelab.slurm import attempt, queue
 from moelab.slurm.status import log_of, overview
+from moelab.slurm.submission import submissions
 from tests.cluster.conftest import EVERY, STEPS, numbers, processes, told, until
 
 pytestmark = pytest.mark.slow
@@ -59,11 +64,26 @@ def test_requeue_by_hand(workplace, spec, undisturbed):
     workplace.halted(run, 60)
     job = workplace.job(run).id
     scontrol("requeuehold", job)  # held, so that there is time to look
-    until(lambda: run.status.state == "stopped" and attempt.newest_checkpoint(run.path) >= 60, "the checkpoint")
+    until(lambda: run.status.state == "stopped" and attempt.newest_checkpoint(run) >= 60, "the checkpoint")
     assert overview([spec.id]).rows[0].state == "waiting"
     assert f"step 60 of {STEPS}  loss " in log_of(spec.id).read_text()
     scontrol("release", job)
     workplace.until_over(run)
+    assert numbers(run) == numbers(undisturbed)
+
+
+def test_submitits_own_signal(workplace, spec, undisturbed):
+    """The checkpoint of the callable, and submitit's requeue."""
+    (run,) = workplace.submit(spec, halt=[60])
+    pid = workplace.halted(run, 60)
+    job = workplace.job(run).id
+    subprocess.run(["scancel", "--batch", "--signal=USR2", job], check=True)
+    until(lambda: told(pid, signal.SIGUSR1), "the driver to ask its rank to stop")
+    os.kill(pid, signal.SIGCONT)
+    workplace.until_requeued(run)
+    assert attempt.newest_checkpoint(run) >= 60 and not attempt.history(run), "neither failed nor out of time"
+    workplace.until_over(run)
+    assert "Requeued job" in next(submissions()[0].folder.glob("*_log.out")).read_text()
     assert numbers(run) == numbers(undisturbed)
 
 
@@ -80,7 +100,30 @@ def test_a_killed_task(workplace, spec, undisturbed):
         and first.again
     )
     workplace.until_over(run)
+    assert first.node and workplace.job(run).node != first.node, "requeued without the node that killed it"
     assert numbers(run) == numbers(undisturbed)
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_rank_that_hangs_is_named_and_the_run_goes_on(workplace, spec, tmp_path, ranks):
+    """A halted process gives no sign of life; the others would wait for it until their collective gives up, after minutes."""
+    wide = replace(
+        spec, parallel=ParallelConfig(data=2, expert=2, gpus_per_node=1), train=replace(spec.train, micro_batch=2)
+    )
+    chosen = wide if ranks == 2 else spec
+    alone = RunStore(tmp_path / "local").run(chosen)
+    assert supervise(alone) == FINISHED
+    (run,) = workplace.submit(
+        chosen, halt=[60], environment=("OMP_NUM_THREADS=1", "MOELAB_HANG_S=5", "MOELAB_DEATH_S=6")
+    )
+    workplace.halted(run, 60)
+    until(lambda: attempt.history(run), "the attempt's record")
+    (first,) = attempt.history(run)
+    assert first.kind == "killed" and first.again and first.checkpoint == EVERY
+    assert first.reason.startswith(f"rank 0 of {ranks} on node") and "hangs: no sign of life for 5 s" in first.reason
+    workplace.until_over(run)
+    assert first.node.startswith("node") and first.node not in workplace.job(run).node
+    assert numbers(run) == numbers(alone)
 
 
 def test_a_lost_node(workplace, spec, undisturbed):
@@ -157,7 +200,7 @@ def test_cancelled_runs_keep_a_checkpoint_and_go_on_when_submitted_again(workpla
     workplace.halted(run, 60)
     queue.cancel([workplace.job(run).id])
     workplace.until_over(run)
-    assert run.status.state == "stopped" and attempt.newest_checkpoint(run.path) >= 60
+    assert run.status.state == "stopped" and attempt.newest_checkpoint(run) >= 60
     workplace.submit(spec)
     workplace.until_over(run)
     assert numbers(run) == numbers(undisturbed)

@@ -1,20 +1,27 @@
-"""The Slurm side without a Slurm: profiles, scripts, decisions, tables. tests/slurm runs the rest on a real one."""
+"""Check the Slurm side without a Slurm: profiles, scripts, decisions, tables. tests/cluster runs the rest on a real one."""
 
 import json
 import os
+import shutil
+import sys
 import time
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
 from moelab import paths
+from moelab.cli import app
 from moelab.config.parallel import ParallelConfig
+from moelab.engine.launch import RankFailed
 from moelab.files import read_json, write_json
 from moelab.runs.store import RunStore, Status
-from moelab.slurm import attempt, profiles, queue, script, snapshot, status, submit
-from moelab.slurm.attempt import Attempt
+from moelab.slurm import attempt, executor, profiles, queue, snapshot, status, submit
+from moelab.slurm.attempt import Attempt, Limits
+from moelab.slurm.executor import Size
 from moelab.slurm.queue import Job
+from moelab.slurm.submission import Part, Submission
 
 
 @pytest.fixture(autouse=True)
@@ -22,6 +29,43 @@ def workshop(tmp_path, monkeypatch):
     monkeypatch.setenv("MOELAB_HOME", str(tmp_path / "home"))
     monkeypatch.setenv("MOELAB_RESULTS", str(tmp_path / "results"))
     return tmp_path / "home"
+
+
+@pytest.fixture
+def slurm(tmp_path, monkeypatch):
+    """Commands of a Slurm that accepts everything, in front of any real ones: its calls, and what its squeue says."""
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    calls, answer = tmp_path / "calls", tmp_path / "squeue.txt"
+    calls.touch()
+    answer.touch()
+    head = f'#!/bin/sh\necho "$(basename $0) $*" >> {calls}\n'
+    for name in ("srun", "scancel", "scontrol"):
+        (folder / name).write_text(head)
+    (folder / "sinfo").write_text(f"{head}printf 'node1\\nnode2\\n'\n")
+    (folder / "squeue").write_text(f"{head}cat {answer}\n")
+    (folder / "sbatch").write_text(
+        f'{head}case "$1" in --test-only) cat > /dev/null ;; *) echo "Submitted batch job $(wc -l < {calls})" ;; esac\n'
+    )
+    for command in folder.iterdir():
+        command.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
+
+    class Fake:
+        def calls(self) -> list[str]:
+            """The commands since the last time, without their arguments."""
+            return [line.split()[0] for line in self.commands()]
+
+        def commands(self) -> list[str]:
+            """The commands since the last time, in full."""
+            lines = calls.read_text().splitlines()
+            calls.write_text("")
+            return lines
+
+        def says(self, *lines: str) -> None:
+            answer.write_text("".join(f"{line}\n" for line in lines))
+
+    return Fake()
 
 
 # -- profiles ------------------------------------------------------------------------------------------------------------
@@ -38,7 +82,7 @@ def test_profiles_that_ship_are_valid_and_the_example_shows_every_field():
 @pytest.mark.parametrize(
     ("text", "part"),
     [
-        ("partiton: gpu", "unknown field partiton; allowed: name, partition"),
+        ("partiton: gpu", "unknown field partiton; allowed: name, cluster, partition"),
         ("nodes: many", "profile site.nodes: expected a whole number, got 'many'"),
         ("nodes: 0", "nodes must be at least 1, got 0"),
         ("time: soon", "time: expected minutes, H:M:S or D-H:M:S, got 'soon'"),
@@ -49,6 +93,14 @@ def test_profiles_that_ship_are_valid_and_the_example_shows_every_field():
         ("setup: module load", "setup: expected a list, got 'module load'"),
         ("lab_address: all", "lab_address: must be one of 'loopback', 'node', got 'all'"),
         ("name: other", "a profile is named by its file"),
+        ('partition: "gpu\\n#SBATCH --uid=0"', "partition must be one line without control characters, got 'gpu"),
+        ('account: "a\\nrm -rf /"', "account must be one line without control characters"),
+        ('qos: "a\\rb"', "qos must be one line"),
+        ('constraint: "a\\u2028b"', "constraint must be one line"),
+        ('gpu_type: "a\\0"', "gpu_type must be one line"),
+        ('sbatch: ["--comment=a\\nb"]', "sbatch must be one line"),
+        ('environment: ["A=1\\nB=2"]', "environment must be one line"),
+        ("cluster: moon", "cluster: must be one of 'slurm', 'local', got 'moon'"),
         ("a: [", "not valid YAML"),
         ("- a", "expected `field: value` lines"),
     ],
@@ -87,32 +139,26 @@ def test_a_job_is_sized_by_the_layout(tiny_spec):
     profile = profiles.load("a100")
     train = replace(tiny_spec.train, device="cuda", batch_size=32, micro_batch=1)
     big = replace(tiny_spec, train=train, parallel=ParallelConfig(data=32, expert=2))
-    size = script.Size.of(big, profile)
-    assert size == script.Size(ranks=32, nodes=4, per_node=8, gpus=8, cpus=8, memory=8 * 100 * 1024)
-    text = script.runs_script(
-        profile,
-        size,
-        name="x",
-        comment="moelab a runs-0",
-        listing=Path("/w/runs-0.txt"),
-        count=6,
-        snapshot=Path("/w/code"),
-    )
+    size = Size.of(big, profile)
+    assert size == Size(ranks=32, nodes=4, per_node=8, gpus=8, cpus=8, memory=8 * 100 * 1024)
+    text = executor.for_runs(
+        profile, size, Path("/w/code"), Path("/w"), job_name="x", comment="moelab a runs-0"
+    ).script(6)
     assert {"nodes=4", "ntasks-per-node=8", "gpus-per-node=a100:8", "mem=819200M", "array=0-5%6", "requeue"} <= _lines(
         text
     )
-    assert {"signal=USR1@300", "partition=gpu", "time=24:00:00"} <= _lines(text)
-    assert "srun --ntasks=32 --nodes=4 --ntasks-per-node=8 --cpus-per-task=8" in text
+    assert {"signal=USR1@300", "partition=gpu", "time=1440", "cpus-per-task=8"} <= _lines(text)
     assert "export NCCL_SOCKET_IFNAME='^lo,docker'" in text and "export PYTHONPATH=/w/code" in text
-    single = script.Size.of(tiny_spec, profile)
+    assert text.splitlines()[-1].startswith("exec ") and text.endswith("-m submitit.core._submit /w\n")
+    single = Size.of(tiny_spec, profile)
     assert (single.ranks, single.nodes, single.gpus) == (1, 1, 0)
     with pytest.raises(ValueError, match="32 ranks in nodes of 8 need 4 nodes; profile a100 allows 2"):
-        script.Size.of(big, replace(profile, nodes=2))
-    smaller = script.Size.of(big, replace(profile, gpus_per_node=4))
+        Size.of(big, replace(profile, nodes=2))
+    smaller = Size.of(big, replace(profile, gpus_per_node=4))
     assert (smaller.nodes, smaller.per_node, smaller.gpus) == (8, 4, 4)
     hierarchical = replace(big, parallel=replace(big.parallel, exchange="hierarchical"))
     with pytest.raises(ValueError, match="do not fit profile a100's nodes of 4"):
-        script.Size.of(hierarchical, replace(profile, gpus_per_node=4))
+        Size.of(hierarchical, replace(profile, gpus_per_node=4))
 
 
 def test_containers_setup_and_further_arguments(tiny_spec):
@@ -120,16 +166,22 @@ def test_containers_setup_and_further_arguments(tiny_spec):
         profiles.load("a100"), container=("--container-image=/i.sqsh",), setup=("module load cuda",), srun=("--cpu-bind=cores",),
         sbatch=("--exclusive", "--mail-type=FAIL"), python="/env/bin/python",
     )  # fmt: skip
-    size = script.Size.of(tiny_spec, profile)
-    text = script.runs_script(
-        profile, size, name="x", comment="moelab a runs-0", listing=Path("/w/runs-0.txt"), count=1, snapshot=None
-    )
+    plan = submit.submit("x", [({}, [tiny_spec])], profile, dry_run=True)
+    text = plan.scripts["runs-0"]
     assert {"exclusive", "mail-type=FAIL"} <= _lines(text) and not [x for x in _lines(text) if x.startswith("array")]
     assert "\nmodule load cuda\n" in text
-    steps = [line for line in text.splitlines() if "srun " in line]
-    assert len(steps) == 2 and all(
-        "--cpu-bind=cores --container-image=/i.sqsh /env/bin/python -m moelab" in s for s in steps
-    )
+    # The driver, which calls srun, stays outside the container; its ranks and the notebook are inside.
+    assert f"exec {sys.executable} -u" in text
+    train, notebook = plan.calls["runs-0"], plan.calls["notebook-0"]
+    assert train.python == "/env/bin/python" and train.srun == ("--cpu-bind=cores", "--container-image=/i.sqsh")
+    assert notebook.command[-3:] == ("--cpu-bind=cores", "--container-image=/i.sqsh", "/env/bin/python")
+
+
+def test_a_folder_that_slurm_and_submitit_would_rewrite_is_refused(tiny_spec, monkeypatch):
+    monkeypatch.setenv("MOELAB_HOME", "/work/%j/home")
+    with pytest.raises(ValueError, match="would replace what follows the % of a path; set MOELAB_HOME") as error:
+        submit.submit("x", [({}, [tiny_spec])], profiles.load("local"), dry_run=True)
+    assert "\n" not in str(error.value)
 
 
 def test_equal_sizes_share_an_array_and_notebooks_wait_for_their_own_runs(tiny_spec):
@@ -154,10 +206,8 @@ def test_equal_sizes_share_an_array_and_notebooks_wait_for_their_own_runs(tiny_s
         "notebook-1": "dependency=afterany:@runs-0@_0:@runs-1@",
         "notebook-2": "dependency=afterany:@runs-0@",
     }
-    assert (
-        "--nodes=2 --ntasks-per-node=1" in plan.scripts["runs-1"]
-        and "MOELAB_EXECUTOR=read" in plan.scripts["notebook-0"]
-    )
+    assert {"nodes=2", "ntasks-per-node=1"} <= _lines(plan.scripts["runs-1"])
+    assert "export MOELAB_EXECUTOR=read" in plan.scripts["notebook-0"]
     assert not (paths.home() / "submissions").exists(), "a dry run writes nothing"
 
 
@@ -192,7 +242,7 @@ def test_a_snapshot_is_the_code_with_its_commit_and_made_once(tmp_path):
     assert snapshot.place(tmp_path) == place
 
 
-def test_code_that_no_job_uses_goes_after_a_week(submitted, workshop, tiny_spec, monkeypatch):
+def test_code_that_no_job_uses_goes_after_a_week(submitted, workshop, tiny_spec, slurm):
     _, job, record, jobs = submitted
     old = time.time() - 8 * 24 * 3600
     copies = {name: workshop / "snapshots" / name for name in ("live", "idle", "recent")}
@@ -202,8 +252,6 @@ def test_code_that_no_job_uses_goes_after_a_week(submitted, workshop, tiny_spec,
     record.snapshot = str(copies["live"])
     record.write()
     job("runs-0", 0, "PENDING")
-    monkeypatch.setattr(queue, "check", lambda script: None)
-    monkeypatch.setattr(queue, "submit", lambda script: "9")
     new = replace(tiny_spec, train=replace(tiny_spec.train, seed=8))
     plan = submit.submit("x", [({}, [new])], profiles.load("local"))
     left = {path.name for path in (workshop / "snapshots").iterdir()}
@@ -214,15 +262,33 @@ def test_code_that_no_job_uses_goes_after_a_week(submitted, workshop, tiny_spec,
     assert copies["recent"].exists(), "a job whose submission is gone may need it"
 
 
-def test_two_hundred_runs_are_one_array_and_a_handful_of_calls(workshop, tiny_spec, monkeypatch):
-    calls = []
-    monkeypatch.setattr(queue, "_run", lambda *command, **_: calls.append(command[:2]) or "")
+def test_two_hundred_runs_are_one_array_and_a_handful_of_calls(workshop, tiny_spec, slurm):
     specs = [replace(tiny_spec, train=replace(tiny_spec.train, seed=seed)) for seed in range(200)]
     plan = submit.submit("x", [({}, specs)], profiles.load("local"))
     assert [len(group) for group in plan.specs.values()] == [200]
-    assert [command[0] for command in calls] == ["squeue", *["sbatch"] * 4], "two scripts: each judged, each queued"
-    calls.clear()
-    assert len(status.overview().rows) == 201 and [command[0] for command in calls] == ["squeue"]
+    assert slurm.calls() == ["squeue", *["sbatch"] * 4], "two scripts: each judged, each queued"
+    assert len(status.overview().rows) == 201 and slurm.calls() == ["squeue"]
+    runs, notebook = plan.submission.parts
+    scripts = {job: (plan.submission.folder / f"{job}_submission.sh").read_text() for job in (runs.job, notebook.job)}
+    assert f"dependency=afterany:{runs.job}" in scripts[notebook.job] and "array=0-199%2" in scripts[runs.job]
+    calls = sorted(plan.submission.folder.glob(f"{runs.job}_*_submitted.pkl"))
+    assert len(calls) == 200 and max(path.stat().st_size for path in calls) < 2000, "names and numbers, no code"
+
+
+def test_what_was_cancelled_can_be_submitted_at_once(workshop, tiny_spec, slurm):
+    """A cancelled job is COMPLETING while its run writes a checkpoint; so is one that Slurm requeues, with its whole time left."""
+    ask = lambda: submit.submit("x", [({"a": 1}, [tiny_spec])], profiles.load("local"))  # noqa: E731
+    first = ask().submission
+    runs, notebook = (f"moelab {first.id} {part.name}" for part in first.parts)
+    slurm.says(f"3|COMPLETING|None|node1|59:58|1:00:00|{runs}", f"5|COMPLETING|None|node1|0:59|1:00|{notebook}")
+    assert [row.slurm for row in status.overview().rows] == ["COMPLETING"] * 2, "still shown"
+    again = ask()
+    assert (again.queued, list(again.scripts)) == (0, ["runs-0", "notebook-0"])
+    assert "dependency" not in again.scripts["runs-0"]
+    second = again.submission
+    runs, notebook = (f"moelab {second.id} {part.name}" for part in second.parts)
+    slurm.says(f"8|COMPLETING|None|node1|1:00:00|1:00:00|{runs}", f"9|PENDING|Dependency||1:00|1:00|{notebook}")
+    assert not ask().scripts, "it is about to be requeued"
 
 
 # -- what comes after an attempt -----------------------------------------------------------------------------------------
@@ -238,7 +304,7 @@ def test_what_is_tried_again(tiny_spec, workshop):
     def after(*earlier: Attempt, now: Attempt, failures: int = 3, restarts: int = 10) -> bool:
         lines = [json.dumps(a.__dict__) for a in earlier]
         (run.path / attempt.ATTEMPTS).write_text("".join(f"{line}\n" for line in lines) + '{"cut sho')
-        return attempt.decide(run, now, failures, restarts)[0]
+        return attempt.decide(run, now, Limits(failures, restarts))[0]
 
     assert after(now=_attempt("stopped"))
     assert after(now=_attempt("failed")), "once may be chance"
@@ -252,27 +318,60 @@ def test_what_is_tried_again(tiny_spec, workshop):
     assert not after(now=_attempt("stopped", restart=10))
 
 
-def test_the_reason_stays_with_the_run(tiny_spec, capsys):
+def test_the_same_failure_on_another_node_is_the_same(tiny_spec):
     run = RunStore().run(tiny_spec)
-    run.set_status(Status("failed", step=3, steps=24, reason="loss is nan at step 4"))
-    assert attempt.record(run.path, "7", 0, "1", 3, 10)
+    for node, again in (("node1", True), ("node2", False)):
+        kind, reason, where = attempt.judge(_death("failed with ValueError: x (exit code 1)", node), run)
+        assert (kind, where) == ("failed", node)
+        assert attempt.record(run, "7", 0, kind, reason, where, Limits(3, 10)) is again
+
+
+def _death(how: str, host: str = "node1") -> RankFailed:
+    return RankFailed(0, 1, host, how, Path("rank-00000.txt"), "")
+
+
+def test_the_reason_stays_with_the_run(tiny_spec, capsys):
+    run, limits = RunStore().run(tiny_spec), Limits(3, 10)
+
+    def record(failure: RankFailed, job: str, restart: int) -> bool:
+        return attempt.record(run, job, restart, *attempt.judge(failure, run), limits)
+
+    failed = Status("failed", step=3, steps=24, reason="loss is nan at step 4")
+    run.set_status(failed)
+    assert record(_death("failed with FloatingPointError (exit code 1)"), "7", 0)
     assert run.status.state == "stopped" and run.status.reason == "loss is nan at step 4; tried again"
-    run.set_status(Status("failed", step=3, steps=24, reason="loss is nan at step 4"))
-    assert not attempt.record(run.path, "7", 1, "1", 3, 10)
+    run.set_status(failed)
+    assert not record(_death("failed with FloatingPointError (exit code 1)"), "7", 1)
     assert run.status.reason == "failed twice the same way: loss is nan at step 4" and run.status.step == 3
-    assert attempt.record(run.path, "8", 0, "137", 3, 10), "another job"
-    assert attempt.history(run)[-1].reason == "killed by SIGKILL (out of memory?)"
-    assert attempt.record(run.path, "8", 1, "138", 3, 10) and attempt.history(run)[-1].kind == "stopped", (
-        "told to stop before it could listen"
-    )
+    assert record(_death("was killed by SIGKILL", "node3"), "8", 0), "another job"
+    last = attempt.history(run)[-1]
+    assert last.reason == "rank 0 of 1 on node3 was killed by SIGKILL (out of memory?)" and last.node == "node3"
+    assert record(_death("hangs: no sign of life for 300 s; it stands at a.py:3 in f"), "9", 0)
+    assert attempt.history(run)[-1].kind == "killed"
+    assert record(_death("was killed by SIGUSR1"), "8", 1)
+    assert attempt.history(run)[-1].kind == "stopped", "told to stop before it could listen"
 
 
 def test_a_disk_without_room_for_a_line_ends_it(tiny_spec, monkeypatch, capsys):
     run = RunStore().run(tiny_spec)
     (run.path / attempt.ATTEMPTS).symlink_to("/dev/full")
     monkeypatch.setattr(attempt, "history", lambda run: [])  # reading that device would never end
-    assert not attempt.record(run.path, "7", 0, "1", 3, 10)
+    assert not attempt.record(run, "7", 0, "failed", "x", "node1", Limits(3, 10))
     assert "No space left" in capsys.readouterr().err
+
+
+def test_a_requeued_job_leaves_out_the_node_that_killed_it_if_there_are_others(slurm, monkeypatch):
+    def requeue(exclude: str, nodes: int = 1) -> list[str]:
+        monkeypatch.setenv("SLURM_JOB_PARTITION", "gpu")
+        monkeypatch.setenv("SLURM_JOB_NUM_NODES", str(nodes))
+        queue.requeue("12_3", exclude)
+        return [line for line in slurm.commands() if line.startswith("scontrol")]
+
+    slurm.says("RUNNING")
+    assert requeue("node1") == ["scontrol requeue 12_3", "scontrol update JobId=12_3 ExcNodeList=node1"]
+    assert requeue("") == requeue("node1", nodes=2) == requeue("node9") == ["scontrol requeue 12_3"]
+    slurm.says("COMPLETING")
+    assert requeue("node1") == [], "it has been cancelled meanwhile"
 
 
 # -- how things stand ----------------------------------------------------------------------------------------------------
@@ -283,10 +382,10 @@ def submitted(tiny_spec, monkeypatch):
     """Four runs and a notebook on record; the test says what Slurm knows."""
     specs = [replace(tiny_spec, train=replace(tiny_spec.train, seed=seed)) for seed in range(4)]
     runs = [RunStore().run(spec) for spec in specs]
-    record = submit.Submission("20260101-000000-x-abc", "x", "local", None, "2026-01-01T00:00:00Z")
+    record = Submission("20260101-000000-x-abc", "x", "local", None, "2026-01-01T00:00:00Z")
     record.parts = [
-        submit.Part("runs-0", "7", [run.spec.id for run in runs]),
-        submit.Part("notebook-0", "8", [run.spec.id for run in runs], {"seeds": 4}),
+        Part("runs-0", "7", [run.spec.id for run in runs]),
+        Part("notebook-0", "8", [run.spec.id for run in runs], {"seeds": 4}),
     ]
     record.write()
     jobs: dict = {}
@@ -345,6 +444,46 @@ def test_without_slurm_the_runs_still_speak(submitted, monkeypatch):
     assert console.export_text().strip() == "nothing submitted (by these names) · squeue: nobody answers"
 
 
+def test_one_bad_file_hides_nothing_else(submitted, tiny_spec, slurm, monkeypatch):
+    runs, job, record, jobs = submitted
+    for index in range(4):
+        job("runs-0", index, "PENDING", "Priority")
+    (runs[0].path / "status.json").write_text("")
+    (runs[1].path / "spec.json").write_text('{"train": {')
+    shutil.rmtree(runs[2].path)
+    for name in ("20260102-000000-x-abd", "20260103-000000-x-abe"):
+        (record.folder.parent / name).mkdir()
+    (record.folder.parent / "20260102-000000-x-abd" / "submission.json").write_text("")
+    (record.folder.parent / "20260103-000000-x-abe" / "submission.json").write_text('{"id": 3, "parts": []}')
+    jobs["20260102-000000-x-abd", "runs-0", 0] = Job("9_0", "", "runs-0", 0, "PENDING", "Priority", "", "1:00")
+    (record.folder / "notebook-0.json").write_text("{")
+    rows = {row.id: row for row in status.overview(everything=True).rows}
+    by_run = [rows[run.spec.id] for run in runs]
+    assert [row.state for row in by_run] == ["unreadable"] * 3 + ["waiting"]
+    assert "status.json: not valid JSON" in by_run[0].reason and "spec.json: not valid JSON" in by_run[1].reason
+    assert "was the run removed?" in by_run[2].reason and "submission.json" in rows["20260103-000000-x-abe"].reason
+    assert rows[f"{record.id}/notebook-0"].state == "unreadable"
+    assert all("\n" not in row.reason for row in rows.values())
+    done = CliRunner().invoke(app, ["cancel", "--all"], catch_exceptions=False)
+    assert done.exit_code == 0 and "cancelled 5 jobs" in done.output and slurm.calls() == ["scancel"]
+    # And submitting goes on: the torn spec is written again.
+    jobs.clear()
+    plan = submit.submit("x", [({}, [run.spec for run in runs])], profiles.load("local"), with_notebooks=False)
+    assert [len(group) for group in plan.specs.values()] == [4]
+    assert RunStore().at(runs[1].spec.id).spec == runs[1].spec
+
+
+def test_a_parameter_is_not_markup(submitted):
+    from rich.console import Console
+
+    _, _, record, _ = submitted
+    record.parts[1].values = {"arms": ["[/b]", "[red]"]}
+    record.write()
+    console = Console(width=200, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
+    console.print(status.overview())
+    assert "arms=['[/b]', '[red]']" in console.export_text()
+
+
 def test_a_machine_without_a_cluster_is_told_as_such(monkeypatch, tmp_path):
     """What Slurm's own commands say where there is no slurm.conf fills three lines."""
     squeue = tmp_path / "squeue"
@@ -363,11 +502,11 @@ def test_a_machine_without_a_cluster_is_told_as_such(monkeypatch, tmp_path):
 
 def test_a_full_queue_is_asked_for_once_and_read_right(monkeypatch):
     lines = [
-        "12_0|RUNNING|None|node1|1:00|moelab s runs-0",
-        "12_1|PENDING|JobArrayTaskLimit||1:00|moelab s runs-0",
-        "13|PENDING|Dependency||1:00|moelab s notebook-0",
-        "14|RUNNING|None|node1|1:00|(null)",
-        "11_0|COMPLETED|None|node1|1:00|moelab s runs-0",
+        "12_0|RUNNING|None|node1|1:00|2:00|moelab s runs-0",
+        "12_1|PENDING|JobArrayTaskLimit||2:00|2:00|moelab s runs-0",
+        "13|PENDING|Dependency||1:00|1:00|moelab s notebook-0",
+        "14|RUNNING|None|node1|1:00|2:00|(null)",
+        "11_0|COMPLETED|None|node1|1:00|2:00|moelab s runs-0",
     ]
     asked = []
     monkeypatch.setattr(queue, "_run", lambda *command, **_: asked.append(command) or "\n".join(lines))
@@ -385,5 +524,5 @@ def test_logs_are_found_by_the_beginning_of_an_id(submitted):
         status.log_of("tiny")
     with pytest.raises(ValueError, match="no log of 'nothing'"):
         status.log_of("nothing")
-    (record.folder / "notebook-0.out").write_text("cell 1")
+    (record.folder / "8_0_log.out").write_text("cell 1")
     assert status.log_of(f"{record.id}/notebook-0").read_text() == "cell 1"

@@ -113,6 +113,7 @@ def launch(
     environment: Mapping[str, str] | None = None,
     per_node: int = 8,
     how: Literal["auto", "local", "srun"] = "auto",
+    srun: Sequence[str] = (),
 ) -> int:
     """Run `command` as `ranks` ranks to their end.
 
@@ -123,6 +124,7 @@ def launch(
         environment: of the ranks, before their place is added; by default this process's.
         per_node: ranks of a node, for srun.
         how: "local" processes, tasks of "srun", or srun just where this is a job of several nodes or tasks.
+        srun: further options of srun (a container, the binding to cores).
 
     Returns:
         FINISHED (0): all ended well. STOPPED (75): some said that they stopped as asked, the others ended well too.
@@ -145,7 +147,7 @@ def launch(
     try:
         starts = [_size(_log(logs, rank)) for rank in range(ranks)]
         if slurm:
-            started = SlurmRanks(command, ranks, logs.resolve(), session, environment, per_node)
+            started = SlurmRanks([*srun, *command], ranks, logs.resolve(), session, environment, per_node)
         else:
             started = LocalRanks(command, ranks, logs, session, environment)
         watch = _Watch(started, ranks, limits, logs, starts, session)

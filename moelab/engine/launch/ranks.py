@@ -125,7 +125,7 @@ class SlurmRanks:
         environment: Mapping[str, str],
         per_node: int,
     ) -> None:
-        self._ranks, self._said, self._session = ranks, session / "srun.txt", session
+        self._ranks, self._said, self._session, self._per_node = ranks, session / "srun.txt", session, per_node
         nodes = int(environment.get("SLURM_JOB_NUM_NODES", 1))
         if (
             ranks > per_node
@@ -138,6 +138,8 @@ class SlurmRanks:
             )
         layout = [f"--nodes={nodes}", f"--ntasks-per-node={ranks // nodes}"] if ranks == nodes * per_node else []
         cpus = environment.get("SLURM_CPUS_PER_TASK")
+        # A step of one task does not look like a rank to `process.find`, and would give no signs of life.
+        alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"} if ranks == 1 else {}
         with open(self._said, "ab") as said:
             self._srun = subprocess.Popen(
                 [
@@ -159,7 +161,12 @@ class SlurmRanks:
                 stdin=subprocess.DEVNULL,
                 start_new_session=True,
                 preexec_fn=_die_with(os.getpid(), signal.SIGTERM),  # srun then ends the step
-                env={**environment, RENDEZVOUS.name: str(session / "rendezvous.json"), HEARTBEAT.name: str(session)},
+                env={
+                    **environment,
+                    **alone,
+                    RENDEZVOUS.name: str(session / "rendezvous.json"),
+                    HEARTBEAT.name: str(session),
+                },
             )
 
     def codes(self) -> list[int | None]:
@@ -187,7 +194,7 @@ class SlurmRanks:
         for match in self._ENDED.finditer(self._text()):
             if rank in _tasks(match["tasks"]):
                 return match["host"]
-        return os.environ.get("SLURM_JOB_NODELIST", "the allocation")
+        return _host(rank, self._per_node) or os.environ.get("SLURM_JOB_NODELIST", "the allocation")
 
     def ask_to_stop(self) -> None:
         self.signal(signal.SIGUSR1)  # SIGTERM would make srun end the step itself
@@ -242,6 +249,14 @@ def _wait(processes: Sequence[subprocess.Popen], seconds: float) -> None:
     deadline = time.monotonic() + seconds
     while any(p.poll() is None for p in processes) and time.monotonic() < deadline:
         time.sleep(0.05)
+
+
+def _host(rank: int, per_node: int) -> str:
+    """Return the node of a rank of a job, ranks being laid out in blocks; empty when Slurm does not say."""
+    with contextlib.suppress(OSError, IndexError, subprocess.TimeoutExpired):
+        told = subprocess.run(["scontrol", "show", "hostnames"], capture_output=True, text=True, timeout=60)
+        return told.stdout.split()[rank // per_node]
+    return ""
 
 
 def _tasks(text: str) -> list[int]:

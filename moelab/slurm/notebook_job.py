@@ -1,6 +1,7 @@
-"""The job of a notebook: `python -m moelab.slurm.notebook SUBMISSION_FOLDER PART`.
+"""Execute a notebook of a submission: `python -m moelab.slurm.notebook_job SUBMISSION_FOLDER PART`, a step of its job.
 
-Its outcome is `PART.json` in the submission's folder, written when it is over; a notebook file without one proves nothing.
+The outcome is `PART.json` in the submission's folder, written last; papermill marks a notebook's cells as completed even when the
+kernel has died.
 """
 
 from __future__ import annotations
@@ -15,11 +16,11 @@ from moelab.files import read_json, write_json
 from moelab.notebook import execute as notebooks
 from moelab.report import site
 from moelab.report.publication import SUMMARY
-from moelab.slurm.submit import Submission
+from moelab.slurm.submission import Submission
 
 
 def main(folder: Path, name: str) -> int:
-    """Exit code 0 when a result was published, with or without missing runs; 1 when the notebook failed."""
+    """Return 0 when a result was published, with or without missing runs; 1 when the notebook failed."""
     submission = Submission.read(folder / "submission.json")
     part = next(part for part in submission.parts if part.name == name)
     file = folder / f"{name}.json"

@@ -1,4 +1,4 @@
-"""`moelab lab --profile NAME`: JupyterLab on a node of the cluster, in an allocation of its own, and the way to it."""
+"""Serve JupyterLab on a node of a cluster, in an allocation of its own, and print the ssh tunnel to it (`moelab lab --profile NAME`)."""
 
 from __future__ import annotations
 
@@ -6,17 +6,49 @@ import getpass
 import json
 import os
 import secrets
+import signal
 import socket
+import subprocess
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 
 from moelab import paths
-from moelab.files import write_text
-from moelab.slurm import queue, script
+from moelab.slurm import executor, queue
+from moelab.slurm.callables import Checkpointable
 from moelab.slurm.profiles import Profile
+
+
+@dataclass
+class ServeJupyter(Checkpointable):
+    """Serve JupyterLab as a step of Slurm.
+
+    Attributes:
+        command: srun with its options, and the interpreter.
+        options: of jupyterlab.
+        folder: where its token is; it writes the node's name beside it.
+        everywhere: listen on the node's address, not on its loopback only.
+    """
+
+    command: tuple[str, ...]
+    options: tuple[str, ...]
+    folder: str
+    everywhere: bool
+
+    def work(self) -> dict[str, Any]:
+        """Serve until the server ends or is stopped."""
+        folder = Path(self.folder)
+        (folder / "node").write_text(os.environ.get("SLURMD_NODENAME") or socket.gethostname())
+        token = (folder / "token").read_text()
+        variables = {**os.environ, "JUPYTER_TOKEN": token, "JUPYTER_RUNTIME_DIR": self.folder}
+        variables.pop("XDG_RUNTIME_DIR", None)
+        address = f"--ServerApp.ip={socket.getfqdn() if self.everywhere else '127.0.0.1'}"
+        command = [*self.command, "-m", "jupyterlab", address, *self.options]
+        return {"exit code": self.wait_for(subprocess.Popen(command, env=variables), signal.SIGTERM)}
 
 
 def start(profile: Profile, arguments: Sequence[str]) -> int:
@@ -34,12 +66,14 @@ def start(profile: Profile, arguments: Sequence[str]) -> int:
     token = secrets.token_hex(24)
     (folder / "token").touch(mode=0o600)  # in a file only its owner reads: a command line is seen by all
     (folder / "token").write_text(token)
-    write_text(folder / "lab.sbatch", script.lab_script(profile, folder=folder, arguments=list(arguments)))
+    options = (f"--ServerApp.root_dir={paths.notebooks()}", "--no-browser", *arguments)
+    serve = ServeJupyter(executor.step(profile), options, str(folder), everywhere=profile.lab_address == "node")
     try:
-        job = queue.submit(folder / "lab.sbatch")
+        job = executor.for_jupyter(profile, folder).queue(serve, [()])
     except queue.SlurmError as error:
         raise ValueError(str(error)) from None
-    console.print(f"job {job}: JupyterLab on {profile.name}; Ctrl-C ends it (log: {folder / 'lab.out'})")
+    log = folder / f"{job}_0_log.out"
+    console.print(f"job {job}: JupyterLab on {profile.name}; Ctrl-C ends it (log: {log})")
     try:
         server = _wait(job, folder, console)
         if server is not None:
@@ -50,14 +84,13 @@ def start(profile: Profile, arguments: Sequence[str]) -> int:
         queue.cancel([job])
         console.print(f"\njob {job} cancelled")
         return 0
-    log = folder / "lab.out"
     console.print(f"job {job} ended; the last lines of {log}:")
     console.print(*log.read_text().splitlines()[-4:] if log.exists() else ["(nothing)"], sep="\n", markup=False)
     return 1
 
 
 def _wait(job: str, folder: Path, console: Console) -> dict | None:
-    """What the server wrote about itself, once it is up; None when the job ended before."""
+    """Return what the server wrote about itself, once it is up; None when the job ended before."""
     said = ""
     while True:
         for file in folder.glob("jpserver-*.json"):

@@ -1,0 +1,218 @@
+"""Make submitit's executors from a cluster profile: what a job asks Slurm for, and the environment that it starts in.
+
+Jobs go to Slurm through submitit: `update_parameters`, `batch`, `submit`. One method of the interface for its plugins is called here,
+`_make_submission_file_text`: a dry run shows the batch script and `sbatch --test-only` judges it, and submitit writes it only as it queues.
+"""
+
+from __future__ import annotations
+
+import math
+import shlex
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import submitit
+from submitit.core.utils import FailedJobError
+
+from moelab import environment, paths
+from moelab.runs.spec import RunSpec
+from moelab.slurm import queue
+from moelab.slurm.profiles import Profile, megabytes, minutes
+
+
+@dataclass(frozen=True)
+class Size:
+    """What one run's job asks for. Runs of equal size share an array.
+
+    Attributes:
+        ranks, nodes, per_node: ranks in all, nodes, ranks of a node.
+        gpus: of each node.
+        cpus: of each rank.
+        memory: MiB of each node; 0 is the site's default.
+    """
+
+    ranks: int
+    nodes: int
+    per_node: int
+    gpus: int
+    cpus: int
+    memory: int
+
+    @classmethod
+    def of(cls, spec: RunSpec, profile: Profile) -> Size:
+        """Return the size of a run's job. ValueError, one line, when the profile's cluster is too small for it."""
+        layout = spec.parallel
+        per_node = min(layout.ranks_per_node, profile.gpus_per_node)
+        nodes = layout.ranks // per_node
+        told = f"{spec.title}: {layout.ranks} ranks in nodes of {layout.ranks_per_node}"
+        # Smaller nodes than the layout's do no harm unless it counts on them.
+        if per_node < layout.ranks_per_node and (
+            layout.hierarchical or per_node % layout.tensor or layout.ranks % per_node
+        ):
+            raise ValueError(
+                f"{told} do not fit profile {profile.name}'s nodes of {profile.gpus_per_node}; set its gpus_per_node"
+            )
+        if nodes > profile.nodes:
+            raise ValueError(f"{told} need {nodes} nodes; profile {profile.name} allows {profile.nodes}")
+        return cls(
+            ranks=layout.ranks,
+            nodes=nodes,
+            per_node=per_node,
+            gpus=per_node if spec.train.device == "cuda" else 0,
+            cpus=max(profile.cpus_per_rank, spec.train.threads),
+            memory=per_node * megabytes(profile.memory_per_rank, profile.name),
+        )
+
+
+class Executor(submitit.SlurmExecutor):
+    """submitit's executor for Slurm, which can also be made, and show its batch script, where there is no Slurm."""
+
+    @classmethod
+    def affinity(cls) -> int:
+        return 2
+
+    def script(self, count: int) -> str:
+        """Return the batch script of one job, or of an array of `count`."""
+        shown = Executor(self.folder, python=self.python)
+        shown.parameters = {**self.parameters, **({"map_count": count} if count > 1 else {})}
+        return shown._make_submission_file_text(shown._submitit_command_str, "")
+
+    def queue(self, function: Callable[..., Any], arguments: Sequence[tuple[str, ...]]) -> str:
+        """Queue one job, or an array, that calls `function` with each of the arguments, and return its id.
+
+        Raises:
+            queue.SlurmError: Slurm refuses it or does not answer.
+        """
+        try:
+            with queue.environment(), self.batch():
+                jobs = [self.submit(function, *values) for values in arguments]
+        except FileNotFoundError:
+            raise queue.not_installed("sbatch") from None
+        except FailedJobError as error:
+            raise queue.explain("sbatch", str(error), 1) from None
+        return jobs[0].job_id.partition("_")[0]
+
+
+def for_runs(profile: Profile, size: Size, snapshot: Path | None, folder: Path, **parameters: Any) -> Executor:
+    """Return the executor of an array of runs, or of one; `parameters` are further ones of submitit (name, comment, dependency)."""
+    return _executor(
+        profile,
+        snapshot,
+        folder,
+        time=profile.time,
+        nodes=size.nodes,
+        ntasks_per_node=size.per_node,
+        cpus_per_task=size.cpus,
+        gpus_per_node=_gpus(profile, size.gpus),
+        mem=f"{size.memory}M" if size.memory else None,
+        array_parallelism=profile.array_parallelism,
+        signal=f"USR1@{profile.lead_s}",  # to the ranks; submitit's USR2 would go to them as well
+        **parameters,
+    )
+
+
+def for_notebook(profile: Profile, snapshot: Path | None, folder: Path, **parameters: Any) -> Executor:
+    """Return the executor of a notebook's job."""
+    return _executor(
+        profile,
+        snapshot,
+        folder,
+        exports={environment.EXECUTOR.name: "read"},
+        time=profile.notebook_time,
+        cpus_per_task=profile.notebook_cpus,
+        gpus_per_node=_gpus(profile, profile.notebook_gpus),
+        mem=profile.notebook_memory or None,
+        **parameters,
+    )
+
+
+def for_jupyter(profile: Profile, folder: Path) -> Executor:
+    """Return the executor of JupyterLab on one node with all its GPUs, on the checkout as it is."""
+    return _executor(
+        profile,
+        None,
+        folder,
+        job_name="moelab-lab",
+        comment="moelab lab",
+        time=profile.lab_time,
+        cpus_per_task=profile.cpus_per_rank * profile.gpus_per_node,
+        gpus_per_node=_gpus(profile, profile.gpus_per_node),
+        mem=f"{profile.gpus_per_node * megabytes(profile.memory_per_rank, profile.name)}M"
+        if profile.memory_per_rank
+        else None,
+        requeue=False,
+    )
+
+
+def step(profile: Profile, *options: str) -> tuple[str, ...]:
+    """Return the srun command line, up to the interpreter, of a step of one task."""
+    arguments = ("--ntasks=1", "--nodes=1", *options, "--unbuffered", *profile.srun, *profile.container)
+    return ("srun", *arguments, interpreter(profile))
+
+
+def interpreter(profile: Profile) -> str:
+    """Return the Python interpreter of ranks and notebooks."""
+    return profile.python or sys.executable
+
+
+def _executor(
+    profile: Profile,
+    snapshot: Path | None,
+    folder: Path,
+    *,
+    time: str,
+    signal: str = "INT@30",  # a notebook out of time is saved as it is
+    requeue: bool = True,
+    exports: dict[str, str] | None = None,
+    **parameters: Any,
+) -> Executor:
+    if "%" in str(folder):
+        raise ValueError(f"{folder}: Slurm and submitit would replace what follows the % of a path; set MOELAB_HOME")
+    # The driver stays outside the container: it calls srun. `exec`: signals to the batch script reach it.
+    driver = sys.executable if profile.container else interpreter(profile)
+    executor = Executor(folder, max_num_timeout=profile.restarts, python=f"exec {shlex.quote(driver)}")
+    dependency = parameters.pop("dependency", "")
+    extra = dict(argument.removeprefix("--").partition("=")[::2] for argument in profile.sbatch)
+    given = {
+        "partition": profile.partition or None,
+        "account": profile.account or None,
+        "qos": profile.qos or None,
+        "constraint": profile.constraint or None,
+        # Whole minutes, since submitit multiplies them.
+        "time": math.ceil(minutes(time, profile.name)),
+        "setup": [*profile.setup, *_exports(profile, snapshot, exports or {})],
+        "stderr_to_stdout": True,
+        "use_srun": False,  # one driver, which starts the ranks with srun itself
+        "wckey": None,
+        "nodes": 1,
+        "ntasks_per_node": 1,
+        "dependency": dependency or None,
+        "additional_parameters": {
+            "signal": signal,
+            "open-mode": "append",  # a requeued job would start its log anew
+            **({"requeue": True} if requeue else {}),
+            **({"kill-on-invalid-dep": "yes"} if dependency.startswith("afterok") else {}),
+            **{key: value or True for key, value in extra.items()},
+        },
+        **parameters,
+    }
+    executor.update_parameters(**given)
+    return executor
+
+
+def _exports(profile: Profile, snapshot: Path | None, further: dict[str, str]) -> list[str]:
+    """Return the shell lines that set a job's environment variables."""
+    values = {environment.HOME.name: str(paths.home()), environment.RESULTS.name: str(paths.results()), **further}
+    lines = [f"{name}={shlex.quote(value)}" for name, value in values.items()]
+    if snapshot is not None:
+        # A module is otherwise looked for in the current folder first, which may be the checkout.
+        lines += [f"PYTHONPATH={shlex.quote(str(snapshot))}${{PYTHONPATH:+:$PYTHONPATH}}", "PYTHONSAFEPATH=1"]
+    pairs = (line.partition("=") for line in profile.environment)
+    return [f"export {line}" for line in (*lines, *(f"{name}={shlex.quote(value)}" for name, _, value in pairs))]
+
+
+def _gpus(profile: Profile, count: int) -> str | None:
+    return (f"{profile.gpu_type}:{count}" if profile.gpu_type else str(count)) if count else None

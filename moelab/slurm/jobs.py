@@ -1,0 +1,125 @@
+"""Hold the jobs of submitted runs as submitit's users know them: `job_id`, `state`, `done`, `wait`, `stdout`, `result`, `cancel`.
+
+submitit's own `Job` reads results and errors from pickles, which execute code as they load and may contradict the run (an error pickle of
+an attempt before the present one), and states from `sacct`. A `RunJob` reads the run's directory and `squeue` instead.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import submitit
+from submitit.core.utils import FailedJobError
+
+from moelab.runs.spec import RunSpec
+from moelab.runs.store import Run, RunStore
+from moelab.slurm import local, queue
+from moelab.slurm.status import Overview, Row, overview, watch
+from moelab.slurm.submission import root, submissions
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+
+class RunJob(submitit.Job[dict[str, Any]]):
+    """The job of one run.
+
+    Attributes:
+        run: the run; its files are the truth.
+        job_id: ``12_3``, or ``local-4711`` without Slurm; empty for a run that had finished before it was submitted.
+    """
+
+    def __init__(self, run: Run, store: RunStore, folder: str = "", job_id: str = "") -> None:
+        super().__init__(folder or run.path, job_id)
+        self.run, self._store = run, store
+
+    @property
+    def row(self) -> Row:
+        """How it stands now; one call to Slurm."""
+        found = [row for row in overview([self.run.spec.id], store=self._store).rows if row.id == self.run.spec.id]
+        return found[0] if found else Row("", self.run.spec.title, self.run.spec.id, self.run.status.state)
+
+    @property
+    def state(self) -> str:
+        """Its state: waiting, starting, running, finished, failed, stopped or lost, see `moelab.slurm.status.Row`."""
+        return "finished" if self.run.finished else self.row.state
+
+    def done(self, force_check: bool = False) -> bool:
+        """Return whether nothing more will happen to it: it has finished, failed for good, or been cancelled."""
+        return self.run.finished or self.row.over
+
+    def wait(self) -> None:
+        """Wait until it is done; asks Slurm once in ten seconds, at first more often."""
+        watch(lambda _: None, [self.run.spec.id], store=self._store)
+
+    def result(self) -> dict[str, Any]:
+        """Wait, and return the run's result. FailedJobError, with the reason, when it has none."""
+        if error := self.exception():
+            raise error
+        return self.run.result
+
+    def results(self) -> list[dict[str, Any]]:
+        """Return `result` in a list."""
+        return [self.result()]
+
+    def exception(self) -> FailedJobError | None:
+        """Wait, and return why there is no result; None when there is one."""
+        self.wait()
+        if self.run.finished:
+            return None
+        return FailedJobError(f"run {self.run.spec.id}: {self.row.state}: {self.row.reason or 'no reason known'}")
+
+    def stdout(self) -> str | None:
+        """Return the run's log, with what its ranks printed; None before there is one. The driver's is in `paths.stdout`."""
+        log = self.run.path / "log.txt"
+        return log.read_text(errors="replace") if log.exists() else None
+
+    def stderr(self) -> None:
+        """Return None: a log holds both."""
+
+    def cancel(self, check: bool = True) -> None:
+        """Cancel it; it writes a checkpoint. A local job is cancelled with all the runs of its submission."""
+        if self.job_id:
+            queue.cancel(local.cancel([self.job_id]))
+
+    def get_info(self, mode: str = "force") -> dict[str, str]:
+        """Return the state and node, named as submitit names them."""
+        return {"JobID": self.job_id, "State": self.state, "NodeList": self.row.node}
+
+
+class Jobs(tuple[RunJob, ...]):
+    """The jobs of the specs that were submitted together, in their order; shows as the table of their states."""
+
+    @classmethod
+    def of(cls, specs: Sequence[RunSpec], store: RunStore) -> Jobs:
+        """Find the newest job of each spec."""
+        places = {}
+        for submission in reversed(submissions()):
+            for part in submission.parts:
+                for index, run in enumerate(part.runs if part.values is None and part.job else ()):
+                    alone = submission.cluster == "local" or len(part.runs) == 1
+                    places[run] = (str(root() / submission.id), f"{part.job}" if alone else f"{part.job}_{index}")
+        return cls(RunJob(store.run(spec), store, *places.get(spec.id, ())) for spec in specs)
+
+    @property
+    def overview(self) -> Overview:
+        """How they stand now; one call to Slurm."""
+        if not self:
+            return Overview(())
+        return overview([job.run.spec.id for job in self], store=self[0]._store)
+
+    def frame(self) -> pd.DataFrame:
+        """Return their states as a table, see `moelab.slurm.status.Row`."""
+        return self.overview.frame()
+
+    def wait(self) -> None:
+        """Wait until all are done."""
+        if self:
+            watch(lambda _: None, [job.run.spec.id for job in self], store=self[0]._store)
+
+    def _repr_mimebundle_(self, **options: Any) -> Any:
+        return self.overview._repr_mimebundle_(**options)
+
+    def __rich__(self) -> Any:
+        return self.overview.table()

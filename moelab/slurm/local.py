@@ -1,0 +1,131 @@
+"""Run a submission as processes of this machine, through submitit's local executor: the way of a submission without Slurm.
+
+submitit's executor starts each job at once, so a submission is one job here, which trains `array_parallelism` runs at a time and then
+executes the notebooks. It is one job, too, for `moelab cancel`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import subprocess
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+
+import psutil
+import submitit
+
+from moelab import environment
+from moelab.files import read_json, write_json
+from moelab.runs.spec import RunSpec
+from moelab.runs.store import RunStore
+from moelab.slurm import queue
+from moelab.slurm.attempt import Limits
+from moelab.slurm.callables import LocalBatch
+from moelab.slurm.profiles import Profile
+from moelab.slurm.submission import Submission
+
+_YEAR_MIN = 365 * 24 * 60  # a local job has no time limit
+
+
+def start(
+    submission: Submission,
+    profile: Profile,
+    specs: Mapping[str, Sequence[RunSpec]],
+    directories: Mapping[str, Sequence[Path]],
+) -> None:
+    """Start the job of a submission and write its id into the record."""
+    depths: dict[int, list[str]] = {}
+    for name, group in specs.items():
+        for spec, path in zip(group, directories[name], strict=True):
+            depths.setdefault(len(spec.requires()), []).append(str(path))
+    plan = {
+        "stages": [depths[depth] for depth in sorted(depths)],
+        "notebooks": [part.name for part in submission.parts if part.values is not None],
+        "workers": profile.array_parallelism,
+        "failures": profile.failures,
+        "restarts": profile.restarts,
+        "gpus": profile.gpus_per_node
+        if any(s.train.device == "cuda" for group in specs.values() for s in group)
+        else 0,
+    }
+    write_json(submission.folder / "local.json", plan)
+    code = {"PYTHONPATH": submission.snapshot, "PYTHONSAFEPATH": "1"} if submission.snapshot else {}
+    # A session of its own: Ctrl-C, an interrupted notebook and the end of the terminal do not reach the job.
+    with open(submission.folder / "local.out", "ab") as log:
+        done = subprocess.run(
+            [sys.executable, "-m", "moelab.slurm.local", str(submission.folder)],
+            start_new_session=True,
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            env={**os.environ, **code, environment.EXECUTOR.name: "read"},
+        )
+    if done.returncode:
+        raise ValueError(f"the local job could not be started; see {submission.folder / 'local.out'}")
+    id = read_json(submission.folder / "local.id.json")
+    for part in submission.parts:
+        part.job = f"{queue.LOCAL}{id}"
+    submission.write()
+
+
+def jobs(known: Iterable[Submission], store: RunStore) -> dict[tuple[str, str, int], queue.Job]:
+    """Return the runs and notebooks of local submissions that live: (submission, part, index) -> job."""
+    found = {}
+    for submission in known:
+        if submission.cluster != "local" or not submission.parts or not _lives(submission):
+            continue
+        for part in submission.parts:
+            for index, run in enumerate(part.runs) if part.values is None else [(0, "")]:
+                works = _trains(store, run) if run else (submission.folder / f"{part.name}.progress.json").exists()
+                over = run and (store.root / run / "result.json").exists()
+                state = "COMPLETED" if over else "RUNNING" if works else "PENDING"
+                key = (submission.id, part.name, index)
+                found[key] = queue.Job(str(part.job), *key, state=state, reason="None", node="", left="")
+    return found
+
+
+def cancel(ids: Iterable[str]) -> list[str]:
+    """Ask the local ones of these jobs to stop, with checkpoints, and return the ids of the others."""
+    others = []
+    for id in dict.fromkeys(ids):
+        if not id.startswith(queue.LOCAL):
+            others.append(id)
+            continue
+        if process := _process(id, "submitit.local._local"):
+            process.terminate()
+    return others
+
+
+def _lives(submission: Submission) -> bool:
+    return _process(submission.parts[0].job or "", str(submission.folder)) is not None
+
+
+def _process(id: str, word: str) -> psutil.Process | None:
+    """Return the process of a local job, if it is there; a word of its command line tells it from one that got the same number."""
+    with contextlib.suppress(psutil.Error, ValueError):
+        process = psutil.Process(int(id.removeprefix(queue.LOCAL)))
+        if process.status() != psutil.STATUS_ZOMBIE and word in process.cmdline():
+            return process
+    return None
+
+
+def _trains(store: RunStore, run: str) -> bool:
+    with contextlib.suppress(OSError, ValueError):
+        return store.at(run).locked
+    return False
+
+
+def main(folder: Path) -> None:
+    """Start the job of the submission in a folder and write down its id."""
+    plan = read_json(folder / "local.json")
+    executor = submitit.AutoExecutor(folder, cluster="local")
+    executor.update_parameters(timeout_min=_YEAR_MIN, gpus_per_node=plan["gpus"], stderr_to_stdout=True)
+    limits = Limits(plan["failures"], plan["restarts"])
+    batch = LocalBatch(plan["stages"], plan["notebooks"], plan["workers"], limits, str(folder))
+    write_json(folder / "local.id.json", int(executor.submit(batch).job_id))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

@@ -1,0 +1,107 @@
+"""Record what was submitted: a folder per submission, whose `submission.json` names its jobs and their runs.
+
+    .moelab/submissions/<date>-<name>-<hash>/submission.json    runs and notebooks with their job ids
+                                             12_submission.sh   the batch script of job (array) 12
+                                             12_0_0_log.out     output of the driver of array task 12_0
+                                             notebook-0.json    outcome of a notebook
+
+The other files (``*_submitted.pkl``, ``*_result.pkl``) are submitit's: a job loads the callable it runs from the former. Nothing in
+moelab reads the latter.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal, Self
+
+from moelab import paths
+from moelab.files import read_json, write_json
+
+
+@dataclass
+class Part:
+    """One job of a submission: an array of runs, or a notebook.
+
+    Attributes:
+        name: ``runs-0`` or ``notebook-0``.
+        job: the id of the job or array; None until it is queued.
+        runs: run ids in the order of the array; for a notebook, those it waits for and shows.
+        values: parameters of the notebook; None for runs.
+    """
+
+    name: str
+    job: str | None
+    runs: list[str]
+    values: dict[str, Any] | None = None
+
+
+@dataclass
+class Submission:
+    """What one call of `submit` queued.
+
+    Attributes:
+        id: name of its folder.
+        experiment, profile: names.
+        snapshot: folder of the code that its jobs run; None for the installed package.
+        created: time, ISO 8601.
+        cluster: "slurm", or "local" for processes of one machine.
+    """
+
+    id: str
+    experiment: str
+    profile: str
+    snapshot: str | None
+    created: str
+    parts: list[Part] = field(default_factory=list)
+    cluster: Literal["slurm", "local"] = "slurm"
+
+    @property
+    def folder(self) -> Path:
+        return root() / self.id
+
+    def write(self) -> None:
+        """Write its record."""
+        write_json(self.folder / "submission.json", asdict(self))
+
+    @classmethod
+    def read(cls, path: Path) -> Self:
+        """Read a record. ValueError, one line, for a file that is none."""
+        try:
+            record = read_json(path)
+            return cls(**{**record, "parts": [Part(**part) for part in record["parts"]]})
+        except (TypeError, KeyError) as error:
+            raise ValueError(f"{path}: not the record of a submission ({error})") from None
+
+
+@dataclass(frozen=True)
+class Unreadable:
+    """A submission whose record cannot be read, and why."""
+
+    id: str
+    error: str
+
+
+def root() -> Path:
+    """Return the folder of all submissions."""
+    return paths.home() / "submissions"
+
+
+def records() -> Iterator[Submission | Unreadable]:
+    """Yield all submissions, newest first."""
+    for path in sorted(root().glob("*/submission.json"), reverse=True):
+        try:
+            yield Submission.read(path)
+        except (ValueError, OSError) as error:
+            yield Unreadable(path.parent.name, str(error))
+
+
+def submissions() -> list[Submission]:
+    """Return the submissions that can be read, newest first."""
+    return [record for record in records() if isinstance(record, Submission)]
+
+
+def outcome(folder: Path, part: str) -> dict[str, Any] | None:
+    """Return how a notebook ended: ``{"result": folder, "missing": [run ids]}`` or ``{"error": line}``; None before it has."""
+    return read_json(folder / f"{part}.json")

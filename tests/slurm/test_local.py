@@ -1,0 +1,173 @@
+"""Submit without Slurm: the same commands, records and jobs, on submitit's local executor."""
+
+from __future__ import annotations
+
+import re
+import signal
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import psutil
+import pytest
+
+from moelab.files import read_json
+from moelab.lab import Lab
+from moelab.runs.execute import execute
+from moelab.runs.store import Run, RunStore
+from moelab.slurm import attempt, local, queue, submit
+from moelab.slurm.profiles import Profile
+from moelab.slurm.status import log_of, overview
+from moelab.slurm.submission import submissions
+
+PROFILE = Profile("processes", cluster="local", array_parallelism=2)
+
+
+@pytest.fixture
+def lab(tmp_path, data_config, tiny_spec, monkeypatch):
+    monkeypatch.setenv("MOELAB_HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("MOELAB_RESULTS", str(tmp_path / "results"))
+    # Nothing here may ask Slurm.
+    monkeypatch.setattr(queue, "_run", lambda *command, **_: pytest.fail(f"{command} was called"))
+    yield Lab()
+    for record in submissions():
+        local.cancel(str(part.job) for part in record.parts)
+
+
+def until(condition: Callable[[], object], limit_s: float = 300) -> None:
+    deadline = time.monotonic() + limit_s
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def losses(run: Run) -> list:
+    return run.rows("train.jsonl")["loss"].tolist()
+
+
+def test_jobs_are_submitits_but_for_the_truth_of_the_run(lab, tiny_spec):
+    import submitit
+
+    bad = replace(tiny_spec, data=replace(tiny_spec.data, corpus="folder:/nowhere/at/all"))
+    jobs = lab.submit([tiny_spec, bad], cluster="local")
+    good, failed = jobs
+    assert isinstance(good, submitit.Job) and good.job_id.startswith("local-") and not good.done()
+    assert lab.submit([tiny_spec], cluster="local")[0].job_id == good.job_id, "nothing is queued twice"
+    jobs.wait()
+    assert good.done() and good.state == "finished" and good.result() == good.run.result
+    assert good.result() == read_json(good.run.path / "result.json") and "step 24 of 24" in good.stdout()
+    assert failed.done() and failed.state == "failed" and "/nowhere/at/all" in str(failed.exception())
+    assert [a.kind for a in attempt.history(failed.run)] == ["failed", "failed"]
+    with pytest.raises(submitit.core.utils.FailedJobError, match="failed twice the same way"):
+        failed.result()
+    assert list(jobs.frame()["state"]) == ["finished", "failed"]
+    # What submitit pickled says nothing about a run: without it all stays as it is.
+    (folder,) = (record.folder for record in submissions())
+    for pickle in folder.glob("*.pkl"):
+        pickle.write_bytes(b"not a pickle")
+    assert good.result() == good.run.result and failed.state == "failed"
+
+
+def driver(job: str) -> psutil.Process:
+    (child,) = psutil.Process(int(job.removeprefix("local-"))).children()
+    return child
+
+
+@pytest.fixture
+def long_spec(tiny_spec):
+    return replace(tiny_spec, train=replace(tiny_spec.train, tokens=6 * tiny_spec.train.tokens, checkpoint_every=20))
+
+
+def test_submitits_signal_checkpoints_and_requeues(lab, long_spec, tmp_path):
+    alone = RunStore(tmp_path / "alone").run(long_spec)
+    execute(alone)
+    (job,) = lab.submit([long_spec], cluster="local")
+    until(lambda: job.run.status.step > 30)
+    driver(job.job_id).send_signal(signal.SIGUSR2)
+    until(lambda: job.run.status.state == "stopped")
+    assert attempt.newest_checkpoint(job.run) > 30
+    job.wait()
+    assert losses(job.run) == losses(alone) and job.result()["validation_loss"] == alone.result["validation_loss"]
+    (log,) = submissions()[0].folder.glob("*_log.out")
+    assert "Requeued job" in log.read_text()
+
+
+def test_a_cancelled_job_leaves_a_checkpoint_and_goes_on_when_submitted_again(lab, long_spec):
+    (job,) = lab.submit([long_spec], cluster="local")
+    until(lambda: job.run.status.step > 30)
+    job.cancel()
+    until(lambda: not local.jobs(submissions(), lab.store))
+    step = attempt.newest_checkpoint(job.run)
+    assert (job.state, job.done()) == ("stopped", True) and step > 30
+    (again,) = lab.submit([long_spec], cluster="local")
+    assert again.job_id != job.job_id
+    again.wait()
+    steps = [int(number) for number in re.findall(r"step (\d+) of", again.stdout())]
+    assert again.state == "finished" and steps == sorted(steps), "it went on from the checkpoint"
+
+
+def test_a_teacher_first_then_its_student_then_the_notebook(lab, tiny_spec, monkeypatch):
+    started = []
+    monkeypatch.setattr(
+        local, "start", lambda submission, profile, specs, directories: started.append((specs, directories))
+    )
+    teacher = replace(tiny_spec, train=replace(tiny_spec.train, seed=5))
+    monkeypatch.setattr(type(tiny_spec), "requires", lambda self: [teacher] if self.train.seed == 0 else [])
+    plan = submit.submit("x", [({"a": 1}, [tiny_spec])], PROFILE)
+    assert list(plan.scripts) == ["runs-0", "runs-1", "notebook-0"] and set(plan.scripts.values()) == {""}
+    ((specs, directories),) = started
+    assert [group[0].id for group in specs.values()] == [teacher.id, tiny_spec.id]
+    assert [paths[0].name for paths in directories.values()] == [teacher.id, tiny_spec.id]
+
+
+def test_a_run_of_another_local_job(lab, tiny_spec, monkeypatch):
+    """A second notebook's job waits for the run itself; a job of Slurm cannot wait for a local one."""
+    monkeypatch.setattr(local, "start", lambda *_: None)
+    first = submit.submit("x", [({"a": 1}, [tiny_spec])], PROFILE).submission
+    keys = [(first.id, part.name, 0) for part in first.parts]
+    jobs = {key: queue.Job("local-7", *key, state="PENDING", reason="None", node="", left="") for key in keys}
+    monkeypatch.setattr(local, "jobs", lambda *_: dict(jobs))
+    again = submit.submit("x", [({"a": 1}, [tiny_spec])], PROFILE)
+    assert (again.queued, again.scripts) == (1, {})
+    other = submit.submit("x", [({"a": 2}, [tiny_spec])], PROFILE)
+    assert list(other.scripts) == ["runs-0", "notebook-0"]
+    monkeypatch.setattr(queue, "jobs", dict)
+    monkeypatch.setattr(queue, "check", lambda text: None)
+    monkeypatch.setattr(submit, "_queue", lambda plan, store: None)
+    there = submit.submit("x", [({"a": 3}, [tiny_spec])], Profile("site"))
+    assert list(there.scripts) == ["notebook-0"] and "local-7" not in there.scripts["notebook-0"]
+
+
+def test_from_the_command_line(lab):
+    """Runs, notebook and its log, through the profile that ships."""
+    from typer.testing import CliRunner
+
+    from moelab.cli import app
+
+    def moelab(*words: str) -> str:
+        done = CliRunner().invoke(app, [*words], catch_exceptions=False)
+        assert done.exit_code == 0, done.output
+        return done.output
+
+    command = ("submit", "pr-moe", "--scale", "smoke", "-p", 'arms=["Dense"]', "--profile", "processes")
+    assert "1 run and 1 notebook would be" in moelab(*command, "--dry-run")
+    assert "notebook, after its runs" in moelab(*command)
+    assert "nothing to submit" in moelab(*command)
+    until(lambda: all(row.over for row in overview().rows))
+    rows = overview().rows
+    assert [row.state for row in rows] == ["finished", "finished"], rows
+    assert "all 1 runs have a result" in log_of(rows[1].id).read_text()
+    assert Path(read_json(submissions()[0].folder / "notebook-0.json")["result"]).is_dir()
+
+
+def test_a_job_that_has_gone_does_not_live(lab, tiny_spec, monkeypatch):
+    monkeypatch.setattr(local, "start", lambda *_: None)
+    submit.submit("x", [({}, [tiny_spec])], PROFILE, with_notebooks=False)
+    (record,) = submissions()
+    for job in (None, "local-999999999", f"local-{psutil.Process().pid}"):  # none, a dead one, another process
+        record.parts[0].job = job
+        record.write()
+        assert not local.jobs(submissions(), lab.store)
+        assert local.cancel([job or "12_3"]) == ([] if job else ["12_3"]), "nobody is sent a signal"
+    assert overview().rows[0].state == "lost"
