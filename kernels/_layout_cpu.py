@@ -105,7 +105,8 @@ def plan(bounds: list[int], rows: int, width: int, ffn: int, dtype: torch.dtype,
         quick = onednn(dtype)
         base = _base(counts_E, width, ffn, *((16, _QUICK) if quick else (8, _SLOW)))
         if quick and counts_E.max() > _FEW_ROWS:
-            round_up = min(max(1 << (total // len(busy)).bit_length() - 4, 4), 64)  # an eighth to a sixteenth
+            average = total // len(busy)
+            round_up = min(max(1 << max(average.bit_length() - 4, 0), 4), 64)  # an eighth to a sixteenth
     more_E = np.maximum(counts_E - base, 0)
     more_E = -(-more_E // round_up) * round_up
     cut = base == 0 and total > 0 and int(counts_E.max()) * _CUT > total

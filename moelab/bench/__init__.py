@@ -1,1 +1,1 @@
-"""How fast is it? Every benchmark, on one harness: candidates take turns, medians with their spread, a floor counted first."""
+"""How fast is it? Every benchmark, on one harness: turns, medians with spread, a floor counted first."""

@@ -35,6 +35,7 @@ class Clock:
         self.reset()
 
     def reset(self) -> None:
+        """Start again at zero."""
         self.seconds: Counter[str] = Counter()
         self.collectives = 0
         self.distinct: list[int] = []
@@ -91,7 +92,7 @@ class Clock:
         self._replace(model, "head", "head")
 
     def detach(self) -> None:
-        """The model as it was."""
+        """Restore the model as it was."""
         while self._attached:
             owner, name, before = self._attached.pop()
             if before is None:

@@ -1,205 +1,285 @@
-"""What the benchmarks share: timing in turns, ceilings measured in the same run, one table and one file of numbers."""
+"""Time candidates against each other: what all benchmarks share.
+
+A benchmark declares its candidates, the inputs of a round and the floor. `in_turns` gives every candidate the same
+inputs in a round, new inputs in the next one, and begins each round with another candidate, so that other load of the
+machine meets all of them alike. A *row* (`Row`) is one candidate of one case: the median over rounds with the least
+and the greatest, the ratio to one candidate, taken round by round, and the ratio to the *floor*, the least time that
+the counted work (FLOPs, bytes, messages) takes at the rates measured in the same run.
+"""
 
 from __future__ import annotations
 
+import dataclasses
 import json
-import platform
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Literal, TypeVar
 
 import torch
 
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
+from moelab import machine, terminal
+from moelab.files import write_text
 
-Candidate = Callable[[], Any]
-
-
-def device_name(device: str) -> str:
-    """The card's or the processor's name."""
-    if device == "cuda":
-        return torch.cuda.get_device_name(0)
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        name = next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        name = platform.machine()
-    threads = torch.get_num_threads()
-    return f"{name}, {threads} thread{'s' if threads > 1 else ''}"
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+X = TypeVar("X")
+"""The inputs of a round."""
+T = TypeVar("T")
+"""What one turn measures."""
 
 
-def seconds(call: Candidate, device: str) -> float:
-    """One timed call, waiting for the device."""
+@dataclass(frozen=True)
+class Timing:
+    """How candidates are timed.
+
+    Attributes:
+        rounds: times that every candidate has its turn.
+        device: "cpu" or "cuda"; a time ends when the device is done.
+        clock: "wall", or "cpu" for the processor time of this process, which other programs' load disturbs less. It
+            adds up the time of all threads, so it needs one thread.
+        warm_up: rounds that are not counted.
+        budget_s: no new round begins after that long, once three are counted.
+    """
+
+    rounds: int = 7
+    device: str = "cpu"
+    clock: Literal["wall", "cpu"] = "wall"
+    warm_up: int = 2
+    budget_s: float = 60.0
+
+    def __post_init__(self) -> None:
+        if self.rounds < 1:
+            raise ValueError(f"bench: rounds must be at least 1, got {self.rounds}")
+        if self.clock == "cpu" and self.device != "cpu":
+            raise ValueError(f"bench: processor time does not measure {self.device}; use wall-clock time")
+
+    def check_threads(self, threads: int) -> None:
+        """Raise ValueError if the clock cannot time that many threads."""
+        if threads < 1:
+            raise ValueError(f"bench: threads must be at least 1, got {threads}")
+        if self.clock == "cpu" and threads > 1:
+            raise ValueError(f"bench: processor time needs 1 thread, got {threads}")
+
+    def seconds(self, call: Callable[[X], Any], inputs: X, calls: int = 1) -> float:
+        """Return the time of a call, the mean of `calls` in a row."""
+        read = time.process_time if self.clock == "cpu" else time.perf_counter
+        _synchronise(self.device)
+        started = read()
+        for _ in range(calls):
+            call(inputs)
+        _synchronise(self.device)
+        return (read() - started) / calls
+
+
+def _synchronise(device: str) -> None:
     if device == "cuda":
         torch.cuda.synchronize()
-    started = time.perf_counter()
-    call()
-    if device == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - started
 
 
 def in_turns(
-    candidates: dict[str, Candidate], rounds: int, device: str, budget_s: float = 60.0
-) -> dict[str, list[float]]:
-    """Seconds of each candidate, `rounds` times (at least 3, fewer than asked when `budget_s` is spent), after a warm-up of two calls.
+    candidates: Mapping[str, Callable[[X], Any]],
+    inputs: Callable[[int], X],
+    timing: Timing,
+    sample: Callable[[Callable[[X], Any], X], T] | None = None,
+) -> dict[str, list[T]]:
+    """Return what each candidate's turns measured, one value a round.
 
-    The candidates take turns, so that a machine that slows down slows them alike.
+    Args:
+        candidates: called with the round's inputs.
+        inputs: makes the inputs of a round (0, 1, ...; the first ones warm up), outside the measured time.
+        sample: measures one call of a candidate; None is `timing.seconds`.
     """
-    for call in candidates.values():
-        call()
-        call()
-    times: dict[str, list[float]] = {name: [] for name in candidates}
+    take = sample or timing.seconds
+    names = list(candidates)
+    found: dict[str, list[T]] = {name: [] for name in names}
     started = time.monotonic()
-    for i in range(rounds):
-        for name, call in candidates.items():
-            times[name].append(seconds(call, device))
-        if i >= 2 and time.monotonic() - started > budget_s:
+    for i in range(timing.warm_up + timing.rounds):
+        counted = i - timing.warm_up
+        if counted == 0:
+            started = time.monotonic()
+        if counted >= 3 and time.monotonic() - started > timing.budget_s:
             break
-    return times
+        given = inputs(i)
+        first = i % len(names)
+        for name in names[first:] + names[:first]:
+            measured = take(candidates[name], given)
+            if counted >= 0:
+                found[name].append(measured)
+    return found
 
 
-def gemm_rate(dtype: torch.dtype, device: str, largest: int = 2048) -> float:
-    """FLOP/s of an n x n x n product, median of five; n is `largest`, or less where that would take long (bf16 on a CPU that has none)."""
-    n = min(256, largest)
-    while True:
-        a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
-        a @ b
-        if n == largest or seconds(lambda a=a, b=b: a @ b, device) > 0.1:
-            break
-        n = min(2 * n, largest)
-    return 2 * n**3 / statistics.median(seconds(lambda: a @ b, device) for _ in range(5))
+@dataclass(frozen=True)
+class Row:
+    """One candidate in one case. Times are in milliseconds; `min` and `max` are the least and the greatest over rounds.
+
+    Attributes:
+        case: sizes, dtype, threads and whatever else tells the case from others.
+        candidate: its name.
+        rounds_ms: the time of each round.
+        against: the candidate that `ratio` compares with, round by round.
+        floor_ms, floor_ratio: the least time that the counted work takes, and the median over it.
+        clock: see `Timing`.
+        inputs: where the inputs come from.
+        device: the processor with its threads, or the GPU.
+        numbers: what this benchmark measures beside the time.
+    """
+
+    case: dict[str, Any]
+    candidate: str
+    median_ms: float
+    min_ms: float
+    max_ms: float
+    rounds: int
+    rounds_ms: tuple[float, ...]
+    against: str
+    ratio: float
+    ratio_min: float
+    ratio_max: float
+    floor_ms: float
+    floor_ratio: float
+    clock: str
+    inputs: str
+    device: str
+    numbers: dict[str, Any] = field(default_factory=dict)
+
+    def json(self) -> dict[str, Any]:
+        """Return one flat JSON object: the case, the times, the numbers."""
+        own = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in ("case", "numbers")}
+        return {**self.case, **own, "rounds_ms": list(self.rounds_ms), **self.numbers}
 
 
-def copy_rate(device: str, size: int = 1 << 28) -> float:
-    """Bytes/s, read plus written, of copying memory larger than the caches, median of five."""
-    a = torch.empty(size, dtype=torch.uint8, device=device)
-    b = torch.empty_like(a)
-    b.copy_(a)
-    return 2 * size / statistics.median(seconds(lambda: b.copy_(a), device) for _ in range(5))
+def rows(
+    case: Mapping[str, Any],
+    seconds: Mapping[str, Sequence[float]],
+    *,
+    against: str,
+    floor_s: float | Mapping[str, float],
+    timing: Timing,
+    inputs: str,
+    device: str = "",
+    numbers: Mapping[str, Mapping[str, Any]] | None = None,
+) -> list[Row]:
+    """Return a row for each candidate of a case.
 
-
-def rows(case: dict[str, Any], times: dict[str, list[float]], against: str, floor_s: float) -> list[dict[str, Any]]:
-    """Tidy rows of one case. `ratio` is a candidate's time over `against`'s, round by round; `floor_ratio` its time over the floor."""
+    Args:
+        seconds: candidate -> time of each round.
+        against: the candidate that the others are compared with.
+        floor_s: of all candidates, or by candidate.
+        device: empty is this machine's.
+        numbers: candidate -> `Row.numbers`.
+    """
     found = []
-    for name, measured in times.items():
-        ratios = [a / b for a, b in zip(measured, times[against], strict=True)]
-        median = statistics.median(measured)
+    for name, times in seconds.items():
+        ratios = [a / b for a, b in zip(times, seconds[against], strict=True)]
+        median, floor = statistics.median(times), floor_s[name] if isinstance(floor_s, Mapping) else floor_s
         found.append(
-            {
-                **case,
-                "candidate": name,
-                "median_ms": median * 1e3,
-                "min_ms": min(measured) * 1e3,
-                "max_ms": max(measured) * 1e3,
-                "rounds": len(measured),
-                "against": against,
-                "ratio": statistics.median(ratios),
-                "ratio_min": min(ratios),
-                "ratio_max": max(ratios),
-                "floor_ms": floor_s * 1e3,
-                "floor_ratio": median / floor_s,
-            }
+            Row(
+                case=dict(case),
+                candidate=name,
+                median_ms=median * 1e3,
+                min_ms=min(times) * 1e3,
+                max_ms=max(times) * 1e3,
+                rounds=len(times),
+                rounds_ms=tuple(t * 1e3 for t in times),
+                against=against,
+                ratio=statistics.median(ratios),
+                ratio_min=min(ratios),
+                ratio_max=max(ratios),
+                floor_ms=floor * 1e3,
+                floor_ratio=median / max(floor, 1e-12),
+                clock=timing.clock,
+                inputs=inputs,
+                device=device or device_name(timing.device),
+                numbers=dict((numbers or {}).get(name, {})),
+            )
         )
     return found
 
 
-def show(title: str, found: list[dict[str, Any]]) -> None:
-    """Print the rows of one case."""
-    from rich.console import Console
-    from rich.table import Table
-
-    against = found[0]["against"]
-    view = Table(
-        "candidate",
-        "median ms",
-        "min to max",
-        f"time / {against}",
-        "min to max",
-        "time / floor",
-        title=title,
-        title_justify="left",
-    )
-    for row in found:
-        view.add_row(
-            row["candidate"],
-            f"{row['median_ms']:.3g}",
-            f"{row['min_ms']:.3g} to {row['max_ms']:.3g}",
-            f"{row['ratio']:.2f}",
-            f"{row['ratio_min']:.2f} to {row['ratio_max']:.2f}",
-            f"{row['floor_ratio']:.2f}",
-        )
-    Console().print(view)
-
-
-def write(found: list[dict[str, Any]], path: Path) -> None:
-    """JSON lines, replaced in one step."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")
-    part.write_text("".join(json.dumps(row) + "\n" for row in found))
-    part.replace(path)
-    print(f"written to {path}")
-
-
-def figure(found: list[dict[str, Any]], *, title: str, panel: str | None = None) -> Figure:
-    """Times relative to `against` over the number of experts: medians of the rounds, bars from least to greatest.
+def show(title: str, found: Sequence[Row], columns: Mapping[str, Callable[[Row], str]] | None = None) -> None:
+    """Print the rows of a case, their inputs below.
 
     Args:
-        panel: a column, one panel for each of its values.
+        columns: heading -> text of a row, for what a benchmark shows beside the times.
     """
-    import matplotlib.pyplot as plt
-
-    colors = ("#D55E00", "#E69F00", "#0072B2", "#009E73", "#6E6E6E", "#CC79A7", "#56B4E9")
-    panels = list(dict.fromkeys(row[panel] for row in found)) if panel else [None]
-    names = list(dict.fromkeys(row["candidate"] for row in found if row["candidate"] != row["against"]))
-    fig, axes = plt.subplots(1, len(panels), figsize=(3.2 + 4 * len(panels), 4.4), sharey=True, squeeze=False)
-    for ax, value in zip(axes[0], panels, strict=True):
-        shown = [row for row in found if panel is None or row[panel] == value]
-        experts = list(dict.fromkeys(row["experts"] for row in shown))
-        for i, name in enumerate(names):
-            rows_ = [row for row in shown if row["candidate"] == name]
-            at = [experts.index(row["experts"]) + (i - (len(names) - 1) / 2) * 0.11 for row in rows_]
-            ratio = [row["ratio"] for row in rows_]
-            spread = [[r["ratio"] - r["ratio_min"] for r in rows_], [r["ratio_max"] - r["ratio"] for r in rows_]]
-            ax.errorbar(at, ratio, yerr=spread, fmt="o", capsize=3, color=colors[i % len(colors)], label=name)
-        ax.axhline(1, color="#888888", linewidth=1)
-        ax.set_yscale("log")
-        ax.yaxis.set_major_formatter(lambda v, _: f"{v:g}")
-        ax.yaxis.set_minor_formatter(lambda v, _: f"{v:g}" if f"{v:e}"[0] in "25" else "")
-        ax.set_xticks(range(len(experts)), [str(e) for e in experts])
-        ax.set_xlabel("experts")
-        ax.set_title("" if value is None else str(value), loc="left", fontsize=10)
-        ax.spines[["top", "right"]].set_visible(False)
-        ax.grid(axis="y", alpha=0.35)
-    axes[0][0].set_ylabel(f"time / {found[0]['against']} (median, least to greatest)")
-    axes[0][-1].legend(loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False, fontsize=9)
-    fig.suptitle(f"{title}\n{found[0]['device']}", x=0.01, ha="left", fontsize=11)
-    fig.tight_layout()
-    return fig
+    first, extra = found[0], columns or {}
+    ms = "processor ms" if first.clock == "cpu" else "ms"
+    heads = ("candidate", f"median {ms}", "min to max", f"time / {first.against}", "min to max", "time / floor")
+    view = terminal.table(*heads, *extra, title=title)
+    for row in found:
+        view.add_row(
+            row.candidate,
+            f"{row.median_ms:.3g}",
+            f"{row.min_ms:.3g} to {row.max_ms:.3g}",
+            f"{row.ratio:.2f}",
+            f"{row.ratio_min:.2f} to {row.ratio_max:.2f}",
+            f"{row.floor_ratio:.2f}",
+            *(text(row) for text in extra.values()),
+        )
+    console = terminal.console()
+    console.print(view)
+    console.print(f"{first.rounds} rounds; inputs: {first.inputs}; {first.device}\n", highlight=False)
 
 
-def draw(found: list[dict[str, Any]], path: Path, *, title: str, panel: str | None = None) -> None:
-    """PNG and SVG of `figure`; `path` without suffix."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    save(figure(found, title=title, panel=panel), path)
-
-
-def save(fig: Figure, path: Path) -> None:
-    """PNG and SVG; `path` without suffix."""
-    import matplotlib.pyplot as plt
-
-    for suffix in ("png", "svg"):
-        fig.savefig(path.with_suffix(f".{suffix}"), dpi=160, bbox_inches="tight")
-    plt.close(fig)
-    print(f"drawn to {path.with_suffix('.png')}")
+def write(found: Sequence[Row], path: Path) -> list[dict[str, Any]]:
+    """Write rows as JSON lines, replacing the file in one step; return them as they are in the file."""
+    objects = [row.json() for row in found]
+    write_text(path, "".join(json.dumps(value) + "\n" for value in objects))
+    print(f"{len(objects)} rows in {path}")
+    return objects
 
 
-def span(found: list[dict[str, Any]], candidate: str) -> str:
-    """ "1.0 to 2.4": the least and greatest median ratio of a candidate."""
+def span(found: Sequence[Mapping[str, Any]], candidate: str) -> str:
+    """Return the least and the greatest median ratio of a candidate over all cases, as "1.0 to 2.4".
+
+    Args:
+        found: rows as read from a file.
+    """
     ratios = [row["ratio"] for row in found if row["candidate"] == candidate]
     return f"{min(ratios):.1f} to {max(ratios):.1f}"
+
+
+# -- the machine -----------------------------------------------------------------------------------------------------
+
+
+def device_name(device: str) -> str:
+    """Return the GPU's name, or the processor's with the threads of this process."""
+    if device == "cuda":
+        return torch.cuda.get_device_name(0)
+    threads = torch.get_num_threads()
+    return f"{machine.cpu()}, {threads} thread{'s' if threads > 1 else ''}"
+
+
+def product_rate(dtype: torch.dtype, timing: Timing, largest: int = 2048) -> float:
+    """Return FLOP/s of an n x n x n matrix product, best of five.
+
+    n is `largest`, or less where that would take long (bf16 on a processor that has no instructions for it).
+    """
+    n = min(256, largest)
+    while True:
+        a, b = (torch.randn(n, n, device=timing.device).to(dtype) for _ in range(2))
+        a @ b
+        if n == largest or _best(lambda a=a, b=b: a @ b, timing, 1) > 0.1:
+            break
+        n = min(2 * n, largest)
+    return 2 * n**3 / _best(lambda: a @ b, timing, 5)
+
+
+def copy_rate(timing: Timing, size: int = 1 << 28) -> float:
+    """Return bytes/s, read plus written, of copying memory larger than the caches, best of five."""
+    a = torch.empty(size, dtype=torch.uint8, device=timing.device)
+    b = torch.empty_like(a)
+    b.copy_(a)
+    return 2 * size / _best(lambda: b.copy_(a), timing, 5)
+
+
+def read_rate(timing: Timing, size: int = 1 << 28) -> float:
+    """Return bytes/s of reading memory larger than the caches, best of seven sums."""
+    x = torch.ones(size // 4, device=timing.device)
+    return size / _best(x.sum, timing, 7)
+
+
+def _best(call: Callable[[], Any], timing: Timing, times: int) -> float:
+    return min(timing.seconds(lambda _: call(), None) for _ in range(times))

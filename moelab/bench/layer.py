@@ -1,248 +1,255 @@
 """`moelab bench layer`: one MoE layer, forward and backward, against the dense layer of equal active FLOPs.
 
-Top-1; S tokens through experts M -> F -> M with GELU, gradients to input, gate and weights. Ours at capacity factor 1.0 (random token
-selection; as the paper trains) and drop-free; the baseline with masks and einsum; where installed, DeepSpeed's MoE layer and
-transformers' expert functions (gated, so F is cut to two thirds for equal FLOPs). Weight gradients are kept, and overwritten, from step to step.
-Floor: the FLOPs at the measured rate of a large product, plus expert weights read twice and their gradient written once at the copy rate.
+Top-1; S tokens through experts M -> F -> M with GELU; gradients to input, gate and weights, freed at the end of each
+step as a training loop does. Every round has new tokens and so new routing (`moelab.bench.inputs.HiddenStates`), the
+same for all candidates, whose gates have equal weights. Candidates: ours at capacity factor 1.0 (random token
+selection; as the paper trains) and drop-free; a loop over experts and `torch.nn.functional.grouped_mm`, both as plain
+PyTorch, drop-free; the baseline with masks and einsum at capacity factor 1.0; and, where installed, DeepSpeed's layer
+and transformers' expert functions. At capacity factor 1.0 dropped tokens cost nothing: the share that is kept stands
+in the rows.
+
+Floor: the FLOPs at the measured rate of a large product, plus the weights of the experts that have tokens, read twice,
+and their gradient, written once, at the copy rate.
 """
 
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from moelab.bench import harness as common
+from moelab.bench import harness, inputs, peers, plot
+from moelab.bench.harness import DTYPES, Row, Timing
 from moelab.kernels import combine, dispatch, expert_ffn, gate, row_table
 from moelab.models import baseline
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+Output = tuple[Tensor, Tensor | None]
+"""y_SM and the load-balancing loss, if there is one."""
 
 
-class Layer(nn.Module):
-    """A gate and E experts; `form` is what happens between them."""
+class Weights(nn.Module):
+    """The parameters that our candidates share: a gate and E experts."""
 
-    def __init__(self, M: int, F_: int, E: int, form: Callable[[Layer, Tensor], tuple[Tensor, Tensor]]) -> None:
+    def __init__(self, hidden: int, ffn: int, gate_EM: Tensor) -> None:
         super().__init__()
-        self.form, self.experts = form, E
-        self.wg = nn.Parameter(torch.randn(E, M) * 0.1)
-        self.w1, self.b1 = nn.Parameter(torch.randn(E, M, F_) * M**-0.5), nn.Parameter(torch.zeros(E, F_))
-        self.w2, self.b2 = nn.Parameter(torch.randn(E, F_, M) * F_**-0.5), nn.Parameter(torch.zeros(E, M))
+        E = len(gate_EM)
+        self.gate = nn.Parameter(gate_EM.clone())
+        self.w1, self.b1 = nn.Parameter(torch.randn(E, hidden, ffn) * hidden**-0.5), nn.Parameter(torch.zeros(E, ffn))
+        self.w2, self.b2 = nn.Parameter(torch.randn(E, ffn, hidden) * ffn**-0.5), nn.Parameter(torch.zeros(E, hidden))
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        return self.form(self, x)
-
-
-def _ours(capacity_factor: float | None) -> Callable[[Layer, Tensor], tuple[Tensor, Tensor]]:
-    def form(layer: Layer, x: Tensor) -> tuple[Tensor, Tensor]:
-        logits = F.linear(x.float(), layer.wg.float())
-        capacity = max(4, math.ceil(len(x) / layer.experts * capacity_factor)) if capacity_factor else None
-        g = gate(logits, 1, capacity, seed=1)
-        table = row_table(g)
-        rows = expert_ffn(dispatch(x, table), table.offsets_E1, layer.w1, layer.b1, layer.w2, layer.b2)
-        return combine(rows, table, g.weight_SK), g.aux_loss
-
-    return form
+    def logits(self, x_SM: Tensor) -> Tensor:
+        """Return the gate's logits in fp32."""
+        return F.linear(x_SM.float(), self.gate.float())
 
 
-def _einsum(layer: Layer, x: Tensor, capacity: int = 0) -> tuple[Tensor, Tensor]:
-    logits = F.linear(x.float(), layer.wg.float())
-    capacity = capacity or max(4, math.ceil(len(x) / layer.experts))
-    g = baseline.mask_gate(logits, 1, capacity, seed=1)
-    dispatch_SEC, combine_SEC = baseline.one_hot_masks(g, capacity, x.dtype)
-    rows_ECM = baseline.einsum_dispatch(x, dispatch_SEC)
-    hidden_ECF = F.gelu(torch.baddbmm(layer.b1[:, None], rows_ECM, layer.w1), approximate="tanh")
-    rows_ECM = torch.baddbmm(layer.b2[:, None], hidden_ECF, layer.w2)
-    return baseline.einsum_combine(rows_ECM, combine_SEC), g.aux_loss
+def slots(tokens: int, experts: int) -> int:
+    """Return the slots of an expert at capacity factor 1.0."""
+    return max(4, math.ceil(tokens / experts))
 
 
-def _loop(layer: Layer, x: Tensor) -> tuple[Tensor, Tensor]:
-    """What one writes in ten minutes: sort the tokens, loop over the experts, drop-free."""
-    probs = F.softmax(F.linear(x.float(), layer.wg.float()), -1)
-    weight, expert = probs.max(-1)
-    order = expert.argsort(stable=True)
-    counts = torch.bincount(expert, minlength=layer.experts)
-    outputs = []
-    weights = zip(layer.w1.unbind(), layer.b1.unbind(), layer.w2.unbind(), layer.b2.unbind(), strict=True)
-    for rows, (w1, b1, w2, b2) in zip(x[order].split(counts.tolist()), weights, strict=True):
-        outputs.append(torch.addmm(b2, F.gelu(torch.addmm(b1, rows, w1), approximate="tanh"), w2))
-    y = torch.empty_like(x).index_copy(0, order, torch.cat(outputs)) * weight[:, None].to(x.dtype)
-    return y, layer.experts * (probs.mean(0) * counts / len(x)).sum()
+def ours(w: Weights, x_SM: Tensor, capacity: int | None) -> Output:
+    """Compute the layer with moelab's kernels."""
+    routing = gate(w.logits(x_SM), 1, capacity, seed=1)
+    table = row_table(routing)
+    rows_RM = expert_ffn(dispatch(x_SM, table), table.offsets_E1, w.w1, w.b1, w.w2, w.b2)
+    return combine(rows_RM, table, routing.weight_SK), routing.aux_loss
+
+
+def einsum(w: Weights, x_SM: Tensor, capacity: int) -> Output:
+    """Compute the layer as the paper's PyTorch baseline."""
+    routing = baseline.mask_gate(w.logits(x_SM), 1, capacity, seed=1)
+    dispatch_SEC, combine_SEC = baseline.one_hot_masks(routing, capacity, x_SM.dtype)
+    rows_ECM = baseline.einsum_dispatch(x_SM, dispatch_SEC)
+    hidden_ECF = F.gelu(torch.baddbmm(w.b1[:, None], rows_ECM, w.w1), approximate="tanh")
+    rows_ECM = torch.baddbmm(w.b2[:, None], hidden_ECF, w.w2)
+    return baseline.einsum_combine(rows_ECM, combine_SEC), routing.aux_loss
+
+
+def loop(w: Weights, x_SM: Tensor) -> Output:
+    """Compute the layer as one writes it in ten minutes: sort the tokens, loop over the experts."""
+    rows_SM, counts, finish = _sorted(w, x_SM)
+    experts = zip(w.w1.unbind(), w.b1.unbind(), w.w2.unbind(), w.b2.unbind(), strict=True)
+    outputs = [
+        torch.addmm(b2, F.gelu(torch.addmm(b1, rows, w1), approximate="tanh"), w2)
+        for rows, (w1, b1, w2, b2) in zip(rows_SM.split(counts.tolist()), experts, strict=True)
+    ]
+    return finish(torch.cat(outputs))
+
+
+def grouped(w: Weights, x_SM: Tensor) -> Output:
+    """Compute the layer with torch's own grouped product."""
+    rows_SM, counts, finish = _sorted(w, x_SM)
+    ends = counts.cumsum(0).int()
+    expert_S = torch.repeat_interleave(counts)
+    hidden_SF = F.gelu(F.grouped_mm(rows_SM, w.w1, offs=ends) + w.b1[expert_S], approximate="tanh")
+    return finish(F.grouped_mm(hidden_SF, w.w2, offs=ends) + w.b2[expert_S])
+
+
+def _sorted(w: Weights, x_SM: Tensor) -> tuple[Tensor, Tensor, Callable[[Tensor], Output]]:
+    """Return tokens in expert order, tokens of each expert, and what makes the output of the experts' results."""
+    probs_SE = F.softmax(w.logits(x_SM), -1)
+    weight_S, expert_S = probs_SE.max(-1)
+    order_S = expert_S.argsort(stable=True)
+    counts_E = torch.bincount(expert_S, minlength=len(w.gate))
+
+    def finish(rows_SM: Tensor) -> Output:
+        y_SM = torch.empty_like(x_SM).index_copy(0, order_S, rows_SM) * weight_S[:, None].to(x_SM.dtype)
+        return y_SM, len(w.gate) * (probs_SE.mean(0) * counts_E / len(x_SM)).sum()
+
+    return x_SM[order_S], counts_E, finish
 
 
 class Dense(nn.Module):
     """The layer that does the same FLOPs without choosing."""
 
-    def __init__(self, M: int, F_: int) -> None:
+    def __init__(self, hidden: int, ffn: int) -> None:
         super().__init__()
-        self.up, self.down = nn.Linear(M, F_), nn.Linear(F_, M)
+        self.up, self.down = nn.Linear(hidden, ffn), nn.Linear(ffn, hidden)
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        return self.down(F.gelu(self.up(x), approximate="tanh")), x.new_zeros(())
-
-
-def _deepspeed(M: int, F_: int, E: int) -> nn.Module | None:
-    """DeepSpeed's MoE layer, one process, capacity factor 1.0, random token selection."""
-    try:
-        import deepspeed
-        from deepspeed.moe.layer import MoE
-    except ImportError:
-        return None
-    import os
-
-    if not torch.distributed.is_initialized():
-        os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1")
-        os.environ.setdefault("MASTER_PORT", "29517")
-        deepspeed.init_distributed("gloo" if not torch.cuda.is_available() else "nccl", verbose=False)
-    expert = nn.Sequential(nn.Linear(M, F_), nn.GELU(approximate="tanh"), nn.Linear(F_, M))
-    moe = MoE(M, expert, num_experts=E, ep_size=1, k=1, capacity_factor=1.0, min_capacity=4, use_rts=True)
-    moe.set_deepspeed_parallelism()
-
-    class Adapter(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.moe = moe
-
-        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-            y, aux_loss, _ = self.moe(x)
-            return y, aux_loss
-
-    return Adapter()
+    def forward(self, x_SM: Tensor) -> Output:
+        """Return the output and no loss."""
+        return self.down(F.gelu(self.up(x_SM), approximate="tanh")), None
 
 
-def _transformers(M: int, F_: int, E: int, implementation: str) -> nn.Module | None:
-    """The experts of transformers' Mixtral with one of its implementations, behind the same gate; drop-free."""
-    try:
-        from transformers import MixtralConfig
-        from transformers.models.mixtral.modeling_mixtral import MixtralExperts
-    except ImportError:
-        return None
-    config = MixtralConfig(
-        hidden_size=M, intermediate_size=F_ * 2 // 3 // 16 * 16, num_local_experts=E, num_experts_per_tok=1
-    )
-    config._experts_implementation = implementation
+@dataclass(frozen=True)
+class LayerSize:
+    """S tokens, hidden size M, feed-forward size F, E experts, and the dtype of weights and tokens."""
 
-    class Adapter(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.experts = MixtralExperts(config)
-            self.wg = nn.Parameter(torch.randn(E, M) * 0.1)
-            for p in self.experts.parameters():
-                nn.init.normal_(p, 0.0, M**-0.5)
+    tokens: int
+    hidden: int
+    ffn: int
+    experts: int
+    dtype: str = "fp32"
 
-        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-            probs = F.softmax(F.linear(x.float(), self.wg.float()), -1)
-            weight, expert = probs.topk(1, -1)
-            return self.experts(x, expert, weight.to(x.dtype)), probs.mean()
-
-    return Adapter()
+    def __post_init__(self) -> None:
+        if self.dtype not in DTYPES:
+            raise ValueError(f"bench layer: dtype must be one of {', '.join(DTYPES)}, got {self.dtype!r}")
 
 
-def measure(
-    tokens: int,
-    M: int,
-    F_: int,
-    experts: int,
-    dtype: str,
-    rounds: int,
-    device: str,
-    *,
-    backward: bool = True,
-    only: Sequence[str] = (),
-) -> list[dict]:
-    """Rows of one case; see `common.rows`.
+DENSE, OURS, DROP_FREE, EINSUM = "dense", "ours, capacity 1.0", "ours, drop-free", "einsum (baseline)"
+LOOP, GROUPED = "sort and loop, drop-free", "torch grouped_mm, drop-free"
+DEEPSPEED, EAGER, MIXTRAL = "deepspeed, capacity 1.0", "transformers eager", "transformers grouped_mm"
+CANDIDATES = (DENSE, OURS, DROP_FREE, LOOP, GROUPED, EINSUM, DEEPSPEED, EAGER, MIXTRAL)
+
+
+def candidates(
+    size: LayerSize, gate_EM: Tensor, only: Sequence[str] = ()
+) -> dict[str, tuple[nn.Module, Callable[[Tensor], Output]]]:
+    """Return candidate -> (the module with its parameters, the call); without those that are not installed.
 
     Args:
-        backward: False times the forward pass alone, without gradients, as at inference; the floor is then the products once and the weights read
-            once (those of as many experts as there are tokens, at most).
-        only: some of the candidates beside "dense"; empty is all.
+        only: some of `CANDIDATES` beside "dense"; empty is all.
+    """
+    if unknown := [name for name in only if name not in CANDIDATES]:
+        raise ValueError(f"bench layer: unknown candidate {unknown[0]!r}; allowed: {', '.join(CANDIDATES)}")
+    wanted = [name for name in CANDIDATES if not only or name in (DENSE, *only)]
+    shape, capacity = (size.hidden, size.ffn), slots(size.tokens, size.experts)
+
+    def placed(module: nn.Module) -> nn.Module:
+        return module.to(gate_EM.device, DTYPES[size.dtype])
+
+    shared, dense = placed(Weights(*shape, gate_EM)), placed(Dense(*shape))
+    made = {
+        DENSE: (dense, dense),
+        OURS: (shared, lambda x: ours(shared, x, capacity)),
+        DROP_FREE: (shared, lambda x: ours(shared, x, None)),
+        LOOP: (shared, lambda x: loop(shared, x)),
+        GROUPED: (shared, lambda x: grouped(shared, x)),
+        EINSUM: (shared, lambda x: einsum(shared, x, capacity)),
+    }
+    if DEEPSPEED in wanted and peers.has("deepspeed"):
+        layer = placed(peers.DeepSpeedLayer(*shape, gate_EM))
+        made[DEEPSPEED] = (layer, layer)
+    if (EAGER in wanted or MIXTRAL in wanted) and peers.has("transformers"):
+        mixtral = placed(peers.MixtralLayer(*shape, gate_EM))
+        made[EAGER] = (mixtral, lambda x: mixtral(x, "eager"))
+        made[MIXTRAL] = (mixtral, lambda x: mixtral(x, "grouped_mm"))
+    return {name: made[name] for name in wanted if name in made}
+
+
+def measure(size: LayerSize, timing: Timing, *, backward: bool = True, only: Sequence[str] = ()) -> list[Row]:
+    """Return the rows of one case.
+
+    Args:
+        backward: False times the forward pass alone, without gradients, as at inference; the floor is then the
+            products once and the weights read once.
+        only: see `candidates`.
     """
     torch.manual_seed(0)
-    make: dict[str, Callable[[], nn.Module | None]] = {
-        "dense": lambda: Dense(M, F_),
-        "ours, capacity 1.0": lambda: Layer(M, F_, experts, _ours(1.0)),
-        "ours, drop-free": lambda: Layer(M, F_, experts, _ours(None)),
-        "sort and loop, drop-free": lambda: Layer(M, F_, experts, _loop),
-        "einsum (baseline)": lambda: Layer(M, F_, experts, _einsum),
-        "deepspeed, capacity 1.0": lambda: _deepspeed(M, F_, experts),
-        "transformers grouped_mm": lambda: _transformers(M, F_, experts, "grouped_mm"),
-    }
-    if unknown := [name for name in only if name not in make]:
-        raise ValueError(f"bench layer: unknown candidate {unknown[0]!r}; allowed: {', '.join(make)}")
-    modules = {name: build() for name, build in make.items() if not only or name in ("dense", *only)}
-    x = torch.randn(tokens, M, device=device).to(DTYPES[dtype])
+    S, M, dtype = size.tokens, size.hidden, DTYPES[size.dtype]
+    states = inputs.HiddenStates(S, M, size.experts, timing.device)
+    kept: list[float] = []
 
-    def candidate(module: nn.Module) -> common.Candidate:
-        module.to(device, DTYPES[dtype])
-        if not backward:
-            return torch.no_grad()(lambda: module(x))
-        leaf = x.clone().requires_grad_()
+    def new_round(i: int) -> tuple[Tensor, Tensor]:
+        made = states(i)
+        kept.append(float(made.load_E.clamp(max=slots(S, size.experts)).sum()) / S)
+        x_SM = made.x_SM.to(dtype)
+        return x_SM.requires_grad_(backward), torch.randn_like(x_SM)
+
+    def turn(module: nn.Module, call: Callable[[Tensor], Output]) -> Callable[[tuple[Tensor, Tensor]], None]:
         parameters = list(module.parameters())
-        dy = torch.randn_like(x)
 
-        def step() -> None:
-            for p in parameters:
-                p.grad = None
-            leaf.grad = None
-            y, aux_loss = module(leaf)
-            torch.autograd.backward(
-                [y, aux_loss] if aux_loss.requires_grad else [y],
-                [dy, torch.ones_like(aux_loss)] if aux_loss.requires_grad else [dy],
-            )
+        def run(given: tuple[Tensor, Tensor]) -> None:
+            x_SM, dy_SM = given
+            with torch.set_grad_enabled(backward):
+                y_SM, aux_loss = call(x_SM)
+                if backward:
+                    pairs = [(y_SM, dy_SM)] + ([] if aux_loss is None else [(aux_loss, torch.ones_like(aux_loss))])
+                    torch.autograd.backward(*zip(*pairs, strict=True))
+            x_SM.grad = None
+            for parameter in parameters:
+                parameter.grad = None
 
-        return step
+        return run
 
-    times = common.in_turns({name: candidate(m) for name, m in modules.items() if m is not None}, rounds, device)
-    passes, read = (3, experts) if backward else (1, min(experts, tokens))
-    flops = passes * 2 * tokens * 2 * M * F_
-    weight_bytes = passes * read * 2 * M * F_ * DTYPES[dtype].itemsize
-    floor = flops / common.gemm_rate(DTYPES[dtype], device) + weight_bytes / common.copy_rate(device)
-    case = {
-        "tokens": tokens,
-        "hidden": M,
-        "ffn": F_,
-        "experts": experts,
-        "dtype": dtype,
-        "device": common.device_name(device),
-    }
-    return common.rows(case, times, "dense", floor)
+    made = {name: turn(*pair) for name, pair in candidates(size, states.gate_EM, only).items()}
+    times = harness.in_turns(made, new_round, timing)
+    measured = states.measured()
+    passes = 3 if backward else 1
+    read = passes * measured["used_experts"] * 2 * M * size.ffn * dtype.itemsize
+    floor_s = passes * 4 * S * M * size.ffn / harness.product_rate(dtype, timing) + read / harness.copy_rate(timing)
+    case = {"tokens": S, "hidden": M, "ffn": size.ffn, "experts": size.experts, "dtype": size.dtype}
+    case |= {"threads": torch.get_num_threads(), "passes": "forward + backward" if backward else "forward"}
+    case |= {**measured, "kept_share": statistics.median(kept)}
+    return harness.rows(case, times, against=DENSE, floor_s=floor_s, timing=timing, inputs=inputs.HIDDEN)
+
+
+def show(found: list[Row]) -> None:
+    """Print the rows of one case."""
+    c = found[0].case
+    harness.show(
+        f"layer, {c['passes']}: S={c['tokens']} M={c['hidden']} F={c['ffn']} E={c['experts']} {c['dtype']}; "
+        f"busiest expert {c['busiest_expert']:.1f} x mean, capacity 1.0 keeps {c['kept_share']:.0%}",
+        found,
+    )
 
 
 def main(
-    *,
-    tokens: int,
-    hidden: int,
-    ffn: int,
-    experts: list[int],
-    dtypes: list[str],
-    rounds: int,
-    threads: int,
-    device: str,
-    out: Path | None,
+    *, sizes: Sequence[LayerSize], threads: Sequence[int], timing: Timing, only: Sequence[str], out: Path | None
 ) -> None:
-    """Measure, print and, with `out` (a folder), write `layer.jsonl`."""
-    torch.set_num_threads(threads)
-    found = []
-    for dtype in dtypes:
-        for E in experts:
-            case = measure(tokens, hidden, ffn, E, dtype, rounds, device)
-            common.show(
-                f"layer, forward + backward: S={tokens} M={hidden} F={ffn} E={E} {dtype}, {case[0]['device']}", case
-            )
+    """Measure each size at each number of threads, print and, with `out`, write `layer.jsonl` and its figure there."""
+    for count in threads:
+        timing.check_threads(count)
+    found: list[Row] = []
+    for count in threads:
+        torch.set_num_threads(count)
+        for size in sizes:
+            case = measure(size, timing, only=only)
+            show(case)
             found += case
-    if out is not None:
-        common.write(found, out / "layer.jsonl")
-        draw(found, out)
-
-
-def draw(found: list[dict], out: Path) -> None:
-    """The figure of `layer.jsonl`."""
-    title = (
-        f"Our drop-free layer takes {common.span(found, 'ours, drop-free')} times as long as the dense layer of equal FLOPs, "
-        f"the einsum baseline {common.span(found, 'einsum (baseline)')} times"
-    )
-    common.draw(found, out / "layer", title=title, panel="dtype")
+    if out is None:
+        return
+    objects = harness.write(found, out / "layer.jsonl")
+    names = {row["candidate"] for row in objects}
+    said = [(DROP_FREE, "our drop-free layer"), (EINSUM, "the einsum baseline")]
+    ratios = [f"{text} {harness.span(objects, name)} times" for name, text in said if name in names]
+    title = f"Time over the dense layer of equal FLOPs: {', '.join(ratios)}"
+    for row in objects:
+        row["panel"] = f"{row['dtype']}, {row['threads']} thread{'s' if row['threads'] > 1 else ''}"
+    plot.save(plot.ratios(objects, title=title, panel="panel"), out / "layer")

@@ -1,34 +1,123 @@
-"""What decoding is compared with, where installed (extra peers): `generate` of transformers, in the same process and protocol.
+"""Call what others wrote for the same work, where it is installed (extra `peers`).
 
-A dense model is exported (`moelab.engine.checkpoint.hf`) and loaded as `GPT2LMHeadModel`: the same weights, and the tokens must be the same. A
-model with top-1 experts is compared with a Mixtral of as many MoE layers with as many experts of equal size (gated, so the width is cut to
-two thirds) and nothing in between, so the peer has fewer layers of attention to compute.
+DeepSpeed's gate and MoE layer, transformers' experts and its `generate`. Each is called as its users call it, in the
+same process, on the same tokens.
 """
 
 from __future__ import annotations
 
+import atexit
+import importlib.util
+import inspect
 import statistics
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 from moelab.config import ModelConfig
 from moelab.engine.checkpoint import hf
 from moelab.models import GPT
 
 
+def has(package: str) -> bool:
+    """Return whether a package is installed."""
+    return importlib.util.find_spec(package) is not None
+
+
+def gates() -> dict[str, Callable[[Tensor], Tensor]]:
+    """Return DeepSpeed's top-1 gates: its mask form, and its table form where the release has one.
+
+    Each takes logits_SE and returns the sum of the weights and the load-balancing loss.
+    """
+    if not has("deepspeed"):
+        return {}
+    from deepspeed.moe import sharded_moe
+
+    def call(logits_SE: Tensor, **options: bool) -> Tensor:
+        out = sharded_moe.top1gating(logits_SE, 1.0, 4, use_rts=True, drop_tokens=True, **options)
+        weight = next(o for o in out[1:] if torch.is_tensor(o) and o.requires_grad)
+        return weight.sum() + out[0]
+
+    found = {"deepspeed, masks": call}
+    if "sparse_routes" in inspect.signature(sharded_moe.top1gating).parameters:
+        found["deepspeed, sparse routes"] = lambda logits_SE: call(logits_SE, sparse_routes=True)
+    return found
+
+
+class DeepSpeedLayer(nn.Module):
+    """DeepSpeed's MoE layer in one process: capacity factor 1.0, random token selection."""
+
+    def __init__(self, hidden: int, ffn: int, gate_EM: Tensor) -> None:
+        super().__init__()
+        if not dist.is_initialized():
+            backend = "nccl" if torch.cuda.is_available() else "gloo"
+            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+            atexit.register(lambda: dist.is_initialized() and dist.destroy_process_group())
+        import deepspeed
+        from deepspeed.moe.layer import MoE
+
+        deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
+        expert = nn.Sequential(nn.Linear(hidden, ffn), nn.GELU(approximate="tanh"), nn.Linear(ffn, hidden))
+        self.moe = MoE(hidden, expert, num_experts=len(gate_EM), capacity_factor=1.0, min_capacity=4, use_rts=True)
+        self.moe.set_deepspeed_parallelism()
+        with torch.no_grad():
+            self.moe.deepspeed_moe.gate.wg.weight.copy_(gate_EM)
+
+    def forward(self, x_SM: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the output [S, M] and the load-balancing loss."""
+        y_SM, aux_loss, _ = self.moe(x_SM)
+        return y_SM, aux_loss
+
+
+class MixtralLayer(nn.Module):
+    """The experts of transformers' Mixtral behind a top-1 gate, drop-free.
+
+    They are gated, three matrices each, so the feed-forward size is cut to two thirds for equal FLOPs. `forward` takes
+    the name of one of transformers' implementations: "eager" or "grouped_mm".
+    """
+
+    def __init__(self, hidden: int, ffn: int, gate_EM: Tensor) -> None:
+        super().__init__()
+        from transformers import MixtralConfig
+        from transformers.models.mixtral.modeling_mixtral import MixtralExperts
+
+        self.config = MixtralConfig(
+            hidden_size=hidden,
+            intermediate_size=max(ffn * 2 // 3 // 16, 1) * 16,
+            num_local_experts=len(gate_EM),
+            num_experts_per_tok=1,
+        )
+        self.experts = MixtralExperts(self.config)
+        self.gate = nn.Parameter(gate_EM.clone())
+        for parameter in self.experts.parameters():
+            nn.init.normal_(parameter, 0.0, hidden**-0.5)
+
+    def forward(self, x_SM: Tensor, implementation: str) -> tuple[Tensor, Tensor]:
+        """Return the output [S, M] and a stand-in for the load-balancing loss, which Mixtral computes elsewhere."""
+        self.config._experts_implementation = implementation
+        probs_SE = F.softmax(F.linear(x_SM.float(), self.gate.float()), -1)
+        weight_SK, expert_SK = probs_SE.topk(1, -1)
+        return self.experts(x_SM, expert_SK, weight_SK.to(x_SM.dtype)), probs_SE.mean()
+
+
+# -- generation -----------------------------------------------------------------------------------------------------
+
+
 class Peer:
-    """A transformers model, called as its users do: `generate` with its defaults, greedy."""
+    """A transformers model that generates as its users do: `generate` with its defaults, greedy."""
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model.eval()
 
     def generate(self, prompts: list[list[int]], tokens: int, streamer: Any = None) -> list[list[int]]:
-        """New tokens of each prompt; equal lengths."""
+        """Return the new tokens of each prompt; prompts have equal lengths."""
         device = next(self.model.parameters()).device
         ids = torch.tensor(prompts, device=device)
         # Streamers are for one sequence there; the check looks at beams alone, and ours only looks at the clock.
@@ -45,7 +134,7 @@ class Peer:
         return out[:, ids.shape[1] :].tolist()
 
     def distinct_experts(self, prompts: list[list[int]], tokens: int) -> float | None:
-        """Experts that had tokens, mean over layers and decoding steps; None without experts."""
+        """Return how many experts had tokens, the mean over layers and decoding steps; None without experts."""
         met: list[int] = []
         hooks = [
             module.register_forward_pre_hook(lambda _, args: met.append(args[1].unique().numel()))
@@ -57,19 +146,15 @@ class Peer:
             hook.remove()
         return statistics.mean(met[len(hooks) :]) if hooks else None  # the first call of each layer is the prompts'
 
-    def steps(self, prompts: list[list[int]]):
-        """Turns, as `moelab.bench.decode.Steps`."""
-
-        def run(tokens: int) -> list[float]:
-            watch = _Watch()
-            self.generate(prompts, tokens, watch)
-            return watch.turns
-
-        return run
+    def turns(self, prompts: list[list[int]], tokens: int) -> list[float]:
+        """Return the seconds of each turn: the prompts with the first tokens, then each step."""
+        watch = _Watch()
+        self.generate(prompts, tokens, watch)
+        return watch.turns
 
 
 class _Watch:
-    """A streamer that notes when tokens come; the first call is the prompt's own tokens."""
+    """A streamer that takes the time between tokens; its first call brings the prompt's own."""
 
     def __init__(self) -> None:
         self.turns: list[float] = []
@@ -85,12 +170,21 @@ class _Watch:
         pass
 
 
-def candidates(model: GPT, length: int) -> dict[str, Peer]:
-    """The peers of a model that is still unpacked, by name; none where transformers is not installed."""
-    try:
-        import transformers
-    except ImportError:
+def generators(model: GPT, length: int) -> dict[str, Peer]:
+    """Return name -> transformers' counterpart of a model that is not packed; none where transformers is not installed.
+
+    A dense model is exported and loaded as `GPT2LMHeadModel`: the same weights, and the tokens must be the same. A
+    model with top-1 experts is compared with a Mixtral of as many MoE layers with as many experts of equal size
+    (gated, so the width is cut to two thirds) and nothing in between, so the peer has fewer layers of attention to
+    compute.
+
+    Args:
+        length: of prompt and output, in tokens.
+    """
+    if not has("transformers"):
         return {}
+    import transformers
+
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     device = model.token_embedding.weight.device

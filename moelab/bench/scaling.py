@@ -1,31 +1,37 @@
 """`moelab bench scaling`: weak scaling of training over gloo ranks of this machine, and where the time goes.
 
-Every rank keeps the same number of tokens; P ranks do P times the work. Three ways take turns: one rank alone; P independent ranks at
-once, which share the machine's memory and caches but no tokens (what the hardware allows); and P ranks training one model. The first ratio
-is the usual efficiency, the second what the engine itself costs. Time inside communication calls is counted by kind on rank 0: it
-includes waiting for slower ranks.
+Every rank keeps the same number of tokens; P ranks do P times the work. Three ways take turns: one rank alone; P
+independent ranks at once, which share the machine's memory and caches but no tokens (what the hardware allows); and P
+ranks training one model. "together" over "alone" is the inverse of the usual efficiency, over "independent" it is what
+the engine itself costs. Time inside communication calls is counted by kind on rank 0: it includes waiting for slower
+ranks. The floor is the rank alone.
 """
 
 from __future__ import annotations
 
 import contextlib
 import itertools
-import json
+import math
 import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
-from moelab.bench.train import RandomBatches
+from moelab import machine
+from moelab.bench import harness, inputs
+from moelab.bench.harness import Row, Timing
 from moelab.config import ModelConfig, RoutingConfig, TrainConfig
 from moelab.config.parallel import ParallelConfig
 from moelab.engine.collectives import Collective, observe
 from moelab.engine.mesh import Mesh
 from moelab.engine.testing import Ranks
-from moelab.files import write_text
 from moelab.training.loop import Trainer, Window
+
+WAYS = ("alone", "independent", "together")
+KINDS = ("computation", "exchange", "gradients", "agreement")
+Found = tuple[float, dict[str, float]]
+"""Seconds a step, and seconds of it in communication by kind."""
 
 
 @contextlib.contextmanager
@@ -50,15 +56,14 @@ _TRAINERS: dict[tuple[str, int], tuple[Trainer, Iterator[int]]] = {}
 """On a rank: the trainers by model and number of ranks, kept between rounds."""
 
 
-def _steps(name: str, layout: ParallelConfig, per_rank: int, steps: int) -> tuple[float, dict[str, float]]:
-    """On a rank: seconds a step, and of it seconds in communication by kind."""
+def _steps(name: str, layout: ParallelConfig, per_rank: int, steps: int) -> Found:
+    """On a rank: train on its own part of batches of text."""
     key = (name, layout.ranks)
     if key not in _TRAINERS:
         model = ModelConfig.parse(name, routing=RoutingConfig(drop_tokens=False))
         config = TrainConfig(batch_size=per_rank * layout.data, micro_batch=per_rank)
-        # Random tokens, this rank's part only.
-        batches = RandomBatches(TrainConfig(batch_size=per_rank), model)
         mesh = Mesh(layout, model.experts)
+        batches = inputs.TextBatches(config.batch_size, model.context, model.vocab, mesh.data.index, mesh.data.size)
         _TRAINERS[key] = (Trainer(model, config, batches, model.context, mesh), itertools.count())
     trainer, counter = _TRAINERS[key]
     window = Window()
@@ -71,8 +76,8 @@ def _steps(name: str, layout: ParallelConfig, per_rank: int, steps: int) -> tupl
     return total / steps, {kind: value / steps for kind, value in seconds.items()}
 
 
-def measure(*, models: list[str], ranks: int, per_rank: int, steps: int, rounds: int) -> list[dict[str, Any]]:
-    """One row a model: seconds a step of the three ways by round, efficiencies, and time by kind.
+def measure(*, models: list[str], ranks: int, per_rank: int, steps: int, rounds: int) -> list[Row]:
+    """Return three rows a model, one for each way: times are those of a step, the slowest rank's.
 
     Args:
         models: names that `ModelConfig.parse` understands.
@@ -80,77 +85,71 @@ def measure(*, models: list[str], ranks: int, per_rank: int, steps: int, rounds:
         per_rank: sequences a rank and step.
         steps, rounds: measured steps of each way in a round; rounds.
     """
-    times: dict[str, dict[str, list[float]]] = {m: {"alone": [], "independent": [], "together": []} for m in models}
-    kinds: dict[str, list[dict[str, float]]] = {m: [] for m in models}
+    inputs.text()  # once, before the ranks ask for it
+    timing = Timing(rounds, warm_up=1, budget_s=math.inf)
     with contextlib.ExitStack() as stack:
-        together = stack.enter_context(Ranks(ranks))
+        joint = stack.enter_context(Ranks(ranks))
         singles = [stack.enter_context(Ranks(1)) for _ in range(ranks)]
         pool = stack.enter_context(ThreadPoolExecutor(ranks))
-        for measured in range(rounds + 1):
-            for model in models:
-                one = (_steps, model, ParallelConfig(), per_rank, steps)
-                alone = singles[0].run(*one, timeout_s=600)[0][0]
-                independent = max(r[0][0] for r in pool.map(lambda s, one=one: s.run(*one, timeout_s=600), singles))
-                joint = together.run(_steps, model, ParallelConfig(data=ranks), per_rank, steps, timeout_s=600)
-                if measured:  # the first round warms up
-                    times[model]["alone"].append(alone)
-                    times[model]["independent"].append(independent)
-                    times[model]["together"].append(max(t for t, _ in joint))
-                    kinds[model].append(joint[0][1])
-    rows = []
-    for model in models:
-        t = times[model]
-        seconds = {kind: statistics.median(k[kind] for k in kinds[model]) for kind in kinds[model][0]}
-        seconds["computation"] = statistics.median(t["together"]) - sum(seconds.values())
-        rows.append(
-            {
-                "model": model,
-                "ranks": ranks,
-                "sequences_per_rank": per_rank,
-                "seconds_per_step": t,
-                "efficiency": _ratio(t["alone"], t["together"]),
-                "efficiency_over_independent": _ratio(t["independent"], t["together"]),
-                "seconds_by_kind": seconds,
-            }
-        )
+
+        def run(on: Ranks, model: str, data: int) -> list[Found]:
+            return on.run(_steps, model, ParallelConfig(data=data), per_rank, steps, timeout_s=600)
+
+        ways: dict[str, Callable[[str], list[Found]]] = {
+            "alone": lambda model: run(singles[0], model, 1),
+            "independent": lambda model: [
+                f for found in pool.map(lambda on: run(on, model, 1), singles) for f in found
+            ],
+            "together": lambda model: run(joint, model, ranks),
+        }
+        rows = []
+        for model in models:
+            turns = harness.in_turns(ways, lambda i, model=model: model, timing, lambda way, given: way(given))
+            rows += _rows(model, turns, {"ranks": ranks, "sequences_per_rank": per_rank, "steps": steps}, timing)
     return rows
 
 
-def _ratio(over: list[float], under: list[float]) -> dict[str, float]:
-    ratios = [a / b for a, b in zip(over, under, strict=True)]
-    return {"median": statistics.median(ratios), "low": min(ratios), "high": max(ratios)}
+def _rows(model: str, turns: dict[str, list[list[Found]]], case: dict[str, int], timing: Timing) -> list[Row]:
+    times = {way: [max(seconds for seconds, _ in found) for found in rounds] for way, rounds in turns.items()}
+    first = [found[0] for found in turns["together"]]
+    kinds = {kind: statistics.median(spent[kind] for _, spent in first) for kind in first[0][1]}
+    kinds["computation"] = statistics.median(seconds for seconds, _ in first) - sum(kinds.values())
+    over = [a / b for a, b in zip(times["independent"], times["together"], strict=True)]
+    together = {"seconds_by_kind": kinds, "of_independent": statistics.median(over)}
+    together |= {"of_independent_min": min(over), "of_independent_max": max(over)}
+    return harness.rows(
+        {"model": model, **case},
+        times,
+        against="alone",
+        floor_s=statistics.median(times["alone"]),
+        timing=timing,
+        inputs=f"batches of {inputs.TEXT}",
+        device=f"{machine.cpu()}, 1 thread a rank",
+        numbers={"together": together},
+    )
 
 
 def main(*, models: list[str], ranks: int, per_rank: int, steps: int, rounds: int, out: Path | None) -> None:
     """Measure, print, and write `scaling.jsonl` into `out` if given."""
-    from moelab import terminal
-
-    for what, value in (("ranks", ranks), ("sequences", per_rank), ("steps", steps), ("rounds", rounds)):
-        if value < (2 if what == "ranks" else 1):
-            raise ValueError(f"bench scaling: --{what} must be at least {2 if what == 'ranks' else 1}, got {value}")
+    for what, value, least in (("ranks", ranks, 2), ("sequences", per_rank, 1), ("steps", steps, 1)):
+        if value < least:
+            raise ValueError(f"bench scaling: --{what} must be at least {least}, got {value}")
     for name in models:
         model = ModelConfig.parse(name)
         ParallelConfig(data=ranks).check(model.experts, heads=model.heads, ffn=model.ffn)
-    rows = measure(models=models, ranks=ranks, per_rank=per_rank, steps=steps, rounds=rounds)
-    title = (
-        f"weak scaling 1 -> {ranks} ranks, 1 thread each, {per_rank} sequences a rank, {rounds} rounds of {steps} steps"
-    )
-    kinds = ("computation", "exchange", "gradients", "agreement")
-    view = terminal.table("model", "alone, ms", "together, ms", "efficiency", "of independent", *kinds, title=title)
-    for row in rows:
-        t, e, i = row["seconds_per_step"], row["efficiency"], row["efficiency_over_independent"]
-        total = sum(row["seconds_by_kind"].values())
-        view.add_row(
-            row["model"],
-            f"{1e3 * statistics.median(t['alone']):.0f}",
-            f"{1e3 * statistics.median(t['together']):.0f}",
-            f"{e['median']:.0%} ({e['low']:.0%} to {e['high']:.0%})",
-            f"{i['median']:.0%} ({i['low']:.0%} to {i['high']:.0%})",
-            *(f"{row['seconds_by_kind'][kind] / total:.0%}" for kind in kinds),
-        )
-    console = terminal.console()
-    console.print(view)
+    found = measure(models=models, ranks=ranks, per_rank=per_rank, steps=steps, rounds=rounds)
+
+    def share(row: Row, kind: str) -> str:
+        by_kind = row.numbers.get("seconds_by_kind")
+        return f"{by_kind[kind] / sum(by_kind.values()):.0%}" if by_kind else ""
+
+    columns = {
+        "efficiency": lambda row: f"{1 / row.ratio:.0%}",
+        "of independent": lambda row: f"{row.numbers['of_independent']:.0%}" if row.numbers else "",
+    }
+    columns |= {kind: lambda row, kind=kind: share(row, kind) for kind in KINDS}
+    for name in models:
+        title = f"weak scaling 1 -> {ranks} ranks: {name}, {per_rank} sequences a rank, {steps} steps a round"
+        harness.show(title, [row for row in found if row.case["model"] == name], columns)
     if out is not None:
-        path = out / "scaling.jsonl"
-        write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
-        console.print(f"written to {path}")
+        harness.write(found, out / "scaling.jsonl")

@@ -1,41 +1,37 @@
-"""`moelab bench train`: what a step of training costs, side by side in one process.
+"""`moelab bench train`: what a step of training costs, dense and MoE, fp32 and bf16, side by side in one process.
 
-Two ratios: the MoE twin's tokens/s over its dense base's (both through the training loop), and the dense twin through the training
-loop over the same model in a bare, hand-written PyTorch loop. Models take turns; a ratio is taken round by round and its median
-and range printed. The floor is the time of the model's FLOPs at the matrix-product rate measured in the same run.
+Twins of the 350M models with the paper's own numbers of experts (`shrink(experts=1)`) take turns in the training loop
+on batches of text, one family after the other; the dense one runs beside the same model in a bare, hand-written
+PyTorch loop. Ratios are to the dense twin in fp32, round by round. The floor is the time of the model's FLOPs at the
+rate of a large matrix product in the row's dtype. At the end: the dtype to use on this machine for each family.
 """
 
 from __future__ import annotations
 
 import itertools
 import statistics
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from moelab import terminal
+from moelab.bench import harness, inputs, plot
+from moelab.bench.harness import DTYPES, Row, Timing
 from moelab.config import ModelConfig, RoutingConfig, TrainConfig
-from moelab.files import write_text
 from moelab.training.loop import Trainer, Window
 
-
-class RandomBatches:
-    """Batches of random tokens: a function of the step, like the real ones."""
-
-    def __init__(self, config: TrainConfig, model: ModelConfig) -> None:
-        generator = torch.Generator().manual_seed(0)
-        self._tokens = torch.randint(model.vocab, (config.batch_size, model.context + 1), generator=generator)
-
-    def batch(self, step: int) -> tuple[Tensor, Tensor]:
-        return self._tokens[:, :-1], self._tokens[:, 1:]
+FAMILIES = {"dense": "350M", "MoE-128": "350M+MoE-128", "PR-MoE-32/64": "350M+PR-MoE-32/64"}
+BARE = "dense, bare loop"
+SEQUENCES = 32
+Step = Callable[[int], None]
+"""One optimizer step on the batch of that number."""
 
 
 class BareGPT(nn.Module):
-    """The dense decoder as one would write it in ten minutes; what the workbench's model is held against."""
+    """The dense decoder as one writes it in ten minutes; our model is held against it."""
 
     def __init__(self, c: ModelConfig) -> None:
         super().__init__()
@@ -57,9 +53,10 @@ class BareGPT(nn.Module):
         )
         self.ln = nn.LayerNorm(M)
 
-    def forward(self, tokens: Tensor, targets: Tensor) -> Tensor:
-        B, T = tokens.shape
-        x = self.wte(tokens) + self.wpe.weight[:T]
+    def forward(self, tokens_BT: Tensor, targets_BT: Tensor) -> Tensor:
+        """Return the loss."""
+        B, T = tokens_BT.shape
+        x = self.wte(tokens_BT) + self.wpe.weight[:T]
         for layer in self.layers:
             q, k, v = layer["qkv"](layer["ln1"](x)).chunk(3, dim=-1)
             q, k, v = (t.view(B, T, self.heads, -1).transpose(1, 2) for t in (q, k, v))
@@ -67,20 +64,21 @@ class BareGPT(nn.Module):
             x = x + layer["proj"](y.transpose(1, 2).reshape(B, T, -1))
             x = x + layer["fc2"](F.gelu(layer["fc"](layer["ln2"](x)), approximate="tanh"))
         logits = F.linear(self.ln(x), self.wte.weight)
-        return F.cross_entropy(logits.view(B * T, -1).float(), targets.reshape(-1))
+        return F.cross_entropy(logits.view(B * T, -1).float(), targets_BT.reshape(-1))
 
 
-def _bare(model_config: ModelConfig, config: TrainConfig) -> Callable[[], None]:
+def bare_loop(model_config: ModelConfig, config: TrainConfig, context: int) -> Step:
+    """Return the step of a hand-written loop around `BareGPT`."""
     torch.manual_seed(0)
     model = BareGPT(model_config)
     nn.init.normal_(model.wte.weight, 0.0, 0.02)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, betas=config.betas, weight_decay=0.1, fused=True)
-    batches = RandomBatches(config, model_config)
+    batches = inputs.TextBatches(config.batch_size, context, model_config.vocab)
 
-    def step() -> None:
-        tokens, targets = batches.batch(0)
+    def step(number: int) -> None:
+        tokens_BT, targets_BT = batches.batch(number)
         with torch.autocast("cpu", torch.bfloat16, enabled=config.dtype == "bf16"):
-            loss = model(tokens, targets)
+            loss = model(tokens_BT, targets_BT)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip)
         optimizer.step()
@@ -89,125 +87,150 @@ def _bare(model_config: ModelConfig, config: TrainConfig) -> Callable[[], None]:
     return step
 
 
-def _ours(model_config: ModelConfig, config: TrainConfig) -> Callable[[], None]:
-    trainer = Trainer(model_config, config, RandomBatches(config, model_config), model_config.context)
-    steps, window = itertools.count(), Window()
+def training_loop(model_config: ModelConfig, config: TrainConfig, context: int) -> Step:
+    """Return the step of moelab's own training loop."""
+    trainer = Trainer(model_config, config, inputs.TextBatches(config.batch_size, context, model_config.vocab), context)
+    window = Window()
 
-    def step() -> None:
-        trainer.step(next(steps), window)
+    def step(number: int) -> None:
+        trainer.step(number, window)
 
     return step
 
 
-def _gemm_rate(dtype: torch.dtype) -> float:
-    """FLOP/s of a large square matrix product on this machine at the current number of threads."""
-    n = 2048
-    a, b = torch.randn(n, n, dtype=dtype), torch.randn(n, n, dtype=dtype)
-    times = []
-    for _ in range(5):
-        started = time.perf_counter()
-        a @ b
-        times.append(time.perf_counter() - started)
-    return 2 * n**3 / statistics.median(times)
+def turns(steps: Mapping[str, Step], count: int, timing: Timing) -> dict[str, list[float]]:
+    """Return each candidate's seconds a step, round by round: `count` steps a round, on the same batches for all."""
+
+    def run(step: Step) -> Callable[[Iterable[int]], None]:
+        def steps_of_round(numbers: Iterable[int]) -> None:
+            for number in numbers:
+                step(number)
+
+        return steps_of_round
+
+    times = harness.in_turns(
+        {name: run(step) for name, step in steps.items()}, lambda i: range(i * count, (i + 1) * count), timing
+    )
+    return {name: [t / count for t in rounds] for name, rounds in times.items()}
 
 
 def side_by_side(
-    models: dict[str, ModelConfig], config: TrainConfig, *, steps: int, rounds: int
+    models: Mapping[str, ModelConfig], config: TrainConfig, *, steps: int, rounds: int
 ) -> dict[str, list[float]]:
-    """Training tokens/s of each model, round by round: models take turns, so that other load of the machine meets all.
+    """Return training tokens/s of each model, round by round, models taking turns.
 
     Args:
         config: batch, dtype and threads of all of them.
-        steps: measured steps of a model in a round, after three to warm up.
+        steps: measured steps of a model in a round.
     """
     torch.set_num_threads(config.threads)
-    calls = {name: _ours(model, config) for name, model in models.items()}
-    for call in calls.values():
-        for _ in range(3):
-            call()
-    speeds: dict[str, list[float]] = {name: [] for name in models}
-    for _ in range(rounds):
-        for name, call in calls.items():
-            started = time.perf_counter()
-            for _ in range(steps):
-                call()
-            tokens = steps * config.batch_size * models[name].context
-            speeds[name].append(tokens / (time.perf_counter() - started))
-    return speeds
+    made = {name: training_loop(model, config, model.context) for name, model in models.items()}
+    times = turns(made, steps, Timing(rounds=rounds, warm_up=1))
+    return {name: [config.batch_size * models[name].context / t for t in times[name]] for name in models}
 
 
-def measure(*, steps: int, rounds: int, threads: int, dtype: str) -> list[dict[str, Any]]:
-    """One row per model: tokens/s of each round, the ratio to what it is held against, and the floor."""
+def twin(family: str, width: int) -> ModelConfig:
+    """Return the twin of a family, `width` wide, with the paper's own numbers of experts, drop-free."""
+    base = ModelConfig.parse(FAMILIES[family], routing=RoutingConfig(drop_tokens=False))
+    return base.shrink(hidden=base.hidden // width, experts=1, vocab=inputs.VOCAB, context=inputs.CONTEXT)
+
+
+def measure(
+    width: int, *, families: Sequence[str], dtypes: Sequence[str], steps: int, threads: int, timing: Timing
+) -> list[Row]:
+    """Return the rows of one width: times are those of a step, `tokens_per_s` is in the numbers."""
     torch.set_num_threads(threads)
-    config = TrainConfig(dtype=dtype, threads=threads)
-    drop_free = RoutingConfig(drop_tokens=False)
-    dense = ModelConfig.parse("350M twin")
-    models = {
-        "dense twin, bare loop": (dense, _bare, None),
-        "dense twin": (dense, _ours, "dense twin, bare loop"),
-        "MoE twin, 16 experts": (ModelConfig.parse("350M+MoE-128 twin", routing=drop_free), _ours, "dense twin"),
-        "PR-MoE twin, 4 and 8 experts": (
-            ModelConfig.parse("350M+PR-MoE-32/64 twin", routing=drop_free),
-            _ours,
-            "dense twin",
-        ),
+    T = inputs.CONTEXT
+    made: dict[str, Step] = {}
+    models: dict[str, tuple[str, ModelConfig, str]] = {}
+    for family, dtype in itertools.product(families, dtypes):
+        model, config = twin(family, width), TrainConfig(batch_size=SEQUENCES, dtype=dtype, threads=threads)
+        loops = {family: training_loop} | ({BARE: bare_loop} if family == "dense" else {})
+        for label, loop in loops.items():
+            made[f"{label}, {dtype}"] = loop(model, config, T)
+            models[f"{label}, {dtype}"] = (family, model, dtype)
+    times = turns(made, steps, timing)
+    rates = {dtype: harness.product_rate(DTYPES[dtype], timing) for dtype in dtypes}
+    flops = {name: SEQUENCES * T * model.flops_per_token() for name, (_, model, _) in models.items()}
+    numbers = {
+        name: {
+            "family": family,
+            "dtype": dtype,
+            "parameters": model.parameters(),
+            "tokens_per_s": SEQUENCES * T / statistics.median(times[name]),
+            "product_flop_per_s": rates[dtype],
+        }
+        for name, (family, model, dtype) in models.items()
     }
-    calls = {name: make(model, config) for name, (model, make, _) in models.items()}
-    tokens = steps * config.batch_size * dense.context
-    speeds: dict[str, list[float]] = {name: [] for name in models}
-    for call in calls.values():
-        for _ in range(3):
-            call()
-    for _ in range(rounds):
-        for name, call in calls.items():
-            started = time.perf_counter()
-            for _ in range(steps):
-                call()
-            speeds[name].append(tokens / (time.perf_counter() - started))
-    rate = _gemm_rate(torch.bfloat16 if dtype == "bf16" else torch.float32)
-    rows = []
-    for name, (model, _, against) in models.items():
-        ratios = [a / b for a, b in zip(speeds[name], speeds[against], strict=True)] if against else []
-        rows.append(
-            {
-                "model": name,
-                "tokens_per_s": statistics.median(speeds[name]),
-                "rounds": speeds[name],
-                "against": against,
-                "ratio": statistics.median(ratios) if ratios else None,
-                "ratio_low": min(ratios, default=None),
-                "ratio_high": max(ratios, default=None),
-                "share_of_floor": statistics.median(speeds[name]) * model.flops_per_token() / rate,
-                "gemm_flop_per_s": rate,
-                "threads": threads,
-                "dtype": dtype,
-            }
-        )
-    return rows
-
-
-def main(*, steps: int, rounds: int, threads: int, dtype: str, out: Path | None) -> None:
-    """Measure, print, and write `train.jsonl` into `out` if given."""
-    import json
-
-    from moelab import terminal
-
-    if dtype not in ("fp32", "bf16"):
-        raise ValueError(f"bench train: dtype must be fp32 or bf16, got {dtype!r}")
-    rows = measure(steps=steps, rounds=rounds, threads=threads, dtype=dtype)
-    title = f"training, {dtype}, {threads} thread{'s' if threads > 1 else ''}, {rounds} rounds of {steps} steps"
-    view = terminal.table("model", "tokens/s (median)", "ratio (median, range)", "against", "of the floor", title=title)
-    for row in rows:
-        ratio = f"{row['ratio']:.2f} ({row['ratio_low']:.2f} to {row['ratio_high']:.2f})" if row["ratio"] else ""
-        view.add_row(
-            row["model"], f"{row['tokens_per_s']:,.0f}", ratio, row["against"] or "", f"{row['share_of_floor']:.0%}"
-        )
-    console = terminal.console()
-    console.print(view)
-    console.print(
-        f"floor: the model's FLOPs at {rows[0]['gemm_flop_per_s'] / 1e9:.0f} GFLOP/s, measured on a 2048^3 product"
+    return harness.rows(
+        {"width": width, "sequences": SEQUENCES, "context": T, "steps": steps, "threads": threads},
+        times,
+        against=next(iter(times)),
+        floor_s={name: flops[name] / rates[dtype] for name, (_, _, dtype) in models.items()},
+        timing=timing,
+        inputs=f"{SEQUENCES} x {T} tokens of {inputs.TEXT}",
+        numbers=numbers,
     )
+
+
+def advice(found: Sequence[Row]) -> list[str]:
+    """Return a line for each width and family measured in both dtypes: speeds, their ratio, the dtype to use."""
+    lines = []
+    for row in found:
+        family, width = row.numbers["family"], row.case["width"]
+        if row.candidate != f"{family}, fp32":
+            continue
+        other = next((r for r in found if r.case["width"] == width and r.candidate == f"{family}, bf16"), None)
+        if other is None:
+            continue
+        ratios = [a / b for a, b in zip(row.rounds_ms, other.rounds_ms, strict=True)]
+        low, high = min(ratios), max(ratios)
+        use = "use bf16" if low > 1 else "use fp32" if high < 1 else "equal within the spread: use fp32"
+        speeds = [f"{r.numbers['tokens_per_s'] / 1e3:.1f} k" for r in (row, other)]
+        lines.append(
+            f"{family}, {width} wide: fp32 {speeds[0]} tokens/s, bf16 {speeds[1]} "
+            f"({statistics.median(ratios):.2f} times, {low:.2f} to {high:.2f}): {use}"
+        )
+    return lines
+
+
+def main(
+    *,
+    widths: Sequence[int],
+    families: Sequence[str],
+    dtypes: Sequence[str],
+    steps: int,
+    threads: int,
+    timing: Timing,
+    out: Path | None,
+) -> None:
+    """Measure, print and, with `out` (a folder), write `train.jsonl` and its figure.
+
+    Raises:
+        ValueError: a family, dtype or width that there is not, or no steps.
+    """
+    timing.check_threads(threads)
+    for what, given, allowed in (("family", families, FAMILIES), ("dtype", dtypes, DTYPES)):
+        if unknown := [name for name in given if name not in allowed]:
+            raise ValueError(f"bench train: {what} must be one of {', '.join(allowed)}, got {unknown[0]!r}")
+    if odd := [w for w in widths if not 16 <= w <= 1024 or w % 16]:
+        raise ValueError(f"bench train: width must be a multiple of 16 up to 1024, got {odd[0]}")
+    if steps < 1:
+        raise ValueError(f"bench train: steps must be at least 1, got {steps}")
+    found: list[Row] = []
+    for width in widths:
+        case = measure(width, families=families, dtypes=dtypes, steps=steps, threads=threads, timing=timing)
+        title = f"training, {width} wide, {SEQUENCES} x {inputs.CONTEXT} tokens a step, {steps} steps a round"
+        columns = {
+            "tokens/s": lambda row: f"{row.numbers['tokens_per_s']:,.0f}",
+            "parameters": lambda row: f"{row.numbers['parameters'] / 1e6:.1f} M",
+        }
+        harness.show(title, case, columns)
+        found += case
+    console = terminal.console()
+    for line in advice(found):
+        console.print(line, highlight=False)
     if out is not None:
-        path = out / "train.jsonl"
-        write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
-        console.print(f"written to {path}")
+        objects = harness.write(found, out / "train.jsonl")
+        title = f"A step of training over {objects[0]['against']}"
+        plot.save(plot.ratios(objects, title=title, x="width", xlabel="hidden size"), out / "train")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -13,18 +12,42 @@ from moelab.cli._options import Device, Experts, Out, Threads, check_device, wri
 bench = typer.Typer(no_args_is_help=True, help="Benchmarks; each prints ratios measured side by side in one run.")
 
 
+CPU_TIME = typer.Option(
+    "--cpu-time", help="measure processor time, which other programs disturb less; needs one thread"
+)
+CpuTime = Annotated[bool, CPU_TIME]
+Rounds = Annotated[int, typer.Option(help="times the candidates take turns, with new inputs each time")]
+
+
 @bench.command(name="train")
 def bench_train(
-    steps: Annotated[int, typer.Option(help="measured steps of each model")] = 20,
-    rounds: Annotated[int, typer.Option(help="times the models take turns")] = 5,
-    threads: Annotated[int, typer.Option(help="CPU threads")] = 1,
-    dtype: Annotated[str, typer.Option(help="fp32 or bf16")] = "fp32",
-    out: Annotated[Path | None, typer.Option(help="folder for the numbers as JSON lines")] = None,
+    width: Annotated[
+        list[int] | None, typer.Option("--width", help="hidden size; repeat (default: 32, 64, 128)")
+    ] = None,
+    family: Annotated[
+        list[str] | None,
+        typer.Option("--family", help="dense, MoE-128 or PR-MoE-32/64; repeat for several (default: all)"),
+    ] = None,
+    dtype: Annotated[list[str] | None, typer.Option(help="fp32 or bf16; repeat (default: both)")] = None,
+    steps: Annotated[int, typer.Option(help="measured steps of each candidate in a round")] = 5,
+    rounds: Rounds = 5,
+    threads: Threads = 1,
+    cpu_time: CpuTime = False,
+    out: Out = None,
 ) -> None:
-    """Measure the training speed of twins: MoE over its dense base, our dense twin over a plain PyTorch loop."""
-    from moelab.bench.train import main as bench_main
+    """Measure the training speed of twins, dense and MoE, fp32 and bf16, and name the dtype to use for each."""
+    from moelab.bench import train
+    from moelab.bench.harness import Timing
 
-    bench_main(steps=steps, rounds=rounds, threads=threads, dtype=dtype, out=out)
+    train.main(
+        widths=width or [32, 64, 128],
+        families=family or list(train.FAMILIES),
+        dtypes=dtype or ["fp32", "bf16"],
+        steps=steps,
+        threads=threads,
+        timing=Timing(rounds, clock="cpu" if cpu_time else "wall", warm_up=1, budget_s=600),
+        out=out,
+    )
     write_provenance(out, "train")
 
 
@@ -32,16 +55,19 @@ def bench_train(
 def bench_gate(
     tokens: Annotated[int, typer.Option(help="S")] = 4096,
     experts: Experts = None,
-    rounds: Annotated[int, typer.Option(help="times the candidates take turns")] = 15,
+    rounds: Rounds = 15,
     threads: Threads = 2,
+    cpu_time: CpuTime = False,
     device: Device = "cpu",
     out: Out = None,
 ) -> None:
     """Compare the gate with the mask baseline and, where installed (extra peers), DeepSpeed's."""
     check_device(device)
-    from moelab.bench.gate import main as bench_main
+    from moelab.bench import gate
+    from moelab.bench.harness import Timing
 
-    bench_main(tokens=tokens, experts=experts or [8, 64, 128], rounds=rounds, threads=threads, device=device, out=out)
+    timing = Timing(rounds, device, "cpu" if cpu_time else "wall")
+    gate.main(tokens=tokens, experts=experts or [8, 64, 128], timing=timing, threads=threads, out=out)
     write_provenance(out, "gate")
 
 
@@ -51,31 +77,26 @@ def bench_layer(
     hidden: Annotated[int, typer.Option(help="M")] = 512,
     ffn: Annotated[int, typer.Option(help="F")] = 2048,
     experts: Experts = None,
-    dtype: Annotated[list[str] | None, typer.Option(help="fp32 or bf16; repeat for both")] = None,
-    rounds: Annotated[int, typer.Option(help="times the candidates take turns")] = 7,
-    threads: Threads = 2,
+    dtype: Annotated[list[str] | None, typer.Option(help="fp32 or bf16; repeat (default: both)")] = None,
+    threads: Annotated[list[int] | None, typer.Option(help="CPU threads; repeat (default: 1, 2)")] = None,
+    only: Annotated[list[str] | None, typer.Option(help="a candidate beside the dense layer; repeat")] = None,
+    rounds: Rounds = 7,
+    cpu_time: CpuTime = False,
     device: Device = "cpu",
     out: Out = None,
 ) -> None:
-    """Compare the MoE layer with a dense one of equal FLOPs, the einsum baseline and other libraries (extra peers)."""
+    """Compare the MoE layer with a dense one of equal FLOPs, the einsum baseline, torch and other libraries (peers)."""
     check_device(device)
-    from moelab.bench.layer import DTYPES
-    from moelab.bench.layer import main as bench_main
+    from moelab.bench import layer
+    from moelab.bench.harness import Timing
 
-    for name in dtype or ():
-        if name not in DTYPES:
-            raise ValueError(f"--dtype must be one of {', '.join(DTYPES)}, got {name!r}")
-    bench_main(
-        tokens=tokens,
-        hidden=hidden,
-        ffn=ffn,
-        experts=experts or [8, 64, 128],
-        dtypes=dtype or ["fp32"],
-        rounds=rounds,
-        threads=threads,
-        device=device,
-        out=out,
-    )
+    sizes = [
+        layer.LayerSize(tokens, hidden, ffn, E, name)
+        for name in dtype or ["fp32", "bf16"]
+        for E in experts or [8, 64, 128]
+    ]
+    timing = Timing(rounds, device, "cpu" if cpu_time else "wall", budget_s=120)
+    layer.main(sizes=sizes, threads=threads or ([1] if cpu_time else [1, 2]), timing=timing, only=only or (), out=out)
     write_provenance(out, "layer")
 
 
@@ -92,7 +113,7 @@ def bench_decode(
     rank_batch: Annotated[int, typer.Option(help="sequences over all ranks")] = 8,
     prompt: Annotated[int, typer.Option(help="tokens of a prompt")] = 32,
     output: Annotated[int, typer.Option(help="tokens generated for each")] = 32,
-    rounds: Annotated[int, typer.Option(help="times the candidates take turns")] = 5,
+    rounds: Annotated[int, typer.Option(help="times the candidates take turns, with new prompts each time")] = 5,
     threads: Threads = 2,
     device: Device = "cpu",
     tensor: Annotated[int, typer.Option(help="under torchrun or srun: tensor slicing")] = 1,
@@ -105,7 +126,7 @@ def bench_decode(
     of them.
     """
     check_device(device)
-    from moelab.bench.decode import Protocol
+    from moelab.bench.decode import DecodeSettings
     from moelab.bench.decode import main as bench_main
     from moelab.engine.launch import process
 
@@ -114,7 +135,7 @@ def bench_decode(
         batches=batch or [1, 8, 32],
         ranks=[n for n in ranks or [1, 2, 4] if n],
         rank_batch=rank_batch,
-        protocol=Protocol(prompt, output, rounds),
+        settings=DecodeSettings(prompt, output, rounds),
         threads=threads,
         device=device,
         tensor=tensor,

@@ -116,7 +116,7 @@ def times(scale: str, rounds: int | None) -> list[dict[str, Any]]:
     for ranks in worlds:
         with Ranks(ranks) as pool:
             for size in sizes:
-                found += bench.measure(pool, size, rounds or own, "cpu")
+                found += [row.json() for row in bench.measure(pool, size, rounds or own, "cpu")]
     return found
 
 

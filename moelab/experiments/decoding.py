@@ -76,16 +76,16 @@ def decode(
     models: Mapping[str, ModelConfig], scale: str, ranks: Sequence[int], batches: Sequence[int]
 ) -> list[dict[str, Any]]:
     """Measure the steps here and now; rows of `moelab bench decode` with the model's key as name."""
-    from moelab.bench.decode import Protocol, measure, measure_ranks
+    from moelab.bench.decode import DecodeSettings, measure, measure_ranks
 
-    protocol = Protocol(4, 4, 1, 2) if scale == "smoke" else Protocol(16, 24, 5, 4)
+    settings = DecodeSettings(4, 4, 1) if scale == "smoke" else DecodeSettings(16, 24, 5)
     found = []
     for name, model in models.items():
         if scale == "gpu":
-            rows = [r for r in measure(model, list(batches), Protocol(), "cuda") if r["candidate"] in MODES]
+            rows = [r for r in measure(model, list(batches), DecodeSettings(), "cuda") if r.candidate in MODES]
         else:
-            rows = measure_ranks(model, list(ranks), 8, protocol)
-        found += [{**row, "name": name} for row in rows]
+            rows = measure_ranks(model, list(ranks), 8, settings)
+        found += [{**row.json(), "name": name} for row in rows]
     return found
 
 

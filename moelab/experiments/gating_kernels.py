@@ -66,39 +66,49 @@ def parts(scale: str, rounds: int | None = None, threads: int = 1) -> list[dict[
         rounds: None is the scale's own number.
         threads: of the processor.
     """
+    from moelab.bench.harness import Timing
     from moelab.bench.parts import measure
 
     s = SHAPES[scale]
     cases = [(tokens, experts) for tokens in s.tokens for experts in s.experts]
+    timing = Timing(rounds or s.rounds, s.device)
     with comparison.threads(threads):
-        return [row for S, E in cases for row in measure(S, s.hidden, E, rounds or s.rounds, s.device, calls=s.calls)]
+        found = [row for S, E in cases for row in measure(S, s.hidden, E, timing, calls=s.calls)]
+    return [
+        {**row.case, "device": row.device, "candidate": row.candidate, "round": i, "ms": ms}
+        for row in found
+        for i, ms in enumerate(row.rounds_ms)
+    ]
 
 
 def training_gate(scale: str, rounds: int | None = None, threads: int = 1) -> list[dict[str, Any]]:
     """Measure the gate, forward and backward: rows of `moelab bench gate`. Args as of `parts`."""
     from moelab.bench.gate import measure
+    from moelab.bench.harness import Timing
 
     s = SHAPES[scale]
+    timing = Timing(rounds or s.rounds, s.device)
     with comparison.threads(threads):
-        return [row for E in s.experts for row in measure(s.train_tokens, E, rounds or s.rounds, s.device)]
+        return [row.json() for E in s.experts for row in measure(s.train_tokens, E, timing)]
 
 
 def layers(scale: str, rounds: int | None = None, threads: int = 1) -> list[dict[str, Any]]:
     """Measure whole layers: rows of `moelab bench layer`, with `case`: inference at the first two numbers of tokens
     (forward), training (and backward). Args as of `parts`.
     """
-    from moelab.bench.layer import measure
+    from moelab.bench.harness import Timing
+    from moelab.bench.layer import DROP_FREE, EINSUM, LayerSize, measure
 
     s = SHAPES[scale]
     M, F, S = s.layer
-    ours = ("ours, drop-free", "einsum (baseline)")
+    timing = Timing(rounds or s.rounds, s.device)
     cases = [(f"inference, {tokens} tokens", tokens, False) for tokens in s.tokens[:2]]
     with comparison.threads(threads):
         return [
-            row | {"case": case}
+            row.json() | {"case": case}
             for case, tokens, backward in [*cases, (f"training, {S} tokens", S, True)]
             for E in s.experts
-            for row in measure(tokens, M, F, E, "fp32", rounds or s.rounds, s.device, backward=backward, only=ours)
+            for row in measure(LayerSize(tokens, M, F, E), timing, backward=backward, only=(DROP_FREE, EINSUM))
         ]
 
 
@@ -132,7 +142,7 @@ def work(scale: str) -> float:
     S, E, M = s.tokens[-1], s.experts[-1], s.hidden
     slots = -(-S // E)
     with FlopCounterMode(display=False) as counter:
-        einsum_dispatch(torch.zeros(S, M), torch.zeros(S, E, slots, dtype=torch.bool))
+        einsum_dispatch(torch.zeros(S, M), torch.zeros(S, E, slots))
     return counter.get_total_flops() / 2 / (S * M)
 
 

@@ -78,13 +78,22 @@ class Generator:
             a graph. None is: on CUDA, where the host need not know a number: not with expert parallelism (message
             sizes), nor in baseline mode with more sequences than `moelab.inference.modes.STATIC_TOKENS` (the busiest
             expert's load).
+        capture: replay static steps as a graph on CUDA; False launches them one by one, so that their parts can be
+            timed.
 
     Raises:
         ValueError: batch or length make no sense, or static where the host must know a number.
     """
 
     def __init__(
-        self, model: GPT, *, batch: int = 8, length: int = 0, mesh: Mesh | None = None, static: bool | None = None
+        self,
+        model: GPT,
+        *,
+        batch: int = 8,
+        length: int = 0,
+        mesh: Mesh | None = None,
+        static: bool | None = None,
+        capture: bool = True,
     ) -> None:
         context = model.config.context
         if batch < 1:
@@ -105,6 +114,7 @@ class Generator:
             )
         self.cache = KVCache(model, batch, length or context, weight.dtype, weight.device)
         self._step: _StaticStep | None = None
+        self._capture = capture and cuda
         self._newest: object = None  # the stream that the cache belongs to
 
     def generate(
@@ -248,7 +258,7 @@ class Generator:
         slots: list[_Sequence | None] = [None] * self.cache.slots
         step = self._step
         if step is None or step.sampling != sampling:
-            step = self._step = _StaticStep(self.model, self.cache, sampling)
+            step = self._step = _StaticStep(self.model, self.cache, sampling, self._capture)
         while queue or any(slots):
             alive = [slot for slot, s in enumerate(slots) if s is not None]
             free = [slot for slot, s in enumerate(slots) if s is None]
@@ -269,8 +279,8 @@ class Generator:
 class _StaticStep:
     """A decoding step of all slots whose state lives on the device; empty slots compute, too, and nobody looks."""
 
-    def __init__(self, model: GPT, cache: KVCache, sampling: Sampling) -> None:
-        self.model, self.cache, self.sampling = model, cache, sampling
+    def __init__(self, model: GPT, cache: KVCache, sampling: Sampling, capture: bool) -> None:
+        self.model, self.cache, self.sampling, self.capture = model, cache, sampling, capture
         B, device = cache.slots, cache.device
         self.tokens_B1 = torch.zeros(B, 1, dtype=torch.long, device=device)
         self.positions_B, self.count_B1 = torch.zeros_like(self.tokens_B1[:, 0]), torch.zeros_like(self.tokens_B1)
@@ -301,7 +311,7 @@ class _StaticStep:
 
     def __call__(self) -> list[int]:
         """The step's tokens, one a slot."""
-        if self.cache.device.type != "cuda":
+        if not self.capture:
             self.compute()
         else:
             if self.graph is None:

@@ -10,7 +10,7 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import moelab
-from moelab import paths
+from moelab import machine, paths
 from moelab.files import read_json
 
 SNAPSHOT = "SNAPSHOT.json"
@@ -44,11 +44,11 @@ def provenance() -> dict[str, Any]:
 
 
 def hardware() -> dict[str, Any]:
-    """CPU model, cores this process may use, memory, GPUs."""
+    """Return the CPU (name, family, model, features), cores this process may use, memory, GPUs."""
     import psutil
 
     record: dict[str, Any] = {
-        "cpu": _cpu_name(),
+        "cpu": machine.cpu(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "memory_GiB": round(psutil.virtual_memory().total / 2**30, 1),
         "system": f"{platform.system()} {platform.machine()}",
@@ -94,14 +94,3 @@ def _version(name: str) -> str | None:
         return version(name)
     except PackageNotFoundError:
         return None
-
-
-def _cpu_name() -> str:
-    try:
-        with open("/proc/cpuinfo") as f:
-            for line in f:
-                if line.startswith("model name"):
-                    return line.partition(":")[2].strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()

@@ -2,21 +2,28 @@
 
 import json
 import sys
+import traceback
+from dataclasses import replace
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode
 
 from moelab.bench import decode as bench
-from moelab.bench import peers
+from moelab.bench import decode_steps, peers
 from moelab.bench.clock import PARTS, Clock
+from moelab.bench.decode import DecodeSettings
 from moelab.config import ModelConfig
 from moelab.engine.launch import launch
 from moelab.inference import Generator, Sampling, set_mode
+from moelab.inference.modes import STATIC_TOKENS
+from moelab.models.moe import MoE
 
-TINY = bench.Protocol(prompt=5, output=6, rounds=2, warm_up=2)
+TINY = DecodeSettings(prompt=5, output=6, rounds=2)
 MOE = ModelConfig(
     layers=4, hidden=32, heads=2, vocab=100, context=24, experts=(0, 4, 0, 4), init_std=0.3, name="tiny MoE"
 )
+PROMPTS = torch.randint(100, (3, 5), generator=torch.Generator().manual_seed(0)).tolist()
 DENSE = ModelConfig(layers=2, hidden=32, heads=2, vocab=100, context=24, init_std=0.3, name="tiny")
 
 
@@ -28,10 +35,12 @@ def known_rate(monkeypatch):
 
 def test_rows_of_one_process(known_rate):
     rows = bench.measure(MOE, [1, 3], TINY, "cpu")
+    rows = [row.json() for row in rows]
     assert {(r["batch"], r["candidate"]) for r in rows} >= {(b, m) for b in (1, 3) for m in ("baseline", "optimised")}
     for row in rows:
-        assert 0 < row["median_ms"] <= row["p95_ms"] and row["tokens_per_s"] > 0 and row["floor_ms"] > 0
-        assert row[f"time_over_{row['candidate']}"] == 1
+        assert 0 < row["min_ms"] <= row["p95_ms"] and row["tokens_per_s"] > 0 and row["floor_ms"] > 0
+        assert row["against"] == "optimised" and row["rounds"] == 2 and "new each round" in row["inputs"]
+        assert row["ratio"] == 1 or row["candidate"] != "optimised"
     ours = [r for r in rows if r["candidate"] in ("baseline", "optimised")]
     for row in ours:
         assert set(row["parts_ms"]) == set(PARTS) - {"all-to-all", "sums"}
@@ -41,19 +50,19 @@ def test_rows_of_one_process(known_rate):
 
 
 def test_the_floor_counts_each_weight_once():
-    everything = bench.weight_bytes(MOE, 4)
-    model = bench.filled(MOE, "cpu")
+    everything = decode_steps.weight_bytes(MOE, 4)
+    model = decode_steps.filled(MOE, "cpu")
     rows = model.position_embedding.weight.numel()
     assert everything == 4 * (sum(p.numel() for p in model.parameters()) - rows)
     one_expert = sum(p[0].numel() for p in model.blocks[1].ffn.experts.parameters())
-    assert everything - bench.weight_bytes(MOE, 3) == 4 * 2 * one_expert
-    assert bench.cache_bytes(DENSE, 3, TINY) == 4 * 3 * 2 * 2 * 32 * 8
+    assert everything - decode_steps.weight_bytes(MOE, 3) == 4 * 2 * one_expert
+    assert decode_steps.cache_bytes(DENSE, 3, TINY) == 4 * 3 * 2 * 2 * 32 * 8
 
 
 def test_the_clock_books_all_time_and_leaves_no_trace(monkeypatch):
-    model = set_mode(bench.filled(MOE, "cpu"), "baseline")
+    model = set_mode(decode_steps.filled(MOE, "cpu"), "baseline")
     generator = Generator(model, batch=2)
-    prompts = bench.make_prompts(MOE, 2, TINY)
+    prompts = PROMPTS[:2]
     expected = generator.generate(prompts, Sampling(max_new_tokens=4, temperature=0))
     ticks = iter(range(10**6))
     monkeypatch.setattr("time.perf_counter", lambda: next(ticks))
@@ -73,31 +82,31 @@ def test_the_clock_books_all_time_and_leaves_no_trace(monkeypatch):
 
 def test_transformers_writes_the_same_tokens_with_the_same_weights():
     pytest.importorskip("transformers", reason="needs transformers (extra peers)")
-    model = bench.filled(DENSE, "cpu")
-    (peer,) = peers.candidates(model, 24).values()
-    prompts = bench.make_prompts(DENSE, 3, TINY)
+    model = decode_steps.filled(DENSE, "cpu")
+    (peer,) = peers.generators(model, 24).values()
+    prompts = PROMPTS
     ours = Generator(set_mode(model), batch=3).generate(prompts, Sampling(max_new_tokens=8, temperature=0))
     assert [list(c.tokens) for c in ours] == peer.generate(prompts, 8)
-    assert len(peer.steps(prompts)(8)) == 8
+    assert len(peer.turns(prompts, 8)) == 8
 
 
 def test_the_mixtral_peer_has_experts_of_equal_size():
     pytest.importorskip("transformers", reason="needs transformers (extra peers)")
     config = ModelConfig(layers=4, hidden=96, heads=2, vocab=100, context=24, experts=(0, 4, 0, 4))
-    model = bench.filled(config, "cpu")
-    (peer,) = peers.candidates(model, 24).values()
+    model = decode_steps.filled(config, "cpu")
+    (peer,) = peers.generators(model, 24).values()
     theirs = sum(p.numel() for n, p in peer.model.named_parameters() if "experts" in n)
     ours = sum(block.ffn.experts.up.numel() + block.ffn.experts.down.numel() for block in model.blocks[1::2])
     assert theirs == ours
-    prompts = bench.make_prompts(config, 2, TINY)
-    assert len(peer.steps(prompts)(4)) == 4
+    prompts = PROMPTS[:2]
+    assert len(peer.turns(prompts, 4)) == 4
     assert 1 <= peer.distinct_experts(prompts, 4) <= 2 and peer.distinct_experts(prompts[:1], 4) == 1
 
 
 @pytest.mark.slow
 @pytest.mark.multiprocess
 def test_rows_of_ranks():
-    rows = bench.measure_ranks(MOE, [1, 2], 4, TINY)
+    rows = [row.json() for row in bench.measure_ranks(MOE, [1, 2], 4, TINY)]
     assert [(r["ranks"], r["candidate"]) for r in rows] == [
         (1, "optimised"), (1, "baseline"), (2, "optimised"), (2, "baseline"),
     ]  # fmt: skip
@@ -127,7 +136,7 @@ def test_the_command_on_ranks(tmp_path):
 def test_the_command_writes_numbers_and_a_figure(known_rate, tmp_path, monkeypatch):
     monkeypatch.setattr(bench, "decoders", lambda: {"tiny MoE": MOE, "tiny": DENSE})
     bench.main(
-        models=None, batches=[1, 2], ranks=[], rank_batch=2, protocol=TINY, threads=1, device="cpu", out=tmp_path
+        models=None, batches=[1, 2], ranks=[], rank_batch=2, settings=TINY, threads=1, device="cpu", out=tmp_path
     )  # fmt: skip
     rows = [json.loads(line) for line in (tmp_path / "decode.jsonl").read_text().splitlines()]
     assert {r["model"] for r in rows} == {"tiny MoE", "tiny"}
@@ -139,16 +148,118 @@ def test_the_command_writes_numbers_and_a_figure(known_rate, tmp_path, monkeypat
     ("change", "message"),
     [
         (dict(models=["350M+MoE"]), "model name '350M\\+MoE' is not understood"),
-        (dict(protocol=bench.Protocol(prompt=300)), "prompt 300 and output 32 exceed the context of 350M twin"),
-        (dict(protocol=bench.Protocol(output=1)), "output must be at least 2 tokens"),
-        (dict(batches=[0]), "batch, prompt and rounds at least 1"),
+        (dict(settings=DecodeSettings(prompt=300)), "prompt 300 and output 32 exceed the context of 350M twin"),
+        (dict(batches=[0]), "batch must be at least 1, got 0"),
         (dict(ranks=[4], rank_batch=2), "2 sequences do not give each of 4 ranks one"),
         (dict(tensor=2), "need several ranks; start with torchrun or srun"),
     ],
 )
 def test_bad_settings(change, message):
     given = dict(
-        models=["350M twin"], batches=[1], ranks=[], rank_batch=8, protocol=TINY, threads=1, device="cpu", out=None
+        models=["350M twin"], batches=[1], ranks=[], rank_batch=8, settings=TINY, threads=1, device="cpu", out=None
     )
     with pytest.raises(ValueError, match=message):
         bench.main(**(given | change))
+
+
+def test_settings_need_a_step():
+    with pytest.raises(ValueError, match="output must be at least 2 tokens"):
+        DecodeSettings(output=1)
+    with pytest.raises(ValueError, match="prompt and rounds at least 1"):
+        DecodeSettings(rounds=0)
+
+
+# -- CUDA graphs, without a GPU ----------------------------------------------------------------------------------------
+
+
+class HostReads(TorchDispatchMode):
+    """Raises where a step asks the device for a value, which a CUDA graph's capture does not allow.
+
+    The CPU's kernels read freely; on a GPU others run in their place, so what is called from kernels/ does not count.
+    """
+
+    # In inference mode `item` and `is_nonzero` arrive whole, elsewhere as _local_scalar_dense.
+    READS = (
+        "item", "is_nonzero", "_local_scalar_dense", "equal", "nonzero", "masked_select", "_unique2", "unique_dim",
+        "unique_consecutive", "repeat_interleave",
+    )  # fmt: skip
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        if op.overloadpacket.__name__ in self.READS:
+            self.check(str(op))
+        return op(*args, **(kwargs or {}))
+
+    @staticmethod
+    def check(what):
+        names = [frame.filename for frame in traceback.extract_stack()]
+        if not any("/kernels/" in name and "/tests/" not in name for name in names):
+            raise AssertionError(f"{what} in a step that is captured")
+
+
+@pytest.fixture
+def host_reads(monkeypatch):
+    """The trap; calls that reach no operator count too, while it is set."""
+    for owner, name in [(torch.Tensor, n) for n in ("tolist", "numpy", "cpu")] + [(torch.cuda, "synchronize")]:
+        call = getattr(owner, name)
+
+        def checked(*args, call=call, name=name, **kwargs):
+            if _get_current_dispatch_mode() is not None:
+                HostReads.check(name)
+            return None if name == "synchronize" else call(*args, **kwargs)
+
+        monkeypatch.setattr(owner, name, checked)
+    return HostReads()
+
+
+def captured_step(generator):
+    """The step that `generator` would capture, with sequences in its slots."""
+    list(generator.stream(PROMPTS[:2], Sampling(max_new_tokens=3, temperature=0)))
+    return generator._step.compute
+
+
+@pytest.mark.parametrize("config", [DENSE, MOE, replace(MOE, residual=True)], ids=["dense", "MoE", "residual"])
+@pytest.mark.parametrize("mode", ["optimised", "baseline"])
+def test_a_captured_step_reads_nothing_from_the_device(mode, config, host_reads, monkeypatch):
+    monkeypatch.setattr("moelab.inference.modes.can_freeze", lambda dtype: False)  # freezing is the CPU's
+    model = set_mode(decode_steps.filled(config, "cpu"), mode)
+    for block in model.blocks:
+        if mode == "baseline" and isinstance(block.ffn, MoE):
+            block.ffn.set_dispatch("einsum", static_tokens=STATIC_TOKENS)  # as `set_mode` does on CUDA
+    step = captured_step(Generator(model, batch=2, static=True))
+    with host_reads:
+        step()
+
+
+def test_the_trap_catches_the_clock(host_reads, monkeypatch):
+    """Why the clock is attached to steps that are not captured."""
+    monkeypatch.setattr("moelab.inference.modes.can_freeze", lambda dtype: False)
+    generator = Generator(set_mode(decode_steps.filled(MOE, "cpu")), batch=2, static=True)
+    step = captured_step(generator)
+    for device, what in (("cuda", "synchronize"), ("cpu", "item")):
+        clock = Clock(device)
+        clock.attach(generator.model)
+        with host_reads, pytest.raises(AssertionError, match=f"{what}.* in a step that is captured"):
+            step()
+        clock.detach()
+
+
+def test_the_clock_is_attached_to_steps_that_are_not_captured(known_rate, monkeypatch):
+    captured, attached = {}, []
+
+    class Watched(Generator):
+        def __init__(self, model, *, capture=True, **options):
+            super().__init__(model, capture=capture, **options)
+            captured[id(self)] = capture
+
+    monkeypatch.setattr(bench, "Generator", Watched)
+    broken_down = bench.breakdown
+    monkeypatch.setattr(bench, "breakdown", lambda g, *rest: attached.append(captured[id(g)]) or broken_down(g, *rest))
+    bench.measure(MOE, [1], TINY, "cpu")
+    assert attached == [False, False] and True in captured.values()
+
+
+def test_uncaptured_static_steps_write_the_same_tokens():
+    model = set_mode(decode_steps.filled(MOE, "cpu"))
+    sampling = Sampling(max_new_tokens=6, temperature=0)
+    found = [Generator(model, batch=2, static=True, capture=c).generate(PROMPTS[:2], sampling) for c in (True, False)]
+    assert found[0] == found[1]

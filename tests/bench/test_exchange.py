@@ -37,7 +37,7 @@ def test_the_command_on_ranks(tmp_path):
     """What `srun moelab bench exchange` does, started by our own launcher: rank 0 writes, of as many ranks as there are."""
     command = [sys.executable, "-m", "moelab.cli", "bench", "exchange", "--bytes", "1024", "--rounds", "1"]
     launch([*command, "--out", str(tmp_path / "out")], 4, logs=tmp_path)
-    rows = all_to_all.measured(Lab(), "paper", file=str(tmp_path / "out" / "exchange.jsonl"))
+    rows = all_to_all.measured_times(Lab(), "paper", file=str(tmp_path / "out" / "exchange.jsonl"))
     assert [r["candidate"] for r in rows] == [*bench.layouts(4), bench.BARE] and {r["ranks"] for r in rows} == {4}
     assert bench.finding(rows).startswith("At 1 KiB")
     assert (tmp_path / "out" / "exchange.provenance.json").exists()

@@ -64,8 +64,15 @@ def test_a_benchmark_leaves_numbers_figure_and_provenance(tmp_path):
     size = ("--tokens", "64", "--experts", "4", "--rounds", "3", "--threads", "1")
     done = moelab("bench", "layer", *size, "--hidden", "16", "--ffn", "32", "--out", str(tmp_path))
     assert done.returncode == 0, done.stderr
-    assert {p.name for p in tmp_path.iterdir()} == {"layer.jsonl", "layer.png", "layer.svg", "layer.provenance.json"}
-    assert json.loads((tmp_path / "layer.provenance.json").read_text())["versions"]["torch"]
+    assert {p.name for p in tmp_path.iterdir()} == {
+        "layer.jsonl",
+        "layer.png",
+        "layer.svg",
+        "layer-dark.svg",
+        "layer.provenance.json",
+    }
+    record = json.loads((tmp_path / "layer.provenance.json").read_text())
+    assert record["versions"]["torch"] and "cpu" in record["hardware"]
     bad = moelab("bench", "gate", "--device", "tpu")
     assert bad.returncode == 2 and "--device must be cpu or cuda" in bad.stderr
 

@@ -1,0 +1,158 @@
+"""Time decoding steps: settings, a model of random weights, turns, parts, bytes read, rows.
+
+`moelab.bench.decode` measures with them in one process and on ranks.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from time import perf_counter
+from typing import Any
+
+import torch
+
+from moelab.bench import harness, inputs
+from moelab.bench.clock import PARTS, Clock
+from moelab.bench.harness import Row, Timing
+from moelab.config import ModelConfig
+from moelab.inference.generate import Generator
+from moelab.inference.sampling import Sampling
+from moelab.models import GPT
+
+Turns = list[float]
+"""Seconds of each turn of a generation: the prompts with the first tokens, then each step."""
+
+
+@dataclass(frozen=True)
+class DecodeSettings:
+    """Tokens of a prompt, tokens generated for each, and rounds."""
+
+    prompt: int = 32
+    output: int = 32
+    rounds: int = 5
+
+    def __post_init__(self) -> None:
+        if self.output < 2 or min(self.prompt, self.rounds) < 1:
+            raise ValueError("bench decode: output must be at least 2 tokens; prompt and rounds at least 1")
+
+    def timing(self, device: str) -> Timing:
+        """Return how a round is timed."""
+        return Timing(self.rounds, device, warm_up=1, budget_s=math.inf)  # on ranks no clock may decide
+
+
+def filled(config: ModelConfig, device: str) -> GPT:
+    """Return a model of random weights, made quickly: values do not matter here, but routing must spread."""
+    with torch.device("meta"):
+        model = GPT(config)
+    model.to_empty(device=device)
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "norm" in name:
+                parameter.fill_(0.0 if name.endswith("bias") else 1.0)
+            else:
+                parameter.normal_(0.0, config.init_std)
+    return model
+
+
+def steps(generator: Generator, prompts: list[list[int]], tokens: int) -> Iterator[None]:
+    """Generate greedily and yield after each turn: one token for each prompt, on ranks of this rank's share."""
+    share = len(prompts)
+    if generator.mesh is not None:
+        share = len(range(generator.mesh.data.index, len(prompts), generator.mesh.data.size))
+    pieces = generator.stream(prompts, Sampling(max_new_tokens=tokens, temperature=0))
+    for count, _ in enumerate(pieces, start=1):
+        if count % share == 0:
+            yield
+
+
+def our_turns(generator: Generator, prompts: list[list[int]], tokens: int) -> Turns:
+    """Generate with one of our generators and time it."""
+    times, last = [], perf_counter()
+    for _ in steps(generator, prompts, tokens):
+        now = perf_counter()
+        times.append(now - last)
+        last = now
+    return times
+
+
+def weight_bytes(config: ModelConfig, distinct: float, itemsize: int = 4) -> float:
+    """Return the bytes of weights that a step reads when each MoE layer's tokens meet `distinct` experts.
+
+    Embeddings' rows are left out.
+    """
+    used = config.active_parameters() - config.context * config.hidden
+    return itemsize * (used + config.moe_layers * (distinct - config.top_k) * config.expert_parameters())
+
+
+def cache_bytes(config: ModelConfig, batch: int, settings: DecodeSettings, itemsize: int = 4) -> float:
+    """Return the bytes of keys and values that a step reads, at the middle of the output."""
+    return itemsize * batch * 2 * config.layers * config.hidden * (settings.prompt + settings.output / 2)
+
+
+def round_prompts(config: ModelConfig, batch: int, settings: DecodeSettings) -> Callable[[int], list[list[int]]]:
+    """Return what makes the prompts of a round."""
+    return lambda i: inputs.prompts(i, batch, settings.prompt, config.vocab)
+
+
+def breakdown(generator: Generator, prompts: list[list[int]], settings: DecodeSettings) -> dict[str, Any]:
+    """Return milliseconds a step by part, collectives a step, and distinct experts a layer, from one more generation.
+
+    Args:
+        generator: not captured: the clock waits for the device inside the step, which a CUDA graph does not allow.
+    """
+    clock = Clock(generator.cache.device.type)
+    clock.attach(generator.model)
+    with clock.communication():
+        for turn, _ in enumerate(steps(generator, prompts, settings.output)):
+            if turn == 0:
+                clock.reset()  # the prompts are not a step, and what comes after the last one is none
+            clock.stop()
+            spent, collectives = clock.seconds.copy(), clock.collectives
+    clock.detach()
+    n = settings.output - 1
+    return {
+        "parts_ms": {part: spent[part] / n * 1e3 for part in PARTS if spent[part]},
+        "collectives": collectives / n,
+        "distinct_experts": statistics.mean(clock.distinct) if clock.distinct else None,
+    }
+
+
+def decode_rows(
+    case: dict[str, Any],
+    turns: Mapping[str, Sequence[Turns]],
+    numbers: Mapping[str, dict[str, Any]],
+    floor_s: float | Mapping[str, float],
+    settings: DecodeSettings,
+    device: str,
+    name: str = "",
+) -> list[Row]:
+    """Return the rows of a case: a round's time is its median step.
+
+    Args:
+        turns: candidate -> the turns of each round.
+        numbers: candidate -> what was measured beside them.
+        name: of the machine; empty is what `harness.device_name` says.
+    """
+    extra = {}
+    for candidate, rounds in turns.items():
+        sample = sorted(t for times in rounds for t in times[1:])
+        extra[candidate] = {
+            "p95_ms": sample[min(math.ceil(0.95 * len(sample)), len(sample)) - 1] * 1e3,
+            "first_ms": statistics.median(times[0] for times in rounds) * 1e3,
+            "tokens_per_s": case["batch"] * len(sample) / sum(sample),
+            **numbers[candidate],
+        }
+    return harness.rows(
+        {**case, "prompt": settings.prompt, "output": settings.output},
+        {candidate: [statistics.median(times[1:]) for times in rounds] for candidate, rounds in turns.items()},
+        against="optimised",
+        floor_s=floor_s,
+        timing=settings.timing(device),
+        inputs=f"prompts of {settings.prompt} tokens of {inputs.TEXT}",
+        device=name,
+        numbers=extra,
+    )

@@ -1,0 +1,36 @@
+"""Describe this machine's processor. Imports nothing of moelab."""
+
+from __future__ import annotations
+
+import platform
+
+FEATURES = ("avx2", "avx512f", "avx512_bf16", "avx512_fp16", "amx_tile", "amx_bf16", "asimd", "sve", "bf16")
+"""Flags that decide which kernels a matrix library has, as Linux names them."""
+
+
+def cpu() -> str:
+    """Return the processor's name with what tells generations apart.
+
+    For example "AMD EPYC (family 25, model 17; avx2, avx512f, avx512_bf16)".
+
+    Virtual machines often give the brand alone as the name. Where the system has no /proc/cpuinfo it is the
+    platform's own text.
+    """
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as file:
+            return describe_cpu(file.read())
+    except OSError:
+        return platform.processor() or platform.machine()
+
+
+def describe_cpu(cpuinfo: str) -> str:
+    """Return `cpu`'s text from the content of /proc/cpuinfo, of its first processor."""
+    lines = (line.partition(":") for line in cpuinfo.strip().partition("\n\n")[0].splitlines())
+    fields = {key.strip(): value.strip() for key, _, value in lines}
+    flags = (fields.get("flags") or fields.get("Features") or "").split()
+    numbers = ", ".join(
+        f"{label} {fields[key]}" for label, key in (("family", "cpu family"), ("model", "model")) if key in fields
+    )
+    details = "; ".join(part for part in (numbers, ", ".join(f for f in FEATURES if f in flags)) if part)
+    name = fields.get("model name") or platform.processor() or platform.machine()
+    return f"{name} ({details})" if details else name

@@ -1,0 +1,104 @@
+"""The harness: turns, fresh inputs, rows, the table's and file's form."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from moelab.bench import exchange, harness, inputs, plot
+from moelab.bench.harness import Timing
+
+
+def test_candidates_take_turns_on_the_same_inputs_and_new_ones_each_round():
+    seen = []
+    calls = {name: lambda given, name=name: seen.append((name, given)) for name in "ab"}
+    times = harness.in_turns(calls, lambda i: f"inputs {i}", Timing(rounds=3, warm_up=1))
+    assert seen == [(name, f"inputs {i}") for i in range(4) for name in ("ab" if i % 2 == 0 else "ba")]
+    assert {name: len(t) for name, t in times.items()} == {"a": 3, "b": 3}
+
+
+def test_a_spent_budget_ends_after_three_rounds():
+    times = harness.in_turns({"a": lambda _: None}, lambda i: i, Timing(rounds=9, budget_s=0))
+    assert len(times["a"]) == 3
+
+
+def test_a_candidate_may_measure_itself():
+    found = harness.in_turns({"a": lambda i: [i, i]}, lambda i: i, Timing(2, warm_up=1), lambda call, i: call(i))
+    assert found == {"a": [[1, 1], [2, 2]]}
+
+
+def test_ratios_are_taken_round_by_round():
+    seconds = {"slow": [2.0, 40.0, 6.0], "fast": [1.0, 10.0, 6.0]}
+    slow, fast = harness.rows(
+        {"tokens": 7}, seconds, against="fast", floor_s=0.5, timing=Timing(3), inputs="none", numbers={"slow": {"x": 1}}
+    )
+    assert (slow.ratio, slow.ratio_min, slow.ratio_max) == (2, 1, 4) and fast.ratio == fast.ratio_max == 1
+    assert (slow.median_ms, slow.min_ms, slow.max_ms, slow.floor_ratio) == (6000, 2000, 40000, 12)
+    written = json.loads(json.dumps(slow.json()))
+    assert written["tokens"] == 7 and written["x"] == 1 and written["rounds_ms"] == [2000, 40000, 6000]
+    assert not {"case", "numbers"} & set(written)
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        slow.ratio = 1
+
+
+def test_published_columns_keep_their_names(tmp_path):
+    """What reads results/benchmarks: the results pages, notebooks, people."""
+    found = harness.rows({"experts": 8}, {"a": [1.0]}, against="a", floor_s=1.0, timing=Timing(1), inputs="none")
+    (row,) = harness.write(found, tmp_path / "x.jsonl")
+    assert json.loads((tmp_path / "x.jsonl").read_text()) == row
+    assert {
+        "candidate", "median_ms", "min_ms", "max_ms", "rounds", "against", "ratio", "ratio_min", "ratio_max",
+        "floor_ms", "floor_ratio", "device",
+    } <= set(row)  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["layer", "gate", "exchange"])
+def test_published_rows_are_drawn(name, tmp_path):
+    file = Path(__file__).parents[2] / "results" / "benchmarks" / f"{name}.jsonl"
+    found = [json.loads(line) for line in file.read_text().splitlines()]
+    figure = exchange.figure(found) if name == "exchange" else plot.ratios(found, title=name)
+    series = {text.get_text() for text in figure.axes[-1].get_legend().get_texts()}
+    assert (
+        len(series)
+        == len({exchange._kind(r["candidate"]) if name == "exchange" else r["candidate"] for r in found}) - 1
+    )
+    plot.save(figure, tmp_path / name)
+    assert (tmp_path / f"{name}.svg").exists() and (tmp_path / f"{name}.png").stat().st_size > 10_000
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: Timing(rounds=0), "rounds must be at least 1"),
+        (lambda: Timing(device="cuda", clock="cpu"), "processor time does not measure cuda"),
+        (lambda: Timing(clock="cpu").check_threads(2), "processor time needs 1 thread, got 2"),
+        (lambda: Timing().check_threads(0), "threads must be at least 1"),
+    ],
+)
+def test_bad_timing(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+def test_hidden_states_are_new_each_round_and_the_same_again():
+    states = inputs.HiddenStates(150, 32, 8)
+    first, second = states(0), states(1)
+    assert first.x_SM.shape == (150, 32) and first.logits_SE.shape == (150, 8)
+    assert not torch.equal(first.load_E, second.load_E) and int(first.load_E.sum()) == 150
+    again = inputs.HiddenStates(150, 32, 8)
+    assert torch.equal(again.gate_EM, states.gate_EM) and torch.equal(again(1).x_SM, second.x_SM)
+    torch.testing.assert_close(first.logits_SE, first.x_SM @ states.gate_EM.T)
+    assert states.measured()["used_experts"] <= 8
+
+
+def test_the_gate_is_uneven_but_not_degenerate():
+    """As a trained twin's: more than chance alone, far from one expert for everything."""
+    states = inputs.HiddenStates(1024, 64, 8)
+    assert all(1.1 < states(i).busiest < 3 and states(i).used == 8 for i in range(3))
+
+
+def test_prompts_are_new_each_round_and_fit_the_vocabulary():
+    first, second = (inputs.prompts(i, 3, 7, 100) for i in range(2))
+    assert first != second and [len(p) for p in first] == [7, 7, 7] and max(map(max, first)) < 100

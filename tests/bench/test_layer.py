@@ -1,0 +1,116 @@
+"""`bench layer`, `gate` and the parts compare like with like: the candidates compute the same thing."""
+
+import json
+
+import pytest
+import torch
+
+from moelab.bench import gate as gate_bench
+from moelab.bench import layer, parts
+from moelab.bench.harness import Timing
+from moelab.bench.inputs import HiddenStates
+from moelab.bench.layer import LayerSize
+
+QUICK = Timing(3, clock="cpu", warm_up=1)
+
+
+@pytest.fixture(autouse=True)
+def known_rates(monkeypatch):
+    """Measuring the machine takes longer than all the rest."""
+    monkeypatch.setattr("moelab.bench.harness.product_rate", lambda *_: 1e11)
+    monkeypatch.setattr("moelab.bench.harness.copy_rate", lambda *_: 1e10)
+
+
+@pytest.mark.parametrize("tokens", [67, 3])
+@pytest.mark.parametrize("name", [layer.LOOP, layer.GROUPED, layer.EINSUM])
+def test_layers_agree_when_nothing_is_dropped(name, tokens, monkeypatch):
+    """Outputs and gradients; 3 tokens leave experts empty."""
+    monkeypatch.setattr(layer, "slots", lambda tokens, experts: tokens)
+    states = HiddenStates(tokens, 16, 7)
+    made = layer.candidates(LayerSize(tokens, 16, 32, 7), states.gate_EM, (layer.DROP_FREE, name))
+    dy = torch.randn(tokens, 16)
+    found = []
+    for module, call in (made[layer.DROP_FREE], made[name]):
+        module.zero_grad()
+        x = states(0).x_SM.requires_grad_()
+        y, aux_loss = call(x)
+        torch.autograd.backward([y, aux_loss], [dy, torch.ones(())])
+        found.append([y.detach(), aux_loss.detach(), x.grad, *(p.grad for p in module.parameters())])
+    for ours, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_rows_are_tidy(dtype):
+    rows = layer.measure(LayerSize(64, 32, 64, 4, dtype), QUICK) + gate_bench.measure(64, 4, QUICK)
+    ours = {layer.DENSE, layer.OURS, layer.DROP_FREE, layer.LOOP, layer.GROUPED, layer.EINSUM, "masks (baseline)"}
+    assert ours <= {r.candidate for r in rows}
+    assert all(r.min_ms <= r.median_ms <= r.max_ms and r.floor_ms > 0 and r.rounds == 3 for r in rows)
+    assert all(r.ratio == 1 for r in rows if r.candidate == r.against)
+    assert all("new each round" in r.inputs and r.clock == "cpu" and r.case["busiest_expert"] >= 1 for r in rows)
+
+
+def test_the_floor_counts_products_and_the_weights_of_experts_with_tokens():
+    size = LayerSize(8, 32, 64, 64)
+    for backward, passes in ((True, 3), (False, 1)):
+        row = layer.measure(size, QUICK, backward=backward, only=[layer.DROP_FREE])[0]
+        used = row.case["used_experts"]
+        assert used <= 8
+        floor_s = passes * (8 * 4 * 32 * 64 / 1e11 + used * 2 * 32 * 64 * 4 / 1e10)
+        assert row.floor_ms == pytest.approx(floor_s * 1e3)
+
+
+@pytest.mark.parametrize("name", [layer.DEEPSPEED, layer.EAGER, layer.MIXTRAL])
+def test_peers_take_the_same_tokens_and_gate(name):
+    pytest.importorskip("deepspeed" if name == layer.DEEPSPEED else "transformers", reason="needs the extra peers")
+    states = HiddenStates(67, 32, 4)
+    (_, (module, call)) = layer.candidates(LayerSize(67, 32, 96, 4), states.gate_EM, [name]).values()
+    gates = [p for p in module.parameters() if p.shape == states.gate_EM.shape]
+    assert any(torch.equal(p, states.gate_EM) for p in gates)
+    y, _ = call(states(0).x_SM)
+    assert y.shape == (67, 32) and y.abs().sum() > 0
+
+
+def test_transformers_implementations_agree():
+    pytest.importorskip("transformers", reason="needs transformers (extra peers)")
+    states = HiddenStates(67, 32, 4)
+    made = layer.candidates(LayerSize(67, 32, 96, 4), states.gate_EM, [layer.EAGER, layer.MIXTRAL])
+    x = states(0).x_SM
+    torch.testing.assert_close(made[layer.EAGER][1](x)[0], made[layer.MIXTRAL][1](x)[0])
+
+
+def test_layer_forward_only_and_a_choice_of_candidates():
+    only = (layer.DROP_FREE, layer.EINSUM)
+    rows = layer.measure(LayerSize(8, 32, 64, 4), QUICK, backward=False, only=only)
+    assert [r.candidate for r in rows] == [layer.DENSE, *only]
+    with pytest.raises(ValueError, match="unknown candidate 'einsum'; allowed: dense"):
+        layer.measure(LayerSize(8, 32, 64, 4), QUICK, only=["einsum"])
+    with pytest.raises(ValueError, match="dtype must be one of fp32, bf16, got 'fp64'"):
+        LayerSize(8, 32, 64, 4, "fp64")
+
+
+def test_the_command_measures_every_case(tmp_path):
+    sizes = [LayerSize(16, 16, 32, E) for E in (4, 8)]
+    only = [layer.DROP_FREE, layer.EINSUM]
+    layer.main(sizes=sizes, threads=[1, 2], timing=Timing(3, warm_up=0), only=only, out=tmp_path)
+    rows = [json.loads(line) for line in (tmp_path / "layer.jsonl").read_text().splitlines()]
+    assert [(r["threads"], r["experts"]) for r in rows[::3]] == [(1, 4), (1, 8), (2, 4), (2, 8)]
+    assert (tmp_path / "layer.png").stat().st_size > 10_000 and (tmp_path / "layer.svg").exists()
+
+
+def test_parts_of_both_forms_give_the_same_tokens():
+    torch.manual_seed(0)
+    x, logits = torch.randn(60, 16), torch.randn(60, 4)
+    with torch.no_grad():
+        made = [form(x, logits, 60) for form in (parts.ours, parts.masks)]
+    for part in ("combine", "all three"):
+        torch.testing.assert_close(*(calls[part]() for calls in made))
+    torch.testing.assert_close(made[0]["combine"](), made[0]["all three"]())
+
+
+def test_parts_are_timed_round_by_round():
+    rows = parts.measure(8, 16, 4, QUICK, calls=2)
+    assert [(r.case["part"], r.candidate) for r in rows] == [
+        (part, name) for part in parts.PARTS for name in (parts.OURS, parts.BASELINE)
+    ]
+    assert all(len(r.rounds_ms) == 3 and min(r.rounds_ms) > 0 and r.case["capacity"] == 4 for r in rows)
