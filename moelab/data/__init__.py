@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 from moelab.data.corpus import Corpus, Document, open_corpus
 from moelab.data.packages import CorpusUnavailable
-from moelab.data.tokens import TokenData, prepare
+from moelab.data.preparation import prepare
+from moelab.data.tokens import TokenData
 
 if TYPE_CHECKING:
     from moelab.data.batches import TrainBatches, bits_per_byte, overall_loss, validation_batches

@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 from moelab.config import DataConfig
-from moelab.data.tokens import TokenData, prepare
+from moelab.data.preparation import prepare
+from moelab.data.tokens import TokenData
 
 
 def write_texts(root: Path, documents: int = 12, words: int = 150) -> None:

@@ -13,9 +13,10 @@ import numpy as np
 import pytest
 
 from moelab.config import DataConfig
-from moelab.data import tokens as module
+from moelab.data import preparation as module
 from moelab.data.corpus import open_corpus
-from moelab.data.tokens import TokenData, prepare
+from moelab.data.preparation import prepare
+from moelab.data.tokens import TokenData
 
 
 @pytest.fixture

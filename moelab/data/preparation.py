@@ -1,0 +1,303 @@
+"""Tokenize a corpus once: `prepare` returns its `TokenData`, made on the first call and opened ever after.
+
+The folder of a corpus and tokenizer appears whole or not at all: any number of processes may ask for it at once.
+"""
+
+import contextlib
+import hashlib
+import importlib.metadata
+import json
+import re
+import shutil
+import tempfile
+import time
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from moelab.config import DataConfig
+from moelab.data.corpus import Corpus, Document, open_corpus
+from moelab.data.packages import sha256_of
+from moelab.data.tokens import TokenData
+
+if TYPE_CHECKING:
+    from moelab.data.tokenizer import Tokenizer
+
+FORMAT = 1  # part of a folder's name: a change of what is written makes new folders instead of misreading old ones
+TOKENIZER_BYTES = 200_000_000  # a tokenizer learns from at most this much training text
+PIECE = 1 << 20  # characters encoded at a time; longer documents are cut at line ends
+BATCH = 8 << 20  # characters handed to all cores at once
+STALE_SECONDS = 86_400  # a half-built folder this old belongs to a killed process
+
+
+def prepare(config: DataConfig, cache: Path, progress: Callable[[str], None] | None = None) -> TokenData:
+    """Return the tokens of `config`'s corpus, made on the first call and opened from `cache` afterwards.
+
+    Concurrent calls build once: the others wait for a file lock. (Where a network file system does not honour locks
+    between machines, both build, and one of two equal folders stays.)
+
+    Args:
+        config: everything except `context` decides which folder it is; `context` is only checked against the lengths.
+        cache: folder for prepared corpora and downloaded packages; created if missing.
+        progress: called with a line of text at each stage.
+
+    Raises:
+        ValueError: an unknown corpus or tokenizer, no training or validation text, or a context that is too long.
+        CorpusUnavailable: the text cannot be had here.
+    """
+    say = progress or (lambda line: None)
+    corpus = open_corpus(config, cache)
+    folder = cache / _folder_name(config, corpus)
+    data = _open(folder)
+    if data is None:
+        from filelock import FileLock
+
+        from moelab.data.tokenizer import bpe_vocabulary
+
+        bpe_vocabulary(config.tokenizer)  # a wrong name should fail before any work
+        cache.mkdir(parents=True, exist_ok=True)
+        with FileLock(cache / f".{folder.name}.lock"):
+            data = _open(folder)  # another process may have built it while this one waited
+            if data is None:
+                _build(config, corpus, folder, say)
+                data = TokenData(folder)
+    data.check_context(config.context)
+    return data
+
+
+def _open(folder: Path) -> TokenData | None:
+    if not folder.exists():
+        return None
+    try:
+        return TokenData(folder)
+    except ValueError as error:
+        warnings.warn(f"rebuilding: {error}", stacklevel=3)
+        return None
+
+
+def _folder_name(config: DataConfig, corpus: Corpus) -> str:
+    shape = [FORMAT, config.corpus, config.tokenizer, config.text_field, config.max_documents, config.max_bytes]
+    digest = hashlib.sha256(json.dumps([*shape, corpus.state]).encode()).hexdigest()[:12]
+    return f"{_slug(config.corpus)}-{_slug(config.tokenizer)}-{digest}"
+
+
+def _slug(name: str) -> str:
+    return re.sub(r"[^A-Za-z0-9]+", "-", name).strip("-")[-40:]
+
+
+def _build(config: DataConfig, corpus: Corpus, folder: Path, say: Callable[[str], None]) -> None:
+    started = time.monotonic()
+    _sweep(folder)
+    scratch = Path(tempfile.mkdtemp(prefix=f".building-{folder.name}-", dir=folder.parent))
+    try:
+        documents = corpus.documents
+        if corpus.remote and config.tokenizer != "gpt2":  # learning and encoding are two readings, the network's is one
+            say(f"{corpus.name}: downloading")
+            documents = _spooled(corpus, scratch / "spool.jsonl")
+        say(f"{corpus.name}: learning {config.tokenizer}" if config.tokenizer != "gpt2" else "loading gpt2")
+        tokenizer = _make_tokenizer(config, documents, folder.parent)
+        tokenizer.save(scratch / "tokenizer.json")
+        say(f"{corpus.name}: encoding")
+        meta = _encode(config, documents(), tokenizer, scratch)
+        (scratch / "spool.jsonl").unlink(missing_ok=True)
+        files = {
+            file.name: {"bytes": file.stat().st_size, "sha256": sha256_of(file)} for file in sorted(scratch.iterdir())
+        }
+        meta |= {
+            "files": files,
+            "fingerprint": hashlib.sha256(
+                "".join(files[name]["sha256"] for name in sorted(files)).encode()
+            ).hexdigest(),
+            "corpus": corpus.name,
+            "licence": corpus.licence,
+            "source": corpus.source,
+            "tokenizer": config.tokenizer,
+            "max_documents": config.max_documents,
+            "max_bytes": config.max_bytes,
+            "versions": _versions("moelab", "tokenizers", "numpy", "datasets"),
+            "seconds": round(time.monotonic() - started, 2),
+        }
+        (scratch / "meta.json").write_text(json.dumps(meta, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        scratch.chmod(0o755)  # mkdtemp's folders are private; prepared data may be shared
+        if folder.exists():  # a broken one: renamed away, since processes may still have it open
+            folder.rename(scratch.with_name(scratch.name + "-broken"))
+            shutil.rmtree(scratch.with_name(scratch.name + "-broken"), ignore_errors=True)
+        try:
+            scratch.rename(folder)
+        except OSError:
+            if not folder.exists():  # else another machine was faster, and its data is the same
+                raise
+        say(f"{corpus.name}: {meta['train']['tokens']:,} training tokens in {meta['seconds']:.1f} s")
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _sweep(folder: Path) -> None:
+    """Remove what killed builds left behind."""
+    for leftover in folder.parent.glob(f".building-{folder.name}-*"):
+        if time.time() - leftover.stat().st_mtime > STALE_SECONDS:
+            shutil.rmtree(leftover, ignore_errors=True)
+
+
+def _spooled(corpus: Corpus, path: Path) -> Callable[[], Iterator[Document]]:
+    with path.open("w", encoding="utf-8") as file:
+        for document in corpus.documents():
+            file.write(json.dumps([document.domain, document.split, document.text, document.name]) + "\n")
+
+    def documents() -> Iterator[Document]:
+        with path.open(encoding="utf-8") as file:
+            for line in file:
+                yield Document(*json.loads(line))
+
+    return documents
+
+
+def _make_tokenizer(config: DataConfig, documents: Callable[[], Iterator[Document]], cache: Path) -> "Tokenizer":
+    from moelab.data.tokenizer import Tokenizer, bpe_vocabulary
+
+    size = bpe_vocabulary(config.tokenizer)
+    if size is None:
+        return Tokenizer.gpt2(cache)
+    return Tokenizer.train(_training_texts(documents()), size)
+
+
+def _training_texts(documents: Iterable[Document]) -> Iterator[str]:
+    read = 0
+    for document in documents:
+        if document.split == "train" and read < TOKENIZER_BYTES:
+            read += len(document.text)
+            yield document.text
+
+
+class _Part:
+    """One growing .npy file with what is counted about it."""
+
+    def __init__(self, path: Path, vocab_size: int):
+        self.path = path
+        self.dtype = np.dtype(np.uint16 if vocab_size <= 1 << 16 else np.uint32)
+        self.counts = np.zeros(vocab_size, np.int64)  # of each id
+        self.bytes: Counter[str] = Counter()  # of text, by domain
+        self.tokens: Counter[str] = Counter()
+        self.documents: Counter[str] = Counter()
+        self.ranges: list[list[Any]] = []  # [start, end, domain]
+        self.size = 0
+        self._file = path.open("wb")
+        self._write_header()
+
+    def append(self, document: Document, ids: np.ndarray) -> None:
+        self._file.write(ids.astype(self.dtype).tobytes())
+        self.counts += np.bincount(ids, minlength=self.counts.size)
+        if self.ranges and self.ranges[-1][2] == document.domain:
+            self.ranges[-1][1] += ids.size
+        else:
+            self.ranges.append([self.size, self.size + ids.size, document.domain])
+        self.size += ids.size
+        self.bytes[document.domain] += len(document.text.encode())
+        self.tokens[document.domain] += ids.size
+        self.documents[document.domain] += 1
+
+    def close(self) -> None:
+        self._file.seek(0)
+        self._write_header()
+        self._file.close()
+
+    def _write_header(self) -> None:
+        # numpy pads the header so that a growing first axis can be written over in place.
+        header = {"descr": np.lib.format.dtype_to_descr(self.dtype), "fortran_order": False, "shape": (self.size,)}
+        np.lib.format.write_array_header_1_0(self._file, header)
+
+
+def _encode(config: DataConfig, documents: Iterable[Document], tokenizer: "Tokenizer", folder: Path) -> dict[str, Any]:
+    """Write the token files, and return the part of `meta.json` about them."""
+    train = _Part(folder / "train.npy", tokenizer.vocab_size)
+    validation: dict[str, _Part] = {}
+    for document, ids in _encoded(documents, tokenizer):
+        part = train
+        if document.split == "validation":
+            part = validation.get(document.domain) or validation.setdefault(
+                document.domain,
+                _Part(folder / f"validation-{len(validation):02d}-{_slug(document.domain)}.npy", tokenizer.vocab_size),
+            )
+        part.append(document, ids)
+    for part in [train, *validation.values()]:
+        part.close()
+    if not train.size or not validation:
+        missing = "validation" if train.size else "training"
+        raise ValueError(
+            f"data: {config.corpus!r} has no {missing} text; add documents, or raise max_documents or max_bytes"
+        )
+
+    log_p = np.log((train.counts + 1) / (train.size + tokenizer.vocab_size))  # add one: no id is impossible
+    nats = {domain: -float(part.counts @ log_p) for domain, part in validation.items()}
+    return {
+        "format": FORMAT,
+        "vocab_size": tokenizer.vocab_size,
+        "eot": tokenizer.eot,
+        "dtype": train.dtype.name,
+        "unigram_loss": sum(nats.values()) / sum(part.size for part in validation.values()),
+        "train": {
+            "tokens": train.size,
+            "bytes": train.bytes.total(),
+            "documents": train.documents.total(),
+            "domains": {
+                domain: {"tokens": tokens, "bytes": train.bytes[domain], "documents": train.documents[domain]}
+                for domain, tokens in sorted(train.tokens.items())
+            },
+            "ranges": train.ranges,
+        },
+        "validation": {
+            domain: {
+                "file": part.path.name,
+                "tokens": part.size,
+                "bytes": part.bytes.total(),
+                "documents": part.documents.total(),
+                "unigram_loss": nats[domain] / part.size,
+            }
+            for domain, part in sorted(validation.items())
+        },
+    }
+
+
+def _encoded(documents: Iterable[Document], tokenizer: "Tokenizer") -> Iterator[tuple[Document, np.ndarray]]:
+    """Each document with its ids and a final `eot`, [n] int64; encoded many at a time, to use all cores."""
+    for group in _groups(documents):
+        pieces = [list(_pieces(document.text)) for document in group]
+        encoded = tokenizer.encode_batch([piece for document in pieces for piece in document])
+        for document, parts in zip(group, pieces, strict=True):
+            ids = [np.asarray(next(encoded), np.int64) for _ in parts]
+            yield document, np.concatenate([*ids, np.asarray([tokenizer.eot])])
+
+
+def _groups(documents: Iterable[Document]) -> Iterator[list[Document]]:
+    group: list[Document] = []
+    size = 0
+    for document in documents:
+        group.append(document)
+        size += len(document.text)
+        if size >= BATCH:
+            yield group
+            group, size = [], 0
+    if group:
+        yield group
+
+
+def _pieces(text: str) -> Iterator[str]:
+    """Return the text in pieces of at most PIECE characters, cut after a line end, or anywhere if there is none."""
+    start = 0
+    while len(text) - start > PIECE:
+        end = text.rfind("\n", start, start + PIECE) + 1 or start + PIECE
+        yield text[start:end]
+        start = end
+    yield text[start:]
+
+
+def _versions(*packages: str) -> dict[str, str]:
+    found = {}
+    for package in packages:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[package] = importlib.metadata.version(package)
+    return found
