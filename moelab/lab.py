@@ -1,10 +1,10 @@
-"""`Lab`, the interface for notebooks: run specs, read runs back, publish results.
+"""`Lab`, the interface for notebooks: it runs specs, reads runs back, and publishes results.
 
 lab = Lab()
-runs = lab.run(specs)           # finished ones are read back, others continue or start
+runs = lab.run(specs)           # finished runs are read back, others continue or start
 runs.final()                    # one row per run
 runs.curves()                   # validation loss over tokens
-lab.measure(all_to_all.counts, (4, 8))    # a function's value, read back if this machine has measured it
+lab.measure(all_to_all.counts, (4, 8))    # a function's result, read back if this machine has measured it
 lab.generate(runs[0], "Fellow") # text that the run's model generates
 """
 
@@ -35,11 +35,11 @@ Executor = Literal["auto", "inline", "processes", "slurm", "read"]
 
 
 class Lab:
-    """Runs specs on this machine or on a cluster, over one run store.
+    """Runs specs on this machine or on a cluster, and keeps the runs in one run store.
 
     Args:
         store: the run store; by default that of `MOELAB_HOME`.
-        measure_again: `measure` reads nothing back.
+        measure_again: whether `measure` measures again instead of reading results back.
     """
 
     def __init__(self, store: RunStore | None = None, *, measure_again: bool = False) -> None:
@@ -62,12 +62,13 @@ class Lab:
         (`Runs.missing`); the others go on.
 
         Args:
-            executor: "inline" trains in this process; "processes" in one process per run (a run on several ranks has
-                several processes or srun tasks in any case); "slurm" in jobs of a cluster, and waits for them and
-                shows their state (stopping the cell leaves them in the queue); "read" trains nothing; "auto" is what
-                the environment variable `MOELAB_EXECUTOR` says (a notebook's batch job reads), else processes.
-            workers: processes at a time, each rank one; by default as many as the cores allow at each run's threads, 1
-                on a GPU. At least one run is trained at a time.
+            executor: "inline" trains in this process. "processes" trains each run in a process of its own. (A run on
+                several ranks has several processes or srun tasks in any case.) "slurm" trains in jobs of a cluster,
+                shows their state and waits for them; stopping the cell leaves them in the queue. "read" trains nothing.
+                "auto" takes the value of the environment variable `MOELAB_EXECUTOR` (in a notebook's batch job "read"),
+                else "processes".
+            workers: processes at a time, one for each rank; by default as many as the cores allow at each run's
+                threads, 1 on a GPU. At least one run is trained at a time.
             profile: the cluster for "slurm", see `moelab.slurm.profiles`; by default `MOELAB_PROFILE`.
         """
         if executor == "auto":
@@ -93,14 +94,15 @@ class Lab:
         return Runs([Run(spec, by_id[spec.id].path) for spec in specs])
 
     def measure(self, function: Callable[..., Any], *arguments: Any) -> Any:
-        """Return what the function returns, as JSON values.
+        """Return the result of a function, as JSON values.
 
-        The value is read back if the same code has measured it with the same arguments on the same machine, else
-        measured now, while no other notebook of this store measures. Prints which, and publications list it.
+        It is read back if the same code has measured it with the same arguments on the same machine. Otherwise the
+        function is called now, while no other notebook of this store measures. Prints which of the two happened;
+        publications list it.
 
         Raises:
-            ValueError: one line: a function outside moelab, or an argument by which nothing can be stored; see
-                `moelab.runs.measurements`.
+            ValueError: a function outside moelab, or an argument by which nothing can be stored, see
+                `moelab.runs.measurements`; the message is one line.
         """
         found = self.measurements.measure(function, *arguments, again=self._again)
         self.measured.append(found)
@@ -110,12 +112,13 @@ class Lab:
     def submit(
         self, specs: Sequence[RunSpec], profile: str | None = None, *, cluster: Literal["slurm", "local"] | None = None
     ) -> Jobs:
-        """Queue the unfinished runs of the specs on a cluster and return their jobs at once; `run` or `status` look again.
+        """Queue the unfinished runs of the specs on a cluster and return their jobs at once.
 
-        A job has the methods of submitit's: `job_id`, `state`, `done()`, `wait()`, `result()`, `stdout()`, `cancel()`.
+        `run` and `status` read the runs' state again. A job has the methods of submitit's: `job_id`, `state`, `done()`,
+        `wait()`, `result()`, `stdout()`, `cancel()`.
 
         Args:
-            cluster: "local" needs neither Slurm nor a profile: processes of this machine, two runs at a time.
+            cluster: "local" needs neither Slurm nor a profile: it starts processes of this machine, two runs at a time.
 
         Raises:
             ValueError: a bad profile, or Slurm refuses the job; nothing was queued.
@@ -130,7 +133,7 @@ class Lab:
         return jobs.Jobs.of(specs, self.store)
 
     def status(self, names: Sequence[str] = ()) -> Overview:
-        """How all that was submitted to Slurm stands; shows as a table, `.frame()` is the data.
+        """Return the state of all that was submitted to Slurm; it displays as a table, and `.frame()` returns the data.
 
         Args:
             names: only experiments, runs (ids) or submissions whose name begins with one of these.
@@ -175,9 +178,11 @@ class Lab:
         device: str = "cpu",
         **sampling: Any,
     ) -> Text | list[Text]:
-        """Continue one prompt or several with a trained run (or its id, or a directory of an exported model).
+        """Return the text with which a trained run continues one prompt or several.
 
-        `sampling` are fields of `moelab.inference.Sampling`, such as ``max_new_tokens=40, top_p=0.9``.
+        Args:
+            run: the run, its id, or a directory of an exported model.
+            sampling: fields of `moelab.inference.Sampling`, such as ``max_new_tokens=40, top_p=0.9``.
         """
         from moelab.inference import Sampling
         from moelab.inference.text import open_text

@@ -1,4 +1,4 @@
-"""`moelab submit`, `sweep`, `status`, `logs`, `cancel`: queue runs and notebooks, and look after them."""
+"""The commands `moelab submit`, `sweep`, `status`, `logs` and `cancel` queue runs and notebooks and report on them."""
 
 from __future__ import annotations
 
@@ -65,7 +65,10 @@ def submit(
     dry_run: DryRun = False,
     again: Again = False,
 ) -> None:
-    """Submit experiments as jobs: their unfinished runs, then their notebooks. What is finished or queued is left alone."""
+    """Submit experiments as jobs: their unfinished runs, then their notebooks.
+
+    What is finished or queued is left alone.
+    """
     given = parse_parameters(parameter, scale)
     _submit([(name, [given]) for name in names], profile, dry_run, again)
 

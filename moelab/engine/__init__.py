@@ -1,15 +1,15 @@
-"""What runs below training: the distributed expert-parallel engine, its checkpoints and the launcher of its ranks.
+"""The distributed expert-parallel engine, its checkpoints, and the launcher of its ranks.
 
-    groups          process groups, made in one place
-    mesh            all groups of a rank: data, tensor and expert parallel
-    collectives     the engine's collectives, their observers, and the count of what they send
-    differentiable  collectives that autograd goes through
-    exchange        tokens to the ranks of their experts and back; `padded` is the paper's baseline
-    parallel        a rank's part of a model; `placement` says which shards it holds, `tensor_slicing` cuts layers
-    gradients       sums over replicas, the global norm
-    checkpoint/     save, load, reshard
-    launch/         start, watch and end ranks
-    testing         functions on N ranks of this machine; `threads`: hundreds of ranks as threads
+groups          process groups, made in one place
+mesh            all groups of a rank: data, tensor and expert parallel
+collectives     the engine's collectives, their observers, and the count of what they send
+differentiable  collectives that autograd goes through
+exchange        sends tokens to the ranks of their experts and back; `padded` is the paper's baseline
+parallel        builds a rank's part of a model; `placement` says which shards it holds, `tensor_slicing` cuts layers
+gradients       sums over replicas, the global norm
+checkpoint/     saves, loads and reshards
+launch/         starts, watches and ends ranks
+testing         runs functions on N ranks of this machine; `threads`: hundreds of ranks as threads
 
-It imports models, data, config and the kernels.
+The engine imports models, data, config and the kernels.
 """

@@ -1,7 +1,7 @@
 """The engine's collectives, and observers of them.
 
-Every collective of the engine is a call of one of these functions, so that `observe` sees all of them: `Traffic` counts
-messages and bytes, and benchmarks measure time. What FSDP2 sends is torch's own and not seen.
+Each collective of the engine is a call of one of these functions, so that `observe` sees all of them: `Traffic` counts
+messages and bytes, and benchmarks measure time. The collectives of FSDP2 are torch's own and are not observed.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ _observers: list[Observer] = []
 
 @contextlib.contextmanager
 def observe(observer: Observer) -> Iterator[None]:
-    """Show an observer this process's collectives while the context lasts."""
+    """Call an observer for each of this process's collectives while the context lasts."""
     _observers.append(observer)
     try:
         yield
@@ -83,8 +83,7 @@ def all_to_all(
     receive: Sequence[int] | None = None,
     backward: bool = False,
 ) -> Tensor:
-    """Send `send[i]` rows, in order, to rank i of the group and return `receive[i]` from each, in the order of the
-    ranks.
+    """Send `send[i]` rows, in order, to rank i of the group; return `receive[i]` rows from each, in the order of ranks.
 
     Without sizes every rank gets an equal number of rows.
     """
@@ -108,8 +107,7 @@ def all_reduce(
     asynchronous: bool = False,
     backward: bool = False,
 ) -> Pending | None:
-    """Add a tensor up (or reduce it by `op`) over the group, in place. For `asynchronous` calls returns what to wait
-    for.
+    """Add a tensor up (or reduce it by `op`) over the group, in place; return a `Pending` for `asynchronous` calls.
 
     It counts as a ring that sends pieces of 1 / n: 2 (n - 1) messages to the next rank.
     """
@@ -131,7 +129,7 @@ class Pending:
     group: Group
 
     def wait(self) -> None:
-        """Return when it is done (on a GPU: when it is queued before what follows)."""
+        """Wait until the collective is done (on a GPU: until it is queued before what follows)."""
         with _observed("wait", self.kind, self.group, [0] * self.group.size):
             self.work.wait()
 
@@ -154,13 +152,14 @@ def broadcast(tensor: Tensor, group: Group, kind: str) -> None:
 
 
 def all_gather_json(value: Any) -> list[Any]:
-    """Return every rank's JSON value. Nothing is pickled, so that what arrives can run no code."""
+    """Return every rank's JSON value; values are not pickled, so that received data cannot run code."""
     return broadcast_json(gather_json(value))
 
 
 def gather_json(value: Any, group: Group | None = None) -> list[Any]:
-    """Return every rank's JSON value on the group's first rank (by default of all ranks), and an empty list on the
-    others.
+    """Return every rank's JSON value on the group's first rank, and an empty list on the others.
+
+    The group is by default that of all ranks.
     """
     group = group or Group.world()
     if group.size == 1:
@@ -176,7 +175,7 @@ def gather_json(value: Any, group: Group | None = None) -> list[Any]:
 
 
 def broadcast_json(value: Any, group: Group | None = None) -> Any:
-    """Return the JSON value of the group's first rank (by default rank 0) on every rank; that of the others is ignored."""
+    """Return the JSON value of the group's first rank (by default rank 0) on every rank; others' values are ignored."""
     group = group or Group.world()
     if group.size == 1:
         return value
@@ -220,19 +219,21 @@ class Sent:
 
     @property
     def messages(self) -> int:
+        """Messages in all."""
         return self.intra_node_messages + self.inter_node_messages
 
     @property
     def bytes(self) -> int:
+        """Bytes in all."""
         return self.intra_node_bytes + self.inter_node_bytes
 
 
 @dataclass
 class Traffic:
-    """Counts what this rank sends: an observer, `with observe(traffic): ...`.
+    """Counts what this rank sends; an observer, used as `with observe(traffic): ...`.
 
-    A message is one rank, other than this one, that is sent something: in an uneven all-to-all, each with at least one
-    row; in an all-gather each of the others; for an all-reduce see `all_reduce`.
+    A message is counted for each other rank to which this rank sends something: in an uneven all-to-all for each that
+    gets at least one row, in an all-gather for each of the others; for an all-reduce see `all_reduce`.
 
     Attributes:
         ranks_per_node: G; ranks a and b share a node if a // G == b // G.
@@ -255,6 +256,6 @@ class Traffic:
                 setattr(entry, name, getattr(entry, name) + count)
 
     def total(self, *kinds: str) -> Sent:
-        """Return the sum over directions, of some kinds or of all."""
+        """Return the sum over both directions of the given kinds, or of all kinds if none is given."""
         chosen = [s for (kind, _), s in self.sent.items() if not kinds or kind in kinds]
         return Sent(*(sum(getattr(s, name) for s in chosen) for name in Sent.__dataclass_fields__))

@@ -1,11 +1,10 @@
-"""Collectives that autograd goes through: rows of uneven number between ranks, and Megatron's two operators of tensor
-slicing.
+"""Collectives that autograd goes through: exchanges of uneven numbers of rows, and Megatron's operators f and g.
 
 Each function returns its input when the group is one rank. Otherwise every rank of the group must call it, in forward
-and in backward, with however few rows: a rank without rows still takes part.
+and in backward, also a rank that has no rows.
 
-gloo has no uneven all-gather or reduce-scatter. Their direct form over an all-to-all sends the same bytes on every
-backend and adds in a fixed order.
+gloo has no uneven all-gather or reduce-scatter. They are built here from an all-to-all, which sends the same bytes on
+every backend and adds in a fixed order.
 """
 
 from __future__ import annotations
@@ -20,20 +19,18 @@ from moelab.engine.groups import Group
 
 
 def all_to_all_rows(rows_RM: Tensor, send: Sequence[int], receive: Sequence[int], group: Group, kind: str) -> Tensor:
-    """Send `send[i]` rows, in order, to rank i of the group, and return `receive[i]` from each, in the order of the
-    ranks.
-    """
+    """Send `send[i]` rows, in order, to rank i of the group; return `receive[i]` rows from each, in rank order."""
     return rows_RM if group.size == 1 else _AllToAll.apply(rows_RM, tuple(send), tuple(receive), group, kind)
 
 
 def all_gather_rows(
     rows_RM: Tensor, sizes: Sequence[int], group: Group, kind: str, *, sum_gradients: bool = True
 ) -> Tensor:
-    """Return all ranks' rows, `sizes[i]` of them rank i's, on every rank.
+    """Return all ranks' rows on every rank; `sizes[i]` of them are rank i's.
 
     Args:
-        sum_gradients: the backward pass adds up all ranks' gradients (a reduce-scatter). False where all ranks compute
-            the same from the rows: their gradients are equal, and each rank keeps those of its own rows.
+        sum_gradients: whether the backward pass adds up all ranks' gradients (a reduce-scatter). Pass False where all
+            ranks compute the same from the rows: their gradients are equal, and each rank keeps those of its own rows.
     """
     return rows_RM if group.size == 1 else _AllGather.apply(rows_RM, tuple(sizes), group, kind, sum_gradients)
 
@@ -44,12 +41,12 @@ def reduce_scatter_rows(rows_RM: Tensor, sizes: Sequence[int], group: Group, kin
 
 
 def copy_to_group(x: Tensor, group: Group, kind: str = "activations") -> Tensor:
-    """Identity forward, all-reduce of the gradient backward (Megatron's f): all ranks of the group hold the same `x`."""
+    """Return `x`, equal on all ranks of the group; the backward pass all-reduces its gradient (Megatron's f)."""
     return x if group.size == 1 else _CopyToGroup.apply(x, group, kind)
 
 
 def reduce_from_group(x: Tensor, group: Group, kind: str = "activations") -> Tensor:
-    """All-reduce forward, identity backward (Megatron's g): the ranks hold partial results."""
+    """Return the all-reduced sum of the ranks' partial results; the backward pass is the identity (Megatron's g)."""
     return x if group.size == 1 else _ReduceFromGroup.apply(x, group, kind)
 
 

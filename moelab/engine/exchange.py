@@ -1,14 +1,15 @@
-"""Tokens to the ranks of their experts and back (paper sections 5.2, 5.3): the `LocalDispatch` of `moelab.models` on
-many ranks.
+"""Send tokens to the ranks of their experts and back (paper sections 5.2, 5.3).
+
+`Exchange` does on many ranks what the `LocalDispatch` of `moelab.models` does on one:
 
     x_SM -> rows by table -> all-to-all -> rows by expert -> experts -> all-to-all back -> weighted sums y_SM
 
-Rows go in chunks, one for each (destination rank, expert there); their sizes are exchanged first, by the same way.
-Shapes of counts are written with the axes of the layer's grid (`moelab.config.parallel`): node, local, tensor, slice;
-and "own", the experts of one rank. Here `local` counts the ranks of a node that exchange rows: unless the exchange is
-coordinated it includes the axis `tensor`, which then has size 1.
+Rows travel in chunks, one for each pair of a destination rank and an expert there. The chunks' sizes are exchanged
+first, along the same path. Shapes of counts name the axes of the layer's grid (`moelab.config.parallel`): node, local,
+tensor, slice; and "own", the experts of one rank. Here `local` counts the ranks of a node that exchange rows: unless
+the exchange is coordinated it includes the axis `tensor`, which then has size 1.
 
-Two hops, of which `flat` makes only the first, with all ranks as one node (Fig 8):
+The exchange makes two hops; a `flat` one makes only the first, with all ranks as one node (Fig 8):
 
     [tensor, local, node, own]            outgoing rows, in this order straight from the row table: the first layout
                                           transform costs nothing
@@ -43,9 +44,10 @@ from moelab.models.routing import Routing
 
 
 def regroup(counts: np.ndarray, axes: tuple[int, ...]) -> np.ndarray:
-    """Return the index, int64 [rows], that takes rows in the C order of `counts.transpose(axes)`.
+    """Return the index, int64 [rows], that brings rows into the C order of `counts.transpose(axes)`.
 
-    Rows lie chunk by chunk, `counts` [...] rows each, in C order; within a chunk the order stays.
+    Before, the rows lie chunk by chunk in the C order of `counts`, whose elements are the chunks' numbers of rows. The
+    order within a chunk stays.
     """
     size = counts.ravel()
     start = (np.cumsum(size) - size).reshape(counts.shape).transpose(axes).ravel()
@@ -55,15 +57,15 @@ def regroup(counts: np.ndarray, axes: tuple[int, ...]) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Route:
-    """What one rank sends, holds and receives in one exchange, worked out from counts of rows alone.
+    """The rows that one rank sends, holds and receives in one exchange, computed from counts of rows alone.
 
     Attributes:
         kept: int [node, local, tensor, own], rows of this rank's tokens by destination and expert; in the order of the
             experts.
-        between: int [local, node, own], what it holds after the hop inside the node: from each rank of its node, for
-            each node.
-        arrived: int [slice, node * local, own], what it and the other slices of its experts hold after the hop between
-            nodes, by source rank.
+        between: int [local, node, own], rows that this rank holds after the hop inside the node: from each rank of its
+            node, for each node.
+        arrived: int [slice, node * local, own], rows that this rank and the other slices of its experts hold after the
+            hop between nodes, by source rank.
         tensor, slice: this rank's coordinates.
     """
 
@@ -75,7 +77,7 @@ class Route:
 
     @cached_property
     def outgoing(self) -> np.ndarray:
-        """[tensor, local, node, own]: `kept` in the order in which rows leave."""
+        """`kept` in the order in which rows leave: int [tensor, local, node, own]."""
         return self.kept.transpose(2, 1, 0, 3)
 
     @property
@@ -90,7 +92,7 @@ class Route:
 
     @property
     def mine(self) -> tuple[int, int]:
-        """From which to which row, in `outgoing`'s order, this rank sends."""
+        """The first row, and the one after the last, that this rank sends, in the order of `outgoing`."""
         start = sum(self.tensor_sizes[: self.tensor])
         return start, start + self.tensor_sizes[self.tensor]
 
@@ -128,15 +130,15 @@ class Route:
 
 
 class Trip(NamedTuple):
-    """The state of `Exchange`: how this call's rows came, so that their results go back the same way.
+    """The state between dispatch and combine: how this call's rows came, so that their results take the same way back.
 
     Attributes:
         route: how many rows went where.
         table, weight_SK: which row holds which token, and with which weight.
-        inter_node_back: brings rows by node back into the order of the hop inside the node, and its inverse; None
-            without a hop between nodes.
-        expert_back: brings rows by expert back into order of arrival, and its inverse; None where the two orders are
-            the same.
+        inter_node_back: the index that brings rows by node back into the order of the hop inside the node, and its
+            inverse; None without a hop between nodes.
+        expert_back: the index that brings rows by expert back into the order of arrival, and its inverse; None where
+            the two orders are the same.
     """
 
     route: Route
@@ -147,16 +149,16 @@ class Trip(NamedTuple):
 
 
 class Exchange(Dispatch[Trip]):
-    """Dispatch and combine of one MoE layer over ranks; `config.exchange` says how tokens travel.
+    """Dispatches and combines the tokens of one MoE layer over ranks; `config.exchange` says how tokens travel.
 
     Every rank of the layer's groups must call it equally often, and run backward through it equally often, whatever its
-    tokens: none, none for some expert, all for one. Sizes are uneven and exact, nothing is padded; capacity or not is
-    the gate's affair. Row counts must be known to the host: on GPUs each call synchronises once. With expert slicing
-    the experts' outputs are partial sums, which combine adds up.
+    tokens: none, none for some expert, all for one. Numbers of rows are exact and uneven, without padding; the gate
+    decides whether a capacity limits them. The host must know the row counts: on GPUs each call synchronises once. With
+    expert slicing the experts' outputs are partial sums, which combine adds up.
 
     Args:
-        groups: of this layer.
-        config: `exchange` is read.
+        groups: the groups of this layer.
+        config: the layout; only `exchange` is read.
     """
 
     def __init__(self, groups: ExpertGroups, config: ParallelConfig) -> None:
@@ -202,7 +204,7 @@ class Exchange(Dispatch[Trip]):
         )
 
     def combine(self, rows_RM: Tensor, state: Trip) -> Tensor:
-        """Bring the outputs of experts back to their tokens' ranks: this rank's [S, M], in the rows' dtype."""
+        """Return the experts' outputs, weighted and summed, on their tokens' ranks: [S, M], in the rows' dtype."""
         route, rows = state.route, rows_RM
         if state.expert_back is not None:
             rows = _Reorder.apply(rows, *state.expert_back)
@@ -215,11 +217,12 @@ class Exchange(Dispatch[Trip]):
         return kernels.combine(rows, state.table, state.weight_SK)
 
     def reads_device(self, tokens: int) -> bool:
+        """Return whether a call waits for values from the device; always, because the host needs the row counts."""
         return True
 
     @torch.no_grad()
     def _route(self, kept_E: Tensor) -> Route:
-        """Exchange the numbers of rows, by the way the rows will take; int32, always all destinations."""
+        """Exchange the numbers of rows along the path of the rows; int32, always for all destinations."""
         intra_node, inter_node, tensor, slices = self._intra_node, self._inter_node, self._tensor, self.groups.slices
         shape = (inter_node.size, intra_node.size, tensor.size, self.groups.layout.experts_per_rank)
         outgoing = kept_E.view(shape)[:, :, tensor.index].transpose(0, 1)
@@ -240,17 +243,17 @@ class Exchange(Dispatch[Trip]):
         )
 
     def _swap(self, counts: Tensor, group: Group) -> Tensor:
-        """Exchange equal parts along the first dim."""
+        """Exchange equal parts along dim 0."""
         return counts if group.size == 1 else all_to_all(counts, group, "counts")
 
 
 def _is_transposed(arrived: np.ndarray) -> bool:
-    """Return whether rows by source differ from rows by expert: by the shape alone, so that all ranks return the same."""
+    """Return whether rows by source differ from rows by expert; the shape alone decides, so all ranks agree."""
     return arrived.shape[2] > 1 and arrived.shape[0] * arrived.shape[1] > 1
 
 
 def _reorder(rows: Tensor, order: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-    """Return rows[order], and the arguments with which `_Reorder` takes them back."""
+    """Return rows[order], and the arguments with which `_Reorder` brings them back into their former order."""
     back = torch.empty_like(order)
     back[order] = torch.arange(len(order), device=order.device)
     return _Reorder.apply(rows, order, back), (back, order)
@@ -258,7 +261,7 @@ def _reorder(rows: Tensor, order: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]
 
 def _reordered(table: RowTable, order: Tensor) -> RowTable:
     """Return the table of the same rows, in another order."""
-    place = torch.full((len(order) + 1,), -1, dtype=torch.int32, device=order.device)  # the last: where -1 leads
+    place = torch.full((len(order) + 1,), -1, dtype=torch.int32, device=order.device)  # index -1 finds -1
     place[order] = torch.arange(len(order), dtype=torch.int32, device=order.device)
     return RowTable(place[table.row_SK.long()], table.entry_R[order], table.offsets_E1)
 
@@ -270,7 +273,7 @@ def _narrowed(table: RowTable, start: int, stop: int) -> RowTable:
 
 
 class _Reorder(torch.autograd.Function):
-    """rows[order]; the backward is rows[back], its inverse. Both are saved for backward, so recomputation frees them."""
+    """Computes rows[order], and rows[back] in the backward pass; both are saved, so that recomputation frees them."""
 
     @staticmethod
     def forward(ctx, rows, order, back):

@@ -1,9 +1,9 @@
-"""Gradients over ranks: sums over the replicas of each parameter, during the backward pass, and the true global norm.
+"""Gradients over ranks: the sum over each parameter's replicas, during the backward pass, and the global norm.
 
-A parameter's gradient is the mean over data ranks of what each rank's tokens contribute. What is summed over whom
-follows from its `Placement`: a non-expert weight over all ranks, an expert over its expert-data group (the tokens of
-the other ranks have come to it already), and the sum is divided by data ranks times the replicas of each token in it.
-FSDP2 reduces the gradients of its own parameters (DTensors).
+A parameter's gradient is the mean over data ranks of the contributions of each rank's tokens. Its `Placement` says
+over which ranks to sum: all ranks for a non-expert weight, the expert-data group for an expert (which has already
+received the tokens of the other ranks). The sum is divided by the number of data ranks times the number of replicas of
+each token in it. FSDP2 reduces the gradients of its own parameters (DTensors).
 """
 
 from __future__ import annotations
@@ -66,9 +66,9 @@ class _Bucket:
 class GradientSync:
     """Sums the gradients of a `ParallelModel` over ranks.
 
-    Use: `arm()` before the last backward pass of a step, `finish()` after it. With `ParallelConfig.overlap` each bucket
-    starts as soon as its last gradient is there, while the backward pass goes on; buckets start in the same order on
-    every rank.
+    Call `arm()` before the last backward pass of a step and `finish()` after it. With `ParallelConfig.overlap` the sum
+    of each bucket starts as soon as its last gradient exists, while the backward pass continues. Buckets start in the
+    same order on every rank.
     """
 
     def __init__(self, model: ParallelModel) -> None:
@@ -78,21 +78,22 @@ class GradientSync:
         self.buckets = _buckets(model) if model.mesh.world.size > 1 else []
         self._bucket_of = {id(p): bucket for bucket in self.buckets for p in bucket.parameters}
         if model.mesh.config.overlap:
-            # Weak: the garbage collector does not see through hooks, and these would keep the model for good.
+            # A weak reference: the garbage collector cannot follow hooks, which would keep the model alive for ever.
             arrived = weakref.WeakMethod(self._arrived)
             for bucket in self.buckets:
                 for parameter in bucket.parameters:
                     parameter.register_post_accumulate_grad_hook(lambda p: (call := arrived()) and call(p))
 
     def arm(self) -> None:
-        """Announce that the next backward pass is the step's last: gradients that it completes may be summed."""
+        """Announce that the next backward pass is the step's last, so that the gradients it completes may be summed."""
         self._armed, self._next = True, 0
         for bucket in self.buckets:
             bucket.waiting = len(bucket.parameters)
 
     def finish(self) -> None:
-        """Start what has not started, wait for all; afterwards every `grad` is the step's gradient, equal on all
-        replicas.
+        """Start the sums that have not started and wait for all.
+
+        Afterwards every `grad` is the step's gradient, equal on all replicas.
         """
         self._armed = False
         for bucket in self.buckets[self._next :]:
@@ -134,11 +135,10 @@ def _buckets(model: ParallelModel) -> list[_Bucket]:
 
 
 def clip(model: ParallelModel, largest: float) -> float:
-    """Scale the gradients, in place, so that the norm of the whole model's gradient is at most `largest`; returns the
-    norm before.
+    """Scale the gradients, in place, to a global norm of at most `largest`; return the norm before.
 
-    The same number on every rank: each contributes the squares of its shards, divided by how many ranks hold the same
-    shard, which is exact under any layout.
+    The norm is that of the whole model's gradient and the same number on every rank: each contributes the squares of
+    its shards, divided by the number of ranks that hold the same shard, which is exact under any layout.
     """
     parameters = [p for p in model.module.parameters() if p.grad is not None]
     if model.mesh.world.size == 1:

@@ -1,9 +1,7 @@
-"""Process groups: `Group`, the ranks that take part in a collective, and `ProcessGroups`, the one place that makes
-them.
+"""Process groups: `Group`, the ranks that take part in a collective, and `ProcessGroups`, which makes all of them.
 
 Each process group has the time limit of the default one, which `moelab.engine.launch.process.join` sets: without it a
-collective of a group waits for half an hour for a rank that is gone. Groups are made together, by every rank in the
-same order.
+collective would wait half an hour for a rank that is gone. Groups are made together, by every rank in the same order.
 """
 
 from __future__ import annotations
@@ -22,12 +20,12 @@ from torch import Tensor
 class Group:
     """Some ranks that communicate with each other.
 
-    The methods are torch.distributed's collectives; `moelab.engine.collectives` calls them, and nothing else does.
+    The methods are torch.distributed's collectives; only `moelab.engine.collectives` calls them.
 
     Attributes:
-        ranks: their global ranks, in the group's order.
+        ranks: the group's global ranks, in the group's order.
         index: this rank's place among them.
-        handle: the process group; None for a group of one, which never communicates.
+        handle: the process group; None for a group of one rank, which never communicates.
     """
 
     ranks: tuple[int, ...]
@@ -41,13 +39,14 @@ class Group:
 
     @classmethod
     def world(cls) -> Group:
-        """Return the group of all ranks; of this process alone when there is no process group."""
+        """Return the group of all ranks, or of this process alone when there is no process group."""
         if not dist.is_initialized() or dist.get_world_size() == 1:
             return cls.alone()
         return cls(tuple(range(dist.get_world_size())), dist.get_rank(), dist.group.WORLD)
 
     @property
     def size(self) -> int:
+        """Number of ranks."""
         return len(self.ranks)
 
     @property
@@ -57,18 +56,21 @@ class Group:
 
     @property
     def device_type(self) -> str:
-        """Where tensors of its collectives are: "cuda" for nccl, else "cpu"."""
+        """The device of the tensors that its collectives take: "cuda" for nccl, else "cpu"."""
         return "cpu" if self.handle is None else _device_type(self.handle)
 
     def all_to_all_single(
         self, output: Tensor, input: Tensor, receive: list[int] | None, send: list[int] | None
     ) -> None:
+        """Send `send[i]` rows to rank i and receive `receive[i]` from it; None: equal parts."""
         dist.all_to_all_single(output, input, receive, send, group=self.handle)
 
     def all_reduce(self, tensor: Tensor, op: Any = dist.ReduceOp.SUM, asynchronous: bool = False) -> dist.Work | None:
+        """Reduce a tensor over the ranks in place; return a handle to wait for if `asynchronous`."""
         return dist.all_reduce(tensor, op, group=self.handle, async_op=asynchronous)
 
     def all_gather(self, outputs: list[Tensor], tensor: Tensor) -> None:
+        """Fill `outputs` with all ranks' tensors, in rank order."""
         dist.all_gather(outputs, tensor, group=self.handle)
 
     def gather(self, outputs: list[Tensor] | None, tensor: Tensor) -> None:
@@ -81,7 +83,7 @@ class Group:
 
 
 class ProcessGroups:
-    """Makes process groups over all ranks, those of each partition once."""
+    """Makes process groups over all ranks; equal partitions share their groups."""
 
     def __init__(self) -> None:
         self.world = Group.world()
@@ -93,7 +95,7 @@ class ProcessGroups:
         Every rank calls this, with the same partitions in the same order.
 
         Args:
-            partition: global ranks, one group a row.
+            partition: int [groups, ranks of a group], global ranks.
         """
         if len(partition) == 1:
             return self.world
@@ -106,7 +108,7 @@ class ProcessGroups:
         return self._made[rows]
 
     def close(self) -> None:
-        """Destroy the groups, each of which holds threads and connections. Every rank calls this."""
+        """Destroy the groups, each of which holds threads and connections; every rank calls this."""
         for group in self._made.values():
             dist.destroy_process_group(group.handle)
         self._made = {}
@@ -133,5 +135,5 @@ def _subgroup(partition: list[list[int]]) -> dist.ProcessGroup:
     """Make the groups of a partition and return this rank's."""
     limit = time_limit(dist.group.WORLD)
     if dist.get_backend() == "nccl" and dist.group.WORLD.bound_device_id is not None:
-        return dist.split_group(split_ranks=partition, timeout=limit)  # one call, where the others make one a group
+        return dist.split_group(split_ranks=partition, timeout=limit)  # makes all groups in one call
     return dist.new_subgroups_by_enumeration(partition, timeout=limit)[0]

@@ -1,7 +1,7 @@
 """All groups of a rank: data and tensor parallel ones outside the experts, and those of each MoE layer.
 
-`moelab.config.parallel` computes which ranks form which group; here the groups become process groups. They are made
-together, by every rank in the same order, before the model is built. One rank alone needs no process group at all.
+`moelab.config.parallel` computes which ranks form which group; this module makes their process groups, together, by
+every rank in the same order, before the model is built. A single rank needs no process group.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from moelab.engine.groups import Group, ProcessGroups
 
 @dataclass(frozen=True)
 class ExpertGroups:
-    """The groups of one MoE layer on this rank; names of the axes as in `moelab.config.parallel`.
+    """The groups of one MoE layer on this rank; the axes have the names of `moelab.config.parallel`.
 
     Attributes:
         layout, position: the layer's grid, and this rank's coordinates in it.
@@ -51,7 +51,7 @@ class ExpertGroups:
         """Assemble a layer's groups.
 
         Args:
-            make_group: returns this rank's group of a partition of all ranks (one group a row).
+            make_group: returns this rank's group of a partition of all ranks (int [groups, ranks of a group]).
         """
 
         def group(*axes: str) -> Group:
@@ -72,13 +72,13 @@ class ExpertGroups:
 
     @property
     def local_experts(self) -> range:
-        """Global ids of the experts that live on this rank."""
+        """Global ids of the experts that this rank holds."""
         first = self.position.expert * self.layout.experts_per_rank
         return range(first, first + self.layout.experts_per_rank)
 
 
 class Mesh:
-    """All groups of one rank. `dist.init_process_group` comes first when there is more than one rank.
+    """All groups of one rank; with more than one rank, call `dist.init_process_group` first.
 
     Attributes:
         config: the layout.
@@ -90,7 +90,8 @@ class Mesh:
     """
 
     def __init__(self, config: ParallelConfig, expert_counts: Iterable[int] = (), device: str = "cpu") -> None:
-        """
+        """Make the groups of a layout; every rank calls this.
+
         Args:
             expert_counts: the model's experts per layer (0 = dense); layers of equal number share their groups.
 
@@ -117,7 +118,8 @@ class Mesh:
         return self._experts[count]
 
     def close(self) -> None:
-        """Destroy the groups, each of which holds threads and connections; every rank calls this. For processes that
-        make many meshes.
+        """Destroy the groups, each of which holds threads and connections; every rank calls this.
+
+        Only processes that make many meshes need it.
         """
         self._groups.close()

@@ -1,5 +1,4 @@
-"""The paper's baseline among ranks (section 5.4, GShard): padded slots, whoever uses them, in one flat all-to-all there
-and one back.
+"""The paper's baseline on many ranks (section 5.4, GShard): padded slots and two flat all-to-alls.
 
     x_SM -> one-hot masks -> [E, C, M] -> all-to-all -> each expert's slots of all ranks -> experts -> all-to-all back
     -> masks -> y_SM
@@ -24,11 +23,12 @@ from moelab.models.routing import Routing
 
 
 class PaddedExchange(Dispatch[Tensor]):
-    """Stands in for `moelab.engine.exchange.Exchange` in baseline mode: the same results, by masks and padding, flat
-    whatever the layout says.
+    """Stands in for `moelab.engine.exchange.Exchange` in baseline mode.
+
+    It returns the same results, computed by masks and padding; its all-to-alls are flat under any layout.
 
     Args:
-        groups: of this layer.
+        groups: the groups of this layer.
     """
 
     def __init__(self, groups: ExpertGroups) -> None:
@@ -39,7 +39,7 @@ class PaddedExchange(Dispatch[Tensor]):
         expert, slices, own = self.groups.expert, self.groups.slices, self.groups.layout.experts_per_rank
         C = self._capacity(routing.kept_E)
         dispatch_SEC, combine_SEC = one_hot_masks(routing, C, x_SM.dtype)
-        rows = einsum_dispatch(x_SM, dispatch_SEC).flatten(0, 1)  # by expert, so by rank
+        rows = einsum_dispatch(x_SM, dispatch_SEC).flatten(0, 1)  # ordered by expert and therefore by rank
         even = [own * C] * expert.size
         rows = all_to_all_rows(rows, even, even, expert, "dispatch")
         rows = all_gather_rows(rows, [len(rows)] * slices.size, slices, "slices")
@@ -60,6 +60,7 @@ class PaddedExchange(Dispatch[Tensor]):
         return einsum_combine(rows.view(E, C, -1), state)
 
     def reads_device(self, tokens: int) -> bool:
+        """Return whether a call waits for values from the device; always, because the host needs the capacity."""
         return True
 
     def _capacity(self, kept_E: Tensor) -> int:

@@ -1,6 +1,6 @@
-"""A rank's part of a model: `build(config, seed, mesh)` instead of `moelab.models.build`.
+"""A rank's part of a model: `build(config, seed, mesh)` replaces `moelab.models.build`.
 
-The model file stays as it is. Here its linear layers are replaced by sliced ones, its experts by this rank's experts,
+The model's code stays as it is. `build` replaces its linear layers by sliced ones, its experts by this rank's experts,
 and the dispatch of each MoE layer by an exchange. Each parameter gets a `Placement`, which is all that gradients, norms
 and checkpoints need to know. Initial weights are those of the model on one rank.
 """
@@ -32,7 +32,7 @@ from moelab.models.moe import MLP, Experts, MoE
 
 @dataclass(frozen=True)
 class ParallelModel:
-    """A rank's model, and which shards of the whole it holds.
+    """A rank's model, and the shards of the whole model that it holds.
 
     Attributes:
         module: the model; call it like the whole one, on this data rank's tokens.
@@ -46,8 +46,9 @@ class ParallelModel:
 
 
 class SlicedExperts(Experts):
-    """This rank's experts: E / ep of them, each a slice of its feed-forward size; outputs are then partial sums over
-    the slices.
+    """Computes this rank's E / ep experts, or a slice of the feed-forward size of each.
+
+    With slices, the outputs are partial sums over the slices.
     """
 
     def __init__(self, config: ModelConfig, groups: ExpertGroups) -> None:
@@ -108,10 +109,10 @@ def _slice_block(block: nn.Module, config: ModelConfig, mesh: Mesh) -> None:
 
 
 def make_dispatch(name: str, static_tokens: int = 0, *, groups: ExpertGroups, config: ParallelConfig) -> Dispatch:
-    """Make the dispatch of a layer whose experts are distributed over `groups`: a
-    `moelab.models.dispatch.DispatchFactory`.
+    """Return the dispatch of a layer whose experts are distributed over `groups`.
 
-    "local" names the exchange that `config` describes, "einsum" the baseline's, which always reads the device.
+    The function is a `moelab.models.dispatch.DispatchFactory`. The name "local" stands for the exchange that `config`
+    describes, "einsum" for the baseline's, which always reads the device.
     """
     if name not in ("local", "einsum"):
         raise ValueError(f"parallel: dispatch {name!r} knows no expert parallelism or slicing; use 'local' or 'einsum'")
@@ -164,7 +165,7 @@ def _init(model: GPT, config: ModelConfig, seed: int, placements: dict[str, Plac
             raise AssertionError(f"{name}: placed as {placement.local_shape}, built as {tuple(parameter.shape)}")
         for shard in placement.shards:
             target = shard.of(parameter)
-            if name.rpartition(".")[0].endswith("experts"):  # one expert at a time: nobody ever holds them all
+            if name.rpartition(".")[0].endswith("experts"):  # one expert at a time: no rank ever holds them all
                 for i in range(shard.size[0]):
                     values = initial_weight(config, seed, name, placement.shape[1:], shard.offset[0] + i)
                     target[i].copy_(values[shard.region[1:]])

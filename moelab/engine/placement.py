@@ -9,8 +9,9 @@ import torch
 
 @dataclass(frozen=True)
 class Shard:
-    """A rectangle of a parameter: `size` elements from `offset` of the whole parameter are those from `local_offset` of
-    the rank's tensor.
+    """A rectangular part of a parameter.
+
+    The `size` elements from `offset` of the whole parameter are those from `local_offset` of the rank's tensor.
     """
 
     offset: tuple[int, ...]
@@ -19,7 +20,7 @@ class Shard:
 
     @property
     def region(self) -> tuple[slice, ...]:
-        """The index of the shard in the whole parameter."""
+        """Index of the shard in the whole parameter."""
         return tuple(slice(start, start + length) for start, length in zip(self.offset, self.size, strict=True))
 
     def of(self, tensor: torch.Tensor) -> torch.Tensor:
@@ -31,12 +32,12 @@ class Shard:
 
 @dataclass(frozen=True)
 class Placement:
-    """One parameter on this rank.
+    """The place of one parameter on this rank.
 
     Attributes:
-        shape: of the whole parameter, which no layout changes: names and shapes are those of the model on one rank,
-            experts by global id.
-        shards: what this rank holds. Usually one; a tensor-sliced query-key-value weight has three.
+        shape: the whole parameter's shape, which no layout changes: names and shapes are those of the model on one
+            rank, with experts by global id.
+        shards: the shards that this rank holds; usually one, but three of a tensor-sliced query-key-value weight.
         replicas: ranks (this one included) that hold exactly these shards. Gradients are summed over them.
         token_replicas: how often a token contributes to that sum: gradients are divided by data ranks * token_replicas.
     """
@@ -48,7 +49,7 @@ class Placement:
 
     @classmethod
     def whole(cls, shape: tuple[int, ...], replicas: tuple[int, ...] = (0,), token_replicas: int = 1) -> Placement:
-        """Place the parameter as a whole."""
+        """Return the placement of a parameter that this rank holds as a whole."""
         zero = (0,) * len(shape)
         return cls(tuple(shape), (Shard(zero, zero, tuple(shape)),), replicas, token_replicas)
 
@@ -61,9 +62,9 @@ class Placement:
         token_replicas: int,
         repeats: int = 1,
     ) -> Placement:
-        """Place part `index` of `count` equal ones along each dim of `parts` (dim -> (index, count)).
+        """Return the placement of part `index` of `count` equal ones along each dim of `parts`, dim -> (index, count).
 
-        With `repeats` n, dim 0 consists of n equal stretches (query, key, value), each cut so.
+        With `repeats` n, dim 0 consists of n equal stretches (query, key, value), each of which is cut this way.
 
         Raises:
             ValueError: a dim does not divide evenly.

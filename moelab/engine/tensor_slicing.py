@@ -1,8 +1,8 @@
-"""Tensor slicing: the linear layers of one rank in a tensor-parallel group (paper section 5.2; Megatron's column and
-row parallel layers).
+"""Tensor slicing: the linear layers of one rank in a tensor-parallel group (paper section 5.2).
 
-A column-sliced layer computes some of the outputs, the row-sliced one after it takes them as some of its inputs, and
-one all-reduce adds up. Parameters keep their names; one dim of their local shapes is cut by the group's size.
+They are Megatron's column and row parallel layers. A column-sliced layer computes some of the outputs, the row-sliced
+layer after it takes them as some of its inputs, and one all-reduce adds up the results. Parameters keep their names;
+one dim of their local shapes is divided by the group's size.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ class ColumnLinear(nn.Linear):
         self.group = group
 
     def forward(self, x: Tensor) -> Tensor:
+        """Return [..., out_features / group size], this rank's outputs for x [..., in_features]."""
         return super().forward(copy_to_group(x, self.group))
 
 
@@ -33,5 +34,6 @@ class RowLinear(nn.Linear):
         self.group = group
 
     def forward(self, x: Tensor) -> Tensor:
+        """Return [..., out_features], equal on all ranks, for this rank's part of the inputs."""
         y = reduce_from_group(F.linear(x, self.weight), self.group)
         return y + self.bias.to(y.dtype)  # autocast makes y bf16; it does not convert the operands of a sum

@@ -1,8 +1,8 @@
-"""Run functions on N ranks of this machine: for tests and benchmarks.
+"""Run functions on N ranks of this machine, for tests and benchmarks.
 
 Ranks are processes forked from a server that has imported torch once, so that eight of them start in about a second,
-and they stay for many functions. The first failure ends them all and is raised here with the failing rank's traceback;
-nothing outlives its time or this process.
+and each runs many functions. The first failure ends all of them and is raised in the caller with the failing rank's
+traceback. No rank outlives its time limit or the caller's process.
 """
 
 from __future__ import annotations
@@ -31,23 +31,24 @@ START_S = 120.0  # to import, fork and rendezvous on a busy machine
 
 
 class RankError(RuntimeError):
-    """A function failed on a rank, a rank died, or time ran out; the message has the rank and its traceback."""
+    """A function failed on a rank, a rank died, or time ran out; the message gives the rank and its traceback."""
 
 
 class Ranks:
     """N processes that form one process group and run functions together.
 
-    They start with the first `run`; after a failure they are killed and the next `run` starts new ones. Used as a
-    context, or closed with `close`.
+    They start with the first `run`; after a failure they are killed and the next `run` starts new ones. Use an instance
+    as a context, or call `close`.
 
     >>> with Ranks(4) as ranks:
-    ...     sums = ranks.run(sum_of_ranks, 3)  # each rank calls sum_of_ranks(3); one result a rank
+    ...     sums = ranks.run(sum_of_ranks, 3)  # each rank calls sum_of_ranks(3); the list has one result per rank
     """
 
     def __init__(self, size: int, backend: str = "gloo", threads: int = 1) -> None:
-        """
+        """Describe the ranks; none starts before the first `run`.
+
         Args:
-            size: ranks.
+            size: number of ranks.
             backend: "gloo", or "nccl", where rank i takes GPU i.
             threads: CPU threads of each rank.
         """
@@ -61,8 +62,8 @@ class Ranks:
 
         Args:
             function: defined at the top of a module or a test file. It asks `torch.distributed` which rank it is.
-            args, and what it returns: anything that pickles; tensors arrive as CPU copies.
-            timeout_s: after that long all ranks are killed.
+            args: its arguments. They and the result must pickle; tensors arrive as CPU copies.
+            timeout_s: all ranks are killed after this time.
 
         Raises:
             RankError: the first failure, or the ranks that had not answered in time.
@@ -84,7 +85,7 @@ class Ranks:
             raise
 
     def close(self) -> None:
-        """End the ranks. Idle ones end by themselves, others are killed."""
+        """End the ranks; idle ones end by themselves, others are killed."""
         self._end(grace_s=5)
 
     def _end(self, grace_s: float) -> None:
@@ -107,7 +108,7 @@ class Ranks:
 
     def _start(self) -> None:
         context = multiprocessing.get_context("forkserver")
-        # With all that ranks will ask for: each import here is one for all of them.
+        # The server imports what the ranks will need, once for all of them.
         context.set_forkserver_preload(
             ["torch", "torch._dynamo", "moelab.models", "moelab.engine.parallel", "moelab.engine.checkpoint"]
         )
@@ -143,7 +144,7 @@ class Ranks:
 
 
 def identity_experts(rows_RM: Tensor, offsets_E1: Tensor) -> Tensor:
-    """Return the rows: experts that compute nothing, where the exchange around them is tested or measured."""
+    """Return the rows: experts that compute nothing, to test or measure the exchange around them."""
     return rows_RM
 
 
@@ -154,7 +155,7 @@ def run_on_ranks(size: int, function: Callable[..., Any], *args: Any, timeout_s:
 
 
 def _serve(rank: int, size: int, backend: str, threads: int, rendezvous: str, pipe: Connection) -> None:
-    """Run, on a rank, what comes through the pipe until it closes."""
+    """Run, on a rank, the functions that come through the pipe, until it closes."""
     import torch
     import torch.distributed as dist
 
@@ -166,7 +167,7 @@ def _serve(rank: int, size: int, backend: str, threads: int, rendezvous: str, pi
         try:
             module, code, name, args = pipe.recv()
         except EOFError:
-            return  # the process group dies with us: leaving it could wait for ranks that are gone
+            return  # without destroying the process group, which could wait for ranks that are gone
         try:
             if not ready:
                 if backend == "nccl":
@@ -186,7 +187,7 @@ def _serve(rank: int, size: int, backend: str, threads: int, rendezvous: str, pi
         # 100 times a second.
         gc.collect()
         if first:
-            gc.freeze()  # what the imports made stays: later collections take a tenth of the time
+            gc.freeze()  # excludes the imported modules' objects: later collections take a tenth of the time
             first = False
         try:
             pipe.send_bytes(answer)
@@ -195,7 +196,7 @@ def _serve(rank: int, size: int, backend: str, threads: int, rendezvous: str, pi
 
 
 def _module(name: str, code: str | None) -> Any:
-    """Return the module of a function; test files are no package, so they are found by path and known by the same name."""
+    """Return the module of a function; test files are in no package, so they are found by path and keep their name."""
     if name not in sys.modules:
         try:
             return importlib.import_module(name)

@@ -1,11 +1,10 @@
-"""Ranks as threads of one process: the real exchange in worlds of hundreds of ranks, to test it and to count what it
-sends.
+"""Ranks as threads of one process, to test the exchange among hundreds of ranks and to count what it sends.
 
     world = World(ParallelConfig(data=256, exchange="hierarchical"), experts=256)
     results = world.run(function)      # function(rank, groups) on every rank, at once
 
 The code that runs is `moelab.engine.exchange`; only the collectives underneath it are replaced, by copies between
-threads. Nothing here says anything about time.
+threads. Times measured here say nothing about real ranks.
 """
 
 from __future__ import annotations
@@ -34,7 +33,7 @@ WAIT_S = 60.0  # for the slowest thread at one collective
 
 
 class Meeting:
-    """Some threads that hand each other tensors."""
+    """A place where some threads hand each other tensors."""
 
     def __init__(self, size: int) -> None:
         self._slots: list[Any] = [None] * size
@@ -47,9 +46,11 @@ class Meeting:
         return list(self._slots)
 
     def done(self) -> None:
+        """Wait until all threads have read the items."""
         self._barrier.wait(WAIT_S)
 
     def abort(self) -> None:
+        """Make all threads that wait, now or later, raise `BrokenBarrierError`."""
         self._barrier.abort()
 
 
@@ -60,6 +61,7 @@ class ThreadGroup(Group):
     def all_to_all_single(
         self, output: Tensor, input: Tensor, receive: list[int] | None, send: list[int] | None
     ) -> None:
+        """Copy rows between threads; see `Group.all_to_all_single`."""
         pieces = input.split(send) if send is not None else input.chunk(self.size)
         theirs = [pieces_of[self.index] for pieces_of in self.handle.swap(self.index, pieces)]
         if receive is not None and [len(t) for t in theirs] != receive:
@@ -68,6 +70,7 @@ class ThreadGroup(Group):
         self.handle.done()
 
     def all_reduce(self, tensor: Tensor, op: Any = None, asynchronous: bool = False) -> None:
+        """Add up the threads' tensors; see `Group.all_reduce`."""
         total = torch.stack(self.handle.swap(self.index, tensor)).sum(0)
         self.handle.done()
         tensor.copy_(total)
@@ -124,8 +127,9 @@ class World:
 
 
 def traffic(config: ParallelConfig, experts: int, width: int = 1) -> list[Traffic]:
-    """Count what each rank sends in one layer's forward pass when each tensor group has one token, `width` fp32
-    numbers, for every expert.
+    """Count what each rank sends in one layer's forward pass.
+
+    Each tensor group has one token, of `width` fp32 numbers, for every expert.
     """
     x_SM = torch.ones(experts, width)
     logits_SE = 50 * torch.eye(experts)

@@ -1,8 +1,8 @@
-"""Which experiments are there, which runs does each ask for, and what do its numbers say?
+"""Which experiments exist, which runs each asks for, and what their numbers say.
 
-Each experiment is a module that ends in an `EXPERIMENT`, and is found by that: nothing lists them. The name of the
-module, with hyphens, is the name of the experiment on the command line and of its folder in the results; its notebook
-is NN_module.ipynb. Importing this package loads no torch. It may import everything below `moelab.report`.
+Each experiment is a module that ends in an `EXPERIMENT`, by which this package finds it; there is no list of them. The
+name of the module, with hyphens, is the name of the experiment on the command line and of its folder in the results;
+its notebook is NN_module.ipynb. Importing this package loads no torch. It may import everything below `moelab.report`.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ EXPERIMENTS: dict[str, Experiment] = _discover()
 
 
 def experiment(name: str) -> Experiment:
-    """Return the experiment of that name; ValueError, one line, with the names that are allowed."""
+    """Return the experiment of that name; raise a one-line ValueError with the allowed names if there is none."""
     if name not in EXPERIMENTS:
         close = difflib.get_close_matches(name, EXPERIMENTS, n=1)
         hint = f" (did you mean {close[0]}?)" if close else ""

@@ -1,11 +1,10 @@
-"""Count and time three ways for tokens to reach their experts: flat, hierarchical, coordinated with tensor slicing
-(paper section 5.3, Figs 8 and 9).
+"""Count and time the flat, the hierarchical and the coordinated all-to-all (paper section 5.3, Figs 8 and 9).
 
 Shows: messages and bytes of one all-to-all on 4 to 256 ranks, counted while the engine runs, beside the formulas; time
 of a layer's exchange on ranks of this machine over message sizes; the same on the simulated cluster.
 
-Here: large worlds are threads that run the real exchange (`moelab.engine.threads`), so counts are exact and times mean
-nothing; times come from gloo processes on one machine, which saves messages but has no slow links, or, at scale paper,
+Here: the ranks of large worlds are threads that run the real exchange (`moelab.engine.threads`), so counts are exact
+but times have no meaning. Times come from gloo processes on one machine, which has no slow links, or, at scale paper,
 from `srun moelab bench exchange` on the cluster. One GPU alone has no other rank to send to, so there is no scale gpu.
 
 Expect: counts equal to the formulas; hierarchical slower than flat on few ranks and large messages; coordinated faster
@@ -38,14 +37,15 @@ MEASURED: dict[str, tuple[tuple[int, ...], tuple[int, ...], int]] = {
 
 @dataclass(frozen=True)
 class Count:
-    """Hold what the busiest rank sends in one all-to-all, as one of three sources has it.
+    """Hold what the busiest rank sends in one all-to-all, according to three sources.
 
     Attributes:
-        ranks, way: the world's size, and flat, hierarchical or coordinated.
+        ranks, way: the number of ranks, and flat, hierarchical or coordinated.
         messages, rows, gathered_rows: counted in the engine; gathered rows are those of the all-gather after the way
             back.
-        formula_…: the same by `moelab.simulate.ways.formula`; simulated_…: the same by the simulator.
-        moved_rows: rows with those that a rank keeps for itself at each hop, as the paper counts bytes.
+        formula_…: the same by `moelab.simulate.ways.formula`.
+        simulated_…: the same by the simulator.
+        moved_rows: rows, with those that a rank keeps for itself at each hop, as the paper counts bytes.
     """
 
     ranks: int
@@ -63,7 +63,7 @@ class Count:
 
 
 def counts(worlds: Iterable[int]) -> list[dict[str, Any]]:
-    """Count what the busiest rank sends in one all-to-all: the fields of a `Count` for each world and way."""
+    """Count what the busiest rank sends in one all-to-all; return the fields of a `Count` for each world and way."""
     from moelab.engine.collectives import Sent
     from moelab.engine.threads import traffic
     from moelab.simulate import ways
@@ -96,10 +96,10 @@ def measured_times(
 
     Args:
         measure: `Lab.measure`, which stores what is measured here.
-        rounds: None is the scale's own number.
+        rounds: by default the scale's own number.
 
     Raises:
-        ValueError: one line: no such file at scale paper.
+        ValueError: there is no such file at scale paper; the message is one line.
     """
     if scale == "paper":
         return read(EXPERIMENT.name, file, "exchange")
@@ -107,7 +107,7 @@ def measured_times(
 
 
 def times(scale: str, rounds: int | None) -> list[dict[str, Any]]:
-    """Measure what `measured_times` returns, here and now."""
+    """Measure the times that `measured_times` returns, in this process."""
     from moelab.bench import exchange as bench
     from moelab.engine.testing import Ranks
 
@@ -121,7 +121,7 @@ def times(scale: str, rounds: int | None) -> list[dict[str, Any]]:
 
 
 def headline(counted: pd.DataFrame) -> str:
-    """Return what a rank sends in the largest world, and whether all counts agree, in one line; from `counts`."""
+    """Return the messages of a rank in the largest world, and whether all counts agree, in one line; from `counts`."""
     same = all(
         (counted[what] == counted[f"{source}_{what}"]).all()
         for source in ("formula", "simulated")
@@ -130,14 +130,13 @@ def headline(counted: pd.DataFrame) -> str:
     ranks = counted["ranks"].max()
     at = counted[counted["ranks"] == ranks].set_index("way")["messages"]
     return (
-        f"On {ranks} ranks a rank sends {at['hierarchical']} messages hierarchically, {at['coordinated']} coordinated, {at['flat']} flat; "
-        f"all counts {'equal' if same else 'DIFFER FROM'} the formulas and the simulator's"
+        f"On {ranks} ranks a rank sends {at['hierarchical']} messages hierarchically, {at['coordinated']} coordinated, "
+        f"{at['flat']} flat; all counts {'equal' if same else 'DIFFER FROM'} the formulas and the simulator's"
     )
 
 
 def simulated_headline(predicted: pd.DataFrame) -> str:
-    """Return the times over flat's of the smallest exchange on the most GPUs, in one line; from
-    `moelab.simulate.ways.times`."""
+    """Return, from `ways.times`, the smallest exchange's times over flat's on the most GPUs, in one line."""
     size, ranks = predicted["bytes"].min(), predicted["ranks"].max()
     at = predicted[(predicted["bytes"] == size) & (predicted["ranks"] == ranks)].set_index("way")["ratio"]
     return (
@@ -147,13 +146,12 @@ def simulated_headline(predicted: pd.DataFrame) -> str:
 
 
 def verdicts(counted: pd.DataFrame) -> list[Verdict]:
-    """Judge the claims on messages and bytes, from `counts`: exact, at the worlds that the claims name (32 and 128
-    ranks)."""
+    """Judge the claims on messages and bytes exactly, from `counts`, at the worlds that they name (32, 128 ranks)."""
     at = counted.set_index(["ranks", "way"])
     hops = at["messages"][32, "hierarchical"] / at["messages"][32, "flat"]
     volume = at["moved_rows"][32, "hierarchical"] / at["moved_rows"][32, "flat"]
     leaving = at["rows"][32, "hierarchical"] / at["rows"][32, "flat"]
-    # A rank's all-to-all has one rank more than it sends messages.
+    # An all-to-all among n ranks has n - 1 messages of each rank.
     group = (at["messages"][128, "coordinated"] + 1) / (at["messages"][128, "flat"] + 1)
     found = {
         "hierarchical-hops": (hops, "Counted in the engine on 4 nodes of 8."),
@@ -172,7 +170,8 @@ EXPERIMENT = Experiment(
     title="Hierarchical and coordinated all-to-all",
     paper="Figs 8 and 9 (section 5.3)",
     question="How many messages and bytes do the hierarchical and the coordinated all-to-all send, and does it pay?",
-    paper_answer="O(G + p/G) messages instead of O(p), for twice the bytes; at 8-way tensor slicing 16 C1 + C2 instead of 128 C1 + C2.",
+    paper_answer="O(G + p/G) messages instead of O(p), for twice the bytes; at 8-way tensor slicing 16 C1 + C2 instead "
+    "of 128 C1 + C2.",
     scales={
         "smoke": Scale("counts to 128 ranks; 4 gloo ranks", "seconds (tests)"),
         "cpu": Scale(

@@ -21,7 +21,7 @@ class Scale:
 
     Attributes:
         what: one line: models, tokens, text.
-        cost: one line: time and hardware, measured or estimated (it says which).
+        cost: one line: time and hardware, with the word whether they are measured or estimated.
     """
 
     what: str
@@ -62,16 +62,16 @@ class Experiment:
 
     @property
     def module(self) -> str:
-        """The name of its module."""
+        """Name of its module."""
         return self.name.replace("-", "_")
 
     @property
     def notebook(self) -> str:
-        """The file name of its notebook."""
+        """File name of its notebook."""
         return f"{self.number:02d}_{self.module}.ipynb"
 
     def scale(self, name: str) -> Scale:
-        """Return a scale by its name; ValueError, one line, for one that this experiment does not have."""
+        """Return a scale by its name; raise a one-line ValueError if this experiment does not have it."""
         if name not in self.scales:
             raise ValueError(f"experiment {self.name}: no scale {name!r}; allowed: {', '.join(self.scales)}")
         return self.scales[name]
@@ -85,12 +85,13 @@ class Experiment:
         overrides: Mapping[str, Any] | None = None,
         **options: Any,
     ) -> list[RunSpec]:
-        """Return the runs, seed by seed, so that a batch that is stopped early has whole seeds; none where nothing is
-        trained.
+        """Return the runs, seed by seed, so that a batch that is stopped early has whole seeds.
+
+        There are none where nothing is trained.
 
         Args:
             seeds: how many; they are 0 .. seeds - 1.
-            arms: labels of the arms that are wanted; None is all of them.
+            arms: labels of the arms that are wanted; by default all of them.
             overrides: dotted name -> value, see `moelab.config.overrides`, in place of the scale's own settings in
                 every run.
             options: of `build`.
@@ -114,8 +115,7 @@ class Experiment:
         return [spec for spec in made if not arms or spec.label in arms]
 
     def specs_of(self, parameters: Mapping[str, Any]) -> list[RunSpec]:
-        """Return the runs that the notebook asks for with these parameters; parameters that do not concern the runs are
-        ignored."""
+        """Return the runs that the notebook asks for; parameters that do not concern the runs are ignored."""
         options = inspect.signature(self.build).parameters.values() if self.build else ()
         taken = {"scale", "seeds", "arms", "overrides"} | {o.name for o in options if o.kind is o.KEYWORD_ONLY}
         return self.specs(**{name: value for name, value in parameters.items() if name in taken and value is not None})

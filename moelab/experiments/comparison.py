@@ -1,7 +1,7 @@
-"""Compare arms that were trained on the same seeds: differences paired by seed, verdicts on losses, one-line results,
-tables for notebooks.
+"""Compare arms that were trained on the same seeds: paired differences, verdicts, one-line results, tables.
 
-Frames named `final` are `Runs.final()`: a row a run, with columns arm, seed, validation_loss (nats a token) and more.
+Frames named `final` are `Runs.final()`: a row per run, with columns arm, seed, validation_loss (nats per token) and
+more.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ TWINS = "Twins, paired by seed."
 
 
 def by_arm(final: pd.DataFrame, value: str = "validation_loss") -> pd.DataFrame:
-    """Return one column of `final` as a table: a row a seed, a column an arm."""
+    """Return one column of `final` as a table: a row per seed, a column per arm."""
     return final.pivot(index="seed", columns="arm", values=value)
 
 
 def paired(final: pd.DataFrame, left: str, right: str, value: str = "validation_loss") -> list[float]:
-    """Return left - right, seed by seed; seeds in which one of them is missing are left out."""
+    """Return left - right for each seed; seeds in which one of them is missing are left out."""
     table = by_arm(final, value)
     if left not in table or right not in table:
         return []
@@ -38,15 +38,14 @@ def paired(final: pd.DataFrame, left: str, right: str, value: str = "validation_
 
 
 def gaps(final: pd.DataFrame, reference: str) -> pd.DataFrame:
-    """Return the final validation loss minus the reference arm's of the same seed, nats a token: columns arm, seed,
-    gap."""
+    """Return columns arm, seed and gap: final loss minus the reference arm's of the same seed, nats per token."""
     base = final[final["arm"] == reference].set_index("seed")["validation_loss"]
     there = final[final["seed"].isin(base.index)]
     return there.assign(gap=there["validation_loss"] - there["seed"].map(base))[["arm", "seed", "gap"]]
 
 
 def judge_losses(experiment: str, final: pd.DataFrame, arms: Mapping[str, str], scale: str) -> list[Verdict]:
-    """Judge the claims about final validation losses and total parameters; the others are not tested.
+    """Judge the claims about final validation losses and total parameters; others are returned as not tested.
 
     Args:
         experiment: of `paper.claims`.
@@ -56,7 +55,7 @@ def judge_losses(experiment: str, final: pd.DataFrame, arms: Mapping[str, str], 
 
 
 def judge_loss(claim: paper.Claim, final: pd.DataFrame, arms: Mapping[str, str], scale: str) -> Verdict:
-    """Judge one claim, see `judge_losses`."""
+    """Judge one claim; see `judge_losses`."""
     if claim.quantity == "total parameters":
         return judge(claim, [size_ratio(claim.left, claim.right)], exact=True, note="Arithmetic at the paper's size.")
     sides = [next((arm for arm, name in arms.items() if name == side), "") for side in (claim.left, claim.right)]
@@ -80,7 +79,7 @@ def interval_text(values: Sequence[float]) -> str:
 
 
 def difference(final: pd.DataFrame, left: str, right: str) -> str:
-    """Return "LEFT ends 0.012 nats above RIGHT (95 % interval …)", or which of them is missing."""
+    """Return "LEFT ends 0.012 nats above RIGHT (95 % interval …)", or which of the arms is missing."""
     values = paired(final, left, right)
     if not values:
         return f"{left} and {right} have no finished pair"
@@ -90,8 +89,7 @@ def difference(final: pd.DataFrame, left: str, right: str) -> str:
 
 
 def over_training(curves: pd.DataFrame, arms: Sequence[str], reference: str) -> pd.DataFrame:
-    """Return the validation loss of arms minus the reference arm's at the same tokens and seed: columns arm, seed,
-    tokens, loss (the difference)."""
+    """Return columns arm, seed, tokens and loss, the difference to the reference arm at the same tokens and seed."""
     trained = curves[curves["tokens"] > 0]
     base = trained[trained["arm"] == reference].set_index(["seed", "tokens"])["loss"].rename("base")
     both = trained[trained["arm"].isin(arms)].join(base, on=["seed", "tokens"], how="inner")
@@ -107,7 +105,7 @@ def gaps_headline(table: pd.DataFrame, reference: str) -> str:
 
 
 def models(specs: Sequence[RunSpec]) -> pd.DataFrame:
-    """Return a row an arm: its twin's sizes (millions), experts by layer, FLOPs a token (millions)."""
+    """Return, a row per arm, its twin's sizes (millions), experts by layer, and FLOPs per token (millions)."""
     import pandas as pd
 
     rows = {
@@ -126,7 +124,7 @@ def models(specs: Sequence[RunSpec]) -> pd.DataFrame:
 
 @contextlib.contextmanager
 def threads(count: int) -> Iterator[None]:
-    """Set the number of torch's CPU threads for the length of a block."""
+    """Set the number of torch's CPU threads while the context lasts."""
     import torch
 
     before = torch.get_num_threads()
@@ -138,15 +136,14 @@ def threads(count: int) -> Iterator[None]:
 
 
 def speeds(specs: Sequence[RunSpec], steps: int, rounds: int) -> dict[str, list[float]]:
-    """Measure the training tokens/s of each arm, round by round, arms taking turns; see
-    `moelab.bench.train.side_by_side`."""
+    """Measure the training tokens/s of each arm, in turns, by `moelab.bench.train.side_by_side`."""
     from moelab.bench.train import side_by_side
 
     return side_by_side({spec.label: spec.model for spec in specs}, specs[0].train, steps=steps, rounds=rounds)
 
 
 def summary(runs: Runs) -> pd.DataFrame:
-    """Return a row an arm: mean final loss with its 95 % interval, bits a byte, seeds, tokens, seconds a run."""
+    """Return, a row per arm: mean final loss with its 95 % interval, bits per byte, seeds, tokens, seconds per run."""
     import pandas as pd
 
     final = runs.final()

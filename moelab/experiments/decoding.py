@@ -31,8 +31,7 @@ SHRINK: dict[str, dict[str, int]] = {
 def twins(
     models: Mapping[str, ModelConfig], scale: str, shrink: Mapping[str, Mapping[str, int]] = SHRINK
 ) -> dict[str, ModelConfig]:
-    """Return the twins that `steps` measures at smoke, cpu and gpu; none at paper. Their weights are random, and spread
-    tokens over the experts."""
+    """Return the twins that `steps` measures below paper; random weights, which spread tokens over the experts."""
     if scale not in shrink:
         return {}
     return {name: replace(model.shrink(**shrink[scale]), init_std=0.05) for name, model in models.items()}
@@ -53,18 +52,17 @@ def steps(
 
     Args:
         measure: `Lab.measure`, which stores what is measured here.
-        models: what is measured at smoke and cpu (8 sequences over gloo ranks) and gpu (`batches` sequences on one
+        models: the models measured at smoke and cpu (8 sequences over gloo ranks) and gpu (`batches` sequences on one
             GPU).
-        file: what is read at paper.
-        by: what tells the rows apart: the model, or the size (ranks, or on one GPU the batch).
+        file: the file that is read at paper.
+        by: what distinguishes the rows: the model, or the size (ranks, or on one GPU the batch).
 
     Returns:
         The columns of `moelab bench decode`, among them candidate (of `MODES`), median_ms, p95_ms, floor_ms and
-            parts_ms (part -> ms), and
-        name (the model's key) and label (by `by`).
+        parts_ms (part -> ms), and name (the model's key) and label (by `by`).
 
     Raises:
-        ValueError: one line: no such file at scale paper, or it is not one of ranks.
+        ValueError: there is no such file at scale paper, or it is not one of ranks; the message is one line.
     """
     import pandas as pd
 
@@ -75,7 +73,7 @@ def steps(
 def decode(
     models: Mapping[str, ModelConfig], scale: str, ranks: Sequence[int], batches: Sequence[int]
 ) -> list[dict[str, Any]]:
-    """Measure the steps here and now; rows of `moelab bench decode` with the model's key as name."""
+    """Measure the steps in this process; return rows of `moelab bench decode` with the model's key as name."""
     from moelab.bench.decode import DecodeSettings, measure, measure_ranks
 
     settings = DecodeSettings(4, 4, 1) if scale == "smoke" else DecodeSettings(16, 24, 5)
@@ -90,8 +88,7 @@ def decode(
 
 
 def read(experiment: str, file: str | None, bench: Literal["decode", "exchange"]) -> list[dict[str, Any]]:
-    """Return the rows that `srun moelab bench decode --device cuda --out ...` wrote on the cluster, of one run or of
-    several joined together, fewest ranks first."""
+    """Return the rows that `srun moelab bench` wrote to a file, of one run or several joined, fewest ranks first."""
     mark = {"decode": "empty_collective_ms", "exchange": "alpha_ms"}[bench]
     if not file:
         raise ValueError(
@@ -115,15 +112,16 @@ def _size(row: Mapping[str, Any]) -> str:
 
 
 def speedups(steps: pd.DataFrame) -> dict[str, float]:
-    """Return the baseline's median step over the optimised one's, by label."""
+    """Return, by label, the baseline's median step time over the optimised mode's."""
     ms = steps.pivot(index="label", columns="candidate", values="median_ms").loc[list(dict.fromkeys(steps["label"]))]
     return (ms["baseline"] / ms["optimised"]).to_dict()
 
 
 def caption(steps: pd.DataFrame) -> str:
-    """Return how the steps were measured."""
+    """Return in words how the steps were measured."""
     first = steps.iloc[0]
     return (
-        f"Prompt {first['prompt']}, output {first['output']}, {first['rounds']} rounds; median, bar to the 95th percentile; of several ranks the slowest. Floor: weights and cache "
+        f"Prompt {first['prompt']}, output {first['output']}, {first['rounds']} rounds; median, bar to the 95th "
+        "percentile; of several ranks the slowest. Floor: weights and cache "
         f"read once, plus empty collectives. {steps['device'].iloc[-1]}."
     )

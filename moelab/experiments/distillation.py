@@ -4,9 +4,9 @@ Shows: validation loss of the PR-MoE-32/64 teacher (24 layers) and of its 21-lay
 throughout, and distilled for the first 70 % of its tokens (Mixture-of-Students). The paper stops at 400 K of 572 K
 steps; the stop of its 1.3B student is not known, 70 % is taken for both.
 
-Here: twins of 8 and 7 layers; the released code's loss (temperature 1, weight 1); teacher and student see the same
-batches, the teacher a finished run of the same seed. A teacher trained on as few tokens as its student is a weaker
-teacher than the paper's, seen by a less saturated student.
+Here: twins of 8 and 7 layers; the released code's loss (temperature 1, weight 1). The teacher is a finished run of the
+same seed and saw the same batches as the student. It was trained on as few tokens as its student, so it is a weaker
+teacher than the paper's, and its student is less saturated.
 
 Expect at `cpu` (8 seeds on the 350M base, 5 on the 1.3B one, results/distillation): distilled throughout, the student
 ends 0.06 nats below itself alone (1.3B: 0.10), stopped at 70 % another 0.04 below that, all clear of the spread; its
@@ -74,8 +74,11 @@ def build(
 
 
 def early(curves: pd.DataFrame, share: float = 0.5) -> pd.DataFrame:
-    """Return the student with distillation minus the student alone, at each evaluation up to a share of the tokens,
-    averaged: columns arm, seed, gap."""
+    """Return the gap between the student with and without distillation early in training, per arm and seed.
+
+    It is the mean over the evaluations up to a share of the tokens. Columns: arm, seed, gap (negative where
+    distillation helps).
+    """
     import pandas as pd
 
     end = curves["tokens"].max()
@@ -90,8 +93,7 @@ def early(curves: pd.DataFrame, share: float = 0.5) -> pd.DataFrame:
 
 
 def over_training_headline(moved: pd.DataFrame, stop: float) -> str:
-    """Return what distillation changes at its stop and at the end, in one line; from `comparison.over_training` against
-    the student alone."""
+    """Return, from `comparison.over_training`, what distillation changes at its stop and at the end, in one line."""
     taught = "L21 + KD" if "L21 + KD" in set(moved["arm"]) else moved["arm"].iloc[0]
     at = moved[moved["arm"] == taught].groupby("tokens")["loss"].mean()
     before = at[at.index <= stop * at.index.max()]
@@ -100,8 +102,7 @@ def over_training_headline(moved: pd.DataFrame, stop: float) -> str:
 
 
 def late_training(curves: pd.DataFrame, training: pd.DataFrame) -> pd.DataFrame:
-    """Return a column an arm: how far the loss falls over the last 15 % of the tokens, and the distillation term in its
-    first and last row."""
+    """Return, by arm, the loss's fall over the last 15 % of the tokens, and the first and last distillation term."""
     import pandas as pd
 
     late = curves[curves["tokens"] >= 0.85 * curves["tokens"].max()].sort_values("tokens").groupby(["arm", "seed"])
@@ -131,7 +132,7 @@ def verdicts(final: pd.DataFrame, curves: pd.DataFrame, scale: str, base: str = 
 
 
 def headline(final: pd.DataFrame, base: str = "350M") -> str:
-    """Return the result in one line, naming the base: results of both stand beside each other."""
+    """Return the result in one line, which names the base, because results of both bases appear together."""
     staged = "L21 + staged KD" in set(final["arm"])
     return f"{base} base: {comparison.difference(final, 'L21 + staged KD' if staged else 'L21 + KD', 'L21 alone')}"
 
@@ -142,7 +143,8 @@ EXPERIMENT = Experiment(
     title="Mixture-of-Students: staged distillation",
     paper="Figs 5 and 6, Table 5 (section 4.2)",
     question="Does a teacher make up for an eighth of the layers, and when should it stop?",
-    paper_answer="Distillation helps early and hurts late; stopped at 70 % of training, the student ends almost at the teacher's loss.",
+    paper_answer="Distillation helps early and hurts late; stopped at 70 % of training, the student ends almost at the "
+    "teacher's loss.",
     scales={
         "smoke": Scale("twins of 32 wide, 4 layers; 12 k tokens of sotu", "seconds (tests)"),
         "cpu": Scale("twins 32 wide, 8 and 7 layers; 1 M tokens of mix5", "about 4 minutes a seed on one core"),

@@ -1,9 +1,10 @@
 """Vary the number of experts, 1 to 64, at fixed compute (beyond the paper, which compares 32 and 128).
 
 Shows: final validation loss of the 350M twin with 1 (dense), 2, 4, 8, 16, 32 and 64 experts in every second layer, one
-expert a token.
+expert per token.
 
-Here: the twins of 350M+MoE-16 … 512. FLOPs a token differ by the gate alone (below 4 %); parameters by a factor of 13.
+Here: the twins of 350M+MoE-16 … 512. FLOPs per token differ by the gate alone (below 4 %); parameters by a factor of
+13.
 
 Expect at `cpu` (3 seeds, results/expert-count): a loss that falls to 16 experts and is flat from there on; at 1 M
 tokens each of 64 experts sees 16 k.

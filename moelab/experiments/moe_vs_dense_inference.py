@@ -29,8 +29,11 @@ def models() -> dict[str, ModelConfig]:
 
 
 def costs() -> pd.DataFrame:
-    """Return the bars of Figs 14 and 15, simulated: `Bar.row`, with gpu_ms_per_token (what a token costs), and faster
-    and cheaper (ratios to the dense model of the same figure)."""
+    """Return the bars of Figs 14 and 15, simulated: `Bar.row`, with gpu_ms_per_token, faster and cheaper.
+
+    gpu_ms_per_token stands for the cost of a token; faster and cheaper are ratios to the dense model of the same
+    figure.
+    """
     from moelab.simulate import bars
 
     frame = bars.frame(bars.fig14() + bars.fig15())
@@ -43,8 +46,7 @@ def costs() -> pd.DataFrame:
 
 
 def steps_headline(steps: pd.DataFrame) -> str:
-    """Return the optimised steps of the MoE twins over the dense twin's in baseline mode, in one line; from
-    `decoding.steps`."""
+    """Return, from `decoding.steps`, the MoE twins' optimised steps over the dense twin's baseline step as text."""
     ms = steps.set_index(["name", "candidate"])["median_ms"]
     dense, *others = dict.fromkeys(steps["name"])
     compared = ", ".join(f"{name} {ms[name, 'optimised'] / ms[dense, 'baseline']:.2f}" for name in others)
@@ -78,7 +80,8 @@ EXPERIMENT = Experiment(
     title="MoE against dense at inference",
     paper="Figs 14 and 15 (section 5.5.4)",
     question="Is a MoE cheaper to serve than the dense model it matches?",
-    paper_answer="On PyTorch it is slower; as PR-MoE with the staged student on DeepSpeed-MoE 2.4 times faster and cheaper, and 4.5 and 9 times at 1.5T.",
+    paper_answer="On PyTorch it is slower; as PR-MoE with the staged student on DeepSpeed-MoE 2.4 times faster and "
+    "cheaper, and 4.5 and 9 times at 1.5T.",
     scales={
         "smoke": Scale("simulated cluster; tiny twins on 2 gloo ranks", "seconds"),
         "cpu": Scale("simulated cluster; twins on 2 gloo ranks", "a minute on two cores (estimated)"),

@@ -1,11 +1,11 @@
-"""Place experts where they count: the PR-MoE ablation (paper section 4.1.4, Fig 4; sizes from Table 4).
+"""Compare PR-MoE with its two parts, pyramid and residual (paper section 4.1.4, Fig 4; sizes from Table 4).
 
 Shows: validation loss of the 350M base with MoE-32, MoE-128, Pyramid-MoE-32/64, Residual-MoE-32 and PR-MoE-32/64, and
 of the dense base, over training tokens. In the paper pyramid and residual each close part of the gap between 32 and 128
 experts.
 
 Here: twins on the same data order from the same shared weights; sizes, tokens and drop-free routing as `settings` says.
-PR-MoE spends 28 % more active parameters than MoE-128 (the paper's does, too); `Top2-MoE-128` spends as many, so it is
+PR-MoE has 28 % more active parameters than MoE-128 (the paper's does, too); `Top2-MoE-128` has as many, so it is
 MoE-128 at PR-MoE's compute. `PR-MoE-32/64 (sum)` adds the two branches, as the text says; the others mix them by
 learned coefficients, as the released code does.
 
@@ -48,8 +48,7 @@ _OF_THE_PAPER = {arm: name for arm, name in MODELS.items() if arm not in ("PR-Mo
 
 
 def sizes(specs: Sequence[RunSpec]) -> pd.DataFrame:
-    """Return a row an arm: parameters of the paper's model (billions) and of its twin (millions), and the twin's
-    experts by layer."""
+    """Return, by arm, the parameters of the paper's model (billions) and its twin (millions), and its experts."""
     import pandas as pd
 
     rows = {}
@@ -66,7 +65,7 @@ def sizes(specs: Sequence[RunSpec]) -> pd.DataFrame:
 
 
 def size_shares(final: pd.DataFrame) -> pd.DataFrame:
-    """Return total parameters as a share of MoE-128's: a row an arm, columns twin and paper."""
+    """Return total parameters as a share of MoE-128's: a row per arm, columns twin and paper."""
     import pandas as pd
 
     paper_sizes = pd.Series({arm: ModelConfig.parse(name).parameters() for arm, name in MODELS.items()})
@@ -75,20 +74,18 @@ def size_shares(final: pd.DataFrame) -> pd.DataFrame:
 
 
 def expert_load(training: pd.DataFrame) -> pd.DataFrame:
-    """Return the rows of training metrics that say how busy the busiest expert is: arm, seed, step, tokens,
-    busiest_expert, dropped_share."""
+    """Return columns arm, seed, step, tokens, busiest_expert and dropped_share of the training metrics."""
     columns = ["arm", "seed", "step", "tokens", "busiest_expert", "dropped_share"]
     return training.dropna(subset=["busiest_expert"])[columns] if "busiest_expert" in training else training.iloc[:0]
 
 
 def gaps(final: pd.DataFrame) -> pd.DataFrame:
-    """Return the final validation loss minus MoE-128's of the same seed, nats a token: columns arm, seed, gap."""
+    """Return the final validation loss minus MoE-128's of the same seed, nats per token: columns arm, seed, gap."""
     return comparison.gaps(final, "MoE-128")
 
 
 def paper_gaps() -> dict[str, tuple[float, float, float]]:
-    """Return what the paper gives of the same: arm -> (gap, low, high). Its Fig 4 itself is not at hand, only the text
-    and Fig 1."""
+    """Return the paper's gaps by arm, (gap, low, high), from its text and Fig 1; Fig 4's values are not available."""
     dense, moe = paper.loss_curve("350M"), paper.loss_curve("350M+MoE-128")
     near = paper.claim("pr-moe-matches-moe128")
     return {
@@ -102,12 +99,12 @@ def paper_gaps() -> dict[str, tuple[float, float, float]]:
 
 
 def verdicts(final: pd.DataFrame, scale: str = "cpu") -> list[Verdict]:
-    """Judge the paper's claims on this ablation on `Runs.final()`; sizes by arithmetic on the paper's own models."""
+    """Judge the paper's claims on this ablation on `Runs.final()`; sizes follow from the paper's own models."""
     return comparison.judge_losses("pr-moe", final, _OF_THE_PAPER, scale)
 
 
 def moe_headline(final: pd.DataFrame) -> str:
-    """Return what many experts bring over the dense base, in one line."""
+    """Return, in one line, how MoE-128 compares with the dense base."""
     return comparison.difference(final, "MoE-128", "Dense")
 
 

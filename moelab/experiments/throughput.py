@@ -1,11 +1,12 @@
 """Measure the training throughput of an MoE and of the dense model it equals (paper section 3, Table 3).
 
 Shows: training tokens per second of the dense 6.7B twin and of the 1.3B+MoE-128 twin, side by side, and the ratio of
-their FLOPs a token. In the paper both models run at the same operations per second and GPU (44.7 and 47.1 TFLOP/s, our
-arithmetic), so the gain is fewer active parameters.
+their FLOPs per token. In the paper both models run at about the same operations per second and GPU (44.7 and 47.1
+TFLOP/s, our arithmetic), so the gain comes from fewer active parameters.
 
-Here: two twins train in turns in one process, so that other load on the machine affects both. The ratio of FLOPs is the
-model's, the ratio of times a CPU's. The cluster is simulated (`moelab.simulate`, not fitted to this table).
+Here: two twins train in turns in one process, so that other load on the machine affects both. The ratio of FLOPs
+follows from the models, the ratio of times is a CPU's. The cluster is simulated (`moelab.simulate`, not fitted to this
+table).
 
 Expect: a ratio of FLOPs near 3.5 (twins have larger embeddings, in proportion, and the 6.7B twin is only 11 layers
 deep); measured somewhat less.
@@ -29,19 +30,19 @@ ARMS = {name: name for name in ("6.7B", "1.3B+MoE-128")}
 
 
 def flops_ratio(dense: ModelConfig, moe: ModelConfig) -> float:
-    """Return the training FLOPs a token of the dense model over the MoE's: the speed-up at equal operations per second."""
+    """Return the dense model's training FLOPs per token over the MoE's: the speed-up at equal operations per second."""
     return dense.flops_per_token() / moe.flops_per_token()
 
 
 def compared(specs: Sequence[RunSpec], ratios: Sequence[float]) -> pd.DataFrame:
-    """Return the MoE's advantage by FLOPs a token and by training speed, for the twins and for the paper's models.
+    """Return the MoE's advantage by FLOPs per token and by training speed, for the twins and for the paper's models.
 
     Args:
         ratios: the MoE's measured training speed over the dense model's, round by round.
 
     Returns:
-        Rows FLOPs a token and training speed; columns twins, paper's models, and the share of the first that the second
-            delivers.
+        Rows FLOPs per token and training speed; columns twins, paper's models, and the share of the first that the
+        second delivers.
     """
     import pandas as pd
 

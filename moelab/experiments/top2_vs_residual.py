@@ -1,12 +1,12 @@
 """Compare top-2 gating with a residual MLP (paper section 4.1.1, Fig 2 right, "Phenomenon II").
 
 Shows: validation loss and training speed of the 350M base with 32 experts and two ways to spend twice the expert
-compute: two routed experts a token, or one and a fixed MLP. MoE-32 with one expert is beside them. In the paper the
-residual form is faster because it sends half the all-to-all volume.
+compute: two routed experts per token, or one and a fixed MLP. MoE-32 with one expert is shown beside them. In the paper
+the residual form is faster because it sends half the all-to-all volume.
 
 Here: twins, paired by seed. Speed is measured side by side in one process (`moelab.bench.train`): with one rank there
-is no all-to-all, so what is left is the cost of routing, copying and smaller products; the volume is counted from the
-slots that leave a rank.
+is no all-to-all, so the measurement shows only the cost of routing, copying and smaller products; the volume is counted
+from the slots that leave a rank.
 
 Expect at `cpu` (8 seeds, results/top2-vs-residual): no difference in loss beyond the spread of a hundredth of a nat;
 the residual form as fast or up to a tenth slower (measurements differ): there is no exchange to save, and its fixed MLP
@@ -36,29 +36,26 @@ ARMS = {
 
 
 def layer_flops(model: ModelConfig) -> float:
-    """Return the forward FLOPs a token of the layers' matrix products: no attention scores, no logits (as the paper
-    counts)."""
+    """Return forward FLOPs per token of the layers' products, without attention scores and logits (as the paper)."""
     M, T = model.hidden, model.context
     return model.flops_per_token(training=False) - 2 * model.vocab * M - model.layers * 2 * M * (T + 1)
 
 
 def exchanged_slots(model: ModelConfig, tokens: int) -> int:
-    """Return the token slots that a rank sends into the all-to-all of one MoE layer and micro-batch: experts x
-    capacity."""
+    """Return the slots, experts x capacity, that a rank sends to the all-to-all of an MoE layer and micro-batch."""
     experts = max(model.experts)
     capacity = RoutingConfig().capacity(tokens, experts, model.top_k, training=True)
     return experts * capacity
 
 
 def speed_ratios(speeds: Mapping[str, Sequence[float]]) -> tuple[pd.DataFrame, pd.Series]:
-    """Return training speeds over MoE-32's of the same round, and the rounds' ratios of Residual-MoE-32 over
-    Top2-MoE-32.
+    """Return training speeds over MoE-32's of the same round, and the ratios of Residual-MoE-32 over Top2-MoE-32.
 
     Args:
         speeds: from `comparison.speeds`.
 
     Returns:
-        Columns arm, seed (the round), tokens_per_s, ratio; and a series, empty where an arm is missing.
+        Columns arm, seed (the round), tokens_per_s, ratio; and a series over rounds, empty where an arm is missing.
     """
     import pandas as pd
 

@@ -4,9 +4,8 @@ Shows: for the trained twins accuracy on six tasks beside chance, with n and sta
 per byte, and the paper's table.
 
 Expect: accuracy at chance. Twins of 0.1 to 4 M parameters that read 1 M tokens cannot answer; this shows that the
-pipeline works, and a run at `paper` scale goes through the same one. Bits per byte of the right answers change earlier
-than accuracy. Offline the tasks come from a package; for RACE-h and WebQs other data sets stand in, under their own
-names.
+pipeline works, which a run at `paper` scale uses, too. Bits per byte of the right answers change earlier than accuracy.
+The tasks come from a package, so no network is needed; other data sets replace RACE-h and WebQs, under their own names.
 """
 
 from __future__ import annotations
@@ -35,11 +34,12 @@ LIMITS = {"smoke": 8, "cpu": 200, "gpu": 1000, "paper": 0}
 
 
 def measure(runs: Runs, limit: int, tasks: Sequence[str] | None = None) -> list[dict]:
-    """Score every finished run; a row a run and task: arm, seed, paper (the paper's column, or empty), and the fields
-    of `Score`.
+    """Score every finished run, a row per run and task; scores that are stored are read back.
 
-    Scores that are there are read back. Args as of `moelab.evaluation.zero_shot.evaluate`; None for tasks means the
-    packaged ones.
+    Args as of `moelab.evaluation.zero_shot.evaluate`; by default the tasks are the packaged ones.
+
+    Returns:
+        Rows of arm, seed, paper (the paper's column, or empty), and the fields of `Score`.
     """
     from moelab import paths
     from moelab.evaluation.zero_shot import PACKAGED, PAPER_TASKS, evaluate
@@ -68,7 +68,7 @@ def measure(runs: Runs, limit: int, tasks: Sequence[str] | None = None) -> list[
 
 
 def scored(rows: Sequence[dict]) -> pd.DataFrame:
-    """Return what `measure` found as a frame."""
+    """Return the rows that `measure` found as a frame."""
     import pandas as pd
 
     from moelab.evaluation.zero_shot import Score
@@ -77,10 +77,10 @@ def scored(rows: Sequence[dict]) -> pd.DataFrame:
 
 
 def reference() -> pd.DataFrame:
-    """Return the published scores of a real model through the same code (`moelab eval smollm2 --limit 200 --out
-    results/benchmarks`), as `scored` has them.
+    """Return the published scores of a real model, computed by the same code, in the form of `scored`.
 
-    Its arm is the model's name, its seed -1. Empty where they are not at hand, or where the tasks have changed since.
+    The command is `moelab eval smollm2 --limit 200 --out results/benchmarks`. The arm is the model's name, the seed -1.
+    The frame is empty where there are no such scores, or where the tasks have changed since.
     """
     from moelab import paths
     from moelab.evaluation.zero_shot import PAPER_TASKS, version
@@ -94,7 +94,7 @@ def reference() -> pd.DataFrame:
 
 
 def reference_headline(rows: pd.DataFrame) -> str:
-    """Return what a real model scores, in one line, from `reference`."""
+    """Return a real model's scores in one line, from `reference`."""
     if not len(rows):
         return (
             "No scores of a real model at hand: `moelab eval smollm2 --limit 200 --out results/benchmarks` makes them"
@@ -116,8 +116,7 @@ def paper_table() -> pd.DataFrame:
 
 
 def our_table(scores: pd.DataFrame) -> pd.DataFrame:
-    """Return ours as the paper's table: percent by arm and paper column, mean over seeds, with the average where all
-    six are there."""
+    """Return percent by arm and paper column, mean over seeds, with the average where all six columns exist."""
     part = scores[scores["paper"] != ""]
     table = (100 * part.pivot_table(index="arm", columns="paper", values="accuracy", sort=False)).reindex(
         columns=list(paper.TASKS)
@@ -126,13 +125,12 @@ def our_table(scores: pd.DataFrame) -> pd.DataFrame:
 
 
 def over_chance(scores: pd.DataFrame) -> pd.DataFrame:
-    """Return a row an arm and task, mean over seeds: accuracy, standard_error, chance, reference, sigmas, n,
-    bits_per_byte.
+    """Return, a row per arm and task, the mean over seeds of accuracy and its distance from what no knowledge gives.
 
-    sigmas is the distance from the reference in standard errors.
-
-    reference is what no knowledge gives: chance, or always the commonest answer's place, whichever is more. The
-    standard error is that of one model's items: seeds answer the same questions, so they do not shrink it.
+    Columns: accuracy, standard_error, chance, reference, sigmas, n, bits_per_byte. reference is the accuracy without
+    knowledge: chance, or that of always choosing the commonest answer's place, whichever is higher. sigmas is the
+    distance of accuracy from it in standard errors. The standard error is that of one model's items: seeds answer the
+    same questions, so more seeds do not make it smaller.
     """
     groups = scores.groupby(["arm", "task"], sort=False)
     table = groups[["accuracy", "standard_error", "chance", "majority", "n", "bits_per_byte"]].mean().reset_index()
@@ -161,8 +159,7 @@ def headline(table: pd.DataFrame) -> str:
 
 
 def verdicts(scores: pd.DataFrame, scale: str) -> list[Verdict]:
-    """Judge the claims on Tables 2 and 4: differences of the average over the six tasks, in percentage points, paired
-    by seed."""
+    """Judge the claims on Tables 2 and 4: percentage points of the six tasks' average, paired by seed."""
     part = scores[scores["paper"] != ""]
     whole = part.groupby(["arm", "seed"]).filter(lambda g: set(g["paper"]) == set(paper.TASKS))
     table = 100 * whole.pivot_table(index="seed", columns="arm", values="accuracy") if len(whole) else None

@@ -1,4 +1,4 @@
-"""An analytical model of GPU clusters: memory, latency, throughput and cost of MoE inference, and of training (paper section 5).
+"""An analytical model of GPU clusters: memory, latency, throughput and cost of MoE inference and training (section 5).
 
     from moelab import simulate
     from moelab.config.parallel import ParallelConfig
@@ -8,8 +8,9 @@
     simulate.plan("24B+MoE-128", 256, "a100", objective="latency").best
     simulate.least_gpus("8B+MoE-128", "a100")
 
-Roofline for kernels, alpha-beta for collectives, host and device as two clocks; two free constants, fitted on the paper's Fig 10 alone (`constants`, `calibrate`); everything else
-is prediction. Pure numpy, thousands of layouts at once (`decode_sweep`). No torch.
+It combines a roofline for kernels, an alpha-beta model (latency and bandwidth) for collectives, and two clocks for host
+and device. Two free constants are fitted on the paper's Fig 10 alone (`constants`, `calibrate`); everything else is
+prediction. It needs numpy but not torch, and computes thousands of layouts at once (`decode_sweep`).
 """
 
 from importlib import import_module
@@ -40,7 +41,7 @@ __all__ = sorted(_WHERE)
 
 
 def __getattr__(name: str) -> Any:
-    """Names are loaded when asked for: the command line's help must not wait for numpy."""
+    """Load a name of this package when it is first used, so that the command line's help need not wait for numpy."""
     if name not in _WHERE:
         raise AttributeError(name)
     value = getattr(import_module(f"moelab.simulate.{_WHERE[name]}"), name)

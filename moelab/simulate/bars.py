@@ -1,7 +1,7 @@
 """The paper's inference bars, and the settings under which they are simulated.
 
-Only what `moelab.paper` states; where the paper is silent the assumption is written in `Bar.assumed`. Bars of `FITTED`
-are those the free constants were fitted on; all others are predictions.
+The settings are those that `moelab.paper` states; `Bar.assumed` says what is assumed where the paper states nothing.
+The free constants were fitted on the bars with `Bar.fitted`; all others are predictions.
 """
 
 from __future__ import annotations
@@ -22,29 +22,31 @@ if TYPE_CHECKING:
 FITTED = "fig-10"
 CLUSTER = "a100-40gb"
 BATCH = 8
-"""Sequences of a tensor group: latency x throughput of Figs 10 and 11 gives 8, 8 and 8 (`moelab.paper`, derived)."""
+"""Sequences of a tensor group, derived from latency x throughput of Figs 10 and 11, which gives 8 each time."""
 CONTEXT = 10
-"""Tokens in the cache: the authors' script runs `--seq-length 10 --out-seq-length 10` (`SCRIPT`), so a cache never
-holds more."""
+"""Tokens in the cache; the authors' script runs `--seq-length 10 --out-seq-length 10` (`SCRIPT`): it never has more."""
 SCRIPT = "Megatron-DeepSpeed 8f3a0100 (2022-01-06), examples/generate_text.sh"
-"""The authors' own inference runs, in the history of a public branch: prompts, batch 8, shapes (8192 wide: 29, 44 and
-58 layers on 32 nodes, slicing 8) and experts of the large PR-MoEs (64, in the last two layers 128) and their students
-(17 and 19 MoE layers for 40 and 44 layers' 20 and 22)."""
+"""The authors' own inference runs, in the history of a public branch.
 
-# The tensor slicing of Table 6; dense models from the captions of Figs 14 and 15.
+They give prompts, batch 8, shapes (width 8192; 29, 44 and 58 layers on 32 nodes, slicing 8), the experts of the large
+PR-MoEs (64, in the last two layers 128), and the MoE layers of their students (17 and 19, where the PR-MoEs of 40 and
+44 layers have 20 and 22)."""
+
+# The tensor slicing of Table 6; that of dense models is from the captions of Figs 14 and 15.
 TENSOR = {"1.3B": 1, "2.4B": 1, "8B": 4, "24B": 8, "47B": 8}
 
 
 @dataclass(frozen=True)
 class Bar:
-    """One latency bar.
+    """One latency bar of a figure.
 
     Attributes:
-        figure, label, gpus, system: as the paper calls them; `system` as in `moelab.simulate.systems`.
-        model, parallel: what is simulated.
-        paper_ms, low, high: the paper's value with its reading; None where the bar is not at hand.
+        figure, label, gpus: as the paper gives them.
+        system: a name of `moelab.simulate.systems`.
+        model, parallel: the simulated model and layout.
+        paper_ms, low, high: the paper's value and the bounds of its reading, ms; None where the bar is not available.
         fitted: whether the constants were fitted on it.
-        assumed: what the paper leaves open.
+        assumed: what is assumed because the paper does not state it.
     """
 
     figure: str
@@ -60,12 +62,14 @@ class Bar:
     assumed: str = ""
 
     def simulate(self, **options) -> DecodeEstimate:
-        """`options` as in `decode_sweep`."""
+        """Return the simulated decoding step; `options` as in `decode_sweep`."""
         return decode(self.model, self.parallel, CLUSTER, program=self.system, batch=BATCH, context=CONTEXT, **options)
 
     def row(self, **options) -> dict:
-        """Return one tidy row: the paper's latency (ms), ours, the error in per cent, ours as throughput (tokens / s /
-        GPU), parts and memory."""
+        """Return one row of a table, with the paper's and the simulated value.
+
+        It has latencies (ms), their error (per cent), the simulated throughput (tokens / s / GPU), parts and memory.
+        """
         got = self.simulate(**options)
         error = None if self.paper_ms is None else 100 * (got.latency_ms / self.paper_ms - 1)
         return {
@@ -97,11 +101,11 @@ def frame(bars: Sequence[Bar]) -> pd.DataFrame:
 
 
 def layout(model: ModelConfig, gpus: int, tensor: int, program: str) -> ParallelConfig:
-    """The paper's way to use `gpus` GPUs (section 5.2): tensor slicing, as much expert parallelism as there are experts
-    for, then expert slicing.
+    """Return the paper's layout of `gpus` GPUs (section 5.2).
 
-    Layers of fewer experts than GPUs take their own number of ranks; slicing is one for all layers, what the layer of
-    most experts needs.
+    It has tensor slicing, then as much expert parallelism as there are experts, then expert slicing. Layers of fewer
+    experts than GPUs use their own number of ranks. Expert slicing is the same in all layers: what the layer of most
+    experts needs.
     """
     most = max(model.experts, default=0)
     slicing = max(1, gpus // most) if most else 1
@@ -115,10 +119,10 @@ def layout(model: ModelConfig, gpus: int, tensor: int, program: str) -> Parallel
 
 
 def pr_moe(model: ModelConfig, experts: tuple[int, int] = (64, 128)) -> ModelConfig:
-    """The PR-MoE of a standard MoE: residual, `experts` in its MoE layers, the second number in the last two.
+    """Return the PR-MoE of a standard MoE: residual, with `experts` (first, last two) in its MoE layers.
 
-    Those of the 1.3B base; the authors' script (`SCRIPT`) has the same numbers for the large ones, with 20 and 22 MoE
-    layers.
+    The last two MoE layers have the second number of experts, the others the first. The defaults are those of the 1.3B
+    base; the authors' script (`SCRIPT`) has the same numbers for the large models, with 20 and 22 MoE layers.
     """
     places = [i for i, e in enumerate(model.experts) if e]
     counts = dict.fromkeys(places, experts[0]) | dict.fromkeys(places[-2:], experts[1])
@@ -128,8 +132,11 @@ def pr_moe(model: ModelConfig, experts: tuple[int, int] = (64, 128)) -> ModelCon
 
 
 def student(model: ModelConfig, cut: float = 0.125) -> ModelConfig:
-    """The Mixture-of-Students of a PR-MoE: depth cut by an eighth (24 -> 21, and in `SCRIPT` 40 -> 35, 44 -> 38), the
-    last two MoE layers keep the larger number."""
+    """Return the Mixture-of-Students of a PR-MoE: its depth is cut by an eighth.
+
+    That is 24 -> 21 layers, and in `SCRIPT` 40 -> 35 and 44 -> 38. The last two MoE layers keep the larger number of
+    experts.
+    """
     layers = round(model.layers * (1 - cut))
     few, many = min(e for e in model.experts if e), max(model.experts)
     places = range(1, layers, 2)
@@ -139,8 +146,10 @@ def student(model: ModelConfig, cut: float = 0.125) -> ModelConfig:
 
 
 def standard_1_5t() -> ModelConfig:
-    """The 1.5T MoE with 128 experts: the paper is silent; the authors' script (`SCRIPT`) has 44 layers of width 8192,
-    which hold 1.54T."""
+    """Return the 1.5T MoE with 128 experts.
+
+    The paper does not state its shape; the authors' script (`SCRIPT`) has 44 layers of width 8192, which hold 1.54T.
+    """
     return ModelConfig(
         layers=44,
         hidden=8192,
@@ -151,13 +160,15 @@ def standard_1_5t() -> ModelConfig:
 
 
 def fig10() -> list[Bar]:
-    """52B on 8 to 64 GPUs, both systems: the bars of the fit."""
+    """Return the bars of the fit: 52B on 8 to 64 GPUs, both systems."""
     return _measured("fig-10")
 
 
 def fig11() -> list[Bar]:
-    """107B to 2T: PyTorch on 128 GPUs, DeepSpeed on 128 or 256. 349B and the 2T bars are not at hand as numbers, only
-    printed ratios."""
+    """Return the bars of 107B to 2T: PyTorch on 128 GPUs, DeepSpeed on 128 or 256.
+
+    Of the 349B and 2T bars only printed ratios are available, no numbers.
+    """
     bars = _measured("fig-11")
     have = {(b.label, b.system) for b in bars}
     for name, gpus in (("8B+MoE-128", 128), ("24B+MoE-128", 256), ("47B+MoE-128", 256)):
@@ -169,14 +180,16 @@ def fig11() -> list[Bar]:
 
 
 def tutorial() -> list[Bar]:
-    """The tutorial's bars of the two systems that are simulated, without those that repeat Fig 10."""
+    """Return the tutorial's bars of the two systems that are simulated, without those that repeat Fig 10."""
     repeated = {(b.label, b.gpus) for b in fig10()}
     return [b for b in _measured("tutorial") if (b.label, b.gpus) not in repeated]
 
 
 def variants(names: tuple[str, ...] = ("1.3B", "2.4B", "8B", "24B", "47B"), gpus: int = 128) -> list[Bar]:
-    """Fig 13: standard MoE, PR-MoE and PR-MoE + MoS of every size on DeepSpeed; GPU counts as in Fig 11. No bars are at
-    hand."""
+    """Return the bars of Fig 13: standard MoE, PR-MoE and PR-MoE + MoS of every size on DeepSpeed.
+
+    GPU counts are as in Fig 11. The paper's values are not available.
+    """
     bars = []
     for base in names:
         plain = ModelConfig.parse(f"{base}+MoE-128")
@@ -190,7 +203,7 @@ def variants(names: tuple[str, ...] = ("1.3B", "2.4B", "8B", "24B", "47B"), gpus
 
 
 def fig14() -> list[Bar]:
-    """6.7B dense on one GPU against the 52B family on 128."""
+    """Return the bars of Fig 14: 6.7B dense on one GPU, and the 52B family on 128."""
     dense = ModelConfig.parse("6.7B")
     plain = ModelConfig.parse("1.3B+MoE-128")
     small = student(pr_moe(plain))
@@ -204,8 +217,10 @@ def fig14() -> list[Bar]:
 
 
 def fig15() -> list[Bar]:
-    """175B dense in 16 slices against the 1.5T family in 8; GPU counts are not in the paper, the authors' script
-    (`SCRIPT`) has 32 nodes."""
+    """Return the bars of Fig 15: 175B dense in 16 slices, and the 1.5T family in 8.
+
+    GPU counts are not in the paper; the authors' script (`SCRIPT`) has 32 nodes.
+    """
     dense, plain = ModelConfig.parse("175B"), standard_1_5t()
     guess = "shape and GPU count from the authors' script"
     return [

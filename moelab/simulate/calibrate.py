@@ -1,7 +1,8 @@
-"""Fitting the free constants on the paper's 52B scaling figure (arXiv Fig 10), and on nothing else.
+"""Fit the free constants on the paper's 52B scaling figure (arXiv Fig 10), and on nothing else.
 
-Eight latencies (two systems on 8, 16, 32 and 64 GPUs); the figure's throughputs carry the same information (8 tokens a step and GPU).
-Least squares of the logarithm of predicted over reported, so that every bar weighs by its relative error; bounds are those of `FREE`.
+The figure has eight latencies: two systems on 8, 16, 32 and 64 GPUs. Its throughputs carry the same information (8
+tokens per step and GPU). The fit is one of least squares of log(predicted / reported), so that every bar weighs by its
+relative error; `FREE` gives the bounds.
 """
 
 from __future__ import annotations
@@ -17,11 +18,15 @@ from moelab.simulate.constants import FREE, Constants
 def fit(
     bars: list[_bars.Bar] | None = None, start: Constants | None = None, held: tuple[str, ...] = ()
 ) -> dict[str, Any]:
-    """Fit `FREE` on bars (default: Fig 10), all but those `held` at their value in `start`.
+    """Fit the constants of `FREE` on bars, except those in `held`, which keep their value in `start`.
+
+    Args:
+        bars: by default those of Fig 10.
 
     Returns:
-        what `calibration.json` holds: `constants` (free ones only), `standard_errors` (of their logarithm's linearisation, as shares),
-        `at_bound` (names that ended at a bound), `bars` (each with the paper's and our latency), `fitted_on`, `method`.
+        The content of `calibration.json`: `constants` (free ones only), `standard_errors` (of their logarithms,
+        linearised; so they are relative), `at_bound` (names that ended at a bound), `bars` (each with the paper's and
+        our latency), `fitted_on`, `method`.
     """
     from scipy.optimize import least_squares
 
@@ -36,7 +41,7 @@ def fit(
         known = first.with_free(dict(zip(names, np.exp(x), strict=True)))
         return np.log([bar.simulate(constants=known).latency_ms for bar in bars]) - target
 
-    # The maxima in the model have corners; a second start keeps the fit from stopping at one.
+    # The model's maxima are not differentiable everywhere; a second start keeps the fit from stopping at such a point.
     starts = [np.log([getattr(first, n) for n in names]), (low + high) / 2]
     found = min(
         (least_squares(residuals, x, bounds=(low, high), diff_step=1e-3, xtol=1e-7, ftol=1e-9) for x in starts),

@@ -1,18 +1,19 @@
 """One decoding step on a cluster: latency with its breakdown, memory, throughput, cost.
 
-A step makes one token for each sequence. It is a chain of kernels; on the device each takes the longest of
+A step makes one token for each sequence. It is a chain of kernels. On the device each takes the longest of
 
     `Constants.kernel_us`            no kernel is shorter
-    bytes of weights / bandwidth     the roofline's memory side: section 5.1, all parameters on the path are read in each step
-    operations / rate                its compute side
+    bytes of weights / bandwidth     memory: each step reads all parameters on the tokens' path (section 5.1)
+    operations / rate                compute
     alpha-beta time                  if it is a collective (`moelab.simulate.exchange`)
 
-and on the host `Constants.eager_us` to issue, unless a CUDA graph is replayed. The two run side by side and wait for each other where the
-program makes them (`moelab.simulate.clocks`); the step ends when the device has ended. Kernel counts and waits come from `System`. Which
-experts are read: all of a rank's where slots are padded (both systems of the paper); else the expected number of distinct experts that T
-tokens choose, E (1 - (1 - 1/E)^T), plus the spread of the busiest of X ranks.
+and on the host `Constants.eager_us` to issue, unless a CUDA graph is replayed. Host and device run side by side and
+wait for each other where the program makes them (`moelab.simulate.clocks`); the step ends when the device has ended.
+`System` gives kernel counts and waits. Where slots are padded (both systems of the paper), a rank reads all its
+experts. Elsewhere it reads the expected number of distinct experts that T tokens choose, E (1 - (1 - 1/E)^T), plus the
+spread of the busiest of X ranks.
 
-One set of formulas works on arrays of layouts; `decode` asks it about one.
+The formulas work on arrays of layouts; `decode` computes a single one.
 """
 
 from __future__ import annotations
@@ -42,20 +43,22 @@ from moelab.simulate.memory import InferenceMemory, inference_memory
 from moelab.simulate.systems import System, slots, system
 
 PARTS = ("attention", "dense", "gate", "dispatch", "all_to_all", "experts", "all_reduce", "head", "launch")
-"""The breakdown: device time of the parts (dense holds residual MLPs, dispatch both layout transforms), and the time the device stands idle because
-the host has not issued the next kernel (launch). They add up to the latency."""
+"""The parts of a step, whose times add up to the latency.
+
+They are device times (dense includes residual MLPs, dispatch both layout transforms), and, as launch, the time in which
+the device is idle because the host has not issued the next kernel."""
 
 
 @dataclass(frozen=True)
 class DecodeSweep:
-    """n decoding steps, one a layout; arrays of n.
+    """n decoding steps, one per layout; arrays of n.
 
     Attributes:
         latency_ms: time of a step, which is the time of a token of every sequence.
         parts_ms: part -> device time, see `PARTS`.
-        tokens_per_s_per_gpu: sequences of all replicas / step / GPUs.
+        tokens_per_s_per_gpu: sequences of all replicas / step time / GPUs.
         cost_per_million: price of a million tokens at the cluster's price of a GPU.
-        memory: bytes a GPU, by use.
+        memory: bytes per GPU, by use.
         fits: whether that fits the GPU.
     """
 
@@ -69,7 +72,7 @@ class DecodeSweep:
 
 @dataclass(frozen=True)
 class DecodeEstimate:
-    """One decoding step; see `DecodeSweep`. `bound` is the part that takes longest."""
+    """One decoding step; see `DecodeSweep`."""
 
     model: str
     system: str
@@ -87,11 +90,12 @@ class DecodeEstimate:
 
     @property
     def bound(self) -> str:
+        """The part that takes longest."""
         return max(self.parts_ms, key=self.parts_ms.get)
 
 
 class _Program:
-    """Kernels in the order they are issued: device time by part, and what they do to the two clocks."""
+    """Kernels in the order in which they are issued: device time by part, and their effect on the two clocks."""
 
     def __init__(self, issue_us: float, kernel_us: float) -> None:
         self.issue, self.least = issue_us, kernel_us
@@ -99,32 +103,32 @@ class _Program:
         self.span = Span()
 
     def kernels(self, part: str, count: Array | float, each_us: Array | float = 0.0) -> None:
-        """`count` kernels of `each_us` device time each."""
+        """Add `count` kernels of `each_us` device time each."""
         each = np.maximum(each_us, self.least)
         self.parts[part] = self.parts.get(part, 0.0) + count * each
         self.span = self.span.then(kernels(count, self.issue, each))
 
     def wait(self) -> None:
-        """The host waits for the device."""
+        """Let the host wait for the device."""
         self.span = self.span.then(WAIT)
 
     def run(self, other: _Program) -> None:
-        """All of another one's kernels."""
+        """Add all kernels of another program."""
         for part, us in other.parts.items():
             self.parts[part] = self.parts.get(part, 0.0) + us
         self.span = self.span.then(other.span)
 
 
 def distinct_experts(experts: Array | float, tokens: Array | float) -> Array:
-    """Expected number of experts that at least one of `tokens` even choices hits: E (1 - (1 - 1/E)^T), the occupancy problem."""
+    """Return how many experts `tokens` choices, each even over all experts, hit on average: E (1 - (1 - 1/E)^T)."""
     return experts * -np.expm1(tokens * np.log1p(-1.0 / np.asarray(experts, dtype=float)))
 
 
 def busiest_distinct(experts: int, ranks: Array, tokens: Array) -> Array:
-    """Distinct experts read by the rank that reads most: mean + sqrt(2 ln X) standard deviations, at most what it has.
+    """Return how many distinct experts the rank reads that reads most: mean + sqrt(2 ln X) standard deviations.
 
-    The slots of a rank are taken as independent, so the count is binomial; sqrt(2 ln X) is the leading term of the expected maximum of X
-    normal variables.
+    The result is at most the number of experts that a rank has. The slots of a rank are taken as independent, so the
+    count is binomial; sqrt(2 ln X) is the leading term of the expected maximum of X normal variables.
     """
     own = experts / ranks
     hit = distinct_experts(experts, tokens) / experts
@@ -144,15 +148,16 @@ def decode_sweep(
     imbalance: float = 1.0,
     constants: Constants | None = None,
 ) -> DecodeSweep:
-    """A decoding step in every layout.
+    """Return a decoding step in every layout.
 
     Args:
         on: the cluster.
         program: see `System`; the exchange is that of the layout.
         batch: sequences of one tensor group. The paper's runs have 8.
-        context: tokens already in the cache (its prompt and output lengths are not published; at 128 the cache hardly matters).
+        context: tokens already in the cache. The paper does not state its prompt and output lengths; at 128 tokens the
+            cache hardly matters.
         imbalance: tokens of the busiest rank over an even share; matters to systems without slots.
-        constants: the fitted ones unless given.
+        constants: by default the fitted ones.
     """
     where, code = cluster(on), system(program)
     _check(batch >= 1 and context >= 1, f"batch and context must be at least 1, got {batch} and {context}")
@@ -162,7 +167,7 @@ def decode_sweep(
     width = DTYPE_BYTES[dtype]
     M, F, L = model.hidden, model.ffn, layouts.tensor
     bandwidth = where.gpu.memory_gb_s * known.memory_share
-    rate = where.gpu.tflops * known.matmul_share * (1 if width == 2 else 0.5) * 1e6  # operations a microsecond
+    rate = where.gpu.tflops * known.matmul_share * (1 if width == 2 else 0.5) * 1e6  # operations per microsecond
     issue = 0.0 if code.graph else known.eager_us
 
     def product(rows: Array | float, weights: Array | float) -> Array:
@@ -215,7 +220,7 @@ def decode_sweep(
         exchange(there)
         slices()
         own = spread.experts / spread.parallel
-        arriving = sent * spread.slices / own * (1.0 if C else imbalance)  # rows an expert of this rank multiplies
+        arriving = sent * spread.slices / own * (1.0 if C else imbalance)  # rows that an expert of this rank multiplies
         weights = M * F / spread.slices
         if C:
             read = own
@@ -270,10 +275,10 @@ def decode_sweep(
 
 
 def decode(model: ModelConfig | str, parallel: ParallelConfig, on: str | Cluster, **options) -> DecodeEstimate:
-    """One layout of `decode_sweep`, as plain numbers; `options` are the sweep's.
+    """Return `decode_sweep` of one layout, as plain numbers; `options` are the sweep's.
 
     Raises:
-        ValueError: one line: the model cannot be spread so, or an option is wrong.
+        ValueError: the model cannot be spread so, or an option is wrong; the message is one line.
     """
     model = ModelConfig.parse(model) if isinstance(model, str) else model
     where = cluster(on)

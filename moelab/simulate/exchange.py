@@ -1,15 +1,17 @@
-"""What the exchanges send: messages and rows a rank, stage by stage, counted from the layout (paper section 5.3), and what that costs.
+"""Messages and rows that a rank sends in the exchanges (paper section 5.3), stage by stage, and the time they take.
 
-Counts are per rank and per MoE layer, for one direction, without what stays on the rank. With slots (padded exchanges) they are exact; without,
-they are the mean under even routing. A rank whose group of X ranks straddles nodes counts for the worst placed one.
+Counts follow from the layout. They are per rank and per MoE layer, for one direction, without what stays on the rank.
+With slots (padded exchanges) they are exact; without, they are the mean under even routing. If a group of X ranks lies
+across nodes unevenly, the counts are those of its worst placed rank.
 
-    flat             one all-to-all among X ranks                       X - 1 messages
-    hierarchical     all-to-all in the node, then between nodes         (G - 1) + (X / G - 1) messages, nearly twice the rows
-    coordinated      all-to-all among the X / c ranks of equal share    X / c - 1 messages of a c-th of the rows; on the way back
-                     all-gather over the c ranks that hold the same tokens
+    flat             one all-to-all among X ranks: X - 1 messages
+    hierarchical     all-to-all in the node, then between nodes: (G - 1) + (X / G - 1) messages, nearly twice the rows
+    coordinated      all-to-all among the X / c ranks of equal share: X / c - 1 messages with a c-th of the rows; on the
+                     way back an all-gather over the c ranks that hold the same tokens
     coordinated-hierarchical    both
 
-and, with expert slicing, an all-gather of rows over the W slices before the experts and a reduce-scatter after them (section 5.2, Fig 7).
+With expert slicing, an all-gather of rows over the W slices comes before the experts and a reduce-scatter after them
+(section 5.2, Fig 7).
 """
 
 from __future__ import annotations
@@ -28,8 +30,8 @@ class Stage:
     """One collective, as one rank sees it; arrays of n layouts.
 
     Attributes:
-        name: what it is.
-        near_messages, far_messages: messages it sends inside its node and to others.
+        name: the collective's name.
+        near_messages, far_messages: messages that it sends inside its node and to other nodes.
         near_rows, far_rows: rows of M numbers in them.
     """
 
@@ -41,10 +43,11 @@ class Stage:
 
     @property
     def happens(self) -> Array:
+        """Whether it sends anything, bool [n]."""
         return (self.near_messages + self.far_messages) > 0
 
     def microseconds(self, row_bytes: float, cluster: Cluster, constants: Constants) -> Array:
-        """alpha-beta: start + messages x latency + bytes / bandwidth; 0 where nothing is sent."""
+        """Return start + messages x latency + bytes / bandwidth (alpha-beta), in microseconds; 0 if nothing is sent."""
         near = self.near_messages * constants.near_us + transfer_us(
             self.near_rows * row_bytes, cluster.near_gb_s * constants.near_share
         )
@@ -55,12 +58,12 @@ class Stage:
 
 
 def transfer_us(size: Array | float, gb_s: float) -> Array | float:
-    """Microseconds for `size` bytes at `gb_s` 1e9 bytes a second."""
+    """Return the microseconds for `size` bytes at `gb_s` 1e9 bytes per second."""
     return size / (gb_s * 1e3)
 
 
 def rows_to_send(expert: ExpertLayouts, tokens: Array, top_k: int, slots: int) -> Array:
-    """Rows a rank sends to all experts, its own included.
+    """Return the rows that a rank sends to all experts, its own included.
 
     Args:
         tokens: S, tokens of a tensor group.
@@ -70,9 +73,9 @@ def rows_to_send(expert: ExpertLayouts, tokens: Array, top_k: int, slots: int) -
 
 
 def all_to_all(layouts: Layouts, expert: ExpertLayouts, rows: Array, gpus_per_node: int) -> list[Stage]:
-    """The stages of one all-to-all of `rows` rows a rank, in the direction of the experts; backwards it is the same in reverse order."""
+    """Return the stages of one all-to-all of `rows` rows per rank towards the experts; the way back reverses them."""
     X, c = expert.parallel, expert.senders
-    in_node = np.gcd(X, np.minimum(gpus_per_node, layouts.ranks)) // c  # group members of a node
+    in_node = np.gcd(X, np.minimum(gpus_per_node, layouts.ranks)) // c  # group members in a node
     group = X // c
     nodes = group // in_node
     staged = layouts.hierarchical
@@ -97,14 +100,17 @@ def all_to_all(layouts: Layouts, expert: ExpertLayouts, rows: Array, gpus_per_no
 
 
 def share_gather(expert: ExpertLayouts, rows: Array) -> Stage:
-    """Coordinated only: the c ranks of a share group give each other the results of their part of the tokens."""
+    """Return the all-gather in which the c ranks of a share group exchange the results of their parts of the tokens.
+
+    Only the coordinated exchange has it.
+    """
     peers = expert.senders - 1
     none = np.zeros_like(rows)
     return Stage("all-gather of results", peers, none, rows * peers, none)
 
 
 def slice_exchange(layouts: Layouts, expert: ExpertLayouts, rows: Array, gpus_per_node: int) -> Stage:
-    """All-gather of `rows` received rows over the W slices (or, after the experts, the reduce-scatter of equal size)."""
+    """Return the all-gather of `rows` received rows over the W slices, or the equal reduce-scatter after experts."""
     W, X = expert.slices, expert.parallel
     in_node = np.maximum(np.gcd(X * W, np.minimum(gpus_per_node, layouts.ranks)) // X, 1)
     near, far = in_node - 1, W - in_node
@@ -114,10 +120,11 @@ def slice_exchange(layouts: Layouts, expert: ExpertLayouts, rows: Array, gpus_pe
 def all_reduce_us(
     ranks: Array, size: Array | float, cluster: Cluster, constants: Constants, *, stride: Array | int = 1
 ) -> Array:
-    """All-reduce of `size` bytes over `ranks` ranks that lie `stride` apart: ring inside nodes, tree between them.
+    """Return the microseconds of an all-reduce of `size` bytes over `ranks` ranks that lie `stride` apart.
 
-    Ring: 2 (g - 1) messages and 2 (g - 1) / g of the bytes a rank; tree over N nodes: 2 log2 N messages deep, each of the g ranks of a node
-    with its g-th of the bytes, sent up and down once each.
+    It is a ring inside nodes and a tree between them. The ring sends 2 (g - 1) messages, and 2 (g - 1) / g of the
+    bytes, per rank. The tree over N nodes is 2 log2 N messages deep; each of the g ranks of a node sends its g-th of
+    the bytes up and down once.
     """
     g = np.clip(cluster.gpus_per_node // np.asarray(stride), 1, ranks)
     nodes = np.maximum(np.asarray(ranks) // g, 1)

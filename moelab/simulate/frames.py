@@ -1,5 +1,4 @@
-"""Return what the simulator predicts as tables for notebooks: memory, latency on few GPUs, training, and the fitted
-constants."""
+"""The simulator's predictions as tables for notebooks: memory, latency on few GPUs, training, fitted constants."""
 
 from __future__ import annotations
 
@@ -51,8 +50,10 @@ def few_gpus() -> pd.DataFrame:
 
 
 def training() -> pd.DataFrame:
-    """Return a row for each model of Table 3 on the paper's cluster, as `moelab.simulate` predicts it; nothing is
-    fitted to Table 3."""
+    """Return `moelab.simulate`'s prediction of each model of Table 3 on the paper's cluster, a row per model.
+
+    Nothing is fitted to Table 3.
+    """
     printed = {row.model: row for row in paper.training_throughput()}
     rows = [
         {
@@ -71,7 +72,7 @@ def training() -> pd.DataFrame:
 
 
 def constants() -> pd.DataFrame:
-    """Return a row for each fitted constant: its value, standard error and bounds."""
+    """Return the value, standard error and bounds of each fitted constant, a row per constant."""
     fit = calibration()
     errors = fit["standard_errors"]
     rows = [

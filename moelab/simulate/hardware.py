@@ -1,9 +1,10 @@
-"""Clusters: what a GPU, a node and the network between nodes can do at best. Shipped ones are the YAML files in `clusters/`.
+"""Clusters: the data-sheet figures of a GPU, a node and the network between nodes.
 
     cluster("a100-40gb")        # the paper's machines (also a100); a100-80gb, h100
-    cluster("mine.yaml")        # yours; the same fields
+    cluster("mine.yaml")        # another file with the same fields
 
-Data-sheet numbers only: what a program reaches of them is in `moelab.simulate.constants`.
+The clusters that come with the package are the YAML files in `clusters/`. How much of these figures a program reaches
+is in `moelab.simulate.constants`.
 """
 
 from __future__ import annotations
@@ -25,8 +26,8 @@ class Gpu:
 
     Attributes:
         memory_gib: memory that CUDA reports, GiB.
-        memory_gb_s: memory bandwidth, 1e9 bytes a second.
-        tflops: dense fp16 or bf16 tensor-core rate, 1e12 operations a second.
+        memory_gb_s: memory bandwidth, 1e9 bytes per second.
+        tflops: dense fp16 or bf16 tensor-core rate, 1e12 operations per second.
     """
 
     name: str
@@ -41,9 +42,9 @@ class Cluster:
 
     Attributes:
         gpus_per_node: G.
-        near_gb_s: between GPUs of a node, 1e9 bytes a second and GPU, each direction.
-        far_gb_s: between nodes, 1e9 bytes a second and GPU, each direction.
-        price_per_gpu_hour: for the cost of tokens, in the currency you like.
+        near_gb_s: between GPUs of a node, 1e9 bytes per second and GPU, each direction.
+        far_gb_s: between nodes, 1e9 bytes per second and GPU, each direction.
+        price_per_gpu_hour: for the cost of tokens, in any currency.
         source: where the numbers come from.
     """
 
@@ -74,16 +75,16 @@ class Cluster:
 
 
 def clusters() -> tuple[str, ...]:
-    """Names of the shipped clusters."""
+    """Return the names of the clusters that come with the package."""
     files = resources.files(__package__).joinpath("clusters").iterdir()
     return tuple(sorted(f.name.removesuffix(".yaml") for f in files if f.name.endswith(".yaml")))
 
 
 def cluster(name: str | Cluster) -> Cluster:
-    """A shipped cluster by name, or one described in a YAML file.
+    """Return a cluster of the package by name, or one described in a YAML file.
 
     Raises:
-        ValueError: one line: unknown name, unreadable file, or the field that is wrong.
+        ValueError: an unknown name, an unreadable file, or a wrong field; the message is one line.
     """
     if isinstance(name, Cluster):
         return name
@@ -109,7 +110,7 @@ def _shipped(name: str) -> Cluster:
 
 
 def parse(text: str, where: str) -> Cluster:
-    """A cluster from YAML text; a one-line ValueError names the field that is missing, unknown or wrong."""
+    """Return the cluster that a YAML text describes; a ValueError names the field that is missing, unknown or wrong."""
     import yaml
 
     try:

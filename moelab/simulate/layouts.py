@@ -1,7 +1,7 @@
-"""Many layouts at once: `ParallelConfig` and `ExpertLayout` as arrays, one entry a layout.
+"""Many layouts at once: `ParallelConfig` and `ExpertLayout` as arrays, one entry per layout.
 
-The rules and formulas are those of `moelab.config.parallel` (tests hold them equal, layout by layout); here a sweep of 10,000 costs as many
-numpy operations as one.
+The rules and formulas are those of `moelab.config.parallel` (tests compare them, layout by layout); here a sweep of
+10,000 layouts costs as many numpy operations as one layout.
 """
 
 from __future__ import annotations
@@ -19,7 +19,10 @@ Array = np.ndarray
 
 @dataclass(frozen=True)
 class Layouts:
-    """n layouts; every field is an array of n, named as in `ParallelConfig`. `exchange` holds indices into `EXCHANGES`."""
+    """n layouts: every field is an array of n, named as in `ParallelConfig`.
+
+    `exchange` holds indices into `EXCHANGES`.
+    """
 
     tensor: Array
     data: Array
@@ -30,6 +33,8 @@ class Layouts:
 
     @classmethod
     def of(cls, configs: Sequence[ParallelConfig]) -> Layouts:
+        """Return the arrays of these configurations."""
+
         def column(name: str) -> Array:
             return np.array([getattr(c, name) for c in configs], dtype=np.int64)
 
@@ -45,7 +50,7 @@ class Layouts:
         return Layouts(*(getattr(self, f)[index] for f in self.__dataclass_fields__))
 
     def config(self, i: int) -> ParallelConfig:
-        """The i-th as a `ParallelConfig`, with its checks."""
+        """Return the i-th layout as a `ParallelConfig`, which checks it."""
         return ParallelConfig(
             tensor=int(self.tensor[i]),
             data=int(self.data[i]),
@@ -57,22 +62,26 @@ class Layouts:
 
     @property
     def ranks(self) -> Array:
+        """Number of ranks."""
         return self.tensor * self.data
 
     @property
     def ranks_per_node(self) -> Array:
+        """G, ranks of a node."""
         return np.minimum(self.gpus_per_node, self.ranks)
 
     @property
     def coordinated(self) -> Array:
+        """Whether the exchange is coordinated."""
         return self.exchange >= 2
 
     @property
     def hierarchical(self) -> Array:
+        """Whether the exchange is hierarchical."""
         return self.exchange % 2 == 1
 
     def valid(self, model: ModelConfig) -> Array:
-        """Which of them `ParallelConfig` and its `check` accept for this model."""
+        """Return which of them `ParallelConfig` and its `check` accept for this model, bool [n]."""
         P, G, L, W = self.ranks, self.ranks_per_node, self.tensor, self.expert_slicing
         good = (P % G == 0) & (G % L == 0) & (P % W == 0)
         good &= (model.heads % L == 0) & (model.ffn % L == 0) & (model.ffn % W == 0)
@@ -86,8 +95,8 @@ class ExpertLayouts:
     """How a layer of `experts` experts is spread in each of n layouts; fields as in `ExpertLayout`, arrays of n.
 
     Attributes:
-        valid: whether it can be at all; the other fields mean nothing where it cannot.
-        senders: c of the exchange: ranks that share out one set of tokens among them, 1 unless coordinated.
+        valid: whether the layer can be spread so; where it cannot, the other fields mean nothing.
+        senders: c of the exchange: ranks that divide one set of tokens among them, 1 unless coordinated.
     """
 
     experts: int
@@ -103,6 +112,7 @@ class ExpertLayouts:
 
     @classmethod
     def of(cls, layouts: Layouts, experts: int) -> ExpertLayouts:
+        """Return how a layer of `experts` experts is spread in each of the layouts."""
         P, W, L, G = layouts.ranks, layouts.expert_slicing, layouts.tensor, layouts.ranks_per_node
         X = np.maximum(np.minimum(np.where(layouts.expert > 0, layouts.expert, P // W), experts), 1)
         whole = (X % G == 0) | (G % X == 0)

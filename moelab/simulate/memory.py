@@ -1,4 +1,4 @@
-"""Memory of a GPU: what inference and training keep there. Bytes, arrays of n layouts."""
+"""Memory of a GPU in inference and training, in bytes; arrays of n layouts."""
 
 from __future__ import annotations
 
@@ -33,15 +33,20 @@ class InferenceMemory:
     reserved: Array
 
     def parts(self) -> dict[str, Array]:
+        """Return the fields by name."""
         return {f.name: getattr(self, f.name) for f in fields(self)}
 
     @property
     def total(self) -> Array:
+        """The sum of the fields."""
         return self.weights + self.experts + self.cache + self.buffers + self.reserved
 
 
 def rank_parameters(model: ModelConfig, layouts: Layouts) -> tuple[Array, Array]:
-    """Parameters on a rank, as (outside experts, experts). Gates are on every rank whole, all else outside experts is sliced."""
+    """Return the parameters on a rank, as (outside experts, experts).
+
+    Every rank holds the gates as a whole; all else outside experts is sliced.
+    """
     one = model.expert_parameters()
     gates = sum(model.hidden * e for e in model.experts)
     outside = model.parameters() - sum(model.experts) * one - gates
@@ -62,7 +67,11 @@ def inference_memory(
     width: int,
     constants: Constants,
 ) -> InferenceMemory:
-    """See `InferenceMemory`. `width`: bytes a number; other arguments as in `decode_sweep`."""
+    """Return the memory of each layout; see `InferenceMemory`.
+
+    Args:
+        width: bytes of a number. Other arguments are those of `decode_sweep`.
+    """
     n, M, F = len(layouts), model.hidden, model.ffn
     outside, experts = rank_parameters(model, layouts)
     buffers = batch * model.vocab * 4 / layouts.tensor + batch * (2 * M + F) * width

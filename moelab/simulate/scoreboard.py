@@ -1,4 +1,4 @@
-"""All numbers of the paper that the simulator can be held against, each with its error: fitted on, or predicted."""
+"""All numbers of the paper that the simulator can be compared with, each with its error, fitted on or predicted."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import numpy as np
 from moelab import paper
 from moelab.config import ModelConfig
 from moelab.config.parallel import ParallelConfig
-from moelab.paper.verdicts import TOLERANCE  # noqa: F401 (the aim: a median error within it)
+from moelab.paper.verdicts import TOLERANCE  # noqa: F401 (the goal: a median error within it)
 from moelab.simulate import bars
 from moelab.simulate.calibrate import fit
 from moelab.simulate.constants import Constants
@@ -17,7 +17,10 @@ from moelab.simulate.step import TrainingEstimate, training
 
 
 def rows(constants: Constants | None = None) -> list[dict]:
-    """One row a number: group, what, paper, simulated, unit, error_percent, kind ("fitted" or "predicted"), assumed."""
+    """Return a row for each number: group, what, paper, simulated, unit, error_percent, kind, assumed.
+
+    `kind` is "fitted" or "predicted".
+    """
     found = []
 
     def add(group: str, what: str, reported: float, ours: float, unit: str, kind: str = "predicted", assumed: str = ""):
@@ -66,19 +69,22 @@ def rows(constants: Constants | None = None) -> list[dict]:
 
 
 def median_error(found: list[dict], **wanted: str) -> float:
-    """Median of the absolute error in per cent over rows that match, such as kind="predicted", group="latency"."""
+    """Return the median absolute error, in per cent, of matching rows, such as kind="predicted", group="latency"."""
     return float(np.median([abs(r["error_percent"]) for r in found if all(r[k] == v for k, v in wanted.items())]))
 
 
 def speedups(constants: Constants | None = None) -> dict[str, float]:
-    """Fig 11's ratios, latency of PyTorch over DeepSpeed, for the sizes that have a printed one."""
+    """Return Fig 11's ratios, latency of PyTorch over DeepSpeed, for the sizes that have a printed one."""
     latency = {(b.label, b.system): b.simulate(constants=constants).latency_ms for b in bars.fig11()}
     labels = [r.model for r in paper.inference_results(figure="fig-11", metric="speedup")]
     return {label: latency[label, "pytorch"] / latency[label, "deepspeed"] for label in labels}
 
 
 def against_dense(constants: Constants | None = None) -> dict[str, float]:
-    """Figs 14 and 15: PR-MoE+MoS on DeepSpeed over the dense model on PyTorch, in latency and in GPU time a token (cost)."""
+    """Return Figs 14 and 15: PR-MoE+MoS on DeepSpeed over the dense model on PyTorch, in latency and cost.
+
+    Cost is GPU time per token.
+    """
     ratios = {}
     for figure, found in (("fig-14", bars.fig14()), ("fig-15", bars.fig15())):
         dense, small = (found[i].simulate(constants=constants) for i in (0, -1))
@@ -88,12 +94,12 @@ def against_dense(constants: Constants | None = None) -> dict[str, float]:
 
 
 def gpu_ms_per_token(estimate: DecodeEstimate) -> float:
-    """GPU time that a token takes, which is its cost: both sides rent the same machines."""
+    """Return the GPU time of a token, which stands for its cost: both sides rent the same machines."""
     return 1e3 / estimate.tokens_per_s_per_gpu
 
 
 def fig12() -> dict[str, ModelConfig]:
-    """The 349B model and its variants."""
+    """Return the 349B model and its variants."""
     plain = ModelConfig.parse("8B+MoE-128")
     return {"MoE": plain, "PR-MoE": bars.pr_moe(plain), "PR-MoE+MoS": bars.student(bars.pr_moe(plain))}
 
@@ -102,8 +108,10 @@ TABLE3_ASSUMED = "batch, micro-batch and slicing of the released scripts, recomp
 
 
 def table3(constants: Constants | None = None, program: str = "pytorch") -> dict[str, TrainingEstimate]:
-    """Table 3: both models on 128 A100, with the released scripts' batch, micro-batch, slicing and recomputation; their 64 GPUs become 128 by data
-    parallelism, so a rank's micro-batch is at most its share of the batch."""
+    """Return Table 3: both models on 128 A100, with the released scripts' batch, micro-batch, slicing, recomputation.
+
+    The scripts' 64 GPUs become 128 by data parallelism, so a rank's micro-batch is at most its share of the batch.
+    """
     found = {}
     for row in paper.training_throughput():
         settings = paper.training_settings(row.model)
@@ -122,11 +130,14 @@ def table3(constants: Constants | None = None, program: str = "pytorch") -> dict
 
 
 def sensitivity(values: dict[str, list[float]]) -> list[dict]:
-    """What the fit leaves open: hold one constant at each of some values, fit the others again, and see what changes. The last row fits all, but not on
-    the baseline's 64-GPU bar, which the paper's text contradicts (`moelab.paper.conflicts`, fig10-pytorch-64).
+    """Return what the fit does not determine.
+
+    One constant is held at each of some values and the others are fitted again. The last row fits all constants, but
+    without the baseline's 64-GPU bar, which the paper's text contradicts (`moelab.paper.conflicts`, fig10-pytorch-64).
 
     Returns:
-        rows: constant, value, worst error of the fitted bars, and median errors of predicted latencies and of all predictions, per cent.
+        Rows with the constant, its value, the worst error of the fitted bars, and the median errors of predicted
+        latencies and of all predictions, in per cent.
     """
 
     def row(what: str, value: float, known: Constants) -> dict:
@@ -150,5 +161,5 @@ def sensitivity(values: dict[str, list[float]]) -> list[dict]:
 
 
 def printed_speedup(label: str) -> float:
-    """The ratio printed on the paper's chart for a model of Fig 11."""
+    """Return the ratio that the paper's chart prints for a model of Fig 11."""
     return paper.inference_results(figure="fig-11", metric="speedup", model=label)[0].value

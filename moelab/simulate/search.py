@@ -1,4 +1,4 @@
-"""Finding layouts: every way to spread a model over a cluster, judged at once; the best one, why, and the Pareto front."""
+"""Find layouts: judge all ways to spread a model over a cluster; return the best one, why, and the Pareto front."""
 
 from __future__ import annotations
 
@@ -25,9 +25,10 @@ BATCHES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
 
 
 def layouts(model: ModelConfig, gpus: Sequence[int], gpus_per_node: int) -> Layouts:
-    """Every valid layout on each of these numbers of GPUs.
+    """Return every valid layout on each of these numbers of GPUs.
 
-    Tensor slicing inside a node, expert parallelism over any divisor, expert slicing by any power of two, all four exchanges for MoE models.
+    They have tensor slicing inside a node, expert parallelism over any divisor, expert slicing by any power of two, and
+    for MoE models all four exchanges.
     """
     rows = []
     for P in gpus:
@@ -50,7 +51,7 @@ def layouts(model: ModelConfig, gpus: Sequence[int], gpus_per_node: int) -> Layo
 
 
 def sizes(most: int, gpus_per_node: int) -> list[int]:
-    """Numbers of GPUs up to `most` that fill nodes: powers of two, and `most` itself."""
+    """Return the numbers of GPUs up to `most` that fill nodes: powers of two, and `most` itself."""
     powers = [2**i for i in range(20) if 2**i <= most]
     return sorted({n for n in (*powers, most) if n <= gpus_per_node or n % gpus_per_node == 0})
 
@@ -65,7 +66,10 @@ def least_gpus(
     most: int = 4096,
     dtype: str = "fp16",
 ) -> tuple[int, ParallelConfig]:
-    """Fewest GPUs (a power of two) that hold the model and the cache of `batch` sequences of `context` tokens, and a layout that does.
+    """Return the fewest GPUs, a power of two, that hold the model and its cache, and a layout that does.
+
+    Args:
+        batch, context: the cache is that of `batch` sequences of `context` tokens.
 
     Raises:
         ValueError: it does not fit `most` GPUs.
@@ -80,7 +84,8 @@ def least_gpus(
         if sweep.fits.any():
             return n, options.config(int(np.argmin(np.where(sweep.fits, sweep.memory.total, np.inf))))
     raise ValueError(
-        f"simulate: {model} does not fit {most} GPUs of {where.name} with {batch} sequences of {context} tokens a tensor group"
+        f"simulate: {model} does not fit {most} GPUs of {where.name} with {batch} sequences of {context} tokens a "
+        "tensor group"
     )
 
 
@@ -89,11 +94,11 @@ class Plan:
     """The outcome of a search.
 
     Attributes:
-        best: the best layout by `objective`; `why` says what bounds it and what comes next.
-        runner_up: the best layout that is not as good with any batch (by more than 0.05 %); None when there is none.
-        ties: other layouts as good as the best.
+        best: the best layout by `objective`; `why` says what bounds it and which layout comes next.
+        runner_up: the best layout that is more than 0.05 % worse at every batch; None when there is none.
+        ties: number of other layouts as good as the best.
         considered, fitting: how many (layout, batch) pairs were judged, and how many fit the memory.
-        front: the Pareto front of latency and throughput a GPU, best latency first.
+        front: the Pareto front of latency and throughput per GPU, best latency first.
     """
 
     objective: str
@@ -110,11 +115,13 @@ class Plan:
         fastest, most = self.front[0], self.front[-1]
         return (
             f"{self.best.model} on {self.best.cluster}: {fastest.latency_ms:.1f} ms a token at best, "
-            f"{most.tokens_per_s_per_gpu:,.0f} tokens/s/GPU at most, at {most.latency_ms:.0f} ms ({self.best.system}, simulated)"
+            f"{most.tokens_per_s_per_gpu:,.0f} tokens/s/GPU at most, at {most.latency_ms:.0f} ms "
+            f"({self.best.system}, simulated)"
         )
 
     @property
     def why(self) -> list[str]:
+        """What bounds the best layout, its memory, and the runner-up, as lines of text."""
         best = self.best
         share = best.parts_ms[best.bound] / best.latency_ms
         lines = [
@@ -127,7 +134,8 @@ class Plan:
             other = self.runner_up
             worse = max(other.parts_ms, key=lambda p: other.parts_ms[p] - best.parts_ms[p])
             lines.append(
-                f"runner-up: {describe(other)}: {other.latency_ms:.2f} ms, {other.tokens_per_s_per_gpu:,.1f} tokens/s/GPU; "
+                f"runner-up: {describe(other)}: {other.latency_ms:.2f} ms, "
+                f"{other.tokens_per_s_per_gpu:,.1f} tokens/s/GPU; "
                 f"{ratio - 1:.1%} worse by {self.objective}, most of it {BOUND[worse]}"
             )
         if self.ties:
@@ -151,7 +159,7 @@ BOUND = {
 
 
 def score(estimate: DecodeEstimate, objective: str) -> float:
-    """What the search minimises."""
+    """Return the number that the search minimises."""
     return {
         "latency": estimate.latency_ms,
         "throughput": 1 / estimate.tokens_per_s_per_gpu,
@@ -160,7 +168,7 @@ def score(estimate: DecodeEstimate, objective: str) -> float:
 
 
 def describe(estimate: DecodeEstimate) -> str:
-    """A layout and batch in one line."""
+    """Return a layout and batch in one line."""
     p = estimate.parallel
     words = [f"{p.ranks} GPU{'s' if p.ranks > 1 else ''}", f"tensor {p.tensor} x data {p.data}"]
     if p.expert:
@@ -182,16 +190,16 @@ def plan(
     max_latency_ms: float = 0.0,
     dtype: str = "fp16",
 ) -> Plan:
-    """The best way to serve a model on up to `gpus` GPUs.
+    """Return the best way to serve a model on up to `gpus` GPUs.
 
     Args:
-        objective: `latency` of a token, `throughput` a GPU, or `cost` of a token.
-        batches: sequences of a tensor group to choose from.
-        context: tokens a sequence, for the cache.
-        max_latency_ms: only layouts at most that slow; 0 is no limit.
+        objective: `latency` of a token, `throughput` per GPU, or `cost` of a token.
+        batches: the numbers of sequences of a tensor group to choose from.
+        context: tokens of a sequence, for the cache.
+        max_latency_ms: the longest latency allowed; 0 is no limit.
 
     Raises:
-        ValueError: one line: nothing fits, and how many GPUs would.
+        ValueError: nothing fits; the message is one line and says how many GPUs would.
     """
     model = ModelConfig.parse(model) if isinstance(model, str) else model
     where, code = cluster(on), system(program)
@@ -209,13 +217,13 @@ def plan(
     if not good.any():
         if fits.any():
             raise ValueError(
-                f"plan: no layout of {model} on {gpus} GPUs of {where.name} is faster than {np.where(fits, latency, np.inf).min():.1f} ms, "
-                f"asked were {max_latency_ms:g}"
+                f"plan: no layout of {model} on {gpus} GPUs of {where.name} is faster than "
+                f"{np.where(fits, latency, np.inf).min():.1f} ms, asked were {max_latency_ms:g}"
             )
         need, _ = least_gpus(model, where, program=code, batch=min(batches), context=context, dtype=dtype)
         raise ValueError(f"plan: {model} does not fit {gpus} GPUs of {where.name}; it needs {need}")
 
-    # Ties by the objective: what else is better, then fewer GPUs, then the simpler exchange.
+    # By the objective; among equals by latency, throughput, fewer GPUs, and the simpler exchange.
     main = latency if objective == "latency" else 1 / throughput
     keys = np.broadcast_arrays(options.exchange, options.ranks, 1 / throughput, latency, np.where(good, main, np.inf))
     order = np.lexsort([key.ravel() for key in keys])[: int(good.sum())]
@@ -241,7 +249,7 @@ def plan(
 
 
 def pareto(latency: np.ndarray, throughput: np.ndarray, allowed: np.ndarray) -> list[int]:
-    """Indices that no other allowed one beats in both (lower latency, higher throughput), by rising latency."""
+    """Return the allowed indices that no other one beats in both (latency and throughput), by rising latency."""
     front, best = [], -np.inf
     for i in np.lexsort((-throughput, latency)):
         if allowed[i] and throughput[i] > best * (1 + 1e-9):
@@ -251,7 +259,7 @@ def pareto(latency: np.ndarray, throughput: np.ndarray, allowed: np.ndarray) -> 
 
 
 def frame(estimates: Sequence[DecodeEstimate]) -> pd.DataFrame:
-    """Return estimates as a tidy table."""
+    """Return estimates as a table, a row per estimate."""
     import pandas as pd
 
     return pd.DataFrame(
@@ -273,5 +281,5 @@ def frame(estimates: Sequence[DecodeEstimate]) -> pd.DataFrame:
 
 
 def _table(sweeps: dict[int, DecodeSweep], field: str) -> np.ndarray:
-    """(batches, layouts)."""
+    """Return a field of the sweeps as an array [batches, layouts]."""
     return np.stack([getattr(sweep, field) for sweep in sweeps.values()])

@@ -1,15 +1,20 @@
-"""One training step on a cluster: time with its breakdown, memory with optimizer, samples a second, days for N tokens.
+"""One training step on a cluster: time with its breakdown, memory, samples per second, days for N tokens.
 
-Nothing here is fitted: data-sheet rates times the fixed shares of `Constants`. A step is, for each micro-batch, forward, backward (twice forward)
-and, with recomputation, forward once more; then gradients are summed and the optimizer runs. Per pass and layer:
+Nothing here is fitted: times follow from data-sheet rates and the fixed shares of `Constants`. A step is, for each
+micro-batch, a forward pass, a backward pass (twice the forward) and, with recomputation, one more forward pass; then
+gradients are summed and the optimizer runs. A pass has these parts in each layer:
 
     products      FLOPs / (rate x matmul_share); experts multiply all their slots (capacity), full or empty
-    einsums       the one-hot dispatch and combine of the PyTorch system: 2 S E C M multiply-adds each (section 5.4), which grows with S^2
-    elementwise   the s b h (34 + 5 a s / h) bytes of activations a layer keeps (Korthikanti et al. 2022, eq. 1), once written, once read
-    all_reduce    two of S M numbers a layer over the tensor group; as many backward (Shoeybi et al. 2019, the conjugate operators f and g)
-    all_to_all    two a MoE layer, of its slots (`moelab.simulate.exchange`); as many backward
+    einsums       the one-hot dispatch and combine of the PyTorch system: 2 S E C M multiply-adds each (section 5.4),
+                  which grows with S^2
+    elementwise   the s b h (34 + 5 a s / h) bytes of activations that a layer keeps (Korthikanti et al. 2022, eq. 1),
+                  written once and read once
+    all_reduce    two of S M numbers over the tensor group; as many backward (Shoeybi et al. 2019, the conjugate
+                  operators f and g)
+    all_to_all    two in an MoE layer, of its slots (`moelab.simulate.exchange`); as many backward
 
-The host is ahead of the device at these sizes: a micro-batch takes the larger of device time and the time to issue its kernels.
+The host runs ahead of the device at these sizes: a micro-batch takes the larger of the device time and the time to
+issue its kernels.
 """
 
 from __future__ import annotations
@@ -33,16 +38,19 @@ from moelab.simulate.systems import System, system
 PARTS = ("products", "einsums", "elementwise", "all_reduce", "all_to_all", "launch", "gradients", "optimizer")
 COLLECTIVES = ("all_reduce", "all_to_all")
 STATE_BYTES = {"weights": 2, "gradients": 2, "optimizer": 12}
-"""Bytes a parameter in mixed precision with Adam: fp16 weight and gradient; fp32 weight and two moments (Rajbhandari et al. 2020)."""
+"""Bytes per parameter in mixed precision with Adam (Rajbhandari et al. 2020).
+
+fp16 weight and gradient; fp32 weight and two moments."""
 
 
 @dataclass(frozen=True)
 class TrainingEstimate:
-    """One layout of one model.
+    """The estimate of one layout of one model.
 
     Attributes:
         step_s, samples_per_s, tokens_per_s: of the whole cluster; a sample is a sequence of `context` tokens.
-        tflops_per_gpu: model operations a second and GPU, 1e12: 6 x active parameters x tokens, as Table 3's derived column.
+        tflops_per_gpu: model operations per second and GPU, 1e12: 6 x active parameters x tokens, as Table 3's derived
+            column.
         parts_s: part of a step -> seconds; they add up to `step_s`. See `PARTS`.
         memory_gib: GPU memory by use.
     """
@@ -63,18 +71,21 @@ class TrainingEstimate:
 
     @property
     def total_gib(self) -> float:
+        """Memory of a GPU, GiB."""
         return sum(self.memory_gib.values())
 
     @property
     def fits(self) -> bool:
+        """Whether the memory fits the GPU."""
         return self.total_gib <= self.capacity_gib
 
     @property
     def bound(self) -> str:
+        """The part that takes longest."""
         return max(self.parts_s, key=self.parts_s.get)
 
     def days(self, tokens: float) -> float:
-        """Days of training for `tokens` tokens at a constant batch."""
+        """Return the days of training for `tokens` tokens at a constant batch."""
         return tokens / self.tokens_per_s / 86400
 
 
@@ -89,17 +100,19 @@ def training(
     zero: int = 0,
     constants: Constants | None = None,
 ) -> TrainingEstimate:
-    """A training step.
+    """Return the estimate of a training step.
 
     Args:
-        parallel: `recompute` adds a forward pass and saves activations; `shard` splits all of a model's state over the data ranks.
-        batch: sequences a step, over all ranks.
-        micro_batch: sequences a forward pass of one data rank.
-        program: its dispatch ("pytorch": einsums; the others: table-driven), its exchange is that of `parallel`.
-        zero: 2 splits gradients and optimizer state over the ranks that hold the same parameters; 0 and 1 as in the paper's scripts.
+        parallel: `recompute` adds a forward pass and saves activations; `shard` splits all of a model's state over the
+            data ranks.
+        batch: sequences per step, over all ranks.
+        micro_batch: sequences in a forward pass of one data rank.
+        program: gives the dispatch ("pytorch": einsums; the others: table-driven); the exchange is that of `parallel`.
+        zero: 2 splits gradients and optimizer state over the ranks that hold the same parameters; 0 and 1 do as the
+            paper's scripts.
 
     Raises:
-        ValueError: one line: the model cannot be spread so, or the batch not divided.
+        ValueError: the model cannot be spread so, or the batch not divided; the message is one line.
     """
     model = ModelConfig.parse(model) if isinstance(model, str) else model
     where, code, known = cluster(on), system(program), constants or _constants.fitted()
@@ -127,7 +140,7 @@ def training(
     )
     sharded = parallel.data if parallel.shard or zero else 1
     state = outside / sharded + experts
-    # Adam reads and writes weight, moments and reads the gradient in fp32 terms: 7 numbers of 4 bytes.
+    # Adam reads and writes the weight and both moments and reads the gradient: 7 numbers of 4 bytes.
     parts["optimizer"] = transfer_us(state * 28, where.gpu.memory_gb_s * known.memory_share)
     step = sum(parts.values()) / 1e6
     samples = batch / step
@@ -151,7 +164,7 @@ def training(
 
 
 def training_slots(model: ModelConfig, tokens: int, experts: int) -> int:
-    """C of a micro-batch of `tokens` tokens; what even routing needs where routing is drop-free."""
+    """Return C of a micro-batch of `tokens` tokens; with drop-free routing, what even routing needs."""
     capacity = model.routing.capacity(tokens, experts, model.top_k, training=True)
     return capacity if capacity is not None else math.ceil(tokens * model.top_k / experts)
 
@@ -159,7 +172,10 @@ def training_slots(model: ModelConfig, tokens: int, experts: int) -> int:
 def _forward_us(
     model: ModelConfig, layouts: Layouts, where: Cluster, code: System, known: Constants, tokens: int
 ) -> dict[str, float]:
-    """One forward pass of one micro-batch: part -> device microseconds. Recomputation repeats all of it but the head, which is small."""
+    """Return the device microseconds of one micro-batch's forward pass, by part.
+
+    Recomputation repeats all of it but the head, which is small.
+    """
     M, F, L = model.hidden, model.ffn, int(layouts.tensor[0])
     rate = where.gpu.tflops * known.matmul_share * 1e6
     bandwidth = where.gpu.memory_gb_s * known.memory_share
@@ -179,7 +195,8 @@ def _forward_us(
         spread = ExpertLayouts.of(layouts, experts)
         C = training_slots(model, tokens, experts)
         sent = rows_to_send(spread, np.array([tokens]), model.top_k, C)
-        # Every sender fills its slots: a rank multiplies as many rows as it sends, its slices' rows by a slice of the weights each.
+        # Every sender fills its slots, so a rank multiplies as many rows as it sends; with slices, it multiplies the
+        # rows of all slices, each by a slice of the weights.
         parts["products"] += count * float(2 * sent[0] * 2 * M * F + 2 * tokens * M * experts) / rate
         if code.gate > 10:  # one-hot masks instead of tables
             parts["einsums"] += count * 2 * 2 * tokens * experts * C * M / rate
@@ -195,7 +212,7 @@ def _forward_us(
 
 
 def _kernels(model: ModelConfig, code: System, parallel: ParallelConfig) -> float:
-    """Kernels of a forward pass; a backward pass has about twice as many."""
+    """Return the number of kernels of a forward pass; a backward pass has about twice as many."""
     count = code.step + 1 + model.layers * (code.attention + 2) + (model.layers - model.moe_layers) * (code.dense + 2)
     count += model.moe_layers * model.residual * (code.residual + 2)
     for experts in (e for e in model.experts if e):
@@ -206,7 +223,7 @@ def _kernels(model: ModelConfig, code: System, parallel: ParallelConfig) -> floa
 
 
 def _expert_gradients_us(model: ModelConfig, layouts: Layouts, where: Cluster, known: Constants) -> float:
-    """Sum of each layer's expert gradients over its replicas (expert-data parallelism, section 4.1.3)."""
+    """Return the microseconds to sum each layer's expert gradients over its replicas (section 4.1.3)."""
     one = model.expert_parameters()
     total = 0.0
     for experts, count in Counter(e for e in model.experts if e).items():
@@ -226,7 +243,7 @@ def _memory(
     zero: int,
     known: Constants,
 ) -> dict[str, float]:
-    """Bytes on a GPU: states by `STATE_BYTES`, activations of a micro-batch, workspace."""
+    """Return the bytes on a GPU: states by `STATE_BYTES`, activations of a micro-batch, workspace."""
     L, M = parallel.tensor, model.hidden
     everything = parallel.data if parallel.shard else 1
     late = max(everything, parallel.data if zero == 2 else 1)
@@ -249,7 +266,7 @@ def _memory(
 
 
 def _expert_copies(model: ModelConfig, parallel: ParallelConfig) -> float:
-    """Over how many ranks ZeRO can split a rank's expert state: the replicas, weighted by the layers' sizes."""
+    """Return over how many ranks ZeRO can split a rank's expert state: its replicas, weighted by the layers' sizes."""
     held = shared = 0.0
     for experts in (e for e in model.experts if e):
         spread = parallel.experts(experts)

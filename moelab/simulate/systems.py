@@ -1,6 +1,6 @@
-"""The programs that are simulated: how many kernels each part of a decoding step takes, what it sends, which experts it reads.
+"""The simulated programs: the kernels of each part of a decoding step, what it sends, which experts it reads.
 
-The counts are read off the code or the paper's text, not fitted. A part's two matrix products are not in its count.
+The counts come from the code or the paper's text; none is fitted. The count of a part excludes its two matrix products.
 """
 
 from __future__ import annotations
@@ -18,18 +18,21 @@ class System:
     """One program.
 
     Attributes:
-        attention, dense, residual: small kernels of attention, a dense feed-forward, and what Residual-MoE adds to a layer (its MLP's, and
-            the mix).
-        gate, dispatch, combine: kernels of the gate, of the layout transform to experts and back.
-        expert: small kernels of one expert. once: kernels around all experts of a layer.
-        transform: layout transforms a stage of a staged exchange needs (section 5.3).
-        step: kernels a step takes outside the layers: embeddings, last norm, output head, choice of the token.
-        exchange: its all-to-all unless you say otherwise.
-        min_capacity: slots every expert gets from every rank at least; 0 means no slots: exactly the routed tokens travel, and only experts
-            that got any are read. With slots, all experts of a rank are read, chosen or not: weights are multiplied with empty slots.
-        grouped: all experts of a rank in two grouped products instead of a loop over experts.
-        graph: kernels are replayed from a CUDA graph.
-        layer_waits: the host waits for the device in every layer, before its feed-forward.
+        attention, dense, residual: small kernels of attention, of a dense feed-forward, and those that Residual-MoE
+            adds to a layer (its MLP's, and the mix).
+        gate, dispatch, combine: kernels of the gate, and of the layout transforms to the experts and back.
+        expert: small kernels of one expert.
+        once: kernels around all experts of a layer.
+        transform: layout transforms that a stage of a staged exchange needs (section 5.3).
+        step: kernels of a step outside the layers: embeddings, last norm, output head, choice of the token.
+        exchange: its default all-to-all.
+        min_capacity: the least number of slots that every expert gets from every rank; 0 means no slots: exactly the
+            routed tokens travel, and only experts that got any are read. With slots, all experts of a rank are read,
+            chosen or
+            not: their weights are multiplied with empty slots.
+        grouped: whether two grouped products compute all experts of a rank, instead of a loop over experts.
+        graph: whether kernels are replayed from a CUDA graph.
+        layer_waits: whether the host waits for the device in every layer, before its feed-forward.
         gate_wait: kernels of the gate issued before the host waits for their result; 0: it never waits.
         source: where the counts come from.
     """
@@ -73,11 +76,12 @@ SYSTEMS = {
             min_capacity=4,
             layer_waits=True,
             gate_wait=9,
-            source="The paper's baseline (section 5.5): the training stack, eager. Kernels counted in the public Megatron-DeepSpeed attention and "
-            "DeepSpeed's one-hot gate and einsum dispatch (sharded_moe.py); experts in a Python loop; min_capacity 4 as in the scripts. The gate of "
-            "DeepSpeed 0.6.0 copies the experts' counts to the CPU (sharded_moe.py, top1gating: exp_counts), and each layer of the authors' "
-            "Megatron-DeepSpeed of 2022-01-19 (a599d072, transformer.py) makes two scalars on the GPU from Python numbers, which in PyTorch "
-            "copies and waits for the stream.",
+            source="The paper's baseline (section 5.5): the training stack, eager. Kernels counted in the public "
+            "Megatron-DeepSpeed attention and DeepSpeed's one-hot gate and einsum dispatch (sharded_moe.py); experts "
+            "in a Python loop; min_capacity 4 as in the scripts. The gate of DeepSpeed 0.6.0 copies the experts' "
+            "counts to the CPU (sharded_moe.py, top1gating: exp_counts), and each layer of the authors' "
+            "Megatron-DeepSpeed of 2022-01-19 (a599d072, transformer.py) makes two scalars on the GPU from Python "
+            "numbers, which in PyTorch copies and waits for the stream.",
         ),
         System(
             name="deepspeed",
@@ -93,9 +97,10 @@ SYSTEMS = {
             step=8,
             exchange="coordinated-hierarchical",
             min_capacity=1,
-            source="The full system: fused inference kernels (DeepSpeed-Inference: norm+product, attention, product, bias+residual), one gating "
-            "kernel and table-driven transforms (section 5.4), hierarchical and coordinated all-to-all (5.3), experts in a loop and min_capacity 1 "
-            "(defaults of moe_inference.py). A gate of one kernel has no counts to copy, so the host does not wait.",
+            source="The full system: fused inference kernels (DeepSpeed-Inference: norm+product, attention, product, "
+            "bias+residual), one gating kernel and table-driven transforms (section 5.4), hierarchical and coordinated "
+            "all-to-all (5.3), experts in a loop and min_capacity 1 (defaults of moe_inference.py). A gate of one "
+            "kernel has no counts to copy, so the host does not wait.",
         ),
         System(
             name="moelab",
@@ -113,14 +118,19 @@ SYSTEMS = {
             min_capacity=0,
             grouped=True,
             graph=True,
-            source="What this project's engine aims at: drop-free routing, grouped products over the experts that got tokens, a CUDA graph.",
+            source="What this project's engine aims at: drop-free routing, grouped products over the experts that got "
+            "tokens, a CUDA graph.",
         ),
     )
 }
 
 
 def system(name: str | System) -> System:
-    """By name: pytorch (the paper's baseline), deepspeed (its full system), moelab; ValueError, one line, for another."""
+    """Return a program by name: pytorch (the paper's baseline), deepspeed (its full system), moelab.
+
+    Raises:
+        ValueError: another name; the message is one line.
+    """
     if isinstance(name, System):
         return name
     if name not in SYSTEMS:
@@ -132,7 +142,10 @@ def system(name: str | System) -> System:
 
 
 def slots(system: System, model: ModelConfig, tokens: int, experts: int) -> int:
-    """C: rows an expert gets from each rank, 0 where exactly the routed tokens travel (section 5.4's expert capacity c_e)."""
+    """Return C, the rows that an expert gets from each rank (section 5.4's expert capacity c_e).
+
+    It is 0 where exactly the routed tokens travel.
+    """
     if not system.min_capacity:
         return 0
     return max(math.ceil(tokens * model.top_k / experts * model.routing.capacity_factor_eval), system.min_capacity)

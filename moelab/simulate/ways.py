@@ -1,8 +1,7 @@
-"""Compare the flat, the hierarchical and the coordinated all-to-all when every rank has one expert and one row for
-every rank (paper section 5.3).
+"""Compare the flat, the hierarchical and the coordinated all-to-all (paper section 5.3).
 
-The messages and rows that a rank sends come from the paper's formulas and from the simulator's stages; times are the
-simulator's.
+Every rank has one expert, and one row for every rank. The messages and rows that a rank sends come from the paper's
+formulas and from the simulator's stages; times are the simulator's.
 """
 
 from __future__ import annotations
@@ -22,11 +21,11 @@ if TYPE_CHECKING:
     import pandas as pd
 
 NODE = 8
-"""G, GPUs of a node, and L, the tensor slicing of the coordinated way: the paper's."""
+"""The paper's G, GPUs of a node, and L, the tensor slicing of the coordinated way."""
 
 
 def layouts(ranks: int) -> dict[str, ParallelConfig]:
-    """Return the layout of each way; one expert a rank."""
+    """Return the layout of each way, with one expert per rank."""
     tensor = min(NODE, ranks)
     return {
         "flat": ParallelConfig(data=ranks, gpus_per_node=NODE),
@@ -36,11 +35,13 @@ def layouts(ranks: int) -> dict[str, ParallelConfig]:
 
 
 def formula(way: str, ranks: int) -> tuple[int, int, int]:
-    """Return (messages, rows, rows gathered after the way back) that a rank sends in one all-to-all, one row for every
-    rank, after section 5.3.
+    """Return (messages, rows, rows gathered after the way back) that a rank sends in one all-to-all, after section 5.3.
 
-    flat: p - 1 messages of a row. hierarchical: G - 1 messages of p / G rows, then p / G - 1 of G rows. coordinated: p
-    / L - 1 messages of a row; later each of the L tensor ranks gives the others its p / L results.
+    Each rank has one row for every rank.
+
+    flat: p - 1 messages of a row.
+    hierarchical: G - 1 messages of p / G rows, then p / G - 1 of G rows.
+    coordinated: p / L - 1 messages of a row; later each of the L tensor ranks gives the others its p / L results.
     """
     G = min(NODE, ranks)
     nodes = ranks // G
@@ -52,8 +53,10 @@ def formula(way: str, ranks: int) -> tuple[int, int, int]:
 
 
 def kept(way: str, ranks: int) -> int:
-    """Return the rows that a rank keeps for itself: one of the p; hierarchical, p / G at the first hop and G at the
-    second."""
+    """Return the rows that a rank keeps for itself: one of the p.
+
+    The hierarchical way keeps p / G at the first hop and G at the second.
+    """
     G = min(NODE, ranks)
     return {"flat": 1, "hierarchical": ranks // G + (G if ranks > G else 0), "coordinated": 1}[way]
 
@@ -85,11 +88,13 @@ def times(
     sizes: Iterable[int] = (1 << 14, 1 << 18, 1 << 22),
     cluster: str = "a100-40gb",
 ) -> pd.DataFrame:
-    """Return the microseconds of dispatch, combine and the gather after it on the simulated cluster: columns ranks,
-    bytes, way, us, ratio (over flat).
+    """Return the microseconds of dispatch, combine and the gather after it on the simulated cluster.
 
     Args:
         sizes: bytes of tokens that each rank holds, an equal part of them for every rank.
+
+    Returns:
+        Columns ranks, bytes, way, us, ratio (over flat).
     """
     import pandas as pd
 

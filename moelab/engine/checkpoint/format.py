@@ -4,7 +4,7 @@
     index.json                             name -> dtype, shape, pieces (at, size, file)
     state.json                             step, the caller's state, SHA-256 of every other file and of itself
 
-A piece is a shard as it is stored.
+A piece is a shard of a tensor, as it is stored.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ INDEX, STATE = "index.json", "state.json"
 
 
 class CheckpointError(Exception):
-    """A checkpoint that cannot be used or written; the message is one line with the reason."""
+    """A checkpoint cannot be used or written; the message is one line with the reason."""
 
 
 @dataclass(frozen=True)
@@ -33,10 +33,10 @@ class Piece:
     """A shard of a named tensor.
 
     Attributes:
-        name: of the whole tensor, "model/..." or "optimizer/...".
-        shape: of the whole tensor.
-        offset: where the shard begins in it.
-        tensor: its values; loading writes into it.
+        name: the whole tensor's name, "model/..." or "optimizer/...".
+        shape: the whole tensor's shape.
+        offset: the index of the shard's first element in the whole tensor.
+        tensor: the shard's values; loading writes into it.
     """
 
     name: str
@@ -65,13 +65,19 @@ def regular_file(path: Path, name: str) -> Path:
 
 
 def read_index(path: Path) -> dict[str, Any]:
-    """Return name -> {"dtype", "shape", "pieces"} of every tensor in a checkpoint (CheckpointError)."""
+    """Return name -> {"dtype", "shape", "pieces"} of every tensor in a checkpoint.
+
+    Raises:
+        CheckpointError: the index is missing or unreadable.
+    """
     return _read(path, INDEX)
 
 
 def read_state(path: Path) -> dict[str, Any]:
-    """Return the content of state.json: "step", "state" and "sha256" (file -> digest). CheckpointError when it is not
-    what was written.
+    """Return the content of state.json: "step", "state" and "sha256" (file -> digest).
+
+    Raises:
+        CheckpointError: it is missing, unreadable, or not what was written.
     """
     record = _read(path, STATE)
     try:
@@ -83,13 +89,13 @@ def read_state(path: Path) -> dict[str, Any]:
 
 
 def write_state(path: Path, step: int, state: dict[str, Any], sha256: dict[str, str]) -> None:
-    """Write state.json; `sha256` has every other file's digest."""
+    """Write state.json; `sha256` holds the digests of all other files."""
     record = json.loads(json.dumps({"step": step, "sha256": sha256, "state": state}))
     write_text(path / STATE, json.dumps(record | {"check": _digest(record)}, indent=2) + "\n")
 
 
 def verify(path: Path, file: str, expected: str) -> None:
-    """Check that a file's SHA-256 is the expected one (CheckpointError)."""
+    """Check that a file's SHA-256 is the expected one; raise CheckpointError otherwise."""
     try:
         actual = file_sha256(regular_file(path, file))
     except OSError as error:
@@ -99,6 +105,7 @@ def verify(path: Path, file: str, expected: str) -> None:
 
 
 def file_sha256(path: Path) -> str:
+    """Return the SHA-256 of a file, in hexadecimal digits."""
     with open(path, "rb") as f:
         return hashlib.file_digest(f, "sha256").hexdigest()
 

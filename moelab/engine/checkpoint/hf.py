@@ -1,17 +1,17 @@
-"""Models as directories that others read: GPT-2's format for dense models, a small documented one for MoE models.
+"""Models as directories that other programs read: GPT-2's format for dense models, one of our own for MoE models.
 
-Dense (`config.json` with ``"model_type": "gpt2"``): what transformers' `GPT2LMHeadModel` loads and saves, equal logits
-both ways. Its linear layers keep [in, out] matrices (ours are [out, in]); its ``gelu_new`` is our tanh GELU; the head
-is tied to the embedding in both.
+Dense models (`config.json` with ``"model_type": "gpt2"``) have the format that transformers' `GPT2LMHeadModel` loads
+and saves, with equal logits in both directions. Its linear layers keep [in, out] matrices (ours are [out, in]); its
+``gelu_new`` is our tanh GELU; the head is tied to the embedding in both.
 
-MoE:
+MoE models consist of two files:
 
     config.json         {"model_type": "moelab", "format": 1, "model": ModelConfig as JSON}
     model.safetensors   the model's parameters by name; an expert's by its global id, each a tensor of its own:
                         blocks.1.ffn.experts.7.up [M, F], .up_bias [F], .down [F, M], .down_bias [M]
 
-so tools can take single experts without reading the rest. Both may have the `tokenizer.json` of the `tokenizers`
-library beside them. Nothing here is a pickle: reading runs no code.
+so that tools can read single experts. The directory of either format may also hold the `tokenizer.json` of the
+`tokenizers` library. No file is a pickle: reading executes no code.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ _CONFIG, _WEIGHTS, _INDEX, _TOKENIZER = (
     "tokenizer.json",
 )
 
-# ours -> GPT-2's, and whether the matrix is transposed there
+# our parameter name -> GPT-2's name, and whether GPT-2 stores the transposed matrix
 _TOP = {
     "token_embedding.weight": ("wte.weight", False),
     "position_embedding.weight": ("wpe.weight", False),
@@ -62,8 +62,9 @@ _BLOCK = {
 
 
 def export(model: GPT, directory: Path, tokenizer: Tokenizer | None = None) -> Path:
-    """Write a model: GPT-2's format if it is dense, ours if it has experts. The directory appears complete or not at
-    all.
+    """Write a model in GPT-2's format if it is dense, in ours if it has experts.
+
+    The directory appears complete or not at all.
 
     Raises:
         ValueError: `directory` exists and is not an empty folder.
@@ -90,11 +91,11 @@ def export(model: GPT, directory: Path, tokenizer: Tokenizer | None = None) -> P
 
 
 def load(directory: Path) -> GPT:
-    """Return the model in a directory of either format, fp32 or as stored, on CPU.
+    """Return the model in a directory of either format, on CPU, in the dtype in which it is stored.
 
     Raises:
-        ValueError: one line: no such model, an unknown format, settings that our model does not have, tensors missing
-            or of wrong shape.
+        ValueError: there is no such model, the format is unknown, the settings are none that our model has, or tensors
+            are missing or have the wrong shape; the message is one line.
     """
     record = read_json(directory / _CONFIG) if (directory / _CONFIG).is_file() else None
     if not isinstance(record, dict):
@@ -125,7 +126,11 @@ def load(directory: Path) -> GPT:
 
 
 def load_tokenizer(directory: Path) -> Tokenizer:
-    """Return the tokenizer beside a model. ValueError, one line, if there is none."""
+    """Return the tokenizer beside a model.
+
+    Raises:
+        ValueError: there is none.
+    """
     path = directory / _TOKENIZER
     if not path.is_file():
         raise ValueError(f"{directory}: no {_TOKENIZER} here; text needs a tokenizer")
@@ -230,7 +235,7 @@ def _read_moelab(files: _Files, parameters: dict[str, Tensor], found: dict[str, 
         if not owner.endswith(".experts"):
             found[name] = files.read(name)
             continue
-        for expert in range(len(parameter)):  # into place, one by one: stacking would hold them twice
+        for expert in range(len(parameter)):  # copied one by one: stacking would hold them twice in memory
             part = files.read(f"{owner}.{expert}.{leaf}")
             if expert == 0:
                 found[name] = torch.empty(parameter.shape, dtype=part.dtype)

@@ -23,7 +23,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint on disk: its directory, the steps done when it was written, the caller's state."""
+    """A checkpoint on disk: its directory, the number of steps done when it was written, and the caller's state."""
 
     path: Path
     step: int
@@ -31,10 +31,10 @@ class Checkpoint:
 
 
 def latest(directory: Path) -> Checkpoint | None:
-    """Return the newest checkpoint whose files are complete and unchanged, or None. Broken ones are named in a warning
-    and skipped.
+    """Return the newest checkpoint whose files are complete and unchanged, or None.
 
-    Every rank calls this and gets the same answer; each checks some of the files.
+    Broken checkpoints are named in a warning and skipped. Every rank calls this and gets the same answer; each checks
+    some of the files.
     """
     world = Group.world()
     names = broadcast_json([path.name for path in directories(directory)] if world.index == 0 else None)
@@ -50,7 +50,7 @@ def latest(directory: Path) -> Checkpoint | None:
 def load_model(checkpoint: Checkpoint, model: nn.Module, placements: Placements = None) -> None:
     """Fill a model, or this rank's part of it, with a checkpoint's weights, whatever layout wrote it.
 
-    Reads what the part needs, and asks no other rank. The parameters' dtype stays.
+    Each rank reads what its part needs, without the other ranks. The parameters' dtype stays.
 
     Raises:
         CheckpointError: the tensors do not fit the model; nothing was loaded.
@@ -62,7 +62,7 @@ def load_model(checkpoint: Checkpoint, model: nn.Module, placements: Placements 
 def load(
     checkpoint: Checkpoint, model: nn.Module, optimizer: torch.optim.Optimizer, placements: Placements = None
 ) -> None:
-    """Fill a model as `load_model` does, and the optimizer's state with it."""
+    """Fill a model as `load_model` does, and the optimizer's state as well."""
     index = read_index(checkpoint.path)
     pieces = _model_pieces(checkpoint.path, index, model, placements)
     parameters = shards.parameters(model)
@@ -77,7 +77,7 @@ def load(
         if entry["shape"]:
             value = torch.zeros_like(parameter, dtype=dtype, requires_grad=False)
             placement = shards.placement_of(owner, parameter, placements)
-        else:  # the step counter: whole everywhere
+        else:  # the step counter, which every rank holds as a whole
             value = torch.zeros((), dtype=dtype, device=parameter.device if fused else "cpu")
             placement = Placement.whole(())
         optimizer.state[parameter][key] = value
@@ -100,7 +100,11 @@ def _model_pieces(path: Path, index: dict[str, Any], model: nn.Module, placement
 
 
 def _verify(path: Path, world: Group) -> Checkpoint:
-    """Check all files of a checkpoint. CheckpointError, the same on every rank, unless they are as written."""
+    """Check that all files of a checkpoint are as written.
+
+    Raises:
+        CheckpointError: they are not; every rank raises the same error.
+    """
     record = broadcast_json(_or_error(read_state, path) if world.index == 0 else None)
     if "error" in record:
         raise CheckpointError(record["error"])
@@ -114,7 +118,7 @@ def _verify(path: Path, world: Group) -> Checkpoint:
 
 
 def _or_error(check: Callable[..., Any], *args: Any) -> Any:
-    """Return what a check returns, or its CheckpointError as a JSON value."""
+    """Return the result of a check as a JSON value, or the message of its CheckpointError."""
     try:
         return check(*args)
     except CheckpointError as error:

@@ -27,12 +27,14 @@ class Writer:
     """Writes the checkpoints of one directory, one at a time, in a thread.
 
     The thread communicates with the other ranks' threads through a gloo group of its own, apart from the training's
-    collectives; making it is collective.
+    collectives.
     """
 
     def __init__(self, directory: Path, keep: int = 2) -> None:
-        """
+        """Make the writer's gloo group; every rank calls this.
+
         Args:
+            directory: the folder of the checkpoints.
             keep: how many checkpoints are kept; older ones are removed when a new one is complete.
         """
         self.directory, self.keep = directory, keep
@@ -48,18 +50,17 @@ class Writer:
         state: dict[str, Any],
         placements: Placements = None,
     ) -> None:
-        """Copy this rank's shards to host memory and return; a thread writes it to `step-<step>`. Every rank calls
-        this.
+        """Copy this rank's shards to host memory and return; a thread writes them to `step-<step>`.
 
-        A shard that several ranks hold is copied and written by one of them; they take turns.
+        Every rank calls this. A shard that several ranks hold is copied and written by one of them; they take turns.
 
         Args:
             state: JSON values; rank 0's are kept.
 
         Raises:
-            OSError: the write before this one failed (a full disk, say), on every rank; older checkpoints are as they
-                were.
-            CheckpointError: the write before failed for another reason.
+            OSError: the previous write failed (on a full disk, for example), on every rank; older checkpoints are
+                unchanged.
+            CheckpointError: the previous write failed for another reason.
         """
         self.wait()
         turns = _Turns()
@@ -74,7 +75,7 @@ class Writer:
         self._thread.start()
 
     def wait(self) -> None:
-        """Return when the last `save` is on disk; raise what it raised (see `save`)."""
+        """Wait until the last `save` is on disk; raise what it raised (see `save`)."""
         if self._thread is not None:
             self._thread.join()
             self._thread = None
@@ -106,12 +107,13 @@ class Writer:
             log.error("checkpoint not written: %s", failed)
         finally:
             if self._group.handle is not None:
-                dist.destroy_process_group(self._group.handle)  # it holds threads and connections
+                dist.destroy_process_group(self._group.handle)  # frees its threads and connections
 
 
 class _Turns:
-    """Decides which of a shard's replicas writes it: the one with the fewest bytes to write so far. Every replica
-    decides the same.
+    """Decides which of a shard's replicas writes it: the one with the fewest bytes to write so far.
+
+    Every replica decides the same.
     """
 
     def __init__(self) -> None:

@@ -20,7 +20,7 @@ Placements = dict[str, Placement] | None
 def tensors(
     model: nn.Module, optimizer: torch.optim.Optimizer, placements: Placements
 ) -> Iterator[tuple[str, Tensor, Placement]]:
-    """Iterate over all that a checkpoint holds, in an order that is the same on every rank: name, tensor, placement."""
+    """Iterate over the name, tensor and placement of all that a checkpoint holds, in the same order on every rank."""
     own = parameters(model)
     for name, parameter in own.items():
         yield f"model/{name}", parameter, placement_of(name, parameter, placements)
@@ -32,16 +32,20 @@ def tensors(
 
 
 def parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Return a model's parameters by name, sharded ones as the shards that they are."""
+    """Return a model's parameters by name; sharded ones appear as their shards."""
     for module in model.modules():
-        # A forward without a backward leaves gathered weights in the parameters' place.
+        # After a forward pass without a backward pass, FSDP2 leaves gathered weights in place of the parameters.
         if isinstance(module, FSDPModule):
             module.reshard()
     return dict(model.named_parameters())
 
 
 def placement_of(name: str, parameter: Tensor, placements: Placements) -> Placement:
-    """Return a parameter's placement, having checked that it fits the tensor (ValueError)."""
+    """Return a parameter's placement.
+
+    Raises:
+        ValueError: the placement does not fit the tensor.
+    """
     if placements is None:
         return Placement.whole(tuple(parameter.shape), Group.world().ranks)
     placement = placements[name]

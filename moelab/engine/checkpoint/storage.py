@@ -1,10 +1,10 @@
-"""Writing a checkpoint together with the other ranks, and reading parts of one alone.
+"""Write a checkpoint together with the other ranks, and read parts of one without them.
 
 Each rank writes its pieces into files of its own and tells rank 0, which checks that the pieces of all ranks make up
 whole tensors and writes the index. Reading copies the overlaps of the stored pieces with the wanted ones, so that any
 layout reads what any other wrote.
 
-torch's distributed checkpoints (DCP) would plan this too, but their ranks exchange pickled plans, their default storage
+torch's distributed checkpoints (DCP) can plan this too, but their ranks exchange pickled plans, their default storage
 keeps its metadata as a pickle, and their safetensors storage keeps one piece of a tensor in a file, where a rank of a
 tensor-sliced model has three of each query-key-value weight.
 """
@@ -44,13 +44,14 @@ Entry = dict[str, Any]
 
 
 def write(path: Path, step: int, state: dict[str, Any], pieces: Iterable[Piece], keep: int, group: Group) -> None:
-    """Write a checkpoint directory, together with the ranks of `group`; its first rank then removes all but the newest
-    `keep`.
+    """Write a checkpoint directory, together with the ranks of `group`.
+
+    The group's first rank then removes all but the newest `keep` checkpoints.
 
     Raises:
-        OSError: a rank could not write its files. On every rank; nothing is left at `path`, older checkpoints are as
-            they were.
-        CheckpointError: the pieces of all ranks do not make up whole tensors, or a rank has gone.
+        OSError: a rank could not write its files. Every rank raises it; nothing is left at `path`, older checkpoints
+            are unchanged.
+        CheckpointError: the pieces of all ranks do not make up whole tensors, or a rank is gone.
     """
     temporary = path.parent / f".{path.name}.partial"
     first = group.index == 0
@@ -65,14 +66,15 @@ def write(path: Path, step: int, state: dict[str, Any], pieces: Iterable[Piece],
 
 
 def read(path: Path, index: dict[str, Entry], pieces: Iterable[Piece]) -> None:
-    """Fill pieces with a checkpoint's values, reading no more than they cover. Each rank reads for itself, without the
-    others.
+    """Fill pieces with a checkpoint's values; read no more of the files than the pieces cover.
+
+    Each rank reads for itself, without the others.
 
     Args:
         index: from `format.read_index`.
 
     Raises:
-        CheckpointError: unreadable, or it does not have all of a piece.
+        CheckpointError: the checkpoint is unreadable, or does not have all of a piece.
     """
     files: dict[str, list[tuple[str, tuple[slice, ...], Tensor]]] = {}
     for piece in pieces:
@@ -95,8 +97,9 @@ def read(path: Path, index: dict[str, Entry], pieces: Iterable[Piece]) -> None:
 
 
 def _overlap(piece: Piece, stored: dict[str, Any]) -> tuple[tuple[slice, ...], tuple[slice, ...]] | None:
-    """Return the overlap of a wanted piece with a stored one, as indices into the stored and the wanted one; None if
-    there is none.
+    """Return the overlap of a wanted piece with a stored one; None if there is none.
+
+    The overlap is a pair of indices, into the stored and into the wanted piece.
     """
     source, target = [], []
     for want, length, at, size in zip(piece.offset, piece.tensor.shape, stored["at"], stored["size"], strict=True):
@@ -113,14 +116,16 @@ def _read_part(opened: Any, key: str, part: tuple[slice, ...]) -> Tensor:
 
 
 def _prepare(temporary: Path) -> None:
-    for left in temporary.parent.glob(".step-*.partial"):  # by a process that was killed while it wrote
+    for left in temporary.parent.glob(".step-*.partial"):  # left by a process that was killed while writing
         shutil.rmtree(left)
     temporary.mkdir(parents=True)
 
 
 def _write_pieces(temporary: Path, rank: int, pieces: Iterable[Piece]) -> dict[str, Any]:
-    """Write this rank's pieces, one file for the model and one for the optimizer; return index entries and the files'
-    SHA-256.
+    """Write this rank's pieces, in one file for the model and one for the optimizer.
+
+    Returns:
+        The index entries of the pieces, and the files' SHA-256.
     """
     index: dict[str, Entry] = {}
     files: dict[str, dict[str, Tensor]] = {}
@@ -143,7 +148,7 @@ def _write_pieces(temporary: Path, rank: int, pieces: Iterable[Piece]) -> dict[s
 def _finish(
     path: Path, temporary: Path, step: int, state: dict[str, Any], written: Sequence[dict[str, Any]], keep: int
 ) -> None:
-    """Write index and state of what all ranks have written, give the directory its name, and remove older checkpoints."""
+    """Write the index and the state, give the directory its final name, and remove older checkpoints."""
     index: dict[str, Entry] = {}
     for part in written:
         for name, entry in part["index"].items():
@@ -163,14 +168,15 @@ def _finish(
         shutil.rmtree(path)
     os.replace(temporary, path)
     sync(path.parent)
-    # A newer one was skipped as broken: it does not count among the kept ones.
+    # A newer checkpoint was skipped as broken, so it does not count among the kept ones.
     for old in [p for p in directories(path.parent) if p <= path][:-keep]:
         shutil.rmtree(old, ignore_errors=True)
 
 
 def _is_whole(entry: Entry) -> bool:
-    """Return whether the pieces cover the tensor: they lie inside it, have its number of elements in all, and do not
-    overlap.
+    """Return whether the pieces cover the tensor.
+
+    They do if they lie inside it, do not overlap, and have its number of elements in all.
     """
     start = np.array([piece["at"] for piece in entry["pieces"]]).reshape(len(entry["pieces"]), -1)
     stop = start + np.array([piece["size"] for piece in entry["pieces"]]).reshape(start.shape)
@@ -186,9 +192,9 @@ def _key(name: str, stored: dict[str, Any], shape: Sequence[int]) -> str:
 
 
 def _together(group: Group, path: Path, work: Callable[[], Any]) -> list[Any]:
-    """Do something on every rank and return the results on the first rank.
+    """Call `work` on every rank and return the results on the first rank.
 
-    If one fails, its error is raised on every rank.
+    If one call fails, its error is raised on every rank.
     """
     try:
         answer: dict[str, Any] = {"result": work()}

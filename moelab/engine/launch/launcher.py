@@ -1,9 +1,9 @@
 """`launch`: start P ranks, watch them, and end them together.
 
 `launch` runs one command P times: as processes of this machine, or as tasks of srun inside an allocation of Slurm. It
-returns when all ranks ended well. The first that dies or hangs ends all of them, within `Limits.death_s`, and the error
-names it: rank, host, how it died, the last lines of its log. Nothing of any rank outlives `launch`, and no rank
-outlives the launcher's process.
+returns when all ranks have ended well. When the first rank dies or hangs, all are ended within `Limits.death_s`, and
+the error gives that rank, its host, how it died, and the last lines of its log. No process of any rank outlives
+`launch`, and no rank outlives the launcher's process.
 """
 
 from __future__ import annotations
@@ -29,40 +29,41 @@ _POLL_S = 0.1
 
 
 class ActiveClock:
-    """Measures the seconds in which this process really ran: limits on ranks count these.
+    """Measures the seconds in which this process really ran; limits on ranks count these.
 
-    When the machine sleeps (a laptop's lid) or everything is halted (SIGSTOP of a whole session, a frozen container),
-    ranks and launcher stand still together, and that is no hang. Two readings of the clock are then further apart than
-    the watch's own pauses ever are: the monotonic clock shows it for a halt, the wall clock for sleep, through which
-    Linux' monotonic clock does not run.
+    When the machine sleeps (a closed laptop) or everything is halted (SIGSTOP of a whole session, a frozen container),
+    ranks and launcher stand still together, which is not a hang. Two readings of the clock are then further apart than
+    the watch's pauses ever are. The monotonic clock shows a halt; the wall clock shows sleep, during which Linux'
+    monotonic clock stands still.
     """
 
-    LONGEST_STEP_S = 5.0  # between two readings; more than a busy machine delays the watch
+    LONGEST_STEP_S = 5.0  # between two readings; longer than a busy machine delays the watch
 
     def __init__(self) -> None:
         self.seconds = 0.0
         self._last = time.monotonic(), time.time()
 
     def read(self) -> float:
-        """Return the seconds so far; call it at least every second."""
+        """Return the active seconds so far; call it at least every second."""
         now = time.monotonic(), time.time()
         monotonic, wall = (new - old for new, old in zip(now, self._last, strict=True))
         self._last = now
         suspended = max(monotonic, wall) > self.LONGEST_STEP_S
-        # The wall clock may be set, by hours and backwards: only the monotonic one counts, and not while suspended.
+        # The wall clock may be set, by hours or backwards, so only the monotonic one counts, without suspended time.
         self.seconds += 0.0 if suspended else monotonic
         return self.seconds
 
 
 @dataclass(frozen=True)
 class Limits:
-    """Limits of the watch, in seconds; each may come from the environment as ``MOELAB_HANG_S`` and so on.
+    """Limits of the watch, in seconds; the environment may set each, ``MOELAB_HANG_S`` and so on.
 
     Attributes:
-        hang_s: a rank that gave signs of life and gives none for so long hangs.
-        death_s: from the first death to the end of all.
-        stop_s: for a checkpoint, from the first rank that has stopped to the last.
-        collective_s: a collective that waits longer raises in the ranks; the second net, so longer than `hang_s`.
+        hang_s: a rank that has given signs of life hangs if it gives none for this long.
+        death_s: from the first death to the end of all ranks.
+        stop_s: from the first rank that has stopped to the last; time for a checkpoint.
+        collective_s: a collective that waits longer raises in the ranks. It takes effect if the watch fails, so it is
+            longer than `hang_s`.
     """
 
     hang_s: float = 300
@@ -77,7 +78,11 @@ class Limits:
 
     @classmethod
     def read(cls, environment: Mapping[str, str] = os.environ) -> Self:
-        """Read the environment. ValueError, one line, for what is no number of seconds."""
+        """Return the limits that the environment sets, and the defaults of the others.
+
+        Raises:
+            ValueError: a value is not a number of seconds; the message is one line.
+        """
         found = {}
         for field, variable in zip(fields(cls), (HANG_S, DEATH_S, STOP_S, COLLECTIVE_S), strict=True):
             if text := variable.get(environment):
@@ -89,12 +94,13 @@ class Limits:
 
 
 class RankFailed(RuntimeError):
-    """A rank died or hung, and took the others with it. The text is one line.
+    """A rank died or hung, and all ranks were ended. The message is one line.
 
     Attributes:
-        rank, host: who and where.
+        rank, host: the failed rank and its host.
         how: how it ended, one line.
-        log: its log; `tail`, the last lines of it.
+        log: its log file.
+        tail: the last lines of the log.
     """
 
     def __init__(self, rank: int, ranks: int, host: str, how: str, log: Path, tail: str) -> None:
@@ -119,29 +125,30 @@ def launch(
 
     Args:
         logs: folder of the ranks' outputs, ``rank-00003.txt``, appended to; for srun on a disk that all nodes see.
-        should_stop: asked ten times a second; True passes SIGTERM (srun: SIGUSR1) on to all ranks, once.
+        should_stop: called ten times a second; when it returns True, SIGTERM (srun: SIGUSR1) is sent to all ranks,
+            once.
         tick: called as often.
-        environment: of the ranks, before their place is added; by default this process's.
+        environment: the ranks' environment, before their place is added; by default this process's.
         per_node: ranks of a node, for srun.
-        how: "local" processes, tasks of "srun", or srun just where this is a job of several nodes or tasks.
+        how: "local" starts processes, "srun" tasks of srun; "auto" uses srun in a job of several nodes or tasks.
         srun: further options of srun (a container, the binding to cores).
 
     Returns:
-        FINISHED (0): all ended well. STOPPED (75): some said that they stopped as asked, the others ended well too.
+        FINISHED (0) if all ended well; STOPPED (75) if some stopped as asked and the others ended well.
 
     Raises:
-        RankFailed: one did not.
+        RankFailed: a rank failed.
         ValueError: the job of Slurm has too few tasks on a node for the layout; nothing is started.
-        whatever `should_stop` and `tick` raise, KeyboardInterrupt included, once the ranks have had `limits.stop_s` to
-        stop.
+        BaseException: whatever `should_stop` and `tick` raise, KeyboardInterrupt included, once the ranks have had
+            `limits.stop_s` to stop.
     """
     limits = limits or Limits.read()
     environment = process.without_rank(environment if environment is not None else os.environ)
     environment[COLLECTIVE_S.name] = str(limits.collective_s)
-    environment.setdefault("PYTHONUNBUFFERED", "1")  # the last words of a rank that is killed
+    environment.setdefault("PYTHONUNBUFFERED", "1")  # keeps the last output of a rank that is killed
     logs.mkdir(parents=True, exist_ok=True)
     slurm = how == "srun" or (how == "auto" and in_allocation(environment))
-    # Signs of life are written often: beside the logs only where other nodes write them, too.
+    # Signs of life are written often; they go beside the logs only where other nodes write them, too.
     session = Path(tempfile.mkdtemp(prefix=".session-" if slurm else "moelab-ranks-", dir=logs if slurm else None))
     started: Ranks | None = None
     try:
@@ -195,7 +202,7 @@ class _Watch:
                 self._looked = time.monotonic()
                 self.started.watch_memory()
                 if hanging := self._hanging(codes):
-                    # The one that hangs may have given its last sign a moment later than those that wait for it.
+                    # The rank that hangs may have given its last sign a moment later than those that wait for it.
                     others = [rank for rank, code in enumerate(codes) if code is None and rank not in hanging]
                     raise self._hung(hanging + others, f"hangs: no sign of life for {self.limits.hang_s:g} s")
             tick()
@@ -219,8 +226,8 @@ class _Watch:
             self.started.ask_to_stop()
 
     def _failed(self, codes: Sequence[int | None]) -> list[int]:
-        """Return the ranks that failed, in the order of their ends as far as it is visible."""
-        # A rank that is asked to stop before it can answer ends by the signal: no failure.
+        """Return the ranks that failed, in the order of their ends as far as it is known."""
+        # A rank that is asked to stop before it handles the signal ends by the signal, which is no failure.
         good = {None, FINISHED, STOPPED, *((-signal.SIGTERM, -signal.SIGUSR1) if self.asked else ())}
         self.order += [rank for rank, code in enumerate(codes) if code not in good and rank not in self.order]
         return self.order
@@ -232,19 +239,19 @@ class _Watch:
             return False
         if self.first_stopped is None:
             self.first_stopped = self.clock.seconds
-        # One that was killed while starting will be waited for in vain.
+        # The others would wait in vain for a rank that was killed while starting.
         limit = self.limits.stop_s if all(code == STOPPED for code in ended) else self.limits.death_s
         return self.clock.seconds - self.first_stopped > limit
 
     def _hanging(self, codes: Sequence[int | None]) -> list[int]:
-        """Return the ranks without a sign of life for too long."""
+        """Return the ranks that have given no sign of life for too long."""
         now, late = self.clock.seconds, []
         for rank, code in enumerate(codes):
             try:
                 stamp = (self.session / rank_name(rank)).stat().st_mtime_ns
-            except OSError:  # none yet: it is still starting, or reads data
+            except OSError:  # no file yet: the rank is still starting, or reads data
                 continue
-            # The file's time stamp is another machine's; how long it has not changed is ours.
+            # Another machine sets the file's time stamp, so this machine's clock measures how long it has not changed.
             if self.beats.get(rank, (None,))[0] != stamp:
                 self.beats[rank] = (stamp, now)
             elif code is None and now - self.beats[rank][1] > self.limits.hang_s:
@@ -252,8 +259,9 @@ class _Watch:
         return late
 
     def _dead(self) -> RankFailed:
-        """End all ranks and return what killed the first; the others get a moment to show whether they only lost the
-        connection to it.
+        """End all ranks and return the failure that ended the first.
+
+        The others get a moment to show whether they only lost the connection to it.
         """
         deadline = time.monotonic() + self.limits.death_s
         settle = time.monotonic() + min(2.0, self.limits.death_s / 4)
@@ -263,7 +271,7 @@ class _Watch:
             codes = self.started.codes()
         self._failed(codes)
         errors = {rank: postmortem.last_error(self._new_log(rank)) for rank in self.order}
-        # One that raises may still be aborted on its way out, by threads of the process group: what it said counts.
+        # Threads of the process group may still abort a rank that has raised; the exception is what counts.
         killed = [r for r in self.order if (codes[r] or 0) < 0 and (codes[r] == -signal.SIGKILL or not errors[r])]
         cut_off = [rank for rank in self.order if rank not in killed and postmortem.lost_connection(errors[rank])]
         causes = [rank for rank in self.order if rank not in killed and rank not in cut_off]
@@ -283,7 +291,7 @@ class _Watch:
         return self._failure(rank, how, deadline)
 
     def _hung(self, late: Sequence[int], how: str, deadline: float | None = None) -> RankFailed:
-        """End all ranks and return which of the late ones hangs: most wait for it, which their stacks show."""
+        """End all ranks and return the failure of the late rank that hangs; stacks show which only wait for it."""
         deadline = deadline or time.monotonic() + self.limits.death_s
         marks = {rank: _size(_log(self.logs, rank)) for rank in late}
         halted = [rank for rank in late if self.started.stopped_by_signal(rank)]
@@ -304,7 +312,7 @@ class _Watch:
         return self._failure(rank, how, deadline)
 
     def _await_stacks(self, marks: Mapping[int, int]) -> None:
-        """Wait until all ranks have written their stacks, at most half the time there is."""
+        """Wait until all ranks have written their stacks, for at most half of the remaining time."""
         deadline = time.monotonic() + self.limits.death_s / 2
         before: list[int] = []
         while time.monotonic() < deadline:
@@ -315,7 +323,7 @@ class _Watch:
             before = sizes
 
     def _failure(self, rank: int, how: str, deadline: float | None = None) -> RankFailed:
-        """End all ranks and return how one of them failed."""
+        """End all ranks and return the failure of one of them."""
         log = _log(self.logs, rank)
         host = self.started.host(rank)
         tail = "\n".join(self._new_log(rank).splitlines()[-20:])

@@ -1,4 +1,4 @@
-"""How a rank died or where it hangs, read from what it left: exit code, log, stacks, the kernel's counters."""
+"""How a rank died or where it hangs, read from its exit code, log and stacks and from the kernel's counters."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ _ERROR = re.compile(
 )
 _LOST = re.compile(
     r"Connection (?:closed|reset|refused)|connection lost|Broken pipe|Timed? ?out waiting|remote process exited"
-    r"|DistNetworkError|DistBackendError|DistStoreError|Socket Timeout|wait timeout|Rank \d+ failed to pass|did not come within"
-    r"|gloo/transport",
+    r"|DistNetworkError|DistBackendError|DistStoreError|Socket Timeout|wait timeout|Rank \d+ failed to pass"
+    r"|did not come within|gloo/transport",
     re.IGNORECASE,
 )
 _MEMORY = re.compile(
@@ -28,29 +28,30 @@ Stack = list[tuple[str, int, str]]  # file, line, function; innermost first
 
 
 def last_error(log: str) -> str:
-    """Return the last line of a log that names an exception as Python's tracebacks do, or an empty text."""
+    """Return the last line of a log that names an exception as Python's tracebacks do, or an empty string."""
     found = (_ERROR.match(line.rstrip()) for line in reversed(log.splitlines()))
     return next((match["error"] for match in found if match), "")
 
 
 def lost_connection(error: str) -> bool:
-    """Return whether an exception only says that another rank is gone."""
+    """Return whether an exception only reports that another rank is gone."""
     return bool(_LOST.search(error))
 
 
 def death_by_exit(code: int, error: str) -> str:
-    """Describe in one line a rank that ended by itself; `code` is negative if a signal finished it off."""
+    """Describe in one line how a rank ended by itself; `code` is negative if a signal ended it."""
     ending = f"exit code {code}" if code >= 0 else f"then {_signal(-code)}"
     memory = "ran out of memory: " if _MEMORY.search(error) else "failed with "
     return f"{memory}{error} ({ending})" if error else f"ended with {ending}"
 
 
 def death_by_signal(number: int, rank: int, memory: Sequence[int], oom_kill: bool) -> str:
-    """Describe in one line a rank that a signal ended.
+    """Describe in one line how a signal ended a rank.
 
     Args:
+        number: the signal.
         memory: last seen resident bytes of each rank.
-        oom_kill: whether the kernel has counted a kill for want of memory since the ranks were started.
+        oom_kill: whether the kernel has counted a kill for lack of memory since the ranks were started.
     """
     how = f"was killed by {_signal(number)}"
     limit = memory_limit()
@@ -65,8 +66,9 @@ def death_by_signal(number: int, rank: int, memory: Sequence[int], oom_kill: boo
 
 
 def oom_kills() -> int:
-    """Count the processes of this control group that the kernel has killed for want of memory so far; 0 where it does
-    not count them.
+    """Return how many processes of this control group the kernel has killed so far for lack of memory.
+
+    It is 0 where the kernel does not count them.
     """
     for file, name in _control_files():
         with contextlib.suppress(OSError, ValueError):
@@ -100,14 +102,15 @@ def stacks(dump: str) -> list[Stack]:
 
 
 def in_collective(threads: Sequence[Stack]) -> bool:
-    """Return whether one of the threads waits for other ranks: inside torch.distributed, or at the `wait` of a handle
-    it gave.
+    """Return whether one of the threads waits for other ranks.
+
+    Such a thread is inside torch.distributed, or at the `wait` of a handle from it.
     """
     return any(_waits(stack) for stack in threads)
 
 
 def innermost(threads: Sequence[Stack]) -> str:
-    """Return where the main thread is, ``file.py:12 in function``; empty for no stack."""
+    """Return where the main thread is, as ``file.py:12 in function``; empty for no stack."""
     if not threads:
         return ""
     file, line, function = threads[-1][0]  # faulthandler prints the main thread last
@@ -121,8 +124,9 @@ def _waits(stack: Stack) -> bool:
 
 
 def _control_files() -> list[tuple[Path, str]]:
-    """Return (folder, file that counts kills) of this process's control group: version 2, then 1; in a container its
-    root.
+    """Return (folder, file that counts kills) of this process's control group: version 2, then version 1.
+
+    In a container it is the root group.
     """
     root, found = Path("/sys/fs/cgroup"), []
     with contextlib.suppress(OSError):

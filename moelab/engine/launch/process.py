@@ -1,8 +1,8 @@
-"""What a rank does itself: find its place, join the process group, talk through the store, give signs of life.
+"""What a rank itself calls: find its place, join the process group, use the store, give signs of life.
 
 A rank is a process started by `moelab.engine.launch`, by torchrun or by srun; `find` reads from the environment which.
-A process started in any other way is no rank, whatever job it runs in: a plain `python` in a batch script or an
-interactive shell of Slurm sees variables that look like a rank's.
+A process started in any other way is no rank, also inside a job: a plain `python` in a batch script or an interactive
+shell of Slurm sees variables that look like a rank's.
 """
 
 from __future__ import annotations
@@ -37,11 +37,11 @@ _last_beat = 0.0
 
 @dataclass(frozen=True)
 class Place:
-    """A rank among the ranks.
+    """A rank's place among the ranks.
 
     Attributes:
         rank, world_size: this rank (from 0), and how many there are.
-        local_rank: its number among the ranks of its node; chooses the GPU.
+        local_rank: its number among the ranks of its node; it chooses the GPU.
         host: the node's name.
     """
 
@@ -55,12 +55,11 @@ class Place:
 
 
 def keep_freed_memory() -> bool:
-    """Have the C library keep what is freed mapped for the next step instead of giving it back; False where it is not
-    glibc.
+    """Make the C library keep freed memory mapped for the next step; return False where it is not glibc.
 
     A training step allocates the same sizes again and again, and each page that was given back is mapped and zeroed
-    anew: 6,000 page faults a step of the twins, 10 to 19 % of its time. Call it first in a process: it does not move
-    what is already allocated.
+    anew: 6,000 page faults per step of the twins, 10 to 19 % of its time. Call it first in a process: it does not move
+    memory that is already allocated.
     """
     never_mmap, trim_threshold, top_pad = -4, -1, -2  # of malloc.h
     try:
@@ -74,11 +73,11 @@ def keep_freed_memory() -> bool:
 def find(environment: Mapping[str, str] = os.environ) -> Place | None:
     """Return this process's place among ranks, or None when it is no rank.
 
-    torchrun (and `launch`): RANK, WORLD_SIZE, LOCAL_RANK. srun: SLURM_PROCID in a step of several tasks; a batch script
-    has no SLURM_STEP_ID, and an interactive shell is a step of one task.
+    torchrun and `launch` set RANK, WORLD_SIZE and LOCAL_RANK. srun sets SLURM_PROCID in a step of several tasks; a
+    batch script has no SLURM_STEP_ID, and an interactive shell is a step of one task.
 
     Raises:
-        ValueError: one line, when the variables contradict each other.
+        ValueError: the variables contradict each other; the message is one line.
     """
     host = socket.gethostname()
     if "RANK" in environment and "WORLD_SIZE" in environment:
@@ -105,16 +104,16 @@ def find(environment: Mapping[str, str] = os.environ) -> Place | None:
 
 
 def without_rank(environment: Mapping[str, str] = os.environ) -> dict[str, str]:
-    """Return the environment for a child that is no rank, even where this process is one."""
+    """Return the environment for a child process that is no rank, even where this process is one."""
     return {name: value for name, value in environment.items() if name not in _OF_RANKS}
 
 
 def join(*, device: str = "cpu", timeout: float | None = None, folder: Path | None = None) -> Place:
-    """Join the other ranks: process group (gloo for "cpu", nccl for "cuda"), GPU by local rank.
+    """Join the other ranks: make the process group (gloo for "cpu", nccl for "cuda") and choose the GPU by local rank.
 
     Args:
-        timeout: seconds until meeting, or later a collective, gives up with an exception, in all groups; by default
-            what the launcher says, else 600.
+        timeout: seconds after which the meeting, or later a collective of any group, raises; by default the launcher's
+            limit, else 600.
         folder: for ranks of a Slurm step, a folder that all nodes see; by default the working directory.
 
     Raises:
@@ -129,7 +128,7 @@ def join(*, device: str = "cpu", timeout: float | None = None, folder: Path | No
     place = find()
     if place is None:
         raise RuntimeError("ranks: this process is not a rank; start it through launch, torchrun or srun")
-    # The launcher asks a rank that hangs where it stands: SIGUSR2 prints the stacks of all threads into its log.
+    # The launcher sends SIGUSR2 to a rank that hangs, which prints the stacks of all threads into its log.
     faulthandler.enable()
     if hasattr(signal, "SIGUSR2"):
         faulthandler.register(signal.SIGUSR2, all_threads=True)
@@ -140,7 +139,7 @@ def join(*, device: str = "cpu", timeout: float | None = None, folder: Path | No
     options: dict[str, Any] = {}
     if device == "cuda":
         count = torch.cuda.device_count()
-        # Under srun a rank may see one GPU only: its own.
+        # Under srun a rank may see only its own GPU.
         number = 0 if count == 1 and "SLURM_PROCID" in os.environ else place.local_rank
         if number >= count:
             raise ValueError(f"ranks: {place} needs a GPU of its own, its number {number} here; there are {count}")
@@ -154,16 +153,16 @@ def join(*, device: str = "cpu", timeout: float | None = None, folder: Path | No
         timeout=limit,
         **options,
     )
-    rendezvous.met(place.rank, folder)  # all ranks are connected now
+    rendezvous.met(place.rank, folder)  # all ranks are connected by now
     global _store
     _store = dist.PrefixStore("published", store)
     return place
 
 
 def leave() -> None:
-    """Wait for the other ranks to come here too, and end the process group. Without one, nothing.
+    """Wait until the other ranks have called this, too, and end the process group; do nothing if there is none.
 
-    A rank that ends with its group open may abort: gloo's threads are then torn down with the interpreter.
+    A rank that ends with its group open may abort, because gloo's threads are then destroyed with the interpreter.
     """
     import torch.distributed as dist
 
@@ -175,19 +174,19 @@ def leave() -> None:
 
 
 def publish(key: str, value: str) -> None:
-    """Let all ranks know a value; each key once."""
+    """Let all ranks know a value; use each key once."""
     assert _store is not None, "join first"
     _store.set(key, value)
 
 
 def wait_for(key: str, should_stop: Callable[[], bool] = lambda: False, poll_s: float = 0.1) -> str:
-    """Return what a rank published under a key; wait for it, as long as it takes.
+    """Return the value that a rank published under a key; wait for it without a limit.
 
-    No collective and so no time limit: preparing data or waiting for a lock may take hours, and a rank that dies
-    meanwhile is the launcher's business.
+    It is no collective and so has no time limit: preparing data or waiting for a lock may take hours, and the launcher
+    watches for ranks that die meanwhile.
 
     Raises:
-        KeyboardInterrupt: `should_stop` said so.
+        KeyboardInterrupt: `should_stop` returned True.
     """
     assert _store is not None, "join first"
     while not _store.check([key]):
@@ -200,22 +199,22 @@ def wait_for(key: str, should_stop: Callable[[], bool] = lambda: False, poll_s: 
 def launcher_gone() -> bool:
     """Return whether the launcher that started this rank has died.
 
-    On Linux the kernel kills its ranks before they can ask.
+    On Linux the kernel kills the launcher's ranks before they can ask.
     """
     launcher = LAUNCHER.get()
     return launcher is not None and os.getppid() != int(launcher)
 
 
 def beat() -> None:
-    """Give a sign of life; every rank calls this after each step, or batch of validation. It costs next to nothing.
+    """Give a sign of life; every rank calls this after each training step or validation batch.
 
-    From the first one on, a rank that gives none for `Limits.hang_s` counts as hanging.
+    It costs next to nothing. After its first sign, a rank that gives none for `Limits.hang_s` counts as hanging.
     """
     global _last_beat
     folder = HEARTBEAT.get()
     if folder and time.monotonic() - _last_beat >= _BEAT_EVERY_S and (place := find()):
         _last_beat = time.monotonic()
-        with contextlib.suppress(OSError):  # the launcher is gone, or its disk is full: no reason to fail a step
+        with contextlib.suppress(OSError):  # the launcher is gone, or its disk is full, which must not fail a step
             (Path(folder) / rank_name(place.rank)).touch()
 
 

@@ -59,16 +59,19 @@ class LocalRanks:
         return [p.poll() for p in self._processes]
 
     def complaint(self) -> str:
-        """Return why no rank was started at all; empty when they were."""
+        """Return why no rank was started at all; empty if they were started."""
         return ""
 
     def host(self, rank: int) -> str:
+        """Return the name of a rank's host."""
         return socket.gethostname()
 
     def ask_to_stop(self) -> None:
+        """Ask all ranks to write a checkpoint and end."""
         self.signal(signal.SIGTERM)
 
     def signal(self, number: int) -> None:
+        """Send a signal to all ranks that live."""
         for p in self._processes:
             if p.poll() is None:
                 p.send_signal(number)
@@ -98,7 +101,7 @@ class LocalRanks:
             return False
 
     def end(self, grace_s: float) -> None:
-        """End all ranks and what they started: SIGTERM to their process groups, at most `grace_s`, SIGKILL."""
+        """End all ranks and their child processes: SIGTERM to their process groups, SIGKILL after at most `grace_s`."""
         self._signal_groups(signal.SIGTERM)
         _wait(self._processes, grace_s)
         self._signal_groups(signal.SIGKILL)
@@ -107,11 +110,11 @@ class LocalRanks:
     def _signal_groups(self, number: int) -> None:
         for p in self._processes:
             with contextlib.suppress(ProcessLookupError, PermissionError):
-                os.killpg(p.pid, number)  # also what a dead rank left behind
+                os.killpg(p.pid, number)  # also reaches the children of a dead rank
 
 
 class SlurmRanks:
-    """The tasks of one srun inside an allocation. Slurm kills what is left of a step, on all its nodes."""
+    """The tasks of one srun inside an allocation; Slurm kills all processes of an ended step, on all its nodes."""
 
     kind = "srun"
     _ENDED = re.compile(r"srun: error: (?P<host>\S+): tasks? (?P<tasks>[\d,\s-]+): (?P<how>.+)")
@@ -138,7 +141,7 @@ class SlurmRanks:
             )
         layout = [f"--nodes={nodes}", f"--ntasks-per-node={ranks // nodes}"] if ranks == nodes * per_node else []
         cpus = environment.get("SLURM_CPUS_PER_TASK")
-        # A step of one task does not look like a rank to `process.find`, and would give no signs of life.
+        # `process.find` does not take a step of one task for a rank, which would then give no signs of life.
         alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"} if ranks == 1 else {}
         with open(self._said, "ab") as said:
             self._srun = subprocess.Popen(
@@ -149,7 +152,7 @@ class SlurmRanks:
                     *([f"--cpus-per-task={cpus}"] if cpus else []),
                     *(["--overlap"] if "SLURM_STEP_ID" in environment else []),
                     "--distribution=block",
-                    # The launcher decides when one rank's end ends all: a rank that stopped as asked is no failure.
+                    # The launcher decides when one rank's end ends all: a rank that stopped as asked has not failed.
                     "--kill-on-bad-exit=0",
                     "--wait=0",
                     "--open-mode=append",
@@ -170,8 +173,9 @@ class SlurmRanks:
             )
 
     def codes(self) -> list[int | None]:
-        """Return codes as `LocalRanks.codes` does; srun reports tasks that failed at once, those that ended well when
-        all have ended.
+        """Return exit codes as `LocalRanks.codes` does.
+
+        srun reports failed tasks at once, and tasks that ended well when all have ended.
         """
         over = self._srun.poll()
         codes: list[int | None] = [None if over is None else 0] * self._ranks
@@ -191,29 +195,34 @@ class SlurmRanks:
         return next((line for line in lines if line.startswith("srun: error: ")), (lines or ["srun failed"])[-1])
 
     def host(self, rank: int) -> str:
+        """Return the name of a rank's host, or the allocation's list of nodes where Slurm does not give it."""
         for match in self._ENDED.finditer(self._text()):
             if rank in _tasks(match["tasks"]):
                 return match["host"]
         return _host(rank, self._per_node) or os.environ.get("SLURM_JOB_NODELIST", "the allocation")
 
     def ask_to_stop(self) -> None:
+        """Ask all ranks to write a checkpoint and end."""
         self.signal(signal.SIGUSR1)  # SIGTERM would make srun end the step itself
 
     def signal(self, number: int) -> None:
+        """Send a signal to srun, which sends it to the tasks."""
         if self._srun.poll() is None:
-            self._srun.send_signal(number)  # srun passes it on to the tasks
+            self._srun.send_signal(number)
 
     def watch_memory(self) -> None:
-        pass  # Slurm says "Out Of Memory" itself
+        """Do nothing: Slurm itself reports that a task ran out of memory."""
 
     def memory(self) -> list[int]:
+        """Return zeros: the memory of the tasks is not known."""
         return [0] * self._ranks
 
     def stopped_by_signal(self, rank: int) -> bool:
+        """Return False: the tasks' states are not known."""
         return False
 
     def end(self, grace_s: float) -> None:
-        """Send SIGTERM to srun, which ends the step and kills what does not end itself; SIGKILL to srun if it stays."""
+        """Send SIGTERM to srun, which ends the step and kills tasks that stay; send SIGKILL to srun if it stays."""
         if self._srun.poll() is None:
             self._srun.send_signal(signal.SIGTERM)
             _wait([self._srun], grace_s)
@@ -226,20 +235,21 @@ class SlurmRanks:
 
 
 def in_allocation(environment: Mapping[str, str] = os.environ) -> bool:
-    """Return whether ranks should be srun's tasks: inside a job of Slurm that has several nodes or tasks."""
+    """Return whether ranks should be srun's tasks: whether this is a job of Slurm that has several nodes or tasks."""
     several = any(int(environment.get(name) or 1) > 1 for name in ("SLURM_JOB_NUM_NODES", "SLURM_NTASKS"))
     return "SLURM_JOB_ID" in environment and several and shutil.which("srun") is not None
 
 
 def _die_with(parent: int, number: int):
-    """Return what a child calls before its program starts: ask the kernel for signal `number` when its parent dies
-    (Linux).
+    """Return a function that a child calls before its program starts.
+
+    It asks the kernel to send signal `number` when the parent dies (Linux).
     """
 
     def ask() -> None:
         if _libc is not None:
             _libc.prctl(_PR_SET_PDEATHSIG, int(number))
-            if os.getppid() != parent:  # it died before this call
+            if os.getppid() != parent:  # the parent died before this call
                 os._exit(process.STOPPED)
 
     return ask
@@ -252,7 +262,7 @@ def _wait(processes: Sequence[subprocess.Popen], seconds: float) -> None:
 
 
 def _host(rank: int, per_node: int) -> str:
-    """Return the node of a rank of a job, ranks being laid out in blocks; empty when Slurm does not say."""
+    """Return the node of a rank of a job whose ranks are laid out in blocks; empty when Slurm does not say."""
     with contextlib.suppress(OSError, IndexError, subprocess.TimeoutExpired):
         told = subprocess.run(["scontrol", "show", "hostnames"], capture_output=True, text=True, timeout=60)
         return told.stdout.split()[rank // per_node]
@@ -260,7 +270,7 @@ def _host(rank: int, per_node: int) -> str:
 
 
 def _tasks(text: str) -> list[int]:
-    """Parse Slurm's ``0,2-3``."""
+    """Parse Slurm's list of task numbers, such as ``0,2-3``."""
     numbers: list[int] = []
     for part in text.replace(" ", "").split(","):
         first, _, last = part.partition("-")
@@ -269,12 +279,12 @@ def _tasks(text: str) -> list[int]:
 
 
 def _fewest_tasks(text: str, default: int) -> int:
-    """Return the smallest count in Slurm's ``3,1`` or ``2(x4),1``."""
+    """Return the smallest count in Slurm's list of tasks per node, such as ``3,1`` or ``2(x4),1``."""
     return min((int(count) for count in re.findall(r"(\d+)(?:\(x\d+\))?", text)), default=default)
 
 
 def _code(how: str) -> int:
-    """Return the exit code that Slurm's words about a task's end mean."""
+    """Return the exit code for Slurm's description of a task's end."""
     if match := re.search(r"exit code (\d+)", how):
         return int(match[1])
     if "Out Of Memory" in how or "Killed" in how:

@@ -1,8 +1,8 @@
 """How ranks find each other: a TCPStore that rank 0 serves on one address, never on all of the machine's.
 
-Whoever reaches the store can disturb the run, for it asks nobody for a password. Ranks that `launch` started on this
-machine meet on the loopback interface. Those of a Slurm step meet on the job's network: rank 0 lets the system choose a
-free port and publishes address and port through a file that all nodes see. torchrun says itself where to meet
+The store has no password, so whoever can reach it can disturb the run. Ranks that `launch` started on this machine
+meet on the loopback interface. Those of a Slurm step meet on the job's network: rank 0 lets the system choose a free
+port and publishes address and port through a file that all nodes see. torchrun itself sets the address and port
 (MASTER_ADDR, MASTER_PORT).
 """
 
@@ -30,11 +30,11 @@ def meet(rank: int, world_size: int, limit: timedelta, folder: Path | None = Non
 
     Args:
         limit: how long to wait for the others.
-        folder: one that all nodes see, for ranks of a Slurm step that `launch` did not start; by default the working
-            directory.
+        folder: a folder that all nodes see, for ranks of a Slurm step that `launch` did not start; by default the
+            working directory.
 
     Raises:
-        RuntimeError: the others did not come in time, or nothing says where to meet.
+        RuntimeError: the others did not come in time, or the environment does not say where to meet.
     """
     import torch.distributed as dist
 
@@ -56,7 +56,7 @@ def meet(rank: int, world_size: int, limit: timedelta, folder: Path | None = Non
 
 
 def met(rank: int, folder: Path | None = None) -> None:
-    """Remove, as rank 0, what `meet` published; call it when all ranks have met."""
+    """Remove, as rank 0, the file that `meet` published; call it when all ranks have met."""
     if rank == 0 and not _has_master(os.environ):
         with contextlib.suppress(OSError):
             _file(os.environ, folder).unlink()
@@ -65,8 +65,8 @@ def met(rank: int, folder: Path | None = None) -> None:
 def own_address(environment: Mapping[str, str]) -> str:
     """Return the address at which the other ranks reach this process.
 
-    Loopback for ranks of one machine. Among nodes that of the interface which GLOO_SOCKET_IFNAME or NCCL_SOCKET_IFNAME
-    names, else of the one through which the node that called srun is reached.
+    It is the loopback address for ranks of one machine. Among nodes it is that of the interface which
+    GLOO_SOCKET_IFNAME or NCCL_SOCKET_IFNAME names, else of the one through which the node that called srun is reached.
     """
     import psutil
 
@@ -83,12 +83,11 @@ def own_address(environment: Mapping[str, str]) -> str:
 
 
 def gloo_interface(environment: Mapping[str, str], interfaces: Iterable[str]) -> str | None:
-    """Return what GLOO_SOCKET_IFNAME should be; None leaves the choice to gloo, which takes the interface of the host's
-    name.
+    """Return the value for GLOO_SOCKET_IFNAME, or None to let gloo take the interface of the host's name.
 
-    Unset, it follows NCCL_SOCKET_IFNAME, so that on GPU clusters the checkpoints' gloo group uses the network that was
-    chosen for NCCL. gloo wants a full name; NCCL a list of prefixes, of full names after "=", or of what to leave out
-    after "^".
+    If unset, it follows NCCL_SOCKET_IFNAME, so that on GPU clusters the checkpoints' gloo group uses the network that
+    was chosen for NCCL. gloo takes a full name; NCCL a list of prefixes, of full names after "=", or of names to leave
+    out after "^".
     """
     if given := environment.get("GLOO_SOCKET_IFNAME"):
         return given
