@@ -300,10 +300,10 @@ def draw(found: list[dict[str, Any]], path: Path) -> None:
         rows = [row for row in many if row["model"] == largest]
         panels.append((f"{largest}, batch {rows[0]['batch']} over ranks", rows))
     ylabel = "ms a token (median; bar to p95)"
-    plot.save(plot.times(one, title=finding(one), x="model", panels=panels, ylabel=ylabel, high="p95_ms"), path)
+    plot.save(plot.times(one, title=headline(one), x="model", panels=panels, ylabel=ylabel, high="p95_ms"), path)
 
 
-def finding(one: Sequence[Mapping[str, Any]]) -> str:
+def headline(one: Sequence[Mapping[str, Any]]) -> str:
     """Return what the rows of one process show, one line."""
     moe = [row for row in one if row["candidate"] == "baseline" and row["experts"]]
     if not moe:

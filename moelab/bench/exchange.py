@@ -242,7 +242,7 @@ def _kind(candidate: str) -> str:
     return {"both": "coordinated + hierarchical", "two": BARE}.get(word, word)
 
 
-def finding(found: Sequence[Mapping[str, Any]]) -> str:
+def headline(found: Sequence[Mapping[str, Any]]) -> str:
     """Return what the smallest messages show, one line."""
     smallest = min(row["bytes_per_rank"] for row in found)
     ratios = [r["ratio"] for r in found if _kind(r["candidate"]) == "hierarchical" and r["bytes_per_rank"] == smallest]
@@ -254,7 +254,7 @@ def figure(found: Sequence[Mapping[str, Any]]) -> Figure:
     """Draw time relative to flat over bytes a rank, one panel for each number of ranks."""
     return plot.ratios(
         [{**row, "candidate": _kind(row["candidate"])} for row in sorted(found, key=lambda row: row["ranks"])],
-        title=f"{finding(found)}; one layer, forward, {found[0]['backend']} on {found[0]['cores']} cores",
+        title=f"{headline(found)}; one layer, forward, {found[0]['backend']} on {found[0]['cores']} cores",
         x="bytes_per_rank",
         xlabel="KiB of tokens a rank",
         panel="ranks",

@@ -44,11 +44,11 @@ def run(
         values = notebooks.check_parameters(experiment(name), given)
         experiment(name).scale(values["scale"])
     if dry_run:
-        from moelab.runs.dry_run import plan, show
+        from moelab.runs.dry_run import planned_runs, show
 
         wanted = {name: given} if name else batch.chosen(scale, {k: v for k, v in given.items() if k != "scale"})
         checked = [(experiment(e), notebooks.check_parameters(experiment(e), taken)) for e, taken in wanted.items()]
-        show(plan([spec for e, taken in checked for spec in e.specs_of(notebooks.resolve(e, taken))]))
+        show(planned_runs([spec for e, taken in checked for spec in e.specs_of(notebooks.resolve(e, taken))]))
         return
     if name is None:
         from moelab.lab import Lab

@@ -41,7 +41,7 @@ class PlannedRun:
     gpu_hours: float | None
 
 
-def plan(specs: Sequence[RunSpec], store: RunStore | None = None) -> list[PlannedRun]:
+def planned_runs(specs: Sequence[RunSpec], store: RunStore | None = None) -> list[PlannedRun]:
     """One row a run, teachers before their students. Writes nothing."""
     store = store or RunStore()
     wanted = {s.id: s for spec in specs for s in (*spec.requires(), spec)}

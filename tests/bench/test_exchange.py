@@ -39,7 +39,7 @@ def test_the_command_on_ranks(tmp_path):
     launch([*command, "--out", str(tmp_path / "out")], 4, logs=tmp_path)
     rows = all_to_all.measured_times(Lab(), "paper", file=str(tmp_path / "out" / "exchange.jsonl"))
     assert [r["candidate"] for r in rows] == [*bench.layouts(4), bench.BARE] and {r["ranks"] for r in rows} == {4}
-    assert bench.finding(rows).startswith("At 1 KiB")
+    assert bench.headline(rows).startswith("At 1 KiB")
     assert (tmp_path / "out" / "exchange.provenance.json").exists()
     assert "time / flat" in (tmp_path / "rank-00000.txt").read_text()
     assert "time / flat" not in (tmp_path / "rank-00003.txt").read_text()

@@ -35,7 +35,7 @@ from moelab.experiments import (
 )
 from moelab.lab import Lab
 from moelab.paper import verdicts as claims
-from moelab.runs.dry_run import paper_rate, plan, state_bytes
+from moelab.runs.dry_run import paper_rate, planned_runs, state_bytes
 from moelab.simulate import frames, ways
 
 SCALED = [(e.name, scale) for e in EXPERIMENTS.values() if e.arms or e.build for scale in e.scales]
@@ -247,14 +247,14 @@ def test_a_plan_counts_state_and_hours(tmp_path):
     from moelab.runs.store import RunStore
 
     specs = [spec for spec in distillation.EXPERIMENT.specs("paper", arms=["L21 + KD"])]
-    teacher, student = plan(specs, RunStore(tmp_path))
+    teacher, student = planned_runs(specs, RunStore(tmp_path))
     assert teacher.spec == specs[0].teacher and teacher.state == "new" and not list(tmp_path.iterdir())
     assert teacher.gpu_hours == pytest.approx(teacher.flops / paper_rate() / 3600) and student.gpu_hours > 0
     one = settings.spec("1.3B+MoE-128", "paper")
     experts = 12 * 2 * (2 * 2048 * 8192 + 8192 + 2048)  # 128 experts on 64 ranks: two a layer
     shared = ModelConfig.parse("1.3B+MoE-128").parameters() - 64 * experts
     assert state_bytes(one) == 16 * (experts + shared)
-    assert plan(half_moe.EXPERIMENT.specs("cpu"), RunStore(tmp_path))[0].gpu_hours is None
+    assert planned_runs(half_moe.EXPERIMENT.specs("cpu"), RunStore(tmp_path))[0].gpu_hours is None
 
 
 def test_summary_and_gaps():
