@@ -1,12 +1,12 @@
-"""Keep the memory of large CPU tensors mapped: what the stacked gradients of many experts need.
+"""Reuse the memory of large CPU tensors, such as the stacked gradients of many experts.
 
-The C allocator gives a freed 512 MiB gradient back to the system, and the next step pays again for having every page
-of it mapped and zeroed: measured on one core, 220 ms against 18 ms for writing it, more than the matrix product that
-fills it. Here a buffer goes back to a pool when the last tensor that uses it dies. Buffers are NumPy's, which asks
-for huge pages.
+The C allocator returns a freed 512 MiB gradient to the operating system, which maps and zeroes all its pages again at
+the next step: measured on one core, 220 ms, against 18 ms for writing it and less than 220 ms for the matrix product
+that fills it. Here a buffer returns to a pool when the last tensor that uses it is freed. Buffers are NumPy arrays,
+because NumPy requests huge pages.
 
-Buffers in use and free ones together never exceed the most that was in use at one time: beyond that, the free buffers
-whose size was used least recently are given back to the system. :func:`release` gives all free ones back.
+The buffers in use and the free ones together never exceed the largest amount that was in use at one time: beyond that,
+the free buffers whose size was used least recently are returned to the system. :func:`release` returns all free ones.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ class _Pool:
 
     def __init__(self) -> None:
         self.lock = threading.Lock()
-        self.returned: deque[np.ndarray] = deque()  # finalizers run in any thread, at any time: they only append
+        self.returned: deque[np.ndarray] = deque()  # appended to by finalizers, in any thread at any time
         self.free: dict[int, list[np.ndarray]] = {}  # the least recently returned size first
         self.used_bytes = self.free_bytes = self.most_bytes = 0
 
     def collect(self) -> None:
-        """Sort the returned buffers into the free ones."""
+        """Move the returned buffers to the free ones."""
         while self.returned:
             base = self.returned.popleft()
             same = self.free.pop(len(base), [])
@@ -43,7 +43,7 @@ class _Pool:
             self.free_bytes += len(base)
 
     def pop(self, size: int) -> np.ndarray:
-        """Take a free buffer of ``size`` bytes away."""
+        """Remove a free buffer of ``size`` bytes from the pool and return it."""
         base = self.free[size].pop()
         if not self.free[size]:
             del self.free[size]
@@ -59,7 +59,7 @@ class _Pool:
         self.most_bytes = max(self.most_bytes, self.used_bytes)
         while self.free and self.used_bytes + self.free_bytes > self.most_bytes:
             self.pop(next(iter(self.free)))
-        if base is None:  # after the others went back to the system
+        if base is None:  # allocated after free buffers were returned to the system
             base = np.empty(size + 64, np.uint8)
             base = base[-base.ctypes.data % 64 :][:size]
         return base
@@ -69,7 +69,7 @@ _pool = _Pool()
 
 
 def _forget() -> None:
-    """Give a forked child a pool of its own: another thread may have held the lock."""
+    """Give a forked child a new pool, because another thread may have held the lock of the old one."""
     global _pool
     _pool = _Pool()
 
@@ -83,11 +83,11 @@ def empty(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
     needed = math.prod(shape) * dtype.itemsize
     if needed < _MIN_BYTES:
         return torch.empty(shape, dtype=dtype)
-    step = 1 << needed.bit_length() - 4  # size classes an eighth apart, so that row counts that vary share buffers
+    step = 1 << needed.bit_length() - 4  # size classes at most 1/8 apart, so that varying row counts share buffers
     pool = _pool
     with pool.lock:
         base = pool.take(-(-needed // step) * step)
-    loan = base[:]  # dies with the last tensor on it
+    loan = base[:]  # freed with the last tensor that uses it
     weakref.finalize(loan, pool.returned.append, base).atexit = False
     return torch.from_numpy(loan)[:needed].view(dtype).view(shape)
 

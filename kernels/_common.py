@@ -1,8 +1,8 @@
 """Choose backends and precisions for every op.
 
-Backends. ``auto`` is Triton on CUDA tensors and tuned torch on CPU tensors. ``reference`` is the operation
-in plain PyTorch, on any device, written to be read. ``triton`` on CPU tensors needs Triton's interpreter, that is
-``TRITON_INTERPRET=1`` set before Triton is imported (tests only: it is slow).
+Backends: ``auto`` is Triton on CUDA tensors and tuned torch on CPU tensors. ``reference`` is the operation in plain
+PyTorch, on any device, written for readability. ``triton`` on CPU tensors needs Triton's interpreter, that is
+``TRITON_INTERPRET=1`` set before Triton is imported (for tests only, because it is slow).
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ try:
 
     HAS_TRITON = True
     INTERPRETING = bool(triton.knobs.runtime.interpret)
-except ImportError:  # macOS: the torch backend needs none of it
+except ImportError:  # macOS: the torch backend does not need Triton
 
     class _NoTriton:
-        """Let the kernel files be imported; nothing decorated here is ever launched."""
+        """Let the kernel files be imported; no function decorated by this class is ever launched."""
 
         constexpr = None
 
@@ -37,13 +37,13 @@ except ImportError:  # macOS: the torch backend needs none of it
     INTERPRETING = False
 
 Backend = Literal["auto", "torch", "triton", "reference"]
-"""How an op runs; see the module's docstring."""
+"""Names of an op's implementations; see the module's docstring."""
 
 recording = False
-"""True while compile.py collects the launches of the ops on meta tensors; nothing runs then."""
+"""True while compile.py records the launches of the ops on meta tensors instead of executing them."""
 
 APPROXIMATE = {"gelu": "none", "gelu_tanh": "tanh"}
-"""The names of the GELUs here, and PyTorch's ``approximate`` for them."""
+"""Activation name -> the ``approximate`` argument of PyTorch's GELU."""
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -95,9 +95,9 @@ def dot_precision(dtype: torch.dtype) -> str:
 
     float32 follows PyTorch's own switch for CUDA products, so that a Triton kernel is as precise as the
     ``torch.matmul`` beside it: exact float32 by default, TF32 (10 bits of mantissa, about 8 times the rate on an A100)
-    once a program has asked for it, by ``torch.set_float32_matmul_precision("high")`` or by
-    ``torch.backends.cuda.matmul.fp32_precision = "tf32"``. The second makes PyTorch's reader of the first raise, while
-    ``fp32_precision`` reflects both. Other dtypes have one precision.
+    once a program has requested it, by ``torch.set_float32_matmul_precision("high")`` or by
+    ``torch.backends.cuda.matmul.fp32_precision = "tf32"``. After the second, ``torch.get_float32_matmul_precision``
+    raises, while ``fp32_precision`` reflects both. Other dtypes have one precision.
     """
     return "tf32" if dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
 

@@ -21,24 +21,23 @@ from ._gelu_cpu import Gelu
 from ._layout_cpu import Layout, Task, plan
 from ._permute_cpu import take
 
-_LARGE = 1 << 30  # multiply-adds of one expert's weight gradient, from which it is cut into ``_PARTS``
+_LARGE = 1 << 30  # an expert's weight gradient of at least this many multiply-adds is cut into ``_PARTS``
 _PARTS = 4
 
 T = TypeVar("T")
 
 
 def _share(work: Callable[[Iterable[T]], None], tasks: Sequence[T], counting: bool) -> None:
-    """Run ``work`` over the tasks on PyTorch's number of threads; in this one under a dispatch mode (a FLOP counter,
-    say), which would not see what other threads do."""
+    """Run ``work`` over the tasks on PyTorch's number of threads, or with ``counting`` in this thread alone."""
     threads = torch.get_num_threads()
-    if threads == 1 or counting:
+    if threads == 1 or counting:  # a dispatch mode, such as a FLOP counter, does not see other threads
         work(tasks)
     else:
         _pool.share(work, tasks, threads)
 
 
 class _Experts:
-    """Hold a stack of weights or biases, whole and one by one: one call for all views costs less than one for each."""
+    """Hold stacked weights or biases and their views per expert: one ``unbind`` costs less than indexing each."""
 
     def __init__(self, stack: torch.Tensor | None, layout: Layout) -> None:
         self.stack = stack
@@ -153,7 +152,7 @@ class CPUExperts(torch.autograd.Function):
         ]
         dw1, db1, dw2, db2 = (_Experts(t, layout) for t in grads)
         w1_T, w2_T, none = _Experts(w1.mT, layout), _Experts(w2.mT, layout), _Experts(None, layout)
-        save_h = act and need[3]  # without an activation, the pre-activation is it
+        save_h = act and need[3]  # without an activation function, h equals the pre-activation
 
         def rows(task, gelu, d_t, h_t):
             """Compute d pre (and h) of the task's slots, and dx."""

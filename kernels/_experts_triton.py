@@ -43,7 +43,7 @@ def _act(x, EXACT: tl.constexpr):
     if EXACT:
         cdf = 0.5 * (1.0 + tl.erf(x * 0.7071067811865476))
         return x * cdf, cdf + x * 0.3989422804014327 * tl.exp(-0.5 * x * x)
-    t = 1.0 - 2.0 / (tl.exp(1.5957691216057308 * (x + 0.044715 * x * x * x)) + 1.0)  # tanh by its exponential
+    t = 1.0 - 2.0 / (tl.exp(1.5957691216057308 * (x + 0.044715 * x * x * x)) + 1.0)  # tanh by exp
     slope = 0.5 * (1.0 + t) + 0.5 * x * (1.0 - t * t) * 0.7978845608028654 * (1.0 + 0.134145 * x * x)
     return 0.5 * x * (1.0 + t), slope
 
@@ -55,8 +55,11 @@ def _product_kernel(
     BIAS: tl.constexpr, ACT: tl.constexpr, EXACT: tl.constexpr, PRE: tl.constexpr, EVEN_K: tl.constexpr,
     PRECISION: tl.constexpr, UPCAST: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
-    """Compute one tile of x @ W[e]. ACT 0: y = it + b. 1: y = act(it + b), with PRE also pre = it + b.
-    2 (backward): y = it * act'(pre), with PRE also h = act(pre)."""
+    """Compute one tile of y from the product p = x @ W[e].
+
+    ACT 0: y = p + b. ACT 1: y = act(p + b); with PRE, also store pre = p + b. ACT 2 (backward): y = p * act'(pre); with
+    PRE, also store h = act(pre).
+    """
     pid = tl.program_id(0)
     across = tl.cdiv(N, BN)
     group = pid // (8 * across)  # eight tiles share their weights' columns in cache
@@ -154,6 +157,7 @@ class _Plan(NamedTuple):
 
 
 def _plan(x, offsets_E1) -> _Plan:
+    """Return the tiles of the groups of rows; BM, the rows of a tile, follows the average group."""
     R, E = len(x), len(offsets_E1) - 1
     average = R // E
     BM = 16 if average <= 16 else 32 if average <= 32 else 64 if average <= 64 or x.dtype == torch.float32 else 128
@@ -165,8 +169,8 @@ def _plan(x, offsets_E1) -> _Plan:
 
 
 def _product_config(BM: int, N: int, K: int, dtype: torch.dtype, act: int) -> dict:
-    """Return the tile of a forward or input-gradient product, chosen to compile for sm_80 without spills. Widths that
-    are no multiple of 16 need masks and single loads, act 2 holds a second tile; both take a narrower one."""
+    """Return the tile of a forward or input-gradient product, chosen to compile for sm_80 without register spills."""
+    # Narrower for odd widths, which need masks and unvectorised loads, and for act 2, which holds a second tile.
     odd = N % 16 or K % 16
     BN = min(max(next_power_of_2(N), 16), 64 if dtype == torch.float32 or odd or act == 2 else 128)
     BK = min(max(next_power_of_2(K), 16), 32 if dtype == torch.float32 or odd else 64)

@@ -1,10 +1,10 @@
 """Compute the gate in Triton: the semantics of ``gating.py``.
 
-Small batches: one launch of one program. Otherwise choose (per block of tokens: softmax, top-k, histograms), scan
-(bases of every block's slots), place (slots, weights, losses); random selection adds select (one program per
-expert, only the overflowing ones work) and, for normalised weights, weigh. Sums across blocks run in a fixed order:
-the same bits every time. The numbers of tokens and of blocks do not specialise the kernels, so that a new batch size
-compiles nothing.
+A small batch takes one launch of one program. A larger one takes three kernels: *choose* (softmax, top-k and histograms
+of each block of tokens), *scan* (the first slots of each block) and *place* (slots, weights, losses). Random selection
+adds *select* (one program per expert, which does nothing unless the expert overflows) and, for normalised weights,
+*weigh*. Sums across blocks run in a fixed order, so that results are bitwise reproducible. The numbers of tokens and
+of blocks do not specialise the kernels, so that a new batch size needs no compilation.
 """
 
 from __future__ import annotations
@@ -120,7 +120,8 @@ def _gate_choose_kernel(
 ):  # fmt: skip
     """Choose for a block of BS tokens: experts, raw probabilities, counts [K, blocks, E], partial sums of the losses.
 
-    slot becomes 0 for routed entries and -1 for those of tokens without a softmax."""
+    slot becomes 0 for routed entries and -1 for those of tokens without a softmax.
+    """
     block = tl.program_id(0)
     blocks = tl.num_programs(0)
     rows = block * BS + tl.arange(0, BS)
@@ -148,8 +149,7 @@ def _gate_scan_kernel(
     counts_p, mean_p, first_p, load_p, kept_p, aux_p,
     blocks, S, E, CAP, K: tl.constexpr, BN: tl.constexpr, BE: tl.constexpr,
 ):  # fmt: skip
-    """Turn a block of experts' counts into the numbers of entries before, in k-major order; also sum the loads and the
-    experts' parts of the aux loss."""
+    """Replace counts by the numbers of entries before them in k-major order; sum loads and terms of the aux loss."""
     cols = tl.program_id(0) * BE + tl.arange(0, BE)
     steps = tl.arange(0, BN)
     load = tl.zeros([BE], tl.int32)
@@ -177,8 +177,7 @@ def _gate_place_kernel(
     blocks, S, E, CAP, K: tl.constexpr, RANDOM: tl.constexpr, NORMALIZE: tl.constexpr, EPS: tl.constexpr,
     BS: tl.constexpr, BE: tl.constexpr, BK: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
-    """Number a block of BS tokens' entries in k-major order. With RANDOM drop nothing yet, and list every expert's
-    entries."""
+    """Assign slots in k-major order, write weights and losses; with RANDOM, drop nothing yet and list the entries."""
     block = tl.program_id(0)
     rows = block * BS + tl.arange(0, BS)
     cols = tl.arange(0, BE)
@@ -255,7 +254,7 @@ def _gate_backward_kernel(
                 at = rows.to(tl.int64) * K + k
                 expert = tl.load(expert_p + at, mask=rows < S, other=0)
                 kept = tl.load(slot_p + at, mask=rows < S, other=-1) >= 0
-                hot = (cols[None, :] == expert[:, None]).to(tl.float32)  # numbers: predicates would be spilled
+                hot = (cols[None, :] == expert[:, None]).to(tl.float32)  # float32, because predicates would be spilled
                 raw = tl.where(kept, tl.sum(hot * p, axis=1), 0.0)
                 total += raw
                 inner += raw * tl.load(d_weight_p + at, mask=rows < S, other=0.0)
@@ -277,9 +276,9 @@ def _gate_backward_kernel(
     )
 
 
-TILE = 4096  # elements of a [tokens, experts] tile: 16 a thread at 8 warps
-SMALL_TILE, SMALL_ROWS = 8192, 512  # one program's
-SMALL_ENTRIES = 128  # random selection by pairs
+TILE = 4096  # elements of a [tokens, experts] tile: 16 per thread with 8 warps
+SMALL_TILE, SMALL_ROWS = 8192, 512  # largest tile and number of tokens for the single-program kernel
+SMALL_ENTRIES = 128  # largest number of entries for random selection by comparing all pairs
 
 
 def _signed(x: int) -> int:
@@ -356,8 +355,8 @@ class TritonGate(torch.autograd.Function):
         if S == 0 or (d_weight_SK is None and d_aux is None and d_z is None):
             return (d_SE.zero_(), *[None] * 5)
         BE = next_power_of_2(E)
-        BS = max(min(TILE // 4 // BE, next_power_of_2(S)), 1)  # more values per element than on the way there
-        none = first_E  # any pointer
+        BS = max(min(TILE // 4 // BE, next_power_of_2(S)), 1)  # the backward pass holds more values per element
+        none = first_E  # unused by the kernel
         _gate_backward_kernel[(triton.cdiv(S, BS),)](
             logits_SE, expert_SK, slot_SK, first_E,
             none if d_weight_SK is None else d_weight_SK.contiguous(), none if d_aux is None else d_aux,

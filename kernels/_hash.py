@@ -24,7 +24,7 @@ def hash_keys(seed: int) -> tuple[int, int]:
 
 
 def priorities(seed: int, tokens: int, top_k: int, device: torch.device | str = "cpu") -> torch.Tensor:
-    """Return the priority of every entry, int64 [S, K] in [0, 2^32). For one k, no two tokens draw the same."""
+    """Return the priority of every entry, int64 [S, K] in [0, 2^32); for one k, all tokens have different ones."""
     low, high = hash_keys(seed)
 
     def mix(x):

@@ -1,14 +1,15 @@
 """Lay out the experts' rows so that few products of few shapes compute them (CPU).
 
-A matrix product of a few rows costs its call more than its arithmetic where experts are narrow, and oneDNN, which
-computes bfloat16, generates code for every new number of rows, which costs as much as dozens of products (Intel with
-AMX, [m, 128] x [128, 512]: 40 us for a known m, 683 us for a new one), while every step's routing brings new numbers.
-So the rows may lie in *slots*, expert block by expert block; a block is the work of one task:
+With narrow experts, the call of a product of few rows costs more than its arithmetic. Further, oneDNN, which computes
+bfloat16 products, generates code for every new number of rows, and every step's routing brings new numbers; generating
+code costs as much as dozens of products (Intel with AMX, [m, 128] x [128, 512]: 40 us for a known m, 683 us for a new
+one). So the rows may lie in *slots*, in blocks of consecutive experts; one task computes one block:
 
 - the first ``base`` slots of each of the block's experts, for batched products; unused ones hold zeros;
 - then the remaining rows of these experts, each *group* rounded up to a multiple of 4 to 64 slots for oneDNN.
 
-With ``base = 0`` and nothing rounded, slots are rows. :func:`plan` weighs the arithmetic of unused slots against calls.
+With ``base = 0`` and no rounding, slots are rows. :func:`plan` minimises an estimate of the time, which includes the
+arithmetic of unused slots and the calls.
 A layout depends on shapes and counts alone, never on the number of threads.
 """
 
@@ -19,14 +20,14 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-_ELEMENTS = 1 << 18  # of the pre-activations of one task: they stay in a core's cache between its steps
-_ROWS = 1024  # of one product where experts are cut into tasks
+_ELEMENTS = 1 << 18  # pre-activation elements per task: they stay in a core's cache between the task's steps
+_ROWS = 1024  # rows of one product where experts are cut into tasks
 _CUT = 16  # an expert with more than this fraction (1 / 16) of the rows is cut
-_FEW_ROWS = 16  # in the largest group, up to which row counts repeat of themselves
+_FEW_ROWS = 16  # up to this size of the largest group, row counts repeat without rounding
 
 
 class Task(NamedTuple):
-    """Consecutive slots of experts ``first`` to ``last``: their base, then groups."""
+    """Hold one task's slots ``start`` to ``end``: the base of experts ``first`` to ``last`` - 1, then the groups."""
 
     start: int
     end: int
@@ -68,14 +69,14 @@ def onednn(dtype: torch.dtype) -> bool:
 
 
 class _Costs(NamedTuple):
-    """Times in ns on one Zen 4 core (AVX512), fitted to measured products; what matters is their ratios."""
+    """Hold times in ns on one Zen 4 core (AVX512), fitted to measured products; only their ratios matter."""
 
     product: float
-    """A multiply-add."""
+    """Time of a multiply-add."""
     weight: float
-    """A weight that a product reads, or writes as a gradient."""
+    """Time for a weight that a product reads, or writes as a gradient."""
     group: float
-    """The calls for a group, forward and backward."""
+    """Time of the calls for a group, forward and backward."""
 
 
 _SLOW, _QUICK = _Costs(0.0265, 0.3, 26_000), _Costs(0.0098, 0.15, 103_000)  # float32 by MKL; bfloat16 by oneDNN
@@ -83,8 +84,7 @@ _ELEMENT, _COPY = 3, 4  # the activation of one element, and its gradient; copie
 
 
 def _base(counts_E: np.ndarray, width: int, ffn: int, step: int, costs: _Costs) -> int:
-    """Return the number of slots per expert in the base that makes six products and the activations cost least: 0 or
-    a multiple of ``step``."""
+    """Return the base slots per expert, 0 or a multiple of ``step``, of the least estimated time per training step."""
     weights = 6 * width * ffn
     base_B = np.arange(0, min(int(counts_E.max()), 4096) + step, step)
     over_BE = np.maximum(counts_E - base_B[:, None], 0)
@@ -106,7 +106,7 @@ def plan(bounds: list[int], rows: int, width: int, ffn: int, dtype: torch.dtype,
         base = _base(counts_E, width, ffn, *((16, _QUICK) if quick else (8, _SLOW)))
         if quick and counts_E.max() > _FEW_ROWS:
             average = total // len(busy)
-            round_up = min(max(1 << max(average.bit_length() - 4, 0), 4), 64)  # an eighth to a sixteenth
+            round_up = min(max(1 << max(average.bit_length() - 4, 0), 4), 64)  # 1/16 to 1/8 of it
     more_E = np.maximum(counts_E - base, 0)
     more_E = -(-more_E // round_up) * round_up
     cut = base == 0 and total > 0 and int(counts_E.max()) * _CUT > total
@@ -145,7 +145,7 @@ def plan(bounds: list[int], rows: int, width: int, ffn: int, dtype: torch.dtype,
 
 
 def _loose(groups: tuple[tuple[int, int, int], ...], most: int, cut: bool) -> list[Task]:
-    """Return tasks without a base: as many neighbouring groups as have ``most`` slots; or, to cut, parts of one."""
+    """Return tasks without a base: neighbouring groups of at most ``most`` slots, or with ``cut`` parts of a group."""
     if cut:
         parts = [(e, i, min(i + _ROWS, end)) for e, start, end in groups for i in range(start, end, _ROWS)]
         return [Task(i, j, 0, 0, (e,), (j - i,)) for e, i, j in parts]

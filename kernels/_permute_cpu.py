@@ -1,4 +1,4 @@
-"""Copy tokens to rows and back on CPU: NumPy builds the table, torch's gathers move the data."""
+"""Copy tokens to rows and back on CPU: NumPy builds the table, torch's gathers copy the data."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def table_cpu(expert_SK, slot_SK, kept_E, rows: int | None) -> tuple[torch.Tenso
 
 
 def _blocks(rows: int, width: int) -> list[slice]:
-    """Return slices of rows that fit in a core's cache while several passes go over them."""
+    """Return slices of rows small enough to stay in a core's cache over several passes."""
     step = max((1 << 16) // max(width, 1), 1)
     return [slice(i, i + step) for i in range(0, rows, step)]
 

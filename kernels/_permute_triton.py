@@ -15,8 +15,7 @@ from ._common import next_power_of_2, tl, triton
 def _table_kernel(
     expert_p, slot_p, kept_p, row_p, entry_p, offsets_p, N, R, E, BN: tl.constexpr, BE: tl.constexpr
 ):  # fmt: skip
-    """Write both sides of the table: a program scatters its BN entries, and writes -1 to the empty ones of its BN
-    rows."""
+    """Write both sides of the table: scatter BN entries, and write -1 to the empty ones of BN rows."""
     pid = tl.program_id(0)
     cols = tl.arange(0, BE)
     kept = tl.load(kept_p + cols, mask=cols < E, other=0)
@@ -39,8 +38,7 @@ def _spread_kernel(
     x_p, entry_p, weight_p, rows_p, out_p, d_weight_p,
     R, K, M, WEIGHTED: tl.constexpr, DOT: tl.constexpr, BR: tl.constexpr, BM: tl.constexpr,
 ):  # fmt: skip
-    """Compute out_r = (weight(r) *) x[token(r)], zero where the row is empty; with DOT also d_weight(r) = <rows_r,
-    x[token(r)]>."""
+    """Compute out_r = (weight(r) *) x[token(r)], 0 for empty rows; with DOT, d_weight(r) = <rows_r, x[token(r)]>."""
     r = tl.program_id(0) * BR + tl.arange(0, BR)
     entry = tl.load(entry_p + r, mask=r < R, other=-1)
     there = entry >= 0
@@ -96,8 +94,7 @@ def table_triton(expert_SK, slot_SK, kept_E, R: int) -> tuple[torch.Tensor, torc
 
 
 def _tile(count: int, M: int) -> tuple[int, int]:
-    """Return (rows, columns) of a program's tile: at least 16 bytes a thread, and few rows, so that small batches fill
-    the GPU."""
+    """Return (rows, columns) of a tile: at least 16 bytes per thread, few rows to use the whole GPU."""
     columns = min(next_power_of_2(M), 1024)
     return min(max(2048 // columns, 1), next_power_of_2(count)), columns
 
@@ -109,7 +106,7 @@ def _spread(x_SM, entry_R, K, weight_SK=None, rows_RM=None):
     d_weight_SK = None if rows_RM is None else torch.zeros_like(weight_SK)
     if R * M:
         BR, BM = _tile(R, M)
-        none = entry_R  # any pointer
+        none = entry_R  # unused by the kernel
         _spread_kernel[(triton.cdiv(R, BR),)](
             x_SM, entry_R, none if weight_SK is None else weight_SK, none if rows_RM is None else rows_RM, out,
             none if d_weight_SK is None else d_weight_SK,

@@ -1,8 +1,8 @@
-"""Threads that compute a CPU op's independent parts side by side, each part on one thread.
+"""Compute independent parts of a CPU op in parallel, each part on one thread.
 
-PyTorch splits every single operation over its threads. For many small ones that costs more than it brings: the threads
-meet after each, and each gets a sliver of a matrix. Here every thread takes a part (an expert) of its own, with
-PyTorch's own threading off in it, so a part's result has the same bits however many threads share the work.
+PyTorch splits each operation over its threads. For many small operations this is slow: the threads synchronise after
+each, and each gets a small piece of a matrix. Here each thread computes whole parts (tasks of experts) with PyTorch's
+own threading switched off, so that a part's result is bitwise the same for any number of threads.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _executor: ThreadPoolExecutor | None = None
 
 
 def _forget() -> None:
-    """A forked child has none of the threads."""
+    """Reset the pool in a forked child, which inherits none of the threads."""
     global _executor, _lock
     _executor, _lock = None, threading.Lock()
 
@@ -32,17 +32,16 @@ if hasattr(os, "register_at_fork"):
 
 
 def _enter() -> None:
-    """One thread for this thread's operations. PyTorch makes that the default of threads yet to start, too, so a helper
-    thread puts back the number that this one started with."""
+    """Limit PyTorch's operations in this thread to one thread."""
     default = torch.get_num_threads()
-    torch.set_num_threads(1)
+    torch.set_num_threads(1)  # also for threads that start later: a helper thread restores their default
     helper = threading.Thread(target=torch.set_num_threads, args=(default,))
     helper.start()
     helper.join()
 
 
 def _submit(call: Callable[[], None]) -> Future[None] | None:
-    """None where no thread can be had (at the interpreter's end)."""
+    """Submit a call to the pool; return None where no thread can start (at interpreter shutdown)."""
     global _executor
     with _lock:
         if _executor is None:
@@ -54,11 +53,11 @@ def _submit(call: Callable[[], None]) -> Future[None] | None:
 
 
 def share(work: Callable[[Iterable[T]], None], parts: Sequence[T], threads: int) -> None:
-    """``work(some of the parts)`` on each of ``threads`` threads, which take the next part as they finish one, in the
-    order given; the caller waits. Returns when all are done; raises what the first failing one raised.
+    """Run ``work`` on ``threads`` threads, each with an iterator over the parts that they share, and wait for all.
 
-    ``work`` must write its results in place, into memory that differs from part to part. It runs without autograd and
-    without the caller's modes and autocast.
+    A thread that finishes a part takes the next one, in the order given. ``work`` must write its results in place, into
+    memory that differs from part to part. It runs without autograd and without the caller's modes and autocast. The
+    exception of the first failing thread, in the order in which the threads were started, is raised again.
     """
     left = deque(parts)
 
@@ -70,7 +69,7 @@ def share(work: Callable[[Iterable[T]], None], parts: Sequence[T], threads: int)
                 return
 
     def call() -> None:
-        with torch.inference_mode():  # the caller's own tensors stay normal ones
+        with torch.inference_mode():  # results are the caller's tensors, so none becomes an inference tensor
             try:
                 work(take())
             except BaseException:
@@ -81,7 +80,7 @@ def share(work: Callable[[Iterable[T]], None], parts: Sequence[T], threads: int)
     try:
         for future in futures:
             future.result()
-    except BaseException:  # an interrupt as well: the buffers must not be written after this
+    except BaseException:  # also on an interrupt: no thread may write to the buffers afterwards
         left.clear()
         wait(futures)
         raise

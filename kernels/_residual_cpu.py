@@ -11,7 +11,7 @@ def mix_cpu(moe, mlp, a_S2):
     """Return a_0 moe + a_1 mlp in moe's dtype."""
     wide = a_S2.dtype if moe.dtype == torch.float64 else torch.float32
     a_S2 = a_S2.to(wide)
-    y = moe * a_S2[:, :1]  # in float32: the coefficients are
+    y = moe * a_S2[:, :1]  # in float32, the coefficients' dtype
     return y.addcmul_(mlp.to(wide), a_S2[:, 1:]).to(moe.dtype)
 
 

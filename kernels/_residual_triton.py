@@ -77,9 +77,9 @@ def _mix_backward_kernel(
 
 
 def _mix_tile(S: int, M: int) -> dict:
-    """Return the tokens and columns of a program."""
+    """Return a program's tile (BS tokens, BM columns) and its number of warps."""
     columns = min(next_power_of_2(M), 1024)
-    elements = 1024 if M % 16 else 2048  # odd widths are addressed one by one, which takes registers
+    elements = 1024 if M % 16 else 2048  # unaligned widths are loaded element by element, which takes registers
     return dict(BS=min(max(elements // columns, 1), next_power_of_2(S)), BM=columns, num_warps=4)
 
 

@@ -23,8 +23,7 @@ def priority(token, k, low, high):
 
 @triton.jit
 def _highest(list_p, n, wanted, low, high, threshold, K: tl.constexpr, TIES: tl.constexpr, BL: tl.constexpr):
-    """Find the ``wanted``-th highest key among n entries, bit by bit from the top: the key is the priority, or with
-    TIES ~token among the entries whose priority is ``threshold``."""
+    """Return the ``wanted``-th highest priority of n entries; with TIES, of ~token at priority ``threshold``."""
     found = threshold * 0
     bit = found + 0x80000000
     while bit > 0:

@@ -1,10 +1,10 @@
-"""Compile every kernel ahead of time, without a GPU, and table the resources that each will use.
+"""Compile every kernel ahead of time, without a GPU, and tabulate the resources that each will use.
 
     python -m moelab.kernels.compile --arch sm_80 --arch sm_90 --out results/kernels/compile.csv
 
-The configurations are not listed here a second time: the ops themselves run on meta tensors of the shapes below, and
-their launches are recorded instead of executed, so that what is compiled is what a GPU would be given. Occupancy is
-the share of a multiprocessor's warps that registers, shared memory and block slots leave room for; it is an estimate.
+The ops run on meta tensors of the shapes below, and their launches are recorded instead of executed, so that the
+compiled configurations are those that a GPU would run. Occupancy is an estimate: the fraction of a multiprocessor's
+warps that registers, shared memory and the limit of blocks allow to be resident.
 """
 
 from __future__ import annotations
@@ -29,14 +29,13 @@ DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", 
 
 
 class Limits(NamedTuple):
-    """Describe one multiprocessor of an architecture (CUDA programming guide, technical specifications per compute
-    capability)."""
+    """Describe one multiprocessor (CUDA programming guide, technical specifications per compute capability)."""
 
     warps: int
     blocks: int
     registers: int
     shared: int
-    """Bytes; each block takes 1 KiB more than it asks for."""
+    """Shared memory in bytes; each block takes 1 KiB more than it requests."""
 
 
 LIMITS = {"sm_80": Limits(64, 32, 65536, 164 << 10), "sm_90": Limits(64, 32, 65536, 228 << 10)}
@@ -50,7 +49,7 @@ class Launch(NamedTuple):
     signature: tuple[tuple[str, str], ...]
     constants: tuple[tuple[str, object], ...]
     aligned: tuple[int, ...]
-    """Positions of the arguments that are multiples of 16 (what gives 128-bit loads)."""
+    """Positions of the arguments that are multiples of 16 (which allows 128-bit loads)."""
     num_warps: int
     num_stages: int
 
@@ -66,12 +65,12 @@ class Record(NamedTuple):
     registers: int
     shared_bytes: int
     spill_bytes: int
-    """Local memory a thread takes; see ``_resources``."""
+    """Local memory per thread; see ``_resources``."""
     blocks_per_sm: int
     occupancy: float
 
 
-# --- what is compiled ------------------------------------------------------------------------------------------------
+# --- compiled cases --------------------------------------------------------------------------------------------------
 
 
 def _meta(*shape, dtype=torch.float32, grad=False) -> torch.Tensor:
@@ -167,7 +166,7 @@ QUICK = (
 
 
 def _launch(kernel, case: str, args: tuple, kwargs: dict) -> Launch:
-    """Apply Triton's own rules to one launch: what is constant, what is a multiple of 16."""
+    """Return one launch with Triton's specialisation: which arguments are constant, which are multiples of 16."""
     options = {name: kwargs.pop(name, default) for name, default in (("num_warps", 4), ("num_stages", 3))}
     values = dict(zip(kernel.arg_names, args, strict=False)) | kwargs
     signature, constants, aligned = [], [], []
@@ -179,7 +178,7 @@ def _launch(kernel, case: str, args: tuple, kwargs: dict) -> Launch:
             continue
         if isinstance(value, torch.Tensor):
             signature.append((parameter.name, "*" + DTYPES[value.dtype]))
-            aligned.append(i)  # what the allocator returns; a view may be less aligned and compiles anew
+            aligned.append(i)  # as the allocator returns them; a less aligned view would be compiled separately
         elif isinstance(value, int):
             signature.append((parameter.name, "i32" if -(2**31) <= value < 2**31 else "i64"))
             if value % 16 == 0 and not parameter.do_not_specialize:
@@ -226,7 +225,8 @@ def launches(cases: tuple[str, ...] | None = None) -> list[Launch]:
 def _resources(cubin: bytes) -> tuple[int, int]:
     """Return (registers, bytes of local memory) of a compiled kernel's thread, read from the machine code itself.
 
-    The kernels have no arrays of their own, so that local memory, stack included, is spilled registers."""
+    The kernels have no local arrays, so that local memory, including the stack, holds spilled registers only.
+    """
     from triton import knobs
 
     with tempfile.TemporaryDirectory() as folder:
@@ -270,7 +270,7 @@ def compile_launch(launch: Launch, arch: str) -> Record:
 
 
 def estimate_occupancy(arch: str, warps: int, registers: int, shared: int) -> tuple[int, float]:
-    """Return (blocks per multiprocessor, share of its warps in use). Registers are given to warps in units of 256."""
+    """Return (blocks per multiprocessor, fraction of its warps in use); warps get registers in units of 256."""
     limit = LIMITS[arch]
     per_warp = -(-registers * 32 // 256) * 256
     by_registers = limit.registers // per_warp // warps if registers else limit.blocks
@@ -284,7 +284,7 @@ def compile_all(
     cases: tuple[str, ...] | None = None,
     report: Callable[[Record], None] = lambda record: None,
 ) -> list[Record]:
-    """Compile the launches of the cases for every architecture; ``report`` hears of each as it is done.
+    """Compile the launches of the cases for every architecture, calling ``report`` after each.
 
     Raises ``ValueError`` for an architecture without known limits, ``RuntimeError`` where Triton cannot compile.
     """
@@ -300,7 +300,7 @@ def compile_all(
 
 
 def write_csv(records: list[Record], path: Path) -> None:
-    """Write the table, sorted, so that two runs differ where a kernel does."""
+    """Write the table, sorted, so that the files of two runs differ only where a kernel differs."""
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(path.name + ".part")
     with part.open("w", newline="") as file:

@@ -1,13 +1,13 @@
-"""Compute the experts' feed-forward networks on their groups of rows: uneven, some empty (paper 5.4).
+"""Compute the experts' feed-forward networks on their groups of rows, of any sizes, also empty (paper 5.4).
 
 Shapes: R rows in expert order, E experts, M hidden, F feed-forward. Expert e's rows are ``offsets[e]`` to
 ``offsets[e + 1]``; rows past the last offset come out zero.
 
     y = act(x @ W1[e] + b1[e]) @ W2[e] + b2[e]    W1 [E, M, F], W2 [E, F, M]
 
-The forward pass keeps the pre-activation for the backward pass, which recomputes the activation from it: a third less
-memory than keeping both. Weight gradients are written expert by expert into one buffer, in a fixed order: no atomics,
-the same bits every time.
+The forward pass keeps the pre-activation for the backward pass, which recomputes the activation from it; this takes a
+third less memory than keeping both. Weight gradients are written expert by expert into one buffer, in a fixed order and
+without atomics, so that they are bitwise reproducible.
 
 The Triton implementation is in ``_experts_triton.py``, the CPU implementation in ``_experts_cpu.py``.
 """
@@ -79,7 +79,7 @@ def _check(x, offsets_E1, activation, *layers) -> None:
 
 
 def _reference(offsets_E1, x_RM, w1_EMF, b1_EF, w2_EFM, b2_EM, activation: Activation):
-    """Loop over the experts, in float32 (float64 for float64), back in x's dtype; the rest zero."""
+    """Loop over the experts in float32 (float64 for float64); return x's dtype, rows past the last offset zero."""
     wide = accumulate_dtype(x_RM.dtype)
     bounds = offsets_E1.tolist()
 

@@ -1,20 +1,22 @@
 """Route tokens: softmax, top-k, capacity, random token selection, slots and both losses in one op (paper 5.4).
 
 Shapes: S tokens, E experts, K experts per token, C capacity. For every token: probabilities ``p = softmax(logits)``
-in float32; choices are the top-k of the choice logits (the clean ones unless noisy ones are given), ties to the lower
-expert. An *entry* is one (token, k) pair. Entries count in GShard's order: all first choices before any second one,
-tokens in order ("k-major"). What an expert keeps when more than C entries chose it:
+in float32; choices are the top-k of the choice logits (the logits themselves unless noisy ones are given), ties to the
+lower expert. An *entry* is one (token, k) pair. Entries are ordered as in GShard: all first choices before any second
+one, tokens in order ("k-major"). When more than C entries chose an expert, it keeps:
 
-- ``seed=None``: the first C in that order (first come, first served).
-- with a seed: random token selection. Each entry draws a 32-bit priority, a counter hash of (seed, s, k); the C
-  highest stay, ties to the lower token. The hash is integer arithmetic and bit-equal on every backend.
+- with ``seed=None``, the first C in that order (first come, first served).
+- with a seed, C random ones (random token selection). The priority of an entry is a 32-bit counter hash of
+  (seed, s, k); the C highest priorities are kept, ties to the lower token. The hash is integer arithmetic and
+  bit-equal on every backend.
 
-Kept entries are then numbered per expert in k-major order: their slots. Dropped ones have slot -1 and weight 0.
+An entry's slot is its number among the expert's kept entries, in k-major order. Dropped entries have slot -1 and
+weight 0.
 
-A token whose logits make no softmax (a NaN, +inf, or nothing but -inf) or whose choice logits hold a NaN is not
-routed: ids 0..K-1, slots -1, weights 0, not counted in the load. Both losses then become NaN, so that a training loop
-notices. The check needs no synchronisation with the device; the gradients of such a token are unspecified. With no
-tokens at all both losses are 0.
+A token whose softmax is undefined (logits with a NaN or +inf, or all -inf) or whose choice logits contain a NaN is not
+routed: its ids are 0..K-1, its slots -1, its weights 0, and the load does not count it. Both losses are then NaN, so
+that a training loop detects it. The check needs no synchronisation with the device; the gradients of such a token are
+unspecified. Without any tokens, both losses are 0.
 
 The Triton implementation is in ``_gating_triton.py``, the CPU implementation in ``_gating_cpu.py``.
 """

@@ -1,9 +1,9 @@
 """Bring tokens into expert order and back (paper 5.4 (b): table-driven copies instead of einsums with one-hot masks).
 
 Shapes: S tokens, E experts, K experts per token, M hidden, R rows. An *entry* is one (token, k) pair. A *row* is the
-copy of a token for one of its experts; the rows lie expert by expert. Both directions and both gradients are gathers,
-each through the side of the table that says where its output comes from: no atomics, hence deterministic, and no
-products with zeros.
+copy of a token for one of its experts; the rows are sorted by expert. Both directions and both gradients are gathers,
+each by the side of the table that maps its output to its input: there are no atomics, so results are deterministic, and
+no products with zeros.
 
     rows_r = x[token(r)]                       d x_s       = sum_k d rows[row_sk]
     y_s    = sum_k weight_sk * rows[row_sk]    d rows_r    = weight(r) * d y[token(r)]
@@ -25,12 +25,12 @@ from .gating import Gate
 
 
 class RowTable(NamedTuple):
-    """Record which row holds which entry, told from both sides."""
+    """Map entries to rows and rows to entries."""
 
     row_SK: torch.Tensor
     """int32 [S, K]: the entry's row, -1 where it has none."""
     entry_R: torch.Tensor
-    """int32 [R]: the row's entry s * K + k, -1 where the row is empty (all zeros)."""
+    """int32 [R]: the row's entry s * K + k, -1 where the row is empty (all zeros after `dispatch`)."""
     offsets_E1: torch.Tensor
     """int32 [E + 1]: expert e's rows are offsets[e] to offsets[e + 1]."""
 
@@ -52,7 +52,7 @@ def row_table(gate: Gate, *, rows: int | None = None, backend: Backend = "auto")
     start_E1 = torch.nn.functional.pad(kept_E.cumsum(0), (1, 0))
     row_SK = torch.where(slot_SK >= 0, start_E1[expert_SK.long()] + slot_SK, -1)
     entry_R = torch.full((R + 1,), -1, dtype=torch.int32, device=row_SK.device)
-    entry_R[row_SK.flatten()] = torch.arange(entries, dtype=torch.int32, device=row_SK.device)  # dropped: to the last
+    entry_R[row_SK.flatten()] = torch.arange(entries, dtype=torch.int32, device=row_SK.device)  # row -1 is cut off
     return RowTable(row_SK.int(), entry_R[:R], start_E1.int())
 
 

@@ -1,6 +1,6 @@
 """Mix a token's routed expert with its fixed MLP: Residual MoE (paper 4.1.2).
 
-Shapes: S tokens, M hidden. Three ways:
+Shapes: S tokens, M hidden. The branches are mixed in one of three ways:
 
 - learned mix: ``a = softmax(x @ W^T + b)``, ``y = a_0 * moe + a_1 * mlp``, per token, as in the released code; the
   paper's runs most likely used it.
@@ -31,9 +31,11 @@ def residual_mix(
     coefficient_S2: torch.Tensor | None = None,
     backend: Backend = "auto",
 ) -> torch.Tensor:
-    """Return the mix y [S, M] in moe's dtype: learned with ``x_SM`` and ``w_2M`` (and ``b_2``; the parameters of a
-    Linear(M, 2)), given with ``coefficient_S2`` (column 0 belongs to moe), the plain sum with neither. Differentiable
-    (once) in everything.
+    """Return the mix y [S, M] in moe's dtype.
+
+    With ``x_SM`` and ``w_2M`` (and ``b_2``; the parameters of a Linear(M, 2)) the mix is learned, with
+    ``coefficient_S2`` (column 0 weights moe) it has given coefficients, and with neither it is the plain sum.
+    Differentiable (once) in all tensors.
 
     Raises ``ValueError`` for shapes that do not fit, or for both kinds of coefficients at once.
     """

@@ -1,9 +1,8 @@
-"""What is a model, a training, a data set, a distillation, a parallel layout? Frozen dataclasses answer; nothing here
-loads torch.
+"""Describe a model, a training, a data set, a distillation and a parallel layout, each by a frozen dataclass.
 
-This package imports nothing else of moelab. Letters in names and comments: S tokens, E experts, K experts per token, C
-capacity, M model (hidden) size, F feed-forward size, H heads, D head size, V vocabulary, L layers, T context length, G
-GPUs per node, P ranks.
+This package imports neither torch nor anything else of moelab. Letters in names and comments: S tokens, E experts, K
+experts per token, C capacity, M model (hidden) size, F feed-forward size, H heads, D head size, V vocabulary, L layers,
+T context length, G GPUs per node, P ranks.
 """
 
 from moelab.config.data import DataConfig

@@ -1,4 +1,4 @@
-"""Check configuration values in one line each."""
+"""Check the values of configurations; each check is one line."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def check_choices(config: Any, where: str) -> None:
 
     Args:
         config: a dataclass instance.
-        where: what the message begins with, such as "train".
+        where: the beginning of the message, such as "train".
 
     Raises:
         ValueError: one line naming the field, the allowed values and the value given.

@@ -12,10 +12,10 @@ class DataConfig:
     Attributes:
         corpus: ``sotu`` (embedded, 12 MB), ``mix5`` (five domains, 64 MB), ``folder:PATH`` or ``hf:NAME[:CONFIG]``.
         tokenizer: ``bpe-N``, trained on the corpus's training split with N entries, or ``gpt2``.
-        context: tokens a sequence, T.
+        context: tokens per sequence, T.
         text_field: the text column of an ``hf:`` data set.
-        max_documents: bound on documents read from an ``hf:`` data set; 0 is none.
-        max_bytes: bound on bytes of text read; 0 is none.
+        max_documents: bound on the documents read from an ``hf:`` data set; 0 means no bound.
+        max_bytes: bound on the bytes of text read; 0 means no bound.
     """
 
     corpus: str = "sotu"

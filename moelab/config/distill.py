@@ -16,16 +16,16 @@ class DistillConfig:
     """Describe the distillation term of a training loss: ``weight(t) * temperature^2 * KL(teacher || student)``.
 
     Attributes:
-        temperature: both models' logits are divided by it.
-        weight: of the term, while the schedule does not lower it (the released code's beta; the paper's alpha).
+        temperature: divisor of both models' logits.
+        weight: weight of the term while the schedule does not lower it (the released code's beta; the paper's alpha).
         schedule: "off"; "constant" to the end; "stop" at `stop` (the paper's staged distillation); "linear" or "cosine"
-            from the whole weight at `start` to nothing at `stop`.
-        unit: of `start` and `stop`: optimizer "steps" or training "tokens".
-        start, stop: see `schedule`; a step counts by where it begins. 0 where the schedule does not use them.
-        top_k: learn from the teacher's K likeliest tokens and the sum of the rest; 0 is the whole distribution.
-        cache_bytes: bound of the teacher's logits kept on disk, in its run, for all students with the same batches;
-            needs `top_k`. What does not fit is computed again. 0 keeps nothing. The numbers do not depend on it, so it
-            is no part of a run's identity.
+            decay from the full weight at `start` to 0 at `stop`.
+        unit: unit of `start` and `stop`: optimizer "steps" or training "tokens".
+        start, stop: see `schedule`; a step is placed by its beginning. 0 where the schedule does not use them.
+        top_k: learn from the teacher's K likeliest tokens and the sum of the rest; 0 means the whole distribution.
+        cache_bytes: bound on the teacher's logits that are stored on disk, in its run, for all students with the same
+            batches; needs `top_k`. Logits that do not fit are computed again. 0 stores nothing. Results do not depend
+            on it, so it is not part of a run's identity.
     """
 
     temperature: float = 1.0

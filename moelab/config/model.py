@@ -1,8 +1,8 @@
 """Describe a model: `ModelConfig`, the paper's names for models, and their scaled-down twins (paper sections 3 and 4).
 
 `ModelConfig.parse` understands the names that the paper uses (``350M+PR-MoE-32/64``). `ModelConfig.shrink` returns the
-twin of a paper model: the same shape rule with smaller numbers. Sizes, FLOPs and bytes are methods, so that nothing has
-to be built to know them; tests compare them with the built model and with `moelab.paper`.
+twin of a paper model: the same shape rule with smaller numbers. Methods compute sizes, FLOPs and bytes without building
+the model; tests compare them with the built model and with `moelab.paper`.
 
 Layer numbers in names and messages count from 1, as in the paper; tuples are indexed from 0.
 """
@@ -53,25 +53,25 @@ DTYPE_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 
 @dataclass(frozen=True)
 class RoutingConfig:
-    """Describe how a MoE layer's gate sends tokens to experts (paper section 4; defaults are those of the released
-    training scripts).
+    """Describe how a MoE layer's gate sends tokens to experts (paper section 4).
+
+    The defaults are those of the released training scripts.
 
     Attributes:
-        capacity_factor: an expert takes at most ``ceil(S * K / E * capacity_factor)`` tokens of a micro-batch in
-            training.
+        capacity_factor: factor of an expert's capacity in training, ``ceil(S * K / E * capacity_factor)`` tokens of a
+            micro-batch.
         capacity_factor_eval: the same in evaluation.
-        min_capacity: lower bound of that number.
-        drop_tokens: False is drop-free routing: capacity is whatever the busiest expert needs.
-        random_token_selection: choose the tokens an over-full expert keeps at random instead of the earliest ones.
-        input_jitter: training only: multiply the gate's input by U(1 - x, 1 + x); the paper's policy 'Jitter' uses
-            0.01.
-        choice_noise: training only, perturbs the logits for the choice of experts, not their weights: "gumbel" all of
-            them ('RSample'), "gumbel_second" all but the best one, which stays (the released top-2 gate samples its
-            second expert so).
-        normalize_weights: the weights of a token's kept choices are divided by their sum; None means only if K > 1.
+        min_capacity: lower bound of the capacity.
+        drop_tokens: False means drop-free routing: the capacity is the load of the busiest expert.
+        random_token_selection: an expert over its capacity keeps random tokens instead of the earliest ones.
+        input_jitter: in training, multiply the gate's input by U(1 - x, 1 + x); the paper's policy 'Jitter' uses 0.01.
+        choice_noise: in training, add noise to the logits that choose the experts (not to those of the weights):
+            "gumbel" to all of them ('RSample'), "gumbel_second" to all but the largest (the released top-2 gate samples
+            its second expert in this way).
+        normalize_weights: divide the weights of a token's kept choices by their sum; None means only if K > 1.
         aux_loss: weight of the load-balancing loss, summed over MoE layers.
-        aux_scope: over which tokens its statistics run: those of a "micro_batch" (the paper), or of all micro-batches
-            of a "step", which needs each on its own data rank.
+        aux_scope: the tokens over which the statistics of the load-balancing loss are taken: those of a "micro_batch"
+            (the paper), or of all micro-batches of a "step", which needs each on its own data rank.
         z_loss: weight of the mean squared logsumexp of the gate's logits (ST-MoE; not in the paper).
     """
 
@@ -100,7 +100,7 @@ class RoutingConfig:
         """Return the slots per expert for `tokens` tokens of one micro-batch, or None when routing is drop-free."""
         if not self.drop_tokens:
             return None
-        # Exact: in floating point 400 / 4 * 1.1 is above 110. The factor is the decimal number that was written.
+        # Exact arithmetic on the factor's decimal digits: in floating point, 400 / 4 * 1.1 is above 110.
         factor = Fraction(str(self.capacity_factor if training else self.capacity_factor_eval))
         return max(math.ceil(factor * tokens * top_k / experts), self.min_capacity)
 
@@ -115,18 +115,18 @@ class ModelConfig:
     Attributes:
         layers, hidden, heads: L, M, H.
         experts: per layer the number of experts, 0 for a dense feed-forward; an empty tuple means all dense.
-        residual: each MoE layer adds a fixed MLP beside the routed expert (Residual-MoE).
-        residual_mix: how the two branches join: "learned" per-token convex mix (released code) or plain "sum" (paper's
-            text).
+        residual: each MoE layer has a fixed MLP beside the routed experts (Residual-MoE).
+        residual_mix: how the two branches are combined: "learned" per-token convex mix (released code) or plain "sum"
+            (paper's text).
         top_k: experts per token, K.
         vocab: rows of the embedding, V; 50304 is GPT-2's 50257 padded to a multiple of 128.
         context: longest sequence in tokens, T.
         init_std: standard deviation of the initial weights.
         dropout: applied to embeddings, attention and the two residual branches.
         routing: the gate's behaviour.
-        dispatch: how tokens reach their experts: "local" by table, or "einsum", the paper's PyTorch baseline. Same
-            results.
-        name: how the configuration prints; not part of its identity.
+        dispatch: how tokens are copied to their experts: "local" by a table, or "einsum", the paper's PyTorch baseline.
+            The results are the same.
+        name: text that ``str`` returns; not part of the configuration's identity.
     """
 
     layers: int
@@ -158,7 +158,8 @@ class ModelConfig:
             object.__setattr__(self, "experts", (0,) * (len(self.experts) or self.layers))
         _check(
             len(self.experts) == self.layers,
-            f"{where}: experts lists {len(self.experts)} layers, the model has {self.layers}; give one number a layer (0 = dense)",
+            f"{where}: experts lists {len(self.experts)} layers, the model has {self.layers}; "
+            "give one number a layer (0 = dense)",
         )
         _check(
             all(e == 0 or e >= 2 for e in self.experts),
@@ -180,11 +181,10 @@ class ModelConfig:
 
     @classmethod
     def parse(cls, name: str, **overrides: Any) -> Self:
-        """Return the model that a paper name stands for, such as ``"350M+PR-MoE-32/64"``; case and spaces do not
-        matter.
+        """Return the model that a paper name stands for, such as ``"350M+PR-MoE-32/64"``.
 
-        `overrides` replace fields (``vocab=4096``). The last two MoE layers of Pyramid and PR models take the second
-        number (paper section 4.1). A trailing ``twin`` applies `shrink`.
+        Case and spaces do not matter. `overrides` replace fields (``vocab=4096``). The last two MoE layers of Pyramid
+        and PR models have the second number of experts (paper section 4.1). A trailing ``twin`` applies `shrink`.
 
         Raises:
             ValueError: one line naming what is wrong and what is allowed.
@@ -218,7 +218,8 @@ class ModelConfig:
                 pyramid == bool(match["last"]),
                 f"model name {name!r}: "
                 + (
-                    "Pyramid and PR models need two expert counts, such as 32/64 (the last two MoE layers take the second)"
+                    "Pyramid and PR models need two expert counts, such as 32/64 "
+                    "(the last two MoE layers take the second)"
                     if pyramid
                     else "two expert counts need Pyramid-MoE or PR-MoE"
                 ),
@@ -251,7 +252,8 @@ class ModelConfig:
         if self.name:
             return self.name
         moe = f" experts={self.experts}" if self.is_moe else ""
-        return f"GPT(layers={self.layers} hidden={self.hidden} heads={self.heads}{moe}{' residual' if self.residual else ''})"
+        residual = " residual" if self.residual else ""
+        return f"GPT(layers={self.layers} hidden={self.hidden} heads={self.heads}{moe}{residual})"
 
     def shrink(
         self,
@@ -265,12 +267,12 @@ class ModelConfig:
     ) -> Self:
         """Return the twin: this model's shape rule at a laptop's size.
 
-        Hidden size, depth and experts are divided by the given numbers (24 -> 8 layers, 21 -> 7: the students keep
-        their 12.5 % cut). Twin layer i stands for the source's layers ``((i - 1) L/L', i L/L']`` and, every second
-        layer, carries the most experts found in the last two of those windows: halves stay halves, and a pyramid keeps
-        its wide top. `init_std` grows as 1 / sqrt(hidden), so that products start at the source's size (see LOG.md for
-        what that brings). Heads are about `head_size` wide (the 350M model's own width; narrower ones are slower on a
-        CPU, see LOG.md).
+        Hidden size, depth and experts are divided by the given numbers (24 -> 8 layers, 21 -> 7: a student keeps its
+        cut of 12.5 %). Twin layer i represents the source's layers ``((i - 1) L/L', i L/L']``, with L' the twin's
+        layers. Every second twin layer has the largest number of experts in its own and the preceding range, divided
+        by `experts`; so first and second half stay apart, and a pyramid keeps its larger last layers. `init_std` grows
+        as 1 / sqrt(hidden), so that products start at the source's magnitude (LOG.md has the effect). Heads are about
+        `head_size` wide (the 350M model's own width; narrower ones are slower on a CPU, see LOG.md).
         """
         layers = max(1, round(self.layers / depth))
         ratio = self.layers / layers
@@ -301,32 +303,34 @@ class ModelConfig:
 
     @property
     def is_moe(self) -> bool:
+        """Return whether any layer has experts."""
         return any(self.experts)
 
     @property
     def moe_layers(self) -> int:
+        """Return the number of layers with experts."""
         return sum(e > 0 for e in self.experts)
 
     @property
     def ffn(self) -> int:
-        """Feed-forward size F = 4M, of dense layers and experts alike."""
+        """Return the feed-forward size F = 4M of dense layers and experts."""
         return 4 * self.hidden
 
     @property
     def head_size(self) -> int:
+        """Return the head size D = M / H."""
         return self.hidden // self.heads
 
     def expert_parameters(self) -> int:
-        """Parameters of one expert; a dense feed-forward and the fixed branch of a residual layer have as many."""
+        """Return the parameters of one expert, of a dense feed-forward or of a residual layer's fixed branch."""
         return 2 * self.hidden * self.ffn + self.ffn + self.hidden
 
     def expert_bytes(self, dtype: str = "bf16") -> int:
-        """Bytes of one expert's weights in `dtype`: fp32, bf16 or fp16."""
+        """Return the bytes of one expert's weights in `dtype`: fp32, bf16 or fp16."""
         return self.expert_parameters() * _itemsize(dtype)
 
     def _shared(self) -> int:
-        """Count the parameters outside experts, gates and residual branches: embeddings, attention, norms, dense
-        feed-forwards."""
+        """Count the parameters of embeddings, attention, norms and dense feed-forwards."""
         M = self.hidden
         attention = 4 * M * M + 4 * M
         norms = 4 * M
@@ -352,10 +356,10 @@ class ModelConfig:
         return self._shared() + sum(self._per_moe_layer(e, self.top_k) for e in self.experts if e)
 
     def flops_per_token(self, *, training: bool = True, context: int | None = None) -> float:
-        """Return matrix-multiply FLOPs a token, causal attention at the mean of its prefix lengths; training counts
-        forward + 2x backward.
+        """Return the matrix-multiply FLOPs per token: of a forward pass, times 3 for training.
 
-        Counts the output head, and the experts a token uses (not the slots capacity adds).
+        Causal attention counts at the mean of its prefix lengths. The output head and the experts that a token uses are
+        included, unused slots of the capacity are not.
         """
         M, T = self.hidden, context or self.context
         mlp = 2 * M * self.ffn
@@ -369,7 +373,7 @@ class ModelConfig:
         return float(3 * forward if training else forward)
 
     def bytes(self, dtype: str = "bf16", *, active: bool = False) -> int:
-        """Bytes of the weights (or of those one token uses) in `dtype`: fp32, bf16 or fp16."""
+        """Return the bytes of the weights (or of those that one token uses) in `dtype`: fp32, bf16 or fp16."""
         return (self.active_parameters() if active else self.parameters()) * _itemsize(dtype)
 
 

@@ -30,9 +30,9 @@ SECTIONS = {
     "parallel": ParallelConfig,
     "distill": DistillConfig,
 }
-"""First part of a name -> the configuration that it is a field of."""
+"""First part of a dotted name -> the configuration class whose field it names."""
 
-_FIXED = ("model.name", "train.seed")  # a name decides nothing; an experiment's `seeds` says which seeds there are
+_FIXED = ("model.name", "train.seed")  # a name has no effect; an experiment's `seeds` sets the seeds
 
 
 @functools.cache
@@ -106,9 +106,9 @@ def _value(name: str, value: Any) -> Any:
 
 
 def _read(hint: Any, text: str) -> Any:
-    """Return the value that a text stands for; text that is no JSON stays text, for `coerce` to accept or refuse."""
+    """Return the value that a text stands for; text that is not JSON is returned unchanged, for `coerce` to check."""
     options = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
-    if str in options or get_origin(hint) not in (None, tuple, Union, types.UnionType):  # text, or a choice of texts
+    if str in options or get_origin(hint) not in (None, tuple, Union, types.UnionType):  # text, or one of several texts
         return text
     try:
         return json.loads(text.replace("_", "").lower().replace("none", "null"))

@@ -1,22 +1,21 @@
-"""Which rank computes what: `ParallelConfig`, and the index arithmetic that turns it into groups of ranks (paper
-sections 4.1.3, 5.2, 5.3).
+"""Describe a parallel layout, `ParallelConfig`, and compute its groups of ranks (paper sections 4.1.3, 5.2, 5.3).
 
-Pure arithmetic: no torch, no processes. The engine makes process groups of it, the simulator counts messages with it,
-and tests ask it about 2,048 ranks.
+This module is index arithmetic without torch and without processes. The engine makes process groups from it, and the
+simulator counts messages with it.
 
-P ranks are numbered node by node (rank = node * G + GPU). Everything outside the experts sees them as a grid of
+P ranks are numbered node by node (rank = node * G + GPU). For everything outside the experts they form a grid of
 data-parallel (dp) and tensor-parallel (tp) coordinates,
 
     (data dp, tensor tp)                     rank = data * tp + tensor: a tensor-parallel group is tp consecutive ranks,
 
-and each MoE layer sees the same ranks as a grid of its own, which depends on its number of experts:
+and for each MoE layer they form a grid of its own, which depends on its number of experts:
 
     (replica, slice, expert ep)              rank = (replica * slices + slice) * ep + expert
 
 ep ranks hold the layer's E experts, E / ep each (expert parallelism). Each expert is cut into slices (expert slicing:
-the slices of an expert are on ranks i and i + ep, as in the paper's Fig 7), and all that is replicated (expert-data
-parallelism). So a PR-MoE's 32- and 64-expert layers on 64 ranks get ep = 32 with 2 replicas and ep = 64 with 1. For the
-exchanges, the expert coordinate itself is a grid,
+the slices of an expert are on ranks i, i + ep, ..., as in the paper's Fig 7), and the group of ep * slices ranks is
+replicated (expert-data parallelism). So a PR-MoE's 32- and 64-expert layers on 64 ranks get ep = 32 with 2 replicas and
+ep = 64 with 1. For the exchanges, the expert coordinate itself is a grid,
 
     (node, local, tensor)                    expert = (node * local size + local) * tensor size + tensor
 
@@ -40,23 +39,24 @@ EXCHANGES: tuple[str, ...] = get_args(Exchange)
 
 @dataclass(frozen=True)
 class ParallelConfig:
-    """How a model is distributed over ranks (one rank = one GPU, or one process on CPU).
+    """Describe how a model is distributed over ranks (one rank = one GPU, or one process on CPU).
 
     Attributes:
         tensor: tensor-parallel degree tp: consecutive ranks of one node, each of which computes a slice of attention
             and dense feed-forwards.
-        data: data-parallel degree dp: replicas of that; P = tensor * data ranks in all.
-        expert: expert-parallel degree ep: ranks over which a layer's experts are distributed; 0 is as many as the layer
-            has experts for. A layer with fewer experts takes its number of experts instead, so one setting serves a
-            pyramid.
+        data: data-parallel degree dp: replicas of the tensor-parallel group; P = tensor * data ranks in all.
+        expert: expert-parallel degree ep: ranks over which a layer's experts are distributed; 0 means
+            P / expert_slicing ranks. A layer with fewer experts than this uses its number of experts instead, so that
+            one setting fits all layers of a pyramid.
         expert_slicing: ranks over which one expert is sliced.
-        gpus_per_node: G, ranks of a node; matters to `hierarchical`, to counts and to the tensor-parallel groups. Fewer
-            ranks than G are one node.
-        exchange: how tokens travel: `flat`, one all-to-all, in which each tensor rank sends all its tokens (the paper's
-            baseline); `hierarchical`, inside nodes, then between them; `coordinated`, each tensor rank sends its part
-            of them, then all-gather (PCC); `coordinated-hierarchical`, both.
+        gpus_per_node: G, ranks of a node; it affects `hierarchical`, message counts and the tensor-parallel groups. If
+            there are fewer ranks than G, they form one node.
+        exchange: how tokens are sent to experts: `flat`, one all-to-all, in which each tensor rank sends all its tokens
+            (the paper's baseline); `hierarchical`, inside nodes, then between them; `coordinated`, each tensor rank
+            sends its part of them, then all-gather (PCC); `coordinated-hierarchical`, both.
         shard: shard non-expert weights, gradients and optimizer state over the data ranks (FSDP2); needs tensor = 1.
-        recompute: keep only the layers' inputs in forward, recompute the rest in backward (activation checkpointing).
+        recompute: keep only the layers' inputs in the forward pass and recompute the rest in the backward pass
+            (activation checkpointing).
         overlap: reduce gradients while the backward pass still runs.
     """
 
@@ -89,7 +89,8 @@ class ParallelConfig:
         )
         _check(
             self.ranks % self.expert_slicing == 0,
-            f"expert_slicing {self.expert_slicing} does not divide {self.ranks} ranks; allowed: {_divisors(self.ranks)}",
+            f"expert_slicing {self.expert_slicing} does not divide {self.ranks} ranks; "
+            f"allowed: {_divisors(self.ranks)}",
         )
         _check(
             not self.shard or self.tensor == 1,
@@ -98,24 +99,27 @@ class ParallelConfig:
 
     @property
     def ranks(self) -> int:
-        """P, all ranks."""
+        """Return P, the number of ranks."""
         return self.tensor * self.data
 
     @property
     def ranks_per_node(self) -> int:
-        """G, or P when all ranks fit one node."""
+        """Return G, or P when all ranks fit on one node."""
         return min(self.gpus_per_node, self.ranks)
 
     @property
     def nodes(self) -> int:
+        """Return the number of nodes."""
         return self.ranks // self.ranks_per_node
 
     @property
     def coordinated(self) -> bool:
+        """Return whether each tensor rank sends only its part of the tokens (see `exchange`)."""
         return self.exchange.startswith("coordinated")
 
     @property
     def hierarchical(self) -> bool:
+        """Return whether tokens are exchanged inside nodes first, then between them (see `exchange`)."""
         return self.exchange.endswith("hierarchical")
 
     def dense_grid(self) -> np.ndarray:
@@ -128,19 +132,20 @@ class ParallelConfig:
         """Return how a layer of `experts` experts is distributed.
 
         Raises:
-            ValueError: it cannot be, one line naming the constraint and what is allowed.
+            ValueError: it cannot be distributed; one line naming the constraint and what is allowed.
         """
         return ExpertLayout.of(self, experts)
 
     def check(self, experts: tuple[int, ...], *, heads: int, ffn: int) -> None:
-        """Check that a model of these layers can be distributed so; called before any process is started.
+        """Check that a model can be distributed in this layout; called before any process is started.
 
         Args:
-            experts: experts a layer, 0 for dense layers.
-            heads, ffn: attention heads H, feed-forward size F.
+            experts: number of experts of each layer, 0 for dense layers.
+            heads: attention heads H.
+            ffn: feed-forward size F.
 
         Raises:
-            ValueError: it cannot, one line.
+            ValueError: it cannot be distributed; one line.
         """
         _check(
             heads % self.tensor == 0,
@@ -160,20 +165,20 @@ class ParallelConfig:
 
 
 AXES = ("replica", "slice", "node", "local", "tensor")
-"""Axes of a MoE layer's grid, see the module's text."""
+"""Axes of a MoE layer's grid, see the module's docstring."""
 
 
 @dataclass(frozen=True)
 class ExpertLayout:
-    """How the experts of one layer are distributed over P ranks; see the module's text.
+    """Record how the experts of one layer are distributed over P ranks; see the module's docstring.
 
     Attributes:
         experts: E.
         replicas, slices, parallel: sizes of the layer's grid; `parallel` is the expert-parallel degree ep.
         nodes, local, tensor: sizes of the expert coordinate's grid; nodes * local * tensor = parallel.
-        token_replicas: how often each token reaches its expert, over all replicas: once from each tensor rank (`flat`),
-            or once from all tensor ranks of an expert-parallel group together (`coordinated`). Expert gradients are
-            divided by it.
+        token_replicas: how often each token is sent to its expert, over all replicas: once by each tensor rank
+            (`flat`), or once by all tensor ranks of an expert-parallel group together (`coordinated`). Expert gradients
+            are divided by it.
     """
 
     experts: int
@@ -187,6 +192,7 @@ class ExpertLayout:
 
     @classmethod
     def of(cls, config: ParallelConfig, experts: int) -> ExpertLayout:
+        """Return the layout of a layer of `experts` experts; see `ParallelConfig.experts`."""
         P, G, slices, tp = config.ranks, config.ranks_per_node, config.expert_slicing, config.tensor
         ep = min(config.expert or P // slices, experts)
         _check(
@@ -209,8 +215,8 @@ class ExpertLayout:
         tensor = min(tp, ep)
         _check(
             not config.hierarchical or _whole_nodes(ep, G),
-            f"hierarchical exchange among {ep} ranks needs whole nodes of {G}, or a whole number of groups in a node; allowed "
-            f"for expert: {[x for x in _divisors(P // slices) if experts % x == 0 and _whole_nodes(x, G)]}",
+            f"hierarchical exchange among {ep} ranks needs whole nodes of {G}, or a whole number of groups in a node; "
+            f"allowed for expert: {[x for x in _divisors(P // slices) if experts % x == 0 and _whole_nodes(x, G)]}",
         )
         nodes = ep // G if _whole_nodes(ep, G) and ep > G else 1
         return cls(
@@ -226,7 +232,7 @@ class ExpertLayout:
 
     @property
     def experts_per_rank(self) -> int:
-        """E / ep."""
+        """Return E / ep."""
         return self.experts // self.parallel
 
     def grid(self) -> np.ndarray:
@@ -237,7 +243,7 @@ class ExpertLayout:
         return np.arange(P).reshape(self.replicas, self.slices, self.nodes, self.local, self.tensor)
 
     def partition(self, *axes: str) -> np.ndarray:
-        """Return the groups of ranks that differ only along some of `AXES`: one group a row, in order of rank."""
+        """Return the groups of ranks that differ only along the given `AXES`, one group per row, in order of rank."""
         import numpy as np
 
         at = [AXES.index(axis) for axis in axes]
@@ -255,14 +261,14 @@ class ExpertLayout:
         return Position(replica, slice_, expert, node, local, tensor)
 
     def local_experts(self, rank: int) -> range:
-        """Return the global ids of the experts (or slices of experts) that live on a rank."""
+        """Return the global ids of the experts (or slices of experts) that a rank holds."""
         first = rank % self.parallel * self.experts_per_rank
         return range(first, first + self.experts_per_rank)
 
 
 @dataclass(frozen=True)
 class Position:
-    """A rank's coordinates in an `ExpertLayout`'s grid; `expert` joins node, local and tensor."""
+    """Hold a rank's coordinates in an `ExpertLayout`'s grid; `expert` combines node, local and tensor."""
 
     replica: int
     slice: int

@@ -16,11 +16,10 @@ T = TypeVar("T")
 
 
 def identity(config: Any) -> Any:
-    """Return the JSON values that identify a configuration, without fields at their default and fields marked as no
-    part of it.
+    """Return the JSON values that identify a configuration.
 
-    Leaving defaults out means that a field added later does not change the identity of what exists. The other side of
-    that: a default, once released, keeps its meaning.
+    Fields at their default and fields with the metadata ``identity=False`` are left out. So a field that is added later
+    does not change the identity of existing configurations; in turn, a released default must never change.
     """
     if is_dataclass(config):
         kept = {}
@@ -47,8 +46,11 @@ def to_json(config: Any) -> dict[str, Any]:
 
 
 def from_json(cls: type[T], data: Any, where: str = "") -> T:
-    """Return a config of type `cls` from `to_json`'s output. Unknown, missing or ill-typed fields raise a one-line
-    ValueError."""
+    """Return a config of type `cls` from `to_json`'s output.
+
+    Raises:
+        ValueError: one line naming an unknown or missing field, or one of another type.
+    """
     where = where or cls.__name__
     _check(isinstance(data, dict), f"{where}: expected an object, got {data!r}")
     hints = typing.get_type_hints(cls)
@@ -60,10 +62,15 @@ def from_json(cls: type[T], data: Any, where: str = "") -> T:
 
 
 def coerce(hint: Any, value: Any, where: str) -> Any:
-    """Return a JSON value as the declared type of a field; a value of another type raises a one-line ValueError.
+    """Return a JSON value as the declared type of a field.
 
     Args:
-        where: what the message begins with, such as "train.tokens".
+        hint: the declared type.
+        value: the JSON value.
+        where: the beginning of the message, such as "train.tokens".
+
+    Raises:
+        ValueError: one line, for a value of another type.
     """
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if is_dataclass(hint):

@@ -11,32 +11,34 @@ from moelab.config._check import check_choices
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """Describe one training: tokens, optimiser, evaluation. Defaults are a twin's; the paper's settings come from
-    `moelab.paper`.
+    """Describe one training: tokens, optimiser, evaluation.
+
+    The defaults suit a twin (a scaled-down model); the paper's settings come from `moelab.paper`.
 
     Attributes:
         tokens: training tokens; the run takes ``tokens // (batch_size * context)`` steps.
-        batch_size: sequences a step, over all ranks.
-        micro_batch: sequences a forward pass; 0 is the whole batch. Part of a run's identity: capacity and the
-            load-balancing loss are computed per micro-batch, as in the paper.
+        batch_size: sequences per step, over all ranks.
+        micro_batch: sequences per forward pass; 0 means the whole batch. Part of a run's identity, because capacity and
+            the load-balancing loss are computed per micro-batch, as in the paper.
         lr, min_lr: peak and final learning rate.
         warmup_tokens: linear warm-up; then cosine decay until `decay_tokens` (0: until `tokens`), then `min_lr`.
-        cooldown_tokens: above 0, the rate stays at `lr` after the warm-up and decays linearly to `min_lr` over the last so many tokens
-            (warm-up, stable, decay): a run of fewer tokens is then the same run with an earlier decay. 0 is the cosine.
-        betas, eps, weight_decay, clip: AdamW and the gradient's largest norm (0: no clipping). Biases and norms are not
-            decayed.
+        cooldown_tokens: above 0, the rate stays at `lr` after the warm-up and decays linearly to `min_lr` over the last
+            `cooldown_tokens` tokens (warm-up, stable, decay), so that a shorter run equals a longer one until its decay
+            begins. 0 means the cosine.
+        betas, eps, weight_decay, clip: AdamW's settings and the largest gradient norm (0: no clipping). Biases and
+            norms are not decayed.
         dtype: ``fp32``, or ``bf16`` for autocast matrix products over fp32 weights.
         device: ``cpu`` or ``cuda``.
-        threads: CPU threads of the run. Part of its identity, because sums are ordered by it.
-        seed: initial weights, data order, dropout, random token selection.
-        eval_every: steps between evaluations on at most `eval_tokens` validation tokens; the last step evaluates on all
-            of them.
+        threads: CPU threads of the run. Part of its identity, because the order of sums depends on it.
+        seed: seed of initial weights, data order, dropout and random token selection.
+        eval_every: steps between evaluations on at most `eval_tokens` validation tokens per domain. After the last
+            step, all validation tokens are evaluated.
         log_every: steps between metric rows.
         checkpoint_every: steps between checkpoints (0: only at the end or when told to stop). Not part of a run's
             identity.
         tensorboard: also write TensorBoard events. Not part of a run's identity.
-        compile: fuse the parts of a step between the routed products by `torch.compile`, which needs a C++ compiler and, the first time in a
-            workspace, half a minute. The numbers differ in their last bits.
+        compile: fuse the parts of a step between the routed products by `torch.compile`, which needs a C++ compiler
+            and, the first time in a workspace, half a minute. Results differ within rounding.
     """
 
     tokens: int = 1_000_000
@@ -85,20 +87,23 @@ class TrainConfig:
         )
         _check(
             not self.cooldown_tokens or not self.decay_tokens,
-            f"train: decay_tokens {self.decay_tokens} is of the cosine, cooldown_tokens {self.cooldown_tokens} replaces it; give one",
+            f"train: decay_tokens {self.decay_tokens} is of the cosine, cooldown_tokens {self.cooldown_tokens} "
+            "replaces it; give one",
         )
         _check(
             not self.cooldown_tokens or self.warmup_tokens + self.cooldown_tokens <= self.tokens,
-            f"train: warmup_tokens {self.warmup_tokens} and cooldown_tokens {self.cooldown_tokens} are more than tokens {self.tokens}",
+            f"train: warmup_tokens {self.warmup_tokens} and cooldown_tokens {self.cooldown_tokens} are more than "
+            f"tokens {self.tokens}",
         )
         _check(self.min_lr <= self.lr, f"train: min_lr {self.min_lr} is above lr {self.lr}")
         check_choices(self, "train")
 
     def steps(self, context: int) -> int:
-        """Return the optimiser steps for sequences of `context` tokens."""
+        """Return the number of optimiser steps for sequences of `context` tokens; ValueError if less than one."""
         steps = self.tokens // (self.batch_size * context)
         _check(
             steps >= 1,
-            f"train: {self.tokens} tokens are less than one step of {self.batch_size} x {context} = {self.batch_size * context} tokens",
+            f"train: {self.tokens} tokens are less than one step of {self.batch_size} x {context} = "
+            f"{self.batch_size * context} tokens",
         )
         return steps

@@ -1,1 +1,1 @@
-"""What a trained model is worth, and how it leaves the house: Hugging Face formats today."""
+"""Score a trained model on the paper's zero-shot tasks with lm-eval."""

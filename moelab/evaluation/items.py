@@ -1,14 +1,15 @@
-"""Zero-shot questions without a hub: the test sets that ship in one pinned package, read as one kind of record.
+"""Read zero-shot questions from the test sets of one pinned package, without a data set hub.
 
-| task             | the paper's | items                                                    | by itself                             |
-|------------------|-------------|----------------------------------------------------------|---------------------------------------|
-| packaged_lambada | LAMBADA     | 5153, detokenised                                        | the same test set                     |
-| packaged_piqa    | PIQA        | 1838, validation                                         | the same                              |
-| packaged_boolq   | BoolQ       | 3270, validation, with passages                          | the same                              |
-| packaged_history | RACE-h      | 606, MMLU high-school history (European, US, world), test | a stand-in: RACE-h is not shipped     |
-| packaged_trivia  | TriviaQA    | 7993, validation, answers without evidence               | the same, Wikipedia part              |
-| packaged_nq      | WebQs       | 3610, NQ-open validation                                 | a stand-in: WebQs is not shipped      |
+| task             | paper's  | items                                                     | data set                 |
+|------------------|----------|-----------------------------------------------------------|--------------------------|
+| packaged_lambada | LAMBADA  | 5153, detokenised                                         | the same test set        |
+| packaged_piqa    | PIQA     | 1838, validation                                          | the same                 |
+| packaged_boolq   | BoolQ    | 3270, validation, with passages                           | the same                 |
+| packaged_history | RACE-h   | 606, MMLU high-school history (European, US, world), test | a stand-in for RACE-h    |
+| packaged_trivia  | TriviaQA | 7993, validation, answers without evidence                | the same, Wikipedia part |
+| packaged_nq      | WebQs    | 3610, NQ-open validation                                  | a stand-in for WebQs     |
 
+The package has neither RACE-h nor WebQs, so a stand-in is another data set of the same kind.
 The files are Arrow streams and JSON lines; no code of the package runs. Each data set keeps its own licence.
 """
 
@@ -34,13 +35,13 @@ PACKAGE = Package(
 
 @dataclass(frozen=True)
 class Item:
-    """One question.
+    """Hold one question.
 
     Attributes:
-        passage: text that it is about; empty if there is none.
-        question: the question, or the text to be continued.
-        answers: to choose from, or the accepted ones.
-        gold: which of them are right; the first is the one whose bits per byte are reported.
+        passage: text that the question is about; empty if there is none.
+        question: the question, or the text to continue.
+        answers: the choices, or all accepted answers.
+        gold: indices of the right answers; bits per byte are reported for the first.
     """
 
     passage: str
@@ -49,16 +50,16 @@ class Item:
     gold: tuple[int, ...]
 
     def record(self) -> dict[str, Any]:
-        """As a row for lm-eval."""
+        """Return the question as a row for lm-eval."""
         return {**self.__dict__, "answers": list(self.answers), "gold": list(self.gold)}
 
 
 def items(task: str, cache: Path) -> list[Item]:
-    """All questions of a packaged task; fetches the package (86 MB) into `cache/packages` the first time.
+    """Return all questions of a packaged task; fetch the package (86 MB) into `cache/packages` the first time.
 
     Raises:
-        ValueError: no such task.
-        CorpusUnavailable: the package cannot be had here.
+        ValueError: unknown task.
+        CorpusUnavailable: the package cannot be fetched.
     """
     if task not in READERS:
         raise ValueError(f"eval: no packaged task {task!r}; allowed: {', '.join(READERS)}")
@@ -83,7 +84,7 @@ def _boolq(root: Path) -> Iterator[Item]:
 
 
 def _history(root: Path) -> Iterator[Item]:
-    """The three subjects take turns, so that the first n items are of all of them."""
+    """Yield the items of the three subjects in turn, so that the first n items cover all subjects."""
     subjects = (
         _rows(root / f"hf_datasets/hails/mmlu_no_train/high_school_{name}_history/test")
         for name in ("european", "us", "world")

@@ -1,8 +1,8 @@
-"""A model as lm-eval sees one: `RunLM` scores and continues texts, in batches, and remembers what it was asked.
+"""Implement lm-eval's model interface: `RunLM` scores and continues texts in batches, and stores the answers.
 
-Texts become tokens as in lm-eval's own wrapper of transformers models, so equal weights give equal numbers (tested): a context's trailing spaces
-go to the continuation, an empty context is the end-of-text token, and what does not fit the model's context is cut on the left. Needs the extra
-`eval`.
+Texts are tokenized as in lm-eval's own wrapper of transformers models, so that equal weights give equal scores
+(tested): a context's trailing spaces go to the continuation, an empty context is the end-of-text token, and a context
+that is too long for the model loses its beginning. Needs the extra `eval`.
 """
 
 from __future__ import annotations
@@ -21,22 +21,23 @@ from moelab.evaluation.models import LanguageModel
 from moelab.evaluation.requests import Requests
 
 MAX_NEW_TOKENS = 256
-"""Length of a continuation where the task gives none, as in lm-eval."""
+"""Bound on a continuation's tokens if the task sets none, as in lm-eval."""
 
 OnProgress = Callable[[int, int], None]
-"""Called with (requests done, of all) after each batch."""
+"""Called with (requests done, all requests) after each batch."""
 
 
 class RunLM(TemplateLM):
-    """A model and its tokenizer behind lm-eval's interface.
+    """Provide a model and its tokenizer through lm-eval's interface.
 
     Args:
-        model: ours or another's, see `moelab.evaluation.models`.
-        batch: sequences at a time.
-        requests: where answers are kept; those already there are not computed again.
+        model: see `moelab.evaluation.models`.
+        tokenizer: the model's; it may have no more entries than the model's embedding (ValueError).
+        batch: number of sequences at a time.
+        requests: store of answers; stored ones are not computed again.
 
     Attributes:
-        cut: requests so far that had to lose the beginning of their context, computed or remembered.
+        cut: number of requests so far whose context lost its beginning, computed or stored.
     """
 
     def __init__(
@@ -56,7 +57,7 @@ class RunLM(TemplateLM):
                 f"eval: the tokenizer has {tokenizer.vocab_size} entries, the model's embedding only {model.vocab}"
             )
         self.model, self.texts, self.batch = model, tokenizer, batch
-        self.answers = Requests() if requests is None else requests  # an empty one is falsy
+        self.answers = Requests() if requests is None else requests  # not `or`: an empty store is falsy
         self.on_progress = on_progress
         self.cut = 0
         self._device = str(model.device)
@@ -64,22 +65,28 @@ class RunLM(TemplateLM):
 
     @property
     def eot_token_id(self) -> int:
+        """Return the id of the end-of-text token."""
         return self.texts.eot
 
     @property
     def max_length(self) -> int:
-        """The model's context."""
+        """Return the model's context in tokens."""
         return self.model.context
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
+        """Return the token ids of a text; no special tokens are added."""
         return self.texts.encode(string)
 
-    # -- scores --------------------------------------------------------------------------------------------------------------------
+    # -- scores --------------------------------------------------------------------------------------------------------
 
     def _loglikelihood_tokens(
         self, requests: Sequence, disable_tqdm: bool = False, **_: Any
     ) -> list[tuple[float, bool]]:
-        """(log-probability in nats, whether each token was the likeliest) of each (texts, context, continuation)."""
+        """Return (log-probability in nats, whether every token was the likeliest) of each continuation.
+
+        Args:
+            requests: (texts, context ids, continuation ids) of each.
+        """
         pieces = [list(self._windows(context, continuation)) for _, context, continuation in requests]
         scored = iter(self._scores([piece for windows in pieces for piece in windows]))
         sums = []
@@ -89,7 +96,7 @@ class RunLM(TemplateLM):
         return sums
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
-        """Log-probability in nats of whole texts, in windows of the model's context that do not overlap in what they score."""
+        """Return the log-probability of whole texts in nats; each window of the model's context scores new tokens."""
         windows = [
             [make_disjoint_window(w) for w in self._rolling(self.tok_encode(request.args[0]), self.prefix_token_id)]
             for request in requests
@@ -98,7 +105,7 @@ class RunLM(TemplateLM):
         return [sum(next(scored)[0] for _ in text) for text in windows]
 
     def _windows(self, context: list[int], continuation: list[int]) -> Iterator[tuple[list[int], list[int]]]:
-        """One window, or several for a continuation that is longer than the model's context."""
+        """Yield one (context, continuation) window, or several if the continuation exceeds the model's context."""
         if len(continuation) <= self.max_length:
             self.cut += len(context) + len(continuation) > self.max_length + 1
             yield context, continuation
@@ -112,7 +119,10 @@ class RunLM(TemplateLM):
         )
 
     def _scores(self, pairs: Sequence[tuple[list[int], list[int]]]) -> list[tuple[float, bool]]:
-        """Scores of (context, continuation) token pairs: those known, and the others in batches of like length, the longest first."""
+        """Return the scores of (context, continuation) token pairs.
+
+        Scores that are not stored are computed in batches of similar length, the longest first.
+        """
         keys = [Requests.key("score", context[-self.max_length :], continuation) for context, continuation in pairs]
         missing = {key: pair for key, pair in zip(keys, pairs, strict=True) if self.answers.get(key) is None}
         todo = sorted(missing.items(), key=lambda item: -len(item[1][0]) - len(item[1][1]))
@@ -125,14 +135,16 @@ class RunLM(TemplateLM):
     @torch.inference_mode()
     def _score(self, pairs: Sequence[tuple[list[int], list[int]]]) -> list[tuple[float, bool]]:
         texts = [tuple((context + wanted)[-self.max_length - 1 : -1]) for context, wanted in pairs]
-        rows = {text: row for row, text in enumerate(dict.fromkeys(texts))}  # answers of one token share their input
-        # Padding stands on the right, where causal attention does not look from.
+        # Pairs with the same context and one-token answers share one input.
+        rows = {text: row for row, text in enumerate(dict.fromkeys(texts))}
+        # Padding is on the right, so that no token of a text attends to it.
         tokens_BT = pad_sequence([torch.tensor(text) for text in rows], batch_first=True).to(self.device)
         x_BTM = self.model.trunk(tokens_BT)
         lengths = [len(wanted) for _, wanted in pairs]
+        # The head only computes the rows that predict the continuations.
         rows_NM = torch.cat(
             [x_BTM[rows[text], len(text) - n : len(text)] for text, n in zip(texts, lengths, strict=True)]
-        )  # those that predict the continuations: the head runs on no others
+        )
         wanted_N = torch.tensor([t for _, wanted in pairs for t in wanted], device=self.device)
         logits_NV = self.model.head(rows_NM).float()[:, : self.texts.vocab_size]
         chosen_N = logits_NV.log_softmax(1).gather(1, wanted_N[:, None])[:, 0].double()
@@ -142,13 +154,13 @@ class RunLM(TemplateLM):
             for chosen, best in zip(chosen_N.split(lengths), best_N.split(lengths), strict=True)
         ]
 
-    # -- continuations -------------------------------------------------------------------------------------------------------------
+    # -- continuations -------------------------------------------------------------------------------------------------
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
-        """The likeliest continuation of each context up to the first of its stop texts.
+        """Return the greedy continuation of each context up to the first of its stop texts.
 
         Raises:
-            ValueError: the task wants draws; only the likeliest token is taken here.
+            ValueError: the task requires random sampling, which is not supported.
         """
         keys = []
         missing: dict[tuple[tuple[str, ...], int], dict[str, list[int]]] = {}
@@ -173,7 +185,7 @@ class RunLM(TemplateLM):
         return [self.answers.get(key) for key in keys]
 
     def _settings(self, settings: dict[str, Any]) -> tuple[tuple[str, ...], int]:
-        """(stop texts, tokens at most); at most half the context, so that half is left for the question."""
+        """Return (stop texts, bound on new tokens); the bound is at most half the model's context."""
         if settings.get("do_sample") or settings.get("temperature"):
             raise ValueError(f"eval: only tasks that take the likeliest text can be run, this one wants {settings}")
         until = settings.get("until") or []
@@ -182,7 +194,7 @@ class RunLM(TemplateLM):
         return until, min(limit, self.max_length // 2)
 
     def _continue(self, prompts: Sequence[list[int]], until: tuple[str, ...], limit: int) -> list[str]:
-        # A token that holds a stop text ends the sequence at once; one that is spread over tokens is cut off below.
+        # A token that contains a stop text ends the sequence; a stop text of several tokens is removed below.
         if until not in self._stops:
             every = range(self.texts.vocab_size)
             self._stops[until] = [t for t in every if any(u in self.texts.decode([t]) for u in until)]

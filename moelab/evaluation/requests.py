@@ -1,4 +1,4 @@
-"""What a model was asked, and answered: one JSON line an answer, so that a killed evaluation goes on where it was."""
+"""Store a model's answers to requests, one JSON line per answer, so that an interrupted evaluation can continue."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from typing import Any
 
 
 class Requests:
-    """Answers by request, in memory and, with a file, on disk.
+    """Hold answers by request, in memory and, if a path is given, in a file.
 
-    The file is appended to and flushed at each `put`; a line torn by a kill is dropped when it is opened next. It belongs to one set of
-    weights: the caller's file name says whose.
+    Each `put` appends to the file and flushes it; an incomplete last line is removed when the file is opened again. A
+    file belongs to one set of weights, which the caller's file name identifies.
     """
 
     def __init__(self, path: Path | None = None) -> None:
@@ -41,15 +41,15 @@ class Requests:
 
     @staticmethod
     def key(kind: str, *parts: Any) -> str:
-        """The name of a request: a hash of all that decides its answer."""
+        """Return the key of a request: a hash of everything that determines its answer."""
         return hashlib.sha256(json.dumps([kind, *parts]).encode()).hexdigest()[:24]
 
     def get(self, key: str) -> Any:
-        """The answer, or None."""
+        """Return the answer, or None if there is none."""
         return self._known.get(key)
 
     def put(self, answers: Mapping[str, Any]) -> None:
-        """Keep answers, none of them None."""
+        """Store answers by key; no answer may be None."""
         self._known.update(answers)
         if self.path is not None:
             self.path.parent.mkdir(parents=True, exist_ok=True)

@@ -1,14 +1,15 @@
-"""Zero-shot tasks of the paper (Table 2) for any model: accuracy beside chance, n, its standard error and the right answer's bits per byte.
+"""Score a model on the paper's zero-shot tasks (Table 2).
 
     scores = evaluate(run_directory, PACKAGED, cache=..., limit=200)
 
-Tasks are lm-eval's (by name, with a network: `lambada_openai`, `piqa`, `boolq`, `race`, `triviaqa`, `webqs`) or the packaged ones of
-`moelab.evaluation.items`, whose definitions are in `tasks/*.yaml`. Both give the same `Score`.
+A score has the accuracy with its standard error and that of guessing, and the bits per byte of the right answers. Tasks
+are lm-eval's (by name, with a network: `lambada_openai`, `piqa`, `boolq`, `race`, `triviaqa`, `webqs`) or the packaged
+ones of `moelab.evaluation.items`, defined in `tasks/*.yaml`. Both give the same `Score`. Files:
 
-    <directory>/evaluation/<weights>/requests.jsonl       every answer of the model, as it comes
+    <directory>/evaluation/<weights>/requests.jsonl         each answer of the model, appended when computed
                                      <task>[-first-N].json  the score
 
-`<weights>` is a hash of the model's weights and tokenizer, so a run that trains on is evaluated anew.
+`<weights>` is a hash of the model's weights and tokenizer, so that a run is evaluated again after further training.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ if TYPE_CHECKING:
     from moelab.evaluation.models import LanguageModel
 
 PACKAGED = tuple(READERS)
-"""The tasks that need no hub, in the paper's order."""
+"""The tasks that need no data set hub, in the paper's order."""
 
 PAPER_TASKS = {
     "lambada": ("packaged_lambada", "lambada_openai"),
@@ -52,32 +53,34 @@ PAPER_TASKS = {
     "triviaqa": ("packaged_trivia", "triviaqa"),
     "webqs": ("packaged_nq", "webqs"),
 }
-"""Column of the paper's table -> the packaged task and lm-eval's."""
+"""Column of the paper's table -> (packaged task, lm-eval's task)."""
 
 STAND_INS = ("packaged_history", "packaged_nq")
-"""Tasks of another data set than the paper's column names."""
+"""Tasks whose data set differs from that of the paper's column."""
 
 OnProgress = Callable[[str, int, int], None]
-"""Called with (task, requests done, of all)."""
+"""Called with (task, requests done, all requests)."""
 
 
 @dataclass(frozen=True)
 class Score:
-    """One model on one task.
+    """Hold the score of one model on one task.
 
     Attributes:
         task: lm-eval's or the packaged name.
         metric: "acc", or "exact_match" for free answers.
-        accuracy: share of right answers, 0 to 1.
-        standard_error: of `accuracy`, over the items: s / sqrt(n).
-        chance: what guessing gives: one over the number of answers, 0 for free ones.
-        majority: what always giving the commonest right answer's place gives; None for free ones.
-        n: items.
-        bits_per_byte: bits a byte of the right answers, given their questions; of several right ones the first is taken.
-        cut: requests whose context did not fit and lost its beginning; None where the model is not ours.
-        requests: of the task, all.
-        stand_in: the data set is another one than the paper's.
-        version: of the task, and of lm-eval.
+        accuracy: fraction of right answers, 0 to 1.
+        standard_error: standard error of `accuracy` over the items, s / sqrt(n).
+        chance: accuracy of guessing: one over the number of choices, 0 for free answers.
+        majority: accuracy of always choosing the position that is right most often; None for free answers.
+        n: number of items.
+        bits_per_byte: bits per byte of the right answers given their questions; of several right answers, the first
+            counts.
+        cut: number of requests whose context lost its beginning because it was too long; None unless the model is a
+            `RunLM`.
+        requests: number of the task's requests.
+        stand_in: whether the data set differs from the paper's.
+        version: versions of the task and of lm-eval.
         seconds: wall time.
     """
 
@@ -107,17 +110,20 @@ def evaluate(
     device: str = "cpu",
     on_progress: OnProgress = lambda task, done, total: None,
 ) -> list[Score]:
-    """Scores of a run's newest checkpoint, of an exported model or of another's (`moelab.evaluation.models`); those already there are read back.
+    """Return the scores of a run's newest checkpoint, an exported or a published model (`moelab.evaluation.models`).
+
+    Stored scores are read instead of computed again.
 
     Args:
-        cache: prepared tokens and packages.
-        limit: only the first items of each task; 0 is all.
-        batch: sequences at a time.
+        cache: directory of prepared tokens and packages.
+        limit: number of items of each task, from the first; 0 means all.
+        batch: number of sequences at a time.
 
     Raises:
-        ValueError: one line: nothing to open, an unknown task, a task whose data cannot be had, or lm-eval is not installed.
-        CorpusUnavailable: the packaged tasks cannot be had.
-        CheckpointError: the checkpoint is of another model.
+        ValueError: one line: no model, an unknown task, a task whose data cannot be fetched, or lm-eval is not
+            installed.
+        CorpusUnavailable: the package of the packaged tasks cannot be fetched.
+        CheckpointError: the checkpoint belongs to another model.
     """
     if limit < 0 or limit == 1:
         raise ValueError(f"eval: limit must be 0 (all items) or at least 2, got {limit}")
@@ -143,10 +149,10 @@ def evaluate(
 
 
 def run_task(lm: LM, task: str, *, cache: Path, limit: int = 0, manager: Any = None) -> Score:
-    """The score of any lm-eval model on one task; see `evaluate`.
+    """Return the score of any lm-eval model on one task; see `evaluate`.
 
     Args:
-        manager: lm-eval's `TaskManager`, made if not given.
+        manager: lm-eval's `TaskManager`; None makes one.
     """
     import lm_eval
 
@@ -155,11 +161,11 @@ def run_task(lm: LM, task: str, *, cache: Path, limit: int = 0, manager: Any = N
     cut, started = getattr(lm, "cut", None), time.monotonic()
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     try:
-        with contextlib.redirect_stderr(io.StringIO()):  # its progress bars; ours are enough
+        with contextlib.redirect_stderr(io.StringIO()):  # lm-eval's progress bars
             loaded = manager.load([asked])
             for one in loaded["tasks"].values():
                 one.set_config("num_fewshot", 0)
-            # Not `simple_evaluate`, which asks pip for a list of all packages each time.
+            # Not `simple_evaluate`, which lists all installed packages with pip at each call.
             found = lm_eval.evaluate(lm, loaded, limit=limit or None, bootstrap_iters=0)
     except (OSError, ConnectionError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
@@ -191,12 +197,15 @@ def run_task(lm: LM, task: str, *, cache: Path, limit: int = 0, manager: Any = N
 
 
 def fingerprint(model: LanguageModel, tokenizer: Tokenizer) -> str:
-    """A short hash of the model and its tokenizer: whose answers these are."""
+    """Return a short hash of the model and its tokenizer, which identifies their answers."""
     return hashlib.sha256(f"{model.digest} {tokenizer.digest()}".encode()).hexdigest()[:12]
 
 
 def _manager(tasks: Sequence[str]) -> Any:
-    """lm-eval's tasks, indexed only if one of them is asked for (it takes seconds); ValueError for one it does not know."""
+    """Return lm-eval's task manager; ValueError for an unknown task.
+
+    lm-eval's own tasks are only indexed if one is requested, because that takes seconds.
+    """
     if find_spec("lm_eval") is None:
         raise ValueError("eval: lm-eval is not installed; install moelab with its extra `eval`")
     others = [task for task in tasks if task not in PACKAGED]
@@ -224,18 +233,18 @@ def _packaged(task: str, cache: Path, limit: int) -> dict[str, Any]:
 
 
 def definition(task: str) -> dict[str, Any]:
-    """A packaged task's definition for lm-eval, without its data."""
+    """Return a packaged task's definition for lm-eval, without its data."""
     return yaml.safe_load((Path(__file__).parent / "tasks" / f"{task}.yaml").read_text())
 
 
 def version(task: str) -> str:
-    """Of a task's definition, if it is a packaged one, and of lm-eval."""
+    """Return the versions of a packaged task's definition and of lm-eval as one text."""
     ours = f"{task} {definition(task)['metadata']['version']}, " if task in PACKAGED else ""
     return f"{ours}lm-eval {metadata.version('lm_eval')}"
 
 
 def _read(file: Path, task: str) -> Score | None:
-    """A stored score, unless the task has changed since."""
+    """Return a stored score, or None if there is none or the task's version has changed."""
     record = read_json(file)
     if not isinstance(record, dict) or record.get("version") != version(task):
         return None
@@ -251,8 +260,8 @@ def _first(target: Any) -> Any:
 
 
 def _nats(lm: LM, rows: list[dict[str, Any]], kind: str) -> tuple[float, int]:
-    """(minus the log-probability, UTF-8 bytes) of the right answers."""
-    if kind == "generate_until":  # the task has not asked for it
+    """Return (minus the log-probability in nats, UTF-8 bytes) of all right answers."""
+    if kind == "generate_until":  # the task does not request scores of its answers
         from lm_eval.api.instance import Instance
 
         pairs = [(row["arguments"][0][0], f" {_first(row['target'])}") for row in rows]

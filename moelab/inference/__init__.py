@@ -1,7 +1,7 @@
-"""Inference: a KV cache, generation, the paper's baseline beside the fast path, latency measured.
+"""Generate text with a KV cache, in an optimised mode or as the paper's PyTorch baseline.
 
-Read `generate.py` first; `cache.py` and `sampling.py` are its parts. `modes.py` makes a model fast (`frozen.py`, on a
-CPU) or the paper's baseline.
+`generate.py` has the generator, which uses `cache.py` and `sampling.py`. `modes.py` switches a model to one of the two
+modes (on a CPU, the optimised one uses `frozen.py`). `text.py` opens a model with its tokenizer.
 """
 
 from moelab.inference.generate import Completion, Generator, Piece

@@ -1,14 +1,16 @@
-"""Keys and values of earlier tokens: allocated once, filled by prefill, read and extended by decode.
+"""Cache keys and values of earlier tokens: prefill writes them, decode reads and extends them.
 
-Shapes: L layers, H heads (this rank's), T the longest sequence, D head size; a *slot* is one sequence's place, B of them.
+Shapes: L layers, H heads (this rank's), T the longest sequence, D head size. A *slot* is the memory of one sequence;
+there are B slots.
 
-Prefill takes whole prompts of any lengths behind one another, [1, N] tokens and not one of padding: everything in the model but attention
-works token by token, and attention goes prompt by prompt. Decode takes one token a sequence, [B, 1], in one of two ways:
+Prefill takes whole prompts of any lengths concatenated, [1, N] tokens without padding: all of the model except
+attention treats tokens independently, and attention is computed prompt by prompt. Decode takes one token per sequence,
+[B, 1], in one of two ways:
 
-- dynamic (CPU): slots 0 to B - 1 of the sequences that are alive, attention over exactly the tokens there are, equal lengths together.
-  A sequence's attention is then computed alike whatever its neighbours are.
-- static (CUDA): all slots, attention over all T places under a mask made from the positions, which live on the device: equal shapes and no
-  word from the host at any step, so a step can be captured in a CUDA graph and replayed.
+- dynamic (CPU): the unfinished sequences occupy the first slots. Attention covers exactly the existing tokens, and
+  sequences of equal length are computed together, so that a sequence's attention does not depend on the others.
+- static (CUDA): all slots, attention over all T positions under a mask computed from the positions, which are on the
+  device. Shapes are the same at each step and nothing comes from the host, so that a CUDA graph can capture the step.
 """
 
 from __future__ import annotations
@@ -24,19 +26,21 @@ from moelab.models import GPT
 
 
 class KVCache:
-    """The `moelab.models.gpt.Cache` of a model.
+    """Hold the keys and values of a model's sequences; a `moelab.models.gpt.Cache`.
 
     Attributes:
         keys, values: [L, B, H, T, D].
-        positions_BT: int64, of the tokens of the next forward pass.
-        layers: what each attention layer is given.
+        positions_BT: int64, positions of the tokens of the next forward pass.
+        layers: one `moelab.models.gpt.Past` per attention layer.
         slots, length: B and T.
     """
 
     def __init__(self, model: GPT, slots: int, length: int, dtype: torch.dtype, device: str | torch.device) -> None:
-        """
+        """Allocate the cache.
+
         Args:
-            slots: sequences at a time.
+            model: the model, or this rank's part of it.
+            slots: number of sequences at a time.
             length: longest sequence in tokens, prompt and output; at most the model's context.
         """
         config = model.config
@@ -47,20 +51,19 @@ class KVCache:
         self.positions_BT = torch.zeros(1, 0, dtype=torch.long, device=device)
         self.layers = [_Layer(self, i) for i in range(config.layers)]
         self._spans: list[tuple[int, int, int]] | None = None  # prefill: (slot, first, past the last packed token)
-        self._runs: list[tuple[int, int, int]] | None = (
-            None  # dynamic decode: (first slot, past the last, tokens to see)
-        )
+        # Dynamic decode: (first slot, past the last slot, visible tokens) of each run of equal lengths.
+        self._runs: list[tuple[int, int, int]] | None = None
         self._mask_B11T: Tensor | None = None  # static decode
         self._rows = torch.arange(slots, device=device)
         self._places = torch.arange(length, device=device)
 
     @property
     def bytes(self) -> int:
-        """Memory of keys and values."""
+        """Return the bytes of keys and values."""
         return 2 * self.keys.numel() * self.keys.element_size()
 
     def prefill(self, slots: Sequence[int], lengths: Sequence[int]) -> None:
-        """The next forward pass takes prompts of these lengths, one behind the other, into these slots."""
+        """Prepare a forward pass over concatenated prompts of these lengths, one per given slot."""
         ends = list(itertools.accumulate(lengths))
         self._spans = [(slot, end - n, end) for slot, n, end in zip(slots, lengths, ends, strict=True)]
         self._runs = self._mask_B11T = None
@@ -68,7 +71,7 @@ class KVCache:
         self.positions_BT = torch.cat([*positions, torch.arange(0)])[None].to(self.device)
 
     def decode(self, lengths: Sequence[int]) -> None:
-        """The next forward pass takes one token for each of the slots 0, 1, ..., which hold `lengths` tokens."""
+        """Prepare a forward pass over one token for each of the slots 0, 1, ..., which hold `lengths` tokens."""
         self._spans = self._mask_B11T = None
         self.positions_BT = torch.tensor(lengths, dtype=torch.long, device=self.device)[:, None]
         self._runs, first = [], 0
@@ -78,25 +81,26 @@ class KVCache:
             first = past
 
     def decode_static(self, positions_B: Tensor) -> None:
-        """The next forward pass takes one token for every slot, at `positions_B` (int64, on the device)."""
+        """Prepare a forward pass over one token for every slot, at `positions_B` (int64, on the device)."""
         self._spans = self._runs = None
         self.positions_BT = positions_B[:, None]
         self._mask_B11T = (self._places <= self.positions_BT)[:, None, None]
 
     def move(self, source: int, target: int, length: int) -> None:
-        """Copy the `length` first tokens of one slot to another."""
+        """Copy the keys and values of the first `length` tokens of one slot to another."""
         for cached in (self.keys, self.values):
             cached[:, target, :, :length] = cached[:, source, :, :length]
 
 
 class _Layer:
-    """One layer's keys and values; see `moelab.models.gpt.Past`."""
+    """Hold one layer's keys and values; a `moelab.models.gpt.Past`."""
 
     def __init__(self, cache: KVCache, layer: int) -> None:
         self._cache = cache
         self._keys, self._values = cache.keys[layer], cache.values[layer]
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Store the new tokens' keys and values; return their attention over all visible tokens, [B, H, T, D]."""
         cache, keys, values = self._cache, self._keys, self._values
         if cache._spans is not None:
             y = torch.empty_like(q)

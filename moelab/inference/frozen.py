@@ -1,17 +1,17 @@
-"""Frozen modules: a model's matrices made ready for products of few rows on a CPU, as a decoding step has them.
+"""Freeze a model for inference on a CPU: prepare its matrices for the products of few rows of a decoding step.
 
-A large matrix is packed for oneDNN (its own memory layout), which at few rows is faster than the plain product; GELU is
-computed on the way. A call of oneDNN takes about 9 us longer than one of the plain product, so a small matrix stays as
-it is (`PACK_FROM`).
+A large matrix is packed into oneDNN's memory layout, which is faster at few rows than the plain product; GELU is fused
+into the product. A call of oneDNN takes about 9 us longer than a plain product, so that small matrices are not packed
+(`PACK_FROM`).
 
-A row's result has the same bits whatever rows are beside it. oneDNN's products have this property at any number of
-rows, plain ones (MKL) from `LEAST_ROWS` on; fewer rows get copies of themselves beside them. Neither library promises
-it: tests check it on the machine they run on. For one sequence in a model up to 128 wide the property costs 2 to 7 % of
-a step's time against the plain model, which does not have it; for wider models or more sequences the frozen model is as
-fast as the plain one or faster (17 % at 512 wide).
+A row's result is bitwise independent of the other rows. oneDNN's products have this property for any number of rows,
+plain ones (MKL) for at least `LEAST_ROWS`; fewer rows are repeated to reach that number. Neither library guarantees it:
+tests check it on the machine that runs them. With one sequence and a hidden size up to 128, a step takes 2 to 7 %
+longer than with the plain model, which does not have the property; with larger hidden sizes or more sequences the
+frozen model is as fast as the plain one or faster (by 17 % at hidden size 512).
 
-An expert is frozen alone, so a step reads the weights of the experts that have tokens and no others. Packed copies
-replace the parameters, which are freed one by one on the way.
+Each expert is frozen on its own, so that a step only reads the weights of experts that have tokens. Packed copies
+replace the parameters, which are freed one by one.
 """
 
 from __future__ import annotations
@@ -33,21 +33,24 @@ from moelab.models.moe import MLP, Experts, Mix, MoE
 from moelab.models.routing import Router, Routing
 
 PACK_FROM = 1 << 17
-"""Numbers in the smallest fp32 matrix that is packed. Measured (AMD Zen 4, one thread, 1 and 8 rows, shapes from 32 x
-32 to 1024 x 256): the plain product of 2**16 numbers takes 6 and 19 us, the packed one 15 and 22; of 2**18 numbers 25
-and 80 us against 32 and 60. bf16 matrices are always packed."""
+"""Elements of the smallest fp32 matrix that is packed; bf16 matrices are always packed.
+
+Measured on AMD Zen 4 with one thread, for 1 and 8 rows: with 2**16 elements, the plain product takes 6 and 19 us, the
+packed one 15 and 22 us; with 2**18 elements, 25 and 80 us against 32 and 60 us.
+"""
 LEAST_ROWS = 4
+"""Rows from which a row's result of a plain product is independent of the other rows."""
 
 
 def can_freeze(dtype: torch.dtype) -> bool:
-    """Whether oneDNN packs matrices of this type on this CPU: fp32 on all, bf16 not without AVX-512 (or its like)."""
+    """Return whether oneDNN packs matrices of this dtype on this CPU: fp32 on all, bf16 with AVX-512 or similar."""
     if not torch.backends.mkldnn.is_available():
         return False
     return dtype == torch.float32 or (dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 def freeze(model: GPT) -> None:
-    """Replace the modules that multiply by matrices, in place."""
+    """Replace the modules that compute matrix products by frozen ones, in place."""
     for block in model.blocks:
         block.attention.qkv = freeze_linear(block.attention.qkv)
         block.attention.out = freeze_linear(block.attention.out)
@@ -57,21 +60,21 @@ def freeze(model: GPT) -> None:
 
 
 def freeze_moe(moe: MoE) -> MoE:
-    """Replace the parts of a MoE layer; its dispatch stays."""
+    """Replace the parts of a MoE layer by frozen ones, except its dispatch, and return the layer."""
     moe.router, moe.experts = FrozenRouter(moe.router), FrozenExperts(moe.experts)
     moe.mlp = None if moe.mlp is None else FrozenMLP(moe.mlp)
     moe.mix = None if moe.mix is None else FrozenMix(moe.mix)
     return moe
 
 
-# -- products ------------------------------------------------------------------------------------------------------------
+# -- products ----------------------------------------------------------------------------------------------------------
 
 Product = Callable[..., Tensor]
-"""(x [..., K], bias [N] or None, gelu=False) -> x @ weight.T + bias [..., N], GELU (tanh) behind it if asked."""
+"""(x [..., K], bias [N] or None, gelu=False) -> x @ weight.T + bias [..., N], with gelu followed by GELU (tanh)."""
 
 
 def product(weight_NK: Tensor) -> Product:
-    """The product with this matrix, packed if that is faster."""
+    """Return the function that multiplies by this matrix, packed if that is faster."""
     weight_NK = weight_NK.detach()
     if weight_NK.dtype == torch.float32 and weight_NK.numel() < PACK_FROM:
         return functools.partial(_plain, weight_NK)
@@ -91,16 +94,16 @@ def _plain(weight_NK: Tensor, x: Tensor, bias: Tensor | None, gelu: bool = False
     return F.gelu(y, approximate="tanh") if gelu else y
 
 
-# -- modules -------------------------------------------------------------------------------------------------------------
+# -- modules -----------------------------------------------------------------------------------------------------------
 
 
 def freeze_linear(linear: nn.Linear, gelu: bool = False) -> nn.Module:
-    """The frozen form of a linear layer, whole or sliced."""
+    """Return the frozen form of a linear layer, whole or sliced; `gelu` applies to a whole or column-sliced one."""
     return FrozenRowLinear(linear) if isinstance(linear, RowLinear) else FrozenLinear(linear, gelu)
 
 
 class FrozenLinear(nn.Module):
-    """A linear layer (or one rank's column slice of it), GELU behind it if asked."""
+    """Compute a linear layer (or one rank's column slice of it), with `gelu` followed by GELU."""
 
     def __init__(self, linear: nn.Linear, gelu: bool = False) -> None:
         super().__init__()
@@ -108,61 +111,64 @@ class FrozenLinear(nn.Module):
         self.bias = None if linear.bias is None else linear.bias.detach()
 
     def forward(self, x: Tensor) -> Tensor:
+        """Return the output [..., N] of x [..., K]."""
         return self.product(x, self.bias, self.gelu)
 
 
 class FrozenRowLinear(nn.Module):
-    """A row slice: partial sums are added up over the tensor group, the bias once."""
+    """Compute a row slice of a linear layer: sum the partial products over the tensor group, then add the bias."""
 
     def __init__(self, linear: RowLinear) -> None:
         super().__init__()
         self.product, self.bias, self.group = product(linear.weight), linear.bias.detach(), linear.group
 
     def forward(self, x: Tensor) -> Tensor:
+        """Return the layer's output [..., N] from this rank's slice of its input."""
         return reduce_from_group(self.product(x, None), self.group) + self.bias
 
 
 class FrozenMLP(nn.Module):
-    """A dense feed-forward."""
+    """Compute a dense feed-forward."""
 
     def __init__(self, mlp: MLP) -> None:
         super().__init__()
         self.up, self.down = freeze_linear(mlp.up, gelu=True), freeze_linear(mlp.down)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Return the output [..., M] of x [..., M]."""
         return self.down(self.up(x))
 
 
 class FrozenRouter(Router):
-    """A router whose matrix is frozen; its rules are `Router.route`'s."""
+    """Route with a frozen matrix, by the rules of `Router.route`."""
 
     def __init__(self, router: Router) -> None:
         super().__init__(0, router.experts, router.top_k, router.config)
         self.weight, self.product = router.weight, product(router.weight.float())
 
     def forward(self, x_SM: Tensor) -> Routing:
-        """As `Router.forward`, outside autocast."""
+        """Route as `Router.forward`; runs outside autocast."""
         return self.route(self.scores(x_SM.float()))
 
     def scores(self, x_SM: Tensor) -> Tensor:
-        """As `Router.scores`, without noise."""
+        """Return the logits [S, E], without noise."""
         return self.product(x_SM, None)
 
 
 class FrozenMix(nn.Module):
-    """The residual form's learned mix."""
+    """Compute the residual form's learned mix."""
 
     def __init__(self, mix: Mix) -> None:
         super().__init__()
         self.linear = FrozenLinear(mix)
 
     def forward(self, routed_SM: Tensor, fixed_SM: Tensor, x_SM: Tensor) -> Tensor:
-        """As `Mix.forward`."""
+        """Return the weighted sum of the branches, as `Mix.forward`."""
         return kernels.residual_mix(routed_SM, fixed_SM, coefficient_S2=self.linear(x_SM).float().softmax(1))
 
 
 class FrozenExperts(nn.Module):
-    """Experts, frozen one by one: a call reads the weights of those that have rows."""
+    """Compute experts that are frozen one by one: a call only reads the weights of experts that have rows."""
 
     def __init__(self, experts: Experts) -> None:
         super().__init__()
@@ -173,7 +179,7 @@ class FrozenExperts(nn.Module):
         self.up_bias, self.down_bias = list(experts.up_bias.detach()), list(bias)
 
     def forward(self, rows_RM: Tensor, offsets_E1: Tensor) -> Tensor:
-        """As `Experts.forward`."""
+        """Return the experts' outputs, as `Experts.forward`."""
         bounds = offsets_E1.tolist()
         outputs = []
         for e in np.flatnonzero(np.diff(offsets_E1.numpy())).tolist():

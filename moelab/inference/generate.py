@@ -1,13 +1,13 @@
-"""Generation: prompts in, tokens out, many sequences at a time.
+"""Generate tokens from prompts, many sequences at a time.
 
     generator = Generator(set_mode(model), batch=8)
     for piece in generator.stream(prompts, Sampling(temperature=0.8, top_k=50)): ...
     completions = generator.generate(prompts, Sampling(temperature=0))
 
-Sequences share forward passes but not results: routing is drop-free, attention and random draws are each sequence's
-own. A sequence that ends makes room for the next prompt at once. On several ranks every rank calls the same method with
-the same prompts; each data rank takes its share, and ranks that have nothing left keep taking part, with no tokens,
-until all are done.
+Sequences share forward passes but do not influence each other: routing is drop-free, and attention and random draws are
+computed per sequence. When a sequence ends, the next prompt takes its slot at once. On several ranks, every rank calls
+the same method with the same prompts; each data rank generates its part of them, and a rank that has finished joins the
+others' forward passes without tokens until all ranks have finished.
 """
 
 from __future__ import annotations
@@ -31,14 +31,14 @@ from moelab.models import GPT
 from moelab.models.moe import MoE
 
 Finish = Literal["stop", "length", "context"]
-"""Why a sequence ended: a stop token, `max_new_tokens`, or the context is full."""
+"""Reason for the end of a sequence: a stop token, `max_new_tokens` reached, or the context is full."""
 _FINISHES: tuple[Finish, ...] = ("stop", "length", "context")
-_PREFILL_TOKENS = 4096  # prompts share a pass up to here: bounds the memory of activations
+_PREFILL_TOKENS = 4096  # most tokens of prompts that share a forward pass: bounds the memory of activations
 
 
 @dataclass(frozen=True)
 class Piece:
-    """One new token: whose (index of the prompt), which, and why it is the last one, if it is."""
+    """Hold one new token: the index of its prompt, its id, and for the last token why the sequence ended."""
 
     prompt: int
     token: int
@@ -47,7 +47,7 @@ class Piece:
 
 @dataclass(frozen=True)
 class Completion:
-    """A prompt's continuation, a final stop token included."""
+    """Hold a prompt's continuation, including a final stop token."""
 
     tokens: tuple[int, ...]
     finish: Finish
@@ -62,27 +62,28 @@ class _Sequence:
 
     @property
     def cached(self) -> int:
-        """Tokens whose keys and values are in the cache: all but the newest."""
+        """Return the number of tokens whose keys and values are in the cache: all except the newest."""
         return len(self.prompt) + len(self.tokens) - 1
 
 
 class Generator:
-    """A model made ready to generate.
+    """Generate tokens with a model and a KV cache.
 
     Args:
-        model: the whole model, or this rank's part; on the device and in the dtype it computes in.
-        batch: sequences at a time (on a data rank).
-        length: longest sequence, prompt and output; 0 is the model's context. Decides the cache's memory.
-        mesh: the ranks; None is this process alone.
-        static: decode with equal shapes and all state on the device (see `moelab.inference.cache`), on CUDA replayed as
-            a graph. None is: on CUDA, where the host need not know a number: not with expert parallelism (message
-            sizes), nor in baseline mode with more sequences than `moelab.inference.modes.STATIC_TOKENS` (the busiest
-            expert's load).
-        capture: replay static steps as a graph on CUDA; False launches them one by one, so that their parts can be
+        model: the whole model, or this rank's part; on the device and in the dtype in which it computes.
+        batch: number of sequences at a time (per data rank).
+        length: longest sequence in tokens, prompt and output; 0 means the model's context. The cache's memory is
+            proportional to it.
+        mesh: the ranks; None means this process alone.
+        static: decode with the same shapes at each step and all state on the device (see `moelab.inference.cache`).
+            None chooses it on CUDA, unless the host must read numbers from the device: on several ranks message sizes,
+            and in baseline mode with more than `moelab.inference.modes.STATIC_TOKENS` sequences the busiest expert's
+            load.
+        capture: on CUDA, replay static steps as a graph; False launches them one by one, so that their parts can be
             timed.
 
     Raises:
-        ValueError: batch or length make no sense, or static where the host must know a number.
+        ValueError: batch or length is out of range, or `static` is set although the host must read numbers.
     """
 
     def __init__(
@@ -123,7 +124,7 @@ class Generator:
         sampling: Sampling | None = None,
         on_piece: Callable[[Piece], None] = lambda _: None,
     ) -> list[Completion]:
-        """Completions in the order of the prompts; `on_piece` sees this data rank's tokens as they come."""
+        """Return the completions in the order of the prompts; call `on_piece` with each of this data rank's tokens."""
         tokens: dict[int, list[int]] = {}
         finish: dict[int, Finish] = {}
         for piece in self.stream(prompts, sampling):
@@ -137,19 +138,19 @@ class Generator:
         return [done[i] for i in range(len(prompts))]
 
     def stream(self, prompts: Sequence[Sequence[int]], sampling: Sampling | None = None) -> Iterator[Piece]:
-        """Tokens as they come: of the sequences alive one each in turn.
+        """Return an iterator over new tokens, in each turn one of each unfinished sequence.
 
-        A generator has one cache, so one stream at a time: beginning one ends those that began before it.
+        A generator has one cache, so that it has one stream at a time: a new stream ends those that began before it.
 
         Raises:
-            ValueError: a prompt is empty, too long, or has an id the model does not know; at the call, before anything
-                runs.
-            RuntimeError: a stream is read on after a later one has begun.
+            ValueError: a prompt is empty, too long, or has an id outside the vocabulary; raised by the call, before the
+                first forward pass.
+            RuntimeError: a stream is read after a later one has begun; raised by the iterator.
         """
         sampling = sampling or Sampling()
         prompts = [tuple(int(t) for t in p) for p in prompts]
         self._check(prompts)
-        room = self.cache.length - min(map(len, prompts), default=0)  # the most that any of them can continue
+        room = self.cache.length - min(map(len, prompts), default=0)  # most new tokens of any prompt
         count = 0 if sampling.greedy else min(sampling.max_new_tokens, room)
         draws = uniforms(sampling.seed, prompts, count).tolist()
         data, ranks = (self.mesh.data.index, self.mesh.data.size) if self.mesh is not None else (0, 1)
@@ -157,7 +158,7 @@ class Generator:
         return self._alone((self._stream_static if self.static else self._stream)(queue, sampling))
 
     def _alone(self, pieces: Iterator[Piece]) -> Iterator[Piece]:
-        """The pieces of a stream, as long as none begins after it."""
+        """Yield the pieces of a stream; RuntimeError after another stream has begun."""
         mine = self._newest = object()
         for piece in pieces:
             yield piece
@@ -175,7 +176,7 @@ class Generator:
                 odd = next(t for t in prompt if not 0 <= t < vocab)
                 raise ValueError(f"generate: prompt {i} has token {odd}, allowed are 0 to {vocab - 1}")
 
-    # -- dynamic ---------------------------------------------------------------------------------------------------------------
+    # -- dynamic -------------------------------------------------------------------------------------------------------
 
     def _stream(self, queue: deque[_Sequence], sampling: Sampling) -> Iterator[Piece]:
         alive: list[_Sequence] = []  # in slots 0, 1, ...
@@ -186,7 +187,7 @@ class Generator:
                 return
             if decode:
                 yield from self._take(alive, self._decode(alive), sampling)
-            if prefill:  # behind those that just took a step, so that each yields one token a turn
+            if prefill:  # after the decoding step, so that each sequence yields one token per turn
                 slots = range(len(alive), len(alive) + len(fresh))
                 yield from self._take(fresh, self._prefill(fresh, slots), sampling)
                 alive += fresh
@@ -206,7 +207,7 @@ class Generator:
         return fresh
 
     def _any(self, *mine: bool) -> list[bool]:
-        """Whether any rank says so."""
+        """Return, for each flag, whether it is set on any rank."""
         if self.mesh is None:
             return list(mine)
         flags = torch.tensor(mine, dtype=torch.int32, device=self.cache.device)
@@ -215,7 +216,7 @@ class Generator:
 
     @torch.inference_mode()
     def _prefill(self, fresh: list[_Sequence], slots: Sequence[int]) -> Tensor:
-        """Logits [B, V] after each prompt."""
+        """Return the logits [B, V] after each prompt."""
         lengths = [len(s.prompt) for s in fresh]
         tokens = torch.tensor([list(itertools.chain.from_iterable(s.prompt for s in fresh))], dtype=torch.long)
         self.cache.prefill(slots, lengths)
@@ -225,7 +226,7 @@ class Generator:
 
     @torch.inference_mode()
     def _decode(self, alive: list[_Sequence]) -> Tensor:
-        """Logits [B, V] after each sequence's newest token."""
+        """Return the logits [B, V] after each sequence's newest token."""
         self.cache.decode([s.cached for s in alive])
         tokens = torch.tensor([s.tokens[-1] for s in alive], dtype=torch.long, device=self.cache.device)
         x_B1M, _ = self.model.trunk(tokens[:, None], self.cache)
@@ -233,7 +234,7 @@ class Generator:
 
     @torch.inference_mode()
     def _take(self, sequences: list[_Sequence], logits_BV: Tensor, sampling: Sampling) -> list[Piece]:
-        """Choose a token for each, and keep it."""
+        """Choose a token for each sequence and append it."""
         if not sequences:
             return []
         draws = [0.0 if sampling.greedy else s.draws[len(s.tokens)] for s in sequences]
@@ -252,7 +253,7 @@ class Generator:
             return "length"
         return "context" if sequence.cached + 1 == self.cache.length else None
 
-    # -- static ----------------------------------------------------------------------------------------------------------------
+    # -- static --------------------------------------------------------------------------------------------------------
 
     def _stream_static(self, queue: deque[_Sequence], sampling: Sampling) -> Iterator[Piece]:
         slots: list[_Sequence | None] = [None] * self.cache.slots
@@ -277,7 +278,7 @@ class Generator:
 
 
 class _StaticStep:
-    """A decoding step of all slots whose state lives on the device; empty slots compute, too, and nobody looks."""
+    """Run a decoding step of all slots with the state on the device; results of empty slots are ignored."""
 
     def __init__(self, model: GPT, cache: KVCache, sampling: Sampling, capture: bool) -> None:
         self.model, self.cache, self.sampling, self.capture = model, cache, sampling, capture
@@ -300,7 +301,7 @@ class _StaticStep:
 
     @torch.inference_mode()
     def compute(self) -> None:
-        """One step, without a word from or to the host."""
+        """Compute one step without any transfer between host and device."""
         self.cache.decode_static(self.positions_B)
         x_B1M, _ = self.model.trunk(self.tokens_B1, self.cache)
         last = self.draws_BN.shape[1] - 1
@@ -310,7 +311,7 @@ class _StaticStep:
         self.count_B1.add_(1)
 
     def __call__(self) -> list[int]:
-        """The step's tokens, one a slot."""
+        """Compute one step and return its tokens, one per slot."""
         if not self.capture:
             self.compute()
         else:
@@ -321,7 +322,7 @@ class _StaticStep:
 
     def _capture(self) -> torch.cuda.CUDAGraph:
         state = [t.clone() for t in (self.tokens_B1, self.positions_B, self.count_B1)]
-        side = torch.cuda.Stream()  # a few steps first: kernels are compiled and workspaces allocated outside the graph
+        side = torch.cuda.Stream()  # run some steps first, to compile kernels and allocate workspaces outside the graph
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
             for _ in range(3):
@@ -330,15 +331,14 @@ class _StaticStep:
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             self.compute()
+        # The cache needs no reset: its entries from the warm-up are overwritten with the same values, or never read.
         for now, before in zip((self.tokens_B1, self.positions_B, self.count_B1), state, strict=True):
-            now.copy_(
-                before
-            )  # what the warm-up wrote into the cache is written again with the same values, or never seen
+            now.copy_(before)
         return graph
 
 
 def _gather(mine: dict[int, Completion], count: int, mesh: Mesh) -> dict[int, Completion]:
-    """Every data rank's completions, as tensors: [prompt, finish, tokens ...] a row."""
+    """Return all data ranks' completions, exchanged as rows [prompt, finish, tokens ...] of a tensor."""
     if mesh.data.size == 1:
         return mine
     rows, width = -(-count // mesh.data.size), torch.tensor([max((len(c.tokens) for c in mine.values()), default=0)])

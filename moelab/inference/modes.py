@@ -1,12 +1,11 @@
-"""Two ways to compute the same model, for inference only: "optimised", as fast as we can, and "baseline", the paper's
-PyTorch.
+"""Switch a model to a mode of inference: "optimised", the fast path, or "baseline", the paper's PyTorch baseline.
 
-**baseline** (section 5.4): gating by one-hot masks, dispatch and combine by einsum, every expert computes the busiest
-expert's load (`moelab.models.baseline`). Among ranks that share experts all slots travel, empty ones too, in flat
+**baseline** (section 5.4): gating by one-hot masks, dispatch and combine by einsum, and every expert computes as many
+rows as the busiest one (`moelab.models.baseline`). Among ranks, all slots, also empty ones, are sent in flat
 all-to-alls (`moelab.engine.padded`).
 
-**optimised**: on CUDA the fused gate, table and grouped kernels that training uses, too. On CPU each matrix is frozen
-for fast products of few rows (`moelab.inference.frozen`).
+**optimised**: on CUDA, the fused gate, table and grouped kernels that training uses as well. On a CPU, each matrix is
+frozen for fast products of few rows (`moelab.inference.frozen`).
 """
 
 from __future__ import annotations
@@ -20,18 +19,19 @@ from moelab.models.moe import MoE
 
 MODES = ("optimised", "baseline")
 STATIC_TOKENS = 64
-"""On CUDA the baseline's calls of at most so many tokens have a fixed number of slots: a graph can capture the step."""
+"""On CUDA, the baseline uses a fixed number of slots up to this many tokens, so that a graph can capture the step."""
 
 
 def set_mode(model: GPT, mode: str = "optimised", *, drop_free: bool = True) -> GPT:
-    """Make the model compute in this mode, in place; returns it.
+    """Switch the model to a mode and to evaluation, in place, and return it.
 
     Args:
-        drop_free: False keeps the routing's evaluation capacity, under which a token's fate depends on who else is in
-            the batch.
+        mode: "optimised" or "baseline".
+        drop_free: False keeps the routing's evaluation capacity, with which a token may be dropped depending on the
+            other tokens of the batch.
 
     Raises:
-        ValueError: no such mode.
+        ValueError: unknown mode.
     """
     if mode not in MODES:
         raise ValueError(f"inference: mode must be {' or '.join(map(repr, MODES))}, got {mode!r}")

@@ -1,8 +1,8 @@
-"""Choosing the next token: greedy, temperature, top-k, top-p.
+"""Choose the next token: greedy, temperature, top-k, top-p.
 
-Each sequence has its own stream of uniform numbers, a function of (seed, prompt, how many equal prompts came before it) alone, and spends
-exactly one a token. So what else is in the batch, and in which order sequences are admitted, changes nobody's draws; and all
-numbers are known before the first step, which needs no generator on the device.
+Each sequence has its own stream of uniform numbers, a function of (seed, prompt, number of equal prompts before it)
+alone, and uses exactly one number per token. So a sequence's draws do not depend on the rest of the batch or on the
+order in which sequences start, and all numbers are known before the first step, which needs no generator on the device.
 """
 
 from __future__ import annotations
@@ -19,14 +19,15 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Sampling:
-    """How to continue prompts.
+    """Describe how prompts are continued.
 
     Attributes:
-        max_new_tokens: at most so many; also stops where the context is full.
-        temperature: logits are divided by it; 0 takes the likeliest token (ties to the lower id).
-        top_k: draw from the k likeliest tokens only (which of equal ones at the edge is not said); 0 is all.
-        top_p: draw from the likeliest tokens that reach this share of the probability (after top_k); 1 is all.
-        seed: see the module's text.
+        max_new_tokens: bound on the new tokens; a sequence also ends when the context is full.
+        temperature: divisor of the logits; 0 chooses the likeliest token (ties to the lower id).
+        top_k: draw from the k likeliest tokens only (ties at the boundary are broken arbitrarily); 0 means all.
+        top_p: draw from the fewest likeliest tokens whose probabilities (after top_k) sum to at least this; 1 means
+            all.
+        seed: see the module's docstring.
         stop_tokens: a sequence ends with the first of these ids, which is kept.
     """
 
@@ -50,11 +51,12 @@ class Sampling:
 
     @property
     def greedy(self) -> bool:
+        """Return whether the likeliest token is chosen, without draws."""
         return self.temperature == 0
 
 
 def uniforms(seed: int, prompts: Sequence[Sequence[int]], count: int) -> np.ndarray:
-    """Each prompt's numbers in [0, 1), float64 [prompts, count]."""
+    """Return each prompt's uniform numbers in [0, 1), float64 [prompts, count]."""
     seen: Counter[tuple[int, ...]] = Counter()
     rows = np.empty((len(prompts), count))
     for row, prompt in zip(rows, map(tuple, prompts), strict=True):
@@ -65,7 +67,7 @@ def uniforms(seed: int, prompts: Sequence[Sequence[int]], count: int) -> np.ndar
 
 
 def choose(logits_BV: Tensor, uniform_B: Tensor, sampling: Sampling) -> Tensor:
-    """The next token of each sequence, int64 [B]: the inverse of the cumulative distribution at `uniform_B` (float64)."""
+    """Return the next token of each sequence, int64 [B]: the inverse cumulative distribution at `uniform_B`."""
     if sampling.greedy:
         return logits_BV.argmax(1)
     scores = logits_BV.float() / sampling.temperature
@@ -78,8 +80,7 @@ def choose(logits_BV: Tensor, uniform_B: Tensor, sampling: Sampling) -> Tensor:
     if sampling.top_p < 1:
         p = torch.where(p.cumsum(1) - p < sampling.top_p, p, 0.0)
     below = p.cumsum(1)
-    last = (
-        (p > 0).long().mul(torch.arange(p.shape[1], device=p.device)).amax(1, keepdim=True)
-    )  # rounding may reach past it
+    # The last token with a probability above 0: rounding may place the index beyond it.
+    last = (p > 0).long().mul(torch.arange(p.shape[1], device=p.device)).amax(1, keepdim=True)
     index = torch.searchsorted(below, uniform_B[:, None] * below[:, -1:], right=True).minimum(last)
     return (index if ids is None else ids.gather(1, index))[:, 0]

@@ -1,4 +1,4 @@
-"""From a directory to text: a training run or an exported model, opened and continued.
+"""Open a training run or an exported model, and continue texts with it.
 
 writer = open_text(directory, cache=...)
 for prompt, text in writer.stream(["Fellow citizens"]): print(text, end="")
@@ -32,11 +32,12 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 @dataclass(frozen=True)
 class Text:
-    """A prompt's continuation.
+    """Hold a prompt's continuation.
 
     Attributes:
-        prompt, text: what was given, what follows it; "<|endoftext|>" is left out.
-        tokens: the new tokens' number.
+        prompt: the prompt.
+        text: the text that follows it, without "<|endoftext|>".
+        tokens: number of new tokens.
         finish: "stop" (the end of a document), "length" or "context".
     """
 
@@ -50,7 +51,10 @@ class Text:
 
 
 class Writer:
-    """A generator and its tokenizer. A document ends with `<|endoftext|>`, so a stop token always; an empty prompt starts a document."""
+    """Continue texts with a generator and its tokenizer.
+
+    `<|endoftext|>` ends a document, so that it is always a stop token; an empty prompt starts a document.
+    """
 
     def __init__(self, generator: Generator, tokenizer: Tokenizer) -> None:
         if tokenizer.vocab_size > (vocab := generator.model.config.vocab):
@@ -60,7 +64,7 @@ class Writer:
         self.generator, self.tokenizer = generator, tokenizer
 
     def generate(self, prompts: Sequence[str], sampling: Sampling | None = None) -> list[Text]:
-        """Continuations in the order of the prompts."""
+        """Return the continuations in the order of the prompts."""
         found = self.generator.generate(self._encode(prompts), self._with_end(sampling))
         return [
             Text(prompt, self.tokenizer.decode(self._without_end(c.tokens)), len(c.tokens), c.finish)
@@ -68,7 +72,7 @@ class Writer:
         ]
 
     def stream(self, prompts: Sequence[str], sampling: Sampling | None = None) -> Iterator[tuple[int, str]]:
-        """(index of the prompt, new text) as it comes; a character that takes several tokens waits for the last of them."""
+        """Yield (index of the prompt, new text) after each token that completes a character."""
         return self._texts(self.generator.stream(self._encode(prompts), self._with_end(sampling)))
 
     def _texts(self, pieces: Iterator[Piece]) -> Iterator[tuple[int, str]]:
@@ -83,7 +87,7 @@ class Writer:
                     shown[i] = shown.get(i, 0) + len(text)
                     yield i, text
             if piece.finish and (rest := self.tokenizer.decode(tokens.get(i, []))[shown.get(i, 0) :]):
-                yield i, rest  # half a character
+                yield i, rest  # an incomplete character at the end
 
     def _encode(self, prompts: Sequence[str]) -> list[list[int]]:
         if isinstance(prompts, str):
@@ -108,17 +112,17 @@ def open_text(
     batch: int = 8,
     mesh: Mesh | None = None,
 ) -> Writer:
-    """A run's directory (its newest whole checkpoint, of any layout) or an exported model's (`moelab.engine.checkpoint.hf`), ready to write.
+    """Return a writer for a run (its newest complete checkpoint) or an exported model (`moelab.engine.checkpoint.hf`).
 
     Args:
-        cache: prepared tokens, among them a run's tokenizer.
+        cache: directory of prepared tokens, which includes a run's tokenizer.
         mode, batch: see `moelab.inference.modes` and `Generator`.
-        dtype: "fp32" or "bf16", of weights and activations; routing stays fp32.
-        mesh: the ranks to spread over, made for the model's numbers of experts; runs only. None is this process alone.
+        dtype: "fp32" or "bf16", of weights and activations; routing is always fp32.
+        mesh: the ranks that share a run's model, made for its numbers of experts; None means this process alone.
 
     Raises:
-        ValueError: nothing to open there, or no checkpoint yet, or an unknown dtype.
-        CheckpointError: the checkpoint is of another model.
+        ValueError: the directory has no model, the run has no checkpoint, or the dtype is unknown.
+        CheckpointError: the checkpoint belongs to another model.
     """
     model, tokenizer = open_model(directory, cache=cache, dtype=dtype, device=device, mesh=mesh)
     return Writer(Generator(set_mode(model, mode), batch=batch, mesh=mesh), tokenizer)
@@ -127,7 +131,7 @@ def open_text(
 def open_model(
     directory: Path, *, cache: Path, dtype: str = "fp32", device: str = "cpu", mesh: Mesh | None = None
 ) -> tuple[GPT, Tokenizer]:
-    """What `open_text` writes with: the model, not yet in a mode, and its tokenizer. Arguments and errors as there."""
+    """Return (model, tokenizer) of a directory, before a mode is set; arguments and errors as in `open_text`."""
     if dtype not in DTYPES:
         raise ValueError(f"dtype must be fp32 or bf16, got {dtype!r}")
     if (directory / "spec.json").is_file():
@@ -144,13 +148,15 @@ def open_model(
 
 
 def join_ranks(directory: Path, device: str = "cpu", **layout: Any) -> Mesh | None:
-    """The mesh for a run's model when this process is one of several ranks (started by torchrun or srun), else None.
+    """Return the mesh for a run's model if this process is one of several ranks, else None.
+
+    The ranks are started by torchrun or srun; this function joins their process group.
 
     Args:
-        layout: fields of `ParallelConfig` but `data`, which is what the ranks leave for it.
+        layout: fields of `ParallelConfig` except `data`, which follows from the number of ranks.
 
     Raises:
-        ValueError: the layout does not fit the ranks or the model; before anybody waits for anybody.
+        ValueError: the layout does not fit the ranks or the model; raised before any rank waits for others.
     """
     place = process.find()
     if place is None or place.world_size == 1:
@@ -168,7 +174,7 @@ def join_ranks(directory: Path, device: str = "cpu", **layout: Any) -> Mesh | No
 
 
 def run_configs(directory: Path) -> tuple[ModelConfig, DataConfig]:
-    """What a run's `spec.json` says of its model and data. ValueError, one line, if it does not."""
+    """Return the model and data configurations in a run's `spec.json`; ValueError, one line, if it has none."""
     spec = read_json(directory / "spec.json")
     if not isinstance(spec, dict) or "model" not in spec:
         raise ValueError(f"{directory / 'spec.json'}: not the spec of a run")
@@ -179,7 +185,7 @@ def run_configs(directory: Path) -> tuple[ModelConfig, DataConfig]:
 
 
 def load_run(directory: Path, *, mesh: Mesh | None = None, device: str = "cpu", dtype: str = "fp32") -> GPT:
-    """A run's model, or this rank's part of it, with the weights of its newest whole checkpoint."""
+    """Return a run's model, or this rank's part of it, with the weights of its newest complete checkpoint."""
     config, _ = run_configs(directory)
     last = checkpoint.latest(directory / "checkpoints")
     if last is None:

@@ -1,5 +1,8 @@
-"""The decoder (gpt.py) and its MoE layer: moe.py, with the router in routing.py, the ways to the experts and back in
-dispatch.py, and the paper's PyTorch baseline in baseline.py. Each is readable top-down."""
+"""Provide the decoder (gpt.py) and its MoE layer (moe.py).
+
+routing.py has the router, dispatch.py the copying of tokens to their experts and back, and baseline.py the paper's
+PyTorch baseline.
+"""
 
 from moelab.models.gpt import GPT, Output, build
 from moelab.models.routing import Routing

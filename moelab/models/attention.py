@@ -1,9 +1,9 @@
-"""Causal multi-head self-attention.
+"""Compute causal multi-head self-attention.
 
     x_BTM -> qkv -> attention -> out -> y_BTM
 
-Short sequences in bf16 on a CPU have a path of their own, `short_attention`, which keeps the attention probabilities for its backward pass; all others go
-through `F.scaled_dot_product_attention`. Letters as in `moelab.config`; B sequences.
+Short sequences in bf16 on a CPU use `short_attention`, which keeps the attention probabilities for its backward pass;
+all others use `F.scaled_dot_product_attention`. Letters as in `moelab.config`; B sequences.
 """
 
 from __future__ import annotations
@@ -18,20 +18,24 @@ from torch.autograd.function import once_differentiable
 from moelab.config import ModelConfig
 
 SHORT = 256
-"""Longest sequence for `short_attention`, in tokens. Forward and backward on one Zen 4 core, 4,096 tokens, 1 to 4 heads of 32 or 64: in bf16 2.3 to
-2.7 times as fast as `F.scaled_dot_product_attention` at 128 tokens, 1.6 times at 256, equal at 1,024; in fp32 0.9 to 1.1 times, so fp32 keeps that."""
+"""Longest sequence for `short_attention`, in tokens.
+
+Measured forward and backward on one Zen 4 core, 4,096 tokens in all, 1 to 4 heads of size 32 or 64. In bf16 it is 2.3
+to 2.7 times as fast as `F.scaled_dot_product_attention` at 128 tokens, 1.6 times at 256, equal at 1,024. In fp32 it is
+0.9 to 1.1 times as fast, so that fp32 does not use it.
+"""
 
 
 class Past(Protocol):
-    """One layer's keys and values of earlier tokens (`moelab.inference` has them)."""
+    """Hold one layer's keys and values of earlier tokens (implemented in `moelab.inference`)."""
 
     def attend(self, q_BHTD: Tensor, k_BHTD: Tensor, v_BHTD: Tensor) -> Tensor:
-        """Keep the new tokens' keys and values; the new tokens' attention over all they may see, [B, H, T, D]."""
+        """Store the new tokens' keys and values; return their attention over all visible tokens, [B, H, T, D]."""
         ...
 
 
 class Attention(nn.Module):
-    """Causal multi-head self-attention."""
+    """Compute causal multi-head self-attention."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -40,6 +44,7 @@ class Attention(nn.Module):
         self.out = nn.Linear(config.hidden, config.hidden)
 
     def forward(self, x_BTM: Tensor, past: Past | None = None) -> Tensor:
+        """Return the attention's output [B, T, M]; with `past`, tokens also attend to the earlier ones it holds."""
         B, T, _ = x_BTM.shape
         qkv_BT3HD = self.qkv(x_BTM).view(B, T, 3, self.heads, self.head_size)
         dropout = self.dropout if self.training else 0.0
@@ -58,16 +63,16 @@ def _is_cpu_bf16(x: Tensor) -> bool:
 
 
 def short_attention(qkv_BT3HD: Tensor) -> Tensor:
-    """Return causal self-attention, [B, T, H, D] in the input's dtype, for sequences whose T * T probabilities are cheap to keep.
+    """Return causal self-attention, [B, T, H, D] in the input's dtype, keeping the T * T probabilities of each head.
 
-    Scores and softmax are computed in at least fp32, the other products in the input's dtype: in bf16 as exact as the fused kernel.
-    Differentiable once.
+    Scores and softmax are computed in at least fp32, the other products in the input's dtype; in bf16, the result is as
+    exact as the fused kernel's. Differentiable once.
     """
     return _ShortAttention.apply(qkv_BT3HD)
 
 
 class _ShortAttention(torch.autograd.Function):
-    """N = H * B sequences of one head each, copied together once, for batched products."""
+    """Compute N = H * B sequences of one head each, copied once into a contiguous tensor, by batched products."""
 
     @staticmethod
     def forward(ctx, qkv_BT3HD: Tensor) -> Tensor:
@@ -93,5 +98,5 @@ class _ShortAttention(torch.autograd.Function):
         torch.bmm(dscores_NTT.transpose(1, 2), q_NTD, out=dqkv_3NTD[1])
         dqkv_3NTD[:2].mul_(D**-0.5)
         torch.bmm(p_NTT.transpose(1, 2), dy_NTD, out=dqkv_3NTD[2])
-        # In the projection's own order, so that nothing after it has to copy.
+        # In the projection's memory order, so that the projection's backward pass does not copy.
         return dqkv_3NTD.view(3, H, B, T, D).permute(2, 3, 0, 1, 4).contiguous()

@@ -1,10 +1,9 @@
-"""The paper's PyTorch baseline: gating by one-hot masks, dispatch and combine as einsums (GShard; DeepSpeed up to
-0.19).
+"""Compute the paper's PyTorch baseline: a gate by one-hot masks, dispatch and combine by einsums (as in GShard).
 
-It computes what `moelab.kernels` computes, operation by operation as the released code does, and it stands here once:
-the model's and the inference mode's `EinsumDispatch`, the exchange with padded slots among ranks
-(`moelab.engine.padded`) and the benchmarks all use it. Letters as in `moelab.config`; a mask [S, E, C] has an entry for
-each token, expert and slot, nearly all of them zero.
+The functions compute what `moelab.kernels` computes, by the operations of the released code (DeepSpeed up to 0.19).
+`EinsumDispatch`, inference in baseline mode, the exchange with padded slots among ranks (`moelab.engine.padded`) and
+the benchmarks use them. Letters as in `moelab.config`; a mask [S, E, C] has an entry for each token, expert and slot,
+nearly all of them zero.
 """
 
 from __future__ import annotations
@@ -27,8 +26,8 @@ def mask_gate(
 ) -> Routing:
     """Return what `moelab.kernels.gate` returns for finite logits: the same choices, slots, weights and losses.
 
-    Each choice is an argmax and a one-hot mask [S, E]; capacity selects by a top-k over tokens, slots are cumulative
-    sums. Arguments as there; nothing is read from the device.
+    Each choice is an argmax and a one-hot mask [S, E]; random selection is a top-k over tokens, and slots are
+    cumulative sums. The arguments are those of `moelab.kernels.gate`. The host reads nothing from the device.
     """
     S, E = logits_SE.shape
     logits_SE = logits_SE.float()
@@ -45,11 +44,11 @@ def mask_gate(
     limited = capacity is not None and capacity < S
     if limited and seed is not None:
         draw_N = priorities(seed, S, top_k, device=logits_SE.device).T.flatten()
-        # Equal draws are rare; the order of the entries decides between them.
+        # If draws are equal, which is rare, the earlier entry comes first.
         rank_N = draw_N * (S * top_k) + torch.arange(S * top_k, 0, -1, device=logits_SE.device)
         top_CE = (chosen_NE * rank_N[:, None]).topk(capacity, dim=0).indices
         chosen_NE = chosen_NE * torch.zeros_like(chosen_NE).scatter_(0, top_CE, 1)
-    slot_N = (chosen_NE.cumsum(0) * chosen_NE).sum(1) - 1  # -1 where nothing is chosen any more
+    slot_N = (chosen_NE.cumsum(0) * chosen_NE).sum(1) - 1  # -1 for dropped entries
     if limited and seed is None:
         slot_N = torch.where(slot_N < capacity, slot_N, -1)
     slot_SK = slot_N.view(top_k, S).T
@@ -67,15 +66,15 @@ def mask_gate(
 
 
 def _one_hot(index_S: Tensor, count: int) -> Tensor:
-    """Return bool [S, count]; a negative index has no entry. Unlike torch's own it reads nothing from the device."""
+    """Return bool [S, count], all False for a negative index; unlike torch's one_hot it never waits for the device."""
     return index_S[:, None] == torch.arange(count, dtype=index_S.dtype, device=index_S.device)
 
 
 class MaskRouter(Router):
-    """A router with the baseline's gate. It shares the weights of the router that it replaces.
+    """Route with the baseline's gate, sharing the weights of the router that it replaces.
 
     Args:
-        router: the layer's own.
+        router: the router to replace.
     """
 
     gate = staticmethod(mask_gate)
@@ -86,14 +85,14 @@ class MaskRouter(Router):
 
 
 def one_hot_masks(routing: Routing, capacity: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Return (dispatch_SEC, combine_SEC): True where a token has a slot of an expert, and the weight, in `dtype`, of
-    the slot's result.
+    """Return (dispatch_SEC, combine_SEC), the masks of the slots that tokens occupy.
 
-    As in the released code, a slot whose weight is exactly 0 counts as empty; neither results nor gradients depend on
-    it.
+    dispatch_SEC is bool, True where a token occupies an expert's slot; combine_SEC is the weight of the slot's result,
+    in `dtype`. As in the released code, a slot with weight exactly 0 counts as empty; neither results nor gradients
+    depend on it.
 
     Args:
-        capacity: C, at least the busiest expert's kept entries; what has a slot beyond it is lost.
+        capacity: C, at least the busiest expert's kept entries; entries with a higher slot are lost.
     """
     combine_SEC = torch.zeros(())
     for k in range(routing.expert_SK.shape[1]):
@@ -105,10 +104,10 @@ def one_hot_masks(routing: Routing, capacity: int, dtype: torch.dtype) -> tuple[
 
 
 def einsum_dispatch(x_SM: Tensor, dispatch_SEC: Tensor) -> Tensor:
-    """Return the tokens in their experts' slots, [E, C, M]: S * E * C * M multiply-adds, nearly all with zeros."""
+    """Return the tokens in their experts' slots, [E, C, M], by S * E * C * M multiply-adds, nearly all with zeros."""
     return torch.einsum("sec,sm->ecm", dispatch_SEC.to(x_SM.dtype), x_SM)
 
 
 def einsum_combine(rows_ECM: Tensor, combine_SEC: Tensor) -> Tensor:
-    """Return the weighted sums of the slots' results by token, [S, M]; as many multiply-adds."""
+    """Return each token's weighted sum of its slots' results, [S, M], by S * E * C * M multiply-adds."""
     return torch.einsum("sec,ecm->sm", combine_SEC, rows_ECM)

@@ -1,12 +1,12 @@
-"""Dispatch: tokens into expert order, and the experts' outputs back, weighted, into token order.
+"""Dispatch tokens into expert order, and combine the experts' outputs, weighted, in token order.
 
     rows_RM, offsets_E1, state = dispatcher.dispatch(x_SM, routing)
     y_SM = dispatcher.combine(experts(rows_RM, offsets_E1), state)
 
-A `Dispatch` holds settings, never a call's data: what combine needs travels in `state`. All of them give the same
-results, gradients included; here are those of one process, `moelab.engine` has those among ranks.
+A `Dispatch` holds settings, never a call's data: `state` passes the data that combine needs. All dispatches give the
+same results and gradients. This module has those within one process, `moelab.engine` those among ranks.
 
-To add one: write the class here, enter it in `DISPATCH`, and add its name to `ModelConfig.dispatch`.
+To add a dispatch, write the class here, enter it in `DISPATCH`, and add its name to `ModelConfig.dispatch`.
 """
 
 from __future__ import annotations
@@ -26,64 +26,66 @@ State = TypeVar("State")
 
 
 class Dispatched(NamedTuple, Generic[State]):
-    """Tokens in expert order, and what brings them back."""
+    """Hold tokens in expert order and the data that combine needs."""
 
     rows_RM: Tensor
-    """A row for each token that an expert keeps, by expert, in the tokens' dtype; some may be empty (zeros)."""
+    """[R, M] in the tokens' dtype: a row per kept (token, expert) pair, in expert order; rows may be empty (zeros)."""
     offsets_E1: Tensor
-    """int32 [E + 1]: expert e's rows are `offsets_E1[e]` to `offsets_E1[e + 1]`; E counts this process's."""
+    """int32 [E + 1]: expert e's rows are `offsets_E1[e]` to `offsets_E1[e + 1]`; E counts this process's experts."""
     state: State
-    """What `combine` needs to know of this call."""
+    """The data of this call that `combine` needs."""
 
 
 class Dispatch(ABC, Generic[State]):
-    """A way to the experts and back."""
+    """Copy tokens to their experts, and combine the experts' outputs."""
 
     @abstractmethod
     def dispatch(self, x_SM: Tensor, routing: Routing) -> Dispatched[State]:
-        """Bring tokens into expert order. S may be 0."""
+        """Return the tokens in expert order; S may be 0."""
 
     @abstractmethod
     def combine(self, rows_RM: Tensor, state: State) -> Tensor:
-        """Return the weighted sums of the experts' outputs by token, [S, M]; zeros where no expert kept one."""
+        """Return each token's weighted sum of its experts' outputs, [S, M]; zeros if no expert kept the token."""
 
     def __call__(self, x_SM: Tensor, routing: Routing, experts: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
-        """Dispatch, run the experts, combine. `experts` takes rows and offsets and returns rows of the same shape."""
+        """Dispatch, run the experts, combine; `experts` maps rows and offsets to rows of the same shape."""
         rows_RM, offsets_E1, state = self.dispatch(x_SM, routing)
         rows_RM = experts(rows_RM, offsets_E1)
         return self.combine(rows_RM, state)
 
     def reads_device(self, tokens: int) -> bool:
-        """Whether a call with so many tokens waits for a number from the device; a CUDA graph cannot capture it."""
+        """Return whether a call with `tokens` tokens waits for the device, so that a CUDA graph cannot capture it."""
         return False
 
 
 class ByTable(NamedTuple):
-    """The state of `LocalDispatch`."""
+    """Hold the state of `LocalDispatch`."""
 
     table: kernels.RowTable
     weight_SK: Tensor
 
 
 class LocalDispatch(Dispatch[ByTable]):
-    """Copy rows by a table: every kept token once there and once back, S * K * M numbers each."""
+    """Copy rows by a table, in each direction at most S * K * M numbers."""
 
     def dispatch(self, x_SM: Tensor, routing: Routing) -> Dispatched[ByTable]:
+        """Return the tokens in expert order."""
         table = kernels.row_table(routing)
         return Dispatched(kernels.dispatch(x_SM, table), table.offsets_E1, ByTable(table, routing.weight_SK))
 
     def combine(self, rows_RM: Tensor, state: ByTable) -> Tensor:
+        """Return each token's weighted sum of its experts' outputs, [S, M]."""
         return kernels.combine(rows_RM, state.table, state.weight_SK)
 
 
 class EinsumDispatch(Dispatch[Tensor]):
-    """Multiply by one-hot masks [S, E, C], the paper's PyTorch baseline (`moelab.models.baseline`); the state is the
-    combine mask.
+    """Multiply by one-hot masks [S, E, C], as the paper's PyTorch baseline (`moelab.models.baseline`).
 
-    C, the slots of each expert, is the busiest expert's load, which the host reads from the device.
+    The state is the combine mask. C, the number of slots of each expert, is the busiest expert's load, which the host
+    reads from the device.
 
     Args:
-        static_tokens: calls with at most so many tokens S take C = S instead (no expert keeps more), and read nothing
+        static_tokens: calls with at most this many tokens S use C = S instead (no expert keeps more), and read nothing
             from the device.
     """
 
@@ -91,6 +93,7 @@ class EinsumDispatch(Dispatch[Tensor]):
         self.static_tokens = static_tokens
 
     def dispatch(self, x_SM: Tensor, routing: Routing) -> Dispatched[Tensor]:
+        """Return the tokens in their experts' slots, C rows per expert."""
         E = len(routing.kept_E)
         C = max(int(routing.kept_E.max()) if self.reads_device(len(x_SM)) else len(x_SM), 1)
         dispatch_SEC, combine_SEC = one_hot_masks(routing, C, x_SM.dtype)
@@ -98,17 +101,19 @@ class EinsumDispatch(Dispatch[Tensor]):
         return Dispatched(einsum_dispatch(x_SM, dispatch_SEC).flatten(0, 1), offsets_E1, combine_SEC)
 
     def combine(self, rows_RM: Tensor, state: Tensor) -> Tensor:
+        """Return each token's weighted sum of its experts' outputs, [S, M]."""
         return einsum_combine(rows_RM.view(*state.shape[1:], -1), state)
 
     def reads_device(self, tokens: int) -> bool:
+        """Return whether the call reads the busiest expert's load: with more than `static_tokens` tokens."""
         return tokens > self.static_tokens
 
 
 class DispatchFactory(Protocol):
-    """Makes one layer's dispatch from a name that `ModelConfig.dispatch` knows; the engine has one for its ranks."""
+    """Make one layer's dispatch from a value of `ModelConfig.dispatch`; the engine has a factory for its ranks."""
 
     def __call__(self, name: str, static_tokens: int = 0) -> Dispatch:
-        """`static_tokens` is for the baseline alone, see `EinsumDispatch`."""
+        """Return a dispatch; only the baseline uses `static_tokens`, see `EinsumDispatch`."""
         ...
 
 
@@ -116,9 +121,9 @@ DISPATCH: dict[str, Callable[[int], Dispatch]] = {
     "local": lambda static_tokens: LocalDispatch(),
     "einsum": EinsumDispatch,
 }
-"""`ModelConfig.dispatch` -> makes a dispatch, from `static_tokens`, to experts that are all in this process."""
+"""`ModelConfig.dispatch` -> function from `static_tokens` to a dispatch for experts that are all in this process."""
 
 
 def make_dispatch(name: str, static_tokens: int = 0) -> Dispatch:
-    """The `DispatchFactory` of one process."""
+    """Return a dispatch for experts that are all in this process (a `DispatchFactory`)."""
     return DISPATCH[name](static_tokens)

@@ -1,4 +1,4 @@
-"""GELU by its tanh approximation, GPT-2's and Megatron's, for training on a CPU."""
+"""Compute GELU's tanh approximation (as in GPT-2 and Megatron) fast for training on a CPU."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ _CHUNK = 1 << 18  # elements: the fp32 temporaries of one chunk stay in a core's
 def gelu(x: Tensor) -> Tensor:
     """Return ``F.gelu(x, approximate="tanh")`` within rounding, same shape and dtype. Differentiable once.
 
-    Where a gradient is wanted on a CPU, the forward pass keeps the derivative instead of the input: one exponential in all instead of two
-    hyperbolic tangents, half the time.
+    If a gradient is needed on a CPU, the forward pass keeps the derivative instead of the input. This takes one
+    exponential instead of two hyperbolic tangents, and half the time.
     """
-    if torch.compiler.is_compiling():  # it fuses this, and an exponential is cheaper than a hyperbolic tangent
+    if torch.compiler.is_compiling():  # fused there, and an exponential is cheaper than a hyperbolic tangent
         v = x.to(torch.promote_types(x.dtype, torch.float32))
         return (v * torch.sigmoid(v * (_LINEAR + _CUBIC * v * v))).to(x.dtype)
     if x.device.type == "cpu" and x.requires_grad and torch.is_grad_enabled():
@@ -29,7 +29,7 @@ def gelu(x: Tensor) -> Tensor:
 
 
 class _Gelu(torch.autograd.Function):
-    """y = x s and dy/dx = s + s (1 - s) x z', where s = sigmoid(z) and z = 2 sqrt(2 / pi) (x + 0.044715 x^3)."""
+    """Compute y = x s and dy/dx = s + s (1 - s) x z'; s = sigmoid(z) and z = 2 sqrt(2 / pi) (x + 0.044715 x^3)."""
 
     @staticmethod
     def forward(ctx, x: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""The decoder: GPT-3-like, as the paper trains it (learned positions, pre-LayerNorm, GELU, tied embedding), dense or MoE.
+"""Build the paper's GPT-3-like decoder, dense or MoE: learned positions, pre-LayerNorm, GELU, tied embedding.
 
     tokens_BT -> embedding -> L x (attention, feed-forward or MoE) -> norm -> logits_BTV
 
@@ -26,10 +26,11 @@ from moelab.models.routing import Routing
 
 @dataclass(frozen=True)
 class Output:
-    """What a forward pass gives.
+    """Hold the results of a forward pass.
 
     Attributes:
-        logits_BTV: scores of the next token, in the activations' dtype; None when the loss was computed without keeping them.
+        logits_BTV: logits of the next token, in the activations' dtype; None if the loss was computed without keeping
+            them.
         routing: one `Routing` per MoE layer, in order.
         loss: next-token loss in nats, fp32, of the targets given to the forward pass; None without targets.
     """
@@ -39,12 +40,12 @@ class Output:
     loss: Tensor | None = None
 
     def cross_entropy(self, targets_BT: Tensor, reduction: str = "mean") -> Tensor:
-        """Next-token loss in nats, fp32, from the logits."""
+        """Return the next-token loss in nats, fp32, from the logits."""
         logits = self.logits_BTV.flatten(0, 1).float()
         return F.cross_entropy(logits, targets_BT.flatten(), reduction=reduction)
 
     def routing_loss(self, config: ModelConfig) -> Tensor | float:
-        """Load-balancing and z losses, weighted, summed over MoE layers (the released code sums, too)."""
+        """Return the weighted load-balancing and z losses, summed over MoE layers as in the released code."""
         r = config.routing
         total: Tensor | float = 0.0
         for routing in self.routing:
@@ -55,10 +56,10 @@ class Output:
 
 
 class Cache(Protocol):
-    """What a forward pass with a past needs.
+    """Provide the state of earlier tokens to a forward pass.
 
     Attributes:
-        positions_BT: int64, the new tokens' places in their sequences.
+        positions_BT: int64, the new tokens' positions in their sequences.
         layers: one `Past` per layer.
     """
 
@@ -67,7 +68,7 @@ class Cache(Protocol):
 
 
 class Block(nn.Module):
-    """One layer: attention, then a feed-forward or an MoE, each behind a LayerNorm and added to the stream."""
+    """Compute one layer: attention, then a feed-forward or MoE, each after a LayerNorm and added to the residual."""
 
     def __init__(self, config: ModelConfig, experts: int) -> None:
         super().__init__()
@@ -78,18 +79,22 @@ class Block(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x_BTM: Tensor, past: Past | None = None) -> tuple[Tensor, Routing | None]:
+        """Return (the layer's output [B, T, M], the routing, None for a dense layer)."""
         x_BTM, h_BTM = self.attend(x_BTM, past)
         y_BTM, routing = self.ffn(h_BTM) if isinstance(self.ffn, MoE) else (self.ffn(h_BTM), None)
         return x_BTM + self.dropout(y_BTM), routing
 
     def attend(self, x_BTM: Tensor, past: Past | None = None) -> tuple[Tensor, Tensor]:
-        """The attention half: the stream after it, and what the feed-forward gets, both [B, T, M]."""
+        """Compute the attention half: return the residual stream and the feed-forward's input, both [B, T, M]."""
         x_BTM = x_BTM + self.dropout(self.attention(self.attention_norm(x_BTM), past))
         return x_BTM, self.ffn_norm(x_BTM)
 
 
 class GPT(nn.Module):
-    """The decoder of a `ModelConfig`. Build it, then call `init_weights`; on the meta device nothing is allocated."""
+    """Compute the decoder of a `ModelConfig`.
+
+    Its weights are uninitialised until `init_weights` is called; on the meta device nothing is allocated.
+    """
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -111,7 +116,8 @@ class GPT(nn.Module):
         """Return logits, or with `targets_BT` the loss instead of them.
 
         Args:
-            tokens_BT: int64 ids, T up to the config's context (ValueError beyond). With a `cache` they follow those it holds.
+            tokens_BT: int64 ids, T up to the config's context (ValueError beyond).
+            cache: state of the earlier tokens that `tokens_BT` follows.
             targets_BT: int64 ids of the next tokens.
             reduction: of the loss over tokens, "mean" or "sum".
         """
@@ -122,7 +128,7 @@ class GPT(nn.Module):
         return Output(None, routings, linear_cross_entropy(x_NM, weight, targets_BT.flatten(), reduction))
 
     def trunk(self, tokens_BT: Tensor, cache: Cache | None = None) -> tuple[Tensor, tuple[Routing, ...]]:
-        """Everything up to the last block: (x_BTM, a `Routing` per MoE layer)."""
+        """Compute the embedding and all blocks; return (x_BTM, a `Routing` per MoE layer)."""
         T = tokens_BT.shape[1]
         if cache is not None:
             position = self.position_embedding(cache.positions_BT)
@@ -139,12 +145,12 @@ class GPT(nn.Module):
         return x_BTM, tuple(routings)
 
     def head(self, x: Tensor) -> Tensor:
-        """Scores of the next token, [..., V], from the trunk's output [..., M]."""
+        """Return the logits of the next token, [..., V], from the trunk's output [..., M]."""
         return F.linear(self.norm(x), self.token_embedding.weight)
 
     @torch.no_grad()
     def init_weights(self, seed: int) -> None:
-        """Initial weights, see `initial_weight`."""
+        """Set the initial weights, see `initial_weight`."""
         for name, parameter in self.named_parameters():
             owner = self.get_submodule(name.rpartition(".")[0])
             for expert, piece in enumerate(parameter.unbind() if isinstance(owner, Experts) else [parameter]):
@@ -152,11 +158,12 @@ class GPT(nn.Module):
 
 
 def initial_weight(config: ModelConfig, seed: int, name: str, shape: tuple[int, ...], expert: int = 0) -> Tensor:
-    """The initial values of one parameter (of one expert's part of it), fp32, a function of (seed, name, expert) alone.
+    """Return the initial values of one parameter (or of one expert's part of it), fp32.
 
-    So a dense model and its MoE variants start from the same shared weights under one seed (their comparison is paired), and
-    a layer's weights do not depend on how many experts it has or where they live. Normal with `init_std`; projections that
-    write to the residual stream are scaled by 1 / sqrt(2L) (GPT-2, Megatron); biases are zero, norms one.
+    Given config and shape, they depend on (seed, name, expert) alone. So a dense model and its MoE variants start from
+    the same shared weights under one seed (their comparison is paired), and an expert's weights do not depend on the
+    number of experts or on their ranks. Weights are normal with `init_std`; projections that write to the residual
+    stream are scaled by 1 / sqrt(2L) (GPT-2, Megatron); biases are zero, norms one.
 
     Args:
         name: the parameter's name in the model.
@@ -175,7 +182,7 @@ def initial_weight(config: ModelConfig, seed: int, name: str, shape: tuple[int, 
 
 
 def build(config: ModelConfig, seed: int, device: str | torch.device = "cpu") -> GPT:
-    """A model with initial weights, fp32, on `device`."""
+    """Return a model with initial weights, fp32, on `device`."""
     with torch.device("meta"):
         model = GPT(config)
     model.to_empty(device=device)

@@ -1,4 +1,4 @@
-"""The output head and its loss in one function that never holds all logits.
+"""Compute the output head and its loss in one function that never holds all logits.
 
     x_NM, w_VM -> logits_NV, a chunk of rows at a time -> cross-entropy
 
@@ -12,15 +12,16 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-_CHUNK = {"cpu": 1 << 19, "cuda": 1 << 26}  # logits in one softmax; on a CPU they stay in the core's cache
-_LEAST = 1e-30  # below it a probability in fp32 is too coarse for its logarithm
+_CHUNK = {"cpu": 1 << 19, "cuda": 1 << 26}  # logits per softmax; on a CPU they stay in a core's cache
+_LEAST = 1e-30  # smaller fp32 probabilities are too inexact for their logarithm
 
 
 def linear_cross_entropy(x_NM: Tensor, w_VM: Tensor, targets_N: Tensor, reduction: str = "mean") -> Tensor:
     """Return ``F.cross_entropy((x @ w.T).float(), targets)`` within rounding, in nats, at least fp32.
 
-    Products are in autocast's dtype where it is on, else in x's; softmax and loss in at least fp32. The forward pass computes the gradients as
-    well, so that the backward pass needs no logits: memory is one chunk of them plus the two gradients. Differentiable once, in x and w.
+    Products are computed in autocast's dtype if it is on, else in x's; softmax and loss in at least fp32. The forward
+    pass also computes the gradients, so that the backward pass needs no logits: the memory is that of one chunk of
+    logits and the two gradients. Differentiable once, in x and w.
 
     Args:
         targets_N: int64 token ids.
@@ -44,7 +45,7 @@ def linear_cross_entropy(x_NM: Tensor, w_VM: Tensor, targets_N: Tensor, reductio
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
-    """The sum over tokens."""
+    """Compute the loss summed over tokens."""
 
     @staticmethod
     def forward(
@@ -73,7 +74,7 @@ def _forward(
     dx_NM = torch.empty_like(x_NM) if for_x else None
     dw_MV = torch.zeros_like(w_MV, dtype=wide) if for_w else None
     rows = max(1, _CHUNK.get(x_NM.device.type, _CHUNK["cuda"]) // V)
-    # A product's dtype below fp32 costs an addition to the sum in fp32: several chunks share it.
+    # If products have a dtype below fp32, dw needs an extra addition in fp32, so that several chunks share one.
     group = rows if dtype == wide else 4 * rows
     logits = x_NM.new_empty(min(N, group), V)
     scratch = logits if dtype == wide else x_NM.new_empty(min(N, rows), V, dtype=wide)

@@ -1,10 +1,10 @@
-"""The mixture-of-experts feed-forward layer, and its residual form (paper sections 3, 4 and 5.4).
+"""Compute the mixture-of-experts feed-forward layer and its residual form (paper sections 3, 4 and 5.4).
 
     x_SM -> Router -> Routing -> dispatch -> experts -> combine -> y_SM (+ residual mix)
 
-Read from `MoE` at the end. `routing.py` has the router, `dispatch.py` the ways to the experts and back, `baseline.py`
-the paper's PyTorch baseline. Inference and the engine replace parts of a built layer (router, experts, mix) by modules
-with the same call, and its dispatch by `MoE.set_dispatch`.
+Start reading at `MoE`, at the end. `routing.py` has the router, `dispatch.py` the copying of tokens to their experts
+and back, `baseline.py` the paper's PyTorch baseline. Inference and the engine replace parts of a built layer (router,
+experts, mix) by modules with the same interface, and its dispatch by `MoE.set_dispatch`.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from moelab.models.routing import Router, Routing
 
 
 class MLP(nn.Module):
-    """A dense feed-forward M -> 4M -> M with GELU."""
+    """Compute a dense feed-forward M -> F -> M with GELU."""
 
     def __init__(self, hidden: int, ffn: int) -> None:
         super().__init__()
@@ -28,11 +28,12 @@ class MLP(nn.Module):
         self.down = nn.Linear(ffn, hidden)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Return the output [..., M] of x [..., M]."""
         return self.down(gelu(self.up(x)))
 
 
 class Experts(nn.Module):
-    """E feed-forwards of one shape, their weights stacked along the first dim: global expert e is row e everywhere."""
+    """Compute E feed-forwards of one shape, with their weights stacked along the first dim: expert e is row e."""
 
     def __init__(self, experts: int, hidden: int, ffn: int) -> None:
         super().__init__()
@@ -42,13 +43,16 @@ class Experts(nn.Module):
         self.down_bias = nn.Parameter(torch.empty(experts, hidden))
 
     def forward(self, rows_RM: Tensor, offsets_E1: Tensor) -> Tensor:
-        """Return the outputs [R, M] of rows in expert order; expert e's are `offsets_E1[e]` to `offsets_E1[e + 1]`, int32."""
+        """Return the outputs [R, M] of rows in expert order.
+
+        Expert e's rows are `offsets_E1[e]` to `offsets_E1[e + 1]` (int32).
+        """
         weights = (w.to(rows_RM.dtype) for w in (self.up, self.up_bias, self.down, self.down_bias))
         return kernels.expert_ffn(rows_RM, offsets_E1, *weights)
 
 
 class Mix(nn.Linear):
-    """The residual form's learned mix: two coefficients a token by softmax, the first on the routed branch."""
+    """Mix the residual form's branches by a learned two-way softmax per token, the first weight for the routed one."""
 
     def __init__(self, hidden: int) -> None:
         super().__init__(hidden, 2)
@@ -60,11 +64,10 @@ class Mix(nn.Linear):
 
 
 class MoE(nn.Module):
-    """A routed feed-forward layer; with `config.residual`, a fixed MLP beside it.
+    """Compute a routed feed-forward layer; with `config.residual`, with a fixed MLP beside it.
 
-    The released code mixes the branches by a learned, per-token softmax over two coefficients, the first on the routed
-    branch; the paper's text adds them up. Both are here (`ModelConfig.residual_mix`). A dropped token still gets the
-    fixed MLP.
+    The released code mixes the two branches by learned coefficients (`Mix`), the paper's text adds them;
+    `ModelConfig.residual_mix` selects one. A dropped token still gets the fixed MLP's output.
     """
 
     def __init__(self, config: ModelConfig, experts: int) -> None:
@@ -76,12 +79,12 @@ class MoE(nn.Module):
         self.set_dispatch(config.dispatch, make_dispatch)
 
     def set_dispatch(self, name: str, factory: DispatchFactory | None = None, static_tokens: int = 0) -> None:
-        """Choose the way to the experts and back; the layer computes the same by any.
+        """Choose the dispatch; the layer's results do not depend on it.
 
         Args:
             name: as `ModelConfig.dispatch`.
-            factory: makes the dispatch, now and at later calls of this method that give none. The engine gives one
-                whose dispatches know where the experts are; by default all are in this process.
+            factory: function that makes the dispatch, in this call and in later calls without a factory. The engine
+                passes one for experts on several ranks; at first it is `make_dispatch`, for experts in this process.
             static_tokens: see `moelab.models.dispatch.EinsumDispatch`.
         """
         if factory is not None:
@@ -89,7 +92,7 @@ class MoE(nn.Module):
         self.dispatcher: Dispatch = self._factory(name, static_tokens)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Routing]:
-        """x [..., M] -> (y [..., M], how it was routed); S is the product of the leading dims."""
+        """Return (y [..., M], the routing) of x [..., M]; S is the product of the leading dims."""
         x_SM = x.reshape(-1, x.shape[-1])
         routing = self.router(x_SM)
         if torch.is_autocast_enabled(x.device.type):  # our kernels compute in their input's dtype

@@ -1,12 +1,12 @@
-"""The router: which expert takes which token, at which slot, with which weight (paper section 4, GShard, Switch).
+"""Route tokens: choose their experts, slots and weights (paper section 4, GShard, Switch).
 
     x_SM -> scores -> logits_SE -> noise, capacity, gate -> Routing
 
-`Routing` is data (`moelab.kernels.Gate`: expert ids, slots, weights, counts, losses). It is made once a layer and
-everything downstream (dispatch, combine, losses, metrics) only reads it. Routing is fp32 whatever the activations are.
-Letters as in `moelab.config`.
+`Routing` is data (`moelab.kernels.Gate`: expert ids, slots, weights, counts, losses). It is computed once per layer;
+dispatch, combine, losses and metrics only read it. Routing is computed in fp32 for activations of any dtype. Letters as
+in `moelab.config`.
 
-To add a noise: write a function of the logits here, enter it in `NOISE`, and add its name to
+To add a kind of noise, write a function of the logits here, enter it in `NOISE`, and add its name to
 `RoutingConfig.choice_noise`.
 """
 
@@ -29,22 +29,22 @@ def gumbel(logits_SE: Tensor) -> Tensor:
 
 
 def gumbel_second(logits_SE: Tensor) -> Tensor:
-    """Add Gumbel noise to all logits but the best one's, which stays the first choice."""
+    """Add Gumbel noise to all logits but the largest, which remains the first choice."""
     choice_SE = gumbel(logits_SE)
     return choice_SE.scatter_(1, logits_SE.argmax(1, keepdim=True), torch.inf) if len(logits_SE) else choice_SE
 
 
 NOISE: dict[str, Callable[[Tensor], Tensor]] = {"gumbel": gumbel, "gumbel_second": gumbel_second}
-"""`RoutingConfig.choice_noise` -> makes the logits that decide the choice of experts from the gate's own."""
+"""`RoutingConfig.choice_noise` -> function from the gate's logits to those that decide the choice of experts."""
 
 
 class Router(nn.Module):
-    """The gate of one MoE layer: a linear map M -> E without bias, and `RoutingConfig`'s rules.
+    """Compute a MoE layer's routing by a linear map M -> E without bias and `RoutingConfig`'s rules.
 
     Attributes:
-        gate: computes the routing from logits and rules, by default `moelab.kernels.gate`.
-        pool: averages a tensor over the data ranks; the engine sets it when `aux_scope` is "step" and there are
-            several.
+        gate: function that computes the routing from logits and rules, by default `moelab.kernels.gate`.
+        pool: function that averages a tensor over the data ranks; the engine sets it when `aux_scope` is "step" and
+            there are several.
     """
 
     gate = staticmethod(kernels.gate)
@@ -56,7 +56,7 @@ class Router(nn.Module):
         self.pool: Callable[[Tensor], Tensor] | None = None
 
     def forward(self, x_SM: Tensor) -> Routing:
-        """Route S tokens by their activations; noise only in training mode."""
+        """Route S tokens by their activations [S, M]; add noise only in training mode."""
         with torch.autocast(x_SM.device.type, enabled=False):
             return self.route(self.scores(x_SM.float()))
 
@@ -67,21 +67,21 @@ class Router(nn.Module):
         return F.linear(x_SM, self.weight.float())
 
     def route(self, logits_SE: Tensor) -> Routing:
-        """Route S tokens by their fp32 logits, by all of `RoutingConfig`'s rules; noise only in training mode."""
+        """Route S tokens by their fp32 logits and all of `RoutingConfig`'s rules; add noise only in training mode."""
         cfg, S = self.config, len(logits_SE)
         noisy = self.training and cfg.choice_noise != "none"
         choice_SE = NOISE[cfg.choice_noise](logits_SE.detach()) if noisy else None
         seed = None
         if cfg.drop_tokens and cfg.random_token_selection:
-            # Training draws from torch's CPU generator, which the loop seeds at each step; evaluation is always the
-            # same.
+            # Training draws from torch's CPU generator, which the loop seeds for each micro-batch; evaluation always
+            # uses the same seed.
             seed = int(torch.randint(2**31, ())) if self.training else 0
         normalize = self.top_k > 1 if cfg.normalize_weights is None else cfg.normalize_weights
         capacity = cfg.capacity(S, self.experts, self.top_k, self.training)
         routing = self.gate(logits_SE, self.top_k, capacity, seed=seed, normalize=normalize, choice_logits_SE=choice_SE)
         if self.training and self.pool is not None:
-            # Only the probabilities carry a gradient, so each rank's own mean with everyone's shares averages to the
-            # whole.
+            # Only the probabilities carry a gradient. So the mean over ranks of (a rank's mean probabilities times all
+            # ranks' shares) is the loss of the whole step.
             share_E = self.pool(torch.bincount(routing.expert_SK[:, 0], minlength=self.experts) / S)
             aux_loss = self.experts * (logits_SE.softmax(1).mean(0) * share_E).sum()
             routing = routing._replace(aux_loss=aux_loss)

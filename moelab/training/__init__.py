@@ -1,4 +1,4 @@
-"""The training loop: schedules, metrics, resume, distillation."""
+"""Train models: the loop, learning-rate schedules, metrics, resume and distillation."""
 
 from typing import TYPE_CHECKING, Any
 
@@ -10,7 +10,7 @@ __all__ = ["Progress", "Teacher", "TrainingDiverged", "TrainingStopped", "evalua
 
 
 def __getattr__(name: str) -> Any:
-    """Loaded when asked for: whoever only reads metrics must not wait for torch."""
+    """Import the loop on first use, so that reading metrics does not import torch."""
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from moelab.training import distill, loop

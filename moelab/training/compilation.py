@@ -1,7 +1,8 @@
-"""`TrainConfig.compile`: fused code for the parts of a training step between the routed products, by `torch.compile`.
+"""Fuse the parts of a training step between the routed products by `torch.compile` (`TrainConfig.compile`).
 
-Compiled are the attention half of each block and each dense feed-forward (a residual layer's fixed one, too): the same code in every layer. Routing,
-experts, and the head with its loss have functions of their own and stay as they are. So does evaluation, whose last batches have other shapes.
+The compiled parts are the attention half of each block and each dense feed-forward (also a residual layer's fixed one);
+all layers share the code. Not compiled are routing, experts and the head with its loss, which have functions of their
+own, and evaluation, whose last batches have other shapes.
 """
 
 from __future__ import annotations
@@ -21,17 +22,19 @@ from moelab.models.moe import MLP
 
 
 def compile_parts(model: GPT, config: TrainConfig, parallel: ParallelConfig) -> None:
-    """Have `model` run compiled code in training mode; it is compiled in the first step.
+    """Make `model` run compiled code in training mode; the first step compiles it.
 
-    The code is kept in the workspace (`TORCHINDUCTOR_CACHE_DIR` overrides where), so that later runs of the same shapes start in seconds.
+    The code is stored in the workspace, or in `TORCHINDUCTOR_CACHE_DIR` if it is set, so that later runs with the same
+    shapes start in seconds.
 
     Raises:
-        ValueError: there is no C++ compiler, or the layout changes the parts that are compiled.
+        ValueError: there is no C++ compiler, or the layout changes the parts to be compiled.
     """
     compiler = os.environ.get("CXX", "g++")
     if config.device == "cpu" and shutil.which(compiler) is None:
         raise ValueError(
-            f"train: compile needs a C++ compiler, but {compiler!r} is not found; install it, set CXX, or leave compile off"
+            f"train: compile needs a C++ compiler, but {compiler!r} is not found; install it, set CXX, "
+            "or leave compile off"
         )
     if parallel.tensor > 1 or parallel.shard or parallel.recompute:
         raise ValueError(
@@ -40,8 +43,8 @@ def compile_parts(model: GPT, config: TrainConfig, parallel: ParallelConfig) -> 
     from torch._inductor import config as inductor
 
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(paths.home() / "compiled"))
-    inductor.compile_threads = 1  # a few small files: a pool of compiling processes takes longer to start
-    inductor.cpp.threads = config.threads  # part of the cache's key, unlike the number torch would use by itself
+    inductor.compile_threads = 1  # starting a pool of processes takes longer than compiling the few files
+    inductor.cpp.threads = config.threads  # explicit, because the default is not part of the cache's key
     for block in model.blocks:
         block.attend = _compiled_in_training(block, block.attend)
         for module in block.modules():

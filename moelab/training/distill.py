@@ -1,9 +1,10 @@
-"""Distillation: a finished run teaches another (Mixture-of-Students, paper section 4.2).
+"""Distil a finished run, the teacher, into another one, the student (Mixture-of-Students, paper section 4.2).
 
     loss = cross-entropy + routing losses + weight(t) * T^2 * KL(teacher || student)
 
-KL is taken at temperature T, summed over the vocabulary, averaged over tokens, as in the released code (`moelab.paper.training_settings`:
-kd_beta, kd_temperature). The teacher runs in evaluation mode under no_grad, on the student's own micro-batches, only while the weight is above zero.
+The KL divergence is computed at temperature T, summed over the vocabulary and averaged over tokens, as in the released
+code (`moelab.paper.training_settings`: kd_beta, kd_temperature). While the weight is above zero, the teacher runs on
+the student's micro-batches, in evaluation mode and without gradients.
 """
 
 from __future__ import annotations
@@ -32,11 +33,11 @@ log = logging.getLogger(__name__)
 
 
 class Likeliest(NamedTuple):
-    """A teacher's K likeliest next tokens.
+    """Hold a teacher's K likeliest next tokens.
 
     Attributes:
-        log_p_BTK: their log probabilities at the distillation's temperature, fp32.
-        token_BTK: int32 ids.
+        log_p_BTK: log probabilities at the distillation's temperature, fp32.
+        token_BTK: token ids, int32.
     """
 
     log_p_BTK: Tensor
@@ -44,26 +45,32 @@ class Likeliest(NamedTuple):
 
 
 def divergence(teacher_BTV: Tensor, student_BTV: Tensor, temperature: float) -> Tensor:
-    """KL(teacher || student) in nats at a temperature: summed over the vocabulary, averaged over tokens, fp32; no T^2."""
+    """Return KL(teacher || student) in nats at a temperature, fp32, without the factor T^2.
+
+    It is summed over the vocabulary and averaged over tokens. The temperature divides both models' logits.
+    """
     teacher = F.log_softmax(teacher_BTV.float() / temperature, dim=-1).flatten(0, 1)
     student = F.log_softmax(student_BTV.float() / temperature, dim=-1).flatten(0, 1)
     return F.kl_div(student, teacher, reduction="batchmean", log_target=True)
 
 
 def likeliest(teacher_BTV: Tensor, k: int, temperature: float) -> Likeliest:
-    """The K likeliest tokens of a teacher (all, if the vocabulary is smaller)."""
+    """Return the teacher's `k` likeliest tokens, or all if the vocabulary is smaller."""
     logs_BTV = F.log_softmax(teacher_BTV.float() / temperature, dim=-1)
     top = logs_BTV.topk(min(k, logs_BTV.shape[-1]), dim=-1)
     return Likeliest(top.values, top.indices.int())
 
 
 def divergence_of_likeliest(teacher: Likeliest, student_BTV: Tensor, temperature: float) -> Tensor:
-    """KL over K + 1 outcomes, the K tokens and "any other": never above `divergence`, and equal to it when K is the vocabulary."""
+    """Return the KL divergence over K + 1 outcomes: the teacher's K likeliest tokens and "any other token".
+
+    It is at most `divergence`, and equal to it if K is the size of the vocabulary. Nats, fp32, averaged over tokens.
+    """
     log_q_BTV = F.log_softmax(student_BTV.float() / temperature, dim=-1)
     log_q_BTK = log_q_BTV.gather(-1, teacher.token_BTK.long())
     p_BTK = teacher.log_p_BTK.exp()
     named_BT = (p_BTK * (teacher.log_p_BTK - log_q_BTK)).sum(-1)
-    # The rest is a difference of sums near one: below 1e-6 it is rounding.
+    # The rest is 1 minus a sum near 1: values below 1e-6 are rounding errors.
     p_rest_BT = (1 - p_BTK.sum(-1)).clamp(min=1e-6)
     q_rest_BT = (1 - log_q_BTK.exp().sum(-1)).clamp(min=1e-6)
     return (named_BT + p_rest_BT * (p_rest_BT.log() - q_rest_BT.log())).mean()
@@ -71,11 +78,11 @@ def divergence_of_likeliest(teacher: Likeliest, student_BTV: Tensor, temperature
 
 @dataclass(frozen=True)
 class Teacher:
-    """Who teaches, and how: what `train` needs to know of it.
+    """Describe the teacher and the distillation for `train`.
 
     Attributes:
-        model: the teacher's architecture; its vocabulary is the student's.
-        run_dir: its finished run, whose last checkpoint is loaded.
+        model: the teacher's architecture; it must have the student's vocabulary.
+        run_dir: the teacher's finished run, whose last checkpoint is loaded.
         distill: temperature, weight, schedule, cache.
     """
 
@@ -85,16 +92,17 @@ class Teacher:
 
 
 class Distiller:
-    """A teacher on one rank, and the loss it adds to each micro-batch."""
+    """Run a teacher on one rank, and compute the loss that it adds to each micro-batch."""
 
     def __init__(self, teacher: Teacher, config: TrainConfig, data: TokenData, context: int, mesh: Mesh) -> None:
-        """
+        """Load the teacher.
+
         Args:
-            config: of the student.
-            mesh: of the student; the teacher is spread in the same way.
+            config, data: the student's training and corpus.
+            mesh: the student's ranks; the teacher is distributed by the same layout.
 
         Raises:
-            ValueError: the teacher has no checkpoint, or other tokens.
+            ValueError: the teacher has no checkpoint, or was trained on other data.
         """
         last = checkpoint.latest(teacher.run_dir / "checkpoints")
         if last is None:
@@ -107,22 +115,22 @@ class Distiller:
         checkpoint.load_model(last, built.module, built.placements)
         self.model = built.module.eval().requires_grad_(False)
         self.cache = None
-        # A rank that finds its logits on disk would leave the others alone in the teacher's exchange: several ranks compute them.
+        # Only on one rank: a rank that read its logits from disk would be missing in the others' exchange of tokens.
         if teacher.distill.cache_bytes and mesh.world.size == 1:
             batches = (data.fingerprint, config.seed, config.batch_size, config.micro_batch, context)
             key = digest((*batches, teacher.distill.top_k, teacher.distill.temperature, config.dtype))
             self.cache = LogitCache(teacher.run_dir / "logits" / key, teacher.distill.cache_bytes)
 
     def weight(self, step: int) -> float:
-        """The schedule's weight of the KL in the step after `step` steps."""
+        """Return the schedule's weight of the KL divergence in the step after `step` steps."""
         return self.distill.weight_at(step, step * self.config.batch_size * self.context)
 
     def loss(self, tokens_BT: Tensor, student_BTV: Tensor, step: int, part: int) -> Tensor | float:
-        """What the teacher adds to the loss of a micro-batch: weight * T^2 * KL; 0.0 while the weight is nothing.
+        """Return the distillation loss of a micro-batch, weight * T^2 * KL in nats; 0.0 while the weight is 0.
 
         Args:
             student_BTV: the student's logits.
-            step: steps done before this one.
+            step: number of steps before this one.
             part: number of the micro-batch in the step, over all ranks.
         """
         weight = self.weight(step)
@@ -151,14 +159,20 @@ class Distiller:
 
 
 class LogitCache:
-    """A folder of `Likeliest`, one safetensors file a micro-batch, up to a number of bytes. Processes may share it."""
+    """Store `Likeliest` in a folder, one safetensors file per micro-batch, up to `limit` bytes.
+
+    Several processes may share a folder.
+    """
 
     def __init__(self, folder: Path, limit: int) -> None:
         self.folder, self.limit = folder, limit
         self.size = sum(f.stat().st_size for f in folder.glob("*.safetensors")) if folder.is_dir() else 0
 
     def get(self, name: str, like: Tensor) -> Likeliest | None:
-        """What was kept under `name`, on the device of `like` [B, T]; None when there is nothing whole and of its shape."""
+        """Return the value stored under `name`, on the device of `like` [B, T].
+
+        Return None if there is no readable file, or if its shape differs from that of `like`.
+        """
         path = self.folder / f"{name}.safetensors"
         try:
             kept = Likeliest(**load_tensors(path.read_bytes()))
@@ -172,7 +186,7 @@ class LogitCache:
         return Likeliest(*(t.to(like.device) for t in kept))
 
     def put(self, name: str, value: Likeliest) -> None:
-        """Keep it, unless the limit is reached."""
+        """Store a value under `name`, unless it would exceed the limit."""
         content = save_tensors({key: t.cpu().contiguous() for key, t in value._asdict().items()})
         if self.size + len(content) <= self.limit:
             write_bytes(self.folder / f"{name}.safetensors", content)

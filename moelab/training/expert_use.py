@@ -1,4 +1,4 @@
-"""Which experts a trained model uses for which text: tokens by domain and expert, and by token and expert."""
+"""Count the tokens that a trained model sends to each expert, by domain and by token id."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from moelab.models import build
 
 @dataclass(frozen=True)
 class ExpertUse:
-    """How one MoE layer routed the validation text (first choices and all others alike).
+    """Hold how one MoE layer routed the validation text, counting all K choices of a token.
 
     Attributes:
-        layer: counting from 1.
-        domains: their names.
-        by_domain_DE: tokens of each domain that went to each expert, int64.
+        layer: number of the layer, from 1.
+        domains: names of the domains.
+        by_domain_DE: tokens of each domain whose choices include the expert, int64.
         by_token_VE: the same by token id.
     """
 
@@ -35,11 +35,11 @@ class ExpertUse:
 def expert_use(
     config: ModelConfig, train: TrainConfig, run_dir: Path, data: TokenData, context: int, *, max_tokens: int = 0
 ) -> list[ExpertUse]:
-    """One `ExpertUse` per MoE layer of a finished run, over its validation text.
+    """Return one `ExpertUse` per MoE layer of a finished run, over its validation text.
 
     Args:
-        context: tokens a sequence, T.
-        max_tokens: bound on the tokens of each domain; 0 is all of them.
+        context: tokens per sequence, T.
+        max_tokens: bound on the tokens of each domain; 0 means no bound.
 
     Raises:
         ValueError: the run has no checkpoint.

@@ -1,12 +1,12 @@
-"""The training loop: one model, one stream of tokens, one directory.
+"""Train one model on one stream of tokens, with its files in one directory.
 
-Resume is bit for bit: the data of a step and every random draw in it are functions of (seed, step), so a checkpoint needs only
-weights, optimizer state and the running sums of the metrics. Kill the process at any step, call `train` again with the same
-arguments, and the numbers are those of a run that was never killed.
+A resumed run is bitwise equal to an uninterrupted one: the data and the random draws of a step are functions of the
+seed and the position (step, micro-batch), so that a checkpoint only holds weights, optimizer state and the running sums
+of the metrics. To resume, call `train` again with the same arguments.
 
-On several ranks every rank calls `train` with the same arguments. A step's micro-batches are shared out over the data ranks; routing, its
-losses and its random draws belong to the micro-batch, so the numbers do not depend on the layout (up to the order of sums), and a run may go on
-with another layout. Rank 0 writes the files.
+On several ranks, every rank calls `train` with the same arguments. A step's micro-batches are distributed over the data
+ranks. Routing, its losses and its random draws belong to a micro-batch, so that results do not depend on the layout
+(except for the order of sums), and a run may resume with another layout. Rank 0 writes the files.
 """
 
 from __future__ import annotations
@@ -41,16 +41,16 @@ from moelab.training.schedule import learning_rate
 
 
 class TrainingDiverged(RuntimeError):
-    """The loss or the gradient is no longer a number."""
+    """Report that the loss or the gradient norm is NaN or infinite."""
 
 
 class TrainingStopped(Exception):
-    """Training was told to stop and wrote a checkpoint; call `train` again to go on."""
+    """Report that training stopped on request after writing a checkpoint; call `train` again to continue."""
 
 
 @dataclass(frozen=True)
 class Progress:
-    """Where a training is: steps done of all, the last loss in nats, speed of the last steps."""
+    """Hold a training's progress: steps done, all steps, and the last metric row's loss (nats) and speed."""
 
     step: int
     steps: int
@@ -60,7 +60,7 @@ class Progress:
 
 @dataclass
 class Window:
-    """Sums over the steps since the last metric row. Part of a checkpoint, so that a row spans the same steps after a resume."""
+    """Sum metrics over the steps since the last metric row; part of checkpoints, so that a resume changes no row."""
 
     steps: int = 0
     loss: float = 0.0
@@ -73,6 +73,7 @@ class Window:
     def add(
         self, loss: float, routing_loss: float, distill_loss: float, load: dict[str, list[int]], kept: dict[str, int]
     ) -> None:
+        """Add one step's losses, load and kept tokens; the caller adds the gradient norm."""
         self.steps += 1
         self.loss += loss
         self.routing_loss += routing_loss
@@ -83,6 +84,7 @@ class Window:
             self.kept[layer] = self.kept.get(layer, 0) + kept[layer]
 
     def row(self) -> dict[str, Any]:
+        """Return the means per step, and statistics of the experts' load, as a metric row."""
         n = max(1, self.steps)
         row: dict[str, Any] = {
             "loss": self.loss / n,
@@ -111,21 +113,23 @@ def train(
     on_progress: Callable[[Progress], None] = lambda _: None,
     should_stop: Callable[[], bool] = lambda: False,
 ) -> dict[str, Any]:
-    """Train, or go on training, in `run_dir`; returns the result as JSON values.
+    """Start or resume the training in `run_dir`, and return the result as JSON values.
 
     Writes `train.jsonl`, `validation.jsonl` (see `moelab.training.metrics`) and `checkpoints/`.
 
     Args:
-        context: tokens a sequence, T.
-        parallel: how the model is spread over ranks; all of them call this, in one process group. None is this process alone.
-        teacher: a finished run to learn from, and how; see `moelab.training.distill`.
-        on_progress: called at each metric row, on rank 0.
-        should_stop: asked once a step, on every rank; when one says True, all write a checkpoint and raise TrainingStopped.
+        context: tokens per sequence, T.
+        parallel: how the model is distributed over ranks, all of which call this function in one process group. None
+            means this process alone.
+        teacher: a finished run to distil, see `moelab.training.distill`.
+        on_progress: called with each metric row, on rank 0.
+        should_stop: called once per step on every rank; if any rank returns True, all write a checkpoint and raise
+            TrainingStopped.
 
     Raises:
-        ValueError: model, data, training and layout do not fit each other, or the checkpoint is of other data.
+        ValueError: model, data, training and layout do not fit each other, or the checkpoint belongs to other data.
         TrainingDiverged: the loss or gradient norm is NaN or infinite; names the step and the last good checkpoint.
-        TrainingStopped: `should_stop` said so.
+        TrainingStopped: `should_stop` returned True before the last step.
     """
     if data.vocab_size > model_config.vocab:
         raise ValueError(
@@ -172,7 +176,7 @@ def train(
     with checkpoints, contextlib.closing(metrics) if metrics else contextlib.nullcontext():
         if last is None:
             write(VALIDATION, {"step": 0, "tokens": 0, "time_s": 0.0, **validate(config.eval_tokens)})
-        row_step, row_seconds = step, seconds  # of the last metric row, or of the resume
+        row_step, row_seconds = step, seconds  # at the last metric row, or at the resume
         while step < steps:
             started = time.perf_counter()
             done = trainer.step(step, window, should_stop)
@@ -197,7 +201,7 @@ def train(
                 state = {"window": asdict(window), "seconds": seconds, "data": data.fingerprint}
                 trainer.save(checkpoints, step, state)
             if done.stop and step < steps:
-                checkpoints.wait()  # an OSError goes before "the checkpoint is written"
+                checkpoints.wait()  # raises an OSError before the message says that the checkpoint is written
                 raise TrainingStopped(
                     f"stopped at step {step} of {steps}; the checkpoint is written, run again to go on"
                 )
@@ -220,14 +224,14 @@ def train(
 
 @dataclass(frozen=True)
 class StepDone:
-    """What a step did; the same on every rank.
+    """Hold the results of a step, which are the same on every rank.
 
     Attributes:
-        loss: training loss, nats a token, mean over the batch.
-        grad_norm: before clipping.
+        loss: training loss in nats per token, mean over the batch.
+        grad_norm: gradient norm before clipping.
         lr: learning rate.
-        applied: False when loss or norm is not finite; the weights are then as before.
-        stop: a rank wants to stop.
+        applied: False if loss or norm is not finite; the weights are then unchanged.
+        stop: whether any rank requested to stop.
     """
 
     loss: float
@@ -238,7 +242,7 @@ class StepDone:
 
 
 class Trainer:
-    """A model, its optimizer and its data on one rank."""
+    """Hold a model, its optimizer and its data on one rank, and run training steps."""
 
     def __init__(
         self,
@@ -249,15 +253,16 @@ class Trainer:
         mesh: Mesh | None = None,
         distiller: Distiller | None = None,
     ) -> None:
-        """
+        """Build the model with initial weights, and its optimizer.
+
         Args:
             batches: this data rank's part of every step's batch.
-            context: tokens a sequence, T.
-            mesh: the ranks; None is this process alone.
+            context: tokens per sequence, T.
+            mesh: the ranks; None means this process alone.
             distiller: the teacher, if there is one.
 
         Raises:
-            ValueError: the batch's micro-batches do not spread over the data ranks, or the layout is impossible for the model.
+            ValueError: the data ranks do not divide the number of micro-batches, or the layout does not fit the model.
         """
         self.model_config, self.config, self.batches, self.context = model_config, config, batches, context
         self.mesh = mesh or Mesh(ParallelConfig(), model_config.experts, config.device)
@@ -273,7 +278,7 @@ class Trainer:
         self.optimizer = make_optimizer(self.model.module, config)
 
     def step(self, step: int, window: Window, should_stop: Callable[[], bool] = lambda: False) -> StepDone:
-        """One optimizer step on the batch of `step` (counting from 0); adds to `window`."""
+        """Run one optimizer step on the batch of `step` (counting from 0), and add its metrics to `window`."""
         config, module = self.config, self.model.module
         rate = learning_rate(config, (step + 1) * config.batch_size * self.context)
         for group in self.optimizer.param_groups:
@@ -315,7 +320,7 @@ class Trainer:
     def _agree(
         self, losses: tuple[float, ...], counts: list[tuple[Routing, ...]], stop: bool
     ) -> tuple[tuple[float, ...], dict[str, list[int]], dict[str, int], bool]:
-        """The step's numbers over all data ranks: losses, load and kept tokens by layer, whether to stop."""
+        """Combine a step's metrics over all ranks: losses, load and kept tokens by layer, whether to stop."""
         layers = [str(i + 1) for i, experts in enumerate(self.model_config.experts) if experts]
         load = {layer: sum(part[i].load_E for part in counts) for i, layer in enumerate(layers)}
         kept = {layer: sum(part[i].kept_E.sum() for part in counts) for i, layer in enumerate(layers)}
@@ -339,12 +344,12 @@ class Trainer:
         checkpoints.save(step, self.model.module, self.optimizer, state, self.model.placements)
 
     def load(self, saved: checkpoint.Checkpoint) -> None:
-        """Take over a checkpoint's weights and optimizer state."""
+        """Load a checkpoint's weights and optimizer state."""
         checkpoint.load(saved, self.model.module, self.optimizer, self.model.placements)
 
 
 def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
-    """AdamW; weight decay on matrices only (not biases, norms), as GPT-3's recipe."""
+    """Return AdamW with weight decay on matrices only, not on biases and norms, as in GPT-3's recipe."""
     groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         matrix = parameter.ndim >= 2 and not name.endswith("bias")
@@ -372,12 +377,13 @@ def evaluate(
     max_tokens: int = 0,
     mesh: Mesh | None = None,
 ) -> dict[str, Any]:
-    """Validation loss in nats a token and in bits per byte of text, over all and by domain.
+    """Return the validation loss in nats per token and in bits per byte of text, over all domains and by domain.
 
     Args:
-        context: tokens a sequence, T.
-        max_tokens: bound on the tokens of each domain; 0 is all of them.
-        mesh: the ranks that share the work, all of which call this; None is this process alone.
+        model: the model; it is in training mode afterwards.
+        context: tokens per sequence, T.
+        max_tokens: bound on the tokens of each domain; 0 means no bound.
+        mesh: the ranks that share the work, all of which call this function; None means this process alone.
     """
     model.eval()
     world, mine = (mesh.data.size, mesh.data.index) if mesh else (1, 0)
@@ -386,7 +392,8 @@ def evaluate(
     batches = validation_batches(data, config.batch_size, context, max_tokens)
     while group := list(itertools.islice(batches, world)):
         process.beat()
-        # Every rank runs the model as often as the others, if need be without tokens: they may need its experts.
+        # All ranks run the model equally often, if necessary without tokens, because other ranks may need their
+        # experts.
         domain, tokens_BT, targets_BT = group[mine] if mine < len(group) else _nothing(group[0])
         with torch.autocast(config.device, torch.bfloat16, enabled=config.dtype == "bf16"):
             output = model(tokens_BT.to(config.device), targets_BT=targets_BT.to(config.device), reduction="sum")
@@ -414,7 +421,9 @@ def _nothing(batch: tuple[str, Tensor, Tensor]) -> tuple[str, Tensor, Tensor]:
 
 
 def draw_seed(seed: int, step: int, part: int) -> int:
-    """Seed of every random draw in one micro-batch: a function of where it stands, so that resume needs no generator state.
+    """Return the seed of all random draws in one micro-batch.
+
+    It is a function of the micro-batch's position, so that a resume needs no generator state.
 
     Args:
         part: the micro-batch's number in the step, over all ranks.

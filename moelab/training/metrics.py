@@ -1,7 +1,7 @@
-"""Metrics of a run as JSON lines, one file for training rows and one for validation rows.
+"""Write a run's metrics as JSON lines, one file for training rows and one for validation rows.
 
-A run that resumes at step n first drops the rows after n (and a line torn by a kill), so the files read as if it had never
-stopped.
+A run that resumes at step n first removes the rows after step n and an incomplete last line, so that the files equal
+those of an uninterrupted run.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from moelab.files import write_text
 
 TRAIN, VALIDATION = "train.jsonl", "validation.jsonl"
 PERCENTILES = (0, 10, 50, 90, 100)
-"""Of the experts' load, in TensorBoard."""
+"""Percentiles of the experts' load that TensorBoard shows."""
 
 
 class Metrics:
-    """Appends rows to `<run>/train.jsonl` and `<run>/validation.jsonl`, and to TensorBoard if asked."""
+    """Append rows to `<run>/train.jsonl` and `<run>/validation.jsonl`, and optionally to TensorBoard."""
 
     def __init__(self, run_dir: Path, resume_step: int, tensorboard: bool = False) -> None:
         self._paths = {name: run_dir / name for name in (TRAIN, VALIDATION)}
@@ -33,7 +33,7 @@ class Metrics:
             self._board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=resume_step + 1)
 
     def write(self, file: str, row: dict[str, Any]) -> None:
-        """Append a row; `file` is TRAIN or VALIDATION, `row` has "step" and JSON values."""
+        """Append a row of JSON values, which include "step"; `file` is TRAIN or VALIDATION."""
         with open(self._paths[file], "a") as f:
             f.write(_line(row))
         if self._board is not None:
@@ -41,14 +41,16 @@ class Metrics:
                 self._board.add_scalar(name, value, row["step"])
 
     def close(self) -> None:
+        """Close the TensorBoard writer."""
         if self._board is not None:
             self._board.close()
 
 
 def scalars(file: str, row: dict[str, Any]) -> Iterator[tuple[str, float]]:
-    """What TensorBoard shows of a row: its numbers as `train/loss`, and for each layer percentiles of the experts' load.
+    """Yield TensorBoard's (name, value) pairs of a row.
 
-    `expert_load/layer4/p90` is the load that 90 % of the experts do not exceed, relative to an even share (1 is even; p100 the busiest).
+    They are the row's numbers, such as `train/loss`, and for each layer percentiles of the experts' load:
+    `expert_load/layer4/p90` is the load that 90 % of layer 4's experts do not exceed, relative to a uniform load.
     """
     for key, value in row.items():
         if key not in ("step", "time_s") and isinstance(value, int | float):
@@ -60,14 +62,14 @@ def scalars(file: str, row: dict[str, Any]) -> Iterator[tuple[str, float]]:
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
-    """All complete rows of a JSON-lines file, in order; none if the file does not exist."""
+    """Return all complete rows of a JSON-lines file, in order; an empty list if the file does not exist."""
     rows = []
     if path.exists():
         for line in path.read_text().splitlines():
             try:
                 rows.append(json.loads(line))
             except json.JSONDecodeError:
-                break  # torn by a kill; the rows after it, if any, are written again
+                break  # an incomplete line of a killed process; the rows after it are written again
     return rows
 
 

@@ -1,4 +1,4 @@
-"""The learning rate as a function of tokens seen."""
+"""Compute the learning rate from the number of tokens seen."""
 
 from __future__ import annotations
 
@@ -8,10 +8,13 @@ from moelab.config import TrainConfig
 
 
 def learning_rate(config: TrainConfig, tokens: int) -> float:
-    """Return the rate of a step: linear warm-up, then the cosine decay of the paper's recipe, or with `cooldown_tokens` a linear one.
+    """Return the learning rate of a step.
+
+    After a linear warm-up it follows the cosine decay of the paper's recipe, or with `cooldown_tokens` stays constant
+    and then decays linearly.
 
     Args:
-        tokens: tokens seen when the step ends, so that the first step's rate is above zero.
+        tokens: tokens seen at the end of the step, so that the first step's rate is above zero.
     """
     if tokens < config.warmup_tokens:
         return config.lr * tokens / config.warmup_tokens
