@@ -23,7 +23,6 @@ import torch
 from moelab import machine, terminal
 from moelab.files import write_text
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 X = TypeVar("X")
 """The inputs of a round."""
 T = TypeVar("T")

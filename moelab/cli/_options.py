@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, get_args
 
 import typer
+
+from moelab import config
 
 Experts = Annotated[list[int] | None, typer.Option("--experts", help="number of experts; repeat for several")]
 Threads = Annotated[int, typer.Option(help="CPU threads")]
@@ -17,8 +19,8 @@ def check_device(device: str) -> None:
     """Check --device. ValueError, one line, for an unknown one or one that this machine lacks."""
     import torch
 
-    if device not in ("cpu", "cuda"):
-        raise ValueError(f"--device must be cpu or cuda, got {device!r}")
+    if device not in (allowed := get_args(config.train.Device)):
+        raise ValueError(f"--device must be {' or '.join(allowed)}, got {device!r}")
     if device == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda: no CUDA device is available; allowed here: cpu")
 

@@ -8,6 +8,9 @@ from typing import Literal
 from moelab.config._check import check as _check
 from moelab.config._check import check_choices
 
+Dtype = Literal["fp32", "bf16"]
+Device = Literal["cpu", "cuda"]
+
 
 @dataclass(frozen=True)
 class TrainConfig:
@@ -53,8 +56,8 @@ class TrainConfig:
     eps: float = 1e-8
     weight_decay: float = 0.1
     clip: float = 1.0
-    dtype: Literal["fp32", "bf16"] = "fp32"
-    device: Literal["cpu", "cuda"] = "cpu"
+    dtype: Dtype = "fp32"
+    device: Device = "cpu"
     threads: int = 1
     seed: int = 0
     eval_every: int = 100

@@ -22,7 +22,7 @@ from moelab import paths
 from moelab.config import RoutingConfig
 from moelab.data import prepare, validation_batches
 from moelab.inference.text import load_run
-from moelab.kernels import Gate, gate
+from moelab.kernels import Gate
 from moelab.models import build
 from moelab.models.routing import Router
 from moelab.runs.store import Run
@@ -72,11 +72,12 @@ class Choices:
             capacity_factor: None drops nothing.
             by_chance: an expert over its capacity keeps tokens at random, else the earliest.
         """
-        K, limit = top_k or self.top_k, None
-        if capacity_factor is not None:
-            rule = RoutingConfig(capacity_factor=capacity_factor)
-            limit = rule.capacity(len(self.tokens), self.experts, K, training=True)
-        return gate(self.logits_SE, K, limit, seed=0 if by_chance else None, normalize=K > 1)
+        rules = RoutingConfig(
+            drop_tokens=capacity_factor is not None,
+            capacity_factor_eval=capacity_factor or 1.0,
+            random_token_selection=by_chance,
+        )
+        return Router(1, self.experts, top_k or self.top_k, rules).eval().route(self.logits_SE)
 
     def dropped(self, top_k: int | None = None, capacity_factor: float | None = None) -> float:
         """Return the share of the S x K choices that are dropped because their expert is full, 0 to 1."""
