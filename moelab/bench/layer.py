@@ -25,7 +25,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moelab.bench import harness, inputs, peers, plot
-from moelab.bench.harness import DTYPES, Row, Timing
+from moelab.bench.harness import Row, Timing
+from moelab.inference.text import DTYPES
 from moelab.kernels import combine, dispatch, expert_ffn, gate, row_table
 from moelab.models import baseline
 

@@ -19,8 +19,9 @@ from torch import Tensor, nn
 
 from moelab import terminal
 from moelab.bench import harness, inputs, plot
-from moelab.bench.harness import DTYPES, Row, Timing
+from moelab.bench.harness import Row, Timing
 from moelab.config import ModelConfig, RoutingConfig, TrainConfig
+from moelab.inference.text import DTYPES
 from moelab.training.loop import Trainer, Window
 
 FAMILIES = {"dense": "350M", "MoE-128": "350M+MoE-128", "PR-MoE-32/64": "350M+PR-MoE-32/64"}
