@@ -1,1 +1,4 @@
-"""Submit runs and notebooks as jobs of a Slurm cluster, or of this machine, and show how they stand. Imported by `lab` and `cli` only."""
+"""Submit runs and notebooks as jobs of a Slurm cluster or of this machine, and show their states.
+
+Only `lab` and `cli` import this package.
+"""

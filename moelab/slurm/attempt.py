@@ -1,7 +1,8 @@
-"""Decide what follows an attempt at a run that did not finish it.
+"""Decide whether a run is tried again after an attempt that did not finish it.
 
-An attempt is one start of a run's job. The history is `attempts.jsonl` in the run's directory; the reason for giving up becomes the
-run's status. submitit bounds time limits only (`max_num_timeout`); here failures, kills and restarts are bounded, too.
+An attempt is one start of a run's job. The file `attempts.jsonl` in the run's directory lists the attempts that did not
+finish it. When a run is given up, the reason becomes its status. submitit bounds only the number of time limits
+(`max_num_timeout`); this module also bounds failures, kills and restarts.
 """
 
 from __future__ import annotations
@@ -24,17 +25,17 @@ Kind = Literal["stopped", "failed", "killed", "restarts"]
 
 @dataclass(frozen=True)
 class Attempt:
-    """One start of a run's job that did not finish it.
+    """Describe one start of a run's job that did not finish the run.
 
     Attributes:
         job: the job's id (``12_3`` in an array); a requeued job keeps it.
         restart: how often the job had been started before.
-        kind: "stopped" (asked to, with a checkpoint), "failed" (an error), "killed" (a signal, or a rank that hung), "restarts" (too
-            many starts).
+        kind: "stopped" (on request, with a checkpoint), "failed" (an error), "killed" (a signal, or a rank that hung),
+            "restarts" (too many starts).
         reason: one line.
         checkpoint: step of the newest checkpoint; -1 without one.
-        node: the node of the rank that died first; else the one that ran the job's driver.
-        time: of its end, in seconds since the epoch.
+        node: the node of the rank that died first; without one, the node that ran the job's driver.
+        time: end of the attempt, in seconds since the epoch.
         again: whether the run is tried again.
     """
 
@@ -50,11 +51,11 @@ class Attempt:
 
 @dataclass(frozen=True)
 class Limits:
-    """How often a job may be tried.
+    """Bound how often a job is tried.
 
     Attributes:
-        failures: attempts of one job that may fail or be killed. The same failure twice in a row ends it at once; being killed at a
-            later checkpoint than before is not the same failure, since the run advances.
+        failures: attempts of one job that may fail or be killed. The same failure twice in a row ends the job at once;
+            a kill at a later checkpoint than the last one is not the same failure, since the run has advanced.
         restarts: starts of one job for any reason, after the first.
     """
 
@@ -63,7 +64,7 @@ class Limits:
 
 
 def history(run: Run) -> list[Attempt]:
-    """Return the attempts of a run that did not finish it, oldest first, without lines cut short by a full disk."""
+    """Return a run's attempts that did not finish it, oldest first, without lines that a full disk cut short."""
     attempts = []
     with contextlib.suppress(FileNotFoundError):
         for line in (run.path / ATTEMPTS).read_text(errors="replace").splitlines():
@@ -73,7 +74,7 @@ def history(run: Run) -> list[Attempt]:
 
 
 def decide(run: Run, attempt: Attempt, limits: Limits) -> tuple[bool, str]:
-    """Return whether to try again, and why not."""
+    """Return whether to try again and, if not, the reason."""
     started = f"started {attempt.restart + 1} times without finishing; last: "
     if attempt.kind == "restarts":
         return False, started + (run.status.reason or "no reason known")
@@ -122,13 +123,13 @@ def judge(failure: RankFailed | OSError | ValueError, run: Run) -> tuple[Kind, s
     if not isinstance(failure, RankFailed):
         return "failed", str(failure), here
     if re.match(r"was killed by SIG(USR1|TERM|INT)\b", failure.how):
-        return "stopped", "asked to stop before it could listen", here
+        return "stopped", "asked to stop before it could handle the signal", here
     if failure.how.startswith(("was killed", "hangs")):
         unknown = failure.how == "was killed by SIGKILL"  # the kernel gives no reason
         return "killed", str(failure) + " (out of memory?)" * unknown, failure.host
     status = run.status
     if run.spec.parallel.ranks == 1 and status.state == "failed" and status.reason:
-        return "failed", status.reason, failure.host  # its own words
+        return "failed", status.reason, failure.host  # the reason that the rank itself recorded
     return "failed", str(failure), failure.host
 
 

@@ -1,9 +1,9 @@
 """Run the jobs of a submission: the callables that submitit pickles and a job loads.
 
-A callable holds names and numbers only. It runs as the job's driver, one process on the first node: it starts the ranks of a run as one
-step of Slurm (`srun`), watches them (`moelab.engine.launch`), and requeues the job or not (`moelab.slurm.attempt`). All state is in the
-run's directory, so `checkpoint` has nothing to save but the work of the ranks: it asks them for a checkpoint and waits. What a callable
-returns is for people who look at submitit's files; moelab never loads it.
+A callable holds only names and numbers. It runs as the job's driver, one process on the first node: it starts the ranks
+of a run as one Slurm step (`srun`), watches them (`moelab.engine.launch`), and decides whether to requeue the job
+(`moelab.slurm.attempt`). All state is in the run's directory, so `checkpoint` only asks the ranks to write a checkpoint
+and waits for it. submitit stores what a callable returns; moelab never loads it.
 """
 
 from __future__ import annotations
@@ -33,25 +33,33 @@ from moelab.slurm import attempt, queue
 
 
 class Failed(RuntimeError):
-    """A job failed for good; Slurm shows it as FAILED, and jobs that need its result are cancelled."""
+    """Report that a job is given up: Slurm shows it as FAILED and cancels the jobs that need its result."""
 
 
 class Checkpointable(ABC):
-    """Do the work in a thread: submitit's signal handlers run in the main one, and may wait there until the work has stopped."""
+    """Do the work in a thread.
+
+    submitit's signal handlers run in the main thread and wait there until the work has stopped.
+    """
 
     stop: threading.Event
-    requeued: threading.Event  # submitit does it
+    requeued: threading.Event  # set when submitit requeues the job
     thread: threading.Thread
 
     def __call__(self, *arguments: str) -> dict[str, Any]:
-        """Work to the end. Failed: for good. SystemExit: asked to stop; the job will go on or has been cancelled."""
+        """Do the work and return its outcome.
+
+        Raises:
+            Failed: the job is given up.
+            SystemExit: the work was stopped; the job continues later or has been cancelled.
+        """
         self.stop, self.requeued = threading.Event(), threading.Event()
         outcome: list[Any] = []
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
             signal.signal(number, lambda *_: self.stop.set())
         with contextlib.suppress(RuntimeError, KeyError):  # not a job of submitit: called as a function
             for left in submitit.JobEnvironment().paths.folder.glob(f"{submitit.JobEnvironment().job_id}_*.save_tmp"):
-                left.unlink()  # of an attempt that was killed; submitit would not write its own
+                left.unlink()  # left by an attempt that was killed; submitit does not overwrite it
         self.thread = threading.Thread(target=self._keep, args=(outcome, *arguments))
         self.thread.start()
         self._wait()
@@ -60,7 +68,7 @@ class Checkpointable(ABC):
         return outcome[0]
 
     def checkpoint(self, *arguments: str) -> DelayedSubmission:
-        """Stop the work with a checkpoint and return the call that goes on with it: the same one."""
+        """Stop the work with a checkpoint and return the call that continues it, which is the same one."""
         self.requeued.set()
         self.stop.set()
         self._wait()
@@ -88,7 +96,8 @@ class Checkpointable(ABC):
         return process.returncode
 
     @abstractmethod
-    def work(self, *arguments: str) -> dict[str, Any]: ...
+    def work(self, *arguments: str) -> dict[str, Any]:
+        """Do the work, which ends early once `stop` is set, and return a summary of its outcome."""
 
 
 @dataclass
@@ -98,9 +107,10 @@ class TrainRun(Checkpointable):
     Attributes:
         python: interpreter of the ranks (in their container).
         srun: further options of srun.
-        per_node: ranks of a node.
+        per_node: ranks per node.
         limits: how often to try.
-        spare_nodes: a node whose rank was killed or hung is left out when the job is requeued, if the partition has others.
+        spare_nodes: whether a requeued job leaves out the node whose rank was killed or hung, if the partition has
+            enough others.
     """
 
     python: str
@@ -110,6 +120,7 @@ class TrainRun(Checkpointable):
     spare_nodes: bool = True
 
     def work(self, path: str) -> dict[str, Any]:
+        """Train the run in the directory `path`; after a failure, requeue the job or give it up."""
         run = open_run(path)
         job, restart = submitit.JobEnvironment().job_id, int(os.environ.get("SLURM_RESTART_COUNT", 0))
         if restart > self.limits.restarts:
@@ -119,7 +130,7 @@ class TrainRun(Checkpointable):
         ended = train(run, self.stop, command=command, how="srun", per_node=self.per_node, srun=self.srun)
         if ended is None:
             return _finished(run)
-        # Not running any more: Slurm itself is ending or requeueing this job (cancelled, preempted, requeued).
+        # In another state than RUNNING, Slurm is already ending or requeueing this job (cancelled, preempted).
         if self.requeued.is_set() or queue.retried(queue.state, job) != "RUNNING":
             raise SystemExit(STOPPED)
         kind, reason, node = ended
@@ -131,17 +142,18 @@ class TrainRun(Checkpointable):
 
 @dataclass
 class ExecuteNotebook(Checkpointable):
-    """Execute the notebook `part` of the submission in a folder, as a step of Slurm; it reads runs and trains none.
+    """Execute a notebook of a submission as a Slurm step; the notebook reads runs and trains none.
 
     Attributes:
         command: srun with its options, and the interpreter.
-        kills: how often it may be killed and start over.
+        kills: how often the notebook may be killed and start over.
     """
 
     command: tuple[str, ...]
     kills: int
 
     def work(self, folder: str, part: str) -> dict[str, Any]:
+        """Execute the notebook `part` of the submission in `folder`; requeue the job if the notebook was killed."""
         code = self.wait_for(notebook(self.command, folder, part), signal.SIGTERM)  # srun then ends the step
         if self.requeued.is_set():
             raise SystemExit(STOPPED)
@@ -159,11 +171,11 @@ class LocalBatch(Checkpointable):
     """Train runs and then execute notebooks in one job of submitit's local executor, which has no queue of its own.
 
     Attributes:
-        stages: directories of runs; those of a stage need results of the ones before.
-        notebooks: their parts.
-        workers: runs at a time.
+        stages: directories of runs; the runs of a stage need results of earlier stages.
+        notebooks: names of their parts of the submission.
+        workers: number of runs that train at a time.
         limits: how often to try a run.
-        folder: of the submission.
+        folder: folder of the submission.
     """
 
     stages: list[list[str]]
@@ -173,6 +185,7 @@ class LocalBatch(Checkpointable):
     folder: str
 
     def work(self) -> dict[str, Any]:
+        """Train the runs stage by stage, then execute the notebooks, whatever became of the runs."""
         failed: list[str] = []
         job = f"{queue.LOCAL}{submitit.JobEnvironment().job_id}"
         for stage in self.stages:
@@ -190,7 +203,7 @@ class LocalBatch(Checkpointable):
         return {"runs": sum(map(len, self.stages)), "state": "finished"}
 
     def _train(self, run: Run, job: str) -> str:
-        """Train one run, as often as the limits allow; its id if it failed for good."""
+        """Train one run, as often as the limits allow, and return its id if it is given up, else an empty text."""
         restart = 0
         while not self.stop.is_set():
             command = (sys.executable, "-m", "moelab.runs.worker")
@@ -205,7 +218,11 @@ class LocalBatch(Checkpointable):
 
 
 def train(run: Run, stop: threading.Event, **launch: Any) -> tuple[attempt.Kind, str, str] | None:
-    """Start the ranks of a run and wait: None when it has finished, else kind, reason and node of what ended it."""
+    """Start the ranks of a run and wait for them.
+
+    Returns:
+        None when the run has finished; otherwise kind, reason and node of what ended it.
+    """
     try:
         if supervise(run, should_stop=stop.is_set, **launch) == FINISHED:
             return None

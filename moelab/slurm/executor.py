@@ -1,7 +1,8 @@
 """Make submitit's executors from a cluster profile: what a job asks Slurm for, and the environment that it starts in.
 
-Jobs go to Slurm through submitit: `update_parameters`, `batch`, `submit`. One method of the interface for its plugins is called here,
-`_make_submission_file_text`: a dry run shows the batch script and `sbatch --test-only` judges it, and submitit writes it only as it queues.
+Jobs go to Slurm through submitit: `update_parameters`, `batch`, `submit`. One method of submitit's plugin interface is
+called here, `_make_submission_file_text`: a dry run and `sbatch --test-only` need the batch script before anything is
+queued, and submitit writes it only when it queues the job.
 """
 
 from __future__ import annotations
@@ -25,13 +26,15 @@ from moelab.slurm.profiles import Profile, megabytes, minutes
 
 @dataclass(frozen=True)
 class Size:
-    """What one run's job asks for. Runs of equal size share an array.
+    """Describe what one run's job asks for. Runs of equal size share an array.
 
     Attributes:
-        ranks, nodes, per_node: ranks in all, nodes, ranks of a node.
-        gpus: of each node.
-        cpus: of each rank.
-        memory: MiB of each node; 0 is the site's default.
+        ranks: number of ranks in all.
+        nodes: number of nodes.
+        per_node: ranks per node.
+        gpus: GPUs per node.
+        cpus: cores per rank.
+        memory: MiB per node; 0 is the site's default.
     """
 
     ranks: int
@@ -43,12 +46,16 @@ class Size:
 
     @classmethod
     def of(cls, spec: RunSpec, profile: Profile) -> Size:
-        """Return the size of a run's job. ValueError, one line, when the profile's cluster is too small for it."""
+        """Return the size of a run's job.
+
+        Raises:
+            ValueError: one line; the run does not fit the profile's nodes.
+        """
         layout = spec.parallel
         per_node = min(layout.ranks_per_node, profile.gpus_per_node)
         nodes = layout.ranks // per_node
         told = f"{spec.title}: {layout.ranks} ranks in nodes of {layout.ranks_per_node}"
-        # Smaller nodes than the layout's do no harm unless it counts on them.
+        # Nodes with fewer ranks than the layout's are allowed unless the layout depends on the ranks of a node.
         if per_node < layout.ranks_per_node and (
             layout.hierarchical or per_node % layout.tensor or layout.ranks % per_node
         ):
@@ -68,10 +75,11 @@ class Size:
 
 
 class Executor(submitit.SlurmExecutor):
-    """submitit's executor for Slurm, which can also be made, and show its batch script, where there is no Slurm."""
+    """Extend submitit's executor for Slurm: it can be made, and can show its batch script, where there is no Slurm."""
 
     @classmethod
     def affinity(cls) -> int:
+        """Return 2, which tells submitit that the executor is available, whether or not `srun` is installed."""
         return 2
 
     def script(self, count: int) -> str:
@@ -84,7 +92,7 @@ class Executor(submitit.SlurmExecutor):
         """Queue one job, or an array, that calls `function` with each of the arguments, and return its id.
 
         Raises:
-            queue.SlurmError: Slurm refuses it or does not answer.
+            queue.SlurmError: Slurm refuses the job or does not answer.
         """
         try:
             with queue.environment(), self.batch():
@@ -97,7 +105,11 @@ class Executor(submitit.SlurmExecutor):
 
 
 def for_runs(profile: Profile, size: Size, snapshot: Path | None, folder: Path, **parameters: Any) -> Executor:
-    """Return the executor of an array of runs, or of one; `parameters` are further ones of submitit (name, comment, dependency)."""
+    """Return the executor of a run or of an array of runs.
+
+    Args:
+        parameters: further parameters of submitit (name, comment, dependency).
+    """
     return _executor(
         profile,
         snapshot,
@@ -109,7 +121,7 @@ def for_runs(profile: Profile, size: Size, snapshot: Path | None, folder: Path, 
         gpus_per_node=_gpus(profile, size.gpus),
         mem=f"{size.memory}M" if size.memory else None,
         array_parallelism=profile.array_parallelism,
-        signal=f"USR1@{profile.lead_s}",  # to the ranks; submitit's USR2 would go to them as well
+        signal=f"USR1@{profile.lead_s}",  # the ranks react to USR1; submitit's USR2 prints stacks there
         **parameters,
     )
 
@@ -130,7 +142,7 @@ def for_notebook(profile: Profile, snapshot: Path | None, folder: Path, **parame
 
 
 def for_jupyter(profile: Profile, folder: Path) -> Executor:
-    """Return the executor of JupyterLab on one node with all its GPUs, on the checkout as it is."""
+    """Return the executor of JupyterLab, on one node with all its GPUs; it runs the checkout, not a snapshot."""
     return _executor(
         profile,
         None,
@@ -164,7 +176,7 @@ def _executor(
     folder: Path,
     *,
     time: str,
-    signal: str = "INT@30",  # a notebook out of time is saved as it is
+    signal: str = "INT@30",  # a notebook that reaches its time limit is saved as it is
     requeue: bool = True,
     exports: dict[str, str] | None = None,
     **parameters: Any,

@@ -1,7 +1,7 @@
-"""Hold the jobs of submitted runs as submitit's users know them: `job_id`, `state`, `done`, `wait`, `stdout`, `result`, `cancel`.
+"""Represent submitted runs by jobs with submitit's interface: `job_id`, `state`, `done`, `wait`, `result`, `cancel`.
 
-submitit's own `Job` reads results and errors from pickles, which execute code as they load and may contradict the run (an error pickle of
-an attempt before the present one), and states from `sacct`. A `RunJob` reads the run's directory and `squeue` instead.
+submitit's own `Job` reads states from `sacct`, and results and errors from pickles. A pickle executes code as it loads,
+and it may be of an earlier attempt at the run. A `RunJob` reads the run's directory and `squeue` instead.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ if TYPE_CHECKING:
 
 
 class RunJob(submitit.Job[dict[str, Any]]):
-    """The job of one run.
+    """Represent the job of one run.
 
     Attributes:
-        run: the run; its files are the truth.
+        run: the run, whose files determine state and result.
         job_id: ``12_3``, or ``local-4711`` without Slurm; empty for a run that had finished before it was submitted.
     """
 
@@ -36,25 +36,29 @@ class RunJob(submitit.Job[dict[str, Any]]):
 
     @property
     def row(self) -> Row:
-        """How it stands now; one call to Slurm."""
+        """Return the run's present state as a row, with one call to Slurm."""
         found = [row for row in overview([self.run.spec.id], store=self._store).rows if row.id == self.run.spec.id]
         return found[0] if found else Row("", self.run.spec.title, self.run.spec.id, self.run.status.state)
 
     @property
     def state(self) -> str:
-        """Its state: waiting, starting, running, finished, failed, stopped or lost, see `moelab.slurm.status.Row`."""
+        """Return the state, one of those of `moelab.slurm.status.Row`."""
         return "finished" if self.run.finished else self.row.state
 
     def done(self, force_check: bool = False) -> bool:
-        """Return whether nothing more will happen to it: it has finished, failed for good, or been cancelled."""
+        """Return whether the run has finished, failed for good, or been cancelled."""
         return self.run.finished or self.row.over
 
     def wait(self) -> None:
-        """Wait until it is done; asks Slurm once in ten seconds, at first more often."""
+        """Wait until the run is done; ask Slurm every ten seconds, at first more often."""
         watch(lambda _: None, [self.run.spec.id], store=self._store)
 
     def result(self) -> dict[str, Any]:
-        """Wait, and return the run's result. FailedJobError, with the reason, when it has none."""
+        """Wait, and return the run's result.
+
+        Raises:
+            FailedJobError: the run has no result; the message gives the reason.
+        """
         if error := self.exception():
             raise error
         return self.run.result
@@ -71,15 +75,15 @@ class RunJob(submitit.Job[dict[str, Any]]):
         return FailedJobError(f"run {self.run.spec.id}: {self.row.state}: {self.row.reason or 'no reason known'}")
 
     def stdout(self) -> str | None:
-        """Return the run's log, with what its ranks printed; None before there is one. The driver's is in `paths.stdout`."""
+        """Return the run's log, with what its ranks printed; None before it exists. `paths.stdout` is the driver's."""
         log = self.run.path / "log.txt"
         return log.read_text(errors="replace") if log.exists() else None
 
     def stderr(self) -> None:
-        """Return None: a log holds both."""
+        """Return None: `stdout` holds standard error as well."""
 
     def cancel(self, check: bool = True) -> None:
-        """Cancel it; it writes a checkpoint. A local job is cancelled with all the runs of its submission."""
+        """Cancel the job, which then writes a checkpoint. A local job ends with all runs of its submission."""
         if self.job_id:
             queue.cancel(local.cancel([self.job_id]))
 
@@ -89,7 +93,7 @@ class RunJob(submitit.Job[dict[str, Any]]):
 
 
 class Jobs(tuple[RunJob, ...]):
-    """The jobs of the specs that were submitted together, in their order; shows as the table of their states."""
+    """Hold the jobs of specs that were submitted together, in their order, and show the table of their states."""
 
     @classmethod
     def of(cls, specs: Sequence[RunSpec], store: RunStore) -> Jobs:
@@ -104,13 +108,13 @@ class Jobs(tuple[RunJob, ...]):
 
     @property
     def overview(self) -> Overview:
-        """How they stand now; one call to Slurm."""
+        """Return the jobs' present states, with one call to Slurm."""
         if not self:
             return Overview(())
         return overview([job.run.spec.id for job in self], store=self[0]._store)
 
     def frame(self) -> pd.DataFrame:
-        """Return their states as a table, see `moelab.slurm.status.Row`."""
+        """Return the jobs' states as a table; `moelab.slurm.status.Row` describes its columns."""
         return self.overview.frame()
 
     def wait(self) -> None:

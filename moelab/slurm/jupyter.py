@@ -1,4 +1,7 @@
-"""Serve JupyterLab on a node of a cluster, in an allocation of its own, and print the ssh tunnel to it (`moelab lab --profile NAME`)."""
+"""Serve JupyterLab on a node of a cluster, in a job of its own, and print the ssh tunnel to it.
+
+The command is `moelab lab --profile NAME`.
+"""
 
 from __future__ import annotations
 
@@ -25,13 +28,13 @@ from moelab.slurm.profiles import Profile
 
 @dataclass
 class ServeJupyter(Checkpointable):
-    """Serve JupyterLab as a step of Slurm.
+    """Serve JupyterLab as a Slurm step.
 
     Attributes:
         command: srun with its options, and the interpreter.
-        options: of jupyterlab.
-        folder: where its token is; it writes the node's name beside it.
-        everywhere: listen on the node's address, not on its loopback only.
+        options: options of jupyterlab.
+        folder: folder that holds the token; the job writes the node's name beside it.
+        everywhere: whether to listen on the node's address instead of its loopback.
     """
 
     command: tuple[str, ...]
@@ -52,19 +55,19 @@ class ServeJupyter(Checkpointable):
 
 
 def start(profile: Profile, arguments: Sequence[str]) -> int:
-    """Queue JupyterLab, wait for it, print the ssh tunnel and the address; ends, and cancels the job, with Ctrl-C.
+    """Queue JupyterLab, wait for it, and print the ssh tunnel and the address; Ctrl-C cancels the job.
 
     Returns:
-        exit code: 0 when stopped by the user, 1 when the job ended by itself.
+        The exit code: 0 when the user stopped it, 1 when the job ended by itself.
 
     Raises:
-        ValueError: Slurm is not there or refuses the job.
+        ValueError: Slurm is not available or refuses the job.
     """
     console = Console(highlight=False, soft_wrap=True)
     folder = paths.home() / "lab" / f"{time.strftime('%Y%m%d-%H%M%S', time.gmtime())}-{os.getpid()}"
     folder.mkdir(parents=True, mode=0o700)
     token = secrets.token_hex(24)
-    (folder / "token").touch(mode=0o600)  # in a file only its owner reads: a command line is seen by all
+    (folder / "token").touch(mode=0o600)  # in a file that only its owner can read: everyone sees command lines
     (folder / "token").write_text(token)
     options = (f"--ServerApp.root_dir={paths.notebooks()}", "--no-browser", *arguments)
     serve = ServeJupyter(executor.step(profile), options, str(folder), everywhere=profile.lab_address == "node")
@@ -90,7 +93,7 @@ def start(profile: Profile, arguments: Sequence[str]) -> int:
 
 
 def _wait(job: str, folder: Path, console: Console) -> dict | None:
-    """Return what the server wrote about itself, once it is up; None when the job ended before."""
+    """Return the record that the server writes when it is up; None when the job ended before."""
     said = ""
     while True:
         for file in folder.glob("jpserver-*.json"):

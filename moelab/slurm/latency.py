@@ -1,4 +1,8 @@
-"""Measure what submitting costs: time to the first step, a notebook batch against the same work in one process, many runs at once."""
+"""Measure what submitting costs.
+
+Measured are the time to the first step, a notebook batch beside the same work in one process, and submitting many runs
+at once.
+"""
 
 from __future__ import annotations
 
@@ -34,8 +38,10 @@ def main(profile: Profile, *, rounds: int, runs: int, out: Path | None) -> None:
     """Measure, print, and write `submit.jsonl` into `out`.
 
     Args:
-        rounds: times that the ways of running take turns.
-        runs: how many are submitted at once, held, and cancelled again.
+        profile: the cluster.
+        rounds: how often the ways of running take turns.
+        runs: number of runs that are submitted at once, held, and cancelled again.
+        out: folder of the results; None writes none.
     """
     rows = [*_first_step(profile, rounds), *_notebook(profile, rounds), *_many(profile, runs)]
     for row in rows:
@@ -45,7 +51,7 @@ def main(profile: Profile, *, rounds: int, runs: int, out: Path | None) -> None:
 
 
 def _first_step(profile: Profile, rounds: int) -> Iterator[dict[str, Any]]:
-    """Time from asking to the first optimizer step of the smallest run, as a process here and as a job."""
+    """Time the smallest run from its start to its first optimizer step, as a process here and as a job."""
     ways: dict[str, Callable[[RunSpec], Any]] = {
         "asked -> first step, as a process on this machine": lambda spec: executors.start(RunStore().run(spec)),
         "submit -> first step, as a job": lambda spec: submit("bench", [({}, [spec])], profile, with_notebooks=False),
@@ -67,7 +73,7 @@ def _first_step(profile: Profile, rounds: int) -> Iterator[dict[str, Any]]:
 
 
 def _notebook(profile: Profile, rounds: int) -> Iterator[dict[str, Any]]:
-    """Time the PR-MoE notebook's two smallest arms at smoke: runs in one process, with the notebook, all of it as jobs."""
+    """Time two arms of the PR-MoE notebook at scale smoke: runs in one process, with the notebook, and as jobs."""
     chosen = experiment("pr-moe")
     values = notebooks.resolve(chosen, {"scale": "smoke", "arms": ["Dense", "MoE-128"]})
     specs = chosen.specs_of(values)
@@ -98,7 +104,7 @@ def _notebook(profile: Profile, rounds: int) -> Iterator[dict[str, Any]]:
 
 
 def _many(profile: Profile, runs: int) -> Iterator[dict[str, Any]]:
-    """Time submitting many runs (held, so that none starts), looking at them, submitting them again, cancelling them."""
+    """Time submitting many runs (held, so that none starts), showing, submitting again and cancelling them."""
     base = _specs()[0]
     specs = [replace(base, train=replace(base.train, seed=i)) for i in range(runs)]
     held = replace(profile, sbatch=(*profile.sbatch, "--hold"))
@@ -117,7 +123,7 @@ def _specs() -> list[RunSpec]:
 
 @contextlib.contextmanager
 def _home(spec: RunSpec) -> Iterator[Path]:
-    """Make an empty MOELAB_HOME, on a disk that nodes see, with the tokens of a spec, which are made once whoever trains."""
+    """Make an empty MOELAB_HOME on a disk that nodes see, and prepare a spec's tokens in it."""
     home = paths.home() / "bench" / f"{os.getpid()}-{time.time_ns()}"
     home.mkdir(parents=True)
     names = {environment.HOME.name: str(home), environment.RESULTS.name: str(home / "results")}
@@ -139,12 +145,12 @@ def _until(condition: Callable[[], Any], limit_s: float = 600) -> None:
     deadline = time.monotonic() + limit_s
     while not condition():
         if time.monotonic() > deadline:
-            sys.exit(f"moelab bench submit: nothing for {limit_s:.0f} s; see moelab status")
+            sys.exit(f"moelab bench submit: no progress in {limit_s:.0f} s; see moelab status")
         time.sleep(0.02)
 
 
 def _compared(times: dict[str, list[float]]) -> Iterator[dict[str, Any]]:
-    """Yield a row for each way, the later ones with what they take beyond the first."""
+    """Yield a row for each way; those after the first give the additional time over the first."""
     first, *_ = times.values()
     for what, seconds in times.items():
         more = median(seconds) - median(first)

@@ -1,7 +1,7 @@
-"""Run a submission as processes of this machine, through submitit's local executor: the way of a submission without Slurm.
+"""Run a submission without Slurm: as processes of this machine, through submitit's local executor.
 
-submitit's executor starts each job at once, so a submission is one job here, which trains `array_parallelism` runs at a time and then
-executes the notebooks. It is one job, too, for `moelab cancel`.
+That executor starts each job at once. A submission is therefore one job, which trains `array_parallelism` runs at a
+time and then executes the notebooks. `moelab cancel` ends it as a whole.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def start(
     }
     write_json(submission.folder / "local.json", plan)
     code = {"PYTHONPATH": submission.snapshot, "PYTHONSAFEPATH": "1"} if submission.snapshot else {}
-    # A session of its own: Ctrl-C, an interrupted notebook and the end of the terminal do not reach the job.
+    # In a session of its own, the job does not get the signals of Ctrl-C, a notebook's interrupt or a closed terminal.
     with open(submission.folder / "local.out", "ab") as log:
         done = subprocess.run(
             [sys.executable, "-m", "moelab.slurm.local", str(submission.folder)],
@@ -71,7 +71,7 @@ def start(
 
 
 def jobs(known: Iterable[Submission], store: RunStore) -> dict[tuple[str, str, int], queue.Job]:
-    """Return the runs and notebooks of local submissions that live: (submission, part, index) -> job."""
+    """Return the runs and notebooks of local submissions whose process is alive: (submission, part, index) -> job."""
     found = {}
     for submission in known:
         if submission.cluster != "local" or not submission.parts or not _lives(submission):
@@ -87,7 +87,7 @@ def jobs(known: Iterable[Submission], store: RunStore) -> dict[tuple[str, str, i
 
 
 def cancel(ids: Iterable[str]) -> list[str]:
-    """Ask the local ones of these jobs to stop, with checkpoints, and return the ids of the others."""
+    """Ask the local jobs among these to stop, with checkpoints, and return the ids of the others."""
     others = []
     for id in dict.fromkeys(ids):
         if not id.startswith(queue.LOCAL):
@@ -103,7 +103,12 @@ def _lives(submission: Submission) -> bool:
 
 
 def _process(id: str, word: str) -> psutil.Process | None:
-    """Return the process of a local job, if it is there; a word of its command line tells it from one that got the same number."""
+    """Return the process of a local job, if it is alive.
+
+    Args:
+        id: the job's id, which contains the process id.
+        word: an argument of its command line; another process that has got the same process id lacks it.
+    """
     with contextlib.suppress(psutil.Error, ValueError):
         process = psutil.Process(int(id.removeprefix(queue.LOCAL)))
         if process.status() != psutil.STATUS_ZOMBIE and word in process.cmdline():

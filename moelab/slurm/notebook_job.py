@@ -1,7 +1,7 @@
 """Execute a notebook of a submission: `python -m moelab.slurm.notebook_job SUBMISSION_FOLDER PART`, a step of its job.
 
-The outcome is `PART.json` in the submission's folder, written last; papermill marks a notebook's cells as completed even when the
-kernel has died.
+The outcome is `PART.json` in the submission's folder, which is written last. The executed notebook cannot tell the
+outcome: papermill marks cells as completed even when the kernel has died.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from moelab.slurm.submission import Submission
 
 
 def main(folder: Path, name: str) -> int:
-    """Return 0 when a result was published, with or without missing runs; 1 when the notebook failed."""
+    """Execute the notebook, and return 0 when it published a result, even without some runs; 1 when it failed."""
     submission = Submission.read(folder / "submission.json")
     part = next(part for part in submission.parts if part.name == name)
     file = folder / f"{name}.json"
-    file.unlink(missing_ok=True)  # of an attempt before this one
+    file.unlink(missing_ok=True)  # written by an earlier attempt
     job = {"job": os.environ.get("SLURM_JOB_ID"), "node": os.environ.get("SLURMD_NODENAME")}
     try:
         result = notebooks.execute(

@@ -1,4 +1,7 @@
-"""A cluster as one YAML file: `slurm/<name>.yaml`. Every field is described here; `slurm/example.yaml` is one to copy."""
+"""Read cluster profiles. A profile describes a cluster in one YAML file, `slurm/<name>.yaml`.
+
+`Profile` describes every field; `slurm/example.yaml` is a file to copy.
+"""
 
 from __future__ import annotations
 
@@ -14,33 +17,33 @@ from moelab.config import from_json
 
 @dataclass(frozen=True)
 class Profile:
-    """What a site's Slurm wants to know. Empty texts leave the choice to the site.
+    """Describe a cluster. Where a text is empty, the site's default applies.
 
     Attributes:
-        name: the file's name; not a field of the file.
+        name: the file's name without its ending; not a field of the file.
         cluster: ``slurm``, or ``local`` for processes of the machine that submits, `array_parallelism` runs at a time.
-        partition, account, qos, constraint: as sbatch takes them.
-        nodes: the most nodes one job may have.
-        gpus_per_node: GPUs of a node, and ranks that share a node (on CPUs, too).
-        gpu_type: as the site's --gpus-per-node wants it in front of the number (``a100``).
+        partition, account, qos, constraint: values of the sbatch options of these names.
+        nodes: the largest number of nodes of one job.
+        gpus_per_node: GPUs of a node; also the number of ranks that share a node, on CPUs, too.
+        gpu_type: type of GPU that the site's --gpus-per-node expects before the number (``a100``).
         cpus_per_rank: cores of one rank (one GPU).
         memory_per_rank: memory of one rank, as ``60G`` or ``500M``.
-        time: limit of a run's job: minutes, ``H:M:S`` or ``D-H:M:S``. A run that needs longer is requeued as often as it needs.
+        time: time limit of a run's job: minutes, ``H:M:S`` or ``D-H:M:S``. A run that needs longer is requeued.
         lead_s: seconds before the limit at which a run is told to write its checkpoint.
-        array_parallelism: runs of one array at a time.
+        array_parallelism: number of runs of one array that train at a time.
         failures: how often a run may fail before it is given up (the same failure twice in a row ends it at once).
         restarts: how often a job may be started again for any reason (preemption, time limit, lost node).
-        notebook_time, notebook_cpus, notebook_memory, notebook_gpus: the job of a notebook, which only reads runs. Those that measure
-            by themselves (throughput, inference) want a GPU at the scales that are for one.
-        lab_time: limit of `moelab lab`.
-        lab_address: where JupyterLab listens on its node: ``loopback`` (the tunnel goes by ssh to the node) or ``node`` (for sites
-            that allow no ssh to nodes; a token protects it).
-        login: host of the ssh tunnel, when it is not the one that `moelab lab` runs on.
-        python: interpreter on the nodes; empty is the one that submits (so a shared file system is assumed).
-        setup: shell lines before anything else (``module load``, ``source activate``).
-        container: srun arguments that put a step into a container (``--container-image=...``); runs and notebooks start in it.
+        notebook_time, notebook_cpus, notebook_memory, notebook_gpus: resources of a notebook's job, which only reads
+            runs. Notebooks that measure (throughput, inference) need a GPU at the scales `gpu` and `paper`.
+        lab_time: time limit of `moelab lab`.
+        lab_address: address at which JupyterLab listens on its node: ``loopback`` (the ssh tunnel ends at the node) or
+            ``node`` (for sites that allow no ssh to nodes; a token protects it).
+        login: host of the ssh tunnel, if it is not the host that `moelab lab` runs on.
+        python: interpreter on the nodes; if empty, the one that submits (the file system must then be shared).
+        setup: shell lines that a job runs first (``module load``, ``source activate``).
+        container: srun arguments that put runs and notebooks into a container (``--container-image=...``).
         environment: ``NAME=VALUE`` lines for the job (``NCCL_SOCKET_IFNAME=ib0``).
-        sbatch, srun: further arguments, as ``--name=value`` or ``--name``.
+        sbatch, srun: further arguments of these commands, as ``--name=value`` or ``--name``.
     """
 
     name: str
@@ -106,7 +109,7 @@ class Profile:
                     raise ValueError(f"{where}: {what} takes --name=value or --name, got {argument!r}")
 
     def _check_characters(self, where: str) -> None:
-        """Refuse what would end a line of the batch script: the rest would be read as further options or as commands."""
+        """Refuse texts that would end a line of the batch script: the rest would be read as options or commands."""
         for field in fields(self):
             value = getattr(self, field.name)
             for text in [value] if isinstance(value, str) else value if isinstance(value, tuple) else ():
@@ -115,16 +118,17 @@ class Profile:
 
 
 def folder() -> Path | None:
-    """The checkout's `slurm/`, or None for an installed wheel, which takes profiles by path."""
+    """Return the checkout's `slurm/`; None for an installed wheel, where profiles are given by path."""
     root = paths.checkout()
     return root / "slurm" if root else None
 
 
 def load(name: str) -> Profile:
-    """The profile `slurm/<name>.yaml`, or of a YAML file by its path.
+    """Return the profile `slurm/<name>.yaml`, or that of the YAML file whose path is given.
 
     Raises:
-        ValueError: one line: no such profile (with those there are), a field that does not exist, a value of the wrong kind.
+        ValueError: one line: there is no such profile (the message names those that exist), a field does not exist, or
+            a value is not allowed.
     """
     import yaml
 
@@ -157,17 +161,17 @@ def load(name: str) -> Profile:
 
 
 def choose(name: str | None) -> Profile:
-    """The profile asked for, else that of `MOELAB_PROFILE`."""
+    """Return the profile of this name or, without a name, that of `MOELAB_PROFILE`."""
     chosen = name or environment.PROFILE.get()
     if not chosen:
         known = folder()
         names = ", ".join(sorted(p.stem for p in known.glob("*.yaml"))) if known else "the path of a .yaml file"
-        raise ValueError(f"which cluster? give --profile NAME or set MOELAB_PROFILE; allowed: {names}")
+        raise ValueError(f"no cluster profile: give --profile NAME or set MOELAB_PROFILE; allowed: {names}")
     return load(chosen)
 
 
 def minutes(text: str, where: str) -> float:
-    """A Slurm time limit in minutes: ``M``, ``M:S``, ``H:M:S``, ``D-H``, ``D-H:M``, ``D-H:M:S``."""
+    """Return a time limit of Slurm in minutes: ``M``, ``M:S``, ``H:M:S``, ``D-H``, ``D-H:M`` or ``D-H:M:S``."""
     found = re.fullmatch(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?", text)
     if not found:
         raise ValueError(f"{where}: expected minutes, H:M:S or D-H:M:S, got {text!r}")
@@ -181,7 +185,7 @@ def minutes(text: str, where: str) -> float:
 
 
 def megabytes(text: str, where: str) -> int:
-    """``60G``, ``500M`` or ``1T`` in MiB; 0 for an empty text."""
+    """Return a size such as ``60G``, ``500M`` or ``1T`` in MiB; 0 for an empty text."""
     if not text:
         return 0
     found = re.fullmatch(r"(\d+)([MGT])B?", text.upper())
@@ -191,5 +195,5 @@ def megabytes(text: str, where: str) -> int:
 
 
 def field_names() -> list[str]:
-    """The fields a profile's file may have."""
+    """Return the fields that a profile's file may have."""
     return [f.name for f in fields(Profile) if f.name != "name"]

@@ -1,6 +1,6 @@
-"""Ask and tell Slurm: one `squeue` for all jobs, `sbatch --test-only`, `scancel`, `scontrol requeue`. Needs no accounting.
+"""Call Slurm's commands: one `squeue` for all jobs, `sbatch --test-only`, `scancel`, `scontrol requeue`.
 
-submitit asks `sacct` for the states of jobs, which knows nothing where Slurm runs without accounting.
+None of them needs accounting. submitit asks `sacct` for the states of jobs, which does.
 """
 
 from __future__ import annotations
@@ -28,23 +28,26 @@ _ENDED = {
     "TIMEOUT",
 }
 _MARK = "moelab"
-LOCAL = "local-"  # before the process id of a local job
+LOCAL = "local-"  # precedes the process id in the id of a local job
 
 
 class SlurmError(ValueError):
-    """Slurm refused or did not answer; the message is one line, and the command line shows it as such."""
+    """Report, in one line, that Slurm refused or did not answer."""
 
 
 @dataclass(frozen=True)
 class Job:
-    """One job, or one task of an array, as the controller sees it; or the job of a local submission.
+    """Describe one job or one task of an array, as Slurm's controller reports it, or the job of a local submission.
 
     Attributes:
         id: ``12``, ``12_3`` or ``local-4711`` (process id).
-        submission, part: whose it is, from its comment; index: its place in the array, 0 without one.
-        state: Slurm's word, such as PENDING or RUNNING.
-        reason: why it waits or ended; node: where it runs; left: time to its limit.
-        ending: it is COMPLETING and will not be requeued.
+        submission, part: submission and part that the job belongs to, from its comment.
+        index: its index in the array; 0 without an array.
+        state: Slurm's state, such as PENDING or RUNNING.
+        reason: why it waits or ended.
+        node: the node on which it runs.
+        left: time to its limit.
+        ending: whether it is COMPLETING and will not be requeued.
     """
 
     id: str
@@ -59,22 +62,24 @@ class Job:
 
     @property
     def live(self) -> bool:
-        """Whether it waits, runs, or still holds its nodes."""
+        """Return whether the job waits, runs, or still holds its nodes."""
         return self.state not in _ENDED
 
     @property
     def local(self) -> bool:
-        """Whether it is a process of this machine."""
+        """Return whether the job is a process of this machine."""
         return self.id.startswith(LOCAL)
 
 
 def comment(submission: str, part: str) -> str:
-    """Return the comment by which `jobs` knows a job again, whatever its id."""
+    """Return the comment from which `jobs` reads a job's submission and part."""
     return f"{_MARK} {submission} {part}"
 
 
 def jobs() -> dict[tuple[str, str, int], Job]:
-    """Return this user's jobs that moelab submitted: (submission, part, index) -> job. Ended ones stay for some minutes (MinJobAge).
+    """Return this user's jobs that moelab submitted: (submission, part, index) -> job.
+
+    Slurm also reports jobs that ended in the last minutes (MinJobAge).
 
     Raises:
         SlurmError: there is no Slurm here, or its controller does not answer.
@@ -88,7 +93,7 @@ def jobs() -> dict[tuple[str, str, int], Job]:
         if mark != _MARK or not part:
             continue
         index = number.partition("_")[2]
-        # A job that is about to be requeued is COMPLETING, too, but has its whole time before it.
+        # A job that is about to be requeued is COMPLETING, too, but its whole time is left.
         ending = state == "COMPLETING" and left != limit
         job = Job(number, submission, part, int(index) if index.isdigit() else 0, state, reason, node, left, ending)
         key = (submission, part, job.index)
@@ -98,7 +103,11 @@ def jobs() -> dict[tuple[str, str, int], Job]:
 
 
 def check(script: str) -> None:
-    """Have Slurm judge a script without queueing it. ValueError, one line, with its objection."""
+    """Have Slurm check a script without queueing it.
+
+    Raises:
+        ValueError: one line, with Slurm's objection.
+    """
     try:
         _run("sbatch", "--test-only", stdin=script)
     except SlurmError as error:
@@ -106,7 +115,7 @@ def check(script: str) -> None:
 
 
 def state(job: str) -> str:
-    """Return Slurm's word for one job's state; empty when it is no longer known."""
+    """Return the state of one job; an empty text when Slurm no longer knows the job."""
     try:
         return _run("squeue", "-h", "-t", "all", "-j", job, "-o", "%T").strip()
     except SlurmError as error:
@@ -122,23 +131,24 @@ def cancel(ids: Sequence[str]) -> None:
 
 
 def requeue(job: str, exclude: str = "") -> None:
-    """Requeue the job that this process is the driver of, unless it has been cancelled meanwhile; it has to exit then.
+    """Requeue the job whose driver is this process, unless it has been cancelled meanwhile; the caller then exits.
 
     Args:
-        exclude: a node where it should not run again; ignored unless its partition has more nodes than the job needs.
+        job: the job's id.
+        exclude: a node on which the job should not run again; ignored unless the partition has enough others.
     """
     if retried(state, job) != "RUNNING":
         return
     spare = exclude and _has_spare_nodes(exclude)
     retried(_run, "scontrol", "requeue", job)
-    if spare:  # only a pending job can be told, and this one cannot start again before its driver has gone
+    if spare:  # only a pending job can be changed; this one stays pending until its driver has exited
         with contextlib.suppress(SlurmError):
             _run("scontrol", "update", f"JobId={job}", f"ExcNodeList={exclude}")
             print(f"requeued without {exclude}", flush=True)
 
 
 def retried(function: Callable[..., T], *arguments: str, times: int = 6, pause_s: float = 10) -> T:
-    """Call a function of this module for as long as a controller may take to restart: a minute."""
+    """Call a function of this module until Slurm answers, for about a minute, in which a controller can restart."""
     for _ in range(times - 1):
         with contextlib.suppress(SlurmError):
             return function(*arguments)
@@ -148,7 +158,7 @@ def retried(function: Callable[..., T], *arguments: str, times: int = 6, pause_s
 
 @contextlib.contextmanager
 def environment() -> Iterator[None]:
-    """Hide the SLURM_ variables of a job from what it submits, but for where the controller is."""
+    """Remove the SLURM_ variables of a surrounding job, except SLURM_CONF, which tells where the controller is."""
     from submitit.helpers import clean_env
 
     conf = os.environ.get("SLURM_CONF")
@@ -159,10 +169,10 @@ def environment() -> Iterator[None]:
 
 
 def explain(command: str, stderr: str, code: int) -> SlurmError:
-    """Return what a command of Slurm complains about, as one line."""
+    """Return the error of a Slurm command as one line."""
     if "Could not establish a configuration source" in stderr:
         return SlurmError(
-            f"{command}: no slurm.conf here: this machine is of no Slurm cluster; for the development cluster: "
+            f"{command}: no slurm.conf here: this machine belongs to no Slurm cluster; for the development cluster: "
             'eval "$(slurm/local/cluster.sh env)"'
         )
     lines = [line.removeprefix(f"{command}: ").removeprefix("error: ") for line in stderr.splitlines() if line.strip()]
@@ -171,12 +181,12 @@ def explain(command: str, stderr: str, code: int) -> SlurmError:
 
 
 def not_installed(command: str) -> SlurmError:
-    """Return the error of a machine without Slurm's commands."""
+    """Return the error for a machine without Slurm's commands."""
     return SlurmError(f"{command} is not installed here: this is not a machine of a Slurm cluster")
 
 
 def _has_spare_nodes(node: str) -> bool:
-    """Whether the job's partition has more usable nodes than the job, this one not counted."""
+    """Return whether the job's partition has enough usable nodes for the job without this one."""
     partition = os.environ.get("SLURM_JOB_PARTITION", "")
     with contextlib.suppress(SlurmError):
         nodes = _run("sinfo", "-h", "-N", "-p", partition, "-t", "idle,mixed,allocated", "-o", "%N").split()

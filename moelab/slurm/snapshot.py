@@ -1,7 +1,7 @@
-"""The code as it is at submission, so that editing the checkout does not change what waits in the queue.
+"""Copy the code at submission, so that editing the checkout does not change the code of jobs in the queue.
 
-submitit's `RsyncSnapshot` needs rsync, copies tracked files only (a new notebook would be left behind) and makes one copy a
-submission; here equal code is one folder, named by its content.
+submitit's `RsyncSnapshot` needs rsync, copies only tracked files (not a new notebook), and makes a copy for each
+submission. Here equal code has one folder, named by the hash of its content.
 """
 
 from __future__ import annotations
@@ -23,12 +23,15 @@ _KEEP_S = 7 * 24 * 3600
 
 
 def place(root: Path) -> Path | None:
-    """Where below `root` the code as it is now goes, or went; None for an installed wheel, whose code does not change under a job.
+    """Return the folder below `root` for the present code, whether or not it exists yet.
 
-    RuntimeError, one line, when the checkout is not a git one.
+    Inside a job, this is the job's own snapshot. It is None for an installed wheel, which is not copied.
+
+    Raises:
+        RuntimeError: one line; the checkout is not a git checkout.
     """
     checkout = paths.checkout()
-    if checkout is None or (checkout / SNAPSHOT).exists():  # the latter: submitted from inside a job
+    if checkout is None or (checkout / SNAPSHOT).exists():  # a snapshot: this is a job that submits
         return checkout
     content = hashlib.sha256(str(commit()).encode())
     for name in _names(checkout):
@@ -37,26 +40,26 @@ def place(root: Path) -> Path | None:
 
 
 def take(target: Path) -> None:
-    """Copy the checkout's code to its `place`, unless it is there: all that git does not ignore, and the commit it is or differs from."""
+    """Copy the checkout's code to its `place`, unless it is there: files that git does not ignore, and the commit."""
     checkout = paths.checkout()
     if target.exists() or checkout is None:
         if target != checkout:
-            os.utime(target)  # its age is how long ago it was last used
+            os.utime(target)  # `prune` counts the age from the last submission
         return
     with new_directory(target) as new:
         for name in _names(checkout):
             (new / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(checkout / name, new / name)
-        # An installation maps the checkout's kernels/ to moelab.kernels (pyproject.toml); in a plain folder a link does.
+        # An installation maps kernels/ to moelab.kernels (pyproject.toml); in a plain folder a link does so.
         os.symlink(Path("..") / "kernels", new / "moelab" / "kernels")
         write_json(new / SNAPSHOT, commit())
 
 
 def prune(root: Path, in_use: Collection[Path]) -> None:
-    """Remove the copies below `root` that no job uses and nobody submitted for a week."""
+    """Remove the copies below `root` that no job uses and that were last submitted more than a week ago."""
     for copy in root.glob("[!.]*"):
         if copy not in in_use and time.time() - copy.stat().st_mtime > _KEEP_S:
-            # Gone in one step: what is left of a copy must not pass for one.
+            # Rename first: an incomplete copy must never stand at a snapshot's path.
             copy.rename(gone := copy.with_name(f".{copy.name}-{os.getpid()}"))
             shutil.rmtree(gone, ignore_errors=True)
 

@@ -1,6 +1,6 @@
-"""Show how all that was submitted stands: what the files of the runs say beside what Slurm says.
+"""Show the state of all that was submitted: from the files of the runs, and from Slurm.
 
-A file that cannot be read makes one row "unreadable" and hides nothing else.
+A file that cannot be read becomes a row "unreadable" and does not affect other rows.
 """
 
 from __future__ import annotations
@@ -36,16 +36,18 @@ _COLORS = {
 
 @dataclass(frozen=True)
 class Row:
-    """One run or notebook of a submission.
+    """Describe one run or notebook of a submission.
 
     Attributes:
-        experiment, what, id: for people; `id` is the run's, or ``<submission>/<part>`` of a notebook.
-        state: waiting, starting, running, finished, incomplete (a notebook with missing runs), failed, stopped, lost (its job ended
-            without a word) or unreadable (one of its files is not what it should be).
-        job, slurm, node: Slurm's id, its word, where; empty when it has left the queue.
-        step, steps: done, of all (a notebook: cells).
-        tokens_per_s, loss: of the last metric row.
-        left_s: seconds to go at that speed.
+        experiment: name of the experiment.
+        what: title of the run, or "notebook" with its parameters.
+        id: id of the run, or ``<submission>/<part>`` of a notebook.
+        state: new (never started), waiting, starting, running, finished, incomplete (a notebook with missing runs),
+            failed, stopped, lost (its job ended and left no record) or unreadable (one of its files is invalid).
+        job, slurm, node: id, state and node of its job in Slurm; empty when the job has left the queue.
+        step, steps: steps done and steps in all (of a notebook: cells).
+        tokens_per_s, loss: speed, and loss of the last metric row.
+        left_s: seconds to the end at that speed.
         reason: why it waits, stopped or failed.
     """
 
@@ -65,25 +67,25 @@ class Row:
 
     @property
     def over(self) -> bool:
-        """Whether nothing more will happen to it."""
+        """Return whether its state will not change any more."""
         return not self.slurm and self.state not in ("new", "waiting", "starting", "running")
 
 
 @dataclass(frozen=True)
 class Overview:
-    """All rows, and what Slurm said when it could not be asked."""
+    """Hold all rows and, when Slurm did not answer, its error in `trouble`."""
 
     rows: tuple[Row, ...]
     trouble: str = ""
 
     def frame(self) -> pd.DataFrame:
-        """The rows as a table."""
+        """Return the rows as a data frame."""
         import pandas as pd
 
         return pd.DataFrame([row.__dict__ for row in self.rows], columns=[f.name for f in fields(Row)])
 
     def table(self) -> Any:
-        """The rows as a rich table, or one line when there are none; shows in terminals and notebooks."""
+        """Return the rows as a rich table, or one line when there are none, for terminals and notebooks."""
         from rich.table import Table
         from rich.text import Text
 
@@ -116,7 +118,7 @@ class Overview:
                 name, justify="right" if number else "left", no_wrap=name not in ("run", "why"), overflow="fold"
             )
         for texts in zip(*cells.values(), strict=True):
-            # As texts: in a string, rich would take a parameter such as [/b] for markup.
+            # As `Text`: in a string, rich would take a parameter such as [/b] for markup.
             view.add_row(
                 *(Text(t, _COLORS.get(t, "") if n == "state" else "") for n, t in zip(cells, texts, strict=True))
             )
@@ -130,11 +132,12 @@ class Overview:
 
 
 def overview(names: Sequence[str] = (), *, everything: bool = False, store: RunStore | None = None) -> Overview:
-    """Return how all that was submitted stands, from the files and one call to Slurm.
+    """Return the state of all that was submitted, from the files and one call to Slurm.
 
     Args:
         names: only experiments, runs or submissions whose name begins with one of these.
-        everything: also submissions in which all is over, but for the newest one, which always shows.
+        everything: also show submissions in which all is over; the newest one is always shown.
+        store: where the runs are; by default the store of MOELAB_HOME.
     """
     store = store or RunStore()
     known = list(records())
@@ -161,7 +164,7 @@ def overview(names: Sequence[str] = (), *, everything: bool = False, store: RunS
 def watch(
     show: Callable[[Overview], None], names: Sequence[str] = (), *, every_s: float = 10.0, store: RunStore | None = None
 ) -> Overview:
-    """Show the overview until everything in it is over; the last one. At most every `every_s` seconds, at first more often."""
+    """Show the overview every `every_s` seconds, at first more often, until all in it is over, and return the last."""
     pause = min(1.0, every_s)
     while True:
         now = overview(names, store=store)
@@ -185,7 +188,7 @@ def _rows(
     seen: set[str],
     answered: bool,
 ) -> Iterator[Row]:
-    """Yield the rows of a submission, without the runs that a newer one has, too."""
+    """Yield the rows of a submission, without runs that a newer submission has as well."""
     for part in submission.parts:
         if part.values is not None:
             job = jobs.get((submission.id, part.name, 0))
@@ -204,7 +207,7 @@ def _rows(
 
 
 def _try(row: Callable[[], Row], instead: Row, job: queue.Job | None) -> Row:
-    """Return a row, or in its place one that says which file cannot be read; a job it has can be cancelled all the same."""
+    """Return a row or, where a file cannot be read, a row that names the file and the live job, so it can be ended."""
     try:
         return row()
     except (ValueError, TypeError, KeyError, AttributeError, OSError) as error:
@@ -212,24 +215,24 @@ def _try(row: Callable[[], Row], instead: Row, job: queue.Job | None) -> Row:
 
 
 def _unreadable(record: Unreadable, jobs: Mapping[tuple[str, str, int], queue.Job]) -> list[Row]:
-    """Return a row for a submission without a record, and one for each job of it that lives."""
+    """Return a row for a submission without a readable record, and one for each live job of it."""
     alive = [job for (id, _, _), job in jobs.items() if id == record.id and job.live]
     first = Row("?", record.id, record.id, "unreadable", reason=record.error)
     return [first, *(replace(first, what=f"{job.part} {job.index}", reason="", **_job(job)) for job in alive)]
 
 
 def _job(live: queue.Job | None) -> dict[str, str]:
-    """Return what a row says about the job that it has in the queue."""
+    """Return the fields of a row that describe its job in the queue."""
     return {"job": live.id, "slurm": live.state, "node": live.node} if live else {}
 
 
 @dataclass(frozen=True)
 class _SpecSummary:
-    """What a row shows of a spec. Making a `RunSpec` of 2,000 files takes seconds, most of it checks.
+    """Hold what a row shows of a spec. Making 2,000 `RunSpec` objects takes seconds, most of it for checks.
 
     Attributes:
         what: title and seed.
-        tokens: of one step.
+        tokens: tokens of one step.
     """
 
     what: str
@@ -254,7 +257,7 @@ def _run(submission: Submission, path: Path, job: queue.Job | None, answered: bo
     if finished:
         status = replace(status, state="finished")
     if live and live.state == "RUNNING":
-        # What the run says, without asking for its lock: on some file systems a lock holds on its own node only.
+        # Read from the run's record, without its lock: on some file systems other nodes do not see a lock.
         state = status.state if status.state in ("running", "finished") else "starting"
     else:
         if status.state == "running" and not Run(cast(RunSpec, None), path).locked:
@@ -322,16 +325,20 @@ _AGAIN = "; submit again to go on"
 
 
 def log_of(name: str, store: RunStore | None = None) -> Path:
-    """Return the log of a run (by the beginning of its id) or of a notebook (``<submission>/<part>``).
+    """Return the path of the log of a run (by the beginning of its id) or of a notebook (``<submission>/<part>``).
 
     Raises:
-        ValueError: one line, when there is none of that name, or several.
+        ValueError: one line; no log has that name, or several have.
     """
     store = store or RunStore()
     submission, _, part = name.partition("/")
     if part:
-        logs = [f"{p.job}_0_log.out" if record.cluster == "slurm" else f"{part}.out"
-                for record in submissions() for p in record.parts if (record.id, p.name) == (submission, part)]  # fmt: skip
+        logs = [
+            f"{p.job}_0_log.out" if record.cluster == "slurm" else f"{part}.out"
+            for record in submissions()
+            for p in record.parts
+            if (record.id, p.name) == (submission, part)
+        ]
         found = [path for log in logs if (path := root() / submission / log).exists()]
     else:
         found = list(store.root.glob(f"{name}*/log.txt"))

@@ -5,8 +5,8 @@
                                              12_0_0_log.out     output of the driver of array task 12_0
                                              notebook-0.json    outcome of a notebook
 
-The other files (``*_submitted.pkl``, ``*_result.pkl``) are submitit's: a job loads the callable it runs from the former. Nothing in
-moelab reads the latter.
+The other files are submitit's. A job loads the callable that it runs from ``*_submitted.pkl``; moelab never reads
+``*_result.pkl``.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from moelab.files import read_json, write_json
 
 @dataclass
 class Part:
-    """One job of a submission: an array of runs, or a notebook.
+    """Describe one job of a submission: an array of runs, or a notebook.
 
     Attributes:
         name: ``runs-0`` or ``notebook-0``.
@@ -39,11 +39,11 @@ class Part:
 
 @dataclass
 class Submission:
-    """What one call of `submit` queued.
+    """Record what one call of `submit` queued.
 
     Attributes:
         id: name of its folder.
-        experiment, profile: names.
+        experiment, profile: names of the experiment and of the cluster profile.
         snapshot: folder of the code that its jobs run; None for the installed package.
         created: time, ISO 8601.
         cluster: "slurm", or "local" for processes of one machine.
@@ -59,15 +59,20 @@ class Submission:
 
     @property
     def folder(self) -> Path:
+        """Return the folder of the submission's files."""
         return root() / self.id
 
     def write(self) -> None:
-        """Write its record."""
+        """Write the record to its folder."""
         write_json(self.folder / "submission.json", asdict(self))
 
     @classmethod
     def read(cls, path: Path) -> Self:
-        """Read a record. ValueError, one line, for a file that is none."""
+        """Read a record.
+
+        Raises:
+            ValueError: one line; the file is not a record.
+        """
         try:
             record = read_json(path)
             return cls(**{**record, "parts": [Part(**part) for part in record["parts"]]})
@@ -77,7 +82,7 @@ class Submission:
 
 @dataclass(frozen=True)
 class Unreadable:
-    """A submission whose record cannot be read, and why."""
+    """Name a submission whose record cannot be read, and the error."""
 
     id: str
     error: str
@@ -103,5 +108,9 @@ def submissions() -> list[Submission]:
 
 
 def outcome(folder: Path, part: str) -> dict[str, Any] | None:
-    """Return how a notebook ended: ``{"result": folder, "missing": [run ids]}`` or ``{"error": line}``; None before it has."""
+    """Return how a notebook ended; None before its end.
+
+    Returns:
+        ``{"result": folder, "missing": [run ids]}`` or ``{"error": line}``, with the job's id and node.
+    """
     return read_json(folder / f"{part}.json")

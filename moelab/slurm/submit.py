@@ -1,7 +1,7 @@
-"""Submit experiments: their unfinished runs as jobs, their notebooks as jobs after those, and a record of both on disk.
+"""Submit experiments: queue their unfinished runs, queue their notebooks after those, and record both on disk.
 
-A job carries its submission in its comment, so that one that was queued is known even if the submitting process died before it
-could write its id down. `moelab.slurm.submission` says what is on disk.
+The comment of a job names its submission, so that a queued job is known even if the submitting process died before it
+recorded the job's id. `moelab.slurm.submission` describes the files.
 """
 
 from __future__ import annotations
@@ -34,13 +34,18 @@ Jobs = Mapping[tuple[str, str, int], queue.Job]
 
 @dataclass(frozen=True)
 class Plan:
-    """What is, or would be, queued.
+    """Describe what is or, in a dry run, would be queued.
 
     Attributes:
-        scripts: part -> batch script; ``@runs-0@`` stands for the id of a job that is not queued yet. Empty texts for a local submission.
+        submission: the record of the submission.
+        profile: the cluster.
+        finished: number of runs that have a result.
+        queued: number of runs that were in the queue already.
+        scripts: part -> batch script, in which ``@runs-0@`` stands for the id of a job that is not queued yet; empty
+            texts for a local submission.
         specs: part -> its runs.
-        finished, queued: runs that have a result, and that were in the queue already.
-        executors, calls: part -> what queues it and what it calls; none for a local submission.
+        executors: part -> executor that queues it; empty for a local submission.
+        calls: part -> what its job calls; empty for a local submission.
     """
 
     submission: Submission
@@ -71,18 +76,21 @@ def submit(
     dry_run: bool = False,
     store: RunStore | None = None,
 ) -> Plan:
-    """Queue the unfinished runs and, after them, their notebooks. Nothing that is finished or in the queue is queued again.
+    """Queue the unfinished runs and, after them, their notebooks. What is finished or in the queue is not queued again.
 
     Args:
         name: the experiment's name.
-        notebooks: for each, its parameters and the specs of its runs.
+        notebooks: for each notebook, its parameters and the specs of its runs.
+        profile: the cluster.
         with_notebooks: False queues runs only.
-        again: execute notebooks whose complete result exists, too.
+        again: also execute notebooks whose complete result exists.
         dry_run: only return the plan; nothing is written or queued.
+        store: where the runs are; by default the store of MOELAB_HOME.
 
     Raises:
         ValueError: a run does not fit the profile, or Slurm refuses a script; nothing has been queued.
-        queue.SlurmError: Slurm is not there or does not answer. What had been queued by then is on record; submit again for the rest.
+        queue.SlurmError: Slurm is not available or does not answer. What was queued before is recorded; submit again
+            for the rest.
     """
     store = store or RunStore()
     if dry_run:
@@ -102,7 +110,7 @@ def submit(
 
 
 def live_runs(earlier: Sequence[Submission], jobs: Jobs) -> dict[str, queue.Job]:
-    """Return run id -> the job that will train it, or does."""
+    """Return run id -> the job that trains it or will train it."""
     return {
         run: job
         for submission in earlier
@@ -134,7 +142,7 @@ def _plan(
         if not _notebook_queued(earlier, jobs, name, values)
         and (again or not _notebook_done(earlier, name, values, runs))
     ]
-    # A local notebook cannot wait for the runs of other jobs; its own job can, by their locks.
+    # A local notebook cannot wait for runs of other jobs. Its own job includes them and waits for their locks.
     needed = {run for _, runs in shown for run in runs if profile.cluster == "local"}
     todo = [spec for id, spec in wanted.items() if id not in done and (id not in queued or id in needed)]
 
@@ -156,7 +164,7 @@ def _plan(
             (*profile.srun, *profile.container),
             size.per_node,
             Limits(profile.failures, profile.restarts),
-            spare_nodes=not profile.constraint,  # how many nodes have the feature is not known
+            spare_nodes=not profile.constraint,  # the number of nodes that meet a constraint is not known
         )
         given = {"job_name": name, "comment": queue.comment(id, part.name)}
         given["dependency"] = _dependency("afterok", needs, awaited)
@@ -168,7 +176,7 @@ def _plan(
             plan.add(part)
             continue
         given = {"job_name": f"{name}-notebook", "comment": queue.comment(id, part.name)}
-        # Whatever becomes of them: one failed run costs only its own points.
+        # afterany: the notebook starts even if runs failed, and shows the others.
         given["dependency"] = _dependency("afterany", [run for run in runs if run not in done], awaited)
         call = ExecuteNotebook(executor.step(profile, f"--cpus-per-task={profile.notebook_cpus}"), profile.failures)
         plan.add(part, executor.for_notebook(profile, code, submission.folder, **given), call)
@@ -179,7 +187,7 @@ def _queue(plan: Plan, store: RunStore) -> None:
     submission = plan.submission
     if submission.snapshot:
         snapshot.take(Path(submission.snapshot))
-    submission.write()  # before anything is queued: a job must never be one that nobody knows
+    submission.write()  # before anything is queued, so that every job belongs to a known submission
     directories = {name: [_directory(store, spec) for spec in specs] for name, specs in plan.specs.items()}
     if submission.cluster == "local":
         local.start(submission, plan.profile, plan.specs, directories)
@@ -198,7 +206,7 @@ def _queue(plan: Plan, store: RunStore) -> None:
 
 
 def _directory(store: RunStore, spec: RunSpec) -> Path:
-    """Return a run's directory, made if it is not there, its spec written."""
+    """Return a run's directory; create it, with its spec, if needed."""
     try:
         return store.run(spec).path
     except ValueError:  # a spec.json that was cut short
@@ -207,17 +215,23 @@ def _directory(store: RunStore, spec: RunSpec) -> Path:
 
 
 def _prune(jobs: Jobs, newest: Submission) -> None:
-    """Remove code that no job will run any more."""
+    """Remove snapshots of code that no job will run any more."""
     live = {id for (id, _, _), job in jobs.items() if job.live}
     known = {record.id: record for record in submissions()}
-    if live <= known.keys():  # else some job's code is not known
+    if live <= known.keys():  # otherwise the snapshot of some live job is not known
         used = [newest, *(known[id] for id in live)]
         snapshot.prune(paths.home() / "snapshots", {Path(s.snapshot) for s in used if s.snapshot})
 
 
 @dataclass(frozen=True)
 class _Place:
-    """A run's place: the job (or what stands for it until it is queued), its index in the array of `count`; 0 for a known id."""
+    """Locate a run in the queue.
+
+    Attributes:
+        job: the job's id, or its placeholder (``@runs-0@``) until it is queued.
+        index: index in its array.
+        count: number of runs of the array; 0 when `job` already names the run's own task.
+    """
 
     job: str
     index: int
@@ -225,7 +239,10 @@ class _Place:
 
 
 def _dependency(kind: str, runs: Sequence[str], awaited: Mapping[str, _Place]) -> str:
-    """Return ``afterany:12:13_4`` for sbatch; a whole array by its id alone. Empty when there is nothing to wait for."""
+    """Return a dependency for sbatch, such as ``afterany:12:13_4``; an empty text when no run is awaited.
+
+    A whole array is named by its id alone.
+    """
     by_job: dict[str, list[_Place]] = {}
     for run in runs:
         if run in awaited:
@@ -238,7 +255,7 @@ def _dependency(kind: str, runs: Sequence[str], awaited: Mapping[str, _Place]) -
 
 
 def _closure(specs: Sequence[RunSpec]) -> dict[str, RunSpec]:
-    """Return run id -> spec, with those that others need in front of them."""
+    """Return run id -> spec of these runs and of all runs they require, each after those that it requires."""
     found: dict[str, RunSpec] = {}
     for spec in specs:
         found |= {id: s for id, s in _closure(spec.requires()).items() if id not in found}
@@ -249,7 +266,7 @@ def _closure(specs: Sequence[RunSpec]) -> dict[str, RunSpec]:
 def _groups(
     specs: Sequence[RunSpec], profile: Profile, done: set[str]
 ) -> list[tuple[tuple[Size | None, tuple[str, ...]], list[RunSpec]]]:
-    """Group runs of equal size that wait for the same runs, in arrays of at most `_ARRAY`. Without Slurm no run has a size."""
+    """Group runs of equal size that wait for the same runs, at most `_ARRAY` each. Without Slurm the size is None."""
     alike: dict[tuple[Size | None, tuple[str, ...]], list[RunSpec]] = {}
     for spec in specs:
         needs = tuple(run.id for run in spec.requires() if run.id not in done)
@@ -276,7 +293,7 @@ def _notebook_queued(
 
 
 def _notebook_done(earlier: Sequence[Submission], name: str, values: Mapping[str, Any], runs: Sequence[str]) -> bool:
-    """Return whether a submission's notebook published a result of these parameters and runs in which nothing is missing."""
+    """Return whether a notebook with these parameters and runs has published a result without missing runs."""
     for submission in earlier:
         for part in submission.parts:
             if submission.experiment == name and part.values == values and part.runs == runs:
@@ -288,7 +305,7 @@ def _notebook_done(earlier: Sequence[Submission], name: str, values: Mapping[str
 
 
 def _header(text: str) -> str:
-    """Return what Slurm can judge before anything is queued: the script without what tells equal ones apart."""
+    """Return the part of a script that Slurm checks: its options, without those that differ between equal scripts."""
     lines = [line for line in text.splitlines() if line.startswith("#SBATCH")]
     apart = ("--comment", "--dependency", "--output")
     return "\n".join(["#!/bin/bash", *(line for line in lines if not line.split()[1].startswith(apart)), "true", ""])
