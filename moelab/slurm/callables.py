@@ -39,7 +39,7 @@ class Failed(RuntimeError):
 class Checkpointable(ABC):
     """Do the work in a thread.
 
-    submitit's signal handlers run in the main thread and wait there until the work has stopped.
+    submitit's signal handlers run in the main thread and may wait there until the work has stopped.
     """
 
     stop: threading.Event

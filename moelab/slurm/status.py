@@ -46,7 +46,7 @@ class Row:
             failed, stopped, lost (its job ended and left no record) or unreadable (one of its files is invalid).
         job, slurm, node: id, state and node of its job in Slurm; empty when the job has left the queue.
         step, steps: steps done and steps in all (of a notebook: cells).
-        tokens_per_s, loss: speed, and loss of the last metric row.
+        tokens_per_s, loss: speed and loss, from the last metric row.
         left_s: seconds to the end at that speed.
         reason: why it waits, stopped or failed.
     """
