@@ -22,7 +22,7 @@ checkpoint is reported and all ranks use the one before it. All ranks must see t
 """
 
 from moelab.engine.checkpoint.format import CheckpointError
-from moelab.engine.checkpoint.loading import Checkpoint, latest, load, load_model
+from moelab.engine.checkpoint.loading import Checkpoint, Refused, latest, load, load_model
 from moelab.engine.checkpoint.saving import Writer
 
-__all__ = ["Checkpoint", "CheckpointError", "Writer", "latest", "load", "load_model"]
+__all__ = ["Checkpoint", "CheckpointError", "Refused", "Writer", "latest", "load", "load_model"]

@@ -30,20 +30,41 @@ class Checkpoint:
     state: dict[str, Any]
 
 
-def latest(directory: Path) -> Checkpoint | None:
-    """Return the newest checkpoint whose files are complete and unchanged, or None.
+class Refused(CheckpointError):
+    """A whole checkpoint that its reader cannot go on from."""
 
-    Broken checkpoints are named in a warning and skipped. Every rank calls this and gets the same answer; each checks
-    some of the files.
+
+def latest(
+    directory: Path, objection: Callable[[dict[str, Any]], str | None] = lambda state: None
+) -> Checkpoint | None:
+    """Return the newest checkpoint whose files are complete and unchanged, or None. Broken ones are named in a warning
+    and skipped.
+
+    Every rank calls this and gets the same answer; each checks some of the files.
+
+    Args:
+        objection: asked on rank 0 with the caller's state; a text says in one line why a whole checkpoint cannot be
+            used, and it is skipped, too.
+
+    Raises:
+        Refused: whole checkpoints are there and `objection` had one to each; the newest one's.
     """
     world = Group.world()
     names = broadcast_json([path.name for path in directories(directory)] if world.index == 0 else None)
+    refused = None
     for name in reversed(names):
         try:
-            return _verify(directory / name, world)
+            found = _verify(directory / name, world)
+            if why := broadcast_json(objection(found.state) if world.index == 0 else None):
+                raise Refused(f"{found.path}: {why}")
+            return found
         except CheckpointError as error:
+            if isinstance(error, Refused):
+                refused = refused or error
             if world.index == 0:
                 log.warning("checkpoint skipped: %s", error)
+    if refused is not None:
+        raise refused
     return None
 
 
