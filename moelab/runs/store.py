@@ -114,6 +114,14 @@ class Run:
         path = self.path / "log.txt"
         return "\n".join(path.read_text(errors="replace").splitlines()[-lines:]) if path.exists() else ""
 
+    def why_missing(self) -> str:
+        """Return in one line why the run has no result: its status's reason, or the last line of its log."""
+        status = self.status
+        tail = self.log_tail(1).strip()
+        if status.state == "failed" and status.reason:
+            return status.reason
+        return tail or f"{status.state}{': ' if status.reason else ''}{status.reason}"
+
     def set_status(self, status: Status) -> None:
         """Write the status."""
         write_json(self.path / "status.json", status.__dict__)

@@ -25,6 +25,9 @@ BODY = [
     """import os
 if fail == "raise":
     raise ValueError("no luck")
+if fail == "runs":
+    from moelab.runs.collection import NoResult, Runs
+    raise NoResult("8 of 8 runs: no space", Runs([]))
 if fail == "die":
     os.kill(os.getpid(), 9)""",
     """import json
@@ -103,6 +106,11 @@ def test_a_failure_leaves_the_executed_copy_with_the_error_on_top(place, fail, w
     assert any("first [1]" in str(cell.get("outputs", "")) for cell in cells), "what was done is kept"
     assert not (place / "results").exists()
     assert "first [1]" in copy.parent.with_name(f"{copy.parent.name}.log").read_text()
+
+
+def test_failed_runs_are_the_reason_not_the_cell(place):
+    with pytest.raises(notebooks.NotebookFailed, match=r"^8 of 8 runs: no space \(executed copy: "):
+        notebooks.execute(EXPERIMENT, given(fail="runs"), place / "plan.json")
 
 
 def _execute(place: str) -> str:

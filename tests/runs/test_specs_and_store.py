@@ -12,6 +12,7 @@ import pytest
 from moelab.config import ModelConfig, TrainConfig
 from moelab.files import new_directory, read_json, write_text
 from moelab.lab import Lab
+from moelab.runs.collection import NoResult
 from moelab.runs.execute import execute
 from moelab.runs.spec import RunSpec
 from moelab.runs.store import Run, RunStore
@@ -80,7 +81,11 @@ def test_a_finished_run_is_read_back(tiny_spec):
 
 def test_one_failing_run_takes_no_other_with_it(tiny_spec):
     bad = replace(tiny_spec, model=replace(tiny_spec.model, vocab=100), label="bad")
-    runs = Lab().run([bad, tiny_spec], executor="processes", workers=2)
+    with pytest.raises(
+        NoResult, match=r"^1 of 2 runs: train: .*embedding only 100 \(bad, seed 0; .*log.txt\)$"
+    ) as error:
+        Lab().run([bad, tiny_spec], executor="processes", workers=2)
+    runs = error.value.runs
     assert [run.finished for run in runs] == [False, True]
     assert runs[0].status.state == "failed" and "embedding only 100" in runs[0].status.reason
     assert "bad, seed 0: failed" in runs.explain_missing() and "embedding only 100" in runs[0].log_tail()
@@ -155,9 +160,39 @@ def test_full_disk_is_told_in_the_status(tiny_spec, tmp_path, monkeypatch):
         raise OSError(28, "No space left on device", str(path))
 
     monkeypatch.setattr(storage, "save_file", full)
-    runs = Lab().run([tiny_spec], executor="inline")
+    with pytest.raises(NoResult, match=r"^1 of 1 runs: No space left on device") as error:
+        Lab().run([tiny_spec], executor="inline")
+    runs = error.value.runs
     assert runs[0].status.state == "failed"
     assert "No space left on device" in runs[0].status.reason and "run again" in runs[0].status.reason
+
+
+def test_an_arm_with_one_result_is_enough_and_reading_asks_for_none(tiny_spec):
+    bad = replace(tiny_spec, model=replace(tiny_spec.model, vocab=100), train=replace(tiny_spec.train, seed=1))
+    runs = Lab().run([tiny_spec, bad], executor="inline")
+    assert [run.finished for run in runs] == [True, False]
+    assert not Lab().run([bad], executor="read").finished
+
+
+def test_a_batch_job_that_reads_goes_on_with_one_arm(tiny_spec, monkeypatch):
+    other = replace(tiny_spec, train=replace(tiny_spec.train, seed=1), label="other")
+    monkeypatch.setenv("MOELAB_EXECUTOR", "read")
+    with pytest.raises(NoResult, match=r"^2 of 2 runs: new"):
+        Lab().run([tiny_spec, other])
+    write_text(RunStore().run(tiny_spec).path / "result.json", "{}")
+    assert [run.finished for run in Lab().run([tiny_spec, other])] == [True, False]
+
+
+def test_the_teachers_failure_is_the_reason(tiny_spec):
+    teacher = replace(tiny_spec, data=replace(tiny_spec.data, corpus="folder:/nowhere"))
+    with pytest.raises(NoResult, match=r"^1 of 1 runs: data: corpus 'folder:/nowhere' is no folder"):
+        Lab().run([student_of(teacher)], executor="inline")
+
+
+def test_a_process_that_died_without_a_status_is_told_by_its_log(tiny_spec, tmp_path):
+    run = RunStore(tmp_path).run(tiny_spec)
+    (run.path / "log.txt").write_text("Traceback\nMemoryError: no memory\n")
+    assert run.why_missing() == "MemoryError: no memory"
 
 
 def test_a_directory_appears_whole_or_not_at_all(tmp_path):
