@@ -52,6 +52,10 @@ def test_help_answers_at_once_and_loads_nothing_heavy():
         (("run", "scaling", "-p", "distill.weight=2"), "need a run that has a teacher"),
         (("run", "throughput", "-p", "train.tokens=5"), "no parameter 'train.tokens'"),
         (("run", "pr-moe", "--scale", "huge"), "no scale 'huge'; allowed: smoke, cpu, gpu"),
+        (("run", "pr-moe", "-p", "seeds=0"), "pr-moe: seeds must be at least 1, got 0"),
+        (("run", "pr-moe", "-p", 'arms=["foo"]'), "pr-moe: unknown arm 'foo'; allowed: Dense"),
+        (("run", "pr-moe", "-p", "data.corpus=mix6"), "data: unknown corpus 'mix6'; known are 'sotu', 'mix5'"),
+        (("run", "pr-moe", "-p", "data.corpus=folder:/nowhere"), "data: corpus 'folder:/nowhere' is no folder"),
     ],
 )
 def test_bad_input_is_one_line_and_starts_nothing(arguments, part, tmp_path):
