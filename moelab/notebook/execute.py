@@ -186,6 +186,9 @@ def execute(
         stack.enter_context(
             environment.overridden(
                 {
+                    # The kernel works in the staging folder, where an installed copy would make a home of its own.
+                    environment.HOME.name: str(paths.home()),
+                    environment.RESULTS.name: str(paths.results()),
                     environment.PUBLICATION.name: str(staging),
                     environment.PLAN.name: str(plan),
                     "JUPYTER_PREFER_ENV_PATH": "1",
