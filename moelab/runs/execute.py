@@ -141,8 +141,7 @@ def _call_train(run: Run, data, should_stop, on_progress) -> dict[str, Any]:
         source = Run(spec.teacher, run.path.parent / spec.teacher.id)
         if not source.finished:
             raise ValueError(f"its teacher {spec.teacher.id} has no result: {source.status.state}")
-        if not (source.path / "checkpoints").is_dir():
-            raise ValueError(f"its teacher was taken over without weights; remove {source.path} to train it here")
+        source.require_weights()
         teacher = Teacher(spec.teacher.model, source.path, spec.distill)
     threads = torch.get_num_threads()
     try:

@@ -40,6 +40,9 @@ def check(specs: Sequence[RunSpec], store: RunStore | None = None, *, device: st
     ):
         _check_writable(name, variable, folder)
     _check_devices(todo, device)
+    for teacher in {s.teacher.id: s.teacher for s in todo if s.teacher}.values():
+        if (run := Run(teacher, store.root / teacher.id)).finished:
+            run.require_weights()
     _check_texts(waiting)
     _check_space(todo, store)
 

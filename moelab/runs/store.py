@@ -64,8 +64,19 @@ class Run:
 
     @property
     def result(self) -> dict[str, Any]:
-        """What `moelab.training.train` returned. RuntimeError, one line, when the run is not finished."""
-        value = read_json(self.path / "result.json")
+        """What `moelab.training.train` returned.
+
+        Raises:
+            RuntimeError: one line: the run is not finished.
+            ValueError: one line: the file is damaged, and what helps.
+        """
+        try:
+            value = read_json(self.path / "result.json")
+        except ValueError as error:
+            raise ValueError(
+                f"run {self.spec.id}: {error}; remove the file and ask for the run again: it goes on from its last "
+                "checkpoint, or starts anew without one"
+            ) from None
         if value is None:
             status = self.status
             raise RuntimeError(
@@ -121,6 +132,13 @@ class Run:
         if status.state == "failed" and status.reason:
             return status.reason
         return tail or f"{status.state}{': ' if status.reason else ''}{status.reason}"
+
+    def require_weights(self) -> None:
+        """Check that the run has a checkpoint; ValueError, one line, where it has numbers only."""
+        if not any((self.path / "checkpoints").glob("step-*")):
+            from moelab.engine import checkpoint
+
+            raise ValueError(checkpoint.why_no_weights(self.path))
 
     def set_status(self, status: Status) -> None:
         """Write the status."""

@@ -64,6 +64,27 @@ def test_bad_input_is_one_line_and_starts_nothing(arguments, part, tmp_path):
     assert len(done.stderr.strip().splitlines()) == 1 and not list(tmp_path.iterdir())
 
 
+def test_what_the_system_refuses_is_one_line(tmp_path):
+    (tmp_path / "file").write_text("")
+    for arguments in (("run", "pr-moe", "--scale", "smoke"), ("browse", "--no-serve"), ("status",)):
+        place = str(tmp_path / "file" / "below")
+        done = moelab(*arguments, env={"MOELAB_HOME": place, "MOELAB_RESULTS": place})
+        assert len(done.stderr.strip().splitlines()) <= 1 and "Traceback" not in done.stdout, done.stderr
+        assert (done.returncode == 0) == (not done.stderr), arguments
+
+
+def test_an_error_of_the_system_names_what_and_where(monkeypatch, capsys):
+    from moelab import cli
+
+    def refused() -> None:
+        raise OSError(30, "Read-only file system", "/shared/results")
+
+    monkeypatch.setattr(cli, "app", refused)
+    with pytest.raises(SystemExit) as end:
+        cli.main()
+    assert end.value.code == 1 and capsys.readouterr().err == "moelab: Read-only file system: /shared/results\n"
+
+
 def test_a_benchmark_leaves_numbers_figure_and_provenance(tmp_path):
     size = ("--tokens", "64", "--experts", "4", "--rounds", "3", "--threads", "1")
     done = moelab("bench", "layer", *size, "--hidden", "16", "--ffn", "32", "--out", str(tmp_path))

@@ -8,7 +8,7 @@ import pytest
 
 from moelab.experiments import pr_moe
 from moelab.files import write_json
-from moelab.runs import records
+from moelab.runs import preflight, records
 from moelab.runs.collection import Runs
 from moelab.runs.store import RunStore
 
@@ -114,5 +114,30 @@ def test_a_teacher_without_weights_says_what_to_do(finished, tmp_path, monkeypat
     records.read(records.write(finished, tmp_path), theirs)
     student = theirs.run(replace(finished.spec, teacher=finished.spec, distill=DistillConfig()))
     monkeypatch.setenv("MOELAB_HOME", str(tmp_path / "home"))
-    with pytest.raises(ValueError, match="taken over without weights; remove"):
+    with pytest.raises(ValueError, match=r"numbers only, .* to train it here: remove it and run its experiment again"):
         execute(student)
+    with pytest.raises(ValueError, match="numbers only"):
+        preflight.check([student.spec], theirs)
+
+
+def test_what_needs_weights_says_at_once_that_there_are_none(finished, tmp_path, monkeypatch):
+    from moelab.experiments import specialisation, zero_shot
+    from moelab.inference.text import open_text
+
+    taken = records.read(records.write(finished, tmp_path), RunStore(tmp_path / "theirs"))
+    monkeypatch.setenv("MOELAB_HOME", str(tmp_path / "home"))
+    for need in (
+        lambda: open_text(taken.path, cache=tmp_path),
+        lambda: specialisation.measure(Runs([finished, taken])),
+        lambda: zero_shot.measure(Runs([finished, taken]), 1),
+    ):
+        with pytest.raises(ValueError, match=r"numbers only, .* to train it here") as error:
+            need()
+        assert "\n" not in str(error.value) and str(taken.path) in str(error.value)
+    assert not (tmp_path / "home").exists(), "no text was prepared, no other run routed"
+
+
+def test_a_damaged_result_says_what_to_do(finished):
+    (finished.path / "result.json").write_text('{"tokens": 8, "st')
+    with pytest.raises(ValueError, match=r"result.json: not valid JSON .*; remove the file and ask for the run again"):
+        Runs([finished]).final()
