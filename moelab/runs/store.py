@@ -3,6 +3,7 @@
     .moelab/runs/<id>/spec.json          what it is
                       status.json        state now: running, finished, failed, stopped; step, loss, speed, why
                       train.jsonl, validation.jsonl, checkpoints/, log.txt
+                      holder.json        host and process that train it, or did last
                       logs/                what ranks after the first wrote, for a run on several
                       result.json        written last: the run is finished
                       provenance.json    commit, versions, hardware, durations
@@ -15,6 +16,7 @@ process dies).
 from __future__ import annotations
 
 import difflib
+import errno
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -106,13 +108,19 @@ class Run:
 
     @property
     def locked(self) -> bool:
-        """Whether a process trains it now."""
-        lock = self.lock()
+        """Whether a process trains it now. Writes nothing: the store may be read-only."""
+        import fcntl
+
         try:
-            lock.acquire(timeout=0)
-        except TimeoutError:
-            return True
-        lock.release()
+            with open(self.path / "run.lock", "rb") as file:
+                try:
+                    fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+                except BlockingIOError:
+                    return True
+                except OSError:  # without flock, the lock is the file with the holder's name, while it is there
+                    return bool(file.read(1))
+        except OSError:  # never trained, or not to be read
+            pass
         return False
 
     def lock(self) -> FileLock:
@@ -166,7 +174,12 @@ class RunStore:
         if (
             stored is None or stored.get("parallel", {}) != spec.to_json()["parallel"]
         ):  # the last asked-for layout counts
-            write_json(run.path / "spec.json", spec.to_json())
+            try:
+                write_json(run.path / "spec.json", spec.to_json())
+            except OSError as error:
+                if error.errno not in (errno.EROFS, errno.EACCES, errno.EPERM):
+                    raise
+                # a read-only store is read; who trains in it is told then
         return run
 
     def ids(self, *, file: str = "spec.json") -> list[str]:

@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 
 from moelab.config import ModelConfig, TrainConfig
 from moelab.files import new_directory, read_json, write_text
@@ -15,7 +16,7 @@ from moelab.lab import Lab
 from moelab.runs.collection import NoResult
 from moelab.runs.execute import execute
 from moelab.runs.spec import RunSpec
-from moelab.runs.store import Run, RunStore
+from moelab.runs.store import Run, RunStore, Status
 from moelab.training.metrics import TRAIN, VALIDATION, read_rows
 
 
@@ -193,6 +194,41 @@ def test_a_process_that_died_without_a_status_is_told_by_its_log(tiny_spec, tmp_
     run = RunStore(tmp_path).run(tiny_spec)
     (run.path / "log.txt").write_text("Traceback\nMemoryError: no memory\n")
     assert run.why_missing() == "MemoryError: no memory"
+
+
+def test_reading_a_read_only_store_writes_nothing(tiny_spec, tmp_path, monkeypatch):
+    run = RunStore(tmp_path).run(tiny_spec)
+    run.set_status(Status("running", 3, 24))
+    write_text(run.path / "run.lock", "")
+    before = {path: path.stat().st_mtime_ns for path in [run.path, *run.path.iterdir()]}
+
+    def refused(*arguments, **options):
+        raise OSError(30, "Read-only file system", str(tmp_path))
+
+    monkeypatch.setattr("moelab.files.write_bytes", refused)
+    monkeypatch.setattr(FileLock, "acquire", refused)
+    assert run.status.state == "stopped" and not run.locked
+    assert Lab(RunStore(tmp_path)).run([tiny_spec, replace(tiny_spec, label="x")], executor="read").missing
+    unknown = replace(tiny_spec, train=replace(tiny_spec.train, seed=9))
+    assert Lab(RunStore(tmp_path)).run([unknown], executor="read")[0].status.state == "new"
+    assert {path: path.stat().st_mtime_ns for path in [run.path, *run.path.iterdir()]} == before
+
+
+def test_who_waits_for_a_run_says_for_whom(tiny_spec, tmp_path, capsys):
+    run = RunStore(tmp_path).run(tiny_spec)
+    write_text(run.path / "holder.json", '{"host": "node7", "process": 41, "since": "2026-01-01T00:00:00Z"}')
+    asked = iter([False, True])
+    with run.lock(), pytest.raises(KeyboardInterrupt, match="while another process trains"):
+        assert run.locked
+        execute(run, should_stop=lambda: next(asked))
+    out = capsys.readouterr().out
+    assert out.count("waits for process 41 on node7, which trains it since 2026-01-01T00:00:00Z; if it is gone") == 1
+
+
+def test_who_trains_is_on_record(tiny_spec, tmp_path):
+    run = RunStore(tmp_path).run(tiny_spec)
+    execute(run)
+    assert read_json(run.path / "holder.json")["process"] == os.getpid()
 
 
 def test_a_directory_appears_whole_or_not_at_all(tmp_path):
