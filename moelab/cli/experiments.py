@@ -50,7 +50,7 @@ def run(
     if dry_run:
         from moelab.runs.dry_run import planned_runs, show
 
-        show(plan([spec for _, specs in asked for spec in specs]))
+        show(planned_runs([spec for _, specs in asked for spec in specs]))
         return
     on_gpu = scale == "gpu" and any(e.measures for e, _ in asked)
     preflight.check([spec for e, specs in asked if e.trains for spec in specs], device="cuda" if on_gpu else "cpu")

@@ -127,7 +127,7 @@ def train(
             TrainingStopped.
 
     Raises:
-        ValueError: model, data, training and layout do not fit each other, the checkpoint is of other data, or the
+        ValueError: model, data, training and layout do not fit each other, the checkpoint belongs to other data, or the
             metrics before every checkpoint are damaged.
         TrainingDiverged: the loss or gradient norm is NaN or infinite; names the step and the last good checkpoint.
         TrainingStopped: `should_stop` returned True before the last step.

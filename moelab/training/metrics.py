@@ -1,7 +1,7 @@
 """Write a run's metrics as JSON lines, one file for training rows and one for validation rows.
 
-A checkpoint records how long the files are and their SHA-256 (`Metrics.state`). A run that resumes from it first cuts the
-files to that length, so they read as if it had never stopped; `damage` says beforehand whether they still hold those rows.
+A checkpoint records the lengths and SHA-256 of the files (`Metrics.state`). A run that resumes from it first cuts the
+files to these lengths, so that they equal those of an uninterrupted run; `damage` checks that the rows are there.
 """
 
 from __future__ import annotations
@@ -101,7 +101,8 @@ def damage(run_dir: Path, recorded: Mapping[str, Mapping[str, Any]] | None) -> s
     """Return one line about metrics that a checkpoint counts on and that are gone or changed; None when they are whole.
 
     Args:
-        recorded: `Metrics.state` as the checkpoint holds it. None for checkpoints of earlier versions: then only a missing
+        run_dir: the run's directory.
+        recorded: `Metrics.state` as the checkpoint holds it. None for checkpoints of earlier versions: only a missing
             validation file, whose first row is written before any checkpoint, and lines that are no JSON are found.
     """
     for name in (TRAIN, VALIDATION):

@@ -31,7 +31,7 @@ class Checkpoint:
 
 
 class Refused(CheckpointError):
-    """A whole checkpoint that its reader cannot go on from."""
+    """Report that no complete checkpoint suits the caller."""
 
 
 def latest(
@@ -40,18 +40,19 @@ def latest(
     *,
     only_weights: bool = False,
 ) -> Checkpoint | None:
-    """Return the newest checkpoint whose files are complete and unchanged, or None. Broken ones are named in a warning
-    and skipped.
+    """Return the newest checkpoint whose files are complete and unchanged, or None.
 
-    Every rank calls this and gets the same answer; each checks some of the files.
+    Broken checkpoints are named in a warning and skipped. Every rank calls this and gets the same answer; each checks
+    some of the files.
 
     Args:
-        objection: asked on rank 0 with the caller's state; a text says in one line why a whole checkpoint cannot be
-            used, and it is skipped, too.
-        only_weights: the optimizer's files may be broken.
+        directory: folder of the checkpoints.
+        objection: called on rank 0 with the caller's state; returns one line if a complete checkpoint cannot be used,
+            which is then skipped.
+        only_weights: whether the optimizer's files may be broken.
 
     Raises:
-        Refused: whole checkpoints are there and `objection` had one to each; the newest one's.
+        Refused: there are complete checkpoints, and `objection` returned a line for each; has that of the newest.
     """
     world = Group.world()
     names = broadcast_json([path.name for path in directories(directory)] if world.index == 0 else None)
@@ -75,7 +76,7 @@ def latest(
 
 
 def weights_of(run_dir: Path) -> Checkpoint:
-    """Return a run's newest checkpoint whose weights are whole, for whoever does not train on. Every rank calls this.
+    """Return a run's newest checkpoint whose weights are complete, for all uses but training; called on every rank.
 
     Raises:
         ValueError: one line: there are no weights, and what helps.
@@ -91,7 +92,7 @@ def why_no_weights(run_dir: Path) -> str:
     if directories(run_dir / "checkpoints"):
         return f"{run_dir}: none of its checkpoints is whole; remove it and run its experiment again"
     if (run_dir / "result.json").exists():
-        return f"{run_dir}: numbers only, its weights are not here; to train it here: remove it and run its experiment again"
+        return f"{run_dir}: numbers only, no weights; to train it here: remove it and run its experiment again"
     return f"{run_dir}: no checkpoint yet; train the run first"
 
 
@@ -148,7 +149,11 @@ def _model_pieces(path: Path, index: dict[str, Any], model: nn.Module, placement
 
 
 def _verify(path: Path, world: Group, only_weights: bool) -> Checkpoint:
-    """Check the files of a checkpoint, all or those that the weights need. CheckpointError, the same on every rank, unless they are as written."""
+    """Check that the files of a checkpoint, or those that the weights need, are as written.
+
+    Raises:
+        CheckpointError: they are not; every rank raises the same error.
+    """
     record = broadcast_json(_or_error(read_state, path) if world.index == 0 else None)
     if "error" in record:
         raise CheckpointError(record["error"])
