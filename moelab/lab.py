@@ -70,7 +70,12 @@ class Lab:
             workers: processes at a time, one for each rank; by default as many as the cores allow at each run's
                 threads, 1 on a GPU. At least one run is trained at a time.
             profile: the cluster for "slurm", see `moelab.slurm.profiles`; by default `MOELAB_PROFILE`.
+
+        Raises:
+            NoResult: one line: an arm has no result of any seed, and why its first run failed. A notebook's batch job,
+                which reads what other jobs trained, goes on with one arm; `executor="read"` asks for none.
         """
+        asked = executor
         if executor == "auto":
             executor = environment.EXECUTOR.get() or "processes"  # type: ignore[assignment]
         if executor not in (allowed := get_args(Executor)):
@@ -91,7 +96,10 @@ class Lab:
         finally:
             show(final=True)
         by_id = {run.spec.id: run for run in runs}
-        return Runs([Run(spec, by_id[spec.id].path) for spec in specs])
+        found = Runs([Run(spec, by_id[spec.id].path) for spec in specs])
+        if asked != "read":
+            found.require_results(before=runs, every_arm=executor != "read")
+        return found
 
     def measure(self, function: Callable[..., Any], *arguments: Any) -> Any:
         """Return the result of a function, as JSON values.

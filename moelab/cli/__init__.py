@@ -29,9 +29,18 @@ app.add_typer(kernels.kernels, name="kernels")
 
 
 def main() -> None:
-    """Run the command line: bad input becomes one line on standard error and exit code 2."""
+    """Run the command line.
+
+    Bad input becomes one line on standard error and exit code 2; so does what the system refuses (a folder that is
+    read-only, a full disk), with exit code 1.
+    """
     try:
         app()
     except ValueError as error:
         print(f"moelab: {error}", file=sys.stderr)
         sys.exit(2)
+    except OSError as error:
+        places = " -> ".join(str(name) for name in (error.filename, error.filename2) if name is not None)
+        reason = error.strerror or str(error).partition("\n")[0] or type(error).__name__
+        print(f"moelab: {reason}{': ' if places else ''}{places}", file=sys.stderr)
+        sys.exit(1)

@@ -7,11 +7,11 @@ import shutil
 import sys
 from collections.abc import Iterator
 from importlib.util import find_spec
-from pathlib import Path
 
 from rich.console import Console
 
 from moelab import paths
+from moelab.runs.preflight import existing
 from moelab.runs.provenance import describe, hardware
 
 _EXTRAS = {"hf": "datasets", "tensorboard": "tensorboard", "eval": "lm_eval", "peers": "deepspeed"}
@@ -59,7 +59,7 @@ def _checks() -> Iterator[tuple[bool | None, str]]:
     except NoSuchKernel:
         yield False, "Jupyter kernel python3: python -m ipykernel install --sys-prefix"
     for name, folder in (("workshop", paths.home()), ("results", paths.results())):
-        free = shutil.disk_usage(_existing(folder)).free / 2**30
+        free = shutil.disk_usage(existing(folder)).free / 2**30
         yield free > 1, f"{name} {folder}, {free:.0f} GiB free"
     slurm = shutil.which("sbatch") is not None
     yield (
@@ -69,7 +69,3 @@ def _checks() -> Iterator[tuple[bool | None, str]]:
     for extra, module in _EXTRAS.items():
         there = find_spec(module) is not None
         yield True if there else None, f"extra {extra} ({module})" + ("" if there else f": pip install -e '.[{extra}]'")
-
-
-def _existing(folder: Path) -> Path:
-    return folder if folder.exists() else _existing(folder.parent)

@@ -35,6 +35,7 @@ def run(
     from moelab.experiments import experiment
     from moelab.notebook import batch
     from moelab.notebook import execute as notebooks
+    from moelab.runs import preflight
 
     if all_ == (name is not None):
         raise ValueError("run: give an experiment's name or --all; see `moelab list`")
@@ -43,13 +44,16 @@ def run(
     if name is not None:
         values = notebooks.check_parameters(experiment(name), given)
         experiment(name).scale(values["scale"])
+    wanted = {name: given} if name else batch.chosen(scale, {k: v for k, v in given.items() if k != "scale"})
+    checked = [(experiment(e), notebooks.check_parameters(experiment(e), taken)) for e, taken in wanted.items()]
+    asked = [(e, e.specs_of(notebooks.resolve(e, taken))) for e, taken in checked]
     if dry_run:
         from moelab.runs.dry_run import planned_runs, show
 
-        wanted = {name: given} if name else batch.chosen(scale, {k: v for k, v in given.items() if k != "scale"})
-        checked = [(experiment(e), notebooks.check_parameters(experiment(e), taken)) for e, taken in wanted.items()]
-        show(planned_runs([spec for e, taken in checked for spec in e.specs_of(notebooks.resolve(e, taken))]))
+        show(planned_runs([spec for _, specs in asked for spec in specs]))
         return
+    on_gpu = scale == "gpu" and any(e.measures for e, _ in asked)
+    preflight.check([spec for e, specs in asked if e.trains for spec in specs], device="cuda" if on_gpu else "cpu")
     if name is None:
         from moelab.lab import Lab
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -36,5 +37,14 @@ def import_(
     if not archives or not source.exists():
         raise ValueError(f"{source}: no runs to take over; give a folder of zips that `moelab runs export` wrote")
     store = RunStore()
-    taken = sum(records.read(archive, store) is not None for archive in archives)
-    print(f"{taken} runs taken over, {len(archives) - taken} were here already ({store.root})")
+    taken = here = 0
+    for archive in archives:
+        try:
+            found = records.read(archive, store)
+        except ValueError as error:  # the others are good
+            print(f"moelab: {error}", file=sys.stderr)
+            continue
+        taken, here = taken + (found is not None), here + (found is None)
+    print(f"{taken} runs taken over, {here} were here already ({store.root})")
+    if refused := len(archives) - taken - here:
+        raise ValueError(f"{refused} of {len(archives)} archives were not taken over")

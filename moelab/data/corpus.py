@@ -209,6 +209,9 @@ def _folder(config: DataConfig, root: Path) -> Corpus:
     files = sorted(file for file in root.rglob("*") if file.suffix in {".txt", ".md", ".jsonl"} and file.is_file())
     if not files:
         raise ValueError(f"data: no .txt, .md or .jsonl file in {root}")
+    within = root.resolve()
+    if outside := next((file for file in files if not file.resolve().is_relative_to(within)), None):
+        raise ValueError(f"data: {outside} is a link to {outside.resolve()}, outside of {root}; copy the file into it")
     return Corpus(
         name=config.corpus,
         licence="as the owner of the folder states; not known here",

@@ -232,9 +232,10 @@ def _open_theirs(directory: Path, gguf: str | None, dtype: str, device: str) -> 
 
     try:
         with _quiet():
-            texts = transformers.AutoTokenizer.from_pretrained(directory, local_files_only=True, gguf_file=gguf)
+            own = dict(local_files_only=True, trust_remote_code=False, gguf_file=gguf)
+            texts = transformers.AutoTokenizer.from_pretrained(directory, **own)
             model = transformers.AutoModelForCausalLM.from_pretrained(
-                directory, local_files_only=True, dtype=DTYPES[dtype], gguf_file=gguf, use_safetensors=True
+                directory, dtype=DTYPES[dtype], use_safetensors=True, **own
             )
     except Exception as error:  # the library passes on its dependencies' exceptions
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -83,6 +83,8 @@ def measure(runs: Runs, max_tokens: int | None = None) -> dict[str, list[dict[st
     from moelab.training.expert_use import expert_use
 
     layers, shares = [], []
+    for run in runs.finished:  # before the first takes its time
+        run.require_weights()
     for run in runs.finished:
         spec = run.spec
         seed = spec.train.seed

@@ -47,6 +47,8 @@ def measure(runs: Runs, limit: int, tasks: Sequence[str] | None = None) -> list[
 
     columns = {name: column for column, names in PAPER_TASKS.items() for name in names}
     rows = []
+    for run in runs.finished:  # before the first takes its time
+        run.require_weights()
     with task_progress() as show:
         for run in runs.finished:
             arm, seed = run.spec.title, run.spec.train.seed

@@ -187,9 +187,7 @@ def run_configs(directory: Path) -> tuple[ModelConfig, DataConfig]:
 def load_run(directory: Path, *, mesh: Mesh | None = None, device: str = "cpu", dtype: str = "fp32") -> GPT:
     """Return a run's model, or this rank's part of it, with the weights of its newest complete checkpoint."""
     config, _ = run_configs(directory)
-    last = checkpoint.latest(directory / "checkpoints")
-    if last is None:
-        raise ValueError(f"{directory}: no checkpoint yet; train the run first")
+    last = checkpoint.weights_of(directory)
     if mesh is not None and mesh.world.size > 1:
         part = engine.build(config, 0, mesh)
         checkpoint.load_model(last, part.module, part.placements)

@@ -17,7 +17,7 @@ from moelab.files import read_json
 from moelab.notebook import execute as notebooks
 from moelab.report import site
 from moelab.report.summary import SUMMARY, Summary, parse
-from moelab.runs.collection import Runs
+from moelab.runs.collection import NoResult, Runs
 from moelab.runs.measurements import MeasurementStore
 
 
@@ -89,7 +89,10 @@ def run_all(scale: str, given: Mapping[str, str], run: Callable[..., Runs], work
     values = {name: notebooks.check_parameters(EXPERIMENTS[name], texts) for name, texts in wanted.items()}
     whole = {name: notebooks.resolve(EXPERIMENTS[name], values[name]) for name in wanted}
     specs = [spec for name in wanted if EXPERIMENTS[name].trains for spec in EXPERIMENTS[name].specs_of(whole[name])]
-    runs = run(specs, workers=workers)
+    try:
+        runs = run(specs, workers=workers)
+    except NoResult as error:  # the other experiments go on
+        runs = error.runs
     if why := runs.explain_missing():
         print(why)
     print(f"{len({s.id for s in specs})} runs in {time.monotonic() - started:.0f} s", flush=True)

@@ -22,6 +22,7 @@ from moelab.experiments import Experiment
 from moelab.files import write_json
 from moelab.report.publication import SUMMARY
 from moelab.report.site import convert
+from moelab.runs.collection import NoResult
 
 
 class NotebookFailed(RuntimeError):
@@ -185,6 +186,9 @@ def execute(
         stack.enter_context(
             environment.overridden(
                 {
+                    # The kernel works in the staging folder, where an installed copy would make a home of its own.
+                    environment.HOME.name: str(paths.home()),
+                    environment.RESULTS.name: str(paths.results()),
                     environment.PUBLICATION.name: str(staging),
                     environment.PLAN.name: str(plan),
                     "JUPYTER_PREFER_ENV_PATH": "1",
@@ -216,9 +220,9 @@ def execute(
             )
         except papermill.PapermillExecutionError as error:
             why = (str(error.evalue).splitlines() or [""])[0]
-            raise NotebookFailed(
-                f"{experiment.notebook}, cell {error.exec_count}: {error.ename}: {why} (executed copy: {copy})"
-            ) from None
+            if error.ename != NoResult.__name__:  # which cell asked for the runs is not what went wrong
+                why = f"{experiment.notebook}, cell {error.exec_count}: {error.ename}: {why}"
+            raise NotebookFailed(f"{why} (executed copy: {copy})") from None
         except (DeadKernelError, CellTimeoutError) as error:
             why = (
                 "the kernel died (out of memory?)" if isinstance(error, DeadKernelError) else str(error).splitlines()[0]

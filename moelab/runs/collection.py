@@ -11,6 +11,18 @@ if TYPE_CHECKING:
     import pandas as pd
 
 
+class NoResult(RuntimeError):
+    """An arm has no result of any seed; the message is one line with the reason of the first run that failed.
+
+    Attributes:
+        runs: all runs that were asked for.
+    """
+
+    def __init__(self, message: str, runs: Runs) -> None:
+        super().__init__(message)
+        self.runs = runs
+
+
 class Runs(Sequence[Run]):
     """The runs of one `lab.run`, in the order of the specs."""
 
@@ -35,6 +47,28 @@ class Runs(Sequence[Run]):
     def missing(self) -> Runs:
         """Runs without a result; `status.reason` and `log_tail()` say why."""
         return Runs([run for run in self if not run.finished])
+
+    def require_results(self, before: Sequence[Run] = (), *, every_arm: bool = True) -> None:
+        """Check that every arm, the runs of one title, has a result of at least one seed.
+
+        Args:
+            before: teachers, whose failure is the reason of their students'.
+            every_arm: False is content with a result of one arm.
+
+        Raises:
+            NoResult: one line: how many runs have no result, and why the first of them failed.
+        """
+        there = {run.spec.title for run in self.finished}
+        empty = [run for run in self.missing if run.spec.title not in there]
+        if not empty or (there and not every_arm):
+            return
+        causes = [run for run in (*before, *empty) if not run.finished]
+        first = next((run for run in causes if run.status.state == "failed"), causes[0])
+        raise NoResult(
+            f"{len(self.missing)} of {len(self)} runs: {first.why_missing()} "
+            f"({first.spec.title}, seed {first.spec.train.seed}; {first.path / 'log.txt'})",
+            self,
+        )
 
     def explain_missing(self) -> str:
         """One line for each run without a result, and the end of its log; empty when there is none."""

@@ -13,7 +13,7 @@ from typing import Any
 from moelab import paths
 from moelab.config import to_json
 from moelab.engine.launch import process
-from moelab.files import write_json
+from moelab.files import read_json, write_json
 from moelab.runs.store import Run, Status
 
 
@@ -65,15 +65,31 @@ def _trainer_of(run: Run, should_stop) -> Iterator[None]:
             lock.acquire(timeout=1)
             break
         except TimeoutError:
+            if not waited:
+                print(
+                    f"run {run.spec.id}: waits for {_holder(run)}; if it is gone, remove {lock.lock_file}", flush=True
+                )
             waited = True
             if should_stop():
                 raise KeyboardInterrupt("stopped while another process trains this run") from None
     try:
         if waited and run.finished:
             print(f"run {run.spec.id}: finished by another process")
+        if not run.finished:
+            holder = {"host": socket.gethostname(), "process": os.getpid(), "since": _iso(time.time())}
+            with contextlib.suppress(OSError):  # a full disk is told by what trains
+                write_json(run.path / "holder.json", holder)
         yield
     finally:
         lock.release()
+
+
+def _holder(run: Run) -> str:
+    """Return in words who trains a run."""
+    with contextlib.suppress(ValueError, KeyError, TypeError):
+        found = read_json(run.path / "holder.json")
+        return f"process {found['process']} on {found['host']}, which trains it since {found['since']}"
+    return "another process"
 
 
 def _train(run: Run, should_stop, on_progress, cache: Path) -> None:
@@ -141,8 +157,7 @@ def _call_train(run: Run, data, should_stop, on_progress) -> dict[str, Any]:
         source = Run(spec.teacher, run.path.parent / spec.teacher.id)
         if not source.finished:
             raise ValueError(f"its teacher {spec.teacher.id} has no result: {source.status.state}")
-        if not (source.path / "checkpoints").is_dir():
-            raise ValueError(f"its teacher was taken over without weights; remove {source.path} to train it here")
+        source.require_weights()
         teacher = Teacher(spec.teacher.model, source.path, spec.distill)
     threads = torch.get_num_threads()
     try:

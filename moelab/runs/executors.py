@@ -71,6 +71,7 @@ def _next(waiting: Sequence[Run], free: int, *, alone: bool) -> Run | None:
 def start(run: Run) -> subprocess.Popen:
     """Start the process of one run; it ends when this process does."""
     # Its own session, so that a terminal's Ctrl-C reaches us alone and we ask for the checkpoint.
+    run.path.mkdir(parents=True, exist_ok=True)
     with open(run.path / "log.txt", "ab") as log:
         return subprocess.Popen(
             [sys.executable, "-m", "moelab.runs.worker", str(run.path), str(os.getpid())],

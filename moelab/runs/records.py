@@ -11,6 +11,7 @@ from __future__ import annotations
 import io
 import json
 import zipfile
+import zlib
 from pathlib import Path
 
 from moelab import paths
@@ -58,18 +59,14 @@ def read(archive: Path, store: RunStore) -> Run | None:
     Raises:
         ValueError: one line: not a record, damaged, or of a run that this version of moelab would call differently.
     """
-    try:
-        with zipfile.ZipFile(archive) as packed:
-            entries = {entry.filename: entry for entry in packed.infolist()}
-            if not {"spec.json", "result.json"} <= set(entries) <= set(FILES):
-                raise ValueError(f"{archive}: not a run's record; one holds {', '.join(FILES)}")
-            if too_large := [name for name, entry in entries.items() if entry.file_size > LARGEST]:
-                raise ValueError(f"{archive}: {too_large[0]} is larger than {LARGEST >> 20} MiB")
-            content = {name: packed.read(name) for name in FILES if name in entries}
-        spec = RunSpec.from_json(json.loads(content["spec.json"]), where=f"{archive}: spec.json")
-        json.loads(content["result.json"])
-    except (zipfile.BadZipFile, OSError, json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{archive}: unreadable ({error})") from None
+    content = _content(archive)
+    for name, data in content.items():
+        try:
+            if name.endswith(".json") and not isinstance(json.loads(data), dict):
+                raise ValueError("no object")
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{archive}: unreadable ({name}: {str(error) or type(error).__name__})") from None
+    spec = RunSpec.from_json(json.loads(content["spec.json"]), where=f"{archive}: spec.json")
     if spec.id != archive.stem:
         raise ValueError(f"{archive}: the run it describes is called {spec.id} here; it is of another version")
     run = Run(spec, store.root / spec.id)
@@ -78,3 +75,30 @@ def read(archive: Path, store: RunStore) -> Run | None:
     for name, data in content.items():
         write_bytes(run.path / name, data, durable=name == "result.json")
     return run
+
+
+def _content(archive: Path) -> dict[str, bytes]:
+    """Return the files of a record by name; never more of one than LARGEST, whatever the archive says of its size.
+
+    Raises:
+        ValueError: one line: not a record, or it cannot be read.
+    """
+    content: dict[str, bytes] = {}
+    try:
+        if archive.stat().st_size > LARGEST:
+            raise ValueError(f"{archive}: larger than {LARGEST >> 20} MiB")
+        with zipfile.ZipFile(archive) as packed:
+            entries = {entry.filename: entry for entry in packed.infolist()}
+            if not {"spec.json", "result.json"} <= set(entries) <= set(FILES):
+                raise ValueError(f"{archive}: not a run's record; one holds {', '.join(FILES)}")
+            for name in (name for name in FILES if name in entries):
+                if entries[name].compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+                    raise ValueError(f"{archive}: {name} is packed by another method than deflate")
+                with packed.open(entries[name]) as file:
+                    content[name] = file.read(LARGEST + 1)
+                if max(len(content[name]), entries[name].file_size) > LARGEST:
+                    raise ValueError(f"{archive}: {name} is larger than {LARGEST >> 20} MiB")
+    except (zipfile.BadZipFile, zlib.error, EOFError, OSError, RuntimeError) as error:  # RuntimeError: encrypted
+        why = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ValueError(f"{archive}: unreadable ({why})") from None
+    return content

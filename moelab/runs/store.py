@@ -3,6 +3,7 @@
     .moelab/runs/<id>/spec.json          what it is
                       status.json        state now: running, finished, failed, stopped; step, loss, speed, why
                       train.jsonl, validation.jsonl, checkpoints/, log.txt
+                      holder.json        host and process that train it, or did last
                       logs/                what ranks after the first wrote, for a run on several
                       result.json        written last: the run is finished
                       provenance.json    commit, versions, hardware, durations
@@ -15,6 +16,7 @@ process dies).
 from __future__ import annotations
 
 import difflib
+import errno
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -64,8 +66,19 @@ class Run:
 
     @property
     def result(self) -> dict[str, Any]:
-        """What `moelab.training.train` returned. RuntimeError, one line, when the run is not finished."""
-        value = read_json(self.path / "result.json")
+        """What `moelab.training.train` returned.
+
+        Raises:
+            RuntimeError: one line: the run is not finished.
+            ValueError: one line: the file is damaged, and what helps.
+        """
+        try:
+            value = read_json(self.path / "result.json")
+        except ValueError as error:
+            raise ValueError(
+                f"run {self.spec.id}: {error}; remove the file and ask for the run again: it goes on from its last "
+                "checkpoint, or starts anew without one"
+            ) from None
         if value is None:
             status = self.status
             raise RuntimeError(
@@ -95,13 +108,19 @@ class Run:
 
     @property
     def locked(self) -> bool:
-        """Whether a process trains it now."""
-        lock = self.lock()
+        """Whether a process trains it now. Writes nothing: the store may be read-only."""
+        import fcntl
+
         try:
-            lock.acquire(timeout=0)
-        except TimeoutError:
-            return True
-        lock.release()
+            with open(self.path / "run.lock", "rb") as file:
+                try:
+                    fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+                except BlockingIOError:
+                    return True
+                except OSError:  # without flock, the lock is the file with the holder's name, while it is there
+                    return bool(file.read(1))
+        except OSError:  # never trained, or not to be read
+            pass
         return False
 
     def lock(self) -> FileLock:
@@ -113,6 +132,21 @@ class Run:
         """Return the last lines of the log, or an empty text."""
         path = self.path / "log.txt"
         return "\n".join(path.read_text(errors="replace").splitlines()[-lines:]) if path.exists() else ""
+
+    def why_missing(self) -> str:
+        """Return in one line why the run has no result: its status's reason, or the last line of its log."""
+        status = self.status
+        tail = self.log_tail(1).strip()
+        if status.state == "failed" and status.reason:
+            return status.reason
+        return tail or f"{status.state}{': ' if status.reason else ''}{status.reason}"
+
+    def require_weights(self) -> None:
+        """Check that the run has a checkpoint; ValueError, one line, where it has numbers only."""
+        if not any((self.path / "checkpoints").glob("step-*")):
+            from moelab.engine import checkpoint
+
+            raise ValueError(checkpoint.why_no_weights(self.path))
 
     def set_status(self, status: Status) -> None:
         """Write the status."""
@@ -140,7 +174,12 @@ class RunStore:
         if (
             stored is None or stored.get("parallel", {}) != spec.to_json()["parallel"]
         ):  # the last asked-for layout counts
-            write_json(run.path / "spec.json", spec.to_json())
+            try:
+                write_json(run.path / "spec.json", spec.to_json())
+            except OSError as error:
+                if error.errno not in (errno.EROFS, errno.EACCES, errno.EPERM):
+                    raise
+                # a read-only store is read; who trains in it is told then
         return run
 
     def ids(self, *, file: str = "spec.json") -> list[str]:

@@ -104,9 +104,7 @@ class Distiller:
         Raises:
             ValueError: the teacher has no checkpoint, or was trained on other data.
         """
-        last = checkpoint.latest(teacher.run_dir / "checkpoints")
-        if last is None:
-            raise ValueError(f"distill: the teacher's run has no checkpoint in {teacher.run_dir}")
+        last = checkpoint.weights_of(teacher.run_dir)
         if last.state["data"] != data.fingerprint:
             raise ValueError(f"distill: the teacher of {teacher.run_dir} was trained on other data than the student's")
         self.config, self.distill, self.context = config, teacher.distill, context

@@ -44,9 +44,7 @@ def expert_use(
     Raises:
         ValueError: the run has no checkpoint.
     """
-    last = checkpoint.latest(run_dir / "checkpoints")
-    if last is None:
-        raise ValueError(f"expert use: no checkpoint in {run_dir}")
+    last = checkpoint.weights_of(run_dir)
     model = build(config, train.seed, train.device)
     checkpoint.load_model(last, model)
     model.eval()

@@ -36,7 +36,7 @@ from moelab.engine.mesh import Mesh
 from moelab.models import GPT, Routing
 from moelab.training.compilation import compile_parts
 from moelab.training.distill import Distiller, Teacher
-from moelab.training.metrics import TRAIN, VALIDATION, Metrics
+from moelab.training.metrics import TRAIN, VALIDATION, Metrics, damage
 from moelab.training.schedule import learning_rate
 
 
@@ -127,7 +127,8 @@ def train(
             TrainingStopped.
 
     Raises:
-        ValueError: model, data, training and layout do not fit each other, or the checkpoint belongs to other data.
+        ValueError: model, data, training and layout do not fit each other, the checkpoint belongs to other data, or the
+            metrics before every checkpoint are damaged.
         TrainingDiverged: the loss or gradient norm is NaN or infinite; names the step and the last good checkpoint.
         TrainingStopped: `should_stop` returned True before the last step.
     """
@@ -149,13 +150,19 @@ def train(
     trainer = Trainer(model_config, config, batches, context, mesh, distiller)
     step, window, seconds = 0, Window(), 0.0
     checkpoints = checkpoint.Writer(run_dir / "checkpoints")
-    last = checkpoint.latest(run_dir / "checkpoints")
+    try:
+        last = checkpoint.latest(run_dir / "checkpoints", lambda state: damage(run_dir, state.get("metrics")))
+    except checkpoint.Refused as error:
+        raise ValueError(f"train: no checkpoint with whole metrics: {error}; remove {run_dir} to train again") from None
     if last is not None:
         if last.state["data"] != data.fingerprint:
             raise ValueError(f"train: {last.path} was written with other data; remove {run_dir} to start again")
         trainer.load(last)
         step, window, seconds = last.step, Window(**last.state["window"]), last.state["seconds"]
-    metrics = Metrics(run_dir, resume_step=step if last else -1, tensorboard=config.tensorboard) if leads else None
+    metrics = None
+    if leads:
+        recorded = last.state.get("metrics") if last else None
+        metrics = Metrics(run_dir, step if last else -1, config.tensorboard, recorded)
 
     def write(file: str, row: dict[str, Any]) -> None:
         if metrics is not None:
@@ -199,6 +206,7 @@ def train(
                 write(VALIDATION, {"step": step, "tokens": tokens, "time_s": seconds, **scores})
             if done.stop or step == steps or (config.checkpoint_every and step % config.checkpoint_every == 0):
                 state = {"window": asdict(window), "seconds": seconds, "data": data.fingerprint}
+                state["metrics"] = metrics.state() if metrics else None  # on disk before the checkpoint
                 trainer.save(checkpoints, step, state)
             if done.stop and step < steps:
                 checkpoints.wait()  # raises an OSError before the message says that the checkpoint is written

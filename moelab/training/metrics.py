@@ -1,17 +1,19 @@
 """Write a run's metrics as JSON lines, one file for training rows and one for validation rows.
 
-A run that resumes at step n first removes the rows after step n and an incomplete last line, so that the files equal
-those of an uninterrupted run.
+A checkpoint records the lengths and SHA-256 of the files (`Metrics.state`). A run that resumes from it first cuts the
+files to these lengths, so that they equal those of an uninterrupted run; `damage` checks that the rows are there.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
-from collections.abc import Iterator
+import os
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from moelab.files import write_text
+from moelab.files import write_bytes
 
 TRAIN, VALIDATION = "train.jsonl", "validation.jsonl"
 PERCENTILES = (0, 10, 50, 90, 100)
@@ -21,11 +23,33 @@ PERCENTILES = (0, 10, 50, 90, 100)
 class Metrics:
     """Append rows to `<run>/train.jsonl` and `<run>/validation.jsonl`, and optionally to TensorBoard."""
 
-    def __init__(self, run_dir: Path, resume_step: int, tensorboard: bool = False) -> None:
+    def __init__(
+        self,
+        run_dir: Path,
+        resume_step: int,
+        tensorboard: bool = False,
+        recorded: Mapping[str, Mapping[str, Any]] | None = None,
+    ) -> None:
+        """Drop what the files hold after the checkpoint that the run resumes from.
+
+        Args:
+            resume_step: the checkpoint's step; -1 without one.
+            recorded: `state` as the checkpoint holds it; None without one, and for checkpoints of earlier versions.
+
+        Raises:
+            ValueError: a file is damaged, see `read_rows`.
+        """
         self._paths = {name: run_dir / name for name in (TRAIN, VALIDATION)}
-        for path in self._paths.values():
-            rows = [row for row in read_rows(path) if row["step"] <= resume_step]
-            write_text(path, "".join(_line(row) for row in rows))
+        self._sizes, self._hashes = {}, {}
+        for name, path in self._paths.items():
+            if recorded is not None:
+                kept = path.read_bytes()[: recorded[name]["bytes"]]
+            elif resume_step < 0:
+                kept = b""
+            else:
+                kept = "".join(_line(row) for row in read_rows(path) if row["step"] <= resume_step).encode()
+            write_bytes(path, kept, durable=True)
+            self._sizes[name], self._hashes[name] = len(kept), hashlib.sha256(kept)
         self._board = None
         if tensorboard:
             from torch.utils.tensorboard import SummaryWriter
@@ -33,12 +57,24 @@ class Metrics:
             self._board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=resume_step + 1)
 
     def write(self, file: str, row: dict[str, Any]) -> None:
-        """Append a row of JSON values, which include "step"; `file` is TRAIN or VALIDATION."""
-        with open(self._paths[file], "a") as f:
-            f.write(_line(row))
+        """Append a row; `file` is TRAIN or VALIDATION, `row` has "step" and JSON values."""
+        line = _line(row).encode()
+        with open(self._paths[file], "ab") as f:
+            f.write(line)
+        self._sizes[file] += len(line)
+        self._hashes[file].update(line)
         if self._board is not None:
             for name, value in scalars(file, row):
                 self._board.add_scalar(name, value, row["step"])
+
+    def state(self) -> dict[str, dict[str, Any]]:
+        """Wait until the rows are on the disk; return each file's length and SHA-256, for a checkpoint to record."""
+        for path in self._paths.values():
+            with open(path, "rb") as f:
+                os.fsync(f.fileno())
+        return {
+            name: {"bytes": self._sizes[name], "sha256": digest.hexdigest()} for name, digest in self._hashes.items()
+        }
 
     def close(self) -> None:
         """Close the TensorBoard writer."""
@@ -61,15 +97,47 @@ def scalars(file: str, row: dict[str, Any]) -> Iterator[tuple[str, float]]:
             yield f"expert_load/layer{layer}/p{percent}", ordered[round(percent / 100 * (len(load) - 1))] * len(load)
 
 
-def read_rows(path: Path) -> list[dict[str, Any]]:
-    """Return all complete rows of a JSON-lines file, in order; an empty list if the file does not exist."""
-    rows = []
-    if path.exists():
-        for line in path.read_text().splitlines():
+def damage(run_dir: Path, recorded: Mapping[str, Mapping[str, Any]] | None) -> str | None:
+    """Return one line about metrics that a checkpoint counts on and that are gone or changed; None when they are whole.
+
+    Args:
+        run_dir: the run's directory.
+        recorded: `Metrics.state` as the checkpoint holds it. None for checkpoints of earlier versions: only a missing
+            validation file, whose first row is written before any checkpoint, and lines that are no JSON are found.
+    """
+    for name in (TRAIN, VALIDATION):
+        path = run_dir / name
+        if recorded is None:
             try:
-                rows.append(json.loads(line))
-            except json.JSONDecodeError:
-                break  # an incomplete line of a killed process; the rows after it are written again
+                rows = read_rows(path)
+            except ValueError as error:
+                return str(error)
+            if name == VALIDATION and not rows:
+                return f"{path} has no rows"
+            continue
+        size = recorded[name]["bytes"]
+        kept = path.read_bytes()[:size] if path.exists() else b""
+        if len(kept) < size:
+            return f"{path} has {len(kept)} bytes, {size} were written before the checkpoint"
+        if hashlib.sha256(kept).hexdigest() != recorded[name]["sha256"]:
+            return f"{path}: rows written before the checkpoint have changed (SHA-256)"
+    return None
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """Return all rows of a JSON-lines file, in order; none if the file does not exist. A torn last line is left out.
+
+    Raises:
+        ValueError: one line naming the file and the line: a line before the last is no JSON.
+    """
+    rows = []
+    lines = path.read_bytes().splitlines() if path.exists() else []
+    for number, line in enumerate(lines, 1):
+        try:
+            rows.append(json.loads(line))
+        except ValueError:
+            if number < len(lines):
+                raise ValueError(f"{path}: line {number} of {len(lines)} is damaged (no JSON)") from None
     return rows
 
 

@@ -52,12 +52,37 @@ def test_help_answers_at_once_and_loads_nothing_heavy():
         (("run", "scaling", "-p", "distill.weight=2"), "need a run that has a teacher"),
         (("run", "throughput", "-p", "train.tokens=5"), "no parameter 'train.tokens'"),
         (("run", "pr-moe", "--scale", "huge"), "no scale 'huge'; allowed: smoke, cpu, gpu"),
+        (("run", "pr-moe", "-p", "seeds=0"), "pr-moe: seeds must be at least 1, got 0"),
+        (("run", "pr-moe", "-p", 'arms=["foo"]'), "pr-moe: unknown arm 'foo'; allowed: Dense"),
+        (("run", "pr-moe", "-p", "data.corpus=mix6"), "data: unknown corpus 'mix6'; known are 'sotu', 'mix5'"),
+        (("run", "pr-moe", "-p", "data.corpus=folder:/nowhere"), "data: corpus 'folder:/nowhere' is no folder"),
     ],
 )
 def test_bad_input_is_one_line_and_starts_nothing(arguments, part, tmp_path):
     done = moelab(*arguments, env={"MOELAB_HOME": str(tmp_path), "MOELAB_RESULTS": str(tmp_path)})
     assert done.returncode == 2 and part in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1 and not list(tmp_path.iterdir())
+
+
+def test_what_the_system_refuses_is_one_line(tmp_path):
+    (tmp_path / "file").write_text("")
+    for arguments in (("run", "pr-moe", "--scale", "smoke"), ("browse", "--no-serve"), ("status",)):
+        place = str(tmp_path / "file" / "below")
+        done = moelab(*arguments, env={"MOELAB_HOME": place, "MOELAB_RESULTS": place})
+        assert len(done.stderr.strip().splitlines()) <= 1 and "Traceback" not in done.stdout, done.stderr
+        assert (done.returncode == 0) == (not done.stderr), arguments
+
+
+def test_an_error_of_the_system_names_what_and_where(monkeypatch, capsys):
+    from moelab import cli
+
+    def refused() -> None:
+        raise OSError(30, "Read-only file system", "/shared/results")
+
+    monkeypatch.setattr(cli, "app", refused)
+    with pytest.raises(SystemExit) as end:
+        cli.main()
+    assert end.value.code == 1 and capsys.readouterr().err == "moelab: Read-only file system: /shared/results\n"
 
 
 def test_a_benchmark_leaves_numbers_figure_and_provenance(tmp_path):

@@ -251,3 +251,15 @@ def test_hf_without_library_or_network_is_one_line(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(CorpusUnavailable, match=r"pip install 'moelab\[hf\]'"):
         documents("hf:a/b:config", tmp_path, max_documents=1)
+
+
+def test_links_do_not_lead_out_of_a_folder(tmp_path):
+    (tmp_path / "texts").mkdir()
+    (tmp_path / "texts" / "a.txt").write_text("inside")
+    (tmp_path / "texts" / "b.txt").symlink_to("a.txt")
+    config = DataConfig(corpus=f"folder:{tmp_path / 'texts'}")
+    open_corpus(config, tmp_path)
+    (tmp_path / "secret.txt").write_text("outside")
+    (tmp_path / "texts" / "c.txt").symlink_to(tmp_path / "secret.txt")
+    with pytest.raises(ValueError, match=r"c\.txt is a link to .*secret\.txt, outside of .*; copy the file into it"):
+        open_corpus(config, tmp_path)

@@ -220,6 +220,17 @@ def test_a_model_of_others_that_cannot_be_opened_is_one_line(llama, cache):
         open_evaluated(llama, cache=cache)
 
 
+def test_code_beside_a_model_of_others_never_runs(llama, cache, monkeypatch):
+    monkeypatch.setattr("builtins.input", lambda *_: "y")  # who is asked whether to run it says yes
+    record = json.loads((llama / "config.json").read_text())
+    names = {"AutoConfig": "own.Config", "AutoModelForCausalLM": "own.Model"}
+    (llama / "config.json").write_text(json.dumps({**record, "model_type": "own", "auto_map": names}))
+    (llama / "own.py").write_text(f"open({str(llama / 'ran')!r}, 'w').close()\nraise SystemExit('ran')\n")
+    with pytest.raises(ValueError, match="llama: transformers cannot open it") as caught:
+        open_evaluated(llama, cache=cache)
+    assert "\n" not in str(caught.value) and not (llama / "ran").exists()
+
+
 # -- scores --------------------------------------------------------------------------------------------------------------------------
 
 

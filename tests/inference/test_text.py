@@ -1,9 +1,11 @@
 """From a trained run to text, through the library, the notebook's one line and the command."""
 
+import shutil
 import sys
 from dataclasses import replace
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
 from moelab.cli import app
@@ -122,6 +124,22 @@ def test_the_command_on_ranks(trained, tmp_path):
 def test_bad_commands(trained, arguments, message):
     with pytest.raises(ValueError, match=message):
         CliRunner().invoke(app, ["generate", *arguments], catch_exceptions=False)
+
+
+def test_a_damaged_optimizer_keeps_no_weights_from_being_read(trained, home, tmp_path, caplog):
+    """Damaged weights are skipped, and the step that is used instead is named."""
+    run = tmp_path / "run"
+    shutil.copytree(trained.path, run)
+    *_, before, newest = sorted((run / "checkpoints").iterdir())
+    for file in newest.glob("optimizer-*"):
+        file.write_bytes(b"torn")
+    expected = load_run(trained.path).state_dict()
+    found = load_run(run).state_dict()
+    assert all(torch.equal(expected[name], found[name]) for name in expected) and not caplog.records
+    for file in newest.glob("model-*"):
+        file.write_bytes(b"torn")
+    load_run(run)
+    assert f"step {int(before.name[5:])} is used in place of the newest checkpoint" in caplog.text
 
 
 def test_what_cannot_be_opened(trained, home, tmp_path):

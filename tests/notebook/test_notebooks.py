@@ -25,6 +25,13 @@ BODY = [
     """import os
 if fail == "raise":
     raise ValueError("no luck")
+if fail == "runs":
+    from moelab.runs.collection import NoResult, Runs
+    raise NoResult("8 of 8 runs: no space", Runs([]))
+if fail == "places":
+    from moelab import paths
+    paths.checkout = lambda: None
+    print("home", paths.home(), "results", paths.results())
 if fail == "die":
     os.kill(os.getpid(), 9)""",
     """import json
@@ -103,6 +110,22 @@ def test_a_failure_leaves_the_executed_copy_with_the_error_on_top(place, fail, w
     assert any("first [1]" in str(cell.get("outputs", "")) for cell in cells), "what was done is kept"
     assert not (place / "results").exists()
     assert "first [1]" in copy.parent.with_name(f"{copy.parent.name}.log").read_text()
+
+
+def test_failed_runs_are_the_reason_not_the_cell(place):
+    with pytest.raises(notebooks.NotebookFailed, match=r"^8 of 8 runs: no space \(executed copy: "):
+        notebooks.execute(EXPERIMENT, given(fail="runs"), place / "plan.json")
+
+
+def test_the_kernel_of_an_installed_copy_has_the_commands_folders(place, monkeypatch):
+    """Outside a checkout both follow from the current folder, which is another one in the kernel."""
+    monkeypatch.chdir(place)
+    monkeypatch.delenv("MOELAB_HOME")
+    monkeypatch.delenv("MOELAB_RESULTS")
+    monkeypatch.setattr(paths, "checkout", lambda: None)
+    log = io.StringIO()
+    notebooks.execute(EXPERIMENT, given(fail="places"), place / "plan.json", log=log)
+    assert f"home {place / '.moelab'} results {place / 'results'}" in log.getvalue()
 
 
 def _execute(place: str) -> str:

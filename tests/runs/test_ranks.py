@@ -16,6 +16,7 @@ from moelab.engine.launch import Limits, RankFailed
 from moelab.files import read_json
 from moelab.lab import Lab
 from moelab.runs import executors
+from moelab.runs.collection import NoResult
 from moelab.runs.execute import execute
 from moelab.runs.store import Run, RunStore
 from moelab.runs.supervisor import supervise
@@ -104,7 +105,9 @@ def test_a_lab_runs_it_and_reads_it_back(spec, executor):
 @pytest.mark.multiprocess
 def test_the_dead_rank_is_the_status(spec, monkeypatch):
     monkeypatch.setenv("STAND_IN_DIES", "5")
-    runs = Lab().run([spec])
+    with pytest.raises(NoResult, match=r"^1 of 1 runs: rank 1 of 2 .*expert 7 is lost") as error:
+        Lab().run([spec])
+    runs = error.value.runs
     status = runs[0].status
     assert status.state == "failed" and 5 <= status.step <= 7
     assert status.reason.startswith("rank 1 of 2 on ") and "failed with ValueError: expert 7 is lost" in status.reason
@@ -112,7 +115,8 @@ def test_the_dead_rank_is_the_status(spec, monkeypatch):
     with pytest.raises(RankFailed, match="expert 7 is lost"):
         supervise(runs[0], limits=LIMITS)
     monkeypatch.setenv("MOELAB_HANG_S", "long")
-    assert Lab().run([spec])[0].status.reason == "MOELAB_HANG_S must be a number of seconds, got 'long'"
+    with pytest.raises(NoResult, match="MOELAB_HANG_S must be a number of seconds, got 'long'"):
+        Lab().run([spec])
     monkeypatch.delenv("MOELAB_HANG_S")
     monkeypatch.delenv("STAND_IN_DIES")
     assert Lab().run([spec])[0].finished, "and the next try may do better"

@@ -1,14 +1,19 @@
 """Runs passed on without their weights."""
 
+import io
 import json
+import re
+import struct
+import tracemalloc
 import zipfile
 from dataclasses import replace
 
 import pytest
 
+from moelab.cli.runs import import_
 from moelab.experiments import pr_moe
 from moelab.files import write_json
-from moelab.runs import records
+from moelab.runs import preflight, records
 from moelab.runs.collection import Runs
 from moelab.runs.store import RunStore
 
@@ -114,5 +119,87 @@ def test_a_teacher_without_weights_says_what_to_do(finished, tmp_path, monkeypat
     records.read(records.write(finished, tmp_path), theirs)
     student = theirs.run(replace(finished.spec, teacher=finished.spec, distill=DistillConfig()))
     monkeypatch.setenv("MOELAB_HOME", str(tmp_path / "home"))
-    with pytest.raises(ValueError, match="taken over without weights; remove"):
+    with pytest.raises(ValueError, match=r"numbers only, .* to train it here: remove it and run its experiment again"):
         execute(student)
+    with pytest.raises(ValueError, match="numbers only"):
+        preflight.check([student.spec], theirs)
+
+
+def test_what_needs_weights_says_at_once_that_there_are_none(finished, tmp_path, monkeypatch):
+    from moelab.experiments import specialisation, zero_shot
+    from moelab.inference.text import open_text
+
+    taken = records.read(records.write(finished, tmp_path), RunStore(tmp_path / "theirs"))
+    monkeypatch.setenv("MOELAB_HOME", str(tmp_path / "home"))
+    for need in (
+        lambda: open_text(taken.path, cache=tmp_path),
+        lambda: specialisation.measure(Runs([finished, taken])),
+        lambda: zero_shot.measure(Runs([finished, taken]), 1),
+    ):
+        with pytest.raises(ValueError, match=r"numbers only, .* to train it here") as error:
+            need()
+        assert "\n" not in str(error.value) and str(taken.path) in str(error.value)
+    assert not (tmp_path / "home").exists(), "no text was prepared, no other run routed"
+
+
+def test_a_damaged_result_says_what_to_do(finished):
+    (finished.path / "result.json").write_text('{"tokens": 8, "st')
+    with pytest.raises(ValueError, match=r"result.json: not valid JSON .*; remove the file and ask for the run again"):
+        Runs([finished]).final()
+
+
+def test_an_archive_that_lies_about_its_size_is_read_no_further(finished, tmp_path):
+    """Its directory says 10 bytes; what is packed are 256 MiB."""
+    archive = records.write(finished, tmp_path)
+    (tmp_path / "bad").mkdir()
+    bad = rewritten(archive, tmp_path / "bad" / archive.name, lambda c: c)
+    size = (256 << 20) + 77
+    packed = io.BytesIO()
+    with zipfile.ZipFile(bad) as source, zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED) as out:
+        for name in source.namelist():
+            out.writestr(name, bytes(size) if name == "train.jsonl" else source.read(name))
+    bad.write_bytes(packed.getvalue().replace(struct.pack("<L", size), struct.pack("<L", 10)))
+    tracemalloc.start()
+    with pytest.raises(ValueError, match=r"unreadable \(Bad CRC-32"):
+        records.read(bad, RunStore(tmp_path / "theirs"))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 2.5 * records.LARGEST
+
+
+@pytest.mark.parametrize("harm", ["cut", "flipped", "encrypted", "nested", "bzip2", "deep"])
+def test_every_kind_of_bad_archive_is_one_line(harm, finished, tmp_path):
+    archive = records.write(finished, tmp_path)
+    (tmp_path / "bad").mkdir()
+    bad, data = tmp_path / "bad" / archive.name, bytearray(archive.read_bytes())
+    if harm == "cut":
+        bad.write_bytes(data[: len(data) // 2])
+    elif harm == "flipped":
+        data[60] ^= 255
+        bad.write_bytes(data)
+    elif harm == "encrypted":
+        for mark, at in ((b"PK\x03\x04", 6), (b"PK\x01\x02", 8)):
+            data[data.index(mark) + at] |= 1
+        bad.write_bytes(data)
+    elif harm == "nested":
+        with zipfile.ZipFile(bad, "w") as out:
+            out.writestr(archive.name, data)
+    elif harm == "bzip2":
+        with zipfile.ZipFile(archive) as source, zipfile.ZipFile(bad, "w", zipfile.ZIP_BZIP2) as out:
+            for name in source.namelist():
+                out.writestr(name, source.read(name))
+    else:
+        rewritten(archive, bad, lambda c: {**c, "result.json": b"[" * 100_000})
+    with pytest.raises(ValueError, match=re.escape(str(bad))) as error:
+        records.read(bad, RunStore(tmp_path / "theirs"))
+    assert "\n" not in str(error.value) and not (tmp_path / "theirs").exists()
+
+
+def test_a_bad_archive_keeps_no_other_from_being_taken(finished, tmp_path, monkeypatch, capsys):
+    records.write(finished, tmp_path / "zips")
+    (tmp_path / "zips" / "a.zip").write_text("no")
+    monkeypatch.setenv("MOELAB_HOME", str(tmp_path / "home"))
+    with pytest.raises(ValueError, match="1 of 2 archives were not taken over"):
+        import_(tmp_path / "zips")
+    shown = capsys.readouterr()
+    assert "1 runs taken over, 0 were here already" in shown.out and "a.zip: unreadable" in shown.err

@@ -8,13 +8,15 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 
 from moelab.config import ModelConfig, TrainConfig
 from moelab.files import new_directory, read_json, write_text
 from moelab.lab import Lab
+from moelab.runs.collection import NoResult
 from moelab.runs.execute import execute
 from moelab.runs.spec import RunSpec
-from moelab.runs.store import Run, RunStore
+from moelab.runs.store import Run, RunStore, Status
 from moelab.training.metrics import TRAIN, VALIDATION, read_rows
 
 
@@ -80,7 +82,11 @@ def test_a_finished_run_is_read_back(tiny_spec):
 
 def test_one_failing_run_takes_no_other_with_it(tiny_spec):
     bad = replace(tiny_spec, model=replace(tiny_spec.model, vocab=100), label="bad")
-    runs = Lab().run([bad, tiny_spec], executor="processes", workers=2)
+    with pytest.raises(
+        NoResult, match=r"^1 of 2 runs: train: .*embedding only 100 \(bad, seed 0; .*log.txt\)$"
+    ) as error:
+        Lab().run([bad, tiny_spec], executor="processes", workers=2)
+    runs = error.value.runs
     assert [run.finished for run in runs] == [False, True]
     assert runs[0].status.state == "failed" and "embedding only 100" in runs[0].status.reason
     assert "bad, seed 0: failed" in runs.explain_missing() and "embedding only 100" in runs[0].log_tail()
@@ -155,9 +161,74 @@ def test_full_disk_is_told_in_the_status(tiny_spec, tmp_path, monkeypatch):
         raise OSError(28, "No space left on device", str(path))
 
     monkeypatch.setattr(storage, "save_file", full)
-    runs = Lab().run([tiny_spec], executor="inline")
+    with pytest.raises(NoResult, match=r"^1 of 1 runs: No space left on device") as error:
+        Lab().run([tiny_spec], executor="inline")
+    runs = error.value.runs
     assert runs[0].status.state == "failed"
     assert "No space left on device" in runs[0].status.reason and "run again" in runs[0].status.reason
+
+
+def test_an_arm_with_one_result_is_enough_and_reading_asks_for_none(tiny_spec):
+    bad = replace(tiny_spec, model=replace(tiny_spec.model, vocab=100), train=replace(tiny_spec.train, seed=1))
+    runs = Lab().run([tiny_spec, bad], executor="inline")
+    assert [run.finished for run in runs] == [True, False]
+    assert not Lab().run([bad], executor="read").finished
+
+
+def test_a_batch_job_that_reads_goes_on_with_one_arm(tiny_spec, monkeypatch):
+    other = replace(tiny_spec, train=replace(tiny_spec.train, seed=1), label="other")
+    monkeypatch.setenv("MOELAB_EXECUTOR", "read")
+    with pytest.raises(NoResult, match=r"^2 of 2 runs: new"):
+        Lab().run([tiny_spec, other])
+    write_text(RunStore().run(tiny_spec).path / "result.json", "{}")
+    assert [run.finished for run in Lab().run([tiny_spec, other])] == [True, False]
+
+
+def test_the_teachers_failure_is_the_reason(tiny_spec):
+    teacher = replace(tiny_spec, data=replace(tiny_spec.data, corpus="folder:/nowhere"))
+    with pytest.raises(NoResult, match=r"^1 of 1 runs: data: corpus 'folder:/nowhere' is no folder"):
+        Lab().run([student_of(teacher)], executor="inline")
+
+
+def test_a_process_that_died_without_a_status_is_told_by_its_log(tiny_spec, tmp_path):
+    run = RunStore(tmp_path).run(tiny_spec)
+    (run.path / "log.txt").write_text("Traceback\nMemoryError: no memory\n")
+    assert run.why_missing() == "MemoryError: no memory"
+
+
+def test_reading_a_read_only_store_writes_nothing(tiny_spec, tmp_path, monkeypatch):
+    run = RunStore(tmp_path).run(tiny_spec)
+    run.set_status(Status("running", 3, 24))
+    write_text(run.path / "run.lock", "")
+    before = {path: path.stat().st_mtime_ns for path in [run.path, *run.path.iterdir()]}
+
+    def refused(*arguments, **options):
+        raise OSError(30, "Read-only file system", str(tmp_path))
+
+    monkeypatch.setattr("moelab.files.write_bytes", refused)
+    monkeypatch.setattr(FileLock, "acquire", refused)
+    assert run.status.state == "stopped" and not run.locked
+    assert Lab(RunStore(tmp_path)).run([tiny_spec, replace(tiny_spec, label="x")], executor="read").missing
+    unknown = replace(tiny_spec, train=replace(tiny_spec.train, seed=9))
+    assert Lab(RunStore(tmp_path)).run([unknown], executor="read")[0].status.state == "new"
+    assert {path: path.stat().st_mtime_ns for path in [run.path, *run.path.iterdir()]} == before
+
+
+def test_who_waits_for_a_run_says_for_whom(tiny_spec, tmp_path, capsys):
+    run = RunStore(tmp_path).run(tiny_spec)
+    write_text(run.path / "holder.json", '{"host": "node7", "process": 41, "since": "2026-01-01T00:00:00Z"}')
+    asked = iter([False, True])
+    with run.lock(), pytest.raises(KeyboardInterrupt, match="while another process trains"):
+        assert run.locked
+        execute(run, should_stop=lambda: next(asked))
+    out = capsys.readouterr().out
+    assert out.count("waits for process 41 on node7, which trains it since 2026-01-01T00:00:00Z; if it is gone") == 1
+
+
+def test_who_trains_is_on_record(tiny_spec, tmp_path):
+    run = RunStore(tmp_path).run(tiny_spec)
+    execute(run)
+    assert read_json(run.path / "holder.json")["process"] == os.getpid()
 
 
 def test_a_directory_appears_whole_or_not_at_all(tmp_path):

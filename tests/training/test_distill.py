@@ -166,7 +166,7 @@ def test_a_cache_of_another_shape_is_not_used(tmp_path):
 
 
 def test_a_teacher_without_checkpoint_is_one_line(tiny_model, tiny_train, data, tmp_path):
-    with pytest.raises(ValueError, match="has no checkpoint"):
+    with pytest.raises(ValueError, match="no checkpoint yet"):
         train(tiny_model, tiny_train, data, 32, tmp_path, teacher=Teacher(tiny_model, tmp_path / "no", DistillConfig()))
 
 

@@ -1,4 +1,5 @@
 import math
+import os
 from dataclasses import replace
 
 import pytest
@@ -209,3 +210,65 @@ def test_metrics_drop_a_torn_line_and_what_lies_after_the_checkpoint(tmp_path):
     (tmp_path / TRAIN).write_text('{"step": 1}\n{"step": 2}\n{"step": 3}\n{"st')
     Metrics(tmp_path, resume_step=2).write(TRAIN, {"step": 3, "again": True})
     assert read_rows(tmp_path / TRAIN) == [{"step": 1}, {"step": 2}, {"step": 3, "again": True}]
+
+
+def cut_at_12(tiny_model, tiny_train, data, run_dir):
+    """A run stopped at step 12, with checkpoints of steps 10 and 12."""
+    with pytest.raises(TrainingStopped):
+        train(tiny_model, tiny_train, data, 32, run_dir, should_stop=stop_at(12))
+
+
+def tear(file, number):
+    lines = file.read_text().splitlines(keepends=True)
+    lines[number] = lines[number][: len(lines[number]) // 2] + "\n"
+    file.write_text("".join(lines))
+
+
+def test_metrics_lost_before_the_newest_checkpoint_are_trained_again(tiny_model, tiny_train, data, tmp_path, caplog):
+    train(tiny_model, tiny_train, data, 32, tmp_path / "whole")
+    cut_at_12(tiny_model, tiny_train, data, tmp_path / "cut")
+    tear(tmp_path / "cut" / TRAIN, -1)  # the row of step 12; step 10's checkpoint does not count on it
+    train(tiny_model, tiny_train, data, 32, tmp_path / "cut")
+    assert "step-00000012" in caplog.text and "written before the checkpoint" in caplog.text
+    assert_same_run(tmp_path / "whole", tmp_path / "cut")
+
+
+@pytest.mark.parametrize("file", [TRAIN, VALIDATION])
+@pytest.mark.parametrize("harm", [lambda path: tear(path, 0), lambda path: path.unlink()], ids=["torn", "deleted"])
+@pytest.mark.parametrize("earlier", [False, True], ids=["recorded", "earlier version"])
+def test_metrics_lost_before_every_checkpoint_are_one_line(
+    file, harm, earlier, tiny_model, tiny_train, data, tmp_path, monkeypatch
+):
+    if earlier:
+        monkeypatch.setattr(Metrics, "state", lambda self: None)
+    cut_at_12(tiny_model, tiny_train, data, tmp_path)
+    harm(tmp_path / file)
+    if earlier and file == TRAIN and not (tmp_path / file).exists():
+        return  # such a checkpoint does not say that there were rows
+    before = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
+    with pytest.raises(ValueError, match=f"no checkpoint with whole metrics: .*{file}.*to train again") as error:
+        train(tiny_model, tiny_train, data, 32, tmp_path)
+    assert "\n" not in str(error.value)
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == before
+
+
+def test_a_checkpoint_of_an_earlier_version_resumes(tiny_model, tiny_train, data, tmp_path, monkeypatch):
+    train(tiny_model, tiny_train, data, 32, tmp_path / "whole")
+    with monkeypatch.context() as patch:
+        patch.setattr(Metrics, "state", lambda self: None)
+        cut_at_12(tiny_model, tiny_train, data, tmp_path / "cut")
+    train(tiny_model, tiny_train, data, 32, tmp_path / "cut")
+    assert_same_run(tmp_path / "whole", tmp_path / "cut")
+
+
+def test_metrics_are_on_disk_before_the_checkpoint(tmp_path, monkeypatch):
+    synced = []
+    real = os.fsync
+    monkeypatch.setattr(
+        os, "fsync", lambda handle: (synced.append(os.readlink(f"/proc/self/fd/{handle}")), real(handle))
+    )
+    metrics = Metrics(tmp_path, resume_step=-1)
+    metrics.write(TRAIN, {"step": 1})
+    synced.clear()
+    assert metrics.state()[TRAIN]["bytes"] == len((tmp_path / TRAIN).read_bytes())
+    assert {str(tmp_path / TRAIN), str(tmp_path / VALIDATION)} <= set(synced)

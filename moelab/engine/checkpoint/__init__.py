@@ -3,7 +3,7 @@
 All ranks write it together, in the background.
 
     saving     `Writer`: copies this rank's shards and writes them in a thread
-    loading    `latest`, `load`, `load_model`: find the newest complete checkpoint, read the parts that a layout needs
+    loading    `latest`, `weights_of`, `load`, `load_model`: find a complete checkpoint, read what a layout needs
     shards     which shards of which tensors a rank has
     format     the files of a checkpoint: names, index, SHA-256
     storage    writes these files together with the other ranks, and reads parts of them
@@ -22,7 +22,17 @@ checkpoint is reported and all ranks use the one before it. All ranks must see t
 """
 
 from moelab.engine.checkpoint.format import CheckpointError
-from moelab.engine.checkpoint.loading import Checkpoint, latest, load, load_model
+from moelab.engine.checkpoint.loading import Checkpoint, Refused, latest, load, load_model, weights_of, why_no_weights
 from moelab.engine.checkpoint.saving import Writer
 
-__all__ = ["Checkpoint", "CheckpointError", "Writer", "latest", "load", "load_model"]
+__all__ = [
+    "Checkpoint",
+    "CheckpointError",
+    "Refused",
+    "Writer",
+    "latest",
+    "load",
+    "load_model",
+    "weights_of",
+    "why_no_weights",
+]

@@ -30,21 +30,70 @@ class Checkpoint:
     state: dict[str, Any]
 
 
-def latest(directory: Path) -> Checkpoint | None:
+class Refused(CheckpointError):
+    """Report that no complete checkpoint suits the caller."""
+
+
+def latest(
+    directory: Path,
+    objection: Callable[[dict[str, Any]], str | None] = lambda state: None,
+    *,
+    only_weights: bool = False,
+) -> Checkpoint | None:
     """Return the newest checkpoint whose files are complete and unchanged, or None.
 
     Broken checkpoints are named in a warning and skipped. Every rank calls this and gets the same answer; each checks
     some of the files.
+
+    Args:
+        directory: folder of the checkpoints.
+        objection: called on rank 0 with the caller's state; returns one line if a complete checkpoint cannot be used,
+            which is then skipped.
+        only_weights: whether the optimizer's files may be broken.
+
+    Raises:
+        Refused: there are complete checkpoints, and `objection` returned a line for each; has that of the newest.
     """
     world = Group.world()
     names = broadcast_json([path.name for path in directories(directory)] if world.index == 0 else None)
+    refused = None
     for name in reversed(names):
         try:
-            return _verify(directory / name, world)
+            found = _verify(directory / name, world, only_weights)
+            if why := broadcast_json(objection(found.state) if world.index == 0 else None):
+                raise Refused(f"{found.path}: {why}")
+            if name != names[-1] and world.index == 0:
+                log.warning("step %d is used in place of the newest checkpoint: %s", found.step, found.path)
+            return found
         except CheckpointError as error:
+            if isinstance(error, Refused):
+                refused = refused or error
             if world.index == 0:
                 log.warning("checkpoint skipped: %s", error)
+    if refused is not None:
+        raise refused
     return None
+
+
+def weights_of(run_dir: Path) -> Checkpoint:
+    """Return a run's newest checkpoint whose weights are complete, for all uses but training; called on every rank.
+
+    Raises:
+        ValueError: one line: there are no weights, and what helps.
+    """
+    found = latest(run_dir / "checkpoints", only_weights=True)
+    if found is None:
+        raise ValueError(why_no_weights(run_dir))
+    return found
+
+
+def why_no_weights(run_dir: Path) -> str:
+    """Return in one line why a run's directory has no checkpoint to use, and what helps."""
+    if directories(run_dir / "checkpoints"):
+        return f"{run_dir}: none of its checkpoints is whole; remove it and run its experiment again"
+    if (run_dir / "result.json").exists():
+        return f"{run_dir}: numbers only, no weights; to train it here: remove it and run its experiment again"
+    return f"{run_dir}: no checkpoint yet; train the run first"
 
 
 def load_model(checkpoint: Checkpoint, model: nn.Module, placements: Placements = None) -> None:
@@ -99,8 +148,8 @@ def _model_pieces(path: Path, index: dict[str, Any], model: nn.Module, placement
     return [piece for name, (p, placement) in wanted.items() for piece in shards.pieces(f"model/{name}", p, placement)]
 
 
-def _verify(path: Path, world: Group) -> Checkpoint:
-    """Check that all files of a checkpoint are as written.
+def _verify(path: Path, world: Group, only_weights: bool) -> Checkpoint:
+    """Check that the files of a checkpoint, or those that the weights need, are as written.
 
     Raises:
         CheckpointError: they are not; every rank raises the same error.
@@ -109,7 +158,8 @@ def _verify(path: Path, world: Group) -> Checkpoint:
     if "error" in record:
         raise CheckpointError(record["error"])
     found: dict[str, Any] = {}
-    for file, expected in sorted(record["sha256"].items())[world.index :: world.size]:
+    files = sorted(f for f in record["sha256"].items() if not (only_weights and f[0].startswith("optimizer-")))
+    for file, expected in files[world.index :: world.size]:
         found = found or _or_error(verify, path, file, expected) or {}
     for answer in all_gather_json(found):
         if "error" in answer:

@@ -1,0 +1,112 @@
+"""Look before a batch begins whether its runs can be trained here: devices, texts, folders, free space."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from moelab import environment, paths
+from moelab.runs.spec import RunSpec
+from moelab.runs.store import Run, RunStore
+
+MOMENTS_AND_WEIGHT = 12
+"""Bytes that a checkpoint takes for a parameter: fp32 weight and AdamW's two moments."""
+
+ROOM = 64 << 20
+"""Bytes for everything else: metrics, logs, the executed notebook."""
+
+
+def check(specs: Sequence[RunSpec], store: RunStore | None = None, *, device: str = "cpu") -> None:
+    """Check what can be known before any work; takes a moment and writes nothing.
+
+    Finished runs need nothing but the folders. Runs that a cluster trains are not checked for devices here.
+
+    Args:
+        device: that the notebook itself measures on.
+
+    Raises:
+        ValueError: one line: what is missing, where, and what helps.
+    """
+    store = store or RunStore()
+    executor = environment.EXECUTOR.get() or "processes"
+    wanted = {s.id: s for spec in specs for s in (*spec.requires(), spec)}
+    waiting = [spec for spec in wanted.values() if not Run(spec, store.root / spec.id).finished]
+    todo = waiting if executor in ("processes", "inline") else []
+    for name, variable, folder in (
+        ("home", environment.HOME.name, paths.home()),
+        ("results", environment.RESULTS.name, paths.results()),
+    ):
+        _check_writable(name, variable, folder)
+    _check_devices(todo, device)
+    for teacher in {s.teacher.id: s.teacher for s in todo if s.teacher}.values():
+        if (run := Run(teacher, store.root / teacher.id)).finished:
+            run.require_weights()
+    _check_texts(waiting)
+    _check_space(todo, store)
+
+
+def _check_writable(name: str, variable: str, folder: Path) -> None:
+    there = existing(folder)
+    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+        why = "is not writable" if there.is_dir() else "is not a folder"
+        raise ValueError(f"{name} folder {folder}: {there} {why}; {variable} names another")
+
+
+def _check_devices(specs: Sequence[RunSpec], device: str) -> None:
+    needed = max((spec.parallel.ranks for spec in specs if spec.train.device == "cuda"), default=int(device == "cuda"))
+    if not needed:
+        return
+    import torch
+
+    from moelab.engine.launch.launcher import in_allocation
+
+    if not (count := torch.cuda.device_count()) or not torch.cuda.is_available():
+        raise ValueError(
+            "no CUDA device is available here; scales smoke and cpu need none, `moelab submit` asks a cluster"
+        )
+    if needed > count and not in_allocation(os.environ):
+        raise ValueError(
+            f"a run on {needed} ranks needs as many CUDA devices, {count} here; `moelab submit` asks a cluster"
+        )
+
+
+def _check_texts(specs: Iterable[RunSpec]) -> None:
+    from moelab.data import CorpusUnavailable
+    from moelab.data.corpus import open_corpus
+    from moelab.data.tokenizer import bpe_vocabulary
+
+    for config in {repr(spec.data): spec.data for spec in specs}.values():
+        try:
+            open_corpus(config, paths.home() / "data")
+        except CorpusUnavailable as error:
+            raise ValueError(str(error)) from None
+    for spec in specs:
+        entries = bpe_vocabulary(spec.data.tokenizer) or 50_257  # of GPT-2
+        if entries > spec.model.vocab:
+            raise ValueError(
+                f"{spec.title}: tokenizer {spec.data.tokenizer} has {entries} entries, the model's embedding only "
+                f"{spec.model.vocab} (data.tokenizer, model.vocab)"
+            )
+
+
+def _check_space(specs: Sequence[RunSpec], store: RunStore) -> None:
+    needed = ROOM + sum(_checkpoint_bytes(spec) for spec in specs)
+    for name, folder, size in (("home", store.root, needed), ("results", paths.results(), ROOM)):
+        if (free := shutil.disk_usage(existing(folder)).free) < size:
+            raise ValueError(
+                f"{name} folder {folder}: {free / 2**30:.2f} GiB free, {size / 2**30:.2f} GiB needed"
+                + (f" for the checkpoints of {len(specs)} runs" if size > ROOM else "")
+            )
+
+
+def _checkpoint_bytes(spec: RunSpec) -> int:
+    """Return what the checkpoints that stay take: one at the end, and the one before it."""
+    steps, every = spec.train.steps(spec.data.context), spec.train.checkpoint_every
+    return spec.model.parameters() * MOMENTS_AND_WEIGHT * (2 if 0 < every < steps else 1)
+
+
+def existing(folder: Path) -> Path:
+    """Return the folder, or the nearest one above it that exists."""
+    return folder if folder.exists() or folder == folder.parent else existing(folder.parent)

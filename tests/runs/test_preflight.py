@@ -1,0 +1,100 @@
+"""What a batch is refused for before it begins."""
+
+import os
+import shutil
+import time
+from collections import namedtuple
+from dataclasses import replace
+
+import pytest
+import torch
+
+from moelab.experiments import EXPERIMENTS
+from moelab.runs import preflight
+from moelab.runs.store import RunStore
+
+
+@pytest.fixture(autouse=True)
+def home(tmp_path, monkeypatch):
+    monkeypatch.setenv("MOELAB_HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("MOELAB_RESULTS", str(tmp_path / "results"))
+    return tmp_path / "home"
+
+
+def on_cuda(spec, ranks=1):
+    parallel = replace(spec.parallel, data=ranks)
+    return replace(spec, train=replace(spec.train, device="cuda"), parallel=parallel)
+
+
+def test_what_can_be_trained_passes_at_once_and_writes_nothing(tiny_spec, tmp_path):
+    before = time.thread_time()
+    preflight.check([tiny_spec])
+    assert time.thread_time() - before < 1 and not list(tmp_path.iterdir())
+
+
+def test_a_missing_device_is_refused(tiny_spec, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    for arguments in ({"specs": [on_cuda(tiny_spec)]}, {"specs": [], "device": "cuda"}):
+        with pytest.raises(ValueError, match="no CUDA device is available here"):
+            preflight.check(**arguments)
+    preflight.check(EXPERIMENTS["pr-moe"].specs("smoke"))
+
+
+def test_more_ranks_than_devices_are_refused(tiny_spec, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.delenv("SLURM_JOB_ID", raising=False)
+    spec = replace(tiny_spec, train=replace(tiny_spec.train, micro_batch=1))
+    preflight.check([on_cuda(spec)])
+    with pytest.raises(ValueError, match="a run on 4 ranks needs as many CUDA devices, 1 here"):
+        preflight.check([on_cuda(spec, ranks=4)])
+    preflight.check([replace(spec, parallel=replace(spec.parallel, data=4))])
+
+
+def test_a_finished_run_and_one_that_a_cluster_trains_need_no_device(tiny_spec, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    spec = on_cuda(tiny_spec)
+    monkeypatch.setenv("MOELAB_EXECUTOR", "slurm")
+    preflight.check([spec])
+    monkeypatch.delenv("MOELAB_EXECUTOR")
+    (RunStore().run(spec).path / "result.json").write_text("{}")
+    preflight.check([spec])
+
+
+@pytest.mark.parametrize(
+    ("change", "part"),
+    [
+        ({"corpus": "mix6"}, "unknown corpus 'mix6'"),
+        ({"corpus": "folder:/nowhere"}, "'folder:/nowhere' is no folder"),
+        ({"tokenizer": "words"}, "unknown tokenizer 'words'"),
+        ({"tokenizer": "bpe-4096"}, "tiny: tokenizer bpe-4096 has 4096 entries, the model's embedding only 320"),
+        ({"tokenizer": "gpt2"}, "tokenizer gpt2 has 50257 entries"),
+    ],
+)
+def test_texts_that_do_not_work_are_refused(change, part, tiny_spec):
+    with pytest.raises(ValueError, match=part):
+        preflight.check([replace(tiny_spec, data=replace(tiny_spec.data, **change))])
+
+
+@pytest.mark.parametrize("variable", ["MOELAB_HOME", "MOELAB_RESULTS"])
+def test_folders_that_cannot_be_written_are_refused(variable, tiny_spec, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv(variable, str(tmp_path / "file" / "below"))
+    with pytest.raises(ValueError, match=f"file is not a folder; {variable} names another"):
+        preflight.check([tiny_spec])
+    monkeypatch.setenv(variable, str(tmp_path / "locked"))
+    (tmp_path / "locked").mkdir()
+    real = os.access
+    monkeypatch.setattr(os, "access", lambda path, mode: path != tmp_path / "locked" and real(path, mode))
+    with pytest.raises(ValueError, match=f"locked is not writable; {variable} names another"):
+        preflight.check([tiny_spec])
+
+
+def test_a_disk_without_room_for_the_checkpoints_is_refused(tiny_spec, monkeypatch):
+    needed = preflight.ROOM + 2 * 12 * tiny_spec.model.parameters()
+    usage = namedtuple("usage", "free")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(needed))
+    preflight.check([tiny_spec])
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(needed - 1))
+    with pytest.raises(ValueError, match=r"GiB free, .* GiB needed for the checkpoints of 1 runs"):
+        preflight.check([tiny_spec])
