@@ -22,7 +22,7 @@ from moelab import paper
 from moelab.config import ModelConfig, RoutingConfig
 from moelab.experiments import comparison
 from moelab.experiments.base import Experiment, Scale
-from moelab.paper.verdicts import Verdict, judge
+from moelab.paper.verdicts import Verdict, judge, judge_timing
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -67,20 +67,23 @@ def speed_ratios(speeds: Mapping[str, Sequence[float]]) -> tuple[pd.DataFrame, p
     return long.assign(ratio=long["tokens_per_s"] / long["seed"].map(base)), ratios
 
 
-def verdicts(final: pd.DataFrame, speed_ratios: Sequence[float], scale: str) -> list[Verdict]:
-    """Judge the four claims: loss on the twins, speed as measured, volume and FLOPs by counting at the paper's size.
+def verdicts(final: pd.DataFrame, sessions: Mapping[int, Sequence[Sequence[float]]], scale: str) -> list[Verdict]:
+    """Judge the claims: loss on the twins, speed as measured, volume and FLOPs by counting at the paper's size.
+
+    Equality in loss is measured by what Top-2 gains over top-1.
 
     Args:
-        speed_ratios: training speed of Residual-MoE-32 over Top2-MoE-32, round by round.
+        sessions: ranks -> per timing session, the training speed of Residual-MoE-32 over Top2-MoE-32 round by round.
     """
+    ranks = {"residual-faster-than-top2": 1, **{f"residual-faster-than-top2-{n}-ranks": n for n in (2, 4)}}
     judged = []
     for claim in paper.claims("top2-vs-residual"):
         left, right = (ModelConfig.parse(side) for side in (claim.left, claim.right))
-        if claim.id == "residual-faster-than-top2":
-            note = (
-                "Twins on one rank: no all-to-all, whose volume is what the paper's gain comes from. Rounds, not seeds."
-            )
-            judged.append(judge(claim, speed_ratios, note=note, scale=scale))
+        if claim.id in ranks:
+            note = "Twins on one rank: no all-to-all, whose volume is what the paper's gain comes from."
+            if ranks[claim.id] > 1:
+                note = f"Twins on {ranks[claim.id]} ranks of one machine, which has no network."
+            judged.append(judge_timing(claim, sessions.get(ranks[claim.id], []), note=note, scale=scale))
         elif claim.id == "residual-halves-exchange":
             ratio = exchanged_slots(left, 8192) / exchanged_slots(right, 8192)
             judged.append(
@@ -89,7 +92,7 @@ def verdicts(final: pd.DataFrame, speed_ratios: Sequence[float], scale: str) -> 
         elif claim.id == "top2-flops-33pct":
             judged.append(judge(claim, [layer_flops(left) / layer_flops(right)], exact=True, note="Counted."))
         else:
-            judged.append(comparison.judge_loss(claim, final, ARMS, scale))
+            judged.append(comparison.judge_loss(claim, final, ARMS, scale, ("Top2-MoE-32", "MoE-32")))
     return judged
 
 
