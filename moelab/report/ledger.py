@@ -171,12 +171,15 @@ def entries(summaries: Iterable[tuple[str, Summary]]) -> list[Entry]:
 
 
 def distinct(entries: Sequence[Entry]) -> list[Entry]:
-    """Return one entry a claim: of rows that share it the one that the others name, else the first that is judged."""
+    """Return one entry a claim; of rows that share it the first that is judged, else that has a value.
+
+    The row that the others name comes first.
+    """
     shared: dict[str, list[Entry]] = {}
     for entry in entries:
         shared.setdefault(entry.same_as or entry.claim, []).append(entry)
     groups = [sorted(group, key=lambda entry: entry.same_as != "") for group in shared.values()]
-    return [next((e for e in group if e.deciding and e.deciding.judged), group[0]) for group in groups]
+    return [min(group, key=lambda e: (not (e.deciding and e.deciding.judged), e.kind == OPEN)) for group in groups]
 
 
 def counts(entries: Sequence[Entry]) -> dict[str, dict[str, int]]:

@@ -226,6 +226,17 @@ def test_claims_of_top2():
     assert found["residual-equals-top2"].verdict == claims.CANNOT_TELL
 
 
+def test_speed_on_ranks_is_measured_in_sessions_of_new_processes():
+    specs = top2_vs_residual.EXPERIMENT.specs("smoke")
+    measured = top2_vs_residual.sessions(specs, 2, 2, 1, 2)
+    assert [len(rounds) for rounds in measured] == [2, 2]
+    ratios = [ratio for rounds in measured for ratio in rounds]
+    assert all(0.01 < ratio < 100 for ratio in ratios) and len(set(ratios)) == 4
+    table = top2_vs_residual.sessions_table({2: measured})
+    assert list(table["ranks"]) == [2, 2] and (table["least"] <= table["median"]).all()
+    assert top2_vs_residual.sessions(specs[:2], 2, 2, 1, 2) == [], "an arm is missing"
+
+
 def test_a_student_is_held_against_its_teacher_only_where_the_teacher_is_the_better_model():
     def judged(alone):
         losses = {"Teacher": [5.0, 5.001], "L21 alone": alone, "L21 + staged KD": [5.001, 5.0]}

@@ -113,6 +113,24 @@ def test_kinds_are_counted_apart_and_a_shared_claim_once(tmp_path):
     assert sum(n for of in found.values() for n in of.values()) == len(paper.claims()) - len(shared)
 
 
+def test_of_rows_that_share_a_claim_the_named_one_counts_if_it_is_judged(tmp_path):
+    from moelab.paper.verdicts import judge_timing
+
+    ids = [f"residual-faster-than-top2{end}" for end in ("-4-ranks", "", "-2-ranks")]
+
+    def counted():
+        return [e for e in ledger.distinct(ledger.ledger(tmp_path)) if e.claim in ids]
+
+    assert [e.claim for e in counted()] == ids[:1] and counted()[0].verdict == ledger.NOT_YET
+    sessions = {1: [[1.2, 1.3]], 2: [[1.2], [1.21]], 4: [[0.8], [0.81]]}
+    for number, (id, ranks) in enumerate(((ids[1], 1), (ids[2], 2), (ids[0], 4))):
+        verdict = judge_timing(paper.claim(id), sessions[ranks])
+        publish(tmp_path, "top2-vs-residual", "cpu", f"2026-01-0{number + 1}", [verdict])
+        (entry,) = counted()
+        assert (entry.claim, entry.verdict) == (id, verdict.verdict)
+    assert entry.verdict == claims.NOT_REPRODUCED
+
+
 def test_the_measured_verdicts_together(tmp_path):
     clear, weak = judge(ORDER, [-0.1, -0.11, -0.12]), judge(paper.claim("pyramid-shrinks-gap"), [-0.1, -0.14, -0.07])
     open_ = judge(paper.claim("residual-shrinks-gap"), [-0.1, 0.1, 0.0])
