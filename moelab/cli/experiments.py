@@ -70,23 +70,28 @@ def claims(
     as_json: Annotated[bool, typer.Option("--json", help="all of it, as JSON")] = False,
 ) -> None:
     """Every claim of the paper, ours beside the paper's value, and a verdict; computed from the published results."""
+    import dataclasses
     import json
 
     from moelab import paths, terminal
-    from moelab.report.ledger import counts, entries, table
+    from moelab.report.ledger import counts, distinct, entries, family, table
     from moelab.report.summary import read_all
 
     summaries, unreadable = read_all(paths.results())
     for line in unreadable:
         print(f"not readable: {line}", file=sys.stderr)
     ledger = entries(summaries)
+    counted, together = counts(ledger), family(ledger)
     if as_json:
-        print(json.dumps([entry.to_json() for entry in ledger], indent=2))
+        found = {"claims": [e.to_json() for e in ledger], "counts": counted, "family": dataclasses.asdict(together)}
+        print(json.dumps(found, indent=2))
         return
     console = terminal.console()
     console.print(table(ledger, console.width))
-    totals = ", ".join(f"{n} {verdict}" for verdict, n in counts(ledger).items())
-    console.print(f"{len(ledger)} claims: {totals}", markup=False)
+    console.print(f"{len(distinct(ledger))} claims in {len(ledger)} rows", markup=False)
+    for kind, verdicts in counted.items():
+        console.print(f"{kind}: {', '.join(f'{n} {verdict}' for verdict, n in verdicts.items())}", markup=False)
+    console.print(str(together), markup=False)
 
 
 def register(app: typer.Typer) -> None:

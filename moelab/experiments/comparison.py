@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from moelab import paper
 from moelab.config import ModelConfig
-from moelab.paper.verdicts import Verdict, judge
+from moelab.paper.verdicts import Gain, Verdict, judge
 from moelab.runs.spec import RunSpec
 from moelab.statistics import interval
 
@@ -44,24 +44,43 @@ def gaps(final: pd.DataFrame, reference: str) -> pd.DataFrame:
     return there.assign(gap=there["validation_loss"] - there["seed"].map(base))[["arm", "seed", "gap"]]
 
 
-def judge_losses(experiment: str, final: pd.DataFrame, arms: Mapping[str, str], scale: str) -> list[Verdict]:
-    """Judge the claims about final validation losses and total parameters; others are returned as not tested.
+def judge_losses(
+    experiment: str,
+    final: pd.DataFrame,
+    arms: Mapping[str, str],
+    scale: str,
+    gains: Mapping[str, tuple[str, str]] | None = None,
+) -> list[Verdict]:
+    """Judge the claims about final validation losses and total parameters; the others are not tested.
 
     Args:
         experiment: of `paper.claims`.
         arms: arm -> the paper's name of its run (a model, or with +KD, +MoS).
+        gains: id of an equality -> (better, worse): the arms whose difference is the gain that it is measured by.
     """
-    return [judge_loss(claim, final, arms, scale) for claim in paper.claims(experiment)]
+    return [judge_loss(claim, final, arms, scale, (gains or {}).get(claim.id)) for claim in paper.claims(experiment)]
 
 
-def judge_loss(claim: paper.Claim, final: pd.DataFrame, arms: Mapping[str, str], scale: str) -> Verdict:
-    """Judge one claim; see `judge_losses`."""
+def judge_loss(
+    claim: paper.Claim,
+    final: pd.DataFrame,
+    arms: Mapping[str, str],
+    scale: str,
+    gain: tuple[str, str] | None = None,
+) -> Verdict:
+    """Judge one claim, see `judge_losses`."""
     if claim.quantity == "total parameters":
         return judge(claim, [size_ratio(claim.left, claim.right)], exact=True, note="Arithmetic at the paper's size.")
     sides = [next((arm for arm, name in arms.items() if name == side), "") for side in (claim.left, claim.right)]
-    if claim.quantity == "final validation loss" and all(sides):
-        return judge(claim, paired(final, *sides), note=TWINS, scale=scale)
-    return judge(claim, [], scale=scale)
+    if claim.quantity != "final validation loss" or not all(sides):
+        return judge(claim, [], scale=scale)
+    values = paired(final, *sides)
+    if not values or not gain or not paired(final, *gain):
+        return judge(claim, values, note=TWINS, scale=scale)
+    table = by_arm(final).dropna(subset=[*sides, *gain])
+    values = list(table[sides[0]] - table[sides[1]])
+    gained = Gain(f"{gain[0]} over {gain[1]}", list(table[gain[1]] - table[gain[0]]))
+    return judge(claim, values, gain=gained, note=TWINS, scale=scale)
 
 
 def size_ratio(left: str, right: str) -> float:

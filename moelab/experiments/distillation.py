@@ -118,7 +118,10 @@ def late_training(curves: pd.DataFrame, training: pd.DataFrame) -> pd.DataFrame:
 
 
 def verdicts(final: pd.DataFrame, curves: pd.DataFrame, scale: str, base: str = "350M") -> list[Verdict]:
-    """Judge the claims on distillation throughout and staged, for the runs of one base."""
+    """Judge the claims on distillation throughout and staged, for the runs of one base.
+
+    Equality with the teacher is measured by what the teacher gains over the student alone.
+    """
     arms = names(base)
     judged = []
     for claim in paper.claims("distillation"):
@@ -127,7 +130,7 @@ def verdicts(final: pd.DataFrame, curves: pd.DataFrame, scale: str, base: str = 
             note = "Mean over the evaluations of the first half of training; twins, paired by seed."
             judged.append(judge(claim, values, note=note, scale=scale))
         else:
-            judged.append(comparison.judge_loss(claim, final, arms, scale))
+            judged.append(comparison.judge_loss(claim, final, arms, scale, ("Teacher", "L21 alone")))
     return judged
 
 

@@ -21,9 +21,10 @@ from typing import TYPE_CHECKING
 
 from moelab import paper
 from moelab.config import ModelConfig
+from moelab.config.parallel import ParallelConfig
 from moelab.experiments import comparison
 from moelab.experiments.base import Experiment, Scale
-from moelab.paper.verdicts import Verdict
+from moelab.paper.verdicts import Verdict, judge_simulated
 from moelab.runs.spec import RunSpec
 
 if TYPE_CHECKING:
@@ -99,8 +100,44 @@ def paper_gaps() -> dict[str, tuple[float, float, float]]:
 
 
 def verdicts(final: pd.DataFrame, scale: str = "cpu") -> list[Verdict]:
-    """Judge the paper's claims on this ablation on `Runs.final()`; sizes follow from the paper's own models."""
-    return comparison.judge_losses("pr-moe", final, _OF_THE_PAPER, scale)
+    """Judge the paper's claims on this ablation on `Runs.final()`; sizes follow from the paper's own models.
+
+    Memory is simulated, and equality with MoE-128 is measured by what MoE-128 gains over the dense base.
+    """
+    gains = {"pr-moe-matches-moe128": ("MoE-128", "Dense")}
+    judged = comparison.judge_losses("pr-moe", final, _OF_THE_PAPER, scale, gains)
+    return [_memory() if verdict.claim == "pr-moe-training-memory" else verdict for verdict in judged]
+
+
+def memory_ratios() -> dict[int, float]:
+    """Return the simulated memory of PR-MoE's training state on a GPU over MoE-128's, by number of GPUs.
+
+    The state is weights, gradients and optimizer; numbers of GPUs on which one of the models does not fit are left out.
+    """
+    from moelab.simulate import bars
+    from moelab.simulate.step import STATE_BYTES, training
+
+    ratios = {}
+    for gpus in (4, 8, 16, 32, 64, 128):
+        pair = [
+            training(MODELS[arm], ParallelConfig(data=gpus), bars.CLUSTER, batch=gpus)
+            for arm in ("PR-MoE-32/64", "MoE-128")
+        ]
+        held = [sum(one.memory_gib[part] for part in STATE_BYTES) for one in pair]
+        if all(one.fits for one in pair):
+            ratios[gpus] = held[0] / held[1]
+    return ratios
+
+
+def _memory() -> Verdict:
+    """Judge the claim on training memory where the ratio is best: the paper says "up to"."""
+    ratios = memory_ratios()
+    best, most = min(ratios, key=ratios.__getitem__), max(ratios)
+    note = (
+        f"State on one of {best} A100, the best ratio; "
+        f"on {most} it is {ratios[most]:.2f}: fewer experts have more replicas."
+    )
+    return judge_simulated(paper.claim("pr-moe-training-memory"), ratios[best], note=note)
 
 
 def moe_headline(final: pd.DataFrame) -> str:

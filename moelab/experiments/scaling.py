@@ -168,11 +168,15 @@ def _at(curve: pd.DataFrame, flops: float) -> float:
 
 
 def verdicts(final: pd.DataFrame, scale: str) -> list[Verdict]:
-    """Judge the claims of Fig 1; those on the larger dense model only at the paper's budget, else they are shown."""
+    """Judge the claims of Fig 1; those on the larger dense model only at the paper's budget, else they are shown.
+
+    Equality with the larger model is measured by what the MoE gains over its own base.
+    """
     judged = []
     for claim in paper.claims("scaling"):
+        base = next((base for moe, base, _ in PAIRS if moe == claim.left), claim.right)
         judged.append(
-            comparison.judge_loss(claim, final, ARMS, scale)
+            comparison.judge_loss(claim, final, ARMS, scale, (claim.left, base))
             if claim.kind == "difference"
             else judge(claim, [], scale=scale)
         )

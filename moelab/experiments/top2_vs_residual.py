@@ -5,8 +5,8 @@ compute: two routed experts per token, or one and a fixed MLP. MoE-32 with one e
 the residual form is faster because it sends half the all-to-all volume.
 
 Here: twins, paired by seed. Speed is measured side by side in one process (`moelab.bench.train`): with one rank there
-is no all-to-all, so the measurement shows only the cost of routing, copying and smaller products; the volume is counted
-from the slots that leave a rank.
+is no all-to-all, so the measurement shows only the cost of routing, copying and smaller products. On 2 and 4 ranks of
+this machine (`sessions`) there is one, through memory. The volume is counted from the slots that leave a rank.
 
 Expect at `cpu` (8 seeds, results/top2-vs-residual): no difference in loss beyond the spread of a hundredth of a nat;
 the residual form as fast or up to a tenth slower (measurements differ): there is no exchange to save, and its fixed MLP
@@ -15,17 +15,24 @@ and learned mix cost as much as a second routed expert.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import itertools
+import statistics
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from moelab import paper
-from moelab.config import ModelConfig, RoutingConfig
+from moelab.config import ModelConfig, RoutingConfig, TrainConfig
 from moelab.experiments import comparison
 from moelab.experiments.base import Experiment, Scale
-from moelab.paper.verdicts import Verdict, judge
+from moelab.paper.verdicts import Verdict, judge, judge_timing
 
 if TYPE_CHECKING:
     import pandas as pd
+
+    from moelab.runs.spec import RunSpec
+    from moelab.training.loop import Trainer
 
 ARMS = {
     "MoE-32": "350M+MoE-32",
@@ -67,20 +74,105 @@ def speed_ratios(speeds: Mapping[str, Sequence[float]]) -> tuple[pd.DataFrame, p
     return long.assign(ratio=long["tokens_per_s"] / long["seed"].map(base)), ratios
 
 
-def verdicts(final: pd.DataFrame, speed_ratios: Sequence[float], scale: str) -> list[Verdict]:
-    """Judge the four claims: loss on the twins, speed as measured, volume and FLOPs by counting at the paper's size.
+_TRAINERS: dict[str, tuple[Trainer, Iterator[int]]] = {}
+"""On a rank: the trainers by arm, kept between the rounds of a session."""
+
+
+def _seconds(label: str, model: ModelConfig, train: TrainConfig, ranks: int, steps: int) -> float:
+    """On a rank: return the seconds of some training steps of an arm, after one step to warm up."""
+    import torch
+
+    from moelab.bench.inputs import TextBatches
+    from moelab.config.parallel import ParallelConfig
+    from moelab.engine.mesh import Mesh
+    from moelab.training.loop import Trainer, Window
+
+    if label not in _TRAINERS:
+        torch.set_num_threads(1)
+        mesh = Mesh(ParallelConfig(data=ranks), model.experts)
+        batches = TextBatches(train.batch_size, model.context, model.vocab, mesh.data.index, mesh.data.size)
+        _TRAINERS[label] = (Trainer(model, train, batches, model.context, mesh), itertools.count())
+    trainer, numbers = _TRAINERS[label]
+    window = Window()
+    trainer.step(next(numbers), window)
+    started = time.perf_counter()
+    for _ in range(steps):
+        trainer.step(next(numbers), window)
+    return time.perf_counter() - started
+
+
+def sessions(specs: Sequence[RunSpec], ranks: int, count: int, steps: int, rounds: int) -> list[list[float]]:
+    """Measure the training speed of Residual-MoE-32 over Top2-MoE-32 on ranks of this machine, session by session.
+
+    The ranks share a run's batch and spread its experts. Each session is a set of new processes; in it the two arms
+    train in turns, first one first, then the other. Empty where an arm is missing, and for runs on a GPU.
 
     Args:
-        speed_ratios: training speed of Residual-MoE-32 over Top2-MoE-32, round by round.
+        specs: one run of each arm.
+        ranks: a divisor of the batch and of the experts.
+        count: sessions.
+        steps, rounds: measured steps of an arm in a round; rounds of a session.
+
+    Returns:
+        The ratio of speeds of each round, by session.
     """
+    from moelab.bench import inputs
+    from moelab.engine.testing import Ranks
+
+    arms = {spec.label: spec for spec in specs}
+    pair = ("Top2-MoE-32", "Residual-MoE-32")
+    if not set(pair) <= set(arms) or any(arms[label].train.device != "cpu" for label in pair):
+        return []
+    inputs.text()  # once, before the ranks ask for it
+    found = []
+    for _ in range(count):
+        ratios = []
+        with Ranks(ranks) as group:
+            for number in range(rounds + 1):
+                spent = {}
+                for label in pair if number % 2 else reversed(pair):
+                    train = replace(arms[label].train, micro_batch=arms[label].train.batch_size // ranks)
+                    call = (_seconds, label, arms[label].model, train, ranks, steps)
+                    spent[label] = max(group.run(*call, timeout_s=600))
+                if number:  # the first round warms up
+                    ratios.append(spent["Top2-MoE-32"] / spent["Residual-MoE-32"])
+        found.append(ratios)
+    return found
+
+
+def sessions_table(timed: Mapping[int, Sequence[Sequence[float]]]) -> pd.DataFrame:
+    """Return, a row per number of ranks and session, the median, least and greatest ratio of its rounds.
+
+    Args:
+        timed: ranks -> `sessions` on them.
+    """
+    import pandas as pd
+
+    rows = [
+        {"ranks": n, "session": i, "median": statistics.median(r), "least": min(r), "greatest": max(r)}
+        for n, measured in timed.items()
+        for i, r in enumerate(measured)
+    ]
+    return pd.DataFrame(rows, columns=["ranks", "session", "median", "least", "greatest"])
+
+
+def verdicts(final: pd.DataFrame, timed: Mapping[int, Sequence[Sequence[float]]], scale: str) -> list[Verdict]:
+    """Judge the claims: loss on the twins, speed as measured, volume and FLOPs by counting at the paper's size.
+
+    Equality in loss is measured by what Top-2 gains over top-1.
+
+    Args:
+        timed: ranks -> `sessions` on them.
+    """
+    ranks = {"residual-faster-than-top2": 1, **{f"residual-faster-than-top2-{n}-ranks": n for n in (2, 4)}}
     judged = []
     for claim in paper.claims("top2-vs-residual"):
         left, right = (ModelConfig.parse(side) for side in (claim.left, claim.right))
-        if claim.id == "residual-faster-than-top2":
-            note = (
-                "Twins on one rank: no all-to-all, whose volume is what the paper's gain comes from. Rounds, not seeds."
-            )
-            judged.append(judge(claim, speed_ratios, note=note, scale=scale))
+        if claim.id in ranks:
+            note = "Twins on one rank: no all-to-all, whose volume is what the paper's gain comes from."
+            if ranks[claim.id] > 1:
+                note = f"Twins on {ranks[claim.id]} ranks of one machine, which has no network."
+            judged.append(judge_timing(claim, timed.get(ranks[claim.id], []), note=note, scale=scale))
         elif claim.id == "residual-halves-exchange":
             ratio = exchanged_slots(left, 8192) / exchanged_slots(right, 8192)
             judged.append(
@@ -89,7 +181,7 @@ def verdicts(final: pd.DataFrame, speed_ratios: Sequence[float], scale: str) -> 
         elif claim.id == "top2-flops-33pct":
             judged.append(judge(claim, [layer_flops(left) / layer_flops(right)], exact=True, note="Counted."))
         else:
-            judged.append(comparison.judge_loss(claim, final, ARMS, scale))
+            judged.append(comparison.judge_loss(claim, final, ARMS, scale, ("Top2-MoE-32", "MoE-32")))
     return judged
 
 

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 from moelab import paper
 from moelab.experiments import comparison
 from moelab.experiments.base import Experiment, Scale
-from moelab.paper.verdicts import Verdict, judge
+from moelab.paper.verdicts import Gain, Verdict, judge
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -161,12 +161,23 @@ def headline(table: pd.DataFrame) -> str:
 
 
 def verdicts(scores: pd.DataFrame, scale: str) -> list[Verdict]:
-    """Judge the claims on Tables 2 and 4: percentage points of the six tasks' average, paired by seed."""
+    """Judge the claims on Tables 2 and 4: percentage points of the six tasks' average, paired by seed.
+
+    Equalities are measured by what MoE-128 gains over the dense base.
+    """
     part = scores[scores["paper"] != ""]
     whole = part.groupby(["arm", "seed"]).filter(lambda g: set(g["paper"]) == set(paper.TASKS))
     table = 100 * whole.pivot_table(index="seed", columns="arm", values="accuracy") if len(whole) else None
     note = f"{comparison.TWINS} Stand-ins for RACE-h and WebQs." if scores["stand_in"].any() else comparison.TWINS
-    return [judge(claim, _differences(claim, table), note=note, scale=scale) for claim in paper.claims("zero-shot")]
+    if table is not None and set(ARMS) <= set(table):
+        table = table.dropna(subset=list(ARMS))
+        gain = Gain("MoE-128 over Dense", list(table["MoE-128"] - table["Dense"]))
+    else:
+        gain = None
+    return [
+        judge(claim, _differences(claim, table), gain=gain, note=note, scale=scale)
+        for claim in paper.claims("zero-shot")
+    ]
 
 
 def _differences(claim: paper.Claim, table: pd.DataFrame | None, arms: Mapping[str, str] = ARMS) -> list[float]:

@@ -23,7 +23,8 @@ class Claim(Provenance):
     `None` when it gives none, with value_low and value_high its range where the reading or rounding has one. For a
     loss or a latency, lower is better. testable_at: the smallest scale at which the statement can be tested at all:
     `smoke` (arithmetic or counting, seconds), `cpu` (a scaled-down twin), `gpu` (one GPU), `paper` (the A100 cluster)
-    or `simulated` (the cluster model). where: section, table or figure.
+    or `simulated` (the cluster model). where: section, table or figure. same_as: the id of another row that states the
+    same claim in other words or under other conditions, such as a latency and its inverse; the two count as one.
     """
 
     id: str
@@ -40,6 +41,12 @@ class Claim(Provenance):
     unit: str
     direction: str
     testable_at: str
+    same_as: str
+
+    @property
+    def timed(self) -> bool:
+        """Whether measurements of it are times or rates: their samples are sessions, not rounds."""
+        return self.quantity.startswith(("latency", "training throughput", "throughput per GPU", "cost"))
 
 
 def claims(experiment: str | None = None) -> Table[Claim]:

@@ -3,26 +3,50 @@
 Everything is computed from `results/`. A claim's verdict is that of the largest scale at which a published result
 judged it; arithmetic and counting are the same at every scale. A claim that no result has judged is "paper's own
 numbers disagree" where the paper gives its number twice and differently, "not testable at this scale" where it needs a
-larger scale than any that has run, "not judged: one seed" where a result has no spread, and "not tested yet" otherwise.
+larger scale than any that has run, "not judged" where a result has no spread, and "not tested yet" otherwise.
+
+Verdicts are counted by kind (measured, counted, predicted, fitted; "open" without one), claims that share a row of the
+paper once (`paper.Claim.same_as`). Beside each measured verdict stands the one that is left when all measured verdicts
+together are to be right with 95 % probability (Holm's adjustment, `Entry.adjusted`).
+
+A summary from before verdicts had kinds is shown by today's rules, from the interval that it stores
+(`moelab.paper.verdicts.restate`): orderings, differences and bounds are judged again; equalities of two arms are
+"undecided: the runs cannot tell", because no sensitivity check was stored; timings are one session, because their
+interval was over rounds. Nothing is trained or read from runs for it.
 """
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moelab import paper
-from moelab.paper.verdicts import NO_SPREAD, NOT_TESTABLE, NOT_TESTED, SIMULATED, Verdict
+from moelab.paper.verdicts import (
+    KINDS,
+    LEVEL,
+    MEASURED,
+    NO_SPREAD,
+    NOT_JUDGED,
+    NOT_TESTABLE,
+    ONE_SESSION,
+    SIMULATED,
+    UNDECIDED,
+    Verdict,
+    restate,
+)
 from moelab.report.summary import Summary, read_all
+from moelab.statistics import holm
 
 if TYPE_CHECKING:
     from rich.table import Table
 
 DISAGREES = "paper's own numbers disagree"
 NOT_YET = "not tested yet"
+OPEN = "open"
+"""In place of a kind where no result says anything about a claim."""
 
 _BY_STRENGTH = (paper.SCALES[0], "simulated", *paper.SCALES[1:])
 """Scales and simulation, from the weakest evidence to the strongest."""
@@ -51,7 +75,7 @@ class Evidence:
 
     Attributes:
         scale: the result's scale, or `simulated` for a simulation, whatever scale it ran at.
-        ours, low, high, unit, samples, verdict, note: see `moelab.paper.verdicts.Verdict`.
+        ours, low, high, unit, samples, verdict, note, kind, p: see `moelab.paper.verdicts.Verdict`.
         result: the result's folder, relative to the results.
         figure: the figure that shows it, relative to the results; empty if there is none.
     """
@@ -64,17 +88,19 @@ class Evidence:
     samples: int
     verdict: str
     note: str
+    kind: str
+    p: float | None
     result: str
     figure: str
 
     @property
     def judged(self) -> bool:
         """Whether the result had what a verdict needs."""
-        return self.verdict not in (NOT_TESTABLE, NOT_TESTED, NO_SPREAD)
+        return self.verdict not in NOT_JUDGED
 
 
 _NARROW = ("paper", "ours, 95 % interval", "verdict")
-_WIDE = ("where", "paper", "ours, 95 % interval", "at", "verdict", "figure")
+_WIDE = ("where", "paper", "ours, 95 % interval", "at", "kind", "verdict", "adjusted", "figure")
 
 
 @dataclass(frozen=True)
@@ -86,8 +112,11 @@ class Entry:
         paper: the paper's value with its unit, or its direction.
         testable_at: the smallest scale that can test it.
         conflicts: ids of the paper's contradictions that touch it.
+        same_as: id of the claim that states the same, empty if none does.
         evidence: one item per scale, the strongest first.
+        kind: what the verdict rests on: one of `moelab.paper.verdicts.KINDS`, or `OPEN`.
         verdict: of the claim.
+        adjusted: the same after Holm's adjustment over all measured verdicts; empty for other kinds.
     """
 
     claim: str
@@ -97,14 +126,22 @@ class Entry:
     paper: str
     testable_at: str
     conflicts: tuple[str, ...]
+    same_as: str
     evidence: tuple[Evidence, ...]
+    kind: str
     verdict: str
+    adjusted: str = ""
 
     @property
     def deciding(self) -> Evidence | None:
         """The evidence that carries the verdict, else the strongest that has a value, else None."""
         judged = [e for e in self.evidence if e.judged]
         return next(iter(judged or [e for e in self.evidence if e.ours is not None]), None)
+
+    @property
+    def tested(self) -> bool:
+        """Whether its verdict is that of a statistical test."""
+        return self.kind == MEASURED and self.deciding is not None and self.deciding.p is not None
 
     def to_json(self) -> dict[str, Any]:
         """Return all fields as JSON values."""
@@ -119,20 +156,83 @@ def ledger(results: Path) -> list[Entry]:
 def entries(summaries: Iterable[tuple[str, Summary]]) -> list[Entry]:
     """Return the same from summaries at hand, each with its folder relative to the results."""
     found: dict[str, dict[str, Evidence]] = {}
+    known = {claim.id: claim for claim in paper.claims()}
     for path, summary in sorted(summaries, key=lambda item: item[1].finished):
         for verdict in summary.claims:
-            evidence = _evidence(verdict, path, summary)
+            if verdict.claim not in known:
+                continue  # of another version
+            evidence = _evidence(known[verdict.claim], verdict, path, summary)
             by_scale = found.setdefault(verdict.claim, {})
             before = by_scale.get(evidence.scale)
             # A newer result replaces an older one, unless it has no value for this claim.
             if before is None or evidence.ours is not None or before.ours is None:
                 by_scale[evidence.scale] = evidence
-    return [_entry(claim, found.get(claim.id, {})) for claim in paper.claims()]
+    return _adjusted([_entry(claim, found.get(claim.id, {})) for claim in paper.claims()])
 
 
-def counts(entries: Sequence[Entry]) -> dict[str, int]:
-    """Return how many claims have each verdict, the most frequent first."""
-    return dict(Counter(entry.verdict for entry in entries).most_common())
+def distinct(entries: Sequence[Entry]) -> list[Entry]:
+    """Return one entry a claim; of rows that share it the first that is judged, else that has a value.
+
+    The row that the others name comes first.
+    """
+    shared: dict[str, list[Entry]] = {}
+    for entry in entries:
+        shared.setdefault(entry.same_as or entry.claim, []).append(entry)
+    groups = [sorted(group, key=lambda entry: entry.same_as != "") for group in shared.values()]
+    return [min(group, key=lambda e: (not (e.deciding and e.deciding.judged), e.kind == OPEN)) for group in groups]
+
+
+def counts(entries: Sequence[Entry]) -> dict[str, dict[str, int]]:
+    """Return how many claims have each verdict, the most frequent first, by kind; claims that rows share count once."""
+    every = distinct(entries)
+    found = {kind: Counter(e.verdict for e in every if e.kind == kind) for kind in (*KINDS, OPEN)}
+    return {kind: dict(verdicts.most_common()) for kind, verdicts in found.items() if verdicts}
+
+
+@dataclass(frozen=True)
+class Family:
+    """Say how far the measured verdicts can be trusted together.
+
+    Attributes:
+        verdicts: how many there are, those that the runs cannot tell left out.
+        wrong: how many of them a level of 95 % lets be wrong by chance, at most, on average.
+        held: verdicts other than undecided.
+        standing: how many of those are left after Holm's adjustment.
+        withdrawn: ids of the others.
+    """
+
+    verdicts: int
+    wrong: float
+    held: int
+    standing: int
+    withdrawn: tuple[str, ...]
+
+    def __str__(self) -> str:
+        text = (
+            f"{self.verdicts} measured verdicts at 95 %: up to {self.wrong:.2g} expected wrong by chance; "
+            f"{self.standing} of {self.held} that decide stand after Holm's adjustment"
+        )
+        return f"{text}, not {', '.join(self.withdrawn)}" if self.withdrawn else text
+
+
+def family(entries: Sequence[Entry]) -> Family:
+    """Return the note on all measured verdicts together."""
+    tested = [entry for entry in distinct(entries) if entry.tested]
+    held = [entry for entry in tested if entry.verdict != UNDECIDED]
+    withdrawn = tuple(entry.claim for entry in held if entry.adjusted == UNDECIDED)
+    return Family(len(tested), LEVEL * len(tested), len(held), len(held) - len(withdrawn), withdrawn)
+
+
+def _adjusted(entries: list[Entry]) -> list[Entry]:
+    """Return the entries with `adjusted` set. A row that shares its claim is adjusted as the row that counts."""
+    tested = [entry for entry in distinct(entries) if entry.tested]
+    p_values = dict(zip((e.claim for e in tested), holm([e.deciding.p for e in tested]), strict=True))
+
+    def verdict(entry: Entry) -> str:
+        p = p_values.get(entry.claim)
+        return UNDECIDED if p is not None and p >= LEVEL else entry.verdict if entry.kind == MEASURED else ""
+
+    return [replace(entry, adjusted=verdict(entry)) for entry in entries]
 
 
 def table(entries: Sequence[Entry], width: int) -> Table:
@@ -150,32 +250,39 @@ def table(entries: Sequence[Entry], width: int) -> Table:
         if e is not None and e.low is not None and e.high is not None and e.samples:
             ours += f" ({e.low:.3g} to {e.high:.3g})"
         at = f"{e.scale}, {e.samples or 'exact'}" if e else ""
-        cells = [entry.where, entry.paper, ours, at, entry.verdict, e.figure if e else ""]
-        view.add_row(entry.claim, *map(escape, cells if wide else [entry.paper, ours, entry.verdict]))
+        adjusted = entry.adjusted if entry.adjusted != entry.verdict else ""
+        cells = [entry.where, entry.paper, ours, at, entry.kind, entry.verdict, adjusted, e.figure if e else ""]
+        view.add_row(
+            entry.claim, *map(escape, cells if wide else [entry.paper, ours, f"{entry.kind}: {entry.verdict}"])
+        )
     return view
 
 
-def _evidence(verdict: Verdict, path: str, summary: Summary) -> Evidence:
+_COPIED = ("ours", "low", "high", "unit", "samples", "verdict", "note", "kind", "p")
+
+
+def _evidence(claim: paper.Claim, stored: Verdict, path: str, summary: Summary) -> Evidence:
+    verdict = restate(claim, stored)
     showing = [figure.name for figure in summary.figures if verdict.claim in figure.claims]
     name = next(iter(showing or [figure.name for figure in summary.figures]), "")
     return Evidence(
         # A simulation says the same at every scale, and is weaker evidence than a measurement at any but the smallest.
         scale="simulated" if verdict.verdict in SIMULATED else summary.scale,
-        **{key: getattr(verdict, key) for key in ("ours", "low", "high", "unit", "samples", "verdict", "note")},
+        **{key: getattr(verdict, key) for key in _COPIED},
         result=path,
         figure=f"{path}/{name}.png" if name else "",
     )
 
 
 def _entry(claim: paper.Claim, by_scale: dict[str, Evidence]) -> Entry:
-    # One seed judges nothing, so it ranks below a smaller scale with several.
-    evidence = tuple(sorted(by_scale.values(), key=lambda e: (e.verdict == NO_SPREAD, scale_rank(e.scale))))
+    # What judges nothing for want of samples ranks below a smaller scale with several.
+    few = (NO_SPREAD, ONE_SESSION)
+    evidence = tuple(sorted(by_scale.values(), key=lambda e: (e.verdict in few, scale_rank(e.scale))))
     conflicts = tuple(part.split(":")[0].strip() for part in claim.conflict.split("|") if part.strip())
-    judged = next((e for e in evidence if e.judged), None)
+    judged = next((e for e in evidence if e.judged), None) or next((e for e in evidence if e.verdict in few), None)
+    kind = judged.kind if judged else OPEN
     if judged:
         verdict = judged.verdict
-    elif any(e.verdict == NO_SPREAD for e in evidence):
-        verdict = NO_SPREAD
     elif _DISPUTED & set(conflicts):
         verdict = DISAGREES
     elif any(e.verdict == NOT_TESTABLE for e in evidence) or claim.testable_at in ("gpu", "paper"):
@@ -191,6 +298,8 @@ def _entry(claim: paper.Claim, by_scale: dict[str, Evidence]) -> Entry:
         value,
         claim.testable_at,
         conflicts,
+        claim.same_as,
         evidence,
+        kind,
         verdict,
     )

@@ -100,6 +100,9 @@ def test_claims_are_shown_at_this_scale_and_judged_at_the_papers():
     assert "Stand-ins" in pr.note
     assert found["zero-shot-350m-moe128-vs-1.3b"].samples == 0
     at_paper = {v.claim: v for v in zero_shot.verdicts(scores(BOTH, stand_in=False), "paper")}
+    assert at_paper["zero-shot-350m-pr-moe"].verdict == claims.CANNOT_TELL, "MoE-128 is no better than the dense base"
+    gains = {(arm, seed): {**SIX, "piqa": 0.8 + 0.01 * seed} for arm in ("MoE-128", "PR-MoE-32/64") for seed in (0, 1)}
+    at_paper = {v.claim: v for v in zero_shot.verdicts(scores({**BOTH, **gains}, stand_in=False), "paper")}
     assert at_paper["zero-shot-350m-pr-moe"].verdict == claims.REPRODUCED
     incomplete = {key: {"piqa": 0.5} for key in BOTH}
     assert all(v.samples == 0 for v in zero_shot.verdicts(scores(incomplete), "cpu"))

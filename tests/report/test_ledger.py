@@ -90,12 +90,80 @@ def test_a_scale_too_small_is_shown_and_not_judged(tmp_path):
     assert judge(replace(larger, testable_at="cpu"), [0.1, 0.11, 0.12], scale="cpu").verdict == claims.NOT_REPRODUCED
 
 
-def test_equal_without_a_number_means_within_what_the_paper_calls_a_match():
-    level = paper.claim("residual-equals-top2")
-    assert claims.SAME == 2 * paper.claim("pr-moe-matches-moe128").value
-    assert judge(level, [0.001, -0.001, 0.0]).verdict == claims.REPRODUCED
-    assert judge(level, [0.05, 0.051, 0.052]).verdict == claims.NOT_REPRODUCED
-    assert judge(level, [0.05, -0.05, 0.0]).verdict == claims.UNDECIDED
+def test_kinds_are_counted_apart_and_a_shared_claim_once(tmp_path):
+    from moelab.paper.verdicts import judge_simulated
+
+    serving = [judge_simulated(paper.claim(id), 7.2) for id in ("speedup-2t", "throughput-up-to-7.3x")]
+    publish(tmp_path, "inference-large", "cpu", "2026-01-01", serving)
+    fitted = judge_simulated(paper.claim("52b-superlinear"), 2.1, fitted=True)
+    publish(tmp_path, "inference-scaling", "cpu", "2026-01-01", [fitted])
+    size = judge(paper.claim("pr-moe-size"), [0.31], exact=True)
+    publish(tmp_path, "pr-moe", "cpu", "2026-01-01", [size, judge(ORDER, [-0.1, -0.11, -0.12])])
+    every = ledger.ledger(tmp_path)
+    shared = {claim.id for claim in paper.claims() if claim.same_as}
+    assert {"throughput-up-to-7.3x", "52b-superlinear", "cheaper-than-6.7b"} <= shared
+    assert {claim.same_as for claim in paper.claims()} - {""} <= {claim.id for claim in paper.claims()} - shared
+    found = ledger.counts(every)
+    assert {kind: of for kind, of in found.items() if kind != ledger.OPEN} == {
+        "measured": {"reproduced": 1},
+        "counted": {"reproduced": 1},
+        "predicted": {"simulated: within 15 %": 1},
+        "fitted": {"simulated: within 15 %": 1},
+    }, "52b-latency-falls has no result: the row that shares its claim counts"
+    assert sum(n for of in found.values() for n in of.values()) == len(paper.claims()) - len(shared)
+
+
+def test_of_rows_that_share_a_claim_the_named_one_counts_if_it_is_judged(tmp_path):
+    from moelab.paper.verdicts import judge_timing
+
+    ids = [f"residual-faster-than-top2{end}" for end in ("-4-ranks", "", "-2-ranks")]
+
+    def counted():
+        return [e for e in ledger.distinct(ledger.ledger(tmp_path)) if e.claim in ids]
+
+    assert [e.claim for e in counted()] == ids[:1] and counted()[0].verdict == ledger.NOT_YET
+    sessions = {1: [[1.2, 1.3]], 2: [[1.2], [1.21]], 4: [[0.8], [0.81]]}
+    for number, (id, ranks) in enumerate(((ids[1], 1), (ids[2], 2), (ids[0], 4))):
+        verdict = judge_timing(paper.claim(id), sessions[ranks])
+        publish(tmp_path, "top2-vs-residual", "cpu", f"2026-01-0{number + 1}", [verdict])
+        (entry,) = counted()
+        assert (entry.claim, entry.verdict) == (id, verdict.verdict)
+    assert entry.verdict == claims.NOT_REPRODUCED
+
+
+def test_the_measured_verdicts_together(tmp_path):
+    clear, weak = judge(ORDER, [-0.1, -0.11, -0.12]), judge(paper.claim("pyramid-shrinks-gap"), [-0.1, -0.14, -0.07])
+    open_ = judge(paper.claim("residual-shrinks-gap"), [-0.1, 0.1, 0.0])
+    blind = judge(paper.claim("pr-moe-matches-moe128"), [0.0, 0.0, 0.01])
+    assert clear.p < 0.01 < weak.p < 0.05 and weak.verdict == claims.REPRODUCED
+    publish(tmp_path, "pr-moe", "cpu", "2026-01-01", [clear, weak, open_, blind])
+    found = {e.claim: e for e in ledger.ledger(tmp_path)}
+    # Holm: the least of three p-values is multiplied by 3, the next by 2.
+    assert 3 * clear.p < 0.05 < 2 * weak.p
+    assert found[ORDER.id].adjusted == claims.REPRODUCED and found["pyramid-shrinks-gap"].adjusted == claims.UNDECIDED
+    assert found["pyramid-shrinks-gap"].verdict == claims.REPRODUCED, "the verdict alone stays beside it"
+    assert found["pr-moe-matches-moe128"].adjusted == claims.CANNOT_TELL and found["pr-moe-size"].adjusted == ""
+    together = ledger.family(list(found.values()))
+    assert together == ledger.Family(3, pytest.approx(0.15), 2, 1, ("pyramid-shrinks-gap",))
+    assert str(together) == (
+        "3 measured verdicts at 95 %: up to 0.15 expected wrong by chance; 1 of 2 that decide stand after Holm's "
+        "adjustment, not pyramid-shrinks-gap"
+    )
+
+
+def test_an_old_summary_is_shown_by_todays_rules(tmp_path):
+    near, speed = paper.claim("pr-moe-matches-moe128"), paper.claim("residual-faster-than-top2")
+    old = [judge(near, [0.009, 0.01, 0.011]), judge(speed, [1.3, 1.31, 1.32]), judge(ORDER, [-0.1, -0.11, -0.12])]
+    publish(tmp_path, "pr-moe", "cpu", "2026-01-01", [replace(v, verdict=claims.REPRODUCED) for v in old])
+    file = tmp_path / "pr-moe" / "cpu" / "2026-01-01" / SUMMARY
+    record = json.loads(file.read_text())
+    for row in record["claims"]:
+        del row["kind"], row["p"]
+    write_json(file, record)
+    found = entries(tmp_path)
+    assert found[near.id].verdict == claims.CANNOT_TELL and found[speed.id].verdict == claims.ONE_SESSION
+    assert found[ORDER.id].verdict == claims.REPRODUCED and found[ORDER.id].tested
+    assert {found[id].kind for id in (near.id, speed.id, ORDER.id)} == {claims.MEASURED}
 
 
 def test_the_command_prints_table_and_json(tmp_path):
@@ -109,10 +177,14 @@ def test_the_command_prints_table_and_json(tmp_path):
 
     write_json(tmp_path / "pr-moe" / "cpu" / "2026-01-02" / SUMMARY, {"experiment": "pr-moe", "claims": 7})
     out = moelab("claims")
-    assert "63 claims: " in out and "1 reproduced" in out and "-0.11 (-0.1" in out
-    records = json.loads(moelab("claims", "--json"))
-    assert len(records) == 63
-    (record,) = [r for r in records if r["claim"] == ORDER.id]
+    rows = len(paper.claims())
+    assert f"claims in {rows} rows" in out and "measured: 1 reproduced" in out and "-0.11 (-0.1" in out
+    assert "1 measured verdicts at 95 %" in out
+    found = json.loads(moelab("claims", "--json"))
+    assert len(found["claims"]) == rows and found["counts"]["measured"] == {"reproduced": 1}
+    assert found["family"]["verdicts"] == found["family"]["standing"] == 1
+    (record,) = [r for r in found["claims"] if r["claim"] == ORDER.id]
+    assert record["kind"] == "measured" and record["adjusted"] == "reproduced"
     assert record["verdict"] == "reproduced" and record["evidence"][0]["samples"] == 3
 
 

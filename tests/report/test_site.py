@@ -11,10 +11,10 @@ import nbformat
 import pytest
 
 from moelab import paper
-from moelab.paper.verdicts import NO_SPREAD, REPRODUCED, UNDECIDED
+from moelab.paper.verdicts import CANNOT_TELL, NO_SPREAD, REPRODUCED
 from moelab.plotting import svg
 from moelab.plotting.typography import typeset
-from moelab.report import site
+from moelab.report import ledger, site
 from moelab.report.ledger import DISAGREES
 from moelab.report.site import claims, notebook, order, template
 from moelab.report.site.results import Result, read_results
@@ -70,14 +70,14 @@ def test_every_link_on_every_page_leads_to_a_file_and_an_id_inside(published):
 
 def test_the_ledger_has_every_claim_in_the_papers_order_and_the_verdict_that_counts(published):
     found, _ = read_results(published)
-    rows = claims.all_claims(found)
+    rows = claims.all_claims(found, ledger.entries((r.path, r.summary) for r in found))
     deciding = [row for row in rows if row.decides]
     assert sorted(row.claim.id for row in deciding) == sorted(claim.id for claim in paper.claims())
     places = [order.position(row.claim.where) for row in rows]
     assert places == sorted(places)
     by_id = {row.claim.id: row for row in deciding}
     matches = by_id["pr-moe-matches-moe128"]
-    assert matches.verdict in (REPRODUCED, UNDECIDED) and matches.scale == "cpu", "one seed on a GPU judges nothing"
+    assert matches.verdict == CANNOT_TELL and matches.scale == "cpu", "one seed on a GPU judges nothing"
     assert matches.result.path == "pr-moe/cpu/20260103-000000", "the newest result of a scale counts"
     assert [row.verdict for row in rows if row.claim.id == "pr-moe-matches-moe128" and not row.decides] == [NO_SPREAD]
     assert matches.link == "pr-moe/cpu/20260103-000000/index.html#curves"
@@ -292,13 +292,36 @@ def test_numbers_have_their_units():
     assert template.quantity(12.6, order_) == "+12.6 ms" and template.quantity(None, loss) == "–"
 
 
-def test_the_tally_keeps_measured_and_simulated_apart():
-    found = claims.tally({REPRODUCED: 2, "simulated: holds": 3, DISAGREES: 1, "a verdict of tomorrow": 1})
-    assert [(heading, [(item.label, item.claims) for item in items]) for heading, items in found] == [
-        ("Measured here", [("reproduced", 2), ("a verdict of tomorrow", 1)]),
-        ("Simulated on the paper's cluster", [("holds", 3)]),
-        ("Open", [(DISAGREES, 1)]),
+def test_the_tally_keeps_kinds_apart():
+    found = claims.tally(
+        {
+            "measured": {"a verdict of tomorrow": 1, REPRODUCED: 2},
+            "counted": {REPRODUCED: 4},
+            "predicted": {"simulated: holds": 3},
+            "fitted": {"simulated: holds": 1},
+            "open": {DISAGREES: 1},
+        }
+    )
+    assert [[(item.key, item.label, item.claims) for item in items] for _, items in found] == [
+        [
+            ("measured: reproduced", "reproduced", 2),
+            ("measured: a verdict of tomorrow", "a verdict of tomorrow", 1),
+        ],
+        [("counted: reproduced", "reproduced", 4)],
+        [("predicted: holds", "holds", 3)],
+        [("fitted: holds", "holds", 1)],
+        [(DISAGREES, DISAGREES, 1)],
     ]
+
+
+def test_the_page_counts_as_the_ledger_does_and_names_the_family(published):
+    page = (published / "index.html").read_text()
+    every = ledger.ledger(published)
+    for kind, of in ledger.counts(every).items():
+        for verdict, n in of.items():
+            assert f'aria-label="{n} {claims.key(kind, verdict)}"'.replace("'", "&#39;") in page
+    assert typeset(str(ledger.family(every))).replace("'", "&#39;") in page
+    assert 'data-verdict="measured: reproduced"' in page
 
 
 def test_runs_of_an_arm_that_were_trained_differently_are_not_averaged():

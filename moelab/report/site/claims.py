@@ -8,20 +8,26 @@ from dataclasses import dataclass
 
 from moelab import paper
 from moelab.paper.verdicts import (
+    CANNOT_TELL,
+    COUNTED,
     DIRECTION,
+    FITTED,
+    MEASURED,
     NO_SPREAD,
     NOT_REPRODUCED,
     NOT_TESTABLE,
     NOT_TESTED,
+    ONE_SESSION,
+    PREDICTED,
     REPRODUCED,
-    SIMULATED,
     SIMULATED_DIRECTION,
     SIMULATED_FAILS,
     SIMULATED_HOLDS,
     SIMULATED_WITHIN,
     UNDECIDED,
+    restate,
 )
-from moelab.report.ledger import DISAGREES, NOT_YET, entries
+from moelab.report.ledger import DISAGREES, NOT_YET, OPEN, Entry
 from moelab.report.site.order import position
 from moelab.report.site.results import Result
 from moelab.report.site.template import number, quantity
@@ -33,18 +39,26 @@ VERDICTS = {
     DIRECTION: ("↗", "part"),
     SIMULATED_DIRECTION: ("↗", "part"),
     UNDECIDED: ("?", "open"),
+    CANNOT_TELL: ("?", "open"),
     NOT_REPRODUCED: ("✗", "bad"),
     SIMULATED_FAILS: ("✗", "bad"),
     DISAGREES: ("≠", "open"),
     NO_SPREAD: ("1", "none"),
+    ONE_SESSION: ("1", "none"),
     NOT_TESTED: ("–", "none"),
     NOT_TESTABLE: ("–", "none"),
     NOT_YET: ("–", "none"),
 }
 """Verdict -> sign and CSS class, in the order of the tally."""
 
-OPEN = (DISAGREES, NOT_TESTED, NOT_TESTABLE, NOT_YET)
-"""Verdicts of claims that no result here judges."""
+HEADINGS = {
+    MEASURED: "Measured here: trained or timed",
+    COUNTED: "Counted: arithmetic",
+    PREDICTED: "Predicted by the simulator",
+    FITTED: "Fitted: the simulator's constants come from these numbers",
+    OPEN: "Open",
+}
+"""Kind of verdict -> heading of its counts."""
 
 
 def sign(verdict: str) -> tuple[str, str]:
@@ -52,28 +66,35 @@ def sign(verdict: str) -> tuple[str, str]:
     return VERDICTS.get(verdict, ("•", "none"))
 
 
+def key(kind: str, verdict: str) -> str:
+    """Return a verdict with its kind in front, as pages filter by it: ``measured: reproduced``."""
+    return f"{kind}: {verdict.removeprefix('simulated: ')}" if kind and kind != OPEN else verdict
+
+
 @dataclass(frozen=True)
 class TallyItem:
-    """How many claims have a verdict; `label` is the verdict without its kind of evidence."""
+    """How many claims have a verdict of a kind; `label` is the verdict without its kind, `key` with it."""
 
     verdict: str
     label: str
+    key: str
     claims: int
 
 
-def tally(counts: Mapping[str, int]) -> list[tuple[str, list[TallyItem]]]:
-    """Return the counted verdicts under a heading for each kind of evidence: measured, simulated, open."""
-    every = dict.fromkeys((*VERDICTS, *sorted(counts)))
-    kinds = {
-        "Measured here": [v for v in every if v not in SIMULATED and v not in OPEN],
-        "Simulated on the paper's cluster": [v for v in every if v in SIMULATED],
-        "Open": [v for v in every if v in OPEN],
-    }
-    items = {
-        heading: [TallyItem(v, v.removeprefix("simulated: "), counts[v]) for v in verdicts if counts.get(v)]
-        for heading, verdicts in kinds.items()
-    }
-    return [(heading, of) for heading, of in items.items() if of]
+def tally(counts: Mapping[str, Mapping[str, int]]) -> list[tuple[str, list[TallyItem]]]:
+    """Return the verdicts that `moelab.report.ledger.counts` counted, under a heading for each kind."""
+    return [
+        (
+            HEADINGS[kind],
+            [
+                TallyItem(v, v.removeprefix("simulated: "), key(kind, v), counts[kind][v])
+                for v in dict.fromkeys((*VERDICTS, *sorted(counts[kind])))
+                if v in counts[kind]
+            ],
+        )
+        for kind in HEADINGS
+        if counts.get(kind)
+    ]
 
 
 @dataclass(frozen=True)
@@ -88,6 +109,8 @@ class ClaimRow:
         ours, low, high: as in `Verdict`; an infinite bound is None.
         figure: name of the figure that shows it, empty if none does.
         decides: whether the claim's verdict is taken from this row.
+        kind: what the verdict rests on, see `moelab.report.ledger.Entry`; empty for none.
+        adjusted: the verdict after Holm's adjustment over all measured ones, where it is another one; else empty.
     """
 
     claim: paper.Claim
@@ -101,6 +124,13 @@ class ClaimRow:
     note: str = ""
     figure: str = ""
     decides: bool = False
+    kind: str = ""
+    adjusted: str = ""
+
+    @property
+    def key(self) -> str:
+        """The verdict with its kind, by which pages filter."""
+        return key(self.kind, self.verdict)
 
     @property
     def paper(self) -> str:
@@ -120,7 +150,7 @@ class ClaimRow:
     def search_text(self) -> str:
         """The text that the page's search looks through."""
         c = self.claim
-        return " ".join((c.id, c.statement, c.where, c.experiment, self.experiment, c.quantity, self.verdict)).lower()
+        return " ".join((c.id, c.statement, c.where, c.experiment, self.experiment, c.quantity, self.key)).lower()
 
     @property
     def experiment(self) -> str:
@@ -145,21 +175,21 @@ def claims_of(result: Result) -> list[ClaimRow]:
             *(_finite(value) for value in (v.ours, v.low, v.high)),
             samples=v.samples,
             note=v.note,
+            kind=v.kind,
         )
-        for v in result.summary.claims
-        if v.claim in known
+        for v in (restate(known[v.claim], v) for v in result.summary.claims if v.claim in known)
     ]
 
 
-def all_claims(results: Sequence[Result]) -> list[ClaimRow]:
-    """Return rows for every claim, in the order of the paper's figures.
+def all_claims(results: Sequence[Result], ledger: Sequence[Entry]) -> list[ClaimRow]:
+    """Return rows for every claim of the ledger of these results, in the order of the paper's figures.
 
     A claim has a row for each scale with a value, the deciding one first, or one row without a result. The ledger
     (`moelab.report.ledger`) says which row decides, as for `moelab claims`.
     """
     by_path = {result.path: result for result in results}
     rows = []
-    for entry in entries((result.path, result.summary) for result in results):
+    for entry in ledger:
         claim, deciding = paper.claim(entry.claim), entry.deciding
         shown = [e for e in entry.evidence if e.judged or e.ours is not None]
         for e in sorted(shown, key=lambda e: e is not deciding):
@@ -173,6 +203,8 @@ def all_claims(results: Sequence[Result]) -> list[ClaimRow]:
                 e.note,
                 e.figure.removeprefix(f"{e.result}/").removesuffix(".png"),
                 decides=e is deciding,
+                kind=entry.kind if e is deciding else e.kind,
+                adjusted=entry.adjusted if e is deciding and entry.adjusted != entry.verdict else "",
             )
             rows.append(row)
         if not shown:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
@@ -14,7 +13,7 @@ from typing import Any
 from moelab.config.serialization import to_json
 from moelab.files import write_text
 from moelab.plotting import svg
-from moelab.report.ledger import scale_rank
+from moelab.report.ledger import counts, entries, family, scale_rank
 from moelab.report.site import notebook, template
 from moelab.report.site.claims import ClaimRow, all_claims, claims_of, sign, tally
 from moelab.report.site.gallery import by_chapter, chapters
@@ -62,7 +61,8 @@ def build(root: Path) -> Built:
     unreadable += [*failed.values(), *unreadable_benchmarks]
     for name in ("site.css", "site.js"):
         written += _write_if_changed(root / "assets" / name, template.asset(name))
-    claims, parts = all_claims(results), chapters(results)
+    ledger = entries((result.path, result.summary) for result in results)
+    claims, parts = all_claims(results, ledger), chapters(results)
     used = {result.scale for result in results} | {row.scale for row in claims if row.result}
     page = template.render(
         "index.html",
@@ -71,7 +71,8 @@ def build(root: Path) -> Built:
         benchmarks=benchmarks,
         claims=claims,
         groups=by_chapter(claims, parts),
-        tally=tally(Counter(row.verdict for row in claims if row.decides)),
+        tally=tally(counts(ledger)),
+        family=family(ledger),
         scales=sorted(used, key=lambda scale: (scale_rank(scale), scale)),
         results=results,
         unreadable=unreadable,
@@ -147,7 +148,9 @@ def _write_result(result: Result, root: Path, unreadable: list[str]) -> int:
     shown = sorted(name for name in result.names if not name.endswith((".html", ".js")))
     facts = [result.path, to_json(result.summary), described, shown, result.has("notebook.html"), tables]
     mark = template.mark(
-        json.dumps(facts), repr([row.claim for row in rows]), names=("result.html", "base.html", "macros.html")
+        json.dumps(facts),
+        repr([(row.claim, row.key, row.note) for row in rows]),
+        names=("result.html", "base.html", "macros.html"),
     )
     page, data = result.folder / "index.html", result.folder / "data.js"
     if template.is_current(page, mark) and data.exists():
@@ -181,7 +184,7 @@ def _comparison(result: Result, rows: Sequence[ClaimRow], tables: Mapping[str, l
                 "paper": row.paper,
                 "ours": template.quantity(row.ours, row.claim),
                 "interval": row.interval,
-                "verdict": row.verdict,
+                "verdict": row.key,
             }
             for row in rows
         ],
