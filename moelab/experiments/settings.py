@@ -91,9 +91,6 @@ DATA = {
     "paper": DataConfig(corpus="hf:monology/pile-uncopyrighted", tokenizer="gpt2", context=2048),
 }
 
-GPUS = 64
-"""GPUs of the paper's training scripts."""
-
 
 def spec(
     name: str,
@@ -126,7 +123,10 @@ def spec(
     if scale not in paper.SCALES:
         raise ValueError(f"no scale {scale!r}; allowed: {', '.join(paper.SCALES)}")
     given = check_overrides(overrides or {})
-    parts = _published(name, published or name) if scale == "paper" else _twin(name, scale)
+    if scale == "paper":
+        parts = {**paper.published_configs(name, published), "data": DATA["paper"]}
+    else:
+        parts = _twin(name, scale)
     if "train.lr" in given:
         given.setdefault("train.min_lr", given["train.lr"] / 10)
     ranks = given.get("parallel.data", 1)
@@ -170,42 +170,3 @@ def _twin(name: str, scale: str) -> dict[str, Any]:
         "data": DATA[scale],
         "parallel": ParallelConfig(),
     }
-
-
-def _published(name: str, run: str) -> dict[str, Any]:
-    """Return the sections of the spec of a model at its own size, with the paper's published settings for a run."""
-    known = {row.run for row in paper.all_training_settings()}
-    base = base_of(name)
-    s = paper.training_settings(run if run in known else f"{base}+MoE-128" if "MoE" in name else base)
-    routing = RoutingConfig()
-    if s.capacity_factor_train is not None:
-        routing = RoutingConfig(
-            capacity_factor=s.capacity_factor_train,
-            capacity_factor_eval=s.capacity_factor_eval,
-            min_capacity=s.min_capacity,
-            drop_tokens=s.drop_tokens,
-            random_token_selection=s.random_token_selection,
-            aux_loss=s.aux_coefficient,
-            choice_noise="gumbel_second" if "Top2" in name else "none",
-        )
-    model = ModelConfig.parse(name, init_std=s.init_std, dropout=s.dropout, routing=routing)
-    step = s.batch_seqs * s.seq_len
-    train = TrainConfig(
-        tokens=s.train_tokens,
-        batch_size=s.batch_seqs,
-        micro_batch=s.micro_batch_seqs,
-        lr=s.lr,
-        min_lr=s.min_lr,
-        warmup_tokens=s.warmup_tokens,
-        decay_tokens=s.decay_tokens,
-        betas=(s.adam_beta1, s.adam_beta2),
-        weight_decay=s.weight_decay,
-        clip=s.grad_clip,
-        dtype="bf16",
-        device="cuda",
-        eval_every=max(1, 1_000_000_000 // step),
-        eval_tokens=1_000_000,
-        checkpoint_every=500,
-    )
-    layout = ParallelConfig(data=GPUS, shard=not model.is_moe and base != "350M", recompute=s.activation_checkpointing)
-    return {"model": model, "train": train, "data": DATA["paper"], "parallel": layout}

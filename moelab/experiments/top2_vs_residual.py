@@ -15,15 +15,12 @@ and learned mix cost as much as a second routed expert.
 
 from __future__ import annotations
 
-import itertools
 import statistics
-import time
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from moelab import paper
-from moelab.config import ModelConfig, RoutingConfig, TrainConfig
+from moelab.config import ModelConfig, RoutingConfig
 from moelab.experiments import comparison
 from moelab.experiments.base import Experiment, Scale
 from moelab.paper.verdicts import Verdict, judge, judge_timing
@@ -32,7 +29,6 @@ if TYPE_CHECKING:
     import pandas as pd
 
     from moelab.runs.spec import RunSpec
-    from moelab.training.loop import Trainer
 
 ARMS = {
     "MoE-32": "350M+MoE-32",
@@ -74,70 +70,23 @@ def speed_ratios(speeds: Mapping[str, Sequence[float]]) -> tuple[pd.DataFrame, p
     return long.assign(ratio=long["tokens_per_s"] / long["seed"].map(base)), ratios
 
 
-_TRAINERS: dict[str, tuple[Trainer, Iterator[int]]] = {}
-"""On a rank: the trainers by arm, kept between the rounds of a session."""
-
-
-def _seconds(label: str, model: ModelConfig, train: TrainConfig, ranks: int, steps: int) -> float:
-    """On a rank: return the seconds of some training steps of an arm, after one step to warm up."""
-    import torch
-
-    from moelab.bench.inputs import TextBatches
-    from moelab.config.parallel import ParallelConfig
-    from moelab.engine.mesh import Mesh
-    from moelab.training.loop import Trainer, Window
-
-    if label not in _TRAINERS:
-        torch.set_num_threads(1)
-        mesh = Mesh(ParallelConfig(data=ranks), model.experts)
-        batches = TextBatches(train.batch_size, model.context, model.vocab, mesh.data.index, mesh.data.size)
-        _TRAINERS[label] = (Trainer(model, train, batches, model.context, mesh), itertools.count())
-    trainer, numbers = _TRAINERS[label]
-    window = Window()
-    trainer.step(next(numbers), window)
-    started = time.perf_counter()
-    for _ in range(steps):
-        trainer.step(next(numbers), window)
-    return time.perf_counter() - started
-
-
 def sessions(specs: Sequence[RunSpec], ranks: int, count: int, steps: int, rounds: int) -> list[list[float]]:
     """Measure the training speed of Residual-MoE-32 over Top2-MoE-32 on ranks of this machine, session by session.
 
-    The ranks share a run's batch and spread its experts. Each session is a set of new processes; in it the two arms
-    train in turns, first one first, then the other. Empty where an arm is missing, and for runs on a GPU.
-
     Args:
         specs: one run of each arm.
-        ranks: a divisor of the batch and of the experts.
-        count: sessions.
-        steps, rounds: measured steps of an arm in a round; rounds of a session.
+        ranks, count, steps, rounds: see `moelab.bench.sessions.speed_ratios`.
 
     Returns:
-        The ratio of speeds of each round, by session.
+        The ratio of speeds of each round, by session; empty where an arm is missing, and for runs on a GPU.
     """
-    from moelab.bench import inputs
-    from moelab.engine.testing import Ranks
+    from moelab.bench.sessions import speed_ratios
 
     arms = {spec.label: spec for spec in specs}
-    pair = ("Top2-MoE-32", "Residual-MoE-32")
-    if not set(pair) <= set(arms) or any(arms[label].train.device != "cpu" for label in pair):
+    pair = [arms[label] for label in ("Residual-MoE-32", "Top2-MoE-32") if label in arms]
+    if len(pair) < 2 or any(spec.train.device != "cpu" for spec in pair):
         return []
-    inputs.text()  # once, before the ranks ask for it
-    found = []
-    for _ in range(count):
-        ratios = []
-        with Ranks(ranks) as group:
-            for number in range(rounds + 1):
-                spent = {}
-                for label in pair if number % 2 else reversed(pair):
-                    train = replace(arms[label].train, micro_batch=arms[label].train.batch_size // ranks)
-                    call = (_seconds, label, arms[label].model, train, ranks, steps)
-                    spent[label] = max(group.run(*call, timeout_s=600))
-                if number:  # the first round warms up
-                    ratios.append(spent["Top2-MoE-32"] / spent["Residual-MoE-32"])
-        found.append(ratios)
-    return found
+    return speed_ratios(*((spec.model, spec.train) for spec in pair), ranks, count, steps, rounds)
 
 
 def sessions_table(timed: Mapping[int, Sequence[Sequence[float]]]) -> pd.DataFrame:

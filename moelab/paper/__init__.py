@@ -15,6 +15,7 @@ without torch or pandas.
 
 from moelab.paper._table import HOW, Provenance, Table
 from moelab.paper.claims import DIRECTIONS, KINDS, SCALES, TESTABLE_AT, Claim, claim, claims, experiments
+from moelab.paper.configs import GPUS, published_configs
 from moelab.paper.conflicts import Conflict, conflict, conflicts
 from moelab.paper.inference import InferenceResult, inference_results
 from moelab.paper.models import PaperModel, model, models, size_table
@@ -29,6 +30,7 @@ from moelab.paper.training import (
 
 __all__ = [
     "DIRECTIONS",
+    "GPUS",
     "HOW",
     "KINDS",
     "SCALES",
@@ -56,6 +58,7 @@ __all__ = [
     "loss_points",
     "model",
     "models",
+    "published_configs",
     "size_table",
     "training_settings",
     "training_throughput",

@@ -84,7 +84,7 @@ def test_the_paper_scale_is_the_published_settings(run):
     assert spec.model.parameters() == ModelConfig.parse(s.model).parameters() and spec.model.dropout == s.dropout
     if s.capacity_factor_train:
         assert spec.model.routing.capacity_factor == s.capacity_factor_train and spec.model.routing.drop_tokens
-    assert spec.parallel.ranks == settings.GPUS
+    assert spec.parallel.ranks == paper.GPUS
 
 
 def test_the_papers_students_are_taught_as_published():

@@ -1,0 +1,57 @@
+"""Turn the settings of the paper's training scripts into configurations.
+
+What differs from the scripts: bf16 instead of fp16 with loss scaling; the dense models' batch does not ramp up; FSDP
+instead of tensor slicing for the dense 1.3B and 6.7B.
+"""
+
+from __future__ import annotations
+
+from moelab.config import ModelConfig, ParallelConfig, RoutingConfig, TrainConfig
+from moelab.paper.training import all_training_settings, training_settings
+
+GPUS = 64
+"""GPUs of the paper's training scripts."""
+
+
+def published_configs(name: str, run: str | None = None) -> dict[str, ModelConfig | TrainConfig | ParallelConfig]:
+    """Return "model", "train" and "parallel" of a model at its own size, with the settings of the paper's scripts.
+
+    Args:
+        name: of the model, such as ``350M+MoE-128``.
+        run: whose settings apply; by default the model's own, or those of 350M+MoE-128 on its base if it has none.
+    """
+    known = {row.run for row in all_training_settings()}
+    run, base = run or name, name.split("+")[0]
+    s = training_settings(run if run in known else f"{base}+MoE-128" if "MoE" in name else base)
+    routing = RoutingConfig()
+    if s.capacity_factor_train is not None:
+        routing = RoutingConfig(
+            capacity_factor=s.capacity_factor_train,
+            capacity_factor_eval=s.capacity_factor_eval,
+            min_capacity=s.min_capacity,
+            drop_tokens=s.drop_tokens,
+            random_token_selection=s.random_token_selection,
+            aux_loss=s.aux_coefficient,
+            choice_noise="gumbel_second" if "Top2" in name else "none",
+        )
+    model = ModelConfig.parse(name, init_std=s.init_std, dropout=s.dropout, routing=routing)
+    step = s.batch_seqs * s.seq_len
+    train = TrainConfig(
+        tokens=s.train_tokens,
+        batch_size=s.batch_seqs,
+        micro_batch=s.micro_batch_seqs,
+        lr=s.lr,
+        min_lr=s.min_lr,
+        warmup_tokens=s.warmup_tokens,
+        decay_tokens=s.decay_tokens,
+        betas=(s.adam_beta1, s.adam_beta2),
+        weight_decay=s.weight_decay,
+        clip=s.grad_clip,
+        dtype="bf16",
+        device="cuda",
+        eval_every=max(1, 1_000_000_000 // step),
+        eval_tokens=1_000_000,
+        checkpoint_every=500,
+    )
+    layout = ParallelConfig(data=GPUS, shard=not model.is_moe and base != "350M", recompute=s.activation_checkpointing)
+    return {"model": model, "train": train, "parallel": layout}
