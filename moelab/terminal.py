@@ -1,4 +1,4 @@
-"""Tables in a terminal, alike everywhere; a pipe or a file has room for every column."""
+"""Draw tables and progress bars in a terminal, in one style; a pipe or a file has room for every column."""
 
 from __future__ import annotations
 

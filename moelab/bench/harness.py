@@ -9,11 +9,12 @@ the counted work (FLOPs, bytes, messages) takes at the rates measured in the sam
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -282,3 +283,32 @@ def read_rate(timing: Timing, size: int = 1 << 28) -> float:
 
 def _best(call: Callable[[], Any], timing: Timing, times: int) -> float:
     return min(timing.seconds(lambda _: call(), None) for _ in range(times))
+
+
+@contextlib.contextmanager
+def torch_threads(count: int) -> Iterator[None]:
+    """Set the number of torch's CPU threads while the context lasts."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def rows_of_ranks(experiment: str, file: str | None, bench: Literal["decode", "exchange"]) -> list[dict[str, Any]]:
+    """Return the rows that `srun moelab bench` wrote to a file, of one run or several joined, fewest ranks first."""
+    mark = {"decode": "empty_collective_ms", "exchange": "alpha_ms"}[bench]
+    if not file:
+        raise ValueError(
+            f"{experiment}: scale paper needs -p measured_file=FILE, the {bench}.jsonl of `srun moelab bench {bench}`"
+        )
+    try:
+        rows = [json.loads(line) for line in Path(file).read_text(encoding="utf-8").splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "no JSON lines"
+        raise ValueError(f"{experiment}: {file}: {reason}") from None
+    rows = [row for row in rows if isinstance(row, dict) and mark in row]
+    if not rows:
+        raise ValueError(f"{experiment}: {file}: no rows of ranks in it")
+    return [{"name": row.get("model", ""), **row} for row in sorted(rows, key=lambda row: row["ranks"])]

@@ -112,7 +112,7 @@ def status(
     everything: Annotated[bool, typer.Option("--all", help="submissions in which all is over, too")] = False,
     every: Annotated[float, typer.Option(help="seconds between two looks of --watch")] = 10.0,
 ) -> None:
-    """Show what was submitted: state of each run by its own word and by Slurm's, step, speed, loss, time left."""
+    """Show what was submitted: each run by its own files and by Slurm, with step, speed, loss and time left."""
     from rich.console import Console
     from rich.live import Live
 

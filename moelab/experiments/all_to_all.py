@@ -19,7 +19,6 @@ from typing import TYPE_CHECKING, Any
 
 from moelab import paper
 from moelab.experiments.base import Experiment, Scale
-from moelab.experiments.decoding import read
 from moelab.paper.verdicts import Verdict, judge
 
 if TYPE_CHECKING:
@@ -102,7 +101,9 @@ def measured_times(
         ValueError: there is no such file at scale paper; the message is one line.
     """
     if scale == "paper":
-        return read(EXPERIMENT.name, file, "exchange")
+        from moelab.bench.harness import rows_of_ranks
+
+        return rows_of_ranks(EXPERIMENT.name, file, "exchange")
     return measure(times, scale, rounds)
 
 

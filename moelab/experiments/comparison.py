@@ -6,8 +6,7 @@ more.
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from moelab import paper
@@ -139,19 +138,6 @@ def models(specs: Sequence[RunSpec]) -> pd.DataFrame:
         for spec in specs
     }
     return pd.DataFrame(rows.values(), index=pd.Index(rows, name="arm"))
-
-
-@contextlib.contextmanager
-def threads(count: int) -> Iterator[None]:
-    """Set the number of torch's CPU threads while the context lasts."""
-    import torch
-
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def speeds(specs: Sequence[RunSpec], steps: int, rounds: int) -> dict[str, list[float]]:

@@ -7,10 +7,8 @@ on the cluster.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
@@ -66,7 +64,12 @@ def steps(
     """
     import pandas as pd
 
-    rows = read(experiment, file, "decode") if scale == "paper" else measure(decode, models, scale, ranks, batches)
+    if scale == "paper":
+        from moelab.bench.harness import rows_of_ranks
+
+        rows = rows_of_ranks(experiment, file, "decode")
+    else:
+        rows = measure(decode, models, scale, ranks, batches)
     return pd.DataFrame([{**row, "label": row["name"] if by == "model" else _size(row)} for row in rows])
 
 
@@ -85,24 +88,6 @@ def decode(
             rows = measure_ranks(model, list(ranks), 8, settings)
         found += [{**row.json(), "name": name} for row in rows]
     return found
-
-
-def read(experiment: str, file: str | None, bench: Literal["decode", "exchange"]) -> list[dict[str, Any]]:
-    """Return the rows that `srun moelab bench` wrote to a file, of one run or several joined, fewest ranks first."""
-    mark = {"decode": "empty_collective_ms", "exchange": "alpha_ms"}[bench]
-    if not file:
-        raise ValueError(
-            f"{experiment}: scale paper needs -p measured_file=FILE, the {bench}.jsonl of `srun moelab bench {bench}`"
-        )
-    try:
-        rows = [json.loads(line) for line in Path(file).read_text(encoding="utf-8").splitlines() if line.strip()]
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "no JSON lines"
-        raise ValueError(f"{experiment}: {file}: {reason}") from None
-    rows = [row for row in rows if isinstance(row, dict) and mark in row]
-    if not rows:
-        raise ValueError(f"{experiment}: {file}: no rows of ranks in it")
-    return [{"name": row.get("model", ""), **row} for row in sorted(rows, key=lambda row: row["ranks"])]
 
 
 def _size(row: Mapping[str, Any]) -> str:

@@ -16,7 +16,6 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from moelab import paper
-from moelab.experiments import comparison
 from moelab.experiments.base import Experiment, Scale
 from moelab.paper.verdicts import DIRECTION, REPRODUCED, Verdict, judge, judge_timing
 
@@ -67,13 +66,13 @@ def parts(scale: str, rounds: int | None = None, threads: int = 1) -> list[dict[
         rounds: by default the scale's own number.
         threads: of the processor.
     """
-    from moelab.bench.harness import Timing
+    from moelab.bench.harness import Timing, torch_threads
     from moelab.bench.parts import measure
 
     s = SHAPES[scale]
     cases = [(tokens, experts) for tokens in s.tokens for experts in s.experts]
     timing = Timing(rounds or s.rounds, s.device)
-    with comparison.threads(threads):
+    with torch_threads(threads):
         found = [row for S, E in cases for row in measure(S, s.hidden, E, timing, calls=s.calls)]
     return [
         {**row.case, "device": row.device, "candidate": row.candidate, "round": i, "ms": ms}
@@ -85,11 +84,11 @@ def parts(scale: str, rounds: int | None = None, threads: int = 1) -> list[dict[
 def training_gate(scale: str, rounds: int | None = None, threads: int = 1) -> list[dict[str, Any]]:
     """Measure the gate, forward and backward; return rows of `moelab bench gate`. Arguments as of `parts`."""
     from moelab.bench.gate import measure
-    from moelab.bench.harness import Timing
+    from moelab.bench.harness import Timing, torch_threads
 
     s = SHAPES[scale]
     timing = Timing(rounds or s.rounds, s.device)
-    with comparison.threads(threads):
+    with torch_threads(threads):
         return [row.json() for E in s.experts for row in measure(s.train_tokens, E, timing)]
 
 
@@ -99,14 +98,14 @@ def layers(scale: str, rounds: int | None = None, threads: int = 1) -> list[dict
     The cases are inference at the first two numbers of tokens (forward) and training (forward and backward). Arguments
     as of `parts`.
     """
-    from moelab.bench.harness import Timing
+    from moelab.bench.harness import Timing, torch_threads
     from moelab.bench.layer import DROP_FREE, EINSUM, LayerSize, measure
 
     s = SHAPES[scale]
     M, F, S = s.layer
     timing = Timing(rounds or s.rounds, s.device)
     cases = [(f"inference, {tokens} tokens", tokens, False) for tokens in s.tokens[:2]]
-    with comparison.threads(threads):
+    with torch_threads(threads):
         return [
             row.json() | {"case": case}
             for case, tokens, backward in [*cases, (f"training, {S} tokens", S, True)]

