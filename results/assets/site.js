@@ -1,10 +1,10 @@
 "use strict";
-// The pages are complete without this script; it adds filters, the colour switch and the comparison. It asks for nothing outside the folder.
+// The pages are complete without this script. It adds filters, the colour switch and the comparison, and loads nothing from outside the folder.
 document.documentElement.classList.add("script");
 
 const moelab = {
   kept(key, value) {
-    // Storage may be forbidden, for a page from a file in particular; then nothing is kept.
+    // Storage may be forbidden, in particular for a page opened as a file; then nothing is stored.
     try {
       if (value === undefined) return localStorage.getItem(key);
       localStorage.setItem(key, value);
@@ -175,20 +175,20 @@ const moelab = {
 
     const arms = (r) => Object.fromEntries(r.arms.map((row) => [row.arm, row]));
     const [aa, ab] = [arms(a), arms(b)];
-    const measured = [];
+    const differences = [];
     for (const arm of union(Object.keys(aa), Object.keys(ab))) {
       if (!aa[arm] || !ab[arm]) {
-        measured.push([arm, aa[arm] ? "there" : "not there", ab[arm] ? "there" : "not there", "–"]);
+        differences.push([arm, aa[arm] ? "there" : "not there", ab[arm] ? "there" : "not there", "–"]);
         continue;
       }
       for (const key of union(Object.keys(aa[arm]), Object.keys(ab[arm]))) {
         if (key === "arm") continue;
         const [x, y] = [aa[arm][key], ab[arm][key]];
         const change = typeof x === "number" && typeof y === "number" ? y - x : undefined;
-        measured.push([`${arm}: ${key.replaceAll("_", " ")}`, text(x), text(y), text(change)]);
+        differences.push([`${arm}: ${key.replaceAll("_", " ")}`, text(x), text(y), text(change)]);
       }
     }
-    const runs = rows(measured);
+    const runs = rows(differences);
     if (runs.length) parts.push(table("Runs, means over seeds", ["arm", "A", "B", "B − A"], runs));
 
     const by = (r) => Object.fromEntries(r.figures.map((f) => [f.name, f]));
@@ -216,7 +216,7 @@ const moelab = {
     return parts;
   },
 
-  // What scrolls sideways can be reached with the keyboard.
+  // Let the keyboard reach boxes that scroll sideways.
   focusable(root) {
     for (const box of root.querySelectorAll(".scroll, .output_area"))
       if (box.scrollWidth > box.clientWidth) {
