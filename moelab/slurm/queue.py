@@ -141,14 +141,16 @@ def requeue(job: str, exclude: str = "") -> None:
         return
     spare = exclude and _has_spare_nodes(exclude)
     retried(_run, "scontrol", "requeue", job)
-    if spare:  # only a pending job can be changed; this one stays pending until its driver has exited
+    if spare:
+        # Only a pending job can be changed; this one stays pending until its driver has exited. The requeue sends
+        # SIGTERM to all processes of the job, so that the first call of scontrol may die.
         with contextlib.suppress(SlurmError):
-            _run("scontrol", "update", f"JobId={job}", f"ExcNodeList={exclude}")
+            retried(_run, "scontrol", "update", f"JobId={job}", f"ExcNodeList={exclude}", times=5, pause_s=0.5)
             print(f"requeued without {exclude}", flush=True)
 
 
 def retried(function: Callable[..., T], *arguments: str, times: int = 6, pause_s: float = 10) -> T:
-    """Call a function of this module until Slurm answers, for about a minute, in which a controller can restart."""
+    """Call a function of this module until Slurm answers, by default for a minute, in which a controller can restart."""
     for _ in range(times - 1):
         with contextlib.suppress(SlurmError):
             return function(*arguments)
