@@ -150,7 +150,7 @@ def requeue(job: str, exclude: str = "") -> None:
 
 
 def retried(function: Callable[..., T], *arguments: str, times: int = 6, pause_s: float = 10) -> T:
-    """Call a function of this module until Slurm answers, by default for a minute, in which a controller can restart."""
+    """Call a function of this module until Slurm answers, by default for a minute: a controller may be restarting."""
     for _ in range(times - 1):
         with contextlib.suppress(SlurmError):
             return function(*arguments)
