@@ -23,7 +23,7 @@ from moelab.runs import executors
 from moelab.runs.collection import Runs
 from moelab.runs.measurements import Measurement, MeasurementStore
 from moelab.runs.progress import NotebookProgress
-from moelab.runs.spec import RunSpec
+from moelab.runs.spec import RunSpec, closure
 from moelab.runs.store import Run, RunStore
 
 if TYPE_CHECKING:
@@ -58,8 +58,8 @@ class Lab:
     ) -> Runs:
         """Return the runs of the specs: read finished ones back, train the others to their end.
 
-        Teachers are trained before their students. A run that fails is among the returned runs without a result
-        (`Runs.missing`); the others go on.
+        Teachers are trained before their students, trunks before their branches. A run that fails is among the
+        returned runs without a result (`Runs.missing`); the others go on.
 
         Args:
             executor: "inline" trains in this process. "processes" trains each run in a process of its own. (A run on
@@ -80,8 +80,7 @@ class Lab:
             executor = environment.EXECUTOR.get() or "processes"  # type: ignore[assignment]
         if executor not in (allowed := get_args(Executor)):
             raise ValueError(f"lab.run: executor must be one of {', '.join(allowed)}, got {executor!r}")
-        wanted = [needed for spec in specs for needed in (*spec.requires(), spec)]
-        runs = [self.store.run(spec) for spec in {spec.id: spec for spec in wanted}.values()]
+        runs = [self.store.run(spec) for spec in closure(specs).values()]
         self._announce(runs)
         if executor == "slurm" and (waiting := [run.spec for run in runs if not run.finished]):
             self._on_cluster(waiting, profile)
@@ -160,8 +159,8 @@ class Lab:
 
     @staticmethod
     def _generations(runs: Sequence[Run]) -> list[list[Run]]:
-        """Group the runs: those without a teacher, then their students, then the students of these."""
-        depths = {run.spec.id: len(run.spec.requires()) for run in runs}
+        """Group the runs: those that require no other, then those that require these, and so on."""
+        depths = {run.spec.id: run.spec.depth for run in runs}
         return [[run for run in runs if depths[run.spec.id] == depth] for depth in sorted(set(depths.values()))]
 
     @staticmethod

@@ -39,6 +39,8 @@ class TrainConfig:
         log_every: steps between metric rows.
         checkpoint_every: steps between checkpoints (0: only at the end or when told to stop). Not part of a run's
             identity.
+        keep_at: tokens after which a checkpoint is written and kept, so that other runs can start from it
+            (`moelab.runs.spec.Start`); the others are removed, but for the newest two. Not part of a run's identity.
         tensorboard: also write TensorBoard events. Not part of a run's identity.
         compile: fuse the parts of a step between the routed products by `torch.compile`, which needs a C++ compiler
             and, the first time in a workspace, half a minute. Results differ within rounding.
@@ -64,6 +66,7 @@ class TrainConfig:
     eval_tokens: int = 16_384
     log_every: int = 20
     checkpoint_every: int = field(default=100, metadata={"identity": False})
+    keep_at: tuple[int, ...] = field(default=(), compare=False, metadata={"identity": False})
     tensorboard: bool = field(default=False, metadata={"identity": False})
     compile: bool = False
 
@@ -100,6 +103,21 @@ class TrainConfig:
         )
         _check(self.min_lr <= self.lr, f"train: min_lr {self.min_lr} is above lr {self.lr}")
         check_choices(self, "train")
+
+    def step_at(self, tokens: int, context: int, what: str) -> int:
+        """Return the steps that take `tokens` tokens.
+
+        Raises:
+            ValueError: one line that begins with `what`: it is no whole number of steps.
+        """
+        a_step = self.batch_size * context
+        step = tokens // a_step
+        _check(
+            tokens > 0 and tokens % a_step == 0,
+            f"{what} must be a multiple of a step's {a_step} tokens and above 0, got {tokens}; "
+            f"nearest: {max(1, step) * a_step} and {(max(1, step) + 1) * a_step}",
+        )
+        return step
 
     def steps(self, context: int) -> int:
         """Return the number of optimiser steps for sequences of `context` tokens; ValueError if less than one."""

@@ -52,7 +52,7 @@ class Runs(Sequence[Run]):
         """Check that every arm, the runs of one title, has a result of at least one seed.
 
         Args:
-            before: teachers, whose failure is the reason of their students'.
+            before: all runs that were trained; the failure of a teacher or trunk is the reason of those that need it.
             every_arm: False is content with a result of one arm.
 
         Raises:

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from moelab import paper
-from moelab.runs.spec import RunSpec
-from moelab.runs.store import RunStore
+from moelab.runs.spec import RunSpec, closure
+from moelab.runs.store import Run, RunStore
 
 STATE_BYTES = 16
 """A parameter's training state in fp32: weight, gradient and AdamW's two moments."""
@@ -20,7 +20,7 @@ class PlannedRun:
     Attributes:
         spec: what it is.
         state: "finished", "stopped" and so on, as the store knows it; "new".
-        steps: optimiser steps.
+        steps: its own optimiser steps, without a trunk's.
         parameters, active: of the model.
         ranks: GPUs or processes.
         micro_batches: forward passes a data rank takes in a step.
@@ -42,10 +42,9 @@ class PlannedRun:
 
 
 def planned_runs(specs: Sequence[RunSpec], store: RunStore | None = None) -> list[PlannedRun]:
-    """One row a run, teachers before their students. Writes nothing."""
+    """One row a run, teachers and trunks before the runs that need them. Writes nothing."""
     store = store or RunStore()
-    wanted = {s.id: s for spec in specs for s in (*spec.requires(), spec)}
-    return [_planned(spec, store) for spec in wanted.values()]
+    return [_planned(spec, store) for spec in closure(specs).values()]
 
 
 def paper_rate() -> float:
@@ -70,12 +69,12 @@ def state_bytes(spec: RunSpec) -> int:
 def _planned(spec: RunSpec, store: RunStore) -> PlannedRun:
     train, layout = spec.train, spec.parallel
     path = store.root / spec.id
-    state = store.run(spec).status.state if path.exists() else "new"
+    state = Run(spec, path).status.state if path.exists() else "new"
     on_gpu = train.device == "cuda"
     return PlannedRun(
         spec=spec,
         state=state,
-        steps=train.steps(spec.data.context),
+        steps=train.steps(spec.data.context) - spec.first_step,
         parameters=spec.model.parameters(),
         active=spec.model.active_parameters(),
         ranks=layout.ranks,
@@ -99,7 +98,7 @@ def show(runs: Sequence[PlannedRun]) -> None:
             str(r.spec.train.seed),
             _short(r.parameters),
             _short(r.active),
-            _short(r.spec.train.tokens),
+            _short(r.spec.own_tokens),
             f"{r.steps:,}",
             f"{r.ranks} x {r.micro_batches}",
             f"{r.state_bytes / 2**30:.1f} GiB" if r.state_bytes > 2**30 else f"{r.state_bytes / 2**20:.0f} MiB",
@@ -123,9 +122,13 @@ def show(runs: Sequence[PlannedRun]) -> None:
 
 
 def _name(spec: RunSpec) -> str:
-    """Return the model and how it is taught; not the label, because arms of several experiments may be one run."""
+    """Return the model, how it is taught and where it starts.
+
+    Not the label, because arms of several experiments may be one run.
+    """
     sum_ = " (sum)" if spec.model.residual and spec.model.residual_mix == "sum" else ""
-    return f"{spec.model}{sum_}" + (f", KD {spec.distill.schedule}" if spec.distill else "")
+    taught = f", KD {spec.distill.schedule}" if spec.distill else ""
+    return f"{spec.model}{sum_}{taught}" + (f", from {_short(spec.start.tokens)} tokens" if spec.start else "")
 
 
 def _short(number: float) -> str:

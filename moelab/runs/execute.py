@@ -7,6 +7,7 @@ import os
 import socket
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,8 @@ from moelab import paths
 from moelab.config import to_json
 from moelab.engine.launch import process
 from moelab.files import read_json, write_json
+from moelab.runs.branching import remove_prefix
+from moelab.runs.spec import RunSpec
 from moelab.runs.store import Run, Status
 
 
@@ -130,8 +133,12 @@ def _train(run: Run, should_stop, on_progress, cache: Path) -> None:
     record["host"], record["process"] = socket.gethostname(), os.getpid()
     if spec.parallel.ranks > 1:
         record["parallel"] = to_json(spec.parallel)
+    if spec.start is not None:
+        record["start"] = {"run": spec.start.run.id, "tokens": spec.start.tokens}
+        record["start"]["trained_again"] = (run.path / "prefix").exists()
     write_json(run.path / "provenance.json", record)
     write_json(run.path / "result.json", result, durable=True)
+    remove_prefix(run.path)
     run.set_status(Status("finished", **{**state, "step": state["steps"]}))
 
 
@@ -149,32 +156,44 @@ def _train_along(run: Run, should_stop, cache: Path) -> None:
 def _call_train(run: Run, data, should_stop, on_progress) -> dict[str, Any]:
     import torch
 
+    from moelab.runs.branching import starting_point
+
+    spec, runs = run.spec, run.path.parent
+    steps = spec.train.steps(spec.data.context)
+
+    def train_until(trunk: RunSpec, folder: Path, start, step: int) -> None:
+        def progress(p) -> None:
+            on_progress(replace(p, steps=steps))
+
+        _train_in(trunk, folder, runs, data, start=start, until=step, on_progress=progress, should_stop=should_stop)
+
+    def say(line: str) -> None:
+        if (place := process.find()) is None or place.rank == 0:
+            print(f"run {spec.id}: {line}", flush=True)
+
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(spec.train.threads)
+        start = starting_point(spec, run.path, runs, train_until, say)
+        return _train_in(spec, run.path, runs, data, start=start, on_progress=on_progress, should_stop=should_stop)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _train_in(spec: RunSpec, folder: Path, runs: Path, data, **options: Any) -> dict[str, Any]:
+    """Train a spec in a folder, with its teacher from the folder of all runs."""
     from moelab.training import Teacher, train
 
-    spec = run.spec
     teacher = None
     if spec.teacher is not None and spec.distill is not None:
-        source = Run(spec.teacher, run.path.parent / spec.teacher.id)
+        source = Run(spec.teacher, runs / spec.teacher.id)
         if not source.finished:
             raise ValueError(f"its teacher {spec.teacher.id} has no result: {source.status.state}")
         source.require_weights()
         teacher = Teacher(spec.teacher.model, source.path, spec.distill)
-    threads = torch.get_num_threads()
-    try:
-        torch.set_num_threads(spec.train.threads)
-        return train(
-            spec.model,
-            spec.train,
-            data,
-            spec.data.context,
-            run.path,
-            parallel=spec.parallel,
-            teacher=teacher,
-            on_progress=on_progress,
-            should_stop=should_stop,
-        )
-    finally:
-        torch.set_num_threads(threads)
+    return train(
+        spec.model, spec.train, data, spec.data.context, folder, parallel=spec.parallel, teacher=teacher, **options
+    )
 
 
 def _try_status(run: Run, status: Status) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from moelab import environment, paths
-from moelab.runs.spec import RunSpec
+from moelab.runs.spec import RunSpec, closure
 from moelab.runs.store import Run, RunStore
 
 MOMENTS_AND_WEIGHT = 12
@@ -31,8 +31,7 @@ def check(specs: Sequence[RunSpec], store: RunStore | None = None, *, device: st
     """
     store = store or RunStore()
     executor = environment.EXECUTOR.get() or "processes"
-    wanted = {s.id: s for spec in specs for s in (*spec.requires(), spec)}
-    waiting = [spec for spec in wanted.values() if not Run(spec, store.root / spec.id).finished]
+    waiting = [spec for spec in closure(specs).values() if not Run(spec, store.root / spec.id).finished]
     todo = waiting if executor in ("processes", "inline") else []
     for name, variable, folder in (
         ("home", environment.HOME.name, paths.home()),
@@ -102,9 +101,10 @@ def _check_space(specs: Sequence[RunSpec], store: RunStore) -> None:
 
 
 def _checkpoint_bytes(spec: RunSpec) -> int:
-    """Return what the checkpoints that stay take: one at the end, and the one before it."""
+    """Return what the checkpoints that stay take: one at the end, the one before it, and those kept for branches."""
     steps, every = spec.train.steps(spec.data.context), spec.train.checkpoint_every
-    return spec.model.parameters() * MOMENTS_AND_WEIGHT * (2 if 0 < every < steps else 1)
+    count = (2 if 0 < every < steps else 1) + len(spec.train.keep_at)
+    return spec.model.parameters() * MOMENTS_AND_WEIGHT * count
 
 
 def existing(folder: Path) -> Path:

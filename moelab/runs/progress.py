@@ -23,7 +23,10 @@ class Snapshot:
         statuses = tuple(run.status for run in runs)
         total = sum(run.spec.cost for run in runs) or 1.0
         # A failed run asks for no more time.
-        shares = (1.0 if s.state in ("finished", "failed") else s.step / max(1, s.steps) for s in statuses)
+        shares = [
+            1.0 if s.state in ("finished", "failed") else max(0, s.step - first) / max(1, s.steps - first)
+            for s, first in zip(statuses, (run.spec.first_step for run in runs), strict=True)
+        ]
         return cls(statuses, sum(run.spec.cost * share for run, share in zip(runs, shares, strict=True)) / total)
 
 

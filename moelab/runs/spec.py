@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import re
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, Self
 
 from moelab.config import DataConfig, ModelConfig, TrainConfig, digest, from_json, to_json
@@ -13,6 +14,19 @@ from moelab.config.parallel import ParallelConfig
 
 # Raised when the same spec would give other numbers than before (a changed initialisation, say): all ids change.
 GENERATION = 1
+
+
+@dataclass(frozen=True)
+class Start:
+    """Where a run starts that goes on from another one, its *trunk*, instead of from initial weights.
+
+    Attributes:
+        run: the trunk. Weights and optimizer state are those of its checkpoint.
+        tokens: of the trunk's training, after which the branch begins; whole steps.
+    """
+
+    run: RunSpec
+    tokens: int
 
 
 @dataclass(frozen=True)
@@ -25,6 +39,8 @@ class RunSpec:
             sums, and a run may go on with another one. Provenance says which it was.
         teacher: a training whose final model teaches this one; `Lab.run` trains it first.
         distill: how it teaches; given exactly when there is a teacher.
+        start: the run, and the point of it, from which this one goes on with its own schedule, model or teacher. Steps
+            and tokens are counted from the trunk's first, so `train.tokens` includes the trunk's.
         label: how figures and tables call this arm; not part of the identity.
     """
 
@@ -34,6 +50,7 @@ class RunSpec:
     parallel: ParallelConfig = field(default=ParallelConfig(), compare=False, metadata={"identity": False})
     teacher: RunSpec | None = None
     distill: DistillConfig | None = None
+    start: Start | None = None
     label: str = field(default="", compare=False, metadata={"identity": False})
 
     def __post_init__(self) -> None:
@@ -43,8 +60,12 @@ class RunSpec:
                 f"spec: sequences of {self.data.context} tokens are longer than the context of {self.model} "
                 f"({self.model.context})"
             )
+        for tokens in self.train.keep_at:
+            self.train.step_at(tokens, self.data.context, "spec: train.keep_at")
         self._check_parallel()
         self._check_teacher()
+        if self.start is not None:
+            self._check_start(self.start.run, self.start.tokens)
 
     def _check_parallel(self) -> None:
         parallel, train = self.parallel, self.train
@@ -85,9 +106,71 @@ class RunSpec:
                 f"{self.teacher.model.context}"
             )
 
+    def _check_start(self, trunk: RunSpec, tokens: int) -> None:
+        if trunk.data != self.data:
+            raise ValueError("spec: a branch goes on with the trunk's data, but data differ")
+        for what in ("batch_size", "micro_batch", "seed"):
+            self._check_same(what, trunk, "its steps go on with the trunk's batches and draws")
+        for what in ("threads", "dtype", "device", "compile"):
+            self._check_same(what, trunk, "its numbers before the start are the trunk's")
+        self.train.step_at(tokens, self.data.context, "spec: start.tokens")
+        first = trunk.start.tokens if trunk.start else 0
+        last = trunk.train.steps(trunk.data.context) * trunk.train.batch_size * trunk.data.context
+        if not first < tokens <= last:
+            raise ValueError(
+                f"spec: start.tokens must be above {first} and at most {last}, the tokens of {trunk.id}, got {tokens}"
+            )
+        if self.first_step >= self.train.steps(self.data.context):
+            raise ValueError(f"spec: start.tokens {tokens} leave nothing of {self.train.tokens} tokens to train")
+        theirs = trunk.train
+        decays = theirs.tokens - theirs.cooldown_tokens if theirs.cooldown_tokens else theirs.warmup_tokens
+        if tokens > decays and self._schedule != trunk._schedule:
+            raise ValueError(
+                f"spec: start.tokens {tokens} are in the decay of {trunk.id}, which begins at {decays}; a branch "
+                "with another schedule starts before (with train.cooldown_tokens the rate stays until the last tokens)"
+            )
+
+    def _check_same(self, what: str, trunk: RunSpec, why: str) -> None:
+        ours, theirs = getattr(self.train, what), getattr(trunk.train, what)
+        if ours != theirs:
+            raise ValueError(f"spec: train.{what} of a branch must be the trunk's, got {ours!r} and {theirs!r}: {why}")
+
+    @property
+    def _schedule(self) -> tuple[float, ...]:
+        """All that the learning rate depends on."""
+        t = self.train
+        end = t.tokens if t.cooldown_tokens else t.decay_tokens or t.tokens
+        return (t.lr, t.min_lr, t.warmup_tokens, t.cooldown_tokens, end)
+
+    @property
+    def first_step(self) -> int:
+        """Steps done before this run's own first one: 0, or the trunk's where it starts."""
+        return self.start.tokens // (self.train.batch_size * self.data.context) if self.start else 0
+
+    @property
+    def own_tokens(self) -> int:
+        """Tokens that this run itself trains on."""
+        return self.train.tokens - (self.start.tokens if self.start else 0)
+
     def requires(self) -> list[RunSpec]:
-        """Return the runs that must be finished before this one starts, in order: teachers of the teacher, teacher."""
-        return [*self.teacher.requires(), self.teacher] if self.teacher else []
+        """Return the runs that must be finished before this one starts, each after those that it requires itself.
+
+        They are the teacher, and the trunk with the checkpoint to be kept.
+        """
+        needed = [self.teacher] if self.teacher else []
+        if self.start is not None:
+            needed.append(self.start.run.keeping((self.start.tokens,)))
+        return list(closure(needed).values())
+
+    @property
+    def depth(self) -> int:
+        """0 for a run that requires no other, else one more than the greatest depth of those that it requires."""
+        return 1 + max((spec.depth for spec in self.requires()), default=-1)
+
+    def keeping(self, tokens: Iterable[int]) -> RunSpec:
+        """Return the same run, which keeps its checkpoints after so many tokens as well."""
+        keep = tuple(sorted({*self.train.keep_at, *tokens}))
+        return self if keep == self.train.keep_at else replace(self, train=replace(self.train, keep_at=keep))
 
     @property
     def id(self) -> str:
@@ -102,12 +185,12 @@ class RunSpec:
 
     @property
     def cost(self) -> float:
-        """Training FLOPs, with the forward passes of a student's teacher, for estimates of the time left."""
+        """Training FLOPs of its own tokens, with a teacher's forward passes, for estimates of the time left."""
         context = self.data.context
         a_token = self.model.flops_per_token(context=context)
         if self.teacher is not None and self.distill is not None and self.distill.schedule != "off":
             a_token += self.teacher.model.flops_per_token(training=False, context=context)
-        return a_token * self.train.tokens
+        return a_token * self.own_tokens
 
     def to_json(self) -> dict[str, Any]:
         """Return all fields as JSON values."""
@@ -117,3 +200,17 @@ class RunSpec:
     def from_json(cls, data: Any, where: str = "spec") -> Self:
         """Return the spec that `to_json` wrote; a one-line ValueError for unknown fields or wrong types."""
         return from_json(cls, data, where)
+
+
+def closure(specs: Sequence[RunSpec]) -> dict[str, RunSpec]:
+    """Return run id -> spec of these runs and all that they require, required ones first.
+
+    Where a run is asked for and required by another, layout and label are those of the one asked for. It keeps all
+    checkpoints that any of them needs.
+    """
+    asked = {spec.id: spec for spec in specs}
+    found: dict[str, RunSpec] = {}
+    for needed in (run for spec in specs for run in (*spec.requires(), spec)):
+        before = found.get(needed.id, needed)
+        found[needed.id] = asked.get(needed.id, before).keeping((*before.train.keep_at, *needed.train.keep_at))
+    return found

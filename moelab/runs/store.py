@@ -169,18 +169,19 @@ class RunStore:
 
     def run(self, spec: RunSpec) -> Run:
         """Return the run of a spec; make its directory and write its spec where they are missing."""
-        run = Run(spec, self.root / spec.id)
-        stored = read_json(run.path / "spec.json")
-        if (
-            stored is None or stored.get("parallel", {}) != spec.to_json()["parallel"]
-        ):  # the last asked-for layout counts
+        path = self.root / spec.id
+        stored = read_json(path / "spec.json") or {}
+        kept = stored.get("train", {}).get("keep_at", [])
+        spec = spec.keeping(kept)
+        # The last asked-for layout counts, and all checkpoints that were ever asked for.
+        if stored.get("parallel", {}) != spec.to_json()["parallel"] or list(spec.train.keep_at) != kept:
             try:
-                write_json(run.path / "spec.json", spec.to_json())
+                write_json(path / "spec.json", spec.to_json())
             except OSError as error:
                 if error.errno not in (errno.EROFS, errno.EACCES, errno.EPERM):
                     raise
                 # a read-only store is read; who trains in it is told then
-        return run
+        return Run(spec, path)
 
     def ids(self, *, file: str = "spec.json") -> list[str]:
         """Return the sorted ids of the runs that have `file`: "spec.json" for all, "result.json" for finished ones."""

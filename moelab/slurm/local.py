@@ -39,7 +39,7 @@ def start(
     depths: dict[int, list[str]] = {}
     for name, group in specs.items():
         for spec, path in zip(group, directories[name], strict=True):
-            depths.setdefault(len(spec.requires()), []).append(str(path))
+            depths.setdefault(spec.depth, []).append(str(path))
     plan = {
         "stages": [depths[depth] for depth in sorted(depths)],
         "notebooks": [part.name for part in submission.parts if part.values is not None],

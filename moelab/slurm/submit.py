@@ -19,7 +19,7 @@ from filelock import FileLock
 
 from moelab import paths
 from moelab.files import write_json
-from moelab.runs.spec import RunSpec
+from moelab.runs.spec import RunSpec, closure
 from moelab.runs.store import RunStore
 from moelab.slurm import executor, local, queue, snapshot
 from moelab.slurm.attempt import Limits
@@ -130,12 +130,12 @@ def _plan(
     store: RunStore,
     jobs: Jobs,
 ) -> Plan:
-    wanted = _closure([spec for _, specs in notebooks for spec in specs])
+    wanted = closure([spec for _, specs in notebooks for spec in specs])
     earlier = submissions()
     # A cancelled job keeps its node while its run writes a checkpoint; the new job waits for the run's lock.
     queued = {run: job for run, job in live_runs(earlier, jobs).items() if not job.ending}
     done = {id for id in wanted if (store.root / id / "result.json").exists()}
-    shown = [(values, list(_closure(specs))) for values, specs in notebooks if with_notebooks]
+    shown = [(values, list(closure(specs))) for values, specs in notebooks if with_notebooks]
     shown = [
         (values, runs)
         for values, runs in shown
@@ -252,15 +252,6 @@ def _dependency(kind: str, runs: Sequence[str], awaited: Mapping[str, _Place]) -
         whole = places[0].count in (0, len(places))
         names += [job] if whole else [f"{job}_{place.index}" for place in places]
     return ":".join([kind, *names]) if names else ""
-
-
-def _closure(specs: Sequence[RunSpec]) -> dict[str, RunSpec]:
-    """Return run id -> spec of these runs and of all runs they require, each after those that it requires."""
-    found: dict[str, RunSpec] = {}
-    for spec in specs:
-        found |= {id: s for id, s in _closure(spec.requires()).items() if id not in found}
-        found.setdefault(spec.id, spec)
-    return found
 
 
 def _groups(

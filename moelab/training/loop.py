@@ -17,13 +17,12 @@ import itertools
 import math
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
+from torch import Tensor
 
 from moelab.config import ModelConfig, TrainConfig
 from moelab.config.parallel import ParallelConfig
@@ -36,7 +35,8 @@ from moelab.engine.mesh import Mesh
 from moelab.models import GPT, Routing
 from moelab.training.compilation import compile_parts
 from moelab.training.distill import Distiller, Teacher
-from moelab.training.metrics import TRAIN, VALIDATION, Metrics, damage
+from moelab.training.metrics import TRAIN, VALIDATION, Metrics, Window, damage
+from moelab.training.optimizer import make_optimizer
 from moelab.training.schedule import learning_rate
 
 
@@ -58,49 +58,6 @@ class Progress:
     tokens_per_s: float
 
 
-@dataclass
-class Window:
-    """Sum metrics over the steps since the last metric row; part of checkpoints, so that a resume changes no row."""
-
-    steps: int = 0
-    loss: float = 0.0
-    routing_loss: float = 0.0
-    distill_loss: float = 0.0
-    grad_norm: float = 0.0
-    load: dict[str, list[int]] = field(default_factory=dict)  # layer (from 1) -> tokens that chose each expert
-    kept: dict[str, int] = field(default_factory=dict)  # layer -> tokens kept
-
-    def add(
-        self, loss: float, routing_loss: float, distill_loss: float, load: dict[str, list[int]], kept: dict[str, int]
-    ) -> None:
-        """Add one step's losses, load and kept tokens; the caller adds the gradient norm."""
-        self.steps += 1
-        self.loss += loss
-        self.routing_loss += routing_loss
-        self.distill_loss += distill_loss
-        for layer, counts in load.items():
-            before = self.load.get(layer, [0] * len(counts))
-            self.load[layer] = [a + b for a, b in zip(before, counts, strict=True)]
-            self.kept[layer] = self.kept.get(layer, 0) + kept[layer]
-
-    def row(self) -> dict[str, Any]:
-        """Return the means per step, and statistics of the experts' load, as a metric row."""
-        n = max(1, self.steps)
-        row: dict[str, Any] = {
-            "loss": self.loss / n,
-            "routing_loss": self.routing_loss / n,
-            "grad_norm": self.grad_norm / n,
-        }
-        if self.distill_loss:
-            row["distill_loss"] = self.distill_loss / n
-        if self.load:
-            totals = {layer: max(1, sum(load)) for layer, load in self.load.items()}
-            row["dropped_share"] = 1 - sum(self.kept.values()) / sum(totals.values())
-            row["expert_load"] = {layer: [x / totals[layer] for x in load] for layer, load in self.load.items()}
-            row["busiest_expert"] = max(max(load) * len(load) / totals[layer] for layer, load in self.load.items())
-        return row
-
-
 def train(
     model_config: ModelConfig,
     config: TrainConfig,
@@ -110,6 +67,8 @@ def train(
     *,
     parallel: ParallelConfig | None = None,
     teacher: Teacher | None = None,
+    start: checkpoint.Checkpoint | None = None,
+    until: int | None = None,
     on_progress: Callable[[Progress], None] = lambda _: None,
     should_stop: Callable[[], bool] = lambda: False,
 ) -> dict[str, Any]:
@@ -122,6 +81,9 @@ def train(
         parallel: how the model is distributed over ranks, all of which call this function in one process group. None
             means this process alone.
         teacher: a finished run to distil, see `moelab.training.distill`.
+        start: another run's checkpoint, used while `run_dir` has none: weights, optimizer state and the count of steps
+            continue from there, and metrics begin there. A dense layer becomes an MoE layer by upcycling.
+        until: end after so many steps, with a checkpoint and an empty result.
         on_progress: called with each metric row, on rank 0.
         should_stop: called once per step on every rank; if any rank returns True, all write a checkpoint and raise
             TrainingStopped.
@@ -149,19 +111,24 @@ def train(
     distiller = Distiller(teacher, config, data, context, mesh) if teacher else None
     trainer = Trainer(model_config, config, batches, context, mesh, distiller)
     step, window, seconds = 0, Window(), 0.0
-    checkpoints = checkpoint.Writer(run_dir / "checkpoints")
+    end = min(until or steps, steps)
+    keep = {config.step_at(tokens, context, "train: keep_at") for tokens in config.keep_at}
+    checkpoints = checkpoint.Writer(run_dir / "checkpoints", always=keep)
     try:
         last = checkpoint.latest(run_dir / "checkpoints", lambda state: damage(run_dir, state.get("metrics")))
     except checkpoint.Refused as error:
         raise ValueError(f"train: no checkpoint with whole metrics: {error}; remove {run_dir} to train again") from None
-    if last is not None:
-        if last.state["data"] != data.fingerprint:
-            raise ValueError(f"train: {last.path} was written with other data; remove {run_dir} to start again")
-        trainer.load(last)
-        step, window, seconds = last.step, Window(**last.state["window"]), last.state["seconds"]
+    if (source := last or start) is not None:
+        if source.state["data"] != data.fingerprint:
+            remedy = f"; remove {run_dir} to start again" if last else ""
+            raise ValueError(f"train: {source.path} was written with other data{remedy}")
+        trainer.load(source, upcycle=last is None)
+        step, window, seconds = source.step, Window(**source.state["window"]), source.state["seconds"]
+        if last is None and not window.fits(model_config, step % config.log_every):
+            window = Window()
     metrics = None
     if leads:
-        recorded = last.state.get("metrics") if last else None
+        recorded = last.state.get("metrics") if last else None  # a trunk's metrics are not this run's
         metrics = Metrics(run_dir, step if last else -1, config.tensorboard, recorded)
 
     def write(file: str, row: dict[str, Any]) -> None:
@@ -182,9 +149,10 @@ def train(
 
     with checkpoints, contextlib.closing(metrics) if metrics else contextlib.nullcontext():
         if last is None:
-            write(VALIDATION, {"step": 0, "tokens": 0, "time_s": 0.0, **validate(config.eval_tokens)})
+            began = {"step": step, "tokens": step * config.batch_size * context, "time_s": seconds}
+            write(VALIDATION, {**began, **validate(config.eval_tokens)})
         row_step, row_seconds = step, seconds  # at the last metric row, or at the resume
-        while step < steps:
+        while step < end:
             started = time.perf_counter()
             done = trainer.step(step, window, should_stop)
             if not done.applied:
@@ -204,15 +172,18 @@ def train(
             if step % config.eval_every == 0 or step == steps:
                 scores = validate(config.eval_tokens)
                 write(VALIDATION, {"step": step, "tokens": tokens, "time_s": seconds, **scores})
-            if done.stop or step == steps or (config.checkpoint_every and step % config.checkpoint_every == 0):
+            due = config.checkpoint_every and step % config.checkpoint_every == 0
+            if done.stop or step == end or step in keep or due:
                 state = {"window": asdict(window), "seconds": seconds, "data": data.fingerprint}
                 state["metrics"] = metrics.state() if metrics else None  # on disk before the checkpoint
                 trainer.save(checkpoints, step, state)
-            if done.stop and step < steps:
+            if done.stop and step < end:
                 checkpoints.wait()  # raises an OSError before the message says that the checkpoint is written
                 raise TrainingStopped(
                     f"stopped at step {step} of {steps}; the checkpoint is written, run again to go on"
                 )
+        if end < steps:
+            return {}
         final = validate(0)
     return {
         "steps": steps,
@@ -351,28 +322,9 @@ class Trainer:
         """Write a checkpoint of `step` steps in the background; see `moelab.engine.checkpoint.Writer.save`."""
         checkpoints.save(step, self.model.module, self.optimizer, state, self.model.placements)
 
-    def load(self, saved: checkpoint.Checkpoint) -> None:
-        """Load a checkpoint's weights and optimizer state."""
-        checkpoint.load(saved, self.model.module, self.optimizer, self.model.placements)
-
-
-def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
-    """Return AdamW with weight decay on matrices only, not on biases and norms, as in GPT-3's recipe."""
-    groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
-    for name, parameter in model.named_parameters():
-        matrix = parameter.ndim >= 2 and not name.endswith("bias")
-        # One fused update cannot mix sharded and whole tensors.
-        groups.setdefault((matrix, isinstance(parameter, DTensor)), []).append(parameter)
-    return torch.optim.AdamW(
-        [
-            {"params": parameters, "weight_decay": config.weight_decay if matrix else 0.0}
-            for (matrix, _), parameters in sorted(groups.items(), reverse=True)
-        ],
-        lr=config.lr,
-        betas=config.betas,
-        eps=config.eps,
-        fused=True,
-    )
+    def load(self, saved: checkpoint.Checkpoint, *, upcycle: bool = False) -> None:
+        """Load a checkpoint's weights and optimizer state; see `moelab.engine.checkpoint.load`."""
+        checkpoint.load(saved, self.model.module, self.optimizer, self.model.placements, upcycle=upcycle)
 
 
 @torch.no_grad()

@@ -10,14 +10,64 @@ import hashlib
 import json
 import os
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from moelab.config import ModelConfig
 from moelab.files import write_bytes
 
 TRAIN, VALIDATION = "train.jsonl", "validation.jsonl"
 PERCENTILES = (0, 10, 50, 90, 100)
 """Percentiles of the experts' load that TensorBoard shows."""
+
+
+@dataclass
+class Window:
+    """Sum metrics over the steps since the last metric row; part of checkpoints, so that a resume changes no row."""
+
+    steps: int = 0
+    loss: float = 0.0
+    routing_loss: float = 0.0
+    distill_loss: float = 0.0
+    grad_norm: float = 0.0
+    load: dict[str, list[int]] = field(default_factory=dict)  # layer (from 1) -> tokens that chose each expert
+    kept: dict[str, int] = field(default_factory=dict)  # layer -> tokens kept
+
+    def add(
+        self, loss: float, routing_loss: float, distill_loss: float, load: dict[str, list[int]], kept: dict[str, int]
+    ) -> None:
+        """Add one step's losses, load and kept tokens; the caller adds the gradient norm."""
+        self.steps += 1
+        self.loss += loss
+        self.routing_loss += routing_loss
+        self.distill_loss += distill_loss
+        for layer, counts in load.items():
+            before = self.load.get(layer, [0] * len(counts))
+            self.load[layer] = [a + b for a, b in zip(before, counts, strict=True)]
+            self.kept[layer] = self.kept.get(layer, 0) + kept[layer]
+
+    def fits(self, model: ModelConfig, steps: int) -> bool:
+        """Return whether these are sums over so many steps of such a model."""
+        experts = {str(i + 1): count for i, count in enumerate(model.experts) if count}
+        return self.steps == steps and experts == {layer: len(load) for layer, load in self.load.items()}
+
+    def row(self) -> dict[str, Any]:
+        """Return the means per step, and statistics of the experts' load, as a metric row."""
+        n = max(1, self.steps)
+        row: dict[str, Any] = {
+            "loss": self.loss / n,
+            "routing_loss": self.routing_loss / n,
+            "grad_norm": self.grad_norm / n,
+        }
+        if self.distill_loss:
+            row["distill_loss"] = self.distill_loss / n
+        if self.load:
+            totals = {layer: max(1, sum(load)) for layer, load in self.load.items()}
+            row["dropped_share"] = 1 - sum(self.kept.values()) / sum(totals.values())
+            row["expert_load"] = {layer: [x / totals[layer] for x in load] for layer, load in self.load.items()}
+            row["busiest_expert"] = max(max(load) * len(load) / totals[layer] for layer, load in self.load.items())
+        return row
 
 
 class Metrics:

@@ -295,9 +295,10 @@ def test_a_broken_checkpoint_is_named_and_all_ranks_use_the_one_before(pools, tm
             assert found[0].step == 9 and found[-1] is None
             assert [(c.step, c.state) for c in found[1:-1]] == [(5, {"at": 5})] * len(DAMAGE)
         lines = answers[0][1]
-        assert len(lines) == len(DAMAGE) and not any(more for _, more in answers[1:])
-        for line, folder, (_, words) in zip(lines, folders, DAMAGE.values(), strict=True):
+        assert len(lines) == 2 * len(DAMAGE) and not any(more for _, more in answers[1:])
+        for line, other, folder, (_, words) in zip(lines[::2], lines[1::2], folders, DAMAGE.values(), strict=True):
             assert str(folder / "step-00000009") in line and words in line and "\n" not in line
+            assert other == f"step 5 is used in place of the newest checkpoint: {folder / 'step-00000005'}"
 
 
 def full_on_rank_1(root):

@@ -11,6 +11,7 @@ import torch
 
 from moelab.experiments import EXPERIMENTS
 from moelab.runs import preflight
+from moelab.runs.spec import Start
 from moelab.runs.store import RunStore
 
 
@@ -98,3 +99,16 @@ def test_a_disk_without_room_for_the_checkpoints_is_refused(tiny_spec, monkeypat
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(needed - 1))
     with pytest.raises(ValueError, match=r"GiB free, .* GiB needed for the checkpoints of 1 runs"):
         preflight.check([tiny_spec])
+
+
+def test_a_trunk_needs_room_for_the_checkpoint_that_it_keeps(tiny_spec, monkeypatch):
+    train = replace(tiny_spec.train, cooldown_tokens=6 * 128)
+    trunk = replace(tiny_spec, train=train)
+    branch = replace(
+        trunk, train=replace(train, tokens=14 * 128, cooldown_tokens=4 * 128), start=Start(trunk, 10 * 128)
+    )
+    seen = []
+    monkeypatch.setattr(preflight, "_check_space", lambda specs, store: seen.extend(specs))
+    preflight.check([branch, trunk])
+    assert [spec.id for spec in seen] == [trunk.id, branch.id]
+    assert preflight._checkpoint_bytes(seen[0]) == preflight._checkpoint_bytes(trunk) * 3 // 2

@@ -50,6 +50,12 @@ def directories(directory: Path) -> list[Path]:
     return sorted(p for p in directory.glob("step-*") if p.is_dir()) if directory.is_dir() else []
 
 
+def step_of(path: Path) -> int:
+    """Return the steps done in a checkpoint, from the name of its directory; -1 when the name has no number."""
+    number = path.name.removeprefix("step-")
+    return int(number) if number.isdecimal() else -1
+
+
 def regular_file(path: Path, name: str) -> Path:
     """Return the path of one of a checkpoint's files.
 

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from moelab.engine.checkpoint import shards, storage
-from moelab.engine.checkpoint.format import CheckpointError, Piece, directories, read_index, read_state, verify
+from moelab.engine.checkpoint import shards, storage, upcycling
+from moelab.engine.checkpoint.format import CheckpointError, Piece, directories, read_index, read_state, step_of, verify
 from moelab.engine.checkpoint.shards import Placements
 from moelab.engine.collectives import all_gather_json, broadcast_json
 from moelab.engine.groups import Group
@@ -39,6 +39,7 @@ def latest(
     objection: Callable[[dict[str, Any]], str | None] = lambda state: None,
     *,
     only_weights: bool = False,
+    up_to: int | None = None,
 ) -> Checkpoint | None:
     """Return the newest checkpoint whose files are complete and unchanged, or None.
 
@@ -50,12 +51,14 @@ def latest(
         objection: called on rank 0 with the caller's state; returns one line if a complete checkpoint cannot be used,
             which is then skipped.
         only_weights: whether the optimizer's files may be broken.
+        up_to: consider only checkpoints of at most so many steps.
 
     Raises:
         Refused: there are complete checkpoints, and `objection` returned a line for each; has that of the newest.
     """
     world = Group.world()
-    names = broadcast_json([path.name for path in directories(directory)] if world.index == 0 else None)
+    listed = directories(directory) if world.index == 0 else []
+    names = broadcast_json([path.name for path in listed if up_to is None or step_of(path) <= up_to])
     refused = None
     for name in reversed(names):
         try:
@@ -105,23 +108,37 @@ def load_model(checkpoint: Checkpoint, model: nn.Module, placements: Placements 
         CheckpointError: the tensors do not fit the model; nothing was loaded.
     """
     index = read_index(checkpoint.path)
-    storage.read(checkpoint.path, index, _model_pieces(checkpoint.path, index, model, placements))
+    storage.read(checkpoint.path, index, _model_pieces(checkpoint.path, index, model, placements, {}))
 
 
 def load(
-    checkpoint: Checkpoint, model: nn.Module, optimizer: torch.optim.Optimizer, placements: Placements = None
+    checkpoint: Checkpoint,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    placements: Placements = None,
+    *,
+    upcycle: bool = False,
 ) -> None:
-    """Fill a model as `load_model` does, and the optimizer's state as well."""
-    index = read_index(checkpoint.path)
-    pieces = _model_pieces(checkpoint.path, index, model, placements)
+    """Fill a model as `load_model` does, and the optimizer's state with it.
+
+    Args:
+        upcycle: where the checkpoint has a dense layer and the model an MoE layer, experts are copies of the dense
+            feed-forward; all of that layer's feed-forward begins without optimizer state.
+    """
+    path, index = checkpoint.path, read_index(checkpoint.path)
     parameters = shards.parameters(model)
+    copied: dict[str, str | None] = {}
+    if upcycle:
+        shapes = {name: shards.placement_of(name, p, placements).shape for name, p in parameters.items()}
+        copied = upcycling.sources(_stored(index), shapes)
+    pieces = _model_pieces(path, index, model, placements, copied)
     fused = bool(optimizer.defaults.get("fused"))
     optimizer.state.clear()
     for name, entry in index.items():
         kind, _, rest = name.partition("/")
-        if kind != "optimizer":
-            continue
         key, _, owner = rest.partition("/")
+        if kind != "optimizer" or owner in copied.values():
+            continue
         parameter, dtype = parameters[owner], getattr(torch, entry["dtype"])
         if entry["shape"]:
             value = torch.zeros_like(parameter, dtype=dtype, requires_grad=False)
@@ -131,21 +148,66 @@ def load(
             placement = Placement.whole(())
         optimizer.state[parameter][key] = value
         pieces += shards.pieces(name, value, placement)
-    storage.read(checkpoint.path, index, pieces)
+    storage.read(path, index, pieces)
+    for name, source in copied.items():
+        if source is not None:
+            _copy(path, index, source, name, parameters[name], placements)
 
 
-def _model_pieces(path: Path, index: dict[str, Any], model: nn.Module, placements: Placements) -> list[Piece]:
-    stored = {
-        name.partition("/")[2]: tuple(entry["shape"]) for name, entry in index.items() if name.startswith("model/")
+def _copy(path: Path, index: dict[str, Any], source: str, name: str, parameter: Tensor, placements: Placements) -> None:
+    """Fill this rank's shards of a parameter of an MoE layer from the dense layer's tensor."""
+    entry = index[f"model/{source}"]
+    shape = tuple(entry["shape"])
+    dense = torch.empty(shape, dtype=getattr(torch, entry["dtype"]))
+    storage.read(path, index, [Piece(f"model/{source}", shape, (0,) * len(shape), dense)])
+    placement = shards.placement_of(name, parameter, placements)
+    try:
+        whole = upcycling.spread(dense, placement.shape)
+    except ValueError as error:
+        raise CheckpointError(f"{path}: {name}: {error}") from None
+    for piece in shards.pieces(name, parameter, placement):
+        at = zip(piece.offset, piece.tensor.shape, strict=True)
+        piece.tensor.copy_(whole[tuple(slice(start, start + size) for start, size in at)])
+
+
+def _stored(index: dict[str, Any]) -> dict[str, tuple[int, ...]]:
+    """Return name -> shape of the model's tensors in a checkpoint."""
+    return {name.partition("/")[2]: tuple(entry["shape"]) for name, entry in index.items() if name.startswith("model/")}
+
+
+def _model_pieces(
+    path: Path, index: dict[str, Any], model: nn.Module, placements: Placements, copied: Mapping[str, str | None]
+) -> list[Piece]:
+    """Return the pieces to read of all parameters but those that are filled in another way."""
+    wanted = {
+        name: (p, shards.placement_of(name, p, placements))
+        for name, p in shards.parameters(model).items()
+        if name not in copied
     }
-    wanted = {name: (p, shards.placement_of(name, p, placements)) for name, p in shards.parameters(model).items()}
+    stored = {name: shape for name, shape in _stored(index).items() if name not in copied.values()}
+    try:
+        check_fit(stored, {name: placement.shape for name, (_, placement) in wanted.items()})
+    except ValueError as error:
+        raise CheckpointError(f"{path}: {error}") from None
+    return [piece for name, (p, placement) in wanted.items() for piece in shards.pieces(f"model/{name}", p, placement)]
+
+
+def check_fit(stored: Mapping[str, tuple[int, ...]], wanted: Mapping[str, tuple[int, ...]]) -> None:
+    """Check that stored tensors fill a model's parameters, by name and shape.
+
+    Args:
+        stored: name -> shape of the whole tensor, in the checkpoint.
+        wanted: name -> shape of the whole parameter, in the model.
+
+    Raises:
+        ValueError: one line: which names or which shape differ.
+    """
     if stored.keys() != wanted.keys():
         odd = sorted(stored.keys() ^ wanted.keys())[:3]
-        raise CheckpointError(f"{path}: not a checkpoint of this model; differing parameters: {', '.join(odd)}")
-    for name, (_, placement) in wanted.items():
-        if stored[name] != placement.shape:
-            raise CheckpointError(f"{path}: {name} is {stored[name]}, the model has {placement.shape}")
-    return [piece for name, (p, placement) in wanted.items() for piece in shards.pieces(f"model/{name}", p, placement)]
+        raise ValueError(f"not a checkpoint of this model; differing parameters: {', '.join(odd)}")
+    for name, shape in wanted.items():
+        if stored[name] != shape:
+            raise ValueError(f"{name} is {stored[name]}, the model has {shape}")
 
 
 def _verify(path: Path, world: Group, only_weights: bool) -> Checkpoint:

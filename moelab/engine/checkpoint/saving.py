@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
+from collections.abc import Collection
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
@@ -30,14 +31,15 @@ class Writer:
     collectives.
     """
 
-    def __init__(self, directory: Path, keep: int = 2) -> None:
+    def __init__(self, directory: Path, keep: int = 2, always: Collection[int] = ()) -> None:
         """Make the writer's gloo group; every rank calls this.
 
         Args:
             directory: the folder of the checkpoints.
             keep: how many checkpoints are kept; older ones are removed when a new one is complete.
+            always: steps whose checkpoints are never removed.
         """
-        self.directory, self.keep = directory, keep
+        self.directory, self.keep, self.always = directory, keep, frozenset(always)
         self._group = gloo_group()
         self._thread: threading.Thread | None = None
         self._error: Exception | None = None
@@ -85,7 +87,7 @@ class Writer:
 
     def _write(self, path: Path, step: int, state: dict[str, Any], pieces: list[Piece]) -> None:
         try:
-            storage.write(path, step, state, pieces, self.keep, self._group)
+            storage.write(path, step, state, pieces, self.keep, self._group, self.always)
         except Exception as error:
             self._error = error
 

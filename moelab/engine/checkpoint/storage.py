@@ -15,7 +15,7 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,7 @@ from moelab.engine.checkpoint.format import (
     directories,
     file_sha256,
     regular_file,
+    step_of,
     sync,
     write_state,
 )
@@ -43,10 +44,18 @@ Entry = dict[str, Any]
 """What the index says of a tensor: "dtype", "shape" and "pieces", of which each has "at", "size" and "file"."""
 
 
-def write(path: Path, step: int, state: dict[str, Any], pieces: Iterable[Piece], keep: int, group: Group) -> None:
+def write(
+    path: Path,
+    step: int,
+    state: dict[str, Any],
+    pieces: Iterable[Piece],
+    keep: int,
+    group: Group,
+    always: Collection[int] = (),
+) -> None:
     """Write a checkpoint directory, together with the ranks of `group`.
 
-    The group's first rank then removes all but the newest `keep` checkpoints.
+    The group's first rank then removes all but the newest `keep` checkpoints and those of the steps `always`.
 
     Raises:
         OSError: a rank could not write its files. Every rank raises it; nothing is left at `path`, older checkpoints
@@ -58,7 +67,7 @@ def write(path: Path, step: int, state: dict[str, Any], pieces: Iterable[Piece],
     try:
         _together(group, path, lambda: _prepare(temporary) if first else None)
         written = _together(group, path, lambda: _write_pieces(temporary, group.index, pieces))
-        _together(group, path, lambda: _finish(path, temporary, step, state, written, keep) if first else None)
+        _together(group, path, lambda: _finish(path, temporary, step, state, written, keep, always) if first else None)
     except Exception:
         if first:
             shutil.rmtree(temporary, ignore_errors=True)
@@ -146,7 +155,13 @@ def _write_pieces(temporary: Path, rank: int, pieces: Iterable[Piece]) -> dict[s
 
 
 def _finish(
-    path: Path, temporary: Path, step: int, state: dict[str, Any], written: Sequence[dict[str, Any]], keep: int
+    path: Path,
+    temporary: Path,
+    step: int,
+    state: dict[str, Any],
+    written: Sequence[dict[str, Any]],
+    keep: int,
+    always: Collection[int],
 ) -> None:
     """Write the index and the state, give the directory its final name, and remove older checkpoints."""
     index: dict[str, Entry] = {}
@@ -170,7 +185,8 @@ def _finish(
     sync(path.parent)
     # A newer checkpoint was skipped as broken, so it does not count among the kept ones.
     for old in [p for p in directories(path.parent) if p <= path][:-keep]:
-        shutil.rmtree(old, ignore_errors=True)
+        if step_of(old) not in always:
+            shutil.rmtree(old, ignore_errors=True)
 
 
 def _is_whole(entry: Entry) -> bool:

@@ -1,0 +1,97 @@
+"""Where a branch starts: the trunk's checkpoint, or, where the trunk has none, one that is trained again.
+
+Numbers depend on the spec alone, so a trunk that is trained again up to the branch point gives the same checkpoint bit
+for bit and costs only time. That happens when a trunk was taken over without weights, or has removed the checkpoint
+because the branch was asked for later. It is trained in `<branch>/prefix/`, from the trunk's nearest checkpoint before.
+
+`token_budgets` makes the branches that differ only in their tokens.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from moelab.runs.spec import RunSpec, Start
+
+if TYPE_CHECKING:
+    from moelab.engine.checkpoint import Checkpoint
+
+TrainUntil = Callable[[RunSpec, Path, "Checkpoint | None", int], None]
+"""Trains a spec in a folder, from a checkpoint or from initial weights, until so many steps are done."""
+
+
+def starting_point(
+    spec: RunSpec, folder: Path, runs: Path, train_until: TrainUntil, say: Callable[[str], None]
+) -> Checkpoint | None:
+    """Return the checkpoint that a run begins with; None for initial weights, and when the run has one of its own.
+
+    Every rank calls this.
+
+    Args:
+        folder: where the run is trained.
+        runs: the folder of all runs.
+        train_until: called where the trunk has no checkpoint of that point.
+        say: gets one line that says so.
+    """
+    from moelab.engine import checkpoint
+
+    if spec.start is None or checkpoint.latest(folder / "checkpoints") is not None:
+        return None
+    trunk, step = spec.start.run, spec.first_step
+    kept = checkpoint.latest(runs / trunk.id / "checkpoints", up_to=step)
+    if kept is not None and kept.step == step:
+        return kept
+    prefix = folder / "prefix"
+    begin = kept or starting_point(trunk, prefix, runs, train_until, say)
+    say(
+        f"the trunk {trunk.id} has kept no checkpoint after {spec.start.tokens} tokens; it is trained again up to "
+        f"there, from {f'its step {begin.step}' if begin else 'initial weights'}, which changes no number"
+    )
+    quiet = replace(trunk.train, eval_every=trunk.train.steps(trunk.data.context) + 1, keep_at=(), tensorboard=False)
+    train_until(replace(trunk, train=quiet, parallel=spec.parallel), prefix, begin, step)
+    return checkpoint.latest(prefix / "checkpoints", up_to=step)
+
+
+def token_budgets(trunk: RunSpec, budgets: Sequence[int]) -> list[RunSpec]:
+    """Return a run for each budget of tokens that differs from the trunk only in where its decay begins and ends.
+
+    Each starts from the trunk at its own decay, which takes the same share of its tokens, and equals the run of that
+    budget trained from initial weights: together they cost the trunk and their decays.
+
+    Args:
+        trunk: a run with `train.cooldown_tokens`.
+        budgets: tokens, rounded to whole steps, as is where the decay begins. The trunk's own tokens give the trunk.
+
+    Raises:
+        ValueError: one line: the trunk has no such decay, or a budget is no budget of this trunk.
+    """
+    train = trunk.train
+    if not train.cooldown_tokens:
+        raise ValueError("token budgets: the trunk needs train.cooldown_tokens, a decay over its last tokens alone")
+    a_step = train.batch_size * trunk.data.context
+    runs = []
+    for budget in budgets:
+        if budget == train.tokens:
+            runs.append(trunk)
+            continue
+        tokens = round(budget / a_step) * a_step
+        start = round(tokens * (1 - train.cooldown_tokens / train.tokens) / a_step) * a_step
+        start = min(start, tokens - a_step)  # the decay is a step at least
+        least, most = max(a_step, train.warmup_tokens), train.tokens - train.cooldown_tokens
+        if not least <= start <= most:
+            raise ValueError(
+                f"token budgets: a run of {budget} tokens decays from {start} on; the trunk of {train.tokens} "
+                f"tokens has a rate that is constant from {least} to {most}"
+            )
+        own = replace(train, tokens=tokens, cooldown_tokens=tokens - start, keep_at=())
+        runs.append(replace(trunk, train=own, start=Start(trunk, start)))
+    return runs
+
+
+def remove_prefix(folder: Path) -> None:
+    """Remove what `starting_point` has trained for a run that is finished."""
+    shutil.rmtree(folder / "prefix", ignore_errors=True)

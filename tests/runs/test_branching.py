@@ -1,0 +1,341 @@
+"""Runs that start from another run's checkpoint: their numbers are those of a run that was trained from scratch."""
+
+import json
+import shutil
+import signal
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from moelab.config import RoutingConfig
+from moelab.config.distill import DistillConfig
+from moelab.config.parallel import ParallelConfig
+from moelab.engine import checkpoint
+from moelab.lab import Lab
+from moelab.runs import dry_run, records
+from moelab.runs.branching import token_budgets
+from moelab.runs.collection import NoResult
+from moelab.runs.execute import execute
+from moelab.runs.executors import start
+from moelab.runs.progress import Snapshot
+from moelab.runs.spec import RunSpec, Start, closure
+from moelab.runs.store import Run, RunStore, Status
+from moelab.training import TrainingStopped
+from moelab.training.metrics import TRAIN, VALIDATION, read_rows
+
+STEP = 4 * 32
+"""Tokens of a step."""
+
+
+@pytest.fixture(autouse=True)
+def _home(tmp_path, monkeypatch):
+    monkeypatch.setenv("MOELAB_HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture
+def trunk(tiny_spec) -> RunSpec:
+    """24 steps, the last 6 of them decay."""
+    return replace(tiny_spec, train=replace(tiny_spec.train, cooldown_tokens=6 * STEP), label="trunk")
+
+
+@pytest.fixture
+def short(trunk) -> RunSpec:
+    """The same run of 14 steps, from scratch; it decays from step 10 on, between two metric rows."""
+    return replace(trunk, train=replace(trunk.train, tokens=14 * STEP, cooldown_tokens=4 * STEP), label="short")
+
+
+@pytest.fixture
+def branch(trunk, short) -> RunSpec:
+    return replace(short, start=Start(trunk, 10 * STEP))
+
+
+def assert_same_from(step: int, run: Run, whole: Run) -> None:
+    """Rows after `step`, result, last weights and optimizer state are equal, bit for bit."""
+    clock = ("time_s", "tokens_per_s", "seconds")
+
+    def numbers(of: Run):
+        rows = [row for file in (TRAIN, VALIDATION) for row in read_rows(of.path / file) if row["step"] > step]
+        last = checkpoint.latest(of.path / "checkpoints")
+        tensors = {}
+        for part in ("model", "optimizer"):
+            found = load_file(last.path / f"{part}-00000.safetensors")
+            tensors |= {f"{part}/{name}": tensor for name, tensor in found.items()}
+        return [{k: v for k, v in row.items() if k not in clock} for row in (*rows, of.result)], tensors
+
+    (rows, tensors), (expected_rows, expected) = numbers(run), numbers(whole)
+    assert len(rows) > 2 and rows == expected_rows
+    assert tensors.keys() == expected.keys() and all(torch.equal(tensors[k], expected[k]) for k in expected)
+
+
+def stop_after(steps):
+    done = iter(range(1, 10_000))
+    return lambda: next(done) >= steps
+
+
+def test_a_branch_is_the_run_from_scratch(trunk, short, branch):
+    lab = Lab()
+    whole, run, stem = lab.run([short, branch, trunk], executor="inline")
+    assert_same_from(10, run, whole)
+    assert min(row["step"] for row in read_rows(run.path / TRAIN)) == 12
+    assert [row["step"] for row in read_rows(run.path / VALIDATION)] == [10, 14], "metrics begin at the branch"
+    assert run.provenance["start"] == {"run": trunk.id, "tokens": 10 * STEP, "trained_again": False}
+    kept = [path.name for path in sorted((stem.path / "checkpoints").iterdir())]
+    assert kept == ["step-00000010", "step-00000020", "step-00000024"], "the branch point, and the newest two"
+    assert not (run.path / "prefix").exists()
+
+
+def test_a_branch_of_processes_is_the_run_from_scratch(trunk, short, branch):
+    whole, run = Lab().run([short, branch], executor="processes", workers=2)
+    assert_same_from(10, run, whole)
+    assert "trained again" not in run.log_tail()
+
+
+@pytest.mark.parametrize("steps", [1, 3])
+def test_a_stopped_branch_goes_on(steps, trunk, short, branch):
+    lab = Lab()
+    (whole, _) = lab.run([short, trunk.keeping([10 * STEP])], executor="inline")
+    run = lab.store.run(branch)
+    with pytest.raises(TrainingStopped, match=f"stopped at step {10 + steps} of 14"):
+        execute(run, should_stop=stop_after(steps))
+    assert run.status.step <= 14
+    execute(run)
+    assert_same_from(10, run, whole)
+
+
+def test_a_branch_that_is_asked_for_later_trains_the_trunk_again(trunk, short, branch, capsys):
+    lab = Lab()
+    (whole, _) = lab.run([short, trunk], executor="inline")
+    (run,) = lab.run([branch], executor="inline")
+    assert f"the trunk {trunk.id} has kept no checkpoint after 1280 tokens" in capsys.readouterr().out
+    assert_same_from(10, run, whole)
+    assert run.provenance["start"]["trained_again"] and not (run.path / "prefix").exists()
+
+
+def test_training_again_goes_on_after_a_stop_and_from_the_nearest_checkpoint(trunk, short, branch, capsys):
+    lab = Lab()
+    (whole, _) = lab.run([short, trunk.keeping([5 * STEP])], executor="inline")
+    run = lab.store.run(branch)
+    with pytest.raises(TrainingStopped):
+        execute(run, should_stop=stop_after(2))
+    assert "from its step 5," in capsys.readouterr().out
+    assert checkpoint.latest(run.path / "prefix" / "checkpoints").step == 7
+    assert Snapshot.of([run]).done == 0, "steps of the trunk are not its own"
+    execute(run)
+    assert_same_from(10, run, whole)
+
+
+def test_a_branch_of_an_imported_trunk(trunk, short, branch, tmp_path):
+    lab = Lab()
+    (whole, stem) = lab.run([short, trunk], executor="inline")
+    archive = records.write(stem, tmp_path)
+    shutil.rmtree(stem.path)
+    assert records.read(archive, lab.store).finished
+    (run,) = lab.run([branch], executor="inline")
+    assert_same_from(10, run, whole)
+    taken = records.read(records.write(run, tmp_path), RunStore(tmp_path / "theirs"))
+    assert taken.spec == branch and taken.spec.start.run == trunk and taken.provenance["start"]["trained_again"]
+
+
+def test_a_branch_of_a_branch(trunk, short, branch):
+    """Its trunk's checkpoint is gone, and so is that of the trunk's trunk."""
+    grown = replace(trunk, train=replace(trunk.train, tokens=20 * STEP), start=Start(trunk, 8 * STEP))
+    leaf = replace(short, start=Start(grown, 10 * STEP))
+    assert [spec.id for spec in leaf.requires()] == [trunk.id, grown.id]
+    lab = Lab()
+    whole, run = lab.run([short, leaf], executor="inline")
+    assert_same_from(10, run, whole)
+    for spec in (trunk, grown):
+        shutil.rmtree(lab.store.run(spec).path / "checkpoints")
+    shutil.rmtree(run.path)
+    (again,) = lab.run([leaf], executor="inline")
+    assert_same_from(10, again, whole)
+
+
+def test_staged_distillation_is_a_branch_of_the_distilled_student(tiny_spec):
+    teacher = replace(tiny_spec, label="teacher")
+    student = replace(tiny_spec, model=replace(tiny_spec.model, hidden=16), teacher=teacher, distill=DistillConfig())
+    stopped = replace(student, distill=DistillConfig(schedule="stop", stop=16 * STEP))
+    off = replace(student, distill=DistillConfig(schedule="off"), start=Start(student, 16 * STEP))
+    alone = replace(off, teacher=None, distill=None)
+    whole, *runs = Lab().run([stopped, off, alone], executor="inline")
+    for run in runs:
+        assert_same_from(16, run, whole)
+    assert "distill_loss" in read_rows(runs[0].path / TRAIN)[0], "the row spans steps of the trunk"
+    assert "distill_loss" not in read_rows(runs[0].path / TRAIN)[-1]
+
+
+@pytest.mark.parametrize("residual", [False, True])
+def test_a_dense_run_is_upcycled(residual, trunk):
+    """With normalised weights two equal experts are the dense feed-forward; the router breaks the tie from then on."""
+    dense = replace(trunk, model=replace(trunk.model, experts=(0, 0, 0, 0), residual=False))
+    routing = RoutingConfig(drop_tokens=False)
+    model = replace(trunk.model, experts=(0, 4, 0, 2), residual=residual, top_k=2, routing=routing)
+    branch = replace(dense, model=model, start=Start(dense, 16 * STEP))
+    stem, run = Lab().run([dense, branch], executor="inline")
+    first = read_rows(run.path / VALIDATION)[0]
+    before = next(row for row in read_rows(stem.path / VALIDATION) if row["step"] == 16)
+    assert first["step"] == 16 and run.finished
+    assert first["loss"] == pytest.approx(before["loss"], abs=1e-5)
+    last = checkpoint.latest(run.path / "checkpoints")
+    state = load_file(last.path / "optimizer-00000.safetensors")
+    assert state["step/blocks.1.ffn.experts.up"] == 8 and state["step/blocks.0.ffn.up.weight"] == 24
+    experts = load_file(last.path / "model-00000.safetensors")["blocks.1.ffn.experts.up"]
+    assert not torch.equal(experts[0], experts[1]), "they learn apart"
+
+
+@pytest.mark.multiprocess
+@pytest.mark.slow
+def test_upcycling_on_ranks_is_that_of_one_process(trunk):
+    dense = replace(trunk, model=replace(trunk.model, experts=(0, 0, 0, 0), residual=False))
+    dense = replace(dense, train=replace(dense.train, micro_batch=2))
+    branch = replace(dense, model=trunk.model, start=Start(dense, 16 * STEP))
+    one = Lab(RunStore(Path("one").absolute())).run([branch], executor="inline")[0]
+    for layout in (ParallelConfig(data=2), ParallelConfig(data=2, shard=True)):
+        run = Lab(RunStore(Path(f"shard-{layout.shard}").absolute())).run([replace(branch, parallel=layout)])[0]
+        rows, expected = read_rows(run.path / VALIDATION), read_rows(one.path / VALIDATION)
+        assert [row["loss"] for row in rows] == pytest.approx([row["loss"] for row in expected], abs=1e-4)
+
+
+def test_a_model_that_does_not_fit_is_one_line(trunk, branch):
+    other = replace(branch, model=replace(trunk.model, residual=False))
+    lab = Lab()
+    with pytest.raises(NoResult, match=r"1 of 1 runs: .*differing parameters"):
+        lab.run([other], executor="inline")
+    run = lab.store.run(other)
+    assert run.status.state == "failed" and "\n" not in run.status.reason
+    assert "differing parameters: blocks.1.ffn." in run.status.reason and trunk.id in run.status.reason
+
+
+def test_rows_begin_anew_where_the_trunks_do_not_fit(trunk, branch):
+    """Other rows and other routing: the trunk's sums since its last row are no part of the branch's first one."""
+    other = replace(branch, train=replace(branch.train, log_every=4), model=replace(trunk.model, top_k=2))
+    (run,) = Lab().run([other], executor="inline")
+    assert [row["step"] for row in read_rows(run.path / TRAIN)] == [12, 14]
+
+
+@pytest.mark.multiprocess
+@pytest.mark.slow
+def test_a_killed_branch_goes_on(trunk, short):
+    """Killed while the trunk is trained again, and after that."""
+    trunk = replace(trunk, train=replace(trunk.train, tokens=100 * STEP))
+    often = replace(short.train, tokens=80 * STEP, cooldown_tokens=50 * STEP, checkpoint_every=1)
+    lab = Lab()
+    (whole, _) = lab.run([replace(short, train=often), trunk], executor="inline")
+    run = lab.store.run(replace(short, train=often, start=Start(trunk, 30 * STEP)))
+    for folder, step in (("prefix/checkpoints", 10), ("checkpoints", 33), ("checkpoints", 40)):
+        process = start(run)
+        while process.poll() is None and not (run.path / folder / f"step-{step:08d}").exists():
+            pass
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        assert not run.finished and (run.path / "checkpoints").exists() == (step > 30)
+    execute(run)
+    assert_same_from(30, run, whole)
+
+
+@pytest.mark.multiprocess
+@pytest.mark.slow
+def test_a_branch_on_ranks(trunk, short):
+    """Two data ranks go on from a trunk of one, whose checkpoint is there or is trained again by both."""
+    trunk, short = (replace(spec, train=replace(spec.train, micro_batch=2)) for spec in (trunk, short))
+    branch = replace(short, start=Start(trunk, 10 * STEP), parallel=ParallelConfig(data=2))
+    lab = Lab()
+    whole, run = lab.run([short, branch], executor="inline")
+    loss = whole.result["validation_loss"]
+    assert run.result["validation_loss"] == pytest.approx(loss, abs=1e-5) and "trained again" not in run.log_tail(40)
+    shutil.rmtree(run.path)
+    shutil.rmtree(lab.store.run(trunk).path / "checkpoints")
+    (run,) = lab.run([branch], executor="inline")
+    assert run.result["validation_loss"] == pytest.approx(loss, abs=1e-5)
+    assert run.log_tail(40).count("trained again up to there, from initial weights") == 1
+    assert run.provenance["start"]["trained_again"]
+
+
+def test_identity_and_json(trunk, branch):
+    assert RunSpec.from_json(json.loads(json.dumps(branch.to_json()))) == branch
+    assert trunk.keeping([STEP]).id == trunk.id and trunk.keeping([STEP]) == trunk
+    named = replace(branch, start=Start(replace(trunk.keeping([STEP]), label="x"), 10 * STEP))
+    assert named.id == branch.id and named == branch
+    assert len({branch.id, replace(branch, start=None).id, replace(branch, start=Start(trunk, 9 * STEP)).id}) == 3
+    old = trunk.to_json()
+    del old["start"], old["train"]["keep_at"]
+    assert RunSpec.from_json(old) == trunk
+
+
+def test_what_a_branch_requires_and_costs(trunk, branch):
+    other = replace(branch, start=Start(trunk, 8 * STEP))
+    found = closure([branch, other, replace(trunk, label="asked for")])
+    assert list(found) == [trunk.id, branch.id, other.id]
+    assert found[trunk.id].train.keep_at == (8 * STEP, 10 * STEP) and found[trunk.id].label == "asked for"
+    assert [[r.spec.id for r in g] for g in Lab._generations([Run(s, None) for s in found.values()])] == [
+        [trunk.id],
+        [branch.id, other.id],
+    ]
+    assert branch.cost * 24 == trunk.cost * 4
+    rows = dry_run.planned_runs([branch])
+    assert [(row.steps, row.flops) for row in rows] == [(24, trunk.cost), (4, branch.cost)]
+    store = RunStore()
+    assert not store.root.exists(), "a dry run writes nothing"
+    run = store.run(branch)
+    run.set_status(Status("stopped", step=12, steps=14))
+    assert Snapshot.of([run]).done == 0.5
+
+
+def test_the_store_keeps_what_was_ever_asked_for(trunk):
+    store = RunStore()
+    store.run(trunk.keeping([STEP]))
+    assert store.run(trunk.keeping([3 * STEP])).spec.train.keep_at == (STEP, 3 * STEP)
+    assert store.run(trunk).spec.train.keep_at == (STEP, 3 * STEP) == store.at(trunk.id).spec.train.keep_at
+
+
+@pytest.mark.parametrize(
+    ("tokens", "change", "part"),
+    [
+        (10 * STEP + 1, {}, "start.tokens must be a multiple of a step's 128 tokens and above 0, got 1281"),
+        (0, {}, "above 0, got 0; nearest: 128 and 256"),
+        (25 * STEP, {"tokens": 40 * STEP}, "start.tokens must be above 0 and at most 3072"),
+        (14 * STEP, {}, "leave nothing of 1792 tokens to train"),
+        (20 * STEP, {"tokens": 30 * STEP}, "are in the decay of tiny-s0"),
+        (10 * STEP, {"seed": 1}, "train.seed of a branch must be the trunk's, got 1 and 0: its steps go on"),
+        (10 * STEP, {"batch_size": 2}, "train.batch_size of a branch must be the trunk's"),
+        (10 * STEP, {"micro_batch": 2}, "train.micro_batch of a branch"),
+        (10 * STEP, {"threads": 2}, "train.threads of a branch must be the trunk's, got 2 and 1: its numbers"),
+        (10 * STEP, {"dtype": "bf16"}, "train.dtype of a branch"),
+        (10 * STEP, {"keep_at": (5,)}, "train.keep_at must be a multiple of a step's 128 tokens"),
+    ],
+)
+def test_branches_that_cannot_be_are_refused(tokens, change, part, trunk, short):
+    with pytest.raises(ValueError) as error:
+        replace(short, train=replace(short.train, **change), start=Start(trunk, tokens))
+    assert str(error.value).startswith("spec: ") and part in str(error.value) and "\n" not in str(error.value)
+
+
+def test_data_schedule_and_trunk_are_checked(trunk, short):
+    with pytest.raises(ValueError, match="data differ"):
+        replace(short, data=replace(short.data, max_bytes=1000), start=Start(trunk, 10 * STEP))
+    late = replace(trunk, model=replace(trunk.model, dropout=0.0), start=Start(trunk, 20 * STEP))
+    assert late.first_step == 20, "within the decay, with the same schedule"
+    cosine = replace(trunk, train=replace(trunk.train, cooldown_tokens=0))
+    with pytest.raises(ValueError, match=r"in the decay of .* which begins at 256"):
+        replace(short, start=Start(cosine, 10 * STEP))
+    with pytest.raises(ValueError, match="must be above 2560"):
+        replace(short, start=Start(late, 10 * STEP))
+
+
+def test_token_budgets(trunk):
+    runs = token_budgets(trunk, [8 * STEP, 12 * STEP + 5, trunk.train.tokens])
+    assert runs[-1] == trunk
+    assert [(r.start.tokens, r.train.tokens, r.train.cooldown_tokens) for r in runs[:2]] == [
+        (6 * STEP, 8 * STEP, 2 * STEP),
+        (9 * STEP, 12 * STEP, 3 * STEP),
+    ]
+    assert all(run.model == trunk.model and run.train.lr == trunk.train.lr for run in runs)
+    with pytest.raises(ValueError, match=r"needs train\.cooldown_tokens"):
+        token_budgets(replace(trunk, train=replace(trunk.train, cooldown_tokens=0)), [STEP])
+    for budget in (2 * STEP, 30 * STEP):
+        with pytest.raises(ValueError, match="is constant from 256 to 2304"):
+            token_budgets(trunk, [budget])
