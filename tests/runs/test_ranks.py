@@ -34,7 +34,7 @@ class Training:
     class Progress:
         def __init__(self, step, steps): self.step, self.steps, self.loss, self.tokens_per_s = step, steps, 1.0, 10.0
     @classmethod
-    def train(cls, model, config, data, context, path, *, on_progress, should_stop, parallel, teacher):
+    def train(cls, model, config, data, context, path, *, on_progress, should_stop, parallel, teacher, **_):
         import torch, torch.distributed as dist
         from moelab.engine.launch import process
         rank, steps = dist.get_rank(), config.steps(context)
