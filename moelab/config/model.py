@@ -355,6 +355,10 @@ class ModelConfig:
         """Return the number of parameters that one token uses: K of each MoE layer's experts, and everything else."""
         return self._shared() + sum(self._per_moe_layer(e, self.top_k) for e in self.experts if e)
 
+    def non_embedding_parameters(self) -> int:
+        """Return the number of parameters outside the embeddings of tokens and positions."""
+        return self.parameters() - (self.vocab + self.context) * self.hidden
+
     def flops_per_token(self, *, training: bool = True, context: int | None = None) -> float:
         """Return the matrix-multiply FLOPs per token: of a forward pass, times 3 for training.
 

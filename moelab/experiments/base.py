@@ -28,17 +28,20 @@ class Scale:
     cost: str
 
 
-def twin_scales(cpu: str, paper: str | None = None) -> dict[str, Scale]:
+def twin_scales(runs: int, paper: str | None = None) -> dict[str, Scale]:
     """Return the scales of an experiment on twins of the 350M base.
 
     Args:
-        cpu: the cost at `cpu`.
+        runs: of a seed, for the cost of a seed at `quick` and `cpu`: 3 and 13 minutes a run on a quiet core (measured).
         paper: what the `paper` scale trains; None where there is no such scale.
     """
     scales = {
         "smoke": Scale("twins of 32 wide, 4 layers; 12 k tokens of sotu", "seconds (tests)"),
-        "cpu": Scale("twins 32 wide, 8 layers; 1 M tokens of mix5", cpu),
-        "gpu": Scale("twins 256 wide, 12 layers; 200 M tokens of mix5", "not yet run; one GPU"),
+        "quick": Scale("twins 32 wide, 8 layers; 4.1 M tokens of mix5", f"about {3 * runs} minutes a seed on one core"),
+        "cpu": Scale(
+            "twins 32 wide, 8 layers; 16.4 M tokens of mix5", f"about {13 * runs / 60:.1f} hours a seed on one core"
+        ),
+        "gpu": Scale("twins 128 wide, 12 layers; 400 M tokens of the Pile", "not yet run; one GPU"),
     }
     return scales | ({"paper": Scale(paper, "not run; see its dry run")} if paper else {})
 
@@ -61,6 +64,8 @@ class Experiment:
             are more than arms times seeds; its keyword-only options are parameters of the notebook.
         trains: the notebook asks for these runs to be trained; False if it only measures their steps.
         measures: the notebook measures time, so nothing else should run beside it.
+        planned_seeds: number of seeds, from 0, on which the published verdicts rest. It is set here before the first
+            run, so that no verdict comes from adding seeds until it turns.
     """
 
     name: str
@@ -74,6 +79,7 @@ class Experiment:
     build: Callable[..., list[RunSpec]] | None = None
     trains: bool = True
     measures: bool = False
+    planned_seeds: int = 3
 
     @property
     def module(self) -> str:

@@ -6,8 +6,7 @@ in all (every second), in none.
 Here: twins, paired by seed; both halves have the same number of experts, parameters and FLOPs. The paper does not state
 the number of experts and their spacing; 32 and every second layer are assumed.
 
-Expect at `cpu` (8 seeds, results/half-moe): the halves within 0.03 nats of each other, the first one ahead by 0.01 on
-average, with an interval that just includes zero: not the paper's clear order.
+Fixed before the first run: 3 seeds, all arms on each.
 """
 
 from __future__ import annotations
@@ -47,6 +46,6 @@ EXPERIMENT = Experiment(
     paper="Fig 2 left (section 4.1.1)",
     question="Do deep layers profit more from experts than shallow ones?",
     paper_answer="Yes: experts in the second half of the layers lower the loss clearly more than in the first.",
-    scales=twin_scales("about 3 minutes a seed on one core", "350M base with 32 experts; 300 B tokens"),
+    scales=twin_scales(4, "350M base with 32 experts; 300 B tokens"),
     arms=ARMS,
 )

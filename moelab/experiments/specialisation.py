@@ -4,8 +4,7 @@ Shows: for each MoE layer of the trained 350M+MoE-128 twin, which share of each 
 expert; how much of the choice of an expert the current token's identity tells, and how much the domain (mutual
 information over the entropy of the choice, both corrected for chance).
 
-Expect at `cpu` (3 seeds, results/specialisation): the token tells four fifths of the choice in the first MoE layer and
-three quarters in the last; the domain a twentieth.
+Fixed before the first run: the 3 seeds of the other experiments.
 """
 
 from __future__ import annotations

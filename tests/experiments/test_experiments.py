@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -59,13 +60,15 @@ def test_equal_arms_of_experiments_are_one_run():
         return [spec.id for spec in module.EXPERIMENT.specs("cpu", 1, arms=arms)]
 
     assert ids(pr_moe, "Dense") == ids(scaling, "350M") == ids(half_moe, "Dense") == ids(expert_count, "1 (dense)")
-    assert ids(pr_moe, "MoE-32") == ids(half_moe, "MoE-32") == ids(top2_vs_residual, "MoE-32") == ids(expert_count, "4")
     assert (
-        ids(pr_moe, "MoE-128") == ids(scaling, "350M+MoE-128") == ids(capacity, "drop-free") == ids(expert_count, "16")
+        ids(pr_moe, "MoE-32") == ids(half_moe, "MoE-32") == ids(top2_vs_residual, "MoE-32") == ids(expert_count, "32")
     )
+    assert ids(pr_moe, "MoE-128") == ids(scaling, "350M+MoE-128") == ids(capacity, "drop-free")
+    assert ids(pr_moe, "MoE-128") == ids(expert_count, "128")
     assert ids(pr_moe, "PR-MoE-32/64") == ids(distillation, "Teacher")
     assert ids(pr_moe, "Residual-MoE-32") == ids(top2_vs_residual, "Residual-MoE-32")
     assert ids(seeds, "MoE-128") == [s.id for s in specialisation.EXPERIMENT.specs("cpu")]
+    assert ids(pr_moe, "Dense, 4.1 M tokens") == ids(scaling, "350M, 4.1 M tokens") != []
 
 
 @pytest.mark.parametrize("run", [s.run for s in paper.all_training_settings()])
@@ -96,28 +99,32 @@ def test_the_papers_students_are_taught_as_published():
     assert specs["L21 alone"].distill is None and specs["L21 + KD"].distill.schedule == "constant"
 
 
-def test_the_sweep_uses_a_seed_of_its_own_and_the_rate_in_use():
+def test_the_sweep_is_the_regime_itself_on_a_seed_of_its_own():
     specs = learning_rate.EXPERIMENT.specs("cpu")
     assert {spec.train.seed for spec in specs} == {settings.SWEEP_SEED}
-    assert all(settings.peak_rate(base, "cpu") in learning_rate.rates(base) for base in learning_rate.ARMS)
+    for spec in specs:
+        used = settings.spec(str(spec.model).removesuffix(" twin"), "cpu", settings.SWEEP_SEED)
+        assert replace(spec.train, lr=used.train.lr, min_lr=used.train.min_lr) == used.train
+        assert spec.model == used.model and spec.data == used.data
+    assert set(learning_rate.used("350M", "cpu").values()) <= set(learning_rate.rates())
 
 
-def test_the_rate_in_use_is_the_lowest_of_the_published_sweep():
-    swept = set()
-    for file in (Path(__file__).parents[2] / "results" / "learning-rate" / "cpu").glob("*/summary.json"):
+def test_the_rates_in_use_are_the_lowest_of_the_published_sweep():
+    files = list((ROOT / "results" / "learning-rate" / "cpu").glob("*/summary.json"))
+    assert files
+    for file in files:
         base = json.loads(file.read_text())["parameters"]["base"]
         table = pd.read_json(file.with_name("loss-over-rate.jsonl"), lines=True)
-        mean = table.groupby("rate")["loss"].mean()  # over arms
-        assert mean.idxmin() == pytest.approx(settings.peak_rate(base, "cpu"))
-        swept.add(base)
-    assert swept == set(learning_rate.ARMS)
+        for arm, rate in learning_rate.used(base, "cpu").items():
+            means = table[table["arm"] == arm].groupby("rate")["loss"].mean()
+            assert len(means) > 1 and means.idxmin() == pytest.approx(rate), (base, arm)
 
 
-def test_larger_bases_train_at_less_and_arms_of_a_base_alike():
+def test_larger_bases_train_at_less():
     names = ("350M", "1.3B", "1.3B+MoE-128", "6.7B")
     for scale in ("cpu", "gpu"):
         train = {name: settings.spec(name, scale).train for name in names}
-        assert train["350M"].lr > train["1.3B"].lr == train["1.3B+MoE-128"].lr > train["6.7B"].lr
+        assert train["350M"].lr > train["1.3B"].lr > train["6.7B"].lr
         assert all(t.min_lr == pytest.approx(t.lr / 10, rel=1e-4) for t in train.values())
     # without a sweep in the proportion of the paper's dense rates
     assert train["1.3B"].lr == pytest.approx(train["350M"].lr * 2e-4 / 3e-4, rel=1e-3)
@@ -170,23 +177,11 @@ def final(losses, **columns):
     return pd.DataFrame(rows)
 
 
-def test_data_efficiency_by_hand():
-    lines = curves({("350M", 0): (9, 6, 5, 4), ("350M+MoE-128", 0): (9, 5, 3, 2)})
-    table = final({"350M": [4], "350M+MoE-128": [2]}, flops_per_token={"350M": 10.0, "350M+MoE-128": 12.0})
-    (row,) = scaling.efficiency(lines, table).to_dict("records")
-    assert row["tokens"] == pytest.approx(300 / 150) and row["flops"] == pytest.approx(2 * 10 / 12)
-    never = curves({("350M", 0): (9, 6, 5, 4), ("350M+MoE-128", 0): (9, 8, 7, 6)})
-    assert scaling.efficiency(never, table)["tokens"].isna().all()
-
-
-def test_equal_flops_reads_the_dearer_model_where_the_money_ends():
-    lines = curves({("350M", 0): (9, 6, 5, 4), ("350M+MoE-128", 0): (9, 5, 3, 2), ("1.3B", 0): (9, 5, 3, 1)})
-    cost = {"350M": 10.0, "350M+MoE-128": 10.0, "1.3B": 30.0}
-    table = final({"350M": [4], "350M+MoE-128": [2], "1.3B": [1]}, flops_per_token=cost)
-    at = {row.against: row.difference for row in scaling.equal_flops(lines, table).itertuples()}
-    assert at == {"350M": pytest.approx(2 - 4), "1.3B": pytest.approx(2 - 5)}, "1.3B has seen 100 tokens for that"
+def test_equal_tokens_pairs_each_moe_with_both_dense_models():
+    table = final({"350M": [4], "350M+MoE-128": [2], "1.3B": [1]})
     tokens = {row.against: row.difference for row in scaling.equal_tokens(table).itertuples()}
     assert tokens == {"350M": -2, "1.3B": 1}
+    assert set(scaling.paper_pairs()) >= set(scaling.equal_tokens(table)["pair"])
 
 
 def test_scaling_judges_the_base_and_only_shows_the_larger_model():

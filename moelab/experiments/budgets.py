@@ -1,0 +1,287 @@
+"""Compare arms at several token budgets, each with its own decay of the learning rate.
+
+A loss in the middle of a run is not the loss of a run of that length, because its learning rate has not decayed yet. A
+*budget* is a run that branches off a longer one, its *trunk*, where its own decay begins
+(`moelab.runs.branching.token_budgets`), so it equals the run of that length and costs a fifth of it.
+
+Budgets are compared across model sizes by *tokens a parameter*: tokens over the parameters that the dense base has
+outside its embeddings, for the base and for the MoE on it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from moelab import paper
+from moelab.config import ModelConfig
+from moelab.experiments import settings
+from moelab.runs.branching import token_budgets
+from moelab.runs.collection import Runs
+from moelab.runs.spec import RunSpec
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from matplotlib.axes import Axes
+
+BUDGETS = {
+    "cpu": (1_024_000, 2_048_000, 4_096_000, 8_192_000),
+    "gpu": (25_001_984, 50_003_968, 100_007_936, 200_015_872),
+}
+"""Scale -> tokens of the budgets below the trunk's own."""
+
+COLUMNS = ["arm", "seed", "tokens", "per_parameter", "loss"]
+
+
+def with_budgets(trunk: RunSpec, scale: str) -> list[RunSpec]:
+    """Return a run and its budgets; the run keeps the checkpoints that they start from.
+
+    Budgets that do not fit the trunk's schedule, because its tokens were overridden, are left out.
+    """
+    train = trunk.train
+    if not train.cooldown_tokens:
+        return [trunk]
+    share = 1 - train.cooldown_tokens / train.tokens
+    fitting = [
+        budget
+        for budget in BUDGETS.get(scale, ())
+        if train.warmup_tokens < budget * share and budget < train.tokens - train.cooldown_tokens
+    ]
+    branches = token_budgets(trunk, fitting)
+    starts = tuple(branch.start.tokens for branch in branches if branch.start)
+    keeping = replace(trunk, train=replace(train, keep_at=starts))
+    named = [
+        replace(branch, label=f"{trunk.title}, {branch.train.tokens / 1e6:.1f} M tokens")
+        for branch in token_budgets(keeping, fitting)
+    ]
+    return [keeping, *named]
+
+
+def trunks(runs: Runs) -> Runs:
+    """Return the runs that are no budget of another."""
+    return Runs([run for run in runs if run.spec.start is None])
+
+
+def losses(runs: Runs) -> pd.DataFrame:
+    """Return the final validation loss of every finished trunk and budget.
+
+    Columns: arm, seed, tokens, per_parameter (tokens over the base's parameters outside its embeddings), loss (nats per
+    token).
+    """
+    import pandas as pd
+
+    rows = []
+    for run in runs.finished:
+        spec = run.spec
+        arm = spec.start.run.title if spec.start else spec.title
+        dense = replace(spec.model, experts=(0,) * spec.model.layers, residual=False, top_k=1)
+        tokens = run.result["tokens"]
+        rows.append(
+            [
+                arm,
+                spec.train.seed,
+                tokens,
+                tokens / dense.non_embedding_parameters(),
+                run.result["validation_loss"],
+            ]
+        )
+    return pd.DataFrame(rows, columns=COLUMNS).sort_values(["arm", "seed", "tokens"], ignore_index=True)
+
+
+def gaps(table: pd.DataFrame, reference: str) -> pd.DataFrame:
+    """Return the losses minus the reference arm's of the same seed and budget, as a column gap; without the reference.
+
+    Args:
+        table: from `losses`.
+    """
+    keys = ["seed", "tokens"]
+    base = table[table["arm"] == reference].set_index(keys)["loss"].rename("base")
+    both = table[table["arm"] != reference].join(base, on=keys, how="inner")
+    return both.assign(gap=both["loss"] - both["base"]).drop(columns="base")
+
+
+def paper_gaps(model: str, base: str) -> pd.DataFrame:
+    """Return the paper's gap of an MoE to its base over training, read off Fig 1 (both curves before their decay ends).
+
+    Columns: tokens, per_parameter, gap, low, high.
+    """
+    import pandas as pd
+
+    moe, dense = paper.loss_curve(model), paper.loss_curve(base)
+    parameters = ModelConfig.parse(base).non_embedding_parameters()
+    theirs = dict(zip(moe.tokens_B, zip(moe.loss, moe.uncertainty, strict=True), strict=True))
+    rows = []
+    for billions, loss, wide in zip(dense.tokens_B, dense.loss, dense.uncertainty, strict=True):
+        if billions in theirs:
+            gap, both = theirs[billions][0] - loss, wide + theirs[billions][1]
+            rows.append([billions * 1e9, billions * 1e9 / parameters, gap, gap - both, gap + both])
+    return pd.DataFrame(rows, columns=["tokens", "per_parameter", "gap", "low", "high"])
+
+
+def draw(
+    ax: Axes,
+    table: pd.DataFrame,
+    *,
+    arms: Sequence[str],
+    reference: str,
+    of: Sequence[str] = (),
+    paper_pair: tuple[str, str] | None = None,
+) -> Axes:
+    """Draw the gap over tokens a parameter: the mean over seeds with its 95 % interval, and the paper's beside it.
+
+    Args:
+        table: from `gaps`.
+        arms: the arms to draw.
+        reference: the arm that the gaps are to.
+        of: all arms of the experiment, for their colours.
+        paper_pair: the paper's model and its base, see `paper_gaps`.
+    """
+    from moelab.plotting import figures
+
+    palette = figures.colors(of or arms)
+    for i, arm in enumerate(arms):
+        part = table[table["arm"] == arm].groupby("per_parameter")["gap"]
+        if not len(part):
+            continue
+        bounds = [figures.student(values) for _, values in part]
+        low, high = zip(*bounds, strict=True)
+        x = [value * (1 + 0.015 * i) for value in part.groups]  # beside one another, not on one another
+        figures.our_points(ax, x, list(part.mean()), list(low), list(high), label=arm, color=palette[arm])
+    if paper_pair:
+        theirs = paper_gaps(*paper_pair)
+        figures.paper_points(
+            ax,
+            theirs["per_parameter"],
+            theirs["gap"],
+            theirs["low"],
+            theirs["high"],
+            line=True,
+            label=f"paper: {paper_pair[0]} (Fig 1, before its decay)",
+        )
+    ax.axhline(0, color="#888888", linewidth=1)
+    ax.set_xscale("log")
+    ax.xaxis.set_major_formatter("{x:g}")
+    ax.xaxis.set_minor_formatter("")
+    ax.set(
+        xlabel="training tokens for each parameter of the base (without embeddings)",
+        ylabel=f"loss minus {reference}'s (nats per token)",
+    )
+    ax.legend()
+    return ax
+
+
+def efficiency(table: pd.DataFrame, moe: str, base: str) -> pd.DataFrame:
+    """Return how many times fewer tokens an MoE needs for the loss that its base reaches with each budget.
+
+    Both sides are budgets with a decay of their own; between them the MoE's loss is interpolated over the logarithm of
+    the tokens. Budgets whose loss the MoE's smallest budget already beats, or that none of its budgets reaches, are
+    left out.
+
+    Args:
+        table: from `losses`.
+
+    Returns:
+        Columns arm, seed, tokens (the base's budget), per_parameter, times.
+    """
+    import pandas as pd
+
+    rows = []
+    for seed, part in table.groupby("seed"):
+        ours, theirs = (part[part["arm"] == arm].sort_values("tokens") for arm in (moe, base))
+        for goal in theirs.itertuples():
+            tokens = tokens_at(ours, goal.loss)
+            if tokens:
+                rows.append([moe, seed, goal.tokens, goal.per_parameter, goal.tokens / tokens])
+    return pd.DataFrame(rows, columns=["arm", "seed", "tokens", "per_parameter", "times"])
+
+
+def tokens_at(curve: pd.DataFrame, goal: float) -> float | None:
+    """Return the tokens at which an arm's budgets reach a loss, interpolated over log tokens; None outside of them."""
+    points = list(zip(curve["tokens"], curve["loss"], strict=True))
+    for (before, high), (after, low) in zip(points, points[1:], strict=False):
+        if low <= goal <= high and low < high:
+            return math.exp(math.log(before) + (high - goal) / (high - low) * (math.log(after) - math.log(before)))
+    return None
+
+
+def loss_at(curve: pd.DataFrame, tokens: float) -> float | None:
+    """Return an arm's loss at a number of tokens, interpolated over log tokens between its budgets; None outside."""
+    import numpy as np
+
+    if not len(curve) or not curve["tokens"].min() <= tokens <= curve["tokens"].max():
+        return None
+    return float(np.interp(math.log(tokens), np.log(curve["tokens"]), curve["loss"]))
+
+
+def at_equal_cost(table: pd.DataFrame, costs: Mapping[str, Mapping[str, float]], base: str) -> pd.DataFrame:
+    """Return each arm's loss minus the base's where both have cost the same, the base all its tokens.
+
+    Args:
+        table: from `losses`.
+        costs: what -> arm -> cost of a token, such as {"training FLOPs": {"Dense": 1e6, "MoE-128": 1.1e6}}.
+
+    Returns:
+        Columns at (what), arm, seed, gap; a row only where the arm's budgets span the tokens that it can afford.
+    """
+    import pandas as pd
+
+    rows = []
+    for seed, part in table.groupby("seed"):
+        dense = part[part["arm"] == base].sort_values("tokens")
+        if not len(dense):
+            continue
+        last = dense.iloc[-1]
+        for what, a_token in {"training tokens": dict.fromkeys(part["arm"], 1.0), **costs}.items():
+            for arm in dict.fromkeys(part["arm"]):
+                if arm == base or arm not in a_token or base not in a_token:
+                    continue
+                curve = part[part["arm"] == arm].sort_values("tokens")
+                loss = loss_at(curve, last["tokens"] * a_token[base] / a_token[arm])
+                if loss is not None:
+                    rows.append([what, arm, seed, loss - last["loss"]])
+    return pd.DataFrame(rows, columns=["at", "arm", "seed", "gap"])
+
+
+def effective_size(final: pd.DataFrame, moe: str, base: str, larger: str, scale: str) -> pd.DataFrame:
+    """Return the size of the dense model that an MoE equals at equal tokens, in units of its base's.
+
+    Between the two dense models the loss is interpolated over the logarithm of the parameters outside the embeddings;
+    outside of them it is extrapolated.
+
+    Args:
+        final: `Runs.final()` of runs of equal tokens.
+        scale: whose twins these are.
+
+    Returns:
+        Columns seed, times.
+    """
+    import pandas as pd
+
+    table = final.pivot(index="seed", columns="arm", values="validation_loss")
+    if not {moe, base, larger} <= set(table):
+        return pd.DataFrame(columns=["seed", "times"])
+    small, large = (settings.spec(name, scale).model.non_embedding_parameters() for name in (base, larger))
+    share = (table[base] - table[moe]) / (table[base] - table[larger])
+    times = share.mul(math.log(large / small)).map(math.exp)
+    return times.rename("times").dropna().reset_index()
+
+
+def paper_effective_size(moe: str, base: str, larger: str, per_parameter: float) -> float:
+    """Return the same from the paper's Fig 1, at the tokens where its base has seen so many tokens a parameter."""
+    import numpy as np
+
+    small, large = (ModelConfig.parse(name).non_embedding_parameters() for name in (base, larger))
+    at = per_parameter * small / 1e9
+    curves = {name: paper.loss_curve(name) for name in (moe, base, larger)}
+    loss = {name: float(np.interp(at, curve.tokens_B, curve.loss)) for name, curve in curves.items()}
+    return math.exp((loss[base] - loss[moe]) / (loss[base] - loss[larger]) * math.log(large / small))
+
+
+def share_kept(final: pd.DataFrame, arm: str, best: str, base: str) -> list[float]:
+    """Return, seed by seed, which share of the gain of the best arm over the base another arm keeps."""
+    table = final.pivot(index="seed", columns="arm", values="validation_loss")
+    if not {arm, best, base} <= set(table):
+        return []
+    return list(((table[base] - table[arm]) / (table[base] - table[best])).dropna())

@@ -1,0 +1,140 @@
+"""Token budgets: which runs they are, and the measures that compare arms over them, by hand."""
+
+import math
+from dataclasses import replace
+
+import matplotlib
+import pandas as pd
+import pytest
+
+from moelab.experiments import budgets, settings
+from moelab.runs.collection import Runs
+from moelab.runs.store import RunStore
+
+
+def table(losses, tokens=(100, 200, 400)):
+    rows = [
+        [arm, seed, n, n / 10, loss]
+        for (arm, seed), values in losses.items()
+        for n, loss in zip(tokens, values, strict=True)
+    ]
+    return pd.DataFrame(rows, columns=budgets.COLUMNS)
+
+
+def final(losses):
+    return pd.DataFrame(
+        [
+            {"arm": arm, "seed": seed, "validation_loss": loss}
+            for arm, values in losses.items()
+            for seed, loss in enumerate(values)
+        ]
+    )
+
+
+def test_budgets_branch_off_a_run_that_keeps_their_checkpoints():
+    trunk = settings.spec("350M+MoE-128", "cpu", label="MoE-128")
+    whole, *branches = budgets.with_budgets(trunk, "cpu")
+    assert whole.id == trunk.id and whole.train.keep_at == tuple(b.start.tokens for b in branches)
+    assert [b.train.tokens for b in branches] == list(budgets.BUDGETS["cpu"])
+    assert branches[0].title == "MoE-128, 1.0 M tokens"
+    for branch in branches:
+        assert branch.start.run.id == trunk.id
+        assert branch.train.cooldown_tokens * 5 == branch.train.tokens, "the decay takes the same share"
+
+
+def test_the_quick_scale_is_a_budget_of_the_cpu_scale():
+    quick = settings.spec("350M", "quick")
+    whole, *branches = budgets.with_budgets(settings.spec("350M", "cpu"), "cpu")
+    (same,) = [b for b in branches if b.train.tokens == quick.train.tokens]
+    assert replace(same.train, eval_every=1) == replace(quick.train, eval_every=1)
+    assert same.model == quick.model and same.data == quick.data
+
+
+@pytest.mark.parametrize(
+    ("overrides", "left"), [({"train.tokens": 4_096_000}, 2), ({"train.cooldown_tokens": 0}, 0), ({}, 4)]
+)
+def test_budgets_that_do_not_fit_the_schedule_are_left_out(overrides, left):
+    trunk = settings.spec("350M", "cpu", overrides=overrides)
+    assert len(budgets.with_budgets(trunk, "cpu")) == 1 + left
+
+
+def test_fewer_tokens_keep_the_shares_of_warm_up_and_decay():
+    train = settings.spec("350M", "cpu", overrides={"train.tokens": 1_638_400}).train
+    assert (train.warmup_tokens, train.cooldown_tokens) == (40_960, 327_680)
+    more = settings.spec("350M", "cpu", overrides={"train.tokens": 32_768_000}).train
+    assert (more.warmup_tokens, more.cooldown_tokens) == (409_600, 6_553_600), "the warm-up does not grow"
+
+
+def test_losses_of_trunks_and_budgets_stand_under_one_arm(tmp_path):
+    from moelab.files import write_json
+
+    store = RunStore(tmp_path)
+    specs = budgets.with_budgets(settings.spec("350M+MoE-128", "cpu", 3, label="MoE-128"), "cpu")
+    for i, spec in enumerate(specs):
+        write_json(store.run(spec).path / "result.json", {"validation_loss": 5.0 - i, "tokens": spec.train.tokens})
+    runs = Runs([store.run(spec) for spec in specs])
+    found = budgets.losses(runs)
+    assert list(found["arm"].unique()) == ["MoE-128"] and list(found["seed"].unique()) == [3]
+    assert list(found["loss"]) == [4.0, 3.0, 2.0, 1.0, 5.0], "by tokens"
+    assert found["per_parameter"].iloc[-1] == pytest.approx(16_384_000 / 101_696), "of the dense base"
+    assert [run.spec.title for run in budgets.trunks(runs)] == ["MoE-128"]
+
+
+def test_gaps_pair_seed_and_budget():
+    losses = table({("Dense", 0): (6, 5, 4), ("MoE", 0): (5.9, 4.8, 3.7), ("MoE", 1): (1, 1, 1)})
+    found = budgets.gaps(losses, "Dense")
+    assert list(found["gap"]) == pytest.approx([-0.1, -0.2, -0.3]) and set(found["seed"]) == {0}
+
+
+def test_efficiency_interpolates_over_the_logarithm_of_the_tokens():
+    losses = table({("Dense", 0): (6, 5, 4), ("MoE", 0): (5.5, 4.5, 3.5)})
+    found = budgets.efficiency(losses, "MoE", "Dense").set_index("tokens")["times"]
+    assert 100 not in found.index, "the MoE's smallest budget is better already"
+    assert found[200] == pytest.approx(200 / (100 * math.sqrt(2))) and found[400] == pytest.approx(math.sqrt(2))
+    never = table({("Dense", 0): (6, 5, 4), ("MoE", 0): (9, 8, 7)})
+    assert not len(budgets.efficiency(never, "MoE", "Dense"))
+
+
+def test_equal_cost_gives_the_dearer_model_fewer_tokens():
+    losses = table({("Dense", 0): (6, 5, 4), ("MoE", 0): (5.5, 4.5, 3.5)})
+    found = budgets.at_equal_cost(losses, {"time": {"Dense": 1.0, "MoE": 2.0}}, "Dense")
+    assert found.set_index("at")["gap"].to_dict() == {
+        "training tokens": pytest.approx(3.5 - 4),
+        "time": pytest.approx(4.5 - 4),
+    }
+    dear = budgets.at_equal_cost(losses, {"time": {"Dense": 1.0, "MoE": 8.0}}, "Dense")
+    assert list(dear["at"]) == ["training tokens"], "50 tokens are below the MoE's budgets"
+
+
+def test_effective_size_is_between_the_dense_models():
+    at_base = budgets.effective_size(final({"350M": [4.0], "M": [4.0], "1.3B": [3.0]}), "M", "350M", "1.3B", "cpu")
+    at_larger = budgets.effective_size(final({"350M": [4.0], "M": [3.0], "1.3B": [3.0]}), "M", "350M", "1.3B", "cpu")
+    assert at_base["times"].item() == pytest.approx(1.0)
+    assert at_larger["times"].item() == pytest.approx(400_000 / 101_696)
+    early, late = (budgets.paper_effective_size("350M+MoE-128", "350M", "1.3B", n) for n in (161, 975))
+    assert 2 < early < late < 7, "the paper's MoE equals a larger model as training goes on"
+
+
+def test_share_kept():
+    assert budgets.share_kept(final({"D": [4.0, 5.0], "M": [3.0, 3.0], "P": [3.25, 4.0]}), "P", "M", "D") == [0.75, 0.5]
+    assert budgets.share_kept(final({"D": [4.0]}), "P", "M", "D") == []
+
+
+def test_the_papers_gap_at_equal_tokens_a_parameter():
+    theirs = budgets.paper_gaps("350M+MoE-128", "350M")
+    assert theirs["gap"].iloc[0] == pytest.approx(-0.155, abs=0.01) and theirs["gap"].iloc[-1] < -0.3
+    assert theirs["per_parameter"].between(30, 1000).all() and (theirs["low"] < theirs["high"]).all()
+
+
+def test_the_figure_shows_ours_and_the_papers():
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    losses = table({("Dense", s): (6, 5, 4 + s / 10) for s in (0, 1)} | {("MoE", s): (5.9, 4.8, 3.7) for s in (0, 1)})
+    fig, ax = plt.subplots()
+    budgets.draw(
+        ax, budgets.gaps(losses, "Dense"), arms=["MoE"], reference="Dense", paper_pair=("350M+MoE-128", "350M")
+    )
+    texts = [t.get_text() for t in ax.get_legend().get_texts()]
+    assert texts[0] == "MoE" and "paper: 350M+MoE-128" in texts[1] and ax.get_xscale() == "log"
+    plt.close(fig)
