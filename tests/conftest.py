@@ -103,7 +103,10 @@ def tiny_spec(tiny_model, tiny_train, data_config) -> RunSpec:
 
 @pytest.fixture(scope="session")
 def publish(tmp_path_factory):
-    """Publishes made-up results: `publish(results, experiment, scale, name, …)` writes one through `Publication`, with an executed notebook."""
+    """Publishes made-up results: `publish(results, experiment, scale, name, …)` writes one through `Publication`, with an executed notebook.
+
+    Equalities are judged by `gain`, in nats per token; without one the runs cannot tell.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
@@ -113,7 +116,7 @@ def publish(tmp_path_factory):
 
     from moelab import paper
     from moelab.files import write_json
-    from moelab.paper.verdicts import judge
+    from moelab.paper.verdicts import Gain, judge
     from moelab.plotting import figures
     from moelab.report.publication import Publication
     from moelab.runs.collection import Runs
@@ -127,6 +130,7 @@ def publish(tmp_path_factory):
         *,
         losses: tuple[float, ...] = (3.0, 3.1, 3.05),
         claims: dict[str, tuple[float, ...]] | None = None,
+        gain: float | None = None,
         parameters: dict | None = None,
         finished: str = "",
     ) -> Path:
@@ -158,7 +162,12 @@ def publish(tmp_path_factory):
         publication.figure(fig, "curves", title=title, caption="Made up for a test.", data=data)
         plt.close(fig)
         publication.table(data, "final", title="final losses")
-        publication.claims([judge(paper.claim(id), values) for id, values in (claims or {}).items()])
+        publication.claims(
+            [
+                judge(paper.claim(id), values, gain=Gain("MoE-128 over Dense", [gain] * len(values)) if gain else None)
+                for id, values in (claims or {}).items()
+            ]
+        )
         publication.finish(Runs([store.run(spec) for spec in specs]), title=title)
         if finished:
             summary = json.loads((folder / "summary.json").read_text())
