@@ -112,7 +112,7 @@ class Experiment:
 
         Args:
             seeds: how many; they are 0 .. seeds - 1.
-            arms: labels of the arms that are wanted; by default all of them.
+            arms: labels of the arms that are wanted, with the runs that branch off theirs; by default all of them.
             overrides: dotted name -> value, see `moelab.config.overrides`, in place of the scale's own settings in
                 every run.
             options: of `build`.
@@ -126,14 +126,14 @@ class Experiment:
                 raise ValueError(f"seeds must be at least 1, got {seeds}")
             given = check_overrides(overrides or {})
             made = [spec for seed in range(seeds) for spec in self._of_seed(scale, seed, given, options)]
-            labels = dict.fromkeys(spec.label for spec in made)
+            labels = dict.fromkeys(label for spec in made for label in (_arm(spec), spec.label))
             if unknown := [arm for arm in arms or () if arm not in labels]:
                 raise ValueError(f"unknown arm {unknown[0]!r}; allowed: {', '.join(labels)}")
             if any(name.startswith("distill.") for name in given) and not any(spec.distill for spec in made):
                 raise ValueError("settings of distill.… need a run that has a teacher, and there is none")
         except ValueError as error:
             raise ValueError(f"{self.name}: {error}") from None
-        return [spec for spec in made if not arms or spec.label in arms]
+        return [spec for spec in made if not arms or _arm(spec) in arms or spec.label in arms]
 
     def specs_of(self, parameters: Mapping[str, Any]) -> list[RunSpec]:
         """Return the runs that the notebook asks for; parameters that do not concern the runs are ignored."""
@@ -158,3 +158,8 @@ class Experiment:
             )
             for label, arm in (self.arms or {}).items()
         ]
+
+
+def _arm(spec: RunSpec) -> str:
+    """Return the label of the run that a branch belongs to; of others their own."""
+    return spec.start.run.label if spec.start else spec.label

@@ -158,7 +158,7 @@ def draw(
             theirs["low"],
             theirs["high"],
             line=True,
-            label=f"paper: {paper_pair[0]} (Fig 1, before its decay)",
+            label=f"paper: {paper_pair[0]} (Fig 1, along one run)",
         )
     ax.axhline(0, color="#888888", linewidth=1)
     ax.set_xscale("log")

@@ -15,6 +15,7 @@ Fixed before the first run: 3 seeds, all arms on each.
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -174,6 +175,9 @@ def share_headline(final: pd.DataFrame) -> str:
     shares = budgets.share_kept(final, "PR-MoE-32/64", "MoE-128", "Dense")
     if not shares:
         return "Dense, PR-MoE and MoE-128 have no finished seed in common"
+    gain = -statistics.fmean(comparison.paired(final, "MoE-128", "Dense"))
+    if gain <= 0:
+        return f"MoE-128 gains nothing over Dense here ({-gain:+.3f} nats), so there is no gain that PR-MoE could keep"
     mean, low, high = interval(shares)
     spread = f"95 % interval {low:.0%} to {high:.0%}, {len(shares)} seeds" if len(shares) > 1 else "1 seed, no spread"
     return f"PR-MoE-32/64 keeps {mean:.0%} of MoE-128's gain ({spread}; paper: {paper_share():.0%})"

@@ -138,3 +138,12 @@ def test_the_figure_shows_ours_and_the_papers():
     texts = [t.get_text() for t in ax.get_legend().get_texts()]
     assert texts[0] == "MoE" and "paper: 350M+MoE-128" in texts[1] and ax.get_xscale() == "log"
     plt.close(fig)
+
+
+def test_an_arm_comes_with_its_budgets():
+    from moelab.experiments import experiment
+
+    specs = experiment("scaling").specs("cpu", arms=["350M"])
+    assert {spec.label for spec in specs if not spec.start} == {"350M"} and len(specs) == 5
+    (one,) = experiment("scaling").specs("cpu", arms=["350M, 4.1 M tokens"])
+    assert one.train.tokens == 4_096_000
