@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal, get_args
+
+Part = Literal["whole", "first half", "second half"]
 
 
 @dataclass(frozen=True)
@@ -16,6 +19,8 @@ class DataConfig:
         text_field: the text column of an ``hf:`` data set.
         max_documents: bound on the documents read from an ``hf:`` data set; 0 means no bound.
         max_bytes: bound on the bytes of text read; 0 means no bound.
+        part: of the training text. The halves hold no token in common and have the domains in the same proportions. The
+            tokenizer and the validation text are those of the whole.
     """
 
     corpus: str = "sotu"
@@ -24,3 +29,8 @@ class DataConfig:
     text_field: str = "text"
     max_documents: int = 0
     max_bytes: int = 0
+    part: Part = "whole"
+
+    def __post_init__(self) -> None:
+        if self.part not in get_args(Part):
+            raise ValueError(f"data: part must be one of {', '.join(get_args(Part))}, got {self.part!r}")

@@ -41,7 +41,8 @@ def prepare(config: DataConfig, cache: Path, progress: Callable[[str], None] | N
     between machines, both build, and one of two equal folders stays.)
 
     Args:
-        config: everything except `context` decides which folder it is; `context` is only checked against the lengths.
+        config: everything except `context` and `part` decides which folder it is. `context` is only checked against the
+            lengths; `part` chooses from what is there.
         cache: folder for prepared corpora and downloaded packages; created if missing.
         progress: called with a line of text at each stage.
 
@@ -65,6 +66,7 @@ def prepare(config: DataConfig, cache: Path, progress: Callable[[str], None] | N
             if data is None:
                 _build(config, corpus, folder, say)
                 data = TokenData(folder)
+    data = data.of_part(config.part)
     data.check_context(config.context)
     return data
 

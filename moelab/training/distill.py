@@ -102,11 +102,11 @@ class Distiller:
             mesh: the student's ranks; the teacher is distributed by the same layout.
 
         Raises:
-            ValueError: the teacher has no checkpoint, or was trained on other data.
+            ValueError: the teacher has no checkpoint, or was trained on other text (another part of it is allowed).
         """
         last = checkpoint.weights_of(teacher.run_dir)
-        if last.state["data"] != data.fingerprint:
-            raise ValueError(f"distill: the teacher of {teacher.run_dir} was trained on other data than the student's")
+        if not data.shares_text(last.state["data"]):
+            raise ValueError(f"distill: the teacher of {teacher.run_dir} was trained on other text than the student's")
         self.config, self.distill, self.context = config, teacher.distill, context
         own = Mesh(mesh.config, teacher.model.experts, config.device)
         built = engine.build(teacher.model, config.seed, own)

@@ -64,6 +64,26 @@ def test_training_ranges_name_the_domain_of_every_token(data):
         assert letters <= set("abcde" if domain == "north" else "vwxyz")
 
 
+def test_halves_share_no_token_and_have_every_domain(data, config, tmp_path):
+    first, second = (data.of_part(part) for part in ("first half", "second half"))
+    assert first.train.size + second.train.size == data.train.size and abs(first.train.size - second.train.size) <= 99
+    for (start, end, domain), a, b in zip(
+        data.training_ranges(), first.training_ranges(), second.training_ranges(), strict=True
+    ):
+        assert domain == a[2] == b[2]
+        both = np.concatenate([first.train[a[0] : a[1]], second.train[b[0] : b[1]]])
+        assert np.array_equal(both, data.train[start:end])
+    assert len({data.fingerprint, first.fingerprint, second.fingerprint}) == 3
+    assert second.shares_text(first.fingerprint) and data.shares_text(second.fingerprint)
+    assert not data.shares_text("0" * 64)
+    assert first.validation is data.validation and data.of_part("whole") is data
+    half = prepare(replace(config, part="second half"), tmp_path)
+    assert np.array_equal(half.train, second.train), "one folder serves all parts"
+    assert sum(1 for folder in tmp_path.iterdir() if folder.is_dir() and "bpe" in folder.name) == 1
+    with pytest.raises(ValueError, match="data: part must be one of whole, first half, second half, got 'third'"):
+        replace(config, part="third")
+
+
 def test_meta_states_what_was_made(data):
     meta = json.loads((data.folder / "meta.json").read_text())
     assert meta["versions"].keys() >= {"moelab", "tokenizers", "numpy"}

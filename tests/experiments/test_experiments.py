@@ -65,7 +65,6 @@ def test_equal_arms_of_experiments_are_one_run():
     )
     assert ids(pr_moe, "MoE-128") == ids(scaling, "350M+MoE-128") == ids(capacity, "drop-free")
     assert ids(pr_moe, "MoE-128") == ids(expert_count, "128")
-    assert ids(pr_moe, "PR-MoE-32/64") == ids(distillation, "Teacher")
     assert ids(pr_moe, "Residual-MoE-32") == ids(top2_vs_residual, "Residual-MoE-32")
     assert ids(seeds, "MoE-128") == [s.id for s in specialisation.EXPERIMENT.specs("cpu")]
     assert ids(pr_moe, "Dense, 4.1 M tokens") == ids(scaling, "350M, 4.1 M tokens") != []
@@ -97,6 +96,19 @@ def test_the_papers_students_are_taught_as_published():
     s = paper.training_settings("350M+PR-MoE-32/64+L21+MoS")
     assert (staged.distill.weight, staged.distill.temperature) == (s.kd_beta, s.kd_temperature)
     assert specs["L21 alone"].distill is None and specs["L21 + KD"].distill.schedule == "constant"
+
+
+def test_students_read_the_half_that_their_teacher_has_not_read():
+    specs = {spec.label: spec for spec in distillation.EXPERIMENT.specs("cpu")}
+    teacher, alone, taught, staged = (specs[a] for a in ("Teacher", "L21 alone", "L21 + KD", "L21 + staged KD"))
+    assert teacher.data.part == "first half" and {s.data.part for s in (alone, taught, staged)} == {"second half"}
+    assert taught.teacher.id == teacher.id and staged.teacher is None
+    assert staged.start.run.id == taught.id and staged.start.tokens == pytest.approx(
+        0.7 * staged.train.tokens, rel=1e-3
+    )
+    assert staged.start.tokens in taught.train.keep_at
+    longer = specs["L21 alone, equal cost"]
+    assert longer.cost == pytest.approx(taught.cost, rel=1e-3) and longer.train.tokens > alone.train.tokens
 
 
 def test_the_sweep_is_the_regime_itself_on_a_seed_of_its_own():
