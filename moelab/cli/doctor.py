@@ -58,7 +58,7 @@ def _checks() -> Iterator[tuple[bool | None, str]]:
         yield True, f"Jupyter kernel python3: {argv[0]}"
     except NoSuchKernel:
         yield False, "Jupyter kernel python3: python -m ipykernel install --sys-prefix"
-    for name, folder in (("home", paths.home()), ("results", paths.results())):
+    for name, folder in (("workspace", paths.home()), ("published results", paths.results())):
         free = shutil.disk_usage(existing(folder)).free / 2**30
         yield free > 1, f"{name} {folder}, {free:.0f} GiB free"
     slurm = shutil.which("sbatch") is not None

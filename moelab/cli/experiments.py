@@ -30,8 +30,9 @@ def run(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="only say what would be trained, and what it costs")
     ] = False,
+    publish: commands.Publish = False,
 ) -> None:
-    """Run an experiment's notebook: trains what is not trained yet, publishes figures and claims to the results."""
+    """Run an experiment's notebook: train what is not trained yet, show figures and claims on the results page."""
     from moelab.experiments import experiment
     from moelab.notebook import batch
     from moelab.notebook import execute as notebooks
@@ -53,15 +54,17 @@ def run(
         show(planned_runs([spec for _, specs in asked for spec in specs]))
         return
     on_gpu = scale == "gpu" and any(e.measures for e, _ in asked)
-    preflight.check([spec for e, specs in asked if e.trains for spec in specs], device="cuda" if on_gpu else "cpu")
+    preflight.check(
+        [spec for e, specs in asked if e.trains for spec in specs], device="cuda" if on_gpu else "cpu", publish=publish
+    )
     if name is None:
         from moelab.lab import Lab
 
-        good = batch.run_all(scale, {k: v for k, v in given.items() if k != "scale"}, Lab().run)
+        good = batch.run_all(scale, {k: v for k, v in given.items() if k != "scale"}, Lab().run, publish=publish)
     else:
         from moelab.notebook.watch import execute_watched
 
-        good = execute_watched(experiment(name), values)
+        good = execute_watched(experiment(name), values, publish=publish)
     if not good:
         raise typer.Exit(1)
 
@@ -69,7 +72,7 @@ def run(
 def claims(
     as_json: Annotated[bool, typer.Option("--json", help="all of it, as JSON")] = False,
 ) -> None:
-    """Every claim of the paper, ours beside the paper's value, and a verdict; computed from the published results."""
+    """Every claim of the paper, ours beside the paper's value, and a verdict; computed from the results."""
     import dataclasses
     import json
 
@@ -77,7 +80,7 @@ def claims(
     from moelab.report.ledger import counts, distinct, entries, family, table
     from moelab.report.summary import read_all
 
-    summaries, unreadable = read_all(paths.results())
+    summaries, unreadable = read_all(*paths.all_results())
     for line in unreadable:
         print(f"not readable: {line}", file=sys.stderr)
     ledger = entries(summaries)

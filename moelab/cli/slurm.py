@@ -32,6 +32,9 @@ Parameters = Annotated[
     ),
 ]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="print the batch scripts, queue nothing")]
+Publish = Annotated[
+    bool, typer.Option("--publish", help="into the published results (results/) instead of the workspace")
+]
 Again = Annotated[bool, typer.Option("--again", help="execute notebooks that have a complete result, too")]
 Names = Annotated[
     list[str] | None, typer.Argument(help="experiments, runs or submissions, by the beginning of their names")
@@ -64,13 +67,14 @@ def submit(
     parameter: Parameters = None,
     dry_run: DryRun = False,
     again: Again = False,
+    publish: Publish = False,
 ) -> None:
     """Submit experiments as jobs: their unfinished runs, then their notebooks.
 
     What is finished or queued is left alone.
     """
     given = parse_parameters(parameter, scale)
-    _submit([(name, [given]) for name in names], profile, dry_run, again)
+    _submit([(name, [given]) for name in names], profile, dry_run, again, publish)
 
 
 def sweep(
@@ -86,6 +90,7 @@ def sweep(
     parameter: Parameters = None,
     dry_run: DryRun = False,
     again: Again = False,
+    publish: Publish = False,
 ) -> None:
     """Submit one notebook for each point of a grid of parameters; runs that points share are trained once."""
     fixed = parse_parameters(parameter, scale)
@@ -103,7 +108,7 @@ def sweep(
             raise ValueError(f"-g {item}: {key.strip()} is given by -p or --scale, too")
         axes[key.strip()] = points
     points = [{**fixed, **dict(zip(axes, values, strict=True))} for values in itertools.product(*axes.values())]
-    _submit([(name, points)], profile, dry_run, again)
+    _submit([(name, points)], profile, dry_run, again, publish)
 
 
 def status(
@@ -174,7 +179,11 @@ def cancel(
 
 
 def _submit(
-    wanted: Sequence[tuple[str, Sequence[Mapping[str, str]]]], profile: str | None, dry_run: bool, again: bool
+    wanted: Sequence[tuple[str, Sequence[Mapping[str, str]]]],
+    profile: str | None,
+    dry_run: bool,
+    again: bool,
+    publish: bool,
 ) -> None:
     from moelab.experiments import experiment
     from moelab.notebook import execute as notebooks
@@ -188,7 +197,7 @@ def _submit(
         values = [notebooks.resolve(chosen, notebooks.check_parameters(chosen, given)) for given in points]
         batches.append((name, [(v, chosen.specs_of(v)) for v in values]))
     for name, batch in batches:
-        plan = module.submit(name, batch, cluster, again=again, dry_run=dry_run)
+        plan = module.submit(name, batch, cluster, again=again, publish=publish, dry_run=dry_run)
         if dry_run:
             _print_scripts(plan)
         else:

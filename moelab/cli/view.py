@@ -11,31 +11,43 @@ import typer
 from moelab.cli import slurm as commands
 
 
-def lab(context: typer.Context, profile: commands.Profile = None) -> None:
-    """Open JupyterLab on the notebooks, on 127.0.0.1 or a node of a cluster; further arguments are JupyterLab's."""
-    from moelab import paths
+def lab(
+    context: typer.Context,
+    profile: commands.Profile = None,
+    originals: Annotated[
+        bool, typer.Option("--originals", help="the notebooks themselves instead of copies in the workspace")
+    ] = False,
+) -> None:
+    """Open JupyterLab on copies of the notebooks, on 127.0.0.1 or a node of a cluster; more arguments are JupyterLab's."""
+    from moelab import environment, paths
+    from moelab.notebook import copies
 
+    folder = paths.notebooks() if originals else copies.update()
     if profile is not None:
         from moelab.slurm import jupyter, profiles
 
-        raise typer.Exit(jupyter.start(profiles.load(profile), context.args))
-    command = [sys.executable, "-m", "jupyterlab", f"--ServerApp.root_dir={paths.notebooks()}", *context.args]
-    os.execv(sys.executable, command)
+        raise typer.Exit(jupyter.start(profiles.load(profile), folder, context.args))
+    # Outside a checkout, a kernel would take its own current folder for these.
+    places = {environment.HOME.name: str(paths.home()), environment.RESULTS.name: str(paths.results())}
+    command = [sys.executable, "-m", "jupyterlab", f"--ServerApp.root_dir={folder}", *context.args]
+    os.execve(sys.executable, command, {**os.environ, **places})
 
 
 def browse(
     port: Annotated[int, typer.Option(help="port on 127.0.0.1")] = 8800,
     open_browser: Annotated[bool, typer.Option("--open/--no-open", help="open a browser window")] = False,
     serve: Annotated[bool, typer.Option("--serve/--no-serve", help="serve the pages, or only build them")] = True,
+    publish: Annotated[
+        bool, typer.Option("--publish", help="build the pages of the published results alone, in results/")
+    ] = False,
 ) -> None:
     """Build the results pages and serve them on localhost."""
     import webbrowser
 
-    from moelab import paths
     from moelab.report import site
     from moelab.report.site.server import ResultsServer
 
-    built = site.build(paths.results())
+    built = site.update(publish=publish)
     for line in built.unreadable:
         print(f"not readable: {line}", file=sys.stderr)
     if not serve:

@@ -146,10 +146,11 @@ def execute(
     *,
     log: TextIO | None = None,
     progress: Path | None = None,
+    publish: bool = False,
 ) -> Path:
-    """Execute the notebook with these parameter values; returns the folder of the published result.
+    """Execute the notebook with these parameter values; returns the folder of the result.
 
-    Everything is made in `.moelab/publishing/` and moved into the results in one step, so a failed or killed notebook
+    Everything is made in `.moelab/publishing/` and moved into the user's own results in one step, so a failed or killed notebook
     publishes nothing.
 
     Args:
@@ -157,6 +158,7 @@ def execute(
         plan: file in which the notebook lists the runs it waits for, for whoever shows progress.
         log: where what the notebook prints goes while it runs, cell by cell; by default a file beside the executed
             copy.
+        publish: move it into the published results instead.
         progress: file that says which cell runs: ``{"cell": 3, "cells": 12, "started": seconds since the epoch}``.
 
     Raises:
@@ -236,7 +238,10 @@ def execute(
         raise NotebookFailed(f"{experiment.notebook} ended without publishing a result (executed copy: {copy})")
     _forget_places(copy)
     convert(copy)
-    target = paths.results() / experiment.name / scale / name
+    place = Path(experiment.name, scale)
+    while any((root / place / name).exists() for root in paths.all_results()):
+        name += "x"
+    target = paths.results_for(publish) / place / name
     target.parent.mkdir(parents=True, exist_ok=True)
     # Moved beside its place first: results may be on another disk than the home folder, and only a rename is one step.
     beside = target.with_name(f".{staging.name}")

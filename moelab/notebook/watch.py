@@ -21,10 +21,13 @@ from moelab.runs.spec import RunSpec
 from moelab.runs.store import Run
 
 
-def execute_watched(experiment: Experiment, values: Mapping[str, Any], *, page: bool = True) -> bool:
+def execute_watched(
+    experiment: Experiment, values: Mapping[str, Any], *, publish: bool = False, page: bool = True
+) -> bool:
     """Execute an experiment, show progress with the time left, name notebook, figures and page; False if it failed.
 
     Args:
+        publish: into the published results instead of the user's own.
         page: bring the results' page up to date.
     """
     console = Console()
@@ -36,7 +39,7 @@ def execute_watched(experiment: Experiment, values: Mapping[str, Any], *, page: 
         watcher = threading.Thread(target=_watch, args=(plan, done, console), daemon=True)
         watcher.start()
         try:
-            result = notebooks.execute(experiment, values, plan)
+            result = notebooks.execute(experiment, values, plan, publish=publish)
         except notebooks.NotebookFailed as error:
             done.set()
             watcher.join()
@@ -50,7 +53,7 @@ def execute_watched(experiment: Experiment, values: Mapping[str, Any], *, page: 
         finally:
             done.set()
         watcher.join()
-    index = site.build(paths.results()).index if page else None
+    index = site.update(publish=publish).index if page else None
     summary = read_json(result / SUMMARY)
     console.print(f"[bold green]{summary['title']}[/]")
     for name, path in (

@@ -1,7 +1,7 @@
-"""The claims ledger: every claim of the paper, what the published results say about it, and a verdict.
+"""The claims ledger: every claim of the paper, what the results say about it, and a verdict.
 
-Everything is computed from `results/`. A claim's verdict is that of the largest scale at which a published result
-judged it; arithmetic and counting are the same at every scale. A claim that no result has judged is "paper's own
+Everything is computed from results, the published ones and the user's own. A claim's verdict is that of the largest
+scale at which a result judged it; arithmetic and counting are the same at every scale. A claim that no result has judged is "paper's own
 numbers disagree" where the paper gives its number twice and differently, "not testable at this scale" where it needs a
 larger scale than any that has run, "not judged" where a result has no spread, and "not tested yet" otherwise.
 
@@ -148,9 +148,13 @@ class Entry:
         return asdict(self)
 
 
-def ledger(results: Path) -> list[Entry]:
-    """Return an entry for every claim of the paper, in its order; results that cannot be read are passed over."""
-    return entries(read_all(results)[0])
+def ledger(*results: Path) -> list[Entry]:
+    """Return an entry for every claim of the paper, in its order; results that cannot be read are passed over.
+
+    Args:
+        results: folders of results.
+    """
+    return entries(read_all(*results)[0])
 
 
 def entries(summaries: Iterable[tuple[str, Summary]]) -> list[Entry]:

@@ -18,13 +18,16 @@ ROOM = 64 << 20
 """Bytes for everything else: metrics, logs, the executed notebook."""
 
 
-def check(specs: Sequence[RunSpec], store: RunStore | None = None, *, device: str = "cpu") -> None:
+def check(
+    specs: Sequence[RunSpec], store: RunStore | None = None, *, device: str = "cpu", publish: bool = False
+) -> None:
     """Check what can be known before any work; takes a moment and writes nothing.
 
     Finished runs need nothing but the folders. Runs that a cluster trains are not checked for devices here.
 
     Args:
         device: that the notebook itself measures on.
+        publish: whether results go into the published ones, whose folder must be writable then.
 
     Raises:
         ValueError: one line: what is missing, where, and what helps.
@@ -33,17 +36,15 @@ def check(specs: Sequence[RunSpec], store: RunStore | None = None, *, device: st
     executor = environment.EXECUTOR.get() or "processes"
     waiting = [spec for spec in closure(specs).values() if not Run(spec, store.root / spec.id).finished]
     todo = waiting if executor in ("processes", "inline") else []
-    for name, variable, folder in (
-        ("home", environment.HOME.name, paths.home()),
-        ("results", environment.RESULTS.name, paths.results()),
-    ):
-        _check_writable(name, variable, folder)
+    _check_writable("home", environment.HOME.name, paths.home())
+    if publish:
+        _check_writable("results", environment.RESULTS.name, paths.results())
     _check_devices(todo, device)
     for teacher in {s.teacher.id: s.teacher for s in todo if s.teacher}.values():
         if (run := Run(teacher, store.root / teacher.id)).finished:
             run.require_weights()
     _check_texts(waiting)
-    _check_space(todo, store)
+    _check_space(todo, store, publish)
 
 
 def _check_writable(name: str, variable: str, folder: Path) -> None:
@@ -90,9 +91,9 @@ def _check_texts(specs: Iterable[RunSpec]) -> None:
             )
 
 
-def _check_space(specs: Sequence[RunSpec], store: RunStore) -> None:
+def _check_space(specs: Sequence[RunSpec], store: RunStore, publish: bool) -> None:
     needed = ROOM + sum(_checkpoint_bytes(spec) for spec in specs)
-    for name, folder, size in (("home", store.root, needed), ("results", paths.results(), ROOM)):
+    for name, folder, size in (("home", store.root, needed), *([("results", paths.results(), ROOM)] * publish)):
         if (free := shutil.disk_usage(existing(folder)).free) < size:
             raise ValueError(
                 f"{name} folder {folder}: {free / 2**30:.2f} GiB free, {size / 2**30:.2f} GiB needed"

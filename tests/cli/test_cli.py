@@ -123,7 +123,7 @@ def published(tmp_path_factory):
     env = {"MOELAB_HOME": str(root / "home"), "MOELAB_RESULTS": str(root / "results"), "COLUMNS": "200"}
     done = moelab(*PR_MOE, env=env)
     assert done.returncode == 0, done.stdout + done.stderr
-    return root / "results", env, done.stdout
+    return root / "home" / "results", env, done.stdout
 
 
 @pytest.mark.notebook
@@ -145,14 +145,14 @@ class TestPrMoeNotebook:
         assert [c for c in notebook.cells if "injected-parameters" in c.metadata.get("tags", [])]
         for claim in summary["claims"]:
             assert claim["verdict"]
-        places = str(results.parent)
+        places = str(results.parents[1])
         assert not [
             p.name for p in folder.iterdir() if p.suffix in (".ipynb", ".json", ".html") and places in p.read_text()
         ]
 
     def test_again_is_read_back_and_overwrites_nothing(self, published):
         results, env, _ = published
-        before = {f: f.stat().st_mtime_ns for f in (results.parent / "home" / "runs").glob("*/result.json")}
+        before = {f: f.stat().st_mtime_ns for f in (results.parent / "runs").glob("*/result.json")}
         assert moelab(*PR_MOE, env=env).returncode == 0
         assert {f: f.stat().st_mtime_ns for f in before} == before and len(before) == 4
         folders = sorted((results / "pr-moe" / "smoke").iterdir())
@@ -164,8 +164,9 @@ class TestPrMoeNotebook:
         """What they say and where they lead: test_site.py and tests/browser."""
         results, _, _ = published
         for folder in (results / "pr-moe" / "smoke").iterdir():
-            assert f"pr-moe/smoke/{folder.name}/index.html" in (results / "index.html").read_text()
-            assert (folder / "index.html").exists() and (folder / "notebook.html").exists()
+            assert f"pr-moe/smoke/{folder.name}/index.html" in (results.parent / "pages" / "index.html").read_text()
+            pages = results.parent / "pages" / "pr-moe" / "smoke" / folder.name
+            assert (pages / "index.html").exists() and (pages / "notebook.html").exists()
 
     def test_a_failing_notebook_publishes_nothing_and_says_where(self, published):
         results, env, _ = published

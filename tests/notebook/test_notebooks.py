@@ -95,9 +95,12 @@ def test_what_it_prints_shows_while_it_runs_and_which_cell_it_is_at(place):
     assert "first [1, 2] {'a': 1.0}" in lines, "parameters keep their types"
     assert "ipc" in lines, "no ports, so no race for them"
     assert json.loads(progress.read_text())["cell"] == 5
-    assert result.parent == place / "results" / "x" / "smoke"
+    assert result.parent == place / "home" / "results" / "x" / "smoke"
     again = notebooks.execute(EXPERIMENT, values, place / "plan.json")
     assert again != result and result.exists()
+    assert not (place / "results").exists(), "publishing is asked for"
+    public = notebooks.execute(EXPERIMENT, values, place / "plan.json", publish=True)
+    assert public.parent == place / "results" / "x" / "smoke"
 
 
 @pytest.mark.parametrize(("fail", "why"), [("raise", "ValueError: no luck"), ("die", "the kernel died")])
@@ -108,7 +111,7 @@ def test_a_failure_leaves_the_executed_copy_with_the_error_on_top(place, fail, w
     cells = nbformat.read(copy, as_version=4).cells
     assert cells[0].cell_type == "markdown" and ("Exception" in cells[0].source or "kernel died" in cells[0].source)
     assert any("first [1]" in str(cell.get("outputs", "")) for cell in cells), "what was done is kept"
-    assert not (place / "results").exists()
+    assert not (place / "home" / "results").exists()
     assert "first [1]" in copy.parent.with_name(f"{copy.parent.name}.log").read_text()
 
 
