@@ -26,7 +26,7 @@ def home() -> Path:
 
 
 def results() -> Path:
-    """Return the folder of published results: `MOELAB_RESULTS`, else `results` in the checkout or the current folder."""
+    """Return the folder of published results: `MOELAB_RESULTS`, else `results` in the checkout or current folder."""
     if value := environment.RESULTS.get():
         return Path(value).resolve()
     return (checkout() or Path.cwd()) / "results"

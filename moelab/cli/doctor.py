@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from importlib.util import find_spec
 
 from rich.console import Console
+from rich.markup import escape
 
 from moelab import paths
 from moelab.runs.preflight import existing
@@ -24,7 +25,7 @@ def report() -> bool:
     for ok, text in _checks():
         good &= ok is not False
         mark = {True: "[green]ok[/]", False: "[red]missing[/]", None: "[yellow]optional[/]"}[ok]
-        console.print(f"{mark:>20}  {text}", soft_wrap=True, highlight=False)
+        console.print(f"{mark:>20}  {escape(text)}", soft_wrap=True, highlight=False)
     return good
 
 

@@ -11,7 +11,7 @@ import typer
 from moelab.runs import records
 from moelab.runs.store import RunStore
 
-app = typer.Typer(no_args_is_help=True, help="Pass on the numbers of finished runs, and take them over.")
+app = typer.Typer(no_args_is_help=True, help="Export and import the numbers of finished runs.")
 
 
 @app.command(name="export")

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from moelab.cli._options import CLUSTER
+
 if TYPE_CHECKING:
     from moelab.slurm.submit import Plan
 
@@ -44,7 +46,7 @@ Names = Annotated[
 def register(app: typer.Typer) -> None:
     """Add the commands to `moelab`."""
     for function in (submit, sweep, status, logs, cancel):
-        app.command()(function)
+        app.command(rich_help_panel=CLUSTER)(function)
 
 
 def parse_parameters(items: Iterable[str] | None, scale: str | None) -> dict[str, str]:
@@ -69,7 +71,7 @@ def submit(
     again: Again = False,
     publish: Publish = False,
 ) -> None:
-    """Submit experiments as jobs: their unfinished runs, then their notebooks.
+    """Submit experiments as jobs: unfinished runs, then notebooks.
 
     What is finished or queued is left alone.
     """
@@ -92,7 +94,10 @@ def sweep(
     again: Again = False,
     publish: Publish = False,
 ) -> None:
-    """Submit one notebook for each point of a grid of parameters; runs that points share are trained once."""
+    """Submit a notebook for each point of a grid of parameters.
+
+    Runs that points share are trained once.
+    """
     fixed = parse_parameters(parameter, scale)
     axes = {}
     for item in grid:
@@ -117,7 +122,10 @@ def status(
     everything: Annotated[bool, typer.Option("--all", help="submissions in which all is over, too")] = False,
     every: Annotated[float, typer.Option(help="seconds between two looks of --watch")] = 10.0,
 ) -> None:
-    """Show what was submitted: each run by its own files and by Slurm, with step, speed, loss and time left."""
+    """Show what was submitted: state, step, loss, time left.
+
+    The state of each run is that of its own files and of Slurm.
+    """
     from rich.console import Console
     from rich.live import Live
 
@@ -164,7 +172,10 @@ def cancel(
     names: Names = None,
     everything: Annotated[bool, typer.Option("--all", help="all that moelab has in the queue")] = False,
 ) -> None:
-    """Take runs and notebooks out of the queue; running ones write a checkpoint and can be submitted again."""
+    """Take runs and notebooks out of the queue.
+
+    Running ones write a checkpoint and can be submitted again.
+    """
     from moelab.slurm import local, queue
     from moelab.slurm.status import overview
 

@@ -78,7 +78,7 @@ def scored(rows: Sequence[dict]) -> pd.DataFrame:
 
 
 def reference() -> pd.DataFrame:
-    """Return the scores of a real model, the user's own or published, computed by the same code, in the form of `scored`.
+    """Return scores of a real model, the user's or published ones, computed by the same code, in the form of `scored`.
 
     The command is `moelab eval smollm2 --limit 200 --out results/benchmarks`. The arm is the model's name, the seed -1.
     The frame is empty where there are no such scores, or where the tasks have changed since.

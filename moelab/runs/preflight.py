@@ -7,7 +7,7 @@ import shutil
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from moelab import environment, paths
+from moelab import environment, machine, paths
 from moelab.runs.spec import RunSpec, closure
 from moelab.runs.store import Run, RunStore
 
@@ -58,14 +58,12 @@ def _check_devices(specs: Sequence[RunSpec], device: str) -> None:
     needed = max((spec.parallel.ranks for spec in specs if spec.train.device == "cuda"), default=int(device == "cuda"))
     if not needed:
         return
-    import torch
-
-    from moelab.engine.launch.launcher import in_allocation
-
-    if not (count := torch.cuda.device_count()) or not torch.cuda.is_available():
+    if not (count := machine.cuda_devices()):
         raise ValueError(
             "no CUDA device is available here; scales smoke and cpu need none, `moelab submit` asks a cluster"
         )
+    from moelab.engine.launch.launcher import in_allocation
+
     if needed > count and not in_allocation(os.environ):
         raise ValueError(
             f"a run on {needed} ranks needs as many CUDA devices, {count} here; `moelab submit` asks a cluster"

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import urllib.request
@@ -33,6 +34,66 @@ def test_help_answers_at_once_and_loads_nothing_heavy():
     code = "import sys, moelab, moelab.cli, moelab.experiments; print(*sorted({'torch', 'pandas', 'numpy'} & set(sys.modules)))"
     loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.split()
     assert loaded == [], "and so does `moelab list`"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "part"),
+    [
+        (("generate", "nosuch"), "run 'nosuch': no such run or directory"),
+        (("generate", "nosuch", "--device", "cuda"), "no CUDA device is available"),
+        (("generate", ".", "--dtype", "fp64"), "--dtype must be fp32 or bf16, got 'fp64'"),
+        (("generate", ".", "--mode", "fast"), "--mode must be optimised or baseline, got 'fast'"),
+        (("eval", "nosuch"), "run 'nosuch': no such run or directory"),
+        (("export", "nosuch", "new"), "run 'nosuch': no such run or directory"),
+        (("export", ".", "."), "export: . exists; choose a new directory"),
+        (("run", "pr-moe", "-p", "seeds=0"), "pr-moe: seeds must be at least 1"),
+        (("run", "pr-moe", "--scale", "gpu"), "no CUDA device is available here"),
+        (("submit", "nosuch", "--profile", "local"), "no experiment 'nosuch'"),
+        (("sweep", "pr-moe", "-g", "x=1", "--profile", "local"), "no parameter 'x'"),
+        (("bench", "gate", "--device", "tpu"), "--device must be cpu or cuda, got 'tpu'"),
+        (("bench", "train", "--family", "x"), "--family must be dense or MoE-128"),
+        (("bench", "layer", "--dtype", "x"), "--dtype must be fp32 or bf16"),
+        (("bench", "decode", "--model", "nosuch"), "model name 'nosuch' is not understood"),
+        (("kernels", "compile", "--arch", "sm_1"), "--arch must be sm_80 or sm_90"),
+        (("claims", "nosuch"), "claims: none of experiment 'nosuch'"),
+    ],
+)
+def test_wrong_arguments_are_told_before_anything_heavy_is_loaded(arguments, part, tmp_path):
+    """Which modules a process loads says more than the time it takes on a busy machine."""
+    code = """
+import sys
+from moelab.cli import main
+sys.argv[0] = "moelab"
+try:
+    main()
+finally:
+    print(*sorted({"torch", "pandas", "papermill", "nbformat"} & set(sys.modules)))
+"""
+    env = {**os.environ, "MOELAB_HOME": str(tmp_path / "home"), "MOELAB_RESULTS": str(tmp_path / "results")}
+    done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, env=env, cwd=ROOT)
+    assert done.returncode == 2 and part in done.stderr and len(done.stderr.strip().splitlines()) == 1
+    assert done.stdout.split() == []
+    assert not (tmp_path / "home").exists()
+
+
+def test_what_stands_in_the_commands_is_what_the_heavy_modules_have():
+    from moelab.bench import train
+    from moelab.cli import bench, models
+    from moelab.evaluation.models import REFERENCES
+
+    assert tuple(train.FAMILIES) == bench.FAMILIES and {models.SMALL_MODEL} == set(REFERENCES)
+
+
+def test_version_and_help_in_the_order_of_use():
+    import moelab as package
+
+    assert moelab("--version").stdout == f"moelab {package.__version__}\n"
+    out = moelab("--help", env={"COLUMNS": "80", "TERMINAL_WIDTH": "80"}).stdout
+    groups = ("Experiments and their results", "Runs and models", "A cluster", "The simulator", "Benchmarks")
+    commands = ("list ", "run ", "claims ", "generate ", "submit ", "status ", "plan ", "bench ")
+    for order in (groups, [f"│ {name}" for name in commands]):
+        assert sorted(order, key=out.index) == list(order)
+    assert max(map(len, out.splitlines())) <= 80
 
 
 @pytest.mark.parametrize(
@@ -102,15 +163,53 @@ def test_a_benchmark_leaves_numbers_figure_and_provenance(tmp_path):
     assert bad.returncode == 2 and "--device must be cpu or cuda" in bad.stderr
 
 
-def test_list_shows_every_experiment_and_scale():
-    out = moelab("list", env={"COLUMNS": "200"}).stdout
-    assert "pr-moe" in out and "smoke" in out and "gpu" in out
+def test_list_is_short_and_says_more_of_one():
+    from moelab.experiments import EXPERIMENTS
+
+    lines = moelab("list").stdout.splitlines()
+    assert {line.split()[0] for line in lines if line.split()} >= set(EXPERIMENTS)
+    assert len(lines) < len(EXPERIMENTS) + 10 and any("Fig 4, Table 4" in line for line in lines)
+    out = moelab("list", "pr-moe").stdout
+    for part in ("smoke", "gpu", "Can fewer experts", "Residual-MoE-32", "notebooks/04_pr_moe.ipynb"):
+        assert part in out
+    assert "did you mean pr-moe" in moelab("list", "pr-mo").stderr
+
+
+@pytest.mark.skipif(shutil.which("script") is None, reason="a terminal of 80 columns needs the program script")
+@pytest.mark.parametrize(
+    "command",
+    [
+        "list",
+        "list pr-moe",
+        "claims",
+        "run pr-moe --dry-run -p seeds=3",
+        "run scaling --dry-run --scale paper",
+        "plan 24B+MoE-128 --gpus 256 --objective throughput",
+    ],
+)
+def test_what_commands_print_fits_a_terminal_of_80_columns(command, tmp_path):
+    line = f"stty cols 80; exec {sys.executable} -m moelab.cli {command}"
+    env = {**os.environ, "MOELAB_HOME": str(tmp_path), "NO_COLOR": "1", "TERM": "dumb"}
+    env.pop("COLUMNS", None)
+    done = subprocess.run(["script", "-qec", line, "/dev/null"], capture_output=True, text=True, env=env)
+    assert done.returncode == 0 and max(map(len, done.stdout.splitlines())) <= 80, done.stdout
+    for part in {"run pr-moe": ("PR-MoE-32/64 (sum) ·", "seeds 0-2"), "plan": ("USD per million",)}.get(
+        command[:10], ()
+    ):
+        assert part in done.stdout
 
 
 def test_doctor_finds_this_installation_sound():
     done = moelab("doctor", env={"COLUMNS": "200"})
     assert done.returncode == 0, done.stdout
     assert "embedded corpus" in done.stdout and "Jupyter kernel" in done.stdout
+
+
+def test_doctor_names_the_extras_to_install(monkeypatch, capsys):
+    from moelab.cli import doctor
+
+    monkeypatch.setattr(doctor, "_checks", lambda: iter([(None, "extra hf (datasets): pip install -e '.[hf]'")]))
+    assert doctor.report() and "pip install -e '.[hf]'" in capsys.readouterr().out
 
 
 PR_MOE = ("run", "pr-moe", "--scale", "smoke", "-p", "seeds=2", "-p", 'arms=["MoE-128","PR-MoE-32/64"]')

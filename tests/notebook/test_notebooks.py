@@ -1,5 +1,6 @@
 """Executing notebooks through papermill: what they print shows at once, and every way to fail says where."""
 
+import contextlib
 import io
 import json
 from concurrent.futures import ProcessPoolExecutor
@@ -32,6 +33,10 @@ if fail == "places":
     from moelab import paths
     paths.checkout = lambda: None
     print("home", paths.home(), "results", paths.results())
+if fail == "stop":
+    import time
+    os.kill(os.getppid(), 2)
+    time.sleep(60)
 if fail == "die":
     os.kill(os.getpid(), 9)""",
     """import json
@@ -113,6 +118,24 @@ def test_a_failure_leaves_the_executed_copy_with_the_error_on_top(place, fail, w
     assert any("first [1]" in str(cell.get("outputs", "")) for cell in cells), "what was done is kept"
     assert not (place / "home" / "results").exists()
     assert "first [1]" in copy.parent.with_name(f"{copy.parent.name}.log").read_text()
+
+
+@pytest.mark.parametrize(("fail", "interrupts"), [("", 0), ("raise", 0), ("stop", 1)])
+def test_only_a_kernel_that_works_is_interrupted(place, monkeypatch, fail, interrupts):
+    """One that has just replied would log a KeyboardInterrupt, on a run that succeeded."""
+    from jupyter_client.manager import AsyncKernelManager
+
+    seen, interrupt = [], AsyncKernelManager._async_interrupt_kernel
+
+    async def noted(self):
+        seen.append(self)
+        await interrupt(self)
+
+    monkeypatch.setattr(AsyncKernelManager, "_async_interrupt_kernel", noted)
+    errors = {"": (), "raise": notebooks.NotebookFailed, "stop": KeyboardInterrupt}[fail]
+    with pytest.raises(errors) if errors else contextlib.nullcontext():
+        notebooks.execute(EXPERIMENT, given(fail=fail), place / "plan.json")
+    assert len(seen) == interrupts
 
 
 def test_failed_runs_are_the_reason_not_the_cell(place):

@@ -1,7 +1,7 @@
 """Show the results as static pages, opened as files or served by `moelab browse`.
 
-`build(results)` writes the pages that are new or have changed; `update()` does it in the workspace's `.moelab/pages`, for
-the user's own results beside the published ones, or in `results` where publishing is asked for:
+`build(results)` writes the pages that are new or have changed. `update()` does it in the workspace, `.moelab/pages`,
+for the user's own results beside the published ones, or in `results` where publishing is asked for:
 
     results/index.html                                     the paper's claims, the gallery, all results
     results/compare.html                                   two results side by side

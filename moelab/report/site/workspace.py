@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from moelab import paths
+from moelab.files import sweep
 from moelab.report.site.pages import Built, build
 from moelab.report.summary import find_results
 
@@ -44,6 +45,7 @@ def gather(pages: Path, roots: Sequence[Path]) -> None:
 def _link_files(source: Path, target: Path) -> None:
     """Link the files of a folder into another, those that are missing there or older."""
     target.mkdir(parents=True, exist_ok=True)
+    sweep(target)
     there = {entry.name: entry.stat().st_mtime_ns for entry in os.scandir(target)}
     for entry in os.scandir(source):
         if entry.is_file() and not entry.name.startswith(".") and there.get(entry.name, -1) < entry.stat().st_mtime_ns:
