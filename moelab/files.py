@@ -63,7 +63,7 @@ _TEMPORARY = re.compile(r"\..+[.-][a-z0-9_]{8}")
 
 
 def sweep(folder: Path, *, older_s: float = 3600.0) -> None:
-    """Remove the temporary files and folders in a folder whose writers were killed: those that are older than an hour.
+    """Remove the temporary files and folders in a folder that killed writers left: those older than `older_s`.
 
     What cannot be removed stays; nothing is raised.
     """

@@ -195,22 +195,14 @@ def execute(
     with contextlib.ExitStack() as stack:
         if log is None:
             log = stack.enter_context(open(staging.parent / f"{staging.name}.log", "w"))
-        # Sockets belong on this machine's own disk: a home folder on a network has no room for them, or a path too
-        # long.
-        sockets = stack.enter_context(tempfile.TemporaryDirectory(prefix="moelab-"))
-        stack.enter_context(
-            environment.overridden(
-                {
-                    # The kernel works in the staging folder, where an installed copy would make a home of its own.
-                    environment.HOME.name: str(paths.home()),
-                    environment.RESULTS.name: str(paths.results()),
-                    environment.PUBLICATION.name: str(staging),
-                    environment.PLAN.name: str(plan),
-                    "JUPYTER_PREFER_ENV_PATH": "1",
-                    "JUPYTER_RUNTIME_DIR": sockets,
-                }
-            )
-        )
+        places = {
+            # The kernel works in the staging folder, where an installed copy would make a home of its own.
+            environment.HOME.name: str(paths.home()),
+            environment.RESULTS.name: str(paths.results()),
+            environment.PUBLICATION.name: str(staging),
+            environment.PLAN.name: str(plan),
+        }
+        stack.enter_context(environment.overridden(places))
 
         def on_cell(cell: int, cells: int) -> None:
             at[0] = cell
@@ -219,20 +211,7 @@ def execute(
                 write_json(progress, {"cell": cell, "cells": cells, "started": time.time()})
 
         try:
-            papermill.execute_notebook(
-                str(paths.notebooks() / experiment.notebook),
-                str(copy),
-                parameters=dict(values),
-                engine_name=_engine(),
-                kernel_name="python3",
-                kernel_manager_class=_kernel_manager(),
-                progress_bar=False,
-                iopub_timeout=120,  # a cell's last output may come late on a busy machine; the default gives it 4 s
-                cwd=str(staging),
-                stdout_file=log,
-                stderr_file=log,
-                on_cell=on_cell,
-            )
+            run(paths.notebooks() / experiment.notebook, copy, values, log=log, on_cell=on_cell)
         except papermill.PapermillExecutionError as error:
             why = (str(error.evalue).splitlines() or [""])[0]
             if error.ename != NoResult.__name__:  # which cell asked for the runs is not what went wrong
@@ -269,6 +248,46 @@ def execute(
                 raise
             target = target.with_name(target.name + "x")
     return target
+
+
+def run(
+    notebook: Path,
+    copy: Path,
+    values: Mapping[str, Any] | None = None,
+    *,
+    log: TextIO | None = None,
+    on_cell: Callable[[int, int], None] = lambda cell, cells: None,
+) -> None:
+    """Execute any notebook by papermill, with our kernels, in the folder of the executed copy.
+
+    Args:
+        values: parameters.
+        log: where what the notebook prints goes while it runs.
+        on_cell: called before each code cell with its number, from 1, and their count.
+
+    Raises:
+        papermill's and nbclient's exceptions.
+    """
+    import papermill
+
+    # Sockets belong on this machine's own disk: a home folder on a network has no room for them, or a path too long.
+    with tempfile.TemporaryDirectory(prefix="moelab-") as sockets:
+        jupyter = {"JUPYTER_PREFER_ENV_PATH": "1", "JUPYTER_RUNTIME_DIR": sockets}
+        with environment.overridden(jupyter):
+            papermill.execute_notebook(
+                str(notebook),
+                str(copy),
+                parameters=dict(values or {}),
+                engine_name=_engine(),
+                kernel_name="python3",
+                kernel_manager_class=_kernel_manager(),
+                progress_bar=False,
+                iopub_timeout=120,  # a cell's last output may come late on a busy machine; the default gives it 4 s
+                cwd=str(copy.parent),
+                stdout_file=log,
+                stderr_file=log,
+                on_cell=on_cell,
+            )
 
 
 def _forget_places(notebook: Path) -> None:

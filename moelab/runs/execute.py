@@ -80,7 +80,7 @@ def _trainer_of(run: Run, should_stop) -> Iterator[None]:
             print(f"run {run.spec.id}: finished by another process")
         if not run.finished:
             for folder in (run.path, run.path / "logs"):
-                sweep(folder)
+                sweep(folder, older_s=60)  # few but the holder of the lock write here, and none takes so long
             holder = {"host": socket.gethostname(), "process": os.getpid(), "since": _iso(time.time())}
             with contextlib.suppress(OSError):  # a full disk is told by what trains
                 write_json(run.path / "holder.json", holder)
