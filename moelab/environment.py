@@ -34,8 +34,12 @@ class Variable:
         return (os.environ if environment is None else environment).get(self.name) or None
 
 
-HOME = Variable("MOELAB_HOME", "Folder of runs, prepared tokens, measurements and drafts.", "`.moelab` in the checkout")
-RESULTS = Variable("MOELAB_RESULTS", "Folder of published results.", "`results` in the checkout")
+HOME = Variable(
+    "MOELAB_HOME", "Workspace: runs, tokens, measurements, drafts, own results and pages.", "`.moelab` in the checkout"
+)
+RESULTS = Variable(
+    "MOELAB_RESULTS", "Folder of published results, written only with `--publish`.", "`results` in the checkout"
+)
 EXECUTOR = Variable("MOELAB_EXECUTOR", 'How `lab.run` trains when it is told "auto".', "processes")
 PROFILE = Variable("MOELAB_PROFILE", "Cluster profile that the Slurm commands use without --profile.", "none")
 HANG_S = Variable("MOELAB_HANG_S", "Seconds without a sign of life after which a rank counts as hanging.", "300")

@@ -5,8 +5,10 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import shutil
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -54,6 +56,26 @@ def read_json(path: Path) -> Any:
         return json.loads(text)
     except json.JSONDecodeError as error:
         raise ValueError(f"{path}: not valid JSON ({error})") from None
+
+
+_TEMPORARY = re.compile(r"\..+[.-][a-z0-9_]{8}")
+"""Names of the temporary files and folders of moelab: hidden, with eight random characters at the end."""
+
+
+def sweep(folder: Path, *, older_s: float = 3600.0) -> None:
+    """Remove the temporary files and folders in a folder that killed writers left: those older than `older_s`.
+
+    What cannot be removed stays; nothing is raised.
+    """
+    before = time.time() - older_s
+    with contextlib.suppress(OSError):
+        for entry in os.scandir(folder):
+            with contextlib.suppress(OSError):
+                if _TEMPORARY.fullmatch(entry.name) and entry.stat(follow_symlinks=False).st_mtime < before:
+                    if entry.is_dir(follow_symlinks=False):
+                        shutil.rmtree(entry.path)
+                    else:
+                        os.unlink(entry.path)
 
 
 @contextlib.contextmanager

@@ -209,6 +209,7 @@ class Lab:
     def publish(self, experiment: str, scale: str, parameters: dict | None = None) -> Publication:
         """Open the publication to which this notebook adds its figures, tables and claims.
 
-        A batch run (`moelab run`) publishes to `results/`, an interactive one writes a draft to `.moelab/drafts/`.
+        A batch run (`moelab run`) publishes to `.moelab/results/`, with `--publish` to `results/`; an interactive one
+        writes a draft to `.moelab/drafts/`.
         """
         return Publication.open(experiment, scale, parameters or {}, measurements=self.measured)

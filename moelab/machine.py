@@ -1,7 +1,9 @@
-"""Describe this machine's processor. Imports nothing of moelab."""
+"""Describe this machine: its processor, and whether it has CUDA devices. Imports nothing of moelab."""
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import platform
 
 FEATURES = ("avx2", "avx512f", "avx512_bf16", "avx512_fp16", "amx_tile", "amx_bf16", "asimd", "sve", "bf16")
@@ -34,3 +36,17 @@ def describe_cpu(cpuinfo: str) -> str:
     details = "; ".join(part for part in (numbers, ", ".join(f for f in FEATURES if f in flags)) if part)
     name = fields.get("model name") or platform.processor() or platform.machine()
     return f"{name} ({details})" if details else name
+
+
+def cuda_devices() -> int:
+    """Return how many CUDA devices torch can use here.
+
+    Loads torch, which takes seconds, only where there is a driver.
+    """
+    driver = "nvcuda.dll" if platform.system() == "Windows" else "libcuda.so.1"
+    with contextlib.suppress(OSError):
+        ctypes.CDLL(driver)
+        import torch
+
+        return torch.cuda.device_count() if torch.cuda.is_available() else 0
+    return 0

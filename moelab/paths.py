@@ -1,4 +1,8 @@
-"""Find the folders of moelab: the checkout, the home (`.moelab/`: runs, tokens, drafts), the results, the notebooks."""
+"""Find the folders of moelab: the checkout, the home (`.moelab/`), the results, the pages, the notebooks.
+
+The home is a user's workspace, which git ignores: runs, prepared tokens, measurements, drafts, his own results and the
+pages that show them beside the published ones. Nothing is written into the published results unless that is asked for.
+"""
 
 from __future__ import annotations
 
@@ -15,17 +19,37 @@ def checkout() -> Path | None:
 
 
 def home() -> Path:
-    """Return the folder of runs and drafts: `MOELAB_HOME`, else `.moelab` in the checkout or the current folder."""
+    """Return the workspace: `MOELAB_HOME`, else `.moelab` in the checkout or the current folder."""
     if value := environment.HOME.get():
         return Path(value).resolve()
     return (checkout() or Path.cwd()) / ".moelab"
 
 
 def results() -> Path:
-    """Return the folder of results: `MOELAB_RESULTS`, else `results` in the checkout or the current folder."""
+    """Return the folder of published results: `MOELAB_RESULTS`, else `results` in the checkout or current folder."""
     if value := environment.RESULTS.get():
         return Path(value).resolve()
     return (checkout() or Path.cwd()) / "results"
+
+
+def own_results() -> Path:
+    """Return the folder of the user's own results, in the workspace."""
+    return home() / "results"
+
+
+def all_results() -> tuple[Path, Path]:
+    """Return the folders of results: the published ones, then the user's own."""
+    return results(), own_results()
+
+
+def results_for(publish: bool) -> Path:
+    """Return the folder for a new result: the published ones if that is asked for, else the user's own."""
+    return results() if publish else own_results()
+
+
+def pages() -> Path:
+    """Return the folder of the pages that show all results, in the workspace."""
+    return home() / "pages"
 
 
 def notebooks() -> Path:

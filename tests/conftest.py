@@ -33,6 +33,10 @@ LONGEST = [
 ]
 
 
+def pytest_addoption(parser):
+    parser.addoption("--kills", type=int, default=3, help="how often tests/runs/test_kills.py kills each run")
+
+
 def pytest_collection_modifyitems(items):
     place = {name: i for i, name in enumerate(LONGEST)}
     items.sort(key=lambda item: place.get(item.path.relative_to(HERE).as_posix(), len(place)))

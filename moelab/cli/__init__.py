@@ -6,10 +6,13 @@ Heavy modules are imported inside the commands, so that `moelab --help` is quick
 from __future__ import annotations
 
 import sys
+from typing import Annotated
 
 import typer
 
+import moelab
 from moelab.cli import bench, experiments, kernels, models, runs, simulate, slurm, view
+from moelab.cli._options import BENCHMARKS, RUNS, SIMULATOR
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -17,15 +20,31 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Reproduce, question and extend the DeepSpeed-MoE paper (arXiv 2201.05596).",
 )
+# The help shows groups and commands in this order, which is the order of use.
 experiments.register(app)
 view.register(app)
 models.register(app)
-app.command()(simulate.plan)
+app.add_typer(runs.app, name="runs", rich_help_panel=RUNS)
 slurm.register(app)
-app.add_typer(runs.app, name="runs")
-app.add_typer(bench.bench, name="bench")
-app.add_typer(simulate.app, name="simulate")
-app.add_typer(kernels.kernels, name="kernels")
+app.command(rich_help_panel=SIMULATOR)(simulate.plan)
+app.add_typer(simulate.app, name="simulate", rich_help_panel=SIMULATOR)
+app.add_typer(bench.bench, name="bench", rich_help_panel=BENCHMARKS)
+app.add_typer(kernels.kernels, name="kernels", rich_help_panel=BENCHMARKS)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"moelab {moelab.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    pass
 
 
 def main() -> None:

@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Annotated, get_args
 
 import typer
 
-from moelab import config
+from moelab import config, machine
+
+EXPERIMENTS = "Experiments and their results"
+RUNS = "Runs and models"
+CLUSTER = "A cluster"
+SIMULATOR = "The simulator"
+BENCHMARKS = "Benchmarks and kernels"
+"""Groups of commands in the help."""
 
 Experts = Annotated[list[int] | None, typer.Option("--experts", help="number of experts; repeat for several")]
 Threads = Annotated[int, typer.Option(help="CPU threads")]
@@ -15,13 +23,22 @@ Device = Annotated[str, typer.Option(help="cpu or cuda")]
 Out = Annotated[Path | None, typer.Option(help="folder for the numbers as JSON lines")]
 
 
+def check_choice(option: str, value: str, allowed: Sequence[str]) -> None:
+    """Check an option's value. ValueError, one line, for another than is allowed."""
+    if value not in allowed:
+        raise ValueError(f"{option} must be {' or '.join(allowed)}, got {value!r}")
+
+
+def check_dtypes(values: Iterable[str]) -> None:
+    """Check --dtype; ValueError, one line."""
+    for value in values:
+        check_choice("--dtype", value, get_args(config.train.Dtype))
+
+
 def check_device(device: str) -> None:
     """Check --device. ValueError, one line, for an unknown one or one that this machine lacks."""
-    import torch
-
-    if device not in (allowed := get_args(config.train.Device)):
-        raise ValueError(f"--device must be {' or '.join(allowed)}, got {device!r}")
-    if device == "cuda" and not torch.cuda.is_available():
+    check_choice("--device", device, get_args(config.train.Device))
+    if device == "cuda" and not machine.cuda_devices():
         raise ValueError("--device cuda: no CUDA device is available; allowed here: cpu")
 
 

@@ -7,9 +7,23 @@ from typing import Annotated
 import typer
 
 from moelab.cli import slurm as commands
-from moelab.cli._options import Device, Experts, Out, Threads, check_device, write_provenance
+from moelab.cli._options import (
+    Device,
+    Experts,
+    Out,
+    Threads,
+    check_choice,
+    check_device,
+    check_dtypes,
+    write_provenance,
+)
+from moelab.config import ModelConfig
+from moelab.config.parallel import EXCHANGES
 
-bench = typer.Typer(no_args_is_help=True, help="Benchmarks; each prints ratios measured side by side in one run.")
+FAMILIES = ("dense", "MoE-128", "PR-MoE-32/64")
+"""The keys of `moelab.bench.train.FAMILIES`, which torch is imported for."""
+
+bench = typer.Typer(no_args_is_help=True, help="Measure kernels, layers, training, decoding, exchanges.")
 
 
 CPU_TIME = typer.Option(
@@ -26,7 +40,7 @@ def bench_train(
     ] = None,
     family: Annotated[
         list[str] | None,
-        typer.Option("--family", help="dense, MoE-128 or PR-MoE-32/64; repeat for several (default: all)"),
+        typer.Option("--family", help=f"{', '.join(FAMILIES)}; repeat for several (default: all)"),
     ] = None,
     dtype: Annotated[list[str] | None, typer.Option(help="fp32 or bf16; repeat (default: both)")] = None,
     steps: Annotated[int, typer.Option(help="measured steps of each candidate in a round")] = 5,
@@ -36,12 +50,15 @@ def bench_train(
     out: Out = None,
 ) -> None:
     """Measure the training speed of twins, dense and MoE, fp32 and bf16, and name the dtype to use for each."""
+    check_dtypes(dtype or ())
+    for name in family or ():
+        check_choice("--family", name, FAMILIES)
     from moelab.bench import train
     from moelab.bench.harness import Timing
 
     train.main(
         widths=width or [32, 64, 128],
-        families=family or list(train.FAMILIES),
+        families=family or list(FAMILIES),
         dtypes=dtype or ["fp32", "bf16"],
         steps=steps,
         threads=threads,
@@ -87,6 +104,7 @@ def bench_layer(
 ) -> None:
     """Compare the MoE layer with a dense one of equal FLOPs, the einsum baseline, torch and other libraries (peers)."""
     check_device(device)
+    check_dtypes(dtype or ())
     from moelab.bench import layer
     from moelab.bench.harness import Timing
 
@@ -126,6 +144,9 @@ def bench_decode(
     of them.
     """
     check_device(device)
+    check_choice("--exchange", exchange, EXCHANGES)
+    for name in model or ():
+        ModelConfig.parse(name)
     from moelab.bench.decode import DecodeSettings
     from moelab.bench.decode import main as bench_main
     from moelab.engine.launch import process

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from importlib.util import find_spec
 
 from rich.console import Console
+from rich.markup import escape
 
 from moelab import paths
 from moelab.runs.preflight import existing
@@ -24,7 +25,7 @@ def report() -> bool:
     for ok, text in _checks():
         good &= ok is not False
         mark = {True: "[green]ok[/]", False: "[red]missing[/]", None: "[yellow]optional[/]"}[ok]
-        console.print(f"{mark:>20}  {text}", soft_wrap=True, highlight=False)
+        console.print(f"{mark:>20}  {escape(text)}", soft_wrap=True, highlight=False)
     return good
 
 
@@ -58,7 +59,7 @@ def _checks() -> Iterator[tuple[bool | None, str]]:
         yield True, f"Jupyter kernel python3: {argv[0]}"
     except NoSuchKernel:
         yield False, "Jupyter kernel python3: python -m ipykernel install --sys-prefix"
-    for name, folder in (("home", paths.home()), ("results", paths.results())):
+    for name, folder in (("workspace", paths.home()), ("published results", paths.results())):
         free = shutil.disk_usage(existing(folder)).free / 2**30
         yield free > 1, f"{name} {folder}, {free:.0f} GiB free"
     slurm = shutil.which("sbatch") is not None

@@ -2,24 +2,47 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from typing import Annotated
 
 import typer
 
 from moelab.cli import slurm as commands
+from moelab.cli._options import EXPERIMENTS
 
 
-def list_() -> None:
-    """Show the experiments, their scales and what they cost."""
+def list_(
+    name: Annotated[str | None, typer.Argument(help="an experiment, of which to say more")] = None,
+) -> None:
+    """Show the experiments, or one with its scales and costs."""
+    from rich.markup import escape
+
     from moelab import terminal
-    from moelab.experiments import EXPERIMENTS
+    from moelab.experiments import EXPERIMENTS as KNOWN
+    from moelab.experiments import experiment
 
-    view = terminal.table("experiment", "paper", "question", "scale", "what", "cost")
-    for e in EXPERIMENTS.values():
-        for i, (name, scale) in enumerate(e.scales.items()):
-            view.add_row(*((e.name, e.paper, e.question) if i == 0 else ("", "", "")), name, scale.what, scale.cost)
-    terminal.console().print(view)
+    console = terminal.console()
+    if name is None:
+        view = terminal.table("experiment", "in the paper", "cheapest cost (at cpu)")
+        view.columns[0].no_wrap = view.columns[1].no_wrap = True
+        for e in KNOWN.values():
+            scale, first = next((item for item in e.scales.items() if item[0] != "smoke"), (*e.scales.items(),)[0])
+            figure = re.sub(r" \(sec[^)]*\)", "", e.paper)
+            cost = re.sub(r" \([^)]*\)$", "", first.cost).removeprefix("about ").replace("minutes", "min")
+            view.add_row(e.name, figure, cost if scale == "cpu" else f"{scale}: {cost}")
+        console.print(view)
+        console.print("moelab list NAME says more of one, moelab run NAME runs it", markup=False)
+        return
+    e = experiment(name)
+    console.print(f"[bold]{escape(e.title)}[/] · {escape(e.paper)} · notebooks/{e.notebook}", highlight=False)
+    console.print(f"question  {e.question}\nthe paper  {e.paper_answer}", markup=False, highlight=False)
+    if e.arms:
+        console.print(f"arms  {', '.join(e.arms)}", markup=False, highlight=False)
+    view = terminal.table("scale", "what", "cost")
+    for scale, about in e.scales.items():
+        view.add_row(scale, escape(about.what), escape(about.cost))
+    console.print(view)
 
 
 def run(
@@ -30,8 +53,12 @@ def run(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="only say what would be trained, and what it costs")
     ] = False,
+    publish: commands.Publish = False,
 ) -> None:
-    """Run an experiment's notebook: trains what is not trained yet, publishes figures and claims to the results."""
+    """Train what an experiment lacks, and show what it found.
+
+    Executes the experiment's notebook; its figures and claims go onto the results page.
+    """
     from moelab.experiments import experiment
     from moelab.notebook import batch
     from moelab.notebook import execute as notebooks
@@ -53,49 +80,57 @@ def run(
         show(planned_runs([spec for _, specs in asked for spec in specs]))
         return
     on_gpu = scale == "gpu" and any(e.measures for e, _ in asked)
-    preflight.check([spec for e, specs in asked if e.trains for spec in specs], device="cuda" if on_gpu else "cpu")
+    preflight.check(
+        [spec for e, specs in asked if e.trains for spec in specs], device="cuda" if on_gpu else "cpu", publish=publish
+    )
     if name is None:
         from moelab.lab import Lab
 
-        good = batch.run_all(scale, {k: v for k, v in given.items() if k != "scale"}, Lab().run)
+        good = batch.run_all(scale, {k: v for k, v in given.items() if k != "scale"}, Lab().run, publish=publish)
     else:
         from moelab.notebook.watch import execute_watched
 
-        good = execute_watched(experiment(name), values)
+        good = execute_watched(experiment(name), values, publish=publish)
     if not good:
         raise typer.Exit(1)
 
 
 def claims(
+    name: Annotated[str | None, typer.Argument(help="only claims of this experiment, or whose id begins so")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="all of it, as JSON")] = False,
 ) -> None:
-    """Every claim of the paper, ours beside the paper's value, and a verdict; computed from the published results."""
+    """Show the paper's claims, our values and the verdicts."""
     import dataclasses
     import json
 
     from moelab import paths, terminal
-    from moelab.report.ledger import counts, distinct, entries, family, table
+    from moelab.report.ledger import counts, distinct, entries, family, listing
     from moelab.report.summary import read_all
 
-    summaries, unreadable = read_all(paths.results())
+    summaries, unreadable = read_all(*paths.all_results())
     for line in unreadable:
         print(f"not readable: {line}", file=sys.stderr)
     ledger = entries(summaries)
+    shown = [e for e in ledger if name is None or e.experiment == name or e.claim.startswith(name)]
+    if not shown:
+        raise ValueError(f"claims: none of experiment {name!r}, and no id begins so; see `moelab list`")
     counted, together = counts(ledger), family(ledger)
     if as_json:
-        found = {"claims": [e.to_json() for e in ledger], "counts": counted, "family": dataclasses.asdict(together)}
+        found = {"claims": [e.to_json() for e in shown], "counts": counted, "family": dataclasses.asdict(together)}
         print(json.dumps(found, indent=2))
         return
     console = terminal.console()
-    console.print(table(ledger, console.width))
-    console.print(f"{len(distinct(ledger))} claims in {len(ledger)} rows", markup=False)
+    console.print(f"{len(distinct(ledger))} claims in {len(ledger)} rows", markup=False, highlight=False)
     for kind, verdicts in counted.items():
-        console.print(f"{kind}: {', '.join(f'{n} {verdict}' for verdict, n in verdicts.items())}", markup=False)
-    console.print(str(together), markup=False)
+        console.print(
+            f"{kind}: {', '.join(f'{n} {verdict}' for verdict, n in verdicts.items())}", markup=False, highlight=False
+        )
+    console.print(str(together), markup=False, highlight=False)
+    console.print(listing(shown), highlight=False)
 
 
 def register(app: typer.Typer) -> None:
     """Add these commands to `moelab`."""
-    app.command(name="list")(list_)
-    app.command()(run)
-    app.command()(claims)
+    app.command(name="list", rich_help_panel=EXPERIMENTS)(list_)
+    app.command(rich_help_panel=EXPERIMENTS)(run)
+    app.command(rich_help_panel=EXPERIMENTS)(claims)

@@ -7,7 +7,9 @@ from typing import Annotated
 
 import typer
 
-kernels = typer.Typer(no_args_is_help=True, help="The Triton kernels, without a GPU.")
+from moelab.cli._options import check_choice
+
+kernels = typer.Typer(no_args_is_help=True, help="Compile the Triton kernels, without a GPU.")
 
 
 @kernels.command(name="compile")
@@ -16,6 +18,8 @@ def kernels_compile(
     out: Annotated[Path | None, typer.Option(help="CSV file for the table")] = None,
 ) -> None:
     """Compile every kernel ahead of time; print registers, shared memory, spills, occupancy; exit code 1 on a spill."""
+    for name in arch or ():
+        check_choice("--arch", name, ("sm_80", "sm_90"))
     from moelab.kernels.compile import main as compile_main
 
     arguments = [item for name in arch or ["sm_80", "sm_90"] for item in ("--arch", name)]

@@ -7,7 +7,12 @@ from typing import Annotated
 
 import typer
 
-from moelab.cli._options import Out, check_device
+from moelab.cli._options import RUNS, Out, check_choice, check_device, check_dtypes
+from moelab.config.parallel import EXCHANGES
+from moelab.runs.store import RunStore
+
+SMALL_MODEL = "smollm2"
+"""A public model that `moelab eval` fetches, one of `moelab.evaluation.models.REFERENCES`."""
 
 
 def generate(
@@ -31,18 +36,23 @@ def generate(
     ] = "flat",
     gpus_per_node: Annotated[int, typer.Option(help="on ranks: of a node")] = 8,
 ) -> None:
-    """Continue prompts with a trained run; under torchrun or srun, ranks share the model."""
+    """Continue prompts with a trained run.
+
+    Under torchrun or srun, ranks share the model.
+    """
     check_device(device)
+    check_choice("--mode", mode, ("optimised", "baseline"))
+    check_dtypes([dtype])
+    check_choice("--exchange", exchange, EXCHANGES)
+    directory = RunStore().find(run)
     from moelab import paths
     from moelab.engine.checkpoint import CheckpointError
     from moelab.engine.launch import process
     from moelab.inference import Sampling
     from moelab.inference.text import join_ranks, open_text
-    from moelab.runs.store import RunStore
 
     sampling = Sampling(max_new_tokens, temperature, top_k, top_p, seed)
     prompts = prompt or [""]
-    directory = RunStore().find(run)
     layout = dict(tensor=tensor, expert=expert, expert_slicing=expert_slicing, exchange=exchange)
     mesh = join_ranks(directory, device, **layout, gpus_per_node=gpus_per_node)
     cache, batch = paths.home() / "data", min(len(prompts), 32)
@@ -81,25 +91,29 @@ def eval_(
     as_json: Annotated[bool, typer.Option("--json", help="the scores as JSON")] = False,
     out: Out = None,
 ) -> None:
-    """Evaluate zero-shot tasks (the paper's Table 2): accuracy beside chance, bits per byte; resumable."""
+    """Evaluate a model on zero-shot tasks (the paper's Table 2).
+
+    Prints accuracy beside chance and bits per byte; an interrupted evaluation continues.
+    """
     import json
     from dataclasses import asdict
 
     check_device(device)
+    check_dtypes([dtype])
+    reference = run == SMALL_MODEL
+    directory = None if reference else RunStore().find(run)
     from moelab import paths
     from moelab.data.packages import CorpusUnavailable
     from moelab.engine.checkpoint import CheckpointError
-    from moelab.evaluation.models import REFERENCES, reference_directory
+    from moelab.evaluation.models import reference_directory
     from moelab.evaluation.zero_shot import PACKAGED, evaluate
     from moelab.report import scores as report
-    from moelab.runs.store import RunStore
     from moelab.terminal import task_progress
 
     wanted = tuple(dict.fromkeys(name for name in map(str.strip, tasks.split(",")) if name)) or PACKAGED
     options = dict(cache=paths.home() / "data", limit=limit, batch=batch, dtype=dtype, device=device)
     try:
-        reference = run in REFERENCES
-        directory = reference_directory(run, options["cache"]) if reference else RunStore().find(run)
+        directory = directory or reference_directory(run, options["cache"])
         with task_progress() as show:
             scores = evaluate(directory, wanted, **options, on_progress=show)
     except (CheckpointError, CorpusUnavailable) as error:
@@ -116,14 +130,18 @@ def export(
     run: Annotated[str, typer.Argument(help="id of a run, or the beginning of it, or its directory")],
     directory: Annotated[Path, typer.Argument(help="new directory")],
 ) -> None:
-    """Write a run's weights and tokenizer: GPT-2's format for a dense model, safetensors for one with experts."""
+    """Write a run's weights and tokenizer for other libraries.
+
+    In GPT-2's format for a dense model, in safetensors files for one with experts.
+    """
+    source = RunStore().find(run)
+    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
+        raise ValueError(f"export: {directory} exists; choose a new directory")
     from moelab import paths
     from moelab.data import prepare
     from moelab.engine.checkpoint import CheckpointError, hf
     from moelab.inference.text import load_run, run_configs
-    from moelab.runs.store import RunStore
 
-    source = RunStore().find(run)
     config, data = run_configs(source)
     try:
         model = load_run(source)
@@ -135,6 +153,6 @@ def export(
 
 def register(app: typer.Typer) -> None:
     """Add these commands to `moelab`."""
-    app.command()(generate)
-    app.command(name="eval")(eval_)
-    app.command()(export)
+    app.command(rich_help_panel=RUNS)(generate)
+    app.command(name="eval", rich_help_panel=RUNS)(eval_)
+    app.command(rich_help_panel=RUNS)(export)

@@ -11,20 +11,24 @@ import typer
 from moelab.runs import records
 from moelab.runs.store import RunStore
 
-app = typer.Typer(no_args_is_help=True, help="Pass on the numbers of finished runs, and take them over.")
+app = typer.Typer(no_args_is_help=True, help="Export and import the numbers of finished runs.")
 
 
 @app.command(name="export")
 def export_(
     names: Annotated[list[str] | None, typer.Argument(help="runs, or beginnings of their ids; none is all")] = None,
-    to: Annotated[Path | None, typer.Option("--to", help="folder; default: results/runs")] = None,
+    to: Annotated[Path | None, typer.Option("--to", help="folder; default: .moelab/results/runs")] = None,
+    publish: Annotated[bool, typer.Option("--publish", help="into results/runs")] = False,
 ) -> None:
     """Pack the numbers of finished runs, a zip each: spec, result, metrics, provenance, no weights."""
+    if to and publish:
+        raise ValueError("runs export: --to and --publish each name a folder; give one of them")
+    to = to or records.folder(publish=publish)
     store = RunStore()
     runs = store.select(names or (), file="result.json")
     for run in runs:
-        records.write(store.at(run), to or records.folder())
-    print(f"{len(runs)} runs packed into {to or records.folder()}")
+        records.write(store.at(run), to)
+    print(f"{len(runs)} runs packed into {to}")
 
 
 @app.command(name="import")

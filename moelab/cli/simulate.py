@@ -7,9 +7,7 @@ from typing import Annotated
 
 import typer
 
-app = typer.Typer(
-    no_args_is_help=True, help="The cluster model: latency, memory, throughput and cost without a cluster."
-)
+app = typer.Typer(no_args_is_help=True, help="Compute latency, memory, throughput and cost of a layout.")
 
 Model = Annotated[str, typer.Argument(help="a name such as 1.3B+MoE-128")]
 Gpus = Annotated[int, typer.Option(help="GPUs")]
@@ -34,7 +32,11 @@ def plan(
     dtype: Dtype = "fp16",
     figure: Annotated[Path | None, typer.Option(help="PNG or SVG file for the Pareto front")] = None,
 ) -> None:
-    """Find the best layout to serve a model, and say why it is."""
+    """Find the best layout to serve a model, and say why."""
+    from rich.padding import Padding
+    from rich.text import Text
+
+    from moelab import terminal
     from moelab.simulate.search import BATCHES, describe, frame
     from moelab.simulate.search import plan as search
 
@@ -52,14 +54,27 @@ def plan(
         dtype=dtype,
     )
     best = found.best
-    print(f"{best.model} on {best.cluster}, {best.system}, best by {objective}:")
-    print(f"  {describe(best)}")
-    print(f"  {best.latency_ms:.2f} ms a token, {best.tokens_per_s_per_gpu:,.1f} tokens/s/GPU{_price(best)}")
-    for line in found.why:
-        print(f"  {line}")
-    print("Pareto front:")
-    columns = ["layout", "latency_ms", "tokens_per_s_per_gpu", "gib_per_gpu", "bound"]
-    print(frame(found.front)[columns].to_string(index=False, float_format="{:,.2f}".format))
+    console = terminal.console()
+    console.print(f"{best.model} on {best.cluster}, {best.system}, best by {objective}:", highlight=False)
+    speed = f"{best.latency_ms:.2f} ms a token, {best.tokens_per_s_per_gpu:,.1f} tokens/s/GPU{_price(best)}"
+    for line in (describe(best), speed, *found.why):
+        console.print(Padding(Text(line), (0, 0, 0, 2)))
+    console.print("Pareto front:")
+    several = len({e.parallel.exchange for e in found.front}) > 1
+    columns = ("GPUs", "tensor", "experts", *["exchange"] * several, "batch", "ms", "tokens/s", "GiB", "bound by")
+    front = terminal.table(*columns)
+    for column in front.columns:
+        column.no_wrap = column.header != "exchange"
+    for e in found.front:
+        p = e.parallel
+        over = (f"{p.expert} x {p.expert_slicing}" if p.expert else "", *[p.exchange] * several)
+        numbers = (f"{e.latency_ms:.1f}", f"{e.tokens_per_s_per_gpu:,.1f}", f"{e.total_gib:.1f}", e.bound)
+        front.add_row(str(p.ranks), str(p.tensor), *over, str(e.batch), *numbers)
+    console.print(front)
+    console.print(
+        "experts: over so many ranks x slices of each; batch: sequences of a tensor group; tokens/s and GiB: a GPU's",
+        highlight=False,
+    )
     if figure is not None:
         import matplotlib
 
@@ -225,7 +240,9 @@ def _parallel(simulate, cluster: str, gpus: int, tensor: int, expert: int, slici
 
 
 def _price(got) -> str:
-    return f", {got.cost_per_million:,.2f} per million tokens" if got.cost_per_million else ""
+    if not got.cost_per_million:
+        return ""
+    return f", {got.cost_per_million:,.2f}{f' {got.currency}' if got.currency else ''} per million tokens"
 
 
 def _print_memory(got) -> None:

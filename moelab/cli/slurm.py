@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from moelab.cli._options import CLUSTER
+
 if TYPE_CHECKING:
     from moelab.slurm.submit import Plan
 
@@ -32,6 +34,9 @@ Parameters = Annotated[
     ),
 ]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="print the batch scripts, queue nothing")]
+Publish = Annotated[
+    bool, typer.Option("--publish", help="into the published results (results/) instead of the workspace")
+]
 Again = Annotated[bool, typer.Option("--again", help="execute notebooks that have a complete result, too")]
 Names = Annotated[
     list[str] | None, typer.Argument(help="experiments, runs or submissions, by the beginning of their names")
@@ -41,7 +46,7 @@ Names = Annotated[
 def register(app: typer.Typer) -> None:
     """Add the commands to `moelab`."""
     for function in (submit, sweep, status, logs, cancel):
-        app.command()(function)
+        app.command(rich_help_panel=CLUSTER)(function)
 
 
 def parse_parameters(items: Iterable[str] | None, scale: str | None) -> dict[str, str]:
@@ -64,13 +69,14 @@ def submit(
     parameter: Parameters = None,
     dry_run: DryRun = False,
     again: Again = False,
+    publish: Publish = False,
 ) -> None:
-    """Submit experiments as jobs: their unfinished runs, then their notebooks.
+    """Submit experiments as jobs: unfinished runs, then notebooks.
 
     What is finished or queued is left alone.
     """
     given = parse_parameters(parameter, scale)
-    _submit([(name, [given]) for name in names], profile, dry_run, again)
+    _submit([(name, [given]) for name in names], profile, dry_run, again, publish)
 
 
 def sweep(
@@ -86,8 +92,12 @@ def sweep(
     parameter: Parameters = None,
     dry_run: DryRun = False,
     again: Again = False,
+    publish: Publish = False,
 ) -> None:
-    """Submit one notebook for each point of a grid of parameters; runs that points share are trained once."""
+    """Submit a notebook for each point of a grid of parameters.
+
+    Runs that points share are trained once.
+    """
     fixed = parse_parameters(parameter, scale)
     axes = {}
     for item in grid:
@@ -103,7 +113,7 @@ def sweep(
             raise ValueError(f"-g {item}: {key.strip()} is given by -p or --scale, too")
         axes[key.strip()] = points
     points = [{**fixed, **dict(zip(axes, values, strict=True))} for values in itertools.product(*axes.values())]
-    _submit([(name, points)], profile, dry_run, again)
+    _submit([(name, points)], profile, dry_run, again, publish)
 
 
 def status(
@@ -112,7 +122,10 @@ def status(
     everything: Annotated[bool, typer.Option("--all", help="submissions in which all is over, too")] = False,
     every: Annotated[float, typer.Option(help="seconds between two looks of --watch")] = 10.0,
 ) -> None:
-    """Show what was submitted: each run by its own files and by Slurm, with step, speed, loss and time left."""
+    """Show what was submitted: state, step, loss, time left.
+
+    The state of each run is that of its own files and of Slurm.
+    """
     from rich.console import Console
     from rich.live import Live
 
@@ -159,7 +172,10 @@ def cancel(
     names: Names = None,
     everything: Annotated[bool, typer.Option("--all", help="all that moelab has in the queue")] = False,
 ) -> None:
-    """Take runs and notebooks out of the queue; running ones write a checkpoint and can be submitted again."""
+    """Take runs and notebooks out of the queue.
+
+    Running ones write a checkpoint and can be submitted again.
+    """
     from moelab.slurm import local, queue
     from moelab.slurm.status import overview
 
@@ -174,7 +190,11 @@ def cancel(
 
 
 def _submit(
-    wanted: Sequence[tuple[str, Sequence[Mapping[str, str]]]], profile: str | None, dry_run: bool, again: bool
+    wanted: Sequence[tuple[str, Sequence[Mapping[str, str]]]],
+    profile: str | None,
+    dry_run: bool,
+    again: bool,
+    publish: bool,
 ) -> None:
     from moelab.experiments import experiment
     from moelab.notebook import execute as notebooks
@@ -188,7 +208,7 @@ def _submit(
         values = [notebooks.resolve(chosen, notebooks.check_parameters(chosen, given)) for given in points]
         batches.append((name, [(v, chosen.specs_of(v)) for v in values]))
     for name, batch in batches:
-        plan = module.submit(name, batch, cluster, again=again, dry_run=dry_run)
+        plan = module.submit(name, batch, cluster, again=again, publish=publish, dry_run=dry_run)
         if dry_run:
             _print_scripts(plan)
         else:

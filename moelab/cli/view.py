@@ -9,33 +9,49 @@ from typing import Annotated
 import typer
 
 from moelab.cli import slurm as commands
+from moelab.cli._options import EXPERIMENTS
 
 
-def lab(context: typer.Context, profile: commands.Profile = None) -> None:
-    """Open JupyterLab on the notebooks, on 127.0.0.1 or a node of a cluster; further arguments are JupyterLab's."""
-    from moelab import paths
+def lab(
+    context: typer.Context,
+    profile: commands.Profile = None,
+    originals: Annotated[
+        bool, typer.Option("--originals", help="the notebooks themselves instead of copies in the workspace")
+    ] = False,
+) -> None:
+    """Open JupyterLab on copies of the notebooks.
 
+    On 127.0.0.1, or with --profile on a node of a cluster. Further arguments are JupyterLab's.
+    """
+    from moelab import environment, paths
+    from moelab.notebook import copies
+
+    folder = paths.notebooks() if originals else copies.update()
     if profile is not None:
         from moelab.slurm import jupyter, profiles
 
-        raise typer.Exit(jupyter.start(profiles.load(profile), context.args))
-    command = [sys.executable, "-m", "jupyterlab", f"--ServerApp.root_dir={paths.notebooks()}", *context.args]
-    os.execv(sys.executable, command)
+        raise typer.Exit(jupyter.start(profiles.load(profile), folder, context.args))
+    # Outside a checkout, a kernel would take its own current folder for these.
+    places = {environment.HOME.name: str(paths.home()), environment.RESULTS.name: str(paths.results())}
+    command = [sys.executable, "-m", "jupyterlab", f"--ServerApp.root_dir={folder}", *context.args]
+    os.execve(sys.executable, command, {**os.environ, **places})
 
 
 def browse(
     port: Annotated[int, typer.Option(help="port on 127.0.0.1")] = 8800,
     open_browser: Annotated[bool, typer.Option("--open/--no-open", help="open a browser window")] = False,
     serve: Annotated[bool, typer.Option("--serve/--no-serve", help="serve the pages, or only build them")] = True,
+    publish: Annotated[
+        bool, typer.Option("--publish", help="build the pages of the published results alone, in results/")
+    ] = False,
 ) -> None:
-    """Build the results pages and serve them on localhost."""
+    """Build the results pages and serve them on this machine."""
     import webbrowser
 
-    from moelab import paths
     from moelab.report import site
     from moelab.report.site.server import ResultsServer
 
-    built = site.build(paths.results())
+    built = site.update(publish=publish)
     for line in built.unreadable:
         print(f"not readable: {line}", file=sys.stderr)
     if not serve:
@@ -55,14 +71,17 @@ def tensorboard(
     run: Annotated[list[str] | None, typer.Argument(help="runs, by the beginning of their id; all without")] = None,
     port: Annotated[int, typer.Option(help="port on 127.0.0.1")] = 6006,
 ) -> None:
-    """Show runs in TensorBoard, those still training too: losses, speed, and the experts' load by layer."""
+    """Show runs in TensorBoard, also while they train.
+
+    Losses, speed, and the experts' load by layer.
+    """
     from moelab.report import tensorboard as board
 
     raise typer.Exit(board.serve(board.select(run or []), port))
 
 
 def doctor() -> None:
-    """Check this installation: what works, what is missing, how to get it."""
+    """Check this installation: what works and what is missing."""
     from moelab.cli.doctor import report
 
     if not report():
@@ -71,7 +90,8 @@ def doctor() -> None:
 
 def register(app: typer.Typer) -> None:
     """Add these commands to `moelab`."""
-    app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(lab)
-    app.command()(browse)
-    app.command()(tensorboard)
-    app.command()(doctor)
+    app.command(rich_help_panel=EXPERIMENTS)(browse)
+    further = {"allow_extra_args": True, "ignore_unknown_options": True}
+    app.command(context_settings=further, rich_help_panel=EXPERIMENTS)(lab)
+    app.command(rich_help_panel=EXPERIMENTS)(tensorboard)
+    app.command(rich_help_panel=EXPERIMENTS)(doctor)

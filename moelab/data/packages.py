@@ -16,6 +16,8 @@ import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
+from moelab.files import sweep
+
 
 class CorpusUnavailable(RuntimeError):
     """A text cannot be had here: a package is missing, or the network. One line says which and what to do."""
@@ -60,6 +62,7 @@ def unpacked(package: Package, cache: Path) -> Path:
     if folder.is_dir():
         return folder
     shelf.mkdir(parents=True, exist_ok=True)
+    sweep(shelf)
     scratch = Path(tempfile.mkdtemp(prefix=".fetching-", dir=shelf))
     try:
         wheel = _wheel_on(shelf, package) or _download(package, scratch)

@@ -30,11 +30,12 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from moelab import kernels
 from moelab.config.parallel import ParallelConfig
-from moelab.engine.collectives import all_to_all
+from moelab.engine.collectives import all_gather, all_to_all
 from moelab.engine.differentiable import all_gather_rows, all_to_all_rows, copy_to_group, reduce_scatter_rows
 from moelab.engine.groups import Group
 from moelab.engine.mesh import ExpertGroups
@@ -43,16 +44,25 @@ from moelab.models.dispatch import Dispatch, Dispatched
 from moelab.models.routing import Routing
 
 
-def regroup(counts: np.ndarray, axes: tuple[int, ...]) -> np.ndarray:
-    """Return the index, int64 [rows], that brings rows into the C order of `counts.transpose(axes)`.
+def regroup(counts: Tensor, axes: tuple[int, ...], rows: int) -> Tensor:
+    """Return the index, int64 [rows], that brings rows into the C order of `counts.permute(axes)`.
 
     Before, the rows lie chunk by chunk in the C order of `counts`, whose elements are the chunks' numbers of rows. The
-    order within a chunk stays.
+    order within a chunk stays. Nothing is read from the device: `rows` is the sum of `counts`.
     """
-    size = counts.ravel()
-    start = (np.cumsum(size) - size).reshape(counts.shape).transpose(axes).ravel()
-    size = counts.transpose(axes).ravel()
-    return np.repeat(start - (np.cumsum(size) - size), size) + np.arange(size.sum())
+    size = counts.flatten()
+    start = (size.cumsum(0) - size).view(counts.shape).permute(axes).flatten()
+    size = counts.permute(axes).flatten()
+    shift = start - (size.cumsum(0) - size)
+    return torch.repeat_interleave(shift, size, output_size=rows) + torch.arange(rows, device=counts.device)
+
+
+class Counts(NamedTuple):
+    """The numbers of rows of a `Route`, int32 on the device."""
+
+    kept: Tensor
+    between: Tensor
+    arrived: Tensor
 
 
 @dataclass(frozen=True)
@@ -67,6 +77,7 @@ class Route:
         arrived: int [slice, node * local, own], rows that this rank and the other slices of its experts hold after the
             hop between nodes, by source rank.
         tensor, slice: this rank's coordinates.
+        device: the same numbers on the device, from which the indices are computed there.
     """
 
     kept: np.ndarray
@@ -74,6 +85,7 @@ class Route:
     arrived: np.ndarray
     tensor: int
     slice: int
+    device: Counts
 
     @cached_property
     def outgoing(self) -> np.ndarray:
@@ -81,9 +93,9 @@ class Route:
         return self.kept.transpose(2, 1, 0, 3)
 
     @property
-    def outgoing_order(self) -> np.ndarray:
+    def outgoing_order(self) -> Tensor:
         """The index that brings rows from expert order into `outgoing`'s."""
-        return regroup(self.kept, (2, 1, 0, 3))
+        return regroup(self.device.kept, (2, 1, 0, 3), int(self.kept.sum()))
 
     @property
     def tensor_sizes(self) -> list[int]:
@@ -102,9 +114,9 @@ class Route:
         return self.outgoing[self.tensor].sum((1, 2)).tolist(), self.between.sum((1, 2)).tolist()
 
     @property
-    def inter_node_order(self) -> np.ndarray:
+    def inter_node_order(self) -> Tensor:
         """The index that brings rows from [local, node, own] to [node, local, own]."""
-        return regroup(self.between, (1, 0, 2))
+        return regroup(self.device.between, (1, 0, 2), int(self.between.sum()))
 
     @property
     def inter_node(self) -> tuple[list[int], list[int]]:
@@ -119,14 +131,14 @@ class Route:
         return self.arrived.sum((1, 2)).tolist()
 
     @property
-    def expert_order(self) -> np.ndarray:
+    def expert_order(self) -> Tensor:
         """The index that brings rows from [slice, node * local, own] to [own, slice, node * local]."""
-        return regroup(self.arrived, (2, 0, 1))
+        return regroup(self.device.arrived, (2, 0, 1), int(self.arrived.sum()))
 
     @property
-    def offsets(self) -> np.ndarray:
+    def offsets(self) -> Tensor:
         """int32 [own + 1]: each expert's first row among those by expert."""
-        return np.concatenate([[0], self.arrived.sum((0, 1)).cumsum()]).astype(np.int32)
+        return F.pad(self.device.arrived.sum((0, 1)).cumsum(0), (1, 0)).int()
 
 
 class Trip(NamedTuple):
@@ -181,27 +193,21 @@ class Exchange(Dispatch[Trip]):
             Rows of this rank's experts, which all ranks sent, and offsets int32 [own + 1].
         """
         inter_node, tensor = self._inter_node, self._tensor
-        route = self._route(routing.kept_E)
-
-        def index(order: np.ndarray) -> Tensor:
-            return torch.from_numpy(order).to(x_SM.device, non_blocking=True)
-
+        route = self._route(routing)
         table = kernels.row_table(routing, rows=int(route.kept.sum()))
         if inter_node.size > 1 or tensor.size > 1:
-            table = _reordered(table, index(route.outgoing_order))
+            table = _reordered(table, route.outgoing_order)
         rows = copy_to_group(x_SM, tensor, "tensor")
         rows = kernels.dispatch(rows, table if tensor.size == 1 else _narrowed(table, *route.mine))
         rows = all_to_all_rows(rows, *route.intra_node, self._intra_node, "dispatch")
         inter_node_back = expert_back = None
         if inter_node.size > 1:
-            rows, inter_node_back = _reorder(rows, index(route.inter_node_order))
+            rows, inter_node_back = _reorder(rows, route.inter_node_order)
             rows = all_to_all_rows(rows, *route.inter_node, inter_node, "dispatch")
         rows = all_gather_rows(rows, route.slice_sizes, self.groups.slices, "slices")
         if _is_transposed(route.arrived):
-            rows, expert_back = _reorder(rows, index(route.expert_order))
-        return Dispatched(
-            rows, index(route.offsets), Trip(route, table, routing.weight_SK, inter_node_back, expert_back)
-        )
+            rows, expert_back = _reorder(rows, route.expert_order)
+        return Dispatched(rows, route.offsets, Trip(route, table, routing.weight_SK, inter_node_back, expert_back))
 
     def combine(self, rows_RM: Tensor, state: Trip) -> Tensor:
         """Return the experts' outputs, weighted and summed, on their tokens' ranks: [S, M], in the rows' dtype."""
@@ -221,30 +227,47 @@ class Exchange(Dispatch[Trip]):
         return True
 
     @torch.no_grad()
-    def _route(self, kept_E: Tensor) -> Route:
-        """Exchange the numbers of rows along the path of the rows; int32, always for all destinations."""
+    def _route(self, routing: Routing) -> Route:
+        """Exchange the numbers of rows along the path of the rows; int32, always for all destinations.
+
+        Raises:
+            RuntimeError: ranks along `tensor` have routed the same tokens differently; they would wait for rows that
+                are never sent.
+        """
+        kept_E = routing.kept_E
         intra_node, inter_node, tensor, slices = self._intra_node, self._inter_node, self._tensor, self.groups.slices
         shape = (inter_node.size, intra_node.size, tensor.size, self.groups.layout.experts_per_rank)
-        outgoing = kept_E.view(shape)[:, :, tensor.index].transpose(0, 1)
+        kept = kept_E.view(shape)
+        outgoing = kept[:, :, tensor.index].transpose(0, 1)
         between = self._swap(outgoing, intra_node)
         arrived = self._swap(between.transpose(0, 1), inter_node) if inter_node.size > 1 else between
         arrived = arrived.reshape(1, -1, shape[-1])
         if slices.size > 1:
             arrived = self._swap(arrived.expand(slices.size, -1, -1), slices)
-        parts = [kept_E.flatten(), between.flatten(), arrived.flatten()]
+        parts = [part.flatten() for part in (kept, between, arrived)]
+        if tensor.size > 1:
+            parts.append(torch.cat(all_gather(_fingerprint(routing), tensor, "check")))
         numbers = torch.cat(parts).cpu().numpy().astype(np.int64)  # the synchronisation
-        kept, between_, arrived_ = np.split(numbers, np.cumsum([len(p) for p in parts[:2]]))
-        return Route(
-            kept.reshape(shape),
-            between_.reshape(between.shape),
-            arrived_.reshape(arrived.shape),
-            tensor.index,
-            slices.index,
-        )
+        *host, prints = np.split(numbers, np.cumsum([len(p) for p in parts[:3]]))
+        if len(set(prints.tolist())) > 1:
+            raise RuntimeError(
+                f"exchange: the {tensor.size} ranks with the same tokens have routed them differently (one of them "
+                "computes other values); continue from the last checkpoint"
+            )
+        shapes = (shape, between.shape, arrived.shape)
+        on_host = (part.reshape(sizes) for part, sizes in zip(host, shapes, strict=True))
+        return Route(*on_host, tensor.index, slices.index, Counts(kept, between, arrived))
 
     def _swap(self, counts: Tensor, group: Group) -> Tensor:
         """Exchange equal parts along dim 0."""
         return counts if group.size == 1 else all_to_all(counts, group, "counts")
+
+
+def _fingerprint(routing: Routing) -> Tensor:
+    """Return a number, int32 [1], that differs if any token of two routings goes to another expert or slot."""
+    place_SK = routing.expert_SK.long() * 1_000_003 + routing.slot_SK
+    weight = torch.arange(1, place_SK.numel() + 1, device=place_SK.device) * 2_654_435_761
+    return (((place_SK.flatten() * weight).sum() >> 16) & 0x7FFFFFFF).int()[None]
 
 
 def _is_transposed(arrived: np.ndarray) -> bool:

@@ -78,7 +78,7 @@ def scored(rows: Sequence[dict]) -> pd.DataFrame:
 
 
 def reference() -> pd.DataFrame:
-    """Return the published scores of a real model, computed by the same code, in the form of `scored`.
+    """Return scores of a real model, the user's or published ones, computed by the same code, in the form of `scored`.
 
     The command is `moelab eval smollm2 --limit 200 --out results/benchmarks`. The arm is the model's name, the seed -1.
     The frame is empty where there are no such scores, or where the tasks have changed since.
@@ -87,8 +87,9 @@ def reference() -> pd.DataFrame:
     from moelab.evaluation.zero_shot import PAPER_TASKS, version
 
     columns = {name: column for column, names in PAPER_TASKS.items() for name in names}
-    file = paths.results() / "benchmarks" / f"zero-shot-{REFERENCE}.jsonl"
-    rows = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+    files = [root / "benchmarks" / f"zero-shot-{REFERENCE}.jsonl" for root in reversed(paths.all_results())]
+    file = next((file for file in files if file.exists()), None)
+    rows = [json.loads(line) for line in file.read_text().splitlines()] if file else []
     current = [row for row in rows if row["version"].partition(",")[0] == version(row["task"]).partition(",")[0]]
     made = [{**row, "arm": row["model"], "seed": -1, "paper": columns.get(row["task"], "")} for row in current]
     return scored(made)

@@ -82,7 +82,8 @@ class Router(nn.Module):
         if self.training and self.pool is not None:
             # Only the probabilities carry a gradient. So the mean over ranks of (a rank's mean probabilities times all
             # ranks' shares) is the loss of the whole step.
-            share_E = self.pool(torch.bincount(routing.expert_SK[:, 0], minlength=self.experts) / S)
+            first_SE = routing.expert_SK[:, :1] == torch.arange(self.experts, device=logits_SE.device)
+            share_E = self.pool(first_SE.sum(0) / S)  # `bincount` would read its largest value from the device
             aux_loss = self.experts * (logits_SE.softmax(1).mean(0) * share_E).sum()
             routing = routing._replace(aux_loss=aux_loss)
         return routing

@@ -48,7 +48,12 @@ def chosen(scale: str, given: Mapping[str, str]) -> dict[str, dict[str, str]]:
 
 def last_result(experiment: Experiment, values: Mapping[str, Any]) -> Summary | None:
     """Return the summary of the experiment's newest result with these parameters, None when there is none."""
-    for file in sorted((paths.results() / experiment.name / values["scale"]).glob(f"[!.]*/{SUMMARY}"), reverse=True):
+    files = [
+        file
+        for root in paths.all_results()
+        for file in (root / experiment.name / values["scale"]).glob(f"[!.]*/{SUMMARY}")
+    ]
+    for file in sorted(files, key=lambda file: file.parent.name, reverse=True):
         with contextlib.suppress(ValueError, OSError, RecursionError):  # the results page names what cannot be read
             summary = parse(read_json(file))
             if all(values.get(name) == value for name, value in summary.parameters.items()):
@@ -62,7 +67,9 @@ def reads_back(last: Summary | None, values: Mapping[str, Any]) -> bool:
     return bool(ids) and not values.get("again") and MeasurementStore().current(ids)
 
 
-def _publish(name: str, values: Mapping[str, Any], log: str, environment: Mapping[str, str], folder: str) -> None:
+def _publish(
+    name: str, values: Mapping[str, Any], publish: bool, log: str, environment: Mapping[str, str], folder: str
+) -> None:
     """One notebook, in a process of its own; its output goes to the log."""
     os.environ.clear()  # what this process was forked from may be of another time
     os.environ.update(environment)
@@ -72,10 +79,17 @@ def _publish(name: str, values: Mapping[str, Any], log: str, environment: Mappin
         os.dup2(file.fileno(), 2)
     from moelab.notebook.watch import execute_watched
 
-    sys.exit(0 if execute_watched(EXPERIMENTS[name], values, page=False) else 1)
+    sys.exit(0 if execute_watched(EXPERIMENTS[name], values, publish=publish, page=False) else 1)
 
 
-def run_all(scale: str, given: Mapping[str, str], run: Callable[..., Runs], workers: int | None = None) -> bool:
+def run_all(
+    scale: str,
+    given: Mapping[str, str],
+    run: Callable[..., Runs],
+    workers: int | None = None,
+    *,
+    publish: bool = False,
+) -> bool:
     """Train and publish every experiment that has the scale; True when all were published whole.
 
     A notebook that fails does not stop the others. Its output goes into a log in the home folder, named here. What
@@ -83,6 +97,7 @@ def run_all(scale: str, given: Mapping[str, str], run: Callable[..., Runs], work
 
     Args:
         run: `Lab.run`.
+        publish: into the published results instead of the user's own.
     """
     wanted = chosen(scale, given)
     started = time.monotonic()
@@ -127,11 +142,12 @@ def run_all(scale: str, given: Mapping[str, str], run: Callable[..., Runs], work
     for name in (*beside, *alone):
         reap(0 if name in alone else cores - 1)
         log = str(logs / f"{name}-{scale}.log")
-        process = context.Process(target=_publish, args=(name, values[name], log, dict(os.environ), os.getcwd()))
+        arguments = (name, values[name], publish, log, dict(os.environ), os.getcwd())
+        process = context.Process(target=_publish, args=arguments)
         process.start()
         going[name] = (process, time.monotonic())
     reap(0)
     count = f"{len(wanted) - len(failed)} of {len(wanted)} experiments"
-    index = site.build(paths.results()).index
+    index = site.update(publish=publish).index
     print(f"{count} published in {time.monotonic() - started:.0f} s; {paths.short(index)}")
     return not failed

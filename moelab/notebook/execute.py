@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import ast
 import contextlib
+import io
 import json
 import os
 import shutil
 import tempfile
 import time
+import tokenize
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +21,7 @@ from traitlets import Type, Unicode
 from moelab import environment, paths
 from moelab.config.overrides import SECTIONS, check_overrides
 from moelab.experiments import Experiment
-from moelab.files import write_json
+from moelab.files import read_json, sweep, write_json
 from moelab.report.publication import SUMMARY
 from moelab.report.site import convert
 from moelab.runs.collection import NoResult
@@ -40,13 +42,24 @@ class Parameter:
 
 
 def parameters(experiment: Experiment) -> dict[str, Parameter]:
-    """Return the notebook's parameters: name -> type, default, comment."""
-    from papermill import inspect_notebook
+    """Return the notebook's parameters: name -> type, default, comment.
 
-    found = inspect_notebook(str(paths.notebooks() / experiment.notebook))
+    They are the annotated assignments of the cell with the tag `parameters`, as for papermill, whose import takes two
+    seconds: a command that is given a wrong one answers sooner.
+    """
+    cells = read_json(paths.notebooks() / experiment.notebook)["cells"]
+    (source,) = ("".join(c["source"]) for c in cells if "parameters" in c["metadata"].get("tags", ()))
+    tokens = tokenize.generate_tokens(io.StringIO(source).readline)
+    comments = {t.end[0]: t.string.removeprefix("#").strip() for t in tokens if t.type == tokenize.COMMENT}
     return {
-        name: Parameter(name, p["inferred_type_name"], ast.literal_eval(p["default"]), p["help"])
-        for name, p in found.items()
+        node.target.id: Parameter(
+            node.target.id,
+            ast.unparse(node.annotation),
+            ast.literal_eval(node.value),
+            comments.get(node.end_lineno, ""),
+        )
+        for node in ast.parse(source).body
+        if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name) and node.value
     }
 
 
@@ -146,17 +159,19 @@ def execute(
     *,
     log: TextIO | None = None,
     progress: Path | None = None,
+    publish: bool = False,
 ) -> Path:
-    """Execute the notebook with these parameter values; returns the folder of the published result.
+    """Execute the notebook with these parameter values; returns the folder of the result.
 
-    Everything is made in `.moelab/publishing/` and moved into the results in one step, so a failed or killed notebook
-    publishes nothing.
+    Everything is made in `.moelab/publishing/` and moved into the user's own results in one step, so a failed or killed
+    notebook publishes nothing.
 
     Args:
         values: from `check_parameters`.
         plan: file in which the notebook lists the runs it waits for, for whoever shows progress.
         log: where what the notebook prints goes while it runs, cell by cell; by default a file beside the executed
             copy.
+        publish: move it into the published results instead.
         progress: file that says which cell runs: ``{"cell": 3, "cells": 12, "started": seconds since the epoch}``.
 
     Raises:
@@ -180,22 +195,14 @@ def execute(
     with contextlib.ExitStack() as stack:
         if log is None:
             log = stack.enter_context(open(staging.parent / f"{staging.name}.log", "w"))
-        # Sockets belong on this machine's own disk: a home folder on a network has no room for them, or a path too
-        # long.
-        sockets = stack.enter_context(tempfile.TemporaryDirectory(prefix="moelab-"))
-        stack.enter_context(
-            environment.overridden(
-                {
-                    # The kernel works in the staging folder, where an installed copy would make a home of its own.
-                    environment.HOME.name: str(paths.home()),
-                    environment.RESULTS.name: str(paths.results()),
-                    environment.PUBLICATION.name: str(staging),
-                    environment.PLAN.name: str(plan),
-                    "JUPYTER_PREFER_ENV_PATH": "1",
-                    "JUPYTER_RUNTIME_DIR": sockets,
-                }
-            )
-        )
+        places = {
+            # The kernel works in the staging folder, where an installed copy would make a home of its own.
+            environment.HOME.name: str(paths.home()),
+            environment.RESULTS.name: str(paths.results()),
+            environment.PUBLICATION.name: str(staging),
+            environment.PLAN.name: str(plan),
+        }
+        stack.enter_context(environment.overridden(places))
 
         def on_cell(cell: int, cells: int) -> None:
             at[0] = cell
@@ -204,20 +211,7 @@ def execute(
                 write_json(progress, {"cell": cell, "cells": cells, "started": time.time()})
 
         try:
-            papermill.execute_notebook(
-                str(paths.notebooks() / experiment.notebook),
-                str(copy),
-                parameters=dict(values),
-                engine_name=_engine(),
-                kernel_name="python3",
-                kernel_manager_class=_kernel_manager(),
-                progress_bar=False,
-                iopub_timeout=120,  # a cell's last output may come late on a busy machine; the default gives it 4 s
-                cwd=str(staging),
-                stdout_file=log,
-                stderr_file=log,
-                on_cell=on_cell,
-            )
+            run(paths.notebooks() / experiment.notebook, copy, values, log=log, on_cell=on_cell)
         except papermill.PapermillExecutionError as error:
             why = (str(error.evalue).splitlines() or [""])[0]
             if error.ename != NoResult.__name__:  # which cell asked for the runs is not what went wrong
@@ -236,8 +230,12 @@ def execute(
         raise NotebookFailed(f"{experiment.notebook} ended without publishing a result (executed copy: {copy})")
     _forget_places(copy)
     convert(copy)
-    target = paths.results() / experiment.name / scale / name
+    place = Path(experiment.name, scale)
+    while any((root / place / name).exists() for root in paths.all_results()):
+        name += "x"
+    target = paths.results_for(publish) / place / name
     target.parent.mkdir(parents=True, exist_ok=True)
+    sweep(target.parent)
     # Moved beside its place first: results may be on another disk than the home folder, and only a rename is one step.
     beside = target.with_name(f".{staging.name}")
     shutil.move(staging, beside)
@@ -250,6 +248,46 @@ def execute(
                 raise
             target = target.with_name(target.name + "x")
     return target
+
+
+def run(
+    notebook: Path,
+    copy: Path,
+    values: Mapping[str, Any] | None = None,
+    *,
+    log: TextIO | None = None,
+    on_cell: Callable[[int, int], None] = lambda cell, cells: None,
+) -> None:
+    """Execute any notebook by papermill, with our kernels, in the folder of the executed copy.
+
+    Args:
+        values: parameters.
+        log: where what the notebook prints goes while it runs.
+        on_cell: called before each code cell with its number, from 1, and their count.
+
+    Raises:
+        papermill's and nbclient's exceptions.
+    """
+    import papermill
+
+    # Sockets belong on this machine's own disk: a home folder on a network has no room for them, or a path too long.
+    with tempfile.TemporaryDirectory(prefix="moelab-") as sockets:
+        jupyter = {"JUPYTER_PREFER_ENV_PATH": "1", "JUPYTER_RUNTIME_DIR": sockets}
+        with environment.overridden(jupyter):
+            papermill.execute_notebook(
+                str(notebook),
+                str(copy),
+                parameters=dict(values or {}),
+                engine_name=_engine(),
+                kernel_name="python3",
+                kernel_manager_class=_kernel_manager(),
+                progress_bar=False,
+                iopub_timeout=120,  # a cell's last output may come late on a busy machine; the default gives it 4 s
+                cwd=str(copy.parent),
+                stdout_file=log,
+                stderr_file=log,
+                on_cell=on_cell,
+            )
 
 
 def _forget_places(notebook: Path) -> None:
@@ -300,6 +338,8 @@ def _kernel_manager() -> type:
     Its clients look for a reply every second besides waiting for it. A widget's output makes nbclient send to the
     kernel while it waits; jupyter_client sends past the event loop, which can take the signal of a reply that has just
     come, and the wait would never end (nbclient issue 312).
+
+    The shutdown interrupts only a kernel that works: one that has just replied would log a KeyboardInterrupt.
     """
     from queue import Empty
 
@@ -307,18 +347,32 @@ def _kernel_manager() -> type:
     from jupyter_client.channels import AsyncZMQSocketChannel
     from jupyter_client.manager import AsyncKernelManager
 
+    unanswered: set[str] = set()
+
     class PatientChannel(AsyncZMQSocketChannel):
         async def get_msg(self, timeout: float | None = None) -> dict[str, Any]:
             while timeout is None:
                 with contextlib.suppress(Empty):
-                    return await super().get_msg(1.0)
-            return await super().get_msg(timeout)
+                    return self._noted(await super().get_msg(1.0))
+            return self._noted(await super().get_msg(timeout))
+
+        def _noted(self, message: dict[str, Any]) -> dict[str, Any]:
+            unanswered.discard(message["parent_header"].get("msg_id"))
+            return message
 
     class Client(AsyncKernelClient):
         shell_channel_class = Type(PatientChannel)
 
+        def execute(self, *arguments: Any, **options: Any) -> str:
+            unanswered.add(request := super().execute(*arguments, **options))
+            return request
+
     class Manager(AsyncKernelManager):
         client_factory = Type(klass=AsyncKernelClient, default_value=Client)
         transport = Unicode("ipc" if os.name == "posix" else "tcp")
+
+        async def _async_interrupt_kernel(self) -> None:
+            if unanswered:
+                await super()._async_interrupt_kernel()
 
     return Manager

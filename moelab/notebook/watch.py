@@ -16,15 +16,18 @@ from moelab.files import read_json
 from moelab.notebook import execute as notebooks
 from moelab.report import site
 from moelab.report.publication import SUMMARY
-from moelab.runs.progress import Estimate, Snapshot, duration
+from moelab.runs.progress import Estimate, Snapshot
 from moelab.runs.spec import RunSpec
 from moelab.runs.store import Run
 
 
-def execute_watched(experiment: Experiment, values: Mapping[str, Any], *, page: bool = True) -> bool:
+def execute_watched(
+    experiment: Experiment, values: Mapping[str, Any], *, publish: bool = False, page: bool = True
+) -> bool:
     """Execute an experiment, show progress with the time left, name notebook, figures and page; False if it failed.
 
     Args:
+        publish: into the published results instead of the user's own.
         page: bring the results' page up to date.
     """
     console = Console()
@@ -36,7 +39,7 @@ def execute_watched(experiment: Experiment, values: Mapping[str, Any], *, page: 
         watcher = threading.Thread(target=_watch, args=(plan, done, console), daemon=True)
         watcher.start()
         try:
-            result = notebooks.execute(experiment, values, plan)
+            result = notebooks.execute(experiment, values, plan, publish=publish)
         except notebooks.NotebookFailed as error:
             done.set()
             watcher.join()
@@ -50,7 +53,7 @@ def execute_watched(experiment: Experiment, values: Mapping[str, Any], *, page: 
         finally:
             done.set()
         watcher.join()
-    index = site.build(paths.results()).index if page else None
+    index = site.update(publish=publish).index if page else None
     summary = read_json(result / SUMMARY)
     console.print(f"[bold green]{summary['title']}[/]")
     for name, path in (
@@ -86,17 +89,17 @@ def _watch(plan: Path, done: threading.Event, console: Console) -> None:
         while not done.wait(1.0 if not runs else every):
             if not runs and (listed := read_json(plan)):
                 runs = [Run(RunSpec.from_json(read_json(Path(p) / "spec.json")), Path(p)) for p in listed]
-                estimate = Estimate(Snapshot.of(runs).done)
+                estimate = Estimate(Snapshot.of(runs))
                 tasks = [bars.add_task(f"  {r.spec.title} s{r.spec.train.seed}", total=1.0, note="") for r in runs]
             if not runs or estimate is None:
                 continue
             snapshot = Snapshot.of(runs)
-            left = f"{duration(estimate.seconds_left(snapshot.done))} left"
-            finished = sum(s.state == "finished" for s in snapshot.statuses)
+            words = snapshot.describe(estimate.seconds_left(snapshot))
             for task, s in zip(tasks, snapshot.statuses, strict=True):
-                note = s.state if s.loss is None else f"loss {s.loss:.3f}"
+                going = s.state in ("running", "finished") and s.loss is not None
+                note = f"loss {s.loss:.3f}" if going else s.state
                 share = 1.0 if s.state == "finished" else s.step / max(1, s.steps)
                 bars.update(task, completed=share, note=note)
-            bars.update(total, description=f"{finished}/{len(runs)} runs", completed=snapshot.done, note=left)
+            bars.update(total, description="all runs", completed=snapshot.done, note=words)
             if not console.is_terminal:
-                console.print(f"{finished}/{len(runs)} runs finished, {snapshot.done:.0%} done, {left}")
+                console.print(words)

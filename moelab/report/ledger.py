@@ -1,9 +1,10 @@
-"""The claims ledger: every claim of the paper, what the published results say about it, and a verdict.
+"""The claims ledger: every claim of the paper, what the results say about it, and a verdict.
 
-Everything is computed from `results/`. A claim's verdict is that of the largest scale at which a published result
-judged it; arithmetic and counting are the same at every scale. A claim that no result has judged is "paper's own
-numbers disagree" where the paper gives its number twice and differently, "not testable at this scale" where it needs a
-larger scale than any that has run, "not judged" where a result has no spread, and "not tested yet" otherwise.
+Everything is computed from results, the published ones and the user's own. A claim's verdict is that of the largest
+scale at which a result judged it; arithmetic and counting are the same at every scale. A claim that no result has
+judged is "paper's own numbers disagree" where the paper gives its number twice and differently, "not testable at this
+scale" where it needs a larger scale than any that has run, "not judged" where a result has no spread, and "not tested
+yet" otherwise.
 
 Verdicts are counted by kind (measured, counted, predicted, fitted; "open" without one), claims that share a row of the
 paper once (`paper.Claim.same_as`). Beside each measured verdict stands the one that is left when all measured verdicts
@@ -41,7 +42,8 @@ from moelab.report.summary import Summary, read_all
 from moelab.statistics import holm
 
 if TYPE_CHECKING:
-    from rich.table import Table
+    from rich.console import Group
+    from rich.text import Text
 
 DISAGREES = "paper's own numbers disagree"
 NOT_YET = "not tested yet"
@@ -99,10 +101,6 @@ class Evidence:
         return self.verdict not in NOT_JUDGED
 
 
-_NARROW = ("paper", "ours, 95 % interval", "verdict")
-_WIDE = ("where", "paper", "ours, 95 % interval", "at", "kind", "verdict", "adjusted", "figure")
-
-
 @dataclass(frozen=True)
 class Entry:
     """A claim in the ledger.
@@ -148,9 +146,13 @@ class Entry:
         return asdict(self)
 
 
-def ledger(results: Path) -> list[Entry]:
-    """Return an entry for every claim of the paper, in its order; results that cannot be read are passed over."""
-    return entries(read_all(results)[0])
+def ledger(*results: Path) -> list[Entry]:
+    """Return an entry for every claim of the paper, in its order; results that cannot be read are passed over.
+
+    Args:
+        results: folders of results.
+    """
+    return entries(read_all(*results)[0])
 
 
 def entries(summaries: Iterable[tuple[str, Summary]]) -> list[Entry]:
@@ -235,27 +237,36 @@ def _adjusted(entries: list[Entry]) -> list[Entry]:
     return [replace(entry, adjusted=verdict(entry)) for entry in entries]
 
 
-def table(entries: Sequence[Entry], width: int) -> Table:
-    """Return the ledger as a table `width` characters wide; from 160 on with each claim's place and figure."""
-    from rich.markup import escape
+def listing(entries: Sequence[Entry]) -> Group:
+    """Return the claims for a terminal of any width, by what their verdicts rest on: statement, values, verdict."""
+    from rich.console import Group
+    from rich.padding import Padding
+    from rich.text import Text
 
-    from moelab import terminal
+    parts: list[Text | Padding] = []
+    for kind in (*KINDS, OPEN):
+        of_kind = [entry for entry in entries if entry.kind == kind]
+        if of_kind:
+            parts.append(Text(f"\n{kind}", "bold underline"))
+        for entry in of_kind:
+            parts += [Text(entry.statement), *(Padding(line, (0, 0, 0, 2)) for line in _described(entry))]
+    return Group(*parts)
 
-    wide = width >= 160
-    view = terminal.table("claim", *(_WIDE if wide else _NARROW))
-    view.columns[0].no_wrap = wide
-    for entry in entries:
-        e = entry.deciding
-        ours = "" if e is None or e.ours is None else f"{e.ours:.3g}"
-        if e is not None and e.low is not None and e.high is not None and e.samples:
-            ours += f" ({e.low:.3g} to {e.high:.3g})"
-        at = f"{e.scale}, {e.samples or 'exact'}" if e else ""
-        adjusted = entry.adjusted if entry.adjusted != entry.verdict else ""
-        cells = [entry.where, entry.paper, ours, at, entry.kind, entry.verdict, adjusted, e.figure if e else ""]
-        view.add_row(
-            entry.claim, *map(escape, cells if wide else [entry.paper, ours, f"{entry.kind}: {entry.verdict}"])
-        )
-    return view
+
+def _described(entry: Entry) -> tuple[Text, Text]:
+    from rich.text import Text
+
+    e = entry.deciding
+    values = Text(f"paper {entry.paper}")
+    if e is not None and e.ours is not None:
+        values.append(f" · ours {e.ours:.3g}")
+        if e.low is not None and e.high is not None and e.samples:
+            values.append(f" ({e.low:.3g} to {e.high:.3g})")
+    values.append(f" · {entry.verdict}", "bold")
+    if entry.adjusted and entry.adjusted != entry.verdict:
+        values.append(f" ({entry.adjusted} after Holm's adjustment)")
+    at = f" · {e.scale}, {f'n = {e.samples}' if e.samples else 'exact'}" if e else ""
+    return values, Text(f"{entry.claim} · {entry.where}{at}", "dim")
 
 
 _COPIED = ("ours", "low", "high", "unit", "samples", "verdict", "note", "kind", "p")

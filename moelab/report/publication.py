@@ -1,8 +1,8 @@
 """Publish what a notebook found as files: figures, the data behind them, claims, provenance.
 
-results/<experiment>/<scale>/<date>-<time>/summary.json      what is here, how it came about
-                                           <name>.png, .svg, -dark.svg, .jsonl  a figure and its data
-                                           notebook.ipynb, notebook.html     the executed notebook
+<results>/<experiment>/<scale>/<date>-<time>/summary.json      what is here, how it came about
+                                             <name>.png, .svg, -dark.svg, .jsonl  a figure and its data
+                                             notebook.ipynb, notebook.html     the executed notebook
 """
 
 from __future__ import annotations

@@ -175,21 +175,32 @@ def parse_provenance(record: Any) -> Provenance:
     return from_json(Provenance, _known(Provenance, record), "provenance")
 
 
-def read_all(root: Path) -> tuple[list[tuple[str, Summary]], list[str]]:
-    """Return the summaries of all results below a folder, and one line for each that cannot be read.
+def find_results(*roots: Path) -> dict[str, Path]:
+    """Return the folders of all results below some folders, by their path relative to it, with slashes, in its order.
+
+    Of two results with the same relative path, which are copies of one, the first counts.
+    """
+    found: dict[str, Path] = {}
+    for root in roots:
+        for file in root.glob(f"*/*/*/{SUMMARY}"):
+            if not file.parent.name.startswith("."):  # being moved into place
+                found.setdefault(file.parent.relative_to(root).as_posix(), file.parent)
+    return dict(sorted(found.items()))
+
+
+def read_all(*roots: Path) -> tuple[list[tuple[str, Summary]], list[str]]:
+    """Return the summaries of all results below some folders, and one line for each that cannot be read.
 
     Returns:
-        Pairs of a result's folder relative to `root`, with slashes, and its summary; by folder.
+        Pairs of a result's relative path, see `find_results`, and its summary; by path.
     """
     found: list[tuple[str, Summary]] = []
     unreadable: list[str] = []
-    for file in sorted(root.glob(f"*/*/*/{SUMMARY}")):
-        if file.parent.name.startswith("."):
-            continue  # being moved into place
+    for path, folder in find_results(*roots).items():
         try:
-            found.append((file.parent.relative_to(root).as_posix(), parse(read_json(file))))
+            found.append((path, parse(read_json(folder / SUMMARY))))
         except (ValueError, OSError, RecursionError) as error:
-            unreadable.append(unreadable_line(file, root, error))
+            unreadable.append(unreadable_line(folder / SUMMARY, folder.parents[2], error))
     return found, unreadable
 
 

@@ -86,28 +86,28 @@ def _planned(spec: RunSpec, store: RunStore) -> PlannedRun:
 
 
 def show(runs: Sequence[PlannedRun]) -> None:
-    """Print the plan as a table, with totals."""
+    """Print the plan, two lines for the seeds of an arm, with totals."""
+    from rich.padding import Padding
+    from rich.text import Text
+
     from moelab import terminal
 
-    view = terminal.table(
-        "run", "seed", "parameters", "active", "tokens", "steps", "ranks", "a rank's state", "FLOPs", "A100 h", ""
-    )
+    seeds: dict[tuple[str, str, str, str], list[int]] = {}
     for r in runs:
-        view.add_row(
-            _name(r.spec),
-            str(r.spec.train.seed),
-            _short(r.parameters),
-            _short(r.active),
-            _short(r.spec.own_tokens),
-            f"{r.steps:,}",
-            f"{r.ranks} x {r.micro_batches}",
-            f"{r.state_bytes / 2**30:.1f} GiB" if r.state_bytes > 2**30 else f"{r.state_bytes / 2**20:.0f} MiB",
-            f"{r.flops:.2g}",
-            "–" if r.gpu_hours is None else f"{r.gpu_hours:,.0f}",
-            r.state,
+        size = f"{r.state_bytes / 2**30:.1f} GiB" if r.state_bytes > 2**30 else f"{r.state_bytes / 2**20:.0f} MiB"
+        cost = f"{r.flops:.2g} FLOPs" + (f", {r.gpu_hours:,.0f} A100 hours" if r.gpu_hours is not None else "")
+        numbers = (
+            f"{_short(r.parameters)} parameters, {_short(r.active)} active; "
+            f"{_short(r.spec.own_tokens)} tokens in {r.steps:,} steps; "
+            f"{r.ranks} rank{'s' * (r.ranks > 1)} x {r.micro_batches}, {size}; {cost}"
         )
+        seeds.setdefault((r.spec.title, _name(r.spec), r.state, numbers), []).append(r.spec.train.seed)
     console = terminal.console()
-    console.print(view)
+    for (arm, model, state, numbers), which in seeds.items():
+        head = Text(arm, "bold").append(f" · {model}" * (model != arm), "not bold")
+        head.append(f" · seed{'s' * (len(which) > 1)} {_ranges(which)} · {state}", "not bold")
+        console.print(head)
+        console.print(Padding(numbers, (0, 0, 0, 2)), highlight=False)
     hours = sum(r.gpu_hours or 0 for r in runs if r.state != "finished")
     left = sum(r.state != "finished" for r in runs)
     console.print(
@@ -117,15 +117,25 @@ def show(runs: Sequence[PlannedRun]) -> None:
             if hours
             else ""
         )
-        + "; ranks x micro-batches a step; state: fp32 weights, gradients, moments"
+        + "; numbers are a seed's; active: for a token; ranks x micro-batches a step, and a rank's fp32 weights, "
+        "gradients and moments",
+        highlight=False,
     )
 
 
-def _name(spec: RunSpec) -> str:
-    """Return the model, how it is taught and where it starts.
+def _ranges(numbers: Sequence[int]) -> str:
+    """Return numbers as ``0-3, 7``."""
+    found: list[list[int]] = []
+    for number in sorted(numbers):
+        if found and number == found[-1][1] + 1:
+            found[-1][1] = number
+        else:
+            found.append([number, number])
+    return ", ".join(f"{a}" if a == b else f"{a}-{b}" for a, b in found)
 
-    Not the label, because arms of several experiments may be one run.
-    """
+
+def _name(spec: RunSpec) -> str:
+    """Return the model, how it is taught and where it starts."""
     sum_ = " (sum)" if spec.model.residual and spec.model.residual_mix == "sum" else ""
     taught = f", KD {spec.distill.schedule}" if spec.distill else ""
     return f"{spec.model}{sum_}{taught}" + (f", from {_short(spec.start.tokens)} tokens" if spec.start else "")

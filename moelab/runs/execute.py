@@ -14,7 +14,7 @@ from typing import Any
 from moelab import paths
 from moelab.config import to_json
 from moelab.engine.launch import process
-from moelab.files import read_json, write_json
+from moelab.files import read_json, sweep, write_json
 from moelab.runs.branching import remove_prefix
 from moelab.runs.spec import RunSpec
 from moelab.runs.store import Run, Status
@@ -79,6 +79,8 @@ def _trainer_of(run: Run, should_stop) -> Iterator[None]:
         if waited and run.finished:
             print(f"run {run.spec.id}: finished by another process")
         if not run.finished:
+            for folder in (run.path, run.path / "logs"):
+                sweep(folder, older_s=60)  # few but the holder of the lock write here, and none takes so long
             holder = {"host": socket.gethostname(), "process": os.getpid(), "since": _iso(time.time())}
             with contextlib.suppress(OSError):  # a full disk is told by what trains
                 write_json(run.path / "holder.json", holder)

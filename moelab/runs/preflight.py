@@ -7,7 +7,7 @@ import shutil
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from moelab import environment, paths
+from moelab import environment, machine, paths
 from moelab.runs.spec import RunSpec, closure
 from moelab.runs.store import Run, RunStore
 
@@ -18,13 +18,16 @@ ROOM = 64 << 20
 """Bytes for everything else: metrics, logs, the executed notebook."""
 
 
-def check(specs: Sequence[RunSpec], store: RunStore | None = None, *, device: str = "cpu") -> None:
+def check(
+    specs: Sequence[RunSpec], store: RunStore | None = None, *, device: str = "cpu", publish: bool = False
+) -> None:
     """Check what can be known before any work; takes a moment and writes nothing.
 
     Finished runs need nothing but the folders. Runs that a cluster trains are not checked for devices here.
 
     Args:
         device: that the notebook itself measures on.
+        publish: whether results go into the published ones, whose folder must be writable then.
 
     Raises:
         ValueError: one line: what is missing, where, and what helps.
@@ -33,17 +36,15 @@ def check(specs: Sequence[RunSpec], store: RunStore | None = None, *, device: st
     executor = environment.EXECUTOR.get() or "processes"
     waiting = [spec for spec in closure(specs).values() if not Run(spec, store.root / spec.id).finished]
     todo = waiting if executor in ("processes", "inline") else []
-    for name, variable, folder in (
-        ("home", environment.HOME.name, paths.home()),
-        ("results", environment.RESULTS.name, paths.results()),
-    ):
-        _check_writable(name, variable, folder)
+    _check_writable("home", environment.HOME.name, paths.home())
+    if publish:
+        _check_writable("results", environment.RESULTS.name, paths.results())
     _check_devices(todo, device)
     for teacher in {s.teacher.id: s.teacher for s in todo if s.teacher}.values():
         if (run := Run(teacher, store.root / teacher.id)).finished:
             run.require_weights()
     _check_texts(waiting)
-    _check_space(todo, store)
+    _check_space(todo, store, publish)
 
 
 def _check_writable(name: str, variable: str, folder: Path) -> None:
@@ -57,14 +58,12 @@ def _check_devices(specs: Sequence[RunSpec], device: str) -> None:
     needed = max((spec.parallel.ranks for spec in specs if spec.train.device == "cuda"), default=int(device == "cuda"))
     if not needed:
         return
-    import torch
-
-    from moelab.engine.launch.launcher import in_allocation
-
-    if not (count := torch.cuda.device_count()) or not torch.cuda.is_available():
+    if not (count := machine.cuda_devices()):
         raise ValueError(
             "no CUDA device is available here; scales smoke and cpu need none, `moelab submit` asks a cluster"
         )
+    from moelab.engine.launch.launcher import in_allocation
+
     if needed > count and not in_allocation(os.environ):
         raise ValueError(
             f"a run on {needed} ranks needs as many CUDA devices, {count} here; `moelab submit` asks a cluster"
@@ -90,9 +89,9 @@ def _check_texts(specs: Iterable[RunSpec]) -> None:
             )
 
 
-def _check_space(specs: Sequence[RunSpec], store: RunStore) -> None:
+def _check_space(specs: Sequence[RunSpec], store: RunStore, publish: bool) -> None:
     needed = ROOM + sum(_checkpoint_bytes(spec) for spec in specs)
-    for name, folder, size in (("home", store.root, needed), ("results", paths.results(), ROOM)):
+    for name, folder, size in (("home", store.root, needed), *([("results", paths.results(), ROOM)] * publish)):
         if (free := shutil.disk_usage(existing(folder)).free) < size:
             raise ValueError(
                 f"{name} folder {folder}: {free / 2**30:.2f} GiB free, {size / 2**30:.2f} GiB needed"

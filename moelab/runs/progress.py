@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,34 +13,55 @@ from moelab.runs.store import Run, Status
 
 @dataclass(frozen=True)
 class Snapshot:
-    """Statuses of the runs at one moment, and the share of all their FLOPs that is done."""
+    """Statuses of the runs at one moment.
+
+    Attributes:
+        done: share of all their FLOPs that is done.
+        left: share that is still to be done; what a failed run lacks is in neither.
+    """
 
     statuses: tuple[Status, ...]
     done: float
+    left: float
 
     @classmethod
     def of(cls, runs: Sequence[Run]) -> Snapshot:
         """Read the statuses of runs."""
         statuses = tuple(run.status for run in runs)
         total = sum(run.spec.cost for run in runs) or 1.0
-        # A failed run asks for no more time.
-        shares = [
-            1.0 if s.state in ("finished", "failed") else max(0, s.step - first) / max(1, s.steps - first)
-            for s, first in zip(statuses, (run.spec.first_step for run in runs), strict=True)
-        ]
-        return cls(statuses, sum(run.spec.cost * share for run, share in zip(runs, shares, strict=True)) / total)
+        done = left = 0.0
+        for run, s in zip(runs, statuses, strict=True):
+            first = run.spec.first_step
+            share = 1.0 if s.state == "finished" else max(0, s.step - first) / max(1, s.steps - first)
+            done += run.spec.cost * share / total
+            left += run.spec.cost * (1 - share) / total if s.state != "failed" else 0.0
+        return cls(statuses, done, left)
+
+    @property
+    def over(self) -> bool:
+        """Return whether no run goes on: each is finished or has failed."""
+        return all(s.state in ("finished", "failed") for s in self.statuses)
+
+    def describe(self, seconds_left: float | None) -> str:
+        """Return the state in one line: ``5 of 8 runs finished, 1 failed, 70% done, 3 min 20 s left``."""
+        counts = Counter(s.state for s in self.statuses)
+        words = [f"{counts['finished']} of {len(self.statuses)} runs finished"]
+        words += [f"{counts['failed']} failed"] if counts["failed"] else []
+        if not self.over:
+            words += [f"{self.done:.0%} done", f"{duration(seconds_left)} left"]
+        return ", ".join(words)
 
 
 class Estimate:
     """Time left, from how the share done has grown since this object was made."""
 
-    def __init__(self, done: float) -> None:
-        self._started, self._first = time.monotonic(), done
+    def __init__(self, now: Snapshot) -> None:
+        self._started, self._first = time.monotonic(), now.done
 
-    def seconds_left(self, done: float) -> float | None:
+    def seconds_left(self, now: Snapshot) -> float | None:
         """None while nothing has moved yet."""
-        gained = done - self._first
-        return (1 - done) * (time.monotonic() - self._started) / gained if gained > 1e-3 else None
+        gained = now.done - self._first
+        return now.left * (time.monotonic() - self._started) / gained if gained > 1e-3 else None
 
 
 def duration(seconds: float | None) -> str:
@@ -57,14 +79,7 @@ def table(runs: Sequence[Run], snapshot: Snapshot, left: float | None) -> Any:
     """Return a rich table, one row per run, for terminals and notebooks."""
     from rich.table import Table
 
-    title = (
-        "all runs read back from the store"
-        if snapshot.done >= 1 and left is None
-        else f"{snapshot.done:.0%} done, {duration(left)} left"
-    )
-    if snapshot.done >= 1:
-        title = "all runs done"
-    view = Table("run", "state", "step", "loss", "tokens/s", title=title, title_justify="left")
+    view = Table("run", "state", "step", "loss", "tokens/s", title=snapshot.describe(left), title_justify="left")
     for run, s in zip(runs, snapshot.statuses, strict=True):
         view.add_row(
             f"{run.spec.title} · seed {run.spec.train.seed}",
@@ -91,12 +106,12 @@ class NotebookProgress:
 
     def __init__(self, runs: Sequence[Run], every_s: float = 2.0) -> None:
         self._runs, self._every, self._shown = runs, every_s, 0.0
-        self._estimate = Estimate(Snapshot.of(runs).done)
+        self._estimate = Estimate(Snapshot.of(runs))
         self._handle = in_notebook(self._table())
 
     def _table(self) -> Any:
         snapshot = Snapshot.of(self._runs)
-        return table(self._runs, snapshot, self._estimate.seconds_left(snapshot.done))
+        return table(self._runs, snapshot, self._estimate.seconds_left(snapshot))
 
     def __call__(self, final: bool = False) -> None:
         """Update the table, unless that was done a moment ago; `final` updates it in any case."""

@@ -28,9 +28,9 @@ LARGEST = 64 << 20
 _EPOCH = (1980, 1, 1, 0, 0, 0)  # the same run is the same archive
 
 
-def folder() -> Path:
-    """Where published records are."""
-    return paths.results() / "runs"
+def folder(*, publish: bool = True) -> Path:
+    """Return where records are: those of the published results, or the user's own."""
+    return paths.results_for(publish) / "runs"
 
 
 def write(run: Run, directory: Path) -> Path:

@@ -32,6 +32,10 @@ if TYPE_CHECKING:
     import pandas as pd
 
 
+ENDED = "its process ended without a word; it will resume"
+"""Reason of a run whose status says "running" while no process holds its lock."""
+
+
 @dataclass(frozen=True)
 class Status:
     """Last known state of a run.
@@ -101,9 +105,7 @@ class Run:
             return Status("new")
         status = Status(**record)
         if status.state == "running" and not self.locked:
-            return Status(
-                **{**record, "state": "stopped", "reason": "its process ended without a word; it will resume"}
-            )
+            return Status(**{**record, "state": "stopped", "reason": ENDED})
         return status
 
     @property

@@ -72,7 +72,7 @@ class DecodeSweep:
 
 @dataclass(frozen=True)
 class DecodeEstimate:
-    """One decoding step; see `DecodeSweep`."""
+    """One decoding step; see `DecodeSweep`. `currency` is that of the cost, empty where it is not known."""
 
     model: str
     system: str
@@ -87,6 +87,7 @@ class DecodeEstimate:
     total_gib: float
     capacity_gib: float
     fits: bool
+    currency: str = ""
 
     @property
     def bound(self) -> str:
@@ -302,6 +303,7 @@ def decode(model: ModelConfig | str, parallel: ParallelConfig, on: str | Cluster
         total_gib=float(sweep.memory.total[0]) / 2**30,
         capacity_gib=where.gpu.memory_gib,
         fits=bool(sweep.fits[0]),
+        currency=where.currency,
     )
 
 

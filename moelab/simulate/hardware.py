@@ -44,7 +44,8 @@ class Cluster:
         gpus_per_node: G.
         near_gb_s: between GPUs of a node, 1e9 bytes per second and GPU, each direction.
         far_gb_s: between nodes, 1e9 bytes per second and GPU, each direction.
-        price_per_gpu_hour: for the cost of tokens, in any currency.
+        price_per_gpu_hour: for the cost of tokens, in `currency`.
+        currency: such as USD; empty for one that is not said.
         source: where the numbers come from.
     """
 
@@ -54,6 +55,7 @@ class Cluster:
     near_gb_s: float
     far_gb_s: float
     price_per_gpu_hour: float = 0.0
+    currency: str = ""
     source: str = ""
 
     def __post_init__(self) -> None:

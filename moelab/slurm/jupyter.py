@@ -54,8 +54,12 @@ class ServeJupyter(Checkpointable):
         return {"exit code": self.wait_for(subprocess.Popen(command, env=variables), signal.SIGTERM)}
 
 
-def start(profile: Profile, arguments: Sequence[str]) -> int:
+def start(profile: Profile, notebooks: Path, arguments: Sequence[str]) -> int:
     """Queue JupyterLab, wait for it, and print the ssh tunnel and the address; Ctrl-C cancels the job.
+
+    Args:
+        notebooks: the folder that it opens.
+        arguments: further options of jupyterlab.
 
     Returns:
         The exit code: 0 when the user stopped it, 1 when the job ended by itself.
@@ -69,7 +73,7 @@ def start(profile: Profile, arguments: Sequence[str]) -> int:
     token = secrets.token_hex(24)
     (folder / "token").touch(mode=0o600)  # in a file that only its owner can read: everyone sees command lines
     (folder / "token").write_text(token)
-    options = (f"--ServerApp.root_dir={paths.notebooks()}", "--no-browser", *arguments)
+    options = (f"--ServerApp.root_dir={notebooks}", "--no-browser", *arguments)
     serve = ServeJupyter(executor.step(profile), options, str(folder), everywhere=profile.lab_address == "node")
     try:
         job = executor.for_jupyter(profile, folder).queue(serve, [()])

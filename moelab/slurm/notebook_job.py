@@ -10,7 +10,6 @@ import os
 import sys
 from pathlib import Path
 
-from moelab import paths
 from moelab.experiments import experiment
 from moelab.files import read_json, write_json
 from moelab.notebook import execute as notebooks
@@ -33,13 +32,14 @@ def main(folder: Path, name: str) -> int:
             folder / f"{name}.plan.json",
             log=sys.stdout,
             progress=folder / f"{name}.progress.json",
+            publish=submission.publish,
         )
     except (notebooks.NotebookFailed, ValueError, KeyboardInterrupt) as error:
         reason = str(error) or "out of time; raise the profile's notebook_time"
         write_json(file, {"error": reason, **job})
         print(reason, file=sys.stderr)
         return 1
-    site.build(paths.results())
+    site.update(publish=submission.publish)
     missing = read_json(result / SUMMARY)["missing"]
     write_json(file, {"result": str(result), "missing": missing, **job})
     print(f"result: {result}" + (f"; without {', '.join(missing)}" if missing else ""))

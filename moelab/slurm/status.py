@@ -15,7 +15,7 @@ from moelab import paths
 from moelab.files import read_json
 from moelab.runs.progress import duration
 from moelab.runs.spec import RunSpec
-from moelab.runs.store import Run, RunStore, Status
+from moelab.runs.store import ENDED, Run, RunStore, Status
 from moelab.slurm import local, queue
 from moelab.slurm.submission import Part, Submission, Unreadable, outcome, records, root, submissions
 
@@ -261,7 +261,7 @@ def _run(submission: Submission, path: Path, job: queue.Job | None, answered: bo
         state = status.state if status.state in ("running", "finished") else "starting"
     else:
         if status.state == "running" and not Run(cast(RunSpec, None), path).locked:
-            status = replace(status, state="stopped", reason="its process ended without a word; it will resume")
+            status = replace(status, state="stopped", reason=ENDED)
         state = "waiting" if live and not live.ending and not finished else status.state
         if state in ("new", "running") and not live and answered:
             state = "lost" if state == "new" else "stopped"
@@ -341,7 +341,7 @@ def log_of(name: str, store: RunStore | None = None) -> Path:
         ]
         found = [path for log in logs if (path := root() / submission / log).exists()]
     else:
-        found = list(store.root.glob(f"{name}*/log.txt"))
+        found = [store.root / run / "log.txt" for run in store.ids(file="log.txt") if run.startswith(name)]
     if len(found) != 1:
         ids = ", ".join(p.parent.name for p in found[:5]) if found else "see `moelab status --all`"
         raise ValueError(f"{'several logs' if found else 'no log'} of {name!r}: {ids}")

@@ -47,6 +47,7 @@ class Submission:
         snapshot: folder of the code that its jobs run; None for the installed package.
         created: time, ISO 8601.
         cluster: "slurm", or "local" for processes of one machine.
+        publish: whether its notebooks go into the published results instead of the user's own.
     """
 
     id: str
@@ -56,6 +57,7 @@ class Submission:
     created: str
     parts: list[Part] = field(default_factory=list)
     cluster: Literal["slurm", "local"] = "slurm"
+    publish: bool = False
 
     @property
     def folder(self) -> Path:

@@ -73,6 +73,7 @@ def submit(
     *,
     with_notebooks: bool = True,
     again: bool = False,
+    publish: bool = False,
     dry_run: bool = False,
     store: RunStore | None = None,
 ) -> Plan:
@@ -84,6 +85,7 @@ def submit(
         profile: the cluster.
         with_notebooks: False queues runs only.
         again: also execute notebooks whose complete result exists.
+        publish: into the published results instead of the user's own.
         dry_run: only return the plan; nothing is written or queued.
         store: where the runs are; by default the store of MOELAB_HOME.
 
@@ -94,13 +96,13 @@ def submit(
     """
     store = store or RunStore()
     if dry_run:
-        return _plan(name, notebooks, profile, with_notebooks, again, store, jobs={})
+        return _plan(name, notebooks, profile, with_notebooks, again, publish, store, jobs={})
     root().mkdir(parents=True, exist_ok=True)
     with FileLock(root() / ".lock"):
         jobs = local.jobs(submissions(), store)
         if profile.cluster == "slurm":
             jobs |= queue.jobs()
-        plan = _plan(name, notebooks, profile, with_notebooks, again, store, jobs)
+        plan = _plan(name, notebooks, profile, with_notebooks, again, publish, store, jobs)
         if plan.scripts:
             for text in {_header(text): None for text in plan.scripts.values() if text}:
                 queue.check(text)
@@ -127,11 +129,13 @@ def _plan(
     profile: Profile,
     with_notebooks: bool,
     again: bool,
+    publish: bool,
     store: RunStore,
     jobs: Jobs,
 ) -> Plan:
     wanted = closure([spec for _, specs in notebooks for spec in specs])
     earlier = submissions()
+    shown_by = [record for record in earlier if record.publish or not publish]
     # A cancelled job keeps its node while its run writes a checkpoint; the new job waits for the run's lock.
     queued = {run: job for run, job in live_runs(earlier, jobs).items() if not job.ending}
     done = {id for id in wanted if (store.root / id / "result.json").exists()}
@@ -139,8 +143,8 @@ def _plan(
     shown = [
         (values, runs)
         for values, runs in shown
-        if not _notebook_queued(earlier, jobs, name, values)
-        and (again or not _notebook_done(earlier, name, values, runs))
+        if not _notebook_queued(shown_by, jobs, name, values)
+        and (again or not _notebook_done(shown_by, name, values, runs))
     ]
     # A local notebook cannot wait for runs of other jobs. Its own job includes them and waits for their locks.
     needed = {run for _, runs in shown for run in runs if profile.cluster == "local"}
@@ -150,7 +154,9 @@ def _plan(
     id = f"{time.strftime('%Y%m%d-%H%M%S', now)}-{name}-{secrets.token_hex(3)}"
     code = snapshot.place(paths.home() / "snapshots")
     created = time.strftime("%Y-%m-%dT%H:%M:%SZ", now)
-    submission = Submission(id, name, profile.name, str(code) if code else None, created, cluster=profile.cluster)
+    submission = Submission(
+        id, name, profile.name, str(code) if code else None, created, cluster=profile.cluster, publish=publish
+    )
     plan = Plan(submission, profile, len(done), len(wanted) - len(done) - len(todo))
     awaited = {run: _Place(job.id, 0, 0) for run, job in queued.items() if not job.local}
     for (size, needs), group in _groups(todo, profile, done):

@@ -41,7 +41,7 @@ from moelab.training.schedule import learning_rate
 
 
 class TrainingDiverged(RuntimeError):
-    """Report that the loss or the gradient norm is NaN or infinite."""
+    """Report that the loss, the gradient norm or a weight is NaN or infinite."""
 
 
 class TrainingStopped(Exception):
@@ -91,7 +91,8 @@ def train(
     Raises:
         ValueError: model, data, training and layout do not fit each other, the checkpoint belongs to other data, or the
             metrics before every checkpoint are damaged.
-        TrainingDiverged: the loss or gradient norm is NaN or infinite; names the step and the last good checkpoint.
+        TrainingDiverged: the loss, the gradient norm or, where a checkpoint is due, a weight or moment is NaN or
+            infinite; names the step and the last good checkpoint.
         TrainingStopped: `should_stop` returned True before the last step.
     """
     if data.vocab_size > model_config.vocab:
@@ -174,6 +175,10 @@ def train(
                 write(VALIDATION, {"step": step, "tokens": tokens, "time_s": seconds, **scores})
             due = config.checkpoint_every and step % config.checkpoint_every == 0
             if done.stop or step == end or step in keep or due:
+                if not checkpoint.finite(
+                    trainer.model.module, trainer.optimizer
+                ):  # the loss does not tell of an expert without tokens
+                    raise diverged("a weight or moment", math.nan, step)
                 state = {"window": asdict(window), "seconds": seconds, "data": data.fingerprint}
                 state["metrics"] = metrics.state() if metrics else None  # on disk before the checkpoint
                 trainer.save(checkpoints, step, state)

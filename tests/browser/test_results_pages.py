@@ -142,10 +142,10 @@ def test_without_a_script_everything_is_there(results, visit):
     assert len(shown(page, "section[data-experiment='pr-moe'] .facts")) == 2
 
 
-def test_moelab_browse(results, visit):
+def test_moelab_browse(results, visit, tmp_path):
     process = subprocess.Popen(
         [sys.executable, "-m", "moelab.cli", "browse", "--port", "0"],
-        env={**os.environ, "MOELAB_RESULTS": str(results)},
+        env={**os.environ, "MOELAB_RESULTS": str(results), "MOELAB_HOME": str(tmp_path)},
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
         text=True,

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import urllib.request
@@ -33,6 +34,69 @@ def test_help_answers_at_once_and_loads_nothing_heavy():
     code = "import sys, moelab, moelab.cli, moelab.experiments; print(*sorted({'torch', 'pandas', 'numpy'} & set(sys.modules)))"
     loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.split()
     assert loaded == [], "and so does `moelab list`"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "part"),
+    [
+        (("generate", "nosuch"), "run 'nosuch': no such run or directory"),
+        (("generate", "nosuch", "--device", "cuda"), "no CUDA device is available"),
+        (("generate", ".", "--dtype", "fp64"), "--dtype must be fp32 or bf16, got 'fp64'"),
+        (("generate", ".", "--mode", "fast"), "--mode must be optimised or baseline, got 'fast'"),
+        (("eval", "nosuch"), "run 'nosuch': no such run or directory"),
+        (("export", "nosuch", "new"), "run 'nosuch': no such run or directory"),
+        (("export", ".", "."), "export: . exists; choose a new directory"),
+        (("run", "pr-moe", "-p", "seeds=0"), "pr-moe: seeds must be at least 1"),
+        (("run", "pr-moe", "-p", "parallel.data=3"), "parallel.data must divide the batch"),
+        (("run", "pr-moe", "-p", "data.corpus=folder:/nowhere"), "corpus 'folder:/nowhere' is no folder"),
+        (("run", "pr-moe", "-p", "data.tokenizer=gpt2"), "tokenizer gpt2 has 50257 entries"),
+        (("run", "pr-moe", "--scale", "gpu"), "no CUDA device is available here"),
+        (("submit", "nosuch", "--profile", "local"), "no experiment 'nosuch'"),
+        (("sweep", "pr-moe", "-g", "x=1", "--profile", "local"), "no parameter 'x'"),
+        (("bench", "gate", "--device", "tpu"), "--device must be cpu or cuda, got 'tpu'"),
+        (("bench", "train", "--family", "x"), "--family must be dense or MoE-128"),
+        (("bench", "layer", "--dtype", "x"), "--dtype must be fp32 or bf16"),
+        (("bench", "decode", "--model", "nosuch"), "model name 'nosuch' is not understood"),
+        (("kernels", "compile", "--arch", "sm_1"), "--arch must be sm_80 or sm_90"),
+        (("claims", "nosuch"), "claims: none of experiment 'nosuch'"),
+    ],
+)
+def test_wrong_arguments_are_told_before_anything_heavy_is_loaded(arguments, part, tmp_path):
+    """Which modules a process loads says more than the time it takes on a busy machine."""
+    code = """
+import sys
+from moelab.cli import main
+sys.argv[0] = "moelab"
+try:
+    main()
+finally:
+    print(*sorted({"torch", "pandas", "papermill", "nbformat"} & set(sys.modules)))
+"""
+    env = {**os.environ, "MOELAB_HOME": str(tmp_path / "home"), "MOELAB_RESULTS": str(tmp_path / "results")}
+    done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, env=env, cwd=ROOT)
+    assert done.returncode == 2 and part in done.stderr and len(done.stderr.strip().splitlines()) == 1
+    assert done.stdout.split() == []
+    assert not (tmp_path / "home").exists()
+
+
+def test_what_stands_in_the_commands_is_what_the_heavy_modules_have():
+    from moelab.bench import train
+    from moelab.cli import bench, models
+    from moelab.evaluation.models import REFERENCES
+
+    assert tuple(train.FAMILIES) == bench.FAMILIES and {models.SMALL_MODEL} == set(REFERENCES)
+
+
+def test_version_and_help_in_the_order_of_use():
+    import moelab as package
+
+    assert moelab("--version").stdout == f"moelab {package.__version__}\n"
+    out = moelab("--help", env={"COLUMNS": "80", "TERMINAL_WIDTH": "80"}).stdout
+    groups = ("Experiments and their results", "Runs and models", "A cluster", "The simulator", "Benchmarks")
+    commands = ("list ", "run ", "claims ", "generate ", "submit ", "status ", "plan ", "bench ")
+    for order in (groups, [f"│ {name}" for name in commands]):
+        assert sorted(order, key=out.index) == list(order)
+    assert max(map(len, out.splitlines())) <= 80
 
 
 @pytest.mark.parametrize(
@@ -102,15 +166,53 @@ def test_a_benchmark_leaves_numbers_figure_and_provenance(tmp_path):
     assert bad.returncode == 2 and "--device must be cpu or cuda" in bad.stderr
 
 
-def test_list_shows_every_experiment_and_scale():
-    out = moelab("list", env={"COLUMNS": "200"}).stdout
-    assert "pr-moe" in out and "smoke" in out and "gpu" in out
+def test_list_is_short_and_says_more_of_one():
+    from moelab.experiments import EXPERIMENTS
+
+    lines = moelab("list").stdout.splitlines()
+    assert {line.split()[0] for line in lines if line.split()} >= set(EXPERIMENTS)
+    assert len(lines) < len(EXPERIMENTS) + 10 and any("Fig 4, Table 4" in line for line in lines)
+    out = moelab("list", "pr-moe").stdout
+    for part in ("smoke", "gpu", "Can fewer experts", "Residual-MoE-32", "notebooks/04_pr_moe.ipynb"):
+        assert part in out
+    assert "did you mean pr-moe" in moelab("list", "pr-mo").stderr
+
+
+@pytest.mark.skipif(shutil.which("script") is None, reason="a terminal of 80 columns needs the program script")
+@pytest.mark.parametrize(
+    "command",
+    [
+        "list",
+        "list pr-moe",
+        "claims",
+        "run pr-moe --dry-run -p seeds=3",
+        "run scaling --dry-run --scale paper",
+        "plan 24B+MoE-128 --gpus 256 --objective throughput",
+    ],
+)
+def test_what_commands_print_fits_a_terminal_of_80_columns(command, tmp_path):
+    line = f"stty cols 80; exec {sys.executable} -m moelab.cli {command}"
+    env = {**os.environ, "MOELAB_HOME": str(tmp_path), "NO_COLOR": "1", "TERM": "dumb"}
+    env.pop("COLUMNS", None)
+    done = subprocess.run(["script", "-qec", line, "/dev/null"], capture_output=True, text=True, env=env)
+    assert done.returncode == 0 and max(map(len, done.stdout.splitlines())) <= 80, done.stdout
+    for part in {"run pr-moe": ("PR-MoE-32/64 (sum) ·", "seeds 0-2"), "plan": ("USD per million",)}.get(
+        command[:10], ()
+    ):
+        assert part in done.stdout
 
 
 def test_doctor_finds_this_installation_sound():
     done = moelab("doctor", env={"COLUMNS": "200"})
     assert done.returncode == 0, done.stdout
     assert "embedded corpus" in done.stdout and "Jupyter kernel" in done.stdout
+
+
+def test_doctor_names_the_extras_to_install(monkeypatch, capsys):
+    from moelab.cli import doctor
+
+    monkeypatch.setattr(doctor, "_checks", lambda: iter([(None, "extra hf (datasets): pip install -e '.[hf]'")]))
+    assert doctor.report() and "pip install -e '.[hf]'" in capsys.readouterr().out
 
 
 PR_MOE = ("run", "pr-moe", "--scale", "smoke", "-p", "seeds=2", "-p", 'arms=["MoE-128","PR-MoE-32/64"]')
@@ -123,7 +225,7 @@ def published(tmp_path_factory):
     env = {"MOELAB_HOME": str(root / "home"), "MOELAB_RESULTS": str(root / "results"), "COLUMNS": "200"}
     done = moelab(*PR_MOE, env=env)
     assert done.returncode == 0, done.stdout + done.stderr
-    return root / "results", env, done.stdout
+    return root / "home" / "results", env, done.stdout
 
 
 @pytest.mark.notebook
@@ -145,14 +247,14 @@ class TestPrMoeNotebook:
         assert [c for c in notebook.cells if "injected-parameters" in c.metadata.get("tags", [])]
         for claim in summary["claims"]:
             assert claim["verdict"]
-        places = str(results.parent)
+        places = str(results.parents[1])
         assert not [
             p.name for p in folder.iterdir() if p.suffix in (".ipynb", ".json", ".html") and places in p.read_text()
         ]
 
     def test_again_is_read_back_and_overwrites_nothing(self, published):
         results, env, _ = published
-        before = {f: f.stat().st_mtime_ns for f in (results.parent / "home" / "runs").glob("*/result.json")}
+        before = {f: f.stat().st_mtime_ns for f in (results.parent / "runs").glob("*/result.json")}
         assert moelab(*PR_MOE, env=env).returncode == 0
         assert {f: f.stat().st_mtime_ns for f in before} == before and len(before) == 4
         folders = sorted((results / "pr-moe" / "smoke").iterdir())
@@ -164,8 +266,9 @@ class TestPrMoeNotebook:
         """What they say and where they lead: test_site.py and tests/browser."""
         results, _, _ = published
         for folder in (results / "pr-moe" / "smoke").iterdir():
-            assert f"pr-moe/smoke/{folder.name}/index.html" in (results / "index.html").read_text()
-            assert (folder / "index.html").exists() and (folder / "notebook.html").exists()
+            assert f"pr-moe/smoke/{folder.name}/index.html" in (results.parent / "pages" / "index.html").read_text()
+            pages = results.parent / "pages" / "pr-moe" / "smoke" / folder.name
+            assert (pages / "index.html").exists() and (pages / "notebook.html").exists()
 
     def test_a_failing_notebook_publishes_nothing_and_says_where(self, published):
         results, env, _ = published

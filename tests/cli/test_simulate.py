@@ -71,18 +71,37 @@ def test_bad_input_is_one_line(arguments, part):
     assert done.returncode == 2 and part in done.stderr and len(done.stderr.strip().splitlines()) == 1
 
 
+SEARCHES = """
+searches, plan = [], simulate.plan
+simulate.plan = lambda *given, **more: (searches.append(given), plan(*given, **more))[1]
+for value in (16, 32, 128):  # as a person that drags the slider
+    gpus.value = value
+await asyncio.sleep(0.2)
+assert not searches, "nobody waits for what was passed on the way"
+for _ in range(300):
+    await asyncio.sleep(0.1)
+    if searches:
+        break
+whole = all(control.style.description_width == "initial" for control in (*controls.values(), objective, limit))
+print(len(searches), "search on", searches[0][1], "GPUs, labels", "whole" if whole else "cut")
+"""
+
+
 @pytest.mark.slow
 @pytest.mark.notebook
 def test_the_what_if_page_runs(tmp_path):
     import nbformat
-    from nbclient import NotebookClient
+
+    from moelab.notebook.execute import run
 
     notebook = nbformat.read(ROOT / "notebooks" / "16_what_if.ipynb", as_version=4)
-    NotebookClient(
-        notebook, timeout=600, kernel_name="python3", resources={"metadata": {"path": str(tmp_path)}}
-    ).execute()
+    notebook.cells.append(nbformat.v4.new_code_cell(SEARCHES))
+    nbformat.write(notebook, tmp_path / "what_if.ipynb")
+    run(tmp_path / "what_if.ipynb", tmp_path / "executed.ipynb")
+    notebook = nbformat.read(tmp_path / "executed.ipynb", as_version=4)
     widgets = [
         o for c in notebook.cells if c.cell_type == "code" for o in c.outputs
         if "application/vnd.jupyter.widget-view+json" in o.get("data", {})
     ]  # fmt: skip
     assert len(widgets) == 4, "two boxes of controls, two outputs"
+    assert notebook.cells[-1].outputs[-1].text == "1 search on 128 GPUs, labels whole\n"

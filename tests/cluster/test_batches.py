@@ -60,7 +60,7 @@ def test_the_pr_moe_notebook_and_its_array_of_two_node_runs(workplace, tmp_path)
     os.kill(find_process(notebook.job, workplace.cluster, b"moelab.slurm.notebook_job"), signal.SIGKILL)
     rows = until_all_is_over()
     assert {row.state for row in rows.values()} == {"finished"}, rows
-    (result,) = (tmp_path / "results" / "pr-moe" / "smoke").iterdir()
+    (result,) = (workplace.home / "results" / "pr-moe" / "smoke").iterdir()
     summary = read_json(result / "summary.json")
     assert len(summary["runs"]) == 2 and not summary["missing"]
     assert {run["provenance"]["parallel"]["data"] for run in summary["runs"]} == {2}
@@ -88,7 +88,7 @@ def test_a_sweep_of_six_loses_only_the_points_of_a_lost_run(workplace, tmp_path)
     assert lost in row.reason
     published = [
         p
-        for p in (tmp_path / "results" / "pr-moe" / "smoke").iterdir()
+        for p in (workplace.home / "results" / "pr-moe" / "smoke").iterdir()
         if lost in read_json(p / "summary.json")["missing"]
     ]
     assert len(published) == 1

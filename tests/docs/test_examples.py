@@ -43,11 +43,11 @@ def test_the_example_runs_and_is_published(tmp_path):
         capture_output=True, text=True, env=environment, cwd=tmp_path,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
-    (summary,) = (tmp_path / "results" / "balance-loss" / "smoke").glob("*/summary.json")
+    (summary,) = (tmp_path / "home" / "results" / "balance-loss" / "smoke").glob("*/summary.json")
     published = json.loads(summary.read_text())
     assert len(published["runs"]) == 6 and published["title"].startswith("weight 0 ends ")
     assert (summary.parent / "balance-dark.svg").exists()
-    assert "How much balance the gate needs" in (tmp_path / "results" / "index.html").read_text()
+    assert "How much balance the gate needs" in (tmp_path / "home" / "pages" / "index.html").read_text()
 
 
 def anchors(page: Path) -> set[str]:

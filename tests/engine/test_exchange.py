@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from moelab import kernels
 from moelab.config.parallel import ParallelConfig
 from moelab.engine.collectives import Sent, Traffic, observe
-from moelab.engine.exchange import Exchange
+from moelab.engine.exchange import Exchange, regroup
 from moelab.engine.mesh import Mesh
 from moelab.models.dispatch import LocalDispatch
 from moelab.models.moe import Experts
@@ -227,6 +227,46 @@ def test_input_without_gradient(on_ranks, ranks, parallel, experts):
         assert ("dispatch", "backward") not in traffic.sent
 
 
+def one_rank_routes_otherwise(case, change):
+    """What the exchange raises where one of the ranks with the same tokens has another routing."""
+    mesh = mesh_of(case.parallel, case.experts)
+    groups = mesh.experts(case.experts)
+    x, logits, _ = tokens_of(case, mesh.data.index)
+    routing = route(case, logits)
+    if mesh.tensor.index == 1:
+        expert_SK, kept_E = routing.expert_SK.clone(), routing.kept_E.clone()
+        if change == "expert":  # a near-tie that fell the other way
+            old = int(expert_SK[0, 0])
+            expert_SK[0, 0] = new = (old + 1) % case.experts
+            kept_E[old] -= 1
+            kept_E[new] += 1
+            routing = routing._replace(expert_SK=expert_SK, kept_E=kept_E)
+        elif change == "order":  # as many rows to each expert, of other tokens
+            routing = routing._replace(expert_SK=expert_SK.flip(0), slot_SK=routing.slot_SK.flip(0))
+    try:
+        Exchange(groups, case.parallel)(x, routing, rank_experts(case, groups))
+    except RuntimeError as error:
+        return str(error)
+    return ""
+
+
+@pytest.mark.parametrize("change", ["", "expert", "order"])
+def test_ranks_with_the_same_tokens_that_route_them_differently_are_told(on_ranks, change):
+    case = Case(ParallelConfig(tensor=2, data=2, exchange="coordinated"), 4, tokens=(13, 8))
+    for message in on_ranks(4, one_rank_routes_otherwise, case, change):
+        assert message.startswith("exchange: the 2 ranks with the same tokens") == bool(change)
+
+
+@pytest.mark.parametrize("axes", [(2, 1, 0, 3), (0, 2, 1, 3), (3, 1, 0, 2)])
+def test_rows_are_regrouped_as_by_hand(axes):
+    counts = torch.randint(0, 4, (2, 3, 2, 5), generator=torch.Generator().manual_seed(1), dtype=torch.int32)
+    chunks = torch.arange(int(counts.sum())).split(counts.flatten().tolist())
+    places = torch.arange(counts.numel()).view(counts.shape).permute(axes).flatten().tolist()
+    found = regroup(counts, axes, int(counts.sum()))
+    assert torch.equal(found, torch.cat([chunks[i] for i in places])) and found.dtype == torch.int64
+    assert len(regroup(torch.zeros(2, 3, 2, 5, dtype=torch.int32), axes, 0)) == 0
+
+
 def test_random_cases(on_ranks):
     draw = random.Random(0)
     for seed in range(12):
@@ -297,12 +337,13 @@ def test_traffic_of_coordinated_and_slices(on_ranks):
     for _, traffic in on_ranks(8, run_case, case):
         assert traffic.sent == {
             ("counts", "forward"): Sent(1, 4),
+            ("check", "forward"): Sent(3, 3 * 4),
             **{(kind, way): rows for kind in ("dispatch", "combine") for way in ("forward", "backward")},
             ("tensor", "forward"): Sent(3, 3 * mine),
             ("tensor", "backward"): Sent(6, 6 * 24 * ROW // 4),  # the ring that adds up the tokens' gradients
         }
         assert traffic.total("dispatch", "combine") == Sent(4, 4 * 3 * ROW)
-        assert traffic.total().intra_node_messages == 1 + 4 + 3 + 6
+        assert traffic.total().intra_node_messages == 1 + 3 + 4 + 3 + 6
     case = Case(ParallelConfig(data=4, expert=2, expert_slicing=2), 2, tokens=(8, 0, 4, 0), skew="even")
     sent = [traffic.sent for _, traffic in on_ranks(4, run_case, case)]
     # Slices are ranks 0 and 2, 1 and 3; after the exchange 4, 4, 2, 2 rows lie there, and each is sent the other's sums.

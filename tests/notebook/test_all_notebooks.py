@@ -22,7 +22,10 @@ def run(root, *what):
 
 
 def summaries(root, name):
-    return [json.loads(file.read_text()) for file in sorted((root / "results" / name / "smoke").glob("*/summary.json"))]
+    return [
+        json.loads(file.read_text())
+        for file in sorted((root / "home" / "results" / name / "smoke").glob("*/summary.json"))
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +43,7 @@ class TestAllNotebooks:
     def test_publishes_figures_and_every_run(self, everything, name):
         summary = summaries(everything, name)[0]
         assert not summary["missing"] and summary["figures"]
-        folder = sorted((everything / "results" / name / "smoke").iterdir())[0]
+        folder = sorted((everything / "home" / "results" / name / "smoke").iterdir())[0]
         for figure in summary["figures"]:
             assert (folder / f"{figure['name']}.png").stat().st_size > 5_000 and figure["title"]
             assert (folder / figure["data"]).exists()
@@ -73,6 +76,6 @@ class TestAllNotebooks:
     def test_the_ledger_knows_what_they_counted(self, everything):
         from moelab.report.ledger import ledger
 
-        verdicts = {entry.claim: entry.verdict for entry in ledger(everything / "results")}
+        verdicts = {entry.claim: entry.verdict for entry in ledger(everything / "home" / "results")}
         for counted in ("pr-moe-size", "top2-flops-33pct", "residual-halves-exchange", "mos-size-350m"):
             assert verdicts[counted] == "reproduced"

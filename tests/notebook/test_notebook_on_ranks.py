@@ -17,7 +17,7 @@ def test_pr_moe_trains_on_two_ranks_through_its_notebook(tmp_path):
     command += ["-p", 'arms=["PR-MoE-32/64", "MoE-128"]']
     done = subprocess.run(command, capture_output=True, text=True, env=env)
     assert done.returncode == 0, done.stdout + done.stderr
-    (summary,) = (tmp_path / "results" / "pr-moe" / "smoke").glob("*/summary.json")
+    (summary,) = (tmp_path / "home" / "results" / "pr-moe" / "smoke").glob("*/summary.json")
     assert not json.loads(summary.read_text())["missing"]
     records = [json.loads(f.read_text()) for f in (tmp_path / "home" / "runs").glob("*/provenance.json")]
     assert [record["parallel"]["data"] for record in records] == [2, 2]

@@ -1,5 +1,6 @@
 """Executing notebooks through papermill: what they print shows at once, and every way to fail says where."""
 
+import contextlib
 import io
 import json
 from concurrent.futures import ProcessPoolExecutor
@@ -32,6 +33,10 @@ if fail == "places":
     from moelab import paths
     paths.checkout = lambda: None
     print("home", paths.home(), "results", paths.results())
+if fail == "stop":
+    import time
+    os.kill(os.getppid(), 2)
+    time.sleep(60)
 if fail == "die":
     os.kill(os.getpid(), 9)""",
     """import json
@@ -95,9 +100,12 @@ def test_what_it_prints_shows_while_it_runs_and_which_cell_it_is_at(place):
     assert "first [1, 2] {'a': 1.0}" in lines, "parameters keep their types"
     assert "ipc" in lines, "no ports, so no race for them"
     assert json.loads(progress.read_text())["cell"] == 5
-    assert result.parent == place / "results" / "x" / "smoke"
+    assert result.parent == place / "home" / "results" / "x" / "smoke"
     again = notebooks.execute(EXPERIMENT, values, place / "plan.json")
     assert again != result and result.exists()
+    assert not (place / "results").exists(), "publishing is asked for"
+    public = notebooks.execute(EXPERIMENT, values, place / "plan.json", publish=True)
+    assert public.parent == place / "results" / "x" / "smoke"
 
 
 @pytest.mark.parametrize(("fail", "why"), [("raise", "ValueError: no luck"), ("die", "the kernel died")])
@@ -108,8 +116,26 @@ def test_a_failure_leaves_the_executed_copy_with_the_error_on_top(place, fail, w
     cells = nbformat.read(copy, as_version=4).cells
     assert cells[0].cell_type == "markdown" and ("Exception" in cells[0].source or "kernel died" in cells[0].source)
     assert any("first [1]" in str(cell.get("outputs", "")) for cell in cells), "what was done is kept"
-    assert not (place / "results").exists()
+    assert not (place / "home" / "results").exists()
     assert "first [1]" in copy.parent.with_name(f"{copy.parent.name}.log").read_text()
+
+
+@pytest.mark.parametrize(("fail", "interrupts"), [("", 0), ("raise", 0), ("stop", 1)])
+def test_only_a_kernel_that_works_is_interrupted(place, monkeypatch, fail, interrupts):
+    """One that has just replied would log a KeyboardInterrupt, on a run that succeeded."""
+    from jupyter_client.manager import AsyncKernelManager
+
+    seen, interrupt = [], AsyncKernelManager._async_interrupt_kernel
+
+    async def noted(self):
+        seen.append(self)
+        await interrupt(self)
+
+    monkeypatch.setattr(AsyncKernelManager, "_async_interrupt_kernel", noted)
+    errors = {"": (), "raise": notebooks.NotebookFailed, "stop": KeyboardInterrupt}[fail]
+    with pytest.raises(errors) if errors else contextlib.nullcontext():
+        notebooks.execute(EXPERIMENT, given(fail=fail), place / "plan.json")
+    assert len(seen) == interrupts
 
 
 def test_failed_runs_are_the_reason_not_the_cell(place):

@@ -177,6 +177,9 @@ def test_the_command_prints_table_and_json(tmp_path):
 
     write_json(tmp_path / "pr-moe" / "cpu" / "2026-01-02" / SUMMARY, {"experiment": "pr-moe", "claims": 7})
     out = moelab("claims")
+    assert out.index("measured: 1 reproduced") < out.index(ORDER.statement), "the tally comes first"
+    one = moelab("claims", ORDER.id)
+    assert ORDER.statement in one and one.count("paper ") == 1
     rows = len(paper.claims())
     assert f"claims in {rows} rows" in out and "measured: 1 reproduced" in out and "-0.11 (-0.1" in out
     assert "1 measured verdicts at 95 %" in out
@@ -251,13 +254,17 @@ def test_a_simulation_ranks_below_a_measurement_whatever_scale_it_ran_at(tmp_pat
 
 
 @pytest.mark.parametrize("width", [80, 220])
-def test_the_table_fits_and_a_wide_one_names_each_claim_on_one_line(width, tmp_path):
+def test_the_listing_fits_and_names_and_states_each_claim(width, tmp_path):
     from rich.console import Console
 
+    publish(tmp_path, "pr-moe", "cpu", "2026-01-01", [judge(ORDER, [-0.1, -0.11, -0.12])])
     console = Console(width=width)
     with console.capture() as printed:
-        console.print(ledger.table(ledger.ledger(tmp_path), width))
+        console.print(ledger.listing(ledger.ledger(tmp_path)))
     lines = printed.get().splitlines()
     assert max(map(len, lines)) <= width
-    names = {claim.id for claim in paper.claims()}
-    assert (names <= {line.split()[0] for line in lines if line.split()}) == (width == 220)
+    assert {claim.id for claim in paper.claims()} <= {line.split()[0] for line in lines if line.split()}
+    text = " ".join(printed.get().split())
+    assert all(" ".join(claim.statement.split()) in text for claim in paper.claims())
+    assert "paper lower · ours -0.11 (-0.135 to -0.0852) · reproduced" in text
+    assert text.index("measured") < text.index(ORDER.statement) < text.index("open")

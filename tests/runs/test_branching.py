@@ -88,6 +88,20 @@ def test_a_branch_is_the_run_from_scratch(trunk, short, branch):
     assert not (run.path / "prefix").exists()
 
 
+@pytest.mark.parametrize("damaged", ["torn", "gone"])
+def test_a_branch_does_not_need_the_metrics_of_its_trunk(damaged, trunk, short, branch):
+    """The checkpoint is whole, and a branch's own metrics begin at the branch."""
+    lab = Lab()
+    (whole, stem) = lab.run([short, trunk.keeping([10 * STEP])], executor="inline")
+    file = stem.path / TRAIN
+    content = file.read_bytes()
+    file.unlink() if damaged == "gone" else file.write_bytes(content[:40] + content[60:])
+    (run,) = lab.run([branch], executor="inline")
+    assert_same_from(10, run, whole)
+    assert not run.provenance["start"]["trained_again"]
+    assert file.exists() == (damaged == "torn"), "the trunk's files are left as they are"
+
+
 def test_a_branch_of_processes_is_the_run_from_scratch(trunk, short, branch):
     whole, run = Lab().run([short, branch], executor="processes", workers=2)
     assert_same_from(10, run, whole)

@@ -77,18 +77,18 @@ def test_texts_that_do_not_work_are_refused(change, part, tiny_spec):
         preflight.check([replace(tiny_spec, data=replace(tiny_spec.data, **change))])
 
 
-@pytest.mark.parametrize("variable", ["MOELAB_HOME", "MOELAB_RESULTS"])
-def test_folders_that_cannot_be_written_are_refused(variable, tiny_spec, tmp_path, monkeypatch):
+@pytest.mark.parametrize(("variable", "publish"), [("MOELAB_HOME", False), ("MOELAB_RESULTS", True)])
+def test_folders_that_cannot_be_written_are_refused(variable, publish, tiny_spec, tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv(variable, str(tmp_path / "file" / "below"))
     with pytest.raises(ValueError, match=f"file is not a folder; {variable} names another"):
-        preflight.check([tiny_spec])
+        preflight.check([tiny_spec], publish=publish)
     monkeypatch.setenv(variable, str(tmp_path / "locked"))
     (tmp_path / "locked").mkdir()
     real = os.access
     monkeypatch.setattr(os, "access", lambda path, mode: path != tmp_path / "locked" and real(path, mode))
     with pytest.raises(ValueError, match=f"locked is not writable; {variable} names another"):
-        preflight.check([tiny_spec])
+        preflight.check([tiny_spec], publish=publish)
 
 
 def test_a_disk_without_room_for_the_checkpoints_is_refused(tiny_spec, monkeypatch):
@@ -108,7 +108,7 @@ def test_a_trunk_needs_room_for_the_checkpoint_that_it_keeps(tiny_spec, monkeypa
         trunk, train=replace(train, tokens=14 * 128, cooldown_tokens=4 * 128), start=Start(trunk, 10 * 128)
     )
     seen = []
-    monkeypatch.setattr(preflight, "_check_space", lambda specs, store: seen.extend(specs))
+    monkeypatch.setattr(preflight, "_check_space", lambda specs, store, publish: seen.extend(specs))
     preflight.check([branch, trunk])
     assert [spec.id for spec in seen] == [trunk.id, branch.id]
     assert preflight._checkpoint_bytes(seen[0]) == preflight._checkpoint_bytes(trunk) * 3 // 2

@@ -127,6 +127,29 @@ def test_divergence_names_step_and_checkpoint(tiny_model, tiny_train, data, tmp_
     assert checkpoint.latest(tmp_path / "checkpoints").step == 1, "no checkpoint of the diverged model"
 
 
+@pytest.mark.parametrize("what", ["weight", "moment"])
+def test_a_model_that_is_not_finite_leaves_no_checkpoint(what, tiny_model, tiny_train, data, tmp_path, monkeypatch):
+    """The loss stays finite where no token meets the bad number: the last checkpoint is still a good one."""
+    train(tiny_model, tiny_train, data, 32, tmp_path / "whole")
+    step = Trainer.step
+
+    def broken(self, number, *rest):
+        done = step(self, number, *rest)
+        if number == 9:
+            weight = self.model.module.get_parameter("blocks.1.ffn.experts.up_bias")
+            with torch.no_grad():
+                (weight if what == "weight" else self.optimizer.state[weight]["exp_avg"])[0, 0] = math.inf
+        return done
+
+    monkeypatch.setattr(Trainer, "step", broken)
+    with pytest.raises(TrainingDiverged, match=r"a weight or moment is nan at step 10; the last good .*step-00000005"):
+        train(tiny_model, tiny_train, data, 32, tmp_path / "cut")
+    assert checkpoint.latest(tmp_path / "cut" / "checkpoints").step == 5
+    monkeypatch.setattr(Trainer, "step", step)
+    train(tiny_model, tiny_train, data, 32, tmp_path / "cut")
+    assert_same_run(tmp_path / "whole", tmp_path / "cut")
+
+
 def test_other_data_is_refused(tiny_model, tiny_train, data, tmp_path, monkeypatch):
     with pytest.raises(TrainingStopped):
         train(tiny_model, tiny_train, data, 32, tmp_path, should_stop=stop_at(2))

@@ -25,12 +25,14 @@ checkpoint is reported and all ranks use the one before it. All ranks must see t
 from moelab.engine.checkpoint.format import CheckpointError
 from moelab.engine.checkpoint.loading import Checkpoint, Refused, latest, load, load_model, weights_of, why_no_weights
 from moelab.engine.checkpoint.saving import Writer
+from moelab.engine.checkpoint.shards import finite
 
 __all__ = [
     "Checkpoint",
     "CheckpointError",
     "Refused",
     "Writer",
+    "finite",
     "latest",
     "load",
     "load_model",

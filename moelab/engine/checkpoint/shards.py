@@ -10,6 +10,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from moelab.engine.checkpoint.format import Piece
+from moelab.engine.collectives import all_reduce
 from moelab.engine.groups import Group
 from moelab.engine.placement import Placement
 
@@ -29,6 +30,16 @@ def tensors(
             step_counter = Placement.whole((), Group.world().ranks)
             placement = placement_of(name, parameter, placements) if value.ndim else step_counter
             yield f"optimizer/{key}/{name}", value, placement
+
+
+@torch.no_grad()
+def finite(model: nn.Module, optimizer: torch.optim.Optimizer) -> bool:
+    """Return whether all weights and moments of all ranks are finite; every rank calls this."""
+    moments = (value for state in optimizer.state.values() for value in state.values() if value.ndim)
+    local = (t.to_local() if isinstance(t, DTensor) else t for t in (*parameters(model).values(), *moments))
+    bad = torch.stack([t.isfinite().all().logical_not() for t in local]).sum().double()
+    all_reduce(bad, Group.world(), "checkpoint")
+    return not bad
 
 
 def parameters(model: nn.Module) -> dict[str, nn.Parameter]:

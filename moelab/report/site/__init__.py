@@ -1,6 +1,7 @@
 """Show the results as static pages, opened as files or served by `moelab browse`.
 
-`build(results)` writes the pages that are new or have changed:
+`build(results)` writes the pages that are new or have changed. `update()` does it in the workspace, `.moelab/pages`,
+for the user's own results beside the published ones, or in `results` where publishing is asked for:
 
     results/index.html                                     the paper's claims, the gallery, all results
     results/compare.html                                   two results side by side
@@ -15,5 +16,6 @@ only from the files of the results (`moelab.report.publication`) and the descrip
 
 from moelab.report.site.notebook import convert
 from moelab.report.site.pages import Built, build
+from moelab.report.site.workspace import update
 
-__all__ = ["Built", "build", "convert"]
+__all__ = ["Built", "build", "convert", "update"]

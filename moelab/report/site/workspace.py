@@ -1,0 +1,65 @@
+"""Build the pages of a user's workspace, which show his own results beside the published ones."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+from moelab import paths
+from moelab.files import sweep
+from moelab.report.site.pages import Built, build
+from moelab.report.summary import find_results
+
+
+def update(*, publish: bool = False) -> Built:
+    """Bring the pages up to date: those in the workspace, of all results, or those of the published results alone.
+
+    Args:
+        publish: write into the folder of published results, and show only these.
+    """
+    if publish:
+        return build(paths.results())
+    gather(paths.pages(), paths.all_results())
+    return build(paths.pages())
+
+
+def gather(pages: Path, roots: Sequence[Path]) -> None:
+    """Put the files of all results and benchmarks below some folders into one folder, in which pages can be built.
+
+    Files are hard links, and copies where the file system has none. What is rewritten in `pages` takes the place of the
+    link, so the results themselves stay as they are. Folders of results that are gone are removed.
+    """
+    folders = find_results(*roots)
+    for old in set(find_results(pages)) - set(folders):
+        shutil.rmtree(pages / old, ignore_errors=True)
+    for path, folder in folders.items():
+        _link_files(folder, pages / path)
+    for root in roots:
+        if (root / "benchmarks").is_dir():
+            _link_files(root / "benchmarks", pages / "benchmarks")
+
+
+def _link_files(source: Path, target: Path) -> None:
+    """Link the files of a folder into another, those that are missing there or older."""
+    target.mkdir(parents=True, exist_ok=True)
+    sweep(target)
+    there = {entry.name: entry.stat().st_mtime_ns for entry in os.scandir(target)}
+    for entry in os.scandir(source):
+        if entry.is_file() and not entry.name.startswith(".") and there.get(entry.name, -1) < entry.stat().st_mtime_ns:
+            _link(Path(entry.path), target / entry.name)
+
+
+def _link(source: Path, target: Path) -> None:
+    """Put a link to a file, or a copy of it, in the place of another in one step."""
+    temporary = target.with_name(f".{target.name}.{secrets.token_hex(4)}")
+    try:
+        try:
+            os.link(source, temporary)
+        except OSError:  # another disk, a file of another owner, or a file system without links
+            shutil.copy2(source, temporary)
+        os.replace(temporary, target)
+    finally:
+        temporary.unlink(missing_ok=True)  # renaming one link of a file to another does nothing

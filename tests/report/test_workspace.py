@@ -1,0 +1,73 @@
+"""The pages of the workspace show one's own results beside the published ones, which stay as they are."""
+
+import os
+
+import pytest
+
+from moelab import paths
+from moelab.report import ledger, site
+from moelab.report.summary import SUMMARY, read_all
+
+CLAIMS = {"pr-moe-matches-moe128": (0.0, 0.01, 0.02)}
+PUBLISHED, OWN = "pr-moe/cpu/20260101-000000", "scaling/smoke/20260102-000000"
+
+
+def tree(folder):
+    return {p.relative_to(folder): (p.stat().st_mtime_ns, p.read_bytes()) for p in folder.rglob("*") if p.is_file()}
+
+
+@pytest.fixture
+def both(tmp_path, monkeypatch, publish):
+    """A published result with its pages, one of one's own, and a benchmark."""
+    monkeypatch.setenv("MOELAB_HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("MOELAB_RESULTS", str(tmp_path / "results"))
+    publish(paths.results(), claims=CLAIMS)
+    site.update(publish=True)
+    (paths.results() / "benchmarks").mkdir()
+    (paths.results() / "benchmarks" / "gate.provenance.json").write_text('{"commit": "aaa"}')
+    publish(paths.own_results(), "scaling", "smoke", "20260102-000000")
+    return tmp_path
+
+
+def test_pages_show_both_and_change_neither(both):
+    before = tree(paths.results()), tree(paths.own_results())
+    built = site.update()
+    assert built.results == 2 and not built.unreadable and built.index == both / "home" / "pages" / "index.html"
+    start = built.index.read_text()
+    assert PUBLISHED in start and OWN in start and "gate.provenance.json" in start
+    assert (paths.pages() / OWN / "notebook.html").exists()
+    assert (tree(paths.results()), tree(paths.own_results())) == before
+    assert OWN not in (paths.results() / "index.html").read_text(), "published pages show published results"
+    assert site.update().written == 0
+
+
+def test_what_changes_or_goes_in_the_results_does_so_on_the_pages(both):
+    site.update()
+    summary = paths.own_results() / OWN / SUMMARY
+    summary.write_text(summary.read_text().replace("Loss falls", "Loss rises"))  # in place: the same file as the link's
+    os.utime(summary, ns=(summary.stat().st_mtime_ns + 10**9,) * 2)
+    assert "Loss rises" in site.update().index.read_text()
+    for file in (folder := paths.own_results() / OWN).iterdir():
+        file.unlink()
+    folder.rmdir()
+    built = site.update()
+    assert built.results == 1 and OWN not in built.index.read_text() and not (paths.pages() / OWN).exists()
+
+
+def test_files_are_copied_where_there_are_no_links(both, monkeypatch):
+    def refused(source, target):
+        raise OSError(18, "Invalid cross-device link")
+
+    monkeypatch.setattr(os, "link", refused)
+    assert site.update().results == 2
+    assert not os.path.samefile(paths.pages() / OWN / SUMMARY, paths.own_results() / OWN / SUMMARY)
+    assert not [p for p in paths.pages().rglob(".*")]
+
+
+def test_claims_are_judged_from_both_and_a_copy_counts_once(both, publish):
+    found = {path for path, _ in read_all(*paths.all_results())[0]}
+    assert found == {PUBLISHED, OWN}
+    publish(paths.own_results(), claims=CLAIMS)  # a copy of the published one
+    assert len(read_all(*paths.all_results())[0]) == 2
+    entries = {e.claim: e for e in ledger.ledger(*paths.all_results())}
+    assert entries["pr-moe-matches-moe128"].deciding.result == PUBLISHED

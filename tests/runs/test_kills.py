@@ -1,0 +1,108 @@
+"""Runs that are killed at random times end with the files of an undisturbed one.
+
+`pytest tests/runs/test_kills.py --kills 20` kills each run so often. A failure names the seed of its times.
+"""
+
+import contextlib
+import os
+import random
+import subprocess
+import sys
+import time
+from dataclasses import replace
+
+import psutil
+import pytest
+from safetensors.torch import load_file
+
+from moelab.config.parallel import ParallelConfig
+from moelab.engine.checkpoint.format import directories
+from moelab.files import read_json, sweep
+from moelab.runs.store import Run, RunStore
+from moelab.training.metrics import TRAIN, VALIDATION, read_rows
+
+pytestmark = [pytest.mark.slow, pytest.mark.multiprocess]
+
+CLOCK = ("time_s", "tokens_per_s", "seconds")
+ELSEWHERE = {"log.txt", "run.lock", "holder.json"}
+"""Files that say who trained a run; with the logs of ranks, all that may differ."""
+
+
+@pytest.fixture
+def kills(request) -> int:
+    return request.config.getoption("--kills")
+
+
+def start(run: Run) -> psutil.Popen:
+    with open(run.path / "log.txt", "ab") as log:
+        command = [sys.executable, "-m", "moelab.runs.worker", str(run.path)]
+        return psutil.Popen(command, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
+
+
+def finish(run: Run) -> None:
+    assert start(run).wait(600) == 0, run.log_tail(40)
+
+
+def kill_once(run: Run, draw: random.Random) -> str:
+    """Start the run, kill it or one of its ranks, and return what was killed; an empty text if it was finished first."""
+    rows = run.path / TRAIN
+    before = rows.stat().st_mtime_ns if rows.exists() else 0
+    process = start(run)
+    early = draw.random() < 0.25
+    while process.poll() is None and not early:  # else in the midst of starting
+        if rows.exists() and rows.stat().st_mtime_ns > before and run.status.state == "running":
+            break
+        time.sleep(0.01)
+    time.sleep(draw.uniform(0, 3 if early else 1))
+    if process.poll() is not None:
+        return ""
+    ranks = process.children(recursive=True)
+    what = draw.choice(["all", "launcher", "rank"]) if ranks else "all"
+    victims = {"all": [process, *ranks], "launcher": [process], "rank": [draw.choice(ranks or [process])]}[what]
+    for victim in victims:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            victim.kill()
+    process.wait(120)
+    psutil.wait_procs(ranks, 120)
+    return what
+
+
+def contents(run: Run) -> dict:
+    """All that a run left, without times and without who trained it."""
+    sweep(run.path, older_s=0)
+    names = {str(p.relative_to(run.path)) for p in run.path.rglob("*") if p.is_file()}
+    found = {"names": {n for n in names if n not in ELSEWHERE and not n.startswith("logs/")}}
+    for file in (TRAIN, VALIDATION):
+        found[file] = [{k: v for k, v in row.items() if k not in CLOCK} for row in read_rows(run.path / file)]
+    for file in ("result.json", "status.json", "spec.json"):
+        found[file] = {k: v for k, v in read_json(run.path / file).items() if k not in CLOCK}
+    for folder in directories(run.path / "checkpoints"):
+        for file in sorted(folder.glob("*.safetensors")):
+            name = f"{folder.name}/{file.name}"
+            found[name] = {key: (t.shape, t.numpy().tobytes()) for key, t in load_file(file).items()}
+    return found
+
+
+@pytest.mark.parametrize("ranks", [1, 4])
+def test_killed_at_random_times_it_ends_as_undisturbed(ranks, kills, tiny_spec, tmp_path, monkeypatch):
+    monkeypatch.setenv("MOELAB_HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    train = replace(tiny_spec.train, tokens=(40 + 20 * kills) * 128, micro_batch=1, checkpoint_every=7, eval_every=40)
+    spec = replace(
+        tiny_spec,
+        model=replace(tiny_spec.model, dropout=0.0),
+        train=train,
+        parallel=ParallelConfig(data=2, tensor=2, exchange="coordinated") if ranks == 4 else ParallelConfig(),
+    )
+    undisturbed = RunStore(tmp_path / "undisturbed").run(spec)
+    finish(undisturbed)
+    seed = int(os.environ.get("PYTEST_SEED", time.time_ns() % 10_000))
+    draw, run = random.Random(seed), RunStore(tmp_path / "killed").run(spec)
+    killed = [kill_once(run, draw) for _ in range(kills)]
+    finish(run)
+    assert any(killed), "all attempts came to the end"
+    print(f"seed {seed}, {ranks} ranks: killed {', '.join(killed)}")
+    expected, found = contents(undisturbed), contents(run)
+    assert found.keys() == expected.keys()
+    for name in expected:
+        assert found[name] == expected[name], f"{name} differs; seed {seed}, killed {killed}"

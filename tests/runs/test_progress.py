@@ -1,0 +1,47 @@
+"""What a progress display says of runs: the share that is done, what is left, and what failed."""
+
+from dataclasses import replace
+
+import pytest
+
+from moelab.runs.progress import Estimate, Snapshot, table
+from moelab.runs.store import RunStore, Status
+
+
+@pytest.fixture
+def runs(tiny_spec, tmp_path, monkeypatch):
+    store = RunStore(tmp_path)
+    specs = [replace(tiny_spec, train=replace(tiny_spec.train, seed=seed)) for seed in range(4)]
+    found = [store.run(spec) for spec in specs]
+    monkeypatch.setattr(type(found[0]), "locked", property(lambda run: True))
+    return found
+
+
+def describe(runs, *states, left=None):
+    for run, (state, step) in zip(runs, states, strict=True):
+        (run.path / "result.json").unlink(missing_ok=True)
+        if state == "finished":
+            (run.path / "result.json").write_text("{}")
+        run.set_status(Status(state, step, 24))
+    return Snapshot.of(runs), Snapshot.of(runs).describe(left)
+
+
+def test_failed_runs_are_neither_done_nor_left(runs):
+    now, words = describe(runs, *[("failed", 0)] * 4)
+    assert (now.done, now.left, words) == (0.0, 0.0, "0 of 4 runs finished, 4 failed")
+    now, words = describe(runs, ("finished", 24), ("failed", 12), ("running", 12), ("new", 0), left=90)
+    assert (now.done, now.left) == (0.5, 0.375)
+    assert words == "1 of 4 runs finished, 1 failed, 50% done, 1 min 30 s left"
+    assert table(runs, now, 90).title == words
+    now, words = describe(runs, *[("finished", 24)] * 4)
+    assert (now.done, now.left, words) == (1.0, 0.0, "4 of 4 runs finished")
+
+
+def test_a_failure_shortens_the_time_left(runs, monkeypatch):
+    clock = iter((0.0, 10.0, 10.0))
+    monkeypatch.setattr("moelab.runs.progress.time.monotonic", lambda: next(clock))
+    estimate = Estimate(describe(runs, *[("running", 0)] * 4)[0])
+    assert estimate.seconds_left(describe(runs, ("finished", 24), *[("running", 0)] * 3)[0]) == pytest.approx(30)
+    assert estimate.seconds_left(describe(runs, ("finished", 24), ("failed", 0), *[("running", 0)] * 2)[0]) == (
+        pytest.approx(20)
+    )
