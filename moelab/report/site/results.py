@@ -68,8 +68,13 @@ class Result:
 
     @cached_property
     def figures(self) -> Sequence[FigureRow]:
-        """The figures, their texts typeset."""
-        return [FigureRow(f.name, typeset(f.title), typeset(f.caption), f.claims, f.data) for f in self.summary.figures]
+        """The figures, their texts typeset; the one that shows most of the judged claims comes first."""
+        judged = {v.claim for v in self.summary.claims if v.ours is not None}
+        found = [
+            FigureRow(f.name, typeset(f.title), typeset(f.caption), f.claims, f.data) for f in self.summary.figures
+        ]
+        lead = max(found, key=lambda f: len(judged & set(f.claims)), default=None)
+        return sorted(found, key=lambda f: f is not lead)
 
     @property
     def seeds(self) -> str:
@@ -146,10 +151,13 @@ class Result:
         return " ".join((self.experiment, self.scale, self.title, self.date, self.hardware, *described, *shown)).lower()
 
     def image(self, name: str) -> dict[str, str]:
-        """Return the files of a figure: `light`, and `dark` where there is one."""
-        if self.has(f"{name}-dark.svg"):
-            return {"light": f"{name}.svg", "dark": f"{name}-dark.svg"}
-        return {"light": f"{name}.png"}
+        """Return the files of a figure: `light`, `dark` where there is one; `narrow` and `narrow_dark` for phones."""
+        if not self.has(f"{name}-dark.svg"):
+            return {"light": f"{name}.png"}
+        files = {"light": f"{name}.svg", "dark": f"{name}-dark.svg"}
+        if self.has(f"{name}-narrow.svg") and self.has(f"{name}-narrow-dark.svg"):
+            files |= {"narrow": f"{name}-narrow.svg", "narrow_dark": f"{name}-narrow-dark.svg"}
+        return files
 
 
 def _means(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
