@@ -14,10 +14,10 @@ TERMS = {
     "arm": "one of the models or settings that an experiment compares",
     "seed": "the number from which initial weights and the order of the data are drawn; several show how much of a "
     "difference is chance",
-    "scale": "the size at which an experiment runs: smoke (seconds, for tests), cpu (a laptop), gpu (one GPU), paper "
-    "(the published models on a cluster); simulated: the cluster model",
+    "scale": "the size at which an experiment runs: smoke (seconds, for tests), quick (minutes), cpu (a laptop), gpu "
+    "(one GPU), paper (the published models on a cluster); simulated: the cluster model",
     "nats": "unit of the loss: the mean of −ln p, p the probability that the model gave to the right next token; 0.7 "
-    "nats less is twice the probability",
+    "less is twice the probability",
     "MoE": "mixture of experts: a layer with several feed-forward networks, of which a gate chooses one or a few for "
     "each token",
     "MoE-128": "128 experts in every second layer",
@@ -39,7 +39,7 @@ TERMS = {
 
 _EXPLAINED = ("twin", "arm", "nats", "drop-free", "L21", "KD", "MoS", "Holm", "PR-MoE", "Top-2", "all-to-all")
 _PATTERN = re.compile(
-    r"(?<![\w/+-])(?P<term>" + "|".join(re.escape(term) for term in _EXPLAINED) + r")(?P<plural>s?)(?![\w-])"
+    r"(?<![\w/+-])(?P<term>" + "|".join(re.escape(term) for term in _EXPLAINED) + r")(?P<plural>s?)(?![\w+/-])"
 )
 
 

@@ -12,9 +12,9 @@ from typing import Any
 
 from moelab.config.serialization import to_json
 from moelab.files import write_text
-from moelab.plotting import svg
+from moelab.plotting import interactive, svg
 from moelab.report.ledger import Entry, entries, family, scale_rank
-from moelab.report.site import curves, downloads, front, notebook, plot, template
+from moelab.report.site import downloads, front, notebook, plot, template
 from moelab.report.site.claims import ClaimRow, all_claims, claims_of, sign, tally
 from moelab.report.site.gallery import by_chapter, chapters
 from moelab.report.site.glossary import TERMS
@@ -205,7 +205,6 @@ def _write_result(result: Result, root: Path, unreadable: list[str]) -> int:
         axes=plot.axes(rows),
         tables=tables,
         charts=charts,
-        curves_note=curves.note(result.summary.runs) if charts else "",
         **_VIEW,
     )
     write_text(data, f"moelab.add({json.dumps(_comparison(result, rows, tables))});\n")
@@ -216,7 +215,7 @@ def _write_result(result: Result, root: Path, unreadable: list[str]) -> int:
 def _chart(result: Result, name: str, data: str) -> dict[str, Any] | None:
     """Return what the interactive chart of a figure draws, None for a figure without curves."""
     try:
-        found = curves.pack(result.rows(data), list(dict.fromkeys(run.label for run in result.summary.runs)))
+        found = interactive.pack(result.rows(data), list(dict.fromkeys(run.label for run in result.summary.runs)))
     except (ValueError, OSError, RecursionError):
         return None  # the picture is shown
     if found is None:

@@ -68,12 +68,12 @@ class Result:
 
     @cached_property
     def figures(self) -> Sequence[FigureRow]:
-        """The figures, their texts typeset; the one that shows most of the judged claims comes first."""
+        """The figures, their texts typeset; the first that shows a judged claim leads."""
         judged = {v.claim for v in self.summary.claims if v.ours is not None}
         found = [
             FigureRow(f.name, typeset(f.title), typeset(f.caption), f.claims, f.data) for f in self.summary.figures
         ]
-        lead = max(found, key=lambda f: len(judged & set(f.claims)), default=None)
+        lead = next((f for f in found if judged & set(f.claims)), None)
         return sorted(found, key=lambda f: f is not lead)
 
     @property
@@ -141,6 +141,19 @@ class Result:
         for run in self.summary.runs:
             results.setdefault(name(run), []).append(run.result)
         return [{"arm": arm, "seeds": len(rows), **_means(rows)} for arm, rows in results.items()]
+
+    @property
+    def curves_note(self) -> str:
+        """On how much text the points of curves and the final losses were evaluated; empty if that is the same."""
+        trained = [run.spec["train"] for run in self.summary.runs if isinstance(run.spec.get("train"), dict)]
+        along = {train.get("eval_tokens") for train in trained}
+        final = {run.result.get("validation_tokens") for run in self.summary.runs}
+        if len(along) != 1 or len(final) != 1 or None in along | final or along == final:
+            return ""
+        return (
+            f"Curve: on {along.pop():,} tokens of the validation text. Final losses are on all {final.pop():,}, so the "
+            "last point differs a little from them."
+        )
 
     @property
     def search_text(self) -> str:

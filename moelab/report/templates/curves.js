@@ -73,7 +73,7 @@
     const at = make("span", { class: "soft at" });
     const area = make("div", { class: "area", role: "img", "aria-label": `${label}. Interactive; the numbers are in the data file below.` });
     const controls = make("div", { class: "controls" },
-      make("label", {}, "Show ", show), ...(seeds.length > 1 ? [make("label", {}, "Seeds ", which)] : []), make("label", {}, "Range ", part));
+      make("label", {}, "Show ", show), ...(seeds.length > 1 ? [make("label", {}, "Seeds ", which)] : []), ...(data.along ? [make("label", {}, "Range ", part)] : []));
     const help = make("p", { class: "soft small" }, "Move over the chart to read values; drag to zoom, double-click to see all again.");
     box.append(controls, area, make("div", { class: "read" }, legend, at), help);
 
@@ -97,7 +97,7 @@
         if (!found.length) continue;
         const line = (column, extra = {}) => {
           columns.push(column);
-          series.push({ stroke: color, width: 2, spanGaps: true, points: { show: false }, ...extra });
+          series.push({ stroke: color, width: 2, spanGaps: true, points: { show: !data.along, size: 6 }, ...extra });
           return columns.length - 1;
         };
         if (which.value === "each") {
@@ -118,7 +118,7 @@
         if (which.value !== "each") {
           line(means);
           if (found.length > 1) {
-            const quiet = { width: 0, stroke: "transparent" };
+            const quiet = { width: 0, stroke: "transparent", points: { show: false } };
             const high = line(highs, quiet), low = line(lows, quiet);
             bands.push({ series: [high, low], fill: color + "2b" });
           }
@@ -128,15 +128,15 @@
       const ink = css("--soft"), grid = css("--line");
       const axis = { stroke: ink, grid: { stroke: grid, width: 1 }, ticks: { stroke: grid, width: 1 }, font: "12px system-ui, sans-serif", labelFont: "12px system-ui, sans-serif" };
       const unit = "nats per token";
-      const what = base ? `minus ${base} (${unit})` : gap ? `difference (${unit})` : `validation loss (${unit})`;
+      const what = base ? `minus ${base} (${unit})` : gap ? `difference (${unit})` : `${data.along ? "" : "final "}validation loss (${unit})`;
       plot = new uPlot({
         width: area.clientWidth,
         height: Math.max(260, Math.min(400, Math.round(area.clientWidth * 0.55))),
         legend: { show: false },
-        scales: { x: { time: false }, y: { range: (u, low, high) => (low === null ? [0, 1] : uPlot.rangeNum(difference ? Math.min(low, 0) : low, difference ? Math.max(high, 0) : high, 0.06, false)) } },
+        scales: { x: { time: false, distr: data.along ? 1 : 3, log: 2 }, y: { range: (u, low, high) => (low === null ? [0, 1] : uPlot.rangeNum(difference ? Math.min(low, 0) : low, difference ? Math.max(high, 0) : high, 0.06, false)) } },
         cursor: { drag: { x: true, y: false }, points: { size: 6 } },
         axes: [
-          { ...axis, label: "training tokens", values: (u, ticks) => ticks.map(tokens), space: 70 },
+          { ...axis, label: "training tokens", values: (u, ticks) => ticks.map((v) => (v === null ? "" : tokens(v))), space: 70 },
           { ...axis, label: what, size: 62, values: (u, ticks) => ticks.map((v) => String(+v.toFixed(4)).replace("-", "−")) },
         ],
         series, bands,

@@ -1,14 +1,13 @@
-"""Pack the curves of a figure for the interactive chart of its page, which `templates/curves.js` draws with uPlot."""
+"""Pack the curves of a figure for an interactive chart, which `moelab/report/templates/curves.js` draws with uPlot."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from moelab.plotting import svg
 from moelab.plotting.palette import colors
-from moelab.report.summary import RunRow
 
 MOST = 60_000
 """Points of a chart; a figure with more keeps its picture only."""
@@ -20,12 +19,14 @@ class Curves:
 
     Attributes:
         values: ``loss``, or ``gap`` where the figure shows differences.
+        along: these are evaluations along training; else they are final losses of runs of these lengths.
         arms: arm -> its colours on light and dark pages.
         grids: the training tokens of the points; several curves share a grid.
         series: arm, seed, index of the grid, values.
     """
 
     values: str
+    along: bool
     arms: dict[str, tuple[str, str]]
     grids: list[list[float]]
     series: list[tuple[str, int, int, list[float]]]
@@ -42,7 +43,7 @@ def pack(rows: Sequence[dict[str, Any]], order: Sequence[str] = ()) -> Curves | 
     """
     if not rows or len(rows) > MOST or not {"arm", "seed", "tokens"} <= rows[0].keys():
         return None
-    column = next((name for name in ("loss", "gap") if name in rows[0]), None)
+    column = next((name for name in ("gap", "loss") if name in rows[0]), None)
     if column is None:
         return None
     found: dict[tuple[str, int], list[tuple[float, float]]] = {}
@@ -66,19 +67,4 @@ def pack(rows: Sequence[dict[str, Any]], order: Sequence[str] = ()) -> Curves | 
     there = list(dict.fromkeys(arm for arm, _ in found))
     palette = colors(sorted(there, key=lambda arm: order.index(arm) if arm in order else len(order)))
     arms = {arm: (color, svg.dark_color(color)) for arm, color in palette.items()}
-    return Curves("gap" if differences else "loss", arms, grids, series)
-
-
-def note(runs: Iterable[RunRow]) -> str:
-    """Return on how much text the points of a curve and the final losses were evaluated; empty if that is unknown."""
-    along, final = set(), set()
-    for run in runs:
-        train = run.spec.get("train")
-        along.add(train.get("eval_tokens") if isinstance(train, dict) else None)
-        final.add(run.result.get("validation_tokens"))
-    if len(along) != 1 or len(final) != 1 or None in along | final or along == final:
-        return ""
-    return (
-        f"Curves: on {along.pop():,} tokens of the validation text; final losses (tables, claims, gaps at the end): on "
-        f"all {final.pop():,}. The last point of a curve therefore differs a little from the final loss."
-    )
+    return Curves("gap" if differences else "loss", "per_parameter" not in rows[0], arms, grids, series)
