@@ -137,6 +137,7 @@ def publish(tmp_path_factory):
         gain: float | None = None,
         parameters: dict | None = None,
         finished: str = "",
+        curves: list[dict] | None = None,
     ) -> Path:
         folder = results / experiment / scale / name
         folder.mkdir(parents=True)
@@ -165,6 +166,10 @@ def publish(tmp_path_factory):
         data = pd.DataFrame({"arm": ["350M", "350M+MoE-128"], "loss": [3.05, 2.95]})
         publication.figure(fig, "curves", title=title, caption="Made up for a test.", data=data)
         plt.close(fig)
+        if curves:
+            fig, ax = plt.subplots(figsize=(8, 3))
+            publication.figure(fig, "loss-curves", title="Curves", data=pd.DataFrame(curves))
+            plt.close(fig)
         publication.table(data, "final", title="final losses")
         publication.claims(
             [

@@ -25,6 +25,10 @@ import seaborn as sns
 
 from moelab.files import write_text
 from moelab.plotting import svg
+from moelab.plotting.narrow import narrowed
+from moelab.plotting.palette import COLORS as _COLORS
+from moelab.plotting.palette import DASHES as _DASHES
+from moelab.plotting.palette import colors
 from moelab.plotting.typography import typeset
 from moelab.statistics import interval
 
@@ -34,28 +38,6 @@ if TYPE_CHECKING:
 
 PAPER = {"color": "#444444", "marker": "D"}
 """How a value of the paper is drawn: a dark hollow diamond, everywhere."""
-
-# Okabe and Ito's colours, with grey (for the dense base, the first arm) instead of the yellow, which is too light on
-# white. Dash patterns carry the same distinction in print.
-_COLORS = ("#6E6E6E", "#56B4E9", "#009E73", "#E69F00", "#D55E00", "#0072B2", "#CC79A7", "#000000")
-_OF_ARM = {
-    name: color
-    for color, names in zip(
-        _COLORS,
-        (
-            ("Dense", "350M"),
-            ("MoE-32", "350M+MoE-32"),
-            ("Pyramid-MoE-32/64",),
-            ("Residual-MoE-32",),
-            ("PR-MoE-32/64", "Teacher"),
-            ("MoE-128", "350M+MoE-128"),
-            ("Top2-MoE-32",),
-        ),
-        strict=False,
-    )
-    for name in names
-}
-_DASHES = ("", (4, 1.5), (1, 1), (6, 1.5, 1, 1.5), (3, 1), (5, 1, 1, 1, 1, 1), (2, 2), (8, 2))
 
 
 def theme() -> None:
@@ -85,15 +67,6 @@ def theme() -> None:
     )
 
 
-def colors(arms: Sequence[str]) -> dict[str, str]:
-    """Return arm -> colour: the paper's arms have the same one in every figure, the others get the rest by position."""
-    fixed = {arm: _OF_ARM[arm] for arm in arms if arm in _OF_ARM}
-    free = [color for color in _COLORS if color not in fixed.values()] or list(_COLORS)
-    others = [arm for arm in arms if arm not in fixed]
-    fixed |= {arm: free[i % len(free)] for i, arm in enumerate(others)}
-    return {arm: fixed[arm] for arm in arms}
-
-
 def title(fig: Figure, text: str) -> Figure:
     """Write the title above the figure, wrapped to its width; call it last, because it lays the figure out again."""
     from matplotlib.layout_engine import ConstrainedLayoutEngine
@@ -107,15 +80,25 @@ def title(fig: Figure, text: str) -> Figure:
 
 
 def save(fig: Figure, path: Path, *, title: str = "") -> list[Path]:
-    """Save a figure as `<path>.png` (160 dots per inch), `<path>.svg` and `<path>-dark.svg`; return the three paths.
+    """Save a figure as PNG (160 dots per inch) and as SVG for light and dark pages; return the paths.
+
+    The files are `<path>.png`, `<path>.svg`, `<path>-dark.svg`, and `<path>-narrow.svg` and `<path>-narrow-dark.svg`
+    for phones, unless the figure cannot be laid out again (`moelab.plotting.narrow`).
 
     Args:
         path: without suffix.
         title: the title that a page shows above the figure. Where the figure's own title is the same, the SVGs leave it
             out; the PNG, which is used without a page, keeps it.
     """
-    png, light, dark = (path.with_name(path.name + end) for end in (".png", ".svg", "-dark.svg"))
+    png = path.with_name(f"{path.name}.png")
     fig.savefig(png, dpi=160, bbox_inches="tight")
+    saved = [png, *_save_svg(fig, path, title)]
+    if (small := narrowed(fig)) is not None:
+        saved += _save_svg(small, path.with_name(f"{path.name}-narrow"), title)
+    return saved
+
+
+def _save_svg(fig: Figure, path: Path, title: str) -> list[Path]:
     heading = [t for t in fig.texts if title and t.get_text().split() == typeset(title).split()]
     for artist in heading:
         artist.set_visible(False)
@@ -123,9 +106,10 @@ def save(fig: Figure, path: Path, *, title: str = "") -> list[Path]:
     fig.savefig(text, format="svg", bbox_inches="tight", metadata={"Date": None})
     for artist in heading:
         artist.set_visible(True)
+    light, dark = (path.with_name(path.name + end) for end in (".svg", "-dark.svg"))
     write_text(light, text.getvalue())
     write_text(dark, svg.dark(text.getvalue()))
-    return [png, light, dark]
+    return [light, dark]
 
 
 def student(values: pd.Series) -> tuple[float, float]:

@@ -16,12 +16,13 @@ def dark(svg: str) -> str:
     lightened until their contrast with the ground is 4.5 to 1 (WCAG's ratio for text). Pictures inside the SVG, such as
     a heat map's pixels, stay as they are.
     """
-    text = re.sub(r"#[0-9a-fA-F]{6}\b", lambda found: _dark(found[0]), svg)
+    text = re.sub(r"#[0-9a-fA-F]{6}\b", lambda found: dark_color(found[0]), svg)
     # What has no colour of its own is black by default.
     return re.sub(r"<svg\b", f'<svg fill="{INK}"', text, count=1)
 
 
-def _dark(color: str) -> str:
+def dark_color(color: str) -> str:
+    """Return the colour of the dark variant in place of a colour such as ``#56b4e9``."""
     rgb = _rgb(color)
     hue, lightness, saturation = colorsys.rgb_to_hls(*rgb)
     if max(rgb) - min(rgb) < 0.06:

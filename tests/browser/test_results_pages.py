@@ -25,7 +25,7 @@ def results(publish, tmp_path_factory):
 
 
 NEWEST = "pr-moe/cpu/20260102-000000"
-PAGES = ("index.html", "compare.html", f"{NEWEST}/index.html", f"{NEWEST}/notebook.html", f"compare.html?a={NEWEST}&b=pr-moe/gpu/20260101-000000")  # fmt: skip
+PAGES = ("index.html", "runs.html", "compare.html", f"{NEWEST}/index.html", f"{NEWEST}/notebook.html", f"compare.html?a={NEWEST}&b=pr-moe/gpu/20260101-000000")  # fmt: skip
 
 
 def shown(page, selector: str) -> list[str]:
@@ -44,7 +44,7 @@ def test_a_page_is_whole_and_accessible(results, visit, address, scheme, width):
     page.wait_for_function("[...document.images].every(i => i.complete)")
     visible = "[...document.images].filter(i => i.offsetParent)"
     assert page.evaluate(f"{visible}.every(i => i.naturalWidth > 0)")
-    assert page.evaluate(f"{visible}.length") >= (1 if "a=" in address or "compare" not in address else 0)
+    assert page.evaluate(f"{visible}.length") >= ("a=" in address or "/" in address or "index" in address)
     wide = "document.documentElement.scrollWidth - document.documentElement.clientWidth"
     assert page.evaluate(wide) <= 0, "the page does not scroll sideways"
     # Without preload: axe would ask for the style sheet again, which a page from a file may not.
@@ -73,9 +73,17 @@ def test_search_and_filters(results, visit):
     page.locator("select[name=experiment]").select_option("")
     page.get_by_role("button", name="not reproduced").click()
     (row,) = shown(page, rows)
-    assert row.startswith("✗") and page.locator("select[name=verdict]").input_value() == "measured: not reproduced"
-    page.get_by_role("button", name="not reproduced").click()
-    assert len(shown(page, rows)) == 2
+    assert row.startswith("✗") and page.locator("select[name=verdict]").input_value() == "trained: not reproduced"
+    assert len(shown(page, "[data-forest]")) == len(shown(page, chapters)) == 1, "the filter acts on all lists"
+    assert not shown(page, "#waiting"), "and hides empty ones"
+    page.goto(page.url)
+    assert "verdict=trained" in page.url and len(shown(page, rows)) == 1, "it stands in the address"
+    page.get_by_label("Search").fill("nothing has these words")
+    page.get_by_role("button", name="Clear them").click()
+    assert len(shown(page, rows)) == 2 and "?" not in page.url
+    page.mouse.wheel(0, 6000)
+    page.wait_for_function("scrollY > 1000")
+    assert page.locator("#filter").bounding_box()["y"] < 100, "the filters stay in sight"
 
 
 def test_scale_switch(results, visit):
@@ -83,15 +91,16 @@ def test_scale_switch(results, visit):
     chapter = "section[data-experiment='pr-moe'] "
     (facts,) = shown(page, chapter + ".facts")
     assert facts.startswith("gpu"), "the most telling scale first"
-    page.get_by_label("cpu", exact=True).check()
+    scale = page.locator("select[name=scale]")
+    scale.select_option("cpu")
     (facts,) = shown(page, chapter + ".facts")
     assert facts.startswith("cpu")
     assert [row.split()[0] for row in shown(page, "#tested tr[data-item]")] == ["✓", "?"]
-    page.get_by_label("gpu", exact=True).check()
+    scale.select_option("gpu")
     assert "No result at scale gpu; there is one at cpu." in shown(
         page, "section[data-experiment='scaling'] .elsewhere"
     )
-    page.get_by_label("best of each").check()
+    scale.select_option("")
     assert not shown(page, ".elsewhere")
 
 
@@ -119,7 +128,12 @@ def test_two_results_side_by_side(results, visit):
     pick.get_by_role("button", name="Compare").click()
     page.wait_for_selector("#compared table")
     text = page.locator("#compared").inner_text()
-    for part in ("parameter tokens", "not reproduced: +0.500", "350M: validation loss", "Loss falls with tokens"):
+    for part in (
+        "parameter tokens",
+        "not reproduced +0.500",
+        "validation loss, mean over seeds",
+        "Loss falls with tokens",
+    ):
         assert part in text
     assert "hardware" not in text
     page.get_by_label("also what is the same").check()
@@ -131,7 +145,9 @@ def test_two_results_side_by_side(results, visit):
 def test_links_lead_from_a_claim_to_its_figure(results, visit):
     page = visit(f"{results.as_uri()}/index.html")
     page.locator("#tested tr[data-item] a").first.click()
-    assert page.url.endswith("scaling/cpu/20260101-000000/index.html#curves")
+    assert page.url.endswith(
+        "scaling/cpu/20260101-000000/index.html#claim-moe128-350m-beats-own-base"
+    ) or page.url.endswith("#curves")
     page.get_by_role("link", name="Executed notebook").click()
     assert page.get_by_role("heading", name="Notebook of scaling").is_visible()
 
@@ -158,3 +174,78 @@ def test_moelab_browse(results, visit, tmp_path):
     finally:
         process.terminate()
         process.wait()
+
+
+def curve_rows(arms=("Dense", "MoE-128"), seeds=3, steps=20):
+    """Made-up curves: the second arm is below the first by 0.1 nats per token at the end."""
+    return [
+        {"arm": arm, "seed": seed, "tokens": 1000 * step, "loss": 5 - 0.05 * step - 0.005 * step * i + 0.01 * seed}
+        for i, arm in enumerate(arms)
+        for seed in range(seeds)
+        for step in range(steps + 1)
+    ]
+
+
+@pytest.fixture(scope="module")
+def with_curves(publish, tmp_path_factory):
+    root = tmp_path_factory.mktemp("curves") / "results"
+    folder = publish(root, "scaling", "cpu", curves=curve_rows())
+    site.build(root)
+    return folder / "index.html"
+
+
+def test_curves_can_be_read_switched_and_subtracted(with_curves, visit):
+    page = visit(with_curves.as_uri())
+    chart = page.locator(".chart")
+    assert chart.is_visible() and not page.locator("#loss-curves .picture").is_visible()
+    assert page.locator(".chart canvas").bounding_box()["width"] > 500
+    values = chart.locator(".value")
+    assert values.all_inner_texts() == ["4.010 ±0.025", "3.910 ±0.025"], "the last values, with their intervals"
+    chart.get_by_label("Show").select_option("Dense")
+    assert values.all_inner_texts() == ["(subtracted)", "−0.100 ±0.000"], "paired by seed"
+    chart.get_by_label("Show").select_option("")
+    chart.get_by_label("Seeds").select_option("2")
+    assert values.all_inner_texts() == ["4.020", "3.920"]
+    chart.get_by_role("checkbox", name="MoE-128").uncheck()
+    assert values.all_inner_texts() == ["4.020", ""]
+    box = page.locator(".chart .u-over").bounding_box()
+    page.mouse.move(box["x"] + 2, box["y"] + 50)
+    assert chart.locator(".at").inner_text() == "at 1 k tokens" and values.first.inner_text() == "4.970"
+    page.mouse.down()
+    page.mouse.move(box["x"] + box["width"] / 2, box["y"] + 60)
+    page.mouse.up()
+    page.get_by_role("button", name="Show the picture").click()
+    assert not chart.is_visible() and page.locator("#loss-curves img.light").is_visible()
+
+
+def test_without_a_script_the_picture_of_the_curves_is_there(with_curves, visit):
+    page = visit(with_curves.as_uri(), script=False)
+    assert page.locator("#loss-curves img.light").is_visible() and not page.locator(".chart").is_visible()
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("width", [1280, 390])
+def test_a_chart_is_accessible_and_fits(with_curves, visit, width, scheme):
+    from axe_playwright_python.sync_playwright import Axe
+
+    page = visit(with_curves.as_uri(), width=width, scheme=scheme)
+    assert page.locator(".chart canvas").bounding_box()["width"] <= width
+    assert page.evaluate("document.documentElement.scrollWidth - document.documentElement.clientWidth") <= 0
+    found = Axe().run(page, options={"preload": False}).response["violations"]
+    assert [v["id"] for v in found if v["impact"] in ("serious", "critical")] == []
+
+
+def test_a_phone_gets_the_narrow_picture(with_curves, visit):
+    for width, name in ((1280, "curves.svg"), (390, "curves-narrow.svg")):
+        page = visit(with_curves.as_uri(), width=width)
+        image = page.locator("#curves img.light")
+        image.wait_for()
+        assert image.evaluate("i => i.currentSrc").endswith(f"/{name}")
+
+
+def test_all_data_can_be_downloaded(results, visit):
+    page = visit(f"{results.as_uri()}/index.html")
+    for name in ("claims.csv", "all data (zip)"):
+        assert (results / page.get_by_role("link", name=name).get_attribute("href")).stat().st_size > 1000
+    found = shown(page, ".findings > li")
+    assert len(found) == 5 and "The trained twins agree with the paper on 1 of the 2 claims" in found[0]

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from moelab import paper
@@ -27,7 +28,7 @@ from moelab.paper.verdicts import (
     UNDECIDED,
     restate,
 )
-from moelab.report.ledger import DISAGREES, NOT_YET, OPEN, Entry
+from moelab.report.ledger import DISAGREES, NOT_YET, OPEN, Entry, distinct
 from moelab.report.site.order import position
 from moelab.report.site.results import Result
 from moelab.report.site.template import number, quantity
@@ -43,22 +44,29 @@ VERDICTS = {
     NOT_REPRODUCED: ("✗", "bad"),
     SIMULATED_FAILS: ("✗", "bad"),
     DISAGREES: ("≠", "open"),
-    NO_SPREAD: ("1", "none"),
-    ONE_SESSION: ("1", "none"),
+    NO_SPREAD: ("○", "none"),
+    ONE_SESSION: ("○", "none"),
     NOT_TESTED: ("–", "none"),
     NOT_TESTABLE: ("–", "none"),
     NOT_YET: ("–", "none"),
 }
 """Verdict -> sign and CSS class, in the order of the tally."""
 
+TRAINED, TIMED = "trained", "timed"
 HEADINGS = {
-    MEASURED: "Measured here: trained or timed",
+    TRAINED: "Trained here",
+    TIMED: "Timed here",
     COUNTED: "Counted: arithmetic",
     PREDICTED: "Predicted by the simulator",
-    FITTED: "Fitted: the simulator's constants come from these numbers",
+    FITTED: "Fitted: the simulator’s constants come from these",
     OPEN: "Open",
 }
-"""Kind of verdict -> heading of its counts."""
+"""Group of claims -> heading. Groups are the ledger's kinds, what was measured split into trained and timed."""
+
+
+def group(kind: str, claim: paper.Claim) -> str:
+    """Return the group of a claim whose verdict is of this kind."""
+    return kind if kind != MEASURED else TIMED if claim.timed else TRAINED
 
 
 def sign(verdict: str) -> tuple[str, str]:
@@ -66,14 +74,14 @@ def sign(verdict: str) -> tuple[str, str]:
     return VERDICTS.get(verdict, ("•", "none"))
 
 
-def key(kind: str, verdict: str) -> str:
-    """Return a verdict with its kind in front, as pages filter by it: ``measured: reproduced``."""
-    return f"{kind}: {verdict.removeprefix('simulated: ')}" if kind and kind != OPEN else verdict
+def key(group: str, verdict: str) -> str:
+    """Return a verdict with its group in front, as pages filter by it: ``trained: reproduced``."""
+    return f"{group}: {verdict.removeprefix('simulated: ')}" if group and group != OPEN else verdict
 
 
 @dataclass(frozen=True)
 class TallyItem:
-    """How many claims have a verdict of a kind; `label` is the verdict without its kind, `key` with it."""
+    """How many claims have a verdict in a group; `label` is the verdict without its group, `key` with it."""
 
     verdict: str
     label: str
@@ -81,20 +89,20 @@ class TallyItem:
     claims: int
 
 
-def tally(counts: Mapping[str, Mapping[str, int]]) -> list[tuple[str, list[TallyItem]]]:
-    """Return the verdicts that `moelab.report.ledger.counts` counted, under a heading for each kind."""
-    return [
-        (
-            HEADINGS[kind],
-            [
-                TallyItem(v, v.removeprefix("simulated: "), key(kind, v), counts[kind][v])
-                for v in dict.fromkeys((*VERDICTS, *sorted(counts[kind])))
-                if v in counts[kind]
-            ],
-        )
-        for kind in HEADINGS
-        if counts.get(kind)
-    ]
+def tally(ledger: Sequence[Entry]) -> dict[str, list[TallyItem]]:
+    """Return the number of claims with each verdict by group; rows that share a claim count once, as in the ledger."""
+    counted: dict[str, Counter[str]] = {name: Counter() for name in HEADINGS}
+    for entry in distinct(ledger):
+        counted[group(entry.kind, paper.claim(entry.claim))][entry.verdict] += 1
+    return {
+        name: [
+            TallyItem(v, v.removeprefix("simulated: "), key(name, v), found[v])
+            for v in dict.fromkeys((*VERDICTS, *sorted(found)))
+            if v in found
+        ]
+        for name, found in counted.items()
+        if found
+    }
 
 
 @dataclass(frozen=True)
@@ -128,9 +136,14 @@ class ClaimRow:
     adjusted: str = ""
 
     @property
+    def group(self) -> str:
+        """One of `HEADINGS`; empty without a kind."""
+        return group(self.kind, self.claim)
+
+    @property
     def key(self) -> str:
-        """The verdict with its kind, by which pages filter."""
-        return key(self.kind, self.verdict)
+        """The verdict with its group, by which pages filter."""
+        return key(self.group, self.verdict)
 
     @property
     def paper(self) -> str:
@@ -160,7 +173,7 @@ class ClaimRow:
     @property
     def link(self) -> str:
         """The result's page, at the figure that shows this claim."""
-        return f"{self.result.path}/index.html#{self.figure or 'claims'}" if self.result else ""
+        return f"{self.result.path}/index.html#{self.figure or f'claim-{self.claim.id}'}" if self.result else ""
 
 
 def claims_of(result: Result) -> list[ClaimRow]:

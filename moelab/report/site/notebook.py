@@ -35,6 +35,7 @@ def convert(notebook: Path) -> Path:
         node = nbformat.read(notebook, as_version=4)
         _describe_figures(node)
         _name_widgets(node)
+        _fold_tables(node)
         body, _ = _exporter().from_notebook_node(node)
         text = template.render(
             "notebook.html", mark=mark, title=_heading(node, notebook.stem), body=body, name=notebook.name
@@ -129,6 +130,20 @@ def _name_widgets(notebook: NotebookNode) -> None:
             kept.append(output)
         if "outputs" in cell:
             cell.outputs = kept
+
+
+LONG = 16
+"""Rows from which a table of a notebook is folded."""
+
+
+def _fold_tables(notebook: NotebookNode) -> None:
+    """Fold the output of long tables behind a line that says how long they are."""
+    for cell in notebook.cells:
+        for output in cell.get("outputs", []):
+            text = output.get("data", {}).get("text/html", "")
+            if "<table" in text and (rows := text.count("<tr") - text.count("<thead")) >= LONG:
+                summary = f"<summary>Table of {rows} rows</summary>"
+                output.data["text/html"] = f'<details class="table">{summary}<div>{text}</div></details>'
 
 
 _WIDGET = re.compile(r"[A-Z]\w+\(.*\)", re.S)

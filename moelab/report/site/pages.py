@@ -6,23 +6,26 @@ import json
 import os
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from moelab.config.serialization import to_json
 from moelab.files import write_text
-from moelab.plotting import svg
-from moelab.report.ledger import counts, entries, family, scale_rank
-from moelab.report.site import notebook, template
+from moelab.plotting import interactive, svg
+from moelab.report.ledger import Entry, entries, family, scale_rank
+from moelab.report.site import downloads, front, notebook, plot, template
 from moelab.report.site.claims import ClaimRow, all_claims, claims_of, sign, tally
 from moelab.report.site.gallery import by_chapter, chapters
-from moelab.report.site.plot import interval_plot
+from moelab.report.site.glossary import TERMS
 from moelab.report.site.results import Result, read_benchmarks, read_results
 from moelab.report.summary import unreadable_line
 
 TABLE_ROWS = 40
 """Rows of a data table on a page; the file linked below the table has them all."""
+
+ASSETS = ("site.css", "site.js", "curves.js", "uplot.min.js", "uplot.min.css", "uplot.LICENSE.txt")
+"""What all pages share: our style and scripts, and uPlot (MIT licence), which draws the interactive charts."""
 
 
 @dataclass(frozen=True)
@@ -56,31 +59,65 @@ def build(root: Path) -> Built:
     for result in results:
         if result.has("notebook.ipynb"):
             (result.names.discard if result.folder in failed else result.names.add)("notebook.html")
-        written += _write_dark_figures(result) + _write_result(result, root, unreadable)
+        written += _write_dark_figures(result)
+        written += downloads.write_zip(result.folder / downloads.RESULT, downloads.members(result))
+        written += _write_result(result, root, unreadable)
     benchmarks, unreadable_benchmarks = read_benchmarks(root)
     unreadable += [*failed.values(), *unreadable_benchmarks]
-    for name in ("site.css", "site.js"):
+    for name in ASSETS:
         written += _write_if_changed(root / "assets" / name, template.asset(name))
     ledger = entries((result.path, result.summary) for result in results)
+    written += _write_downloads(root, results, ledger)
     claims, parts = all_claims(results, ledger), chapters(results)
+    counted = tally(ledger)
     used = {result.scale for result in results} | {row.scale for row in claims if row.result}
+    runs = downloads.packed_runs(root, results)
     page = template.render(
         "index.html",
         up="",
         chapters=parts,
         benchmarks=benchmarks,
         claims=claims,
-        groups=by_chapter(claims, parts),
-        tally=tally(counts(ledger)),
+        groups=[(chapter, plot.axes(rows)) for chapter, rows in by_chapter(claims, parts)],
+        verdicts_of=_verdicts(claims),
+        findings=front.findings(claims),
+        sizes=front.sizes(results),
+        forest=front.forest(claims, counted),
+        tally=counted,
         family=family(ledger),
         scales=sorted(used, key=lambda scale: (scale_rank(scale), scale)),
         results=results,
         unreadable=unreadable,
+        terms=TERMS,
+        repository=downloads.repository(),
+        version=downloads.version(),
+        everything=downloads.EVERYTHING,
+        runs=runs,
         **_VIEW,
     )
     written += _write_if_changed(root / "index.html", page)
+    written += _write_if_changed(root / "runs.html", template.render("runs.html", up="", runs=runs, **_VIEW))
     written += _write_if_changed(root / "compare.html", template.render("compare.html", up="", results=results))
     return Built(root / "index.html", len(results), written, converted, unreadable)
+
+
+def _verdicts(claims: Sequence[ClaimRow]) -> dict[str, str]:
+    """Return the verdicts that a result or an experiment says, by its path or name, separated by ``|``."""
+    found: dict[str, dict[str, None]] = {}
+    for row in claims:
+        for name in (row.result.path, row.experiment) if row.result else (row.experiment,):
+            found.setdefault(name, {})[row.key] = None
+    return {name: "|".join(keys) for name, keys in found.items()}
+
+
+def _write_downloads(root: Path, results: Sequence[Result], ledger: Sequence[Entry]) -> int:
+    """Write the claims as CSV and the zip of everything; return how many files were written."""
+    written = int(_write_if_changed(root / downloads.CLAIMS, downloads.claims_csv(ledger)))
+    files = {downloads.CLAIMS: root / downloads.CLAIMS}
+    for result in sorted(results, key=lambda r: r.path):
+        files |= {f"{result.path}/{name}": path for name, path in downloads.members(result).items()}
+    files |= {f"benchmarks/{p.name}": p for p in sorted((root / "benchmarks").glob("*.json*"))}
+    return written + downloads.write_zip(root / downloads.EVERYTHING, files)
 
 
 def _write_if_changed(path: Path, text: str) -> bool:
@@ -145,8 +182,10 @@ def _write_result(result: Result, root: Path, unreadable: list[str]) -> int:
         except (ValueError, OSError, RecursionError) as error:
             tables[table.name] = []
             unreadable.append(unreadable_line(result.folder / table.data, root, error))
-    shown = sorted(name for name in result.names if not name.endswith((".html", ".js")))
-    facts = [result.path, to_json(result.summary), described, shown, result.has("notebook.html"), tables]
+    shown = sorted(name for name in result.names if not name.endswith((".html", ".js", ".zip")))
+    sizes = [(result.folder / f.data).stat().st_size for f in result.figures if f.data and result.has(f.data)]
+    facts = [result.path, to_json(result.summary), described, shown, result.has("notebook.html"), tables, sizes]
+    facts.append(front.command(result))
     mark = template.mark(
         json.dumps(facts),
         repr([(row.claim, row.key, row.note) for row in rows]),
@@ -156,10 +195,34 @@ def _write_result(result: Result, root: Path, unreadable: list[str]) -> int:
     if template.is_current(page, mark) and data.exists():
         return 0
     up = "../" * (result.path.count("/") + 1)
-    html = template.render("result.html", mark=mark, up=up, result=result, claims=rows, tables=tables, **_VIEW)
+    charts = {f.name: chart for f in result.figures if f.data and (chart := _chart(result, f.name, f.data))}
+    html = template.render(
+        "result.html",
+        mark=mark,
+        up=up,
+        result=result,
+        claims=rows,
+        axes=plot.axes(rows),
+        tables=tables,
+        charts=charts,
+        **_VIEW,
+    )
     write_text(data, f"moelab.add({json.dumps(_comparison(result, rows, tables))});\n")
     write_text(page, html)
     return 2
+
+
+def _chart(result: Result, name: str, data: str) -> dict[str, Any] | None:
+    """Return what the interactive chart of a figure draws, None for a figure without curves."""
+    try:
+        found = interactive.pack(result.rows(data), list(dict.fromkeys(run.label for run in result.summary.runs)))
+    except (ValueError, OSError, RecursionError):
+        return None  # the picture is shown
+    if found is None:
+        return None
+    picture = result.folder / f"{name}.svg"
+    panels = picture.read_text(encoding="utf-8", errors="replace").count('id="axes_') if picture.exists() else 0
+    return {**asdict(found), "panels": panels}
 
 
 def _comparison(result: Result, rows: Sequence[ClaimRow], tables: Mapping[str, list]) -> dict[str, Any]:
@@ -181,10 +244,12 @@ def _comparison(result: Result, rows: Sequence[ClaimRow], tables: Mapping[str, l
             {
                 "id": row.claim.id,
                 "statement": row.claim.statement,
+                "where": row.claim.where,
                 "paper": row.paper,
                 "ours": template.quantity(row.ours, row.claim),
                 "interval": row.interval,
                 "verdict": row.key,
+                "sign": " ".join(sign(row.verdict)),
             }
             for row in rows
         ],
@@ -194,4 +259,11 @@ def _comparison(result: Result, rows: Sequence[ClaimRow], tables: Mapping[str, l
     }
 
 
-_VIEW = {"sign": sign, "plot": interval_plot, "claims_of": claims_of, "table_rows": TABLE_ROWS}
+_VIEW = {
+    "sign": sign,
+    "row_plot": plot.row_plot,
+    "ruler": plot.ruler,
+    "mark_of": plot.mark,
+    "command": front.command,
+    "table_rows": TABLE_ROWS,
+}

@@ -68,8 +68,13 @@ class Result:
 
     @cached_property
     def figures(self) -> Sequence[FigureRow]:
-        """The figures, their texts typeset."""
-        return [FigureRow(f.name, typeset(f.title), typeset(f.caption), f.claims, f.data) for f in self.summary.figures]
+        """The figures, their texts typeset; the first that shows a judged claim leads."""
+        judged = {v.claim for v in self.summary.claims if v.ours is not None}
+        found = [
+            FigureRow(f.name, typeset(f.title), typeset(f.caption), f.claims, f.data) for f in self.summary.figures
+        ]
+        lead = next((f for f in found if judged & set(f.claims)), None)
+        return sorted(found, key=lambda f: f is not lead)
 
     @property
     def seeds(self) -> str:
@@ -138,6 +143,19 @@ class Result:
         return [{"arm": arm, "seeds": len(rows), **_means(rows)} for arm, rows in results.items()]
 
     @property
+    def curves_note(self) -> str:
+        """On how much text the points of curves and the final losses were evaluated; empty if that is the same."""
+        trained = [run.spec["train"] for run in self.summary.runs if isinstance(run.spec.get("train"), dict)]
+        along = {train.get("eval_tokens") for train in trained}
+        final = {run.result.get("validation_tokens") for run in self.summary.runs}
+        if len(along) != 1 or len(final) != 1 or None in along | final or along == final:
+            return ""
+        return (
+            f"Curve: on {along.pop():,} tokens of the validation text. Final losses are on all {final.pop():,}, so the "
+            "last point differs a little from them."
+        )
+
+    @property
     def search_text(self) -> str:
         """The text that the page's search looks through."""
         about = self.about
@@ -146,10 +164,13 @@ class Result:
         return " ".join((self.experiment, self.scale, self.title, self.date, self.hardware, *described, *shown)).lower()
 
     def image(self, name: str) -> dict[str, str]:
-        """Return the files of a figure: `light`, and `dark` where there is one."""
-        if self.has(f"{name}-dark.svg"):
-            return {"light": f"{name}.svg", "dark": f"{name}-dark.svg"}
-        return {"light": f"{name}.png"}
+        """Return the files of a figure: `light`, `dark` where there is one; `narrow` and `narrow_dark` for phones."""
+        if not self.has(f"{name}-dark.svg"):
+            return {"light": f"{name}.png"}
+        files = {"light": f"{name}.svg", "dark": f"{name}-dark.svg"}
+        if self.has(f"{name}-narrow.svg") and self.has(f"{name}-narrow-dark.svg"):
+            files |= {"narrow": f"{name}-narrow.svg", "narrow_dark": f"{name}-narrow-dark.svg"}
+        return files
 
 
 def _means(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moelab.plotting.typography import typeset
+from moelab.report.site.glossary import explain
 
 if TYPE_CHECKING:
     from jinja2 import Environment
@@ -60,7 +61,13 @@ def _environment() -> Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"number": number, "quantity": quantity, "cell": cell, "typeset": typeset}
+    environment.filters |= {
+        "number": number,
+        "quantity": quantity,
+        "cell": cell,
+        "typeset": typeset,
+        "explain": explain,
+    }
     return environment
 
 
@@ -81,11 +88,12 @@ def quantity(value: float | None, claim: Claim) -> str:
     """Return `number` with its unit: the claim's, or that of the quantity that it orders."""
     if value is None:
         return "–"
-    unit = claim.unit or next((unit for word, unit in _ORDERED.items() if word in claim.quantity), "")
+    unit = claim.unit or next((unit for word, unit in ORDERED.items() if word in claim.quantity), "")
     return number(value, claim) + _SHORT.get(unit, f" {unit}" if unit else "")
 
 
-_ORDERED = {"loss": "nats/token", "latency": "ms"}
+ORDERED = {"loss": "nats/token", "latency": "ms"}
+"""Word in the quantity of a claim that has no unit -> unit of our values."""
 _SHORT = {"x": "×", "percentage points": " points"}
 
 

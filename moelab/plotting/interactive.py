@@ -1,0 +1,70 @@
+"""Pack the curves of a figure for an interactive chart, which `moelab/report/templates/curves.js` draws with uPlot."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from moelab.plotting import svg
+from moelab.plotting.palette import colors
+
+MOST = 60_000
+"""Points of a chart; a figure with more keeps its picture only."""
+
+
+@dataclass(frozen=True)
+class Curves:
+    """The curves of a figure.
+
+    Attributes:
+        values: ``loss``, or ``gap`` where the figure shows differences.
+        along: these are evaluations along training; else they are final losses of runs of these lengths.
+        arms: arm -> its colours on light and dark pages.
+        grids: the training tokens of the points; several curves share a grid.
+        series: arm, seed, index of the grid, values.
+    """
+
+    values: str
+    along: bool
+    arms: dict[str, tuple[str, str]]
+    grids: list[list[float]]
+    series: list[tuple[str, int, int, list[float]]]
+
+
+def pack(rows: Sequence[dict[str, Any]], order: Sequence[str] = ()) -> Curves | None:
+    """Return the curves in a figure's data, None if it has none.
+
+    Curves are rows with an arm, a seed, training tokens and a `loss` or `gap`, at least three of each arm and seed.
+    The untrained model is left out: its loss would compress the rest.
+
+    Args:
+        order: the arms in the order in which they are to be listed; others follow.
+    """
+    if not rows or len(rows) > MOST or not {"arm", "seed", "tokens"} <= rows[0].keys():
+        return None
+    column = next((name for name in ("gap", "loss") if name in rows[0]), None)
+    if column is None:
+        return None
+    found: dict[tuple[str, int], list[tuple[float, float]]] = {}
+    for row in rows:
+        tokens, value = row.get("tokens"), row.get(column)
+        if not isinstance(tokens, int | float) or not isinstance(value, int | float):
+            continue
+        if tokens > 0:
+            found.setdefault((str(row["arm"]), int(row["seed"])), []).append((tokens, value))
+    found = {key: sorted(points) for key, points in found.items() if len(points) >= 3}
+    if not found:
+        return None
+    grids: list[list[float]] = []
+    series = []
+    for (arm, seed), points in found.items():
+        grid = [tokens for tokens, _ in points]
+        if grid not in grids:
+            grids.append(grid)
+        series.append((arm, seed, grids.index(grid), [round(value, 5) for _, value in points]))
+    differences = column == "gap" or any(value < 0 for points in found.values() for _, value in points)
+    there = list(dict.fromkeys(arm for arm, _ in found))
+    palette = colors(sorted(there, key=lambda arm: order.index(arm) if arm in order else len(order)))
+    arms = {arm: (color, svg.dark_color(color)) for arm, color in palette.items()}
+    return Curves("gap" if differences else "loss", "per_parameter" not in rows[0], arms, grids, series)

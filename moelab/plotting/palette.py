@@ -1,0 +1,36 @@
+"""Choose colours: safe for colour blindness, and the same for an arm in every figure and on every page."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+# Okabe and Ito's colours, with grey (for the dense base, the first arm) instead of the yellow, which is too light on
+# white. Dash patterns carry the same distinction in print.
+COLORS = ("#6E6E6E", "#56B4E9", "#009E73", "#E69F00", "#D55E00", "#0072B2", "#CC79A7", "#000000")
+_OF_ARM = {
+    name: color
+    for color, names in zip(
+        COLORS,
+        (
+            ("Dense", "350M"),
+            ("MoE-32", "350M+MoE-32"),
+            ("Pyramid-MoE-32/64",),
+            ("Residual-MoE-32",),
+            ("PR-MoE-32/64", "Teacher"),
+            ("MoE-128", "350M+MoE-128"),
+            ("Top2-MoE-32",),
+        ),
+        strict=False,
+    )
+    for name in names
+}
+DASHES = ("", (4, 1.5), (1, 1), (6, 1.5, 1, 1.5), (3, 1), (5, 1, 1, 1, 1, 1), (2, 2), (8, 2))
+
+
+def colors(arms: Sequence[str]) -> dict[str, str]:
+    """Return arm -> colour: the paper's arms have the same one in every figure, the others get the rest by position."""
+    fixed = {arm: _OF_ARM[arm] for arm in arms if arm in _OF_ARM}
+    free = [color for color in COLORS if color not in fixed.values()] or list(COLORS)
+    others = [arm for arm in arms if arm not in fixed]
+    fixed |= {arm: free[i % len(free)] for i, arm in enumerate(others)}
+    return {arm: fixed[arm] for arm in arms}

@@ -1,0 +1,122 @@
+"""Write what can be downloaded: all claims as one CSV, the data of each result and of all as zips, the list of runs."""
+
+from __future__ import annotations
+
+import csv
+import io
+import zipfile
+import zlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+
+from moelab.files import write_bytes
+from moelab.report.ledger import Entry
+from moelab.report.site.results import Result
+
+EVERYTHING = "moelab-results.zip"
+RESULT = "data.zip"
+CLAIMS = "claims.csv"
+
+_COLUMNS = (
+    *("claim", "experiment", "where", "statement", "paper", "ours", "low", "high", "unit", "samples", "scale"),
+    *("kind", "verdict", "adjusted", "same_as", "note", "result"),
+)
+
+
+def claims_csv(ledger: Sequence[Entry]) -> str:
+    """Return a row for every claim: the paper's value, ours with its interval, and the verdict."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, _COLUMNS, lineterminator="\n")
+    writer.writeheader()
+    for entry in ledger:
+        row = {name: getattr(entry, name) for name in _COLUMNS if hasattr(entry, name)}
+        if (e := entry.deciding) is not None:
+            row |= {
+                name: getattr(e, name) for name in ("ours", "low", "high", "unit", "samples", "scale", "note", "result")
+            }
+        writer.writerow(row)
+    return text.getvalue()
+
+
+def members(result: Result) -> dict[str, Path]:
+    """Return the files of a result that its zip has: summary, claims, data, figures; not the notebook, nor pages."""
+    taken = [n for n in result.names if n.endswith((".json", ".jsonl", ".svg")) and not n.endswith("-dark.svg")]
+    return {name: result.folder / name for name in sorted(taken) if not name.endswith("-narrow.svg")}
+
+
+def write_zip(path: Path, files: Mapping[str, Path]) -> bool:
+    """Write a zip of these files, unless it has the same already; return whether it was written.
+
+    The zip of the same files is the same, byte for byte: its times are constant.
+
+    Args:
+        files: name in the zip -> file.
+    """
+    if _is_current(path, files):
+        return False
+    data = io.BytesIO()
+    with zipfile.ZipFile(data, "w") as packed:
+        for name, file in files.items():
+            packed.writestr(zipfile.ZipInfo(name), file.read_bytes(), zipfile.ZIP_DEFLATED, 9)
+    write_bytes(path, data.getvalue())
+    return True
+
+
+def _is_current(path: Path, files: Mapping[str, Path]) -> bool:
+    try:
+        with zipfile.ZipFile(path) as packed:
+            there = {one.filename: (one.file_size, one.CRC) for one in packed.infolist()}
+        written = path.stat().st_mtime_ns
+    except (OSError, zipfile.BadZipFile):
+        return False
+    if list(there) != list(files):
+        return False
+    for name, file in files.items():
+        stat = file.stat()
+        if stat.st_size != there[name][0]:
+            return False
+        if stat.st_mtime_ns > written and zlib.crc32(file.read_bytes()) != there[name][1]:
+            return False
+    return True
+
+
+@dataclass(frozen=True)
+class PackedRun:
+    """The numbers of a run as `moelab runs export` packed them: its file, its size, and the results that use it."""
+
+    id: str
+    file: str
+    kilobytes: int
+    results: Sequence[Result]
+
+
+def packed_runs(root: Path, results: Sequence[Result]) -> list[PackedRun]:
+    """Return the runs in `runs/` below the results, by id."""
+    users: dict[str, list[Result]] = {}
+    for result in results:
+        for run in result.summary.runs:
+            users.setdefault(run.id, []).append(result)
+    return [
+        PackedRun(f.stem, f"runs/{f.name}", max(1, round(f.stat().st_size / 1000)), users.get(f.stem, []))
+        for f in sorted((root / "runs").glob("*.zip"))
+    ]
+
+
+def repository() -> str:
+    """Return the address of the project's repository as its package names it, empty if it names none."""
+    try:
+        urls = metadata.metadata("moelab").get_all("Project-URL") or []
+    except metadata.PackageNotFoundError:
+        return ""
+    named = dict(part.split(", ", 1) for part in urls if ", " in part)
+    return next((url for name, url in named.items() if name.lower() in ("repository", "source", "homepage")), "")
+
+
+def version() -> str:
+    """Return the version of the package, empty if it is not installed."""
+    try:
+        return metadata.version("moelab")
+    except metadata.PackageNotFoundError:
+        return ""

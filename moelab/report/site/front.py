@@ -1,0 +1,337 @@
+"""Say in five sentences what the results found, how large the twins are, and how each result is made again.
+
+All of it is generated from the stored verdicts, specs and parameters of the results that are there.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import shlex
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+from moelab import paper
+from moelab.config import ModelConfig
+from moelab.experiments import EXPERIMENTS
+from moelab.paper.verdicts import (
+    CANNOT_TELL,
+    COUNTED,
+    DIRECTION,
+    FITTED,
+    NO_SPREAD,
+    NOT_REPRODUCED,
+    ONE_SESSION,
+    PREDICTED,
+    REPRODUCED,
+    SIMULATED_DIRECTION,
+    SIMULATED_FAILS,
+    SIMULATED_HOLDS,
+    SIMULATED_WITHIN,
+    UNDECIDED,
+)
+from moelab.plotting.typography import typeset
+from moelab.report.ledger import DISAGREES, OPEN
+from moelab.report.site.claims import HEADINGS, TIMED, TRAINED, ClaimRow, TallyItem
+from moelab.report.site.plot import Axis, axes
+from moelab.report.site.results import Result
+from moelab.report.summary import RunRow
+
+SHOWN = 3
+"""Claims quoted below a finding, at most."""
+
+
+@dataclass(frozen=True)
+class Finding:
+    """A sentence on what was found, with claims that show it.
+
+    Attributes:
+        name: two words that say what it is about.
+        sentence: one sentence.
+        claims: the claims quoted below it, the clearest first.
+        more: how many others there are.
+    """
+
+    name: str
+    sentence: str
+    claims: Sequence[ClaimRow] = ()
+    more: int = 0
+
+
+def findings(rows: Iterable[ClaimRow]) -> list[Finding]:
+    """Return five findings: where training agrees, contradicts, leaves open; timings; what was not measured.
+
+    Args:
+        rows: of all claims (`moelab.report.site.claims.all_claims`); the deciding one of each claim counts, and rows
+            that state the same claim count once.
+    """
+    decided = _distinct(row for row in rows if row.decides)
+    trained = [row for row in decided if row.group == TRAINED]
+    agreeing = _with(trained, REPRODUCED, DIRECTION)
+    contradicting = _with(trained, NOT_REPRODUCED)
+    unsettled = [row for row in trained if row not in agreeing and row not in contradicting]
+    found = [
+        _agreement(agreeing, len(trained)),
+        _quoting(
+            "Contradiction",
+            contradicting,
+            lambda n: f"{_claims(n)} {'is' if n == 1 else 'are'} contradicted by the trained twins:",
+            "No claim is contradicted by the trained twins." if trained else "No twin has been trained yet.",
+        ),
+        _undecided(unsettled, [row for row in decided if row.group == OPEN or not row.group]),
+        _timing([row for row in decided if row.group == TIMED]),
+        _not_measured(decided),
+    ]
+    return found
+
+
+def _distinct(rows: Iterable[ClaimRow]) -> list[ClaimRow]:
+    """Return one row a claim: of rows that share it one with a kind, else one with a value, else the first."""
+    shared: dict[str, list[ClaimRow]] = {}
+    for row in rows:
+        shared.setdefault(row.claim.same_as or row.claim.id, []).append(row)
+    return [
+        min(group, key=lambda r: (r.kind in ("", OPEN), r.ours is None, bool(r.claim.same_as)))
+        for group in shared.values()
+    ]
+
+
+def _with(rows: Sequence[ClaimRow], *verdicts: str) -> list[ClaimRow]:
+    return sorted((row for row in rows if row.verdict in verdicts), key=_doubt)
+
+
+def _doubt(row: ClaimRow) -> float:
+    """Return a number that is smaller the clearer a claim's interval is: half its width over our value."""
+    if row.low is None or row.high is None or not row.ours:
+        return float("inf")
+    return (row.high - row.low) / abs(row.ours)
+
+
+def _claims(n: int, what: str = "claim") -> str:
+    words = ("No", "One", "Two", "Three", "Four", "Five", "Six", "Seven", "Eight", "Nine")
+    return f"{words[n] if n < len(words) else n} {what}{'' if n == 1 else 's'}"
+
+
+def _quoting(name: str, rows: Sequence[ClaimRow], sentence: Callable[[int], str], none: str) -> Finding:
+    return Finding(name, sentence(len(rows)) if rows else none, rows[:SHOWN], len(rows[SHOWN:]))
+
+
+def _agreement(rows: Sequence[ClaimRow], trained: int) -> Finding:
+    full = sum(row.verdict == REPRODUCED for row in rows)
+    return _quoting(
+        "Agreement",
+        rows,
+        lambda n: (
+            f"The trained twins agree with the paper on {n} of the {trained} claims they were trained for: {full} as "
+            f"stated, {n - full} in direction but at another size of effect."
+        ),
+        "No trained claim agrees with the paper yet." if trained else "No claim has been tested by training yet.",
+    )
+
+
+def _undecided(rows: Sequence[ClaimRow], open_: Sequence[ClaimRow]) -> Finding:
+    larger = sum(row.claim.testable_at in ("gpu", "paper") for row in open_)
+    disputed = sum(row.verdict == DISAGREES for row in open_)
+    left = f"{len(open_)} {'other has' if len(open_) == 1 else 'others have'} no verdict"
+    if larger:
+        left += f", {larger} of them because they need a larger scale than any that has run"
+    if disputed:
+        left += f", {disputed} because the paper’s own numbers disagree"
+    left = left if open_ else "every other claim has a verdict"
+    return _quoting(
+        "Undecided",
+        rows,
+        lambda n: (
+            f"{_claims(n)} that twins were trained for {'stays' if n == 1 else 'stay'} undecided: "
+            f"{_reasons(rows)}; {left}."
+        ),
+        f"No trained claim is undecided; {left}.",
+    )
+
+
+def _reasons(rows: Sequence[ClaimRow]) -> str:
+    """Say for how many of these claims which reason leaves them undecided."""
+    n = Counter(row.verdict for row in rows)
+    reasons = (
+        (n[UNDECIDED], "because the seeds leave both answers open"),
+        (n[CANNOT_TELL], "because no check showed that these runs can tell such arms apart"),
+        (n[NO_SPREAD], "because there is one seed only"),
+    )
+    return ", ".join(f"{k} {why}" for k, why in reasons if k) or "for want of samples"
+
+
+def _timing(rows: Sequence[ClaimRow]) -> Finding:
+    agreeing, against = _with(rows, REPRODUCED, DIRECTION), _with(rows, NOT_REPRODUCED)
+    once = sum(row.verdict == ONE_SESSION for row in rows)
+
+    def sentence(n: int) -> str:
+        if once == n:
+            were = "was" if n == 1 else "were"
+            return f"{_claims(n)} about speed {were} timed in one session only, which judges nothing:"
+        unjudged = f", {once} not judged (one session)" if once else ""
+        return f"Of {n} claims about speed timed here {len(agreeing)} agree and {len(against)} contradict{unjudged}:"
+
+    ordered = [*against, *agreeing, *(row for row in rows if row not in against and row not in agreeing)]
+    return _quoting("Speed", ordered, sentence, "No claim about speed has been timed here yet.")
+
+
+def _not_measured(rows: Sequence[ClaimRow]) -> Finding:
+    """Say what arithmetic and the simulator find; a contradiction among them is quoted."""
+    of = {kind: [row for row in rows if row.group == kind] for kind in (COUNTED, PREDICTED, FITTED)}
+    parts = []
+    if counted := of[COUNTED]:
+        parts.append(f"arithmetic confirms {len(_with(counted, REPRODUCED))} of {len(counted)} counted claims")
+    if predicted := of[PREDICTED]:
+        n = Counter(row.verdict for row in predicted)
+        parts.append(
+            f"the simulated cluster predicts {n[SIMULATED_WITHIN] + n[SIMULATED_HOLDS]} of {len(predicted)} as the "
+            f"paper states them (numbers within 15 %), {n[SIMULATED_DIRECTION]} in direction only and "
+            f"{n[SIMULATED_FAILS]} not"
+        )
+    if fitted := of[FITTED]:
+        parts.append(f"{len(fitted)} more served to fit it and prove nothing")
+    if not parts:
+        return Finding("Not measured", "Nothing has been counted or simulated yet.")
+    against = [*_with(of[COUNTED], NOT_REPRODUCED), *_with(of[PREDICTED], SIMULATED_FAILS)]
+    text = f"Without any measurement, {'; '.join(parts)}{':' if against else '.'}"
+    return Finding("Not measured", typeset(text), against[:SHOWN], len(against[SHOWN:]))
+
+
+@dataclass(frozen=True)
+class ForestGroup:
+    """Claims of one group in the forest plot: their verdicts counted, and their rows by the axis that they share."""
+
+    name: str
+    heading: str
+    tally: Sequence[TallyItem]
+    panels: Sequence[tuple[Axis | None, Sequence[ClaimRow]]]
+
+
+def forest(rows: Iterable[ClaimRow], tally: dict[str, list[TallyItem]]) -> list[ForestGroup]:
+    """Return the deciding rows of all claims by group, with their axes; groups without claims are left out."""
+    decided = [row for row in rows if row.decides]
+    return [
+        ForestGroup(name, HEADINGS[name], items, axes(row for row in decided if (row.group or OPEN) == name))
+        for name, items in tally.items()
+    ]
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """How large the twins of one scale are, beside the paper's models; each attribute a text."""
+
+    scale: str
+    runs: int
+    seeds: str
+    parameters: str
+    paper_parameters: str
+    shape: str
+    tokens: str
+    paper_tokens: str
+    corpora: str
+
+
+def sizes(results: Sequence[Result]) -> list[Sizes]:
+    """Return the sizes of the twins behind the newest result of every experiment, by scale."""
+    newest: dict[tuple[str, str], Result] = {}
+    for result in results:
+        newest.setdefault((result.scale, result.experiment), result)
+    by_scale: dict[str, dict[str, tuple[RunRow, Result]]] = {}
+    for (scale, _), result in newest.items():
+        by_scale.setdefault(scale, {}).update({run.id: (run, result) for run in result.summary.runs})
+    return [found for scale, runs in by_scale.items() if runs and (found := _sizes(scale, list(runs.values())))]
+
+
+def _sizes(scale: str, runs: Sequence[tuple[RunRow, Result]]) -> Sizes | None:
+    models = [run.spec["model"] for run, _ in runs if isinstance(run.spec.get("model"), dict)]
+    trained = [run.spec["train"] for run, _ in runs if isinstance(run.spec.get("train"), dict)]
+    parameters = [n for run, _ in runs if isinstance(n := run.result.get("parameters"), int | float)]
+    if not (models and trained and parameters):
+        return None
+    published = [known for model in models if (known := _paper_size(str(model.get("name", ""))))]
+    seeds = [len(result.summary.seeds) for result in {r.path: r for _, r in runs}.values() if result.summary.seeds]
+    return Sizes(
+        scale,
+        len(runs),
+        _range(seeds, str),
+        _range(parameters, large),
+        _range([size for size, _ in published], large),
+        f"{_range([m.get('layers') for m in models], str)} layers of {_range([m.get('hidden') for m in models], str)}",
+        _range([t.get("tokens") for t in trained], large),
+        _range([tokens for _, tokens in published], large),
+        ", ".join(sorted({str(run.spec["data"]["corpus"]) for run, _ in runs if "corpus" in run.spec.get("data", {})})),
+    )
+
+
+@functools.cache
+def _paper_size(name: str) -> tuple[int, float] | None:
+    """Return parameters and training tokens of the paper's model of which `name` names the twin, None if unknown."""
+    try:
+        label = name.removesuffix(" twin")
+        return ModelConfig.parse(label).parameters(), paper.training_settings(label).train_tokens
+    except ValueError:
+        return None
+
+
+def large(value: float) -> str:
+    """Return a number as text: ``674 thousand``, ``1.0 million``, ``52 billion``."""
+    for size, word in ((1e9, "billion"), (1e6, "million"), (1e3, "thousand")):
+        if value >= size:
+            shown = value / size
+            return f"{shown:.0f} {word}" if shown >= 10 else f"{shown:.1f} {word}"
+    return f"{value:g}"
+
+
+def _range(values: Iterable[float | None], text: Callable[[float], str]) -> str:
+    known = [v for v in values if v is not None]
+    if not known:
+        return "unknown"
+    low, high = text(min(known)), text(max(known))
+    if low == high:
+        return low
+    if low.partition(" ")[2] == high.partition(" ")[2]:
+        low = low.partition(" ")[0]
+    return f"{low} to {high}"
+
+
+def command(result: Result) -> str:
+    """Return the command that makes a result again, from its parameters; empty for an unknown experiment.
+
+    Parameters that today's notebook does not have, and those at their defaults, are left out.
+    """
+    about = EXPERIMENTS.get(result.experiment)
+    if about is None:
+        return ""
+    words = ["moelab", "run", about.name, "--scale", result.summary.scale]
+    defaults = notebook_defaults(about.notebook)
+    for name, value in result.summary.parameters.items():
+        if name == "scale" or name not in defaults or value in (None, "", [], {}, defaults[name]):
+            continue
+        if name == "arms" and isinstance(value, list) and set(value) == set(about.arms or ()):
+            continue
+        if name == "overrides" and isinstance(value, dict):
+            words += [word for key, v in value.items() for word in ("-p", f"{key}={_text(v)}")]
+        else:
+            words += ["-p", f"{name}={_text(value)}"]
+    return shlex.join(words)
+
+
+def _text(value: object) -> str:
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+@functools.cache
+def notebook_defaults(name: str) -> dict[str, object]:
+    """Return the parameters of a notebook with their defaults, from its cell tagged `parameters`."""
+    import ast
+
+    from moelab import paths
+
+    try:
+        cells = json.loads((paths.notebooks() / name).read_text(encoding="utf-8"))["cells"]
+        source = next("".join(c["source"]) for c in cells if "parameters" in c["metadata"].get("tags", []))
+        assigned = [node for node in ast.parse(source).body if isinstance(node, ast.AnnAssign) and node.value]
+        return {node.target.id: ast.literal_eval(node.value) for node in assigned if isinstance(node.target, ast.Name)}
+    except (OSError, StopIteration, KeyError, ValueError):
+        return {}

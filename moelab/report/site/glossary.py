@@ -1,0 +1,57 @@
+"""Explain the words of the pages where they stand and in a glossary."""
+
+from __future__ import annotations
+
+import re
+
+from markupsafe import Markup, escape
+
+from moelab.plotting.typography import typeset
+
+TERMS = {
+    "twin": "the scaled-down counterpart of a model of the paper: the same shape rules and numbers of experts, "
+    "narrower and shallower",
+    "arm": "one of the models or settings that an experiment compares",
+    "seed": "the number from which initial weights and the order of the data are drawn; several show how much of a "
+    "difference is chance",
+    "scale": "the size at which an experiment runs: smoke (seconds, for tests), quick (minutes), cpu (a laptop), gpu "
+    "(one GPU), paper (the published models on a cluster); simulated: the cluster model",
+    "nats": "unit of the loss: the mean of −ln p, p the probability that the model gave to the right next token; 0.7 "
+    "less is twice the probability",
+    "MoE": "mixture of experts: a layer with several feed-forward networks, of which a gate chooses one or a few for "
+    "each token",
+    "MoE-128": "128 experts in every second layer",
+    "PR-MoE": "pyramid-residual MoE: more experts in the last layers (32/64: 64 in the last two), and a fixed network "
+    "beside each expert",
+    "Top-2": "each token goes to two experts instead of one",
+    "drop-free": "without a limit on the tokens that an expert takes; with one, the tokens above it skip the expert",
+    "L21": "a student with 21 layers where its teacher has 24",
+    "KD": "knowledge distillation: a student is trained to imitate the outputs of a larger teacher",
+    "MoS": "mixture of students: a smaller PR-MoE trained by distillation that stops before the end",
+    "95\u00a0% interval": "Student’s interval of the mean over seeds, paired by seed where two arms are compared",
+    "Holm": "Holm’s adjustment: makes all measured verdicts right together with 95 % probability",
+    "all-to-all": "the exchange in which each GPU sends tokens to the experts on all others",
+    "counted": "follows from the models’ definition by arithmetic; nothing is measured",
+    "predicted": "computed by the cluster simulator on numbers that it was not fitted on",
+    "fitted": "computed by the cluster simulator on the numbers that its constants come from: no evidence",
+}
+"""Term -> what it means, in the order of the glossary."""
+
+_EXPLAINED = ("twin", "arm", "nats", "drop-free", "L21", "KD", "MoS", "Holm", "PR-MoE", "Top-2", "all-to-all")
+_PATTERN = re.compile(
+    r"(?<![\w/+-])(?P<term>" + "|".join(re.escape(term) for term in _EXPLAINED) + r")(?P<plural>s?)(?![\w+/-])"
+)
+
+
+def explain(text: str) -> Markup:
+    """Return a text, typeset, with the first place of each of its terms marked as ``<abbr>`` with the meaning."""
+    seen: set[str] = set()
+
+    def marked(found: re.Match[str]) -> str:
+        term = found["term"]
+        if term in seen or (found["plural"] and term not in ("twin", "arm")):
+            return found[0]
+        seen.add(term)
+        return f'<abbr title="{escape(TERMS[term])}">{found[0]}</abbr>'
+
+    return Markup(_PATTERN.sub(marked, str(escape(typeset(text)))))

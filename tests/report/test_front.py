@@ -1,0 +1,143 @@
+"""The start page: five findings from the verdicts, axes that rows share, sizes, commands, downloads, explained words."""
+
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from moelab import paper
+from moelab.experiments import EXPERIMENTS
+from moelab.paper.verdicts import CANNOT_TELL, NOT_REPRODUCED, ONE_SESSION, REPRODUCED, UNDECIDED
+from moelab.report.ledger import NOT_YET
+from moelab.report.site import downloads, front, plot
+from moelab.report.site.claims import ClaimRow
+from moelab.report.site.glossary import TERMS, explain
+from moelab.report.site.results import Result
+from moelab.report.summary import parse
+
+
+def result(parameters: dict | None = None, runs: list | None = None, experiment: str = "pr-moe", **others) -> Result:
+    about = {"experiment": experiment, "scale": "cpu", "title": "t", "finished": "2026", "runs": runs or [], **others}
+    return Result(Path("nowhere"), f"{experiment}/cpu/1", parse(about | {"parameters": parameters or {}}))
+
+
+def row(claim: str, verdict: str, ours: float | None = None, low=None, high=None, kind: str = "measured") -> ClaimRow:
+    where = result() if ours is not None else None
+    return ClaimRow(paper.claim(claim), verdict, where, "cpu", ours, low, high, 3, decides=True, kind=kind)
+
+
+def test_five_findings_say_what_agrees_what_does_not_and_why_the_rest_is_open():
+    rows = [
+        row("moe128-beats-moe32", REPRODUCED, -0.02, -0.03, -0.01),
+        row("moe128-350m-beats-own-base", REPRODUCED, -0.3, -0.31, -0.29),
+        row("full-kd-hurts-late", NOT_REPRODUCED, -0.05, -0.06, -0.04),
+        row("pyramid-shrinks-gap", UNDECIDED, 0.0, -0.01, 0.01),
+        row("residual-equals-top2", CANNOT_TELL, 0.0, -0.01, 0.01),
+        row("kernels-6x", ONE_SESSION, 2.0),
+        row("pr-moe-size", REPRODUCED, 0.31, 0.31, 0.31, kind="counted"),
+        row("moe-flop-efficiency", "simulated: does not hold", 0.78, kind="predicted"),
+        row("1t-under-25ms", "simulated: holds", 21.0, kind="predicted"),
+        row("speedup-1t", NOT_YET, kind="open"),
+    ]
+    found = front.findings(rows)
+    assert [f.name for f in found] == ["Agreement", "Contradiction", "Undecided", "Speed", "Not measured"]
+    agreement, contradiction, undecided, speed, rest = (f.sentence for f in found)
+    assert "on 2 of the 5 claims" in agreement and "2 as stated, 0 in direction" in agreement
+    assert found[0].claims[0].claim.id == "moe128-350m-beats-own-base", "the clearest first"
+    assert contradiction.startswith("One claim is") and found[1].claims[0].claim.id == "full-kd-hurts-late"
+    assert "1 because the seeds leave both answers open, 1 because no check" in undecided and "1 other has" in undecided
+    assert "one session only" in speed
+    assert "confirms 1 of 1 counted" in rest and "predicts 1 of 2" in rest and found[4].claims[0].ours == 0.78
+
+
+def test_findings_without_results_are_sentences_too():
+    found = front.findings([row("moe128-beats-moe32", NOT_YET, kind="open")])
+    assert len(found) == 5 and all(f.sentence.endswith(".") and not f.claims for f in found)
+
+
+def test_rows_that_state_the_same_claim_count_once():
+    shared = next(claim for claim in paper.claims() if claim.same_as)
+    rows = [row(shared.same_as, "simulated: holds", 2.0, kind="predicted")]
+    rows.append(row(shared.id, "simulated: holds", 2.0, kind="predicted"))
+    assert "predicts 1 of 1" in front.findings(rows)[4].sentence
+
+
+def test_rows_share_an_axis_by_what_they_show():
+    loss = [
+        row("moe128-beats-moe32", REPRODUCED, -0.02, -0.03, -0.01),
+        row("moe128-350m-beats-own-base", REPRODUCED, -0.05),
+    ]
+    ratio = [row("pr-moe-size", REPRODUCED, 0.31), row("kernels-6x", ONE_SESSION, 2.0)]
+    (first, losses), (second, ratios) = plot.axes([*loss, *ratio])
+    assert (losses, ratios) == (loss, ratio)
+    assert first.name == "difference in nats per token" and not first.relative and first.neutral == 0
+    assert first.low < -0.329 and first.high > 0 and 0 in first.ticks, "the paper's range and no difference fit"
+    assert second.relative and second.low < 2 / 6 and 1.0 in second.ticks
+    assert plot.EDGE <= first.percent(-0.329) < first.percent(0) <= 100 - plot.EDGE
+    assert first.percent(-9) == plot.EDGE, "beyond the end is the end"
+    drawn = plot.row_plot(loss[0], first)
+    assert f'x1="{first.percent(-0.03):.2f}%"' in drawn and "circle" in drawn
+    assert "M-4.2" in plot.row_plot(row("full-kd-hurts-late", NOT_REPRODUCED, -0.05), first), "a square contradicts"
+
+
+def test_a_ratio_without_a_number_of_the_paper_has_no_axis():
+    assert plot.axes([row("dispatch-cost-factor-e", REPRODUCED, 512.0)])[0][0] is None
+
+
+@pytest.mark.parametrize("values", [(-0.3, 0.1), (1e-5, 2e-5), (-3000.0, 10.0), (0.0, 0.0)])
+def test_an_axis_has_a_few_ticks_inside(values):
+    axis = plot._axis(False, "difference in ms", [row("moe128-beats-moe32", REPRODUCED, v) for v in values])
+    assert 2 <= len(axis.ticks) <= 7 and all(axis.low <= t <= axis.high for t in axis.ticks)
+
+
+def test_the_command_has_the_parameters_that_are_not_defaults():
+    arms = list(EXPERIMENTS["half-moe"].arms)
+    overrides = {"train.tokens": 7, "data.corpus": "mix5"}
+    given = {"scale": "cpu", "seeds": 8, "arms": arms, "of_another_version": 1, "overrides": overrides}
+    assert front.command(result(given, experiment="half-moe")) == (
+        "moelab run half-moe --scale cpu -p seeds=8 -p train.tokens=7 -p data.corpus=mix5"
+    )
+    assert front.command(result({"arms": ["a", "b"]}, experiment="half-moe")) == (
+        """moelab run half-moe --scale cpu -p 'arms=["a", "b"]'"""
+    )
+    assert front.command(result(experiment="mine")) == ""
+
+
+def test_sizes_come_from_the_specs():
+    def run(name, layers, parameters, tokens):
+        model = {"name": f"{name} twin", "layers": layers, "hidden": 32}
+        spec = {"model": model, "train": {"tokens": tokens}, "data": {"corpus": "mix5"}}
+        return {"id": name, "label": name, "spec": spec, "result": {"parameters": parameters}}
+
+    runs = [run("350M", 7, 171_328, 1_024_000), run("1.3B+MoE-128", 8, 2_528_640, 16_400_000)]
+    (sizes,) = front.sizes([result(runs=runs, seeds=[0, 1, 2])])
+    assert (sizes.parameters, sizes.tokens, sizes.shape) == (
+        "171 thousand to 2.5 million",
+        "1.0 to 16 million",
+        "7 to 8 layers of 32",
+    )
+    assert sizes.paper_parameters == "356 million to 52 billion" and sizes.paper_tokens == "300 billion"
+    assert (sizes.seeds, sizes.corpora, sizes.runs) == ("3", "mix5", 2)
+    assert front.sizes([result(), result(runs=[{"id": "x", "label": "x"}])]) == []
+
+
+def test_a_zip_is_written_again_only_if_a_file_changed(tmp_path):
+    files = {name: tmp_path / name for name in ("a.json", "b.jsonl")}
+    for file in files.values():
+        file.write_text(file.name)
+    packed = tmp_path / "data.zip"
+    assert downloads.write_zip(packed, files) and not downloads.write_zip(packed, files)
+    first = packed.read_bytes()
+    files["a.json"].write_text("A.json")
+    assert downloads.write_zip(packed, files), "of the same length"
+    assert zipfile.ZipFile(packed).read("a.json") == b"A.json"
+    files["a.json"].write_text("a.json")
+    assert downloads.write_zip(packed, files) and packed.read_bytes() == first, "the same, byte for byte"
+    assert not downloads.write_zip(packed, files) and downloads.write_zip(packed, {"a.json": files["a.json"]})
+
+
+def test_words_are_explained_where_they_first_stand():
+    text = explain("twins & KD: twins, MoE-128's arms <b> in L21+KD; PR-MoE-32/64")
+    assert text.startswith(f'<abbr title="{TERMS["twin"]}">twins</abbr> &amp; <abbr')
+    assert text.count("twins") == 2 and "&lt;b&gt;" in text
+    assert "L21+KD" in text and "PR-MoE-32/64" in text, "names of models stay whole"
