@@ -9,7 +9,7 @@ import sys
 
 import typer
 
-from moelab.cli import bench, experiments, kernels, models, runs, simulate, slurm, view
+from moelab.cli import bench, experiments, gpu, kernels, models, runs, simulate, slurm, view
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -22,6 +22,7 @@ view.register(app)
 models.register(app)
 app.command()(simulate.plan)
 slurm.register(app)
+gpu.register(app)
 app.add_typer(runs.app, name="runs")
 app.add_typer(bench.bench, name="bench")
 app.add_typer(simulate.app, name="simulate")
