@@ -7,8 +7,7 @@ that fails on this card (memory, dtype) is a row with its error; the others go o
 from __future__ import annotations
 
 import math
-import statistics
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -31,6 +30,7 @@ LAYERS = [
 ]
 GATES = [1, 64, 16384]
 PEERS = ("transformers", "deepspeed")
+GATE_PEERS = ("masks (baseline)", "deepspeed, masks", "deepspeed, sparse routes")
 
 
 def cases(context: Context) -> Iterator[Case]:
@@ -94,39 +94,35 @@ def _measure_layer(size: LayerSize, backward: bool, timing: Timing) -> list[Numb
         if timing.device == "cuda":
             torch.cuda.empty_cache()
 
-    found = _rows(layer.measure(size, timing, backward=backward, on_failure=fail))
-    ours = next((row for row in found if row["candidate"] == layer.DROP_FREE), None)
-    if ours is not None:
-        text = [f"ours {ours['median_ms']:.3g} ms = {ours['floor_ratio']:.2f} x floor"]
-        text += [
-            f"{row['candidate']} {row['median_ms'] / ours['median_ms']:.2f} x ours"
-            for row in found
-            if row["candidate"] in (layer.EINSUM, layer.GROUPED, layer.MIXTRAL, layer.DEEPSPEED)
-        ]
-        found[0]["finding"] = "; ".join(text)
+    found = _rows(layer.measure(size, timing, backward=backward, on_failure=fail), layer.DROP_FREE)
     if not found:
         raise RuntimeError(f"no candidate ran: {failed[0]['error']}")
-    return found + failed
+    shown = (layer.EINSUM, layer.GROUPED, layer.MIXTRAL, layer.DEEPSPEED)
+    return _with_finding(found, layer.DROP_FREE, shown) + failed
 
 
-def _rows(found: list[harness.Row]) -> list[Numbers]:
-    """Return rows as JSON values, with the time over ours."""
+def _rows(found: list[harness.Row], ours: str) -> list[Numbers]:
+    """Return rows as JSON values, each with its time over that of `ours`, if that ran."""
     values = [row.json() for row in found]
+    own = next((row.median_ms for row in found if row.candidate == ours), None)
     for value in values:
         value.pop("rounds_ms")
+        value |= {"over_ours": value["median_ms"] / own} if own else {}
     return values
 
 
-def _gate(S: int, timing: Timing) -> list[Numbers]:
-    found = _rows(gate_bench.measure(S, 128, timing))
-    return _with_finding(found, "ours", "masks (baseline)")
-
-
-def _with_finding(found: list[Numbers], ours: str, other: str) -> list[Numbers]:
-    ms = {row["candidate"]: row["median_ms"] for row in found}
-    floor = next(row["floor_ratio"] for row in found if row["candidate"] == ours)
-    found[0]["finding"] = f"ours {ms[ours]:.3g} ms = {floor:.2f} x floor; {other} {ms[other] / ms[ours]:.2f} x ours"
+def _with_finding(found: list[Numbers], ours: str, others: Sequence[str]) -> list[Numbers]:
+    """Give the first row the text of what the rows say."""
+    own = next((row for row in found if row["candidate"] == ours), None)
+    if own is not None:
+        text = [f"ours {own['median_ms']:.3g} ms = {own['floor_ratio']:.2f} x floor"]
+        text += [f"{row['candidate']} {row['over_ours']:.2f} x ours" for row in found if row["candidate"] in others]
+        found[0]["finding"] = "; ".join(text)
     return found
+
+
+def _gate(S: int, timing: Timing) -> list[Numbers]:
+    return _with_finding(_rows(gate_bench.measure(S, 128, timing), "ours"), "ours", GATE_PEERS)
 
 
 def _replayed(S: int, timing: Timing, calls: int = 50) -> list[Numbers]:
@@ -154,7 +150,7 @@ def _replayed(S: int, timing: Timing, calls: int = 50) -> list[Numbers]:
     case = {"tokens": S, "experts": 128, "capacity": capacity}
     described = "one round of hidden states, the same each time"
     found = harness.rows(case, times, against="ours", floor_s=floor_s, timing=timing, inputs=described)
-    return _with_finding(_rows(found), "ours", "masks (baseline)")
+    return _with_finding(_rows(found, "ours"), "ours", GATE_PEERS)
 
 
 def replay(call: Callable[[], Any], device: str) -> Callable[[], Any]:
@@ -176,9 +172,3 @@ def replay(call: Callable[[], Any], device: str) -> Callable[[], Any]:
         return kept
 
     return run
-
-
-def median_ms(call: Callable[[], Any], timing: Timing, calls: int = 1) -> float:
-    """Return the median time of a call over the rounds, after one that is not counted."""
-    times = [timing.seconds(lambda _: call(), None, calls) for _ in range(timing.rounds + 1)]
-    return statistics.median(times[1:]) * 1e3
