@@ -15,7 +15,7 @@ _TREE = Path(__file__).resolve().parents[1]
 
 
 class _Kernels:
-    """Finds `moelab.kernels` in the folder `kernels` of a source tree that no installation has mapped."""
+    """Finds `moelab.kernels` in the folder `kernels` of this source tree, installed or not."""
 
     @staticmethod
     def find_spec(name: str, path: object = None, target: object = None) -> ModuleSpec | None:
@@ -27,4 +27,4 @@ class _Kernels:
 
 
 if (_TREE / "pyproject.toml").is_file() and (_TREE / "kernels" / "__init__.py").is_file():
-    sys.meta_path.append(_Kernels)  # last: an installation comes first
+    sys.meta_path.insert(0, _Kernels)  # before an installation of another tree

@@ -68,13 +68,15 @@ class Context:
         return [row for row in self.rows if (row["stage"], row["case"], row["status"]) == (stage, case, "ok")]
 
 
-def work(stage: str, setup: Setup, session: str, seconds: float, say: Callable[[str], None] = print) -> int:
+def work(
+    stage: str, setup: Setup, session: str, seconds: float, *, module: str = "", say: Callable[[str], None] = print
+) -> int:
     """Run the cases that have not succeeded yet and did not fail in this session; return the exit code."""
     context = Context(setup, time.monotonic() + seconds, stages.rows(setup))
     mine = [row for row in context.rows if row["stage"] == stage]
     over = {row["case"] for row in mine if row["status"] == "ok" or row.get("session") == session}
-    module = importlib.import_module(f"moelab.acceptance.{stage}")
-    for case in module.cases(context):
+    found = importlib.import_module(module or f"moelab.acceptance.{stage}")
+    for case in found.cases(context):
         if case.name in over:
             continue
         if context.left() < case.least_s:
@@ -136,5 +138,6 @@ def _device_lost(error: Exception) -> bool:
 
 
 if __name__ == "__main__":
-    _stage, _out, _device, _session, _seconds = sys.argv[1:]
-    sys.exit(work(_stage, Setup(Path(_out), _device), _session, float(_seconds)))
+    _stage, _module, _out, _device, _session, _seconds = sys.argv[1:]
+    sys.stdout.reconfigure(line_buffering=True)
+    sys.exit(work(_stage, Setup(Path(_out), _device), _session, float(_seconds), module=_module))

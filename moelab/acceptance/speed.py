@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -35,7 +34,7 @@ GATE_PEERS = ("masks (baseline)", "deepspeed, masks", "deepspeed, sparse routes"
 
 def cases(context: Context) -> Iterator[Case]:
     """Yield the ceilings, the layers and the gates."""
-    timing = Timing(3 if context.tiny else 9, context.device, warm_up=1, budget_s=20)
+    timing = Timing(1, "cpu", warm_up=0) if context.tiny else Timing(9, context.device, warm_up=1, budget_s=20)
     sizes = [LayerSize(64, 32, 64, 4, "bf16", top_k=2)] if context.tiny else LAYERS
     tokens = [1, 67] if context.tiny else GATES
     yield Case("ceilings", lambda: ceilings(timing, context))
@@ -143,8 +142,8 @@ def _replayed(S: int, timing: Timing, calls: int = 50) -> list[Numbers]:
         times = harness.in_turns(
             {name: lambda _, call=call: call() for name, call in candidates.items()},
             lambda i: None,
-            replace(timing, warm_up=1),
-            lambda call, given: timing.seconds(call, given, calls=calls),
+            timing,
+            lambda call, given: timing.seconds(call, given, calls=calls if timing.device == "cuda" else 1),
         )
     floor_s = S * 128 * 4 / harness.read_rate(timing, 1 << 20 if timing.device == "cpu" else 1 << 28)
     case = {"tokens": S, "experts": 128, "capacity": capacity}

@@ -37,16 +37,18 @@ class Stage:
     """One stage.
 
     Attributes:
-        name: also the name of the module with its cases.
+        name: in the results, and of the module with its cases.
         what: what it answers, in a line.
         limit_s: seconds after which it is ended.
         needs: packages without which it is left out.
+        module: the module with its cases, if it is not `moelab.acceptance.<name>`.
     """
 
     name: str
     what: str
     limit_s: int
     needs: tuple[str, ...] = ("torch", "triton")
+    module: str = ""
 
 
 _TEXT = ("torch", "triton", "tokenizers")
@@ -224,13 +226,13 @@ def _supervise(setup: Setup, stage: Stage, limit_s: float, session: str) -> Outc
         if code is None or code == OUT_OF_TIME:
             _close_case(setup, stage, session, "ended: the stage's time is up")
             break
-        name = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
-        if not _close_case(
-            setup, stage, session, f"its process ended with {name}: {_last_line(setup.out / 'log.txt')}"
-        ):
-            outcome = {"status": "failed", "reason": f"{name}: {_last_line(setup.out / 'log.txt')}"}
-            if code != START_AGAIN:
-                break
+        if code == START_AGAIN:
+            continue
+        end = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
+        end += f": {_last_line(setup.out / 'log.txt')}"
+        if not _close_case(setup, stage, session, f"its process ended with {end}"):
+            outcome = {"status": "failed", "reason": end}
+            break
     else:
         outcome = {"status": "failed", "reason": f"its process ended {RESTARTS} times"}
     return {**outcome, "seconds": round(time.monotonic() - started, 1)}
@@ -242,7 +244,7 @@ OUT_OF_TIME, START_AGAIN = 3, 4
 
 def _work(setup: Setup, stage: Stage, seconds: float, session: str) -> int | None:
     """Run the worker; return its exit code, None if it was ended when its time was up."""
-    command = [sys.executable, "-m", "moelab.acceptance.cases", stage.name, str(setup.out), setup.device]
+    command = [sys.executable, "-m", "moelab.acceptance.cases", stage.name, stage.module, str(setup.out), setup.device]
     command += [session, f"{seconds:.1f}"]
     tree = str(Path(__file__).resolve().parents[2])
     inherited = dict(os.environ) | {environment.HOME.name: str(paths.home())}
