@@ -13,6 +13,7 @@ from typing import NamedTuple
 import torch
 from torch.autograd.function import once_differentiable
 
+from . import tuning
 from ._common import INTERPRETING, dot_precision, next_power_of_2, tl, triton
 
 
@@ -161,6 +162,7 @@ def _plan(x, offsets_E1) -> _Plan:
     R, E = len(x), len(offsets_E1) - 1
     average = R // E
     BM = 16 if average <= 16 else 32 if average <= 32 else 64 if average <= 64 or x.dtype == torch.float32 else 128
+    BM = tuning.tile("rows", {"BM": BM}, x, rows=average, K=x.shape[1])["BM"]
     tiles = R // BM + E + 1
     offsets_E1 = offsets_E1.int()
     expert, row = torch.empty(2, tiles, dtype=torch.int32, device=x.device).unbind()
@@ -193,6 +195,7 @@ def _mm(plan: _Plan, x, w, b, *, transpose=False, act=0, exact=False, pre=None, 
     extra = x.new_empty(R, N) if save else None
     if R and N:
         config = _product_config(plan.BM, N, K, x.dtype, act)
+        config = tuning.tile(f"product{act}{'t' * transpose}", config, x, BM=plan.BM, N=N, K=K)
         tiles = len(plan.expert)
         _product_kernel[(tiles * triton.cdiv(N, config["BN"]),)](
             x, w, x if b is None else b, y, (extra if save else x) if act != 2 else pre, extra if save else x,
@@ -209,7 +212,7 @@ def _weight_gradient(plan: _Plan, x, dy, w, b):
     E, K, N = w.shape
     dw = torch.empty_like(w)
     db = None if b is None else torch.empty_like(b)
-    config = _weight_config(N, K, x.dtype)
+    config = tuning.tile("weight", _weight_config(N, K, x.dtype), x, rows=len(x) // E, N=N, K=K)
     _weight_kernel[(triton.cdiv(K, config["BK"]) * triton.cdiv(N, config["BN"]), E)](
         x, dy, dw, dw if db is None else db, plan.offsets, K, N,
         BIAS=db is not None, PRECISION=dot_precision(x.dtype), UPCAST=INTERPRETING, **config,

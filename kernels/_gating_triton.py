@@ -12,6 +12,7 @@ from __future__ import annotations
 import torch
 from torch.autograd.function import once_differentiable
 
+from . import tuning
 from ._common import next_power_of_2, tl, triton
 from ._hash import hash_keys
 from ._selection_triton import gate_select_kernel, priority
@@ -314,14 +315,16 @@ class TritonGate(torch.autograd.Function):
                 num_warps=8 if rows * BE >= TILE else 4,
             )  # fmt: skip
         else:
-            BS = max((TILE if BE > 32 else TILE // 2) // BE, 1)
+            sizes = {"tile": TILE if BE > 32 else TILE // 2, "num_warps": 8}
+            sizes = tuning.tile("gate", sizes, logits_SE, S=S, E=E, K=K)
+            BS, warps = max(sizes["tile"] // BE, 1), sizes["num_warps"]
             blocks = triton.cdiv(S, BS)
             counts = torch.empty(K, blocks, E, dtype=torch.int32, device=device)
             mean, z, aux_E = (torch.empty(n, dtype=torch.float32, device=device) for n in (blocks * E, blocks, E))
             entries = torch.empty(S * K if random else 0, dtype=torch.int32, device=device)
             _gate_choose_kernel[(blocks,)](
                 logits_SE, choice_SE, expert_SK, slot_SK, weight_SK, counts, mean, z,
-                S, E, K=K, HAS_CHOICE=has_choice, BS=BS, BE=BE, num_warps=8,
+                S, E, K=K, HAS_CHOICE=has_choice, BS=BS, BE=BE, num_warps=warps,
             )  # fmt: skip
             scan = min(BE, 32)
             _gate_scan_kernel[(triton.cdiv(E, scan),)](
@@ -331,7 +334,7 @@ class TritonGate(torch.autograd.Function):
             _gate_place_kernel[(blocks,)](
                 expert_SK, slot_SK, weight_SK, counts, load_E, entries, aux_E, z, losses,
                 blocks, S, E, CAP, K=K, RANDOM=random, NORMALIZE=normalize, EPS=eps,
-                BS=BS, BE=BE, BK=BK, BN=128, num_warps=8,
+                BS=BS, BE=BE, BK=BK, BN=128, num_warps=warps,
             )  # fmt: skip
             if random:
                 gate_select_kernel[(E,)](
@@ -355,7 +358,9 @@ class TritonGate(torch.autograd.Function):
         if S == 0 or (d_weight_SK is None and d_aux is None and d_z is None):
             return (d_SE.zero_(), *[None] * 5)
         BE = next_power_of_2(E)
-        BS = max(min(TILE // 4 // BE, next_power_of_2(S)), 1)  # the backward pass holds more values per element
+        sizes = {"tile": TILE // 4, "num_warps": 4}  # the backward pass holds more values per element
+        sizes = tuning.tile("gate_backward", sizes, logits_SE, S=S, E=E, K=expert_SK.shape[1])
+        BS = max(min(sizes["tile"] // BE, next_power_of_2(S)), 1)
         none = first_E  # unused by the kernel
         _gate_backward_kernel[(triton.cdiv(S, BS),)](
             logits_SE, expert_SK, slot_SK, first_E,
@@ -363,6 +368,6 @@ class TritonGate(torch.autograd.Function):
             none if d_z is None else d_z, d_SE,
             S, E, K=expert_SK.shape[1], HAS_WEIGHT=d_weight_SK is not None, HAS_AUX=d_aux is not None,
             HAS_Z=d_z is not None,
-            NORMALIZE=ctx.normalize, EPS=torch.finfo(torch.float32).eps, BS=BS, BE=BE, num_warps=4,
+            NORMALIZE=ctx.normalize, EPS=torch.finfo(torch.float32).eps, BS=BS, BE=BE, num_warps=sizes["num_warps"],
         )  # fmt: skip
         return (d_SE, *[None] * 5)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 from torch.autograd.function import once_differentiable
 
+from . import tuning
 from ._common import next_power_of_2, tl, triton
 
 
@@ -93,10 +94,12 @@ def table_triton(expert_SK, slot_SK, kept_E, R: int) -> tuple[torch.Tensor, torc
     return row_SK, entry_R, offsets_E1
 
 
-def _tile(count: int, M: int) -> tuple[int, int]:
-    """Return (rows, columns) of a tile: at least 16 bytes per thread, few rows to use the whole GPU."""
+def _tile(op: str, like: torch.Tensor, count: int) -> tuple[int, int, int]:
+    """Return (rows, columns, warps) of a tile: at least 16 bytes per thread, few rows to use the whole GPU."""
+    M = like.shape[1]
+    found = tuning.tile(op, {"tile": 2048, "num_warps": 4}, like, rows=count, M=M)
     columns = min(next_power_of_2(M), 1024)
-    return min(max(2048 // columns, 1), next_power_of_2(count)), columns
+    return min(max(found["tile"] // columns, 1), next_power_of_2(count)), columns, found["num_warps"]
 
 
 def _spread(x_SM, entry_R, K, weight_SK=None, rows_RM=None):
@@ -105,12 +108,12 @@ def _spread(x_SM, entry_R, K, weight_SK=None, rows_RM=None):
     out = x_SM.new_empty(R, M)
     d_weight_SK = None if rows_RM is None else torch.zeros_like(weight_SK)
     if R * M:
-        BR, BM = _tile(R, M)
+        BR, BM, warps = _tile("spread", x_SM, R)
         none = entry_R  # unused by the kernel
         _spread_kernel[(triton.cdiv(R, BR),)](
             x_SM, entry_R, none if weight_SK is None else weight_SK, none if rows_RM is None else rows_RM, out,
             none if d_weight_SK is None else d_weight_SK,
-            R, K, M, WEIGHTED=weight_SK is not None, DOT=rows_RM is not None, BR=BR, BM=BM, num_warps=4,
+            R, K, M, WEIGHTED=weight_SK is not None, DOT=rows_RM is not None, BR=BR, BM=BM, num_warps=warps,
         )  # fmt: skip
     return out, d_weight_SK
 
@@ -120,10 +123,10 @@ def _sum(rows_RM, row_SK, weight_SK=None):
     (S, K), M = row_SK.shape, rows_RM.shape[1]
     y = rows_RM.new_empty(S, M)
     if S * M:
-        BS, BM = _tile(S, M)
+        BS, BM, warps = _tile("sum", rows_RM, S)
         _sum_kernel[(triton.cdiv(S, BS),)](
             rows_RM, row_SK, row_SK if weight_SK is None else weight_SK, y,
-            S, K, M, WEIGHTED=weight_SK is not None, BS=BS, BM=BM, num_warps=4,
+            S, K, M, WEIGHTED=weight_SK is not None, BS=BS, BM=BM, num_warps=warps,
         )  # fmt: skip
     return y
 

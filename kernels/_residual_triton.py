@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from . import tuning
 from ._common import next_power_of_2, tl, triton
 
 
@@ -76,11 +77,13 @@ def _mix_backward_kernel(
         tl.store(da_p + s * 2 + 1, da1, mask=s < S)
 
 
-def _mix_tile(S: int, M: int) -> dict:
+def _mix_tile(op: str, moe: torch.Tensor) -> dict:
     """Return a program's tile (BS tokens, BM columns) and its number of warps."""
+    S, M = moe.shape
     columns = min(next_power_of_2(M), 1024)
     elements = 1024 if M % 16 else 2048  # unaligned widths are loaded element by element, which takes registers
-    return dict(BS=min(max(elements // columns, 1), next_power_of_2(S)), BM=columns, num_warps=4)
+    found = tuning.tile(op, {"tile": elements, "num_warps": 4}, moe, rows=S, M=M)
+    return dict(BS=min(max(found["tile"] // columns, 1), next_power_of_2(S)), BM=columns, num_warps=found["num_warps"])
 
 
 def mix_triton(moe, mlp, a_S2, x=None, w=None, b=None):
@@ -91,7 +94,7 @@ def mix_triton(moe, mlp, a_S2, x=None, w=None, b=None):
     if learned:
         a_S2 = torch.empty(S, 2, dtype=torch.float32, device=moe.device)
     if S * M:
-        tile = _mix_tile(S, M)
+        tile = _mix_tile("mix", moe)
         _mix_kernel[(triton.cdiv(S, tile["BS"]),)](
             moe, mlp, x if learned else moe, w if learned else moe, moe if b is None else b, a_S2, y, S, M,
             LEARNED=learned, BIAS=b is not None, **tile,
@@ -107,7 +110,7 @@ def mix_backward_triton(dy, moe, mlp, a_S2, x=None, w=None):
     dx = torch.empty_like(x) if learned else None
     da = torch.empty((S,) if learned else (S, 2), dtype=torch.float32, device=moe.device)
     if S * M:
-        tile = _mix_tile(S, M)
+        tile = _mix_tile("mix_backward", moe)
         _mix_backward_kernel[(triton.cdiv(S, tile["BS"]),)](
             dy,
             moe,

@@ -7,7 +7,6 @@ import json
 import random
 from pathlib import Path
 
-import nbformat
 import pytest
 import torch
 
@@ -114,6 +113,7 @@ def publish(tmp_path_factory):
     import matplotlib
 
     matplotlib.use("Agg")
+    import nbformat
     import nbformat.v4 as nb
     import pandas as pd
     from matplotlib import pyplot as plt

@@ -53,7 +53,12 @@ def measure(tokens: int, experts: int, timing: Timing) -> list[Row]:
     floor_s = 3 * tokens * experts * 4 / harness.copy_rate(timing)
     case = {"tokens": tokens, "experts": experts, "capacity": capacity, "threads": torch.get_num_threads()}
     return harness.rows(
-        {**case, **states.measured()}, times, against="ours", floor_s=floor_s, timing=timing, inputs=inputs.HIDDEN
+        {**case, **states.measured()},
+        times,
+        against="ours",
+        floor_s=floor_s,
+        timing=timing,
+        inputs=inputs.described(inputs.HIDDEN),
     )
 
 

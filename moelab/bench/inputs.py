@@ -17,7 +17,7 @@ from torch import Tensor
 
 from moelab import paths
 from moelab.config import DataConfig, ModelConfig
-from moelab.data import TokenData, TrainBatches, prepare
+from moelab.data import CorpusUnavailable, TokenData, TrainBatches, prepare
 from moelab.kernels import gate
 from moelab.models.gpt import build, initial_weight
 
@@ -29,8 +29,20 @@ HIDDEN = f"hidden states of a decoder with initial weights on {TEXT}; the gate w
 
 @functools.cache
 def text() -> TokenData:
-    """Return the tokens of 2 MB of text, prepared on the first call and read from `.moelab/data` later."""
-    return prepare(DataConfig(tokenizer=f"bpe-{VOCAB}", context=CONTEXT, max_bytes=2_000_000), paths.home() / "data")
+    """Return the tokens of 2 MB of text, prepared on the first call and read from `.moelab/data` later.
+
+    Where neither the text's package nor its tokens are, it is the corpus `made`; see `described`.
+    """
+    shape, folder = {"tokenizer": f"bpe-{VOCAB}", "context": CONTEXT, "max_bytes": 2_000_000}, paths.home() / "data"
+    try:
+        return prepare(DataConfig(**shape), folder)
+    except CorpusUnavailable:
+        return prepare(DataConfig(corpus="made", **shape), folder)
+
+
+def described(what: str) -> str:
+    """Return `TEXT` or `HIDDEN` as it is true of the text that there is."""
+    return what.replace("State of the Union text", "made text") if text().meta["corpus"] == "made" else what
 
 
 class TextBatches(TrainBatches):

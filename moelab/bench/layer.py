@@ -1,12 +1,12 @@
 """`moelab bench layer`: one MoE layer, forward and backward, against the dense layer of equal active FLOPs.
 
-Top-1; S tokens through experts M -> F -> M with GELU; gradients to input, gate and weights, freed at the end of each
-step as a training loop does. Every round has new tokens and so new routing (`moelab.bench.inputs.HiddenStates`), the
-same for all candidates, whose gates have equal weights. Candidates: ours at capacity factor 1.0 (random token
+Top-1 (or K); S tokens through experts M -> F -> M with GELU; gradients to input, gate and weights, freed at the end of
+each step as a training loop does. Every round has new tokens and so new routing (`moelab.bench.inputs.HiddenStates`),
+the same for all candidates, whose gates have equal weights. Candidates: ours at capacity factor 1.0 (random token
 selection; as the paper trains) and drop-free; a loop over experts and `torch.nn.functional.grouped_mm`, both as plain
 PyTorch, drop-free; the baseline with masks and einsum at capacity factor 1.0; and, where installed, DeepSpeed's layer
-and transformers' expert functions. At capacity factor 1.0 dropped tokens cost nothing: the share that is kept stands
-in the rows.
+and transformers' expert functions. At capacity factor 1.0 dropped tokens cost nothing: the share that is kept stands in
+the rows.
 
 Floor: the FLOPs at the measured rate of a large product, plus the weights of the experts that have tokens, read twice,
 and their gradient, written once, at the copy rate.
@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moelab.bench import harness, inputs, peers, plot
-from moelab.bench.harness import Row, Timing
+from moelab.bench.harness import Row, Timing, X
 from moelab.inference.text import DTYPES
 from moelab.kernels import combine, dispatch, expert_ffn, gate, row_table
 from moelab.models import baseline
@@ -41,8 +41,10 @@ class Weights(nn.Module):
         super().__init__()
         E = len(gate_EM)
         self.gate = nn.Parameter(gate_EM.clone())
-        self.w1, self.b1 = nn.Parameter(torch.randn(E, hidden, ffn) * hidden**-0.5), nn.Parameter(torch.zeros(E, ffn))
-        self.w2, self.b2 = nn.Parameter(torch.randn(E, ffn, hidden) * ffn**-0.5), nn.Parameter(torch.zeros(E, hidden))
+        with gate_EM.device:
+            up, down = torch.randn(E, hidden, ffn) * hidden**-0.5, torch.randn(E, ffn, hidden) * ffn**-0.5
+            self.w1, self.b1 = nn.Parameter(up), nn.Parameter(torch.zeros(E, ffn))
+            self.w2, self.b2 = nn.Parameter(down), nn.Parameter(torch.zeros(E, hidden))
 
     def logits(self, x_SM: Tensor) -> Tensor:
         """Return the gate's logits in fp32."""
@@ -50,21 +52,21 @@ class Weights(nn.Module):
 
 
 def slots(tokens: int, experts: int) -> int:
-    """Return the slots of an expert at capacity factor 1.0."""
+    """Return the slots of an expert at capacity factor 1.0, for so many (token, expert) pairs."""
     return max(4, math.ceil(tokens / experts))
 
 
-def ours(w: Weights, x_SM: Tensor, capacity: int | None) -> Output:
+def ours(w: Weights, x_SM: Tensor, capacity: int | None, top_k: int = 1) -> Output:
     """Compute the layer with moelab's kernels."""
-    routing = gate(w.logits(x_SM), 1, capacity, seed=1)
+    routing = gate(w.logits(x_SM), top_k, capacity, seed=1, normalize=top_k > 1)
     table = row_table(routing)
     rows_RM = expert_ffn(dispatch(x_SM, table), table.offsets_E1, w.w1, w.b1, w.w2, w.b2)
     return combine(rows_RM, table, routing.weight_SK), routing.aux_loss
 
 
-def einsum(w: Weights, x_SM: Tensor, capacity: int) -> Output:
+def einsum(w: Weights, x_SM: Tensor, capacity: int, top_k: int = 1) -> Output:
     """Compute the layer as the paper's PyTorch baseline."""
-    routing = baseline.mask_gate(w.logits(x_SM), 1, capacity, seed=1)
+    routing = baseline.mask_gate(w.logits(x_SM), top_k, capacity, seed=1, normalize=top_k > 1)
     dispatch_SEC, combine_SEC = baseline.one_hot_masks(routing, capacity, x_SM.dtype)
     rows_ECM = baseline.einsum_dispatch(x_SM, dispatch_SEC)
     hidden_ECF = F.gelu(torch.baddbmm(w.b1[:, None], rows_ECM, w.w1), approximate="tanh")
@@ -72,38 +74,43 @@ def einsum(w: Weights, x_SM: Tensor, capacity: int) -> Output:
     return baseline.einsum_combine(rows_ECM, combine_SEC), routing.aux_loss
 
 
-def loop(w: Weights, x_SM: Tensor) -> Output:
+def loop(w: Weights, x_SM: Tensor, top_k: int = 1) -> Output:
     """Compute the layer as one writes it in ten minutes: sort the tokens, loop over the experts."""
-    rows_SM, counts, finish = _sorted(w, x_SM)
+    rows_NM, counts, finish = _sorted(w, x_SM, top_k)
     experts = zip(w.w1.unbind(), w.b1.unbind(), w.w2.unbind(), w.b2.unbind(), strict=True)
     outputs = [
         torch.addmm(b2, F.gelu(torch.addmm(b1, rows, w1), approximate="tanh"), w2)
-        for rows, (w1, b1, w2, b2) in zip(rows_SM.split(counts.tolist()), experts, strict=True)
+        for rows, (w1, b1, w2, b2) in zip(rows_NM.split(counts.tolist()), experts, strict=True)
     ]
     return finish(torch.cat(outputs))
 
 
-def grouped(w: Weights, x_SM: Tensor) -> Output:
+def grouped(w: Weights, x_SM: Tensor, top_k: int = 1) -> Output:
     """Compute the layer with torch's own grouped product."""
-    rows_SM, counts, finish = _sorted(w, x_SM)
+    rows_NM, counts, finish = _sorted(w, x_SM, top_k)
     ends = counts.cumsum(0).int()
-    expert_S = torch.repeat_interleave(counts)
-    hidden_SF = F.gelu(F.grouped_mm(rows_SM, w.w1, offs=ends) + w.b1[expert_S], approximate="tanh")
-    return finish(F.grouped_mm(hidden_SF, w.w2, offs=ends) + w.b2[expert_S])
+    expert_N = torch.repeat_interleave(counts)
+    hidden_NF = F.gelu(F.grouped_mm(rows_NM, w.w1, offs=ends) + w.b1[expert_N], approximate="tanh")
+    return finish(F.grouped_mm(hidden_NF, w.w2, offs=ends) + w.b2[expert_N])
 
 
-def _sorted(w: Weights, x_SM: Tensor) -> tuple[Tensor, Tensor, Callable[[Tensor], Output]]:
-    """Return tokens in expert order, tokens of each expert, and what makes the output of the experts' results."""
+def _sorted(w: Weights, x_SM: Tensor, top_k: int) -> tuple[Tensor, Tensor, Callable[[Tensor], Output]]:
+    """Return N = S * K rows in expert order, rows of each expert, and what makes the output of the experts' results."""
+    (S, M), E = x_SM.shape, len(w.gate)
     probs_SE = F.softmax(w.logits(x_SM), -1)
-    weight_S, expert_S = probs_SE.max(-1)
-    order_S = expert_S.argsort(stable=True)
-    counts_E = torch.bincount(expert_S, minlength=len(w.gate))
+    weight_SK, expert_SK = probs_SE.topk(top_k, -1) if top_k > 1 else probs_SE.max(-1, keepdim=True)
+    if top_k > 1:
+        weight_SK = weight_SK / weight_SK.sum(1, keepdim=True)
+    order_N = expert_SK.flatten().argsort(stable=True)
+    counts_E = torch.bincount(expert_SK.flatten(), minlength=E)
+    first_E = counts_E if top_k == 1 else torch.bincount(expert_SK[:, 0], minlength=E)
 
-    def finish(rows_SM: Tensor) -> Output:
-        y_SM = torch.empty_like(x_SM).index_copy(0, order_S, rows_SM) * weight_S[:, None].to(x_SM.dtype)
-        return y_SM, len(w.gate) * (probs_SE.mean(0) * counts_E / len(x_SM)).sum()
+    def finish(rows_NM: Tensor) -> Output:
+        y_SKM = torch.empty_like(rows_NM).index_copy(0, order_N, rows_NM).view(S, top_k, M)
+        y_SKM = y_SKM * weight_SK[:, :, None].to(x_SM.dtype)
+        return y_SKM[:, 0] if top_k == 1 else y_SKM.sum(1), E * (probs_SE.mean(0) * first_E / S).sum()
 
-    return x_SM[order_S], counts_E, finish
+    return x_SM[order_N if top_k == 1 else order_N // top_k], counts_E, finish
 
 
 class Dense(nn.Module):
@@ -120,15 +127,18 @@ class Dense(nn.Module):
 
 @dataclass(frozen=True)
 class LayerSize:
-    """S tokens, hidden size M, feed-forward size F, E experts, and the dtype of weights and tokens."""
+    """S tokens, hidden size M, feed-forward size F, E experts, dtype of weights and tokens, K experts of a token."""
 
     tokens: int
     hidden: int
     ffn: int
     experts: int
     dtype: str = "fp32"
+    top_k: int = 1
 
     def __post_init__(self) -> None:
+        if not 1 <= self.top_k <= self.experts:
+            raise ValueError(f"bench layer: top_k must be 1 to the {self.experts} experts, got {self.top_k}")
         if self.dtype not in DTYPES:
             raise ValueError(f"bench layer: dtype must be one of {', '.join(DTYPES)}, got {self.dtype!r}")
 
@@ -150,46 +160,58 @@ def candidates(
     if unknown := [name for name in only if name not in CANDIDATES]:
         raise ValueError(f"bench layer: unknown candidate {unknown[0]!r}; allowed: {', '.join(CANDIDATES)}")
     wanted = [name for name in CANDIDATES if not only or name in (DENSE, *only)]
-    shape, capacity = (size.hidden, size.ffn), slots(size.tokens, size.experts)
+    shape, K = (size.hidden, size.ffn), size.top_k
+    capacity = slots(size.tokens * K, size.experts)
 
     def placed(module: nn.Module) -> nn.Module:
         return module.to(gate_EM.device, DTYPES[size.dtype])
 
-    shared, dense = placed(Weights(*shape, gate_EM)), placed(Dense(*shape))
+    shared, dense = placed(Weights(*shape, gate_EM)), placed(Dense(size.hidden, size.ffn * K))
     made = {
         DENSE: (dense, dense),
-        OURS: (shared, lambda x: ours(shared, x, capacity)),
-        DROP_FREE: (shared, lambda x: ours(shared, x, None)),
-        LOOP: (shared, lambda x: loop(shared, x)),
-        GROUPED: (shared, lambda x: grouped(shared, x)),
-        EINSUM: (shared, lambda x: einsum(shared, x, capacity)),
+        OURS: (shared, lambda x: ours(shared, x, capacity, K)),
+        DROP_FREE: (shared, lambda x: ours(shared, x, None, K)),
+        LOOP: (shared, lambda x: loop(shared, x, K)),
+        GROUPED: (shared, lambda x: grouped(shared, x, K)),
+        EINSUM: (shared, lambda x: einsum(shared, x, capacity, K)),
     }
     if DEEPSPEED in wanted and peers.has("deepspeed"):
-        layer = placed(peers.DeepSpeedLayer(*shape, gate_EM))
+        layer = placed(peers.DeepSpeedLayer(*shape, gate_EM, K))
         made[DEEPSPEED] = (layer, layer)
     if (EAGER in wanted or MIXTRAL in wanted) and peers.has("transformers"):
-        mixtral = placed(peers.MixtralLayer(*shape, gate_EM))
+        mixtral = placed(peers.MixtralLayer(*shape, gate_EM, K))
         made[EAGER] = (mixtral, lambda x: mixtral(x, "eager"))
         made[MIXTRAL] = (mixtral, lambda x: mixtral(x, "grouped_mm"))
     return {name: made[name] for name in wanted if name in made}
 
 
-def measure(size: LayerSize, timing: Timing, *, backward: bool = True, only: Sequence[str] = ()) -> list[Row]:
+def measure(
+    size: LayerSize,
+    timing: Timing,
+    *,
+    backward: bool = True,
+    only: Sequence[str] = (),
+    on_failure: Callable[[str, Exception], None] | None = None,
+) -> list[Row]:
     """Return the rows of one case.
 
     Args:
         backward: False times the forward pass alone, without gradients, as at inference; the floor is then the
             products once and the weights read once.
         only: see `candidates`.
+        on_failure: called with the candidates that raise, which are then left out; None lets the first one raise.
     """
     torch.manual_seed(0)
-    S, M, dtype = size.tokens, size.hidden, DTYPES[size.dtype]
+    S, M, K, dtype = size.tokens, size.hidden, size.top_k, DTYPES[size.dtype]
     states = inputs.HiddenStates(S, M, size.experts, timing.device)
     kept: list[float] = []
 
     def new_round(i: int) -> tuple[Tensor, Tensor]:
         made = states(i)
-        kept.append(float(made.load_E.clamp(max=slots(S, size.experts)).sum()) / S)
+        chosen_E = made.load_E
+        if K > 1:
+            chosen_E = torch.bincount(made.logits_SE.topk(K).indices.flatten(), minlength=size.experts)
+        kept.append(float(chosen_E.clamp(max=slots(S * K, size.experts)).sum()) / (S * K))
         x_SM = made.x_SM.to(dtype)
         return x_SM.requires_grad_(backward), torch.randn_like(x_SM)
 
@@ -210,15 +232,33 @@ def measure(size: LayerSize, timing: Timing, *, backward: bool = True, only: Seq
         return run
 
     made = {name: turn(*pair) for name, pair in candidates(size, states.gate_EM, only).items()}
+    if on_failure is not None:
+        given = new_round(0)
+        made = {name: call for name, call in made.items() if _runs(name, call, given, timing, on_failure)}
     times = harness.in_turns(made, new_round, timing)
     measured = states.measured()
     passes = 3 if backward else 1
-    read = passes * measured["used_experts"] * 2 * M * size.ffn * dtype.itemsize
-    floor_s = passes * 4 * S * M * size.ffn / harness.product_rate(dtype, timing) + read / harness.copy_rate(timing)
+    used = min(measured["used_experts"] * K, size.experts)
+    read = passes * used * 2 * M * size.ffn * dtype.itemsize
+    floor_s = passes * 4 * S * K * M * size.ffn / harness.product_rate(dtype, timing) + read / harness.copy_rate(timing)
     case = {"tokens": S, "hidden": M, "ffn": size.ffn, "experts": size.experts, "dtype": size.dtype}
+    case |= {"top_k": K} if K > 1 else {}
     case |= {"threads": torch.get_num_threads(), "passes": "forward + backward" if backward else "forward"}
     case |= {**measured, "kept_share": statistics.median(kept)}
-    return harness.rows(case, times, against=DENSE, floor_s=floor_s, timing=timing, inputs=inputs.HIDDEN)
+    return harness.rows(
+        case, times, against=DENSE, floor_s=floor_s, timing=timing, inputs=inputs.described(inputs.HIDDEN)
+    )
+
+
+def _runs(
+    name: str, call: Callable[[X], None], given: X, timing: Timing, on_failure: Callable[[str, Exception], None]
+) -> bool:
+    try:
+        timing.seconds(call, given)  # waits for the device
+    except Exception as error:  # another library's or torch's, for this device, dtype or size
+        on_failure(name, error)
+        return False
+    return True
 
 
 def show(found: list[Row]) -> None:

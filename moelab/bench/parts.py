@@ -102,6 +102,6 @@ def measure(tokens: int, hidden: int, experts: int, timing: Timing, *, calls: in
             against=OURS,
             floor_s=4 * numbers[part] / rate,
             timing=timing,
-            inputs=inputs.HIDDEN,
+            inputs=inputs.described(inputs.HIDDEN),
         )
     ]

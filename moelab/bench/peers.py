@@ -54,7 +54,7 @@ def gates() -> dict[str, Callable[[Tensor], Tensor]]:
 class DeepSpeedLayer(nn.Module):
     """DeepSpeed's MoE layer in one process: capacity factor 1.0, random token selection."""
 
-    def __init__(self, hidden: int, ffn: int, gate_EM: Tensor) -> None:
+    def __init__(self, hidden: int, ffn: int, gate_EM: Tensor, top_k: int = 1) -> None:
         super().__init__()
         if not dist.is_initialized():
             backend = "nccl" if torch.cuda.is_available() else "gloo"
@@ -65,7 +65,8 @@ class DeepSpeedLayer(nn.Module):
 
         deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
         expert = nn.Sequential(nn.Linear(hidden, ffn), nn.GELU(approximate="tanh"), nn.Linear(ffn, hidden))
-        self.moe = MoE(hidden, expert, num_experts=len(gate_EM), capacity_factor=1.0, min_capacity=4, use_rts=True)
+        options = {"num_experts": len(gate_EM), "k": top_k, "capacity_factor": 1.0, "min_capacity": 4}
+        self.moe = MoE(hidden, expert, **options, use_rts=True)
         self.moe.set_deepspeed_parallelism()
         with torch.no_grad():
             self.moe.deepspeed_moe.gate.wg.weight.copy_(gate_EM)
@@ -77,13 +78,13 @@ class DeepSpeedLayer(nn.Module):
 
 
 class MixtralLayer(nn.Module):
-    """The experts of transformers' Mixtral behind a top-1 gate, drop-free.
+    """The experts of transformers' Mixtral behind a top-1 (or top-k) gate, drop-free.
 
     They are gated, three matrices each, so the feed-forward size is cut to two thirds for equal FLOPs. `forward` takes
     the name of one of transformers' implementations: "eager" or "grouped_mm".
     """
 
-    def __init__(self, hidden: int, ffn: int, gate_EM: Tensor) -> None:
+    def __init__(self, hidden: int, ffn: int, gate_EM: Tensor, top_k: int = 1) -> None:
         super().__init__()
         from transformers import MixtralConfig
         from transformers.models.mixtral.modeling_mixtral import MixtralExperts
@@ -92,7 +93,7 @@ class MixtralLayer(nn.Module):
             hidden_size=hidden,
             intermediate_size=max(ffn * 2 // 3 // 16, 1) * 16,
             num_local_experts=len(gate_EM),
-            num_experts_per_tok=1,
+            num_experts_per_tok=top_k,
         )
         self.experts = MixtralExperts(self.config)
         self.gate = nn.Parameter(gate_EM.clone())
@@ -103,7 +104,7 @@ class MixtralLayer(nn.Module):
         """Return the output [S, M] and a stand-in for the load-balancing loss, which Mixtral computes elsewhere."""
         self.config._experts_implementation = implementation
         probs_SE = F.softmax(F.linear(x_SM.float(), self.gate.float()), -1)
-        weight_SK, expert_SK = probs_SE.topk(1, -1)
+        weight_SK, expert_SK = probs_SE.topk(self.config.num_experts_per_tok, -1)
         return self.experts(x_SM, expert_SK, weight_SK.to(x_SM.dtype)), probs_SE.mean()
 
 

@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 
 import moelab
-from moelab.cli import bench, experiments, kernels, models, runs, simulate, slurm, view
+from moelab.cli import bench, experiments, gpu, kernels, models, runs, simulate, slurm, view
 from moelab.cli._options import BENCHMARKS, RUNS, SIMULATOR
 
 app = typer.Typer(
@@ -30,6 +30,7 @@ app.command(rich_help_panel=SIMULATOR)(simulate.plan)
 app.add_typer(simulate.app, name="simulate", rich_help_panel=SIMULATOR)
 app.add_typer(bench.bench, name="bench", rich_help_panel=BENCHMARKS)
 app.add_typer(kernels.kernels, name="kernels", rich_help_panel=BENCHMARKS)
+gpu.register(app)
 
 
 def _print_version(wanted: bool) -> None:

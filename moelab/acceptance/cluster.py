@@ -1,0 +1,590 @@
+"""`moelab check-cluster`: what the ranks of an allocation can do together, each check a row, a verdict at the end.
+
+Checked are: the ranks (equal software, the profile's number a node, one GPU each), slow GPUs or cores, all-reduce and
+all-to-all over all ranks, inside nodes and between nodes, network interfaces, clocks, file locks and visibility on the
+shared folder, and writing a checkpoint. On NCCL the links are compared with a cluster of the simulator: its data-sheet
+bandwidth times the share that NCCL reaches. All ranks call `check`; whatever raises on one rank ends in a time limit.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import platform
+import shutil
+import socket
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+import moelab
+from moelab import simulate, terminal
+from moelab.acceptance import speed
+from moelab.bench import harness
+from moelab.bench.harness import Timing
+from moelab.config import ModelConfig
+from moelab.engine.checkpoint import storage
+from moelab.engine.checkpoint.format import Piece, read_index
+from moelab.engine.collectives import all_gather_json, broadcast_json
+from moelab.engine.groups import Group, ProcessGroups, gloo_group
+from moelab.engine.launch import process, rendezvous
+from moelab.files import write_json, write_text
+from moelab.runs.provenance import commit
+from moelab.simulate.exchange import Stage, all_reduce_us
+
+Verdict = Literal["ok", "slow", "wrong", "note"]
+"""`note` is a number with nothing to compare it with."""
+LIMIT_S = 120.0
+"""Of each collective: a cluster that is broken should say so soon."""
+SLOW = 0.7
+"""Times the expected bandwidth, or the median of equals: what is less is slow."""
+CLOCK_S = 0.5
+"""Clocks that differ by more make time stamps of files and logs misleading."""
+VISIBLE_S = 5.0
+"""A file should be seen on all nodes after that long."""
+
+
+@dataclass(frozen=True)
+class Found:
+    """One row of the table.
+
+    Attributes:
+        check: what was checked, and among whom.
+        measured, expected: in words, with units.
+        verdict: see `Verdict`.
+        remedy: what to do, for "slow" and "wrong".
+    """
+
+    check: str
+    measured: str
+    expected: str = ""
+    verdict: Verdict = "note"
+    remedy: str = ""
+
+
+@dataclass(frozen=True)
+class Nodes:
+    """The ranks by node.
+
+    Attributes:
+        hosts: host of each rank.
+        ranks: int [nodes, ranks of a node]; empty where nodes have unequal numbers of ranks.
+    """
+
+    hosts: tuple[str, ...]
+    ranks: np.ndarray
+
+    @classmethod
+    def of(cls, hosts: Sequence[str]) -> Nodes:
+        """Return the nodes of ranks on these hosts."""
+        by_host = {host: [rank for rank, other in enumerate(hosts) if other == host] for host in dict.fromkeys(hosts)}
+        equal = len({len(ranks) for ranks in by_host.values()}) == 1
+        return cls(tuple(hosts), np.array(list(by_host.values()) if equal else [], dtype=int))
+
+    @property
+    def count(self) -> int:
+        """Return the number of nodes."""
+        return len(set(self.hosts))
+
+
+def check(
+    place: process.Place,
+    *,
+    device: str,
+    links: str | None,
+    gpus_per_node: int,
+    environment: Sequence[str],
+    folder: Path,
+    largest: int,
+) -> Iterator[Found]:
+    """Yield the rows, on every rank the same; every rank calls this, joined (`process.join`).
+
+    Args:
+        links: cluster of the simulator; None is the card's own, where there is one.
+        gpus_per_node: ranks of a node that the profile says; 0 is unknown.
+        environment: NAME=VALUE lines that the profile sets.
+        folder: on the shared file system.
+        largest: bytes of the largest message, and of a rank's part of the checkpoint.
+    """
+    nodes = Nodes.of(all_gather_json(place.host))
+    yield from _ranks(place, nodes, device, gpus_per_node)
+    yield from _stragglers(nodes, device)
+    where = simulate.cluster(links) if links else speed.cluster_of("cuda") if device == "cuda" else None
+    yield from _links(place, nodes, device, where, largest)
+    yield from _interfaces(nodes, device, environment)
+    yield from _clocks(place, nodes)
+    yield from _files(place, nodes, folder)
+    yield from _checkpoint(place, folder, largest)
+
+
+# -- ranks -----------------------------------------------------------------------------------------------------------
+
+
+def _ranks(place: process.Place, nodes: Nodes, device: str, gpus_per_node: int) -> Iterator[Found]:
+    mine: dict[str, Any] = {
+        "moelab": moelab.__version__,
+        "commit": commit()["commit"],
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+    }
+    if device == "cuda":
+        mine |= {"card": torch.cuda.get_device_name(), "nccl": ".".join(map(str, torch.cuda.nccl.version()))}
+    everyone = all_gather_json(mine)
+    differing = {name: sorted({str(one[name]) for one in everyone}) for name in mine}
+    differing = {name: values for name, values in differing.items() if len(values) > 1}
+    software = ", ".join(f"{name} {value}" for name, value in mine.items() if name != "commit")
+    yield Found(
+        "software of the ranks",
+        "; ".join(f"{name}: {' and '.join(values)}" for name, values in differing.items()) or software,
+        "equal on all",
+        "wrong" if differing else "ok",
+        "use one environment on all nodes" if differing else "",
+    )
+    numbers = sorted({nodes.hosts.count(host) for host in nodes.hosts})
+    expected = [gpus_per_node] if gpus_per_node else numbers[:1]
+    yield Found(
+        "ranks of a node",
+        f"{' or '.join(map(str, numbers))}, {nodes.count} nodes",
+        f"{expected[0]}, by the profile" if gpus_per_node else "equal",
+        "ok" if numbers == expected else "wrong",
+        "" if numbers == expected else "give srun --ntasks-per-node, or correct gpus_per_node of the profile",
+    )
+    if device == "cuda":
+        cards = all_gather_json([place.host, str(torch.cuda.get_device_properties("cuda").uuid)])
+        shared = len(cards) - len({tuple(card) for card in cards})
+        free = all_gather_json(torch.cuda.mem_get_info()[0] / torch.cuda.mem_get_info()[1])
+        yield Found(
+            "a GPU for each rank",
+            f"{shared} ranks share one; least free memory {min(free):.0%} (rank {free.index(min(free))})",
+            "none shared, 90 % free",
+            "wrong" if shared or min(free) < 0.9 else "ok",
+            "give each rank one GPU (--gpus-per-task=1 or --gpus-per-node); see who uses it: nvidia-smi",
+        )
+
+
+def _stragglers(nodes: Nodes, device: str) -> Iterator[Found]:
+    timing = Timing(3, device)
+    kind, n = (torch.bfloat16, 4096) if device == "cuda" else (torch.float32, 512)
+    dist.barrier()
+    rates = all_gather_json(harness.product_rate(kind, timing, n) / 1e12)
+    copies = all_gather_json(harness.copy_rate(timing, 1 << (28 if device == "cuda" else 24)) / 1e9)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    crowded = device == "cpu" and max(map(nodes.hosts.count, nodes.hosts)) > cores
+    for what, values, unit in (("matrix products", rates, "TFLOP/s"), ("copying memory", copies, "GB/s")):
+        median, least = statistics.median(values), min(values)
+        slow = [f"rank {i} on {nodes.hosts[i]}" for i, value in enumerate(values) if value < SLOW * median]
+        measured = f"{median:.3g} {unit}, least {least:.3g}"
+        yield Found(
+            f"{what}, each rank",
+            measured + (f" ({', '.join(slow[:3])})" if slow else ""),
+            "no equals: ranks share cores" if crowded else "all alike",
+            "note" if crowded else "slow" if slow else "ok",
+            "leave these nodes out (sbatch --exclude) and report them" if slow else "",
+        )
+
+
+# -- links -----------------------------------------------------------------------------------------------------------
+
+
+def _links(
+    place: process.Place, nodes: Nodes, device: str, where: simulate.Cluster | None, largest: int
+) -> Iterator[Found]:
+    groups = ProcessGroups()
+    P = place.world_size
+    parts: dict[str, tuple[Group, int]] = {f"all {P} ranks": (groups.world, _in_node(range(P), nodes))}
+    if nodes.ranks.size and nodes.count > 1:
+        G = nodes.ranks.shape[1]
+        if G > 1:
+            parts[f"{G} ranks of a node"] = (groups.make(nodes.ranks), G)
+        parts[f"{nodes.count} nodes, one rank each"] = (groups.make(nodes.ranks.T), 1)
+    timing = Timing(5, device)
+    for name, (group, in_node) in parts.items():
+        if group.size == 1:
+            continue
+        for operation in ("all-reduce", "all-to-all"):
+            for size in (0, largest):
+                yield _link(operation, name, group, in_node, size, nodes, timing, where)
+    groups.close()
+
+
+def _in_node(ranks: Sequence[int], nodes: Nodes) -> int:
+    return min(sum(nodes.hosts[other] == nodes.hosts[rank] for other in ranks) for rank in ranks)
+
+
+def _link(
+    operation: str,
+    name: str,
+    group: Group,
+    in_node: int,
+    size: int,
+    nodes: Nodes,
+    timing: Timing,
+    where: simulate.Cluster | None,
+) -> Found:
+    """Return the row of one collective: its time with next to no data where `size` is 0, else its bandwidth."""
+    n = group.size
+    count = max(size // 4 // n, 1) * n
+    x = torch.ones(count, device=timing.device)
+    out = torch.empty_like(x)
+
+    def call(_: None) -> None:
+        if operation == "all-reduce":
+            group.all_reduce(x)
+        else:
+            group.all_to_all_single(out, x, None, None)
+
+    repeated = 20 if size == 0 else 3
+    for _ in range(2):
+        call(None)
+    times = []
+    for _ in range(timing.rounds):
+        dist.barrier()
+        times.append(timing.seconds(call, None, calls=repeated))
+    mine = statistics.median(times)
+    everyone = all_gather_json(mine)
+    slowest = max(range(len(everyone)), key=everyone.__getitem__)
+    seconds, median = everyone[slowest], statistics.median(everyone)
+    moved = x.nbytes * (n - 1) / n * (2 if operation == "all-reduce" else 1)
+    expected_us = None
+    if where is not None:
+        if operation == "all-reduce":
+            stride = 1 if in_node > 1 else where.gpus_per_node
+            expected_us = float(all_reduce_us(n, x.nbytes, where, simulate.fitted(), stride=stride))
+        else:
+            near, far = in_node - 1, n - in_node
+            stage = Stage("", np.array(near), np.array(far), np.array(count * near / n), np.array(count * far / n))
+            expected_us = float(stage.microseconds(4.0, where, simulate.fitted()))
+
+    def text(s: float) -> str:
+        return f"{s * 1e6:.3g} us" if size == 0 else f"{moved / s / 1e9:.3g} GB/s"
+
+    uneven = seconds > median / SLOW and n < len(nodes.hosts)  # ranks of one group end together
+    least = f" (slowest: rank {slowest} on {nodes.hosts[slowest]}, {text(seconds)})" if uneven else ""
+    verdict: Verdict = "note" if expected_us is None else "ok"
+    if uneven and size:
+        verdict = "slow"
+    if expected_us is not None and seconds * 1e6 > expected_us / (SLOW if size else 0.2):
+        verdict = "slow"
+    return Found(
+        f"{operation} among {name}, {_bytes(x.nbytes) if size else 'latency'}",
+        text(median) + least,
+        "" if expected_us is None else f"{text(expected_us / 1e6)} by {where.name}",
+        verdict,
+        "check NCCL_DEBUG=INFO for the network it took, and the interfaces below" if verdict == "slow" else "",
+    )
+
+
+def _bytes(size: int) -> str:
+    return f"{size / (1 << 20):g} MiB" if size >= 1 << 20 else f"{size / 1024:.3g} KiB"
+
+
+# -- interfaces, clocks ----------------------------------------------------------------------------------------------
+
+
+def _interfaces(nodes: Nodes, device: str, environment: Sequence[str]) -> Iterator[Found]:
+    import psutil
+
+    addresses, states = psutil.net_if_addrs(), psutil.net_if_stats()
+    own = rendezvous.own_address(os.environ)
+    used = next((name for name, all_ in addresses.items() if any(a.address == own for a in all_)), "")
+    infiniband = sorted(path.parent.parent.parent.name for path in _active_ports())
+    mine = {
+        "address": own,
+        "interface": used,
+        "mbit": getattr(states.get(used), "speed", 0),
+        "loopback": own.startswith("127.") or own == "::1",
+        "infiniband": infiniband,
+        "missing": [line for line in environment if os.environ.get(line.partition("=")[0]) != line.partition("=")[2]],
+    }
+    everyone = all_gather_json(mine)
+    several = nodes.count > 1
+    names = sorted({one["interface"] or "?" for one in everyone})
+    loopback = [nodes.hosts[i] for i, one in enumerate(everyone) if one["loopback"]]
+    rate = min((one["mbit"] for one in everyone if one["mbit"]), default=0)
+    wrong = several and (bool(loopback) or len(names) > 1)
+    slow = several and device == "cuda" and 0 < rate <= 1000 and not all(one["infiniband"] for one in everyone)
+    yield Found(
+        "interface of gloo and of the meeting",
+        ", ".join(names) + (f", {rate} Mbit/s" if rate else "") + (f"; loopback on {loopback[0]}" if loopback else ""),
+        "one name on all nodes, no loopback" if several else "any, one node",
+        "wrong" if wrong else "slow" if slow else "ok",
+        "set NCCL_SOCKET_IFNAME (gloo follows it) in the profile's environment" if wrong or slow else "",
+    )
+    counts = sorted({len(one["infiniband"]) for one in everyone})
+    disabled = os.environ.get("NCCL_IB_DISABLE") == "1"
+    if counts != [0] or disabled:
+        bad = len(counts) > 1 or (disabled and counts != [0])
+        yield Found(
+            "InfiniBand ports that are active, each node",
+            " or ".join(map(str, counts)) + (", NCCL_IB_DISABLE=1" if disabled else ""),
+            "equal, and used",
+            "wrong" if bad else "ok",
+            "unset NCCL_IB_DISABLE; leave out nodes with ports that are down" if bad else "",
+        )
+    if missing := sorted({line for one in everyone for line in one["missing"]}):
+        yield Found(
+            "environment of the profile",
+            f"not set: {', '.join(missing)}",
+            "as the profile says",
+            "wrong",
+            "export these in the allocation; jobs of `moelab submit` set them",
+        )
+
+
+def _active_ports() -> list[Path]:
+    found = []
+    for path in Path("/sys/class/infiniband").glob("*/ports/*/state"):
+        with contextlib.suppress(OSError):
+            if "ACTIVE" in path.read_text():
+                found.append(path)
+    return found
+
+
+def _clocks(place: process.Place, nodes: Nodes, times: int = 5) -> Iterator[Found]:
+    """Compare each node's clock with rank 0's: a message there and back brackets the other clock."""
+    group = gloo_group()
+    first = [nodes.hosts.index(host) for host in dict.fromkeys(nodes.hosts)][1:]
+    stamp = torch.zeros(1, dtype=torch.float64)
+    offsets: dict[int, tuple[float, float]] = {}
+    for other in first:
+        best = (float("inf"), 0.0)
+        for _ in range(times):
+            if place.rank == 0:
+                sent = time.time()
+                dist.send(stamp, other, group=group.handle)
+                dist.recv(stamp, other, group=group.handle)
+                got = time.time()
+                best = min(best, (got - sent, float(stamp) - (sent + got) / 2))
+            elif place.rank == other:
+                dist.recv(stamp, 0, group=group.handle)
+                stamp[0] = time.time()
+                dist.send(stamp, 0, group=group.handle)
+        offsets[other] = best
+    offsets = {int(k): v for k, v in broadcast_json(offsets).items()}
+    if not offsets:
+        yield Found("clocks", "one node", "", "ok")
+        return
+    worst = max(offsets, key=lambda rank: abs(offsets[rank][1]))
+    trip, offset = offsets[worst]
+    yield Found(
+        "clocks of the nodes against rank 0's",
+        f"at most {offset * 1e3:+.3g} ms ({nodes.hosts[worst]}; known to {trip / 2 * 1e3:.2g} ms)",
+        f"within {CLOCK_S * 1e3:g} ms",
+        "ok" if abs(offset) < CLOCK_S + trip / 2 else "wrong",
+        "" if abs(offset) < CLOCK_S + trip / 2 else "start chronyd or ntpd on that node",
+    )
+
+
+# -- files -----------------------------------------------------------------------------------------------------------
+
+
+def _files(place: process.Place, nodes: Nodes, folder: Path) -> Iterator[Found]:
+    from filelock import FileLock, Timeout
+
+    inside = _common_folder(place, folder)
+    lock = FileLock(inside / "lock", is_singleton=False)
+
+    def taken() -> bool:
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            return False
+        return True
+
+    last = place.world_size - 1
+    held = []  # whether each rank could take the lock while another held it, twice: rank 0, then the last rank
+    for holder in dict.fromkeys((0, last)):
+        if place.rank == holder:
+            lock.acquire(timeout=LIMIT_S / 4)
+        dist.barrier()
+        intruder = place.rank != holder and taken()
+        if intruder:
+            lock.release(force=True)
+        held.append(all_gather_json(intruder))
+        if place.rank == holder:
+            lock.release(force=True)
+        dist.barrier()
+    broken = sorted({nodes.hosts[i] for row in held for i, got in enumerate(row) if got})
+    yield Found(
+        f"file locks in {folder}",
+        f"held by two at once, also on {', '.join(broken[:3])}" if broken else "exclude each other on all ranks",
+        "exclude each other",
+        "wrong" if broken else "ok",
+        "mount with locking (lustre: flock, NFS: no nolock), or put MOELAB_HOME elsewhere" if broken else "",
+    )
+    seconds = _visible(place, inside)
+    everyone = all_gather_json(seconds)
+    late = [nodes.hosts[i] for i, value in enumerate(everyone) if value is None]
+    worst = max((value for value in everyone if value is not None), default=0.0)
+    yield Found(
+        "a file replaced by one rank, seen by the others",
+        f"not seen on {late[0]} in {VISIBLE_S:g} s" if late else f"after {worst * 1e3:.3g} ms",
+        f"within {VISIBLE_S:g} s",
+        "wrong" if late else "ok",
+        f"{folder} must be one file system on all nodes, without long caching of attributes" if late else "",
+    )
+    _remove(place, inside)
+
+
+def _visible(place: process.Place, folder: Path) -> float | None:
+    """Return the seconds until this rank sees what rank 0 has written over an older text, None if it does not."""
+    path = folder / "seen.txt"
+    if place.rank == 0:
+        write_text(path, "old")
+    dist.barrier()
+    with contextlib.suppress(OSError):
+        path.read_text()  # so that what is cached is the old text
+    dist.barrier()
+    if place.rank == 0:
+        write_text(path, "new")
+    dist.barrier()
+    started = time.monotonic()
+    while time.monotonic() - started < VISIBLE_S:
+        with contextlib.suppress(OSError):
+            if path.read_text() == "new":
+                return time.monotonic() - started
+        time.sleep(0.01)
+    return None
+
+
+def _common_folder(place: process.Place, folder: Path) -> Path:
+    """Return a new folder inside `folder`, which rank 0 makes and every rank must see.
+
+    Raises:
+        ValueError: a rank does not see it.
+    """
+    name = broadcast_json(f".check-cluster-{socket.gethostname()}-{os.getpid()}")
+    inside = folder / name
+    error = ""
+    if place.rank == 0:
+        try:
+            inside.mkdir(parents=True)
+        except OSError as failed:
+            error = f"{folder}: {failed.strerror}"
+    error = broadcast_json(error)
+    deadline = time.monotonic() + VISIBLE_S
+    while not inside.is_dir() and not error and time.monotonic() < deadline:
+        time.sleep(0.05)
+    seen = all_gather_json(inside.is_dir())
+    if error or not all(seen):
+        raise ValueError(error or f"check-cluster: {folder} is not one folder on all nodes (rank {seen.index(False)})")
+    return inside
+
+
+def _remove(place: process.Place, inside: Path) -> None:
+    dist.barrier()
+    if place.rank == 0:
+        shutil.rmtree(inside, ignore_errors=True)
+
+
+def _checkpoint(place: process.Place, folder: Path, size: int) -> Iterator[Found]:
+    """Write a checkpoint of `size` bytes a rank with the engine's own code, and read it back."""
+    inside = _common_folder(place, folder)
+    group, count = gloo_group(), size // 4
+    values = torch.arange(count, dtype=torch.float32) + place.rank
+    shape, offset = (place.world_size * count,), (place.rank * count,)
+    path = inside / "step-00000001"
+    dist.barrier()
+    started = time.monotonic()
+    storage.write(path, 1, {}, [Piece("model/check", shape, offset, values)], 1, group)
+    dist.barrier()
+    written_s = time.monotonic() - started
+    back = torch.zeros_like(values)
+    started = time.monotonic()
+    storage.read(path, read_index(path), [Piece("model/check", shape, offset, back)])
+    read_s = time.monotonic() - started
+    equal = all_gather_json(bool(torch.equal(values, back)))
+    total, read_s = size * place.world_size, max(all_gather_json(read_s))
+    _remove(place, inside)
+    large = ModelConfig.parse("1.3B+MoE-128").parameters() * 12 / 1e9  # fp32 weights and AdamW's two moments
+    rate = total / written_s / 1e9
+    yield Found(
+        f"checkpoint of {_bytes(size)} a rank, written and hashed",
+        f"{rate:.3g} GB/s, read back at {total / read_s / 1e9:.3g} GB/s; 1.3B+MoE-128 ({large:.0f} GB) would take "
+        f"{large / rate / 60:.2g} minutes",
+        "reads back equal",
+        "ok" if all(equal) else "wrong",
+        "" if all(equal) else "the file system returned other bytes than were written: do not use it",
+    )
+
+
+# -- the command -----------------------------------------------------------------------------------------------------
+
+
+def verdict(found: Sequence[Found], place: process.Place, nodes: int) -> str:
+    """Return the verdict in one line."""
+    what = f"{place.world_size} ranks on {nodes} node{'s' if nodes > 1 else ''}"
+    bad = [row for row in found if row.verdict in ("wrong", "slow")]
+    if not bad:
+        return f"verdict: ok, {what}"
+    named = "; ".join(f"{row.check} ({row.verdict})" for row in bad)
+    return f"verdict: {len(bad)} of {len(found)} checks are not ok, {what}: {named}"
+
+
+def main(
+    *,
+    device: str,
+    links: str | None,
+    gpus_per_node: int,
+    environment: Sequence[str],
+    folder: Path,
+    largest: int,
+    out: Path | None,
+    say: Callable[[str], None] = print,
+) -> bool:
+    """Join the other ranks, check, and print as rank 0; return whether all is well, on other ranks True.
+
+    Raises:
+        ValueError: this process is no rank; a size below 1 KiB; an unknown cluster; a folder that not all ranks see.
+    """
+    if process.find() is None:
+        raise ValueError(
+            "check-cluster: this process is no rank; start it with srun (several tasks) or torchrun, as in "
+            "`srun moelab check-cluster` or `torchrun --nproc-per-node 8 -m moelab.cli check-cluster`"
+        )
+    if largest < 1 << 20:
+        raise ValueError("check-cluster: --mib must be at least 1")
+    if links:
+        simulate.cluster(links)
+    place = process.join(device=device, timeout=LIMIT_S)
+    found: list[Found] = []
+    try:
+        hosts = all_gather_json(place.host)
+        for row in check(
+            place,
+            device=device,
+            links=links,
+            gpus_per_node=gpus_per_node,
+            environment=environment,
+            folder=folder,
+            largest=largest,
+        ):
+            found.append(row)
+            if place.rank == 0:  # as they come: a check that never ends is the one after the last line
+                print(f"{row.verdict:>5}  {row.check}", file=sys.stderr, flush=True)
+        good = not any(row.verdict in ("wrong", "slow") for row in found)
+        if place.rank == 0:
+            _show(found)
+            line = verdict(found, place, len(set(hosts)))
+            say(line)
+            if out is not None:
+                write_json(out, {"verdict": line, "checks": [asdict(row) for row in found]})
+    finally:
+        process.leave()
+    return good or place.rank != 0
+
+
+def _show(found: Sequence[Found]) -> None:
+    view = terminal.table("check", "measured", "expected", "verdict", "what to do")
+    for row in found:
+        remedy = row.remedy if row.verdict in ("wrong", "slow") else ""
+        view.add_row(row.check, row.measured, row.expected, row.verdict, remedy)
+    terminal.console().print(view)

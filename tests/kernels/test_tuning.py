@@ -1,0 +1,139 @@
+"""Tables of tile sizes: where they come from, that they reach the launches, how they are measured."""
+
+import itertools
+import json
+import math
+import os
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from moelab.kernels import expert_ffn, tuning
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    monkeypatch.setattr(tuning, "FOLDERS", [tmp_path])
+    monkeypatch.setattr(tuning, "_tables", {})
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("name", "card"),
+    [
+        ("NVIDIA H100 80GB HBM3", "h100"),
+        ("NVIDIA A100-SXM4-40GB", "a100"),
+        ("NVIDIA GH200 480GB", "gh200"),
+        ("NVIDIA GeForce RTX 4090", "nvidia-geforce-rtx-4090"),
+    ],
+)
+def test_cards_of_one_kind_share_a_table(name, card):
+    assert tuning.card(name) == card
+
+
+def test_a_table_changes_only_its_shape_class(folder, monkeypatch):
+    entry = {"product1 bf16 BM128 N1024 K2048": {"BN": 256}}
+    (folder / "h100.json").write_text(json.dumps({"tiles": entry}))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: "NVIDIA H100 80GB HBM3")
+
+    class OnDevice:
+        is_cuda, dtype, device = True, torch.bfloat16, torch.device("cuda", 0)
+
+    own = {"BN": 128, "BK": 64}
+    assert tuning.tile("product1", own, OnDevice, BM=128, N=768, K=2048) == {"BN": 256, "BK": 64}, (
+        "768 is of class 1024"
+    )
+    assert tuning.tile("product1", own, OnDevice, BM=64, N=768, K=2048) == own
+    assert tuning.tile("product0", own, OnDevice, BM=128, N=768, K=2048) == own
+    assert tuning.tile("product1", own, torch.zeros(1, dtype=torch.bfloat16), BM=128, N=768, K=2048) == own, "a CPU"
+
+
+def test_a_later_folder_comes_first_and_a_broken_table_is_named(folder, monkeypatch):
+    other = folder / "home"
+    other.mkdir()
+    monkeypatch.setattr(tuning, "FOLDERS", [folder, other, folder / "missing"])
+    for place, size in ((folder, 1), (other, 2)):
+        (place / "a100.json").write_text(json.dumps({"tiles": {"sum bf16 rows64 M64": {"tile": size}}}))
+    assert tuning.load("a100") == {"sum bf16 rows64 M64": {"tile": 2}} and tuning.load("h100") == {}
+    (other / "a100.json").write_text('{"tiles": {"x": 1}}')
+    with pytest.raises(ValueError, match=r"home/a100.json is no table of tile sizes .*; remove it"):
+        tuning.load("a100")
+
+
+def test_shipped_tables_name_known_ops_and_settings():
+    settings = {"BM", "BN", "BK", "BR", "tile", "num_warps", "num_stages"}
+    for path in tuning.FOLDERS[0].glob("*.json"):
+        tiles = tuning.load(path.stem)
+        assert tiles and all(set(entry) <= settings for entry in tiles.values())
+
+
+def tile_reaches_the_launch():
+    """In the interpreter: a tile of one row class changes the products' grid, and no result."""
+    from moelab.kernels import _experts_triton as experts
+
+    x, w = torch.randn(70, 16), torch.randn(2, 16, 16)
+    offsets = torch.tensor([0, 30, 70], dtype=torch.int32)
+    heights = []
+    plan = experts._plan
+    experts._plan = lambda *args: heights.append(plan(*args).BM) or plan(*args)
+    args = (x, offsets, w, None, w, None)
+    want = expert_ffn(*args, backend="reference")
+    for changes in ({}, {"BM": 16}):
+        with tuning.trial("rows", changes), tuning.trial("product1", {"BN": 32, "BK": 16}):
+            torch.testing.assert_close(expert_ffn(*args, backend="triton"), want, rtol=2e-5, atol=2e-5)
+    assert heights == [64, 16]
+
+
+def tune_tiny():
+    from moelab.kernels import tune
+
+    found = {}
+    for target in itertools.islice(tune.targets("cpu", tiny=True), 4):
+        choices = {name: target.choices[name][:2] for name in list(target.choices)[:2]}
+        target = replace(target, choices=choices)
+        one = tune.tune(target, math.inf, lambda call, op=target.op: 0.5 if tuning._trial.get(op) else 1.0)
+        assert one.wrong == 0 and one.tried >= 2 and one.best
+        found[one.op] = one
+    assert list(found) == ["rows", "product1", "product0", "weight"], "most valuable first"
+    assert found["product1"].key == "product1 bf16 BM16 N32 K16"
+    assert tune.tune(next(tune.targets("cpu", tiny=True)), time.monotonic() - 1) is None
+    assert tune.search("cpu", time.monotonic() - 1, tiny=True) == []
+
+    # The search itself, on known times: the winner of each setting, refused and wrong tiles left out.
+    def timer(call):
+        call()
+        sizes = tuning._trial.get("rows", {})
+        return {16: 1.0, 32: 0.5, 64: 0.1, 128: 0.7}[sizes.get("BM", 16)]
+
+    def call():
+        if tuning._trial.get("rows", {}).get("BM") == 64:
+            raise RuntimeError("out of resources")
+        return real()
+
+    first = next(tune.targets("cpu", tiny=True))
+    real = first.call
+    one = tune.tune(tune.Target("rows", "", first.choices, call), math.inf, timer)
+    assert (one.best, one.refused, one.own_ms, one.best_ms) == ({"BM": 32}, 1, 1000.0, 500.0)
+
+    path = Path(sys.argv[1]) / "x.json"
+    tune.write([one], path, "X")
+    tuning.FOLDERS[:] = [path.parent]
+    assert tuning.load("x") == {one.key: {"BM": 32}}
+
+
+@pytest.mark.multiprocess
+@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="this process is the interpreting one")
+def test_tiles_in_the_interpreter(tmp_path):
+    pytest.importorskip("triton")
+    code = f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); import test_tuning as t\n"
+    code += "t.tile_reaches_the_launch(); t.tune_tiny()"
+    env = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", code, str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
