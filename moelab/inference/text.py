@@ -168,7 +168,7 @@ def join_ranks(directory: Path, device: str = "cpu", **layout: Any) -> Mesh | No
         raise ValueError(f"generate: tensor {tensor} does not divide {place.world_size} ranks")
     parallel = ParallelConfig(data=place.world_size // tensor, **layout)
     config, _ = run_configs(directory)
-    parallel.check(config.experts, heads=config.heads, ffn=config.ffn)
+    config.check_layout(parallel)
     process.join(device=device)
     return Mesh(parallel, config.experts, device)
 
