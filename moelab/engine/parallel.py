@@ -63,8 +63,8 @@ class SlicedExperts(Experts):
         return self.compute(rows_RM, offsets_E1, down_bias)
 
 
-def build(config: ModelConfig, seed: int, mesh: Mesh) -> ParallelModel:
-    """Return this rank's part of a model with initial weights, fp32, on `mesh.device`.
+def build(config: ModelConfig, seed: int | None, mesh: Mesh, dtype: torch.dtype = torch.float32) -> ParallelModel:
+    """Return this rank's part of a model on `mesh.device`, with initial weights, or if `seed` is None with none.
 
     Raises:
         ValueError: the layout is impossible for the model, or the model's dispatch is the one-rank baseline.
@@ -79,8 +79,9 @@ def build(config: ModelConfig, seed: int, mesh: Mesh) -> ParallelModel:
         for block in model.blocks:
             _slice_block(block, config, mesh)
     placements = {name: _placement(name, shape, config, mesh) for name, shape in whole.items()}
-    model.to_empty(device=mesh.device)
-    _init(model, config, seed, placements, mesh)
+    model.to(dtype).to_empty(device=mesh.device)
+    if seed is not None:
+        _init(model, config, seed, placements, mesh)
     if parallel.recompute:
         for block in model.blocks:
             block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
