@@ -13,12 +13,13 @@ the op in plain PyTorch. An op's file (``gating.py``) holds the public function 
 """
 
 from ._hash import priorities
-from .experts import expert_ffn
+from .experts import Activation, expert_ffn
 from .gating import Gate, gate
 from .permute import RowTable, combine, dispatch, row_table
 from .residual import residual_mix
 
 __all__ = [
+    "Activation",
     "Gate",
     "RowTable",
     "combine",

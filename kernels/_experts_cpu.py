@@ -20,6 +20,7 @@ from ._common import APPROXIMATE
 from ._gelu_cpu import Gelu
 from ._layout_cpu import Layout, Task, plan
 from ._permute_cpu import take
+from ._swiglu_cpu import Swiglu
 
 _LARGE = 1 << 30  # an expert's weight gradient of at least this many multiply-adds is cut into ``_PARTS``
 _PARTS = 4
@@ -100,33 +101,40 @@ def _cut_weight_gradient(part: tuple[int, int, int, int, int], x, dy, dw: _Exper
         torch.sum(dy[i:j], 0, out=db.each[e])
 
 
+def _activation(name: str, dtype: torch.dtype) -> Gelu | Swiglu | None:
+    """Return the activation function with memory for one thread."""
+    if name == "swiglu":
+        return Swiglu(dtype)
+    return None if name == "none" else Gelu(dtype, APPROXIMATE[name])
+
+
 class CPUExperts(torch.autograd.Function):
     """Compute the experts and their gradients; see the module's docstring."""
 
     @staticmethod
     def forward(ctx, x, w1, b1, w2, b2, offsets_E1, activation, keep):
-        R, (_, M, F) = len(x), w1.shape
+        R, (_, M, N), F = len(x), w1.shape, w2.shape[1]  # N = 2 F with gates, else F
         counting = _get_current_dispatch_mode() is not None
-        layout = plan(offsets_E1.tolist(), R, M, F, x.dtype, pad=not counting)
+        layout = plan(offsets_E1.tolist(), R, M, N, x.dtype, pad=not counting)
         apart = layout.row_P is not None
         x_P = take(x, layout.row_P) if apart else x
         y_P = _buffers.empty((layout.slots if apart else R, M), x.dtype)
-        pre = _buffers.empty((layout.slots, F), x.dtype) if keep else None
+        pre = _buffers.empty((layout.slots, N), x.dtype) if keep else None
         weights = [_Experts(t, layout) for t in (w1, b1, w2, b2)]
 
         def work(tasks):
             longest = max((t.end - t.start for t in layout.tasks), default=0)
-            gelu = None if activation == "none" else Gelu(x.dtype, APPROXIMATE[activation])
-            pre_any = None if keep else _buffers.empty((longest, F), x.dtype)
-            h_any = None if gelu is None else _buffers.empty((longest, F), x.dtype)
+            act = _activation(activation, x.dtype)
+            pre_any = None if keep else _buffers.empty((longest, N), x.dtype)
+            h_any = None if act is None else _buffers.empty((longest, F), x.dtype)
             for task in tasks:
                 here = slice(task.start, task.end)
                 pre_t = pre[here] if keep else pre_any[: task.end - task.start]
                 _products(task, layout.base, x_P[here], *weights[:2], pre_t)
                 h_t = pre_t
-                if gelu is not None:
+                if act is not None:
                     h_t = h_any[: task.end - task.start]
-                    gelu.forward(pre_t, h_t)
+                    act.forward(pre_t, h_t)
                 _products(task, layout.base, h_t, *weights[2:], y_P[here])
 
         _share(work, layout.tasks, counting)
@@ -143,7 +151,8 @@ class CPUExperts(torch.autograd.Function):
     def backward(ctx, dy):
         x_P, w1, b1, w2, b2, pre = ctx.saved_tensors
         layout, need, act = ctx.layout, ctx.needs_input_grad, ctx.activation != "none"
-        base, F, counting = layout.base, pre.shape[1], _get_current_dispatch_mode() is not None
+        base, F, N, counting = layout.base, w2.shape[1], pre.shape[1], _get_current_dispatch_mode() is not None
+        gated = F != N
         apart = layout.row_P is not None
         dy_P = take(dy.contiguous(), layout.row_P) if apart else dy.contiguous()
         dx_P = _buffers.empty(x_P.shape, x_P.dtype) if need[0] else None
@@ -154,26 +163,33 @@ class CPUExperts(torch.autograd.Function):
         w1_T, w2_T, none = _Experts(w1.mT, layout), _Experts(w2.mT, layout), _Experts(None, layout)
         save_h = act and need[3]  # without an activation function, h equals the pre-activation
 
-        def rows(task, gelu, d_t, h_t):
-            """Compute d pre (and h) of the task's slots, and dx."""
+        def rows(task, function, d_t, h_t, dh_any):
+            """Compute d pre (and h) of the task's slots, and dx; without gates, d pre replaces dh in its memory."""
             here = slice(task.start, task.end)
-            _products(task, base, dy_P[here], w2_T, none, d_t)
-            if gelu is not None:
-                gelu.backward(pre[here], d_t, h_t)
+            dh_t = dh_any[: task.end - task.start] if gated else d_t
+            _products(task, base, dy_P[here], w2_T, none, dh_t)
+            if gated:
+                function.backward(pre[here], dh_t, d_t, h_t)
+            elif function is not None:
+                function.backward(pre[here], d_t, h_t)
             if dx_P is not None:
                 _products(task, base, d_t, w1_T, none, dx_P[here])
 
-        def new_gelu():
-            return Gelu(pre.dtype, APPROXIMATE[ctx.activation]) if act else None
+        def new_function():
+            """Return the activation function, and memory for dh if it needs its own."""
+            dh_any = _buffers.empty((longest, F), pre.dtype) if gated else None
+            return _activation(ctx.activation, pre.dtype), dh_any
 
+        longest = max((t.end - t.start for t in layout.tasks), default=0)
         if layout.cut:
             d_pre = _buffers.empty(pre.shape, pre.dtype)
-            h = _buffers.empty(pre.shape, pre.dtype) if save_h else None if act else pre
+            h = _buffers.empty((len(pre), F), pre.dtype) if save_h else None if act else pre
 
             def work_rows(tasks):
-                gelu = new_gelu()
+                function, dh_any = new_function()
                 for task in tasks:
-                    rows(task, gelu, d_pre[task.start : task.end], h[task.start : task.end] if save_h else None)
+                    h_t = h[task.start : task.end] if save_h else None
+                    rows(task, function, d_pre[task.start : task.end], h_t, dh_any)
 
             def work_weights(parts):
                 for part in parts:
@@ -189,15 +205,14 @@ class CPUExperts(torch.autograd.Function):
         else:
 
             def work(tasks):
-                longest = max((t.end - t.start for t in layout.tasks), default=0)
-                gelu = new_gelu()
-                d_any = _buffers.empty((longest, F), pre.dtype)
+                function, dh_any = new_function()
+                d_any = _buffers.empty((longest, N), pre.dtype)
                 h_any = _buffers.empty((longest, F), pre.dtype) if save_h else None
                 for task in tasks:
                     here, n = slice(task.start, task.end), task.end - task.start
                     d_t = d_any[:n]
                     h_t = h_any[:n] if save_h else None
-                    rows(task, gelu, d_t, h_t)
+                    rows(task, function, d_t, h_t, dh_any)
                     _weight_gradients(task, base, x_P[here], d_t, dw1, db1)
                     _weight_gradients(task, base, pre[here] if h_t is None else h_t, dy_P[here], dw2, db2)
 

@@ -113,6 +113,29 @@ def _product_kernel(
 
 
 @triton.jit
+def _swiglu_kernel(
+    pre_p, h_p, d_p, d_pre_p, count, F,
+    FORWARD: tl.constexpr, BACKWARD: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Compute h = silu(g) * u of pre-activations [R, 2 F], and in the backward pass their gradients from dh ``d``."""
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = at < count
+    row = at // F
+    gate_at = at + row * F
+    g = tl.load(pre_p + gate_at, mask=inside, other=0.0).to(tl.float32)
+    u = tl.load(pre_p + gate_at + F, mask=inside, other=0.0).to(tl.float32)
+    s = 1.0 / (1.0 + tl.exp(-g))
+    silu = g * s
+    if FORWARD:
+        tl.store(h_p + at, (silu * u).to(h_p.dtype.element_ty), mask=inside)
+    if BACKWARD:
+        d = tl.load(d_p + at, mask=inside, other=0.0).to(tl.float32)
+        d_g = d * u * (s + silu * (1.0 - s))
+        tl.store(d_pre_p + gate_at, d_g.to(d_pre_p.dtype.element_ty), mask=inside)
+        tl.store(d_pre_p + gate_at + F, (d * silu).to(d_pre_p.dtype.element_ty), mask=inside)
+
+
+@triton.jit
 def _weight_kernel(
     x_p, dy_p, dw_p, db_p, offsets_p, K, N,
     BIAS: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
@@ -220,16 +243,32 @@ def _weight_gradient(plan: _Plan, x, dy, w, b):
     return dw, db
 
 
+def _swiglu(pre, dh=None, *, forward=True):
+    """Return h [R, F] (None unless ``forward``) of pre-activations [R, 2 F], and with ``dh`` their gradients."""
+    R, F = len(pre), pre.shape[1] // 2
+    h = pre.new_empty(R, F) if forward else None
+    d_pre = None if dh is None else torch.empty_like(pre)
+    if R and F:
+        arguments = (pre, h if forward else pre, pre if dh is None else dh, pre if dh is None else d_pre)
+        _swiglu_kernel[(triton.cdiv(R * F, 1024),)](
+            *arguments, R * F, F, FORWARD=forward, BACKWARD=dh is not None, BLOCK=1024
+        )
+    return h, d_pre
+
+
 class TritonExperts(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, w1, b1, w2, b2, offsets_E1, activation, keep):
-        plan, act, exact = _plan(x, offsets_E1), int(activation != "none"), activation == "gelu"
+        plan, exact, gated = _plan(x, offsets_E1), activation == "gelu", activation == "swiglu"
+        act = int(activation != "none" and not gated)
         h = _mm(plan, x, w1, b1, act=act, exact=exact, save=bool(act) and keep)
         h, pre = h if act and keep else (h, h)
+        if gated:
+            h, _ = _swiglu(pre)
         y = _mm(plan, h, w2, b2)
         if keep:
             ctx.save_for_backward(x, w1, b1, w2, b2, pre)
-            ctx.plan, ctx.act, ctx.exact = plan, act, exact
+            ctx.plan, ctx.act, ctx.exact, ctx.gated = plan, act, exact, gated
         return y
 
     @staticmethod
@@ -244,6 +283,8 @@ class TritonExperts(torch.autograd.Function):
             d_pre, h = d_pre if second else (d_pre, None)
         else:
             d_pre = _mm(plan, dy, w2, None, transpose=True)
+        if ctx.gated:
+            h, d_pre = _swiglu(pre, d_pre, forward=second)
         dw2, db2 = _weight_gradient(plan, h, dy, w2, b2) if second else (None, None)
         dw1, db1 = _weight_gradient(plan, x, d_pre, w1, b1) if need[1] or need[2] else (None, None)
         dx = _mm(plan, d_pre, w1, None, transpose=True) if need[0] else None

@@ -5,6 +5,9 @@ Shapes: R rows in expert order, E experts, M hidden, F feed-forward. Expert e's 
 
     y = act(x @ W1[e] + b1[e]) @ W2[e] + b2[e]    W1 [E, M, F], W2 [E, F, M]
 
+With the activation ``swiglu``, W1 is [E, M, 2 F] and holds gate and up side by side, so that one product computes both:
+``act(p) = silu(p[:, :F]) * p[:, F:]`` (Shazeer, "GLU variants improve Transformer").
+
 The forward pass keeps the pre-activation for the backward pass, which recomputes the activation from it; this takes a
 third less memory than keeping both. Weight gradients are written expert by expert into one buffer, in a fixed order and
 without atomics, so that they are bitwise reproducible.
@@ -24,8 +27,8 @@ from ._common import APPROXIMATE, Backend, accumulate_dtype, contiguous, pick_ba
 from ._experts_cpu import CPUExperts
 from ._experts_triton import TritonExperts
 
-Activation = Literal["none", "gelu", "gelu_tanh"]
-"""gelu: exact (erf). gelu_tanh: the tanh approximation, GPT-2's and Megatron's."""
+Activation = Literal["none", "gelu", "gelu_tanh", "swiglu"]
+"""gelu: exact (erf). gelu_tanh: the tanh approximation, GPT-2's and Megatron's. swiglu: see the module's docstring."""
 
 
 def expert_ffn(
@@ -58,8 +61,8 @@ def expert_ffn(
 
 
 def _check(x, offsets_E1, activation, *layers) -> None:
-    if activation not in ("none", *APPROXIMATE):
-        raise ValueError(f"expert_ffn: unknown activation {activation!r}; know none, gelu, gelu_tanh")
+    if activation not in ("none", "swiglu", *APPROXIMATE):
+        raise ValueError(f"expert_ffn: unknown activation {activation!r}; know none, gelu, gelu_tanh, swiglu")
     if x.dim() != 2:
         raise ValueError(f"expert_ffn: rows must be [R, M], not {tuple(x.shape)}")
     if offsets_E1.dim() != 1 or offsets_E1.dtype not in (torch.int32, torch.int64):
@@ -76,6 +79,12 @@ def _check(x, offsets_E1, activation, *layers) -> None:
             raise ValueError(
                 f"expert_ffn: rows are {x.dtype}, weights {w.dtype}: one dtype for all (cast the parameters)"
             )
+        if activation == "swiglu" and w is layers[0][0]:
+            if width % 2:
+                raise ValueError(
+                    f"expert_ffn: swiglu's first weights hold gate and up, so {width} columns must be even"
+                )
+            width //= 2
 
 
 def _reference(offsets_E1, x_RM, w1_EMF, b1_EF, w2_EFM, b2_EM, activation: Activation):
@@ -90,7 +99,10 @@ def _reference(offsets_E1, x_RM, w1_EMF, b1_EF, w2_EFM, b2_EM, activation: Activ
     with torch.autocast(x_RM.device.type, enabled=False):
         for e, (start, end) in enumerate(itertools.pairwise(bounds)):
             hidden = affine(x_RM[start:end], w1_EMF, b1_EF, e)
-            if activation != "none":
+            if activation == "swiglu":
+                gate, up = hidden.chunk(2, 1)
+                hidden = F.silu(gate) * up
+            elif activation != "none":
                 hidden = F.gelu(hidden, approximate=APPROXIMATE[activation])
             parts.append(affine(hidden, w2_EFM, b2_EM, e))
     tail = x_RM.new_zeros(len(x_RM) - bounds[-1], w2_EFM.shape[2], dtype=wide)

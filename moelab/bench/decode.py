@@ -258,7 +258,7 @@ def _on_ranks(
     if batch < parallel.data:
         raise ValueError(f"bench decode: {batch} sequences do not give each of {parallel.data} data ranks one")
     for config in configs:
-        parallel.check(config.experts, heads=config.heads, ffn=config.ffn)
+        config.check_layout(parallel)
     process.join(device=device)
     found: list[Row] = []
     for config in configs:

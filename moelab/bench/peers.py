@@ -21,7 +21,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from moelab.config import ModelConfig
+from moelab.config import DecoderConfig, ModelConfig
 from moelab.engine.checkpoint import hf
 from moelab.models import GPT
 
@@ -189,11 +189,13 @@ def generators(model: GPT, length: int) -> dict[str, Peer]:
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     device = model.token_embedding.weight.device
-    if not model.config.is_moe:
+    if hf.suitable_format(model.config) != "moelab":  # the same weights
         with tempfile.TemporaryDirectory() as folder:
             path = hf.export(model, Path(folder) / "model")
-            theirs = transformers.GPT2LMHeadModel.from_pretrained(path)
+            theirs = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=model.token_embedding.weight.dtype)
         return {"transformers generate": Peer(theirs.to(device))}
+    if model.config.decoder != DecoderConfig() or not model.config.is_moe:
+        return {}
     if model.config.top_k > 1 or model.config.residual:
         return {}
     return {"transformers Mixtral": Peer(_mixtral(model.config, length).to(device))}

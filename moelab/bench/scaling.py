@@ -136,7 +136,7 @@ def main(*, models: list[str], ranks: int, per_rank: int, steps: int, rounds: in
             raise ValueError(f"bench scaling: --{what} must be at least {least}, got {value}")
     for name in models:
         model = ModelConfig.parse(name)
-        ParallelConfig(data=ranks).check(model.experts, heads=model.heads, ffn=model.ffn)
+        model.check_layout(ParallelConfig(data=ranks))
     found = measure(models=models, ranks=ranks, per_rank=per_rank, steps=steps, rounds=rounds)
 
     def share(row: Row, kind: str) -> str:

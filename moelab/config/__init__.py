@@ -6,9 +6,12 @@ T context length, G GPUs per node, P ranks.
 """
 
 from moelab.config.data import DataConfig
+from moelab.config.decoder import DecoderConfig, ExpertConfig, expert_pattern
 from moelab.config.distill import DistillConfig
-from moelab.config.model import BASES, DTYPE_BYTES, ModelConfig, RoutingConfig
+from moelab.config.model import DTYPE_BYTES, ModelConfig
+from moelab.config.names import BASES
 from moelab.config.parallel import ExpertLayout, ParallelConfig, Position
+from moelab.config.routing import RoutingConfig
 from moelab.config.serialization import digest, from_json, identity, to_json
 from moelab.config.train import TrainConfig
 
@@ -16,7 +19,9 @@ __all__ = [
     "BASES",
     "DTYPE_BYTES",
     "DataConfig",
+    "DecoderConfig",
     "DistillConfig",
+    "ExpertConfig",
     "ExpertLayout",
     "ModelConfig",
     "ParallelConfig",
@@ -24,6 +29,7 @@ __all__ = [
     "RoutingConfig",
     "TrainConfig",
     "digest",
+    "expert_pattern",
     "from_json",
     "identity",
     "to_json",

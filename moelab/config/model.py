@@ -11,98 +11,17 @@ from __future__ import annotations
 
 import difflib
 import math
-import re
 from dataclasses import dataclass, field, replace
-from fractions import Fraction
 from typing import Any, Literal, Self
 
 from moelab.config._check import check as _check
 from moelab.config._check import check_choices
+from moelab.config.decoder import DecoderConfig, ExpertConfig
+from moelab.config.names import BASES, GRAMMAR, NAME, PAPER_NAMES
+from moelab.config.parallel import ParallelConfig
+from moelab.config.routing import RoutingConfig
 
-# The paper's dense bases: layers L, hidden M, heads H. Heads of 2.4B, 8B, 24B and 47B are not stated; size 128 is our
-# assumption (1.3B has head size 128 in its training script, 6.7B and 175B too). Sources: `moelab.paper`, data file
-# models.csv.
-BASES: dict[str, tuple[int, int, int]] = {
-    "125M": (12, 768, 12),
-    "350M": (24, 1024, 16),
-    "1.3B": (24, 2048, 16),
-    "2.4B": (16, 3584, 28),
-    "6.7B": (32, 4096, 32),
-    "8B": (40, 4096, 32),
-    "24B": (30, 8192, 64),
-    "47B": (58, 8192, 64),
-    "175B": (96, 12288, 96),
-}
-
-_NAME = re.compile(
-    r"""(?P<base>[\d.]+[MB])
-        (\+(?P<half>FirstHalf-|SecondHalf-)?
-           (Top(?P<top_k>\d+)-)?
-           (?P<kind>Residual-|Pyramid-|PR-)?
-           MoE-(?P<experts>\d+)(/(?P<last>\d+))?)?
-        (\+L(?P<layers>\d+))?
-        (?P<twin>twin)?""",
-    re.IGNORECASE | re.VERBOSE,
-)
-_GRAMMAR = (
-    "BASE[+[FirstHalf-|SecondHalf-][TopK-][Residual-|Pyramid-|PR-]MoE-N[/2N]][+L<layers>][ twin], "
-    "for example 350M, 1.3B+MoE-128, 350M+PR-MoE-32/64, 350M+PR-MoE-32/64+L21"
-)
 DTYPE_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
-
-
-@dataclass(frozen=True)
-class RoutingConfig:
-    """Describe how a MoE layer's gate sends tokens to experts (paper section 4).
-
-    The defaults are those of the released training scripts.
-
-    Attributes:
-        capacity_factor: factor of an expert's capacity in training, ``ceil(S * K / E * capacity_factor)`` tokens of a
-            micro-batch.
-        capacity_factor_eval: the same in evaluation.
-        min_capacity: lower bound of the capacity.
-        drop_tokens: False means drop-free routing: the capacity is the load of the busiest expert.
-        random_token_selection: an expert over its capacity keeps random tokens instead of the earliest ones.
-        input_jitter: in training, multiply the gate's input by U(1 - x, 1 + x); the paper's policy 'Jitter' uses 0.01.
-        choice_noise: in training, add noise to the logits that choose the experts (not to those of the weights):
-            "gumbel" to all of them ('RSample'), "gumbel_second" to all but the largest (the released top-2 gate samples
-            its second expert in this way).
-        normalize_weights: divide the weights of a token's kept choices by their sum; None means only if K > 1.
-        aux_loss: weight of the load-balancing loss, summed over MoE layers.
-        aux_scope: the tokens over which the statistics of the load-balancing loss are taken: those of a "micro_batch"
-            (the paper), or of all micro-batches of a "step", which needs each on its own data rank.
-        z_loss: weight of the mean squared logsumexp of the gate's logits (ST-MoE; not in the paper).
-    """
-
-    capacity_factor: float = 1.0
-    capacity_factor_eval: float = 1.0
-    min_capacity: int = 4
-    drop_tokens: bool = True
-    random_token_selection: bool = True
-    input_jitter: float = 0.0
-    choice_noise: Literal["none", "gumbel", "gumbel_second"] = "none"
-    normalize_weights: bool | None = None
-    aux_loss: float = 0.01
-    aux_scope: Literal["micro_batch", "step"] = "micro_batch"
-    z_loss: float = 0.0
-
-    def __post_init__(self) -> None:
-        _check(
-            self.capacity_factor > 0 and self.capacity_factor_eval > 0,
-            f"routing: capacity factors must be positive, got {self.capacity_factor} and {self.capacity_factor_eval}",
-        )
-        _check(self.min_capacity >= 1, f"routing: min_capacity must be at least 1, got {self.min_capacity}")
-        _check(0 <= self.input_jitter < 1, f"routing: input_jitter must be in [0, 1), got {self.input_jitter}")
-        check_choices(self, "routing")
-
-    def capacity(self, tokens: int, experts: int, top_k: int, training: bool) -> int | None:
-        """Return the slots per expert for `tokens` tokens of one micro-batch, or None when routing is drop-free."""
-        if not self.drop_tokens:
-            return None
-        # Exact arithmetic on the factor's decimal digits: in floating point, 400 / 4 * 1.1 is above 110.
-        factor = Fraction(str(self.capacity_factor if training else self.capacity_factor_eval))
-        return max(math.ceil(factor * tokens * top_k / experts), self.min_capacity)
 
 
 @dataclass(frozen=True)
@@ -124,6 +43,8 @@ class ModelConfig:
         init_std: standard deviation of the initial weights.
         dropout: applied to embeddings, attention and the two residual branches.
         routing: the gate's behaviour.
+        decoder: norms, positions, attention and the kind of feed-forward; the default is the paper's decoder.
+        expert: the experts' width, and shared experts.
         dispatch: how tokens are copied to their experts: "local" by a table, or "einsum", the paper's PyTorch baseline.
             The results are the same.
         name: text that ``str`` returns; not part of the configuration's identity.
@@ -140,7 +61,9 @@ class ModelConfig:
     context: int = 2048
     init_std: float = 0.014
     dropout: float = 0.0
-    routing: RoutingConfig = RoutingConfig()
+    routing: RoutingConfig = field(default=RoutingConfig())
+    decoder: DecoderConfig = field(default=DecoderConfig())
+    expert: ExpertConfig = field(default=ExpertConfig())
     dispatch: Literal["local", "einsum"] = "local"
     name: str = field(default="", compare=False, metadata={"identity": False})
 
@@ -150,7 +73,7 @@ class ModelConfig:
             value = getattr(self, what)
             _check(value >= 1, f"{where}: {what} must be at least 1, got {value}")
         _check(
-            self.hidden % self.heads == 0,
+            self.decoder.head_size > 0 or self.hidden % self.heads == 0,
             f"{where}: {self.heads} heads do not divide hidden size {self.hidden}; allowed up to 16 a head: "
             f"{[h for h in range(1, self.hidden // 16 + 1) if self.hidden % h == 0]}",
         )
@@ -174,6 +97,18 @@ class ModelConfig:
             not self.residual or self.is_moe,
             f"{where}: residual needs MoE layers, but every layer is dense (experts all 0)",
         )
+        _check(
+            not self.expert.shared or (self.is_moe and not self.residual),
+            f"{where}: shared experts need MoE layers without residual, which is a fixed branch of its own",
+        )
+        _check(
+            self.heads % self.kv_heads == 0,
+            f"{where}: {self.kv_heads} key and value heads do not divide {self.heads} heads",
+        )
+        _check(
+            self.decoder.positions == "learned" or self.head_size % 2 == 0,
+            f"{where}: rotary positions rotate halves of a head, so its size {self.head_size} must be even",
+        )
         _check(0 <= self.dropout < 1, f"{where}: dropout must be in [0, 1), got {self.dropout}")
         check_choices(self, where)
 
@@ -190,11 +125,11 @@ class ModelConfig:
             ValueError: one line naming what is wrong and what is allowed.
         """
         _check(isinstance(name, str), f"model name must be a text such as 350M+MoE-128, got {name!r}")
-        match = _NAME.fullmatch("".join(name.split()))
+        match = NAME.fullmatch("".join(name.split()))
         if match is None:
-            hint = difflib.get_close_matches(name, _PAPER_NAMES, n=1)
+            hint = difflib.get_close_matches(name, PAPER_NAMES, n=1)
             raise ValueError(
-                f"model name {name!r} is not understood; allowed: {_GRAMMAR}"
+                f"model name {name!r} is not understood; allowed: {GRAMMAR}"
                 + (f" (did you mean {hint[0]}?)" if hint else "")
             )
         bases = {b.upper(): b for b in BASES}
@@ -253,7 +188,8 @@ class ModelConfig:
             return self.name
         moe = f" experts={self.experts}" if self.is_moe else ""
         residual = " residual" if self.residual else ""
-        return f"GPT(layers={self.layers} hidden={self.hidden} heads={self.heads}{moe}{residual})"
+        shared = f" shared={self.expert.shared}" if self.expert.shared else ""
+        return f"GPT(layers={self.layers} hidden={self.hidden} heads={self.heads}{moe}{residual}{shared})"
 
     def shrink(
         self,
@@ -285,6 +221,9 @@ class ModelConfig:
         heads = max(1, round(width / head_size))
         while width % heads:
             heads += 1
+        scale = width / self.hidden
+        decoder, expert = self.decoder, self.expert
+        kv_heads = decoder.kv_heads and math.gcd(heads, max(1, round(heads * decoder.kv_heads / self.heads)))
         return replace(
             self,
             layers=layers,
@@ -295,6 +234,8 @@ class ModelConfig:
             top_k=min(self.top_k, min((e for e in twin_experts if e), default=self.top_k)),
             vocab=vocab,
             context=context,
+            decoder=replace(decoder, kv_heads=kv_heads, head_size=0, ffn=_scaled(decoder.ffn, scale)),
+            expert=replace(expert, ffn=_scaled(expert.ffn, scale), shared_ffn=_scaled(expert.shared_ffn, scale)),
             init_std=round(self.init_std * math.sqrt(self.hidden / width), 6),
             name=f"{self} twin",
         )
@@ -313,42 +254,89 @@ class ModelConfig:
 
     @property
     def ffn(self) -> int:
-        """Return the feed-forward size F = 4M of dense layers and experts."""
-        return 4 * self.hidden
+        """Return the feed-forward size F of dense layers and of a residual layer's fixed branch: 4M if not given."""
+        return self.decoder.ffn or 4 * self.hidden
+
+    @property
+    def expert_ffn(self) -> int:
+        """Return the feed-forward size of a routed expert."""
+        return self.expert.ffn or self.ffn
+
+    @property
+    def fixed_ffn(self) -> int:
+        """Return the feed-forward size of the branch beside the routed experts: residual or shared; 0 without one."""
+        return self.ffn if self.residual else self.expert.shared * (self.expert.shared_ffn or self.expert_ffn)
 
     @property
     def head_size(self) -> int:
-        """Return the head size D = M / H."""
-        return self.hidden // self.heads
+        """Return the head size D, M / H if not given."""
+        return self.decoder.head_size or self.hidden // self.heads
+
+    @property
+    def kv_heads(self) -> int:
+        """Return the number of heads of keys and values."""
+        return self.decoder.kv_heads or self.heads
+
+    def check_layout(self, parallel: ParallelConfig) -> None:
+        """Check that the model can be distributed in a layout; ValueError, one line, if not."""
+        sizes = {self.expert_ffn} if self.is_moe else set()
+        sizes |= {self.fixed_ffn} if self.fixed_ffn else set()
+        sizes |= {self.ffn} if self.moe_layers < self.layers else set()
+        for ffn in sorted(sizes):
+            parallel.check(self.experts, heads=self.kv_heads, ffn=ffn)
+        _check(
+            parallel.tensor == 1 or self.decoder.qk_norm != "all",
+            "parallel: tensor slicing separates heads, whose queries and keys are normalised together (qk_norm 'all')",
+        )
+
+    def feed_forward_parameters(self, ffn: int) -> int:
+        """Return the parameters of one feed-forward of size `ffn`."""
+        matrices = 3 if self.decoder.gated else 2
+        biases = (matrices - 1) * ffn + self.hidden if self.decoder.biases == "all" else 0
+        return matrices * self.hidden * ffn + biases
 
     def expert_parameters(self) -> int:
-        """Return the parameters of one expert, of a dense feed-forward or of a residual layer's fixed branch."""
-        return 2 * self.hidden * self.ffn + self.ffn + self.hidden
+        """Return the parameters of one routed expert."""
+        return self.feed_forward_parameters(self.expert_ffn)
 
     def expert_bytes(self, dtype: str = "bf16") -> int:
         """Return the bytes of one expert's weights in `dtype`: fp32, bf16 or fp16."""
         return self.expert_parameters() * _itemsize(dtype)
 
+    def attention_parameters(self) -> int:
+        """Return the parameters of one layer's attention, with the norms of queries and keys."""
+        M, D, d = self.hidden, self.head_size, self.decoder
+        qkv, out = (self.heads + 2 * self.kv_heads) * D, self.heads * D
+        biases = {"all": qkv + M, "qkv": qkv, "none": 0}[d.biases]
+        norms = {"none": 0, "head": 2 * D, "all": (self.heads + self.kv_heads) * D}[d.qk_norm]
+        return M * (qkv + out) + biases + norms
+
+    def mixing_parameters(self) -> int:
+        """Return the parameters that weigh a MoE layer's two branches: residual's learned mix or the shared gate."""
+        if self.residual:
+            return 2 * self.hidden + 2 if self.residual_mix == "learned" else 0
+        return self.hidden if self.expert.shared_gate else 0
+
     def _shared(self) -> int:
         """Count the parameters of embeddings, attention, norms and dense feed-forwards."""
-        M = self.hidden
-        attention = 4 * M * M + 4 * M
-        norms = 4 * M
+        M, d = self.hidden, self.decoder
+        norm = 2 * M if d.norm == "layer" else M
         dense_layers = self.layers - self.moe_layers
+        rows = self.vocab * (1 if d.tied else 2) + (self.context if d.positions == "learned" else 0)
         return (
-            (self.vocab + self.context) * M
-            + self.layers * (attention + norms)
-            + 2 * M
-            + dense_layers * self.expert_parameters()
+            rows * M
+            + self.layers * (self.attention_parameters() + 2 * norm)
+            + norm
+            + dense_layers * self.feed_forward_parameters(self.ffn)
         )
 
     def _per_moe_layer(self, experts: int, used: int) -> int:
-        gate = self.hidden * experts
-        mix = 2 * self.hidden + 2 if self.residual_mix == "learned" else 0
-        return gate + used * self.expert_parameters() + (self.expert_parameters() + mix if self.residual else 0)
+        gate = self.hidden * experts + (experts if self.routing.balance_rate else 0)
+        fixed = self.feed_forward_parameters(self.fixed_ffn) if self.fixed_ffn else 0
+        return gate + used * self.expert_parameters() + fixed + self.mixing_parameters()
 
     def parameters(self) -> int:
-        """Return the number of parameters; the tied embedding counts once. Equals the built model's exactly."""
+        """Return the number of parameters; a tied embedding counts once. Equals the built model's exactly."""
         return self._shared() + sum(self._per_moe_layer(e, e) for e in self.experts if e)
 
     def active_parameters(self) -> int:
@@ -365,15 +353,16 @@ class ModelConfig:
         Causal attention counts at the mean of its prefix lengths. The output head and the experts that a token uses are
         included, unused slots of the capacity are not.
         """
-        M, T = self.hidden, context or self.context
-        mlp = 2 * M * self.ffn
-        weights = self.vocab * M + self.layers * 4 * M * M + (self.layers - self.moe_layers) * mlp
+        M, D, T = self.hidden, self.head_size, context or self.context
+        across = (3 if self.decoder.gated else 2) * M  # multiply-adds per unit of a feed-forward's size
+        attention = M * D * (2 * self.heads + 2 * self.kv_heads)
+        weights = self.vocab * M + self.layers * attention + (self.layers - self.moe_layers) * across * self.ffn
+        mix = self.mixing_parameters() // M * M
         for e in self.experts:
             if e:
-                mix = 2 * M if self.residual and self.residual_mix == "learned" else 0
-                weights += M * e + self.top_k * mlp + (mlp + mix if self.residual else 0)
-        attention = self.layers * 2 * M * (T + 1)
-        forward = 2 * weights + attention
+                weights += M * e + across * (self.top_k * self.expert_ffn + self.fixed_ffn) + mix
+        scores = self.layers * 2 * self.heads * D * (T + 1)
+        forward = 2 * weights + scores
         return float(3 * forward if training else forward)
 
     def bytes(self, dtype: str = "bf16", *, active: bool = False) -> int:
@@ -381,23 +370,11 @@ class ModelConfig:
         return (self.active_parameters() if active else self.parameters()) * _itemsize(dtype)
 
 
+def _scaled(ffn: int, scale: float) -> int:
+    """Return a feed-forward size times `scale`, a multiple of 8; 0 stays 0."""
+    return max(8, round(ffn * scale / 8) * 8) if ffn else 0
+
+
 def _itemsize(dtype: str) -> int:
     _check(dtype in DTYPE_BYTES, f"dtype must be one of {', '.join(DTYPE_BYTES)}, got {dtype!r}")
     return DTYPE_BYTES[dtype]
-
-
-_PAPER_NAMES = [
-    *BASES,
-    "350M+MoE-32",
-    "350M+MoE-128",
-    "1.3B+MoE-128",
-    "350M+FirstHalf-MoE-32",
-    "350M+SecondHalf-MoE-32",
-    "350M+Top2-MoE-32",
-    "350M+Residual-MoE-32",
-    "350M+Pyramid-MoE-32/64",
-    "350M+PR-MoE-32/64",
-    "1.3B+PR-MoE-64/128",
-    "350M+PR-MoE-32/64+L21",
-    "1.3B+PR-MoE-64/128+L21",
-]

@@ -50,10 +50,10 @@ class Tokenizer:
     text is encoded as ordinary characters: only `eot` ends a document.
     """
 
-    def __init__(self, backend: tokenizers.Tokenizer):
-        eot = backend.token_to_id(EOT)
+    def __init__(self, backend: tokenizers.Tokenizer, end: str = EOT):
+        eot = backend.token_to_id(end)
         if eot is None:
-            raise ValueError(f"tokenizer has no {EOT} token")
+            raise ValueError(f"tokenizer has no {end} token")
         backend.encode_special_tokens = True  # "treat special tokens in text as text"; not part of the saved file
         self._backend = backend
         self.eot: int = eot
@@ -91,8 +91,8 @@ class Tokenizer:
         return cls(backend)
 
     @classmethod
-    def load(cls, path: Path) -> "Tokenizer":
-        """Read a `tokenizer.json`.
+    def load(cls, path: Path, eot: str = EOT) -> "Tokenizer":
+        """Read a `tokenizer.json`, in which a text ends with the token `eot`.
 
         Raises:
             ValueError: the file is not a tokenizer with an end-of-text token.
@@ -102,7 +102,7 @@ class Tokenizer:
             backend = tokenizers.Tokenizer.from_str(text)
         except Exception as error:  # the library raises bare Exception
             raise ValueError(f"{path} is not a tokenizer file: {error}") from None
-        return cls(backend)
+        return cls(backend, eot)
 
     def save(self, path: Path) -> None:
         """Write `tokenizer.json`."""

@@ -119,7 +119,7 @@ def _buckets(model: ParallelModel) -> list[_Bucket]:
     buckets: list[_Bucket] = []
     open_buckets: dict[tuple, _Bucket] = {}
     for name, parameter in reversed(list(model.module.named_parameters())):
-        if isinstance(parameter, DTensor):
+        if isinstance(parameter, DTensor) or not parameter.requires_grad:
             continue
         placement = model.placements[name]
         scale = 1 / (mesh.config.data * placement.token_replicas)

@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 from torch.utils.checkpoint import checkpoint
 
-from moelab import kernels
 from moelab.config import ModelConfig
 from moelab.config.parallel import ParallelConfig
 from moelab.engine.collectives import all_reduce
@@ -27,6 +26,7 @@ from moelab.engine.placement import Placement
 from moelab.engine.tensor_slicing import ColumnLinear, RowLinear
 from moelab.models.dispatch import Dispatch
 from moelab.models.gpt import GPT, initial_weight
+from moelab.models.grouped_attention import GroupedAttention
 from moelab.models.moe import MLP, Experts, MoE
 
 
@@ -52,24 +52,25 @@ class SlicedExperts(Experts):
     """
 
     def __init__(self, config: ModelConfig, groups: ExpertGroups) -> None:
-        super().__init__(groups.layout.experts_per_rank, config.hidden, config.ffn // groups.slices.size)
+        gated, biases = config.decoder.gated, config.decoder.biases == "all"
+        ffn = config.expert_ffn // groups.slices.size
+        super().__init__(groups.layout.experts_per_rank, config.hidden, ffn, gated, biases)
         self.adds_bias = groups.slices.index == 0
 
     def forward(self, rows_RM: Tensor, offsets_E1: Tensor) -> Tensor:
         """Compute as `Experts.forward`; the output bias enters the sum over slices once."""
-        down_bias = self.down_bias if self.adds_bias else self.down_bias * 0
-        weights = (w.to(rows_RM.dtype) for w in (self.up, self.up_bias, self.down, down_bias))
-        return kernels.expert_ffn(rows_RM, offsets_E1, *weights)
+        down_bias = self.down_bias if self.down_bias is None or self.adds_bias else self.down_bias * 0
+        return self.compute(rows_RM, offsets_E1, down_bias)
 
 
-def build(config: ModelConfig, seed: int, mesh: Mesh) -> ParallelModel:
-    """Return this rank's part of a model with initial weights, fp32, on `mesh.device`.
+def build(config: ModelConfig, seed: int | None, mesh: Mesh, dtype: torch.dtype = torch.float32) -> ParallelModel:
+    """Return this rank's part of a model on `mesh.device`, with initial weights, or if `seed` is None with none.
 
     Raises:
         ValueError: the layout is impossible for the model, or the model's dispatch is the one-rank baseline.
     """
     parallel = mesh.config
-    parallel.check(config.experts, heads=config.heads, ffn=config.ffn)
+    config.check_layout(parallel)
     if config.dispatch != "local" and any(e and _is_distributed(mesh.experts(e)) for e in config.experts):
         raise ValueError(f"parallel: dispatch {config.dispatch!r} knows no expert parallelism or slicing; use 'local'")
     with torch.device("meta"):
@@ -78,8 +79,9 @@ def build(config: ModelConfig, seed: int, mesh: Mesh) -> ParallelModel:
         for block in model.blocks:
             _slice_block(block, config, mesh)
     placements = {name: _placement(name, shape, config, mesh) for name, shape in whole.items()}
-    model.to_empty(device=mesh.device)
-    _init(model, config, seed, placements, mesh)
+    model.to(dtype).to_empty(device=mesh.device)
+    if seed is not None:
+        _init(model, config, seed, placements, mesh)
     if parallel.recompute:
         for block in model.blocks:
             block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
@@ -93,12 +95,15 @@ def _slice_block(block: nn.Module, config: ModelConfig, mesh: Mesh) -> None:
     if tensor.size > 1:
         attention = block.attention
         attention.heads //= tensor.size
-        attention.qkv = ColumnLinear(config.hidden, 3 * config.hidden, tensor)
-        attention.out = RowLinear(config.hidden, config.hidden, tensor)
+        if isinstance(attention, GroupedAttention):
+            attention.kv_heads //= tensor.size
         mlp = block.ffn if isinstance(block.ffn, MLP) else block.ffn.mlp
-        if mlp is not None:
-            mlp.up = ColumnLinear(config.hidden, config.ffn, tensor)
-            mlp.down = RowLinear(config.ffn, config.hidden, tensor)
+        pairs = [(attention, "qkv", "out")] + ([] if mlp is None else [(mlp, "up", "down")])
+        for owner, column, row in pairs:
+            for name, kind in ((column, ColumnLinear), (row, RowLinear)):
+                linear = getattr(owner, name)
+                bias = linear.bias is not None
+                setattr(owner, name, kind(linear.in_features, linear.out_features, tensor, bias))
     if isinstance(block.ffn, MoE):
         groups = mesh.experts(block.ffn.router.experts)
         if _is_distributed(groups):
@@ -137,7 +142,7 @@ _SLICED_DIM = {
     ("up", "bias"): 0,
     ("down", "weight"): 1,
 }
-"""(module, parameter) -> the dim that tensor slicing cuts; query, key and value are cut each."""
+"""(module, parameter) -> the dim that tensor slicing cuts; query, key and value, or gate and up, are cut each."""
 
 
 def _placement(name: str, shape: tuple[int, ...], config: ModelConfig, mesh: Mesh) -> Placement:
@@ -148,12 +153,19 @@ def _placement(name: str, shape: tuple[int, ...], config: ModelConfig, mesh: Mes
         layout, position = groups.layout, groups.position
         parts = {0: (position.expert, layout.parallel)}
         if leaf != "down_bias":
-            parts[{"up": 2, "up_bias": 1, "down": 1}[leaf]] = (position.slice, layout.slices)
+            parts[1 if leaf == "down" else len(shape) - 1] = (position.slice, layout.slices)
         replicas = groups.same_experts if leaf == "down_bias" else groups.replicas
         return Placement.part(shape, parts, replicas.ranks, layout.token_replicas)
     if mesh.tensor.size > 1 and (dim := _SLICED_DIM.get((module, leaf))) is not None:
         part = (mesh.tensor.index, mesh.tensor.size)
-        return Placement.part(shape, {dim: part}, mesh.data.ranks, 1, repeats=3 if module == "qkv" else 1)
+        stretches: tuple[int, ...] = ()
+        if module == "qkv":
+            stretches = tuple(n * config.head_size for n in (config.heads, config.kv_heads, config.kv_heads))
+        elif module == "up" and config.decoder.gated:
+            stretches = (shape[0] // 2,) * 2
+        return Placement.part(shape, {dim: part}, mesh.data.ranks, 1, stretches)
+    if module in ("q_norm", "k_norm"):  # each tensor rank has the gradient of its own heads only
+        return Placement.whole(shape, mesh.world.ranks, 1)
     return Placement.whole(shape, mesh.world.ranks, mesh.tensor.size)
 
 
@@ -182,6 +194,6 @@ def expert_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
 
 
 def _shard(model: GPT, mesh: Mesh) -> None:
-    experts = set(expert_parameters(model))
+    whole = set(expert_parameters(model)) | {p for p in model.parameters() if not p.requires_grad}
     for module in (*model.blocks, model):
-        fully_shard(module, mesh=mesh.fsdp, ignored_params=experts)
+        fully_shard(module, mesh=mesh.fsdp, ignored_params=whole)

@@ -60,32 +60,33 @@ class Placement:
         parts: dict[int, tuple[int, int]],
         replicas: tuple[int, ...],
         token_replicas: int,
-        repeats: int = 1,
+        stretches: tuple[int, ...] = (),
     ) -> Placement:
         """Return the placement of part `index` of `count` equal ones along each dim of `parts`, dim -> (index, count).
 
-        With `repeats` n, dim 0 consists of n equal stretches (query, key, value), each of which is cut this way.
+        With `stretches`, dim 0 consists of stretches of these lengths (query, key, value), each of which is cut this
+        way.
 
         Raises:
             ValueError: a dim does not divide evenly.
         """
-        stretch = shape[0] // repeats
-        offset, size = [0] * len(shape), list(shape)
-        size[0] = stretch
-        for dim, (index, count) in parts.items():
-            length = size[dim]
-            if length % count:
-                raise ValueError(f"placement: {count} parts do not divide dim {dim} of {shape}")
-            size[dim] = length // count
-            offset[dim] = index * size[dim]
-        shards = tuple(
-            Shard((offset[0] + i * stretch, *offset[1:]), (i * size[0], *(0,) * (len(shape) - 1)), tuple(size))
-            for i in range(repeats)
-        )
-        return cls(tuple(shape), shards, replicas, token_replicas)
+        shards: list[Shard] = []
+        start = local = 0
+        for stretch in stretches or shape[:1]:
+            offset, size = [0] * len(shape), [stretch, *shape[1:]]
+            for dim, (index, count) in parts.items():
+                length = size[dim]
+                if length % count:
+                    raise ValueError(f"placement: {count} parts do not divide dim {dim} of {shape}")
+                size[dim] = length // count
+                offset[dim] = index * size[dim]
+            offset[0] += start
+            shards.append(Shard(tuple(offset), (local, *(0,) * (len(shape) - 1)), tuple(size)))
+            start, local = start + stretch, local + size[0]
+        return cls(tuple(shape), tuple(shards), replicas, token_replicas)
 
     @property
     def local_shape(self) -> tuple[int, ...]:
         """Shape of the rank's tensor."""
         first = self.shards[0].size
-        return (first[0] * len(self.shards), *first[1:]) if first else first
+        return (sum(shard.size[0] for shard in self.shards), *first[1:]) if first else first

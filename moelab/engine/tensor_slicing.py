@@ -17,8 +17,8 @@ from moelab.engine.groups import Group
 class ColumnLinear(nn.Linear):
     """Computes this rank's part of a linear layer's outputs."""
 
-    def __init__(self, in_features: int, out_features: int, group: Group) -> None:
-        super().__init__(in_features, out_features // group.size)
+    def __init__(self, in_features: int, out_features: int, group: Group, bias: bool = True) -> None:
+        super().__init__(in_features, out_features // group.size, bias=bias)
         self.group = group
 
     def forward(self, x: Tensor) -> Tensor:
@@ -29,11 +29,12 @@ class ColumnLinear(nn.Linear):
 class RowLinear(nn.Linear):
     """Computes a linear layer from this rank's part of its inputs; the bias is added once, to the sum over ranks."""
 
-    def __init__(self, in_features: int, out_features: int, group: Group) -> None:
-        super().__init__(in_features // group.size, out_features)
+    def __init__(self, in_features: int, out_features: int, group: Group, bias: bool = True) -> None:
+        super().__init__(in_features // group.size, out_features, bias=bias)
         self.group = group
 
     def forward(self, x: Tensor) -> Tensor:
         """Return [..., out_features], equal on all ranks, for this rank's part of the inputs."""
         y = reduce_from_group(F.linear(x, self.weight), self.group)
-        return y + self.bias.to(y.dtype)  # autocast makes y bf16; it does not convert the operands of a sum
+        # Autocast makes y bf16; it does not convert the operands of a sum.
+        return y if self.bias is None else y + self.bias.to(y.dtype)

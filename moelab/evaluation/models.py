@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from moelab.config import digest
 from moelab.data import Tokenizer
 from moelab.data.packages import Package, unpacked
+from moelab.engine.checkpoint import hf
 from moelab.files import read_json
 from moelab.inference.generate import Generator
 from moelab.inference.modes import set_mode
@@ -216,7 +217,7 @@ def open_evaluated(
     ours = (directory / "spec.json").is_file()
     kind = (read_json(directory / "config.json") or {}).get("model_type")
     gguf = sorted(directory.glob("*.gguf"))
-    if ours or kind in ("gpt2", "moelab") or not (kind or gguf):
+    if ours or kind in hf.FORMATS or not (kind or gguf):
         model, tokenizer = open_model(directory, cache=cache, dtype=dtype, device=device)
         return Ours(model, tokenizer.eot), tokenizer
     if len(gguf) > 1 and not kind:

@@ -1,7 +1,7 @@
 """Cache keys and values of earlier tokens: prefill writes them, decode reads and extends them.
 
-Shapes: L layers, H heads (this rank's), T the longest sequence, D head size. A *slot* is the memory of one sequence;
-there are B slots.
+Shapes: L layers, N heads of keys and values (this rank's), T the longest sequence, D head size. A *slot* is the memory
+of one sequence; there are B slots.
 
 Prefill takes whole prompts of any lengths concatenated, [1, N] tokens without padding: all of the model except
 attention treats tokens independently, and attention is computed prompt by prompt. Decode takes one token per sequence,
@@ -15,6 +15,7 @@ attention treats tokens independently, and attention is computed prompt by promp
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Sequence
 
@@ -29,7 +30,7 @@ class KVCache:
     """Hold the keys and values of a model's sequences; a `moelab.models.gpt.Cache`.
 
     Attributes:
-        keys, values: [L, B, H, T, D].
+        keys, values: [L, B, N, T, D].
         positions_BT: int64, positions of the tokens of the next forward pass.
         layers: one `moelab.models.gpt.Past` per attention layer.
         slots, length: B and T.
@@ -44,7 +45,9 @@ class KVCache:
             length: longest sequence in tokens, prompt and output; at most the model's context.
         """
         config = model.config
-        heads = model.blocks[0].attention.heads  # a tensor-sliced model has fewer than its config
+        sliced = config.heads // model.blocks[0].attention.heads  # a tensor-sliced model has fewer than its config
+        heads = config.kv_heads // sliced
+        self._gqa = config.kv_heads < config.heads
         shape = (config.layers, slots, heads, length, config.head_size)
         self.keys, self.values = (torch.zeros(shape, dtype=dtype, device=device) for _ in range(2))
         self.slots, self.length, self.device = slots, length, torch.device(device)
@@ -102,19 +105,18 @@ class _Layer:
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Store the new tokens' keys and values; return their attention over all visible tokens, [B, H, T, D]."""
         cache, keys, values = self._cache, self._keys, self._values
+        attention = functools.partial(F.scaled_dot_product_attention, enable_gqa=cache._gqa)
         if cache._spans is not None:
             y = torch.empty_like(q)
             for slot, a, b in cache._spans:
                 keys[slot, :, : b - a], values[slot, :, : b - a] = k[0, :, a:b], v[0, :, a:b]
                 part = (t[:, :, a:b] for t in (q, k, v))
-                y[:, :, a:b] = F.scaled_dot_product_attention(*part, is_causal=True)
+                y[:, :, a:b] = attention(*part, is_causal=True)
             return y
         B = len(q)
         at = (cache._rows[:B], slice(None), cache.positions_BT[:, 0])
         keys[at], values[at] = k[:, :, 0], v[:, :, 0]
         if cache._mask_B11T is not None:
-            return F.scaled_dot_product_attention(q, keys, values, attn_mask=cache._mask_B11T)
-        parts = [
-            F.scaled_dot_product_attention(q[a:b], keys[a:b, :, :n], values[a:b, :, :n]) for a, b, n in cache._runs
-        ]
+            return attention(q, keys, values, attn_mask=cache._mask_B11T)
+        parts = [attention(q[a:b], keys[a:b, :, :n], values[a:b, :, :n]) for a, b, n in cache._runs]
         return parts[0] if len(parts) == 1 else torch.cat(parts) if parts else q

@@ -29,7 +29,8 @@ from moelab.engine.differentiable import reduce_from_group
 from moelab.engine.parallel import SlicedExperts
 from moelab.engine.tensor_slicing import RowLinear
 from moelab.models import GPT
-from moelab.models.moe import MLP, Experts, Mix, MoE
+from moelab.models.activations import swiglu
+from moelab.models.moe import MLP, Experts, Mix, MoE, SharedGate
 from moelab.models.routing import Router, Routing
 
 PACK_FROM = 1 << 17
@@ -55,7 +56,8 @@ def freeze(model: GPT) -> None:
         block.attention.qkv = freeze_linear(block.attention.qkv)
         block.attention.out = freeze_linear(block.attention.out)
         block.ffn = freeze_moe(block.ffn) if isinstance(block.ffn, MoE) else FrozenMLP(block.ffn)
-    head, norm = product(model.token_embedding.weight), model.norm
+    head, norm = product(model.output_weight), model.norm
+    model.output = None
     model.head = lambda x: head(norm(x), None)
 
 
@@ -63,7 +65,8 @@ def freeze_moe(moe: MoE) -> MoE:
     """Replace the parts of a MoE layer by frozen ones, except its dispatch, and return the layer."""
     moe.router, moe.experts = FrozenRouter(moe.router), FrozenExperts(moe.experts)
     moe.mlp = None if moe.mlp is None else FrozenMLP(moe.mlp)
-    moe.mix = None if moe.mix is None else FrozenMix(moe.mix)
+    if moe.mix is not None:
+        moe.mix = FrozenMix(moe.mix) if isinstance(moe.mix, Mix) else FrozenSharedGate(moe.mix)
     return moe
 
 
@@ -120,11 +123,13 @@ class FrozenRowLinear(nn.Module):
 
     def __init__(self, linear: RowLinear) -> None:
         super().__init__()
-        self.product, self.bias, self.group = product(linear.weight), linear.bias.detach(), linear.group
+        self.product, self.group = product(linear.weight), linear.group
+        self.bias = None if linear.bias is None else linear.bias.detach()
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the layer's output [..., N] from this rank's slice of its input."""
-        return reduce_from_group(self.product(x, None), self.group) + self.bias
+        y = reduce_from_group(self.product(x, None), self.group)
+        return y if self.bias is None else y + self.bias
 
 
 class FrozenMLP(nn.Module):
@@ -132,11 +137,13 @@ class FrozenMLP(nn.Module):
 
     def __init__(self, mlp: MLP) -> None:
         super().__init__()
-        self.up, self.down = freeze_linear(mlp.up, gelu=True), freeze_linear(mlp.down)
+        self.gated = mlp.gated
+        self.up, self.down = freeze_linear(mlp.up, gelu=not mlp.gated), freeze_linear(mlp.down)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the output [..., M] of x [..., M]."""
-        return self.down(self.up(x))
+        h = self.up(x)
+        return self.down(swiglu(h) if self.gated else h)
 
 
 class FrozenRouter(Router):
@@ -144,11 +151,12 @@ class FrozenRouter(Router):
 
     def __init__(self, router: Router) -> None:
         super().__init__(0, router.experts, router.top_k, router.config)
-        self.weight, self.product = router.weight, product(router.weight.float())
+        self.share(router)
+        self.product = product(router.weight.float())
 
-    def forward(self, x_SM: Tensor) -> Routing:
+    def forward(self, x_SM: Tensor, sequences: int = 1) -> Routing:
         """Route as `Router.forward`; runs outside autocast."""
-        return self.route(self.scores(x_SM.float()))
+        return self.route(self.scores(x_SM.float()), sequences)
 
     def scores(self, x_SM: Tensor) -> Tensor:
         """Return the logits [S, E], without noise."""
@@ -167,23 +175,40 @@ class FrozenMix(nn.Module):
         return kernels.residual_mix(routed_SM, fixed_SM, coefficient_S2=self.linear(x_SM).float().softmax(1))
 
 
+class FrozenSharedGate(nn.Module):
+    """Compute the gated sum of routed and shared experts."""
+
+    def __init__(self, gate: SharedGate) -> None:
+        super().__init__()
+        self.linear = FrozenLinear(gate)
+
+    def forward(self, routed_SM: Tensor, fixed_SM: Tensor, x_SM: Tensor) -> Tensor:
+        """Return the sum of the branches, as `SharedGate.forward`."""
+        return routed_SM + fixed_SM * self.linear(x_SM).sigmoid()
+
+
 class FrozenExperts(nn.Module):
     """Compute experts that are frozen one by one: a call only reads the weights of experts that have rows."""
 
     def __init__(self, experts: Experts) -> None:
         super().__init__()
-        bias = experts.down_bias.detach()
-        if isinstance(experts, SlicedExperts) and not experts.adds_bias:
-            bias = bias * 0
-        self.up, self.down = ([product(w.T) for w in stack.detach()] for stack in (experts.up, experts.down))
-        self.up_bias, self.down_bias = list(experts.up_bias.detach()), list(bias)
+        self.gated = experts.activation == "swiglu"
+        up, down = experts.up.detach().flatten(2), experts.down.detach()
+        self.up, self.down = ([product(w.T) for w in stack] for stack in (up, down))
+        self.up_bias = self.down_bias = [None] * len(up)
+        if experts.down_bias is not None:
+            bias = experts.down_bias.detach()
+            if isinstance(experts, SlicedExperts) and not experts.adds_bias:
+                bias = bias * 0
+            self.up_bias, self.down_bias = list(experts.up_bias.detach().flatten(1)), list(bias)
 
     def forward(self, rows_RM: Tensor, offsets_E1: Tensor) -> Tensor:
         """Return the experts' outputs, as `Experts.forward`."""
         bounds = offsets_E1.tolist()
         outputs = []
         for e in np.flatnonzero(np.diff(offsets_E1.numpy())).tolist():
-            rows = self.up[e](rows_RM[bounds[e] : bounds[e + 1]], self.up_bias[e], True)
+            rows = self.up[e](rows_RM[bounds[e] : bounds[e + 1]], self.up_bias[e], not self.gated)
+            rows = swiglu(rows) if self.gated else rows
             outputs.append(self.down[e](rows, self.down_bias[e]))
         if bounds[-1] < len(rows_RM) or not outputs:
             outputs.append(rows_RM.new_zeros(len(rows_RM) - bounds[-1], rows_RM.shape[1]))

@@ -112,7 +112,9 @@ def open_text(
     batch: int = 8,
     mesh: Mesh | None = None,
 ) -> Writer:
-    """Return a writer for a run (its newest complete checkpoint) or an exported model (`moelab.engine.checkpoint.hf`).
+    """Return a writer for a run (its newest complete checkpoint) or an exported model.
+
+    `moelab.engine.checkpoint.hf` has the formats of exported models.
 
     Args:
         cache: directory of prepared tokens, which includes a run's tokenizer.
@@ -138,9 +140,7 @@ def open_model(
         model = load_run(directory, mesh=mesh, device=device, dtype=dtype)
         tokenizer = prepare(run_configs(directory)[1], cache).tokenizer()
     elif (directory / "config.json").is_file():
-        if mesh is not None and mesh.world.size > 1:
-            raise ValueError(f"{directory}: an exported model is for one process; open the run it came from")
-        model = hf.load(directory).to(device, DTYPES[dtype])
+        model = hf.load(directory, mesh=mesh, dtype=DTYPES[dtype]).to(device)
         tokenizer = hf.load_tokenizer(directory)
     else:
         raise ValueError(f"{directory}: neither a run (spec.json) nor an exported model (config.json)")
@@ -167,10 +167,15 @@ def join_ranks(directory: Path, device: str = "cpu", **layout: Any) -> Mesh | No
     if tensor < 1 or place.world_size % tensor:
         raise ValueError(f"generate: tensor {tensor} does not divide {place.world_size} ranks")
     parallel = ParallelConfig(data=place.world_size // tensor, **layout)
-    config, _ = run_configs(directory)
-    parallel.check(config.experts, heads=config.heads, ffn=config.ffn)
+    config = model_config(directory)
+    config.check_layout(parallel)
     process.join(device=device)
     return Mesh(parallel, config.experts, device)
+
+
+def model_config(directory: Path) -> ModelConfig:
+    """Return the model configuration of a run or an exported model; ValueError, one line, if it is neither."""
+    return run_configs(directory)[0] if (directory / "spec.json").is_file() else hf.read_config(directory)
 
 
 def run_configs(directory: Path) -> tuple[ModelConfig, DataConfig]:
@@ -189,9 +194,9 @@ def load_run(directory: Path, *, mesh: Mesh | None = None, device: str = "cpu", 
     config, _ = run_configs(directory)
     last = checkpoint.weights_of(directory)
     if mesh is not None and mesh.world.size > 1:
-        part = engine.build(config, 0, mesh)
+        part = engine.build(config, None, mesh, DTYPES[dtype])
         checkpoint.load_model(last, part.module, part.placements)
-        return part.module.to(DTYPES[dtype])
+        return part.module
     with torch.device("meta"):
         model = GPT(config).to(DTYPES[dtype])
     model.to_empty(device=device)

@@ -30,7 +30,10 @@ class Past(Protocol):
     """Hold one layer's keys and values of earlier tokens (implemented in `moelab.inference`)."""
 
     def attend(self, q_BHTD: Tensor, k_BHTD: Tensor, v_BHTD: Tensor) -> Tensor:
-        """Store the new tokens' keys and values; return their attention over all visible tokens, [B, H, T, D]."""
+        """Store the new tokens' keys and values; return their attention over all visible tokens, [B, H, T, D].
+
+        Keys and values may have fewer heads than the queries, see `moelab.models.grouped_attention`.
+        """
         ...
 
 
@@ -43,8 +46,11 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(config.hidden, 3 * config.hidden)
         self.out = nn.Linear(config.hidden, config.hidden)
 
-    def forward(self, x_BTM: Tensor, past: Past | None = None) -> Tensor:
-        """Return the attention's output [B, T, M]; with `past`, tokens also attend to the earlier ones it holds."""
+    def forward(self, x_BTM: Tensor, past: Past | None = None, rotation: None = None) -> Tensor:
+        """Return the attention's output [B, T, M]; with `past`, tokens also attend to the earlier ones it holds.
+
+        `rotation` is not used: positions are embedded.
+        """
         B, T, _ = x_BTM.shape
         qkv_BT3HD = self.qkv(x_BTM).view(B, T, 3, self.heads, self.head_size)
         dropout = self.dropout if self.training else 0.0

@@ -81,7 +81,7 @@ class MaskRouter(Router):
 
     def __init__(self, router: Router) -> None:
         super().__init__(0, router.experts, router.top_k, router.config)
-        self.weight, self.pool = router.weight, router.pool
+        self.share(router)
 
 
 def one_hot_masks(routing: Routing, capacity: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

@@ -1,4 +1,7 @@
-"""Build the paper's GPT-3-like decoder, dense or MoE: learned positions, pre-LayerNorm, GELU, tied embedding.
+"""Build the decoder, dense or MoE.
+
+By default it is the paper's, which is GPT-3-like: learned positions, pre-LayerNorm, GELU, tied embedding.
+`DecoderConfig` replaces these parts.
 
     tokens_BT -> embedding -> L x (attention, feed-forward or MoE) -> norm -> logits_BTV
 
@@ -19,6 +22,7 @@ from torch import Tensor, nn
 
 from moelab.config import ModelConfig
 from moelab.models.attention import Attention, Past
+from moelab.models.grouped_attention import GroupedAttention, Rotation, rotation_at
 from moelab.models.loss import linear_cross_entropy
 from moelab.models.moe import MLP, Experts, MoE
 from moelab.models.routing import Routing
@@ -67,26 +71,38 @@ class Cache(Protocol):
     layers: Sequence[Past]
 
 
+def make_norm(config: ModelConfig) -> nn.LayerNorm | nn.RMSNorm:
+    """Return a norm over the hidden size."""
+    kind = nn.LayerNorm if config.decoder.norm == "layer" else nn.RMSNorm
+    return kind(config.hidden, eps=config.decoder.norm_eps)
+
+
 class Block(nn.Module):
-    """Compute one layer: attention, then a feed-forward or MoE, each after a LayerNorm and added to the residual."""
+    """Compute one layer: attention, then a feed-forward or MoE, each after a norm and added to the residual."""
 
     def __init__(self, config: ModelConfig, experts: int) -> None:
         super().__init__()
-        self.attention_norm = nn.LayerNorm(config.hidden)
-        self.attention = Attention(config)
-        self.ffn_norm = nn.LayerNorm(config.hidden)
-        self.ffn = MoE(config, experts) if experts else MLP(config.hidden, config.ffn)
+        decoder = config.decoder
+        self.attention_norm = make_norm(config)
+        self.attention = (Attention if decoder.plain_attention else GroupedAttention)(config)
+        self.ffn_norm = make_norm(config)
+        dense = {"gated": decoder.gated, "biases": decoder.biases == "all"}
+        self.ffn = MoE(config, experts) if experts else MLP(config.hidden, config.ffn, **dense)
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x_BTM: Tensor, past: Past | None = None) -> tuple[Tensor, Routing | None]:
+    def forward(
+        self, x_BTM: Tensor, past: Past | None = None, rotation: Rotation | None = None
+    ) -> tuple[Tensor, Routing | None]:
         """Return (the layer's output [B, T, M], the routing, None for a dense layer)."""
-        x_BTM, h_BTM = self.attend(x_BTM, past)
+        x_BTM, h_BTM = self.attend(x_BTM, past, rotation)
         y_BTM, routing = self.ffn(h_BTM) if isinstance(self.ffn, MoE) else (self.ffn(h_BTM), None)
         return x_BTM + self.dropout(y_BTM), routing
 
-    def attend(self, x_BTM: Tensor, past: Past | None = None) -> tuple[Tensor, Tensor]:
+    def attend(
+        self, x_BTM: Tensor, past: Past | None = None, rotation: Rotation | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Compute the attention half: return the residual stream and the feed-forward's input, both [B, T, M]."""
-        x_BTM = x_BTM + self.dropout(self.attention(self.attention_norm(x_BTM), past))
+        x_BTM = x_BTM + self.dropout(self.attention(self.attention_norm(x_BTM), past, rotation))
         return x_BTM, self.ffn_norm(x_BTM)
 
 
@@ -100,10 +116,17 @@ class GPT(nn.Module):
         super().__init__()
         self.config = config
         self.token_embedding = nn.Embedding(config.vocab, config.hidden)
-        self.position_embedding = nn.Embedding(config.context, config.hidden)
+        learned = config.decoder.positions == "learned"
+        self.position_embedding = nn.Embedding(config.context, config.hidden) if learned else None
         self.dropout = nn.Dropout(config.dropout)
         self.blocks = nn.ModuleList(Block(config, experts) for experts in config.experts)
-        self.norm = nn.LayerNorm(config.hidden)
+        self.norm = make_norm(config)
+        self.output = None if config.decoder.tied else nn.Linear(config.hidden, config.vocab, bias=False)
+
+    @property
+    def output_weight(self) -> Tensor:
+        """Return the matrix [V, M] of the output head: the embedding's if it is tied."""
+        return (self.token_embedding if self.output is None else self.output).weight
 
     def forward(
         self,
@@ -124,29 +147,33 @@ class GPT(nn.Module):
         x_BTM, routings = self.trunk(tokens_BT, cache)
         if targets_BT is None:
             return Output(self.head(x_BTM), routings)
-        x_NM, weight = self.norm(x_BTM).flatten(0, 1), self.token_embedding.weight
-        return Output(None, routings, linear_cross_entropy(x_NM, weight, targets_BT.flatten(), reduction))
+        x_NM = self.norm(x_BTM).flatten(0, 1)
+        return Output(None, routings, linear_cross_entropy(x_NM, self.output_weight, targets_BT.flatten(), reduction))
 
     def trunk(self, tokens_BT: Tensor, cache: Cache | None = None) -> tuple[Tensor, tuple[Routing, ...]]:
         """Compute the embedding and all blocks; return (x_BTM, a `Routing` per MoE layer)."""
-        T = tokens_BT.shape[1]
-        if cache is not None:
-            position = self.position_embedding(cache.positions_BT)
-        elif T > self.config.context:
-            raise ValueError(f"model: sequence of {T} tokens is longer than the context of {self.config.context}")
+        T, config = tokens_BT.shape[1], self.config
+        if cache is None and T > config.context:
+            raise ValueError(f"model: sequence of {T} tokens is longer than the context of {config.context}")
+        x_BTM, rotation = self.token_embedding(tokens_BT), None
+        if self.position_embedding is None:
+            positions_BT = torch.arange(T, device=tokens_BT.device)[None] if cache is None else cache.positions_BT
+            rotation = rotation_at(positions_BT, config.head_size, config.decoder.rotary_base)
+        elif cache is not None:
+            x_BTM = x_BTM + self.position_embedding(cache.positions_BT)
         else:
-            position = self.position_embedding.weight[:T]
-        x_BTM = self.dropout(self.token_embedding(tokens_BT) + position)
+            x_BTM = x_BTM + self.position_embedding.weight[:T]
+        x_BTM = self.dropout(x_BTM)
         routings = []
         for i, block in enumerate(self.blocks):
-            x_BTM, routing = block(x_BTM, None if cache is None else cache.layers[i])
+            x_BTM, routing = block(x_BTM, None if cache is None else cache.layers[i], rotation)
             if routing is not None:
                 routings.append(routing)
         return x_BTM, tuple(routings)
 
     def head(self, x: Tensor) -> Tensor:
         """Return the logits of the next token, [..., V], from the trunk's output [..., M]."""
-        return F.linear(self.norm(x), self.token_embedding.weight)
+        return F.linear(self.norm(x), self.output_weight)
 
     @torch.no_grad()
     def init_weights(self, seed: int) -> None:

@@ -10,45 +10,61 @@ experts, mix) by modules with the same interface, and its dispatch by `MoE.set_d
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moelab import kernels
 from moelab.config import ModelConfig
+from moelab.models.activations import gelu, swiglu
 from moelab.models.dispatch import Dispatch, DispatchFactory, make_dispatch
-from moelab.models.gelu import gelu
 from moelab.models.routing import Router, Routing
 
 
 class MLP(nn.Module):
-    """Compute a dense feed-forward M -> F -> M with GELU."""
+    """Compute a dense feed-forward M -> F -> M with GELU or, with `gated`, SwiGLU.
 
-    def __init__(self, hidden: int, ffn: int) -> None:
+    With `gated`, the rows of `up.weight` [2 F, M] are those of the gate and then those of the other matrix.
+    """
+
+    def __init__(self, hidden: int, ffn: int, gated: bool = False, biases: bool = True) -> None:
         super().__init__()
-        self.up = nn.Linear(hidden, ffn)
-        self.down = nn.Linear(ffn, hidden)
+        self.gated = gated
+        self.up = nn.Linear(hidden, 2 * ffn if gated else ffn, bias=biases)
+        self.down = nn.Linear(ffn, hidden, bias=biases)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the output [..., M] of x [..., M]."""
-        return self.down(gelu(self.up(x)))
+        pre = self.up(x)
+        return self.down(swiglu(pre) if self.gated else gelu(pre))
 
 
 class Experts(nn.Module):
-    """Compute E feed-forwards of one shape, with their weights stacked along the first dim: expert e is row e."""
+    """Compute E feed-forwards of one shape, with their weights stacked along the first dim: expert e is row e.
 
-    def __init__(self, experts: int, hidden: int, ffn: int) -> None:
+    With `gated`, `up` [E, M, 2, F] holds gate and up side by side, so that one grouped product computes both.
+    """
+
+    def __init__(self, experts: int, hidden: int, ffn: int, gated: bool = False, biases: bool = True) -> None:
         super().__init__()
-        self.up = nn.Parameter(torch.empty(experts, hidden, ffn))
-        self.up_bias = nn.Parameter(torch.empty(experts, ffn))
+        self.activation: kernels.Activation = "swiglu" if gated else "gelu_tanh"
+        inner = (2, ffn) if gated else (ffn,)
+        self.up = nn.Parameter(torch.empty(experts, hidden, *inner))
+        self.up_bias = nn.Parameter(torch.empty(experts, *inner)) if biases else None
         self.down = nn.Parameter(torch.empty(experts, ffn, hidden))
-        self.down_bias = nn.Parameter(torch.empty(experts, hidden))
+        self.down_bias = nn.Parameter(torch.empty(experts, hidden)) if biases else None
 
     def forward(self, rows_RM: Tensor, offsets_E1: Tensor) -> Tensor:
         """Return the outputs [R, M] of rows in expert order.
 
         Expert e's rows are `offsets_E1[e]` to `offsets_E1[e + 1]` (int32).
         """
-        weights = (w.to(rows_RM.dtype) for w in (self.up, self.up_bias, self.down, self.down_bias))
-        return kernels.expert_ffn(rows_RM, offsets_E1, *weights)
+        return self.compute(rows_RM, offsets_E1, self.down_bias)
+
+    def compute(self, rows_RM: Tensor, offsets_E1: Tensor, down_bias: Tensor | None) -> Tensor:
+        """Compute as `forward`, with another output bias [E, M]."""
+        up, up_bias = self.up.flatten(2), None if self.up_bias is None else self.up_bias.flatten(1)
+        weights = (w if w is None else w.to(rows_RM.dtype) for w in (up, up_bias, self.down, down_bias))
+        return kernels.expert_ffn(rows_RM, offsets_E1, *weights, activation=self.activation)
 
 
 class Mix(nn.Linear):
@@ -63,19 +79,36 @@ class Mix(nn.Linear):
         return kernels.residual_mix(routed_SM, fixed_SM, x_SM, weight, bias)
 
 
-class MoE(nn.Module):
-    """Compute a routed feed-forward layer; with `config.residual`, with a fixed MLP beside it.
+class SharedGate(nn.Linear):
+    """Add the shared experts' output to the routed one, times a learned sigmoid per token (Qwen2-MoE)."""
 
-    The released code mixes the two branches by learned coefficients (`Mix`), the paper's text adds them;
-    `ModelConfig.residual_mix` selects one. A dropped token still gets the fixed MLP's output.
+    def __init__(self, hidden: int) -> None:
+        super().__init__(hidden, 1, bias=False)
+
+    def forward(self, routed_SM: Tensor, fixed_SM: Tensor, x_SM: Tensor) -> Tensor:
+        """Return the branches' sum, [S, M]; the coefficient is computed from the layer's input `x_SM`."""
+        return routed_SM + fixed_SM * F.linear(x_SM, self.weight.to(x_SM.dtype)).sigmoid()
+
+
+class MoE(nn.Module):
+    """Compute a routed feed-forward layer, with a fixed MLP beside it if it is residual or has shared experts.
+
+    Residual-MoE (the paper): the released code mixes the two branches by learned coefficients (`Mix`), the paper's text
+    adds them; `ModelConfig.residual_mix` selects one. Shared experts (`ExpertConfig`) form one MLP, whose output is
+    added, or added times a learned gate (`SharedGate`). A dropped token still gets the fixed MLP's output.
     """
 
     def __init__(self, config: ModelConfig, experts: int) -> None:
         super().__init__()
         self.router = Router(config.hidden, experts, config.top_k, config.routing)
-        self.experts = Experts(experts, config.hidden, config.ffn)
-        self.mlp = MLP(config.hidden, config.ffn) if config.residual else None
-        self.mix = Mix(config.hidden) if config.residual and config.residual_mix == "learned" else None
+        kind = {"gated": config.decoder.gated, "biases": config.decoder.biases == "all"}
+        self.experts = Experts(experts, config.hidden, config.expert_ffn, **kind)
+        self.mlp = MLP(config.hidden, config.fixed_ffn, **kind) if config.fixed_ffn else None
+        self.mix: Mix | SharedGate | None = None
+        if config.residual and config.residual_mix == "learned":
+            self.mix = Mix(config.hidden)
+        elif config.expert.shared_gate:
+            self.mix = SharedGate(config.hidden)
         self.set_dispatch(config.dispatch, make_dispatch)
 
     def set_dispatch(self, name: str, factory: DispatchFactory | None = None, static_tokens: int = 0) -> None:
@@ -94,7 +127,8 @@ class MoE(nn.Module):
     def forward(self, x: Tensor) -> tuple[Tensor, Routing]:
         """Return (y [..., M], the routing) of x [..., M]; S is the product of the leading dims."""
         x_SM = x.reshape(-1, x.shape[-1])
-        routing = self.router(x_SM)
+        sequences = x.shape[0] if x.dim() == 3 else 1
+        routing = self.router(x_SM, sequences)
         if torch.is_autocast_enabled(x.device.type):  # our kernels compute in their input's dtype
             x_SM = x_SM.to(torch.get_autocast_dtype(x.device.type))
         y_SM = self.dispatcher(x_SM, routing, self.experts)

@@ -12,6 +12,7 @@ To add a kind of noise, write a function of the logits here, enter it in `NOISE`
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -43,8 +44,11 @@ class Router(nn.Module):
 
     Attributes:
         gate: function that computes the routing from logits and rules, by default `moelab.kernels.gate`.
+        balance_bias: fp32 [E], added to the scores for the choice of experts only; no gradient trains it, but
+            `balance`. None without loss-free balancing.
         pool: function that averages a tensor over the data ranks; the engine sets it when `aux_scope` is "step" and
             there are several.
+        entropies: while a list is set, each call appends the router's normalised entropy (see `normalized_entropy`).
     """
 
     gate = staticmethod(kernels.gate)
@@ -53,12 +57,23 @@ class Router(nn.Module):
         super().__init__()
         self.experts, self.top_k, self.config = experts, top_k, config
         self.weight = nn.Parameter(torch.empty(experts, hidden))
+        bias = nn.Parameter(torch.empty(experts), requires_grad=False) if config.balance_rate else None
+        self.register_parameter("balance_bias", bias)
         self.pool: Callable[[Tensor], Tensor] | None = None
+        self.entropies: list[Tensor] | None = None
 
-    def forward(self, x_SM: Tensor) -> Routing:
-        """Route S tokens by their activations [S, M]; add noise only in training mode."""
+    def share(self, router: Router) -> None:
+        """Use the parameters of another router, whose place this one takes."""
+        self.weight, self.balance_bias, self.pool = router.weight, router.balance_bias, router.pool
+
+    def forward(self, x_SM: Tensor, sequences: int = 1) -> Routing:
+        """Route S tokens by their activations [S, M]; add noise only in training mode.
+
+        Args:
+            sequences: number of sequences of equal length that the tokens form, for `RoutingConfig.aux_scope`.
+        """
         with torch.autocast(x_SM.device.type, enabled=False):
-            return self.route(self.scores(x_SM.float()))
+            return self.route(self.scores(x_SM.float()), sequences)
 
     def scores(self, x_SM: Tensor) -> Tensor:
         """Return the logits [S, E] of fp32 activations."""
@@ -66,11 +81,15 @@ class Router(nn.Module):
             x_SM = x_SM * torch.empty_like(x_SM).uniform_(1 - jitter, 1 + jitter)
         return F.linear(x_SM, self.weight.float())
 
-    def route(self, logits_SE: Tensor) -> Routing:
+    def route(self, logits_SE: Tensor, sequences: int = 1) -> Routing:
         """Route S tokens by their fp32 logits and all of `RoutingConfig`'s rules; add noise only in training mode."""
         cfg, S = self.config, len(logits_SE)
         noisy = self.training and cfg.choice_noise != "none"
         choice_SE = NOISE[cfg.choice_noise](logits_SE.detach()) if noisy else None
+        sigmoid = cfg.scores == "sigmoid"
+        if self.balance_bias is not None:
+            scores_SE = logits_SE.detach().sigmoid() if sigmoid else logits_SE.detach().softmax(1)
+            choice_SE = scores_SE + self.balance_bias
         seed = None
         if cfg.drop_tokens and cfg.random_token_selection:
             # Training draws from torch's CPU generator, which the loop seeds for each micro-batch; evaluation always
@@ -79,14 +98,66 @@ class Router(nn.Module):
         normalize = self.top_k > 1 if cfg.normalize_weights is None else cfg.normalize_weights
         capacity = cfg.capacity(S, self.experts, self.top_k, self.training)
         routing = self.gate(logits_SE, self.top_k, capacity, seed=seed, normalize=normalize, choice_logits_SE=choice_SE)
-        if self.training and self.pool is not None:
-            # Only the probabilities carry a gradient. So the mean over ranks of (a rank's mean probabilities times all
-            # ranks' shares) is the loss of the whole step.
-            first_SE = routing.expert_SK[:, :1] == torch.arange(self.experts, device=logits_SE.device)
-            share_E = self.pool(first_SE.sum(0) / S)  # `bincount` would read its largest value from the device
-            aux_loss = self.experts * (logits_SE.softmax(1).mean(0) * share_E).sum()
-            routing = routing._replace(aux_loss=aux_loss)
+        if sigmoid:
+            routing = routing._replace(weight_SK=_weights(logits_SE.sigmoid(), routing, normalize))
+        pool = self.pool if self.training else None
+        if sigmoid or cfg.aux_choices == "all" or cfg.aux_scope == "sequence" or pool is not None:
+            routing = routing._replace(aux_loss=self._aux_loss(logits_SE, routing.expert_SK, sequences, pool))
+        if self.entropies is not None:
+            self.entropies.append(normalized_entropy(self._probabilities(logits_SE.detach())))
         return routing
 
+    def _probabilities(self, logits_SE: Tensor) -> Tensor:
+        """Return the scores, [S, E], divided by their sum over the experts."""
+        if self.config.scores == "softmax":
+            return logits_SE.softmax(1)
+        scores_SE = logits_SE.sigmoid()
+        return scores_SE / scores_SE.sum(1, keepdim=True)
 
-__all__ = ["NOISE", "Router", "Routing"]
+    def _aux_loss(
+        self, logits_SE: Tensor, expert_SK: Tensor, sequences: int, pool: Callable[[Tensor], Tensor] | None
+    ) -> Tensor:
+        """Return E * sum_e mean(p_e) * share_e over the tokens of `aux_scope`, the mean over sequences if these.
+
+        Only the probabilities carry a gradient. So the mean over ranks of (a rank's mean probabilities times all ranks'
+        shares) is the loss of the whole step.
+        """
+        cfg, S, E = self.config, *logits_SE.shape
+        if not S:
+            return logits_SE.sum()
+        B = sequences if cfg.aux_scope == "sequence" else 1
+        if cfg.aux_choices == "first":
+            expert_SK = expert_SK[:, :1]
+        choices_BN = expert_SK.long().reshape(B, -1)
+        share_BE = logits_SE.new_zeros(B, E).scatter_add_(1, choices_BN, torch.ones_like(choices_BN, dtype=torch.float))
+        share_BE = share_BE / choices_BN.shape[1]
+        if pool is not None:
+            share_BE = pool(share_BE)
+        mean_BE = self._probabilities(logits_SE).view(B, S // B, E).mean(1)
+        return E * (mean_BE * share_BE).sum(1).mean()
+
+    @torch.no_grad()
+    def balance(self, load_E: Tensor) -> None:
+        """Move the bias of each expert by `RoutingConfig.balance_rate` against its deviation from the mean load.
+
+        Args:
+            load_E: tokens of one training step, over all data ranks, that chose each expert.
+        """
+        load_E = load_E.to(self.balance_bias.device, torch.float64)
+        self.balance_bias += self.config.balance_rate * torch.sign(load_E.mean() - load_E).float()
+
+
+def _weights(scores_SE: Tensor, routing: Routing, normalize: bool) -> Tensor:
+    """Return the kept choices' scores, or their shares of the sum, as `moelab.kernels.gate` does for a softmax."""
+    weight_SK = torch.where(routing.slot_SK >= 0, scores_SE.gather(1, routing.expert_SK.long()), 0.0)
+    if normalize:
+        weight_SK = weight_SK / weight_SK.sum(1, keepdim=True).clamp(min=torch.finfo(torch.float32).eps)
+    return weight_SK
+
+
+def normalized_entropy(p_SE: Tensor) -> Tensor:
+    """Return the mean over tokens of the entropy of their probabilities [S, E], divided by log E: from 0 to 1."""
+    return torch.special.entr(p_SE).sum(1).mean() / math.log(p_SE.shape[1])
+
+
+__all__ = ["NOISE", "Router", "Routing", "normalized_entropy"]

@@ -69,7 +69,7 @@ class RunSpec:
 
     def _check_parallel(self) -> None:
         parallel, train = self.parallel, self.train
-        parallel.check(self.model.experts, heads=self.model.heads, ffn=self.model.ffn)
+        self.model.check_layout(parallel)
         micro_batches = train.batch_size // (train.micro_batch or train.batch_size)
         if micro_batches % parallel.data:
             raise ValueError(

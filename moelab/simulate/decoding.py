@@ -283,7 +283,7 @@ def decode(model: ModelConfig | str, parallel: ParallelConfig, on: str | Cluster
     """
     model = ModelConfig.parse(model) if isinstance(model, str) else model
     where = cluster(on)
-    parallel.check(model.experts, heads=model.heads, ffn=model.ffn)
+    model.check_layout(parallel)
     _check(
         not model.is_moe or parallel.ranks_per_node <= where.gpus_per_node,
         f"gpus_per_node {parallel.gpus_per_node} is more than the {where.gpus_per_node} of cluster {where.name}",

@@ -116,7 +116,7 @@ def training(
     """
     model = ModelConfig.parse(model) if isinstance(model, str) else model
     where, code, known = cluster(on), system(program), constants or _constants.fitted()
-    parallel.check(model.experts, heads=model.heads, ffn=model.ffn)
+    model.check_layout(parallel)
     share = batch / (parallel.data * micro_batch) if micro_batch >= 1 else 0
     if share < 1 or share != int(share):
         raise ValueError(

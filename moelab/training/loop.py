@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import itertools
 import math
 import time
 from collections.abc import Callable
@@ -22,22 +21,23 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from moelab.config import ModelConfig, TrainConfig
 from moelab.config.parallel import ParallelConfig
-from moelab.data import TokenData, TrainBatches, bits_per_byte, overall_loss, validation_batches
+from moelab.data import TokenData, TrainBatches
 from moelab.engine import checkpoint, gradients
 from moelab.engine import parallel as engine
 from moelab.engine.collectives import all_reduce
 from moelab.engine.launch import process
 from moelab.engine.mesh import Mesh
-from moelab.models import GPT, Routing
+from moelab.models import Routing
+from moelab.models.moe import MoE
 from moelab.training.compilation import compile_parts
 from moelab.training.distill import Distiller, Teacher
 from moelab.training.metrics import TRAIN, VALIDATION, Metrics, Window, damage
 from moelab.training.optimizer import make_optimizer
 from moelab.training.schedule import learning_rate
+from moelab.training.validation import evaluate
 
 
 class TrainingDiverged(RuntimeError):
@@ -165,7 +165,8 @@ def train(
             tokens = step * config.batch_size * context
             if step % config.log_every == 0 or step == steps:
                 speed = (step - row_step) * config.batch_size * context / (seconds - row_seconds)
-                row = {"step": step, "tokens": tokens, "lr": done.lr, **window.row()}
+                row = {"step": step, "tokens": tokens, "lr": done.lr, **window.row(trainer.expert_ranks)}
+                row |= done.router_entropy
                 write(TRAIN, {**row, "tokens_per_s": speed, "time_s": seconds})
                 if leads:
                     on_progress(Progress(step, steps, row["loss"], speed))
@@ -216,6 +217,7 @@ class StepDone:
         lr: learning rate.
         applied: False if loss or norm is not finite; the weights are then unchanged.
         stop: whether any rank requested to stop.
+        router_entropy: part of the metric row, see `moelab.training.balance`; empty unless a row follows the step.
     """
 
     loss: float
@@ -223,6 +225,7 @@ class StepDone:
     lr: float
     applied: bool
     stop: bool
+    router_entropy: dict[str, float]
 
 
 class Trainer:
@@ -260,6 +263,13 @@ class Trainer:
             compile_parts(self.model.module, config, self.mesh.config)
         self.sync = gradients.GradientSync(self.model)
         self.optimizer = make_optimizer(self.model.module, config)
+        self.routers = {
+            str(i + 1): block.ffn.router
+            for i, block in enumerate(self.model.module.blocks)
+            if isinstance(block.ffn, MoE)
+        }
+        self.expert_ranks = {k: self.mesh.experts(router.experts).layout.parallel for k, router in self.routers.items()}
+        self.steps = config.steps(context)
 
     def step(self, step: int, window: Window, should_stop: Callable[[], bool] = lambda: False) -> StepDone:
         """Run one optimizer step on the batch of `step` (counting from 0), and add its metrics to `window`."""
@@ -269,6 +279,9 @@ class Trainer:
             group["lr"] = rate
         tokens_BT, targets_BT = (t.to(config.device) for t in self.batches.batch(step))
         parts = len(tokens_BT) // self.micro_batch
+        measures = (step + 1) % config.log_every == 0 or step + 1 == self.steps
+        for router in self.routers.values():
+            router.entropies = [] if measures else None
         teaches = self.distiller is not None and self.distiller.weight(step) > 0  # only then are logits needed
         module.train()
         loss_sum = routing_sum = distill_sum = 0.0
@@ -291,20 +304,28 @@ class Trainer:
             counts.append(output.routing)
         self.sync.finish()
         norm = gradients.clip(self.model, config.clip or math.inf)
-        losses, load, kept, stop = self._agree((loss_sum, routing_sum, distill_sum), counts, should_stop())
+        sums = [loss_sum, routing_sum, distill_sum]
+        if measures and self.routers:
+            sums.append(float(torch.stack([x for r in self.routers.values() for x in r.entropies]).mean()))
+        losses, load, kept, stop = self._agree(tuple(sums), counts, should_stop())
+        losses, entropy = losses[:3], losses[3:]
         applied = math.isfinite(sum(losses)) and math.isfinite(norm)
         if applied:
             self.optimizer.step()
+            if self.model_config.routing.balance_rate:
+                for layer, router in self.routers.items():
+                    router.balance(torch.tensor(load[layer]))
             window.add(*losses, load, kept)
             window.grad_norm += norm
         self.optimizer.zero_grad(set_to_none=True)
         others = sum(losses[1:])
-        return StepDone(losses[0] + (0.0 if math.isfinite(others) else others), norm, rate, applied, stop)
+        loss = losses[0] + (0.0 if math.isfinite(others) else others)
+        return StepDone(loss, norm, rate, applied, stop, {"router_entropy": entropy[0]} if entropy else {})
 
     def _agree(
         self, losses: tuple[float, ...], counts: list[tuple[Routing, ...]], stop: bool
     ) -> tuple[tuple[float, ...], dict[str, list[int]], dict[str, int], bool]:
-        """Combine a step's metrics over all ranks: losses, load and kept tokens by layer, whether to stop."""
+        """Combine a step's metrics over all ranks: means of losses, load and kept tokens by layer, whether to stop."""
         layers = [str(i + 1) for i, experts in enumerate(self.model_config.experts) if experts]
         load = {layer: sum(part[i].load_E for part in counts) for i, layer in enumerate(layers)}
         kept = {layer: sum(part[i].kept_E.sum() for part in counts) for i, layer in enumerate(layers)}
@@ -330,59 +351,6 @@ class Trainer:
     def load(self, saved: checkpoint.Checkpoint, *, upcycle: bool = False) -> None:
         """Load a checkpoint's weights and optimizer state; see `moelab.engine.checkpoint.load`."""
         checkpoint.load(saved, self.model.module, self.optimizer, self.model.placements, upcycle=upcycle)
-
-
-@torch.no_grad()
-def evaluate(
-    model: GPT,
-    data: TokenData,
-    config: TrainConfig,
-    context: int,
-    *,
-    max_tokens: int = 0,
-    mesh: Mesh | None = None,
-) -> dict[str, Any]:
-    """Return the validation loss in nats per token and in bits per byte of text, over all domains and by domain.
-
-    Args:
-        model: the model; it is in training mode afterwards.
-        context: tokens per sequence, T.
-        max_tokens: bound on the tokens of each domain; 0 means no bound.
-        mesh: the ranks that share the work, all of which call this function; None means this process alone.
-    """
-    model.eval()
-    world, mine = (mesh.data.size, mesh.data.index) if mesh else (1, 0)
-    domains = sorted(data.validation)
-    sums = torch.zeros(len(domains), 2, dtype=torch.float64)  # nats, tokens
-    batches = validation_batches(data, config.batch_size, context, max_tokens)
-    while group := list(itertools.islice(batches, world)):
-        process.beat()
-        # All ranks run the model equally often, if necessary without tokens, because other ranks may need their
-        # experts.
-        domain, tokens_BT, targets_BT = group[mine] if mine < len(group) else _nothing(group[0])
-        with torch.autocast(config.device, torch.bfloat16, enabled=config.dtype == "bf16"):
-            output = model(tokens_BT.to(config.device), targets_BT=targets_BT.to(config.device), reduction="sum")
-        sums[domains.index(domain)] += torch.tensor([float(output.loss), targets_BT.numel()], dtype=torch.float64)
-    if world > 1:
-        sums = sums.to(mesh.device)
-        all_reduce(sums, mesh.data, "metrics")
-    model.train()
-    losses = {domain: nats / count for domain, (nats, count) in zip(domains, sums.tolist(), strict=True)}
-    overall = overall_loss(data, losses)
-    return {
-        "loss": overall.nats_per_token,
-        "bits_per_byte": overall.bits_per_byte,
-        "by_domain": {
-            domain: {"loss": loss, "bits_per_byte": bits_per_byte(data, loss, domain)}
-            for domain, loss in losses.items()
-        },
-        "validation_tokens": int(sums[:, 1].sum()),
-    }
-
-
-def _nothing(batch: tuple[str, Tensor, Tensor]) -> tuple[str, Tensor, Tensor]:
-    domain, tokens_BT, targets_BT = batch
-    return domain, tokens_BT[:0], targets_BT[:0]
 
 
 def draw_seed(seed: int, step: int, part: int) -> int:

@@ -16,10 +16,9 @@ from typing import Any
 
 from moelab.config import ModelConfig
 from moelab.files import write_bytes
+from moelab.training.balance import PERCENTILES, max_violation, statistics
 
 TRAIN, VALIDATION = "train.jsonl", "validation.jsonl"
-PERCENTILES = (0, 10, 50, 90, 100)
-"""Percentiles of the experts' load that TensorBoard shows."""
 
 
 @dataclass
@@ -31,6 +30,7 @@ class Window:
     routing_loss: float = 0.0
     distill_loss: float = 0.0
     grad_norm: float = 0.0
+    max_violation: float = 0.0  # see `moelab.training.balance`
     load: dict[str, list[int]] = field(default_factory=dict)  # layer (from 1) -> tokens that chose each expert
     kept: dict[str, int] = field(default_factory=dict)  # layer -> tokens kept
 
@@ -42,6 +42,7 @@ class Window:
         self.loss += loss
         self.routing_loss += routing_loss
         self.distill_loss += distill_loss
+        self.max_violation += max_violation(load)
         for layer, counts in load.items():
             before = self.load.get(layer, [0] * len(counts))
             self.load[layer] = [a + b for a, b in zip(before, counts, strict=True)]
@@ -52,8 +53,12 @@ class Window:
         experts = {str(i + 1): count for i, count in enumerate(model.experts) if count}
         return self.steps == steps and experts == {layer: len(load) for layer, load in self.load.items()}
 
-    def row(self) -> dict[str, Any]:
-        """Return the means per step, and statistics of the experts' load, as a metric row."""
+    def row(self, ranks: Mapping[str, int] | None = None) -> dict[str, Any]:
+        """Return the means per step, and statistics of the experts' load, as a metric row.
+
+        Args:
+            ranks: layer -> ranks over which its experts are distributed; None means one.
+        """
         n = max(1, self.steps)
         row: dict[str, Any] = {
             "loss": self.loss / n,
@@ -67,6 +72,8 @@ class Window:
             row["dropped_share"] = 1 - sum(self.kept.values()) / sum(totals.values())
             row["expert_load"] = {layer: [x / totals[layer] for x in load] for layer, load in self.load.items()}
             row["busiest_expert"] = max(max(load) * len(load) / totals[layer] for layer, load in self.load.items())
+            row["max_violation"] = self.max_violation / n
+            row |= statistics(self.load, ranks or {})
         return row
 
 

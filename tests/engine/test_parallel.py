@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.distributed.tensor import DTensor
 
-from moelab.config import ModelConfig, RoutingConfig
+from moelab.config import DecoderConfig, ExpertConfig, ModelConfig, RoutingConfig
 from moelab.config.parallel import ParallelConfig
 from moelab.engine import gradients, parallel
 from moelab.engine.collectives import all_reduce
@@ -24,6 +24,17 @@ MODEL = ModelConfig(
 )  # fmt: skip
 TOP2 = replace(MODEL, top_k=2, residual=False, routing=RoutingConfig(drop_tokens=False))
 UNEVEN = replace(MODEL, experts=(2, 0, 8, 4), residual_mix="sum", routing=RoutingConfig(capacity_factor=0.5))
+TODAY = ModelConfig(
+    layers=4, hidden=32, heads=4, experts=(0, 4, 8, 4), top_k=2, vocab=96, context=16, init_std=0.05,
+    decoder=DecoderConfig.modern(kv_heads=2, head_size=6, qk_norm="head", ffn=48),
+    expert=ExpertConfig(ffn=24, shared=2, shared_ffn=12, shared_gate=True),
+    routing=RoutingConfig(drop_tokens=False, scores="sigmoid", balance_rate=0.01, aux_choices="all"),
+)  # fmt: skip
+GATED = replace(
+    TODAY, decoder=DecoderConfig(feed_forward="swiglu", biases="qkv", tied=False, positions="rotary", norm="rms"),
+    expert=ExpertConfig(ffn=16, shared=1), routing=RoutingConfig(capacity_factor=0.5, aux_scope="sequence"),
+)  # fmt: skip
+BIASES = replace(GATED, decoder=DecoderConfig(feed_forward="swiglu"), expert=ExpertConfig(), residual=True)
 SEQUENCES, SEED = 8, 3
 
 
@@ -61,7 +72,7 @@ def compare(config: ModelConfig, layout: ParallelConfig) -> dict[str, float]:
     """
     reference = build(config, SEED)
     whole_loss = forward_backward(config, reference, 0, SEQUENCES)
-    whole = {name: (p.detach(), p.grad) for name, p in reference.named_parameters()}
+    whole = {name: (p.detach(), p.grad) for name, p in reference.named_parameters() if p.requires_grad}
 
     mesh = Mesh(layout, config.experts)
     model = parallel.build(config, SEED, mesh)
@@ -73,7 +84,8 @@ def compare(config: ModelConfig, layout: ParallelConfig) -> dict[str, float]:
     if mesh.data.size > 1:
         torch.distributed.all_reduce(total, group=mesh.data.handle)
     difference = {"loss": abs(float(total) / mesh.data.size - whole_loss), "weights": 0.0, "gradients": 0.0}
-    for name, p in model.module.named_parameters():
+    trained = {name: p for name, p in model.module.named_parameters() if p.requires_grad}
+    for name, p in trained.items():
         weight, grad = whole[name]
         if isinstance(p, DTensor):
             difference["weights"] = max(difference["weights"], float((p.full_tensor() - weight).abs().max()))
@@ -88,8 +100,7 @@ def compare(config: ModelConfig, layout: ParallelConfig) -> dict[str, float]:
     difference["norm"] = abs(gradients.clip(model, norm / 2) - norm) / norm
     mesh.close()
     clipped = max(
-        float((g.full_tensor() if isinstance(g := p.grad, DTensor) else g).abs().max())
-        for p in model.module.parameters()
+        float((g.full_tensor() if isinstance(g := p.grad, DTensor) else g).abs().max()) for p in trained.values()
     )
     assert clipped <= max(float(g.abs().max()) for _, g in whole.values()) / 2 * (1 + 1e-4)
     return difference
@@ -139,6 +150,30 @@ def test_pr_moe_on_8_ranks_is_the_model_on_one(ranks, layout):
 @pytest.mark.parametrize("model", [TOP2, UNEVEN], ids=["top-2, drop-free", "2, 8 and 4 experts, dropping"])
 def test_other_models_too(ranks, layout, model):
     check(ranks, model, LAYOUTS[layout])
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [
+        "as many as experts",
+        "hierarchical 2x4",
+        "slicing 2",
+        "tensor 2, coordinated",
+        "tensor 2, no exchange",
+        "figure 7 in small",
+        "recompute, shard, hierarchical",
+    ],
+)
+@pytest.mark.parametrize("model", [TODAY, GATED, BIASES], ids=["sigmoid, head norm", "shared", "residual, biases"])
+def test_gated_and_shared_experts_too(ranks, layout, model):
+    check(ranks, model, LAYOUTS[layout])
+
+
+def test_a_norm_over_all_heads_is_not_sliced():
+    model = replace(TODAY, decoder=replace(TODAY.decoder, qk_norm="all"))
+    with pytest.raises(ValueError, match="qk_norm 'all'"):
+        model.check_layout(ParallelConfig(tensor=2, data=4))
+    model.check_layout(ParallelConfig(data=8))
 
 
 def check(ranks: Ranks, model: ModelConfig, layout: ParallelConfig) -> None:

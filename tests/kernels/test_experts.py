@@ -21,16 +21,17 @@ CASES = [  # rows per expert, spare rows, K or M, N or F
     ([0, 0], 3, 8, 8),
     ([1, 2] * 16, 0, 16, 20),
 ]
-ACTIVATIONS = ["none", "gelu", "gelu_tanh"]
+ACTIVATIONS = ["none", "gelu", "gelu_tanh", "swiglu"]
 
 
-def make(counts, spare, *dims, dtype, device):
-    """(x, offsets, [(w, b), …], dy)"""
+def make(counts, spare, *dims, dtype, device, activation="gelu_tanh"):
+    """(x, offsets, [w, b, …], dy)"""
     E, R = len(counts), sum(counts) + spare
     offsets = torch.tensor([0, *torch.tensor(counts).cumsum(0).tolist()], dtype=torch.int32, device=device)
     layers = []
-    for a, b in itertools.pairwise(dims):
-        layers += [torch.randn(E, a, b) * a**-0.5, torch.randn(E, b)]
+    for i, (a, b) in enumerate(itertools.pairwise(dims)):
+        wide = 2 * b if activation == "swiglu" and i == 0 else b  # gate and up side by side
+        layers += [torch.randn(E, a, wide) * a**-0.5, torch.randn(E, wide)]
     tensors = [t.to(device, dtype) for t in (torch.randn(R, dims[0]), *layers, torch.randn(R, dims[-1]))]
     return tensors[0], offsets, tensors[1:-1], tensors[-1]
 
@@ -53,7 +54,7 @@ def poison():
 
 def check(counts, spare, dims, dtype, activation, target):
     backend, device = target
-    x, offsets, params, dy = make(counts, spare, *dims, dtype=dtype, device=device)
+    x, offsets, params, dy = make(counts, spare, *dims, dtype=dtype, device=device, activation=activation)
     poison()
     got = run(x, offsets, params, dy, activation=activation, backend=backend)
     want = run(x, offsets, params, dy, activation=activation, backend="reference")
@@ -71,33 +72,38 @@ def test_expert_ffn(target, counts, spare, M, F, activation):
     check(counts, spare, (M, F, M), torch.float32, activation, target)
 
 
+@pytest.mark.parametrize("activation", ["gelu_tanh", "swiglu"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision(target, dtype):
-    check([5, 0, 33, 1], 2, (24, 40, 24), dtype, "gelu_tanh", target)
+def test_half_precision(target, dtype, activation):
+    check([5, 0, 33, 1], 2, (24, 40, 24), dtype, activation, target)
 
 
-def test_without_bias(target):
+@pytest.mark.parametrize("activation", ["gelu_tanh", "swiglu"])
+def test_without_bias(target, activation):
     backend, device = target
-    x, offsets, (w1, _, w2, _), dy = make([4, 0, 7], 0, 10, 12, 10, dtype=torch.float32, device=device)
+    options = {"dtype": torch.float32, "device": device, "activation": activation}
+    x, offsets, (w1, _, w2, _), dy = make([4, 0, 7], 0, 10, 12, 10, **options)
     leaves = [[t.clone().requires_grad_() for t in (x, w1, w2)] for _ in range(2)]
     for (a, b, c), name in zip(leaves, (backend, "reference"), strict=True):
-        expert_ffn(a, offsets, b, None, c, None, backend=name).backward(dy)
+        expert_ffn(a, offsets, b, None, c, None, activation=activation, backend=name).backward(dy)
     for a, b in zip(*leaves, strict=True):
         torch.testing.assert_close(a.grad, b.grad, rtol=2e-5, atol=2e-5)
 
 
-def test_partial_gradients(target):
+@pytest.mark.parametrize("activation", ["gelu_tanh", "swiglu"])
+def test_partial_gradients(target, activation):
     """Frozen inputs and weights get no gradient and do not disturb the others."""
     backend, device = target
-    x, offsets, params, dy = make([4, 2], 0, 6, 8, 6, dtype=torch.float32, device=device)
-    full = run(x, offsets, params, dy, backend=backend)
+    x, offsets, params, dy = make([4, 2], 0, 6, 8, 6, dtype=torch.float32, device=device, activation=activation)
+    options = {"activation": activation, "backend": backend}
+    full = run(x, offsets, params, dy, **options)
     for free in range(5):
         leaves = [t.clone().requires_grad_(i == free) for i, t in enumerate((x, *params))]
-        expert_ffn(leaves[0], offsets, *leaves[1:], backend=backend).backward(dy)
+        expert_ffn(leaves[0], offsets, *leaves[1:], **options).backward(dy)
         assert [t.grad is not None for t in leaves] == [i == free for i in range(5)]
         torch.testing.assert_close(leaves[free].grad, full[1 + free])
     with torch.no_grad():
-        torch.testing.assert_close(expert_ffn(x, offsets, *params, backend=backend), full[0])
+        torch.testing.assert_close(expert_ffn(x, offsets, *params, **options), full[0])
 
 
 def test_no_rows(target):
@@ -122,7 +128,7 @@ def test_expert_ffn_hypothesis(target, counts, spare, M, F, activation):
 @pytest.mark.parametrize("backend", ["torch", "reference"])
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_gradcheck(backend, activation):
-    x, offsets, params, _ = make([2, 0, 3], 0, 3, 4, 3, dtype=torch.float64, device="cpu")
+    x, offsets, params, _ = make([2, 0, 3], 0, 3, 4, 3, dtype=torch.float64, device="cpu", activation=activation)
     inputs = [t.requires_grad_() for t in (x, *params)]
 
     def ffn(x, *params):
@@ -163,7 +169,7 @@ def layout(request, monkeypatch):
     return request.param
 
 
-@pytest.mark.parametrize("activation", ["none", "gelu_tanh"])
+@pytest.mark.parametrize("activation", ["none", "gelu_tanh", "swiglu"])
 @pytest.mark.parametrize("counts,spare,M,F", [*CASES[1:4], ([0, 150, 0], 1, 13, 7), ([33] * 20, 0, 24, 48)])
 def test_every_layout(layout, counts, spare, M, F, activation):
     check(counts, spare, (M, F, M), torch.float32, activation, ("torch", "cpu"))
@@ -172,8 +178,9 @@ def test_every_layout(layout, counts, spare, M, F, activation):
 @pytest.mark.parametrize(
     "counts,spare,M,F", [([5, 0, 33, 1], 2, 24, 40), ([0, 150, 0], 1, 13, 7), ([33] * 20, 0, 24, 48)]
 )
-def test_every_layout_in_bfloat16(layout, counts, spare, M, F):
-    check(counts, spare, (M, F, M), torch.bfloat16, "gelu_tanh", ("torch", "cpu"))
+@pytest.mark.parametrize("activation", ["gelu_tanh", "swiglu"])
+def test_every_layout_in_bfloat16(layout, counts, spare, M, F, activation):
+    check(counts, spare, (M, F, M), torch.bfloat16, activation, ("torch", "cpu"))
 
 
 def test_unused_slots_change_nothing(layout):
@@ -198,14 +205,15 @@ def shared(monkeypatch):
     torch.set_num_threads(before)
 
 
-def many(dtype=torch.float32):
-    return make([80, 0, 3, 150, 97, 0, 128, 64] * 4, 3, 64, 256, 64, dtype=dtype, device="cpu")
+def many(dtype=torch.float32, activation="gelu_tanh"):
+    counts = [80, 0, 3, 150, 97, 0, 128, 64] * 4
+    return make(counts, 3, 64, 256, 64, dtype=dtype, device="cpu", activation=activation)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_threads_do_not_change_the_bits(shared, layout, activation, dtype):
-    x, offsets, params, dy = many(dtype)
+    x, offsets, params, dy = many(dtype, activation)
     found, regions = [], 3 if "cut" in layout else 2
     for threads, calls in ((1, 0), (2, regions), (2, regions)):
         torch.set_num_threads(threads)

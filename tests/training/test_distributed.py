@@ -6,19 +6,22 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 import torch.distributed as dist
 
-from moelab.config import ModelConfig, TrainConfig
+from moelab.config import DecoderConfig, ExpertConfig, ModelConfig, RoutingConfig, TrainConfig
 from moelab.config.parallel import ParallelConfig
 from moelab.data import TokenData
+from moelab.engine import checkpoint
 from moelab.engine.testing import Ranks
+from moelab.models import build
 from moelab.training import TrainingStopped, train
 from moelab.training.metrics import TRAIN, VALIDATION, read_rows
 
 pytestmark = pytest.mark.multiprocess
 
-CLOSE = ("loss", "routing_loss", "grad_norm", "validation_loss")
-SAME = ("step", "tokens", "lr", "dropped_share", "expert_load", "validation_tokens")
+CLOSE = ("loss", "routing_loss", "grad_norm", "validation_loss", "router_entropy")
+SAME = ("step", "tokens", "lr", "dropped_share", "expert_load", "validation_tokens", "max_violation", "dead_experts")
 
 
 @pytest.fixture(scope="module")
@@ -90,6 +93,25 @@ def test_the_curve_does_not_depend_on_the_layout(run, tiny_model, tiny_train, la
     # Without dropout, so that tensor slicing is allowed; few steps, because rounding grows.
     model, config = replace(tiny_model, dropout=0.0), replace(tiny_train, micro_batch=1, tokens=12 * 128)
     assert_same_curve(run("one", None, model, config), run("many", LAYOUTS[layout], model, config))
+
+
+@pytest.mark.parametrize("layout", ["expert 4", "shard"])
+def test_the_balancing_bias_is_that_of_all_ranks(run, tiny_model, tiny_train, layout):
+    routing = RoutingConfig(drop_tokens=False, scores="sigmoid", balance_rate=0.01, aux_loss=0.0)
+    expert = ExpertConfig(ffn=48, shared=1, shared_gate=True)
+    model = replace(tiny_model, dropout=0.0, residual=False, routing=routing, expert=expert)
+    model = replace(model, decoder=DecoderConfig.modern(kv_heads=1))
+    config = replace(tiny_train, micro_batch=1, tokens=12 * 128)
+    one, many = run("one", None, model, config), run("many", LAYOUTS[layout], model, config)
+    assert_same_curve(one, many)
+    found = []
+    for folder in (one, many):
+        loaded = build(model, 0)
+        checkpoint.load_model(checkpoint.weights_of(folder), loaded)
+        found.append({name: p for name, p in loaded.named_parameters() if name.endswith("balance_bias")})
+    assert len(found[0]) == 2
+    for name, bias in found[0].items():
+        assert torch.equal(bias, found[1][name]) and 0 < float(bias.abs().max()) < 0.01 * 12 + 1e-6
 
 
 def test_a_stopped_run_goes_on_with_another_layout(run, tiny_model, tiny_train):

@@ -1,22 +1,24 @@
-"""Models as directories that other programs read: GPT-2's format for dense models, one of our own for MoE models.
+"""Models as directories that other programs read, in Hugging Face's manner: `config.json` and safetensors.
 
-Dense models (`config.json` with ``"model_type": "gpt2"``) have the format that transformers' `GPT2LMHeadModel` loads
-and saves, with equal logits in both directions. Its linear layers keep [in, out] matrices (ours are [out, in]); its
-``gelu_new`` is our tanh GELU; the head is tied to the embedding in both.
+    gpt2                                        dense models with the paper's decoder, as transformers' GPT2LMHeadModel
+    olmoe, mixtral, qwen2_moe, qwen3_moe        MoE models that these families describe, as transformers' classes
+    moelab                                      all models
 
-MoE models consist of two files:
+Logits are equal to those of transformers in both directions. Our own format has the model's parameters by name; an
+expert's parameters are by its global id, each a tensor of its own, so that tools can read single experts:
 
-    config.json         {"model_type": "moelab", "format": 1, "model": ModelConfig as JSON}
-    model.safetensors   the model's parameters by name; an expert's by its global id, each a tensor of its own:
-                        blocks.1.ffn.experts.7.up [M, F], .up_bias [F], .down [F, M], .down_bias [M]
+    config.json     {"model_type": "moelab", "format": 1, "model": ModelConfig as JSON}
+    *.safetensors   blocks.1.ffn.experts.7.up [M, F] (gated: [M, 2, F]), .up_bias [F], .down [F, M], .down_bias [M]
 
-so that tools can read single experts. The directory of either format may also hold the `tokenizer.json` of the
-`tokenizers` library. No file is a pickle: reading executes no code.
+`hf_formats` and `hf_families` say which tensor holds which parameter. Parameters are read and written one at a time, so
+that no more than one is in memory besides the model; on several ranks, each reads the experts that it holds. The
+directory may also hold the `tokenizer.json` of the `tokenizers` library. No file is a pickle: reading executes no code.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import shutil
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,64 +27,50 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from moelab.config import ModelConfig, from_json, to_json
+from moelab.config import ModelConfig
 from moelab.data import Tokenizer
+from moelab.engine import parallel
+from moelab.engine.checkpoint.hf_families import FAMILIES, family_of
+from moelab.engine.checkpoint.hf_formats import GPT2, MOELAB, Format, Part, is_gpt2
+from moelab.engine.mesh import Mesh
+from moelab.engine.placement import Placement
 from moelab.files import new_directory, read_json, write_json
 from moelab.models import GPT
 
-FORMAT = 1
+FORMATS: dict[str, Format] = {f.model_type: f for f in (GPT2, *FAMILIES, MOELAB)}
+SHARD_BYTES = 4 << 30
+"""A file of weights is closed when it has this size."""
 _CONFIG, _WEIGHTS, _INDEX, _TOKENIZER = (
     "config.json",
     "model.safetensors",
     "model.safetensors.index.json",
     "tokenizer.json",
 )
-
-# our parameter name -> GPT-2's name, and whether GPT-2 stores the transposed matrix
-_TOP = {
-    "token_embedding.weight": ("wte.weight", False),
-    "position_embedding.weight": ("wpe.weight", False),
-    "norm.weight": ("ln_f.weight", False),
-    "norm.bias": ("ln_f.bias", False),
-}
-_BLOCK = {
-    "attention_norm.weight": ("ln_1.weight", False),
-    "attention_norm.bias": ("ln_1.bias", False),
-    "attention.qkv.weight": ("attn.c_attn.weight", True),
-    "attention.qkv.bias": ("attn.c_attn.bias", False),
-    "attention.out.weight": ("attn.c_proj.weight", True),
-    "attention.out.bias": ("attn.c_proj.bias", False),
-    "ffn_norm.weight": ("ln_2.weight", False),
-    "ffn_norm.bias": ("ln_2.bias", False),
-    "ffn.up.weight": ("mlp.c_fc.weight", True),
-    "ffn.up.bias": ("mlp.c_fc.bias", False),
-    "ffn.down.weight": ("mlp.c_proj.weight", True),
-    "ffn.down.bias": ("mlp.c_proj.bias", False),
-}
+_BESIDE = (_TOKENIZER, "tokenizer_config.json", "special_tokens_map.json", "generation_config.json")
+_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "F64": torch.float64}
+_UNUSED = ("lm_head.weight", ".attn.bias", ".attn.masked_bias", ".rotary_emb.inv_freq")
+"""Ends of the names of tensors that may be in a file beside the parameters: a tied head, and constants."""
 
 
-def export(model: GPT, directory: Path, tokenizer: Tokenizer | None = None) -> Path:
-    """Write a model in GPT-2's format if it is dense, in ours if it has experts.
+# -- writing -----------------------------------------------------------------------------------------------------------
 
-    The directory appears complete or not at all.
+
+def export(model: GPT, directory: Path, tokenizer: Tokenizer | None = None, model_type: str | None = None) -> Path:
+    """Write a model; the directory appears complete or not at all.
+
+    Args:
+        model_type: a name in `FORMATS`; None means GPT-2's if it describes the model, else that of the MoE family that
+            does, else our own.
 
     Raises:
-        ValueError: `directory` exists and is not an empty folder.
+        ValueError: `directory` exists and is not an empty folder, or the format does not describe the model.
         OSError: it cannot be written.
     """
-    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
-        raise ValueError(f"export: {directory} exists; choose a new directory")
-    config = model.config
-    with new_directory(directory) as new, torch.no_grad():
-        tensors = dict(_moelab_tensors(model) if config.is_moe else _gpt2_tensors(model))
-        try:
-            save_file({name: t.contiguous() for name, t in tensors.items()}, new / _WEIGHTS, {"format": "pt"})
-        except SafetensorError as error:  # how safetensors reports a full disk
-            raise OSError(str(error)) from error
-        if config.is_moe:
-            write_json(new / _CONFIG, {"model_type": "moelab", "format": FORMAT, "model": to_json(config)})
-        else:
-            write_json(new / _CONFIG, _gpt2_config(config, tokenizer))
+    config, eot = model.config, None if tokenizer is None else tokenizer.eot
+    kind = _format(model_type or suitable_format(config))
+    tensors = _tensors(kind, config, ((name, p.detach()) for name, p in model.named_parameters()))
+    with _new(directory) as new, torch.no_grad():
+        _write(new, kind, config, eot, tensors)
         if tokenizer is not None:
             tokenizer.save(new / _TOKENIZER)
             special = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": config.context}
@@ -90,39 +78,131 @@ def export(model: GPT, directory: Path, tokenizer: Tokenizer | None = None) -> P
     return directory
 
 
-def load(directory: Path) -> GPT:
-    """Return the model in a directory of either format, on CPU, in the dtype in which it is stored.
+def convert(source: Path, directory: Path, model_type: str = "moelab") -> ModelConfig:
+    """Write the model in a directory to another one in another format, with its tokenizer; return its configuration.
+
+    Weights keep their dtype and their bits; one parameter at a time is in memory.
+
+    Raises:
+        ValueError: as `load` and `export`.
+    """
+    kind, config, record = _read_config(source)
+    target, eot = _format(model_type), record.get("eos_token_id")
+    with _Files(source, kind) as files, _new(directory) as new:
+        _check_names(files, kind, config)
+        tensors = _tensors(
+            target, config, ((name, files.whole(name, shape, config)) for name, shape in _shapes(config))
+        )
+        _write(new, target, config, eot[0] if isinstance(eot, list) else eot, tensors)
+        for name in _BESIDE:
+            if (source / name).is_file():
+                shutil.copyfile(source / name, new / name)
+    return config
+
+
+def suitable_format(config: ModelConfig) -> str:
+    """Return the format that `export` chooses for a model."""
+    return "gpt2" if is_gpt2(config) else family_of(config) or "moelab"
+
+
+def _format(model_type: str) -> Format:
+    if model_type not in FORMATS:
+        raise ValueError(f"export: format {model_type!r} is unknown; allowed: {', '.join(FORMATS)}")
+    return FORMATS[model_type]
+
+
+def _new(directory: Path) -> Any:
+    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
+        raise ValueError(f"export: {directory} exists; choose a new directory")
+    return new_directory(directory)
+
+
+def _tensors(
+    kind: Format, config: ModelConfig, parameters: Iterable[tuple[str, Tensor]]
+) -> Iterator[tuple[str, Tensor]]:
+    """Iterate over a format's tensors, by their names, of a model's parameters."""
+    for name, parameter in parameters:
+        for part in kind.parts(name, tuple(parameter.shape), config):
+            piece = parameter[part.at] if part.at else parameter
+            yield kind.prefix + part.name, (piece.T if part.transposed else piece).contiguous()
+
+
+def _write(
+    new: Path, kind: Format, config: ModelConfig, eot: int | None, tensors: Iterable[tuple[str, Tensor]]
+) -> None:
+    """Write config.json, and the tensors to one file, or to several with an index."""
+    record = kind.write_config(config, eot)
+    files: list[list[str]] = []
+    held: dict[str, Tensor] = {}
+    size = total = 0
+
+    def close() -> None:
+        nonlocal size
+        try:
+            save_file(held, new / f"{len(files)}", {"format": "pt"})
+        except SafetensorError as error:  # how safetensors reports a full disk
+            raise OSError(str(error)) from error
+        files.append(list(held))
+        held.clear()
+        size = 0
+
+    for name, tensor in tensors:
+        if held and size + tensor.nbytes > SHARD_BYTES:
+            close()
+        # A copy where the tensor is a view: safetensors refuses tensors that share memory.
+        held[name] = tensor.clone() if tensor.untyped_storage().nbytes() != tensor.nbytes else tensor
+        size, total, dtype = size + tensor.nbytes, total + tensor.nbytes, tensor.dtype
+    close()
+    names = [_WEIGHTS] if len(files) == 1 else [f"model-{i:05}-of-{len(files):05}.safetensors" for i in _from_1(files)]
+    for i, name in enumerate(names):
+        (new / f"{i}").rename(new / name)
+    if len(files) > 1:
+        index = {name: file for file, held_names in zip(names, files, strict=True) for name in held_names}
+        write_json(new / _INDEX, {"metadata": {"total_size": total}, "weight_map": index})
+    if kind is not MOELAB:
+        record["torch_dtype"] = str(dtype).removeprefix("torch.")
+    write_json(new / _CONFIG, record)
+
+
+def _from_1(files: list[Any]) -> range:
+    return range(1, len(files) + 1)
+
+
+# -- reading -----------------------------------------------------------------------------------------------------------
+
+
+def read_config(directory: Path) -> ModelConfig:
+    """Return the configuration of the model in a directory of any format; ValueError, one line, if it has none."""
+    return _read_config(directory)[1]
+
+
+def load(directory: Path, *, mesh: Mesh | None = None, dtype: torch.dtype | None = None) -> GPT:
+    """Return the model in a directory of any format, or this rank's part of it, on CPU.
+
+    Args:
+        mesh: the ranks that share the model; None means this process alone.
+        dtype: of the weights; None means that in which they are stored.
 
     Raises:
         ValueError: there is no such model, the format is unknown, the settings are none that our model has, or tensors
-            are missing or have the wrong shape; the message is one line.
+            are missing, left over or have the wrong shape; the message is one line.
     """
-    record = read_json(directory / _CONFIG) if (directory / _CONFIG).is_file() else None
-    if not isinstance(record, dict):
-        raise ValueError(f"{directory}: no model here ({_CONFIG} is missing or no object)")
-    kind = record.get("model_type")
-    if kind == "moelab":
-        if record.get("format") != FORMAT:
-            raise ValueError(f"{directory}: format {record.get('format')!r} of a moelab model, known is {FORMAT}")
-        config = from_json(ModelConfig, record.get("model"), where=f"{directory / _CONFIG}: model")
-    elif kind == "gpt2":
-        config = _from_gpt2_config(record, directory / _CONFIG)
-    else:
-        raise ValueError(f"{directory}: model_type {kind!r} is not supported; allowed: gpt2, moelab")
-    with torch.device("meta"):
-        model = GPT(config)
-    parameters = dict(model.named_parameters())
-    found: dict[str, Tensor] = {}
-    with _Files(directory) as files:
-        if kind == "gpt2":
-            _read_gpt2(files, parameters, found)
+    kind, config, _ = _read_config(directory)
+    placements: dict[str, Placement] = {}
+    with _Files(directory, kind) as files:
+        _check_names(files, kind, config)
+        dtype = dtype or files.dtype()
+        if mesh is not None and mesh.world.size > 1:
+            part = parallel.build(config, None, mesh, dtype)
+            model, placements = part.module, part.placements
         else:
-            _read_moelab(files, parameters, found)
-    for name, parameter in parameters.items():
-        if found[name].shape != parameter.shape:
-            raise ValueError(f"{directory}: {name} is {tuple(found[name].shape)}, expected {tuple(parameter.shape)}")
-    model.load_state_dict(found, assign=True)
-    return model.requires_grad_(True)
+            with torch.device("meta"):
+                model = GPT(config).to(dtype)
+            model.to_empty(device="cpu")
+        for name, parameter in model.named_parameters():
+            shape = tuple(parameter.shape)
+            files.fill(parameter.detach(), name, placements.get(name) or Placement.whole(shape), config)
+    return model
 
 
 def load_tokenizer(directory: Path) -> Tokenizer:
@@ -134,124 +214,44 @@ def load_tokenizer(directory: Path) -> Tokenizer:
     path = directory / _TOKENIZER
     if not path.is_file():
         raise ValueError(f"{directory}: no {_TOKENIZER} here; text needs a tokenizer")
-    return Tokenizer.load(path)
+    end = (read_json(directory / "tokenizer_config.json") or {}).get("eos_token")
+    end = end.get("content") if isinstance(end, dict) else end
+    return Tokenizer.load(path, **({"eot": end} if isinstance(end, str) else {}))
 
 
-# -- GPT-2 ----------------------------------------------------------------------------------------------------
+def _read_config(directory: Path) -> tuple[Format, ModelConfig, dict[str, Any]]:
+    record = read_json(directory / _CONFIG) if (directory / _CONFIG).is_file() else None
+    if not isinstance(record, dict):
+        raise ValueError(f"{directory}: no model here ({_CONFIG} is missing or no object)")
+    model_type = record.get("model_type")
+    if model_type not in FORMATS:
+        raise ValueError(f"{directory}: model_type {model_type!r} is not supported; allowed: {', '.join(FORMATS)}")
+    kind = FORMATS[model_type]
+    return kind, kind.read_config(record, directory / _CONFIG), record
 
 
-def _gpt2_name(name: str) -> tuple[str, bool]:
-    if name in _TOP:
-        return _TOP[name]
-    _, layer, rest = name.split(".", 2)
-    theirs, transposed = _BLOCK[rest]
-    return f"h.{layer}.{theirs}", transposed
+def _shapes(config: ModelConfig) -> list[tuple[str, tuple[int, ...]]]:
+    with torch.device("meta"):
+        return [(name, tuple(p.shape)) for name, p in GPT(config).named_parameters()]
 
 
-def _gpt2_tensors(model: GPT) -> Iterator[tuple[str, Tensor]]:
-    for name, parameter in model.named_parameters():
-        theirs, transposed = _gpt2_name(name)
-        yield f"transformer.{theirs}", parameter.detach().T if transposed else parameter.detach()
-
-
-def _read_gpt2(files: _Files, parameters: dict[str, Tensor], found: dict[str, Tensor]) -> None:
-    prefix = "transformer." if any(name.startswith("transformer.") for name in files.names) else ""
-    for name in parameters:
-        theirs, transposed = _gpt2_name(name)
-        tensor = files.read(prefix + theirs)
-        found[name] = tensor.T.contiguous() if transposed else tensor
-    if "lm_head.weight" in files.names and not torch.equal(
-        files.read("lm_head.weight"), found["token_embedding.weight"]
-    ):
-        raise ValueError(f"{files.directory}: lm_head differs from the embedding; our head is tied to it")
-
-
-_FIXED: dict[str, Any] = {
-    "activation_function": "gelu_new",
-    "layer_norm_epsilon": 1e-5,
-    "scale_attn_weights": True,
-    "scale_attn_by_inverse_layer_idx": False,
-    "reorder_and_upcast_attn": False,
-    "add_cross_attention": False,
-    "tie_word_embeddings": True,
-}
-"""Settings that GPT-2's configuration may vary and our model does not; a missing key means this value."""
-
-
-def _gpt2_config(config: ModelConfig, tokenizer: Tokenizer | None) -> dict[str, Any]:
-    eot = None if tokenizer is None else tokenizer.eot
-    return {
-        "model_type": "gpt2",
-        "architectures": ["GPT2LMHeadModel"],
-        "vocab_size": config.vocab,
-        "n_positions": config.context,
-        "n_embd": config.hidden,
-        "n_layer": config.layers,
-        "n_head": config.heads,
-        "initializer_range": config.init_std,
-        **dict.fromkeys(("attn_pdrop", "embd_pdrop", "resid_pdrop"), config.dropout),
-        "bos_token_id": eot,
-        "eos_token_id": eot,
-        **_FIXED,
-    }
-
-
-def _from_gpt2_config(record: dict[str, Any], where: Path) -> ModelConfig:
-    for key, value in _FIXED.items():
-        if record.get(key, value) != value:
-            raise ValueError(f"{where}: {key} is {record[key]!r}, supported is {value!r}")
-    sizes = {}
-    for ours, theirs in (
-        ("layers", "n_layer"),
-        ("hidden", "n_embd"),
-        ("heads", "n_head"),
-        ("vocab", "vocab_size"),
-        ("context", "n_positions"),
-    ):
-        if type(record.get(theirs)) is not int:
-            raise ValueError(f"{where}: {theirs} must be a whole number, got {record.get(theirs)!r}")
-        sizes[ours] = record[theirs]
-    if record.get("n_inner") not in (None, 4 * sizes["hidden"]):
-        raise ValueError(f"{where}: n_inner is {record['n_inner']}, supported is 4 x n_embd")
-    return ModelConfig(**sizes)
-
-
-# -- MoE ------------------------------------------------------------------------------------------------------
-
-
-def _moelab_tensors(model: GPT) -> Iterator[tuple[str, Tensor]]:
-    for name, parameter in model.named_parameters():
-        owner, _, leaf = name.rpartition(".")
-        if owner.endswith(".experts"):
-            for expert, part in enumerate(parameter.detach()):
-                yield f"{owner}.{expert}.{leaf}", part
-        else:
-            yield name, parameter.detach()
-
-
-def _read_moelab(files: _Files, parameters: dict[str, Tensor], found: dict[str, Tensor]) -> None:
-    for name, parameter in parameters.items():
-        owner, _, leaf = name.rpartition(".")
-        if not owner.endswith(".experts"):
-            found[name] = files.read(name)
-            continue
-        for expert in range(len(parameter)):  # copied one by one: stacking would hold them twice in memory
-            part = files.read(f"{owner}.{expert}.{leaf}")
-            if expert == 0:
-                found[name] = torch.empty(parameter.shape, dtype=part.dtype)
-            if part.shape != parameter.shape[1:]:
-                expected = tuple(parameter.shape[1:])
-                raise ValueError(
-                    f"{files.directory}: {owner}.{expert}.{leaf} is {tuple(part.shape)}, expected {expected}"
-                )
-            found[name][expert] = part
+def _check_names(files: _Files, kind: Format, config: ModelConfig) -> None:
+    """Check that no tensor would be left unread, and that a tied head equals the embedding."""
+    wanted = {files.prefix + part.name for name, shape in _shapes(config) for part in kind.parts(name, shape, config)}
+    odd = [name for name in files.names if name not in wanted and not name.endswith(_UNUSED)]
+    if odd:
+        raise ValueError(f"{files.directory}: tensor {odd[0]} ({len(odd)} such) is none of this model's")
+    if config.decoder.tied and "lm_head.weight" in files.names:
+        (embedding,) = kind.parts("token_embedding.weight", (), config)
+        if not torch.equal(files.read("lm_head.weight"), files.read(files.prefix + embedding.name)):
+            raise ValueError(f"{files.directory}: lm_head differs from the embedding; our head is tied to it")
 
 
 class _Files:
     """The safetensors files of a directory, one or several with an index."""
 
-    def __init__(self, directory: Path) -> None:
-        self.directory = directory
+    def __init__(self, directory: Path, kind: Format) -> None:
+        self.directory, self.kind = directory, kind
         index = read_json(directory / _INDEX)
         files = sorted(set(index["weight_map"].values())) if index else [_WEIGHTS]
         self._open: list[Any] = []
@@ -266,11 +266,57 @@ class _Files:
                 raise ValueError(f"{path}: unreadable ({error})") from None
             self._open.append(opened)
             self.names.update(dict.fromkeys(opened.keys(), opened))
+        self.prefix = kind.prefix if any(name.startswith(kind.prefix) for name in self.names) else ""
+
+    def dtype(self) -> torch.dtype:
+        """Return the dtype of the first tensor."""
+        name, file = next(iter(self.names.items()))
+        stored = file.get_slice(name).get_dtype()
+        if stored not in _DTYPES:
+            raise ValueError(f"{self.directory}: tensor {name} is {stored}; allowed: {', '.join(_DTYPES)}")
+        return _DTYPES[stored]
 
     def read(self, name: str) -> Tensor:
         if name not in self.names:
             raise ValueError(f"{self.directory}: tensor {name} is missing")
         return self.names[name].get_tensor(name)
+
+    def whole(self, name: str, shape: tuple[int, ...], config: ModelConfig) -> Tensor:
+        """Return one of our parameters."""
+        parts = list(self.kind.parts(name, shape, config))
+        first = self.read(self.prefix + parts[0].name)
+        parameter = torch.empty(shape, dtype=first.dtype)
+        self.fill(parameter, name, Placement.whole(shape), config)
+        return parameter
+
+    def fill(self, local: Tensor, name: str, placement: Placement, config: ModelConfig) -> None:
+        """Fill a rank's tensor of one of our parameters; read only the tensors that have something of it."""
+        for part in self.kind.parts(name, placement.shape, config):
+            box = _box(part, placement.shape)
+            tensor: Tensor | None = None
+            for shard in placement.shards:
+                ends = [(o, o + n) for o, n in zip(shard.offset, shard.size, strict=True)]
+                common = [(max(a, c), min(b, d)) for (a, b), (c, d) in zip(box, ends, strict=True)]
+                if any(start >= end for start, end in common):
+                    continue
+                if tensor is None:
+                    tensor = self._part(part, name, box)
+                source = tuple(slice(i - a, j - a) for (i, j), (a, _) in zip(common, box, strict=True))
+                target = tuple(slice(i - c, j - c) for (i, j), (c, _) in zip(common, ends, strict=True))
+                shard.of(local)[target].copy_(tensor[source])
+
+    def _part(self, part: Part, name: str, box: list[tuple[int, int]]) -> Tensor:
+        """Return a tensor of the format as the part of our parameter that it is, with all of its dims."""
+        tensor = self.read(self.prefix + part.name)
+        tensor = tensor.T if part.transposed and tensor.ndim == 2 else tensor
+        single = {dim for dim, index in enumerate(part.at) if isinstance(index, int)}
+        expected = tuple(end - start for dim, (start, end) in enumerate(box) if dim not in single)
+        if tuple(tensor.shape) != expected:
+            what = part.name if part.at else name
+            raise ValueError(f"{self.directory}: {what} is {tuple(tensor.shape)}, expected {expected}")
+        for dim in sorted(single):
+            tensor = tensor.unsqueeze(dim)
+        return tensor
 
     def __enter__(self) -> _Files:
         return self
@@ -278,3 +324,12 @@ class _Files:
     def __exit__(self, *_: object) -> None:
         for opened in self._open:
             opened.__exit__(None, None, None)
+
+
+def _box(part: Part, shape: tuple[int, ...]) -> list[tuple[int, int]]:
+    """Return (start, end) of a part along each dim of a parameter."""
+    box = [(0, n) for n in shape]
+    for dim, index in enumerate(part.at):
+        start, end, _ = (index, index + 1, 1) if isinstance(index, int) else index.indices(shape[dim])
+        box[dim] = (start, end)
+    return box

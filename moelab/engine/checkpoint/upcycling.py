@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 
@@ -40,6 +41,8 @@ def spread(dense: Tensor, shape: tuple[int, ...]) -> Tensor:
     copies = dense
     if len(shape) > dense.ndim:
         one = dense.T if dense.ndim == 2 else dense
+        if one.ndim == len(shape) - 2 and one.numel() == math.prod(shape[1:]):  # gated: a dim of gate and up
+            one = one.reshape(shape[1:])
         copies = one.expand(shape[0], *one.shape)
     if tuple(copies.shape) != tuple(shape):
         raise ValueError(f"a dense feed-forward of {tuple(dense.shape)} does not become {tuple(shape)}")

@@ -1,4 +1,4 @@
-"""Compute GELU's tanh approximation (as in GPT-2 and Megatron) fast for training on a CPU."""
+"""Compute GELU's tanh approximation (as in GPT-2 and Megatron), fast for training on a CPU, and SwiGLU."""
 
 from __future__ import annotations
 
@@ -26,6 +26,12 @@ def gelu(x: Tensor) -> Tensor:
     if x.device.type == "cpu" and x.requires_grad and torch.is_grad_enabled():
         return _Gelu.apply(x)
     return F.gelu(x, approximate="tanh")
+
+
+def swiglu(pre: Tensor) -> Tensor:
+    """Return ``silu(g) * u``, [..., F], of pre-activations [..., 2 F] that hold g and u side by side."""
+    gate, up = pre.chunk(2, -1)
+    return F.silu(gate) * up
 
 
 class _Gelu(torch.autograd.Function):

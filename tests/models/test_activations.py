@@ -2,8 +2,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from moelab.models import gelu as module
-from moelab.models.gelu import gelu
+from moelab.models import activations as module
+from moelab.models.activations import gelu
 
 
 def outcome(function, x):
@@ -38,3 +38,10 @@ def test_layout_does_not_matter_and_without_gradient_it_is_the_plain_function():
     torch.testing.assert_close(a[0], b[0])
     torch.testing.assert_close(a[1], b[1])
     assert torch.equal(gelu(x), plain(x))
+
+
+def test_swiglu_is_silu_of_the_first_half_times_the_second():
+    pre = torch.randn(7, 26, dtype=torch.float64, requires_grad=True)
+    gate, up = pre[:, :13], pre[:, 13:]
+    torch.testing.assert_close(module.swiglu(pre), gate / (1 + (-gate).exp()) * up)
+    assert torch.autograd.gradcheck(module.swiglu, pre)

@@ -1,0 +1,97 @@
+"""Compute the attention of today's decoders: grouped queries, rotary positions, normalised queries and keys.
+
+    x_BTM -> qkv -> (norm) -> rotation -> attention -> out -> y_BTM
+
+Each of the `kv_heads` N heads of keys and values serves H / N consecutive query heads. Letters as in `moelab.config`; B
+sequences. `moelab.models.attention` has the attention of the paper's decoder.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from moelab.config import ModelConfig
+from moelab.models.attention import SHORT, Past, short_attention
+
+Rotation = tuple[Tensor, Tensor]
+"""(cos, sin), fp32 [B or 1, T, D]: the angles by which the two halves of each head are rotated together."""
+
+
+def rotation_at(positions_BT: Tensor, head_size: int, base: float) -> Rotation:
+    """Return the rotation of tokens at these positions (Su et al. 2021; the halves of a head form the pairs).
+
+    Pair i of D / 2 turns by ``position / base^(2 i / D)``.
+    """
+    exponent_D = torch.arange(0, head_size, 2, device=positions_BT.device, dtype=torch.float32) / head_size
+    angle_BTD = positions_BT[..., None].float() * (1.0 / base**exponent_D)
+    angle_BTD = torch.cat((angle_BTD, angle_BTD), -1)
+    return angle_BTD.cos(), angle_BTD.sin()
+
+
+def rotate(x_BTHD: Tensor, rotation: Rotation) -> Tensor:
+    """Return queries or keys [B, T, heads, D] rotated by their positions, in their own dtype."""
+    cos, sin = (t.unsqueeze(2).to(x_BTHD.dtype) for t in rotation)
+    first, second = x_BTHD.chunk(2, -1)
+    return x_BTHD * cos + torch.cat((-second, first), -1) * sin
+
+
+class GroupedAttention(nn.Module):
+    """Compute causal self-attention as `DecoderConfig` describes it.
+
+    The rows of `qkv.weight` are those of the queries [H * D], keys [N * D] and values [N * D].
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        decoder, D = config.decoder, config.head_size
+        self.heads, self.kv_heads, self.head_size, self.dropout = config.heads, config.kv_heads, D, config.dropout
+        biases = decoder.biases
+        self.qkv = nn.Linear(config.hidden, (config.heads + 2 * config.kv_heads) * D, bias=biases != "none")
+        self.out = nn.Linear(config.heads * D, config.hidden, bias=biases == "all")
+        self.norms_heads = decoder.qk_norm == "head"
+        self.q_norm = self.k_norm = None
+        if decoder.qk_norm != "none":
+            widths = (D, D) if self.norms_heads else (config.heads * D, config.kv_heads * D)
+            self.q_norm, self.k_norm = (nn.RMSNorm(width, eps=decoder.norm_eps) for width in widths)
+
+    def forward(self, x_BTM: Tensor, past: Past | None = None, rotation: Rotation | None = None) -> Tensor:
+        """Return the attention's output [B, T, M].
+
+        Args:
+            past: earlier tokens to attend to as well.
+            rotation: of the tokens' positions; None if positions are embedded.
+        """
+        B, T, _ = x_BTM.shape
+        D = self.head_size
+        q_BTX, k_BTX, v_BTX = self.qkv(x_BTM).split([n * D for n in (self.heads, self.kv_heads, self.kv_heads)], -1)
+        q_BTHD, k_BTND = self._normed(q_BTX, self.q_norm), self._normed(k_BTX, self.k_norm)
+        v_BTND = v_BTX.view(B, T, self.kv_heads, D)
+        if rotation is not None:
+            q_BTHD, k_BTND = rotate(q_BTHD, rotation), rotate(k_BTND, rotation)
+        dropout = self.dropout if self.training else 0.0
+        short = T <= SHORT and q_BTHD.device.type == "cpu" and q_BTHD.dtype == torch.bfloat16
+        if past is None and short and not dropout:
+            shared = self.heads // self.kv_heads
+            keys_values = (t if shared == 1 else t.repeat_interleave(shared, 2) for t in (k_BTND, v_BTND))
+            return self.out(short_attention(torch.stack((q_BTHD, *keys_values), 2)).flatten(2))
+        q, k, v = (t.transpose(1, 2) for t in (q_BTHD, k_BTND, v_BTND))
+        if past is not None:
+            y_BHTD = past.attend(q, k, v)
+        else:
+            grouped = self.heads != self.kv_heads
+            y_BHTD = F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=dropout, enable_gqa=grouped)
+        return self.out(y_BHTD.transpose(1, 2).flatten(2))
+
+    def _normed(self, x_BTX: Tensor, norm: nn.RMSNorm | None) -> Tensor:
+        """Return queries or keys by head, [B, T, heads, D], normalised."""
+        if norm is not None and not self.norms_heads:
+            x_BTX = _rms(x_BTX, norm)
+        x_BTHD = x_BTX.unflatten(-1, (-1, self.head_size))
+        return _rms(x_BTHD, norm) if norm is not None and self.norms_heads else x_BTHD
+
+
+def _rms(x: Tensor, norm: nn.RMSNorm) -> Tensor:
+    """Return norm(x) in x's dtype, also under autocast, which leaves the norm's weight in fp32."""
+    return F.rms_norm(x, norm.normalized_shape, norm.weight.to(x.dtype), norm.eps)

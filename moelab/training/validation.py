@@ -1,0 +1,69 @@
+"""Compute a model's validation loss, on one process or shared by ranks."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moelab.config import TrainConfig
+from moelab.data import TokenData, bits_per_byte, overall_loss, validation_batches
+from moelab.engine.collectives import all_reduce
+from moelab.engine.launch import process
+from moelab.engine.mesh import Mesh
+from moelab.models import GPT
+
+
+@torch.no_grad()
+def evaluate(
+    model: GPT,
+    data: TokenData,
+    config: TrainConfig,
+    context: int,
+    *,
+    max_tokens: int = 0,
+    mesh: Mesh | None = None,
+) -> dict[str, Any]:
+    """Return the validation loss in nats per token and in bits per byte of text, over all domains and by domain.
+
+    Args:
+        model: the model; it is in training mode afterwards.
+        context: tokens per sequence, T.
+        max_tokens: bound on the tokens of each domain; 0 means no bound.
+        mesh: the ranks that share the work, all of which call this function; None means this process alone.
+    """
+    model.eval()
+    world, mine = (mesh.data.size, mesh.data.index) if mesh else (1, 0)
+    domains = sorted(data.validation)
+    sums = torch.zeros(len(domains), 2, dtype=torch.float64)  # nats, tokens
+    batches = validation_batches(data, config.batch_size, context, max_tokens)
+    while group := list(itertools.islice(batches, world)):
+        process.beat()
+        # All ranks run the model equally often, if necessary without tokens, because other ranks may need their
+        # experts.
+        domain, tokens_BT, targets_BT = group[mine] if mine < len(group) else _nothing(group[0])
+        with torch.autocast(config.device, torch.bfloat16, enabled=config.dtype == "bf16"):
+            output = model(tokens_BT.to(config.device), targets_BT=targets_BT.to(config.device), reduction="sum")
+        sums[domains.index(domain)] += torch.tensor([float(output.loss), targets_BT.numel()], dtype=torch.float64)
+    if world > 1:
+        sums = sums.to(mesh.device)
+        all_reduce(sums, mesh.data, "metrics")
+    model.train()
+    losses = {domain: nats / count for domain, (nats, count) in zip(domains, sums.tolist(), strict=True)}
+    overall = overall_loss(data, losses)
+    return {
+        "loss": overall.nats_per_token,
+        "bits_per_byte": overall.bits_per_byte,
+        "by_domain": {
+            domain: {"loss": loss, "bits_per_byte": bits_per_byte(data, loss, domain)}
+            for domain, loss in losses.items()
+        },
+        "validation_tokens": int(sums[:, 1].sum()),
+    }
+
+
+def _nothing(batch: tuple[str, Tensor, Tensor]) -> tuple[str, Tensor, Tensor]:
+    domain, tokens_BT, targets_BT = batch
+    return domain, tokens_BT[:0], targets_BT[:0]

@@ -1,0 +1,192 @@
+"""Published MoE families: tiny random models made by transformers, read, compared, written back."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from moelab.config.parallel import ParallelConfig
+from moelab.engine.checkpoint import hf
+from moelab.engine.checkpoint.hf_families import family_of
+from moelab.engine.mesh import Mesh
+from moelab.engine.testing import Ranks
+from moelab.files import read_json, write_json
+from moelab.inference import Generator, Sampling, set_mode
+from moelab.models import build
+
+transformers = pytest.importorskip("transformers", reason="needs transformers (extra eval)")
+
+TINY = {
+    "vocab_size": 61, "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2,
+    "max_position_embeddings": 48, "initializer_range": 0.3, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0,
+}  # fmt: skip
+QWEN = {"intermediate_size": 40, "moe_intermediate_size": 24, "num_experts": 6, "num_experts_per_tok": 3}
+FAMILIES = {
+    "olmoe": ("Olmoe", {"intermediate_size": 24, "num_experts": 6, "num_experts_per_tok": 3}),
+    "olmoe, renormalised": (
+        "Olmoe",
+        {"intermediate_size": 24, "num_experts": 6, "num_experts_per_tok": 4, "norm_topk_prob": True},
+    ),
+    "mixtral": ("Mixtral", {"intermediate_size": 24, "num_local_experts": 6, "rope_theta": 1e5}),
+    "mixtral, own head size": ("Mixtral", {"intermediate_size": 24, "num_local_experts": 6, "head_dim": 12}),
+    "qwen2_moe": ("Qwen2Moe", {**QWEN, "shared_expert_intermediate_size": 20, "mlp_only_layers": [0]}),
+    "qwen2_moe, tied": ("Qwen2Moe", {**QWEN, "shared_expert_intermediate_size": 20, "tie_word_embeddings": True}),
+    "qwen3_moe": ("Qwen3Moe", {**QWEN, "head_dim": 10, "norm_topk_prob": True}),
+    "qwen3_moe, every second": ("Qwen3Moe", {**QWEN, "head_dim": 6, "decoder_sparse_step": 2}),
+}
+TOKENS = torch.randint(3, 61, (3, 21), generator=torch.Generator().manual_seed(1))
+
+
+def theirs(name: str, folder: Path, dtype=torch.float32, shard: str = "1GB"):
+    """A model of transformers with no weight at a value that hides errors, and its directory."""
+    kind, settings = FAMILIES[name]
+    config = getattr(transformers, f"{kind}Config")(**{**TINY, **settings})
+    torch.manual_seed(0)
+    model = getattr(transformers, f"{kind}ForCausalLM")(config).eval().to(dtype)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 1:  # norms and biases
+                parameter.add_(torch.randn_like(parameter) * 0.2)
+    model.save_pretrained(folder, max_shard_size=shard)
+    return model
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_logits_and_greedy_tokens_are_those_of_transformers(tmp_path, name):
+    original = theirs(name, tmp_path / "in")
+    model = hf.load(tmp_path / "in").eval()
+    assert family_of(model.config) == original.config.model_type
+    assert model.config.parameters() == sum(p.numel() for p in original.parameters())
+    with torch.no_grad():
+        expected = original(TOKENS).logits
+        torch.testing.assert_close(
+            model(TOKENS).logits_BTV, expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max())
+        )
+    prompts = [[5, 6, 7, 8], [9], list(range(3, 14))]
+    continued = []
+    for prompt in prompts:
+        ids = torch.tensor([prompt])
+        found = original.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=12)
+        continued.append(found[0, len(prompt) :].tolist())
+    for mode in ("optimised", "baseline"):
+        generator = Generator(set_mode(hf.load(tmp_path / "in"), mode), batch=2)
+        ours = generator.generate(prompts, Sampling(max_new_tokens=12, temperature=0, stop_tokens=(2,)))
+        assert [list(c.tokens) for c in ours] == continued
+
+
+def tensors(folder: Path) -> dict[str, torch.Tensor]:
+    return {name: t for file in folder.glob("*.safetensors") for name, t in load_file(file).items()}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_there_and_back_bit_for_bit(tmp_path, name, dtype, monkeypatch):
+    original = theirs(name, tmp_path / "in", dtype, shard="20KB")
+    assert len(list((tmp_path / "in").glob("*.safetensors"))) > 2
+    monkeypatch.setattr(hf, "SHARD_BYTES", 9000)
+    kind = original.config.model_type
+    config = hf.convert(tmp_path / "in", tmp_path / "ours")
+    assert hf.read_config(tmp_path / "ours") == config and len(list((tmp_path / "ours").glob("*.safetensors"))) > 2
+    assert hf.convert(tmp_path / "ours", tmp_path / "back", kind) == config
+    hf.export(hf.load(tmp_path / "ours"), tmp_path / "model")
+    before = tensors(tmp_path / "in")
+    for folder in ("back", "model"):
+        after = tensors(tmp_path / folder)
+        assert after.keys() == before.keys()
+        assert all(after[n].dtype == dtype and torch.equal(after[n], before[n]) for n in before)
+        again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / folder).eval()
+        assert again.dtype == dtype and again.config.model_type == kind
+        first = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "in").eval()
+        with torch.no_grad():
+            torch.testing.assert_close(again(TOKENS).logits, first(TOKENS).logits)
+
+
+def test_a_run_of_ours_is_read_by_transformers(tmp_path):
+    """Each family, from its configuration alone: other weights, other sizes."""
+    for name in FAMILIES:
+        folder = tmp_path / name
+        theirs(name, folder / "in")
+        config = replace(hf.read_config(folder / "in"), vocab=80, context=32, init_std=0.2)
+        model = build(config, 3).eval()
+        again = transformers.AutoModelForCausalLM.from_pretrained(hf.export(model, folder / "out")).eval()
+        with torch.no_grad():
+            ours = model(TOKENS).logits_BTV
+            torch.testing.assert_close(again(TOKENS).logits, ours, rtol=1e-4, atol=1e-4 * float(ours.abs().max()))
+
+
+def rank_logits(folder: str, layout: ParallelConfig) -> torch.Tensor:
+    config = hf.read_config(Path(folder))
+    mesh = Mesh(layout, config.experts)
+    model = hf.load(Path(folder), mesh=mesh).eval()
+    assert any(".experts." in name for name, _ in model.named_parameters())
+    with torch.no_grad():
+        logits = model(TOKENS).logits_BTV
+    mesh.close()
+    return logits
+
+
+@pytest.mark.multiprocess
+def test_ranks_read_their_experts(tmp_path):
+    layouts = {
+        "olmoe": [ParallelConfig(data=2), ParallelConfig(data=2, expert=1, expert_slicing=2)],
+        "qwen2_moe": [ParallelConfig(data=2), ParallelConfig(tensor=2, exchange="coordinated")],
+        "qwen3_moe": [ParallelConfig(tensor=2, expert=1)],
+    }
+    with Ranks(2) as ranks:
+        for name, chosen in layouts.items():
+            original = theirs(name, tmp_path / name)
+            hf.convert(tmp_path / name, tmp_path / f"{name} ours")
+            with torch.no_grad():
+                expected = original(TOKENS).logits
+            for layout in chosen:
+                for folder in (name, f"{name} ours"):
+                    for logits in ranks.run(rank_logits, str(tmp_path / folder), layout):
+                        scale = float(expected.abs().max())
+                        torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4 * scale)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"hidden_act": "gelu"}, "hidden_act is 'gelu', supported is 'silu'"),
+        ({"clip_qkv": 8.0}, "clip_qkv is 8.0, supported is None"),
+        ({"rope_parameters": {"rope_type": "yarn", "factor": 4.0}}, "rotary positions of type 'yarn'"),
+        ({"num_experts": "many"}, "num_experts must be a whole number, got 'many'"),
+        ({"num_experts_per_tok": 9}, "top_k must be between 1 and the fewest experts"),
+        ({"num_experts": 5}, r"tensor model.layers.\d.mlp.experts.5.\w+.weight \(9 such\) is none of this model's"),
+        ({"num_experts": 7}, r"ffn.router.weight is \(6, 32\), expected \(7, 32\)"),
+        ({"intermediate_size": 17}, r"experts.0.gate_proj.weight is \(32, 24\), expected \(32, 17\)"),
+        ({"num_key_value_heads": 1}, r"k_proj.weight is \(16, 32\), expected \(8, 32\)"),
+        ({"model_type": "deepseek_v3"}, "model_type 'deepseek_v3' is not supported; allowed: gpt2, olmoe"),
+        ({"tie_word_embeddings": True}, "lm_head differs from the embedding"),
+    ],
+)
+def test_what_we_do_not_have_is_refused_in_one_line(tmp_path, change, message):
+    theirs("olmoe", tmp_path / "in")
+    record = read_json(tmp_path / "in" / "config.json")
+    write_json(tmp_path / "in" / "config.json", {**record, **change})
+    with pytest.raises(ValueError, match=message) as error:
+        hf.load(tmp_path / "in")
+    assert "\n" not in str(error.value)
+
+
+def test_a_tensor_too_many_is_refused(tmp_path):
+    theirs("mixtral", tmp_path / "in")
+    file = tmp_path / "in" / "model.safetensors"
+    found = load_file(file)
+    save_file({**found, "model.layers.1.self_attn.q_proj.bias": torch.ones(32)}, file, {"format": "pt"})
+    with pytest.raises(ValueError, match=r"q_proj.bias \(1 such\) is none of this model's"):
+        hf.load(tmp_path / "in")
+
+
+def test_a_format_that_does_not_describe_the_model_is_refused(tmp_path):
+    theirs("olmoe", tmp_path / "in")
+    with pytest.raises(ValueError, match="mixtral has qk_norm 'none'; this model differs"):
+        hf.convert(tmp_path / "in", tmp_path / "out", "mixtral")
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(ValueError, match="format 'llama' is unknown; allowed: gpt2, olmoe"):
+        hf.convert(tmp_path / "in", tmp_path / "out", "llama")

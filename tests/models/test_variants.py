@@ -1,0 +1,398 @@
+"""Routing and decoder variants against plain references; the paper's models keep their ids, weights and outputs."""
+
+import hashlib
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from moelab.config import (
+    DataConfig,
+    DecoderConfig,
+    ExpertConfig,
+    ModelConfig,
+    RoutingConfig,
+    TrainConfig,
+    digest,
+    expert_pattern,
+    from_json,
+    to_json,
+)
+from moelab.inference import Generator, Sampling, set_mode
+from moelab.models import GPT, build
+from moelab.models.moe import MoE
+from moelab.models.routing import Router, normalized_entropy
+from moelab.runs.spec import RunSpec
+
+FREE = RoutingConfig(drop_tokens=False)
+MODERN = ModelConfig(
+    layers=3, hidden=24, heads=4, experts=(0, 5, 7), top_k=3, vocab=61, context=32, init_std=0.1, routing=FREE,
+    decoder=DecoderConfig.modern(kv_heads=2, head_size=10, ffn=40), expert=ExpertConfig(ffn=18, shared=2, shared_ffn=9),
+)  # fmt: skip
+VARIANTS = {
+    "modern": MODERN,
+    "shared gate": replace(MODERN, expert=ExpertConfig(ffn=18, shared=1, shared_gate=True)),
+    "head norm": replace(MODERN, decoder=replace(MODERN.decoder, qk_norm="head")),
+    "norm of all heads": replace(MODERN, decoder=replace(MODERN.decoder, qk_norm="all")),
+    "qkv biases": replace(MODERN, decoder=replace(MODERN.decoder, biases="qkv", tied=True)),
+    "swiglu with biases": replace(MODERN, decoder=DecoderConfig(feed_forward="swiglu"), expert=ExpertConfig()),
+    "residual": replace(MODERN, expert=ExpertConfig(), residual=True),
+    "sigmoid": replace(MODERN, routing=replace(FREE, scores="sigmoid", balance_rate=0.01)),
+    "dropping": replace(MODERN, routing=RoutingConfig(capacity_factor=0.5, min_capacity=1, aux_choices="all")),
+    "per sequence": replace(MODERN, routing=replace(FREE, aux_choices="all", aux_scope="sequence", aux_loss=0.1)),
+}
+
+PINNED = {  # model -> (run id, digest of the initial weights) as they were before there were options
+    "350M twin": ("350m-twin-s1-aa9784f0c5", "9c5e4592624c4dfa"),
+    "350M+MoE-32 twin": ("350m-moe-32-twin-s1-dce40c2008", "23e8913e9ed6cf23"),
+    "1.3B+PR-MoE-64/128 twin": ("1.3b-pr-moe-64-128-twin-s1-efab9d940d", "d33b36b7ceaf6ec8"),
+}
+
+
+@pytest.mark.parametrize("name", PINNED)
+def test_the_papers_models_keep_ids_and_initial_weights(name):
+    model = ModelConfig.parse(name)
+    small = build(model.shrink(hidden=1, depth=2, experts=1, vocab=64, context=16, head_size=32), 5)
+    weights = hashlib.sha256()
+    for parameter, value in small.named_parameters():
+        weights.update(parameter.encode())
+        weights.update(value.detach().numpy().tobytes())
+    assert (RunSpec(model, TrainConfig(seed=1)).id, weights.hexdigest()[:16]) == PINNED[name]
+
+
+def test_a_default_leaves_no_trace_in_the_identity_and_old_specs_load():
+    plain = ModelConfig.parse("350M+MoE-32 twin")
+    assert digest(plain) == digest(replace(plain, decoder=DecoderConfig(), expert=ExpertConfig()))
+    stored = to_json(plain)
+    for field in ("decoder", "expert"):
+        del stored[field]
+    for field in ("scores", "balance_rate", "aux_choices"):
+        del stored["routing"][field]
+    assert from_json(ModelConfig, stored) == plain
+    assert len({digest(config) for config in VARIANTS.values()}) == len(VARIANTS)
+    assert all(from_json(ModelConfig, to_json(config)) == config for config in VARIANTS.values())
+
+
+@pytest.mark.parametrize("config", VARIANTS.values(), ids=VARIANTS)
+def test_parameters_equal_the_built_model_exactly(config):
+    with torch.device("meta"):
+        model = GPT(config)
+    assert sum(p.numel() for p in model.parameters()) == config.parameters()
+    twin = config.shrink(hidden=1, depth=1, experts=1, vocab=64, context=16, head_size=8)
+    with torch.device("meta"):
+        assert sum(p.numel() for p in GPT(twin).parameters()) == twin.parameters()
+
+
+@pytest.mark.parametrize("config", VARIANTS.values(), ids=VARIANTS)
+def test_flops_per_token_are_those_of_the_weights_a_token_uses(config):
+    """Each weight of a matrix product counts one multiply-add per token; scores and their sums count T + 1 keys."""
+    with torch.device("meta"):
+        model = GPT(config)
+    used = 0
+    for name, p in model.named_parameters():
+        if "norm" in name or "bias" in name or "embedding" in name:
+            continue
+        stacked = ".experts." in name
+        used += p[0].numel() * config.top_k if stacked else p.numel()
+    used += config.vocab * config.hidden * config.decoder.tied
+    scores = config.layers * 2 * config.heads * config.head_size * (config.context + 1)
+    assert config.flops_per_token(training=False) == 2 * used + scores
+
+
+@pytest.mark.parametrize(
+    ("change", "part"),
+    [
+        ({"decoder": DecoderConfig(kv_heads=3)}, "3 key and value heads do not divide 4 heads"),
+        ({"decoder": DecoderConfig.modern(head_size=7)}, "size 7 must be even"),
+        ({"residual": True}, "shared experts need MoE layers without residual"),
+        ({"experts": (0, 0, 0), "top_k": 1}, "shared experts need MoE layers"),
+    ],
+)
+def test_impossible_variants_are_refused_in_one_line(change, part):
+    with pytest.raises(ValueError) as error:
+        replace(MODERN, **change)
+    assert part in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("make", "part"),
+    [
+        (lambda: ExpertConfig(shared_gate=True), "shared is 0"),
+        (lambda: RoutingConfig(balance_rate=0.1, choice_noise="gumbel"), "use one of them"),
+        (lambda: RoutingConfig(scores="tanh"), "scores must be one of"),
+        (lambda: DecoderConfig(norm="batch"), "norm must be one of"),
+        (lambda: expert_pattern(4, 8, dense_first=4), "no MoE layer among 4"),
+    ],
+)
+def test_impossible_settings_are_refused_in_one_line(make, part):
+    with pytest.raises(ValueError) as error:
+        make()
+    assert part in str(error.value) and "\n" not in str(error.value)
+
+
+def test_patterns_of_layers():
+    assert expert_pattern(5, 8) == (8, 8, 8, 8, 8)
+    assert expert_pattern(5, 8, dense_first=1) == (0, 8, 8, 8, 8)
+    assert expert_pattern(6, 8, every=2) == (0, 8, 0, 8, 0, 8)
+    assert expert_pattern(6, 8, dense_first=2, every=3) == (0, 0, 8, 0, 0, 8)
+
+
+# -- the layer ---------------------------------------------------------------------------------------------------------
+
+
+def plain_layer(moe: MoE, x_SM, routing):
+    """Token by token, expert by expert."""
+    rows = []
+    for s in range(len(x_SM)):
+        y = torch.zeros_like(x_SM[s])
+        for k in range(routing.expert_SK.shape[1]):
+            if routing.slot_SK[s, k] >= 0:
+                e = routing.expert_SK[s, k]
+                gate, up = (x_SM[s] @ moe.experts.up[e, :, i] for i in (0, 1))
+                if moe.experts.up_bias is not None:
+                    gate, up = gate + moe.experts.up_bias[e, 0], up + moe.experts.up_bias[e, 1]
+                out = (gate * torch.sigmoid(gate) * up) @ moe.experts.down[e]
+                out = out if moe.experts.down_bias is None else out + moe.experts.down_bias[e]
+                y = y + routing.weight_SK[s, k].to(y.dtype) * out
+        if moe.mlp is not None:
+            half = moe.mlp.up.weight.shape[0] // 2
+            gate, up = (F.linear(x_SM[s], w) for w in moe.mlp.up.weight.split(half))
+            fixed = F.linear(gate * torch.sigmoid(gate) * up, moe.mlp.down.weight)
+            y = y + (fixed if moe.mix is None else fixed * torch.sigmoid(x_SM[s] @ moe.mix.weight[0]))
+        rows.append(y)
+    return torch.stack(rows)
+
+
+def layer(config: ModelConfig, experts: int, dtype=torch.float64) -> MoE:
+    torch.manual_seed(0)
+    moe = MoE(config, experts).to(dtype)
+    for p in moe.parameters():
+        torch.nn.init.normal_(p, 0.0, 0.5)
+    return moe
+
+
+@pytest.mark.parametrize("dispatch", ["local", "einsum"])
+@pytest.mark.parametrize("tokens", [1, 7, 13, 67])
+@pytest.mark.parametrize("name", ["modern", "shared gate", "swiglu with biases", "sigmoid", "dropping"])
+def test_layer_equals_a_loop_over_tokens(tokens, name, dispatch):
+    config = replace(VARIANTS[name], dispatch=dispatch)
+    moe = layer(config, 5)
+    x = torch.randn(tokens, config.hidden, dtype=torch.float64)
+    found = []
+    for forward in (lambda x: moe(x)[0], lambda x: plain_layer(moe, x, moe.router(x))):
+        torch.manual_seed(1)  # the same random token selection
+        moe.zero_grad()
+        leaf = x.clone().requires_grad_()
+        y = forward(leaf)
+        (y * torch.linspace(-1, 1, y.numel(), dtype=y.dtype).view_as(y)).sum().backward()
+        found.append([y.detach(), leaf.grad, *(p.grad.clone() for p in moe.parameters() if p.grad is not None)])
+    assert len(found[0]) == len(found[1]) > 4
+    for ours, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize("name", ["modern", "shared gate"])
+def test_all_tokens_to_one_expert_and_no_tokens(name):
+    moe = layer(replace(VARIANTS[name], top_k=1), 5)
+    with torch.no_grad():
+        moe.router.weight.zero_()
+    x = torch.randn(9, 24, dtype=torch.float64)
+    y, routing = moe(x)
+    assert routing.load_E.tolist() == [9, 0, 0, 0, 0]
+    torch.testing.assert_close(y, plain_layer(moe, x, routing), rtol=1e-5, atol=1e-6)
+    y.sum().backward()
+    assert not moe.experts.up.grad[1:].any() and moe.experts.up.grad[0].any()
+    assert moe(x[:0])[0].shape == (0, 24)
+
+
+def test_the_initial_weights_of_a_shared_expert_are_those_of_the_residual_branch():
+    """So that the arms of a comparison start from the same weights."""
+    plain = ModelConfig(layers=2, hidden=16, heads=2, experts=(0, 4), vocab=32, context=8)
+    shared = dict(build(replace(plain, expert=ExpertConfig(shared=1)), 3).named_parameters())
+    residual = dict(build(replace(plain, residual=True, residual_mix="sum"), 3).named_parameters())
+    assert shared.keys() == residual.keys() and all(torch.equal(shared[n], residual[n]) for n in shared)
+
+
+# -- the router --------------------------------------------------------------------------------------------------------
+
+
+def router_of(config: RoutingConfig, top_k=3, experts=6) -> Router:
+    torch.manual_seed(0)
+    router = Router(8, experts, top_k, config)
+    torch.nn.init.normal_(router.weight)
+    if router.balance_bias is not None:
+        torch.nn.init.normal_(router.balance_bias, 0.0, 0.5)
+    return router
+
+
+@pytest.mark.parametrize("normalize", [True, False])
+@pytest.mark.parametrize("scores", ["softmax", "sigmoid"])
+@pytest.mark.parametrize("rate", [0.0, 0.01])
+def test_the_bias_chooses_and_the_scores_weigh(scores, rate, normalize):
+    router = router_of(replace(FREE, scores=scores, balance_rate=rate, normalize_weights=normalize))
+    x = torch.randn(67, 8, requires_grad=True)
+    routing = router(x)
+    logits = F.linear(x, router.weight)
+    p = logits.softmax(1) if scores == "softmax" else logits.sigmoid()
+    chosen = (p + (router.balance_bias if rate else 0)).topk(3).indices
+    weight = p.gather(1, chosen)
+    weight = weight / weight.sum(1, keepdim=True) if normalize else weight
+    assert torch.equal(routing.expert_SK.long(), chosen)
+    torch.testing.assert_close(routing.weight_SK, weight)
+    along = torch.randn_like(weight)
+    for ours, theirs in zip(
+        torch.autograd.grad((routing.weight_SK * along).sum(), (x, router.weight), retain_graph=True),
+        torch.autograd.grad((weight * along).sum(), (x, router.weight), retain_graph=True),
+        strict=True,
+    ):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+    assert not router.balance_bias.requires_grad if rate else router.balance_bias is None
+
+
+@pytest.mark.parametrize("scores", ["softmax", "sigmoid"])
+@pytest.mark.parametrize("choices", ["first", "all"])
+@pytest.mark.parametrize("scope", ["micro_batch", "sequence"])
+def test_balance_losses_equal_their_formula(scores, choices, scope):
+    router = router_of(replace(FREE, scores=scores, aux_choices=choices, aux_scope=scope))
+    x = torch.randn(5, 13, 8)
+    routing = router(x.flatten(0, 1), 5)
+    logits = F.linear(x, router.weight)
+    p = logits.softmax(-1) if scores == "softmax" else logits.sigmoid() / logits.sigmoid().sum(-1, keepdim=True)
+    chosen = F.one_hot(routing.expert_SK.long(), 6).float().view(5, 13, 3, 6)
+    share = (chosen[:, :, :1] if choices == "first" else chosen).mean(2)
+    losses = [6 * (p[b].mean(0) * share[b].mean(0)).sum() for b in range(5)]
+    if scope == "micro_batch":
+        losses = [6 * (p.mean((0, 1)) * share.mean((0, 1))).sum()]
+    torch.testing.assert_close(routing.aux_loss, torch.stack(losses).mean())
+    routing.aux_loss.backward()
+    assert router.weight.grad.abs().sum() > 0
+    assert float(router(x.flatten(0, 1)[:0], 5).aux_loss.detach()) == 0
+
+
+def test_the_bias_moves_against_the_load_until_it_is_even():
+    router = router_of(replace(FREE, balance_rate=0.02), top_k=1)
+    torch.nn.init.zeros_(router.balance_bias)
+    x = torch.randn(500, 8) + 1
+    router.balance(torch.tensor([5, 1, 0, 3, 3, 6]))
+    assert router.balance_bias.tolist() == pytest.approx([-0.02, 0.02, 0.02, 0, 0, -0.02])
+    torch.nn.init.zeros_(router.balance_bias)
+    before = router(x).load_E
+    for _ in range(100):
+        router.balance(router(x).load_E)
+    after = router(x).load_E
+    assert after.max() < 1.3 * 500 / 6 < 1.7 * 500 / 6 < before.max()
+
+
+def test_entropy_of_the_router():
+    assert float(normalized_entropy(torch.full((4, 8), 1 / 8))) == pytest.approx(1)
+    assert float(normalized_entropy(torch.eye(8))) == 0
+    router = router_of(FREE)
+    router.entropies = []
+    x = torch.randn(30, 8)
+    router(x)
+    p = F.linear(x, router.weight).softmax(1)
+    assert float(router.entropies[0]) == pytest.approx(
+        float(-(p * p.log()).sum(1).mean().detach() / math.log(6)), rel=1e-5
+    )
+
+
+# -- the decoder -------------------------------------------------------------------------------------------------------
+
+
+def plain_rms(x, norm):
+    return x * (x.square().mean(-1, keepdim=True) + norm.eps).rsqrt() * norm.weight
+
+
+def plain_attention(attention, x_TM, config):
+    """One sequence, head by head, position by position."""
+    d, D, T = config.decoder, config.head_size, len(x_TM)
+    q, k, v = attention.qkv(x_TM).split([n * D for n in (config.heads, config.kv_heads, config.kv_heads)], -1)
+    if d.qk_norm == "all":
+        q, k = plain_rms(q, attention.q_norm), plain_rms(k, attention.k_norm)
+    heads = []
+    for h in range(config.heads):
+        at = slice(h * D, (h + 1) * D)
+        n = h // (config.heads // config.kv_heads)
+        of = slice(n * D, (n + 1) * D)
+        q_h, k_h = q[:, at], k[:, of]
+        if d.qk_norm == "head":
+            q_h, k_h = plain_rms(q_h, attention.q_norm), plain_rms(k_h, attention.k_norm)
+        if d.positions == "rotary":
+            angle = torch.arange(T)[:, None] * d.rotary_base ** (-torch.arange(0, D, 2) / D)
+            turned = []
+            for t in (q_h, k_h):
+                pair = torch.complex(t[:, : D // 2], t[:, D // 2 :]) * torch.polar(torch.ones_like(angle), angle)
+                turned.append(torch.cat((pair.real, pair.imag), -1))
+            q_h, k_h = turned
+        scores = (q_h @ k_h.T / math.sqrt(D)).masked_fill(torch.ones(T, T).triu(1).bool(), -torch.inf)
+        heads.append(scores.softmax(-1) @ v[:, of])
+    return attention.out(torch.cat(heads, -1))
+
+
+@pytest.mark.parametrize("name", ["modern", "head norm", "norm of all heads", "qkv biases"])
+def test_attention_equals_a_loop_over_heads(name):
+    config = VARIANTS[name]
+    attention = build(config, 0).blocks[0].attention
+    for p in attention.parameters():
+        torch.nn.init.normal_(p, 0.0, 0.3)
+    x = torch.randn(2, 13, config.hidden, generator=torch.Generator().manual_seed(1))
+    from moelab.models.grouped_attention import rotation_at
+
+    rotation = rotation_at(torch.arange(13)[None], config.head_size, config.decoder.rotary_base)
+    grads = []
+    for forward in (
+        lambda x: attention(x, None, rotation),
+        lambda x: torch.stack([plain_attention(attention, row, config) for row in x]),
+    ):
+        leaf = x.clone().requires_grad_()
+        attention.zero_grad()
+        y = forward(leaf)
+        y.square().sum().backward()
+        grads.append([y.detach(), leaf.grad, *(p.grad.clone() for p in attention.parameters())])
+    for ours, theirs in zip(*grads, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("config", VARIANTS.values(), ids=VARIANTS)
+def test_decoding_with_a_cache_equals_the_whole_sequence(config):
+    """Optimised and baseline mode, greedy: every token is the argmax of a forward pass over all before it."""
+    config = replace(config, routing=replace(config.routing, drop_tokens=False))
+    whole = build(config, 3).eval()
+    with torch.no_grad():
+        for name, p in whole.named_parameters():
+            if name.endswith(("bias", "q_norm.weight")):
+                torch.nn.init.normal_(p, 0.5, 0.2)
+    prompts = [[1, 2, 3, 4, 5], [7], [9, 8, 7, 6, 5, 4, 3, 2, 1]]
+    for mode in ("optimised", "baseline"):
+        model = build(config, 3)
+        model.load_state_dict(whole.state_dict())
+        generator = Generator(set_mode(model, mode), batch=2)
+        found = generator.generate(prompts, Sampling(max_new_tokens=8, temperature=0))
+        for prompt, completion in zip(prompts, found, strict=True):
+            tokens = list(prompt)
+            for token in completion.tokens:
+                with torch.no_grad():
+                    assert int(whole(torch.tensor([tokens])).logits_BTV[0, -1].argmax()) == token
+                tokens.append(token)
+
+
+@pytest.mark.parametrize("config", VARIANTS.values(), ids=VARIANTS)
+def test_a_step_in_bf16_is_near_one_in_fp32(config):
+    tokens = torch.randint(61, (2, 33), generator=torch.Generator().manual_seed(0))
+    found = []
+    for bf16 in (False, True):
+        torch.manual_seed(4)
+        model = build(config, 1)
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            output = model(tokens[:, :-1], targets_BT=tokens[:, 1:])
+        (output.loss + output.routing_loss(config)).backward()
+        assert all(p.grad.isfinite().all() for p in model.parameters() if p.requires_grad)
+        found.append(float(output.loss.detach()))
+    assert found[0] == pytest.approx(found[1], abs=0.05)
+
+
+def test_variants_train_in_a_spec():
+    spec = RunSpec(replace(MODERN, context=64), TrainConfig(tokens=4096), DataConfig(context=64))
+    assert RunSpec.from_json(spec.to_json()) == spec
