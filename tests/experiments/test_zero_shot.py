@@ -32,6 +32,20 @@ SIX = dict(lambada=0.0, piqa=0.52, boolq=0.62, race_h=0.0, triviaqa=0.0, webqs=0
 BOTH = {(arm, seed): SIX for arm in ("Dense", "MoE-128", "PR-MoE-32/64") for seed in (0, 1)}
 
 
+def test_bits_of_right_answers_count_only_tasks_that_fit():
+    rows = scores(BOTH).assign(cut=0, requests=10)
+    rows.loc[rows["task"] == "packaged_boolq", "cut"] = 5
+    gain = {"Dense": 0.0, "MoE-128": -0.2, "PR-MoE-32/64": -0.1}
+    rows["bits_per_byte"] += rows["arm"].map(gain) + 0.02 * rows["seed"] * (rows["arm"] == "MoE-128")
+    rows.loc[(rows["task"] == "packaged_boolq") & (rows["arm"] == "MoE-128"), "bits_per_byte"] += 9
+    gaps = zero_shot.answer_bits(rows).set_index(["arm", "seed"])["gap"]
+    assert gaps["MoE-128", 0] == pytest.approx(-0.2) and gaps["MoE-128", 1] == pytest.approx(-0.18)
+    assert gaps["PR-MoE-32/64", 0] == pytest.approx(-0.1) and zero_shot.tasks_that_fit(rows)["packaged_boolq"] == 0.5
+    line = zero_shot.bits_headline(rows)
+    assert "-0.190 (95 % interval" in line and "without boolq, which do not fit" in line
+    assert "no task in common" in zero_shot.bits_headline(rows[rows["arm"] == "Dense"])
+
+
 def test_guessing_is_called_guessing_and_knowing_knowing():
     table = zero_shot.over_chance(scores(BOTH))
     boolq = table[(table["arm"] == "Dense") & (table["task"] == "packaged_boolq")].iloc[0]
