@@ -4,9 +4,9 @@ Shows: for the trained twins the right answers' bits per byte, over the tasks wh
 headline: they change long before accuracy does); accuracy on six tasks beside chance, with n and standard errors; and
 the paper's table.
 
-Fixed before the first run: the 3 seeds of the other experiments. Expect: accuracy at chance, because twins of 0.2 to 6 M
-parameters that read 16 M tokens cannot answer. The pipeline is that of a run at `paper` scale. The tasks come from a
-package, so no network is needed; other data sets replace RACE-h and WebQs, under their own names.
+Fixed before the first run: the 3 seeds of the other experiments. Expect: accuracy at chance, because twins of 0.2 to
+6 M parameters that read 16 M tokens cannot answer. The pipeline is that of a run at `paper` scale. The tasks come from
+a package, so no network is needed; other data sets replace RACE-h and WebQs, under their own names.
 """
 
 from __future__ import annotations
