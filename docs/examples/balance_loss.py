@@ -2,7 +2,7 @@
 
 from moelab.config import RoutingConfig
 from moelab.experiments import comparison
-from moelab.experiments.base import Experiment, Scale
+from moelab.experiments.base import Experiment, twin_scales
 
 ARMS = {
     f"weight {weight:g}": {"name": "350M+MoE-128", "routing": RoutingConfig(drop_tokens=False, aux_loss=weight)}
@@ -21,6 +21,6 @@ EXPERIMENT = Experiment(
     paper="beyond the paper",
     question="What happens without the auxiliary loss?",
     paper_answer="Not examined; its weight is 0.01 throughout.",
-    scales={"smoke": Scale("the smallest twins", "seconds"), "cpu": Scale("twins, 1 M tokens", "minutes a seed")},
+    scales=twin_scales(runs=2),
     arms=ARMS,
 )
