@@ -22,9 +22,16 @@ const moelab = {
     button.setAttribute("aria-label", "Colours: " + (name === "auto" ? "as the system" : name));
   },
 
+  // The filters act on all lists, and stand in the address, so that what is shown can be passed on.
   filters(form) {
     const items = [...document.querySelectorAll("[data-item]")];
     const tally = [...document.querySelectorAll(".tally button")];
+    const names = ["q", "scale", "verdict", "experiment"];
+    const asked = new URLSearchParams(location.search);
+    for (const name of names) {
+      const known = name === "q" || [...form[name].options].some((option) => option.value === asked.get(name) || option.text === asked.get(name));
+      if (asked.get(name) && known) form[name].value = asked.get(name);
+    }
     const apply = () => {
       const words = form.q.value.toLowerCase().split(/\s+/).filter(Boolean);
       const { scale, verdict, experiment } = Object.fromEntries(new FormData(form));
@@ -34,34 +41,50 @@ const moelab = {
         const chapter = "chapter" in d;
         const claim = "best" in d;
         let keep = words.every((word) => d.text.includes(word)) && (!experiment || d.experiment === experiment);
-        if (claim) keep &&= (scale ? d.scale === scale : d.best === "1") && (!verdict || d.verdict === verdict);
-        else if (chapter) moelab.panels(item, scale);
-        else keep &&= !scale || d.scale === scale;
+        if (claim) keep &&= ("forest" in d || (scale ? d.scale === scale : d.best === "1")) && (!verdict || d.verdict === verdict);
+        else keep &&= !verdict || d.verdicts.split("|").includes(verdict);
+        if (claim && "forest" in d) keep &&= !scale || d.scale === scale;
+        if (chapter) moelab.panels(item, scale);
+        else if (!claim) keep &&= !scale || d.scale === scale;
         item.hidden = !keep;
-        if (keep) shown[claim ? "claim" : chapter ? "chapter" : "result"] += 1;
+        if (keep && !("forest" in d)) shown[claim ? "claim" : chapter ? "chapter" : "result"] += 1;
       }
+      const any = words.length || scale || verdict || experiment;
+      for (const group of document.querySelectorAll("[data-group]"))
+        group.hidden = Boolean(any) && !group.querySelector("[data-item]:not([hidden])") && Boolean(group.querySelector("[data-item]"));
+      for (const body of document.querySelectorAll("tbody[data-group]"))
+        for (const axis of body.querySelectorAll("[data-axis]")) {
+          let row = axis.nextElementSibling;
+          while (row && row.hidden && !("axis" in row.dataset)) row = row.nextElementSibling;
+          axis.hidden = !row || "axis" in row.dataset;
+        }
       const untested = document.getElementById("untested");
       if (untested) {
         const left = untested.querySelectorAll("[data-item]:not([hidden])").length;
-        untested.hidden = !left;
         untested.querySelector("summary strong").textContent = left;
+        untested.hidden = !left;
         if (words.length || verdict) untested.open = left > 0;
       }
-      for (const group of document.querySelectorAll("[data-group]"))
-        group.hidden = !group.querySelector("[data-item]:not([hidden])");
       document.getElementById("tested").hidden = !document.querySelector("#tested [data-item]:not([hidden])");
+      document.getElementById("nothing").hidden = shown.claim + shown.chapter + shown.result > 0;
       for (const button of tally) button.setAttribute("aria-pressed", String(button.dataset.verdict === verdict));
-      const any = words.length || scale || verdict || experiment;
       const count = (n, word) => n + " " + word + (n === 1 ? "" : "s");
       document.getElementById("count").textContent = any
         ? [count(shown.claim, "claim"), count(shown.chapter, "experiment"), count(shown.result, "result")].join(", ")
         : "";
+      const chosen = new URLSearchParams(names.filter((name) => form[name].value).map((name) => [name, form[name].value]));
+      const address = location.pathname + (chosen.size ? `?${chosen}` : "") + location.hash;
+      if (address !== location.pathname + location.search + location.hash) history.replaceState(null, "", address);
     };
     for (const button of tally)
       button.addEventListener("click", () => {
         form.verdict.value = form.verdict.value === button.dataset.verdict ? "" : button.dataset.verdict;
         apply();
       });
+    document.querySelector("#nothing button").addEventListener("click", () => {
+      for (const name of names) form[name].value = "";
+      apply();
+    });
     form.addEventListener("input", apply);
     form.addEventListener("submit", (event) => event.preventDefault());
     apply();
@@ -147,18 +170,18 @@ const moelab = {
     };
     const table = (caption, head, rows) =>
       make("div", { class: "scroll" },
-        make("table", {},
+        make("table", { class: `matrix columns-${head.length}` },
           make("caption", {}, caption),
           make("thead", {}, make("tr", {}, ...head.map((h) => make("th", { scope: "col" }, h)))),
           make("tbody", {},
             ...rows.map(({ cells: [first, ...rest], differs }) =>
               make("tr", differs ? { class: "differs" } : {},
-                make("th", { scope: "row" }, first), ...rest.map((c) => make("td", { class: "wrap" }, c)))))));
+                make("th", { scope: "row" }, first), ...rest.map((c, i) => make("td", { class: "wrap", "data-label": head[i + 1] ?? "" }, c)))))));
     const rows = (pairs) =>
       pairs.map((cells) => ({ cells, differs: cells[1] !== cells[2] })).filter((row) => all || row.differs);
     const parts = [
       make("div", { class: "pair" },
-        ...[a, b].map((r, i) => make("h2", {}, "AB"[i] + ": ", make("a", { href: `${r.path}/index.html` }, r.title)))),
+        ...[a, b].map((r, i) => make("h2", {}, "AB"[i] + ": ", make("a", { href: `${r.path}/index.html` }, `${r.facts.experiment}, ${r.facts.scale}, ${r.facts.finished.slice(0, 10)}`), make("small", {}, r.title)))),
     ];
 
     const facts = rows(union(Object.keys(a.facts), Object.keys(b.facts)).map((k) => [k, text(a.facts[k]), text(b.facts[k])]));
@@ -166,30 +189,34 @@ const moelab = {
 
     const claims = (r) => Object.fromEntries(r.claims.map((c) => [c.id, c]));
     const [ca, cb] = [claims(a), claims(b)];
-    const say = (c) => (c ? `${c.verdict}${c.ours === "–" ? "" : `: ${c.ours} (${c.interval})`}` : "–");
-    const judged = rows(union(Object.keys(ca), Object.keys(cb)).map((id) => {
-      const claim = ca[id] ?? cb[id];
-      return [`${claim.statement} Paper: ${claim.paper}.`, say(ca[id]), say(cb[id])];
-    }));
-    if (judged.length) parts.push(table("The paper's claims: verdict, ours, 95 % interval", ["claim", "A", "B"], judged));
+    const say = (c) => {
+      if (!c) return "–";
+      const [mark, style] = c.sign.split(" ");
+      return make("span", {}, make("span", { class: `badge ${style}` }, make("span", { "aria-hidden": "true" }, mark), c.verdict),
+        c.ours === "–" ? "" : ` ${c.ours}${["–", "exact"].includes(c.interval) ? "" : ` (${c.interval})`}`);
+    };
+    const same = (x, y) => x && y && x.verdict === y.verdict && x.ours === y.ours && x.interval === y.interval;
+    const judged = union(Object.keys(ca), Object.keys(cb))
+      .map((id) => ({ cells: [make("span", {}, (ca[id] ?? cb[id]).statement, make("span", { class: "soft" }, ` ${(ca[id] ?? cb[id]).where}`)), (ca[id] ?? cb[id]).paper, say(ca[id]), say(cb[id])], differs: !same(ca[id], cb[id]) }))
+      .filter((row) => all || row.differs);
+    if (judged.length) parts.push(table("The paper's claims: verdict, ours, 95 % interval", ["claim", "paper", "A", "B"], judged));
 
+    // One matrix for each number of the arms: an arm a row.
     const arms = (r) => Object.fromEntries(r.arms.map((row) => [row.arm, row]));
     const [aa, ab] = [arms(a), arms(b)];
-    const differences = [];
-    for (const arm of union(Object.keys(aa), Object.keys(ab))) {
-      if (!aa[arm] || !ab[arm]) {
-        differences.push([arm, aa[arm] ? "there" : "not there", ab[arm] ? "there" : "not there", "–"]);
-        continue;
-      }
-      for (const key of union(Object.keys(aa[arm]), Object.keys(ab[arm]))) {
-        if (key === "arm") continue;
-        const [x, y] = [aa[arm][key], ab[arm][key]];
-        const change = typeof x === "number" && typeof y === "number" ? y - x : undefined;
-        differences.push([`${arm}: ${key.replaceAll("_", " ")}`, text(x), text(y), text(change)]);
-      }
+    const names = union(Object.keys(aa), Object.keys(ab));
+    const keys = union(...[aa, ab].map((x) => Object.values(x).flatMap((row) => Object.keys(row)))).filter((key) => key !== "arm");
+    const first = ["validation_loss", "seeds", "parameters", "tokens"].filter((key) => keys.includes(key));
+    for (const key of union(first, keys)) {
+      const matrix = rows(names.map((arm) => [arm, text(aa[arm]?.[key]), text(ab[arm]?.[key])])).map((row) => {
+        const [x, y] = [aa[row.cells[0]]?.[key], ab[row.cells[0]]?.[key]];
+        const change = typeof x === "number" && typeof y === "number" ? (y > x ? "+" : "") + text(y - x) : "–";
+        return { ...row, cells: [...row.cells, change] };
+      });
+      if (!matrix.length) continue;
+      const shown = table(`${key.replaceAll("_", " ")}, mean over seeds`, ["arm", "A", "B", "B − A"], matrix);
+      parts.push(first.includes(key) ? shown : make("details", {}, make("summary", {}, key.replaceAll("_", " ")), shown));
     }
-    const runs = rows(differences);
-    if (runs.length) parts.push(table("Runs, means over seeds", ["arm", "A", "B", "B − A"], runs));
 
     const by = (r) => Object.fromEntries(r.figures.map((f) => [f.name, f]));
     const [fa, fb] = [by(a), by(b)];
@@ -199,7 +226,7 @@ const moelab = {
         const image = (kind, file) => make("img", { class: kind, src: `${r.path}/${file}`, alt: f.title });
         return make("figure", {}, make("h3", {}, `${side}: ${f.title}`),
           make("div", { class: "scroll" },
-            ...(f.dark ? [image("light", f.light), image("dark", f.dark)] : [image("card", f.light)])));
+            ...(f.dark ? [image("light", f.narrow ?? f.light), image("dark", f.narrow_dark ?? f.dark)] : [image("card", f.light)])));
       };
       parts.push(make("h2", {}, name), make("div", { class: "pair" }, one(a, fa[name], "A"), one(b, fb[name], "B")));
     }
@@ -218,7 +245,7 @@ const moelab = {
 
   // Let the keyboard reach boxes that scroll sideways.
   focusable(root) {
-    for (const box of root.querySelectorAll(".scroll, .output_area"))
+    for (const box of root.querySelectorAll(".scroll, .output_area, .notebook details.table"))
       if (box.scrollWidth > box.clientWidth) {
         box.tabIndex = 0;
         box.setAttribute("role", "group");
