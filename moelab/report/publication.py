@@ -10,7 +10,7 @@ from __future__ import annotations
 import shutil
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -92,9 +92,24 @@ class Publication:
         self.tables.append(row)
 
     def claims(self, verdicts: Sequence[Verdict]) -> None:
-        """Save the verdicts on the paper's claims."""
-        self.verdicts = list(verdicts)
-        write_json(self.path / "claims.json", [asdict(verdict) for verdict in verdicts])
+        """Save the verdicts on the paper's claims.
+
+        Where a verdict rests on another number of seeds than the experiment planned before its first run, its note says
+        so.
+        """
+        self.verdicts = [self._planned(verdict) for verdict in verdicts]
+        write_json(self.path / "claims.json", [asdict(verdict) for verdict in self.verdicts])
+
+    def _planned(self, verdict: Verdict) -> Verdict:
+        from moelab import paper
+        from moelab.experiments import EXPERIMENTS
+        from moelab.paper.verdicts import MEASURED, NOT_JUDGED
+
+        plan = EXPERIMENTS.get(self.experiment)
+        judged = verdict.kind == MEASURED and verdict.verdict not in NOT_JUDGED
+        if plan is None or not judged or verdict.samples == plan.planned_seeds or paper.claim(verdict.claim).timed:
+            return verdict
+        return replace(verdict, note=f"{verdict.note} {plan.planned_seeds} seeds were planned.".strip())
 
     def finish(self, runs: Runs | None = None, *, title: str) -> str:
         """Write the summary; return one line that says where everything is.

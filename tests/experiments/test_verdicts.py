@@ -342,3 +342,15 @@ class TestSimulated:
         assert by_id["half-the-gpus"].ours == 0.5
         dense_ratio = dense.query("figure == 'fig-15' and model == 'PR-MoE+MoS'").iloc[0]
         assert dense_ratio["cheaper"] == pytest.approx(2 * dense_ratio["faster"]), "8-way instead of 16-way slicing"
+
+
+def test_a_verdict_on_another_number_of_seeds_than_planned_says_so(tmp_path, monkeypatch):
+    from moelab import paper
+    from moelab.report.publication import Publication
+
+    claim = paper.claim("moe128-beats-moe32")
+    (tmp_path / "x").mkdir()
+    publication = Publication("pr-moe", "cpu", {}, tmp_path / "x", interactive=False)
+    publication.claims([judge(claim, values, scale="cpu") for values in ([-0.1, -0.11], [-0.1, -0.11, -0.12], [-0.1])])
+    two, three, one = (verdict.note for verdict in publication.verdicts)
+    assert "3 seeds were planned" in two and "planned" not in three and "planned" not in one
