@@ -60,6 +60,10 @@ IDS = {
     "seeds gpu": "93ee3a6882",
     "learning-rate smoke": "b526501b95",
     "learning-rate cpu": "92d5fc8946",
+    "what-survives smoke": "c919b25deb",
+    "what-survives quick": "69c01b5ed1",
+    "what-survives cpu": "3d42c67c3a",
+    "what-survives gpu": "737bc6a05f",
 }
 """Experiment and scale -> digest of the ids of its runs with two seeds, as of the runs that are published."""
 

@@ -396,3 +396,14 @@ def test_a_step_in_bf16_is_near_one_in_fp32(config):
 def test_variants_train_in_a_spec():
     spec = RunSpec(replace(MODERN, context=64), TrainConfig(tokens=4096), DataConfig(context=64))
     assert RunSpec.from_json(spec.to_json()) == spec
+
+
+def test_a_residual_branch_that_is_added_is_a_shared_expert():
+    added = ModelConfig.parse("350M+Residual-MoE-32 twin", residual_mix="sum")
+    shared = ModelConfig.parse("350M+MoE-32 twin", expert=ExpertConfig(shared=1))
+    assert added.parameters() == shared.parameters() and added.active_parameters() == shared.active_parameters()
+    one, other = build(added, 3), build(shared, 3)
+    other.load_state_dict(one.state_dict())
+    tokens = torch.randint(added.vocab, (2, 9), generator=torch.Generator().manual_seed(0))
+    losses = [model.eval()(tokens, targets_BT=tokens).loss for model in (one, other)]
+    assert torch.equal(*losses)

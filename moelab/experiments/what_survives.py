@@ -1,0 +1,78 @@
+"""Put today's routing and experts beside the paper's (beyond the paper).
+
+Shows: validation loss of the 350M base with the paper's residual experts and with what later models have in their
+place, at equal active parameters (two feed-forwards a token in an MoE layer): a shared expert, whose output is added
+(DeepSeek-MoE) instead of mixed; fine-grained experts, four routed ones of a quarter of the width; balancing by a bias
+instead of a loss; sigmoid scores; and the paper's pyramid on top of them. The dense base, top-1 and top-2 stand beside.
+
+Here: twins, paired by seed. All MoE arms but MoE-32 have the same active parameters up to gates and mixes, and the same
+total but for the pyramids. A residual branch that is added, as the paper's text says, *is* a shared expert of the same
+width (a test compares them); `Residual` is the released code's learned mix of the two. One learning rate for all MoE
+arms, which was swept on MoE-128.
+
+Fixed before the first run: 3 seeds, all arms on each; the question is whether `Shared` differs from `Residual`. Not run
+at `cpu` yet.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from moelab.config import ModelConfig
+from moelab.experiments import comparison, settings
+from moelab.experiments.base import Experiment, twin_scales
+from moelab.runs.spec import RunSpec
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+_SHARED = {"model.expert.shared": 1}
+_BIAS = {"model.routing.balance_rate": 1e-3, "model.routing.aux_loss": 0.0}
+
+ARMS: dict[str, tuple[str, dict[str, Any]]] = {
+    "Dense": ("350M", {}),
+    "MoE-32": ("350M+MoE-32", {}),
+    "Top-2": ("350M+Top2-MoE-32", {}),
+    "Residual": ("350M+Residual-MoE-32", {}),
+    "Shared": ("350M+MoE-32", _SHARED),
+    "Shared, gated": ("350M+MoE-32", _SHARED | {"model.expert.shared_gate": True}),
+    "Shared, fine": ("350M+Top4-MoE-128", _SHARED),
+    "Shared, bias": ("350M+MoE-32", _SHARED | _BIAS),
+    "Shared, sigmoid": ("350M+MoE-32", _SHARED | {"model.routing.scores": "sigmoid"}),
+    "PR-MoE": ("350M+PR-MoE-32/64", {}),
+    "Shared, pyramid": ("350M+Pyramid-MoE-32/64", _SHARED),
+}
+"""Arm -> the paper's model, and what is changed of its twin."""
+
+
+def build(scale: str, seed: int, overrides: Mapping[str, Any]) -> list[RunSpec]:
+    """Return every arm of one seed; a fine-grained expert is a quarter as wide as the others."""
+    runs = []
+    for label, (name, changes) in ARMS.items():
+        width = settings.spec(name, scale).model.hidden  # a quarter of 4M
+        fine = {"model.expert.ffn": width, "model.expert.shared_ffn": 4 * width} if label == "Shared, fine" else {}
+        runs.append(settings.spec(name, scale, seed, label=label, overrides={**changes, **fine, **overrides}))
+    return runs
+
+
+def active(model: ModelConfig) -> int:
+    """Return the parameters that a token uses outside the embeddings."""
+    return model.active_parameters() - (model.vocab + model.context) * model.hidden
+
+
+def answer(final: pd.DataFrame) -> str:
+    """Return, in one line, whether a shared expert and the paper's residual branch end at the same loss."""
+    return comparison.difference(final, "Shared", "Residual")
+
+
+EXPERIMENT = Experiment(
+    name="what-survives",
+    number=25,
+    title="What survives of PR-MoE",
+    paper="beyond the paper",
+    question="Is the residual branch today's shared expert, and does the pyramid help beside it?",
+    paper_answer="Not examined; later models have shared and fine-grained experts, and balance by a bias.",
+    scales=twin_scales(11),
+    build=build,
+)
