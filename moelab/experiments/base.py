@@ -28,16 +28,19 @@ class Scale:
     cost: str
 
 
-def twin_scales(runs: int, paper: str | None = None) -> dict[str, Scale]:
+def twin_scales(runs: int, paper: str | None = None, quick: int = 0) -> dict[str, Scale]:
     """Return the scales of an experiment on twins of the 350M base.
 
     Args:
         runs: of a seed, for the cost of a seed at `quick` and `cpu`: 3 and 13 minutes a run on a quiet core (measured).
         paper: what the `paper` scale trains; None where there is no such scale.
+        quick: runs of a seed at `quick` where it has fewer arms.
     """
     scales = {
         "smoke": Scale("twins of 32 wide, 4 layers; 12 k tokens of sotu", "seconds (tests)"),
-        "quick": Scale("twins 32 wide, 8 layers; 4.1 M tokens of mix5", f"about {3 * runs} minutes a seed on one core"),
+        "quick": Scale(
+            "twins 32 wide, 8 layers; 4.1 M tokens of mix5", f"about {3 * (quick or runs)} minutes a seed on one core"
+        ),
         "cpu": Scale(
             "twins 32 wide, 8 layers; 16.4 M tokens of mix5", f"about {13 * runs / 60:.1f} hours a seed on one core"
         ),
@@ -61,7 +64,7 @@ class Experiment:
         arms: the compared models: label -> name of the paper's model, or arguments of `settings.spec`. None where
             `build` makes the runs, or where nothing is trained.
         build: ``build(scale, seed, overrides, *, options)`` returns the runs of one seed, for an experiment whose runs
-            are more than arms times seeds; its keyword-only options are parameters of the notebook.
+            are more than arms times seeds, or fewer at some scale; its keyword-only options are parameters of the notebook.
         trains: the notebook asks for these runs to be trained; False if it only measures their steps.
         measures: the notebook measures time, so nothing else should run beside it.
         planned_seeds: number of seeds, from 0, on which the published verdicts rest. It is set here before the first

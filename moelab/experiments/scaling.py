@@ -190,5 +190,6 @@ EXPERIMENT = Experiment(
         "gpu": Scale("twins 128 to 512 wide; 400 M tokens of the Pile", "not yet run; one GPU"),
         "paper": Scale("the paper's five models; 300 B tokens", "not run; see its dry run"),
     },
+    arms=ARMS,
     build=build,
 )
