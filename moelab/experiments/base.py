@@ -64,7 +64,8 @@ class Experiment:
         arms: the compared models: label -> name of the paper's model, or arguments of `settings.spec`. None where
             `build` makes the runs, or where nothing is trained.
         build: ``build(scale, seed, overrides, *, options)`` returns the runs of one seed, for an experiment whose runs
-            are more than arms times seeds, or fewer at some scale; its keyword-only options are parameters of the notebook.
+            are more than arms times seeds, or fewer at some scale; its keyword-only options are parameters of the
+            notebook.
         trains: the notebook asks for these runs to be trained; False if it only measures their steps.
         measures: the notebook measures time, so nothing else should run beside it.
         planned_seeds: number of seeds, from 0, on which the published verdicts rest. It is set here before the first
