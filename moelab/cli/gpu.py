@@ -97,8 +97,8 @@ def check_cluster(
 ) -> None:
     """Check the ranks of an allocation: a table and a verdict.
 
-    Links, interfaces, clocks, file locks, writing. Run it on the ranks themselves: `srun moelab check-cluster`, or `torchrun --nproc-per-node 8 -m moelab.cli
-    check-cluster`.
+    Links, interfaces, clocks, file locks, writing. Run it on the ranks themselves: `srun moelab check-cluster`, or
+    `torchrun --nproc-per-node 8 -m moelab.cli check-cluster`.
     """
     from moelab import paths
     from moelab.acceptance import cluster as module
