@@ -24,13 +24,14 @@ def list_(
 
     console = terminal.console()
     if name is None:
-        view = terminal.table("experiment", "in the paper", "cheapest cost (at cpu)")
+        view = terminal.table("experiment", "in the paper", "cheapest cost")
         view.columns[0].no_wrap = view.columns[1].no_wrap = True
         for e in KNOWN.values():
             scale, first = next((item for item in e.scales.items() if item[0] != "smoke"), (*e.scales.items(),)[0])
             figure = re.sub(r" \(sec[^)]*\)", "", e.paper)
             cost = re.sub(r" \([^)]*\)$", "", first.cost).removeprefix("about ").replace("minutes", "min")
-            view.add_row(e.name, figure, cost if scale == "cpu" else f"{scale}: {cost}")
+            cost = cost.replace(" a seed on one core", "/seed, one core")
+            view.add_row(e.name, figure, f"{scale}: {cost}")
         console.print(view)
         console.print("moelab list NAME says more of one, moelab run NAME runs it", markup=False)
         return
@@ -47,7 +48,7 @@ def list_(
 
 def run(
     name: Annotated[str | None, typer.Argument(help="experiment, see `moelab list`")] = None,
-    scale: Annotated[str, typer.Option(help="smoke, cpu, gpu or paper")] = "cpu",
+    scale: Annotated[str, typer.Option(help="smoke, quick, cpu, gpu or paper")] = "cpu",
     parameter: commands.Parameters = None,
     all_: Annotated[bool, typer.Option("--all", help="every experiment that has the scale")] = False,
     dry_run: Annotated[

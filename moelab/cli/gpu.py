@@ -29,9 +29,9 @@ def gpu(
     again: Annotated[bool, typer.Option("--again", help="also what has succeeded; earlier results are kept")] = False,
     out: Annotated[Path | None, OUT] = None,
 ) -> None:
-    """Check and measure this machine's GPU in stages of at most 25 minutes together, and write a page of results.
+    """Check and measure this machine's GPU, and write a page.
 
-    Called again, it goes on where it ended.
+    In stages of at most 25 minutes together. Called again, it goes on where it ended.
     """
     from moelab import paths, terminal
     from moelab.acceptance import page, stages
@@ -95,10 +95,10 @@ def check_cluster(
     mib: Annotated[int, typer.Option("--mib", help="largest message, and a rank's part of the checkpoint")] = 64,
     out: Annotated[Path | None, typer.Option(help="JSON file for the numbers")] = None,
 ) -> None:
-    """Check the ranks of an allocation: links, interfaces, clocks, file locks, writing; a table and a verdict.
+    """Check the ranks of an allocation: a table and a verdict.
 
-    Run it on the ranks themselves: `srun moelab check-cluster`, or `torchrun --nproc-per-node 8 -m moelab.cli
-    check-cluster`.
+    Links, interfaces, clocks, file locks, writing. Run it on the ranks themselves: `srun moelab check-cluster`, or
+    `torchrun --nproc-per-node 8 -m moelab.cli check-cluster`.
     """
     from moelab import paths
     from moelab.acceptance import cluster as module

@@ -35,7 +35,7 @@ from torch import Tensor
 
 from moelab import kernels
 from moelab.config.parallel import ParallelConfig
-from moelab.engine.collectives import all_gather, all_to_all
+from moelab.engine.collectives import all_to_all
 from moelab.engine.differentiable import all_gather_rows, all_to_all_rows, copy_to_group, reduce_scatter_rows
 from moelab.engine.groups import Group
 from moelab.engine.mesh import ExpertGroups
@@ -246,7 +246,7 @@ class Exchange(Dispatch[Trip]):
             arrived = self._swap(arrived.expand(slices.size, -1, -1), slices)
         parts = [part.flatten() for part in (kept, between, arrived)]
         if tensor.size > 1:
-            parts.append(torch.cat(all_gather(_fingerprint(routing), tensor, "check")))
+            parts.append(all_to_all(_fingerprint(routing).expand(tensor.size), tensor, "check"))
         numbers = torch.cat(parts).cpu().numpy().astype(np.int64)  # the synchronisation
         *host, prints = np.split(numbers, np.cumsum([len(p) for p in parts[:3]]))
         if len(set(prints.tolist())) > 1:

@@ -84,8 +84,8 @@ def scored(rows: Sequence[dict]) -> pd.DataFrame:
 def reference() -> pd.DataFrame:
     """Return scores of a real model, the user's or published ones, computed by the same code, in the form of `scored`.
 
-    The command is `moelab eval smollm2 --limit 200 --out results/benchmarks`. The arm is the model's name, the seed -1.
-    The frame is empty where there are no such scores, or where the tasks have changed since.
+    The command is `moelab eval smollm2 --limit 200 --out .moelab/results/benchmarks`. The arm is the model's name, the
+    seed -1. The frame is empty where there are no such scores, or where the tasks have changed since.
     """
     from moelab import paths
     from moelab.evaluation.zero_shot import PAPER_TASKS, version
@@ -103,7 +103,8 @@ def reference_headline(rows: pd.DataFrame) -> str:
     """Return a real model's scores in one line, from `reference`."""
     if not len(rows):
         return (
-            "No scores of a real model at hand: `moelab eval smollm2 --limit 200 --out results/benchmarks` makes them"
+            "No scores of a real model at hand: "
+            "`moelab eval smollm2 --limit 200 --out .moelab/results/benchmarks` makes them"
         )
     table = over_chance(rows)
     best = [

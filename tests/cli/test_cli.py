@@ -225,6 +225,7 @@ def published(tmp_path_factory):
     env = {"MOELAB_HOME": str(root / "home"), "MOELAB_RESULTS": str(root / "results"), "COLUMNS": "200"}
     done = moelab(*PR_MOE, env=env)
     assert done.returncode == 0, done.stdout + done.stderr
+    assert not (root / "results").exists(), "publishing is asked for"
     return root / "home" / "results", env, done.stdout
 
 

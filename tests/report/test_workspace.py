@@ -26,6 +26,8 @@ def both(tmp_path, monkeypatch, publish):
     (paths.results() / "benchmarks").mkdir()
     (paths.results() / "benchmarks" / "gate.provenance.json").write_text('{"commit": "aaa"}')
     publish(paths.own_results(), "scaling", "smoke", "20260102-000000")
+    (paths.own_results() / "runs").mkdir()
+    (paths.own_results() / "runs" / "350m-s0-abc.zip").write_bytes(b"packed")
     return tmp_path
 
 
@@ -36,6 +38,8 @@ def test_pages_show_both_and_change_neither(both):
     start = built.index.read_text()
     assert PUBLISHED in start and OWN in start and "gate.provenance.json" in start
     assert (paths.pages() / OWN / "notebook.html").exists()
+    assert "350m-s0-abc.zip" in (paths.pages() / "runs.html").read_text()
+    assert "350m-s0-abc.zip" not in (paths.results() / "runs.html").read_text()
     assert (tree(paths.results()), tree(paths.own_results())) == before
     assert OWN not in (paths.results() / "index.html").read_text(), "published pages show published results"
     assert site.update().written == 0

@@ -27,7 +27,7 @@ def update(*, publish: bool = False) -> Built:
 
 
 def gather(pages: Path, roots: Sequence[Path]) -> None:
-    """Put the files of all results and benchmarks below some folders into one folder, in which pages can be built.
+    """Put the files of all results, benchmarks and packed runs into one folder, in which pages can be built.
 
     Files are hard links, and copies where the file system has none. What is rewritten in `pages` takes the place of the
     link, so the results themselves stay as they are. Folders of results that are gone are removed.
@@ -38,8 +38,9 @@ def gather(pages: Path, roots: Sequence[Path]) -> None:
     for path, folder in folders.items():
         _link_files(folder, pages / path)
     for root in roots:
-        if (root / "benchmarks").is_dir():
-            _link_files(root / "benchmarks", pages / "benchmarks")
+        for name in ("benchmarks", "runs"):
+            if (root / name).is_dir():
+                _link_files(root / name, pages / name)
 
 
 def _link_files(source: Path, target: Path) -> None:
