@@ -39,7 +39,7 @@ def pack(rows: Sequence[dict[str, Any]], order: Sequence[str] = ()) -> Curves | 
     The untrained model is left out: its loss would compress the rest.
 
     Args:
-        order: the arms in the order in which they are to be listed; others follow.
+        order: all arms of the experiment in the order in which they are to be listed; others follow.
     """
     if not rows or len(rows) > MOST or not {"arm", "seed", "tokens"} <= rows[0].keys():
         return None
@@ -65,6 +65,6 @@ def pack(rows: Sequence[dict[str, Any]], order: Sequence[str] = ()) -> Curves | 
         series.append((arm, seed, grids.index(grid), [round(value, 5) for _, value in points]))
     differences = column == "gap" or any(value < 0 for points in found.values() for _, value in points)
     there = list(dict.fromkeys(arm for arm, _ in found))
-    palette = colors(sorted(there, key=lambda arm: order.index(arm) if arm in order else len(order)))
-    arms = {arm: (color, svg.dark_color(color)) for arm, color in palette.items()}
+    palette = colors(list(dict.fromkeys([*order, *there])))  # of all arms: each keeps its colour in every figure
+    arms = {arm: (color, svg.dark_color(color)) for arm, color in palette.items() if arm in there}
     return Curves("gap" if differences else "loss", "per_parameter" not in rows[0], arms, grids, series)

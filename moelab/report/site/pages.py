@@ -215,7 +215,10 @@ def _write_result(result: Result, root: Path, unreadable: list[str]) -> int:
 def _chart(result: Result, name: str, data: str) -> dict[str, Any] | None:
     """Return what the interactive chart of a figure draws, None for a figure without curves."""
     try:
-        found = interactive.pack(result.rows(data), list(dict.fromkeys(run.label for run in result.summary.runs)))
+        whole = (
+            run.label for run in result.summary.runs if not run.spec.get("start")
+        )  # budgets begin at a run's middle
+        found = interactive.pack(result.rows(data), list(dict.fromkeys(whole)))
     except (ValueError, OSError, RecursionError):
         return None  # the picture is shown
     if found is None:
