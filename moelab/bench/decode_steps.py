@@ -84,13 +84,24 @@ def weight_bytes(config: ModelConfig, distinct: float, itemsize: int = 4) -> flo
 
     Embeddings' rows are left out.
     """
-    used = config.active_parameters() - config.context * config.hidden
+    rows = (0 if config.decoder.tied else config.vocab) + (
+        config.context if config.decoder.positions == "learned" else 0
+    )
+    used = config.active_parameters() - rows * config.hidden
     return itemsize * (used + config.moe_layers * (distinct - config.top_k) * config.expert_parameters())
 
 
 def cache_bytes(config: ModelConfig, batch: int, settings: DecodeSettings, itemsize: int = 4) -> float:
     """Return the bytes of keys and values that a step reads, at the middle of the output."""
-    return itemsize * batch * 2 * config.layers * config.hidden * (settings.prompt + settings.output / 2)
+    return (
+        itemsize
+        * batch
+        * 2
+        * config.layers
+        * config.kv_heads
+        * config.head_size
+        * (settings.prompt + settings.output / 2)
+    )
 
 
 def round_prompts(config: ModelConfig, batch: int, settings: DecodeSettings) -> Callable[[int], list[list[int]]]:

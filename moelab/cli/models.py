@@ -1,4 +1,4 @@
-"""`moelab generate`, `eval`, `export`: use a trained run."""
+"""`moelab generate`, `eval`, `import`, `export`: use a trained run or a published model."""
 
 from __future__ import annotations
 
@@ -126,13 +126,36 @@ def eval_(
     report.show(scores)
 
 
-def export(
-    run: Annotated[str, typer.Argument(help="id of a run, or the beginning of it, or its directory")],
+def import_(
+    source: Annotated[
+        str, typer.Argument(help="directory of a model in Hugging Face's manner, or the name of a published one")
+    ],
     directory: Annotated[Path, typer.Argument(help="new directory")],
 ) -> None:
-    """Write a run's weights and tokenizer for other libraries.
+    """Convert a published model to moelab's format.
 
-    In GPT-2's format for a dense model, in safetensors files for one with experts.
+    OLMoE, Mixtral, Qwen2-MoE, Qwen3-MoE and GPT-2, from safetensors files only.
+    """
+    from moelab.engine.checkpoint import hf
+
+    folder = Path(source) if Path(source).is_dir() else hf.fetch(source)
+    config = hf.convert(folder, directory, name=Path(source).name)
+    billions, active = config.parameters() / 1e9, config.active_parameters() / 1e9
+    print(f"{config}: {billions:.3g} billion parameters, {active:.3g} of them active, in {directory}")
+
+
+def export(
+    run: Annotated[
+        str, typer.Argument(help="id of a run, or the beginning of it, or a directory of a run or an imported model")
+    ],
+    directory: Annotated[Path, typer.Argument(help="new directory")],
+    format: Annotated[
+        str, typer.Option(help="gpt2, olmoe, mixtral, qwen2_moe, qwen3_moe or moelab; default: the one that fits")
+    ] = "",
+) -> None:
+    """Write weights and tokenizer for other libraries, as safetensors.
+
+    In a format that transformers opens if one fits the model, else in moelab's own.
     """
     source = RunStore().find(run)
     if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
@@ -142,17 +165,24 @@ def export(
     from moelab.engine.checkpoint import CheckpointError, hf
     from moelab.inference.text import load_run, run_configs
 
-    config, data = run_configs(source)
-    try:
-        model = load_run(source)
-    except CheckpointError as error:
-        raise ValueError(str(error)) from None
-    hf.export(model, directory, prepare(data, paths.home() / "data").tokenizer())
-    print(f"{config}: {'our format' if config.is_moe else 'GPT-2'} in {directory}")
+    if not (source / "spec.json").is_file():
+        config = hf.read_config(source)
+        kind = format or hf.suitable_format(config)
+        hf.convert(source, directory, kind)
+    else:
+        config, data = run_configs(source)
+        kind = format or hf.suitable_format(config)
+        try:
+            model = load_run(source)
+        except CheckpointError as error:
+            raise ValueError(str(error)) from None
+        hf.export(model, directory, prepare(data, paths.home() / "data").tokenizer(), kind)
+    print(f"{config}: {kind} format in {directory}")
 
 
 def register(app: typer.Typer) -> None:
     """Add these commands to `moelab`."""
     app.command(rich_help_panel=RUNS)(generate)
     app.command(name="eval", rich_help_panel=RUNS)(eval_)
+    app.command(name="import", rich_help_panel=RUNS)(import_)
     app.command(rich_help_panel=RUNS)(export)

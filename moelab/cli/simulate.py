@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+if TYPE_CHECKING:
+    from moelab.config import ModelConfig
+
 app = typer.Typer(no_args_is_help=True, help="Compute latency, memory, throughput and cost of a layout.")
 
-Model = Annotated[str, typer.Argument(help="a name such as 1.3B+MoE-128")]
+Model = Annotated[str, typer.Argument(help="a name such as 1.3B+MoE-128, or a directory of an imported model")]
 Gpus = Annotated[int, typer.Option(help="GPUs")]
 ClusterName = Annotated[str, typer.Option(help="a100, a100-40gb, a100-80gb, h100, or a YAML file")]
 SystemName = Annotated[str, typer.Option(help="pytorch (the paper's baseline), deepspeed (its full system), moelab")]
@@ -43,7 +46,7 @@ def plan(
     if figure is not None and figure.suffix not in (".png", ".svg"):
         raise ValueError(f"--figure {figure}: must end in .png or .svg")
     found = search(
-        model,
+        _opened(model),
         gpus,
         cluster,
         objective=objective,
@@ -114,7 +117,7 @@ def decode(
 
     parallel = _parallel(simulate, cluster, gpus, tensor, expert, slicing, exchange or simulate.system(system).exchange)
     options = {"program": system, "batch": batch, "context": context, "dtype": dtype, "imbalance": imbalance}
-    got = simulate.decode(model, parallel, cluster, **options)
+    got = simulate.decode(_opened(model), parallel, cluster, **options)
     print(f"{got.model} on {gpus} GPUs of {got.cluster}, {got.system}: {got.latency_ms:.2f} ms a token")
     for part, ms in got.parts_ms.items():
         if ms >= 0.0005:
@@ -143,7 +146,7 @@ def train(
 
     parallel = _parallel(simulate, cluster, gpus, tensor, 0, 1, "flat")
     got = simulate.training(
-        model,
+        _opened(model),
         replace(parallel, recompute=recompute),
         cluster,
         batch=batch,
@@ -237,6 +240,15 @@ def _parallel(simulate, cluster: str, gpus: int, tensor: int, expert: int, slici
         gpus_per_node=simulate.cluster(cluster).gpus_per_node,
         exchange=exchange,
     )
+
+
+def _opened(model: str) -> ModelConfig | str:
+    """Return a model's name, or the configuration of the model in a directory."""
+    if not (Path(model) / "config.json").is_file():
+        return model
+    from moelab.engine.checkpoint import hf
+
+    return hf.read_config(Path(model))
 
 
 def _price(got) -> str:

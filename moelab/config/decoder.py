@@ -64,6 +64,11 @@ class DecoderConfig:
         return self == replace(self, qk_norm="none", positions="learned", kv_heads=0, head_size=0, biases="all")
 
     @property
+    def matrices(self) -> int:
+        """Return the number of matrices of a feed-forward."""
+        return 3 if self.gated else 2
+
+    @property
     def gated(self) -> bool:
         """Return whether feed-forwards have a gate matrix beside the one of the same shape."""
         return self.feed_forward == "swiglu"

@@ -277,12 +277,21 @@ class ModelConfig:
         """Return the number of heads of keys and values."""
         return self.decoder.kv_heads or self.heads
 
+    @property
+    def ffn_sizes(self) -> tuple[int, ...]:
+        """Return the feed-forward sizes that occur in the model."""
+        dense, moe = self.moe_layers < self.layers, self.is_moe
+        sizes = (self.ffn if dense else 0, self.expert_ffn if moe else 0, self.fixed_ffn if moe else 0)
+        return tuple(sorted({ffn for ffn in sizes if ffn}))
+
+    @property
+    def attention_weights(self) -> int:
+        """Return the elements of one layer's attention matrices: query, key, value and output."""
+        return self.hidden * self.head_size * (2 * self.heads + 2 * self.kv_heads)
+
     def check_layout(self, parallel: ParallelConfig) -> None:
         """Check that the model can be distributed in a layout; ValueError, one line, if not."""
-        sizes = {self.expert_ffn} if self.is_moe else set()
-        sizes |= {self.fixed_ffn} if self.fixed_ffn else set()
-        sizes |= {self.ffn} if self.moe_layers < self.layers else set()
-        for ffn in sorted(sizes):
+        for ffn in self.ffn_sizes:
             parallel.check(self.experts, heads=self.kv_heads, ffn=ffn)
         _check(
             parallel.tensor == 1 or self.decoder.qk_norm != "all",
@@ -291,7 +300,7 @@ class ModelConfig:
 
     def feed_forward_parameters(self, ffn: int) -> int:
         """Return the parameters of one feed-forward of size `ffn`."""
-        matrices = 3 if self.decoder.gated else 2
+        matrices = self.decoder.matrices
         biases = (matrices - 1) * ffn + self.hidden if self.decoder.biases == "all" else 0
         return matrices * self.hidden * ffn + biases
 
@@ -306,10 +315,10 @@ class ModelConfig:
     def attention_parameters(self) -> int:
         """Return the parameters of one layer's attention, with the norms of queries and keys."""
         M, D, d = self.hidden, self.head_size, self.decoder
-        qkv, out = (self.heads + 2 * self.kv_heads) * D, self.heads * D
+        qkv = (self.heads + 2 * self.kv_heads) * D
         biases = {"all": qkv + M, "qkv": qkv, "none": 0}[d.biases]
         norms = {"none": 0, "head": 2 * D, "all": (self.heads + self.kv_heads) * D}[d.qk_norm]
-        return M * (qkv + out) + biases + norms
+        return self.attention_weights + biases + norms
 
     def mixing_parameters(self) -> int:
         """Return the parameters that weigh a MoE layer's two branches: residual's learned mix or the shared gate."""
@@ -354,9 +363,10 @@ class ModelConfig:
         included, unused slots of the capacity are not.
         """
         M, D, T = self.hidden, self.head_size, context or self.context
-        across = (3 if self.decoder.gated else 2) * M  # multiply-adds per unit of a feed-forward's size
-        attention = M * D * (2 * self.heads + 2 * self.kv_heads)
-        weights = self.vocab * M + self.layers * attention + (self.layers - self.moe_layers) * across * self.ffn
+        across = self.decoder.matrices * M  # multiply-adds per unit of a feed-forward's size
+        weights = (
+            self.vocab * M + self.layers * self.attention_weights + (self.layers - self.moe_layers) * across * self.ffn
+        )
         mix = self.mixing_parameters() // M * M
         for e in self.experts:
             if e:

@@ -7,7 +7,7 @@ dispatch, combine, losses and metrics only read it. Routing is computed in fp32 
 in `moelab.config`.
 
 To add a kind of noise, write a function of the logits here, enter it in `NOISE`, and add its name to
-`RoutingConfig.choice_noise`.
+`RoutingConfig.choice_noise`; a kind of scores is added in the same way to `SCORES` and `RoutingConfig.scores`.
 """
 
 from __future__ import annotations
@@ -37,6 +37,12 @@ def gumbel_second(logits_SE: Tensor) -> Tensor:
 
 NOISE: dict[str, Callable[[Tensor], Tensor]] = {"gumbel": gumbel, "gumbel_second": gumbel_second}
 """`RoutingConfig.choice_noise` -> function from the gate's logits to those that decide the choice of experts."""
+
+SCORES: dict[str, Callable[[Tensor], Tensor]] = {
+    "softmax": lambda logits_SE: logits_SE.softmax(1),
+    "sigmoid": torch.sigmoid,
+}
+"""`RoutingConfig.scores` -> function from logits to scores, positive and growing with the logits of a token."""
 
 
 class Router(nn.Module):
@@ -86,10 +92,9 @@ class Router(nn.Module):
         cfg, S = self.config, len(logits_SE)
         noisy = self.training and cfg.choice_noise != "none"
         choice_SE = NOISE[cfg.choice_noise](logits_SE.detach()) if noisy else None
-        sigmoid = cfg.scores == "sigmoid"
+        scores, own = SCORES[cfg.scores], cfg.scores != "softmax"  # the gate's own scores are a softmax
         if self.balance_bias is not None:
-            scores_SE = logits_SE.detach().sigmoid() if sigmoid else logits_SE.detach().softmax(1)
-            choice_SE = scores_SE + self.balance_bias
+            choice_SE = scores(logits_SE.detach()) + self.balance_bias
         seed = None
         if cfg.drop_tokens and cfg.random_token_selection:
             # Training draws from torch's CPU generator, which the loop seeds for each micro-batch; evaluation always
@@ -98,10 +103,10 @@ class Router(nn.Module):
         normalize = self.top_k > 1 if cfg.normalize_weights is None else cfg.normalize_weights
         capacity = cfg.capacity(S, self.experts, self.top_k, self.training)
         routing = self.gate(logits_SE, self.top_k, capacity, seed=seed, normalize=normalize, choice_logits_SE=choice_SE)
-        if sigmoid:
-            routing = routing._replace(weight_SK=_weights(logits_SE.sigmoid(), routing, normalize))
+        if own:
+            routing = routing._replace(weight_SK=_weights(scores(logits_SE), routing, normalize))
         pool = self.pool if self.training else None
-        if sigmoid or cfg.aux_choices == "all" or cfg.aux_scope == "sequence" or pool is not None:
+        if own or cfg.aux_choices == "all" or cfg.aux_scope == "sequence" or pool is not None:
             routing = routing._replace(aux_loss=self._aux_loss(logits_SE, routing.expert_SK, sequences, pool))
         if self.entropies is not None:
             self.entropies.append(normalized_entropy(self._probabilities(logits_SE.detach())))
@@ -109,10 +114,8 @@ class Router(nn.Module):
 
     def _probabilities(self, logits_SE: Tensor) -> Tensor:
         """Return the scores, [S, E], divided by their sum over the experts."""
-        if self.config.scores == "softmax":
-            return logits_SE.softmax(1)
-        scores_SE = logits_SE.sigmoid()
-        return scores_SE / scores_SE.sum(1, keepdim=True)
+        scores_SE = SCORES[self.config.scores](logits_SE)
+        return scores_SE if self.config.scores == "softmax" else scores_SE / scores_SE.sum(1, keepdim=True)
 
     def _aux_loss(
         self, logits_SE: Tensor, expert_SK: Tensor, sequences: int, pool: Callable[[Tensor], Tensor] | None
@@ -160,4 +163,4 @@ def normalized_entropy(p_SE: Tensor) -> Tensor:
     return torch.special.entr(p_SE).sum(1).mean() / math.log(p_SE.shape[1])
 
 
-__all__ = ["NOISE", "Router", "Routing", "normalized_entropy"]
+__all__ = ["NOISE", "SCORES", "Router", "Routing", "normalized_entropy"]

@@ -166,7 +166,8 @@ def decode_sweep(
     _check(dtype in DTYPE_BYTES, f"dtype must be one of {', '.join(DTYPE_BYTES)}, got {dtype!r}")
     known = constants or _constants.fitted()
     width = DTYPE_BYTES[dtype]
-    M, F, L = model.hidden, model.ffn, layouts.tensor
+    M, L, D = model.hidden, layouts.tensor, model.head_size
+    across = model.decoder.matrices / 2 * M  # of the two products of a feed-forward, in the mean, per unit of its size
     bandwidth = where.gpu.memory_gb_s * known.memory_share
     rate = where.gpu.tflops * known.matmul_share * (1 if width == 2 else 0.5) * 1e6  # operations per microsecond
     issue = 0.0 if code.graph else known.eager_us
@@ -179,14 +180,16 @@ def decode_sweep(
         program.kernels("all_reduce", L > 1, all_reduce_us(L, batch * M * width, where, known))
 
     def attention(program: _Program) -> None:
-        program.kernels("attention", 1, product(batch, 3 * M * M / L))
-        program.kernels("attention", 1, transfer_us(batch * context * 2 * M * width / L, bandwidth))  # reads the cache
+        program.kernels("attention", 1, product(batch, M * D * (model.heads + 2 * model.kv_heads) / L))
+        program.kernels(
+            "attention", 1, transfer_us(batch * context * 2 * model.kv_heads * D * width / L, bandwidth)
+        )  # reads the cache
         program.kernels("attention", code.attention - 1)
-        program.kernels("attention", 1, product(batch, M * M / L))
+        program.kernels("attention", 1, product(batch, M * D * model.heads / L))
         sum_over_tensor(program)
 
-    def feed_forward(program: _Program, small: int) -> None:
-        program.kernels("dense", 2, product(batch, M * F / L))
+    def feed_forward(program: _Program, ffn: int, small: int) -> None:
+        program.kernels("dense", 2, product(batch, across * ffn / L))
         program.kernels("dense", small)
         sum_over_tensor(program)
 
@@ -194,8 +197,8 @@ def decode_sweep(
         spread = ExpertLayouts.of(layouts, experts)
         C = slots(code, model, batch, experts)
         sent = rows_to_send(spread, np.full(len(layouts), batch), model.top_k, C)
-        if model.residual:
-            feed_forward(program, code.residual)
+        if model.fixed_ffn:
+            feed_forward(program, model.fixed_ffn, code.residual)
         program.kernels("gate", 1, product(batch, M * experts))
         program.kernels("gate", code.gate_wait)
         if code.gate_wait:
@@ -222,7 +225,7 @@ def decode_sweep(
         slices()
         own = spread.experts / spread.parallel
         arriving = sent * spread.slices / own * (1.0 if C else imbalance)  # rows that an expert of this rank multiplies
-        weights = M * F / spread.slices
+        weights = across * model.expert_ffn / spread.slices
         if C:
             read = own
         else:
@@ -252,7 +255,7 @@ def decode_sweep(
         if experts:
             experts_layer(one, experts)
         else:
-            feed_forward(one, code.dense)
+            feed_forward(one, model.ffn, code.dense)
 
     step = _Program(issue, known.kernel_us)
     for experts in model.experts or (0,) * model.layers:

@@ -81,10 +81,14 @@ class Layouts:
         return self.exchange % 2 == 1
 
     def valid(self, model: ModelConfig) -> Array:
-        """Return which of them `ParallelConfig` and its `check` accept for this model, bool [n]."""
+        """Return which of them `ParallelConfig` and `ModelConfig.check_layout` accept for this model, bool [n]."""
         P, G, L, W = self.ranks, self.ranks_per_node, self.tensor, self.expert_slicing
         good = (P % G == 0) & (G % L == 0) & (P % W == 0)
-        good &= (model.heads % L == 0) & (model.ffn % L == 0) & (model.ffn % W == 0)
+        good &= model.kv_heads % L == 0
+        for ffn in model.ffn_sizes:
+            good &= (ffn % L == 0) & (ffn % W == 0)
+        if model.decoder.qk_norm == "all":
+            good &= L == 1
         for count in {e for e in model.experts if e}:
             good &= ExpertLayouts.of(self, count).valid
         return good

@@ -72,22 +72,28 @@ def inference_memory(
     Args:
         width: bytes of a number. Other arguments are those of `decode_sweep`.
     """
-    n, M, F = len(layouts), model.hidden, model.ffn
+    n, M, inner = len(layouts), model.hidden, model.decoder.matrices - 1
     outside, experts = rank_parameters(model, layouts)
-    buffers = batch * model.vocab * 4 / layouts.tensor + batch * (2 * M + F) * width
+    buffers = batch * model.vocab * 4 / layouts.tensor + batch * (2 * M + inner * model.ffn) * width
     largest = np.zeros(n)
     for count in {e for e in model.experts if e}:
         spread = ExpertLayouts.of(layouts, count)
         sent = rows_to_send(spread, np.full(n, batch), model.top_k, slots(system, model, batch, count))
         arrived = sent * spread.slices
-        hidden = arrived * F / spread.slices / (1 if system.grouped else spread.experts / spread.parallel)
+        hidden = (
+            arrived
+            * inner
+            * model.expert_ffn
+            / spread.slices
+            / (1 if system.grouped else spread.experts / spread.parallel)
+        )
         largest = np.maximum(
             largest, (2 * sent * M + 2 * arrived * M + hidden) * width
         )  # out, in, results, intermediate
     return InferenceMemory(
         weights=outside * width,
         experts=experts * width,
-        cache=batch * context * 2 * model.layers * M * width / layouts.tensor,
+        cache=batch * context * 2 * model.layers * model.kv_heads * model.head_size * width / layouts.tensor,
         buffers=buffers + largest,
         reserved=np.full(n, constants.reserved_gib * 2**30),
     )

@@ -39,7 +39,7 @@ def layouts(model: ModelConfig, gpus: Sequence[int], gpus_per_node: int) -> Layo
             if not model.is_moe:
                 rows.append((L, P // L, 0, 1, gpus_per_node, 0))
                 continue
-            slicing = [w for w in (1, 2, 4, 8, 16) if P % w == 0 and model.ffn % w == 0]
+            slicing = [w for w in (1, 2, 4, 8, 16) if P % w == 0 and all(ffn % w == 0 for ffn in model.ffn_sizes)]
             parallel = [x for x in range(1, min(P, max(model.experts)) + 1) if P % x == 0]
             for W, X, exchange in product(slicing, parallel, range(len(EXCHANGES))):
                 if X * W <= P:

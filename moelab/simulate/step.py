@@ -176,19 +176,19 @@ def _forward_us(
 
     Recomputation repeats all of it but the head, which is small.
     """
-    M, F, L = model.hidden, model.ffn, int(layouts.tensor[0])
+    M, L, across = model.hidden, int(layouts.tensor[0]), model.decoder.matrices * model.hidden
     rate = where.gpu.tflops * known.matmul_share * 1e6
     bandwidth = where.gpu.memory_gb_s * known.memory_share
-    fixed = model.vocab * M + model.layers * 4 * M * M + (model.layers - model.moe_layers) * 2 * M * F
-    fixed += model.moe_layers * model.residual * 2 * M * F
-    flops = tokens * (2 * fixed + model.layers * 2 * M * (model.context + 1)) / L
+    fixed = model.vocab * M + model.layers * model.attention_weights
+    fixed += (model.layers - model.moe_layers) * across * model.ffn + model.moe_layers * across * model.fixed_ffn
+    flops = tokens * (2 * fixed + model.layers * 2 * model.heads * model.head_size * (model.context + 1)) / L
     kept = tokens * M * (10 + 24 / L + 5 * model.heads * model.context / M / L)
     reduced = all_reduce_us(L, tokens * M * 2, where, known)
     parts = {
         "products": flops / rate,
         "einsums": 0.0,
         "elementwise": model.layers * transfer_us(2 * kept, bandwidth),
-        "all_reduce": (2 * model.layers - model.moe_layers * (not model.residual)) * float(reduced),
+        "all_reduce": (2 * model.layers - model.moe_layers * (not model.fixed_ffn)) * float(reduced),
         "all_to_all": 0.0,
     }
     for experts, count in Counter(e for e in model.experts if e).items():
@@ -197,7 +197,7 @@ def _forward_us(
         sent = rows_to_send(spread, np.array([tokens]), model.top_k, C)
         # Every sender fills its slots, so a rank multiplies as many rows as it sends; with slices, it multiplies the
         # rows of all slices, each by a slice of the weights.
-        parts["products"] += count * float(2 * sent[0] * 2 * M * F + 2 * tokens * M * experts) / rate
+        parts["products"] += count * float(2 * sent[0] * across * model.expert_ffn + 2 * tokens * M * experts) / rate
         if code.gate > 10:  # one-hot masks instead of tables
             parts["einsums"] += count * 2 * 2 * tokens * experts * C * M / rate
         else:
@@ -214,7 +214,7 @@ def _forward_us(
 def _kernels(model: ModelConfig, code: System, parallel: ParallelConfig) -> float:
     """Return the number of kernels of a forward pass; a backward pass has about twice as many."""
     count = code.step + 1 + model.layers * (code.attention + 2) + (model.layers - model.moe_layers) * (code.dense + 2)
-    count += model.moe_layers * model.residual * (code.residual + 2)
+    count += model.moe_layers * (model.fixed_ffn > 0) * (code.residual + 2)
     for experts in (e for e in model.experts if e):
         own = parallel.experts(experts).experts_per_rank
         loops = 1 if code.grouped else own
@@ -254,7 +254,9 @@ def _memory(
     copies = _expert_copies(model, parallel) if zero == 2 else 1.0
     layer = tokens * M * (10 + 24 / L + 5 * model.heads * model.context / M / L)
     slots = max((e * training_slots(model, tokens, e) for e in model.experts if e), default=0)
-    layer += 2 * slots * (2 * M + model.ffn)  # rows in and out of experts, and between their two products
+    layer += (
+        2 * slots * (2 * M + (model.decoder.matrices - 1) * model.expert_ffn)
+    )  # rows in and out of experts, and between their two products
     kept = model.layers * tokens * M * 2 + layer if parallel.recompute else model.layers * layer
     return {
         "weights": STATE_BYTES["weights"] * split(everything, 1),

@@ -48,6 +48,51 @@ def test_the_example_runs_and_is_published(tmp_path):
     assert "How much balance the gate needs" in (tmp_path / "home" / "pages" / "index.html").read_text()
 
 
+ROUTER_RULE = """
+import torch
+from torch.nn import functional as F
+from moelab.config import ModelConfig, RoutingConfig
+from moelab.models import build, routing
+
+assert routing.__file__.startswith({root!r}), routing.__file__
+rule = RoutingConfig(scores="sqrt_softplus", drop_tokens=False, balance_rate=0.01)
+model = build(ModelConfig(layers=2, hidden=16, heads=2, experts=(0, 6), top_k=2, vocab=32, context=16, routing=rule), 0)
+tokens = torch.arange(16)[None]
+output = model(tokens, targets_BT=tokens)
+(output.loss + output.routing_loss(model.config)).backward()
+router = model.blocks[1].ffn.router
+assert router.weight.grad.abs().sum() > 0
+x = torch.randn(9, 16)
+scores = F.softplus(F.linear(x, router.weight)).sqrt()
+chosen = scores.topk(2).indices
+found = router(x)
+assert torch.equal(found.expert_SK.long(), chosen)
+weight = scores.gather(1, chosen)
+torch.testing.assert_close(found.weight_SK, weight / weight.sum(1, keepdim=True))
+"""
+
+
+def test_the_router_rule_of_the_page_works(tmp_path):
+    """The page's changes, made to a copy: as many lines and files as it says, and a model with the rule learns."""
+    for name in ("moelab", "kernels"):
+        shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
+    section = (EXAMPLES.parent / "extend.md").read_text().partition("## A new router rule")[2].partition("\n## ")[0]
+    files = re.findall(r"In `(moelab/[\w/]+\.py)`", section)
+    changes = re.findall(r"```diff\n(.*?)```", section, re.S)
+    assert len(files) == len(changes) == 2
+    assert sum(line.startswith(("+", "-")) for change in changes for line in change.splitlines()) == 3
+    for file, change in zip(files, changes, strict=True):
+        before = "".join(line[1:] + "\n" for line in change.splitlines() if not line.startswith("+"))
+        after = "".join(line[1:] + "\n" for line in change.splitlines() if not line.startswith("-"))
+        text = (tmp_path / file).read_text()
+        assert text.count(before) == 1, f"{file} is not as the page shows it"
+        (tmp_path / file).write_text(text.replace(before, after))
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    command = [sys.executable, "-c", ROUTER_RULE.format(root=str(tmp_path))]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
 def anchors(page: Path) -> set[str]:
     """The anchors that GitHub gives the headings of a page."""
     headings = re.findall(r"^#+ (.+)$", re.sub(r"```.*?```", "", page.read_text(), flags=re.S), re.M)

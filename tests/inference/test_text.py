@@ -93,7 +93,7 @@ def test_commands(trained, tmp_path):
 
     few = ("--max-new-tokens", "6", "--temperature", "0")
     assert moelab("generate", trained.spec.id, "--prompt", "wave salt", *few).startswith("wave salt")
-    assert "our format in" in moelab("export", trained.spec.id[:6], str(tmp_path / "out"))
+    assert "moelab format in" in moelab("export", trained.spec.id[:6], str(tmp_path / "out"))
     both = moelab("generate", str(tmp_path / "out"), "--prompt", "wave", "--prompt", "corn", *few)
     assert both.startswith("wave") and "\n\ncorn" in both
 
@@ -155,3 +155,30 @@ def test_what_cannot_be_opened(trained, home, tmp_path):
         store.run(trained.spec)
         store.run(replace(trained.spec, train=replace(trained.spec.train, lr=1e-3)))
         store.find("tiny")
+
+
+def test_a_published_model_is_imported_continued_and_exported(tmp_path, moelab):
+    transformers = pytest.importorskip("transformers", reason="needs transformers (extra eval)")
+    import torch
+
+    from moelab.data import Tokenizer
+
+    tokenizer = Tokenizer.train(["the wave and the wind and the mast"] * 3, 300)
+    torch.manual_seed(0)
+    config = transformers.Qwen3MoeConfig(
+        vocab_size=tokenizer.vocab_size, hidden_size=32, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=8, intermediate_size=32, moe_intermediate_size=16, num_experts=4,
+        num_experts_per_tok=2, max_position_embeddings=64, initializer_range=0.3, eos_token_id=tokenizer.eot,
+    )  # fmt: skip
+    theirs = transformers.Qwen3MoeForCausalLM(config).eval()
+    theirs.save_pretrained(tmp_path / "in")
+    tokenizer.save(tmp_path / "in" / "tokenizer.json")
+    ids = torch.tensor([tokenizer.encode("the wind")])
+    expected = theirs.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=9)[0].tolist()
+    assert "of them active" in moelab("import", str(tmp_path / "in"), str(tmp_path / "ours"))
+    for folder in ("in", "ours"):
+        options = ("--prompt", "the wind", "--temperature", "0", "--max-new-tokens", "9")
+        shown = moelab("generate", str(tmp_path / folder), *options)
+        assert shown.rstrip("\n") == tokenizer.decode([t for t in expected if t != tokenizer.eot]).rstrip("\n")
+    assert "qwen3_moe format in" in moelab("export", str(tmp_path / "ours"), str(tmp_path / "back"))
+    assert (tmp_path / "back" / "tokenizer.json").read_bytes() == (tmp_path / "in" / "tokenizer.json").read_bytes()

@@ -1,11 +1,12 @@
 import math
 import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
 from moelab import paper, simulate
-from moelab.config import ModelConfig
+from moelab.config import DecoderConfig, ExpertConfig, ModelConfig
 from moelab.config.parallel import ParallelConfig
 from moelab.simulate import bars
 from moelab.simulate.constants import Constants
@@ -125,6 +126,22 @@ def test_weights_of_all_gpus_are_the_model(name, gpus, tensor):
     rest = got.memory_gib["weights"] * tensor * 2**30
     assert (experts + rest) / 2e9 == pytest.approx(paper.model(name).computed_B, rel=2e-3)
     assert groups * rest + experts < gpus * got.total_gib * 2**30
+
+
+def test_todays_models_are_counted_too():
+    """Weights of all GPUs are the model's, the cache has its heads of keys and values, a shared expert costs time."""
+    plain = ModelConfig(
+        layers=8, hidden=2048, heads=16, experts=(64,) * 8, top_k=8, vocab=50304, context=4096,
+        decoder=DecoderConfig.modern(), expert=ExpertConfig(ffn=1024),
+    )  # fmt: skip
+    shared = replace(plain, decoder=replace(plain.decoder, kv_heads=4), expert=replace(plain.expert, shared=2))
+    layout = ParallelConfig(data=8)
+    one, two = (simulate.decode(model, layout, "a100", batch=8) for model in (plain, shared))
+    for model, got in ((plain, one), (shared, two)):
+        held = got.memory_gib["experts"] * 8 + got.memory_gib["weights"]
+        assert held * 2**30 == pytest.approx(2 * model.parameters(), rel=1e-6)
+    assert one.memory_gib["cache"] == pytest.approx(4 * two.memory_gib["cache"])
+    assert two.parts_ms["dense"] > 0 == one.parts_ms["dense"]
 
 
 def test_what_the_paper_says_about_memory():

@@ -1,12 +1,12 @@
 """Arrays of layouts against `moelab.config.parallel`, and counts against enumeration over all ranks."""
 
 import itertools
-from dataclasses import fields
+from dataclasses import fields, replace
 
 import numpy as np
 import pytest
 
-from moelab.config import ModelConfig
+from moelab.config import DecoderConfig, ExpertConfig, ModelConfig
 from moelab.config.parallel import EXCHANGES, ExpertLayout, ParallelConfig
 from moelab.simulate.exchange import all_to_all, rows_to_send, share_gather, slice_exchange
 from moelab.simulate.layouts import ExpertLayouts, Layouts
@@ -14,9 +14,23 @@ from moelab.simulate.layouts import ExpertLayouts, Layouts
 GRID = list(itertools.product((1, 2, 3, 4, 8), (1, 2, 4, 8, 16), (0, 1, 2, 3, 8), (1, 2, 4), (4, 8), EXCHANGES))
 
 
-@pytest.mark.parametrize("experts", [4, 6, 16])
-def test_validity_and_shape_are_those_of_moelab_layout(experts):
-    model = ModelConfig(layers=2, hidden=96, heads=8, experts=(0, experts))
+TODAY = ModelConfig(
+    layers=2, hidden=96, heads=8, experts=(0, 16), top_k=4, expert=ExpertConfig(ffn=24, shared=3, shared_ffn=20),
+    decoder=DecoderConfig.modern(kv_heads=2, head_size=16, qk_norm="head", ffn=200),
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        *(ModelConfig(layers=2, hidden=96, heads=8, experts=(0, experts)) for experts in (4, 6, 16)),
+        TODAY,
+        replace(TODAY, decoder=replace(TODAY.decoder, kv_heads=0, qk_norm="all")),
+    ],
+    ids=["4", "6", "16", "today's", "norm of all heads"],
+)
+def test_validity_and_shape_are_those_of_moelab_layout(model):
+    experts = model.experts[1]
     columns = np.array([(*row[:5], EXCHANGES.index(row[5])) for row in GRID]).T
     ours = Layouts(*columns)  # possible and impossible ones
     valid, spread = ours.valid(model), ExpertLayouts.of(ours, experts)
@@ -26,7 +40,7 @@ def test_validity_and_shape_are_those_of_moelab_layout(experts):
             config = ParallelConfig(
                 tensor=tensor, data=data, expert=expert, expert_slicing=slicing, gpus_per_node=node, exchange=exchange
             )
-            config.check(model.experts, heads=8, ffn=model.ffn)
+            model.check_layout(config)
             theirs = config.experts(experts)
         except ValueError:
             assert not valid[i], GRID[i]
@@ -37,7 +51,7 @@ def test_validity_and_shape_are_those_of_moelab_layout(experts):
         for f in fields(ExpertLayout):
             value = np.broadcast_to(getattr(spread, f.name), len(GRID))[i]
             assert value == getattr(theirs, f.name), (config, experts, f.name)
-    assert accepted > 300
+    assert accepted > 200
 
 
 def enumerate_rank(config, layout, rank, slots, per_node):

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -78,15 +79,19 @@ def export(model: GPT, directory: Path, tokenizer: Tokenizer | None = None, mode
     return directory
 
 
-def convert(source: Path, directory: Path, model_type: str = "moelab") -> ModelConfig:
+def convert(source: Path, directory: Path, model_type: str = "moelab", name: str = "") -> ModelConfig:
     """Write the model in a directory to another one in another format, with its tokenizer; return its configuration.
 
     Weights keep their dtype and their bits; one parameter at a time is in memory.
+
+    Args:
+        name: the model's name; the default keeps that of the source.
 
     Raises:
         ValueError: as `load` and `export`.
     """
     kind, config, record = _read_config(source)
+    config = replace(config, name=name or config.name)
     target, eot = _format(model_type), record.get("eos_token_id")
     with _Files(source, kind) as files, _new(directory) as new:
         _check_names(files, kind, config)
@@ -203,6 +208,27 @@ def load(directory: Path, *, mesh: Mesh | None = None, dtype: torch.dtype | None
             shape = tuple(parameter.shape)
             files.fill(parameter.detach(), name, placements.get(name) or Placement.whole(shape), config)
     return model
+
+
+def fetch(name: str) -> Path:
+    """Return the directory of a published model, such as "allenai/OLMoE-1B-7B-0924", after fetching it if necessary.
+
+    Only safetensors and JSON files are fetched; they stay in the cache of the `huggingface_hub` library.
+
+    Raises:
+        ValueError: one line: the library is missing, or the model cannot be fetched.
+    """
+    try:
+        from huggingface_hub import snapshot_download
+    except ImportError:
+        raise ValueError(f"import: {name!r} is no directory; to fetch it, install moelab with its extra `hf`") from None
+    if name.count("/") != 1:
+        raise ValueError(f"import: {name!r} is neither a directory nor the name of a published model (OWNER/NAME)")
+    try:
+        return Path(snapshot_download(name, allow_patterns=["*.safetensors", "*.json"]))
+    except Exception as error:  # the library passes on its dependencies' exceptions
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ValueError(f"import: {name!r} cannot be fetched ({reason})") from None
 
 
 def load_tokenizer(directory: Path) -> Tokenizer:
