@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 import torch.distributed as dist
 
-from moelab.acceptance import cluster
-from moelab.acceptance.cluster import Found, Nodes
+from moelab.acceptance import cluster, shared_folder
+from moelab.acceptance.findings import Found, Nodes
 from moelab.engine.launch.process import Place
 from moelab.engine.testing import Ranks
 
@@ -40,7 +40,7 @@ def rows(folder, nodes, fault="", **options):
         if fault == "locks":
             patch.setattr(filelock.FileLock, "acquire", lambda self, timeout=0: None)
         if fault == "stale" and rank == 3:
-            patch.setattr(cluster, "VISIBLE_S", 0.5)
+            patch.setattr(shared_folder, "VISIBLE_S", 0.5)
             patch.setattr(Path, "read_text", lambda *_, **__: "old")
         found = list(cluster.check(place, folder=folder, **given))
     return [(row.check, row.measured, row.expected, row.verdict, row.remedy) for row in found]
