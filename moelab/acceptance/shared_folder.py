@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
 import shutil
 import socket
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import IO
 
 import torch
 import torch.distributed as dist
 
-from moelab.acceptance.findings import LIMIT_S, VISIBLE_S, Found, Nodes, size_text
+from moelab.acceptance.findings import VISIBLE_S, Found, Nodes, size_text
 from moelab.config import ModelConfig
 from moelab.engine.checkpoint import storage
 from moelab.engine.checkpoint.format import Piece, read_index
@@ -25,38 +27,31 @@ from moelab.files import write_text
 
 def files(place: Place, nodes: Nodes, folder: Path) -> Iterator[Found]:
     """Yield whether locks exclude each other and how soon a replaced file is seen."""
-    from filelock import FileLock, Timeout
-
     inside = _common_folder(place, folder)
-    lock = FileLock(inside / "lock", is_singleton=False)
-
-    def taken() -> bool:
-        try:
-            lock.acquire(timeout=0)
-        except Timeout:
-            return False
-        return True
-
     last = place.world_size - 1
-    held = []  # whether each rank could take the lock while another held it, twice: rank 0, then the last rank
+    refused, doubled, errors = set(), set(), set()
     for holder in dict.fromkeys((0, last)):
-        if place.rank == holder:
-            lock.acquire(timeout=LIMIT_S / 4)
+        mine, error = _lock(inside) if place.rank == holder else (None, "")
         dist.barrier()
-        intruder = place.rank != holder and taken()
-        if intruder:
-            lock.release(force=True)
-        held.append(all_gather_json(intruder))
-        if place.rank == holder:
-            lock.release(force=True)
+        other, other_error = _lock(inside) if place.rank != holder else (None, "")
+        answers = all_gather_json([mine is not None, other is not None, error or other_error])
+        errors |= {text for _, _, text in answers} - {""}
+        if not answers[holder][0]:
+            refused.add(nodes.hosts[holder])
+        else:
+            doubled |= {nodes.hosts[rank] for rank, (_, takes, _) in enumerate(answers) if takes}
+        for file in (mine, other):
+            if file is not None:
+                file.close()
         dist.barrier()
-    broken = sorted({nodes.hosts[i] for row in held for i, got in enumerate(row) if got})
+    bad = refused | doubled
+    how = "held by two at once" if doubled else "cannot be taken"
     yield Found(
         f"file locks in {folder}",
-        f"held by two at once, also on {', '.join(broken[:3])}" if broken else "exclude each other on all ranks",
-        "exclude each other",
-        "wrong" if broken else "ok",
-        "mount with locking (lustre: flock, NFS: no nolock), or put MOELAB_HOME elsewhere" if broken else "",
+        f"{how}, on {', '.join(sorted(bad)[:3])}{'; '.join(['', *sorted(errors)])}" if bad else "exclude each other",
+        "exclude each other on all ranks",
+        "wrong" if bad else "ok",
+        "mount with locking (lustre: flock, NFS: no nolock), or put MOELAB_HOME elsewhere" if bad else "",
     )
     seconds = _visible(place, inside)
     everyone = all_gather_json(seconds)
@@ -70,6 +65,20 @@ def files(place: Place, nodes: Nodes, folder: Path) -> Iterator[Found]:
         f"{folder} must be one file system on all nodes, without long caching of attributes" if late else "",
     )
     _remove(place, inside)
+
+
+def _lock(folder: Path) -> tuple[IO[str] | None, str]:
+    """Return a file that holds the lock (flock, as a run's), or None and why not; no reason if another holds it."""
+    file = (folder / "lock").open("a")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return file, ""
+    except BlockingIOError:
+        text = ""
+    except OSError as error:
+        text = error.strerror or str(error)
+    file.close()
+    return None, text
 
 
 def _visible(place: Place, folder: Path) -> float | None:
@@ -134,7 +143,7 @@ def checkpoint(place: Place, folder: Path, size: int) -> Iterator[Found]:
     started = time.monotonic()
     storage.write(path, 1, {}, [Piece("model/check", shape, offset, values)], 1, group)
     dist.barrier()
-    written_s = time.monotonic() - started
+    written_s = max(all_gather_json(time.monotonic() - started))
     back = torch.zeros_like(values)
     started = time.monotonic()
     storage.read(path, read_index(path), [Piece("model/check", shape, offset, back)])
