@@ -35,15 +35,22 @@ def rows(folder, nodes, fault="", **options):
         patch.setattr(cluster.os, "sched_getaffinity", lambda _: range(8), raising=False)
         if fault == "clock" and rank >= world // 2:
             now = time.time
-            patch.setattr(cluster.time, "time", lambda: now() + 7)
+            patch.setattr(cluster.time, "time", lambda: now() + 1000)
         if fault == "locks":
             patch.setattr(shared_folder.fcntl, "flock", lambda *_: None)
         if fault == "no locks" and rank == 0:
             patch.setattr(shared_folder.fcntl, "flock", no_locks)
         if fault == "stale" and rank == 3:
             patch.setattr(shared_folder, "VISIBLE_S", 0.5)
-            patch.setattr(Path, "read_text", lambda *_, **__: "old")
-        found = list(cluster.check(place, folder=folder, **given))
+            read = Path.read_text
+            patch.setattr(Path, "read_text", lambda path, *a: "old" if path.name == "seen.txt" else read(path, *a))
+        hosts = Nodes.of([f"node{other * nodes // world}" for other in range(world)])
+        part = {  # what a fault is about
+            "clock": lambda: cluster._clocks(place, hosts),
+            "slow": lambda: cluster._stragglers(hosts, "cpu"),
+        }
+        part |= dict.fromkeys(("locks", "no locks", "stale"), lambda: shared_folder.files(place, hosts, folder))
+        found = list(part[fault]() if fault else cluster.check(place, folder=folder, **given))
     return [(row.check, row.measured, row.expected, row.verdict, row.remedy) for row in found]
 
 
@@ -87,7 +94,7 @@ def test_groups_of_two_nodes_and_links_below_the_data_sheet(pool, tmp_path):
 @pytest.mark.parametrize(
     ("fault", "check", "says"),
     [
-        ("clock", "clocks of the nodes against rank 0's", "+7e+03 ms (node1"),
+        ("clock", "clocks of the nodes against rank 0's", "+1e+06 ms (node1"),
         ("locks", "file locks in", "held by two at once, on node0, node1"),
         ("no locks", "file locks in", "cannot be taken, on node0; No locks available"),
         ("stale", "a file replaced by one rank, seen by the others", "not seen on node1"),
