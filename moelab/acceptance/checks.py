@@ -44,10 +44,10 @@ def compare(got: dict[str, Tensor], want: dict[str, Tensor], tolerance: float) -
         if not b.numel():
             continue
         exact = not b.is_floating_point()
-        wide_a, wide_b = a.double(), b.double()
-        scale = max(1.0, float(wide_b.abs().nan_to_num().max()))
+        wide_a, wide_b = (a.long(), b.long()) if exact else (a.float(), b.float())
+        scale = max(1.0, float(wide_b.abs().max()) if exact else float(wide_b.nan_to_num().abs().max()))
         error = (wide_a - wide_b).abs() / scale
-        error = error.masked_fill(wide_a.isnan() & wide_b.isnan(), 0.0).nan_to_num(nan=torch.inf)
+        error = error.masked_fill_(wide_a.isnan() & wide_b.isnan(), 0.0).nan_to_num_(nan=torch.inf)
         allowed = 0.0 if exact else tolerance
         if (count := int((error > allowed).sum())) > 0:
             at = tuple(int(i) for i in torch.unravel_index(error.argmax(), error.shape))

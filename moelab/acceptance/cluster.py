@@ -11,88 +11,29 @@ from __future__ import annotations
 import contextlib
 import os
 import platform
-import shutil
-import socket
 import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
 
 import moelab
 from moelab import simulate, terminal
-from moelab.acceptance import speed
+from moelab.acceptance import links as between
+from moelab.acceptance import shared_folder, speed
+from moelab.acceptance.findings import CLOCK_S, LIMIT_S, SLOW, Found, Nodes
 from moelab.bench import harness
 from moelab.bench.harness import Timing
-from moelab.config import ModelConfig
-from moelab.engine.checkpoint import storage
-from moelab.engine.checkpoint.format import Piece, read_index
 from moelab.engine.collectives import all_gather_json, broadcast_json
-from moelab.engine.groups import Group, ProcessGroups, gloo_group
+from moelab.engine.groups import gloo_group
 from moelab.engine.launch import process, rendezvous
-from moelab.files import write_json, write_text
+from moelab.files import write_json
 from moelab.runs.provenance import commit
-from moelab.simulate.exchange import Stage, all_reduce_us
-
-Verdict = Literal["ok", "slow", "wrong", "note"]
-"""`note` is a number with nothing to compare it with."""
-LIMIT_S = 120.0
-"""Of each collective: a cluster that is broken should say so soon."""
-SLOW = 0.7
-"""Times the expected bandwidth, or the median of equals: what is less is slow."""
-CLOCK_S = 0.5
-"""Clocks that differ by more make time stamps of files and logs misleading."""
-VISIBLE_S = 5.0
-"""A file should be seen on all nodes after that long."""
-
-
-@dataclass(frozen=True)
-class Found:
-    """One row of the table.
-
-    Attributes:
-        check: what was checked, and among whom.
-        measured, expected: in words, with units.
-        verdict: see `Verdict`.
-        remedy: what to do, for "slow" and "wrong".
-    """
-
-    check: str
-    measured: str
-    expected: str = ""
-    verdict: Verdict = "note"
-    remedy: str = ""
-
-
-@dataclass(frozen=True)
-class Nodes:
-    """The ranks by node.
-
-    Attributes:
-        hosts: host of each rank.
-        ranks: int [nodes, ranks of a node]; empty where nodes have unequal numbers of ranks.
-    """
-
-    hosts: tuple[str, ...]
-    ranks: np.ndarray
-
-    @classmethod
-    def of(cls, hosts: Sequence[str]) -> Nodes:
-        """Return the nodes of ranks on these hosts."""
-        by_host = {host: [rank for rank, other in enumerate(hosts) if other == host] for host in dict.fromkeys(hosts)}
-        equal = len({len(ranks) for ranks in by_host.values()}) == 1
-        return cls(tuple(hosts), np.array(list(by_host.values()) if equal else [], dtype=int))
-
-    @property
-    def count(self) -> int:
-        """Return the number of nodes."""
-        return len(set(self.hosts))
 
 
 def check(
@@ -118,11 +59,11 @@ def check(
     yield from _ranks(place, nodes, device, gpus_per_node)
     yield from _stragglers(nodes, device)
     where = simulate.cluster(links) if links else speed.cluster_of("cuda") if device == "cuda" else None
-    yield from _links(place, nodes, device, where, largest)
+    yield from between.measure(place, nodes, device, where, largest)
     yield from _interfaces(nodes, device, environment)
     yield from _clocks(place, nodes)
-    yield from _files(place, nodes, folder)
-    yield from _checkpoint(place, folder, largest)
+    yield from shared_folder.files(place, nodes, folder)
+    yield from shared_folder.checkpoint(place, folder, largest)
 
 
 # -- ranks -----------------------------------------------------------------------------------------------------------
@@ -189,101 +130,6 @@ def _stragglers(nodes: Nodes, device: str) -> Iterator[Found]:
             "note" if crowded else "slow" if slow else "ok",
             "leave these nodes out (sbatch --exclude) and report them" if slow else "",
         )
-
-
-# -- links -----------------------------------------------------------------------------------------------------------
-
-
-def _links(
-    place: process.Place, nodes: Nodes, device: str, where: simulate.Cluster | None, largest: int
-) -> Iterator[Found]:
-    groups = ProcessGroups()
-    P = place.world_size
-    parts: dict[str, tuple[Group, int]] = {f"all {P} ranks": (groups.world, _in_node(range(P), nodes))}
-    if nodes.ranks.size and nodes.count > 1:
-        G = nodes.ranks.shape[1]
-        if G > 1:
-            parts[f"{G} ranks of a node"] = (groups.make(nodes.ranks), G)
-        parts[f"{nodes.count} nodes, one rank each"] = (groups.make(nodes.ranks.T), 1)
-    timing = Timing(5, device)
-    for name, (group, in_node) in parts.items():
-        if group.size == 1:
-            continue
-        for operation in ("all-reduce", "all-to-all"):
-            for size in (0, largest):
-                yield _link(operation, name, group, in_node, size, nodes, timing, where)
-    groups.close()
-
-
-def _in_node(ranks: Sequence[int], nodes: Nodes) -> int:
-    return min(sum(nodes.hosts[other] == nodes.hosts[rank] for other in ranks) for rank in ranks)
-
-
-def _link(
-    operation: str,
-    name: str,
-    group: Group,
-    in_node: int,
-    size: int,
-    nodes: Nodes,
-    timing: Timing,
-    where: simulate.Cluster | None,
-) -> Found:
-    """Return the row of one collective: its time with next to no data where `size` is 0, else its bandwidth."""
-    n = group.size
-    count = max(size // 4 // n, 1) * n
-    x = torch.ones(count, device=timing.device)
-    out = torch.empty_like(x)
-
-    def call(_: None) -> None:
-        if operation == "all-reduce":
-            group.all_reduce(x)
-        else:
-            group.all_to_all_single(out, x, None, None)
-
-    repeated = 20 if size == 0 else 3
-    for _ in range(2):
-        call(None)
-    times = []
-    for _ in range(timing.rounds):
-        dist.barrier()
-        times.append(timing.seconds(call, None, calls=repeated))
-    mine = statistics.median(times)
-    everyone = all_gather_json(mine)
-    slowest = max(range(len(everyone)), key=everyone.__getitem__)
-    seconds, median = everyone[slowest], statistics.median(everyone)
-    moved = x.nbytes * (n - 1) / n * (2 if operation == "all-reduce" else 1)
-    expected_us = None
-    if where is not None:
-        if operation == "all-reduce":
-            stride = 1 if in_node > 1 else where.gpus_per_node
-            expected_us = float(all_reduce_us(n, x.nbytes, where, simulate.fitted(), stride=stride))
-        else:
-            near, far = in_node - 1, n - in_node
-            stage = Stage("", np.array(near), np.array(far), np.array(count * near / n), np.array(count * far / n))
-            expected_us = float(stage.microseconds(4.0, where, simulate.fitted()))
-
-    def text(s: float) -> str:
-        return f"{s * 1e6:.3g} us" if size == 0 else f"{moved / s / 1e9:.3g} GB/s"
-
-    uneven = seconds > median / SLOW and n < len(nodes.hosts)  # ranks of one group end together
-    least = f" (slowest: rank {slowest} on {nodes.hosts[slowest]}, {text(seconds)})" if uneven else ""
-    verdict: Verdict = "note" if expected_us is None else "ok"
-    if uneven and size:
-        verdict = "slow"
-    if expected_us is not None and seconds * 1e6 > expected_us / (SLOW if size else 0.2):
-        verdict = "slow"
-    return Found(
-        f"{operation} among {name}, {_bytes(x.nbytes) if size else 'latency'}",
-        text(median) + least,
-        "" if expected_us is None else f"{text(expected_us / 1e6)} by {where.name}",
-        verdict,
-        "check NCCL_DEBUG=INFO for the network it took, and the interfaces below" if verdict == "slow" else "",
-    )
-
-
-def _bytes(size: int) -> str:
-    return f"{size / (1 << 20):g} MiB" if size >= 1 << 20 else f"{size / 1024:.3g} KiB"
 
 
 # -- interfaces, clocks ----------------------------------------------------------------------------------------------
@@ -380,139 +226,6 @@ def _clocks(place: process.Place, nodes: Nodes, times: int = 5) -> Iterator[Foun
         f"within {CLOCK_S * 1e3:g} ms",
         "ok" if abs(offset) < CLOCK_S + trip / 2 else "wrong",
         "" if abs(offset) < CLOCK_S + trip / 2 else "start chronyd or ntpd on that node",
-    )
-
-
-# -- files -----------------------------------------------------------------------------------------------------------
-
-
-def _files(place: process.Place, nodes: Nodes, folder: Path) -> Iterator[Found]:
-    from filelock import FileLock, Timeout
-
-    inside = _common_folder(place, folder)
-    lock = FileLock(inside / "lock", is_singleton=False)
-
-    def taken() -> bool:
-        try:
-            lock.acquire(timeout=0)
-        except Timeout:
-            return False
-        return True
-
-    last = place.world_size - 1
-    held = []  # whether each rank could take the lock while another held it, twice: rank 0, then the last rank
-    for holder in dict.fromkeys((0, last)):
-        if place.rank == holder:
-            lock.acquire(timeout=LIMIT_S / 4)
-        dist.barrier()
-        intruder = place.rank != holder and taken()
-        if intruder:
-            lock.release(force=True)
-        held.append(all_gather_json(intruder))
-        if place.rank == holder:
-            lock.release(force=True)
-        dist.barrier()
-    broken = sorted({nodes.hosts[i] for row in held for i, got in enumerate(row) if got})
-    yield Found(
-        f"file locks in {folder}",
-        f"held by two at once, also on {', '.join(broken[:3])}" if broken else "exclude each other on all ranks",
-        "exclude each other",
-        "wrong" if broken else "ok",
-        "mount with locking (lustre: flock, NFS: no nolock), or put MOELAB_HOME elsewhere" if broken else "",
-    )
-    seconds = _visible(place, inside)
-    everyone = all_gather_json(seconds)
-    late = [nodes.hosts[i] for i, value in enumerate(everyone) if value is None]
-    worst = max((value for value in everyone if value is not None), default=0.0)
-    yield Found(
-        "a file replaced by one rank, seen by the others",
-        f"not seen on {late[0]} in {VISIBLE_S:g} s" if late else f"after {worst * 1e3:.3g} ms",
-        f"within {VISIBLE_S:g} s",
-        "wrong" if late else "ok",
-        f"{folder} must be one file system on all nodes, without long caching of attributes" if late else "",
-    )
-    _remove(place, inside)
-
-
-def _visible(place: process.Place, folder: Path) -> float | None:
-    """Return the seconds until this rank sees what rank 0 has written over an older text, None if it does not."""
-    path = folder / "seen.txt"
-    if place.rank == 0:
-        write_text(path, "old")
-    dist.barrier()
-    with contextlib.suppress(OSError):
-        path.read_text()  # so that what is cached is the old text
-    dist.barrier()
-    if place.rank == 0:
-        write_text(path, "new")
-    dist.barrier()
-    started = time.monotonic()
-    while time.monotonic() - started < VISIBLE_S:
-        with contextlib.suppress(OSError):
-            if path.read_text() == "new":
-                return time.monotonic() - started
-        time.sleep(0.01)
-    return None
-
-
-def _common_folder(place: process.Place, folder: Path) -> Path:
-    """Return a new folder inside `folder`, which rank 0 makes and every rank must see.
-
-    Raises:
-        ValueError: a rank does not see it.
-    """
-    name = broadcast_json(f".check-cluster-{socket.gethostname()}-{os.getpid()}")
-    inside = folder / name
-    error = ""
-    if place.rank == 0:
-        try:
-            inside.mkdir(parents=True)
-        except OSError as failed:
-            error = f"{folder}: {failed.strerror}"
-    error = broadcast_json(error)
-    deadline = time.monotonic() + VISIBLE_S
-    while not inside.is_dir() and not error and time.monotonic() < deadline:
-        time.sleep(0.05)
-    seen = all_gather_json(inside.is_dir())
-    if error or not all(seen):
-        raise ValueError(error or f"check-cluster: {folder} is not one folder on all nodes (rank {seen.index(False)})")
-    return inside
-
-
-def _remove(place: process.Place, inside: Path) -> None:
-    dist.barrier()
-    if place.rank == 0:
-        shutil.rmtree(inside, ignore_errors=True)
-
-
-def _checkpoint(place: process.Place, folder: Path, size: int) -> Iterator[Found]:
-    """Write a checkpoint of `size` bytes a rank with the engine's own code, and read it back."""
-    inside = _common_folder(place, folder)
-    group, count = gloo_group(), size // 4
-    values = torch.arange(count, dtype=torch.float32) + place.rank
-    shape, offset = (place.world_size * count,), (place.rank * count,)
-    path = inside / "step-00000001"
-    dist.barrier()
-    started = time.monotonic()
-    storage.write(path, 1, {}, [Piece("model/check", shape, offset, values)], 1, group)
-    dist.barrier()
-    written_s = time.monotonic() - started
-    back = torch.zeros_like(values)
-    started = time.monotonic()
-    storage.read(path, read_index(path), [Piece("model/check", shape, offset, back)])
-    read_s = time.monotonic() - started
-    equal = all_gather_json(bool(torch.equal(values, back)))
-    total, read_s = size * place.world_size, max(all_gather_json(read_s))
-    _remove(place, inside)
-    large = ModelConfig.parse("1.3B+MoE-128").parameters() * 12 / 1e9  # fp32 weights and AdamW's two moments
-    rate = total / written_s / 1e9
-    yield Found(
-        f"checkpoint of {_bytes(size)} a rank, written and hashed",
-        f"{rate:.3g} GB/s, read back at {total / read_s / 1e9:.3g} GB/s; 1.3B+MoE-128 ({large:.0f} GB) would take "
-        f"{large / rate / 60:.2g} minutes",
-        "reads back equal",
-        "ok" if all(equal) else "wrong",
-        "" if all(equal) else "the file system returned other bytes than were written: do not use it",
     )
 
 

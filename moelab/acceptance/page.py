@@ -6,13 +6,14 @@ The page is one file, `index.html`, made from `results.jsonl` and `stages.json` 
 from __future__ import annotations
 
 import html
+import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from moelab.acceptance import stages
 from moelab.acceptance.stages import Setup
-from moelab.files import read_json, write_text
+from moelab.files import read_json, write_json, write_text
 from moelab.runs.provenance import describe
 
 Numbers = Mapping[str, Any]
@@ -30,6 +31,33 @@ td.n { text-align: right; font-variant-numeric: tabular-nums }
 
 def write(setup: Setup) -> Path:
     """Write the page and return its path."""
+    path = setup.out / "index.html"
+    write_text(path, text(setup))
+    return path
+
+
+def publish(setup: Setup, folder: Path, card: str) -> Path:
+    """Write page, last rows of each case, outcomes and provenance as `gpu-<card>.*`, which the results pages list.
+
+    Args:
+        folder: `benchmarks` in a folder of results.
+        card: see `moelab.acceptance.stages.card`.
+
+    Returns:
+        The page.
+    """
+    name = f"gpu-{card}"
+    record, source = read_json(setup.out / "stages.json") or {}, read_json(setup.out / "provenance.json") or {}
+    title = f"{_title(setup, source)}: {verdict(record.get('outcomes', []))}"
+    write_text(folder / f"{name}.html", text(setup))
+    write_text(folder / f"{name}.results.jsonl", "".join(json.dumps(row) + "\n" for row in latest(stages.rows(setup))))
+    write_json(folder / f"{name}.stages.json", record)
+    write_json(folder / f"{name}.provenance.json", {**source, "title": title})
+    return folder / f"{name}.html"
+
+
+def text(setup: Setup) -> str:
+    """Return the page."""
     found = latest(stages.rows(setup))
     record = read_json(setup.out / "stages.json") or {}
     outcomes, source = record.get("outcomes", []), read_json(setup.out / "provenance.json") or {}
@@ -38,16 +66,14 @@ def write(setup: Setup) -> Path:
         rows = [row for row in found if row["stage"] == stage and row["status"] == "ok" and keep(row)]
         if rows:
             inputs = dict.fromkeys(row["inputs"] for row in rows if "inputs" in row)
-            parts += [f"<h2>{title}</h2>", table(columns, rows), *(f"<p>Inputs: {_escape(text)}." for text in inputs)]
+            parts += [f"<h2>{title}</h2>", table(columns, rows), *(f"<p>Inputs: {_escape(one)}." for one in inputs)]
     passed = [row for row in found if row["stage"] == "checks" and row["status"] == "ok"]
     if passed:
         checked = ("case", _of("case")), ("worst difference", _number("worst_error")), ("allowed", _number("tolerance"))
         parts += ["<h2>Checks that passed</h2>", table(checked, passed)]
-    text = "<!doctype html><meta charset=utf-8><meta name=viewport content='width=device-width'><title>"
-    text += f"{_escape(_title(setup, source))}</title><style>{_STYLE}</style>\n" + "\n".join(parts) + "\n"
-    path = setup.out / "index.html"
-    write_text(path, text)
-    return path
+    head = "<!doctype html><meta charset=utf-8><meta name=viewport content='width=device-width'>"
+    head += f"<title>{_escape(_title(setup, source))}</title><style>{_STYLE}</style>\n"
+    return head + "\n".join(parts) + "\n"
 
 
 def latest(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -69,7 +95,7 @@ def verdict(outcomes: Sequence[Numbers]) -> str:
     open_ = [outcome["stage"] for outcome in outcomes if outcome["status"] != "done"]
     ok = sum(outcome.get("ok", 0) for outcome in outcomes)
     rest = f"; not finished: {', '.join(open_)} (call the command again)" if open_ else ""
-    return f"{ok} cases passed, {failed} failed{rest}"
+    return f"{ok} case{'s' if ok != 1 else ''} passed, {failed} failed{rest}"
 
 
 def table(columns: Sequence[Column], rows: Iterable[Numbers]) -> str:

@@ -27,7 +27,7 @@ MOST_S = 25 * 60
 """The longest that all stages take together."""
 LEAST_S = 15.0
 """A stage with less time left is not begun: a process with CUDA takes about that long to start."""
-RESTARTS = 5
+RESTARTS = 12
 END_S = 5.0
 """Time in which a stage is ended and the next one begins; part of its limit."""
 

@@ -1,4 +1,4 @@
-"""Tune the kernels' tiles on the card (`moelab.kernels.tune`), and write its table into the workspace."""
+"""Tune the kernels' tiles on the card (`moelab.kernels.tune`); write its table into the workspace and the results."""
 
 from __future__ import annotations
 
@@ -16,13 +16,16 @@ from moelab.kernels import tune, tuning
 def cases(context: Context) -> Iterator[Case]:
     """Yield a case for each op and shape; the table is written after each, so that a stage that is ended keeps it."""
     name = stages.card(context.device)
-    path = (context.setup.out if context.tiny else paths.home() / "tuned") / f"{tuning.card(name)}.json"
+    tables = [folder / f"{tuning.card(name)}.json" for folder in (context.setup.out, paths.home() / "tuned")]
     with ExitStack() as rows:
         for target in tune.targets(context.device, tiny=context.tiny):
             if target.op == "rows":
                 rows.close()
             case = Case(
-                f"{target.op} {target.shape}", lambda target=target: _tuned(target, context, path, name), (), 10
+                f"{target.op} {target.shape}",
+                lambda target=target: _tuned(target, context, tables[: 1 if context.tiny else 2], name),
+                (),
+                10,
             )
             yield case
             done = context.earlier("tune", case.name)
@@ -30,12 +33,13 @@ def cases(context: Context) -> Iterator[Case]:
                 rows.enter_context(tuning.trial("rows", done[-1]["best"]))
 
 
-def _tuned(target: tune.Target, context: Context, path: Path, name: str) -> Numbers:
+def _tuned(target: tune.Target, context: Context, tables: list[Path], name: str) -> Numbers:
     deadline = time.monotonic() + min(context.left() - 5, 2 if context.tiny else 45)
     found = tune.tune(target, deadline)
     if found is None:
         raise TimeoutError("no time for the op's own tile")
-    tune.write([found], path, name)
+    for path in tables:
+        tune.write([found], path, name)
     gain = found.own_ms / found.best_ms
     text = f"{gain:.2f} times as fast with {found.best}" if found.best else f"own tile kept ({found.own_ms:.3g} ms)"
-    return {**vars(found), "gain": gain, "table": str(path), "finding": text}
+    return {**vars(found), "gain": gain, "finding": text}

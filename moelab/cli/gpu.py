@@ -28,10 +28,12 @@ def gpu(
     ] = False,
     again: Annotated[bool, typer.Option("--again", help="also what has succeeded; earlier results are kept")] = False,
     out: Annotated[Path | None, OUT] = None,
+    publish: commands.Publish = False,
 ) -> None:
     """Check and measure this machine's GPU, and write a page.
 
-    In stages of at most 25 minutes together. Called again, it goes on where it ended.
+    In stages of at most 25 minutes together. Called again, it goes on where it ended. The results pages list the page,
+    too.
     """
     from moelab import paths, terminal
     from moelab.acceptance import page, stages
@@ -60,6 +62,9 @@ def gpu(
         _say("page: skipped: no results")
         raise typer.Exit(1)
     _say(f"{page.verdict(outcomes)}: {paths.short(page.write(setup))}")
+    if device == "cuda":
+        listed = page.publish(setup, paths.results_for(publish) / "benchmarks", stages.card(device))
+        _say(f"listed by the results pages: {paths.short(listed)}")
     raise typer.Exit(int(any(outcome["status"] != "done" or outcome["failed"] for outcome in outcomes)))
 
 

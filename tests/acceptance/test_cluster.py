@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 import torch.distributed as dist
 
-from moelab.acceptance import cluster
-from moelab.acceptance.cluster import Found, Nodes
+from moelab.acceptance import cluster, shared_folder
+from moelab.acceptance.findings import Found, Nodes
 from moelab.engine.launch.process import Place
 from moelab.engine.testing import Ranks
 
@@ -23,7 +23,6 @@ def pool():
 
 def rows(folder, nodes, fault="", **options):
     """On a rank: the rows, with `nodes` made-up nodes and something broken."""
-    import filelock
     from _pytest.monkeypatch import MonkeyPatch
 
     rank, world = dist.get_rank(), dist.get_world_size()
@@ -36,14 +35,27 @@ def rows(folder, nodes, fault="", **options):
         patch.setattr(cluster.os, "sched_getaffinity", lambda _: range(8), raising=False)
         if fault == "clock" and rank >= world // 2:
             now = time.time
-            patch.setattr(cluster.time, "time", lambda: now() + 7)
+            patch.setattr(cluster.time, "time", lambda: now() + 1000)
         if fault == "locks":
-            patch.setattr(filelock.FileLock, "acquire", lambda self, timeout=0: None)
+            patch.setattr(shared_folder.fcntl, "flock", lambda *_: None)
+        if fault == "no locks" and rank == 0:
+            patch.setattr(shared_folder.fcntl, "flock", no_locks)
         if fault == "stale" and rank == 3:
-            patch.setattr(cluster, "VISIBLE_S", 0.5)
-            patch.setattr(Path, "read_text", lambda *_, **__: "old")
-        found = list(cluster.check(place, folder=folder, **given))
+            patch.setattr(shared_folder, "VISIBLE_S", 0.5)
+            read = Path.read_text
+            patch.setattr(Path, "read_text", lambda path, *a: "old" if path.name == "seen.txt" else read(path, *a))
+        hosts = Nodes.of([f"node{other * nodes // world}" for other in range(world)])
+        part = {  # what a fault is about
+            "clock": lambda: cluster._clocks(place, hosts),
+            "slow": lambda: cluster._stragglers(hosts, "cpu"),
+        }
+        part |= dict.fromkeys(("locks", "no locks", "stale"), lambda: shared_folder.files(place, hosts, folder))
+        found = list(part[fault]() if fault else cluster.check(place, folder=folder, **given))
     return [(row.check, row.measured, row.expected, row.verdict, row.remedy) for row in found]
+
+
+def no_locks(*_):
+    raise OSError(37, "No locks available")
 
 
 def run(pool, folder, nodes=1, fault="", **options):
@@ -82,8 +94,9 @@ def test_groups_of_two_nodes_and_links_below_the_data_sheet(pool, tmp_path):
 @pytest.mark.parametrize(
     ("fault", "check", "says"),
     [
-        ("clock", "clocks of the nodes against rank 0's", "+7e+03 ms (node1"),
-        ("locks", "file locks in", "held by two at once"),
+        ("clock", "clocks of the nodes against rank 0's", "+1e+06 ms (node1"),
+        ("locks", "file locks in", "held by two at once, on node0, node1"),
+        ("no locks", "file locks in", "cannot be taken, on node0; No locks available"),
         ("stale", "a file replaced by one rank, seen by the others", "not seen on node1"),
         ("slow", "matrix products, each rank", "rank 3 on node1"),
     ],

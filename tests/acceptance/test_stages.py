@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 from moelab.acceptance import cases, checks, page, stages
 from moelab.acceptance.stages import Setup, Stage
 from moelab.cli import app
+from moelab.report.site.results import read_benchmarks
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
@@ -206,8 +207,25 @@ def test_the_page_shows_failures_with_their_errors(tmp_path):
     (tmp_path / "stages.json").write_text(json.dumps({"outcomes": [outcome]}))
     text = page.write(setup).read_text()
     assert "slot: 1 &lt; 2" in text and "old" not in text and "gate S8" in text and "1e-07" in text
-    assert page.verdict([outcome]) == "1 cases passed, 1 failed; not finished: checks (call the command again)"
+    assert page.verdict([outcome]) == "1 case passed, 1 failed; not finished: checks (call the command again)"
     assert page.verdict([{"stage": "checks", "status": "skipped"}]) == "nothing was run"
+
+
+def test_the_results_pages_list_it(tmp_path):
+    setup = Setup(tmp_path / "out", "cuda")
+    for status in ("failed", "ok"):
+        stages.append(setup, {"stage": "checks", "case": "a", "status": status, "session": status, "error": ""})
+    outcome = {"stage": "checks", "limit_s": 9, "status": "done", "seconds": 9, "ok": 1, "failed": 0}
+    (setup.out / "stages.json").write_text(json.dumps({"outcomes": [outcome]}))
+    (setup.out / "provenance.json").write_text(json.dumps({"commit": "a" * 40, "hardware": {"gpus": ["NVIDIA H100"]}}))
+    page.publish(setup, tmp_path / "results" / "benchmarks", "nvidia-h100")
+    (benchmark,), unreadable = read_benchmarks(tmp_path / "results")
+    assert unreadable == [] and benchmark.title == "moelab on NVIDIA H100: 1 case passed, 0 failed"
+    assert [name.removeprefix("gpu-nvidia-h100.") for name in benchmark.files] == [
+        "html", "provenance.json", "results.jsonl", "stages.json",
+    ]  # fmt: skip
+    rows = (tmp_path / "results" / "benchmarks" / "gpu-nvidia-h100.results.jsonl").read_text().splitlines()
+    assert [json.loads(row)["status"] for row in rows] == ["ok"]
 
 
 # -- a fresh machine ---------------------------------------------------------------------------------------------------

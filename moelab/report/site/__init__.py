@@ -14,8 +14,9 @@ for the user's own results beside the published ones, or in `results` where publ
                                                data.js        the part of it that compare.html shows
                                                data.zip       its data and figures
 
-The pages load nothing from outside the folder and work without a script (filters, comparison and interactive charts need it). They are made
-only from the files of the results (`moelab.report.publication`) and the descriptions in `moelab.experiments`.
+The pages load nothing from outside the folder and work without a script (filters, comparison and interactive charts
+need it). They are made only from the files of the results (`moelab.report.publication`) and the descriptions in
+`moelab.experiments`.
 """
 
 from moelab.report.site.notebook import convert
