@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from moelab.cli import slurm as commands
-from moelab.cli._options import BENCHMARKS
+from moelab.cli._options import BENCHMARKS, check_device
 
 OUT = typer.Option(help="folder of the results; by default .moelab/gpu/CARD, below the home")
 
@@ -105,12 +105,11 @@ def check_cluster(
     Links, interfaces, clocks, file locks, writing. Run it on the ranks themselves: `srun moelab check-cluster`, or
     `torchrun --nproc-per-node 8 -m moelab.cli check-cluster`.
     """
+    check_device(device)
     from moelab import paths
     from moelab.acceptance import cluster as module
-    from moelab.cli._options import check_device
     from moelab.slurm import profiles
 
-    check_device(device)
     chosen = profiles.choose(profile) if profile else None
     good = module.main(
         device=device,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Annotated
 
@@ -136,6 +137,9 @@ def import_(
 
     OLMoE, Mixtral, Qwen2-MoE, Qwen3-MoE and GPT-2, from safetensors files only.
     """
+    if not Path(source).is_dir() and not re.fullmatch(r"[\w.-]+/[\w.-]+", source):
+        raise ValueError(f"import: {source!r} is no directory, and no name of a published model such as OWNER/NAME")
+    _check_new("import", directory)
     from moelab.engine.checkpoint import hf
 
     folder = Path(source) if Path(source).is_dir() else hf.fetch(source)
@@ -153,13 +157,12 @@ def export(
         str, typer.Option(help="gpt2, olmoe, mixtral, qwen2_moe, qwen3_moe or moelab; default: the one that fits")
     ] = "",
 ) -> None:
-    """Write weights and tokenizer for other libraries, as safetensors.
+    """Write weights and tokenizer for other libraries.
 
-    In a format that transformers opens if one fits the model, else in moelab's own.
+    As safetensors, in a format that transformers opens if one fits the model, else in moelab's own.
     """
     source = RunStore().find(run)
-    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
-        raise ValueError(f"export: {directory} exists; choose a new directory")
+    _check_new("export", directory)
     from moelab import paths
     from moelab.data import prepare
     from moelab.engine.checkpoint import CheckpointError, hf
@@ -178,6 +181,11 @@ def export(
             raise ValueError(str(error)) from None
         hf.export(model, directory, prepare(data, paths.home() / "data").tokenizer(), kind)
     print(f"{config}: {kind} format in {directory}")
+
+
+def _check_new(command: str, directory: Path) -> None:
+    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
+        raise ValueError(f"{command}: {directory} exists; choose a new directory")
 
 
 def register(app: typer.Typer) -> None:
