@@ -243,8 +243,8 @@ def _size(scale: str, results: Sequence[Result]) -> str:
     shape = f"{_range_of(models, 'layers')} layers of {_range_of(models, 'hidden')}"
     return (
         f"Scale {scale}: the twins have {_range(parameters, large)} parameters in {shape} and are trained on {tokens} "
-        f"tokens of {', '.join(corpora)}, {_range(seeds, str)} seeds each ({len(runs)} runs). The paper’s models of these "
-        f"names have {_range([size for size, _ in published], large)} parameters and "
+        f"tokens of {', '.join(corpora)}, {_range(seeds, str)} seeds each ({len(runs)} runs). The paper’s models of "
+        f"these names have {_range([size for size, _ in published], large)} parameters and "
         f"{_range([tokens for _, tokens in published], large)} tokens."
     )
 

@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import moelab
 from moelab.files import write_text
 from moelab.plotting import interactive, svg
 from moelab.report.ledger import Entry, entries, family, scale_rank
@@ -89,7 +90,7 @@ def build(root: Path) -> Built:
         unreadable=unreadable,
         terms=TERMS,
         repository=downloads.repository(),
-        version=downloads.version(),
+        version=moelab.__version__,
         everything=downloads.EVERYTHING,
         runs=runs,
         **_VIEW,
