@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import json
 import types
@@ -45,6 +46,9 @@ def to_json(config: Any) -> dict[str, Any]:
     return json.loads(json.dumps(dataclasses.asdict(config)))
 
 
+_hints = functools.cache(typing.get_type_hints)
+
+
 def from_json(cls: type[T], data: Any, where: str = "") -> T:
     """Return a config of type `cls` from `to_json`'s output.
 
@@ -53,7 +57,7 @@ def from_json(cls: type[T], data: Any, where: str = "") -> T:
     """
     where = where or cls.__name__
     _check(isinstance(data, dict), f"{where}: expected an object, got {data!r}")
-    hints = typing.get_type_hints(cls)
+    hints = _hints(cls)
     unknown = set(data) - set(hints)
     _check(not unknown, f"{where}: unknown field {', '.join(sorted(unknown))}; allowed: {', '.join(hints)}")
     needed = {f.name for f in fields(cls) if f.default is MISSING and f.default_factory is MISSING}

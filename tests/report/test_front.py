@@ -8,6 +8,7 @@ import pytest
 from moelab import paper
 from moelab.experiments import EXPERIMENTS
 from moelab.paper.verdicts import CANNOT_TELL, NOT_REPRODUCED, ONE_SESSION, REPRODUCED, UNDECIDED
+from moelab.plotting import axis
 from moelab.report.ledger import NOT_YET
 from moelab.report.site import downloads, front, plot
 from moelab.report.site.claims import ClaimRow
@@ -73,8 +74,8 @@ def test_rows_share_an_axis_by_what_they_show():
     assert first.name == "difference in nats per token" and not first.relative and first.neutral == 0
     assert first.low < -0.329 and first.high > 0 and 0 in first.ticks, "the paper's range and no difference fit"
     assert second.relative and second.low < 2 / 6 and 1.0 in second.ticks
-    assert plot.EDGE <= first.percent(-0.329) < first.percent(0) <= 100 - plot.EDGE
-    assert first.percent(-9) == plot.EDGE, "beyond the end is the end"
+    assert axis.EDGE <= first.percent(-0.329) < first.percent(0) <= 100 - axis.EDGE
+    assert first.percent(-9) == axis.EDGE, "beyond the end is the end"
     drawn = plot.row_plot(loss[0], first)
     assert f'x1="{first.percent(-0.03):.2f}%"' in drawn and "circle" in drawn
     assert "M-4.2" in plot.row_plot(row("full-kd-hurts-late", NOT_REPRODUCED, -0.05), first), "a square contradicts"
@@ -86,8 +87,9 @@ def test_a_ratio_without_a_number_of_the_paper_has_no_axis():
 
 @pytest.mark.parametrize("values", [(-0.3, 0.1), (1e-5, 2e-5), (-3000.0, 10.0), (0.0, 0.0)])
 def test_an_axis_has_a_few_ticks_inside(values):
-    axis = plot._axis(False, "difference in ms", [row("moe128-beats-moe32", REPRODUCED, v) for v in values])
-    assert 2 <= len(axis.ticks) <= 7 and all(axis.low <= t <= axis.high for t in axis.ticks)
+    found = axis.Axis.of_differences("difference in ms", values)
+    assert 2 <= len(found.ticks) <= 7 and all(found.low <= t <= found.high for t in found.ticks)
+    assert found.ruler().count("<text") == len(found.ticks)
 
 
 def test_the_command_has_the_parameters_that_are_not_defaults():
@@ -110,14 +112,12 @@ def test_sizes_come_from_the_specs():
         return {"id": name, "label": name, "spec": spec, "result": {"parameters": parameters}}
 
     runs = [run("350M", 7, 171_328, 1_024_000), run("1.3B+MoE-128", 8, 2_528_640, 16_400_000)]
-    (sizes,) = front.sizes([result(runs=runs, seeds=[0, 1, 2])])
-    assert (sizes.parameters, sizes.tokens, sizes.shape) == (
-        "171 thousand to 2.5 million",
-        "1.0 to 16 million",
-        "7 to 8 layers of 32",
+    (text,) = front.sizes([result(runs=runs, seeds=[0, 1, 2])])
+    assert text == (
+        "Scale cpu: the twins have 171 thousand to 2.5 million parameters in 7 to 8 layers of 32 and are trained on 1.0 to "
+        "16 million tokens of mix5, 3 seeds each (2 runs). The paper’s models of these names have 356 million to 52 billion "
+        "parameters and 300 billion tokens."
     )
-    assert sizes.paper_parameters == "356 million to 52 billion" and sizes.paper_tokens == "300 billion"
-    assert (sizes.seeds, sizes.corpora, sizes.runs) == ("3", "mix5", 2)
     assert front.sizes([result(), result(runs=[{"id": "x", "label": "x"}])]) == []
 
 

@@ -112,11 +112,3 @@ def repository() -> str:
         return ""
     named = dict(part.split(", ", 1) for part in urls if ", " in part)
     return next((url for name, url in named.items() if name.lower() in ("repository", "source", "homepage")), "")
-
-
-def version() -> str:
-    """Return the version of the package, empty if it is not installed."""
-    try:
-        return metadata.version("moelab")
-    except metadata.PackageNotFoundError:
-        return ""

@@ -9,7 +9,7 @@ import functools
 import json
 import shlex
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from moelab import paper
@@ -36,7 +36,6 @@ from moelab.report.ledger import DISAGREES, OPEN
 from moelab.report.site.claims import HEADINGS, TIMED, TRAINED, ClaimRow, TallyItem
 from moelab.report.site.plot import Axis, axes
 from moelab.report.site.results import Result
-from moelab.report.summary import RunRow
 
 SHOWN = 3
 """Claims quoted below a finding, at most."""
@@ -71,7 +70,7 @@ def findings(rows: Iterable[ClaimRow]) -> list[Finding]:
     agreeing = _with(trained, REPRODUCED, DIRECTION)
     contradicting = _with(trained, NOT_REPRODUCED)
     unsettled = [row for row in trained if row not in agreeing and row not in contradicting]
-    found = [
+    return [
         _agreement(agreeing, len(trained)),
         _quoting(
             "Contradiction",
@@ -83,7 +82,6 @@ def findings(rows: Iterable[ClaimRow]) -> list[Finding]:
         _timing([row for row in decided if row.group == TIMED]),
         _not_measured(decided),
     ]
-    return found
 
 
 def _distinct(rows: Iterable[ClaimRow]) -> list[ClaimRow]:
@@ -217,50 +215,37 @@ def forest(rows: Iterable[ClaimRow], tally: dict[str, list[TallyItem]]) -> list[
     ]
 
 
-@dataclass(frozen=True)
-class Sizes:
-    """How large the twins of one scale are, beside the paper's models; each attribute a text."""
+def sizes(results: Sequence[Result]) -> list[str]:
+    """Return a sentence for each scale: how large its twins are and how long they trained, beside the paper's models.
 
-    scale: str
-    runs: int
-    seeds: str
-    parameters: str
-    paper_parameters: str
-    shape: str
-    tokens: str
-    paper_tokens: str
-    corpora: str
-
-
-def sizes(results: Sequence[Result]) -> list[Sizes]:
-    """Return the sizes of the twins behind the newest result of every experiment, by scale."""
+    It is about the runs behind the newest result of every experiment.
+    """
     newest: dict[tuple[str, str], Result] = {}
     for result in results:
         newest.setdefault((result.scale, result.experiment), result)
-    by_scale: dict[str, dict[str, tuple[RunRow, Result]]] = {}
+    by_scale: dict[str, list[Result]] = {}
     for (scale, _), result in newest.items():
-        by_scale.setdefault(scale, {}).update({run.id: (run, result) for run in result.summary.runs})
-    return [found for scale, runs in by_scale.items() if runs and (found := _sizes(scale, list(runs.values())))]
+        by_scale.setdefault(scale, []).append(result)
+    return [sentence for scale, found in by_scale.items() if (sentence := _size(scale, found))]
 
 
-def _sizes(scale: str, runs: Sequence[tuple[RunRow, Result]]) -> Sizes | None:
-    models = [run.spec["model"] for run, _ in runs if isinstance(run.spec.get("model"), dict)]
-    trained = [run.spec["train"] for run, _ in runs if isinstance(run.spec.get("train"), dict)]
-    parameters = [n for run, _ in runs if isinstance(n := run.result.get("parameters"), int | float)]
+def _size(scale: str, results: Sequence[Result]) -> str:
+    runs = {run.id: run for result in results for run in result.summary.runs}.values()
+    models, trained, data = (
+        [run.spec[part] for run in runs if isinstance(run.spec.get(part), dict)] for part in ("model", "train", "data")
+    )
+    parameters = [n for run in runs if isinstance(n := run.result.get("parameters"), int | float)]
     if not (models and trained and parameters):
-        return None
+        return ""
     published = [known for model in models if (known := _paper_size(str(model.get("name", ""))))]
-    seeds = [len(result.summary.seeds) for result in {r.path: r for _, r in runs}.values() if result.summary.seeds]
-    return Sizes(
-        scale,
-        len(runs),
-        _range(seeds, str),
-        _range(parameters, large),
-        _range([size for size, _ in published], large),
-        f"{_range([m.get('layers') for m in models], str)} layers of {_range([m.get('hidden') for m in models], str)}",
-        _range([t.get("tokens") for t in trained], large),
-        _range([tokens for _, tokens in published], large),
-        ", ".join(sorted({str(run.spec["data"]["corpus"]) for run, _ in runs if "corpus" in run.spec.get("data", {})})),
+    seeds = [len(result.summary.seeds) for result in results if result.summary.seeds]
+    tokens, corpora = _range_of(trained, "tokens", large), sorted({str(d.get("corpus")) for d in data})
+    shape = f"{_range_of(models, 'layers')} layers of {_range_of(models, 'hidden')}"
+    return (
+        f"Scale {scale}: the twins have {_range(parameters, large)} parameters in {shape} and are trained on {tokens} "
+        f"tokens of {', '.join(corpora)}, {_range(seeds, str)} seeds each ({len(runs)} runs). The paper’s models of "
+        f"these names have {_range([size for size, _ in published], large)} parameters and "
+        f"{_range([tokens for _, tokens in published], large)} tokens."
     )
 
 
@@ -281,6 +266,10 @@ def large(value: float) -> str:
             shown = value / size
             return f"{shown:.0f} {word}" if shown >= 10 else f"{shown:.1f} {word}"
     return f"{value:g}"
+
+
+def _range_of(configs: Iterable[Mapping[str, float]], field: str, text: Callable[[float], str] = str) -> str:
+    return _range([config.get(field) for config in configs], text)
 
 
 def _range(values: Iterable[float | None], text: Callable[[float], str]) -> str:

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from moelab.config.serialization import to_json
+import moelab
 from moelab.files import write_text
 from moelab.plotting import interactive, svg
 from moelab.report.ledger import Entry, entries, family, scale_rank
@@ -19,7 +19,7 @@ from moelab.report.site.claims import ClaimRow, all_claims, claims_of, sign, tal
 from moelab.report.site.gallery import by_chapter, chapters
 from moelab.report.site.glossary import TERMS
 from moelab.report.site.results import Result, read_benchmarks, read_results
-from moelab.report.summary import unreadable_line
+from moelab.report.summary import SUMMARY, unreadable_line
 
 TABLE_ROWS = 40
 """Rows of a data table on a page; the file linked below the table has them all."""
@@ -90,7 +90,7 @@ def build(root: Path) -> Built:
         unreadable=unreadable,
         terms=TERMS,
         repository=downloads.repository(),
-        version=downloads.version(),
+        version=moelab.__version__,
         everything=downloads.EVERYTHING,
         runs=runs,
         **_VIEW,
@@ -184,10 +184,11 @@ def _write_result(result: Result, root: Path, unreadable: list[str]) -> int:
             unreadable.append(unreadable_line(result.folder / table.data, root, error))
     shown = sorted(name for name in result.names if not name.endswith((".html", ".js", ".zip")))
     sizes = [(result.folder / f.data).stat().st_size for f in result.figures if f.data and result.has(f.data)]
-    facts = [result.path, to_json(result.summary), described, shown, result.has("notebook.html"), tables, sizes]
+    facts = [result.path, described, shown, result.has("notebook.html"), tables, sizes]
     facts.append(front.command(result))
     mark = template.mark(
         json.dumps(facts),
+        (result.folder / SUMMARY).read_bytes(),
         repr([(row.claim, row.key, row.note) for row in rows]),
         names=("result.html", "base.html", "macros.html"),
     )
@@ -265,7 +266,6 @@ def _comparison(result: Result, rows: Sequence[ClaimRow], tables: Mapping[str, l
 _VIEW = {
     "sign": sign,
     "row_plot": plot.row_plot,
-    "ruler": plot.ruler,
     "mark_of": plot.mark,
     "command": front.command,
     "table_rows": TABLE_ROWS,

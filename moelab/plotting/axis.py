@@ -1,0 +1,74 @@
+"""Choose an axis that several rows of a page share, and draw its ticks as an inline SVG that is as wide as its cell."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+EDGE = 4.0
+"""Percent of the width that stays free on either side, for the marks."""
+
+
+@dataclass(frozen=True)
+class Axis:
+    """An axis that rows share.
+
+    Attributes:
+        name: what it shows, with its unit.
+        relative: it shows multiples of the paper's number on a logarithmic scale, else the values on a linear one.
+        low, high: its ends.
+        ticks: where it is labelled.
+    """
+
+    name: str
+    relative: bool
+    low: float
+    high: float
+    ticks: tuple[float, ...]
+
+    @property
+    def neutral(self) -> float:
+        """Where the paper's number (relative) or no difference stands."""
+        return 1.0 if self.relative else 0.0
+
+    def percent(self, value: float) -> float:
+        """Return the horizontal place of a value on the axis, in percent; beyond its ends, the end."""
+        low, high, at = self.low, self.high, value
+        if self.relative:
+            low, high, at = math.log(low), math.log(high), math.log(max(value, 1e-9))
+        share = (at - low) / ((high - low) or 1.0)
+        return EDGE + (100 - 2 * EDGE) * min(max(share, 0.0), 1.0)
+
+    def label(self, tick: float) -> str:
+        """Return the text at a tick."""
+        return f"{tick:g}×" if self.relative else f"{tick:+g}".replace("-", "−") if tick else "0"
+
+    @classmethod
+    def of_multiples(cls, name: str, values: Sequence[float]) -> Axis:
+        """Return the logarithmic axis on which these multiples and 1 fit."""
+        low, high = min([*values, 1.0]), max([*values, 1.0])
+        low, high = min(low / 1.05, 0.8), max(high * 1.05, 1.25)
+        coarse = [t for t in (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 20.0, 50.0) if low <= t <= high]
+        fine = [t for t in (0.8, 0.9, 1.0, 1.1, 1.2) if low <= t <= high]
+        return cls(name, True, low, high, tuple(coarse if len(coarse) > 1 else fine))
+
+    @classmethod
+    def of_differences(cls, name: str, values: Sequence[float]) -> Axis:
+        """Return the linear axis on which these differences and 0 fit."""
+        low, high = min([*values, 0.0]), max([*values, 0.0])
+        room = 0.04 * ((high - low) or 1.0)
+        low, high = low - room, high + room
+        step = 10 ** math.floor(math.log10((high - low) / 2))
+        step *= next(f for f in (1, 2, 5, 10) if (high - low) / (f * step) <= 6)
+        first, last = math.ceil(low / step), math.floor(high / step)
+        return cls(name, False, low, high, tuple(round(i * step, 10) for i in range(first, last + 1)))
+
+    def ruler(self) -> str:
+        """Return the axis itself as an inline SVG: ticks with their labels."""
+        parts = ['<line class="zero" x1="0" x2="100%" y1="14" y2="14"/>']
+        for tick in self.ticks:
+            x = f"{self.percent(tick):.2f}%"
+            parts.append(f'<line class="zero" x1="{x}" x2="{x}" y1="14" y2="18"/>')
+            parts.append(f'<text x="{x}" y="10" text-anchor="middle">{self.label(tick)}</text>')
+        return f'<svg class="plot ruler" height="18" aria-hidden="true">{"".join(parts)}</svg>'
