@@ -112,7 +112,7 @@ def _product_kernel(
             tl.store(y_p + y_at, acc.to(y_p.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count"])
 def _swiglu_kernel(
     pre_p, h_p, d_p, d_pre_p, count, F,
     FORWARD: tl.constexpr, BACKWARD: tl.constexpr, BLOCK: tl.constexpr,

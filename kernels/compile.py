@@ -104,8 +104,9 @@ def _permute_case(S, E, K, M, dtype) -> Callable[[], None]:
 
 def _ffn_case(R, E, M, F, dtype, activation="gelu_tanh") -> Callable[[], None]:
     def run():
+        N = 2 * F if activation == "swiglu" else F
         x, w1, b1, w2, b2 = (
-            _meta(*shape, dtype=dtype, grad=True) for shape in ((R, M), (E, M, F), (E, F), (E, F, M), (E, M))
+            _meta(*shape, dtype=dtype, grad=True) for shape in ((R, M), (E, M, N), (E, N), (E, F, M), (E, M))
         )
         offsets = _meta(E + 1, dtype=torch.int32)
         y = expert_ffn(x, offsets, w1, b1, w2, b2, activation=activation, backend="triton")
@@ -151,6 +152,7 @@ CASES: dict[str, Callable[[], None]] = {
     "ffn R4096 E8 M512 F2048 fp32": _ffn_case(4096, 8, 512, 2048, FP32),
     "ffn R512 E16 M64 F256 fp32": _ffn_case(512, 16, 64, 256, FP32),
     "ffn R600 E5 M100 F401 bf16": _ffn_case(600, 5, 100, 401, BF16, "none"),
+    "ffn R65536 E64 M2048 F1024 bf16 swiglu": _ffn_case(65536, 64, 2048, 1024, BF16, "swiglu"),
     "residual S8192 M1024 bf16": _mix_case(8192, 1024, BF16),
     "residual S8192 M2048 fp16 given": _mix_case(8192, 2048, FP16, learned=False),
     "residual S333 M100 fp32": _mix_case(333, 100, FP32),
@@ -160,6 +162,7 @@ QUICK = (
     "gate S8192 E32 K2 random",
     "permute S8192 E128 K1 M1024 bf16",
     "ffn R8192 E128 M1024 F4096 bf16",
+    "ffn R65536 E64 M2048 F1024 bf16 swiglu",
     "residual S8192 M1024 bf16",
 )
 """A subset with every kernel, for tests."""

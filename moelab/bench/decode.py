@@ -42,6 +42,7 @@ from moelab.bench.harness import Row, Timing, read_rate
 from moelab.config import ModelConfig
 from moelab.config.parallel import ParallelConfig
 from moelab.engine import parallel as engine
+from moelab.engine.checkpoint import hf
 from moelab.engine.collectives import all_gather_json
 from moelab.engine.launch import process
 from moelab.engine.mesh import Mesh
@@ -67,6 +68,13 @@ def decoders(hidden: int = 512, layers: int = 4, vocab: int = 4096) -> dict[str,
         **moe,
         "350M+L6": ModelConfig.parse("350M+L6", context=256),
     }
+
+
+def named(name: str) -> ModelConfig:
+    """Return the model of a paper name, or that in a directory, whose weights are not used."""
+    if not (Path(name) / "config.json").is_file():
+        return ModelConfig.parse(name)
+    return replace(hf.read_config(Path(name)), name=Path(name).name)
 
 
 def measure(config: ModelConfig, batches: list[int], settings: DecodeSettings, device: str) -> list[Row]:
@@ -205,13 +213,13 @@ def main(
     """Measure, print and, with `out` (a folder), write `decode.jsonl` and its figure.
 
     Args:
-        models: names of `decoders` or of the paper's grammar; None is all of `decoders`.
+        models: names of `decoders` or as `named` takes them; None is all of `decoders`.
         ranks: numbers of ranks for the models with experts; empty leaves that part out.
         rank_batch: sequences over all ranks there.
         tensor, exchange: the layout where torchrun or srun started the ranks; otherwise it is flat and data parallel.
     """
     known = decoders()
-    configs = [known[name] if name in known else ModelConfig.parse(name) for name in models or known]
+    configs = [known[name] if name in known else named(name) for name in models or known]
     for config in configs:
         if settings.prompt + settings.output > config.context:
             raise ValueError(

@@ -174,9 +174,10 @@ class _Watch:
 def generators(model: GPT, length: int) -> dict[str, Peer]:
     """Return name -> transformers' counterpart of a model that is not packed; none where transformers is not installed.
 
-    A dense model is exported and loaded as `GPT2LMHeadModel`: the same weights, and the tokens must be the same. A
-    model with top-1 experts is compared with a Mixtral of as many MoE layers with as many experts of equal size
-    (gated, so the width is cut to two thirds) and nothing in between, so the peer has fewer layers of attention to
+    A model that one of transformers' classes describes (GPT-2, or one of the MoE families of
+    `moelab.engine.checkpoint.hf_families`) is exported and loaded: the same weights, and the tokens must be the same. A
+    model of the paper with top-1 experts is compared with a Mixtral of as many MoE layers with as many experts of equal
+    size (gated, so the width is cut to two thirds) and nothing in between, so the peer has fewer layers of attention to
     compute.
 
     Args:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -122,7 +123,10 @@ def bench_layer(
 def bench_decode(
     model: Annotated[
         list[str] | None,
-        typer.Option("--model", help="name; repeat for several (default: six, from the dense twin to MoE-128)"),
+        typer.Option(
+            "--model",
+            help="name, or directory of an imported model; repeat (default: six, from the dense twin to MoE-128)",
+        ),
     ] = None,
     batch: Annotated[list[int] | None, typer.Option("--batch", help="sequences; repeat for several")] = None,
     ranks: Annotated[
@@ -146,7 +150,8 @@ def bench_decode(
     check_device(device)
     check_choice("--exchange", exchange, EXCHANGES)
     for name in model or ():
-        ModelConfig.parse(name)
+        if not Path(name).is_dir():
+            ModelConfig.parse(name)
     from moelab.bench.decode import DecodeSettings
     from moelab.bench.decode import main as bench_main
     from moelab.engine.launch import process

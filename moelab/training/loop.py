@@ -280,8 +280,9 @@ class Trainer:
         tokens_BT, targets_BT = (t.to(config.device) for t in self.batches.batch(step))
         parts = len(tokens_BT) // self.micro_batch
         measures = (step + 1) % config.log_every == 0 or step + 1 == self.steps
-        for router in self.routers.values():
-            router.entropies = [] if measures else None
+        if measures:
+            for router in self.routers.values():
+                router.entropies = []
         teaches = self.distiller is not None and self.distiller.weight(step) > 0  # only then are logits needed
         module.train()
         loss_sum = routing_sum = distill_sum = 0.0
@@ -307,6 +308,8 @@ class Trainer:
         sums = [loss_sum, routing_sum, distill_sum]
         if measures and self.routers:
             sums.append(float(torch.stack([x for r in self.routers.values() for x in r.entropies]).mean()))
+            for router in self.routers.values():
+                router.entropies = None  # not in evaluation
         losses, load, kept, stop = self._agree(tuple(sums), counts, should_stop())
         losses, entropy = losses[:3], losses[3:]
         applied = math.isfinite(sum(losses)) and math.isfinite(norm)

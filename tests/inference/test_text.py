@@ -85,12 +85,13 @@ def test_bf16_writes_too(trained, home):
     assert open_text(trained.path, cache=home / "data", dtype="bf16").generate(["wave"], SAMPLING)[0].tokens
 
 
-def test_commands(trained, tmp_path):
-    def moelab(*arguments):
-        done = CliRunner().invoke(app, arguments, catch_exceptions=False)
-        assert done.exit_code == 0
-        return done.output
+def moelab(*arguments):
+    done = CliRunner().invoke(app, arguments, catch_exceptions=False)
+    assert done.exit_code == 0
+    return done.output
 
+
+def test_commands(trained, tmp_path):
     few = ("--max-new-tokens", "6", "--temperature", "0")
     assert moelab("generate", trained.spec.id, "--prompt", "wave salt", *few).startswith("wave salt")
     assert "moelab format in" in moelab("export", trained.spec.id[:6], str(tmp_path / "out"))
@@ -157,7 +158,7 @@ def test_what_cannot_be_opened(trained, home, tmp_path):
         store.find("tiny")
 
 
-def test_a_published_model_is_imported_continued_and_exported(tmp_path, moelab):
+def test_a_published_model_is_imported_continued_and_exported(tmp_path):
     transformers = pytest.importorskip("transformers", reason="needs transformers (extra eval)")
     import torch
 
