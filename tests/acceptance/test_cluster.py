@@ -40,8 +40,9 @@ def rows(folder, nodes, fault="", **options):
             patch.setattr(shared_folder.fcntl, "flock", lambda *_: None)
         if fault == "no locks" and rank == 0:
             patch.setattr(shared_folder.fcntl, "flock", no_locks)
+        if fault == "stale":
+            patch.setattr(shared_folder, "VISIBLE_S", 1.0)
         if fault == "stale" and rank == 3:
-            patch.setattr(shared_folder, "VISIBLE_S", 0.5)
             read = Path.read_text
             patch.setattr(Path, "read_text", lambda path, *a: "old" if path.name == "seen.txt" else read(path, *a))
         hosts = Nodes.of([f"node{other * nodes // world}" for other in range(world)])
