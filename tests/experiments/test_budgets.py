@@ -46,7 +46,7 @@ def test_the_quick_scale_is_a_budget_of_the_cpu_scale():
     quick = settings.spec("350M", "quick")
     whole, *branches = budgets.with_budgets(settings.spec("350M", "cpu"), "cpu")
     (same,) = [b for b in branches if b.train.tokens == quick.train.tokens]
-    assert replace(same.train, eval_every=1) == replace(quick.train, eval_every=1)
+    assert replace(same.train, eval_every=1, log_every=1) == replace(quick.train, eval_every=1, log_every=1)
     assert same.model == quick.model and same.data == quick.data
 
 
