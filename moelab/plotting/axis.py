@@ -50,7 +50,7 @@ class Axis:
         low, high = min([*values, 1.0]), max([*values, 1.0])
         low, high = min(low / 1.05, 0.8), max(high * 1.05, 1.25)
         coarse = [t for t in (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 20.0, 50.0) if low <= t <= high]
-        fine = [t for t in (0.8, 0.9, 1.0, 1.1, 1.2) if low <= t <= high]
+        fine = [t for t in (0.6, 0.8, 1.0, 1.2) if low <= t <= high]
         return cls(name, True, low, high, tuple(coarse if len(coarse) > 1 else fine))
 
     @classmethod

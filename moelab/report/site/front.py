@@ -76,7 +76,9 @@ def findings(rows: Iterable[ClaimRow]) -> list[Finding]:
             "Contradiction",
             contradicting,
             lambda n: f"{_claims(n)} {'is' if n == 1 else 'are'} contradicted by the trained twins:",
-            "No claim is contradicted by the trained twins." if trained else "No twin has been trained yet.",
+            "No claim is contradicted by the trained twins."
+            if trained
+            else "Without such a test, none is contradicted.",
         ),
         _undecided(unsettled, [row for row in decided if row.group == OPEN or not row.group]),
         _timing([row for row in decided if row.group == TIMED]),
@@ -241,10 +243,11 @@ def _size(scale: str, results: Sequence[Result]) -> str:
     seeds = [len(result.summary.seeds) for result in results if result.summary.seeds]
     tokens, corpora = _range_of(trained, "tokens", large), sorted({str(d.get("corpus")) for d in data})
     shape = f"{_range_of(models, 'layers')} layers of {_range_of(models, 'hidden')}"
+    each = f"{_range(seeds, str)} seed{'' if set(seeds) == {1} else 's'} each"
     return (
         f"Scale {scale}: the twins have {_range(parameters, large)} parameters in {shape} and are trained on {tokens} "
-        f"tokens of {', '.join(corpora)}, {_range(seeds, str)} seeds each ({len(runs)} runs). The paper’s models of "
-        f"these names have {_range([size for size, _ in published], large)} parameters and "
+        f"tokens of {', '.join(corpora)}, {each} ({len(runs)} runs). The paper’s models of these names have "
+        f"{_range([size for size, _ in published], large)} parameters and "
         f"{_range([tokens for _, tokens in published], large)} tokens."
     )
 

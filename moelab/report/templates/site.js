@@ -224,7 +224,7 @@ const moelab = {
     for (const name of union(Object.keys(fa), Object.keys(fb))) {
       const one = (r, f, side) => {
         if (!f) return make("p", { class: "soft" }, `${side} has no figure ${name}.`);
-        const image = (kind, file) => make("img", { class: kind, src: `${r.path}/${file}`, alt: f.title });
+        const image = (kind, file) => make("img", { class: phone && f.narrow ? kind : `${kind} whole`, src: `${r.path}/${file}`, alt: f.title });
         return make("figure", {}, make("h3", {}, `${side}: ${f.title}`),
           make("div", { class: "scroll" },
             ...(f.dark ? [image("light", (phone && f.narrow) || f.light), image("dark", (phone && f.narrow_dark) || f.dark)] : [image("card", f.light)])));
