@@ -138,6 +138,9 @@ def test_speed_and_decode_end_to_end(setup):
     assert set(decoded) == {"graph", "no graph", "baseline, graph", "baseline, no graph"}
     assert all(row["ceilings_ratio"] == pytest.approx(row["step_ms"] / row["ceilings_ms"]) for row in decoded.values())
     assert decoded["graph"]["ceilings_ms"] < decoded["no graph"]["ceilings_ms"], "a graph costs the host nothing"
+    assert (
+        "Ceilings" in (text := page.write(setup).read_text()) and "over ours" in text and "State of the Union" in text
+    )
 
 
 @pytest.mark.slow
@@ -153,7 +156,7 @@ def test_train_end_to_end(setup, monkeypatch):
     assert rows["speed: PR-MoE-32/64"]["tokens_per_s"] > 0
 
     text = page.write(setup).read_text()
-    assert "validation loss" in text and "Ceilings" in text and "times mean nothing" in text
+    assert "Three arms on equal tokens" in text and "times mean nothing" in text
 
 
 @pytest.mark.slow
