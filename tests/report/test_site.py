@@ -212,8 +212,12 @@ def test_a_notebook_page_has_its_outputs_and_no_library_from_outside(published):
     assert 'alt="Figure: Notebook of pr-moe"' in page and "<details" not in page
 
 
-def test_long_code_is_folded_and_a_formula_nobody_can_read_stays(tmp_path):
+def test_long_code_and_tables_are_folded_and_a_formula_nobody_can_read_stays(tmp_path):
     import nbformat.v4 as nb
+
+    def table(rows):
+        html = f"<table><thead><tr><th>a</th></tr></thead>{'<tr><td>1</td></tr>' * rows}</table>"
+        return nb.new_output("execute_result", data={"text/html": html})
 
     view = "application/vnd.jupyter.widget-view+json"
     widgets = [
@@ -223,10 +227,12 @@ def test_long_code_is_folded_and_a_formula_nobody_can_read_stays(tmp_path):
     cells = [
         nb.new_markdown_cell("$$\\ell_i = -\\sum_v p_v \\log q_v$$"),
         nb.new_code_cell("x = 1\n" * 20, outputs=widgets),
+        *(nb.new_code_cell("table", outputs=[table(rows)]) for rows in (4, 40)),
     ]
     (tmp_path / "notebook.ipynb").write_text(nbformat.writes(nb.new_notebook(cells=cells)))
     page = site.convert(tmp_path / "notebook.ipynb").read_text()
     assert 'display="block"' in page and "<summary>20 lines of code</summary>" in page
+    assert "<summary>Table of 40 rows</summary>" in page and page.count('<details class="table">') == 1
     assert "Controls to play with" in page and "VBox" not in page and "Output()" not in page
     assert notebook.mathml("\\left(x", "inline").startswith("<code>")
 

@@ -21,7 +21,9 @@ from moelab.paper.verdicts import (
     DIRECTION,
     FITTED,
     NO_SPREAD,
+    NOT_JUDGED,
     NOT_REPRODUCED,
+    NOT_TESTABLE,
     ONE_SESSION,
     PREDICTED,
     REPRODUCED,
@@ -76,9 +78,7 @@ def findings(rows: Iterable[ClaimRow]) -> list[Finding]:
             "Contradiction",
             contradicting,
             lambda n: f"{_claims(n)} {'is' if n == 1 else 'are'} contradicted by the trained twins:",
-            "No claim is contradicted by the trained twins."
-            if trained
-            else "Without such a test, none is contradicted.",
+            f"{'No' if trained else 'Without such a test no'} claim is contradicted by the trained twins.",
         ),
         _undecided(unsettled, [row for row in decided if row.group == OPEN or not row.group]),
         _timing([row for row in decided if row.group == TIMED]),
@@ -87,12 +87,12 @@ def findings(rows: Iterable[ClaimRow]) -> list[Finding]:
 
 
 def _distinct(rows: Iterable[ClaimRow]) -> list[ClaimRow]:
-    """Return one row a claim: of rows that share it one with a kind, else one with a value, else the first."""
+    """Return one row a claim, as `moelab.report.ledger.distinct`: of rows that share it the first that is judged."""
     shared: dict[str, list[ClaimRow]] = {}
     for row in rows:
         shared.setdefault(row.claim.same_as or row.claim.id, []).append(row)
     return [
-        min(group, key=lambda r: (r.kind in ("", OPEN), r.ours is None, bool(r.claim.same_as)))
+        min(group, key=lambda r: (r.verdict in NOT_JUDGED, r.kind in ("", OPEN), r.claim.same_as != ""))
         for group in shared.values()
     ]
 
@@ -102,7 +102,7 @@ def _with(rows: Sequence[ClaimRow], *verdicts: str) -> list[ClaimRow]:
 
 
 def _doubt(row: ClaimRow) -> float:
-    """Return a number that is smaller the clearer a claim's interval is: half its width over our value."""
+    """Return a number that is smaller the clearer a claim's interval is: its width over our value."""
     if row.low is None or row.high is None or not row.ours:
         return float("inf")
     return (row.high - row.low) / abs(row.ours)
@@ -131,7 +131,7 @@ def _agreement(rows: Sequence[ClaimRow], trained: int) -> Finding:
 
 
 def _undecided(rows: Sequence[ClaimRow], open_: Sequence[ClaimRow]) -> Finding:
-    larger = sum(row.claim.testable_at in ("gpu", "paper") for row in open_)
+    larger = sum(row.verdict == NOT_TESTABLE for row in open_)
     disputed = sum(row.verdict == DISAGREES for row in open_)
     left = f"{len(open_)} {'other has' if len(open_) == 1 else 'others have'} no verdict"
     if larger:
