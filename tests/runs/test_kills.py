@@ -43,17 +43,20 @@ def finish(run: Run) -> None:
     assert start(run).wait(600) == 0, run.log_tail(40)
 
 
+def rows(run: Run) -> int:
+    """The number of rows of training metrics."""
+    file = run.path / TRAIN
+    return file.read_bytes().count(b"\n") if file.exists() else 0
+
+
 def kill_once(run: Run, draw: random.Random) -> str:
     """Start the run, kill it or one of its ranks, and return what was killed; an empty text if it was finished first."""
-    rows = run.path / TRAIN
-    before = rows.stat().st_mtime_ns if rows.exists() else 0
+    early = draw.random() < 0.25  # in the midst of starting; else some rows, and so checkpoints, after the last kill
+    goal = 0 if early else rows(run) + draw.randint(1, 8)
     process = start(run)
-    early = draw.random() < 0.25
-    while process.poll() is None and not early:  # else in the midst of starting
-        if rows.exists() and rows.stat().st_mtime_ns > before and run.status.state == "running":
-            break
+    while process.poll() is None and rows(run) < goal:
         time.sleep(0.01)
-    time.sleep(draw.uniform(0, 3 if early else 1))
+    time.sleep(draw.uniform(0, 3 if early else 0.2))
     if process.poll() is not None:
         return ""
     ranks = process.children(recursive=True)
