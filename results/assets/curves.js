@@ -133,10 +133,10 @@
         width: area.clientWidth,
         height: Math.max(260, Math.min(400, Math.round(area.clientWidth * 0.55))),
         legend: { show: false },
-        scales: { x: { time: false, distr: data.along ? 1 : 3, log: 2 }, y: { range: (u, low, high) => (low === null ? [0, 1] : uPlot.rangeNum(difference ? Math.min(low, 0) : low, difference ? Math.max(high, 0) : high, 0.06, false)) } },
+        scales: { x: data.along ? { time: false } : { time: false, distr: 3, range: (u, low, high) => [low / 1.1, high * 1.1] }, y: { range: (u, low, high) => (low === null ? [0, 1] : uPlot.rangeNum(difference ? Math.min(low, 0) : low, difference ? Math.max(high, 0) : high, 0.06, false)) } },
         cursor: { drag: { x: true, y: false }, points: { size: 6 } },
         axes: [
-          { ...axis, label: "training tokens", values: (u, ticks) => ticks.map((v) => (v === null ? "" : tokens(v))), space: 70 },
+          { ...axis, label: "training tokens", values: (u, ticks) => ticks.map(tokens), space: 70, ...(data.along ? {} : { splits: (u) => u.data[0], filter: (u, ticks) => ticks }) },
           { ...axis, label: what, size: 62, values: (u, ticks) => ticks.map((v) => String(+v.toFixed(4)).replace("-", "−")) },
         ],
         series, bands,
@@ -178,9 +178,10 @@
   }
 
   for (const box of document.querySelectorAll(".chart")) {
-    // A picture of one panel shows the same curves: the chart takes its place. One of several panels stays above it.
+    // A picture of one panel shows the same curves along training: the chart takes its place. Others, which show the paper's
+    // values or more beside ours, stay above it.
     const picture = box.parentElement.querySelector(".picture");
-    const alone = Number(box.dataset.panels) === 1;
+    const alone = Number(box.dataset.panels) === 1 && JSON.parse(box.querySelector("script").textContent).along;
     const button = make("button", { type: "button", class: "button", "aria-expanded": String(alone) }, alone ? "Show the picture" : "Hover, zoom, switch arms");
     const holder = make("p", { class: "actions" }, button);
     box.before(holder);

@@ -218,15 +218,16 @@ const moelab = {
       parts.push(first.includes(key) ? shown : make("details", {}, make("summary", {}, key.replaceAll("_", " ")), shown));
     }
 
+    const phone = matchMedia("(max-width: 46rem)").matches;
     const by = (r) => Object.fromEntries(r.figures.map((f) => [f.name, f]));
     const [fa, fb] = [by(a), by(b)];
     for (const name of union(Object.keys(fa), Object.keys(fb))) {
       const one = (r, f, side) => {
         if (!f) return make("p", { class: "soft" }, `${side} has no figure ${name}.`);
-        const image = (kind, file) => make("img", { class: kind, src: `${r.path}/${file}`, alt: f.title });
+        const image = (kind, file) => make("img", { class: phone && f.narrow ? kind : `${kind} whole`, src: `${r.path}/${file}`, alt: f.title });
         return make("figure", {}, make("h3", {}, `${side}: ${f.title}`),
           make("div", { class: "scroll" },
-            ...(f.dark ? [image("light", f.narrow ?? f.light), image("dark", f.narrow_dark ?? f.dark)] : [image("card", f.light)])));
+            ...(f.dark ? [image("light", (phone && f.narrow) || f.light), image("dark", (phone && f.narrow_dark) || f.dark)] : [image("card", f.light)])));
       };
       parts.push(make("h2", {}, name), make("div", { class: "pair" }, one(a, fa[name], "A"), one(b, fb[name], "B")));
     }
@@ -236,7 +237,10 @@ const moelab = {
         const t = r.tables[name];
         if (!t || !t.rows.length) return make("p", { class: "soft" }, `${side} has no table ${name}.`);
         const keys = Object.keys(t.rows[0]);
-        return table(`${side}: ${t.title}`, keys, t.rows.map((row) => ({ cells: keys.map((k) => text(row[k])) })));
+        const shown = table("", keys, t.rows.map((row) => ({ cells: keys.map((k) => text(row[k])) })));
+        const folded = make("details", {}, make("summary", {}, `${side}: ${t.title} (${t.rows.length} rows)`), shown);
+        folded.open = t.rows.length <= 12;
+        return folded;
       };
       parts.push(make("h2", {}, name), make("div", { class: "pair" }, one(a, "A"), one(b, "B")));
     }

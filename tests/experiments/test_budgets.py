@@ -95,6 +95,13 @@ def test_efficiency_interpolates_over_the_logarithm_of_the_tokens():
     assert not len(budgets.efficiency(never, "MoE", "Dense"))
 
 
+def test_nothing_is_interpolated_over_a_missing_budget():
+    losses = table({("Dense", 0): (6, 5, 4), ("MoE", 0): (5.5, 4.5, 3.5)}, tokens=(100, 200, 1600))
+    assert list(budgets.efficiency(losses, "MoE", "Dense")["tokens"]) == [200]
+    curve = losses[losses["arm"] == "MoE"]
+    assert budgets.loss_at(curve, 800) is None and budgets.loss_at(curve, 200) == 4.5
+
+
 def test_equal_cost_gives_the_dearer_model_fewer_tokens():
     losses = table({("Dense", 0): (6, 5, 4), ("MoE", 0): (5.5, 4.5, 3.5)})
     found = budgets.at_equal_cost(losses, {"time": {"Dense": 1.0, "MoE": 2.0}}, "Dense")
