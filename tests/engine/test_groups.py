@@ -96,7 +96,8 @@ def test_observers_see_every_collective_of_a_step(on_ranks):
     layout = ParallelConfig(tensor=2, data=2, exchange="coordinated")
     for rank, seen in enumerate(on_ranks(4, calls_of_a_step, layout)):
         kinds = {kind for _, kind, _, _ in seen}
-        assert kinds == {"counts", "dispatch", "combine", "tensor", "activations", "gradients", "norm"} <= set(KINDS)
+        parts = {"counts", "check", "dispatch", "combine", "tensor", "activations", "gradients", "norm"}
+        assert kinds == parts <= set(KINDS)
         assert {r for _, _, r, _ in seen} == {rank}
         assert ("all_to_all", "dispatch", rank, True) in seen and ("wait", "gradients", rank, False) in seen
 

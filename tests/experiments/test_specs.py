@@ -130,7 +130,7 @@ def test_text_as_on_a_command_line_and_values_are_the_same_overrides():
         (0.9, 0.99),
     )
     assert spec.data.corpus == "folder:a_b" and spec.model.routing.drop_tokens and spec.train.dtype == "bf16"
-    assert (spec.parallel.data, spec.train.micro_batch) == (2, 4), "a micro-batch a rank"
+    assert (spec.parallel.data, spec.train.micro_batch) == (2, 16), "a micro-batch a rank"
 
 
 def test_what_goes_with_a_setting_can_be_set_as_well():
