@@ -25,6 +25,7 @@ KINDS = {
     "slices": "rows and partial sums between the slices of an expert",
     "combine": "experts' outputs back to the ranks of their tokens",
     "tensor": "rows among tensor-parallel ranks, which hold the same tokens (the coordinated exchange)",
+    "check": "comparison of the routing of ranks that should have routed alike (the coordinated exchange)",
     "capacity": "the baseline's agreement on one capacity",
     "activations": "partial results of tensor-sliced layers, and their inputs' gradients",
     "router": "routing statistics over the whole batch",
