@@ -12,6 +12,7 @@ from moelab.plotting.narrow import WIDTH, narrowed
 
 @pytest.fixture(autouse=True)
 def closed():
+    plt.close("all")  # of other files' tests
     yield
     plt.close("all")
 
