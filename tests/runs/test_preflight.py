@@ -9,6 +9,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from moelab import machine
 from moelab.experiments import EXPERIMENTS
 from moelab.runs import preflight
 from moelab.runs.spec import Start
@@ -42,8 +43,7 @@ def test_a_missing_device_is_refused(tiny_spec, monkeypatch):
 
 
 def test_more_ranks_than_devices_are_refused(tiny_spec, monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(machine, "cuda_devices", lambda: 1)
     monkeypatch.delenv("SLURM_JOB_ID", raising=False)
     spec = replace(tiny_spec, train=replace(tiny_spec.train, micro_batch=1))
     preflight.check([on_cuda(spec)])
