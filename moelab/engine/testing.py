@@ -134,13 +134,19 @@ class Ranks:
                 try:
                     failure, result = pickle.loads(pipe.recv_bytes())
                 except (EOFError, OSError):
-                    self._processes[rank].join(5)
-                    code = self._processes[rank].exitcode
-                    raise RankError(f"{name}: rank {rank} of {self.size} died with exit code {code}") from None
+                    raise self._death(name, rank, 5) from None
                 if failure:
+                    for other in waiting.values():  # a rank that died is the cause of its neighbours' failures
+                        self._processes[other].join(0.2)
+                        if self._processes[other].exitcode is not None:
+                            raise self._death(name, other, 0)
                     raise RankError(f"{name}: rank {rank} of {self.size} failed\n{failure}")
                 results[rank] = result
         return [results[rank] for rank in range(self.size)]
+
+    def _death(self, name: str, rank: int, patience_s: float) -> RankError:
+        self._processes[rank].join(patience_s)
+        return RankError(f"{name}: rank {rank} of {self.size} died with exit code {self._processes[rank].exitcode}")
 
 
 def identity_experts(rows_RM: Tensor, offsets_E1: Tensor) -> Tensor:
