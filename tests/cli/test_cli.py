@@ -240,7 +240,7 @@ class TestPrMoeNotebook:
         results, _, out = published
         (folder,) = (results / "pr-moe" / "smoke").iterdir()
         names = {p.name for p in folder.iterdir()}
-        for figure in ("gap-over-tokens", "over-training", "gap-to-moe128", "expert-load"):
+        for figure in ("gap-over-tokens", "gap-to-moe128", "expert-load"):
             assert {f"{figure}.png", f"{figure}.svg", f"{figure}.jsonl"} <= names
         summary = json.loads((folder / "summary.json").read_text())
         assert len(summary["runs"]) == 4 and not summary["missing"] and summary["seeds"] == [0, 1]
