@@ -331,9 +331,8 @@ class ModelConfig:
         M, d = self.hidden, self.decoder
         norm = 2 * M if d.norm == "layer" else M
         dense_layers = self.layers - self.moe_layers
-        rows = self.vocab * (1 if d.tied else 2) + (self.context if d.positions == "learned" else 0)
         return (
-            rows * M
+            self.embedding_parameters()
             + self.layers * (self.attention_parameters() + 2 * norm)
             + norm
             + dense_layers * self.feed_forward_parameters(self.ffn)
@@ -352,9 +351,14 @@ class ModelConfig:
         """Return the number of parameters that one token uses: K of each MoE layer's experts, and everything else."""
         return self._shared() + sum(self._per_moe_layer(e, self.top_k) for e in self.experts if e)
 
-    def non_embedding_parameters(self) -> int:
-        """Return the number of parameters outside the embeddings of tokens and positions."""
-        return self.parameters() - (self.vocab + self.context) * self.hidden
+    def embedding_parameters(self) -> int:
+        """Return the parameters of the embeddings of tokens and positions, and of an output head of its own."""
+        rows = self.vocab * (1 if self.decoder.tied else 2)
+        return (rows + (self.context if self.decoder.positions == "learned" else 0)) * self.hidden
+
+    def non_embedding_parameters(self, *, active: bool = False) -> int:
+        """Return the parameters besides `embedding_parameters`: all of them, or those that one token uses."""
+        return (self.active_parameters() if active else self.parameters()) - self.embedding_parameters()
 
     def flops_per_token(self, *, training: bool = True, context: int | None = None) -> float:
         """Return the matrix-multiply FLOPs per token: of a forward pass, times 3 for training.

@@ -16,7 +16,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from moelab import paper
-from moelab.config import ModelConfig
+from moelab.config import ExpertConfig, ModelConfig
 from moelab.experiments import settings
 from moelab.runs.branching import token_budgets
 from moelab.runs.collection import Runs
@@ -79,17 +79,10 @@ def losses(runs: Runs) -> pd.DataFrame:
     for run in runs.finished:
         spec = run.spec
         arm = spec.start.run.title if spec.start else spec.title
-        dense = replace(spec.model, experts=(0,) * spec.model.layers, residual=False, top_k=1)
+        dense = replace(spec.model, experts=(0,) * spec.model.layers, residual=False, top_k=1, expert=ExpertConfig())
         tokens = run.result["tokens"]
-        rows.append(
-            [
-                arm,
-                spec.train.seed,
-                tokens,
-                tokens / dense.non_embedding_parameters(),
-                run.result["validation_loss"],
-            ]
-        )
+        each = tokens / dense.non_embedding_parameters()
+        rows.append([arm, spec.train.seed, tokens, each, run.result["validation_loss"]])
     return pd.DataFrame(rows, columns=COLUMNS).sort_values(["arm", "seed", "tokens"], ignore_index=True)
 
 
@@ -106,7 +99,9 @@ def gaps(table: pd.DataFrame, reference: str) -> pd.DataFrame:
 
 
 def paper_gaps(model: str, base: str) -> pd.DataFrame:
-    """Return the paper's gap of an MoE to its base over training, read off Fig 1 (both curves before their decay ends).
+    """Return the paper's gap of an MoE to its base over training, read off the two curves of Fig 1.
+
+    The readings are along one run each, so all but the last are from before the end of the learning rate's decay.
 
     Columns: tokens, per_parameter, gap, low, high.
     """
@@ -223,31 +218,33 @@ def loss_at(curve: pd.DataFrame, tokens: float) -> float | None:
 
 
 def at_equal_cost(table: pd.DataFrame, costs: Mapping[str, Mapping[str, float]], base: str) -> pd.DataFrame:
-    """Return each arm's loss minus the base's where both have cost the same, the base all its tokens.
+    """Return each arm's loss minus the base's where both have cost the same: as much as all the base's tokens.
+
+    A seed counts for an arm only if the arm's budgets span the tokens at every cost, so that the means over seeds of
+    different costs can be compared.
 
     Args:
         table: from `losses`.
         costs: what -> arm -> cost of a token, such as {"training FLOPs": {"Dense": 1e6, "MoE-128": 1.1e6}}.
 
     Returns:
-        Columns at (what), arm, seed, gap; a row only where the arm's budgets span the tokens that it can afford.
+        Columns at (what), arm, seed, gap.
     """
     import pandas as pd
 
     rows = []
     for seed, part in table.groupby("seed"):
         dense = part[part["arm"] == base].sort_values("tokens")
-        if not len(dense):
-            continue
-        last = dense.iloc[-1]
-        for what, a_token in {"training tokens": dict.fromkeys(part["arm"], 1.0), **costs}.items():
-            for arm in dict.fromkeys(part["arm"]):
-                if arm == base or arm not in a_token or base not in a_token:
-                    continue
-                curve = part[part["arm"] == arm].sort_values("tokens")
-                loss = loss_at(curve, last["tokens"] * a_token[base] / a_token[arm])
-                if loss is not None:
-                    rows.append([what, arm, seed, loss - last["loss"]])
+        for arm in dict.fromkeys(part["arm"]):
+            if arm == base or not len(dense):
+                continue
+            last, curve = dense.iloc[-1], part[part["arm"] == arm].sort_values("tokens")
+            dearer = {"training tokens": 1.0} | {
+                what: a_token[arm] / a_token[base] for what, a_token in costs.items() if {arm, base} <= set(a_token)
+            }
+            found = {what: loss_at(curve, last["tokens"] / times) for what, times in dearer.items()}
+            if None not in found.values():
+                rows += [[what, arm, seed, loss - last["loss"]] for what, loss in found.items()]
     return pd.DataFrame(rows, columns=["at", "arm", "seed", "gap"])
 
 

@@ -145,16 +145,24 @@ def headline(final: pd.DataFrame) -> str:
     return comparison.difference(final, "350M+MoE-128", "350M")
 
 
+def paper_length() -> float:
+    """Return the tokens for each of the base's parameters at the last reading of the paper's 350M curves in Fig 1."""
+    return float(budgets.paper_gaps("350M+MoE-128", "350M")["per_parameter"].iloc[-1])
+
+
 def gap_headline(gaps: pd.DataFrame) -> str:
-    """Return, in one line, how the gap of the MoE to its base moves with the budget; from `budgets.gaps`."""
-    means = gaps[gaps["arm"] == "350M+MoE-128"].groupby("tokens")["gap"].mean()
+    """Return, in one line, the gap of the MoE to its base at its first and last budget and where it is smallest.
+
+    Args:
+        gaps: from `budgets.gaps`.
+    """
+    ours = gaps[gaps["arm"] == "350M+MoE-128"]
+    means = ours.groupby("tokens")["gap"].mean()
     if len(means) < 2:
         return "350M+MoE-128 and 350M have no two budgets in common"
-    (first, small), (last, large) = [(means.index[i] / 1e6, means.iloc[i]) for i in (0, -1)]
-    return (
-        f"350M+MoE-128 minus 350M: {small:+.3f} nats after {first:.1f} M tokens, {large:+.3f} after {last:.1f} M: "
-        f"the gap {'grows with the tokens' if large < small else 'does not grow with the tokens'}"
-    )
+    chosen = dict.fromkeys((means.index[0], means.idxmax(), means.index[-1]))
+    said = ", ".join(f"{means[tokens]:+.3f} after {tokens / 1e6:.1f} M" for tokens in sorted(chosen))
+    return f"350M+MoE-128 minus 350M (nats by training tokens): {said}"
 
 
 def efficiency_headline(times: pd.DataFrame) -> str:
@@ -165,15 +173,20 @@ def efficiency_headline(times: pd.DataFrame) -> str:
     theirs = paper_efficiency()[last["arm"].iloc[0]]
     return (
         f"{last['arm'].iloc[0]} reaches its base's loss at {last['tokens'].iloc[0] / 1e6:.1f} M tokens with "
-        f"{last['times'].mean():.1f} times fewer (paper, at its end: {theirs:.1f})"
+        f"{last['times'].mean():.1f} times fewer ({_seeds(last)}; paper, at its end: {theirs:.1f})"
     )
 
 
 def cost_headline(costs: pd.DataFrame) -> str:
     """Return the gap at equal tokens, FLOPs and time in one line; from `budgets.at_equal_cost`."""
-    means = costs[costs["arm"] == "350M+MoE-128"].groupby("at", sort=False)["gap"].mean()
-    said = ", ".join(f"{value:+.3f} at equal {what}" for what, value in means.items())
-    return f"350M+MoE-128 minus 350M: {said} (nats)" if said else "no MoE and its base have finished"
+    ours = costs[costs["arm"] == "350M+MoE-128"]
+    said = ", ".join(f"{part['gap'].mean():+.3f} at equal {what}" for what, part in ours.groupby("at", sort=False))
+    return f"350M+MoE-128 minus 350M: {said} (nats; {_seeds(ours)})" if said else "no MoE has budgets for it"
+
+
+def _seeds(rows: pd.DataFrame) -> str:
+    count = rows["seed"].nunique()
+    return f"{count} seed{'s' if count > 1 else ''}"
 
 
 EXPERIMENT = Experiment(

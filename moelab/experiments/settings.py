@@ -9,8 +9,8 @@ which an experiment runs:
   for each of the 102 k parameters that the 350M twin has outside its embeddings (the paper: 992; its curves pass 161 at
   49 B of their 300 B tokens); the 1.3B twin sees 41, the 6.7B twin 7. Shorter runs do not tell the arms apart: experts
   gain after they have had their tokens (LOG.md).
-- `quick`: the same twins on 1 M tokens (10 a parameter): a run in a minute, the cheapest budget at which the MoE arms
-  lead their base clearly (`budgets`, LOG.md). It does not tell MoE arms apart.
+- `quick`: the same twins on 1 M tokens (10 a parameter): a run in a minute, and enough for the MoE arms to lead their
+  base clearly (LOG.md).
 - `gpu`: hidden / 8, depth / 2, all experts; 400 M tokens of the public Pile, 168 a parameter; one GPU. Without a
   network, mix5 gives 64 M tokens in four passes: ``-p data.corpus=mix5 -p train.tokens=64e6``.
 - `paper`: the published settings (`moelab.paper.training_settings`) on 64 GPUs, as in the scripts: batch, rates,

@@ -19,7 +19,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from moelab.config import ModelConfig
 from moelab.experiments import comparison, settings
 from moelab.experiments.base import Experiment, twin_scales
 from moelab.runs.spec import RunSpec
@@ -54,11 +53,6 @@ def build(scale: str, seed: int, overrides: Mapping[str, Any]) -> list[RunSpec]:
         fine = {"model.expert.ffn": width, "model.expert.shared_ffn": 4 * width} if label == "Shared, fine" else {}
         runs.append(settings.spec(name, scale, seed, label=label, overrides={**changes, **fine, **overrides}))
     return runs
-
-
-def active(model: ModelConfig) -> int:
-    """Return the parameters that a token uses outside the embeddings."""
-    return model.active_parameters() - (model.vocab + model.context) * model.hidden
 
 
 def answer(final: pd.DataFrame) -> str:

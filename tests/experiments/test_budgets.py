@@ -7,7 +7,7 @@ import matplotlib
 import pandas as pd
 import pytest
 
-from moelab.experiments import budgets, settings
+from moelab.experiments import budgets, scaling, settings
 from moelab.runs.collection import Runs
 from moelab.runs.store import RunStore
 
@@ -110,7 +110,7 @@ def test_equal_cost_gives_the_dearer_model_fewer_tokens():
         "time": pytest.approx(4.5 - 4),
     }
     dear = budgets.at_equal_cost(losses, {"time": {"Dense": 1.0, "MoE": 8.0}}, "Dense")
-    assert list(dear["at"]) == ["training tokens"], "50 tokens are below the MoE's budgets"
+    assert not len(dear), "50 tokens are below the MoE's budgets, so the seed counts for no cost"
 
 
 def test_effective_size_is_between_the_dense_models():
@@ -120,6 +120,17 @@ def test_effective_size_is_between_the_dense_models():
     assert at_larger["times"].item() == pytest.approx(400_000 / 101_696)
     early, late = (budgets.paper_effective_size("350M+MoE-128", "350M", "1.3B", n) for n in (161, 975))
     assert 2 < early < late < 7, "the paper's MoE equals a larger model as training goes on"
+
+
+def test_headlines_name_the_weakest_budget_and_the_seeds():
+    losses = table(
+        {("350M", 0): (6, 5, 4), ("350M+MoE-128", 0): (5.8, 4.95, 3.6)}, tokens=(10**6, 2 * 10**6, 4 * 10**6)
+    )
+    line = scaling.gap_headline(budgets.gaps(losses, "350M"))
+    assert "-0.200 after 1.0 M, -0.050 after 2.0 M, -0.400 after 4.0 M" in line
+    costs = budgets.at_equal_cost(losses, {"time": {"350M": 1.0, "350M+MoE-128": 1.0}}, "350M")
+    assert scaling.cost_headline(costs).endswith("-0.400 at equal time (nats; 1 seed)")
+    assert "(1 seed; paper" in scaling.efficiency_headline(budgets.efficiency(losses, "350M+MoE-128", "350M"))
 
 
 def test_share_kept():

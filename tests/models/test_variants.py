@@ -393,6 +393,15 @@ def test_a_step_in_bf16_is_near_one_in_fp32(config):
     assert found[0] == pytest.approx(found[1], abs=0.05)
 
 
+@pytest.mark.parametrize("config", [MODERN, ModelConfig.parse("350M+MoE-32 twin")], ids=["modern", "paper"])
+def test_parameters_outside_the_embeddings_are_those_of_the_blocks_and_the_last_norm(config):
+    sizes = {name: p.numel() for name, p in build(config, 0).named_parameters()}
+    inside = sum(size for name, size in sizes.items() if name.startswith(("blocks.", "norm.")))
+    assert config.non_embedding_parameters() == inside
+    assert config.embedding_parameters() == sum(sizes.values()) - inside
+    assert config.non_embedding_parameters(active=True) < inside
+
+
 def test_variants_train_in_a_spec():
     spec = RunSpec(replace(MODERN, context=64), TrainConfig(tokens=4096), DataConfig(context=64))
     assert RunSpec.from_json(spec.to_json()) == spec
