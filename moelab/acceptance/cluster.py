@@ -256,7 +256,7 @@ def main(
     """Join the other ranks, check, and print as rank 0; return whether all is well, on other ranks True.
 
     Raises:
-        ValueError: this process is no rank; a size below 1 KiB; an unknown cluster; a folder that not all ranks see.
+        ValueError: this process is no rank; a size below 1 MiB; an unknown cluster; a folder that not all ranks see.
     """
     if process.find() is None:
         raise ValueError(
