@@ -62,6 +62,12 @@ def with_budgets(trunk: RunSpec, scale: str) -> list[RunSpec]:
     return [keeping, *named]
 
 
+def expand(specs: Sequence[RunSpec], arms: Sequence[str], scale: str) -> list[RunSpec]:
+    """Return runs followed by the budgets of those whose label is among the arms."""
+    families = [with_budgets(spec, scale) if spec.label in arms else [spec] for spec in specs]
+    return [family[0] for family in families] + [branch for family in families for branch in family[1:]]
+
+
 def trunks(runs: Runs) -> Runs:
     """Return the runs that are no budget of another."""
     return Runs([run for run in runs if run.spec.start is None])

@@ -61,13 +61,13 @@ def arms(scale: str) -> list[str]:
 
 def build(scale: str, seed: int, overrides: Mapping[str, Any]) -> list[RunSpec]:
     """Return the runs of one seed: every arm, then the budgets of those that have some."""
-    families = []
-    for label in arms(scale):
-        arm = ARMS[label]
-        given = arm if isinstance(arm, Mapping) else {"name": arm}
-        spec = settings.spec(**given, scale=scale, seed=seed, label=label, overrides=overrides)
-        families.append(budgets.with_budgets(spec, scale) if label in BUDGETED else [spec])
-    return [family[0] for family in families] + [branch for family in families for branch in family[1:]]
+    shared = {"scale": scale, "seed": seed, "overrides": overrides}
+    specs = [
+        settings.spec(**(arm if isinstance(arm, Mapping) else {"name": arm}), **shared, label=label)
+        for label, arm in ARMS.items()
+        if label in arms(scale)
+    ]
+    return budgets.expand(specs, BUDGETED, scale)
 
 
 def sizes(specs: Sequence[RunSpec]) -> pd.DataFrame:

@@ -48,8 +48,7 @@ def arms(scale: str) -> list[str]:
 def build(scale: str, seed: int, overrides: Mapping[str, Any]) -> list[RunSpec]:
     """Return the runs of one seed: every arm, then the budgets of those that have some."""
     specs = [settings.spec(name, scale, seed, label=name, overrides=overrides) for name in arms(scale)]
-    families = [budgets.with_budgets(spec, scale) if spec.label in BUDGETED else [spec] for spec in specs]
-    return [family[0] for family in families] + [branch for family in families for branch in family[1:]]
+    return budgets.expand(specs, BUDGETED, scale)
 
 
 def paper_efficiency() -> dict[str, float]:
