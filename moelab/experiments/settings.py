@@ -7,8 +7,8 @@ which an experiment runs:
 - `cpu`: hidden size / 32, depth / 3 (350M: 32 wide, 8 layers; 1.3B: 64; 6.7B: 128 and 11 layers), the paper's own
   numbers of experts; 16.4 M tokens of mix5, less than one pass, in batches of 32 x 128, BPE of 2048. That is 161 tokens
   for each of the 102 k parameters that the 350M twin has outside its embeddings (the paper: 992; its curves pass 161 at
-  49 B of their 300 B tokens); the 1.3B twin sees 41, the 6.7B twin 7. Shorter runs do not tell the arms apart: experts
-  gain after they have had their tokens (LOG.md).
+  49 B of their 300 B tokens); the 1.3B twin sees 41, the 6.7B twin 7. The gap of MoE-128 to its base is more than twice
+  that of shorter runs (LOG.md).
 - `quick`: the same twins on 1 M tokens (10 a parameter): a run in a minute, and enough for the MoE arms to lead their
   base clearly (LOG.md).
 - `gpu`: hidden / 8, depth / 2, all experts; 400 M tokens of the public Pile, 168 a parameter; one GPU. Without a
@@ -18,9 +18,8 @@ which an experiment runs:
   scaling; the public Pile instead of the internal blend; the dense models' batch is not ramped up; FSDP instead of
   tensor slicing for the dense 1.3B and 6.7B (which needs one degree less and computes the same).
 
-Twins are *drop-free*: an expert takes all tokens that are routed to it. In the first 100 k tokens routing is so uneven
-that capacity 1.0 would drop a third of the tokens, which a run of 572,000 steps recovers from and a short one does not.
-The experiment `capacity` measures that.
+Twins are *drop-free*: an expert takes all tokens that are routed to it. Early routing is so uneven that capacity 1.0 drops
+many tokens, which a run of 572,000 steps recovers from and a short one may not. The experiment `capacity` measures that.
 
 At `quick`, `cpu` and `gpu` the rate warms up, stays, and decays linearly over the last fifth of the tokens, so that
 runs of smaller budgets branch off one long run (`budgets`). A base has one peak rate for its dense model and one for
