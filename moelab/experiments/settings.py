@@ -18,8 +18,9 @@ which an experiment runs:
   scaling; the public Pile instead of the internal blend; the dense models' batch is not ramped up; FSDP instead of
   tensor slicing for the dense 1.3B and 6.7B (which needs one degree less and computes the same).
 
-Twins are *drop-free*: an expert takes all tokens that are routed to it. Early routing is so uneven that capacity 1.0 drops
-many tokens, which a run of 572,000 steps recovers from and a short one may not. The experiment `capacity` measures that.
+Twins are *drop-free*: an expert takes all tokens that are routed to it. Early routing is so uneven that capacity 1.0
+drops many tokens, which a run of 572,000 steps recovers from and a short one may not. The experiment `capacity`
+measures that.
 
 At `quick`, `cpu` and `gpu` the rate warms up, stays, and decays linearly over the last fifth of the tokens, so that
 runs of smaller budgets branch off one long run (`budgets`). A base has one peak rate for its dense model and one for
