@@ -165,7 +165,7 @@ def run(
         say: called with a line of text at each step.
     """
     deadline = time.monotonic() + 60 * minutes - PAGE_S
-    session = time.strftime("%Y%m%d-%H%M%S", time.gmtime())
+    session = f"{time.strftime('%Y%m%d-%H%M%S', time.gmtime())}-{os.urandom(2).hex()}"  # two may begin in one second
     outcomes: list[Outcome] = []
     for stage in stages:
         limit_s = min(stage.limit_s, deadline - time.monotonic())

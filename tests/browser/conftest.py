@@ -56,6 +56,11 @@ def counts(message) -> bool:
     return message.type in ("error", "warning") and not any(words in message.text for words in SLOW)
 
 
+def fails(request) -> bool:
+    """Whether a request found nothing; one that ends because the test leaves the page is no fault."""
+    return request.failure != "net::ERR_ABORTED"
+
+
 @pytest.fixture
 def visit(chromium):
     """Opens pages: `visit(address, width=…, scheme=…, script=…)` returns the page and its `Trouble`; at the end there must be none."""
@@ -71,7 +76,7 @@ def visit(chromium):
         troubles.append(trouble)
         page.on("console", lambda m: trouble.errors.append(m.text) if counts(m) else None)
         page.on("pageerror", lambda error: trouble.errors.append(str(error)))
-        page.on("requestfailed", lambda request: trouble.errors.append(f"failed: {request.url}"))
+        page.on("requestfailed", lambda r: trouble.errors.append(f"failed: {r.url}") if fails(r) else None)
         home = ("file:", "data:", address.split("/", 3)[0] + "//" + address.split("/", 3)[2])
         page.on("request", lambda r: None if r.url.startswith(home) else trouble.outside.append(r.url))
         page.goto(address)
