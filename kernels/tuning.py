@@ -34,7 +34,7 @@ def tile(op: str, default: Tile, like: torch.Tensor, **sizes: int) -> Tile:
     """Return the tile of a launch: `default` with what the table of `like`'s card has for this shape class.
 
     Args:
-        op: the kernel or group of kernels, see `moelab.kernels.tune`.
+        op: the kernel or group of kernels, see `moelab.kernels.tools.tune`.
         like: a tensor of the launch; its device and dtype count.
         sizes: what the best tile depends on.
     """

@@ -1,8 +1,8 @@
 """How hard must the gate be pushed towards balance? (beyond the paper, which sets the auxiliary loss to 0.01)"""
 
 from moelab.config import RoutingConfig
-from moelab.experiments import comparison
-from moelab.experiments.base import Experiment, twin_scales
+from moelab.design import comparison
+from moelab.design.experiment import Experiment, twin_scales
 
 ARMS = {
     f"weight {weight:g}": {"name": "350M+MoE-128", "routing": RoutingConfig(drop_tokens=False, aux_loss=weight)}

@@ -19,7 +19,7 @@ import torch
 from moelab import paths
 from moelab.acceptance.cases import Case, Context, Numbers
 from moelab.data import CorpusUnavailable, TokenData, TrainBatches, prepare
-from moelab.experiments import settings
+from moelab.design import settings
 from moelab.runs.spec import RunSpec
 from moelab.training.loop import Trainer, TrainingStopped, Window, train
 

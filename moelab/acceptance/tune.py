@@ -1,4 +1,4 @@
-"""Tune the kernels' tiles on the card (`moelab.kernels.tune`); write its table into the workspace and the results."""
+"""Tune the kernels' tiles on the card (`moelab.kernels.tools.tune`); its table goes to workspace and results."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from pathlib import Path
 from moelab import paths
 from moelab.acceptance import stages
 from moelab.acceptance.cases import Case, Context, Numbers
-from moelab.kernels import tune, tuning
+from moelab.kernels import tuning
+from moelab.kernels.tools import tune
 
 
 def cases(context: Context) -> Iterator[Case]:

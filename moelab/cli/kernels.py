@@ -20,7 +20,7 @@ def kernels_compile(
     """Compile every kernel ahead of time; print registers, shared memory, spills, occupancy; exit code 1 on a spill."""
     for name in arch or ():
         check_choice("--arch", name, ("sm_80", "sm_90"))
-    from moelab.kernels.compile import main as compile_main
+    from moelab.kernels.tools.compile import main as compile_main
 
     arguments = [item for name in arch or ["sm_80", "sm_90"] for item in ("--arch", name)]
     raise typer.Exit(compile_main(arguments + (["--out", str(out)] if out else [])))
@@ -40,7 +40,8 @@ def kernels_tune(
     check_device("cuda")
     import torch
 
-    from moelab.kernels import tune, tuning
+    from moelab.kernels import tuning
+    from moelab.kernels.tools import tune
 
     if minutes <= 0:
         raise ValueError(f"--minutes must be positive, got {minutes:g}")

@@ -11,7 +11,7 @@ import difflib
 import importlib
 import pkgutil
 
-from moelab.experiments.base import Experiment, Scale
+from moelab.design.experiment import Experiment, Scale
 
 
 def _discover() -> dict[str, Experiment]:

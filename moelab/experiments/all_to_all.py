@@ -18,13 +18,13 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from moelab import paper
-from moelab.experiments.base import Experiment, Scale
+from moelab.design.experiment import Experiment, Scale
 from moelab.paper.verdicts import Verdict, judge
 
 if TYPE_CHECKING:
     import pandas as pd
 
-    from moelab.experiments.base import Measure
+    from moelab.design.experiment import Measure
 
 WORLDS = {"smoke": (4, 8, 32, 128), "cpu": (4, 8, 16, 32, 64, 128, 256), "paper": (4, 8, 16, 32, 64, 128, 256)}
 MEASURED: dict[str, tuple[tuple[int, ...], tuple[int, ...], int]] = {

@@ -13,8 +13,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from moelab.config import RoutingConfig
-from moelab.experiments import comparison
-from moelab.experiments.base import Experiment, twin_scales
+from moelab.design import comparison
+from moelab.design.experiment import Experiment, twin_scales
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
     from moelab.config import ModelConfig
-    from moelab.experiments.base import Measure
+    from moelab.design.experiment import Measure
 
 MODES = ("baseline", "optimised")
 SHRINK: dict[str, dict[str, int]] = {

@@ -22,8 +22,8 @@ from typing import TYPE_CHECKING, Any
 
 from moelab import paper
 from moelab.config.distill import DistillConfig
-from moelab.experiments import comparison, settings
-from moelab.experiments.base import Experiment, Scale
+from moelab.design import comparison, settings
+from moelab.design.experiment import Experiment, Scale
 from moelab.paper.verdicts import Verdict, judge
 from moelab.runs.spec import RunSpec, Start
 

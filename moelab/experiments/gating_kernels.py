@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from moelab import paper
-from moelab.experiments.base import Experiment, Scale
+from moelab.design.experiment import Experiment, Scale
 from moelab.paper.verdicts import DIRECTION, REPRODUCED, Verdict, judge, judge_timing
 
 if TYPE_CHECKING:

@@ -13,8 +13,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from moelab.experiments import comparison
-from moelab.experiments.base import Experiment, twin_scales
+from moelab.design import comparison
+from moelab.design.experiment import Experiment, twin_scales
 from moelab.paper.verdicts import Verdict
 
 if TYPE_CHECKING:

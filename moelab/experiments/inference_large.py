@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from moelab import paper
 from moelab.config import ModelConfig
-from moelab.experiments.base import Experiment, Scale
+from moelab.design.experiment import Experiment, Scale
 from moelab.paper.verdicts import Verdict, judge_simulated
 
 if TYPE_CHECKING:

@@ -14,14 +14,14 @@ from typing import TYPE_CHECKING
 
 from moelab import paper
 from moelab.config import ModelConfig
-from moelab.experiments.base import Experiment, Scale
+from moelab.design.experiment import Experiment, Scale
 from moelab.experiments.decoding import steps, twins
 from moelab.paper.verdicts import Verdict, judge_simulated
 
 if TYPE_CHECKING:
     import pandas as pd
 
-    from moelab.experiments.base import Measure
+    from moelab.design.experiment import Measure
 
 RANKS = (1, 2, 4)
 SHRINK: dict[str, dict[str, int]] = {

@@ -12,8 +12,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from moelab.experiments import settings
-from moelab.experiments.base import Experiment, Scale
+from moelab.design import settings
+from moelab.design.experiment import Experiment, Scale
 from moelab.runs.spec import RunSpec
 
 if TYPE_CHECKING:

@@ -12,7 +12,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from moelab import paper
-from moelab.experiments.base import Experiment, Scale
+from moelab.design.experiment import Experiment, Scale
 from moelab.paper.verdicts import Verdict, judge_simulated
 
 if TYPE_CHECKING:

@@ -22,8 +22,8 @@ from typing import TYPE_CHECKING, Any
 from moelab import paper
 from moelab.config import ModelConfig
 from moelab.config.parallel import ParallelConfig
-from moelab.experiments import budgets, comparison, settings
-from moelab.experiments.base import Experiment, twin_scales
+from moelab.design import budgets, comparison, settings
+from moelab.design.experiment import Experiment, twin_scales
 from moelab.paper.verdicts import Verdict, judge_simulated
 from moelab.runs.spec import RunSpec
 from moelab.statistics import interval

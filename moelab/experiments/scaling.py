@@ -20,8 +20,8 @@ from typing import TYPE_CHECKING, Any
 
 from moelab import paper
 from moelab.config import ModelConfig
-from moelab.experiments import budgets, comparison, settings
-from moelab.experiments.base import Experiment, Scale
+from moelab.design import budgets, comparison, settings
+from moelab.design.experiment import Experiment, Scale
 from moelab.paper.verdicts import Verdict, judge
 from moelab.runs.spec import RunSpec
 

@@ -11,8 +11,8 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
-from moelab.experiments import comparison
-from moelab.experiments.base import Experiment, twin_scales
+from moelab.design import comparison
+from moelab.design.experiment import Experiment, twin_scales
 
 if TYPE_CHECKING:
     import pandas as pd

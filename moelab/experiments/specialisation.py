@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import TYPE_CHECKING, Any
 
-from moelab.experiments.base import Experiment, Scale
+from moelab.design.experiment import Experiment, Scale
 
 if TYPE_CHECKING:
     import numpy as np

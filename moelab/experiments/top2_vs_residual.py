@@ -21,8 +21,8 @@ from typing import TYPE_CHECKING
 
 from moelab import paper
 from moelab.config import ModelConfig, RoutingConfig
-from moelab.experiments import comparison
-from moelab.experiments.base import Experiment, twin_scales
+from moelab.design import comparison
+from moelab.design.experiment import Experiment, twin_scales
 from moelab.paper.verdicts import Verdict, judge, judge_timing
 
 if TYPE_CHECKING:

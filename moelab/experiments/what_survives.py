@@ -19,8 +19,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from moelab.experiments import comparison, settings
-from moelab.experiments.base import Experiment, twin_scales
+from moelab.design import comparison, settings
+from moelab.design.experiment import Experiment, twin_scales
 from moelab.runs.spec import RunSpec
 
 if TYPE_CHECKING:

@@ -18,8 +18,8 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 from moelab import paper
-from moelab.experiments import comparison
-from moelab.experiments.base import Experiment, Scale
+from moelab.design import comparison
+from moelab.design.experiment import Experiment, Scale
 from moelab.paper.verdicts import Gain, Verdict, judge
 
 if TYPE_CHECKING:

@@ -163,7 +163,7 @@ def test_train_end_to_end(setup, monkeypatch):
 @pytest.mark.multiprocess
 def test_checks_and_tune_end_to_end_in_the_interpreter(tmp_path):
     pytest.importorskip("triton")
-    code = "import sys, pathlib; from moelab.acceptance import cases, checks, stages; from moelab.kernels import tune\n"
+    code = "import sys, pathlib; from moelab.acceptance import cases, checks, stages; from moelab.kernels.tools import tune\n"
     code += "checks._model = checks._graph = lambda device: {}\n"  # other tests' work
     code += "all_of, count = tune.targets, [0]\n"
     code += "def few(*a, **k):\n    import itertools; yield from itertools.islice(all_of(*a, **k), 2)\n"

@@ -6,7 +6,8 @@ import pytest
 
 from moelab import paths
 from moelab.config.overrides import SECTIONS, check_overrides, override, settable
-from moelab.experiments import EXPERIMENTS, experiment, settings
+from moelab.design import settings
+from moelab.experiments import EXPERIMENTS, experiment
 
 IDS = {
     "start smoke": "038c2f73ad",

@@ -9,7 +9,7 @@ import pytest
 
 pytest.importorskip("triton")
 
-from moelab.kernels import compile as aot
+from moelab.kernels.tools import compile as aot
 
 pytestmark = pytest.mark.skipif(
     os.environ.get("TRITON_INTERPRET") == "1", reason="an interpreting process cannot compile"

@@ -91,7 +91,7 @@ def tile_reaches_the_launch():
 
 
 def tune_tiny():
-    from moelab.kernels import tune
+    from moelab.kernels.tools import tune
 
     found = {}
     for target in itertools.islice(tune.targets("cpu", tiny=True), 4):

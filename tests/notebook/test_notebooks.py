@@ -12,7 +12,7 @@ import nbformat
 import pytest
 
 from moelab import paths
-from moelab.experiments.base import Experiment, Scale
+from moelab.design.experiment import Experiment, Scale
 from moelab.notebook import execute as notebooks
 
 pytestmark = [pytest.mark.notebook, pytest.mark.slow]

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from moelab.config.overrides import check_overrides
-from moelab.experiments import settings
+from moelab.design import settings
 from moelab.runs.spec import RunSpec
 
 Measure = Callable[..., Any]

@@ -19,12 +19,12 @@ from typing import Any
 
 import torch
 
-from . import gating, permute, residual, tuning
-from ._common import INTERPRETING
-from ._experts_triton import _mm, _plan, _weight_gradient
-from ._gating_triton import TILE
-from .experts import expert_ffn
-from .tuning import Tile
+from .. import gating, permute, residual, tuning
+from .._common import INTERPRETING
+from .._experts_triton import _mm, _plan, _weight_gradient
+from .._gating_triton import TILE
+from ..experts import expert_ffn
+from ..tuning import Tile
 
 GAIN = 0.97
 """Times the op's own time: a tile that takes longer than this is no gain, but within the spread."""

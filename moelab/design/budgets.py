@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 from moelab import paper
 from moelab.config import ExpertConfig, ModelConfig
-from moelab.experiments import settings
+from moelab.design import settings
 from moelab.runs.branching import token_budgets
 from moelab.runs.collection import Runs
 from moelab.runs.spec import RunSpec

@@ -1,6 +1,6 @@
 """Compile every kernel ahead of time, without a GPU, and tabulate the resources that each will use.
 
-    python -m moelab.kernels.compile --arch sm_80 --arch sm_90 --out results/kernels/compile.csv
+    python -m moelab.kernels.tools.compile --arch sm_80 --arch sm_90 --out results/kernels/compile.csv
 
 The ops run on meta tensors of the shapes below, and their launches are recorded instead of executed, so that the
 compiled configurations are those that a GPU would run. Occupancy is an estimate: the fraction of a multiprocessor's
@@ -22,8 +22,8 @@ from typing import NamedTuple
 
 import torch
 
-from . import _common, gating, permute, residual
-from .experts import expert_ffn
+from .. import _common, gating, permute, residual
+from ..experts import expert_ffn
 
 DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.int32: "i32", torch.int64: "i64"}
 

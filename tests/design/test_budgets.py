@@ -7,7 +7,8 @@ import matplotlib
 import pandas as pd
 import pytest
 
-from moelab.experiments import budgets, scaling, settings
+from moelab.design import budgets, settings
+from moelab.experiments import scaling
 from moelab.runs.collection import Runs
 from moelab.runs.store import RunStore
 

@@ -1,0 +1,9 @@
+"""What experiments share: what an experiment is, its scales and arms, token budgets, and how runs are compared.
+
+experiment   `Experiment` and `Scale`: how runs follow from a scale, seeds, arms and overrides
+settings     the scales and the settings of their trainings
+comparison   pairs runs of one seed, gives gains their intervals and judges them against the paper
+budgets      one training gives every budget of tokens; gap, data efficiency and effective size over tokens
+
+The experiments themselves are in `moelab.experiments`. This package may import everything below `moelab.experiments`.
+"""
