@@ -41,6 +41,8 @@ class Timing:
             adds up the time of all threads, so it needs one thread.
         warm_up: rounds that are not counted.
         budget_s: no new round begins after that long, once three are counted.
+        longest_s: a candidate whose turn takes longer while warming up is left out, with a line that says so; None
+            keeps all of them.
     """
 
     rounds: int = 7
@@ -48,6 +50,7 @@ class Timing:
     clock: Literal["wall", "cpu"] = "wall"
     warm_up: int = 2
     budget_s: float = 60.0
+    longest_s: float | None = None
 
     def __post_init__(self) -> None:
         if self.rounds < 1:
@@ -84,7 +87,7 @@ def in_turns(
     timing: Timing,
     sample: Callable[[Callable[[X], Any], X], T] | None = None,
 ) -> dict[str, list[T]]:
-    """Return what each candidate's turns measured, one value a round.
+    """Return what each candidate's turns measured, one value a round; without those that `timing` leaves out.
 
     Args:
         candidates: called with the round's inputs.
@@ -104,9 +107,15 @@ def in_turns(
         given = inputs(i)
         first = i % len(names)
         for name in names[first:] + names[:first]:
+            began = time.monotonic()
             measured = take(candidates[name], given)
+            took_s = time.monotonic() - began
             if counted >= 0:
                 found[name].append(measured)
+            elif timing.longest_s is not None and took_s > timing.longest_s:
+                terminal.console().print(f"left out: {name} takes {took_s:.2g} s a turn, more than {timing.longest_s:g} s")
+                names.remove(name)
+                del found[name]
     return found
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import time
 from pathlib import Path
 
 import pytest
@@ -22,6 +23,14 @@ def test_candidates_take_turns_on_the_same_inputs_and_new_ones_each_round():
 def test_a_spent_budget_ends_after_three_rounds():
     times = harness.in_turns({"a": lambda _: None}, lambda i: i, Timing(rounds=9, budget_s=0))
     assert len(times["a"]) == 3
+
+
+def test_a_candidate_far_slower_than_the_rest_is_left_out_and_named(capsys):
+    calls = {"a": lambda _: None, "slow": lambda _: time.sleep(0.2), "b": lambda _: None}
+    times = harness.in_turns(calls, lambda i: i, Timing(rounds=2, warm_up=2, longest_s=0.1))
+    assert {name: len(found) for name, found in times.items()} == {"a": 2, "b": 2}
+    assert "left out: slow takes 0.2 s a turn, more than 0.1 s" in capsys.readouterr().out
+    assert len(harness.in_turns(calls, lambda i: i, Timing(rounds=1, warm_up=1))) == 3
 
 
 def test_a_candidate_may_measure_itself():
