@@ -113,7 +113,9 @@ def in_turns(
             if counted >= 0:
                 found[name].append(measured)
             elif timing.longest_s is not None and took_s > timing.longest_s:
-                terminal.console().print(f"left out: {name} takes {took_s:.2g} s a turn, more than {timing.longest_s:g} s")
+                terminal.console().print(
+                    f"left out: {name} takes {took_s:.2g} s a turn, more than {timing.longest_s:g} s"
+                )
                 names.remove(name)
                 del found[name]
     return found
