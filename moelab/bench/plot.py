@@ -139,4 +139,6 @@ def _finish(fig: Figure, title: str, found: Rows) -> Figure:
     handles = {label: handle for ax in axes for handle, label in zip(*ax.get_legend_handles_labels(), strict=True)}
     axes[-1].legend(handles.values(), handles.keys(), loc="center left", bbox_to_anchor=(1, 0.5))
     clock = ", processor time" if found[0].get("clock") == "cpu" else ""
-    return figures.title(fig, f"{title}. {found[0]['device']}{clock}")
+    devices = {row["device"] for row in found}
+    device = devices.pop() if len(devices) == 1 else found[0]["device"].rpartition(", ")[0]  # panels name the threads
+    return figures.title(fig, f"{title}. {device}{clock}")
