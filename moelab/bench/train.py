@@ -12,6 +12,7 @@ import itertools
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -23,6 +24,9 @@ from moelab.bench.harness import Row, Timing
 from moelab.config import ModelConfig, RoutingConfig, TrainConfig
 from moelab.inference.text import DTYPES
 from moelab.training.loop import Trainer, Window
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 FAMILIES = {"dense": "350M", "MoE-128": "350M+MoE-128", "PR-MoE-32/64": "350M+PR-MoE-32/64"}
 BARE = "dense, bare loop"
@@ -233,5 +237,13 @@ def main(
         console.print(line, highlight=False)
     if out is not None:
         objects = harness.write(found, out / "train.jsonl")
-        title = f"A step of training over {objects[0]['against']}"
-        plot.save(plot.ratios(objects, title=title, x="width", xlabel="hidden size"), out / "train")
+        plot.save(drawn(objects), out / "train")
+
+
+def drawn(objects: Sequence[Mapping[str, Any]]) -> Figure:
+    """Return the figure of rows as read from `train.jsonl`."""
+    against = objects[0]["against"]
+    said = [name for name in dict.fromkeys(row["candidate"] for row in objects) if name.startswith("MoE")]
+    ratios = ", ".join(f"{name} {harness.span(objects, name)} times" for name in said)
+    title = f"Time of a training step over {against}: {ratios}" if ratios else f"Time of a training step over {against}"
+    return plot.ratios(list(objects), title=title, x="width", xlabel="hidden size")
