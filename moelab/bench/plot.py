@@ -45,7 +45,7 @@ def ratios(
         _series(ax, rows, x, palette, ("ratio", "ratio_min", "ratio_max"), tick, line)
         ax.axhline(1, color="#888888", linewidth=1)
         ax.set_xlabel(xlabel or x)
-    axes[0][0].set_ylabel(f"time / {against} (median, least to greatest)")
+    axes[0][0].set_ylabel(f"time / {against}\n(median, least to greatest)")
     return _finish(fig, title, found)
 
 
