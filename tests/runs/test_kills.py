@@ -1,6 +1,7 @@
 """Runs that are killed at random times end with the files of an undisturbed one.
 
-`pytest tests/runs/test_kills.py --kills 20` kills each run so often. A failure names the seed of its times.
+`pytest tests/runs/test_kills.py --kills 50 -s` kills each run so often and prints what was killed at which step. A
+failure names the seed of its times; PYTEST_SEED draws them again.
 """
 
 import contextlib
@@ -50,7 +51,10 @@ def rows(run: Run) -> int:
 
 
 def kill_once(run: Run, draw: random.Random) -> str:
-    """Start the run, kill it or one of its ranks, and return what was killed; an empty text if it was finished first."""
+    """Start the run, kill it or one of its ranks, and return what was killed after which logged step.
+
+    An empty text if it was finished first.
+    """
     early = draw.random() < 0.25  # in the midst of starting; else some rows, and so checkpoints, after the last kill
     goal = 0 if early else rows(run) + draw.randint(1, 8)
     process = start(run)
@@ -67,7 +71,7 @@ def kill_once(run: Run, draw: random.Random) -> str:
             victim.kill()
     process.wait(120)
     psutil.wait_procs(ranks, 120)
-    return what
+    return f"{what}@{last['step'] if (last := (read_rows(run.path / TRAIN) or [None])[-1]) else 0}"
 
 
 def contents(run: Run) -> dict:
@@ -90,7 +94,7 @@ def contents(run: Run) -> dict:
 def test_killed_at_random_times_it_ends_as_undisturbed(ranks, kills, tiny_spec, tmp_path, monkeypatch):
     monkeypatch.setenv("MOELAB_HOME", str(tmp_path / "home"))
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    train = replace(tiny_spec.train, tokens=(40 + 20 * kills) * 128, micro_batch=1, checkpoint_every=7, eval_every=40)
+    train = replace(tiny_spec.train, tokens=(40 + 30 * kills) * 128, micro_batch=1, checkpoint_every=7, eval_every=40)
     spec = replace(
         tiny_spec,
         model=replace(tiny_spec.model, dropout=0.0),
@@ -104,7 +108,9 @@ def test_killed_at_random_times_it_ends_as_undisturbed(ranks, kills, tiny_spec, 
     killed = [kill_once(run, draw) for _ in range(kills)]
     finish(run)
     assert any(killed), "all attempts came to the end"
-    print(f"seed {seed}, {ranks} ranks: killed {', '.join(killed)}")
+    print(
+        f"seed {seed}, {ranks} ranks, {train.steps(spec.data.context)} steps, {sum(map(bool, killed))} kills: {', '.join(killed)}"
+    )
     expected, found = contents(undisturbed), contents(run)
     assert found.keys() == expected.keys()
     for name in expected:
