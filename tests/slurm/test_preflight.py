@@ -4,6 +4,7 @@ import os
 import shutil
 from collections import namedtuple
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -32,7 +33,8 @@ def home(tmp_path, monkeypatch):
 def queued(monkeypatch):
     """The experiments that would have been queued."""
     names = []
-    monkeypatch.setattr(submit, "submit", lambda name, *_, **__: names.append(name))
+    plan = SimpleNamespace(scripts={}, finished=0, queued=0, submission=None)
+    monkeypatch.setattr(submit, "submit", lambda name, *_, **__: names.append(name) or plan)
     return names
 
 
