@@ -25,6 +25,7 @@ from moelab.bench.inputs import HiddenStates
 from moelab.bench.layer import LayerSize
 
 QUICK = Timing(3, clock="cpu", warm_up=1)
+GPU_PACKAGES = ("liger_kernel", "triton_kernels")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -123,7 +124,9 @@ def triton_kernels(monkeypatch):
 
 @pytest.fixture
 def anywhere(monkeypatch):
-    """As if this CPU were a device that their kernels run on."""
+    """As if this CPU were a device that their kernels run on, and no other peer installed."""
+    installed = peers.has
+    monkeypatch.setattr(peers, "has", lambda name: name.split(".")[0] in GPU_PACKAGES and installed(name))
     monkeypatch.setattr(peers, "on_gpu", lambda package, device: peers.has(peers.PEERS[package]))
     monkeypatch.setattr("moelab.bench.harness.product_rate", lambda *_: 1e11)
     monkeypatch.setattr("moelab.bench.harness.copy_rate", lambda *_: 1e10)
