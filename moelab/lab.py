@@ -128,14 +128,15 @@ class Lab:
             cluster: "local" needs neither Slurm nor a profile: it starts processes of this machine, two runs at a time.
 
         Raises:
-            ValueError: a bad profile, or Slurm refuses the job; nothing was queued.
+            ValueError: a bad profile, runs that cannot be trained there, or Slurm refuses the job; nothing was queued.
         """
-        from moelab.slurm import jobs, profiles, submit
+        from moelab.slurm import jobs, preflight, profiles, submit
 
         local = cluster == "local" and profile is None
         chosen = profiles.Profile("local", cluster="local", array_parallelism=2) if local else profiles.choose(profile)
         if cluster not in (None, chosen.cluster):
             raise ValueError(f"lab.submit: profile {chosen.name} is for {chosen.cluster}, not {cluster!r}")
+        preflight.check(specs, chosen, self.store)
         submit.submit("lab", [({}, specs)], chosen, with_notebooks=False, store=self.store)
         return jobs.Jobs.of(specs, self.store)
 

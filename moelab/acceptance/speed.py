@@ -7,6 +7,7 @@ that fails on this card (memory, dtype) is a row with its error; the others go o
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -28,7 +29,7 @@ LAYERS = [
     LayerSize(64, 2048, 8192, 64, "bf16"),
 ]
 GATES = [1, 64, 16384]
-PEERS = ("transformers", "deepspeed")
+OTHERS = tuple(name for name in layer.CANDIDATES if name not in layer.GPU_ONLY)
 GATE_PEERS = ("masks (baseline)", "deepspeed, masks", "deepspeed, sparse routes")
 
 
@@ -46,7 +47,9 @@ def cases(context: Context) -> Iterator[Case]:
         yield Case(f"gate S{S} E128 K1, forward in a graph", lambda S=S: _replayed(S, timing))
     for size in sizes[2:]:
         yield _layer(size, False, timing)
-    yield Case("peers", lambda: {"installed": [name for name in PEERS if peers.has(name)]})
+    for size in sizes[:2]:
+        yield from _kernel_layers(size, timing, context)
+    yield Case("peers", lambda: {"installed": list(peers.installed()), "versions": peers.installed()})
 
 
 def cluster_of(device: str) -> simulate.Cluster | None:
@@ -80,12 +83,27 @@ def ceilings(timing: Timing, context: Context) -> Numbers:
     return found | {"device": harness.device_name(context.device), "finding": text}
 
 
-def _layer(size: LayerSize, backward: bool, timing: Timing) -> Case:
+def _layer(size: LayerSize, backward: bool, timing: Timing, only: Sequence[str] = OTHERS, what: str = "") -> Case:
     name = f"layer S{size.tokens} M{size.hidden} F{size.ffn} E{size.experts} K{size.top_k} {size.dtype}"
-    return Case(f"{name}, forward{' + backward' * backward}", lambda: _measure_layer(size, backward, timing), (), 20)
+    name += f", forward{' + backward' * backward}{what}"
+    return Case(name, lambda: _measure_layer(size, backward, timing, only), (), 20)
 
 
-def _measure_layer(size: LayerSize, backward: bool, timing: Timing) -> list[Numbers]:
+def _kernel_layers(size: LayerSize, timing: Timing, context: Context) -> Iterator[Case]:
+    """Yield the layers of Liger and triton_kernels beside ours, in cases of their own: they compile for long.
+
+    Liger's tuning of tile sizes would take minutes; unless the environment says otherwise, it is set to do without.
+    """
+    device = torch.device(context.device)
+    if peers.on_gpu("liger_kernel", device):
+        os.environ.setdefault("LIGER_FUSED_MOE_AUTOTUNE", "0")  # read when Liger is imported
+        for backward in (True, False):
+            yield _layer(size, backward, timing, (layer.DROP_FREE, layer.LIGER), ", liger")
+    if peers.on_gpu("triton_kernels", device):
+        yield _layer(size, False, timing, (layer.DROP_FREE, layer.TRITON_KERNELS), ", triton_kernels")
+
+
+def _measure_layer(size: LayerSize, backward: bool, timing: Timing, only: Sequence[str]) -> list[Numbers]:
     failed: list[Numbers] = []
 
     def fail(candidate: str, error: Exception) -> None:
@@ -93,10 +111,10 @@ def _measure_layer(size: LayerSize, backward: bool, timing: Timing) -> list[Numb
         if timing.device == "cuda":
             torch.cuda.empty_cache()
 
-    found = _rows(layer.measure(size, timing, backward=backward, on_failure=fail), layer.DROP_FREE)
+    found = _rows(layer.measure(size, timing, backward=backward, only=only, on_failure=fail), layer.DROP_FREE)
     if not found:
         raise RuntimeError(f"no candidate ran: {failed[0]['error']}")
-    shown = (layer.EINSUM, layer.GROUPED, layer.MIXTRAL, layer.DEEPSPEED)
+    shown = (layer.EINSUM, layer.GROUPED, layer.MIXTRAL, layer.DEEPSPEED, *layer.GPU_ONLY)
     return _with_finding(found, layer.DROP_FREE, shown) + failed
 
 

@@ -4,9 +4,9 @@ Top-1 (or K); S tokens through experts M -> F -> M with GELU; gradients to input
 each step as a training loop does. Every round has new tokens and so new routing (`moelab.bench.inputs.HiddenStates`),
 the same for all candidates, whose gates have equal weights. Candidates: ours at capacity factor 1.0 (random token
 selection; as the paper trains) and drop-free; a loop over experts and `torch.nn.functional.grouped_mm`, both as plain
-PyTorch, drop-free; the baseline with masks and einsum at capacity factor 1.0; and, where installed, DeepSpeed's layer
-and transformers' expert functions. At capacity factor 1.0 dropped tokens cost nothing: the share that is kept stands in
-the rows.
+PyTorch, drop-free; the baseline with masks and einsum at capacity factor 1.0; and, where installed, DeepSpeed's layer,
+transformers' expert functions and, on a GPU, the layers of `moelab.bench.kernel_peers`. At capacity factor 1.0 dropped
+tokens cost nothing: the share that is kept stands in the rows.
 
 Floor: the FLOPs at the measured rate of a large product, plus the weights of the experts that have tokens, read twice,
 and their gradient, written once, at the copy rate.
@@ -24,8 +24,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from moelab.bench import harness, inputs, peers, plot
-from moelab.bench.harness import Row, Timing, X
+from moelab.bench import harness, inputs, kernel_peers, peers, plot
+from moelab.bench.harness import Row, Timing
 from moelab.inference.text import DTYPES
 from moelab.kernels import combine, dispatch, expert_ffn, gate, row_table
 from moelab.models import baseline
@@ -146,19 +146,34 @@ class LayerSize:
 DENSE, OURS, DROP_FREE, EINSUM = "dense", "ours, capacity 1.0", "ours, drop-free", "einsum (baseline)"
 LOOP, GROUPED = "sort and loop, drop-free", "torch grouped_mm, drop-free"
 DEEPSPEED, EAGER, MIXTRAL = "deepspeed, capacity 1.0", "transformers eager", "transformers grouped_mm"
-CANDIDATES = (DENSE, OURS, DROP_FREE, LOOP, GROUPED, EINSUM, DEEPSPEED, EAGER, MIXTRAL)
+LIGER, TRITON_KERNELS = "liger fused moe, drop-free", "triton_kernels, drop-free"
+GPU_ONLY = (LIGER, TRITON_KERNELS)
+"""Those of `moelab.bench.kernel_peers`, which are compared with a reference before they are timed."""
+CANDIDATES = (DENSE, OURS, DROP_FREE, LOOP, GROUPED, EINSUM, DEEPSPEED, EAGER, MIXTRAL, *GPU_ONLY)
+Candidate = tuple[nn.Module, Callable[[Tensor], Output]]
+"""The module with the parameters, and the call."""
+OnFailure = Callable[[str, Exception], None]
 
 
 def candidates(
-    size: LayerSize, gate_EM: Tensor, only: Sequence[str] = ()
-) -> dict[str, tuple[nn.Module, Callable[[Tensor], Output]]]:
-    """Return candidate -> (the module with its parameters, the call); without those that are not installed.
+    size: LayerSize,
+    gate_EM: Tensor,
+    only: Sequence[str] = (),
+    *,
+    backward: bool = False,
+    on_failure: OnFailure | None = None,
+) -> dict[str, Candidate]:
+    """Return the candidates by name; without those that are not installed or do not run on this device.
 
     Args:
         only: some of `CANDIDATES` beside "dense"; empty is all.
+        backward: leave out those that have no backward pass.
+        on_failure: called with a library that cannot be imported or made, which is then left out; None lets it raise.
     """
     if unknown := [name for name in only if name not in CANDIDATES]:
         raise ValueError(f"bench layer: unknown candidate {unknown[0]!r}; allowed: {', '.join(CANDIDATES)}")
+    if backward and TRITON_KERNELS in only:
+        raise ValueError("bench layer: triton_kernels has no backward pass; moelab gpu times its forward pass")
     wanted = [name for name in CANDIDATES if not only or name in (DENSE, *only)]
     shape, K = (size.hidden, size.ffn), size.top_k
     capacity = slots(size.tokens * K, size.experts)
@@ -175,13 +190,28 @@ def candidates(
         GROUPED: (shared, lambda x: grouped(shared, x, K)),
         EINSUM: (shared, lambda x: einsum(shared, x, capacity, K)),
     }
+
+    def add(name: str, make: Callable[[], nn.Module]) -> None:
+        try:
+            module = make()
+        except Exception as error:  # another library's: for these versions, this device or this size
+            if on_failure is None:
+                raise
+            on_failure(name, error)
+        else:
+            made[name] = (module, module)
+
     if DEEPSPEED in wanted and peers.has("deepspeed"):
-        layer = placed(peers.DeepSpeedLayer(*shape, gate_EM, K))
-        made[DEEPSPEED] = (layer, layer)
+        add(DEEPSPEED, lambda: placed(peers.DeepSpeedLayer(*shape, gate_EM, K)))
     if (EAGER in wanted or MIXTRAL in wanted) and peers.has("transformers"):
         mixtral = placed(peers.MixtralLayer(*shape, gate_EM, K))
         made[EAGER] = (mixtral, lambda x: mixtral(x, "eager"))
         made[MIXTRAL] = (mixtral, lambda x: mixtral(x, "grouped_mm"))
+    if LIGER in wanted and peers.on_gpu("liger_kernel", gate_EM.device):
+        add(LIGER, lambda: placed(kernel_peers.LigerLayer(*shape, gate_EM, K)))
+    if TRITON_KERNELS in wanted and not backward and peers.on_gpu("triton_kernels", gate_EM.device):
+        weights = (shared.gate, shared.w1, shared.b1, shared.w2, shared.b2)
+        add(TRITON_KERNELS, lambda: kernel_peers.TritonKernelsLayer(*weights, K))
     return {name: made[name] for name in wanted if name in made}
 
 
@@ -191,7 +221,7 @@ def measure(
     *,
     backward: bool = True,
     only: Sequence[str] = (),
-    on_failure: Callable[[str, Exception], None] | None = None,
+    on_failure: OnFailure | None = None,
 ) -> list[Row]:
     """Return the rows of one case.
 
@@ -199,7 +229,8 @@ def measure(
         backward: False times the forward pass alone, without gradients, as at inference; the floor is then the
             products once and the weights read once.
         only: see `candidates`.
-        on_failure: called with the candidates that raise, which are then left out; None lets the first one raise.
+        on_failure: called with the candidates that raise, or whose result is wrong where it is checked, which are then
+            left out; None lets the first one raise.
     """
     torch.manual_seed(0)
     S, M, K, dtype = size.tokens, size.hidden, size.top_k, DTYPES[size.dtype]
@@ -231,10 +262,25 @@ def measure(
 
         return run
 
-    made = {name: turn(*pair) for name, pair in candidates(size, states.gate_EM, only).items()}
-    if on_failure is not None:
-        given = new_round(0)
-        made = {name: call for name, call in made.items() if _runs(name, call, given, timing, on_failure)}
+    pairs = candidates(size, states.gate_EM, only, backward=backward, on_failure=on_failure)
+    made = {name: turn(*pair) for name, pair in pairs.items()}
+    checked = {name: m for name, (m, _) in pairs.items() if isinstance(m, kernel_peers.CheckedLayer)}
+    if on_failure is not None or checked:
+        x_SM, dy_SM = new_round(0)
+
+        def runs(name: str, call: Callable[[tuple[Tensor, Tensor]], None]) -> bool:
+            try:
+                if name in checked:
+                    kernel_peers.check(checked[name], x_SM, dy_SM if backward else None)
+                timing.seconds(call, (x_SM, dy_SM))  # waits for the device
+            except Exception as error:  # another library's or torch's, for this device, dtype or size
+                if on_failure is None:
+                    raise
+                on_failure(name, error)
+                return False
+            return True
+
+        made = {name: call for name, call in made.items() if runs(name, call)}
     times = harness.in_turns(made, new_round, timing)
     measured = states.measured()
     passes = 3 if backward else 1
@@ -248,17 +294,6 @@ def measure(
     return harness.rows(
         case, times, against=DENSE, floor_s=floor_s, timing=timing, inputs=inputs.described(inputs.HIDDEN)
     )
-
-
-def _runs(
-    name: str, call: Callable[[X], None], given: X, timing: Timing, on_failure: Callable[[str, Exception], None]
-) -> bool:
-    try:
-        timing.seconds(call, given)  # waits for the device
-    except Exception as error:  # another library's or torch's, for this device, dtype or size
-        on_failure(name, error)
-        return False
-    return True
 
 
 def show(found: list[Row]) -> None:

@@ -1,12 +1,13 @@
 """Call what others wrote for the same work, where it is installed (extra `peers`).
 
 DeepSpeed's gate and MoE layer, transformers' experts and its `generate`. Each is called as its users call it, in the
-same process, on the same tokens.
+same process, on the same tokens. Layers on kernels of Liger and triton_kernels: `moelab.bench.kernel_peers`.
 """
 
 from __future__ import annotations
 
 import atexit
+import importlib.metadata
 import importlib.util
 import inspect
 import statistics
@@ -27,8 +28,48 @@ from moelab.models import GPT
 
 
 def has(package: str) -> bool:
-    """Return whether a package is installed."""
-    return importlib.util.find_spec(package) is not None
+    """Return whether a package, or a module of one, is installed; a module's package is imported."""
+    try:
+        return importlib.util.find_spec(package) is not None
+    except ModuleNotFoundError:  # the package itself
+        return False
+
+
+PEERS = {
+    "transformers": "transformers",
+    "deepspeed": "deepspeed",
+    "liger_kernel": "liger_kernel",
+    "triton_kernels": "triton_kernels.matmul",  # registries have another package of that name
+}
+"""Package -> the module by which it is known."""
+
+
+def installed() -> dict[str, str]:
+    """Return package -> version of the `PEERS` that are installed; an empty text where it has none."""
+    found = {}
+    for package, module in PEERS.items():
+        if has(module):
+            try:
+                found[package] = importlib.metadata.version(package)
+            except importlib.metadata.PackageNotFoundError:  # a folder on the path
+                found[package] = ""
+    return found
+
+
+def on_gpu(package: str, device: torch.device) -> bool:
+    """Return whether one of `PEERS` is installed and the device is one that its kernels run on."""
+    return device.type == "cuda" and has(PEERS[package])
+
+
+def gated_width(ffn: int) -> int:
+    """Return the feed-forward size of experts of three matrices for the FLOPs of two: two thirds, a multiple of 16."""
+    return max(ffn * 2 // 3 // 16, 1) * 16
+
+
+def top_k_gate(x_SM: Tensor, gate_EM: Tensor, top_k: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Return probabilities [S, E], and weight and expert of each choice [S, K], in fp32; not normalised."""
+    probs_SE = F.softmax(F.linear(x_SM.float(), gate_EM.float()), -1)
+    return probs_SE, *probs_SE.topk(top_k, -1)
 
 
 def gates() -> dict[str, Callable[[Tensor], Tensor]]:
@@ -91,7 +132,7 @@ class MixtralLayer(nn.Module):
 
         self.config = MixtralConfig(
             hidden_size=hidden,
-            intermediate_size=max(ffn * 2 // 3 // 16, 1) * 16,
+            intermediate_size=gated_width(ffn),
             num_local_experts=len(gate_EM),
             num_experts_per_tok=top_k,
         )
@@ -103,8 +144,7 @@ class MixtralLayer(nn.Module):
     def forward(self, x_SM: Tensor, implementation: str) -> tuple[Tensor, Tensor]:
         """Return the output [S, M] and a stand-in for the load-balancing loss, which Mixtral computes elsewhere."""
         self.config._experts_implementation = implementation
-        probs_SE = F.softmax(F.linear(x_SM.float(), self.gate.float()), -1)
-        weight_SK, expert_SK = probs_SE.topk(self.config.num_experts_per_tok, -1)
+        probs_SE, weight_SK, expert_SK = top_k_gate(x_SM, self.gate, self.config.num_experts_per_tok)
         return self.experts(x_SM, expert_SK, weight_SK.to(x_SM.dtype)), probs_SE.mean()
 
 

@@ -198,15 +198,20 @@ def _submit(
 ) -> None:
     from moelab.experiments import experiment
     from moelab.notebook import execute as notebooks
-    from moelab.slurm import profiles
+    from moelab.slurm import preflight, profiles
     from moelab.slurm import submit as module
 
     cluster = profiles.choose(profile)
     batches: list[tuple[str, list[tuple[dict[str, Any], Sequence[Any]]]]] = []
+    measuring = []
     for name, points in wanted:  # all of it checked before any of it is queued
         chosen = experiment(name)
         values = [notebooks.resolve(chosen, notebooks.check_parameters(chosen, given)) for given in points]
         batches.append((name, [(v, chosen.specs_of(v)) for v in values]))
+        measuring += [name] * (chosen.measures and any(v["scale"] == "gpu" for v in values))
+    if not dry_run:
+        asked = [spec for _, batch in batches for _, specs in batch for spec in specs]
+        preflight.check(asked, cluster, measuring=measuring, publish=publish)
     for name, batch in batches:
         plan = module.submit(name, batch, cluster, again=again, publish=publish, dry_run=dry_run)
         if dry_run:

@@ -19,7 +19,13 @@ ROOM = 64 << 20
 
 
 def check(
-    specs: Sequence[RunSpec], store: RunStore | None = None, *, device: str = "cpu", publish: bool = False
+    specs: Sequence[RunSpec],
+    store: RunStore | None = None,
+    *,
+    device: str = "cpu",
+    publish: bool = False,
+    executor: str | None = None,
+    same_files: bool = True,
 ) -> None:
     """Check what can be known before any work; takes a moment and writes nothing.
 
@@ -28,23 +34,30 @@ def check(
     Args:
         device: that the notebook itself measures on.
         publish: whether results go into the published ones, whose folder must be writable then.
+        executor: what trains the runs, see `moelab.lab.Lab.run`; by default `MOELAB_EXECUTOR`.
+        same_files: the runs see this machine's files; in a container, a folder of texts may have another path.
 
     Raises:
         ValueError: one line: what is missing, where, and what helps.
     """
     store = store or RunStore()
-    executor = environment.EXECUTOR.get() or "processes"
-    waiting = [spec for spec in closure(specs).values() if not Run(spec, store.root / spec.id).finished]
-    todo = waiting if executor in ("processes", "inline") else []
+    executor = executor or environment.EXECUTOR.get() or "processes"
+    waiting = unfinished(specs, store)
+    todo = waiting if executor != "read" else []
     _check_writable("home", environment.HOME.name, paths.home())
     if publish:
         _check_writable("results", environment.RESULTS.name, paths.results())
-    _check_devices(todo, device)
+    _check_devices(todo if executor in ("processes", "inline") else [], device)
     for teacher in {s.teacher.id: s.teacher for s in todo if s.teacher}.values():
         if (run := Run(teacher, store.root / teacher.id)).finished:
             run.require_weights()
-    _check_texts(waiting)
+    _check_texts(waiting, same_files)
     _check_space(todo, store, publish)
+
+
+def unfinished(specs: Iterable[RunSpec], store: RunStore) -> list[RunSpec]:
+    """Return the specs of the runs without a result, and of those that they require."""
+    return [spec for spec in closure(specs).values() if not Run(spec, store.root / spec.id).finished]
 
 
 def _check_writable(name: str, variable: str, folder: Path) -> None:
@@ -70,12 +83,14 @@ def _check_devices(specs: Sequence[RunSpec], device: str) -> None:
         )
 
 
-def _check_texts(specs: Iterable[RunSpec]) -> None:
+def _check_texts(specs: Iterable[RunSpec], same_files: bool) -> None:
     from moelab.data import CorpusUnavailable
     from moelab.data.corpus import open_corpus
     from moelab.data.tokenizer import bpe_vocabulary
 
     for config in {repr(spec.data): spec.data for spec in specs}.values():
+        if not same_files and config.corpus.startswith(("folder:", "hf:")):
+            continue
         try:
             open_corpus(config, paths.home() / "data")
         except CorpusUnavailable as error:

@@ -56,6 +56,10 @@ def test_help_answers_at_once_and_loads_nothing_heavy():
         (("run", "pr-moe", "-p", "data.tokenizer=gpt2"), "tokenizer gpt2 has 50257 entries"),
         (("run", "pr-moe", "--scale", "gpu"), "no CUDA device is available here"),
         (("submit", "nosuch", "--profile", "local"), "no experiment 'nosuch'"),
+        (
+            ("submit", "pr-moe", "-p", "data.corpus=folder:/nowhere", "--profile", "local"),
+            "'folder:/nowhere' is no folder",
+        ),
         (("sweep", "pr-moe", "-g", "x=1", "--profile", "local"), "no parameter 'x'"),
         (("bench", "gate", "--device", "tpu"), "--device must be cpu or cuda, got 'tpu'"),
         (("bench", "train", "--family", "x"), "--family must be dense or MoE-128"),

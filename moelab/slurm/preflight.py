@@ -1,0 +1,53 @@
+"""Look before anything is queued whether a batch can be trained: what the host that submits can know."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from moelab.runs import preflight
+from moelab.runs.spec import RunSpec
+from moelab.runs.store import RunStore
+from moelab.slurm.executor import Size
+from moelab.slurm.profiles import Profile
+
+
+def check(
+    specs: Sequence[RunSpec],
+    profile: Profile,
+    store: RunStore | None = None,
+    *,
+    measuring: Sequence[str] = (),
+    publish: bool = False,
+) -> None:
+    """Check folders, texts, weights of teachers and free space as `moelab run` does, and the nodes by the profile.
+
+    Devices are the nodes'; without Slurm (cluster ``local``) they are this machine's and are checked.
+
+    Args:
+        measuring: experiments whose notebooks measure on a GPU.
+        publish: whether results go into the published ones.
+
+    Raises:
+        ValueError: one line: what is missing or does not fit, where, and what helps.
+    """
+    store, on_slurm = store or RunStore(), profile.cluster == "slurm"
+    if on_slurm:
+        for spec in preflight.unfinished(specs, store):
+            Size.of(spec, profile)
+        if measuring and not _gives_notebooks_a_gpu(profile):
+            raise ValueError(
+                f"{measuring[0]}: its notebook measures on a GPU, and profile {profile.name} gives notebooks none; "
+                "set its notebook_gpus to 1"
+            )
+    preflight.check(
+        specs,
+        store,
+        device="cuda" if measuring and not on_slurm else "cpu",
+        publish=publish,
+        executor="slurm" if on_slurm else "processes",
+        same_files=not profile.container,
+    )
+
+
+def _gives_notebooks_a_gpu(profile: Profile) -> bool:
+    return profile.notebook_gpus > 0 or any(a.startswith(("--gres=gpu", "--gpus")) for a in profile.sbatch)

@@ -1,0 +1,140 @@
+"""What a submission is refused for before anything is queued."""
+
+import os
+import shutil
+from collections import namedtuple
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from moelab.cli import app
+from moelab.config.parallel import ParallelConfig
+from moelab.files import write_json
+from moelab.lab import Lab
+from moelab.runs.store import RunStore
+from moelab.slurm import preflight, profiles, submit
+
+PROFILE = profiles.Profile("site", nodes=2, gpus_per_node=4)
+HERE = profiles.Profile("here", cluster="local")
+
+
+@pytest.fixture(autouse=True)
+def home(tmp_path, monkeypatch):
+    monkeypatch.setenv("MOELAB_HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("MOELAB_RESULTS", str(tmp_path / "results"))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    return tmp_path / "home"
+
+
+@pytest.fixture
+def queued(monkeypatch):
+    """The experiments that would have been queued."""
+    names = []
+    plan = SimpleNamespace(scripts={}, finished=0, queued=0, submission=None)
+    monkeypatch.setattr(submit, "submit", lambda name, *_, **__: names.append(name) or plan)
+    return names
+
+
+def on_cuda(spec, ranks=1, **layout):
+    train = replace(spec.train, device="cuda", batch_size=16, micro_batch=1)
+    return replace(spec, train=train, parallel=ParallelConfig(data=ranks, **layout))
+
+
+def test_what_fits_passes_without_a_gpu_here_and_writes_nothing(tiny_spec, tmp_path):
+    preflight.check([tiny_spec, on_cuda(tiny_spec, 8)], PROFILE)
+    assert not list(tmp_path.iterdir())
+
+
+def test_runs_that_do_not_fit_the_profile_are_refused(tiny_spec, home):
+    wide = on_cuda(tiny_spec, 16)
+    with pytest.raises(ValueError, match="tiny: 16 ranks in nodes of 8 need 4 nodes; profile site allows 2"):
+        preflight.check([tiny_spec, wide], PROFILE)
+    preflight.check([wide], replace(PROFILE, nodes=4))
+    write_json(home / "runs" / wide.id / "result.json", {})
+    preflight.check([wide], PROFILE)  # finished
+
+
+def test_without_slurm_the_devices_are_this_machines(tiny_spec):
+    preflight.check([tiny_spec], HERE)
+    for given in ({"specs": [on_cuda(tiny_spec)]}, {"specs": [], "measuring": ["throughput"]}):
+        with pytest.raises(ValueError, match="no CUDA device is available here"):
+            preflight.check(profile=HERE, **given)
+
+
+def test_a_notebook_that_measures_needs_a_gpu():
+    with pytest.raises(
+        ValueError, match="throughput: its notebook measures on a GPU, and profile site gives notebooks none"
+    ):
+        preflight.check([], PROFILE, measuring=["throughput"])
+    preflight.check([], replace(PROFILE, notebook_gpus=1), measuring=["throughput"])
+    preflight.check([], replace(PROFILE, sbatch=("--gres=gpu:1",)), measuring=["throughput"])
+
+
+@pytest.mark.parametrize(
+    ("change", "part"),
+    [
+        ({"corpus": "mix6"}, "unknown corpus 'mix6'"),
+        ({"corpus": "folder:/nowhere"}, "'folder:/nowhere' is no folder"),
+        ({"tokenizer": "gpt2"}, "tiny: tokenizer gpt2 has 50257 entries, the model's embedding only 320"),
+    ],
+)
+def test_texts_that_do_not_work_are_refused(change, part, tiny_spec):
+    spec = replace(tiny_spec, data=replace(tiny_spec.data, **change))
+    with pytest.raises(ValueError, match=part):
+        preflight.check([spec], PROFILE)
+    inside = replace(PROFILE, container=("--container-image=x",))
+    if "folder:" in part:  # another path inside
+        preflight.check([spec], inside)
+    else:
+        with pytest.raises(ValueError, match=part):
+            preflight.check([spec], inside)
+
+
+def test_a_disk_without_room_is_refused(tiny_spec, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: namedtuple("usage", "free")(1 << 20))
+    for profile in (PROFILE, HERE):
+        with pytest.raises(ValueError, match=r"0\.00 GiB free, .* GiB needed for the checkpoints of 1 runs"):
+            preflight.check([tiny_spec], profile)
+
+
+@pytest.mark.parametrize(("variable", "publish"), [("MOELAB_HOME", False), ("MOELAB_RESULTS", True)])
+def test_folders_that_cannot_be_written_are_refused(variable, publish, tiny_spec, tmp_path, monkeypatch):
+    monkeypatch.setenv(variable, str(tmp_path / "locked"))
+    (tmp_path / "locked").mkdir()
+    real = os.access
+    monkeypatch.setattr(os, "access", lambda path, mode: path != tmp_path / "locked" and real(path, mode))
+    with pytest.raises(ValueError, match=f"locked is not writable; {variable} names another"):
+        preflight.check([tiny_spec], PROFILE, publish=publish)
+
+
+@pytest.mark.parametrize("command", ["submit", "sweep"])
+def test_nothing_is_queued_if_anything_is_wrong(command, queued, tmp_path):
+    (tmp_path / "site.yaml").write_text("nodes: 1\ngpus_per_node: 2\n")
+    more = ["-p", "parallel.data=2"] if command == "submit" else ["-g", "parallel.data=1,2"]
+    common = ["--scale", "smoke", "--profile", str(tmp_path / "site.yaml")]
+
+    def call(*arguments):
+        return CliRunner().invoke(app, [command, "pr-moe", *common, *more, *arguments])
+
+    assert call().exit_code == 0 and queued, call().output
+    queued.clear()
+    failed = call("-p", "data.corpus=folder:/nowhere")
+    assert isinstance(failed.exception, ValueError) and "is no folder" in str(failed.exception) and not queued
+
+
+def test_the_second_experiment_is_checked_before_the_first_is_queued(queued, tmp_path):
+    (tmp_path / "site.yaml").write_text("nodes: 1\n")
+    failed = CliRunner().invoke(
+        app, ["submit", "pr-moe", "throughput", "--scale", "gpu", "--profile", str(tmp_path / "site.yaml")]
+    )
+    assert str(failed.exception).startswith("throughput: its notebook measures on a GPU") and not queued
+
+
+def test_a_notebook_is_told_before_it_queues(tiny_spec, queued):
+    spec = replace(tiny_spec, data=replace(tiny_spec.data, corpus="mix6"))
+    with pytest.raises(ValueError, match="unknown corpus 'mix6'"):
+        Lab(store=RunStore()).submit([spec], cluster="local")
+    assert not queued
