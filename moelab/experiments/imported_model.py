@@ -166,7 +166,7 @@ def serving_headline(rows: pd.DataFrame, name: str, cluster: str) -> str:
     more = (rows["latency_uneven_ms"] / rows["latency_ms"]).max() - 1
     return (
         f"{name} on {cluster}: {fast['latency_ms']:.1f} ms a token at best, {cheap['tokens_per_s_per_gpu']:,.0f} "
-        f"tokens/s/GPU at most{price}; the measured load adds up to {more:.0%} to a step (simulated)"
+        f"tokens/s/GPU at most{price}; the measured load adds at most {more:.1%} to a step (simulated)"
     )
 
 
