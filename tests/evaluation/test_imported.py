@@ -31,7 +31,7 @@ FAMILIES = {
 def moelab(*arguments):
     done = CliRunner().invoke(app, [str(argument) for argument in arguments])
     assert done.exit_code == 0, (done.output, done.exception)
-    return done.output
+    return done.stdout
 
 
 @pytest.fixture

@@ -58,9 +58,10 @@ def test_counts_are_those_of_the_models_routing(text_folder, texts, tmp_path, mo
             assert np.allclose(of_layer[of_layer["domain"] == domain]["share"], share)
         row = layers.iloc[i]
         assert row["busiest"] == pytest.approx(load.max() / load.mean()) == row["max_violation"] + 1
-        assert row["p50"] <= row["p90"] <= row["p99"] <= row["busiest"] <= 1 + row["domain_violation"] + 1e-9 + 1
+        assert row["p50"] <= row["p90"] <= row["p99"] <= row["busiest"]
+        assert row["max_violation"] <= row["domain_violation"] + 1e-9, "the domains have as many tokens"
         assert 0 < row["load_entropy"] <= 1 and 0 < row["router_entropy"] < 1
-        assert 0 <= row["by_domain"] <= 1 and row["by_token"] > 0.1, "the token's embedding decides much"
+        assert 0 <= row["by_domain"] < row["by_token"] <= 1, "the token's embedding decides more than the domain"
     with torch.no_grad():
         p_SE = model.blocks[0].ffn.router(torch.randn(4, 32)).expert_SK
     assert model.blocks[0].ffn.router.entropies is None and p_SE.shape == (4, 2), "nothing is left on"
