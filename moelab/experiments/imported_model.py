@@ -179,7 +179,7 @@ EXPERIMENT = Experiment(
     paper_answer="Not examined.",
     scales={
         "smoke": Scale("random weights of OLMoE's form; text made by a rule", "seconds (tests)"),
-        "cpu": Scale("the model given; 20 k tokens of each domain of mix5", "minutes and more, by the model"),
+        "cpu": Scale("the model given; 20 k tokens of each domain of mix5", "a pass over the text"),
         "gpu": Scale("the model given, on one GPU", "not yet run; one GPU"),
     },
 )
