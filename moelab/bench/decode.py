@@ -237,6 +237,9 @@ def main(
         raise ValueError(f"bench decode: {rank_batch} sequences do not give each of {max(ranks)} ranks one")
     if tensor != 1 or exchange != "flat":
         raise ValueError("bench decode: --tensor and --exchange need several ranks; start with torchrun or srun")
+    for config in configs:  # before the first is measured
+        for size in ranks if config.is_moe else ():
+            config.check_layout(ParallelConfig(data=size))
     found: list[Row] = []
     for config in configs:
         case = measure(config, batches, settings, device)

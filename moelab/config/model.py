@@ -293,10 +293,6 @@ class ModelConfig:
         """Check that the model can be distributed in a layout; ValueError, one line, if not."""
         for ffn in self.ffn_sizes:
             parallel.check(self.experts, heads=self.kv_heads, ffn=ffn)
-        _check(
-            parallel.tensor == 1 or self.decoder.qk_norm != "all",
-            "parallel: tensor slicing separates heads, whose queries and keys are normalised together (qk_norm 'all')",
-        )
 
     def feed_forward_parameters(self, ffn: int) -> int:
         """Return the parameters of one feed-forward of size `ffn`."""

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from moelab.data.corpus import Corpus, Document, open_corpus
 from moelab.data.packages import CorpusUnavailable
-from moelab.data.preparation import prepare
+from moelab.data.preparation import encode_validation, prepare
 from moelab.data.tokens import TokenData
 
 if TYPE_CHECKING:
@@ -27,6 +27,7 @@ __all__ = [
     "Tokenizer",
     "TrainBatches",
     "bits_per_byte",
+    "encode_validation",
     "open_corpus",
     "overall_loss",
     "prepare",

@@ -71,6 +71,48 @@ def prepare(config: DataConfig, cache: Path, progress: Callable[[str], None] | N
     return data
 
 
+def encode_validation(
+    config: DataConfig, cache: Path, tokenizer: "Tokenizer", max_tokens: int = 0
+) -> dict[str, np.ndarray]:
+    """Encode a corpus's validation text with the tokenizer of another model; nothing is stored.
+
+    Args:
+        config: `corpus`, its bounds and `context` are used.
+        max_tokens: at most this many tokens of each domain, rounded down to whole windows; 0 = all.
+
+    Returns:
+        Domain -> windows that follow each other, [N, T] int64; domains in sorted order.
+
+    Raises:
+        ValueError: `context` is longer than `max_tokens` or than a domain's text, or there is no validation text.
+        CorpusUnavailable: the text cannot be had here.
+    """
+    T = config.context
+    if T < 1 or 0 < max_tokens < T:
+        raise ValueError(f"data: max_tokens {max_tokens} must be 0 (all) or at least the context, {T}")
+    wanted = max_tokens // T * T
+    ids: dict[str, list[int]] = {}
+    for document in open_corpus(config, cache).documents():
+        if document.split != "validation":
+            continue
+        found = ids.setdefault(document.domain, [])
+        for piece in _pieces(document.text, PIECE >> 4):
+            if wanted and len(found) >= wanted:
+                break
+            found += tokenizer.encode(piece)
+        found.append(tokenizer.eot)
+    if not ids:
+        raise ValueError(f"data: {config.corpus!r} has no validation text")
+    short = min(ids, key=lambda domain: len(ids[domain]))
+    if len(ids[short]) < T:
+        raise ValueError(
+            f"data: context {T} is too long for {config.corpus!r}: its {short!r} validation text has "
+            f"{len(ids[short])} tokens"
+        )
+    ends = {domain: min(wanted or len(found), len(found)) // T * T for domain, found in sorted(ids.items())}
+    return {domain: np.asarray(ids[domain][:end], np.int64).reshape(-1, T) for domain, end in ends.items()}
+
+
 def _open(folder: Path) -> TokenData | None:
     if not folder.exists():
         return None
@@ -287,11 +329,11 @@ def _groups(documents: Iterable[Document]) -> Iterator[list[Document]]:
         yield group
 
 
-def _pieces(text: str) -> Iterator[str]:
-    """Return the text in pieces of at most PIECE characters, cut after a line end, or anywhere if there is none."""
+def _pieces(text: str, size: int = PIECE) -> Iterator[str]:
+    """Return the text in pieces of at most `size` characters, cut after a line end, or anywhere if there is none."""
     start = 0
-    while len(text) - start > PIECE:
-        end = text.rfind("\n", start, start + PIECE) + 1 or start + PIECE
+    while len(text) - start > size:
+        end = text.rfind("\n", start, start + size) + 1 or start + size
         yield text[start:end]
         start = end
     yield text[start:]

@@ -50,6 +50,11 @@ def reduce_from_group(x: Tensor, group: Group, kind: str = "activations") -> Ten
     return x if group.size == 1 else _ReduceFromGroup.apply(x, group, kind)
 
 
+def mean_over_group(x: Tensor, group: Group, kind: str = "activations") -> Tensor:
+    """Return the mean of the ranks' tensors on every rank; the backward pass averages the ranks' gradients of it."""
+    return copy_to_group(reduce_from_group(x, group, kind), group, kind) / group.size
+
+
 def _gather(rows: Tensor, sizes: Sequence[int], group: Group, kind: str, backward: bool) -> Tensor:
     send = [len(rows)] * group.size
     return all_to_all(torch.cat([rows] * group.size), group, kind, send=send, receive=sizes, backward=backward)

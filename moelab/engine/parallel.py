@@ -19,7 +19,9 @@ from torch.utils.checkpoint import checkpoint
 from moelab.config import ModelConfig
 from moelab.config.parallel import ParallelConfig
 from moelab.engine.collectives import all_reduce
+from moelab.engine.differentiable import mean_over_group
 from moelab.engine.exchange import Exchange
+from moelab.engine.groups import Group
 from moelab.engine.mesh import ExpertGroups, Mesh
 from moelab.engine.padded import PaddedExchange
 from moelab.engine.placement import Placement
@@ -97,6 +99,10 @@ def _slice_block(block: nn.Module, config: ModelConfig, mesh: Mesh) -> None:
         attention.heads //= tensor.size
         if isinstance(attention, GroupedAttention):
             attention.kv_heads //= tensor.size
+            if config.decoder.qk_norm == "all":
+                norms = (attention.q_norm, attention.k_norm)
+                attention.q_norm, attention.k_norm = (_sliced_norm(norm, tensor) for norm in norms)
+                attention.pool = functools.partial(mean_over_group, group=tensor)
         mlp = block.ffn if isinstance(block.ffn, MLP) else block.ffn.mlp
         pairs = [(attention, "qkv", "out")] + ([] if mlp is None else [(mlp, "up", "down")])
         for owner, column, row in pairs:
@@ -111,6 +117,11 @@ def _slice_block(block: nn.Module, config: ModelConfig, mesh: Mesh) -> None:
             block.ffn.set_dispatch(config.dispatch, functools.partial(make_dispatch, groups=groups, config=mesh.config))
         if mesh.data.size > 1 and config.routing.aux_scope == "step":
             block.ffn.router.pool = functools.partial(_mean, mesh=mesh)
+
+
+def _sliced_norm(norm: nn.RMSNorm, group: Group) -> nn.RMSNorm:
+    """Return a norm with the weights of this rank's part of the width."""
+    return nn.RMSNorm(norm.normalized_shape[0] // group.size, eps=norm.eps)
 
 
 def make_dispatch(name: str, static_tokens: int = 0, *, groups: ExpertGroups, config: ParallelConfig) -> Dispatch:
@@ -165,6 +176,8 @@ def _placement(name: str, shape: tuple[int, ...], config: ModelConfig, mesh: Mes
             stretches = (shape[0] // 2,) * 2
         return Placement.part(shape, {dim: part}, mesh.data.ranks, 1, stretches)
     if module in ("q_norm", "k_norm"):  # each tensor rank has the gradient of its own heads only
+        if mesh.tensor.size > 1 and config.decoder.qk_norm == "all":  # and the weights of these
+            return Placement.part(shape, {0: (mesh.tensor.index, mesh.tensor.size)}, mesh.data.ranks, 1)
         return Placement.whole(shape, mesh.world.ranks, 1)
     return Placement.whole(shape, mesh.world.ranks, mesh.tensor.size)
 

@@ -14,36 +14,14 @@ from dataclasses import asdict, dataclass, fields
 from typing import TYPE_CHECKING, Any
 
 from moelab.design.experiment import Experiment, Scale
+from moelab.evaluation.routing import told
 
 if TYPE_CHECKING:
-    import numpy as np
     import pandas as pd
 
     from moelab.runs.collection import Runs
 
 ARMS = {"MoE-128": "350M+MoE-128"}
-
-
-def told(counts_XE: np.ndarray) -> float:
-    """Return the share of the expert's entropy that another variable tells, from their joint counts [values, experts].
-
-    The share, from 0 to 1, is mutual information over entropy, both less what the same counts tell after shuffling,
-    because a small sample tells something by chance.
-    """
-    import numpy as np
-
-    x_N, e_N = (np.repeat(part, counts_XE.flatten()) for part in map(np.ravel, np.indices(counts_XE.shape)))
-    shuffled_XE = np.zeros_like(counts_XE)
-    np.add.at(shuffled_XE, (x_N, np.random.default_rng(0).permutation(e_N)), 1)
-
-    def entropy(counts: np.ndarray) -> float:
-        p = counts[counts > 0] / counts.sum()
-        return float(-(p * np.log(p)).sum())
-
-    sides = entropy(counts_XE.sum(1)) + entropy(counts_XE.sum(0))
-    chance = sides - entropy(shuffled_XE)
-    most = entropy(counts_XE.sum(0)) - chance
-    return float(np.clip((sides - entropy(counts_XE) - chance) / most, 0, 1)) if most > 1e-9 else 0.0
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,8 @@ sequences. `moelab.models.attention` has the attention of the paper's decoder.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -41,6 +43,10 @@ class GroupedAttention(nn.Module):
     """Compute causal self-attention as `DecoderConfig` describes it.
 
     The rows of `qkv.weight` are those of the queries [H * D], keys [N * D] and values [N * D].
+
+    Attributes:
+        pool: function that averages a tensor over the ranks that have the other heads; the engine sets it where these
+            are normalised together (`qk_norm` "all") and tensor slicing separates them.
     """
 
     def __init__(self, config: ModelConfig) -> None:
@@ -52,6 +58,7 @@ class GroupedAttention(nn.Module):
         self.out = nn.Linear(config.heads * D, config.hidden, bias=biases == "all")
         self.norms_heads = decoder.qk_norm == "head"
         self.q_norm = self.k_norm = None
+        self.pool: Callable[[Tensor], Tensor] | None = None
         if decoder.qk_norm != "none":
             widths = (D, D) if self.norms_heads else (config.heads * D, config.kv_heads * D)
             self.q_norm, self.k_norm = (nn.RMSNorm(width, eps=decoder.norm_eps) for width in widths)
@@ -66,7 +73,10 @@ class GroupedAttention(nn.Module):
         B, T, _ = x_BTM.shape
         D = self.head_size
         q_BTX, k_BTX, v_BTX = self.qkv(x_BTM).split([n * D for n in (self.heads, self.kv_heads, self.kv_heads)], -1)
-        q_BTHD, k_BTND = self._normed(q_BTX, self.q_norm), self._normed(k_BTX, self.k_norm)
+        if self.pool is None:
+            q_BTHD, k_BTND = self._normed(q_BTX, self.q_norm), self._normed(k_BTX, self.k_norm)
+        else:
+            q_BTHD, k_BTND = self._normed_over_ranks(q_BTX, k_BTX)
         v_BTND = v_BTX.view(B, T, self.kv_heads, D)
         if rotation is not None:
             q_BTHD, k_BTND = rotate(q_BTHD, rotation), rotate(k_BTND, rotation)
@@ -90,6 +100,15 @@ class GroupedAttention(nn.Module):
             x_BTX = _rms(x_BTX, norm)
         x_BTHD = x_BTX.unflatten(-1, (-1, self.head_size))
         return _rms(x_BTHD, norm) if norm is not None and self.norms_heads else x_BTHD
+
+    def _normed_over_ranks(self, q_BTX: Tensor, k_BTX: Tensor) -> Iterator[Tensor]:
+        """Iterate over queries and keys by head, normalised over all ranks' heads; one collective serves both."""
+        wide = torch.promote_types(q_BTX.dtype, torch.float32)
+        squares_BT2 = torch.stack([x.to(wide).square().mean(-1) for x in (q_BTX, k_BTX)], -1)
+        means_BT2 = self.pool(squares_BT2)
+        for x, norm, mean_BT in zip((q_BTX, k_BTX), (self.q_norm, self.k_norm), means_BT2.unbind(-1), strict=True):
+            y = x.to(wide) * (mean_BT[..., None] + norm.eps).rsqrt() * norm.weight
+            yield y.to(x.dtype).unflatten(-1, (-1, self.head_size))
 
 
 def _rms(x: Tensor, norm: nn.RMSNorm) -> Tensor:

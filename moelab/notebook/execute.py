@@ -102,8 +102,8 @@ def check_parameters(experiment: Experiment, given: Mapping[str, str]) -> dict[s
 
 
 def _value(kind: str, text: str) -> Any:
-    if kind == "str":
-        return text
+    if kind == "str":  # a path: the kernel works in another folder
+        return str(Path(text).resolve()) if "/" in text and Path(text).exists() else text
     if kind == "bool":
         if text.lower() in ("true", "yes", "1"):
             return True

@@ -181,6 +181,8 @@ def decode_sweep(
 
     def attention(program: _Program) -> None:
         program.kernels("attention", 1, product(batch, M * D * (model.heads + 2 * model.kv_heads) / L))
+        if model.decoder.qk_norm == "all":  # the slices' mean squares of queries and keys, in fp32
+            program.kernels("all_reduce", L > 1, all_reduce_us(L, batch * 2 * 4, where, known))
         program.kernels(
             "attention", 1, transfer_us(batch * context * 2 * model.kv_heads * D * width / L, bandwidth)
         )  # reads the cache

@@ -87,8 +87,6 @@ class Layouts:
         good &= model.kv_heads % L == 0
         for ffn in model.ffn_sizes:
             good &= (ffn % L == 0) & (ffn % W == 0)
-        if model.decoder.qk_norm == "all":
-            good &= L == 1
         for count in {e for e in model.experts if e}:
             good &= ExpertLayouts.of(self, count).valid
         return good

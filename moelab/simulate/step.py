@@ -184,11 +184,13 @@ def _forward_us(
     flops = tokens * (2 * fixed + model.layers * 2 * model.heads * model.head_size * (model.context + 1)) / L
     kept = tokens * M * (10 + 24 / L + 5 * model.heads * model.context / M / L)
     reduced = all_reduce_us(L, tokens * M * 2, where, known)
+    normed = all_reduce_us(L, tokens * 2 * 4, where, known) if model.decoder.qk_norm == "all" else 0.0
     parts = {
         "products": flops / rate,
         "einsums": 0.0,
         "elementwise": model.layers * transfer_us(2 * kept, bandwidth),
-        "all_reduce": (2 * model.layers - model.moe_layers * (not model.fixed_ffn)) * float(reduced),
+        "all_reduce": (2 * model.layers - model.moe_layers * (not model.fixed_ffn)) * float(reduced)
+        + model.layers * float(normed),
         "all_to_all": 0.0,
     }
     for experts, count in Counter(e for e in model.experts if e).items():

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from moelab.config import ModelConfig, TrainConfig
 from moelab.data import TokenData, validation_batches
 from moelab.engine import checkpoint
-from moelab.models import build
+from moelab.models import GPT, build
 
 
 @dataclass(frozen=True)
@@ -32,6 +34,21 @@ class ExpertUse:
 
 
 @torch.no_grad()
+def routed(
+    model: GPT, batches: Iterable[tuple[str, Tensor]]
+) -> Iterator[tuple[str, np.ndarray, tuple[np.ndarray, ...]]]:
+    """Route text, and iterate over (domain, token ids [S], the experts [S, K] that each MoE layer chose).
+
+    Args:
+        model: in evaluation mode.
+        batches: (domain, tokens [B, T]).
+    """
+    device = model.token_embedding.weight.device
+    for domain, tokens_BT in batches:
+        _, routing = model.trunk(tokens_BT.to(device))
+        yield domain, tokens_BT.flatten().numpy(), tuple(layer.expert_SK.cpu().numpy() for layer in routing)
+
+
 def expert_use(
     config: ModelConfig, train: TrainConfig, run_dir: Path, data: TokenData, context: int, *, max_tokens: int = 0
 ) -> list[ExpertUse]:
@@ -51,12 +68,10 @@ def expert_use(
     layers = [(i + 1, experts) for i, experts in enumerate(config.experts) if experts]
     by_domain: dict[str, list[np.ndarray]] = {}
     by_token = [np.zeros((config.vocab, experts), np.int64) for _, experts in layers]
-    for domain, tokens_BT, _ in validation_batches(data, train.batch_size, context, max_tokens):
-        routing = model(tokens_BT.to(train.device)).routing
+    batches = validation_batches(data, train.batch_size, context, max_tokens)
+    for domain, ids_S, routing in routed(model, ((domain, tokens_BT) for domain, tokens_BT, _ in batches)):
         counts = by_domain.setdefault(domain, [np.zeros(experts, np.int64) for _, experts in layers])
-        ids_S = tokens_BT.flatten().numpy()
-        for i, layer in enumerate(routing):
-            expert_SK = layer.expert_SK.cpu().numpy()
+        for i, expert_SK in enumerate(routing):
             for expert_S in expert_SK.T:
                 counts[i] += np.bincount(expert_S, minlength=layers[i][1])
                 np.add.at(by_token[i], (ids_S, expert_S), 1)

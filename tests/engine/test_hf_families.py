@@ -132,7 +132,11 @@ def rank_logits(folder: str, layout: ParallelConfig) -> torch.Tensor:
 @pytest.mark.multiprocess
 def test_ranks_read_their_experts(tmp_path):
     layouts = {
-        "olmoe": [ParallelConfig(data=2), ParallelConfig(data=2, expert=1, expert_slicing=2)],
+        "olmoe": [
+            ParallelConfig(data=2),
+            ParallelConfig(data=2, expert=1, expert_slicing=2),
+            ParallelConfig(tensor=2, exchange="coordinated"),
+        ],
         "qwen2_moe": [ParallelConfig(data=2), ParallelConfig(tensor=2, exchange="coordinated")],
         "qwen3_moe": [ParallelConfig(tensor=2, expert=1)],
     }

@@ -30,6 +30,9 @@ TODAY = ModelConfig(
     expert=ExpertConfig(ffn=24, shared=2, shared_ffn=12, shared_gate=True),
     routing=RoutingConfig(drop_tokens=False, scores="sigmoid", balance_rate=0.01, aux_choices="all"),
 )  # fmt: skip
+ALL_HEADS = replace(
+    TODAY, decoder=replace(TODAY.decoder, qk_norm="all"), expert=ExpertConfig(ffn=24), routing=TOP2.routing
+)
 GATED = replace(
     TODAY, decoder=DecoderConfig(feed_forward="swiglu", biases="qkv", tied=False, positions="rotary", norm="rms"),
     expert=ExpertConfig(ffn=16, shared=1), routing=RoutingConfig(capacity_factor=0.5, aux_scope="sequence"),
@@ -169,11 +172,19 @@ def test_gated_and_shared_experts_too(ranks, layout, model):
     check(ranks, model, LAYOUTS[layout])
 
 
-def test_a_norm_over_all_heads_is_not_sliced():
-    model = replace(TODAY, decoder=replace(TODAY.decoder, qk_norm="all"))
-    with pytest.raises(ValueError, match="qk_norm 'all'"):
-        model.check_layout(ParallelConfig(tensor=2, data=4))
-    model.check_layout(ParallelConfig(data=8))
+@pytest.mark.parametrize(
+    "layout",
+    ["as many as experts", "tensor 2, no exchange", "tensor 2, coordinated", "recompute, tensor 2, coordinated"],
+)
+def test_a_norm_over_the_heads_of_all_tensor_ranks_too(ranks, layout):
+    check(ranks, ALL_HEADS, LAYOUTS[layout])
+
+
+def test_a_norm_over_all_heads_on_two_ranks():
+    with Ranks(2) as two:
+        check(two, ALL_HEADS, ParallelConfig(tensor=2))
+        for loss, gradient in two.run(step_in_bf16, replace(ALL_HEADS, top_k=1), ParallelConfig(tensor=2)):
+            assert loss < 1e-3 and gradient < 0.02
 
 
 def check(ranks: Ranks, model: ModelConfig, layout: ParallelConfig) -> None:

@@ -11,11 +11,11 @@ import pytest
 
 from moelab import paper
 from moelab.config import ModelConfig
+from moelab.design import comparison, settings
 from moelab.experiments import (
     EXPERIMENTS,
     all_to_all,
     capacity,
-    comparison,
     decoding,
     distillation,
     expert_count,
@@ -29,7 +29,6 @@ from moelab.experiments import (
     pr_moe,
     scaling,
     seeds,
-    settings,
     specialisation,
     throughput,
     top2_vs_residual,

@@ -92,6 +92,13 @@ def test_parameters_are_json_of_the_declared_type(texts, value):
         assert "\n" not in str(error.value)
 
 
+def test_a_path_is_one_from_the_folder_of_the_command(place, monkeypatch):
+    (place / "here").mkdir()
+    monkeypatch.chdir(place)
+    assert given(fail="./here")["fail"] == str(place / "here"), "the kernel works in another folder"
+    assert (given(fail="here")["fail"], given(fail="no/such")["fail"]) == ("here", "no/such")
+
+
 def test_what_it_prints_shows_while_it_runs_and_which_cell_it_is_at(place):
     log, progress = io.StringIO(), place / "progress.json"
     values = given(sizes="[1, 2]", rates='{"a": 1}')
