@@ -207,7 +207,8 @@ def _submit(
     for name, points in wanted:  # all of it checked before any of it is queued
         chosen = experiment(name)
         values = [notebooks.resolve(chosen, notebooks.check_parameters(chosen, given)) for given in points]
-        batches.append((name, [(v, chosen.specs_of(v)) for v in values]))
+        specs = [chosen.specs_of(v) for v in values]  # a wrong setting raises, trained or not
+        batches.append((name, [(v, s if chosen.trains else []) for v, s in zip(values, specs, strict=True)]))
         measuring += [name] * (chosen.measures and any(v["scale"] == "gpu" for v in values))
     if not dry_run:
         asked = [spec for _, batch in batches for _, specs in batch for spec in specs]

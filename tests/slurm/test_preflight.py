@@ -133,6 +133,13 @@ def test_the_second_experiment_is_checked_before_the_first_is_queued(queued, tmp
     assert str(failed.exception).startswith("throughput: its notebook measures on a GPU") and not queued
 
 
+def test_an_experiment_that_only_measures_queues_its_notebook_alone(home):
+    done = CliRunner().invoke(app, ["submit", "throughput", "--scale", "smoke", "--profile", "example", "--dry-run"])
+    assert done.exit_code == 0 and "1 notebook" in done.output and " run" not in done.output.splitlines()[-1], (
+        done.output
+    )
+
+
 def test_a_notebook_is_told_before_it_queues(tiny_spec, queued):
     spec = replace(tiny_spec, data=replace(tiny_spec.data, corpus="mix6"))
     with pytest.raises(ValueError, match="unknown corpus 'mix6'"):
