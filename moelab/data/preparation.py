@@ -309,7 +309,7 @@ def _encode(config: DataConfig, documents: Iterable[Document], tokenizer: "Token
 def _encoded(documents: Iterable[Document], tokenizer: "Tokenizer") -> Iterator[tuple[Document, np.ndarray]]:
     """Each document with its ids and a final `eot`, [n] int64; encoded many at a time, to use all cores."""
     for group in _groups(documents):
-        pieces = [list(_pieces(document.text)) for document in group]
+        pieces = [list(_pieces(document.text, PIECE)) for document in group]
         encoded = tokenizer.encode_batch([piece for document in pieces for piece in document])
         for document, parts in zip(group, pieces, strict=True):
             ids = [np.asarray(next(encoded), np.int64) for _ in parts]
@@ -329,7 +329,7 @@ def _groups(documents: Iterable[Document]) -> Iterator[list[Document]]:
         yield group
 
 
-def _pieces(text: str, size: int = PIECE) -> Iterator[str]:
+def _pieces(text: str, size: int) -> Iterator[str]:
     """Return the text in pieces of at most `size` characters, cut after a line end, or anywhere if there is none."""
     start = 0
     while len(text) - start > size:

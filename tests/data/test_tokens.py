@@ -196,13 +196,12 @@ def test_bad_settings_say_what_is_allowed(change, message, config, tmp_path):
     assert "\n" not in str(error.value)
 
 
-def test_long_documents_are_cut_into_pieces_and_whole_again(monkeypatch):
-    monkeypatch.setattr(module, "PIECE", 10)
+def test_long_documents_are_cut_into_pieces_and_whole_again():
     for text in ("", "short", "a line\nand more\n" * 5, "x" * 35):
-        pieces = list(module._pieces(text))
+        pieces = list(module._pieces(text, 10))
         assert "".join(pieces) == text
         assert all(len(piece) <= 10 for piece in pieces)
-    assert next(module._pieces("a line\nand more\n")) == "a line\n"
+    assert next(module._pieces("a line\nand more\n", 10)) == "a line\n"
 
 
 def test_hf_corpus_is_read_once_when_it_comes_from_afar(tmp_path, monkeypatch):
