@@ -41,8 +41,8 @@ class Timing:
             adds up the time of all threads, so it needs one thread.
         warm_up: rounds that are not counted.
         budget_s: no new round begins after that long, once three are counted.
-        longest_s: a candidate whose turn takes longer while warming up is left out, with a line that says so; None
-            keeps all of them.
+        longest_s: a candidate whose turn takes longer than that, and over ten times the first candidate's, while
+            warming up is left out, with a line that says so; None keeps all of them.
     """
 
     rounds: int = 7
@@ -97,7 +97,7 @@ def in_turns(
     take = sample or timing.seconds
     names = list(candidates)
     found: dict[str, list[T]] = {name: [] for name in names}
-    started = time.monotonic()
+    started, first_s = time.monotonic(), 0.0
     for i in range(timing.warm_up + timing.rounds):
         counted = i - timing.warm_up
         if counted == 0:
@@ -110,12 +110,12 @@ def in_turns(
             began = time.monotonic()
             measured = take(candidates[name], given)
             took_s = time.monotonic() - began
+            if i == 0 and name == names[0]:
+                first_s = took_s
             if counted >= 0:
                 found[name].append(measured)
-            elif timing.longest_s is not None and took_s > timing.longest_s:
-                terminal.console().print(
-                    f"left out: {name} takes {took_s:.2g} s a turn, more than {timing.longest_s:g} s"
-                )
+            elif timing.longest_s is not None and took_s > max(timing.longest_s, 10 * first_s):
+                terminal.console().print(f"left out: {name} takes {took_s:.2g} s a turn, {names[0]} {first_s:.2g} s")
                 names.remove(name)
                 del found[name]
     return found

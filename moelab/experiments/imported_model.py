@@ -77,7 +77,7 @@ def tables(found: Mapping[str, Any]) -> tuple[pd.DataFrame, pd.DataFrame]:
     return tuple(pd.DataFrame(found[name], columns=c) for name, c in zip(("layers", "shares"), columns, strict=True))
 
 
-def spread(layers: Sequence[int], most: int = 6) -> list[int]:
+def drawn_layers(layers: Sequence[int], most: int = 6) -> list[int]:
     """Return at most so many of the layers, from the first to the last, for a figure that has no room for all."""
     if len(layers) <= most:
         return list(layers)

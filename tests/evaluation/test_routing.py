@@ -124,4 +124,6 @@ def test_serving_with_the_load_measured():
     assert (slots["latency_uneven_ms"] == slots["latency_ms"]).all(), "slots are padded whatever the load"
     with pytest.raises(ValueError, match="no cluster 'b100'"):
         imported_model.serving(config, loads, "b100", 16)
-    assert imported_model.spread(range(1, 49)) == [1, 10, 20, 29, 39, 48] and imported_model.spread([1, 2]) == [1, 2]
+    assert imported_model.drawn_layers(range(1, 49)) == [1, 10, 20, 29, 39, 48] and imported_model.drawn_layers(
+        [1, 2]
+    ) == [1, 2]
