@@ -205,7 +205,7 @@ def pareto(front: pd.DataFrame, ax: Axes, *, best: tuple[float, float], objectiv
     some = front if len(front) <= 7 else front.iloc[[round(i * (len(front) - 1) / 6) for i in range(7)]]
     for row in some.itertuples():
         ax.annotate(
-            f"{row.gpus} GPUs, tensor {row.tensor}, batch {row.batch}",
+            f"{row.gpus} GPU{'s' if row.gpus > 1 else ''}, tensor {row.tensor}, batch {row.batch}",
             (row.latency_ms, row.tokens_per_s_per_gpu),
             xytext=(8, -4),
             textcoords="offset points",
