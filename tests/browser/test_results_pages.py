@@ -215,12 +215,14 @@ def test_curves_can_be_read_switched_and_subtracted(with_curves, visit):
     page.mouse.move(box["x"] + box["width"] / 2, box["y"] + 60)
     page.mouse.up()
     page.get_by_role("button", name="Show the picture").click()
-    assert not chart.is_visible() and page.locator("#loss-curves img.light").is_visible()
+    page.locator("#loss-curves img.light").wait_for()  # it is loaded when it is first shown
+    assert not chart.is_visible()
 
 
 def test_without_a_script_the_picture_of_the_curves_is_there(with_curves, visit):
     page = visit(with_curves.as_uri(), script=False)
-    assert page.locator("#loss-curves img.light").is_visible() and not page.locator(".chart").is_visible()
+    page.locator("#loss-curves img.light").wait_for()
+    assert not page.locator(".chart").is_visible()
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
