@@ -169,7 +169,11 @@ def test_moelab_browse(results, visit, tmp_path):
     try:
         address = process.stdout.readline().split(" at ")[1].split()[0]
         page = visit(address)
+        start = page.url
         page.locator("#tested tr[data-item] a").first.click()
+        page.wait_for_url(
+            lambda url: url != start, wait_until="networkidle"
+        )  # all of it is there before the server ends
         assert page.get_by_role("heading", level=1).is_visible()
     finally:
         process.terminate()
