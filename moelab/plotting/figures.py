@@ -140,7 +140,7 @@ def loss_curves(
         hue_order=list(arms),
         style_order=list(arms),
         palette=colors(of or arms),
-        dashes=dict(zip(of or arms, _DASHES, strict=False)),
+        dashes={arm: _DASHES[i % len(_DASHES)] for i, arm in enumerate(of or arms)},
         errorbar=student,
         err_kws={"alpha": 0.1, "linewidth": 0},
         ax=ax,

@@ -14,11 +14,12 @@ _OF_ARM = {
         (
             ("Dense", "350M"),
             ("MoE-32", "350M+MoE-32"),
-            ("Pyramid-MoE-32/64",),
-            ("Residual-MoE-32",),
-            ("PR-MoE-32/64", "Teacher"),
-            ("MoE-128", "350M+MoE-128"),
-            ("Top2-MoE-32",),
+            ("Pyramid-MoE-32/64", "Shared, pyramid"),
+            ("Residual-MoE-32", "Residual"),
+            ("PR-MoE-32/64", "PR-MoE", "Teacher"),
+            ("MoE-128", "350M+MoE-128", "Shared"),
+            ("Top2-MoE-32", "Top-2"),
+            ("Shared, fine",),
         ),
         strict=False,
     )
