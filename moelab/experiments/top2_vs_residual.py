@@ -8,7 +8,8 @@ Here: twins, paired by seed. Speed is measured side by side in one process (`moe
 is no all-to-all, so the measurement shows only the cost of routing, copying and smaller products. On 2 and 4 ranks of
 this machine (`sessions`) there is one, through memory. The volume is counted from the slots that leave a rank.
 
-Fixed before the first run: 3 seeds, all arms on each. Expect of the speed: the residual form as fast or up to a tenth
+Fixed before the first run: 3 seeds, all arms on each. Fixed on 2026-11-26, after three seeds had left the losses
+undecided: seeds 3 and 4 for all arms, and five is the end (`pr_moe`). Expect of the speed: the residual form as fast or up to a tenth
 slower on one rank, where there is no exchange to save, and its fixed MLP and learned mix cost as much as a second
 routed expert.
 """
