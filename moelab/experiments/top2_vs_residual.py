@@ -9,9 +9,9 @@ is no all-to-all, so the measurement shows only the cost of routing, copying and
 this machine (`sessions`) there is one, through memory. The volume is counted from the slots that leave a rank.
 
 Fixed before the first run: 3 seeds, all arms on each. Fixed on 2026-11-26, after three seeds had left the losses
-undecided: seeds 3 and 4 for all arms, and five is the end (`pr_moe`). Expect of the speed: the residual form as fast or up to a tenth
-slower on one rank, where there is no exchange to save, and its fixed MLP and learned mix cost as much as a second
-routed expert.
+undecided: seeds 3 and 4 for all arms, and five is the end (`pr_moe`). Expect of the speed: the residual form as fast
+or up to a tenth slower on one rank, where there is no exchange to save, and its fixed MLP and learned mix cost as much
+as a second routed expert.
 """
 
 from __future__ import annotations
