@@ -20,9 +20,9 @@ class UpcycleConfig:
         noise: standard deviation of the normal noise that is added to each copied tensor, as a share of that tensor's
             standard deviation. The first E experts of a layer that grows, and their rows, stay exact. Their copies
             need noise, because of equal scores the lowest expert is always chosen.
-        scale: factor of the experts' output weights and biases, for a router whose weights for a token sum to less than
-            they did: by E' / E for a layer that grows from E to E' experts with top-1 softmax, whose weights are divided
-            among the copies. 1 where weights are normalised.
+        scale: factor of the experts' output weights and biases. With top-1 softmax, whose weights are not normalised,
+            a token's weight is about 1 / E in a new layer of E experts, and a layer that grows to E' experts divides it
+            among E' / E copies; a scale of E, or of E' / E, makes up for that.
     """
 
     noise: float = 0.0

@@ -31,7 +31,7 @@ class Start:
     run: RunSpec
     tokens: int
     warmup_tokens: int = 0
-    upcycle: UpcycleConfig = UpcycleConfig()
+    upcycle: UpcycleConfig = field(default=UpcycleConfig())
 
 
 @dataclass(frozen=True)
@@ -151,8 +151,8 @@ class RunSpec:
         for few, more in pairs:
             if 0 < few < more and (more % few or not start.upcycle.noise):
                 raise ValueError(
-                    f"spec: a layer grows from {few} to {more} experts; allowed are multiples of {few}, and "
-                    "start.upcycle.noise must be above 0, because a router never chooses the second of two equal experts"
+                    f"spec: a layer grows from {few} to {more} experts; allowed are multiples of {few}, with "
+                    "start.upcycle.noise above 0, because a router never chooses the second of two equal experts"
                 )
 
     def _check_same(self, what: str, trunk: RunSpec, why: str) -> None:

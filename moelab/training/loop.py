@@ -16,7 +16,7 @@ import hashlib
 import math
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -70,7 +70,7 @@ class Branch:
 
     tokens: int = 0
     warmup_tokens: int = 0
-    upcycle: UpcycleConfig = UpcycleConfig()
+    upcycle: UpcycleConfig = field(default=UpcycleConfig())
 
 
 def train(

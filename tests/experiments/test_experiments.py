@@ -32,6 +32,7 @@ from moelab.experiments import (
     specialisation,
     throughput,
     top2_vs_residual,
+    upcycling,
 )
 from moelab.lab import Lab
 from moelab.paper import verdicts as claims
@@ -49,7 +50,7 @@ def test_every_experiment_has_specs_at_each_of_its_scales(name, scale):
     assert specs and {spec.train.seed % 100 for spec in specs} == {0, 1}
     for spec in specs:
         assert spec.label and (spec.train.device == "cuda") == (scale in ("gpu", "paper"))
-        assert spec.train.tokens >= 1_000_000 or scale == "smoke" or name == "start"
+        assert spec.train.tokens >= 1_000_000 or scale == "smoke" or name == "start" or spec.label in upcycling.SHORTER
     with pytest.raises(ValueError, match=f"{name}: no scale 'huge'"):
         experiment.specs("huge")
 
@@ -110,6 +111,60 @@ def test_students_read_the_half_that_their_teacher_has_not_read():
     assert longer.cost == pytest.approx(taught.cost, rel=1e-3) and longer.train.tokens > alone.train.tokens
 
 
+@pytest.mark.parametrize("scale", ["smoke", "quick", "cpu", "gpu"])
+def test_an_upcycled_run_is_a_branch_before_the_decay(scale):
+    specs = upcycling.EXPERIMENT.specs(scale)
+    arms = {spec.label: spec for spec in specs}
+    assert tuple(arms) == upcycling.ARMS and set(arms) >= {
+        a for left, right, _ in upcycling.EXPECTED for a in (left, right)
+    }
+    whole = arms["Dense"].train
+    for label, (trunk, becomes, _) in upcycling.BRANCHES.items():
+        run = arms[label]
+        assert run.start.run.id == arms[trunk].id and specs.index(arms[trunk]) < specs.index(run)
+        assert run.model == arms[becomes].model and run.train == arms[becomes].train
+        assert (
+            run.start.tokens in arms[trunk].train.keep_at and run.start.tokens <= whole.tokens - whole.cooldown_tokens
+        )
+        factor = max(run.model.experts) / max(1, *run.start.run.model.experts)
+        assert run.start.upcycle.scale in (1.0, factor)
+    own, equal = (arms[label] for label in upcycling.SHORTER)
+    assert own.train.tokens == arms["Upcycled"].own_tokens
+    ratio = upcycling.total_flops(equal) / upcycling.total_flops(arms["Upcycled"])
+    assert ratio == pytest.approx(1, abs=0.5 / whole.steps(own.data.context) * 1.5)
+    assert upcycling.total_flops(arms["Top-2"]) == arms["Top-2"].cost > upcycling.total_flops(arms["Upcycled"])
+    if scale != "smoke":  # they decay on their own, from the trunk's checkpoint
+        assert {s.start.run.id for s in (own, equal)} == {arms["Top-2"].id}
+        assert {s.start.tokens for s in (own, equal)} == set(arms["Top-2"].train.keep_at)
+
+
+def test_a_shorter_run_whose_warm_up_does_not_fit_begins_anew():
+    arms = {s.label: s for s in upcycling.EXPERIMENT.specs("quick", upcycle_at=0.8)}
+    own = arms["Top-2, MoE's tokens"].train
+    assert arms["Top-2, MoE's tokens"].start is None and own.tokens == 204_800
+    assert (own.warmup_tokens, own.cooldown_tokens) == (81_920, 40_960)
+
+
+def test_differences_of_upcycling():
+    table = final({"Upcycled": [5.0, 5.01], "Dense": [5.2, 5.21], "Top-2": [5.0, 5.01], "MoE-128": [4.9, 4.91]})
+    found = upcycling.differences(table).set_index("right")["found"]
+    assert dict(found) == {"Dense": "below", "Top-2": "cannot tell"}
+    table["validation_loss"] -= np.where(table["arm"] == "Top-2", 0.1, 0)
+    found = upcycling.differences(table).set_index("right")
+    assert found.loc["Top-2", "found"] == "above" and found.loc["Top-2", "mean"] == pytest.approx(0.1)
+    assert set(upcycling.differences(table[table["seed"] == 0])["found"]) == {"one seed"}
+
+
+def test_losses_at_the_copies():
+    lines = pd.concat(
+        [curves({("Dense", 0): (9, 6, 5, 4)}), curves({("Upcycled", 0): (6.5, 4.5)}, (100, 200)),
+         curves({("Upcycled, top-1", 0): (7, 4)}, (150, 200))]
+    )  # fmt: skip
+    found = upcycling.at_the_start(lines).set_index("arm")
+    assert found.loc["Upcycled", ["before", "after"]].tolist() == [6, 6.5]
+    assert found.loc["Upcycled, top-1", "after"] == 7 and pd.isna(found.loc["Upcycled, top-1", "before"])
+
+
 def test_the_sweep_is_the_regime_itself_on_a_seed_of_its_own():
     specs = learning_rate.EXPERIMENT.specs("cpu")
     assert {spec.train.seed for spec in specs} == {settings.SWEEP_SEED}
@@ -157,6 +212,10 @@ def test_larger_bases_train_at_less():
             "learning-rate: base must be one of 350M, 1.3B, 6.7B, got '2B'",
         ),
         (lambda: distillation.EXPERIMENT.specs(stop=1.5), "distillation: stop must be a share"),
+        (
+            lambda: upcycling.EXPERIMENT.specs(upcycle_at=0.9),
+            "upcycling: upcycle_at must be a share of the tokens between",
+        ),
         (lambda: distillation.EXPERIMENT.specs(arms=["L22"]), "distillation: unknown arm 'L22'"),
         (
             lambda: pr_moe.EXPERIMENT.specs(overrides={"parallel.data": 3}),
