@@ -170,3 +170,38 @@ def summary(runs: Runs) -> pd.DataFrame:
             }
         )
     return pd.DataFrame(rows).set_index("arm") if rows else pd.DataFrame()
+
+
+BALANCE = (
+    "max_violation",
+    "busiest_rank",
+    "load_variation",
+    "dead_experts",
+    "load_entropy",
+    "router_entropy",
+    "dropped_share",
+)
+"""Statistics of the experts' load in a row of training metrics, see `moelab.training.balance`."""
+
+
+def balance(runs: Runs) -> pd.DataFrame:
+    """Return, a row per MoE arm, the statistics of the experts' load at the end of training; empty without MoE runs.
+
+    Columns: arm, those of `BALANCE` that the runs have, and p0 to p100, the percentiles of an expert's load relative to
+    the mean load. Each is a mean over layers and seeds.
+    """
+    import pandas as pd
+
+    from moelab.training.balance import PERCENTILES
+
+    rows = []
+    for run in runs.finished:
+        training = [row for row in run.rows("train.jsonl").to_dict("records") if isinstance(row.get("balance"), dict)]
+        if run.spec.model.is_moe and training:
+            last = training[-1]
+            layers = list(last["load_percentiles"].values())
+            percentiles = {f"p{p}": sum(each[i] for each in layers) / len(layers) for i, p in enumerate(PERCENTILES)}
+            rows.append({"arm": run.spec.title, **{k: last[k] for k in BALANCE if k in last}, **percentiles})
+    if not rows:
+        return pd.DataFrame(columns=["arm"])
+    return pd.DataFrame(rows).groupby("arm", sort=False).mean().reset_index()

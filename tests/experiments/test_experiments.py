@@ -36,7 +36,9 @@ from moelab.experiments import (
 )
 from moelab.lab import Lab
 from moelab.paper import verdicts as claims
+from moelab.runs.collection import Runs
 from moelab.runs.dry_run import paper_rate, planned_runs, state_bytes
+from moelab.runs.store import RunStore
 from moelab.simulate import frames, ways
 
 SCALED = [(e.name, scale) for e in EXPERIMENTS.values() if e.arms or e.build for scale in e.scales]
@@ -153,6 +155,32 @@ def test_differences_of_upcycling():
     found = upcycling.differences(table).set_index("right")
     assert found.loc["Top-2", "found"] == "above" and found.loc["Top-2", "mean"] == pytest.approx(0.1)
     assert set(upcycling.differences(table[table["seed"] == 0])["found"]) == {"one seed"}
+
+
+def test_balance_at_the_end_of_training(tmp_path, tiny_spec):
+    """The mean over seeds of the last row that has statistics; a run that stopped early and a dense one have none."""
+    rows = [
+        {"step": 1, "max_violation": 9.0, "balance": {"2": {}}, "load_percentiles": {"2": [0, 0, 0, 0, 9]}},
+        {
+            "step": 2,
+            "max_violation": 1.0,
+            "balance": {"2": {}},
+            "load_percentiles": {"2": [0, 0, 1, 1, 2], "4": [1] * 5},
+        },
+    ]
+    store, made = RunStore(tmp_path), []
+    dense = replace(tiny_spec, model=replace(tiny_spec.model, experts=(), residual=False), label="dense")
+    for seed, spec in enumerate((tiny_spec, tiny_spec, dense)):
+        run = store.run(replace(spec, train=replace(spec.train, seed=seed)))
+        (run.path / "result.json").write_text("{}")
+        rows[1]["max_violation"] = 1.0 + seed
+        (run.path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        made.append(run)
+    table = comparison.balance(Runs(made))
+    assert table.to_dict("records") == [
+        {"arm": "tiny", "max_violation": 1.5, "p0": 0.5, "p10": 0.5, "p50": 1, "p90": 1, "p100": 1.5}
+    ]
+    assert not len(comparison.balance(Runs(made[2:])))
 
 
 def test_losses_at_the_copies():
