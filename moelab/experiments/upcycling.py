@@ -103,7 +103,7 @@ def build(scale: str, seed: int, overrides: Mapping[str, Any], *, upcycle_at: fl
         experts = max(scratch[becomes].model.experts)
         if upcycle.scale != 1:  # smaller at `smoke`
             upcycle = replace(upcycle, scale=experts / max(1, *scratch[trunk].model.experts))
-        warmup = max(1, round(own / 10 / a_step)) * a_step if label == "Upcycled, warm-up" else 0
+        warmup = max(2, round(own / 10 / a_step)) * a_step if label == "Upcycled, warm-up" else 0
         start = Start(scratch[trunk], at, warmup, upcycle)
         own_train = replace(scratch[becomes].train, keep_at=())
         branches[label] = replace(scratch[becomes], train=own_train, start=start, label=label)
