@@ -190,7 +190,7 @@ def at_the_start(curves: pd.DataFrame) -> pd.DataFrame:
     for (arm, seed), part in curves[curves["arm"].isin(BRANCHES)].groupby(["arm", "seed"], sort=False):
         first = part.sort_values("tokens").iloc[0]
         rows.append([arm, seed, losses.get((BRANCHES[arm][0], seed, first["tokens"])), first["loss"]])
-    return pd.DataFrame(rows, columns=["arm", "seed", "before", "after"])
+    return pd.DataFrame(rows, columns=["arm", "seed", "before", "after"]).astype({"before": float, "after": float})
 
 
 def headline(final: pd.DataFrame) -> str:

@@ -293,13 +293,21 @@ def test_copies_that_cannot_be_are_refused(experts, start, part, trunk, short):
 
 @pytest.mark.multiprocess
 @pytest.mark.slow
-def test_upcycling_on_ranks_is_that_of_one_process(trunk):
-    dense = replace(trunk, model=replace(trunk.model, experts=(0, 0, 0, 0), residual=False))
-    dense = replace(dense, train=replace(dense.train, micro_batch=2))
-    branch = replace(dense, model=trunk.model, start=Start(dense, 16 * STEP))
+@pytest.mark.parametrize("few", [0, 2])
+def test_upcycling_on_ranks_is_that_of_one_process(few, trunk):
+    """Noise belongs to the expert, not to the rank: of a dense layer, and of one that grows from two experts."""
+    trunk = replace(trunk, train=replace(trunk.train, micro_batch=2))
+    stem = replace(trunk, model=replace(trunk.model, experts=(0, few, 0, few), residual=bool(few)))
+    start = Start(stem, 16 * STEP, upcycle=UpcycleConfig(noise=0.3, scale=1.5))
+    branch = replace(trunk, model=replace(trunk.model, experts=(0, 4, 0, 8)), start=start)
     one = Lab(RunStore(Path("one").absolute())).run([branch], executor="inline")[0]
-    for layout in (ParallelConfig(data=2), ParallelConfig(data=2, shard=True)):
-        run = Lab(RunStore(Path(f"shard-{layout.shard}").absolute())).run([replace(branch, parallel=layout)])[0]
+    for layout in (
+        ParallelConfig(data=2),
+        ParallelConfig(data=2, shard=True),
+        ParallelConfig(data=2, expert_slicing=2),
+    ):
+        folder = Path(f"{layout.shard}-{layout.expert_slicing}").absolute()
+        run = Lab(RunStore(folder)).run([replace(branch, parallel=layout)])[0]
         rows, expected = read_rows(run.path / VALIDATION), read_rows(one.path / VALIDATION)
         assert [row["loss"] for row in rows] == pytest.approx([row["loss"] for row in expected], abs=1e-4)
 
@@ -368,6 +376,12 @@ def test_identity_and_json(trunk, branch):
     old = trunk.to_json()
     del old["start"], old["train"]["keep_at"]
     assert RunSpec.from_json(old) == trunk
+    earlier = branch.to_json()
+    del earlier["start"]["upcycle"], earlier["start"]["warmup_tokens"]
+    assert RunSpec.from_json(earlier) == branch
+    copying = replace(branch, model=replace(trunk.model, experts=(0, 4, 0, 8)))
+    noisy = [replace(copying, start=replace(branch.start, upcycle=UpcycleConfig(noise))) for noise in (0.1, 0.2)]
+    assert len({spec.id for spec in noisy}) == 2 and RunSpec.from_json(noisy[0].to_json()) == noisy[0]
 
 
 def test_what_a_branch_requires_and_costs(trunk, branch):
