@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from moelab.config import RoutingConfig, UpcycleConfig
+from moelab.config import DecoderConfig, ExpertConfig, RoutingConfig, UpcycleConfig
 from moelab.config.distill import DistillConfig
 from moelab.config.parallel import ParallelConfig
 from moelab.engine import checkpoint
@@ -233,6 +233,24 @@ def test_copies_have_noise_of_their_own(trunk):
         assert torch.equal(after["blocks.1.ffn.mlp.up.weight"], before["blocks.1.ffn.up.weight"]), "no copy"
 
 
+@pytest.mark.parametrize("expert", [ExpertConfig(shared=1, shared_ffn=64), ExpertConfig(ffn=32)])
+def test_a_feed_forward_of_another_size_is_not_copied(expert, trunk):
+    dense = replace(trunk, model=replace(trunk.model, experts=(0, 0, 0, 0), residual=False))
+    model = replace(trunk.model, residual=False, expert=expert)
+    with pytest.raises(checkpoint.CheckpointError, match=r"a dense feed-forward of \(128, 32\) does not become"):
+        filled(dense, replace(dense, model=model, start=Start(dense, 16 * STEP)))
+
+
+def test_gated_feed_forwards_are_copied_with_their_gates(trunk):
+    decoder = DecoderConfig(feed_forward="swiglu", ffn=48)
+    dense = replace(trunk, model=replace(trunk.model, experts=(0,) * 4, residual=False, decoder=decoder))
+    model = replace(dense.model, experts=(0, 4, 0, 2), top_k=2, routing=RoutingConfig(drop_tokens=False))
+    upcycled = replace(dense, model=model, start=Start(dense, 16 * STEP))
+    stem, run = Lab().run([dense, upcycled], executor="inline")
+    before = next(row for row in read_rows(stem.path / VALIDATION) if row["step"] == 16)
+    assert read_rows(run.path / VALIDATION)[0]["loss"] == pytest.approx(before["loss"], abs=1e-5)
+
+
 @pytest.mark.parametrize("rules", [{}, {"balance_rate": 1e-3, "aux_loss": 0.0}])
 def test_an_moe_grows_its_experts(rules, trunk):
     """The first experts stay, the others are copies with noise; with scaled outputs the loss stays within the noise."""
@@ -379,8 +397,9 @@ def test_identity_and_json(trunk, branch):
     earlier = branch.to_json()
     del earlier["start"]["upcycle"], earlier["start"]["warmup_tokens"]
     assert RunSpec.from_json(earlier) == branch
-    copying = replace(branch, model=replace(trunk.model, experts=(0, 4, 0, 8)))
-    noisy = [replace(copying, start=replace(branch.start, upcycle=UpcycleConfig(noise))) for noise in (0.1, 0.2)]
+    more = replace(trunk.model, experts=(0, 4, 0, 8))
+    starts = [replace(branch.start, upcycle=UpcycleConfig(noise)) for noise in (0.1, 0.2)]
+    noisy = [replace(branch, model=more, start=start) for start in starts]
     assert len({spec.id for spec in noisy}) == 2 and RunSpec.from_json(noisy[0].to_json()) == noisy[0]
 
 

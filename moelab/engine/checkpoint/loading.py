@@ -175,7 +175,7 @@ def _copy(
     storage.read(path, index, [Piece(f"model/{source}", shape, (0,) * len(shape), stored)])
     placement = shards.placement_of(name, parameter, placements)
     try:
-        copies = upcycling.Copies(stored, name, placement.shape, upcycle, seed)
+        copies = upcycling.Copies(stored, source, name, placement.shape, upcycle, seed)
     except ValueError as error:
         raise CheckpointError(f"{path}: {name}: {error}") from None
     for piece in shards.pieces(name, parameter, placement):

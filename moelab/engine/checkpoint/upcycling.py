@@ -51,30 +51,34 @@ class Copies:
         ValueError: one line: the stored feed-forward has another size.
     """
 
-    def __init__(self, stored: Tensor, name: str, shape: tuple[int, ...], config: UpcycleConfig, seed: int) -> None:
+    def __init__(
+        self, stored: Tensor, source: str, name: str, shape: tuple[int, ...], config: UpcycleConfig, seed: int
+    ) -> None:
         """Hold what the copies are made of.
 
         Args:
             stored: the dense feed-forward's tensor, or the parameter of a layer with fewer experts, fp32.
+            source: its name, see `sources`.
             name: of the parameter.
             shape: of the whole parameter.
             seed: of the noise, which depends on it, the name and the expert alone, not on the layout.
         """
         self.name, self.config, self.seed = name, config, seed
-        self.stacked = len(shape) == stored.ndim and tuple(stored.shape) != tuple(shape)  # a layer that grows
-        self.whole = tuple(stored.shape) == tuple(shape)  # the fixed branch, which is the dense feed-forward itself
-        if not (self.stacked or self.whole):
+        self.grows = source == name
+        self.fixed = ".mlp." in name  # the fixed branch, which is the dense feed-forward itself
+        found = tuple(stored.shape)
+        if not (self.grows or self.fixed):
             stored = stored.T if stored.ndim == 2 else stored
             gated = stored.ndim == len(shape) - 2 and stored.numel() == math.prod(shape[1:])  # a dim of gate and up
             stored = (stored.reshape(shape[1:]) if gated else stored)[None]
-        if not self.whole and tuple(stored.shape[1:]) != tuple(shape[1:]):
-            raise ValueError(f"a dense feed-forward of {tuple(stored.shape[1:])} does not become {tuple(shape)}")
+        if tuple(stored.shape[not self.fixed :]) != tuple(shape[not self.fixed :]):
+            raise ValueError(f"a dense feed-forward of {found} does not become {tuple(shape)}")
         self.stored = stored
         self.deviation = float(stored.std(correction=0)) * config.noise
 
     def part(self, index: tuple[slice, ...]) -> Tensor:
         """Return a part of the parameter."""
-        if self.whole:
+        if self.fixed:
             return self.stored[index]
         rows, *inner = index
         return torch.stack([self._expert(e)[tuple(inner)] for e in range(rows.start, rows.stop)])
@@ -83,7 +87,7 @@ class Copies:
         """Return the parameter of one expert."""
         kept = len(self.stored)
         one = self.stored[expert % kept]
-        exact = self.stacked and expert < kept
+        exact = self.grows and expert < kept
         if self.deviation and not exact and not self.name.endswith("balance_bias"):
             key = hashlib.sha256(f"{self.seed}/upcycle/{self.name}/{expert}".encode()).digest()
             generator = torch.Generator().manual_seed(int.from_bytes(key[:8], "big") >> 1)
