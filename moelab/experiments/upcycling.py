@@ -15,20 +15,16 @@ dense run (`moelab.runs.spec.Start`) that has the trunk's own schedule and decay
   rises again over a tenth of the MoE's tokens.
 - `Upcycled, top-1`: Dense becomes MoE-32, the paper's layer. Its weights are not normalised: a new router gives about
   1/32 of the feed-forward's output. `Upcycled, top-1, scaled` makes up for that by 32 times the output weights.
-- `Grown`: MoE-32 becomes MoE-128. Three noisy copies (a tenth of the deviation) of each expert and of its row of the
-  router; outputs times 4, among which the softmax divides a token's weight.
+- `Grown`: MoE-32 becomes MoE-128 by three copies of each expert and its row of the router, with noise of a tenth of the
+  deviation. Outputs are times 4, because the softmax divides a token's weight among the copies.
 
 The rate after the branch is the trunk's constant one. Komatsuzaki et al. 2022 (arXiv 2212.05055) go on with the dense
 schedule; NVIDIA (arXiv 2410.07524) go back to the peak rate from a decayed one. Before the decay both are the same, and
-the peak rates of Dense and MoE are equal here. What a second warm-up changes is measured by an arm of its own. The
-copies and the router begin without optimizer state.
+the peak rates of Dense and MoE are equal here. Copies and router begin without optimizer state.
 
-Fixed before the first run: 3 seeds, all arms on each. The rule: a difference counts if its 95 % interval over the seeds
-is on one side of zero (`EXPECTED`, in nats, left minus right); otherwise the runs cannot tell. Expect that upcycling
-beats the dense run and the MoE on its own tokens, and loses to the MoE from scratch at equal tokens and FLOPs, as in
-OLMoE (arXiv 2409.02060), whose MoE from scratch catches up after a quarter of the dense run's tokens; that noise and
-warm-up change nothing; that top-1 loses unless scaled; that growing beats staying small and loses to 128 from the
-start. Not run at `cpu` yet.
+Fixed before the first run: 3 seeds, all arms on each, and `EXPECTED`. A difference counts if its 95 % interval over the
+seeds is on one side of zero. At equal tokens, Upcycled is expected to lose as in OLMoE (arXiv 2409.02060), whose MoE
+from scratch catches up after a quarter of the dense run's tokens.
 """
 
 from __future__ import annotations
@@ -40,9 +36,8 @@ from typing import TYPE_CHECKING, Any
 from moelab.config import UpcycleConfig
 from moelab.design import comparison, settings
 from moelab.design.experiment import Experiment, twin_scales
-from moelab.runs.branching import token_budgets
+from moelab.runs.branching import shorter
 from moelab.runs.spec import RunSpec, Start
-from moelab.statistics import interval
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -63,18 +58,17 @@ BRANCHES: dict[str, tuple[str, str, UpcycleConfig]] = {
 SHORTER = ("Top-2, MoE's tokens", "Top-2, equal FLOPs")
 ARMS = (*SCRATCH, *SHORTER, *BRANCHES)
 
-BELOW, ABOVE, LEVEL = "below", "above", "cannot tell"
 EXPECTED = (
-    ("Upcycled", "Dense", BELOW),
-    ("Upcycled", "Top-2, MoE's tokens", BELOW),
-    ("Upcycled", "Top-2, equal FLOPs", ABOVE),
-    ("Upcycled", "Top-2", ABOVE),
-    ("Upcycled, noise", "Upcycled", LEVEL),
-    ("Upcycled, warm-up", "Upcycled", LEVEL),
-    ("Upcycled, top-1", "MoE-32", ABOVE),
-    ("Upcycled, top-1, scaled", "Upcycled, top-1", BELOW),
-    ("Grown", "MoE-32", BELOW),
-    ("Grown", "MoE-128", ABOVE),
+    ("Upcycled", "Dense", "below"),
+    ("Upcycled", "Top-2, MoE's tokens", "below"),
+    ("Upcycled", "Top-2, equal FLOPs", "above"),
+    ("Upcycled", "Top-2", "above"),
+    ("Upcycled, noise", "Upcycled", "cannot tell"),
+    ("Upcycled, warm-up", "Upcycled", "cannot tell"),
+    ("Upcycled, top-1", "MoE-32", "above"),
+    ("Upcycled, top-1, scaled", "Upcycled, top-1", "below"),
+    ("Grown", "MoE-32", "below"),
+    ("Grown", "MoE-128", "above"),
 )
 """Left, right, and where the left arm is expected to end; written before the first run."""
 
@@ -85,112 +79,31 @@ def build(scale: str, seed: int, overrides: Mapping[str, Any], *, upcycle_at: fl
     Args:
         upcycle_at: share of the tokens at which branches begin, before the learning rate decays.
     """
-    scratch = {
-        label: settings.spec(name, scale, seed, label=label, overrides=overrides) for label, name in SCRATCH.items()
-    }
-    train = scratch["Dense"].train
-    a_step = train.batch_size * scratch["Dense"].data.context
-    total = train.steps(scratch["Dense"].data.context)
-    last = 1 - train.cooldown_tokens / train.tokens
+    scratch = {arm: settings.spec(name, scale, seed, label=arm, overrides=overrides) for arm, name in SCRATCH.items()}
+    train, context = scratch["Dense"].train, scratch["Dense"].data.context
+    a_step, last = train.batch_size * context, 1 - train.cooldown_tokens / train.tokens
     if not 0 < upcycle_at < 1 or upcycle_at > last:
         raise ValueError(f"upcycle_at must be a share of the tokens between 0 and {last:.2g}, got {upcycle_at}")
+    total = train.steps(context)
     at = max(1, round(upcycle_at * total)) * a_step
+    plain = dict(scratch)
     for trunk in ("Dense", "MoE-32"):
         scratch[trunk] = scratch[trunk].keeping([at])
     own = total * a_step - at
     branches = {}
     for label, (trunk, becomes, upcycle) in BRANCHES.items():
-        experts = max(scratch[becomes].model.experts)
-        if upcycle.scale != 1:  # smaller at `smoke`
-            upcycle = replace(upcycle, scale=experts / max(1, *scratch[trunk].model.experts))
+        if upcycle.scale != 1:
+            few, more = (max(1, *scratch[arm].model.experts) for arm in (trunk, becomes))
+            upcycle = replace(upcycle, scale=more / few)
         warmup = max(2, round(own / 10 / a_step)) * a_step if label == "Upcycled, warm-up" else 0
         start = Start(scratch[trunk], at, warmup, upcycle)
-        own_train = replace(scratch[becomes].train, keep_at=())
-        branches[label] = replace(scratch[becomes], train=own_train, start=start, label=label)
-    flops = total_flops(branches["Upcycled"])
-    a_token = scratch["Top-2"].model.flops_per_token(context=scratch["Top-2"].data.context)
-    budgets = [own, round(flops / a_token / a_step) * a_step]
-    scratch["Top-2"], *shorter = _shorter(scratch["Top-2"], budgets)
-    return [*scratch.values(), *shorter, *branches.values()]
-
-
-def _shorter(trunk: RunSpec, budgets: list[int]) -> list[RunSpec]:
-    """Return a run, which keeps what its budgets start from, and the same run of each budget of tokens.
-
-    A budget branches off where its own decay begins if the rate is constant there, else it begins anew.
-    """
-    train = trunk.train
-    share = train.cooldown_tokens / train.tokens
-    runs = []
-    for label, tokens in zip(SHORTER, budgets, strict=True):
-        if share and train.warmup_tokens <= tokens * (1 - share):
-            (run,) = token_budgets(trunk, [tokens])
-        else:
-            warmup = min(train.warmup_tokens, round(train.warmup_tokens * tokens / train.tokens))
-            less = {"tokens": tokens, "warmup_tokens": warmup, "cooldown_tokens": round(share * tokens)}
-            run = replace(trunk, train=replace(train, **less))
-        runs.append(replace(run, label=label))
-    keeping = trunk.keeping([run.start.tokens for run in runs if run.start])
-    return [keeping, *(replace(run, start=replace(run.start, run=keeping)) if run.start else run for run in runs)]
-
-
-def total_flops(spec: RunSpec, tokens: int | None = None) -> float:
-    """Return the training FLOPs of a run up to some of its tokens, with those of its trunk before it begins."""
-    end = spec.train.tokens if tokens is None else tokens
-    begin = spec.start.tokens if spec.start else 0
-    before = total_flops(spec.start.run, begin) if spec.start else 0.0
-    return before + spec.model.flops_per_token(context=spec.data.context) * (end - begin)
-
-
-def costs(specs: list[RunSpec]) -> pd.DataFrame:
-    """Return, a row per arm: tokens before the copies and after them (millions), and FLOPs of all of them (10^12)."""
-    import pandas as pd
-
-    rows = {}
-    for spec in specs:
-        copies = spec.label in BRANCHES and spec.start is not None
-        rows[spec.title] = {
-            "tokens before the copies (M)": spec.start.tokens / 1e6 if copies else 0.0,
-            "tokens after (M)": (spec.own_tokens if copies else spec.train.tokens) / 1e6,
-            "training TFLOPs": total_flops(spec) / 1e12,
-        }
-    return pd.DataFrame(rows.values(), index=pd.Index(rows, name="arm"))
-
-
-def differences(final: pd.DataFrame) -> pd.DataFrame:
-    """Return a row for each pair of `EXPECTED`: its difference with the 95 % interval, expected and found.
-
-    Columns: left, right, mean, low, high, seeds, expected, found. With one seed nothing is found.
-    """
-    import pandas as pd
-
-    rows = []
-    for left, right, expected in EXPECTED:
-        if values := comparison.paired(final, left, right):
-            mean, low, high = interval(values)
-            found = BELOW if high < 0 else ABOVE if low > 0 else LEVEL
-            one = len(values) < 2
-            rows.append([left, right, mean, low, high, len(values), expected, "one seed" if one else found])
-    return pd.DataFrame(rows, columns=["left", "right", "mean", "low", "high", "seeds", "expected", "found"])
-
-
-def at_the_start(curves: pd.DataFrame) -> pd.DataFrame:
-    """Return, a row per arm that begins with copies and seed: the loss before and after the copies (nats per token).
-
-    Args:
-        curves: `Runs.curves()` of the trunks and the branches.
-
-    Returns:
-        Columns arm, seed, before, after. before is missing where the trunk was not evaluated at that step.
-    """
-    import pandas as pd
-
-    rows = []
-    losses = curves.drop_duplicates(["arm", "seed", "tokens"]).set_index(["arm", "seed", "tokens"])["loss"]
-    for (arm, seed), part in curves[curves["arm"].isin(BRANCHES)].groupby(["arm", "seed"], sort=False):
-        first = part.sort_values("tokens").iloc[0]
-        rows.append([arm, seed, losses.get((BRANCHES[arm][0], seed, first["tokens"])), first["loss"]])
-    return pd.DataFrame(rows, columns=["arm", "seed", "before", "after"]).astype({"before": float, "after": float})
+        branches[label] = replace(plain[becomes], start=start, label=label)
+    top2 = scratch["Top-2"]
+    budgets = [own, round(branches["Upcycled"].total_cost / top2.cost * total) * a_step]
+    starts = [run.start.tokens for run in (shorter(top2, tokens) for tokens in budgets) if run.start]
+    scratch["Top-2"] = top2.keeping(starts)
+    less = [replace(shorter(scratch["Top-2"], n), label=label) for label, n in zip(SHORTER, budgets, strict=True)]
+    return [*scratch.values(), *less, *branches.values()]
 
 
 def headline(final: pd.DataFrame) -> str:

@@ -211,11 +211,24 @@ class RunSpec:
     @property
     def cost(self) -> float:
         """Training FLOPs of its own tokens, with a teacher's forward passes, for estimates of the time left."""
+        return self._cost_of_a_token * self.own_tokens
+
+    @property
+    def total_cost(self) -> float:
+        """Training FLOPs of all its tokens: its own, and those of its trunk before it begins."""
+        return self._cost_until(self.train.tokens)
+
+    def _cost_until(self, tokens: int) -> float:
+        begin, before = (self.start.tokens, self.start.run._cost_until(self.start.tokens)) if self.start else (0, 0.0)
+        return before + self._cost_of_a_token * (tokens - begin)
+
+    @property
+    def _cost_of_a_token(self) -> float:
         context = self.data.context
         a_token = self.model.flops_per_token(context=context)
         if self.teacher is not None and self.distill is not None and self.distill.schedule != "off":
             a_token += self.teacher.model.flops_per_token(training=False, context=context)
-        return a_token * self.own_tokens
+        return a_token
 
     def to_json(self) -> dict[str, Any]:
         """Return all fields as JSON values."""

@@ -38,6 +38,7 @@ from moelab.lab import Lab
 from moelab.paper import verdicts as claims
 from moelab.runs.collection import Runs
 from moelab.runs.dry_run import paper_rate, planned_runs, state_bytes
+from moelab.runs.spec import Start
 from moelab.runs.store import RunStore
 from moelab.simulate import frames, ways
 
@@ -132,9 +133,9 @@ def test_an_upcycled_run_is_a_branch_before_the_decay(scale):
         assert run.start.upcycle.scale in (1.0, factor)
     own, equal = (arms[label] for label in upcycling.SHORTER)
     assert own.train.tokens == arms["Upcycled"].own_tokens
-    ratio = upcycling.total_flops(equal) / upcycling.total_flops(arms["Upcycled"])
+    ratio = equal.total_cost / arms["Upcycled"].total_cost
     assert ratio == pytest.approx(1, abs=0.5 / whole.steps(own.data.context) * 1.5)
-    assert upcycling.total_flops(arms["Top-2"]) == arms["Top-2"].cost > upcycling.total_flops(arms["Upcycled"])
+    assert arms["Top-2"].total_cost == arms["Top-2"].cost > arms["Upcycled"].total_cost
     if scale != "smoke":  # they decay on their own, from the trunk's checkpoint
         assert {s.start.run.id for s in (own, equal)} == {arms["Top-2"].id}
         assert {s.start.tokens for s in (own, equal)} == set(arms["Top-2"].train.keep_at)
@@ -149,12 +150,12 @@ def test_a_shorter_run_whose_warm_up_does_not_fit_begins_anew():
 
 def test_differences_of_upcycling():
     table = final({"Upcycled": [5.0, 5.01], "Dense": [5.2, 5.21], "Top-2": [5.0, 5.01], "MoE-128": [4.9, 4.91]})
-    found = upcycling.differences(table).set_index("right")["found"]
+    found = comparison.differences(table, upcycling.EXPECTED).set_index("right")["found"]
     assert dict(found) == {"Dense": "below", "Top-2": "cannot tell"}
     table["validation_loss"] -= np.where(table["arm"] == "Top-2", 0.1, 0)
-    found = upcycling.differences(table).set_index("right")
+    found = comparison.differences(table, upcycling.EXPECTED).set_index("right")
     assert found.loc["Top-2", "found"] == "above" and found.loc["Top-2", "mean"] == pytest.approx(0.1)
-    assert set(upcycling.differences(table[table["seed"] == 0])["found"]) == {"one seed"}
+    assert set(comparison.differences(table[table["seed"] == 0], upcycling.EXPECTED)["found"]) == {"one seed"}
 
 
 def test_balance_at_the_end_of_training(tmp_path, tiny_spec):
@@ -183,14 +184,23 @@ def test_balance_at_the_end_of_training(tmp_path, tiny_spec):
     assert not len(comparison.balance(Runs(made[2:])))
 
 
-def test_losses_at_the_copies():
-    lines = pd.concat(
-        [curves({("Dense", 0): (9, 6, 5, 4)}), curves({("Upcycled", 0): (6.5, 4.5)}, (100, 200)),
-         curves({("Upcycled, top-1", 0): (7, 4)}, (150, 200))]
-    )  # fmt: skip
-    found = upcycling.at_the_start(lines).set_index("arm")
-    assert found.loc["Upcycled", ["before", "after"]].tolist() == [6, 6.5]
-    assert found.loc["Upcycled, top-1", "after"] == 7 and pd.isna(found.loc["Upcycled, top-1", "before"])
+def test_losses_where_branches_begin(tmp_path, tiny_spec):
+    """The trunk was evaluated at step 8, but not at step 12."""
+    trunk = replace(tiny_spec, train=replace(tiny_spec.train, cooldown_tokens=6 * 128), label="trunk")
+    store = RunStore(tmp_path)
+    rows = {None: {0: 6.0, 8: 5.0, 16: 4.0}, 8: {8: 5.5, 24: 3.0}, 12: {12: 7.0, 24: 3.0}}
+    made = []
+    for step, losses in rows.items():
+        start = Start(trunk, step * 128) if step else None
+        run = store.run(replace(trunk, start=start, label=f"from {step}" if step else "trunk"))
+        (run.path / "result.json").write_text("{}")
+        lines = (json.dumps({"step": at, "loss": loss}) + "\n" for at, loss in losses.items())
+        (run.path / "validation.jsonl").write_text("".join(lines))
+        made.append(run)
+    found = comparison.at_the_start(Runs(made)).set_index("arm")
+    assert found.loc["from 8", ["before", "after"]].tolist() == [5.0, 5.5]
+    assert found.loc["from 12", "after"] == 7 and pd.isna(found.loc["from 12", "before"])
+    assert comparison.costs([run.spec for run in made])["training TFLOPs of both"].nunique() == 1
 
 
 def test_the_sweep_is_the_regime_itself_on_a_seed_of_its_own():
@@ -374,8 +384,6 @@ def test_pairing_takes_the_common_part_out():
 
 
 def test_a_plan_counts_state_and_hours(tmp_path):
-    from moelab.runs.store import RunStore
-
     specs = [spec for spec in distillation.EXPERIMENT.specs("paper", arms=["L21 + KD"])]
     teacher, student = planned_runs(specs, RunStore(tmp_path))
     assert teacher.spec == specs[0].teacher and teacher.state == "new" and not list(tmp_path.iterdir())
