@@ -14,6 +14,7 @@ from moelab.config.parallel import ExpertLayout, ParallelConfig, Position
 from moelab.config.routing import RoutingConfig
 from moelab.config.serialization import digest, from_json, identity, to_json
 from moelab.config.train import TrainConfig
+from moelab.config.upcycle import UpcycleConfig
 
 __all__ = [
     "BASES",
@@ -28,6 +29,7 @@ __all__ = [
     "Position",
     "RoutingConfig",
     "TrainConfig",
+    "UpcycleConfig",
     "digest",
     "expert_pattern",
     "from_json",

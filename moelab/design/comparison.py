@@ -106,6 +106,27 @@ def difference(final: pd.DataFrame, left: str, right: str) -> str:
     return f"{left} ends {where} {right} ({interval_text(values)})"
 
 
+def differences(final: pd.DataFrame, expected: Sequence[tuple[str, str, str]]) -> pd.DataFrame:
+    """Return, a row per pair of arms, the difference of their final losses beside what was expected of it.
+
+    Args:
+        expected: left, right, and where the left arm was expected to end: "below", "above" or "cannot tell".
+
+    Returns:
+        Columns left, right, mean (left minus right), low, high (95 % interval), seeds, expected, found: "below" or
+        "above" if the interval is on one side of zero, else "cannot tell"; "one seed" has no interval.
+    """
+    import pandas as pd
+
+    rows = []
+    for left, right, where in expected:
+        if values := paired(final, left, right):
+            mean, low, high = interval(values)
+            found = "below" if high < 0 else "above" if low > 0 else "cannot tell"
+            rows.append([left, right, mean, low, high, len(values), where, found if len(values) > 1 else "one seed"])
+    return pd.DataFrame(rows, columns=["left", "right", "mean", "low", "high", "seeds", "expected", "found"])
+
+
 def over_training(curves: pd.DataFrame, arms: Sequence[str], reference: str) -> pd.DataFrame:
     """Return columns arm, seed, tokens and loss, the difference to the reference arm at the same tokens and seed."""
     trained = curves[curves["tokens"] > 0]
@@ -170,3 +191,72 @@ def summary(runs: Runs) -> pd.DataFrame:
             }
         )
     return pd.DataFrame(rows).set_index("arm") if rows else pd.DataFrame()
+
+
+def costs(specs: Sequence[RunSpec]) -> pd.DataFrame:
+    """Return, a row per arm: tokens of its trunk before it begins and its own (millions), and FLOPs of both (10^12)."""
+    import pandas as pd
+
+    rows = {
+        spec.title: {
+            "tokens of its trunk (M)": spec.start.tokens / 1e6 if spec.start else 0.0,
+            "own tokens (M)": spec.own_tokens / 1e6,
+            "training TFLOPs of both": spec.total_cost / 1e12,
+        }
+        for spec in specs
+    }
+    return pd.DataFrame(rows.values(), index=pd.Index(rows, name="arm"))
+
+
+def at_the_start(runs: Runs) -> pd.DataFrame:
+    """Return, a row per branch, the loss of its trunk where it begins and its own there, on the same validation text.
+
+    Columns: arm, seed, before, after (nats per token); before is missing where the trunk was not evaluated at that step
+    or is not among the runs.
+    """
+    import pandas as pd
+
+    evaluated = {run.spec.id: run.rows("validation.jsonl") for run in runs.finished}
+    rows = []
+    for run in runs.finished:
+        if run.spec.start is not None:
+            first = evaluated[run.spec.id].iloc[0]
+            trunk = evaluated.get(run.spec.start.run.id)
+            there = [] if trunk is None else list(trunk.loc[trunk["step"] == first["step"], "loss"])
+            rows.append([run.spec.title, run.spec.train.seed, there[0] if there else None, first["loss"]])
+    return pd.DataFrame(rows, columns=["arm", "seed", "before", "after"]).astype({"before": float, "after": float})
+
+
+BALANCE = (
+    "max_violation",
+    "busiest_rank",
+    "load_variation",
+    "dead_experts",
+    "load_entropy",
+    "router_entropy",
+    "dropped_share",
+)
+"""Statistics of the experts' load in a row of training metrics, see `moelab.training.balance`."""
+
+
+def balance(runs: Runs) -> pd.DataFrame:
+    """Return, a row per MoE arm, the statistics of the experts' load at the end of training; empty without MoE runs.
+
+    Columns: arm, those of `BALANCE` that the runs have, and p0 to p100, the percentiles of an expert's load relative to
+    the mean load. Each is a mean over layers and seeds.
+    """
+    import pandas as pd
+
+    from moelab.training.balance import PERCENTILES
+
+    rows = []
+    for run in runs.finished:
+        training = [row for row in run.rows("train.jsonl").to_dict("records") if isinstance(row.get("balance"), dict)]
+        if run.spec.model.is_moe and training:
+            last = training[-1]
+            layers = list(last["load_percentiles"].values())
+            percentiles = {f"p{p}": sum(each[i] for each in layers) / len(layers) for i, p in enumerate(PERCENTILES)}
+            rows.append({"arm": run.spec.title, **{k: last[k] for k in BALANCE if k in last}, **percentiles})
+    if not rows:
+        return pd.DataFrame(columns=["arm"])
+    return pd.DataFrame(rows).groupby("arm", sort=False).mean().reset_index()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import pickle
 import textwrap
 from typing import TYPE_CHECKING
@@ -42,15 +43,17 @@ def narrowed(fig: Figure) -> Figure | None:
     copy.set_layout_engine("constrained")
     copy.set_size_inches(WIDTH, sum(heights) + 1.0 * len(heights))
     grid = copy.add_gridspec(len(panels), 1, height_ratios=heights)
+    rows = 0
     for row, axes in enumerate(panels.values()):
         for ax in axes:
             ax.set_subplotspec(grid[row])
             _relabel(ax)
         for ax in axes:
             if (legend := ax.get_legend()) is not None:
-                _below(legend, ax)
+                rows += max(0, _below(legend, ax) - 2)
     for legend in list(copy.legends):
-        _below(legend, copy)
+        rows += max(0, _below(legend, copy) - 2)
+    copy.set_figheight(copy.get_figheight() + 0.18 * rows)  # else a long legend leaves the axes too little
     for text in copy.texts:
         text.set_text(_wrapped(text.get_text()))
     if copy._suptitle is not None:
@@ -78,22 +81,25 @@ def _relabel(ax: Axes) -> None:
     ax.set_ylabel("\n".join(textwrap.wrap(ax.get_ylabel(), 34)))
 
 
-def _below(legend: Legend, owner: Axes | Figure) -> None:
-    """Draw a legend again below its panel or figure, where it covers nothing."""
+def _below(legend: Legend, owner: Axes | Figure) -> int:
+    """Draw a legend again below its panel or figure, where it covers nothing, and return its rows."""
     handles, labels = list(legend.legend_handles), [text.get_text() for text in legend.get_texts()]
     if not handles:
-        return
+        return 0
     title = legend.get_title().get_text() or None
-    look = {"title": title, "ncols": 2 if max(map(len, labels)) <= 22 else 1, "fontsize": 9}
+    columns = 2 if max(map(len, labels)) <= 22 else 1
+    look = {"title": title, "ncols": columns, "fontsize": 9}
+    count = math.ceil(len(labels) / columns)
     legend.remove()
     if not isinstance(owner, Axes):
         owner.legend(handles, labels, loc="outside lower center", **look)
-        return
+        return count
     # What was drawn, such as dots with error bars, not its mark in the old legend.
     drawn = {label: handle for handle, label in zip(*owner.get_legend_handles_labels(), strict=True)}
     handles = [drawn.get(label, handle) for label, handle in zip(labels, handles, strict=True)]
     pad = 3.0 + 1.7 * len(owner.get_xlabel().splitlines())
     owner.legend(handles, labels, loc="upper center", bbox_to_anchor=(0.5, 0), borderaxespad=pad, **look)
+    return count
 
 
 def _thin(ax: Axes, fig: Figure) -> None:

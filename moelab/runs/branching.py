@@ -4,7 +4,7 @@ Numbers depend on the spec alone, so a trunk that is trained again up to the bra
 for bit and costs only time. That happens when a trunk was taken over without weights, or has removed the checkpoint
 because the branch was asked for later. It is trained in `<branch>/prefix/`, from the trunk's nearest checkpoint before.
 
-`token_budgets` makes the branches that differ only in their tokens.
+`token_budgets` makes the branches that differ only in their tokens, `shorter` one of them or its equal from scratch.
 """
 
 from __future__ import annotations
@@ -90,6 +90,21 @@ def token_budgets(trunk: RunSpec, budgets: Sequence[int]) -> list[RunSpec]:
         own = replace(train, tokens=tokens, cooldown_tokens=tokens - start, keep_at=())
         runs.append(replace(trunk, train=own, start=Start(trunk, start)))
     return runs
+
+
+def shorter(trunk: RunSpec, tokens: int) -> RunSpec:
+    """Return the run of fewer tokens: a budget of the trunk, or a run from initial weights where that is not possible.
+
+    That is where the rate is nowhere constant, or not yet where the decay would begin. Then warm-up and decay keep
+    their shares of the tokens.
+    """
+    train = trunk.train
+    share = train.cooldown_tokens / train.tokens
+    if share and train.warmup_tokens <= tokens * (1 - share):
+        return token_budgets(trunk, [tokens])[0]
+    warmup = round(train.warmup_tokens * tokens / train.tokens)
+    own = {"tokens": tokens, "warmup_tokens": warmup, "cooldown_tokens": round(share * tokens), "keep_at": ()}
+    return replace(trunk, train=replace(train, **own))
 
 
 def remove_prefix(folder: Path) -> None:

@@ -184,7 +184,7 @@ def _call_train(run: Run, data, should_stop, on_progress) -> dict[str, Any]:
 
 def _train_in(spec: RunSpec, folder: Path, runs: Path, data, **options: Any) -> dict[str, Any]:
     """Train a spec in a folder, with its teacher from the folder of all runs."""
-    from moelab.training import Teacher, train
+    from moelab.training import Branch, Teacher, train
 
     teacher = None
     if spec.teacher is not None and spec.distill is not None:
@@ -193,9 +193,9 @@ def _train_in(spec: RunSpec, folder: Path, runs: Path, data, **options: Any) -> 
             raise ValueError(f"its teacher {spec.teacher.id} has no result: {source.status.state}")
         source.require_weights()
         teacher = Teacher(spec.teacher.model, source.path, spec.distill)
-    return train(
-        spec.model, spec.train, data, spec.data.context, folder, parallel=spec.parallel, teacher=teacher, **options
-    )
+    branch = Branch(spec.start.tokens, spec.start.warmup_tokens, spec.start.upcycle) if spec.start else None
+    given = {"parallel": spec.parallel, "teacher": teacher, "branch": branch, **options}
+    return train(spec.model, spec.train, data, spec.data.context, folder, **given)
 
 
 def _try_status(run: Run, status: Status) -> None:

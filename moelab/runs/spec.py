@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Self
 
-from moelab.config import DataConfig, ModelConfig, TrainConfig, digest, from_json, to_json
+from moelab.config import DataConfig, ModelConfig, TrainConfig, UpcycleConfig, digest, from_json, to_json
 from moelab.config.distill import DistillConfig
 from moelab.config.parallel import ParallelConfig
 
@@ -23,10 +23,15 @@ class Start:
     Attributes:
         run: the trunk. Weights and optimizer state are those of its checkpoint.
         tokens: of the trunk's training, after which the branch begins; whole steps.
+        warmup_tokens: the branch's learning rate rises linearly from zero to its schedule's over so many tokens of its
+            own. 0 means that it is its schedule's from the first step on.
+        upcycle: how experts that the trunk does not have begin as copies.
     """
 
     run: RunSpec
     tokens: int
+    warmup_tokens: int = 0
+    upcycle: UpcycleConfig = field(default=UpcycleConfig())
 
 
 @dataclass(frozen=True)
@@ -66,6 +71,7 @@ class RunSpec:
         self._check_teacher()
         if self.start is not None:
             self._check_start(self.start.run, self.start.tokens)
+            self._check_copies(self.start)
 
     def _check_parallel(self) -> None:
         parallel, train = self.parallel, self.train
@@ -130,6 +136,25 @@ class RunSpec:
                 "with another schedule starts before (with train.cooldown_tokens the rate stays until the last tokens)"
             )
 
+    def _check_copies(self, start: Start) -> None:
+        own = self.own_tokens
+        if not 0 <= start.warmup_tokens <= own:
+            raise ValueError(
+                f"spec: start.warmup_tokens must be between 0 and the branch's own {own} tokens, "
+                f"got {start.warmup_tokens}"
+            )
+        pairs = list(zip(start.run.model.experts, self.model.experts, strict=False))
+        if start.upcycle != UpcycleConfig() and not any(more > few for few, more in pairs):
+            raise ValueError(
+                f"spec: start.upcycle describes copies of experts, but no layer has more of them than in {start.run.id}"
+            )
+        for few, more in pairs:
+            if 0 < few < more and (more % few or not start.upcycle.noise):
+                raise ValueError(
+                    f"spec: a layer grows from {few} to {more} experts; allowed are multiples of {few}, with "
+                    "start.upcycle.noise above 0, because a router never chooses the second of two equal experts"
+                )
+
     def _check_same(self, what: str, trunk: RunSpec, why: str) -> None:
         ours, theirs = getattr(self.train, what), getattr(trunk.train, what)
         if ours != theirs:
@@ -186,11 +211,24 @@ class RunSpec:
     @property
     def cost(self) -> float:
         """Training FLOPs of its own tokens, with a teacher's forward passes, for estimates of the time left."""
+        return self._cost_of_a_token * self.own_tokens
+
+    @property
+    def total_cost(self) -> float:
+        """Training FLOPs of all its tokens: its own, and those of its trunk before it begins."""
+        return self._cost_until(self.train.tokens)
+
+    def _cost_until(self, tokens: int) -> float:
+        begin, before = (self.start.tokens, self.start.run._cost_until(self.start.tokens)) if self.start else (0, 0.0)
+        return before + self._cost_of_a_token * (tokens - begin)
+
+    @property
+    def _cost_of_a_token(self) -> float:
         context = self.data.context
         a_token = self.model.flops_per_token(context=context)
         if self.teacher is not None and self.distill is not None and self.distill.schedule != "off":
             a_token += self.teacher.model.flops_per_token(training=False, context=context)
-        return a_token * self.own_tokens
+        return a_token
 
     def to_json(self) -> dict[str, Any]:
         """Return all fields as JSON values."""

@@ -4,9 +4,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from moelab.training.distill import Teacher
-    from moelab.training.loop import Progress, TrainingDiverged, TrainingStopped, evaluate, train
+    from moelab.training.loop import Branch, Progress, TrainingDiverged, TrainingStopped, evaluate, train
 
-__all__ = ["Progress", "Teacher", "TrainingDiverged", "TrainingStopped", "evaluate", "train"]
+__all__ = ["Branch", "Progress", "Teacher", "TrainingDiverged", "TrainingStopped", "evaluate", "train"]
 
 
 def __getattr__(name: str) -> Any:

@@ -16,13 +16,13 @@ import hashlib
 import math
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from moelab.config import ModelConfig, TrainConfig
+from moelab.config import ModelConfig, TrainConfig, UpcycleConfig
 from moelab.config.parallel import ParallelConfig
 from moelab.data import TokenData, TrainBatches
 from moelab.engine import checkpoint, gradients
@@ -36,7 +36,7 @@ from moelab.training.compilation import compile_parts
 from moelab.training.distill import Distiller, Teacher
 from moelab.training.metrics import TRAIN, VALIDATION, Metrics, Window, damage
 from moelab.training.optimizer import make_optimizer
-from moelab.training.schedule import learning_rate
+from moelab.training.schedule import rewarmed
 from moelab.training.validation import evaluate
 
 
@@ -58,6 +58,21 @@ class Progress:
     tokens_per_s: float
 
 
+@dataclass(frozen=True)
+class Branch:
+    """Describe how a run that goes on from another one's checkpoint begins.
+
+    Attributes:
+        tokens: of the other run's training, after which this one begins.
+        warmup_tokens: over which the learning rate rises from zero to the schedule's.
+        upcycle: how experts that the checkpoint has not are copied.
+    """
+
+    tokens: int = 0
+    warmup_tokens: int = 0
+    upcycle: UpcycleConfig = field(default=UpcycleConfig())
+
+
 def train(
     model_config: ModelConfig,
     config: TrainConfig,
@@ -68,6 +83,7 @@ def train(
     parallel: ParallelConfig | None = None,
     teacher: Teacher | None = None,
     start: checkpoint.Checkpoint | None = None,
+    branch: Branch | None = None,
     until: int | None = None,
     on_progress: Callable[[Progress], None] = lambda _: None,
     should_stop: Callable[[], bool] = lambda: False,
@@ -82,7 +98,8 @@ def train(
             means this process alone.
         teacher: a finished run to distil, see `moelab.training.distill`.
         start: another run's checkpoint, used while `run_dir` has none: weights, optimizer state and the count of steps
-            continue from there, and metrics begin there. A dense layer becomes an MoE layer by upcycling.
+            continue from there, and metrics begin there. Where the model has more experts, they are copies.
+        branch: how the run begins at `start`; given on resume, too.
         until: end after so many steps, with a checkpoint and an empty result.
         on_progress: called with each metric row, on rank 0.
         should_stop: called once per step on every rank; if any rank returns True, all write a checkpoint and raise
@@ -110,7 +127,8 @@ def train(
     leads = mesh.rank == 0
     batches = TrainBatches(data, config.batch_size, context, config.seed, mesh.data.index, mesh.data.size)
     distiller = Distiller(teacher, config, data, context, mesh) if teacher else None
-    trainer = Trainer(model_config, config, batches, context, mesh, distiller)
+    branch = branch or Branch()
+    trainer = Trainer(model_config, config, batches, context, mesh, distiller, branch)
     step, window, seconds = 0, Window(), 0.0
     end = min(until or steps, steps)
     keep = {config.step_at(tokens, context, "train: keep_at") for tokens in config.keep_at}
@@ -123,7 +141,7 @@ def train(
         if source.state["data"] != data.fingerprint:
             remedy = f"; remove {run_dir} to start again" if last else ""
             raise ValueError(f"train: {source.path} was written with other data{remedy}")
-        trainer.load(source, upcycle=last is None)
+        trainer.load(source, branch.upcycle if last is None else None)
         step, window, seconds = source.step, Window(**source.state["window"]), source.state["seconds"]
         if last is None and not window.fits(model_config, step % config.log_every):
             window = Window()
@@ -239,6 +257,7 @@ class Trainer:
         context: int,
         mesh: Mesh | None = None,
         distiller: Distiller | None = None,
+        branch: Branch | None = None,
     ) -> None:
         """Build the model with initial weights, and its optimizer.
 
@@ -247,13 +266,14 @@ class Trainer:
             context: tokens per sequence, T.
             mesh: the ranks; None means this process alone.
             distiller: the teacher, if there is one.
+            branch: how a run that goes on from another one begins, for its learning rate.
 
         Raises:
             ValueError: the data ranks do not divide the number of micro-batches, or the layout does not fit the model.
         """
         self.model_config, self.config, self.batches, self.context = model_config, config, batches, context
         self.mesh = mesh or Mesh(ParallelConfig(), model_config.experts, config.device)
-        self.distiller = distiller
+        self.distiller, self.branch = distiller, branch or Branch()
         self.micro_batch = config.micro_batch or config.batch_size
         count = config.batch_size // self.micro_batch
         if count % self.mesh.data.size:
@@ -274,7 +294,8 @@ class Trainer:
     def step(self, step: int, window: Window, should_stop: Callable[[], bool] = lambda: False) -> StepDone:
         """Run one optimizer step on the batch of `step` (counting from 0), and add its metrics to `window`."""
         config, module = self.config, self.model.module
-        rate = learning_rate(config, (step + 1) * config.batch_size * self.context)
+        seen = (step + 1) * config.batch_size * self.context
+        rate = rewarmed(config, seen, self.branch.tokens, self.branch.warmup_tokens)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         tokens_BT, targets_BT = (t.to(config.device) for t in self.batches.batch(step))
@@ -351,9 +372,10 @@ class Trainer:
         """Write a checkpoint of `step` steps in the background; see `moelab.engine.checkpoint.Writer.save`."""
         checkpoints.save(step, self.model.module, self.optimizer, state, self.model.placements)
 
-    def load(self, saved: checkpoint.Checkpoint, *, upcycle: bool = False) -> None:
+    def load(self, saved: checkpoint.Checkpoint, upcycle: UpcycleConfig | None = None) -> None:
         """Load a checkpoint's weights and optimizer state; see `moelab.engine.checkpoint.load`."""
-        checkpoint.load(saved, self.model.module, self.optimizer, self.model.placements, upcycle=upcycle)
+        model, placements = self.model.module, self.model.placements
+        checkpoint.load(saved, model, self.optimizer, placements, upcycle=upcycle, seed=self.config.seed)
 
 
 def draw_seed(seed: int, step: int, part: int) -> int:

@@ -142,12 +142,16 @@ class Metrics:
 def scalars(file: str, row: dict[str, Any]) -> Iterator[tuple[str, float]]:
     """Yield TensorBoard's (name, value) pairs of a row.
 
-    They are the row's numbers, such as `train/loss`, and for each layer percentiles of the experts' load:
-    `expert_load/layer4/p90` is the load that 90 % of layer 4's experts do not exceed, relative to a uniform load.
+    They are the row's numbers, such as `train/loss`, and for each layer the statistics of `moelab.training.balance`,
+    such as `balance/layer4/dead_experts`, and percentiles of the experts' load: `expert_load/layer4/p90` is the load
+    that 90 % of layer 4's experts do not exceed, relative to a uniform load.
     """
     for key, value in row.items():
         if key not in ("step", "time_s") and isinstance(value, int | float):
             yield f"{Path(file).stem}/{key}", value
+    for layer, found in row.get("balance", {}).items():
+        for name, value in found.items():
+            yield f"balance/layer{layer}/{name}", value
     for layer, load in row.get("expert_load", {}).items():
         ordered = sorted(load)
         for percent in PERCENTILES:

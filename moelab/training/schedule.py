@@ -24,3 +24,15 @@ def learning_rate(config: TrainConfig, tokens: int) -> float:
     end = config.decay_tokens or config.tokens
     progress = min(1.0, (tokens - config.warmup_tokens) / max(1, end - config.warmup_tokens))
     return config.min_lr + (config.lr - config.min_lr) * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def rewarmed(config: TrainConfig, tokens: int, start: int, warmup_tokens: int) -> float:
+    """Return the learning rate of a step of a branch: `learning_rate`, times a linear warm-up after its start.
+
+    Args:
+        tokens: as for `learning_rate`.
+        start: tokens at which the branch starts.
+        warmup_tokens: of the branch; 0 means none.
+    """
+    share = min(1.0, (tokens - start) / warmup_tokens) if warmup_tokens else 1.0
+    return learning_rate(config, tokens) * share

@@ -32,10 +32,14 @@ from moelab.experiments import (
     specialisation,
     throughput,
     top2_vs_residual,
+    upcycling,
 )
 from moelab.lab import Lab
 from moelab.paper import verdicts as claims
+from moelab.runs.collection import Runs
 from moelab.runs.dry_run import paper_rate, planned_runs, state_bytes
+from moelab.runs.spec import Start
+from moelab.runs.store import RunStore
 from moelab.simulate import frames, ways
 
 SCALED = [(e.name, scale) for e in EXPERIMENTS.values() if e.arms or e.build for scale in e.scales]
@@ -49,7 +53,7 @@ def test_every_experiment_has_specs_at_each_of_its_scales(name, scale):
     assert specs and {spec.train.seed % 100 for spec in specs} == {0, 1}
     for spec in specs:
         assert spec.label and (spec.train.device == "cuda") == (scale in ("gpu", "paper"))
-        assert spec.train.tokens >= 1_000_000 or scale == "smoke" or name == "start"
+        assert spec.train.tokens >= 1_000_000 or scale == "smoke" or name == "start" or spec.label in upcycling.SHORTER
     with pytest.raises(ValueError, match=f"{name}: no scale 'huge'"):
         experiment.specs("huge")
 
@@ -110,6 +114,95 @@ def test_students_read_the_half_that_their_teacher_has_not_read():
     assert longer.cost == pytest.approx(taught.cost, rel=1e-3) and longer.train.tokens > alone.train.tokens
 
 
+@pytest.mark.parametrize("scale", ["smoke", "quick", "cpu", "gpu"])
+def test_an_upcycled_run_is_a_branch_before_the_decay(scale):
+    specs = upcycling.EXPERIMENT.specs(scale)
+    arms = {spec.label: spec for spec in specs}
+    assert tuple(arms) == upcycling.ARMS and set(arms) >= {
+        a for left, right, _ in upcycling.EXPECTED for a in (left, right)
+    }
+    whole = arms["Dense"].train
+    for label, (trunk, becomes, _) in upcycling.BRANCHES.items():
+        run = arms[label]
+        assert run.start.run.id == arms[trunk].id and specs.index(arms[trunk]) < specs.index(run)
+        assert run.model == arms[becomes].model and run.train == arms[becomes].train
+        assert (
+            run.start.tokens in arms[trunk].train.keep_at and run.start.tokens <= whole.tokens - whole.cooldown_tokens
+        )
+        factor = max(run.model.experts) / max(1, *run.start.run.model.experts)
+        assert run.start.upcycle.scale in (1.0, factor)
+    own, equal = (arms[label] for label in upcycling.SHORTER)
+    assert own.train.tokens == arms["Upcycled"].own_tokens
+    ratio = equal.total_cost / arms["Upcycled"].total_cost
+    assert ratio == pytest.approx(1, abs=0.5 / whole.steps(own.data.context) * 1.5)
+    assert arms["Top-2"].total_cost == arms["Top-2"].cost > arms["Upcycled"].total_cost
+    if scale != "smoke":  # they decay on their own, from the trunk's checkpoint
+        assert {s.start.run.id for s in (own, equal)} == {arms["Top-2"].id}
+        assert {s.start.tokens for s in (own, equal)} == set(arms["Top-2"].train.keep_at)
+
+
+def test_a_shorter_run_whose_warm_up_does_not_fit_begins_anew():
+    arms = {s.label: s for s in upcycling.EXPERIMENT.specs("quick", upcycle_at=0.8)}
+    own = arms["Top-2, MoE's tokens"].train
+    assert arms["Top-2, MoE's tokens"].start is None and own.tokens == 204_800
+    assert (own.warmup_tokens, own.cooldown_tokens) == (81_920, 40_960)
+
+
+def test_differences_of_upcycling():
+    table = final({"Upcycled": [5.0, 5.01], "Dense": [5.2, 5.21], "Top-2": [5.0, 5.01], "MoE-128": [4.9, 4.91]})
+    found = comparison.differences(table, upcycling.EXPECTED).set_index("right")["found"]
+    assert dict(found) == {"Dense": "below", "Top-2": "cannot tell"}
+    table["validation_loss"] -= np.where(table["arm"] == "Top-2", 0.1, 0)
+    found = comparison.differences(table, upcycling.EXPECTED).set_index("right")
+    assert found.loc["Top-2", "found"] == "above" and found.loc["Top-2", "mean"] == pytest.approx(0.1)
+    assert set(comparison.differences(table[table["seed"] == 0], upcycling.EXPECTED)["found"]) == {"one seed"}
+
+
+def test_balance_at_the_end_of_training(tmp_path, tiny_spec):
+    """The mean over seeds of the last row that has statistics; a run that stopped early and a dense one have none."""
+    rows = [
+        {"step": 1, "max_violation": 9.0, "balance": {"2": {}}, "load_percentiles": {"2": [0, 0, 0, 0, 9]}},
+        {
+            "step": 2,
+            "max_violation": 1.0,
+            "balance": {"2": {}},
+            "load_percentiles": {"2": [0, 0, 1, 1, 2], "4": [1] * 5},
+        },
+    ]
+    store, made = RunStore(tmp_path), []
+    dense = replace(tiny_spec, model=replace(tiny_spec.model, experts=(), residual=False), label="dense")
+    for seed, spec in enumerate((tiny_spec, tiny_spec, dense)):
+        run = store.run(replace(spec, train=replace(spec.train, seed=seed)))
+        (run.path / "result.json").write_text("{}")
+        rows[1]["max_violation"] = 1.0 + seed
+        (run.path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        made.append(run)
+    table = comparison.balance(Runs(made))
+    assert table.to_dict("records") == [
+        {"arm": "tiny", "max_violation": 1.5, "p0": 0.5, "p10": 0.5, "p50": 1, "p90": 1, "p100": 1.5}
+    ]
+    assert not len(comparison.balance(Runs(made[2:])))
+
+
+def test_losses_where_branches_begin(tmp_path, tiny_spec):
+    """The trunk was evaluated at step 8, but not at step 12."""
+    trunk = replace(tiny_spec, train=replace(tiny_spec.train, cooldown_tokens=6 * 128), label="trunk")
+    store = RunStore(tmp_path)
+    rows = {None: {0: 6.0, 8: 5.0, 16: 4.0}, 8: {8: 5.5, 24: 3.0}, 12: {12: 7.0, 24: 3.0}}
+    made = []
+    for step, losses in rows.items():
+        start = Start(trunk, step * 128) if step else None
+        run = store.run(replace(trunk, start=start, label=f"from {step}" if step else "trunk"))
+        (run.path / "result.json").write_text("{}")
+        lines = (json.dumps({"step": at, "loss": loss}) + "\n" for at, loss in losses.items())
+        (run.path / "validation.jsonl").write_text("".join(lines))
+        made.append(run)
+    found = comparison.at_the_start(Runs(made)).set_index("arm")
+    assert found.loc["from 8", ["before", "after"]].tolist() == [5.0, 5.5]
+    assert found.loc["from 12", "after"] == 7 and pd.isna(found.loc["from 12", "before"])
+    assert comparison.costs([run.spec for run in made])["training TFLOPs of both"].nunique() == 1
+
+
 def test_the_sweep_is_the_regime_itself_on_a_seed_of_its_own():
     specs = learning_rate.EXPERIMENT.specs("cpu")
     assert {spec.train.seed for spec in specs} == {settings.SWEEP_SEED}
@@ -157,6 +250,10 @@ def test_larger_bases_train_at_less():
             "learning-rate: base must be one of 350M, 1.3B, 6.7B, got '2B'",
         ),
         (lambda: distillation.EXPERIMENT.specs(stop=1.5), "distillation: stop must be a share"),
+        (
+            lambda: upcycling.EXPERIMENT.specs(upcycle_at=0.9),
+            "upcycling: upcycle_at must be a share of the tokens between",
+        ),
         (lambda: distillation.EXPERIMENT.specs(arms=["L22"]), "distillation: unknown arm 'L22'"),
         (
             lambda: pr_moe.EXPERIMENT.specs(overrides={"parallel.data": 3}),
@@ -287,8 +384,6 @@ def test_pairing_takes_the_common_part_out():
 
 
 def test_a_plan_counts_state_and_hours(tmp_path):
-    from moelab.runs.store import RunStore
-
     specs = [spec for spec in distillation.EXPERIMENT.specs("paper", arms=["L21 + KD"])]
     teacher, student = planned_runs(specs, RunStore(tmp_path))
     assert teacher.spec == specs[0].teacher and teacher.state == "new" and not list(tmp_path.iterdir())

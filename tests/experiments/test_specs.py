@@ -65,6 +65,10 @@ IDS = {
     "what-survives quick": "f42cb72ba5",
     "what-survives cpu": "3d42c67c3a",
     "what-survives gpu": "737bc6a05f",
+    "upcycling smoke": "0b1958ff21",
+    "upcycling quick": "b8588645b3",
+    "upcycling cpu": "093d13445b",
+    "upcycling gpu": "4ac4702f4a",
 }
 """Experiment and scale -> digest of the ids of its runs with two seeds, as of the runs that are published."""
 

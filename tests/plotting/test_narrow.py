@@ -35,6 +35,20 @@ def test_panels_stand_below_one_another_and_the_figure_stays():
     assert [ax.get_position().bounds for ax in fig.axes] == before and fig.get_figwidth() == 11
 
 
+def test_a_long_legend_does_not_take_the_height_of_its_panel():
+    heights = []
+    for arms in (2, 9):
+        fig, ax = plt.subplots(figsize=(10, 4.6))
+        for arm in range(arms):
+            ax.plot([1, 2], [arm, arm], label=f"an arm with a long label, number {arm}")
+        ax.set_ylabel("loss minus Dense's (nats per token)")
+        ax.legend()
+        small = narrowed(fig)
+        small.draw_without_rendering()
+        heights.append(small.axes[0].get_window_extent().height)
+    assert heights[1] > 0.9 * heights[0]
+
+
 def test_labels_that_would_overlap_are_turned():
     fig, ax = plt.subplots(figsize=(10, 3))
     ax.set_xticks(range(8), ["a long label"] * 8)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from moelab.config import RoutingConfig
+from moelab.config import DecoderConfig, ExpertConfig, RoutingConfig, UpcycleConfig
 from moelab.config.distill import DistillConfig
 from moelab.config.parallel import ParallelConfig
 from moelab.engine import checkpoint
@@ -25,6 +25,7 @@ from moelab.runs.spec import RunSpec, Start, closure
 from moelab.runs.store import Run, RunStore, Status
 from moelab.training import TrainingStopped
 from moelab.training.metrics import TRAIN, VALIDATION, read_rows
+from moelab.training.optimizer import make_optimizer
 
 STEP = 4 * 32
 """Tokens of a step."""
@@ -201,15 +202,130 @@ def test_a_dense_run_is_upcycled(residual, trunk):
     assert not torch.equal(experts[0], experts[1]), "they learn apart"
 
 
+def weights(run: Run, step: int) -> dict[str, torch.Tensor]:
+    return load_file(run.path / "checkpoints" / f"step-{step:08d}" / "model-00000.safetensors")
+
+
+def filled(trunk: RunSpec, branch: RunSpec):
+    """Return the trunk's weights where the branch starts, and the branch's before its first step."""
+    from moelab.models import build
+
+    (stem,) = Lab().run([trunk.keeping([branch.start.tokens])], executor="inline")
+    model = build(branch.model, branch.train.seed)
+    found = checkpoint.latest(stem.path / "checkpoints", up_to=branch.first_step)
+    optimizer = make_optimizer(model, branch.train)
+    checkpoint.load(found, model, optimizer, upcycle=branch.start.upcycle, seed=branch.train.seed)
+    named = dict(model.named_parameters())
+    return weights(stem, branch.first_step), named, {n for n, p in named.items() if p in optimizer.state}, model
+
+
+def test_copies_have_noise_of_their_own(trunk):
+    """Of a share of the copied tensor's deviation, another for each expert; without it they are equal."""
+    dense = replace(trunk, model=replace(trunk.model, experts=(0, 0, 0, 0), residual=False))
+    for noise in (0.0, 0.5):
+        start = Start(dense, 16 * STEP, upcycle=UpcycleConfig(noise=noise, scale=2.0))
+        before, after, _, _ = filled(dense, replace(dense, model=trunk.model, start=start))
+        for part, factor in (("up", 1.0), ("down", 2.0)):
+            source = before[f"blocks.1.ffn.{part}.weight"].T * factor
+            moved = after[f"blocks.1.ffn.experts.{part}"].detach() - source
+            assert moved.std().item() == pytest.approx(noise * source.std().item(), rel=0.1, abs=1e-7)
+            assert torch.equal(moved[0], moved[1]) == (noise == 0)
+        assert torch.equal(after["blocks.1.ffn.mlp.up.weight"], before["blocks.1.ffn.up.weight"]), "no copy"
+
+
+@pytest.mark.parametrize("expert", [ExpertConfig(shared=1, shared_ffn=64), ExpertConfig(ffn=32)])
+def test_a_feed_forward_of_another_size_is_not_copied(expert, trunk):
+    dense = replace(trunk, model=replace(trunk.model, experts=(0, 0, 0, 0), residual=False))
+    model = replace(trunk.model, residual=False, expert=expert)
+    with pytest.raises(checkpoint.CheckpointError, match=r"a dense feed-forward of \(128, 32\) does not become"):
+        filled(dense, replace(dense, model=model, start=Start(dense, 16 * STEP)))
+
+
+def test_gated_feed_forwards_are_copied_with_their_gates(trunk):
+    decoder = DecoderConfig(feed_forward="swiglu", ffn=48)
+    dense = replace(trunk, model=replace(trunk.model, experts=(0,) * 4, residual=False, decoder=decoder))
+    model = replace(dense.model, experts=(0, 4, 0, 2), top_k=2, routing=RoutingConfig(drop_tokens=False))
+    upcycled = replace(dense, model=model, start=Start(dense, 16 * STEP))
+    stem, run = Lab().run([dense, upcycled], executor="inline")
+    before = next(row for row in read_rows(stem.path / VALIDATION) if row["step"] == 16)
+    assert read_rows(run.path / VALIDATION)[0]["loss"] == pytest.approx(before["loss"], abs=1e-5)
+
+
+@pytest.mark.parametrize("rules", [{}, {"balance_rate": 1e-3, "aux_loss": 0.0}])
+def test_an_moe_grows_its_experts(rules, trunk):
+    """The first experts stay, the others are copies with noise; with scaled outputs the loss stays within the noise."""
+    model = replace(
+        trunk.model, experts=(0, 4, 0, 2), residual=False, routing=RoutingConfig(drop_tokens=False, **rules)
+    )
+    few = replace(trunk, model=model)
+    start = Start(few, 16 * STEP, upcycle=UpcycleConfig(noise=1e-3, scale=3.0))
+    grown = replace(few, model=replace(model, experts=(0, 12, 0, 6)), start=start)
+    before, after, kept_state, _ = filled(few, grown)
+    for part in (
+        "router.weight",
+        "experts.up",
+        "experts.up_bias",
+        "experts.down",
+        *(["router.balance_bias"] * bool(rules)),
+    ):
+        old, new = before[f"blocks.1.ffn.{part}"], after[f"blocks.1.ffn.{part}"].detach()
+        old = old * 3.0 if "down" in part else old
+        assert torch.equal(new[:4], old)
+        assert torch.allclose(new[4:8], old, atol=0.02 * old.std().item() + 1e-9)
+        noisy = part != "router.balance_bias" and bool(old.any())
+        assert torch.equal(new[4:8], old) != noisy, part
+        assert f"blocks.1.ffn.{part}" not in kept_state
+    assert {"blocks.1.attention.out.weight", "blocks.0.ffn.up.weight"} <= kept_state
+    stem, run = Lab().run([few, grown], executor="inline")
+    first = read_rows(run.path / VALIDATION)[0]
+    there = next(row for row in read_rows(stem.path / VALIDATION) if row["step"] == 16)
+    assert first["step"] == 16 and first["loss"] == pytest.approx(there["loss"], abs=2e-3) and run.finished
+    load = read_rows(run.path / TRAIN)[0]["expert_load"]["2"]
+    assert len(load) == 12 and sum(load[4:]) > sum(load) / 3, "copies take their part of the tokens"
+
+
+def test_the_rate_of_a_branch_rises_again(trunk, branch):
+    again = replace(branch, start=replace(branch.start, warmup_tokens=4 * STEP))
+    assert again.id != branch.id
+    run, plain = Lab().run([again, branch], executor="inline")
+    rows, others = read_rows(run.path / TRAIN), read_rows(plain.path / TRAIN)
+    assert rows[0]["step"] == 12 and rows[0]["lr"] == pytest.approx(others[0]["lr"] * 0.5)
+    assert rows[-1]["lr"] == others[-1]["lr"]
+
+
+@pytest.mark.parametrize(
+    ("experts", "start", "part"),
+    [
+        ((0, 12, 0, 2), {}, "a layer grows from 4 to 12 experts; allowed are multiples of 4, with"),
+        ((0, 6, 0, 2), {"upcycle": UpcycleConfig(noise=0.1)}, "grows from 4 to 6 experts"),
+        ((0, 4, 0, 2), {"upcycle": UpcycleConfig(noise=0.1)}, "no layer has more of them than in"),
+        ((0, 4, 0, 2), {"warmup_tokens": 9 * STEP}, "start.warmup_tokens must be between 0 and the branch's own 512"),
+    ],
+)
+def test_copies_that_cannot_be_are_refused(experts, start, part, trunk, short):
+    few = replace(trunk, model=replace(trunk.model, experts=(0, 4, 0, 2)))
+    with pytest.raises(ValueError) as error:
+        replace(short, model=replace(few.model, experts=experts), start=Start(few, 10 * STEP, **start))
+    assert str(error.value).startswith("spec: ") and part in str(error.value) and "\n" not in str(error.value)
+
+
 @pytest.mark.multiprocess
 @pytest.mark.slow
-def test_upcycling_on_ranks_is_that_of_one_process(trunk):
-    dense = replace(trunk, model=replace(trunk.model, experts=(0, 0, 0, 0), residual=False))
-    dense = replace(dense, train=replace(dense.train, micro_batch=2))
-    branch = replace(dense, model=trunk.model, start=Start(dense, 16 * STEP))
+@pytest.mark.parametrize("few", [0, 2])
+def test_upcycling_on_ranks_is_that_of_one_process(few, trunk):
+    """Noise belongs to the expert, not to the rank: of a dense layer, and of one that grows from two experts."""
+    trunk = replace(trunk, train=replace(trunk.train, micro_batch=2))
+    stem = replace(trunk, model=replace(trunk.model, experts=(0, few, 0, few), residual=bool(few)))
+    start = Start(stem, 16 * STEP, upcycle=UpcycleConfig(noise=0.3, scale=1.5))
+    branch = replace(trunk, model=replace(trunk.model, experts=(0, 4, 0, 8)), start=start)
     one = Lab(RunStore(Path("one").absolute())).run([branch], executor="inline")[0]
-    for layout in (ParallelConfig(data=2), ParallelConfig(data=2, shard=True)):
-        run = Lab(RunStore(Path(f"shard-{layout.shard}").absolute())).run([replace(branch, parallel=layout)])[0]
+    for layout in (
+        ParallelConfig(data=2),
+        ParallelConfig(data=2, shard=True),
+        ParallelConfig(data=2, expert_slicing=2),
+    ):
+        folder = Path(f"{layout.shard}-{layout.expert_slicing}").absolute()
+        run = Lab(RunStore(folder)).run([replace(branch, parallel=layout)])[0]
         rows, expected = read_rows(run.path / VALIDATION), read_rows(one.path / VALIDATION)
         assert [row["loss"] for row in rows] == pytest.approx([row["loss"] for row in expected], abs=1e-4)
 
@@ -278,6 +394,13 @@ def test_identity_and_json(trunk, branch):
     old = trunk.to_json()
     del old["start"], old["train"]["keep_at"]
     assert RunSpec.from_json(old) == trunk
+    earlier = branch.to_json()
+    del earlier["start"]["upcycle"], earlier["start"]["warmup_tokens"]
+    assert RunSpec.from_json(earlier) == branch
+    more = replace(trunk.model, experts=(0, 4, 0, 8))
+    starts = [replace(branch.start, upcycle=UpcycleConfig(noise)) for noise in (0.1, 0.2)]
+    noisy = [replace(branch, model=more, start=start) for start in starts]
+    assert len({spec.id for spec in noisy}) == 2 and RunSpec.from_json(noisy[0].to_json()) == noisy[0]
 
 
 def test_what_a_branch_requires_and_costs(trunk, branch):

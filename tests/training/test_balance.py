@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from moelab.training.balance import PERCENTILES, layer_statistics, max_violation, percentiles, statistics
-from moelab.training.metrics import TRAIN, Window, read_rows
+from moelab.training.metrics import TRAIN, Window, read_rows, scalars
 
 
 def test_formulas_on_a_load_made_by_hand():
@@ -47,6 +47,18 @@ def test_violation_is_that_of_each_step_and_the_rest_that_of_the_window():
     assert row["max_violation"] == 1 and row["load_variation"] == 0 and row["busiest_rank"] == 0
     assert row["balance"]["2"]["load_entropy"] == pytest.approx(1) and row["dropped_share"] == 0
     assert "balance" not in Window(steps=1).row(), "a dense model has no experts"
+
+
+def test_tensorboard_has_every_statistic():
+    window = Window()
+    window.add(1.0, 0.0, 0.0, {"2": [3, 1], "4": [2, 2]}, {"2": 4, "4": 4})
+    row = {"step": 1, **window.row({"2": 2}), "router_entropy": 0.9}
+    found = dict(scalars(TRAIN, row))
+    means = ("max_violation", "load_variation", "dead_experts", "load_entropy", "router_entropy", "dropped_share")
+    assert {f"train/{name}" for name in (*means, "busiest_rank")} <= found.keys()
+    assert found["balance/layer2/busiest_rank"] == 0.5 and found["balance/layer4/load_variation"] == 0
+    assert "balance/layer4/busiest_rank" not in found, "its experts are on one rank"
+    assert [found[f"expert_load/layer2/p{p}"] for p in (0, 100)] == [0.5, 1.5]
 
 
 def test_rows_of_a_run(tiny_model, tiny_train, data, tmp_path):

@@ -92,7 +92,13 @@ LAYOUTS = {
 def test_the_curve_does_not_depend_on_the_layout(run, tiny_model, tiny_train, layout):
     # Without dropout, so that tensor slicing is allowed; few steps, because rounding grows.
     model, config = replace(tiny_model, dropout=0.0), replace(tiny_train, micro_batch=1, tokens=12 * 128)
-    assert_same_curve(run("one", None, model, config), run("many", LAYOUTS[layout], model, config))
+    one, many = run("one", None, model, config), run("many", LAYOUTS[layout], model, config)
+    assert_same_curve(one, many)
+    assert not any("busiest_rank" in row for row in read_rows(one / TRAIN))
+    if layout == "expert 4":  # each rank of a group has one expert
+        for row in read_rows(many / TRAIN):
+            excess = [max(load) * len(load) - 1 for load in row["expert_load"].values()]
+            assert row["busiest_rank"] == pytest.approx(sum(excess) / len(excess))
 
 
 @pytest.mark.parametrize("layout", ["expert 4", "shard"])

@@ -11,7 +11,7 @@ from moelab.engine.checkpoint import storage
 from moelab.training import TrainingDiverged, TrainingStopped, evaluate, train
 from moelab.training.loop import Trainer, Window
 from moelab.training.metrics import TRAIN, VALIDATION, Metrics, read_rows
-from moelab.training.schedule import learning_rate
+from moelab.training.schedule import learning_rate, rewarmed
 
 CLOCK = ("time_s", "tokens_per_s", "seconds")
 
@@ -227,6 +227,13 @@ def test_a_cooldown_keeps_the_rate_until_its_last_tokens(tiny_train):
     assert learning_rate(config, 1000) == learning_rate(config, 1040) == pytest.approx(0.1)
     with pytest.raises(ValueError, match="more than tokens 1000"):
         replace(config, cooldown_tokens=901)
+
+
+def test_a_branch_warms_up_again(tiny_train):
+    config = replace(tiny_train, tokens=1000, warmup_tokens=100, cooldown_tokens=200, lr=1.0, min_lr=0.1)
+    rates = [rewarmed(config, tokens, 500, 100) for tokens in (525, 550, 600, 700, 900)]
+    assert rates == pytest.approx([0.25, 0.5, 1.0, 1.0, 0.55])
+    assert rewarmed(config, 525, 500, 0) == 1.0
 
 
 def test_metrics_drop_a_torn_line_and_what_lies_after_the_checkpoint(tmp_path):

@@ -4,7 +4,7 @@ All ranks write it together, in the background.
 
     saving     `Writer`: copies this rank's shards and writes them in a thread
     loading    `latest`, `weights_of`, `load`, `load_model`: find a complete checkpoint, read what a layout needs
-    upcycling  a dense layer's feed-forward as the experts of an MoE layer
+    upcycling  copies of a dense layer's feed-forward, or of fewer experts, as the experts of an MoE layer
     shards     which shards of which tensors a rank has
     format     the files of a checkpoint: names, index, SHA-256
     storage    writes these files together with the other ranks, and reads parts of them

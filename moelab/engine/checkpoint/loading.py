@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from moelab.config.upcycle import UpcycleConfig
 from moelab.engine.checkpoint import shards, storage, upcycling
 from moelab.engine.checkpoint.format import CheckpointError, Piece, directories, read_index, read_state, step_of, verify
 from moelab.engine.checkpoint.shards import Placements
@@ -117,18 +118,21 @@ def load(
     optimizer: torch.optim.Optimizer,
     placements: Placements = None,
     *,
-    upcycle: bool = False,
+    upcycle: UpcycleConfig | None = None,
+    seed: int = 0,
 ) -> None:
     """Fill a model as `load_model` does, and the optimizer's state with it.
 
     Args:
-        upcycle: where the checkpoint has a dense layer and the model an MoE layer, experts are copies of the dense
-            feed-forward; all of that layer's feed-forward begins without optimizer state.
+        upcycle: how experts are copied where the checkpoint has a dense layer or fewer experts than the model; the
+            layer's parameters that are not in the checkpoint as they are begin without optimizer state. None refuses
+            such a checkpoint.
+        seed: of the copies' noise.
     """
     path, index = checkpoint.path, read_index(checkpoint.path)
     parameters = shards.parameters(model)
     copied: dict[str, str | None] = {}
-    if upcycle:
+    if upcycle is not None:
         shapes = {name: shards.placement_of(name, p, placements).shape for name, p in parameters.items()}
         copied = upcycling.sources(_stored(index), shapes)
     pieces = _model_pieces(path, index, model, placements, copied)
@@ -150,24 +154,33 @@ def load(
         pieces += shards.pieces(name, value, placement)
     storage.read(path, index, pieces)
     for name, source in copied.items():
-        if source is not None:
-            _copy(path, index, source, name, parameters[name], placements)
+        if source is not None and upcycle is not None:
+            _copy(path, index, source, name, parameters[name], placements, upcycle, seed)
 
 
-def _copy(path: Path, index: dict[str, Any], source: str, name: str, parameter: Tensor, placements: Placements) -> None:
-    """Fill this rank's shards of a parameter of an MoE layer from the dense layer's tensor."""
+def _copy(
+    path: Path,
+    index: dict[str, Any],
+    source: str,
+    name: str,
+    parameter: Tensor,
+    placements: Placements,
+    upcycle: UpcycleConfig,
+    seed: int,
+) -> None:
+    """Fill this rank's shards of a parameter of an MoE layer with copies of a stored tensor."""
     entry = index[f"model/{source}"]
     shape = tuple(entry["shape"])
-    dense = torch.empty(shape, dtype=getattr(torch, entry["dtype"]))
-    storage.read(path, index, [Piece(f"model/{source}", shape, (0,) * len(shape), dense)])
+    stored = torch.empty(shape, dtype=getattr(torch, entry["dtype"]))
+    storage.read(path, index, [Piece(f"model/{source}", shape, (0,) * len(shape), stored)])
     placement = shards.placement_of(name, parameter, placements)
     try:
-        whole = upcycling.spread(dense, placement.shape)
+        copies = upcycling.Copies(stored, source, name, placement.shape, upcycle, seed)
     except ValueError as error:
         raise CheckpointError(f"{path}: {name}: {error}") from None
     for piece in shards.pieces(name, parameter, placement):
         at = zip(piece.offset, piece.tensor.shape, strict=True)
-        piece.tensor.copy_(whole[tuple(slice(start, start + size) for start, size in at)])
+        piece.tensor.copy_(copies.part(tuple(slice(start, start + size) for start, size in at)))
 
 
 def _stored(index: dict[str, Any]) -> dict[str, tuple[int, ...]]:
