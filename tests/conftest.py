@@ -15,17 +15,18 @@ from moelab.data import TokenData, prepare
 from moelab.runs.spec import RunSpec
 
 HERE = Path(__file__).parent
-# `make test` hands out whole files to two processes, in this order: what takes long must not come last and leave one of them idle.
+# `make test` hands out whole files to processes, in this order: what takes long must not come last and leave the others idle.
 LONGEST = [
+    "notebook/test_all_notebooks.py",
     "cluster/test_faults.py",
     "cluster/test_batches.py",
     "cluster/test_check.py",
-    "notebook/test_all_notebooks.py",
     "browser/test_jupyterlab.py",
     "cli/test_cli.py",
+    "runs/test_kills.py",
+    "kernels/test_interpreter.py",
     "runs/test_specs_and_store.py",
     "engine/test_checkpoint.py",
-    "kernels/test_interpreter.py",
     "evaluation/test_zero_shot.py",
     "engine/test_exchange.py",
     "engine/test_parallel.py",
