@@ -15,14 +15,18 @@ from moelab.data import TokenData, prepare
 from moelab.runs.spec import RunSpec
 
 HERE = Path(__file__).parent
-# `make test` hands out whole files to two processes, in this order: what takes long must not come last and leave one of them idle.
+# `make test` hands out whole files to processes, in this order: what takes long must not come last and leave the others idle.
 LONGEST = [
     "notebook/test_all_notebooks.py",
+    "cluster/test_faults.py",
+    "cluster/test_batches.py",
+    "cluster/test_check.py",
     "browser/test_jupyterlab.py",
     "cli/test_cli.py",
+    "runs/test_kills.py",
+    "kernels/test_interpreter.py",
     "runs/test_specs_and_store.py",
     "engine/test_checkpoint.py",
-    "kernels/test_interpreter.py",
     "evaluation/test_zero_shot.py",
     "engine/test_exchange.py",
     "engine/test_parallel.py",
@@ -34,6 +38,17 @@ LONGEST = [
 
 def pytest_addoption(parser):
     parser.addoption("--kills", type=int, default=3, help="how often tests/runs/test_kills.py kills each run")
+
+
+def pytest_xdist_make_scheduler(config, log):
+    """Whole files to each process, as `--dist loadfile`, but all files of tests/cluster to one: they share, and partly break, one cluster."""
+    from xdist.scheduler import LoadFileScheduling
+
+    class Scheduling(LoadFileScheduling):
+        def _split_scope(self, nodeid):
+            return "tests/cluster" if "tests/cluster/" in nodeid else super()._split_scope(nodeid)
+
+    return Scheduling(config, log) if config.getoption("dist") == "loadfile" else None
 
 
 def pytest_collection_modifyitems(items):

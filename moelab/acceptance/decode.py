@@ -22,7 +22,7 @@ from moelab.bench.decode_steps import our_turns
 from moelab.config import ModelConfig, ParallelConfig
 from moelab.inference.generate import Generator
 from moelab.inference.modes import set_mode
-from moelab.models import GPT
+from moelab.models import GPT, empty
 from moelab.simulate.hardware import Cluster, Gpu
 from moelab.simulate.systems import system
 
@@ -189,9 +189,7 @@ def predict(config: ModelConfig, program, batch: int, context: Context) -> dict[
 
 def _made(config: ModelConfig, device: str, dtype: torch.dtype, mode: str) -> GPT:
     """Return a model of random weights in a mode of inference, made on the device."""
-    with torch.device("meta"):
-        model = GPT(config)
-    model = model.to(dtype).to_empty(device=device)
+    model = empty(config, device, dtype)
     torch.manual_seed(0)
     with torch.no_grad():
         for name, parameter in model.named_parameters():

@@ -20,7 +20,7 @@ from moelab.bench.harness import Row, Timing
 from moelab.config import ModelConfig
 from moelab.inference.generate import Generator
 from moelab.inference.sampling import Sampling
-from moelab.models import GPT
+from moelab.models import GPT, empty
 
 Turns = list[float]
 """Seconds of each turn of a generation: the prompts with the first tokens, then each step."""
@@ -45,9 +45,7 @@ class DecodeSettings:
 
 def filled(config: ModelConfig, device: str) -> GPT:
     """Return a model of random weights, made quickly: values do not matter here, but routing must spread."""
-    with torch.device("meta"):
-        model = GPT(config)
-    model.to_empty(device=device)
+    model = empty(config, device)
     torch.manual_seed(0)
     with torch.no_grad():
         for name, parameter in model.named_parameters():

@@ -13,11 +13,11 @@ import weakref
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from moelab.engine.collectives import Pending, all_reduce
 from moelab.engine.groups import Group
 from moelab.engine.parallel import ParallelModel
+from moelab.engine.sharded import is_sharded
 
 BUCKET_BYTES = 8 << 20
 """Gradients are summed in buckets of about this size: large enough to be worth a message, small enough to start early.
@@ -119,7 +119,7 @@ def _buckets(model: ParallelModel) -> list[_Bucket]:
     buckets: list[_Bucket] = []
     open_buckets: dict[tuple, _Bucket] = {}
     for name, parameter in reversed(list(model.module.named_parameters())):
-        if isinstance(parameter, DTensor) or not parameter.requires_grad:
+        if is_sharded(parameter) or not parameter.requires_grad:
             continue
         placement = model.placements[name]
         scale = 1 / (mesh.config.data * placement.token_replicas)
@@ -146,7 +146,7 @@ def clip(model: ParallelModel, largest: float) -> float:
     total = torch.zeros((), dtype=torch.float64, device=model.mesh.device)
     for name, parameter in model.module.named_parameters():
         grad = parameter.grad
-        if isinstance(grad, DTensor):
+        if is_sharded(grad):
             total += grad.to_local().square().sum(dtype=torch.float64)
         elif grad is not None:
             total += grad.square().sum(dtype=torch.float64) / len(model.placements[name].replicas)

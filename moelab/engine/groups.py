@@ -119,7 +119,7 @@ def gloo_group() -> Group:
     world = Group.world()
     if world.size == 1:
         return world
-    return replace(world, handle=dist.new_group(backend="gloo", timeout=time_limit(dist.group.WORLD)))
+    return replace(world, handle=_connected(dist.new_group(backend="gloo", timeout=time_limit(dist.group.WORLD))))
 
 
 def time_limit(handle: dist.ProcessGroup) -> timedelta:
@@ -136,4 +136,16 @@ def _subgroup(partition: list[list[int]]) -> dist.ProcessGroup:
     limit = time_limit(dist.group.WORLD)
     if dist.get_backend() == "nccl" and dist.group.WORLD.bound_device_id is not None:
         return dist.split_group(split_ranks=partition, timeout=limit)  # makes all groups in one call
-    return dist.new_subgroups_by_enumeration(partition, timeout=limit)[0]
+    return _connected(dist.new_subgroups_by_enumeration(partition, timeout=limit)[0])
+
+
+def _connected(handle: dist.ProcessGroup) -> dist.ProcessGroup:
+    """Return a new group once all of its ranks have their connections.
+
+    On gloo a rank has made its group as soon as its own connections are open. If it destroyed the group then, a slower
+    rank that has yet to confirm these connections would fail: "Connection closed by peer". nccl connects ranks later,
+    or for all at once.
+    """
+    if _device_type(handle) == "cpu":
+        dist.barrier(group=handle)
+    return handle

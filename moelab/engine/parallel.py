@@ -13,7 +13,6 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.fsdp import fully_shard
 from torch.utils.checkpoint import checkpoint
 
 from moelab.config import ModelConfig
@@ -27,7 +26,7 @@ from moelab.engine.padded import PaddedExchange
 from moelab.engine.placement import Placement
 from moelab.engine.tensor_slicing import ColumnLinear, RowLinear
 from moelab.models.dispatch import Dispatch
-from moelab.models.gpt import GPT, initial_weight
+from moelab.models.gpt import GPT, allocate, initial_weight
 from moelab.models.grouped_attention import GroupedAttention
 from moelab.models.moe import MLP, Experts, MoE
 
@@ -81,7 +80,7 @@ def build(config: ModelConfig, seed: int | None, mesh: Mesh, dtype: torch.dtype 
         for block in model.blocks:
             _slice_block(block, config, mesh)
     placements = {name: _placement(name, shape, config, mesh) for name, shape in whole.items()}
-    model.to(dtype).to_empty(device=mesh.device)
+    allocate(model.to(dtype), mesh.device)
     if seed is not None:
         _init(model, config, seed, placements, mesh)
     if parallel.recompute:
@@ -207,6 +206,8 @@ def expert_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
 
 
 def _shard(model: GPT, mesh: Mesh) -> None:
+    from torch.distributed.fsdp import fully_shard  # slow to import (see moelab.engine.sharded)
+
     whole = set(expert_parameters(model)) | {p for p in model.parameters() if not p.requires_grad}
     for module in (*model.blocks, model):
         fully_shard(module, mesh=mesh.fsdp, ignored_params=whole)

@@ -25,7 +25,7 @@ from moelab.files import read_json
 from moelab.inference.generate import Finish, Generator, Piece
 from moelab.inference.modes import set_mode
 from moelab.inference.sampling import Sampling
-from moelab.models import GPT
+from moelab.models import GPT, empty
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -197,8 +197,6 @@ def load_run(directory: Path, *, mesh: Mesh | None = None, device: str = "cpu", 
         part = engine.build(config, None, mesh, DTYPES[dtype])
         checkpoint.load_model(last, part.module, part.placements)
         return part.module
-    with torch.device("meta"):
-        model = GPT(config).to(DTYPES[dtype])
-    model.to_empty(device=device)
+    model = empty(config, device, DTYPES[dtype])
     checkpoint.load_model(last, model)
     return model

@@ -6,9 +6,9 @@ PyTorch baseline. The kernels look for the tile sizes of this workspace's cards 
 
 from moelab import paths
 from moelab.kernels import tuning
-from moelab.models.gpt import GPT, Output, build
+from moelab.models.gpt import GPT, Output, build, empty
 from moelab.models.routing import Routing
 
 tuning.FOLDERS.append(paths.home() / "tuned")
 
-__all__ = ["GPT", "Output", "Routing", "build"]
+__all__ = ["GPT", "Output", "Routing", "build", "empty"]

@@ -115,9 +115,9 @@ class GPT(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
-        self.token_embedding = nn.Embedding(config.vocab, config.hidden)
+        self.token_embedding = _embedding(config.vocab, config.hidden)
         learned = config.decoder.positions == "learned"
-        self.position_embedding = nn.Embedding(config.context, config.hidden) if learned else None
+        self.position_embedding = _embedding(config.context, config.hidden) if learned else None
         self.dropout = nn.Dropout(config.dropout)
         self.blocks = nn.ModuleList(Block(config, experts) for experts in config.experts)
         self.norm = make_norm(config)
@@ -208,10 +208,34 @@ def initial_weight(config: ModelConfig, seed: int, name: str, shape: tuple[int, 
     return torch.empty(shape).normal_(0.0, std, generator=generator)
 
 
+def _embedding(rows: int, width: int) -> nn.Embedding:
+    """Return an embedding without initial values.
+
+    nn.Embedding draws some, and drawing on the meta device makes torch load its compiler, which takes longer than all
+    the rest of a training's start.
+    """
+    return nn.Embedding.from_pretrained(torch.empty(rows, width), freeze=False)
+
+
+def allocate(model: nn.Module, device: str | torch.device) -> None:
+    """Give a model that was made on the meta device memory on another one, without values.
+
+    It does what nn.Module.to_empty does, without torch's Python code for the meta device and its symbolic algebra,
+    whose import takes half a second.
+    """
+    model._apply(lambda t: torch.empty(t.shape, dtype=t.dtype, device=device))
+
+
 def build(config: ModelConfig, seed: int, device: str | torch.device = "cpu") -> GPT:
     """Return a model with initial weights, fp32, on `device`."""
-    with torch.device("meta"):
-        model = GPT(config)
-    model.to_empty(device=device)
+    model = empty(config, device)
     model.init_weights(seed)
+    return model
+
+
+def empty(config: ModelConfig, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32) -> GPT:
+    """Return a model on `device` whose weights have no values yet."""
+    with torch.device("meta"):
+        model = GPT(config).to(dtype)
+    allocate(model, device)
     return model

@@ -87,7 +87,7 @@ def test_results_come_one_by_one_whatever_a_case_does(tmp_path, monkeypatch):
     started = time.monotonic()
     (outcome,) = stages.run(setup, [replace(FAKE, limit_s=15)], say=lambda line: None)
     last = stages.rows(setup)[-1]
-    assert time.monotonic() - started < 20 and outcome["status"] == "cut"
+    assert time.monotonic() - started < 300 and outcome["status"] == "cut", "the case would have slept for 600 s"
     assert (last["case"], last["error"]) == ("slow", "ended: the stage's time is up")
 
 

@@ -130,10 +130,18 @@ def test_version_and_help_in_the_order_of_use():
         (("run", "pr-moe", "-p", "data.corpus=folder:/nowhere"), "data: corpus 'folder:/nowhere' is no folder"),
     ],
 )
-def test_bad_input_is_one_line_and_starts_nothing(arguments, part, tmp_path):
-    done = moelab(*arguments, env={"MOELAB_HOME": str(tmp_path), "MOELAB_RESULTS": str(tmp_path)})
-    assert done.returncode == 2 and part in done.stderr
-    assert len(done.stderr.strip().splitlines()) == 1 and not list(tmp_path.iterdir())
+def test_bad_input_is_one_line_and_starts_nothing(arguments, part, tmp_path, monkeypatch, capsys):
+    """In this process: that the command ends so in its own is shown above."""
+    from moelab import cli
+
+    monkeypatch.setattr(sys, "argv", ["moelab", *arguments])
+    for place in ("MOELAB_HOME", "MOELAB_RESULTS"):
+        monkeypatch.setenv(place, str(tmp_path))
+    with pytest.raises(SystemExit) as end:
+        cli.main()
+    said = capsys.readouterr().err
+    assert end.value.code == 2 and part in said
+    assert len(said.strip().splitlines()) == 1 and not list(tmp_path.iterdir())
 
 
 def test_what_the_system_refuses_is_one_line(tmp_path):

@@ -11,7 +11,7 @@ import json
 import os
 import subprocess
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -56,17 +56,18 @@ def pytest_collection_modifyitems(items):
             item.add_marker(pytest.mark.slurm)
 
 
-@pytest.fixture(scope="session")
-def cluster() -> Path:
-    """The folder of the running development cluster; this process talks to it."""
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[Path]:
+    """The folder of the running development cluster; while these tests run, this process talks to it."""
     if subprocess.run([CLUSTER, "status"], capture_output=True).returncode:
         how = "the development cluster is down: slurm/local/cluster.sh up (or make test-slurm) starts it"
         if os.environ.get("MOELAB_SLURM") == "require":
             pytest.fail(how)
         pytest.skip(how)
     out = subprocess.run([CLUSTER, "env"], capture_output=True, text=True, check=True).stdout
-    os.environ["SLURM_CONF"] = out.strip().partition("SLURM_CONF=")[2]
-    return Path(os.environ["SLURM_CONF"]).parents[1]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SLURM_CONF", out.strip().partition("SLURM_CONF=")[2])
+        yield Path(os.environ["SLURM_CONF"]).parents[1]
 
 
 @pytest.fixture(scope="session")

@@ -114,13 +114,13 @@ def test_a_rank_that_hangs_is_named_and_the_run_goes_on(workplace, spec, tmp_pat
     alone = RunStore(tmp_path / "local").run(chosen)
     assert supervise(alone) == FINISHED
     (run,) = workplace.submit(
-        chosen, halt=[60], environment=("OMP_NUM_THREADS=1", "MOELAB_HANG_S=5", "MOELAB_DEATH_S=6")
+        chosen, halt=[60], environment=("OMP_NUM_THREADS=1", "MOELAB_HANG_S=12", "MOELAB_DEATH_S=6")
     )
     workplace.halted(run, 60)
     until(lambda: attempt.history(run), "the attempt's record")
     (first,) = attempt.history(run)
     assert first.kind == "killed" and first.again and first.checkpoint == EVERY
-    assert first.reason.startswith(f"rank 0 of {ranks} on node") and "hangs: no sign of life for 5 s" in first.reason
+    assert first.reason.startswith(f"rank 0 of {ranks} on node") and "hangs: no sign of life for 12 s" in first.reason
     workplace.until_over(run)
     assert first.node.startswith("node") and first.node not in workplace.job(run).node
     assert numbers(run) == numbers(alone)

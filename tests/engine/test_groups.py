@@ -2,7 +2,9 @@
 
 import contextlib
 import datetime
+import time
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -14,7 +16,7 @@ from moelab.engine import checkpoint, parallel
 from moelab.engine.collectives import KINDS, Traffic, all_gather_json, all_reduce, broadcast_json, observe
 from moelab.engine.differentiable import copy_to_group, reduce_from_group
 from moelab.engine.gradients import GradientSync, clip
-from moelab.engine.groups import Group, time_limit
+from moelab.engine.groups import Group, ProcessGroups, gloo_group, time_limit
 from moelab.engine.mesh import Mesh
 from moelab.engine.testing import START_S
 
@@ -45,6 +47,45 @@ def test_every_group_has_the_default_groups_time_limit(on_ranks, tmp_path, layou
     for found in on_ranks(8, limits_of_all_groups, layout, tmp_path):
         assert len(found) >= groups
         assert set(found) == {datetime.timedelta(seconds=START_S)}
+
+
+class SlowStore(dist.Store):
+    """A store whose answers take a while: its rank looks at its connections long after the others have opened them."""
+
+    def __init__(self, store):
+        super().__init__()
+        self.store = store
+
+    def get(self, key):
+        time.sleep(0.1)
+        return self.store.get(key)
+
+    def set(self, key, value):
+        self.store.set(key, value)
+
+    def wait(self, keys, timeout=datetime.timedelta(seconds=START_S)):
+        self.store.wait(keys, timeout)
+
+
+def groups_that_are_destroyed_at_once(slow):
+    """On a rank: make groups and destroy them without using them, while one rank is slow."""
+    world = dist.group.WORLD
+    backend, store = _world.pg_map[world]
+    if dist.get_rank() == slow:
+        _world.pg_map[world] = backend, SlowStore(store)
+    try:
+        group, groups = gloo_group(), ProcessGroups()
+        dist.destroy_process_group(group.handle)
+        groups.make(np.array([[0, 1, 2], [3, 4, 5]]))
+        groups.close()
+    finally:
+        _world.pg_map[world] = backend, store
+    return group.size
+
+
+def test_a_rank_may_destroy_its_groups_while_a_slow_one_still_connects(on_ranks):
+    for slow in range(6):
+        assert on_ranks(6, groups_that_are_destroyed_at_once, slow) == [6] * 6
 
 
 def calls_of_a_step(layout):

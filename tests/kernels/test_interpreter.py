@@ -14,10 +14,12 @@ HERE = Path(__file__).parent
 @pytest.mark.slow
 @pytest.mark.multiprocess
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="this process is the interpreting one")
-@pytest.mark.parametrize("op", ["gating", "permute", "experts", "residual", "contracts"])
-def test_interpreted(op):
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", str(HERE / f"test_{op}.py")]
+def test_interpreted():
+    ops = ("gating", "permute", "experts", "residual", "contracts")
+    files = [str(HERE / f"test_{op}.py") for op in ops]
+    command = [sys.executable, "-m", "pytest", "-q", "-rp", "-p", "no:cacheprovider", "--maxfail=5", *files]
     env = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, cwd=HERE.parents[1], env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
-    assert " passed" in done.stdout
+    passed = {Path(line.split("::")[0]).stem for line in done.stdout.splitlines() if line.startswith("PASSED ")}
+    assert passed == {f"test_{op}" for op in ops}

@@ -78,6 +78,8 @@ def kill_once(run: Run, draw: random.Random) -> str:
             victim.kill()
     process.wait(120)
     psutil.wait_procs(ranks, 120)
+    if what == "all" and rows(run) and not run.finished:
+        assert run.status.state == "stopped", "a killed run is seen as stopped"
     return f"{what}@{last['step'] if (last := (read_rows(run.path / TRAIN) or [None])[-1]) else 0}"
 
 

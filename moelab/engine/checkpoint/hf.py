@@ -36,7 +36,7 @@ from moelab.engine.checkpoint.hf_formats import GPT2, MOELAB, Format, Part, is_g
 from moelab.engine.mesh import Mesh
 from moelab.engine.placement import Placement
 from moelab.files import new_directory, read_json, write_json
-from moelab.models import GPT
+from moelab.models import GPT, empty
 
 FORMATS: dict[str, Format] = {f.model_type: f for f in (GPT2, *FAMILIES, MOELAB)}
 SHARD_BYTES = 4 << 30
@@ -201,9 +201,7 @@ def load(directory: Path, *, mesh: Mesh | None = None, dtype: torch.dtype | None
             part = parallel.build(config, None, mesh, dtype)
             model, placements = part.module, part.placements
         else:
-            with torch.device("meta"):
-                model = GPT(config).to(dtype)
-            model.to_empty(device="cpu")
+            model = empty(config, dtype=dtype)
         for name, parameter in model.named_parameters():
             shape = tuple(parameter.shape)
             files.fill(parameter.detach(), name, placements.get(name) or Placement.whole(shape), config)

@@ -13,13 +13,13 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from moelab.engine.checkpoint import shards, storage
 from moelab.engine.checkpoint.format import Piece
 from moelab.engine.checkpoint.shards import Placements
 from moelab.engine.groups import Group, gloo_group
 from moelab.engine.placement import Placement
+from moelab.engine.sharded import is_sharded
 
 log = logging.getLogger(__name__)
 
@@ -122,7 +122,7 @@ class _Turns:
         self.bytes: dict[tuple[int, ...], list[int]] = {}
 
     def mine(self, tensor: Tensor, placement: Placement) -> bool:
-        if isinstance(tensor, DTensor):
+        if is_sharded(tensor):
             return True  # sharded over the data ranks: no other rank has this shard
         loads = self.bytes.setdefault(placement.replicas, [0] * len(placement.replicas))
         turn = loads.index(min(loads))

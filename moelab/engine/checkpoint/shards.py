@@ -6,13 +6,12 @@ from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor import DTensor
 
 from moelab.engine.checkpoint.format import Piece
 from moelab.engine.collectives import all_reduce
 from moelab.engine.groups import Group
 from moelab.engine.placement import Placement
+from moelab.engine.sharded import is_gathering, is_sharded
 
 Placements = dict[str, Placement] | None
 """Parameter name -> its placement on this rank; None: every rank holds everything. DTensors know theirs themselves."""
@@ -36,7 +35,7 @@ def tensors(
 def finite(model: nn.Module, optimizer: torch.optim.Optimizer) -> bool:
     """Return whether all weights and moments of all ranks are finite; every rank calls this."""
     moments = (value for state in optimizer.state.values() for value in state.values() if value.ndim)
-    local = (t.to_local() if isinstance(t, DTensor) else t for t in (*parameters(model).values(), *moments))
+    local = (t.to_local() if is_sharded(t) else t for t in (*parameters(model).values(), *moments))
     bad = torch.stack([t.isfinite().all().logical_not() for t in local]).sum().double()
     all_reduce(bad, Group.world(), "checkpoint")
     return not bad
@@ -46,7 +45,7 @@ def parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """Return a model's parameters by name; sharded ones appear as their shards."""
     for module in model.modules():
         # After a forward pass without a backward pass, FSDP2 leaves gathered weights in place of the parameters.
-        if isinstance(module, FSDPModule):
+        if is_gathering(module):
             module.reshard()
     return dict(model.named_parameters())
 
@@ -60,7 +59,7 @@ def placement_of(name: str, parameter: Tensor, placements: Placements) -> Placem
     if placements is None:
         return Placement.whole(tuple(parameter.shape), Group.world().ranks)
     placement = placements[name]
-    shape = placement.shape if isinstance(parameter, DTensor) else placement.local_shape
+    shape = placement.shape if is_sharded(parameter) else placement.local_shape
     if shape != tuple(parameter.shape):
         raise ValueError(f"checkpoint: {name} is placed as {shape}, but is {tuple(parameter.shape)}")
     return placement
@@ -69,7 +68,7 @@ def placement_of(name: str, parameter: Tensor, placements: Placements) -> Placem
 def pieces(name: str, tensor: Tensor, placement: Placement) -> Iterator[Piece]:
     """Iterate over the shards of a tensor that are on this rank, as views."""
     tensor = tensor.detach()
-    if isinstance(tensor, DTensor):
+    if is_sharded(tensor):
         local = tensor.to_local()
         if local.numel():
             (chunk,) = tensor.__create_chunk_list__()
