@@ -129,7 +129,7 @@ def _named(op: str, given: Sequence) -> str:
     if op.endswith("ffn"):
         counts, spare, M, F, dtype, activation, *programs = given
         shape = f"E{len(counts)} rows {min(counts)} to {max(counts)} + {spare}, M{M} F{F} {dtype} {activation}"
-        return shape + "".join(f", {n} programs per multiprocessor" for n in programs)
+        return shape + "".join(f", programs per multiprocessor: {n}" for n in programs)
     if op == "gate":
         S, E, K, dtype, options = given
         return " ".join([f"S{S} E{E} K{K} {dtype}", *(f"{k}={v}" for k, v in options.items())])
