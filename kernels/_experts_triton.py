@@ -254,7 +254,7 @@ class _Plan(NamedTuple):
     """Hold the tiles of one call; all its products share them.
 
     Attributes:
-        expert, row: int32 [tiles + 1], the group and the first row of each tile; see ``_schedule_kernel``.
+        expert, row: int32 [more than tiles], the group and the first row of each tile; see ``_schedule_kernel``.
         tiles: a bound on their number.
     """
 
@@ -273,7 +273,8 @@ def _plan(x, offsets_E1) -> _Plan:
     BM = tuning.tile("rows", {"BM": BM}, x, rows=average, K=x.shape[1])["BM"]
     tiles = R // BM + E + 1
     offsets_E1 = offsets_E1.int()
-    expert, row = torch.empty(2, tiles + 1, dtype=torch.int32, device=x.device).unbind()
+    length = (tiles // 4 + 1) * 4  # more than tiles; both lists aligned to 16 bytes, or kernels would compile anew
+    expert, row = torch.empty(2, length, dtype=torch.int32, device=x.device).unbind()
     _schedule_kernel[(E + 1,)](offsets_E1, expert, row, tiles, R, E, BM=BM, BE=next_power_of_2(E + 1), num_warps=1)
     return _Plan(expert, row, offsets_E1, tiles, BM)
 

@@ -103,6 +103,16 @@ def test_persistent(target, monkeypatch, multiprocessors, counts, spare, M, F, d
     )
 
 
+def test_the_alignment_of_the_lists_of_tiles_does_not_change(target):
+    """A pointer that is aligned for some numbers of rows only would compile the kernels twice."""
+    if target[0] != "triton":
+        pytest.skip("tiles are Triton's")
+    for R in range(16, 16 * 9, 16):
+        x, offsets, _, _ = make([R], 0, 8, dtype=torch.float32, device=target[1])
+        plan = _experts_triton._plan(x, offsets)
+        assert plan.row.storage_offset() % 4 == 0 and len(plan.row) > plan.tiles
+
+
 @pytest.mark.parametrize("activation", ["gelu_tanh", "swiglu"])
 def test_without_bias(target, activation):
     backend, device = target
