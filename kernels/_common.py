@@ -7,6 +7,7 @@ PyTorch, on any device, written for readability. ``triton`` on CPU tensors needs
 
 from __future__ import annotations
 
+import functools
 from typing import Literal
 
 import torch
@@ -88,6 +89,12 @@ def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
 def next_power_of_2(n: int) -> int:
     """Return the smallest power of two that is at least ``n`` (and at least 1)."""
     return 1 << max(n - 1, 0).bit_length()
+
+
+@functools.cache
+def multiprocessors(device: torch.device) -> int:
+    """Return the number of multiprocessors of a CUDA device; 2 for other devices, on which kernels are only tested."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
 
 
 def dot_precision(dtype: torch.dtype) -> str:

@@ -1,9 +1,10 @@
 """Look up the tile sizes that were measured on a card (`moelab kernels tune`); where nothing was, keep the op's own.
 
-A table is a JSON file `<card>.json` such as `h100.json`: "tiles" maps a *shape class* to tile sizes, warps and stages
-that took less time there. A shape class is the op, the dtype and its sizes, each rounded up to a power of two:
+A table is a JSON file `<card>.json` such as `h100.json`: "tiles" maps a *shape class* to tile sizes, warps, stages and,
+for the grouped products, persistent programs that took less time there. A shape class is the op, the dtype and its
+sizes, each rounded up to a power of two:
 
-    "product1 bf16 BM128 N1024 K2048": {"BN": 256, "num_stages": 4}
+    "product1 bf16 BM128 N1024 K2048": {"BN": 256, "num_stages": 4, "programs_per_sm": 1}
 
 Tables come from `FOLDERS`, a later folder's entries before an earlier one's. The first is part of this package.
 """
@@ -22,6 +23,9 @@ from ._common import next_power_of_2
 
 FOLDERS: list[Path] = [Path(__file__).parent / "tuned"]
 """Folders of tables. To add one, append it before the first kernel is launched."""
+
+GROUPED = ("product0", "product1", "product0t", "product2t", "weight")
+"""The ops of grouped products (`_experts_triton.py`), which have the setting `programs_per_sm`."""
 
 DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 Tile = dict[str, int]
@@ -96,6 +100,15 @@ def trial(op: str, changes: Tile) -> Iterator[None]:
             del _trial[op]
         else:
             _trial[op] = before
+
+
+@contextlib.contextmanager
+def persistent(programs_per_sm: int) -> Iterator[None]:
+    """Let all grouped products run in so many programs for each multiprocessor while the context lasts."""
+    with contextlib.ExitStack() as trials:
+        for op in GROUPED:
+            trials.enter_context(trial(op, {"programs_per_sm": programs_per_sm}))
+        yield
 
 
 def forget() -> None:

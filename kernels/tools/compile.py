@@ -22,7 +22,7 @@ from typing import NamedTuple
 
 import torch
 
-from .. import _common, gating, permute, residual
+from .. import _common, gating, permute, residual, tuning
 from ..experts import expert_ffn
 
 DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.int32: "i32", torch.int64: "i64"}
@@ -102,15 +102,16 @@ def _permute_case(S, E, K, M, dtype) -> Callable[[], None]:
     return run
 
 
-def _ffn_case(R, E, M, F, dtype, activation="gelu_tanh") -> Callable[[], None]:
+def _ffn_case(R, E, M, F, dtype, activation="gelu_tanh", persistent=0) -> Callable[[], None]:
     def run():
         N = 2 * F if activation == "swiglu" else F
         x, w1, b1, w2, b2 = (
             _meta(*shape, dtype=dtype, grad=True) for shape in ((R, M), (E, M, N), (E, N), (E, F, M), (E, M))
         )
         offsets = _meta(E + 1, dtype=torch.int32)
-        y = expert_ffn(x, offsets, w1, b1, w2, b2, activation=activation, backend="triton")
-        y.backward(torch.empty_like(y))
+        with tuning.persistent(persistent):
+            y = expert_ffn(x, offsets, w1, b1, w2, b2, activation=activation, backend="triton")
+            y.backward(torch.empty_like(y))
 
     return run
 
@@ -153,6 +154,10 @@ CASES: dict[str, Callable[[], None]] = {
     "ffn R512 E16 M64 F256 fp32": _ffn_case(512, 16, 64, 256, FP32),
     "ffn R600 E5 M100 F401 bf16": _ffn_case(600, 5, 100, 401, BF16, "none"),
     "ffn R65536 E64 M2048 F1024 bf16 swiglu": _ffn_case(65536, 64, 2048, 1024, BF16, "swiglu"),
+    "ffn R65536 E128 M2048 F768 bf16 persistent": _ffn_case(65536, 128, 2048, 768, BF16, persistent=1),
+    "ffn R64 E64 M2048 F8192 fp16 persistent": _ffn_case(64, 64, 2048, 8192, FP16, persistent=2),
+    "ffn R4096 E8 M512 F2048 fp32 persistent": _ffn_case(4096, 8, 512, 2048, FP32, persistent=1),
+    "ffn R600 E5 M100 F401 bf16 persistent": _ffn_case(600, 5, 100, 401, BF16, "none", persistent=1),
     "residual S8192 M1024 bf16": _mix_case(8192, 1024, BF16),
     "residual S8192 M2048 fp16 given": _mix_case(8192, 2048, FP16, learned=False),
     "residual S333 M100 fp32": _mix_case(333, 100, FP32),
@@ -163,6 +168,7 @@ QUICK = (
     "permute S8192 E128 K1 M1024 bf16",
     "ffn R8192 E128 M1024 F4096 bf16",
     "ffn R65536 E64 M2048 F1024 bf16 swiglu",
+    "ffn R65536 E128 M2048 F768 bf16 persistent",
     "residual S8192 M1024 bf16",
 )
 """A subset with every kernel, for tests."""
@@ -245,8 +251,8 @@ def _resources(cubin: bytes) -> tuple[int, int]:
     return registers, stack + local
 
 
-def compile_launch(launch: Launch, arch: str) -> Record:
-    """Compile one launch to machine code for ``arch`` and read its resources back."""
+def machine_code(launch: Launch, arch: str):
+    """Return one launch compiled by Triton for ``arch``: its ``asm`` and ``metadata``."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -259,7 +265,12 @@ def compile_launch(launch: Launch, arch: str) -> Record:
     )
     target = GPUTarget("cuda", int(arch.removeprefix("sm_")), 32)
     options = dict(num_warps=launch.num_warps, num_stages=launch.num_stages, enable_fp_fusion=True)
-    compiled = triton.compile(source, target=target, options=options)
+    return triton.compile(source, target=target, options=options)
+
+
+def compile_launch(launch: Launch, arch: str) -> Record:
+    """Compile one launch to machine code for ``arch`` and read its resources back."""
+    compiled = machine_code(launch, arch)
     registers, local = _resources(compiled.asm["cubin"])
     warps = compiled.metadata.num_warps
     blocks, occupancy = estimate_occupancy(arch, warps, registers, compiled.metadata.shared)

@@ -1,9 +1,10 @@
 """Measure tile sizes, warps and stages of every op on this machine's card, and write the table of `tuning.py`.
 
 For each op and shape, one setting after the other is varied, starting from the op's own; what takes least time is kept.
-A candidate counts only if its results equal those of the op's own tile, and enters the table only if it also wins
-when the two are timed again in turns. A tile that does not compile, or needs more shared memory than there is, is
-refused and does no harm. Shapes come most valuable first; `search` ends when time is up, with what it has.
+Grouped products are tried with persistent programs, too. A candidate counts only if its results equal those of the op's
+own tile, and enters the table only if it also wins when the two are timed again in turns. A tile that does not compile,
+or needs more shared memory than there is, is refused and does no harm. Shapes come most valuable first; `search` ends
+when time is up, with what it has.
 """
 
 from __future__ import annotations
@@ -30,8 +31,10 @@ GAIN = 0.97
 """Times the op's own time: a tile that takes longer than this is no gain, but within the spread."""
 
 BF16, FP32 = torch.bfloat16, torch.float32
-PRODUCT = {"BN": (32, 64, 128, 256), "BK": (32, 64, 128), "num_warps": (4, 8), "num_stages": (2, 3, 4)}
-WEIGHT = {"BK": (32, 64, 128), "BN": (64, 128, 256), "BR": (16, 32, 64), "num_warps": (4, 8), "num_stages": (2, 3, 4)}
+# The persistent kernel holds one more stage in shared memory, so the number of stages is varied after it.
+LAUNCH = {"num_warps": (4, 8), "programs_per_sm": (0, 1, 2, 4), "num_stages": (2, 3, 4, 5)}
+PRODUCT = {"BN": (32, 64, 128, 256), "BK": (32, 64, 128), **LAUNCH}
+WEIGHT = {"BK": (32, 64, 128), "BN": (64, 128, 256), "BR": (16, 32, 64), **LAUNCH}
 ROWS = {"BM": (16, 32, 64, 128)}
 COPY = {"tile": (1024, 2048, 4096, 8192), "num_warps": (2, 4, 8)}
 GATE = {"tile": (TILE // 4, TILE // 2, TILE, TILE * 2), "num_warps": (4, 8)}

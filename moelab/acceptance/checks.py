@@ -18,7 +18,7 @@ from moelab.config import ModelConfig, RoutingConfig
 from moelab.inference.generate import Generator
 from moelab.inference.modes import set_mode
 from moelab.inference.sampling import Sampling
-from moelab.kernels import combine, dispatch, expert_ffn, gate, residual_mix, row_table
+from moelab.kernels import combine, dispatch, expert_ffn, gate, residual_mix, row_table, tuning
 from moelab.models.gpt import build
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -88,21 +88,29 @@ EXPERTS = [
     ([5, 9, 31, 17], 0, 64, 48, "fp16", "gelu"),
     ([512] * 8, 0, 512, 2048, "fp32", "gelu_tanh"),
     ([120] * 5, 0, 100, 401, "bf16", "none"),
+    ([512] * 64, 0, 2048, 1024, "bf16", "swiglu"),
+]
+PERSISTENT = [  # with the programs for each multiprocessor
+    ([512] * 128, 0, 2048, 768, "bf16", "gelu_tanh", 1),
+    ([0, 67, 0, 1], 3, 67, 33, "fp32", "gelu", 2),
+    ([0, 0, 700, 0], 5, 128, 256, "bf16", "swiglu", 1),
+    ([1] * 8 + [0] * 56, 0, 2048, 8192, "bf16", "gelu_tanh", 4),
 ]
 MIXES = [(8192, 1024, "bf16", True), (333, 100, "fp32", True), (8192, 2048, "fp16", False)]
 TINY = {
     "gate": [(7, 5, 2, "fp32", {"capacity": 2, "seed": 1, "normalize": True}), (600, 5, 1, "fp32", {"one": True})],
     "permute": [(7, 5, 2, 13, "fp32")],
     "ffn": [([3, 0, 4], 2, 13, 7, "fp32", "gelu_tanh")],
+    "persistent ffn": [([3, 0, 9], 2, 13, 7, "fp32", "swiglu", 1)],
     "mix": [(7, 13, "bf16", True)],
 }
-FULL = {"gate": GATES, "permute": PERMUTES, "ffn": EXPERTS, "mix": MIXES}
+FULL = {"gate": GATES, "permute": PERMUTES, "ffn": EXPERTS, "persistent ffn": PERSISTENT, "mix": MIXES}
 
 
 def cases(context: Context) -> Iterator[Case]:
     """Yield the checks: the first of each op, then a model, then the other sizes."""
     sizes = TINY if context.tiny else FULL
-    checks = {"gate": _gate, "permute": _permute, "ffn": _experts, "mix": _mix}
+    checks = {"gate": _gate, "permute": _permute, "ffn": _experts, "persistent ffn": _persistent, "mix": _mix}
 
     def of(op: str, given: Sequence) -> Case:
         return Case(f"{op} {_named(op, given)}", lambda: checks[op](*given, device=context.device))
@@ -118,9 +126,10 @@ def cases(context: Context) -> Iterator[Case]:
 
 
 def _named(op: str, given: Sequence) -> str:
-    if op == "ffn":
-        counts, spare, M, F, dtype, activation = given
-        return f"E{len(counts)} rows {min(counts)} to {max(counts)} + {spare}, M{M} F{F} {dtype} {activation}"
+    if op.endswith("ffn"):
+        counts, spare, M, F, dtype, activation, *programs = given
+        shape = f"E{len(counts)} rows {min(counts)} to {max(counts)} + {spare}, M{M} F{F} {dtype} {activation}"
+        return shape + "".join(f", programs per multiprocessor: {n}" for n in programs)
     if op == "gate":
         S, E, K, dtype, options = given
         return " ".join([f"S{S} E{E} K{K} {dtype}", *(f"{k}={v}" for k, v in options.items())])
@@ -174,7 +183,8 @@ def _permute(S: int, E: int, K: int, M: int, dtype: str, *, device: str) -> Numb
 def _experts(counts: list[int], spare: int, M: int, F: int, dtype: str, activation: str, *, device: str) -> Numbers:
     torch.manual_seed(0)
     E, R = len(counts), sum(counts) + spare
-    shapes = {"x": (R, M), "w1": (E, M, F), "b1": (E, F), "w2": (E, F, M), "b2": (E, M)}
+    wide = 2 * F if activation == "swiglu" else F
+    shapes = {"x": (R, M), "w1": (E, M, wide), "b1": (E, wide), "w2": (E, F, M), "b2": (E, M)}
     scale = {"w1": M**-0.5, "w2": F**-0.5}
     with torch.device(device):
         given = {name: (torch.randn(s) * scale.get(name, 1.0)).to(DTYPES[dtype]) for name, s in shapes.items()}
@@ -188,6 +198,12 @@ def _experts(counts: list[int], spare: int, M: int, F: int, dtype: str, activati
         return {"y": y.detach()} | {f"d_{name}": t.grad for name, t in zip(given, leaves, strict=True)}
 
     return _both(run, dtype)
+
+
+def _persistent(*given, device: str) -> Numbers:
+    *shape, programs = given
+    with tuning.persistent(programs):
+        return _experts(*shape, device=device)
 
 
 def _mix(S: int, M: int, dtype: str, learned: bool, *, device: str) -> Numbers:

@@ -104,18 +104,30 @@ def _kernel_layers(size: LayerSize, timing: Timing, context: Context) -> Iterato
 
 
 def _measure_layer(size: LayerSize, backward: bool, timing: Timing, only: Sequence[str]) -> list[Numbers]:
-    failed: list[Numbers] = []
+    failed = Failed(timing)
+    found = _rows(layer.measure(size, timing, backward=backward, only=only, on_failure=failed), layer.DROP_FREE)
+    shown = (layer.EINSUM, layer.GROUPED, layer.MIXTRAL, layer.DEEPSPEED, *layer.GPU_ONLY)
+    return failed.behind(_with_finding(found, layer.DROP_FREE, shown))
 
-    def fail(candidate: str, error: Exception) -> None:
-        failed.append({"status": "failed", "candidate": candidate, "error": one_line(error)})
-        if timing.device == "cuda":
+
+class Failed:
+    """Collect the candidates that fail, as rows behind those of the others."""
+
+    def __init__(self, timing: Timing) -> None:
+        self.rows: list[Numbers] = []
+        self._device = timing.device
+
+    def __call__(self, candidate: str, error: Exception) -> None:
+        """Add a candidate, and give back the memory that it took."""
+        self.rows.append({"status": "failed", "candidate": candidate, "error": one_line(error)})
+        if self._device == "cuda":
             torch.cuda.empty_cache()
 
-    found = _rows(layer.measure(size, timing, backward=backward, only=only, on_failure=fail), layer.DROP_FREE)
-    if not found:
-        raise RuntimeError(f"no candidate ran: {failed[0]['error']}")
-    shown = (layer.EINSUM, layer.GROUPED, layer.MIXTRAL, layer.DEEPSPEED, *layer.GPU_ONLY)
-    return _with_finding(found, layer.DROP_FREE, shown) + failed
+    def behind(self, found: list[Numbers]) -> list[Numbers]:
+        """Return all rows; RuntimeError if nothing was found."""
+        if not found:
+            raise RuntimeError(f"no candidate ran: {self.rows[0]['error']}")
+        return found + self.rows
 
 
 def _rows(found: list[harness.Row], ours: str) -> list[Numbers]:
@@ -139,7 +151,9 @@ def _with_finding(found: list[Numbers], ours: str, others: Sequence[str]) -> lis
 
 
 def _gate(S: int, timing: Timing) -> list[Numbers]:
-    return _with_finding(_rows(gate_bench.measure(S, 128, timing), "ours"), "ours", GATE_PEERS)
+    failed = Failed(timing)
+    found = _rows(gate_bench.measure(S, 128, timing, on_failure=failed), "ours")
+    return failed.behind(_with_finding(found, "ours", GATE_PEERS))
 
 
 def _replayed(S: int, timing: Timing, calls: int = 50) -> list[Numbers]:

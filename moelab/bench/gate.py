@@ -9,6 +9,7 @@ twice and their gradient written once, at the measured copy rate.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -39,8 +40,14 @@ def _masks(logits_SE: Tensor, capacity: int) -> None:
     _backward(logits_SE, combine_SEC.sum() + routing.aux_loss)
 
 
-def measure(tokens: int, experts: int, timing: Timing) -> list[Row]:
-    """Return the rows of one case."""
+def measure(
+    tokens: int, experts: int, timing: Timing, *, on_failure: Callable[[str, Exception], None] | None = None
+) -> list[Row]:
+    """Return the rows of one case.
+
+    Args:
+        on_failure: called with the candidates beside ours that raise, which are then left out; None lets them raise.
+    """
     capacity = max(4, math.ceil(tokens / experts))
     states = inputs.HiddenStates(tokens, HIDDEN, experts, timing.device)
     candidates = {
@@ -49,6 +56,16 @@ def measure(tokens: int, experts: int, timing: Timing) -> list[Row]:
     }
     for name, call in peers.gates().items():
         candidates[name] = lambda logits, call=call: _backward(logits, call(logits))
+    if on_failure is not None:
+        logits_SE = states(0).logits_SE.requires_grad_()
+        for name, call in list(candidates.items()):
+            try:
+                timing.seconds(call, logits_SE)  # waits for the device
+            except Exception as error:  # another library's, for this device or size
+                if name == "ours":
+                    raise
+                on_failure(name, error)
+                del candidates[name]
     times = harness.in_turns(candidates, lambda i: states(i).logits_SE.requires_grad_(), timing)
     floor_s = 3 * tokens * experts * 4 / harness.copy_rate(timing)
     case = {"tokens": tokens, "experts": experts, "capacity": capacity, "threads": torch.get_num_threads()}

@@ -191,22 +191,24 @@ def candidates(
         EINSUM: (shared, lambda x: einsum(shared, x, capacity, K)),
     }
 
-    def add(name: str, make: Callable[[], nn.Module]) -> None:
+    def add(name: str, make: Callable[[], nn.Module]) -> nn.Module | None:
         try:
             module = make()
         except Exception as error:  # another library's: for these versions, this device or this size
             if on_failure is None:
                 raise
             on_failure(name, error)
-        else:
-            made[name] = (module, module)
+            return None
+        made[name] = (module, module)
+        return module
 
     if DEEPSPEED in wanted and peers.has("deepspeed"):
         add(DEEPSPEED, lambda: placed(peers.DeepSpeedLayer(*shape, gate_EM, K)))
     if (EAGER in wanted or MIXTRAL in wanted) and peers.has("transformers"):
-        mixtral = placed(peers.MixtralLayer(*shape, gate_EM, K))
-        made[EAGER] = (mixtral, lambda x: mixtral(x, "eager"))
-        made[MIXTRAL] = (mixtral, lambda x: mixtral(x, "grouped_mm"))
+        mixtral = add(MIXTRAL, lambda: placed(peers.MixtralLayer(*shape, gate_EM, K)))
+        if mixtral is not None:
+            made[EAGER] = (mixtral, lambda x: mixtral(x, "eager"))
+            made[MIXTRAL] = (mixtral, lambda x: mixtral(x, "grouped_mm"))
     if LIGER in wanted and peers.on_gpu("liger_kernel", gate_EM.device):
         add(LIGER, lambda: placed(kernel_peers.LigerLayer(*shape, gate_EM, K)))
     if TRITON_KERNELS in wanted and not backward and peers.on_gpu("triton_kernels", gate_EM.device):

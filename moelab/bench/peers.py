@@ -82,7 +82,8 @@ def gates() -> dict[str, Callable[[Tensor], Tensor]]:
     from deepspeed.moe import sharded_moe
 
     def call(logits_SE: Tensor, **options: bool) -> Tensor:
-        out = sharded_moe.top1gating(logits_SE, 1.0, 4, use_rts=True, drop_tokens=True, **options)
+        least = min(4, len(logits_SE))  # DeepSpeed refuses more slots than tokens
+        out = sharded_moe.top1gating(logits_SE, 1.0, least, use_rts=True, drop_tokens=True, **options)
         weight = next(o for o in out[1:] if torch.is_tensor(o) and o.requires_grad)
         return weight.sum() + out[0]
 

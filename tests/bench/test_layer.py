@@ -130,6 +130,34 @@ def test_layers_agree_on_two_experts_a_token(monkeypatch):
         LayerSize(67, 16, 32, 7, top_k=8)
 
 
+def test_a_library_that_cannot_be_imported_costs_its_own_rows(monkeypatch):
+    def broken(*_):
+        raise ImportError("no metadata")
+
+    monkeypatch.setattr(layer.peers, "has", lambda name: name == "transformers")
+    monkeypatch.setattr(layer.peers, "MixtralLayer", broken)
+    failed = {}
+    rows = layer.measure(
+        LayerSize(8, 32, 64, 4), QUICK, only=[layer.LOOP, layer.MIXTRAL], on_failure=failed.__setitem__
+    )
+    assert [r.candidate for r in rows] == [layer.DENSE, layer.LOOP] and list(failed) == [layer.MIXTRAL]
+
+
+def test_a_gate_that_raises_is_reported_and_left_out(monkeypatch):
+    def broken(*_):
+        raise AssertionError("too few tokens")
+
+    monkeypatch.setattr(gate_bench.peers, "gates", lambda: {"theirs": broken})
+    failed = {}
+    rows = gate_bench.measure(1, 4, QUICK, on_failure=failed.__setitem__)
+    assert [r.candidate for r in rows] == ["ours", "masks (baseline)"] and list(failed) == ["theirs"]
+    with pytest.raises(AssertionError, match="too few tokens"):
+        gate_bench.measure(1, 4, QUICK)
+    monkeypatch.setattr(gate_bench, "_ours", broken)
+    with pytest.raises(AssertionError, match="too few tokens"):  # there is nothing to compare with
+        gate_bench.measure(1, 4, QUICK, on_failure=failed.__setitem__)
+
+
 def test_a_candidate_that_raises_is_reported_and_left_out(monkeypatch):
     def broken(*_):
         raise RuntimeError("not on this device")

@@ -3,6 +3,7 @@ one."""
 
 import csv
 import os
+import re
 from pathlib import Path
 
 import pytest
@@ -23,6 +24,17 @@ def test_compiles_without_spills(arch):
     records = aot.compile_all((arch,), aot.QUICK)
     assert [r for r in records if r.spill_bytes] == []
     assert all(r.registers > 0 and 0 < r.occupancy <= 1 and r.arch == arch for r in records)
+
+
+@pytest.mark.slow
+def test_a_persistent_product_is_one_pipelined_loop():
+    """Its loop over places and its loop over K are flattened, and rows and weights are loaded asynchronously."""
+    found = aot.launches(("ffn R65536 E128 M2048 F768 bf16 persistent",))
+    launch = next(x for x in found if x.kernel.__name__ == "_product_kernel")
+    code = aot.machine_code(launch, "sm_80").asm["ttgir"]
+    loops = [m[2] for m in re.finditer(r"^( *)(?:%\S+ = )?scf\.for(.*?)^\1}", code, re.DOTALL | re.MULTILINE)]
+    (body,) = (loop for loop in loops if "tt.dot" in loop)
+    assert "scf.for" not in body and "tt.store" in body and body.count("ttg.async_copy_global_to_local") == 2
 
 
 def test_the_quick_cases_cover_every_kernel():

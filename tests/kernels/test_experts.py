@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from moelab.kernels import _buffers, _experts_cpu, _layout_cpu, _pool
+from moelab.kernels import _buffers, _experts_cpu, _experts_triton, _layout_cpu, _pool, tuning
 from moelab.kernels._gelu_cpu import Gelu
 from moelab.kernels.experts import expert_ffn
 
@@ -76,6 +76,41 @@ def test_expert_ffn(target, counts, spare, M, F, activation):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision(target, dtype, activation):
     check([5, 0, 33, 1], 2, (24, 40, 24), dtype, activation, target)
+
+
+@pytest.mark.parametrize(
+    "counts,spare,M,F,dtype,activation",
+    [
+        ([3, 0, 4], 2, 13, 7, torch.float32, "gelu"),
+        ([0, 67, 0, 1], 0, 67, 33, torch.float32, "swiglu"),
+        ([0, 0, 70], 21, 40, 130, torch.float32, "gelu_tanh"),
+        ([0, 0], 3, 8, 8, torch.float32, "none"),
+        ([5, 0, 33, 1], 2, 24, 40, torch.bfloat16, "gelu_tanh"),
+    ],
+)
+@pytest.mark.parametrize("multiprocessors", [1, 50], ids=["few programs", "many programs"])
+def test_persistent(target, monkeypatch, multiprocessors, counts, spare, M, F, dtype, activation):
+    """Two programs for all places, and more programs than places."""
+    if target[0] != "triton":
+        pytest.skip("persistent programs are Triton's")
+    made, grid = [], _experts_triton._grid
+    monkeypatch.setattr(_experts_triton, "multiprocessors", lambda device: multiprocessors)
+    monkeypatch.setattr(_experts_triton, "_grid", lambda *args: made.append(grid(*args)) or made[-1])
+    with tuning.persistent(2):
+        check(counts, spare, (M, F, M), dtype, activation, target)
+    assert len(made) == 6 and all(
+        programs <= 2 * multiprocessors and config["PERSISTENT"] for (programs,), config in made
+    )
+
+
+def test_the_alignment_of_the_lists_of_tiles_does_not_change(target):
+    """A pointer that is aligned for some numbers of rows only would compile the kernels twice."""
+    if target[0] != "triton":
+        pytest.skip("tiles are Triton's")
+    for R in range(16, 16 * 9, 16):
+        x, offsets, _, _ = make([R], 0, 8, dtype=torch.float32, device=target[1])
+        plan = _experts_triton._plan(x, offsets)
+        assert plan.row.storage_offset() % 4 == 0 and len(plan.row) > plan.tiles
 
 
 @pytest.mark.parametrize("activation", ["gelu_tanh", "swiglu"])

@@ -67,7 +67,7 @@ def test_a_later_folder_comes_first_and_a_broken_table_is_named(folder, monkeypa
 
 
 def test_shipped_tables_name_known_ops_and_settings():
-    settings = {"BM", "BN", "BK", "BR", "tile", "num_warps", "num_stages"}
+    settings = {"BM", "BN", "BK", "BR", "tile", "num_warps", "num_stages", "programs_per_sm"}
     for path in tuning.FOLDERS[0].glob("*.json"):
         tiles = tuning.load(path.stem)
         assert tiles and all(set(entry) <= settings for entry in tiles.values())
@@ -89,13 +89,23 @@ def tile_reaches_the_launch():
             torch.testing.assert_close(expert_ffn(*args, backend="triton"), want, rtol=2e-5, atol=2e-5)
     assert heights == [64, 16]
 
+    # A table's entry makes a product persistent; without one there is a program for each place.
+    grids, grid = [], experts._grid
+    experts._grid = lambda *args: grids.append(grid(*args)) or grids[-1]
+    for programs, want_grid in ((None, 4), (1, 2)):
+        with tuning.trial("product1", {} if programs is None else {"programs_per_sm": programs}):
+            torch.testing.assert_close(expert_ffn(*args, backend="triton"), want, rtol=2e-5, atol=2e-5)
+        (launched,), config = grids[-2]
+        assert launched == want_grid and config["PERSISTENT"] is (programs is not None)
+
 
 def tune_tiny():
     from moelab.kernels.tools import tune
 
     found = {}
     for target in itertools.islice(tune.targets("cpu", tiny=True), 4):
-        choices = {name: target.choices[name][:2] for name in list(target.choices)[:2]}
+        choices = {name: target.choices[name][:2] for name in list(target.choices)[:1]}
+        choices |= {"programs_per_sm": (0, 1)} if "programs_per_sm" in target.choices else {}
         target = replace(target, choices=choices)
         one = tune.tune(target, math.inf, lambda call, op=target.op: 0.5 if tuning._trial.get(op) else 1.0)
         assert one.wrong == 0 and one.tried >= 2 and one.best
