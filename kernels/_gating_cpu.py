@@ -7,6 +7,8 @@ hand-written backward. NumPy does the integer work: its argmax and its 16-bit so
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import torch
 from torch.autograd.function import once_differentiable
@@ -29,11 +31,13 @@ def _softmax(x_SE: torch.Tensor) -> torch.Tensor:
     return p_SE.div_(p_SE.sum(1, keepdim=True))
 
 
-def _choose(choice_SE: np.ndarray, first_S: np.ndarray, top_k: int) -> np.ndarray:
-    """Return the top-k of every row, int64 [S, K], ties to the lower index; ``first_S`` is the argmax.
+def _choose(choice_SE: np.ndarray, first_S: np.ndarray | None, top_k: int) -> np.ndarray:
+    """Return the top-k of every row, int64 [S, K], ties to the lower index; ``first_S`` is the argmax if known.
 
     K passes of a vectorised argmax are several times faster than a partial sort.
     """
+    if first_S is None:
+        first_S = choice_SE.argmax(1)
     if top_k == 1:
         return first_S[:, None]
     rows = np.arange(len(choice_SE))
@@ -84,6 +88,37 @@ def _slots(expert_SK: np.ndarray, ok_S, load_E: np.ndarray, capacity, seed):
         start_E = np.cumsum(kept_E) - kept_E
         slot_N[order] = np.arange(len(order), dtype=np.int32) - start_E.astype(np.int32)[key_N[order]]
     return slot_N.reshape(K, S).T, kept_E
+
+
+def choose(
+    logits_SE: np.ndarray,
+    top_k: int,
+    normalize: bool = False,
+    choice_SE: np.ndarray | None = None,
+    scores_SE: np.ndarray | None = None,
+) -> tuple[np.ndarray, np.ndarray] | None:
+    """Return each token's experts, int64 [S, K], and their weights [S, K], as ``gate`` without capacity does.
+
+    This is all that a decoding step needs of a gate, in few NumPy calls; a row's result does not depend on the other
+    rows. ``choice_SE`` decide the choices only. ``scores_SE`` are the weights instead of the softmax of the logits.
+    None where ``gate`` does not route a token (logits or choices that are not finite).
+    """
+    S, E = logits_SE.shape
+    expert_SK = _choose(logits_SE if choice_SE is None else choice_SE, None, top_k)
+    at_SK = (np.arange(S)[:, None] * E + expert_SK) if S > 1 else expert_SK  # index into the flat arrays
+    largest_S1 = logits_SE.take(at_SK[:, :1]) if choice_SE is None else logits_SE.max(1, keepdims=True)
+    if not math.isfinite(largest_S1.sum()) or (choice_SE is not None and not math.isfinite(choice_SE.sum())):
+        return None
+    if scores_SE is None:
+        e_SE = np.exp(logits_SE - largest_S1)
+        weight_SK = e_SE.take(at_SK) / e_SE.sum(1, keepdims=True)
+        if not math.isfinite(weight_SK.sum()):
+            return None
+    else:
+        weight_SK = scores_SE.take(at_SK)
+    if normalize:
+        weight_SK = weight_SK / np.maximum(weight_SK.sum(1, keepdims=True), np.finfo(np.float32).eps)
+    return expert_SK, weight_SK
 
 
 SMALL = 4096  # largest number of logits S * E for which a gate without gradients uses `small_gate`
