@@ -56,6 +56,16 @@ def _as(kind: type[Module], module: nn.Module) -> Module:
     return frozen
 
 
+def sigmoid(x: np.ndarray) -> np.ndarray:
+    """Return the sigmoid, each element's bits independent of the others.
+
+    PyTorch computes the elements after the last whole vector by another formula than the others, so that a token's
+    bits would depend on the number of tokens.
+    """
+    with np.errstate(over="ignore"):
+        return 1 / (1 + np.exp(-x))
+
+
 class FrozenBlock(nn.Module):
     """Compute one layer as `Block`; sums with the residual stream are part of the products."""
 
@@ -229,11 +239,15 @@ class FrozenRouter(Router):
         if cfg.drop_tokens or not len(x_SM) or self.entropies is not None:
             return None
         logits_SE = self.product(x_SM.float(), None)
-        scores_SE = None if cfg.scores == "softmax" and self.balance_bias is None else SCORES[cfg.scores](logits_SE)
-        choice_np = None if self.balance_bias is None else (scores_SE + self.balance_bias).numpy()
+        logits_SE, scores_SE = logits_SE.numpy(), None
+        if cfg.scores == "sigmoid":
+            scores_SE = sigmoid(logits_SE)
+        elif self.balance_bias is not None:
+            scores_SE = SCORES[cfg.scores](torch.from_numpy(logits_SE)).numpy()
+        choice_SE = None if self.balance_bias is None else scores_SE + self.balance_bias.float().numpy()
         normalize = self.top_k > 1 if cfg.normalize_weights is None else cfg.normalize_weights
-        scores_np = None if cfg.scores == "softmax" else scores_SE.numpy()
-        return kernels.choose(logits_SE.numpy(), self.top_k, normalize, choice_np, scores_np)
+        weights_SE = None if cfg.scores == "softmax" else scores_SE
+        return kernels.choose(logits_SE, self.top_k, normalize, choice_SE, weights_SE)
 
 
 class FrozenMix(nn.Module):
@@ -258,7 +272,8 @@ class FrozenSharedGate(nn.Module):
 
     def forward(self, routed_SM: Tensor, fixed_SM: Tensor, x_SM: Tensor) -> Tensor:
         """Return the sum of the branches, as `SharedGate.forward`."""
-        return routed_SM + fixed_SM * self.linear.forward(x_SM).sigmoid()
+        gate_S1 = torch.from_numpy(sigmoid(self.linear.forward(x_SM).float().numpy()))
+        return routed_SM + fixed_SM * gate_S1.to(fixed_SM.dtype)
 
 
 class FrozenExperts(nn.Module):
