@@ -186,7 +186,7 @@ class CPUGate(torch.autograd.Function):
         max_S1 = wide_SE.gather(1, expert_SK[:, :1]) if choice_SE is None else wide_SE.amax(1, keepdim=True)
         # The probabilities are e / total: no pass over [S, E] divides. Fresh pages cost as much as the arithmetic.
         e_SE = torch.sub(wide_SE, max_S1, out=_buffers.empty((S, E), dtype)).exp_()
-        total_S = e_SE.mv(e_SE.new_ones(E))
+        total_S = e_SE.sum(1)  # MKL's product of a matrix and a vector depends on the number of threads
         over_S1 = total_S.reciprocal()[:, None]
         raw_SK = over_S1.clone() if choice_SE is None and top_k == 1 else e_SE.gather(1, expert_SK).mul_(over_S1)
         lse_S = total_S.log().add_(max_S1[:, 0])
@@ -213,7 +213,8 @@ class CPUGate(torch.autograd.Function):
 
         share_E = torch.from_numpy(first_E / max(S, 1)).to(dtype)
         if S:
-            aux_loss = (over_S1[:, 0] @ e_SE) @ share_E * (E / S)
+            p_SE = torch.mul(e_SE, over_S1, out=_buffers.empty((S, E), dtype))
+            aux_loss = p_SE.sum(0) @ share_E * (E / S)
             z_loss = lse_S.square().mean()
             if not healthy:
                 aux_loss, z_loss = aux_loss + torch.nan, z_loss + torch.nan
@@ -253,7 +254,7 @@ class CPUGate(torch.autograd.Function):
             torch.mul(e_SE, r_S[:, None] * over_S1, out=d_SE)
         else:  # (a + r) / total is a product of [S, 2] and [2, E]; r contains -<p, a>
             a_E = share_E * (d_aux * (E / S))
-            r_S.addcmul_(e_SE.mv(a_E), over_S1[:, 0], value=-1)
+            r_S.addcmul_(torch.mul(e_SE, a_E, out=d_SE).sum(1), over_S1[:, 0], value=-1)
             left_S2 = torch.cat((over_S1, r_S[:, None] * over_S1), 1)
             torch.mm(left_S2, torch.stack((a_E, torch.ones_like(a_E))), out=d_SE).mul_(e_SE)
         if at_SK is not None:
