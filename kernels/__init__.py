@@ -12,6 +12,7 @@ the op in plain PyTorch. An op's file (``gating.py``) holds the public function 
     y_SM = residual_mix(y_SM, mlp_SM, x_SM, w_2M, b_2)          # PR-MoE
 """
 
+from ._gating_cpu import choose
 from ._hash import priorities
 from .experts import Activation, expert_ffn
 from .gating import Gate, gate
@@ -22,6 +23,7 @@ __all__ = [
     "Activation",
     "Gate",
     "RowTable",
+    "choose",
     "combine",
     "dispatch",
     "expert_ffn",

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from moelab.engine.collectives import Collective, observe
+from moelab.inference.frozen_blocks import FrozenMoE
 from moelab.models import GPT
 from moelab.models.moe import MoE
 
@@ -82,13 +83,22 @@ class Clock:
             if not isinstance(ffn, MoE):
                 self._replace(ffn, "forward", "feed-forward")
                 continue
+            if isinstance(ffn, FrozenMoE):  # where it makes no table
+                for owner, name, part in (
+                    (ffn.router, "choose", "gate"),
+                    (ffn, "sort", "dispatch"),
+                    (ffn.experts, "of_rows", "experts"),
+                    (ffn, "combine", "combine"),
+                ):
+                    self._replace(owner, name, part)
+                ffn.sort = self._counting(ffn.sort, lambda rows: len(rows.experts))
             self._replace(ffn.experts, "forward", "experts")
             self._replace(ffn.dispatcher, "dispatch", "dispatch")
             self._replace(ffn.dispatcher, "combine", "combine")
             if ffn.mlp is not None:
                 self._replace(ffn.mlp, "forward", "feed-forward")
             self._replace(ffn.router, "forward", "gate")
-            ffn.router.forward = self._counted(ffn.router.forward)
+            ffn.router.forward = self._counting(ffn.router.forward, lambda routing: int((routing.load_E > 0).sum()))
         self._replace(model, "head", "head")
 
     def detach(self) -> None:
@@ -114,10 +124,10 @@ class Clock:
         self.collectives += 1
         return self._part("all-to-all" if call.operation == "all_to_all" else "sums")
 
-    def _counted(self, route: Callable[..., Any]) -> Callable[..., Any]:
+    def _counting(self, call: Callable[..., Any], distinct: Callable[[Any], int]) -> Callable[..., Any]:
         def run(*args: Any) -> Any:
-            routing = route(*args)
-            self.distinct.append(int((routing.load_E > 0).sum()))
-            return routing
+            result = call(*args)
+            self.distinct.append(distinct(result))
+            return result
 
         return run

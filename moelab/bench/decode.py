@@ -7,8 +7,9 @@ batch one token. The breakdown comes from a further generation under a clock, so
 latency; on CUDA it is of the same step without its graph.
 
 The floor is what the machine must do at least: read the weights that a step needs (of the experts, those that got
-tokens, counted) and the cache, once, at the bandwidth measured in the same run; on ranks, plus the step's collectives
-times the time of an empty one. A model that fits the processor's cache can be faster than that.
+tokens, counted) and the cache, once, at the bandwidth measured in the same run, or compute their products at the rate
+of large ones, whichever takes longer for the shared weights and for the experts. On ranks it is the reading, plus the
+step's collectives times the time of an empty one. A model that fits the processor's cache can be faster than that.
 
 Ranks are processes of this machine, or, under torchrun and srun, those that were started: then each model is measured
 on all of them.
@@ -29,15 +30,18 @@ from moelab import machine
 from moelab.bench import harness, inputs, peers, plot
 from moelab.bench.decode_steps import (
     DecodeSettings,
+    Rates,
     Turns,
     breakdown,
     cache_bytes,
     decode_rows,
     filled,
+    least_seconds,
     our_turns,
     round_prompts,
     weight_bytes,
 )
+from moelab.bench.decoders import decoders
 from moelab.bench.harness import Row, Timing, read_rate
 from moelab.config import ModelConfig
 from moelab.config.parallel import ParallelConfig
@@ -49,25 +53,7 @@ from moelab.engine.mesh import Mesh
 from moelab.engine.testing import Ranks
 from moelab.inference.generate import Generator
 from moelab.inference.modes import MODES, set_mode
-
-
-def decoders(hidden: int = 512, layers: int = 4, vocab: int = 4096) -> dict[str, ModelConfig]:
-    """Return the models measured by default.
-
-    The dense twin, which fits the caches; a dense base; the base with 8, 64 and 128 experts in every second layer; a
-    dense model that fits no cache.
-    """
-    base = ModelConfig(layers, hidden, hidden // 64, vocab=vocab, context=256, init_std=0.05, name=f"dense {hidden}")
-    moe = {
-        f"MoE-{e} {hidden}": replace(base, experts=(0, e) * (layers // 2), name=f"MoE-{e} {hidden}")
-        for e in (8, 64, 128)
-    }
-    return {
-        "350M twin": ModelConfig.parse("350M twin", init_std=0.05),
-        f"dense {hidden}": base,
-        **moe,
-        "350M+L6": ModelConfig.parse("350M+L6", context=256),
-    }
+from moelab.inference.text import DTYPES
 
 
 def named(name: str) -> ModelConfig:
@@ -77,13 +63,18 @@ def named(name: str) -> ModelConfig:
     return replace(hf.read_config(Path(name)), name=Path(name).name)
 
 
-def measure(config: ModelConfig, batches: list[int], settings: DecodeSettings, device: str) -> list[Row]:
+def measure(
+    config: ModelConfig, batches: list[int], settings: DecodeSettings, device: str, dtype: str = "fp32"
+) -> list[Row]:
     """Return the rows of one model in one process: our two modes and, where installed, transformers, at every batch."""
     timing = settings.timing(device)
-    rate = read_rate(timing)
-    reference = filled(config, device)
+    rates = Rates(read_rate(timing), harness.product_rate(DTYPES[dtype], timing))
+    reference = filled(config, device, DTYPES[dtype])
     others = peers.generators(reference, settings.prompt + settings.output)
-    models = {"baseline": set_mode(filled(config, device), "baseline"), "optimised": set_mode(reference, "optimised")}
+    models = {
+        "baseline": set_mode(filled(config, device, DTYPES[dtype]), "baseline"),
+        "optimised": set_mode(reference, "optimised"),
+    }
     turns: dict[int, dict[str, list[Turns]]] = {}
     for batch in batches:
         ours = {name: Generator(model, batch=batch) for name, model in models.items()}
@@ -101,9 +92,10 @@ def measure(config: ModelConfig, batches: list[int], settings: DecodeSettings, d
         for name, peer in others.items():
             numbers[name] = {"distinct_experts": peer.distinct_experts(prompts, settings.output)}
         distinct = numbers["optimised"]["distinct_experts"] or 0
-        floor_s = (weight_bytes(config, distinct) + cache_bytes(config, batch, settings)) / rate
-        case = {"model": str(config), "experts": max(config.experts), "batch": batch, "ranks": 1}
-        case |= {"parameters": config.parameters(), "read_GB_per_s": rate / 1e9}
+        floor_s = least_seconds(config, distinct, batch, settings, rates, DTYPES[dtype].itemsize)
+        case = {"model": str(config), "experts": max(config.experts), "batch": batch, "ranks": 1, "dtype": dtype}
+        case |= {"parameters": config.parameters(), "read_GB_per_s": rates.read / 1e9}
+        case["product_GFLOP_per_s"] = rates.products / 1e9
         found += decode_rows(case, turns[batch], numbers, floor_s, settings, device)
     return found
 
@@ -209,14 +201,16 @@ def main(
     out: Path | None,
     tensor: int = 1,
     exchange: str = "flat",
+    dtype: str = "fp32",
 ) -> None:
-    """Measure, print and, with `out` (a folder), write `decode.jsonl` and its figure.
+    """Measure, print and, with `out` (a folder), write `decode.jsonl` and its figure (bf16: `decode-bf16`).
 
     Args:
         models: names of `decoders` or as `named` takes them; None is all of `decoders`.
         ranks: numbers of ranks for the models with experts; empty leaves that part out.
         rank_batch: sequences over all ranks there.
         tensor, exchange: the layout where torchrun or srun started the ranks; otherwise it is flat and data parallel.
+        dtype: of weights and activations, "fp32" or "bf16"; ranks are measured in fp32 only.
     """
     known = decoders()
     configs = [known[name] if name in known else named(name) for name in models or known]
@@ -228,6 +222,9 @@ def main(
             )
     if min(batches) < 1:
         raise ValueError(f"bench decode: batch must be at least 1, got {min(batches)}")
+    if ranks and dtype != "fp32":
+        raise ValueError("bench decode: ranks are measured in fp32; leave them out with --ranks 0")
+    stem = "decode" if dtype == "fp32" else f"decode-{dtype}"
     place = process.find()
     torch.set_num_threads(threads)
     if place is not None and place.world_size > 1:
@@ -242,15 +239,15 @@ def main(
             config.check_layout(ParallelConfig(data=size))
     found: list[Row] = []
     for config in configs:
-        case = measure(config, batches, settings, device)
+        case = measure(config, batches, settings, device, dtype)
         if config.is_moe and ranks:
             case += measure_ranks(config, ranks, rank_batch, settings)
         show(case)
         found += case
         if out is not None:  # after each model: what was measured is kept
-            objects = harness.write(found, out / "decode.jsonl")
+            objects = harness.write(found, out / f"{stem}.jsonl")
     if out is not None:
-        draw(objects, out / "decode")
+        draw(objects, out / stem)
 
 
 def _on_ranks(
@@ -298,7 +295,8 @@ def show(found: Sequence[Row]) -> None:
     cases = {(row.case["batch"], row.device): row.case for row in found}
     for (batch, device), case in cases.items():
         rows = [row for row in found if (row.case["batch"], row.device) == (batch, device)]
-        harness.show(f"decoding, {case['model']}, batch {batch}, ranks {case['ranks']}", rows, COLUMNS)
+        title = f"decoding, {case['model']}, {case.get('dtype', 'fp32')}, batch {batch}, ranks {case['ranks']}"
+        harness.show(title, rows, COLUMNS)
 
 
 def draw(found: list[dict[str, Any]], path: Path) -> None:

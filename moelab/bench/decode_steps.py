@@ -43,9 +43,9 @@ class DecodeSettings:
         return Timing(self.rounds, device, warm_up=1, budget_s=math.inf)  # on ranks no clock may decide
 
 
-def filled(config: ModelConfig, device: str) -> GPT:
+def filled(config: ModelConfig, device: str, dtype: torch.dtype = torch.float32) -> GPT:
     """Return a model of random weights, made quickly: values do not matter here, but routing must spread."""
-    model = empty(config, device)
+    model = empty(config, device, dtype)
     torch.manual_seed(0)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -100,6 +100,29 @@ def cache_bytes(config: ModelConfig, batch: int, settings: DecodeSettings, items
         * config.head_size
         * (settings.prompt + settings.output / 2)
     )
+
+
+@dataclass(frozen=True)
+class Rates:
+    """Hold what the machine does a second: bytes read from memory, FLOPs of large matrix products."""
+
+    read: float
+    products: float
+
+
+def least_seconds(
+    config: ModelConfig, distinct: float, batch: int, settings: DecodeSettings, rates: Rates, itemsize: int
+) -> float:
+    """Return the least time of a step on one rank.
+
+    The shared weights, and those of the `distinct` experts of each MoE layer, are read once or multiplied by the rows,
+    whichever takes longer; then the cache is read.
+    """
+    experts = config.moe_layers * config.expert_parameters()
+    shared_bytes = weight_bytes(config, 0, itemsize)
+    shared_s = max(shared_bytes / rates.read, 2 * batch * shared_bytes / itemsize / rates.products)
+    experts_s = max(distinct * experts * itemsize / rates.read, 2 * batch * config.top_k * experts / rates.products)
+    return shared_s + experts_s + cache_bytes(config, batch, settings, itemsize) / rates.read
 
 
 def round_prompts(config: ModelConfig, batch: int, settings: DecodeSettings) -> Callable[[int], list[list[int]]]:

@@ -240,7 +240,7 @@ def generators(model: GPT, length: int) -> dict[str, Peer]:
         return {}
     if model.config.top_k > 1 or model.config.residual:
         return {}
-    return {"transformers Mixtral": Peer(_mixtral(model.config, length).to(device))}
+    return {"transformers Mixtral": Peer(_mixtral(model.config, length).to(device, model.token_embedding.weight.dtype))}
 
 
 def _mixtral(config: ModelConfig, length: int) -> nn.Module:

@@ -141,6 +141,7 @@ def bench_decode(
     device: Device = "cpu",
     tensor: Annotated[int, typer.Option(help="under torchrun or srun: tensor slicing")] = 1,
     exchange: Annotated[str, typer.Option(help="under torchrun or srun: the optimised mode's exchange")] = "flat",
+    dtype: Annotated[str, typer.Option(help="fp32 or bf16; bf16 with --ranks 0")] = "fp32",
     out: Out = None,
 ) -> None:
     """Measure decoding: optimised, the paper's baseline and, where installed (extra peers), transformers.
@@ -150,8 +151,11 @@ def bench_decode(
     """
     check_device(device)
     check_choice("--exchange", exchange, EXCHANGES)
+    check_dtypes([dtype])
+    from moelab.bench.decoders import decoders
+
     for name in model or ():
-        if not Path(name).is_dir():
+        if name not in decoders() and not Path(name).is_dir():
             ModelConfig.parse(name)
     from moelab.bench.decode import DecodeSettings
     from moelab.bench.decode import main as bench_main
@@ -167,11 +171,12 @@ def bench_decode(
         device=device,
         tensor=tensor,
         exchange=exchange,
+        dtype=dtype,
         out=out,
     )
     place = process.find()
     if place is None or place.rank == 0:
-        write_provenance(out, "decode")
+        write_provenance(out, "decode" if dtype == "fp32" else f"decode-{dtype}")
 
 
 @bench.command(name="scaling")

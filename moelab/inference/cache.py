@@ -56,6 +56,8 @@ class KVCache:
         self._spans: list[tuple[int, int, int]] | None = None  # prefill: (slot, first, past the last packed token)
         # Dynamic decode: (first slot, past the last slot, visible tokens) of each run of equal lengths.
         self._runs: list[tuple[int, int, int]] | None = None
+        # Dynamic decode of equal lengths: per layer the visible keys and values, then those of the new tokens.
+        self._views: list[tuple[Tensor, ...]] | None = None
         self._mask_B11T: Tensor | None = None  # static decode
         self._rows = torch.arange(slots, device=device)
         self._places = torch.arange(length, device=device)
@@ -69,23 +71,34 @@ class KVCache:
         """Prepare a forward pass over concatenated prompts of these lengths, one per given slot."""
         ends = list(itertools.accumulate(lengths))
         self._spans = [(slot, end - n, end) for slot, n, end in zip(slots, lengths, ends, strict=True)]
-        self._runs = self._mask_B11T = None
+        self._runs = self._mask_B11T = self._views = None
         positions = [torch.arange(n) for n in lengths]
         self.positions_BT = torch.cat([*positions, torch.arange(0)])[None].to(self.device)
 
     def decode(self, lengths: Sequence[int]) -> None:
         """Prepare a forward pass over one token for each of the slots 0, 1, ..., which hold `lengths` tokens."""
-        self._spans = self._mask_B11T = None
+        self._spans = self._mask_B11T = self._views = None
         self.positions_BT = torch.tensor(lengths, dtype=torch.long, device=self.device)[:, None]
         self._runs, first = [], 0
         for n, same in itertools.groupby(lengths):
             past = first + len(list(same))
             self._runs.append((first, past, n + 1))
             first = past
+        if len(self._runs) == 1:
+            self._views = self._equal_views(*self._runs[0][1:])
+
+    def _equal_views(self, B: int, n: int) -> list[tuple[Tensor, ...]]:
+        """Return `_views` of slots 0 to B - 1 with n visible tokens: slices of all layers cost as much as of one.
+
+        Writing through them takes 35 us for 32 sequences, through indices 100 us.
+        """
+        pairs = (self.keys[:, :B, :, :n], self.values[:, :B, :, :n])
+        every = [t.unbind() for t in (*pairs, *(t[..., n - 1 :, :] for t in pairs))]
+        return list(zip(*every, strict=True))
 
     def decode_static(self, positions_B: Tensor) -> None:
         """Prepare a forward pass over one token for every slot, at `positions_B` (int64, on the device)."""
-        self._spans = self._runs = None
+        self._spans = self._runs = self._views = None
         self.positions_BT = positions_B[:, None]
         self._mask_B11T = (self._places <= self.positions_BT)[:, None, None]
 
@@ -99,7 +112,7 @@ class _Layer:
     """Hold one layer's keys and values; a `moelab.models.gpt.Past`."""
 
     def __init__(self, cache: KVCache, layer: int) -> None:
-        self._cache = cache
+        self._cache, self._layer = cache, layer
         self._keys, self._values = cache.keys[layer], cache.values[layer]
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -114,6 +127,11 @@ class _Layer:
                 y[:, :, a:b] = attention(*part, is_causal=True)
             return y
         B = len(q)
+        if cache._views is not None:
+            keys, values, last_key, last_value = cache._views[self._layer]
+            last_key.copy_(k)
+            last_value.copy_(v)
+            return attention(q, keys, values)
         at = (cache._rows[:B], slice(None), cache.positions_BT[:, 0])
         keys[at], values[at] = k[:, :, 0], v[:, :, 0]
         if cache._mask_B11T is not None:

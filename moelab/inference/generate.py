@@ -237,8 +237,11 @@ class Generator:
         """Choose a token for each sequence and append it."""
         if not sequences:
             return []
-        draws = [0.0 if sampling.greedy else s.draws[len(s.tokens)] for s in sequences]
-        chosen = choose(logits_BV, torch.tensor(draws, dtype=torch.float64, device=logits_BV.device), sampling)
+        draws_B = None
+        if not sampling.greedy:
+            draws = [s.draws[len(s.tokens)] for s in sequences]
+            draws_B = torch.tensor(draws, dtype=torch.float64, device=logits_BV.device)
+        chosen = choose(logits_BV, draws_B, sampling)
         return self._keep(sequences, chosen.tolist(), sampling)
 
     def _keep(self, sequences: list[_Sequence], tokens: list[int], sampling: Sampling) -> list[Piece]:

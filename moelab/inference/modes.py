@@ -5,14 +5,15 @@ rows as the busiest one (`moelab.models.baseline`). Among ranks, all slots, also
 all-to-alls (`moelab.engine.padded`).
 
 **optimised**: on CUDA, the fused gate, table and grouped kernels that training uses as well. On a CPU, each matrix is
-frozen for fast products of few rows (`moelab.inference.frozen`).
+frozen for fast products of few rows, by few calls (`moelab.inference.frozen`, `frozen_blocks`).
 """
 
 from __future__ import annotations
 
 from dataclasses import replace
 
-from moelab.inference.frozen import can_freeze, freeze
+from moelab.inference.frozen import can_freeze
+from moelab.inference.frozen_blocks import freeze
 from moelab.models import GPT
 from moelab.models.baseline import MaskRouter
 from moelab.models.moe import MoE

@@ -66,8 +66,11 @@ def uniforms(seed: int, prompts: Sequence[Sequence[int]], count: int) -> np.ndar
     return rows
 
 
-def choose(logits_BV: Tensor, uniform_B: Tensor, sampling: Sampling) -> Tensor:
-    """Return the next token of each sequence, int64 [B]: the inverse cumulative distribution at `uniform_B`."""
+def choose(logits_BV: Tensor, uniform_B: Tensor | None, sampling: Sampling) -> Tensor:
+    """Return the next token of each sequence, int64 [B]: the inverse cumulative distribution at `uniform_B`.
+
+    The greedy choice does not use `uniform_B`.
+    """
     if sampling.greedy:
         return logits_BV.argmax(1)
     scores = logits_BV.float() / sampling.temperature

@@ -59,6 +59,30 @@ def test_the_floor_counts_each_weight_once():
     assert decode_steps.cache_bytes(DENSE, 3, TINY) == 4 * 3 * 2 * 2 * 32 * 8
 
 
+def test_the_floor_is_the_larger_of_reading_and_computing():
+    """Of the shared weights and of the experts each; the cache is always read."""
+
+    def least(read, products, batch=3, distinct=2.0):
+        return decode_steps.least_seconds(MOE, distinct, batch, TINY, decode_steps.Rates(read, products), 4)
+
+    needed = decode_steps.weight_bytes(MOE, 2) + decode_steps.cache_bytes(MOE, 3, TINY)
+    assert least(1.0, 1e30) == pytest.approx(needed)
+    assert least(1e30, 1.0) == pytest.approx(2 * 3 * decode_steps.weight_bytes(MOE, 1) / 4)  # top-1: an expert a token
+    assert least(1.0, 1.0, batch=1) < least(1.0, 1.0, batch=8)
+
+
+def test_bf16_rows_and_names_of_the_default_models(known_rate, monkeypatch):
+    monkeypatch.setattr(bench.harness, "product_rate", lambda *_: 1e11)
+    rows = bench.measure(MOE, [2], TINY, "cpu", "bf16")
+    assert {row.case["dtype"] for row in rows} == {"bf16"} and all(row.floor_ms > 0 for row in rows)
+    assert {"dense 512", "MoE-64 512"} <= set(bench.decoders())
+    with pytest.raises(ValueError, match="ranks are measured in fp32"):
+        bench.main(
+            models=["dense 512"], batches=[1], ranks=[1], rank_batch=1, settings=TINY, threads=1, device="cpu",
+            out=None, dtype="bf16",
+        )  # fmt: skip
+
+
 def test_the_clock_books_all_time_and_leaves_no_trace(monkeypatch):
     model = set_mode(decode_steps.filled(MOE, "cpu"), "baseline")
     generator = Generator(model, batch=2)

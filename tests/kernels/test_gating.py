@@ -2,11 +2,13 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from moelab.kernels import _gating_cpu, _gating_triton, _selection_triton, gating
+from moelab.kernels._gating_cpu import _sorted, choose
 from moelab.kernels._hash import hash_keys, priorities, priorities_numpy
 from moelab.kernels.gating import Gate, gate
 
@@ -319,3 +321,55 @@ def test_half_precision_logits_route_in_float32(target, dtype):
 def test_clear_errors(args, kwargs, message):
     with pytest.raises(ValueError, match=message):
         gate(*args, **kwargs)
+
+
+@pytest.mark.parametrize("normalize", [False, True])
+@pytest.mark.parametrize(("tokens", "experts", "top_k"), [(1, 2, 1), (1, 7, 7), (5, 13, 3), (33, 64, 2), (1, 128, 1)])
+def test_choices_alone_equal_the_gates(tokens, experts, top_k, normalize):
+    """`choose` gives a decoding step the ids and weights without the rest, a row's bits in any company."""
+    logits = torch.randn(tokens, experts, generator=torch.Generator().manual_seed(tokens))
+    expert_SK, weight_SK = choose(logits.numpy(), top_k, normalize)
+    expected = gate(logits, top_k, normalize=normalize, backend="reference")
+    assert expert_SK.tolist() == expected.expert_SK.tolist()
+    torch.testing.assert_close(torch.from_numpy(weight_SK), expected.weight_SK)
+    for s in range(tokens):
+        alone = choose(logits[s : s + 1].numpy(), top_k, normalize)
+        assert (alone[0] == expert_SK[s]).all() and (alone[1] == weight_SK[s]).all()
+    noisy = torch.randn(tokens, experts, generator=torch.Generator().manual_seed(1))
+    expert_SK, weight_SK = choose(logits.numpy(), top_k, normalize, noisy.numpy())
+    expected = gate(logits, top_k, normalize=normalize, choice_logits_SE=noisy, backend="reference")
+    assert expert_SK.tolist() == expected.expert_SK.tolist()
+    torch.testing.assert_close(torch.from_numpy(weight_SK), expected.weight_SK)
+    scores = logits.sigmoid()
+    _, weight_SK = choose(logits.numpy(), top_k, normalize, noisy.numpy(), scores.numpy())
+    chosen = scores.gather(1, torch.from_numpy(expert_SK))
+    chosen = chosen / chosen.sum(1, keepdim=True) if normalize else chosen
+    torch.testing.assert_close(torch.from_numpy(weight_SK), chosen)
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_choices_alone_are_none_where_the_gate_does_not_route(value):
+    logits = torch.zeros(3, 4)
+    logits[1] = value
+    assert choose(logits.numpy(), 1) is None
+    assert (gate(logits, 1).slot_SK[1] == -1).all()
+    choice = torch.zeros(3, 4)
+    choice[2, 1] = math.nan
+    assert choose(torch.zeros(3, 4).numpy(), 1, False, choice.numpy()) is None
+
+
+def test_one_expert_of_logit_minus_infinity_is_no_fault():
+    logits = torch.tensor([[0.0, -math.inf, 1.0]])
+    expert_SK, weight_SK = choose(logits.numpy(), 2)
+    assert expert_SK.tolist() == [[2, 0]] and weight_SK.sum() == pytest.approx(1)
+
+
+def test_sorting_many_entries_equals_the_order_of_their_keys():
+    """Up to 2^22 entries, one number holds all keys; both ways order alike."""
+    generator = np.random.default_rng(0)
+    for N in (1, 2, 1000, (1 << 22) + 5):
+        expert_N = generator.integers(0, 512, N).astype(np.int16)
+        falling_N = generator.integers(0, 1 << 32, N, dtype=np.uint32)
+        assert (_sorted(expert_N, falling_N) == np.lexsort((np.arange(N), falling_N, expert_N))).all()
+        assert (_sorted(expert_N) == np.argsort(expert_N, kind="stable")).all()

@@ -1,0 +1,313 @@
+"""Compute the blocks of a frozen model with few calls of PyTorch, each of which takes microseconds.
+
+`freeze` replaces a model's blocks by those of this module, whose results are the same within rounding. With a cache and
+one token of each sequence, attention writes the keys and values of all sequences in one copy each. A MoE layer whose
+experts are all in this process and which drops no token does without the gate's table, slots and losses: NumPy chooses
+and sorts the experts. In all other cases, the layers compute as they do in training, with frozen products.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from typing import NamedTuple, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from moelab import kernels
+from moelab.engine.parallel import SlicedExperts
+from moelab.inference.frozen import FrozenLinear, freeze_linear, product
+from moelab.models import GPT
+from moelab.models.activations import swiglu
+from moelab.models.attention import Attention, Past
+from moelab.models.dispatch import LocalDispatch
+from moelab.models.gpt import Block
+from moelab.models.grouped_attention import GroupedAttention, Rotation
+from moelab.models.moe import MLP, Experts, Mix, MoE, SharedGate
+from moelab.models.routing import SCORES, Router, Routing
+
+Module = TypeVar("Module", bound=nn.Module)
+
+
+def freeze(model: GPT) -> None:
+    """Replace the modules that compute matrix products by frozen ones, in place."""
+    for i, block in enumerate(model.blocks):  # one by one, so that the parameters of one block at a time exist twice
+        model.blocks[i] = FrozenBlock(block)
+    head, norm = product(model.output_weight), freeze_norm(model.norm)
+    model.output = None
+    model.head = lambda x: head(norm(x), None)
+
+
+def freeze_norm(norm: nn.LayerNorm | nn.RMSNorm) -> Callable[[Tensor], Tensor]:
+    """Return the function that computes a norm, without a module's overhead."""
+    shape, weight, eps = norm.normalized_shape, norm.weight.detach(), norm.eps
+    if isinstance(norm, nn.RMSNorm):
+        return lambda x: torch.rms_norm(x, shape, weight, eps)
+    bias = norm.bias.detach()
+    return lambda x: torch.layer_norm(x, shape, weight, bias, eps, False)
+
+
+def _as(kind: type[Module], module: nn.Module) -> Module:
+    """Return a module of a subclass of the module's class, with the same attributes."""
+    frozen = kind.__new__(kind)
+    frozen.__dict__.update(module.__dict__)
+    return frozen
+
+
+def sigmoid(x: np.ndarray) -> np.ndarray:
+    """Return the sigmoid, each element's bits independent of the others.
+
+    PyTorch computes the elements after the last whole vector by another formula than the others, so that a token's
+    bits would depend on the number of tokens.
+    """
+    with np.errstate(over="ignore"):
+        return 1 / (1 + np.exp(-x))
+
+
+class FrozenBlock(nn.Module):
+    """Compute one layer as `Block`; sums with the residual stream are part of the products."""
+
+    def __init__(self, block: Block) -> None:
+        super().__init__()
+        self.attention_norm, self.ffn_norm = freeze_norm(block.attention_norm), freeze_norm(block.ffn_norm)
+        kind = FrozenAttention if isinstance(block.attention, Attention) else FrozenGroupedAttention
+        self.attention = _as(kind, block.attention)
+        self.attention.qkv, self.attention.out = freeze_linear(block.attention.qkv), freeze_linear(block.attention.out)
+        self.ffn = FrozenMoE.of(block.ffn) if isinstance(block.ffn, MoE) else FrozenMLP(block.ffn)
+
+    def forward(
+        self, x_BTM: Tensor, past: Past | None = None, rotation: Rotation | None = None
+    ) -> tuple[Tensor, Routing | None]:
+        """Return (the layer's output [B, T, M], the routing); None for a dense layer and where no table is made."""
+        x_BTM = self.attention.forward(self.attention_norm(x_BTM), past, rotation, x_BTM)
+        found = self.ffn.forward(self.ffn_norm(x_BTM), x_BTM)
+        return found if isinstance(found, tuple) else (found, None)
+
+
+# -- attention ---------------------------------------------------------------------------------------------------------
+
+
+class FrozenAttention(Attention):
+    """Compute `Attention`, with few calls for one token of each sequence."""
+
+    def forward(
+        self, x_BTM: Tensor, past: Past | None = None, rotation: None = None, add: Tensor | None = None
+    ) -> Tensor:
+        """Return the attention's output [B, T, M], with `add` [B, T, M] added."""
+        B, T, _ = x_BTM.shape
+        if past is None or T != 1:
+            y_BTM = super().forward(x_BTM, past)
+            return y_BTM if add is None else y_BTM + add
+        q, k, v = self.qkv.forward(x_BTM).view(B, 3, self.heads, 1, self.head_size).unbind(1)
+        return self.out.forward(past.attend(q, k, v).reshape(B, 1, self.heads * self.head_size), add)
+
+
+class FrozenGroupedAttention(GroupedAttention):
+    """Compute `GroupedAttention`."""
+
+    def forward(
+        self, x_BTM: Tensor, past: Past | None = None, rotation: Rotation | None = None, add: Tensor | None = None
+    ) -> Tensor:
+        """Return the attention's output [B, T, M], with `add` [B, T, M] added."""
+        y_BTM = super().forward(x_BTM, past, rotation)
+        return y_BTM if add is None else y_BTM + add
+
+
+# -- feed-forward ------------------------------------------------------------------------------------------------------
+
+
+class FrozenMLP(nn.Module):
+    """Compute a dense feed-forward."""
+
+    def __init__(self, mlp: MLP) -> None:
+        super().__init__()
+        self.gated = mlp.gated
+        self.up, self.down = freeze_linear(mlp.up, gelu=not mlp.gated), freeze_linear(mlp.down)
+
+    def forward(self, x: Tensor, add: Tensor | None = None) -> Tensor:
+        """Return the output [..., M] of x [..., M], with `add` [..., M] added."""
+        h = self.up.forward(x)
+        return self.down.forward(swiglu(h) if self.gated else h, add)
+
+
+class Rows(NamedTuple):
+    """Tell which expert computes which rows, sorted by expert."""
+
+    experts: list[int]
+    """The experts that have rows, ascending."""
+    bounds: list[int]
+    """Expert `experts[i]` has the rows `bounds[i]` to `bounds[i + 1]`."""
+    token_R: Tensor | None
+    """int64 [R]: the token of each row; None if there is one row."""
+    row_N: Tensor | None
+    """int64 [S * K]: the row of each entry s * K + k; None if there is one row."""
+
+
+def sort(expert_SK: np.ndarray) -> Rows:
+    """Return the rows of tokens that chose these experts; an expert's rows are in the order of their tokens."""
+    expert_N = expert_SK.ravel()
+    N = len(expert_N)
+    if N == 1:
+        return Rows(expert_N.tolist(), [0, 1], None, None)
+    order = expert_N.argsort(kind="stable")
+    sorted_N = expert_N[order]
+    starts = np.flatnonzero(sorted_N[1:] != sorted_N[:-1]) + 1
+    bounds = [0, *starts.tolist(), N]
+    row_N = np.empty_like(order)
+    row_N[order] = np.arange(N)
+    token_R = order // expert_SK.shape[1]
+    return Rows(sorted_N[bounds[:-1]].tolist(), bounds, torch.from_numpy(token_R), torch.from_numpy(row_N))
+
+
+class FrozenMoE(MoE):
+    """Compute `MoE`, with few calls where the experts are all in this process and no token is dropped."""
+
+    @classmethod
+    def of(cls, moe: MoE) -> FrozenMoE:
+        """Return the frozen form of a layer, which loses its parameters."""
+        frozen = _as(cls, moe)
+        frozen.router, frozen.experts = FrozenRouter(moe.router), FrozenExperts(moe.experts)
+        frozen.mlp = None if moe.mlp is None else FrozenMLP(moe.mlp)
+        if moe.mix is not None:
+            frozen.mix = FrozenMix(moe.mix) if isinstance(moe.mix, Mix) else FrozenSharedGate(moe.mix)
+        return frozen
+
+    def forward(self, x: Tensor, add: Tensor | None = None) -> tuple[Tensor, Routing | None]:
+        """Return (y [..., M], with `add` [..., M] added; the routing, None where no table is made)."""
+        x_SM = x.reshape(-1, x.shape[-1])
+        chosen = None
+        if isinstance(self.dispatcher, LocalDispatch) and not torch.is_autocast_enabled("cpu"):
+            chosen = self.router.choose(x_SM)
+        if chosen is None:
+            y, routing = super().forward(x)
+            return y if add is None else y + add, routing
+        expert_SK, weight_SK = chosen
+        rows = self.sort(expert_SK)
+        rows_RM = x_SM if rows.token_R is None else x_SM.index_select(0, rows.token_R)
+        rows_RM = self.experts.of_rows(rows_RM, rows.experts, rows.bounds)
+        add_SM = None if add is None else add.reshape(x_SM.shape)
+        if self.mlp is None:
+            y_SM = self.combine(rows_RM, rows.row_N, torch.from_numpy(weight_SK), add_SM)
+            return y_SM.view(x.shape), None
+        y_SM = self.combine(rows_RM, rows.row_N, torch.from_numpy(weight_SK), None)
+        if self.mix is None:
+            y_SM = self.mlp.forward(x_SM, y_SM)
+        else:
+            y_SM = self.mix.forward(y_SM, self.mlp.forward(x_SM), x_SM)
+        return (y_SM if add is None else y_SM + add_SM).view(x.shape), None
+
+    sort = staticmethod(sort)
+
+    @staticmethod
+    def combine(rows_RM: Tensor, row_N: Tensor | None, weight_SK: Tensor, add_SM: Tensor | None) -> Tensor:
+        """Return each token's weighted sum of its rows, summed in fp32, with `add_SM` added, [S, M]."""
+        dtype = rows_RM.dtype
+        if row_N is not None:
+            rows_RM = rows_RM.index_select(0, row_N)
+        rows_RM, K = rows_RM.to(weight_SK.dtype), weight_SK.shape[1]
+        total_SM = add_SM if add_SM is None else add_SM.to(weight_SK.dtype)
+        for k in range(K):
+            rows_SM, weight_S1 = (rows_RM, weight_SK) if K == 1 else (rows_RM[k::K], weight_SK[:, k : k + 1])
+            total_SM = rows_SM * weight_S1 if total_SM is None else torch.addcmul(total_SM, rows_SM, weight_S1)
+        return total_SM.to(dtype)
+
+
+class FrozenRouter(Router):
+    """Route with a frozen matrix, by the rules of `Router.route`."""
+
+    def __init__(self, router: Router) -> None:
+        super().__init__(0, router.experts, router.top_k, router.config)
+        self.share(router)
+        self.product = product(router.weight.float())
+
+    def forward(self, x_SM: Tensor, sequences: int = 1) -> Routing:
+        """Route as `Router.forward`; runs outside autocast."""
+        return self.route(self.scores(x_SM.float()), sequences)
+
+    def scores(self, x_SM: Tensor) -> Tensor:
+        """Return the logits [S, E], without noise."""
+        return self.product(x_SM, None)
+
+    def choose(self, x_SM: Tensor) -> tuple[np.ndarray, np.ndarray] | None:
+        """Return the chosen experts, int64 [S, K], and their weights, fp32 [S, K], as `route` does.
+
+        None if the layer may drop tokens, if there are none, or if a token cannot be routed (see `kernels.gate`).
+        """
+        cfg = self.config
+        if cfg.drop_tokens or not len(x_SM) or self.entropies is not None:
+            return None
+        logits_SE = self.product(x_SM.float(), None)
+        logits_SE, scores_SE = logits_SE.numpy(), None
+        if cfg.scores == "sigmoid":
+            scores_SE = sigmoid(logits_SE)
+        elif self.balance_bias is not None:
+            scores_SE = SCORES[cfg.scores](torch.from_numpy(logits_SE)).numpy()
+        choice_SE = None if self.balance_bias is None else scores_SE + self.balance_bias.float().numpy()
+        normalize = self.top_k > 1 if cfg.normalize_weights is None else cfg.normalize_weights
+        weights_SE = None if cfg.scores == "softmax" else scores_SE
+        return kernels.choose(logits_SE, self.top_k, normalize, choice_SE, weights_SE)
+
+
+class FrozenMix(nn.Module):
+    """Compute the residual form's learned mix."""
+
+    def __init__(self, mix: Mix) -> None:
+        super().__init__()
+        self.linear = FrozenLinear(mix)
+
+    def forward(self, routed_SM: Tensor, fixed_SM: Tensor, x_SM: Tensor) -> Tensor:
+        """Return the weighted sum of the branches, as `Mix.forward`."""
+        routed_S1, fixed_S1 = self.linear.forward(x_SM).float().softmax(1).split(1, 1)
+        return torch.addcmul(routed_SM * routed_S1, fixed_SM.to(routed_S1.dtype), fixed_S1).to(routed_SM.dtype)
+
+
+class FrozenSharedGate(nn.Module):
+    """Compute the gated sum of routed and shared experts."""
+
+    def __init__(self, gate: SharedGate) -> None:
+        super().__init__()
+        self.linear = FrozenLinear(gate)
+
+    def forward(self, routed_SM: Tensor, fixed_SM: Tensor, x_SM: Tensor) -> Tensor:
+        """Return the sum of the branches, as `SharedGate.forward`."""
+        gate_S1 = torch.from_numpy(sigmoid(self.linear.forward(x_SM).float().numpy()))
+        return routed_SM + fixed_SM * gate_S1.to(fixed_SM.dtype)
+
+
+class FrozenExperts(nn.Module):
+    """Compute experts that are frozen one by one: a call only reads the weights of experts that have rows."""
+
+    def __init__(self, experts: Experts) -> None:
+        super().__init__()
+        self.gated = experts.activation == "swiglu"
+        up, down = experts.up.detach().flatten(2), experts.down.detach()
+        self.up, self.down = ([product(w.T) for w in stack] for stack in (up, down))
+        self.up_bias = self.down_bias = [None] * len(up)
+        if experts.down_bias is not None:
+            bias = experts.down_bias.detach()
+            if isinstance(experts, SlicedExperts) and not experts.adds_bias:
+                bias = bias * 0
+            self.up_bias, self.down_bias = list(experts.up_bias.detach().flatten(1)), list(bias)
+
+    def forward(self, rows_RM: Tensor, offsets_E1: Tensor) -> Tensor:
+        """Return the experts' outputs, as `Experts.forward`."""
+        offsets_np = offsets_E1.numpy()
+        experts = np.flatnonzero(offsets_np[1:] != offsets_np[:-1]).tolist()
+        bounds = [*offsets_np[experts].tolist(), int(offsets_np[-1])]
+        return self.of_rows(rows_RM, experts, bounds)
+
+    def of_rows(self, rows_RM: Tensor, experts: list[int], bounds: list[int]) -> Tensor:
+        """Return the outputs [R, M] of rows [R, M]: expert `experts[i]` has rows `bounds[i]` to `bounds[i + 1]`.
+
+        Rows after the last expert's are empty and become zeros.
+        """
+        R, outputs = len(rows_RM), []
+        groups = [rows_RM] if bounds == [0, R] else (rows_RM[a:b] for a, b in itertools.pairwise(bounds))
+        for e, rows in zip(experts, groups, strict=True) if experts else ():
+            h = self.up[e](rows, self.up_bias[e], not self.gated)
+            outputs.append(self.down[e](swiglu(h) if self.gated else h, self.down_bias[e]))
+        if bounds[-1] < R or not outputs:
+            outputs.append(rows_RM.new_zeros(R - bounds[-1], rows_RM.shape[1]))
+        return outputs[0] if len(outputs) == 1 else torch.cat(outputs)

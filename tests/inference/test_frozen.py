@@ -1,0 +1,149 @@
+"""Frozen modules: products, and layers that make fewer calls, against the plain ones."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from moelab.config import DecoderConfig, ExpertConfig, ModelConfig, RoutingConfig
+from moelab.inference import Generator, Sampling, frozen, frozen_blocks, set_mode
+from moelab.inference.frozen_blocks import FrozenMoE, sort
+from moelab.models import build
+
+FREE = RoutingConfig(drop_tokens=False)
+BASE = ModelConfig(layers=1, hidden=48, heads=3, vocab=64, context=32, experts=(5,), init_std=0.3, routing=FREE)
+LAYERS = {
+    "top-1": BASE,
+    "top-3": replace(BASE, top_k=3),
+    "top-3, not normalised": replace(BASE, top_k=3, routing=replace(FREE, normalize_weights=False)),
+    "residual": replace(BASE, residual=True),
+    "residual, sum": replace(BASE, residual=True, residual_mix="sum"),
+    "sigmoid, bias": replace(BASE, top_k=2, routing=replace(FREE, scores="sigmoid", balance_rate=0.01)),
+    "softmax, bias": replace(BASE, routing=replace(FREE, balance_rate=0.01)),
+    "gated, shared": replace(
+        BASE,
+        top_k=2,
+        decoder=DecoderConfig(feed_forward="swiglu", biases="none"),
+        expert=ExpertConfig(shared=1, shared_gate=True),
+    ),
+}
+
+
+def pair(config, dtype=torch.float32):
+    """Return a MoE layer twice, plain and frozen, with the same weights, none of them zero."""
+    made = []
+    for _ in range(2):
+        model = build(config, 0)
+        generator = torch.Generator().manual_seed(2)
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if name.endswith("bias"):
+                    parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.3)
+        made.append(model.to(dtype).eval().blocks[0].ffn)
+    return made[0], FrozenMoE.of(made[1])
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("shape", [(1, 1), (7, 1), (2, 9)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", LAYERS)
+def test_a_layer_without_a_table_equals_the_plain_one(name, dtype, shape):
+    if not frozen.can_freeze(dtype):
+        pytest.skip(f"oneDNN packs no {dtype} here")
+    plain, quick = pair(LAYERS[name], dtype)
+    x, add = torch.randn(2, *shape, 48, generator=torch.Generator().manual_seed(1)).to(dtype)
+    expected, routing = plain(x)
+    tolerance = {"rtol": 1e-5, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 0.05, "atol": 0.13}  # an ulp of 16
+    y, table = quick(x)
+    assert table is None and routing.load_E.sum() == x.shape[0] * x.shape[1] * LAYERS[name].top_k
+    torch.testing.assert_close(y, expected, **tolerance)
+    y, _ = quick(x, add)
+    torch.testing.assert_close(y, expected + add, **tolerance)
+    x, y, add = (t.flatten(0, 1)[:, None] for t in (x, y, add))
+    for i in range(len(x)):
+        assert torch.equal(quick(x[i : i + 1], add[i : i + 1])[0], y[i : i + 1]), "a token's bits in any company"
+
+
+@torch.inference_mode()
+def test_tokens_that_cannot_be_routed_and_drops_take_the_gate():
+    plain, quick = pair(BASE)
+    x = torch.randn(1, 4, 48)
+    x[0, 2] = torch.nan
+    y, routing = quick(x)
+    assert routing.slot_SK[2, 0] == -1 and (routing.slot_SK[[0, 1, 3]] >= 0).all()
+    assert y[0, [0, 1, 3]].isfinite().all()
+    _, dropping = pair(replace(BASE, routing=RoutingConfig(capacity_factor_eval=0.1, min_capacity=1)))
+    _, routing = dropping(torch.randn(1, 9, 48))
+    assert (routing.slot_SK < 0).any()
+    y, routing = quick(torch.zeros(0, 1, 48))
+    assert y.shape == (0, 1, 48)
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (1, 3), (6, 1), (6, 2)])
+def test_rows_are_sorted_by_expert_then_token(shape):
+    expert_SK = torch.randint(4, shape, generator=torch.Generator().manual_seed(3)).numpy()
+    rows = sort(expert_SK)
+    pairs = sorted((e, s) for s, row in enumerate(expert_SK.tolist()) for e in row)
+    assert rows.experts == sorted({e for e, _ in pairs}) and rows.bounds[-1] == len(pairs)
+    for i, e in enumerate(rows.experts):
+        assert {p[0] for p in pairs[rows.bounds[i] : rows.bounds[i + 1]]} == {e}
+    if rows.token_R is not None:
+        assert rows.token_R.tolist() == [s for _, s in pairs]
+        expert_R = [e for e, _ in pairs]
+        assert [expert_R[r] for r in rows.row_N.tolist()] == expert_SK.ravel().tolist()
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize(("N", "K"), [(96, 32), (32, 128), (192, 64), (576, 192), (5, 48)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_row_of_a_product_has_the_same_bits_in_any_company(N, K, dtype):
+    if not frozen.can_freeze(dtype):
+        pytest.skip(f"oneDNN packs no {dtype} here")
+    generator = torch.Generator().manual_seed(N)
+    weight, x, bias = (torch.randn(*s, generator=generator).to(dtype) for s in ((N, K), (40, K), (N,)))
+    add = torch.randn(40, N, generator=generator).to(dtype)
+    times = frozen.product(weight)
+    for options in ({}, {"gelu": True}, {"add": add}):
+        together = times(x, bias, **options)
+        expected = F.linear(x.double(), weight.double(), bias.double())
+        expected = F.gelu(expected, approximate="tanh") if "gelu" in options else expected
+        expected = expected + add.double() if "add" in options else expected
+        error = (together.double() - expected).abs().max() / expected.abs().max()
+        assert error < (1e-5 if dtype == torch.float32 else 2e-2)
+        for n in range(1, 20):
+            some = {**options, "add": add[:n]} if "add" in options else options
+            assert torch.equal(times(x[:n], bias, **some), together[:n])
+
+
+def test_a_matrix_that_needs_many_rows_is_packed(monkeypatch):
+    packed = []
+    monkeypatch.setattr(frozen, "least_rows", lambda N, K, threads: frozen.MOST_REPEATED + N - 8)
+    monkeypatch.setattr(frozen, "_packed", lambda weight, x, *rest: packed.append(len(x)))
+    x = torch.randn(2, 16)
+    assert frozen.product(torch.randn(8, 16))(x, None).shape == (2, 8) and not packed
+    frozen.product(torch.randn(9, 16))(x, None)
+    assert packed == [2]
+
+
+def test_least_rows_finds_the_number(monkeypatch):
+    def few_rows_differ(x, weight, bias=None):
+        return x @ weight.T * (1.0 if len(x) >= 5 else 1.001)
+
+    monkeypatch.setattr(frozen.F, "linear", few_rows_differ)
+    frozen.least_rows.cache_clear()
+    assert frozen.least_rows(7, 11, 1) == 5
+    frozen.least_rows.cache_clear()
+
+
+@pytest.mark.parametrize("experts", [(0, 0), (0, 4)])
+def test_bf16_changes_no_bit_with_the_batch(experts):
+    if not frozen.can_freeze(torch.bfloat16):
+        pytest.skip("oneDNN packs no bf16 here")
+    config = replace(BASE, layers=2, experts=experts, heads=3)
+    model = set_mode(build(config, 0).bfloat16())
+    prompts = [[1, 2, 3], [5], [7, 8, 9, 10], [4, 4]]
+    sampling = Sampling(max_new_tokens=8, temperature=0.7)
+    together = Generator(model, batch=4).generate(prompts, sampling)
+    assert Generator(model, batch=2).generate(prompts, sampling) == together
+    assert isinstance(model.blocks[1], frozen_blocks.FrozenBlock)
