@@ -8,8 +8,8 @@ one). So the rows may lie in *slots*, in blocks of experts; one task computes on
 - the first ``base`` slots of each of the block's experts, for batched products; unused ones hold zeros;
 - then the remaining rows of these experts, each *group* rounded up to a multiple of 4 to 64 slots for oneDNN.
 
-The blocks are consecutive experts, all with the same base, or *sorted*: 1, 2, 4, ... experts with similar numbers of
-rows, with a base that holds all rows of each. Sorted blocks need the weights in their order, that is a copy, which a
+The blocks are consecutive experts, all with the same base, or *sorted*: 1, 4, 16, ... experts with similar numbers of
+rows, with a base of a power of two or 3/4 of it that holds all rows of each: new routings bring few new shapes. Sorted blocks need the weights in their order, that is a copy, which a
 conversion to bfloat16 makes anyway. With ``base = 0`` and no rounding, slots are rows. :func:`plan` minimises an
 estimate of the time, which includes the arithmetic of unused slots, the copies and the calls.
 A layout depends on shapes and counts alone, never on the number of threads.
@@ -89,14 +89,15 @@ class _Costs(NamedTuple):
 
 _SLOW, _QUICK = _Costs(0.0265, 0.3, 26_000, 0.7), _Costs(0.0098, 0.15, 103_000, 0.35)  # float32 by MKL; bfloat16
 _BLOCK, _CONVERTED = 80_000, 0.1  # calls for a sorted block; as `copied` where weights are converted in any case
-_LARGEST = 2  # sorted blocks are not used where an expert has more than half of the rows: it is one task
+_LARGEST = 1 << 30  # in sorted blocks an expert is one task, of at most half of the rows or so many multiply-adds
 _ELEMENT, _COPY = 3, 4  # the activation of one element, and its gradient; copies of an element to its slot and back
 
 
 def _sizes(counts_N: np.ndarray, least: int) -> np.ndarray:
-    """Return the counts rounded up: to multiples of ``least``, and to 1/8 to 1/4 of their power of two above it."""
-    step_N = np.maximum(2 ** np.maximum(np.log2(np.maximum(counts_N, 1)).astype(np.int64) - 2, 0), least)
-    return -(-counts_N // step_N) * step_N
+    """Return the counts rounded up to a power of two, or 3/4 of it, that is a multiple of ``least``."""
+    power_N = np.maximum(2 ** np.ceil(np.log2(np.maximum(counts_N, 1))).astype(np.int64), least)
+    less_N = power_N // 4 * 3
+    return np.where((less_N >= counts_N) & (less_N % least == 0), less_N, power_N)
 
 
 class _Blocks(NamedTuple):
@@ -132,8 +133,8 @@ def _sorted_blocks(falling_N: np.ndarray, width: int, ffn: int, least: int, cost
     for i in range(N - 1, -1, -1):
         cost, size, n = slot * sizes[i], sizes[i], 1
         best = ns[i + 1] + cost
-        while i + 2 * n <= N and 2 * n * size <= most:
-            n *= 2
+        while i + 4 * n <= N and 4 * n * size <= most:
+            n *= 4
             if (here := ns[i + n] + n * cost) < best:
                 best, taken[i] = here, n
         ns[i] = best + _BLOCK
@@ -161,10 +162,12 @@ def plan(
         quick = onednn(dtype)
         step, costs = (16, _QUICK) if quick else (8, _SLOW)
         best = _base(counts_E, width, ffn, step, costs)
-        if len(busy) > 1 and int(counts_E.max()) * _LARGEST <= total:
+        largest = int(counts_E.max())
+        if len(busy) > 1 and (largest * 2 <= total or largest * width * ffn < _LARGEST):
             order_N = busy[np.argsort(-counts_E[busy], kind="stable")]
+            others_ns = best.ns + (E * 6 * width * ffn * _CONVERTED if converts else 0)
             blocks = _sorted_blocks(counts_E[order_N], width, ffn, step if quick else 4, costs, converts)
-            if blocks.ns < best.ns:
+            if blocks.ns < others_ns:
                 return _sorted(counts_E, bounds_E1, rows, order_N, blocks.sorted)
         base = best.base
         if quick and counts_E.max() > _FEW_ROWS:

@@ -165,7 +165,7 @@ def layout(request, monkeypatch):
     base, rounded, cut = LAYOUTS[request.param]
     ns = 0.0 if base is not None else math.inf  # of blocks that are not sorted
     monkeypatch.setattr(_layout_cpu, "_base", lambda *args: _layout_cpu._Blocks(ns, base or 0))
-    monkeypatch.setattr(_layout_cpu, "_LARGEST", 0)
+    monkeypatch.setattr(_layout_cpu, "_LARGEST", 1 << 60)
     monkeypatch.setattr(_layout_cpu, "onednn", lambda dtype: rounded)
     monkeypatch.setattr(_layout_cpu, "_ELEMENTS", 2048)
     monkeypatch.setattr(_layout_cpu, "_ROWS", 24)
