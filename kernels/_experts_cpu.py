@@ -51,6 +51,16 @@ class _Experts:
         self.each = stack.unbind() if alone else None
 
 
+def _copy_experts(to: torch.Tensor, source: torch.Tensor, idle: tuple[int, ...]) -> None:
+    """Copy stacked weights, without those of the experts that have no rows."""
+    if not idle:
+        to.copy_(source)
+        return
+    busy = sorted(set(range(len(to))).difference(idle))
+    to_E, source_E = to.unbind(), source.unbind()
+    torch._foreach_copy_([to_E[e] for e in busy], [source_E[e] for e in busy])
+
+
 class _Packed:
     """Hold stacked weights as the tasks use them: in the rows' dtype and, for sorted blocks, in the blocks' order."""
 
@@ -61,7 +71,8 @@ class _Packed:
             return
         if layout.order_N is None:
             if source.dtype != dtype:
-                self.stack = _buffers.empty(source.shape, dtype).copy_(source)
+                self.stack = _buffers.empty(source.shape, dtype)
+                _copy_experts(self.stack, source, layout.idle)
         elif source.dim() == 2:  # a bias
             self.stack = source.index_select(0, torch.from_numpy(layout.order_N)).to(dtype)
         else:
@@ -104,7 +115,8 @@ class _Gradient:
             if self.stack.dtype == self.to:
                 self.out = self.stack
             else:
-                self.out = _buffers.empty(self.stack.shape, self.to).copy_(self.stack)
+                self.out = _buffers.empty(self.stack.shape, self.to)
+                _copy_experts(self.out, self.stack, self.idle)
         if self.idle:
             self.out.index_fill_(0, torch.tensor(self.idle), 0)
         return self.out
@@ -199,6 +211,9 @@ class CPUExperts(torch.autograd.Function):
         y_P = _buffers.empty((layout.slots if apart else R, M), x.dtype)
         pre = _buffers.empty((layout.slots, N), x.dtype) if keep else None
         packed = [_Packed(t, layout, x.dtype) for t in (w1, b1, w2, b2)]
+        # GELU's value and slope are kept: another [slots, F], for a backward pass without exponentials.
+        sloped = keep and APPROXIMATE.get(activation) == "tanh"
+        h = _buffers.empty(pre.shape, x.dtype) if sloped else None
         by_task = [p for p in packed if p.each_N is not None]
         weights = [_Experts(p.stack, layout) for p in packed]
 
@@ -206,7 +221,7 @@ class CPUExperts(torch.autograd.Function):
             longest = max((t.end - t.start for t in layout.tasks), default=0)
             act = _activation(activation, x.dtype)
             pre_any = None if keep else _buffers.empty((longest, N), x.dtype)
-            h_any = None if act is None else _buffers.empty((longest, F), x.dtype)
+            h_any = None if act is None or sloped else _buffers.empty((longest, F), x.dtype)
             for task in tasks:
                 for p in by_task:
                     p.fill(task)
@@ -214,14 +229,17 @@ class CPUExperts(torch.autograd.Function):
                 pre_t = pre[here] if keep else pre_any[: task.end - task.start]
                 _products(task, x_P[here], *weights[:2], pre_t)
                 h_t = pre_t
-                if act is not None:
+                if sloped:
+                    h_t = h[here]
+                    act.forward_with_slope(pre_t, h_t)
+                elif act is not None:
                     h_t = h_any[: task.end - task.start]
                     act.forward(pre_t, h_t)
                 _products(task, h_t, *weights[2:], y_P[here])
 
         _share(work, layout.tasks, counting)
         if keep:
-            ctx.save_for_backward(x_P, packed[0].stack, packed[2].stack, pre)
+            ctx.save_for_backward(x_P, packed[0].stack, packed[2].stack, pre, h)
             ctx.shapes = [None if t is None else (t.shape, (x.dtype, t.dtype)) for t in (w1, b1, w2, b2)]
             ctx.layout, ctx.activation, ctx.rows = layout, activation, R
         if apart:
@@ -232,8 +250,9 @@ class CPUExperts(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, dy):
-        x_P, w1, w2, pre = ctx.saved_tensors
-        layout, need, act = ctx.layout, ctx.needs_input_grad, ctx.activation != "none"
+        x_P, w1, w2, pre, h = ctx.saved_tensors  # with h, pre holds the activation's slope
+        layout, need, sloped = ctx.layout, ctx.needs_input_grad, h is not None
+        act = ctx.activation != "none" and not sloped  # whether the activation is computed again
         F, N, counting = w2.shape[1], pre.shape[1], _get_current_dispatch_mode() is not None
         gated = F != N
         apart, in_order = layout.row_P is not None, layout.order_N is not None
@@ -242,7 +261,9 @@ class CPUExperts(torch.autograd.Function):
         grads = [_Gradient(n, *(s or (None, None)), layout) for n, s in zip(need[1:5], ctx.shapes, strict=True)]
         dw1, db1, dw2, db2 = grads if in_order else (_Experts(g.stack, layout) for g in grads)
         w1_T, w2_T, none = _Experts(w1.mT, layout), _Experts(w2.mT, layout), _Experts(None, layout)
-        save_h = act and need[3]  # without an activation function, h equals the pre-activation
+        save_h = act and need[3]
+        if not sloped:
+            h = pre  # without an activation function; else it is computed below, if w2's gradient is needed
 
         def rows(task, function, d_t, h_t, dh_any):
             """Compute d pre (and h) of the task's slots, and dx; without gates, d pre replaces dh in its memory."""
@@ -251,6 +272,8 @@ class CPUExperts(torch.autograd.Function):
             _products(task, dy_P[here], w2_T, none, dh_t)
             if gated:
                 function.backward(pre[here], dh_t, d_t, h_t)
+            elif sloped:
+                d_t.mul_(pre[here])
             elif function is not None:
                 function.backward(pre[here], d_t, h_t)
             if dx_P is not None:
@@ -259,12 +282,13 @@ class CPUExperts(torch.autograd.Function):
         def new_function():
             """Return the activation function, and memory for dh if it needs its own."""
             dh_any = _buffers.empty((longest, F), pre.dtype) if gated else None
-            return _activation(ctx.activation, pre.dtype), dh_any
+            return _activation(ctx.activation, pre.dtype) if act else None, dh_any
 
         longest = max((t.end - t.start for t in layout.tasks), default=0)
         if layout.cut:
             d_pre = _buffers.empty(pre.shape, pre.dtype)
-            h = _buffers.empty((len(pre), F), pre.dtype) if save_h else None if act else pre
+            if save_h:
+                h = _buffers.empty((len(pre), F), pre.dtype)
 
             def work_rows(tasks):
                 function, dh_any = new_function()
@@ -298,7 +322,7 @@ class CPUExperts(torch.autograd.Function):
                     rows(task, function, d_t, h_t, dh_any)
                     for x_t, dy_t, dw, db in (
                         (x_P[here], d_t, dw1, db1),
-                        (pre[here] if h_t is None else h_t, dy_P[here], dw2, db2),
+                        (h[here] if h_t is None else h_t, dy_P[here], dw2, db2),
                     ):
                         if in_order:
                             _sorted_gradients(task, x_t, dy_t, dw, db, scratch)

@@ -9,7 +9,7 @@ With the activation ``swiglu``, W1 is [E, M, 2 F] and holds gate and up side by 
 ``act(p) = silu(p[:, :F]) * p[:, F:]`` (Shazeer, "GLU variants improve Transformer").
 
 The forward pass keeps the pre-activation for the backward pass, which recomputes the activation from it; this takes a
-third less memory than keeping both. Weight gradients are written expert by expert into one buffer, in a fixed order and
+third less memory than keeping both. With ``gelu_tanh``, the CPU keeps the activation and its slope instead. Weight gradients are written expert by expert into one buffer, in a fixed order and
 without atomics, so that they are bitwise reproducible.
 
 The Triton implementation is in ``_experts_triton.py``, the CPU implementation in ``_experts_cpu.py``.

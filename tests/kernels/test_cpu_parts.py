@@ -115,3 +115,8 @@ def test_gelu(shape, dtype, approximate):
     torch.testing.assert_close(out.double(), want.detach(), rtol=rtol, atol=rtol)
     torch.testing.assert_close(both.double(), leaf.grad, rtol=rtol, atol=rtol * 4)
     assert torch.equal(out, h) and torch.equal(alone, both)
+    if approximate == "tanh":
+        slope, again = x.clone(), torch.empty_like(x)
+        gelu.forward_with_slope(slope, again)
+        assert torch.equal(again, out)
+        torch.testing.assert_close((slope * d).double(), leaf.grad, rtol=2 * rtol, atol=rtol * 4)
