@@ -9,8 +9,8 @@ With the activation ``swiglu``, W1 is [E, M, 2 F] and holds gate and up side by 
 ``act(p) = silu(p[:, :F]) * p[:, F:]`` (Shazeer, "GLU variants improve Transformer").
 
 The forward pass keeps the pre-activation for the backward pass, which recomputes the activation from it; this takes a
-third less memory than keeping both. With ``gelu_tanh``, the CPU keeps the activation and its slope instead. Weight gradients are written expert by expert into one buffer, in a fixed order and
-without atomics, so that they are bitwise reproducible.
+third less memory than keeping both. With ``gelu_tanh``, the CPU keeps the activation and its slope instead. Weight
+gradients are written expert by expert, in a fixed order and without atomics, so that they are bitwise reproducible.
 
 The Triton implementation is in ``_experts_triton.py``, the CPU implementation in ``_experts_cpu.py``.
 """
@@ -46,8 +46,9 @@ def expert_ffn(
 
     ``offsets_E1`` is int32 [E + 1] (RowTable.offsets_E1). All other tensors have one dtype, or the rows bfloat16 or
     float16 and all weights float32: these are then converted to the rows' dtype, and their gradients back.
-    Differentiable (once) in all but the offsets. On CUDA, float32 products are exact unless TF32 is on (``_common.dot_precision``); on CPU,
-    float16 is computed in float32. Raises ``ValueError`` for shapes or dtypes that do not fit.
+    Differentiable (once) in all but the offsets. On CUDA, float32 products are exact unless TF32 is on
+    (``_common.dot_precision``); on CPU, float16 is computed in float32. Raises ``ValueError`` for shapes or dtypes that
+    do not fit.
     """
     _check(x_RM, offsets_E1, activation, (w1_EMF, b1_EF), (w2_EFM, b2_EM))
     chosen = pick_backend("expert_ffn", backend, x_RM, offsets_E1, w1_EMF, b1_EF, w2_EFM, b2_EM)

@@ -167,6 +167,8 @@ def layout(request, monkeypatch):
     monkeypatch.setattr(_layout_cpu, "_base", lambda *args: _layout_cpu._Blocks(ns, base or 0))
     monkeypatch.setattr(_layout_cpu, "_LARGEST", 1 << 60)
     monkeypatch.setattr(_layout_cpu, "onednn", lambda dtype: rounded)
+    for module in (_layout_cpu, _experts_cpu):
+        monkeypatch.setattr(module, "tiles", lambda dtype: rounded)
     monkeypatch.setattr(_layout_cpu, "_ELEMENTS", 2048)
     monkeypatch.setattr(_layout_cpu, "_ROWS", 24)
     monkeypatch.setattr(_layout_cpu, "_CUT", 10**9 if cut else 0)
@@ -195,12 +197,12 @@ def test_weights_in_float32_with_rows_in_bfloat16(layout, activation):
     if activation == "swiglu":
         params = make([5, 0, 33, 1, 2, 2], 2, 24, 40, 24, dtype=torch.float32, device="cpu", activation="swiglu")[2]
     x, dy = x.bfloat16(), dy.bfloat16()
-    for given in (params, [params[0], None, params[2], None]):
+    for weights in (params, [params[0], None, params[2], None]):
         found = []
         for convert in (False, True):
-            leaves = [None if t is None else t.clone().requires_grad_() for t in (x, *given)]
-            weights = [t.bfloat16() if convert and t is not None else t for t in leaves[1:]]
-            y = expert_ffn(leaves[0], offsets, *weights, activation=activation)
+            leaves = [None if t is None else t.clone().requires_grad_() for t in (x, *weights)]
+            used = [t.bfloat16() if convert and t is not None else t for t in leaves[1:]]
+            y = expert_ffn(leaves[0], offsets, *used, activation=activation)
             y.backward(dy)
             found.append([y.detach(), *(t.grad for t in leaves if t is not None)])
         for a, b in zip(*found, strict=True):
