@@ -9,8 +9,8 @@ With the activation ``swiglu``, W1 is [E, M, 2 F] and holds gate and up side by 
 ``act(p) = silu(p[:, :F]) * p[:, F:]`` (Shazeer, "GLU variants improve Transformer").
 
 The forward pass keeps the pre-activation for the backward pass, which recomputes the activation from it; this takes a
-third less memory than keeping both. Weight gradients are written expert by expert into one buffer, in a fixed order and
-without atomics, so that they are bitwise reproducible.
+third less memory than keeping both. With ``gelu_tanh``, the CPU keeps the activation and its slope instead. Weight
+gradients are written expert by expert, in a fixed order and without atomics, so that they are bitwise reproducible.
 
 The Triton implementation is in ``_experts_triton.py``, the CPU implementation in ``_experts_cpu.py``.
 """
@@ -44,13 +44,17 @@ def expert_ffn(
 ) -> torch.Tensor:
     """Return the outputs [R, M] of the experts on their rows [R, M], in x's dtype, accumulated in float32.
 
-    ``offsets_E1`` is int32 [E + 1] (RowTable.offsets_E1). All other tensors have one dtype. Differentiable (once) in
-    all but the offsets. On CUDA, float32 products are exact unless TF32 is on (``_common.dot_precision``); on CPU,
-    float16 is computed in float32. Raises ``ValueError`` for shapes or dtypes that do not fit.
+    ``offsets_E1`` is int32 [E + 1] (RowTable.offsets_E1). All other tensors have one dtype, or the rows bfloat16 or
+    float16 and all weights float32: these are then converted to the rows' dtype, and their gradients back.
+    Differentiable (once) in all but the offsets. On CUDA, float32 products are exact unless TF32 is on
+    (``_common.dot_precision``); on CPU, float16 is computed in float32. Raises ``ValueError`` for shapes or dtypes that
+    do not fit.
     """
     _check(x_RM, offsets_E1, activation, (w1_EMF, b1_EF), (w2_EFM, b2_EM))
     chosen = pick_backend("expert_ffn", backend, x_RM, offsets_E1, w1_EMF, b1_EF, w2_EFM, b2_EM)
     tensors = (x_RM, w1_EMF, b1_EF, w2_EFM, b2_EM)
+    if chosen != "torch" or x_RM.dtype != torch.bfloat16:  # the CPU implementation converts to bfloat16 by itself
+        tensors = tuple(None if t is None else t.to(x_RM.dtype) for t in tensors)
     if chosen == "reference":
         return _reference(offsets_E1, *tensors, activation)
     keep = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
@@ -69,13 +73,15 @@ def _check(x, offsets_E1, activation, *layers) -> None:
         shape = tuple(offsets_E1.shape)
         raise ValueError(f"expert_ffn: offsets must be int32 [E + 1], not {offsets_E1.dtype} {shape}")
     width, E = x.shape[1], len(offsets_E1) - 1
+    half = x.dtype in (torch.bfloat16, torch.float16)
+    dtype = torch.float32 if half and layers[0][0].dtype == torch.float32 else x.dtype  # of all weights
     for w, b in layers:
         if w.dim() != 3 or w.shape[:2] != (E, width):
             raise ValueError(f"expert_ffn: weights {tuple(w.shape)} for {E} experts and rows of width {width}")
         width = w.shape[2]
         if b is not None and b.shape != (E, width):
             raise ValueError(f"expert_ffn: bias {tuple(b.shape)} must be {(E, width)}")
-        if w.dtype != x.dtype or (b is not None and b.dtype != x.dtype):
+        if w.dtype != dtype or (b is not None and b.dtype != dtype):
             raise ValueError(
                 f"expert_ffn: rows are {x.dtype}, weights {w.dtype}: one dtype for all (cast the parameters)"
             )

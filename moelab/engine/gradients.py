@@ -142,7 +142,10 @@ def clip(model: ParallelModel, largest: float) -> float:
     """
     parameters = [p for p in model.module.parameters() if p.grad is not None]
     if model.mesh.world.size == 1:
-        return float(nn.utils.clip_grad_norm_(parameters, largest))
+        norm = nn.utils.get_total_norm([p.grad for p in parameters])
+        if not largest / (norm + 1e-6) >= 1:  # else all would be multiplied by 1, or also by NaN where it is NaN
+            nn.utils.clip_grads_with_norm_(parameters, largest, norm)
+        return float(norm)
     total = torch.zeros((), dtype=torch.float64, device=model.mesh.device)
     for name, parameter in model.module.named_parameters():
         grad = parameter.grad

@@ -63,7 +63,9 @@ class Experts(nn.Module):
     def compute(self, rows_RM: Tensor, offsets_E1: Tensor, down_bias: Tensor | None) -> Tensor:
         """Compute as `forward`, with another output bias [E, M]."""
         up, up_bias = self.up.flatten(2), None if self.up_bias is None else self.up_bias.flatten(1)
-        weights = (w if w is None else w.to(rows_RM.dtype) for w in (up, up_bias, self.down, down_bias))
+        weights = (up, up_bias, self.down, down_bias)
+        if up.dtype != torch.float32:  # else the kernel converts them
+            weights = (w if w is None else w.to(rows_RM.dtype) for w in weights)
         return kernels.expert_ffn(rows_RM, offsets_E1, *weights, activation=self.activation)
 
 

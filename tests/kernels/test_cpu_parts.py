@@ -17,19 +17,21 @@ from moelab.kernels._gelu_cpu import _BLOCK, Gelu
     width=st.sampled_from([1, 32, 512]),
     dtype=st.sampled_from([torch.float32, torch.bfloat16]),
     pad=st.booleans(),
+    converts=st.booleans(),
 )
-@example(counts=[20, 1, 1, 1, 0, 1], spare=0, width=32, dtype=torch.bfloat16, pad=True)  # one busy, others nearly idle
-def test_every_row_has_a_slot_in_a_task_of_its_expert(counts, spare, width, dtype, pad):
+@example([20, 1, 1, 1, 0, 1], 0, 32, torch.bfloat16, True, False)  # one busy, others nearly idle
+@example([40, 0, 10, 30, 1, 1, 1, 1, 70, 0, 1] * 4, 2, 32, torch.bfloat16, True, True)  # sorted blocks
+def test_every_row_has_a_slot_in_a_task_of_its_expert(counts, spare, width, dtype, pad, converts):
     bounds = np.concatenate([[0], np.cumsum(counts)]).tolist()
-    layout = _layout_cpu.plan(bounds, bounds[-1] + spare, width, 4 * width, dtype, pad)
+    layout = _layout_cpu.plan(bounds, bounds[-1] + spare, width, 4 * width, dtype, pad, converts)
     owner = np.full(layout.slots, -1)  # the expert that computes a slot
     end = 0
     for task in layout.tasks:
         assert task.start == end < task.end
         slot = task.start
         for e in range(task.first, task.last):
-            owner[slot : slot + layout.base] = e
-            slot += layout.base
+            owner[slot : slot + task.base] = e if layout.order_N is None else layout.order_N[e]
+            slot += task.base
         for e, size in zip(task.experts, task.sizes, strict=True):
             owner[slot : slot + size] = e
             slot += size
@@ -57,11 +59,14 @@ def test_layouts_follow_shapes():
         return _layout_cpu.plan([0, *np.cumsum(counts).tolist()], sum(counts), width, 4 * width, dtype)
 
     even, uneven = [32] * 128, [20, 44] * 64
-    assert plan(even, 32, torch.float32).base == 32, "narrow experts: batched products"
-    assert plan(even, 32, torch.float32).row_P is None, "slots are rows where none is unused"
-    assert plan(uneven, 32, torch.float32).base > 0 and plan(uneven, 32, torch.float32).row_P is not None
-    assert plan(uneven, 512, torch.float32).base == 0, "wide experts: a product each"
-    assert plan([4096] + [0] * 127, 32, torch.float32).base == 0 and plan([4096] + [0] * 127, 32, torch.float32).cut
+    layout = plan(even, 32, torch.float32)
+    assert {t.base for t in layout.tasks} == {32}, "narrow experts: batched products"
+    assert layout.row_P is None and layout.order_N is None, "slots are rows where none is unused"
+    layout = plan(uneven, 32, torch.float32)
+    assert all(t.base for t in layout.tasks) and layout.row_P is not None
+    assert not any(t.base for t in plan(uneven, 512, torch.float32).tasks), "wide experts: a product each"
+    layout = plan([4096] + [0] * 127, 32, torch.float32)
+    assert not any(t.base for t in layout.tasks) and layout.cut
     if _layout_cpu.onednn(torch.bfloat16):
         sizes = {n for t in plan([500 + 3 * e for e in range(8)], 512, torch.bfloat16).tasks for n in t.sizes}
         assert all(n % 32 == 0 for n in sizes) and len(sizes) <= 3
@@ -77,6 +82,17 @@ def test_a_new_routing_brings_few_new_shapes():
         layout = _layout_cpu.plan([0, *np.cumsum(counts).tolist()], 4096, 512, 2048, torch.bfloat16)
         shapes |= {n for t in layout.tasks for n in t.sizes} | {j - i for _, i, j in layout.groups}
     assert len(shapes) <= 20
+
+
+def test_sorted_blocks_have_few_shapes_and_little_padding():
+    rng, shapes = np.random.default_rng(0), set()
+    for _ in range(50):
+        counts = rng.multinomial(4096, rng.dirichlet(np.full(128, 3.0)))
+        bounds = [0, *np.cumsum(counts).tolist()]
+        layout = _layout_cpu.plan(bounds, 4096, 32, 128, torch.float32, True, True)
+        assert layout.order_N is not None and layout.slots < 1.5 * 4096 and len(layout.tasks) < 40
+        shapes |= {(t.last - t.first, t.base) for t in layout.tasks}
+    assert len(shapes) <= 40
 
 
 @pytest.mark.parametrize("approximate", ["tanh", "none"])
@@ -99,3 +115,8 @@ def test_gelu(shape, dtype, approximate):
     torch.testing.assert_close(out.double(), want.detach(), rtol=rtol, atol=rtol)
     torch.testing.assert_close(both.double(), leaf.grad, rtol=rtol, atol=rtol * 4)
     assert torch.equal(out, h) and torch.equal(alone, both)
+    if approximate == "tanh":
+        slope, again = x.clone(), torch.empty_like(x)
+        gelu.forward_with_slope(slope, again)
+        assert torch.equal(again, out)
+        torch.testing.assert_close((slope * d).double(), leaf.grad, rtol=2 * rtol, atol=rtol * 4)

@@ -1,6 +1,7 @@
 """Grouped products and expert networks against the reference: uneven and empty groups, odd sizes, poisoned memory."""
 
 import itertools
+import math
 import os
 import threading
 
@@ -180,7 +181,7 @@ def test_weight_gradient_is_deterministic(target):
         assert torch.equal(a, b)
 
 
-LAYOUTS = {  # how the CPU lays rows out: (slots per expert in the base, rounding by oneDNN, cut into parts)
+LAYOUTS = {  # how the CPU lays rows out: (slots per expert in the base, rounding by oneDNN, cut into parts; sorted)
     "rows": (0, False, False),
     "rounded": (0, True, False),
     "base": (8, False, False),
@@ -188,6 +189,8 @@ LAYOUTS = {  # how the CPU lays rows out: (slots per expert in the base, roundin
     "all in the base": (160, True, False),
     "cut": (0, False, True),
     "cut, rounded": (0, True, True),
+    "sorted": (None, False, False),
+    "sorted, rounded": (None, True, False),
 }
 
 
@@ -195,8 +198,12 @@ LAYOUTS = {  # how the CPU lays rows out: (slots per expert in the base, roundin
 def layout(request, monkeypatch):
     """Force a layout on the CPU's experts, with tasks small enough that there are many."""
     base, rounded, cut = LAYOUTS[request.param]
-    monkeypatch.setattr(_layout_cpu, "_base", lambda *args: base)
+    ns = 0.0 if base is not None else math.inf  # of blocks that are not sorted
+    monkeypatch.setattr(_layout_cpu, "_base", lambda *args: _layout_cpu._Blocks(ns, base or 0))
+    monkeypatch.setattr(_layout_cpu, "_LARGEST", 1 << 60)
     monkeypatch.setattr(_layout_cpu, "onednn", lambda dtype: rounded)
+    for module in (_layout_cpu, _experts_cpu):
+        monkeypatch.setattr(module, "tiles", lambda dtype: rounded)
     monkeypatch.setattr(_layout_cpu, "_ELEMENTS", 2048)
     monkeypatch.setattr(_layout_cpu, "_ROWS", 24)
     monkeypatch.setattr(_layout_cpu, "_CUT", 10**9 if cut else 0)
@@ -216,6 +223,37 @@ def test_every_layout(layout, counts, spare, M, F, activation):
 @pytest.mark.parametrize("activation", ["gelu_tanh", "swiglu"])
 def test_every_layout_in_bfloat16(layout, counts, spare, M, F, activation):
     check(counts, spare, (M, F, M), torch.bfloat16, activation, ("torch", "cpu"))
+
+
+@pytest.mark.parametrize("activation", ["gelu_tanh", "swiglu"])
+def test_weights_in_float32_with_rows_in_bfloat16(layout, activation):
+    """The same bits as with weights that the caller converts, in the results and in the gradients."""
+    x, offsets, params, dy = make([5, 0, 33, 1, 2, 2], 2, 24, 40, 24, dtype=torch.float32, device="cpu")
+    if activation == "swiglu":
+        params = make([5, 0, 33, 1, 2, 2], 2, 24, 40, 24, dtype=torch.float32, device="cpu", activation="swiglu")[2]
+    x, dy = x.bfloat16(), dy.bfloat16()
+    for weights in (params, [params[0], None, params[2], None]):
+        found = []
+        for convert in (False, True):
+            leaves = [None if t is None else t.clone().requires_grad_() for t in (x, *weights)]
+            used = [t.bfloat16() if convert and t is not None else t for t in leaves[1:]]
+            y = expert_ffn(leaves[0], offsets, *used, activation=activation)
+            y.backward(dy)
+            found.append([y.detach(), *(t.grad for t in leaves if t is not None)])
+        for a, b in zip(*found, strict=True):
+            assert a.dtype == b.dtype and torch.equal(a, b)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("backend", ["torch", "reference"])
+def test_weights_in_float32_with_half_rows(backend, dtype):
+    x, offsets, params, dy = make([5, 0, 33, 1], 2, 24, 40, 24, dtype=torch.float32, device="cpu")
+    x, dy = x.to(dtype), dy.to(dtype)
+    want = run(x, offsets, [t.to(dtype) for t in params], dy, backend=backend)
+    got = run(x, offsets, params, dy, backend=backend)
+    assert [t.dtype for t in got] == [dtype] * 2 + [torch.float32] * 4
+    for a, b in zip(got, want, strict=True):
+        torch.testing.assert_close(a.float(), b.float(), rtol=1e-2, atol=2e-2)
 
 
 def test_unused_slots_change_nothing(layout):
@@ -300,7 +338,7 @@ def test_without_gradients_no_pre_activation_is_kept():
         _buffers._pool.collect()
         kept.append(_buffers._pool.used_bytes)
         del y
-    assert kept[0] == 0 and kept[1] == 1024 * 4096 * 4
+    assert kept[0] == 0 and kept[1] == 2 * 1024 * 4096 * 4  # the activation and its slope
 
 
 def test_an_exception_in_a_thread_propagates(shared, monkeypatch):
@@ -315,7 +353,7 @@ def test_an_exception_in_a_thread_propagates(shared, monkeypatch):
         with pytest.raises(ArithmeticError, match="from the thread"):
             expert_ffn(x, offsets, *params, backend="torch")
     leaf = x.clone().requires_grad_()
-    y = expert_ffn(leaf, offsets, *params, backend="torch")
+    y = expert_ffn(leaf, offsets, *params, backend="torch", activation="gelu")
     with monkeypatch.context() as patch:
         patch.setattr(Gelu, "backward", fail)
         with pytest.raises(ArithmeticError, match="from the thread"):
