@@ -296,7 +296,7 @@ def _entry(claim: paper.Claim, by_scale: dict[str, Evidence]) -> Entry:
         verdict = judged.verdict
     elif _DISPUTED & set(conflicts):
         verdict = DISAGREES
-    elif any(e.verdict == NOT_TESTABLE for e in evidence) or claim.testable_at in ("gpu", "paper"):
+    elif claim.testable_at in ("gpu", "paper"):
         verdict = NOT_TESTABLE
     else:
         verdict = NOT_YET
