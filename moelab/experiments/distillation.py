@@ -6,10 +6,13 @@ steps; the stop of its 1.3B student is not known, 70 % is taken for both.
 
 Here: twins of 8 and 7 layers; the released code's loss (temperature 1, weight 1). The teacher is a finished run of the
 same seed. It is trained on one half of the training text and its students on the other, so that it cannot tell them
-what it remembers of their text; `measure_halves` shows its loss on both. (At `paper` scale all read the same text once,
-as published.) The premise is checked first: the student alone is worse than its teacher. `L21 alone, equal cost` trains
-the student without a teacher for as many FLOPs as distillation throughout takes with the teacher's forward passes. The
-staged student branches off the one distilled throughout where distillation stops.
+what it remembers of their text; `measure_halves` shows its loss on both. Each domain is cut in the middle, and its
+halves are not alike: at `quick` the student alone, with fewer layers, is better on the validation text than the
+teacher, because it has read the half that is nearer to it. Arms that read the same half are compared fairly. (At
+`paper` scale all read the same text once, as published.) The premise is checked first: the student alone is worse than
+its teacher. `L21 alone, equal cost` trains the student without a teacher for as many FLOPs as distillation throughout
+takes with the teacher's forward passes. The staged student branches off the one distilled throughout where distillation
+stops.
 
 Fixed before the first run: 3 seeds, all arms on each.
 """
