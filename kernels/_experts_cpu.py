@@ -56,9 +56,9 @@ def _copy_experts(to: torch.Tensor, source: torch.Tensor, idle: tuple[int, ...])
     if not idle:
         to.copy_(source)
         return
-    busy = sorted(set(range(len(to))).difference(idle))
-    to_E, source_E = to.unbind(), source.unbind()
-    torch._foreach_copy_([to_E[e] for e in busy], [source_E[e] for e in busy])
+    if busy := sorted(set(range(len(to))).difference(idle)):
+        to_E, source_E = to.unbind(), source.unbind()
+        torch._foreach_copy_([to_E[e] for e in busy], [source_E[e] for e in busy])
 
 
 class _Packed:

@@ -225,12 +225,13 @@ def test_every_layout_in_bfloat16(layout, counts, spare, M, F, activation):
     check(counts, spare, (M, F, M), torch.bfloat16, activation, ("torch", "cpu"))
 
 
+@pytest.mark.parametrize("counts", [[5, 0, 33, 1, 2, 2], [0, 0, 0]])
 @pytest.mark.parametrize("activation", ["gelu_tanh", "swiglu"])
-def test_weights_in_float32_with_rows_in_bfloat16(layout, activation):
-    """The same bits as with weights that the caller converts, in the results and in the gradients."""
-    x, offsets, params, dy = make([5, 0, 33, 1, 2, 2], 2, 24, 40, 24, dtype=torch.float32, device="cpu")
+def test_weights_in_float32_with_rows_in_bfloat16(layout, activation, counts):
+    """The same bits as with weights that the caller converts, in the results and in the gradients; also without rows."""
+    x, offsets, params, dy = make(counts, 2, 24, 40, 24, dtype=torch.float32, device="cpu")
     if activation == "swiglu":
-        params = make([5, 0, 33, 1, 2, 2], 2, 24, 40, 24, dtype=torch.float32, device="cpu", activation="swiglu")[2]
+        params = make(counts, 2, 24, 40, 24, dtype=torch.float32, device="cpu", activation="swiglu")[2]
     x, dy = x.bfloat16(), dy.bfloat16()
     for weights in (params, [params[0], None, params[2], None]):
         found = []
