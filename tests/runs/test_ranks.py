@@ -29,7 +29,7 @@ import os, sys, time
 
 class Training:
     """In place of moelab.training: the ranks agree on a sum each step."""
-    Teacher = None
+    Branch = Teacher = None
     class TrainingStopped(Exception): pass
     class Progress:
         def __init__(self, step, steps): self.step, self.steps, self.loss, self.tokens_per_s = step, steps, 1.0, 10.0
