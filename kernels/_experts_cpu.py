@@ -126,8 +126,8 @@ class _Gradient:
 def _transposed(x: torch.Tensor, columns: int) -> torch.Tensor:
     """Return x^T of x [n, K] for a product with a matrix of ``columns`` columns.
 
-    With AMX, oneDNN takes 1.6 times as long for [512, n] x [n, 2048] in bfloat16 if the first is a transposed view (n =
-    32 to 512), which is more than a copy of it takes; a wide x^T of many rows is not worth the copy.
+    With AMX, oneDNN takes longer for a transposed view than for a copy of it and the copying; a wide x^T of many rows
+    is not worth the copy.
     """
     return x.t().contiguous() if x.shape[1] < columns and tiles(x.dtype) else x.t()
 

@@ -290,7 +290,7 @@ def read_rate(timing: Timing, size: int = 1 << 28) -> float:
     """Return bytes/s of reading memory larger than the caches, the best of seven times three operations.
 
     Which operation reads fastest depends on the machine: a sum, or a matrix times a vector by rows or by columns, as
-    the products of one row of a decoding step do (one core of a busy Xeon: 11, 19 and 20 GB/s).
+    the products of one row of a decoding step do.
     """
     x = torch.ones(size // 4, device=timing.device)
     wide, tall = x.view(-1, 2048), x.view(2048, -1)

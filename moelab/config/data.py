@@ -20,8 +20,9 @@ class DataConfig:
         text_field: the text column of an ``hf:`` data set.
         max_documents: bound on the documents read from an ``hf:`` data set; 0 means no bound.
         max_bytes: bound on the bytes of text read; 0 means no bound.
-        part: of the training text. The halves hold no token in common and have the domains in the same proportions. The
-            tokenizer and the validation text are those of the whole.
+        part: of the training text. The halves hold no token in common and have the domains in the same proportions.
+            Each domain is cut in the middle, so that what changes along its text differs between them. The tokenizer
+            and the validation text are those of the whole.
     """
 
     corpus: str = "sotu"

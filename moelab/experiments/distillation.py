@@ -139,7 +139,7 @@ def early(curves: pd.DataFrame, share: float = 0.5) -> pd.DataFrame:
     """
     import pandas as pd
 
-    end = curves["tokens"].max()
+    end = curves.loc[curves["arm"] == "L21 alone", "tokens"].max()  # the arm of equal cost is longer
     part = curves[(curves["tokens"] > 0) & (curves["tokens"] <= share * end)]
     table = part.pivot_table(index=["seed", "tokens"], columns="arm", values="loss")
     rows = []
@@ -163,7 +163,8 @@ def late_training(curves: pd.DataFrame, training: pd.DataFrame) -> pd.DataFrame:
     """Return, by arm, the loss's fall over the last 15 % of the tokens, and the first and last distillation term."""
     import pandas as pd
 
-    late = curves[curves["tokens"] >= 0.85 * curves["tokens"].max()].sort_values("tokens").groupby(["arm", "seed"])
+    ends = curves.groupby("arm")["tokens"].transform("max")  # the arm of equal cost is longer
+    late = curves[curves["tokens"] >= 0.85 * ends].sort_values("tokens").groupby(["arm", "seed"])
     rows = {
         "fall of the loss over the last 15 % of tokens": (late["loss"].first() - late["loss"].last())
         .groupby("arm")

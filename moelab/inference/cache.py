@@ -90,7 +90,7 @@ class KVCache:
     def _equal_views(self, B: int, n: int) -> list[tuple[Tensor, ...]]:
         """Return `_views` of slots 0 to B - 1 with n visible tokens: slices of all layers cost as much as of one.
 
-        Writing through them takes 35 us for 32 sequences, through indices 100 us.
+        Writing through them is faster than through indices.
         """
         pairs = (self.keys[:, :B, :, :n], self.values[:, :B, :, :n])
         every = [t.unbind() for t in (*pairs, *(t[..., n - 1 :, :] for t in pairs))]

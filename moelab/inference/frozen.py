@@ -8,8 +8,7 @@ either: `moelab.inference.frozen_blocks` has the modules that make few of them.
 A row's result is bitwise independent of the other rows. oneDNN's products have this property for any number of rows,
 plain ones (MKL) from a number of rows that depends on the processor and the shape (`least_rows`); fewer rows are
 repeated to reach it. Neither library guarantees the property: plain products are examined on the machine, packed ones
-by tests. At one row, a product that reads the plain matrix by columns would be 1.4 times as fast (Xeon, 512 wide), but
-has not this property.
+by tests. At one row, a product that reads the plain matrix by columns would be faster, but has not this property.
 
 Each expert is frozen on its own, so that a step only reads the weights of experts that have tokens. Packed copies
 replace the parameters, which are freed one by one.

@@ -307,6 +307,11 @@ def test_distillation_early_is_the_mean_of_the_first_half():
     )
     assert distillation.early(lines).set_index("arm")["gap"].to_dict() == {"L21 + KD": -1, "L21 + staged KD": -1}
     assert distillation.early(lines, 0.7).set_index("arm")["gap"].to_dict() == {"L21 + KD": -0.5, "L21 + staged KD": -1}
+    longer = curves({("L21 alone, equal cost", 0): (9, 6, 5, 4, 3, 2, 1)}, range(0, 700, 100))
+    both = pd.concat([lines, longer])
+    assert distillation.early(both).equals(distillation.early(lines))
+    falls = distillation.late_training(both, pd.DataFrame()).iloc[0]
+    assert set(falls.index) == {"L21 alone", "L21 alone, equal cost", "L21 + KD", "L21 + staged KD"}
 
 
 def test_claims_of_top2():
