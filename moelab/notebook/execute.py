@@ -364,7 +364,10 @@ def _kernel_manager() -> type:
         shell_channel_class = Type(PatientChannel)
 
         def execute(self, *arguments: Any, **options: Any) -> str:
+            # The kernel can be at work, and a signal end this call, before the request's id is known here.
+            unanswered.add("being sent")
             unanswered.add(request := super().execute(*arguments, **options))
+            unanswered.discard("being sent")
             return request
 
     class Manager(AsyncKernelManager):

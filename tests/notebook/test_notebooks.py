@@ -150,6 +150,26 @@ def test_only_a_kernel_that_works_is_interrupted(place, monkeypatch, fail, inter
     assert len(seen) == interrupts
 
 
+def test_a_kernel_is_interrupted_when_the_signal_comes_before_its_request_is_noted(place, monkeypatch):
+    from jupyter_client.asynchronous import AsyncKernelClient
+    from jupyter_client.manager import AsyncKernelManager
+
+    seen, send = [], AsyncKernelClient.execute
+
+    def sent_then_stopped(self, code, **options):
+        send(self, code, **options)
+        raise KeyboardInterrupt
+
+    async def noted(self):
+        seen.append(self)
+
+    monkeypatch.setattr(AsyncKernelClient, "execute", sent_then_stopped)
+    monkeypatch.setattr(AsyncKernelManager, "_async_interrupt_kernel", noted)
+    with pytest.raises(KeyboardInterrupt):
+        notebooks.execute(EXPERIMENT, given(), place / "plan.json")
+    assert len(seen) == 1
+
+
 def test_failed_runs_are_the_reason_not_the_cell(place):
     with pytest.raises(notebooks.NotebookFailed, match=r"^8 of 8 runs: no space \(executed copy: "):
         notebooks.execute(EXPERIMENT, given(fail="runs"), place / "plan.json")
