@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-Part = Literal["whole", "first half", "second half"]
+Part = Literal["whole", "even blocks", "odd blocks"]
 
 
 @dataclass(frozen=True)
@@ -20,9 +20,10 @@ class DataConfig:
         text_field: the text column of an ``hf:`` data set.
         max_documents: bound on the documents read from an ``hf:`` data set; 0 means no bound.
         max_bytes: bound on the bytes of text read; 0 means no bound.
-        part: of the training text. The halves hold no token in common and have the domains in the same proportions.
-            Each domain is cut in the middle, so that what changes along its text differs between them. The tokenizer
-            and the validation text are those of the whole.
+        part: of the training text. Each domain is cut into an even number of blocks of about 8,192 tokens; the blocks
+            of even number are one half of the text, those of odd number the other. The halves hold no token in common,
+            have the domains in the same proportions and are alike along each domain's text. The tokenizer and the
+            validation text are those of the whole.
     """
 
     corpus: str = "sotu"

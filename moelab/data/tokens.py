@@ -8,6 +8,7 @@ meta.json                   sizes, hashes, losses to beat, versions, licence; `T
 
 import copy
 import hashlib
+import itertools
 import json
 from functools import cached_property
 from pathlib import Path
@@ -20,6 +21,9 @@ from moelab.data.packages import sha256_of
 
 if TYPE_CHECKING:
     from moelab.data.tokenizer import Tokenizer
+
+BLOCK = 8192
+"""About how many tokens a block has where the training text is shared out, see `DataConfig.part`."""
 
 
 class TokenData:
@@ -87,11 +91,13 @@ class TokenData:
         half, ranges, size = copy.copy(self), [], 0
         pieces = []
         for start, end, domain in self.training_ranges():
-            middle = (start + end) // 2
-            start, end = (start, middle) if part == "first half" else (middle, end)
-            pieces.append(self.train[start:end])
-            ranges.append((size, size + end - start, domain))
-            size += end - start
+            pairs = max(1, round((end - start) / (2 * BLOCK)))
+            edges = [start + (end - start) * i // (2 * pairs) for i in range(2 * pairs + 1)]
+            mine = list(itertools.pairwise(edges))[int(part == "odd blocks") :: 2]
+            pieces += [self.train[a:b] for a, b in mine]
+            tokens = sum(b - a for a, b in mine)
+            ranges.append((size, size + tokens, domain))
+            size += tokens
         half.train = np.concatenate(pieces)
         half.meta = {**self.meta, "train": {**self.meta["train"], "tokens": size, "ranges": ranges}}
         half.fingerprint = _of_part(self.text, part)

@@ -6,13 +6,11 @@ steps; the stop of its 1.3B student is not known, 70 % is taken for both.
 
 Here: twins of 8 and 7 layers; the released code's loss (temperature 1, weight 1). The teacher is a finished run of the
 same seed. It is trained on one half of the training text and its students on the other, so that it cannot tell them
-what it remembers of their text; `measure_halves` shows its loss on both. Each domain is cut in the middle, and its
-halves are not alike: at `quick` the student alone, with fewer layers, is better on the validation text than the
-teacher, because it has read the half that is nearer to it. Arms that read the same half are compared fairly. (At
-`paper` scale all read the same text once, as published.) The premise is checked first: the student alone is worse than
-its teacher. `L21 alone, equal cost` trains the student without a teacher for as many FLOPs as distillation throughout
-takes with the teacher's forward passes. The staged student branches off the one distilled throughout where distillation
-stops.
+what it remembers of their text; `measure_halves` shows its loss on both. The halves are alternating blocks of each
+domain (`DataConfig.part`), so that they are alike. (At `paper` scale all read the same text once, as published.) The
+premise is checked first: the student alone is worse than its teacher. `L21 alone, equal cost` trains the student
+without a teacher for as many FLOPs as distillation throughout takes with the teacher's forward passes. The staged
+student branches off the one distilled throughout where distillation stops.
 
 Fixed before the first run: 3 seeds, all arms on each.
 """
@@ -61,8 +59,8 @@ def build(
     if not 0 < stop < 1:
         raise ValueError(f"stop must be a share of the tokens between 0 and 1, got {stop}")
     split = scale != "paper"
-    shared = {"scale": scale, "seed": seed, "overrides": overrides | ({"data.part": "second half"} if split else {})}
-    theirs = shared | {"overrides": overrides | ({"data.part": "first half"} if split else {})}
+    shared = {"scale": scale, "seed": seed, "overrides": overrides | ({"data.part": "odd blocks"} if split else {})}
+    theirs = shared | {"overrides": overrides | ({"data.part": "even blocks"} if split else {})}
     teacher = settings.spec(TEACHERS[base], label="Teacher", **theirs)
     kinds = {
         "L21 alone": None,
@@ -100,7 +98,7 @@ def measure_halves(runs: Runs, tokens: int) -> list[dict[str, Any]]:
         tokens: of each half, read in the order of the run's own batches.
 
     Returns:
-        Rows of arm, seed, trained_on, first_half, second_half, validation (nats per token).
+        Rows of arm, seed, trained_on, even_blocks, odd_blocks, validation (nats per token).
     """
     import torch
 
@@ -117,7 +115,7 @@ def measure_halves(runs: Runs, tokens: int) -> list[dict[str, Any]]:
         checkpoint.load_model(checkpoint.weights_of(run.path), model)
         model.eval()
         row = {"arm": spec.title, "seed": spec.train.seed, "trained_on": spec.data.part}
-        for part in ("first half", "second half"):
+        for part in ("even blocks", "odd blocks"):
             data = prepare(replace(spec.data, part=part), paths.home() / "data")
             batches = TrainBatches(data, spec.train.batch_size, spec.data.context, spec.train.seed)
             count = max(1, tokens // batches.tokens_per_step)

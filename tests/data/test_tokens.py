@@ -14,6 +14,7 @@ import pytest
 
 from moelab.config import DataConfig
 from moelab.data import preparation as module
+from moelab.data import tokens
 from moelab.data.corpus import open_corpus
 from moelab.data.preparation import prepare
 from moelab.data.tokens import TokenData
@@ -64,23 +65,33 @@ def test_training_ranges_name_the_domain_of_every_token(data):
         assert letters <= set("abcde" if domain == "north" else "vwxyz")
 
 
-def test_halves_share_no_token_and_have_every_domain(data, config, tmp_path):
-    first, second = (data.of_part(part) for part in ("first half", "second half"))
-    assert first.train.size + second.train.size == data.train.size and abs(first.train.size - second.train.size) <= 99
+@pytest.mark.parametrize("block", [8192, 64, 1])
+def test_halves_are_alternating_blocks_of_every_domain(data, config, tmp_path, monkeypatch, block):
+    monkeypatch.setattr(tokens, "BLOCK", block)
+    first, second = (data.of_part(part) for part in ("even blocks", "odd blocks"))
+    assert first.train.size + second.train.size == data.train.size
     for (start, end, domain), a, b in zip(
         data.training_ranges(), first.training_ranges(), second.training_ranges(), strict=True
     ):
         assert domain == a[2] == b[2]
-        both = np.concatenate([first.train[a[0] : a[1]], second.train[b[0] : b[1]]])
-        assert np.array_equal(both, data.train[start:end])
+        position, rest = start, [list(first.train[a[0] : a[1]]), list(second.train[b[0] : b[1]])]
+        blocks = 2 * max(1, round((end - start) / (2 * block)))
+        assert abs((a[1] - a[0]) - (b[1] - b[0])) <= blocks // 2
+        for i in range(blocks):  # dealing the blocks out in turns gives the domain's text again
+            after = start + (end - start) * (i + 1) // blocks
+            size = after - position
+            assert rest[i % 2][:size] == list(data.train[position:after])
+            del rest[i % 2][:size]
+            position = after
+        assert rest == [[], []]
     assert len({data.fingerprint, first.fingerprint, second.fingerprint}) == 3
     assert second.shares_text(first.fingerprint) and data.shares_text(second.fingerprint)
     assert not data.shares_text("0" * 64)
     assert first.validation is data.validation and data.of_part("whole") is data
-    half = prepare(replace(config, part="second half"), tmp_path)
+    half = prepare(replace(config, part="odd blocks"), tmp_path)
     assert np.array_equal(half.train, second.train), "one folder serves all parts"
     assert sum(1 for folder in tmp_path.iterdir() if folder.is_dir() and "bpe" in folder.name) == 1
-    with pytest.raises(ValueError, match="data: part must be one of whole, first half, second half, got 'third'"):
+    with pytest.raises(ValueError, match="data: part must be one of whole, even blocks, odd blocks, got 'third'"):
         replace(config, part="third")
 
 
