@@ -2,7 +2,7 @@
 
 One function per op. On CUDA tensors it runs Triton kernels, on CPU tensors tuned torch; ``backend="reference"`` runs
 the op in plain PyTorch. An op's file (``gating.py``) holds the public function and its reference, the files beside it
-(``_gating_triton.py``, ``_gating_cpu.py``) the implementations. A MoE layer is
+(``_gating_triton.py``, ``_cpu/gating.py``) the implementations. A MoE layer is
 
     g = gate(logits_SE, top_k, capacity, seed=step)             # which experts, which slot, which weight, both losses
     table = row_table(g)                                        # which row holds which token
@@ -12,7 +12,7 @@ the op in plain PyTorch. An op's file (``gating.py``) holds the public function 
     y_SM = residual_mix(y_SM, mlp_SM, x_SM, w_2M, b_2)          # PR-MoE
 """
 
-from ._gating_cpu import choose
+from ._cpu.gating import choose
 from ._hash import priorities
 from .experts import Activation, expert_ffn
 from .gating import Gate, gate

@@ -12,7 +12,7 @@ The forward pass keeps the pre-activation for the backward pass, which recompute
 third less memory than keeping both. With ``gelu_tanh``, the CPU keeps the activation and its slope instead. Weight
 gradients are written expert by expert, in a fixed order and without atomics, so that they are bitwise reproducible.
 
-The Triton implementation is in ``_experts_triton.py``, the CPU implementation in ``_experts_cpu.py``.
+The Triton implementation is in ``_experts_triton.py``, the CPU implementation in ``_cpu/experts.py``.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 
 from ._common import APPROXIMATE, Backend, accumulate_dtype, contiguous, pick_backend
-from ._experts_cpu import CPUExperts
+from ._cpu.experts import CPUExperts
 from ._experts_triton import TritonExperts
 
 Activation = Literal["none", "gelu", "gelu_tanh", "swiglu"]

@@ -18,7 +18,7 @@ routed: its ids are 0..K-1, its slots -1, its weights 0, and the load does not c
 that a training loop detects it. The check needs no synchronisation with the device; the gradients of such a token are
 unspecified. Without any tokens, both losses are 0.
 
-The Triton implementation is in ``_gating_triton.py``, the CPU implementation in ``_gating_cpu.py``.
+The Triton implementation is in ``_gating_triton.py``, the CPU implementation in ``_cpu/gating.py``.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from typing import NamedTuple
 import torch
 
 from ._common import Backend, accumulate_dtype, pick_backend
-from ._gating_cpu import SMALL, CPUGate, small_gate
+from ._cpu.gating import SMALL, CPUGate, small_gate
 from ._gating_triton import TritonGate
 from ._hash import priorities
 

@@ -9,7 +9,7 @@ no products with zeros.
     y_s    = sum_k weight_sk * rows[row_sk]    d rows_r    = weight(r) * d y[token(r)]
                                                d weight_sk = <d y_s, rows[row_sk]>
 
-The Triton implementation is in ``_permute_triton.py``, the CPU implementation in ``_permute_cpu.py``.
+The Triton implementation is in ``_permute_triton.py``, the CPU implementation in ``_cpu/permute.py``.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import NamedTuple
 import torch
 
 from ._common import Backend, accumulate_dtype, contiguous, pick_backend
-from ._permute_cpu import CPUCombine, CPUDispatch, table_cpu
+from ._cpu.permute import CPUCombine, CPUDispatch, table_cpu
 from ._permute_triton import TritonCombine, TritonDispatch, table_triton
 from .gating import Gate
 

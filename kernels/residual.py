@@ -8,7 +8,7 @@ Shapes: S tokens, M hidden. The branches are mixed in one of three ways:
 - plain sum: ``y = moe + mlp``, as in the paper's text.
 
 Only the difference of the two logits matters: ``a_0 = sigmoid(x . (W_0 - W_1) + b_0 - b_1)``. Mixing is in float32.
-The Triton implementation is in ``_residual_triton.py``, the CPU implementation in ``_residual_cpu.py``.
+The Triton implementation is in ``_residual_triton.py``, the CPU implementation in ``_cpu/residual.py``.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from ._common import Backend, accumulate_dtype, contiguous, pick_backend
-from ._residual_cpu import mix_backward_cpu, mix_cpu
+from ._cpu.residual import mix_backward_cpu, mix_cpu
 from ._residual_triton import mix_backward_triton, mix_triton
 
 

@@ -6,8 +6,8 @@ import torch
 import torch.nn.functional as F
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from moelab.kernels import _layout_cpu
-from moelab.kernels._gelu_cpu import _BLOCK, Gelu
+from moelab.kernels._cpu import layout as layouts
+from moelab.kernels._cpu.gelu import _BLOCK, Gelu
 
 
 @settings(max_examples=150, deadline=None)
@@ -23,7 +23,7 @@ from moelab.kernels._gelu_cpu import _BLOCK, Gelu
 @example([40, 0, 10, 30, 1, 1, 1, 1, 70, 0, 1] * 4, 2, 32, torch.bfloat16, True, True)  # sorted blocks
 def test_every_row_has_a_slot_in_a_task_of_its_expert(counts, spare, width, dtype, pad, converts):
     bounds = np.concatenate([[0], np.cumsum(counts)]).tolist()
-    layout = _layout_cpu.plan(bounds, bounds[-1] + spare, width, 4 * width, dtype, pad, converts)
+    layout = layouts.plan(bounds, bounds[-1] + spare, width, 4 * width, dtype, pad, converts)
     owner = np.full(layout.slots, -1)  # the expert that computes a slot
     end = 0
     for task in layout.tasks:
@@ -56,7 +56,7 @@ def test_every_row_has_a_slot_in_a_task_of_its_expert(counts, spare, width, dtyp
 
 def test_layouts_follow_shapes():
     def plan(counts, width, dtype):
-        return _layout_cpu.plan([0, *np.cumsum(counts).tolist()], sum(counts), width, 4 * width, dtype)
+        return layouts.plan([0, *np.cumsum(counts).tolist()], sum(counts), width, 4 * width, dtype)
 
     even, uneven = [32] * 128, [20, 44] * 64
     layout = plan(even, 32, torch.float32)
@@ -67,19 +67,19 @@ def test_layouts_follow_shapes():
     assert not any(t.base for t in plan(uneven, 512, torch.float32).tasks), "wide experts: a product each"
     layout = plan([4096] + [0] * 127, 32, torch.float32)
     assert not any(t.base for t in layout.tasks) and layout.cut
-    if _layout_cpu.onednn(torch.bfloat16):
+    if layouts.onednn(torch.bfloat16):
         sizes = {n for t in plan([500 + 3 * e for e in range(8)], 512, torch.bfloat16).tasks for n in t.sizes}
         assert all(n % 32 == 0 for n in sizes) and len(sizes) <= 3
 
 
 def test_a_new_routing_brings_few_new_shapes():
     """oneDNN generates code for every new shape of a product: over 50 routings there are few."""
-    if not _layout_cpu.onednn(torch.bfloat16):
+    if not layouts.onednn(torch.bfloat16):
         pytest.skip("needs bfloat16 products by oneDNN")
     rng, shapes = np.random.default_rng(0), set()
     for _ in range(50):
         counts = rng.multinomial(4096, rng.dirichlet(np.full(8, 20.0)))
-        layout = _layout_cpu.plan([0, *np.cumsum(counts).tolist()], 4096, 512, 2048, torch.bfloat16)
+        layout = layouts.plan([0, *np.cumsum(counts).tolist()], 4096, 512, 2048, torch.bfloat16)
         shapes |= {n for t in layout.tasks for n in t.sizes} | {j - i for _, i, j in layout.groups}
     assert len(shapes) <= 20
 
@@ -89,7 +89,7 @@ def test_sorted_blocks_have_few_shapes_and_little_padding():
     for _ in range(50):
         counts = rng.multinomial(4096, rng.dirichlet(np.full(128, 3.0)))
         bounds = [0, *np.cumsum(counts).tolist()]
-        layout = _layout_cpu.plan(bounds, 4096, 32, 128, torch.float32, True, True)
+        layout = layouts.plan(bounds, 4096, 32, 128, torch.float32, True, True)
         assert layout.order_N is not None and layout.slots < 1.5 * 4096 and len(layout.tasks) < 40
         shapes |= {(t.last - t.first, t.base) for t in layout.tasks}
     assert len(shapes) <= 40

@@ -9,8 +9,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from moelab.kernels import _buffers, _experts_cpu, _experts_triton, _layout_cpu, _pool, tuning
-from moelab.kernels._gelu_cpu import Gelu
+from moelab.kernels import _experts_triton, tuning
+from moelab.kernels._cpu import buffers, pool
+from moelab.kernels._cpu import experts as experts_cpu
+from moelab.kernels._cpu import layout as layouts
+from moelab.kernels._cpu.gelu import Gelu
 from moelab.kernels.experts import expert_ffn
 
 CASES = [  # rows per expert, spare rows, K or M, N or F
@@ -46,7 +49,7 @@ def run(x, offsets, params, dy, **kwargs):
 
 def poison():
     for shape in ((1 << 18,), (1 << 20,)):
-        held = [_buffers.empty(shape, torch.float32).fill_(float("nan")) for _ in range(3)]
+        held = [buffers.empty(shape, torch.float32).fill_(float("nan")) for _ in range(3)]
         held += [torch.full(shape, float("nan")) for _ in range(3)]
         del held
     held = [torch.full((n,), float("nan")) for n in (64, 512, 4096, 32768) for _ in range(6)]
@@ -199,15 +202,15 @@ def layout(request, monkeypatch):
     """Force a layout on the CPU's experts, with tasks small enough that there are many."""
     base, rounded, cut = LAYOUTS[request.param]
     ns = 0.0 if base is not None else math.inf  # of blocks that are not sorted
-    monkeypatch.setattr(_layout_cpu, "_base", lambda *args: _layout_cpu._Blocks(ns, base or 0))
-    monkeypatch.setattr(_layout_cpu, "_LARGEST", 1 << 60)
-    monkeypatch.setattr(_layout_cpu, "onednn", lambda dtype: rounded)
-    for module in (_layout_cpu, _experts_cpu):
+    monkeypatch.setattr(layouts, "_base", lambda *args: layouts._Blocks(ns, base or 0))
+    monkeypatch.setattr(layouts, "_LARGEST", 1 << 60)
+    monkeypatch.setattr(layouts, "onednn", lambda dtype: rounded)
+    for module in (layouts, experts_cpu):
         monkeypatch.setattr(module, "tiles", lambda dtype: rounded)
-    monkeypatch.setattr(_layout_cpu, "_ELEMENTS", 2048)
-    monkeypatch.setattr(_layout_cpu, "_ROWS", 24)
-    monkeypatch.setattr(_layout_cpu, "_CUT", 10**9 if cut else 0)
-    monkeypatch.setattr(_experts_cpu, "_LARGE", 1000)
+    monkeypatch.setattr(layouts, "_ELEMENTS", 2048)
+    monkeypatch.setattr(layouts, "_ROWS", 24)
+    monkeypatch.setattr(layouts, "_CUT", 10**9 if cut else 0)
+    monkeypatch.setattr(experts_cpu, "_LARGE", 1000)
     return request.param
 
 
@@ -272,8 +275,8 @@ def test_unused_slots_change_nothing(layout):
 @pytest.fixture
 def shared(monkeypatch):
     """Two threads, and the calls of the pool counted."""
-    calls, share, before = [], _pool.share, torch.get_num_threads()
-    monkeypatch.setattr(_pool, "share", lambda *args: (calls.append(1), share(*args)))
+    calls, share, before = [], pool.share, torch.get_num_threads()
+    monkeypatch.setattr(pool, "share", lambda *args: (calls.append(1), share(*args)))
     torch.set_num_threads(2)
     yield calls
     torch.set_num_threads(before)
@@ -331,13 +334,13 @@ def test_threads_leave_no_trace(shared):
 def test_without_gradients_no_pre_activation_is_kept():
     x, offsets, params, _ = make([512, 512], 0, 16, 4096, 16, dtype=torch.float32, device="cpu")
     leaves = [t.requires_grad_() for t in params]
-    _buffers.release()
+    buffers.release()
     kept = []
     for grad in (False, True):
         with torch.set_grad_enabled(grad):
             y = expert_ffn(x, offsets, *leaves, backend="torch")
-        _buffers._pool.collect()
-        kept.append(_buffers._pool.used_bytes)
+        buffers._pool.collect()
+        kept.append(buffers._pool.used_bytes)
         del y
     assert kept[0] == 0 and kept[1] == 2 * 1024 * 4096 * 4  # the activation and its slope
 
@@ -377,14 +380,14 @@ def test_a_flop_counter_sees_all(shared):
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 def test_a_forked_child_starts_threads_of_its_own():
     found = []
-    _pool.share(found.extend, range(10), 2)
+    pool.share(found.extend, range(10), 2)
     assert sorted(found) == list(range(10))
     child = os.fork()
     if child == 0:
         code = 1
         try:
             found.clear()
-            _pool.share(found.extend, range(10), 2)
+            pool.share(found.extend, range(10), 2)
             code = int(sorted(found) != list(range(10)))
         finally:
             os._exit(code)

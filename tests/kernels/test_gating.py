@@ -7,8 +7,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from moelab.kernels import _gating_cpu, _gating_triton, _selection_triton, gating
-from moelab.kernels._gating_cpu import _sorted, choose
+from moelab.kernels import _gating_triton, _selection_triton, gating
+from moelab.kernels._cpu import gating as gating_cpu
+from moelab.kernels._cpu.gating import _sorted, choose
 from moelab.kernels._hash import hash_keys, priorities, priorities_numpy
 from moelab.kernels.gating import Gate, gate
 
@@ -230,7 +231,7 @@ def few(draw):
 def few_priorities(target, monkeypatch):
     if target == ("triton", "cuda"):
         pytest.skip("a compiled kernel keeps the hash that it was compiled with")
-    monkeypatch.setattr(_gating_cpu, "priorities_numpy", few(_gating_cpu.priorities_numpy))
+    monkeypatch.setattr(gating_cpu, "priorities_numpy", few(gating_cpu.priorities_numpy))
     monkeypatch.setattr(gating, "priorities", few(gating.priorities))
     if target[0] == "triton":
         for module in (_gating_triton, _selection_triton):

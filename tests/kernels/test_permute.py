@@ -4,7 +4,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from moelab.kernels import _buffers
+from moelab.kernels._cpu import buffers
 from moelab.kernels.gating import gate
 from moelab.kernels.permute import RowTable, combine, dispatch, row_table
 
@@ -27,9 +27,9 @@ def make(S, E, K, capacity, device="cpu", seed=2):
 
 def poison():
     """NaN in the memory that the next outputs are likely to get."""
-    _buffers.release()
+    buffers.release()
     held = [torch.full((n,), float("nan")) for n in (1 << 8, 1 << 12, 1 << 16, 1 << 19) for _ in range(4)]
-    held += [_buffers.empty((1 << k,), torch.float32).fill_(float("nan")) for k in range(18, 21)]
+    held += [buffers.empty((1 << k,), torch.float32).fill_(float("nan")) for k in range(18, 21)]
     del held
 
 

@@ -6,8 +6,8 @@ import numpy as np
 import torch
 from torch.autograd.function import once_differentiable
 
-from . import _buffers
-from ._common import accumulate_dtype
+from .._common import accumulate_dtype
+from . import buffers
 
 
 def table_cpu(expert_SK, slot_SK, kept_E, rows: int | None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -32,7 +32,7 @@ def _blocks(rows: int, width: int) -> list[slice]:
 
 def take(x_SM: torch.Tensor, index_R: np.ndarray) -> torch.Tensor:
     """Return x[index], zero where the index is negative."""
-    out = _buffers.empty((len(index_R), x_SM.shape[1]), x_SM.dtype)
+    out = buffers.empty((len(index_R), x_SM.shape[1]), x_SM.dtype)
     holes = np.flatnonzero(index_R < 0)
     if len(holes) == len(index_R):
         return out.zero_()
@@ -50,7 +50,7 @@ def _sum_rows(rows_RM: torch.Tensor, row_SK: np.ndarray, weight_SK: torch.Tensor
     if K == 1 and weight_SK is None:
         return take(rows_RM, np.ascontiguousarray(row_SK[:, 0]))
     if rows_RM.dtype not in (torch.float32, torch.float64):
-        y_SM = _buffers.empty((S, M), rows_RM.dtype)
+        y_SM = buffers.empty((S, M), rows_RM.dtype)
         for here in _blocks(S, M):
             total_BM = None
             for k in range(K):
@@ -99,7 +99,7 @@ class CPUCombine(torch.autograd.Function):
         (R, M), K, need_weight = rows_RM.shape, weight_SK.shape[1], ctx.needs_input_grad[1]
         entry_np = entry_R.numpy()
         there_np = np.flatnonzero(entry_np >= 0)
-        d_RM = _buffers.empty((R, M), d_SM.dtype)
+        d_RM = buffers.empty((R, M), d_SM.dtype)
         d_weight_SK = torch.zeros_like(weight_SK) if need_weight else None
         if not len(there_np):
             return d_RM.zero_(), d_weight_SK, None, None

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import torch
 
-from . import _buffers
-from ._common import accumulate_dtype
+from .._common import accumulate_dtype
+from . import buffers
 
 _BLOCK = 1 << 16
 
@@ -27,7 +27,7 @@ class Swiglu:
         F = tensors[0].shape[1] // 2
         rows = max(1, _BLOCK // F)
         if self.scratch is None or self.scratch.shape[2] != F:
-            self.scratch = _buffers.empty((6, rows, F), self.wide)
+            self.scratch = buffers.empty((6, rows, F), self.wide)
         for parts in zip(*(t.split(rows) for t in tensors), strict=True):
             yield *parts, self.scratch[:, : len(parts[0])]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from ._common import accumulate_dtype
+from .._common import accumulate_dtype
 
 
 def mix_cpu(moe, mlp, a_S2):

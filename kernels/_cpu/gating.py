@@ -13,9 +13,9 @@ import numpy as np
 import torch
 from torch.autograd.function import once_differentiable
 
-from . import _buffers
-from ._common import accumulate_dtype
-from ._hash import priorities_numpy
+from .._common import accumulate_dtype
+from .._hash import priorities_numpy
+from . import buffers
 
 
 def _choose(choice_SE: np.ndarray, top_k: int) -> np.ndarray:
@@ -185,7 +185,7 @@ class CPUGate(torch.autograd.Function):
         # The first choice has the largest logit, unless others decide.
         max_S1 = wide_SE.gather(1, expert_SK[:, :1]) if choice_SE is None else wide_SE.amax(1, keepdim=True)
         # The probabilities are e / total: no pass over [S, E] divides. Fresh pages cost as much as the arithmetic.
-        e_SE = torch.sub(wide_SE, max_S1, out=_buffers.empty((S, E), dtype)).exp_()
+        e_SE = torch.sub(wide_SE, max_S1, out=buffers.empty((S, E), dtype)).exp_()
         total_S = e_SE.sum(1)  # MKL's product of a matrix and a vector depends on the number of threads
         over_S1 = total_S.reciprocal()[:, None]
         raw_SK = over_S1.clone() if choice_SE is None and top_k == 1 else e_SE.gather(1, expert_SK).mul_(over_S1)
@@ -213,7 +213,7 @@ class CPUGate(torch.autograd.Function):
 
         share_E = torch.from_numpy(first_E / max(S, 1)).to(dtype)
         if S:
-            p_SE = torch.mul(e_SE, over_S1, out=_buffers.empty((S, E), dtype))
+            p_SE = torch.mul(e_SE, over_S1, out=buffers.empty((S, E), dtype))
             aux_loss = p_SE.sum(0) @ share_E * (E / S)
             z_loss = lse_S.square().mean()
             if not healthy:
@@ -249,7 +249,7 @@ class CPUGate(torch.autograd.Function):
             else:
                 at_SK = raw_SK * d_weight_SK
             r_S.sub_(at_SK.sum(1))
-        d_SE = _buffers.empty((S, E), dtype)
+        d_SE = buffers.empty((S, E), dtype)
         if d_aux is None:
             torch.mul(e_SE, r_S[:, None] * over_S1, out=d_SE)
         else:  # (a + r) / total is a product of [S, 2] and [2, E]; r contains -<p, a>

@@ -12,8 +12,8 @@ import math
 
 import torch
 
-from . import _buffers
-from ._common import accumulate_dtype
+from .._common import accumulate_dtype
+from . import buffers
 
 _BLOCK = 1 << 16
 _C = 2 * math.sqrt(2 / math.pi)
@@ -27,7 +27,7 @@ class Gelu:
         self.approximate = approximate
         self.narrow = dtype not in (torch.float32, torch.float64)
         wide = accumulate_dtype(dtype)
-        self.scratch = _buffers.empty((6, _BLOCK), wide)
+        self.scratch = buffers.empty((6, _BLOCK), wide)
         self.c = torch.tensor(_C, dtype=wide)
 
     def forward(self, x: torch.Tensor, out: torch.Tensor) -> None:

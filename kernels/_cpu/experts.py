@@ -1,4 +1,4 @@
-"""Compute the experts on CPU: batched products and products of single groups over slots (``_layout_cpu.py``).
+"""Compute the experts on CPU: batched products and products of single groups over slots (``layout.py``).
 
 A task computes everything for some experts while the values are in cache. Experts with many rows are cut into tasks for
 the backward pass through their rows, and a second round of tasks computes the gradients of their weights. Threads share
@@ -20,12 +20,12 @@ import torch
 from torch.autograd.function import once_differentiable
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
-from . import _buffers, _pool
-from ._common import APPROXIMATE
-from ._gelu_cpu import Gelu
-from ._layout_cpu import Layout, Task, plan, tiles
-from ._permute_cpu import take
-from ._swiglu_cpu import Swiglu
+from .._common import APPROXIMATE
+from . import buffers, pool
+from .gelu import Gelu
+from .layout import Layout, Task, plan, tiles
+from .permute import take
+from .swiglu import Swiglu
 
 _LARGE = 1 << 30  # an expert's weight gradient of at least this many multiply-adds is cut into ``_PARTS``
 _PARTS = 4
@@ -39,7 +39,7 @@ def _share(work: Callable[[Iterable[T]], None], tasks: Sequence[T], counting: bo
     if threads == 1 or counting:  # a dispatch mode, such as a FLOP counter, does not see other threads
         work(tasks)
     else:
-        _pool.share(work, tasks, threads)
+        pool.share(work, tasks, threads)
 
 
 class _Experts:
@@ -71,12 +71,12 @@ class _Packed:
             return
         if layout.order_N is None:
             if source.dtype != dtype:
-                self.stack = _buffers.empty(source.shape, dtype)
+                self.stack = buffers.empty(source.shape, dtype)
                 _copy_experts(self.stack, source, layout.idle)
         elif source.dim() == 2:  # a bias
             self.stack = source.index_select(0, torch.from_numpy(layout.order_N)).to(dtype)
         else:
-            self.stack = _buffers.empty((len(layout.order_N), *source.shape[1:]), dtype)
+            self.stack = buffers.empty((len(layout.order_N), *source.shape[1:]), dtype)
             each = source.unbind()
             self.each_N = [each[e] for e in layout.order_N.tolist()]
 
@@ -97,11 +97,11 @@ class _Gradient:
             return
         self.to, self.idle = dtypes[1], layout.idle
         if layout.order_N is not None:
-            self.out = _buffers.empty(shape, self.to)
+            self.out = buffers.empty(shape, self.to)
             each = self.out.unbind()
             self.each_N = [each[e] for e in layout.order_N.tolist()]
         else:
-            self.stack = _buffers.empty(shape, dtypes[0])
+            self.stack = buffers.empty(shape, dtypes[0])
 
     def keep(self, task: Task, found: torch.Tensor) -> None:
         """Copy the task's gradients ``found`` [n, ...] to their experts' places."""
@@ -115,7 +115,7 @@ class _Gradient:
             if self.stack.dtype == self.to:
                 self.out = self.stack
             else:
-                self.out = _buffers.empty(self.stack.shape, self.to)
+                self.out = buffers.empty(self.stack.shape, self.to)
                 _copy_experts(self.out, self.stack, self.idle)
         if self.idle:
             out_E = self.out.unbind()
@@ -218,20 +218,20 @@ class CPUExperts(torch.autograd.Function):
         layout = plan(offsets_E1.tolist(), R, M, N, x.dtype, pad=not counting, converts=converts)
         apart = layout.row_P is not None
         x_P = take(x, layout.row_P) if apart else x
-        y_P = _buffers.empty((layout.slots if apart else R, M), x.dtype)
-        pre = _buffers.empty((layout.slots, N), x.dtype) if keep else None
+        y_P = buffers.empty((layout.slots if apart else R, M), x.dtype)
+        pre = buffers.empty((layout.slots, N), x.dtype) if keep else None
         packed = [_Packed(t, layout, x.dtype) for t in (w1, b1, w2, b2)]
         # GELU's value and slope are kept: another [slots, F], for a backward pass without exponentials.
         sloped = keep and APPROXIMATE.get(activation) == "tanh"
-        h = _buffers.empty(pre.shape, x.dtype) if sloped else None
+        h = buffers.empty(pre.shape, x.dtype) if sloped else None
         by_task = [p for p in packed if p.each_N is not None]
         weights = [_Experts(p.stack, layout) for p in packed]
 
         def work(tasks):
             longest = max((t.end - t.start for t in layout.tasks), default=0)
             act = _activation(activation, x.dtype)
-            pre_any = None if keep else _buffers.empty((longest, N), x.dtype)
-            h_any = None if act is None or sloped else _buffers.empty((longest, F), x.dtype)
+            pre_any = None if keep else buffers.empty((longest, N), x.dtype)
+            h_any = None if act is None or sloped else buffers.empty((longest, F), x.dtype)
             for task in tasks:
                 for p in by_task:
                     p.fill(task)
@@ -267,7 +267,7 @@ class CPUExperts(torch.autograd.Function):
         gated = F != N
         apart, in_order = layout.row_P is not None, layout.order_N is not None
         dy_P = take(dy.contiguous(), layout.row_P) if apart else dy.contiguous()
-        dx_P = _buffers.empty(x_P.shape, x_P.dtype) if need[0] else None
+        dx_P = buffers.empty(x_P.shape, x_P.dtype) if need[0] else None
         grads = [_Gradient(n, *(s or (None, None)), layout) for n, s in zip(need[1:5], ctx.shapes, strict=True)]
         dw1, db1, dw2, db2 = grads if in_order else (_Experts(g.stack, layout) for g in grads)
         w1_T, w2_T, none = _Experts(w1.mT, layout), _Experts(w2.mT, layout), _Experts(None, layout)
@@ -291,14 +291,14 @@ class CPUExperts(torch.autograd.Function):
 
         def new_function():
             """Return the activation function, and memory for dh if it needs its own."""
-            dh_any = _buffers.empty((longest, F), pre.dtype) if gated else None
+            dh_any = buffers.empty((longest, F), pre.dtype) if gated else None
             return _activation(ctx.activation, pre.dtype) if act else None, dh_any
 
         longest = max((t.end - t.start for t in layout.tasks), default=0)
         if layout.cut:
-            d_pre = _buffers.empty(pre.shape, pre.dtype)
+            d_pre = buffers.empty(pre.shape, pre.dtype)
             if save_h:
-                h = _buffers.empty((len(pre), F), pre.dtype)
+                h = buffers.empty((len(pre), F), pre.dtype)
 
             def work_rows(tasks):
                 function, dh_any = new_function()
@@ -322,9 +322,9 @@ class CPUExperts(torch.autograd.Function):
 
             def work(tasks):
                 function, dh_any = new_function()
-                d_any = _buffers.empty((longest, N), pre.dtype)
-                h_any = _buffers.empty((longest, F), pre.dtype) if save_h else None
-                scratch = _buffers.empty((most * w1[0].numel(),), pre.dtype) if in_order else None
+                d_any = buffers.empty((longest, N), pre.dtype)
+                h_any = buffers.empty((longest, F), pre.dtype) if save_h else None
+                scratch = buffers.empty((most * w1[0].numel(),), pre.dtype) if in_order else None
                 for task in tasks:
                     here, n = slice(task.start, task.end), task.end - task.start
                     d_t = d_any[:n]
