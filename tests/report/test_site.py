@@ -148,6 +148,9 @@ def test_a_malformed_notebook_table_or_benchmark_is_named_and_the_rest_is_built(
     (root / "benchmarks" / "gate.provenance.json").write_text('{"hardware": "fast"}')
     (root / "benchmarks" / "layer.provenance.json").write_text('{"commit": "abc"}')
     (root / "benchmarks" / "layer.jsonl").write_text('{"ratio": Infinity, "other": NaN}\n')
+    (root / "benchmarks" / "another-cpu").mkdir()
+    (root / "benchmarks" / "another-cpu" / "layer.provenance.json").write_text('{"commit": "def"}')
+    (root / "benchmarks" / "another-cpu" / "layer.jsonl").write_text('{"ratio": 1.5}\n')
     built = site.build(root)
     named = {line.partition(": ")[0] for line in built.unreadable}
     folder = "mine/smoke/20260101-000000"
@@ -160,6 +163,7 @@ def test_a_malformed_notebook_table_or_benchmark_is_named_and_the_rest_is_built(
         and "Executed notebook of mine" not in index
     )
     assert "One MoE layer" in index and "nan" in index, "the other benchmark is shown"
+    assert "equal FLOPs (another-cpu)" in index and 'href="benchmarks/another-cpu/layer.jsonl"' in index
     assert site.build(root).written == 0
     shutil.copy(published / folder / "notebook.ipynb", broken)
     site.build(root)

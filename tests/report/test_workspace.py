@@ -23,8 +23,9 @@ def both(tmp_path, monkeypatch, publish):
     monkeypatch.setenv("MOELAB_RESULTS", str(tmp_path / "results"))
     publish(paths.results(), claims=CLAIMS)
     site.update(publish=True)
-    (paths.results() / "benchmarks").mkdir()
+    (paths.results() / "benchmarks" / "another-cpu").mkdir(parents=True)
     (paths.results() / "benchmarks" / "gate.provenance.json").write_text('{"commit": "aaa"}')
+    (paths.results() / "benchmarks" / "another-cpu" / "gate.provenance.json").write_text('{"commit": "bbb"}')
     publish(paths.own_results(), "scaling", "smoke", "20260102-000000")
     (paths.own_results() / "runs").mkdir()
     (paths.own_results() / "runs" / "350m-s0-abc.zip").write_bytes(b"packed")
@@ -37,6 +38,7 @@ def test_pages_show_both_and_change_neither(both):
     assert built.results == 2 and not built.unreadable and built.index == both / "home" / "pages" / "index.html"
     start = built.index.read_text()
     assert PUBLISHED in start and OWN in start and "gate.provenance.json" in start
+    assert (paths.pages() / "benchmarks" / "another-cpu" / "gate.provenance.json").exists() and "(another-cpu)" in start
     assert (paths.pages() / OWN / "notebook.html").exists()
     assert "350m-s0-abc.zip" in (paths.pages() / "runs.html").read_text()
     assert "350m-s0-abc.zip" not in (paths.results() / "runs.html").read_text()

@@ -116,7 +116,7 @@ def _write_downloads(root: Path, results: Sequence[Result], ledger: Sequence[Ent
     files = {downloads.CLAIMS: root / downloads.CLAIMS}
     for result in sorted(results, key=lambda r: r.path):
         files |= {f"{result.path}/{name}": path for name, path in downloads.members(result).items()}
-    files |= {f"benchmarks/{p.name}": p for p in sorted((root / "benchmarks").glob("*.json*"))}
+    files |= {p.relative_to(root).as_posix(): p for p in sorted((root / "benchmarks").rglob("*.json*"))}
     return written + downloads.write_zip(root / downloads.EVERYTHING, files)
 
 

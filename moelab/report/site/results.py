@@ -202,7 +202,10 @@ BENCHMARKS = {
 
 @dataclass(frozen=True)
 class Benchmark:
-    """The numbers of `moelab bench` or `moelab eval --out`, with the names of their files and their provenance."""
+    """The numbers of `moelab bench` or `moelab eval --out`, with the names of their files and their provenance.
+
+    `name` and `files` are relative to `benchmarks/`; those of a further machine lie in a folder of their own there.
+    """
 
     name: str
     title: str
@@ -218,15 +221,19 @@ class Benchmark:
 def read_benchmarks(root: Path) -> tuple[list[Benchmark], list[str]]:
     """Return what `benchmarks/` holds, by name, and a line for each that cannot be read."""
     found, unreadable = [], []
-    for file in sorted((root / "benchmarks").glob("*.provenance.json")):
-        name = file.name.removesuffix(".provenance.json")
-        files = tuple(sorted(p.name for p in file.parent.glob(f"{name}.*")))
+    folder = root / "benchmarks"
+    for file in sorted((*folder.glob("*.provenance.json"), *folder.glob("*/*.provenance.json"))):
+        machine, name = file.parent.relative_to(folder), file.name.removesuffix(".provenance.json")
+        files = tuple(sorted(p.relative_to(folder).as_posix() for p in file.parent.glob(f"{name}.*")))
+        rows_file = file.with_name(f"{name}.jsonl")
         try:
             provenance = parse_provenance(read_json(file))
-            rows = tuple(read_rows(file.with_name(f"{name}.jsonl"))) if f"{name}.jsonl" in files else ()
+            rows = tuple(read_rows(rows_file)) if rows_file.exists() else ()
         except (ValueError, OSError, RecursionError) as error:
             unreadable.append(unreadable_line(file, root, error))
             continue
         title = typeset(provenance.title or BENCHMARKS.get(name, f"Benchmark: {name}"))
-        found.append(Benchmark(name, title, provenance, files, rows))
+        if machine.name:
+            title += f" ({machine.name})"
+        found.append(Benchmark((machine / name).as_posix(), title, provenance, files, rows))
     return found, unreadable

@@ -38,9 +38,9 @@ def gather(pages: Path, roots: Sequence[Path]) -> None:
     for path, folder in folders.items():
         _link_files(folder, pages / path)
     for root in roots:
-        for name in ("benchmarks", "runs"):
-            if (root / name).is_dir():
-                _link_files(root / name, pages / name)
+        for folder in (root / "benchmarks", *(root / "benchmarks").glob("[!.]*/"), root / "runs"):
+            if folder.is_dir():
+                _link_files(folder, pages / folder.relative_to(root))
 
 
 def _link_files(source: Path, target: Path) -> None:
