@@ -93,6 +93,12 @@ class RunRow:
     provenance: Provenance = field(default_factory=Provenance)
 
     @property
+    def seed(self) -> int:
+        """The seed of its training; -1 where the record has none."""
+        train = self.spec.get("train")
+        return train.get("seed", -1) if isinstance(train, dict) else -1
+
+    @property
     def training(self) -> dict[str, Any]:
         """The fields of `TrainConfig` that tell arms apart: all but the seed and what follows from the peak rate."""
         train = self.spec.get("train")

@@ -82,11 +82,30 @@ class Result:
         n = len(self.summary.seeds)
         return "no seeds: computed" if not n else f"{n} seed{'s' if n > 1 else ''}"
 
+    @cached_property
+    def machines(self) -> dict[str, str]:
+        """Each machine that trained runs, and the arms and seeds that it trained; those with the most runs first."""
+        arms: dict[str, dict[str, list[int]]] = {}
+        for run in self.summary.runs:
+            machine = str(run.provenance.hardware or "unknown hardware")
+            arms.setdefault(machine, {}).setdefault(run.label, []).append(run.seed)
+        most_first = sorted(arms.items(), key=lambda item: -sum(map(len, item[1].values())))
+        return {
+            machine: ", ".join(f"{arm} ({' '.join(map(str, sorted(seeds)))})" for arm, seeds in by_arm.items())
+            for machine, by_arm in most_first
+        }
+
+    @cached_property
+    def mixed_seeds(self) -> list[int]:
+        """The seeds whose runs were not all trained on one machine."""
+        pairs = {(run.seed, str(run.provenance.hardware)) for run in self.summary.runs}
+        return sorted({seed for seed, _ in pairs if sum(seed == one for one, _ in pairs) > 1})
+
     @property
     def hardware(self) -> str:
-        """The machine, as text."""
+        """The machines, as text."""
         machine = self.summary.hardware or self.summary.provenance.hardware
-        text = str(machine) if machine else "unknown hardware"
+        text = "; ".join(self.machines) or (str(machine) if machine else "unknown hardware")
         return f"computed on {text}" if self.scale == "simulated" else text
 
     @property
