@@ -32,7 +32,11 @@ class Hardware:
     gpus: tuple[str, ...] = ()
 
     def __str__(self) -> str:
-        return f"{len(self.gpus)} x {self.gpus[0]}" if self.gpus else f"{self.cores} cores of {self.cpu}"
+        return (
+            f"{len(self.gpus)} x {self.gpus[0]}"
+            if self.gpus
+            else f"{self.cores} core{'s' * (self.cores != 1)} of {self.cpu}"
+        )
 
 
 @dataclass(frozen=True)

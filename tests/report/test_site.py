@@ -173,7 +173,7 @@ def test_a_malformed_notebook_table_or_benchmark_is_named_and_the_rest_is_built(
 def test_a_page_says_which_arms_were_trained_on_which_machine(published, tmp_path):
     root, folder = tmp_path / "results", "pr-moe/cpu/20260103-000000"
     shutil.copytree(published, root)
-    assert "not all trained on one machine" not in (root / folder / "index.html").read_text()
+    assert "not all trained on one kind of processor" not in (root / folder / "index.html").read_text()
     record = json.loads((file := root / folder / "summary.json").read_text())
     for run in record["runs"]:
         if run["label"] == "350M" and run["spec"]["train"]["seed"] == 1:
@@ -181,9 +181,9 @@ def test_a_page_says_which_arms_were_trained_on_which_machine(published, tmp_pat
     file.write_text(json.dumps(record))
     site.build(root)
     page = (root / folder / "index.html").read_text()
-    assert "The runs of seed 1 were not all trained on one machine" in page
-    assert "2 cores of Test: 350M (0 2), 350M+MoE-128 (0 1 2)" in page and "2 cores of Another: 350M (1)" in page
-    assert "2 cores of Test; 2 cores of Another" in page
+    assert "The runs of seed 1 were not all trained on one kind of processor" in page
+    assert "<dd>Test: 350M (0 2), 350M+MoE-128 (0 1 2)</dd>" in page and "<dd>Another: 350M (1)</dd>" in page
+    assert "Test; Another" in page
 
 
 def test_a_link_that_is_no_file_of_the_result_leaves_it_out(published, tmp_path):

@@ -14,6 +14,7 @@ from moelab.paper.verdicts import NOT_TESTABLE, NOT_TESTED, SIMULATED
 from moelab.plotting.typography import typeset
 from moelab.report.summary import (
     FigureRow,
+    Hardware,
     Provenance,
     RunRow,
     Summary,
@@ -84,11 +85,10 @@ class Result:
 
     @cached_property
     def machines(self) -> dict[str, str]:
-        """Each machine that trained runs, and the arms and seeds that it trained; those with the most runs first."""
+        """Each processor that trained runs, and the arms and seeds that it trained; that with the most runs first."""
         arms: dict[str, dict[str, list[int]]] = {}
         for run in self.summary.runs:
-            machine = str(run.provenance.hardware or "unknown hardware")
-            arms.setdefault(machine, {}).setdefault(run.label, []).append(run.seed)
+            arms.setdefault(_processor(run.provenance.hardware), {}).setdefault(run.label, []).append(run.seed)
         most_first = sorted(arms.items(), key=lambda item: -sum(map(len, item[1].values())))
         return {
             machine: ", ".join(f"{arm} ({' '.join(map(str, sorted(seeds)))})" for arm, seeds in by_arm.items())
@@ -97,15 +97,17 @@ class Result:
 
     @cached_property
     def mixed_seeds(self) -> list[int]:
-        """The seeds whose runs were not all trained on one machine."""
-        pairs = {(run.seed, str(run.provenance.hardware)) for run in self.summary.runs}
+        """The seeds whose runs were not all trained on one kind of processor."""
+        pairs = {(run.seed, _processor(run.provenance.hardware)) for run in self.summary.runs}
         return sorted({seed for seed, _ in pairs if sum(seed == one for one, _ in pairs) > 1})
 
     @property
     def hardware(self) -> str:
         """The machines, as text."""
         machine = self.summary.hardware or self.summary.provenance.hardware
-        text = "; ".join(self.machines) or (str(machine) if machine else "unknown hardware")
+        text = str(machine or "unknown hardware")
+        if len(self.machines) > 1:
+            text = "; ".join(self.machines)
         return f"computed on {text}" if self.scale == "simulated" else text
 
     @property
@@ -217,6 +219,11 @@ BENCHMARKS = {
     "decode": "A decoding step: optimised, the paper's baseline, transformers",
 }
 """Title of each benchmark of `moelab bench`."""
+
+
+def _processor(machine: Hardware | None) -> str:
+    """Return the kind of GPU or CPU, which determines how a run is rounded; how many there were does not."""
+    return (machine and (next(iter(machine.gpus), None) or machine.cpu)) or "unknown hardware"
 
 
 @dataclass(frozen=True)
