@@ -182,8 +182,8 @@ def test_a_page_says_which_arms_were_trained_on_which_machine(published, tmp_pat
     site.build(root)
     page = (root / folder / "index.html").read_text()
     assert "The runs of seed 1 were not all trained on one kind of processor" in page
-    assert "<dd>Test: 350M (0 2), 350M+MoE-128 (0 1 2)</dd>" in page and "<dd>Another: 350M (1)</dd>" in page
-    assert "Test; Another" in page
+    assert "<li>Test: 350M (0 2), 350M+MoE-128 (0 1 2)</li>" in page and "<li>Another: 350M (1)</li>" in page
+    assert "<li>Test and Another</li>" in page
 
 
 def test_a_link_that_is_no_file_of_the_result_leaves_it_out(published, tmp_path):

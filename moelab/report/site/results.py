@@ -107,7 +107,8 @@ class Result:
         machine = self.summary.hardware or self.summary.provenance.hardware
         text = str(machine or "unknown hardware")
         if len(self.machines) > 1:
-            text = "; ".join(self.machines)
+            short = [name.partition(" (")[0] for name in self.machines]  # without the list of instruction sets
+            text = " and ".join(short if len(set(short)) == len(short) else self.machines)
         return f"computed on {text}" if self.scale == "simulated" else text
 
     @property
