@@ -20,7 +20,7 @@ SHAPES = [  # S, E, K, capacity
     (7, 2, 1, 4),
     (13, 5, 2, 3),
     (67, 7, 3, 11),
-    (67, 512, 2, 1),
+    (35, 512, 2, 1),
     (70, 64, 8, 12),
     (257, 16, 1, 19),
 ]
@@ -155,7 +155,7 @@ def test_infinite_logits(target):
 
 
 @pytest.mark.parametrize("where", ["nan", "inf", "minus", "choice"])
-@pytest.mark.parametrize("S,E", [(13, 5), (97, 128)])
+@pytest.mark.parametrize("S,E", [(13, 5), (41, 128)])
 def test_bad_tokens_go_nowhere_and_poison_the_losses(target, where, S, E):
     logits = torch.randn(S, E)
     clean = logits[[s for s in range(S) if s not in (3, 7)]]
