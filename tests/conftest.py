@@ -37,7 +37,7 @@ LONGEST = [
 
 
 def pytest_addoption(parser):
-    parser.addoption("--kills", type=int, default=3, help="how often tests/runs/test_kills.py kills each run")
+    parser.addoption("--kills", type=int, default=2, help="how often tests/runs/test_kills.py kills each run")
 
 
 def pytest_xdist_make_scheduler(config, log):

@@ -38,20 +38,19 @@ def _choose(choice_SE: np.ndarray, top_k: int) -> np.ndarray:
     return np.stack(columns, 1)
 
 
-def _sorted(key_N: np.ndarray, falling_N: np.ndarray | None = None) -> np.ndarray:
-    """Return the entries sorted by key (expert ids), then by ``falling_N`` (uint32), then by number, int64 [N].
+def _by_priority(key_N: np.ndarray, falling_N: np.ndarray) -> np.ndarray:
+    """Return the entries sorted by key (expert ids), then falling by ``falling_N`` (uint32), then by number, int64 [N].
 
     NumPy sorts 64-bit numbers with vector instructions, so that one sort of numbers that hold all keys is faster than
     three radix sorts of 16-bit keys that return an order.
     """
     N = len(key_N)
     bits = np.uint64(max(N - 1, 1).bit_length())
-    if falling_N is not None and bits > 22:  # an expert's id has 10 bits
-        return np.lexsort((falling_N, key_N))
+    if bits > 22:  # an expert's id has 10 bits
+        return np.lexsort((~falling_N, key_N))
     joint_N = key_N.astype(np.uint64)
-    if falling_N is not None:
-        joint_N <<= np.uint64(32)
-        joint_N |= falling_N
+    joint_N <<= np.uint64(32)
+    joint_N |= ~falling_N
     joint_N <<= bits
     joint_N |= np.arange(N, dtype=np.uint64)
     joint_N.sort()
@@ -59,35 +58,34 @@ def _sorted(key_N: np.ndarray, falling_N: np.ndarray | None = None) -> np.ndarra
     return joint_N.view(np.int64)
 
 
+def _ranks(order_N: np.ndarray, key_N: np.ndarray, count_E: np.ndarray) -> np.ndarray:
+    """Return the rank of each entry of ``order_N``, which lists the entries by expert, within its expert, int32."""
+    start_E = (np.cumsum(count_E) - count_E).astype(np.int32)
+    return np.arange(len(order_N), dtype=np.int32) - start_E[key_N[order_N]]
+
+
 def _slots(expert_SK: np.ndarray, ok_S, load_E: np.ndarray, capacity, seed):
     """Return (slot [S, K] int32, kept_E int64), by sorts: no masks."""
     S, K = expert_SK.shape
     E = len(load_E)
-    key_N = expert_SK.T.astype(np.int16).ravel()  # k-major
+    key_SK = expert_SK.astype(np.uint8 if E < 256 else np.uint16, order="C")  # NumPy sorts short integers by radix
     if ok_S is not None:
-        key_N[~np.tile(ok_S, K)] = E
-    order = _sorted(key_N)[: int(load_E.sum())]
+        key_SK[~ok_S] = E  # behind all experts
     kept_E = load_E if capacity is None else np.minimum(load_E, capacity)
-    slot_N = np.full(S * K, -1, np.int32)
-    start_E = np.cumsum(load_E) - load_E
-    rank = np.arange(len(order), dtype=np.int32)
-    sorted_key = key_N[order]
-    if kept_E is load_E or (kept_E == load_E).all():
-        slot_N[order] = rank - start_E.astype(np.int32)[sorted_key]
-    elif seed is None:
-        rank = rank - start_E.astype(np.int32)[sorted_key]
-        slot_N[order] = np.where(rank < capacity, rank, np.int32(-1))
+    full = capacity is not None and bool((load_E > capacity).any())
+    if full and seed is not None:
+        by = _by_priority(key_SK.ravel(), priorities_numpy(seed, S, K).ravel())[: int(load_E.sum())]
+        key_SK.ravel()[by[_ranks(by, key_SK.ravel(), load_E) >= capacity]] = E
+        count_E = kept_E
     else:
-        by = _sorted(key_N.reshape(K, S).T.ravel() if K > 1 else key_N, ~priorities_numpy(seed, S, K).ravel())
-        by = by[: len(order)]
-        kept_N = np.zeros(S * K, bool)
-        # `by` and `order` list the same experts in the same order.
-        kept_N[by] = rank - start_E.astype(np.int32)[sorted_key] < capacity
-        if K > 1:
-            kept_N = kept_N.reshape(S, K).T.ravel()
-        order = order[kept_N[order]]
-        start_E = np.cumsum(kept_E) - kept_E
-        slot_N[order] = np.arange(len(order), dtype=np.int32) - start_E.astype(np.int32)[key_N[order]]
+        count_E = load_E
+    key_N = key_SK.T.ravel()  # k-major: first choices come first
+    order_N = key_N.argsort(kind="stable")[: int(count_E.sum())]
+    rank_N = _ranks(order_N, key_N, count_E)
+    if full and seed is None:
+        rank_N[rank_N >= capacity] = -1
+    slot_N = np.full(S * K, -1, np.int32)
+    slot_N[order_N] = rank_N
     return slot_N.reshape(K, S).T, kept_E
 
 

@@ -24,9 +24,13 @@ def _missing(reason: str) -> None:
     pytest.skip(reason)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def chromium():
-    """The browser; its own download of one is not needed."""
+    """The browser; its own download of one is not needed.
+
+    Its event loop counts as running in this thread until it is closed. A notebook executed by the same process would
+    run in another thread meanwhile, where no interrupt ends it.
+    """
     try:
         from playwright.sync_api import sync_playwright
     except ImportError:

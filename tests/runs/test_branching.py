@@ -311,19 +311,21 @@ def test_copies_that_cannot_be_are_refused(experts, start, part, trunk, short):
 
 @pytest.mark.multiprocess
 @pytest.mark.slow
-@pytest.mark.parametrize("few", [0, 2])
-def test_upcycling_on_ranks_is_that_of_one_process(few, trunk):
+@pytest.mark.parametrize(
+    ("few", "layouts"),
+    [
+        (0, [ParallelConfig(data=2), ParallelConfig(data=2, expert_slicing=2)]),
+        (2, [ParallelConfig(data=2, shard=True)]),
+    ],
+)
+def test_upcycling_on_ranks_is_that_of_one_process(few, layouts, trunk):
     """Noise belongs to the expert, not to the rank: of a dense layer, and of one that grows from two experts."""
     trunk = replace(trunk, train=replace(trunk.train, micro_batch=2))
     stem = replace(trunk, model=replace(trunk.model, experts=(0, few, 0, few), residual=bool(few)))
     start = Start(stem, 16 * STEP, upcycle=UpcycleConfig(noise=0.3, scale=1.5))
     branch = replace(trunk, model=replace(trunk.model, experts=(0, 4, 0, 8)), start=start)
     one = Lab(RunStore(Path("one").absolute())).run([branch], executor="inline")[0]
-    for layout in (
-        ParallelConfig(data=2),
-        ParallelConfig(data=2, shard=True),
-        ParallelConfig(data=2, expert_slicing=2),
-    ):
+    for layout in layouts:
         folder = Path(f"{layout.shard}-{layout.expert_slicing}").absolute()
         run = Lab(RunStore(folder)).run([replace(branch, parallel=layout)])[0]
         rows, expected = read_rows(run.path / VALIDATION), read_rows(one.path / VALIDATION)
