@@ -218,6 +218,7 @@ BENCHMARKS = {
     "submit": "What Slurm adds: from submitting to the first step, many runs at once",
     "train": "Training speed of the twins, side by side",
     "decode": "A decoding step: optimised, the paper's baseline, transformers",
+    "decode-bf16": "A decoding step in bf16: optimised, the paper's baseline, transformers",
 }
 """Title of each benchmark of `moelab bench`."""
 
