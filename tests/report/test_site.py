@@ -150,7 +150,9 @@ def test_a_malformed_notebook_table_or_benchmark_is_named_and_the_rest_is_built(
     (root / "benchmarks" / "layer.jsonl").write_text('{"ratio": Infinity, "other": NaN}\n')
     (root / "benchmarks" / "another-cpu").mkdir()
     (root / "benchmarks" / "another-cpu" / "layer.provenance.json").write_text('{"commit": "def"}')
-    (root / "benchmarks" / "another-cpu" / "layer.jsonl").write_text('{"ratio": 1.5}\n')
+    (root / "benchmarks" / "another-cpu" / "layer.jsonl").write_text(
+        '{"ratio": 1.5, "parts_ms": {"gate": 2.25}, "inputs": "%s"}\n' % ("text " * 9)
+    )
     built = site.build(root)
     named = {line.partition(": ")[0] for line in built.unreadable}
     folder = "mine/smoke/20260101-000000"
@@ -164,6 +166,7 @@ def test_a_malformed_notebook_table_or_benchmark_is_named_and_the_rest_is_built(
     )
     assert "One MoE layer" in index and "nan" in index, "the other benchmark is shown"
     assert "equal FLOPs (another-cpu)" in index and 'href="benchmarks/another-cpu/layer.jsonl"' in index
+    assert "2.25" not in index and "text text" not in index, "lists and long texts stand in the data file"
     assert site.build(root).written == 0
     shutil.copy(published / folder / "notebook.ipynb", broken)
     site.build(root)

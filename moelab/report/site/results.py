@@ -245,6 +245,18 @@ class Benchmark:
         """Return whether there is a file `<name><suffix>`."""
         return f"{self.name}{suffix}" in self.files
 
+    @property
+    def table(self) -> list[dict[str, Any]]:
+        """The rows without what makes a table unreadable: lists, objects, and long texts that all rows share."""
+        dropped = {
+            key
+            for row in self.rows
+            for key, value in row.items()
+            if isinstance(value, list | dict)
+            or (isinstance(value, str) and len(value) > 40 and all(other.get(key) == value for other in self.rows))
+        }
+        return [{key: value for key, value in row.items() if key not in dropped} for row in self.rows]
+
 
 def read_benchmarks(root: Path) -> tuple[list[Benchmark], list[str]]:
     """Return what `benchmarks/` holds, by name, and a line for each that cannot be read."""
