@@ -49,4 +49,5 @@ EXPERIMENT = Experiment(
     paper_answer="Yes: experts in the second half of the layers lower the loss clearly more than in the first.",
     scales=twin_scales(4, "350M base with 32 experts; 300 B tokens"),
     arms=ARMS,
+    planned_seeds=5,
 )

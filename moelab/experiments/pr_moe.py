@@ -209,4 +209,5 @@ EXPERIMENT = Experiment(
     scales=twin_scales(10, "the paper's models; 300 B tokens", quick=3),
     arms=ARMS,
     build=build,
+    planned_seeds=5,
 )

@@ -150,4 +150,5 @@ EXPERIMENT = Experiment(
     scales=twin_scales(3, "350M base with 32 experts; 300 B tokens"),
     arms=ARMS,
     measures=True,
+    planned_seeds=5,
 )

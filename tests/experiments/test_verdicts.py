@@ -351,6 +351,11 @@ def test_a_verdict_on_another_number_of_seeds_than_planned_says_so(tmp_path, mon
     claim = paper.claim("moe128-beats-moe32")
     (tmp_path / "x").mkdir()
     publication = Publication("pr-moe", "cpu", {}, tmp_path / "x", interactive=False)
-    publication.claims([judge(claim, values, scale="cpu") for values in ([-0.1, -0.11], [-0.1, -0.11, -0.12], [-0.1])])
-    two, three, one = (verdict.note for verdict in publication.verdicts)
-    assert "3 seeds were planned" in two and "planned" not in three and "planned" not in one
+    publication.claims(
+        [
+            judge(claim, values, scale="cpu")
+            for values in ([-0.1, -0.11, -0.12], [-0.1, -0.11, -0.12, -0.1, -0.11], [-0.1])
+        ]
+    )
+    three, five, one = (verdict.note for verdict in publication.verdicts)
+    assert "5 seeds were planned" in three and "planned" not in five and "planned" not in one
