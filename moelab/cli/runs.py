@@ -26,9 +26,18 @@ def export_(
     to = to or records.folder(publish=publish)
     store = RunStore()
     runs = store.select(names or (), file="result.json")
-    for run in runs:
-        records.write(store.at(run), to)
-    print(f"{len(runs)} runs packed into {to}")
+    packed = 0
+    for name in runs:
+        try:
+            run = store.at(name)
+        except ValueError as error:  # made by another version; the others are good
+            print(f"moelab: {error}", file=sys.stderr)
+            continue
+        records.write(run, to)
+        packed += 1
+    print(f"{packed} runs packed into {to}")
+    if refused := len(runs) - packed:
+        raise ValueError(f"{refused} of {len(runs)} runs cannot be read and were not packed")
 
 
 @app.command(name="import")

@@ -3,6 +3,7 @@
 import io
 import json
 import re
+import shutil
 import struct
 import tracemalloc
 import zipfile
@@ -10,7 +11,7 @@ from dataclasses import replace
 
 import pytest
 
-from moelab.cli.runs import import_
+from moelab.cli.runs import export_, import_
 from moelab.experiments import pr_moe
 from moelab.files import write_json
 from moelab.runs import preflight, records
@@ -203,3 +204,17 @@ def test_a_bad_archive_keeps_no_other_from_being_taken(finished, tmp_path, monke
         import_(tmp_path / "zips")
     shown = capsys.readouterr()
     assert "1 runs taken over, 0 were here already" in shown.out and "a.zip: unreadable" in shown.err
+
+
+def test_a_run_of_another_version_keeps_no_other_from_being_packed(finished, tmp_path, monkeypatch, capsys):
+    shutil.copytree(finished.path, tmp_path / "home" / "runs" / finished.path.name)
+    old = shutil.copytree(finished.path, tmp_path / "home" / "runs" / "350m-old")
+    spec = json.loads((old / "spec.json").read_text())
+    spec["data"]["part"] = "first half"
+    (old / "spec.json").write_text(json.dumps(spec))
+    monkeypatch.setenv("MOELAB_HOME", str(tmp_path / "home"))
+    with pytest.raises(ValueError, match="1 of 2 runs cannot be read and were not packed"):
+        export_(to=tmp_path / "zips")
+    said = capsys.readouterr()
+    assert "1 runs packed" in said.out and "350m-old" in said.err and "got 'first half'" in said.err
+    assert [p.stem for p in (tmp_path / "zips").iterdir()] == [finished.path.name]
