@@ -223,6 +223,7 @@ def measure(
     *,
     backward: bool = True,
     only: Sequence[str] = (),
+    slow: dict[str, int] | None = None,
     on_failure: OnFailure | None = None,
 ) -> list[Row]:
     """Return the rows of one case.
@@ -231,6 +232,8 @@ def measure(
         backward: False times the forward pass alone, without gradients, as at inference; the floor is then the
             products once and the weights read once.
         only: see `candidates`.
+        slow: the candidates that an earlier case left out as too slow, and its number of experts; they are not tried
+            with as many or more. What this case leaves out is added.
         on_failure: called with the candidates that raise, or whose result is wrong where it is checked, which are then
             left out; None lets the first one raise.
     """
@@ -283,7 +286,10 @@ def measure(
             return True
 
         made = {name: call for name, call in made.items() if runs(name, call)}
+    slow = {} if slow is None else slow
+    made = {name: call for name, call in made.items() if slow.get(name, size.experts + 1) > size.experts}
     times = harness.in_turns(made, new_round, timing)
+    slow |= dict.fromkeys(made.keys() - times.keys(), size.experts)
     measured = states.measured()
     passes = 3 if backward else 1
     used = min(measured["used_experts"] * K, size.experts)
@@ -317,8 +323,9 @@ def main(
     found: list[Row] = []
     for count in threads:
         torch.set_num_threads(count)
+        slow: dict[str, dict[str, int]] = {}
         for size in sizes:
-            case = measure(size, timing, only=only)
+            case = measure(size, timing, only=only, slow=slow.setdefault(size.dtype, {}))
             show(case)
             found += case
     if out is None:

@@ -1,6 +1,8 @@
 """`bench layer`, `gate` and the parts compare like with like: the candidates compute the same thing."""
 
 import json
+import time
+from dataclasses import replace
 
 import pytest
 import torch
@@ -87,6 +89,16 @@ def test_layer_forward_only_and_a_choice_of_candidates():
         layer.measure(LayerSize(8, 32, 64, 4), QUICK, only=["einsum"])
     with pytest.raises(ValueError, match="dtype must be one of fp32, bf16, got 'fp64'"):
         LayerSize(8, 32, 64, 4, "fp64")
+
+
+def test_what_was_too_slow_is_not_tried_with_more_experts(monkeypatch):
+    loop, calls = layer.loop, []
+    monkeypatch.setattr(layer, "loop", lambda *args: (calls.append(1), time.sleep(1.5), loop(*args))[2])
+    timing, slow, only = replace(QUICK, warm_up=1, longest_s=0.2), {}, [layer.LOOP, layer.DROP_FREE]
+    for experts, expected in ((4, 1), (8, 1), (2, 2)):
+        names = [row.candidate for row in layer.measure(LayerSize(8, 32, 64, experts), timing, only=only, slow=slow)]
+        assert names == ["dense", layer.DROP_FREE] and len(calls) == expected
+    assert slow == {layer.LOOP: 2}
 
 
 def test_the_command_measures_every_case(tmp_path):
