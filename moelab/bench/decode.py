@@ -1,4 +1,4 @@
-"""`moelab bench decode`: what a token costs: optimised, the paper's baseline, others, side by side.
+"""`moelab bench decode`: what a token costs: our modes, the paper's baseline among them, and others, side by side.
 
 Random weights; in each round a batch of new prompts, `prompt` tokens of text each, the same for all candidates, which
 take turns and generate `output` tokens for every prompt, greedily; one round warms up. The first token's time is that
@@ -52,8 +52,11 @@ from moelab.engine.launch import process
 from moelab.engine.mesh import Mesh
 from moelab.engine.testing import Ranks
 from moelab.inference.generate import Generator
-from moelab.inference.modes import MODES, set_mode
+from moelab.inference.modes import can_be_invariant, set_mode
 from moelab.inference.text import DTYPES
+
+RANK_MODES = ("optimised", "baseline")
+"""The modes measured on ranks."""
 
 
 def named(name: str) -> ModelConfig:
@@ -66,7 +69,10 @@ def named(name: str) -> ModelConfig:
 def measure(
     config: ModelConfig, batches: list[int], settings: DecodeSettings, device: str, dtype: str = "fp32"
 ) -> list[Row]:
-    """Return the rows of one model in one process: our two modes and, where installed, transformers, at every batch."""
+    """Return the rows of one model in one process: our modes and, where installed, transformers, at every batch.
+
+    The mode "invariant" is left out in bf16, where it is the optimised one.
+    """
     timing = settings.timing(device)
     rates = Rates(read_rate(timing), harness.product_rate(DTYPES[dtype], timing))
     reference = filled(config, device, DTYPES[dtype])
@@ -75,6 +81,8 @@ def measure(
         "baseline": set_mode(filled(config, device, DTYPES[dtype]), "baseline"),
         "optimised": set_mode(reference, "optimised"),
     }
+    if dtype == "fp32" and can_be_invariant(reference.token_embedding.weight):
+        models["invariant"] = set_mode(filled(config, device), "invariant")
     turns: dict[int, dict[str, list[Turns]]] = {}
     for batch in batches:
         ours = {name: Generator(model, batch=batch) for name, model in models.items()}
@@ -112,7 +120,7 @@ def measure_rank(
         mode: Generator(
             set_mode(engine.build(config, 0, mesh).module, mode), batch=-(-batch // mesh.data.size), mesh=mesh
         )
-        for mode in MODES
+        for mode in RANK_MODES
     }
     new_prompts = round_prompts(config, batch, settings)
     candidates = {mode: lambda given, g=g: our_turns(g, given, settings.output) for mode, g in generators.items()}
@@ -172,7 +180,7 @@ def slowest(
 ) -> list[Row]:
     """Return the rows of what the ranks measured: of each mode the slowest rank's times, with the floor."""
     turns, numbers, floors = {}, {}, {}
-    for mode in MODES:
+    for mode in RANK_MODES:
         last = max(answers, key=lambda a: statistics.median(t for times in a["turns"][mode] for t in times[1:]))
         turns[mode], numbers[mode] = last["turns"][mode], last["numbers"][mode]
         # Each rank reads the shared weights and, on average, its share of the experts that tokens chose.

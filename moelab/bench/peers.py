@@ -217,9 +217,9 @@ def generators(model: GPT, length: int) -> dict[str, Peer]:
 
     A model that one of transformers' classes describes (GPT-2, or one of the MoE families of
     `moelab.engine.checkpoint.hf_families`) is exported and loaded: the same weights, and the tokens must be the same. A
-    model of the paper with top-1 experts is compared with a Mixtral of as many MoE layers with as many experts of equal
-    size (gated, so the width is cut to two thirds) and nothing in between, so the peer has fewer layers of attention to
-    compute.
+    model of the paper with top-1 experts is compared with a Qwen3-MoE of the same layers, dense and MoE in turn, whose
+    feed-forwards and experts have equal numbers of weights (they are gated, so the width is cut to two thirds). It
+    normalises queries and keys and rotates positions in addition.
 
     Args:
         length: of prompt and output, in tokens.
@@ -238,27 +238,32 @@ def generators(model: GPT, length: int) -> dict[str, Peer]:
         return {"transformers generate": Peer(theirs.to(device))}
     if model.config.decoder != DecoderConfig() or not model.config.is_moe:
         return {}
-    if model.config.top_k > 1 or model.config.residual:
+    if model.config.residual or len(set(model.config.experts) - {0}) > 1:
         return {}
-    return {"transformers Mixtral": Peer(_mixtral(model.config, length).to(device, model.token_embedding.weight.dtype))}
+    theirs = _qwen3_moe(model.config, length)
+    return {"transformers Qwen3-MoE": Peer(theirs.to(device, model.token_embedding.weight.dtype))}
 
 
-def _mixtral(config: ModelConfig, length: int) -> nn.Module:
-    from transformers import MixtralConfig, MixtralForCausalLM
+def _qwen3_moe(config: ModelConfig, length: int) -> nn.Module:
+    from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
-    theirs = MixtralConfig(
+    theirs = Qwen3MoeConfig(
         vocab_size=config.vocab,
         hidden_size=config.hidden,
-        intermediate_size=config.ffn * 2 // 3 // 16 * 16,
-        num_hidden_layers=config.moe_layers,
+        intermediate_size=gated_width(config.ffn),
+        moe_intermediate_size=gated_width(config.ffn),
+        num_hidden_layers=config.layers,
+        mlp_only_layers=[i for i, experts in enumerate(config.experts) if not experts],
+        decoder_sparse_step=1,
         num_attention_heads=config.heads,
         num_key_value_heads=config.heads,
-        num_local_experts=max(config.experts),
-        num_experts_per_tok=1,
+        head_dim=config.head_size,
+        num_experts=max(config.experts),
+        num_experts_per_tok=config.top_k,
         max_position_embeddings=length,
         tie_word_embeddings=True,
         initializer_range=config.init_std,
         bos_token_id=None,
         eos_token_id=None,
     )
-    return MixtralForCausalLM(theirs)
+    return Qwen3MoeForCausalLM(theirs)

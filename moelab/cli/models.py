@@ -26,7 +26,9 @@ def generate(
     top_k: Annotated[int, typer.Option(help="draw from the k likeliest tokens; 0 is all")] = 0,
     top_p: Annotated[float, typer.Option(help="draw from the likeliest tokens of this probability")] = 1.0,
     seed: Annotated[int, typer.Option(help="of the draws")] = 0,
-    mode: Annotated[str, typer.Option(help="optimised, or baseline: the paper's PyTorch")] = "optimised",
+    mode: Annotated[
+        str, typer.Option(help="optimised; invariant: the same bits in any batch; baseline: the paper's PyTorch")
+    ] = "optimised",
     dtype: Annotated[str, typer.Option(help="fp32 or bf16")] = "fp32",
     device: Annotated[str, typer.Option(help="cpu or cuda")] = "cpu",
     tensor: Annotated[int, typer.Option(help="on ranks: tensor slicing")] = 1,
@@ -42,7 +44,7 @@ def generate(
     Under torchrun or srun, ranks share the model.
     """
     check_device(device)
-    check_choice("--mode", mode, ("optimised", "baseline"))
+    check_choice("--mode", mode, ("optimised", "invariant", "baseline"))
     check_dtypes([dtype])
     check_choice("--exchange", exchange, EXCHANGES)
     directory = RunStore().find(run)

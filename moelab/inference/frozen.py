@@ -1,17 +1,17 @@
 """Freeze a model for inference on a CPU: prepare its matrices for the products of few rows of a decoding step.
 
-A large matrix is packed into oneDNN's memory layout, which is faster at few rows than the plain product; GELU and the
-sum with the residual stream are fused into the product. A call of oneDNN takes about 9 us longer than a plain product,
-so that small matrices are not packed (`PACK_FROM`). The cost of other calls does not depend on the number of rows
-either: `moelab.inference.frozen_blocks` has the modules that make few of them.
-
-A row's result is bitwise independent of the other rows. oneDNN's products have this property for any number of rows,
-plain ones (MKL) from a number of rows that depends on the processor and the shape (`least_rows`); fewer rows are
-repeated to reach it. Neither library guarantees the property: plain products are examined on the machine, packed ones
-by tests. At one row, a product that reads the plain matrix by columns would be faster, but has not this property.
-
-Each expert is frozen on its own, so that a step only reads the weights of experts that have tokens. Packed copies
+GELU and the sum with the residual stream are fused into the product where oneDNN computes it. The cost of other calls
+does not depend on the number of rows: `moelab.inference.frozen_blocks` has the modules that make few of them. Each
+expert is frozen on its own, so that a step only reads the weights of experts that have tokens. Copies of the matrices
 replace the parameters, which are freed one by one.
+
+**The fastest products** (fp32): the matrix stays as it is. MKL multiplies few rows by it, oneDNN more (`_by_rows`).
+
+**Batch-invariant products**: a row's result is bitwise independent of the other rows. oneDNN's products of packed
+matrices have this property for any number of rows, MKL's from a number of rows that depends on the processor and the
+shape (`least_rows`); fewer rows are repeated to reach it. Neither library guarantees the property: MKL's products are
+examined on the machine, packed ones by tests. A call of oneDNN takes about 9 us longer than one of MKL, so that small
+matrices are not packed (`PACK_FROM`). In bf16 packed products are the fastest as well, so that there is no choice.
 """
 
 from __future__ import annotations
@@ -34,6 +34,13 @@ packed one 15 and 22 us; with 2**18 elements, 25 and 80 us against 32 and 60 us.
 """
 MOST_REPEATED = 8
 """Matrices whose plain products need more rows than this to be independent are packed."""
+LARGE = 1 << 19
+"""Elements of the largest matrix with which MKL multiplies up to 12 rows faster than oneDNN does; else it is 4.
+
+Measured on an Intel Xeon with AMX, two threads, matrices of 2**18 to 2**20 elements that are in no cache: at one row
+MKL takes 0.5 to 0.7 of the time of the packed product, at 8 rows 0.8 and 1.2 of it with 2**19 and 2**20 elements, at 16
+rows 1.5 of it. oneDNN's product of a matrix that is not packed takes 1.0 to 1.3 times that of a packed one.
+"""
 _EXAMINED = (*range(1, 65), 100, 256, 1000)
 
 
@@ -53,14 +60,22 @@ Product = Callable[..., Tensor]
 """
 
 
-def product(weight_NK: Tensor) -> Product:
-    """Return the function that multiplies by this matrix, packed if that is faster."""
+def product(weight_NK: Tensor, batch_invariant: bool) -> Product:
+    """Return the function that multiplies by this matrix: the fastest, or the fastest with batch-invariant results."""
     weight_NK = weight_NK.detach()
-    if weight_NK.dtype == torch.float32 and weight_NK.numel() < PACK_FROM:
-        rows = least_rows(*weight_NK.shape, torch.get_num_threads())
-        if rows <= MOST_REPEATED:
-            return functools.partial(_plain, weight_NK, rows)
+    if weight_NK.dtype == torch.float32:
+        if not batch_invariant:
+            return functools.partial(_by_rows, weight_NK.contiguous())
+        if weight_NK.numel() < PACK_FROM:
+            rows = least_rows(*weight_NK.shape, torch.get_num_threads())
+            if rows <= MOST_REPEATED:
+                return functools.partial(_plain, weight_NK, rows)
     return functools.partial(_packed, torch.ops.mkldnn._reorder_linear_weight(weight_NK.contiguous()))
+
+
+def few_rows(weight_NK: Tensor) -> int:
+    """Return the number of rows up to which MKL multiplies by this fp32 matrix, see `LARGE`."""
+    return 12 if weight_NK.numel() <= LARGE else 4
 
 
 @functools.cache
@@ -103,20 +118,50 @@ def _plain(
     return F.gelu(y, approximate="tanh") if gelu else y
 
 
+def _by_rows(
+    weight_NK: Tensor, x: Tensor, bias: Tensor | None, gelu: bool = False, add: Tensor | None = None
+) -> Tensor:
+    if x.numel() > few_rows(weight_NK) * x.shape[-1]:
+        return _packed(weight_NK, x, bias, gelu, add)  # the same call computes with a matrix that is not packed
+    y = F.linear(x, weight_NK, bias)
+    if add is not None:
+        return y.add_(add)
+    return F.gelu(y, approximate="tanh") if gelu else y
+
+
+class Matrix:
+    """Hold an fp32 matrix [N, K] for products that write to given memory."""
+
+    def __init__(self, weight_NK: Tensor) -> None:
+        self.weight_NK = weight_NK.contiguous()
+        self.weight_KN, self.few = self.weight_NK.t(), few_rows(weight_NK)  # found once: a call takes microseconds
+
+    def multiply(self, x_RK: Tensor, bias_N: Tensor | None, out_RN: Tensor) -> None:
+        """Write x_RK @ weight.T + bias to `out_RN`; x has at least one row."""
+        if len(x_RK) > self.few:
+            out_RN.copy_(_linear(x_RK, self.weight_NK, bias_N, "none", [], ""))
+        elif bias_N is None:
+            torch.mm(x_RK, self.weight_KN, out=out_RN)
+        else:
+            torch.addmm(bias_N, x_RK, self.weight_KN, out=out_RN)
+
+
 # -- linear layers -----------------------------------------------------------------------------------------------------
 
 
-def freeze_linear(linear: nn.Linear, gelu: bool = False) -> FrozenLinear | FrozenRowLinear:
+def freeze_linear(linear: nn.Linear, batch_invariant: bool, gelu: bool = False) -> FrozenLinear | FrozenRowLinear:
     """Return the frozen form of a linear layer, whole or sliced; `gelu` applies to a whole or column-sliced one."""
-    return FrozenRowLinear(linear) if isinstance(linear, RowLinear) else FrozenLinear(linear, gelu)
+    if isinstance(linear, RowLinear):
+        return FrozenRowLinear(linear, batch_invariant)
+    return FrozenLinear(linear, batch_invariant, gelu)
 
 
 class FrozenLinear(nn.Module):
     """Compute a linear layer (or one rank's column slice of it), with `gelu` followed by GELU."""
 
-    def __init__(self, linear: nn.Linear, gelu: bool = False) -> None:
+    def __init__(self, linear: nn.Linear, batch_invariant: bool, gelu: bool = False) -> None:
         super().__init__()
-        self.product, self.gelu = product(linear.weight), gelu
+        self.product, self.gelu = product(linear.weight, batch_invariant), gelu
         self.bias = None if linear.bias is None else linear.bias.detach()
 
     def forward(self, x: Tensor, add: Tensor | None = None) -> Tensor:
@@ -127,9 +172,9 @@ class FrozenLinear(nn.Module):
 class FrozenRowLinear(nn.Module):
     """Compute a row slice of a linear layer: sum the partial products over the tensor group, then add the bias."""
 
-    def __init__(self, linear: RowLinear) -> None:
+    def __init__(self, linear: RowLinear, batch_invariant: bool) -> None:
         super().__init__()
-        self.product, self.group = product(linear.weight), linear.group
+        self.product, self.group = product(linear.weight, batch_invariant), linear.group
         self.bias = None if linear.bias is None else linear.bias.detach()
 
     def forward(self, x: Tensor, add: Tensor | None = None) -> Tensor:

@@ -10,15 +10,16 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moelab import kernels
 from moelab.engine.parallel import SlicedExperts
-from moelab.inference.frozen import FrozenLinear, freeze_linear, product
+from moelab.inference.frozen import FrozenLinear, Matrix, freeze_linear, product
 from moelab.models import GPT
 from moelab.models.activations import swiglu
 from moelab.models.attention import Attention, Past
@@ -31,11 +32,15 @@ from moelab.models.routing import SCORES, Router, Routing
 Module = TypeVar("Module", bound=nn.Module)
 
 
-def freeze(model: GPT) -> None:
-    """Replace the modules that compute matrix products by frozen ones, in place."""
+def freeze(model: GPT, batch_invariant: bool) -> None:
+    """Replace the modules that compute matrix products by frozen ones, in place.
+
+    Args:
+        batch_invariant: whether a token's results have the same bits whatever other tokens are computed with it.
+    """
     for i, block in enumerate(model.blocks):  # one by one, so that the parameters of one block at a time exist twice
-        model.blocks[i] = FrozenBlock(block)
-    head, norm = product(model.output_weight), freeze_norm(model.norm)
+        model.blocks[i] = FrozenBlock(block, batch_invariant)
+    head, norm = product(model.output_weight, batch_invariant), freeze_norm(model.norm)
     model.output = None
     model.head = lambda x: head(norm(x), None)
 
@@ -69,13 +74,15 @@ def sigmoid(x: np.ndarray) -> np.ndarray:
 class FrozenBlock(nn.Module):
     """Compute one layer as `Block`; sums with the residual stream are part of the products."""
 
-    def __init__(self, block: Block) -> None:
+    def __init__(self, block: Block, batch_invariant: bool) -> None:
         super().__init__()
         self.attention_norm, self.ffn_norm = freeze_norm(block.attention_norm), freeze_norm(block.ffn_norm)
         kind = FrozenAttention if isinstance(block.attention, Attention) else FrozenGroupedAttention
         self.attention = _as(kind, block.attention)
-        self.attention.qkv, self.attention.out = freeze_linear(block.attention.qkv), freeze_linear(block.attention.out)
-        self.ffn = FrozenMoE.of(block.ffn) if isinstance(block.ffn, MoE) else FrozenMLP(block.ffn)
+        self.attention.qkv = freeze_linear(block.attention.qkv, batch_invariant)
+        self.attention.out = freeze_linear(block.attention.out, batch_invariant)
+        make = FrozenMoE.of if isinstance(block.ffn, MoE) else FrozenMLP
+        self.ffn = make(block.ffn, batch_invariant)
 
     def forward(
         self, x_BTM: Tensor, past: Past | None = None, rotation: Rotation | None = None
@@ -121,10 +128,11 @@ class FrozenGroupedAttention(GroupedAttention):
 class FrozenMLP(nn.Module):
     """Compute a dense feed-forward."""
 
-    def __init__(self, mlp: MLP) -> None:
+    def __init__(self, mlp: MLP, batch_invariant: bool) -> None:
         super().__init__()
         self.gated = mlp.gated
-        self.up, self.down = freeze_linear(mlp.up, gelu=not mlp.gated), freeze_linear(mlp.down)
+        self.up = freeze_linear(mlp.up, batch_invariant, gelu=not mlp.gated)
+        self.down = freeze_linear(mlp.down, batch_invariant)
 
     def forward(self, x: Tensor, add: Tensor | None = None) -> Tensor:
         """Return the output [..., M] of x [..., M], with `add` [..., M] added."""
@@ -165,13 +173,16 @@ class FrozenMoE(MoE):
     """Compute `MoE`, with few calls where the experts are all in this process and no token is dropped."""
 
     @classmethod
-    def of(cls, moe: MoE) -> FrozenMoE:
+    def of(cls, moe: MoE, batch_invariant: bool) -> FrozenMoE:
         """Return the frozen form of a layer, which loses its parameters."""
         frozen = _as(cls, moe)
-        frozen.router, frozen.experts = FrozenRouter(moe.router), FrozenExperts(moe.experts)
-        frozen.mlp = None if moe.mlp is None else FrozenMLP(moe.mlp)
+        frozen.router = FrozenRouter(moe.router, batch_invariant)
+        plain = moe.experts.up.dtype == torch.float32 and not batch_invariant
+        frozen.experts = FrozenExperts(moe.experts) if plain else PackedExperts(moe.experts)
+        frozen.mlp = None if moe.mlp is None else FrozenMLP(moe.mlp, batch_invariant)
         if moe.mix is not None:
-            frozen.mix = FrozenMix(moe.mix) if isinstance(moe.mix, Mix) else FrozenSharedGate(moe.mix)
+            kind = FrozenMix if isinstance(moe.mix, Mix) else FrozenSharedGate
+            frozen.mix = kind(moe.mix, batch_invariant)
         return frozen
 
     def forward(self, x: Tensor, add: Tensor | None = None) -> tuple[Tensor, Routing | None]:
@@ -217,10 +228,10 @@ class FrozenMoE(MoE):
 class FrozenRouter(Router):
     """Route with a frozen matrix, by the rules of `Router.route`."""
 
-    def __init__(self, router: Router) -> None:
+    def __init__(self, router: Router, batch_invariant: bool) -> None:
         super().__init__(0, router.experts, router.top_k, router.config)
         self.share(router)
-        self.product = product(router.weight.float())
+        self.product = product(router.weight.float(), batch_invariant)
 
     def forward(self, x_SM: Tensor, sequences: int = 1) -> Routing:
         """Route as `Router.forward`; runs outside autocast."""
@@ -253,9 +264,9 @@ class FrozenRouter(Router):
 class FrozenMix(nn.Module):
     """Compute the residual form's learned mix."""
 
-    def __init__(self, mix: Mix) -> None:
+    def __init__(self, mix: Mix, batch_invariant: bool) -> None:
         super().__init__()
-        self.linear = FrozenLinear(mix)
+        self.linear = FrozenLinear(mix, batch_invariant)
 
     def forward(self, routed_SM: Tensor, fixed_SM: Tensor, x_SM: Tensor) -> Tensor:
         """Return the weighted sum of the branches, as `Mix.forward`."""
@@ -266,9 +277,9 @@ class FrozenMix(nn.Module):
 class FrozenSharedGate(nn.Module):
     """Compute the gated sum of routed and shared experts."""
 
-    def __init__(self, gate: SharedGate) -> None:
+    def __init__(self, gate: SharedGate, batch_invariant: bool) -> None:
         super().__init__()
-        self.linear = FrozenLinear(gate)
+        self.linear = FrozenLinear(gate, batch_invariant)
 
     def forward(self, routed_SM: Tensor, fixed_SM: Tensor, x_SM: Tensor) -> Tensor:
         """Return the sum of the branches, as `SharedGate.forward`."""
@@ -277,19 +288,26 @@ class FrozenSharedGate(nn.Module):
 
 
 class FrozenExperts(nn.Module):
-    """Compute experts that are frozen one by one: a call only reads the weights of experts that have rows."""
+    """Compute experts that are frozen one by one, in fp32: a call only reads the weights of experts that have rows.
+
+    All rows share one activation, and the products write to its input and to the output.
+    """
 
     def __init__(self, experts: Experts) -> None:
         super().__init__()
         self.gated = experts.activation == "swiglu"
-        up, down = experts.up.detach().flatten(2), experts.down.detach()
-        self.up, self.down = ([product(w.T) for w in stack] for stack in (up, down))
-        self.up_bias = self.down_bias = [None] * len(up)
+        self.up, self.down = self.prepare(experts.up.detach().flatten(2)), self.prepare(experts.down.detach())
+        self.up_bias = self.down_bias = [None] * len(self.up)
         if experts.down_bias is not None:
             bias = experts.down_bias.detach()
             if isinstance(experts, SlicedExperts) and not experts.adds_bias:
                 bias = bias * 0
             self.up_bias, self.down_bias = list(experts.up_bias.detach().flatten(1)), list(bias)
+
+    @staticmethod
+    def prepare(stack_EKN: Tensor) -> list[Any]:
+        """Return what `of_rows` uses of each expert's matrix: here a `Matrix`."""
+        return [Matrix(weight_KN.T) for weight_KN in stack_EKN]
 
     def forward(self, rows_RM: Tensor, offsets_E1: Tensor) -> Tensor:
         """Return the experts' outputs, as `Experts.forward`."""
@@ -303,6 +321,30 @@ class FrozenExperts(nn.Module):
 
         Rows after the last expert's are empty and become zeros.
         """
+        R, N, filled = len(rows_RM), len(self.up[0].weight_NK), bounds[-1] if experts else 0
+        sizes = [b - a for a, b in itertools.pairwise(bounds)] if experts else []
+        sizes.append(R - filled)
+        h_RN, y_RM = rows_RM.new_empty(R, N), torch.empty_like(rows_RM)
+        for e, x, h in zip(experts, rows_RM.split(sizes), h_RN.split(sizes), strict=False):
+            self.up[e].multiply(x, self.up_bias[e], h)
+        h_RN[filled:].zero_()
+        h_RF = swiglu(h_RN) if self.gated else F.gelu(h_RN, approximate="tanh")
+        for e, h, y in zip(experts, h_RF.split(sizes), y_RM.split(sizes), strict=False):
+            self.down[e].multiply(h, self.down_bias[e], y)
+        y_RM[filled:].zero_()
+        return y_RM
+
+
+class PackedExperts(FrozenExperts):
+    """Compute experts that are packed one by one, with batch-invariant results."""
+
+    @staticmethod
+    def prepare(stack_EKN: Tensor) -> list[Any]:
+        """Return what `of_rows` uses of each expert's matrix: the function that multiplies by it."""
+        return [product(weight_KN.T, batch_invariant=True) for weight_KN in stack_EKN]
+
+    def of_rows(self, rows_RM: Tensor, experts: list[int], bounds: list[int]) -> Tensor:
+        """Return the outputs, as `FrozenExperts.of_rows`."""
         R, outputs = len(rows_RM), []
         groups = [rows_RM] if bounds == [0, R] else (rows_RM[a:b] for a, b in itertools.pairwise(bounds))
         for e, rows in zip(experts, groups, strict=True) if experts else ():

@@ -1,4 +1,4 @@
-"""Switch a model to a mode of inference: "optimised", the fast path, or "baseline", the paper's PyTorch baseline.
+"""Switch a model to a mode of inference: the fast path, one whose results are batch-invariant, the paper's baseline.
 
 **baseline** (section 5.4): gating by one-hot masks, dispatch and combine by einsum, and every expert computes as many
 rows as the busiest one (`moelab.models.baseline`). Among ranks, all slots, also empty ones, are sent in flat
@@ -6,11 +6,16 @@ all-to-alls (`moelab.engine.padded`).
 
 **optimised**: on CUDA, the fused gate, table and grouped kernels that training uses as well. On a CPU, each matrix is
 frozen for fast products of few rows, by few calls (`moelab.inference.frozen`, `frozen_blocks`).
+
+**invariant** (CPU): as optimised, and a sequence has the same bits in any batch, because the products of a row do not
+depend on the other rows. Evaluations use it. In bf16 the optimised mode has this property as well.
 """
 
 from __future__ import annotations
 
 from dataclasses import replace
+
+from torch import Tensor
 
 from moelab.inference.frozen import can_freeze
 from moelab.inference.frozen_blocks import freeze
@@ -18,7 +23,7 @@ from moelab.models import GPT
 from moelab.models.baseline import MaskRouter
 from moelab.models.moe import MoE
 
-MODES = ("optimised", "baseline")
+MODES = ("optimised", "invariant", "baseline")
 STATIC_TOKENS = 64
 """On CUDA, the baseline uses a fixed number of slots up to this many tokens, so that a graph can capture the step."""
 
@@ -27,16 +32,21 @@ def set_mode(model: GPT, mode: str = "optimised", *, drop_free: bool = True) -> 
     """Switch the model to a mode and to evaluation, in place, and return it.
 
     Args:
-        mode: "optimised" or "baseline".
+        mode: one of `MODES`.
         drop_free: False keeps the routing's evaluation capacity, with which a token may be dropped depending on the
             other tokens of the batch.
 
     Raises:
-        ValueError: unknown mode.
+        ValueError: unknown mode, or "invariant" where it is not possible (`can_be_invariant`).
     """
     if mode not in MODES:
-        raise ValueError(f"inference: mode must be {' or '.join(map(repr, MODES))}, got {mode!r}")
+        raise ValueError(f"inference: mode must be {', '.join(map(repr, MODES[:-1]))} or {MODES[-1]!r}, got {mode!r}")
     weight = model.token_embedding.weight
+    if mode == "invariant" and not can_be_invariant(weight):
+        raise ValueError(
+            f"inference: mode 'invariant' needs a CPU whose oneDNN computes in the weights' dtype, "
+            f"got {weight.dtype} on {weight.device.type}; 'optimised' works everywhere"
+        )
     for moe in [block.ffn for block in model.blocks if isinstance(block.ffn, MoE)]:
         if drop_free:
             moe.router.config = replace(moe.router.config, drop_tokens=False)
@@ -45,6 +55,11 @@ def set_mode(model: GPT, mode: str = "optimised", *, drop_free: bool = True) -> 
             moe.set_dispatch("einsum", static_tokens=STATIC_TOKENS if weight.device.type == "cuda" else 0)
         else:
             moe.set_dispatch("local")
-    if mode == "optimised" and weight.device.type == "cpu" and can_freeze(weight.dtype):
-        freeze(model)
+    if mode != "baseline" and weight.device.type == "cpu" and can_freeze(weight.dtype):
+        freeze(model, batch_invariant=mode == "invariant")
     return model.eval()
+
+
+def can_be_invariant(weight: Tensor) -> bool:
+    """Return whether a model with this weight can be switched to the mode "invariant"."""
+    return weight.device.type == "cpu" and can_freeze(weight.dtype)

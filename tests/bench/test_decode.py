@@ -13,6 +13,7 @@ from moelab.bench import decode as bench
 from moelab.bench import decode_steps, peers
 from moelab.bench.clock import PARTS, Clock
 from moelab.bench.decode import DecodeSettings
+from moelab.bench.decoders import decoders
 from moelab.config import ModelConfig
 from moelab.engine.launch import launch
 from moelab.inference import Generator, Sampling, set_mode
@@ -36,12 +37,13 @@ def known_rate(monkeypatch):
 def test_rows_of_one_process(known_rate):
     rows = bench.measure(MOE, [1, 3], TINY, "cpu")
     rows = [row.json() for row in rows]
-    assert {(r["batch"], r["candidate"]) for r in rows} >= {(b, m) for b in (1, 3) for m in ("baseline", "optimised")}
+    ours = ("baseline", "optimised", "invariant")
+    assert {(r["batch"], r["candidate"]) for r in rows} >= {(b, m) for b in (1, 3) for m in ours}
     for row in rows:
         assert 0 < row["min_ms"] <= row["p95_ms"] and row["tokens_per_s"] > 0 and row["floor_ms"] > 0
         assert row["against"] == "optimised" and row["rounds"] == 2 and "new each round" in row["inputs"]
         assert row["ratio"] == 1 or row["candidate"] != "optimised"
-    ours = [r for r in rows if r["candidate"] in ("baseline", "optimised")]
+    ours = [r for r in rows if r["candidate"] in ours]
     for row in ours:
         assert set(row["parts_ms"]) == set(PARTS) - {"all-to-all", "sums"}
         assert row["collectives"] == 0
@@ -75,7 +77,8 @@ def test_bf16_rows_and_names_of_the_default_models(known_rate, monkeypatch):
     monkeypatch.setattr(bench.harness, "product_rate", lambda *_: 1e11)
     rows = bench.measure(MOE, [2], TINY, "cpu", "bf16")
     assert {row.case["dtype"] for row in rows} == {"bf16"} and all(row.floor_ms > 0 for row in rows)
-    assert {"dense 512", "MoE-64 512"} <= set(bench.decoders())
+    assert "invariant" not in {row.candidate for row in rows}, "it is the optimised mode"
+    assert {"dense 512", "MoE-64 512", "OLMoE 512"} <= set(bench.decoders())
     with pytest.raises(ValueError, match="ranks are measured in fp32"):
         bench.main(
             models=["dense 512"], batches=[1], ranks=[1], rank_batch=1, settings=TINY, threads=1, device="cpu",
@@ -114,17 +117,32 @@ def test_transformers_writes_the_same_tokens_with_the_same_weights():
     assert len(peer.turns(prompts, 8)) == 8
 
 
-def test_the_mixtral_peer_has_experts_of_equal_size():
+def test_the_peer_of_a_moe_has_the_same_layers_and_as_many_weights():
     pytest.importorskip("transformers", reason="needs transformers (extra peers)")
     config = ModelConfig(layers=4, hidden=96, heads=2, vocab=100, context=24, experts=(0, 4, 0, 4))
     model = decode_steps.filled(config, "cpu")
     (peer,) = peers.generators(model, 24).values()
-    theirs = sum(p.numel() for n, p in peer.model.named_parameters() if "experts" in n)
-    ours = sum(block.ffn.experts.up.numel() + block.ffn.experts.down.numel() for block in model.blocks[1::2])
-    assert theirs == ours
+    assert [hasattr(layer.mlp, "experts") for layer in peer.model.model.layers] == [False, True, False, True]
+
+    def matrices(model):
+        """All weights but embeddings, norms and biases."""
+        named = model.named_parameters()
+        return sum(p.numel() for n, p in named if "embed" not in n and "norm" not in n and not n.endswith("bias"))
+
+    assert matrices(peer.model) == matrices(model)
     prompts = PROMPTS[:2]
     assert len(peer.turns(prompts, 4)) == 4
     assert 1 <= peer.distinct_experts(prompts, 4) <= 2 and peer.distinct_experts(prompts[:1], 4) == 1
+
+
+def test_the_olmoe_of_the_defaults_writes_what_transformers_writes():
+    pytest.importorskip("transformers", reason="needs transformers (extra peers)")
+    config = replace(decoders(hidden=64, layers=2, vocab=100)["OLMoE 64"], init_std=0.3)
+    model = decode_steps.filled(config, "cpu")
+    (name, peer), *others = peers.generators(model, 24).items()
+    assert not others and name == "transformers generate"
+    ours = Generator(set_mode(model), batch=3).generate(PROMPTS, Sampling(max_new_tokens=8, temperature=0))
+    assert [list(c.tokens) for c in ours] == peer.generate(PROMPTS, 8)
 
 
 @pytest.mark.slow
@@ -279,7 +297,7 @@ def test_the_clock_is_attached_to_steps_that_are_not_captured(known_rate, monkey
     broken_down = bench.breakdown
     monkeypatch.setattr(bench, "breakdown", lambda g, *rest: attached.append(captured[id(g)]) or broken_down(g, *rest))
     bench.measure(MOE, [1], TINY, "cpu")
-    assert attached == [False, False] and True in captured.values()
+    assert attached == [False] * 3 and True in captured.values()
 
 
 def test_uncaptured_static_steps_write_the_same_tokens():

@@ -32,7 +32,7 @@ def by_full_forward(model, prompt, count):
     return tuple(tokens[len(prompt) :]), logits
 
 
-@pytest.mark.parametrize("mode", ["baseline", "optimised"])
+@pytest.mark.parametrize("mode", ["baseline", "invariant", "optimised"])
 def test_cached_decoding_equals_the_full_forward_pass(kind, prompts, mode, make):
     generator = Recorder(set_mode(make(kind), mode), batch=4)
     found = generator.generate(prompts, GREEDY)
@@ -64,7 +64,7 @@ def test_packed_or_not_the_batch_changes_no_bit(pack_from, hidden, kinds, prompt
 
 def assert_same_bits(kind, prompts, make):
     sampling = Sampling(max_new_tokens=6, temperature=0.8, top_k=40, top_p=0.95, seed=3)
-    model = set_mode(make(kind))
+    model = set_mode(make(kind), "invariant")
     together = Recorder(model, batch=7)
     found = together.generate(prompts, sampling)
     few = Recorder(model, batch=2)
@@ -78,10 +78,10 @@ def assert_same_bits(kind, prompts, make):
     assert all(torch.equal(alone.logits[0, n], together.logits[0, n]) for n in range(6))
 
 
-@pytest.mark.parametrize("static", [False, True])
-def test_in_baseline_mode_the_batch_changes_no_token(kind, prompts, static, make):
+@pytest.mark.parametrize(("mode", "static"), [("baseline", False), ("baseline", True), ("optimised", False)])
+def test_in_other_modes_the_batch_changes_no_token(kind, prompts, mode, static, make):
     """Plain products choose their kernel by the number of rows: the last bits differ, the tokens do not."""
-    model = set_mode(make(kind), "baseline")
+    model = set_mode(make(kind), mode)
     sampling = Sampling(max_new_tokens=6, temperature=0.8, seed=3)
     assert Generator(model, batch=2, static=static).generate(prompts, sampling) == Generator(model, batch=7).generate(
         prompts, sampling
@@ -213,6 +213,8 @@ def test_bad_settings(kinds, make):
         Generator(model, batch=0)
     with pytest.raises(ValueError, match="length must be at most the model's context of 48, got 49"):
         Generator(model, length=49)
-    with pytest.raises(ValueError, match="mode must be 'optimised' or 'baseline', got 'fast'"):
+    with pytest.raises(ValueError, match="mode must be 'optimised', 'invariant' or 'baseline', got 'fast'"):
         set_mode(model, "fast")
+    with pytest.raises(ValueError, match=r"'invariant' needs a CPU whose oneDNN .* got torch.float16 on cpu"):
+        set_mode(make(kinds["dense"]).half(), "invariant")
     assert Generator(model).generate([]) == []
