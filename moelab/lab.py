@@ -190,6 +190,7 @@ class Lab:
 
         Args:
             run: the run, its id, or a directory of an exported model.
+            mode: one of `moelab.inference.modes.MODES`.
             sampling: fields of `moelab.inference.Sampling`, such as ``max_new_tokens=40, top_p=0.9``.
         """
         from moelab.inference import Sampling
