@@ -3,11 +3,13 @@
 Twins of the 350M models with the paper's own numbers of experts (`shrink(experts=1)`) take turns in the training loop
 on batches of text, one family after the other; the dense one runs beside the same model in a bare, hand-written
 PyTorch loop. Ratios are to the dense twin in fp32, round by round. The floor is the time of the model's FLOPs at the
-rate of a large matrix product in the row's dtype. At the end: the dtype to use on this machine for each family.
+rate of a large matrix product in the row's dtype. A student learns from a teacher of random weights, whose forward pass
+belongs to its FLOPs. At the end: the dtype to use on this machine for each family.
 """
 
 from __future__ import annotations
 
+import functools
 import itertools
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -22,13 +24,23 @@ from moelab import terminal
 from moelab.bench import harness, inputs, plot
 from moelab.bench.harness import Row, Timing
 from moelab.config import ModelConfig, RoutingConfig, TrainConfig
+from moelab.config.distill import DistillConfig
 from moelab.inference.text import DTYPES
+from moelab.models import build
+from moelab.training.distill import Distiller
 from moelab.training.loop import Trainer, Window
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-FAMILIES = {"dense": "350M", "MoE-128": "350M+MoE-128", "PR-MoE-32/64": "350M+PR-MoE-32/64"}
+FAMILIES = {
+    "dense": "350M",
+    "MoE-128": "350M+MoE-128",
+    "PR-MoE-32/64": "350M+PR-MoE-32/64",
+    "PR-MoE+L21 + KD": "350M+PR-MoE-32/64+L21",
+}
+TEACHERS = {"PR-MoE+L21 + KD": "PR-MoE-32/64"}
+"""Family -> that of the teacher, which has random weights and computes every batch as well."""
 BARE = "dense, bare loop"
 SEQUENCES = 32
 Step = Callable[[int], None]
@@ -92,9 +104,13 @@ def bare_loop(model_config: ModelConfig, config: TrainConfig, context: int) -> S
     return step
 
 
-def training_loop(model_config: ModelConfig, config: TrainConfig, context: int) -> Step:
-    """Return the step of moelab's own training loop."""
-    trainer = Trainer(model_config, config, inputs.TextBatches(config.batch_size, context, model_config.vocab), context)
+def training_loop(
+    model_config: ModelConfig, config: TrainConfig, context: int, teacher: ModelConfig | None = None
+) -> Step:
+    """Return the step of moelab's own training loop; with a teacher, of random weights, that of a student."""
+    batches = inputs.TextBatches(config.batch_size, context, model_config.vocab)
+    distiller = None if teacher is None else Distiller(build(teacher, 0), DistillConfig(), config, context)
+    trainer = Trainer(model_config, config, batches, context, distiller=distiller)
     window = Window()
 
     def step(number: int) -> None:
@@ -140,6 +156,12 @@ def twin(family: str, width: int) -> ModelConfig:
     return base.shrink(hidden=base.hidden // width, experts=1, vocab=inputs.VOCAB, context=inputs.CONTEXT)
 
 
+def flops_per_token(family: str, width: int) -> float:
+    """Return the FLOPs of a token's training step; of a teacher, the forward pass, a third of its step."""
+    flops = twin(family, width).flops_per_token()
+    return flops + twin(TEACHERS[family], width).flops_per_token() / 3 if family in TEACHERS else flops
+
+
 def measure(
     width: int, *, families: Sequence[str], dtypes: Sequence[str], steps: int, threads: int, timing: Timing
 ) -> list[Row]:
@@ -151,12 +173,14 @@ def measure(
     for family, dtype in itertools.product(families, dtypes):
         model, config = twin(family, width), TrainConfig(batch_size=SEQUENCES, dtype=dtype, threads=threads)
         loops = {family: training_loop} | ({BARE: bare_loop} if family == "dense" else {})
+        if family in TEACHERS:
+            loops = {family: functools.partial(training_loop, teacher=twin(TEACHERS[family], width))}
         for label, loop in loops.items():
             made[f"{label}, {dtype}"] = loop(model, config, T)
             models[f"{label}, {dtype}"] = (family, model, dtype)
     times = turns(made, steps, timing)
     rates = {dtype: harness.product_rate(DTYPES[dtype], timing) for dtype in dtypes}
-    flops = {name: SEQUENCES * T * model.flops_per_token() for name, (_, model, _) in models.items()}
+    flops = {name: SEQUENCES * T * flops_per_token(family, width) for name, (family, _, _) in models.items()}
     numbers = {
         name: {
             "family": family,

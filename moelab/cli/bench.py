@@ -21,7 +21,7 @@ from moelab.cli._options import (
 from moelab.config import ModelConfig
 from moelab.config.parallel import EXCHANGES
 
-FAMILIES = ("dense", "MoE-128", "PR-MoE-32/64")
+FAMILIES = ("dense", "MoE-128", "PR-MoE-32/64", "PR-MoE+L21 + KD")
 """The keys of `moelab.bench.train.FAMILIES`, which torch is imported for."""
 
 bench = typer.Typer(no_args_is_help=True, help="Measure kernels, layers, training, decoding, exchanges.")

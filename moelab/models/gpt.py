@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from moelab.config import ModelConfig
 from moelab.models.attention import Attention, Past
 from moelab.models.grouped_attention import GroupedAttention, Rotation, rotation_at
-from moelab.models.loss import linear_cross_entropy
+from moelab.models.loss import Further, linear_losses
 from moelab.models.moe import MLP, Experts, MoE
 from moelab.models.routing import Routing
 
@@ -36,17 +36,15 @@ class Output:
         logits_BTV: logits of the next token, in the activations' dtype; None if the loss was computed without keeping
             them.
         routing: one `Routing` per MoE layer, in order.
-        loss: next-token loss in nats, fp32, of the targets given to the forward pass; None without targets.
+        loss: next-token loss in nats, fp32, of the targets given to the forward pass, plus the further loss; None
+            without targets.
+        further: the further loss that was asked for, without gradient, or zero; None without targets.
     """
 
     logits_BTV: Tensor | None
     routing: tuple[Routing, ...]
     loss: Tensor | None = None
-
-    def cross_entropy(self, targets_BT: Tensor, reduction: str = "mean") -> Tensor:
-        """Return the next-token loss in nats, fp32, from the logits."""
-        logits = self.logits_BTV.flatten(0, 1).float()
-        return F.cross_entropy(logits, targets_BT.flatten(), reduction=reduction)
+    further: Tensor | None = None
 
     def routing_loss(self, config: ModelConfig) -> Tensor | float:
         """Return the weighted load-balancing and z losses, summed over MoE layers as in the released code."""
@@ -135,6 +133,7 @@ class GPT(nn.Module):
         *,
         targets_BT: Tensor | None = None,
         reduction: str = "mean",
+        further: Further | None = None,
     ) -> Output:
         """Return logits, or with `targets_BT` the loss instead of them.
 
@@ -143,12 +142,14 @@ class GPT(nn.Module):
             cache: state of the earlier tokens that `tokens_BT` follows.
             targets_BT: int64 ids of the next tokens.
             reduction: of the loss over tokens, "mean" or "sum".
+            further: computes a loss of the logits that is added to that of the targets; tokens count through B * T.
         """
         x_BTM, routings = self.trunk(tokens_BT, cache)
         if targets_BT is None:
             return Output(self.head(x_BTM), routings)
         x_NM = self.norm(x_BTM).flatten(0, 1)
-        return Output(None, routings, linear_cross_entropy(x_NM, self.output_weight, targets_BT.flatten(), reduction))
+        losses = linear_losses(x_NM, self.output_weight, targets_BT.flatten(), reduction, further)
+        return Output(None, routings, *losses)
 
     def trunk(self, tokens_BT: Tensor, cache: Cache | None = None) -> tuple[Tensor, tuple[Routing, ...]]:
         """Compute the embedding and all blocks; return (x_BTM, a `Routing` per MoE layer)."""

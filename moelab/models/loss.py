@@ -1,11 +1,13 @@
 """Compute the output head and its loss in one function that never holds all logits.
 
-    x_NM, w_VM -> logits_NV, a chunk of rows at a time -> cross-entropy
+    x_NM, w_VM -> logits_NV, a chunk of rows at a time -> cross-entropy, and a further loss such as distillation's
 
 N tokens; other letters as in `moelab.config`.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -13,6 +15,12 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 _CHUNK = {"cpu": 1 << 19, "cuda": 1 << 26}  # logits per softmax; on a CPU they stay in a core's cache
+_FURTHER = 4  # with a further loss, about so many more arrays of this size are in use
+Further = Callable[[Tensor, int, int], tuple[Tensor, Tensor]]
+"""(logits [n, V] of tokens `first` to `past` - 1, first, past) -> (a loss summed over them, its gradient [n, V])
+
+Without autograd, in at least fp32; the logits must not be changed.
+"""
 _LEAST = 1e-30  # smaller fp32 probabilities are too inexact for their logarithm
 
 
@@ -30,6 +38,16 @@ def linear_cross_entropy(x_NM: Tensor, w_VM: Tensor, targets_N: Tensor, reductio
     Raises:
         ValueError: another reduction, or shapes that do not fit.
     """
+    return linear_losses(x_NM, w_VM, targets_N, reduction)[0]
+
+
+def linear_losses(
+    x_NM: Tensor, w_VM: Tensor, targets_N: Tensor, reduction: str = "mean", further: Further | None = None
+) -> tuple[Tensor, Tensor]:
+    """Return (`linear_cross_entropy` plus a further loss of the logits, that further loss without gradient).
+
+    Both are reduced in the same way; without `further` the second is zero.
+    """
     if reduction not in ("mean", "sum"):
         raise ValueError(f"linear_cross_entropy: reduction must be 'mean' or 'sum', got {reduction!r}")
     if x_NM.dim() != 2 or w_VM.shape[1:] != x_NM.shape[1:] or targets_N.shape != x_NM.shape[:1]:
@@ -38,42 +56,60 @@ def linear_cross_entropy(x_NM: Tensor, w_VM: Tensor, targets_N: Tensor, reductio
     device = x_NM.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x_NM.dtype
     gradients = torch.is_grad_enabled()
-    total = _LinearCrossEntropy.apply(
-        x_NM, w_VM, targets_N, dtype, gradients and x_NM.requires_grad, gradients and w_VM.requires_grad
+    total, more = _LinearLosses.apply(
+        x_NM, w_VM, targets_N, further, dtype, gradients and x_NM.requires_grad, gradients and w_VM.requires_grad
     )
-    return total / len(x_NM) if reduction == "mean" else total
+    return (total / len(x_NM), more / len(x_NM)) if reduction == "mean" else (total, more)
 
 
-class _LinearCrossEntropy(torch.autograd.Function):
-    """Compute the loss summed over tokens."""
+class _LinearLosses(torch.autograd.Function):
+    """Compute the losses summed over tokens: all of them, and the further one alone."""
 
     @staticmethod
     def forward(
-        ctx, x_NM: Tensor, w_VM: Tensor, targets_N: Tensor, dtype: torch.dtype, for_x: bool, for_w: bool
-    ) -> Tensor:
+        ctx,
+        x_NM: Tensor,
+        w_VM: Tensor,
+        targets_N: Tensor,
+        further: Further | None,
+        dtype: torch.dtype,
+        for_x: bool,
+        for_w: bool,
+    ) -> tuple[Tensor, Tensor]:
         ctx.dtypes = x_NM.dtype, w_VM.dtype
         with torch.autocast(x_NM.device.type, enabled=False):
-            return _forward(ctx, x_NM, w_VM, targets_N, dtype, for_x, for_w)
+            total, more = _forward(ctx, x_NM, w_VM, targets_N, further, dtype, for_x, for_w)
+        ctx.mark_non_differentiable(more)
+        return total, more
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, dtotal: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx, dtotal: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         dx_NM, dw_MV = ctx.saved_tensors
         dx_NM = None if dx_NM is None else dx_NM.to(ctx.dtypes[0]) * dtotal
         dw_VM = None if dw_MV is None else (dw_MV.T * dtotal).to(ctx.dtypes[1])
-        return dx_NM, dw_VM, None, None, None, None
+        return dx_NM, dw_VM, None, None, None, None, None
 
 
 def _forward(
-    ctx, x_NM: Tensor, w_VM: Tensor, targets_N: Tensor, dtype: torch.dtype, for_x: bool, for_w: bool
-) -> Tensor:
+    ctx,
+    x_NM: Tensor,
+    w_VM: Tensor,
+    targets_N: Tensor,
+    further: Further | None,
+    dtype: torch.dtype,
+    for_x: bool,
+    for_w: bool,
+) -> tuple[Tensor, Tensor]:
     N, V = len(x_NM), len(w_VM)
     wide = torch.promote_types(dtype, torch.float32)
     x_NM, w_MV, targets_N1 = x_NM.to(dtype), w_VM.to(dtype).T.contiguous(), targets_N[:, None]
     p_N1 = x_NM.new_empty(N, 1, dtype=wide)  # the targets' probabilities
     dx_NM = torch.empty_like(x_NM) if for_x else None
     dw_MV = torch.zeros_like(w_MV, dtype=wide) if for_w else None
-    rows = max(1, _CHUNK.get(x_NM.device.type, _CHUNK["cuda"]) // V)
+    more = x_NM.new_zeros((), dtype=wide)
+    size = _CHUNK.get(x_NM.device.type, _CHUNK["cuda"]) // (_FURTHER if further else 1)
+    rows = max(1, size // V)
     # If products have a dtype below fp32, dw needs an extra addition in fp32, so that several chunks share one.
     group = rows if dtype == wide else 4 * rows
     logits = x_NM.new_empty(min(N, group), V)
@@ -84,11 +120,18 @@ def _forward(
         for at, chunk_CV in zip(range(start, N, rows), logits_GV.split(rows), strict=False):
             end = at + len(chunk_CV)
             p_CV = chunk_CV if dtype == wide else scratch[: len(chunk_CV)].copy_(chunk_CV)
+            if further is not None:
+                value, gradient_CV = further(p_CV, at, end)
+                more += value
             torch.softmax(p_CV, -1, out=p_CV)
             target_C1 = targets_N1[at:end]
             p_C1 = torch.gather(p_CV, 1, target_C1, out=p_N1[at:end])
             if for_x or for_w:  # softmax - one-hot is the gradient of the logits
-                chunk_CV.copy_(p_CV).scatter_(1, target_C1, (p_C1 - 1).to(dtype))
+                p_CV.scatter_(1, target_C1, p_C1 - 1)
+                if further is not None:
+                    p_CV += gradient_CV
+                if dtype != wide:
+                    chunk_CV.copy_(p_CV)
         if for_x:
             torch.mm(logits_GV, w_MV.T, out=dx_NM[start : start + group])
         if for_w and dtype == wide:
@@ -100,4 +143,4 @@ def _forward(
     if len(unlikely := (p_N1[:, 0] < _LEAST).nonzero()[:, 0]):
         logits_UV = (x_NM[unlikely] @ w_MV).to(wide)
         losses_N[unlikely] = F.cross_entropy(logits_UV, targets_N[unlikely], reduction="none")
-    return losses_N.sum()
+    return losses_N.sum() + more, more

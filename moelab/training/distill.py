@@ -12,14 +12,14 @@ from __future__ import annotations
 import logging
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
-from torch import Tensor
+from torch import Tensor, nn
 
 from moelab.config import ModelConfig, TrainConfig, digest
 from moelab.config.distill import DistillConfig
@@ -28,6 +28,7 @@ from moelab.engine import checkpoint
 from moelab.engine import parallel as engine
 from moelab.engine.mesh import Mesh
 from moelab.files import write_bytes
+from moelab.models.loss import Further
 
 log = logging.getLogger(__name__)
 
@@ -44,14 +45,23 @@ class Likeliest(NamedTuple):
     token_BTK: Tensor
 
 
-def divergence(teacher_BTV: Tensor, student_BTV: Tensor, temperature: float) -> Tensor:
-    """Return KL(teacher || student) in nats at a temperature, fp32, without the factor T^2.
+def divergence(teacher_NV: Tensor, student_NV: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    """Return KL(teacher || student) at a temperature, summed over vocabulary and tokens, and its gradient [N, V].
 
-    It is summed over the vocabulary and averaged over tokens. The temperature divides both models' logits.
+    Nats, fp32, without the factor T^2. The temperature divides both models' logits; the gradient is in the student's.
     """
-    teacher = F.log_softmax(teacher_BTV.float() / temperature, dim=-1).flatten(0, 1)
-    student = F.log_softmax(student_BTV.float() / temperature, dim=-1).flatten(0, 1)
-    return F.kl_div(student, teacher, reduction="batchmean", log_target=True)
+    log_p_NV = F.log_softmax(_cooled(teacher_NV, temperature), -1)
+    log_q_NV = F.log_softmax(_cooled(student_NV, temperature), -1)
+    difference_NV = log_p_NV - log_q_NV
+    p_NV, q_NV = log_p_NV.exp_(), log_q_NV.exp_()
+    total = torch.dot(p_NV.flatten(), difference_NV.flatten())
+    gradient_NV = q_NV.sub_(p_NV)
+    return total, gradient_NV if temperature == 1.0 else gradient_NV.div_(temperature)
+
+
+def _cooled(logits_NV: Tensor, temperature: float) -> Tensor:
+    logits_NV = logits_NV.float()
+    return logits_NV if temperature == 1.0 else logits_NV / temperature
 
 
 def likeliest(teacher_BTV: Tensor, k: int, temperature: float) -> Likeliest:
@@ -61,19 +71,25 @@ def likeliest(teacher_BTV: Tensor, k: int, temperature: float) -> Likeliest:
     return Likeliest(top.values, top.indices.int())
 
 
-def divergence_of_likeliest(teacher: Likeliest, student_BTV: Tensor, temperature: float) -> Tensor:
+def divergence_of_likeliest(
+    log_p_NK: Tensor, token_NK: Tensor, student_NV: Tensor, temperature: float
+) -> tuple[Tensor, Tensor]:
     """Return the KL divergence over K + 1 outcomes: the teacher's K likeliest tokens and "any other token".
 
-    It is at most `divergence`, and equal to it if K is the size of the vocabulary. Nats, fp32, averaged over tokens.
+    It is at most `divergence`, whose form it has, and equal to it if K is the size of the vocabulary.
     """
-    log_q_BTV = F.log_softmax(student_BTV.float() / temperature, dim=-1)
-    log_q_BTK = log_q_BTV.gather(-1, teacher.token_BTK.long())
-    p_BTK = teacher.log_p_BTK.exp()
-    named_BT = (p_BTK * (teacher.log_p_BTK - log_q_BTK)).sum(-1)
-    # The rest is 1 minus a sum near 1: values below 1e-6 are rounding errors.
-    p_rest_BT = (1 - p_BTK.sum(-1)).clamp(min=1e-6)
-    q_rest_BT = (1 - log_q_BTK.exp().sum(-1)).clamp(min=1e-6)
-    return (named_BT + p_rest_BT * (p_rest_BT.log() - q_rest_BT.log())).mean()
+    with torch.enable_grad():
+        student_NV = student_NV.detach().requires_grad_()
+        log_q_NV = F.log_softmax(_cooled(student_NV, temperature), -1)
+        log_q_NK = log_q_NV.gather(-1, token_NK.long())
+        p_NK = log_p_NK.exp()
+        named_N = (p_NK * (log_p_NK - log_q_NK)).sum(-1)
+        # The rest is 1 minus a sum near 1: values below 1e-6 are rounding errors.
+        p_rest_N = (1 - p_NK.sum(-1)).clamp(min=1e-6)
+        q_rest_N = (1 - log_q_NK.exp().sum(-1)).clamp(min=1e-6)
+        total = (named_N + p_rest_N * (p_rest_N.log() - q_rest_N.log())).sum()
+        (gradient_NV,) = torch.autograd.grad(total, student_NV)
+    return total.detach(), gradient_NV
 
 
 @dataclass(frozen=True)
@@ -94,8 +110,27 @@ class Teacher:
 class Distiller:
     """Run a teacher on one rank, and compute the loss that it adds to each micro-batch."""
 
-    def __init__(self, teacher: Teacher, config: TrainConfig, data: TokenData, context: int, mesh: Mesh) -> None:
-        """Load the teacher.
+    def __init__(
+        self,
+        model: nn.Module,
+        distill: DistillConfig,
+        config: TrainConfig,
+        context: int,
+        cache: LogitCache | None = None,
+    ) -> None:
+        """Take a teacher.
+
+        Args:
+            model: the teacher; it is frozen.
+            config: the student's training.
+            cache: where its logits are kept.
+        """
+        self.model, self.distill = model.eval().requires_grad_(False), distill
+        self.config, self.context, self.cache = config, context, cache
+
+    @classmethod
+    def load(cls, teacher: Teacher, config: TrainConfig, data: TokenData, context: int, mesh: Mesh) -> Self:
+        """Return the distiller of a finished run.
 
         Args:
             config, data: the student's training and corpus.
@@ -107,39 +142,48 @@ class Distiller:
         last = checkpoint.weights_of(teacher.run_dir)
         if not data.shares_text(last.state["data"]):
             raise ValueError(f"distill: the teacher of {teacher.run_dir} was trained on other text than the student's")
-        self.config, self.distill, self.context = config, teacher.distill, context
         own = Mesh(mesh.config, teacher.model.experts, config.device)
         built = engine.build(teacher.model, config.seed, own)
         checkpoint.load_model(last, built.module, built.placements)
-        self.model = built.module.eval().requires_grad_(False)
-        self.cache = None
+        cache = None
         # Only on one rank: a rank that read its logits from disk would be missing in the others' exchange of tokens.
         if teacher.distill.cache_bytes and mesh.world.size == 1:
             batches = (data.fingerprint, config.seed, config.batch_size, config.micro_batch, context)
             key = digest((*batches, teacher.distill.top_k, teacher.distill.temperature, config.dtype))
-            self.cache = LogitCache(teacher.run_dir / "logits" / key, teacher.distill.cache_bytes)
+            cache = LogitCache(teacher.run_dir / "logits" / key, teacher.distill.cache_bytes)
+        return cls(built.module, teacher.distill, config, context, cache)
 
     def weight(self, step: int) -> float:
         """Return the schedule's weight of the KL divergence in the step after `step` steps."""
         return self.distill.weight_at(step, step * self.config.batch_size * self.context)
 
-    def loss(self, tokens_BT: Tensor, student_BTV: Tensor, step: int, part: int) -> Tensor | float:
-        """Return the distillation loss of a micro-batch, weight * T^2 * KL in nats; 0.0 while the weight is 0.
+    def loss(self, tokens_BT: Tensor, step: int, part: int) -> Further | None:
+        """Return what computes a micro-batch's distillation loss, weight * T^2 * KL in nats, from the student's logits.
+
+        None while the weight is 0.
 
         Args:
-            student_BTV: the student's logits.
             step: number of steps before this one.
             part: number of the micro-batch in the step, over all ranks.
         """
         weight = self.weight(step)
         if weight == 0.0:
-            return 0.0
+            return None
         t = self.distill.temperature
         if self.distill.top_k:
-            kl = divergence_of_likeliest(self._likeliest(tokens_BT, step, part), student_BTV, t)
+            log_p_NK, token_NK = (x.flatten(0, 1) for x in self._likeliest(tokens_BT, step, part))
         else:
-            kl = divergence(self._forward(tokens_BT), student_BTV, t)
-        return weight * t**2 * kl
+            teacher_NV = self._forward(tokens_BT).flatten(0, 1)
+
+        def further(student_NV: Tensor, first: int, past: int) -> tuple[Tensor, Tensor]:
+            if self.distill.top_k:
+                kl, gradient_NV = divergence_of_likeliest(log_p_NK[first:past], token_NK[first:past], student_NV, t)
+            else:
+                kl, gradient_NV = divergence(teacher_NV[first:past], student_NV, t)
+            scale = weight * t**2
+            return kl * scale, gradient_NV if scale == 1.0 else gradient_NV.mul_(scale)
+
+        return further
 
     def _likeliest(self, tokens_BT: Tensor, step: int, part: int) -> Likeliest:
         name = f"step-{step:08d}-{part}"

@@ -126,7 +126,7 @@ def train(
     mesh = Mesh(parallel or ParallelConfig(), model_config.experts, config.device)
     leads = mesh.rank == 0
     batches = TrainBatches(data, config.batch_size, context, config.seed, mesh.data.index, mesh.data.size)
-    distiller = Distiller(teacher, config, data, context, mesh) if teacher else None
+    distiller = Distiller.load(teacher, config, data, context, mesh) if teacher else None
     branch = branch or Branch()
     trainer = Trainer(model_config, config, batches, context, mesh, distiller, branch)
     step, window, seconds = 0, Window(), 0.0
@@ -304,7 +304,7 @@ class Trainer:
         if measures:
             for router in self.routers.values():
                 router.entropies = []
-        teaches = self.distiller is not None and self.distiller.weight(step) > 0  # only then are logits needed
+        teaches = self.distiller is not None and self.distiller.weight(step) > 0
         module.train()
         loss_sum = routing_sum = distill_sum = 0.0
         counts: list[tuple[Routing, ...]] = []
@@ -312,17 +312,16 @@ class Trainer:
             number = self.mesh.data.index * parts + part  # of the micro-batch, over all ranks
             torch.manual_seed(draw_seed(config.seed, step, number))
             rows = slice(part * self.micro_batch, (part + 1) * self.micro_batch)
+            further = self.distiller.loss(tokens_BT[rows], step, number) if teaches else None
             with torch.autocast(config.device, torch.bfloat16, enabled=config.dtype == "bf16"):
-                output = module(tokens_BT[rows], targets_BT=None if teaches else targets_BT[rows])
-            loss = output.cross_entropy(targets_BT[rows]) if teaches else output.loss
+                output = module(tokens_BT[rows], targets_BT=targets_BT[rows], further=further)
             routing_loss = output.routing_loss(self.model_config)
-            extra = self.distiller.loss(tokens_BT[rows], output.logits_BTV, step, number) if teaches else 0.0
             if part == parts - 1:
                 self.sync.arm()
-            ((loss + routing_loss + extra) / parts).backward()
-            loss_sum += float(loss.detach()) / parts
+            ((output.loss + routing_loss) / parts).backward()
+            loss_sum += float(output.loss.detach() - output.further) / parts
             routing_sum += float(torch.as_tensor(routing_loss).detach()) / parts
-            distill_sum += float(torch.as_tensor(extra).detach()) / parts
+            distill_sum += float(output.further) / parts
             counts.append(output.routing)
         self.sync.finish()
         norm = gradients.clip(self.model, config.clip or math.inf)

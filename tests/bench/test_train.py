@@ -37,6 +37,19 @@ def test_the_command_names_a_dtype_for_each_family(tmp_path, monkeypatch, capsys
     assert said.count("use fp32") + said.count("use bf16") == 2 and (tmp_path / "train.png").exists()
 
 
+def test_a_student_has_a_teacher(monkeypatch):
+    monkeypatch.setattr(train, "SEQUENCES", 2)
+    monkeypatch.setattr(harness, "product_rate", lambda *_: 1e11)
+    heard = []
+    further = train.Distiller.loss
+    monkeypatch.setattr(train.Distiller, "loss", lambda *given: heard.append(further(*given)) or heard[-1])
+    families = ["PR-MoE-32/64", "PR-MoE+L21 + KD"]
+    teacher, student = train.measure(32, families=families, dtypes=["fp32"], steps=1, threads=1, timing=QUICK)
+    assert len(heard) == 3 and None not in heard, "a warm-up and two rounds"
+    flops = train.twin("PR-MoE+L21 + KD", 32).flops_per_token() + train.twin("PR-MoE-32/64", 32).flops_per_token() / 3
+    assert student.floor_ms == pytest.approx(2 * 128 * flops / 1e11 * 1e3) and student.floor_ms > teacher.floor_ms
+
+
 @pytest.mark.parametrize(
     ("fp32", "bf16", "use"),
     [((2.0, 3.0), (1.0, 1.0), "use bf16"), ((1.0, 1.0), (2.0, 3.0), "use fp32"), ((1.0, 2.0), (1.5, 1.5), "equal")],
@@ -64,7 +77,7 @@ def test_side_by_side_returns_a_speed_each_round():
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        (dict(families=["MoE-64"]), "family must be one of dense, MoE-128, PR-MoE-32/64, got 'MoE-64'"),
+        (dict(families=["MoE-64"]), r"family must be one of dense, .*, PR-MoE\+L21 \+ KD, got 'MoE-64'"),
         (dict(dtypes=["fp16"]), "dtype must be one of fp32, bf16, got 'fp16'"),
         (dict(widths=[40]), "width must be a multiple of 16 up to 1024, got 40"),
         (dict(steps=0), "steps must be at least 1"),

@@ -3,7 +3,7 @@ import torch
 import torch.nn.functional as F
 
 from moelab.models import loss
-from moelab.models.loss import linear_cross_entropy
+from moelab.models.loss import linear_cross_entropy, linear_losses
 
 
 def plain(x, w, targets, reduction="mean"):
@@ -32,6 +32,37 @@ def test_loss_and_gradients_are_those_of_the_plain_function(N, M, V, rows, reduc
     arguments = (*case(N, M, V, dtype=torch.float64), reduction)
     for ours, theirs in zip(outcome(linear_cross_entropy, *arguments), outcome(plain, *arguments), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+@pytest.mark.parametrize("rows", [1, 5, 1000])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_a_further_loss_is_added_with_its_gradient(rows, reduction, dtype, monkeypatch):
+    """Each token has a coefficient, so that a chunk that asks for the wrong tokens is found."""
+    N, V = 64, 128
+    monkeypatch.setitem(loss._CHUNK, "cpu", rows * V * loss._FURTHER)
+    x, w, targets = case(N, 32, V, dtype=torch.float64)
+    factor_N1 = torch.arange(1, N + 1, dtype=torch.float64)[:, None]
+
+    def further(logits_CV, first, past):
+        assert logits_CV.dtype == torch.promote_types(dtype, torch.float32) and not torch.is_grad_enabled()
+        factor_C1 = factor_N1[first:past].to(logits_CV.dtype)
+        return (logits_CV.square() * factor_C1).sum(), 2 * logits_CV * factor_C1
+
+    def whole(x, w, targets):
+        more = ((x @ w.T).square() * factor_N1).sum()
+        return plain(x, w, targets, reduction) + (more / N if reduction == "mean" else more)
+
+    def ours(x, w, targets):
+        total, more = linear_losses(x.to(dtype), w.to(dtype), targets, reduction, further)
+        assert not more.requires_grad
+        plain_part = linear_cross_entropy(x.to(dtype), w.to(dtype), targets, reduction)
+        torch.testing.assert_close(total - more, plain_part.to(more.dtype), rtol=0.02, atol=0.02)
+        return total
+
+    error = 1e-12 if dtype == torch.float64 else 0.05
+    for a, b in zip(outcome(ours, x, w, targets), outcome(whole, x, w, targets), strict=True):
+        assert (a - b).abs().max() <= error * b.abs().max()
 
 
 def test_fp32_is_as_exact_as_the_plain_function():

@@ -14,44 +14,45 @@ from moelab.training.metrics import TRAIN, read_rows
 
 @pytest.fixture
 def logits():
+    """The teacher's and the student's, of 6 tokens and a vocabulary of 11."""
     torch.manual_seed(0)
-    return torch.randn(2, 3, 11) * 2, torch.randn(2, 3, 11, requires_grad=True)
+    return torch.randn(6, 11) * 2, torch.randn(6, 11)
 
 
 @pytest.mark.parametrize("t", [1.0, 2.5])
 def test_divergence_is_the_formula(logits, t):
-    teacher, student = logits[0], logits[1].detach()
+    teacher, student = logits
     by_hand = 0.0
-    for b in range(2):
-        for s in range(3):
-            p, q = torch.softmax(teacher[b, s] / t, 0), torch.softmax(student[b, s] / t, 0)
-            by_hand += sum(float(p[v] * (p[v] / q[v]).log()) for v in range(11)) / 6
-    assert float(divergence(teacher, student, t)) == pytest.approx(by_hand, rel=1e-5)
-    assert float(divergence(teacher, teacher, t)) == pytest.approx(0.0, abs=1e-6)
+    for n in range(6):
+        p, q = torch.softmax(teacher[n] / t, 0), torch.softmax(student[n] / t, 0)
+        by_hand += sum(float(p[v] * (p[v] / q[v]).log()) for v in range(11))
+    given = student.clone()
+    assert float(divergence(teacher, student, t)[0]) == pytest.approx(by_hand, rel=1e-5)
+    assert torch.equal(student, given), "the logits are not changed"
+    same, gradient = divergence(teacher, teacher, t)
+    assert float(same) == pytest.approx(0.0, abs=1e-6) and float(gradient.abs().max()) < 1e-6
+
+
+@pytest.mark.parametrize("t", [1.0, 2.5])
+def test_the_gradient_is_that_of_the_plain_function(logits, t):
+    teacher, student = logits
+    student = student.requires_grad_()
+    p, q = F.log_softmax(teacher / t, -1), F.log_softmax(student / t, -1)
+    (expected,) = torch.autograd.grad(F.kl_div(q, p, reduction="sum", log_target=True), student)
+    with torch.no_grad():
+        torch.testing.assert_close(divergence(teacher, student, t)[1], expected, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("t", [1.0, 2.5])
 def test_likeliest_bound_the_divergence_and_reach_it(logits, t):
     teacher, student = logits
-    whole = float(divergence(teacher, student, t))
-    some = [float(divergence_of_likeliest(likeliest(teacher, k, t), student, t)) for k in (1, 4, 10, 11, 50)]
-    assert some[:3] == sorted(some[:3]) and some[4] == some[3], (
-        "more tokens tell more; beyond the vocabulary is nothing"
-    )
-    assert (
-        some[0] < whole - 0.05
-        and some[2] == pytest.approx(whole, abs=1e-5)
-        and some[3] == pytest.approx(whole, abs=1e-4)
-    )
-    a, b = (torch.autograd.grad(f, student)[0] for f in (
-        divergence(teacher, student, t), divergence_of_likeliest(likeliest(teacher, 10, t), student, t)))  # fmt: skip
-    assert torch.allclose(a, b, atol=1e-5)
-
-
-def test_gradient_at_temperature_one_is_q_minus_p(logits):
-    teacher, student = logits
-    (grad,) = torch.autograd.grad(divergence(teacher, student, 1.0), student)
-    assert torch.allclose(grad, (F.softmax(student, -1) - F.softmax(teacher, -1)) / 6, atol=1e-6)
+    whole, gradient = divergence(teacher, student, t)
+    some = [divergence_of_likeliest(*likeliest(teacher, k, t), student, t) for k in (1, 4, 10, 11, 50)]
+    totals = [float(total) for total, _ in some]
+    assert totals[:3] == sorted(totals[:3]) and totals[4] == totals[3], "more tokens tell more; beyond all is nothing"
+    assert totals[0] < whole - 0.3
+    assert totals[2] == pytest.approx(float(whole), abs=1e-5) and totals[3] == pytest.approx(float(whole), abs=1e-4)
+    assert torch.allclose(some[2][1], gradient, atol=1e-5)
 
 
 @pytest.mark.parametrize(
