@@ -2,10 +2,12 @@
 
 GELU and the sum with the residual stream are fused into the product where oneDNN computes it. The cost of other calls
 does not depend on the number of rows: `moelab.inference.frozen_blocks` has the modules that make few of them. Each
-expert is frozen on its own, so that a step only reads the weights of experts that have tokens. Copies of the matrices
-replace the parameters, which are freed one by one.
+expert is frozen on its own, so that a step only reads the weights of experts that have tokens. What is prepared
+replaces the parameters, which are freed one by one.
 
-**The fastest products** (fp32): the matrix stays as it is. MKL multiplies few rows by it, oneDNN more (`_by_rows`).
+**The fastest products** (fp32): MKL multiplies few rows by the matrix as it is, oneDNN more rows. Outside the experts
+oneDNN has a packed copy of the matrix, so that these matrices exist twice (`_by_rows`). An expert's matrix, of which a
+model has many, exists once: oneDNN also computes with one that is not packed (`Matrix`).
 
 **Batch-invariant products**: a row's result is bitwise independent of the other rows. oneDNN's products of packed
 matrices have this property for any number of rows, MKL's from a number of rows that depends on the processor and the
@@ -65,7 +67,9 @@ def product(weight_NK: Tensor, batch_invariant: bool) -> Product:
     weight_NK = weight_NK.detach()
     if weight_NK.dtype == torch.float32:
         if not batch_invariant:
-            return functools.partial(_by_rows, weight_NK.contiguous())
+            weight_NK = weight_NK.contiguous()
+            packed = weight_NK if weight_NK.numel() < PACK_FROM else torch.ops.mkldnn._reorder_linear_weight(weight_NK)
+            return functools.partial(_by_rows, weight_NK, packed)
         if weight_NK.numel() < PACK_FROM:
             rows = least_rows(*weight_NK.shape, torch.get_num_threads())
             if rows <= MOST_REPEATED:
@@ -119,10 +123,15 @@ def _plain(
 
 
 def _by_rows(
-    weight_NK: Tensor, x: Tensor, bias: Tensor | None, gelu: bool = False, add: Tensor | None = None
+    weight_NK: Tensor,
+    packed: Tensor,
+    x: Tensor,
+    bias: Tensor | None,
+    gelu: bool = False,
+    add: Tensor | None = None,
 ) -> Tensor:
     if x.numel() > few_rows(weight_NK) * x.shape[-1]:
-        return _packed(weight_NK, x, bias, gelu, add)  # the same call computes with a matrix that is not packed
+        return _packed(packed, x, bias, gelu, add)
     y = F.linear(x, weight_NK, bias)
     if add is not None:
         return y.add_(add)
@@ -130,7 +139,7 @@ def _by_rows(
 
 
 class Matrix:
-    """Hold an fp32 matrix [N, K] for products that write to given memory."""
+    """Hold an fp32 matrix [N, K] for products that write to given memory; the bits of a row depend on the others."""
 
     def __init__(self, weight_NK: Tensor) -> None:
         self.weight_NK = weight_NK.contiguous()
