@@ -46,6 +46,11 @@ class Output:
     loss: Tensor | None = None
     further: Tensor | None = None
 
+    def cross_entropy(self, targets_BT: Tensor, reduction: str = "mean") -> Tensor:
+        """Return the next-token loss in nats, fp32, from the logits."""
+        logits = self.logits_BTV.flatten(0, 1).float()
+        return F.cross_entropy(logits, targets_BT.flatten(), reduction=reduction)
+
     def routing_loss(self, config: ModelConfig) -> Tensor | float:
         """Return the weighted load-balancing and z losses, summed over MoE layers as in the released code."""
         r = config.routing
