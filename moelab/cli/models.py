@@ -12,6 +12,8 @@ from moelab.cli._options import RUNS, Out, check_choice, check_device, check_dty
 from moelab.config.parallel import EXCHANGES
 from moelab.runs.store import RunStore
 
+MODES = ("optimised", "invariant", "baseline")
+"""Those of `moelab.inference.modes`, which torch is imported for."""
 SMALL_MODEL = "smollm2"
 """A public model that `moelab eval` fetches, one of `moelab.evaluation.models.REFERENCES`."""
 
@@ -44,7 +46,7 @@ def generate(
     Under torchrun or srun, ranks share the model.
     """
     check_device(device)
-    check_choice("--mode", mode, ("optimised", "invariant", "baseline"))
+    check_choice("--mode", mode, MODES)
     check_dtypes([dtype])
     check_choice("--exchange", exchange, EXCHANGES)
     directory = RunStore().find(run)

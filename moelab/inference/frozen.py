@@ -37,11 +37,11 @@ packed one 15 and 22 us; with 2**18 elements, 25 and 80 us against 32 and 60 us.
 MOST_REPEATED = 8
 """Matrices whose plain products need more rows than this to be independent are packed."""
 LARGE = 1 << 19
-"""Elements of the largest matrix with which MKL multiplies up to 12 rows faster than oneDNN does; else it is 4.
+"""An fp32 matrix of more elements than this is multiplied by MKL up to 4 rows, any other up to 12 (`few_rows`).
 
 Measured on an Intel Xeon with AMX, two threads, matrices of 2**18 to 2**20 elements that are in no cache: at one row
-MKL takes 0.5 to 0.7 of the time of the packed product, at 8 rows 0.8 and 1.2 of it with 2**19 and 2**20 elements, at 16
-rows 1.5 of it. oneDNN's product of a matrix that is not packed takes 1.0 to 1.3 times that of a packed one.
+MKL takes 0.5 to 0.8 of the time of the packed product, at 8 rows 0.8 and 1.2 of it with 2**19 and 2**20 elements, at 16
+rows 1.3 to 1.6 of it. oneDNN's product of a matrix that is not packed takes 1.0 to 1.5 times that of a packed one.
 """
 _EXAMINED = (*range(1, 65), 100, 256, 1000)
 

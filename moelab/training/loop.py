@@ -304,7 +304,6 @@ class Trainer:
         if measures:
             for router in self.routers.values():
                 router.entropies = []
-        teaches = self.distiller is not None and self.distiller.weight(step) > 0
         module.train()
         loss_sum = routing_sum = distill_sum = 0.0
         counts: list[tuple[Routing, ...]] = []
@@ -312,7 +311,7 @@ class Trainer:
             number = self.mesh.data.index * parts + part  # of the micro-batch, over all ranks
             torch.manual_seed(draw_seed(config.seed, step, number))
             rows = slice(part * self.micro_batch, (part + 1) * self.micro_batch)
-            further = self.distiller.loss(tokens_BT[rows], step, number) if teaches else None
+            further = self.distiller.loss(tokens_BT[rows], step, number) if self.distiller else None
             with torch.autocast(config.device, torch.bfloat16, enabled=config.dtype == "bf16"):
                 output = module(tokens_BT[rows], targets_BT=targets_BT[rows], further=further)
             routing_loss = output.routing_loss(self.model_config)

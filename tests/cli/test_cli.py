@@ -91,8 +91,10 @@ def test_what_stands_in_the_commands_is_what_the_heavy_modules_have():
     from moelab.bench import train
     from moelab.cli import bench, models
     from moelab.evaluation.models import REFERENCES
+    from moelab.inference.modes import MODES
 
     assert tuple(train.FAMILIES) == bench.FAMILIES and {models.SMALL_MODEL} == set(REFERENCES)
+    assert models.MODES == MODES
 
 
 def test_version_and_help_in_the_order_of_use():

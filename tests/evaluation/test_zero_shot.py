@@ -323,7 +323,7 @@ def test_bad_input_is_one_line(lm_eval, exported, cache, tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_a_task_of_lm_eval_that_is_not_there_or_has_no_network(lm_eval, exported, cache, monkeypatch):
-    for place in ("huggingface_hub.constants", "datasets.config"):  # nothing is asked for, again and again
+    for place in ("huggingface_hub.constants", "datasets.config"):  # no retries, no download
         monkeypatch.setattr(f"{place}.HF_HUB_OFFLINE", True)
     folder = exported()
     with pytest.raises(ValueError, match=r"no task 'lambda'; allowed: packaged_lambada"):
