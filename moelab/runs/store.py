@@ -175,8 +175,9 @@ class RunStore:
         stored = read_json(path / "spec.json") or {}
         kept = stored.get("train", {}).get("keep_at", [])
         spec = spec.keeping(kept)
-        # The last asked-for layout counts, and all checkpoints that were ever asked for.
-        if stored.get("parallel", {}) != spec.to_json()["parallel"] or list(spec.train.keep_at) != kept:
+        # The last asked-for layout counts, and all checkpoints that were ever asked for; a finished run stays as it is.
+        changed = stored.get("parallel", {}) != spec.to_json()["parallel"] or list(spec.train.keep_at) != kept
+        if changed and not (stored and Run(spec, path).finished):
             try:
                 write_json(path / "spec.json", spec.to_json())
             except OSError as error:

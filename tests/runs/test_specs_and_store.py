@@ -10,6 +10,7 @@ import pytest
 from filelock import FileLock
 
 from moelab.config import ModelConfig, TrainConfig
+from moelab.config.parallel import ParallelConfig
 from moelab.files import new_directory, read_json, write_text
 from moelab.lab import Lab
 from moelab.runs.collection import NoResult
@@ -69,6 +70,18 @@ def test_a_finished_run_is_read_back(tiny_spec):
     assert again[0].status.state == "finished" and not again.missing
     record = first[0].provenance
     assert record["versions"]["torch"] and record["hardware"]["cores"] >= 1 and record["data"]["fingerprint"]
+
+
+def test_what_a_finished_run_was_stays_on_record(tiny_spec):
+    """Asking for another layout or checkpoint rewrites the spec of a run that will train, not of one that has."""
+    store, spec = RunStore(), replace(tiny_spec, train=replace(tiny_spec.train, micro_batch=2))
+    run = store.run(spec)
+    store.run(replace(spec, parallel=ParallelConfig(data=2)))
+    assert store.at(run.path.name).spec.parallel.data == 2
+    before = (run.path / "spec.json").read_bytes()
+    (run.path / "result.json").write_text("{}")
+    assert store.run(spec.keeping((128,))).spec.id == run.spec.id
+    assert (run.path / "spec.json").read_bytes() == before
 
 
 def test_one_failing_run_takes_no_other_with_it(tiny_spec):
