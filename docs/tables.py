@@ -1,0 +1,150 @@
+"""The tables of docs/performance.md, from the measurements in results/benchmarks.
+
+python docs/tables.py                              # writes them anew, after new measurements
+
+A table stands between `<!-- table: KIND FILE -->` and `<!-- end -->`; a test compares all of them with their files.
+"""
+
+import json
+import re
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+PAGE = ROOT / "docs" / "performance.md"
+TABLE = re.compile(r"(<!-- table: (\w+) (\S+) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
+
+Row = dict
+OURS = ("ours, capacity 1.0", "ours, drop-free")
+PEERS = ("deepspeed, capacity 1.0", "transformers grouped_mm", "torch grouped_mm, drop-free")
+THEIR_DECODERS = ("transformers Qwen3-MoE", "transformers Mixtral", "transformers generate")
+
+
+def _markdown(head: list[str], rows: Iterable[list[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "".join("| " + " | ".join(cells) + " |\n" for cells in lines).replace("|  |", "| |")
+
+
+def _numbers(values: list[float | None], bold: list[bool], form: Callable[[float], str]) -> str:
+    """Return "a / b / c", neighbours that are bold inside one pair of stars; "–" where nothing was measured."""
+    text, open_ = "", False
+    for i, (value, strong) in enumerate(zip(values, bold, strict=True)):
+        if open_ and not strong:
+            text, open_ = text + "**", False
+        text += " / " if i else ""
+        if strong and not open_:
+            text, open_ = text + "**", True
+        text += "–" if value is None else form(value)
+    return text + ("**" if open_ else "")
+
+
+def _time(ms: float) -> str:
+    return f"{ms:.1f}" if ms < 99.95 else f"{ms:.0f}"
+
+
+def layer(rows: list[Row]) -> str:
+    """Return the time of each layer over the dense layer's; bold is the fastest with the same capacity rule."""
+    experts = sorted({row["experts"] for row in rows})
+    lines = []
+    for dtype, threads in sorted(
+        {(row["dtype"], row["threads"]) for row in rows}, key=lambda c: (c[0] != "fp32", c[1])
+    ):
+        at = {
+            (row["experts"], row["candidate"]): row["ratio"]
+            for row in rows
+            if (row["dtype"], row["threads"]) == (dtype, threads)
+        }
+        ours, theirs = [], []
+        for E in experts:
+            limited, free = (at[E, name] for name in OURS)
+            deepspeed, grouped, torch_grouped = (at.get((E, name)) for name in PEERS)
+            best_limited = deepspeed is None or limited <= deepspeed
+            best_free = all(other is None or free <= other for other in (grouped, torch_grouped))
+            ours.append(_numbers([limited, free], [best_limited, best_free], "{:.2f}".format))
+            others = [value for value in (grouped, torch_grouped) if value is not None]
+            ahead = [not best_free and value == min(others) for value in (grouped, torch_grouped)]
+            first = _numbers([deepspeed], [not best_limited], "{:.2f}".format)
+            theirs.append(f"{first}; {_numbers([grouped, torch_grouped], ahead, '{:.2f}'.format)}")
+        lines.append([f"{dtype}, {threads} thread{'s' * (threads > 1)}: ours", *ours])
+        lines.append(["DeepSpeed; transformers / torch", *theirs])
+    return _markdown(["", *(f"E={E}" for E in experts)], lines)
+
+
+def gate(rows: list[Row]) -> str:
+    """Return how many times as long as ours the other gates take."""
+    experts = sorted({row["experts"] for row in rows})
+    at = {(row["candidate"], row["experts"]): row for row in rows}
+    lines = [["ours, ms", *(f"{at['ours', E]['median_ms']:.2f}" for E in experts)]]
+    for name, title in (
+        ("deepspeed, sparse routes", "DeepSpeed's sparse routes, times ours"),
+        ("deepspeed, masks", "DeepSpeed's masks, times ours"),
+        ("masks (baseline)", "the paper's masks, times ours"),
+    ):
+        found = [at.get((name, E)) for E in experts]
+        if any(found):
+            lines.append([title, *("–" if row is None else f"{row['ratio']:.1f}" for row in found)])
+    return _markdown(["", *(f"E={E}" for E in experts)], lines)
+
+
+def train(rows: list[Row]) -> str:
+    """Return thousand tokens a second of each family and width, fp32 / bf16."""
+    widths = sorted({row["width"] for row in rows})
+    families = list(dict.fromkeys(row["candidate"].rsplit(", ", 1)[0] for row in rows))
+    families.sort(key=lambda name: name.endswith("bare loop"))  # the plain loop is not ours: last
+    at = {(row["candidate"], row["width"]): row["tokens_per_s"] / 1e3 for row in rows}
+    lines = []
+    for family in families:
+        name = family.replace("dense, bare loop", "dense, a bare PyTorch loop")
+        values = [[at.get((f"{family}, {dtype}", width)) for dtype in ("fp32", "bf16")] for width in widths]
+        lines.append([name, *(_numbers(pair, [False, False], "{:.1f}".format) for pair in values)])
+    return _markdown(["thousand tokens a second, fp32 / bf16", *(f"{width} wide" for width in widths)], lines)
+
+
+def decode(rows: list[Row]) -> str:
+    """Return milliseconds a token by batch; bold is the fastest, `invariant` apart."""
+    rows = [row for row in rows if row["ranks"] == 1 and row["model"] != "350M twin"]
+    models = list(dict.fromkeys(row["model"] for row in rows))
+    batches = sorted({row["batch"] for row in rows})
+    rows = rows[::-1]  # of two measurements the first counts: the later one was taken beside those on ranks
+    at = {(row["model"], row["batch"], row["candidate"]): row["median_ms"] for row in rows}
+    floor = {(row["model"], row["batch"]): row["floor_ms"] for row in rows}
+    columns = [
+        "baseline",
+        "optimised",
+        *(["invariant"] if any(row["candidate"] == "invariant" for row in rows) else []),
+    ]
+    lines = []
+    for model in models:
+        values = {name: [at.get((model, batch, name)) for batch in batches] for name in columns}
+        theirs = next((n for n in THEIR_DECODERS if any((model, batch, n) in at for batch in batches)), None)
+        values["transformers"] = [at.get((model, batch, theirs)) for batch in batches]
+        best = [
+            min(v[i] for name, v in values.items() if name != "invariant" and v[i] is not None)
+            for i in range(len(batches))
+        ]
+        cells = [
+            _numbers(v, [name != "invariant" and a == b for a, b in zip(v, best, strict=True)], _time)
+            for name, v in values.items()
+        ]
+        lines.append([model, *cells, _numbers([floor.get((model, b)) for b in batches], [False] * len(batches), _time)])
+    titles = {"baseline": "the paper's baseline", "optimised": "ours", "invariant": "ours, invariant"}
+    batch = " / ".join(map(str, batches))
+    return _markdown([f"ms a token, batch {batch}", *(titles[c] for c in columns), "transformers", "floor"], lines)
+
+
+KINDS: dict[str, Callable[[list[Row]], str]] = {"layer": layer, "gate": gate, "train": train, "decode": decode}
+
+
+def render(page: str) -> str:
+    """Return the page with each of its tables made anew from its file."""
+
+    def table(found: re.Match) -> str:
+        opening, kind, file, _, closing = found.groups()
+        rows = [json.loads(line) for line in (ROOT / file).read_text().splitlines()]
+        return f"{opening}\n{KINDS[kind](rows)}\n{closing}"
+
+    return TABLE.sub(table, page)
+
+
+if __name__ == "__main__":
+    PAGE.write_text(render(PAGE.read_text()))
