@@ -71,7 +71,7 @@ TRAINS = {
         batch_size=8,
         warmup_tokens=2_048,
         eval_every=8,
-        eval_tokens=4_096,
+        eval_tokens=2_048,
         log_every=4,
         checkpoint_every=8,
     ),
@@ -100,7 +100,7 @@ PEAK_RATES: dict[str, dict[str, tuple[float, float]]] = {
 sweep on the 350M base. Not swept: `gpu`, and larger bases, which take the 350M's times `rate_ratio`."""
 
 DATA = {
-    "smoke": DataConfig(tokenizer="bpe-1024", context=64, max_bytes=3_000_000),
+    "smoke": DataConfig(tokenizer="bpe-1024", context=64, max_bytes=600_000),
     "quick": DataConfig(corpus="mix5", tokenizer="bpe-2048", context=128),
     "cpu": DataConfig(corpus="mix5", tokenizer="bpe-2048", context=128),
     "gpu": DataConfig(
