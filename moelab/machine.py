@@ -25,10 +25,24 @@ def cpu() -> str:
         return platform.processor() or platform.machine()
 
 
+def is_intel_cpu() -> bool:
+    """Return whether the processor is Intel's, as far as /proc/cpuinfo tells."""
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as file:
+            return _fields(file.read()).get("vendor_id") == "GenuineIntel"
+    except OSError:
+        return "Intel" in platform.processor()
+
+
+def _fields(cpuinfo: str) -> dict[str, str]:
+    """Return what /proc/cpuinfo says of its first processor."""
+    lines = (line.partition(":") for line in cpuinfo.strip().partition("\n\n")[0].splitlines())
+    return {key.strip(): value.strip() for key, _, value in lines}
+
+
 def describe_cpu(cpuinfo: str) -> str:
     """Return `cpu`'s text from the content of /proc/cpuinfo, of its first processor."""
-    lines = (line.partition(":") for line in cpuinfo.strip().partition("\n\n")[0].splitlines())
-    fields = {key.strip(): value.strip() for key, _, value in lines}
+    fields = _fields(cpuinfo)
     flags = (fields.get("flags") or fields.get("Features") or "").split()
     numbers = ", ".join(
         f"{label} {fields[key]}" for label, key in (("family", "cpu family"), ("model", "model")) if key in fields

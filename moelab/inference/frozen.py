@@ -5,9 +5,10 @@ does not depend on the number of rows: `moelab.inference.frozen_blocks` has the 
 expert is frozen on its own, so that a step only reads the weights of experts that have tokens. What is prepared
 replaces the parameters, which are freed one by one.
 
-**The fastest products** (fp32): MKL multiplies few rows by the matrix as it is, oneDNN more rows. Outside the experts
-oneDNN has a packed copy of the matrix, so that these matrices exist twice (`_by_rows`). An expert's matrix, of which a
-model has many, exists once: oneDNN also computes with one that is not packed (`Matrix`).
+**The fastest products** (fp32) depend on the processor. On Intel's, MKL multiplies few rows by the matrix as it is,
+oneDNN more rows. Outside the experts oneDNN has a packed copy of the matrix, so that these matrices exist twice
+(`_by_rows`). An expert's matrix, of which a model has many, exists once: oneDNN also computes with one that is not
+packed (`Matrix`). On others, MKL is slow, and all but small matrices are packed.
 
 **Batch-invariant products**: a row's result is bitwise independent of the other rows. oneDNN's products of packed
 matrices have this property for any number of rows, MKL's from a number of rows that depends on the processor and the
@@ -19,12 +20,14 @@ matrices are not packed (`PACK_FROM`). In bf16 packed products are the fastest a
 from __future__ import annotations
 
 import functools
+import sys
 from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from moelab import machine
 from moelab.engine.differentiable import reduce_from_group
 from moelab.engine.tensor_slicing import RowLinear
 
@@ -42,6 +45,13 @@ LARGE = 1 << 19
 Measured on an Intel Xeon with AMX, two threads, matrices of 2**18 to 2**20 elements that are in no cache: at one row
 MKL takes 0.5 to 0.8 of the time of the packed product, at 8 rows 0.8 and 1.2 of it with 2**19 and 2**20 elements, at 16
 rows 1.3 to 1.6 of it. oneDNN's product of a matrix that is not packed takes 1.0 to 1.5 times that of a packed one.
+"""
+SMALL = 1 << 15
+"""On a processor that is not Intel's, fp32 matrices of fewer elements are multiplied by MKL, others by oneDNN.
+
+Measured on AMD Zen 5, two threads, matrices that are in no cache, 1 / 8 / 32 rows: with 2**14 elements MKL takes 5 / 8
+/ 12 us and the packed product 11 / 11 / 13, with 2**15 14 / 14 / 21 and 13 / 13 / 17, with 2**19 166 / 187 / 301 and 48
+/ 69 / 117.
 """
 _EXAMINED = (*range(1, 65), 100, 256, 1000)
 
@@ -66,20 +76,26 @@ def product(weight_NK: Tensor, batch_invariant: bool) -> Product:
     """Return the function that multiplies by this matrix: the fastest, or the fastest with batch-invariant results."""
     weight_NK = weight_NK.detach()
     if weight_NK.dtype == torch.float32:
-        if not batch_invariant:
+        few = 0 if batch_invariant else few_rows(weight_NK)
+        if few:
             weight_NK = weight_NK.contiguous()
             packed = weight_NK if weight_NK.numel() < PACK_FROM else torch.ops.mkldnn._reorder_linear_weight(weight_NK)
-            return functools.partial(_by_rows, weight_NK, packed)
-        if weight_NK.numel() < PACK_FROM:
+            return functools.partial(_by_rows, weight_NK, packed, few)
+        if batch_invariant and weight_NK.numel() < PACK_FROM:
             rows = least_rows(*weight_NK.shape, torch.get_num_threads())
             if rows <= MOST_REPEATED:
                 return functools.partial(_plain, weight_NK, rows)
     return functools.partial(_packed, torch.ops.mkldnn._reorder_linear_weight(weight_NK.contiguous()))
 
 
+mkl_is_fast = functools.cache(machine.is_intel_cpu)
+
+
 def few_rows(weight_NK: Tensor) -> int:
-    """Return the number of rows up to which MKL multiplies by this fp32 matrix, see `LARGE`."""
-    return 12 if weight_NK.numel() <= LARGE else 4
+    """Return the number of rows up to which MKL multiplies by this fp32 matrix, see `LARGE` and `SMALL`."""
+    if mkl_is_fast():
+        return 12 if weight_NK.numel() <= LARGE else 4
+    return sys.maxsize if weight_NK.numel() < SMALL else 0
 
 
 @functools.cache
@@ -125,12 +141,13 @@ def _plain(
 def _by_rows(
     weight_NK: Tensor,
     packed: Tensor,
+    few: int,
     x: Tensor,
     bias: Tensor | None,
     gelu: bool = False,
     add: Tensor | None = None,
 ) -> Tensor:
-    if x.numel() > few_rows(weight_NK) * x.shape[-1]:
+    if x.numel() > few * x.shape[-1]:
         return _packed(packed, x, bias, gelu, add)
     y = F.linear(x, weight_NK, bias)
     if add is not None:

@@ -8,6 +8,7 @@ and sorts the experts. In all other cases, the layers compute as they do in trai
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Callable
 from typing import Any, NamedTuple, TypeVar
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 
 from moelab import kernels
 from moelab.engine.parallel import SlicedExperts
-from moelab.inference.frozen import FrozenLinear, Matrix, freeze_linear, product
+from moelab.inference.frozen import FrozenLinear, Matrix, few_rows, freeze_linear, product
 from moelab.models import GPT
 from moelab.models.activations import swiglu
 from moelab.models.attention import Attention, Past
@@ -177,8 +178,7 @@ class FrozenMoE(MoE):
         """Return the frozen form of a layer, which loses its parameters."""
         frozen = _as(cls, moe)
         frozen.router = FrozenRouter(moe.router, batch_invariant)
-        plain = moe.experts.up.dtype == torch.float32 and not batch_invariant
-        frozen.experts = FrozenExperts(moe.experts) if plain else PackedExperts(moe.experts)
+        frozen.experts = freeze_experts(moe.experts, batch_invariant)
         frozen.mlp = None if moe.mlp is None else FrozenMLP(moe.mlp, batch_invariant)
         if moe.mix is not None:
             kind = FrozenMix if isinstance(moe.mix, Mix) else FrozenSharedGate
@@ -287,27 +287,34 @@ class FrozenSharedGate(nn.Module):
         return routed_SM + fixed_SM * gate_S1.to(fixed_SM.dtype)
 
 
+def freeze_experts(experts: Experts, batch_invariant: bool) -> FrozenExperts:
+    """Return the frozen form of experts: packed, or as they are where MKL multiplies few rows in less time."""
+    plain = experts.up.dtype == torch.float32 and not batch_invariant
+    if plain and few_rows(experts.up[0]) and few_rows(experts.down[0]):
+        return FrozenExperts(experts, Matrix)
+    return PackedExperts(experts, functools.partial(product, batch_invariant=batch_invariant))
+
+
 class FrozenExperts(nn.Module):
     """Compute experts that are frozen one by one, in fp32: a call only reads the weights of experts that have rows.
 
     All rows share one activation, and the products write to its input and to the output.
+
+    Args:
+        prepare: makes of an expert's matrix [N, K] what `of_rows` uses of it: here a `Matrix`.
     """
 
-    def __init__(self, experts: Experts) -> None:
+    def __init__(self, experts: Experts, prepare: Callable[[Tensor], Any]) -> None:
         super().__init__()
         self.gated = experts.activation == "swiglu"
-        self.up, self.down = self.prepare(experts.up.detach().flatten(2)), self.prepare(experts.down.detach())
+        up_EKN, down_EKN = experts.up.detach().flatten(2), experts.down.detach()
+        self.up, self.down = ([prepare(matrix_KN.T) for matrix_KN in stack] for stack in (up_EKN, down_EKN))
         self.up_bias = self.down_bias = [None] * len(self.up)
         if experts.down_bias is not None:
             bias = experts.down_bias.detach()
             if isinstance(experts, SlicedExperts) and not experts.adds_bias:
                 bias = bias * 0
             self.up_bias, self.down_bias = list(experts.up_bias.detach().flatten(1)), list(bias)
-
-    @staticmethod
-    def prepare(stack_EKN: Tensor) -> list[Any]:
-        """Return what `of_rows` uses of each expert's matrix: here a `Matrix`."""
-        return [Matrix(weight_KN.T) for weight_KN in stack_EKN]
 
     def forward(self, rows_RM: Tensor, offsets_E1: Tensor) -> Tensor:
         """Return the experts' outputs, as `Experts.forward`."""
@@ -336,12 +343,7 @@ class FrozenExperts(nn.Module):
 
 
 class PackedExperts(FrozenExperts):
-    """Compute experts that are packed one by one, with batch-invariant results."""
-
-    @staticmethod
-    def prepare(stack_EKN: Tensor) -> list[Any]:
-        """Return what `of_rows` uses of each expert's matrix: the function that multiplies by it."""
-        return [product(weight_KN.T, batch_invariant=True) for weight_KN in stack_EKN]
+    """Compute experts that are packed one by one; `prepare` returns the function that multiplies by a matrix."""
 
     def of_rows(self, rows_RM: Tensor, experts: list[int], bounds: list[int]) -> Tensor:
         """Return the outputs, as `FrozenExperts.of_rows`."""

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 from moelab.config import DecoderConfig, ExpertConfig, ModelConfig, RoutingConfig
 from moelab.inference import Generator, Sampling, frozen, frozen_blocks, set_mode
-from moelab.inference.frozen_blocks import FrozenMoE, sort
+from moelab.inference.frozen_blocks import FrozenMoE, PackedExperts, sort
 from moelab.models import build
 
 FREE = RoutingConfig(drop_tokens=False)
@@ -28,6 +28,22 @@ LAYERS = {
         expert=ExpertConfig(shared=1, shared_gate=True),
     ),
 }
+
+
+PROCESSORS = {
+    "Intel": {"mkl_is_fast": lambda: True, "LARGE": 1 << 30},
+    "Intel, large": {"mkl_is_fast": lambda: True, "LARGE": 0},
+    "another": {"mkl_is_fast": lambda: False, "SMALL": 0},
+    "another, small": {"mkl_is_fast": lambda: False, "SMALL": 1 << 30},
+}
+"""Processor and size of matrix -> what makes the test's small matrices be taken for it."""
+
+
+@pytest.fixture(params=PROCESSORS)
+def processor(request, monkeypatch):
+    for name, value in PROCESSORS[request.param].items():
+        monkeypatch.setattr(frozen, name, value)
+    return request.param
 
 
 def pair(config, dtype=torch.float32, invariant=True):
@@ -69,13 +85,12 @@ def test_a_layer_without_a_table_equals_the_plain_one(name, dtype, invariant, sh
 
 
 @torch.inference_mode()
-@pytest.mark.parametrize("large", [False, True])
 @pytest.mark.parametrize("invariant", [True, False])
 @pytest.mark.parametrize("name", ["top-1", "top-3", "gated, shared"])
-def test_experts_with_any_numbers_of_rows(name, invariant, large, monkeypatch):
+def test_experts_with_any_numbers_of_rows(name, invariant, processor):
     """One row to more than MKL multiplies, experts without rows, all rows to one expert, empty rows at the end."""
-    monkeypatch.setattr(frozen, "LARGE", 0 if large else 1 << 30)
     plain, quick = pair(LAYERS[name], invariant=invariant)
+    assert isinstance(quick.experts, PackedExperts) == (invariant or processor == "another")
     for counts, empty in (([1, 0, 3, 13, 30], 0), ([0, 0, 20, 0, 0], 0), ([0, 5, 4, 0, 12], 7), ([0] * 5, 3)):
         offsets = torch.tensor([0, *counts]).cumsum(0).to(torch.int32)
         rows = torch.randn(int(offsets[-1]) + empty, 48, generator=torch.Generator().manual_seed(empty))
@@ -117,7 +132,7 @@ def test_rows_are_sorted_by_expert_then_token(shape):
 @torch.inference_mode()
 @pytest.mark.parametrize(("N", "K"), [(96, 32), (32, 128), (192, 64), (576, 192), (5, 48)])
 @pytest.mark.parametrize(("dtype", "invariant"), [("float32", True), ("float32", False), ("bfloat16", False)])
-def test_a_row_of_a_product_has_the_same_bits_in_any_company(N, K, dtype, invariant):
+def test_a_row_of_a_product_has_the_same_bits_in_any_company(N, K, dtype, invariant, processor):
     """And products are right; in fp32 the fastest ones have only that."""
     dtype = getattr(torch, dtype)
     if not frozen.can_freeze(dtype):

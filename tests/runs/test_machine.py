@@ -1,5 +1,7 @@
 """The processor's description tells generations apart where the name does not."""
 
+import io
+
 from moelab import machine
 from moelab.runs.provenance import hardware
 
@@ -30,3 +32,12 @@ def test_amx_is_named():
 def test_other_systems_name_what_they_know():
     assert machine.describe_cpu("Features\t: fp asimd bf16\n").endswith("(asimd, bf16)")
     assert hardware()["cpu"] == machine.cpu() != ""
+
+
+def test_the_maker_of_the_processor(monkeypatch):
+    for vendor, intel in (("GenuineIntel", True), ("AuthenticAMD", False)):
+        text = f"processor\t: 0\nvendor_id\t: {vendor}\n\nprocessor\t: 1\n"
+        monkeypatch.setattr("builtins.open", lambda *a, text=text, **k: io.StringIO(text))
+        found = machine.is_intel_cpu()
+        monkeypatch.undo()
+        assert found is intel
