@@ -25,13 +25,14 @@ def cpu() -> str:
         return platform.processor() or platform.machine()
 
 
-def is_intel_cpu() -> bool:
-    """Return whether the processor is Intel's, as far as /proc/cpuinfo tells."""
+def maker() -> tuple[str, int]:
+    """Return the maker of the processor and its family, such as ("AuthenticAMD", 26); ("", 0) where nothing tells."""
     try:
         with open("/proc/cpuinfo", encoding="utf-8") as file:
-            return _fields(file.read()).get("vendor_id") == "GenuineIntel"
+            fields = _fields(file.read())
     except OSError:
-        return "Intel" in platform.processor()
+        return ("GenuineIntel" if "Intel" in platform.processor() else "", 0)
+    return fields.get("vendor_id", ""), int(fields.get("cpu family", 0))
 
 
 def _fields(cpuinfo: str) -> dict[str, str]:

@@ -23,6 +23,7 @@ import torch
 
 from moelab import machine, terminal
 from moelab.files import write_text
+from moelab.models.products import fastest_products
 
 X = TypeVar("X")
 """The inputs of a round."""
@@ -264,18 +265,19 @@ def device_name(device: str) -> str:
 
 
 def product_rate(dtype: torch.dtype, timing: Timing, largest: int = 2048) -> float:
-    """Return FLOP/s of an n x n x n matrix product, best of five.
+    """Return FLOP/s of an n x n x n matrix product, best of five, by the fastest library (`fastest_products`).
 
     n is `largest`, or less where that would take long (bf16 on a processor that has no instructions for it).
     """
     n = min(256, largest)
-    while True:
-        a, b = (torch.randn(n, n, device=timing.device).to(dtype) for _ in range(2))
-        a @ b
-        if n == largest or _best(lambda a=a, b=b: a @ b, timing, 1) > 0.1:
-            break
-        n = min(2 * n, largest)
-    return 2 * n**3 / _best(lambda: a @ b, timing, 5)
+    with fastest_products():
+        while True:
+            a, b = (torch.randn(n, n, device=timing.device).to(dtype) for _ in range(2))
+            a @ b
+            if n == largest or _best(lambda a=a, b=b: a @ b, timing, 1) > 0.1:
+                break
+            n = min(2 * n, largest)
+        return 2 * n**3 / _best(lambda: a @ b, timing, 5)
 
 
 def copy_rate(timing: Timing, size: int = 1 << 28) -> float:

@@ -88,7 +88,10 @@ def product(weight_NK: Tensor, batch_invariant: bool) -> Product:
     return functools.partial(_packed, torch.ops.mkldnn._reorder_linear_weight(weight_NK.contiguous()))
 
 
-mkl_is_fast = functools.cache(machine.is_intel_cpu)
+@functools.cache
+def mkl_is_fast() -> bool:
+    """Return whether MKL has its fast products on this processor."""
+    return machine.maker()[0] == "GenuineIntel"
 
 
 def few_rows(weight_NK: Tensor) -> int:

@@ -2,8 +2,9 @@
 
     x_BTM -> qkv -> attention -> out -> y_BTM
 
-Short sequences in bf16 on a CPU use `short_attention`, which keeps the attention probabilities for its backward pass;
-all others use `F.scaled_dot_product_attention`. Letters as in `moelab.config`; B sequences.
+Short sequences on a CPU use `short_attention`, which keeps the attention probabilities for its backward pass, in bf16
+and where oneDNN computes fp32 products (`moelab.models.products`); all others use `F.scaled_dot_product_attention`.
+Letters as in `moelab.config`; B sequences.
 """
 
 from __future__ import annotations
@@ -16,13 +17,14 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from moelab.config import ModelConfig
+from moelab.models import products
 
 SHORT = 256
 """Longest sequence for `short_attention`, in tokens.
 
 Measured forward and backward on one Zen 4 core, 4,096 tokens in all, 1 to 4 heads of size 32 or 64. In bf16 it is 2.3
 to 2.7 times as fast as `F.scaled_dot_product_attention` at 128 tokens, 1.6 times at 256, equal at 1,024. In fp32 it is
-0.9 to 1.1 times as fast, so that fp32 does not use it.
+0.9 to 1.1 times as fast with MKL's products, so that fp32 uses it with oneDNN's alone.
 """
 
 
@@ -54,7 +56,7 @@ class Attention(nn.Module):
         B, T, _ = x_BTM.shape
         qkv_BT3HD = self.qkv(x_BTM).view(B, T, 3, self.heads, self.head_size)
         dropout = self.dropout if self.training else 0.0
-        if past is None and not dropout and T <= SHORT and _is_cpu_bf16(qkv_BT3HD):
+        if past is None and not dropout and T <= SHORT and _is_for_products(qkv_BT3HD):
             return self.out(short_attention(qkv_BT3HD).flatten(2))
         q, k, v = qkv_BT3HD.permute(2, 0, 3, 1, 4)
         if past is not None:
@@ -64,8 +66,15 @@ class Attention(nn.Module):
         return self.out(y_BHTD.transpose(1, 2).flatten(2))
 
 
-def _is_cpu_bf16(x: Tensor) -> bool:
-    return x.device.type == "cpu" and x.dtype == torch.bfloat16
+def _is_for_products(x: Tensor) -> bool:
+    if x.device.type != "cpu":
+        return False
+    return x.dtype == torch.bfloat16 or (x.dtype == torch.float32 and products.are_onednns())
+
+
+def is_by_products(config: ModelConfig, context: int) -> bool:
+    """Return whether training on sequences of `context` tokens computes attention by `short_attention` where it can."""
+    return config.decoder.plain_attention and not config.dropout and context <= SHORT
 
 
 def short_attention(qkv_BT3HD: Tensor) -> Tensor:

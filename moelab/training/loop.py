@@ -31,7 +31,9 @@ from moelab.engine.collectives import all_reduce
 from moelab.engine.launch import process
 from moelab.engine.mesh import Mesh
 from moelab.models import Routing
+from moelab.models.attention import is_by_products
 from moelab.models.moe import MoE
+from moelab.models.products import fastest_products
 from moelab.training.compilation import compile_parts
 from moelab.training.distill import Distiller, Teacher
 from moelab.training.metrics import TRAIN, VALIDATION, Metrics, Window, damage
@@ -293,6 +295,10 @@ class Trainer:
 
     def step(self, step: int, window: Window, should_stop: Callable[[], bool] = lambda: False) -> StepDone:
         """Run one optimizer step on the batch of `step` (counting from 0), and add its metrics to `window`."""
+        with fastest_products(is_by_products(self.model_config, self.context)):
+            return self._step(step, window, should_stop)
+
+    def _step(self, step: int, window: Window, should_stop: Callable[[], bool]) -> StepDone:
         config, module = self.config, self.model.module
         seen = (step + 1) * config.batch_size * self.context
         rate = rewarmed(config, seen, self.branch.tokens, self.branch.warmup_tokens)

@@ -14,6 +14,8 @@ from moelab.engine.collectives import all_reduce
 from moelab.engine.launch import process
 from moelab.engine.mesh import Mesh
 from moelab.models import GPT
+from moelab.models.attention import is_by_products
+from moelab.models.products import fastest_products
 
 
 @torch.no_grad()
@@ -44,7 +46,10 @@ def evaluate(
         # All ranks run the model equally often, if necessary without tokens, because other ranks may need their
         # experts.
         domain, tokens_BT, targets_BT = group[mine] if mine < len(group) else _nothing(group[0])
-        with torch.autocast(config.device, torch.bfloat16, enabled=config.dtype == "bf16"):
+        with (
+            fastest_products(is_by_products(model.config, context)),
+            torch.autocast(config.device, torch.bfloat16, enabled=config.dtype == "bf16"),
+        ):
             output = model(tokens_BT.to(config.device), targets_BT=targets_BT.to(config.device), reduction="sum")
         sums[domains.index(domain)] += torch.tensor([float(output.loss), targets_BT.numel()], dtype=torch.float64)
     if world > 1:

@@ -2,6 +2,8 @@
 
 import io
 
+import pytest
+
 from moelab import machine
 from moelab.runs.provenance import hardware
 
@@ -34,10 +36,17 @@ def test_other_systems_name_what_they_know():
     assert hardware()["cpu"] == machine.cpu() != ""
 
 
-def test_the_maker_of_the_processor(monkeypatch):
-    for vendor, intel in (("GenuineIntel", True), ("AuthenticAMD", False)):
-        text = f"processor\t: 0\nvendor_id\t: {vendor}\n\nprocessor\t: 1\n"
-        monkeypatch.setattr("builtins.open", lambda *a, text=text, **k: io.StringIO(text))
-        found = machine.is_intel_cpu()
-        monkeypatch.undo()
-        assert found is intel
+@pytest.mark.parametrize(
+    "text", ["vendor_id\t: AuthenticAMD\ncpu family\t: 26\n\nvendor_id\t: x\n", "Features\t: asimd\n", None]
+)
+def test_the_maker_of_the_processor(text, monkeypatch):
+    def cpuinfo(*_, **__):
+        if text is None:
+            raise FileNotFoundError("/proc/cpuinfo")
+        return io.StringIO(text)
+
+    monkeypatch.setattr("builtins.open", cpuinfo)
+    monkeypatch.setattr(machine.platform, "processor", lambda: "Intel64 Family 6")
+    found = machine.maker()
+    monkeypatch.undo()
+    assert found == {"v": ("AuthenticAMD", 26), "F": ("", 0), None: ("GenuineIntel", 0)}[text and text[0]]

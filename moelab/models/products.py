@@ -1,0 +1,77 @@
+"""Have fp32 products computed by oneDNN on processors whose width MKL does not use.
+
+On a processor that is not Intel's, MKL multiplies with AVX2. Up to AMD's Zen 4 that is as fast as AVX-512, whose
+instructions take two cycles there. On Zen 5 they take one: with one thread, 4,096 rows and matrices of 32 to 2,048
+columns, MKL reaches 80 to 110 GFLOP/s and oneDNN 190 to 260.
+
+PyTorch has no option that says so. It passes fp32 products to oneDNN where
+`torch.backends.mkldnn.matmul.fp32_precision` is "bf16", which permits oneDNN to compute them in bf16. oneDNN does that
+in AMX tiles only. So the option is set on processors without AMX, and after a test that the products are exact to fp32.
+
+PyTorch's fused attention takes three times as long with this option, because it multiplies in small blocks. So it is
+for models and sequences whose attention is computed by batched products (`moelab.models.attention.short_attention`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Iterator
+
+import torch
+
+from moelab import machine
+
+MAKER, FAMILY = "AuthenticAMD", 26
+"""Maker, and the first family (Zen 5), on which oneDNN's fp32 products were measured to be faster than MKL's."""
+_LEAST_ERROR = 2.0**-12
+"""Rounding to bf16 gives relative errors of 2**-9 and more; those of fp32 sums are some 2**-20."""
+
+
+@contextlib.contextmanager
+def fastest_products(wanted: bool = True) -> Iterator[None]:
+    """Use oneDNN for PyTorch's fp32 products on the CPU in this context, where it is faster and exact to fp32.
+
+    A precision that the program has set itself stays. Without `wanted` nothing is changed.
+    """
+    matmul = torch.backends.mkldnn.matmul
+    before = matmul.fp32_precision
+    if not wanted or before != "none" or not onednn_is_faster():
+        yield
+        return
+    matmul.fp32_precision = "bf16"
+    try:
+        yield
+    finally:
+        matmul.fp32_precision = before
+
+
+def are_onednns() -> bool:
+    """Return whether oneDNN computes PyTorch's fp32 products at present, because of `fastest_products`."""
+    return torch.backends.mkldnn.matmul.fp32_precision == "bf16" and onednn_is_faster()
+
+
+@functools.cache
+def onednn_is_faster() -> bool:
+    """Return whether oneDNN's fp32 products are faster on this processor, and exact."""
+    maker, family = machine.maker()
+    if (maker, family >= FAMILY) != (MAKER, True) or torch.cpu._is_amx_tile_supported():
+        return False
+    return torch.backends.mkldnn.is_available() and torch.backends.mkl.is_available() and _error() < _LEAST_ERROR
+
+
+def _error() -> float:
+    """Return the largest error of products that oneDNN may compute in bf16, relative to their largest element."""
+    matmul = torch.backends.mkldnn.matmul
+    before, matmul.fp32_precision = matmul.fp32_precision, "bf16"
+    generator = torch.Generator().manual_seed(0)
+    worst = 0.0
+    try:
+        for rows, inner, columns in ((1, 64, 64), (48, 32, 128), (256, 128, 512)):
+            x, w = (torch.randn(*shape, generator=generator) for shape in ((rows, inner), (inner, columns)))
+            exact = x.double() @ w.double()
+            for y in (x @ w, (w.T @ x.T).T, torch.bmm(x[None], w[None])[0]):
+                worst = max(worst, float((y - exact).abs().max() / exact.abs().max()))
+    finally:
+        matmul.fp32_precision = before
+    return worst
