@@ -18,6 +18,10 @@ if TYPE_CHECKING:
 Rows = Sequence[Mapping[str, Any]]
 
 
+MARKERS = "os^D"
+"""Of series that share a colour, because there are more series than colours."""
+
+
 def ratios(
     found: Rows,
     *,
@@ -120,6 +124,9 @@ def _series(
     values = list(dict.fromkeys(row[x] for row in rows))
     names = [name for name in palette if any(row["candidate"] == name for row in rows)]
     center, low, high = columns
+    shared = {
+        name: sum(palette[other] == palette[name] for other in list(palette)[:at]) for at, name in enumerate(palette)
+    }
     for i, name in enumerate(names):
         mine = [row for row in rows if row["candidate"] == name]
         shift = 0.0 if line else (i - (len(names) - 1) / 2) * min(0.2, 0.8 / len(names))
@@ -127,7 +134,9 @@ def _series(
         y = [row[center] for row in mine]
         # The 95th percentile may lie under a median of medians.
         lows, highs = [min(row[low], row[center]) for row in mine], [max(row[high], row[center]) for row in mine]
-        figures.our_points(ax, at, y, lows, highs, label=name, color=palette[name], line=line)
+        figures.our_points(
+            ax, at, y, lows, highs, label=name, color=palette[name], line=line, marker=MARKERS[shared[name]]
+        )
     ax.set_yscale("log")
     ax.yaxis.set_major_formatter(lambda v, _: f"{v:g}")
     ax.yaxis.set_minor_formatter(lambda v, _: f"{v:g}" if f"{v:e}"[0] in "25" else "")

@@ -164,15 +164,17 @@ def our_points(
     label: str = "ours",
     color: str = _COLORS[5],
     line: bool = True,
+    marker: str = "o",
 ) -> Axes:
     """Draw our values: filled dots, joined by a line, with their intervals.
 
     Args:
         low, high: bounds of the interval of each value; None for values without spread (arithmetic, a model).
         line: join the dots.
+        marker: another one for a series that shares its colour.
     """
     bars = None if low is None or high is None else _around(y, low, high)
-    ax.errorbar(x, y, yerr=bars, fmt="o-" if line else "o", color=color, capsize=3, zorder=3, label=label)
+    ax.errorbar(x, y, yerr=bars, fmt=f"{marker}-" if line else marker, color=color, capsize=3, zorder=3, label=label)
     return ax
 
 
