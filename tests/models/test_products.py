@@ -76,7 +76,7 @@ def test_products_are_those_of_fp32_on_this_machine():
             torch.nn.functional.linear(*leaves).square().sum().backward()
         torch.nn.functional.linear(*wide).square().sum().backward()
         for found, exact in zip(leaves, wide, strict=True):
-            assert (found.grad - exact.grad).abs().max() < 2e-6 * exact.grad.abs().max()
+            assert (found.grad - exact.grad).abs().max() < 1e-5 * exact.grad.abs().max()
 
 
 @pytest.mark.skipif(torch.cpu._is_amx_tile_supported(), reason="with AMX, oneDNN computes in bf16 when it may")
