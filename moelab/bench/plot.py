@@ -19,7 +19,7 @@ Rows = Sequence[Mapping[str, Any]]
 
 
 MARKERS = "os^D"
-"""Of series that share a colour, because there are more series than colours."""
+"""Markers that tell series apart which share a colour, because there are more series than colours."""
 
 
 def ratios(
@@ -135,7 +135,15 @@ def _series(
         # The 95th percentile may lie under a median of medians.
         lows, highs = [min(row[low], row[center]) for row in mine], [max(row[high], row[center]) for row in mine]
         figures.our_points(
-            ax, at, y, lows, highs, label=name, color=palette[name], line=line, marker=MARKERS[shared[name]]
+            ax,
+            at,
+            y,
+            lows,
+            highs,
+            label=name,
+            color=palette[name],
+            line=line,
+            marker=MARKERS[shared[name] % len(MARKERS)],
         )
     ax.set_yscale("log")
     ax.yaxis.set_major_formatter(lambda v, _: f"{v:g}")

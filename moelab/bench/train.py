@@ -4,7 +4,9 @@ Twins of the 350M models with the paper's own numbers of experts (`shrink(expert
 on batches of text, one family after the other; the dense one runs beside the same model in a bare, hand-written
 PyTorch loop. Ratios are to the dense twin in fp32, round by round. The floor is the time of the model's FLOPs at the
 rate of a large matrix product in the row's dtype. A student learns from a teacher of random weights, whose forward pass
-belongs to its FLOPs. At the end: the dtype to use on this machine for each family.
+belongs to its FLOPs. Where training computes fp32 products by another library than PyTorch does by default
+(`moelab.models.products`), each family takes part a second time with PyTorch's. At the end: the dtype to use on this
+machine for each family.
 """
 
 from __future__ import annotations
@@ -27,6 +29,7 @@ from moelab.config import ModelConfig, RoutingConfig, TrainConfig
 from moelab.config.distill import DistillConfig
 from moelab.inference.text import DTYPES
 from moelab.models import build
+from moelab.models.products import default_products, onednn_is_faster
 from moelab.training.distill import Distiller
 from moelab.training.loop import Trainer, Window
 
@@ -42,6 +45,8 @@ FAMILIES = {
 TEACHERS = {"PR-MoE+L21 + KD": "PR-MoE-32/64"}
 """Family -> that of the teacher, which has random weights and computes every batch as well."""
 BARE = "dense, bare loop"
+DEFAULT = ", PyTorch's products"
+"""Ends the name of a candidate with PyTorch's own library of fp32 products."""
 SEQUENCES = 32
 Step = Callable[[int], None]
 """One optimizer step on the batch of that number."""
@@ -178,6 +183,10 @@ def measure(
         for label, loop in loops.items():
             made[f"{label}, {dtype}"] = loop(model, config, T)
             models[f"{label}, {dtype}"] = (family, model, dtype)
+        if dtype == "fp32" and onednn_is_faster():
+            name = f"{family}{DEFAULT}, {dtype}"
+            made[name] = default_products()(loops[family](model, config, T))
+            models[name] = (family, model, dtype)
     times = turns(made, steps, timing)
     rates = {dtype: harness.product_rate(DTYPES[dtype], timing) for dtype in dtypes}
     flops = {name: SEQUENCES * T * flops_per_token(family, width) for name, (family, _, _) in models.items()}
@@ -265,7 +274,8 @@ def main(
 
 
 def drawn(objects: Sequence[Mapping[str, Any]]) -> Figure:
-    """Return the figure of rows as read from `train.jsonl`."""
+    """Return the figure of rows as read from `train.jsonl`, without those of PyTorch's products."""
+    objects = [row for row in objects if DEFAULT not in row["candidate"]]
     against = objects[0]["against"]
     said = [name for name in dict.fromkeys(row["candidate"] for row in objects) if name.startswith("MoE")]
     ratios = ", ".join(f"{name} {harness.span(objects, name)} times" for name in said)

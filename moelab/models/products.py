@@ -1,10 +1,11 @@
 """Have fp32 products computed by oneDNN on processors whose width MKL does not use.
 
-On a processor that is not Intel's, MKL multiplies with AVX2. Up to AMD's Zen 4 that is as fast as AVX-512, whose
-instructions take two cycles there. On Zen 5 they take one: with one thread, 4,096 rows and matrices of 32 to 2,048
-columns, MKL reaches 80 to 110 GFLOP/s and oneDNN 190 to 260.
+On a processor that is not Intel's, MKL multiplies with AVX2, 256 bits at a time. AMD's Zen 5 computes 512 bits at a
+time, and oneDNN uses that: with one thread, 4,096 rows and matrices of 32 to 2,048 columns, MKL reaches 80 to 110
+GFLOP/s and oneDNN 160 to 260. Zen 4 computes AVX-512 in halves of 256 bits; it was not measured and keeps MKL.
+`moelab bench train` measures both libraries where this module chooses oneDNN.
 
-PyTorch has no option that says so. It passes fp32 products to oneDNN where
+PyTorch has no option for the library alone. It passes fp32 products to oneDNN where
 `torch.backends.mkldnn.matmul.fp32_precision` is "bf16", which permits oneDNN to compute them in bf16. oneDNN does that
 in AMX tiles only. So the option is set on processors without AMX, and after a test that the products are exact to fp32.
 
@@ -46,9 +47,20 @@ def fastest_products(wanted: bool = True) -> Iterator[None]:
         matmul.fp32_precision = before
 
 
-def are_onednns() -> bool:
+def computed_by_onednn() -> bool:
     """Return whether oneDNN computes PyTorch's fp32 products at present, because of `fastest_products`."""
     return torch.backends.mkldnn.matmul.fp32_precision == "bf16" and onednn_is_faster()
+
+
+@contextlib.contextmanager
+def default_products() -> Iterator[None]:
+    """Use PyTorch's own choice of library in this context, whatever `fastest_products` would choose."""
+    matmul = torch.backends.mkldnn.matmul
+    before, matmul.fp32_precision = matmul.fp32_precision, "ieee"
+    try:
+        yield
+    finally:
+        matmul.fp32_precision = before
 
 
 @functools.cache

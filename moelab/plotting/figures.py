@@ -171,7 +171,7 @@ def our_points(
     Args:
         low, high: bounds of the interval of each value; None for values without spread (arithmetic, a model).
         line: join the dots.
-        marker: another one for a series that shares its colour.
+        marker: matplotlib's sign for a dot's shape.
     """
     bars = None if low is None or high is None else _around(y, low, high)
     ax.errorbar(x, y, yerr=bars, fmt=f"{marker}-" if line else marker, color=color, capsize=3, zorder=3, label=label)

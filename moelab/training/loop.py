@@ -31,7 +31,7 @@ from moelab.engine.collectives import all_reduce
 from moelab.engine.launch import process
 from moelab.engine.mesh import Mesh
 from moelab.models import Routing
-from moelab.models.attention import is_by_products
+from moelab.models.attention import uses_short_attention
 from moelab.models.moe import MoE
 from moelab.models.products import fastest_products
 from moelab.training.compilation import compile_parts
@@ -295,7 +295,7 @@ class Trainer:
 
     def step(self, step: int, window: Window, should_stop: Callable[[], bool] = lambda: False) -> StepDone:
         """Run one optimizer step on the batch of `step` (counting from 0), and add its metrics to `window`."""
-        with fastest_products(is_by_products(self.model_config, self.context)):
+        with fastest_products(uses_short_attention(self.model_config, self.context)):
             return self._step(step, window, should_stop)
 
     def _step(self, step: int, window: Window, should_stop: Callable[[], bool]) -> StepDone:

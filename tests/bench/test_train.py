@@ -19,16 +19,20 @@ def test_twins_have_the_papers_experts():
         assert (model.hidden, model.vocab, model.context, model.is_moe) == (width, 2048, 128, False)
 
 
-def test_the_command_names_a_dtype_for_each_family(tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("another", [False, True])
+def test_the_command_names_a_dtype_for_each_family(another, tmp_path, monkeypatch, capsys):
+    """With `another` library than PyTorch's for fp32 products, both are measured."""
+    monkeypatch.setattr(train, "onednn_is_faster", lambda: another)
     monkeypatch.setattr(train, "SEQUENCES", 2)
     monkeypatch.setattr(harness, "product_rate", lambda *_: 1e11)
     given = dict(widths=[32], families=["dense", "PR-MoE-32/64"], dtypes=["fp32", "bf16"], steps=1, threads=1)
     train.main(**given, timing=QUICK, out=tmp_path)
     rows = [json.loads(line) for line in (tmp_path / "train.jsonl").read_text().splitlines()]
-    assert [r["candidate"] for r in rows] == [
-        "dense, fp32", "dense, bare loop, fp32", "dense, bf16", "dense, bare loop, bf16",
-        "PR-MoE-32/64, fp32", "PR-MoE-32/64, bf16",
+    names = [
+        "dense, fp32", "dense, bare loop, fp32", "dense, PyTorch's products, fp32", "dense, bf16", "dense, bare loop, bf16",
+        "PR-MoE-32/64, fp32", "PR-MoE-32/64, PyTorch's products, fp32", "PR-MoE-32/64, bf16",
     ]  # fmt: skip
+    assert [r["candidate"] for r in rows] == [name for name in names if another or train.DEFAULT not in name]
     for row in rows:
         assert row["tokens_per_s"] == pytest.approx(2 * 128 / row["median_ms"] * 1e3)
         flops = train.twin(row["family"], 32).flops_per_token()
@@ -39,6 +43,7 @@ def test_the_command_names_a_dtype_for_each_family(tmp_path, monkeypatch, capsys
 
 def test_a_student_has_a_teacher(monkeypatch):
     monkeypatch.setattr(train, "SEQUENCES", 2)
+    monkeypatch.setattr(train, "onednn_is_faster", lambda: False)
     monkeypatch.setattr(harness, "product_rate", lambda *_: 1e11)
     heard = []
     further = train.Distiller.loss

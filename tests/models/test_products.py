@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from moelab import machine
 from moelab.config import ModelConfig, RoutingConfig
 from moelab.models import build, products
-from moelab.models.attention import SHORT, is_by_products
-from moelab.models.products import fastest_products, onednn_is_faster
+from moelab.models.attention import SHORT, uses_short_attention
+from moelab.models.products import default_products, fastest_products, onednn_is_faster
 
 matmul = torch.backends.mkldnn.matmul
 ZEN_5 = ("AuthenticAMD", 26)
@@ -60,9 +60,16 @@ def test_what_the_program_has_set_stays(monkeypatch):
     matmul.fp32_precision = "ieee"
     try:
         with fastest_products():
-            assert matmul.fp32_precision == "ieee" and not products.are_onednns()
+            assert matmul.fp32_precision == "ieee" and not products.computed_by_onednn()
     finally:
         matmul.fp32_precision = "none"
+
+
+def test_pytorchs_choice_can_be_asked_for(monkeypatch):
+    on(monkeypatch)
+    with default_products(), fastest_products():
+        assert matmul.fp32_precision == "ieee"
+    assert matmul.fp32_precision == "none"
 
 
 def test_products_are_those_of_fp32_on_this_machine():
@@ -87,8 +94,8 @@ def test_a_model_is_the_same_with_either_library(experts, monkeypatch):
     config = ModelConfig(
         layers=2, hidden=48, heads=3, experts=experts, vocab=96, context=64, routing=RoutingConfig(drop_tokens=False)
     )
-    assert is_by_products(config, 64) and not is_by_products(config, SHORT + 1)
-    assert not is_by_products(replace(config, dropout=0.1), 64)
+    assert uses_short_attention(config, 64) and not uses_short_attention(config, SHORT + 1)
+    assert not uses_short_attention(replace(config, dropout=0.1), 64)
     model = build(config, 0)
     tokens_BT = torch.randint(96, (9, 65), generator=torch.Generator().manual_seed(1))
     fused, calls = F.scaled_dot_product_attention, []

@@ -37,9 +37,14 @@ def test_other_systems_name_what_they_know():
 
 
 @pytest.mark.parametrize(
-    "text", ["vendor_id\t: AuthenticAMD\ncpu family\t: 26\n\nvendor_id\t: x\n", "Features\t: asimd\n", None]
+    ("text", "expected"),
+    [
+        ("vendor_id\t: AuthenticAMD\ncpu family\t: 26\n\nvendor_id\t: another\n", ("AuthenticAMD", 26)),
+        ("Features\t: asimd\n", ("", 0)),
+        (None, ("GenuineIntel", 0)),  # a system without the file
+    ],
 )
-def test_the_maker_of_the_processor(text, monkeypatch):
+def test_the_maker_of_the_processor(text, expected, monkeypatch):
     def cpuinfo(*_, **__):
         if text is None:
             raise FileNotFoundError("/proc/cpuinfo")
@@ -49,4 +54,4 @@ def test_the_maker_of_the_processor(text, monkeypatch):
     monkeypatch.setattr(machine.platform, "processor", lambda: "Intel64 Family 6")
     found = machine.maker()
     monkeypatch.undo()
-    assert found == {"v": ("AuthenticAMD", 26), "F": ("", 0), None: ("GenuineIntel", 0)}[text and text[0]]
+    assert found == expected
