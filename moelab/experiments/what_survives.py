@@ -13,7 +13,8 @@ arms, which was swept on MoE-128.
 
 Fixed before the first run: 3 seeds, all arms on each; the question is whether `Shared` differs from `Residual`. The arm
 `Shared, capacity 1` was added after the others were seen at `quick`. At `cpu`, eight of the twelve arms have run so
-far, the three with shared experts on another machine than the others: that adds up to 0.02 nats to a difference.
+far, the three with shared experts on another machine than the others. The same run on two machines ends up to 0.02 nats
+apart (LOG.md, "Runs are compared within one machine").
 """
 
 from __future__ import annotations
