@@ -56,7 +56,7 @@ class Attention(nn.Module):
         B, T, _ = x_BTM.shape
         qkv_BT3HD = self.qkv(x_BTM).view(B, T, 3, self.heads, self.head_size)
         dropout = self.dropout if self.training else 0.0
-        if past is None and not dropout and T <= SHORT and _takes_short_attention(qkv_BT3HD):
+        if past is None and not dropout and T <= SHORT and takes_short_attention(qkv_BT3HD):
             return self.out(short_attention(qkv_BT3HD).flatten(2))
         q, k, v = qkv_BT3HD.permute(2, 0, 3, 1, 4)
         if past is not None:
@@ -66,7 +66,8 @@ class Attention(nn.Module):
         return self.out(y_BHTD.transpose(1, 2).flatten(2))
 
 
-def _takes_short_attention(x: Tensor) -> bool:
+def takes_short_attention(x: Tensor) -> bool:
+    """Return whether `short_attention` is the faster one for short sequences of the device and dtype of `x`."""
     if x.device.type != "cpu":
         return False
     return x.dtype == torch.bfloat16 or (x.dtype == torch.float32 and products.computed_by_onednn())
@@ -74,7 +75,7 @@ def _takes_short_attention(x: Tensor) -> bool:
 
 def uses_short_attention(config: ModelConfig, context: int) -> bool:
     """Return whether a model that trains on sequences of `context` tokens may use `short_attention`."""
-    return config.decoder.plain_attention and not config.dropout and context <= SHORT
+    return not config.dropout and context <= SHORT
 
 
 def short_attention(qkv_BT3HD: Tensor) -> Tensor:

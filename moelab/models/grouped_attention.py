@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moelab.config import ModelConfig
-from moelab.models.attention import SHORT, Past, short_attention
+from moelab.models.attention import SHORT, Past, short_attention, takes_short_attention
 
 Rotation = tuple[Tensor, Tensor]
 """(cos, sin), fp32 [B or 1, T, D]: the angles by which the two halves of each head are rotated together."""
@@ -81,8 +81,7 @@ class GroupedAttention(nn.Module):
         if rotation is not None:
             q_BTHD, k_BTND = rotate(q_BTHD, rotation), rotate(k_BTND, rotation)
         dropout = self.dropout if self.training else 0.0
-        short = T <= SHORT and q_BTHD.device.type == "cpu" and q_BTHD.dtype == torch.bfloat16
-        if past is None and short and not dropout:
+        if past is None and not dropout and T <= SHORT and takes_short_attention(q_BTHD):
             shared = self.heads // self.kv_heads
             keys_values = (t if shared == 1 else t.repeat_interleave(shared, 2) for t in (k_BTND, v_BTND))
             return self.out(short_attention(torch.stack((q_BTHD, *keys_values), 2)).flatten(2))

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from moelab import machine
-from moelab.config import ModelConfig, RoutingConfig
+from moelab.config import DecoderConfig, ModelConfig, RoutingConfig
 from moelab.models import build, products
 from moelab.models.attention import SHORT, uses_short_attention
 from moelab.models.products import default_products, fastest_products, onednn_is_faster
@@ -87,12 +87,20 @@ def test_products_are_those_of_fp32_on_this_machine():
 
 
 @pytest.mark.skipif(torch.cpu._is_amx_tile_supported(), reason="with AMX, oneDNN computes in bf16 when it may")
+@pytest.mark.parametrize("decoder", [DecoderConfig(), DecoderConfig.modern(kv_heads=1)], ids=["paper", "modern"])
 @pytest.mark.parametrize("experts", [(0, 0), (0, 8)])
-def test_a_model_is_the_same_with_either_library(experts, monkeypatch):
+def test_a_model_is_the_same_with_either_library(experts, decoder, monkeypatch):
     """Loss and gradients, by short attention, which PyTorch's fused one would slow down, and padded groups of rows."""
     on(monkeypatch)
     config = ModelConfig(
-        layers=2, hidden=48, heads=3, experts=experts, vocab=96, context=64, routing=RoutingConfig(drop_tokens=False)
+        layers=2,
+        hidden=48,
+        heads=3,
+        experts=experts,
+        vocab=96,
+        context=64,
+        routing=RoutingConfig(drop_tokens=False),
+        decoder=decoder,
     )
     assert uses_short_attention(config, 64) and not uses_short_attention(config, SHORT + 1)
     assert not uses_short_attention(replace(config, dropout=0.1), 64)
