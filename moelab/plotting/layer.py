@@ -67,7 +67,7 @@ def kernel_speedups(whole: pd.DataFrame, ax: Axes, *, bound: float) -> Axes:
     """Draw the baseline's time over ours by experts, a line for each number of tokens, and the paper's bound.
 
     Args:
-        whole: columns tokens, experts, ratio; one row per round. Drawn are means with 95 % intervals.
+        whole: columns tokens, experts, ratio; one row per session. Drawn are means with 95 % intervals.
         bound: the ratio that the paper says is exceeded.
     """
     experts = sorted(whole["experts"].unique())

@@ -424,8 +424,8 @@ def test_the_simulated_exchange_pays_with_ranks():
         assert found[size, "coordinated", 256] < found[size, "hierarchical", 256]
 
 
-def kernel_rounds(masks, ours):
-    """Rounds of "all three" at 8 tokens and 16 experts, and one slow shape that no verdict looks at."""
+def kernel_rounds(session, masks, ours):
+    """Rounds of "all three" in a session, at 8 tokens and 16 experts, and one slow shape that no verdict looks at."""
     rows = [
         (8, 16, name, i, ms)
         for name, all_ms in (("einsum (baseline)", masks), ("ours", ours))
@@ -433,7 +433,7 @@ def kernel_rounds(masks, ours):
     ]
     rows += [(64, 4, name, 0, ms) for name, ms in (("einsum (baseline)", 50.0), ("ours", 1.0))]
     columns = ["tokens", "experts", "candidate", "round", "ms"]
-    return gating_kernels.speedups(pd.DataFrame(rows, columns=columns).assign(part="all three"))
+    return gating_kernels.speedups(pd.DataFrame(rows, columns=columns).assign(part="all three", session=session))
 
 
 @pytest.mark.parametrize(
@@ -447,14 +447,14 @@ def kernel_rounds(masks, ours):
     ],
 )
 def test_six_times_is_judged_over_sessions_and_on_a_processor_only_its_order(sessions, scale, verdict):
-    rounds = [kernel_rounds(masks, (1.0, 1.0, 1.0)).assign(session=i) for i, masks in enumerate(sessions)]
-    found, work = gating_kernels.verdicts(pd.concat(rounds), scale, "a machine", 64.0)
+    ratios = pd.concat([kernel_rounds(i, masks, (1.0, 1.0, 1.0)) for i, masks in enumerate(sessions)])
+    found, work = gating_kernels.verdicts(ratios, scale, "a machine", 64.0)
     medians = [sorted(masks)[1] for masks in sessions]
     assert found.verdict == verdict and found.ours == pytest.approx(sum(medians) / len(medians))
     assert "On a machine: 8 tokens, 16 experts" in found.note and "to 50.0 times" in found.note
     assert f"{min(sessions[0]):.3g} to {max(sessions[0]):.3g} over 3 rounds" in found.note
-    alone, _ = gating_kernels.verdicts(rounds[0].drop(columns="session"), scale, "a machine", 64.0)
-    assert alone.verdict == (claims.NOT_TESTABLE if scale == "smoke" else claims.ONE_SESSION)
+    at = gating_kernels.of_sessions(ratios).query("tokens == 8")
+    assert list(at["ratio"]) == medians
     assert work.verdict == claims.REPRODUCED and work.kind == claims.COUNTED
 
 
