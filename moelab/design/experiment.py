@@ -68,7 +68,7 @@ class Experiment:
             notebook.
         trains: the notebook asks for these runs to be trained; False if it only measures their steps.
         measures: the notebook measures time, so nothing else should run beside it.
-        planned_seeds: number of seeds, from 0, on which the published verdicts rest. It is set here before the first
+        planned_seeds: number of seeds on which the published verdicts rest. It is set here before the first
             run, so that no verdict comes from adding seeds until it turns.
     """
 
@@ -106,6 +106,7 @@ class Experiment:
         scale: str = "cpu",
         seeds: int = 1,
         *,
+        first_seed: int = 0,
         arms: Sequence[str] | None = None,
         overrides: Mapping[str, Any] | None = None,
         **options: Any,
@@ -115,7 +116,8 @@ class Experiment:
         There are none where nothing is trained.
 
         Args:
-            seeds: how many; they are 0 .. seeds - 1.
+            seeds: how many; they are first_seed .. first_seed + seeds - 1.
+            first_seed: 0, or that of runs whose weights are at hand where an experiment measures weights.
             arms: labels of the arms that are wanted, with the runs that branch off theirs; by default all of them.
             overrides: dotted name -> value, see `moelab.config.overrides`, in place of the scale's own settings in
                 every run.
@@ -128,8 +130,14 @@ class Experiment:
         try:
             if seeds < 1:
                 raise ValueError(f"seeds must be at least 1, got {seeds}")
+            if first_seed < 0:
+                raise ValueError(f"first_seed must not be negative, got {first_seed}")
             given = check_overrides(overrides or {})
-            made = [spec for seed in range(seeds) for spec in self._of_seed(scale, seed, given, options)]
+            made = [
+                spec
+                for seed in range(first_seed, first_seed + seeds)
+                for spec in self._of_seed(scale, seed, given, options)
+            ]
             labels = dict.fromkeys(label for spec in made for label in (_arm(spec), spec.label))
             if unknown := [arm for arm in arms or () if arm not in labels]:
                 raise ValueError(f"unknown arm {unknown[0]!r}; allowed: {', '.join(labels)}")
@@ -142,7 +150,9 @@ class Experiment:
     def specs_of(self, parameters: Mapping[str, Any]) -> list[RunSpec]:
         """Return the runs that the notebook asks for; parameters that do not concern the runs are ignored."""
         options = inspect.signature(self.build).parameters.values() if self.build else ()
-        taken = {"scale", "seeds", "arms", "overrides"} | {o.name for o in options if o.kind is o.KEYWORD_ONLY}
+        taken = {"scale", "seeds", "first_seed", "arms", "overrides"} | {
+            o.name for o in options if o.kind is o.KEYWORD_ONLY
+        }
         return self.specs(**{name: value for name, value in parameters.items() if name in taken and value is not None})
 
     def _of_seed(

@@ -26,12 +26,14 @@ from moelab.config.distill import DistillConfig
 from moelab.design import comparison, settings
 from moelab.design.experiment import Experiment, Scale
 from moelab.paper.verdicts import Verdict, judge
+from moelab.runs import with_weights
 from moelab.runs.spec import RunSpec, Start
 
 if TYPE_CHECKING:
     import pandas as pd
 
     from moelab.runs.collection import Runs
+    from moelab.runs.store import Run
 
 TEACHERS = {"350M": "350M+PR-MoE-32/64", "1.3B": "1.3B+PR-MoE-64/128"}
 """Base -> the paper's teacher."""
@@ -100,6 +102,22 @@ def measure_halves(runs: Runs, tokens: int) -> list[dict[str, Any]]:
     Returns:
         Rows of arm, seed, trained_on, even_blocks, odd_blocks, validation (nats per token).
     """
+    for run in runs.finished:  # before the first takes its time
+        with_weights.require(run, losses_on_halves, tokens)
+    return [
+        {
+            "arm": run.spec.title,
+            "seed": run.spec.train.seed,
+            "trained_on": run.spec.data.part,
+            **with_weights.measure(run, losses_on_halves, tokens),
+            "validation": run.result["validation_loss"],
+        }
+        for run in runs.finished
+    ]
+
+
+def losses_on_halves(run: Run, tokens: int) -> dict[str, float]:
+    """Return a run's loss on each half of the training text, in nats per token; arguments as of `measure_halves`."""
     import torch
 
     from moelab import paths
@@ -107,26 +125,19 @@ def measure_halves(runs: Runs, tokens: int) -> list[dict[str, Any]]:
     from moelab.engine import checkpoint
     from moelab.models import build
 
-    rows = []
-    for run in runs.finished:
-        run.require_weights()
-        spec = run.spec
-        model = build(spec.model, spec.train.seed, spec.train.device)
-        checkpoint.load_model(checkpoint.weights_of(run.path), model)
-        model.eval()
-        row = {"arm": spec.title, "seed": spec.train.seed, "trained_on": spec.data.part}
-        for part in ("even blocks", "odd blocks"):
-            data = prepare(replace(spec.data, part=part), paths.home() / "data")
-            batches = TrainBatches(data, spec.train.batch_size, spec.data.context, spec.train.seed)
-            count = max(1, tokens // batches.tokens_per_step)
-            with torch.no_grad():
-                pairs = (batches.batch(step) for step in range(count))
-                losses = [
-                    float(model(x.to(spec.train.device), targets_BT=y.to(spec.train.device)).loss) for x, y in pairs
-                ]
-            row[part.replace(" ", "_")] = sum(losses) / count
-        rows.append(row | {"validation": run.result["validation_loss"]})
-    return rows
+    spec, found = run.spec, {}
+    model = build(spec.model, spec.train.seed, spec.train.device)
+    checkpoint.load_model(checkpoint.weights_of(run.path), model)
+    model.eval()
+    for part in ("even blocks", "odd blocks"):
+        data = prepare(replace(spec.data, part=part), paths.home() / "data")
+        batches = TrainBatches(data, spec.train.batch_size, spec.data.context, spec.train.seed)
+        count = max(1, tokens // batches.tokens_per_step)
+        with torch.no_grad():
+            pairs = (batches.batch(step) for step in range(count))
+            losses = [float(model(x.to(spec.train.device), targets_BT=y.to(spec.train.device)).loss) for x, y in pairs]
+        found[part.replace(" ", "_")] = sum(losses) / count
+    return found
 
 
 def early(curves: pd.DataFrame, share: float = 0.5) -> pd.DataFrame:

@@ -4,7 +4,7 @@ Shows: for each MoE layer of the trained 350M+MoE-128 twin, which share of each 
 expert; how much of the choice of an expert the current token's identity tells, and how much the domain (mutual
 information over the entropy of the choice, both corrected for chance).
 
-Fixed before the first run: the 3 seeds of the other experiments.
+Fixed before the first run: 3 seeds; at `cpu` those of zero-shot (3 to 5).
 """
 
 from __future__ import annotations
@@ -15,11 +15,13 @@ from typing import TYPE_CHECKING, Any
 
 from moelab.design.experiment import Experiment, Scale
 from moelab.evaluation.routing import told
+from moelab.runs import with_weights
 
 if TYPE_CHECKING:
     import pandas as pd
 
     from moelab.runs.collection import Runs
+    from moelab.runs.store import Run
 
 ARMS = {"MoE-128": "350M+MoE-128"}
 
@@ -55,22 +57,26 @@ def measure(runs: Runs, max_tokens: int | None = None) -> dict[str, list[dict[st
         "layers", the fields of a `Told` for each layer, and "shares", those of a `Share` for each layer, domain and
         expert.
     """
+    for run in runs.finished:  # before the first takes its time
+        with_weights.require(run, route, max_tokens)
+    found = [with_weights.measure(run, route, max_tokens) for run in runs.finished]
+    return {name: [row for one in found for row in one[name]] for name in ("layers", "shares")}
+
+
+def route(run: Run, max_tokens: int | None) -> dict[str, list[dict[str, Any]]]:
+    """Return the rows of `measure` for one run."""
     from moelab import paths
     from moelab.data import prepare
     from moelab.training.expert_use import expert_use
 
-    layers, shares = [], []
-    for run in runs.finished:  # before the first takes its time
-        run.require_weights()
-    for run in runs.finished:
-        spec = run.spec
-        seed = spec.train.seed
-        data = prepare(spec.data, paths.home() / "data")
-        for use in expert_use(spec.model, spec.train, run.path, data, spec.data.context, max_tokens=max_tokens or 0):
-            layers.append(Told(seed, use.layer, told(use.by_domain_DE), told(use.by_token_VE)))
-            for domain, counts in zip(use.domains, use.by_domain_DE, strict=True):
-                rows = enumerate((counts / counts.sum()).tolist())
-                shares += [Share(seed, use.layer, domain, expert, share) for expert, share in rows]
+    layers, shares, spec = [], [], run.spec
+    seed = spec.train.seed
+    data = prepare(spec.data, paths.home() / "data")
+    for use in expert_use(spec.model, spec.train, run.path, data, spec.data.context, max_tokens=max_tokens or 0):
+        layers.append(Told(seed, use.layer, told(use.by_domain_DE), told(use.by_token_VE)))
+        for domain, counts in zip(use.domains, use.by_domain_DE, strict=True):
+            rows = enumerate((counts / counts.sum()).tolist())
+            shares += [Share(seed, use.layer, domain, expert, share) for expert, share in rows]
     return {"layers": [asdict(row) for row in layers], "shares": [asdict(row) for row in shares]}
 
 

@@ -4,7 +4,8 @@ Shows: for the trained twins the right answers' bits per byte, over the tasks wh
 headline: they change long before accuracy does); accuracy on six tasks beside chance, with n and standard errors; and
 the paper's table.
 
-Fixed before the first run: the 3 seeds of the other experiments. Expect: accuracy at chance, because twins of 0.2 to
+Fixed before the first run: 3 seeds, all arms on each; at `cpu` seeds 3 to 5, because of the seeds before only numbers
+were kept (decided before any was scored). Expect: accuracy at chance, because twins of 0.2 to
 6 M parameters that read 16 M tokens cannot answer. The pipeline is that of a run at `paper` scale. The tasks come from
 a package, so no network is needed; other data sets replace RACE-h and WebQs, under their own names.
 """
@@ -15,17 +16,20 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from moelab import paper
 from moelab.design import comparison
 from moelab.design.experiment import Experiment, Scale
 from moelab.paper.verdicts import Gain, Verdict, judge
+from moelab.runs import with_weights
 
 if TYPE_CHECKING:
     import pandas as pd
 
+    from moelab.evaluation.zero_shot import OnProgress
     from moelab.runs.collection import Runs
+    from moelab.runs.store import Run
 
 ARMS = {"Dense": "350M", "MoE-128": "350M+MoE-128", "PR-MoE-32/64": "350M+PR-MoE-32/64"}
 REFERENCE = "smollm2"
@@ -45,31 +49,53 @@ def measure(runs: Runs, limit: int, tasks: Sequence[str] | None = None) -> list[
     Returns:
         Rows of arm, seed, paper (the paper's column, or empty), and the fields of `Score`.
     """
-    from moelab import paths
-    from moelab.bench.harness import torch_threads
-    from moelab.evaluation.zero_shot import PACKAGED, PAPER_TASKS, evaluate
+    from moelab.evaluation.zero_shot import PACKAGED, PAPER_TASKS, definition
     from moelab.terminal import task_progress
 
     columns = {name: column for column, names in PAPER_TASKS.items() for name in names}
-    rows = []
+    ours = {task: str(definition(task)["metadata"]["version"]) for task in PACKAGED}
+    versions = {task: ours.get(task, "") for task in tasks or PACKAGED}
     for run in runs.finished:  # before the first takes its time
-        run.require_weights()
+        with_weights.require(run, score, limit, versions)
+    rows = []
     with task_progress() as show:
         for run in runs.finished:
             arm, seed = run.spec.title, run.spec.train.seed
-            with torch_threads(run.spec.train.threads):  # more threads slow small models down
-                scores = evaluate(
-                    run.path,
-                    tasks or PACKAGED,
-                    cache=paths.home() / "data",
-                    limit=limit,
-                    device=run.spec.train.device,
-                    on_progress=lambda task, done, total, arm=arm, seed=seed: show(
-                        f"{arm}, seed {seed}: {task}", done, total
-                    ),
-                )
-            rows += [{"arm": arm, "seed": seed, "paper": columns.get(s.task, ""), **asdict(s)} for s in scores]
+            scores = with_weights.measure(
+                run,
+                score,
+                limit,
+                versions,
+                on_progress=lambda task, done, total, arm=arm, seed=seed: show(
+                    f"{arm}, seed {seed}: {task}", done, total
+                ),
+            )
+            rows += [{"arm": arm, "seed": seed, "paper": columns.get(s["task"], ""), **s} for s in scores]
     return rows
+
+
+def score(run: Run, limit: int, versions: Mapping[str, str], on_progress: OnProgress) -> list[dict[str, Any]]:
+    """Return the fields of a run's `Score` in each of the tasks.
+
+    Args:
+        limit, on_progress: as of `moelab.evaluation.zero_shot.evaluate`.
+        versions: the tasks' names and the versions of their definitions; "" for those of lm-eval.
+    """
+    from moelab import paths
+    from moelab.bench.harness import torch_threads
+    from moelab.evaluation.zero_shot import evaluate
+
+    train = run.spec.train
+    with torch_threads(train.threads):  # more threads slow small models down
+        scores = evaluate(
+            run.path,
+            list(versions),
+            cache=paths.home() / "data",
+            limit=limit,
+            device=train.device,
+            on_progress=on_progress,
+        )
+    return [asdict(s) for s in scores]
 
 
 def scored(rows: Sequence[dict]) -> pd.DataFrame:

@@ -136,25 +136,26 @@ def _identity(function: Callable[..., Any], arguments: Sequence[Any]) -> tuple[s
             f"measure: {module}.{name} is no function of a module of moelab, whose code a measurement is stored under; "
             "put it into one"
         )
-    plain = [_plain(value) for value in arguments]
+    plain = [as_json(value) for value in arguments]
     whole = json.dumps([FORMAT, module, name, plain, code(), machine()])
     short = "-".join((*module.split(".")[-1:], name)).replace("_", "-")
     return f"{module}.{name}", plain, f"{short}-{hashlib.sha256(whole.encode()).hexdigest()[:12]}"
 
 
-def _plain(value: Any) -> Any:
+def as_json(value: Any) -> Any:
+    """Return an argument as JSON values that tell it from others; ValueError, one line, where there are none."""
     if value is None or isinstance(value, str | bool | int | float):
         return value
     if isinstance(value, Run):  # trained again it has other weights
-        return {"run": value.spec.id, "result": _file_digest(value.path / "result.json")}
+        return {"run": value.spec.id, "result": file_digest(value.path / "result.json")}
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return {"type": type(value).__qualname__} | {
-            f.name: _plain(getattr(value, f.name)) for f in dataclasses.fields(value)
+            f.name: as_json(getattr(value, f.name)) for f in dataclasses.fields(value)
         }
     if isinstance(value, Mapping):
-        return {str(key): _plain(part) for key, part in value.items()}
+        return {str(key): as_json(part) for key, part in value.items()}
     if isinstance(value, Sequence) and not isinstance(value, bytes):
-        return [_plain(part) for part in value]
+        return [as_json(part) for part in value]
     raise ValueError(f"measure: nothing can be stored by an argument of type {type(value).__name__}")
 
 
@@ -194,5 +195,6 @@ def _gpus() -> list[str]:
     return found
 
 
-def _file_digest(file: Path) -> str:
+def file_digest(file: Path) -> str:
+    """Return a digest of a file's bytes, or an empty text where there is none."""
     return hashlib.sha256(file.read_bytes()).hexdigest()[:12] if file.exists() else ""

@@ -1,26 +1,31 @@
 """The numbers of finished runs, to pass on without their weights: `moelab runs export` and `moelab runs import`.
 
-`results/runs/<id>.zip` holds what a run left beside its checkpoints: spec, result, provenance, metrics. Who takes them
-over can ask the experiments for more seeds or arms and trains only those; figures and verdicts come out as from runs
-trained here. What needs weights (generating, evaluating, distilling from the run) does not work with them. Any zip
-program opens a record, and loading one executes nothing.
+`results/runs/<id>.zip` holds what a run left beside its checkpoints: spec, result, provenance, metrics, and what was
+measured with its weights. Who takes them over can ask the experiments for more seeds or arms and trains only those;
+figures and verdicts come out as from runs trained here. What needs weights (generating, new evaluations, distilling
+from the run) does not work with them. Any zip program opens a record, and loading one executes nothing.
 """
 
 from __future__ import annotations
 
 import io
 import json
+import re
 import zipfile
 import zlib
 from pathlib import Path
 
 from moelab import paths
 from moelab.files import write_bytes
+from moelab.runs import with_weights
 from moelab.runs.spec import RunSpec
 from moelab.runs.store import Run, RunStore
 
 FILES = ("spec.json", "provenance.json", "train.jsonl", "validation.jsonl", "status.json", "result.json")
 """What a record holds; the result comes last, because a run that has one counts as finished."""
+
+MEASURED = re.compile(rf"{with_weights.FOLDER}/[a-z0-9-]+\.json")
+"""Further files that a record may hold, see `moelab.runs.with_weights`."""
 
 LARGEST = 64 << 20
 """Bytes that one file of a record may have."""
@@ -43,7 +48,8 @@ def write(run: Run, directory: Path) -> Path:
         raise ValueError(f"run {run.spec.id}: not finished ({run.status.state}); only finished runs are passed on")
     packed = io.BytesIO()
     with zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED, compresslevel=9) as archive:
-        for name in FILES:
+        measured = [str(file.relative_to(run.path)) for file in with_weights.files(run)]
+        for name in (*measured, *FILES):
             if (file := run.path / name).exists():
                 entry = zipfile.ZipInfo(name, _EPOCH)
                 entry.compress_type = zipfile.ZIP_DEFLATED
@@ -54,7 +60,10 @@ def write(run: Run, directory: Path) -> Path:
 
 
 def read(archive: Path, store: RunStore) -> Run | None:
-    """Take a record over into a store; None when the store has begun that run itself, which is left as it is.
+    """Take a record over into a store; None when the store has begun that run itself.
+
+    Such a run is left as it is. If it has the record's result, it takes over what it lacks of what was measured with
+    the weights.
 
     Raises:
         ValueError: one line: not a record, damaged, or of a run that this version of moelab would call differently.
@@ -71,6 +80,9 @@ def read(archive: Path, store: RunStore) -> Run | None:
         raise ValueError(f"{archive}: the run it describes is called {spec.id} here; it is of another version")
     run = Run(spec, store.root / spec.id)
     if run.finished or (run.path / "checkpoints").exists():
+        if run.finished and (run.path / "result.json").read_bytes() == content["result.json"]:
+            for name in (name for name in content if name not in FILES and not (run.path / name).exists()):
+                write_bytes(run.path / name, content[name])
         return None
     for name, data in content.items():
         write_bytes(run.path / name, data, durable=name == "result.json")
@@ -89,9 +101,10 @@ def _content(archive: Path) -> dict[str, bytes]:
             raise ValueError(f"{archive}: larger than {LARGEST >> 20} MiB")
         with zipfile.ZipFile(archive) as packed:
             entries = {entry.filename: entry for entry in packed.infolist()}
-            if not {"spec.json", "result.json"} <= set(entries) <= set(FILES):
-                raise ValueError(f"{archive}: not a run's record; one holds {', '.join(FILES)}")
-            for name in (name for name in FILES if name in entries):
+            measured = [name for name in entries if MEASURED.fullmatch(name)]
+            if not {"spec.json", "result.json"} <= set(entries) <= {*FILES, *measured}:
+                raise ValueError(f"{archive}: not a run's record; one holds {', '.join(FILES)}, {with_weights.FOLDER}/")
+            for name in (name for name in (*measured, *FILES) if name in entries):
                 if entries[name].compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
                     raise ValueError(f"{archive}: {name} is packed by another method than deflate")
                 with packed.open(entries[name]) as file:

@@ -143,9 +143,14 @@ class Run:
             return status.reason
         return tail or f"{status.state}{': ' if status.reason else ''}{status.reason}"
 
+    @property
+    def has_weights(self) -> bool:
+        """Whether the run has a checkpoint."""
+        return any((self.path / "checkpoints").glob("step-*"))
+
     def require_weights(self) -> None:
         """Check that the run has a checkpoint; ValueError, one line, where it has numbers only."""
-        if not any((self.path / "checkpoints").glob("step-*")):
+        if not self.has_weights:
             from moelab.engine import checkpoint
 
             raise ValueError(checkpoint.why_no_weights(self.path))

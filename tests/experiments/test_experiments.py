@@ -33,6 +33,7 @@ from moelab.experiments import (
     throughput,
     top2_vs_residual,
     upcycling,
+    zero_shot,
 )
 from moelab.lab import Lab
 from moelab.paper import verdicts as claims
@@ -240,6 +241,7 @@ def test_larger_bases_train_at_less():
     [
         (lambda: half_moe.EXPERIMENT.specs(arms=["Third half"]), "half-moe: unknown arm 'Third half'; allowed: Dense"),
         (lambda: top2_vs_residual.EXPERIMENT.specs(seeds=0), "top2-vs-residual: seeds must be at least 1"),
+        (lambda: zero_shot.EXPERIMENT.specs(first_seed=-1), "zero-shot: first_seed must not be negative"),
         (
             lambda: scaling.EXPERIMENT.specs(overrides={"train.tokens": 5}),
             "scaling: train: 5 tokens are less than one step",

@@ -185,6 +185,13 @@ def test_parameters_that_do_not_concern_the_runs_are_ignored():
     assert experiment("gating-kernels").specs_of({"scale": "smoke", "rounds": None}) == []
 
 
+def test_seeds_may_begin_later():
+    chosen = experiment("zero-shot")
+    later = chosen.specs_of({"scale": "smoke", "seeds": 2, "first_seed": 3})
+    assert later == chosen.specs("smoke", 5)[3 * len(chosen.arms) :]
+    assert {spec.train.seed for spec in later} == {3, 4}
+
+
 def test_the_command_line_fills_the_notebooks_overrides_with_what_json_can_hold():
     from moelab.notebook.execute import check_parameters
 

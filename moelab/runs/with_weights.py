@@ -1,0 +1,98 @@
+"""Keep beside a run what was measured with its weights, so that it stays where the weights do not.
+
+    .moelab/runs/<id>/measured/<function>-<digest>.json      arguments, result's digest, code, when, provenance, value
+
+Records (`moelab.runs.records`) hold these files but no weights. An experiment that scores a model or routes text
+through it can so be judged, drawn and published from records. Times do not belong here: they depend on the machine, see
+`moelab.runs.measurements`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from moelab.files import read_json, write_json
+from moelab.runs.measurements import as_json, code, file_digest
+from moelab.runs.provenance import provenance
+from moelab.runs.store import Run
+
+FOLDER = "measured"
+FORMAT = 1
+
+
+def measure(run: Run, function: Callable[..., Any], *arguments: Any, **others: Any) -> Any:
+    """Return what `function(run, *arguments, **others)` returns, as JSON values.
+
+    It is read back if the same code has measured it with the same arguments and the run's present result. Where the
+    weights are gone, any earlier code's value is read back.
+
+    Args:
+        run: a finished run.
+        function: named function of a module; its value is JSON and depends on the weights and the arguments alone.
+        arguments: numbers, texts, dataclasses, and lists or dicts of them.
+        others: what the value does not depend on, such as a function that shows progress.
+
+    Raises:
+        ValueError: one line: neither the value nor the weights are there.
+    """
+    stored = _stored(run, function, arguments)
+    if stored and (stored["code"] == code() or not run.has_weights):
+        return stored["value"]
+    run.require_weights()
+    began = time.time()
+    value = json.loads(json.dumps(function(run, *arguments, **others)))
+    record = {
+        "format": FORMAT,
+        "function": _name(function),
+        "arguments": as_json(arguments),
+        "result": file_digest(run.path / "result.json"),
+        "measured": time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(began)),
+        "code": code(),
+        "provenance": provenance(),
+        "value": value,
+    }
+    write_json(_file(run, function, arguments), record)
+    return value
+
+
+def require(run: Run, function: Callable[..., Any], *arguments: Any) -> None:
+    """Check that `measure` has a value or the weights; ValueError, one line, where both are missing."""
+    if not _stored(run, function, arguments):
+        run.require_weights()
+
+
+def files(run: Run) -> list[Path]:
+    """Return the files that hold what was measured with the run's present weights, sorted."""
+    digest = file_digest(run.path / "result.json")
+    found = [(file, _read(file)) for file in sorted((run.path / FOLDER).glob("*.json"))]
+    return [file for file, record in found if record and record["result"] == digest]
+
+
+def _stored(run: Run, function: Callable[..., Any], arguments: tuple[Any, ...]) -> dict[str, Any] | None:
+    record = _read(_file(run, function, arguments))
+    return record if record and record["result"] == file_digest(run.path / "result.json") else None
+
+
+def _read(file: Path) -> dict[str, Any] | None:
+    """Read a file, None if it is missing or malformed: its value can be measured again."""
+    try:
+        record = read_json(file)
+    except (ValueError, OSError):
+        return None
+    whole = isinstance(record, dict) and record.get("format") == FORMAT and {"result", "code", "value"} <= set(record)
+    return record if whole else None
+
+
+def _file(run: Run, function: Callable[..., Any], arguments: tuple[Any, ...]) -> Path:
+    digest = hashlib.sha256(json.dumps([_name(function), as_json(arguments)]).encode()).hexdigest()[:12]
+    module = function.__module__.rpartition(".")[2]
+    return run.path / FOLDER / f"{module}-{function.__name__}-{digest}.json".replace("_", "-")
+
+
+def _name(function: Callable[..., Any]) -> str:
+    return f"{function.__module__}.{function.__qualname__}"

@@ -1,0 +1,115 @@
+"""What was measured with a run's weights stays with the run."""
+
+import json
+
+import pytest
+
+from moelab.experiments import pr_moe
+from moelab.files import read_json, write_json
+from moelab.runs import records, with_weights
+from moelab.runs.store import RunStore
+
+CALLS = []
+
+
+def words(run, count, suffix="", show=None):
+    CALLS.append(count)
+    if show:
+        show(count)
+    return {"words": [f"{run.spec.label}{suffix}"] * count, "pair": (1, 2)}
+
+
+@pytest.fixture
+def run(tmp_path):
+    """A finished run with weights, its numbers made up."""
+    CALLS.clear()
+    run = RunStore(tmp_path / "ours").run(pr_moe.EXPERIMENT.specs("smoke", arms=["Dense"])[0])
+    (run.path / "checkpoints" / "step-00000001").mkdir(parents=True)
+    write_json(run.path / "result.json", {"validation_loss": 4.5})
+    return run
+
+
+def without_weights(run):
+    (run.path / "checkpoints" / "step-00000001").rmdir()
+    return run
+
+
+def test_a_value_is_measured_once_for_the_same_arguments(run):
+    shown = []
+    first = with_weights.measure(run, words, 2, show=shown.append)
+    assert first == {"words": ["Dense", "Dense"], "pair": [1, 2]}  # as JSON has it
+    assert with_weights.measure(run, words, 2, show=None) == first and CALLS == [2] and shown == [2]
+    assert with_weights.measure(run, words, 1)["words"] == ["Dense"]
+    assert with_weights.measure(run, words, 2, "!")["words"] == ["Dense!", "Dense!"] and CALLS == [2, 1, 2]
+
+
+def test_without_weights_it_is_read_back_and_nothing_else_is_measured(run):
+    found = with_weights.measure(run, words, 2)
+    without_weights(run)
+    with_weights.require(run, words, 2)
+    assert with_weights.measure(run, words, 2) == found
+    for call in (with_weights.require, with_weights.measure):
+        with pytest.raises(ValueError, match="numbers only, no weights"):
+            call(run, words, 3)
+    assert CALLS == [2]
+
+
+def test_other_code_measures_again_while_the_weights_are_there(run, monkeypatch):
+    found = with_weights.measure(run, words, 2)
+    monkeypatch.setattr(with_weights, "code", lambda: "another")
+    assert with_weights.measure(run, words, 2) == found and CALLS == [2, 2]
+    monkeypatch.setattr(with_weights, "code", lambda: "a third")
+    assert with_weights.measure(without_weights(run), words, 2) == found and CALLS == [2, 2]
+
+
+def test_a_run_trained_again_has_other_weights(run):
+    with_weights.measure(run, words, 2)
+    (file,) = with_weights.files(run)
+    assert read_json(file)["arguments"] == [2] and read_json(file)["function"].endswith("test_with_weights.words")
+    write_json(run.path / "result.json", {"validation_loss": 4.4})
+    assert with_weights.files(run) == []
+    with_weights.measure(run, words, 2)
+    assert CALLS == [2, 2]
+
+
+@pytest.mark.parametrize(
+    "content", ["", "[]", "{}", '{"format": 1}', '{"format": 2, "result": "", "code": "", "value": 1}']
+)
+def test_a_damaged_file_is_measured_again(run, content):
+    with_weights.measure(run, words, 2)
+    (file,) = with_weights.files(run)
+    file.write_text(content)
+    assert with_weights.files(run) == []
+    assert with_weights.measure(run, words, 2)["words"] == ["Dense", "Dense"] and CALLS == [2, 2]
+
+
+def test_a_record_holds_it(run, tmp_path):
+    found = with_weights.measure(run, words, 2)
+    archive = records.write(run, tmp_path)
+    assert archive.read_bytes() == records.write(run, tmp_path / "again").read_bytes()
+    theirs = RunStore(tmp_path / "theirs")
+    taken = records.read(archive, theirs)
+    assert not taken.has_weights and with_weights.measure(taken, words, 2) == found and CALLS == [2]
+
+
+def test_a_later_record_of_the_same_run_brings_what_is_new(run, tmp_path):
+    theirs = RunStore(tmp_path / "theirs")
+    taken = records.read(records.write(run, tmp_path), theirs)
+    found = with_weights.measure(run, words, 2)
+    assert records.read(records.write(run, tmp_path), theirs) is None  # it was here already
+    assert with_weights.measure(taken, words, 2) == found
+    with_weights.measure(run, words, 1)
+    write_json(taken.path / "result.json", {"validation_loss": 4.4})  # a run of their own
+    assert records.read(records.write(run, tmp_path), theirs) is None
+    assert len(list((taken.path / with_weights.FOLDER).iterdir())) == 1
+
+
+@pytest.mark.parametrize("name", ["measured/../../x.json", "measured/a/b.json", "measured/x.py", "other/x.json"])
+def test_a_record_cannot_hold_other_files(run, tmp_path, name):
+    import zipfile
+
+    archive = records.write(run, tmp_path)
+    with zipfile.ZipFile(archive, "a") as packed:
+        packed.writestr(name, json.dumps({}))
+    with pytest.raises(ValueError, match="not a run's record"):
+        records.read(archive, RunStore(tmp_path / "theirs"))
