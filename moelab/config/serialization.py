@@ -20,15 +20,19 @@ def identity(config: Any) -> Any:
     """Return the JSON values that identify a configuration.
 
     Fields at their default and fields with the metadata ``identity=False`` are left out. So a field that is added later
-    does not change the identity of existing configurations; in turn, a released default must never change.
+    does not change the identity of existing configurations; in turn, a released default must never change. A value
+    counts as its field's type (0 as 0.0), so that equal configurations and those read back from JSON have one identity.
+
+    Raises:
+        ValueError: one line, for a value of another type than its field's.
     """
     if is_dataclass(config):
-        kept = {}
+        kept, hints = {}, _hints(type(config))
         for f in fields(config):
             value = getattr(config, f.name)
             default = f.default if f.default_factory is dataclasses.MISSING else f.default_factory()
             if f.metadata.get("identity", True) and value != default:
-                kept[f.name] = identity(value)
+                kept[f.name] = identity(coerce(hints[f.name], value, f"{type(config).__name__}.{f.name}"))
         return kept
     if isinstance(config, tuple | list):
         return [identity(v) for v in config]
@@ -66,11 +70,11 @@ def from_json(cls: type[T], data: Any, where: str = "") -> T:
 
 
 def coerce(hint: Any, value: Any, where: str) -> Any:
-    """Return a JSON value as the declared type of a field.
+    """Return a JSON value, or one that has the type already, as the declared type of a field.
 
     Args:
         hint: the declared type.
-        value: the JSON value.
+        value: the value.
         where: the beginning of the message, such as "train.tokens".
 
     Raises:
@@ -78,7 +82,7 @@ def coerce(hint: Any, value: Any, where: str) -> Any:
     """
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if is_dataclass(hint):
-        return from_json(hint, value, where)
+        return value if isinstance(value, hint) else from_json(hint, value, where)
     if origin is tuple:
         _check(isinstance(value, list | tuple), f"{where}: expected a list, got {value!r}")
         inner = [args[0]] * len(value) if args[-1] is Ellipsis else args

@@ -169,7 +169,10 @@ def speeds(specs: Sequence[RunSpec], steps: int, rounds: int) -> dict[str, list[
 
 
 def summary(runs: Runs) -> pd.DataFrame:
-    """Return, a row per arm: mean final loss with its 95 % interval, bits per byte, seeds, tokens, seconds per run."""
+    """Return, a row per arm: mean final loss with its 95 % interval, bits per byte, seeds, tokens.
+
+    Not the time of the runs, which depends on what else their machines did; `speeds` measures the arms side by side.
+    """
     import pandas as pd
 
     final = runs.final()
@@ -187,7 +190,6 @@ def summary(runs: Runs) -> pd.DataFrame:
                 "bits_per_byte": part["bits_per_byte"].mean(),
                 "seeds": len(part),
                 "tokens (M)": part["tokens"].iloc[0] / 1e6,
-                "seconds": part["seconds"].mean(),
             }
         )
     return pd.DataFrame(rows).set_index("arm") if rows else pd.DataFrame()

@@ -1,7 +1,7 @@
 """Limit the capacity of experts (beyond the paper, which trains at capacity factor 1.0 without comparing).
 
-Shows: final validation loss, tokens dropped over training and speed of the 350M+MoE-128 twin at capacity factors 0.5,
-1.0, 1.25 and 2.0 with random token selection, and drop-free.
+Shows: final validation loss and tokens dropped over training of the 350M+MoE-128 twin at capacity factors 0.5, 1.0,
+1.25 and 2.0 with random token selection, and drop-free.
 
 Here: validation uses each arm's own capacity factor, as the paper's does.
 
@@ -37,7 +37,7 @@ EXPERIMENT = Experiment(
     number=21,
     title="What a capacity limit costs",
     paper="beyond the paper",
-    question="What do dropped tokens cost in loss, and what do they save in time?",
+    question="What do dropped tokens cost in loss?",
     paper_answer="Not examined; all runs use capacity factor 1.0.",
     scales=twin_scales(5),
     arms=ARMS,

@@ -25,6 +25,7 @@ from moelab import machine
 
 MAKER, FAMILY = "AuthenticAMD", 26
 """Maker, and the first family (Zen 5), on which oneDNN's fp32 products were measured to be faster than MKL's."""
+_onednn = False  # whether a context of `fastest_products` has chosen oneDNN; compiled code cannot ask PyTorch's option
 _LEAST_ERROR = 2.0**-12
 """Rounding to bf16 gives relative errors of 2**-9 and more; those of fp32 sums are some 2**-20."""
 
@@ -35,32 +36,36 @@ def fastest_products(wanted: bool = True) -> Iterator[None]:
 
     A precision that the program has set itself stays. Without `wanted` nothing is changed.
     """
-    matmul = torch.backends.mkldnn.matmul
-    before = matmul.fp32_precision
-    if not wanted or before != "none" or not onednn_is_faster():
+    if not wanted or torch.backends.mkldnn.matmul.fp32_precision != "none" or not onednn_is_faster():
         yield
         return
-    matmul.fp32_precision = "bf16"
-    try:
+    with _option("bf16", onednn=True):
         yield
-    finally:
-        matmul.fp32_precision = before
 
 
 def computed_by_onednn() -> bool:
     """Return whether oneDNN computes PyTorch's fp32 products at present, because of `fastest_products`."""
-    return torch.backends.mkldnn.matmul.fp32_precision == "bf16" and onednn_is_faster()
+    return _onednn
 
 
 @contextlib.contextmanager
 def default_products() -> Iterator[None]:
     """Use PyTorch's own choice of library in this context, whatever `fastest_products` would choose."""
+    with _option("ieee", onednn=False):
+        yield
+
+
+@contextlib.contextmanager
+def _option(precision: str, *, onednn: bool) -> Iterator[None]:
+    """Set PyTorch's option, and whether it makes oneDNN compute fp32 products, in this context."""
+    global _onednn
     matmul = torch.backends.mkldnn.matmul
-    before, matmul.fp32_precision = matmul.fp32_precision, "ieee"
+    before = matmul.fp32_precision, _onednn
+    matmul.fp32_precision, _onednn = precision, onednn
     try:
         yield
     finally:
-        matmul.fp32_precision = before
+        matmul.fp32_precision, _onednn = before
 
 
 @functools.cache

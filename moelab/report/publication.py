@@ -129,7 +129,7 @@ class Publication:
                 "parameters": self.parameters,
                 "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
                 "notebook_seconds": round(time.time() - self.started, 1),
-                "training_seconds": round(sum(run.result["seconds"] for run in finished), 1),
+                "training_seconds": round(sum(run.own_seconds for run in finished), 1),
                 "seeds": sorted({run.spec.train.seed for run in finished}),
                 "hardware": hardware[0] if hardware else None,
                 "figures": [asdict(row) for row in self.figures],

@@ -128,7 +128,8 @@ class Summary:
     Attributes:
         title: the main finding, one sentence.
         finished: when, UTC, as ``2026-11-24T18:43:00Z``.
-        notebook_seconds, training_seconds: time of the notebook, and of the training runs behind it.
+        notebook_seconds, training_seconds: time of the notebook, and of the training runs behind it; a trunk's part
+            counts once.
         missing: ids of runs that the notebook asked for and that have no result.
     """
 

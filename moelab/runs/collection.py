@@ -84,7 +84,10 @@ class Runs(Sequence[Run]):
         return "\n".join(texts)
 
     def final(self) -> pd.DataFrame:
-        """Return one row per finished run: arm, seed, losses (nats per token), bits per byte, sizes, FLOPs, speed."""
+        """Return one row per finished run: arm, seed, losses (nats per token), bits per byte, sizes, FLOPs.
+
+        Not their time, which depends on what else their machines did.
+        """
         import pandas as pd
 
         rows = []
@@ -97,8 +100,7 @@ class Runs(Sequence[Run]):
                     "seed": run.spec.train.seed,
                     "run": run.spec.id,
                     **{k: r[k] for k in ("tokens", "steps", "validation_loss", "bits_per_byte", "unigram_loss")},
-                    **{k: r[k] for k in ("parameters", "active_parameters", "flops_per_token", "seconds")},
-                    "tokens_per_s": r["tokens"] / r["seconds"],
+                    **{k: r[k] for k in ("parameters", "active_parameters", "flops_per_token")},
                 }
             )
         return pd.DataFrame(rows)

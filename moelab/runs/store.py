@@ -159,6 +159,14 @@ class Run:
         """Write the status."""
         write_json(self.path / "status.json", status.__dict__)
 
+    @property
+    def own_seconds(self) -> float:
+        """Seconds of its own training: those of its result without those of its trunk before it begins."""
+        from moelab.training.metrics import read_rows
+
+        first = read_rows(self.path / "validation.jsonl")[:1] if self.spec.start else []
+        return self.result["seconds"] - sum(row.get("time_s", 0.0) for row in first)
+
     def rows(self, file: str) -> pd.DataFrame:
         """`train.jsonl` or `validation.jsonl` as a frame, nested values left as they are."""
         import pandas as pd
@@ -180,9 +188,9 @@ class RunStore:
         stored = read_json(path / "spec.json") or {}
         kept = stored.get("train", {}).get("keep_at", [])
         spec = spec.keeping(kept)
-        # The last asked-for layout counts, and all checkpoints that were ever asked for; a finished run stays as it is.
-        changed = stored.get("parallel", {}) != spec.to_json()["parallel"] or list(spec.train.keep_at) != kept
-        if changed and not (stored and Run(spec, path).finished):
+        # Of what does not name the run (layout, checkpoints, label) the last wish counts, and all checkpoints that were
+        # ever asked to be kept; a finished run stays as it is.
+        if stored != spec.to_json() and not (stored and Run(spec, path).finished):
             try:
                 write_json(path / "spec.json", spec.to_json())
             except OSError as error:

@@ -87,6 +87,8 @@ def test_a_branch_is_the_run_from_scratch(trunk, short, branch):
     kept = [path.name for path in sorted((stem.path / "checkpoints").iterdir())]
     assert kept == ["step-00000010", "step-00000020", "step-00000024"], "the branch point, and the newest two"
     assert not (run.path / "prefix").exists()
+    assert 0 < run.own_seconds < run.result["seconds"], "the trunk's time counts once"
+    assert stem.own_seconds == stem.result["seconds"]
 
 
 @pytest.mark.parametrize("damaged", ["torn", "gone"])

@@ -10,6 +10,7 @@ import pytest
 from filelock import FileLock
 
 from moelab.config import ModelConfig, TrainConfig
+from moelab.config.distill import DistillConfig
 from moelab.config.parallel import ParallelConfig
 from moelab.files import new_directory, read_json, write_text
 from moelab.lab import Lab
@@ -45,6 +46,34 @@ def test_ids_are_stable():
     assert replace(spec, label="x").id == spec.id
     assert replace(spec, train=replace(spec.train, checkpoint_every=1)).id == spec.id
     assert replace(spec, train=replace(spec.train, lr=1e-3)).id != spec.id
+
+
+def test_numbers_that_json_turns_into_floats_name_the_same_run(tiny_spec):
+    """Workers and jobs read the spec from a file; a run must have one name there and in a notebook."""
+    model = replace(tiny_spec.model, routing=replace(tiny_spec.model.routing, aux_loss=0, capacity_factor=2))
+    train = replace(tiny_spec.train, min_lr=0, weight_decay=0, clip=1, betas=[0, 0.95])
+    spec = replace(tiny_spec, model=model, train=train)
+    again = RunSpec.from_json(json.loads(json.dumps(spec.to_json())))
+    assert again.id == spec.id and replace(spec, train=replace(train, min_lr=0.0)).id == spec.id
+    assert (
+        replace(spec, teacher=spec, distill=DistillConfig()).id
+        == replace(again, teacher=again, distill=DistillConfig()).id
+    )
+
+
+def test_values_of_another_type_are_refused_before_a_worker_reads_them(tiny_spec):
+    spec = replace(tiny_spec, train=replace(tiny_spec.train, tokens=3e3))
+    with pytest.raises(ValueError, match=r"TrainConfig.tokens: expected int, got 3000.0"):
+        _ = spec.id
+
+
+def test_an_unfinished_run_takes_the_last_wishes_that_do_not_name_it(tiny_spec):
+    store = RunStore()
+    run = store.run(tiny_spec.keeping([256]))
+    wished = replace(tiny_spec, train=replace(tiny_spec.train, checkpoint_every=1, tensorboard=True), label="other")
+    assert store.run(wished).path == run.path
+    stored = RunSpec.from_json(read_json(run.path / "spec.json"))
+    assert stored == wished.keeping([256]), "and all checkpoints that were ever asked to be kept"
 
 
 def test_spec_round_trip(tiny_spec):
