@@ -94,7 +94,9 @@ def build(
 
 
 def measure_halves(runs: Runs, tokens: int) -> list[dict[str, Any]]:
-    """Return the loss of each finished run on both halves of the training text, beside its validation loss.
+    """Return the loss of finished runs on both halves of the training text, beside their validation loss.
+
+    Runs that have neither weights nor values measured with them are left out.
 
     Args:
         tokens: of each half, read in the order of the run's own batches.
@@ -102,8 +104,6 @@ def measure_halves(runs: Runs, tokens: int) -> list[dict[str, Any]]:
     Returns:
         Rows of arm, seed, trained_on, even_blocks, odd_blocks, validation (nats per token).
     """
-    for run in runs.finished:  # before the first takes its time
-        with_weights.require(run, losses_on_halves, tokens)
     return [
         {
             "arm": run.spec.title,
@@ -113,6 +113,7 @@ def measure_halves(runs: Runs, tokens: int) -> list[dict[str, Any]]:
             "validation": run.result["validation_loss"],
         }
         for run in runs.finished
+        if with_weights.available(run, losses_on_halves, tokens)
     ]
 
 

@@ -60,6 +60,11 @@ def measure(run: Run, function: Callable[..., Any], *arguments: Any, **others: A
     return value
 
 
+def available(run: Run, function: Callable[..., Any], *arguments: Any) -> bool:
+    """Return whether `measure` has a value or the weights."""
+    return run.has_weights or _stored(run, function, arguments) is not None
+
+
 def require(run: Run, function: Callable[..., Any], *arguments: Any) -> None:
     """Check that `measure` has a value or the weights; ValueError, one line, where both are missing."""
     if not _stored(run, function, arguments):

@@ -47,6 +47,7 @@ def test_without_weights_it_is_read_back_and_nothing_else_is_measured(run):
     found = with_weights.measure(run, words, 2)
     without_weights(run)
     with_weights.require(run, words, 2)
+    assert with_weights.available(run, words, 2) and not with_weights.available(run, words, 3)
     assert with_weights.measure(run, words, 2) == found
     for call in (with_weights.require, with_weights.measure):
         with pytest.raises(ValueError, match="numbers only, no weights"):
