@@ -145,11 +145,13 @@ class Run:
 
     @property
     def has_weights(self) -> bool:
-        """Whether the run has a checkpoint."""
-        return any((self.path / "checkpoints").glob("step-*"))
+        """Whether the run has a checkpoint; a finished one, that of its last step."""
+        steps = self.result.get("steps") if self.finished else None
+        name = "step-*" if steps is None else f"step-{steps:08d}"
+        return any((self.path / "checkpoints").glob(name))
 
     def require_weights(self) -> None:
-        """Check that the run has a checkpoint; ValueError, one line, where it has numbers only."""
+        """Check that the run has weights, see `has_weights`; ValueError, one line, where it has none."""
         if not self.has_weights:
             from moelab.engine import checkpoint
 

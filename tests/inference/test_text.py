@@ -128,19 +128,35 @@ def test_bad_commands(trained, arguments, message):
 
 
 def test_a_damaged_optimizer_keeps_no_weights_from_being_read(trained, home, tmp_path, caplog):
-    """Damaged weights are skipped, and the step that is used instead is named."""
     run = tmp_path / "run"
     shutil.copytree(trained.path, run)
-    *_, before, newest = sorted((run / "checkpoints").iterdir())
+    newest = sorted((run / "checkpoints").iterdir())[-1]
     for file in newest.glob("optimizer-*"):
         file.write_bytes(b"torn")
     expected = load_run(trained.path).state_dict()
     found = load_run(run).state_dict()
     assert all(torch.equal(expected[name], found[name]) for name in expected) and not caplog.records
-    for file in newest.glob("model-*"):
-        file.write_bytes(b"torn")
+
+
+@pytest.mark.parametrize("harm", ["damaged", "removed"])
+def test_earlier_weights_are_not_the_results(trained, home, tmp_path, caplog, harm):
+    """Of a run that is not finished they are used, and the step is named."""
+    run = tmp_path / "run"
+    shutil.copytree(trained.path, run)
+    *_, before, newest = sorted((run / "checkpoints").iterdir())
+    if harm == "removed":
+        shutil.rmtree(newest)
+    else:
+        for file in newest.glob("model-*"):
+            file.write_bytes(b"torn")
+    with pytest.raises(
+        ValueError, match=r"the checkpoint of its result, step 24, is missing or damaged, .*: it goes on"
+    ):
+        load_run(run)
+    caplog.clear()
+    (run / "result.json").unlink()
     load_run(run)
-    assert f"step {int(before.name[5:])} is used in place of the newest checkpoint" in caplog.text
+    assert harm == "removed" or f"step {int(before.name[5:])} is used in place of the newest checkpoint" in caplog.text
 
 
 def test_what_cannot_be_opened(trained, home, tmp_path):

@@ -55,6 +55,18 @@ def test_without_weights_it_is_read_back_and_nothing_else_is_measured(run):
     assert CALLS == [2]
 
 
+def test_earlier_weights_are_not_the_results(run):
+    """The checkpoint of the last step is gone, one that branches start from is kept."""
+    write_json(run.path / "result.json", {"validation_loss": 4.5, "steps": 1})
+    found = with_weights.measure(run, words, 2)
+    (run.path / "checkpoints" / "step-00000000").mkdir()
+    without_weights(run)
+    assert not run.has_weights and with_weights.measure(run, words, 2) == found
+    with pytest.raises(ValueError, match="the checkpoint of its result, step 1, is missing") as error:
+        with_weights.measure(run, words, 3)
+    assert "\n" not in str(error.value) and CALLS == [2]
+
+
 def test_other_code_measures_again_while_the_weights_are_there(run, monkeypatch):
     found = with_weights.measure(run, words, 2)
     monkeypatch.setattr(with_weights, "code", lambda: "another")

@@ -18,6 +18,7 @@ from moelab.engine.checkpoint.shards import Placements
 from moelab.engine.collectives import all_gather_json, broadcast_json
 from moelab.engine.groups import Group
 from moelab.engine.placement import Placement
+from moelab.files import read_json
 
 log = logging.getLogger(__name__)
 
@@ -82,22 +83,41 @@ def latest(
 def weights_of(run_dir: Path) -> Checkpoint:
     """Return a run's newest checkpoint whose weights are complete, for all uses but training; called on every rank.
 
+    Of a finished run it is the checkpoint of its last step, which its result belongs to, and never an earlier one.
+
     Raises:
-        ValueError: one line: there are no weights, and what helps.
+        ValueError: one line: there are no weights, or not those of the result, and what helps.
     """
     found = latest(run_dir / "checkpoints", only_weights=True)
     if found is None:
         raise ValueError(why_no_weights(run_dir))
+    if (steps := _last_step(run_dir)) is not None and found.step != steps:
+        raise ValueError(_not_of_the_result(run_dir, steps, "missing or damaged"))
     return found
 
 
 def why_no_weights(run_dir: Path) -> str:
     """Return in one line why a run's directory has no checkpoint to use, and what helps."""
-    if directories(run_dir / "checkpoints"):
+    if kept := directories(run_dir / "checkpoints"):
+        steps = _last_step(run_dir)
+        if steps is not None and steps not in map(step_of, kept):
+            return _not_of_the_result(run_dir, steps, "missing")
         return f"{run_dir}: none of its checkpoints is whole; remove it and run its experiment again"
     if (run_dir / "result.json").exists():
         return f"{run_dir}: numbers only, no weights; to train it here: remove it and run its experiment again"
     return f"{run_dir}: no checkpoint yet; train the run first"
+
+
+def _last_step(run_dir: Path) -> int | None:
+    """Return the steps of a run's result; None without a result, or where it does not tell them."""
+    return (read_json(run_dir / "result.json") or {}).get("steps")
+
+
+def _not_of_the_result(run_dir: Path, steps: int, what: str) -> str:
+    return (
+        f"{run_dir}: the checkpoint of its result, step {steps}, is {what}, and earlier weights are not the result's; "
+        "remove its result.json and run its experiment again: it goes on from its newest whole checkpoint"
+    )
 
 
 def load_model(checkpoint: Checkpoint, model: nn.Module, placements: Placements = None) -> None:
