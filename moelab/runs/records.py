@@ -19,7 +19,7 @@ from moelab import paths
 from moelab.files import write_bytes
 from moelab.runs import with_weights
 from moelab.runs.spec import RunSpec
-from moelab.runs.store import Run, RunStore
+from moelab.runs.store import Run, RunStore, Status
 
 FILES = ("spec.json", "provenance.json", "train.jsonl", "validation.jsonl", "status.json", "result.json")
 """What a record holds; the result comes last, because a run that has one counts as finished."""
@@ -50,6 +50,8 @@ def write(run: Run, directory: Path) -> Path:
     with zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED, compresslevel=9) as archive:
         measured = [str(file.relative_to(run.path)) for file in with_weights.files(run)]
         for name in (*measured, *FILES):
+            if name == "status.json" and Status.read(run.path) is None:
+                continue  # missing, or torn by a crash, which nobody could take over
             if (file := run.path / name).exists():
                 entry = zipfile.ZipInfo(name, _EPOCH)
                 entry.compress_type = zipfile.ZIP_DEFLATED

@@ -18,9 +18,9 @@ from __future__ import annotations
 import difflib
 import errno
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 from filelock import FileLock
 
@@ -54,6 +54,19 @@ class Status:
     loss: float | None = None
     tokens_per_s: float | None = None
     reason: str = ""
+
+    @classmethod
+    def read(cls, folder: Path) -> Self | None:
+        """Return the state that a run's folder tells; None where it tells none.
+
+        It is derived from the run's other files and not synced to the disk, so that a crash of the machine may tear it.
+        A torn file counts as missing, and fields that this version does not know are left out.
+        """
+        try:
+            record = read_json(folder / "status.json")
+            return cls(**{f.name: record[f.name] for f in fields(cls) if f.name in record})
+        except (ValueError, TypeError):  # no JSON; no object, or one without a state
+            return None
 
 
 @dataclass(frozen=True)
@@ -98,14 +111,11 @@ class Run:
     @property
     def status(self) -> Status:
         """Its state; a run whose process died without a word counts as stopped."""
-        record = read_json(self.path / "status.json")
+        status = Status.read(self.path) or Status("new")
         if self.finished:
-            return Status(**{**(record or {}), "state": "finished"})
-        if record is None:
-            return Status("new")
-        status = Status(**record)
+            return replace(status, state="finished")
         if status.state == "running" and not self.locked:
-            return Status(**{**record, "state": "stopped", "reason": ENDED})
+            return replace(status, state="stopped", reason=ENDED)
         return status
 
     @property

@@ -252,8 +252,7 @@ def _run(submission: Submission, path: Path, job: queue.Job | None, answered: bo
     live = job if job and job.live else None
     summary = _SpecSummary.read(path)
     finished = (path / "result.json").exists()
-    record = read_json(path / "status.json")
-    status = Status(**record) if record is not None else Status("new")
+    status = Status.read(path) or Status("new")
     if finished:
         status = replace(status, state="finished")
     if live and live.state == "RUNNING":

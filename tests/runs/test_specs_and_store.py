@@ -242,6 +242,28 @@ def test_reading_a_read_only_store_writes_nothing(tiny_spec, tmp_path, monkeypat
     assert {path: path.stat().st_mtime_ns for path in [run.path, *run.path.iterdir()]} == before
 
 
+@pytest.mark.parametrize("text", ["", '{"state": "run', "[]", "7", '{"step": 3}'])
+def test_a_torn_status_counts_as_missing(tiny_spec, tmp_path, text):
+    """A crash of the machine may leave it so. The run goes on from its checkpoint."""
+    run = RunStore(tmp_path).run(tiny_spec)
+    write_text(run.path / "status.json", text)
+    assert run.status == Status("new")
+    write_text(run.path / "result.json", "{}")
+    assert run.status == Status("finished")
+
+
+def test_a_torn_status_keeps_no_run_from_training(tiny_spec, tmp_path):
+    run = RunStore(tmp_path).run(tiny_spec)
+    write_text(run.path / "status.json", "")
+    assert Lab(RunStore(tmp_path)).run([tiny_spec], executor="inline")[0].status.step == 24
+
+
+def test_a_status_of_a_later_version_is_read(tiny_spec, tmp_path):
+    run = RunStore(tmp_path).run(tiny_spec)
+    write_text(run.path / "status.json", '{"state": "stopped", "step": 3, "mood": "good"}')
+    assert run.status == Status("stopped", step=3)
+
+
 def test_who_waits_for_a_run_says_for_whom(tiny_spec, tmp_path, capsys):
     run = RunStore(tmp_path).run(tiny_spec)
     write_text(run.path / "holder.json", '{"host": "node7", "process": 41, "since": "2026-01-01T00:00:00Z"}')
