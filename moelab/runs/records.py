@@ -64,8 +64,8 @@ def write(run: Run, directory: Path) -> Path:
 def read(archive: Path, store: RunStore) -> Run | None:
     """Take a record over into a store; None when the store has begun that run itself.
 
-    Such a run is left as it is. If it has the record's result, it takes over what it lacks of what was measured with
-    the weights.
+    The run has begun there when it is finished, has a checkpoint, or is being trained. What it has is never replaced.
+    If it has the record's result, it takes over what it lacks of what was measured with the weights.
 
     Raises:
         ValueError: one line: not a record, damaged, or of a run that this version of moelab would call differently.
@@ -81,14 +81,29 @@ def read(archive: Path, store: RunStore) -> Run | None:
     if spec.id != archive.stem:
         raise ValueError(f"{archive}: the run it describes is called {spec.id} here; it is of another version")
     run = Run(spec, store.root / spec.id)
-    if run.finished or (run.path / "checkpoints").exists():
+    if _begun(run):  # asked first without the lock, which a read-only store cannot give
         if run.finished and (run.path / "result.json").read_bytes() == content["result.json"]:
             for name in (name for name in content if name not in FILES and not (run.path / name).exists()):
                 write_bytes(run.path / name, content[name])
         return None
-    for name, data in content.items():
-        write_bytes(run.path / name, data, durable=name == "result.json")
+    lock = run.lock()
+    try:
+        lock.acquire(timeout=0)
+    except TimeoutError:  # it is being trained
+        return None
+    try:
+        if _begun(run):
+            return None
+        for name, data in content.items():
+            write_bytes(run.path / name, data, durable=name == "result.json")
+    finally:
+        lock.release()
+    Path(lock.lock_file).unlink(missing_ok=True)  # who waited for it finds the run finished, with or without the file
     return run
+
+
+def _begun(run: Run) -> bool:
+    return run.finished or (run.path / "checkpoints").exists()
 
 
 def _content(archive: Path) -> dict[str, bytes]:

@@ -16,7 +16,7 @@ from moelab.experiments import pr_moe
 from moelab.files import write_json
 from moelab.runs import preflight, records
 from moelab.runs.collection import Runs
-from moelab.runs.store import RunStore
+from moelab.runs.store import RunStore, Status
 
 RESULT = {
     "tokens": 8,
@@ -64,6 +64,25 @@ def test_what_the_store_has_stays(finished, store, tmp_path):
     assert records.read(archive, store) is None and finished.result["validation_loss"] == 4.4
     (finished.path / "result.json").unlink()
     assert records.read(archive, store) is None, "it has a checkpoint and goes on from there"
+
+
+def test_a_run_that_is_being_trained_stays(finished, tmp_path):
+    """It holds its lock for a while before it has a checkpoint."""
+    archive = records.write(finished, tmp_path)
+    theirs = RunStore(tmp_path / "theirs")
+    trained = theirs.run(finished.spec)
+    with trained.lock():
+        assert records.read(archive, theirs) is None and not trained.finished
+    assert records.read(archive, theirs) == trained and trained.finished
+    assert not (trained.path / "run.lock").exists(), "what was not trained here has no lock"
+
+
+def test_a_torn_status_is_passed_over(finished, tmp_path):
+    archive = records.write(finished, tmp_path / "without")
+    (finished.path / "status.json").write_text("")
+    assert records.write(finished, tmp_path / "torn").read_bytes() == archive.read_bytes()
+    finished.set_status(Status("finished", 1, 1))
+    assert records.read(records.write(finished, tmp_path), RunStore(tmp_path / "theirs")).status.step == 1
 
 
 def test_an_unfinished_run_is_not_passed_on(store, tmp_path):
