@@ -146,6 +146,23 @@ def test_the_rank_that_hangs_is_told_from_those_that_wait_for_it(ranks):
     assert str(failure).endswith("rank 0 waits for others")
 
 
+def test_a_slow_write_of_a_checkpoint_is_no_hang(ranks):
+    code = TOGETHER + (
+        "from pathlib import Path\n"
+        "from moelab.engine import checkpoint\n"
+        "from moelab.engine.checkpoint import storage\n"
+        f"storage.write = lambda *_: time.sleep({2 * IMPATIENT.hang_s})\n"
+        "model = torch.nn.Linear(2, 2)\n"
+        "optimizer = torch.optim.SGD(model.parameters())\n"
+        "with checkpoint.Writer(Path('checkpoints')) as checkpoints:\n"
+        "    step()\n"
+        "    checkpoints.save(1, model, optimizer, {})\n"
+        "    checkpoints.save(2, model, optimizer, {})\n"  # waits for the first
+        "process.leave()"
+    )
+    assert ranks(code, limits=IMPATIENT) == process.FINISHED
+
+
 def test_a_rank_that_is_halted_is_told(ranks):
     code = ALONE + "steps(3)\nif place.rank == 1: os.kill(os.getpid(), signal.SIGSTOP)\nsteps(1000)"
     failure = fails(ranks, code, limits=IMPATIENT)

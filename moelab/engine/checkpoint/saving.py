@@ -18,6 +18,7 @@ from moelab.engine.checkpoint import shards, storage
 from moelab.engine.checkpoint.format import Piece
 from moelab.engine.checkpoint.shards import Placements
 from moelab.engine.groups import Group, gloo_group
+from moelab.engine.launch import process
 from moelab.engine.placement import Placement
 from moelab.engine.sharded import is_sharded
 
@@ -77,9 +78,14 @@ class Writer:
         self._thread.start()
 
     def wait(self) -> None:
-        """Wait until the last `save` is on disk; raise what it raised (see `save`)."""
+        """Wait until the last `save` is on disk; raise what it raised (see `save`).
+
+        Gives signs of life meanwhile: a large checkpoint on a slow disk takes longer than a rank may be silent.
+        """
         if self._thread is not None:
-            self._thread.join()
+            while self._thread.is_alive():
+                self._thread.join(1.0)
+                process.beat()
             self._thread = None
         if self._error is not None:
             error, self._error = self._error, None

@@ -206,9 +206,10 @@ def launcher_gone() -> bool:
 
 
 def beat() -> None:
-    """Give a sign of life; every rank calls this after each training step or validation batch.
+    """Give a sign of life: after each training step and validation batch, and each second of waiting for a checkpoint.
 
     It costs next to nothing. After its first sign, a rank that gives none for `Limits.hang_s` counts as hanging.
+    A write that never ends is therefore no hang; the other ranks' checkpoint group gives up after `collective_s`.
     """
     global _last_beat
     folder = HEARTBEAT.get()
