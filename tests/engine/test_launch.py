@@ -205,6 +205,21 @@ def test_one_that_stays_when_the_others_have_stopped_fails(ranks, ready):
     assert failure.rank == 1 and "did not stop within 2 s" in str(failure)
 
 
+def test_one_that_was_asked_before_it_could_answer_fails_nobody(ranks, ready, tmp_path):
+    """The others have not met it and would wait in vain."""
+    code = ALONE + (
+        "if place.rank == 0:\n"
+        "    for name in (signal.SIGTERM, signal.SIGUSR1): signal.signal(name, signal.SIG_DFL)\n"
+        "    print('deaf', flush=True)\n"
+        "time.sleep(600)"
+    )
+
+    def asked():
+        return ready() and "deaf" in (tmp_path / "rank-00000.txt").read_text()
+
+    assert ranks(code, limits=replace(QUICK, death_s=2), should_stop=asked) == process.STOPPED
+
+
 def test_an_interrupt_lets_ranks_write_a_checkpoint(ranks, ready, tmp_path):
     def interrupt():
         if ready():

@@ -197,6 +197,10 @@ class _Watch:
             if not self.asked and (should_stop() or STOPPED in codes):
                 self._ask()
             if self._stays(codes):
+                if any(code in self._by_request for code in codes):
+                    # A rank was asked before it could handle that, so no rank has come further than meeting the others.
+                    self.started.end(0.0)
+                    return STOPPED
                 raise self._failure(codes.index(None), f"did not stop within {self.limits.stop_s:g} s of the others")
             if time.monotonic() - self._looked > 0.5:
                 self._looked = time.monotonic()
@@ -225,10 +229,14 @@ class _Watch:
             self.asked = True
             self.started.ask_to_stop()
 
+    @property
+    def _by_request(self) -> tuple[int, ...]:
+        """The codes of ranks that were asked to stop before they handled the signal, which is no failure."""
+        return (-signal.SIGTERM, -signal.SIGUSR1) if self.asked else ()
+
     def _failed(self, codes: Sequence[int | None]) -> list[int]:
         """Return the ranks that failed, in the order of their ends as far as it is known."""
-        # A rank that is asked to stop before it handles the signal ends by the signal, which is no failure.
-        good = {None, FINISHED, STOPPED, *((-signal.SIGTERM, -signal.SIGUSR1) if self.asked else ())}
+        good = {None, FINISHED, STOPPED, *self._by_request}
         self.order += [rank for rank, code in enumerate(codes) if code not in good and rank not in self.order]
         return self.order
 
