@@ -19,11 +19,21 @@ from moelab.runs.branching import remove_prefix
 from moelab.runs.spec import RunSpec
 from moelab.runs.store import Run, Status
 
+_STOP = "stop"
+"""What rank 0 publishes for ranks that wait for it while the run starts, in place of what they wait for."""
+
+
+class StoppedAtStart(KeyboardInterrupt):
+    """Report that a run was asked to stop before its training began."""
+
 
 def execute(run: Run, *, should_stop=lambda: False, on_progress=lambda _: None, cache: Path | None = None) -> None:
     """Train a run to its end in this process, or find it finished. Waits while another process trains it.
 
     Writes status, provenance and, last, the result. As a rank of several it joins the others; rank 0 does the writing.
+
+    Several ranks stop together: until the training begins, where every step asks all of them, rank 0 alone looks at
+    `should_stop` and tells the others, which would otherwise leave it alone in its first collective.
 
     Raises:
         ValueError: the run wants another number of ranks than there are.
@@ -45,17 +55,38 @@ def execute(run: Run, *, should_stop=lambda: False, on_progress=lambda _: None, 
     place = process.join(device=run.spec.train.device, folder=run.path)
     try:
         if place.rank == 0:
-            with _trainer_of(run, should_stop):
-                todo = not run.finished
-                process.publish("run", "train" if todo else "finished")
-                if todo:
-                    _train(run, should_stop, on_progress, cache)
-        elif process.wait_for("run", should_stop) == "train":
+            _train_as_first(run, should_stop, on_progress, cache)
+        elif _from_first("run") == "train":
             _train_along(run, should_stop, cache)
-    except TrainingStopped:  # all ranks at the same step
+    except (TrainingStopped, StoppedAtStart):  # all ranks at the same step
         process.leave()
         raise
     process.leave()
+
+
+def _train_as_first(run: Run, should_stop, on_progress, cache: Path) -> None:
+    """Train as rank 0, which holds the lock and tells the others what is to be done."""
+    with contextlib.ExitStack() as held:
+        try:
+            held.enter_context(_trainer_of(run, should_stop))
+        except StoppedAtStart:
+            process.publish("run", _STOP)
+            raise
+        todo = not run.finished
+        process.publish("run", "train" if todo else "finished")
+        if todo:
+            _train(run, should_stop, on_progress, cache)
+
+
+def _from_first(key: str) -> str:
+    """Return what rank 0 publishes under a key.
+
+    Raises:
+        StoppedAtStart: rank 0 was asked to stop.
+    """
+    if (found := process.wait_for(key)) == _STOP:
+        raise StoppedAtStart("stopped with rank 0 before the training began")
+    return found
 
 
 @contextlib.contextmanager
@@ -74,7 +105,7 @@ def _trainer_of(run: Run, should_stop) -> Iterator[None]:
                 )
             waited = True
             if should_stop():
-                raise KeyboardInterrupt("stopped while another process trains this run") from None
+                raise StoppedAtStart("stopped while another process trains this run") from None
     try:
         if waited and run.finished:
             print(f"run {run.spec.id}: finished by another process")
@@ -114,7 +145,9 @@ def _train(run: Run, should_stop, on_progress, cache: Path) -> None:
     started = time.time()
     run.set_status(Status("running", **state))
     try:
+        _stop_others(run, should_stop)
         data = prepare(spec.data, cache)
+        _stop_others(run, should_stop)
         if spec.parallel.ranks > 1:
             process.publish("data", data.fingerprint)
         result = _call_train(run, data, should_stop, progress)
@@ -144,11 +177,18 @@ def _train(run: Run, should_stop, on_progress, cache: Path) -> None:
     run.set_status(Status("finished", **{**state, "step": state["steps"]}))
 
 
+def _stop_others(run: Run, should_stop) -> None:
+    """Stop with the ranks that wait for the data, if that is asked; a run on one rank stops after its first step."""
+    if run.spec.parallel.ranks > 1 and should_stop():
+        process.publish("data", _STOP)
+        raise StoppedAtStart("stopped before the training began")
+
+
 def _train_along(run: Run, should_stop, cache: Path) -> None:
     """Train as a rank after the first, on the data that rank 0 has prepared."""
     from moelab.data import prepare
 
-    fingerprint = process.wait_for("data", should_stop)
+    fingerprint = _from_first("data")
     data = prepare(run.spec.data, cache)
     if data.fingerprint != fingerprint:
         raise ValueError(f"run {run.spec.id}: this rank's data are {data.fingerprint}, rank 0's {fingerprint}")

@@ -135,6 +135,48 @@ def test_a_signal_stops_all_ranks_with_a_checkpoint(spec, tmp_path, monkeypatch,
     assert not run.locked
 
 
+def wait_for_file(path: Path) -> None:
+    deadline = time.monotonic() + 300
+    while not path.exists() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert path.exists()
+
+
+@pytest.mark.multiprocess
+@pytest.mark.parametrize(
+    ("file", "later_s"),
+    [("logs/rank-00001.txt", 0), ("logs/rank-00001.txt", 0.5), ("holder.json", 0), ("status.json", 0), ("status.json", 0.3)],
+    ids=["ranks start", "ranks meet", "rank 0 has the lock", "rank 0 prepares the data", "the data are prepared"],
+)  # fmt: skip
+def test_a_signal_while_it_starts_stops_all_ranks(spec, tmp_path, monkeypatch, file, later_s):
+    """Where the ranks are exactly differs from time to time; none is left alone by the others."""
+    monkeypatch.setenv("STAND_IN_SLEEP", "0.5")
+    monkeypatch.setenv("MOELAB_DEATH_S", "10")
+    run = RunStore(tmp_path).run(spec)
+    process = worker(run)
+    wait_for_file(run.path / file)
+    time.sleep(later_s)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=300) == 75, run.log_tail(40)
+    assert run.status.state == "stopped" or (file.startswith("logs") and run.status.state == "new")
+    assert not run.locked
+
+
+@pytest.mark.multiprocess
+def test_a_signal_while_it_waits_for_another_process_stops_all_ranks(spec, tmp_path):
+    run = RunStore(tmp_path).run(spec)
+    with run.lock():
+        process = worker(run)
+        deadline = time.monotonic() + 300
+        while "waits for another process" not in run.log_tail() and time.monotonic() < deadline:
+            time.sleep(0.05)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(timeout=300) == 75, run.log_tail(40)
+    assert "stopped while another process trains this run" in run.log_tail(40)
+    assert "stopped with rank 0" in (run.path / "logs" / "rank-00001.txt").read_text()
+    assert run.status.state == "new"
+
+
 @pytest.mark.multiprocess
 def test_two_that_ask_for_one_run_train_it_once(spec, tmp_path, monkeypatch):
     monkeypatch.setenv("STAND_IN_SLEEP", "0.08")

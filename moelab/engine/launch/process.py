@@ -14,7 +14,7 @@ import os
 import signal
 import socket
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -179,19 +179,15 @@ def publish(key: str, value: str) -> None:
     _store.set(key, value)
 
 
-def wait_for(key: str, should_stop: Callable[[], bool] = lambda: False, poll_s: float = 0.1) -> str:
+def wait_for(key: str, poll_s: float = 0.1) -> str:
     """Return the value that a rank published under a key; wait for it without a limit.
 
     It is no collective and so has no time limit: preparing data or waiting for a lock may take hours, and the launcher
-    watches for ranks that die meanwhile.
-
-    Raises:
-        KeyboardInterrupt: `should_stop` returned True.
+    watches for ranks that die meanwhile. A rank that is asked to stop goes on waiting, because the publishing rank does
+    not see that and would meet nobody in its next collective; that rank publishes that all are to stop.
     """
     assert _store is not None, "join first"
     while not _store.check([key]):
-        if should_stop():
-            raise KeyboardInterrupt(f"stopped while waiting for {key}")
         time.sleep(poll_s)
     return _store.get(key).decode()
 
