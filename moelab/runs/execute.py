@@ -15,6 +15,7 @@ from moelab import paths
 from moelab.config import to_json
 from moelab.engine.launch import process
 from moelab.files import read_json, sweep, write_json
+from moelab.runs import sessions
 from moelab.runs.branching import remove_prefix
 from moelab.runs.spec import RunSpec
 from moelab.runs.store import Run, Status
@@ -142,9 +143,10 @@ def _train(run: Run, should_stop, on_progress, cache: Path) -> None:
         run.set_status(Status("running", **state))
         on_progress(p)
 
-    started = time.time()
+    started, record = time.time(), provenance()  # of the code that trains; files may change until the end
     run.set_status(Status("running", **state))
     try:
+        sessions.begin(run.path, record)
         _stop_others(run, should_stop)
         data = prepare(spec.data, cache)
         _stop_others(run, should_stop)
@@ -162,7 +164,8 @@ def _train(run: Run, should_stop, on_progress, cache: Path) -> None:
     except BaseException as error:
         run.set_status(Status("failed", **state, reason=(str(error).splitlines() or [type(error).__name__])[0]))
         raise
-    record = provenance()
+    if len(several := sessions.contributing(run.path)) > 1:
+        record["sessions"] = several
     record["data"] = {"fingerprint": data.fingerprint, "corpus": spec.data.corpus, "tokenizer": spec.data.tokenizer}
     record["started"], record["finished"] = _iso(started), _iso(time.time())
     record["host"], record["process"] = socket.gethostname(), os.getpid()

@@ -4,13 +4,13 @@
                       status.json        state now: running, finished, failed, stopped; step, loss, speed, why
                       train.jsonl, validation.jsonl, checkpoints/, log.txt
                       holder.json        host and process that train it, or did last
+                      sessions.jsonl     commit and machine of each session, see `moelab.runs.sessions`
                       logs/                what ranks after the first wrote, for a run on several
                       result.json        written last: the run is finished
-                      provenance.json    commit, versions, hardware, durations
+                      provenance.json    commit, versions, hardware, when it started and finished
 
 Exactly one process trains a run, or one group of ranks: it, or rank 0, holds `run.lock` (flock; the kernel lets go of
-    it when the
-process dies).
+it when the process dies).
 """
 
 from __future__ import annotations
@@ -105,7 +105,10 @@ class Run:
 
     @property
     def provenance(self) -> dict[str, Any]:
-        """Code, versions, hardware and times of the run; empty before it is finished."""
+        """Code, versions, hardware and times of the run; empty before it is finished.
+
+        They are those of its last session. Where several commits or machines have trained it, "sessions" has all.
+        """
         return read_json(self.path / "provenance.json") or {}
 
     @property

@@ -189,6 +189,31 @@ def test_a_page_says_which_arms_were_trained_on_which_machine(published, tmp_pat
     assert "<li>Test and Another</li>" in page
 
 
+def test_a_page_names_every_machine_and_commit_of_a_run(published, tmp_path):
+    """A run that was continued elsewhere is of both machines."""
+    root, folder = tmp_path / "results", "pr-moe/cpu/20260103-000000"
+    shutil.copytree(published, root)
+    record = json.loads((file := root / folder / "summary.json").read_text())
+    first = {"step": 0, "commit": "b" * 40, "modified": False, "hardware": {"cpu": "Another", "cores": 8}}
+    for run in record["runs"]:
+        if run["label"] == "350M" and run["spec"]["train"]["seed"] == 1:
+            run["provenance"]["sessions"] = [first, {"step": 40, **run["provenance"]}]
+    file.write_text(json.dumps(record))
+    (result,) = (one for one in read_results(root)[0] if one.path == folder)
+    assert result.machines == {"Test": "350M (0 1 2), 350M+MoE-128 (0 1 2)", "Another": "350M (1)"}
+    assert result.mixed_seeds == [1] and result.commits[:2] == ("a" * 10, "b" * 10)
+    site.build(root)
+    page = (root / folder / "index.html").read_text()
+    assert (
+        "The runs of seed 1 were not all trained on one kind of processor" in page
+        and "<li>Another: 350M (1)</li>" in page
+    )
+    record["runs"][0]["provenance"]["sessions"] = [7]
+    file.write_text(json.dumps(record))
+    found, unreadable = read_results(root)
+    assert len(found) == 4 and f"{folder}/summary.json: provenance" in unreadable[0]
+
+
 def test_a_link_that_is_no_file_of_the_result_leaves_it_out(published, tmp_path):
     root = tmp_path / "results"
     shutil.copytree(published, root)

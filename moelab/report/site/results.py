@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from moelab.files import read_json
 from moelab.paper.verdicts import NOT_TESTABLE, NOT_TESTED, SIMULATED
 from moelab.plotting.typography import typeset
 from moelab.report.summary import (
+    SUMMARY,
     FigureRow,
     Hardware,
     Provenance,
@@ -34,11 +35,13 @@ class Result:
         folder: the result's folder.
         path: the same relative to the results, with slashes.
         summary: what its `summary.json` says.
+        sessions: of each run, by its id, that several commits or machines have trained: all of them.
     """
 
     folder: Path
     path: str
     summary: Summary
+    sessions: Mapping[str, tuple[Provenance, ...]] = field(default_factory=dict)
 
     @property
     def experiment(self) -> str:
@@ -83,12 +86,23 @@ class Result:
         n = len(self.summary.seeds)
         return "no seeds: computed" if not n else f"{n} seed{'s' if n > 1 else ''}"
 
+    def trained_by(self, run: RunRow) -> tuple[Provenance, ...]:
+        """Return the commits and machines that have trained a run."""
+        return self.sessions.get(run.id) or (run.provenance,)
+
+    def _processors(self, run: RunRow) -> set[str]:
+        return {_processor(one.hardware) for one in self.trained_by(run)}
+
     @cached_property
     def machines(self) -> dict[str, str]:
-        """Each processor that trained runs, and the arms and seeds that it trained; that with the most runs first."""
+        """Each processor that trained runs, and the arms and seeds that it trained; that with the most runs first.
+
+        A run that was continued on another processor counts for both.
+        """
         arms: dict[str, dict[str, list[int]]] = {}
         for run in self.summary.runs:
-            arms.setdefault(_processor(run.provenance.hardware), {}).setdefault(run.label, []).append(run.seed)
+            for processor in sorted(self._processors(run)):
+                arms.setdefault(processor, {}).setdefault(run.label, []).append(run.seed)
         most_first = sorted(arms.items(), key=lambda item: -sum(map(len, item[1].values())))
         return {
             machine: ", ".join(f"{arm} ({' '.join(map(str, sorted(seeds)))})" for arm, seeds in by_arm.items())
@@ -98,7 +112,7 @@ class Result:
     @cached_property
     def mixed_seeds(self) -> list[int]:
         """The seeds whose runs were not all trained on one kind of processor."""
-        pairs = {(run.seed, _processor(run.provenance.hardware)) for run in self.summary.runs}
+        pairs = {(run.seed, processor) for run in self.summary.runs for processor in self._processors(run)}
         return sorted({seed for seed, _ in pairs if sum(seed == one for one, _ in pairs) > 1})
 
     @property
@@ -128,7 +142,7 @@ class Result:
     @cached_property
     def commits(self) -> tuple[str, ...]:
         """The commits at which its runs were trained, then the one at which the figures were drawn."""
-        trained = sorted({run.provenance.short_commit for run in self.summary.runs})
+        trained = sorted({one.short_commit for run in self.summary.runs for one in self.trained_by(run)})
         return (*trained, self.summary.provenance.short_commit)
 
     @cached_property
@@ -152,8 +166,8 @@ class Result:
         """
         settings: dict[str, dict[str, set[str]]] = {}  # label -> field of TrainConfig -> its values
         for run in self.summary.runs:
-            for field, value in run.training.items():
-                settings.setdefault(run.label, {}).setdefault(field, set()).add(str(value))
+            for setting, value in run.training.items():
+                settings.setdefault(run.label, {}).setdefault(setting, set()).add(str(value))
 
         def name(run: RunRow) -> str:
             differing = [f"{f} {v}" for f, v in run.training.items() if len(settings[run.label][f]) > 1]
@@ -203,10 +217,30 @@ def _means(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     return {key: sum(row[key] for row in rows) / len(rows) for key in keys}
 
 
+def _sessions(file: Path) -> dict[str, tuple[Provenance, ...]]:
+    """Return the sessions in the provenance of a summary's runs, by run; see `moelab.runs.sessions`.
+
+    Raises:
+        ValueError: one line: a session is none.
+    """
+    found = {}
+    for run in read_json(file).get("runs", ()):
+        if sessions := run.get("provenance", {}).get("sessions"):
+            if not isinstance(sessions, list):
+                raise ValueError(f"run {run['id']}: expected a list of sessions, got {str(sessions)[:40]}")
+            found[run["id"]] = tuple(parse_provenance(one) for one in sessions)
+    return found
+
+
 def read_results(root: Path) -> tuple[list[Result], list[str]]:
     """Return all results below `root`, newest first, and a line for each that cannot be read."""
     summaries, unreadable = read_all(root)
-    found = [Result(root / path, path, summary) for path, summary in summaries]
+    found = []
+    for path, summary in summaries:
+        try:
+            found.append(Result(root / path, path, summary, _sessions(root / path / SUMMARY)))
+        except (ValueError, OSError, RecursionError) as error:
+            unreadable.append(unreadable_line(root / path / SUMMARY, root, error))
     return sorted(found, key=lambda r: (r.summary.finished, r.path), reverse=True), unreadable
 
 

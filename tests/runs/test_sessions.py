@@ -1,0 +1,87 @@
+"""Which machines and commits trained a run."""
+
+import json
+
+import pytest
+
+from moelab.runs import provenance, records, sessions
+from moelab.runs.execute import execute
+from moelab.runs.store import RunStore
+from moelab.training import TrainingStopped
+
+
+def about(cpu, commit="a"):
+    return {"commit": commit, "modified": False, "hardware": {"cpu": cpu, "cores": 2}, "python": "3"}
+
+
+@pytest.fixture
+def session(tmp_path):
+    """Begin a session after so many steps."""
+
+    def begin(cpu, step=0, folder=tmp_path, **options):
+        if step:
+            (folder / "checkpoints" / f"step-{step:08d}").mkdir(parents=True)
+        sessions.begin(tmp_path, about(cpu, **options))
+
+    return begin
+
+
+def contributing(folder):
+    return [(one["hardware"]["cpu"], one["commit"], one["step"]) for one in sessions.contributing(folder)]
+
+
+def test_each_commit_and_machine_counts_once(session, tmp_path):
+    session("x")
+    session("x", 5)
+    session("y", 10)
+    session("x", 15)
+    session("y", 20, commit="b")
+    assert contributing(tmp_path) == [("x", "a", 0), ("y", "a", 10), ("y", "b", 20)]
+
+
+def test_a_session_that_left_no_checkpoint_does_not_count(session, tmp_path):
+    session("x")
+    session("y")
+    session("z", 5)
+    session("x")
+    assert contributing(tmp_path) == [("y", "a", 0), ("x", "a", 5)]
+
+
+def test_the_trunk_that_is_trained_again_counts(session, tmp_path):
+    session("x")
+    session("y", 7, tmp_path / "prefix" / "prefix")
+    session("z", 10, tmp_path / "prefix")
+    assert [cpu for cpu, _, _ in contributing(tmp_path)] == ["x", "y", "z"]
+
+
+def test_a_torn_file_loses_no_more_than_its_lines(session, tmp_path):
+    session("x")
+    with open(tmp_path / sessions.FILE, "a") as file:
+        file.write('[1]\n{"step": "7"}\n{"step": 3, "com')
+    session("y", 5)
+    assert contributing(tmp_path) == [("x", "a", 0), ("y", "a", 5)]
+    assert len((tmp_path / sessions.FILE).read_text().splitlines()) == 2
+
+
+def test_a_run_that_is_resumed_elsewhere_names_both_machines(tiny_spec, tmp_path, monkeypatch):
+    monkeypatch.setenv("MOELAB_HOME", str(tmp_path / "home"))
+    run = RunStore().run(tiny_spec)
+    monkeypatch.setattr(provenance, "provenance", lambda: about("x"))
+    steps = iter(range(100))
+    with pytest.raises(TrainingStopped):
+        execute(run, should_stop=lambda: next(steps) >= 9)
+    monkeypatch.setattr(provenance, "provenance", lambda: about("y"))
+    execute(run)
+    assert run.provenance["hardware"]["cpu"] == "y"
+    assert [(s["hardware"]["cpu"], s["step"]) for s in run.provenance["sessions"]] == [("x", 0), ("y", 10)]
+    taken = records.read(records.write(run, tmp_path), RunStore(tmp_path / "theirs"))
+    assert taken.provenance == run.provenance and not (taken.path / sessions.FILE).exists()
+
+
+def test_a_run_of_one_machine_names_it_once(tiny_spec, tmp_path, monkeypatch):
+    monkeypatch.setenv("MOELAB_HOME", str(tmp_path / "home"))
+    run = RunStore().run(tiny_spec)
+    execute(run)
+    assert "sessions" not in run.provenance
+    (line,) = (run.path / sessions.FILE).read_text().splitlines()
+    assert json.loads(line)["hardware"] == run.provenance["hardware"]
