@@ -13,12 +13,15 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 
-from moelab.engine.launch import process
+from moelab.engine.launch import Limits, process
 from moelab.runs.execute import execute
 from moelab.runs.store import Run
 from moelab.runs.supervisor import supervise
 
 Tick = Callable[[], None]
+
+_MARGIN_S = 30.0
+"""By which a run's process may outlast its ranks: until it sees that they have ended, and writes why."""
 
 
 def inline(runs: Sequence[Run], tick: Tick = lambda: None) -> None:
@@ -38,7 +41,7 @@ def processes(runs: Sequence[Run], workers: int, tick: Tick = lambda: None, poll
     A run on P ranks counts as P workers. One always goes, even if it wants more than there are.
 
     Ends when all have ended. An exception here (Ctrl-C in a notebook, say) asks the processes to write a checkpoint and
-    go, waits for them, and is raised again.
+    go, waits for them, and is raised again. Those that take much longer than `Limits.stop_s` are killed.
     """
     waiting = sorted(runs, key=lambda run: -run.spec.cost)
     going: dict[subprocess.Popen, int] = {}  # and the workers each takes
@@ -53,7 +56,7 @@ def processes(runs: Sequence[Run], workers: int, tick: Tick = lambda: None, poll
     except BaseException:
         for worker in going:
             worker.send_signal(signal.SIGTERM)
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + _stop_s() + _MARGIN_S
         for worker in going:
             try:
                 worker.wait(timeout=max(0.1, deadline - time.monotonic()))
@@ -61,6 +64,14 @@ def processes(runs: Sequence[Run], workers: int, tick: Tick = lambda: None, poll
                 worker.kill()
         raise
     tick()
+
+
+def _stop_s() -> float:
+    """Return the limit that each run's own process sets its ranks; the default where the environment's is none."""
+    try:
+        return Limits.read().stop_s
+    except ValueError:  # the runs' processes have said so
+        return Limits().stop_s
 
 
 def _next(waiting: Sequence[Run], free: int, *, alone: bool) -> Run | None:

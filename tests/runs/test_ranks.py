@@ -232,6 +232,34 @@ def test_ranks_count_as_workers(spec, tmp_path, monkeypatch):
     assert seen == [2], "one always goes"
 
 
+@pytest.mark.multiprocess
+@pytest.mark.parametrize(("limit", "code"), [("60", 75), ("0.5", -signal.SIGKILL)])
+def test_an_interrupt_gives_processes_the_time_to_stop_that_is_set(spec, tmp_path, monkeypatch, limit, code):
+    """A stand-in for a worker that writes its checkpoint for three seconds."""
+    slow = (
+        "import signal, sys, time; from pathlib import Path\n"
+        "signal.signal(signal.SIGTERM, lambda *_: (time.sleep(3), sys.exit(75)))\n"
+        "Path(sys.argv[1]).touch()\n"
+        "time.sleep(600)"
+    )
+    ready, started = tmp_path / "ready", []
+
+    def start(run):
+        started.append(subprocess.Popen([sys.executable, "-S", "-c", slow, str(ready)]))
+        return started[-1]
+
+    def interrupt():
+        if ready.exists():
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(executors, "start", start)
+    monkeypatch.setattr(executors, "_MARGIN_S", 0.0)
+    monkeypatch.setenv("MOELAB_STOP_S", limit)
+    with pytest.raises(KeyboardInterrupt):
+        executors.processes([RunStore(tmp_path).run(spec)], 2, interrupt, poll_s=0.05)
+    assert started[0].wait(60) == code
+
+
 @pytest.mark.skipif(not Path("/proc").exists(), reason="reads /proc")
 @pytest.mark.multiprocess
 def test_the_supervisor_stays_small(spec, tmp_path, monkeypatch):
