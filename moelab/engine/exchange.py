@@ -264,7 +264,7 @@ class Exchange(Dispatch[Trip]):
 
 
 def _fingerprint(routing: Routing) -> Tensor:
-    """Return a number, int32 [1], that differs if any token of two routings goes to another expert or slot."""
+    """Return a hash of every token's experts and slots, int32 [1]; those of different routings hardly ever agree."""
     place_SK = routing.expert_SK.long() * 1_000_003 + routing.slot_SK
     weight = torch.arange(1, place_SK.numel() + 1, device=place_SK.device) * 2_654_435_761
     return (((place_SK.flatten() * weight).sum() >> 16) & 0x7FFFFFFF).int()[None]

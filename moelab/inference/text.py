@@ -190,7 +190,7 @@ def run_configs(directory: Path) -> tuple[ModelConfig, DataConfig]:
 
 
 def load_run(directory: Path, *, mesh: Mesh | None = None, device: str = "cpu", dtype: str = "fp32") -> GPT:
-    """Return a run's model, or this rank's part of it, with the weights of its newest complete checkpoint."""
+    """Return a run's model, or this rank's part of it, with its weights; see `checkpoint.weights_of`."""
     config, _ = run_configs(directory)
     last = checkpoint.weights_of(directory)
     if mesh is not None and mesh.world.size > 1:

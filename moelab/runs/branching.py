@@ -1,8 +1,10 @@
 """Where a branch starts: the trunk's checkpoint, or, where the trunk has none, one that is trained again.
 
-Numbers depend on the spec alone, so a trunk that is trained again up to the branch point gives the same checkpoint bit
-for bit and costs only time. That happens when a trunk was taken over without weights, or has removed the checkpoint
-because the branch was asked for later. It is trained in `<branch>/prefix/`, from the trunk's nearest checkpoint before.
+With the same code on the same kind of processor, numbers depend on the spec alone: a trunk that is trained again up to
+the branch point then gives the same checkpoint bit for bit and costs only time. On another kind of processor sums are
+rounded differently, and the checkpoint differs a little. A trunk is trained again when it was taken over without
+weights, or has removed the checkpoint because the branch was asked for later: in `<branch>/prefix/`, from the trunk's
+nearest checkpoint before.
 
 `token_budgets` makes the branches that differ only in their tokens, `shorter` one of them or its equal from scratch.
 """
@@ -49,7 +51,8 @@ def starting_point(
     begin = kept or starting_point(trunk, prefix, runs, train_until, say)
     say(
         f"the trunk {trunk.id} has kept no checkpoint after {spec.start.tokens} tokens; it is trained again up to "
-        f"there, from {f'its step {begin.step}' if begin else 'initial weights'}, which changes no number"
+        f"there, from {f'its step {begin.step}' if begin else 'initial weights'}; on the kind of processor that "
+        "trained it first, this changes no number"
     )
     quiet = replace(trunk.train, eval_every=trunk.train.steps(trunk.data.context) + 1, keep_at=(), tensorboard=False)
     train_until(replace(trunk, train=quiet, parallel=spec.parallel), prefix, begin, step)

@@ -98,7 +98,7 @@ class Teacher:
 
     Attributes:
         model: the teacher's architecture; it must have the student's vocabulary.
-        run_dir: the teacher's finished run, whose last checkpoint is loaded.
+        run_dir: the teacher's finished run; the checkpoint of its last step is loaded.
         distill: temperature, weight, schedule, cache.
     """
 
@@ -137,7 +137,8 @@ class Distiller:
             mesh: the student's ranks; the teacher is distributed by the same layout.
 
         Raises:
-            ValueError: the teacher has no checkpoint, or was trained on other text (another part of it is allowed).
+            ValueError: the teacher has no checkpoint of its last step, or was trained on other text (another part of it
+                is allowed).
         """
         last = checkpoint.weights_of(teacher.run_dir)
         if not data.shares_text(last.state["data"]):

@@ -59,7 +59,7 @@ def expert_use(
         max_tokens: bound on the tokens of each domain; 0 means no bound.
 
     Raises:
-        ValueError: the run has no checkpoint.
+        ValueError: the run has no checkpoint of its last step.
     """
     last = checkpoint.weights_of(run_dir)
     model = build(config, train.seed, train.device)

@@ -1,8 +1,8 @@
 """Train one model on one stream of tokens, with its files in one directory.
 
-A resumed run is bitwise equal to an uninterrupted one: the data and the random draws of a step are functions of the
-seed and the position (step, micro-batch), so that a checkpoint only holds weights, optimizer state and the running sums
-of the metrics. To resume, call `train` again with the same arguments.
+A run that is resumed with the same code on the same kind of processor equals an uninterrupted one bit for bit: data and
+random draws of a step are functions of the seed and the position (step, micro-batch), so that a checkpoint only holds
+weights, optimizer state and the running sums of the metrics. To resume, call `train` again with the same arguments.
 
 On several ranks, every rank calls `train` with the same arguments. A step's micro-batches are distributed over the data
 ranks. Routing, its losses and its random draws belong to a micro-batch, so that results do not depend on the layout
