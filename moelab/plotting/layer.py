@@ -15,7 +15,7 @@ from moelab.plotting import figures
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-EXCHANGE_COLORS = {"flat": "#6E6E6E", "hierarchical": "#0072B2", "coordinated": "#D55E00"}
+EXCHANGE_COLORS = figures.colors(["flat", "hierarchical", "coordinated"])
 
 
 def exchange_counts(counted: pd.DataFrame, left: Axes, right: Axes) -> None:

@@ -12,12 +12,12 @@ _OF_ARM = {
     for color, names in zip(
         COLORS,
         (
-            ("Dense", "350M"),
+            ("Dense", "350M", "flat", "two bare all-to-alls"),
             ("MoE-32", "350M+MoE-32"),
-            ("Pyramid-MoE-32/64", "Shared, pyramid"),
-            ("Residual-MoE-32", "Residual"),
-            ("PR-MoE-32/64", "PR-MoE", "Teacher"),
-            ("MoE-128", "350M+MoE-128", "Shared"),
+            ("Pyramid-MoE-32/64", "Shared, pyramid", "Upcycled, top-1, scaled", "coordinated + hierarchical"),
+            ("Residual-MoE-32", "Residual", "Grown"),
+            ("PR-MoE-32/64", "PR-MoE", "Teacher", "Upcycled", "coordinated"),
+            ("MoE-128", "350M+MoE-128", "Shared", "hierarchical"),
             ("Top2-MoE-32", "Top-2"),
             ("Shared, fine",),
         ),
@@ -29,7 +29,7 @@ DASHES = ("", (4, 1.5), (1, 1), (6, 1.5, 1, 1.5), (3, 1), (5, 1, 1, 1, 1, 1), (2
 
 
 def colors(arms: Sequence[str]) -> dict[str, str]:
-    """Return arm -> colour: the paper's arms have the same one in every figure, the others get the rest by position."""
+    """Return arm -> colour: named arms and ways of exchange have a fixed one, the others get the rest by position."""
     fixed = {arm: _OF_ARM[arm] for arm in arms if arm in _OF_ARM}
     free = [color for color in COLORS if color not in fixed.values()] or list(COLORS)
     others = [arm for arm in arms if arm not in fixed]

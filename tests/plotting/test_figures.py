@@ -5,8 +5,8 @@ import pandas as pd
 import pytest
 from matplotlib import pyplot as plt
 
-from moelab.experiments import pr_moe, scaling, top2_vs_residual, zero_shot
-from moelab.plotting import figures
+from moelab.experiments import pr_moe, scaling, top2_vs_residual, upcycling, zero_shot
+from moelab.plotting import figures, layer
 
 matplotlib.use("Agg")
 
@@ -29,6 +29,16 @@ def test_an_arm_has_one_colour_in_every_figure():
     assert figures.colors(list(scaling.ARMS))["350M+MoE-128"] == whole["MoE-128"]
     for arms in (pr_moe.ARMS, top2_vs_residual.ARMS, scaling.ARMS):
         assert len(set(figures.colors(list(arms)).values())) == len(arms)
+
+
+def test_arms_that_share_a_figure_keep_their_colours_where_all_arms_are_drawn():
+    shown = ["Top-2", "Upcycled", "Upcycled, top-1, scaled", "MoE-32", "MoE-128", "Grown"]  # of notebook 27
+    whole = figures.colors(list(upcycling.ARMS))
+    assert figures.colors(shown) == {arm: whole[arm] for arm in shown}
+    assert len({whole[arm] for arm in shown}) == len(shown)
+    ways = figures.colors(["hierarchical", "coordinated", "two bare all-to-alls", "coordinated + hierarchical"])
+    assert len(set(ways.values())) == 4
+    assert all(ways[way] == color for way, color in layer.EXCHANGE_COLORS.items() if way != "flat")
 
 
 def test_every_value_of_the_paper_is_a_hollow_diamond(ax):
