@@ -66,8 +66,9 @@ def judge_loss(
     arms: Mapping[str, str],
     scale: str,
     gain: tuple[str, str] | None = None,
+    note: str = TWINS,
 ) -> Verdict:
-    """Judge one claim, see `judge_losses`."""
+    """Judge one claim, see `judge_losses`; the note says how the arms are compared."""
     if claim.quantity == "total parameters":
         return judge(claim, [size_ratio(claim.left, claim.right)], exact=True, note="Arithmetic at the paper's size.")
     sides = [next((arm for arm, name in arms.items() if name == side), "") for side in (claim.left, claim.right)]
@@ -75,11 +76,11 @@ def judge_loss(
         return judge(claim, [], scale=scale)
     values = paired(final, *sides)
     if not values or not gain or not paired(final, *gain):
-        return judge(claim, values, note=TWINS, scale=scale)
+        return judge(claim, values, note=note, scale=scale)
     table = by_arm(final).dropna(subset=[*sides, *gain])
     values = list(table[sides[0]] - table[sides[1]])
     gained = Gain(f"{gain[0]} over {gain[1]}", list(table[gain[1]] - table[gain[0]]))
-    return judge(claim, values, gain=gained, note=TWINS, scale=scale)
+    return judge(claim, values, gain=gained, note=note, scale=scale)
 
 
 def size_ratio(left: str, right: str) -> float:

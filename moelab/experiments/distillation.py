@@ -39,6 +39,7 @@ TEACHERS = {"350M": "350M+PR-MoE-32/64", "1.3B": "1.3B+PR-MoE-64/128"}
 """Base -> the paper's teacher."""
 
 ARMS = ("Teacher", "L21 alone", "L21 alone, equal cost", "L21 + KD", "L21 + staged KD")
+HALVES = "Teacher and student read different halves of the text."
 _SUFFIX = {"Teacher": "", "L21 alone": "+L21", "L21 + KD": "+L21+KD", "L21 + staged KD": "+L21+MoS"}
 
 
@@ -199,7 +200,9 @@ def verdicts(final: pd.DataFrame, curves: pd.DataFrame, scale: str, base: str = 
             note = "Mean over the evaluations of the first half of training; twins, paired by seed."
             judged.append(judge(claim, values, note=note, scale=scale))
         else:
-            judged.append(comparison.judge_loss(claim, final, arms, scale, ("Teacher", "L21 alone")))
+            halves = scale != "paper" and arms["Teacher"] in (claim.left, claim.right)
+            note = f"{comparison.TWINS} {HALVES}" if halves else comparison.TWINS
+            judged.append(comparison.judge_loss(claim, final, arms, scale, ("Teacher", "L21 alone"), note))
     return judged
 
 

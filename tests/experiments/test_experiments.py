@@ -361,6 +361,15 @@ def test_a_student_is_held_against_its_teacher_only_where_the_teacher_is_the_bet
     assert found["staged-kd-matches-teacher-350m"] == claims.CANNOT_TELL
 
 
+def test_a_verdict_on_teacher_and_student_says_that_they_read_different_halves():
+    losses = {"Teacher": [5.0, 5.1], "L21 alone": [5.2, 5.3], "L21 + KD": [5.1, 5.2], "L21 + staged KD": [5.0, 5.1]}
+    curves = pd.DataFrame(columns=["arm", "seed", "tokens", "loss"])
+    with_teacher = {"student-alone-behind-teacher", "staged-kd-matches-teacher-350m"}
+    for scale, expected in (("cpu", with_teacher), ("paper", set())):
+        judged = distillation.verdicts(final(losses), curves, scale)
+        assert {v.claim for v in judged if "read different halves of the text" in v.note} == expected
+
+
 def test_throughput_ratio_at_the_papers_size():
     ratio = throughput.flops_ratio(ModelConfig.parse("6.7B"), ModelConfig.parse("1.3B+MoE-128"))
     assert 4.5 < ratio < 5.3
