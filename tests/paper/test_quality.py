@@ -92,6 +92,8 @@ def test_crossovers(moe, dense, low, high):
     left, right = moe.tokens_B[crossing], moe.tokens_B[crossing + 1]
     at = left + (right - left) * gap[crossing] / (gap[crossing] - gap[crossing + 1])
     assert low < at < high
+    (claim,) = (c for c in paper.claims("scaling") if c.kind == "bound" and c.left == moe.model)
+    assert claim.value == pytest.approx(at, abs=1) and claim.value_low <= at <= claim.value_high
     assert (gap[: crossing + 1] > 0).all()
 
 
