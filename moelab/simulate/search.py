@@ -130,13 +130,17 @@ class Plan:
             + ", ".join(f"{name} {size:.1f}" for name, size in best.memory_gib.items() if size >= 0.05),
         ]
         if self.runner_up:
-            ratio = score(self.runner_up, self.objective) / score(best, self.objective)
             other = self.runner_up
+            ratio = score(other, self.objective) / score(best, self.objective)
+            if self.objective == "throughput":  # more is better: the score is its inverse
+                how = f"{1 - 1 / ratio:.1%} lower throughput"
+            else:
+                how = f"{ratio - 1:.1%} higher {self.objective}"
             worse = max(other.parts_ms, key=lambda p: other.parts_ms[p] - best.parts_ms[p])
             lines.append(
                 f"runner-up: {describe(other)}: {other.latency_ms:.2f} ms, "
                 f"{other.tokens_per_s_per_gpu:,.1f} tokens/s/GPU; "
-                f"{ratio - 1:.1%} worse by {self.objective}, most of it {BOUND[worse]}"
+                f"{how}, most of it {BOUND[worse]}"
             )
         if self.ties:
             lines.append(f"{self.ties} other layout{'s' if self.ties > 1 else ''} as good")

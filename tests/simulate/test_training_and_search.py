@@ -105,6 +105,14 @@ def test_a_plan_is_the_best_of_all(objective):
         best = max(s.tokens_per_s_per_gpu[s.fits].max() for s in sweeps)
         assert found.best.tokens_per_s_per_gpu == pytest.approx(best)
     assert found.runner_up is not None and len(found.why) >= 4
+    column = "latency_ms" if objective == "latency" else "tokens_per_s_per_gpu"
+    ours, other = (getattr(estimate, column) for estimate in (found.best, found.runner_up))
+    said = {
+        "latency": f"{other / ours - 1:.1%} higher latency",
+        "throughput": f"{1 - other / ours:.1%} lower throughput",
+        "cost": f"{ours / other - 1:.1%} higher cost",
+    }
+    assert said[objective] in "\n".join(found.why)
     front = [(e.latency_ms, e.tokens_per_s_per_gpu) for e in found.front]
     assert front == sorted(front) and [t for _, t in front] == sorted(t for _, t in front)
     assert front[0][0] == pytest.approx(min(s.latency_ms[s.fits].min() for s in sweeps))
