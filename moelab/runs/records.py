@@ -79,7 +79,7 @@ def read(archive: Path, store: RunStore) -> Run | None:
             raise ValueError(f"{archive}: unreadable ({name}: {str(error) or type(error).__name__})") from None
     spec = RunSpec.from_json(json.loads(content["spec.json"]), where=f"{archive}: spec.json")
     if spec.id != archive.stem:
-        raise ValueError(f"{archive}: the run it describes is called {spec.id} here; it is of another version")
+        raise ValueError(f"{archive}: the run it describes is called {spec.id} here: renamed, or of another version")
     run = Run(spec, store.root / spec.id)
     if _begun(run):  # asked first without the lock, which a read-only store cannot give
         if run.finished and (run.path / "result.json").read_bytes() == content["result.json"]:

@@ -107,7 +107,7 @@ def rewritten(archive, to, change):
         (lambda c: {**c, "spec.json": b"{}"}, "spec.json"),
         (
             lambda c: {**c, "spec.json": json.dumps(replace_seed(json.loads(c["spec.json"]))).encode()},
-            "it is of another version",
+            "renamed, or of another version",
         ),
     ],
 )
