@@ -112,13 +112,13 @@ def test_sizes_come_from_the_specs():
         return {"id": name, "label": name, "spec": spec, "result": {"parameters": parameters}}
 
     runs = [run("350M", 7, 171_328, 1_024_000), run("1.3B+MoE-128", 8, 2_528_640, 16_400_000)]
-    (text,) = front.sizes([result(runs=runs, seeds=[0, 1, 2])])
-    assert text == (
-        "Scale cpu: the twins have 171 thousand to 2.5 million parameters in 7 to 8 layers of 32 and are trained on 1.0 to "
+    sizes = front.sizes([result(runs=runs, seeds=[0, 1, 2])])
+    assert list(sizes) == ["cpu"] and sizes["cpu"] == (
+        "The twins have 171 thousand to 2.5 million parameters in 7 to 8 layers of 32 and are trained on 1.0 to "
         "16 million tokens of mix5, 3 seeds each (2 runs). The paper’s models of these names have 356 million to 52 billion "
         "parameters and 300 billion tokens."
     )
-    assert front.sizes([result(), result(runs=[{"id": "x", "label": "x"}])]) == []
+    assert front.sizes([result(), result(runs=[{"id": "x", "label": "x"}])]) == {}
 
 
 def test_a_zip_is_written_again_only_if_a_file_changed(tmp_path):

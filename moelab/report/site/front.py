@@ -217,8 +217,8 @@ def forest(rows: Iterable[ClaimRow], tally: dict[str, list[TallyItem]]) -> list[
     ]
 
 
-def sizes(results: Sequence[Result]) -> list[str]:
-    """Return a sentence for each scale: how large its twins are and how long they trained, beside the paper's models.
+def sizes(results: Sequence[Result]) -> dict[str, str]:
+    """Return scale -> a text: how large its twins are and how long they trained, beside the paper's models.
 
     It is about the runs behind the newest result of every experiment.
     """
@@ -228,10 +228,10 @@ def sizes(results: Sequence[Result]) -> list[str]:
     by_scale: dict[str, list[Result]] = {}
     for (scale, _), result in newest.items():
         by_scale.setdefault(scale, []).append(result)
-    return [sentence for scale, found in by_scale.items() if (sentence := _size(scale, found))]
+    return {scale: text for scale, found in by_scale.items() if (text := _size(found))}
 
 
-def _size(scale: str, results: Sequence[Result]) -> str:
+def _size(results: Sequence[Result]) -> str:
     runs = {run.id: run for result in results for run in result.summary.runs}.values()
     models, trained, data = (
         [run.spec[part] for run in runs if isinstance(run.spec.get(part), dict)] for part in ("model", "train", "data")
@@ -245,7 +245,7 @@ def _size(scale: str, results: Sequence[Result]) -> str:
     shape = f"{_range_of(models, 'layers')} layers of {_range_of(models, 'hidden')}"
     each = f"{_range(seeds, str)} seed{'' if set(seeds) == {1} else 's'} each"
     return (
-        f"Scale {scale}: the twins have {_range(parameters, large)} parameters in {shape} and are trained on {tokens} "
+        f"The twins have {_range(parameters, large)} parameters in {shape} and are trained on {tokens} "
         f"tokens of {', '.join(corpora)}, {each} ({len(runs)} runs). The paper’s models of these names have "
         f"{_range([size for size, _ in published], large)} parameters and "
         f"{_range([tokens for _, tokens in published], large)} tokens."
