@@ -57,20 +57,18 @@ def verdicts(frame: pd.DataFrame) -> list[Verdict]:
     """Judge the claims on Figs 14 and 15, from `costs`."""
     rows = frame.set_index(["figure", "model", "system"])
     small = {figure: rows.loc[figure, "PR-MoE+MoS", "deepspeed"] for figure in ("fig-14", "fig-15")}
-    slower = (
-        rows.loc["fig-14", "52B MoE", "pytorch"]["simulated_ms"]
-        - rows.loc["fig-14", "6.7B dense", "pytorch"]["simulated_ms"]
-    )
+    moe, dense = (rows.loc["fig-14", model, "pytorch"]["simulated_ms"] for model in ("52B MoE", "6.7B dense"))
     guess = "Shapes and GPU count from the authors' script."
     ours = {
-        "pytorch-moe-slower-than-dense": (slower, ""),
+        "pytorch-moe-slower-than-dense": (moe - dense, ""),
         "faster-than-6.7b": (small["fig-14"]["faster"], ""),
         "cheaper-than-6.7b": (small["fig-14"]["cheaper"], ""),
         "faster-than-175b": (small["fig-15"]["faster"], guess),
         "cheaper-than-175b": (small["fig-15"]["cheaper"], guess),
     }
     return [
-        judge_simulated(c, float(ours[c.id][0]), note=ours[c.id][1]) for c in paper.claims("moe-vs-dense-inference")
+        judge_simulated(claim, float(ours[claim.id][0]), against=dense, note=ours[claim.id][1])
+        for claim in paper.claims("moe-vs-dense-inference")
     ]
 
 
