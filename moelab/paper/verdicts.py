@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 REPRODUCED = "reproduced"
 DIRECTION = "direction only"
+EQUAL = "equal within the margin only"  # an equality with a number, which the interval does not show
 NOT_REPRODUCED = "not reproduced"
 UNDECIDED = "undecided"  # the interval allows both
 CANNOT_TELL = "undecided: the runs cannot tell"  # the sensitivity check of an equality did not pass, or there is none
@@ -33,8 +34,9 @@ NOT_JUDGED = (NO_SPREAD, ONE_SESSION, NOT_TESTED, NOT_TESTABLE)
 SIMULATED_WITHIN = "simulated: within 15 %"
 SIMULATED_HOLDS = "simulated: holds"
 SIMULATED_DIRECTION = "simulated: direction only"
+SIMULATED_CLOSE = "simulated: within the simulator's error"  # an order of two values that are too close
 SIMULATED_FAILS = "simulated: does not hold"
-SIMULATED = (SIMULATED_WITHIN, SIMULATED_HOLDS, SIMULATED_DIRECTION, SIMULATED_FAILS)
+SIMULATED = (SIMULATED_WITHIN, SIMULATED_HOLDS, SIMULATED_DIRECTION, SIMULATED_CLOSE, SIMULATED_FAILS)
 
 MEASURED = "measured"
 COUNTED = "counted"
@@ -48,6 +50,10 @@ LEVEL = 0.05
 
 TOLERANCE = 0.15
 """Share of the paper's value by which a simulated one may differ and still count as within it."""
+
+APART = 0.05
+"""Share by which two simulated values must differ before their order counts: the simulator's latencies are predicted
+with a median error of more than that, much of it common to both."""
 
 MARGIN = 0.25
 """Two arms are equal if they differ by less than this share of the gain at hand: who equals the better of two arms
@@ -126,7 +132,8 @@ def judge(
       number: within `TOLERANCE` of it.
     - equal: reproduced when the difference is less than `MARGIN` of the gain either way, not reproduced when it is
       more. Both are intervals of difference -+ margin x gain, seed by seed, so the gain's own spread counts. The runs
-      cannot tell unless the gain's interval lies above zero.
+      cannot tell unless the gain's interval lies above zero. Where the paper's text has a number, too, it must be shown
+      as that of a difference (wholly in the range, or meeting it and narrow); else equal within the margin only.
 
     Args:
         values: per seed, what the claim's `quantity` compares: left - right, or left / right for a ratio.
@@ -200,15 +207,21 @@ def restate(claim: Claim, old: Verdict) -> Verdict:
     return replace(old, verdict=_rule(claim, old.low, old.high), p=p)
 
 
-def judge_simulated(claim: Claim, ours: float | None, *, note: str = "", fitted: bool = False) -> Verdict:
+def judge_simulated(
+    claim: Claim, ours: float | None, *, against: float | None = None, note: str = "", fitted: bool = False
+) -> Verdict:
     """Return the verdict of a simulation, which has no seeds and no spread.
 
-    A number is within 15 % of the paper's value (or range), else only its direction holds or not. Limits and orderings
-    hold or do not.
+    A number is within 15 % of the paper's value (or range), else only its direction holds or not. Limits hold or do
+    not. An ordering does where the two values are `APART`, else it is within the simulator's error.
 
     Args:
         ours: None where it is not simulated.
+        against: for an ordering, the value of its right side; `ours` is left - right.
         fitted: the constants of the simulator were fitted on this number.
+
+    Raises:
+        ValueError: an ordering without `against`.
     """
     if ours is None:
         return judge(claim, [], note=note)
@@ -218,7 +231,11 @@ def judge_simulated(claim: Claim, ours: float | None, *, note: str = "", fitted:
     if claim.kind == "bound" and claim.direction != "equal":
         found = SIMULATED_HOLDS if (ours <= claim.value if lower else ours >= claim.value) else SIMULATED_FAILS
     elif claim.kind == "ordering" or claim.value is None:
-        found = SIMULATED_HOLDS if directed else SIMULATED_FAILS
+        if not against:
+            raise ValueError(f"{claim.id}: the order of simulated values needs the value of the right side")
+        apart = abs(ours / against)
+        found = SIMULATED_CLOSE if apart < APART else SIMULATED_HOLDS if directed else SIMULATED_FAILS
+        note = f"{note} {100 * apart:.2g} % apart; an order counts from {100 * APART:g} %.".strip()
     else:
         low = claim.value if claim.value_low is None else claim.value_low
         high = claim.value if claim.value_high is None else claim.value_high
@@ -266,8 +283,14 @@ def _rule(claim: Claim, low: float, high: float) -> str:
         return UNDECIDED
     if claim.kind == "ordering" or claim.value is None:
         return REPRODUCED
-    narrow = high - low < NARROW * abs(claim.value - neutral)
-    return REPRODUCED if inside or (meets and narrow) else DIRECTION
+    return REPRODUCED if _shows_number(claim, low, high) else DIRECTION
+
+
+def _shows_number(claim: Claim, low: float, high: float) -> bool:
+    """Return whether an interval lies wholly in the paper's range, or meets it and is narrow."""
+    paper_low, paper_high = _range(claim)
+    narrow = high - low < NARROW * abs(claim.value - _neutral(claim))
+    return (paper_low <= low and high <= paper_high) or (narrow and low <= paper_high and high >= paper_low)
 
 
 def _equality(claim: Claim, values: Sequence[float], gain: Gain | None) -> tuple[str, float | None, str]:
@@ -276,23 +299,32 @@ def _equality(claim: Claim, values: Sequence[float], gain: Gain | None) -> tuple
         return CANNOT_TELL, None, "No sensitivity check in these runs."
     if len(gain.values) != len(values):
         raise ValueError(f"{claim.id}: {len(values)} values, but the gain of {len(gain.values)} seeds ({gain.what})")
-    mean, low, high = interval(gain.values)
-    measured = f"{gain.what} gains {mean:.3g} ({low:.3g} to {high:.3g})"
+    n, (mean, low, high) = len(values), interval(gain.values)
+    measured = f"{gain.what} gains {mean:.3g} ({low:.3g} to {high:.3g})."
     if low <= 0:
-        return CANNOT_TELL, None, f"Sensitivity check not passed: {measured}."
+        return CANNOT_TELL, None, f"Sensitivity check not passed: {measured}"
+    p_gain = p_value(low, high, n)
     differences = [value - _neutral(claim) for value in values]
     over, under = (
         interval([d + side * MARGIN * g for d, g in zip(differences, gain.values, strict=True)])[1:] for side in (-1, 1)
     )  # the difference beyond the upper margin, and beyond the lower one
-    n = len(values)
     p_over, p_under = p_value(*over, n), p_value(*under, n)
+    margin = f"{100 * MARGIN:g} % of the gain ({MARGIN * mean:.2g}{_unit(claim)}): {measured}"
     if over[1] < 0 < under[0]:
-        found, p = REPRODUCED, max(p_over, p_under)
-    elif over[0] > 0 or under[1] < 0:
-        found, p = NOT_REPRODUCED, p_over if over[0] > 0 else p_under
-    else:
-        found, p = UNDECIDED, max(p_over, p_under)
-    return found, max(p, p_value(low, high, n)), f"Margin {MARGIN:.0%} of the gain: {measured}."
+        equal, p = f"Equal within {margin}", max(p_over, p_under, p_gain)
+        # A number that is not quoted is our difference of two of the paper's values, and no part of the claim.
+        stated = claim.value is not None and "quoted text" in claim.how
+        if not stated or _shows_number(claim, *interval(values)[1:]):
+            return REPRODUCED, p, equal
+        return EQUAL, p, f"{equal} The paper's {claim.value:g} is not shown: too wide an interval, or one beside it."
+    if over[0] > 0 or under[1] < 0:
+        return NOT_REPRODUCED, max(p_over if over[0] > 0 else p_under, p_gain), f"Margin: {margin}"
+    return UNDECIDED, max(p_over, p_under, p_gain), f"Margin: {margin}"
+
+
+def _unit(claim: Claim) -> str:
+    """Return the unit of a claim's differences with a space in front; empty for a ratio."""
+    return " nats" if "loss" in claim.quantity else f" {claim.unit}" if claim.unit not in ("", "x") else ""
 
 
 def _range(claim: Claim) -> tuple[float, float]:

@@ -101,8 +101,10 @@ class TestEquality:
     @pytest.mark.parametrize(
         ("low", "high", "verdict"),
         [
-            (-0.019, 0.019, claims.REPRODUCED),
-            (0.005, 0.019, claims.REPRODUCED),  # not zero, but within the margin
+            (-0.019, 0.019, claims.EQUAL),  # within the margin, and meets the paper's 0.005 to 0.015, but is wide
+            (-0.009, 0.004, claims.EQUAL),  # beside the paper's range
+            (0.006, 0.014, claims.REPRODUCED),  # not zero, but within the margin; inside the paper's range
+            (0.0145, 0.019, claims.REPRODUCED),  # meets the range and is narrower than half of 0.01
             (0.005, 0.021, claims.UNDECIDED),
             (-0.05, 0.05, claims.UNDECIDED),
             (0.021, 0.03, claims.NOT_REPRODUCED),
@@ -113,7 +115,14 @@ class TestEquality:
         found = judge(NEAR, two(low, high), gain=self.GAIN)
         assert claims.MARGIN == 0.25 and found.verdict == verdict
         assert (found.p < 0.05) == (verdict != claims.UNDECIDED)
-        assert "Margin 25% of the gain: MoE-128 over Dense gains 0.08 (0.08 to 0.08)." in found.note
+        assert "25 % of the gain (0.02 nats): MoE-128 over Dense gains 0.08 (0.08 to 0.08)." in found.note
+        equal = verdict in (claims.REPRODUCED, claims.EQUAL)
+        assert ("Equal within 25 %" in found.note) == equal and ("Margin: 25 %" in found.note) != equal
+        assert ("The paper's 0.01 is not shown" in found.note) == (verdict == claims.EQUAL)
+
+    @pytest.mark.parametrize("id", ["residual-equals-top2", "moe128-1.3b-matches-6.7b"])
+    def test_without_a_number_in_the_text_the_margin_alone_counts(self, id):
+        assert judge(paper.claim(id), two(-0.019, 0.019), gain=self.GAIN).verdict == claims.REPRODUCED
 
     def test_the_spread_of_the_gain_counts(self):
         # Differences of 0.005 twice against gains of 0.04 and 0.08: beyond the upper margin are -0.005 and -0.015, whose
@@ -137,7 +146,8 @@ class TestEquality:
 
     def test_a_ratio_is_held_against_one(self):
         claim = replace(NEAR, kind="ratio", value=0.99, value_low=None, value_high=None)
-        assert judge(claim, two(0.99, 1.01), gain=self.GAIN).verdict == claims.REPRODUCED
+        assert judge(claim, two(0.989, 0.993), gain=self.GAIN).verdict == claims.REPRODUCED
+        assert judge(claim, two(0.99, 1.01), gain=self.GAIN).verdict == claims.EQUAL
         assert judge(claim, two(0.90, 0.91), gain=self.GAIN).verdict == claims.NOT_REPRODUCED
 
     def test_values_and_gain_are_of_the_same_seeds(self):
@@ -296,17 +306,27 @@ class TestSimulated:
             (SPEED, 0.9, "simulated: does not hold"),
             (LIMIT, 24.9, "simulated: holds"),
             (LIMIT, 25.1, "simulated: does not hold"),
-            (ORDERED, 1.0, "simulated: holds"),
+            (ORDERED, 1.0, "simulated: holds"),  # against 20: 5 % apart
             (ORDERED, -1.0, "simulated: does not hold"),
+            (ORDERED, 0.99, "simulated: within the simulator's error"),
+            (ORDERED, -0.99, "simulated: within the simulator's error"),
             (SPEED, None, claims.NOT_TESTED),
         ],
     )
     def test_rules(self, claim, ours, expected):
-        found = judge_simulated(claim, ours)
+        found = judge_simulated(claim, ours, against=20.0)
         assert found.verdict == expected and found.ours == ours
+        assert found.verdict == claims.NOT_TESTED or found.verdict in claims.SIMULATED
+        assert ("% apart; an order counts from 5 %" in found.note) == (claim is self.ORDERED)
         assert found.samples == 0 and found.low is None and found.high is None
         assert ours is None or found.note.startswith("Simulated, predicted")
-        assert ours is None or "constants were fitted on" in judge_simulated(claim, ours, fitted=True).note
+        assert (
+            ours is None or "constants were fitted on" in judge_simulated(claim, ours, against=20.0, fitted=True).note
+        )
+
+    def test_an_order_needs_the_value_that_it_is_against(self):
+        with pytest.raises(ValueError, match="needs the value of the right side"):
+            judge_simulated(self.ORDERED, 1.0)
 
     def test_every_inference_claim_is_judged(self):
         from moelab.experiments import (
@@ -340,6 +360,9 @@ class TestSimulated:
         assert all(v.verdict.startswith("simulated: ") for v in found if v.claim not in untested)
         by_id = {v.claim: v for v in found}
         assert by_id["half-the-gpus"].ours == 0.5
+        assert by_id["pytorch-moe-slower-than-dense"].verdict == claims.SIMULATED_HOLDS
+        lowest = by_id["pr-moe-mos-lowest-latency"]
+        assert lowest.verdict == claims.SIMULATED_CLOSE and "0.25 % apart" in lowest.note
         dense_ratio = dense.query("figure == 'fig-15' and model == 'PR-MoE+MoS'").iloc[0]
         assert dense_ratio["cheaper"] == pytest.approx(2 * dense_ratio["faster"]), "8-way instead of 16-way slicing"
 

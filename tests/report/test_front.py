@@ -7,11 +7,20 @@ import pytest
 
 from moelab import paper
 from moelab.experiments import EXPERIMENTS
-from moelab.paper.verdicts import CANNOT_TELL, NOT_REPRODUCED, ONE_SESSION, REPRODUCED, UNDECIDED
+from moelab.paper.verdicts import (
+    CANNOT_TELL,
+    EQUAL,
+    NOT_REPRODUCED,
+    ONE_SESSION,
+    REPRODUCED,
+    SIMULATED,
+    SIMULATED_CLOSE,
+    UNDECIDED,
+)
 from moelab.plotting import axis
 from moelab.report.ledger import NOT_YET
 from moelab.report.site import downloads, front, plot
-from moelab.report.site.claims import ClaimRow
+from moelab.report.site.claims import VERDICTS, ClaimRow
 from moelab.report.site.glossary import TERMS, explain
 from moelab.report.site.results import Result
 from moelab.report.summary import parse
@@ -49,6 +58,20 @@ def test_five_findings_say_what_agrees_what_does_not_and_why_the_rest_is_open():
     assert "1 because the seeds leave both answers open, 1 because no check" in undecided and "1 other has" in undecided
     assert "one session only" in speed
     assert "confirms 1 of 1 counted" in rest and "predicts 1 of 2" in rest and found[4].claims[0].ours == 0.78
+
+
+def test_what_holds_within_a_margin_only_is_said():
+    rows = [
+        row("moe128-beats-moe32", REPRODUCED, -0.02, -0.03, -0.01),
+        row("pr-moe-matches-moe128", EQUAL, 0.02, -0.006, 0.046),
+        row("pr-moe-mos-lowest-latency", SIMULATED_CLOSE, -0.06, kind="predicted"),
+        row("1t-under-25ms", "simulated: holds", 21.0, kind="predicted"),
+    ]
+    found = front.findings(rows)
+    assert "on 2 of the 2 claims" in found[0].sentence
+    assert "1 as stated, 0 in direction but at another size of effect, 1 in being equal but not" in found[0].sentence
+    assert "predicts 1 of 2" in found[4].sentence and "cannot tell 1, within its own error" in found[4].sentence
+    assert set(SIMULATED) <= set(VERDICTS) and EQUAL in VERDICTS
 
 
 def test_findings_without_results_are_sentences_too():

@@ -19,6 +19,7 @@ from moelab.paper.verdicts import (
     CANNOT_TELL,
     COUNTED,
     DIRECTION,
+    EQUAL,
     FITTED,
     NO_SPREAD,
     NOT_JUDGED,
@@ -27,6 +28,7 @@ from moelab.paper.verdicts import (
     ONE_SESSION,
     PREDICTED,
     REPRODUCED,
+    SIMULATED_CLOSE,
     SIMULATED_DIRECTION,
     SIMULATED_FAILS,
     SIMULATED_HOLDS,
@@ -69,7 +71,7 @@ def findings(rows: Iterable[ClaimRow]) -> list[Finding]:
     """
     decided = _distinct(row for row in rows if row.decides)
     trained = [row for row in decided if row.group == TRAINED]
-    agreeing = _with(trained, REPRODUCED, DIRECTION)
+    agreeing = _with(trained, REPRODUCED, DIRECTION, EQUAL)
     contradicting = _with(trained, NOT_REPRODUCED)
     unsettled = [row for row in trained if row not in agreeing and row not in contradicting]
     return [
@@ -118,13 +120,14 @@ def _quoting(name: str, rows: Sequence[ClaimRow], sentence: Callable[[int], str]
 
 
 def _agreement(rows: Sequence[ClaimRow], trained: int) -> Finding:
-    full = sum(row.verdict == REPRODUCED for row in rows)
+    n = Counter(row.verdict for row in rows)
+    equal = f", {n[EQUAL]} in being equal but not in the paper's difference" if n[EQUAL] else ""
     return _quoting(
         "Agreement",
         rows,
-        lambda n: (
-            f"The trained twins agree with the paper on {n} of the {trained} claims they were trained for: {full} as "
-            f"stated, {n - full} in direction but at another size of effect."
+        lambda agreeing: (
+            f"The trained twins agree with the paper on {agreeing} of the {trained} claims they were trained for: "
+            f"{n[REPRODUCED]} as stated, {n[DIRECTION]} in direction but at another size of effect{equal}."
         ),
         "No trained claim agrees with the paper yet." if trained else "No claim has been tested by training yet.",
     )
@@ -188,6 +191,7 @@ def _not_measured(rows: Sequence[ClaimRow]) -> Finding:
             f"the simulated cluster predicts {n[SIMULATED_WITHIN] + n[SIMULATED_HOLDS]} of {len(predicted)} as the "
             f"paper states them (numbers within 15 %), {n[SIMULATED_DIRECTION]} in direction only and "
             f"{n[SIMULATED_FAILS]} not"
+            + (f", and cannot tell {n[SIMULATED_CLOSE]}, within its own error" if n[SIMULATED_CLOSE] else "")
         )
     if fitted := of[FITTED]:
         parts.append(f"{len(fitted)} more served to fit it and prove nothing")
