@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import re
 import sys
-from typing import Annotated
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from moelab.cli import slurm as commands
 from moelab.cli._options import EXPERIMENTS
+
+if TYPE_CHECKING:
+    from moelab.runs.spec import RunSpec
 
 
 def list_(
@@ -48,7 +52,7 @@ def list_(
 
 def run(
     name: Annotated[str | None, typer.Argument(help="experiment, see `moelab list`")] = None,
-    scale: Annotated[str, typer.Option(help="smoke, quick, cpu, gpu or paper")] = "cpu",
+    scale: Annotated[str | None, typer.Option(help="smoke, quick, cpu (the default), gpu or paper")] = None,
     parameter: commands.Parameters = None,
     all_: Annotated[bool, typer.Option("--all", help="every experiment that has the scale")] = False,
     dry_run: Annotated[
@@ -68,7 +72,7 @@ def run(
     if all_ == (name is not None):
         raise ValueError("run: give an experiment's name or --all; see `moelab list`")
     given = commands.parse_parameters(parameter, scale)
-    scale = given["scale"]
+    scale = given.setdefault("scale", "cpu")
     if name is not None:
         values = notebooks.check_parameters(experiment(name), given)
         experiment(name).scale(values["scale"])
@@ -76,9 +80,7 @@ def run(
     checked = [(experiment(e), notebooks.check_parameters(experiment(e), taken)) for e, taken in wanted.items()]
     asked = [(e, e.specs_of(notebooks.resolve(e, taken))) for e, taken in checked]
     if dry_run:
-        from moelab.runs.dry_run import planned_runs, show
-
-        show(planned_runs([spec for _, specs in asked for spec in specs]))
+        _plan([spec for _, specs in asked for spec in specs])
         return
     on_gpu = scale == "gpu" and any(e.measures for e, _ in asked)
     preflight.check(
@@ -94,6 +96,25 @@ def run(
         good = execute_watched(experiment(name), values, publish=publish)
     if not good:
         raise typer.Exit(1)
+
+
+def _plan(specs: Sequence[RunSpec]) -> None:
+    """Show what would be trained, and what is amiss with its texts; one that exists nowhere is refused."""
+    from moelab import terminal
+    from moelab.data import UnknownCorpus
+    from moelab.runs.dry_run import planned_runs, show
+    from moelab.runs.preflight import check_texts
+
+    trouble = ""
+    try:
+        check_texts(specs)
+    except UnknownCorpus:
+        raise
+    except ValueError as error:
+        trouble = str(error)
+    show(planned_runs(specs))
+    if trouble:
+        terminal.console().print(f"as things are, it would be refused: {trouble}", markup=False, highlight=False)
 
 
 def claims(

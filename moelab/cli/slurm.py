@@ -1,4 +1,7 @@
-"""The commands `moelab submit`, `sweep`, `status`, `logs` and `cancel` queue runs and notebooks and report on them."""
+"""Queue runs and notebooks, and report on them.
+
+The commands `moelab prepare`, `submit`, `sweep`, `status`, `logs` and `cancel`.
+"""
 
 from __future__ import annotations
 
@@ -45,7 +48,7 @@ Names = Annotated[
 
 def register(app: typer.Typer) -> None:
     """Add the commands to `moelab`."""
-    for function in (submit, sweep, status, logs, cancel):
+    for function in (prepare, submit, sweep, status, logs, cancel):
         app.command(rich_help_panel=CLUSTER)(function)
 
 
@@ -57,9 +60,38 @@ def parse_parameters(items: Iterable[str] | None, scale: str | None) -> dict[str
         if not separator:
             raise ValueError(f"-p {item}: expected NAME=VALUE")
         given[key.strip()] = value.strip()
-    if scale is not None:
-        given.setdefault("scale", scale)
+    if scale is not None and given.setdefault("scale", scale) != scale:
+        raise ValueError(f"-p scale={given['scale']} and --scale {scale} are two scales; give one of them")
     return given
+
+
+def prepare(
+    names: Annotated[list[str], typer.Argument(metavar="NAME...", help="experiments, see `moelab list`")],
+    scale: Scale = None,
+    parameter: Parameters = None,
+) -> None:
+    """Read and tokenize the texts that experiments train on.
+
+    Where the nodes have no network, do this on the login node before `moelab submit`.
+    """
+    from dataclasses import replace
+
+    from moelab import data, paths
+    from moelab.experiments import experiment
+    from moelab.notebook import execute as notebooks
+    from moelab.runs.spec import closure
+
+    given = parse_parameters(parameter, scale)
+    specs = []
+    for name in names:
+        chosen = experiment(name)
+        specs += chosen.specs_of(notebooks.resolve(chosen, notebooks.check_parameters(chosen, given)))
+    for config in dict.fromkeys(replace(spec.data, part="whole") for spec in closure(specs).values()):
+        try:
+            tokens = data.prepare(config, paths.home() / "data", print)
+        except data.CorpusUnavailable as error:
+            raise ValueError(str(error)) from None
+        print(f"{config.corpus}, {config.tokenizer}: {tokens.train.size:,} tokens in {paths.short(tokens.folder)}")
 
 
 def submit(
@@ -196,6 +228,7 @@ def _submit(
     again: bool,
     publish: bool,
 ) -> None:
+    from moelab.data import UnknownCorpus
     from moelab.experiments import experiment
     from moelab.notebook import execute as notebooks
     from moelab.slurm import preflight, profiles
@@ -210,15 +243,22 @@ def _submit(
         specs = [chosen.specs_of(v) for v in values]  # a wrong setting raises, trained or not
         batches.append((name, [(v, s if chosen.trains else []) for v, s in zip(values, specs, strict=True)]))
         measuring += [name] * (chosen.measures and any(v["scale"] == "gpu" for v in values))
-    if not dry_run:
+    trouble = ""
+    try:
         asked = [spec for _, batch in batches for _, specs in batch for spec in specs]
         preflight.check(asked, cluster, measuring=measuring, publish=publish)
+    except ValueError as error:
+        if not dry_run or isinstance(error, UnknownCorpus):
+            raise
+        trouble = str(error)
     for name, batch in batches:
         plan = module.submit(name, batch, cluster, again=again, publish=publish, dry_run=dry_run)
         if dry_run:
             _print_scripts(plan)
         else:
             _print_submitted(name, plan)
+    if trouble:
+        print(f"# as things are, it would be refused: {trouble}")
 
 
 def _print_scripts(plan: Plan) -> None:

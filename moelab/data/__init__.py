@@ -10,9 +10,9 @@ pure function of (seed, step, rank, world). Importing this package loads neither
 
 from typing import TYPE_CHECKING, Any
 
-from moelab.data.corpus import Corpus, Document, open_corpus
+from moelab.data.corpus import Corpus, Document, UnknownCorpus, open_corpus
 from moelab.data.packages import CorpusUnavailable
-from moelab.data.preparation import encode_validation, prepare
+from moelab.data.preparation import encode_validation, is_prepared, prepare
 from moelab.data.tokens import TokenData
 
 if TYPE_CHECKING:
@@ -26,8 +26,10 @@ __all__ = [
     "TokenData",
     "Tokenizer",
     "TrainBatches",
+    "UnknownCorpus",
     "bits_per_byte",
     "encode_validation",
+    "is_prepared",
     "open_corpus",
     "overall_loss",
     "prepare",

@@ -36,6 +36,10 @@ FOLDER_VALIDATION = 0.05
 HF_VALIDATION = 0.01
 
 
+class UnknownCorpus(ValueError):
+    """A name of a text that is none of the known ones, whatever a machine has."""
+
+
 @dataclass(frozen=True)
 class Document:
     """A piece of text with its place in the corpus.
@@ -86,7 +90,7 @@ def open_corpus(config: DataConfig, cache: Path) -> Corpus:
         cache: folder for downloaded packages.
 
     Raises:
-        ValueError: an unknown corpus, an empty folder, or bounds that make no sense.
+        ValueError: an unknown corpus (`UnknownCorpus`), an empty folder, or bounds that make no sense.
     """
     kind, _, where = config.corpus.partition(":")
     if config.max_bytes < 0 or config.max_documents < 0:
@@ -104,7 +108,7 @@ def open_corpus(config: DataConfig, cache: Path) -> Corpus:
     elif kind == "folder" and where:
         corpus = _folder(config, Path(where).expanduser())
     else:
-        raise ValueError(
+        raise UnknownCorpus(
             f"data: unknown corpus {config.corpus!r}; known are 'sotu', 'mix5', 'made', 'folder:/path' and "
             "'hf:NAME[:CONFIG]'"
         )

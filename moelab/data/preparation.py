@@ -71,6 +71,11 @@ def prepare(config: DataConfig, cache: Path, progress: Callable[[str], None] | N
     return data
 
 
+def is_prepared(config: DataConfig, cache: Path) -> bool:
+    """Return whether `prepare` would find the tokens of `config`'s corpus in `cache`; reads no text and no network."""
+    return _open(cache / _folder_name(config, open_corpus(config, cache))) is not None
+
+
 def encode_validation(
     config: DataConfig, cache: Path, tokenizer: "Tokenizer", max_tokens: int = 0
 ) -> dict[str, np.ndarray]:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import shutil
+import sys
 from collections.abc import Iterable, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 
 from moelab import environment, machine, paths
@@ -26,6 +28,7 @@ def check(
     publish: bool = False,
     executor: str | None = None,
     same_files: bool = True,
+    same_packages: bool = True,
 ) -> None:
     """Check what can be known before any work; takes a moment and writes nothing.
 
@@ -36,6 +39,7 @@ def check(
         publish: whether results go into the published ones, whose folder must be writable then.
         executor: what trains the runs, see `moelab.lab.Lab.run`; by default `MOELAB_EXECUTOR`.
         same_files: the runs see this machine's files; in a container, a folder of texts may have another path.
+        same_packages: the runs are trained with this interpreter's packages.
 
     Raises:
         ValueError: one line: what is missing, where, and what helps.
@@ -51,7 +55,7 @@ def check(
     for teacher in {s.teacher.id: s.teacher for s in todo if s.teacher}.values():
         if (run := Run(teacher, store.root / teacher.id)).finished:
             run.require_weights()
-    _check_texts(waiting, same_files)
+    check_texts(waiting, same_files=same_files, same_packages=same_packages and executor != "read")
     _check_space(todo, store, publish)
 
 
@@ -83,18 +87,34 @@ def _check_devices(specs: Sequence[RunSpec], device: str) -> None:
         )
 
 
-def _check_texts(specs: Iterable[RunSpec], same_files: bool) -> None:
-    from moelab.data import CorpusUnavailable
-    from moelab.data.corpus import open_corpus
+def check_texts(specs: Sequence[RunSpec], *, same_files: bool = True, same_packages: bool = True) -> None:
+    """Check that the texts of runs exist and can be read here, and that their tokenizers suit the models.
+
+    Args:
+        same_files, same_packages: as for `check`.
+
+    Raises:
+        UnknownCorpus: a text with this name exists nowhere.
+        ValueError: one line.
+    """
+    from moelab.data import CorpusUnavailable, is_prepared, open_corpus
     from moelab.data.tokenizer import bpe_vocabulary
 
+    folder = paths.home() / "data"
     for config in {repr(spec.data): spec.data for spec in specs}.values():
         if not same_files and config.corpus.startswith(("folder:", "hf:")):
             continue
         try:
-            open_corpus(config, paths.home() / "data")
+            open_corpus(config, folder)
         except CorpusUnavailable as error:
             raise ValueError(str(error)) from None
+        if not same_packages or not config.corpus.startswith("hf:") or find_spec("datasets"):
+            continue
+        if not is_prepared(config, folder):
+            raise ValueError(
+                f"data: {config.corpus} is read by the package datasets, which {sys.executable} lacks: "
+                "pip install -e '.[hf]'"
+            )
     for spec in specs:
         entries = bpe_vocabulary(spec.data.tokenizer) or 50_257  # of GPT-2
         if entries > spec.model.vocab:

@@ -46,6 +46,7 @@ def check(
         publish=publish,
         executor="slurm" if on_slurm else "processes",
         same_files=not profile.container,
+        same_packages=not (profile.container or profile.python),
     )
 
 

@@ -125,6 +125,8 @@ def test_version_and_help_in_the_order_of_use():
         (("run", "pr-moe", "-p", "arms=MoE-7"), "pr-moe: unknown arm 'MoE-7'; allowed: Dense"),
         (("run", "scaling", "-p", "distill.weight=2"), "need a run that has a teacher"),
         (("run", "throughput", "-p", "train.tokens=5"), "no parameter 'train.tokens'"),
+        (("run", "pr-moe", "--scale", "quick", "-p", "scale=cpu"), "-p scale=cpu and --scale quick are two scales"),
+        (("prepare", "pr-moe", "--scale", "paper"), "is streamed and needs a bound"),
         (("run", "pr-moe", "--scale", "huge"), "no scale 'huge'; allowed: smoke, quick, cpu, gpu"),
         (("run", "pr-moe", "-p", "seeds=0"), "pr-moe: seeds must be at least 1, got 0"),
         (("run", "pr-moe", "-p", 'arms=["foo"]'), "pr-moe: unknown arm 'foo'; allowed: Dense"),

@@ -1,5 +1,6 @@
 """What a batch is refused for before it begins."""
 
+import json
 import os
 import shutil
 import time
@@ -10,6 +11,7 @@ import pytest
 import torch
 
 from moelab import machine
+from moelab.data import is_prepared, prepare
 from moelab.experiments import EXPERIMENTS
 from moelab.runs import preflight
 from moelab.runs.spec import Start
@@ -75,6 +77,30 @@ def test_a_finished_run_and_one_that_a_cluster_trains_need_no_device(tiny_spec, 
 def test_texts_that_do_not_work_are_refused(change, part, tiny_spec):
     with pytest.raises(ValueError, match=part):
         preflight.check([replace(tiny_spec, data=replace(tiny_spec.data, **change))])
+
+
+def test_a_text_of_hugging_face_needs_its_package_until_it_is_prepared(tiny_spec, home, tmp_path, monkeypatch):
+    (tmp_path / "set").mkdir()
+    rows = [json.dumps({"text": f"Text number {i} of a small set."}) for i in range(3000)]
+    (tmp_path / "set" / "train.jsonl").write_text("\n".join(rows))
+    local = replace(tiny_spec.data, corpus=f"hf:{tmp_path / 'set'}")
+    remote = replace(tiny_spec.data, corpus="hf:somebody/something", max_documents=10)
+    monkeypatch.setattr(preflight, "find_spec", lambda name: None)
+    for config in (local, remote):
+        spec = replace(tiny_spec, data=config)
+        with pytest.raises(
+            ValueError, match=r"is read by the package datasets, which .* lacks: pip install -e '.\[hf\]'"
+        ):
+            preflight.check([spec])
+        preflight.check([spec], same_packages=False)
+        preflight.check([spec], executor="read")
+    pytest.importorskip("datasets")
+    assert not is_prepared(local, home / "data")
+    prepare(local, home / "data")
+    assert is_prepared(local, home / "data")
+    preflight.check([replace(tiny_spec, data=local)])
+    monkeypatch.setattr(preflight, "find_spec", lambda name: object())
+    preflight.check([replace(tiny_spec, data=remote)])
 
 
 @pytest.mark.parametrize(("variable", "publish"), [("MOELAB_HOME", False), ("MOELAB_RESULTS", True)])

@@ -4,6 +4,7 @@ import os
 import shutil
 from collections import namedtuple
 from dataclasses import replace
+from importlib.util import find_spec
 from types import SimpleNamespace
 
 import pytest
@@ -91,6 +92,30 @@ def test_texts_that_do_not_work_are_refused(change, part, tiny_spec):
     else:
         with pytest.raises(ValueError, match=part):
             preflight.check([spec], inside)
+
+
+def test_a_text_of_hugging_face_needs_its_package_where_the_runs_have_this_interpreter(tiny_spec, monkeypatch):
+    monkeypatch.setattr("moelab.runs.preflight.find_spec", lambda name: None)
+    spec = replace(tiny_spec, data=replace(tiny_spec.data, corpus="hf:somebody/something", max_documents=10))
+    with pytest.raises(ValueError, match="package datasets"):
+        preflight.check([spec], PROFILE)
+    preflight.check([spec], replace(PROFILE, python="/shared/bin/python"))
+    preflight.check([spec], replace(PROFILE, container=("--container-image=x",)))
+
+
+def test_a_dry_run_says_what_would_be_refused(queued, monkeypatch):
+    def call(*arguments):
+        return CliRunner().invoke(app, [*arguments, "--dry-run"])
+
+    submission = ("submit", "pr-moe", "--scale", "gpu", "--profile", "example")
+    assert "refused" not in call(*submission).output or not find_spec("datasets")
+    monkeypatch.setattr("moelab.runs.preflight.find_spec", lambda name: None)
+    for command in (submission, ("run", "pr-moe", "--scale", "gpu")):
+        done = call(*command)
+        assert done.exit_code == 0 and "as things are, it would be refused: data: hf:monology" in done.output
+    for command in (submission, ("run", "pr-moe", "--scale", "quick")):
+        failed = call(*command, "-p", "data.corpus=nope")
+        assert str(failed.exception).startswith("data: unknown corpus 'nope'") and "to train" not in failed.output
 
 
 def test_a_disk_without_room_is_refused(tiny_spec, monkeypatch):
