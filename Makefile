@@ -3,10 +3,12 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: reproduce test test-slurm lab browse api lint format clean
+.PHONY: reproduce install test test-slurm lab browse api lint format clean
 
 reproduce: $(VENV)/.installed  ## the gap between dense, PR-MoE and MoE-128 on a laptop (minutes on 2 cores)
 	$(BIN)/moelab run pr-moe --scale quick -p seeds=3
+
+install: $(VENV)/.installed  ## the environment with the command moelab
 
 # Compiled code is kept, whatever the shell says: the tests start some hundred processes. Files go out in the order of tests/conftest.py.
 TEST := PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(BIN)/python -m pytest

@@ -3,10 +3,12 @@
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import nbformat
 import pytest
@@ -153,6 +155,56 @@ def test_the_page_of_commands_has_every_command_and_no_other():
         name = section.splitlines()[0]
         code, said = re.fullmatch(r".+\n\n```\n(.*?)```\n\n(.+)", section, re.S).groups()
         assert f"{name.removeprefix('moelab')}" in code and len(said) > 60, name
+
+
+def asked(text: str) -> list[list[str]]:
+    """The words of the commands of a page that take an experiment with parameters, in blocks and in sentences."""
+    lines = re.findall(r"^moelab .*$", text, re.M) + re.findall(r"`(moelab [^`]*)`", text)
+    commands = [shlex.split(line, comments=True)[1:] for line in lines]
+    return [words for words in commands if words[0] in ("run", "submit", "sweep", "prepare") and words[1:]]
+
+
+@pytest.mark.parametrize("page", ["README.md", "slurm/README.md", *(f"docs/{p.name}" for p in ROOT.glob("docs/*.md"))])
+def test_experiments_and_parameters_of_commands_are_accepted(page, tmp_path, monkeypatch):
+    """Dry runs, and for `prepare` what comes before any text is read."""
+    from typer.testing import CliRunner
+
+    from moelab import data
+    from moelab.cli import app
+
+    monkeypatch.setenv("MOELAB_HOME", str(tmp_path))
+    monkeypatch.setenv("MOELAB_PROFILE", "example")
+    prepared = []
+
+    def prepare(config, folder, progress):
+        prepared.append(config)
+        return SimpleNamespace(train=SimpleNamespace(size=0), folder=folder)
+
+    monkeypatch.setattr(data, "prepare", prepare)
+    for words in asked((ROOT / page).read_text()):
+        if (
+            (words[1].startswith("-") and words[1] != "--all")
+            or words[1] == "balance-loss"
+            or "DIRECTORY" in str(words)
+        ):
+            continue  # no experiment of this checkout, or no model
+        dry = [] if words[0] == "prepare" or "--dry-run" in words else ["--dry-run"]
+        done = CliRunner().invoke(app, [*words, *dry])
+        assert done.exit_code == 0, f"{page}: moelab {' '.join(words)}: {done.exception}"
+    if page == "docs/commands.md":
+        assert [config.corpus for config in prepared] == ["hf:monology/pile-uncopyrighted"]
+
+
+def test_installing_is_a_target_of_the_makefile_as_the_pages_say():
+    def commands(*target: str) -> str:
+        return subprocess.run(
+            ["make", "--dry-run", "VENV=nowhere", *target], capture_output=True, text=True, cwd=ROOT, check=True
+        ).stdout
+
+    assert "pip install" in commands("install") and "moelab run" not in commands("install")
+    assert commands() == commands("reproduce") and "moelab run pr-moe --scale quick" in commands()
+    assert "`make install` installs" in (ROOT / "docs" / "commands.md").read_text()
+    assert "-e .[hf]" in (ROOT / "environment.yml").read_text(), "the cluster's text needs the package datasets"
 
 
 @pytest.mark.parametrize("page", ["explore.md", "browse.md"])
