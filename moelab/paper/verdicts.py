@@ -127,7 +127,8 @@ def judge(
     - ordering: reproduced when the interval lies on the claimed side of zero, not reproduced when on the other side.
     - difference, ratio: reproduced when the interval lies on the claimed side of "no effect" and either lies wholly in
       the paper's range (its reading uncertainty, or all beyond "more than x"), or meets it and is narrower than
-      `NARROW` of the paper's effect; else direction only when it lies on the claimed side.
+      `NARROW` of the paper's effect; else direction only when it lies on the claimed side. "More than x" is not
+      reproduced, either, by an interval that includes "no effect" and lies wholly short of x.
     - bound: reproduced when the interval keeps the bound, not reproduced when it lies wholly outside. Claimed *at* a
       number: within `TOLERANCE` of it.
     - equal: reproduced when the difference is less than `MARGIN` of the gain either way, not reproduced when it is
@@ -265,7 +266,8 @@ def _neutral(claim: Claim) -> float:
 def _p(claim: Claim, low: float, high: float, samples: int) -> float | None:
     """Return the p-value of what `_rule` tests: no effect, or a mean at the bound; None for a bound at a number."""
     if claim.kind != "bound" or claim.value is None:
-        return p_value(low, high, samples, _neutral(claim))
+        tested = _neutral(claim) if claim.value is None or not _short_of_bound(claim, low, high) else claim.value
+        return p_value(low, high, samples, tested)
     return None if claim.direction == "equal" else p_value(low, high, samples, claim.value)
 
 
@@ -280,10 +282,17 @@ def _rule(claim: Claim, low: float, high: float) -> str:
     if (low > neutral) if lower else (high < neutral):
         return NOT_REPRODUCED
     if not ((high < neutral) if lower else (low > neutral)):
-        return UNDECIDED
+        return NOT_REPRODUCED if _short_of_bound(claim, low, high) else UNDECIDED
     if claim.kind == "ordering" or claim.value is None:
         return REPRODUCED
     return REPRODUCED if _shows_number(claim, low, high) else DIRECTION
+
+
+def _short_of_bound(claim: Claim, low: float, high: float) -> bool:
+    """Return whether the paper says "more than x" and an interval includes "no effect" and lies wholly short of x."""
+    paper_low, paper_high = _range(claim)
+    open_range = math.isinf(paper_low) or math.isinf(paper_high)
+    return open_range and low <= _neutral(claim) <= high and (high < paper_low or low > paper_high)
 
 
 def _shows_number(claim: Claim, low: float, high: float) -> bool:

@@ -59,6 +59,8 @@ def two(low, high):
         (FASTER, 1.08, 1.14, claims.DIRECTION),
         (FASTER, 1.03, 1.04, claims.DIRECTION),
         (FASTER, 0.95, 1.3, claims.UNDECIDED),
+        (FASTER, 0.95, 1.11, claims.UNDECIDED),
+        (FASTER, 0.95, 1.09, claims.NOT_REPRODUCED),  # whatever the direction, not by 10 %
         (FASTER, 0.8, 0.82, claims.NOT_REPRODUCED),
         # Bounds: kept, broken, or crossed.
         (BELOW, 20.0, 24.0, claims.REPRODUCED),
@@ -79,7 +81,8 @@ def test_rules(claim, low, high, verdict):
     if claim is AT:
         assert found.p is None
     else:
-        neutral = claim.value if claim.kind == "bound" else float(claim.kind == "ratio")
+        short = claim is FASTER and low <= 1 <= high < claim.value
+        neutral = claim.value if claim.kind == "bound" or short else float(claim.kind == "ratio")
         assert (found.p < 0.05) == (not low <= neutral <= high)
 
 
