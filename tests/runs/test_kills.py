@@ -73,9 +73,11 @@ def kill_once(run: Run, draw: random.Random) -> str:
     ranks = process.children(recursive=True)
     what = draw.choice(["all", "launcher", "rank"]) if ranks else "all"
     victims = {"all": [process, *ranks], "launcher": [process], "rank": [draw.choice(ranks or [process])]}[what]
-    for victim in victims:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            victim.kill()
+    # Stopped first: else, on a busy machine, a rank sees another one die before its own turn, and reports a failure.
+    for end in (psutil.Process.suspend, psutil.Process.kill):
+        for victim in victims:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                end(victim)
     process.wait(120)
     psutil.wait_procs(ranks, 120)
     if what == "all" and rows(run) and not run.finished:
