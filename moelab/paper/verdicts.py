@@ -127,8 +127,8 @@ def judge(
     - ordering: reproduced when the interval lies on the claimed side of zero, not reproduced when on the other side.
     - difference, ratio: reproduced when the interval lies on the claimed side of "no effect" and either lies wholly in
       the paper's range (its reading uncertainty, or all beyond "more than x"), or meets it and is narrower than
-      `NARROW` of the paper's effect; else direction only when it lies on the claimed side. "More than x" is not
-      reproduced, either, by an interval that includes "no effect" and lies wholly short of x.
+      `NARROW` of the paper's effect; else direction only when it lies on the claimed side. A claim of "more
+      than x" is also not reproduced when the interval includes "no effect" and lies wholly short of x.
     - bound: reproduced when the interval keeps the bound, not reproduced when it lies wholly outside. Claimed *at* a
       number: within `TOLERANCE` of it.
     - equal: reproduced when the difference is less than `MARGIN` of the gain either way, not reproduced when it is
