@@ -5,7 +5,8 @@ expert per token.
 
 Here: FLOPs per token differ by the gate alone; parameters by a factor of 26.
 
-Fixed before the first run: 3 seeds, all arms on each.
+Fixed before the first run: 3 seeds, all arms on each. At `cpu` seeds 3 to 5, of which `pr-moe` has runs on one machine
+already; fixed before the runs of 16 and 64 experts.
 """
 
 from __future__ import annotations

@@ -22,7 +22,8 @@ The rate after the branch is the trunk's constant one. Komatsuzaki et al. 2022 (
 schedule; NVIDIA (arXiv 2410.07524) go back to the peak rate from a decayed one. Before the decay both are the same, and
 the peak rates of Dense and MoE are equal here. Copies and router begin without optimizer state.
 
-Fixed before the first run: 3 seeds, all arms on each, and `EXPECTED`. A difference counts if its 95 % interval over the
+Fixed before the first run: 3 seeds (at `cpu` 3 to 5, whose trunks ran on one machine), all arms on each, and
+`EXPECTED`. A difference counts if its 95 % interval over the
 seeds is on one side of zero. At equal tokens, Upcycled is expected to lose as in OLMoE (arXiv 2409.02060), whose MoE
 from scratch catches up after a quarter of the dense run's tokens.
 """
