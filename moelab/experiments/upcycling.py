@@ -23,9 +23,9 @@ schedule; NVIDIA (arXiv 2410.07524) go back to the peak rate from a decayed one.
 the peak rates of Dense and MoE are equal here. Copies and router begin without optimizer state.
 
 Fixed before the first run: 3 seeds (at `cpu` 3 to 5, whose trunks ran on one machine), all arms on each, and
-`EXPECTED`. A difference counts if its 95 % interval over the
-seeds is on one side of zero. At equal tokens, Upcycled is expected to lose as in OLMoE (arXiv 2409.02060), whose MoE
-from scratch catches up after a quarter of the dense run's tokens.
+`EXPECTED`. A difference counts if its 95 % interval over the seeds is on one side of zero. At equal tokens, Upcycled
+is expected to lose as in OLMoE (arXiv 2409.02060), whose MoE from scratch catches up after a quarter of the dense
+run's tokens.
 """
 
 from __future__ import annotations
