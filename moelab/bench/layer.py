@@ -19,6 +19,7 @@ import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -330,11 +331,14 @@ def main(
             found += case
     if out is None:
         return
-    objects = harness.write(found, out / "layer.jsonl")
+    draw(harness.write(found, out / "layer.jsonl"), out / "layer")
+
+
+def draw(objects: list[dict[str, Any]], path: Path) -> None:
+    """Draw the rows of a `layer.jsonl`, a panel for each dtype and number of threads; `path` has no suffix."""
     names = {row["candidate"] for row in objects}
     said = [(DROP_FREE, "our drop-free layer"), (EINSUM, "the einsum baseline")]
     ratios = [f"{text} {harness.span(objects, name)} times" for name, text in said if name in names]
     title = f"Time over the dense layer of equal FLOPs: {', '.join(ratios)}"
-    for row in objects:
-        row["panel"] = f"{row['dtype']}, {row['threads']} thread{'s' if row['threads'] > 1 else ''}"
-    plot.save(plot.ratios(objects, title=title, panel="panel"), out / "layer")
+    shown = [row | {"panel": f"{row['dtype']}, {row['threads']} thread{'s'[: row['threads'] > 1]}"} for row in objects]
+    plot.save(plot.ratios(shown, title=title, panel="panel"), path)

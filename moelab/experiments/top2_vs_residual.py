@@ -52,23 +52,15 @@ def exchanged_slots(model: ModelConfig, tokens: int) -> int:
     return experts * capacity
 
 
-def speed_ratios(speeds: Mapping[str, Sequence[float]]) -> tuple[pd.DataFrame, pd.Series]:
-    """Return training speeds over MoE-32's of the same round, and the ratios of Residual-MoE-32 over Top2-MoE-32.
+def one_session(speeds: Mapping[str, Sequence[float]]) -> list[list[float]]:
+    """Return the speed of Residual-MoE-32 over Top2-MoE-32 in each round of one session; empty without both arms.
 
     Args:
         speeds: from `comparison.speeds`.
-
-    Returns:
-        Columns arm, seed (the round), tokens_per_s, ratio; and a series over rounds, empty where an arm is missing.
     """
-    import pandas as pd
-
-    wide = pd.DataFrame(speeds)
-    long = wide.rename_axis("seed").reset_index().melt("seed", var_name="arm", value_name="tokens_per_s")
-    base = wide["MoE-32"] if "MoE-32" in wide else pd.Series(dtype=float)
-    there = {"Top2-MoE-32", "Residual-MoE-32"} <= set(wide)
-    ratios = wide["Residual-MoE-32"] / wide["Top2-MoE-32"] if there else pd.Series(dtype=float)
-    return long.assign(ratio=long["tokens_per_s"] / long["seed"].map(base)), ratios
+    if not {"Top2-MoE-32", "Residual-MoE-32"} <= set(speeds):
+        return []
+    return [[a / b for a, b in zip(speeds["Residual-MoE-32"], speeds["Top2-MoE-32"], strict=True)]]
 
 
 def sessions(specs: Sequence[RunSpec], ranks: int, count: int, steps: int, rounds: int) -> list[list[float]]:
@@ -95,15 +87,33 @@ def sessions_table(timed: Mapping[int, Sequence[Sequence[float]]]) -> pd.DataFra
 
     Args:
         timed: ranks -> `sessions` on them.
+
+    Returns:
+        Columns arm (the number of ranks as text), seed (the session), median, least, greatest.
     """
     import pandas as pd
 
     rows = [
-        {"ranks": n, "session": i, "median": statistics.median(r), "least": min(r), "greatest": max(r)}
+        {
+            "arm": f"{n} rank{'' if n == 1 else 's'}",
+            "seed": i,
+            "median": statistics.median(r),
+            "least": min(r),
+            "greatest": max(r),
+        }
         for n, measured in timed.items()
         for i, r in enumerate(measured)
     ]
-    return pd.DataFrame(rows, columns=["ranks", "session", "median", "least", "greatest"])
+    return pd.DataFrame(rows, columns=["arm", "seed", "median", "least", "greatest"])
+
+
+def speed_headline(measured: pd.DataFrame) -> str:
+    """Return the mean ratio of speeds for each number of ranks, in one line; from `sessions_table`."""
+    if not len(measured):
+        return "no speed was measured"
+    means = measured.groupby("arm", sort=False)["median"].mean()
+    said = ", ".join(f"{mean:.2f} on {arm}" for arm, mean in means.items())
+    return f"Residual trains at {said} times the speed of Top-2 ({measured['seed'].nunique()} sessions)"
 
 
 def verdicts(final: pd.DataFrame, timed: Mapping[int, Sequence[Sequence[float]]], scale: str) -> list[Verdict]:

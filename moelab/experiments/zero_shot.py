@@ -5,9 +5,9 @@ headline: they change long before accuracy does); accuracy on six tasks beside c
 the paper's table.
 
 Fixed before the first run: 3 seeds, all arms on each; at `cpu` seeds 3 to 5, because of the seeds before only numbers
-were kept (decided before any was scored). Expect: accuracy at chance, because twins of 0.2 to 6 M parameters that read
-16 M tokens cannot answer. The pipeline is that of a run at `paper` scale. The tasks come from a package, so no network
-is needed; other data sets replace RACE-h and WebQs, under their own names.
+were kept (decided before any was scored). Expect: accuracy at chance, because twins of 0.2 to 4.4 M parameters that
+read 16 M tokens cannot answer. The pipeline is that of a run at `paper` scale. The tasks come from a package, so no
+network is needed; other data sets replace RACE-h and WebQs, under their own names.
 """
 
 from __future__ import annotations
@@ -222,10 +222,8 @@ def headline(table: pd.DataFrame) -> str:
         f"{table['arm'].nunique()} twins on {table['task'].nunique()} tasks, up to {table['n'].max():.0f} items each"
     )
     if not above:
-        return (
-            f"At chance, as models of this size must be: nobody is 3 standard errors above knowing nothing ({models})"
-        )
-    return f"Above knowing nothing by 3 standard errors: {', '.join(above)} ({models})"
+        return f"None is 3 standard errors above a guess without knowledge, as expected at this size ({models})"
+    return f"Above a guess without knowledge by 3 standard errors: {', '.join(above)} ({models})"
 
 
 def verdicts(scores: pd.DataFrame, scale: str) -> list[Verdict]:

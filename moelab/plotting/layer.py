@@ -35,7 +35,7 @@ def exchange_counts(counted: pd.DataFrame, left: Axes, right: Axes) -> None:
         expected = (there["formula_rows"] + there["formula_gathered_rows"]) / flat["formula_rows"]
         right.plot(there.index, expected[there.index], color=color)
         right.plot(there.index, out[there.index], "o", color=color)
-    left.set(yscale="log", ylabel="messages a rank")
+    left.set(yscale="log", ylabel="messages a rank", ylim=(None, 20 * counted["messages"].max()))  # room for the legend
     right.set(ylabel="rows that leave a rank, over flat", ylim=(0, 2.1))
     left.yaxis.set_major_formatter("{x:g}")
     for ax in (left, right):

@@ -343,7 +343,7 @@ def test_speed_on_ranks_is_measured_in_sessions_of_new_processes():
     ratios = [ratio for rounds in measured for ratio in rounds]
     assert all(0.01 < ratio < 100 for ratio in ratios) and len(set(ratios)) == 4
     table = top2_vs_residual.sessions_table({2: measured})
-    assert list(table["ranks"]) == [2, 2] and (table["least"] <= table["median"]).all()
+    assert list(table["arm"]) == ["2 ranks"] * 2 and (table["least"] <= table["median"]).all()
     assert top2_vs_residual.sessions(specs[:2], 2, 2, 1, 2) == [], "an arm is missing"
 
 

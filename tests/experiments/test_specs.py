@@ -10,7 +10,7 @@ from moelab.design import settings
 from moelab.experiments import EXPERIMENTS, experiment
 
 IDS = {
-    "start smoke": "fdcfc197d8",
+    "start smoke": "13cd21e710",
     "start cpu": "94d75e102b",
     "scaling smoke": "8079779132",
     "scaling quick": "1001b59c3f",
@@ -55,10 +55,10 @@ IDS = {
     "specialisation smoke": "641c45f376",
     "specialisation cpu": "5ca7891e0f",
     "specialisation gpu": "fcb0980c0c",
-    "seeds smoke": "fdcfc197d8",
-    "seeds quick": "876116a0a3",
-    "seeds cpu": "c5b79882a2",
-    "seeds gpu": "93ee3a6882",
+    "seeds smoke": "13cd21e710",
+    "seeds quick": "f9d4306ae2",
+    "seeds cpu": "5541447821",
+    "seeds gpu": "64a2a32456",
     "learning-rate smoke": "2f5d305bc4",
     "learning-rate cpu": "92d5fc8946",
     "what-survives smoke": "1795eadae4",

@@ -57,7 +57,7 @@ def test_guessing_is_called_guessing_and_knowing_knowing():
         scores({**BOTH, ("Dense", 0): {**SIX, "lambada": 0.4}, ("Dense", 1): {**SIX, "lambada": 0.3}})
     )
     assert zero_shot.headline(knows).startswith(
-        "Above knowing nothing by 3 standard errors: Dense on packaged_lambada ("
+        "Above a guess without knowledge by 3 standard errors: Dense on packaged_lambada ("
     )
     assert (
         zero_shot.headline(zero_shot.over_chance(scores({}).reindex(columns=scores(BOTH).columns)))

@@ -173,7 +173,11 @@ def _timing(rows: Sequence[ClaimRow]) -> Finding:
             were = "was" if n == 1 else "were"
             return f"{_claims(n)} about speed {were} timed in one session only, which judges nothing:"
         unjudged = f", {once} not judged (one session)" if once else ""
-        return f"Of {n} claims about speed timed here {len(agreeing)} agree and {len(against)} contradict{unjudged}:"
+        whole = sum(row.verdict == REPRODUCED for row in agreeing)
+        return (
+            f"Of {n} claims about speed timed here {whole} agree, {len(agreeing) - whole} in direction only, and "
+            f"{len(against)} contradict{unjudged}:"
+        )
 
     ordered = [*against, *agreeing, *(row for row in rows if row not in against and row not in agreeing)]
     return _quoting("Speed", ordered, sentence, "No claim about speed has been timed here yet.")
