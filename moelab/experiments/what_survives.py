@@ -12,9 +12,9 @@ width (a test compares them); `Residual` is the released code's learned mix of t
 arms, which was swept on MoE-128.
 
 Fixed before the first run: 3 seeds, all arms on each; the question is whether `Shared` differs from `Residual`. The arm
-`Shared, capacity 1` was added after the others were seen at `quick`. At `cpu`, nine of the twelve arms have run so
-far, the four with shared experts on another machine than the others. The same run on two machines ends up to 0.02 nats
-apart (LOG.md, "Runs are compared within one machine").
+`Shared, capacity 1` was added after the others were seen at `quick`. At `cpu` the seven arms with shared experts ran on
+another machine than the others. The same run on two machines ends up to 0.02 nats apart (LOG.md, "Runs are compared
+within one machine").
 """
 
 from __future__ import annotations
