@@ -49,13 +49,13 @@ def read_json(path: Path) -> Any:
         ValueError: one line naming the file, when it is not JSON.
     """
     try:
-        text = path.read_text()
+        return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return None
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
         raise ValueError(f"{path}: not valid JSON ({error})") from None
+    except RecursionError:
+        raise ValueError(f"{path}: not valid JSON (nested too deeply)") from None
 
 
 _TEMPORARY = re.compile(r"\..+[.-][a-z0-9_]{8}")

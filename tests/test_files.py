@@ -6,7 +6,9 @@ import sys
 import time
 from pathlib import Path
 
-from moelab.files import new_directory, sweep, write_text
+import pytest
+
+from moelab.files import new_directory, read_json, sweep, write_text
 
 
 def test_what_a_killed_writer_left_is_swept_and_nothing_else(tmp_path):
@@ -19,6 +21,8 @@ def test_what_a_killed_writer_left_is_swept_and_nothing_else(tmp_path):
     killed = """
 import os, sys
 from pathlib import Path
+
+import pytest
 from moelab import files
 os.replace = lambda *_: os.kill(os.getpid(), 9)
 if sys.argv[2] == "file":
@@ -38,3 +42,10 @@ with files.new_directory(Path(sys.argv[1], "other")) as new:
     sweep(tmp_path)
     assert {p.name for p in tmp_path.iterdir()} == kept
     sweep(Path("/nowhere"))
+
+
+@pytest.mark.parametrize("content", [b"\xf6", b'{"a": ', b"[" * 100_000], ids=["latin-1", "torn", "deep"])
+def test_what_is_no_json_is_named(tmp_path, content):
+    (file := tmp_path / "spec.json").write_bytes(content)
+    with pytest.raises(ValueError, match=r"spec\.json: not valid JSON"):
+        read_json(file)

@@ -228,6 +228,8 @@ def main(
                 f"bench decode: prompt {settings.prompt} and output {settings.output} exceed the context of {config} "
                 f"({config.context})"
             )
+    if threads < 1:
+        raise ValueError(f"bench decode: threads must be at least 1, got {threads}")
     if min(batches) < 1:
         raise ValueError(f"bench decode: batch must be at least 1, got {min(batches)}")
     if ranks and dtype != "fp32":

@@ -48,8 +48,8 @@ def measure(
     Args:
         on_failure: called with the candidates beside ours that raise, which are then left out; None lets them raise.
     """
-    capacity = max(4, math.ceil(tokens / experts))
     states = inputs.HiddenStates(tokens, HIDDEN, experts, timing.device)
+    capacity = max(4, math.ceil(tokens / experts))
     candidates = {
         "ours": lambda logits: _ours(logits, capacity),
         "masks (baseline)": lambda logits: _masks(logits, capacity),

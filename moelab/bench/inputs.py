@@ -107,6 +107,9 @@ class HiddenStates:
     """
 
     def __init__(self, tokens: int, hidden: int, experts: int, device: str = "cpu") -> None:
+        for name, value in (("tokens", tokens), ("hidden", hidden), ("experts", experts)):
+            if value < 1:
+                raise ValueError(f"bench: {name} must be at least 1, got {value}")
         self.tokens, context = tokens, min(tokens, CONTEXT)
         wanted = max(1, hidden // 64)
         heads = next(h for h in range(wanted, 0, -1) if hidden % h == 0)

@@ -79,13 +79,12 @@ def run(
     wanted = {name: given} if name else batch.chosen(scale, {k: v for k, v in given.items() if k != "scale"})
     checked = [(experiment(e), notebooks.check_parameters(experiment(e), taken)) for e, taken in wanted.items()]
     asked = [(e, e.specs_of(notebooks.resolve(e, taken))) for e, taken in checked]
+    trained = [spec for e, specs in asked if e.trains for spec in specs]
     if dry_run:
-        _plan([spec for _, specs in asked for spec in specs])
+        _plan(trained)
         return
     on_gpu = scale == "gpu" and any(e.measures for e, _ in asked)
-    preflight.check(
-        [spec for e, specs in asked if e.trains for spec in specs], device="cuda" if on_gpu else "cpu", publish=publish
-    )
+    preflight.check(trained, device="cuda" if on_gpu else "cpu", publish=publish)
     if name is None:
         from moelab.lab import Lab
 

@@ -35,5 +35,7 @@ class DataConfig:
     part: Part = "whole"
 
     def __post_init__(self) -> None:
+        if self.context < 1:
+            raise ValueError(f"data: context must be at least 1, got {self.context}")
         if self.part not in get_args(Part):
             raise ValueError(f"data: part must be one of {', '.join(get_args(Part))}, got {self.part!r}")

@@ -72,6 +72,7 @@ class ModelConfig:
         for what in ("layers", "hidden", "heads", "vocab", "context"):
             value = getattr(self, what)
             _check(value >= 1, f"{where}: {what} must be at least 1, got {value}")
+        _check(self.init_std >= 0, f"{where}: init_std must not be negative, got {self.init_std}")
         _check(
             self.decoder.head_size > 0 or self.hidden % self.heads == 0,
             f"{where}: {self.heads} heads do not divide hidden size {self.hidden}; allowed up to 16 a head: "

@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import hashlib
 import json
+import math
 import types
 import typing
 from dataclasses import MISSING, fields, is_dataclass
@@ -95,7 +96,8 @@ def coerce(hint: Any, value: Any, where: str) -> Any:
         if value is None and type(None) in args:
             return None
         return coerce(next(a for a in args if a is not type(None)), value, where)
-    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+    if hint is float and isinstance(value, int | float) and not isinstance(value, bool):
+        _check(math.isfinite(value), f"{where}: expected a finite number, got {value!r}")
         return float(value)
     _check(
         isinstance(value, hint) and (hint is bool or not isinstance(value, bool)),

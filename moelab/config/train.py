@@ -74,6 +74,7 @@ class TrainConfig:
         for what in ("tokens", "batch_size", "lr", "eval_every", "eval_tokens", "log_every", "threads"):
             value = getattr(self, what)
             _check(value > 0, f"train: {what} must be positive, got {value}")
+        _check(self.eps > 0, f"train: eps must be positive, got {self.eps}")
         for what in (
             "micro_batch",
             "min_lr",

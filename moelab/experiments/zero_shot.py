@@ -74,6 +74,13 @@ def measure(runs: Runs, limit: int, tasks: Sequence[str] | None = None) -> list[
     return rows
 
 
+def check(parameters: Mapping[str, Any]) -> None:
+    """Refuse a number of items that gives no standard error; ValueError, one line."""
+    limit = parameters.get("limit")
+    if limit is not None and (limit < 0 or limit == 1):
+        raise ValueError(f"zero-shot: limit must be 0 (all items) or at least 2, got {limit}")
+
+
 def score(run: Run, limit: int, versions: Mapping[str, str], on_progress: OnProgress) -> list[dict[str, Any]]:
     """Return the fields of a run's `Score` in each of the tasks.
 
@@ -272,4 +279,5 @@ EXPERIMENT = Experiment(
         "gpu": Scale("the 350M twins at `gpu` scale; 1000 items of each task", "not yet run; one GPU"),
     },
     arms=ARMS,
+    check=check,
 )

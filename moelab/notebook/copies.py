@@ -18,8 +18,8 @@ ORIGINALS = ".originals"
 def update() -> Path:
     """Copy notebooks that are missing or have changed, and return the folder of the copies.
 
-    A copy whose cells a user has edited is kept; the new notebook is put beside it as ``<name>.new.ipynb``, and one
-    line on standard error says so.
+    A copy whose cells a user has edited is kept; the new notebook is put beside it as ``<name>.new.ipynb``, or, where
+    a user has edited that too, as ``<name>.new-2.ipynb`` and so on, and one line on standard error says so.
     """
     folder = paths.home() / "notebooks"
     for source in sorted(paths.notebooks().glob("*.ipynb")):
@@ -27,8 +27,12 @@ def update() -> Path:
         content = source.read_bytes()
         if copy.exists() and original.exists() and original.read_bytes() == content:
             continue
-        if copy.exists() and _cells(copy) not in (_cells(original), _cells(source)):
-            beside = copy.with_suffix(".new.ipynb")
+        known = (_cells(original), _cells(source))
+        if copy.exists() and _cells(copy) not in known:
+            beside, count = copy.with_suffix(".new.ipynb"), 1
+            while beside.exists() and _cells(beside) not in known:
+                count += 1
+                beside = copy.with_suffix(f".new-{count}.ipynb")
             print(f"{paths.short(copy)} was edited and is kept; the new notebook is {beside.name}", file=sys.stderr)
             copy = beside
         write_bytes(copy, content)

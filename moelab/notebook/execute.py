@@ -97,13 +97,18 @@ def check_parameters(experiment: Experiment, given: Mapping[str, str]) -> dict[s
         except ValueError as error:
             raise ValueError(f"{experiment.name}: {error}") from None
         values["overrides"] = values.get("overrides", {}) | typed
+    corpus = values.get("overrides", {}).get("data.corpus")
+    if isinstance(corpus, str):
+        values["overrides"] = values["overrides"] | {"data.corpus": _absolute(corpus)}
+    if experiment.check is not None:
+        experiment.check(values)
     experiment.specs_of(resolve(experiment, values))
     return values
 
 
 def _value(kind: str, text: str) -> Any:
     if kind == "str":  # a path: the kernel works in another folder
-        return str(Path(text).resolve()) if "/" in text and Path(text).exists() else text
+        return str(Path(text).resolve()) if "/" in text and Path(text).exists() else _absolute(text)
     if kind == "bool":
         if text.lower() in ("true", "yes", "1"):
             return True
@@ -130,6 +135,12 @@ def _value(kind: str, text: str) -> Any:
         element = kind.removeprefix("dict").strip("[]").partition(",")[2].strip()
         return {key: _element(element, v) for key, v in value.items()}
     raise ValueError(text)
+
+
+def _absolute(corpus: str) -> str:
+    """Return a corpus with its folder's whole path; one that is no folder as it is."""
+    kind, _, where = corpus.partition(":")
+    return f"folder:{Path(where).resolve()}" if kind == "folder" and where and where[0] not in "/~" else corpus
 
 
 def _element(kind: str, value: Any) -> Any:

@@ -5,11 +5,11 @@ from __future__ import annotations
 import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
-from moelab import paths
 from moelab.runs.store import RunStore
 from moelab.training.metrics import TRAIN, VALIDATION, read_rows, scalars
 
@@ -76,9 +76,13 @@ class Events:
 
 def serve(runs: Sequence[Path], port: int) -> int:
     """Run TensorBoard on 127.0.0.1 until Ctrl-C and follow runs that are training; return its exit code."""
-    events = Events(runs, paths.home() / "tensorboard")
+    with tempfile.TemporaryDirectory(prefix="moelab-tensorboard-") as folder:  # its own: several may be served at once
+        return _serve(Events(runs, Path(folder)), len(runs), port)
+
+
+def _serve(events: Events, runs: int, port: int) -> int:
     rows = events.update()
-    print(f"{len(runs)} runs, {rows} rows; Ctrl-C ends", flush=True)
+    print(f"{runs} runs, {rows} rows; Ctrl-C ends", flush=True)
     arguments = ("--logdir", str(events.folder), "--host", "127.0.0.1", "--port", str(port))
     process = subprocess.Popen([sys.executable, "-m", "tensorboard.main", *arguments])
     try:

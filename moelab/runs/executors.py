@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 
 from moelab.engine.launch import Limits, process
 from moelab.runs.execute import execute
-from moelab.runs.store import Run
+from moelab.runs.store import Run, Status
 from moelab.runs.supervisor import supervise
 
 Tick = Callable[[], None]
@@ -44,13 +44,19 @@ def processes(runs: Sequence[Run], workers: int, tick: Tick = lambda: None, poll
     go, waits for them, and is raised again. Those that take much longer than `Limits.stop_s` are killed.
     """
     waiting = sorted(runs, key=lambda run: -run.spec.cost)
-    going: dict[subprocess.Popen, int] = {}  # and the workers each takes
+    going: dict[subprocess.Popen, Run] = {}
     try:
         while waiting or going:
-            going = {p: ranks for p, ranks in going.items() if p.poll() is None}
-            while (run := _next(waiting, workers - sum(going.values()), alone=not going)) is not None:
+            for worker, its in going.items():
+                if (worker.poll() or 0) < 0 and its.status.state == "new":  # before it could write a status
+                    why = f"its process was ended by {signal.Signals(-worker.returncode).name}"
+                    its.set_status(Status("stopped", reason=why))
+            going = {worker: its for worker, its in going.items() if worker.returncode is None}
+            taken = sum(run.spec.parallel.ranks for run in going.values())
+            while (run := _next(waiting, workers - taken, alone=not going)) is not None:
                 waiting.remove(run)
-                going[start(run)] = run.spec.parallel.ranks
+                going[start(run)] = run
+                taken += run.spec.parallel.ranks
             tick()
             time.sleep(poll_s)
     except BaseException:

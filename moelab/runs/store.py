@@ -15,6 +15,7 @@ it when the process dies).
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import errno
 from collections.abc import Iterator, Sequence
@@ -149,12 +150,9 @@ class Run:
         return "\n".join(path.read_text(errors="replace").splitlines()[-lines:]) if path.exists() else ""
 
     def why_missing(self) -> str:
-        """Return in one line why the run has no result: its status's reason, or the last line of its log."""
+        """Return in one line why the run has no result: its status's reason, else its log's last line, or its state."""
         status = self.status
-        tail = self.log_tail(1).strip()
-        if status.state == "failed" and status.reason:
-            return status.reason
-        return tail or f"{status.state}{': ' if status.reason else ''}{status.reason}"
+        return status.reason or self.log_tail(1).strip() or status.state
 
     @property
     def has_weights(self) -> bool:
@@ -197,15 +195,27 @@ class RunStore:
     def __init__(self, root: Path | None = None) -> None:
         self.root = root or paths.home() / "runs"
 
-    def run(self, spec: RunSpec) -> Run:
-        """Return the run of a spec; make its directory and write its spec where they are missing."""
+    def run(self, spec: RunSpec, *, write: bool = True) -> Run:
+        """Return the run of a spec; make its directory and write its spec where they are missing.
+
+        Args:
+            write: whether to write; False for who reads only.
+        """
         path = self.root / spec.id
-        stored = read_json(path / "spec.json") or {}
-        kept = stored.get("train", {}).get("keep_at", [])
-        spec = spec.keeping(kept)
+        try:
+            stored = read_json(path / "spec.json")
+        except ValueError:  # cut short by a crash of the machine; its content is known
+            stored = None
+        stored = stored if isinstance(stored, dict) else {}
         # Of what does not name the run (layout, checkpoints, label) the last wish counts, and all checkpoints that were
         # ever asked to be kept; a finished run stays as it is.
-        if stored != spec.to_json() and not (stored and Run(spec, path).finished):
+        spec = spec.keeping(stored.get("train", {}).get("keep_at", []))
+        if write and stored and stored != spec.to_json() and Run(spec, path).locked:
+            # Its processes were started for the layout that it has; they are started again for the same one.
+            with contextlib.suppress(ValueError):  # by another version: the lock's holder tells
+                own = RunSpec.from_json(stored)
+                spec = replace(own.keeping(spec.train.keep_at), label=spec.label)
+        if write and stored != spec.to_json() and not (stored and Run(spec, path).finished):
             try:
                 write_json(path / "spec.json", spec.to_json())
             except OSError as error:
@@ -237,8 +247,9 @@ class RunStore:
         Raises:
             ValueError: there is none, or several begin so; names those that are close.
         """
-        if (path := Path(name).expanduser()).is_dir():
-            return path
+        with contextlib.suppress(RuntimeError):  # ~ and the name of no user
+            if (path := Path(name).expanduser()).is_dir():
+                return path
         known = self.ids()
         found = [name] if name in known else [run for run in known if name and run.startswith(name)]
         if len(found) == 1:

@@ -137,7 +137,9 @@ def load(name: str) -> Profile:
         Path(name) if name.endswith((".yaml", ".yml")) else (known / f"{name}.yaml" if known else Path(f"{name}.yaml"))
     )
     try:
-        text = path.read_text()
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not UTF-8 ({error})") from None
     except OSError:
         names = ", ".join(sorted(p.stem for p in known.glob("*.yaml"))) if known else "a path to a YAML file"
         raise ValueError(f"no cluster profile {name!r}; allowed: {names}, or the path of a .yaml file") from None

@@ -26,9 +26,6 @@ def place(root: Path) -> Path | None:
     """Return the folder below `root` for the present code, whether or not it exists yet.
 
     Inside a job, this is the job's own snapshot. It is None for an installed wheel, which is not copied.
-
-    Raises:
-        RuntimeError: one line; the checkout is not a git checkout.
     """
     checkout = paths.checkout()
     if checkout is None or (checkout / SNAPSHOT).exists():  # a snapshot: this is a job that submits
@@ -40,7 +37,10 @@ def place(root: Path) -> Path | None:
 
 
 def take(target: Path) -> None:
-    """Copy the checkout's code to its `place`, unless it is there: files that git does not ignore, and the commit."""
+    """Copy the checkout's code to its `place`, unless it is there: files that git does not ignore, and the commit.
+
+    Where git does not answer (a downloaded archive, a folder of another user), all files but hidden and compiled ones.
+    """
     checkout = paths.checkout()
     if target.exists() or checkout is None:
         if target != checkout:
@@ -65,11 +65,17 @@ def prune(root: Path, in_use: Collection[Path]) -> None:
 
 
 def _names(checkout: Path) -> list[str]:
-    listed = subprocess.run(
-        ["git", "-C", str(checkout), "ls-files", "-z", "--cached", "--others", "--exclude-standard", "--", *_PARTS],
-        capture_output=True,
-        text=True,
-    )
-    if listed.returncode:
-        raise RuntimeError(f"{checkout}: a snapshot of the code needs a git checkout ({listed.stderr.strip()})")
-    return sorted({n for n in listed.stdout.split("\0") if n and (checkout / n).is_file()})
+    try:
+        listed = subprocess.run(
+            ["git", "-C", str(checkout), "ls-files", "-z", "--cached", "--others", "--exclude-standard", "--", *_PARTS],
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        names = listed.stdout.split("\0")
+    except (OSError, subprocess.CalledProcessError):
+        below = (
+            path.relative_to(checkout) for part in _PARTS for path in (checkout / part, *(checkout / part).rglob("*"))
+        )
+        names = [str(n) for n in below if not any(p.startswith(".") or p == "__pycache__" for p in n.parts)]
+    return sorted({n for n in names if n and (checkout / n).is_file()})

@@ -100,6 +100,7 @@ class Overview:
         columns: dict[str, Callable[[Row], str]] = {
             "experiment": lambda row: row.experiment,
             "run": lambda row: row.what,
+            "log": lambda row: row.id if "/" in row.id else row.id.rpartition("-")[2],
             "state": lambda row: row.state,
             "Slurm": lambda row: row.slurm,
             "job": lambda row: row.job,
@@ -324,7 +325,10 @@ _AGAIN = "; submit again to go on"
 
 
 def log_of(name: str, store: RunStore | None = None) -> Path:
-    """Return the path of the log of a run (by the beginning of its id) or of a notebook (``<submission>/<part>``).
+    """Return the path of the log of a run (by the beginning or the end of its id) or of a notebook.
+
+    Args:
+        name: as in the column "log" of `Overview.table`; of a notebook ``<submission>/<part>``.
 
     Raises:
         ValueError: one line; no log has that name, or several have.
@@ -340,7 +344,8 @@ def log_of(name: str, store: RunStore | None = None) -> Path:
         ]
         found = [path for log in logs if (path := root() / submission / log).exists()]
     else:
-        found = [store.root / run / "log.txt" for run in store.ids(file="log.txt") if run.startswith(name)]
+        logs = store.ids(file="log.txt")
+        found = [store.root / run / "log.txt" for run in logs if run.startswith(name) or run.endswith(f"-{name}")]
     if len(found) != 1:
         ids = ", ".join(p.parent.name for p in found[:5]) if found else "see `moelab status --all`"
         raise ValueError(f"{'several logs' if found else 'no log'} of {name!r}: {ids}")

@@ -18,7 +18,6 @@ from typing import Any
 from filelock import FileLock
 
 from moelab import paths
-from moelab.files import write_json
 from moelab.runs.spec import RunSpec, closure
 from moelab.runs.store import RunStore
 from moelab.slurm import executor, local, queue, snapshot
@@ -194,7 +193,7 @@ def _queue(plan: Plan, store: RunStore) -> None:
     if submission.snapshot:
         snapshot.take(Path(submission.snapshot))
     submission.write()  # before anything is queued, so that every job belongs to a known submission
-    directories = {name: [_directory(store, spec) for spec in specs] for name, specs in plan.specs.items()}
+    directories = {name: [store.run(spec).path for spec in specs] for name, specs in plan.specs.items()}
     if submission.cluster == "local":
         local.start(submission, plan.profile, plan.specs, directories)
         return
@@ -209,15 +208,6 @@ def _queue(plan: Plan, store: RunStore) -> None:
             ids[part.name] = part.job = queued.queue(plan.calls[part.name], arguments)
     finally:
         submission.write()
-
-
-def _directory(store: RunStore, spec: RunSpec) -> Path:
-    """Return a run's directory; create it, with its spec, if needed."""
-    try:
-        return store.run(spec).path
-    except ValueError:  # a spec.json that was cut short
-        write_json(store.root / spec.id / "spec.json", spec.to_json())
-        return store.run(spec).path
 
 
 def _prune(jobs: Jobs, newest: Submission) -> None:

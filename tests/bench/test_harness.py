@@ -117,3 +117,9 @@ def test_the_gate_is_uneven_but_not_degenerate():
 def test_prompts_are_new_each_round_and_fit_the_vocabulary():
     first, second = (inputs.prompts(i, 3, 7, 100) for i in range(2))
     assert first != second and [len(p) for p in first] == [7, 7, 7] and max(map(max, first)) < 100
+
+
+@pytest.mark.parametrize("zero", ["tokens", "hidden", "experts"])
+def test_hidden_states_need_a_size(zero):
+    with pytest.raises(ValueError, match=f"bench: {zero} must be at least 1, got 0"):
+        inputs.HiddenStates(**({"tokens": 8, "hidden": 32, "experts": 4} | {zero: 0}))

@@ -10,7 +10,7 @@ from moelab.design import settings
 from moelab.experiments import EXPERIMENTS, experiment
 
 IDS = {
-    "start smoke": "13cd21e710",
+    "start smoke": "fdcfc197d8",
     "start cpu": "94d75e102b",
     "scaling smoke": "8079779132",
     "scaling quick": "1001b59c3f",
@@ -200,3 +200,35 @@ def test_the_command_line_fills_the_notebooks_overrides_with_what_json_can_hold(
     expected = {"data.corpus": "sotu", "train.betas": [0.9, 0.99], "train.tokens": 4_000_000}
     assert found == {"seeds": 2, "overrides": expected}
     assert {spec.train.betas for spec in experiment("pr-moe").specs_of(found)} == {(0.9, 0.99)}
+
+
+def test_a_folder_of_text_is_that_of_the_caller(tmp_path, monkeypatch):
+    """A notebook's kernel works in another folder."""
+    from moelab.notebook.execute import check_parameters
+
+    monkeypatch.chdir(tmp_path)
+    for given in ({"data.corpus": "folder:my texts"}, {"overrides": '{"data.corpus": "folder:my texts"}'}):
+        found = check_parameters(experiment("pr-moe"), {"scale": "smoke", **given})
+        assert found["overrides"] == {"data.corpus": f"folder:{tmp_path}/my texts"}
+    found = check_parameters(experiment("pr-moe"), {"data.corpus": "sotu"})
+    assert found["overrides"] == {"data.corpus": "sotu"}
+
+
+@pytest.mark.parametrize(
+    ("name", "given", "message"),
+    [
+        ("zero-shot", {"limit": "1"}, "limit must be 0"),
+        ("zero-shot", {"limit": "-7"}, "limit must be 0"),
+        ("specialisation", {"max_tokens": "-5"}, "max_tokens must be 0"),
+        ("pr-moe", {"seeds": "9999999999"}, "seeds must be 1 to 1000"),
+        ("pr-moe", {"train.lr": "1e400"}, "finite"),
+        ("pr-moe", {"train.eps": "-1"}, "eps must be positive"),
+        ("pr-moe", {"model.init_std": "-1"}, "init_std must not be negative"),
+        ("pr-moe", {"data.context": "0"}, "context must be at least 1"),
+    ],
+)
+def test_what_would_fail_after_the_training_is_refused_before(name, given, message):
+    from moelab.notebook.execute import check_parameters
+
+    with pytest.raises(ValueError, match=message):
+        check_parameters(experiment(name), {"scale": "smoke", **given})

@@ -14,6 +14,7 @@ from moelab.config.distill import DistillConfig
 from moelab.config.parallel import ParallelConfig
 from moelab.files import new_directory, read_json, write_text
 from moelab.lab import Lab
+from moelab.runs import executors
 from moelab.runs.collection import NoResult
 from moelab.runs.execute import execute
 from moelab.runs.spec import RunSpec
@@ -350,3 +351,52 @@ def test_a_student_without_its_teacher_says_so(tiny_spec):
     run = RunStore().run(student_of(tiny_spec))
     with pytest.raises(ValueError, match=f"its teacher {tiny_spec.id} has no result: new"):
         execute(run)
+
+
+def test_reading_writes_nothing(tiny_spec, tmp_path):
+    Lab(RunStore(tmp_path)).run([tiny_spec], executor="read")
+    assert not (tmp_path / tiny_spec.id).exists()
+
+
+def test_a_run_that_is_being_trained_keeps_its_layout(tiny_spec, tmp_path):
+    """Its processes are started again for the layout that it has, whoever else asks for the run meanwhile."""
+    store = RunStore(tmp_path)
+    run = store.run(replace(tiny_spec, parallel=ParallelConfig(recompute=True)))
+    other = replace(tiny_spec, label="x", train=replace(tiny_spec.train, checkpoint_every=1)).keeping([4096])
+    with run.lock():
+        asked = store.run(other)
+    stored = RunSpec.from_json(read_json(run.path / "spec.json"))
+    assert asked.spec.parallel.recompute and stored.parallel.recompute and asked.spec.label == "x"
+    assert stored.train.keep_at == (4096,) and stored.train.checkpoint_every == tiny_spec.train.checkpoint_every
+    assert not store.run(other).spec.parallel.recompute, "the last wish counts again"
+
+
+@pytest.mark.parametrize("torn", ["", '{"model": {', "[]", "7"])
+def test_a_torn_spec_is_written_again(tiny_spec, tmp_path, torn):
+    path = RunStore(tmp_path).run(tiny_spec).path / "spec.json"
+    whole = path.read_text()
+    path.write_text(torn)
+    RunStore(tmp_path).run(tiny_spec)
+    assert path.read_text() == whole
+
+
+def test_a_missing_result_is_explained_by_the_status_first(tiny_spec, tmp_path):
+    run = RunStore(tmp_path).run(tiny_spec)
+    assert run.why_missing() == "new"
+    write_text(run.path / "log.txt", "step 24 of 24\n")
+    assert run.why_missing() == "step 24 of 24"
+    run.set_status(Status("running", step=24))
+    assert run.why_missing() == "its process ended without a word; it will resume"
+
+
+def test_a_process_that_was_killed_at_once_is_said_to_be(tiny_spec, tmp_path, monkeypatch):
+    run = RunStore(tmp_path).run(tiny_spec)
+    kills_itself = [sys.executable, "-c", "import os; os.kill(os.getpid(), 9)"]
+    monkeypatch.setattr(executors, "start", lambda run: subprocess.Popen(kills_itself))
+    executors.processes([run], 1, poll_s=0.01)
+    assert run.why_missing() == "its process was ended by SIGKILL"
+
+
+def test_the_home_of_nobody_is_no_run(tmp_path):
+    with pytest.raises(ValueError, match="no such run"):
+        RunStore(tmp_path).find("~nouser-of-this-name")

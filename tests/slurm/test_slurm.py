@@ -526,3 +526,22 @@ def test_logs_are_found_by_the_beginning_of_an_id(submitted):
         status.log_of("nothing")
     (record.folder / "8_0_log.out").write_text("cell 1")
     assert status.log_of(f"{record.id}/notebook-0").read_text() == "cell 1"
+
+
+def test_a_snapshot_needs_no_git(tmp_path, monkeypatch):
+    """A downloaded archive has no `.git`."""
+    checkout = tmp_path / "moelab-main"
+    for name in ("moelab/a.py", "moelab/__pycache__/a.pyc", "moelab/.hidden", "kernels/b.py", "results/c.json"):
+        (checkout / name).parent.mkdir(parents=True, exist_ok=True)
+        (checkout / name).write_text(name)
+    monkeypatch.setattr(paths, "checkout", lambda: checkout)
+    snapshot.take(place := snapshot.place(tmp_path / "snapshots"))
+    copied = {str(p.relative_to(place)) for p in place.rglob("*") if p.is_file()}
+    assert {"moelab/a.py", "kernels/b.py"} <= copied
+    assert not any("pycache" in name or "hidden" in name or "results" in name for name in copied)
+
+
+def test_a_profile_that_is_not_utf_8_is_named(tmp_path):
+    (file := tmp_path / "site.yaml").write_bytes("# Größe".encode("latin-1"))
+    with pytest.raises(ValueError, match=r"site\.yaml: not UTF-8"):
+        profiles.load(str(file))
