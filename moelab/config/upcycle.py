@@ -15,6 +15,8 @@ class UpcycleConfig:
     A dense layer becomes an MoE layer (sparse upcycling, Komatsuzaki et al. 2022, arXiv 2212.05055): every expert is a
     copy of its feed-forward, and the router begins with initial weights. An MoE layer of E experts grows to a multiple
     of E (expert upcycling, arXiv 2604.19835): expert j and its row of the router are copies of those of expert j mod E.
+    With softmax scores, which E' experts divide among them, the copied bias of loss-free balancing is multiplied by
+    E / E'; with sigmoid scores it stays.
 
     Attributes:
         noise: standard deviation of the normal noise that is added to each copied tensor, as a share of that tensor's

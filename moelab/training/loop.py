@@ -378,8 +378,9 @@ class Trainer:
 
     def load(self, saved: checkpoint.Checkpoint, upcycle: UpcycleConfig | None = None) -> None:
         """Load a checkpoint's weights and optimizer state; see `moelab.engine.checkpoint.load`."""
-        model, placements = self.model.module, self.model.placements
-        checkpoint.load(saved, model, self.optimizer, placements, upcycle=upcycle, seed=self.config.seed)
+        model, placements, scores = self.model.module, self.model.placements, self.model_config.routing.scores
+        seed = self.config.seed
+        checkpoint.load(saved, model, self.optimizer, placements, upcycle=upcycle, seed=seed, scores=scores)
 
 
 def draw_seed(seed: int, step: int, part: int) -> int:

@@ -216,7 +216,8 @@ def filled(trunk: RunSpec, branch: RunSpec):
     model = build(branch.model, branch.train.seed)
     found = checkpoint.latest(stem.path / "checkpoints", up_to=branch.first_step)
     optimizer = make_optimizer(model, branch.train)
-    checkpoint.load(found, model, optimizer, upcycle=branch.start.upcycle, seed=branch.train.seed)
+    scores = branch.model.routing.scores
+    checkpoint.load(found, model, optimizer, upcycle=branch.start.upcycle, seed=branch.train.seed, scores=scores)
     named = dict(model.named_parameters())
     return weights(stem, branch.first_step), named, {n for n, p in named.items() if p in optimizer.state}, model
 
@@ -253,14 +254,20 @@ def test_gated_feed_forwards_are_copied_with_their_gates(trunk):
     assert read_rows(run.path / VALIDATION)[0]["loss"] == pytest.approx(before["loss"], abs=1e-5)
 
 
-@pytest.mark.parametrize("rules", [{}, {"balance_rate": 1e-3, "aux_loss": 0.0}])
+BIAS = {"balance_rate": 1e-3, "aux_loss": 0.0}
+
+
+@pytest.mark.parametrize("rules", [{}, BIAS, {**BIAS, "scores": "sigmoid"}], ids=["no bias", "softmax", "sigmoid"])
 def test_an_moe_grows_its_experts(rules, trunk):
     """The first experts stay, the others are copies with noise; with scaled outputs the loss stays within the noise."""
     model = replace(
         trunk.model, experts=(0, 4, 0, 2), residual=False, routing=RoutingConfig(drop_tokens=False, **rules)
     )
     few = replace(trunk, model=model)
-    start = Start(few, 16 * STEP, upcycle=UpcycleConfig(noise=1e-3, scale=3.0))
+    shared = (
+        1.0 if "scores" in rules else 3.0
+    )  # of softmax scores, which experts divide among them, copies have a third
+    start = Start(few, 16 * STEP, upcycle=UpcycleConfig(noise=1e-3, scale=shared))
     grown = replace(few, model=replace(model, experts=(0, 12, 0, 6)), start=start)
     before, after, kept_state, _ = filled(few, grown)
     for part in (
@@ -271,7 +278,7 @@ def test_an_moe_grows_its_experts(rules, trunk):
         *(["router.balance_bias"] * bool(rules)),
     ):
         old, new = before[f"blocks.1.ffn.{part}"], after[f"blocks.1.ffn.{part}"].detach()
-        old = old * 3.0 if "down" in part else old
+        old = old * {"experts.down": shared, "router.balance_bias": 1 / shared}.get(part, 1.0)
         assert torch.equal(new[:4], old)
         assert torch.allclose(new[4:8], old, atol=0.02 * old.std().item() + 1e-9)
         noisy = part != "router.balance_bias" and bool(old.any())

@@ -140,6 +140,7 @@ def load(
     *,
     upcycle: UpcycleConfig | None = None,
     seed: int = 0,
+    scores: str = "softmax",
 ) -> None:
     """Fill a model as `load_model` does, and the optimizer's state with it.
 
@@ -148,6 +149,7 @@ def load(
             layer's parameters that are not in the checkpoint as they are begin without optimizer state. None refuses
             such a checkpoint.
         seed: of the copies' noise.
+        scores: `RoutingConfig.scores` of the model, on which the copies of a balance bias depend.
     """
     path, index = checkpoint.path, read_index(checkpoint.path)
     parameters = shards.parameters(model)
@@ -175,7 +177,7 @@ def load(
     storage.read(path, index, pieces)
     for name, source in copied.items():
         if source is not None and upcycle is not None:
-            _copy(path, index, source, name, parameters[name], placements, upcycle, seed)
+            _copy(path, index, source, name, parameters[name], placements, upcycle, seed, scores)
 
 
 def _copy(
@@ -187,6 +189,7 @@ def _copy(
     placements: Placements,
     upcycle: UpcycleConfig,
     seed: int,
+    scores: str,
 ) -> None:
     """Fill this rank's shards of a parameter of an MoE layer with copies of a stored tensor."""
     entry = index[f"model/{source}"]
@@ -195,7 +198,7 @@ def _copy(
     storage.read(path, index, [Piece(f"model/{source}", shape, (0,) * len(shape), stored)])
     placement = shards.placement_of(name, parameter, placements)
     try:
-        copies = upcycling.Copies(stored, source, name, placement.shape, upcycle, seed)
+        copies = upcycling.Copies(stored, source, name, placement.shape, upcycle, seed, scores)
     except ValueError as error:
         raise CheckpointError(f"{path}: {name}: {error}") from None
     for piece in shards.pieces(name, parameter, placement):

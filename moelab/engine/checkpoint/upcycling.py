@@ -52,7 +52,14 @@ class Copies:
     """
 
     def __init__(
-        self, stored: Tensor, source: str, name: str, shape: tuple[int, ...], config: UpcycleConfig, seed: int
+        self,
+        stored: Tensor,
+        source: str,
+        name: str,
+        shape: tuple[int, ...],
+        config: UpcycleConfig,
+        seed: int,
+        scores: str = "softmax",
     ) -> None:
         """Hold what the copies are made of.
 
@@ -62,6 +69,7 @@ class Copies:
             name: of the parameter.
             shape: of the whole parameter.
             seed: of the noise, which depends on it, the name and the expert alone, not on the layout.
+            scores: `RoutingConfig.scores` of the model.
         """
         self.name, self.config, self.seed = name, config, seed
         self.grows = source == name
@@ -75,6 +83,10 @@ class Copies:
             raise ValueError(f"a dense feed-forward of {found} does not become {tuple(shape)}")
         self.stored = stored
         self.deviation = float(stored.std(correction=0)) * config.noise
+        if name.endswith("balance_bias"):
+            self.deviation = 0.0
+            if scores == "softmax":  # its sum is 1 over any number of experts; the bias is added to it
+                self.stored = stored * (len(stored) / shape[0])
 
     def part(self, index: tuple[slice, ...]) -> Tensor:
         """Return a part of the parameter."""
@@ -88,7 +100,7 @@ class Copies:
         kept = len(self.stored)
         one = self.stored[expert % kept]
         exact = self.grows and expert < kept
-        if self.deviation and not exact and not self.name.endswith("balance_bias"):
+        if self.deviation and not exact:
             key = hashlib.sha256(f"{self.seed}/upcycle/{self.name}/{expert}".encode()).digest()
             generator = torch.Generator().manual_seed(int.from_bytes(key[:8], "big") >> 1)
             one = one + torch.empty(one.shape).normal_(0.0, self.deviation, generator=generator)
