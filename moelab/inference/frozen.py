@@ -13,8 +13,9 @@ packed (`Matrix`). On others, MKL is slow, and all but small matrices are packed
 **Batch-invariant products**: a row's result is bitwise independent of the other rows. oneDNN's products of packed
 matrices have this property for any number of rows, MKL's from a number of rows that depends on the processor and the
 shape (`least_rows`); fewer rows are repeated to reach it. Neither library guarantees the property: MKL's products are
-examined on the machine, packed ones by tests. A call of oneDNN takes about 9 us longer than one of MKL, so that small
-matrices are not packed (`PACK_FROM`). In bf16 packed products are the fastest as well, so that there is no choice.
+examined on the machine, packed ones by tests. GELU that is not part of a product, and SwiGLU, are those of
+`moelab.inference.elementwise`. A call of oneDNN takes about 9 us longer than one of MKL, so that small matrices are not
+packed (`PACK_FROM`). In bf16 packed products are the fastest as well, so that there is no choice.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from torch import Tensor, nn
 from moelab import machine
 from moelab.engine.differentiable import reduce_from_group
 from moelab.engine.tensor_slicing import RowLinear
+from moelab.inference import elementwise
 
 PACK_FROM = 1 << 17
 """Elements of the smallest fp32 matrix that is packed; bf16 matrices are always packed.
@@ -138,7 +140,7 @@ def _plain(
         y = F.linear(torch.cat([x] * least), weight_NK, bias)[: len(x)]
     if add is not None:
         return y + add
-    return F.gelu(y, approximate="tanh") if gelu else y
+    return elementwise.gelu(y) if gelu else y
 
 
 def _by_rows(

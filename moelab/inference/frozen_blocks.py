@@ -20,6 +20,8 @@ from torch import Tensor, nn
 
 from moelab import kernels
 from moelab.engine.parallel import SlicedExperts
+from moelab.inference import elementwise
+from moelab.inference.elementwise import sigmoid
 from moelab.inference.frozen import FrozenLinear, Matrix, few_rows, freeze_linear, product
 from moelab.models import GPT
 from moelab.models.activations import swiglu
@@ -28,7 +30,7 @@ from moelab.models.dispatch import LocalDispatch
 from moelab.models.gpt import Block
 from moelab.models.grouped_attention import GroupedAttention, Rotation
 from moelab.models.moe import MLP, Experts, Mix, MoE, SharedGate
-from moelab.models.routing import SCORES, Router, Routing
+from moelab.models.routing import Router, Routing
 
 Module = TypeVar("Module", bound=nn.Module)
 
@@ -60,16 +62,6 @@ def _as(kind: type[Module], module: nn.Module) -> Module:
     frozen = kind.__new__(kind)
     frozen.__dict__.update(module.__dict__)
     return frozen
-
-
-def sigmoid(x: np.ndarray) -> np.ndarray:
-    """Return the sigmoid, each element's bits independent of the others.
-
-    PyTorch computes the elements after the last whole vector by another formula than the others, so that a token's
-    bits would depend on the number of tokens.
-    """
-    with np.errstate(over="ignore"):
-        return 1 / (1 + np.exp(-x))
 
 
 class FrozenBlock(nn.Module):
@@ -132,13 +124,14 @@ class FrozenMLP(nn.Module):
     def __init__(self, mlp: MLP, batch_invariant: bool) -> None:
         super().__init__()
         self.gated = mlp.gated
+        self.swiglu = elementwise.swiglu if batch_invariant or mlp.up.weight.dtype != torch.float32 else swiglu
         self.up = freeze_linear(mlp.up, batch_invariant, gelu=not mlp.gated)
         self.down = freeze_linear(mlp.down, batch_invariant)
 
     def forward(self, x: Tensor, add: Tensor | None = None) -> Tensor:
         """Return the output [..., M] of x [..., M], with `add` [..., M] added."""
         h = self.up.forward(x)
-        return self.down.forward(swiglu(h) if self.gated else h, add)
+        return self.down.forward(self.swiglu(h) if self.gated else h, add)
 
 
 class Rows(NamedTuple):
@@ -241,6 +234,12 @@ class FrozenRouter(Router):
         """Return the logits [S, E], without noise."""
         return self.product(x_SM, None)
 
+    def activate(self, logits_SE: Tensor) -> Tensor:
+        """Return the scores as `Router.activate`, a token's bits independent of the other tokens."""
+        if self.config.scores == "sigmoid":
+            return torch.from_numpy(sigmoid(logits_SE.numpy()))
+        return super().activate(logits_SE)
+
     def choose(self, x_SM: Tensor) -> tuple[np.ndarray, np.ndarray] | None:
         """Return the chosen experts, int64 [S, K], and their weights, fp32 [S, K], as `route` does.
 
@@ -250,11 +249,9 @@ class FrozenRouter(Router):
         if cfg.drop_tokens or not len(x_SM) or self.entropies is not None:
             return None
         logits_SE = self.product(x_SM.float(), None)
-        logits_SE, scores_SE = logits_SE.numpy(), None
-        if cfg.scores == "sigmoid":
-            scores_SE = sigmoid(logits_SE)
-        elif self.balance_bias is not None:
-            scores_SE = SCORES[cfg.scores](torch.from_numpy(logits_SE)).numpy()
+        needed = cfg.scores != "softmax" or self.balance_bias is not None
+        scores_SE = self.activate(logits_SE).numpy() if needed else None
+        logits_SE = logits_SE.numpy()
         choice_SE = None if self.balance_bias is None else scores_SE + self.balance_bias.float().numpy()
         normalize = self.top_k > 1 if cfg.normalize_weights is None else cfg.normalize_weights
         weights_SE = None if cfg.scores == "softmax" else scores_SE
@@ -351,7 +348,7 @@ class PackedExperts(FrozenExperts):
         groups = [rows_RM] if bounds == [0, R] else (rows_RM[a:b] for a, b in itertools.pairwise(bounds))
         for e, rows in zip(experts, groups, strict=True) if experts else ():
             h = self.up[e](rows, self.up_bias[e], not self.gated)
-            outputs.append(self.down[e](swiglu(h) if self.gated else h, self.down_bias[e]))
+            outputs.append(self.down[e](elementwise.swiglu(h) if self.gated else h, self.down_bias[e]))
         if bounds[-1] < R or not outputs:
             outputs.append(rows_RM.new_zeros(R - bounds[-1], rows_RM.shape[1]))
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs)

@@ -87,14 +87,18 @@ class Router(nn.Module):
             x_SM = x_SM * torch.empty_like(x_SM).uniform_(1 - jitter, 1 + jitter)
         return F.linear(x_SM, self.weight.float())
 
+    def activate(self, logits_SE: Tensor) -> Tensor:
+        """Return the scores [S, E] of logits, see `RoutingConfig.scores`."""
+        return SCORES[self.config.scores](logits_SE)
+
     def route(self, logits_SE: Tensor, sequences: int = 1) -> Routing:
         """Route S tokens by their fp32 logits and all of `RoutingConfig`'s rules; add noise only in training mode."""
         cfg, S = self.config, len(logits_SE)
         noisy = self.training and cfg.choice_noise != "none"
         choice_SE = NOISE[cfg.choice_noise](logits_SE.detach()) if noisy else None
-        scores, own = SCORES[cfg.scores], cfg.scores != "softmax"  # the gate's own scores are a softmax
+        own = cfg.scores != "softmax"  # the gate's own scores are a softmax
         if self.balance_bias is not None:
-            choice_SE = scores(logits_SE.detach()) + self.balance_bias
+            choice_SE = self.activate(logits_SE.detach()) + self.balance_bias
         seed = None
         if cfg.drop_tokens and cfg.random_token_selection:
             # Training draws from torch's CPU generator, which the loop seeds for each micro-batch; evaluation always
@@ -104,7 +108,7 @@ class Router(nn.Module):
         capacity = cfg.capacity(S, self.experts, self.top_k, self.training)
         routing = self.gate(logits_SE, self.top_k, capacity, seed=seed, normalize=normalize, choice_logits_SE=choice_SE)
         if own:
-            routing = routing._replace(weight_SK=_weights(scores(logits_SE), routing, normalize))
+            routing = routing._replace(weight_SK=_weights(self.activate(logits_SE), routing, normalize))
         pool = self.pool if self.training else None
         if own or cfg.aux_choices == "all" or cfg.aux_scope == "sequence" or pool is not None:
             routing = routing._replace(aux_loss=self._aux_loss(logits_SE, routing.expert_SK, sequences, pool))
@@ -114,7 +118,7 @@ class Router(nn.Module):
 
     def _probabilities(self, logits_SE: Tensor) -> Tensor:
         """Return the scores, [S, E], divided by their sum over the experts."""
-        scores_SE = SCORES[self.config.scores](logits_SE)
+        scores_SE = self.activate(logits_SE)
         return scores_SE if self.config.scores == "softmax" else scores_SE / scores_SE.sum(1, keepdim=True)
 
     def _aux_loss(

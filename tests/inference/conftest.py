@@ -37,6 +37,14 @@ def prompts() -> list[list[int]]:
 
 
 @pytest.fixture
+def threads():
+    """Set the number of PyTorch's threads, for one test."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
 def kinds() -> dict[str, ModelConfig]:
     return KINDS
 

@@ -175,6 +175,34 @@ def test_least_rows_finds_the_number(monkeypatch):
     frozen.least_rows.cache_clear()
 
 
+@torch.inference_mode()
+@pytest.mark.parametrize("feed_forward", ["gelu", "swiglu"])
+@pytest.mark.parametrize("ffn", [24, 100, 256])
+@pytest.mark.parametrize("count", [1, 3])
+def test_a_sequence_has_the_same_bits_among_so_many_that_threads_share_them(count, ffn, feed_forward, threads):
+    threads(count)
+    config = ModelConfig(
+        layers=2, hidden=64, heads=2, experts=(0, 4), vocab=97, context=65, init_std=0.2,
+        decoder=DecoderConfig(feed_forward=feed_forward, ffn=ffn),
+    )  # fmt: skip
+    model = set_mode(build(config, 1), "invariant")
+    tokens = torch.randint(97, (41, 65), generator=torch.Generator().manual_seed(0))
+    together = model(tokens).logits_BTV
+    for i in range(0, 41, 8):
+        assert torch.equal(model(tokens[i : i + 1]).logits_BTV[0], together[i])
+
+
+@torch.inference_mode()
+def test_scores_of_a_layer_with_a_table_have_the_same_bits_in_any_company():
+    _, quick = pair(replace(BASE, routing=replace(FREE, scores="sigmoid", normalize_weights=False)))
+    x = torch.randn(301, 48, generator=torch.Generator().manual_seed(0))
+    together = quick.router(x).weight_SK
+    chosen, weights = quick.router.choose(x)
+    assert torch.equal(torch.from_numpy(weights), together)
+    for i in range(len(x)):
+        assert torch.equal(quick.router(x[i : i + 1]).weight_SK[0], together[i])
+
+
 @pytest.mark.parametrize("experts", [(0, 0), (0, 4)])
 def test_bf16_changes_no_bit_with_the_batch(experts):
     if not frozen.can_freeze(torch.bfloat16):

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from moelab.config import RoutingConfig
+from moelab.config import DecoderConfig, RoutingConfig
 from moelab.inference import Generator, Sampling, frozen, set_mode
 
 GREEDY = Sampling(max_new_tokens=8, temperature=0)
@@ -60,6 +60,13 @@ def test_the_batch_changes_no_bit_of_a_sequence(kind, prompts, make):
 def test_packed_or_not_the_batch_changes_no_bit(pack_from, hidden, kinds, prompts, make, monkeypatch):
     monkeypatch.setattr(frozen, "PACK_FROM", pack_from)
     assert_same_bits(replace(kinds["PR-MoE"], hidden=hidden), prompts, make)
+
+
+@pytest.mark.parametrize("feed_forward", ["gelu", "swiglu"])
+@pytest.mark.parametrize("ffn", [24, 40, 100])
+def test_feed_forwards_that_are_no_whole_vectors_change_no_bit(ffn, feed_forward, kinds, prompts, make):
+    decoder = DecoderConfig(feed_forward=feed_forward, ffn=ffn)
+    assert_same_bits(replace(kinds["MoE"], decoder=decoder), prompts, make)
 
 
 def assert_same_bits(kind, prompts, make):
