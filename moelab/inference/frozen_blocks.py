@@ -29,6 +29,7 @@ from moelab.models.attention import Attention, Past
 from moelab.models.dispatch import LocalDispatch
 from moelab.models.gpt import Block
 from moelab.models.grouped_attention import GroupedAttention, Rotation
+from moelab.models.loss import Further
 from moelab.models.moe import MLP, Experts, Mix, MoE, SharedGate
 from moelab.models.routing import Router, Routing
 
@@ -36,16 +37,40 @@ Module = TypeVar("Module", bound=nn.Module)
 
 
 def freeze(model: GPT, batch_invariant: bool) -> None:
-    """Replace the modules that compute matrix products by frozen ones, in place.
+    """Replace the modules that compute matrix products by frozen ones, in place; no parameter has a gradient then.
 
     Args:
         batch_invariant: whether a token's results have the same bits whatever other tokens are computed with it.
     """
+    model.requires_grad_(False)
     for i, block in enumerate(model.blocks):  # one by one, so that the parameters of one block at a time exist twice
         model.blocks[i] = FrozenBlock(block, batch_invariant)
     head, norm = product(model.output_weight, batch_invariant), freeze_norm(model.norm)
-    model.output = None
+    if model.output is not None:
+        model.output = nn.Module()  # frees the matrix; None would stand for the embedding's
     model.head = lambda x: head(norm(x), None)
+    model.losses = functools.partial(_losses, model.head)
+
+
+def is_frozen(model: GPT) -> bool:
+    """Return whether `freeze` has replaced the model's modules."""
+    return any(isinstance(block, FrozenBlock) for block in model.blocks)
+
+
+def _losses(
+    head: Callable[[Tensor], Tensor],
+    x_BTM: Tensor,
+    targets_BT: Tensor,
+    reduction: str = "mean",
+    further: Further | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Return the losses as `GPT.losses`, from all logits of a frozen head."""
+    logits_NV = head(x_BTM.flatten(0, 1)).float()
+    loss, more = F.cross_entropy(logits_NV, targets_BT.flatten(), reduction=reduction), logits_NV.new_zeros(())
+    if further is not None:
+        more, _ = further(logits_NV, 0, len(logits_NV))
+        more = more / len(logits_NV) if reduction == "mean" else more
+    return loss + more, more
 
 
 def freeze_norm(norm: nn.LayerNorm | nn.RMSNorm) -> Callable[[Tensor], Tensor]:

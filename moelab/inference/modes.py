@@ -18,7 +18,7 @@ from dataclasses import replace
 from torch import Tensor
 
 from moelab.inference.frozen import can_freeze
-from moelab.inference.frozen_blocks import freeze
+from moelab.inference.frozen_blocks import freeze, is_frozen
 from moelab.models import GPT
 from moelab.models.baseline import MaskRouter
 from moelab.models.moe import MoE
@@ -29,7 +29,7 @@ STATIC_TOKENS = 64
 
 
 def set_mode(model: GPT, mode: str = "optimised", *, drop_free: bool = True) -> GPT:
-    """Switch the model to a mode and to evaluation, in place, and return it.
+    """Switch the model to a mode and to evaluation, in place, and return it; once, where the mode freezes the model.
 
     Args:
         mode: one of `MODES`.
@@ -37,10 +37,15 @@ def set_mode(model: GPT, mode: str = "optimised", *, drop_free: bool = True) -> 
             other tokens of the batch.
 
     Raises:
-        ValueError: unknown mode, or "invariant" where it is not possible (`can_be_invariant`).
+        ValueError: unknown mode, "invariant" where it is not possible (`can_be_invariant`), or the model is frozen.
     """
     if mode not in MODES:
         raise ValueError(f"inference: mode must be {', '.join(map(repr, MODES[:-1]))} or {MODES[-1]!r}, got {mode!r}")
+    if is_frozen(model):
+        raise ValueError(
+            f"inference: mode {mode!r} needs a model with its weights, and an earlier set_mode has packed those of "
+            "this one; build or load it again"
+        )
     weight = model.token_embedding.weight
     if mode == "invariant" and not can_be_invariant(weight):
         raise ValueError(

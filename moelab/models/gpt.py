@@ -152,9 +152,7 @@ class GPT(nn.Module):
         x_BTM, routings = self.trunk(tokens_BT, cache)
         if targets_BT is None:
             return Output(self.head(x_BTM), routings)
-        x_NM = self.norm(x_BTM).flatten(0, 1)
-        losses = linear_losses(x_NM, self.output_weight, targets_BT.flatten(), reduction, further)
-        return Output(None, routings, *losses)
+        return Output(None, routings, *self.losses(x_BTM, targets_BT, reduction, further))
 
     def trunk(self, tokens_BT: Tensor, cache: Cache | None = None) -> tuple[Tensor, tuple[Routing, ...]]:
         """Compute the embedding and all blocks; return (x_BTM, a `Routing` per MoE layer)."""
@@ -180,6 +178,13 @@ class GPT(nn.Module):
     def head(self, x: Tensor) -> Tensor:
         """Return the logits of the next token, [..., V], from the trunk's output [..., M]."""
         return F.linear(self.norm(x), self.output_weight)
+
+    def losses(
+        self, x_BTM: Tensor, targets_BT: Tensor, reduction: str = "mean", further: Further | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Return (`Output.loss`, `Output.further`) from the trunk's output; arguments as of `forward`."""
+        x_NM = self.norm(x_BTM).flatten(0, 1)
+        return linear_losses(x_NM, self.output_weight, targets_BT.flatten(), reduction, further)
 
     @torch.no_grad()
     def init_weights(self, seed: int) -> None:

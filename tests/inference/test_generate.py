@@ -225,3 +225,33 @@ def test_bad_settings(kinds, make):
     with pytest.raises(ValueError, match=r"'invariant' needs a CPU whose oneDNN .* got torch.float16 on cpu"):
         set_mode(make(kinds["dense"]).half(), "invariant")
     assert Generator(model).generate([]) == []
+
+
+@pytest.mark.parametrize("mode", ["optimised", "invariant"])
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_frozen_model_has_its_loss_with_and_without_gradients_on(mode, tied, kinds, make):
+    kind = replace(kinds["MoE"], decoder=DecoderConfig(tied=tied))
+    tokens = torch.randint(320, (3, 21), generator=torch.Generator().manual_seed(0))
+    inputs = {"tokens_BT": tokens[:, :-1], "targets_BT": tokens[:, 1:]}
+    plain, model = make(kind), set_mode(make(kind), mode)
+
+    def further(logits_NV, first, past):
+        return logits_NV.logsumexp(1).sum(), torch.zeros_like(logits_NV)
+
+    for options in ({}, {"reduction": "sum"}, {"further": further}):
+        with torch.no_grad():
+            expected = plain(**inputs, **options)
+        found = model(**inputs, **options)
+        assert not found.loss.requires_grad
+        torch.testing.assert_close(found.loss, expected.loss)
+        torch.testing.assert_close(found.further, expected.further)
+    assert not any(p.requires_grad for p in model.parameters())
+    assert tied or not hasattr(model, "output_weight"), "nobody takes the embedding for the head"
+
+
+@pytest.mark.parametrize("again", ["optimised", "invariant", "baseline"])
+def test_a_frozen_model_is_not_switched_again(again, kinds, make):
+    model = set_mode(make(kinds["MoE"]), "optimised")
+    with pytest.raises(ValueError, match=rf"^inference: mode '{again}' needs .*; build or load it again$"):
+        set_mode(model, again)
+    set_mode(set_mode(make(kinds["MoE"]), "baseline"), again)
