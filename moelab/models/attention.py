@@ -92,6 +92,12 @@ class _ShortAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, qkv_BT3HD: Tensor) -> Tensor:
+        # Autocast would compute the products of fp32 scores in bf16.
+        with torch.autocast(qkv_BT3HD.device.type, enabled=False):
+            return _ShortAttention._forward(ctx, qkv_BT3HD)
+
+    @staticmethod
+    def _forward(ctx, qkv_BT3HD: Tensor) -> Tensor:
         B, T, _, H, D = qkv_BT3HD.shape
         wide = torch.promote_types(qkv_BT3HD.dtype, torch.float32)
         q_NTD, k_NTD, v_NTD = qkv_BT3HD.permute(2, 3, 0, 1, 4).reshape(3, H * B, T, D)

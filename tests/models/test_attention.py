@@ -31,13 +31,16 @@ def test_output_and_gradient_are_those_of_the_plain_function(B, T, H, D):
         torch.testing.assert_close(ours.double(), theirs, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("autocast", [False, True])
 @pytest.mark.parametrize("scale", [1, 4])  # of queries and keys: flat and peaked probabilities
-def test_bf16_is_as_exact_as_the_fused_kernel(scale):
+def test_bf16_is_as_exact_as_the_fused_kernel(scale, autocast):
     qkv = torch.randn(4, 128, 3, 2, 32, generator=torch.Generator().manual_seed(0))
     qkv[:, :, :2] *= scale
     qkv = qkv.bfloat16()
     exact = outcome(plain, qkv.double())
-    for ours, theirs, truth in zip(outcome(short_attention, qkv), outcome(plain, qkv), exact, strict=True):
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        found, fused = outcome(short_attention, qkv), outcome(plain, qkv)
+    for ours, theirs, truth in zip(found, fused, exact, strict=True):
         assert ours.dtype == torch.bfloat16
         assert (ours - truth).norm() <= 1.6 * (theirs - truth).norm()
 
