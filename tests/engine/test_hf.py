@@ -2,6 +2,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from moelab.config import ModelConfig
 from moelab.data import Tokenizer
@@ -99,7 +100,28 @@ def test_bad_directories(tmp_path):
         write_json(folder / "config.json", {**record, **change})
         with pytest.raises(ValueError, match=message):
             hf.load(folder)
+    for change, message in (
+        ({"model_type": ["gpt2"]}, r"model_type \['gpt2'\] is not supported"),
+        ({"n_head": 0}, r"config\.json: n_head must be at least 1, got 0"),
+        ({"n_head": 5}, r"config\.json: model: 5 heads do not divide hidden size 32"),
+        ({"eos_token_id": []}, r"config\.json: eos_token_id must be a whole number or a list of them, got \[\]"),
+        ({"eos_token_id": "end"}, r"config\.json: eos_token_id must be a whole number or a list of them, got 'end'"),
+    ):
+        write_json(folder / "config.json", {**record, **change})
+        with pytest.raises(ValueError, match=message):
+            hf.convert(folder, tmp_path / "converted")
+    write_json(folder / "config.json", {**record, "eos_token_id": [7, 8]})
+    hf.convert(folder, tmp_path / "converted", "gpt2")
+    assert read_json(tmp_path / "converted" / "config.json")["eos_token_id"] == 7
     write_json(folder / "config.json", record)
+    for index in ({"metadata": {}}, [1], {"weight_map": []}, {"weight_map": {"wte.weight": 3}}):
+        write_json(folder / "model.safetensors.index.json", index)
+        with pytest.raises(ValueError, match=r"index\.json: weight_map must be an object of tensor names and their fi"):
+            hf.load(folder)
+    (folder / "model.safetensors.index.json").unlink()
+    save_file({}, folder / "model.safetensors")
+    with pytest.raises(ValueError, match=r"no tensor in model\.safetensors"):
+        hf.load(folder)
     (folder / "model.safetensors").write_bytes(b"nothing")
     with pytest.raises(ValueError, match="unreadable"):
         hf.load(folder)

@@ -154,6 +154,76 @@ def test_ranks_read_their_experts(tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("name", "settings", "missing"),
+    [
+        ("olmoe", {"rms_norm_eps": 1e-5, "router_aux_loss_coef": 0.01}, ["rms_norm_eps", "router_aux_loss_coef"]),
+        ("mixtral", {"rms_norm_eps": 1e-5}, ["rms_norm_eps", "head_dim", "router_aux_loss_coef"]),
+        ("qwen2_moe", {"rms_norm_eps": 1e-6}, ["rms_norm_eps", "initializer_range", "decoder_sparse_step"]),
+        ("qwen3_moe", {"rms_norm_eps": 1e-6, "head_dim": None}, ["rms_norm_eps", "head_dim", "router_aux_loss_coef"]),
+    ],
+)
+def test_what_is_missing_or_null_has_the_value_of_transformers(tmp_path, name, settings, missing, monkeypatch):
+    kind, given = FAMILIES[name]
+    given = {key: value for key, value in {**given, **settings}.items() if value is not None and key != "head_dim"}
+    monkeypatch.setitem(FAMILIES, name, (kind, given))
+    original = theirs(name, tmp_path / "in")
+    with torch.no_grad():  # small activations, so that the norms' epsilon counts
+        original.model.embed_tokens.weight.mul_(1e-3)
+    original.save_pretrained(tmp_path / "in")
+    record = read_json(tmp_path / "in" / "config.json")
+    for changed in (
+        {key: value for key, value in record.items() if key not in missing},
+        {**record, **dict.fromkeys(missing)},
+    ):
+        write_json(tmp_path / "in" / "config.json", changed)
+        model = hf.load(tmp_path / "in").eval()
+        default = getattr(transformers, f"{kind}Config")()
+        assert model.config.head_size == 8 and model.config.routing.aux_loss == default.router_aux_loss_coef
+        with torch.no_grad():
+            expected = original(TOKENS).logits
+            torch.testing.assert_close(
+                model(TOKENS).logits_BTV, expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max())
+            )
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"num_attention_heads": 0}, "num_attention_heads must be at least 1, got 0"),
+        ({"num_hidden_layers": -1}, "num_hidden_layers must be at least 1, got -1"),
+        ({"rms_norm_eps": "tiny"}, "rms_norm_eps must be a number not below 0, got 'tiny'"),
+        ({"rms_norm_eps": 0}, "decoder: norm_eps must be positive, got 0.0"),
+        ({"router_aux_loss_coef": "none"}, "router_aux_loss_coef must be a number not below 0, got 'none'"),
+        ({"initializer_range": -1.0}, "initializer_range must be a number not below 0, got -1.0"),
+        ({"rope_parameters": [1]}, r"rope_parameters must be an object, got \[1\]"),
+        ({"rope_parameters": None, "rope_scaling": "yarn"}, "rope_scaling must be an object, got 'yarn'"),
+        ({"rope_parameters": {"rope_theta": "1e4"}}, "rope_theta must be a number not below 0, got '1e4'"),
+        ({"decoder_sparse_step": "2"}, "decoder_sparse_step must be a whole number, got '2'"),
+        ({"decoder_sparse_step": 0}, "decoder_sparse_step must be at least 1, got 0"),
+        ({"mlp_only_layers": 1}, "mlp_only_layers must be a list of whole numbers, got 1"),
+        ({"mlp_only_layers": ["1"]}, r"mlp_only_layers must be a list of whole numbers, got \['1'\]"),
+    ],
+)
+def test_a_malformed_value_is_refused_in_one_line_with_file_and_key(tmp_path, change, message):
+    kind, settings = FAMILIES["qwen3_moe"]
+    record = getattr(transformers, f"{kind}Config")(**{**TINY, **settings}).to_dict()
+    write_json(tmp_path / "config.json", {**record, "norm_topk_prob": True, **change})
+    with pytest.raises(ValueError, match=rf"config\.json: {message}$") as error:
+        hf.read_config(tmp_path)
+    assert "\n" not in str(error.value) and str(error.value).count("config.json") == 1
+
+
+def test_null_means_the_default(tmp_path):
+    kind, settings = FAMILIES["qwen3_moe"]
+    record = getattr(transformers, f"{kind}Config")(**{**TINY, **settings}).to_dict()
+    names = ("router_aux_loss_coef", "rms_norm_eps", "decoder_sparse_step", "mlp_only_layers", "num_key_value_heads")
+    write_json(tmp_path / "config.json", {**record, **dict.fromkeys(names), "rope_parameters": {"rope_theta": None}})
+    config = hf.read_config(tmp_path)
+    assert config.routing.aux_loss == 0.001 and config.decoder.norm_eps == 1e-6 and config.kv_heads == config.heads
+    assert config.decoder.rotary_base == 10_000.0 and all(config.experts)
+
+
+@pytest.mark.parametrize(
     ("change", "message"),
     [
         ({"hidden_act": "gelu"}, "hidden_act is 'gelu', supported is 'silu'"),

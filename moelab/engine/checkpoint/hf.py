@@ -92,17 +92,26 @@ def convert(source: Path, directory: Path, model_type: str = "moelab", name: str
     """
     kind, config, record = _read_config(source)
     config = replace(config, name=name or config.name)
-    target, eot = _format(model_type), record.get("eos_token_id")
+    target, eot = _format(model_type), _end_of_text(record, source / _CONFIG)
     with _Files(source, kind) as files, _new(directory) as new:
         _check_names(files, kind, config)
         tensors = _tensors(
             target, config, ((name, files.whole(name, shape, config)) for name, shape in _shapes(config))
         )
-        _write(new, target, config, eot[0] if isinstance(eot, list) else eot, tensors)
+        _write(new, target, config, eot, tensors)
         for name in _BESIDE:
             if (source / name).is_file():
                 shutil.copyfile(source / name, new / name)
     return config
+
+
+def _end_of_text(record: dict[str, Any], where: Path) -> int | None:
+    """Return the id of the token that ends a text, the first if there are several."""
+    ids = record.get("eos_token_id")
+    first = ids[0] if isinstance(ids, list) and ids else ids
+    if first is not None and type(first) is not int:
+        raise ValueError(f"{where}: eos_token_id must be a whole number or a list of them, got {ids!r}")
+    return first
 
 
 def suitable_format(config: ModelConfig) -> str:
@@ -248,7 +257,7 @@ def _read_config(directory: Path) -> tuple[Format, ModelConfig, dict[str, Any]]:
     if not isinstance(record, dict):
         raise ValueError(f"{directory}: no model here ({_CONFIG} is missing or no object)")
     model_type = record.get("model_type")
-    if model_type not in FORMATS:
+    if not isinstance(model_type, str) or model_type not in FORMATS:
         raise ValueError(f"{directory}: model_type {model_type!r} is not supported; allowed: {', '.join(FORMATS)}")
     kind = FORMATS[model_type]
     return kind, kind.read_config(record, directory / _CONFIG), record
@@ -271,13 +280,23 @@ def _check_names(files: _Files, kind: Format, config: ModelConfig) -> None:
             raise ValueError(f"{files.directory}: lm_head differs from the embedding; our head is tied to it")
 
 
+def _files_of_index(path: Path) -> list[str]:
+    """Return the names of the files in which an index places tensors; none without an index."""
+    index = read_json(path)
+    if index is None:
+        return []
+    placed = index.get("weight_map") if isinstance(index, dict) else None
+    if not isinstance(placed, dict) or not placed or any(not isinstance(file, str) for file in placed.values()):
+        raise ValueError(f"{path}: weight_map must be an object of tensor names and their files")
+    return sorted(set(placed.values()))
+
+
 class _Files:
     """The safetensors files of a directory, one or several with an index."""
 
     def __init__(self, directory: Path, kind: Format) -> None:
         self.directory, self.kind = directory, kind
-        index = read_json(directory / _INDEX)
-        files = sorted(set(index["weight_map"].values())) if index else [_WEIGHTS]
+        files = _files_of_index(directory / _INDEX) or [_WEIGHTS]
         self._open: list[Any] = []
         self.names: dict[str, Any] = {}
         for file in files:
@@ -290,6 +309,8 @@ class _Files:
                 raise ValueError(f"{path}: unreadable ({error})") from None
             self._open.append(opened)
             self.names.update(dict.fromkeys(opened.keys(), opened))
+        if not self.names:
+            raise ValueError(f"{directory}: no tensor in {', '.join(files)}")
         self.prefix = kind.prefix if any(name.startswith(kind.prefix) for name in self.names) else ""
 
     def dtype(self) -> torch.dtype:

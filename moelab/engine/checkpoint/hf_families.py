@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from moelab.config import DecoderConfig, ExpertConfig, ModelConfig, RoutingConfig
-from moelab.engine.checkpoint.hf_formats import Format, Part, check_fixed, setting
+from moelab.engine.checkpoint.hf_formats import Format, Part, check_fixed, number, setting
 
 _ARCHITECTURES = {
     "olmoe": "OlmoeForCausalLM",
@@ -26,6 +26,9 @@ _ARCHITECTURES = {
     "qwen3_moe": "Qwen3MoeForCausalLM",
 }
 _QWEN = ("qwen2_moe", "qwen3_moe")
+_NORM_EPS = {"olmoe": 1e-5, "mixtral": 1e-5, "qwen2_moe": 1e-6, "qwen3_moe": 1e-6}
+_AUX_LOSS = {"olmoe": 0.01, "mixtral": 0.001, "qwen2_moe": 0.001, "qwen3_moe": 0.001}
+"""What a missing `rms_norm_eps` and a missing `router_aux_loss_coef` mean."""
 _FIXED: dict[str, dict[str, Any]] = {
     "olmoe": {"hidden_act": "silu", "attention_bias": False, "clip_qkv": None},
     "mixtral": {"hidden_act": "silu", "sliding_window": None},
@@ -37,46 +40,57 @@ _FIXED: dict[str, dict[str, Any]] = {
 def _read_config(record: dict[str, Any], where: Path) -> ModelConfig:
     kind = record["model_type"]
     check_fixed(record, _FIXED[kind], where)
-    layers, hidden, heads = (
-        setting(record, name, where) for name in ("num_hidden_layers", "hidden_size", "num_attention_heads")
+    layers, hidden, heads, ffn, vocab, context, top_k = (
+        setting(record, name, where)
+        for name in (
+            "num_hidden_layers",
+            "hidden_size",
+            "num_attention_heads",
+            "intermediate_size",
+            "vocab_size",
+            "max_position_embeddings",
+            "num_experts_per_tok",
+        )
     )
-    count = "num_local_experts" if "num_local_experts" in record else "num_experts"
-    experts, top_k = setting(record, count, where), setting(record, "num_experts_per_tok", where)
-    ffn = setting(record, "intermediate_size", where)
-    pattern = tuple(experts if _is_moe(record, layer) else 0 for layer in range(layers))
+    experts = setting(record, "num_local_experts" if "num_local_experts" in record else "num_experts", where)
+    dense = _dense_layers(record, layers, where)
     expert = ExpertConfig()
     if kind in _QWEN:
         expert = ExpertConfig(ffn=setting(record, "moe_intermediate_size", where))
     if kind == "qwen2_moe":
         shared = setting(record, "shared_expert_intermediate_size", where)
         expert = ExpertConfig(expert.ffn, shared=1, shared_ffn=shared, shared_gate=True)
-    head_size = setting(record, "head_dim", where, default=128 if kind == "qwen3_moe" else hidden // heads)
-    decoder = DecoderConfig.modern(
-        norm_eps=float(record.get("rms_norm_eps", 1e-6)),
-        qk_norm={"olmoe": "all", "qwen3_moe": "head"}.get(kind, "none"),
-        rotary_base=_rotary_base(record, where),
-        kv_heads=_unless(setting(record, "num_key_value_heads", where, default=heads), heads),
-        head_size=_unless(head_size, hidden // heads if hidden % heads == 0 else 0),
-        ffn=ffn,
-        biases="qkv" if kind == "qwen2_moe" else "none",
-        tied=bool(record.get("tie_word_embeddings", False)),
-    )
-    routing = RoutingConfig(
-        drop_tokens=False,
-        normalize_weights=kind == "mixtral" or bool(record.get("norm_topk_prob", False)),
-        aux_loss=float(record.get("router_aux_loss_coef", 0.001)),
-        aux_choices="all",
-    )
+    kv_heads = setting(record, "num_key_value_heads", where, default=heads)
+    head_size = setting(record, "head_dim", where, default=hidden // heads)
+    norm_eps = number(record, "rms_norm_eps", where, _NORM_EPS[kind])
+    aux_loss = number(record, "router_aux_loss_coef", where, _AUX_LOSS[kind])
+    init_std, rotary_base = number(record, "initializer_range", where, 0.02), _rotary_base(record, where)
     try:
+        decoder = DecoderConfig.modern(
+            norm_eps=norm_eps,
+            qk_norm={"olmoe": "all", "qwen3_moe": "head"}.get(kind, "none"),
+            rotary_base=rotary_base,
+            kv_heads=_unless(kv_heads, heads),
+            head_size=_unless(head_size, hidden // heads if hidden % heads == 0 else 0),
+            ffn=ffn,
+            biases="qkv" if kind == "qwen2_moe" else "none",
+            tied=bool(record.get("tie_word_embeddings", False)),
+        )
+        routing = RoutingConfig(
+            drop_tokens=False,
+            normalize_weights=kind == "mixtral" or bool(record.get("norm_topk_prob", False)),
+            aux_loss=aux_loss,
+            aux_choices="all",
+        )
         return ModelConfig(
             layers=layers,
             hidden=hidden,
             heads=heads,
-            experts=pattern,
+            experts=tuple(0 if layer in dense else experts for layer in range(layers)),
             top_k=top_k,
-            vocab=setting(record, "vocab_size", where),
-            context=setting(record, "max_position_embeddings", where),
-            init_std=float(record.get("initializer_range", 0.02)),
+            vocab=vocab,
+            context=context,
+            init_std=init_std,
             routing=routing,
             decoder=decoder,
             expert=expert,
@@ -90,21 +104,27 @@ def _unless(value: int, usual: int) -> int:
     return 0 if value == usual else value
 
 
-def _is_moe(record: dict[str, Any], layer: int) -> bool:
+def _dense_layers(record: dict[str, Any], layers: int, where: Path) -> set[int]:
+    """Return the layers without experts, counted from 0."""
     if record["model_type"] not in _QWEN:
-        return True
-    step = record.get("decoder_sparse_step") or 1
-    return layer not in (record.get("mlp_only_layers") or ()) and (layer + 1) % step == 0
+        return set()
+    step, named = setting(record, "decoder_sparse_step", where, default=1), record.get("mlp_only_layers") or []
+    if not isinstance(named, list) or any(type(layer) is not int for layer in named):
+        raise ValueError(f"{where}: mlp_only_layers must be a list of whole numbers, got {named!r}")
+    return {layer for layer in range(layers) if (layer + 1) % step} | set(named)
 
 
 def _rotary_base(record: dict[str, Any], where: Path) -> float:
     """Return the base of the rotation: `rope_theta`, or in newer files a setting of `rope_parameters`."""
-    parameters = record.get("rope_parameters") or record.get("rope_scaling") or {}
+    name = "rope_parameters" if record.get("rope_parameters") else "rope_scaling"
+    parameters = record.get(name) or {}
+    if not isinstance(parameters, dict):
+        raise ValueError(f"{where}: {name} must be an object, got {parameters!r}")
     kind = parameters.get("rope_type", parameters.get("type", "default"))
     if kind != "default":
         raise ValueError(f"{where}: rotary positions of type {kind!r}, supported is 'default'")
     default = 1e6 if record["model_type"] == "mixtral" else 10_000.0
-    return float(parameters.get("rope_theta", record.get("rope_theta", default)))
+    return number(parameters, "rope_theta", where, number(record, "rope_theta", where, default))
 
 
 def family_of(config: ModelConfig) -> str | None:

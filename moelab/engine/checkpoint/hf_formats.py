@@ -6,6 +6,7 @@ all formats by it. This module has GPT-2's format and our own, `hf_families` tho
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -47,7 +48,7 @@ class Format(NamedTuple):
 
 
 def setting(record: dict[str, Any], name: str, where: Path, default: int | None = None) -> int:
-    """Return a whole number of a `config.json`.
+    """Return a whole number above 0 of a `config.json`.
 
     Raises:
         ValueError: one line: it is missing or something else.
@@ -57,7 +58,23 @@ def setting(record: dict[str, Any], name: str, where: Path, default: int | None 
         return default
     if type(value) is not int:
         raise ValueError(f"{where}: {name} must be a whole number, got {value!r}")
+    if value < 1:
+        raise ValueError(f"{where}: {name} must be at least 1, got {value}")
     return value
+
+
+def number(record: dict[str, Any], name: str, where: Path, default: float) -> float:
+    """Return a number of a `config.json`, not below 0; the default if it is missing or null.
+
+    Raises:
+        ValueError: one line: it is something else.
+    """
+    value = record.get(name)
+    if value is None:
+        return default
+    if type(value) not in (int, float) or not 0 <= value < math.inf:
+        raise ValueError(f"{where}: {name} must be a number not below 0, got {value!r}")
+    return float(value)
 
 
 def check_fixed(record: dict[str, Any], fixed: dict[str, Any], where: Path) -> None:
@@ -135,7 +152,10 @@ def _read_gpt2_config(record: dict[str, Any], where: Path) -> ModelConfig:
     sizes = {ours: setting(record, name, where) for ours, name in (*theirs.items(), ("context", "n_positions"))}
     if record.get("n_inner") not in (None, 4 * sizes["hidden"]):
         raise ValueError(f"{where}: n_inner is {record['n_inner']}, supported is 4 x n_embd")
-    return ModelConfig(**sizes)
+    try:
+        return ModelConfig(**sizes)
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from None
 
 
 def is_gpt2(config: ModelConfig) -> bool:
