@@ -111,6 +111,11 @@ class ModelConfig:
             f"{where}: rotary positions rotate halves of a head, so its size {self.head_size} must be even",
         )
         _check(0 <= self.dropout < 1, f"{where}: dropout must be in [0, 1), got {self.dropout}")
+        _check(
+            self.routing.choice_noise != "gumbel_second" or self.top_k > 1,
+            f"{where}: choice_noise 'gumbel_second' is of the choices after the first, so top_k must be at least 2, "
+            f"got {self.top_k}",
+        )
         check_choices(self, where)
 
     # -- names -------------------------------------------------------------------------------------------------------

@@ -27,7 +27,7 @@ class RoutingConfig:
         input_jitter: in training, multiply the gate's input by U(1 - x, 1 + x); the paper's policy 'Jitter' uses 0.01.
         choice_noise: in training, add noise to the logits that choose the experts (not to those of the weights):
             "gumbel" to all of them ('RSample'), "gumbel_second" to all but the largest (the released top-2 gate samples
-            its second expert in this way).
+            its second expert in this way; needs K > 1).
         scores: function from logits to scores, from which the weights of the choices are taken: "softmax" over the
             experts (the paper), or "sigmoid" of each logit (DeepSeek-V3).
         normalize_weights: divide the weights of a token's kept choices by their sum; None means only if K > 1.
@@ -60,12 +60,16 @@ class RoutingConfig:
 
     def __post_init__(self) -> None:
         _check(
-            self.capacity_factor > 0 and self.capacity_factor_eval > 0,
-            f"routing: capacity factors must be positive, got {self.capacity_factor} and {self.capacity_factor_eval}",
+            all(0 < factor < math.inf for factor in (self.capacity_factor, self.capacity_factor_eval)),
+            "routing: capacity factors must be positive and finite (drop_tokens=False sets no limit), got "
+            f"{self.capacity_factor} and {self.capacity_factor_eval}",
         )
         _check(self.min_capacity >= 1, f"routing: min_capacity must be at least 1, got {self.min_capacity}")
         _check(0 <= self.input_jitter < 1, f"routing: input_jitter must be in [0, 1), got {self.input_jitter}")
         _check(0 <= self.balance_rate < 1, f"routing: balance_rate must be in [0, 1), got {self.balance_rate}")
+        for what in ("aux_loss", "z_loss"):
+            value = getattr(self, what)
+            _check(0 <= value < math.inf, f"routing: {what} must be 0 or more and finite, got {value}")
         _check(
             not self.balance_rate or self.choice_noise == "none",
             f"routing: choice_noise {self.choice_noise!r} is added to logits, the bias of balance_rate to scores; "

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from moelab import kernels
 from moelab.config import ModelConfig
+from moelab.kernels.gating import MAX_EXPERTS
 from moelab.models.activations import gelu, swiglu
 from moelab.models.dispatch import Dispatch, DispatchFactory, make_dispatch
 from moelab.models.routing import Router, Routing
@@ -101,6 +102,8 @@ class MoE(nn.Module):
     """
 
     def __init__(self, config: ModelConfig, experts: int) -> None:
+        if experts > MAX_EXPERTS:
+            raise ValueError(f"model: a layer of {experts} experts; the gate takes up to {MAX_EXPERTS}")
         super().__init__()
         self.router = Router(config.hidden, experts, config.top_k, config.routing)
         kind = {"gated": config.decoder.gated, "biases": config.decoder.biases == "all"}

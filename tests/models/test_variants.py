@@ -108,6 +108,7 @@ def test_flops_per_token_are_those_of_the_weights_a_token_uses(config):
         ({"decoder": DecoderConfig.modern(head_size=7)}, "size 7 must be even"),
         ({"residual": True}, "shared experts need MoE layers without residual"),
         ({"experts": (0, 0, 0), "top_k": 1}, "shared experts need MoE layers"),
+        ({"routing": RoutingConfig(choice_noise="gumbel_second"), "top_k": 1}, "top_k must be at least 2, got 1"),
     ],
 )
 def test_impossible_variants_are_refused_in_one_line(change, part):
@@ -116,12 +117,26 @@ def test_impossible_variants_are_refused_in_one_line(change, part):
     assert part in str(error.value) and "\n" not in str(error.value)
 
 
+def test_more_experts_than_the_gate_takes_are_refused_when_the_model_is_built():
+    config = replace(MODERN, experts=(0, 512, 513))
+    assert config.parameters() > 0, "a simulation may have them"
+    with torch.device("meta"), pytest.raises(ValueError, match=r"^model: a layer of 513 experts; the gate takes up to"):
+        GPT(config)
+    with torch.device("meta"):
+        GPT(replace(config, experts=(0, 512, 512)))
+
+
 @pytest.mark.parametrize(
     ("make", "part"),
     [
         (lambda: ExpertConfig(shared_gate=True), "shared is 0"),
         (lambda: RoutingConfig(balance_rate=0.1, choice_noise="gumbel"), "use one of them"),
         (lambda: RoutingConfig(scores="tanh"), "scores must be one of"),
+        (lambda: RoutingConfig(capacity_factor=math.inf), "finite (drop_tokens=False sets no limit), got inf and 1.0"),
+        (lambda: RoutingConfig(capacity_factor_eval=math.nan), "positive and finite"),
+        (lambda: RoutingConfig(aux_loss=math.nan), "aux_loss must be 0 or more and finite, got nan"),
+        (lambda: RoutingConfig(aux_loss=math.inf), "aux_loss must be 0 or more and finite, got inf"),
+        (lambda: RoutingConfig(z_loss=-1.0), "z_loss must be 0 or more and finite, got -1.0"),
         (lambda: DecoderConfig(norm="batch"), "norm must be one of"),
         (lambda: expert_pattern(4, 8, dense_first=4), "no MoE layer among 4"),
     ],
