@@ -214,7 +214,8 @@ class ModelConfig:
         layers. Every second twin layer has the largest number of experts in its own and the preceding range, divided
         by `experts`; so first and second half stay apart, and a pyramid keeps its larger last layers. `init_std` grows
         as 1 / sqrt(hidden), so that products start at the source's magnitude (LOG.md has the effect). Heads are about
-        `head_size` wide (the 350M model's own width; narrower ones are slower on a CPU, see LOG.md).
+        `head_size` wide (the 350M model's own width; narrower ones are slower on a CPU, see LOG.md). A twin without
+        MoE layers has neither a residual branch nor shared experts.
         """
         layers = max(1, round(self.layers / depth))
         ratio = self.layers / layers
@@ -224,11 +225,12 @@ class ModelConfig:
             count = max(window, default=0)
             twin_experts[i - 1] = max(2, round(count / experts)) if count else 0
         width = max(16, round(self.hidden / hidden / 16) * 16)
-        heads = max(1, round(width / head_size))
-        while width % heads:
+        decoder, expert = self.decoder, self.expert if any(twin_experts) else ExpertConfig()
+        unit = 1 if decoder.positions == "learned" else 2  # rotary positions rotate halves of a head
+        heads = max(1, round(width / max(head_size, unit)))
+        while width % (heads * unit):
             heads += 1
         scale = width / self.hidden
-        decoder, expert = self.decoder, self.expert
         kv_heads = decoder.kv_heads and math.gcd(heads, max(1, round(heads * decoder.kv_heads / self.heads)))
         return replace(
             self,

@@ -8,6 +8,8 @@ from hypothesis import strategies as st
 from moelab import paper
 from moelab.config import (
     DataConfig,
+    DecoderConfig,
+    ExpertConfig,
     ModelConfig,
     RoutingConfig,
     TrainConfig,
@@ -139,6 +141,21 @@ def test_twins_keep_the_shape_rule():
     assert ModelConfig.parse("350M+MoE-128 twin") == ModelConfig.parse("350M+MoE-128").shrink()
     assert ModelConfig.parse("1.3B").shrink().head_size == 64
     assert twin.init_std == pytest.approx(0.014 * 4)  # 1 / sqrt(hidden)
+
+
+@pytest.mark.parametrize("expert", [ExpertConfig(shared=1), ExpertConfig(ffn=64, shared=2, shared_gate=True)])
+def test_a_twin_without_moe_layers_has_no_shared_experts(expert):
+    source = ModelConfig(layers=3, hidden=512, heads=8, experts=(0, 8, 8), expert=expert)
+    twin = source.shrink()
+    assert twin.experts == (0,) and twin.expert == ExpertConfig() and not twin.is_moe
+    assert replace(source, layers=6, experts=(0, 8) * 3).shrink().expert.shared == expert.shared
+
+
+@pytest.mark.parametrize(("hidden", "heads", "head_size"), [(9408, 147, 64), (15616, 122, 64), (512, 8, 1)])
+def test_a_twin_with_rotary_positions_has_heads_of_even_size(hidden, heads, head_size):
+    rotary = ModelConfig(layers=24, hidden=hidden, heads=heads, decoder=DecoderConfig.modern())
+    twin = rotary.shrink(head_size=head_size)
+    assert twin.head_size % 2 == 0 and twin.hidden % twin.heads == 0
 
 
 def test_an_experts_size_is_that_of_the_built_one():
