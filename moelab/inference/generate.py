@@ -146,6 +146,7 @@ class Generator:
         Raises:
             ValueError: a prompt is empty, too long, or has an id outside the vocabulary; raised by the call, before the
                 first forward pass.
+                Raised by the iterator, except in static steps: the model's logits are NaN or infinite.
             RuntimeError: a stream is read after a later one has begun; raised by the iterator.
         """
         sampling = sampling or Sampling()
@@ -238,6 +239,10 @@ class Generator:
         """Choose a token for each sequence and append it."""
         if not sequences:
             return []
+        finite_B = logits_BV.amax(1).isfinite()  # of a row with a NaN, that is the maximum
+        if not finite_B.all():
+            index = sequences[finite_B.tolist().index(False)].index
+            raise ValueError(f"generate: prompt {index}: the model's logits of the next token are NaN or infinite")
         draws_B = None
         if not sampling.greedy:
             draws = [s.draws[len(s.tokens)] for s in sequences]

@@ -16,6 +16,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+_COLDEST = 1e-30
+"""Lower temperatures are taken as this one, which fp32 can divide by; scores below the largest are -inf there too."""
+
 
 @dataclass(frozen=True)
 class Sampling:
@@ -69,11 +72,12 @@ def uniforms(seed: int, prompts: Sequence[Sequence[int]], count: int) -> np.ndar
 def choose(logits_BV: Tensor, uniform_B: Tensor | None, sampling: Sampling) -> Tensor:
     """Return the next token of each sequence, int64 [B]: the inverse cumulative distribution at `uniform_B`.
 
-    The greedy choice does not use `uniform_B`.
+    The greedy choice does not use `uniform_B`. Each sequence needs a largest logit that is finite.
     """
     if sampling.greedy:
         return logits_BV.argmax(1)
-    scores = logits_BV.float() / sampling.temperature
+    scores = logits_BV.float()
+    scores = (scores - scores.amax(1, keepdim=True)) / max(sampling.temperature, _COLDEST)
     ids = None
     if 0 < sampling.top_k < scores.shape[1]:
         scores, ids = scores.topk(sampling.top_k)

@@ -249,6 +249,17 @@ def test_a_frozen_model_has_its_loss_with_and_without_gradients_on(mode, tied, k
     assert tied or not hasattr(model, "output_weight"), "nobody takes the embedding for the head"
 
 
+@pytest.mark.parametrize("sampling", [GREEDY, Sampling(), Sampling(top_k=3)], ids=["greedy", "all", "top-k"])
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_logits_that_are_no_numbers_are_refused_in_one_line(value, sampling, kinds, make):
+    model = make(kinds["dense"])
+    with torch.no_grad():
+        model.token_embedding.weight[17] = value
+    generator = Generator(set_mode(model), batch=2)
+    with pytest.raises(ValueError, match=r"^generate: prompt 0: the model's logits .* are NaN or infinite$"):
+        generator.generate([[17, 2], [3]], sampling)
+
+
 @pytest.mark.parametrize("again", ["optimised", "invariant", "baseline"])
 def test_a_frozen_model_is_not_switched_again(again, kinds, make):
     model = set_mode(make(kinds["MoE"]), "optimised")

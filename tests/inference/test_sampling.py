@@ -53,6 +53,14 @@ def test_greedy_is_the_likeliest_and_the_limit_of_cold():
     assert frequencies(Sampling(temperature=1e-4))[3] == 1
 
 
+@pytest.mark.parametrize("others", [{}, {"top_k": 2}, {"top_p": 0.9}], ids=str)
+@pytest.mark.parametrize("temperature", [1e-30, 1e-38, 1e-40, 1e-46, 5e-324])
+def test_the_coldest_is_the_likeliest(temperature, others):
+    logits = torch.tensor([[1.0, 5.0, 3.0], [-300.0, -500.0, -400.0], [7.0, 7.0 - 1e-5, -torch.inf]])
+    u = torch.tensor([0.5, 0.999, 0.0], dtype=torch.float64)
+    assert choose(logits, u, Sampling(temperature=temperature, **others)).tolist() == [1, 0, 0]
+
+
 @pytest.mark.parametrize("sampling", [Sampling(), Sampling(top_k=3), Sampling(top_p=0.9)])
 def test_draws_at_the_edges_stay_inside(sampling):
     """Rounding must not lead to a token of probability zero."""
