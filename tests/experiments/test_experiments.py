@@ -240,8 +240,8 @@ def test_larger_bases_train_at_less():
     ("call", "part"),
     [
         (lambda: half_moe.EXPERIMENT.specs(arms=["Third half"]), "half-moe: unknown arm 'Third half'; allowed: Dense"),
-        (lambda: top2_vs_residual.EXPERIMENT.specs(seeds=0), "top2-vs-residual: seeds must be at least 1"),
-        (lambda: zero_shot.EXPERIMENT.specs(first_seed=-1), "zero-shot: first_seed must not be negative"),
+        (lambda: top2_vs_residual.EXPERIMENT.specs(seeds=0), "top2-vs-residual: seeds must be 1 to 1000"),
+        (lambda: zero_shot.EXPERIMENT.specs(first_seed=-1), "zero-shot: first_seed must be 0 to"),
         (
             lambda: scaling.EXPERIMENT.specs(overrides={"train.tokens": 5}),
             "scaling: train: 5 tokens are less than one step",
