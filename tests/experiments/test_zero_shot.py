@@ -50,9 +50,9 @@ def test_guessing_is_called_guessing_and_knowing_knowing():
     table = zero_shot.over_chance(scores(BOTH))
     boolq = table[(table["arm"] == "Dense") & (table["task"] == "packaged_boolq")].iloc[0]
     assert boolq["reference"] == 0.62 and boolq["sigmas"] == 0 and boolq["n"] == 100
-    assert "At chance" in zero_shot.headline(table) and "3 twins on 6 tasks, up to 100 items" in zero_shot.headline(
+    assert "None is 3 standard errors above a guess" in zero_shot.headline(
         table
-    )
+    ) and "3 twins on 6 tasks, up to 100 items" in zero_shot.headline(table)
     knows = zero_shot.over_chance(
         scores({**BOTH, ("Dense", 0): {**SIX, "lambada": 0.4}, ("Dense", 1): {**SIX, "lambada": 0.3}})
     )
