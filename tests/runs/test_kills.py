@@ -56,6 +56,17 @@ def rows(run: Run) -> int:
     return file.read_bytes().count(b"\n") if file.exists() else 0
 
 
+def halt(processes: list[psutil.Process]) -> None:
+    """Halt processes, and wait until every one has halted or is gone."""
+    for process in processes:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.suspend()
+    for process in processes:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            while process.status() not in (psutil.STATUS_STOPPED, psutil.STATUS_ZOMBIE):
+                time.sleep(0.01)
+
+
 def kill_once(run: Run, draw: random.Random) -> str:
     """Start the run, kill it or one of its ranks, and return what was killed after which logged step.
 
@@ -63,6 +74,7 @@ def kill_once(run: Run, draw: random.Random) -> str:
     """
     early = draw.random() < 0.25  # in the midst of starting; else some rows, and so checkpoints, after the last kill
     goal = 0 if early else rows(run) + draw.randint(1, 8)
+    before, done = run.status.state, rows(run)
     process = start(run)
     while process.poll() is None and rows(run) < goal:
         time.sleep(0.01)
@@ -72,16 +84,21 @@ def kill_once(run: Run, draw: random.Random) -> str:
         return ""
     ranks = process.children(recursive=True)
     what = draw.choice(["all", "launcher", "rank"]) if ranks else "all"
-    victims = {"all": [process, *ranks], "launcher": [process], "rank": [draw.choice(ranks or [process])]}[what]
-    # Stopped first: else, on a busy machine, a rank sees another one die before its own turn, and reports a failure.
-    for end in (psutil.Process.suspend, psutil.Process.kill):
-        for victim in victims:
-            with contextlib.suppress(psutil.NoSuchProcess):
-                end(victim)
+    if what == "all":
+        # All halt before one dies: else a rank sees another die before its own turn, and reports a failure. The launcher
+        # halts first, so that it starts no more ranks.
+        halt([process])
+        ranks = process.children(recursive=True)
+        halt(ranks)
+    for victim in {"all": [process, *ranks], "launcher": [process], "rank": [draw.choice(ranks or [process])]}[what]:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            victim.kill()
     process.wait(120)
     psutil.wait_procs(ranks, 120)
     if what == "all" and rows(run) and not run.finished:
-        assert run.status.state == "stopped", "a killed run is seen as stopped"
+        # A run that is killed before its first step may still have the state that the last start left, such as "failed".
+        seen = {"stopped"} if rows(run) > done else {"stopped", before}
+        assert run.status.state in seen, "a killed run is seen as stopped"
     return f"{what}@{last['step'] if (last := (read_rows(run.path / TRAIN) or [None])[-1]) else 0}"
 
 
