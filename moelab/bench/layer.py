@@ -340,5 +340,9 @@ def draw(objects: list[dict[str, Any]], path: Path) -> None:
     said = [(DROP_FREE, "our drop-free layer"), (EINSUM, "the einsum baseline")]
     ratios = [f"{text} {harness.span(objects, name)} times" for name, text in said if name in names]
     title = f"Time over the dense layer of equal FLOPs: {', '.join(ratios)}"
-    shown = [row | {"panel": f"{row['dtype']}, {row['threads']} thread{'s'[: row['threads'] > 1]}"} for row in objects]
+    shown = [row | {"panel": f"{row['dtype']}, {_threads(row['threads'])}"} for row in objects]
     plot.save(plot.ratios(shown, title=title, panel="panel"), path)
+
+
+def _threads(count: int) -> str:
+    return f"{count} thread{'s' if count > 1 else ''}"

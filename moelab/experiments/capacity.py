@@ -6,7 +6,7 @@ Shows: final validation loss and tokens dropped over training of the 350M+MoE-12
 Here: validation uses each arm's own capacity factor, as the paper's does.
 
 Fixed before the first run: 3 seeds, all arms on each. At `cpu` seeds 3 to 5, whose drop-free runs are of the machine at
-hand, fixed before the first run with a limit; factors 0.5 and 1 have run so far.
+hand, fixed before the first run with a limit.
 """
 
 from __future__ import annotations

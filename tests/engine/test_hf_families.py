@@ -195,6 +195,8 @@ def test_what_is_missing_or_null_has_the_value_of_transformers(tmp_path, name, s
         ({"rms_norm_eps": 0}, "decoder: norm_eps must be positive, got 0.0"),
         ({"router_aux_loss_coef": "none"}, "router_aux_loss_coef must be a number not below 0, got 'none'"),
         ({"initializer_range": -1.0}, "initializer_range must be a number not below 0, got -1.0"),
+        ({"tie_word_embeddings": "no"}, "tie_word_embeddings must be true or false, got 'no'"),
+        ({"norm_topk_prob": 1}, "norm_topk_prob must be true or false, got 1"),
         ({"rope_parameters": [1]}, r"rope_parameters must be an object, got \[1\]"),
         ({"rope_parameters": None, "rope_scaling": "yarn"}, "rope_scaling must be an object, got 'yarn'"),
         ({"rope_parameters": {"rope_theta": "1e4"}}, "rope_theta must be a number not below 0, got '1e4'"),

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from moelab.config import DecoderConfig, ExpertConfig, ModelConfig, RoutingConfig
-from moelab.engine.checkpoint.hf_formats import Format, Part, check_fixed, number, setting
+from moelab.engine.checkpoint.hf_formats import Format, Part, check_fixed, flag, number, setting
 
 _ARCHITECTURES = {
     "olmoe": "OlmoeForCausalLM",
@@ -65,6 +65,8 @@ def _read_config(record: dict[str, Any], where: Path) -> ModelConfig:
     norm_eps = number(record, "rms_norm_eps", where, _NORM_EPS[kind])
     aux_loss = number(record, "router_aux_loss_coef", where, _AUX_LOSS[kind])
     init_std, rotary_base = number(record, "initializer_range", where, 0.02), _rotary_base(record, where)
+    tied = flag(record, "tie_word_embeddings", where)
+    normalize = kind == "mixtral" or flag(record, "norm_topk_prob", where)
     try:
         decoder = DecoderConfig.modern(
             norm_eps=norm_eps,
@@ -74,11 +76,11 @@ def _read_config(record: dict[str, Any], where: Path) -> ModelConfig:
             head_size=_unless(head_size, hidden // heads if hidden % heads == 0 else 0),
             ffn=ffn,
             biases="qkv" if kind == "qwen2_moe" else "none",
-            tied=bool(record.get("tie_word_embeddings", False)),
+            tied=tied,
         )
         routing = RoutingConfig(
             drop_tokens=False,
-            normalize_weights=kind == "mixtral" or bool(record.get("norm_topk_prob", False)),
+            normalize_weights=normalize,
             aux_loss=aux_loss,
             aux_choices="all",
         )

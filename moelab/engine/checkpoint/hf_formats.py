@@ -77,6 +77,18 @@ def number(record: dict[str, Any], name: str, where: Path, default: float) -> fl
     return float(value)
 
 
+def flag(record: dict[str, Any], name: str, where: Path) -> bool:
+    """Return a setting of a `config.json` that is true or false; false if it is missing or null.
+
+    Raises:
+        ValueError: one line: it is something else.
+    """
+    value = record.get(name)
+    if value is not None and not isinstance(value, bool):
+        raise ValueError(f"{where}: {name} must be true or false, got {value!r}")
+    return bool(value)
+
+
 def check_fixed(record: dict[str, Any], fixed: dict[str, Any], where: Path) -> None:
     """Check settings that a format may vary and our model does not; a missing key means the value given.
 

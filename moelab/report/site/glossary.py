@@ -30,6 +30,11 @@ TERMS = {
     "MoS": "mixture of students: a smaller PR-MoE trained by distillation that stops before the end",
     "95\u00a0% interval": "Student’s interval of the mean over seeds, paired by seed where two arms are compared",
     "Holm": "Holm’s adjustment: makes all measured verdicts right together with 95 % probability",
+    "reproduced": "the 95\u00a0% interval shows the paper’s effect: it excludes “no effect” and is narrower than half "
+    "the paper’s effect, or lies wholly within the paper’s range; an order or an equality needs no number",
+    "direction only": "the interval excludes “no effect” on the paper’s side, but does not show the paper’s number",
+    "undecided": "the interval allows both; or arms are equal, but the runs could not have told otherwise",
+    "not testable": "our models are too small for the claim; the value is shown without a verdict",
     "all-to-all": "the exchange in which each GPU sends tokens to the experts on all others",
     "counted": "follows from the models’ definition by arithmetic; nothing is measured",
     "predicted": "computed by the cluster simulator on numbers that it was not fitted on",
