@@ -49,6 +49,9 @@ ARMS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 """Arm -> the paper's model, and what is changed of its twin."""
 
+LIMITED = ("Shared", "Shared, capacity 1")
+"""The arms that differ by the capacity limit alone."""
+
 
 def build(scale: str, seed: int, overrides: Mapping[str, Any]) -> list[RunSpec]:
     """Return every arm of one seed; a fine-grained expert is a quarter as wide as the others."""
