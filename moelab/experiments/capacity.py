@@ -39,7 +39,7 @@ def headline(final: pd.DataFrame, measured: list[dict[str, Any]]) -> str:
     free = table.loc[
         (table["arm"] == "capacity 1") & (table["validation"] == validation_limits.KINDS["without"]), "gap"
     ]
-    return f"{found}; validated without a limit {free.mean():+.3f}" if len(free) else found
+    return f"{found}; validated without a limit {free.mean():.3f}" if len(free) else found
 
 
 EXPERIMENT = Experiment(

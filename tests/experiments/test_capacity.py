@@ -64,5 +64,5 @@ def test_costs_are_paired_by_seed_and_need_all_runs():
     assert set(validation_limits.costs(final, measured[:3], "drop-free")["validation"]) == {
         validation_limits.KINDS["by_domain"]
     }
-    assert capacity.headline(final, measured).endswith("; validated without a limit +0.075")
+    assert capacity.headline(final, measured).endswith("; validated without a limit 0.075")
     assert "without" not in capacity.headline(final, [])
