@@ -23,8 +23,9 @@ class UpcycleConfig:
             standard deviation. The first E experts of a layer that grows, and their rows, stay exact. Their copies
             need noise, because of equal scores the lowest expert is always chosen.
         scale: factor of the experts' output weights and biases. With top-1 softmax, whose weights are not normalised,
-            a token's weight is about 1 / E in a new layer of E experts, and a layer that grows to E' experts divides it
-            among E' / E copies; a scale of E, or of E' / E, makes up for that.
+            a new layer's output is the feed-forward's times the largest of E probabilities, which is above their mean
+            1 / E (2.8 times at E = 32 in `moelab.experiments.upcycling`); a layer that grows to E' experts divides a
+            token's weight among E' / E copies. The inverse of that share makes up for it.
     """
 
     noise: float = 0.0

@@ -65,10 +65,10 @@ IDS = {
     "what-survives quick": "a1e68c5046",
     "what-survives cpu": "df7ff09ff4",
     "what-survives gpu": "c5081c12ef",
-    "upcycling smoke": "c261f20160",
-    "upcycling quick": "b8588645b3",
-    "upcycling cpu": "093d13445b",
-    "upcycling gpu": "4ac4702f4a",
+    "upcycling smoke": "520f5a6049",
+    "upcycling quick": "747761d1dc",
+    "upcycling cpu": "0839163dd4",
+    "upcycling gpu": "fec4c3668b",
 }
 """Experiment and scale -> digest of the ids of its runs with two seeds, as of the runs that are published."""
 
