@@ -245,12 +245,12 @@ BALANCE = (
 def balance(runs: Runs) -> pd.DataFrame:
     """Return, a row per MoE arm, the statistics of the experts' load at the end of training; empty without MoE runs.
 
-    Columns: arm, those of `BALANCE` that the runs have, and p0 to p100, the percentiles of an expert's load relative to
-    the mean load. Each is a mean over layers and seeds.
+    Columns: arm, those of `BALANCE` that the runs have, the `max_violation` of tokens that are dealt out at random, and
+    p0 to p100, the percentiles of an expert's load relative to the mean load. Each is a mean over layers and seeds.
     """
     import pandas as pd
 
-    from moelab.training.balance import PERCENTILES
+    from moelab.training.balance import PERCENTILES, random_max_violation
 
     rows = []
     for run in runs.finished:
@@ -259,7 +259,11 @@ def balance(runs: Runs) -> pd.DataFrame:
             last = training[-1]
             layers = list(last["load_percentiles"].values())
             percentiles = {f"p{p}": sum(each[i] for each in layers) / len(layers) for i, p in enumerate(PERCENTILES)}
-            rows.append({"arm": run.spec.title, **{k: last[k] for k in BALANCE if k in last}, **percentiles})
+            found = {k: last[k] for k in BALANCE if k in last}
+            model, tokens = run.spec.model, run.spec.train.batch_size * run.spec.data.context
+            floors = [random_max_violation(tokens, experts, model.top_k) for experts in model.experts if experts]
+            found |= {"max_violation, random": sum(floors) / len(floors)}
+            rows.append({"arm": run.spec.title, **found, **percentiles})
     if not rows:
         return pd.DataFrame(columns=["arm"])
     return pd.DataFrame(rows).groupby("arm", sort=False).mean().reset_index()

@@ -76,6 +76,7 @@ class Experiment:
         measures: the notebook measures time, so nothing else should run beside it.
         planned_seeds: number of seeds on which the published verdicts rest. It is set here before the first
             run, so that no verdict comes from adding seeds until it turns.
+        planned_first: the number that was planned first, if it was raised after results had been seen; verdicts say so.
     """
 
     name: str
@@ -91,6 +92,7 @@ class Experiment:
     trains: bool = True
     measures: bool = False
     planned_seeds: int = 3
+    planned_first: int = 0
 
     @property
     def module(self) -> str:

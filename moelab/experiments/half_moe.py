@@ -50,4 +50,5 @@ EXPERIMENT = Experiment(
     scales=twin_scales(4, "350M base with 32 experts; 300 B tokens"),
     arms=ARMS,
     planned_seeds=5,
+    planned_first=3,
 )

@@ -210,4 +210,5 @@ EXPERIMENT = Experiment(
     arms=ARMS,
     build=build,
     planned_seeds=5,
+    planned_first=3,
 )

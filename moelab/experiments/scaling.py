@@ -16,13 +16,14 @@ would see 7 for each parameter and say nothing about the paper's.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from moelab import paper
 from moelab.config import ModelConfig
 from moelab.design import budgets, comparison, settings
 from moelab.design.experiment import Experiment, Scale
-from moelab.paper.verdicts import Verdict, judge
+from moelab.paper.verdicts import DIRECTION, REPRODUCED, Verdict, judge
 from moelab.runs.spec import RunSpec
 
 if TYPE_CHECKING:
@@ -126,17 +127,42 @@ def _first_at(curve: pd.DataFrame, goal: float) -> float | None:
 def verdicts(final: pd.DataFrame, scale: str) -> list[Verdict]:
     """Judge the claims of Fig 1; those on the larger dense model only at the paper's budget, else they are shown.
 
-    Equality with the larger model is measured by what the MoE gains over its own base.
+    Equality with the larger model is measured by what the MoE gains over its own base. That gain's number counts as
+    reproduced only if it is also the paper's at as many tokens for each of the base's parameters.
     """
     judged = []
     for claim in paper.claims("scaling"):
         base = next((base for moe, base, _ in PAIRS if moe == claim.left), claim.right)
-        judged.append(
-            comparison.judge_loss(claim, final, ARMS, scale, (claim.left, base))
-            if claim.kind == "difference"
-            else judge(claim, [], scale=scale)
-        )
+        if claim.kind != "difference":
+            judged.append(judge(claim, [], scale=scale))
+            continue
+        found = comparison.judge_loss(claim, final, ARMS, scale, (claim.left, base))
+        judged.append(_at_equal_length(found, claim, final, scale) if base == claim.right else found)
     return judged
+
+
+def _at_equal_length(found: Verdict, claim: paper.Claim, final: pd.DataFrame, scale: str) -> Verdict:
+    """Return the verdict on an MoE's gain over its base, beside the paper's gain at equal tokens a parameter.
+
+    "Reproduced" becomes "direction only" where the interval does not show that gain.
+    """
+    import numpy as np
+
+    theirs, length = budgets.paper_gaps(claim.left, claim.right), training_length(final, scale)
+    if not found.samples or claim.left not in length.index:
+        return found
+    ours = length.loc[claim.left, "tokens a parameter"]
+    if not theirs["per_parameter"].min() <= ours < theirs["per_parameter"].max():
+        return found
+    gap, low, high = (float(np.interp(ours, theirs["per_parameter"], theirs[name])) for name in ("gap", "low", "high"))
+    there = replace(claim, value=gap, value_low=low, value_high=high)
+    note = (
+        f"The paper's number is that of the end of its runs; where its base has seen as many tokens for each parameter "
+        f"as ours ({ours:.0f}), its curves are {gap:.3f} apart ({low:.3f} to {high:.3f})."
+    )
+    shown = comparison.judge_loss(there, final, ARMS, scale).verdict
+    verdict = DIRECTION if found.verdict == REPRODUCED and shown != REPRODUCED else found.verdict
+    return replace(found, verdict=verdict, note=f"{found.note} {note}".strip())
 
 
 def headline(final: pd.DataFrame) -> str:

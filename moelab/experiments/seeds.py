@@ -93,4 +93,5 @@ EXPERIMENT = Experiment(
     scales=twin_scales(4),
     arms=ARMS,
     planned_seeds=5,
+    planned_first=3,
 )

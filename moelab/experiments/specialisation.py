@@ -97,15 +97,31 @@ def tables(found: Mapping[str, Sequence[Mapping[str, Any]]]) -> tuple[pd.DataFra
     )
 
 
-def headline(layers: pd.DataFrame) -> str:
-    """Return the result in one line."""
+def most_by_domain(shares: pd.DataFrame) -> pd.Series:
+    """Return, by layer, the largest share of the expert's entropy that the domain can tell: its entropy over that.
+
+    Domains have equally many tokens. The mean over seeds.
+    """
+    import numpy as np
+
+    found = {}
+    for (layer, seed), part in shares.groupby(["layer", "seed"]):
+        load_E = part.groupby("expert")["share"].mean()
+        entropy = -(load_E * np.log(load_E.where(load_E > 0, 1.0))).sum()
+        found[layer, seed] = min(1.0, np.log(part["domain"].nunique()) / entropy)
+    return shares.groupby(["layer", "seed"]).size().index.to_series().map(found).groupby("layer").mean()
+
+
+def headline(layers: pd.DataFrame, shares: pd.DataFrame) -> str:
+    """Return the result in one line; the domain's entropy bounds what it can tell."""
     if not len(layers):
         return "no run has finished"
     means = layers.groupby("layer")[["by_token", "by_domain"]].mean()
     first, last = means.iloc[0], means.iloc[-1]
     return (
         f"The token tells {first['by_token']:.0%} of the expert's choice in the first MoE layer and "
-        f"{last['by_token']:.0%} in the last; the domain {first['by_domain']:.0%} and {last['by_domain']:.0%}"
+        f"{last['by_token']:.0%} in the last; the domain {first['by_domain']:.0%} and {last['by_domain']:.0%} of the "
+        f"{most_by_domain(shares).mean():.0%} that it can tell"
     )
 
 

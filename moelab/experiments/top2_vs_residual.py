@@ -161,4 +161,5 @@ EXPERIMENT = Experiment(
     arms=ARMS,
     measures=True,
     planned_seeds=5,
+    planned_first=3,
 )

@@ -7,9 +7,10 @@ instead of a loss; sigmoid scores; the capacity limit that the paper trains with
 later models are; and the paper's pyramid on top of them. The dense base, top-1 and top-2 stand beside.
 
 Here: twins, paired by seed. All MoE arms but MoE-32 have the same active parameters up to gates and mixes, and the same
-total but for the pyramids. A residual branch that is added, as the paper's text says, *is* a shared expert of the same
-width (a test compares them); `Residual` is the released code's learned mix of the two. One learning rate for all MoE
-arms, which was swept on MoE-128.
+total but for the pyramids; `Shared, fine` has four times the experts and so the larger gate, 5 % more FLOPs a token. A
+residual branch that is added, as the paper's text says, *is* a shared expert of the same width (a test compares them);
+`Residual` is the released code's learned mix of the two. One learning rate for all MoE arms, which was swept on
+MoE-128.
 
 Fixed before the first run: 3 seeds, all arms on each; the question is whether `Shared` differs from `Residual`. The arm
 `Shared, capacity 1` was added after the others were seen at `quick`. At `cpu` the seven arms with shared experts ran on

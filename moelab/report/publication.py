@@ -107,9 +107,12 @@ class Publication:
 
         plan = EXPERIMENTS.get(self.experiment)
         judged = verdict.kind == MEASURED and verdict.verdict not in NOT_JUDGED
-        if plan is None or not judged or verdict.samples == plan.planned_seeds or paper.claim(verdict.claim).timed:
+        if plan is None or not judged or paper.claim(verdict.claim).timed:
             return verdict
-        return replace(verdict, note=f"{verdict.note} {plan.planned_seeds} seeds were planned.".strip())
+        said = f"{plan.planned_seeds} seeds were planned" if verdict.samples != plan.planned_seeds else ""
+        if plan.planned_first and verdict.samples > plan.planned_first:
+            said = f"{plan.planned_first} seeds were planned first, {plan.planned_seeds} after these had been seen"
+        return replace(verdict, note=f"{verdict.note} {said}.".strip()) if said else verdict
 
     def finish(self, runs: Runs | None = None, *, title: str) -> str:
         """Write the summary; return one line that says where everything is.

@@ -4,7 +4,8 @@ For one MoE layer, c_e is the number of tokens that chose expert e (all K choice
 of all ranks, and m their mean over the E experts:
 
     max_violation     max_e c_e / m - 1, computed for each step, then averaged over steps; 0 is perfect balance
-                      (MaxVio of Wang et al. 2024, arXiv 2408.15664)
+                      (MaxVio of Wang et al. 2024, arXiv 2408.15664). Tokens that are dealt out at random have more, see
+                      `random_max_violation`: compare only equal numbers of experts, choices and tokens a step
     busiest_rank      max_r (sum of c_e over the experts of rank r) / mean over ranks - 1: the same for ranks instead
                       of experts; only with expert parallelism
     load_variation    standard deviation of c_e / m: the coefficient of variation
@@ -12,7 +13,8 @@ of all ranks, and m their mean over the E experts:
     load_entropy      - sum_e p_e log p_e / log E with p_e = c_e / sum c: 1 is uniform, 0 is one expert
     load_percentiles  percentiles of c_e / m, see `PERCENTILES`, by layer
     router_entropy    mean over tokens of - sum_e p_e log p_e / log E for the router's probabilities (scores divided by
-                      their sum) at the row's last step: 1 is undecided, 0 is certain
+                      their sum) at the row's last step: 1 is undecided, 0 is certain. Compare only equal kinds of
+                      scores
     dropped_share     share of the choices that found no room
 
 The numbers of a row are means over the MoE layers; `balance` has them by layer. Compare runs only at equal shares of
@@ -21,6 +23,7 @@ their schedules: balance and entropy change as training goes on.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -34,6 +37,17 @@ def max_violation(load: Mapping[str, Sequence[int]]) -> float:
     """Return the mean over layers of the busiest expert's excess over the mean load; 0 without tokens."""
     found = [max(counts) * len(counts) / total - 1 for counts in load.values() if (total := sum(counts))]
     return sum(found) / len(found) if found else 0.0
+
+
+@functools.cache
+def random_max_violation(tokens: int, experts: int, top_k: int = 1) -> float:
+    """Return the mean `max_violation` of steps, 32 draws, whose tokens choose top_k experts at random."""
+    rng = np.random.default_rng(0)
+    found = []
+    for _ in range(32):
+        chosen_SK = rng.random((tokens, experts)).argpartition(top_k - 1, axis=1)[:, :top_k]
+        found.append(max_violation({"": np.bincount(chosen_SK.ravel(), minlength=experts).tolist()}))
+    return float(np.mean(found))
 
 
 def layer_statistics(load: Sequence[int], ranks: int = 1) -> dict[str, float]:
