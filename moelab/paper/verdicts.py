@@ -160,8 +160,10 @@ def judge(
     if claim.direction == "equal" and claim.kind != "bound":
         found, p, how = _equality(claim, values, gain)
         return _verdict(claim, mean, low, high, n, found, f"{note} {how}".strip(), MEASURED, p)
-    p = _p(claim, low, high, n)
-    return _verdict(claim, mean, low, high, n, _rule(claim, low, high), note, MEASURED, p)
+    p, found = _p(claim, low, high, n), _rule(claim, low, high)
+    if found == DIRECTION:
+        note = f"{note} {_not_shown(claim, low, high)}".strip()
+    return _verdict(claim, mean, low, high, n, found, note, MEASURED, p)
 
 
 def judge_timing(
@@ -329,6 +331,14 @@ def _equality(claim: Claim, values: Sequence[float], gain: Gain | None) -> tuple
     if over[0] > 0 or under[1] < 0:
         return NOT_REPRODUCED, max(p_over if over[0] > 0 else p_under, p_gain), f"Margin: {margin}"
     return UNDECIDED, max(p_over, p_under, p_gain), f"Margin: {margin}"
+
+
+def _not_shown(claim: Claim, low: float, high: float) -> str:
+    """Return why an interval on the claimed side does not show the paper's number."""
+    paper_low, paper_high = _range(claim)
+    if low <= paper_high and high >= paper_low:
+        return f"The paper's {claim.value:g} is not shown: the interval includes it, but is too wide."
+    return f"The paper's {claim.value:g} is not shown: it lies outside the interval."
 
 
 def _unit(claim: Claim) -> str:

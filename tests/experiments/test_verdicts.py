@@ -386,3 +386,10 @@ def test_a_verdict_on_another_number_of_seeds_than_planned_says_so(tmp_path, mon
     three, five, one = (verdict.note for verdict in publication.verdicts)
     assert three == "5 seeds were planned." and one == ""
     assert five == "3 seeds were planned first, 5 after these had been seen."
+
+
+def test_a_direction_only_says_why_the_number_is_not_shown():
+    wide, beside = judge(FIG1, two(-0.38, -0.22)), judge(FIG1, two(-0.12, -0.10), note="Twins.")
+    assert wide.note == "The paper's -0.3 is not shown: the interval includes it, but is too wide."
+    assert beside.note == "Twins. The paper's -0.3 is not shown: it lies outside the interval."
+    assert judge(FIG1, two(-0.31, -0.29)).note == ""

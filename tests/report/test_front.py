@@ -69,7 +69,10 @@ def test_what_holds_within_a_margin_only_is_said():
     ]
     found = front.findings(rows)
     assert "on 2 of the 2 claims" in found[0].sentence
-    assert "1 as stated, 0 in direction but at another size of effect, 1 in being equal but not" in found[0].sentence
+    assert (
+        "1 as stated, 0 in direction, without showing the paper's size of effect, 1 in being equal, without"
+        in found[0].sentence
+    )
     assert "predicts 1 of 2" in found[4].sentence and "cannot tell 1, within its own error" in found[4].sentence
     assert set(SIMULATED) <= set(VERDICTS) and EQUAL in VERDICTS
 

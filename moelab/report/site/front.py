@@ -121,13 +121,13 @@ def _quoting(name: str, rows: Sequence[ClaimRow], sentence: Callable[[int], str]
 
 def _agreement(rows: Sequence[ClaimRow], trained: int) -> Finding:
     n = Counter(row.verdict for row in rows)
-    equal = f", {n[EQUAL]} in being equal but not in the paper's difference" if n[EQUAL] else ""
+    equal = f", {n[EQUAL]} in being equal, without showing the paper's difference" if n[EQUAL] else ""
     return _quoting(
         "Agreement",
         rows,
         lambda agreeing: (
             f"The trained twins agree with the paper on {agreeing} of the {trained} claims they were trained for: "
-            f"{n[REPRODUCED]} as stated, {n[DIRECTION]} in direction but at another size of effect{equal}."
+            f"{n[REPRODUCED]} as stated, {n[DIRECTION]} in direction, without showing the paper's size of effect{equal}."
         ),
         "No trained claim agrees with the paper yet." if trained else "No claim has been tested by training yet.",
     )

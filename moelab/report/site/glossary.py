@@ -33,8 +33,13 @@ TERMS = {
     "reproduced": "the 95\u00a0% interval shows the paper’s effect: it excludes “no effect” and is narrower than half "
     "the paper’s effect, or lies wholly within the paper’s range; an order or an equality needs no number",
     "direction only": "the interval excludes “no effect” on the paper’s side, but does not show the paper’s number",
-    "undecided": "the interval allows both; or arms are equal, but the runs could not have told otherwise",
-    "not testable": "our models are too small for the claim; the value is shown without a verdict",
+    "equal within the margin only": "two arms are equal within the margin, but the paper’s number for their difference "
+    "is not shown",
+    "not reproduced": "the interval shows the contrary of the claim, or lies wholly short of it",
+    "undecided": "the interval allows both; “the runs cannot tell” where arms are equal, but no check showed that these "
+    "runs would have told a difference",
+    "not testable": "our models are too small, or trained too briefly, for the claim; the value is shown without a "
+    "verdict",
     "all-to-all": "the exchange in which each GPU sends tokens to the experts on all others",
     "counted": "follows from the models’ definition by arithmetic; nothing is measured",
     "predicted": "computed by the cluster simulator on numbers that it was not fitted on",
