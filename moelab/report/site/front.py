@@ -127,7 +127,8 @@ def _agreement(rows: Sequence[ClaimRow], trained: int) -> Finding:
         rows,
         lambda agreeing: (
             f"The trained twins agree with the paper on {agreeing} of the {trained} claims they were trained for: "
-            f"{n[REPRODUCED]} as stated, {n[DIRECTION]} in direction, without showing the paper's size of effect{equal}."
+            f"{n[REPRODUCED]} as stated, {n[DIRECTION]} in direction, without showing the paper's size of effect"
+            f"{equal}."
         ),
         "No trained claim agrees with the paper yet." if trained else "No claim has been tested by training yet.",
     )

@@ -36,8 +36,8 @@ TERMS = {
     "equal within the margin only": "two arms are equal within the margin, but the paper’s number for their difference "
     "is not shown",
     "not reproduced": "the interval shows the contrary of the claim, or lies wholly short of it",
-    "undecided": "the interval allows both; “the runs cannot tell” where arms are equal, but no check showed that these "
-    "runs would have told a difference",
+    "undecided": "the interval allows both; “the runs cannot tell” where arms are equal, but no check showed that "
+    "these runs would have told a difference",
     "not testable": "our models are too small, or trained too briefly, for the claim; the value is shown without a "
     "verdict",
     "all-to-all": "the exchange in which each GPU sends tokens to the experts on all others",
