@@ -120,8 +120,8 @@ def headline(layers: pd.DataFrame, shares: pd.DataFrame) -> str:
     first, last = means.iloc[0], means.iloc[-1]
     return (
         f"The token tells {first['by_token']:.0%} of the expert's choice in the first MoE layer and "
-        f"{last['by_token']:.0%} in the last; the domain {first['by_domain']:.0%} and {last['by_domain']:.0%} of the "
-        f"{most_by_domain(shares).mean():.0%} that it can tell"
+        f"{last['by_token']:.0%} in the last; the domain, which can tell {most_by_domain(shares).mean():.0%} at most, "
+        f"{first['by_domain']:.0%} and {last['by_domain']:.0%}"
     )
 
 
