@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from moelab.config import RoutingConfig
 from moelab.config.overrides import check_overrides
 from moelab.design import settings
 from moelab.runs.spec import RunSpec
@@ -65,8 +66,9 @@ class Experiment:
         question: what it asks, one line.
         paper_answer: what the paper found, one line.
         scales: scale name -> Scale.
-        arms: the compared models: label -> name of the paper's model, or arguments of `settings.spec`. None where
-            `build` makes the runs, or where nothing is trained.
+        arms: the compared models: label -> name of the paper's model, or arguments of `settings.spec`, whose
+            `overrides` yield to those that a user gives. None where `build` makes the runs, or where nothing is
+            trained.
         build: ``build(scale, seed, overrides, *, options)`` returns the runs of one seed, for an experiment whose runs
             are more than arms times seeds, or fewer at some scale; its keyword-only options are parameters of the
             notebook.
@@ -171,16 +173,36 @@ class Experiment:
             return self.build(scale, seed, overrides, **options)
         if options:
             raise ValueError(f"no option {next(iter(options))!r}; allowed: scale, seeds, arms, overrides")
-        return [
-            settings.spec(
-                **({"name": arm} if isinstance(arm, str) else arm),
-                scale=scale,
-                seed=seed,
-                label=label,
-                overrides=overrides,
-            )
-            for label, arm in (self.arms or {}).items()
-        ]
+        made = []
+        for label, arm in (self.arms or {}).items():
+            arguments = _arguments(label, arm)
+            arguments["overrides"] |= overrides
+            made.append(settings.spec(**arguments, scale=scale, seed=seed, label=label))
+        return made
+
+
+def _arguments(label: str, arm: str | Mapping[str, Any]) -> dict[str, Any]:
+    """Return an arm's arguments of `settings.spec`, its overrides checked.
+
+    Raises:
+        ValueError: one line that names the arm: no model's name, an unknown key, or a value of another type.
+    """
+    where, given = f"arm {label!r}", {"name": arm} if isinstance(arm, str) else arm
+    if not isinstance(given, Mapping):
+        raise ValueError(f"{where}: expected a model's name or a mapping with name, got {type(arm).__name__}")
+    # The scale and the seed are the experiment's.
+    allowed = [name for name in inspect.signature(settings.spec).parameters if name not in ("scale", "seed", "label")]
+    if unknown := [key for key in given if key not in allowed]:
+        raise ValueError(f"{where}: no field {unknown[0]!r}; allowed: {', '.join(allowed)}")
+    for key, kind in (("name", str), ("overrides", Mapping), ("routing", RoutingConfig)):
+        value = given.get(key)
+        if not isinstance(value, kind) and (value is not None or key == "name"):
+            got = "nothing" if value is None else type(value).__name__
+            raise ValueError(f"{where}: {key} must be a {kind.__name__}, got {got}; allowed: {', '.join(allowed)}")
+    try:
+        return {**given, "overrides": check_overrides(given.get("overrides") or {})}
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from None
 
 
 def _arm(spec: RunSpec) -> str:

@@ -7,6 +7,8 @@ import shlex
 import shutil
 import subprocess
 import sys
+import textwrap
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -21,6 +23,17 @@ def test_an_experiment_takes_less_than_sixty_lines():
     cells = nbformat.read(EXAMPLES / "30_balance_loss.ipynb", as_version=4).cells
     text = (EXAMPLES / "balance_loss.py").read_text() + "\n".join(c.source for c in cells if c.cell_type == "code")
     assert len([line for line in text.splitlines() if line.strip()]) < 60
+
+
+def test_the_arms_of_the_page_are_understood():
+    from moelab.experiments import experiment
+
+    (code,) = re.findall(r"```python\n( +ARMS = .*?)```", (EXAMPLES.parent / "extend.md").read_text(), re.S)
+    names: dict = {}
+    exec(textwrap.dedent(code), names)
+    plain, changed = replace(experiment("half-moe"), arms=names["ARMS"]).specs("smoke")
+    assert (changed.model.top_k, changed.model.expert.ffn) == (2, 32)
+    assert changed.model.routing == plain.model.routing and changed.train == plain.train
 
 
 @pytest.mark.notebook

@@ -1,10 +1,12 @@
 """Which runs an experiment asks for: ids that never change, overrides by dotted names, and how experiments are found."""
 
 import hashlib
+from dataclasses import replace
 
 import pytest
 
 from moelab import paths
+from moelab.config import ModelConfig
 from moelab.config.overrides import SECTIONS, check_overrides, override, settable
 from moelab.design import settings
 from moelab.experiments import EXPERIMENTS, experiment
@@ -143,6 +145,40 @@ def test_what_goes_with_a_setting_can_be_set_as_well():
     spec = settings.spec("350M+MoE-32", "cpu", overrides=given)
     assert (spec.train.min_lr, spec.train.micro_batch) == (0.0, 2)
     assert override("train", spec.train, {"data.corpus": "sotu"}) is spec.train, "other sections are left alone"
+
+
+def with_arm(arm):
+    return replace(experiment("half-moe"), name="tried", arms={"fine": arm})
+
+
+def test_an_arms_own_settings_yield_to_the_users():
+    arm = {"name": "350M+MoE-128", "overrides": {"model.top_k": 4, "model.expert.ffn": "32", "train.lr": 0.01}}
+    (plain,) = with_arm("350M+MoE-128").specs("cpu")
+    (own,) = with_arm(arm).specs("cpu")
+    assert own.model == replace(plain.model, top_k=4, expert=replace(plain.model.expert, ffn=32))
+    assert own.train == replace(plain.train, lr=0.01, min_lr=0.001) and own.data == plain.data
+    (given,) = with_arm(arm).specs("cpu", overrides={"model.top_k": 2})
+    assert (given.model.top_k, given.model.expert.ffn) == (2, 32)
+    assert arm["overrides"]["model.top_k"] == 4, "the description stays as it is"
+
+
+@pytest.mark.parametrize(
+    ("arm", "part"),
+    [
+        ({"name": "350M+MoE-128", "top_k": 4}, "no field 'top_k'; allowed: name, overrides, published, routing, "),
+        ({"name": "350M+MoE-128", "seed": 4}, "no field 'seed'; allowed: name, "),
+        ({"overrides": {}}, "name must be a str, got nothing; allowed: name, overrides, "),
+        (ModelConfig.parse("350M"), "expected a model's name or a mapping with name, got ModelConfig"),
+        ({"name": ModelConfig.parse("350M")}, "name must be a str, got ModelConfig"),
+        ({"name": "350M", "routing": {"drop_tokens": False}}, "routing must be a RoutingConfig, got dict"),
+        ({"name": "350M", "overrides": "model.top_k=4"}, "overrides must be a Mapping, got str"),
+        ({"name": "350M+MoE-32", "overrides": {"model.routing.top_k": 4}}, "no setting 'model.routing.top_k'"),
+    ],
+)
+def test_a_mistake_in_an_arm_is_one_line_with_what_is_allowed(arm, part):
+    with pytest.raises(ValueError) as error:
+        with_arm(arm).specs("smoke")
+    assert str(error.value).startswith("tried: arm 'fine': " + part) and "\n" not in str(error.value)
 
 
 def test_settings_come_from_the_fields():
