@@ -83,7 +83,8 @@ def run(
     if dry_run:
         _plan(trained)
         return
-    on_gpu = scale == "gpu" and any(e.measures for e, _ in asked)
+    # What was measured with the weights of finished runs is read back; that needs no GPU.
+    on_gpu = any(scale in e.measures_on_gpu and (e.measures or not specs) for e, specs in asked)
     preflight.check(trained, device="cuda" if on_gpu else "cpu", publish=publish)
     if name is None:
         from moelab.lab import Lab

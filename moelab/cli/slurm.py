@@ -242,7 +242,7 @@ def _submit(
         values = [notebooks.resolve(chosen, notebooks.check_parameters(chosen, given)) for given in points]
         specs = [chosen.specs_of(v) for v in values]  # a wrong setting raises, trained or not
         batches.append((name, [(v, s if chosen.trains else []) for v, s in zip(values, specs, strict=True)]))
-        measuring += [name] * (chosen.measures and any(v["scale"] == "gpu" for v in values))
+        measuring += [name] * any(v["scale"] in chosen.measures_on_gpu for v in values)
     trouble = ""
     try:
         asked = [spec for _, batch in batches for _, specs in batch for spec in specs]

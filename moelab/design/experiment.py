@@ -76,6 +76,8 @@ class Experiment:
             runs have been trained; called before. Parameters that are left out are not there.
         trains: the notebook asks for these runs to be trained; False if it only measures their steps.
         measures: the notebook measures time, so nothing else should run beside it.
+        measures_on_gpu: scales at which the notebook's own process works on a GPU: it measures time, or asks a model
+            with its weights.
         planned_seeds: number of seeds on which the published verdicts rest. It is set here before the first
             run, so that no verdict comes from adding seeds until it turns.
         planned_first: the number that was planned first, if it was raised after results had been seen; verdicts say so.
@@ -93,6 +95,7 @@ class Experiment:
     check: Callable[[Mapping[str, Any]], None] | None = None
     trains: bool = True
     measures: bool = False
+    measures_on_gpu: tuple[str, ...] = ()
     planned_seeds: int = 3
     planned_first: int = 0
 

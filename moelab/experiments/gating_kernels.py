@@ -241,4 +241,5 @@ EXPERIMENT = Experiment(
         "paper": Scale("as gpu; the paper's GPU", "not yet run; one A100"),
     },
     measures=True,
+    measures_on_gpu=("gpu", "paper"),
 )

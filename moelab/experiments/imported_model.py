@@ -182,4 +182,5 @@ EXPERIMENT = Experiment(
         "cpu": Scale("the model given; 20 k tokens of each domain of mix5", "a pass over the text"),
         "gpu": Scale("the model given, on one GPU", "not yet run; one GPU"),
     },
+    measures_on_gpu=("gpu",),
 )

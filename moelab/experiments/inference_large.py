@@ -87,4 +87,5 @@ EXPERIMENT = Experiment(
         ),
     },
     measures=True,
+    measures_on_gpu=("gpu",),
 )

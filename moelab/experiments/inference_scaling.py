@@ -84,4 +84,5 @@ EXPERIMENT = Experiment(
         ),
     },
     measures=True,
+    measures_on_gpu=("gpu",),
 )

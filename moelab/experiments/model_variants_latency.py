@@ -102,4 +102,5 @@ EXPERIMENT = Experiment(
         ),
     },
     measures=True,
+    measures_on_gpu=("gpu",),
 )

@@ -90,4 +90,5 @@ EXPERIMENT = Experiment(
         ),
     },
     measures=True,
+    measures_on_gpu=("gpu",),
 )

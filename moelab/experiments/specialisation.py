@@ -151,4 +151,5 @@ EXPERIMENT = Experiment(
     },
     arms=ARMS,
     check=check,
+    measures_on_gpu=("gpu",),
 )

@@ -118,9 +118,9 @@ EXPERIMENT = Experiment(
         "smoke": Scale("twins 64 and 128 wide", "seconds (tests)"),
         "cpu": Scale("twins 64 and 128 wide, 8 and 11 layers", "about a minute on one core"),
         "gpu": Scale("twins 512 and 1024 wide", "not yet run; one GPU"),
-        "paper": Scale("1.3B+MoE-128 and 6.7B", "not run; see its dry run"),
     },
     arms=ARMS,
     trains=False,
     measures=True,
+    measures_on_gpu=("gpu",),
 )

@@ -160,6 +160,7 @@ EXPERIMENT = Experiment(
     scales=twin_scales(3, "350M base with 32 experts; 300 B tokens"),
     arms=ARMS,
     measures=True,
+    measures_on_gpu=("gpu", "paper"),
     planned_seeds=5,
     planned_first=3,
 )

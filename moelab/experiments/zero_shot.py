@@ -280,4 +280,5 @@ EXPERIMENT = Experiment(
     },
     arms=ARMS,
     check=check,
+    measures_on_gpu=("gpu",),
 )

@@ -92,6 +92,9 @@ def show(runs: Sequence[PlannedRun]) -> None:
 
     from moelab import terminal
 
+    if not runs:
+        terminal.console().print("nothing to train: the notebook measures or computes, and reads what is there")
+        return
     seeds: dict[tuple[str, str, str, str], list[int]] = {}
     for r in runs:
         size = f"{r.state_bytes / 2**30:.1f} GiB" if r.state_bytes > 2**30 else f"{r.state_bytes / 2**20:.0f} MiB"

@@ -42,7 +42,6 @@ IDS = {
     "throughput smoke": "e3dac82197",
     "throughput cpu": "aa90976859",
     "throughput gpu": "7a81d44018",
-    "throughput paper": "86971ca6b3",
     "zero-shot smoke": "7b633e6514",
     "zero-shot cpu": "7fa782540e",
     "zero-shot gpu": "477f4675ce",

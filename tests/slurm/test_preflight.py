@@ -158,6 +158,25 @@ def test_the_second_experiment_is_checked_before_the_first_is_queued(queued, tmp
     assert str(failed.exception).startswith("throughput: its notebook measures on a GPU") and not queued
 
 
+@pytest.mark.parametrize(
+    ("name", "scale"),
+    [("gating-kernels", "paper"), ("top2-vs-residual", "paper"), ("zero-shot", "gpu"), ("imported-model", "gpu")],
+)
+def test_a_notebook_that_works_on_a_gpu_is_refused_where_it_gets_none(name, scale, queued, tmp_path):
+    (tmp_path / "site.yaml").write_text("nodes: 16\ngpus_per_node: 8\n")
+    where = ["--scale", scale, "--profile", str(tmp_path / "site.yaml")]
+    failed = CliRunner().invoke(app, ["submit", name, *where])
+    assert str(failed.exception).startswith(f"{name}: its notebook measures on a GPU") and not queued
+
+
+@pytest.mark.parametrize(("name", "scale"), [("gating-kernels", "paper"), ("imported-model", "gpu")])
+def test_a_notebook_that_works_on_a_gpu_is_refused_here(name, scale):
+    failed = CliRunner().invoke(app, ["run", name, "--scale", scale])
+    assert str(failed.exception).startswith("no CUDA device is available here")
+    dry = CliRunner().invoke(app, ["run", name, "--scale", scale, "--dry-run"])
+    assert dry.exit_code == 0 and dry.output.startswith("nothing to train")
+
+
 def test_an_experiment_that_only_measures_queues_its_notebook_alone(home):
     done = CliRunner().invoke(app, ["submit", "throughput", "--scale", "smoke", "--profile", "example", "--dry-run"])
     assert done.exit_code == 0 and "1 notebook" in done.output and " run" not in done.output.splitlines()[-1], (
