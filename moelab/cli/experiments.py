@@ -80,6 +80,8 @@ def run(
     checked = [(experiment(e), notebooks.check_parameters(experiment(e), taken)) for e, taken in wanted.items()]
     asked = [(e, e.specs_of(notebooks.resolve(e, taken))) for e, taken in checked]
     trained = [spec for e, specs in asked if e.trains for spec in specs]
+    if name is None and (without := batch.left_out(scale)):
+        print(f"left out, because each needs its own -p measured_file=FILE: {', '.join(without)}")
     if dry_run:
         _plan(trained)
         return

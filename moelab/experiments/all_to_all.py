@@ -15,10 +15,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from moelab import paper
 from moelab.design.experiment import Experiment, Scale
+from moelab.experiments.decoding import check_file
 from moelab.paper.verdicts import Verdict, judge
 
 if TYPE_CHECKING:
@@ -183,5 +185,6 @@ EXPERIMENT = Experiment(
             "not yet run; 16 to 256 A100",
         ),
     },
+    check=partial(check_file, "all-to-all", "exchange"),
     measures=True,
 )

@@ -73,6 +73,14 @@ def steps(
     return pd.DataFrame([{**row, "label": row["name"] if by == "model" else _size(row)} for row in rows])
 
 
+def check_file(experiment: str, bench: Literal["decode", "exchange"], parameters: Mapping[str, Any]) -> None:
+    """Refuse the scale paper without a file of times on ranks that can be read; ValueError, one line."""
+    if parameters.get("scale") == "paper":
+        from moelab.bench.harness import rows_of_ranks
+
+        rows_of_ranks(experiment, parameters.get("measured_file"), bench)
+
+
 def decode(
     models: Mapping[str, ModelConfig], scale: str, ranks: Sequence[int], batches: Sequence[int]
 ) -> list[dict[str, Any]]:

@@ -15,7 +15,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from moelab.config import DecoderConfig, ModelConfig, RoutingConfig, digest
+from moelab.config import DataConfig, DecoderConfig, ModelConfig, RoutingConfig, digest
 from moelab.design.experiment import Experiment, Scale
 from moelab.evaluation.routing import Layer
 
@@ -47,6 +47,35 @@ def directory(model: str) -> Path:
     if not model_config(found).is_moe:
         raise ValueError(f"imported-model: {found} is dense, it routes nothing")
     return found
+
+
+def check(parameters: Mapping[str, Any]) -> None:
+    """Refuse a model, text, cluster or program that does not exist, or a number out of range; ValueError, one line."""
+    from moelab import paths, simulate
+
+    model, corpus = parameters.get("model", ""), parameters.get("corpus", "")
+    try:
+        simulate.cluster(parameters.get("cluster", "h100"))
+        simulate.system(parameters.get("system", "moelab"))
+        data = DataConfig(corpus or CORPUS["cpu"], context=parameters.get("context", 512))
+        if corpus:
+            from moelab.data import CorpusUnavailable, open_corpus
+
+            try:
+                open_corpus(data, paths.home() / "data")
+            except CorpusUnavailable as error:
+                raise ValueError(str(error)) from None
+        if (dtype := parameters.get("dtype", "bf16")) not in ("bf16", "fp32"):
+            raise ValueError(f"dtype must be bf16 or fp32, got {dtype!r}")
+        for name, least in (("gpus", 1), ("cached", 1), ("max_tokens", 0)):
+            if (value := parameters.get(name, least)) < least:
+                raise ValueError(f"{name} must be at least {least}, got {value}")
+        if model and "/" not in model and Path(model).is_dir():  # the notebook's kernel works in another folder
+            raise ValueError(f"model {model}: a relative path needs a /, as in ./{model}")
+        if model:
+            directory(model)
+    except ValueError as error:
+        raise ValueError(f"imported-model: {str(error).removeprefix('imported-model: ')}") from None
 
 
 def _random_model() -> Path:
@@ -182,5 +211,6 @@ EXPERIMENT = Experiment(
         "cpu": Scale("the model given; 20 k tokens of each domain of mix5", "a pass over the text"),
         "gpu": Scale("the model given, on one GPU", "not yet run; one GPU"),
     },
+    check=check,
     measures_on_gpu=("gpu",),
 )

@@ -10,11 +10,13 @@ explains why.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING
 
 from moelab import paper
 from moelab.config import ModelConfig
 from moelab.design.experiment import Experiment, Scale
+from moelab.experiments.decoding import check_file
 from moelab.paper.verdicts import Verdict, judge_simulated
 
 if TYPE_CHECKING:
@@ -86,6 +88,7 @@ EXPERIMENT = Experiment(
             "simulated cluster; the models as `srun moelab bench decode` measured them", "not yet run; 128 to 256 A100"
         ),
     },
+    check=partial(check_file, "inference-large", "decode"),
     measures=True,
     measures_on_gpu=("gpu",),
 )

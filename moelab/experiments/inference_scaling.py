@@ -10,12 +10,13 @@ prediction; the notebook shows the quality of the fit and what it does not deter
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING
 
 from moelab import paper
 from moelab.config import ModelConfig
 from moelab.design.experiment import Experiment, Scale
-from moelab.experiments.decoding import steps, twins
+from moelab.experiments.decoding import check_file, steps, twins
 from moelab.paper.verdicts import Verdict, judge_simulated
 
 if TYPE_CHECKING:
@@ -83,6 +84,7 @@ EXPERIMENT = Experiment(
             "not yet run; 64 A100",
         ),
     },
+    check=partial(check_file, "inference-scaling", "decode"),
     measures=True,
     measures_on_gpu=("gpu",),
 )

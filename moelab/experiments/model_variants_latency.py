@@ -9,10 +9,12 @@ published: 64 and 128 experts, as for the 1.3B base, and an eighth of the layers
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING
 
 from moelab import paper
 from moelab.design.experiment import Experiment, Scale
+from moelab.experiments.decoding import check_file
 from moelab.paper.verdicts import Verdict, judge_simulated
 
 if TYPE_CHECKING:
@@ -101,6 +103,7 @@ EXPERIMENT = Experiment(
             "not yet run; A100 cluster",
         ),
     },
+    check=partial(check_file, "model-variants-latency", "decode"),
     measures=True,
     measures_on_gpu=("gpu",),
 )

@@ -9,10 +9,12 @@ published (44 layers of width 8192 assumed), nor are its GPU count and PR-MoE.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING
 
 from moelab import paper
 from moelab.design.experiment import Experiment, Scale
+from moelab.experiments.decoding import check_file
 from moelab.paper.verdicts import Verdict, judge_simulated
 
 if TYPE_CHECKING:
@@ -89,6 +91,7 @@ EXPERIMENT = Experiment(
             "not yet run; A100 cluster",
         ),
     },
+    check=partial(check_file, "moe-vs-dense-inference", "decode"),
     measures=True,
     measures_on_gpu=("gpu",),
 )

@@ -24,14 +24,14 @@ from moelab.runs.measurements import MeasurementStore
 def chosen(scale: str, given: Mapping[str, str]) -> dict[str, dict[str, str]]:
     """Return experiment -> those of the given parameters that its notebook takes, for experiments that have the scale.
 
-    Overrides (dotted names) are for the notebooks whose runs can be overridden.
+    Overrides (dotted names) are for the notebooks whose runs can be overridden. Those of `left_out` are not there.
 
     Raises:
         ValueError: no notebook takes a parameter, a value is of the wrong type, or no experiment has the scale.
     """
     found: dict[str, dict[str, str]] = {}
     for e in EXPERIMENTS.values():
-        if scale in e.scales:
+        if scale in e.scales and e.name not in left_out(scale):
             allowed = notebooks.parameters(e)
             found[e.name] = {"scale": scale} | {
                 k: v for k, v in given.items() if k in allowed or ("." in k and "overrides" in allowed)
@@ -44,6 +44,12 @@ def chosen(scale: str, given: Mapping[str, str]) -> dict[str, dict[str, str]]:
         if not any(name in taken for taken in found.values()):
             raise ValueError(f"no notebook takes a parameter {name!r}")
     return found
+
+
+def left_out(scale: str) -> list[str]:
+    """Return the experiments that read a file of times on ranks at this scale, of which each needs its own."""
+    having = [e for e in EXPERIMENTS.values() if scale in e.scales] if scale == "paper" else []
+    return [e.name for e in having if "measured_file" in notebooks.parameters(e)]
 
 
 def last_result(experiment: Experiment, values: Mapping[str, Any]) -> Summary | None:

@@ -108,7 +108,8 @@ def check_parameters(experiment: Experiment, given: Mapping[str, str]) -> dict[s
 
 def _value(kind: str, text: str) -> Any:
     if kind == "str":  # a path: the kernel works in another folder
-        return str(Path(text).resolve()) if "/" in text and Path(text).exists() else _absolute(text)
+        is_path = "/" in text or Path(text).suffix in (".jsonl", ".yaml", ".yml")
+        return str(Path(text).resolve()) if is_path and Path(text).exists() else _absolute(text)
     if kind == "bool":
         if text.lower() in ("true", "yes", "1"):
             return True

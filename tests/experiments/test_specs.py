@@ -260,6 +260,18 @@ def test_a_folder_of_text_is_that_of_the_caller(tmp_path, monkeypatch):
         ("pr-moe", {"train.eps": "-1"}, "eps must be positive"),
         ("pr-moe", {"model.init_std": "-1"}, "init_std must not be negative"),
         ("pr-moe", {"data.context": "0"}, "context must be at least 1"),
+        ("all-to-all", {"scale": "paper"}, "all-to-all: scale paper needs -p measured_file=FILE, the exchange.jsonl"),
+        ("inference-scaling", {"scale": "paper", "measured_file": "/no/file"}, "inference-scaling: /no/file: No such"),
+        ("inference-large", {"scale": "paper"}, "inference-large: scale paper needs -p measured_file=FILE"),
+        ("model-variants-latency", {"scale": "paper"}, "model-variants-latency: scale paper needs"),
+        ("moe-vs-dense-inference", {"scale": "paper"}, "moe-vs-dense-inference: scale paper needs"),
+        ("imported-model", {"model": "/no/model"}, "imported-model: run '/no/model': no such run or directory"),
+        ("imported-model", {"cluster": "h1000"}, "imported-model: no cluster 'h1000'; allowed: .*did you mean h100"),
+        ("imported-model", {"system": "vllm"}, "imported-model: no system 'vllm'"),
+        ("imported-model", {"corpus": "mix6"}, "imported-model: data: unknown corpus 'mix6'"),
+        ("imported-model", {"context": "0"}, "imported-model: .*context must be at least 1"),
+        ("imported-model", {"gpus": "0"}, "imported-model: gpus must be at least 1, got 0"),
+        ("imported-model", {"dtype": "fp8"}, "imported-model: dtype must be bf16 or fp32, got 'fp8'"),
     ],
 )
 def test_what_would_fail_after_the_training_is_refused_before(name, given, message):
@@ -267,3 +279,26 @@ def test_what_would_fail_after_the_training_is_refused_before(name, given, messa
 
     with pytest.raises(ValueError, match=message):
         check_parameters(experiment(name), {"scale": "smoke", **given})
+
+
+def test_a_file_or_folder_is_that_of_the_caller(tmp_path, monkeypatch):
+    from moelab.notebook.execute import check_parameters
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MOELAB_HOME", str(tmp_path / "home"))
+    row = '{"alpha_ms": 0.1, "ranks": 8}'
+    (tmp_path / "exchange.jsonl").write_text(row)
+    found = check_parameters(experiment("all-to-all"), {"scale": "paper", "measured_file": "exchange.jsonl"})
+    assert found["measured_file"] == str(tmp_path / "exchange.jsonl")
+    (tmp_path / "model").mkdir()
+    with pytest.raises(ValueError, match=r"imported-model: model model: a relative path needs a /, as in \./model"):
+        check_parameters(experiment("imported-model"), {"model": "model"})
+    with pytest.raises(ValueError, match=r"^imported-model: .*model"):
+        check_parameters(experiment("imported-model"), {"model": "./model"})
+
+
+def test_all_experiments_of_the_paper_leave_out_those_that_need_a_file():
+    from moelab.notebook import batch
+
+    assert "all-to-all" in batch.left_out("paper") and "all-to-all" not in batch.chosen("paper", {})
+    assert not batch.left_out("cpu") and "scaling" in batch.chosen("paper", {})
