@@ -5,8 +5,10 @@ Heavy modules are imported inside the commands, so that `moelab --help` is quick
 
 from __future__ import annotations
 
+import re
 import sys
-from typing import Annotated
+from collections.abc import Sequence
+from typing import Annotated, Any
 
 import typer
 
@@ -48,6 +50,10 @@ def _options(
     pass
 
 
+# Typer exports only `BadParameter`; the class above all such errors is click's, or that of Typer's own copy of click.
+_UsageError = next(cls for cls in typer.BadParameter.__mro__ if cls.__name__ == "ClickException")
+
+
 def main() -> None:
     """Run the command line.
 
@@ -55,7 +61,15 @@ def main() -> None:
     read-only, a full disk), with exit code 1.
     """
     try:
-        app()
+        code = app(standalone_mode=False)  # else Typer prints usage errors itself, as a box
+        if code:
+            sys.exit(code)
+    except _UsageError as error:
+        if message := _one_line(error):
+            print(f"moelab: {message}", file=sys.stderr)
+        sys.exit(error.exit_code)
+    except typer.Abort:
+        sys.exit(130)
     except ValueError as error:
         print(f"moelab: {error}", file=sys.stderr)
         sys.exit(2)
@@ -64,3 +78,38 @@ def main() -> None:
         reason = error.strerror or str(error).partition("\n")[0] or type(error).__name__
         print(f"moelab: {reason}{': ' if places else ''}{places}", file=sys.stderr)
         sys.exit(1)
+
+
+def _one_line(error: Any) -> str:
+    """Return a usage error in one line, with what helps; empty where the help has been printed instead."""
+    message = " ".join(error.format_message().split()).rstrip(".")
+    if not message or type(error).__name__ == "NoArgsIsHelpError":
+        return ""
+    names, context = [], getattr(error, "ctx", None)
+    takes_parameters = context and any(parameter.name == "parameter" for parameter in context.command.params)
+    at = context
+    while at and at.parent:
+        names.insert(0, at.info_name)
+        at = at.parent
+    hint = f"see `{' '.join(['moelab', *names])} --help`" if context else ""
+    if type(error).__name__ == "NoSuchOption":
+        message = f"no option {error.option_name}"
+        if error.possibilities:
+            hint = f"did you mean {' or '.join(sorted(error.possibilities))}?"
+        elif takes_parameters:
+            hint = f"parameters are given as -p {_as_parameter(error.option_name, sys.argv[1:])}"
+    elif takes_parameters and (pair := re.search(r"\((\w[\w.]*=\S*)\)$", message)):
+        hint = f"parameters are given as -p {pair[1]}"
+    where = f"{' '.join(names)}: " if names else ""
+    return where + message[0].lower() + message[1:] + (f"; {hint}" if hint and not message.endswith("?") else "")
+
+
+def _as_parameter(option: str, arguments: Sequence[str]) -> str:
+    """Return an option of the command line, such as ``--first-seed 3``, in the form of a parameter: first_seed=3."""
+    value = "VALUE"
+    for argument, after in zip(arguments, [*arguments[1:], ""], strict=True):
+        if argument.startswith(f"{option}="):
+            value = argument.partition("=")[2]
+        elif argument == option and after and not after.startswith("-"):
+            value = after
+    return f"{option.lstrip('-').replace('-', '_')}={value}"

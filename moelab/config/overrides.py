@@ -94,7 +94,9 @@ def _value(name: str, value: Any) -> Any:
     if name not in allowed:
         section = name.partition(".")[0]
         of_section = [other for other in allowed if other.startswith(f"{section}.")]
-        close = difflib.get_close_matches(name, allowed, n=1)
+        # The same field elsewhere (model.routing.top_k, model.top_k) before a name that is spelt alike.
+        same = [other for other in allowed if other.rpartition(".")[2] == name.rpartition(".")[2]]
+        close = difflib.get_close_matches(name, same, n=1, cutoff=0) or difflib.get_close_matches(name, allowed, n=1)
         hint = f" (did you mean {close[0]}?)" if close else ""
         names = ", ".join(of_section or (f"{section}.…" for section in SECTIONS))
         raise ValueError(f"no setting {name!r}; allowed: {names}{hint}")

@@ -46,9 +46,18 @@ def parameters(experiment: Experiment) -> dict[str, Parameter]:
 
     They are the annotated assignments of the cell with the tag `parameters`, as for papermill, whose import takes two
     seconds: a command that is given a wrong one answers sooner.
+
+    Raises:
+        ValueError: one line: there is no notebook, or not one cell with the tag.
     """
-    cells = read_json(paths.notebooks() / experiment.notebook)["cells"]
-    (source,) = ("".join(c["source"]) for c in cells if "parameters" in c["metadata"].get("tags", ()))
+    where = f"{experiment.name}: notebooks/{experiment.notebook}"
+    notebook = read_json(paths.notebooks() / experiment.notebook)
+    if notebook is None:
+        raise ValueError(f"{where} does not exist; docs/extend.md, step 2")
+    tagged = [cell for cell in notebook["cells"] if "parameters" in cell["metadata"].get("tags", ())]
+    if len(tagged) != 1:
+        raise ValueError(f"{where}: {len(tagged)} cells have the tag parameters, expected one; docs/extend.md, step 2")
+    source = "".join(tagged[0]["source"])
     tokens = tokenize.generate_tokens(io.StringIO(source).readline)
     comments = {t.end[0]: t.string.removeprefix("#").strip() for t in tokens if t.type == tokenize.COMMENT}
     return {

@@ -132,6 +132,20 @@ def test_version_and_help_in_the_order_of_use():
         (("run", "pr-moe", "-p", 'arms=["foo"]'), "pr-moe: unknown arm 'foo'; allowed: Dense"),
         (("run", "pr-moe", "-p", "data.corpus=mix6"), "data: unknown corpus 'mix6'; known are 'sotu', 'mix5'"),
         (("run", "pr-moe", "-p", "data.corpus=folder:/nowhere"), "data: corpus 'folder:/nowhere' is no folder"),
+        (("run", "pr-moe", "--seeds", "3"), "moelab: run: no option --seeds; parameters are given as -p seeds=3\n"),
+        (("submit", "pr-moe", "--first-seed=3"), "no option --first-seed; parameters are given as -p first_seed=3\n"),
+        (("sweep", "pr-moe", "--train.lr", "-g", "x=1"), "--train.lr; parameters are given as -p train.lr=VALUE\n"),
+        (("run", "pr-moe", "--sclae", "cpu"), "moelab: run: no option --sclae; did you mean --scale?\n"),
+        (("run", "pr-moe", "seeds=3"), "(seeds=3); parameters are given as -p seeds=3\n"),
+        (("status", "--nosuch"), "moelab: status: no option --nosuch; see `moelab status --help`\n"),
+        (
+            ("simulate", "decode", "--nosuch"),
+            "moelab: simulate decode: no option --nosuch; see `moelab simulate decode --help`",
+        ),
+        (("rnu", "pr-moe"), "moelab: no such command 'rnu'"),
+        (("submit",), "moelab: submit: missing argument 'NAME...'; see `moelab submit --help`\n"),
+        (("run", "pr-moe", "--scale"), "moelab: option '--scale' requires an argument"),
+        (("logs", "x", "-n", "many"), "moelab: logs: invalid value for '-n': "),
     ],
 )
 def test_bad_input_is_one_line_and_starts_nothing(arguments, part, tmp_path, monkeypatch, capsys):
@@ -160,7 +174,7 @@ def test_what_the_system_refuses_is_one_line(tmp_path):
 def test_an_error_of_the_system_names_what_and_where(monkeypatch, capsys):
     from moelab import cli
 
-    def refused() -> None:
+    def refused(**_) -> None:
         raise OSError(30, "Read-only file system", "/shared/results")
 
     monkeypatch.setattr(cli, "app", refused)

@@ -190,6 +190,10 @@ def test_settings_come_from_the_fields():
     [
         ({"train.tokenz": 1}, "no setting 'train.tokenz'; allowed: train.tokens, train.batch_size"),
         ({"train.tokenz": 1}, "did you mean train.tokens?"),
+        ({"model.routing.top_k": 4}, "did you mean model.top_k?"),
+        ({"model.drop_tokens": True}, "did you mean model.routing.drop_tokens?"),
+        ({"model.shared": 1}, "did you mean model.expert.shared?"),
+        ({"top_k": 4}, "did you mean model.top_k?"),
         ({"tokens": 1}, "no setting 'tokens'; allowed: model.…, train.…, data.…, parallel.…, distill.…"),
         ({"train.seed": 1}, "no setting 'train.seed'"),
         ({"train.tokens": "many"}, "train.tokens: expected int, got 'many'"),
@@ -302,3 +306,16 @@ def test_all_experiments_of_the_paper_leave_out_those_that_need_a_file():
 
     assert "all-to-all" in batch.left_out("paper") and "all-to-all" not in batch.chosen("paper", {})
     assert not batch.left_out("cpu") and "scaling" in batch.chosen("paper", {})
+
+
+def test_an_experiment_without_its_notebook_is_told_in_one_line(tmp_path, monkeypatch):
+    from moelab.notebook.execute import check_parameters
+
+    lone = replace(experiment("half-moe"), name="granularity", number=31)
+    with pytest.raises(ValueError) as error:
+        check_parameters(lone, {})
+    assert str(error.value) == "granularity: notebooks/31_granularity.ipynb does not exist; docs/extend.md, step 2"
+    monkeypatch.setattr(paths, "notebooks", lambda: tmp_path)
+    (tmp_path / lone.notebook).write_text('{"cells": [{"source": [], "metadata": {}}]}')
+    with pytest.raises(ValueError, match="0 cells have the tag parameters, expected one"):
+        check_parameters(lone, {})
