@@ -264,7 +264,8 @@ def _submit(
 def _print_scripts(plan: Plan) -> None:
     for name, text in plan.scripts.items():
         runs = plan.specs.get(name, ())
-        print(f"# ---- {name}.sbatch" + "".join(f"\n#      {i} {run.id}" for i, run in enumerate(runs)) + f"\n{text}")
+        listed = "".join(f"\n#      {i} {run.id}  {run.title}" for i, run in enumerate(runs))
+        print(f"# ---- {name}.sbatch{listed}\n{text}")
     if not plan.scripts:
         print("nothing to submit: all is finished or queued")
         return

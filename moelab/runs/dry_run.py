@@ -98,7 +98,7 @@ def show(runs: Sequence[PlannedRun]) -> None:
     seeds: dict[tuple[str, str, str, str], list[int]] = {}
     for r in runs:
         size = f"{r.state_bytes / 2**30:.1f} GiB" if r.state_bytes > 2**30 else f"{r.state_bytes / 2**20:.0f} MiB"
-        cost = f"{r.flops:.2g} FLOPs" + (f", {r.gpu_hours:,.0f} A100 hours" if r.gpu_hours is not None else "")
+        cost = f"{r.flops:.2g} FLOPs" + (f", {_hours(r.gpu_hours)}" if r.gpu_hours is not None else "")
         numbers = (
             f"{_short(r.parameters)} parameters, {_short(r.active)} active; "
             f"{_short(r.spec.own_tokens)} tokens in {r.steps:,} steps; "
@@ -113,10 +113,11 @@ def show(runs: Sequence[PlannedRun]) -> None:
         console.print(Padding(numbers, (0, 0, 0, 2)), highlight=False)
     hours = sum(r.gpu_hours or 0 for r in runs if r.state != "finished")
     left = sum(r.state != "finished" for r in runs)
+    small = "; small models reach far less" if any(0 < (r.gpu_hours or 0) < 1 for r in runs) else ""
     console.print(
         f"{left} of {len(runs)} runs to train"
         + (
-            f", {hours:,.0f} A100 hours at the paper's {paper_rate() / 1e12:.0f} TFLOP/s a GPU (Table 3)"
+            f", {_hours(hours)} at the paper's {paper_rate() / 1e12:.0f} TFLOP/s a GPU (Table 3)" + small
             if hours
             else ""
         )
@@ -124,6 +125,10 @@ def show(runs: Sequence[PlannedRun]) -> None:
         "gradients and moments",
         highlight=False,
     )
+
+
+def _hours(hours: float) -> str:
+    return f"{hours:,.0f} A100 hour{'s' * (round(hours) != 1)}" if hours >= 1 else "under 1 A100 hour"
 
 
 def _ranges(numbers: Sequence[int]) -> str:

@@ -34,7 +34,8 @@ class Profile:
         failures: how often a run may fail before it is given up (the same failure twice in a row ends it at once).
         restarts: how often a job may be started again for any reason (preemption, time limit, lost node).
         notebook_time, notebook_cpus, notebook_memory, notebook_gpus: resources of a notebook's job, which only reads
-            runs. Notebooks that measure (throughput, inference) need a GPU at the scales `gpu` and `paper`.
+            runs. Notebooks that measure on a GPU need one (`Experiment.measures_on_gpu`), and so does any notebook
+            where the partition takes no job without a GPU.
         lab_time: time limit of `moelab lab`.
         lab_address: address at which JupyterLab listens on its node: ``loopback`` (the ssh tunnel ends at the node) or
             ``node`` (for sites that allow no ssh to nodes; a token protects it).

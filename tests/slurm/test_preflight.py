@@ -118,6 +118,20 @@ def test_a_dry_run_says_what_would_be_refused(queued, monkeypatch):
         assert str(failed.exception).startswith("data: unknown corpus 'nope'") and "to train" not in failed.output
 
 
+def test_a_dry_run_tells_budgets_of_an_arm_apart():
+    done = CliRunner().invoke(app, ["submit", "scaling", "--scale", "cpu", "--profile", "example", "--dry-run"])
+    lines = [line for line in done.output.splitlines() if line.startswith("#      ") and " 350m-twin-s0-" in line]
+    assert len(lines) > 3 and any(line.endswith("  350M, 1.0 M tokens") for line in lines)
+    assert len({line.partition("  350M")[2] for line in lines}) == len(lines)
+
+
+def test_a_dry_run_rounds_no_hour_to_zero():
+    done = CliRunner().invoke(app, ["run", "half-moe", "--scale", "gpu", "--dry-run"], env={"COLUMNS": "300"})
+    said = done.output.replace("\n", " ")
+    assert "FLOPs, under 1 A100 hour" in said and " 0 A100 hours" not in said
+    assert "under 1 A100 hour at the paper's 46 TFLOP/s a GPU (Table 3); small models reach far less; " in said
+
+
 def test_a_disk_without_room_is_refused(tiny_spec, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda path: namedtuple("usage", "free")(1 << 20))
     for profile in (PROFILE, HERE):
