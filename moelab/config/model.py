@@ -41,7 +41,7 @@ class ModelConfig:
         vocab: rows of the embedding, V; 50304 is GPT-2's 50257 padded to a multiple of 128.
         context: longest sequence in tokens, T.
         init_std: standard deviation of the initial weights.
-        dropout: applied to embeddings, attention and the two residual branches.
+        dropout: applied to embeddings, attention weights, and the outputs of attention and feed-forward.
         routing: the gate's behaviour.
         decoder: norms, positions, attention and the kind of feed-forward; the default is the paper's decoder.
         expert: the experts' width, and shared experts.

@@ -1,9 +1,10 @@
 """Gradients over ranks: the sum over each parameter's replicas, during the backward pass, and the global norm.
 
 A parameter's gradient is the mean over data ranks of the contributions of each rank's tokens. Its `Placement` says
-over which ranks to sum: all ranks for a non-expert weight, the expert-data group for an expert (which has already
-received the tokens of the other ranks). The sum is divided by the number of data ranks times the number of replicas of
-each token in it. FSDP2 reduces the gradients of its own parameters (DTensors).
+over which ranks to sum: all ranks for a non-expert weight, or the data ranks with the same slice if tensor slicing cuts
+it; the expert-data group for an expert (which has already received the tokens of the other ranks). The sum is divided
+by the number of data ranks times the number of replicas of each token in it. FSDP2 reduces the gradients of its own
+parameters (DTensors).
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@
 
 Every rank sends every expert C slots, full or empty, and with tensor slicing each of the ranks that hold the same
 tokens sends all of them. C is the busiest expert's load on any rank of the expert-parallel group, which is what
-DeepSpeed's drop-free gate agrees on (sharded_moe.py).
+DeepSpeed's drop-free gate agrees on (sharded_moe.py); with expert slicing, on any rank of all slices' groups.
 """
 
 from __future__ import annotations

@@ -37,7 +37,8 @@ class Placement:
     Attributes:
         shape: the whole parameter's shape, which no layout changes: names and shapes are those of the model on one
             rank, with experts by global id.
-        shards: the shards that this rank holds; usually one, but three of a tensor-sliced query-key-value weight.
+        shards: the shards that this rank holds; usually one, but three of a tensor-sliced query-key-value weight, and
+            two of a tensor-sliced `up` with a gate.
         replicas: ranks (this one included) that hold exactly these shards. Gradients are summed over them.
         token_replicas: how often a token contributes to that sum: gradients are divided by data ranks * token_replicas.
     """
@@ -64,8 +65,8 @@ class Placement:
     ) -> Placement:
         """Return the placement of part `index` of `count` equal ones along each dim of `parts`, dim -> (index, count).
 
-        With `stretches`, dim 0 consists of stretches of these lengths (query, key, value), each of which is cut this
-        way.
+        With `stretches`, dim 0 consists of stretches of these lengths (query, key, value; or gate and up), each of
+        which is cut this way.
 
         Raises:
             ValueError: a dim does not divide evenly.

@@ -253,9 +253,9 @@ class FrozenRouter(Router):
 
     def forward(self, x_SM: Tensor, sequences: int = 1) -> Routing:
         """Route as `Router.forward`; runs outside autocast."""
-        return self.route(self.scores(x_SM.float()), sequences)
+        return self.route(self.logits(x_SM.float()), sequences)
 
-    def scores(self, x_SM: Tensor) -> Tensor:
+    def logits(self, x_SM: Tensor) -> Tensor:
         """Return the logits [S, E], without noise."""
         return self.product(x_SM, None)
 

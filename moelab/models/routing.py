@@ -1,6 +1,6 @@
 """Route tokens: choose their experts, slots and weights (paper section 4, GShard, Switch).
 
-    x_SM -> scores -> logits_SE -> noise, capacity, gate -> Routing
+    x_SM -> logits_SE -> noise, scores, capacity, gate -> Routing
 
 `Routing` is data (`moelab.kernels.Gate`: expert ids, slots, weights, counts, losses). It is computed once per layer;
 dispatch, combine, losses and metrics only read it. Routing is computed in fp32 for activations of any dtype. Letters as
@@ -79,9 +79,9 @@ class Router(nn.Module):
             sequences: number of sequences of equal length that the tokens form, for `RoutingConfig.aux_scope`.
         """
         with torch.autocast(x_SM.device.type, enabled=False):
-            return self.route(self.scores(x_SM.float()), sequences)
+            return self.route(self.logits(x_SM.float()), sequences)
 
-    def scores(self, x_SM: Tensor) -> Tensor:
+    def logits(self, x_SM: Tensor) -> Tensor:
         """Return the logits [S, E] of fp32 activations."""
         if self.training and (jitter := self.config.input_jitter):
             x_SM = x_SM * torch.empty_like(x_SM).uniform_(1 - jitter, 1 + jitter)
@@ -96,7 +96,7 @@ class Router(nn.Module):
         cfg, S = self.config, len(logits_SE)
         noisy = self.training and cfg.choice_noise != "none"
         choice_SE = NOISE[cfg.choice_noise](logits_SE.detach()) if noisy else None
-        own = cfg.scores != "softmax"  # the gate's own scores are a softmax
+        rescored = cfg.scores != "softmax"  # the gate kernel knows only a softmax
         if self.balance_bias is not None:
             choice_SE = self.activate(logits_SE.detach()) + self.balance_bias
         seed = None
@@ -107,10 +107,10 @@ class Router(nn.Module):
         normalize = self.top_k > 1 if cfg.normalize_weights is None else cfg.normalize_weights
         capacity = cfg.capacity(S, self.experts, self.top_k, self.training)
         routing = self.gate(logits_SE, self.top_k, capacity, seed=seed, normalize=normalize, choice_logits_SE=choice_SE)
-        if own:
+        if rescored:
             routing = routing._replace(weight_SK=_weights(self.activate(logits_SE), routing, normalize))
         pool = self.pool if self.training else None
-        if own or cfg.aux_choices == "all" or cfg.aux_scope == "sequence" or pool is not None:
+        if rescored or cfg.aux_choices == "all" or cfg.aux_scope == "sequence" or pool is not None:
             routing = routing._replace(aux_loss=self._aux_loss(logits_SE, routing.expert_SK, sequences, pool))
         if self.entropies is not None:
             self.entropies.append(normalized_entropy(self._probabilities(logits_SE.detach())))
