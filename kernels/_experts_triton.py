@@ -24,7 +24,7 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from . import tuning
-from ._common import INTERPRETING, dot_precision, multiprocessors, next_power_of_2, tl, triton
+from ._common import APPROXIMATE, INTERPRETING, dot_precision, multiprocessors, next_power_of_2, tl, triton
 
 
 @triton.jit(do_not_specialize=["tiles", "R"])
@@ -355,6 +355,8 @@ def _swiglu(pre, dh=None, *, forward=True):
 class TritonExperts(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, w1, b1, w2, b2, offsets_E1, activation, keep):
+        if activation not in ("none", "swiglu", *APPROXIMATE):  # `_mm` would compute GELU
+            raise ValueError(f"expert_ffn: no Triton kernel computes the activation {activation!r}")
         plan, exact, gated = _plan(x, offsets_E1), activation == "gelu", activation == "swiglu"
         act = int(activation != "none" and not gated)
         h = _mm(plan, x, w1, b1, act=act, exact=exact, save=bool(act) and keep)

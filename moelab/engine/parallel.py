@@ -53,9 +53,8 @@ class SlicedExperts(Experts):
     """
 
     def __init__(self, config: ModelConfig, groups: ExpertGroups) -> None:
-        gated, biases = config.decoder.gated, config.decoder.biases == "all"
         ffn = config.expert_ffn // groups.slices.size
-        super().__init__(groups.layout.experts_per_rank, config.hidden, ffn, gated, biases)
+        super().__init__(groups.layout.experts_per_rank, config.hidden, ffn, config.decoder)
         self.adds_bias = groups.slices.index == 0
 
     def forward(self, rows_RM: Tensor, offsets_E1: Tensor) -> Tensor:

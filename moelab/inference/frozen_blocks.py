@@ -143,14 +143,28 @@ class FrozenGroupedAttention(GroupedAttention):
 # -- feed-forward ------------------------------------------------------------------------------------------------------
 
 
+def is_swiglu(activation: str) -> bool:
+    """Return whether an activation is SwiGLU, False for GELU.
+
+    Raises:
+        ValueError: one line: frozen layers compute no other activation.
+    """
+    if activation not in ("gelu_tanh", "swiglu"):
+        raise ValueError(
+            f"inference: layers are frozen with activation 'gelu_tanh' or 'swiglu', got {activation!r}; "
+            "mode 'baseline' freezes nothing"
+        )
+    return activation == "swiglu"
+
+
 class FrozenMLP(nn.Module):
     """Compute a dense feed-forward."""
 
     def __init__(self, mlp: MLP, batch_invariant: bool) -> None:
         super().__init__()
-        self.gated = mlp.gated
+        self.gated = is_swiglu(mlp.activation)
         self.swiglu = elementwise.swiglu if batch_invariant or mlp.up.weight.dtype != torch.float32 else swiglu
-        self.up = freeze_linear(mlp.up, batch_invariant, gelu=not mlp.gated)
+        self.up = freeze_linear(mlp.up, batch_invariant, gelu=not self.gated)
         self.down = freeze_linear(mlp.down, batch_invariant)
 
     def forward(self, x: Tensor, add: Tensor | None = None) -> Tensor:
@@ -328,7 +342,7 @@ class FrozenExperts(nn.Module):
 
     def __init__(self, experts: Experts, prepare: Callable[[Tensor], Any]) -> None:
         super().__init__()
-        self.gated = experts.activation == "swiglu"
+        self.gated = is_swiglu(experts.activation)
         up_EKN, down_EKN = experts.up.detach().flatten(2), experts.down.detach()
         self.up, self.down = ([prepare(matrix_KN.T) for matrix_KN in stack] for stack in (up_EKN, down_EKN))
         self.up_bias = self.down_bias = [None] * len(self.up)

@@ -89,8 +89,7 @@ class Block(nn.Module):
         self.attention_norm = make_norm(config)
         self.attention = (Attention if decoder.plain_attention else GroupedAttention)(config)
         self.ffn_norm = make_norm(config)
-        dense = {"gated": decoder.gated, "biases": decoder.biases == "all"}
-        self.ffn = MoE(config, experts) if experts else MLP(config.hidden, config.ffn, **dense)
+        self.ffn = MoE(config, experts) if experts else MLP(config.hidden, config.ffn, decoder)
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(

@@ -14,41 +14,44 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moelab import kernels
-from moelab.config import ModelConfig
+from moelab.config import DecoderConfig, ModelConfig
 from moelab.kernels.gating import MAX_EXPERTS
-from moelab.models.activations import gelu, swiglu
+from moelab.models.activations import activation
 from moelab.models.dispatch import Dispatch, DispatchFactory, make_dispatch
 from moelab.models.routing import Router, Routing
 
+_PAPER = DecoderConfig()
+"""The paper's feed-forwards: GELU, with biases."""
+
 
 class MLP(nn.Module):
-    """Compute a dense feed-forward M -> F -> M with GELU or, with `gated`, SwiGLU.
+    """Compute a dense feed-forward M -> F -> M with the decoder's activation and biases.
 
-    With `gated`, the rows of `up.weight` [2 F, M] are those of the gate and then those of the other matrix.
+    If gated, the rows of `up.weight` [2 F, M] are those of the gate and then those of the other matrix.
     """
 
-    def __init__(self, hidden: int, ffn: int, gated: bool = False, biases: bool = True) -> None:
+    def __init__(self, hidden: int, ffn: int, decoder: DecoderConfig = _PAPER) -> None:
         super().__init__()
-        self.gated = gated
-        self.up = nn.Linear(hidden, 2 * ffn if gated else ffn, bias=biases)
+        self.activation, self.function = activation(decoder.feed_forward)
+        biases = decoder.biases == "all"
+        self.up = nn.Linear(hidden, 2 * ffn if decoder.gated else ffn, bias=biases)
         self.down = nn.Linear(ffn, hidden, bias=biases)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the output [..., M] of x [..., M]."""
-        pre = self.up(x)
-        return self.down(swiglu(pre) if self.gated else gelu(pre))
+        return self.down(self.function(self.up(x)))
 
 
 class Experts(nn.Module):
     """Compute E feed-forwards of one shape, with their weights stacked along the first dim: expert e is row e.
 
-    With `gated`, `up` [E, M, 2, F] holds gate and up side by side, so that one grouped product computes both.
+    If gated, `up` [E, M, 2, F] holds gate and up side by side, so that one grouped product computes both.
     """
 
-    def __init__(self, experts: int, hidden: int, ffn: int, gated: bool = False, biases: bool = True) -> None:
+    def __init__(self, experts: int, hidden: int, ffn: int, decoder: DecoderConfig = _PAPER) -> None:
         super().__init__()
-        self.activation: kernels.Activation = "swiglu" if gated else "gelu_tanh"
-        inner = (2, ffn) if gated else (ffn,)
+        self.activation = activation(decoder.feed_forward).kernel
+        inner, biases = (2, ffn) if decoder.gated else (ffn,), decoder.biases == "all"
         self.up = nn.Parameter(torch.empty(experts, hidden, *inner))
         self.up_bias = nn.Parameter(torch.empty(experts, *inner)) if biases else None
         self.down = nn.Parameter(torch.empty(experts, ffn, hidden))
@@ -106,9 +109,8 @@ class MoE(nn.Module):
             raise ValueError(f"model: a layer of {experts} experts; the gate takes up to {MAX_EXPERTS}")
         super().__init__()
         self.router = Router(config.hidden, experts, config.top_k, config.routing)
-        kind = {"gated": config.decoder.gated, "biases": config.decoder.biases == "all"}
-        self.experts = Experts(experts, config.hidden, config.expert_ffn, **kind)
-        self.mlp = MLP(config.hidden, config.fixed_ffn, **kind) if config.fixed_ffn else None
+        self.experts = Experts(experts, config.hidden, config.expert_ffn, config.decoder)
+        self.mlp = MLP(config.hidden, config.fixed_ffn, config.decoder) if config.fixed_ffn else None
         self.mix: Mix | SharedGate | None = None
         if config.residual and config.residual_mix == "learned":
             self.mix = Mix(config.hidden)

@@ -8,8 +8,9 @@ import torch.nn.functional as F
 
 from moelab.config import DecoderConfig, ExpertConfig, ModelConfig, RoutingConfig
 from moelab.inference import Generator, Sampling, frozen, frozen_blocks, set_mode
-from moelab.inference.frozen_blocks import FrozenMoE, PackedExperts, sort
+from moelab.inference.frozen_blocks import FrozenMLP, FrozenMoE, PackedExperts, freeze_experts, sort
 from moelab.models import build
+from moelab.models.moe import MLP, Experts
 
 FREE = RoutingConfig(drop_tokens=False)
 BASE = ModelConfig(layers=1, hidden=48, heads=3, vocab=64, context=32, experts=(5,), init_std=0.3, routing=FREE)
@@ -98,6 +99,14 @@ def test_experts_with_any_numbers_of_rows(name, invariant, processor):
         y = quick.experts(rows, offsets)
         torch.testing.assert_close(y, plain.experts(rows, offsets), rtol=1e-5, atol=1e-5)
         assert not y[len(rows) - empty :].any()
+
+
+@pytest.mark.parametrize("invariant", [True, False])
+def test_an_activation_that_frozen_layers_do_not_know_is_refused(invariant, processor):
+    for layer, freeze in ((MLP(48, 96), FrozenMLP), (Experts(3, 48, 96), freeze_experts)):
+        layer.activation = "gelu"
+        with pytest.raises(ValueError, match=r"^inference: layers are frozen with .* got 'gelu'; mode 'baseline'"):
+            freeze(layer, invariant)
 
 
 @torch.inference_mode()

@@ -414,3 +414,9 @@ def test_clear_errors(change, message):
     offsets = a.pop("offsets", torch.tensor([0, 2, 6]))
     with pytest.raises(ValueError, match=message):
         expert_ffn(torch.zeros(6, 5), offsets, a["w1"], a["b1"], a["w2"], a["b2"], activation=a["activation"])
+
+
+def test_an_activation_that_only_the_check_knows_is_no_gelu():
+    x, w1, w2 = torch.zeros(6, 5), torch.zeros(2, 5, 4), torch.zeros(2, 4, 5)
+    with pytest.raises(ValueError, match=r"^expert_ffn: no Triton kernel computes the activation 'relu'$"):
+        _experts_triton.TritonExperts.apply(x, w1, None, w2, None, torch.tensor([0, 2, 6]), "relu", False)

@@ -146,7 +146,10 @@ def why_not(config: ModelConfig, kind: str) -> str | None:
     for problem, text in (
         (not config.is_moe or config.residual, "has routed experts without residual branch"),
         (len(counts) > 1, "has the same number of experts in each MoE layer"),
-        (d.norm != "rms" or d.positions != "rotary" or not d.gated, "has RMSNorm, rotary positions and SwiGLU"),
+        (
+            d.norm != "rms" or d.positions != "rotary" or d.feed_forward != "swiglu",
+            "has RMSNorm, rotary positions and SwiGLU",
+        ),
         (d.biases != ("qkv" if kind == "qwen2_moe" else "none"), "has other biases"),
         (d.qk_norm != qk_norm, f"has qk_norm {qk_norm!r}"),
         (own_size and kind not in ("mixtral", "qwen3_moe"), "has head_size M / H"),
