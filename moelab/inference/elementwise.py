@@ -28,14 +28,19 @@ def gelu(x: Tensor) -> Tensor:
 def swiglu(pre: Tensor) -> Tensor:
     """Return ``silu(g) * u``, [..., F], of pre-activations [..., 2 F] that hold g and u side by side."""
     gate, up = pre.chunk(2, -1)
-    parts = max(1, min(torch.get_num_threads(), -(-gate.numel() // (1 << 15))))
-    return _of_whole_vectors(F.silu, gate, parts) * up
+    return of_elements(F.silu, gate) * up
 
 
 def sigmoid(x: np.ndarray) -> np.ndarray:
     """Return the sigmoid."""
     with np.errstate(over="ignore"):
         return 1 / (1 + np.exp(-x))
+
+
+def of_elements(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """Return the function of all elements, for one that PyTorch shares out to threads as most are (not GELU)."""
+    parts = max(1, min(torch.get_num_threads(), -(-x.numel() // (1 << 15))))
+    return _of_whole_vectors(function, x, parts)
 
 
 def _of_whole_vectors(function: Callable[[Tensor], Tensor], x: Tensor, parts: int) -> Tensor:

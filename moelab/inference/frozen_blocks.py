@@ -275,9 +275,11 @@ class FrozenRouter(Router):
 
     def activate(self, logits_SE: Tensor) -> Tensor:
         """Return the scores as `Router.activate`, a token's bits independent of the other tokens."""
+        if self.config.scores == "softmax":  # computed row by row
+            return super().activate(logits_SE)
         if self.config.scores == "sigmoid":
             return torch.from_numpy(sigmoid(logits_SE.numpy()))
-        return super().activate(logits_SE)
+        return elementwise.of_elements(super().activate, logits_SE)
 
     def choose(self, x_SM: Tensor) -> tuple[np.ndarray, np.ndarray] | None:
         """Return the chosen experts, int64 [S, K], and their weights, fp32 [S, K], as `route` does.

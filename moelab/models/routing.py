@@ -42,7 +42,10 @@ SCORES: dict[str, Callable[[Tensor], Tensor]] = {
     "softmax": lambda logits_SE: logits_SE.softmax(1),
     "sigmoid": torch.sigmoid,
 }
-"""`RoutingConfig.scores` -> function from logits to scores, positive and growing with the logits of a token."""
+"""`RoutingConfig.scores` -> function from logits to scores, positive and growing with the logits of a token.
+
+All but the softmax are functions of each logit alone; frozen routers compute them of logits in any shape.
+"""
 
 
 class Router(nn.Module):

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -11,6 +12,7 @@ from moelab.inference import Generator, Sampling, frozen, frozen_blocks, set_mod
 from moelab.inference.frozen_blocks import FrozenMLP, FrozenMoE, PackedExperts, freeze_experts, sort
 from moelab.models import build
 from moelab.models.moe import MLP, Experts
+from moelab.models.routing import SCORES
 
 FREE = RoutingConfig(drop_tokens=False)
 BASE = ModelConfig(layers=1, hidden=48, heads=3, vocab=64, context=32, experts=(5,), init_std=0.3, routing=FREE)
@@ -210,6 +212,29 @@ def test_scores_of_a_layer_with_a_table_have_the_same_bits_in_any_company():
     assert torch.equal(torch.from_numpy(weights), together)
     for i in range(len(x)):
         assert torch.equal(quick.router(x[i : i + 1]).weight_SK[0], together[i])
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("count", [1, 3])
+@pytest.mark.parametrize("tokens", [7, 301, 1601])
+def test_a_new_kind_of_scores_has_the_same_bits_in_any_company(tokens, count, threads, monkeypatch):
+    """Of a number of experts that is no whole number of vectors; 1601 tokens are shared among threads."""
+    threads(count)
+    monkeypatch.setitem(SCORES, "sqrt_softplus", lambda logits_SE: F.softplus(logits_SE).sqrt())
+    free = replace(FREE, normalize_weights=False)
+    object.__setattr__(free, "scores", "sqrt_softplus")  # a name that the class does not allow yet
+    plain, quick = pair(replace(BASE, experts=(30,), top_k=2))
+    plain.router.config = quick.router.config = free
+    x = torch.randn(tokens, 48, generator=torch.Generator().manual_seed(0))
+    logits = quick.router.logits(x)
+    together = quick.router.activate(logits)
+    torch.testing.assert_close(together, F.softplus(logits).sqrt())
+    chosen, weights = quick.router.choose(x)
+    assert torch.equal(torch.from_numpy(weights), together.gather(1, torch.from_numpy(chosen).long()))
+    torch.testing.assert_close(torch.from_numpy(weights), plain.router(x).weight_SK)
+    for i in range(0, tokens, 1 + tokens // 300):
+        assert torch.equal(quick.router.activate(logits[i : i + 1])[0], together[i])
+        assert np.array_equal(quick.router.choose(x[i : i + 1])[1][0], weights[i])
 
 
 @pytest.mark.parametrize("experts", [(0, 0), (0, 4)])
