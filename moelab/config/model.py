@@ -46,7 +46,8 @@ class ModelConfig:
         decoder: norms, positions, attention and the kind of feed-forward; the default is the paper's decoder.
         expert: the experts' width, and shared experts.
         dispatch: how tokens are copied to their experts: "local" by a table, or "einsum", the paper's PyTorch baseline.
-            The results are the same.
+            The results are the same. For experts on several ranks, "local" stands for the exchange that
+            `ParallelConfig` names, and "einsum" is refused.
         name: text that ``str`` returns; not part of the configuration's identity.
     """
 
@@ -301,6 +302,13 @@ class ModelConfig:
         """Check that the model can be distributed in a layout; ValueError, one line, if not."""
         for ffn in self.ffn_sizes:
             parallel.check(self.experts, heads=self.kv_heads, ffn=ffn)
+        for layer, count in enumerate(self.experts if self.dispatch != "local" else ()):
+            ranks = parallel.experts(count).parallel * parallel.expert_slicing if count else 1
+            _check(
+                ranks == 1,
+                f"model: dispatch {self.dispatch!r} knows no expert parallelism or slicing, but layer {layer + 1} has "
+                f"its {count} experts on {ranks} ranks; allowed: dispatch 'local', or expert 1 and expert_slicing 1",
+            )
 
     def feed_forward_parameters(self, ffn: int) -> int:
         """Return the parameters of one feed-forward of size `ffn`."""

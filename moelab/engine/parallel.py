@@ -67,12 +67,10 @@ def build(config: ModelConfig, seed: int | None, mesh: Mesh, dtype: torch.dtype 
     """Return this rank's part of a model on `mesh.device`, with initial weights, or if `seed` is None with none.
 
     Raises:
-        ValueError: the layout is impossible for the model, or the model's dispatch is the one-rank baseline.
+        ValueError: the layout is impossible for the model.
     """
     parallel = mesh.config
     config.check_layout(parallel)
-    if config.dispatch != "local" and any(e and _is_distributed(mesh.experts(e)) for e in config.experts):
-        raise ValueError(f"parallel: dispatch {config.dispatch!r} knows no expert parallelism or slicing; use 'local'")
     with torch.device("meta"):
         whole = {name: tuple(p.shape) for name, p in GPT(config).named_parameters()}
         model = GPT(config)
@@ -126,7 +124,8 @@ def make_dispatch(name: str, static_tokens: int = 0, *, groups: ExpertGroups, co
     """Return the dispatch of a layer whose experts are distributed over `groups`.
 
     The function is a `moelab.models.dispatch.DispatchFactory`. The name "local" stands for the exchange that `config`
-    describes, "einsum" for the baseline's, which always reads the device.
+    describes, "einsum" for the baseline's, which always reads the device and which only inference takes: a model that
+    begins with it is refused by `ModelConfig.check_layout`.
     """
     if name not in ("local", "einsum"):
         raise ValueError(f"parallel: dispatch {name!r} knows no expert parallelism or slicing; use 'local' or 'einsum'")

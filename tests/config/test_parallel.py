@@ -1,10 +1,13 @@
 """Layouts are arithmetic: every one the paper uses, at any size, without a process."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
-from moelab.config import ModelConfig
+from moelab.config import DataConfig, ModelConfig, TrainConfig
 from moelab.config.parallel import EXCHANGES, ParallelConfig
+from moelab.runs.spec import RunSpec
 
 
 def test_pr_moe_gets_its_own_expert_parallelism_per_layer():
@@ -91,3 +94,22 @@ def test_a_model_that_cannot_be_sliced_is_refused():
         ParallelConfig(tensor=8).check((0, 0), heads=12, ffn=64)
     with pytest.raises(ValueError, match=r"\(layer 2\)"):
         ParallelConfig(data=8).check((0, 6), heads=8, ffn=64)
+
+
+@pytest.mark.parametrize(
+    ("layout", "ranks"),
+    [({"data": 8}, 4), ({"data": 4, "expert": 2}, 2), ({"data": 2, "expert": 1, "expert_slicing": 2}, 2)],
+)
+def test_the_one_rank_baseline_is_refused_on_ranks_before_anything_starts(layout, ranks):
+    layout = ParallelConfig(**layout)
+    local = ModelConfig(layers=3, hidden=32, heads=4, experts=(0, 4, 8), vocab=96, context=16)
+    train = TrainConfig(tokens=4096, batch_size=8, micro_batch=1)
+    spec = RunSpec(replace(local, dispatch="einsum"), train, DataConfig(context=16))
+    with pytest.raises(ValueError) as error:
+        replace(spec, parallel=layout)
+    assert str(error.value) == (
+        f"model: dispatch 'einsum' knows no expert parallelism or slicing, but layer 2 has its 4 experts on {ranks} "
+        "ranks; allowed: dispatch 'local', or expert 1 and expert_slicing 1"
+    )
+    assert replace(spec, parallel=ParallelConfig(data=4, expert=1)).id == spec.id, "each rank has all experts"
+    replace(spec, model=local, parallel=layout)

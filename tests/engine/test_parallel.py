@@ -272,15 +272,3 @@ def test_load_balancing_over_all_ranks_is_that_of_the_whole_batch(ranks):
 def test_the_wrong_number_of_ranks_is_refused():
     with pytest.raises(ValueError, match=r"the layout is for 8 ranks \(tensor 2 x data 4\), there are 1"):
         Mesh(ParallelConfig(tensor=2, data=4))
-
-
-def test_the_one_rank_baseline_is_refused(ranks):
-    assert "knows no expert parallelism or slicing" in ranks.run(refused, replace(MODEL, dispatch="einsum"))[0]
-
-
-def refused(config: ModelConfig) -> str:
-    try:
-        parallel.build(config, 0, Mesh(ParallelConfig(data=8), config.experts))
-    except ValueError as error:
-        return str(error)
-    return ""

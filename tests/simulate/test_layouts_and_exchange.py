@@ -26,8 +26,9 @@ TODAY = ModelConfig(
         *(ModelConfig(layers=2, hidden=96, heads=8, experts=(0, experts)) for experts in (4, 6, 16)),
         TODAY,
         replace(TODAY, decoder=replace(TODAY.decoder, kv_heads=0, qk_norm="all")),
+        replace(TODAY, dispatch="einsum"),
     ],
-    ids=["4", "6", "16", "today's", "norm of all heads"],
+    ids=["4", "6", "16", "today's", "norm of all heads", "experts on one rank"],
 )
 def test_validity_and_shape_are_those_of_moelab_layout(model):
     experts = model.experts[1]
@@ -51,7 +52,7 @@ def test_validity_and_shape_are_those_of_moelab_layout(model):
         for f in fields(ExpertLayout):
             value = np.broadcast_to(getattr(spread, f.name), len(GRID))[i]
             assert value == getattr(theirs, f.name), (config, experts, f.name)
-    assert accepted > 200
+    assert accepted > (200 if model.dispatch == "local" else 50)
 
 
 def enumerate_rank(config, layout, rank, slots, per_node):
