@@ -103,13 +103,14 @@ def most_by_domain(shares: pd.DataFrame) -> pd.Series:
     Domains have equally many tokens. The mean over seeds.
     """
     import numpy as np
+    import pandas as pd
 
-    found = {}
-    for (layer, seed), part in shares.groupby(["layer", "seed"]):
+    rows = []
+    for (layer, *_), part in shares.groupby([name for name in ("layer", "seed") if name in shares]):
         load_E = part.groupby("expert")["share"].mean()
         entropy = -(load_E * np.log(load_E.where(load_E > 0, 1.0))).sum()
-        found[layer, seed] = min(1.0, np.log(part["domain"].nunique()) / entropy)
-    return shares.groupby(["layer", "seed"]).size().index.to_series().map(found).groupby("layer").mean()
+        rows.append([layer, min(1.0, np.log(part["domain"].nunique()) / max(entropy, 1e-9))])
+    return pd.DataFrame(rows, columns=["layer", "most"]).groupby("layer")["most"].mean()
 
 
 def headline(layers: pd.DataFrame, shares: pd.DataFrame) -> str:

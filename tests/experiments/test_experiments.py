@@ -574,3 +574,23 @@ def test_measurements_of_a_cluster_are_read_and_drawn(tmp_path):
     ):
         with pytest.raises(ValueError, match=part):
             inference_scaling.measured_steps(Lab().measure, "paper", given)
+
+
+def test_what_a_domain_can_tell_is_bounded_by_its_entropy():
+    """Two domains, four experts in even use: ln 2 / ln 4. With one expert in use, nothing is left to be told."""
+
+    def shares(by_domain):
+        return pd.DataFrame(
+            [
+                {"layer": 2, "seed": 0, "domain": domain, "expert": expert, "share": share}
+                for domain, each in by_domain.items()
+                for expert, share in enumerate(each)
+            ]
+        )
+
+    even = shares({"a": [0.5, 0.5, 0, 0], "b": [0, 0, 0.5, 0.5]})
+    assert specialisation.most_by_domain(even).to_dict() == {2: pytest.approx(0.5)}
+    assert specialisation.most_by_domain(even.drop(columns="seed")).to_dict() == {2: pytest.approx(0.5)}
+    assert specialisation.most_by_domain(shares({"a": [1, 0], "b": [1, 0]})).to_dict() == {2: 1}
+    layers = pd.DataFrame([{"layer": 2, "seed": 0, "by_token": 0.7, "by_domain": 0.1}])
+    assert "the domain, which can tell 50% at most, 10% and 10%" in specialisation.headline(layers, even)

@@ -155,8 +155,8 @@ def test_without_gradients_nothing_is_kept(target, op, monkeypatch):
 
 
 def test_dot_precision_follows_either_switch():
-    matmul = torch.backends.cuda.matmul
-    before = matmul.fp32_precision
+    matmul, on_cpu = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul
+    before = matmul.fp32_precision, on_cpu.fp32_precision
     try:
         torch.set_float32_matmul_precision("high")
         assert _common.dot_precision(torch.float32) == "tf32"
@@ -169,8 +169,8 @@ def test_dot_precision_follows_either_switch():
         matmul.fp32_precision = "ieee"
         assert _common.dot_precision(torch.float32) == "ieee"
     finally:
-        matmul.fp32_precision = before
-        torch.set_float32_matmul_precision("highest")
+        torch.set_float32_matmul_precision("highest")  # also sets the CPU's, which is "none" by default
+        matmul.fp32_precision, on_cpu.fp32_precision = before
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
