@@ -15,6 +15,7 @@ import pytest
 from moelab.engine.launch import Limits, RankFailed, launch, launcher, postmortem, process
 from moelab.engine.launch import ranks as ranks_module
 from moelab.engine.launch.process import rank_name
+from moelab.files import sweep
 
 pytestmark = pytest.mark.multiprocess
 
@@ -329,6 +330,26 @@ def test_srun_ranks_meet_by_address_and_end_well(srun, tmp_path):
     assert srun(TOGETHER + "print(place, step())\nprocess.leave()", n=2, per_node=1) == process.FINISHED
     assert re.match(r"rank 1 of 2 on \S+ 3.0", (tmp_path / "rank-00001.txt").read_text())
     assert not list(tmp_path.glob(".session*"))
+
+
+def test_the_session_of_ranks_that_start_slowly_stays(srun, tmp_path, monkeypatch):
+    """Whoever gets the run's lock sweeps the logs; what srun says may be removed besides."""
+    monkeypatch.setattr(launcher, "_RENEW_S", 0.2)
+    began, aged = time.monotonic(), []
+
+    def tick():
+        (session,) = tmp_path.glob(".session-*")
+        (session / "srun.txt").unlink(missing_ok=True)
+        if not aged:
+            os.utime(session, (5, 5))
+            aged.append(session)
+        elif session.stat().st_mtime > 5:
+            sweep(tmp_path, older_s=60)
+            (tmp_path / "go").touch()
+        assert time.monotonic() - began < 120, "the folder's time stamp is not renewed"
+
+    code = ALONE + f"while not os.path.exists({str(tmp_path / 'go')!r}): time.sleep(0.05)"
+    assert srun(code, n=2, per_node=1, tick=tick) == process.FINISHED
 
 
 def test_srun_names_the_task_that_died(srun):

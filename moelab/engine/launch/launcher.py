@@ -8,6 +8,7 @@ the error gives that rank, its host, how it died, and the last lines of its log.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import shutil
@@ -26,6 +27,8 @@ from moelab.environment import COLLECTIVE_S, DEATH_S, HANG_S, STOP_S
 
 Ranks = LocalRanks | SlurmRanks
 _POLL_S = 0.1
+_RENEW_S = 5.0
+"""How often the watch renews its folder's time stamp; much shorter than the age at which a run's sweep removes it."""
 
 
 class ActiveClock:
@@ -184,11 +187,12 @@ class _Watch:
         self.beats: dict[int, tuple[int, float]] = {}  # rank -> time stamp of its file, and when it was seen to change
         self.oom_kills = postmortem.oom_kills()
         self.clock = ActiveClock()
-        self._looked = 0.0
+        self._looked = self._renewed = 0.0
 
     def run(self, should_stop: Callable[[], bool], tick: Callable[[], None]) -> int:
         while True:
             self.clock.read()
+            self._renew()
             codes = self.started.codes()
             if self._failed(codes):
                 raise self._dead()
@@ -217,12 +221,24 @@ class _Watch:
         self._ask()
         deadline = time.monotonic() + self.limits.stop_s
         while time.monotonic() < deadline:
+            self._renew()
             codes = self.started.codes()
             if None not in codes:
                 return
             if self._failed(codes):
                 deadline = min(deadline, time.monotonic() + self.limits.death_s)
             time.sleep(_POLL_S)
+
+    def _renew(self) -> None:
+        """Show that the session's folder is in use.
+
+        Nothing else changes its time stamp while the ranks start or wait, and the run's next trainer removes old
+        folders from the logs.
+        """
+        if time.monotonic() - self._renewed > _RENEW_S:
+            self._renewed = time.monotonic()
+            with contextlib.suppress(OSError):
+                os.utime(self.session)
 
     def _ask(self) -> None:
         if not self.asked:

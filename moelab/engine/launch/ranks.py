@@ -231,7 +231,11 @@ class SlurmRanks:
             _wait([self._srun], 10)
 
     def _text(self) -> str:
-        return self._said.read_text(errors="replace")
+        """Return what srun has said; nothing when its file is gone, which ends no rank that lives."""
+        try:
+            return self._said.read_text(errors="replace")
+        except FileNotFoundError:
+            return ""
 
 
 def in_allocation(environment: Mapping[str, str] = os.environ) -> bool:
