@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, Any, Self
 from filelock import FileLock
 
 from moelab import paths
+from moelab.config.parallel import ParallelConfig
 from moelab.files import read_json, write_json
 from moelab.runs.spec import RunSpec
 
@@ -143,6 +144,14 @@ class Run:
         """Return the lock that whoever trains the run holds."""
         self.path.mkdir(parents=True, exist_ok=True)
         return FileLock(self.path / "run.lock", is_singleton=False)
+
+    def laid_out(self, parallel: ParallelConfig) -> Self:
+        """Return the run in a layout, which its spec on disk gets too, as its ranks read it; a finished run stays."""
+        if self.spec.parallel == parallel or self.finished:
+            return self
+        run = replace(self, spec=replace(self.spec, parallel=parallel))
+        write_json(self.path / "spec.json", run.spec.to_json())
+        return run
 
     def log_tail(self, lines: int = 15) -> str:
         """Return the last lines of the log, or an empty text."""

@@ -25,6 +25,7 @@ from typing import Any
 import submitit
 from submitit.helpers import DelayedSubmission
 
+from moelab.config.parallel import ParallelConfig
 from moelab.engine.launch import RankFailed
 from moelab.engine.launch.process import FINISHED, STOPPED
 from moelab.runs.store import Run, RunStore
@@ -111,6 +112,7 @@ class TrainRun(Checkpointable):
         limits: how often to try.
         spare_nodes: whether a requeued job leaves out the node whose rank was killed or hung, if the partition has
             enough others.
+        parallel: the layout that the job was sized for. None in jobs of earlier versions: the layout of the spec.
     """
 
     python: str
@@ -118,10 +120,13 @@ class TrainRun(Checkpointable):
     per_node: int
     limits: attempt.Limits
     spare_nodes: bool = True
+    parallel: ParallelConfig | None = None
 
     def work(self, path: str) -> dict[str, Any]:
         """Train the run in the directory `path`; after a failure, requeue the job or give it up."""
         run = open_run(path)
+        if self.parallel is not None:
+            run = run.laid_out(self.parallel)  # another layout may have been asked for since the job was queued
         job, restart = submitit.JobEnvironment().job_id, int(os.environ.get("SLURM_RESTART_COUNT", 0))
         if restart > self.limits.restarts:
             attempt.record(run, job, restart, "restarts", "", "", self.limits)

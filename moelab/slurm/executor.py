@@ -26,7 +26,7 @@ from moelab.slurm.profiles import Profile, megabytes, minutes
 
 @dataclass(frozen=True)
 class Size:
-    """Describe what one run's job asks for. Runs of equal size share an array.
+    """Describe what one run's job asks for. Runs of equal size and layout share an array.
 
     Attributes:
         ranks: number of ranks in all.

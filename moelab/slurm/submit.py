@@ -18,6 +18,7 @@ from typing import Any
 from filelock import FileLock
 
 from moelab import paths
+from moelab.config.parallel import ParallelConfig
 from moelab.runs.spec import RunSpec, closure
 from moelab.runs.store import RunStore
 from moelab.slurm import executor, local, queue, snapshot
@@ -29,6 +30,8 @@ from moelab.slurm.submission import Part, Submission, outcome, root, submissions
 
 _ARRAY = 500  # the default of Slurm's MaxArraySize is 1001
 Jobs = Mapping[tuple[str, str, int], queue.Job]
+_Alike = tuple[Size | None, ParallelConfig | None, tuple[str, ...]]
+"""What the runs of an array share: size and layout of their jobs (None without Slurm), and the runs they wait for."""
 
 
 @dataclass(frozen=True)
@@ -158,7 +161,7 @@ def _plan(
     )
     plan = Plan(submission, profile, len(done), len(wanted) - len(done) - len(todo))
     awaited = {run: _Place(job.id, 0, 0) for run, job in queued.items() if not job.local}
-    for (size, needs), group in _groups(todo, profile, done):
+    for (size, layout, needs), group in _groups(todo, profile, done):
         part = Part(f"runs-{len(plan.specs)}", None, [spec.id for spec in group])
         plan.specs[part.name] = group
         if size is None:
@@ -170,6 +173,7 @@ def _plan(
             size.per_node,
             Limits(profile.failures, profile.restarts),
             spare_nodes=not profile.constraint,  # the number of nodes that meet a constraint is not known
+            parallel=layout,
         )
         given = {"job_name": name, "comment": queue.comment(id, part.name)}
         given["dependency"] = _dependency("afterok", needs, awaited)
@@ -250,15 +254,13 @@ def _dependency(kind: str, runs: Sequence[str], awaited: Mapping[str, _Place]) -
     return ":".join([kind, *names]) if names else ""
 
 
-def _groups(
-    specs: Sequence[RunSpec], profile: Profile, done: set[str]
-) -> list[tuple[tuple[Size | None, tuple[str, ...]], list[RunSpec]]]:
-    """Group runs of equal size that wait for the same runs, at most `_ARRAY` each. Without Slurm the size is None."""
-    alike: dict[tuple[Size | None, tuple[str, ...]], list[RunSpec]] = {}
+def _groups(specs: Sequence[RunSpec], profile: Profile, done: set[str]) -> list[tuple[_Alike, list[RunSpec]]]:
+    """Group runs of equal size and layout that wait for the same runs, at most `_ARRAY` each."""
+    alike: dict[_Alike, list[RunSpec]] = {}
     for spec in specs:
         needs = tuple(run.id for run in spec.requires() if run.id not in done)
-        size = Size.of(spec, profile) if profile.cluster == "slurm" else None
-        alike.setdefault((size, needs), []).append(spec)
+        job = (Size.of(spec, profile), spec.parallel) if profile.cluster == "slurm" else (None, None)
+        alike.setdefault((*job, needs), []).append(spec)
     return [(key, group[i : i + _ARRAY]) for key, group in alike.items() for i in range(0, len(group), _ARRAY)]
 
 

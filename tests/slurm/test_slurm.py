@@ -4,9 +4,11 @@ import json
 import os
 import shutil
 import sys
+import threading
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from typer.testing import CliRunner
@@ -17,7 +19,7 @@ from moelab.config.parallel import ParallelConfig
 from moelab.engine.launch import RankFailed
 from moelab.files import read_json, write_json
 from moelab.runs.store import RunStore, Status
-from moelab.slurm import attempt, executor, profiles, queue, snapshot, status, submit
+from moelab.slurm import attempt, callables, executor, profiles, queue, snapshot, status, submit
 from moelab.slurm.attempt import Attempt, Limits
 from moelab.slurm.executor import Size
 from moelab.slurm.queue import Job
@@ -289,6 +291,33 @@ def test_what_was_cancelled_can_be_submitted_at_once(workshop, tiny_spec, slurm)
     runs, notebook = (f"moelab {second.id} {part.name}" for part in second.parts)
     slurm.says(f"8|COMPLETING|None|node1|1:00:00|1:00:00|{runs}", f"9|PENDING|Dependency||1:00|1:00|{notebook}")
     assert not ask().scripts, "it is about to be requeued"
+
+
+def test_a_job_keeps_the_layout_that_it_was_sized_for(tiny_spec, slurm, monkeypatch):
+    """Another layout is asked for while the job waits; its ranks read the spec on disk."""
+    plain = replace(tiny_spec, train=replace(tiny_spec.train, micro_batch=1))
+    two, sliced, four = (
+        replace(plain, model=replace(plain.model, dropout=0.0), parallel=layout)
+        for layout in (ParallelConfig(data=2), ParallelConfig(tensor=2), ParallelConfig(data=4))
+    )
+    other = replace(sliced, train=replace(sliced.train, seed=5))
+    plan = submit.submit("x", [({}, [two, other])], profiles.load("local"), with_notebooks=False)
+    assert [call.parallel for call in plan.calls.values()] == [two.parallel, sliced.parallel], "of equal size"
+    run = RunStore().run(four)
+    supervised = []
+    monkeypatch.setattr(callables, "supervise", lambda run, **_: supervised.append(run.spec.parallel) or 0)
+    monkeypatch.setattr(callables.submitit, "JobEnvironment", lambda: SimpleNamespace(job_id="12"))
+    call = plan.calls["runs-0"]
+    call.stop = threading.Event()
+    call.work(str(run.path))
+    assert supervised == [two.parallel] == [RunStore().at(run.spec.id).spec.parallel]
+    stored = call.__getstate__()
+    del stored["parallel"]  # by an earlier version
+    earlier = object.__new__(callables.TrainRun)
+    earlier.__dict__.update(stored, stop=threading.Event())
+    RunStore().run(four)
+    earlier.work(str(run.path))
+    assert supervised[1] == four.parallel
 
 
 # -- what comes after an attempt -----------------------------------------------------------------------------------------
