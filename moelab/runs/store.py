@@ -233,6 +233,17 @@ class RunStore:
                 # a read-only store is read; who trains in it is told then
         return Run(spec, path)
 
+    def keep(self, spec: RunSpec) -> None:
+        """Let a run that waits for its turn keep the checkpoints that a spec wants; its layout and label stay."""
+        try:
+            run = self.at(spec.id)
+        except ValueError:  # removed or cut short
+            self.run(spec)
+            return
+        own = run.spec.keeping(spec.train.keep_at)
+        if own.train.keep_at != run.spec.train.keep_at and not run.finished:
+            write_json(run.path / "spec.json", own.to_json())
+
     def ids(self, *, file: str = "spec.json") -> list[str]:
         """Return the sorted ids of the runs that have `file`: "spec.json" for all, "result.json" for finished ones."""
         return sorted(path.parent.name for path in self.root.glob(f"*/{file}"))

@@ -48,6 +48,7 @@ class Plan:
         specs: part -> its runs.
         executors: part -> executor that queues it; empty for a local submission.
         calls: part -> what its job calls; empty for a local submission.
+        waiting: the runs that were in the queue already, with all checkpoints that this submission needs of them.
     """
 
     submission: Submission
@@ -58,6 +59,7 @@ class Plan:
     specs: dict[str, list[RunSpec]] = field(default_factory=dict)
     executors: dict[str, Executor] = field(default_factory=dict)
     calls: dict[str, TrainRun | ExecuteNotebook] = field(default_factory=dict)
+    waiting: list[RunSpec] = field(default_factory=list)
 
     def add(self, part: Part, executor: Executor | None = None, call: TrainRun | ExecuteNotebook | None = None) -> None:
         """Add a part; a local submission needs no executor of its own for it."""
@@ -108,6 +110,9 @@ def submit(
         if plan.scripts:
             for text in {_header(text): None for text in plan.scripts.values() if text}:
                 queue.check(text)
+        for spec in plan.waiting:  # before a branch of it is queued
+            store.keep(spec)
+        if plan.scripts:
             _queue(plan, store)
             _prune(jobs, plan.submission)
     return plan
@@ -160,6 +165,8 @@ def _plan(
         id, name, profile.name, str(code) if code else None, created, cluster=profile.cluster, publish=publish
     )
     plan = Plan(submission, profile, len(done), len(wanted) - len(done) - len(todo))
+    planned = {spec.id for spec in todo}
+    plan.waiting.extend(spec for id, spec in wanted.items() if id not in done and id not in planned)
     awaited = {run: _Place(job.id, 0, 0) for run, job in queued.items() if not job.local}
     for (size, layout, needs), group in _groups(todo, profile, done):
         part = Part(f"runs-{len(plan.specs)}", None, [spec.id for spec in group])

@@ -18,6 +18,7 @@ from moelab.cli import app
 from moelab.config.parallel import ParallelConfig
 from moelab.engine.launch import RankFailed
 from moelab.files import read_json, write_json
+from moelab.runs.branching import token_budgets
 from moelab.runs.store import RunStore, Status
 from moelab.slurm import attempt, callables, executor, profiles, queue, snapshot, status, submit
 from moelab.slurm.attempt import Attempt, Limits
@@ -318,6 +319,27 @@ def test_a_job_keeps_the_layout_that_it_was_sized_for(tiny_spec, slurm, monkeypa
     RunStore().run(four)
     earlier.work(str(run.path))
     assert supervised[1] == four.parallel
+
+
+@pytest.mark.parametrize("profile", ["local", "processes"])
+def test_a_run_in_the_queue_learns_of_checkpoints_that_branches_need(tiny_spec, slurm, monkeypatch, profile):
+    step = 4 * 32
+    train = replace(tiny_spec.train, cooldown_tokens=6 * step, micro_batch=1)
+    trunk = replace(tiny_spec, train=train, label="trunk")
+    monkeypatch.setattr(submit.local, "start", lambda *_: None)
+    cluster = profiles.load(profile)
+    first = submit.submit("x", [({}, [trunk.keeping([step])])], cluster, with_notebooks=False).submission
+    if cluster.cluster == "slurm":
+        slurm.says(f"3|PENDING|Priority||1:00|1:00|moelab {first.id} runs-0")
+    else:
+        job = Job("local-7", first.id, "runs-0", 0, "PENDING", "None", "", "")
+        monkeypatch.setattr(submit.local, "jobs", lambda *_: {(first.id, "runs-0", 0): job})
+    branch = token_budgets(replace(trunk, label="other", parallel=ParallelConfig(data=4)), [12 * step])[0]
+    second = submit.submit("y", [({}, [branch])], cluster, with_notebooks=False)
+    assert second.queued == 1
+    stored = RunStore().at(trunk.id).spec
+    assert stored.train.keep_at == (step, branch.start.tokens)
+    assert (stored.label, stored.parallel) == ("trunk", trunk.parallel)
 
 
 # -- what comes after an attempt -----------------------------------------------------------------------------------------
