@@ -359,6 +359,34 @@ def test_srun_names_the_task_that_died(srun):
     assert str(failure) == "rank 1 of 4 on node1 failed with OSError: no disk (exit code 1)"
 
 
+@pytest.mark.parametrize(
+    ("ranks", "tasks", "options"),
+    [
+        (32, "8(x4)", "--nodes=4 --ntasks-per-node=8"),
+        (16, "8(x4)", "--nodes=2 --ntasks-per-node=8"),
+        (8, "8(x4)", "--nodes=1"),
+        (2, "8(x4)", "--nodes=1"),
+        (12, "8(x4)", ""),
+        (2, "1(x4)", ""),
+        (1, "", "--nodes=1"),
+    ],
+)
+def test_srun_fills_nodes_of_a_larger_allocation(tmp_path, monkeypatch, ranks, tasks, options):
+    program = tmp_path / "srun"
+    program.write_text(f'#!/bin/sh\necho "$*" > {tmp_path}/argv\n')
+    program.chmod(0o755)
+    environment = {
+        "PATH": f"{tmp_path}:{os.environ['PATH']}",
+        "SLURM_JOB_NUM_NODES": "4",
+        "SLURM_TASKS_PER_NODE": tasks,
+    }
+    monkeypatch.setenv("PATH", environment["PATH"])
+    started = ranks_module.SlurmRanks(["command"], ranks, tmp_path, tmp_path, environment, 8)
+    started._srun.wait(60)
+    said = (tmp_path / "argv").read_text().partition(" --distribution")[0]
+    assert said == f"--ntasks={ranks} {options}".strip()
+
+
 def test_srun_passes_on_the_wish_to_stop(srun, ready, tmp_path):
     assert srun(ALONE + "steps(10_000)", should_stop=lambda: ready(4)) == process.STOPPED
     assert "checkpoint written" in (tmp_path / "rank-00003.txt").read_text()

@@ -129,17 +129,18 @@ class SlurmRanks:
         per_node: int,
     ) -> None:
         self._ranks, self._said, self._session, self._per_node = ranks, session / "srun.txt", session, per_node
-        nodes = int(environment.get("SLURM_JOB_NUM_NODES", 1))
-        if (
-            ranks > per_node
-            and (fewest := _fewest_tasks(environment.get("SLURM_TASKS_PER_NODE", ""), per_node)) < per_node
-        ):
+        fewest = _fewest_tasks(environment.get("SLURM_TASKS_PER_NODE", ""), per_node)
+        if ranks > per_node > fewest:
             # srun would silently fill the nodes unevenly, and groups that must stay in a node would not.
             raise ValueError(
                 f"srun: the layout has {per_node} ranks on each node, the job a node with {fewest}; "
                 f"submit it with --ntasks-per-node={per_node}"
             )
-        layout = [f"--nodes={nodes}", f"--ntasks-per-node={ranks // nodes}"] if ranks == nodes * per_node else []
+        # Without these, srun would spread fewer ranks than the allocation has tasks over all its nodes.
+        if ranks > per_node and ranks % per_node == 0:
+            layout = [f"--nodes={ranks // per_node}", f"--ntasks-per-node={per_node}"]
+        else:
+            layout = ["--nodes=1"] if ranks <= min(per_node, fewest) else []
         cpus = environment.get("SLURM_CPUS_PER_TASK")
         # `process.find` does not take a step of one task for a rank, which would then give no signs of life.
         alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"} if ranks == 1 else {}
