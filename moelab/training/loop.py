@@ -125,28 +125,31 @@ def train(
     if config.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("train: device is cuda, but no CUDA device is available; allowed here: cpu")
     steps = config.steps(context)
-    mesh = Mesh(parallel or ParallelConfig(), model_config.experts, config.device)
-    leads = mesh.rank == 0
-    batches = TrainBatches(data, config.batch_size, context, config.seed, mesh.data.index, mesh.data.size)
-    distiller = Distiller.load(teacher, config, data, context, mesh) if teacher else None
-    branch = branch or Branch()
-    trainer = Trainer(model_config, config, batches, context, mesh, distiller, branch)
-    step, window, seconds = 0, Window(), 0.0
-    end = min(until or steps, steps)
-    keep = {config.step_at(tokens, context, "train: keep_at") for tokens in config.keep_at}
-    checkpoints = checkpoint.Writer(run_dir / "checkpoints", always=keep)
-    try:
-        last = checkpoint.latest(run_dir / "checkpoints", lambda state: damage(run_dir, state.get("metrics")))
-    except checkpoint.Refused as error:
-        raise ValueError(f"train: no checkpoint with whole metrics: {error}; remove {run_dir} to train again") from None
-    if (source := last or start) is not None:
-        if source.state["data"] != data.fingerprint:
-            remedy = f"; remove {run_dir} to start again" if last else ""
-            raise ValueError(f"train: {source.path} was written with other data{remedy}")
-        trainer.load(source, branch.upcycle if last is None else None)
-        step, window, seconds = source.step, Window(**source.state["window"]), source.state["seconds"]
-        if last is None and not window.fits(model_config, step % config.log_every):
-            window = Window()
+    with process.unwatched():
+        mesh = Mesh(parallel or ParallelConfig(), model_config.experts, config.device)
+        leads = mesh.rank == 0
+        batches = TrainBatches(data, config.batch_size, context, config.seed, mesh.data.index, mesh.data.size)
+        distiller = Distiller.load(teacher, config, data, context, mesh) if teacher else None
+        branch = branch or Branch()
+        trainer = Trainer(model_config, config, batches, context, mesh, distiller, branch)
+        step, window, seconds = 0, Window(), 0.0
+        end = min(until or steps, steps)
+        keep = {config.step_at(tokens, context, "train: keep_at") for tokens in config.keep_at}
+        checkpoints = checkpoint.Writer(run_dir / "checkpoints", always=keep)
+        try:
+            last = checkpoint.latest(run_dir / "checkpoints", lambda state: damage(run_dir, state.get("metrics")))
+        except checkpoint.Refused as error:
+            raise ValueError(
+                f"train: no checkpoint with whole metrics: {error}; remove {run_dir} to train again"
+            ) from None
+        if (source := last or start) is not None:
+            if source.state["data"] != data.fingerprint:
+                remedy = f"; remove {run_dir} to start again" if last else ""
+                raise ValueError(f"train: {source.path} was written with other data{remedy}")
+            trainer.load(source, branch.upcycle if last is None else None)
+            step, window, seconds = source.step, Window(**source.state["window"]), source.state["seconds"]
+            if last is None and not window.fits(model_config, step % config.log_every):
+                window = Window()
     metrics = None
     if leads:
         recorded = last.state.get("metrics") if last else None  # a trunk's metrics are not this run's
@@ -328,6 +331,7 @@ class Trainer:
             routing_sum += float(torch.as_tensor(routing_loss).detach()) / parts
             distill_sum += float(output.further) / parts
             counts.append(output.routing)
+            process.beat()
         self.sync.finish()
         norm = gradients.clip(self.model, config.clip or math.inf)
         sums = [loss_sum, routing_sum, distill_sum]

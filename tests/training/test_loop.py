@@ -8,7 +8,9 @@ from safetensors.torch import load_file
 
 from moelab.engine import checkpoint
 from moelab.engine.checkpoint import storage
-from moelab.training import TrainingDiverged, TrainingStopped, evaluate, train
+from moelab.engine.launch import process
+from moelab.environment import HEARTBEAT
+from moelab.training import TrainingDiverged, TrainingStopped, evaluate, loop, train
 from moelab.training.loop import Trainer, Window
 from moelab.training.metrics import TRAIN, VALIDATION, Metrics, read_rows
 from moelab.training.schedule import learning_rate, rewarmed
@@ -193,6 +195,39 @@ def test_micro_batches_give_the_gradient_of_the_whole_batch(tiny_model, tiny_tra
     for other in weights[1:]:
         # Adam's first step is lr * sign(gradient): rounding may flip the sign of a gradient that is nothing.
         assert (weights[0] - other).abs().gt(1e-6).float().mean() < 2e-3
+
+
+def test_a_long_step_and_a_long_check_give_signs_of_life(tiny_model, tiny_train, data, tmp_path, monkeypatch):
+    """After each micro-batch, and after each file of a checkpoint."""
+    beats = []
+    config = replace(tiny_train, tokens=128, micro_batch=1)
+    trainer = Trainer(tiny_model, config, loop.TrainBatches(data, 4, 32, 0), 32)
+    monkeypatch.setattr(process, "beat", lambda: beats.append(1))
+    trainer.step(0, Window())
+    assert len(beats) == 4
+    train(tiny_model, config, data, 32, tmp_path)
+    beats.clear()
+    last = checkpoint.latest(tmp_path / "checkpoints")
+    assert len(beats) >= len(list(last.path.glob("*.safetensors"))) == 2
+
+
+def test_a_start_is_not_watched(tiny_model, tiny_train, data, tmp_path, monkeypatch):
+    """It may be silent for long, also after steps of a trunk, and its own signs of life do not count."""
+    for name, value in {HEARTBEAT.name: str(tmp_path), "RANK": "0", "WORLD_SIZE": "1"}.items():
+        monkeypatch.setenv(name, value)
+    sign, seen, build = tmp_path / process.rank_name(0), [], loop.engine.build
+
+    def watched_build(*arguments):
+        seen.append(sign.exists())
+        process.beat()
+        seen.append(sign.exists())
+        return build(*arguments)
+
+    monkeypatch.setattr(loop.engine, "build", watched_build)
+    process.beat()
+    sign.touch()
+    train(tiny_model, replace(tiny_train, tokens=128), data, 32, tmp_path / "run")
+    assert seen == [False, False] and sign.exists()
 
 
 def test_evaluation_does_not_depend_on_batch_size_when_drop_free(tiny_model, tiny_train, data):

@@ -17,6 +17,7 @@ from moelab.engine.checkpoint.format import CheckpointError, Piece, directories,
 from moelab.engine.checkpoint.shards import Placements
 from moelab.engine.collectives import all_gather_json, broadcast_json
 from moelab.engine.groups import Group
+from moelab.engine.launch import process
 from moelab.engine.placement import Placement
 from moelab.files import read_json
 
@@ -259,6 +260,7 @@ def _verify(path: Path, world: Group, only_weights: bool) -> Checkpoint:
     files = sorted(f for f in record["sha256"].items() if not (only_weights and f[0].startswith("optimizer-")))
     for file, expected in files[world.index :: world.size]:
         found = found or _or_error(verify, path, file, expected) or {}
+        process.beat()
     for answer in all_gather_json(found):
         if "error" in answer:
             raise CheckpointError(answer["error"])

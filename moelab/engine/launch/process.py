@@ -14,7 +14,7 @@ import os
 import signal
 import socket
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -33,6 +33,7 @@ FINISHED, FAILED, STOPPED = 0, 1, 75
 
 _store: Store | None = None
 _last_beat = 0.0
+_unwatched = 0  # how many `unwatched` are open
 
 
 @dataclass(frozen=True)
@@ -202,17 +203,39 @@ def launcher_gone() -> bool:
 
 
 def beat() -> None:
-    """Give a sign of life: after each training step and validation batch, and each second of waiting for a checkpoint.
+    """Give a sign of life: after each micro-batch, validation batch, checked file and second of waiting for a write.
 
     It costs next to nothing. After its first sign, a rank that gives none for `Limits.hang_s` counts as hanging.
     A write that never ends is therefore no hang; the other ranks' checkpoint group gives up after `collective_s`.
     """
     global _last_beat
     folder = HEARTBEAT.get()
-    if folder and time.monotonic() - _last_beat >= _BEAT_EVERY_S and (place := find()):
+    if not folder or _unwatched or time.monotonic() - _last_beat < _BEAT_EVERY_S:
+        return
+    if place := find():
         _last_beat = time.monotonic()
         with contextlib.suppress(OSError):  # the launcher is gone, or its disk is full, which must not fail a step
             (Path(folder) / rank_name(place.rank)).touch()
+
+
+@contextlib.contextmanager
+def unwatched() -> Iterator[None]:
+    """Give no signs of life, and withdraw those before: the rank starts, however long that takes.
+
+    The launcher does not take it for hanging until its next `beat`. Building a model and its teacher and loading a
+    checkpoint may take longer than a rank may be silent, also after steps: a branch starts when its trunk is trained.
+    All ranks do this together, because one that waits for another is silent, too.
+    """
+    global _last_beat, _unwatched
+    folder = HEARTBEAT.get()
+    if folder and (place := find()):
+        with contextlib.suppress(OSError):
+            (Path(folder) / rank_name(place.rank)).unlink(missing_ok=True)
+    _last_beat, _unwatched = 0.0, _unwatched + 1
+    try:
+        yield
+    finally:
+        _unwatched -= 1
 
 
 def rank_name(rank: int) -> str:
