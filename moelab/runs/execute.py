@@ -46,6 +46,8 @@ def execute(run: Run, *, should_stop=lambda: False, on_progress=lambda _: None, 
         raise ValueError(f"run {run.spec.id} is for {ranks} ranks, {there}")
     cache = cache or paths.home() / "data"
     if ranks == 1:
+        if place is not None:
+            process.show_stacks_when_asked()  # several ranks: in `join`
         with _trainer_of(run, should_stop):
             if not run.finished:
                 _train(run, should_stop, on_progress, cache)

@@ -1,6 +1,7 @@
 """Runs on several ranks, through the worker, the executors and the lab. The ranks do all but the training, which is a stand-in."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -120,6 +121,24 @@ def test_the_dead_rank_is_the_status(spec, monkeypatch):
     monkeypatch.delenv("MOELAB_HANG_S")
     monkeypatch.delenv("STAND_IN_DIES")
     assert Lab().run([spec])[0].finished, "and the next try may do better"
+
+
+def test_an_only_rank_shows_where_it_stands(spec, tmp_path):
+    """As a rank of several does: its launcher asks for the stacks when it hangs."""
+    run = RunStore(tmp_path).run(replace(spec, parallel=ParallelConfig()))
+    code = (
+        "import os, signal, sys; from pathlib import Path\n"
+        "from moelab.runs import execute as module; from moelab.runs.store import RunStore\n"
+        "def stuck(*_): os.kill(os.getpid(), signal.SIGUSR2)\n"
+        "module._train = stuck\n"
+        "module.execute(RunStore(Path(sys.argv[1])).at(sys.argv[2]))"
+    )
+    alone = {**os.environ, "RANK": "0", "WORLD_SIZE": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path), run.spec.id], env=alone, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, "the signal is handled"
+    assert re.search(r'File "<string>", line 3 in stuck\n.* in execute', done.stderr)
 
 
 @pytest.mark.multiprocess

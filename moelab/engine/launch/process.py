@@ -109,6 +109,13 @@ def without_rank(environment: Mapping[str, str] = os.environ) -> dict[str, str]:
     return {name: value for name, value in environment.items() if name not in _OF_RANKS}
 
 
+def show_stacks_when_asked() -> None:
+    """Print the stacks of all threads into the log at SIGUSR2, which the launcher sends to a rank that hangs."""
+    faulthandler.enable()
+    if hasattr(signal, "SIGUSR2"):
+        faulthandler.register(signal.SIGUSR2, all_threads=True)
+
+
 def join(*, device: str = "cpu", timeout: float | None = None, folder: Path | None = None) -> Place:
     """Join the other ranks: make the process group (gloo for "cpu", nccl for "cuda") and choose the GPU by local rank.
 
@@ -129,10 +136,7 @@ def join(*, device: str = "cpu", timeout: float | None = None, folder: Path | No
     place = find()
     if place is None:
         raise RuntimeError("ranks: this process is not a rank; start it through launch, torchrun or srun")
-    # The launcher sends SIGUSR2 to a rank that hangs, which prints the stacks of all threads into its log.
-    faulthandler.enable()
-    if hasattr(signal, "SIGUSR2"):
-        faulthandler.register(signal.SIGUSR2, all_threads=True)
+    show_stacks_when_asked()
     limit = timedelta(seconds=timeout or float(COLLECTIVE_S.get() or COLLECTIVE_S.default))
     if interface := rendezvous.gloo_interface(os.environ, [name for _, name in socket.if_nameindex()]):
         os.environ["GLOO_SOCKET_IFNAME"] = interface
