@@ -11,6 +11,7 @@ from dataclasses import replace
 from typing import Literal
 
 from moelab.engine.launch import Limits, RankFailed, launch
+from moelab.engine.launch.postmortem import lost_connection
 from moelab.engine.launch.process import FINISHED, rank_name
 from moelab.runs.store import Run, Status
 
@@ -69,15 +70,19 @@ def supervise(
     except RankFailed as failure:
         if run.finished:  # it died on its way out
             return FINISHED
-        _record(run, before, str(failure), f"the last lines of {failure.log.name}:", failure.tail)
+        lines = (f"the last lines of {failure.log.name}:", failure.tail)
+        _record(run, before, str(failure), *lines, unexplained=failure.unexplained)
         raise
     except (ValueError, OSError) as error:  # before any rank was started
         _record(run, before, str(error))
         raise
 
 
-def _record(run: Run, before: Status, reason: str, *details: str) -> None:
-    """Put the cause in the status in place of rank 0's reason, a lost connection, unless another process trains now."""
+def _record(run: Run, before: Status, reason: str, *details: str, unexplained: bool = False) -> None:
+    """Put the cause in the status in place of rank 0's reason, a lost connection, unless another process trains now.
+
+    Rank 0's reason stays where it is the only rank, or says more than the cause, which is then `unexplained`.
+    """
     with contextlib.suppress(OSError), open(run.path / "log.txt", "a") as log:  # the disk may be full
         log.write(f"\n{time.strftime('%Y-%m-%d %H:%M:%S')} {reason}\n")
         log.write("".join(f"    {line}\n" for text in details for line in text.splitlines()))
@@ -88,8 +93,9 @@ def _record(run: Run, before: Status, reason: str, *details: str) -> None:
         return
     try:
         status = run.status
-        if run.spec.parallel.ranks == 1 and status.state == "failed" and status != before:
-            return  # the only rank has said why itself
+        told = unexplained and not lost_connection(status.reason)
+        if (run.spec.parallel.ranks == 1 or told) and status.state == "failed" and status != before:
+            return
         with contextlib.suppress(OSError):
             run.set_status(replace(status, state="failed", reason=reason))
     finally:

@@ -128,8 +128,8 @@ def judge(failure: RankFailed | OSError | ValueError, run: Run) -> tuple[Kind, s
         unknown = failure.how == "was killed by SIGKILL"  # the kernel gives no reason
         return "killed", str(failure) + " (out of memory?)" * unknown, failure.host
     status = run.status
-    if run.spec.parallel.ranks == 1 and status.state == "failed" and status.reason:
-        return "failed", status.reason, failure.host  # the reason that the rank itself recorded
+    if (run.spec.parallel.ranks == 1 or failure.unexplained) and status.state == "failed" and status.reason:
+        return "failed", status.reason, failure.host  # the reason that the rank itself, or rank 0, recorded
     return "failed", str(failure), failure.host
 
 

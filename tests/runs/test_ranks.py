@@ -16,11 +16,12 @@ from moelab.config.parallel import ParallelConfig
 from moelab.engine.launch import Limits, RankFailed
 from moelab.files import read_json
 from moelab.lab import Lab
-from moelab.runs import executors
+from moelab.runs import executors, supervisor
 from moelab.runs.collection import NoResult
 from moelab.runs.execute import execute
-from moelab.runs.store import Run, RunStore
+from moelab.runs.store import Run, RunStore, Status
 from moelab.runs.supervisor import supervise
+from moelab.slurm import attempt
 
 LIMITS = Limits(hang_s=10, death_s=4, stop_s=20, collective_s=30)
 
@@ -121,6 +122,33 @@ def test_the_dead_rank_is_the_status(spec, monkeypatch):
     monkeypatch.delenv("MOELAB_HANG_S")
     monkeypatch.delenv("STAND_IN_DIES")
     assert Lab().run([spec])[0].finished, "and the next try may do better"
+
+
+@pytest.mark.parametrize(
+    ("said", "how", "kept"),
+    [
+        ("data: hf:x cannot be reached", "ended with exit code 1", True),
+        ("data: hf:x cannot be reached", "failed with ValueError: expert 7 is lost (exit code 1)", False),
+        ("Connection closed by peer", "ended with exit code 1", False),
+        (None, "ended with exit code 1", False),
+    ],
+)
+def test_rank_0_is_believed_where_no_log_names_an_error(spec, tmp_path, monkeypatch, said, how, kept):
+    """The class of an exception may have any name, which no traceback shows to be an error's."""
+    run = RunStore(tmp_path).run(spec)
+    run.set_status(Status("failed", reason="of the time before"))
+
+    def launch(*_, **__):
+        if said:
+            run.set_status(Status("failed", step=3, reason=said))
+        raise RankFailed(0, 2, "node1", how, run.path / "logs" / "rank-00000.txt", "")
+
+    monkeypatch.setattr(supervisor, "launch", launch)
+    with pytest.raises(RankFailed) as caught:
+        supervise(run)
+    reason = said if kept else f"rank 0 of 2 on node1 {how}"
+    assert (run.status.state, run.status.reason) == ("failed", reason)
+    assert attempt.judge(caught.value, run) == ("failed", reason, "node1")
 
 
 def test_an_only_rank_shows_where_it_stands(spec, tmp_path):

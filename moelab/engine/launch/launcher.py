@@ -110,6 +110,11 @@ class RankFailed(RuntimeError):
         super().__init__(f"rank {rank} of {ranks} on {host} {how}")
         self.rank, self.host, self.how, self.log, self.tail = rank, host, how, log, tail
 
+    @property
+    def unexplained(self) -> bool:
+        """Whether the rank ended by itself and its log names no error; an exception may have any name."""
+        return self.how.startswith("ended with ")
+
 
 def launch(
     command: Sequence[str],
