@@ -106,6 +106,12 @@ class RunSpec:
                 f"spec: student and teacher must share their vocabulary, it has {self.model.vocab} and "
                 f"{self.teacher.model.vocab} entries"
             )
+        try:
+            self.teacher.model.check_layout(self.parallel)
+        except ValueError as error:
+            raise ValueError(
+                f"spec: the teacher runs in the student's layout, which does not fit it: {error}"
+            ) from None
         if self.data.context > self.teacher.model.context:
             raise ValueError(
                 f"spec: sequences of {self.data.context} tokens are longer than the teacher's context of "

@@ -338,6 +338,15 @@ def test_student_and_teacher_that_do_not_fit_are_refused(tiny_spec, change, part
         change(student)
 
 
+def test_a_layout_that_fits_the_student_alone_is_refused(tiny_spec):
+    few = replace(tiny_spec, train=replace(tiny_spec.train, micro_batch=1))
+    odd = replace(few, model=replace(few.model, experts=(0, 3, 0, 3)))
+    two = replace(student_of(few), parallel=ParallelConfig(data=2))
+    with pytest.raises(ValueError, match=r"^spec: the teacher runs in the student's layout, .*: 3 experts") as error:
+        replace(two, teacher=odd)
+    assert "\n" not in str(error.value)
+
+
 @pytest.mark.parametrize("executor", ["inline", "processes"])
 def test_teachers_are_trained_first(tiny_spec, executor):
     student = student_of(tiny_spec)
