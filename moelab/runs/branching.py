@@ -17,6 +17,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from moelab.config.parallel import ParallelConfig
 from moelab.runs.spec import RunSpec, Start
 
 if TYPE_CHECKING:
@@ -38,25 +39,72 @@ def starting_point(
         runs: the folder of all runs.
         train_until: called where the trunk has no checkpoint of that point.
         say: gets one line that says so.
+
+    Raises:
+        ValueError: one line: no layout of as many ranks fits the trunk, or its training has left no checkpoint.
     """
     from moelab.engine import checkpoint
+    from moelab.engine.launch import process
 
-    if spec.start is None or checkpoint.latest(folder / "checkpoints") is not None:
+    if spec.start is None:
         return None
-    trunk, step = spec.start.run, spec.first_step
-    kept = checkpoint.latest(runs / trunk.id / "checkpoints", up_to=step)
-    if kept is not None and kept.step == step:
-        return kept
-    prefix = folder / "prefix"
-    begin = kept or starting_point(trunk, prefix, runs, train_until, say)
+    trunk, step, prefix = spec.start.run, spec.first_step, folder / "prefix"
+    with process.unwatched():  # large files are read
+        if checkpoint.latest(folder / "checkpoints") is not None:
+            return None
+        kept = checkpoint.latest(runs / trunk.id / "checkpoints", up_to=step)
+        if kept is not None and kept.step == step:
+            return kept
+        begun = checkpoint.latest(prefix / "checkpoints", up_to=step)
+    again = _trained_again(trunk, spec.parallel)
+    begin = None if begun else kept or starting_point(again, prefix, runs, train_until, say)
+    at = begun or begin
     say(
         f"the trunk {trunk.id} has kept no checkpoint after {spec.start.tokens} tokens; it is trained again up to "
-        f"there, from {f'its step {begin.step}' if begin else 'initial weights'}; on the kind of processor that "
+        f"there, from {f'its step {at.step}' if at else 'initial weights'}; on the kind of processor that "
         "trained it first, this changes no number"
     )
+    train_until(again, prefix, begin, step)
+    with process.unwatched():
+        found = checkpoint.latest(prefix / "checkpoints", up_to=step)
+    if found is None or found.step != step:
+        raise ValueError(
+            f"the trunk {trunk.id}, trained again, has left no whole checkpoint of step {step} in {prefix}; "
+            "remove that folder and run again"
+        )
+    return found
+
+
+def _trained_again(trunk: RunSpec, wanted: ParallelConfig) -> RunSpec:
+    """Return a trunk as it is trained again for a branch: in the branch's layout, without rows and checkpoints of it.
+
+    Where that layout does not fit the trunk, whose model may be another, it is one of as many ranks and nodes that
+    does: with the nearest tensor-parallel degree, and then the most expert-parallel ranks. No number depends on it.
+
+    Raises:
+        ValueError: one line: none fits.
+    """
     quiet = replace(trunk.train, eval_every=trunk.train.steps(trunk.data.context) + 1, keep_at=(), tensorboard=False)
-    train_until(replace(trunk, train=quiet, parallel=spec.parallel), prefix, begin, step)
-    return checkpoint.latest(prefix / "checkpoints", up_to=step)
+    degrees = [n for n in range(wanted.ranks, 0, -1) if wanted.ranks % n == 0]
+    others = (
+        {
+            "tensor": tensor,
+            "data": wanted.ranks // tensor,
+            "expert": expert,
+            "expert_slicing": 1,
+            "exchange": "flat",
+            "shard": wanted.shard and tensor == 1,
+        }
+        for tensor in sorted(degrees, key=lambda n: abs(n - wanted.tensor))
+        for expert in degrees
+    )
+    why = ""
+    for changes in ({}, *others):
+        try:
+            return replace(trunk, train=quiet, parallel=replace(wanted, **changes))
+        except ValueError as error:
+            why = why or str(error)
+    raise ValueError(f"the trunk {trunk.id} must be trained again, which no layout of {wanted.ranks} ranks fits: {why}")
 
 
 def token_budgets(trunk: RunSpec, budgets: Sequence[int]) -> list[RunSpec]:

@@ -16,7 +16,7 @@ from moelab.config.parallel import ParallelConfig
 from moelab.engine import checkpoint
 from moelab.lab import Lab
 from moelab.runs import dry_run, records
-from moelab.runs.branching import token_budgets
+from moelab.runs.branching import starting_point, token_budgets
 from moelab.runs.collection import NoResult
 from moelab.runs.execute import execute
 from moelab.runs.executors import start
@@ -142,7 +142,66 @@ def test_training_again_goes_on_after_a_stop_and_from_the_nearest_checkpoint(tru
     assert checkpoint.latest(run.path / "prefix" / "checkpoints").step == 7
     assert Snapshot.of([run]).done == 0, "steps of the trunk are not its own"
     execute(run)
+    assert "from its step 7; on the kind" in capsys.readouterr().out
     assert_same_from(10, run, whole)
+
+
+def test_training_again_that_leaves_no_checkpoint_is_one_line(branch, tmp_path):
+    """Initial weights in its place would change the branch's numbers."""
+    with pytest.raises(ValueError, match=r"has left no whole checkpoint of step 10 in .*prefix; remove") as error:
+        starting_point(branch, tmp_path / branch.id, tmp_path, lambda *_: None, print)
+    assert "\n" not in str(error.value)
+
+
+class Asked(Exception):
+    """Holds the spec that is to be trained again."""
+
+
+@pytest.mark.parametrize(
+    ("changes", "layout", "expected"),
+    [
+        ({"experts": (0, 6, 0, 6)}, ParallelConfig(data=4), ParallelConfig(data=4, expert=2)),
+        ({"dropout": 0.1}, ParallelConfig(tensor=2, data=2), ParallelConfig(data=4, expert=4)),
+        ({"experts": (0, 4, 0, 4)}, ParallelConfig(data=4, shard=True), ParallelConfig(data=4, shard=True)),
+    ],
+    ids=["other experts", "dropout", "fits"],
+)
+def test_a_trunk_is_trained_again_in_a_layout_that_fits_it(changes, layout, expected, trunk, short, tmp_path):
+    """A trunk's trunk, too."""
+    train = replace(trunk.train, micro_batch=1)
+    model = replace(trunk.model, experts=(0, 4, 0, 4), residual=False, dropout=0.0)
+    stem = replace(trunk, train=train, model=replace(model, **changes))
+    middle = replace(stem, train=replace(train, tokens=20 * STEP), start=Start(stem, 8 * STEP))
+    grown = replace(model, experts=tuple(2 * max(pair) for pair in zip(model.experts, stem.model.experts, strict=True)))
+    own = replace(train, tokens=14 * STEP, cooldown_tokens=4 * STEP)
+    start = Start(middle, 10 * STEP, upcycle=UpcycleConfig(noise=0.1))
+    branch = replace(stem, model=grown, train=own, start=start, parallel=layout)
+    asked = []
+
+    def train_until(spec, *_):
+        asked.append(spec)
+        raise Asked
+
+    with pytest.raises(Asked):
+        starting_point(branch, tmp_path / branch.id, tmp_path, train_until, print)
+    assert [(spec.model, spec.parallel) for spec in asked] == [(stem.model, expected)]
+
+
+def test_a_trunk_that_no_layout_fits_is_one_line(trunk, short, tmp_path):
+    """Its loss needs one micro-batch per data rank, dropout allows data ranks only."""
+    train = replace(short.train, micro_batch=2)
+    routing = replace(trunk.model.routing, aux_scope="step")
+    stem = replace(trunk, train=replace(trunk.train, micro_batch=2), model=replace(trunk.model, dropout=0.1))
+    branch = replace(
+        stem,
+        model=replace(trunk.model, dropout=0.0, routing=routing),
+        train=train,
+        start=Start(stem, 10 * STEP),
+        parallel=ParallelConfig(tensor=2, data=2),
+    )
+    with pytest.raises(ValueError, match=f"the trunk {stem.id} must be .* which no layout of 4 ranks fits: ") as error:
+        starting_point(branch, tmp_path / branch.id, tmp_path, lambda *_: None, print)
+    assert "\n" not in str(error.value)
 
 
 def test_a_branch_of_an_imported_trunk(trunk, short, branch, tmp_path):
@@ -157,7 +216,7 @@ def test_a_branch_of_an_imported_trunk(trunk, short, branch, tmp_path):
     assert taken.spec == branch and taken.spec.start.run == trunk and taken.provenance["start"]["trained_again"]
 
 
-def test_a_branch_of_a_branch(trunk, short, branch):
+def test_a_branch_of_a_branch(trunk, short, branch, capsys):
     """Its trunk's checkpoint is gone, and so is that of the trunk's trunk."""
     grown = replace(trunk, train=replace(trunk.train, tokens=20 * STEP), start=Start(trunk, 8 * STEP))
     leaf = replace(short, start=Start(grown, 10 * STEP))
@@ -170,6 +229,7 @@ def test_a_branch_of_a_branch(trunk, short, branch):
     shutil.rmtree(run.path)
     (again,) = lab.run([leaf], executor="inline")
     assert_same_from(10, again, whole)
+    assert "from its step 8; on the kind" in capsys.readouterr().out, "the trunk itself"
 
 
 def test_staged_distillation_is_a_branch_of_the_distilled_student(tiny_spec):
