@@ -195,7 +195,7 @@ class LocalBatch(Checkpointable):
         job = f"{queue.LOCAL}{submitit.JobEnvironment().job_id}"
         for stage in self.stages:
             with ThreadPoolExecutor(self.workers) as pool:
-                failed += [id for id in pool.map(lambda path: self._train(open_run(path), job), stage) if id]
+                failed += [id for id in pool.map(lambda path: self._train(path, job), stage) if id]
         for part in self.notebooks if not self.stop.is_set() else ():
             with open(Path(self.folder) / f"{part}.out", "ab") as log:
                 process = notebook((sys.executable,), self.folder, part, stdout=log, stderr=subprocess.STDOUT)
@@ -207,8 +207,17 @@ class LocalBatch(Checkpointable):
             raise Failed(f"failed: {', '.join(failed)}; see moelab status")
         return {"runs": sum(map(len, self.stages)), "state": "finished"}
 
-    def _train(self, run: Run, job: str) -> str:
-        """Train one run, as often as the limits allow, and return its id if it is given up, else an empty text."""
+    def _train(self, path: str, job: str) -> str:
+        """Train the run in a directory, as often as the limits allow.
+
+        Returns:
+            the run's id if it is given up, else an empty text.
+        """
+        try:
+            run = open_run(path)
+        except (ValueError, OSError) as error:  # the other runs go on
+            print(error, file=sys.stderr)
+            return Path(path).name
         restart = 0
         while not self.stop.is_set():
             command = (sys.executable, "-m", "moelab.runs.worker")

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import re
 import signal
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
@@ -16,7 +18,7 @@ from moelab.files import read_json
 from moelab.lab import Lab
 from moelab.runs.execute import execute
 from moelab.runs.store import Run, RunStore
-from moelab.slurm import attempt, local, preflight, queue, submit
+from moelab.slurm import attempt, callables, local, preflight, queue, submit
 from moelab.slurm.profiles import Profile
 from moelab.slurm.status import log_of, overview
 from moelab.slurm.submission import submissions
@@ -120,6 +122,23 @@ def test_a_teacher_first_then_its_student_then_the_notebook(lab, tiny_spec, monk
     ((specs, directories),) = started
     assert [group[0].id for group in specs.values()] == [teacher.id, tiny_spec.id]
     assert [paths[0].name for paths in directories.values()] == [teacher.id, tiny_spec.id]
+
+
+def test_a_run_whose_spec_is_unreadable_leaves_the_others_alone(lab, tiny_spec, monkeypatch, capsys):
+    import submitit
+
+    specs = [replace(tiny_spec, train=replace(tiny_spec.train, seed=seed)) for seed in range(3)]
+    runs = [lab.store.run(spec) for spec in specs]
+    (runs[0].path / "spec.json").write_text('{"train": {')
+    (runs[1].path / "spec.json").unlink()
+    trained = []
+    monkeypatch.setattr(callables, "train", lambda run, *_, **__: trained.append(run.spec))
+    monkeypatch.setattr(submitit, "JobEnvironment", lambda: SimpleNamespace(job_id="7"))
+    batch = callables.LocalBatch([[str(run.path) for run in runs]], [], 2, attempt.Limits(1, 1), "")
+    batch.stop = threading.Event()
+    with pytest.raises(callables.Failed, match=f"^failed: {runs[0].spec.id}, {runs[1].spec.id}; see moelab status"):
+        batch.work()
+    assert trained == [specs[2]] and "spec.json: not valid JSON" in capsys.readouterr().err
 
 
 def test_a_run_of_another_local_job(lab, tiny_spec, monkeypatch):
