@@ -100,7 +100,8 @@ class Metrics:
         self._sizes, self._hashes = {}, {}
         for name, path in self._paths.items():
             if recorded is not None:
-                kept = path.read_bytes()[: recorded[name]["bytes"]]
+                # A crash of the machine may take an empty file with it; `damage` tells of rows that are gone.
+                kept = path.read_bytes()[: recorded[name]["bytes"]] if path.exists() else b""
             elif resume_step < 0:
                 kept = b""
             else:

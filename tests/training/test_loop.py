@@ -12,7 +12,7 @@ from moelab.engine.launch import process
 from moelab.environment import HEARTBEAT
 from moelab.training import TrainingDiverged, TrainingStopped, evaluate, loop, train
 from moelab.training.loop import Trainer, Window
-from moelab.training.metrics import TRAIN, VALIDATION, Metrics, read_rows
+from moelab.training.metrics import TRAIN, VALIDATION, Metrics, damage, read_rows
 from moelab.training.schedule import learning_rate, rewarmed
 
 CLOCK = ("time_s", "tokens_per_s", "seconds")
@@ -315,6 +315,17 @@ def test_metrics_lost_before_every_checkpoint_are_one_line(
         train(tiny_model, tiny_train, data, 32, tmp_path)
     assert "\n" not in str(error.value)
     assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == before
+
+
+def test_a_file_without_rows_may_be_missing(tmp_path):
+    """A checkpoint before the first metric row counts on none."""
+    metrics = Metrics(tmp_path, resume_step=-1)
+    metrics.write(VALIDATION, {"step": 0})
+    recorded = metrics.state()
+    (tmp_path / TRAIN).unlink()
+    assert damage(tmp_path, recorded) is None
+    Metrics(tmp_path, resume_step=1, recorded=recorded)
+    assert (tmp_path / TRAIN).read_bytes() == b"" and read_rows(tmp_path / VALIDATION) == [{"step": 0}]
 
 
 def test_a_checkpoint_of_an_earlier_version_resumes(tiny_model, tiny_train, data, tmp_path, monkeypatch):
