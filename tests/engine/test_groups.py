@@ -13,6 +13,7 @@ from torch.distributed.distributed_c10d import _world
 from moelab.config import ModelConfig
 from moelab.config.parallel import ParallelConfig
 from moelab.engine import checkpoint, parallel
+from moelab.engine.checkpoint import shards
 from moelab.engine.collectives import KINDS, Traffic, all_gather_json, all_reduce, broadcast_json, observe
 from moelab.engine.differentiable import copy_to_group, reduce_from_group
 from moelab.engine.gradients import GradientSync, clip
@@ -141,6 +142,14 @@ def test_observers_see_every_collective_of_a_step(on_ranks):
         assert kinds == parts <= set(KINDS)
         assert {r for _, _, r, _ in seen} == {rank}
         assert ("all_to_all", "dispatch", rank, True) in seen and ("wait", "gradients", rank, False) in seen
+
+
+def test_the_check_for_nan_is_of_a_known_kind(monkeypatch):
+    kinds = []
+    monkeypatch.setattr(shards, "all_reduce", lambda tensor, group, kind: kinds.append(kind))
+    model = torch.nn.Linear(2, 2)
+    assert shards.finite(model, torch.optim.SGD(model.parameters()))
+    assert kinds and set(kinds) <= set(KINDS)
 
 
 def ring_and_identity():

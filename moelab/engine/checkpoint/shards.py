@@ -37,7 +37,7 @@ def finite(model: nn.Module, optimizer: torch.optim.Optimizer) -> bool:
     moments = (value for state in optimizer.state.values() for value in state.values() if value.ndim)
     local = (t.to_local() if is_sharded(t) else t for t in (*parameters(model).values(), *moments))
     bad = torch.stack([t.isfinite().all().logical_not() for t in local]).sum().double()
-    all_reduce(bad, Group.world(), "checkpoint")
+    all_reduce(bad, Group.world(), "control")
     return not bad
 
 
