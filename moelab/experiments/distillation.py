@@ -9,12 +9,12 @@ same seed. It is trained on one half of the training text and its students on th
 what it remembers of their text; `measure_halves` shows its loss on both. The halves are alternating blocks of each
 domain (`DataConfig.part`), so that they are alike. At `cpu` a half has 10.1 M tokens, so teacher and students read
 theirs 1.6 times, the arm of equal cost 2.2 times; and a distilled student learns, by its teacher, of text that the one
-alone never reads. (At `paper` scale all read the same text once, as published.) The
-premise is checked first: the student alone is worse than its teacher. `L21 alone, equal cost` trains the student
-without a teacher for as many FLOPs as distillation throughout takes with the teacher's forward passes. The staged
-student branches off the one distilled throughout where distillation stops. There the rate of the twins is still at its
-peak, and that of the paper's cosine at a fifth of it. What distillation changes at some step of a run is therefore
-compared at the peak rate until the decay over the last fifth of the tokens.
+alone never reads. (At `paper` scale all read the same text once, as published.) The premise is checked first: the
+student alone is worse than its teacher. `L21 alone, equal cost` trains the student without a teacher for as many FLOPs
+as distillation throughout takes with the teacher's forward passes. The staged student branches off the one distilled
+throughout where distillation stops. There the rate of the twins is still at its peak, and that of the paper's cosine at
+a fifth of it. What distillation changes at some step of a run is therefore compared at the peak rate until the decay
+over the last fifth of the tokens.
 
 Fixed before the first run: 3 seeds, all arms on each.
 """
@@ -26,6 +26,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from moelab import paper
+from moelab.config import ModelConfig
 from moelab.config.distill import DistillConfig
 from moelab.design import comparison, settings
 from moelab.design.experiment import Experiment, Scale
@@ -44,10 +45,6 @@ TEACHERS = {"350M": "350M+PR-MoE-32/64", "1.3B": "1.3B+PR-MoE-64/128"}
 
 ARMS = ("Teacher", "L21 alone", "L21 alone, equal cost", "L21 + KD", "L21 + staged KD")
 HALVES = "Teacher and student read different halves of the text."
-EARLIER = (
-    "The paper's curves cross at 70 % of its training, about 690 tokens a parameter of the base; twins end at 161."
-)
-"""Said beside the claim that distillation hurts late in training."""
 _SUFFIX = {"Teacher": "", "L21 alone": "+L21", "L21 + KD": "+L21+KD", "L21 + staged KD": "+L21+MoS"}
 
 
@@ -220,10 +217,24 @@ def verdicts(final: pd.DataFrame, curves: pd.DataFrame, scale: str, base: str = 
         else:
             halves = scale != "paper" and arms["Teacher"] in (claim.left, claim.right)
             note = f"{comparison.TWINS} {HALVES}" if halves else comparison.TWINS
-            if claim.id == "full-kd-hurts-late" and scale != "paper":
-                note = f"{note} {EARLIER}"
+            if claim.id == "full-kd-hurts-late" and scale != "paper" and "L21 + KD" in set(final["arm"]):
+                note = f"{note} {_earlier(final, scale)}"
             judged.append(comparison.judge_loss(claim, final, arms, scale, ("Teacher", "L21 alone"), note))
     return judged
+
+
+def _earlier(final: pd.DataFrame, scale: str) -> str:
+    """Return where the paper's 350M curves cross and where the twins end, in tokens a parameter of the base."""
+    published = paper.training_settings("350M+PR-MoE-32/64+L21+MoS")
+    crossing = published.kd_stop_steps * published.batch_seqs * published.seq_len
+    theirs = crossing / ModelConfig.parse("350M").non_embedding_parameters()
+    ours = final.loc[final["arm"] == "L21 + KD", "tokens"].max() / (
+        settings.spec("350M", scale).model.non_embedding_parameters()
+    )
+    return (
+        f"The paper's curves cross after {theirs:.0f} tokens for each parameter of the dense base; twins end after "
+        f"{ours:.0f}."
+    )
 
 
 def headline(final: pd.DataFrame, base: str = "350M") -> str:

@@ -3,9 +3,9 @@
 Shows: final validation loss of the 350M twin with 1 (dense), 16, 32, 64 and 128 experts in every second layer, one
 expert per token.
 
-Here: one expert a token, so that FLOPs per token differ by the gate alone. That of a narrow twin weighs more than a
-model's of the paper: at `cpu` 1, 2, 4 and 8 % of Dense's FLOPs with 16 to 128 experts, in the paper's 350M+MoE-128 0.4
-%. Parameters differ by a factor of 26.
+Here: one expert a token, so that FLOPs per token differ by the gate alone. In a narrow twin the gate is a larger part
+than in the paper's models: at `cpu` FLOPs are 1, 2, 4 and 8 % above Dense's with 16 to 128 experts, those of the
+paper's 350M+MoE-128 0.4 %. Parameters differ by a factor of 26.
 
 Fixed before the first run: 3 seeds, all arms on each. At `cpu` seeds 3 to 5, of which `pr-moe` has runs on one machine
 already; fixed before the runs of 16 and 64 experts.

@@ -158,7 +158,7 @@ def _at_equal_length(found: Verdict, claim: paper.Claim, final: pd.DataFrame, sc
     there = replace(claim, value=gap, value_low=low, value_high=high)
     note = (
         f"The paper's number is that of the end of its runs; where its base has seen as many tokens for each parameter "
-        f"as ours ({ours:.0f}), its curves are {gap:.3f} apart ({low:.3f} to {high:.3f})."
+        f"as ours ({ours:.0f}), its gap is {gap:.3f} ({low:.3f} to {high:.3f})."
     )
     shown = comparison.judge_loss(there, final, ARMS, scale).verdict
     verdict = DIRECTION if found.verdict == REPRODUCED and shown != REPRODUCED else found.verdict

@@ -42,7 +42,8 @@ def validated(run: Run, tokens: int = 0) -> dict[str, float]:
 
     Returns:
         ``by_domain``: with the run's own limit in batches of one domain, as `moelab.training.validation` has it;
-        ``mixed``: with its own limit in batches of sequences from all domains, as in training; ``without``: no limit.
+        ``mixed``: with its own limit in batches of sequences from all domains, as in training on one rank; ``without``:
+        no limit.
         ``by_domain_dropped`` and ``mixed_dropped``: share of the tokens dropped, the mean over MoE layers.
     """
     import torch
@@ -73,7 +74,10 @@ def validated(run: Run, tokens: int = 0) -> dict[str, float]:
         model.eval()
         nats = dropped = 0.0
         for x_BT, y_BT in batches:
-            with torch.no_grad():
+            with (
+                torch.no_grad(),
+                torch.autocast(spec.train.device, torch.bfloat16, enabled=spec.train.dtype == "bf16"),
+            ):
                 output = model(x_BT.to(spec.train.device), targets_BT=y_BT.to(spec.train.device), reduction="sum")
             nats += float(output.loss)
             dropped += sum(float((r.load_E - r.kept_E).sum()) for r in output.routing) / len(output.routing)

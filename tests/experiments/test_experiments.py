@@ -331,7 +331,7 @@ def test_scaling_judges_the_gain_at_equal_tokens_a_parameter():
     assert judged(-0.307).verdict == claims.DIRECTION  # its number, too early
     assert judged(-0.21).verdict == claims.DIRECTION  # its curve's, not its number
     assert judged(0.1).verdict == claims.NOT_REPRODUCED
-    assert "as many tokens for each parameter as ours (161), its curves are -0.209 apart" in judged(-0.3).note
+    assert "as many tokens for each parameter as ours (161), its gap is -0.209" in judged(-0.3).note
 
 
 def test_distillation_early_is_the_mean_of_the_first_half():
@@ -408,8 +408,10 @@ def test_a_verdict_on_teacher_and_student_says_that_they_read_different_halves()
     curves = pd.DataFrame(columns=["arm", "seed", "tokens", "loss"])
     with_teacher = {"student-alone-behind-teacher", "staged-kd-matches-teacher-350m"}
     for scale, expected in (("cpu", with_teacher), ("paper", set())):
-        judged = distillation.verdicts(final(losses), curves, scale)
+        judged = distillation.verdicts(final(losses).assign(tokens=16_384_000), curves, scale)
         assert {v.claim for v in judged if "read different halves of the text" in v.note} == expected
+        late = next(v.note for v in judged if v.claim == "full-kd-hurts-late")
+        assert ("cross after 694 tokens" in late and "end after 161" in late) == (scale == "cpu")
 
 
 def test_throughput_ratio_at_the_papers_size():
