@@ -2,13 +2,14 @@
 
 Backends: ``auto`` is Triton on CUDA tensors and tuned torch on CPU tensors. ``reference`` is the operation in plain
 PyTorch, on any device, written for readability. ``triton`` on CPU tensors needs Triton's interpreter, that is
-``TRITON_INTERPRET=1`` set before Triton is imported (for tests only, because it is slow).
+``TRITON_INTERPRET=1`` set before Triton is imported (for tests only, because it is slow). ``compiled`` is C++ for CPU
+tensors where an operation has it and it runs here (``_compiled``), and ``torch`` elsewhere.
 """
 
 from __future__ import annotations
 
 import functools
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 
@@ -37,7 +38,7 @@ except ImportError:  # macOS: the torch backend does not need Triton
     HAS_TRITON = False
     INTERPRETING = False
 
-Backend = Literal["auto", "torch", "triton", "reference"]
+Backend = Literal["auto", "torch", "triton", "reference", "compiled"]
 """Names of an op's implementations; see the module's docstring."""
 
 recording = False
@@ -50,7 +51,7 @@ FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def pick_backend(op: str, backend: Backend, *tensors: torch.Tensor | None) -> str:
-    """Return the backend that runs ``op`` on these tensors: ``torch``, ``triton`` or ``reference``.
+    """Return the backend that runs ``op`` on these tensors: one of ``Backend``, but not ``auto``.
 
     Raises ``ValueError`` for an unknown name, for tensors on different devices, and for a backend that cannot run
     there.
@@ -62,9 +63,9 @@ def pick_backend(op: str, backend: Backend, *tensors: torch.Tensor | None) -> st
     kind = present[0].device.type
     if backend == "auto":
         backend = {"cuda": "triton", "cpu": "torch"}.get(kind, "reference")
-    if backend == "torch" and kind != "cpu":
+    if backend in ("torch", "compiled") and kind != "cpu":
         raise ValueError(
-            f"{op}: backend 'torch' is tuned for CPU tensors, these are on {kind}; use 'auto' or 'reference'"
+            f"{op}: backend {backend!r} is for CPU tensors, these are on {kind}; use 'auto' or 'reference'"
         )
     if backend == "triton":
         if not HAS_TRITON:
@@ -76,8 +77,8 @@ def pick_backend(op: str, backend: Backend, *tensors: torch.Tensor | None) -> st
         for t in present:
             if t.is_floating_point() and t.dtype not in FLOATS:
                 raise ValueError(f"{op}: Triton kernels take float32, bfloat16 or float16, not {t.dtype}")
-    if backend not in ("torch", "triton", "reference"):
-        raise ValueError(f"{op}: unknown backend {backend!r}; know auto, torch, triton, reference")
+    if backend not in get_args(Backend):
+        raise ValueError(f"{op}: unknown backend {backend!r}; know {', '.join(get_args(Backend))}")
     return backend
 
 

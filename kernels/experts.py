@@ -12,7 +12,8 @@ The forward pass keeps the pre-activation for the backward pass, which recompute
 third less memory than keeping both. With ``gelu_tanh``, the CPU keeps the activation and its slope instead. Weight
 gradients are written expert by expert, in a fixed order and without atomics, so that they are bitwise reproducible.
 
-The Triton implementation is in ``_experts_triton.py``, the CPU implementation in ``_cpu/experts.py``.
+The Triton implementation is in ``_experts_triton.py``, the CPU implementations in ``_cpu/experts.py`` and
+``_compiled/experts.cpp``.
 """
 
 from __future__ import annotations
@@ -22,8 +23,10 @@ from typing import Literal
 
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from ._common import APPROXIMATE, Backend, accumulate_dtype, contiguous, pick_backend
+from ._compiled import experts as compiled
 from ._cpu.experts import CPUExperts
 from ._experts_triton import TritonExperts
 
@@ -53,12 +56,15 @@ def expert_ffn(
     _check(x_RM, offsets_E1, activation, (w1_EMF, b1_EF), (w2_EFM, b2_EM))
     chosen = pick_backend("expert_ffn", backend, x_RM, offsets_E1, w1_EMF, b1_EF, w2_EFM, b2_EM)
     tensors = (x_RM, w1_EMF, b1_EF, w2_EFM, b2_EM)
-    if chosen != "torch" or x_RM.dtype != torch.bfloat16:  # the CPU implementation converts to bfloat16 by itself
+    on_cpu = chosen in ("torch", "compiled")
+    if not on_cpu or x_RM.dtype != torch.bfloat16:  # the CPU implementations convert to bfloat16 by themselves
         tensors = tuple(None if t is None else t.to(x_RM.dtype) for t in tensors)
     if chosen == "reference":
         return _reference(offsets_E1, *tensors, activation)
     keep = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
-    if chosen == "torch":
+    if chosen == "compiled" and _get_current_dispatch_mode() is None and compiled.fits(x_RM, w2_EFM):
+        return compiled.CompiledExperts.apply(*contiguous(*tensors), offsets_E1, activation, keep)
+    if on_cpu:
         wide = [None if t is None else t.float() for t in tensors] if x_RM.dtype == torch.float16 else tensors
         return CPUExperts.apply(*contiguous(*wide), offsets_E1, activation, keep).to(x_RM.dtype)
     return TritonExperts.apply(*contiguous(*tensors, offsets_E1), activation, keep)

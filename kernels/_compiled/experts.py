@@ -1,0 +1,49 @@
+"""Compute the experts on CPU by compiled code (``experts.cpp``)."""
+
+from __future__ import annotations
+
+import torch
+from torch.autograd.function import once_differentiable
+
+from .._cpu import buffers
+from . import load, why_not
+
+_ACTIVATIONS = ("none", "gelu", "gelu_tanh", "swiglu")  # as numbered in the code
+_MULTIPLE = 16
+
+
+def fits(x_RM: torch.Tensor, w2_EFM: torch.Tensor) -> bool:
+    """Return whether the compiled code takes these rows and weights; other ones are for ``_cpu``."""
+    _, F, M = w2_EFM.shape
+    narrow = x_RM.dtype == torch.bfloat16 and torch.cpu._is_avx512_bf16_supported()
+    return (x_RM.dtype == torch.float32 or narrow) and M % _MULTIPLE == F % _MULTIPLE == 0 and why_not() is None
+
+
+class CompiledExperts(torch.autograd.Function):
+    """Compute the experts and their gradients; kept for the backward pass are the activation and its slopes."""
+
+    @staticmethod
+    def forward(ctx, x, w1, b1, w2, b2, offsets_E1, activation, keep):
+        load()
+        (_, M, N), F, R = w1.shape, w2.shape[1], len(x)
+        offsets_E1 = offsets_E1.to(torch.int32)
+        y = buffers.empty((R, M), x.dtype)
+        h = buffers.empty((R, F), x.dtype) if keep else None
+        slope = buffers.empty((R, N), x.dtype) if keep and activation != "none" else None
+        number = _ACTIVATIONS.index(activation)
+        torch.ops.moelab.experts_forward(x, offsets_E1, w1, b1, w2, b2, number, y, h, slope)
+        if keep:
+            ctx.save_for_backward(x, offsets_E1, w1, w2, h, slope)
+            ctx.biases = tuple(None if b is None else (b.shape, b.dtype) for b in (b1, b2))
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy):
+        x, offsets_E1, w1, w2, h, slope = ctx.saved_tensors
+        b1, b2 = ctx.biases
+        shapes = ((x.shape, x.dtype), (w1.shape, w1.dtype), b1, (w2.shape, w2.dtype), b2)
+        grads = [buffers.empty(*s) if need else None for s, need in zip(shapes, ctx.needs_input_grad[:5], strict=True)]
+        d_pre = buffers.empty((len(x), w1.shape[2]), x.dtype)
+        torch.ops.moelab.experts_backward(dy.contiguous(), x, offsets_E1, w1, w2, h, slope, d_pre, *grads)
+        return *grads, None, None, None
