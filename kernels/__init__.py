@@ -1,8 +1,9 @@
 """Provide the operations of a MoE layer, imported as ``moelab.kernels``; imports nothing else of moelab.
 
-One function per op. On CUDA tensors it runs Triton kernels, on CPU tensors tuned torch; ``backend="reference"`` runs
-the op in plain PyTorch. An op's file (``gating.py``) holds the public function and its reference, the files beside it
-(``_gating_triton.py``, ``_cpu/gating.py``) the implementations. A MoE layer is
+One function per op. On CUDA tensors it runs Triton kernels, on CPU tensors tuned torch or, with
+``backend="compiled"``, C++ where the op has it; ``backend="reference"`` runs the op in plain PyTorch. An op's file
+(``gating.py``) holds the public function and its reference, the files beside it (``_gating_triton.py``,
+``_cpu/gating.py``, ``_compiled/gating.cpp``) the implementations. A MoE layer is
 
     g = gate(logits_SE, top_k, capacity, seed=step)             # which experts, which slot, which weight, both losses
     table = row_table(g)                                        # which row holds which token
@@ -12,6 +13,9 @@ the op in plain PyTorch. An op's file (``gating.py``) holds the public function 
     y_SM = residual_mix(y_SM, mlp_SM, x_SM, w_2M, b_2)          # PR-MoE
 """
 
+from ._common import Backend
+from ._compiled import load as load_compiled
+from ._compiled import why_not as why_not_compiled
 from ._cpu.gating import choose
 from ._hash import priorities
 from .experts import Activation, expert_ffn
@@ -21,6 +25,7 @@ from .residual import residual_mix
 
 __all__ = [
     "Activation",
+    "Backend",
     "Gate",
     "RowTable",
     "choose",
@@ -28,7 +33,9 @@ __all__ = [
     "dispatch",
     "expert_ffn",
     "gate",
+    "load_compiled",
     "priorities",
     "residual_mix",
     "row_table",
+    "why_not_compiled",
 ]

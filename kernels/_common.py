@@ -44,6 +44,9 @@ Backend = Literal["auto", "torch", "triton", "reference", "compiled"]
 recording = False
 """True while compile.py records the launches of the ops on meta tensors instead of executing them."""
 
+_COMPILED = ("expert_ffn",)
+"""The operations that have compiled code (``_compiled``)."""
+
 APPROXIMATE = {"gelu": "none", "gelu_tanh": "tanh"}
 """Activation name -> the ``approximate`` argument of PyTorch's GELU."""
 
@@ -67,6 +70,8 @@ def pick_backend(op: str, backend: Backend, *tensors: torch.Tensor | None) -> st
         raise ValueError(
             f"{op}: backend {backend!r} is for CPU tensors, these are on {kind}; use 'auto' or 'reference'"
         )
+    if backend == "compiled" and op not in _COMPILED:
+        backend = "torch"
     if backend == "triton":
         if not HAS_TRITON:
             raise ValueError(f"{op}: backend 'triton' needs the triton package, which this platform lacks")

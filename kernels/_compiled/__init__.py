@@ -4,21 +4,28 @@ The other CPU implementation (``_cpu``) consists of calls of PyTorch and NumPy. 
 calls, copies and transpositions around the products take longer than the products; here they are loops over data in
 cache. Products are oneDNN's, by the micro-kernel that PyTorch exports (``products.h``).
 
-An operation uses this code where it is asked for (backend ``compiled``) and `why_not` finds nothing in the way; results
-equal those of ``_cpu`` up to rounding, so a run must use one or the other throughout.
+An operation uses this code where it is asked for (backend ``compiled``) and `why_not` finds nothing in the way. Results
+equal those of ``_cpu`` up to rounding, so a run uses one or the other throughout.
 """
 
 from __future__ import annotations
 
 import functools
+import hashlib
 import os
 import shutil
+import subprocess
 from pathlib import Path
 
 import torch
+from filelock import FileLock
 
 SOURCES = ("experts.cpp",)
-_FLAGS = ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx2", "-mfma", "-mf16c")
+_FLAGS = (  # for any processor with AVX-512, because the nodes of a cluster may share the result
+    *("-std=c++20", "-O3", "-fPIC", "-shared", "-fopenmp"),
+    *("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx2", "-mfma", "-mf16c"),
+    *("-DCPU_CAPABILITY=AVX512", "-DCPU_CAPABILITY_AVX512"),
+)
 
 
 def compiler() -> str:
@@ -38,26 +45,48 @@ def why_not() -> str | None:
 
 
 @functools.cache
-def load() -> None:
-    """Compile the code, or load it if it is compiled, and register its operations as ``torch.ops.moelab``.
+def load() -> Path:
+    """Compile the code unless that has been done, register its operations as ``torch.ops.moelab``, return its file.
 
-    It is stored where PyTorch stores extensions (``TORCH_EXTENSIONS_DIR``), by PyTorch's version.
+    The file is kept in ``TORCH_EXTENSIONS_DIR``, or where PyTorch keeps extensions. A process that is killed while it
+    compiles leaves nothing that others would wait for or load.
 
     Raises:
-        RuntimeError: it cannot be compiled; the compiler's output says why.
+        RuntimeError: the code cannot be compiled (with the compiler's last lines), or not be loaded.
     """
-    import ninja
     from torch.utils import cpp_extension
 
-    name = f"moelab_{torch.__version__.replace('.', '_').replace('+', '_')}"
-    before = os.environ["PATH"]
-    os.environ["PATH"] = os.pathsep.join([before, ninja.BIN_DIR])  # where an environment is used without activating it
+    here = Path(__file__).parent
+    texts = [path.read_bytes() for path in sorted(here.glob("*.h")) + [here / source for source in SOURCES]]
+    key = hashlib.sha256(b"\0".join([*texts, " ".join(_FLAGS).encode(), torch.__version__.encode()])).hexdigest()
+    folder = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or cpp_extension.get_default_build_root())
+    library = folder / f"moelab-kernels-{key[:16]}.so"
+    if not library.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        with FileLock(f"{library}.lock"):
+            if not library.exists():
+                _compile([here / source for source in SOURCES], library)
     try:
-        cpp_extension.load(
-            name,
-            [str(Path(__file__).with_name(source)) for source in SOURCES],
-            extra_cflags=["-O3", "-fopenmp", *_FLAGS, "-DCPU_CAPABILITY_AVX512", "-DCPU_CAPABILITY=AVX512"],
-            is_python_module=False,
-        )
+        torch.ops.load_library(str(library))
+    except OSError as error:
+        raise RuntimeError(f"the compiled CPU kernels do not fit this PyTorch ({torch.__version__}): {error}") from None
+    return library
+
+
+def _compile(sources: list[Path], library: Path) -> None:
+    """Compile the sources into `library`, which appears complete or not at all."""
+    from torch.utils import cpp_extension
+
+    made = library.with_suffix(f".{os.getpid()}.tmp")
+    abi = f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}"
+    include = [f"-I{path}" for path in cpp_extension.include_paths()]
+    link = [f"-L{path}" for path in cpp_extension.library_paths()] + ["-lc10", "-ltorch_cpu", "-ltorch"]
+    command = [compiler(), *_FLAGS, abi, *include, *map(str, sources), "-o", str(made), *link]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode:
+            said = " | ".join((done.stderr.strip() or f"exit code {done.returncode}").splitlines()[-3:])
+            raise RuntimeError(f"compiling the CPU kernels with {compiler()} failed: {said}")
+        os.replace(made, library)
     finally:
-        os.environ["PATH"] = before
+        made.unlink(missing_ok=True)

@@ -101,16 +101,17 @@ void forward(
     const int64_t e = part.expert, most = std::min(F, kColumns);
     const bool packs = sizeof(T) == 2;
     auto& scratch = Scratch::of_thread();
-    const int64_t packed = packs ? panel_elements<T>(M, N) + panel_elements<T>(F, M) : 0;
-    scratch.reserve(packed * sizeof(T) + kTile * (gates * most + M) * sizeof(float) + kTile * most * sizeof(T));
-    auto* to1 = scratch.take<T>(packs ? panel_elements<T>(M, N) : 0);
-    auto* to2 = scratch.take<T>(packs ? panel_elements<T>(F, M) : 0);
+    const int64_t packed1 = packs ? gates * panel_elements<T>(M, F) : 0;
+    const int64_t packed2 = packs ? panel_elements<T>(F, M) : 0;
+    scratch.reserve((packed1 + packed2 + kTile * most) * sizeof(T) + kTile * (gates * most + M) * sizeof(float));
+    auto* to1 = scratch.take<T>(packed1);
+    auto* to2 = scratch.take<T>(packed2);
     auto* p = scratch.take<float>(kTile * gates * most);
     auto* sum = scratch.take<float>(kTile * M);
     auto* h_tile = scratch.take<T>(kTile * most);
     std::vector<Panels<T>> first;
     for (int64_t g = 0; g < gates; ++g)
-      first.push_back(panels(W1 + e * M * N + g * F, N, M, F, packs ? to1 + g * panel_elements<T>(M, F) : to1));
+      first.push_back(panels(W1 + e * M * N + g * F, N, M, F, to1 + g * packed1 / gates));
     const auto second = panels(W2 + e * F * M, M, F, M, to2);
     for (int64_t r = part.first; r < part.last; r += kTile) {
       const int64_t n = std::min(kTile, part.last - r);

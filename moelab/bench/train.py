@@ -5,16 +5,18 @@ on batches of text, one family after the other; the dense one runs beside the sa
 PyTorch loop. Ratios are to the dense twin in fp32, round by round. The floor is the time of the model's FLOPs at the
 rate of a large matrix product in the row's dtype. A student learns from a teacher of random weights, whose forward pass
 belongs to its FLOPs. Where training computes fp32 products by another library than PyTorch does by default
-(`moelab.models.products`), each family takes part a second time with PyTorch's. At the end: the dtype to use on this
-machine for each family.
+(`moelab.models.products`), each family takes part a second time with PyTorch's; and on request once more with
+`TrainConfig.compile`. At the end: the dtype to use on this machine for each family.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import itertools
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -47,6 +49,8 @@ TEACHERS = {"PR-MoE+L21 + KD": "PR-MoE-32/64"}
 BARE = "dense, bare loop"
 DEFAULT = ", PyTorch's products"
 """Ends the name of a candidate with PyTorch's own library of fp32 products."""
+COMPILED = ", compiled"
+"""Ends the name of a candidate with `TrainConfig.compile`."""
 SEQUENCES = 32
 Step = Callable[[int], None]
 """One optimizer step on the batch of that number."""
@@ -168,9 +172,20 @@ def flops_per_token(family: str, width: int) -> float:
 
 
 def measure(
-    width: int, *, families: Sequence[str], dtypes: Sequence[str], steps: int, threads: int, timing: Timing
+    width: int,
+    *,
+    families: Sequence[str],
+    dtypes: Sequence[str],
+    steps: int,
+    threads: int,
+    timing: Timing,
+    compiled: bool = False,
 ) -> list[Row]:
-    """Return the rows of one width: times are those of a step, `tokens_per_s` is in the numbers."""
+    """Return the rows of one width: times are those of a step, `tokens_per_s` is in the numbers.
+
+    Args:
+        compiled: let each family also take part with `TrainConfig.compile`.
+    """
     torch.set_num_threads(threads)
     T = inputs.CONTEXT
     made: dict[str, Step] = {}
@@ -183,11 +198,16 @@ def measure(
         for label, loop in loops.items():
             made[f"{label}, {dtype}"] = loop(model, config, T)
             models[f"{label}, {dtype}"] = (family, model, dtype)
+        if compiled:
+            name = f"{family}{COMPILED}, {dtype}"
+            made[name] = loops[family](model, replace(config, compile=True), T)
+            models[name] = (family, model, dtype)
         if dtype == "fp32" and onednn_is_faster():
             name = f"{family}{DEFAULT}, {dtype}"
             made[name] = default_products()(loops[family](model, config, T))
             models[name] = (family, model, dtype)
-    times = turns(made, steps, timing)
+    with _many_compiled() if compiled else contextlib.nullcontext():
+        times = turns(made, steps, timing)
     rates = {dtype: harness.product_rate(DTYPES[dtype], timing) for dtype in dtypes}
     flops = {name: SEQUENCES * T * flops_per_token(family, width) for name, (family, _, _) in models.items()}
     numbers = {
@@ -209,6 +229,14 @@ def measure(
         inputs=f"{SEQUENCES} x {T} tokens of {inputs.TEXT}",
         numbers=numbers,
     )
+
+
+def _many_compiled() -> contextlib.AbstractContextManager[None]:
+    """Let `torch.compile` keep the code of all candidates; by default it gives up after the eighth of one function."""
+    import torch._dynamo
+
+    torch.compiler.reset()  # of an earlier width
+    return torch._dynamo.config.patch(recompile_limit=64)
 
 
 def advice(found: Sequence[Row]) -> list[str]:
@@ -241,6 +269,7 @@ def main(
     threads: int,
     timing: Timing,
     out: Path | None,
+    compiled: bool = False,
 ) -> None:
     """Measure, print and, with `out` (a folder), write `train.jsonl` and its figure.
 
@@ -257,7 +286,8 @@ def main(
         raise ValueError(f"bench train: steps must be at least 1, got {steps}")
     found: list[Row] = []
     for width in widths:
-        case = measure(width, families=families, dtypes=dtypes, steps=steps, threads=threads, timing=timing)
+        shared = {"dtypes": dtypes, "steps": steps, "threads": threads, "timing": timing, "compiled": compiled}
+        case = measure(width, families=families, **shared)
         title = f"training, {width} wide, {SEQUENCES} x {inputs.CONTEXT} tokens a step, {steps} steps a round"
         columns = {
             "tokens/s": lambda row: f"{row.numbers['tokens_per_s']:,.0f}",

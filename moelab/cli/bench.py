@@ -47,6 +47,9 @@ def bench_train(
     steps: Annotated[int, typer.Option(help="measured steps of each candidate in a round")] = 5,
     rounds: Rounds = 5,
     threads: Threads = 1,
+    compiled: Annotated[
+        bool, typer.Option("--compiled", help="also with train.compile, which compiles for minutes")
+    ] = False,
     cpu_time: CpuTime = False,
     out: Out = None,
 ) -> None:
@@ -65,6 +68,7 @@ def bench_train(
         threads=threads,
         timing=Timing(rounds, clock="cpu" if cpu_time else "wall", warm_up=1, budget_s=600),
         out=out,
+        compiled=compiled,
     )
     write_provenance(out, "train")
 

@@ -42,8 +42,9 @@ class TrainConfig:
         keep_at: tokens after which a checkpoint is written and kept, so that other runs can start from it
             (`moelab.runs.spec.Start`); the others are removed, but for the newest two. Not part of a run's identity.
         tensorboard: also write TensorBoard events. Not part of a run's identity.
-        compile: fuse the parts of a step between the routed products by `torch.compile`, which needs a C++ compiler
-            and, the first time in a workspace, half a minute. Results differ within rounding.
+        compile: compile the parts of a step, by `torch.compile` and, on a CPU with AVX-512, experts and gate by C++ of
+            our own. It needs a C++ compiler and, the first time in a workspace, a minute. Results differ within
+            rounding.
     """
 
     tokens: int = 1_000_000

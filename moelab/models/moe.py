@@ -46,7 +46,12 @@ class Experts(nn.Module):
     """Compute E feed-forwards of one shape, with their weights stacked along the first dim: expert e is row e.
 
     If gated, `up` [E, M, 2, F] holds gate and up side by side, so that one grouped product computes both.
+
+    Attributes:
+        ffn: `moelab.kernels.expert_ffn`, or a function with its arguments.
     """
+
+    ffn = staticmethod(kernels.expert_ffn)
 
     def __init__(self, experts: int, hidden: int, ffn: int, decoder: DecoderConfig = _PAPER) -> None:
         super().__init__()
@@ -70,7 +75,7 @@ class Experts(nn.Module):
         weights = (up, up_bias, self.down, down_bias)
         if up.dtype != torch.float32:  # else the kernel converts them
             weights = (w if w is None else w.to(rows_RM.dtype) for w in weights)
-        return kernels.expert_ffn(rows_RM, offsets_E1, *weights, activation=self.activation)
+        return self.ffn(rows_RM, offsets_E1, *weights, activation=self.activation)
 
 
 class Mix(nn.Linear):

@@ -12,6 +12,7 @@ from moelab.bench import layer, parts
 from moelab.bench.harness import Timing
 from moelab.bench.inputs import HiddenStates
 from moelab.bench.layer import LayerSize
+from moelab.kernels import why_not_compiled
 
 QUICK = Timing(3, clock="cpu", warm_up=1)
 
@@ -24,10 +25,12 @@ def known_rates(monkeypatch):
 
 
 @pytest.mark.parametrize("tokens", [67, 3])
-@pytest.mark.parametrize("name", [layer.LOOP, layer.GROUPED, layer.EINSUM])
+@pytest.mark.parametrize("name", [layer.LOOP, layer.GROUPED, layer.EINSUM, layer.COMPILED_FREE])
 def test_layers_agree_when_nothing_is_dropped(name, tokens, monkeypatch):
     """Outputs and gradients; 3 tokens leave experts empty."""
     monkeypatch.setattr(layer, "slots", lambda tokens, experts: tokens)
+    if name == layer.COMPILED_FREE and why_not_compiled() is not None:
+        pytest.skip(why_not_compiled())
     states = HiddenStates(tokens, 16, 7)
     made = layer.candidates(LayerSize(tokens, 16, 32, 7), states.gate_EM, (layer.DROP_FREE, name))
     dy = torch.randn(tokens, 16)
@@ -46,6 +49,7 @@ def test_layers_agree_when_nothing_is_dropped(name, tokens, monkeypatch):
 def test_rows_are_tidy(dtype):
     rows = layer.measure(LayerSize(64, 32, 64, 4, dtype), QUICK) + gate_bench.measure(64, 4, QUICK)
     ours = {layer.DENSE, layer.OURS, layer.DROP_FREE, layer.LOOP, layer.GROUPED, layer.EINSUM, "masks (baseline)"}
+    ours |= {layer.COMPILED, layer.COMPILED_FREE} if why_not_compiled() is None else set()
     assert ours <= {r.candidate for r in rows}
     assert all(r.min_ms <= r.median_ms <= r.max_ms and r.floor_ms > 0 and r.rounds == 3 for r in rows)
     assert all(r.ratio == 1 for r in rows if r.candidate == r.against)

@@ -1,7 +1,7 @@
 """Each op's tests run against its *targets*, one text for all of them.
 
-A test with an argument ``target`` gets (backend, device): the tuned torch path on CPU and, with a GPU, the Triton
-kernels on it. In a process started with TRITON_INTERPRET=1 it gets the Triton kernels in Triton's interpreter
+A test with an argument ``target`` gets (backend, device): on CPU the tuned torch path and, with AVX-512 and a compiler,
+the compiled code, and with a GPU the Triton kernels on it. In a process started with TRITON_INTERPRET=1 it gets the Triton kernels in Triton's interpreter
 instead, on CPU tensors; ``test_interpreter.py`` starts such processes, because the variable must be set before Triton
 is imported and changes every kernel of the process.
 """
@@ -10,6 +10,7 @@ import os
 
 import pytest
 import torch
+from moelab.kernels import _compiled
 
 INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
 GPU = pytest.param(
@@ -17,10 +18,15 @@ GPU = pytest.param(
     marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")],
     id="triton-cuda",
 )
+COMPILED = pytest.param(
+    ("compiled", "cpu"),
+    marks=pytest.mark.skipif(_compiled.why_not() is not None, reason=str(_compiled.why_not())),
+    id="compiled-cpu",
+)
 TARGETS = (
     [pytest.param(("triton", "cpu"), id="triton-interpreted")]
     if INTERPRETING
-    else [pytest.param(("torch", "cpu"), id="torch-cpu"), GPU]
+    else [pytest.param(("torch", "cpu"), id="torch-cpu"), COMPILED, GPU]
 )
 
 
