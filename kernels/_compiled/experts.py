@@ -12,11 +12,12 @@ _ACTIVATIONS = ("none", "gelu", "gelu_tanh", "swiglu")  # as numbered in the cod
 _MULTIPLE = 16
 
 
-def fits(x_RM: torch.Tensor, w2_EFM: torch.Tensor) -> bool:
-    """Return whether the compiled code takes these rows and weights; other ones are for ``_cpu``."""
+def fits(x_RM: torch.Tensor, w2_EFM: torch.Tensor, activation: str) -> bool:
+    """Return whether the compiled code takes these rows, weights and activation; other ones are for ``_cpu``."""
     _, F, M = w2_EFM.shape
     narrow = x_RM.dtype == torch.bfloat16 and torch.cpu._is_avx512_bf16_supported()
-    return (x_RM.dtype == torch.float32 or narrow) and M % _MULTIPLE == F % _MULTIPLE == 0 and why_not() is None
+    sizes = M % _MULTIPLE == F % _MULTIPLE == 0
+    return (x_RM.dtype == torch.float32 or narrow) and sizes and activation in _ACTIVATIONS and why_not() is None
 
 
 class CompiledExperts(torch.autograd.Function):

@@ -4,9 +4,10 @@ Top-1 (or K); S tokens through experts M -> F -> M with GELU; gradients to input
 each step as a training loop does. Every round has new tokens and so new routing (`moelab.bench.inputs.HiddenStates`),
 the same for all candidates, whose gates have equal weights. Candidates: ours at capacity factor 1.0 (random token
 selection; as the paper trains) and drop-free, on a CPU also by our compiled code; a loop over experts and
-`torch.nn.functional.grouped_mm`, both as plain PyTorch, drop-free; the baseline with masks and einsum at capacity factor 1.0; and, where installed, DeepSpeed's layer,
-transformers' expert functions and, on a GPU, the layers of `moelab.bench.kernel_peers`. At capacity factor 1.0 dropped
-tokens cost nothing: the share that is kept stands in the rows.
+`torch.nn.functional.grouped_mm`, both as plain PyTorch, drop-free; the baseline with masks and einsum at capacity
+factor 1.0; and, where installed, DeepSpeed's layer, transformers' expert functions and, on a GPU, the layers of
+`moelab.bench.kernel_peers`. At capacity factor 1.0 dropped tokens cost nothing: the share that is kept stands in the
+rows.
 
 Floor: the FLOPs at the measured rate of a large product, plus the weights of the experts that have tokens, read twice,
 and their gradient, written once, at the copy rate.

@@ -6,13 +6,13 @@ from dataclasses import replace
 
 import pytest
 import torch
+from moelab.kernels import why_not_compiled
 
 from moelab.bench import gate as gate_bench
 from moelab.bench import layer, parts
 from moelab.bench.harness import Timing
 from moelab.bench.inputs import HiddenStates
 from moelab.bench.layer import LayerSize
-from moelab.kernels import why_not_compiled
 
 QUICK = Timing(3, clock="cpu", warm_up=1)
 

@@ -39,7 +39,7 @@ def compare(got, want, tolerance):
 @pytest.mark.parametrize("counts,spare,M,F", CASES)
 def test_float32(counts, spare, M, F, activation):
     x, offsets, params, dy = make(counts, spare, M, F, M, dtype=torch.float32, device="cpu", activation=activation)
-    assert compiled.fits(x, params[2])
+    assert compiled.fits(x, params[2], activation)
     poison()
     got = run(x, offsets, params, dy, activation=activation, backend="compiled")
     compare(got, run(x, offsets, params, dy, activation=activation, backend="reference"), 2e-5)
@@ -53,7 +53,7 @@ def test_float32(counts, spare, M, F, activation):
 def test_bfloat16(counts, spare, M, F, activation, weights):
     """Rows in bfloat16 and weights in either type: as exact as the other CPU implementation, against float32."""
     x, offsets, params, dy = make(counts, spare, M, F, M, dtype=torch.bfloat16, device="cpu", activation=activation)
-    assert compiled.fits(x, params[2])
+    assert compiled.fits(x, params[2], activation)
     params = [p.to(weights) for p in params]
     poison()
     got = run(x, offsets, params, dy, activation=activation, backend="compiled")
@@ -116,7 +116,7 @@ BOTH = ("compiled", "reference")
 )
 def test_what_does_not_fit_is_computed_by_the_other_code(M, F, dtype):
     x, offsets, params, dy = make([3, 5], 0, M, F, M, dtype=dtype, device="cpu")
-    assert not compiled.fits(x, params[2])
+    assert not compiled.fits(x, params[2], "gelu_tanh")
     got, other = (run(x, offsets, params, dy, backend=backend) for backend in ("compiled", "torch"))
     assert all(torch.equal(a, b) for a, b in zip(got, other, strict=True))
 
