@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-SOURCES = ("experts.cpp",)
+SOURCES = ("experts.cpp", "gating.cpp")
 _FLAGS = ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx2", "-mfma", "-mf16c")
 
 

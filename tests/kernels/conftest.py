@@ -10,6 +10,7 @@ import os
 
 import pytest
 import torch
+from moelab.kernels._compiled import why_not
 
 INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
 GPU = pytest.param(
@@ -20,7 +21,15 @@ GPU = pytest.param(
 TARGETS = (
     [pytest.param(("triton", "cpu"), id="triton-interpreted")]
     if INTERPRETING
-    else [pytest.param(("torch", "cpu"), id="torch-cpu"), GPU]
+    else [
+        pytest.param(("torch", "cpu"), id="torch-cpu"),
+        GPU,
+        pytest.param(
+            ("compiled", "cpu"),
+            marks=pytest.mark.skipif(why_not() is not None, reason=str(why_not())),
+            id="compiled-cpu",
+        ),
+    ]
 )
 
 
