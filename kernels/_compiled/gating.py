@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch.autograd.function import once_differentiable
 
@@ -11,9 +13,15 @@ from .._hash import hash_keys
 from . import load, why_not
 
 
+@functools.cache
+def _runs() -> bool:
+    """Return whether the compiled code runs here; the search for a compiler takes longer than a small gate."""
+    return why_not() is None
+
+
 def fits(logits_SE: torch.Tensor) -> bool:
     """Return whether the compiled code takes these logits; float64 is for ``_cpu``."""
-    return logits_SE.dtype in (torch.float32, torch.bfloat16, torch.float16) and why_not() is None
+    return logits_SE.dtype != torch.float64 and _runs()
 
 
 class CompiledGate(torch.autograd.Function):
