@@ -1,8 +1,10 @@
 // The gate and its gradient; gating.py describes the operations and kernels/gating.py what they compute.
 //
-// A task is kBlock tokens. What is summed over tokens is summed within a block first and then over the blocks in order,
-// so that a result has the same bits however many threads share the blocks. Experts and slots are integers and equal
-// those of every other implementation. S: tokens, E: experts, K: experts per token, C: capacity.
+// A task is kBlock tokens, of which 16 at a time lie in the lanes of vectors, one vector for each expert: maxima, choices
+// and sums over experts need no operations across a vector, and any number of experts fills its vectors. Sums over
+// tokens are taken within a block first and then over the blocks in order, so that a result has the same bits however
+// many threads share the blocks. Experts and slots are integers, and equal those of every other implementation.
+// S: tokens, E: experts, K: experts per token, C: capacity.
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
 
@@ -67,27 +69,30 @@ void by_token(const float* x, int64_t n, int64_t E, float* rows) {
   }
 }
 
-// Add terms of all experts to `total`: add(e, sum) returns the sum with e's term. Partial sums of 16 terms round less than
-// one long sum, and do not wait for each other.
+// Return the sum over the experts; add(e, sum) returns a sum with e's term. Sums of 16 terms round less than a long
+// one, and do not wait for each other.
 template <typename Add>
-void total_of_experts(int64_t E, Vec& total, const Add& add) {
+Vec sum_of_experts(int64_t E, const Add& add) {
+  Vec total(0.f);
   for (int64_t from = 0; from < E; from += 16) {
     Vec sum(0.f);
     for (int64_t e = from; e < std::min(from + 16, E); ++e) sum = add(e, sum);
     total = total + sum;
   }
+  return total;
 }
 
-// Of 16 tokens, return the expert with the largest value among those that come after the previous choice (`value`,
-// `expert`), and that value; ties go to the lower expert. -inf is a value like any other.
-struct Choice { __m512 value; __m512i expert; };
-Choice choose(const float* x, int64_t E, bool any, Choice previous) {
+struct Choice { __m512 value; __m512i expert; };  // of 16 tokens
+
+// Return the largest value and its expert among those that come after the previous choice, or among all for the `first`
+// one; ties go to the lower expert. -inf is a value like any other.
+Choice choose(const float* x, int64_t E, bool first, Choice previous) {
   Choice found{_mm512_set1_ps(-kInfinity), _mm512_setzero_si512()};
   for (int64_t e = E - 1; e >= 0; --e) {  // downwards, so that the lower one of equal experts comes last
     const __m512 value = load(x + e * kLanes);
     const __m512i expert = _mm512_set1_epi32(e);
     __mmask16 left = 0xffff;
-    if (!any) {
+    if (!first) {
       left = _mm512_mask_cmplt_epi32_mask(
           _mm512_cmp_ps_mask(value, previous.value, _CMP_EQ_OQ), previous.expert, expert);
       left |= _mm512_cmp_ps_mask(value, previous.value, _CMP_LT_OQ);
@@ -112,7 +117,7 @@ float softmax_and_experts(
     const __mmask16 there = inside(0, n);
     by_expert(logits + s * E, n, E, tile);
     const float* decisive = tile;
-    Vec largest(-kInfinity), total(0.f);
+    Vec largest(-kInfinity);
     __mmask16 undefined = 0;
     if (choice) {
       by_expert(choice + s * E, n, E, other);
@@ -132,7 +137,7 @@ float softmax_and_experts(
       _mm512_store_si512(ids, chosen.expert);
       for (int64_t i = 0; i < n; ++i) expert[(s + i) * K + k] = ids[i];
     }
-    total_of_experts(E, total, [&](int64_t e, Vec sum) {
+    const Vec total = sum_of_experts(E, [&](int64_t e, Vec sum) {
       const Vec value = exp_of_negative(load(tile + e * kLanes) - largest);
       store(tile + e * kLanes, value);
       return sum + value;
@@ -217,10 +222,8 @@ void keep_random(
     }
 }
 
-using Outputs = std::tuple<
-    at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
-
-Outputs gate_forward(
+// Return the gate's results, then what the backward pass needs: the softmax's numbers and the shares of first choices.
+std::vector<at::Tensor> gate_forward(
     const at::Tensor& logits, const std::optional<at::Tensor>& choice, int64_t K, std::optional<int64_t> capacity,
     at::IntArrayRef hash, bool normalize) {
   const int64_t S = logits.size(0), E = logits.size(1), blocks = (S + kBlock - 1) / kBlock;
@@ -316,8 +319,7 @@ void gate_backward(
       const Vec largest = _mm512_maskz_loadu_ps(there, softmax.largest + s);
       const Vec over = _mm512_maskz_loadu_ps(there, softmax.over + s);
       by_expert(X + s * E, n, E, p);
-      Vec dot(0.f);
-      total_of_experts(E, dot, [&](int64_t e, Vec sum) {
+      const Vec dot = sum_of_experts(E, [&](int64_t e, Vec sum) {
         const Vec value = exp_of_negative(load(p + e * kLanes) - largest) * over;
         store(p + e * kLanes, value);
         return at::vec::fmadd(value, Vec(a[e]), sum);
@@ -361,8 +363,7 @@ void gate_backward(
 
 TORCH_LIBRARY_FRAGMENT(moelab, library) {
   library.def(
-      "gate_forward(Tensor logits, Tensor? choice, int top_k, int? capacity, int[] hash, bool normalize) -> "
-      "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+      "gate_forward(Tensor logits, Tensor? choice, int top_k, int? capacity, int[] hash, bool normalize) -> Tensor[]");
   library.def(
       "gate_backward(Tensor logits, Tensor softmax, Tensor expert, Tensor slot, Tensor share, Tensor? d_weight, "
       "Tensor? d_aux, Tensor? d_z, bool normalize, Tensor(a!) d_logits) -> ()");
