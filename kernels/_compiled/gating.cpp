@@ -1,8 +1,8 @@
 // The gate and its gradient; gating.py describes the operations and kernels/gating.py what they compute.
 //
-// A task is kBlock tokens, of which 16 at a time lie in the lanes of vectors, one vector for each expert: maxima, choices
-// and sums over experts need no operations across a vector, and any number of experts fills its vectors. Sums over
-// tokens are taken within a block first and then over the blocks in order, so that a result has the same bits however
+// A task is kBlock tokens, of which 16 at a time lie in the lanes of vectors, one vector for each expert: maxima,
+// choices and sums over experts need no operations across a vector, and any number of experts fills its vectors. Sums
+// over tokens are taken within a block first, then over the blocks in order, so that a result has the same bits however
 // many threads share the blocks. Experts and slots are integers, and equal those of every other implementation.
 // S: tokens, E: experts, K: experts per token, C: capacity.
 #include <ATen/ops/empty.h>
