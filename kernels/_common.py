@@ -41,11 +41,11 @@ except ImportError:  # macOS: the torch backend does not need Triton
 Backend = Literal["auto", "torch", "triton", "reference", "compiled"]
 """Names of an op's implementations; see the module's docstring."""
 
+COMPILED = ("expert_ffn", "gate")
+"""Ops that have C++ (``_compiled``)."""
+
 recording = False
 """True while compile.py records the launches of the ops on meta tensors instead of executing them."""
-
-_COMPILED = ("expert_ffn",)
-"""The operations that have compiled code (``_compiled``)."""
 
 APPROXIMATE = {"gelu": "none", "gelu_tanh": "tanh"}
 """Activation name -> the ``approximate`` argument of PyTorch's GELU."""
@@ -70,8 +70,6 @@ def pick_backend(op: str, backend: Backend, *tensors: torch.Tensor | None) -> st
         raise ValueError(
             f"{op}: backend {backend!r} is for CPU tensors, these are on {kind}; use 'auto' or 'reference'"
         )
-    if backend == "compiled" and op not in _COMPILED:
-        backend = "torch"
     if backend == "triton":
         if not HAS_TRITON:
             raise ValueError(f"{op}: backend 'triton' needs the triton package, which this platform lacks")
@@ -84,7 +82,7 @@ def pick_backend(op: str, backend: Backend, *tensors: torch.Tensor | None) -> st
                 raise ValueError(f"{op}: Triton kernels take float32, bfloat16 or float16, not {t.dtype}")
     if backend not in get_args(Backend):
         raise ValueError(f"{op}: unknown backend {backend!r}; know {', '.join(get_args(Backend))}")
-    return backend
+    return "torch" if backend == "compiled" and op not in COMPILED else backend
 
 
 def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:

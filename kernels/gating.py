@@ -18,7 +18,8 @@ routed: its ids are 0..K-1, its slots -1, its weights 0, and the load does not c
 that a training loop detects it. The check needs no synchronisation with the device; the gradients of such a token are
 unspecified. Without any tokens, both losses are 0.
 
-The Triton implementation is in ``_gating_triton.py``, the CPU implementation in ``_cpu/gating.py``.
+The Triton implementation is in ``_gating_triton.py``, the CPU implementations in ``_cpu/gating.py`` and
+``_compiled/gating.cpp``.
 """
 
 from __future__ import annotations
@@ -26,8 +27,10 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
+from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from ._common import Backend, accumulate_dtype, pick_backend
+from ._compiled import gating as compiled
 from ._cpu.gating import SMALL, CPUGate, small_gate
 from ._gating_triton import TritonGate
 from ._hash import priorities
@@ -90,6 +93,11 @@ def gate(
         capacity = None  # an expert is chosen at most once per token
     if capacity is None:
         seed = None
+    if chosen == "compiled":
+        if _get_current_dispatch_mode() is None and compiled.fits(logits_SE):
+            wide = (None if t is None else t.float() for t in (logits_SE, choice_logits_SE))
+            return Gate(*compiled.CompiledGate.apply(*wide, top_k, capacity, seed, normalize))
+        chosen = "torch"
     if (
         chosen == "torch"
         and 0 < logits_SE.numel() <= SMALL

@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 from filelock import FileLock
 
-SOURCES = ("experts.cpp",)
+SOURCES = ("experts.cpp", "gating.cpp")
 _FLAGS = (  # for any processor with AVX-512, because the nodes of a cluster may share the result
     *("-std=c++20", "-O3", "-fPIC", "-shared", "-fopenmp"),
     *("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx2", "-mfma", "-mf16c"),
@@ -42,6 +42,12 @@ def why_not() -> str | None:
     if shutil.which(compiler()) is None:
         return f"there is no C++ compiler {compiler()!r}; install it, or set CXX"
     return None
+
+
+@functools.cache
+def runs_here() -> bool:
+    """Return whether `why_not` finds nothing; the search for a compiler takes longer than a small gate."""
+    return why_not() is None
 
 
 @functools.cache

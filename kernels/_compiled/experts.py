@@ -6,7 +6,7 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from .._cpu import buffers
-from . import load, why_not
+from . import load, runs_here
 
 _ACTIVATIONS = ("none", "gelu", "gelu_tanh", "swiglu")  # as numbered in the code
 _MULTIPLE = 16
@@ -17,7 +17,7 @@ def fits(x_RM: torch.Tensor, w2_EFM: torch.Tensor, activation: str) -> bool:
     _, F, M = w2_EFM.shape
     narrow = x_RM.dtype == torch.bfloat16 and torch.cpu._is_avx512_bf16_supported()
     sizes = M % _MULTIPLE == F % _MULTIPLE == 0
-    return (x_RM.dtype == torch.float32 or narrow) and sizes and activation in _ACTIVATIONS and why_not() is None
+    return (x_RM.dtype == torch.float32 or narrow) and sizes and activation in _ACTIVATIONS and runs_here()
 
 
 class CompiledExperts(torch.autograd.Function):

@@ -8,10 +8,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from moelab.kernels import _gating_triton, _selection_triton, gating
+from moelab.kernels._compiled import gating as gating_compiled
+from moelab.kernels._compiled import why_not
 from moelab.kernels._cpu import gating as gating_cpu
 from moelab.kernels._cpu.gating import _by_priority, choose
 from moelab.kernels._hash import hash_keys, priorities, priorities_numpy
 from moelab.kernels.gating import Gate, gate
+from torch.utils.flop_counter import FlopCounterMode
 
 SHAPES = [  # S, E, K, capacity
     (0, 4, 1, None),
@@ -229,7 +232,7 @@ def few(draw):
 
 @pytest.fixture
 def few_priorities(target, monkeypatch):
-    if target == ("triton", "cuda"):
+    if target in (("triton", "cuda"), ("compiled", "cpu")):
         pytest.skip("a compiled kernel keeps the hash that it was compiled with")
     monkeypatch.setattr(gating_cpu, "priorities_numpy", few(gating_cpu.priorities_numpy))
     monkeypatch.setattr(gating, "priorities", few(gating.priorities))
@@ -373,3 +376,93 @@ def test_sorting_many_entries_equals_the_order_of_their_keys():
         expert_N = generator.integers(0, 512, N).astype(np.int16)
         falling_N = generator.integers(0, 1 << 32, N, dtype=np.uint32)
         assert (_by_priority(expert_N, falling_N) == np.lexsort((np.arange(N), ~falling_N, expert_N))).all()
+
+
+compiles = pytest.mark.skipif(why_not() is not None, reason=str(why_not()))
+
+
+def gradient(logits, *args, backend, **kwargs):
+    """Return the gate's results and the logits' gradient from all three differentiable ones."""
+    x = logits.clone().requires_grad_()
+    g = gate(x, *args, backend=backend, **kwargs)
+    losses(g, torch.linspace(-1, 1, g.weight_SK.numel()).view_as(g.weight_SK)).backward()
+    return [*g, x.grad]
+
+
+@compiles
+@pytest.mark.parametrize("ties", [False, True])
+@pytest.mark.parametrize("seed", [None, -3, (1 << 63) - 1])
+@pytest.mark.parametrize(
+    "S,E,K,capacity,noisy",
+    [
+        (4096, 64, 1, 64, False),
+        (4096, 128, 1, 32, False),
+        (4099, 64, 2, 128, True),
+        (4097, 50, 3, None, False),
+        (2000, 8, 8, 1500, False),
+        (1111, 500, 2, 3, False),
+        (30000, 2, 1, 12000, True),
+    ],
+)
+def test_compiled_code_equals_the_torch_path(S, E, K, capacity, noisy, seed, ties):
+    """Integers are equal; the rest agrees to rounding."""
+    logits, noise = 3 * torch.randn(S, E) - 0.05 * torch.arange(E), torch.randn(S, E)
+    if ties:
+        logits, noise = logits.round(), noise.round() * torch.tensor([1.0, -0.0])[torch.randint(2, (S, E))]
+    options = dict(seed=seed, normalize=K > 1, choice_logits_SE=noise if noisy else None)
+    got, want = (gradient(logits, K, capacity, backend=b, **options) for b in ("compiled", "torch"))
+    for name, a, b in zip((*Gate._fields, "gradient"), got, want, strict=True):
+        assert a.dtype == b.dtype and a.shape == b.shape and a.is_contiguous(), name
+        if a.dtype == torch.int32:
+            assert torch.equal(a, b), name
+        else:
+            tolerance = dict(rtol=1e-5, atol=2e-6) if name == "gradient" else dict(rtol=2e-6, atol=1e-9)
+            torch.testing.assert_close(a, b, **tolerance, msg=lambda m, n=name: f"{n}: {m}")
+
+
+@compiles
+@pytest.mark.parametrize("S,E,K", [(4099, 64, 1), (1000, 13, 2), (200, 128, 1)])
+def test_compiled_code_gives_the_same_bits_on_any_number_of_threads(S, E, K):
+    logits, found, before = torch.randn(S, E), [], torch.get_num_threads()
+    try:
+        for threads in (1, 2, 5):
+            torch.set_num_threads(threads)
+            found.append(gradient(logits, K, S * K // E, seed=1, normalize=K > 1, backend="compiled"))
+    finally:
+        torch.set_num_threads(before)
+    for other in found[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))
+
+
+@compiles
+def test_compiled_exponentials_are_exact_to_rounding():
+    """Probabilities from 1 down to zero, by an expert that noise chooses; logits far from zero."""
+    logits = torch.zeros(20000, 2)
+    logits[:, 1] = -torch.linspace(0, 110, len(logits))
+    choice = torch.tensor([[0.0, 1.0]]).expand_as(logits)
+    for offset in (0.0, 4096.0):
+        x = logits + offset
+        got = gate(x, 1, choice_logits_SE=choice, backend="compiled").weight_SK[:, 0]
+        want = x.double().softmax(1)[:, 1]
+        torch.testing.assert_close(got.double(), want, rtol=3e-7, atol=2e-45)
+
+
+@compiles
+def test_compiled_code_leaves_to_the_torch_path_what_it_does_not_take(monkeypatch):
+    """float64, a machine without a compiler, and calls whose operations are counted."""
+
+    def fail(*_):
+        raise AssertionError("the compiled code was used")
+
+    logits = torch.randn(300, 8)
+    with monkeypatch.context() as patch:
+        patch.setattr(gating_compiled.CompiledGate, "apply", fail)
+        with pytest.raises(AssertionError, match="compiled code was used"):
+            gradient(logits, 2, 30, seed=1, backend="compiled")
+        want = gradient(logits.double(), 2, 30, seed=1, backend="torch")
+        got = gradient(logits.double(), 2, 30, seed=1, backend="compiled")
+        assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+        with FlopCounterMode(display=False):
+            gradient(logits, 2, 30, seed=1, backend="compiled")
+        patch.setattr(gating_compiled, "_runs", lambda: False)
+        gradient(logits, 2, 30, seed=1, backend="compiled")
