@@ -95,6 +95,12 @@ def gate(rows: list[Row]) -> str:
         found = [at.get((name, E)) for E in experts]
         if any(found):
             lines.append([title, *("–" if row is None else f"{row['ratio']:.1f}" for row in found)])
+        fast = [at.get(("ours compiled", E)) for E in experts]
+        if any(found) and all(fast):
+            times = [
+                None if row is None else row["median_ms"] / f["median_ms"] for row, f in zip(found, fast, strict=True)
+            ]
+            lines.append([f"{title} compiled", *("–" if t is None else f"{t:.1f}" for t in times)])
     return _markdown(["", *(f"E={E}" for E in experts)], lines)
 
 

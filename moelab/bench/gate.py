@@ -1,9 +1,9 @@
 """`moelab bench gate`: the gate, forward and backward, against the baselines' gates.
 
 Top-1, capacity factor 1.0, random token selection, load-balancing loss; the gradient goes back to the logits through
-the weights and the loss. Candidates: ours, on a CPU also by our compiled code, the mask form (the paper's PyTorch baseline), and DeepSpeed's own two forms
-where it is installed. Inputs: see `moelab.bench.inputs.HiddenStates`, new ones each round. Floor: the logits read
-twice and their gradient written once, at the measured copy rate.
+the weights and the loss. Candidates: ours, on a CPU also by our compiled code, the mask form (the paper's PyTorch
+baseline), and DeepSpeed's own two forms where it is installed. Inputs: see `moelab.bench.inputs.HiddenStates`, new ones
+each round. Floor: the logits read twice and their gradient written once, at the measured copy rate.
 """
 
 from __future__ import annotations

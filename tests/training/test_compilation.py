@@ -3,7 +3,9 @@ from dataclasses import replace
 
 import pytest
 import torch
+from moelab.kernels._compiled import experts, gating
 
+from moelab import kernels
 from moelab.config import ParallelConfig, digest
 from moelab.data import TrainBatches
 from moelab.training import TrainingStopped, compilation, train
@@ -54,6 +56,27 @@ def test_a_compiled_step_is_the_plain_one_within_rounding(model, compiled, data)
         losses.append([d.loss for d in done])
         norms.append([d.grad_norm for d in done])
     assert losses[0] == pytest.approx(losses[1], rel=1e-5) and norms[0] == pytest.approx(norms[1], rel=1e-4)
+
+
+@pytest.mark.skipif(kernels.why_not_compiled() is not None, reason=str(kernels.why_not_compiled()))
+@pytest.mark.slow
+def test_gate_and_experts_are_our_compiled_code_in_training_alone(model, compiled, data, monkeypatch):
+    called = []
+    for module, name in ((gating, "CompiledGate"), (experts, "CompiledExperts")):
+        function = getattr(module, name)
+        monkeypatch.setattr(module, name, type(name, (function,), {"apply": _recorded(called, name, function.apply)}))
+    trainer = Trainer(model, compiled, TrainBatches(data, 4, 32, 0), 32)
+    network = trainer.model.module
+    network.eval()
+    network(torch.zeros(1, 32, dtype=torch.long))
+    assert not called
+    network.train()
+    trainer.step(0, Window())
+    assert called == ["CompiledGate", "CompiledExperts"]
+
+
+def _recorded(called, name, apply):
+    return staticmethod(lambda *arguments: called.append(name) or apply(*arguments))
 
 
 def test_ids_change_only_where_compile_is_on(tiny_train):
