@@ -64,7 +64,10 @@ def load() -> Path:
 
     here = Path(__file__).parent
     texts = [path.read_bytes() for path in sorted(here.glob("*.h")) + [here / source for source in SOURCES]]
-    key = hashlib.sha256(b"\0".join([*texts, " ".join(_FLAGS).encode(), torch.__version__.encode()])).hexdigest()
+    version = subprocess.run([compiler(), "--version"], capture_output=True).stdout
+    key = hashlib.sha256(
+        b"\0".join([*texts, " ".join(_FLAGS).encode(), version, torch.__version__.encode()])
+    ).hexdigest()
     folder = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or cpp_extension.get_default_build_root())
     library = folder / f"moelab-kernels-{key[:16]}.so"
     if not library.exists():
