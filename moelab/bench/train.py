@@ -304,10 +304,18 @@ def main(
 
 
 def drawn(objects: Sequence[Mapping[str, Any]]) -> Figure:
-    """Return the figure of rows as read from `train.jsonl`, without those of PyTorch's products."""
-    objects = [row for row in objects if DEFAULT not in row["candidate"]]
+    """Return the figure of rows as read from `train.jsonl`, a panel for each dtype.
+
+    Those of PyTorch's products and of students with a teacher are left out.
+    """
+    shown = [row for row in objects if DEFAULT not in row["candidate"] and row["family"] not in TEACHERS]
     against = objects[0]["against"]
-    said = [name for name in dict.fromkeys(row["candidate"] for row in objects) if name.startswith("MoE")]
-    ratios = ", ".join(f"{name} {harness.span(objects, name)} times" for name in said)
-    title = f"Time of a training step over {against}: {ratios}" if ratios else f"Time of a training step over {against}"
-    return plot.ratios(list(objects), title=title, x="width", xlabel="hidden size")
+    first = against.rpartition(", ")[2]  # a dtype
+    said = [name for name in dict.fromkeys(row["candidate"] for row in shown) if name.startswith("MoE")]
+    ratios = [f"{name} {harness.span(shown, name)} times" for name in said if name.endswith(first)]
+    title = ": ".join([f"Time of a training step over {against}", *filter(None, [", ".join(ratios)])])
+    families = [
+        row if row["candidate"] == against else row | {"candidate": row["candidate"].rpartition(", ")[0]}
+        for row in shown
+    ]
+    return plot.ratios(families, title=title, x="width", xlabel="hidden size", panel="dtype")
