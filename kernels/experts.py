@@ -9,8 +9,9 @@ With the activation ``swiglu``, W1 is [E, M, 2 F] and holds gate and up side by 
 ``act(p) = silu(p[:, :F]) * p[:, F:]`` (Shazeer, "GLU variants improve Transformer").
 
 The forward pass keeps the pre-activation for the backward pass, which recomputes the activation from it; this takes a
-third less memory than keeping both. With ``gelu_tanh``, the CPU keeps the activation and its slope instead. Weight
-gradients are written expert by expert, in a fixed order and without atomics, so that they are bitwise reproducible.
+third less memory than keeping both. With ``gelu_tanh``, the CPU keeps the activation and its slope instead, and its
+compiled code does so for all activations. Weight gradients are written expert by expert, in a fixed order and without
+atomics, so that they are bitwise reproducible.
 
 The Triton implementation is in ``_experts_triton.py``, the CPU implementations in ``_cpu/experts.py`` and
 ``_compiled/experts.cpp``.

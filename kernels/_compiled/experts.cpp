@@ -97,6 +97,8 @@ void forward(
   const auto* X = x.data_ptr<T>();
   const auto *W1 = w1.data_ptr<W>(), *W2 = w2.data_ptr<W>(), *B1 = pointer<W>(b1), *B2 = pointer<W>(b2);
   auto *Y = y.data_ptr<T>(), *H = pointer<T>(kept_h), *S = pointer<T>(kept_slope);
+  TORCH_CHECK(
+      o[0] == 0 && std::is_sorted(o, o + E + 1) && o[E] <= R, "expert_ffn: offsets must rise from 0 to at most ", R);
   share(row_parts(o, E), [&](const Part& part) {
     const int64_t e = part.expert, most = std::min(F, kColumns);
     const bool packs = sizeof(T) == 2;

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch.autograd.function import once_differentiable
 
@@ -10,14 +12,25 @@ from . import load, runs_here
 
 _ACTIVATIONS = ("none", "gelu", "gelu_tanh", "swiglu")  # as numbered in the code
 _MULTIPLE = 16
+_LARGEST = 64 << 20  # bytes of an expert's weights: each thread holds some of its matrices in another order
 
 
 def fits(x_RM: torch.Tensor, w2_EFM: torch.Tensor, activation: str) -> bool:
     """Return whether the compiled code takes these rows, weights and activation; other ones are for ``_cpu``."""
     _, F, M = w2_EFM.shape
-    narrow = x_RM.dtype == torch.bfloat16 and torch.cpu._is_avx512_bf16_supported()
-    sizes = M % _MULTIPLE == F % _MULTIPLE == 0
-    return (x_RM.dtype == torch.float32 or narrow) and sizes and activation in _ACTIVATIONS and runs_here()
+    dtype = x_RM.dtype == torch.float32 or (x_RM.dtype == torch.bfloat16 and takes_bfloat16())
+    bytes_ = (3 if activation == "swiglu" else 2) * F * M * x_RM.element_size()
+    sizes = M % _MULTIPLE == F % _MULTIPLE == 0 and bytes_ <= _LARGEST
+    return dtype and sizes and activation in _ACTIVATIONS and torch.backends.mkldnn.enabled and runs_here()
+
+
+@functools.cache
+def takes_bfloat16() -> bool:
+    """Return whether bfloat16 rows are taken here: where the processor multiplies them, but not by AMX.
+
+    oneDNN's products by AMX were not tested in this code.
+    """
+    return torch.cpu._is_avx512_bf16_supported() and not torch.cpu._is_amx_tile_supported()
 
 
 class CompiledExperts(torch.autograd.Function):
@@ -27,7 +40,7 @@ class CompiledExperts(torch.autograd.Function):
     def forward(ctx, x, w1, b1, w2, b2, offsets_E1, activation, keep):
         load()
         (_, M, N), F, R = w1.shape, w2.shape[1], len(x)
-        offsets_E1 = offsets_E1.to(torch.int32)
+        offsets_E1 = offsets_E1.to(torch.int32).contiguous()
         y = buffers.empty((R, M), x.dtype)
         h = buffers.empty((R, F), x.dtype) if keep else None
         slope = buffers.empty((R, N), x.dtype) if keep and activation != "none" else None

@@ -81,7 +81,10 @@ class Scratch {
   void reserve(int64_t bytes) {
     bytes += 64 * 16;  // for the alignment of up to 16 pieces
     if (bytes > size_) {
+      memory_.reset();
+      size_ = 0;
       memory_.reset(static_cast<char*>(std::aligned_alloc(64, round_up(bytes, 4096))));
+      TORCH_CHECK(memory_, "no memory for ", bytes, " bytes");
       size_ = round_up(bytes, 4096);
     }
   }
@@ -165,9 +168,12 @@ template <typename Task, typename Work>
 void share(const std::vector<Task>& tasks, const Work& work) {
   std::atomic<size_t> next{0};
   const int64_t threads = std::min<int64_t>(at::get_num_threads(), tasks.size());
+  struct Release {
+    ~Release() { at::native::cpublas::brgemm_release(); }  // gives back the processor's tiles
+  };
   at::parallel_for(0, threads, 1, [&](int64_t, int64_t) {
+    Release release;
     for (size_t i = next++; i < tasks.size(); i = next++) work(tasks[i]);
-    at::native::cpublas::brgemm_release();  // gives back the processor's tiles
   });
 }
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from moelab.bench import harness, inputs, peers, plot
 from moelab.bench.harness import Row, Timing
-from moelab.kernels import Backend, gate, why_not_compiled
+from moelab.kernels import Backend, gate
 from moelab.models import baseline
 
 COMPILED = "ours compiled"
@@ -52,7 +52,7 @@ def measure(
     states = inputs.HiddenStates(tokens, HIDDEN, experts, timing.device)
     capacity = max(4, math.ceil(tokens / experts))
     candidates = {"ours": lambda logits: _ours(logits, capacity)}
-    if timing.device == "cpu" and why_not_compiled() is None:
+    if harness.compiled_kernels(timing.device, on_failure):
         candidates[COMPILED] = lambda logits: _ours(logits, capacity, "compiled")
     candidates["masks (baseline)"] = lambda logits: _masks(logits, capacity)
     for name, call in peers.gates().items():

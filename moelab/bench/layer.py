@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from moelab.bench import harness, inputs, kernel_peers, peers, plot
 from moelab.bench.harness import Row, Timing
 from moelab.inference.text import DTYPES
-from moelab.kernels import Backend, combine, dispatch, expert_ffn, gate, row_table, why_not_compiled
+from moelab.kernels import Backend, combine, dispatch, expert_ffn, gate, row_table
 from moelab.models import baseline
 
 Output = tuple[Tensor, Tensor | None]
@@ -196,7 +196,7 @@ def candidates(
         GROUPED: (shared, lambda x: grouped(shared, x, K)),
         EINSUM: (shared, lambda x: einsum(shared, x, capacity, K)),
     }
-    if gate_EM.device.type == "cpu" and why_not_compiled() is None:
+    if not {COMPILED, COMPILED_FREE}.isdisjoint(wanted) and harness.compiled_kernels(gate_EM.device.type, on_failure):
         made[COMPILED] = (shared, lambda x: ours(shared, x, capacity, K, "compiled"))
         made[COMPILED_FREE] = (shared, lambda x: ours(shared, x, None, K, "compiled"))
 

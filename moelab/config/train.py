@@ -43,8 +43,8 @@ class TrainConfig:
             (`moelab.runs.spec.Start`); the others are removed, but for the newest two. Not part of a run's identity.
         tensorboard: also write TensorBoard events. Not part of a run's identity.
         compile: compile the parts of a step, by `torch.compile` and, on a CPU with AVX-512, experts and gate by C++ of
-            our own. It needs a C++ compiler and, the first time in a workspace, a minute. Results differ within
-            rounding.
+            our own (docs/performance.md). It needs a C++ compiler and, the first time in a workspace, a minute. Results
+            differ within rounding.
     """
 
     tokens: int = 1_000_000

@@ -16,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from tests.kernels.test_experts import ACTIVATIONS, make, poison, run
 
 pytestmark = pytest.mark.skipif(_compiled.why_not() is not None, reason=str(_compiled.why_not()))
-narrow = pytest.mark.skipif(not torch.cpu._is_avx512_bf16_supported(), reason="the processor has no bf16 products")
+narrow = pytest.mark.skipif(not compiled.takes_bfloat16(), reason="bf16 needs AVX512_BF16, and AMX is not supported")
 NAMES = ("y", "dx", "dw1", "db1", "dw2", "db2")
 CASES = [  # rows per expert, spare rows, M, F
     ([1], 0, 16, 16),
@@ -25,6 +25,7 @@ CASES = [  # rows per expert, spare rows, M, F
     ([7, 64, 1, 65, 128, 129], 0, 32, 128),  # about the rows of a product
     ([0, 300, 0, 9], 1, 80, 560),  # more than a task has rows and columns, and panels of fewer than 64 columns
     ([1, 2] * 64, 0, 64, 256),
+    ([9, 2], 0, 528, 64),  # longer rows than one product takes
 ]
 
 
@@ -103,9 +104,13 @@ def test_frozen_tensors_and_missing_biases(activation):
         expert_ffn(leaves[0], offsets, *leaves[1:], activation=activation, backend="compiled").backward(dy)
         assert [leaf.grad is not None for leaf in leaves] == [i == free for i in range(5)]
         torch.testing.assert_close(leaves[free].grad, full[1 + free])
-    w1, _, w2, _ = params
-    without = [expert_ffn(x, offsets, w1, None, w2, None, activation=activation, backend=b) for b in BOTH]
-    torch.testing.assert_close(*without, rtol=2e-5, atol=2e-5)
+    without = []
+    for backend in BOTH:
+        leaves = [t.clone().requires_grad_() for t in (x, params[0], params[2])]
+        y = expert_ffn(leaves[0], offsets, leaves[1], None, leaves[2], None, activation=activation, backend=backend)
+        without.append([y.detach(), *torch.autograd.grad(y, leaves, dy)])
+    for a, b in zip(*without, strict=True):
+        torch.testing.assert_close(a, b, rtol=2e-5, atol=2e-5)
 
 
 BOTH = ("compiled", "reference")
@@ -121,6 +126,24 @@ def test_what_does_not_fit_is_computed_by_the_other_code(M, F, dtype):
     assert all(torch.equal(a, b) for a, b in zip(got, other, strict=True))
 
 
+def test_offsets_are_checked():
+    x, offsets, params, _ = make([3, 5], 0, 16, 32, 16, dtype=torch.float32, device="cpu")
+    strided = torch.stack([offsets, offsets * 0 + 7], 1)[:, 0]
+    same = [expert_ffn(x, o, *params, backend="compiled") for o in (offsets, strided)]
+    assert torch.equal(*same)
+    for wrong in ([0, 3, 9], [0, 5, 3], [1, 3, 8]):
+        with pytest.raises(RuntimeError, match="offsets must rise from 0 to at most 8"):
+            expert_ffn(x, torch.tensor(wrong, dtype=torch.int32), *params, backend="compiled")
+
+
+def test_without_onednn_and_for_large_experts_the_other_code_computes():
+    x, weights = torch.zeros(1, 16), torch.empty(1, 64, 16)
+    assert compiled.fits(x, weights, "gelu_tanh")
+    assert not compiled.fits(x, torch.empty(1, 1 << 20, 16, device="meta"), "gelu_tanh")
+    with torch.backends.mkldnn.flags(enabled=False):
+        assert not compiled.fits(x, weights, "gelu_tanh")
+
+
 def test_a_counter_of_operations_sees_the_products():
     x, offsets, params, _ = make([3, 5], 0, 16, 32, 16, dtype=torch.float32, device="cpu")
     with FlopCounterMode(display=False) as counter:
@@ -130,7 +153,10 @@ def test_a_counter_of_operations_sees_the_products():
 
 @pytest.mark.slow
 def test_a_compiler_that_fails_is_one_line_and_leaves_nothing(tmp_path):
-    (tmp_path / "broken").write_text("#!/bin/sh\necho made up error >&2\nexit 3\n")
+    script = (
+        '#!/bin/sh\nwhile [ "$1" != -o ]; do shift || exit 3; done\necho half > "$2"; echo made up error >&2; exit 3\n'
+    )
+    (tmp_path / "broken").write_text(script)
     (tmp_path / "broken").chmod(0o755)
     code = "from moelab.kernels import _compiled; _compiled.load()"
     env = os.environ | {"CXX": str(tmp_path / "broken"), "TORCH_EXTENSIONS_DIR": str(tmp_path / "made")}

@@ -464,5 +464,5 @@ def test_compiled_code_leaves_to_the_torch_path_what_it_does_not_take(monkeypatc
         assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
         with FlopCounterMode(display=False):
             gradient(logits, 2, 30, seed=1, backend="compiled")
-        patch.setattr(gating_compiled, "_runs", lambda: False)
+        patch.setattr(gating_compiled, "runs_here", lambda: False)
         gradient(logits, 2, 30, seed=1, backend="compiled")
