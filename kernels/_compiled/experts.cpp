@@ -40,8 +40,8 @@ Value silu(Vec x) {
   return {value, sigmoid + value * (one - sigmoid)};
 }
 
-// Write act(p + bias) of `n` rows of `columns` inner columns to h, and the slopes unless they are null. p holds gate and
-// up side by side, each `columns` wide, if the activation has gates; bias and slopes have them F apart.
+// Write act(p + bias) of `n` rows of `columns` inner columns to h, and the slopes unless they are null. If the
+// activation has gates, p holds gate and up side by side, each `columns` wide; bias and slopes have them F apart.
 template <typename T, typename W>
 void activate(
     int64_t activation, const float* p, const W* bias, T* h, int64_t ld_h, T* slope, int64_t ld_slope, int64_t n,
@@ -142,13 +142,6 @@ void forward(
   std::fill(Y + o[E] * M, Y + R * M, T(0));
 }
 
-// Write x^T @ b to the gradient `out` [columns of x, n] (row stride `ld`), or add it there; x^T is [columns, depth].
-template <typename T>
-void weight_gradient(
-    int64_t columns, int64_t n, int64_t depth, const T* x_t, Panels<T> b, float* out, int64_t ld, bool add) {
-  product<T>(columns, n, depth, x_t, depth, b, out, ld, add);
-}
-
 // Copy n rows and append zeros up to `padded` rows.
 template <typename T>
 void copy_rows(const T* from, int64_t ld, T* to, int64_t n, int64_t padded, int64_t columns) {
@@ -156,6 +149,7 @@ void copy_rows(const T* from, int64_t ld, T* to, int64_t n, int64_t padded, int6
   std::fill(to + n * columns, to + padded * columns, T(0));
 }
 
+// Write float32 rows as rows of W, whose row stride is `ld_to`.
 template <typename W>
 void convert(const float* from, W* to, int64_t rows, int64_t ld_to, int64_t columns) {
   for (int64_t i = 0; i < rows; ++i)
@@ -236,8 +230,8 @@ void backward(
         std::fill(d_tile + n * columns, d_tile + m * columns, T(0));
         if (DW1) {
           float* out = narrow ? wide1 + g * M * columns : reinterpret_cast<float*>(DW1) + e * M * N + g * F + s;
-          weight_gradient<T>(
-              M, columns, m, turned, panels(d_tile, columns, m, columns, b_tile), out, narrow ? columns : N, add);
+          product<T>(
+              M, columns, m, turned, m, panels(d_tile, columns, m, columns, b_tile), out, narrow ? columns : N, add);
         }
       }
       if (DB2 && s == 0)
@@ -247,7 +241,7 @@ void backward(
         copy_rows(H + r * F + s, F, x_tile, n, m, columns);
         transposed(x_tile, columns, turned, m, columns, words);
         float* out = narrow ? wide2 : reinterpret_cast<float*>(DW2) + (e * F + s) * M;
-        weight_gradient<T>(columns, M, m, turned, panels(dy_tile, M, m, M, b_tile), out, M, add);
+        product<T>(columns, M, m, turned, m, panels(dy_tile, M, m, M, b_tile), out, M, add);
       }
     }
     if (narrow && DW1)

@@ -163,7 +163,7 @@ void product(int64_t m, int64_t n, int64_t k, const T* a, int64_t lda, Panels<T>
           b.data + j / kPanel * b.stride + i * b.ld, c + j, sizeof(T) == 2);
 }
 
-// Run `work(task)` for each task, on PyTorch's number of threads; a thread takes the next task when it is done with one.
+// Run `work(task)` for each task on PyTorch's number of threads; a thread takes the next task when one is done.
 template <typename Task, typename Work>
 void share(const std::vector<Task>& tasks, const Work& work) {
   std::atomic<size_t> next{0};

