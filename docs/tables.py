@@ -129,7 +129,7 @@ def decode(rows: list[Row]) -> str:
     columns = [
         "baseline",
         "optimised",
-        *(["invariant"] if any(row["candidate"] == "invariant" for row in rows) else []),
+        *(name for name in ("compiled", "invariant") if any(row["candidate"] == name for row in rows)),
     ]
     lines = []
     for model in models:
@@ -145,7 +145,12 @@ def decode(rows: list[Row]) -> str:
             for name, v in values.items()
         ]
         lines.append([model, *cells, _numbers([floor.get((model, b)) for b in batches], [False] * len(batches), _time)])
-    titles = {"baseline": "the paper's baseline", "optimised": "ours", "invariant": "ours, invariant"}
+    titles = {
+        "baseline": "the paper's baseline",
+        "optimised": "ours",
+        "compiled": "ours, compiled",
+        "invariant": "ours, invariant",
+    }
     batch = " / ".join(map(str, batches))
     return _markdown([f"ms a token, batch {batch}", *(titles[c] for c in columns), "transformers", "floor"], lines)
 

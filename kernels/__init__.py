@@ -13,6 +13,7 @@ One function per op. On CUDA tensors it runs Triton kernels, on CPU tensors tune
     y_SM = residual_mix(y_SM, mlp_SM, x_SM, w_2M, b_2)          # PR-MoE
 """
 
+from . import packed
 from ._common import Backend
 from ._compiled import load as load_compiled
 from ._compiled import why_not as why_not_compiled
@@ -34,6 +35,7 @@ __all__ = [
     "expert_ffn",
     "gate",
     "load_compiled",
+    "packed",
     "priorities",
     "residual_mix",
     "row_table",

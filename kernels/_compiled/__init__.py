@@ -21,10 +21,10 @@ from pathlib import Path
 import torch
 from filelock import FileLock
 
-SOURCES = ("experts.cpp", "gating.cpp")
+SOURCES = ("experts.cpp", "gating.cpp", "packed.cpp")
 _FLAGS = (  # for any processor with AVX-512, because the nodes of a cluster may share the result
     *("-std=c++20", "-O3", "-fPIC", "-shared", "-fopenmp"),
-    *("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx2", "-mfma", "-mf16c"),
+    *("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512bf16", "-mavx2", "-mfma", "-mf16c"),
     *("-DCPU_CAPABILITY=AVX512", "-DCPU_CAPABILITY_AVX512"),
 )
 

@@ -17,29 +17,6 @@ constexpr int64_t kDeep = 128;     // rows that a product of the weights' gradie
 constexpr int64_t kRows = 256;     // rows of a task
 constexpr int64_t kColumns = 512;  // inner columns of a task
 
-struct Value { Vec value, slope; };
-
-Value gelu(Vec x) {
-  const Vec half(0.5f), one(1.f);
-  const Vec phi = half * (one + (x * Vec(0.70710678118654752f)).erf());
-  return {x * phi, phi + x * Vec(0.39894228040143268f) * (half * x * x).neg().exp()};
-}
-
-// x * sigmoid(z) with z = x (c + d x^2) is GELU's tanh approximation.
-Value gelu_tanh(Vec x) {
-  const float c = 1.5957691216057308f, d = c * 0.044715f;
-  const Vec one(1.f), square = x * x;
-  const Vec sigmoid = one / (one + (x * (Vec(c) + Vec(d) * square)).neg().exp());
-  const Vec value = x * sigmoid;
-  return {value, sigmoid + (value - value * sigmoid) * (Vec(c) + Vec(3 * d) * square)};
-}
-
-Value silu(Vec x) {
-  const Vec one(1.f), sigmoid = one / (one + x.neg().exp());
-  const Vec value = x * sigmoid;
-  return {value, sigmoid + value * (one - sigmoid)};
-}
-
 // Write act(p + bias) of `n` rows of `columns` inner columns to h, and the slopes unless they are null. If the
 // activation has gates, p holds gate and up side by side, each `columns` wide; bias and slopes have them F apart.
 template <typename T, typename W>
@@ -149,11 +126,16 @@ void copy_rows(const T* from, int64_t ld, T* to, int64_t n, int64_t padded, int6
   std::fill(to + n * columns, to + padded * columns, T(0));
 }
 
-// Write float32 rows as rows of W, whose row stride is `ld_to`.
+// Write float32 rows as rows of W, whose row stride is `ld_to`; `past` the caches where nobody reads them soon.
 template <typename W>
-void convert(const float* from, W* to, int64_t rows, int64_t ld_to, int64_t columns) {
-  for (int64_t i = 0; i < rows; ++i)
-    for (int64_t j = 0; j < columns; j += kLanes) store(to + i * ld_to + j, load(from + i * columns + j));
+void convert(const float* from, W* to, int64_t rows, int64_t ld_to, int64_t columns, bool past = false) {
+  const auto each = [&](const auto& write) {
+    for (int64_t i = 0; i < rows; ++i)
+      for (int64_t j = 0; j < columns; j += kLanes) write(to + i * ld_to + j, load(from + i * columns + j));
+  };
+  if (!past || reinterpret_cast<uintptr_t>(to) % (kLanes * sizeof(W))) return each([](W* p, Vec v) { store(p, v); });
+  each([](W* p, Vec v) { store_past_caches(p, v); });
+  _mm_sfence();
 }
 
 template <typename T, typename W>
@@ -246,8 +228,8 @@ void backward(
     }
     if (narrow && DW1)
       for (int64_t g = 0; g < gates; ++g)
-        convert(wide1 + g * M * columns, DW1 + e * M * N + g * F + s, M, N, columns);
-    if (narrow && DW2) convert(wide2, DW2 + (e * F + s) * M, columns, M, M);
+        convert(wide1 + g * M * columns, DW1 + e * M * N + g * F + s, M, N, columns, true);
+    if (narrow && DW2) convert(wide2, DW2 + (e * F + s) * M, columns, M, M, true);
     if (DB1)
       for (int64_t g = 0; g < gates; ++g) convert(sums1 + g * columns, DB1 + e * N + g * F + s, 1, N, columns);
     if (DB2 && s == 0) convert(sums2, DB2 + e * M, 1, M, M);

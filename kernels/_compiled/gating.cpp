@@ -21,24 +21,9 @@ constexpr int64_t kMost = 512;   // experts
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 constexpr float kEps = std::numeric_limits<float>::epsilon();
 
-// Return which of 16 columns from j on a row of E has.
-inline __mmask16 inside(int64_t j, int64_t E) { return E - j < kLanes ? (1 << (E - j)) - 1 : 0xffff; }
-
 // Load 16 columns of a row, -inf past its end.
 inline Vec columns(const float* row, int64_t j, int64_t E) {
   return _mm512_mask_loadu_ps(_mm512_set1_ps(-kInfinity), inside(j, E), row + j);
-}
-
-// exp(x) for x <= 0 within 1 ulp, NaN for NaN. Sleef's is a call for each vector and takes twice as long.
-inline Vec exp_of_negative(__m512 x) {
-  x = _mm512_max_ps(_mm512_set1_ps(-104.f), x);  // where exp is 0; a NaN is the second operand and stays
-  const __m512 n = _mm512_roundscale_ps(_mm512_mul_ps(x, _mm512_set1_ps(1.44269504f)), _MM_FROUND_TO_NEAREST_INT);
-  __m512 r = _mm512_fnmadd_ps(n, _mm512_set1_ps(0.693145752f), x);
-  r = _mm512_fnmadd_ps(n, _mm512_set1_ps(1.42860677e-6f), r);
-  __m512 y = _mm512_set1_ps(1.f / 5040);
-  for (const float c : {1.f / 720, 1.f / 120, 1.f / 24, 1.f / 6, 0.5f, 1.f, 1.f})
-    y = _mm512_fmadd_ps(y, r, _mm512_set1_ps(c));
-  return _mm512_scalef_ps(y, n);
 }
 
 // What the backward pass needs of the softmax, each [S]: p = exp(x - largest) * over.

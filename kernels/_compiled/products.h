@@ -11,7 +11,6 @@
 
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
-#include <ATen/cpu/vec/vec.h>
 #include <ATen/native/CPUBlas.h>
 
 #include <algorithm>
@@ -20,11 +19,10 @@
 #include <memory>
 #include <vector>
 
+#include "vectors.h"
+
 namespace moelab {
 
-using at::BFloat16;
-using Vec = at::vec::Vectorized<float>;  // 16 floats
-constexpr int64_t kLanes = 16;
 constexpr int64_t kPanel = 64;    // columns of a panel: four registers of the micro-kernel
 constexpr int64_t kWide = 256;    // columns of one product where B lies row-major
 constexpr int64_t kInner = 512;   // inner length of one product: a panel of it stays in a core's second-level cache
@@ -33,18 +31,6 @@ template <typename T>
 constexpr int64_t row_step() { return sizeof(T) == 2 ? 16 : 8; }
 
 inline int64_t round_up(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
-
-// Load 16 values as floats, and store floats as 16 values (to nearest even).
-inline Vec load(const float* p) { return Vec::loadu(p); }
-inline Vec load(const BFloat16* p) {
-  __m512 wide;
-  at::vec::cvtbf16_fp32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)), wide);
-  return wide;
-}
-inline void store(float* p, Vec v) { v.store(p); }
-inline void store(BFloat16* p, Vec v) {
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), at::vec::cvtfp32_bf16(v));
-}
 
 // Write the transposed [columns, rows] of 32-bit words [rows, columns].
 inline void transpose(const float* in, int64_t ld_in, float* out, int64_t ld_out, int64_t rows, int64_t columns) {
@@ -63,8 +49,7 @@ template <typename From>
 void interleave(const From* in, int64_t ld_in, uint32_t* out, int64_t ld_out, int64_t rows, int64_t columns) {
   for (int64_t r = 0; r < rows; r += 2)
     for (int64_t c = 0; c < columns; c += kLanes) {
-      const auto first = _mm512_cvtepu16_epi32(at::vec::cvtfp32_bf16(load(in + r * ld_in + c)));
-      const auto second = _mm512_cvtepu16_epi32(at::vec::cvtfp32_bf16(load(in + (r + 1) * ld_in + c)));
+      const auto first = load_words(in + r * ld_in + c), second = load_words(in + (r + 1) * ld_in + c);
       _mm512_storeu_si512(out + r / 2 * ld_out + c, _mm512_or_si512(first, _mm512_slli_epi32(second, 16)));
     }
 }
@@ -135,8 +120,7 @@ template <typename From>
 Panels<BFloat16> panels_of_transposed(
     const From* b, int64_t ld, int64_t k, int64_t n, BFloat16* to, BFloat16* row) {
   for (int64_t c = 0; c < n; c += kLanes) {  // of 16 rows of the transposed, pairs of neighbours are 32-bit words
-    for (int64_t i = 0; i < kLanes; ++i)
-      for (int64_t j = 0; j < k; j += kLanes) store(row + i * k + j, load(b + (c + i) * ld + j));
+    for (int64_t i = 0; i < kLanes; ++i) copy(b + (c + i) * ld, row + i * k, k);
     float* there = reinterpret_cast<float*>(to + c / kPanel * kPanel * k) + c % kPanel;
     transpose(reinterpret_cast<const float*>(row), k / 2, there, kPanel, kLanes, k / 2);
   }

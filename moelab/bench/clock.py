@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import numpy as np
 import torch
 
 from moelab.engine.collectives import Collective, observe
@@ -84,14 +85,11 @@ class Clock:
                 self._replace(ffn, "forward", "feed-forward")
                 continue
             if isinstance(ffn, FrozenMoE):  # where it makes no table
-                for owner, name, part in (
-                    (ffn.router, "choose", "gate"),
-                    (ffn, "sort", "dispatch"),
-                    (ffn.experts, "of_rows", "experts"),
-                    (ffn, "combine", "combine"),
-                ):
+                parts = [(ffn.router, "choose", "gate"), (ffn, "sort", "dispatch"), (ffn, "combine", "combine")]
+                parts.append((ffn.experts, "of_tokens" if hasattr(ffn.experts, "of_tokens") else "of_rows", "experts"))
+                for owner, name, part in parts:
                     self._replace(owner, name, part)
-                ffn.sort = self._counting(ffn.sort, lambda rows: len(rows.experts))
+                ffn.router.choose = self._counting(ffn.router.choose, lambda chosen: len(np.unique(chosen[0])))
             self._replace(ffn.experts, "forward", "experts")
             self._replace(ffn.dispatcher, "dispatch", "dispatch")
             self._replace(ffn.dispatcher, "combine", "combine")
@@ -127,7 +125,8 @@ class Clock:
     def _counting(self, call: Callable[..., Any], distinct: Callable[[Any], int]) -> Callable[..., Any]:
         def run(*args: Any) -> Any:
             result = call(*args)
-            self.distinct.append(distinct(result))
+            if result is not None:
+                self.distinct.append(distinct(result))
             return result
 
         return run

@@ -52,7 +52,7 @@ from moelab.engine.launch import process
 from moelab.engine.mesh import Mesh
 from moelab.engine.testing import Ranks
 from moelab.inference.generate import Generator
-from moelab.inference.modes import can_be_invariant, set_mode
+from moelab.inference.modes import can_be_invariant, set_mode, why_not_compiled
 from moelab.inference.text import DTYPES
 
 RANK_MODES = ("optimised", "baseline")
@@ -81,6 +81,8 @@ def measure(
         "baseline": set_mode(filled(config, device, DTYPES[dtype]), "baseline"),
         "optimised": set_mode(reference, "optimised"),
     }
+    if why_not_compiled(torch.empty(0, dtype=DTYPES[dtype], device=device)) is None:
+        models["compiled"] = set_mode(filled(config, device, DTYPES[dtype]), "compiled")
     if dtype == "fp32" and can_be_invariant(reference.token_embedding.weight):
         models["invariant"] = set_mode(filled(config, device), "invariant")
     turns: dict[int, dict[str, list[Turns]]] = {}
@@ -328,6 +330,13 @@ def headline(one: Sequence[Mapping[str, Any]]) -> str:
     if not moe:
         return "Latency of a decoding step"
     most = max(row["experts"] for row in moe)
-    ratios = [f"{row['ratio']:.1f} (batch {row['batch']})" for row in moe if row["experts"] == most]
-    times = f"{', '.join(ratios)} times"
-    return f"With {most} experts a step of the paper's baseline takes {times} as long as the optimised one"
+    rows = [row for row in moe if row["experts"] == most]
+    ratios = ", ".join(f"{row['ratio']:.1f} (batch {row['batch']})" for row in rows)
+    line = f"With {most} experts a step of the paper's baseline takes {ratios} times as long as the optimised one"
+    compiled = {
+        row["batch"]: row["median_ms"] for row in one if (row["candidate"], row["experts"]) == ("compiled", most)
+    }
+    if not compiled:
+        return line
+    ratios = ", ".join(f"{row['median_ms'] / compiled[row['batch']]:.1f}" for row in rows)
+    return f"{line}, {ratios} times as long as the compiled one"

@@ -23,6 +23,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from moelab.inference.frozen_blocks import is_compiled
+from moelab.kernels import packed
 from moelab.models import GPT
 
 
@@ -48,6 +50,8 @@ class KVCache:
         sliced = config.heads // model.blocks[0].attention.heads  # a tensor-sliced model has fewer than its config
         heads = config.kv_heads // sliced
         self._gqa = config.kv_heads < config.heads
+        size_fits = config.head_size % packed.MULTIPLE == 0 and config.head_size <= packed.LARGEST_HEAD
+        self._compiled = is_compiled(model) and size_fits
         shape = (config.layers, slots, heads, length, config.head_size)
         self.keys, self.values = (torch.zeros(shape, dtype=dtype, device=device) for _ in range(2))
         self.slots, self.length, self.device = slots, length, torch.device(device)
@@ -84,7 +88,7 @@ class KVCache:
             past = first + len(list(same))
             self._runs.append((first, past, n + 1))
             first = past
-        if len(self._runs) == 1:
+        if len(self._runs) == 1 and not self._compiled:
             self._views = self._equal_views(*self._runs[0][1:])
 
     def _equal_views(self, B: int, n: int) -> list[tuple[Tensor, ...]]:
@@ -126,6 +130,8 @@ class _Layer:
                 part = (t[:, :, a:b] for t in (q, k, v))
                 y[:, :, a:b] = attention(*part, is_causal=True)
             return y
+        if cache._compiled:
+            return packed.attend(q, k, v, keys, values, cache.positions_BT)
         B = len(q)
         if cache._views is not None:
             keys, values, last_key, last_value = cache._views[self._layer]

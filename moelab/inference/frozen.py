@@ -23,6 +23,7 @@ from __future__ import annotations
 import functools
 import sys
 from collections.abc import Callable
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -32,6 +33,7 @@ from moelab import machine
 from moelab.engine.differentiable import reduce_from_group
 from moelab.engine.tensor_slicing import RowLinear
 from moelab.inference import elementwise
+from moelab.kernels import packed
 
 PACK_FROM = 1 << 17
 """Elements of the smallest fp32 matrix that is packed; bf16 matrices are always packed.
@@ -67,6 +69,9 @@ def can_freeze(dtype: torch.dtype) -> bool:
 
 # -- products ----------------------------------------------------------------------------------------------------------
 
+Products = Literal["fastest", "invariant", "compiled"]
+"""Which products a frozen model uses: the fastest of the libraries, their batch-invariant ones, or our own."""
+
 Product = Callable[..., Tensor]
 """(x [..., K], bias [N] or None, gelu=False, add=None) -> x @ weight.T + bias [..., N].
 
@@ -74,20 +79,28 @@ Product = Callable[..., Tensor]
 """
 
 
-def product(weight_NK: Tensor, batch_invariant: bool) -> Product:
-    """Return the function that multiplies by this matrix: the fastest, or the fastest with batch-invariant results."""
-    weight_NK = weight_NK.detach()
+def product(weight_NK: Tensor, products: Products) -> Product:
+    """Return the function that multiplies by this matrix."""
+    weight_NK, batch_invariant = weight_NK.detach(), products != "fastest"
+    if products == "compiled" and fits(weight_NK):
+        return functools.partial(_compiled, packed.pack(weight_NK))
     if weight_NK.dtype == torch.float32:
         few = 0 if batch_invariant else few_rows(weight_NK)
         if few:
             weight_NK = weight_NK.contiguous()
-            packed = weight_NK if weight_NK.numel() < PACK_FROM else torch.ops.mkldnn._reorder_linear_weight(weight_NK)
-            return functools.partial(_by_rows, weight_NK, packed, few)
+            small = weight_NK.numel() < PACK_FROM
+            for_many = weight_NK if small else torch.ops.mkldnn._reorder_linear_weight(weight_NK)
+            return functools.partial(_by_rows, weight_NK, for_many, few)
         if batch_invariant and weight_NK.numel() < PACK_FROM:
             rows = least_rows(*weight_NK.shape, torch.get_num_threads())
             if rows <= MOST_REPEATED:
                 return functools.partial(_plain, weight_NK, rows)
     return functools.partial(_packed, torch.ops.mkldnn._reorder_linear_weight(weight_NK.contiguous()))
+
+
+def fits(weight: Tensor) -> bool:
+    """Return whether our compiled code multiplies by matrices [..., N, K] of these sizes; others are for libraries."""
+    return weight.shape[-1] % packed.MULTIPLE == 0
 
 
 @functools.cache
@@ -125,6 +138,12 @@ _linear = torch.ops.mkldnn._linear_pointwise.default  # an overload named here i
 _linear_add = torch.ops.mkldnn._linear_pointwise.binary
 
 
+def _compiled(
+    weight: packed.Packed, x: Tensor, bias: Tensor | None, gelu: bool = False, add: Tensor | None = None
+) -> Tensor:
+    return packed.linear(x, weight, bias, gelu, add)
+
+
 def _packed(weight: Tensor, x: Tensor, bias: Tensor | None, gelu: bool = False, add: Tensor | None = None) -> Tensor:
     if add is not None:
         return _linear_add(x, add, weight, bias, "add")
@@ -145,7 +164,7 @@ def _plain(
 
 def _by_rows(
     weight_NK: Tensor,
-    packed: Tensor,
+    for_many: Tensor,
     few: int,
     x: Tensor,
     bias: Tensor | None,
@@ -153,7 +172,7 @@ def _by_rows(
     add: Tensor | None = None,
 ) -> Tensor:
     if x.numel() > few * x.shape[-1]:
-        return _packed(packed, x, bias, gelu, add)
+        return _packed(for_many, x, bias, gelu, add)
     y = F.linear(x, weight_NK, bias)
     if add is not None:
         return y.add_(add)
@@ -180,19 +199,19 @@ class Matrix:
 # -- linear layers -----------------------------------------------------------------------------------------------------
 
 
-def freeze_linear(linear: nn.Linear, batch_invariant: bool, gelu: bool = False) -> FrozenLinear | FrozenRowLinear:
+def freeze_linear(linear: nn.Linear, products: Products, gelu: bool = False) -> FrozenLinear | FrozenRowLinear:
     """Return the frozen form of a linear layer, whole or sliced; `gelu` applies to a whole or column-sliced one."""
     if isinstance(linear, RowLinear):
-        return FrozenRowLinear(linear, batch_invariant)
-    return FrozenLinear(linear, batch_invariant, gelu)
+        return FrozenRowLinear(linear, products)
+    return FrozenLinear(linear, products, gelu)
 
 
 class FrozenLinear(nn.Module):
     """Compute a linear layer (or one rank's column slice of it), with `gelu` followed by GELU."""
 
-    def __init__(self, linear: nn.Linear, batch_invariant: bool, gelu: bool = False) -> None:
+    def __init__(self, linear: nn.Linear, products: Products, gelu: bool = False) -> None:
         super().__init__()
-        self.product, self.gelu = product(linear.weight, batch_invariant), gelu
+        self.product, self.gelu = product(linear.weight, products), gelu
         self.bias = None if linear.bias is None else linear.bias.detach()
 
     def forward(self, x: Tensor, add: Tensor | None = None) -> Tensor:
@@ -203,9 +222,9 @@ class FrozenLinear(nn.Module):
 class FrozenRowLinear(nn.Module):
     """Compute a row slice of a linear layer: sum the partial products over the tensor group, then add the bias."""
 
-    def __init__(self, linear: RowLinear, batch_invariant: bool) -> None:
+    def __init__(self, linear: RowLinear, products: Products) -> None:
         super().__init__()
-        self.product, self.group = product(linear.weight, batch_invariant), linear.group
+        self.product, self.group = product(linear.weight, products), linear.group
         self.bias = None if linear.bias is None else linear.bias.detach()
 
     def forward(self, x: Tensor, add: Tensor | None = None) -> Tensor:

@@ -22,7 +22,8 @@ from moelab import kernels
 from moelab.engine.parallel import SlicedExperts
 from moelab.inference import elementwise
 from moelab.inference.elementwise import sigmoid
-from moelab.inference.frozen import FrozenLinear, Matrix, few_rows, freeze_linear, product
+from moelab.inference.frozen import FrozenLinear, Matrix, Products, few_rows, fits, freeze_linear, product
+from moelab.kernels import packed
 from moelab.models import GPT
 from moelab.models.activations import swiglu
 from moelab.models.attention import Attention, Past
@@ -36,16 +37,17 @@ from moelab.models.routing import Router, Routing
 Module = TypeVar("Module", bound=nn.Module)
 
 
-def freeze(model: GPT, batch_invariant: bool) -> None:
+def freeze(model: GPT, products: Products) -> None:
     """Replace the modules that compute matrix products by frozen ones, in place; no parameter has a gradient then.
 
     Args:
-        batch_invariant: whether a token's results have the same bits whatever other tokens are computed with it.
+        products: which matrix products are used; with all but the fastest fp32 ones, a token's results have the same
+            bits whatever other tokens are computed with it.
     """
     model.requires_grad_(False)
     for i, block in enumerate(model.blocks):  # one by one, so that the parameters of one block at a time exist twice
-        model.blocks[i] = FrozenBlock(block, batch_invariant)
-    head, norm = product(model.output_weight, batch_invariant), freeze_norm(model.norm)
+        model.blocks[i] = FrozenBlock(block, products)
+    head, norm = product(model.output_weight, products), freeze_norm(model.norm, products)
     if model.output is not None:
         model.output = nn.Module()  # frees the matrix; None would stand for the embedding's
     model.head = lambda x: head(norm(x), None)
@@ -55,6 +57,11 @@ def freeze(model: GPT, batch_invariant: bool) -> None:
 def is_frozen(model: GPT) -> bool:
     """Return whether `freeze` has replaced the model's modules."""
     return any(isinstance(block, FrozenBlock) for block in model.blocks)
+
+
+def is_compiled(model: GPT) -> bool:
+    """Return whether the model is frozen with the products of our compiled code."""
+    return is_frozen(model) and model.blocks[0].products == "compiled"
 
 
 def _losses(
@@ -73,10 +80,12 @@ def _losses(
     return loss + more, more
 
 
-def freeze_norm(norm: nn.LayerNorm | nn.RMSNorm) -> Callable[[Tensor], Tensor]:
+def freeze_norm(norm: nn.LayerNorm | nn.RMSNorm, products: Products) -> Callable[[Tensor], Tensor]:
     """Return the function that computes a norm, without a module's overhead."""
     shape, weight, eps = norm.normalized_shape, norm.weight.detach(), norm.eps
     if isinstance(norm, nn.RMSNorm):
+        if products == "compiled" and fits(weight):
+            return lambda x: packed.rms_norm(x, weight, eps)
         return lambda x: torch.rms_norm(x, shape, weight, eps)
     bias = norm.bias.detach()
     return lambda x: torch.layer_norm(x, shape, weight, bias, eps, False)
@@ -92,15 +101,18 @@ def _as(kind: type[Module], module: nn.Module) -> Module:
 class FrozenBlock(nn.Module):
     """Compute one layer as `Block`; sums with the residual stream are part of the products."""
 
-    def __init__(self, block: Block, batch_invariant: bool) -> None:
+    def __init__(self, block: Block, products: Products) -> None:
         super().__init__()
-        self.attention_norm, self.ffn_norm = freeze_norm(block.attention_norm), freeze_norm(block.ffn_norm)
+        self.products = products
+        self.attention_norm, self.ffn_norm = (
+            freeze_norm(norm, products) for norm in (block.attention_norm, block.ffn_norm)
+        )
         kind = FrozenAttention if isinstance(block.attention, Attention) else FrozenGroupedAttention
         self.attention = _as(kind, block.attention)
-        self.attention.qkv = freeze_linear(block.attention.qkv, batch_invariant)
-        self.attention.out = freeze_linear(block.attention.out, batch_invariant)
+        self.attention.qkv = freeze_linear(block.attention.qkv, products)
+        self.attention.out = freeze_linear(block.attention.out, products)
         make = FrozenMoE.of if isinstance(block.ffn, MoE) else FrozenMLP
-        self.ffn = make(block.ffn, batch_invariant)
+        self.ffn = make(block.ffn, products)
 
     def forward(
         self, x_BTM: Tensor, past: Past | None = None, rotation: Rotation | None = None
@@ -160,12 +172,12 @@ def is_swiglu(activation: str) -> bool:
 class FrozenMLP(nn.Module):
     """Compute a dense feed-forward."""
 
-    def __init__(self, mlp: MLP, batch_invariant: bool) -> None:
+    def __init__(self, mlp: MLP, products: Products) -> None:
         super().__init__()
         self.gated = is_swiglu(mlp.activation)
-        self.swiglu = elementwise.swiglu if batch_invariant or mlp.up.weight.dtype != torch.float32 else swiglu
-        self.up = freeze_linear(mlp.up, batch_invariant, gelu=not self.gated)
-        self.down = freeze_linear(mlp.down, batch_invariant)
+        self.swiglu = elementwise.swiglu if products != "fastest" or mlp.up.weight.dtype != torch.float32 else swiglu
+        self.up = freeze_linear(mlp.up, products, gelu=not self.gated)
+        self.down = freeze_linear(mlp.down, products)
 
     def forward(self, x: Tensor, add: Tensor | None = None) -> Tensor:
         """Return the output [..., M] of x [..., M], with `add` [..., M] added."""
@@ -206,15 +218,15 @@ class FrozenMoE(MoE):
     """Compute `MoE`, with few calls where the experts are all in this process and no token is dropped."""
 
     @classmethod
-    def of(cls, moe: MoE, batch_invariant: bool) -> FrozenMoE:
+    def of(cls, moe: MoE, products: Products) -> FrozenMoE:
         """Return the frozen form of a layer, which loses its parameters."""
         frozen = _as(cls, moe)
-        frozen.router = FrozenRouter(moe.router, batch_invariant)
-        frozen.experts = freeze_experts(moe.experts, batch_invariant)
-        frozen.mlp = None if moe.mlp is None else FrozenMLP(moe.mlp, batch_invariant)
+        frozen.router = FrozenRouter(moe.router, products)
+        frozen.experts = freeze_experts(moe.experts, products)
+        frozen.mlp = None if moe.mlp is None else FrozenMLP(moe.mlp, products)
         if moe.mix is not None:
             kind = FrozenMix if isinstance(moe.mix, Mix) else FrozenSharedGate
-            frozen.mix = kind(moe.mix, batch_invariant)
+            frozen.mix = kind(moe.mix, products)
         return frozen
 
     def forward(self, x: Tensor, add: Tensor | None = None) -> tuple[Tensor, Routing | None]:
@@ -226,20 +238,24 @@ class FrozenMoE(MoE):
         if chosen is None:
             y, routing = super().forward(x)
             return y if add is None else y + add, routing
-        expert_SK, weight_SK = chosen
-        rows = self.sort(expert_SK)
-        rows_RM = x_SM if rows.token_R is None else x_SM.index_select(0, rows.token_R)
-        rows_RM = self.experts.of_rows(rows_RM, rows.experts, rows.bounds)
         add_SM = None if add is None else add.reshape(x_SM.shape)
         if self.mlp is None:
-            y_SM = self.combine(rows_RM, rows.row_N, torch.from_numpy(weight_SK), add_SM)
-            return y_SM.view(x.shape), None
-        y_SM = self.combine(rows_RM, rows.row_N, torch.from_numpy(weight_SK), None)
+            return self.routed(x_SM, *chosen, add_SM).view(x.shape), None
+        y_SM = self.routed(x_SM, *chosen, None)
         if self.mix is None:
             y_SM = self.mlp.forward(x_SM, y_SM)
         else:
             y_SM = self.mix.forward(y_SM, self.mlp.forward(x_SM), x_SM)
         return (y_SM if add is None else y_SM + add_SM).view(x.shape), None
+
+    def routed(self, x_SM: Tensor, expert_SK: np.ndarray, weight_SK: np.ndarray, add_SM: Tensor | None) -> Tensor:
+        """Return each token's weighted sum of its experts' outputs, with `add_SM` added, [S, M]."""
+        if isinstance(self.experts, CompiledExperts):
+            return self.experts.of_tokens(x_SM, torch.from_numpy(expert_SK), torch.from_numpy(weight_SK), add_SM)
+        rows = self.sort(expert_SK)
+        rows_RM = x_SM if rows.token_R is None else x_SM.index_select(0, rows.token_R)
+        rows_RM = self.experts.of_rows(rows_RM, rows.experts, rows.bounds)
+        return self.combine(rows_RM, rows.row_N, torch.from_numpy(weight_SK), add_SM)
 
     sort = staticmethod(sort)
 
@@ -260,10 +276,10 @@ class FrozenMoE(MoE):
 class FrozenRouter(Router):
     """Route with a frozen matrix, by the rules of `Router.route`."""
 
-    def __init__(self, router: Router, batch_invariant: bool) -> None:
+    def __init__(self, router: Router, products: Products) -> None:
         super().__init__(0, router.experts, router.top_k, router.config)
         self.share(router)
-        self.product = product(router.weight.float(), batch_invariant)
+        self.product = product(router.weight.float(), products)
 
     def forward(self, x_SM: Tensor, sequences: int = 1) -> Routing:
         """Route as `Router.forward`; runs outside autocast."""
@@ -302,9 +318,9 @@ class FrozenRouter(Router):
 class FrozenMix(nn.Module):
     """Compute the residual form's learned mix."""
 
-    def __init__(self, mix: Mix, batch_invariant: bool) -> None:
+    def __init__(self, mix: Mix, products: Products) -> None:
         super().__init__()
-        self.linear = FrozenLinear(mix, batch_invariant)
+        self.linear = FrozenLinear(mix, products)
 
     def forward(self, routed_SM: Tensor, fixed_SM: Tensor, x_SM: Tensor) -> Tensor:
         """Return the weighted sum of the branches, as `Mix.forward`."""
@@ -315,9 +331,9 @@ class FrozenMix(nn.Module):
 class FrozenSharedGate(nn.Module):
     """Compute the gated sum of routed and shared experts."""
 
-    def __init__(self, gate: SharedGate, batch_invariant: bool) -> None:
+    def __init__(self, gate: SharedGate, products: Products) -> None:
         super().__init__()
-        self.linear = FrozenLinear(gate, batch_invariant)
+        self.linear = FrozenLinear(gate, products)
 
     def forward(self, routed_SM: Tensor, fixed_SM: Tensor, x_SM: Tensor) -> Tensor:
         """Return the sum of the branches, as `SharedGate.forward`."""
@@ -325,12 +341,14 @@ class FrozenSharedGate(nn.Module):
         return routed_SM + fixed_SM * gate_S1.to(fixed_SM.dtype)
 
 
-def freeze_experts(experts: Experts, batch_invariant: bool) -> FrozenExperts:
+def freeze_experts(experts: Experts, products: Products) -> FrozenExperts:
     """Return the frozen form of experts: packed, or as they are where MKL multiplies few rows in less time."""
-    plain = experts.up.dtype == torch.float32 and not batch_invariant
+    if products == "compiled" and fits(experts.down) and fits(experts.down.mT):
+        return CompiledExperts(experts)
+    plain = experts.up.dtype == torch.float32 and products == "fastest"
     if plain and few_rows(experts.up[0]) and few_rows(experts.down[0]):
         return FrozenExperts(experts, Matrix)
-    return PackedExperts(experts, functools.partial(product, batch_invariant=batch_invariant))
+    return PackedExperts(experts, functools.partial(product, products=products))
 
 
 class FrozenExperts(nn.Module):
@@ -393,3 +411,32 @@ class PackedExperts(FrozenExperts):
         if bounds[-1] < R or not outputs:
             outputs.append(rows_RM.new_zeros(R - bounds[-1], rows_RM.shape[1]))
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+
+
+class CompiledExperts(nn.Module):
+    """Compute experts by our compiled code, whose matrices of all experts are one tensor."""
+
+    def __init__(self, experts: Experts) -> None:
+        super().__init__()
+        gates = 2 if is_swiglu(experts.activation) else 1
+        up_EKN, down_EKN = experts.up.detach().flatten(2), experts.down.detach()
+        self.up = packed.pack(up_EKN.mT.unflatten(1, (gates, -1)))
+        self.down = packed.pack(down_EKN.mT)
+        self.up_bias = self.down_bias = None
+        if experts.down_bias is not None:
+            self.up_bias, self.down_bias = experts.up_bias.detach().flatten(1), experts.down_bias.detach()
+            if isinstance(experts, SlicedExperts) and not experts.adds_bias:
+                self.down_bias = self.down_bias * 0
+
+    def of_tokens(self, x_SM: Tensor, expert_SK: Tensor, weight_SK: Tensor, add_SM: Tensor | None) -> Tensor:
+        """Return each token's weighted sum of its experts' outputs, with `add_SM` added, [S, M]."""
+        return packed.experts(x_SM, expert_SK, weight_SK, self.up, self.up_bias, self.down, self.down_bias, add_SM)
+
+    def forward(self, rows_RM: Tensor, offsets_E1: Tensor) -> Tensor:
+        """Return the outputs [R, M] of rows [R, M] sorted by expert; rows after the last expert's become zeros."""
+        sizes_E = offsets_E1.diff().long()
+        expert_R = torch.repeat_interleave(torch.arange(len(sizes_E)), sizes_E)
+        y_RM = torch.zeros_like(rows_RM)
+        if n := len(expert_R):
+            y_RM[:n] = self.of_tokens(rows_RM[:n], expert_R[:, None], torch.ones(n, 1), None)
+        return y_RM

@@ -1,4 +1,4 @@
-"""Switch a model to a mode of inference: the fast path, one whose results are batch-invariant, the paper's baseline.
+"""Switch a model to a mode of inference: fast, compiled, batch-invariant, or the paper's baseline.
 
 **baseline** (section 5.4): gating by one-hot masks, dispatch and combine by einsum, and every expert computes as many
 rows as the busiest one (`moelab.models.baseline`). Among ranks, all slots, also empty ones, are sent in flat
@@ -6,6 +6,10 @@ all-to-alls (`moelab.engine.padded`).
 
 **optimised**: on CUDA, the fused gate, table and grouped kernels that training uses as well. On a CPU, each matrix is
 frozen for fast products of few rows, by few calls (`moelab.inference.frozen`, `frozen_blocks`).
+
+**compiled** (CPU with AVX-512 and a C++ compiler): as optimised, with our own compiled code for products, experts and
+the attention of a decoding step (`moelab.kernels.packed`). The fastest, in bf16 above all, and batch-invariant; the
+code is compiled once on a machine, which takes half a minute.
 
 **invariant** (CPU): as optimised, and a sequence has the same bits in any batch, because the products of a row do not
 depend on the other rows. Evaluations use it. In bf16 the optimised mode has this property as well.
@@ -19,11 +23,12 @@ from torch import Tensor
 
 from moelab.inference.frozen import can_freeze
 from moelab.inference.frozen_blocks import freeze, is_frozen
+from moelab.kernels import packed
 from moelab.models import GPT
 from moelab.models.baseline import MaskRouter
 from moelab.models.moe import MoE
 
-MODES = ("optimised", "invariant", "baseline")
+MODES = ("optimised", "compiled", "invariant", "baseline")
 STATIC_TOKENS = 64
 """On CUDA, the baseline uses a fixed number of slots up to this many tokens, so that a graph can capture the step."""
 
@@ -37,7 +42,9 @@ def set_mode(model: GPT, mode: str = "optimised", *, drop_free: bool = True) -> 
             other tokens of the batch.
 
     Raises:
-        ValueError: unknown mode, "invariant" where it is not possible (`can_be_invariant`), or the model is frozen.
+        ValueError: unknown mode, "invariant" or "compiled" where it is not possible (`can_be_invariant`,
+            `why_not_compiled`), or the model is frozen.
+        RuntimeError: the code of "compiled" could not be compiled, with the compiler's last lines.
     """
     if mode not in MODES:
         raise ValueError(f"inference: mode must be {', '.join(map(repr, MODES[:-1]))} or {MODES[-1]!r}, got {mode!r}")
@@ -52,6 +59,8 @@ def set_mode(model: GPT, mode: str = "optimised", *, drop_free: bool = True) -> 
             f"inference: mode 'invariant' needs a CPU whose oneDNN computes in the weights' dtype, "
             f"got {weight.dtype} on {weight.device.type}; 'optimised' works everywhere"
         )
+    if mode == "compiled" and (reason := why_not_compiled(weight)):
+        raise ValueError(f"inference: mode 'compiled' does not work here: {reason}; 'optimised' works everywhere")
     for moe in [block.ffn for block in model.blocks if isinstance(block.ffn, MoE)]:
         if drop_free:
             moe.router.config = replace(moe.router.config, drop_tokens=False)
@@ -60,11 +69,18 @@ def set_mode(model: GPT, mode: str = "optimised", *, drop_free: bool = True) -> 
             moe.set_dispatch("einsum", static_tokens=STATIC_TOKENS if weight.device.type == "cuda" else 0)
         else:
             moe.set_dispatch("local")
-    if mode != "baseline" and weight.device.type == "cpu" and can_freeze(weight.dtype):
-        freeze(model, batch_invariant=mode == "invariant")
+    if mode != "baseline" and weight.device.type == "cpu" and (mode == "compiled" or can_freeze(weight.dtype)):
+        freeze(model, "fastest" if mode == "optimised" else mode)
     return model.eval()
 
 
 def can_be_invariant(weight: Tensor) -> bool:
     """Return whether a model with this weight can be switched to the mode "invariant"."""
     return weight.device.type == "cpu" and can_freeze(weight.dtype)
+
+
+def why_not_compiled(weight: Tensor) -> str | None:
+    """Return why a model with this weight cannot be switched to the mode "compiled", or None if it can."""
+    if weight.device.type != "cpu":
+        return f"it is for CPUs, and the weights are on {weight.device.type}"
+    return packed.why_not(weight.dtype)

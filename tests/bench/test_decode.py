@@ -297,7 +297,7 @@ def test_the_clock_is_attached_to_steps_that_are_not_captured(known_rate, monkey
     broken_down = bench.breakdown
     monkeypatch.setattr(bench, "breakdown", lambda g, *rest: attached.append(captured[id(g)]) or broken_down(g, *rest))
     bench.measure(MOE, [1], TINY, "cpu")
-    assert attached == [False] * 3 and True in captured.values()
+    assert set(attached) == {False} and True in captured.values()
 
 
 def test_uncaptured_static_steps_write_the_same_tokens():

@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from moelab.kernels import packed
 
 from moelab.config import DecoderConfig, ExpertConfig, ModelConfig, RoutingConfig
 from moelab.inference import Generator, Sampling, frozen, frozen_blocks, set_mode
-from moelab.inference.frozen_blocks import FrozenMLP, FrozenMoE, PackedExperts, freeze_experts, sort
+from moelab.inference.frozen_blocks import CompiledExperts, FrozenMLP, FrozenMoE, PackedExperts, freeze_experts, sort
 from moelab.models import build
 from moelab.models.moe import MLP, Experts
 from moelab.models.routing import SCORES
@@ -33,6 +34,20 @@ LAYERS = {
 }
 
 
+KINDS = [
+    *(("float32", products) for products in ("fastest", "invariant", "compiled")),
+    *(("bfloat16", products) for products in ("fastest", "compiled")),
+]
+"""dtype and products."""
+
+
+def skip_unless(dtype, products):
+    if products == "compiled" and (reason := packed.why_not(dtype)):
+        pytest.skip(reason)
+    if products != "compiled" and not frozen.can_freeze(dtype):
+        pytest.skip(f"oneDNN packs no {dtype} here")
+
+
 PROCESSORS = {
     "Intel": {"mkl_is_fast": lambda: True, "LARGE": 1 << 30},
     "Intel, large": {"mkl_is_fast": lambda: True, "LARGE": 0},
@@ -49,7 +64,7 @@ def processor(request, monkeypatch):
     return request.param
 
 
-def pair(config, dtype=torch.float32, invariant=True):
+def pair(config, dtype=torch.float32, products="invariant"):
     """Return a MoE layer twice, plain and frozen, with the same weights, none of them zero."""
     made = []
     for _ in range(2):
@@ -60,18 +75,17 @@ def pair(config, dtype=torch.float32, invariant=True):
                 if name.endswith("bias"):
                     parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.3)
         made.append(model.to(dtype).eval().blocks[0].ffn)
-    return made[0], FrozenMoE.of(made[1], invariant)
+    return made[0], FrozenMoE.of(made[1], products)
 
 
 @torch.inference_mode()
 @pytest.mark.parametrize("shape", [(1, 1), (7, 1), (2, 9)])
-@pytest.mark.parametrize(("dtype", "invariant"), [("float32", True), ("float32", False), ("bfloat16", False)])
+@pytest.mark.parametrize(("dtype", "products"), KINDS)
 @pytest.mark.parametrize("name", LAYERS)
-def test_a_layer_without_a_table_equals_the_plain_one(name, dtype, invariant, shape):
+def test_a_layer_without_a_table_equals_the_plain_one(name, dtype, products, shape):
     dtype = getattr(torch, dtype)
-    if not frozen.can_freeze(dtype):
-        pytest.skip(f"oneDNN packs no {dtype} here")
-    plain, quick = pair(LAYERS[name], dtype, invariant)
+    skip_unless(dtype, products)
+    plain, quick = pair(LAYERS[name], dtype, products)
     x, add = torch.randn(2, *shape, 48, generator=torch.Generator().manual_seed(1)).to(dtype)
     expected, routing = plain(x)
     tolerance = {"rtol": 1e-5, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 0.05, "atol": 0.13}  # an ulp of 16
@@ -80,7 +94,7 @@ def test_a_layer_without_a_table_equals_the_plain_one(name, dtype, invariant, sh
     torch.testing.assert_close(y, expected, **tolerance)
     y, _ = quick(x, add)
     torch.testing.assert_close(y, expected + add, **tolerance)
-    if dtype == torch.float32 and not invariant:
+    if (dtype, products) == (torch.float32, "fastest"):
         return
     x, y, add = (t.flatten(0, 1)[:, None] for t in (x, y, add))
     for i in range(len(x)):
@@ -88,12 +102,16 @@ def test_a_layer_without_a_table_equals_the_plain_one(name, dtype, invariant, sh
 
 
 @torch.inference_mode()
-@pytest.mark.parametrize("invariant", [True, False])
+@pytest.mark.parametrize("products", ["invariant", "fastest", "compiled"])
 @pytest.mark.parametrize("name", ["top-1", "top-3", "gated, shared"])
-def test_experts_with_any_numbers_of_rows(name, invariant, processor):
+def test_experts_with_any_numbers_of_rows(name, products, processor):
     """One row to more than MKL multiplies, experts without rows, all rows to one expert, empty rows at the end."""
-    plain, quick = pair(LAYERS[name], invariant=invariant)
-    assert isinstance(quick.experts, PackedExperts) == (invariant or processor == "another")
+    skip_unless(torch.float32, products)
+    plain, quick = pair(LAYERS[name], products=products)
+    if products == "compiled":
+        assert isinstance(quick.experts, CompiledExperts)
+    else:
+        assert isinstance(quick.experts, PackedExperts) == (products == "invariant" or processor == "another")
     for counts, empty in (([1, 0, 3, 13, 30], 0), ([0, 0, 20, 0, 0], 0), ([0, 5, 4, 0, 12], 7), ([0] * 5, 3)):
         offsets = torch.tensor([0, *counts]).cumsum(0).to(torch.int32)
         rows = torch.randn(int(offsets[-1]) + empty, 48, generator=torch.Generator().manual_seed(empty))
@@ -103,12 +121,12 @@ def test_experts_with_any_numbers_of_rows(name, invariant, processor):
         assert not y[len(rows) - empty :].any()
 
 
-@pytest.mark.parametrize("invariant", [True, False])
-def test_an_activation_that_frozen_layers_do_not_know_is_refused(invariant, processor):
+@pytest.mark.parametrize("products", ["invariant", "fastest", "compiled"])
+def test_an_activation_that_frozen_layers_do_not_know_is_refused(products, processor):
     for layer, freeze in ((MLP(48, 96), FrozenMLP), (Experts(3, 48, 96), freeze_experts)):
         layer.activation = "gelu"
         with pytest.raises(ValueError, match=r"^inference: layers are frozen with .* got 'gelu'; mode 'baseline'"):
-            freeze(layer, invariant)
+            freeze(layer, products)
 
 
 @torch.inference_mode()
@@ -120,7 +138,7 @@ def test_tokens_that_cannot_be_routed_and_drops_take_the_gate():
     assert routing.slot_SK[2, 0] == -1 and (routing.slot_SK[[0, 1, 3]] >= 0).all()
     assert y[0, [0, 1, 3]].isfinite().all()
     _, dropping = pair(replace(BASE, routing=RoutingConfig(capacity_factor_eval=0.1, min_capacity=1)))
-    _, routing = dropping(torch.randn(1, 9, 48))
+    _, routing = dropping(torch.randn(1, 1, 48).expand(1, 9, 48))  # all to one expert
     assert (routing.slot_SK < 0).any()
     y, routing = quick(torch.zeros(0, 1, 48))
     assert y.shape == (0, 1, 48)
@@ -142,16 +160,15 @@ def test_rows_are_sorted_by_expert_then_token(shape):
 
 @torch.inference_mode()
 @pytest.mark.parametrize(("N", "K"), [(96, 32), (32, 128), (192, 64), (576, 192), (5, 48)])
-@pytest.mark.parametrize(("dtype", "invariant"), [("float32", True), ("float32", False), ("bfloat16", False)])
-def test_a_row_of_a_product_has_the_same_bits_in_any_company(N, K, dtype, invariant, processor):
+@pytest.mark.parametrize(("dtype", "products"), KINDS)
+def test_a_row_of_a_product_has_the_same_bits_in_any_company(N, K, dtype, products, processor):
     """And products are right; in fp32 the fastest ones have only that."""
     dtype = getattr(torch, dtype)
-    if not frozen.can_freeze(dtype):
-        pytest.skip(f"oneDNN packs no {dtype} here")
+    skip_unless(dtype, products)
     generator = torch.Generator().manual_seed(N)
     weight, x, bias = (torch.randn(*s, generator=generator).to(dtype) for s in ((N, K), (40, K), (N,)))
     add = torch.randn(40, N, generator=generator).to(dtype)
-    times = frozen.product(weight, invariant)
+    times = frozen.product(weight, products)
     for options in ({}, {"gelu": True}, {"add": add}):
         together = times(x, bias, **options)
         expected = F.linear(x.double(), weight.double(), bias.double())
@@ -163,7 +180,7 @@ def test_a_row_of_a_product_has_the_same_bits_in_any_company(N, K, dtype, invari
             some = {**options, "add": add[:n]} if "add" in options else options
             rows = times(x[:n], bias, **some)
             torch.testing.assert_close(rows, together[:n], rtol=1e-4 if dtype == torch.float32 else 0, atol=1e-4)
-            assert torch.equal(rows, together[:n]) or (dtype == torch.float32 and not invariant)
+            assert torch.equal(rows, together[:n]) or (dtype, products) == (torch.float32, "fastest")
 
 
 def test_a_matrix_that_needs_many_rows_is_packed(monkeypatch):
@@ -171,8 +188,8 @@ def test_a_matrix_that_needs_many_rows_is_packed(monkeypatch):
     monkeypatch.setattr(frozen, "least_rows", lambda N, K, threads: frozen.MOST_REPEATED + N - 8)
     monkeypatch.setattr(frozen, "_packed", lambda weight, x, *rest: packed.append(len(x)))
     x = torch.randn(2, 16)
-    assert frozen.product(torch.randn(8, 16), True)(x, None).shape == (2, 8) and not packed
-    frozen.product(torch.randn(9, 16), True)(x, None)
+    assert frozen.product(torch.randn(8, 16), "invariant")(x, None).shape == (2, 8) and not packed
+    frozen.product(torch.randn(9, 16), "invariant")(x, None)
     assert packed == [2]
 
 
@@ -237,12 +254,12 @@ def test_a_new_kind_of_scores_has_the_same_bits_in_any_company(tokens, count, th
         assert np.array_equal(quick.router.choose(x[i : i + 1])[1][0], weights[i])
 
 
+@pytest.mark.parametrize("products", ["fastest", "compiled"])
 @pytest.mark.parametrize("experts", [(0, 0), (0, 4)])
-def test_bf16_changes_no_bit_with_the_batch(experts):
-    if not frozen.can_freeze(torch.bfloat16):
-        pytest.skip("oneDNN packs no bf16 here")
+def test_bf16_changes_no_bit_with_the_batch(experts, products):
+    skip_unless(torch.bfloat16, products)
     config = replace(BASE, layers=2, experts=experts, heads=3)
-    model = set_mode(build(config, 0).bfloat16())
+    model = set_mode(build(config, 0).bfloat16(), "compiled" if products == "compiled" else "optimised")
     prompts = [[1, 2, 3], [5], [7, 8, 9, 10], [4, 4]]
     sampling = Sampling(max_new_tokens=8, temperature=0.7)
     together = Generator(model, batch=4).generate(prompts, sampling)

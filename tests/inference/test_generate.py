@@ -4,11 +4,15 @@ from dataclasses import replace
 
 import pytest
 import torch
+from moelab.kernels import packed
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from moelab.config import DecoderConfig, RoutingConfig
 from moelab.inference import Generator, Sampling, frozen, set_mode
 
+WHY_NOT = packed.why_not(torch.float32)
+compiled = pytest.mark.skipif(WHY_NOT is not None, reason=str(WHY_NOT))
+COMPILED = pytest.param("compiled", marks=compiled)
 GREEDY = Sampling(max_new_tokens=8, temperature=0)
 
 
@@ -32,7 +36,7 @@ def by_full_forward(model, prompt, count):
     return tuple(tokens[len(prompt) :]), logits
 
 
-@pytest.mark.parametrize("mode", ["baseline", "invariant", "optimised"])
+@pytest.mark.parametrize("mode", ["baseline", "invariant", "optimised", COMPILED])
 def test_cached_decoding_equals_the_full_forward_pass(kind, prompts, mode, make):
     generator = Recorder(set_mode(make(kind), mode), batch=4)
     found = generator.generate(prompts, GREEDY)
@@ -44,15 +48,26 @@ def test_cached_decoding_equals_the_full_forward_pass(kind, prompts, mode, make)
             torch.testing.assert_close(generator.logits[i, n], expected, rtol=1e-4, atol=1e-4)
 
 
-def test_static_decoding_equals_the_full_forward_pass(kind, prompts, make):
-    found = Generator(set_mode(make(kind)), batch=3, static=True).generate(prompts, GREEDY)
+@pytest.mark.parametrize("mode", ["optimised", COMPILED])
+def test_static_decoding_equals_the_full_forward_pass(kind, prompts, mode, make):
+    found = Generator(set_mode(make(kind), mode), batch=3, static=True).generate(prompts, GREEDY)
     reference = make(kind)
     assert [c.tokens for c in found] == [by_full_forward(reference, p, 8)[0] for p in prompts]
 
 
-def test_the_batch_changes_no_bit_of_a_sequence(kind, prompts, make):
+@pytest.mark.parametrize("mode", ["invariant", COMPILED])
+def test_the_batch_changes_no_bit_of_a_sequence(kind, prompts, mode, make):
     """On CPU, frozen: a row's products have the same bits in any company, attention and draws are per sequence."""
-    assert_same_bits(kind, prompts, make)
+    assert_same_bits(kind, prompts, make, mode)
+
+
+@compiled
+@pytest.mark.parametrize("hidden", [24, 96])
+def test_compiled_or_by_libraries_the_batch_changes_no_bit(hidden, kinds, prompts, make):
+    """Of widths and heads that our code does not take."""
+    assert_same_bits(replace(kinds["PR-MoE"], hidden=hidden), prompts, make, "compiled")
+    gated = DecoderConfig(positions="rotary", norm="rms", feed_forward="swiglu", ffn=40, kv_heads=1, qk_norm="head")
+    assert_same_bits(replace(kinds["top-2"], hidden=hidden, decoder=gated), prompts, make, "compiled")
 
 
 @pytest.mark.parametrize("pack_from", [0, 1 << 40], ids=["all packed", "none packed"])
@@ -69,9 +84,9 @@ def test_feed_forwards_that_are_no_whole_vectors_change_no_bit(ffn, feed_forward
     assert_same_bits(replace(kinds["MoE"], decoder=decoder), prompts, make)
 
 
-def assert_same_bits(kind, prompts, make):
+def assert_same_bits(kind, prompts, make, mode="invariant"):
     sampling = Sampling(max_new_tokens=6, temperature=0.8, top_k=40, top_p=0.95, seed=3)
-    model = set_mode(make(kind), "invariant")
+    model = set_mode(make(kind), mode)
     together = Recorder(model, batch=7)
     found = together.generate(prompts, sampling)
     few = Recorder(model, batch=2)
@@ -220,7 +235,7 @@ def test_bad_settings(kinds, make):
         Generator(model, batch=0)
     with pytest.raises(ValueError, match="length must be at most the model's context of 48, got 49"):
         Generator(model, length=49)
-    with pytest.raises(ValueError, match="mode must be 'optimised', 'invariant' or 'baseline', got 'fast'"):
+    with pytest.raises(ValueError, match="mode must be 'optimised', 'compiled', 'invariant' or 'baseline', got 'fast'"):
         set_mode(model, "fast")
     with pytest.raises(ValueError, match=r"'invariant' needs a CPU whose oneDNN .* got torch.float16 on cpu"):
         set_mode(make(kinds["dense"]).half(), "invariant")

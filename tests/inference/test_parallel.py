@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.distributed as dist
+from moelab.kernels import packed
 
 from moelab.config import ModelConfig
 from moelab.config.parallel import ParallelConfig
@@ -14,6 +15,9 @@ from moelab.models import build
 
 pytestmark = pytest.mark.multiprocess
 
+COMPILED = pytest.param(
+    "compiled", marks=pytest.mark.skipif(packed.why_not(torch.float32) is not None, reason="needs AVX-512 and g++")
+)
 SIZES = dict(hidden=32, heads=4, vocab=320, context=48, init_std=0.3)
 PR = ModelConfig(layers=4, experts=(0, 4, 0, 8), residual=True, **SIZES)
 DENSE = ModelConfig(layers=2, **SIZES)
@@ -74,7 +78,7 @@ def alone(config, mode, prompts):
     return [c.tokens for c in Generator(model, batch=2).generate(prompts, SAMPLING)]
 
 
-@pytest.mark.parametrize("mode", ["optimised", "baseline"])
+@pytest.mark.parametrize("mode", ["optimised", COMPILED, "baseline"])
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_a_layout_writes_the_tokens_of_one_process(on_ranks, name, mode):
     config, parallel = LAYOUTS[name]
@@ -93,6 +97,7 @@ def test_a_layout_writes_the_tokens_of_one_process(on_ranks, name, mode):
         ("expert 4, hierarchical 2 x 2", "optimised"),
         ("expert 2, slicing 2", "optimised"),
         ("expert 2, slicing 2", "baseline"),
+        pytest.param("expert 4", "compiled", marks=COMPILED.marks),
     ],
 )
 def test_ranks_without_sequences_neither_hang_nor_skew(on_ranks, name, mode, prompts):
