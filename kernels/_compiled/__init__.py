@@ -10,18 +10,21 @@ equal those of ``_cpu`` up to rounding, so a run uses one or the other throughou
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import os
 import shutil
 import subprocess
 import tempfile
+import time
 from pathlib import Path
 
 import torch
 from filelock import FileLock
 
 SOURCES = ("experts.cpp", "gating.cpp", "packed.cpp")
+_ABANDONED_S = 3600.0  # no compilation takes as long
 _FLAGS = (  # for any processor with AVX-512, because the nodes of a cluster may share the result
     *("-std=c++20", "-O3", "-fPIC", "-shared", "-fopenmp"),
     *("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512bf16", "-mavx2", "-mfma", "-mf16c"),
@@ -87,6 +90,10 @@ def _compile(flags: list[str], sources: list[Path], library: Path) -> None:
     """Compile the sources into `library`, which appears complete or not at all, and is never replaced."""
     from torch.utils import cpp_extension
 
+    for old in library.parent.glob("moelab-kernels-*.tmp"):  # of a compilation that was killed
+        with contextlib.suppress(OSError):
+            if time.time() - old.stat().st_mtime > _ABANDONED_S:
+                old.unlink()
     handle, name = tempfile.mkstemp(".tmp", library.stem, library.parent)  # its own, where a lock binds one node only
     os.close(handle)
     include = [f"-I{path}" for path in cpp_extension.include_paths()]

@@ -158,11 +158,17 @@ def test_a_compiler_that_fails_is_one_line_and_leaves_nothing(tmp_path):
     )
     (tmp_path / "broken").write_text(script)
     (tmp_path / "broken").chmod(0o755)
+    made = tmp_path / "made"
+    made.mkdir()
+    killed, beside = made / "moelab-kernels-1.tmp", made / "moelab-kernels-2.tmp"  # another compilation's
+    for path in (killed, beside):
+        path.touch()
+    os.utime(killed, (0, 0))
     code = "from moelab.kernels import _compiled; _compiled.load()"
-    env = os.environ | {"CXX": str(tmp_path / "broken"), "TORCH_EXTENSIONS_DIR": str(tmp_path / "made")}
+    env = os.environ | {"CXX": str(tmp_path / "broken"), "TORCH_EXTENSIONS_DIR": str(made)}
     done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
     assert done.returncode == 1 and done.stderr.strip().splitlines()[-1].endswith("failed: made up error")
-    assert [path.suffix for path in (tmp_path / "made").iterdir()] in ([], [".lock"])
+    assert [path for path in made.iterdir() if path.suffix != ".lock"] == [beside]
 
 
 def test_why_not_names_what_is_missing(monkeypatch):
