@@ -2,7 +2,8 @@
 
 The other CPU implementation (``_cpu``) consists of calls of PyTorch and NumPy. With many experts and few rows each, the
 calls and copies around the products take up to half of the time; here they are loops over data in cache. Products are
-oneDNN's, by the micro-kernel that PyTorch exports (``products.h``).
+oneDNN's, by the micro-kernel that PyTorch exports (``products.h``), or of our own where few rows meet a matrix that is
+in memory (``packed.cpp``).
 
 An operation uses this code where it is asked for (backend ``compiled``) and `why_not` finds nothing in the way. Results
 equal those of ``_cpu`` up to rounding, so a run uses one or the other throughout.
@@ -25,7 +26,7 @@ from filelock import FileLock
 
 SOURCES = ("experts.cpp", "gating.cpp", "packed.cpp")
 _ABANDONED_S = 3600.0  # no compilation takes as long
-_FLAGS = (  # for any processor with AVX-512, because the nodes of a cluster may share the result
+_FLAGS = (  # for any AVX-512, because nodes may share the result; code for bfloat16 alone has its instructions
     *("-std=c++20", "-O3", "-fPIC", "-shared", "-fopenmp"),
     *("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512bf16", "-mavx2", "-mfma", "-mf16c"),
     *("-DCPU_CAPABILITY=AVX512", "-DCPU_CAPABILITY_AVX512"),

@@ -25,7 +25,9 @@ enum Activation { kNone, kGeluTanh, kSwiglu };
 constexpr int64_t kColumns = 32;  // of a panel: two vectors
 constexpr int kMost = 12;         // rows whose sums with a panel, 24 vectors, fit the registers
 constexpr int64_t kTile = 64;     // rows of a task
-constexpr int64_t kHeadSize = 512;  // at most
+constexpr int64_t kHeadSize = 512;  // at most, LARGEST_HEAD in kernels/packed.py
+
+inline int64_t panels_of(int64_t N) { return (N + kColumns - 1) / kColumns; }
 
 template <typename T>
 T* pointer(const std::optional<at::Tensor>& t) {
@@ -56,16 +58,15 @@ void pack_as(const at::Tensor& weight, const at::Tensor& packed) {
 
 at::Tensor pack(const at::Tensor& weight) {
   const int64_t N = weight.size(1), K = weight.size(2);
-  auto packed = at::empty({weight.size(0), (N + kColumns - 1) / kColumns, K, kColumns}, weight.options());
+  auto packed = at::empty({weight.size(0), panels_of(N), K, kColumns}, weight.options());
   weight.scalar_type() == at::kFloat ? pack_as<float>(weight, packed) : pack_as<BFloat16>(weight, packed);
   return packed;
 }
 
-// Fetch a part of `next`, which `passes` calls fetch together: in each of their steps, 128 bytes are multiplied.
-inline void fetch(const char* next, int64_t step, int64_t passes) {
-  const char* at = next + step * 128 / passes;
-  _mm_prefetch(at, _MM_HINT_T0);
-  if (passes == 1) _mm_prefetch(at + 64, _MM_HINT_T0);
+// Have memory fetch `stride` bytes at p, up to those of a step's multiplications.
+inline void fetch(const char* p, int64_t stride) {
+  _mm_prefetch(p, _MM_HINT_T0);
+  if (stride > 64) _mm_prefetch(p + 64, _MM_HINT_T0);
 }
 
 inline __m512 multiply_add(const float* x, const float* b, __m512 sum) {
@@ -78,14 +79,14 @@ inline __m512 multiply_add(const BFloat16* x, const BFloat16* b, __m512 sum) {
   return _mm512_dpbf16_ps(sum, (__m512bh)_mm512_set1_epi32(pair), (__m512bh)_mm512_loadu_si512(b));
 }
 
-// C [m, 32] = x [m, K] @ a panel, while memory reads `next`, unless it is null.
+// C [m, 32] = x [m, K] @ a panel. Each step fetches the next `stride` bytes of `next`, unless it is null.
 template <typename T, int m>
-void multiply_rows(const T* x, int64_t ld, int64_t K, const T* panel, float* c, const char* next, int64_t passes) {
+void multiply_rows(const T* x, int64_t ld, int64_t K, const T* panel, float* c, const char* next, int64_t stride) {
   constexpr int64_t deep = 4 / sizeof(T);
   __m512 sum[m][2];
   for (int i = 0; i < m; ++i) sum[i][0] = sum[i][1] = _mm512_setzero_ps();
   for (int64_t k = 0; k < K; k += deep) {
-    if (next) fetch(next, k / deep, passes);
+    if (next) fetch(next + k / deep * stride, stride);
     const T* b = panel + k * kColumns;
     for (int i = 0; i < m; ++i)
       for (int h = 0; h < 2; ++h) sum[i][h] = multiply_add(x + i * ld + k, b + h * kLanes * deep, sum[i][h]);
@@ -108,17 +109,17 @@ struct Packed {
   const T* data;
   int64_t gates, K, N, panels;
   Packed(const T* data, int64_t gates, int64_t K, int64_t N)
-      : data(data), gates(gates), K(K), N(N), panels((N + kColumns - 1) / kColumns) {}
+      : data(data), gates(gates), K(K), N(N), panels(panels_of(N)) {}
   int64_t size() const { return gates * panels * K * kColumns; }
   const T* panel(int64_t gate, int64_t p) const { return data + (gate * panels + p) * K * kColumns; }
   // C [m, 32] = x [m, K] @ a panel, while memory reads `next`, a panel or null.
   void multiply(const T* x, int64_t ld, int64_t m, const T* b, float* c, const T* next) const {
     static constexpr auto call = all_rows<T>(std::make_integer_sequence<int, kMost>());
-    const int64_t passes = (m + kMost - 1) / kMost, bytes = K * kColumns * sizeof(T);
+    const int64_t passes = (m + kMost - 1) / kMost, steps = K * sizeof(T) / 4, stride = kColumns * 4 / passes;
     for (int64_t i = 0, pass = 0; i < m; ++pass) {
       const int64_t n = (m - i) / (passes - pass);
-      const char* fetched = next ? reinterpret_cast<const char*>(next) + pass * bytes / passes : nullptr;
-      call[n - 1](x + i * ld, ld, K, b, c + i * kColumns, fetched, passes);
+      const char* part = next ? reinterpret_cast<const char*>(next) + pass * steps * stride : nullptr;  // each its part
+      call[n - 1](x + i * ld, ld, K, b, c + i * kColumns, part, stride);
       i += n;
     }
   }
@@ -189,6 +190,7 @@ at::Tensor linear(
     const std::optional<at::Tensor>& add) {
   auto sizes = x.sizes().vec();
   const int64_t K = packed.size(2);
+  TORCH_CHECK(!sizes.empty() && K > 0 && panels_of(N) == packed.size(1), "linear: N = ", N, " in ", packed.sizes());
   TORCH_CHECK(sizes.back() == K, "linear: x [..., ", sizes.back(), "] for a matrix [N, ", K, "]");
   TORCH_CHECK(packed.size(0) == 1, "linear: one matrix, not ", packed.size(0));
   TORCH_CHECK(!bias.has_value() || bias->numel() == N, "linear: bias ", bias->sizes(), " for N = ", N);
@@ -281,11 +283,11 @@ at::Tensor experts(
     int64_t F, const std::optional<at::Tensor>& add) {
   const int64_t S = x.size(0), M = x.size(1), E = down.size(0);
   TORCH_CHECK(
-      up.size(0) % E == 0 && up.size(2) == M && down.size(2) == F && expert.size(0) == S && M % kLanes == 0 &&
+      E > 0 && (up.size(0) == E || up.size(0) == 2 * E) && up.size(1) == panels_of(F) && up.size(2) == M &&
+          down.size(1) == panels_of(M) && down.size(2) == F && expert.size(0) == S && M % kLanes == 0 &&
           expert.sizes() == weight.sizes() && (!add.has_value() || add->sizes() == x.sizes()) &&
           (!up_bias.has_value() || up_bias->numel() == up.size(0) * F) &&
-          (!down_bias.has_value() || down_bias->numel() == E * M) && (down.size(1) - 1) * kColumns < M &&
-          M <= down.size(1) * kColumns,
+          (!down_bias.has_value() || down_bias->numel() == E * M),
       "experts: x ", x.sizes(), ", expert ", expert.sizes(), ", weight ", weight.sizes(), ", up ", up.sizes(),
       ", down ", down.sizes(), " with F = ", F);
   auto y = at::empty(x.sizes(), x.options());
@@ -316,11 +318,10 @@ void rms_norm_as(const at::Tensor& x, const at::Tensor& weight, float eps, const
 
 at::Tensor rms_norm(const at::Tensor& x, const at::Tensor& weight, double eps) {
   const int64_t K = weight.size(0);
-  TORCH_CHECK(x.size(-1) == K && K % kLanes == 0, "rms_norm: x ", x.sizes(), ", weight ", weight.sizes());
-  const auto rows = x.contiguous();
+  TORCH_CHECK(K > 0 && x.size(-1) == K && K % kLanes == 0, "rms_norm: x ", x.sizes(), ", weight ", weight.sizes());
   auto y = at::empty(x.sizes(), x.options());
   const auto call = x.scalar_type() == at::kFloat ? rms_norm_as<float> : rms_norm_as<BFloat16>;
-  call(rows, weight, eps, y);
+  call(x.contiguous(), weight.contiguous(), eps, y);
   return y;
 }
 
@@ -412,7 +413,7 @@ at::Tensor attend(
   const int64_t B = q.size(0), N = k.size(1), D = q.size(3);
   const auto side_by_side = [&](const at::Tensor& t) { return t.size(3) == D && t.stride(3) == 1; };
   TORCH_CHECK(
-      D % kLanes == 0 && D <= kHeadSize && q.size(2) == 1 && q.size(1) % N == 0 && k.size(0) == B && k.size(2) == 1 &&
+      N > 0 && D % kLanes == 0 && D <= kHeadSize && q.size(2) == 1 && q.size(1) % N == 0 && k.size(0) == B && k.size(2) == 1 &&
           k.sizes() == v.sizes() && keys.sizes() == values.sizes() && keys.strides() == values.strides() &&
           keys.size(0) >= B && keys.size(1) == N && keys.stride(2) == D && positions.numel() == B &&
           positions.is_contiguous() && side_by_side(q) && side_by_side(k) && side_by_side(v) && side_by_side(keys),

@@ -14,7 +14,7 @@ constexpr int64_t kLanes = 16;
 // Return which of 16 columns from j on a row of E has.
 inline __mmask16 inside(int64_t j, int64_t E) { return E - j < kLanes ? (1 << (E - j)) - 1 : 0xffff; }
 
-// Load 16 values as floats, and store floats as 16 values (to nearest even).
+// Load 16 values as floats, and store floats as 16 values (bfloat16: to nearest even, denormals become zeros).
 inline Vec load(const float* p) { return Vec::loadu(p); }
 inline Vec load(const BFloat16* p) {
   __m512 wide;

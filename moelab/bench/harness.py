@@ -12,7 +12,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
-import os
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -266,7 +265,7 @@ def compiled_kernels(device: str, on_failure: Callable[[str, Exception], None] |
     """
     if device != "cpu" or why_not_compiled() is not None:
         return False
-    os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(paths.home() / "compiled" / "kernels"))
+    paths.keep_compiled_kernels()
     try:
         load_compiled()
     except (RuntimeError, OSError) as error:

@@ -8,7 +8,8 @@ attention treats tokens independently, and attention is computed prompt by promp
 [B, 1], in one of two ways:
 
 - dynamic (CPU): the unfinished sequences occupy the first slots. Attention covers exactly the existing tokens, and
-  sequences of equal length are computed together, so that a sequence's attention does not depend on the others.
+  sequences of equal length are computed together, so that a sequence's attention does not depend on the others. Our
+  compiled code (`moelab.kernels.packed.attend`) takes all sequences at once.
 - static (CUDA): all slots, attention over all T positions under a mask computed from the positions, which are on the
   device. Shapes are the same at each step and nothing comes from the host, so that a CUDA graph can capture the step.
 """

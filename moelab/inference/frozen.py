@@ -16,6 +16,9 @@ shape (`least_rows`); fewer rows are repeated to reach it. Neither library guara
 examined on the machine, packed ones by tests. GELU that is not part of a product, and SwiGLU, are those of
 `moelab.inference.elementwise`. A call of oneDNN takes about 9 us longer than one of MKL, so that small matrices are not
 packed (`PACK_FROM`). In bf16 packed products are the fastest as well, so that there is no choice.
+
+**Compiled products** are our own (`moelab.kernels.packed`), batch-invariant, and faster than both libraries' for few
+rows. Matrices whose width does not fit take the batch-invariant ones.
 """
 
 from __future__ import annotations

@@ -341,7 +341,7 @@ class FrozenSharedGate(nn.Module):
         return routed_SM + fixed_SM * gate_S1.to(fixed_SM.dtype)
 
 
-def freeze_experts(experts: Experts, products: Products) -> FrozenExperts:
+def freeze_experts(experts: Experts, products: Products) -> FrozenExperts | CompiledExperts:
     """Return the frozen form of experts: packed, or as they are where MKL multiplies few rows in less time."""
     if products == "compiled" and fits(experts.down) and fits(experts.down.mT):
         return CompiledExperts(experts)
@@ -438,5 +438,5 @@ class CompiledExperts(nn.Module):
         expert_R = torch.repeat_interleave(torch.arange(len(sizes_E)), sizes_E)
         y_RM = torch.zeros_like(rows_RM)
         if n := len(expert_R):
-            y_RM[:n] = self.of_tokens(rows_RM[:n], expert_R[:, None], torch.ones(n, 1), None)
+            y_RM[:n] = self.of_tokens(rows_RM[:n], expert_R[:, None], torch.ones(n, 1, dtype=torch.float32), None)
         return y_RM

@@ -8,8 +8,8 @@ all-to-alls (`moelab.engine.padded`).
 frozen for fast products of few rows, by few calls (`moelab.inference.frozen`, `frozen_blocks`).
 
 **compiled** (CPU with AVX-512 and a C++ compiler): as optimised, with our own compiled code for products, experts and
-the attention of a decoding step (`moelab.kernels.packed`). The fastest, in bf16 above all, and batch-invariant; the
-code is compiled once on a machine, which takes half a minute.
+the attention of a decoding step (`moelab.kernels.packed`). The fastest, in bf16 above all, and batch-invariant while
+all tokens are finite; the code is compiled once on a machine, which takes half a minute.
 
 **invariant** (CPU): as optimised, and a sequence has the same bits in any batch, because the products of a row do not
 depend on the other rows. Evaluations use it. In bf16 the optimised mode has this property as well.
@@ -21,6 +21,7 @@ from dataclasses import replace
 
 from torch import Tensor
 
+from moelab import kernels, paths
 from moelab.inference.frozen import can_freeze
 from moelab.inference.frozen_blocks import freeze, is_frozen
 from moelab.kernels import packed
@@ -43,8 +44,7 @@ def set_mode(model: GPT, mode: str = "optimised", *, drop_free: bool = True) -> 
 
     Raises:
         ValueError: unknown mode, "invariant" or "compiled" where it is not possible (`can_be_invariant`,
-            `why_not_compiled`), or the model is frozen.
-        RuntimeError: the code of "compiled" could not be compiled, with the compiler's last lines.
+            `why_not_compiled`) or its code cannot be compiled, or the model is frozen.
     """
     if mode not in MODES:
         raise ValueError(f"inference: mode must be {', '.join(map(repr, MODES[:-1]))} or {MODES[-1]!r}, got {mode!r}")
@@ -61,6 +61,12 @@ def set_mode(model: GPT, mode: str = "optimised", *, drop_free: bool = True) -> 
         )
     if mode == "compiled" and (reason := why_not_compiled(weight)):
         raise ValueError(f"inference: mode 'compiled' does not work here: {reason}; 'optimised' works everywhere")
+    if mode == "compiled":
+        paths.keep_compiled_kernels()
+        try:
+            kernels.load_compiled()
+        except (RuntimeError, OSError) as error:
+            raise ValueError(f"inference: mode 'compiled': {error}; 'optimised' works everywhere") from None
     for moe in [block.ffn for block in model.blocks if isinstance(block.ffn, MoE)]:
         if drop_free:
             moe.router.config = replace(moe.router.config, drop_tokens=False)

@@ -46,7 +46,7 @@ def compile_parts(model: GPT, config: TrainConfig, parallel: ParallelConfig) -> 
     from torch._inductor import config as inductor
 
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(paths.home() / "compiled"))
-    os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(paths.home() / "compiled" / "kernels"))
+    paths.keep_compiled_kernels()
     inductor.compile_threads = 1  # starting a pool of processes takes longer than compiling the few files
     inductor.cpp.threads = config.threads  # explicit, because the default is not part of the cache's key
     if config.device == "cpu" and kernels.why_not_compiled() is None:

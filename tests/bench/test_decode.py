@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from moelab.kernels import packed
 from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode
 
 from moelab.bench import decode as bench
@@ -49,6 +50,37 @@ def test_rows_of_one_process(known_rate):
         assert row["collectives"] == 0
         assert 1 <= row["distinct_experts"] <= row["batch"]
     assert ours[0]["distinct_experts"] == 1, "one token meets one expert"
+    compiled = [r for r in rows if r["candidate"] == "compiled"]
+    assert bool(compiled) == (packed.why_not(torch.float32) is None)
+    for row in compiled:
+        assert set(row["parts_ms"]) == {"attention", "gate", "experts", "feed-forward", "head", "rest"}
+        assert row["distinct_experts"] == next(r for r in ours if r["batch"] == row["batch"])["distinct_experts"]
+
+
+def test_compiled_is_left_out_where_the_compiler_fails(known_rate, monkeypatch, capsys):
+    def fail():
+        raise RuntimeError("compiling failed: x")
+
+    monkeypatch.setattr(bench, "why_not_compiled", lambda weight: None)
+    monkeypatch.setattr(bench.harness, "why_not_compiled", lambda: None)
+    monkeypatch.setattr(bench.harness, "load_compiled", fail)
+    rows = bench.measure(DENSE, [1], TINY, "cpu")
+    assert {"optimised", "baseline"} <= {row.candidate for row in rows} and "compiled" not in {
+        r.candidate for r in rows
+    }
+    assert "left out: ours compiled: compiling failed: x" in capsys.readouterr().out
+
+
+def test_the_title_compares_each_model_with_itself():
+    times = {("a", "baseline"): 50.0, ("a", "compiled"): 5.0, ("b", "baseline"): 500.0, ("b", "compiled"): 10.0}
+    rows = [
+        {"model": m, "candidate": c, "experts": 8, "batch": 1, "ratio": 4.0, "median_ms": t}
+        for (m, c), t in times.items()
+    ]
+    assert bench.headline(rows).endswith(
+        "4.0 (batch 1), 4.0 (batch 1) times as long as the optimised one, 10.0, 50.0 times as long as the compiled one"
+    )
+    assert bench.headline(rows[:3]).endswith("as long as the optimised one")
 
 
 def test_the_floor_counts_each_weight_once():

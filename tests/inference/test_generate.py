@@ -229,6 +229,28 @@ def test_bad_prompts(prompt, message, kinds, make):
         generator.stream([[1], prompt])
 
 
+def test_compiled_says_in_a_line_why_it_does_not_work(kinds, make, monkeypatch):
+    model = make(kinds["dense"])
+    monkeypatch.setattr("moelab.inference.modes.why_not_compiled", lambda weight: None)
+    monkeypatch.setattr(
+        "moelab.kernels.load_compiled", lambda: (_ for _ in ()).throw(RuntimeError("compiling failed: x"))
+    )
+    with pytest.raises(ValueError, match=r"^inference: mode 'compiled': compiling failed: x; 'optimised' works"):
+        set_mode(model, "compiled")
+    monkeypatch.undo()
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    monkeypatch.setattr(torch.cpu, "_is_avx512_supported", lambda: True)
+    with pytest.raises(ValueError, match=r"^inference: mode 'compiled' does not work here: there is no C.. compiler"):
+        set_mode(model, "compiled")
+    monkeypatch.setattr(torch.cpu, "_is_avx512_supported", lambda: False)
+    with pytest.raises(ValueError, match="does not work here: the processor has no AVX-512; 'optimised' works"):
+        set_mode(model, "compiled")
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
+    with pytest.raises(ValueError, match="does not work here: the processor has no AVX512_BF16"):
+        set_mode(model.bfloat16(), "compiled")
+    set_mode(model)  # nothing was changed
+
+
 def test_bad_settings(kinds, make):
     model = make(kinds["dense"])
     with pytest.raises(ValueError, match="batch must be at least 1"):

@@ -193,6 +193,8 @@ def test_attention_passes_on_what_is_not_finite():
 def test_rms_norm(shape, dtype):
     x, weight = draw(*shape, dtype=dtype) * 3, draw(shape[-1], dtype=dtype)
     close(packed.rms_norm(x, weight, 1e-5), F.rms_norm(x.double(), (shape[-1],), weight.double(), 1e-5), dtype)
+    strided = torch.stack([weight, weight * 0], -1)[..., 0]
+    assert torch.equal(packed.rms_norm(x, strided, 1e-5), packed.rms_norm(x, weight, 1e-5))
 
 
 def test_what_does_not_fit_is_refused_in_a_line():
@@ -201,7 +203,8 @@ def test_what_does_not_fit_is_refused_in_a_line():
     with pytest.raises(ValueError, match=r"^pack: packed matrices are float32 or bfloat16, not torch.float16$"):
         packed.pack(torch.zeros(32, 16, dtype=torch.float16))
     matrix, three = packed.pack(torch.zeros(40, 32)), packed.pack(torch.zeros(3, 32, 32))
-    x, x_SM, one = torch.zeros(2, 32), torch.zeros(2, 32), torch.ones(2, 1)
+    nine = packed.pack(torch.zeros(3, 3, 32, 32))
+    x, one = torch.zeros(2, 32), torch.ones(2, 1)
     attention = [torch.zeros(2, 1, 1, 16)] * 3 + [torch.zeros(2, 1, 4, 16)] * 2
     for call, message in (
         (lambda: packed.linear(torch.zeros(2, 16), matrix), "linear: x [..., 16] for a matrix [N, 32]"),
@@ -209,15 +212,23 @@ def test_what_does_not_fit_is_refused_in_a_line():
         (lambda: packed.linear(x, matrix, torch.zeros(39)), "linear: bias [39] for N = 40"),
         (lambda: packed.linear(x, matrix, add=torch.zeros(1, 40)), "linear: add [1, 40] to [2, 40]"),
         (lambda: packed.linear(x.double(), matrix), "Float"),
-        (lambda: packed.experts(x_SM, torch.tensor([[0], [3]]), one, three, None, three, None), "experts: no expert 3"),
+        (lambda: packed.experts(x, torch.tensor([[0], [3]]), one, three, None, three, None), "experts: no expert 3"),
         (
-            lambda: packed.experts(x_SM, torch.tensor([[0], [-1]]), one, three, None, three, None),
+            lambda: packed.experts(x, torch.tensor([[0], [-1]]), one, three, None, three, None),
             "experts: no expert -1",
         ),
-        (lambda: packed.experts(x_SM, torch.zeros(1, 1).long(), one, three, None, three, None), "experts: x [2, 32]"),
+        (lambda: packed.experts(x, torch.zeros(1, 1).long(), one, three, None, three, None), "experts: x [2, 32]"),
         (lambda: packed.attend(*attention, torch.tensor([0, 4])), "attend: position 4, allowed are 0 to 3"),
         (lambda: packed.attend(*attention, torch.tensor([0])), "attend: q [2, 1, 1, 16]"),
         (lambda: packed.rms_norm(torch.zeros(2, 32), torch.zeros(16), 1e-5), "rms_norm: x [2, 32], weight [16]"),
+        (lambda: packed.rms_norm(torch.zeros(2, 0), torch.zeros(0), 1e-5), "rms_norm: x [2, 0], weight [0]"),
+        (lambda: packed.linear(x, matrix._replace(columns=65)), "linear: N = 65 in [1, 2, 32, 32]"),
+        (lambda: packed.linear(torch.tensor(1.0), matrix), "linear: N = 40"),
+        (
+            lambda: packed.experts(x, one.long(), one, three._replace(columns=65), None, three, None),
+            "experts: x [2, 32]",
+        ),
+        (lambda: packed.experts(x, one.long(), one, nine, None, three, None), "experts: x [2, 32]"),
     ):
         with pytest.raises(RuntimeError, match=re.escape(message)):
             call()
