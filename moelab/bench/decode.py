@@ -7,9 +7,10 @@ batch one token. The breakdown comes from a further generation under a clock, so
 latency; on CUDA it is of the same step without its graph.
 
 The floor is what the machine must do at least: read the weights that a step needs (of the experts, those that got
-tokens, counted) and the cache, once, at the bandwidth measured in the same run, or compute their products at the rate
-of large ones, whichever takes longer for the shared weights and for the experts. On ranks it is the reading, plus the
-step's collectives times the time of an empty one. A model that fits the processor's cache can be faster than that.
+tokens, counted) and the cache, once, at the bandwidth measured in the same rounds (the median), or compute their
+products at the rate of large ones, whichever takes longer for the shared weights and for the experts. On ranks it is
+the reading, plus the step's collectives times the time of an empty one. A model that fits the processor's cache can be
+faster than that.
 
 Ranks are processes of this machine, or, under torchrun and srun, those that were started: then each model is measured
 on all of them.
@@ -42,7 +43,7 @@ from moelab.bench.decode_steps import (
     weight_bytes,
 )
 from moelab.bench.decoders import decoders
-from moelab.bench.harness import Row, Timing, read_rate
+from moelab.bench.harness import Row, Timing, read_rate, reader
 from moelab.config import ModelConfig
 from moelab.config.parallel import ParallelConfig
 from moelab.engine import parallel as engine
@@ -74,7 +75,7 @@ def measure(
     The mode "invariant" is left out in bf16, where it is the optimised one, "compiled" where it does not work.
     """
     timing = settings.timing(device)
-    rates = Rates(read_rate(timing), harness.product_rate(DTYPES[dtype], timing))
+    read, products = reader(timing), harness.product_rate(DTYPES[dtype], timing)
     reference = filled(config, device, DTYPES[dtype])
     others = peers.generators(reference, settings.prompt + settings.output)
     models = {
@@ -86,12 +87,15 @@ def measure(
     if dtype == "fp32" and can_be_invariant(reference.token_embedding.weight):
         models["invariant"] = set_mode(filled(config, device), "invariant")
     turns: dict[int, dict[str, list[Turns]]] = {}
+    rates: dict[int, Rates] = {}
     for batch in batches:
         ours = {name: Generator(model, batch=batch) for name, model in models.items()}
         candidates = {n: lambda given, g=g: our_turns(g, given, settings.output) for n, g in ours.items()}
         candidates |= {n: lambda given, p=p: p.turns(given, settings.output) for n, p in others.items()}
+        candidates["reading"] = lambda _: [read()]
         new_prompts = round_prompts(config, batch, settings)
         turns[batch] = harness.in_turns(candidates, new_prompts, timing, lambda call, given: call(given))
+        rates[batch] = Rates(statistics.median(rate for [rate] in turns[batch].pop("reading")), products)
     found = []
     for batch in batches:  # last, as the clock slows the models down
         prompts = round_prompts(config, batch, settings)(timing.warm_up + timing.rounds)
@@ -102,10 +106,10 @@ def measure(
         for name, peer in others.items():
             numbers[name] = {"distinct_experts": peer.distinct_experts(prompts, settings.output)}
         distinct = numbers["optimised"]["distinct_experts"] or 0
-        floor_s = least_seconds(config, distinct, batch, settings, rates, DTYPES[dtype].itemsize)
+        floor_s = least_seconds(config, distinct, batch, settings, rates[batch], DTYPES[dtype].itemsize)
         case = {"model": str(config), "experts": max(config.experts), "batch": batch, "ranks": 1, "dtype": dtype}
-        case |= {"parameters": config.parameters(), "read_GB_per_s": rates.read / 1e9}
-        case["product_GFLOP_per_s"] = rates.products / 1e9
+        case |= {"parameters": config.parameters(), "read_GB_per_s": rates[batch].read / 1e9}
+        case["product_GFLOP_per_s"] = products / 1e9
         found += decode_rows(case, turns[batch], numbers, floor_s, settings, device)
     return found
 

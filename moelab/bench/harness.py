@@ -313,16 +313,21 @@ def copy_rate(timing: Timing, size: int = 1 << 28) -> float:
 
 
 def read_rate(timing: Timing, size: int = 1 << 28) -> float:
-    """Return bytes/s of reading memory larger than the caches, the best of seven times three operations.
+    """Return bytes/s of reading memory larger than the caches, the best of `reader`."""
+    return reader(timing, size)()
+
+
+def reader(timing: Timing, size: int = 1 << 28) -> Callable[[], float]:
+    """Return a function that measures bytes/s of reading memory, the best of seven times three operations.
 
     Which operation reads fastest depends on the machine: a sum, or a matrix times a vector by rows or by columns, as
-    the products of one row of a decoding step do.
+    the products of one row of a decoding step do. On a shared machine the rate changes from minute to minute.
     """
     x = torch.ones(size // 4, device=timing.device)
     wide, tall = x.view(-1, 2048), x.view(2048, -1)
     one = torch.ones(2048, device=timing.device)
     calls = (x.sum, lambda: torch.mv(wide, one), lambda: torch.mv(tall.t(), one))
-    return size / min(_best(call, timing, 7) for call in calls)
+    return lambda: size / min(_best(call, timing, 7) for call in calls)
 
 
 def _best(call: Callable[[], Any], timing: Timing, times: int) -> float:

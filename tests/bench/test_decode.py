@@ -32,7 +32,7 @@ DENSE = ModelConfig(layers=2, hidden=32, heads=2, vocab=100, context=24, init_st
 @pytest.fixture
 def known_rate(monkeypatch):
     """Measuring the memory takes longer than all the rest."""
-    monkeypatch.setattr(bench, "read_rate", lambda *_: 1e10)
+    monkeypatch.setattr(bench, "reader", lambda *_: lambda: 1e10)
 
 
 def test_rows_of_one_process(known_rate):
@@ -41,7 +41,12 @@ def test_rows_of_one_process(known_rate):
     ours = ("baseline", "optimised", "invariant")
     assert {(r["batch"], r["candidate"]) for r in rows} >= {(b, m) for b in (1, 3) for m in ours}
     for row in rows:
-        assert 0 < row["min_ms"] <= row["p95_ms"] and row["tokens_per_s"] > 0 and row["floor_ms"] > 0
+        assert (
+            row["read_GB_per_s"] == 10
+            and 0 < row["min_ms"] <= row["p95_ms"]
+            and row["tokens_per_s"] > 0
+            and row["floor_ms"] > 0
+        )
         assert row["against"] == "optimised" and row["rounds"] == 2 and "new each round" in row["inputs"]
         assert row["ratio"] == 1 or row["candidate"] != "optimised"
     ours = [r for r in rows if r["candidate"] in ours]
