@@ -200,6 +200,28 @@ def bench_scaling(
     write_provenance(out, "scaling")
 
 
+@bench.command(name="losses")
+def bench_losses(
+    runs: Annotated[list[str], typer.Argument(help="id of a run with weights, or the beginning of it, or a directory")],
+    tokens: Annotated[int, typer.Option(help="of each domain's validation text; 0 is all")] = 65536,
+    out: Out = None,
+) -> None:
+    """Compare trained runs' validation losses by mode of inference and dtype: what rounding changes, on a CPU."""
+    from moelab.runs.store import RunStore
+
+    store = RunStore()
+    found = [store.find(name) for name in runs]
+    from moelab import paths
+    from moelab.bench.losses import main as bench_main
+    from moelab.engine.checkpoint import CheckpointError
+
+    try:
+        bench_main(found, tokens=tokens, cache=paths.home() / "data", out=out)
+    except CheckpointError as error:
+        raise ValueError(str(error)) from None
+    write_provenance(out, "losses")
+
+
 @bench.command(name="exchange")
 def bench_exchange(
     ranks: Annotated[list[int] | None, typer.Option("--ranks", help="processes; repeat for several")] = None,

@@ -251,8 +251,9 @@ BENCHMARKS = {
     "scaling": "Weak scaling of training over ranks of one machine",
     "submit": "What Slurm adds: from submitting to the first step, many runs at once",
     "train": "Training speed of the twins, side by side",
-    "decode": "A decoding step: optimised, the paper's baseline, transformers",
-    "decode-bf16": "A decoding step in bf16: optimised, the paper's baseline, transformers",
+    "decode": "A decoding step: optimised, compiled, the paper's baseline, transformers",
+    "decode-bf16": "A decoding step in bf16: optimised, compiled, the paper's baseline, transformers",
+    "losses": "Validation losses by mode of inference and dtype",
 }
 """Title of each benchmark of `moelab bench`."""
 

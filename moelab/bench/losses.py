@@ -1,0 +1,81 @@
+"""`moelab bench losses`: a trained run's validation loss by mode of inference and dtype.
+
+The modes compute the same model, but round differently, bf16 above all. Each loss is that of the same tokens, so that a
+difference to the first row is due to rounding alone. All modes are drop-free.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.table import Table
+
+from moelab.config import TrainConfig
+from moelab.data import prepare
+from moelab.files import write_text
+from moelab.inference.modes import can_be_invariant, set_mode, why_not_compiled
+from moelab.inference.text import DTYPES, load_run, run_configs
+from moelab.terminal import console
+from moelab.training.validation import evaluate
+
+REFERENCE = ("optimised", "fp32")
+"""The mode and dtype with which the others are compared."""
+
+
+def variants() -> Iterator[tuple[str, str]]:
+    """Return the modes and dtypes that work here, the reference first."""
+    yield REFERENCE
+    for dtype in DTYPES:
+        weight = torch.empty(0, dtype=DTYPES[dtype])
+        if dtype != "fp32":
+            yield "optimised", dtype
+        elif can_be_invariant(weight):
+            yield "invariant", dtype
+        if why_not_compiled(weight) is None:
+            yield "compiled", dtype
+
+
+def measure(run: Path, tokens: int, cache: Path) -> list[dict[str, Any]]:
+    """Return a row for each mode and dtype: the run's validation loss, and its difference to the reference's.
+
+    Args:
+        run: directory of a run with weights.
+        tokens: of each domain's validation text; 0 is all.
+        cache: directory of prepared tokens.
+    """
+    config, data_config = run_configs(run)
+    data = prepare(data_config, cache)
+    rows: list[dict[str, Any]] = []
+    for mode, dtype in variants():
+        model = set_mode(load_run(run, dtype=dtype), mode)
+        found = evaluate(model, data, TrainConfig(), data_config.context, max_tokens=tokens)
+        row = {"run": run.name, "model": str(config), "mode": mode, "dtype": dtype, "loss": found["loss"]}
+        row["minus_reference"] = found["loss"] - (rows[0]["loss"] if rows else found["loss"])
+        rows.append({**row, "validation_tokens": found["validation_tokens"]})
+    return rows
+
+
+def main(runs: Sequence[Path], *, tokens: int, cache: Path, out: Path | None) -> None:
+    """Measure runs, print and, with `out` (a folder), write `losses.jsonl`."""
+    found: list[dict[str, Any]] = []
+    for run in runs:
+        rows = measure(run, tokens, cache)
+        show(rows)
+        found += rows
+        if out is not None:  # after each run: what was measured is kept
+            write_text(out / "losses.jsonl", "".join(json.dumps(row) + "\n" for row in found))
+    if out is not None:
+        print(f"{len(found)} rows in {out / 'losses.jsonl'}")
+
+
+def show(rows: Sequence[dict[str, Any]]) -> None:
+    """Print a run's rows."""
+    title = f"{rows[0]['run']}, {rows[0]['validation_tokens']:,} validation tokens"
+    table = Table("mode", "loss, nats a token", f"minus {', '.join(REFERENCE)}", title=title, title_justify="left")
+    for row in rows:
+        table.add_row(f"{row['mode']}, {row['dtype']}", f"{row['loss']:.6f}", f"{row['minus_reference']:+.1e}")
+    console().print(table)
