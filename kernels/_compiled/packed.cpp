@@ -22,10 +22,10 @@ namespace {
 
 enum Activation { kNone, kGeluTanh, kSwiglu };
 
-constexpr int64_t kColumns = 32;  // of a panel: two vectors
-constexpr int kMost = 12;         // rows whose sums with a panel, 24 vectors, fit the registers
-constexpr int64_t kTile = 64;     // rows of a task
-constexpr int64_t kHeadSize = 512;  // at most, LARGEST_HEAD in kernels/packed.py
+constexpr int64_t kColumns = 32;    // of a panel: two vectors
+constexpr int kMost = 12;           // rows whose sums with a panel, 24 vectors, fit the registers
+constexpr int64_t kTile = 64;       // rows of a task
+constexpr int64_t kHeadSize = 512;  // at most; LARGEST_HEAD in kernels/packed.py
 
 inline int64_t panels_of(int64_t N) { return (N + kColumns - 1) / kColumns; }
 
