@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 
+from moelab import machine
 from moelab.config import ModelConfig, TrainConfig, UpcycleConfig
 from moelab.config.parallel import ParallelConfig
 from moelab.data import TokenData, TrainBatches
@@ -125,6 +126,8 @@ def train(
     if config.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("train: device is cuda, but no CUDA device is available; allowed here: cpu")
     steps = config.steps(context)
+    if config.device == "cpu":
+        machine.keep_freed_memory()
     with process.unwatched():
         mesh = Mesh(parallel or ParallelConfig(), model_config.experts, config.device)
         leads = mesh.rank == 0
