@@ -1,4 +1,7 @@
-"""Describe this machine: its processor, and whether it has CUDA devices. Imports nothing of moelab."""
+"""Describe this machine (its processor, whether it has CUDA devices) and set how it keeps memory.
+
+Imports nothing of moelab.
+"""
 
 from __future__ import annotations
 
@@ -71,8 +74,8 @@ def keep_freed_memory() -> bool:
     """Have the C library keep memory that is freed for the next allocation; return whether it does (glibc).
 
     By default it returns the end of its heap to the system, and blocks from some size on. A training step allocates and
-    frees the same activations, so that the system clears their pages anew in each step. At most 2 GiB are kept, which
-    is no more than the step has used.
+    frees the same activations, so that the system would clear their pages anew in each step. At most 2 GiB at the end
+    of the heap are kept, which is no more than the process has used before.
     """
     try:
         mallopt = ctypes.CDLL(None).mallopt

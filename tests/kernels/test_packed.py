@@ -85,7 +85,7 @@ def test_a_row_has_the_same_bits_in_any_company_and_with_any_number_of_threads(d
 
 
 def of_experts(x, expert, weight, up, up_bias, down, down_bias):
-    """Return the sums of the experts' outputs in double precision, and the largest activation's rounding apart."""
+    """Return the weighted sums of the experts' outputs, in double precision."""
     x, weight, up, down = (t.double() for t in (x, weight, up, down))
     gated = up.dim() == 4
     y = torch.zeros_like(x)
