@@ -148,24 +148,25 @@ def test_the_rank_that_hangs_is_told_from_those_that_wait_for_it(ranks):
 
 
 def test_a_slow_write_of_a_checkpoint_is_no_hang(ranks):
-    imports = (  # first: on a busy machine they take seconds, in which a rank gives no sign
-        "from pathlib import Path\nfrom moelab.engine import checkpoint\nfrom moelab.engine.checkpoint import storage\n"
+    limits = replace(IMPATIENT, hang_s=8)  # and what imports much comes first: on a busy machine that takes seconds
+    first = (
+        "import time, torch\n"
+        "from pathlib import Path\n"
+        "from moelab.engine import checkpoint\n"
+        "from moelab.engine.checkpoint import storage\n"
+        "model = torch.nn.Linear(2, 2)\n"
+        "optimizer = torch.optim.SGD(model.parameters())\n"
+        f"sleeps = iter([{1.5 * limits.hang_s}, 0])\n"
+        "storage.write = lambda *_: time.sleep(next(sleeps))\n"
     )
-    code = (
-        imports
-        + TOGETHER
-        + (
-            f"storage.write = lambda *_: time.sleep({2 * IMPATIENT.hang_s})\n"
-            "model = torch.nn.Linear(2, 2)\n"
-            "optimizer = torch.optim.SGD(model.parameters())\n"
-            "with checkpoint.Writer(Path('checkpoints')) as checkpoints:\n"
-            "    step()\n"
-            "    checkpoints.save(1, model, optimizer, {})\n"
-            "    checkpoints.save(2, model, optimizer, {})\n"  # waits for the first
-            "process.leave()"
-        )
+    then = (
+        "with checkpoint.Writer(Path('checkpoints')) as checkpoints:\n"
+        "    step()\n"
+        "    checkpoints.save(1, model, optimizer, {})\n"
+        "    checkpoints.save(2, model, optimizer, {})\n"  # waits for the first
+        "process.leave()"
     )
-    assert ranks(code, limits=IMPATIENT) == process.FINISHED
+    assert ranks(first + TOGETHER + then, limits=limits) == process.FINISHED
 
 
 def test_a_rank_that_is_halted_is_told(ranks):
