@@ -41,7 +41,7 @@ except ImportError:  # macOS: the torch backend does not need Triton
 Backend = Literal["auto", "torch", "triton", "reference", "compiled"]
 """Names of an op's implementations; see the module's docstring."""
 
-COMPILED = ("expert_ffn", "gate")
+COMPILED = ("combine", "dispatch", "expert_ffn", "gate", "row_table")
 """Ops that have C++ (``_compiled``)."""
 
 recording = False

@@ -9,7 +9,8 @@ no products with zeros.
     y_s    = sum_k weight_sk * rows[row_sk]    d rows_r    = weight(r) * d y[token(r)]
                                                d weight_sk = <d y_s, rows[row_sk]>
 
-The Triton implementation is in ``_permute_triton.py``, the CPU implementation in ``_cpu/permute.py``.
+The Triton implementation is in ``_permute_triton.py``, those for CPU are in ``_cpu/permute.py`` and
+``_compiled/permute.cpp``.
 """
 
 from __future__ import annotations
@@ -19,6 +20,8 @@ from typing import NamedTuple
 import torch
 
 from ._common import Backend, accumulate_dtype, contiguous, pick_backend
+from ._compiled import runs_here
+from ._compiled.permute import CompiledCombine, CompiledDispatch, fits, table_compiled
 from ._cpu.permute import CPUCombine, CPUDispatch, table_cpu
 from ._permute_triton import TritonCombine, TritonDispatch, table_triton
 from .gating import Gate
@@ -43,6 +46,10 @@ def row_table(gate: Gate, *, rows: int | None = None, backend: Backend = "auto")
     """
     chosen = pick_backend("row_table", backend, gate.slot_SK, gate.expert_SK, gate.kept_E)
     expert_SK, slot_SK, kept_E = contiguous(gate.expert_SK, gate.slot_SK, gate.kept_E)
+    if chosen == "compiled":
+        if runs_here():
+            return RowTable(*table_compiled(expert_SK, slot_SK, kept_E, rows))
+        chosen = "torch"
     if chosen == "torch":
         return RowTable(*table_cpu(expert_SK, slot_SK, kept_E, rows))
     entries = slot_SK.numel()
@@ -68,7 +75,9 @@ def dispatch(x_SM: torch.Tensor, table: RowTable, *, backend: Backend = "auto") 
     if chosen == "reference":
         padded = torch.cat([x_SM, x_SM.new_zeros(1, x_SM.shape[1])])
         return padded[torch.where(table.entry_R >= 0, table.entry_R // K, S)]
-    op = CPUDispatch if chosen == "torch" else TritonDispatch
+    if chosen == "compiled" and not fits(x_SM):
+        chosen = "torch"
+    op = {"torch": CPUDispatch, "triton": TritonDispatch, "compiled": CompiledDispatch}[chosen]
     return op.apply(*contiguous(x_SM, table.row_SK, table.entry_R))
 
 
@@ -90,5 +99,7 @@ def combine(
         padded = torch.cat([rows_RM, rows_RM.new_zeros(1, rows_RM.shape[1])])  # row -1
         wide_SKM = padded[table.row_SK].to(accumulate_dtype(rows_RM.dtype))
         return (wide_SKM * weight_SK[:, :, None]).sum(1).to(rows_RM.dtype)
-    op = CPUCombine if chosen == "torch" else TritonCombine
+    if chosen == "compiled" and not (fits(rows_RM) and weight_SK.dtype == torch.float32):
+        chosen = "torch"
+    op = {"torch": CPUCombine, "triton": TritonCombine, "compiled": CompiledCombine}[chosen]
     return op.apply(*contiguous(rows_RM, weight_SK, table.row_SK, table.entry_R))

@@ -2,8 +2,7 @@
 
 The other CPU implementation (``_cpu``) consists of calls of PyTorch and NumPy. With many experts and few rows each, the
 calls and copies around the products take up to half of the time; here they are loops over data in cache. Products are
-oneDNN's, by the micro-kernel that PyTorch exports (``products.h``), or of our own where few rows meet a matrix that is
-in memory (``packed.cpp``).
+of our own too (``products.h``): blocks of sums in registers, while memory fetches what the next product needs.
 
 An operation uses this code where it is asked for (backend ``compiled``) and `why_not` finds nothing in the way. Results
 equal those of ``_cpu`` up to rounding, so a run uses one or the other throughout.
@@ -24,7 +23,7 @@ from pathlib import Path
 import torch
 from filelock import FileLock
 
-SOURCES = ("experts.cpp", "gating.cpp", "packed.cpp")
+SOURCES = ("experts.cpp", "gating.cpp", "packed.cpp", "permute.cpp")
 _ABANDONED_S = 3600.0  # no compilation takes as long
 _FLAGS = (  # for any AVX-512, because nodes may share the result; code for bfloat16 alone has its instructions
     *("-std=c++20", "-O3", "-fPIC", "-shared", "-fopenmp"),
@@ -42,8 +41,6 @@ def why_not() -> str | None:
     """Return why this machine cannot compile or run the code, or None if it can."""
     if not torch.cpu._is_avx512_supported():
         return "the processor has no AVX-512"
-    if not torch.backends.mkldnn.is_available():
-        return "this PyTorch has no oneDNN"
     if shutil.which(compiler()) is None:
         return f"there is no C++ compiler {compiler()!r}; install it, or set CXX"
     return None

@@ -16,27 +16,26 @@ constexpr int64_t kTile = 64;      // rows of one product, forward
 constexpr int64_t kDeep = 128;     // rows that a product of the weights' gradients sums over
 constexpr int64_t kRows = 256;     // rows of a task
 constexpr int64_t kColumns = 512;  // inner columns of a task
+constexpr int64_t kFetched = 256 << 10;  // bytes of the next task's weights that products have fetched
 
 // Write act(p + bias) of `n` rows of `columns` inner columns to h, and the slopes unless they are null. If the
-// activation has gates, p holds gate and up side by side, each `columns` wide; bias and slopes have them F apart.
+// activation has gates, p holds those and `up` the others; bias and slopes have them F apart.
 template <typename T, typename W>
 void activate(
-    int64_t activation, const float* p, const W* bias, T* h, int64_t ld_h, T* slope, int64_t ld_slope, int64_t n,
-    int64_t columns, int64_t F) {
-  const bool gated = activation == kSwiglu;
-  const int64_t ld = gated ? 2 * columns : columns;
+    int64_t activation, const float* p, const float* up, const W* bias, T* h, int64_t ld_h, T* slope, int64_t ld_slope,
+    int64_t n, int64_t columns, int64_t F) {
   for (int64_t i = 0; i < n; ++i)
     for (int64_t j = 0; j < columns; j += kLanes) {
-      Vec x = load(p + i * ld + j);
+      Vec x = load(p + i * columns + j);
       if (bias) x = x + load(bias + j);
       Value found{x, Vec(1.f)};
       if (activation == kGelu) found = gelu(x);
       if (activation == kGeluTanh) found = gelu_tanh(x);
-      if (gated) {
-        Vec up = load(p + i * ld + columns + j);
-        if (bias) up = up + load(bias + F + j);
+      if (activation == kSwiglu) {
+        Vec u = load(up + i * columns + j);
+        if (bias) u = u + load(bias + F + j);
         const Value s = silu(x);
-        found = {s.value * up, s.slope * up};
+        found = {s.value * u, s.slope * u};
         if (slope) store(slope + i * ld_slope + F + j, s.value);
       }
       store(h + i * ld_h + j, found.value);
@@ -63,6 +62,14 @@ std::vector<Part> row_parts(const int32_t* offsets, int64_t E, int64_t rows = kR
   return parts;
 }
 
+// Have products fetch [first, last) while they run through `steps` steps, or the beginning of it.
+template <typename W>
+Ahead fetches(const W* first, const W* last, int64_t steps) {
+  const auto *begin = reinterpret_cast<const char*>(first), *end = reinterpret_cast<const char*>(last);
+  end = std::min(end, begin + kFetched);
+  return {begin, end, end - begin > 64 * steps ? 128 : 64};
+}
+
 // T: the rows' type, W: the weights'.
 template <typename T, typename W>
 void forward(
@@ -76,37 +83,45 @@ void forward(
   auto *Y = y.data_ptr<T>(), *H = pointer<T>(kept_h), *S = pointer<T>(kept_slope);
   TORCH_CHECK(
       o[0] == 0 && std::is_sorted(o, o + E + 1) && o[E] <= R, "expert_ffn: offsets must rise from 0 to at most ", R);
-  share(row_parts(o, E), [&](const Part& part) {
+  share(row_parts(o, E), [&](const Part& part, const Part* next) {
     const int64_t e = part.expert, most = std::min(F, kColumns);
     const bool packs = sizeof(T) == 2;
     auto& scratch = Scratch::of_thread();
-    const int64_t packed1 = packs ? gates * panel_elements<T>(M, F) : 0;
-    const int64_t packed2 = packs ? panel_elements<T>(F, M) : 0;
-    scratch.reserve((packed1 + packed2 + kTile * most) * sizeof(T) + kTile * (gates * most + M) * sizeof(float));
-    auto* to1 = scratch.take<T>(packed1);
-    auto* to2 = scratch.take<T>(packed2);
+    const int64_t packed1 = packs ? panel_words<T>(M, F) : 0, packed2 = packs ? panel_words<T>(F, M) : 0;
+    scratch.reserve(
+        (gates * packed1 + packed2 + kTile * (gates * most + M)) * sizeof(float) + kTile * most * sizeof(T));
+    auto* to1 = scratch.take<uint32_t>(gates * packed1);
+    auto* to2 = scratch.take<uint32_t>(packed2);
+    auto* h_tile = scratch.take<T>(kTile * most);
     auto* p = scratch.take<float>(kTile * gates * most);
     auto* sum = scratch.take<float>(kTile * M);
-    auto* h_tile = scratch.take<T>(kTile * most);
-    std::vector<Panels<T>> first;
+    std::vector<Panels> first;
     for (int64_t g = 0; g < gates; ++g)
-      first.push_back(panels(W1 + e * M * N + g * F, N, M, F, to1 + g * packed1 / gates));
-    const auto second = panels(W2 + e * F * M, M, F, M, to2);
+      first.push_back(panels<T>(W1 + e * M * N + g * F, N, M, F, to1 + g * packed1));
+    const auto second = panels<T>(W2 + e * F * M, M, F, M, to2);
+    Ahead ahead1, ahead2;
+    if (next && next->expert != e) {
+      const int64_t n = next->expert, blocks = (part.last - part.first + 5) / 6;
+      ahead1 = fetches(W1 + n * M * N, W1 + (n + 1) * M * N, blocks * (N / kPanel) * (M / kWord<T>));
+      ahead2 = fetches(W2 + n * F * M, W2 + (n + 1) * F * M, blocks * (M / kPanel) * (F / kWord<T>));
+    }
     for (int64_t r = part.first; r < part.last; r += kTile) {
       const int64_t n = std::min(kTile, part.last - r);
-      const int64_t m = std::min(round_up(n, row_step<T>()), R - r);  // the next expert's rows do not matter
       for (int64_t s = 0; s < F; s += kColumns) {
         const int64_t columns = std::min(kColumns, F - s);
         for (int64_t g = 0; g < gates; ++g) {
           auto b = first[g];
-          b.data += s / kPanel * b.stride;
-          product<T>(m, columns, M, X + r * M, M, b, p + g * columns, gates * columns, false);
+          b.words += s / kPanel * b.stride;
+          float* to = p + g * kTile * most;
+          product<T>(n, columns, M / kWord<T>, rows(X + r * M, M), b, nullptr, to, target(to, columns), ahead1);
         }
         T* h = H ? H + r * F + s : h_tile;
         const int64_t ld_h = H ? F : columns;
         activate<T, W>(
-            activation, p, B1 ? B1 + e * N + s : nullptr, h, ld_h, S ? S + r * N + s : nullptr, N, n, columns, F);
-        product<T>(m, M, columns, h, ld_h, second.from(s), sum, M, s > 0);
+            activation, p, p + kTile * most, B1 ? B1 + e * N + s : nullptr, h, ld_h, S ? S + r * N + s : nullptr, N, n, columns, F);
+        product<T>(
+            n, M, columns / kWord<T>, rows(h, ld_h), second.from(s / kWord<T>), s > 0 ? sum : nullptr, sum,
+            target(sum, M), ahead2);
       }
       for (int64_t i = 0; i < n; ++i)
         for (int64_t j = 0; j < M; j += kLanes) {
@@ -119,23 +134,29 @@ void forward(
   std::fill(Y + o[E] * M, Y + R * M, T(0));
 }
 
-// Copy n rows and append zeros up to `padded` rows.
+// Write the slopes' part of n rows of d h as d pre, rows of `ld` values, with the sums of its columns. If d pre is
+// needed as B, which bfloat16 must be packed for, return it as that.
 template <typename T>
-void copy_rows(const T* from, int64_t ld, T* to, int64_t n, int64_t padded, int64_t columns) {
-  for (int64_t i = 0; i < n; ++i) std::memcpy(to + i * columns, from + i * ld, columns * sizeof(T));
-  std::fill(to + n * columns, to + padded * columns, T(0));
-}
-
-// Write float32 rows as rows of W, whose row stride is `ld_to`; `past` the caches where nobody reads them soon.
-template <typename W>
-void convert(const float* from, W* to, int64_t rows, int64_t ld_to, int64_t columns, bool past = false) {
-  const auto each = [&](const auto& write) {
-    for (int64_t i = 0; i < rows; ++i)
-      for (int64_t j = 0; j < columns; j += kLanes) write(to + i * ld_to + j, load(from + i * columns + j));
+Panels differentiate(
+    const float* dh, const T* slope, T* d, int64_t ld, float* sums, int64_t n, int64_t columns, uint32_t* to) {
+  const int64_t steps = (n + 1) / 2;
+  const auto one = [&](int64_t i, int64_t j) {
+    Vec value = load(dh + i * columns + j);
+    if (slope) value = value * load(slope + i * ld + j);
+    store(d + i * ld + j, value);
+    return value;
   };
-  if (!past || reinterpret_cast<uintptr_t>(to) % (kLanes * sizeof(W))) return each([](W* p, Vec v) { store(p, v); });
-  each([](W* p, Vec v) { store_past_caches(p, v); });
-  _mm_sfence();
+  for (int64_t i = 0; i < n; i += 2)
+    for (int64_t j = 0; j < columns; j += kLanes) {
+      const Vec first = one(i, j), second = i + 1 < n ? one(i + 1, j) : Vec(0.f);
+      store(sums + j, load(sums + j) + first + second);
+      if constexpr (sizeof(T) == 2)
+        _mm512_storeu_si512(
+            to + j / kPanel * kPanel * steps + i / 2 * kPanel + j % kPanel,
+            side_by_side((__m512i)_mm512_cvtne2ps_pbh(second, first)));
+    }
+  if constexpr (sizeof(T) == 2) return {to, steps * kPanel, kPanel};
+  return {reinterpret_cast<const uint32_t*>(d), kPanel, ld};
 }
 
 template <typename T, typename W>
@@ -150,7 +171,6 @@ void backward(
   const auto *W1 = w1.data_ptr<W>(), *W2 = w2.data_ptr<W>();
   auto *D = d_pre.data_ptr<T>(), *DX = pointer<T>(dx);
   auto *DW1 = pointer<W>(dw1), *DB1 = pointer<W>(db1), *DW2 = pointer<W>(dw2), *DB2 = pointer<W>(db2);
-  constexpr bool narrow = sizeof(W) == 2;  // gradients are summed in float32 and converted at the end
 
   std::vector<Part> slices;
   for (const auto& all : row_parts(o, E, R))
@@ -159,95 +179,86 @@ void backward(
     if (o[e] == o[e + 1]) slices.push_back({e, 0, 0});
 
   // The gradients of the weights, and d pre, by inner columns.
-  share(slices, [&](const Part& part) {
+  share(slices, [&](const Part& part, const Part* next) {
     const int64_t e = part.expert, s = part.first, columns = part.last - part.first;
     if (columns == 0) {
-      if (DW1) std::fill_n(DW1 + e * M * N, M * N, W(0));
-      if (DW2) std::fill_n(DW2 + e * F * M, F * M, W(0));
+      if (DW1) clear_past_caches(DW1 + e * M * N, M * N);
+      if (DW2) clear_past_caches(DW2 + e * F * M, F * M);
       if (DB1) std::fill_n(DB1 + e * N, N, W(0));
       if (DB2) std::fill_n(DB2 + e * M, M, W(0));
+      _mm_sfence();  // after writes past the caches
       return;
     }
+    const bool packs = sizeof(T) == 2, several = o[e + 1] - o[e] > kDeep;
     auto& scratch = Scratch::of_thread();
-    const int64_t widest = std::max(M, columns);
+    const int64_t tile = packs ? kDeep / 2 * (M + columns + round_up(M, kPanel) + round_up(columns, kPanel)) : 0;
+    const int64_t sums = several ? M * columns * (gates + 1) : 0;
     scratch.reserve(
-        (panel_elements<T>(M, columns) + kLanes * M + kDeep * (M + columns + 3 * round_up(widest, kPanel))) *
-            sizeof(T) +
-        (kDeep * (columns + widest) + 2 * columns + M + (narrow ? M * columns * (gates + 1) : 0)) * sizeof(float));
-    auto* to = scratch.take<T>(panel_elements<T>(M, columns));
-    auto* row = scratch.take<T>(kLanes * M);
-    auto* dy_tile = scratch.take<T>(kDeep * M);
-    auto* d_tile = scratch.take<T>(kDeep * columns);
-    auto* x_tile = scratch.take<T>(kDeep * widest);
-    auto* turned = scratch.take<T>(kDeep * widest);
-    auto* b_tile = scratch.take<T>(kDeep * round_up(widest, kPanel));
-    auto* words = scratch.take<uint32_t>(kDeep / 2 * widest);
+        (panel_words<T>(M, columns) + tile + kDeep * columns + gates * columns + M + sums) * sizeof(float));
+    auto* to = scratch.take<uint32_t>(panel_words<T>(M, columns));
+    auto* x_words = scratch.take<uint32_t>(packs ? kDeep / 2 * M : 0);
+    auto* h_words = scratch.take<uint32_t>(packs ? kDeep / 2 * columns : 0);
+    auto* dy_words = scratch.take<uint32_t>(packs ? kDeep / 2 * round_up(M, kPanel) : 0);
+    auto* d_words = scratch.take<uint32_t>(packs ? kDeep / 2 * round_up(columns, kPanel) : 0);
     auto* dh = scratch.take<float>(kDeep * columns);
-    auto* sums1 = scratch.take<float>(gates * columns);
-    auto* sums2 = scratch.take<float>(M);
-    auto* wide1 = scratch.take<float>(narrow ? gates * M * columns : 0);
-    auto* wide2 = scratch.take<float>(narrow ? columns * M : 0);
-    const auto w2_t = panels_of_transposed(W2 + e * F * M + s * M, M, M, columns, to, row);
-    std::fill_n(sums1, gates * columns, 0.f);
-    std::fill_n(sums2, M, 0.f);
+    auto* sums_b1 = scratch.take<float>(gates * columns);
+    auto* sums_b2 = scratch.take<float>(M);
+    auto* sums_w1 = scratch.take<float>(several ? gates * M * columns : 0);
+    auto* sums_w2 = scratch.take<float>(several ? columns * M : 0);
+    const auto w2_t = panels_of_transposed<T>(W2 + e * F * M + s * M, M, M, columns, to);
+    Ahead ahead;
+    if (next && next->last > 0) {
+      const W* first = W2 + next->expert * F * M + next->first * M;
+      const int64_t blocks = (o[e + 1] - o[e] + 5) / 6 + 2 * (M / 6 + 1);
+      ahead = fetches(first, first + (next->last - next->first) * M, blocks * (columns / kPanel) * (M / kWord<T>));
+    }
+    std::fill_n(sums_b1, gates * columns, 0.f);
+    std::fill_n(sums_b2, M, 0.f);
     for (int64_t r = o[e]; r < o[e + 1]; r += kDeep) {
-      const int64_t n = std::min<int64_t>(kDeep, o[e + 1] - r), m = round_up(n, row_step<T>());
-      const bool add = r > o[e];
-      copy_rows(DY + r * M, M, dy_tile, n, m, M);
-      product<T>(m, columns, M, dy_tile, M, w2_t, dh, columns, false);
-      if (DW1) {
-        copy_rows(X + r * M, M, x_tile, n, m, M);
-        transposed(x_tile, M, turned, m, M, words);
-      }
+      const int64_t n = std::min<int64_t>(kDeep, o[e + 1] - r), steps = (n + kWord<T> - 1) / kWord<T>;
+      const bool more = r > o[e], last = r + n == o[e + 1];  // sums of part of the rows stay in `sums`
+      product<T>(n, columns, M / kWord<T>, rows(DY + r * M, M), w2_t, nullptr, dh, target(dh, columns), ahead);
+      const auto x_t = DW1 ? transposed(X + r * M, M, n, M, x_words) : Left{};
       for (int64_t g = 0; g < gates; ++g) {
-        float* sums = sums1 + g * columns;
-        for (int64_t i = 0; i < n; ++i)
-          for (int64_t j = 0; j < columns; j += kLanes) {
-            Vec d = load(dh + i * columns + j);
-            if (S) d = d * load(S + (r + i) * N + g * F + s + j);
-            store(d_tile + i * columns + j, d);
-            store(D + (r + i) * N + g * F + s + j, d);
-            store(sums + j, load(sums + j) + d);
-          }
-        std::fill(d_tile + n * columns, d_tile + m * columns, T(0));
-        if (DW1) {
-          float* out = narrow ? wide1 + g * M * columns : reinterpret_cast<float*>(DW1) + e * M * N + g * F + s;
-          product<T>(
-              M, columns, m, turned, m, panels(d_tile, columns, m, columns, b_tile), out, narrow ? columns : N, add);
-        }
+        const int64_t at = r * N + g * F + s;
+        const auto d = differentiate(dh, S ? S + at : nullptr, D + at, N, sums_b1 + g * columns, n, columns, d_words);
+        float* sum = sums_w1 + g * M * columns;
+        const auto to = last ? target_past_caches(DW1 + e * M * N + g * F + s, N) : target(sum, columns);
+        if (DW1) product<T>(M, columns, steps, x_t, d, more ? sum : nullptr, sum, to, ahead);
       }
       if (DB2 && s == 0)
         for (int64_t i = 0; i < n; ++i)
-          for (int64_t j = 0; j < M; j += kLanes) store(sums2 + j, load(sums2 + j) + load(dy_tile + i * M + j));
+          for (int64_t j = 0; j < M; j += kLanes)
+            store(sums_b2 + j, load(sums_b2 + j) + load(DY + (r + i) * M + j));
       if (DW2) {
-        copy_rows(H + r * F + s, F, x_tile, n, m, columns);
-        transposed(x_tile, columns, turned, m, columns, words);
-        float* out = narrow ? wide2 : reinterpret_cast<float*>(DW2) + (e * F + s) * M;
-        product<T>(columns, M, m, turned, m, panels(dy_tile, M, m, M, b_tile), out, M, add);
+        const auto h_t = transposed(H + r * F + s, F, n, columns, h_words);
+        const auto right = panels<T>(DY + r * M, M, n, M, dy_words);
+        const auto to = last ? target_past_caches(DW2 + (e * F + s) * M, M) : target(sums_w2, M);
+        product<T>(columns, M, steps, h_t, right, more ? sums_w2 : nullptr, sums_w2, to, ahead);
       }
     }
-    if (narrow && DW1)
-      for (int64_t g = 0; g < gates; ++g)
-        convert(wide1 + g * M * columns, DW1 + e * M * N + g * F + s, M, N, columns, true);
-    if (narrow && DW2) convert(wide2, DW2 + (e * F + s) * M, columns, M, M, true);
     if (DB1)
-      for (int64_t g = 0; g < gates; ++g) convert(sums1 + g * columns, DB1 + e * N + g * F + s, 1, N, columns);
-    if (DB2 && s == 0) convert(sums2, DB2 + e * M, 1, M, M);
+      for (int64_t g = 0; g < gates; ++g) copy(sums_b1 + g * columns, DB1 + e * N + g * F + s, columns);
+    if (DB2 && s == 0) copy(sums_b2, DB2 + e * M, M);
+    _mm_sfence();
   });
 
   if (!DX) return;
-  share(row_parts(o, E), [&](const Part& part) {
+  share(row_parts(o, E), [&](const Part& part, const Part* next) {
     const int64_t e = part.expert;
     auto& scratch = Scratch::of_thread();
-    scratch.reserve((panel_elements<T>(N, M) + kLanes * N) * sizeof(T) + kTile * M * sizeof(float));
-    auto* to = scratch.take<T>(panel_elements<T>(N, M));
-    auto* row = scratch.take<T>(kLanes * N);
+    scratch.reserve((panel_words<T>(N, M) + kTile * M) * sizeof(float));
+    auto* to = scratch.take<uint32_t>(panel_words<T>(N, M));
     auto* sum = scratch.take<float>(kTile * M);
-    const auto w1_t = panels_of_transposed(W1 + e * M * N, N, N, M, to, row);
+    const auto w1_t = panels_of_transposed<T>(W1 + e * M * N, N, N, M, to);
+    Ahead ahead;
+    if (next && next->expert != e) {
+      const W* first = W1 + next->expert * M * N;
+      ahead = fetches(first, first + M * N, (part.last - part.first + 5) / 6 * (M / kPanel) * (N / kWord<T>));
+    }
     for (int64_t r = part.first; r < part.last; r += kTile) {
-      const int64_t n = std::min(kTile, part.last - r), m = std::min(round_up(n, row_step<T>()), R - r);
-      product<T>(m, M, N, D + r * N, N, w1_t, sum, M, false);
-      convert(sum, DX + r * M, n, M, M);
+      const int64_t n = std::min(kTile, part.last - r);
+      product<T>(n, M, N / kWord<T>, rows(D + r * N, N), w1_t, nullptr, sum, target(DX + r * M, M), ahead);
     }
   });
   std::fill(DX + o[E] * M, DX + R * M, T(0));

@@ -23,7 +23,7 @@ namespace {
 enum Activation { kNone, kGeluTanh, kSwiglu };
 
 constexpr int64_t kColumns = 32;    // of a panel: two vectors
-constexpr int kMost = 12;           // rows whose sums with a panel, 24 vectors, fit the registers
+constexpr int64_t kMost = blocks<float, 2>.size();  // rows that a panel is read for at once
 constexpr int64_t kTile = 64;       // rows of a task
 constexpr int64_t kHeadSize = 512;  // at most; LARGEST_HEAD in kernels/packed.py
 
@@ -63,46 +63,6 @@ at::Tensor pack(const at::Tensor& weight) {
   return packed;
 }
 
-// Have memory fetch `stride` bytes at p, up to those of a step's multiplications.
-inline void fetch(const char* p, int64_t stride) {
-  _mm_prefetch(p, _MM_HINT_T0);
-  if (stride > 64) _mm_prefetch(p + 64, _MM_HINT_T0);
-}
-
-inline __m512 multiply_add(const float* x, const float* b, __m512 sum) {
-  return _mm512_fmadd_ps(_mm512_set1_ps(*x), _mm512_loadu_ps(b), sum);
-}
-// The same for a pair of values.
-inline __m512 multiply_add(const BFloat16* x, const BFloat16* b, __m512 sum) {
-  int32_t pair;
-  std::memcpy(&pair, x, sizeof pair);
-  return _mm512_dpbf16_ps(sum, (__m512bh)_mm512_set1_epi32(pair), (__m512bh)_mm512_loadu_si512(b));
-}
-
-// C [m, 32] = x [m, K] @ a panel. Each step fetches the next `stride` bytes of `next`, unless it is null.
-template <typename T, int m>
-void multiply_rows(const T* x, int64_t ld, int64_t K, const T* panel, float* c, const char* next, int64_t stride) {
-  constexpr int64_t deep = 4 / sizeof(T);
-  __m512 sum[m][2];
-  for (int i = 0; i < m; ++i) sum[i][0] = sum[i][1] = _mm512_setzero_ps();
-  for (int64_t k = 0; k < K; k += deep) {
-    if (next) fetch(next + k / deep * stride, stride);
-    const T* b = panel + k * kColumns;
-    for (int i = 0; i < m; ++i)
-      for (int h = 0; h < 2; ++h) sum[i][h] = multiply_add(x + i * ld + k, b + h * kLanes * deep, sum[i][h]);
-  }
-  for (int i = 0; i < m; ++i)
-    for (int h = 0; h < 2; ++h) _mm512_storeu_ps(c + i * kColumns + h * kLanes, sum[i][h]);
-}
-
-template <typename T>
-using Rows = void (*)(const T*, int64_t, int64_t, const T*, float*, const char*, int64_t);
-
-template <typename T, int... m>
-constexpr std::array<Rows<T>, sizeof...(m)> all_rows(std::integer_sequence<int, m...>) {
-  return {&multiply_rows<T, m + 1>...};
-}
-
 // Matrices [K, N] side by side ("gates"), in panels.
 template <typename T>
 struct Packed {
@@ -114,14 +74,12 @@ struct Packed {
   const T* panel(int64_t gate, int64_t p) const { return data + (gate * panels + p) * K * kColumns; }
   // C [m, 32] = x [m, K] @ a panel, while memory reads `next`, a panel or null.
   void multiply(const T* x, int64_t ld, int64_t m, const T* b, float* c, const T* next) const {
-    static constexpr auto call = all_rows<T>(std::make_integer_sequence<int, kMost>());
-    const int64_t passes = (m + kMost - 1) / kMost, steps = K * sizeof(T) / 4, stride = kColumns * 4 / passes;
-    for (int64_t i = 0, pass = 0; i < m; ++pass) {
-      const int64_t n = (m - i) / (passes - pass);
-      const char* part = next ? reinterpret_cast<const char*>(next) + pass * steps * stride : nullptr;  // each its part
-      call[n - 1](x + i * ld, ld, K, b, c + i * kColumns, part, stride);
-      i += n;
-    }
+    const auto* first = reinterpret_cast<const char*>(next);
+    const int64_t passes = (m + kMost - 1) / kMost;
+    Ahead ahead{first, next ? first + K * kColumns * sizeof(T) : nullptr, int64_t(kColumns * sizeof(float)) / passes};
+    column<T, 2>(
+        m, K / kWord<T>, rows(x, ld), reinterpret_cast<const uint32_t*>(b), kColumns, nullptr, 0, target(c, kColumns),
+        ahead);
   }
 };
 

@@ -61,9 +61,10 @@ def slots(tokens: int, experts: int) -> int:
 def ours(w: Weights, x_SM: Tensor, capacity: int | None, top_k: int = 1, backend: Backend = "auto") -> Output:
     """Compute the layer with moelab's kernels."""
     routing = gate(w.logits(x_SM), top_k, capacity, seed=1, normalize=top_k > 1, backend=backend)
-    table = row_table(routing)
-    rows_RM = expert_ffn(dispatch(x_SM, table), table.offsets_E1, w.w1, w.b1, w.w2, w.b2, backend=backend)
-    return combine(rows_RM, table, routing.weight_SK), routing.aux_loss
+    table = row_table(routing, backend=backend)
+    rows_RM = dispatch(x_SM, table, backend=backend)
+    rows_RM = expert_ffn(rows_RM, table.offsets_E1, w.w1, w.b1, w.w2, w.b2, backend=backend)
+    return combine(rows_RM, table, routing.weight_SK, backend=backend), routing.aux_loss
 
 
 def einsum(w: Weights, x_SM: Tensor, capacity: int, top_k: int = 1) -> Output:

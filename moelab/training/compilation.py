@@ -1,7 +1,7 @@
 """Compile the parts of a training step (`TrainConfig.compile`).
 
 `torch.compile` compiles the attention half of each block and each dense feed-forward (also a residual layer's fixed
-one); all layers share the code. On a CPU with AVX-512, gate and experts are computed by C++ of our own
+one); all layers share the code. On a CPU with AVX-512, gate, dispatch and experts are computed by C++ of our own
 (`moelab.kernels._compiled`), which is compiled once for all models. Not compiled are the head with its loss, which has
 a function of its own, and evaluation, whose last batches have other shapes.
 """
@@ -19,8 +19,9 @@ from torch import nn
 
 from moelab import kernels, paths
 from moelab.config import ParallelConfig, TrainConfig
+from moelab.models.dispatch import LocalDispatch
 from moelab.models.gpt import GPT
-from moelab.models.moe import MLP, Experts
+from moelab.models.moe import MLP, Experts, MoE
 from moelab.models.routing import Router
 
 
@@ -63,6 +64,12 @@ def compile_parts(model: GPT, config: TrainConfig, parallel: ParallelConfig) -> 
                 module.ffn = _kernel_in_training(module, module.ffn)
             elif isinstance(module, Router) and config.device == "cpu":
                 module.gate = _kernel_in_training(module, module.gate)
+            elif isinstance(module, MoE) and config.device == "cpu" and isinstance(module.dispatcher, LocalDispatch):
+                module.dispatcher = LocalDispatch(functools.partial(_backend, module))
+
+
+def _backend(module: nn.Module) -> kernels.Backend:
+    return "compiled" if module.training else "auto"
 
 
 def _compiled_in_training(module: nn.Module, function: Callable[..., Any]) -> Callable[..., Any]:

@@ -4,6 +4,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from moelab.kernels import _compiled
 from moelab.kernels._cpu import buffers
 from moelab.kernels.gating import gate
 from moelab.kernels.permute import RowTable, combine, dispatch, row_table
@@ -163,3 +164,18 @@ def test_clear_errors():
         dispatch(torch.zeros(5, 4), table)
     with pytest.raises(ValueError, match="combine: rows"):
         combine(torch.zeros(5, 4), table, torch.zeros(6, 2))
+
+
+@pytest.mark.skipif(_compiled.why_not() is not None, reason=str(_compiled.why_not()))
+def test_compiled_code_names_what_a_table_does_not_fit():
+    g = make(20, 4, 2, None)
+    with pytest.raises(RuntimeError, match=r"row_table: an entry has row \d+ of 9"):
+        row_table(g, rows=9, backend="compiled")
+    with pytest.raises(RuntimeError, match="row_table: no expert 7 of 4"):
+        row_table(g._replace(expert_SK=torch.full_like(g.expert_SK, 7)), backend="compiled")
+    table, x = row_table(g, backend="compiled"), torch.randn(20, 7)
+    with pytest.raises(RuntimeError, match="dispatch: the table names 99 of 40"):
+        dispatch(x, table._replace(entry_R=table.entry_R.clone().fill_(99)), backend="compiled")
+    wrong = table._replace(row_SK=table.row_SK.clone().fill_(99))
+    with pytest.raises(RuntimeError, match="combine: the table names 99 of 40"):
+        combine(dispatch(x, table, backend="compiled"), wrong, g.weight_SK, backend="compiled")

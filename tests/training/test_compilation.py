@@ -3,6 +3,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from moelab.kernels import permute
 from moelab.kernels._compiled import experts, gating
 
 from moelab import kernels
@@ -60,9 +61,10 @@ def test_a_compiled_step_is_the_plain_one_within_rounding(model, compiled, data)
 
 @pytest.mark.skipif(kernels.why_not_compiled() is not None, reason=str(kernels.why_not_compiled()))
 @pytest.mark.slow
-def test_gate_and_experts_are_our_compiled_code_in_training_alone(model, compiled, data, monkeypatch):
+def test_a_routed_layer_is_our_compiled_code_in_training_alone(model, compiled, data, monkeypatch):
     called = []
-    for module, name in ((gating, "CompiledGate"), (experts, "CompiledExperts")):
+    places = (gating, "CompiledGate"), (experts, "CompiledExperts")
+    for module, name in (*places, (permute, "CompiledDispatch"), (permute, "CompiledCombine")):
         function = getattr(module, name)
         monkeypatch.setattr(module, name, type(name, (function,), {"apply": _recorded(called, name, function.apply)}))
     trainer = Trainer(model, compiled, TrainBatches(data, 4, 32, 0), 32)
@@ -72,7 +74,7 @@ def test_gate_and_experts_are_our_compiled_code_in_training_alone(model, compile
     assert not called
     network.train()
     trainer.step(0, Window())
-    assert called == ["CompiledGate", "CompiledExperts"]
+    assert called == ["CompiledGate", "CompiledDispatch", "CompiledExperts", "CompiledCombine"]
 
 
 def _recorded(called, name, apply):
