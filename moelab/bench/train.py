@@ -260,6 +260,17 @@ def advice(found: Sequence[Row]) -> list[str]:
     return lines
 
 
+def check(command: str, widths: Sequence[int], families: Sequence[str], dtypes: Sequence[str], steps: int) -> None:
+    """Raise ValueError, in the name of `command`, for a family, dtype or width that there is not, or no steps."""
+    for what, given, allowed in (("family", families, FAMILIES), ("dtype", dtypes, DTYPES)):
+        if unknown := [name for name in given if name not in allowed]:
+            raise ValueError(f"{command}: {what} must be one of {', '.join(allowed)}, got {unknown[0]!r}")
+    if odd := [w for w in widths if not 16 <= w <= 1024 or w % 16]:
+        raise ValueError(f"{command}: width must be a multiple of 16 up to 1024, got {odd[0]}")
+    if steps < 1:
+        raise ValueError(f"{command}: steps must be at least 1, got {steps}")
+
+
 def main(
     *,
     widths: Sequence[int],
@@ -277,13 +288,7 @@ def main(
         ValueError: a family, dtype or width that there is not, or no steps.
     """
     timing.check_threads(threads)
-    for what, given, allowed in (("family", families, FAMILIES), ("dtype", dtypes, DTYPES)):
-        if unknown := [name for name in given if name not in allowed]:
-            raise ValueError(f"bench train: {what} must be one of {', '.join(allowed)}, got {unknown[0]!r}")
-    if odd := [w for w in widths if not 16 <= w <= 1024 or w % 16]:
-        raise ValueError(f"bench train: width must be a multiple of 16 up to 1024, got {odd[0]}")
-    if steps < 1:
-        raise ValueError(f"bench train: steps must be at least 1, got {steps}")
+    check("bench train", widths, families, dtypes, steps)
     found: list[Row] = []
     for width in widths:
         shared = {"dtypes": dtypes, "steps": steps, "threads": threads, "timing": timing, "compiled": compiled}

@@ -73,6 +73,40 @@ def bench_train(
     write_provenance(out, "train")
 
 
+@bench.command(name="memory")
+def bench_memory(
+    width: Annotated[
+        list[int] | None, typer.Option("--width", help="hidden size; repeat (default: 32, 64, 128)")
+    ] = None,
+    family: Annotated[
+        list[str] | None,
+        typer.Option("--family", help=f"{', '.join(FAMILIES[:3])}; repeat (default: dense, MoE-128)"),
+    ] = None,
+    dtype: Annotated[list[str] | None, typer.Option(help="fp32 or bf16; repeat (default: both)")] = None,
+    steps: Annotated[int, typer.Option(help="measured steps of each process in a round")] = 5,
+    rounds: Rounds = 7,
+    threads: Threads = 1,
+    out: Out = None,
+) -> None:
+    """Measure what training on a CPU gains by keeping freed memory: two processes, one that keeps it, take turns."""
+    check_dtypes(dtype or ())
+    for name in family or ():
+        check_choice("--family", name, FAMILIES[:3])
+    from moelab.bench import memory
+    from moelab.bench.harness import Timing
+
+    memory.main(
+        widths=width or [32, 64, 128],
+        families=family or ["dense", "MoE-128"],
+        dtypes=dtype or ["fp32", "bf16"],
+        steps=steps,
+        threads=threads,
+        timing=Timing(rounds, warm_up=1),
+        out=out,
+    )
+    write_provenance(out, "memory")
+
+
 @bench.command(name="gate")
 def bench_gate(
     tokens: Annotated[int, typer.Option(help="S")] = 4096,

@@ -17,7 +17,17 @@ from torch.utils.flop_counter import FlopCounterMode
 from tests.kernels.test_experts import ACTIVATIONS, make, poison, run
 
 pytestmark = pytest.mark.skipif(_compiled.why_not() is not None, reason=str(_compiled.why_not()))
-narrow = pytest.mark.skipif(not compiled.takes_bfloat16(), reason="bf16 needs AVX512_BF16, and AMX is not supported")
+narrow = pytest.mark.skipif(not torch.cpu._is_avx512_bf16_supported(), reason="bf16 needs AVX512_BF16")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def also_with_amx():
+    """With AMX other code computes bf16, because it is faster there; this one works as well."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(compiled, "takes_bfloat16", torch.cpu._is_avx512_bf16_supported)
+        yield
+
+
 NAMES = ("y", "dx", "dw1", "db1", "dw2", "db2")
 CASES = [  # rows per expert, spare rows, M, F
     ([1], 0, 16, 16),
