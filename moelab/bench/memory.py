@@ -9,21 +9,13 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import multiprocessing
-import resource
 import statistics
-import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from multiprocessing.connection import Connection
-from multiprocessing.process import BaseProcess
+from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 
-from moelab import machine
-from moelab.bench import harness, inputs
+from moelab.bench import apart, harness, inputs
 from moelab.bench.harness import Row, Timing
 from moelab.bench.train import SEQUENCES, TEACHERS, check, training_loop, twin
 from moelab.config import TrainConfig
@@ -33,73 +25,13 @@ KEPT, RETURNED = "kept", "returned"
 """The candidates: freed memory is kept, or returned to the system as the C library does by default."""
 
 
-class Turn(NamedTuple):
-    """Hold what a process measured in its turn, for each step."""
-
-    seconds: float
-    faults: float
-    """Pages that the system had to provide."""
-    peak_bytes: int
-    """Largest memory of the process so far, in all."""
-
-
-@dataclass(frozen=True)
-class Training:
-    """Hold a process that trains a twin when asked."""
-
-    name: str
-    process: BaseProcess
-    link: Connection
-
-    def turn(self, numbers: range) -> Turn:
-        """Train the steps of those numbers and return what was measured; raise ValueError if the process has died."""
-        try:
-            self.link.send(numbers)
-            return self.link.recv()
-        except (EOFError, OSError):
-            self.process.join(5)
-            raise ValueError(
-                f"bench memory: the process with memory {self.name} died (exit code {self.process.exitcode})"
-            ) from None
-
-
-def _train(link: Connection, width: int, family: str, config: TrainConfig, keeps: bool) -> None:
-    """Train in this process, the steps that are asked for, until None is."""
-    if keeps:
-        machine.keep_freed_memory()
-    torch.set_num_threads(config.threads)
-    step = training_loop(twin(family, width), config, inputs.CONTEXT)
-    while (numbers := link.recv()) is not None:
-        faults, started = resource.getrusage(resource.RUSAGE_SELF).ru_minflt, time.perf_counter()
-        for number in numbers:
-            step(number)
-        seconds, used = time.perf_counter() - started, resource.getrusage(resource.RUSAGE_SELF)
-        link.send(Turn(seconds / len(numbers), (used.ru_minflt - faults) / len(numbers), used.ru_maxrss << 10))
-
-
-@contextlib.contextmanager
-def _training(name: str, *arguments: object) -> Iterator[Training]:
-    context = multiprocessing.get_context("spawn")
-    ours, theirs = context.Pipe()
-    process = context.Process(target=_train, args=(theirs, *arguments, name == KEPT), daemon=True)
-    process.start()
-    theirs.close()
-    try:
-        yield Training(name, process, ours)
-    finally:
-        with contextlib.suppress(OSError):
-            ours.send(None)
-        process.join(5)
-        process.terminate()
-        process.join()
-
-
 def measure(width: int, family: str, dtype: str, *, steps: int, threads: int, timing: Timing) -> list[Row]:
     """Return the rows of both candidates: times are those of a step; faults and peak memory are in the numbers."""
     torch.set_num_threads(threads)
     model, config = twin(family, width), TrainConfig(batch_size=SEQUENCES, dtype=dtype, threads=threads)
+    make = functools.partial(training_loop, model, config, inputs.CONTEXT)
     with contextlib.ExitStack() as stack:
-        both = [stack.enter_context(_training(name, width, family, config)) for name in (RETURNED, KEPT)]
+        both = [stack.enter_context(apart.training(n, make, threads, n == KEPT)) for n in (RETURNED, KEPT)]
         turns = harness.in_turns(
             {training.name: training.turn for training in both},
             lambda i: range(i * steps, (i + 1) * steps),

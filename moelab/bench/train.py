@@ -1,4 +1,4 @@
-"""`moelab bench train`: what a step of training costs, dense and MoE, fp32 and bf16, side by side in one process.
+"""`moelab bench train`: what a step of training costs, dense and MoE, fp32 and bf16, side by side.
 
 Twins of the 350M models with the paper's own numbers of experts (`shrink(experts=1)`) take turns in the training loop
 on batches of text, one family after the other; the dense one runs beside the same model in a bare, hand-written
@@ -6,7 +6,8 @@ PyTorch loop. Ratios are to the dense twin in fp32, round by round. The floor is
 rate of a large matrix product in the row's dtype. A student learns from a teacher of random weights, whose forward pass
 belongs to its FLOPs. Where training computes fp32 products by another library than PyTorch does by default
 (`moelab.models.products`), each family takes part a second time with PyTorch's; and on request once more with
-`TrainConfig.compile`. At the end: the dtype to use on this machine for each family.
+`TrainConfig.compile`. All share a process, or each has its own (`moelab.bench.apart`). At the end: the dtype to use on
+this machine for each family.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moelab import terminal
+from moelab.bench import apart as processes
 from moelab.bench import harness, inputs, plot
 from moelab.bench.harness import Row, Timing
 from moelab.config import ModelConfig, RoutingConfig, TrainConfig
@@ -180,34 +182,42 @@ def measure(
     threads: int,
     timing: Timing,
     compiled: bool = False,
+    apart: bool = False,
 ) -> list[Row]:
     """Return the rows of one width: times are those of a step, `tokens_per_s` is in the numbers.
 
     Args:
         compiled: let each family also take part with `TrainConfig.compile`.
+        apart: give each candidate a process of its own.
     """
     torch.set_num_threads(threads)
     T = inputs.CONTEXT
-    made: dict[str, Step] = {}
+    made: dict[str, Callable[[], Step]] = {}
     models: dict[str, tuple[str, ModelConfig, str]] = {}
     for family, dtype in itertools.product(families, dtypes):
         model, config = twin(family, width), TrainConfig(batch_size=SEQUENCES, dtype=dtype, threads=threads)
-        loops = {family: training_loop} | ({BARE: bare_loop} if family == "dense" else {})
-        if family in TEACHERS:
-            loops = {family: functools.partial(training_loop, teacher=twin(TEACHERS[family], width))}
-        for label, loop in loops.items():
-            made[f"{label}, {dtype}"] = loop(model, config, T)
-            models[f"{label}, {dtype}"] = (family, model, dtype)
+        teacher = twin(TEACHERS[family], width) if family in TEACHERS else None
+        ours = functools.partial(training_loop, model, config, T, teacher)
+        candidates = {family: ours} | (
+            {BARE: functools.partial(bare_loop, model, config, T)} if family == "dense" else {}
+        )
         if compiled:
-            name = f"{family}{COMPILED}, {dtype}"
-            made[name] = loops[family](model, replace(config, compile=True), T)
-            models[name] = (family, model, dtype)
+            compiling = replace(config, compile=True)
+            candidates[f"{family}{COMPILED}"] = functools.partial(training_loop, model, compiling, T, teacher)
         if dtype == "fp32" and onednn_is_faster():
-            name = f"{family}{DEFAULT}, {dtype}"
-            made[name] = default_products()(loops[family](model, config, T))
-            models[name] = (family, model, dtype)
-    with _many_compiled() if compiled else contextlib.nullcontext():
-        times = turns(made, steps, timing)
+            candidates[f"{family}{DEFAULT}"] = functools.partial(_by_default_products, ours)
+        for label, make in candidates.items():
+            made[f"{label}, {dtype}"] = make
+            models[f"{label}, {dtype}"] = (family, model, dtype)
+    with contextlib.ExitStack() as stack:
+        if apart:
+            steps_of = {
+                name: stack.enter_context(processes.training(name, make, threads)).step for name, make in made.items()
+            }
+        else:
+            stack.enter_context(_many_compiled() if compiled else contextlib.nullcontext())
+            steps_of = {name: make() for name, make in made.items()}
+        times = turns(steps_of, steps, timing)
     rates = {dtype: harness.product_rate(DTYPES[dtype], timing) for dtype in dtypes}
     flops = {name: SEQUENCES * T * flops_per_token(family, width) for name, (family, _, _) in models.items()}
     numbers = {
@@ -221,7 +231,7 @@ def measure(
         for name, (family, model, dtype) in models.items()
     }
     return harness.rows(
-        {"width": width, "sequences": SEQUENCES, "context": T, "steps": steps, "threads": threads},
+        {"width": width, "sequences": SEQUENCES, "context": T, "steps": steps, "threads": threads, "apart": apart},
         times,
         against=next(iter(times)),
         floor_s={name: flops[name] / rates[dtype] for name, (_, _, dtype) in models.items()},
@@ -229,6 +239,10 @@ def measure(
         inputs=f"{SEQUENCES} x {T} tokens of {inputs.TEXT}",
         numbers=numbers,
     )
+
+
+def _by_default_products(make: Callable[[], Step]) -> Step:
+    return default_products()(make())
 
 
 def _many_compiled() -> contextlib.AbstractContextManager[None]:
@@ -281,18 +295,21 @@ def main(
     timing: Timing,
     out: Path | None,
     compiled: bool = False,
+    apart: bool = False,
 ) -> None:
-    """Measure, print and, with `out` (a folder), write `train.jsonl` and its figure.
+    """Measure, print and, with `out` (a folder), write `train.jsonl` and its figure, apart `train-apart`.
 
     Raises:
         ValueError: a family, dtype or width that there is not, or no steps.
     """
     timing.check_threads(threads)
     check("bench train", widths, families, dtypes, steps)
+    if apart and timing.clock == "cpu":
+        raise ValueError("bench train: processor time is that of one process; leave --apart or --cpu-time out")
     found: list[Row] = []
     for width in widths:
         shared = {"dtypes": dtypes, "steps": steps, "threads": threads, "timing": timing, "compiled": compiled}
-        case = measure(width, families=families, **shared)
+        case = measure(width, families=families, apart=apart, **shared)
         title = f"training, {width} wide, {SEQUENCES} x {inputs.CONTEXT} tokens a step, {steps} steps a round"
         columns = {
             "tokens/s": lambda row: f"{row.numbers['tokens_per_s']:,.0f}",
@@ -304,8 +321,9 @@ def main(
     for line in advice(found):
         console.print(line, highlight=False)
     if out is not None:
-        objects = harness.write(found, out / "train.jsonl")
-        plot.save(drawn(objects), out / "train")
+        name = "train-apart" if apart else "train"
+        objects = harness.write(found, out / f"{name}.jsonl")
+        plot.save(drawn(objects), out / name)
 
 
 def drawn(objects: Sequence[Mapping[str, Any]]) -> Figure:

@@ -50,6 +50,9 @@ def bench_train(
     compiled: Annotated[
         bool, typer.Option("--compiled", help="also with train.compile, which compiles for minutes")
     ] = False,
+    apart: Annotated[
+        bool, typer.Option("--apart", help="each candidate in a process of its own, which takes more memory")
+    ] = False,
     cpu_time: CpuTime = False,
     out: Out = None,
 ) -> None:
@@ -69,8 +72,9 @@ def bench_train(
         timing=Timing(rounds, clock="cpu" if cpu_time else "wall", warm_up=1, budget_s=600),
         out=out,
         compiled=compiled,
+        apart=apart,
     )
-    write_provenance(out, "train")
+    write_provenance(out, "train-apart" if apart else "train")
 
 
 @bench.command(name="memory")

@@ -111,3 +111,16 @@ def test_bad_settings(wrong, message):
     given = dict(widths=[32], families=["dense"], dtypes=["fp32"], steps=1, threads=1, timing=QUICK, out=None)
     with pytest.raises(ValueError, match=message):
         train.main(**(given | wrong))
+
+
+@pytest.mark.multiprocess
+def test_apart_each_candidate_has_a_process(monkeypatch, tmp_path):
+    monkeypatch.setattr(train, "onednn_is_faster", lambda: True)
+    monkeypatch.setattr(harness, "product_rate", lambda *_: 1e11)
+    given = dict(widths=[32], families=["dense"], dtypes=["fp32"], steps=1, threads=1, out=tmp_path, apart=True)
+    train.main(**given, timing=Timing(1, warm_up=0))
+    rows = [json.loads(line) for line in (tmp_path / "train-apart.jsonl").read_text().splitlines()]
+    names = ["dense, fp32", "dense, bare loop, fp32", "dense, PyTorch's products, fp32"]
+    assert [row["candidate"] for row in rows] == names and all(row["apart"] and row["median_ms"] > 0 for row in rows)
+    with pytest.raises(ValueError, match="processor time is that of one process"):
+        train.main(**given, timing=QUICK)
