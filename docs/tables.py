@@ -7,6 +7,7 @@ A table stands between `<!-- table: KIND FILE -->` and `<!-- end -->`; a test co
 
 import json
 import re
+import statistics
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
@@ -118,6 +119,33 @@ def train(rows: list[Row]) -> str:
     return _markdown(["thousand tokens a second, fp32 / bf16", *(f"{width} wide" for width in widths)], lines)
 
 
+def shares(rows: list[Row]) -> str:
+    """Return the compiled MoE-128's speed over that of the dense base / of the compiled one, medians of the rounds."""
+    widths = sorted({row["width"] for row in rows})
+    times = {(row["candidate"], row["width"]): row["rounds_ms"] for row in rows}
+    lines = []
+    for dtype in ("fp32", "bf16"):
+        cells = []
+        for width in widths:
+            ours = times[f"MoE-128, compiled, {dtype}", width]
+            bases = [times[f"{base}, {dtype}", width] for base in ("dense", "dense, compiled")]
+            pair = [statistics.median(b / a for a, b in zip(ours, base, strict=True)) for base in bases]
+            cells.append(_numbers(pair, [False, False], "{:.2f}".format))
+        lines.append([dtype, *cells])
+    return _markdown(["over dense / over dense, compiled", *(f"{width} wide" for width in widths)], lines)
+
+
+def memory(rows: list[Row]) -> str:
+    """Return the time of a step with kept memory over that with returned memory, fp32 / bf16."""
+    kept = {(row["family"], row["dtype"], row["width"]): row["ratio"] for row in rows if row["candidate"] == "kept"}
+    widths = sorted({width for *_, width in kept})
+    lines = []
+    for family in dict.fromkeys(family for family, *_ in kept):
+        pairs = [[kept.get((family, dtype, width)) for dtype in ("fp32", "bf16")] for width in widths]
+        lines.append([family, *(_numbers(pair, [False, False], "{:.2f}".format) for pair in pairs)])
+    return _markdown(["kept over returned", *(f"{width} wide" for width in widths)], lines)
+
+
 def decode(rows: list[Row]) -> str:
     """Return milliseconds a token by batch; bold is the fastest, `invariant` apart."""
     rows = [row for row in rows if row["ranks"] == 1 and row["model"] != "350M twin"]
@@ -155,7 +183,14 @@ def decode(rows: list[Row]) -> str:
     return _markdown([f"ms a token, batch {batch}", *(titles[c] for c in columns), "transformers", "floor"], lines)
 
 
-KINDS: dict[str, Callable[[list[Row]], str]] = {"layer": layer, "gate": gate, "train": train, "decode": decode}
+KINDS: dict[str, Callable[[list[Row]], str]] = {
+    "layer": layer,
+    "gate": gate,
+    "train": train,
+    "shares": shares,
+    "memory": memory,
+    "decode": decode,
+}
 
 
 def render(page: str) -> str:
