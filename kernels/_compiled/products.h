@@ -233,14 +233,14 @@ void block(
     for (int i = 0; i < m; i += kTogether) left[i / kTogether] += a.step;
   }
   ahead = later;
-  if (to.narrow && to.past)
-    write<m, v>(sum, static_cast<BFloat16*>(to.data), to.ld, [](BFloat16* p, Vec x) { store_past_caches(p, x); });
-  else if (to.narrow)
-    write<m, v>(sum, static_cast<BFloat16*>(to.data), to.ld, [](BFloat16* p, Vec x) { store(p, x); });
-  else if (to.past)
-    write<m, v>(sum, static_cast<float*>(to.data), to.ld, [](float* p, Vec x) { store_past_caches(p, x); });
-  else
-    write<m, v>(sum, static_cast<float*>(to.data), to.ld, [](float* p, Vec x) { store(p, x); });
+  if constexpr (sizeof(T) == 2) {  // code for float has no instruction for bfloat16, which its processor may lack
+    auto* narrow = static_cast<BFloat16*>(to.data);
+    if (to.narrow && to.past) return write<m, v>(sum, narrow, to.ld, [](auto* p, Vec x) { store_past_caches(p, x); });
+    if (to.narrow) return write<m, v>(sum, narrow, to.ld, [](auto* p, Vec x) { store(p, x); });
+  }
+  auto* wide = static_cast<float*>(to.data);
+  to.past ? write<m, v>(sum, wide, to.ld, [](auto* p, Vec x) { store_past_caches(p, x); })
+          : write<m, v>(sum, wide, to.ld, [](auto* p, Vec x) { store(p, x); });
 }
 
 using Block = void (*)(const Left&, int64_t, const uint32_t*, int64_t, const float*, int64_t, const Target&, Ahead&);
