@@ -346,7 +346,7 @@ def main(
 def draw(objects: list[dict[str, Any]], path: Path) -> None:
     """Draw the rows of a `layer.jsonl`, a panel for each dtype and number of threads; `path` has no suffix."""
     names = {row["candidate"] for row in objects}
-    said = [(DROP_FREE, "our drop-free layer"), (EINSUM, "the einsum baseline")]
+    said = [(DROP_FREE, "our drop-free layer"), (COMPILED_FREE, "compiled"), (EINSUM, "the einsum baseline")]
     ratios = [f"{text} {harness.span(objects, name)} times" for name, text in said if name in names]
     title = f"Time over the dense layer of equal FLOPs: {', '.join(ratios)}"
     shown = [row | {"panel": f"{row['dtype']}, {_threads(row['threads'])}"} for row in objects]
