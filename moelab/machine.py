@@ -68,21 +68,3 @@ def cuda_devices() -> int:
 
         return torch.cuda.device_count() if torch.cuda.is_available() else 0
     return 0
-
-
-def keep_freed_memory() -> bool:
-    """Have the C library keep memory that is freed for the next allocation; return whether it does (glibc).
-
-    By default it returns the end of its heap to the system, and blocks from some size on. A training step allocates and
-    frees the same activations, so that the system would clear their pages anew in each step. At most 2 GiB at the end
-    of the heap are kept, which is no more than the process has used before.
-    """
-    try:
-        mallopt = ctypes.CDLL(None).mallopt
-    except (OSError, AttributeError):
-        return False
-    return all([mallopt(_TRIM_THRESHOLD, 2**31 - 1), mallopt(_MMAP_THRESHOLD, 2**25)])
-
-
-_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
-"""Parameters of glibc's mallopt; 2**25 bytes is the second one's largest value."""

@@ -118,7 +118,8 @@ void forward(
         T* h = H ? H + r * F + s : h_tile;
         const int64_t ld_h = H ? F : columns;
         activate<T, W>(
-            activation, p, p + kTile * most, B1 ? B1 + e * N + s : nullptr, h, ld_h, S ? S + r * N + s : nullptr, N, n, columns, F);
+            activation, p, p + kTile * most, B1 ? B1 + e * N + s : nullptr, h, ld_h, S ? S + r * N + s : nullptr, N, n,
+            columns, F);
         product<T>(
             n, M, columns / kWord<T>, rows(h, ld_h), second.from(s / kWord<T>), s > 0 ? sum : nullptr, sum,
             target(sum, M), ahead2);
@@ -134,8 +135,8 @@ void forward(
   std::fill(Y + o[E] * M, Y + R * M, T(0));
 }
 
-// Write the slopes' part of n rows of d h as d pre, rows of `ld` values, with the sums of its columns. If d pre is
-// needed as B, which bfloat16 must be packed for, return it as that.
+// Write d pre = d h * slope of n rows, which are `ld` values apart, and add them to the sums of their columns. Return
+// d pre as the B of a product; bfloat16 is packed into `to` for that.
 template <typename T>
 Panels differentiate(
     const float* dh, const T* slope, T* d, int64_t ld, float* sums, int64_t n, int64_t columns, uint32_t* to) {

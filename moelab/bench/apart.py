@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 import torch
 
-from moelab import machine
+from moelab.engine.launch import process as ranks
 
 
 class Turn(NamedTuple):
@@ -57,7 +57,7 @@ class Training:
 def _train(link: Connection, make: Callable[[], Callable[[int], None]], threads: int, keeps_memory: bool) -> None:
     """Train in this process, the steps that are asked for, until None is."""
     if keeps_memory:
-        machine.keep_freed_memory()
+        ranks.keep_freed_memory()
     torch.set_num_threads(threads)
     step = make()
     while (numbers := link.recv()) is not None:
@@ -76,7 +76,7 @@ def training(
 
     Args:
         make: returns the candidate's step, in that process; must be picklable.
-        keeps_memory: call `moelab.machine.keep_freed_memory` there, as runs do.
+        keeps_memory: call `moelab.engine.launch.process.keep_freed_memory` there, as runs do.
     """
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe()

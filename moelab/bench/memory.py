@@ -1,4 +1,4 @@
-"""`moelab bench memory`: what training gains where freed memory is kept (`moelab.machine.keep_freed_memory`).
+"""`moelab bench memory`: what training gains where freed memory is kept (`process.keep_freed_memory`).
 
 A twin trains in two processes of its own, as runs do, one of which keeps the memory that a step frees; they take turns
 on the same batches. In one process with other models, as in `moelab bench train`, most of the memory stays in use and

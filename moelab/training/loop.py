@@ -22,7 +22,6 @@ from typing import Any
 
 import torch
 
-from moelab import machine
 from moelab.config import ModelConfig, TrainConfig, UpcycleConfig
 from moelab.config.parallel import ParallelConfig
 from moelab.data import TokenData, TrainBatches
@@ -127,7 +126,7 @@ def train(
         raise ValueError("train: device is cuda, but no CUDA device is available; allowed here: cpu")
     steps = config.steps(context)
     if config.device == "cpu":
-        machine.keep_freed_memory()
+        process.keep_freed_memory()
     with process.unwatched():
         mesh = Mesh(parallel or ParallelConfig(), model_config.experts, config.device)
         leads = mesh.rank == 0

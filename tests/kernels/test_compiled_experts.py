@@ -22,7 +22,7 @@ narrow = pytest.mark.skipif(not torch.cpu._is_avx512_bf16_supported(), reason="b
 
 @pytest.fixture(autouse=True, scope="module")
 def also_with_amx():
-    """With AMX other code computes bf16, because it is faster there; this one works as well."""
+    """With AMX other code computes bf16 by default; this one works there as well."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(compiled, "takes_bfloat16", torch.cpu._is_avx512_bf16_supported)
         yield

@@ -1,9 +1,6 @@
 """The processor's description tells generations apart where the name does not."""
 
 import io
-import platform
-import subprocess
-import sys
 
 import pytest
 
@@ -58,34 +55,3 @@ def test_the_maker_of_the_processor(text, expected, monkeypatch):
     found = machine.maker()
     monkeypatch.undo()
     assert found == expected
-
-
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other C libraries have no mallopt")
-def test_freed_memory_is_kept():
-    """What is freed and allocated again needs no new pages."""
-    code = """
-import resource, sys
-import torch
-from moelab import machine
-torch.set_num_threads(1)
-faults = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-def work():
-    blocks = [torch.ones(1 << 20) for _ in range(20)]  # 4 MiB each
-if sys.argv[1:]:
-    assert machine.keep_freed_memory()
-for _ in range(3):
-    work()
-before = faults()
-work()
-print(faults() - before)
-"""
-    plain, kept = (
-        int(subprocess.run([sys.executable, "-c", code, *a], capture_output=True, text=True, check=True).stdout)
-        for a in ([], ["keep"])
-    )
-    assert kept < plain / 4
-
-
-def test_other_c_libraries_are_left_alone(monkeypatch):
-    monkeypatch.setattr(machine.ctypes, "CDLL", lambda name: object())
-    assert not machine.keep_freed_memory()
