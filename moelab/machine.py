@@ -1,7 +1,4 @@
-"""Describe this machine (its processor, whether it has CUDA devices) and set how it keeps memory.
-
-Imports nothing of moelab.
-"""
+"""Describe this machine: its processor, and whether it has CUDA devices. Imports nothing of moelab."""
 
 from __future__ import annotations
 
