@@ -3,14 +3,11 @@
 // A task is one expert and some of its rows, or some of its inner columns, so that a result has the same bits however
 // many threads share the tasks. M: width, F: inner width, N: columns of the first weights (2 F with gates, else F);
 // M and F are multiples of 16. The kept slopes [R, N] are the derivatives of h = act(p) to p.
-#include <torch/library.h>
-
-#include "products.h"
+#include "packed.h"
+#include "permute.h"
 
 namespace moelab {
 namespace {
-
-enum Activation : int64_t { kNone, kGelu, kGeluTanh, kSwiglu };
 
 constexpr int64_t kTile = 64;      // rows of one product, forward
 constexpr int64_t kDeep = 128;     // rows that a product of the weights' gradients sums over
@@ -21,31 +18,22 @@ constexpr int64_t kFetched = 256 << 10;  // bytes of the next task's weights tha
 // Write act(p + bias) of `n` rows of `columns` inner columns to h, and the slopes unless they are null. If the
 // activation has gates, p holds those and `up` the others; bias and slopes have them F apart.
 template <typename T, typename W>
-void activate(
+void activate_rows(
     int64_t activation, const float* p, const float* up, const W* bias, T* h, int64_t ld_h, T* slope, int64_t ld_slope,
     int64_t n, int64_t columns, int64_t F) {
   for (int64_t i = 0; i < n; ++i)
     for (int64_t j = 0; j < columns; j += kLanes) {
-      Vec x = load(p + i * columns + j);
+      Vec x = load(p + i * columns + j), u{};
       if (bias) x = x + load(bias + j);
-      Value found{x, Vec(1.f)};
-      if (activation == kGelu) found = gelu(x);
-      if (activation == kGeluTanh) found = gelu_tanh(x);
       if (activation == kSwiglu) {
-        Vec u = load(up + i * columns + j);
+        u = load(up + i * columns + j);
         if (bias) u = u + load(bias + F + j);
-        const Value s = silu(x);
-        found = {s.value * u, s.slope * u};
-        if (slope) store(slope + i * ld_slope + F + j, s.value);
+        if (slope) store(slope + i * ld_slope + F + j, silu(x).value);
       }
+      const Value found = activate(activation, x, u);
       store(h + i * ld_h + j, found.value);
       if (slope) store(slope + i * ld_slope + j, found.slope);
     }
-}
-
-template <typename T>
-T* pointer(const std::optional<at::Tensor>& t) {
-  return t.has_value() ? t->data_ptr<T>() : nullptr;
 }
 
 struct Part {
@@ -73,16 +61,15 @@ Ahead fetches(const W* first, const W* last, int64_t steps) {
 // T: the rows' type, W: the weights'.
 template <typename T, typename W>
 void forward(
-    const at::Tensor& x, const at::Tensor& offsets, const at::Tensor& w1, const std::optional<at::Tensor>& b1,
-    const at::Tensor& w2, const std::optional<at::Tensor>& b2, int64_t activation, const at::Tensor& y,
-    const std::optional<at::Tensor>& kept_h, const std::optional<at::Tensor>& kept_slope) {
+    const Tensor& x, const Tensor& offsets, const Tensor& w1, const Optional& b1, const Tensor& w2, const Optional& b2,
+    int64_t activation, const Tensor& y, const Optional& kept_h, const Optional& kept_slope) {
   const int64_t R = x.size(0), E = w1.size(0), M = w1.size(1), N = w1.size(2), F = w2.size(1), gates = N / F;
-  const auto* o = offsets.data_ptr<int32_t>();
-  const auto* X = x.data_ptr<T>();
-  const auto *W1 = w1.data_ptr<W>(), *W2 = w2.data_ptr<W>(), *B1 = pointer<W>(b1), *B2 = pointer<W>(b2);
-  auto *Y = y.data_ptr<T>(), *H = pointer<T>(kept_h), *S = pointer<T>(kept_slope);
-  TORCH_CHECK(
-      o[0] == 0 && std::is_sorted(o, o + E + 1) && o[E] <= R, "expert_ffn: offsets must rise from 0 to at most ", R);
+  const auto* o = data<int32_t>(offsets);
+  const auto* X = data<T>(x);
+  const auto *W1 = data<W>(w1), *W2 = data<W>(w2), *B1 = data<W>(b1), *B2 = data<W>(b2);
+  auto *Y = data<T>(y), *H = data<T>(kept_h), *S = data<T>(kept_slope);
+  const bool rising = o[0] == 0 && std::is_sorted(o, o + E + 1) && o[E] <= R;
+  check(rising, "expert_ffn: offsets must rise from 0 to at most ", R);
   share(row_parts(o, E), [&](const Part& part, const Part* next) {
     const int64_t e = part.expert, most = std::min(F, kColumns);
     const bool packs = sizeof(T) == 2;
@@ -117,7 +104,7 @@ void forward(
         }
         T* h = H ? H + r * F + s : h_tile;
         const int64_t ld_h = H ? F : columns;
-        activate<T, W>(
+        activate_rows<T, W>(
             activation, p, p + kTile * most, B1 ? B1 + e * N + s : nullptr, h, ld_h, S ? S + r * N + s : nullptr, N, n,
             columns, F);
         product<T>(
@@ -132,7 +119,7 @@ void forward(
         }
     }
   });
-  std::fill(Y + o[E] * M, Y + R * M, T(0));
+  std::memset(Y + o[E] * M, 0, (R - o[E]) * M * sizeof(T));
 }
 
 // Write d pre = d h * slope of n rows, which are `ld` values apart, and add them to the sums of their columns. Return
@@ -149,12 +136,10 @@ Panels differentiate(
   };
   for (int64_t i = 0; i < n; i += 2)
     for (int64_t j = 0; j < columns; j += kLanes) {
-      const Vec first = one(i, j), second = i + 1 < n ? one(i + 1, j) : Vec(0.f);
+      const Vec first = one(i, j), second = i + 1 < n ? one(i + 1, j) : Vec{};
       store(sums + j, load(sums + j) + first + second);
       if constexpr (sizeof(T) == 2)
-        _mm512_storeu_si512(
-            to + j / kPanel * kPanel * steps + i / 2 * kPanel + j % kPanel,
-            side_by_side((__m512i)_mm512_cvtne2ps_pbh(second, first)));
+        store_as(to + j / kPanel * kPanel * steps + i / 2 * kPanel + j % kPanel, pair_up(first, second));
     }
   if constexpr (sizeof(T) == 2) return {to, steps * kPanel, kPanel};
   return {reinterpret_cast<const uint32_t*>(d), kPanel, ld};
@@ -162,16 +147,15 @@ Panels differentiate(
 
 template <typename T, typename W>
 void backward(
-    const at::Tensor& dy, const at::Tensor& x, const at::Tensor& offsets, const at::Tensor& w1, const at::Tensor& w2,
-    const at::Tensor& kept_h, const std::optional<at::Tensor>& kept_slope, const at::Tensor& d_pre,
-    const std::optional<at::Tensor>& dx, const std::optional<at::Tensor>& dw1, const std::optional<at::Tensor>& db1,
-    const std::optional<at::Tensor>& dw2, const std::optional<at::Tensor>& db2) {
+    const Tensor& dy, const Tensor& x, const Tensor& offsets, const Tensor& w1, const Tensor& w2, const Tensor& kept_h,
+    const Optional& kept_slope, const Tensor& d_pre, const Optional& dx, const Optional& dw1, const Optional& db1,
+    const Optional& dw2, const Optional& db2) {
   const int64_t R = x.size(0), E = w1.size(0), M = w1.size(1), N = w1.size(2), F = w2.size(1), gates = N / F;
-  const auto* o = offsets.data_ptr<int32_t>();
-  const auto *DY = dy.data_ptr<T>(), *X = x.data_ptr<T>(), *H = kept_h.data_ptr<T>(), *S = pointer<T>(kept_slope);
-  const auto *W1 = w1.data_ptr<W>(), *W2 = w2.data_ptr<W>();
-  auto *D = d_pre.data_ptr<T>(), *DX = pointer<T>(dx);
-  auto *DW1 = pointer<W>(dw1), *DB1 = pointer<W>(db1), *DW2 = pointer<W>(dw2), *DB2 = pointer<W>(db2);
+  const auto* o = data<int32_t>(offsets);
+  const auto *DY = data<T>(dy), *X = data<T>(x), *H = data<T>(kept_h), *S = data<T>(kept_slope);
+  const auto *W1 = data<W>(w1), *W2 = data<W>(w2);
+  auto *D = data<T>(d_pre), *DX = data<T>(dx);
+  auto *DW1 = data<W>(dw1), *DB1 = data<W>(db1), *DW2 = data<W>(dw2), *DB2 = data<W>(db2);
 
   std::vector<Part> slices;
   for (const auto& all : row_parts(o, E, R))
@@ -185,9 +169,9 @@ void backward(
     if (columns == 0) {
       if (DW1) clear_past_caches(DW1 + e * M * N, M * N);
       if (DW2) clear_past_caches(DW2 + e * F * M, F * M);
-      if (DB1) std::fill_n(DB1 + e * N, N, W(0));
-      if (DB2) std::fill_n(DB2 + e * M, M, W(0));
-      _mm_sfence();  // after writes past the caches
+      if (DB1) std::memset(DB1 + e * N, 0, N * sizeof(W));
+      if (DB2) std::memset(DB2 + e * M, 0, M * sizeof(W));
+      fence();
       return;
     }
     const bool packs = sizeof(T) == 2, several = o[e + 1] - o[e] > kDeep;
@@ -241,7 +225,7 @@ void backward(
     if (DB1)
       for (int64_t g = 0; g < gates; ++g) copy(sums_b1 + g * columns, DB1 + e * N + g * F + s, columns);
     if (DB2 && s == 0) copy(sums_b2, DB2 + e * M, M);
-    _mm_sfence();
+    fence();
   });
 
   if (!DX) return;
@@ -262,43 +246,116 @@ void backward(
       product<T>(n, M, N / kWord<T>, rows(D + r * N, N), w1_t, nullptr, sum, target(DX + r * M, M), ahead);
     }
   });
-  std::fill(DX + o[E] * M, DX + R * M, T(0));
+  std::memset(DX + o[E] * M, 0, (R - o[E]) * M * sizeof(T));
 }
 
 void experts_forward(
-    const at::Tensor& x, const at::Tensor& offsets, const at::Tensor& w1, const std::optional<at::Tensor>& b1,
-    const at::Tensor& w2, const std::optional<at::Tensor>& b2, int64_t activation, const at::Tensor& y,
-    const std::optional<at::Tensor>& h, const std::optional<at::Tensor>& slope) {
-  const auto call = x.scalar_type() == at::kFloat ? forward<float, float>
-      : w1.scalar_type() == at::kFloat            ? forward<BFloat16, float>
-                                                  : forward<BFloat16, BFloat16>;
+    const Tensor& x, const Tensor& offsets, const Tensor& w1, const Optional& b1, const Tensor& w2, const Optional& b2,
+    int64_t activation, const Tensor& y, const Optional& h, const Optional& slope) {
+  const auto call = is_float(x) ? forward<float, float>
+      : is_float(w1)            ? forward<BFloat16, float>
+                                : forward<BFloat16, BFloat16>;
   call(x, offsets, w1, b1, w2, b2, activation, y, h, slope);
 }
 
 void experts_backward(
-    const at::Tensor& dy, const at::Tensor& x, const at::Tensor& offsets, const at::Tensor& w1, const at::Tensor& w2,
-    const at::Tensor& h, const std::optional<at::Tensor>& slope, const at::Tensor& d_pre,
-    const std::optional<at::Tensor>& dx, const std::optional<at::Tensor>& dw1, const std::optional<at::Tensor>& db1,
-    const std::optional<at::Tensor>& dw2, const std::optional<at::Tensor>& db2) {
-  const auto call = x.scalar_type() == at::kFloat ? backward<float, float>
-      : w1.scalar_type() == at::kFloat            ? backward<BFloat16, float>
-                                                  : backward<BFloat16, BFloat16>;
+    const Tensor& dy, const Tensor& x, const Tensor& offsets, const Tensor& w1, const Tensor& w2, const Tensor& h,
+    const Optional& slope, const Tensor& d_pre, const Optional& dx, const Optional& dw1, const Optional& db1,
+    const Optional& dw2, const Optional& db2) {
+  const auto call = is_float(x) ? backward<float, float>
+      : is_float(w1)            ? backward<BFloat16, float>
+                                : backward<BFloat16, BFloat16>;
   call(dy, x, offsets, w1, w2, h, slope, d_pre, dx, dw1, db1, dw2, db2);
+}
+
+// Compute y from x with matrices that were packed once. A task is one expert, some of its rows and some panels, because
+// in a decoding step few experts have rows, and few of them.
+template <typename T>
+void packed_forward(
+    const Tensor& x, const Tensor& offsets, const Tensor& up, const Optional& up_bias, const Tensor& down,
+    const Optional& down_bias, int64_t F, int64_t activation, const Tensor& y) {
+  const int64_t R = x.size(0), M = x.size(1), E = down.size(0), gates = up.size(0) / E;
+  const auto* o = data<int32_t>(offsets);
+  const auto *X = data<T>(x), *B1 = data<T>(up_bias), *B2 = data<T>(down_bias);
+  auto h = empty(x, {R, F});
+  auto *H = data<T>(h), *Y = data<T>(y);
+  const Packed<T> w1(data<T>(up), gates, M, F), w2(data<T>(down), 1, F, M);
+  struct Piece { int64_t expert, row, rows, first, last; };
+  const auto pieces = [&](int64_t panels) {
+    std::vector<Piece> found;
+    const int64_t busy = std::count_if(o, o + E, [](const int32_t& first) { return (&first)[1] > first; });
+    const int64_t step = panels_of_task(panels * busy);
+    for (const auto& part : row_parts(o, E, kPackedRows))
+      for (int64_t p = 0; p < panels; p += step)
+        found.push_back({part.expert, part.first, part.last - part.first, p, std::min(p + step, panels)});
+    return found;
+  };
+  share(pieces(w1.panels), [&](const Piece& piece, const Piece*) {
+    const T* bias = B1 ? B1 + piece.expert * gates * F : nullptr;
+    layer(X + piece.row * M, piece.rows, w1.of(piece.expert), piece.first, piece.last, bias, activation,
+          [&](int64_t i, int64_t j, Vec v, auto... n) { store(H + (piece.row + i) * F + j, v, n...); });
+  });
+  share(pieces(w2.panels), [&](const Piece& piece, const Piece*) {
+    const T* bias = B2 ? B2 + piece.expert * M : nullptr;
+    layer(H + piece.row * F, piece.rows, w2.of(piece.expert), piece.first, piece.last, bias, kNone,
+          [&](int64_t i, int64_t j, Vec v, auto... n) { store(Y + (piece.row + i) * M + j, v, n...); });
+  });
+  std::memset(Y + o[E] * M, 0, (R - o[E]) * M * sizeof(T));
+}
+
+Tensor packed_experts(
+    const Tensor& x, const Tensor& offsets, const Tensor& up, const Optional& up_bias, const Tensor& down,
+    const Optional& down_bias, int64_t F, int64_t activation) {
+  const int64_t R = x.size(0), M = x.size(1), E = offsets.numel() - 1, gates = activation == kSwiglu ? 2 : 1;
+  const auto* o = data<int32_t>(offsets);
+  check(
+      up.size(0) == gates * E && up.size(1) == panels_of(F) && up.size(2) == M && down.size(0) == E &&
+          down.size(1) == panels_of(M) && down.size(2) == F && o[0] == 0 && std::is_sorted(o, o + E + 1) && o[E] <= R &&
+          (!up_bias.has_value() || up_bias->numel() == gates * E * F) &&
+          (!down_bias.has_value() || down_bias->numel() == E * M),
+      "expert_ffn: packed weights of ", E, " experts of ", M, " and ", F, " do not fit the rows");
+  auto y = torch::stable::empty_like(x);
+  const auto call = is_float(x) ? packed_forward<float> : packed_forward<BFloat16>;
+  call(x, offsets, up, up_bias, down, down_bias, F, activation, y);
+  return y;
+}
+
+// Return each token's weighted sum of its experts' outputs, with `add` added: what row table, dispatch, experts and
+// combine compute one by one, in one call.
+Tensor routed_experts(
+    const Tensor& x, const Tensor& expert, const Tensor& slot, const Tensor& kept, const Tensor& weight,
+    const Tensor& up, const Optional& up_bias, const Tensor& down, const Optional& down_bias, int64_t F,
+    int64_t activation, const Optional& add) {
+  const auto table = make_table(expert, slot, kept, std::nullopt);
+  auto rows = empty(x, {table.entry.numel(), x.size(1)});
+  dispatch(x, table.entry, slot.size(1), rows);
+  rows = packed_experts(rows, table.offsets, up, up_bias, down, down_bias, F, activation);
+  auto y = torch::stable::empty_like(x);
+  sum_rows(rows, table.row, weight, add, y);
+  return y;
 }
 
 }  // namespace
 }  // namespace moelab
 
-TORCH_LIBRARY_FRAGMENT(moelab, library) {
+STABLE_TORCH_LIBRARY_FRAGMENT(MOELAB_OPERATIONS, library) {
   library.def(
       "experts_forward(Tensor x, Tensor offsets, Tensor w1, Tensor? b1, Tensor w2, Tensor? b2, int activation, "
       "Tensor(a!) y, Tensor(b!)? h, Tensor(c!)? slope) -> ()");
   library.def(
       "experts_backward(Tensor dy, Tensor x, Tensor offsets, Tensor w1, Tensor w2, Tensor h, Tensor? slope, "
       "Tensor(a!) d_pre, Tensor(b!)? dx, Tensor(c!)? dw1, Tensor(d!)? db1, Tensor(e!)? dw2, Tensor(f!)? db2) -> ()");
+  library.def(
+      "packed_experts(Tensor x, Tensor offsets, Tensor up, Tensor? up_bias, Tensor down, Tensor? down_bias, int inner, "
+      "int activation) -> Tensor");
+  library.def(
+      "routed_experts(Tensor x, Tensor expert, Tensor slot, Tensor kept, Tensor weight, Tensor up, Tensor? up_bias, "
+      "Tensor down, Tensor? down_bias, int inner, int activation, Tensor? add) -> Tensor");
 }
 
-TORCH_LIBRARY_IMPL(moelab, CPU, library) {
-  library.impl("experts_forward", moelab::experts_forward);
-  library.impl("experts_backward", moelab::experts_backward);
+STABLE_TORCH_LIBRARY_IMPL(MOELAB_OPERATIONS, CPU, library) {
+  library.impl("experts_forward", TORCH_BOX(&moelab::experts_forward));
+  library.impl("experts_backward", TORCH_BOX(&moelab::experts_backward));
+  library.impl("packed_experts", TORCH_BOX(&moelab::packed_experts));
+  library.impl("routed_experts", TORCH_BOX(&moelab::routed_experts));
 }

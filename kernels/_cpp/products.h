@@ -6,28 +6,34 @@
 // B [k, n] lies in panels of 64 columns:
 //
 //   float     panel [k][64], or the matrix itself, seen as panels with a common row stride;
-//   bfloat16  panel [k / 2][64][2]: two rows side by side ("VNNI"), as the processor's instructions read them.
+//   bfloat16  panel [k / 2][64][2]: two rows side by side ("VNNI"), as processors with AVX512_BF16 read them. Others
+//             multiply the two values of a word as floats.
 //
 // A may lie in either order. Meanwhile memory can fetch what is needed later (Ahead).
 #pragma once
 
-#include <ATen/Parallel.h>
-#include <ATen/core/Tensor.h>
-
-#include <algorithm>
-#include <array>
 #include <atomic>
-#include <cstring>
 #include <memory>
-#include <utility>
 #include <vector>
 
+#include "operation.h"
 #include "vectors.h"
 
 namespace moelab {
 
-constexpr int64_t kPanel = 64;    // columns of a panel: four vectors
+constexpr int64_t kPanel = 64;    // columns of a panel
 constexpr int64_t kInner = 512;   // inner length of one product: a panel of it stays in a core's second-level cache
+
+// Sums that a block keeps in registers, and how many of them are side by side.
+#if defined(__AVX512F__) || defined(__aarch64__)
+constexpr int64_t kSide = 4;
+template <typename T>
+constexpr int64_t kSums = sizeof(T) == 4 || kMultipliesBFloat16 ? 24 : 20;  // of 32 registers
+#else
+constexpr int64_t kSide = 2;
+template <typename T>
+constexpr int64_t kSums = sizeof(T) == 4 ? 12 : 8;  // of 16 registers
+#endif
 
 // Values in a word.
 template <typename T>
@@ -40,8 +46,8 @@ template <typename From>
 void interleave(const From* in, int64_t ld_in, uint32_t* out, int64_t ld_out, int64_t rows, int64_t columns) {
   for (int64_t r = 0; r < rows; r += 2)
     for (int64_t c = 0; c < columns; c += kLanes) {
-      const From* second = r + 1 < rows ? in + (r + 1) * ld_in + c : nullptr;
-      _mm512_storeu_si512(out + r / 2 * ld_out + c, side_by_side(load_narrow(in + r * ld_in + c, second)));
+      const From* first = in + r * ld_in + c;
+      store_as(out + r / 2 * ld_out + c, pair_up(first, r + 1 < rows ? first + ld_in : nullptr));
     }
 }
 
@@ -57,10 +63,9 @@ class Scratch {
   void reserve(int64_t bytes) {
     bytes += 64 * 16;  // for the alignment of up to 16 pieces
     if (bytes > size_) {
-      memory_.reset();
       size_ = 0;
       memory_.reset(static_cast<char*>(std::aligned_alloc(64, round_up(bytes, 4096))));
-      TORCH_CHECK(memory_, "no memory for ", bytes, " bytes");
+      check(memory_ != nullptr, "no memory for ", bytes, " bytes");
       size_ = round_up(bytes, 4096);
     }
   }
@@ -68,7 +73,6 @@ class Scratch {
   T* take(int64_t n) {
     T* found = reinterpret_cast<T*>(memory_.get() + used_);
     used_ += round_up(n * sizeof(T), 64);
-    TORCH_INTERNAL_ASSERT(used_ <= size_);
     return found;
   }
 
@@ -112,7 +116,7 @@ struct Panels {
 template <typename T>
 int64_t panel_words(int64_t k, int64_t n) { return (k + kWord<T> - 1) / kWord<T> * round_up(n, kPanel); }
 
-// Return B [k, n] of T, given row-major, in panels: float as it lies, bfloat16 packed into `to`.
+// Return B [k, n] of T, given row-major, in panels: float as it lies, bfloat16 written to `to`.
 template <typename T, typename From>
 Panels panels(const From* b, int64_t ld, int64_t k, int64_t n, uint32_t* to) {
   if constexpr (sizeof(T) == 4) {
@@ -127,25 +131,24 @@ Panels panels(const From* b, int64_t ld, int64_t k, int64_t n, uint32_t* to) {
 // Return B [k, n] of T in panels, of which the transposed [n, k] is given row-major; k and n are multiples of 16.
 template <typename T, typename From>
 Panels panels_of_transposed(const From* b, int64_t ld, int64_t k, int64_t n, uint32_t* to) {
-  constexpr int64_t values = kLanes * kWord<T>;
   const int64_t steps = k / kWord<T>;
   for (int64_t c = 0; c < n; c += kLanes)
-    for (int64_t i = 0; i < k; i += values) {
-      const int64_t some = std::min(values, k - i) / kWord<T>;  // 16 words, or 8 at the end
-      __m512i words[kLanes];
+    for (int64_t i = 0; i < steps; i += kLanes) {
+      const int64_t some = std::min(kLanes, steps - i);
+      Words words[kLanes];
 #pragma GCC unroll 16
       for (int64_t r = 0; r < kLanes; ++r) {
-        const From* row = b + (c + r) * ld + i;
+        const From* row = b + (c + r) * ld + i * kWord<T>;
         if constexpr (sizeof(T) == 4)
-          words[r] = _mm512_loadu_si512(row);
+          words[r] = load_as<Words>(row);
         else
-          words[r] = load_narrow(row, some == kLanes ? row + kLanes : nullptr);
+          words[r] = neighbours(row, some);
       }
       transpose(words);
-      uint32_t* there = to + c / kPanel * kPanel * steps + c % kPanel + i / kWord<T> * kPanel;
+      uint32_t* there = to + c / kPanel * kPanel * steps + c % kPanel + i * kPanel;
 #pragma GCC unroll 16
       for (int64_t r = 0; r < kLanes; ++r)
-        if (r < some) _mm512_storeu_si512(there + r * kPanel, words[r]);
+        if (r < some) store_as(there + r * kPanel, words[r]);
     }
   return {to, steps * kPanel, kPanel};
 }
@@ -177,70 +180,83 @@ struct Ahead {
   int64_t stride = 64;
   void fetch() {
     if (next >= end) return;
-    _mm_prefetch(next, _MM_HINT_T0);
-    if (stride > 64) _mm_prefetch(next + 64, _MM_HINT_T0);
+    __builtin_prefetch(next);
+    if (stride > 64) __builtin_prefetch(next + 64);
     next += stride;
   }
 };
 
+// The values of words, as floats: one, or of bfloat16 two, unless the processor multiplies these.
 template <typename T>
-__m512 multiply_add(__m512i a, __m512i b, __m512 sum) {
-  if constexpr (sizeof(T) == 4)
-    return _mm512_fmadd_ps(_mm512_castsi512_ps(a), _mm512_castsi512_ps(b), sum);
-  else
-    return _mm512_dpbf16_ps(sum, (__m512bh)a, (__m512bh)b);
+struct Factors {
+  Words low;
+  Vec high;
+  explicit Factors(Words w) : low(w) {
+    if constexpr (sizeof(T) == 2 && !kMultipliesBFloat16) {
+      low = w << 16;
+      high = same_bits<Vec>(w & 0xffff0000u);
+    }
+  }
+};
+
+template <typename T>
+inline __attribute__((always_inline)) Vec multiply_add(const Factors<T>& a, const Factors<T>& b, Vec sum) {
+#if defined(__AVX512BF16__)
+  if constexpr (sizeof(T) == 2) return _mm512_dpbf16_ps(sum, same_bits<__m512bh>(a.low), same_bits<__m512bh>(b.low));
+#endif
+  sum = fma(same_bits<Vec>(a.low), same_bits<Vec>(b.low), sum);
+  if constexpr (sizeof(T) == 2) sum = fma(a.high, b.high, sum);
+  return sum;
 }
 
 // Write the sums of a block to rows of `ld` values.
 template <int m, int v, typename W, typename Write>
-inline __attribute__((always_inline)) void write(const __m512 (&sum)[m][v], W* to, int64_t ld, const Write& one) {
+inline __attribute__((always_inline)) void write(const Vec (&sum)[m][v], W* to, int64_t ld, const Write& one) {
 #pragma GCC unroll 12
   for (int i = 0; i < m; ++i)
 #pragma GCC unroll 4
-    for (int h = 0; h < v; ++h) one(to + i * ld + h * kLanes, Vec(sum[i][h]));
+    for (int h = 0; h < v; ++h) one(to + i * ld + h * kLanes, sum[i][h]);
 }
 
-// C [m, 16 v] = A [m, k] @ B [k, 16 v], plus `from` unless it is null. Loops over m and v are unrolled, so that the sums
-// are registers throughout.
+// C [m, v vectors] = A [m, k] @ B [k, v vectors], plus `from` unless it is null. Loops over m and v are unrolled, so that
+// the sums are registers throughout.
 template <typename T, int m, int v>
 void block(
     const Left& a, int64_t steps, const uint32_t* b, int64_t ldb, const float* from, int64_t ld_from, const Target& to,
     Ahead& ahead) {
   constexpr int kTogether = 3;  // rows that are addressed from one pointer
-  __m512 sum[m][v];
+  Vec sum[m][v];
 #pragma GCC unroll 12
   for (int i = 0; i < m; ++i)
 #pragma GCC unroll 4
-    for (int h = 0; h < v; ++h)
-      sum[i][h] = from ? _mm512_loadu_ps(from + i * ld_from + h * kLanes) : _mm512_setzero_ps();
+    for (int h = 0; h < v; ++h) sum[i][h] = from ? load(from + i * ld_from + h * kLanes) : Vec{};
   const uint32_t* left[(m + kTogether - 1) / kTogether];
 #pragma GCC unroll 12
   for (int i = 0; i < m; i += kTogether) left[i / kTogether] = a.words + i * a.row;
   Ahead later = ahead;
   for (int64_t k = 0; k < steps; ++k, b += ldb) {
     later.fetch();
-    __m512i right[v];
-#pragma GCC unroll 4
-    for (int h = 0; h < v; ++h) right[h] = _mm512_loadu_si512(b + h * kLanes);
+    const auto right = [&]<size_t... h>(std::index_sequence<h...>) {
+      return std::array<Factors<T>, v>{Factors<T>(load_as<Words>(b + h * kLanes))...};
+    }(std::make_index_sequence<v>());
 #pragma GCC unroll 12
     for (int i = 0; i < m; ++i) {
-      int32_t word;
-      std::memcpy(&word, left[i / kTogether] + i % kTogether * a.row, sizeof word);
+      const Factors<T> one(all(left[i / kTogether][i % kTogether * a.row]));
 #pragma GCC unroll 4
-      for (int h = 0; h < v; ++h) sum[i][h] = multiply_add<T>(_mm512_set1_epi32(word), right[h], sum[i][h]);
+      for (int h = 0; h < v; ++h) sum[i][h] = multiply_add<T>(one, right[h], sum[i][h]);
     }
 #pragma GCC unroll 12
     for (int i = 0; i < m; i += kTogether) left[i / kTogether] += a.step;
   }
   ahead = later;
-  if constexpr (sizeof(T) == 2) {  // code for float has no instruction for bfloat16, which its processor may lack
-    auto* narrow = static_cast<BFloat16*>(to.data);
-    if (to.narrow && to.past) return write<m, v>(sum, narrow, to.ld, [](auto* p, Vec x) { store_past_caches(p, x); });
-    if (to.narrow) return write<m, v>(sum, narrow, to.ld, [](auto* p, Vec x) { store(p, x); });
-  }
   auto* wide = static_cast<float*>(to.data);
-  to.past ? write<m, v>(sum, wide, to.ld, [](auto* p, Vec x) { store_past_caches(p, x); })
-          : write<m, v>(sum, wide, to.ld, [](auto* p, Vec x) { store(p, x); });
+  auto* narrow = static_cast<BFloat16*>(to.data);
+  const auto past = [](auto* p, Vec x) { store_past_caches(p, x); };
+  const auto plain = [](auto* p, Vec x) { store(p, x); };
+  if (sizeof(T) == 2 && to.narrow)
+    to.past ? write<m, v>(sum, narrow, to.ld, past) : write<m, v>(sum, narrow, to.ld, plain);
+  else
+    to.past ? write<m, v>(sum, wide, to.ld, past) : write<m, v>(sum, wide, to.ld, plain);
 }
 
 using Block = void (*)(const Left&, int64_t, const uint32_t*, int64_t, const float*, int64_t, const Target&, Ahead&);
@@ -250,11 +266,11 @@ constexpr std::array<Block, sizeof...(m)> blocks_of(std::integer_sequence<int, m
   return {&block<T, m + 1, v>...};
 }
 
-// Products for 1 to all rows whose sums with 16 v columns fit the registers, 24 vectors.
+// Products for 1 to all rows whose sums with v vectors of columns fit the registers.
 template <typename T, int v>
-constexpr auto blocks = blocks_of<T, v>(std::make_integer_sequence<int, v == 1 ? 12 : 24 / v>());
+constexpr auto blocks = blocks_of<T, v>(std::make_integer_sequence<int, std::min<int64_t>(12, kSums<T> / v)>());
 
-// C [m, 16 v] = A @ B + from as above, for any m: blocks of rows of nearly equal size.
+// C [m, v vectors] = A @ B + from as above, for any m: blocks of rows of nearly equal size.
 template <typename T, int v>
 void column(
     int64_t m, int64_t steps, const Left& a, const uint32_t* b, int64_t ldb, const float* from, int64_t ld_from,
@@ -276,36 +292,26 @@ template <typename T>
 void product(
     int64_t m, int64_t n, int64_t steps, const Left& a, const Panels& b, const float* from, float* sums,
     const Target& to, Ahead& ahead) {
-  constexpr int64_t most = kInner / kWord<T>;
+  constexpr int64_t most = kInner / kWord<T>, side = kSide * kLanes;
   for (int64_t k = 0; k < steps; k += most) {
     const int64_t some = std::min(most, steps - k);
     const Target there = k + some < steps ? target(sums, n) : to;
-    for (int64_t j = 0; j < n; j += kPanel) {
-      const auto* right = b.words + j / kPanel * b.stride + k * b.ld;
+    for (int64_t j = 0; j < n; j += side) {
+      const auto* right = b.words + j / kPanel * b.stride + j % kPanel + k * b.ld;
       const float* given = k > 0 ? sums + j : from ? from + j : nullptr;
       const Left rows{a.words + k * a.step, a.row, a.step};
-      const int64_t v = std::min(kPanel, n - j) / kLanes;
-      const auto call = v == 1 ? column<T, 1> : v == 2 ? column<T, 2> : v == 3 ? column<T, 3> : column<T, 4>;
-      call(m, some, rows, right, b.ld, given, n, there.at(0, j), ahead);
+      const auto call = [&]<int v>() { column<T, v>(m, some, rows, right, b.ld, given, n, there.at(0, j), ahead); };
+      const int64_t v = std::min(side, n - j) / kLanes;
+      if (v == kSide)
+        call.template operator()<kSide>();
+      else if (v == 1)
+        call.template operator()<1>();
+      else if (v == 2)
+        call.template operator()<2>();
+      else
+        call.template operator()<3>();
     }
   }
-}
-
-// Run `work(task, next)` for each task on PyTorch's number of threads; a thread takes the next task when one is done,
-// which is about `next`, null for the last ones.
-template <typename Task, typename Work>
-void share(const std::vector<Task>& tasks, const Work& work) {
-  std::atomic<size_t> next{0};
-  const int64_t threads = std::min<int64_t>(at::get_num_threads(), tasks.size());
-  at::parallel_for(0, threads, 1, [&](int64_t, int64_t) {
-    for (size_t i = next++; i < tasks.size(); i = next++) {
-      const Task* later = i + threads < tasks.size() ? &tasks[i + threads] : nullptr;
-      if constexpr (std::is_invocable_v<Work, const Task&, const Task*>)
-        work(tasks[i], later);
-      else
-        work(tasks[i]);
-    }
-  });
 }
 
 }  // namespace moelab

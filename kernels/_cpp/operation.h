@@ -1,0 +1,72 @@
+// What an operation needs of PyTorch: its tensors and threads, by the stable interface, whose headers compile in a
+// second and whose libraries work with later releases.
+#pragma once
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+
+#include <algorithm>
+#include <atomic>
+#include <optional>
+#include <sstream>
+#include <stdexcept>
+#include <vector>
+
+#include "vectors.h"
+
+// Each instruction set has a namespace of operations of its own, so that tests can hold several in one process.
+#ifndef MOELAB_OPERATIONS
+#define MOELAB_OPERATIONS moelab
+#endif
+
+namespace moelab {
+
+using torch::stable::Tensor;
+using Optional = std::optional<Tensor>;
+
+// Raise an error with a text of these parts unless `fine`.
+template <typename... Parts>
+inline void check(bool fine, const Parts&... parts) {
+  if (fine) return;
+  std::ostringstream text;
+  (text << ... << parts);
+  throw std::runtime_error(text.str());
+}
+
+inline bool is_float(const Tensor& t) { return t.scalar_type() == torch::headeronly::ScalarType::Float; }
+
+// The memory of a contiguous tensor, null for none.
+template <typename T>
+inline T* data(const Tensor& t) { return static_cast<T*>(t.data_ptr()); }
+template <typename T>
+inline T* data(const Optional& t) { return t.has_value() ? data<T>(*t) : nullptr; }
+
+// A new contiguous tensor with another one's dtype.
+inline Tensor empty(const Tensor& like, std::initializer_list<int64_t> sizes) {
+  return torch::stable::new_empty(like, std::vector<int64_t>(sizes));
+}
+
+// Run work(first, past) on PyTorch's threads over parts of 0 to n - 1, of at least `grain` each.
+template <typename Work>
+void parallel(int64_t n, int64_t grain, const Work& work) {
+  if (n <= grain || torch::stable::get_num_threads() == 1)
+    work(0, n);
+  else
+    torch::stable::parallel_for(0, n, grain, work);
+}
+
+// Run `work(task, next)` for each task on PyTorch's threads; a thread takes the next task when one is done, which is
+// about `next`, null for the last ones.
+template <typename Task, typename Work>
+void share(const std::vector<Task>& tasks, const Work& work) {
+  std::atomic<size_t> next{0};
+  const size_t threads = std::min<size_t>(torch::stable::get_num_threads(), tasks.size());
+  parallel(threads, 1, [&](int64_t, int64_t) {
+    for (size_t i = next++; i < tasks.size(); i = next++)
+      work(tasks[i], i + threads < tasks.size() ? &tasks[i + threads] : nullptr);
+  });
+}
+
+}  // namespace moelab
