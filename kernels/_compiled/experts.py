@@ -8,9 +8,9 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from .._cpu import buffers
+from ..activations import ACTIVATIONS
 from . import load, runs_here
 
-_ACTIVATIONS = ("none", "gelu", "gelu_tanh", "swiglu")  # as numbered in the code
 _MULTIPLE = 16
 _LARGEST = 64 << 20  # bytes of an expert's weights: each thread holds some of its matrices in another order
 
@@ -19,9 +19,9 @@ def fits(x_RM: torch.Tensor, w2_EFM: torch.Tensor, activation: str) -> bool:
     """Return whether the compiled code takes these rows, weights and activation; other ones are for ``_cpu``."""
     _, F, M = w2_EFM.shape
     dtype = x_RM.dtype == torch.float32 or (x_RM.dtype == torch.bfloat16 and takes_bfloat16())
-    bytes_ = (3 if activation == "swiglu" else 2) * F * M * x_RM.element_size()
+    bytes_ = (3 if ACTIVATIONS[activation].gated else 2) * F * M * x_RM.element_size()
     sizes = M % _MULTIPLE == F % _MULTIPLE == 0 and bytes_ <= _LARGEST
-    return dtype and sizes and activation in _ACTIVATIONS and runs_here()
+    return dtype and sizes and ACTIVATIONS[activation].number is not None and runs_here()
 
 
 @functools.cache
@@ -44,7 +44,7 @@ class CompiledExperts(torch.autograd.Function):
         y = buffers.empty((R, M), x.dtype)
         h = buffers.empty((R, F), x.dtype) if keep else None
         slope = buffers.empty((R, N), x.dtype) if keep and activation != "none" else None
-        number = _ACTIVATIONS.index(activation)
+        number = ACTIVATIONS[activation].number
         torch.ops.moelab.experts_forward(x, offsets_E1, w1, b1, w2, b2, number, y, h, slope)
         if keep:
             ctx.save_for_backward(x, offsets_E1, w1, w2, h, slope)
