@@ -19,12 +19,14 @@ from ._compiled import load as load_compiled
 from ._compiled import why_not as why_not_compiled
 from ._cpu.gating import choose
 from ._hash import priorities
-from .experts import Activation, expert_ffn
+from .activations import ACTIVATIONS, Activation
+from .experts import expert_ffn
 from .gating import Gate, gate
 from .permute import RowTable, combine, dispatch, row_table
 from .residual import residual_mix
 
 __all__ = [
+    "ACTIVATIONS",
     "Activation",
     "Backend",
     "Gate",

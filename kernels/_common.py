@@ -47,9 +47,6 @@ COMPILED = ("combine", "dispatch", "expert_ffn", "gate", "row_table")
 recording = False
 """True while compile.py records the launches of the ops on meta tensors instead of executing them."""
 
-APPROXIMATE = {"gelu": "none", "gelu_tanh": "tanh"}
-"""Activation name -> the ``approximate`` argument of PyTorch's GELU."""
-
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 

@@ -24,7 +24,8 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from . import tuning
-from ._common import APPROXIMATE, INTERPRETING, dot_precision, multiprocessors, next_power_of_2, tl, triton
+from ._common import INTERPRETING, dot_precision, multiprocessors, next_power_of_2, tl, triton
+from .activations import ACTIVATIONS
 
 
 @triton.jit(do_not_specialize=["tiles", "R"])
@@ -352,21 +353,30 @@ def _swiglu(pre, dh=None, *, forward=True):
     return h, d_pre
 
 
+def _activate(activation: str, pre, dh=None, *, forward=True):
+    """Return as `_swiglu` for an activation that no product computes."""
+    if activation == "none":
+        return pre, dh
+    if activation == "swiglu":
+        return _swiglu(pre, dh, forward=forward)
+    function, wide = ACTIVATIONS[activation], pre.float()
+    h = function.forward(wide).to(pre.dtype) if forward else None
+    return h, None if dh is None else function.backward(wide, dh.float()).to(pre.dtype)
+
+
 class TritonExperts(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, w1, b1, w2, b2, offsets_E1, activation, keep):
-        if activation not in ("none", "swiglu", *APPROXIMATE):  # `_mm` would compute GELU
-            raise ValueError(f"expert_ffn: no Triton kernel computes the activation {activation!r}")
-        plan, exact, gated = _plan(x, offsets_E1), activation == "gelu", activation == "swiglu"
-        act = int(activation != "none" and not gated)
+        plan, exact = _plan(x, offsets_E1), activation == "gelu"
+        act = int(activation in ("gelu", "gelu_tanh"))  # part of the product
         h = _mm(plan, x, w1, b1, act=act, exact=exact, save=bool(act) and keep)
         h, pre = h if act and keep else (h, h)
-        if gated:
-            h, _ = _swiglu(pre)
+        if not act:
+            h, _ = _activate(activation, pre)
         y = _mm(plan, h, w2, b2)
         if keep:
             ctx.save_for_backward(x, w1, b1, w2, b2, pre)
-            ctx.plan, ctx.act, ctx.exact, ctx.gated = plan, act, exact, gated
+            ctx.plan, ctx.act, ctx.exact, ctx.activation = plan, act, exact, activation
         return y
 
     @staticmethod
@@ -375,14 +385,12 @@ class TritonExperts(torch.autograd.Function):
         x, w1, b1, w2, b2, pre = ctx.saved_tensors
         plan, need, dy = ctx.plan, ctx.needs_input_grad, dy.contiguous()
         second = need[3] or need[4]
-        h = pre
         if ctx.act:
             d_pre = _mm(plan, dy, w2, None, transpose=True, act=2, exact=ctx.exact, pre=pre, save=second)
             d_pre, h = d_pre if second else (d_pre, None)
         else:
-            d_pre = _mm(plan, dy, w2, None, transpose=True)
-        if ctx.gated:
-            h, d_pre = _swiglu(pre, d_pre, forward=second)
+            dh = _mm(plan, dy, w2, None, transpose=True)
+            h, d_pre = _activate(ctx.activation, pre, dh, forward=second)
         dw2, db2 = _weight_gradient(plan, h, dy, w2, b2) if second else (None, None)
         dw1, db1 = _weight_gradient(plan, x, d_pre, w1, b1) if need[1] or need[2] else (None, None)
         dx = _mm(plan, d_pre, w1, None, transpose=True) if need[0] else None

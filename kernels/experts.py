@@ -5,8 +5,7 @@ Shapes: R rows in expert order, E experts, M hidden, F feed-forward. Expert e's 
 
     y = act(x @ W1[e] + b1[e]) @ W2[e] + b2[e]    W1 [E, M, F], W2 [E, F, M]
 
-With the activation ``swiglu``, W1 is [E, M, 2 F] and holds gate and up side by side, so that one product computes both:
-``act(p) = silu(p[:, :F]) * p[:, F:]`` (Shazeer, "GLU variants improve Transformer").
+``act`` is one of ``ACTIVATIONS`` (``activations.py``); with a gated one, W1 is [E, M, 2 F].
 
 The forward pass keeps the pre-activation for the backward pass, which recomputes the activation from it; this takes a
 third less memory than keeping both. With ``gelu_tanh``, the CPU keeps the activation and its slope instead, and its
@@ -20,19 +19,15 @@ The Triton implementation is in ``_experts_triton.py``, the CPU implementations 
 from __future__ import annotations
 
 import itertools
-from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
-from ._common import APPROXIMATE, Backend, accumulate_dtype, contiguous, pick_backend
+from ._common import Backend, accumulate_dtype, contiguous, pick_backend
 from ._compiled import experts as compiled
 from ._cpu.experts import CPUExperts
 from ._experts_triton import TritonExperts
-
-Activation = Literal["none", "gelu", "gelu_tanh", "swiglu"]
-"""gelu: exact (erf). gelu_tanh: the tanh approximation, GPT-2's and Megatron's. swiglu: see the module's docstring."""
+from .activations import ACTIVATIONS
 
 
 def expert_ffn(
@@ -43,7 +38,7 @@ def expert_ffn(
     w2_EFM: torch.Tensor,
     b2_EM: torch.Tensor | None,
     *,
-    activation: Activation = "gelu_tanh",
+    activation: str = "gelu_tanh",
     backend: Backend = "auto",
 ) -> torch.Tensor:
     """Return the outputs [R, M] of the experts on their rows [R, M], in x's dtype, accumulated in float32.
@@ -51,12 +46,14 @@ def expert_ffn(
     ``offsets_E1`` is int32 [E + 1] (RowTable.offsets_E1). All other tensors have one dtype, or the rows bfloat16 or
     float16 and all weights float32: these are then converted to the rows' dtype, and their gradients back.
     Differentiable (once) in all but the offsets. On CUDA, float32 products are exact unless TF32 is on
-    (``_common.dot_precision``); on CPU, float16 is computed in float32. Raises ``ValueError`` for shapes or dtypes that
-    do not fit.
+    (``_common.dot_precision``); on CPU, float16 is computed in float32. ``activation`` is a name in ``ACTIVATIONS``.
+    Raises ``ValueError`` for another one, and for shapes or dtypes that do not fit.
     """
     _check(x_RM, offsets_E1, activation, (w1_EMF, b1_EF), (w2_EFM, b2_EM))
     chosen = pick_backend("expert_ffn", backend, x_RM, offsets_E1, w1_EMF, b1_EF, w2_EFM, b2_EM)
     tensors = (x_RM, w1_EMF, b1_EF, w2_EFM, b2_EM)
+    if chosen in ("torch", "compiled") and ACTIVATIONS[activation].number is None:
+        chosen = "reference"  # the CPU implementations have no such activation
     on_cpu = chosen in ("torch", "compiled")
     if not on_cpu or x_RM.dtype != torch.bfloat16:  # the CPU implementations convert to bfloat16 by themselves
         tensors = tuple(None if t is None else t.to(x_RM.dtype) for t in tensors)
@@ -73,8 +70,8 @@ def expert_ffn(
 
 
 def _check(x, offsets_E1, activation, *layers) -> None:
-    if activation not in ("none", "swiglu", *APPROXIMATE):
-        raise ValueError(f"expert_ffn: unknown activation {activation!r}; know none, gelu, gelu_tanh, swiglu")
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"expert_ffn: unknown activation {activation!r}; know {', '.join(ACTIVATIONS)}")
     if x.dim() != 2:
         raise ValueError(f"expert_ffn: rows must be [R, M], not {tuple(x.shape)}")
     if offsets_E1.dim() != 1 or offsets_E1.dtype not in (torch.int32, torch.int64):
@@ -93,17 +90,17 @@ def _check(x, offsets_E1, activation, *layers) -> None:
             raise ValueError(
                 f"expert_ffn: rows are {x.dtype}, weights {w.dtype}: one dtype for all (cast the parameters)"
             )
-        if activation == "swiglu" and w is layers[0][0]:
+        if ACTIVATIONS[activation].gated and w is layers[0][0]:
             if width % 2:
                 raise ValueError(
-                    f"expert_ffn: swiglu's first weights hold gate and up, so {width} columns must be even"
+                    f"expert_ffn: {activation}'s first weights hold gate and up, so {width} columns must be even"
                 )
             width //= 2
 
 
-def _reference(offsets_E1, x_RM, w1_EMF, b1_EF, w2_EFM, b2_EM, activation: Activation):
+def _reference(offsets_E1, x_RM, w1_EMF, b1_EF, w2_EFM, b2_EM, activation: str):
     """Loop over the experts in float32 (float64 for float64); return x's dtype, rows past the last offset zero."""
-    wide = accumulate_dtype(x_RM.dtype)
+    wide, act = accumulate_dtype(x_RM.dtype), ACTIVATIONS[activation].forward
     bounds = offsets_E1.tolist()
 
     def affine(x, w, b, e):
@@ -112,12 +109,7 @@ def _reference(offsets_E1, x_RM, w1_EMF, b1_EF, w2_EFM, b2_EM, activation: Activ
     parts = []
     with torch.autocast(x_RM.device.type, enabled=False):
         for e, (start, end) in enumerate(itertools.pairwise(bounds)):
-            hidden = affine(x_RM[start:end], w1_EMF, b1_EF, e)
-            if activation == "swiglu":
-                gate, up = hidden.chunk(2, 1)
-                hidden = F.silu(gate) * up
-            elif activation != "none":
-                hidden = F.gelu(hidden, approximate=APPROXIMATE[activation])
+            hidden = act(affine(x_RM[start:end], w1_EMF, b1_EF, e))
             parts.append(affine(hidden, w2_EFM, b2_EM, e))
     tail = x_RM.new_zeros(len(x_RM) - bounds[-1], w2_EFM.shape[2], dtype=wide)
     return torch.cat([*parts, tail]).to(x_RM.dtype)

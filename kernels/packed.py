@@ -62,13 +62,16 @@ def pack(weight: Tensor) -> Packed:
 
 
 def linear(
-    x: Tensor, weight: Packed, bias: Tensor | None = None, gelu: bool = False, add: Tensor | None = None
+    x: Tensor, weight: Packed, bias: Tensor | None = None, activation: str = "none", add: Tensor | None = None
 ) -> Tensor:
     """Return x [..., K] @ W.T + bias [N] of one matrix, [..., N] in x's dtype.
 
-    ``gelu`` applies GELU's tanh approximation to it, ``add`` [..., N] is added then.
+    ``activation``, "none" or "gelu_tanh", is applied to it, ``add`` [..., N] is added then. Raises ``ValueError`` for
+    another activation.
     """
-    return torch.ops.moelab.linear(x, weight.data, bias, weight.columns, gelu, add)
+    if activation not in ("none", "gelu_tanh"):
+        raise ValueError(f"linear: activation must be 'none' or 'gelu_tanh', got {activation!r}")
+    return torch.ops.moelab.linear(x, weight.data, bias, weight.columns, activation == "gelu_tanh", add)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:

@@ -20,7 +20,6 @@ import torch
 from torch.autograd.function import once_differentiable
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
-from .._common import APPROXIMATE
 from . import buffers, pool
 from .gelu import Gelu
 from .layout import Layout, Task, plan, tiles
@@ -204,7 +203,7 @@ def _activation(name: str, dtype: torch.dtype) -> Gelu | Swiglu | None:
     """Return the activation function with memory for one thread."""
     if name == "swiglu":
         return Swiglu(dtype)
-    return None if name == "none" else Gelu(dtype, APPROXIMATE[name])
+    return None if name == "none" else Gelu(dtype, "tanh" if name == "gelu_tanh" else "none")
 
 
 class CPUExperts(torch.autograd.Function):
@@ -222,7 +221,7 @@ class CPUExperts(torch.autograd.Function):
         pre = buffers.empty((layout.slots, N), x.dtype) if keep else None
         packed = [_Packed(t, layout, x.dtype) for t in (w1, b1, w2, b2)]
         # GELU's value and slope are kept: another [slots, F], for a backward pass without exponentials.
-        sloped = keep and APPROXIMATE.get(activation) == "tanh"
+        sloped = keep and activation == "gelu_tanh"
         h = buffers.empty(pre.shape, x.dtype) if sloped else None
         by_task = [p for p in packed if p.each_N is not None]
         weights = [_Experts(p.stack, layout) for p in packed]

@@ -23,6 +23,7 @@ from typing import NamedTuple
 import torch
 
 from .. import _common, gating, permute, residual, tuning
+from ..activations import ACTIVATIONS
 from ..experts import expert_ffn
 
 DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.int32: "i32", torch.int64: "i64"}
@@ -104,7 +105,7 @@ def _permute_case(S, E, K, M, dtype) -> Callable[[], None]:
 
 def _ffn_case(R, E, M, F, dtype, activation="gelu_tanh", persistent=0) -> Callable[[], None]:
     def run():
-        N = 2 * F if activation == "swiglu" else F
+        N = 2 * F if ACTIVATIONS[activation].gated else F
         x, w1, b1, w2, b2 = (
             _meta(*shape, dtype=dtype, grad=True) for shape in ((R, M), (E, M, N), (E, N), (E, F, M), (E, M))
         )

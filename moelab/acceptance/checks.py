@@ -18,7 +18,7 @@ from moelab.config import ModelConfig, RoutingConfig
 from moelab.inference.generate import Generator
 from moelab.inference.modes import set_mode
 from moelab.inference.sampling import Sampling
-from moelab.kernels import combine, dispatch, expert_ffn, gate, residual_mix, row_table, tuning
+from moelab.kernels import ACTIVATIONS, combine, dispatch, expert_ffn, gate, residual_mix, row_table, tuning
 from moelab.models.gpt import build
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -183,7 +183,7 @@ def _permute(S: int, E: int, K: int, M: int, dtype: str, *, device: str) -> Numb
 def _experts(counts: list[int], spare: int, M: int, F: int, dtype: str, activation: str, *, device: str) -> Numbers:
     torch.manual_seed(0)
     E, R = len(counts), sum(counts) + spare
-    wide = 2 * F if activation == "swiglu" else F
+    wide = 2 * F if ACTIVATIONS[activation].gated else F
     shapes = {"x": (R, M), "w1": (E, M, wide), "b1": (E, wide), "w2": (E, F, M), "b2": (E, M)}
     scale = {"w1": M**-0.5, "w2": F**-0.5}
     with torch.device(device):

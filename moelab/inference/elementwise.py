@@ -15,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from moelab import kernels
+
 _VECTORS = 64
 """A number of elements that is whole vectors on every processor: two registers of AVX-512 in bf16."""
 
@@ -22,13 +24,21 @@ _VECTORS = 64
 def gelu(x: Tensor) -> Tensor:
     """Return GELU's tanh approximation."""
     parts = torch.get_num_threads() if x.numel() > 1 << 14 else 1
-    return _of_whole_vectors(lambda x: F.gelu(x, approximate="tanh"), x, parts)
+    return _of_whole_vectors(kernels.ACTIVATIONS["gelu_tanh"].forward, x, parts)
 
 
 def swiglu(pre: Tensor) -> Tensor:
     """Return ``silu(g) * u``, [..., F], of pre-activations [..., 2 F] that hold g and u side by side."""
     gate, up = pre.chunk(2, -1)
     return of_elements(F.silu, gate) * up
+
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "none": kernels.ACTIVATIONS["none"].forward,
+    "gelu_tanh": gelu,
+    "swiglu": swiglu,
+}
+"""The activations that frozen layers compute, by the names of `moelab.kernels.ACTIVATIONS`."""
 
 
 def sigmoid(x: np.ndarray) -> np.ndarray:

@@ -36,7 +36,7 @@ from moelab import machine
 from moelab.engine.differentiable import reduce_from_group
 from moelab.engine.tensor_slicing import RowLinear
 from moelab.inference import elementwise
-from moelab.kernels import packed
+from moelab.kernels import ACTIVATIONS, packed
 
 PACK_FROM = 1 << 17
 """Elements of the smallest fp32 matrix that is packed; bf16 matrices are always packed.
@@ -76,9 +76,9 @@ Products = Literal["fastest", "invariant", "compiled"]
 """Which products a frozen model uses: the fastest of the libraries, their batch-invariant ones, or our own."""
 
 Product = Callable[..., Tensor]
-"""(x [..., K], bias [N] or None, gelu=False, add=None) -> x @ weight.T + bias [..., N].
+"""(x [..., K], bias [N] or None, activation="none", add=None) -> x @ weight.T + bias [..., N].
 
-`gelu` applies GELU (tanh) to it, `add` [..., N] is added to it; not both.
+The activation, "none" or "gelu_tanh", is applied to it, `add` [..., N] is added to it; not both.
 """
 
 
@@ -139,22 +139,25 @@ def least_rows(N: int, K: int, threads: int) -> int:
 
 _linear = torch.ops.mkldnn._linear_pointwise.default  # an overload named here is not looked up at each call
 _linear_add = torch.ops.mkldnn._linear_pointwise.binary
+_POINTWISE = {"none": ("none", [], ""), "gelu_tanh": ("gelu", [], "tanh")}  # activation -> what oneDNN calls it
 
 
 def _compiled(
-    weight: packed.Packed, x: Tensor, bias: Tensor | None, gelu: bool = False, add: Tensor | None = None
+    weight: packed.Packed, x: Tensor, bias: Tensor | None, activation: str = "none", add: Tensor | None = None
 ) -> Tensor:
-    return packed.linear(x, weight, bias, gelu, add)
+    return packed.linear(x, weight, bias, activation, add)
 
 
-def _packed(weight: Tensor, x: Tensor, bias: Tensor | None, gelu: bool = False, add: Tensor | None = None) -> Tensor:
+def _packed(
+    weight: Tensor, x: Tensor, bias: Tensor | None, activation: str = "none", add: Tensor | None = None
+) -> Tensor:
     if add is not None:
         return _linear_add(x, add, weight, bias, "add")
-    return _linear(x, weight, bias, "gelu", [], "tanh") if gelu else _linear(x, weight, bias, "none", [], "")
+    return _linear(x, weight, bias, *_POINTWISE[activation])
 
 
 def _plain(
-    weight_NK: Tensor, least: int, x: Tensor, bias: Tensor | None, gelu: bool = False, add: Tensor | None = None
+    weight_NK: Tensor, least: int, x: Tensor, bias: Tensor | None, activation: str = "none", add: Tensor | None = None
 ) -> Tensor:
     if x.numel() >= least * x.shape[-1] or not len(x):
         y = F.linear(x, weight_NK, bias)
@@ -162,7 +165,7 @@ def _plain(
         y = F.linear(torch.cat([x] * least), weight_NK, bias)[: len(x)]
     if add is not None:
         return y + add
-    return elementwise.gelu(y) if gelu else y
+    return elementwise.ACTIVATIONS[activation](y)
 
 
 def _by_rows(
@@ -171,15 +174,15 @@ def _by_rows(
     few: int,
     x: Tensor,
     bias: Tensor | None,
-    gelu: bool = False,
+    activation: str = "none",
     add: Tensor | None = None,
 ) -> Tensor:
     if x.numel() > few * x.shape[-1]:
-        return _packed(for_many, x, bias, gelu, add)
+        return _packed(for_many, x, bias, activation, add)
     y = F.linear(x, weight_NK, bias)
     if add is not None:
         return y.add_(add)
-    return F.gelu(y, approximate="tanh") if gelu else y
+    return ACTIVATIONS[activation].forward(y)
 
 
 class Matrix:
@@ -202,24 +205,24 @@ class Matrix:
 # -- linear layers -----------------------------------------------------------------------------------------------------
 
 
-def freeze_linear(linear: nn.Linear, products: Products, gelu: bool = False) -> FrozenLinear | FrozenRowLinear:
-    """Return the frozen form of a linear layer, whole or sliced; `gelu` applies to a whole or column-sliced one."""
+def freeze_linear(linear: nn.Linear, products: Products, activation: str = "none") -> FrozenLinear | FrozenRowLinear:
+    """Return the frozen form of a linear layer, whole or sliced; only a row slice has no activation."""
     if isinstance(linear, RowLinear):
         return FrozenRowLinear(linear, products)
-    return FrozenLinear(linear, products, gelu)
+    return FrozenLinear(linear, products, activation)
 
 
 class FrozenLinear(nn.Module):
-    """Compute a linear layer (or one rank's column slice of it), with `gelu` followed by GELU."""
+    """Compute a linear layer (or one rank's column slice of it), followed by the activation, "none" or "gelu_tanh"."""
 
-    def __init__(self, linear: nn.Linear, products: Products, gelu: bool = False) -> None:
+    def __init__(self, linear: nn.Linear, products: Products, activation: str = "none") -> None:
         super().__init__()
-        self.product, self.gelu = product(linear.weight, products), gelu
+        self.product, self.activation = product(linear.weight, products), activation
         self.bias = None if linear.bias is None else linear.bias.detach()
 
     def forward(self, x: Tensor, add: Tensor | None = None) -> Tensor:
         """Return the output [..., N] of x [..., K], with `add` [..., N] added."""
-        return self.product(x, self.bias, self.gelu, add)
+        return self.product(x, self.bias, self.activation, add)
 
 
 class FrozenRowLinear(nn.Module):

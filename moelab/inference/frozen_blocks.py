@@ -23,9 +23,8 @@ from moelab.engine.parallel import SlicedExperts
 from moelab.inference import elementwise
 from moelab.inference.elementwise import sigmoid
 from moelab.inference.frozen import FrozenLinear, Matrix, Products, few_rows, fits, freeze_linear, product
-from moelab.kernels import packed
+from moelab.kernels import ACTIVATIONS, Activation, packed
 from moelab.models import GPT
-from moelab.models.activations import swiglu
 from moelab.models.attention import Attention, Past
 from moelab.models.dispatch import LocalDispatch
 from moelab.models.gpt import Block
@@ -155,18 +154,23 @@ class FrozenGroupedAttention(GroupedAttention):
 # -- feed-forward ------------------------------------------------------------------------------------------------------
 
 
-def is_swiglu(activation: str) -> bool:
-    """Return whether an activation is SwiGLU, False for GELU.
+def check(activation: str) -> Activation:
+    """Return the entry of an activation that frozen layers compute.
 
     Raises:
-        ValueError: one line: frozen layers compute no other activation.
+        ValueError: one line: they do not compute this one.
     """
-    if activation not in ("gelu_tanh", "swiglu"):
+    if activation not in elementwise.ACTIVATIONS:
+        known = ", ".join(map(repr, elementwise.ACTIVATIONS))
         raise ValueError(
-            f"inference: layers are frozen with activation 'gelu_tanh' or 'swiglu', got {activation!r}; "
-            "mode 'baseline' freezes nothing"
+            f"inference: layers are frozen with activation {known}, got {activation!r}; mode 'baseline' freezes nothing"
         )
-    return activation == "swiglu"
+    return ACTIVATIONS[activation]
+
+
+def fused(activation: Activation) -> tuple[str, str]:
+    """Return what the first product is followed by inside it, and what is computed after it."""
+    return ("none", activation.name) if activation.gated else (activation.name, "none")
 
 
 class FrozenMLP(nn.Module):
@@ -174,15 +178,15 @@ class FrozenMLP(nn.Module):
 
     def __init__(self, mlp: MLP, products: Products) -> None:
         super().__init__()
-        self.gated = is_swiglu(mlp.activation)
-        self.swiglu = elementwise.swiglu if products != "fastest" or mlp.up.weight.dtype != torch.float32 else swiglu
-        self.up = freeze_linear(mlp.up, products, gelu=not self.gated)
+        inside, after = fused(check(mlp.activation))
+        plain = products == "fastest" and mlp.up.weight.dtype == torch.float32
+        self.after = ACTIVATIONS[after].forward if plain else elementwise.ACTIVATIONS[after]
+        self.up = freeze_linear(mlp.up, products, inside)
         self.down = freeze_linear(mlp.down, products)
 
     def forward(self, x: Tensor, add: Tensor | None = None) -> Tensor:
         """Return the output [..., M] of x [..., M], with `add` [..., M] added."""
-        h = self.up.forward(x)
-        return self.down.forward(self.swiglu(h) if self.gated else h, add)
+        return self.down.forward(self.after(self.up.forward(x)), add)
 
 
 class Rows(NamedTuple):
@@ -362,7 +366,7 @@ class FrozenExperts(nn.Module):
 
     def __init__(self, experts: Experts, prepare: Callable[[Tensor], Any]) -> None:
         super().__init__()
-        self.gated = is_swiglu(experts.activation)
+        self.activation = check(experts.activation)
         up_EKN, down_EKN = experts.up.detach().flatten(2), experts.down.detach()
         self.up, self.down = ([prepare(matrix_KN.T) for matrix_KN in stack] for stack in (up_EKN, down_EKN))
         self.up_bias = self.down_bias = [None] * len(self.up)
@@ -391,7 +395,7 @@ class FrozenExperts(nn.Module):
         for e, x, h in zip(experts, rows_RM.split(sizes), h_RN.split(sizes), strict=False):
             self.up[e].multiply(x, self.up_bias[e], h)
         h_RN[filled:].zero_()
-        h_RF = swiglu(h_RN) if self.gated else F.gelu(h_RN, approximate="tanh")
+        h_RF = self.activation.forward(h_RN)
         for e, h, y in zip(experts, h_RF.split(sizes), y_RM.split(sizes), strict=False):
             self.down[e].multiply(h, self.down_bias[e], y)
         y_RM[filled:].zero_()
@@ -403,11 +407,11 @@ class PackedExperts(FrozenExperts):
 
     def of_rows(self, rows_RM: Tensor, experts: list[int], bounds: list[int]) -> Tensor:
         """Return the outputs, as `FrozenExperts.of_rows`."""
-        R, outputs = len(rows_RM), []
+        R, outputs, (inside, after) = len(rows_RM), [], fused(self.activation)
         groups = [rows_RM] if bounds == [0, R] else (rows_RM[a:b] for a, b in itertools.pairwise(bounds))
         for e, rows in zip(experts, groups, strict=True) if experts else ():
-            h = self.up[e](rows, self.up_bias[e], not self.gated)
-            outputs.append(self.down[e](elementwise.swiglu(h) if self.gated else h, self.down_bias[e]))
+            h = elementwise.ACTIVATIONS[after](self.up[e](rows, self.up_bias[e], inside))
+            outputs.append(self.down[e](h, self.down_bias[e]))
         if bounds[-1] < R or not outputs:
             outputs.append(rows_RM.new_zeros(R - bounds[-1], rows_RM.shape[1]))
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
@@ -418,7 +422,7 @@ class CompiledExperts(nn.Module):
 
     def __init__(self, experts: Experts) -> None:
         super().__init__()
-        gates = 2 if is_swiglu(experts.activation) else 1
+        gates = 2 if check(experts.activation).gated else 1
         up_EKN, down_EKN = experts.up.detach().flatten(2), experts.down.detach()
         self.up = packed.pack(up_EKN.mT.unflatten(1, (gates, -1)))
         self.down = packed.pack(down_EKN.mT)

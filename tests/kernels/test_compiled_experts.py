@@ -10,11 +10,11 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from moelab.kernels import _compiled, expert_ffn
+from moelab.kernels import ACTIVATIONS, _compiled, expert_ffn
 from moelab.kernels._compiled import experts as compiled
 from torch.utils.flop_counter import FlopCounterMode
 
-from tests.kernels.test_experts import ACTIVATIONS, make, poison, run
+from tests.kernels.test_experts import make, poison, run
 
 pytestmark = pytest.mark.skipif(_compiled.why_not() is not None, reason=str(_compiled.why_not()))
 narrow = pytest.mark.skipif(not torch.cpu._is_avx512_bf16_supported(), reason="bf16 needs AVX512_BF16")

@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from moelab.kernels import _experts_triton, tuning
+from moelab.kernels import ACTIVATIONS, Activation, _experts_triton, tuning
 from moelab.kernels._cpu import buffers, pool
 from moelab.kernels._cpu import experts as experts_cpu
 from moelab.kernels._cpu import layout as layouts
@@ -25,7 +25,6 @@ CASES = [  # rows per expert, spare rows, K or M, N or F
     ([0, 0], 3, 8, 8),
     ([1, 2] * 16, 0, 16, 20),
 ]
-ACTIVATIONS = ["none", "gelu", "gelu_tanh", "swiglu"]
 
 
 def make(counts, spare, *dims, dtype, device, activation="gelu_tanh"):
@@ -34,7 +33,7 @@ def make(counts, spare, *dims, dtype, device, activation="gelu_tanh"):
     offsets = torch.tensor([0, *torch.tensor(counts).cumsum(0).tolist()], dtype=torch.int32, device=device)
     layers = []
     for i, (a, b) in enumerate(itertools.pairwise(dims)):
-        wide = 2 * b if activation == "swiglu" and i == 0 else b  # gate and up side by side
+        wide = 2 * b if ACTIVATIONS[activation].gated and i == 0 else b  # gate and up side by side
         layers += [torch.randn(E, a, wide) * a**-0.5, torch.randn(E, wide)]
     tensors = [t.to(device, dtype) for t in (torch.randn(R, dims[0]), *layers, torch.randn(R, dims[-1]))]
     return tensors[0], offsets, tensors[1:-1], tensors[-1]
@@ -158,7 +157,7 @@ def test_no_rows(target):
     spare=st.integers(0, 3),
     M=st.integers(1, 70),
     F=st.integers(1, 70),
-    activation=st.sampled_from(ACTIVATIONS),
+    activation=st.sampled_from(list(ACTIVATIONS)),
 )
 def test_expert_ffn_hypothesis(target, counts, spare, M, F, activation):
     check(counts, spare, (M, F, M), torch.float32, activation, target)
@@ -416,7 +415,49 @@ def test_clear_errors(change, message):
         expert_ffn(torch.zeros(6, 5), offsets, a["w1"], a["b1"], a["w2"], a["b2"], activation=a["activation"])
 
 
-def test_an_activation_that_only_the_check_knows_is_no_gelu():
-    x, w1, w2 = torch.zeros(6, 5), torch.zeros(2, 5, 4), torch.zeros(2, 4, 5)
-    with pytest.raises(ValueError, match=r"^expert_ffn: no Triton kernel computes the activation 'relu'$"):
-        _experts_triton.TritonExperts.apply(x, w1, None, w2, None, torch.tensor([0, 2, 6]), "relu", False)
+NEW = [
+    Activation("relu2", lambda p: p.relu().square(), lambda p: 2 * p.relu()),
+    Activation(
+        "bilinear",
+        lambda p: p.chunk(2, -1)[0] * p.chunk(2, -1)[1],
+        lambda p: torch.cat(p.chunk(2, -1)[::-1], -1),
+        gated=True,
+    ),
+]
+
+
+@pytest.mark.parametrize("new", NEW, ids=lambda a: a.name)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_an_activation_of_the_table_alone_is_computed_everywhere(target, dtype, new, monkeypatch):
+    monkeypatch.setitem(ACTIVATIONS, new.name, new)
+    for counts, spare, M, F in CASES[1:4]:
+        check(counts, spare, (M, F, M), dtype, new.name, target)
+
+
+SLOPES = pytest.mark.parametrize("activation", [*ACTIVATIONS.values(), *NEW], ids=lambda a: a.name)
+
+
+@SLOPES
+@pytest.mark.parametrize("shape", [(6,), (5, 26), (2, 3, 64), (0, 4)])
+def test_slopes_are_the_derivatives(activation, shape):
+    p = (3 * torch.randn(shape, dtype=torch.float64)).requires_grad_()
+    h = activation.forward(p)
+    assert h.shape == (*shape[:-1], shape[-1] // 2 if activation.gated else shape[-1])
+    d = torch.randn_like(h)
+    (want,) = torch.autograd.grad(h, p, d)
+    torch.testing.assert_close(activation.backward(p.detach(), d), want)
+    assert activation.slope(p.detach()).shape == p.shape and torch.autograd.gradcheck(activation.forward, p)
+
+
+@SLOPES
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_values_and_slopes_keep_the_dtype_and_are_finite(activation, dtype):
+    p = torch.tensor([0.0, -0.0, 1e-30, -30.0, 30.0, 1e4, -1e4, -1e-30], dtype=dtype)
+    for found in (activation.forward(p), activation.slope(p)):
+        assert found.dtype == dtype and found.isfinite().all()
+
+
+def test_names_and_numbers_are_those_of_one_entry():
+    assert all(name == activation.name for name, activation in ACTIVATIONS.items())
+    numbers = [activation.number for activation in ACTIVATIONS.values() if activation.number is not None]
+    assert sorted(numbers) == list(range(len(numbers)))

@@ -57,7 +57,7 @@ def test_linear(N, K, dtype):
         close(packed.linear(x, matrix), exact, dtype)
         exact = exact + bias.double()
         close(packed.linear(x, matrix, bias), exact, dtype)
-        close(packed.linear(x, matrix, bias, True), F.gelu(exact, approximate="tanh"), dtype)
+        close(packed.linear(x, matrix, bias, "gelu_tanh"), F.gelu(exact, approximate="tanh"), dtype)
         close(packed.linear(x, matrix, bias, add=add), exact + add.double(), dtype)
 
 
@@ -76,12 +76,14 @@ def test_linear_takes_any_strides_and_leading_sizes(dtype):
 def test_a_row_has_the_same_bits_in_any_company_and_with_any_number_of_threads(dtype, threads):
     matrix, bias = packed.pack(draw(200, 560, dtype=dtype)), draw(200, dtype=dtype)
     x = draw(150, 560, dtype=dtype)
-    together = packed.linear(x, matrix, bias, True)
+    together = packed.linear(x, matrix, bias, "gelu_tanh")
     for count in (1, 3):
         threads(count)
-        assert torch.equal(packed.linear(x, matrix, bias, True), together)
+        assert torch.equal(packed.linear(x, matrix, bias, "gelu_tanh"), together)
         for first, n in ((0, 1), (149, 1), (7, 2), (30, 12), (31, 13), (60, 64), (60, 70)):
-            assert torch.equal(packed.linear(x[first : first + n], matrix, bias, True), together[first : first + n])
+            assert torch.equal(
+                packed.linear(x[first : first + n], matrix, bias, "gelu_tanh"), together[first : first + n]
+            )
 
 
 def of_experts(x, expert, weight, up, up_bias, down, down_bias):
@@ -200,6 +202,8 @@ def test_rms_norm(shape, dtype):
 def test_what_does_not_fit_is_refused_in_a_line():
     with pytest.raises(ValueError, match=r"^pack: the last size must be a multiple of 16, got \(32, 24\)$"):
         packed.pack(torch.zeros(32, 24))
+    with pytest.raises(ValueError, match=r"^linear: activation must be 'none' or 'gelu_tanh', got 'gelu'$"):
+        packed.linear(torch.zeros(2, 32), packed.pack(torch.zeros(40, 32)), None, "gelu")
     with pytest.raises(ValueError, match=r"^pack: packed matrices are float32 or bfloat16, not torch.float16$"):
         packed.pack(torch.zeros(32, 16, dtype=torch.float16))
     matrix, three = packed.pack(torch.zeros(40, 32)), packed.pack(torch.zeros(3, 32, 32))

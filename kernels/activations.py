@@ -1,0 +1,76 @@
+"""Describe the activations of feed-forwards: the one table that dense layers, experts and inference read.
+
+Pre-activations p are [..., F]. Those of a gated activation are [..., 2 F] and hold gate and up side by side, so that
+one product computes both (Shazeer, "GLU variants improve Transformer").
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Activation:
+    """Describe an activation h = act(p).
+
+    Attributes:
+        name: what `expert_ffn` calls it.
+        forward: p [..., F], or [..., 2 F] if gated, to h [..., F], in p's dtype; differentiable.
+        slope: p to the derivatives of h, of p's shape and dtype: those to p, or if gated those to the gate and then
+            those to up. See `backward`.
+        gated: whether half of the pre-activations are gates.
+        number: that of the compiled code (``_compiled``); None if it does not know the activation.
+    """
+
+    name: str
+    forward: Callable[[Tensor], Tensor]
+    slope: Callable[[Tensor], Tensor]
+    gated: bool = False
+    number: int | None = None
+
+    def backward(self, pre: Tensor, d: Tensor) -> Tensor:
+        """Return the gradient of the pre-activations ``pre``, of their shape, from that of h, ``d`` [..., F]."""
+        return self.slope(pre) * (torch.cat([d, d], -1) if self.gated else d)
+
+
+def _gelu_slope(p: Tensor) -> Tensor:
+    return 0.5 * (1 + torch.erf(p * math.sqrt(0.5))) + p * torch.exp(-0.5 * p * p) / math.sqrt(2 * math.pi)
+
+
+def _gelu_tanh(p: Tensor) -> Tensor:
+    return F.gelu(p, approximate="tanh")
+
+
+def _gelu_tanh_slope(p: Tensor) -> Tensor:
+    c, square = math.sqrt(2 / math.pi), p * p
+    t = torch.tanh(c * p * (1 + 0.044715 * square))
+    return 0.5 * (1 + t) + 0.5 * c * p * (1 - t * t) * (1 + 3 * 0.044715 * square)
+
+
+def _swiglu(p: Tensor) -> Tensor:
+    gate, up = p.chunk(2, -1)
+    return F.silu(gate) * up
+
+
+def _swiglu_slope(p: Tensor) -> Tensor:
+    gate, up = p.chunk(2, -1)
+    s, silu = torch.sigmoid(gate), F.silu(gate)
+    return torch.cat([(s + silu * (1 - s)) * up, silu], -1)
+
+
+ACTIVATIONS = {
+    activation.name: activation
+    for activation in (
+        Activation("none", lambda p: p, torch.ones_like, number=0),
+        Activation("gelu", F.gelu, _gelu_slope, number=1),  # exact, by erf
+        Activation("gelu_tanh", _gelu_tanh, _gelu_tanh_slope, number=2),  # GPT-2's and Megatron's
+        Activation("swiglu", _swiglu, _swiglu_slope, gated=True, number=3),
+    )
+}
+"""Name -> activation. One without compiled code or a Triton kernel of its own is computed by these functions."""
