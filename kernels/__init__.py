@@ -1,9 +1,8 @@
 """Provide the operations of a MoE layer, imported as ``moelab.kernels``; imports nothing else of moelab.
 
-One function per op. On CUDA tensors it runs Triton kernels, on CPU tensors tuned torch or, with
-``backend="compiled"``, C++ where the op has it; ``backend="reference"`` runs the op in plain PyTorch. An op's file
-(``gating.py``) holds the public function and its reference, the files beside it (``_gating_triton.py``,
-``_cpu/gating.py``, ``_compiled/gating.cpp``) the implementations. A MoE layer is
+One function per op. On CUDA tensors it runs Triton kernels, on CPU tensors C++, compiled where it is first used;
+``backend="reference"`` runs the op in plain PyTorch. An op's file (``gating.py``) holds the public function and its
+reference, the files beside it (``_gating_triton.py``, ``_cpp/gating.cpp``) the implementations. A MoE layer is
 
     g = gate(logits_SE, top_k, capacity, seed=step)             # which experts, which slot, which weight, both losses
     table = row_table(g)                                        # which row holds which token
@@ -13,15 +12,14 @@ One function per op. On CUDA tensors it runs Triton kernels, on CPU tensors tune
     y_SM = residual_mix(y_SM, mlp_SM, x_SM, w_2M, b_2)          # PR-MoE
 """
 
-from . import packed
 from ._common import Backend
-from ._compiled import load as load_compiled
-from ._compiled import why_not as why_not_compiled
-from ._cpu.gating import choose
+from ._cpp import available as cpp_available
+from ._cpp import version, why_not
 from ._hash import priorities
 from .activations import ACTIVATIONS, Activation
-from .experts import expert_ffn
+from .experts import expert_ffn, routed_ffn
 from .gating import Gate, gate
+from .packed import Packed, can_pack, pack
 from .permute import RowTable, combine, dispatch, row_table
 from .residual import residual_mix
 
@@ -30,16 +28,19 @@ __all__ = [
     "Activation",
     "Backend",
     "Gate",
+    "Packed",
     "RowTable",
-    "choose",
+    "can_pack",
     "combine",
+    "cpp_available",
     "dispatch",
     "expert_ffn",
     "gate",
-    "load_compiled",
-    "packed",
+    "pack",
     "priorities",
     "residual_mix",
+    "routed_ffn",
     "row_table",
-    "why_not_compiled",
+    "version",
+    "why_not",
 ]

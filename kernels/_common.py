@@ -1,9 +1,9 @@
 """Choose backends and precisions for every op.
 
-Backends: ``auto`` is Triton on CUDA tensors and tuned torch on CPU tensors. ``reference`` is the operation in plain
-PyTorch, on any device, written for readability. ``triton`` on CPU tensors needs Triton's interpreter, that is
-``TRITON_INTERPRET=1`` set before Triton is imported (for tests only, because it is slow). ``compiled`` is C++ for CPU
-tensors where an operation has it and it runs here (``_compiled``), and ``torch`` elsewhere.
+Backends: ``auto`` is Triton on CUDA tensors and C++ on CPU tensors, or the reference where there is no C++ compiler.
+``reference`` is the operation in plain PyTorch, on any device, written for readability. ``triton`` on CPU tensors needs
+Triton's interpreter, that is ``TRITON_INTERPRET=1`` set before Triton is imported (for tests only, because it is slow).
+``cpp`` is C++ for CPU tensors (``_cpp``) of float32 or bfloat16.
 """
 
 from __future__ import annotations
@@ -12,6 +12,9 @@ import functools
 from typing import Literal, get_args
 
 import torch
+from torch.utils._python_dispatch import _get_current_dispatch_mode
+
+from . import _cpp
 
 try:
     import triton
@@ -19,7 +22,7 @@ try:
 
     HAS_TRITON = True
     INTERPRETING = bool(triton.knobs.runtime.interpret)
-except ImportError:  # macOS: the torch backend does not need Triton
+except ImportError:  # macOS: the other backends do not need Triton
 
     class _NoTriton:
         """Let the kernel files be imported; no function decorated by this class is ever launched."""
@@ -38,48 +41,53 @@ except ImportError:  # macOS: the torch backend does not need Triton
     HAS_TRITON = False
     INTERPRETING = False
 
-Backend = Literal["auto", "torch", "triton", "reference", "compiled"]
+Backend = Literal["auto", "reference", "triton", "cpp"]
 """Names of an op's implementations; see the module's docstring."""
-
-COMPILED = ("combine", "dispatch", "expert_ffn", "gate", "row_table")
-"""Ops that have C++ (``_compiled``)."""
 
 recording = False
 """True while compile.py records the launches of the ops on meta tensors instead of executing them."""
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+CPP_DTYPES = (torch.float32, torch.bfloat16, torch.int32, torch.int64)
 
 
-def pick_backend(op: str, backend: Backend, *tensors: torch.Tensor | None) -> str:
+def pick_backend(op: str, backend: Backend, *tensors: torch.Tensor | None, fits: bool = True) -> str:
     """Return the backend that runs ``op`` on these tensors: one of ``Backend``, but not ``auto``.
 
-    Raises ``ValueError`` for an unknown name, for tensors on different devices, and for a backend that cannot run
-    there.
+    ``fits`` says whether the C++ takes them, apart from their dtypes. While PyTorch's operations are counted (a
+    dispatch mode is active), ``auto`` is the reference on CPU tensors, because a counter sees no C++. Raises
+    ``ValueError`` for an unknown name, for tensors on different devices, and for a backend that cannot run there.
     """
     present = [t for t in tensors if t is not None]
-    devices = {t.device for t in present}
-    if len(devices) > 1:
-        raise ValueError(f"{op}: tensors are on different devices: {', '.join(sorted(map(str, devices)))}")
-    kind = present[0].device.type
+    device = present[0].device
+    if any(t.device != device for t in present):
+        devices = ", ".join(sorted({str(t.device) for t in present}))
+        raise ValueError(f"{op}: tensors are on different devices: {devices}")
+    narrow = all(t.dtype in CPP_DTYPES for t in present)
     if backend == "auto":
-        backend = {"cuda": "triton", "cpu": "torch"}.get(kind, "reference")
-    if backend in ("torch", "compiled") and kind != "cpu":
-        raise ValueError(
-            f"{op}: backend {backend!r} is for CPU tensors, these are on {kind}; use 'auto' or 'reference'"
-        )
-    if backend == "triton":
+        if device.type != "cpu":
+            return "triton" if device.type == "cuda" else "reference"
+        usable = narrow and fits and _get_current_dispatch_mode() is None
+        return "cpp" if usable and _cpp.available() else "reference"
+    if backend == "cpp":
+        if device.type != "cpu":
+            raise ValueError(f"{op}: backend 'cpp' is for CPU tensors, these are on {device.type}")
+        if not (narrow and fits):
+            dtypes = ", ".join(sorted({str(t.dtype) for t in present}))
+            raise ValueError(f"{op}: backend 'cpp' does not take these sizes or dtypes ({dtypes}); use 'auto'")
+    elif backend == "triton":
         if not HAS_TRITON:
             raise ValueError(f"{op}: backend 'triton' needs the triton package, which this platform lacks")
-        if kind != "cuda" and not INTERPRETING and not (recording and kind == "meta"):
+        if device.type != "cuda" and not INTERPRETING and not (recording and device.type == "meta"):
             raise ValueError(
-                f"{op}: backend 'triton' needs CUDA tensors, these are on {kind} (tests: TRITON_INTERPRET=1)"
+                f"{op}: backend 'triton' needs CUDA tensors, these are on {device.type} (tests: TRITON_INTERPRET=1)"
             )
         for t in present:
             if t.is_floating_point() and t.dtype not in FLOATS:
                 raise ValueError(f"{op}: Triton kernels take float32, bfloat16 or float16, not {t.dtype}")
-    if backend not in get_args(Backend):
+    elif backend != "reference":
         raise ValueError(f"{op}: unknown backend {backend!r}; know {', '.join(get_args(Backend))}")
-    return "torch" if backend == "compiled" and op not in COMPILED else backend
+    return backend
 
 
 def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -7,13 +7,14 @@ Shapes: R rows in expert order, E experts, M hidden, F feed-forward. Expert e's 
 
 ``act`` is one of ``ACTIVATIONS`` (``activations.py``); with a gated one, W1 is [E, M, 2 F].
 
-The forward pass keeps the pre-activation for the backward pass, which recomputes the activation from it; this takes a
-third less memory than keeping both. With ``gelu_tanh``, the CPU keeps the activation and its slope instead, and its
-compiled code does so for all activations. Weight gradients are written expert by expert, in a fixed order and without
-atomics, so that they are bitwise reproducible.
+The forward pass of the Triton kernels keeps the pre-activation for the backward pass, which recomputes the activation
+from it; this takes a third less memory than keeping both. On a CPU, the activation and its slope are kept instead.
+Weight gradients are written expert by expert, in a fixed order and without atomics, so that they are bitwise
+reproducible.
 
-The Triton implementation is in ``_experts_triton.py``, the CPU implementations in ``_cpu/experts.py`` and
-``_compiled/experts.cpp``.
+The weights may be packed (``packed.py``): then nothing is differentiable, and a row has the same bits in any batch.
+
+The Triton implementation is in ``_experts_triton.py``, that for CPU in ``_cpp/experts.cpp``.
 """
 
 from __future__ import annotations
@@ -21,21 +22,25 @@ from __future__ import annotations
 import itertools
 
 import torch
+import torch.nn.functional as F
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from ._common import Backend, accumulate_dtype, contiguous, pick_backend
-from ._compiled import experts as compiled
-from ._cpu.experts import CPUExperts
+from ._cpp import experts as cpp
+from ._cpp import operations
 from ._experts_triton import TritonExperts
-from .activations import ACTIVATIONS
+from .activations import ACTIVATIONS, Activation
+from .gating import Gate
+from .packed import Packed
+from .permute import combine, dispatch, row_table
 
 
 def expert_ffn(
     x_RM: torch.Tensor,
     offsets_E1: torch.Tensor,
-    w1_EMF: torch.Tensor,
+    w1_EMF: torch.Tensor | Packed,
     b1_EF: torch.Tensor | None,
-    w2_EFM: torch.Tensor,
+    w2_EFM: torch.Tensor | Packed,
     b2_EM: torch.Tensor | None,
     *,
     activation: str = "gelu_tanh",
@@ -49,24 +54,48 @@ def expert_ffn(
     (``_common.dot_precision``); on CPU, float16 is computed in float32. ``activation`` is a name in ``ACTIVATIONS``.
     Raises ``ValueError`` for another one, and for shapes or dtypes that do not fit.
     """
+    if isinstance(w1_EMF, Packed):
+        weights = (w1_EMF.data, b1_EF, w2_EFM.data, b2_EM, w1_EMF.columns, ACTIVATIONS[activation].number)
+        return operations().packed_experts.default(x_RM.contiguous(), offsets_E1.to(torch.int32), *weights)
     _check(x_RM, offsets_E1, activation, (w1_EMF, b1_EF), (w2_EFM, b2_EM))
-    chosen = pick_backend("expert_ffn", backend, x_RM, offsets_E1, w1_EMF, b1_EF, w2_EFM, b2_EM)
-    tensors = (x_RM, w1_EMF, b1_EF, w2_EFM, b2_EM)
-    if chosen in ("torch", "compiled") and ACTIVATIONS[activation].number is None:
-        chosen = "reference"  # the CPU implementations have no such activation
-    on_cpu = chosen in ("torch", "compiled")
-    if not on_cpu or x_RM.dtype != torch.bfloat16:  # the CPU implementations convert to bfloat16 by themselves
+    act, tensors = ACTIVATIONS[activation], (x_RM, w1_EMF, b1_EF, w2_EFM, b2_EM)
+    fits = act.number is not None and cpp.fits(x_RM, w2_EFM, act.gated)
+    chosen = pick_backend("expert_ffn", backend, *tensors, offsets_E1, fits=fits)
+    if chosen != "cpp" or x_RM.dtype != torch.bfloat16:  # the C++ converts to bfloat16 by itself
         tensors = tuple(None if t is None else t.to(x_RM.dtype) for t in tensors)
     if chosen == "reference":
-        return _reference(offsets_E1, *tensors, activation)
+        slow = backend == "reference" or x_RM.device.type != "cpu" or _get_current_dispatch_mode() is not None
+        return (_reference if slow else _grouped)(offsets_E1, *tensors, act)
     keep = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
-    counting = _get_current_dispatch_mode() is not None  # a counter of operations sees no compiled code
-    if chosen == "compiled" and not counting and compiled.fits(x_RM, w2_EFM, activation):
-        return compiled.CompiledExperts.apply(*contiguous(*tensors), offsets_E1, activation, keep)
-    if on_cpu:
-        wide = [None if t is None else t.float() for t in tensors] if x_RM.dtype == torch.float16 else tensors
-        return CPUExperts.apply(*contiguous(*wide), offsets_E1, activation, keep).to(x_RM.dtype)
+    if chosen == "cpp":
+        return cpp.CppExperts.apply(*contiguous(*tensors), offsets_E1, act, keep)
     return TritonExperts.apply(*contiguous(*tensors, offsets_E1), activation, keep)
+
+
+def routed_ffn(
+    x_SM: torch.Tensor,
+    gate: Gate,
+    w1_EMF: torch.Tensor | Packed,
+    b1_EF: torch.Tensor | None,
+    w2_EFM: torch.Tensor | Packed,
+    b2_EM: torch.Tensor | None,
+    *,
+    activation: str = "gelu_tanh",
+    add_SM: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Return each token's weighted sum of its experts' outputs, with ``add_SM`` added, [S, M] in x's dtype.
+
+    It is `row_table`, `dispatch`, `expert_ffn` and `combine`; with packed weights in one call, as a decoding step
+    needs it.
+    """
+    if isinstance(w1_EMF, Packed):
+        routing = (gate.expert_SK, gate.slot_SK, gate.kept_E, gate.weight_SK)
+        weights = (w1_EMF.data, b1_EF, w2_EFM.data, b2_EM, w1_EMF.columns, ACTIVATIONS[activation].number)
+        return operations().routed_experts.default(x_SM, *routing, *weights, add_SM)
+    table = row_table(gate)
+    rows_RM = expert_ffn(dispatch(x_SM, table), table.offsets_E1, w1_EMF, b1_EF, w2_EFM, b2_EM, activation=activation)
+    y_SM = combine(rows_RM, table, gate.weight_SK)
+    return y_SM if add_SM is None else y_SM + add_SM
 
 
 def _check(x, offsets_E1, activation, *layers) -> None:
@@ -98,10 +127,9 @@ def _check(x, offsets_E1, activation, *layers) -> None:
             width //= 2
 
 
-def _reference(offsets_E1, x_RM, w1_EMF, b1_EF, w2_EFM, b2_EM, activation: str):
-    """Loop over the experts in float32 (float64 for float64); return x's dtype, rows past the last offset zero."""
-    wide, act = accumulate_dtype(x_RM.dtype), ACTIVATIONS[activation].forward
-    bounds = offsets_E1.tolist()
+def _reference(offsets_E1, x_RM, w1_EMF, b1_EF, w2_EFM, b2_EM, activation: Activation):
+    """Loop over the experts; return x's dtype, rows past the last offset zero."""
+    wide, bounds = accumulate_dtype(x_RM.dtype), offsets_E1.tolist()
 
     def affine(x, w, b, e):
         return x @ w[e] if b is None else x @ w[e] + b[e]
@@ -109,7 +137,21 @@ def _reference(offsets_E1, x_RM, w1_EMF, b1_EF, w2_EFM, b2_EM, activation: str):
     parts = []
     with torch.autocast(x_RM.device.type, enabled=False):
         for e, (start, end) in enumerate(itertools.pairwise(bounds)):
-            hidden = act(affine(x_RM[start:end], w1_EMF, b1_EF, e))
+            hidden = activation.forward(affine(x_RM[start:end], w1_EMF, b1_EF, e))
             parts.append(affine(hidden, w2_EFM, b2_EM, e))
     tail = x_RM.new_zeros(len(x_RM) - bounds[-1], w2_EFM.shape[2], dtype=wide)
     return torch.cat([*parts, tail]).to(x_RM.dtype)
+
+
+def _grouped(offsets_E1, x_RM, w1_EMF, b1_EF, w2_EFM, b2_EM, activation: Activation):
+    """Compute the experts by PyTorch's grouped products, for machines without the C++."""
+    if any(w.shape[-1] * w.element_size() % 16 for w in (w1_EMF, w2_EFM)):  # grouped products need aligned rows
+        return _reference(offsets_E1, x_RM, w1_EMF, b1_EF, w2_EFM, b2_EM, activation)
+    expert_R = torch.repeat_interleave(offsets_E1.diff())
+    ends_E, filled = offsets_E1[1:].int(), len(expert_R)
+    with torch.autocast(x_RM.device.type, enabled=False):
+        h = F.grouped_mm(x_RM[:filled], w1_EMF, offs=ends_E)
+        h = activation.forward(h if b1_EF is None else h + b1_EF[expert_R])
+        y = F.grouped_mm(h, w2_EFM, offs=ends_E)
+        y = y if b2_EM is None else y + b2_EM[expert_R]
+    return F.pad(y, (0, 0, 0, len(x_RM) - filled))

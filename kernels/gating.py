@@ -18,8 +18,7 @@ routed: its ids are 0..K-1, its slots -1, its weights 0, and the load does not c
 that a training loop detects it. The check needs no synchronisation with the device; the gradients of such a token are
 unspecified. Without any tokens, both losses are 0.
 
-The Triton implementation is in ``_gating_triton.py``, the CPU implementations in ``_cpu/gating.py`` and
-``_compiled/gating.cpp``.
+The Triton implementation is in ``_gating_triton.py``, that for CPU in ``_cpp/gating.cpp``.
 """
 
 from __future__ import annotations
@@ -27,11 +26,9 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from ._common import Backend, accumulate_dtype, pick_backend
-from ._compiled import gating as compiled
-from ._cpu.gating import SMALL, CPUGate, small_gate
+from ._cpp.gating import CppGate, gate_without_gradient
 from ._gating_triton import TritonGate
 from ._hash import priorities
 
@@ -53,7 +50,7 @@ class Gate(NamedTuple):
     """int32 [E]: entries that the expert keeps."""
     aux_loss: torch.Tensor
     """float32 scalar, differentiable: E * sum_e mean_s(p_se) * share_s(first choice is e), before dropping; 1 when
-    uniform."""
+    uniform. None where it was left out, as `z_loss`."""
     z_loss: torch.Tensor
     """float32 scalar, differentiable: mean_s logsumexp(logits_s)^2."""
 
@@ -66,13 +63,15 @@ def gate(
     seed: int | None = None,
     normalize: bool = False,
     choice_logits_SE: torch.Tensor | None = None,
+    losses: bool = True,
     backend: Backend = "auto",
 ) -> Gate:
     """Route S tokens to ``top_k`` of E experts each (2 <= E <= 512); see the module's text for the semantics.
 
     ``capacity=None`` drops nothing. ``seed`` selects at random instead of first-come. ``normalize`` divides the weights
     of a token's *kept* choices by their sum (at least float32's eps), as DeepSpeed's top-2 gate does.
-    ``choice_logits_SE`` decide the choices only; no gradient flows into them. Differentiable (once) in the logits.
+    ``choice_logits_SE`` decide the choices only; no gradient flows into them. Differentiable (once) in the logits,
+    unless ``losses`` is False, with which a backend may leave the losses out (None), as a decoding step does.
     Raises ``ValueError`` for shapes, ``top_k`` or ``capacity`` out of range.
     """
     if logits_SE.dim() != 2 or not logits_SE.is_floating_point():
@@ -93,18 +92,11 @@ def gate(
         capacity = None  # an expert is chosen at most once per token
     if capacity is None:
         seed = None
-    if chosen == "compiled":
-        if _get_current_dispatch_mode() is None and compiled.fits(logits_SE):
-            wide = (None if t is None else t.float() for t in (logits_SE, choice_logits_SE))
-            return Gate(*compiled.CompiledGate.apply(*wide, top_k, capacity, seed, normalize))
-        chosen = "torch"
-    if (
-        chosen == "torch"
-        and 0 < logits_SE.numel() <= SMALL
-        and not (torch.is_grad_enabled() and logits_SE.requires_grad)
-    ):
-        return Gate(*small_gate(logits_SE, choice_logits_SE, top_k, capacity, seed, normalize))
-    run = {"reference": gate_reference, "torch": CPUGate.apply, "triton": TritonGate.apply}[chosen]
+    if chosen == "cpp":
+        logits_SE, choice_logits_SE = (None if t is None else t.float() for t in (logits_SE, choice_logits_SE))
+        if not losses:
+            return Gate(*gate_without_gradient(logits_SE, choice_logits_SE, top_k, capacity, seed, normalize))
+    run = {"reference": gate_reference, "cpp": CppGate.apply, "triton": TritonGate.apply}[chosen]
     return Gate(*run(logits_SE, choice_logits_SE, top_k, capacity, seed, normalize))
 
 

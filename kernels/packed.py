@@ -1,12 +1,13 @@
-"""Compute with matrices that were packed once: products, experts and attention of a decoding step on a CPU.
+"""Compute with matrices that were packed once: products, norm and attention of a decoding step on a CPU.
 
-The operations are compiled code (``_compiled/packed.cpp``) for float32 and bfloat16, accumulated in float32, without
-gradients; `why_not` says where they do not run. An operation does what takes several calls elsewhere, because a call
+The operations are C++ (``_cpp/packed.cpp``, ``_cpp/attention.cpp``) for float32 and bfloat16, accumulated in float32,
+without gradients; `can_pack` says where they run. An operation does what takes several calls elsewhere, because a call
 takes microseconds, as long as reading a small matrix. A row's result has the same bits whatever the other rows and the
-number of threads. The plain modules of ``moelab.models`` are the reference.
+number of threads. ``experts.py`` takes packed weights as well. The plain modules of ``moelab.models`` are the
+reference.
 
-Shapes: R rows, S tokens, E experts, K choices of a token, M hidden, F feed-forward; B sequences, H heads, N heads of
-keys and values, D head size, T longest sequence.
+Shapes: R rows, S tokens, E experts, M hidden, F feed-forward; B sequences, H heads, N heads of keys and values, D head
+size, T longest sequence. A matrix is [N, K].
 """
 
 from __future__ import annotations
@@ -16,8 +17,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ._compiled import load
-from ._compiled import why_not as _why_not
+from . import _cpp
+from .activations import ACTIVATIONS
 
 MULTIPLE = 16
 """The width of rows, and the size of a head, are multiples of this."""
@@ -25,20 +26,17 @@ LARGEST_HEAD = 512
 """The largest head size."""
 
 
-def why_not(dtype: torch.dtype) -> str | None:
-    """Return why this machine cannot compute with packed matrices of this dtype, or None if it can."""
-    if dtype == torch.bfloat16 and not torch.cpu._is_avx512_bf16_supported():
-        return "the processor has no AVX512_BF16, which bfloat16 needs"
-    if dtype not in (torch.float32, torch.bfloat16):
-        return f"packed matrices are float32 or bfloat16, not {dtype}"
-    return _why_not()
+def can_pack(weight: Tensor) -> bool:
+    """Return whether matrices [..., N, K] of this dtype and size can be packed here."""
+    fits = weight.dtype in (torch.float32, torch.bfloat16) and weight.shape[-1] % MULTIPLE == 0
+    return fits and weight.device.type == "cpu" and _cpp.available()
 
 
 class Packed(NamedTuple):
     """Hold matrices [N, K] in the order in which the products read them.
 
     Attributes:
-        data: [matrices, N / 32 rounded up, K, 32], values in an order of its own.
+        data: [matrices, N / 64 rounded up, K, 64], values in an order of its own.
         columns: N.
     """
 
@@ -49,59 +47,37 @@ class Packed(NamedTuple):
 def pack(weight: Tensor) -> Packed:
     """Return matrices [N, K] or [..., N, K], packed.
 
+    Those of a gated activation are two, [..., 2, N, K]: gate and up.
+
     Raises:
-        ValueError: K is not a multiple of 16, or this machine cannot compute with them (`why_not`).
+        ValueError: K is not a multiple of 16, or this machine cannot compute with them (`can_pack`).
     """
-    if weight.shape[-1] % MULTIPLE:
-        raise ValueError(f"pack: the last size must be a multiple of {MULTIPLE}, got {tuple(weight.shape)}")
-    if reason := why_not(weight.dtype):
-        raise ValueError(f"pack: {reason}")
-    load()
+    if not can_pack(weight):
+        raise ValueError(
+            f"pack: {weight.dtype} {tuple(weight.shape)} on {weight.device.type}: the C++ kernels pack float32 or "
+            f"bfloat16 matrices on a CPU whose last size is a multiple of {MULTIPLE}"
+        )
     stack = weight.detach().reshape(-1, *weight.shape[-2:])
-    return Packed(torch.ops.moelab.pack(stack.contiguous()), weight.shape[-2])
+    return Packed(_cpp.operations().pack.default(stack.contiguous()), weight.shape[-2])
 
 
 def linear(
     x: Tensor, weight: Packed, bias: Tensor | None = None, activation: str = "none", add: Tensor | None = None
 ) -> Tensor:
-    """Return x [..., K] @ W.T + bias [N] of one matrix, [..., N] in x's dtype.
+    """Return act(x [..., K] @ W.T + bias [N]) of one matrix, or of two if gated, [..., N] in x's dtype.
 
-    ``activation``, "none" or "gelu_tanh", is applied to it, ``add`` [..., N] is added then. Raises ``ValueError`` for
-    another activation.
+    ``add`` [..., N] is added then; with a gated activation, bias is [2 N]. Raises ``RuntimeError`` for shapes that do
+    not fit.
     """
-    if activation not in ("none", "gelu_tanh"):
-        raise ValueError(f"linear: activation must be 'none' or 'gelu_tanh', got {activation!r}")
-    return torch.ops.moelab.linear(x, weight.data, bias, weight.columns, activation == "gelu_tanh", add)
+    number = ACTIVATIONS[activation].number
+    return _cpp.operations().linear.default(
+        x.contiguous(), weight.data, bias, weight.columns, number, None if add is None else add.contiguous()
+    )
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """Return the RMS norm of x [..., K] times the weight [K], in x's dtype; K is a multiple of 16."""
-    return torch.ops.moelab.rms_norm(x, weight, eps)
-
-
-def experts(
-    x_SM: Tensor,
-    expert_SK: Tensor,
-    weight_SK: Tensor,
-    up: Packed,
-    up_bias: Tensor | None,
-    down: Packed,
-    down_bias: Tensor | None,
-    add_SM: Tensor | None = None,
-) -> Tensor:
-    """Return the weighted sums [S, M] of the chosen experts' outputs, in x's dtype, with ``add_SM`` added.
-
-    Args:
-        expert_SK: int64 [S, K], the experts of each token.
-        weight_SK: float32 [S, K].
-        up: [E, F, M] for GELU's tanh approximation, or [E, 2, F, M] for SwiGLU.
-        up_bias: [E, F] or [E, 2, F].
-        down: [E, M, F].
-        down_bias: [E, M].
-    """
-    return torch.ops.moelab.experts(
-        x_SM, expert_SK, weight_SK, up.data, up_bias, down.data, down_bias, up.columns, add_SM
-    )
+    return _cpp.operations().rms_norm.default(x.contiguous(), weight, eps)
 
 
 def attend(
@@ -114,4 +90,4 @@ def attend(
         keys_BNTD, values_BNTD: written at ``positions_B``; they may hold more sequences.
         positions_B: int64, the tokens' places in their sequences.
     """
-    return torch.ops.moelab.attend(q_BHD, k_BND, v_BND, keys_BNTD, values_BNTD, positions_B)
+    return _cpp.operations().attend.default(q_BHD, k_BND, v_BND, keys_BNTD, values_BNTD, positions_B)

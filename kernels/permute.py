@@ -9,8 +9,7 @@ no products with zeros.
     y_s    = sum_k weight_sk * rows[row_sk]    d rows_r    = weight(r) * d y[token(r)]
                                                d weight_sk = <d y_s, rows[row_sk]>
 
-The Triton implementation is in ``_permute_triton.py``, those for CPU are in ``_cpu/permute.py`` and
-``_compiled/permute.cpp``.
+The Triton implementation is in ``_permute_triton.py``, that for CPU in ``_cpp/permute.cpp``.
 """
 
 from __future__ import annotations
@@ -20,9 +19,8 @@ from typing import NamedTuple
 import torch
 
 from ._common import Backend, accumulate_dtype, contiguous, pick_backend
-from ._compiled import runs_here
-from ._compiled.permute import CompiledCombine, CompiledDispatch, fits, table_compiled
-from ._cpu.permute import CPUCombine, CPUDispatch, table_cpu
+from ._cpp import operations
+from ._cpp.permute import CppCombine, CppDispatch
 from ._permute_triton import TritonCombine, TritonDispatch, table_triton
 from .gating import Gate
 
@@ -46,14 +44,11 @@ def row_table(gate: Gate, *, rows: int | None = None, backend: Backend = "auto")
     """
     chosen = pick_backend("row_table", backend, gate.slot_SK, gate.expert_SK, gate.kept_E)
     expert_SK, slot_SK, kept_E = contiguous(gate.expert_SK, gate.slot_SK, gate.kept_E)
-    if chosen == "compiled":
-        if runs_here():
-            return RowTable(*table_compiled(expert_SK, slot_SK, kept_E, rows))
-        chosen = "torch"
-    if chosen == "torch":
-        return RowTable(*table_cpu(expert_SK, slot_SK, kept_E, rows))
+    if chosen == "cpp":
+        return RowTable(*operations().row_table.default(expert_SK, slot_SK, kept_E, rows))
     entries = slot_SK.numel()
-    R = entries if rows is None else rows
+    exact = chosen == "reference" and slot_SK.device.type == "cpu"
+    R = rows if rows is not None else int(kept_E.sum()) if exact else entries
     if chosen == "triton":
         return RowTable(*table_triton(expert_SK, slot_SK, kept_E, R))
     start_E1 = torch.nn.functional.pad(kept_E.cumsum(0), (1, 0))
@@ -75,9 +70,7 @@ def dispatch(x_SM: torch.Tensor, table: RowTable, *, backend: Backend = "auto") 
     if chosen == "reference":
         padded = torch.cat([x_SM, x_SM.new_zeros(1, x_SM.shape[1])])
         return padded[torch.where(table.entry_R >= 0, table.entry_R // K, S)]
-    if chosen == "compiled" and not fits(x_SM):
-        chosen = "torch"
-    op = {"torch": CPUDispatch, "triton": TritonDispatch, "compiled": CompiledDispatch}[chosen]
+    op = CppDispatch if chosen == "cpp" else TritonDispatch
     return op.apply(*contiguous(x_SM, table.row_SK, table.entry_R))
 
 
@@ -94,12 +87,11 @@ def combine(
             f"combine: rows {tuple(rows_RM.shape)} and weights {tuple(weight_SK.shape)} for a table of "
             f"{len(table.entry_R)} rows and {tuple(table.row_SK.shape)} entries"
         )
-    chosen = pick_backend("combine", backend, rows_RM, table.row_SK, weight_SK)
+    fits = weight_SK.dtype == torch.float32
+    chosen = pick_backend("combine", backend, rows_RM, table.row_SK, weight_SK, fits=fits)
     if chosen == "reference":
         padded = torch.cat([rows_RM, rows_RM.new_zeros(1, rows_RM.shape[1])])  # row -1
         wide_SKM = padded[table.row_SK].to(accumulate_dtype(rows_RM.dtype))
         return (wide_SKM * weight_SK[:, :, None]).sum(1).to(rows_RM.dtype)
-    if chosen == "compiled" and not (fits(rows_RM) and weight_SK.dtype == torch.float32):
-        chosen = "torch"
-    op = {"torch": CPUCombine, "triton": TritonCombine, "compiled": CompiledCombine}[chosen]
+    op = CppCombine if chosen == "cpp" else TritonCombine
     return op.apply(*contiguous(rows_RM, weight_SK, table.row_SK, table.entry_R))

@@ -8,7 +8,7 @@ Shapes: S tokens, M hidden. The branches are mixed in one of three ways:
 - plain sum: ``y = moe + mlp``, as in the paper's text.
 
 Only the difference of the two logits matters: ``a_0 = sigmoid(x . (W_0 - W_1) + b_0 - b_1)``. Mixing is in float32.
-The Triton implementation is in ``_residual_triton.py``, the CPU implementation in ``_cpu/residual.py``.
+The Triton implementation is in ``_residual_triton.py``, that for CPU in ``_cpp/residual.cpp``.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from ._common import Backend, accumulate_dtype, contiguous, pick_backend
-from ._cpu.residual import mix_backward_cpu, mix_cpu
+from ._cpp import operations
 from ._residual_triton import mix_backward_triton, mix_triton
 
 
@@ -75,11 +75,14 @@ class _Mix(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, moe, mlp, a_S2, backend):
-        ctx.save_for_backward(moe, mlp, a_S2)
-        ctx.backend = backend
+        ctx.backend, ctx.dtype = backend, a_S2.dtype
         if backend == "triton":
+            ctx.save_for_backward(moe, mlp, a_S2)
             return mix_triton(moe, mlp, a_S2)[0]
-        return mix_cpu(moe, mlp, a_S2)
+        a_S2, y = a_S2.float(), torch.empty_like(moe)
+        ctx.save_for_backward(moe, mlp, a_S2)
+        operations().mix.default(moe, mlp, a_S2, None, None, 0.0, y)
+        return y
 
     @staticmethod
     @once_differentiable
@@ -89,8 +92,9 @@ class _Mix(torch.autograd.Function):
         if ctx.backend == "triton":
             d_moe, d_mlp, da_S2, _ = mix_backward_triton(dy, moe, mlp, a_S2)
         else:
-            d_moe, d_mlp, da_S2 = mix_backward_cpu(dy, moe, mlp, a_S2)
-        return d_moe, d_mlp, da_S2.to(a_S2.dtype), None
+            d_moe, d_mlp, da_S2 = (torch.empty_like(t) for t in (moe, mlp, a_S2))
+            operations().mix_backward.default(dy, moe, mlp, a_S2, None, None, d_moe, d_mlp, da_S2, None, None)
+        return d_moe, d_mlp, da_S2.to(ctx.dtype), None
 
 
 class _LearnedMix(torch.autograd.Function):
@@ -101,10 +105,9 @@ class _LearnedMix(torch.autograd.Function):
         if backend == "triton":
             y, a_S2 = mix_triton(moe, mlp, None, x, w_2M, b_2)
         else:
-            wide = accumulate_dtype(x.dtype)
-            logits_S2 = torch.nn.functional.linear(x, w_2M.to(x.dtype)).to(wide)
-            a_S2 = (logits_S2 if b_2 is None else logits_S2 + b_2.to(wide)).softmax(1)
-            y = mix_cpu(moe, mlp, a_S2)
+            y, a_S2 = torch.empty_like(moe), torch.empty(len(moe), 2)
+            bias = 0.0 if b_2 is None else float(b_2[0] - b_2[1])
+            operations().mix.default(moe, mlp, a_S2, x, _difference(w_2M), bias, y)
         ctx.save_for_backward(moe, mlp, x, w_2M, b_2, a_S2)
         ctx.backend = backend
         return y
@@ -116,15 +119,19 @@ class _LearnedMix(torch.autograd.Function):
         dy = dy.contiguous()
         if ctx.backend == "triton":
             d_moe, d_mlp, dl_S, dx = mix_backward_triton(dy, moe, mlp, a_S2, x, w_2M)
+            dw_M, db = dl_S @ x.to(dl_S.dtype), dl_S.sum()  # sums over tokens go to the matrix library
         else:
-            d_moe, d_mlp, da_S2 = mix_backward_cpu(dy, moe, mlp, a_S2)
-            dl_S = a_S2[:, 0] * a_S2[:, 1] * (da_S2[:, 0] - da_S2[:, 1])
-            dx = torch.outer(dl_S, (w_2M[0] - w_2M[1]).to(dl_S.dtype)).to(x.dtype)
-        # the second row of every gradient is the negated first; sums over tokens go to the matrix library
-        dw_M = dl_S @ x.to(dl_S.dtype)
+            d_moe, d_mlp, dx = (torch.empty_like(t) for t in (moe, mlp, x))
+            sums = torch.empty(x.shape[1] + 1)
+            tensors = dy, moe, mlp, a_S2, x, _difference(w_2M), d_moe, d_mlp, None, dx, sums
+            operations().mix_backward.default(*tensors)
+            dw_M, db = sums[:-1], sums[-1]
+        # the second row of every gradient is the negated first
         dw_2M = torch.stack([dw_M, -dw_M]).to(w_2M.dtype)
-        db_2 = None
-        if b_2 is not None:
-            total = dl_S.sum()
-            db_2 = torch.stack([total, -total]).to(b_2.dtype)
+        db_2 = None if b_2 is None else torch.stack([db, -db]).to(b_2.dtype)
         return d_moe, d_mlp, dx, dw_2M, db_2, None
+
+
+def _difference(w_2M: torch.Tensor) -> torch.Tensor:
+    """Return the first row minus the second, float32 [M]."""
+    return (w_2M[0].float() - w_2M[1].float()).contiguous()

@@ -6,9 +6,10 @@ processor's width), ``activations.h``, ``products.h`` (blocks of sums in registe
 product needs), ``packed.h`` and ``operation.h`` (PyTorch's tensors and threads). The same sources compile for every
 instruction set in `INSTRUCTIONS`. A result has the same bits on any number of threads.
 
-The library is kept in ``TORCH_EXTENSIONS_DIR`` or the user's cache (``~/.cache/moelab``), or, where nothing can be written
-or run there, in the folder of temporary files; one that a wheel brings lies in this package. Its file name holds the digest
-of what it was made of and that of its own content, so that one which is truncated, stale or foreign is never loaded.
+The library is kept in ``TORCH_EXTENSIONS_DIR`` or the user's cache (``~/.cache/moelab``), or, where nothing can be
+written or run there, in the folder of temporary files; one that a wheel brings lies in this package. Its file name
+holds the digest of what it was made of and that of its own content, so that one which is truncated, stale or foreign is
+never loaded.
 """
 
 from __future__ import annotations
@@ -215,7 +216,7 @@ def _compile(name: str, folder: Path) -> Path:
 
 def _compile_now(name: str, folder: Path) -> Path:
     print(
-        f"moelab: compiling the CPU kernels for {name} with {compiler()}, once on this machine (some 15 s on two cores)",
+        f"moelab: compiling the CPU kernels for {name} with {compiler()}, once (some 15 s on two cores)",
         file=sys.stderr,
         flush=True,
     )
