@@ -159,8 +159,8 @@ def check(activation: str) -> Activation:
     Raises:
         ValueError: one line: they do not compute this one.
     """
-    if activation not in elementwise.ACTIVATIONS:
-        known = ", ".join(map(repr, elementwise.ACTIVATIONS))
+    if activation not in elementwise.INVARIANT:
+        known = ", ".join(map(repr, elementwise.INVARIANT))
         raise ValueError(
             f"inference: layers are frozen with activation {known}, got {activation!r}; mode 'baseline' freezes nothing"
         )
@@ -179,7 +179,7 @@ class FrozenMLP(nn.Module):
         super().__init__()
         inside, after = fused(check(mlp.activation))
         plain = products == "fastest" and mlp.up.weight.dtype == torch.float32
-        self.after = ACTIVATIONS[after].forward if plain else elementwise.ACTIVATIONS[after]
+        self.after = ACTIVATIONS[after].forward if plain else elementwise.INVARIANT[after]
         self.up = freeze_linear(mlp.up, products, inside)
         self.down = freeze_linear(mlp.down, products)
 
@@ -410,7 +410,7 @@ class PackedExperts(FrozenExperts):
         R, outputs, (inside, after) = len(rows_RM), [], fused(self.activation)
         groups = [rows_RM] if bounds == [0, R] else (rows_RM[a:b] for a, b in itertools.pairwise(bounds))
         for e, rows in zip(experts, groups, strict=True) if experts else ():
-            h = elementwise.ACTIVATIONS[after](self.up[e](rows, self.up_bias[e], inside))
+            h = elementwise.INVARIANT[after](self.up[e](rows, self.up_bias[e], inside))
             outputs.append(self.down[e](h, self.down_bias[e]))
         if bounds[-1] < R or not outputs:
             outputs.append(rows_RM.new_zeros(R - bounds[-1], rows_RM.shape[1]))
