@@ -33,12 +33,12 @@ def swiglu(pre: Tensor) -> Tensor:
     return of_elements(F.silu, gate) * up
 
 
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+INVARIANT: dict[str, Callable[[Tensor], Tensor]] = {
     "none": kernels.ACTIVATIONS["none"].forward,
     "gelu_tanh": gelu,
     "swiglu": swiglu,
 }
-"""The activations that frozen layers compute, by the names of `moelab.kernels.ACTIVATIONS`."""
+"""Name in `moelab.kernels.ACTIVATIONS` -> the function here; frozen layers compute these activations alone."""
 
 
 def sigmoid(x: np.ndarray) -> np.ndarray:

@@ -165,7 +165,7 @@ def _plain(
         y = F.linear(torch.cat([x] * least), weight_NK, bias)[: len(x)]
     if add is not None:
         return y + add
-    return elementwise.ACTIVATIONS[activation](y)
+    return elementwise.INVARIANT[activation](y)
 
 
 def _by_rows(
