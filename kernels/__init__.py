@@ -14,7 +14,7 @@ reference, the files beside it (``_gating_triton.py``, ``_cpp/gating.cpp``) the 
 
 from ._common import Backend
 from ._cpp import available as cpp_available
-from ._cpp import version, why_not
+from ._cpp import instructions, version, why_not
 from ._hash import priorities
 from .activations import ACTIVATIONS, Activation
 from .experts import expert_ffn, routed_ffn
@@ -36,6 +36,7 @@ __all__ = [
     "dispatch",
     "expert_ffn",
     "gate",
+    "instructions",
     "pack",
     "priorities",
     "residual_mix",

@@ -124,8 +124,8 @@ def operations() -> Any:
 
 
 def version() -> dict[str, str]:
-    """Return what computed on this CPU, for provenance: the digest of the sources, and the instruction set."""
-    return {"kernels": _key("")[:12], "instructions": instructions() if available() else "none"}
+    """Return what computes on this CPU, for provenance: the digest of the sources, and the instruction set."""
+    return {"sources": _key("")[:12], "instructions": "none" if why_not() else instructions()}
 
 
 @contextlib.contextmanager
