@@ -16,7 +16,7 @@ from ._common import Backend
 from ._cpp import available as cpp_available
 from ._cpp import instructions, version, why_not
 from ._hash import priorities
-from .activations import ACTIVATIONS, Activation
+from .activations import ACTIVATIONS, Activation, activate
 from .experts import expert_ffn, routed_ffn
 from .gating import Gate, gate
 from .packed import Packed, can_pack, pack
@@ -30,6 +30,7 @@ __all__ = [
     "Gate",
     "Packed",
     "RowTable",
+    "activate",
     "can_pack",
     "combine",
     "cpp_available",

@@ -1,10 +1,10 @@
 """Compute every operation on CPU tensors by C++ of our own, compiled where it is first used.
 
-One source file an operation (``gating.cpp``, ``permute.cpp``, ``experts.cpp``, ``residual.cpp``, ``packed.cpp``,
-``attention.cpp``) with a Python file of its autograd functions beside it. Shared are ``vectors.h`` (vectors of the
-processor's width), ``activations.h``, ``products.h`` (blocks of sums in registers, while memory fetches what the next
-product needs), ``packed.h`` and ``operation.h`` (PyTorch's tensors and threads). The same sources compile for every
-instruction set in `INSTRUCTIONS`. A result has the same bits on any number of threads.
+One source file an operation (``gating.cpp``, ``permute.cpp``, ``experts.cpp``, ``activation.cpp``, ``residual.cpp``,
+``packed.cpp``, ``attention.cpp``). Shared are ``vectors.h`` (vectors of the processor's width), ``activations.h``,
+``products.h`` (blocks of sums in registers, while memory fetches what the next product needs), ``packed.h`` and
+``operation.h`` (PyTorch's tensors and threads). The same sources compile for every instruction set in `INSTRUCTIONS`. A
+result has the same bits on any number of threads.
 
 The library is kept in ``TORCH_EXTENSIONS_DIR`` or the user's cache (``~/.cache/moelab``), or, where nothing can be
 written or run there, in the folder of temporary files; one that a wheel brings lies in this package. Its file name
@@ -32,7 +32,7 @@ from typing import Any
 import torch
 from filelock import FileLock, Timeout
 
-SOURCES = ("experts.cpp", "packed.cpp", "gating.cpp", "permute.cpp", "residual.cpp", "attention.cpp")
+SOURCES = ("experts.cpp", "packed.cpp", "gating.cpp", "permute.cpp", "residual.cpp", "attention.cpp", "activation.cpp")
 """Those that take longest to compile come first."""
 
 INSTRUCTIONS = {

@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from moelab import kernels
 from moelab.config import FeedForward, ModelConfig
 from moelab.kernels.gating import MAX_EXPERTS
-from moelab.models import activations
 from moelab.models.dispatch import Dispatch, DispatchFactory, make_dispatch
 from moelab.models.routing import Router, Routing
 
@@ -29,13 +28,13 @@ class MLP(nn.Module):
 
     def __init__(self, shape: FeedForward) -> None:
         super().__init__()
-        self.activation, self.function = shape.activation, activations.dense(shape.activation)
+        self.activation = shape.activation
         self.up = nn.Linear(shape.hidden, shape.inner, bias=shape.biases)
         self.down = nn.Linear(shape.ffn, shape.hidden, bias=shape.biases)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the output [..., M] of x [..., M]."""
-        return self.down(self.function(self.up(x)))
+        return self.down(kernels.activate(self.up(x), self.activation))
 
 
 class Experts(nn.Module):
