@@ -28,6 +28,7 @@ from torch import Tensor, nn
 
 from moelab.bench import harness, inputs, kernel_peers, peers, plot
 from moelab.bench.harness import Row, Timing
+from moelab.config import FeedForward
 from moelab.inference.text import DTYPES
 from moelab.kernels import Backend, combine, dispatch, expert_ffn, gate, row_table
 from moelab.models import baseline
@@ -303,8 +304,9 @@ def measure(
     measured = states.measured()
     passes = 3 if backward else 1
     used = min(measured["used_experts"] * K, size.experts)
-    read = passes * used * 2 * M * size.ffn * dtype.itemsize
-    floor_s = passes * 4 * S * K * M * size.ffn / harness.product_rate(dtype, timing) + read / harness.copy_rate(timing)
+    expert = FeedForward(M, size.ffn)
+    read = passes * used * expert.weights * dtype.itemsize
+    floor_s = passes * S * K * expert.flops / harness.product_rate(dtype, timing) + read / harness.copy_rate(timing)
     case = {"tokens": S, "hidden": M, "ffn": size.ffn, "experts": size.experts, "dtype": size.dtype}
     case |= {"top_k": K} if K > 1 else {}
     case |= {"threads": torch.get_num_threads(), "passes": "forward + backward" if backward else "forward"}

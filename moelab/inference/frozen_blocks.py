@@ -19,7 +19,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moelab import kernels
-from moelab.engine.parallel import SlicedExperts
 from moelab.inference import elementwise
 from moelab.inference.elementwise import sigmoid
 from moelab.inference.frozen import FrozenLinear, Matrix, Products, few_rows, fits, freeze_linear, product
@@ -355,6 +354,11 @@ def freeze_experts(experts: Experts, products: Products) -> FrozenExperts | Comp
     return PackedExperts(experts, functools.partial(product, products=products))
 
 
+def detached(experts: Experts) -> list[Tensor | None]:
+    """Return `Experts.weights` without gradients."""
+    return [weight if weight is None else weight.detach() for weight in experts.weights()]
+
+
 class FrozenExperts(nn.Module):
     """Compute experts that are frozen one by one, in fp32: a call only reads the weights of experts that have rows.
 
@@ -367,14 +371,10 @@ class FrozenExperts(nn.Module):
     def __init__(self, experts: Experts, prepare: Callable[[Tensor], Any]) -> None:
         super().__init__()
         self.activation = check(experts.activation)
-        up_EKN, down_EKN = experts.up.detach().flatten(2), experts.down.detach()
+        up_EKN, up_bias, down_EKN, down_bias = detached(experts)
         self.up, self.down = ([prepare(matrix_KN.T) for matrix_KN in stack] for stack in (up_EKN, down_EKN))
-        self.up_bias = self.down_bias = [None] * len(self.up)
-        if experts.down_bias is not None:
-            bias = experts.down_bias.detach()
-            if isinstance(experts, SlicedExperts) and not experts.adds_bias:
-                bias = bias * 0
-            self.up_bias, self.down_bias = list(experts.up_bias.detach().flatten(1)), list(bias)
+        none = [None] * len(self.up)
+        self.up_bias, self.down_bias = (none if bias is None else list(bias) for bias in (up_bias, down_bias))
 
     def forward(self, rows_RM: Tensor, offsets_E1: Tensor) -> Tensor:
         """Return the experts' outputs, as `Experts.forward`."""
@@ -423,14 +423,9 @@ class CompiledExperts(nn.Module):
     def __init__(self, experts: Experts) -> None:
         super().__init__()
         gates = 2 if check(experts.activation).gated else 1
-        up_EKN, down_EKN = experts.up.detach().flatten(2), experts.down.detach()
+        up_EKN, self.up_bias, down_EKN, self.down_bias = detached(experts)
         self.up = packed.pack(up_EKN.mT.unflatten(1, (gates, -1)))
         self.down = packed.pack(down_EKN.mT)
-        self.up_bias = self.down_bias = None
-        if experts.down_bias is not None:
-            self.up_bias, self.down_bias = experts.up_bias.detach().flatten(1), experts.down_bias.detach()
-            if isinstance(experts, SlicedExperts) and not experts.adds_bias:
-                self.down_bias = self.down_bias * 0
 
     def of_tokens(self, x_SM: Tensor, expert_SK: Tensor, weight_SK: Tensor, add_SM: Tensor | None) -> Tensor:
         """Return each token's weighted sum of its experts' outputs, with `add_SM` added, [S, M]."""

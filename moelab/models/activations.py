@@ -1,13 +1,9 @@
-"""Compute GELU's tanh approximation (as in GPT-2 and Megatron), fast for training on a CPU, and SwiGLU.
-
-`ACTIVATIONS` says which activation a feed-forward has.
-"""
+"""Compute GELU's tanh approximation (as in GPT-2 and Megatron) fast for training dense feed-forwards on a CPU."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -35,40 +31,9 @@ def gelu(x: Tensor) -> Tensor:
     return F.gelu(x, approximate="tanh")
 
 
-def swiglu(pre: Tensor) -> Tensor:
-    """Return ``silu(g) * u``, [..., F], of pre-activations [..., 2 F] that hold g and u side by side."""
-    gate, up = pre.chunk(2, -1)
-    return F.silu(gate) * up
-
-
-class Implementation(NamedTuple):
-    """Name the implementations of an activation."""
-
-    kernel: kernels.Activation
-    """That of experts, which is part of `moelab.kernels.expert_ffn`."""
-    function: Callable[[Tensor], Tensor]
-    """That of a dense feed-forward: pre-activations [..., F], or [..., 2 F] with a gate, to [..., F]."""
-
-
-ACTIVATIONS = {
-    "gelu": Implementation("gelu_tanh", gelu),
-    "swiglu": Implementation("swiglu", swiglu),
-}
-"""`DecoderConfig.feed_forward` -> its activation."""
-
-
-def activation(feed_forward: str) -> Implementation:
-    """Return the activation of a value of `DecoderConfig.feed_forward`.
-
-    Raises:
-        ValueError: one line: `ACTIVATIONS` has no such value.
-    """
-    if feed_forward not in ACTIVATIONS:
-        raise ValueError(
-            f"model: feed_forward {feed_forward!r} has no activation; "
-            f"ACTIVATIONS of moelab.models.activations has {', '.join(map(repr, ACTIVATIONS))}"
-        )
-    return ACTIVATIONS[feed_forward]
+def dense(activation: str) -> Callable[[Tensor], Tensor]:
+    """Return the function by which dense feed-forwards compute an activation of `moelab.kernels.ACTIVATIONS`."""
+    return gelu if activation == "gelu_tanh" else kernels.ACTIVATIONS[activation].forward
 
 
 class _Gelu(torch.autograd.Function):

@@ -89,7 +89,7 @@ class Block(nn.Module):
         self.attention_norm = make_norm(config)
         self.attention = (Attention if decoder.plain_attention else GroupedAttention)(config)
         self.ffn_norm = make_norm(config)
-        self.ffn = MoE(config, experts) if experts else MLP(config.hidden, config.ffn, decoder)
+        self.ffn = MoE(config, experts) if experts else MLP(config.dense_feed_forward)
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(

@@ -14,28 +14,24 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moelab import kernels
-from moelab.config import DecoderConfig, ModelConfig
+from moelab.config import FeedForward, ModelConfig
 from moelab.kernels.gating import MAX_EXPERTS
-from moelab.models.activations import activation
+from moelab.models import activations
 from moelab.models.dispatch import Dispatch, DispatchFactory, make_dispatch
 from moelab.models.routing import Router, Routing
 
-_PAPER = DecoderConfig()
-"""The paper's feed-forwards: GELU, with biases."""
-
 
 class MLP(nn.Module):
-    """Compute a dense feed-forward M -> F -> M with the decoder's activation and biases.
+    """Compute a dense feed-forward M -> F -> M.
 
     If gated, the rows of `up.weight` [2 F, M] are those of the gate and then those of the other matrix.
     """
 
-    def __init__(self, hidden: int, ffn: int, decoder: DecoderConfig = _PAPER) -> None:
+    def __init__(self, shape: FeedForward) -> None:
         super().__init__()
-        self.activation, self.function = activation(decoder.feed_forward)
-        biases = decoder.biases == "all"
-        self.up = nn.Linear(hidden, 2 * ffn if decoder.gated else ffn, bias=biases)
-        self.down = nn.Linear(ffn, hidden, bias=biases)
+        self.activation, self.function = shape.activation, activations.dense(shape.activation)
+        self.up = nn.Linear(shape.hidden, shape.inner, bias=shape.biases)
+        self.down = nn.Linear(shape.ffn, shape.hidden, bias=shape.biases)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the output [..., M] of x [..., M]."""
@@ -45,7 +41,8 @@ class MLP(nn.Module):
 class Experts(nn.Module):
     """Compute E feed-forwards of one shape, with their weights stacked along the first dim: expert e is row e.
 
-    If gated, `up` [E, M, 2, F] holds gate and up side by side, so that one grouped product computes both.
+    The parameters are those of `FeedForward.tensors`. If gated, `up` [E, M, 2, F] holds gate and up side by side, so
+    that one grouped product computes both.
 
     Attributes:
         ffn: `moelab.kernels.expert_ffn`, or a function with its arguments.
@@ -53,29 +50,27 @@ class Experts(nn.Module):
 
     ffn = staticmethod(kernels.expert_ffn)
 
-    def __init__(self, experts: int, hidden: int, ffn: int, decoder: DecoderConfig = _PAPER) -> None:
+    def __init__(self, experts: int, shape: FeedForward) -> None:
         super().__init__()
-        self.activation = activation(decoder.feed_forward).kernel
-        inner, biases = (2, ffn) if decoder.gated else (ffn,), decoder.biases == "all"
-        self.up = nn.Parameter(torch.empty(experts, hidden, *inner))
-        self.up_bias = nn.Parameter(torch.empty(experts, *inner)) if biases else None
-        self.down = nn.Parameter(torch.empty(experts, ffn, hidden))
-        self.down_bias = nn.Parameter(torch.empty(experts, hidden)) if biases else None
+        self.activation = shape.activation
+        self.up_bias = self.down_bias = None
+        for name, weight in shape.tensors().items():
+            setattr(self, name, nn.Parameter(torch.empty(experts, *weight.shape)))
 
     def forward(self, rows_RM: Tensor, offsets_E1: Tensor) -> Tensor:
         """Return the outputs [R, M] of rows in expert order.
 
         Expert e's rows are `offsets_E1[e]` to `offsets_E1[e + 1]` (int32).
         """
-        return self.compute(rows_RM, offsets_E1, self.down_bias)
-
-    def compute(self, rows_RM: Tensor, offsets_E1: Tensor, down_bias: Tensor | None) -> Tensor:
-        """Compute as `forward`, with another output bias [E, M]."""
-        up, up_bias = self.up.flatten(2), None if self.up_bias is None else self.up_bias.flatten(1)
-        weights = (up, up_bias, self.down, down_bias)
-        if up.dtype != torch.float32:  # else the kernel converts them
+        weights = self.weights()
+        if self.up.dtype != torch.float32:  # else the kernel converts them
             weights = (w if w is None else w.to(rows_RM.dtype) for w in weights)
         return self.ffn(rows_RM, offsets_E1, *weights, activation=self.activation)
+
+    def weights(self) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:
+        """Return (w1 [E, M, N], b1 [E, N], w2 [E, F, M], b2 [E, M]) as `ffn` takes them: N is F, with a gate 2 F."""
+        up_bias = None if self.up_bias is None else self.up_bias.flatten(1)
+        return self.up.flatten(2), up_bias, self.down, self.down_bias
 
 
 class Mix(nn.Linear):
@@ -114,8 +109,8 @@ class MoE(nn.Module):
             raise ValueError(f"model: a layer of {experts} experts; the gate takes up to {MAX_EXPERTS}")
         super().__init__()
         self.router = Router(config.hidden, experts, config.top_k, config.routing)
-        self.experts = Experts(experts, config.hidden, config.expert_ffn, config.decoder)
-        self.mlp = MLP(config.hidden, config.fixed_ffn, config.decoder) if config.fixed_ffn else None
+        self.experts = Experts(experts, config.expert_feed_forward)
+        self.mlp = None if config.fixed_feed_forward is None else MLP(config.fixed_feed_forward)
         self.mix: Mix | SharedGate | None = None
         if config.residual and config.residual_mix == "learned":
             self.mix = Mix(config.hidden)

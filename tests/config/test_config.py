@@ -163,10 +163,11 @@ def test_an_experts_size_is_that_of_the_built_one():
     with torch.device("meta"):
         layer = GPT(config).blocks[1].ffn
     built = sum(p[0].numel() for p in layer.experts.parameters())
-    assert config.expert_parameters() == built == sum(p.numel() for p in layer.mlp.parameters())
-    assert config.expert_bytes("fp32") == 4 * built and config.expert_bytes() == 2 * built
+    expert = config.expert_feed_forward
+    assert expert.parameters == built == sum(p.numel() for p in layer.mlp.parameters())
+    assert expert.bytes("fp32") == 4 * built and expert.bytes() == 2 * built
     with pytest.raises(ValueError, match="dtype must be one of fp32, bf16, fp16, got 'int8'"):
-        config.expert_bytes("int8")
+        expert.bytes("int8")
 
 
 @pytest.mark.parametrize("hundredths", range(5, 405, 5))

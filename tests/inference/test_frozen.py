@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from moelab.kernels import packed
 
-from moelab.config import DecoderConfig, ExpertConfig, ModelConfig, RoutingConfig
+from moelab.config import DecoderConfig, ExpertConfig, FeedForward, ModelConfig, RoutingConfig
 from moelab.inference import Generator, Sampling, frozen, frozen_blocks, set_mode
 from moelab.inference.frozen_blocks import CompiledExperts, FrozenMLP, FrozenMoE, PackedExperts, freeze_experts, sort
 from moelab.models import build
@@ -123,7 +123,7 @@ def test_experts_with_any_numbers_of_rows(name, products, processor):
 
 @pytest.mark.parametrize("products", ["invariant", "fastest", "compiled"])
 def test_an_activation_that_frozen_layers_do_not_know_is_refused(products, processor):
-    for layer, freeze in ((MLP(48, 96), FrozenMLP), (Experts(3, 48, 96), freeze_experts)):
+    for layer, freeze in ((MLP(FeedForward(48, 96)), FrozenMLP), (Experts(3, FeedForward(48, 96)), freeze_experts)):
         layer.activation = "gelu"
         with pytest.raises(ValueError, match=r"^inference: layers are frozen with .* got 'gelu'; mode 'baseline'"):
             freeze(layer, products)

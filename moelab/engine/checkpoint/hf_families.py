@@ -158,6 +158,7 @@ def why_not(config: ModelConfig, kind: str) -> str | None:
         (kind == "mixtral" and not _renormalizes(config), "renormalises the weights"),
         (kind not in _QWEN and 0 in config.experts, "has no dense layers"),
         (kind not in _QWEN and x.ffn not in (0, config.ffn), "has one feed-forward size"),
+        (x != ExpertConfig(x.ffn, x.shared, x.shared_ffn, x.shared_gate), "has no other kind of expert"),
         ((x.shared > 0) != (kind == "qwen2_moe"), "has shared experts" if kind == "qwen2_moe" else "has none shared"),
         (kind == "qwen2_moe" and not x.shared_gate, "has a gate of the shared experts"),
     ):
@@ -203,9 +204,13 @@ def _write_config(kind: str, config: ModelConfig, eot: int | None) -> dict[str, 
         record["norm_topk_prob"] = _renormalizes(config)
     if kind in _QWEN:
         dense = [layer for layer, experts in enumerate(config.experts) if not experts]
-        record |= {"moe_intermediate_size": config.expert_ffn, "decoder_sparse_step": 1, "mlp_only_layers": dense}
+        record |= {
+            "moe_intermediate_size": config.expert_feed_forward.ffn,
+            "decoder_sparse_step": 1,
+            "mlp_only_layers": dense,
+        }
     if kind == "qwen2_moe":
-        record["shared_expert_intermediate_size"] = config.fixed_ffn
+        record["shared_expert_intermediate_size"] = config.fixed_feed_forward.ffn
     return record
 
 
