@@ -4,12 +4,12 @@ from dataclasses import replace
 
 import pytest
 import torch
+from moelab.kernels import _cpp
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from moelab.config import RoutingConfig
 from moelab.inference import Generator, Sampling, set_mode
 from moelab.inference.packing import is_packed
-from moelab.kernels import _cpp
 
 GREEDY = Sampling(max_new_tokens=8, temperature=0)
 
