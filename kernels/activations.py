@@ -25,7 +25,7 @@ class Activation:
         slope: p to the derivatives of h, of p's shape and dtype: those to p, or if gated those to the gate and then
             those to up. See `backward`.
         gated: whether half of the pre-activations are gates.
-        number: that of the compiled code (``_compiled``); None if it does not know the activation.
+        number: that of the compiled code (``_cpp``); None if it does not know the activation.
     """
 
     name: str
@@ -74,3 +74,12 @@ ACTIVATIONS = {
     )
 }
 """Name -> activation. One without compiled code or a Triton kernel of its own is computed by these functions."""
+
+
+def number_of(op: str, name: str) -> int:
+    """Return the number of the activation in the compiled code; raise ``ValueError`` in ``op``'s name if it has none."""
+    activation = ACTIVATIONS.get(name)
+    if activation is None or activation.number is None:
+        known = ", ".join(a.name for a in ACTIVATIONS.values() if a.number is not None)
+        raise ValueError(f"{op}: activation must be one of {known}, got {name!r}")
+    return activation.number

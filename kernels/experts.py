@@ -29,7 +29,7 @@ from ._common import Backend, accumulate_dtype, contiguous, pick_backend
 from ._cpp import experts as cpp
 from ._cpp import operations
 from ._experts_triton import TritonExperts
-from .activations import ACTIVATIONS, Activation
+from .activations import ACTIVATIONS, Activation, number_of
 from .gating import Gate
 from .packed import Packed
 from .permute import combine, dispatch, row_table
@@ -55,7 +55,7 @@ def expert_ffn(
     Raises ``ValueError`` for another one, and for shapes or dtypes that do not fit.
     """
     if isinstance(w1_EMF, Packed):
-        weights = (w1_EMF.data, b1_EF, w2_EFM.data, b2_EM, w1_EMF.columns, ACTIVATIONS[activation].number)
+        weights = (w1_EMF.data, b1_EF, w2_EFM.data, b2_EM, w1_EMF.columns, number_of("expert_ffn", activation))
         return operations().packed_experts.default(x_RM.contiguous(), offsets_E1.to(torch.int32), *weights)
     _check(x_RM, offsets_E1, activation, (w1_EMF, b1_EF), (w2_EFM, b2_EM))
     act, tensors = ACTIVATIONS[activation], (x_RM, w1_EMF, b1_EF, w2_EFM, b2_EM)
@@ -90,9 +90,8 @@ def routed_ffn(
     """
     if isinstance(w1_EMF, Packed):
         routing = (gate.expert_SK, gate.slot_SK, gate.kept_E, gate.weight_SK)
-        weights = (w1_EMF.data, b1_EF, w2_EFM.data, b2_EM, w1_EMF.columns, ACTIVATIONS[activation].number)
-        add_SM = None if add_SM is None else add_SM.contiguous()
-        return operations().routed_experts.default(x_SM.contiguous(), *routing, *weights, add_SM)
+        weights = (w1_EMF.data, b1_EF, w2_EFM.data, b2_EM, w1_EMF.columns, number_of("routed_ffn", activation))
+        return operations().routed_experts.default(*contiguous(x_SM), *routing, *weights, *contiguous(add_SM))
     table = row_table(gate)
     rows_RM = expert_ffn(dispatch(x_SM, table), table.offsets_E1, w1_EMF, b1_EF, w2_EFM, b2_EM, activation=activation)
     y_SM = combine(rows_RM, table, gate.weight_SK)

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from . import _cpp
-from .activations import ACTIVATIONS
+from .activations import number_of
 
 MULTIPLE = 16
 """The width of rows, and the size of a head, are multiples of this."""
@@ -66,10 +66,10 @@ def linear(
 ) -> Tensor:
     """Return act(x [..., K] @ W.T + bias [N]) of one matrix, or of two if gated, [..., N] in x's dtype.
 
-    ``add`` [..., N] is added then; with a gated activation, bias is [2 N]. Raises ``RuntimeError`` for shapes that do
-    not fit.
+    ``add`` [..., N] is added then; with a gated activation, bias is [2 N]. Raises ``ValueError`` for an
+    unknown activation and ``RuntimeError`` for shapes or dtypes that do not fit.
     """
-    number = ACTIVATIONS[activation].number
+    number = number_of("linear", activation)
     return _cpp.operations().linear.default(
         x.contiguous(), weight.data, bias, weight.columns, number, None if add is None else add.contiguous()
     )

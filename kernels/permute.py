@@ -87,7 +87,7 @@ def combine(
             f"combine: rows {tuple(rows_RM.shape)} and weights {tuple(weight_SK.shape)} for a table of "
             f"{len(table.entry_R)} rows and {tuple(table.row_SK.shape)} entries"
         )
-    fits = weight_SK.dtype == torch.float32
+    fits = weight_SK.dtype == torch.float32 and rows_RM.is_floating_point()
     chosen = pick_backend("combine", backend, rows_RM, table.row_SK, weight_SK, fits=fits)
     if chosen == "reference":
         padded = torch.cat([rows_RM, rows_RM.new_zeros(1, rows_RM.shape[1])])  # row -1

@@ -55,7 +55,8 @@ def residual_mix(
         raise ValueError(
             f"residual_mix: either x_SM and w_2M or coefficients {(S, 2)}, not {tuple(coefficient_S2.shape)}"
         )
-    chosen = pick_backend("residual_mix", backend, moe_SM, mlp_SM, x_SM, w_2M, b_2, coefficient_S2)
+    fits = moe_SM.is_floating_point() and (x_SM is None or x_SM.dtype == moe_SM.dtype)
+    chosen = pick_backend("residual_mix", backend, moe_SM, mlp_SM, x_SM, w_2M, b_2, coefficient_S2, fits=fits)
     if w_2M is None and coefficient_S2 is None:
         return moe_SM + mlp_SM
     if chosen == "reference":

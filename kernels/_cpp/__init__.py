@@ -7,9 +7,9 @@ product needs), ``packed.h`` and ``operation.h`` (PyTorch's tensors and threads)
 instruction set in `INSTRUCTIONS`. A result has the same bits on any number of threads.
 
 The library is kept in ``TORCH_EXTENSIONS_DIR`` or the user's cache (``~/.cache/moelab``), or, where nothing can be
-written or run there, in the folder of temporary files; one that a wheel brings lies in this package. Its file name
-holds the digest of what it was made of and that of its own content, so that one which is truncated, stale or foreign is
-never loaded.
+written or run there, in a folder of this user among the temporary files; one that a wheel brings lies in this package.
+Its file name holds the digest of what it was made of and that of its own content, so that one which is truncated, stale
+or foreign is never loaded.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import hashlib
 import os
 import platform
 import shutil
+import stat
 import subprocess
 import sys
 import tempfile
@@ -53,8 +54,8 @@ _TARGET = "-DTORCH_TARGET_VERSION=0x020b000000000000"  # the stable interface of
 
 
 def compiler() -> str:
-    """Return the C++ compiler that is used: ``CXX``, or g++."""
-    return os.environ.get("CXX", "g++")
+    """Return the command of the C++ compiler that is used: ``CXX``, which may have arguments, or g++."""
+    return os.environ.get("CXX", "").strip() or "g++"
 
 
 @functools.cache
@@ -85,7 +86,7 @@ def why_not() -> str | None:
     """Return why this machine cannot use the code, or None if it can (compiling it may still fail)."""
     if instructions() == "none":
         return f"{VARIABLE} is 'none'"
-    if shutil.which(compiler()) is None and not any(_found(instructions(), folder) for folder in _folders()):
+    if shutil.which(compiler().split()[0]) is None and not any(_found(instructions(), folder) for folder in _folders()):
         return f"there is no C++ compiler {compiler()!r}; install it, or set CXX"
     return None
 
@@ -96,29 +97,25 @@ def available() -> bool:
 
     The first call loads the code, and compiles it where that has not been done.
     """
-    reason = why_not()
-    if reason is None:
-        try:
-            operations()
-        except RuntimeError as error:
-            reason = str(error)
-    if reason is None:
-        return True
-    if instructions() != "none":
-        print(
-            f"moelab: no CPU kernels: {reason}. Plain PyTorch computes instead; with 128 experts a training step takes "
-            "two to four times as long",
-            file=sys.stderr,
-            flush=True,
-        )
-    return False
+    try:
+        operations()
+    except RuntimeError as error:
+        if instructions() != "none":
+            print(
+                f"moelab: no CPU kernels: {error}. Plain PyTorch computes instead; with 128 experts a training step "
+                "takes two to four times as long",
+                file=sys.stderr,
+                flush=True,
+            )
+        return False
+    return True
 
 
 def operations() -> Any:
     """Return the namespace of the operations, ``torch.ops.<name>``, after loading or compiling the code.
 
     Raises:
-        RuntimeError: the code cannot be compiled (with the compiler's last lines), or no folder takes it.
+        RuntimeError: one line: `why_not`, the last words of a compiler that fails, or that no folder takes the library.
     """
     return _load(instructions())
 
@@ -147,16 +144,17 @@ def limited(name: str) -> Iterator[None]:
 @functools.cache
 def _load(name: str) -> Any:
     """Load the library of an instruction set, which was compiled before or is now."""
-    problems = []
-    for folder in _folders():
-        try:
-            if (library := _found(name, folder)) is None and folder != _HERE:
-                library = _compile(name, folder)
-            if library is not None:
-                torch.ops.load_library(str(library))
-                return getattr(torch.ops, _namespace(name))
-        except OSError as error:  # nothing can be written there, or be run
-            problems.append(f"{folder}: {error}")
+    if reason := why_not():
+        raise RuntimeError(reason)
+    problems, folders = [], _folders()
+    for get, places in ((_found, folders), (_compile, folders[1:])):
+        for folder in places:
+            try:
+                if library := get(name, folder):
+                    torch.ops.load_library(str(library))
+                    return getattr(torch.ops, _namespace(name))
+            except OSError as error:  # nothing can be written there, or be run
+                problems.append(f"{folder}: {error.__cause__ or error}")
     raise RuntimeError(f"no folder takes the compiled code ({'; '.join(problems)})")
 
 
@@ -165,10 +163,27 @@ _HERE = Path(__file__).parent
 
 def _folders() -> tuple[Path, ...]:
     """Return the folders that may hold the library, in the order in which they are tried."""
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "moelab"
-    user = os.getuid() if hasattr(os, "getuid") else 0
-    temporary = Path(tempfile.gettempdir()) / f"moelab-kernels-{user}"
-    return _HERE, Path(os.environ.get("TORCH_EXTENSIONS_DIR") or cache), temporary
+    folders = [_HERE]
+    if given := os.environ.get("TORCH_EXTENSIONS_DIR"):
+        folders.append(Path(given).absolute())
+    else:
+        with contextlib.suppress(RuntimeError):  # a user without a home
+            folders.append(Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "moelab")
+    with contextlib.suppress(OSError):  # nowhere can temporary files be written
+        folders.append(Path(tempfile.gettempdir()) / f"moelab-kernels-{_user()}")
+    return tuple(folders)
+
+
+def _check(folder: Path) -> None:
+    """Refuse a folder among temporary files, where any user writes, that another user may have filled."""
+    found = folder.lstat()
+    own = stat.S_ISDIR(found.st_mode) and found.st_uid == _user() and not found.st_mode & 0o022
+    if str(folder.parent) == tempfile.tempdir and not own:
+        raise PermissionError("others can write to it")
+
+
+def _user() -> int:
+    return os.getuid() if hasattr(os, "getuid") else 0
 
 
 def _namespace(name: str) -> str:
@@ -190,11 +205,13 @@ def _key(name: str) -> str:
 
 def _found(name: str, folder: Path) -> Path | None:
     """Return the library if the folder has it whole; remove what is not whole."""
-    for path in folder.glob(f"moelab-kernels-{name}-{_key(name)[:16]}-*.so"):
-        if path.stem.endswith(hashlib.sha256(path.read_bytes()).hexdigest()[:16]):
-            return path
-        with contextlib.suppress(OSError):
-            path.unlink()
+    with contextlib.suppress(OSError):  # there is none, or it cannot be read
+        _check(folder)
+        for path in sorted(folder.glob(f"moelab-kernels-{name}-{_key(name)[:16]}-*.so")):
+            with contextlib.suppress(OSError):  # no file, or another process removes it
+                if path.stem.endswith(hashlib.sha256(path.read_bytes()).hexdigest()[:16]):
+                    return path
+                path.unlink()
     return None
 
 
@@ -203,13 +220,13 @@ def _compile(name: str, folder: Path) -> Path:
 
     Raises:
         RuntimeError: the compiler fails.
-        OSError: the folder cannot be written, or belongs to somebody else.
+        OSError: the folder cannot be written.
     """
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    if hasattr(os, "getuid") and folder == _folders()[-1] and folder.stat().st_uid != os.getuid():
-        raise PermissionError("belongs to another user")
+    _check(folder)
     lock = FileLock(folder / f"moelab-kernels-{name}.lock", timeout=_WAIT_S)
-    with contextlib.suppress(Timeout), lock:  # it binds the processes of one node; others compile at the same time
+    # It binds the processes of one node; others compile at the same time, and so do all where files have no locks.
+    with contextlib.suppress(Timeout, NotImplementedError), lock:
         return _found(name, folder) or _compile_now(name, folder)
     return _compile_now(name, folder)
 
@@ -229,17 +246,20 @@ def _compile_now(name: str, folder: Path) -> Path:
         include = f"-I{Path(torch.__file__).parent / 'include'}"
         objects = [str(work / Path(source).with_suffix(".o")) for source in SOURCES]
         commands = [
-            [compiler(), *_flags(name), include, "-c", str(_HERE / source), "-o", to]
+            [*compiler().split(), *_flags(name), include, "-c", str(_HERE / source), "-o", to]
             for source, to in zip(SOURCES, objects, strict=True)
         ]
         _run(commands)
         library = work / "library.so"
         libraries = f"-L{Path(torch.__file__).parent / 'lib'}", "-ltorch_cpu", "-ltorch"
-        _run([[compiler(), "-shared", *objects, "-o", str(library), *libraries]])
+        _run([[*compiler().split(), "-shared", *objects, "-o", str(library), *libraries]])
         with library.open("rb") as file:  # on the disk before it has its name
             os.fsync(file.fileno())
             digest = hashlib.sha256(file.read()).hexdigest()[:16]
-        final = folder / f"moelab-kernels-{name}-{_key(name)[:16]}-{digest}.so"
+        if _key.__wrapped__(name) != _key(name):
+            raise RuntimeError("the sources of the CPU kernels changed while they were compiled; start again")
+        # A name of its own: where nodes share files, replacing what another one has loaded would end its process.
+        final = folder / f"moelab-kernels-{name}-{_key(name)[:16]}-{work.stem[-8:]}-{digest}.so"
         os.replace(library, final)
         return final
     finally:
@@ -249,8 +269,10 @@ def _compile_now(name: str, folder: Path) -> Path:
 def _run(commands: list[list[str]]) -> None:
     """Run compilers side by side, one a core."""
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        done = list(pool.map(lambda command: subprocess.run(command, capture_output=True, text=True), commands))
+        run = functools.partial(subprocess.run, capture_output=True, text=True, errors="replace")
+        done = list(pool.map(run, commands))
     for process in done:
         if process.returncode:
-            said = " | ".join((process.stderr.strip() or f"exit code {process.returncode}").splitlines()[-3:])
+            lines = process.stderr.strip().splitlines() or [f"exit code {process.returncode}"]
+            said = next((line for line in lines if "error" in line), " | ".join(lines[-3:]))
             raise RuntimeError(f"compiling the CPU kernels with {compiler()} failed: {said}")

@@ -103,7 +103,8 @@ Tensor attend(
       N > 0 && D % kMultiple == 0 && D <= kHeadSize && q.size(2) == 1 && q.size(1) % N == 0 && k.size(0) == B &&
           k.size(2) == 1 && k.sizes() == v.sizes() && alike(keys, values) && keys.size(0) >= B && keys.size(1) == N &&
           keys.stride(2) == D && positions.numel() == B && positions.is_contiguous() && side_by_side(q) &&
-          side_by_side(k) && side_by_side(v) && side_by_side(keys),
+          side_by_side(k) && side_by_side(v) && side_by_side(keys) && same_dtype(q, k, v, keys, values) &&
+          positions.scalar_type() == ScalarType::Long,
       "attend: queries [", B, ", ", q.size(1), ", 1, ", D, "], keys of ", N, " heads and the cache do not fit");
   auto y = empty(q, {B, q.size(1), 1, D});
   (is_float(q) ? attend_as<float> : attend_as<BFloat16>)(q, k, v, keys, values, positions, y);

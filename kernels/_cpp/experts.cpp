@@ -314,6 +314,9 @@ Tensor packed_experts(
           (!up_bias.has_value() || up_bias->numel() == gates * E * F) &&
           (!down_bias.has_value() || down_bias->numel() == E * M),
       "expert_ffn: packed weights of ", E, " experts of ", M, " and ", F, " do not fit the rows");
+  check(
+      same_dtype(x, up, up_bias, down, down_bias) && contiguous(x, up, up_bias, down, down_bias),
+      "expert_ffn: rows and packed weights must be contiguous, all float32 or all bfloat16");
   auto y = torch::stable::empty_like(x);
   const auto call = is_float(x) ? packed_forward<float> : packed_forward<BFloat16>;
   call(x, offsets, up, up_bias, down, down_bias, F, activation, y);
@@ -326,6 +329,10 @@ Tensor routed_experts(
     const Tensor& x, const Tensor& expert, const Tensor& slot, const Tensor& kept, const Tensor& weight,
     const Tensor& up, const Optional& up_bias, const Tensor& down, const Optional& down_bias, int64_t F,
     int64_t activation, const Optional& add) {
+  check(
+      same_dtype(x, add) && is_float(weight) && contiguous(x, weight, add) && x.size(0) == slot.size(0) &&
+          (!add.has_value() || add->numel() == x.numel()) && weight.numel() == slot.numel(),
+      "routed_ffn: tokens must be contiguous float32 or bfloat16 and fit the gate, also those that are added");
   const auto table = make_table(expert, slot, kept, std::nullopt);
   auto rows = empty(x, {table.entry.numel(), x.size(1)});
   dispatch(x, table.entry, slot.size(1), rows);

@@ -35,7 +35,23 @@ inline void check(bool fine, const Parts&... parts) {
   throw std::runtime_error(text.str());
 }
 
-inline bool is_float(const Tensor& t) { return t.scalar_type() == torch::headeronly::ScalarType::Float; }
+using torch::headeronly::ScalarType;
+inline bool is_float(const Tensor& t) { return t.scalar_type() == ScalarType::Float; }
+inline bool is_int(const Tensor& t) { return t.scalar_type() == ScalarType::Int; }
+
+// Whether x is float or bfloat16, and the others, as far as they are there, of the same type.
+template <typename... Others>
+bool same_dtype(const Tensor& x, const Others&... others) {
+  const auto type = x.scalar_type();
+  const auto same = [&](const Optional& t) { return !t.has_value() || t->scalar_type() == type; };
+  return (type == ScalarType::Float || type == ScalarType::BFloat16) && (... && same(others));
+}
+// Whether the tensors, as far as they are there, are contiguous.
+template <typename... Tensors>
+bool contiguous(const Tensors&... tensors) {
+  const auto one = [](const Optional& t) { return !t.has_value() || t->is_contiguous(); };
+  return (... && one(tensors));
+}
 
 // The memory of a contiguous tensor, null for none.
 template <typename T>

@@ -63,6 +63,9 @@ Tensor linear(
     const Tensor& x, const Tensor& packed, const Optional& bias, int64_t N, int64_t activation, const Optional& add) {
   const int64_t K = packed.size(2), gates = packed.size(0), dims = x.dim();
   check(dims > 0 && K > 0 && panels_of(N) == packed.size(1), "linear: N = ", N, " in ", packed.size(1), " panels");
+  check(
+      same_dtype(x, packed, bias, add) && contiguous(x, packed, bias, add),
+      "linear: tensors must be contiguous, all float32 or all bfloat16");
   check(x.size(dims - 1) == K, "linear: x [..., ", x.size(dims - 1), "] for a matrix [N, ", K, "]");
   check(gates == (activation == kSwiglu ? 2 : 1), "linear: ", gates, " matrices for activation ", activation);
   check(!bias.has_value() || bias->numel() == gates * N, "linear: bias has another size than [", gates * N, "]");
@@ -95,6 +98,9 @@ void rms_norm_as(const Tensor& x, const Tensor& weight, float eps, const Tensor&
 Tensor rms_norm(const Tensor& x, const Tensor& weight, double eps) {
   const int64_t K = weight.size(0);
   check(K > 0 && x.size(x.dim() - 1) == K && K % kMultiple == 0, "rms_norm: weight [", K, "] does not fit x");
+  check(
+      same_dtype(x, weight) && contiguous(x, weight),
+      "rms_norm: tensors must be contiguous, all float32 or all bfloat16");
   auto y = torch::stable::empty_like(x);
   (is_float(x) ? rms_norm_as<float> : rms_norm_as<BFloat16>)(x, weight, eps, y);
   return y;

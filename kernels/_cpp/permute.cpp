@@ -12,6 +12,7 @@ constexpr int64_t kAhead = 8;  // rows from one that is read to one that memory 
 
 // Refuse a table that names an entry or a row past the last one; negative ones stand for none.
 void check_table(const char* op, const Tensor& table, int64_t n) {
+  check(is_int(table) && table.is_contiguous(), op, ": the table must be contiguous int32");
   const auto* named = data<int32_t>(table);
   const int64_t size = table.numel(), most = size ? *std::max_element(named, named + size) : -1;
   check(most < n, op, ": the table names ", most, " of ", n);
@@ -121,6 +122,9 @@ void combine(const Tensor& rows, const Tensor& row, const Optional& weight, cons
 
 Table make_table(const Tensor& expert, const Tensor& slot, const Tensor& kept, std::optional<int64_t> rows) {
   const int64_t N = slot.numel(), E = kept.numel();
+  check(
+      is_int(expert) && is_int(slot) && is_int(kept) && contiguous(expert, slot, kept) && expert.numel() == N,
+      "row_table: experts and slots of the same shape and kept entries must be contiguous int32");
   const auto *chosen = data<int32_t>(expert), *slots = data<int32_t>(slot), *count = data<int32_t>(kept);
   auto offsets = ints({E + 1}), row = ints({slot.size(0), slot.size(1)});
   auto* first = data<int32_t>(offsets);

@@ -86,7 +86,7 @@ void mix_backward_as(
       own[M] += d;
     }
   });
-  if (!X) return;
+  if (!DW) return;  // not X, which is null without tokens
   std::fill_n(DW, M + 1, 0.f);
   for (int64_t b = 0; b < blocks; ++b)
     for (int64_t j = 0; j <= M; ++j) DW[j] += sums[b * (M + 1) + j];

@@ -1,38 +1,39 @@
-"""Each op's tests run against its *targets*, one text for all of them.
+"""Runs each operation's tests on every implementation of it, one text for all of them.
 
-A test with an argument ``target`` gets (backend, device): on CPU the tuned torch path and, with AVX-512 and a compiler,
-the compiled code, and with a GPU the Triton kernels on it. In a process started with TRITON_INTERPRET=1 it gets the Triton kernels in Triton's interpreter
-instead, on CPU tensors; ``test_interpreter.py`` starts such processes, because the variable must be set before Triton
-is imported and changes every kernel of the process.
+An argument ``target`` of a test is (backend, device, instruction set): on CPU what "auto" is without a compiler, and the
+C++ on every instruction set that the processor has; with a GPU also the Triton kernels. An argument ``instructions`` is
+the instruction set alone, for what is about the C++. In a process started with TRITON_INTERPRET=1, ``target`` is the
+Triton kernels in Triton's interpreter instead, on CPU tensors; ``test_interpreter.py`` starts such processes, because
+the variable must be set before Triton is imported and changes every kernel of the process.
 """
 
-import os
+import contextlib
 
 import pytest
 import torch
-from moelab.kernels import _compiled
+from moelab.kernels import _cpp
 
-INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
-GPU = pytest.param(
-    ("triton", "cuda"),
-    marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")],
-    id="triton-cuda",
-)
-COMPILED = pytest.param(
-    ("compiled", "cpu"),
-    marks=pytest.mark.skipif(_compiled.why_not() is not None, reason=str(_compiled.why_not())),
-    id="compiled-cpu",
-)
+from tests.kernels.helpers import INTERPRETING
+
+WHY_NOT = _cpp.why_not()
+COMPILES = pytest.mark.skipif(WHY_NOT is not None, reason=str(WHY_NOT))
+INSTRUCTIONS = [pytest.param(name, marks=COMPILES) for name in _cpp.supported()]
+GPU = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 TARGETS = (
-    [pytest.param(("triton", "cpu"), id="triton-interpreted")]
+    [pytest.param(("triton", "cpu", None), id="triton-interpreted")]
     if INTERPRETING
-    else [pytest.param(("torch", "cpu"), id="torch-cpu"), COMPILED, GPU]
+    else [
+        pytest.param(("auto", "cpu", "none"), id="plain"),
+        *(pytest.param(("cpp", "cpu", name), marks=COMPILES, id=name) for name in _cpp.supported()),
+        pytest.param(("triton", "cuda", None), marks=GPU, id="triton-cuda"),
+    ]
 )
 
 
 def pytest_generate_tests(metafunc):
-    if "target" in metafunc.fixturenames:
-        metafunc.parametrize("target", TARGETS)
+    for name, values in (("target", TARGETS), ("instructions", INSTRUCTIONS)):
+        if name in metafunc.fixturenames:
+            metafunc.parametrize(name, values)
 
 
 def pytest_collection_modifyitems(config, items):
@@ -43,5 +44,11 @@ def pytest_collection_modifyitems(config, items):
 
 
 @pytest.fixture(autouse=True)
-def _seeded():
+def _prepared(request):
+    """Seed PyTorch and use the instruction set of the test's target."""
     torch.manual_seed(0)
+    given = getattr(getattr(request.node, "callspec", None), "params", {})
+    name = given.get("instructions") or given.get("target", (None,))[-1]
+    with _cpp.limited(name) if name else contextlib.nullcontext():
+        assert not name or _cpp.available() == (name != "none")
+        yield

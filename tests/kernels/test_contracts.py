@@ -1,10 +1,31 @@
 """What holds for every op: any strides, any mix of backends, PyTorch's modes and defaults."""
 
+import contextlib
+import os
+
 import pytest
 import torch
-from moelab.kernels import Gate, RowTable, _common, combine, dispatch, expert_ffn, gate, residual_mix, row_table
+from moelab.kernels import (
+    Gate,
+    RowTable,
+    _common,
+    combine,
+    dispatch,
+    expert_ffn,
+    experts,
+    gate,
+    gating,
+    permute,
+    residual,
+    residual_mix,
+    row_table,
+)
+from torch.utils.flop_counter import FlopCounterMode
 
-S, E, K, M, F = 67, 5, 2, 13, 20
+from tests.kernels.helpers import assert_same_bits, assert_same_bits_on_any_number_of_threads, refused
+
+S, E, K, M = 67, 5, 2, 13
+WIDTH, F = 16, 32  # of the experts, multiples of 16 for the C++
 
 
 def strided(t):
@@ -21,7 +42,7 @@ def ops(backend, device):
     table = row_table(g, backend=backend)
     R = len(table.entry_R)
     random = dict(device=device)
-    ffn = [torch.randn(*s, **random) for s in ((R, M), (E, M, F), (E, F), (E, F, M), (E, M))]
+    ffn = [torch.randn(*s, **random) for s in ((R, WIDTH), (E, WIDTH, F), (E, F), (E, F, WIDTH), (E, WIDTH))]
     mix = [torch.randn(*s, **random) for s in ((S, M), (S, M), (S, M), (2, M), (2,))]
 
     def gated(logits, choice):
@@ -75,7 +96,7 @@ def results(function, tensors):
 @pytest.mark.parametrize("op", OPS)
 def test_strided_tensors(target, op):
     """Outputs and gradients are those of contiguous tensors."""
-    function, tensors = ops(*target)[op]
+    function, tensors = ops(*target[:2])[op]
     apart = [strided(t) for t in tensors]
     assert all(torch.equal(a, b) and not a.is_contiguous() for a, b in zip(apart, tensors, strict=True))
     want, got = results(function, tensors), results(function, apart)
@@ -87,7 +108,7 @@ def test_strided_tensors(target, op):
 @pytest.mark.parametrize("first,second", [("reference", None), (None, "reference")])
 def test_backends_mix(target, first, second):
     """What one backend's gate and table return, another's table, dispatch and combine take."""
-    backend, device = target
+    backend, device, _ = target
     first, second = first or backend, second or backend
     logits, x = torch.randn(S, E, device=device), torch.randn(S, M, device=device)
     found = []
@@ -105,7 +126,7 @@ def test_backends_mix(target, first, second):
 
 @pytest.mark.parametrize("op", DIFFERENTIABLE)
 def test_second_derivatives_raise(target, op):
-    function, tensors = ops(*target)[op]
+    function, tensors = ops(*target[:2])[op]
     leaves = [t.requires_grad_() if t.is_floating_point() else t for t in tensors]
     x = next(t for t in leaves if t.is_floating_point())
     (dx,) = torch.autograd.grad(function(*leaves).square().sum(), x, create_graph=True)
@@ -115,8 +136,8 @@ def test_second_derivatives_raise(target, op):
 
 @pytest.mark.parametrize("op", OPS)
 def test_the_default_dtype_does_not_matter(target, op):
-    backend, device = target
-    halves = [False, True] if backend == "torch" else [False]  # the interpreter's bfloat16 arithmetic is wrong
+    backend, device, _ = target
+    halves = [False, True] if backend != "triton" else [False]  # the interpreter's bfloat16 arithmetic is wrong
     for half in halves:
         function, tensors = ops(backend, device)[op]
         if half:
@@ -128,13 +149,45 @@ def test_the_default_dtype_does_not_matter(target, op):
             got = results(function, tensors)
         finally:
             torch.set_default_dtype(torch.float32)
-        assert all(a.dtype == b.dtype and torch.equal(a, b) for a, b in zip(got, want, strict=True))
+        assert_same_bits(got, want)
+
+
+@pytest.fixture
+def picked(monkeypatch):
+    """The backends that are picked."""
+    found = []
+    for module in (experts, gating, permute, residual):
+        monkeypatch.setattr(module, "pick_backend", lambda *a, **k: found.append(_common.pick_backend(*a, **k)) or found[-1])
+    return found
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_auto_leaves_to_the_reference_what_the_code_does_not_take(instructions, op, picked):
+    """float16 and float64, which "cpp" refuses, and calls whose operations are counted."""
+    auto, tensors = ops("auto", "cpu")[op]
+    forced, reference = (ops(backend, "cpu")[op][0] for backend in ("cpp", "reference"))
+    picked.clear()
+    results(auto, tensors)
+    assert set(picked) == {"cpp"}
+    for dtype in (torch.float16, torch.float64) if op != "row_table" else ():
+        other = [t.to(dtype) if t.is_floating_point() else t for t in tensors]
+        picked.clear()
+        got = results(auto, other)
+        assert set(picked) == {"reference"}
+        if op != "expert_ffn":  # for which it is another text
+            assert_same_bits(got, results(reference, other))
+        with refused():
+            forced(*other)
+    picked.clear()
+    with FlopCounterMode(display=False):
+        auto(*tensors)
+    assert set(picked) == {"reference"}
 
 
 @pytest.mark.parametrize("op", OPS)
 def test_without_gradients_nothing_is_kept(target, op, monkeypatch):
     """Parameters that require gradients, under no_grad: the same output, and no memory for a backward pass."""
-    function, tensors = ops(*target)[op]
+    function, tensors = ops(*target[:2])[op]
     leaves = [t.requires_grad_() if t.is_floating_point() else t for t in tensors]
     want = function(*leaves).detach()
     shapes = []
@@ -174,24 +227,42 @@ def test_dot_precision_follows_either_switch():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("experts,top_k,width", [(8, 2, 64), (128, 1, 33)])
-def test_a_layer_has_the_same_bits_on_any_number_of_threads(experts, top_k, width, dtype):
+@pytest.mark.parametrize("E,K,M", [(8, 2, 64), (128, 1, 48)])
+def test_a_layer_has_the_same_bits_on_any_number_of_threads(target, E, K, M, dtype):
     """Gate, table, dispatch, experts and combine on CPU, forward and backward; and twice the same."""
-    tokens = 4099
-    leaves = [torch.randn(tokens, experts), torch.randn(tokens, width).to(dtype)]
-    leaves += [(torch.randn(experts, a, b) * a**-0.5).to(dtype) for a, b in ((width, 4 * width), (4 * width, width))]
-    found, before = [], torch.get_num_threads()
+    if target[0] == "triton":
+        pytest.skip("on a CPU")
+    S = 1099
+    leaves = [torch.randn(S, E), torch.randn(S, M).to(dtype)]
+    leaves += [(torch.randn(E, a, b) * a**-0.5).to(dtype) for a, b in ((M, 4 * M), (4 * M, M))]
+
+    def layer():
+        logits, x, w1, w2 = (t.clone().requires_grad_() for t in leaves)
+        g = gate(logits, K, 2 * S * K // E, seed=5)
+        table = row_table(g)
+        rows = expert_ffn(dispatch(x, table), table.offsets_E1, w1, None, w2, None)
+        y = combine(rows, table, g.weight_SK)
+        (y.float().square().sum() + g.aux_loss + g.z_loss).backward()
+        return [*g, *table, y, *(t.grad for t in (logits, x, w1, w2))]
+
+    assert_same_bits_on_any_number_of_threads(layer)
+
+
+def test_a_forked_child_computes(instructions):
+    """After a parent that used several threads, as a data loader's workers do, with one thread."""
+    function, tensors = ops("cpp", "cpu")["expert_ffn"]
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
     try:
-        for threads in (1, 2, 2):
-            torch.set_num_threads(threads)
-            logits, x, w1, w2 = (t.clone().requires_grad_() for t in leaves)
-            g = gate(logits, top_k, 2 * tokens * top_k // experts, seed=5)
-            table = row_table(g)
-            rows = expert_ffn(dispatch(x, table), table.offsets_E1, w1, None, w2, None)
-            y = combine(rows, table, g.weight_SK)
-            (y.float().square().sum() + g.aux_loss + g.z_loss).backward()
-            found.append([*g, *table, y, *(t.grad for t in (logits, x, w1, w2))])
+        want = results(function, tensors)
+        child = os.fork()
+        if child == 0:
+            code = 1
+            with contextlib.suppress(BaseException):
+                torch.set_num_threads(1)
+                assert_same_bits(results(function, tensors), want)
+                code = 0
+            os._exit(code)
     finally:
         torch.set_num_threads(before)
-    for other in found[1:]:
-        assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))
+    assert os.waitpid(child, 0)[1] == 0

@@ -1,5 +1,6 @@
 """Operations on packed matrices, against PyTorch's in double precision; rows have the same bits in any company."""
 
+import itertools
 import re
 
 import pytest
@@ -7,18 +8,13 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from moelab.kernels import packed
+from moelab.kernels import ACTIVATIONS, Activation, _cpp, can_pack, expert_ffn, gate, packed, routed_ffn
 
-WHY_NOT = packed.why_not(torch.float32)
-pytestmark = [
-    pytest.mark.skipif(WHY_NOT is not None, reason=str(WHY_NOT)),
-    pytest.mark.usefixtures("inference"),
-]
-NARROW = packed.why_not(torch.bfloat16)
-DTYPES = [
-    torch.float32,
-    pytest.param(torch.bfloat16, marks=pytest.mark.skipif(NARROW is not None, reason=str(NARROW))),
-]
+from tests.kernels.helpers import assert_same_bits, assert_same_bits_on_any_number_of_threads, poison
+from tests.kernels.test_experts import LARGE, MULTIPLES, make
+
+pytestmark = pytest.mark.usefixtures("inference")
+DTYPES = [torch.float32, torch.bfloat16]
 SIZES = [(1, 16), (5, 48), (16, 32), (31, 16), (33, 528), (64, 1040), (97, 64), (256, 512)]  # (N, K)
 
 
@@ -26,13 +22,6 @@ SIZES = [(1, 16), (5, 48), (16, 32), (31, 16), (33, 528), (64, 1040), (97, 64), 
 def inference():
     with torch.inference_mode():
         yield
-
-
-@pytest.fixture
-def threads():
-    before = torch.get_num_threads()
-    yield torch.set_num_threads
-    torch.set_num_threads(before)
 
 
 def draw(*shape, dtype=torch.float32, seed=0):
@@ -48,117 +37,105 @@ def close(got, want, dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("N", "K"), SIZES)
-def test_linear(N, K, dtype):
-    weight, bias = draw(N, K, dtype=dtype), draw(N, dtype=dtype)
-    matrix = packed.pack(weight)
-    for R in (0, 1, 2, 11, 12, 13, 25, 64, 65, 130):
-        x, add = draw(R, K, dtype=dtype), draw(R, N, dtype=dtype, seed=1)
-        exact = x.double() @ weight.double().T
-        close(packed.linear(x, matrix), exact, dtype)
-        exact = exact + bias.double()
-        close(packed.linear(x, matrix, bias), exact, dtype)
-        close(packed.linear(x, matrix, bias, "gelu_tanh"), F.gelu(exact, approximate="tanh"), dtype)
-        close(packed.linear(x, matrix, bias, add=add), exact + add.double(), dtype)
+def test_linear(instructions, N, K, dtype):
+    weight, bias = draw(2, N, K, dtype=dtype), draw(2, N, dtype=dtype)
+    for activation in ACTIVATIONS.values():
+        gates = 2 if activation.gated else 1
+        matrix = packed.pack(weight if activation.gated else weight[0])
+        for R in (0, 1, 2, 11, 12, 13, 25, 65, 130):
+            x, add = draw(R, K, dtype=dtype), draw(R, N, dtype=dtype, seed=1)
+            for b, a in ((None, None), (bias[:gates].flatten(), None), (None, add), (bias[:gates].flatten(), add)):
+                pre = x.double() @ weight[:gates].flatten(0, 1).double().T
+                exact = activation.forward(pre if b is None else pre + b.double())
+                poison()
+                got = packed.linear(x, matrix, b, activation.name, a)
+                close(got, exact if a is None else exact + a.double(), dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_linear_takes_any_strides_and_leading_sizes(dtype):
+def test_linear_takes_any_strides_and_leading_sizes(instructions, dtype):
     weight, x, add = draw(40, 32, dtype=dtype), draw(3, 32, 5, dtype=dtype).mT, draw(3, 40, 5, dtype=dtype).mT
     close(packed.linear(x, packed.pack(weight), add=add), x.double() @ weight.double().T + add.double(), dtype)
-    close(
-        packed.linear(x, packed.pack(draw(32, 40, dtype=dtype).T)),
-        x.double() @ draw(32, 40, dtype=dtype).double(),
-        dtype,
-    )
+    wide = draw(32, 40, dtype=dtype)
+    close(packed.linear(x, packed.pack(wide.T)), x.double() @ wide.double(), dtype)
+    close(packed.linear(x[0, 0], packed.pack(weight)), weight.double() @ x[0, 0].double(), dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_a_row_has_the_same_bits_in_any_company_and_with_any_number_of_threads(dtype, threads):
-    matrix, bias = packed.pack(draw(200, 560, dtype=dtype)), draw(200, dtype=dtype)
-    x = draw(150, 560, dtype=dtype)
+def test_a_row_of_a_product_has_the_same_bits_in_any_company(instructions, dtype):
+    matrix, bias, x = packed.pack(draw(200, 560, dtype=dtype)), draw(200, dtype=dtype), draw(150, 560, dtype=dtype)
+    assert_same_bits_on_any_number_of_threads(lambda: [packed.linear(x, matrix, bias, "gelu_tanh")])
     together = packed.linear(x, matrix, bias, "gelu_tanh")
-    for count in (1, 3):
-        threads(count)
-        assert torch.equal(packed.linear(x, matrix, bias, "gelu_tanh"), together)
-        for first, n in ((0, 1), (149, 1), (7, 2), (30, 12), (31, 13), (60, 64), (60, 70)):
-            assert torch.equal(
-                packed.linear(x[first : first + n], matrix, bias, "gelu_tanh"), together[first : first + n]
-            )
+    for first, n in ((0, 1), (149, 1), (7, 2), (30, 12), (31, 13), (60, 64), (60, 70)):
+        rows = slice(first, first + n)
+        assert torch.equal(packed.linear(x[rows], matrix, bias, "gelu_tanh"), together[rows])
 
 
-def of_experts(x, expert, weight, up, up_bias, down, down_bias):
-    """Return the weighted sums of the experts' outputs, in double precision."""
-    x, weight, up, down = (t.double() for t in (x, weight, up, down))
-    gated = up.dim() == 4
-    y = torch.zeros_like(x)
-    for s, chosen in enumerate(expert.tolist()):
-        for k, e in enumerate(chosen):
-            h = up[e] @ x[s] + (0 if up_bias is None else up_bias[e].double())
-            h = F.silu(h[0]) * h[1] if gated else F.gelu(h, approximate="tanh")
-            y[s] += weight[s, k] * (down[e] @ h + (0 if down_bias is None else down_bias[e].double()))
-    return y
-
-
-def make_experts(E, M, width, gated, biased, dtype):
-    shape = (E, 2, width) if gated else (E, width)
-    up, down = draw(*shape, M, dtype=dtype) / M**0.5, draw(E, M, width, dtype=dtype) / width**0.5
-    return up, draw(*shape, dtype=dtype) if biased else None, down, draw(E, M, dtype=dtype) if biased else None
-
-
-def prepare(up, up_bias, down, down_bias):
-    return packed.pack(up), up_bias, packed.pack(down), down_bias
+def pack(params, gated):
+    """Packed weights and biases from those of `expert_ffn`."""
+    w1, b1, w2, b2 = params
+    up = w1.unflatten(2, (2, -1)).permute(0, 2, 3, 1) if gated else w1.mT
+    return packed.pack(up), b1, packed.pack(w2.mT), b2
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("biased", [True, False])
-@pytest.mark.parametrize("gated", [True, False])
-@pytest.mark.parametrize(
-    ("S", "E", "K", "M", "width"), [(1, 3, 1, 16, 16), (7, 5, 2, 48, 80), (40, 2, 1, 64, 48), (90, 9, 3, 32, 64)]
-)
-def test_experts(S, E, K, M, width, gated, biased, dtype):
-    """With experts that nobody chose, and more rows of one than a task has."""
-    weights = make_experts(E, M, width, gated, biased, dtype)
-    x, add, share = draw(S, M, dtype=dtype), draw(S, M, dtype=dtype, seed=1), draw(S, K).softmax(1)
-    generator = torch.Generator().manual_seed(S)
-    spread = torch.stack([torch.randperm(E, generator=generator)[:K] for _ in range(S)])
-    one = torch.arange(E - K, E).expand(S, K)
-    for expert in (spread, one):
-        exact = of_experts(x, expert, share, *weights)
-        close(packed.experts(x, expert, share, *prepare(*weights)), exact, dtype)
-        close(packed.experts(x, expert, share, *prepare(*weights), add), exact + add.double(), dtype)
-
-
-@given(st.lists(st.integers(0, 3), min_size=0, max_size=200), st.sampled_from([torch.float32, torch.bfloat16]))
-@settings(max_examples=20, deadline=None)
-def test_a_token_of_experts_has_the_same_bits_in_any_company(chosen, dtype):
-    if packed.why_not(dtype):
-        return
-    weights = prepare(*make_experts(4, 32, 64, False, True, dtype))
-    with torch.inference_mode():
-        x, expert, share = (
-            draw(len(chosen), 32, dtype=dtype),
-            torch.tensor(chosen).view(-1, 1).long(),
-            draw(len(chosen), 1),
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("counts,spare,M,width", [*MULTIPLES, *LARGE])
+def test_experts_have_the_bits_of_those_that_are_not_packed(instructions, counts, spare, M, width, activation, dtype):
+    """On any number of threads, and an expert's rows in any batch."""
+    x, offsets, params, _ = make(counts, spare, M, width, dtype, activation=activation)
+    for some in (params, [params[0], None, params[2], None]):
+        weights = pack(some, ACTIVATIONS[activation].gated)
+        want = expert_ffn(x, offsets, *some, activation=activation, backend="cpp")
+        assert_same_bits_on_any_number_of_threads(
+            lambda w=weights: [expert_ffn(x, offsets, *w, activation=activation)],
         )
-        together = packed.experts(x, expert, share, *weights)
+        assert torch.equal(expert_ffn(x, offsets, *weights, activation=activation), want)
+        for first, last in itertools.pairwise(offsets.tolist()):
+            alone = offsets.clamp(max=last).sub(first).clamp(min=0)
+            assert torch.equal(expert_ffn(x[first:last], alone, *weights, activation=activation), want[first:last])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("activation", ["gelu_tanh", "swiglu"])
+def test_routed_ffn(instructions, activation, dtype):
+    """Packed weights give the bits of those that are not; what is added is rounded once."""
+    _, _, params, _ = make([0] * 5, 0, 32, 48, dtype, activation=activation)
+    weights = pack(params, activation == "swiglu")
+    x, add = draw(23, 32, dtype=dtype), draw(23, 32, dtype=dtype, seed=1)
+    strided = torch.stack([x, add], -1)[..., 0]
+    for g in (gate(draw(23, 5), 2, 7, seed=1, normalize=True), gate(draw(23, 5), 1, losses=False)):
+        plain = routed_ffn(x, g, *params, activation=activation)
+        assert torch.equal(routed_ffn(x, g, *weights, activation=activation), plain)
+        assert torch.equal(routed_ffn(strided, g, *weights, activation=activation), plain)
+        close(routed_ffn(x, g, *weights, activation=activation, add_SM=add), plain.double() + add.double(), dtype)
+
+
+@given(st.lists(st.integers(0, 3), min_size=0, max_size=200), st.sampled_from(DTYPES))
+@settings(max_examples=15, deadline=None)
+def test_a_token_of_experts_has_the_same_bits_in_any_company(instructions, chosen, dtype):
+    with torch.inference_mode():
+        _, _, params, _ = make([0] * 4, 0, 32, 64, dtype)
+        weights, x = pack(params, False), draw(len(chosen), 32, dtype=dtype)
+        logits = F.one_hot(torch.tensor(chosen).long(), 4).float()
+        together = routed_ffn(x, gate(logits, 1, losses=False), *weights)
         assert together.isfinite().all()
         for s in range(0, len(chosen), 17):
-            alone = packed.experts(x[s : s + 1], expert[s : s + 1], share[s : s + 1], *weights)
+            alone = routed_ffn(x[s : s + 1], gate(logits[s : s + 1], 1, losses=False), *weights)
             assert torch.equal(alone[0], together[s])
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("count", [1, 3])
 @pytest.mark.parametrize(("H", "N", "D"), [(1, 1, 16), (4, 4, 64), (6, 2, 48), (8, 1, 128), (2, 2, 512)])
-def test_attention(H, N, D, count, dtype, threads):
+def test_attention(instructions, H, N, D, dtype):
     """Sequences of any lengths, also full ones; queries and keys are views of one tensor; others' memory stays."""
-    threads(count)
     B, T = 5, 40
     positions = torch.tensor([0, 1, 15, 16, T - 1])
     keys, values = draw(B + 2, N, T, D, dtype=dtype), draw(B + 2, N, T, D, dtype=dtype, seed=1)
     before = keys.clone(), values.clone()
     qkv = draw(B, H + 2 * N, 1, D, dtype=dtype)
     q, k, v = qkv.split([H, N, N], 1)
+    assert_same_bits_on_any_number_of_threads(lambda: [packed.attend(q, k, v, keys, values, positions[:, None])])
     y = packed.attend(q, k, v, keys, values, positions[:, None])
     assert y.shape == (B, H, 1, D) and y.is_contiguous()
     for b, n in enumerate(positions.tolist()):
@@ -173,7 +150,7 @@ def test_attention(H, N, D, count, dtype, threads):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_attention_of_large_scores(dtype):
+def test_attention_of_large_scores(instructions, dtype):
     """The largest score decides, and none overflows."""
     keys, values = draw(1, 1, 33, 16, dtype=dtype) * 100, draw(1, 1, 33, 16, dtype=dtype)
     q, k, v = draw(3, 1, 1, 1, 16, dtype=dtype).unbind()
@@ -182,7 +159,7 @@ def test_attention_of_large_scores(dtype):
     close(y, F.scaled_dot_product_attention((q * 100).double(), *seen), dtype)
 
 
-def test_attention_passes_on_what_is_not_finite():
+def test_attention_passes_on_what_is_not_finite(instructions):
     keys, values = torch.zeros(2, 1, 4, 16), torch.zeros(2, 1, 4, 16)
     q = torch.ones(2, 1, 1, 16)
     q[1, 0, 0, 3] = torch.nan
@@ -191,48 +168,69 @@ def test_attention_passes_on_what_is_not_finite():
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("shape", [(0, 16), (1, 1, 48), (3, 70, 528)])
-def test_rms_norm(shape, dtype):
+@pytest.mark.parametrize("shape", [(0, 16), (48,), (1, 1, 48), (3, 70, 528)])
+def test_rms_norm(instructions, shape, dtype):
     x, weight = draw(*shape, dtype=dtype) * 3, draw(shape[-1], dtype=dtype)
     close(packed.rms_norm(x, weight, 1e-5), F.rms_norm(x.double(), (shape[-1],), weight.double(), 1e-5), dtype)
-    strided = torch.stack([weight, weight * 0], -1)[..., 0]
-    assert torch.equal(packed.rms_norm(x, strided, 1e-5), packed.rms_norm(x, weight, 1e-5))
+    assert_same_bits_on_any_number_of_threads(lambda: [packed.rms_norm(x, weight, 1e-5)])
+    apart = torch.stack([x, x], -1)[..., 0]
+    assert_same_bits([packed.rms_norm(apart, weight, 1e-5)], [packed.rms_norm(x, weight, 1e-5)])
 
 
-def test_what_does_not_fit_is_refused_in_a_line():
-    with pytest.raises(ValueError, match=r"^pack: the last size must be a multiple of 16, got \(32, 24\)$"):
-        packed.pack(torch.zeros(32, 24))
-    with pytest.raises(ValueError, match=r"^linear: activation must be 'none' or 'gelu_tanh', got 'gelu'$"):
-        packed.linear(torch.zeros(2, 32), packed.pack(torch.zeros(40, 32)), None, "gelu")
-    with pytest.raises(ValueError, match=r"^pack: packed matrices are float32 or bfloat16, not torch.float16$"):
-        packed.pack(torch.zeros(32, 16, dtype=torch.float16))
+def test_what_cannot_be_packed(instructions):
+    for wrong in (torch.zeros(32, 24), torch.zeros(32, 16, dtype=torch.float16), torch.zeros(32, 16, device="meta")):
+        assert not can_pack(wrong)
+        with pytest.raises(ValueError, match=r"^pack: .* the C\+\+ kernels pack float32 or bfloat16 matrices on a CPU"):
+            packed.pack(wrong)
+    assert can_pack(torch.zeros(32, 16))
+    with _cpp.limited("none"):
+        assert not can_pack(torch.zeros(32, 16))
+
+
+def test_what_does_not_fit_is_refused_in_a_line(instructions, monkeypatch):
+    monkeypatch.setitem(ACTIVATIONS, "table", Activation("table", torch.relu, torch.sign))
     matrix, three = packed.pack(torch.zeros(40, 32)), packed.pack(torch.zeros(3, 32, 32))
-    nine = packed.pack(torch.zeros(3, 3, 32, 32))
-    x, one = torch.zeros(2, 32), torch.ones(2, 1)
+    wide = packed.pack(torch.zeros(3, 48, 32))
+    x, offsets = torch.zeros(2, 32), torch.tensor([0, 1, 1, 2], dtype=torch.int32)
     attention = [torch.zeros(2, 1, 1, 16)] * 3 + [torch.zeros(2, 1, 4, 16)] * 2
+    at = torch.tensor([0, 1])
+    g = gate(torch.zeros(2, 3), 1, losses=False)
+    strided, same, alike = torch.zeros(16, 2).T[0], "linear: tensors must be contiguous, all float32", "all bfloat16"
+    names = "activation must be one of none, gelu, gelu_tanh, swiglu, got"
     for call, message in (
         (lambda: packed.linear(torch.zeros(2, 16), matrix), "linear: x [..., 16] for a matrix [N, 32]"),
-        (lambda: packed.linear(x, three), "linear: one matrix, not 3"),
+        (lambda: packed.linear(x, three), "linear: 3 matrices for activation 0"),
+        (lambda: packed.linear(x, matrix, None, "swiglu"), "linear: 1 matrices for activation 3"),
+        (lambda: packed.linear(x, matrix, None, "relu"), f"linear: {names} 'relu'"),
+        (lambda: packed.linear(x, matrix, None, "table"), f"linear: {names} 'table'"),
         (lambda: packed.linear(x, matrix, torch.zeros(39)), "linear: bias [39] for N = 40"),
-        (lambda: packed.linear(x, matrix, add=torch.zeros(1, 40)), "linear: add [1, 40] to [2, 40]"),
-        (lambda: packed.linear(x.double(), matrix), "Float"),
-        (lambda: packed.experts(x, torch.tensor([[0], [3]]), one, three, None, three, None), "experts: no expert 3"),
-        (
-            lambda: packed.experts(x, torch.tensor([[0], [-1]]), one, three, None, three, None),
-            "experts: no expert -1",
-        ),
-        (lambda: packed.experts(x, torch.zeros(1, 1).long(), one, three, None, three, None), "experts: x [2, 32]"),
-        (lambda: packed.attend(*attention, torch.tensor([0, 4])), "attend: position 4, allowed are 0 to 3"),
-        (lambda: packed.attend(*attention, torch.tensor([0])), "attend: q [2, 1, 1, 16]"),
-        (lambda: packed.rms_norm(torch.zeros(2, 32), torch.zeros(16), 1e-5), "rms_norm: x [2, 32], weight [16]"),
-        (lambda: packed.rms_norm(torch.zeros(2, 0), torch.zeros(0), 1e-5), "rms_norm: x [2, 0], weight [0]"),
-        (lambda: packed.linear(x, matrix._replace(columns=65)), "linear: N = 65 in [1, 2, 32, 32]"),
+        (lambda: packed.linear(x, matrix, torch.zeros(80)[::2]), same),
+        (lambda: packed.linear(x, matrix, add=torch.zeros(1, 40)), "linear: add has another shape"),
+        (lambda: packed.linear(x.double(), matrix), same),
+        (lambda: packed.linear(x.bfloat16(), matrix), same),
+        (lambda: packed.linear(x, matrix, torch.zeros(40).bfloat16()), same),
+        (lambda: packed.linear(x, matrix, add=torch.zeros(2, 40).bfloat16()), same),
+        (lambda: packed.linear(x, matrix._replace(columns=65)), "linear: N = 65 in 1 panels"),
         (lambda: packed.linear(torch.tensor(1.0), matrix), "linear: N = 40"),
-        (
-            lambda: packed.experts(x, one.long(), one, three._replace(columns=65), None, three, None),
-            "experts: x [2, 32]",
-        ),
-        (lambda: packed.experts(x, one.long(), one, nine, None, three, None), "experts: x [2, 32]"),
+        (lambda: expert_ffn(x, offsets, three, None, three, None, activation="table"), f"expert_ffn: {names} 'table'"),
+        (lambda: expert_ffn(x, offsets, wide, None, three, None), "expert_ffn: packed weights of 3 experts of 32 and 48"),
+        (lambda: expert_ffn(x, offsets[:3], three, None, three, None), "expert_ffn: packed weights of 2 experts"),
+        (lambda: expert_ffn(x, offsets + 1, three, None, three, None), "expert_ffn: packed weights of 3 experts"),
+        (lambda: expert_ffn(x.bfloat16(), offsets, three, None, three, None), alike),
+        (lambda: expert_ffn(x, offsets, three, torch.zeros(3, 32).bfloat16(), three, None), alike),
+        (lambda: expert_ffn(x, offsets, three, torch.zeros(3, 16), three, None), "expert_ffn: packed weights of 3 experts"),
+        (lambda: routed_ffn(x.double(), g, three, None, three, None), "routed_ffn: tokens must be contiguous"),
+        (lambda: routed_ffn(x, g, three, None, three, None, add_SM=x.bfloat16()), "routed_ffn: tokens must be"),
+        (lambda: routed_ffn(x, g, three, None, three, None, add_SM=x[:1]), "routed_ffn: tokens must be"),
+        (lambda: routed_ffn(x[:1], g, three, None, three, None), "routed_ffn: tokens must be"),
+        (lambda: packed.attend(*attention, torch.tensor([0, 4])), "attend: position 4, allowed are 0 to 3"),
+        (lambda: packed.attend(*attention, torch.tensor([0])), "attend: queries [2, 1, 1, 16]"),
+        (lambda: packed.attend(*attention, at.int()), "attend: queries [2, 1, 1, 16]"),
+        (lambda: packed.attend(attention[0].bfloat16(), *attention[1:], at), "attend: queries [2, 1, 1, 16]"),
+        (lambda: packed.rms_norm(torch.zeros(2, 32), torch.zeros(16), 1e-5), "rms_norm: weight [16] does not fit x"),
+        (lambda: packed.rms_norm(torch.zeros(2, 0), torch.zeros(0), 1e-5), "rms_norm: weight [0] does not fit x"),
+        (lambda: packed.rms_norm(torch.zeros(2, 16), strided, 1e-5), "rms_norm: tensors must be contiguous"),
+        (lambda: packed.rms_norm(torch.zeros(2, 16), torch.zeros(16).bfloat16(), 1e-5), "rms_norm: tensors must be"),
     ):
-        with pytest.raises(RuntimeError, match=re.escape(message)):
+        with pytest.raises((RuntimeError, ValueError), match=re.escape(message)):
             call()

@@ -6,37 +6,45 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from moelab.kernels.residual import residual_mix
 
+from tests.kernels.helpers import TOLERANCE, assert_same_bits_on_any_number_of_threads, compare, poison, refused
+
 WAYS = ["learned", "no bias", "given", "sum"]
 
 
-def run(S, M, way, dtype, backend, device, tensors):
-    moe, mlp, x, w, b, a, dy = (t.clone().to(device) for t in tensors)
-    leaves = dict(moe=moe, mlp=mlp)
-    args, kwargs = [], {}
-    if way in ("learned", "no bias"):
-        leaves |= dict(x=x, w=w) | (dict(b=b) if way == "learned" else {})
-        args = list(leaves.values())[2:]
-    if way == "given":
-        leaves["a"] = kwargs["coefficient_S2"] = a
+def make(S, M, dtype):
+    """moe, mlp, x, dy, w, b, coefficients"""
+    return [*torch.randn(4, S, M).to(dtype), *(t.to(dtype) for t in (torch.randn(2, M) / M**0.5, torch.randn(2)))] + [
+        torch.rand(S, 2)
+    ]
+
+
+def run(way, backend, tensors):
+    """Return names and outputs and gradients."""
+    moe, mlp, x, dy, w, b, a = (t.clone() for t in tensors)
+    leaves = dict(moe=moe, mlp=mlp) | {
+        "learned": dict(x=x, w=w, b=b),
+        "no bias": dict(x=x, w=w),
+        "given": dict(a=a),
+        "sum": {},
+    }[way]
     for t in leaves.values():
         t.requires_grad_()
-    y = residual_mix(moe, mlp, *args, backend=backend, **kwargs)
+    args = [t for name, t in leaves.items() if name in "xwb"]
+    y = residual_mix(moe, mlp, *args, coefficient_S2=leaves.get("a"), backend=backend)
     y.backward(dy)
-    return dict(y=y.detach()) | {k: t.grad for k, t in leaves.items()}
+    return ["y", *leaves], [y.detach(), *(t.grad for t in leaves.values())]
 
 
 def check(target, S, M, way, dtype):
-    tensors = [torch.randn(S, M).to(dtype) for _ in range(3)]
-    tensors += [t.to(dtype) for t in (torch.randn(2, M) * M**-0.5, torch.randn(2))]
-    tensors += [torch.rand(S, 2), torch.randn(S, M).to(dtype)]
-    got = run(S, M, way, dtype, *target, tensors)
-    want = run(S, M, way, dtype, "reference", target[1], tensors)
-    tolerance = {torch.float32: 2e-5, torch.bfloat16: 3e-2, torch.float16: 4e-3}[dtype]
-    for name, a in got.items():
-        b = want[name]
-        assert a.dtype == b.dtype and a.shape == b.shape
-        scale = max(1.0, b.abs().max().item()) if b.numel() else 1.0
-        torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance * scale, msg=lambda m, n=name: f"{n}: {m}")
+    backend, device, _ = target
+    tensors = [t.to(device) for t in make(S, M, dtype)]
+    if backend == "cpp" and dtype == torch.float16:
+        with refused():
+            run(way, "cpp", tensors)
+        return
+    poison()
+    names, got = run(way, backend, tensors)
+    compare(names, got, run(way, "reference", tensors)[1], TOLERANCE[dtype])
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -57,7 +65,21 @@ def test_hypothesis(target, S, M, way):
     check(target, S, M, way, torch.float32)
 
 
-@pytest.mark.parametrize("backend", ["torch", "reference"])
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_same_bits_on_any_number_of_threads(instructions, way, dtype):
+    tensors = make(700, 67, dtype)
+    assert_same_bits_on_any_number_of_threads(lambda: run(way, "cpp", tensors)[1])
+
+
+def test_tokens_of_another_dtype_are_left_to_the_reference(instructions):
+    moe, mlp, x, _, w, b, _ = make(9, 16, torch.bfloat16)
+    with refused():
+        residual_mix(moe, mlp, x.float(), w, b, backend="cpp")
+    torch.testing.assert_close(residual_mix(moe, mlp, x.float(), w, b), residual_mix(moe, mlp, x, w, b))
+
+
+@pytest.mark.parametrize("backend", ["auto", "reference"])
 def test_gradcheck(backend):
     moe, mlp, x = (torch.randn(4, 3, dtype=torch.float64, requires_grad=True) for _ in range(3))
     w, b, a = (torch.randn(n, dtype=torch.float64, requires_grad=True) for n in ((2, 3), (2,), (4, 2)))
