@@ -145,7 +145,9 @@ def _reference(offsets_E1, x_RM, w1_EMF, b1_EF, w2_EFM, b2_EM, activation: Activ
 
 def _grouped(offsets_E1, x_RM, w1_EMF, b1_EF, w2_EFM, b2_EM, activation: Activation):
     """Compute the experts by PyTorch's grouped products, for machines without the C++."""
-    if any(w.shape[-1] * w.element_size() % 16 for w in (w1_EMF, w2_EFM)):  # grouped products need aligned rows
+    widths = w1_EMF.shape[2], *w2_EFM.shape[1:]
+    unaligned = any(width * x_RM.element_size() % 16 for width in widths)
+    if unaligned or x_RM.dtype == torch.float64:  # grouped products know neither
         return _reference(offsets_E1, x_RM, w1_EMF, b1_EF, w2_EFM, b2_EM, activation)
     expert_R = torch.repeat_interleave(offsets_E1.diff())
     ends_E, filled = offsets_E1[1:].int(), len(expert_R)

@@ -68,7 +68,7 @@ Tensor linear(
       "linear: tensors must be contiguous, all float32 or all bfloat16");
   check(x.size(dims - 1) == K, "linear: x [..., ", x.size(dims - 1), "] for a matrix [N, ", K, "]");
   check(gates == (activation == kSwiglu ? 2 : 1), "linear: ", gates, " matrices for activation ", activation);
-  if (bias.has_value()) check(bias->numel() == gates * N, "linear: bias [", bias->numel(), "] for N = ", N);
+  check(!bias.has_value() || bias->numel() == gates * N, "linear: bias has another size than [", gates * N, "]");
   std::vector<int64_t> sizes(x.sizes().begin(), x.sizes().end());
   sizes.back() = N;
   auto y = torch::stable::new_empty(x, sizes);

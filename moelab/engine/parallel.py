@@ -28,6 +28,7 @@ from moelab.engine.tensor_slicing import ColumnLinear, RowLinear
 from moelab.models.dispatch import Dispatch
 from moelab.models.gpt import GPT, allocate, initial_weight
 from moelab.models.grouped_attention import GroupedAttention
+from moelab.models.layers import RMSNorm
 from moelab.models.moe import MLP, Experts, MoE
 
 
@@ -114,9 +115,9 @@ def _slice_block(block: nn.Module, config: ModelConfig, mesh: Mesh) -> None:
             block.ffn.router.pool = functools.partial(_mean, mesh=mesh)
 
 
-def _sliced_norm(norm: nn.RMSNorm, group: Group) -> nn.RMSNorm:
+def _sliced_norm(norm: RMSNorm, group: Group) -> RMSNorm:
     """Return a norm with the weights of this rank's part of the width."""
-    return nn.RMSNorm(norm.normalized_shape[0] // group.size, eps=norm.eps)
+    return RMSNorm(norm.normalized_shape[0] // group.size, eps=norm.eps)
 
 
 def make_dispatch(name: str, static_tokens: int = 0, *, groups: ExpertGroups, config: ParallelConfig) -> Dispatch:

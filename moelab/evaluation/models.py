@@ -28,7 +28,7 @@ from moelab.data.packages import Package, unpacked
 from moelab.engine.checkpoint import hf
 from moelab.files import read_json
 from moelab.inference.generate import Generator
-from moelab.inference.modes import can_be_invariant, set_mode
+from moelab.inference.modes import set_mode
 from moelab.inference.sampling import Sampling
 from moelab.inference.text import DTYPES, open_model
 from moelab.models import GPT
@@ -73,9 +73,8 @@ class Ours:
     def __init__(self, model: GPT, end: int) -> None:
         self.digest = _digest(digest(model.config), model)  # before `set_mode`, which may pack the weights
         self.context, self.vocab = model.config.context, model.config.vocab
-        weight = model.token_embedding.weight
-        self.device = weight.device
-        self.model, self.end = set_mode(model, "invariant" if can_be_invariant(weight) else "optimised"), end
+        self.device = model.token_embedding.weight.device
+        self.model, self.end = set_mode(model), end
         self._generator: Generator | None = None
 
     def trunk(self, tokens_BT: Tensor) -> Tensor:

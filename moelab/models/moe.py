@@ -10,13 +10,13 @@ experts, mix) by modules with the same interface, and its dispatch by `MoE.set_d
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moelab import kernels
 from moelab.config import FeedForward, ModelConfig
 from moelab.kernels.gating import MAX_EXPERTS
-from moelab.models.dispatch import Dispatch, DispatchFactory, make_dispatch
+from moelab.models.dispatch import Dispatch, DispatchFactory, LocalDispatch, make_dispatch
+from moelab.models.layers import Linear, sigmoid
 from moelab.models.routing import Router, Routing
 
 
@@ -29,12 +29,12 @@ class MLP(nn.Module):
     def __init__(self, shape: FeedForward) -> None:
         super().__init__()
         self.activation = shape.activation
-        self.up = nn.Linear(shape.hidden, shape.inner, bias=shape.biases)
-        self.down = nn.Linear(shape.ffn, shape.hidden, bias=shape.biases)
+        self.up = Linear(shape.hidden, shape.inner, bias=shape.biases)
+        self.down = Linear(shape.ffn, shape.hidden, bias=shape.biases)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Return the output [..., M] of x [..., M]."""
-        return self.down(kernels.activate(self.up(x), self.activation))
+    def forward(self, x: Tensor, add: Tensor | None = None) -> Tensor:
+        """Return the output [..., M] of x [..., M], with `add` [..., M] added."""
+        return self.down(self.up(x, self.activation), add=add)
 
 
 class Experts(nn.Module):
@@ -45,9 +45,12 @@ class Experts(nn.Module):
 
     Attributes:
         ffn: `moelab.kernels.expert_ffn`, or a function with its arguments.
+        packed: the four weights that `ffn` takes, with packed matrices, in place of the parameters; see
+            `moelab.models.layers`.
     """
 
     ffn = staticmethod(kernels.expert_ffn)
+    packed: tuple[kernels.Packed, Tensor | None, kernels.Packed, Tensor | None] | None = None
 
     def __init__(self, experts: int, shape: FeedForward) -> None:
         super().__init__()
@@ -61,10 +64,14 @@ class Experts(nn.Module):
 
         Expert e's rows are `offsets_E1[e]` to `offsets_E1[e + 1]` (int32).
         """
-        weights = self.weights()
-        if self.up.dtype != torch.float32:  # else the kernel converts them
+        weights = self.packed or self.weights()
+        if self.packed is None and self.up.dtype != torch.float32:  # else the kernel converts them
             weights = (w if w is None else w.to(rows_RM.dtype) for w in weights)
         return self.ffn(rows_RM, offsets_E1, *weights, activation=self.activation)
+
+    def of_tokens(self, x_SM: Tensor, routing: Routing, add_SM: Tensor | None) -> Tensor:
+        """Return the weighted sum of each token's experts' outputs, with `add_SM` added, [S, M]; by packed weights."""
+        return kernels.routed_ffn(x_SM, routing, *self.packed, activation=self.activation, add_SM=add_SM)
 
     def weights(self) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:
         """Return (w1 [E, M, N], b1 [E, N], w2 [E, F, M], b2 [E, M]) as `ffn` takes them: N is F, with a gate 2 F."""
@@ -84,7 +91,7 @@ class Mix(nn.Linear):
         return kernels.residual_mix(routed_SM, fixed_SM, x_SM, weight, bias)
 
 
-class SharedGate(nn.Linear):
+class SharedGate(Linear):
     """Add the shared experts' output to the routed one, times a learned sigmoid per token (Qwen2-MoE)."""
 
     def __init__(self, hidden: int) -> None:
@@ -92,7 +99,7 @@ class SharedGate(nn.Linear):
 
     def forward(self, routed_SM: Tensor, fixed_SM: Tensor, x_SM: Tensor) -> Tensor:
         """Return the branches' sum, [S, M]; the coefficient is computed from the layer's input `x_SM`."""
-        return routed_SM + fixed_SM * F.linear(x_SM, self.weight.to(x_SM.dtype)).sigmoid()
+        return routed_SM + fixed_SM * sigmoid(self.product(x_SM, None))
 
 
 class MoE(nn.Module):
@@ -130,15 +137,23 @@ class MoE(nn.Module):
             self._factory = factory
         self.dispatcher: Dispatch = self._factory(name, static_tokens)
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Routing]:
-        """Return (y [..., M], the routing) of x [..., M]; S is the product of the leading dims."""
+    def forward(self, x: Tensor, add: Tensor | None = None) -> tuple[Tensor, Routing]:
+        """Return (y [..., M], `add` included, the routing) of x [..., M]; S is the product of the leading dims."""
         x_SM = x.reshape(-1, x.shape[-1])
         sequences = x.shape[0] if x.dim() == 3 else 1
         routing = self.router(x_SM, sequences)
         if torch.is_autocast_enabled(x.device.type):  # our kernels compute in their input's dtype
             x_SM = x_SM.to(torch.get_autocast_dtype(x.device.type))
+        add_SM = None if add is None else add.reshape(x_SM.shape)
+        if self.mlp is None:
+            return self._routed(x_SM, routing, add_SM).view(x.shape), routing
+        y_SM = self._routed(x_SM, routing, None)
+        y_SM = self.mlp(x_SM, y_SM) if self.mix is None else self.mix(y_SM, self.mlp(x_SM), x_SM)
+        return (y_SM if add_SM is None else y_SM + add_SM).view(x.shape), routing
+
+    def _routed(self, x_SM: Tensor, routing: Routing, add_SM: Tensor | None) -> Tensor:
+        """Return each token's weighted sum of its experts' outputs, with `add_SM` added, [S, M]."""
+        if self.experts.packed is not None and isinstance(self.dispatcher, LocalDispatch):
+            return self.experts.of_tokens(x_SM, routing, add_SM)
         y_SM = self.dispatcher(x_SM, routing, self.experts)
-        if self.mlp is not None:
-            fixed_SM = self.mlp(x_SM)
-            y_SM = y_SM + fixed_SM if self.mix is None else self.mix(y_SM, fixed_SM, x_SM)
-        return y_SM.view_as(x), routing
+        return y_SM if add_SM is None else y_SM + add_SM
