@@ -96,6 +96,8 @@ def activate(pre: Tensor, activation: str, *, backend: Backend = "auto") -> Tens
     wherever it stands. There is no Triton kernel; on CUDA, PyTorch computes.
     """
     act = ACTIVATIONS[activation]
+    if activation == "none":
+        return pre
     if pick_backend("activate", backend, pre, fits=act.number is not None) != "cpp":
         return act.forward(pre)
     return _Activate.apply(pre, act, torch.is_grad_enabled() and pre.requires_grad)

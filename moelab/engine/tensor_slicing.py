@@ -11,7 +11,7 @@ from torch import Tensor
 
 from moelab.engine.differentiable import copy_to_group, reduce_from_group
 from moelab.engine.groups import Group
-from moelab.models.activations import dense
+from moelab.kernels import activate
 from moelab.models.layers import Linear
 
 
@@ -38,5 +38,5 @@ class RowLinear(Linear):
         """Return [..., out_features], equal on all ranks, for this rank's part of the inputs, as `Linear`."""
         y = reduce_from_group(self.product(x, None), self.group)
         # Autocast makes y bf16; it does not convert the operands of a sum.
-        y = dense(activation)(y if self.bias is None else y + self.bias.to(y.dtype))
+        y = activate(y if self.bias is None else y + self.bias.to(y.dtype), activation)
         return y if add is None else y + add

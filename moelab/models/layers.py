@@ -30,8 +30,7 @@ class Linear(nn.Linear):
         """Compute as `forward`, with a given bias."""
         if self.packed is not None:
             return packed.linear(x, self.packed, bias, activation, add)
-        y = F.linear(x, self.weight, bias)
-        y = y if activation == "none" else activate(y, activation)
+        y = activate(F.linear(x, self.weight, bias), activation)
         return y if add is None else y + add
 
 
