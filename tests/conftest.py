@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import json
-import os
 import random
 from pathlib import Path
 
@@ -16,8 +15,6 @@ from moelab.data import TokenData, prepare
 from moelab.runs.spec import RunSpec
 
 HERE = Path(__file__).parent
-# All tests share the compiled CPU kernels, which take half a minute, whatever folders they work in.
-os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(HERE.parent / ".moelab" / "compiled" / "kernels"))
 # `make test` hands out whole files to processes, in this order: what takes long must not come last and leave the others idle.
 LONGEST = [
     "notebook/test_all_notebooks.py",

@@ -16,18 +16,18 @@ void pack_as(const Tensor& weight, const Tensor& packed) {
   T* to = data<T>(packed);
   parallel(weight.size(0) * panels, 1, [&](int64_t first, int64_t last) {
     for (int64_t p = first; p < last; ++p)
-      for (int64_t j = 0; j < kPanel; ++j) {
-        const int64_t column = p % panels * kPanel + j;
+      for (int64_t j = 0; j < kPackedPanel; ++j) {
+        const int64_t column = p % panels * kPackedPanel + j;
         const T* row = column < N ? from + (p / panels * N + column) * K : nullptr;
-        T* place = to + p * K * kPanel + j * deep;
-        for (int64_t k = 0; k < K; ++k) place[k / deep * deep * kPanel + k % deep] = row ? row[k] : T{};
+        T* place = to + p * K * kPackedPanel + j * deep;
+        for (int64_t k = 0; k < K; ++k) place[k / deep * deep * kPackedPanel + k % deep] = row ? row[k] : T{};
       }
   });
 }
 
 Tensor pack(const Tensor& weight) {
   const int64_t N = weight.size(1), K = weight.size(2);
-  auto packed = empty(weight, {weight.size(0), panels_of(N), K, kPanel});
+  auto packed = empty(weight, {weight.size(0), panels_of(N), K, kPackedPanel});
   (is_float(weight) ? pack_as<float> : pack_as<BFloat16>)(weight, packed);
   return packed;
 }

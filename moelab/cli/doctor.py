@@ -41,7 +41,18 @@ def _checks() -> Iterator[tuple[bool | None, str]]:
             yield False if needed else None, f"{name}: {error}; pip install -e . brings it"
     import torch
 
+    from moelab import kernels
+
     yield True, describe(hardware())
+    reason = kernels.why_not()
+    yield (
+        (True, f"CPU kernels: {kernels.instructions()}, C++")
+        if reason is None
+        else (
+            None,
+            f"CPU kernels: {reason}; plain PyTorch computes instead, with many experts two to four times as slow",
+        )
+    )
     if torch.cuda.is_available():
         yield True, f"CUDA {torch.version.cuda}: {torch.cuda.get_device_name(0)}"
     else:

@@ -10,8 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from moelab.kernels import packed
-from moelab.models.activations import dense
+from moelab.kernels import activate, packed
 
 
 class Linear(nn.Linear):
@@ -31,7 +30,8 @@ class Linear(nn.Linear):
         """Compute as `forward`, with a given bias."""
         if self.packed is not None:
             return packed.linear(x, self.packed, bias, activation, add)
-        y = dense(activation)(F.linear(x, self.weight, bias))
+        y = F.linear(x, self.weight, bias)
+        y = y if activation == "none" else activate(y, activation)
         return y if add is None else y + add
 
 

@@ -40,7 +40,14 @@ def provenance() -> dict[str, Any]:
         "python": platform.python_version(),
         "versions": versions(),
         "hardware": hardware(),
+        **({"cpu_kernels": kernels} if (kernels := _cpu_kernels()) else {}),
     }
+
+
+def _cpu_kernels() -> dict[str, str] | None:
+    """Return the version and the instruction set of the CPU kernels in a process that uses them."""
+    module = sys.modules.get("moelab.kernels")  # not imported for this alone
+    return None if module is None else module.version()
 
 
 def hardware() -> dict[str, Any]:

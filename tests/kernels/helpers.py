@@ -12,7 +12,7 @@ TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 3e-2, torch.float16: 4e-3, tor
 
 def poison():
     """Leave NaN in the memory that the next tensors are likely to get."""
-    held = [torch.full((n,), float("nan")) for n in (64, 512, 4096, 1 << 15, 1 << 18, 1 << 20) for _ in range(6)]
+    held = [torch.full((n,), float("nan")) for n in (64, 512, 4096, 1 << 15, 1 << 17) for _ in range(4)]
     del held
 
 
@@ -34,7 +34,7 @@ def assert_same_bits_on_any_number_of_threads(call):
     """``call()`` returns tensors, computed from the same arguments each time."""
     before, found = torch.get_num_threads(), []
     try:
-        for threads in (1, 2, 3, 2):
+        for threads in (1, 2, 3):
             torch.set_num_threads(threads)
             poison()
             found.append(call())

@@ -2,13 +2,10 @@ from typing import get_args, get_type_hints
 
 import pytest
 import torch
-import torch.nn.functional as F
 
 from moelab import kernels
 from moelab.config import DecoderConfig, FeedForward
 from moelab.config.feed_forward import FUNCTIONS, Function, FunctionName
-from moelab.models import activations as module
-from moelab.models.activations import gelu
 from moelab.models.moe import MLP, Experts
 
 
@@ -19,31 +16,36 @@ def outcome(function, x):
     return y.detach(), x.grad
 
 
-def plain(x):
-    return F.gelu(x, approximate="tanh")
-
-
 EVERY_SIZE = torch.cat([torch.linspace(-30, 30, 4001), torch.tensor([0.0, -0.0, 1e-30, 1e4, -1e4, 1e10, -1e10])])
 
 
-@pytest.mark.parametrize("chunk", [7, 1 << 18])
+@pytest.mark.parametrize("name", ["gelu", "gelu_tanh", "swiglu"])
 @pytest.mark.parametrize(
     ("dtype", "rounding"), [(torch.float64, 1e-12), (torch.float32, 3e-6), (torch.bfloat16, 2**-8)]
 )
-def test_value_and_slope_are_those_of_the_plain_function(dtype, rounding, chunk, monkeypatch):
-    monkeypatch.setattr(module, "_CHUNK", chunk)
+def test_value_and_slope_are_those_of_the_plain_function(dtype, rounding, name):
     x = EVERY_SIZE.to(dtype)
-    for ours, theirs in zip(outcome(gelu, x), outcome(plain, x.double()), strict=True):
+    if kernels.ACTIVATIONS[name].gated:
+        x = torch.stack([x, x.flip(0).clamp(-1e3, 1e3)], 0).T.reshape(-1, 2)  # rows of one gate and one value
+    for ours, theirs in zip(
+        outcome(lambda t: kernels.activate(t, name), x),
+        outcome(kernels.ACTIVATIONS[name].forward, x.double()),
+        strict=True,
+    ):
         assert ours.dtype == dtype
         torch.testing.assert_close(ours.double(), theirs, rtol=rounding, atol=rounding)
 
 
-def test_layout_does_not_matter_and_without_gradient_it_is_the_plain_function():
-    x = torch.randn(6, 5, generator=torch.Generator().manual_seed(0))
-    a, b = outcome(lambda t: gelu(t.T), x), outcome(lambda t: plain(t.T), x)
-    torch.testing.assert_close(a[0], b[0])
-    torch.testing.assert_close(a[1], b[1])
-    assert torch.equal(gelu(x), plain(x))
+@pytest.mark.parametrize("name", ["gelu_tanh", "swiglu"])
+@pytest.mark.skipif(not kernels.cpp_available(), reason=str(kernels.why_not()))
+def test_an_element_has_the_same_bits_anywhere(name):
+    x = torch.randn(9, 74, generator=torch.Generator().manual_seed(0))
+    whole = kernels.activate(x, name)
+    width = whole.shape[1]
+    halves = x[:, :width], x[:, width:]
+    for columns in (slice(0, 5), slice(3, 36), slice(1, 2)):
+        part = torch.cat([h[:, columns] for h in halves], 1) if len(halves[1][0]) else x[:, columns]
+        assert torch.equal(kernels.activate(part, name), whole[:, columns])
 
 
 def test_each_function_of_a_feed_forward_is_an_activation_of_the_kernels():
