@@ -111,6 +111,7 @@ def available() -> bool:
     return True
 
 
+@functools.cache
 def operations() -> Any:
     """Return the namespace of the operations, ``torch.ops.<name>``, after loading or compiling the code.
 
@@ -130,12 +131,18 @@ def limited(name: str) -> Iterator[None]:
     """Use this instruction set, or "none", while the context lasts (for tests and benchmarks)."""
     before = os.environ.get(VARIABLE)
     os.environ[VARIABLE] = name
-    available.cache_clear()
+    _forget()
     try:
         yield
     finally:
         os.environ.pop(VARIABLE, None) if before is None else os.environ.update({VARIABLE: before})
-        available.cache_clear()
+        _forget()
+
+
+def _forget() -> None:
+    """Have the environment read again."""
+    available.cache_clear()
+    operations.cache_clear()
 
 
 # -- the library -------------------------------------------------------------------------------------------------------

@@ -108,6 +108,8 @@ class _Layer:
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Store the new tokens' keys and values; return their attention over all visible tokens, [B, H, T, D]."""
         cache, keys, values = self._cache, self._keys, self._values
+        if cache._fused and cache._runs is not None:
+            return packed.attend(q, k, v, keys, values, cache.positions_BT)
         attention = functools.partial(F.scaled_dot_product_attention, enable_gqa=cache._gqa)
         if cache._spans is not None:
             y = torch.empty_like(q)
@@ -116,8 +118,6 @@ class _Layer:
                 part = (t[:, :, a:b] for t in (q, k, v))
                 y[:, :, a:b] = attention(*part, is_causal=True)
             return y
-        if cache._fused and cache._runs is not None:
-            return packed.attend(q, k, v, keys, values, cache.positions_BT)
         B = len(q)
         at = (cache._rows[:B], slice(None), cache.positions_BT[:, 0])
         keys[at], values[at] = k[:, :, 0], v[:, :, 0]

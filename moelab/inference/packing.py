@@ -60,6 +60,8 @@ def pack(model: GPT) -> None:
     model.packed = kernels.pack(model.output_weight)
     if model.output is not None:
         model.output.weight = None
+    for module in model.modules():  # as plain attributes they are found at once; a module's search takes a microsecond
+        module.__dict__.update({**module._modules, **module._parameters})
 
 
 def _pack(linear: Linear) -> None:

@@ -57,16 +57,16 @@ class Attention(nn.Module):
         With `past`, tokens also attend to the earlier ones it holds. `rotation` is not used: positions are embedded.
         """
         B, T, _ = x_BTM.shape
-        qkv_BT3HD = self.qkv(x_BTM).view(B, T, 3, self.heads, self.head_size)
+        qkv_BT3HD = self.qkv.forward(x_BTM).view(B, T, 3, self.heads, self.head_size)
         dropout = self.dropout if self.training else 0.0
         if past is None and not dropout and T <= SHORT and takes_short_attention(qkv_BT3HD):
-            return self.out(short_attention(qkv_BT3HD).flatten(2), add=add)
+            return self.out.forward(short_attention(qkv_BT3HD).flatten(2), add=add)
         q, k, v = qkv_BT3HD.permute(2, 0, 3, 1, 4).unbind()
         if past is not None:
             y_BHTD = past.attend(q, k, v)
         else:
             y_BHTD = F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=dropout)
-        return self.out(y_BHTD.transpose(1, 2).flatten(2), add=add)
+        return self.out.forward(y_BHTD.transpose(1, 2).flatten(2), add=add)
 
 
 def takes_short_attention(x: Tensor) -> bool:

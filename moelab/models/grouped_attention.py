@@ -79,7 +79,9 @@ class GroupedAttention(nn.Module):
         """
         B, T, _ = x_BTM.shape
         D = self.head_size
-        q_BTX, k_BTX, v_BTX = self.qkv(x_BTM).split([n * D for n in (self.heads, self.kv_heads, self.kv_heads)], -1)
+        q_BTX, k_BTX, v_BTX = self.qkv.forward(x_BTM).split(
+            [n * D for n in (self.heads, self.kv_heads, self.kv_heads)], -1
+        )
         if self.pool is None:
             q_BTHD, k_BTND = self._normed(q_BTX, self.q_norm), self._normed(k_BTX, self.k_norm)
         else:
@@ -91,14 +93,14 @@ class GroupedAttention(nn.Module):
         if past is None and not dropout and T <= SHORT and takes_short_attention(q_BTHD):
             shared = self.heads // self.kv_heads
             keys_values = (t if shared == 1 else t.repeat_interleave(shared, 2) for t in (k_BTND, v_BTND))
-            return self.out(short_attention(torch.stack((q_BTHD, *keys_values), 2)).flatten(2), add=add)
+            return self.out.forward(short_attention(torch.stack((q_BTHD, *keys_values), 2)).flatten(2), add=add)
         q, k, v = (t.transpose(1, 2) for t in (q_BTHD, k_BTND, v_BTND))
         if past is not None:
             y_BHTD = past.attend(q, k, v)
         else:
             grouped = self.heads != self.kv_heads
             y_BHTD = F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=dropout, enable_gqa=grouped)
-        return self.out(y_BHTD.transpose(1, 2).flatten(2), add=add)
+        return self.out.forward(y_BHTD.transpose(1, 2).flatten(2), add=add)
 
     def _normed(self, x_BTX: Tensor, norm: RMSNorm | None) -> Tensor:
         """Return queries or keys by head, [B, T, heads, D], normalised."""
@@ -120,5 +122,5 @@ class GroupedAttention(nn.Module):
 def _rms(x: Tensor, norm: RMSNorm) -> Tensor:
     """Return norm(x) in x's dtype, also under autocast, which leaves the norm's weight in fp32."""
     if norm.packed:
-        return norm(x)
+        return norm.forward(x)
     return F.rms_norm(x, norm.normalized_shape, norm.weight.to(x.dtype), norm.eps)

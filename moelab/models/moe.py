@@ -34,7 +34,7 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor, add: Tensor | None = None) -> Tensor:
         """Return the output [..., M] of x [..., M], with `add` [..., M] added."""
-        return self.down(self.up(x, self.activation), add=add)
+        return self.down.forward(self.up.forward(x, self.activation), add=add)
 
 
 class Experts(nn.Module):
@@ -148,7 +148,9 @@ class MoE(nn.Module):
         if self.mlp is None:
             return self._routed(x_SM, routing, add_SM).view(x.shape), routing
         y_SM = self._routed(x_SM, routing, None)
-        y_SM = self.mlp(x_SM, y_SM) if self.mix is None else self.mix(y_SM, self.mlp(x_SM), x_SM)
+        y_SM = (
+            self.mlp.forward(x_SM, y_SM) if self.mix is None else self.mix.forward(y_SM, self.mlp.forward(x_SM), x_SM)
+        )
         return (y_SM if add_SM is None else y_SM + add_SM).view(x.shape), routing
 
     def _routed(self, x_SM: Tensor, routing: Routing, add_SM: Tensor | None) -> Tensor:

@@ -157,7 +157,9 @@ def picked(monkeypatch):
     """The backends that are picked."""
     found = []
     for module in (experts, gating, permute, residual):
-        monkeypatch.setattr(module, "pick_backend", lambda *a, **k: found.append(_common.pick_backend(*a, **k)) or found[-1])
+        monkeypatch.setattr(
+            module, "pick_backend", lambda *a, **k: found.append(_common.pick_backend(*a, **k)) or found[-1]
+        )
     return found
 
 
