@@ -28,7 +28,7 @@ import torch
 import torch.distributed as dist
 
 from moelab import machine
-from moelab.bench import harness, inputs, peers, plot
+from moelab.bench import harness, inputs, llama, peers, plot
 from moelab.bench.decode_steps import (
     DecodeSettings,
     Rates,
@@ -55,6 +55,7 @@ from moelab.engine.testing import Ranks
 from moelab.inference.generate import Generator
 from moelab.inference.modes import MODES, set_mode
 from moelab.inference.text import DTYPES
+from moelab.models import GPT
 
 
 def named(name: str) -> ModelConfig:
@@ -67,11 +68,24 @@ def named(name: str) -> ModelConfig:
 def measure(
     config: ModelConfig, batches: list[int], settings: DecodeSettings, device: str, dtype: str = "fp32"
 ) -> list[Row]:
-    """Return the rows of one model in one process: our modes and, where installed, transformers, at every batch."""
-    timing = settings.timing(device)
-    read, products = reader(timing), harness.product_rate(DTYPES[dtype], timing)
+    """Return the rows of one model in one process: our modes and, where installed, others, at every batch."""
     reference = filled(config, device, DTYPES[dtype])
     others = peers.generators(reference, settings.prompt + settings.output)
+    with llama.beside(reference, round_prompts(config, 2, settings)(0), settings.output) as further:
+        return _measure(reference, others | further, batches, settings, device, dtype)
+
+
+def _measure(
+    reference: GPT,
+    others: Mapping[str, peers.Peer | llama.Peer],
+    batches: list[int],
+    settings: DecodeSettings,
+    device: str,
+    dtype: str,
+) -> list[Row]:
+    """Return the rows of `measure`; `reference` is packed here."""
+    config, timing = reference.config, settings.timing(device)
+    read, products = reader(timing), harness.product_rate(DTYPES[dtype], timing)
     models = {
         "baseline": set_mode(filled(config, device, DTYPES[dtype]), "baseline"),
         "optimised": set_mode(reference, "optimised"),
@@ -94,7 +108,7 @@ def measure(
             for name, model in models.items()
         }
         for name, peer in others.items():
-            numbers[name] = {"distinct_experts": peer.distinct_experts(prompts, settings.output)}
+            numbers[name] = peer.numbers(prompts, settings.output)
         distinct = numbers["optimised"]["distinct_experts"] or 0
         floor_s = least_seconds(config, distinct, batch, settings, rates[batch], DTYPES[dtype].itemsize)
         case = {"model": str(config), "experts": max(config.experts), "batch": batch, "ranks": 1, "dtype": dtype}

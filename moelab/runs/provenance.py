@@ -29,6 +29,7 @@ _PACKAGES = (
     "transformers",
     "lm_eval",
     "gguf",
+    "llama-cpp-python",
 )
 
 
