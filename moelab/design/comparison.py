@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from moelab import paper
 from moelab.config import ModelConfig
 from moelab.design import sequential, settings
-from moelab.design.judging import judge
+from moelab.design.judging import LEAST, judge
 from moelab.design.verdicts import Verdict
 from moelab.runs.spec import RunSpec
 from moelab.statistics import interval
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from moelab.runs.collection import Runs
 
 TWINS = "Twins, paired by seed."
+RAISED = f"{TWINS} The look at five seeds was added after that at three had been seen."
 
 
 def by_arm(final: pd.DataFrame, value: str = "validation_loss") -> pd.DataFrame:
@@ -58,7 +59,12 @@ def gaps(final: pd.DataFrame, reference: str) -> pd.DataFrame:
 
 
 def judge_losses(
-    experiment: str, final: pd.DataFrame, arms: Mapping[str, str], scale: str, looks: Sequence[int] = ()
+    experiment: str,
+    final: pd.DataFrame,
+    arms: Mapping[str, str],
+    scale: str,
+    looks: Sequence[int] = (),
+    note: str = TWINS,
 ) -> list[Verdict]:
     """Judge the claims about final validation losses and total parameters; the others are not tested.
 
@@ -66,8 +72,9 @@ def judge_losses(
         experiment: of `paper.claims`.
         arms: arm -> the paper's name of its run (a model, or with +KD, +MoS).
         looks: the plan, see `moelab.design.sequential`.
+        note: how the arms are compared.
     """
-    return [judge_loss(claim, final, arms, scale, looks) for claim in paper.claims(experiment)]
+    return [judge_loss(claim, final, arms, scale, looks, note) for claim in paper.claims(experiment)]
 
 
 def judge_loss(
@@ -78,7 +85,7 @@ def judge_loss(
     looks: Sequence[int] = (),
     note: str = TWINS,
 ) -> Verdict:
-    """Judge one claim, see `judge_losses`; the note says how the arms are compared.
+    """Judge one claim, see `judge_losses`.
 
     An equality is judged by the gain that the claim names, where both of its arms are there.
     """
@@ -185,7 +192,7 @@ def differences(final: pd.DataFrame, expected: Sequence[tuple[str, str, str]]) -
 
     Returns:
         Columns left, right, mean (left minus right), low, high (95 % interval), seeds, expected, found: "below" or
-        "above" if the interval is on one side of zero, else "cannot tell"; "one seed" has no interval.
+        "above" if the interval is on one side of zero, else "cannot tell"; "too few seeds" below `judging.LEAST`.
     """
     import pandas as pd
 
@@ -194,7 +201,9 @@ def differences(final: pd.DataFrame, expected: Sequence[tuple[str, str, str]]) -
         if values := paired(final, left, right):
             mean, low, high = interval(values)
             found = "below" if high < 0 else "above" if low > 0 else "cannot tell"
-            rows.append([left, right, mean, low, high, len(values), where, found if len(values) > 1 else "one seed"])
+            rows.append(
+                [left, right, mean, low, high, len(values), where, found if len(values) >= LEAST else "too few seeds"]
+            )
     return pd.DataFrame(rows, columns=["left", "right", "mean", "low", "high", "seeds", "expected", "found"])
 
 

@@ -32,7 +32,8 @@ ARMS = {
 
 def verdicts(final: pd.DataFrame, scale: str) -> list[Verdict]:
     """Judge the paper's claim on the two halves."""
-    return comparison.judge_losses("half-moe", final, ARMS, scale, EXPERIMENT.looks_at(scale))
+    note = comparison.RAISED if scale == "cpu" else comparison.TWINS
+    return comparison.judge_losses("half-moe", final, ARMS, scale, EXPERIMENT.looks_at(scale), note)
 
 
 def headline(final: pd.DataFrame, scale: str = "") -> str:

@@ -129,7 +129,8 @@ def verdicts(final: pd.DataFrame, scale: str = "cpu") -> list[Verdict]:
 
     Memory is simulated.
     """
-    judged = comparison.judge_losses("pr-moe", final, _OF_THE_PAPER, scale, EXPERIMENT.looks_at(scale))
+    note = comparison.RAISED if scale == "cpu" else comparison.TWINS
+    judged = comparison.judge_losses("pr-moe", final, _OF_THE_PAPER, scale, EXPERIMENT.looks_at(scale), note)
     return [_memory() if verdict.claim == "pr-moe-training-memory" else verdict for verdict in judged]
 
 

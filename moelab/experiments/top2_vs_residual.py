@@ -124,7 +124,7 @@ def verdicts(final: pd.DataFrame, timed: Mapping[int, Sequence[Sequence[float]]]
         timed: ranks -> `sessions` on them.
     """
     ranks = {"residual-faster-than-top2": 1, **{f"residual-faster-than-top2-{n}-ranks": n for n in (2, 4)}}
-    judged = []
+    judged, shared = [], comparison.RAISED if scale == "cpu" else comparison.TWINS
     for claim in paper.claims("top2-vs-residual"):
         left, right = (ModelConfig.parse(side) for side in (claim.left, claim.right))
         if claim.id in ranks:
@@ -140,7 +140,7 @@ def verdicts(final: pd.DataFrame, timed: Mapping[int, Sequence[Sequence[float]]]
         elif claim.id == "top2-flops-33pct":
             judged.append(judge(claim, [layer_flops(left) / layer_flops(right)], exact=True, note="Counted."))
         else:
-            judged.append(comparison.judge_loss(claim, final, ARMS, scale, EXPERIMENT.looks_at(scale)))
+            judged.append(comparison.judge_loss(claim, final, ARMS, scale, EXPERIMENT.looks_at(scale), shared))
     return judged
 
 
