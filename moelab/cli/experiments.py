@@ -169,26 +169,27 @@ def power(
     By the spread over seeds in its newest result, published or your own: of the paper's claims that it measures, or of
     all arms against one of them.
     """
+    import pandas as pd
+
     from moelab import paths, terminal
     from moelab.design.power import MOST
     from moelab.report.planning import needs
 
     found = needs(name, scale, *paths.all_results(), against=against, effect=effect)
-    view = terminal.table(
-        "comparison", "spread", "effect to see", "seeds, one look", "looks at 3, 6, … up to", "on average"
-    )
+    view = terminal.table("comparison", "spread", "effect to see", "one look", "at most", "mean")
     for row in found.to_dict("records"):
-        seeds = [
-            f"> {MOST}" if row[k] != row[k] or row[k] is None else f"{row[k]:.0f}"
-            for k in ("at once", "at most", "on average")
-        ]
-        at = "–" if row["effect"] != row["effect"] else f"{row['effect']:.3g} ({row['effect from']})"
-        view.add_row(row["comparison"], f"{row['spread']:.3g} of {row['seeds']}", at, *seeds)
-    terminal.console().print(view)
-    print(
-        "Seeds with which a comparison decides with 80 % probability if the effect is there: judged once, or at every "
-        "third seed,\nwhere it stops as soon as it decides. The spread of a few seeds is itself uncertain, and with it "
-        "these numbers."
+        seeds = [f"> {MOST}" if pd.isna(row[k]) else f"{row[k]:.0f}" for k in ("at once", "at most", "on average")]
+        effect = "–" if pd.isna(row["effect"]) else f"{row['effect']:.3g}, {row['effect from']}"
+        view.add_row(row["comparison"], f"{row['spread']:.2g} of {row['seeds']}", effect, *seeds)
+    console = terminal.console()
+    console.print(view)
+    console.print(
+        "Seeds with which a comparison decides with 80 % probability if the effect is there: with one look; at most, "
+        "and on average, with a look at every third seed, where it stops as soon as it decides. The effect is half the "
+        "paper's, or the smallest of interest where the paper gives no number. The spread of a few seeds is itself "
+        "uncertain, and with it these numbers.",
+        markup=False,
+        highlight=False,
     )
 
 

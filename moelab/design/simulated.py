@@ -17,7 +17,6 @@ from moelab.design.verdicts import (
     Verdict,
 )
 from moelab.paper.claims import Claim
-from moelab.simulate.scoreboard import TOLERANCE
 
 APART = 0.05
 """Share by which two simulated values must differ before their order counts: the simulator's latencies are predicted
@@ -61,7 +60,7 @@ def simulated(claim: Claim, ours: float) -> str:
     lower = claim.direction == "lower"
     if claim.kind == "bound" and claim.direction != "equal":
         return SIMULATED_HOLDS if (ours <= claim.value if lower else ours >= claim.value) else SIMULATED_FAILS
-    near = abs(ours - claim.value) <= TOLERANCE * abs(claim.value)
+    near = abs(ours - claim.value) <= stated.TOLERANCE * abs(claim.value)
     low, high = (claim.value if v is None else v for v in (claim.value_low, claim.value_high))
     if near or low <= ours <= high:
         return SIMULATED_WITHIN

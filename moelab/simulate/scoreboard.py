@@ -14,10 +14,6 @@ from moelab.simulate.decoding import DecodeEstimate
 from moelab.simulate.search import least_gpus
 from moelab.simulate.step import TrainingEstimate, training
 
-TOLERANCE = 0.15
-"""The simulator's goal, a median error within this share of the paper's value; a simulated number that lies within it
-counts as the paper's."""
-
 
 def rows(constants: Constants | None = None) -> list[dict]:
     """Return a row for each number: group, what, paper, simulated, unit, error_percent, kind, assumed.

@@ -67,7 +67,7 @@ class TestCommand:
             [sys.executable, "-m", "moelab.cli", "power", "pr-moe"], env=env, capture_output=True, text=True
         )
         text = " ".join(ran.stdout.split())
-        assert "moe128-beats-moe32 0.205 of 3 0.01 (smallest of interest) > 99 > 99 > 99" in text
+        assert "moe128-beats-moe32 0.21 of 3 0.01, the smallest > 99 > 99 > 99" in text
         assert "80 % probability if the effect is there" in text
 
     def test_lab(self, publish, tmp_path, monkeypatch):
