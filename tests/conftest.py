@@ -134,8 +134,8 @@ def publish(tmp_path_factory):
     from matplotlib import pyplot as plt
 
     from moelab import paper
+    from moelab.design.judging import judge
     from moelab.files import write_json
-    from moelab.paper.verdicts import Gain, judge
     from moelab.plotting import figures
     from moelab.report.publication import Publication
     from moelab.runs.collection import Runs
@@ -188,7 +188,7 @@ def publish(tmp_path_factory):
         publication.table(data, "final", title="final losses")
         publication.claims(
             [
-                judge(paper.claim(id), values, gain=Gain("MoE-128 over Dense", [gain] * len(values)) if gain else None)
+                judge(paper.claim(id), values, gain=[gain] * len(values) if gain else ())
                 for id, values in (claims or {}).items()
             ]
         )

@@ -10,7 +10,7 @@ from __future__ import annotations
 import shutil
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.figure import Figure
 
-    from moelab.paper.verdicts import Verdict
+    from moelab.design.verdicts import Verdict
     from moelab.runs.collection import Runs
     from moelab.runs.measurements import Measurement
 
@@ -92,27 +92,9 @@ class Publication:
         self.tables.append(row)
 
     def claims(self, verdicts: Sequence[Verdict]) -> None:
-        """Save the verdicts on the paper's claims.
-
-        Where a verdict rests on another number of seeds than the experiment planned before its first run, its note says
-        so.
-        """
-        self.verdicts = [self._planned(verdict) for verdict in verdicts]
+        """Save the verdicts on the paper's claims, with the values that they were judged by."""
+        self.verdicts = list(verdicts)
         write_json(self.path / "claims.json", [asdict(verdict) for verdict in self.verdicts])
-
-    def _planned(self, verdict: Verdict) -> Verdict:
-        from moelab import paper
-        from moelab.experiments import EXPERIMENTS
-        from moelab.paper.verdicts import MEASURED, NOT_JUDGED
-
-        plan = EXPERIMENTS.get(self.experiment)
-        judged = verdict.kind == MEASURED and verdict.verdict not in NOT_JUDGED
-        if plan is None or not judged or paper.claim(verdict.claim).timed:
-            return verdict
-        said = f"{plan.planned_seeds} seeds were planned" if verdict.samples != plan.planned_seeds else ""
-        if plan.planned_first and verdict.samples > plan.planned_first:
-            said = f"{plan.planned_first} seeds were planned first, {plan.planned_seeds} after these had been seen"
-        return replace(verdict, note=f"{verdict.note} {said}.".strip()) if said else verdict
 
     def finish(self, runs: Runs | None = None, *, title: str) -> str:
         """Write the summary; return one line that says where everything is.

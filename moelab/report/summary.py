@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from moelab.config.serialization import from_json
+from moelab.design.verdicts import Verdict
 from moelab.files import read_json
-from moelab.paper.verdicts import Verdict
 
 SUMMARY = "summary.json"
 

@@ -134,11 +134,6 @@ def test_headlines_name_the_weakest_budget_and_the_seeds():
     assert "(1 seed; paper" in scaling.efficiency_headline(budgets.efficiency(losses, "350M+MoE-128", "350M"))
 
 
-def test_share_kept():
-    assert budgets.share_kept(final({"D": [4.0, 5.0], "M": [3.0, 3.0], "P": [3.25, 4.0]}), "P", "M", "D") == [0.75, 0.5]
-    assert budgets.share_kept(final({"D": [4.0]}), "P", "M", "D") == []
-
-
 def test_the_papers_gap_at_equal_tokens_a_parameter():
     theirs = budgets.paper_gaps("350M+MoE-128", "350M")
     assert theirs["gap"].iloc[0] == pytest.approx(-0.155, abs=0.01) and theirs["gap"].iloc[-1] < -0.3

@@ -11,11 +11,10 @@ import nbformat
 import pytest
 
 from moelab import paper
-from moelab.paper.verdicts import CANNOT_TELL, NO_SPREAD, REPRODUCED
+from moelab.design.verdicts import CANNOT_TELL, DISAGREES, FEW_SEEDS, REPRODUCED
 from moelab.plotting import svg
 from moelab.plotting.typography import typeset
 from moelab.report import ledger, site
-from moelab.report.ledger import DISAGREES
 from moelab.report.site import claims, notebook, order, template
 from moelab.report.site.results import Result, read_results
 from moelab.report.summary import parse
@@ -25,10 +24,10 @@ from moelab.report.summary import parse
 def published(publish, tmp_path_factory):
     """Two experiments, two scales, a newer and an older result of the same scale."""
     root = tmp_path_factory.mktemp("site") / "results"
-    reproduced = {"moe128-350m-beats-own-base": (-0.30, -0.31, -0.305), "moe128-350m-beats-1.3b": (0.1, 0.2)}
+    reproduced = {"moe128-350m-beats-own-base": (-0.30, -0.31, -0.305), "moe128-350m-beats-1.3b": (0.1, 0.15, 0.2)}
     publish(root, "scaling", "cpu", "20260101-000000", claims=reproduced, finished="2026-01-01T00:00:00Z")
-    publish(root, "pr-moe", "cpu", "20260102-000000", claims={"pr-moe-matches-moe128": (0.5, 0.5)}, finished="2026-01-02T00:00:00Z")  # fmt: skip
-    publish(root, "pr-moe", "cpu", "20260103-000000", claims={"pr-moe-matches-moe128": (0.01, 0.012)}, finished="2026-01-03T00:00:00Z")  # fmt: skip
+    publish(root, "pr-moe", "cpu", "20260102-000000", claims={"pr-moe-matches-moe128": (0.5, 0.5, 0.5)}, finished="2026-01-02T00:00:00Z")  # fmt: skip
+    publish(root, "pr-moe", "cpu", "20260103-000000", claims={"pr-moe-matches-moe128": (0.01, 0.011, 0.012)}, finished="2026-01-03T00:00:00Z")  # fmt: skip
     publish(root, "pr-moe", "gpu", "20260101-000000", claims={"pr-moe-matches-moe128": (0.02,)}, losses=(3.0,))
     publish(root, "mine", "smoke", "20260101-000000")
     built = site.build(root)
@@ -80,7 +79,7 @@ def test_the_ledger_has_every_claim_in_the_papers_order_and_the_verdict_that_cou
     matches = by_id["pr-moe-matches-moe128"]
     assert matches.verdict == CANNOT_TELL and matches.scale == "cpu", "one seed on a GPU judges nothing"
     assert matches.result.path == "pr-moe/cpu/20260103-000000", "the newest result of a scale counts"
-    assert [row.verdict for row in rows if row.claim.id == "pr-moe-matches-moe128" and not row.decides] == [NO_SPREAD]
+    assert [row.verdict for row in rows if row.claim.id == "pr-moe-matches-moe128" and not row.decides] == [FEW_SEEDS]
     assert matches.link == "pr-moe/cpu/20260103-000000/index.html#curves"
     assert by_id["speedup-1t"].verdict == DISAGREES and by_id["speedup-1t"].result is None
     page = (published / "index.html").read_text()
@@ -355,7 +354,9 @@ def test_numbers_have_their_units():
 
 def entry(claim: str, kind: str, verdict: str) -> ledger.Entry:
     about = paper.claim(claim)
-    return ledger.Entry(claim, about.experiment, about.where, about.statement, "", "cpu", (), "", (), kind, verdict)
+    return ledger.Entry(
+        claim, about.experiment, about.where, about.statement, "", "cpu", (), "", (), kind, verdict, verdict
+    )
 
 
 def test_the_tally_keeps_kinds_apart_and_trained_from_timed():

@@ -8,9 +8,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from moelab.design.verdicts import NOT_TESTABLE, NOT_TESTED, SIMULATED
 from moelab.experiments import EXPERIMENTS, Experiment
 from moelab.files import read_json
-from moelab.paper.verdicts import NOT_TESTABLE, NOT_TESTED, SIMULATED
 from moelab.plotting.typography import typeset
 from moelab.report.summary import (
     SUMMARY,
