@@ -164,7 +164,7 @@ def _verify(folder: Path, meta: dict[str, Any]) -> None:
             write_json(folder / "verified.json", stamps)
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _sha256(path: Path, *stamp: int) -> str:
     """Return the SHA-256 of a file as it is at a stamp; a process reads it once, also in a folder it cannot write."""
     return sha256_of(path)
