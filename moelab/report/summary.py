@@ -17,9 +17,9 @@ SUMMARY = "summary.json"
 _FILE_NAME = re.compile(r"\w[\w .+=-]*")
 
 
-def _check_file_name(what: str, name: str) -> None:
-    """Refuse what is not the plain name of a file beside the summary: paths, addresses, scripts."""
-    if not _FILE_NAME.fullmatch(name):
+def check_file_name(what: str, name: str) -> None:
+    """Refuse what is not the plain name of a file or folder: paths, addresses, scripts."""
+    if not isinstance(name, str) or not _FILE_NAME.fullmatch(name):
         raise ValueError(f"{what}: expected the name of a file in the result's folder, got {name!r}")
 
 
@@ -67,9 +67,9 @@ class FigureRow:
     data: str = ""
 
     def __post_init__(self) -> None:
-        _check_file_name("figure's name", self.name)
+        check_file_name("figure's name", self.name)
         if self.data:
-            _check_file_name(f"data of figure {self.name}", self.data)
+            check_file_name(f"data of figure {self.name}", self.data)
 
 
 @dataclass(frozen=True)
@@ -82,8 +82,8 @@ class TableRow:
     caption: str = ""
 
     def __post_init__(self) -> None:
-        _check_file_name("table's name", self.name)
-        _check_file_name(f"data of table {self.name}", self.data)
+        check_file_name("table's name", self.name)
+        check_file_name(f"data of table {self.name}", self.data)
 
 
 @dataclass(frozen=True)
