@@ -38,6 +38,13 @@ ENDED = "its process ended without a word; it will resume"
 """Reason of a run whose status says "running" while no process holds its lock."""
 
 
+_NUMBERS = (
+    *("steps", "tokens", "validation_loss", "bits_per_byte", "unigram_loss"),
+    *("parameters", "active_parameters", "flops_per_token", "seconds"),
+)
+"""What a result has at least."""
+
+
 @dataclass(frozen=True)
 class Status:
     """Last known state of a run.
@@ -71,6 +78,16 @@ class Status:
             return None
 
 
+def check_result(value: Any, where: str) -> None:
+    """Check that a result is what `moelab.training.train` returns; ValueError, one line, where a number is missing."""
+    record = value if isinstance(value, dict) else {}
+    for name in _NUMBERS:
+        if not isinstance(record.get(name), int | float):
+            raise ValueError(
+                f"{where}: no result of a training run ({name} must be a number, got {record.get(name)!r})"
+            )
+
+
 @dataclass(frozen=True)
 class Run:
     """A spec and its directory; reads, never trains."""
@@ -93,6 +110,8 @@ class Run:
         """
         try:
             value = read_json(self.path / "result.json")
+            if value is not None:
+                check_result(value, str(self.path / "result.json"))
         except ValueError as error:
             raise ValueError(
                 f"run {self.spec.id}: {error}; remove the file and ask for the run again: it goes on from its last "
