@@ -18,6 +18,7 @@ from __future__ import annotations
 import contextlib
 import difflib
 import errno
+import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -34,8 +35,14 @@ if TYPE_CHECKING:
     import pandas as pd
 
 
-ENDED = "its process ended without a word; it will resume"
-"""Reason of a run whose status says "running" while no process holds its lock."""
+def ended(folder: Path) -> str:
+    """Return the reason of a run whose status says "running" while no process holds its lock, and nobody watched it."""
+    return f"its process ended without a word; it will resume{disk_full(folder)}"
+
+
+def disk_full(folder: Path) -> str:
+    """Return the end of a reason that names a full disk, on which no process could write why it failed; else empty."""
+    return f"; the disk of {folder} is full, make room" if shutil.disk_usage(folder).free < 1 << 20 else ""
 
 
 _NUMBERS = (
@@ -139,8 +146,16 @@ class Run:
         if self.finished:
             return replace(status, state="finished")
         if status.state == "running" and not self.locked:
-            return replace(status, state="stopped", reason=ENDED)
+            return replace(status, state="stopped", reason=ended(self.path))
         return status
+
+    @property
+    def status_time(self) -> int:
+        """When the status was written, in nanoseconds since the epoch; 0 without one."""
+        try:
+            return (self.path / "status.json").stat().st_mtime_ns
+        except OSError:
+            return 0
 
     @property
     def locked(self) -> bool:

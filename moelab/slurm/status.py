@@ -15,7 +15,7 @@ from moelab import paths
 from moelab.files import read_json
 from moelab.runs.progress import duration
 from moelab.runs.spec import RunSpec
-from moelab.runs.store import ENDED, Run, RunStore, Status
+from moelab.runs.store import Run, RunStore, Status, ended
 from moelab.slurm import local, queue
 from moelab.slurm.submission import Part, Submission, Unreadable, outcome, records, root, submissions
 
@@ -261,7 +261,8 @@ def _run(submission: Submission, path: Path, job: queue.Job | None, answered: bo
         state = status.state if status.state in ("running", "finished") else "starting"
     else:
         if status.state == "running" and not Run(cast(RunSpec, None), path).locked:
-            status = replace(status, state="stopped", reason=ENDED)
+            how = f"its job ended as {job.state}" if job and not live else ended(path)
+            status = replace(status, state="stopped", reason=how)
         state = "waiting" if live and not live.ending and not finished else status.state
         if state in ("new", "running") and not live and answered:
             state = "lost" if state == "new" else "stopped"
