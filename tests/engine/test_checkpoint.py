@@ -391,6 +391,51 @@ def test_saving_copies_and_returns(tmp_path, monkeypatch):
     assert not differences(built, optimizer)
 
 
+def save_without_threads(root, threadless):
+    """Ranks that can start no thread, beside others that can; their training goes on to the next collective."""
+    built, optimizer = filled(ParallelConfig(data=2, expert=2))
+    start = threading.Thread.start
+
+    def fail(thread):
+        raise RuntimeError("can't start new thread")
+
+    with checkpoint.Writer(root) as checkpoints:
+        for step in (1, 2):
+            threading.Thread.start = fail if dist.get_rank() in threadless else start
+            try:
+                checkpoints.save(step, built.module, optimizer, {}, built.placements)
+            finally:
+                threading.Thread.start = start
+            dist.barrier()
+    for p in built.module.parameters():
+        local(p).zero_()
+    checkpoint.load(checkpoint.latest(root), built.module, optimizer, built.placements)
+    return differences(built, optimizer), checkpoint.latest(root).step
+
+
+@pytest.mark.multiprocess
+@pytest.mark.parametrize("threadless", [(1,), (0, 1)])
+def test_ranks_without_a_thread_write_before_they_go_on(threadless, pools, tmp_path):
+    assert pools(2, save_without_threads, tmp_path, threadless) == [([], 2), ([], 2)]
+
+
+def test_without_a_thread_it_is_said_and_a_failed_write_is_told_as_usual(tmp_path, monkeypatch, caplog):
+    built, optimizer = filled(ParallelConfig())
+
+    def fail(*_):
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(threading.Thread, "start", fail)
+    checkpoints = checkpoint.Writer(tmp_path)
+    checkpoints.save(1, built.module, optimizer, {})
+    assert checkpoint.latest(tmp_path).step == 1, "it is written when `save` returns"
+    assert "step 1: can't start new thread; training waits until it is written" in caplog.text
+    monkeypatch.setattr(storage, "save_file", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    checkpoints.save(2, built.module, optimizer, {})
+    with pytest.raises(OSError, match="No space left"):
+        checkpoints.wait()
+
+
 def test_a_disk_without_room_is_one_line_at_the_next_call(tmp_path):
     """A real limit on file size stands for the full disk: safetensors reports it as it reports that one."""
     built, optimizer = filled(ParallelConfig())
