@@ -28,8 +28,8 @@ log = logging.getLogger(__name__)
 class Writer:
     """Writes the checkpoints of one directory, one at a time, in a thread.
 
-    Where no thread can be started, training waits for the write. The thread communicates with the other ranks' threads through a gloo group of its own, apart from the training's
-    collectives.
+    Where no thread can be started, training waits for the write. The thread communicates with the other ranks' threads
+    through a gloo group of its own, apart from the training's collectives.
     """
 
     def __init__(self, directory: Path, keep: int = 2, always: Collection[int] = ()) -> None:
