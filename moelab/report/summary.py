@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -151,39 +151,18 @@ class Summary:
     provenance: Provenance = field(default_factory=Provenance)
 
 
-_ROWS = {
-    "hardware": Hardware,
-    "provenance": Provenance,
-    "figures": FigureRow,
-    "tables": TableRow,
-    "claims": Verdict,
-    "runs": RunRow,
-    "measurements": MeasurementRow,
-}
-
-
-def _known(row: type, value: Any) -> Any:
-    """Return `value` without fields that this version does not know; `from_json` refuses what is no object."""
-    if isinstance(value, list):
-        return [_known(row, one) for one in value]
-    if not isinstance(value, dict):
-        return value
-    names = {f.name for f in fields(row)}
-    return {key: _known(_ROWS[key], v) if key in _ROWS else v for key, v in value.items() if key in names}
-
-
 def parse(record: Any) -> Summary:
     """Return the summary that a JSON value holds.
 
     Raises:
         ValueError: one line: a field is missing or has the wrong type, or a file name is none.
     """
-    return from_json(Summary, _known(Summary, record), "summary")
+    return from_json(Summary, record, "summary", known=True)
 
 
 def parse_provenance(record: Any) -> Provenance:
     """Return the provenance that a JSON value holds; ValueError as for `parse`."""
-    return from_json(Provenance, _known(Provenance, record), "provenance")
+    return from_json(Provenance, record, "provenance", known=True)
 
 
 def find_results(*roots: Path) -> dict[str, Path]:

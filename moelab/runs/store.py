@@ -20,7 +20,7 @@ import difflib
 import errno
 import shutil
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
@@ -28,7 +28,8 @@ from filelock import FileLock
 
 from moelab import paths
 from moelab.config.parallel import ParallelConfig
-from moelab.files import read_json, write_json
+from moelab.config.serialization import from_json
+from moelab.files import read_json, read_object, write_json
 from moelab.runs.spec import RunSpec
 
 if TYPE_CHECKING:
@@ -79,9 +80,8 @@ class Status:
         A torn file counts as missing, and fields that this version does not know are left out.
         """
         try:
-            record = read_json(folder / "status.json")
-            return cls(**{f.name: record[f.name] for f in fields(cls) if f.name in record})
-        except (ValueError, TypeError):  # no JSON; no object, or one without a state
+            return from_json(cls, read_json(folder / "status.json"), known=True)
+        except ValueError:
             return None
 
 
@@ -137,7 +137,7 @@ class Run:
 
         They are those of its last session. Where several commits or machines have trained it, "sessions" has all.
         """
-        return read_json(self.path / "provenance.json") or {}
+        return read_object(self.path / "provenance.json") or {}
 
     @property
     def status(self) -> Status:
@@ -232,6 +232,13 @@ class Run:
         return pd.DataFrame(read_rows(self.path / file))
 
 
+def _keep_at(stored: dict[str, Any]) -> list[int]:
+    """Return the tokens of the checkpoints that a stored spec, perhaps another version's, asks to be kept."""
+    train = stored.get("train")
+    kept = train.get("keep_at") if isinstance(train, dict) else None
+    return [tokens for tokens in kept if type(tokens) is int] if isinstance(kept, list) else []
+
+
 class RunStore:
     """All runs below one folder."""
 
@@ -246,13 +253,12 @@ class RunStore:
         """
         path = self.root / spec.id
         try:
-            stored = read_json(path / "spec.json")
+            stored = read_object(path / "spec.json") or {}
         except ValueError:  # cut short by a crash of the machine; its content is known
-            stored = None
-        stored = stored if isinstance(stored, dict) else {}
+            stored = {}
         # Of what does not name the run (layout, checkpoints, label) the last wish counts, and all checkpoints that were
         # ever asked to be kept; a finished run stays as it is.
-        spec = spec.keeping(stored.get("train", {}).get("keep_at", []))
+        spec = spec.keeping(_keep_at(stored))
         if write and stored and stored != spec.to_json() and Run(spec, path).locked:
             # Its processes were started for the layout that it has; they are started again for the same one.
             with contextlib.suppress(ValueError):  # by another version: the lock's holder tells

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import sys
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from moelab.experiments import experiment
@@ -15,7 +16,7 @@ from moelab.files import read_json, write_json
 from moelab.notebook import execute as notebooks
 from moelab.report import site
 from moelab.report.publication import SUMMARY
-from moelab.slurm.submission import Submission
+from moelab.slurm.submission import Outcome, Submission
 
 
 def main(folder: Path, name: str) -> int:
@@ -24,7 +25,7 @@ def main(folder: Path, name: str) -> int:
     part = next(part for part in submission.parts if part.name == name)
     file = folder / f"{name}.json"
     file.unlink(missing_ok=True)  # written by an earlier attempt
-    job = {"job": os.environ.get("SLURM_JOB_ID"), "node": os.environ.get("SLURMD_NODENAME")}
+    ended = Outcome(job=os.environ.get("SLURM_JOB_ID"), node=os.environ.get("SLURMD_NODENAME"))
     try:
         result = notebooks.execute(
             experiment(submission.experiment),
@@ -36,12 +37,12 @@ def main(folder: Path, name: str) -> int:
         )
     except (notebooks.NotebookFailed, ValueError, KeyboardInterrupt) as error:
         reason = str(error) or "out of time; raise the profile's notebook_time"
-        write_json(file, {"error": reason, **job})
+        write_json(file, asdict(replace(ended, error=reason)))
         print(reason, file=sys.stderr)
         return 1
     site.update(publish=submission.publish)
     missing = read_json(result / SUMMARY)["missing"]
-    write_json(file, {"result": str(result), "missing": missing, **job})
+    write_json(file, asdict(replace(ended, result=str(result), missing=missing)))
     print(f"result: {result}" + (f"; without {', '.join(missing)}" if missing else ""))
     return 0
 

@@ -87,7 +87,10 @@ def jobs() -> dict[tuple[str, str, int], Job]:
     out = _run("squeue", "--me", "-h", "-r", "-t", "all", "-o", "%i|%T|%r|%N|%L|%l|%k")
     found = {}
     for line in out.splitlines():
-        number, state, reason, node, left, limit, note = line.split("|", 6)
+        fields = line.split("|", 6)
+        if len(fields) < 7:  # a comment of another program may have several lines
+            continue
+        number, state, reason, node, left, limit, note = fields
         mark, _, rest = note.partition(" ")
         submission, _, part = rest.partition(" ")
         if mark != _MARK or not part:

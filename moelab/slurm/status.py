@@ -12,12 +12,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from moelab import paths
+from moelab.config import from_json
 from moelab.files import read_json
 from moelab.runs.progress import duration
 from moelab.runs.spec import RunSpec
 from moelab.runs.store import Run, RunStore, Status, ended
 from moelab.slurm import local, queue
-from moelab.slurm.submission import Part, Submission, Unreadable, outcome, records, root, submissions
+from moelab.slurm.submission import Part, Submission, Unreadable, outcome, progress, records, root, submissions
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -211,7 +212,7 @@ def _try(row: Callable[[], Row], instead: Row, job: queue.Job | None) -> Row:
     """Return a row or, where a file cannot be read, a row that names the file and the live job, so it can be ended."""
     try:
         return row()
-    except (ValueError, TypeError, KeyError, AttributeError, OSError) as error:
+    except (ValueError, OSError) as error:
         return replace(instead, reason=str(error), **_job(job if job and job.live else None))
 
 
@@ -228,30 +229,38 @@ def _job(live: queue.Job | None) -> dict[str, str]:
 
 
 @dataclass(frozen=True)
-class _SpecSummary:
-    """Hold what a row shows of a spec. Making 2,000 `RunSpec` objects takes seconds, most of it for checks.
+class _Train:
+    seed: int
+    batch_size: int
 
-    Attributes:
-        what: title and seed.
-        tokens: tokens of one step.
-    """
 
-    what: str
-    tokens: int
+@dataclass(frozen=True)
+class _Data:
+    context: int
+
+
+@dataclass(frozen=True)
+class _Spec:
+    """Hold what a row shows of a spec. Making 2,000 `RunSpec` objects takes seconds, most of it for checks."""
+
+    train: _Train
+    data: _Data
+    model: dict[str, Any]
+    label: str = ""
 
     @classmethod
-    def read(cls, path: Path) -> _SpecSummary:
+    def read(cls, path: Path) -> _Spec:
         record = read_json(path / "spec.json")
         if record is None:
             raise ValueError(f"{path}: no spec.json there; was the run removed?")
-        train, model, data = record["train"], record["model"], record["data"]
-        title = record.get("label") or model.get("name") or RunSpec.from_json(record).title
-        return cls(f"{title} · seed {train['seed']}", train["batch_size"] * data["context"])
+        spec = from_json(cls, record, str(path / "spec.json"), known=True)
+        title = spec.label or spec.model.get("name") or RunSpec.from_json(record).title
+        return replace(spec, label=f"{title} · seed {spec.train.seed}")
 
 
 def _run(submission: Submission, path: Path, job: queue.Job | None, answered: bool) -> Row:
     live = job if job and job.live else None
-    summary = _SpecSummary.read(path)
+    spec = _Spec.read(path)
     finished = (path / "result.json").exists()
     status = Status.read(path) or Status("new")
     if finished:
@@ -278,7 +287,7 @@ def _run(submission: Submission, path: Path, job: queue.Job | None, answered: bo
     speed = status.tokens_per_s if state == "running" else None
     return Row(
         submission.experiment,
-        summary.what,
+        spec.label,
         path.name,
         state,
         **_job(live),
@@ -286,7 +295,7 @@ def _run(submission: Submission, path: Path, job: queue.Job | None, answered: bo
         steps=status.steps,
         tokens_per_s=speed,
         loss=status.loss,
-        left_s=(status.steps - status.step) * summary.tokens / speed if speed else None,
+        left_s=(status.steps - status.step) * spec.train.batch_size * spec.data.context / speed if speed else None,
         reason=reason,
     )
 
@@ -294,16 +303,14 @@ def _run(submission: Submission, path: Path, job: queue.Job | None, answered: bo
 def _notebook(submission: Submission, part: Part, job: queue.Job | None, answered: bool) -> Row:
     live = job if job and job.live else None
     ended = outcome(submission.folder, part.name)
-    progress = read_json(submission.folder / f"{part.name}.progress.json") or {}
+    done = progress(submission.folder, part.name)
     reason = ""
     if ended and not live:
-        if "error" in ended:
-            state, reason = "failed", ended["error"]
+        if ended.error:
+            state, reason = "failed", ended.error
         else:
-            state = "incomplete" if ended["missing"] else "finished"
-            reason = (
-                f"without {', '.join(ended['missing'])}" if ended["missing"] else paths.short(Path(ended["result"]))
-            )
+            state = "incomplete" if ended.missing else "finished"
+            reason = f"without {', '.join(ended.missing)}" if ended.missing else paths.short(Path(ended.result))
     elif live:
         state = "running" if live.state == "RUNNING" else "waiting"
         reason = "" if live.reason == "None" else live.reason
@@ -316,8 +323,8 @@ def _notebook(submission: Submission, part: Part, job: queue.Job | None, answere
         f"{submission.id}/{part.name}",
         state,
         **_job(live),
-        step=progress.get("cell", 0),
-        steps=progress.get("cells", 0),
+        step=done.cell,
+        steps=done.cells,
         reason=reason,
     )
 

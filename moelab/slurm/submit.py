@@ -293,9 +293,9 @@ def _notebook_done(earlier: Sequence[Submission], name: str, values: Mapping[str
     for submission in earlier:
         for part in submission.parts:
             if submission.experiment == name and part.values == values and part.runs == runs:
-                with contextlib.suppress(ValueError, KeyError):  # an outcome cut short counts as none
-                    ended = outcome(submission.folder, part.name) or {}
-                    if ended.get("result") and not ended["missing"] and Path(ended["result"]).exists():
+                with contextlib.suppress(ValueError):  # an outcome cut short counts as none
+                    ended = outcome(submission.folder, part.name)
+                    if ended and ended.result and not ended.missing and Path(ended.result).exists():
                         return True
     return False
 

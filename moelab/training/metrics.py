@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from moelab.config import ModelConfig
-from moelab.files import write_bytes
+from moelab.files import read_bytes, write_bytes
 from moelab.training.balance import PERCENTILES, max_violation, statistics
 
 TRAIN, VALIDATION = "train.jsonl", "validation.jsonl"
@@ -103,7 +103,7 @@ class Metrics:
         for name, path in self._paths.items():
             if recorded is not None:
                 # A crash of the machine may take an empty file with it; `damage` tells of rows that are gone.
-                kept = path.read_bytes()[: recorded[name]["bytes"]] if path.exists() else b""
+                kept = (read_bytes(path) or b"")[: recorded[name]["bytes"]]
             elif resume_step < 0:
                 kept = b""
             else:
@@ -180,7 +180,7 @@ def damage(run_dir: Path, recorded: Mapping[str, Mapping[str, Any]] | None) -> s
                 return f"{path} has no rows"
             continue
         size = recorded[name]["bytes"]
-        kept = path.read_bytes()[:size] if path.exists() else b""
+        kept = (read_bytes(path) or b"")[:size]
         if len(kept) < size:
             return f"{path} has {len(kept)} bytes, {size} were written before the checkpoint"
         if hashlib.sha256(kept).hexdigest() != recorded[name]["sha256"]:
@@ -194,7 +194,7 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
     Raises:
         ValueError: one line naming the file and the line: see `parse_rows`.
     """
-    return parse_rows(path.read_bytes() if path.exists() else b"", str(path))
+    return parse_rows(read_bytes(path) or b"", str(path))
 
 
 def parse_rows(data: bytes, where: str) -> list[dict[str, Any]]:

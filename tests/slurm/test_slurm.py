@@ -524,6 +524,59 @@ def test_one_bad_file_hides_nothing_else(submitted, tiny_spec, slurm, monkeypatc
     assert RunStore().at(runs[1].spec.id).spec == runs[1].spec
 
 
+ODD = [None, True, 1e300, "x", [], [1], {"a": 1}]
+
+
+@pytest.mark.parametrize("name", ["submission", "spec", "status", "result", "notebook", "progress", "attempts"])
+def test_valid_json_of_the_wrong_type_is_a_row_or_one_line(submitted, slurm, name, monkeypatch):
+    """Every field of every file, and each file as a whole, in turn replaced by a value of each type."""
+    from rich.console import Console
+
+    runs, job, record, jobs = submitted
+    run, folder = runs[0], record.folder
+    monkeypatch.setattr(submit, "_queue", lambda *_: None)
+    monkeypatch.setattr(snapshot, "place", lambda _: None)
+    run.set_status(Status("stopped", 3, 24, 4.5, 100.0, "x"))
+    attempt.record(run, "7", 0, "stopped", "x", "node1", Limits(3, 10))
+    write_json(folder / "notebook-0.json", {"result": "/r", "missing": [runs[3].spec.id], "job": "8", "node": None})
+    write_json(folder / "notebook-0.progress.json", {"cell": 3, "cells": 7})
+    file = {
+        "submission": folder / "submission.json",
+        "notebook": folder / "notebook-0.json",
+        "progress": folder / "notebook-0.progress.json",
+        "attempts": run.path / attempt.ATTEMPTS,
+    }.get(name, run.path / f"{name}.json")
+    whole = read_json(file) if file.exists() else {}
+    for values in ([{**whole, key: odd} for key in whole for odd in ODD], [{**whole, "new": 1}], ODD):
+        for value in values:
+            file.write_text(json.dumps(value) + "\n")
+            jobs.clear()
+            if record.cluster == "slurm":
+                job("runs-0", 0, "PENDING", "Priority")
+            Console(width=160, file=open(os.devnull, "w")).print(status.overview(everything=True))  # noqa: SIM115
+            status.overview(["tiny"])
+            assert CliRunner().invoke(app, ["cancel", "--all"], catch_exceptions=False).exit_code == 0
+            jobs.clear()
+            attempt.history(run)
+            try:
+                submit.submit("x", [({"seeds": 4}, [run.spec])], profiles.load("local"))
+            except ValueError as error:
+                assert "\n" not in str(error), value
+
+
+@pytest.mark.parametrize("name", ["spec.json", "status.json", "train.jsonl"])
+def test_a_file_that_never_ends_is_named(submitted, name):
+    runs, *_ = submitted
+    (runs[0].path / name).unlink(missing_ok=True)
+    os.mkfifo(runs[0].path / name)
+    row = status.overview(everything=True).rows[0]
+    assert row.state == ("unreadable" if name == "spec.json" else "lost")
+    assert ("not a regular file" in row.reason) == (name == "spec.json")
+    if name == "train.jsonl":
+        with pytest.raises(ValueError, match=r"train\.jsonl: not a regular file"):
+            runs[0].rows(name)
+
+
 def test_a_parameter_is_not_markup(submitted):
     from rich.console import Console
 

@@ -19,7 +19,7 @@ from typing import Any
 
 from torch import Tensor
 
-from moelab.files import read_json, write_text
+from moelab.files import read_object, write_text
 
 INDEX, STATE = "index.json", "state.json"
 
@@ -127,7 +127,7 @@ def sync(path: Path) -> None:
 
 def _read(path: Path, name: str) -> dict[str, Any]:
     try:
-        return read_json(regular_file(path, name))
+        return read_object(regular_file(path, name))
     except FileNotFoundError:
         raise CheckpointError(f"{path}: no {name}") from None
     except (OSError, ValueError) as error:

@@ -35,7 +35,7 @@ from moelab.engine.checkpoint.hf_families import FAMILIES, family_of
 from moelab.engine.checkpoint.hf_formats import GPT2, MOELAB, Format, Part, is_gpt2
 from moelab.engine.mesh import Mesh
 from moelab.engine.placement import Placement
-from moelab.files import new_directory, read_json, write_json
+from moelab.files import new_directory, read_json, read_object, write_json
 from moelab.models import GPT, empty
 
 FORMATS: dict[str, Format] = {f.model_type: f for f in (GPT2, *FAMILIES, MOELAB)}
@@ -254,7 +254,7 @@ def load_tokenizer(directory: Path) -> Tokenizer:
     path = directory / _TOKENIZER
     if not path.is_file():
         raise ValueError(f"{directory}: no {_TOKENIZER} here; text needs a tokenizer")
-    end = (read_json(directory / "tokenizer_config.json") or {}).get("eos_token")
+    end = (read_object(directory / "tokenizer_config.json") or {}).get("eos_token")
     end = end.get("content") if isinstance(end, dict) else end
     return Tokenizer.load(path, **({"eot": end} if isinstance(end, str) else {}))
 
