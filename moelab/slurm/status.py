@@ -18,7 +18,19 @@ from moelab.runs.progress import duration
 from moelab.runs.spec import RunSpec
 from moelab.runs.store import Run, RunStore, Status, ended
 from moelab.slurm import local, queue
-from moelab.slurm.submission import Part, Submission, Unreadable, outcome, progress, records, root, submissions
+from moelab.slurm.submission import (
+    CANCELLED,
+    Outcome,
+    Part,
+    Submission,
+    Unreadable,
+    outcome,
+    progress,
+    records,
+    root,
+    set_outcome,
+    submissions,
+)
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -44,7 +56,8 @@ class Row:
         what: title of the run, or "notebook" with its parameters.
         id: id of the run, or ``<submission>/<part>`` of a notebook.
         state: new (never started), waiting, starting, running, finished, incomplete (a notebook with missing runs),
-            failed, stopped, lost (its job ended and left no record) or unreadable (one of its files is invalid).
+            failed, stopped (cancelled, too), lost (its job ended and left no record), unknown (a notebook without a
+            record while Slurm does not answer) or unreadable (one of its files is invalid).
         job, slurm, node: id, state and node of its job in Slurm; empty when the job has left the queue.
         step, steps: steps done and steps in all (of a notebook: cells).
         tokens_per_s, loss: speed and loss, from the last metric row.
@@ -69,7 +82,7 @@ class Row:
     @property
     def over(self) -> bool:
         """Return whether its state will not change any more."""
-        return not self.slurm and self.state not in ("new", "waiting", "starting", "running")
+        return not self.slurm and self.state not in ("new", "waiting", "starting", "running", "unknown")
 
 
 @dataclass(frozen=True)
@@ -147,7 +160,7 @@ def overview(names: Sequence[str] = (), *, everything: bool = False, store: RunS
     trouble, jobs = "", local.jobs(readable, store)
     if any(isinstance(record, Unreadable) or record.cluster == "slurm" for record in known) or not known:
         try:
-            jobs |= queue.jobs()
+            jobs |= queue.jobs(_ANSWER_S)
         except queue.SlurmError as error:
             trouble = str(error)
     rows: list[Row] = []
@@ -177,9 +190,26 @@ def watch(
         pause = min(2 * pause, every_s)
 
 
+def cancel(rows: Sequence[Row], store: RunStore | None = None) -> None:
+    """Cancel the jobs of these rows, and record it where no process would: with notebooks and runs that wait.
+
+    Raises:
+        queue.SlurmError: Slurm does not answer.
+    """
+    store = store or RunStore()
+    for row in rows:
+        submission, _, part = row.id.partition("/")
+        if part:
+            set_outcome(root() / submission, part, Outcome(error=CANCELLED, job=row.job))
+        elif row.state == "waiting" and not (run := Run(cast(RunSpec, None), store.root / row.id)).finished:
+            run.set_status(replace(Status.read(run.path) or Status("new"), state="stopped", reason=CANCELLED))
+    queue.cancel(local.cancel(dict.fromkeys(row.job for row in rows)))
+
+
 def _named(row: Row, submission: str, names: Sequence[str]) -> bool:
+    hash = "" if "/" in row.id else row.id.rpartition("-")[2]  # as the column "log" shows it
     return not names or any(
-        text.startswith(name) for name in names for text in (row.experiment, row.id, row.what, submission)
+        text.startswith(name) for name in names for text in (row.experiment, row.id, row.what, submission, hash)
     )
 
 
@@ -190,7 +220,7 @@ def _rows(
     seen: set[str],
     answered: bool,
 ) -> Iterator[Row]:
-    """Yield the rows of a submission, without runs that a newer submission has as well."""
+    """Yield the rows of a submission, without runs, and notebooks that were not executed, that a newer one has too."""
     for part in submission.parts:
         if part.values is not None:
             job = jobs.get((submission.id, part.name, 0))
@@ -198,7 +228,10 @@ def _rows(
                 f"{submission.id}/{part.name}",
                 lambda job=job, part=part: _notebook(submission, part, job, answered),
             )
-            yield _try(row, Row(submission.experiment, "notebook", id, "unreadable"), job)
+            shown = _try(row, Row(submission.experiment, "notebook", id, "unreadable"), job)
+            if (name := f"{submission.experiment} {part.values}") not in seen or shown.state not in ("lost", "stopped"):
+                yield shown
+            seen.add(name)
             continue
         for index, run in enumerate(part.runs):
             if run not in seen:
@@ -307,15 +340,17 @@ def _notebook(submission: Submission, part: Part, job: queue.Job | None, answere
     reason = ""
     if ended and not live:
         if ended.error:
-            state, reason = "failed", ended.error
+            state, reason = ("stopped", CANCELLED + _AGAIN) if ended.error == CANCELLED else ("failed", ended.error)
         else:
             state = "incomplete" if ended.missing else "finished"
             reason = f"without {', '.join(ended.missing)}" if ended.missing else paths.short(Path(ended.result))
     elif live:
         state = "running" if live.state == "RUNNING" else "waiting"
         reason = "" if live.reason == "None" else live.reason
+    elif job and job.state == "CANCELLED":
+        state, reason = "stopped", CANCELLED + _AGAIN
     else:
-        state = "lost" if answered else "waiting"
+        state = "lost" if answered else "unknown"
         reason = f"its job ended{f' as {job.state}' if job else ''} without an outcome" + _AGAIN if answered else ""
     return Row(
         submission.experiment,
@@ -330,6 +365,8 @@ def _notebook(submission: Submission, part: Part, job: queue.Job | None, answere
 
 
 _AGAIN = "; submit again to go on"
+_ANSWER_S = 20.0
+"""In which Slurm has to answer; the files of the runs are shown in any case."""
 
 
 def log_of(name: str, store: RunStore | None = None) -> Path:

@@ -114,6 +114,10 @@ def submissions() -> list[Submission]:
     return [record for record in records() if isinstance(record, Submission)]
 
 
+CANCELLED = "cancelled"
+"""The outcome's error of a notebook that `moelab cancel` took out of the queue."""
+
+
 @dataclass(frozen=True)
 class Outcome:
     """Say how a notebook ended.
@@ -143,6 +147,11 @@ class Progress:
 def outcome(folder: Path, part: str) -> Outcome | None:
     """Return how a notebook ended; None before its end. ValueError, one line, for a file that does not say so."""
     return _read(Outcome, folder / f"{part}.json")
+
+
+def set_outcome(folder: Path, part: str, outcome: Outcome) -> None:
+    """Write how a notebook ended."""
+    write_json(folder / f"{part}.json", asdict(outcome))
 
 
 def progress(folder: Path, part: str) -> Progress:
