@@ -4,10 +4,12 @@ import shutil
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 
 from moelab.runs import executors
+from moelab.runs.execute import execute
 from moelab.runs.store import RunStore, Status
 
 RUNS = "import sys, os; from pathlib import Path; from moelab.runs.store import Run, Status; run = Run(None, Path(sys.argv[1]));"
@@ -59,6 +61,17 @@ def test_a_kill_for_lack_of_memory_and_a_full_disk_are_named(tiny_spec, tmp_path
         )
     session.ended(-9)
     assert run.status.reason == "its process was killed by SIGKILL, out of memory: the kernel counted a kill"
+
+
+def test_a_run_killed_before_its_result_keeps_its_last_loss(tiny_spec, tmp_path):
+    """All steps are trained and the last checkpoint is written; no row follows when the run goes on."""
+    run = RunStore(tmp_path).run(tiny_spec)
+    last: list[Status] = []
+    execute(run, on_progress=lambda _: last.append(run.status), cache=tmp_path)
+    (run.path / "result.json").unlink()
+    run.set_status(last[-1])
+    execute(run, cache=tmp_path)
+    assert run.status == replace(last[-1], state="finished") and run.status.loss and run.status.tokens_per_s
 
 
 def test_a_worker_that_the_kernel_ends_leaves_its_stack(tmp_path):
