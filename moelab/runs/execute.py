@@ -171,7 +171,6 @@ def _train(run: Run, should_stop, on_progress, cache: Path) -> None:
         record["sessions"] = several
     record["data"] = {"fingerprint": data.fingerprint, "corpus": spec.data.corpus, "tokenizer": spec.data.tokenizer}
     record["started"], record["finished"] = _iso(started), _iso(time.time())
-    record["host"], record["process"] = socket.gethostname(), os.getpid()
     if spec.parallel.ranks > 1:
         record["parallel"] = to_json(spec.parallel)
     if spec.start is not None:

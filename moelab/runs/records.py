@@ -60,7 +60,8 @@ def write(run: Run, directory: Path) -> Path:
             if (file := run.path / name).exists():
                 entry = zipfile.ZipInfo(name, _EPOCH)
                 entry.compress_type = zipfile.ZIP_DEFLATED
-                archive.writestr(entry, file.read_bytes())
+                own = name == "provenance.json"  # as the run tells it: without names of hosts
+                archive.writestr(entry, json.dumps(run.provenance, indent=2) + "\n" if own else file.read_bytes())
     path = directory / f"{run.spec.id}.zip"
     write_bytes(path, packed.getvalue())
     return path

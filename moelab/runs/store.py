@@ -31,6 +31,7 @@ from moelab.config.parallel import ParallelConfig
 from moelab.config.serialization import from_json
 from moelab.files import read_json, read_object, write_json
 from moelab.runs.spec import RunSpec
+from moelab.terminal import plain
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -71,6 +72,9 @@ class Status:
     loss: float | None = None
     tokens_per_s: float | None = None
     reason: str = ""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "reason", plain(self.reason))
 
     @classmethod
     def read(cls, folder: Path) -> Self | None:
@@ -135,9 +139,11 @@ class Run:
     def provenance(self) -> dict[str, Any]:
         """Code, versions, hardware and times of the run; empty before it is finished.
 
-        They are those of its last session. Where several commits or machines have trained it, "sessions" has all.
+        They are those of its last session. Where several commits or machines have trained it, "sessions" has all. The
+        names of hosts, which earlier versions wrote, are left out: they are published with the run.
         """
-        return read_object(self.path / "provenance.json") or {}
+        record = read_object(self.path / "provenance.json") or {}
+        return {name: value for name, value in record.items() if name not in ("host", "process")}
 
     @property
     def status(self) -> Status:
@@ -195,7 +201,7 @@ class Run:
     def why_missing(self) -> str:
         """Return in one line why the run has no result: its status's reason, else its log's last line, or its state."""
         status = self.status
-        return status.reason or self.log_tail(1).strip() or status.state
+        return status.reason or plain(self.log_tail(1).strip()) or status.state
 
     @property
     def has_weights(self) -> bool:

@@ -31,6 +31,7 @@ from moelab.slurm.submission import (
     set_outcome,
     submissions,
 )
+from moelab.terminal import plain
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -107,7 +108,7 @@ class Overview:
         for row in self.rows:
             counts[row.state] = counts.get(row.state, 0) + 1
         title = ", ".join(f"{n} {state}" for state, n in counts.items()) or "nothing submitted (by these names)"
-        title += f" · {self.trouble}" if self.trouble else ""
+        title += f" · {plain(self.trouble)}" if self.trouble else ""
         if not self.rows:
             return Text(title)
         view = Table(title=Text(title, "table.title"), title_justify="left")
@@ -125,7 +126,7 @@ class Overview:
             "left": lambda row: duration(row.left_s) if row.left_s is not None else "",
             "why": lambda row: row.reason,
         }
-        cells = {name: [text(row) for row in self.rows] for name, text in columns.items()}
+        cells = {name: [plain(text(row)) for row in self.rows] for name, text in columns.items()}
         cells = {name: texts for name, texts in cells.items() if any(texts)}
         for name in cells:
             number = name in ("step", "loss", "tokens/s", "left")

@@ -46,6 +46,15 @@ def test_a_record_says_what_the_run_says_and_has_no_weights(finished, tmp_path):
     assert archive.read_bytes() == records.write(finished, tmp_path / "again").read_bytes()
 
 
+def test_names_of_hosts_are_not_passed_on(finished, tmp_path):
+    write_json(
+        finished.path / "provenance.json", {"commit": "abc", "host": "node7", "process": 41}
+    )  # by earlier versions
+    taken = records.read(records.write(finished, tmp_path), RunStore(tmp_path / "theirs"))
+    assert taken.provenance == finished.provenance == {"commit": "abc"}
+    assert "node7" not in (taken.path / "provenance.json").read_text()
+
+
 def test_what_the_store_has_stays(finished, store, tmp_path, result):
     archive = records.write(finished, tmp_path)
     write_json(finished.path / "result.json", result(4.4))

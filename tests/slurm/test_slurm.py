@@ -696,6 +696,22 @@ def test_a_parameter_is_not_markup(submitted):
     assert "arms=['[/b]', '[red]']" in console.export_text()
 
 
+def test_a_reason_does_not_command_the_terminal(submitted):
+    """Reasons are texts of exceptions, labels those of users."""
+    from rich.console import Console
+
+    runs, job, record, _ = submitted
+    hostile = "\x1b]0;title\x07\x1b[2J\x9b31m\r\u202egone"
+    runs[0].set_status(Status("failed", reason=hostile))
+    spec = read_json(runs[1].path / "spec.json")
+    write_json(runs[1].path / "spec.json", {**spec, "label": hostile})
+    job("runs-0", 1, "PENDING", hostile)
+    console = Console(width=400, record=True, force_terminal=False, file=open(os.devnull, "w"))  # noqa: SIM115
+    console.print(status.overview(everything=True))
+    for said in (console.export_text(), runs[0].why_missing(), runs[0].status.reason):
+        assert "gone" in said and not set("\x1b\x07\x9b\r\u202e") & set(said)
+
+
 def test_a_machine_without_a_cluster_is_told_as_such(monkeypatch, tmp_path):
     """What Slurm's own commands say where there is no slurm.conf fills three lines."""
     squeue = tmp_path / "squeue"

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from moelab.plotting.typography import typeset
 from moelab.report.site.glossary import explain
+from moelab.report.site.sanitize import POLICY
 
 if TYPE_CHECKING:
     from jinja2 import Environment
@@ -61,6 +62,7 @@ def _environment() -> Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
+    environment.globals["policy"] = POLICY
     environment.filters |= {
         "number": number,
         "quantity": quantity,
