@@ -254,7 +254,7 @@ DAMAGE = {
     "torn-state": (lambda folder: os.truncate(folder / "state.json", 30), "not valid JSON"),
     "edited-state": (edit_state, "state.json: content does not match its SHA-256"),
     "no-index": (lambda folder: (folder / "index.json").unlink(), "unreadable"),
-    "old-format": (lambda folder: (folder / "state.json").write_text('{"step": 9, "sha256": {}}'), "unreadable"),
+    "old-format": (lambda folder: (folder / "state.json").write_text('{"step": 9, "sha256": {}}'), "does not match"),
 }
 
 
@@ -517,6 +517,39 @@ def test_a_file_list_that_names_a_fifo_or_a_device_is_refused_at_once(tmp_path, 
     (path / "index.json").write_text(json.dumps(index))
     with pytest.raises(CheckpointError, match="is not a regular file of the checkpoint"):
         checkpoint.load_model(checkpoint.Checkpoint(path, 1, {}), built.module, built.placements)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"sha256": None}, {"sha256": {"index.json": None}}, {"sha256": []}, {"step": "1"}, {"step": None}, {"state": 3},
+    ],
+)  # fmt: skip
+def test_a_state_of_the_wrong_types_is_refused(tmp_path, change):
+    path = tmp_path / "step-00000001"
+    path.mkdir()
+    content = {"step": 1, "state": {}, "sha256": {}} | change
+    format.write_state(path, content["step"], content["state"], content["sha256"])
+    with pytest.raises(CheckpointError, match=rf"unreadable \(_?State\.{next(iter(change))}"):
+        format.read_state(path)
+    assert checkpoint.latest(tmp_path) is None
+
+
+@pytest.mark.parametrize(
+    "entry",
+    [
+        None, [], {"dtype": "float32", "shape": [1]}, {"dtype": "Tensor", "shape": [1], "pieces": []},
+        {"dtype": None, "shape": [1], "pieces": []}, {"dtype": "float32", "shape": 3, "pieces": []},
+        {"dtype": "float32", "shape": [1], "pieces": [None]},
+        {"dtype": "float32", "shape": [1], "pieces": [{"at": [0, 0], "size": [1], "file": "a"}]},
+        {"dtype": "float32", "shape": [1], "pieces": [{"at": ["0"], "size": [1], "file": "a"}]},
+        {"dtype": "float32", "shape": [1], "pieces": [{"at": [0], "size": [1], "file": 3}]},
+    ],
+)  # fmt: skip
+def test_an_index_of_the_wrong_types_is_refused(tmp_path, entry):
+    (tmp_path / "index.json").write_text(json.dumps({"model/x": entry}))
+    with pytest.raises(CheckpointError, match=r"index\.json: model/x is no tensor"):
+        format.read_index(tmp_path)
 
 
 @pytest.mark.parametrize("file", ["index.json", "state.json"])

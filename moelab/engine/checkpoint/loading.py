@@ -166,6 +166,8 @@ def load(
         key, _, owner = rest.partition("/")
         if kind != "optimizer" or owner in copied.values():
             continue
+        if owner not in parameters:
+            raise CheckpointError(f"{path}: {name} is of no parameter of this model")
         parameter, dtype = parameters[owner], getattr(torch, entry["dtype"])
         if entry["shape"]:
             value = torch.zeros_like(parameter, dtype=dtype, requires_grad=False)
