@@ -214,8 +214,11 @@ def cancel(
         raise ValueError("cancel what? name experiments, runs or submissions, or give --all")
     now = overview(names or ())
     rows = [row for row in now.rows if row.job]
+    if not rows and now.trouble:
+        raise ValueError(now.trouble)
     if not rows:
-        raise ValueError(now.trouble or f"cancel: nothing in the queue is named so: {', '.join(names or ['--all'])}")
+        print(f"moelab: cancel: nothing in the queue is named so: {', '.join(names or ['--all'])}", file=sys.stderr)
+        raise typer.Exit(1)
     for row in rows:
         print(f"{row.job}  {row.experiment}  {row.what}  {row.id}  {row.state}")
     jobs = list(dict.fromkeys(row.job for row in rows))

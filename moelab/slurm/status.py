@@ -48,6 +48,12 @@ _COLORS = {
 }
 
 
+_LEFT_OUT = ("job", "node", "Slurm", "tokens/s", "loss", "left", "experiment", "why", "step", "log")
+"""Columns in the order in which a narrow terminal does without them."""
+_WRAPPED = {"run": 18, "log": 16, "why": 20}
+"""Columns of longer texts, and the characters that they have at least."""
+
+
 @dataclass(frozen=True)
 class Row:
     """Describe one run or notebook of a submission.
@@ -99,8 +105,13 @@ class Overview:
 
         return pd.DataFrame([row.__dict__ for row in self.rows], columns=[f.name for f in fields(Row)])
 
-    def table(self) -> Any:
-        """Return the rows as a rich table, or one line when there are none, for terminals and notebooks."""
+    def table(self, width: int | None = None) -> Any:
+        """Return the rows as a rich table, or one line when there are none, for terminals and notebooks.
+
+        Args:
+            width: characters of a line; what does not fit is left out, the names of Slurm first, a run and its state
+                never. None has room for all.
+        """
         from rich.table import Table
         from rich.text import Text
 
@@ -128,11 +139,17 @@ class Overview:
         }
         cells = {name: [plain(text(row)) for row in self.rows] for name, text in columns.items()}
         cells = {name: texts for name, texts in cells.items() if any(texts)}
+        least = {name: max(map(len, (name, *texts))) for name, texts in cells.items()}
+        least |= {name: min(least[name], characters) for name, characters in _WRAPPED.items() if name in least}
+        for name in _LEFT_OUT:
+            if width is not None and sum(n + 3 for n in least.values()) >= width:
+                least.pop(name, None)
+        cells = {name: cells[name] for name in least}
         for name in cells:
             number = name in ("step", "loss", "tokens/s", "left")
-            view.add_column(
-                name, justify="right" if number else "left", no_wrap=name not in ("run", "why"), overflow="fold"
-            )
+            justify: Any = "right" if number else "left"
+            wraps = name in _WRAPPED
+            view.add_column(name, justify=justify, no_wrap=not wraps, overflow="fold", min_width=least[name])
         for texts in zip(*cells.values(), strict=True):
             # As `Text`: in a string, rich would take a parameter such as [/b] for markup.
             view.add_row(
@@ -143,8 +160,8 @@ class Overview:
     def _repr_mimebundle_(self, **options: Any) -> Any:
         return self.table()._repr_mimebundle_(**{"include": [], "exclude": [], **options})
 
-    def __rich__(self) -> Any:
-        return self.table()
+    def __rich_console__(self, console: Any, options: Any) -> Iterator[Any]:
+        yield self.table(options.max_width)
 
 
 def overview(names: Sequence[str] = (), *, everything: bool = False, store: RunStore | None = None) -> Overview:

@@ -676,7 +676,7 @@ def test_cancel_takes_the_hash_that_status_shows(submitted, slurm, monkeypatch):
     done = invoke(runs[1].spec.id.rpartition("-")[2])
     assert done.exit_code == 0 and "cancelled 1 job: 7_1" in done.output and slurm.commands() == ["scancel 7_1"]
     done = invoke("nothing-so")
-    assert done.exit_code == 1 and "nothing in the queue is named so: nothing-so" in str(done.exception)
+    assert done.exit_code == 1 and "nothing in the queue is named so: nothing-so" in done.stderr
     monkeypatch.setattr("moelab.cli.slurm.sys", SimpleNamespace(stdin=SimpleNamespace(isatty=lambda: True)))
     done = invoke("tiny", input="n\n")
     assert done.exit_code == 1 and slurm.commands() == []
@@ -694,6 +694,26 @@ def test_a_parameter_is_not_markup(submitted):
     console = Console(width=200, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
     console.print(status.overview())
     assert "arms=['[/b]', '[red]']" in console.export_text()
+
+
+@pytest.mark.parametrize("width", [40, 60, 80, 100, 220])
+def test_a_narrow_terminal_sees_run_and_state_whole(submitted, width):
+    from rich.console import Console
+
+    runs, job, _, _ = submitted
+    job("runs-0", 0, "RUNNING", node="a-node-with-a-long-name-0001")
+    runs[0].set_status(Status("running", 12, 24, 3.5, 128.0))
+    job("runs-0", 1, "PENDING", "JobArrayTaskLimit")
+    runs[2].set_status(Status("failed", 3, 24, reason="train: " + "a long story " * 12))
+    console = Console(width=width, record=True, file=open(os.devnull, "w"))  # noqa: SIM115
+    console.print(status.overview(everything=True))
+    lines = console.export_text().splitlines()
+    assert max(map(len, lines)) <= width
+    shown = "\n".join(lines)
+    for word in ("running", "waiting", "failed", "lost", *(f"tiny · seed {i}" for i in range(4))):
+        assert word in shown, word
+    assert (runs[0].spec.id.rpartition("-")[2] in shown) == (width >= 60)
+    assert ("12/24" in shown) == (width >= 60) and ("a-node" in shown) == (width >= 220)
 
 
 def test_a_reason_does_not_command_the_terminal(submitted):
