@@ -120,7 +120,17 @@ def tiny_spec(tiny_model, tiny_train, data_config) -> RunSpec:
 
 
 @pytest.fixture(scope="session")
-def publish(tmp_path_factory):
+def result():
+    """Makes up the result of a run: `result(loss, **others)`."""
+    numbers = {
+        "tokens": 8, "steps": 1, "bits_per_byte": 2.0, "unigram_loss": 6.0, "parameters": 10, "active_parameters": 5,
+        "flops_per_token": 60.0, "seconds": 2.0,
+    }  # fmt: skip
+    return lambda loss=4.5, **others: {**numbers, "validation_loss": loss, **others}
+
+
+@pytest.fixture(scope="session")
+def publish(tmp_path_factory, result):
     """Publishes made-up results: `publish(results, experiment, scale, name, …)` writes one through `Publication`, with an executed notebook.
 
     Equalities are judged by `gain`, in nats per token; without one the runs cannot tell.
@@ -165,7 +175,7 @@ def publish(tmp_path_factory):
         for spec in specs:
             run = store.run(spec)
             loss = losses[spec.train.seed] - 0.1 * any(spec.model.experts)
-            write_json(run.path / "result.json", {"validation_loss": loss, "parameters": 1000, "seconds": 60.0})
+            write_json(run.path / "result.json", result(loss, parameters=1000, seconds=60.0))
             write_json(
                 run.path / "provenance.json",
                 {"commit": "a" * 40, "modified": False, "hardware": {"cpu": "Test", "cores": 2}},

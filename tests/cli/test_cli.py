@@ -244,6 +244,9 @@ def test_doctor_finds_this_installation_sound():
     done = moelab("doctor", env={"COLUMNS": "200"})
     assert done.returncode == 0, done.stdout
     assert "embedded corpus" in done.stdout and "Jupyter kernel" in done.stdout
+    assert done.stdout.count("C++ compiler: ") == 1
+    without = moelab("doctor", env={"COLUMNS": "200", "CXX": "no-such-compiler"})
+    assert without.returncode == 0 and "C++ compiler: not used, there is no C++ compiler" in without.stdout
 
 
 def test_doctor_names_the_extras_to_install(monkeypatch, capsys):

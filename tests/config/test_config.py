@@ -219,3 +219,19 @@ def test_bad_json_is_one_line(data, part):
     with pytest.raises(ValueError) as error:
         from_json(TrainConfig, data)
     assert part in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("betas", (2, 2), r"train: betas must be two numbers from 0 up to, not including, 1, got \[2, 2\]"),
+        ("betas", (0.9, 1.0), "train: betas must be two"),
+        ("betas", (0.9,), "train: betas must be two"),
+        ("betas", (-0.1, 0.9), "train: betas must be two"),
+        ("threads", 100_000, "train: threads must be at most 1024, got 100000"),
+    ],
+)
+def test_settings_that_end_a_training_are_refused_when_they_are_given(field, value, message):
+    with pytest.raises(ValueError, match=message):
+        TrainConfig(**{field: value})
+    assert getattr(TrainConfig(betas=(0, 0.95), threads=1024), field)

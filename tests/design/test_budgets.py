@@ -66,13 +66,13 @@ def test_fewer_tokens_keep_the_shares_of_warm_up_and_decay():
     assert (more.warmup_tokens, more.cooldown_tokens) == (409_600, 6_553_600), "the warm-up does not grow"
 
 
-def test_losses_of_trunks_and_budgets_stand_under_one_arm(tmp_path):
+def test_losses_of_trunks_and_budgets_stand_under_one_arm(tmp_path, result):
     from moelab.files import write_json
 
     store = RunStore(tmp_path)
     specs = budgets.with_budgets(settings.spec("350M+MoE-128", "cpu", 3, label="MoE-128"), "cpu")
     for i, spec in enumerate(specs):
-        write_json(store.run(spec).path / "result.json", {"validation_loss": 5.0 - i, "tokens": spec.train.tokens})
+        write_json(store.run(spec).path / "result.json", result(5.0 - i, tokens=spec.train.tokens))
     runs = Runs([store.run(spec) for spec in specs])
     found = budgets.losses(runs)
     assert list(found["arm"].unique()) == ["MoE-128"] and list(found["seed"].unique()) == [3]

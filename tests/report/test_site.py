@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 import time
+from html import unescape
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -282,6 +283,60 @@ def test_long_code_and_tables_are_folded_and_a_formula_nobody_can_read_stays(tmp
     assert "<summary>Table of 40 rows</summary>" in page and page.count('<details class="table">') == 1
     assert "Controls to play with" in page and "VBox" not in page and "Output()" not in page
     assert notebook.mathml("\\left(x", "inline").startswith("<code>")
+
+
+HOSTILE = [
+    "<script>attack()</script>",
+    "<img src='x' onerror='attack()'>",
+    '<a href="javascript:attack()">text</a>',
+    '<a href=" JaVaScRiPt:attack()">text</a>',
+    '<a href="data:text/html,attack()">text</a>',
+    '<iframe src="https://attack.example"></iframe>',
+    '<iframe srcdoc="attack()"></iframe>',
+    '<img src="https://attack.example/x.png">',
+    '<img src="//attack.example/x.png">',
+    '<svg onload="attack()"><script>attack()</script></svg>',
+    "<style>@import url(https://attack.example)</style>",
+    '<p style="background: url(https://attack.example)">text</p>',
+    '<object data="attack"></object><embed src="attack">',
+    '<form action="https://attack.example"><input name="attack"></form>',
+    '<meta http-equiv="refresh" content="0;url=javascript:attack()">',
+    '<base href="https://attack.example">',
+    '<math href="javascript:attack()"><mtext><script>attack()</script></mtext></math>',
+    '<noscript><p title="</noscript><img src=x onerror=attack()>">',
+]
+
+
+@pytest.mark.parametrize("where", ["markdown", "text/html", "text/markdown", "image/svg+xml", "raw cell", "tags"])
+def test_what_a_notebook_brings_along_runs_nothing(tmp_path, where):
+    import nbformat.v4 as nb
+
+    cells = [nb.new_markdown_cell("# Title")]
+    for text in HOSTILE:
+        if where == "markdown":
+            cells.append(nb.new_markdown_cell("Words\n\n" + text))
+        elif where == "raw cell":
+            cells.append(nb.new_raw_cell(text, metadata={"raw_mimetype": "text/html"}))
+        elif where == "tags":
+            cells.append(nb.new_code_cell("1", metadata={"tags": ['">' + text.replace(",", ";")]}))
+        else:
+            cells.append(nb.new_code_cell("1", outputs=[nb.new_output("display_data", data={where: text})]))
+    (tmp_path / "notebook.ipynb").write_text(nbformat.writes(nb.new_notebook(cells=cells)))
+    page = site.convert(tmp_path / "notebook.ipynb").read_text()
+    body = page.partition('<div class="notebook">')[2].partition("</main>")[0]
+    found: list[tuple[str, dict]] = []
+    parser = HTMLParser()
+    parser.handle_starttag = lambda tag, attributes: found.append((tag, dict(attributes)))
+    parser.feed(body)
+    assert found and not {tag for tag, _ in found} & set(
+        ["script", "style", "iframe", "object", "embed", "form", "input", "meta", "base", "svg", "noscript"]
+    )
+    for _, attributes in found:
+        assert not [name for name in attributes if name.startswith("on")]
+        for name in ("href", "src", "style", "srcdoc", "action", "data"):
+            value = attributes.get(name) or ""
+            assert value.startswith("data:image/svg+xml;base64,") or "attack" not in value
+    assert "default-src 'none'; script-src 'self'" in unescape(page.partition("<title>")[0])
 
 
 def test_every_formula_of_the_notebooks_can_be_read():

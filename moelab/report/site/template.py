@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from moelab.design.verdicts import STYLES
 from moelab.plotting.typography import typeset
 from moelab.report.site.glossary import explain
+from moelab.report.site.sanitize import POLICY
 
 if TYPE_CHECKING:
     from jinja2 import Environment
@@ -64,6 +65,7 @@ def _environment() -> Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
+    environment.globals["policy"] = POLICY
     environment.filters |= {
         "number": number,
         "quantity": quantity,
