@@ -49,5 +49,7 @@ def refused(refuses=True):
     if not refuses:
         yield
         return
-    with pytest.raises(ValueError, match=r"^\w+: backend 'cpp' does not take these sizes or dtypes \(.*\); use 'auto'$"):
+    with pytest.raises(
+        ValueError, match=r"^\w+: backend 'cpp' does not take these sizes or dtypes \(.*\); use 'auto'$"
+    ):
         yield

@@ -21,12 +21,15 @@ def make(S, M, dtype):
 def run(way, backend, tensors):
     """Return names and outputs and gradients."""
     moe, mlp, x, dy, w, b, a = (t.clone() for t in tensors)
-    leaves = dict(moe=moe, mlp=mlp) | {
-        "learned": dict(x=x, w=w, b=b),
-        "no bias": dict(x=x, w=w),
-        "given": dict(a=a),
-        "sum": {},
-    }[way]
+    leaves = (
+        dict(moe=moe, mlp=mlp)
+        | {
+            "learned": dict(x=x, w=w, b=b),
+            "no bias": dict(x=x, w=w),
+            "given": dict(a=a),
+            "sum": {},
+        }[way]
+    )
     for t in leaves.values():
         t.requires_grad_()
     args = [t for name, t in leaves.items() if name in "xwb"]
