@@ -77,7 +77,7 @@ ACTIVATIONS = {
 
 
 def number_of(op: str, name: str) -> int:
-    """Return the number of the activation in the compiled code; raise ``ValueError`` in ``op``'s name if it has none."""
+    """Return an activation's number in the compiled code; raise ``ValueError`` in ``op``'s name if it has none."""
     activation = ACTIVATIONS.get(name)
     if activation is None or activation.number is None:
         known = ", ".join(a.name for a in ACTIVATIONS.values() if a.number is not None)

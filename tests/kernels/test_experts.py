@@ -325,8 +325,8 @@ NEW = [
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_an_activation_of_the_table_alone_is_computed_everywhere(target, dtype, new, monkeypatch):
     monkeypatch.setitem(ACTIVATIONS, new.name, new)
-    for counts, spare, M, F in (*ODD[1:3], MULTIPLES[2]):
-        check(counts, spare, M, F, dtype, new.name, target)
+    for case in (*ODD[1:3], MULTIPLES[2]):
+        check(*case, dtype, new.name, target)
 
 
 SLOPES = pytest.mark.parametrize("activation", [*ACTIVATIONS.values(), *NEW], ids=lambda a: a.name)

@@ -10,7 +10,7 @@ from moelab.kernels import _gating_triton, _selection_triton, gating
 from moelab.kernels._hash import hash_keys, priorities
 from moelab.kernels.gating import Gate, gate
 
-from tests.kernels.helpers import INTERPRETING, assert_same_bits_on_any_number_of_threads, poison, refused
+from tests.kernels.helpers import assert_same_bits_on_any_number_of_threads, poison, refused
 
 SHAPES = [  # S, E, K, capacity
     (0, 4, 1, None),
