@@ -159,11 +159,13 @@ def decode(rows: list[Row]) -> str:
         "optimised",
         *(name for name in ("compiled", "invariant") if any(row["candidate"] == name for row in rows)),
     ]
+    further = [name for name in ("llama.cpp",) if any(row["candidate"] == name for row in rows)]
     lines = []
     for model in models:
         values = {name: [at.get((model, batch, name)) for batch in batches] for name in columns}
         theirs = next((n for n in THEIR_DECODERS if any((model, batch, n) in at for batch in batches)), None)
         values["transformers"] = [at.get((model, batch, theirs)) for batch in batches]
+        values |= {name: [at.get((model, batch, name)) for batch in batches] for name in further}
         best = [
             min(v[i] for name, v in values.items() if name != "invariant" and v[i] is not None)
             for i in range(len(batches))
@@ -180,7 +182,8 @@ def decode(rows: list[Row]) -> str:
         "invariant": "ours, invariant",
     }
     batch = " / ".join(map(str, batches))
-    return _markdown([f"ms a token, batch {batch}", *(titles[c] for c in columns), "transformers", "floor"], lines)
+    heads = [*(titles[name] for name in columns), "transformers", *further, "floor"]
+    return _markdown([f"ms a token, batch {batch}", *heads], lines)
 
 
 KINDS: dict[str, Callable[[list[Row]], str]] = {

@@ -14,9 +14,9 @@ reference, the files beside it (``_gating_triton.py``, ``_cpp/gating.cpp``) the 
 
 from ._common import Backend
 from ._cpp import available as cpp_available
-from ._cpp import version, why_not
+from ._cpp import instructions, version, why_not
 from ._hash import priorities
-from .activations import ACTIVATIONS, Activation
+from .activations import ACTIVATIONS, Activation, activate
 from .experts import expert_ffn, routed_ffn
 from .gating import Gate, gate
 from .packed import Packed, can_pack, pack
@@ -30,12 +30,14 @@ __all__ = [
     "Gate",
     "Packed",
     "RowTable",
+    "activate",
     "can_pack",
     "combine",
     "cpp_available",
     "dispatch",
     "expert_ffn",
     "gate",
+    "instructions",
     "pack",
     "priorities",
     "residual_mix",

@@ -13,6 +13,10 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from ._common import Backend, pick_backend
+from ._cpp import operations
 
 
 @dataclass(frozen=True)
@@ -25,7 +29,7 @@ class Activation:
         slope: p to the derivatives of h, of p's shape and dtype: those to p, or if gated those to the gate and then
             those to up. See `backward`.
         gated: whether half of the pre-activations are gates.
-        number: that of the compiled code (``_cpp``); None if it does not know the activation.
+        number: that of the C++ (``_cpp/activations.h``); None if it does not know the activation.
     """
 
     name: str
@@ -77,9 +81,47 @@ ACTIVATIONS = {
 
 
 def number_of(op: str, name: str) -> int:
+<<<<<<< HEAD
     """Return an activation's number in the compiled code; raise ``ValueError`` in ``op``'s name if it has none."""
+=======
+    """Return the number of the activation in the C++; raise ``ValueError`` in ``op``'s name if it has none."""
+>>>>>>> main
     activation = ACTIVATIONS.get(name)
     if activation is None or activation.number is None:
         known = ", ".join(a.name for a in ACTIVATIONS.values() if a.number is not None)
         raise ValueError(f"{op}: activation must be one of {known}, got {name!r}")
     return activation.number
+
+
+def activate(pre: Tensor, activation: str, *, backend: Backend = "auto") -> Tensor:
+    """Return h [..., F] of pre-activations [..., F], or [..., 2 F] if gated, in their dtype. Differentiable (once).
+
+    The C++ keeps the slope for the backward pass instead of the pre-activations, and an element has the same bits
+    wherever it stands. There is no Triton kernel; on CUDA, PyTorch computes.
+    """
+    act = ACTIVATIONS[activation]
+    if activation == "none":
+        return pre
+    if pick_backend("activate", backend, pre, fits=act.number is not None) != "cpp":
+        return act.forward(pre)
+    return _Activate.apply(pre, act, torch.is_grad_enabled() and pre.requires_grad)
+
+
+class _Activate(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, pre: Tensor, act: Activation, keep: bool) -> Tensor:
+        pre = pre.contiguous()
+        h = pre.new_empty(*pre.shape[:-1], pre.shape[-1] // (2 if act.gated else 1))
+        slope = torch.empty_like(pre) if keep else None
+        operations().activate.default(pre, act.number, h, slope)
+        if keep:
+            ctx.save_for_backward(slope)
+            ctx.gated = act.gated
+        return h
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dh: Tensor) -> tuple[Tensor, None, None]:
+        (slope,) = ctx.saved_tensors
+        d = slope.unflatten(-1, (2, -1)) * dh[..., None, :] if ctx.gated else slope * dh
+        return d.view_as(slope), None, None

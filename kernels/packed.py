@@ -36,7 +36,7 @@ class Packed(NamedTuple):
     """Hold matrices [N, K] in the order in which the products read them.
 
     Attributes:
-        data: [matrices, N / 64 rounded up, K, 64], values in an order of its own.
+        data: [matrices, N / 32 rounded up, K, 32], values in an order of its own.
         columns: N.
     """
 

@@ -51,6 +51,11 @@ PLAN = Variable("MOELAB_PLAN", "File in which a notebook lists the runs that it 
 RENDEZVOUS = Variable("MOELAB_RENDEZVOUS", "File in which rank 0 says where its store listens.", "none", "moelab")
 HEARTBEAT = Variable("MOELAB_HEARTBEAT", "Folder in which each rank touches a file of its own.", "none", "moelab")
 LAUNCHER = Variable("MOELAB_LAUNCHER", "Process id of the launcher, when ranks are its children.", "none", "moelab")
+INSTRUCTIONS = Variable(
+    "MOELAB_INSTRUCTIONS",
+    'Instruction set of the CPU kernels: "avx512_bf16", "avx512", "avx2" or "baseline"; "none" is plain PyTorch.',
+    "the fastest that the processor has",
+)
 SLURM_DIR = Variable(
     "MOELAB_SLURM_DIR", "Folder of the development cluster (slurm/local/cluster.sh).", "`.moelab/slurm`"
 )
@@ -62,7 +67,7 @@ SLURM = Variable(
 
 VARIABLES = (
     *(HOME, RESULTS, EXECUTOR, PROFILE, HANG_S, DEATH_S, STOP_S, COLLECTIVE_S),
-    *(SLURM_DIR, SLURM_PORT, BROWSER, SLURM),
+    *(INSTRUCTIONS, SLURM_DIR, SLURM_PORT, BROWSER, SLURM),
     *(PUBLICATION, PLAN, RENDEZVOUS, HEARTBEAT, LAUNCHER),
 )
 

@@ -7,6 +7,7 @@ import json
 import os
 import re
 import shutil
+import stat
 import tempfile
 import time
 from collections.abc import Iterator
@@ -46,16 +47,38 @@ def read_json(path: Path) -> Any:
     """Return the JSON value in a file, or None when there is no such file.
 
     Raises:
-        ValueError: one line naming the file, when it is not JSON.
+        ValueError: one line naming the file, when it is not JSON or not a regular file.
     """
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    if (data := read_bytes(path)) is None:
         return None
+    try:
+        return json.loads(data.decode())
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
         raise ValueError(f"{path}: not valid JSON ({error})") from None
     except RecursionError:
         raise ValueError(f"{path}: not valid JSON (nested too deeply)") from None
+
+
+def read_object(path: Path) -> dict[str, Any] | None:
+    """Return the JSON object in a file, or None when there is no such file; ValueError as for `read_json`."""
+    value = read_json(path)
+    if value is not None and not isinstance(value, dict):
+        raise ValueError(f"{path}: expected a JSON object, got {str(value)[:40]!r}")
+    return value
+
+
+def read_bytes(path: Path) -> bytes | None:
+    """Return the bytes of a file, or None when there is no such file.
+
+    Raises:
+        ValueError: one line: it is not a regular file; reading a FIFO or a device might never end.
+    """
+    try:
+        if not stat.S_ISREG(path.stat().st_mode):
+            raise ValueError(f"{path}: not a regular file")
+        return path.read_bytes()
+    except FileNotFoundError:
+        return None
 
 
 _TEMPORARY = re.compile(r"\..+[.-][a-z0-9_]{8}")

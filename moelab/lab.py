@@ -5,6 +5,7 @@ runs = lab.run(specs)           # finished runs are read back, others continue o
 runs.final()                    # one row per run
 runs.curves()                   # validation loss over tokens
 lab.measure(all_to_all.counts, (4, 8))    # a function's result, read back if this machine has measured it
+lab.power(runs, effect=0.01)    # how many seeds tell these arms apart
 lab.generate(runs[0], "Fellow") # text that the run's model generates
 """
 
@@ -27,6 +28,8 @@ from moelab.runs.spec import RunSpec, closure
 from moelab.runs.store import Run, RunStore
 
 if TYPE_CHECKING:
+    import pandas as pd
+
     from moelab.inference.text import Text
     from moelab.slurm.jobs import Jobs
     from moelab.slurm.status import Overview
@@ -207,6 +210,26 @@ class Lab:
         writer = open_text(directory, cache=paths.home() / "data", mode=mode, device=device, batch=batch)
         found = writer.generate(several, Sampling(**sampling))
         return found[0] if isinstance(prompts, str) else found
+
+    def power(
+        self,
+        of: str | Runs,
+        scale: str = "cpu",
+        *,
+        against: str | None = None,
+        effect: float | None = None,
+    ) -> pd.DataFrame:
+        """Return how many seeds comparisons need to decide with 80 % power, by the spread of seeds at hand.
+
+        Args:
+            of: an experiment, whose newest result at a scale has the spread, or runs.
+            against, effect, and the columns: see `moelab.report.planning.needs`.
+        """
+        from moelab.report import planning
+
+        if isinstance(of, Runs):
+            return planning.needs_of(of.final(), against=against, effect=effect)
+        return planning.needs(of, scale, *paths.all_results(), against=against, effect=effect)
 
     def publish(self, experiment: str, scale: str, parameters: dict | None = None) -> Publication:
         """Open the publication to which this notebook adds its figures, tables and claims.

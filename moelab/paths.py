@@ -6,7 +6,6 @@ pages that show them beside the published ones. Nothing is written into the publ
 
 from __future__ import annotations
 
-import os
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -51,11 +50,6 @@ def results_for(publish: bool) -> Path:
 def pages() -> Path:
     """Return the folder of the pages that show all results, in the workspace."""
     return home() / "pages"
-
-
-def keep_compiled_kernels() -> None:
-    """Have compiled kernels kept in the workspace, unless `TORCH_EXTENSIONS_DIR` says where."""
-    os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(home() / "compiled" / "kernels"))
 
 
 def notebooks() -> Path:

@@ -1,45 +1,90 @@
-"""Compute Student intervals and p-values of a few samples, and Holm's adjustment. Imports nothing of moelab."""
+"""Estimate means of a few samples with Student intervals and p-values; Holm's adjustment. Imports nothing of moelab."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
+
+ALPHA = 0.05
+"""Chance that a 95 % interval misses the true mean."""
 
 
-def interval(values: Sequence[float]) -> tuple[float, float, float]:
-    """Return the mean and its 95 % Student interval; the bounds are infinite for a single value."""
-    n = len(values)
-    mean = sum(values) / n
-    if n < 2:
-        return mean, -math.inf, math.inf
-    from scipy.stats import t
+@dataclass(frozen=True)
+class Estimate:
+    """Hold a mean of samples.
 
-    half = float(t.ppf(0.975, n - 1)) * math.sqrt(sum((v - mean) ** 2 for v in values) / (n - 1) / n)
-    return mean, mean - half, mean + half
-
-
-def p_value(low: float, high: float, samples: int, against: float = 0.0) -> float:
-    """Return the two-sided p-value of a Student test that the mean is `against`, from the mean's 95 % interval.
-
-    Args:
-        low, high: of `interval`.
-        samples: how many values the interval is of, at least 2.
+    Attributes:
+        mean: of the samples.
+        error: standard error of the mean; infinite for one sample.
+        samples: how many there are.
     """
+
+    mean: float
+    error: float
+    samples: int
+
+    @classmethod
+    def of(cls, values: Sequence[float], within: float = 0.0) -> Estimate:
+        """Return the estimate from values.
+
+        Args:
+            within: standard error of each value by itself, where it is known, such as that of a session's median from
+                its rounds. Values cannot tell their mean better than that allows, so the spread between a few values
+                that lie close together by chance does not count below it.
+        """
+        n, mean = len(values), math.fsum(values) / len(values)
+        if n < 2:
+            return cls(mean, math.inf, n)
+        between = math.fsum((v - mean) ** 2 for v in values) / (n - 1)
+        return cls(mean, math.sqrt(max(between, within**2) / n), n)
+
+    @classmethod
+    def of_interval(cls, low: float, high: float, samples: int) -> Estimate:
+        """Return the estimate whose 95 % Student interval, over at least 2 samples, is low to high."""
+        return cls((low + high) / 2, (high - low) / 2 / _quantile(ALPHA, samples), samples)
+
+    @property
+    def spread(self) -> float:
+        """Standard deviation of a sample."""
+        return self.error * math.sqrt(self.samples)
+
+    def interval(self, alpha: float = ALPHA) -> tuple[float, float]:
+        """Return the Student interval that misses the true mean with the probability alpha."""
+        half = _quantile(alpha, self.samples) * self.error if self.samples > 1 else math.inf
+        return self.mean - half, self.mean + half
+
+    def p(self, against: float = 0.0) -> float:
+        """Return the two-sided p-value of a Student test that the true mean is `against`; 1 for one sample."""
+        from scipy.stats import t
+
+        distance = abs(self.mean - against)
+        if self.samples < 2 or not distance:
+            return 1.0
+        return float(2 * t.sf(distance / self.error, self.samples - 1)) if self.error else 0.0
+
+
+def _quantile(alpha: float, samples: int) -> float:
     from scipy.stats import t
 
-    distance, half = abs((low + high) / 2 - against), (high - low) / 2
-    if half == 0:
-        return 0.0 if distance else 1.0
-    return float(2 * t.sf(distance / half * t.ppf(0.975, samples - 1), samples - 1))
+    return float(t.isf(alpha / 2, samples - 1))
+
+
+def interval(values: Sequence[float], alpha: float = ALPHA) -> tuple[float, float, float]:
+    """Return the mean and its Student interval, 95 % by default; the bounds are infinite for a single value."""
+    found = Estimate.of(values)
+    return found.mean, *found.interval(alpha)
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
     """Return p-values adjusted for their number after Holm (1979), in the order given.
 
-    Rejecting where the adjusted value is below 0.05 keeps the chance of any wrong rejection below 5 %.
+    Rejecting where the adjusted value is below 0.05 keeps the chance of any wrong rejection below 5 %. A test whose
+    p-value is NaN counts among the tests and rejects nothing: its adjusted value is 1.
     """
-    adjusted, running = [1.0] * len(p_values), 0.0
-    for rank, i in enumerate(sorted(range(len(p_values)), key=p_values.__getitem__)):
-        running = max(running, min(1.0, (len(p_values) - rank) * p_values[i]))
+    known = [1.0 if math.isnan(p) else p for p in p_values]
+    adjusted, running = [1.0] * len(known), 0.0
+    for rank, i in enumerate(sorted(range(len(known)), key=known.__getitem__)):
+        running = max(running, min(1.0, (len(known) - rank) * known[i]))
         adjusted[i] = running
     return adjusted

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import json
-import os
 import random
 from pathlib import Path
 
@@ -16,8 +15,6 @@ from moelab.data import TokenData, prepare
 from moelab.runs.spec import RunSpec
 
 HERE = Path(__file__).parent
-# All tests share the compiled CPU kernels, which take half a minute, whatever folders they work in.
-os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(HERE.parent / ".moelab" / "compiled" / "kernels"))
 # `make test` hands out whole files to processes, in this order: what takes long must not come last and leave the others idle.
 LONGEST = [
     "notebook/test_all_notebooks.py",
@@ -123,7 +120,17 @@ def tiny_spec(tiny_model, tiny_train, data_config) -> RunSpec:
 
 
 @pytest.fixture(scope="session")
-def publish(tmp_path_factory):
+def result():
+    """Makes up the result of a run: `result(loss, **others)`."""
+    numbers = {
+        "tokens": 8, "steps": 1, "bits_per_byte": 2.0, "unigram_loss": 6.0, "parameters": 10, "active_parameters": 5,
+        "flops_per_token": 60.0, "seconds": 2.0,
+    }  # fmt: skip
+    return lambda loss=4.5, **others: {**numbers, "validation_loss": loss, **others}
+
+
+@pytest.fixture(scope="session")
+def publish(tmp_path_factory, result):
     """Publishes made-up results: `publish(results, experiment, scale, name, …)` writes one through `Publication`, with an executed notebook.
 
     Equalities are judged by `gain`, in nats per token; without one the runs cannot tell.
@@ -137,8 +144,8 @@ def publish(tmp_path_factory):
     from matplotlib import pyplot as plt
 
     from moelab import paper
+    from moelab.design.judging import judge
     from moelab.files import write_json
-    from moelab.paper.verdicts import Gain, judge
     from moelab.plotting import figures
     from moelab.report.publication import Publication
     from moelab.runs.collection import Runs
@@ -168,7 +175,7 @@ def publish(tmp_path_factory):
         for spec in specs:
             run = store.run(spec)
             loss = losses[spec.train.seed] - 0.1 * any(spec.model.experts)
-            write_json(run.path / "result.json", {"validation_loss": loss, "parameters": 1000, "seconds": 60.0})
+            write_json(run.path / "result.json", result(loss, parameters=1000, seconds=60.0))
             write_json(
                 run.path / "provenance.json",
                 {"commit": "a" * 40, "modified": False, "hardware": {"cpu": "Test", "cores": 2}},
@@ -191,7 +198,7 @@ def publish(tmp_path_factory):
         publication.table(data, "final", title="final losses")
         publication.claims(
             [
-                judge(paper.claim(id), values, gain=Gain("MoE-128 over Dense", [gain] * len(values)) if gain else None)
+                judge(paper.claim(id), values, gain=[gain] * len(values) if gain else ())
                 for id, values in (claims or {}).items()
             ]
         )

@@ -1,10 +1,10 @@
 """Compute every operation on CPU tensors by C++ of our own, compiled where it is first used.
 
-One source file an operation (``gating.cpp``, ``permute.cpp``, ``experts.cpp``, ``residual.cpp``, ``packed.cpp``,
-``attention.cpp``) with a Python file of its autograd functions beside it. Shared are ``vectors.h`` (vectors of the
-processor's width), ``activations.h``, ``products.h`` (blocks of sums in registers, while memory fetches what the next
-product needs), ``packed.h`` and ``operation.h`` (PyTorch's tensors and threads). The same sources compile for every
-instruction set in `INSTRUCTIONS`. A result has the same bits on any number of threads.
+One source file an operation (``gating.cpp``, ``permute.cpp``, ``experts.cpp``, ``activation.cpp``, ``residual.cpp``,
+``packed.cpp``, ``attention.cpp``). Shared are ``vectors.h`` (vectors of the processor's width), ``activations.h``,
+``products.h`` (blocks of sums in registers, while memory fetches what the next product needs), ``packed.h`` and
+``operation.h`` (PyTorch's tensors and threads). The same sources compile for every instruction set in `INSTRUCTIONS`. A
+result has the same bits on any number of threads.
 
 The library is kept in ``TORCH_EXTENSIONS_DIR`` or the user's cache (``~/.cache/moelab``), or, where nothing can be
 written or run there, in a folder of this user among the temporary files; one that a wheel brings lies in this package.
@@ -33,7 +33,7 @@ from typing import Any
 import torch
 from filelock import FileLock, Timeout
 
-SOURCES = ("experts.cpp", "packed.cpp", "gating.cpp", "permute.cpp", "residual.cpp", "attention.cpp")
+SOURCES = ("experts.cpp", "packed.cpp", "gating.cpp", "permute.cpp", "residual.cpp", "attention.cpp", "activation.cpp")
 """Those that take longest to compile come first."""
 
 INSTRUCTIONS = {
@@ -111,6 +111,7 @@ def available() -> bool:
     return True
 
 
+@functools.cache
 def operations() -> Any:
     """Return the namespace of the operations, ``torch.ops.<name>``, after loading or compiling the code.
 
@@ -121,8 +122,8 @@ def operations() -> Any:
 
 
 def version() -> dict[str, str]:
-    """Return what computed on this CPU, for provenance: the digest of the sources, and the instruction set."""
-    return {"kernels": _key("")[:12], "instructions": instructions() if available() else "none"}
+    """Return what computes on this CPU, for provenance: the digest of the sources, and the instruction set."""
+    return {"sources": _key("")[:12], "instructions": "none" if why_not() else instructions()}
 
 
 @contextlib.contextmanager
@@ -130,12 +131,18 @@ def limited(name: str) -> Iterator[None]:
     """Use this instruction set, or "none", while the context lasts (for tests and benchmarks)."""
     before = os.environ.get(VARIABLE)
     os.environ[VARIABLE] = name
-    available.cache_clear()
+    _forget()
     try:
         yield
     finally:
         os.environ.pop(VARIABLE, None) if before is None else os.environ.update({VARIABLE: before})
-        available.cache_clear()
+        _forget()
+
+
+def _forget() -> None:
+    """Have the environment read again."""
+    available.cache_clear()
+    operations.cache_clear()
 
 
 # -- the library -------------------------------------------------------------------------------------------------------

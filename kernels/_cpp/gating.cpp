@@ -74,10 +74,14 @@ Choice choose(const float* x, int64_t E, Choice previous) {
     const Vec value = load(x + e * kLanes);
     const Ints expert = all(int32_t(e));
     auto better = value >= found.value;
-    if (!first)
-      better &= (value < previous.value) | ((value == previous.value) & (expert > previous.expert));
+    Vec candidate = value;
+    if constexpr (!first) {
+      const auto later = (value < previous.value) | ((value == previous.value) & (expert > previous.expert));
+      better &= later;
+      candidate = later ? value : all(-kInfinity);
+    }
     found.expert = better ? expert : found.expert;
-    found.value = better ? value : found.value;
+    found.value = larger(candidate, found.value);  // which does not wait for the comparison
   }
   return found;
 }
@@ -210,19 +214,14 @@ std::vector<Tensor> gate_forward(
     bool normalize, bool losses) {
   const int64_t S = logits.size(0), E = logits.size(1), blocks = (S + kBlock - 1) / kBlock;
   check(E <= kMost && K <= E && S * K < int64_t(1) << 31, "gate: too many experts or tokens");
-  const auto ints = [&](std::vector<int64_t> sizes) {
-    return torch::stable::new_empty(logits, sizes, torch::headeronly::ScalarType::Int);
-  };
-  std::vector<Tensor> results{ints({S, K}), ints({S, K}), empty(logits, {S, K}), ints({E}), ints({E})};
+  std::vector<Tensor> results{ints({S, K}), ints({S, K}), floats({S, K}), ints({E}), ints({E})};
   auto *chosen = data<int32_t>(results[0]), *slots = data<int32_t>(results[1]);
   auto* W = data<float>(results[2]);
   auto *load = data<int32_t>(results[3]), *kept = data<int32_t>(results[4]);
   const auto *X = data<float>(logits), *Y = data<float>(choice);
   std::optional<Softmax> softmax;
   if (losses) {
-    for (int i = 0; i < 2; ++i) results.push_back(empty(logits, {}));
-    results.push_back(empty(logits, {3, S}));
-    results.push_back(empty(logits, {E}));
+    for (auto&& more : {floats({}), floats({}), floats({3, S}), floats({E})}) results.push_back(more);
     softmax.emplace(results[7]);
   }
 

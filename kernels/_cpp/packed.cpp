@@ -16,18 +16,18 @@ void pack_as(const Tensor& weight, const Tensor& packed) {
   T* to = data<T>(packed);
   parallel(weight.size(0) * panels, 1, [&](int64_t first, int64_t last) {
     for (int64_t p = first; p < last; ++p)
-      for (int64_t j = 0; j < kPanel; ++j) {
-        const int64_t column = p % panels * kPanel + j;
+      for (int64_t j = 0; j < kPackedPanel; ++j) {
+        const int64_t column = p % panels * kPackedPanel + j;
         const T* row = column < N ? from + (p / panels * N + column) * K : nullptr;
-        T* place = to + p * K * kPanel + j * deep;
-        for (int64_t k = 0; k < K; ++k) place[k / deep * deep * kPanel + k % deep] = row ? row[k] : T{};
+        T* place = to + p * K * kPackedPanel + j * deep;
+        for (int64_t k = 0; k < K; ++k) place[k / deep * deep * kPackedPanel + k % deep] = row ? row[k] : T{};
       }
   });
 }
 
 Tensor pack(const Tensor& weight) {
   const int64_t N = weight.size(1), K = weight.size(2);
-  auto packed = empty(weight, {weight.size(0), panels_of(N), K, kPanel});
+  auto packed = empty(weight, {weight.size(0), panels_of(N), K, kPackedPanel});
   (is_float(weight) ? pack_as<float> : pack_as<BFloat16>)(weight, packed);
   return packed;
 }
@@ -68,7 +68,7 @@ Tensor linear(
       "linear: tensors must be contiguous, all float32 or all bfloat16");
   check(x.size(dims - 1) == K, "linear: x [..., ", x.size(dims - 1), "] for a matrix [N, ", K, "]");
   check(gates == (activation == kSwiglu ? 2 : 1), "linear: ", gates, " matrices for activation ", activation);
-  if (bias.has_value()) check(bias->numel() == gates * N, "linear: bias [", bias->numel(), "] for N = ", N);
+  check(!bias.has_value() || bias->numel() == gates * N, "linear: bias has another size than [", gates * N, "]");
   std::vector<int64_t> sizes(x.sizes().begin(), x.sizes().end());
   sizes.back() = N;
   auto y = torch::stable::new_empty(x, sizes);

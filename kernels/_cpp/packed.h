@@ -1,6 +1,6 @@
 // Products of few rows with matrices that were packed once.
 //
-// A matrix W [N, K] is packed in panels of its rows, [K][kPanel] or for bfloat16 [K / 2][kPanel][2], with zeros after the
+// A matrix W [N, K] is packed in panels of its rows, [K][kPackedPanel] or for bfloat16 [K / 2][kPackedPanel][2], with zeros after the
 // last row. Rows of x are multiplied at the rate at which a panel arrives from memory: while one panel is multiplied, the
 // next one is fetched, which the libraries' products leave to the processor. A task is some rows and some panels.
 #pragma once
@@ -11,9 +11,10 @@
 
 namespace moelab {
 
+constexpr int64_t kPackedPanel = 32;  // columns of a panel: half as many as elsewhere, so that twice the rows read it at once
 constexpr int64_t kPackedRows = 64;  // rows of a task
 
-inline int64_t panels_of(int64_t N) { return (N + kPanel - 1) / kPanel; }
+inline int64_t panels_of(int64_t N) { return (N + kPackedPanel - 1) / kPackedPanel; }
 
 // Return how many panels a task has, where there are `panels` in all: several tasks for each thread.
 inline int64_t panels_of_task(int64_t panels) {
@@ -28,16 +29,16 @@ struct Packed {
   Packed(const T* data, int64_t gates, int64_t K, int64_t N)
       : data(data), gates(gates), K(K), N(N), panels(panels_of(N)) {}
   // The matrices of another expert.
-  Packed of(int64_t expert) const { return {data + expert * gates * panels * K * kPanel, gates, K, N}; }
-  const T* panel(int64_t gate, int64_t p) const { return data + (gate * panels + p) * K * kPanel; }
-  // C [m, kPanel] = x [m, K] @ a panel, while memory reads `next`, a panel or null.
+  Packed of(int64_t expert) const { return {data + expert * gates * panels * K * kPackedPanel, gates, K, N}; }
+  const T* panel(int64_t gate, int64_t p) const { return data + (gate * panels + p) * K * kPackedPanel; }
+  // C [m, kPackedPanel] = x [m, K] @ a panel, while memory reads `next`, a panel or null.
   void multiply(const T* x, int64_t m, const T* b, float* c, const T* next) const {
-    constexpr int64_t most = blocks<T, kSide>.size();
+    constexpr int64_t side = std::min(kSide, kPackedPanel / kLanes), most = blocks<T, side>.size();
     const auto* first = reinterpret_cast<const char*>(next);
-    const int64_t passes = (m + most - 1) / most * (kPanel / (kSide * kLanes));
-    Ahead ahead{first, next ? first + K * kPanel * sizeof(T) : nullptr, int64_t(kPanel * sizeof(float)) / passes};
-    const Panels right{reinterpret_cast<const uint32_t*>(b), 0, kPanel};
-    product<T>(m, kPanel, K / kWord<T>, rows(x, K), right, nullptr, c, target(c, kPanel), ahead);
+    const int64_t passes = (m + most - 1) / most * (kPackedPanel / (side * kLanes));
+    Ahead ahead{first, next ? first + K * kPackedPanel * sizeof(T) : nullptr, int64_t(kPackedPanel * sizeof(float)) / passes};
+    const Panels right{reinterpret_cast<const uint32_t*>(b), 0, kPackedPanel};
+    product<T>(m, kPackedPanel, K / kWord<T>, rows(x, K), right, nullptr, c, target(c, kPackedPanel), ahead);
   }
 };
 
@@ -46,17 +47,17 @@ template <typename T, typename Write>
 void layer(
     const T* x, int64_t m, const Packed<T>& w, int64_t first, int64_t last, const T* bias, int64_t activation,
     const Write& write) {
-  alignas(64) float c[kPackedRows * kPanel], up[kPackedRows * kPanel];
+  alignas(64) float c[kPackedRows * kPackedPanel], up[kPackedRows * kPackedPanel];
   for (int64_t p = first; p < last; ++p) {
     const T* next = p + 1 < last ? w.panel(0, p + 1) : nullptr;
     w.multiply(x, m, w.panel(0, p), c, w.gates > 1 ? w.panel(1, p) : next);
     if (w.gates > 1) w.multiply(x, m, w.panel(1, p), up, next);
     for (int64_t i = 0; i < m; ++i)
-      each_vector(std::min(kPanel, w.N - p * kPanel), [&](int64_t j, auto... n) {
-        const int64_t column = p * kPanel + j;
-        Vec v = load(c + i * kPanel + j), u{};
+      each_vector(std::min(kPackedPanel, w.N - p * kPackedPanel), [&](int64_t j, auto... n) {
+        const int64_t column = p * kPackedPanel + j;
+        Vec v = load(c + i * kPackedPanel + j), u{};
         if (bias) v = v + load(bias + column, n...);
-        if (w.gates > 1) u = load(up + i * kPanel + j);
+        if (w.gates > 1) u = load(up + i * kPackedPanel + j);
         if (w.gates > 1 && bias) u = u + load(bias + w.N + column, n...);
         write(i, column, activate(activation, v, u).value, n...);
       });

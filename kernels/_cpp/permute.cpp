@@ -55,13 +55,14 @@ void sum_rows_as(
     for (int64_t s = first; s < last; ++s) {
       if (s + kAhead < last)
         for (int64_t k = 0; k < K; ++k) fetch(from, rows_SK[(s + kAhead) * K + k], M);
+      const auto *own = rows_SK + s * K, *a = A ? A + s * M : nullptr;
+      const auto* w = W ? W + s * K : nullptr;
+      auto* y_s = Y + s * M;
       each_vector(M, [&](int64_t j, auto... n) {
-        Vec sum = A ? load(A + s * M + j, n...) : Vec{};
-        for (int64_t k = 0; k < K; ++k) {
-          const int64_t r = rows_SK[s * K + k];
-          if (r >= 0) sum = fma(load(from + r * M + j, n...), all(W ? W[s * K + k] : 1.f), sum);
-        }
-        store(Y + s * M + j, sum, n...);
+        Vec sum = a ? load(a + j, n...) : Vec{};
+        for (int64_t k = 0; k < K; ++k)
+          if (own[k] >= 0) sum = fma(load(from + own[k] * M + j, n...), all(w ? w[k] : 1.f), sum);
+        store(y_s + j, sum, n...);
       });
     }
   });
@@ -125,12 +126,12 @@ Table make_table(const Tensor& expert, const Tensor& slot, const Tensor& kept, s
       is_int(expert) && is_int(slot) && is_int(kept) && contiguous(expert, slot, kept) && expert.numel() == N,
       "row_table: experts and slots of the same shape and kept entries must be contiguous int32");
   const auto *chosen = data<int32_t>(expert), *slots = data<int32_t>(slot), *count = data<int32_t>(kept);
-  auto offsets = empty(kept, {E + 1}), row = torch::stable::empty_like(slot);
+  auto offsets = ints({E + 1}), row = ints({slot.size(0), slot.size(1)});
   auto* first = data<int32_t>(offsets);
   first[0] = 0;
   for (int64_t e = 0; e < E; ++e) first[e + 1] = first[e] + count[e];
   const int64_t R = rows.value_or(first[E]);
-  auto entry = empty(slot, {R});
+  auto entry = ints({R});
   auto *to_row = data<int32_t>(row), *to_entry = data<int32_t>(entry);
   std::fill_n(to_entry, R, -1);
   for (int64_t i = 0; i < N; ++i) {

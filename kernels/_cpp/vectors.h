@@ -71,7 +71,16 @@ inline Vec fma(Vec a, Vec b, Vec c) {
   return a * b + c;
 #endif
 }
-inline Vec larger(Vec a, Vec b) { return a > b ? a : b; }
+// The larger one; b where either is NaN.
+inline Vec larger(Vec a, Vec b) {
+#if defined(__AVX512F__)
+  return _mm512_max_ps(a, b);
+#elif defined(__AVX2__)
+  return _mm256_max_ps(a, b);
+#else
+  return a > b ? a : b;
+#endif
+}
 inline Vec abs(Vec x) { return same_bits<Vec>(same_bits<Words>(x) & 0x7fffffffu); }
 
 inline float sum(Vec v) {
@@ -285,7 +294,7 @@ inline __attribute__((always_inline)) void transpose(V (&rows)[kLanes]) {
 
 // exp(x) for x <= 0 within 1 ulp, NaN for NaN.
 inline Vec exp_of_negative(Vec x) {
-  x = x < -104.f ? all(-104.f) : x;  // where exp is 0; a NaN stays
+  x = larger(all(-104.f), x);  // where exp is 0; a NaN stays
 #if defined(__AVX512F__)
   const Vec n = _mm512_roundscale_ps(x * 1.44269504f, _MM_FROUND_TO_NEAREST_INT);
 #else

@@ -13,7 +13,7 @@ from typing import Any
 
 from moelab.acceptance import stages
 from moelab.acceptance.stages import Setup
-from moelab.files import read_json, write_json, write_text
+from moelab.files import read_object, write_json, write_text
 from moelab.runs.provenance import describe
 
 Numbers = Mapping[str, Any]
@@ -47,7 +47,7 @@ def publish(setup: Setup, folder: Path, card: str) -> Path:
         The page.
     """
     name = f"gpu-{card}"
-    record, source = read_json(setup.out / "stages.json") or {}, read_json(setup.out / "provenance.json") or {}
+    record, source = read_object(setup.out / "stages.json") or {}, read_object(setup.out / "provenance.json") or {}
     title = f"{_title(setup, source)}: {verdict(record.get('outcomes', []))}"
     write_text(folder / f"{name}.html", text(setup))
     write_text(folder / f"{name}.results.jsonl", "".join(json.dumps(row) + "\n" for row in latest(stages.rows(setup))))
@@ -59,8 +59,8 @@ def publish(setup: Setup, folder: Path, card: str) -> Path:
 def text(setup: Setup) -> str:
     """Return the page."""
     found = latest(stages.rows(setup))
-    record = read_json(setup.out / "stages.json") or {}
-    outcomes, source = record.get("outcomes", []), read_json(setup.out / "provenance.json") or {}
+    record = read_object(setup.out / "stages.json") or {}
+    outcomes, source = record.get("outcomes", []), read_object(setup.out / "provenance.json") or {}
     parts = [_head(setup, found, outcomes, source), _stages(outcomes), _failures(found)]
     for title, stage, keep, columns in _SECTIONS:
         rows = [row for row in found if row["stage"] == stage and row["status"] == "ok" and keep(row)]

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from moelab import environment, paths
-from moelab.files import read_json, write_json
+from moelab.files import read_json, read_object, write_json
 
 MOST_S = 25 * 60
 """The longest that all stages take together."""
@@ -186,7 +186,7 @@ def run(
 
 def _merged(setup: Setup, outcomes: list[Outcome]) -> list[Outcome]:
     """Return these outcomes and, of stages that were not run this time or not possible, the earlier ones."""
-    earlier = (read_json(setup.out / "stages.json") or {}).get("outcomes", [])
+    earlier = (read_object(setup.out / "stages.json") or {}).get("outcomes", [])
     merged = {outcome["stage"]: outcome for outcome in earlier}
     for outcome in outcomes:
         if outcome["status"] != "skipped" or outcome["stage"] not in merged:

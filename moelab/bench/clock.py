@@ -8,17 +8,16 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import numpy as np
 import torch
 
 from moelab.engine.collectives import Collective, observe
-from moelab.inference.frozen_blocks import FrozenMoE
 from moelab.models import GPT
 from moelab.models.moe import MoE
 
 PARTS = ("attention", "gate", "dispatch", "all-to-all", "experts", "combine", "feed-forward", "head", "sums", "rest")
-"""feed-forward: dense layers and the fixed MLP of residual ones. sums: all-reduces and all-gathers outside the
-exchange. rest: norms, embeddings, choosing tokens, Python."""
+"""experts: with packed weights also dispatch and combine, which are one call with them. feed-forward: dense layers and
+the fixed MLP of residual ones. sums: all-reduces and all-gathers outside the exchange. rest: norms, embeddings,
+choosing tokens, Python."""
 
 
 class Clock:
@@ -84,13 +83,8 @@ class Clock:
             if not isinstance(ffn, MoE):
                 self._replace(ffn, "forward", "feed-forward")
                 continue
-            if isinstance(ffn, FrozenMoE):  # where it makes no table
-                parts = [(ffn.router, "choose", "gate"), (ffn, "sort", "dispatch"), (ffn, "combine", "combine")]
-                parts.append((ffn.experts, "of_tokens" if hasattr(ffn.experts, "of_tokens") else "of_rows", "experts"))
-                for owner, name, part in parts:
-                    self._replace(owner, name, part)
-                ffn.router.choose = self._counting(ffn.router.choose, lambda chosen: len(np.unique(chosen[0])))
             self._replace(ffn.experts, "forward", "experts")
+            self._replace(ffn.experts, "of_tokens", "experts")
             self._replace(ffn.dispatcher, "dispatch", "dispatch")
             self._replace(ffn.dispatcher, "combine", "combine")
             if ffn.mlp is not None:
@@ -125,8 +119,7 @@ class Clock:
     def _counting(self, call: Callable[..., Any], distinct: Callable[[Any], int]) -> Callable[..., Any]:
         def run(*args: Any) -> Any:
             result = call(*args)
-            if result is not None:
-                self.distinct.append(distinct(result))
+            self.distinct.append(distinct(result))
             return result
 
         return run

@@ -28,7 +28,7 @@ import torch
 import torch.distributed as dist
 
 from moelab import machine
-from moelab.bench import harness, inputs, peers, plot
+from moelab.bench import harness, inputs, llama, peers, plot
 from moelab.bench.decode_steps import (
     DecodeSettings,
     Rates,
@@ -53,11 +53,9 @@ from moelab.engine.launch import process
 from moelab.engine.mesh import Mesh
 from moelab.engine.testing import Ranks
 from moelab.inference.generate import Generator
-from moelab.inference.modes import can_be_invariant, set_mode, why_not_compiled
+from moelab.inference.modes import MODES, set_mode
 from moelab.inference.text import DTYPES
-
-RANK_MODES = ("optimised", "baseline")
-"""The modes measured on ranks."""
+from moelab.models import GPT
 
 
 def named(name: str) -> ModelConfig:
@@ -70,22 +68,28 @@ def named(name: str) -> ModelConfig:
 def measure(
     config: ModelConfig, batches: list[int], settings: DecodeSettings, device: str, dtype: str = "fp32"
 ) -> list[Row]:
-    """Return the rows of one model in one process: our modes and, where installed, transformers, at every batch.
-
-    The mode "invariant" is left out in bf16, where it is the optimised one, "compiled" where it does not work.
-    """
-    timing = settings.timing(device)
-    read, products = reader(timing), harness.product_rate(DTYPES[dtype], timing)
+    """Return the rows of one model in one process: our modes and, where installed, others, at every batch."""
     reference = filled(config, device, DTYPES[dtype])
     others = peers.generators(reference, settings.prompt + settings.output)
+    with llama.beside(reference, round_prompts(config, 2, settings)(0), settings.output) as further:
+        return _measure(reference, others | further, batches, settings, device, dtype)
+
+
+def _measure(
+    reference: GPT,
+    others: Mapping[str, peers.Peer | llama.Peer],
+    batches: list[int],
+    settings: DecodeSettings,
+    device: str,
+    dtype: str,
+) -> list[Row]:
+    """Return the rows of `measure`; `reference` is packed here."""
+    config, timing = reference.config, settings.timing(device)
+    read, products = reader(timing), harness.product_rate(DTYPES[dtype], timing)
     models = {
         "baseline": set_mode(filled(config, device, DTYPES[dtype]), "baseline"),
         "optimised": set_mode(reference, "optimised"),
     }
-    if why_not_compiled(reference.token_embedding.weight) is None and harness.compiled_kernels(device):
-        models["compiled"] = set_mode(filled(config, device, DTYPES[dtype]), "compiled")
-    if dtype == "fp32" and can_be_invariant(reference.token_embedding.weight):
-        models["invariant"] = set_mode(filled(config, device), "invariant")
     turns: dict[int, dict[str, list[Turns]]] = {}
     rates: dict[int, Rates] = {}
     for batch in batches:
@@ -104,7 +108,7 @@ def measure(
             for name, model in models.items()
         }
         for name, peer in others.items():
-            numbers[name] = {"distinct_experts": peer.distinct_experts(prompts, settings.output)}
+            numbers[name] = peer.numbers(prompts, settings.output)
         distinct = numbers["optimised"]["distinct_experts"] or 0
         floor_s = least_seconds(config, distinct, batch, settings, rates[batch], DTYPES[dtype].itemsize)
         case = {"model": str(config), "experts": max(config.experts), "batch": batch, "ranks": 1, "dtype": dtype}
@@ -126,7 +130,7 @@ def measure_rank(
         mode: Generator(
             set_mode(engine.build(config, 0, mesh).module, mode), batch=-(-batch // mesh.data.size), mesh=mesh
         )
-        for mode in RANK_MODES
+        for mode in MODES
     }
     new_prompts = round_prompts(config, batch, settings)
     candidates = {mode: lambda given, g=g: our_turns(g, given, settings.output) for mode, g in generators.items()}
@@ -186,7 +190,7 @@ def slowest(
 ) -> list[Row]:
     """Return the rows of what the ranks measured: of each mode the slowest rank's times, with the floor."""
     turns, numbers, floors = {}, {}, {}
-    for mode in RANK_MODES:
+    for mode in MODES:
         last = max(answers, key=lambda a: statistics.median(t for times in a["turns"][mode] for t in times[1:]))
         turns[mode], numbers[mode] = last["turns"][mode], last["numbers"][mode]
         # Each rank reads the shared weights and, on average, its share of the experts that tokens chose.
@@ -336,9 +340,4 @@ def headline(one: Sequence[Mapping[str, Any]]) -> str:
     most = max(row["experts"] for row in moe)
     rows = [row for row in moe if row["experts"] == most]
     ratios = ", ".join(f"{row['ratio']:.1f} (batch {row['batch']})" for row in rows)
-    line = f"With {most} experts a step of the paper's baseline takes {ratios} times as long as the optimised one"
-    compiled = {(row["model"], row["batch"]): row["median_ms"] for row in one if row["candidate"] == "compiled"}
-    if not all((row["model"], row["batch"]) in compiled for row in rows):
-        return line
-    ratios = ", ".join(f"{row['median_ms'] / compiled[row['model'], row['batch']]:.1f}" for row in rows)
-    return f"{line}, {ratios} times as long as the compiled one"
+    return f"With {most} experts a step of the paper's baseline takes {ratios} times as long as the optimised one"

@@ -86,7 +86,7 @@ def weight_bytes(config: ModelConfig, distinct: float, itemsize: int = 4) -> flo
         config.context if config.decoder.positions == "learned" else 0
     )
     used = config.active_parameters() - rows * config.hidden
-    return itemsize * (used + config.moe_layers * (distinct - config.top_k) * config.expert_parameters())
+    return itemsize * (used + config.moe_layers * (distinct - config.top_k) * config.expert_feed_forward.parameters)
 
 
 def cache_bytes(config: ModelConfig, batch: int, settings: DecodeSettings, itemsize: int = 4) -> float:
@@ -118,7 +118,7 @@ def least_seconds(
     The shared weights, and those of the `distinct` experts of each MoE layer, are read once or multiplied by the rows,
     whichever takes longer; then the cache is read.
     """
-    experts = config.moe_layers * config.expert_parameters()
+    experts = config.moe_layers * config.expert_feed_forward.parameters
     shared_bytes = weight_bytes(config, 0, itemsize)
     shared_s = max(shared_bytes / rates.read, 2 * batch * shared_bytes / itemsize / rates.products)
     experts_s = max(distinct * experts * itemsize / rates.read, 2 * batch * config.top_k * experts / rates.products)

@@ -1,9 +1,9 @@
 """`moelab bench gate`: the gate, forward and backward, against the baselines' gates.
 
 Top-1, capacity factor 1.0, random token selection, load-balancing loss; the gradient goes back to the logits through
-the weights and the loss. Candidates: ours, on a CPU also by our compiled code, the mask form (the paper's PyTorch
-baseline), and DeepSpeed's own two forms where it is installed. Inputs: see `moelab.bench.inputs.HiddenStates`, new ones
-each round. Floor: the logits read twice and their gradient written once, at the measured copy rate.
+the weights and the loss. Candidates: ours, the mask form (the paper's PyTorch baseline), and DeepSpeed's own two forms
+where it is installed. Inputs: see `moelab.bench.inputs.HiddenStates`, new ones each round. Floor: the logits read twice
+and their gradient written once, at the measured copy rate.
 """
 
 from __future__ import annotations
@@ -17,10 +17,9 @@ from torch import Tensor
 
 from moelab.bench import harness, inputs, peers, plot
 from moelab.bench.harness import Row, Timing
-from moelab.kernels import Backend, gate
+from moelab.kernels import gate
 from moelab.models import baseline
 
-COMPILED = "ours compiled"
 HIDDEN = 128
 """M of the hidden states in front of the gate; the gate's product is not measured."""
 
@@ -30,8 +29,8 @@ def _backward(logits_SE: Tensor, loss: Tensor) -> None:
     logits_SE.grad = None
 
 
-def _ours(logits_SE: Tensor, capacity: int, backend: Backend = "auto") -> None:
-    routing = gate(logits_SE, 1, capacity, seed=1, backend=backend)
+def _ours(logits_SE: Tensor, capacity: int) -> None:
+    routing = gate(logits_SE, 1, capacity, seed=1)
     _backward(logits_SE, routing.weight_SK.sum() + routing.aux_loss)
 
 
@@ -51,10 +50,10 @@ def measure(
     """
     states = inputs.HiddenStates(tokens, HIDDEN, experts, timing.device)
     capacity = max(4, math.ceil(tokens / experts))
-    candidates = {"ours": lambda logits: _ours(logits, capacity)}
-    if harness.compiled_kernels(timing.device, on_failure):
-        candidates[COMPILED] = lambda logits: _ours(logits, capacity, "compiled")
-    candidates["masks (baseline)"] = lambda logits: _masks(logits, capacity)
+    candidates = {
+        "ours": lambda logits: _ours(logits, capacity),
+        "masks (baseline)": lambda logits: _masks(logits, capacity),
+    }
     for name, call in peers.gates().items():
         candidates[name] = lambda logits, call=call: _backward(logits, call(logits))
     if on_failure is not None:

@@ -21,9 +21,8 @@ from typing import Any, Literal, TypeVar
 
 import torch
 
-from moelab import machine, paths, terminal
+from moelab import machine, terminal
 from moelab.files import write_text
-from moelab.kernels import load_compiled, why_not_compiled
 from moelab.models.products import fastest_products
 
 X = TypeVar("X")
@@ -252,29 +251,6 @@ def span(found: Sequence[Mapping[str, Any]], candidate: str) -> str:
     """
     ratios = [row["ratio"] for row in found if row["candidate"] == candidate]
     return f"{min(ratios):.1f} to {max(ratios):.1f}"
-
-
-# -- the candidates --------------------------------------------------------------------------------------------------
-
-
-def compiled_kernels(device: str, on_failure: Callable[[str, Exception], None] | None = None) -> bool:
-    """Return whether the compiled CPU kernels can be measured; compile them, so that no measured turn does.
-
-    Args:
-        on_failure: called where they cannot be compiled; None says so in a line.
-    """
-    if device != "cpu" or why_not_compiled() is not None:
-        return False
-    paths.keep_compiled_kernels()
-    try:
-        load_compiled()
-    except (RuntimeError, OSError) as error:
-        if on_failure is None:
-            terminal.console().print(f"left out: ours compiled: {error}", markup=False)
-        else:
-            on_failure("ours compiled", error)
-        return False
-    return True
 
 
 # -- the machine -----------------------------------------------------------------------------------------------------

@@ -3,7 +3,7 @@
 Top-1 (or K); S tokens through experts M -> F -> M with GELU; gradients to input, gate and weights, freed at the end of
 each step as a training loop does. Every round has new tokens and so new routing (`moelab.bench.inputs.HiddenStates`),
 the same for all candidates, whose gates have equal weights. Candidates: ours at capacity factor 1.0 (random token
-selection; as the paper trains) and drop-free, on a CPU also by our compiled code; a loop over experts and
+selection; as the paper trains) and drop-free; a loop over experts and
 `torch.nn.functional.grouped_mm`, both as plain PyTorch, drop-free; the baseline with masks and einsum at capacity
 factor 1.0; and, where installed, DeepSpeed's layer, transformers' expert functions and, on a GPU, the layers of
 `moelab.bench.kernel_peers`. At capacity factor 1.0 dropped tokens cost nothing: the share that is kept stands in the
@@ -28,8 +28,9 @@ from torch import Tensor, nn
 
 from moelab.bench import harness, inputs, kernel_peers, peers, plot
 from moelab.bench.harness import Row, Timing
+from moelab.config import FeedForward
 from moelab.inference.text import DTYPES
-from moelab.kernels import Backend, combine, dispatch, expert_ffn, gate, row_table
+from moelab.kernels import combine, dispatch, expert_ffn, gate, row_table
 from moelab.models import baseline
 
 Output = tuple[Tensor, Tensor | None]
@@ -58,13 +59,13 @@ def slots(tokens: int, experts: int) -> int:
     return max(4, math.ceil(tokens / experts))
 
 
-def ours(w: Weights, x_SM: Tensor, capacity: int | None, top_k: int = 1, backend: Backend = "auto") -> Output:
+def ours(w: Weights, x_SM: Tensor, capacity: int | None, top_k: int = 1) -> Output:
     """Compute the layer with moelab's kernels."""
-    routing = gate(w.logits(x_SM), top_k, capacity, seed=1, normalize=top_k > 1, backend=backend)
-    table = row_table(routing, backend=backend)
-    rows_RM = dispatch(x_SM, table, backend=backend)
-    rows_RM = expert_ffn(rows_RM, table.offsets_E1, w.w1, w.b1, w.w2, w.b2, backend=backend)
-    return combine(rows_RM, table, routing.weight_SK, backend=backend), routing.aux_loss
+    routing = gate(w.logits(x_SM), top_k, capacity, seed=1, normalize=top_k > 1)
+    table = row_table(routing)
+    rows_RM = dispatch(x_SM, table)
+    rows_RM = expert_ffn(rows_RM, table.offsets_E1, w.w1, w.b1, w.w2, w.b2)
+    return combine(rows_RM, table, routing.weight_SK), routing.aux_loss
 
 
 def einsum(w: Weights, x_SM: Tensor, capacity: int, top_k: int = 1) -> Output:
@@ -147,14 +148,13 @@ class LayerSize:
 
 
 DENSE, OURS, DROP_FREE, EINSUM = "dense", "ours, capacity 1.0", "ours, drop-free", "einsum (baseline)"
-COMPILED, COMPILED_FREE = "ours compiled, capacity 1.0", "ours compiled, drop-free"
 LOOP, GROUPED = "sort and loop, drop-free", "torch grouped_mm, drop-free"
 DEEPSPEED, EAGER, MIXTRAL = "deepspeed, capacity 1.0", "transformers eager", "transformers grouped_mm"
 LIGER, TRITON_KERNELS = "liger fused moe, drop-free", "triton_kernels, drop-free"
 GPU_ONLY = (LIGER, TRITON_KERNELS)
 """Those of `moelab.bench.kernel_peers`, which are compared with a reference before they are timed."""
 CANDIDATES = (
-    *(DENSE, OURS, DROP_FREE, COMPILED, COMPILED_FREE, LOOP, GROUPED, EINSUM),
+    *(DENSE, OURS, DROP_FREE, LOOP, GROUPED, EINSUM),
     *(DEEPSPEED, EAGER, MIXTRAL, *GPU_ONLY),
 )
 Candidate = tuple[nn.Module, Callable[[Tensor], Output]]
@@ -197,9 +197,6 @@ def candidates(
         GROUPED: (shared, lambda x: grouped(shared, x, K)),
         EINSUM: (shared, lambda x: einsum(shared, x, capacity, K)),
     }
-    if not {COMPILED, COMPILED_FREE}.isdisjoint(wanted) and harness.compiled_kernels(gate_EM.device.type, on_failure):
-        made[COMPILED] = (shared, lambda x: ours(shared, x, capacity, K, "compiled"))
-        made[COMPILED_FREE] = (shared, lambda x: ours(shared, x, None, K, "compiled"))
 
     def add(name: str, make: Callable[[], nn.Module]) -> nn.Module | None:
         try:
@@ -303,8 +300,9 @@ def measure(
     measured = states.measured()
     passes = 3 if backward else 1
     used = min(measured["used_experts"] * K, size.experts)
-    read = passes * used * 2 * M * size.ffn * dtype.itemsize
-    floor_s = passes * 4 * S * K * M * size.ffn / harness.product_rate(dtype, timing) + read / harness.copy_rate(timing)
+    expert = FeedForward(M, size.ffn)
+    read = passes * used * expert.weights * dtype.itemsize
+    floor_s = passes * S * K * expert.flops / harness.product_rate(dtype, timing) + read / harness.copy_rate(timing)
     case = {"tokens": S, "hidden": M, "ffn": size.ffn, "experts": size.experts, "dtype": size.dtype}
     case |= {"top_k": K} if K > 1 else {}
     case |= {"threads": torch.get_num_threads(), "passes": "forward + backward" if backward else "forward"}
@@ -346,7 +344,7 @@ def main(
 def draw(objects: list[dict[str, Any]], path: Path) -> None:
     """Draw the rows of a `layer.jsonl`, a panel for each dtype and number of threads; `path` has no suffix."""
     names = {row["candidate"] for row in objects}
-    said = [(DROP_FREE, "our drop-free layer"), (COMPILED_FREE, "compiled"), (EINSUM, "the einsum baseline")]
+    said = [(DROP_FREE, "our drop-free layer"), (EINSUM, "the einsum baseline")]
     ratios = [f"{text} {harness.span(objects, name)} times" for name, text in said if name in names]
     title = f"Time over the dense layer of equal FLOPs: {', '.join(ratios)}"
     shown = [row | {"panel": f"{row['dtype']}, {_threads(row['threads'])}"} for row in objects]

@@ -7,36 +7,22 @@ difference to the first row is due to rounding alone. All modes are drop-free.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.table import Table
 
 from moelab.config import TrainConfig
 from moelab.data import prepare
 from moelab.files import write_text
-from moelab.inference.modes import can_be_invariant, set_mode, why_not_compiled
+from moelab.inference.modes import MODES, set_mode
 from moelab.inference.text import DTYPES, load_run, run_configs
 from moelab.terminal import console
 from moelab.training.validation import evaluate
 
-REFERENCE = ("optimised", "fp32")
-"""The mode and dtype with which the others are compared."""
-
-
-def variants() -> Iterator[tuple[str, str]]:
-    """Return the modes and dtypes that work here, the reference first."""
-    yield REFERENCE
-    for dtype in DTYPES:
-        weight = torch.empty(0, dtype=DTYPES[dtype])
-        if dtype != "fp32":
-            yield "optimised", dtype
-        elif can_be_invariant(weight):
-            yield "invariant", dtype
-        if why_not_compiled(weight) is None:
-            yield "compiled", dtype
+VARIANTS = tuple((mode, dtype) for dtype in DTYPES for mode in MODES)
+"""Modes and dtypes; the others are compared with the first."""
 
 
 def measure(run: Path, tokens: int, cache: Path) -> list[dict[str, Any]]:
@@ -50,7 +36,7 @@ def measure(run: Path, tokens: int, cache: Path) -> list[dict[str, Any]]:
     config, data_config = run_configs(run)
     data = prepare(data_config, cache)
     rows: list[dict[str, Any]] = []
-    for mode, dtype in variants():
+    for mode, dtype in VARIANTS:
         model = set_mode(load_run(run, dtype=dtype), mode)
         found = evaluate(model, data, TrainConfig(), data_config.context, max_tokens=tokens)
         row = {"run": run.name, "model": str(config), "mode": mode, "dtype": dtype, "loss": found["loss"]}
@@ -75,7 +61,7 @@ def main(runs: Sequence[Path], *, tokens: int, cache: Path, out: Path | None) ->
 def show(rows: Sequence[dict[str, Any]]) -> None:
     """Print a run's rows."""
     title = f"{rows[0]['run']}, {rows[0]['validation_tokens']:,} validation tokens"
-    table = Table("mode", "loss, nats a token", f"minus {', '.join(REFERENCE)}", title=title, title_justify="left")
+    table = Table("mode", "loss, nats a token", f"minus {', '.join(VARIANTS[0])}", title=title, title_justify="left")
     for row in rows:
         table.add_row(f"{row['mode']}, {row['dtype']}", f"{row['loss']:.6f}", f"{row['minus_reference']:+.1e}")
     console().print(table)

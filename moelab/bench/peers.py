@@ -1,7 +1,8 @@
 """Call what others wrote for the same work, where it is installed (extra `peers`).
 
 DeepSpeed's gate and MoE layer, transformers' experts and its `generate`. Each is called as its users call it, in the
-same process, on the same tokens. Layers on kernels of Liger and triton_kernels: `moelab.bench.kernel_peers`.
+same process, on the same tokens. Layers on kernels of Liger and triton_kernels: `moelab.bench.kernel_peers`;
+llama.cpp: `moelab.bench.llama`.
 """
 
 from __future__ import annotations
@@ -187,6 +188,10 @@ class Peer:
         for hook in hooks:
             hook.remove()
         return statistics.mean(met[len(hooks) :]) if hooks else None  # the first call of each layer is the prompts'
+
+    def numbers(self, prompts: list[list[int]], tokens: int) -> dict[str, Any]:
+        """Return what is measured beside the time."""
+        return {"distinct_experts": self.distinct_experts(prompts, tokens)}
 
     def turns(self, prompts: list[list[int]], tokens: int) -> list[float]:
         """Return the seconds of each turn: the prompts with the first tokens, then each step."""

@@ -15,6 +15,7 @@ import typer
 import moelab
 from moelab.cli import bench, experiments, gpu, kernels, models, runs, simulate, slurm, view
 from moelab.cli._options import BENCHMARKS, RUNS, SIMULATOR
+from moelab.terminal import plain
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -66,18 +67,22 @@ def main() -> None:
             sys.exit(code)
     except _UsageError as error:
         if message := _one_line(error):
-            print(f"moelab: {message}", file=sys.stderr)
+            _complain(message)
         sys.exit(error.exit_code)
     except typer.Abort:
         sys.exit(130)
     except ValueError as error:
-        print(f"moelab: {error}", file=sys.stderr)
+        _complain(str(error))
         sys.exit(2)
     except OSError as error:
         places = " -> ".join(str(name) for name in (error.filename, error.filename2) if name is not None)
         reason = error.strerror or str(error).partition("\n")[0] or type(error).__name__
-        print(f"moelab: {reason}{': ' if places else ''}{places}", file=sys.stderr)
+        _complain(f"{reason}{': ' if places else ''}{places}")
         sys.exit(1)
+
+
+def _complain(line: str) -> None:
+    print(f"moelab: {plain(line)}", file=sys.stderr)
 
 
 def _one_line(error: Any) -> str:

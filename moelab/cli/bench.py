@@ -186,7 +186,7 @@ def bench_decode(
     dtype: Annotated[str, typer.Option(help="fp32 or bf16; bf16 with --ranks 0")] = "fp32",
     out: Out = None,
 ) -> None:
-    """Measure decoding: optimised, compiled, the paper's baseline and, where installed (extra peers), transformers.
+    """Measure decoding: our modes, the paper's baseline and, with the extra peers, transformers and llama.cpp.
 
     Under torchrun or srun each model is measured on the ranks that were started, with --rank-batch sequences over all
     of them.

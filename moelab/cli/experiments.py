@@ -1,4 +1,7 @@
-"""`moelab list`, `run`, `claims`: experiments and what they found. Heavy modules are imported inside the commands."""
+"""`moelab list`, `run`, `claims`, `power`: experiments and what they found.
+
+Heavy modules are imported inside the commands.
+"""
 
 from __future__ import annotations
 
@@ -153,8 +156,46 @@ def claims(
     console.print(listing(shown), highlight=False)
 
 
+def power(
+    name: Annotated[str, typer.Argument(help="experiment, see `moelab list`")],
+    scale: Annotated[str, typer.Option(help="whose result has the spread")] = "cpu",
+    against: Annotated[str | None, typer.Option(help="compare all other arms with this one")] = None,
+    effect: Annotated[
+        float | None, typer.Option(help="difference of two arms that is to be seen, nats per token")
+    ] = None,
+) -> None:
+    """Show how many seeds an experiment's comparisons need.
+
+    By the spread over seeds in its newest result, published or your own: of the paper's claims that it measures, or of
+    all arms against one of them.
+    """
+    import pandas as pd
+
+    from moelab import paths, terminal
+    from moelab.design.power import MOST
+    from moelab.report.planning import needs
+
+    found = needs(name, scale, *paths.all_results(), against=against, effect=effect)
+    view = terminal.table("comparison", "spread", "effect to see", "one look", "at most", "mean")
+    for row in found.to_dict("records"):
+        seeds = [f"> {MOST}" if pd.isna(row[k]) else f"{row[k]:.0f}" for k in ("at once", "at most", "on average")]
+        effect = "–" if pd.isna(row["effect"]) else f"{row['effect']:.3g}, {row['effect from']}"
+        view.add_row(row["comparison"], f"{row['spread']:.2g} of {row['seeds']}", effect, *seeds)
+    console = terminal.console()
+    console.print(view)
+    console.print(
+        "Seeds with which a comparison decides with 80 % probability if the effect is there: with one look; at most, "
+        "and on average, with a look at every third seed, where it stops as soon as it decides. The effect is half the "
+        "paper's, or the smallest of interest where the paper gives no number. The spread of a few seeds is itself "
+        "uncertain, and with it these numbers.",
+        markup=False,
+        highlight=False,
+    )
+
+
 def register(app: typer.Typer) -> None:
     """Add these commands to `moelab`."""
     app.command(name="list", rich_help_panel=EXPERIMENTS)(list_)
     app.command(rich_help_panel=EXPERIMENTS)(run)
     app.command(rich_help_panel=EXPERIMENTS)(claims)
+    app.command(rich_help_panel=EXPERIMENTS)(power)

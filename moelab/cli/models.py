@@ -12,7 +12,7 @@ from moelab.cli._options import RUNS, Out, check_choice, check_device, check_dty
 from moelab.config.parallel import EXCHANGES
 from moelab.runs.store import RunStore
 
-MODES = ("optimised", "compiled", "invariant", "baseline")
+MODES = ("optimised", "baseline")
 """Those of `moelab.inference.modes`, which torch is imported for."""
 SMALL_MODEL = "smollm2"
 """A public model that `moelab eval` fetches, one of `moelab.evaluation.models.REFERENCES`."""
@@ -28,13 +28,7 @@ def generate(
     top_k: Annotated[int, typer.Option(help="draw from the k likeliest tokens; 0 is all")] = 0,
     top_p: Annotated[float, typer.Option(help="draw from the likeliest tokens of this probability")] = 1.0,
     seed: Annotated[int, typer.Option(help="of the draws")] = 0,
-    mode: Annotated[
-        str,
-        typer.Option(
-            help="optimised; compiled: by C++ of ours, the fastest on a CPU; invariant: the same bits in any batch; "
-            "baseline: the paper's PyTorch"
-        ),
-    ] = "optimised",
+    mode: Annotated[str, typer.Option(help="optimised, or baseline: the paper's PyTorch")] = "optimised",
     dtype: Annotated[str, typer.Option(help="fp32 or bf16")] = "fp32",
     device: Annotated[str, typer.Option(help="cpu or cuda")] = "cpu",
     tensor: Annotated[int, typer.Option(help="on ranks: tensor slicing")] = 1,

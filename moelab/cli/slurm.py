@@ -206,19 +206,28 @@ def cancel(
 ) -> None:
     """Take runs and notebooks out of the queue.
 
-    Running ones write a checkpoint and can be submitted again.
+    Running ones write a checkpoint and can be submitted again. On a terminal, asks before it cancels several by a name.
     """
-    from moelab.slurm import local, queue
-    from moelab.slurm.status import overview
+    from moelab.slurm.status import cancel, overview
 
     if not names and not everything:
         raise ValueError("cancel what? name experiments, runs or submissions, or give --all")
     now = overview(names or ())
-    jobs = list(dict.fromkeys(row.job for row in now.rows if row.job))
-    queue.cancel(local.cancel(jobs))
+    rows = [row for row in now.rows if row.job]
+    if not rows and now.trouble:
+        raise ValueError(now.trouble)
+    if not rows:
+        print(f"moelab: cancel: nothing in the queue is named so: {', '.join(names or ['--all'])}", file=sys.stderr)
+        raise typer.Exit(1)
+    for row in rows:
+        print(f"{row.job}  {row.experiment}  {row.what}  {row.id}  {row.state}")
+    jobs = list(dict.fromkeys(row.job for row in rows))
+    if len(rows) > 1 and not everything and sys.stdin.isatty():
+        typer.confirm(f"cancel these {len(rows)}?", abort=True)
+    cancel(rows)
     if now.trouble:
         raise ValueError(now.trouble)
-    print(f"cancelled {len(jobs)} jobs" + (f": {', '.join(jobs)}" if jobs else "; none of these names is in the queue"))
+    print(f"cancelled {len(jobs)} job{'s' * (len(jobs) != 1)}: {', '.join(jobs)}")
 
 
 def _submit(

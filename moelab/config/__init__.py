@@ -6,9 +6,10 @@ T context length, G GPUs per node, P ranks.
 """
 
 from moelab.config.data import DataConfig
-from moelab.config.decoder import DecoderConfig, ExpertConfig, expert_pattern
+from moelab.config.decoder import DecoderConfig, expert_pattern
 from moelab.config.distill import DistillConfig
-from moelab.config.model import DTYPE_BYTES, ModelConfig
+from moelab.config.feed_forward import DTYPE_BYTES, ExpertConfig, FeedForward
+from moelab.config.model import ModelConfig
 from moelab.config.names import BASES
 from moelab.config.parallel import ExpertLayout, ParallelConfig, Position
 from moelab.config.routing import RoutingConfig
@@ -24,6 +25,7 @@ __all__ = [
     "DistillConfig",
     "ExpertConfig",
     "ExpertLayout",
+    "FeedForward",
     "ModelConfig",
     "ParallelConfig",
     "Position",

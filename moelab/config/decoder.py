@@ -1,7 +1,4 @@
-"""Describe what surrounds and what fills the MoE layers: `DecoderConfig` and `ExpertConfig`.
-
-The defaults are the paper's GPT-3-like decoder with experts as wide as its dense feed-forward.
-"""
+"""Describe what surrounds the MoE layers: `DecoderConfig`. The defaults are the paper's GPT-3-like decoder."""
 
 from __future__ import annotations
 
@@ -10,6 +7,7 @@ from typing import Any, Literal, Self
 
 from moelab.config._check import check as _check
 from moelab.config._check import check_choices
+from moelab.config.feed_forward import FunctionName
 
 
 @dataclass(frozen=True)
@@ -26,7 +24,8 @@ class DecoderConfig:
         kv_heads: heads of keys and values, each shared by H / kv_heads query heads (grouped-query attention); 0 means
             H.
         head_size: D; 0 means M / H.
-        feed_forward: function of all feed-forwards, dense and expert: "gelu", or "swiglu", which has a third matrix.
+        feed_forward: function of all feed-forwards, dense and expert: "gelu" (its tanh approximation), or "swiglu",
+            which is gated.
         ffn: feed-forward size of dense layers, F; 0 means 4M.
         biases: linear layers with a bias: "all" (but the router), "qkv" (Qwen2) or "none".
         tied: the output head is the transposed embedding; False gives it weights of its own.
@@ -39,7 +38,7 @@ class DecoderConfig:
     rotary_base: float = 10_000.0
     kv_heads: int = 0
     head_size: int = 0
-    feed_forward: Literal["gelu", "swiglu"] = "gelu"
+    feed_forward: FunctionName = "gelu"
     ffn: int = 0
     biases: Literal["all", "qkv", "none"] = "all"
     tied: bool = True
@@ -62,44 +61,6 @@ class DecoderConfig:
     def plain_attention(self) -> bool:
         """Return whether attention is the paper's: H heads of size M / H, with biases, not rotated, not normalised."""
         return self == replace(self, qk_norm="none", positions="learned", kv_heads=0, head_size=0, biases="all")
-
-    @property
-    def matrices(self) -> int:
-        """Return the number of matrices of a feed-forward."""
-        return 3 if self.gated else 2
-
-    @property
-    def gated(self) -> bool:
-        """Return whether feed-forwards have a gate matrix beside the one of the same shape."""
-        return self.feed_forward == "swiglu"
-
-
-@dataclass(frozen=True)
-class ExpertConfig:
-    """Describe the experts of MoE layers.
-
-    Attributes:
-        ffn: feed-forward size of a routed expert; 0 means that of dense layers. Fine-grained experts (DeepSeekMoE) have
-            a smaller one.
-        shared: number of shared experts, which compute every token (DeepSeekMoE); they form one feed-forward of
-            `shared * shared_ffn` whose output is added to that of the routed experts.
-        shared_ffn: feed-forward size of a shared expert; 0 means that of a routed one.
-        shared_gate: the shared experts' output is multiplied by a learned sigmoid per token (Qwen2-MoE).
-    """
-
-    ffn: int = 0
-    shared: int = 0
-    shared_ffn: int = 0
-    shared_gate: bool = False
-
-    def __post_init__(self) -> None:
-        for what in ("ffn", "shared", "shared_ffn"):
-            value = getattr(self, what)
-            _check(value >= 0, f"expert: {what} must not be negative, got {value}")
-        _check(
-            self.shared > 0 or not (self.shared_ffn or self.shared_gate),
-            "expert: shared_ffn and shared_gate describe shared experts, but shared is 0",
-        )
 
 
 def expert_pattern(layers: int, experts: int, *, dense_first: int = 0, every: int = 1) -> tuple[int, ...]:

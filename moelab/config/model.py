@@ -16,12 +16,14 @@ from typing import Any, Literal, Self
 
 from moelab.config._check import check as _check
 from moelab.config._check import check_choices
-from moelab.config.decoder import DecoderConfig, ExpertConfig
+from moelab.config.decoder import DecoderConfig
+from moelab.config.feed_forward import ExpertConfig, FeedForward, itemsize, scaled
 from moelab.config.names import BASES, GRAMMAR, NAME, PAPER_NAMES
 from moelab.config.parallel import ParallelConfig
 from moelab.config.routing import RoutingConfig
 
-DTYPE_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
+LARGEST = 1 << 24
+"""No size of a model is larger: one that is comes from a damaged file or a slip."""
 
 
 @dataclass(frozen=True)
@@ -73,6 +75,7 @@ class ModelConfig:
         for what in ("layers", "hidden", "heads", "vocab", "context"):
             value = getattr(self, what)
             _check(value >= 1, f"{where}: {what} must be at least 1, got {value}")
+            _check(value <= LARGEST, f"{where}: {what} must be at most {LARGEST:,}, got {value:,}")
         _check(self.init_std >= 0, f"{where}: init_std must not be negative, got {self.init_std}")
         _check(
             self.decoder.head_size > 0 or self.hidden % self.heads == 0,
@@ -243,8 +246,8 @@ class ModelConfig:
             top_k=min(self.top_k, min((e for e in twin_experts if e), default=self.top_k)),
             vocab=vocab,
             context=context,
-            decoder=replace(decoder, kv_heads=kv_heads, head_size=0, ffn=_scaled(decoder.ffn, scale)),
-            expert=replace(expert, ffn=_scaled(expert.ffn, scale), shared_ffn=_scaled(expert.shared_ffn, scale)),
+            decoder=replace(decoder, kv_heads=kv_heads, head_size=0, ffn=scaled(decoder.ffn, scale)),
+            expert=expert.scaled(scale),
             init_std=round(self.init_std * math.sqrt(self.hidden / width), 6),
             name=f"{self} twin",
         )
@@ -267,14 +270,20 @@ class ModelConfig:
         return self.decoder.ffn or 4 * self.hidden
 
     @property
-    def expert_ffn(self) -> int:
-        """Return the feed-forward size of a routed expert."""
-        return self.expert.ffn or self.ffn
+    def dense_feed_forward(self) -> FeedForward:
+        """Return the feed-forward of dense layers."""
+        return FeedForward(self.hidden, self.ffn, self.decoder.feed_forward, self.decoder.biases == "all")
 
     @property
-    def fixed_ffn(self) -> int:
-        """Return the feed-forward size of the branch beside the routed experts: residual or shared; 0 without one."""
-        return self.ffn if self.residual else self.expert.shared * (self.expert.shared_ffn or self.expert_ffn)
+    def expert_feed_forward(self) -> FeedForward:
+        """Return the feed-forward of one routed expert."""
+        return self.expert.routed(self.dense_feed_forward)
+
+    @property
+    def fixed_feed_forward(self) -> FeedForward | None:
+        """Return the branch beside the routed experts, residual or shared; None without one."""
+        dense = self.dense_feed_forward
+        return dense if self.residual else self.expert.shared_branch(dense)
 
     @property
     def head_size(self) -> int:
@@ -289,9 +298,9 @@ class ModelConfig:
     @property
     def ffn_sizes(self) -> tuple[int, ...]:
         """Return the feed-forward sizes that occur in the model."""
-        dense, moe = self.moe_layers < self.layers, self.is_moe
-        sizes = (self.ffn if dense else 0, self.expert_ffn if moe else 0, self.fixed_ffn if moe else 0)
-        return tuple(sorted({ffn for ffn in sizes if ffn}))
+        found = [self.dense_feed_forward] if self.moe_layers < self.layers else []
+        found += [self.expert_feed_forward, self.fixed_feed_forward] if self.is_moe else []
+        return tuple(sorted({one.ffn for one in found if one is not None}))
 
     @property
     def attention_weights(self) -> int:
@@ -310,20 +319,6 @@ class ModelConfig:
                 f"its {count} experts on {ranks} ranks; allowed: dispatch 'local', or expert 1 and expert_slicing 1",
             )
 
-    def feed_forward_parameters(self, ffn: int) -> int:
-        """Return the parameters of one feed-forward of size `ffn`."""
-        matrices = self.decoder.matrices
-        biases = (matrices - 1) * ffn + self.hidden if self.decoder.biases == "all" else 0
-        return matrices * self.hidden * ffn + biases
-
-    def expert_parameters(self) -> int:
-        """Return the parameters of one routed expert."""
-        return self.feed_forward_parameters(self.expert_ffn)
-
-    def expert_bytes(self, dtype: str = "bf16") -> int:
-        """Return the bytes of one expert's weights in `dtype`: fp32, bf16 or fp16."""
-        return self.expert_parameters() * _itemsize(dtype)
-
     def attention_parameters(self) -> int:
         """Return the parameters of one layer's attention, with the norms of queries and keys."""
         M, D, d = self.hidden, self.head_size, self.decoder
@@ -336,7 +331,7 @@ class ModelConfig:
         """Return the parameters that weigh a MoE layer's two branches: residual's learned mix or the shared gate."""
         if self.residual:
             return 2 * self.hidden + 2 if self.residual_mix == "learned" else 0
-        return self.hidden if self.expert.shared_gate else 0
+        return self.expert.mixing_parameters(self.hidden)
 
     def _shared(self) -> int:
         """Count the parameters of embeddings, attention, norms and dense feed-forwards."""
@@ -347,13 +342,13 @@ class ModelConfig:
             self.embedding_parameters()
             + self.layers * (self.attention_parameters() + 2 * norm)
             + norm
-            + dense_layers * self.feed_forward_parameters(self.ffn)
+            + dense_layers * self.dense_feed_forward.parameters
         )
 
     def _per_moe_layer(self, experts: int, used: int) -> int:
         gate = self.hidden * experts + (experts if self.routing.balance_rate else 0)
-        fixed = self.feed_forward_parameters(self.fixed_ffn) if self.fixed_ffn else 0
-        return gate + used * self.expert_parameters() + fixed + self.mixing_parameters()
+        fixed = 0 if self.fixed_feed_forward is None else self.fixed_feed_forward.parameters
+        return gate + used * self.expert_feed_forward.parameters + fixed + self.mixing_parameters()
 
     def parameters(self) -> int:
         """Return the number of parameters; a tied embedding counts once. Equals the built model's exactly."""
@@ -379,28 +374,16 @@ class ModelConfig:
         included, unused slots of the capacity are not.
         """
         M, D, T = self.hidden, self.head_size, context or self.context
-        across = self.decoder.matrices * M  # multiply-adds per unit of a feed-forward's size
-        weights = (
-            self.vocab * M + self.layers * self.attention_weights + (self.layers - self.moe_layers) * across * self.ffn
-        )
-        mix = self.mixing_parameters() // M * M
-        for e in self.experts:
-            if e:
-                weights += M * e + across * (self.top_k * self.expert_ffn + self.fixed_ffn) + mix
+        dense_layers, fixed = self.layers - self.moe_layers, self.fixed_feed_forward
+        weights = self.vocab * M + self.layers * self.attention_weights + M * sum(self.experts)
+        weights += dense_layers * self.dense_feed_forward.weights
+        weights += self.moe_layers * self.top_k * self.expert_feed_forward.weights
+        weights += self.moe_layers * (0 if fixed is None else fixed.weights)
+        weights += self.moe_layers * (self.mixing_parameters() // M * M)
         scores = self.layers * 2 * self.heads * D * (T + 1)
         forward = 2 * weights + scores
         return float(3 * forward if training else forward)
 
     def bytes(self, dtype: str = "bf16", *, active: bool = False) -> int:
         """Return the bytes of the weights (or of those that one token uses) in `dtype`: fp32, bf16 or fp16."""
-        return (self.active_parameters() if active else self.parameters()) * _itemsize(dtype)
-
-
-def _scaled(ffn: int, scale: float) -> int:
-    """Return a feed-forward size times `scale`, a multiple of 8; 0 stays 0."""
-    return max(8, round(ffn * scale / 8) * 8) if ffn else 0
-
-
-def _itemsize(dtype: str) -> int:
-    _check(dtype in DTYPE_BYTES, f"dtype must be one of {', '.join(DTYPE_BYTES)}, got {dtype!r}")
-    return DTYPE_BYTES[dtype]
+        return (self.active_parameters() if active else self.parameters()) * itemsize(dtype)

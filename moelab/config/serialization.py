@@ -52,10 +52,14 @@ def to_json(config: Any) -> dict[str, Any]:
 
 
 _hints = functools.cache(typing.get_type_hints)
+_NAMES = {list: "a list", dict: "an object"}
 
 
-def from_json(cls: type[T], data: Any, where: str = "") -> T:
-    """Return a config of type `cls` from `to_json`'s output.
+def from_json(cls: type[T], data: Any, where: str = "", *, known: bool = False) -> T:
+    """Return a dataclass of type `cls` from `to_json`'s output.
+
+    Args:
+        known: take the fields that the class knows and leave out others, which another version may have written.
 
     Raises:
         ValueError: one line naming an unknown or missing field, or one of another type.
@@ -63,39 +67,48 @@ def from_json(cls: type[T], data: Any, where: str = "") -> T:
     where = where or cls.__name__
     _check(isinstance(data, dict), f"{where}: expected an object, got {data!r}")
     hints = _hints(cls)
+    data = {key: value for key, value in data.items() if key in hints} if known else data
     unknown = set(data) - set(hints)
     _check(not unknown, f"{where}: unknown field {', '.join(sorted(unknown))}; allowed: {', '.join(hints)}")
     needed = {f.name for f in fields(cls) if f.default is MISSING and f.default_factory is MISSING}
     _check(needed <= set(data), f"{where}: {', '.join(sorted(needed - set(data)))} is missing")
-    return cls(**{key: coerce(hints[key], value, f"{where}.{key}") for key, value in data.items()})
+    return cls(**{key: coerce(hints[key], value, f"{where}.{key}", known=known) for key, value in data.items()})
 
 
-def coerce(hint: Any, value: Any, where: str) -> Any:
+def coerce(hint: Any, value: Any, where: str, *, known: bool = False) -> Any:
     """Return a JSON value, or one that has the type already, as the declared type of a field.
 
     Args:
         hint: the declared type.
         value: the value.
         where: the beginning of the message, such as "train.tokens".
+        known: see `from_json`.
 
     Raises:
         ValueError: one line, for a value of another type.
     """
     origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if hint is Any:
+        return value
     if is_dataclass(hint):
-        return value if isinstance(value, hint) else from_json(hint, value, where)
+        return value if isinstance(value, hint) else from_json(hint, value, where, known=known)
+    if origin in (list, dict):
+        _check(isinstance(value, origin), f"{where}: expected {_NAMES[origin]}, got {value!r}")
+        if origin is list:
+            return [coerce(args[0], v, where, known=known) for v in value]
+        return {key: coerce(args[1], v, where, known=known) for key, v in value.items()}
     if origin is tuple:
         _check(isinstance(value, list | tuple), f"{where}: expected a list, got {value!r}")
         inner = [args[0]] * len(value) if args[-1] is Ellipsis else args
         _check(len(inner) == len(value), f"{where}: expected {len(inner)} values, got {value!r}")
-        return tuple(coerce(h, v, where) for h, v in zip(inner, value, strict=True))
+        return tuple(coerce(h, v, where, known=known) for h, v in zip(inner, value, strict=True))
     if origin is Literal:
         _check(value in args, f"{where}: must be one of {', '.join(map(repr, args))}, got {value!r}")
         return value
     if origin in (typing.Union, types.UnionType):
         if value is None and type(None) in args:
             return None
-        return coerce(next(a for a in args if a is not type(None)), value, where)
+        return coerce(next(a for a in args if a is not type(None)), value, where, known=known)
     if hint is float and isinstance(value, int | float) and not isinstance(value, bool):
         _check(math.isfinite(value), f"{where}: expected a finite number, got {value!r}")
         return float(value)

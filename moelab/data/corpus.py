@@ -17,6 +17,7 @@ import hashlib
 import importlib.metadata
 import importlib.util
 import json
+import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
@@ -34,6 +35,7 @@ SOTU_LICENCE = "public domain; cite the American Presidency Project (UC Santa Ba
 MIX5_VALIDATION = 0.03  # of the documents of each domain, at least one
 FOLDER_VALIDATION = 0.05
 HF_VALIDATION = 0.01
+_HF_NAME = re.compile(r"[A-Za-z0-9_][\w.-]*(/[A-Za-z0-9_][\w.-]*)?(:[^/:]+)?")
 
 
 class UnknownCorpus(ValueError):
@@ -317,6 +319,11 @@ def _listing(root: Path, files: list[Path]) -> str:
 def _hf(config: DataConfig, where: str) -> Corpus:
     name, _, subset = where.partition(":")
     local = Path(name).is_dir()
+    if not local and (not _HF_NAME.fullmatch(where) or ".." in name or "--" in name):
+        raise UnknownCorpus(
+            f"data: corpus {config.corpus!r}: {where!r} is neither a folder nor the name of a Hugging Face data set "
+            "(OWNER/NAME[:CONFIG])"
+        )
     if not (local or config.max_documents or config.max_bytes):
         raise ValueError(
             f"data: corpus {config.corpus!r} is streamed and needs a bound: set max_documents or max_bytes"

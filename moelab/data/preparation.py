@@ -22,7 +22,7 @@ import numpy as np
 from moelab.config import DataConfig
 from moelab.data.corpus import Corpus, Document, open_corpus
 from moelab.data.packages import sha256_of
-from moelab.data.tokens import TokenData
+from moelab.data.tokens import TokenData, fingerprint
 
 if TYPE_CHECKING:
     from moelab.data.tokenizer import Tokenizer
@@ -158,9 +158,7 @@ def _build(config: DataConfig, corpus: Corpus, folder: Path, say: Callable[[str]
         }
         meta |= {
             "files": files,
-            "fingerprint": hashlib.sha256(
-                "".join(files[name]["sha256"] for name in sorted(files)).encode()
-            ).hexdigest(),
+            "fingerprint": fingerprint(files),
             "corpus": corpus.name,
             "licence": corpus.licence,
             "source": corpus.source,

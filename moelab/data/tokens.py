@@ -4,9 +4,12 @@ train.npy                   all training tokens, [N] uint16 (uint32 above 65536 
 validation-00-speeches.npy  the same for each domain's validation text
 tokenizer.json              the tokenizer
 meta.json                   sizes, hashes, losses to beat, versions, licence; `TokenData` reports from here
+verified.json               size, times and inode of each file when its hash was last compared
 """
 
+import contextlib
 import copy
+import functools
 import hashlib
 import itertools
 import json
@@ -18,6 +21,7 @@ import numpy as np
 
 from moelab.config.data import Part
 from moelab.data.packages import sha256_of
+from moelab.files import read_json, write_json
 
 if TYPE_CHECKING:
     from moelab.data.tokenizer import Tokenizer
@@ -27,7 +31,7 @@ BLOCK = 8192
 
 
 class TokenData:
-    """Tokens of a prepared corpus; opening costs milliseconds and no memory.
+    """Tokens of a prepared corpus; opening costs no memory, and milliseconds once the files' hashes were compared.
 
     Attributes:
         folder: where the files are.
@@ -46,14 +50,13 @@ class TokenData:
         """Open a prepared folder.
 
         Raises:
-            ValueError: a file is missing or is not what `meta.json` says.
+            ValueError: a file is missing or is not what `meta.json` says: size and SHA-256. A file is read for its
+                SHA-256 when it is new or its size, times or inode are others than those at the last comparison.
         """
         self.folder = folder
         try:
             self.meta: dict[str, Any] = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
-            for name, file in self.meta["files"].items():
-                if (size := (folder / name).stat().st_size) != file["bytes"]:
-                    raise ValueError(f"{name} has {size} bytes, not {file['bytes']}")
+            _verify(folder, self.meta)
             self.train = _map(folder / "train.npy")
             self.validation = {domain: _map(folder / part["file"]) for domain, part in self.meta["validation"].items()}
             self.vocab_size: int = self.meta["vocab_size"]
@@ -117,16 +120,6 @@ class TokenData:
 
         return Tokenizer.load(self.folder / "tokenizer.json")
 
-    def verify(self) -> None:
-        """Compare every file with its SHA-256; reads everything, where opening only looks at sizes.
-
-        Raises:
-            ValueError: a file was changed after it was made.
-        """
-        for name, file in self.meta["files"].items():
-            if sha256_of(self.folder / name) != file["sha256"]:
-                raise ValueError(f"{self.folder / name} was changed: its SHA-256 is not the one in meta.json")
-
     def check_context(self, context: int) -> None:
         """Every part must hold a window of `context` tokens and the target of the last one.
 
@@ -149,6 +142,37 @@ class TokenData:
         if domain not in self.validation:
             raise ValueError(f"data: no validation text of domain {domain!r}; there is {sorted(self.validation)}")
         return [self.meta["validation"][domain]]
+
+
+def _verify(folder: Path, meta: dict[str, Any]) -> None:
+    """Compare the files of a prepared folder with `meta.json`; ValueError, KeyError or OSError where they differ."""
+    seen, stamps = None, {}
+    with contextlib.suppress(OSError, ValueError):
+        seen = read_json(folder / "verified.json")
+    for name, file in meta["files"].items():
+        stat = (folder / name).stat()
+        stamps[name] = [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino]
+        if stat.st_size != file["bytes"]:
+            raise ValueError(f"{name} has {stat.st_size} bytes, not {file['bytes']}")
+        unseen = not isinstance(seen, dict) or seen.get(name) != stamps[name]
+        if unseen and _sha256(folder / name, *stamps[name]) != file["sha256"]:
+            raise ValueError(f"{name} was changed: its SHA-256 is not the one in meta.json")
+    if meta["fingerprint"] != fingerprint(meta["files"]):
+        raise ValueError("meta.json was changed: the fingerprint is not that of its files")
+    if stamps != seen:
+        with contextlib.suppress(OSError):  # a shared folder may be read-only
+            write_json(folder / "verified.json", stamps)
+
+
+@functools.cache
+def _sha256(path: Path, *stamp: int) -> str:
+    """Return the SHA-256 of a file as it is at a stamp; a process reads it once, also in a folder it cannot write."""
+    return sha256_of(path)
+
+
+def fingerprint(files: dict[str, dict[str, Any]]) -> str:
+    """Return the SHA-256 over the files' SHA-256s."""
+    return hashlib.sha256("".join(files[name]["sha256"] for name in sorted(files)).encode()).hexdigest()
 
 
 def _of_part(text: str, part: Part) -> str:

@@ -2,7 +2,12 @@
 
 experiment   `Experiment` and `Scale`: how runs follow from a scale, seeds, arms and overrides
 settings     the scales and the settings of their trainings
-comparison   pairs runs of one seed, gives gains their intervals and judges them against the paper
+comparison   pairs runs of one seed, gives differences their intervals and judges them against the paper
+judging      the rule by which a claim of the paper gets its verdict; simulated: that of simulations; stated: what
+             claims state in numbers
+verdicts     the one table of verdicts: words, signs, colours, meanings
+sequential   plans with several looks at the seeds
+power        how many seeds a comparison needs
 budgets      one training gives every budget of tokens; gap, data efficiency and effective size over tokens
 
 The experiments themselves are in `moelab.experiments`. This package may import everything below `moelab.experiments`.

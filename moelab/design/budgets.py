@@ -287,11 +287,3 @@ def paper_effective_size(moe: str, base: str, larger: str, per_parameter: float)
     curves = {name: paper.loss_curve(name) for name in (moe, base, larger)}
     loss = {name: float(np.interp(at, curve.tokens_B, curve.loss)) for name, curve in curves.items()}
     return math.exp((loss[base] - loss[moe]) / (loss[base] - loss[larger]) * math.log(large / small))
-
-
-def share_kept(final: pd.DataFrame, arm: str, best: str, base: str) -> list[float]:
-    """Return, seed by seed, which share of the gain of the best arm over the base another arm keeps."""
-    table = final.pivot(index="seed", columns="arm", values="validation_loss")
-    if not {arm, best, base} <= set(table):
-        return []
-    return list(((table[base] - table[arm]) / (table[base] - table[best])).dropna())

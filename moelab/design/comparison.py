@@ -11,7 +11,9 @@ from typing import TYPE_CHECKING
 
 from moelab import paper
 from moelab.config import ModelConfig
-from moelab.paper.verdicts import Gain, Verdict, judge
+from moelab.design import sequential, settings
+from moelab.design.judging import LEAST, judge
+from moelab.design.verdicts import Verdict
 from moelab.runs.spec import RunSpec
 from moelab.statistics import interval
 
@@ -21,6 +23,7 @@ if TYPE_CHECKING:
     from moelab.runs.collection import Runs
 
 TWINS = "Twins, paired by seed."
+RAISED = f"{TWINS} The look at five seeds was added after that at three had been seen."
 
 
 def by_arm(final: pd.DataFrame, value: str = "validation_loss") -> pd.DataFrame:
@@ -29,11 +32,23 @@ def by_arm(final: pd.DataFrame, value: str = "validation_loss") -> pd.DataFrame:
 
 
 def paired(final: pd.DataFrame, left: str, right: str, value: str = "validation_loss") -> list[float]:
-    """Return left - right for each seed; seeds in which one of them is missing are left out."""
+    """Return left - right for each seed; seeds that lack one are left out, and `missing` names them."""
     table = by_arm(final, value)
     if left not in table or right not in table:
         return []
     return list((table[left] - table[right]).dropna())
+
+
+def missing(final: pd.DataFrame, *arms: str) -> list[str]:
+    """Return the seeds of some arms that have no result, or none that is a number: "seed 3 of MoE-128".
+
+    A seed that any arm of `final` has is expected of all.
+    """
+    return _missing(by_arm(final).reindex(columns=list(arms)), arms)
+
+
+def _missing(table: pd.DataFrame, arms: Sequence[str]) -> list[str]:
+    return [f"seed {seed} of {arm}" for seed, lost in table.isna().iterrows() for arm in arms if lost[arm]]
 
 
 def gaps(final: pd.DataFrame, reference: str) -> pd.DataFrame:
@@ -48,16 +63,18 @@ def judge_losses(
     final: pd.DataFrame,
     arms: Mapping[str, str],
     scale: str,
-    gains: Mapping[str, tuple[str, str]] | None = None,
+    looks: Sequence[int] = (),
+    note: str = TWINS,
 ) -> list[Verdict]:
     """Judge the claims about final validation losses and total parameters; the others are not tested.
 
     Args:
         experiment: of `paper.claims`.
         arms: arm -> the paper's name of its run (a model, or with +KD, +MoS).
-        gains: id of an equality -> (better, worse): the arms whose difference is the gain that it is measured by.
+        looks: the plan, see `moelab.design.sequential`.
+        note: how the arms are compared.
     """
-    return [judge_loss(claim, final, arms, scale, (gains or {}).get(claim.id)) for claim in paper.claims(experiment)]
+    return [judge_loss(claim, final, arms, scale, looks, note) for claim in paper.claims(experiment)]
 
 
 def judge_loss(
@@ -65,22 +82,78 @@ def judge_loss(
     final: pd.DataFrame,
     arms: Mapping[str, str],
     scale: str,
-    gain: tuple[str, str] | None = None,
+    looks: Sequence[int] = (),
     note: str = TWINS,
 ) -> Verdict:
-    """Judge one claim, see `judge_losses`; the note says how the arms are compared."""
+    """Judge one claim, see `judge_losses`.
+
+    An equality is judged by the gain that the claim names, where both of its arms are there.
+    """
     if claim.quantity == "total parameters":
         return judge(claim, [size_ratio(claim.left, claim.right)], exact=True, note="Arithmetic at the paper's size.")
-    sides = [next((arm for arm, name in arms.items() if name == side), "") for side in (claim.left, claim.right)]
-    if claim.quantity != "final validation loss" or not all(sides):
-        return judge(claim, [], scale=scale)
-    values = paired(final, *sides)
-    if not values or not gain or not paired(final, *gain):
-        return judge(claim, values, note=note, scale=scale)
-    table = by_arm(final).dropna(subset=[*sides, *gain])
-    values = list(table[sides[0]] - table[sides[1]])
-    gained = Gain(f"{gain[0]} over {gain[1]}", list(table[gain[1]] - table[gain[0]]))
-    return judge(claim, values, gain=gained, note=note, scale=scale)
+    share = share_of_training(claim, final, arms, scale)
+    if claim.quantity != "final validation loss" or not len(final):
+        return judge(claim, [], scale=scale, share=share)
+    return judge(claim, **compared(claim, by_arm(final), arms), note=note, scale=scale, share=share, looks=looks)
+
+
+def compared(
+    claim: paper.Claim, table: pd.DataFrame, arms: Mapping[str, str], *, lower_is_better: bool = True
+) -> dict[str, list]:
+    """Return what `judge` compares: values, gain and missing; no values where the table lacks a side of the claim.
+
+    The gain is there where the table has both arms of it.
+
+    Args:
+        table: a row per seed, a column per arm.
+        arms: arm -> the paper's name of its run.
+    """
+    columns = {name: arm for arm, name in arms.items() if arm in table}
+    left, right, better, worse = (columns.get(n) for n in (claim.left, claim.right, claim.gain_of, claim.gain_over))
+    if not left or not right:
+        return {"values": []}
+    known = bool(better and worse)
+    sides = list(dict.fromkeys([left, right, *([better, worse] if known else [])]))
+    whole = table[sides].dropna()
+    gain = whole[worse] - whole[better] if known else whole[left].iloc[:0]
+    return {
+        "values": list(whole[left] - whole[right]),
+        "gain": list(gain if lower_is_better else -gain),
+        "missing": _missing(table, sides),
+    }
+
+
+def share_of_training(claim: paper.Claim, final: pd.DataFrame, arms: Mapping[str, str], scale: str) -> float | None:
+    """Return the share of the paper's training that the runs of a claim reach; None where none of them is there.
+
+    Training is counted in tokens for each parameter that the dense base has outside its embeddings, so 1 is the paper's
+    own ratio of tokens to parameters.
+    """
+    reached = [
+        tokens_a_parameter(name, scale, tokens) / tokens_a_parameter(name)
+        for name in (claim.left, claim.right)
+        if "tokens" in final and name in arms.values()
+        for tokens in final.loc[final["arm"].map(arms) == name, "tokens"].unique()
+    ]
+    return min(reached, default=None)
+
+
+def tokens_a_parameter(name: str, scale: str = "paper", tokens: float | None = None) -> float:
+    """Return a run's tokens for each parameter of its dense base outside the embeddings.
+
+    Args:
+        name: the paper's name of the run.
+        scale: whose model it is.
+        tokens: of the run; by default the paper's.
+    """
+    base = settings.base_of(name)
+    model = ModelConfig.parse(base) if scale == "paper" else settings.spec(base, scale).model
+    return (tokens or paper.training_settings(name).train_tokens) / model.non_embedding_parameters()
+
+
+def alpha(final: pd.DataFrame, looks: Sequence[int]) -> float:
+    """Return the level of the look at these runs: the chance that one of the figure's intervals misses its mean."""
+    return sequential.level(final["seed"].nunique(), tuple(looks))
 
 
 def size_ratio(left: str, right: str) -> float:
@@ -89,22 +162,26 @@ def size_ratio(left: str, right: str) -> float:
     return sizes[0] / sizes[1]
 
 
-def interval_text(values: Sequence[float]) -> str:
-    """Return the 95 % interval of a mean and the number of seeds, in words."""
+def interval_text(values: Sequence[float], looks: Sequence[int] = ()) -> str:
+    """Return the 95 % interval of a mean, the repeated one of a plan's look, and the number of seeds, in words."""
     if len(values) < 2:
         return "1 seed, no spread"
-    _, low, high = interval(values)
+    _, low, high = interval(values, sequential.level(len(values), tuple(looks)))
     return f"95 % interval {low:+.3f} to {high:+.3f}, {len(values)} seeds"
 
 
-def difference(final: pd.DataFrame, left: str, right: str) -> str:
-    """Return "LEFT ends 0.012 nats above RIGHT (95 % interval …)", or which of the arms is missing."""
+def difference(final: pd.DataFrame, left: str, right: str, looks: Sequence[int] = ()) -> str:
+    """Return "LEFT ends 0.012 nats above RIGHT (95 % interval …)", or which of the arms is missing.
+
+    Seeds of which one arm has no result are named.
+    """
     values = paired(final, left, right)
     if not values:
         return f"{left} and {right} have no finished pair"
-    mean = sum(values) / len(values)
+    mean, lost = sum(values) / len(values), missing(final, left, right)
     where = f"{abs(mean):.3f} nats {'below' if mean < 0 else 'above'}" if abs(mean) >= 0.0005 else "level with"
-    return f"{left} ends {where} {right} ({interval_text(values)})"
+    without = f"; without {', '.join(lost)}" if lost else ""
+    return f"{left} ends {where} {right} ({interval_text(values, looks)}{without})"
 
 
 def differences(final: pd.DataFrame, expected: Sequence[tuple[str, str, str]]) -> pd.DataFrame:
@@ -115,7 +192,7 @@ def differences(final: pd.DataFrame, expected: Sequence[tuple[str, str, str]]) -
 
     Returns:
         Columns left, right, mean (left minus right), low, high (95 % interval), seeds, expected, found: "below" or
-        "above" if the interval is on one side of zero, else "cannot tell"; "one seed" has no interval.
+        "above" if the interval is on one side of zero, else "cannot tell"; "too few seeds" below `judging.LEAST`.
     """
     import pandas as pd
 
@@ -124,7 +201,9 @@ def differences(final: pd.DataFrame, expected: Sequence[tuple[str, str, str]]) -
         if values := paired(final, left, right):
             mean, low, high = interval(values)
             found = "below" if high < 0 else "above" if low > 0 else "cannot tell"
-            rows.append([left, right, mean, low, high, len(values), where, found if len(values) > 1 else "one seed"])
+            rows.append(
+                [left, right, mean, low, high, len(values), where, found if len(values) >= LEAST else "too few seeds"]
+            )
     return pd.DataFrame(rows, columns=["left", "right", "mean", "low", "high", "seeds", "expected", "found"])
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from moelab.config import RoutingConfig
@@ -50,6 +50,9 @@ def twin_scales(runs: int, paper: str | None = None, quick: int = 0) -> dict[str
     return scales | ({"paper": Scale(paper, "not run; see its dry run")} if paper else {})
 
 
+LOOKS = {"full": (3, 6, 9)}
+"""Scale -> the looks of experiments that name none; elsewhere there is one, at three seeds."""
+
 MOST_SEEDS = 1000
 """More seeds are taken for a slip of the keyboard: a plan of so many runs takes minutes to print."""
 
@@ -78,9 +81,9 @@ class Experiment:
         measures: the notebook measures time, so nothing else should run beside it.
         measures_on_gpu: scales at which the notebook's own process works on a GPU: it measures time, or asks a model
             with its weights.
-        planned_seeds: number of seeds on which the published verdicts rest. It is set here before the first
-            run, so that no verdict comes from adding seeds until it turns.
-        planned_first: the number that was planned first, if it was raised after results had been seen; verdicts say so.
+        looks: scale -> numbers of seeds at which its comparisons are judged, increasing, see
+            `moelab.design.sequential`; other scales as `LOOKS` says. It is set before the first run, by what
+            `moelab power` says, so that no verdict comes from adding seeds until it turns.
     """
 
     name: str
@@ -96,8 +99,7 @@ class Experiment:
     trains: bool = True
     measures: bool = False
     measures_on_gpu: tuple[str, ...] = ()
-    planned_seeds: int = 3
-    planned_first: int = 0
+    looks: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
 
     @property
     def module(self) -> str:
@@ -114,6 +116,10 @@ class Experiment:
         if name not in self.scales:
             raise ValueError(f"experiment {self.name}: no scale {name!r}; allowed: {', '.join(self.scales)}")
         return self.scales[name]
+
+    def looks_at(self, scale: str) -> tuple[int, ...]:
+        """Return the numbers of seeds at which comparisons are judged at a scale."""
+        return self.looks.get(scale) or LOOKS.get(scale, (3,))
 
     def specs(
         self,

@@ -28,6 +28,7 @@ from moelab.engine.tensor_slicing import ColumnLinear, RowLinear
 from moelab.models.dispatch import Dispatch
 from moelab.models.gpt import GPT, allocate, initial_weight
 from moelab.models.grouped_attention import GroupedAttention
+from moelab.models.layers import RMSNorm
 from moelab.models.moe import MLP, Experts, MoE
 
 
@@ -53,14 +54,13 @@ class SlicedExperts(Experts):
     """
 
     def __init__(self, config: ModelConfig, groups: ExpertGroups) -> None:
-        ffn = config.expert_ffn // groups.slices.size
-        super().__init__(groups.layout.experts_per_rank, config.hidden, ffn, config.decoder)
+        super().__init__(groups.layout.experts_per_rank, config.expert_feed_forward.slice(groups.slices.size))
         self.adds_bias = groups.slices.index == 0
 
-    def forward(self, rows_RM: Tensor, offsets_E1: Tensor) -> Tensor:
-        """Compute as `Experts.forward`; the output bias enters the sum over slices once."""
-        down_bias = self.down_bias if self.down_bias is None or self.adds_bias else self.down_bias * 0
-        return self.compute(rows_RM, offsets_E1, down_bias)
+    def weights(self) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:
+        """Return the weights as `Experts.weights`; the output bias is zero on all slices but one."""
+        w1, b1, w2, b2 = super().weights()
+        return w1, b1, w2, b2 if b2 is None or self.adds_bias else b2 * 0
 
 
 def build(config: ModelConfig, seed: int | None, mesh: Mesh, dtype: torch.dtype = torch.float32) -> ParallelModel:
@@ -115,9 +115,9 @@ def _slice_block(block: nn.Module, config: ModelConfig, mesh: Mesh) -> None:
             block.ffn.router.pool = functools.partial(_mean, mesh=mesh)
 
 
-def _sliced_norm(norm: nn.RMSNorm, group: Group) -> nn.RMSNorm:
+def _sliced_norm(norm: RMSNorm, group: Group) -> RMSNorm:
     """Return a norm with the weights of this rank's part of the width."""
-    return nn.RMSNorm(norm.normalized_shape[0] // group.size, eps=norm.eps)
+    return RMSNorm(norm.normalized_shape[0] // group.size, eps=norm.eps)
 
 
 def make_dispatch(name: str, static_tokens: int = 0, *, groups: ExpertGroups, config: ParallelConfig) -> Dispatch:
@@ -160,16 +160,17 @@ def _placement(name: str, shape: tuple[int, ...], config: ModelConfig, mesh: Mes
         groups = mesh.experts(shape[0])
         layout, position = groups.layout, groups.position
         parts = {0: (position.expert, layout.parallel)}
-        if leaf != "down_bias":
-            parts[1 if leaf == "down" else len(shape) - 1] = (position.slice, layout.slices)
-        replicas = groups.same_experts if leaf == "down_bias" else groups.replicas
+        sliced = config.expert_feed_forward.tensors()[leaf].sliced
+        if sliced is not None:
+            parts[1 + sliced] = (position.slice, layout.slices)
+        replicas = groups.same_experts if sliced is None else groups.replicas
         return Placement.part(shape, parts, replicas.ranks, layout.token_replicas)
     if mesh.tensor.size > 1 and (dim := _SLICED_DIM.get((module, leaf))) is not None:
         part = (mesh.tensor.index, mesh.tensor.size)
         stretches: tuple[int, ...] = ()
         if module == "qkv":
             stretches = tuple(n * config.head_size for n in (config.heads, config.kv_heads, config.kv_heads))
-        elif module == "up" and config.decoder.gated:
+        elif module == "up" and (config.fixed_feed_forward if ".mlp." in name else config.dense_feed_forward).gated:
             stretches = (shape[0] // 2,) * 2
         return Placement.part(shape, {dim: part}, mesh.data.ranks, 1, stretches)
     if module in ("q_norm", "k_norm"):  # each tensor rank has the gradient of its own heads only

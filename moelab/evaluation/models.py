@@ -26,9 +26,9 @@ from moelab.config import digest
 from moelab.data import Tokenizer
 from moelab.data.packages import Package, unpacked
 from moelab.engine.checkpoint import hf
-from moelab.files import read_json
+from moelab.files import read_object
 from moelab.inference.generate import Generator
-from moelab.inference.modes import can_be_invariant, set_mode
+from moelab.inference.modes import set_mode
 from moelab.inference.sampling import Sampling
 from moelab.inference.text import DTYPES, open_model
 from moelab.models import GPT
@@ -73,9 +73,8 @@ class Ours:
     def __init__(self, model: GPT, end: int) -> None:
         self.digest = _digest(digest(model.config), model)  # before `set_mode`, which may pack the weights
         self.context, self.vocab = model.config.context, model.config.vocab
-        weight = model.token_embedding.weight
-        self.device = weight.device
-        self.model, self.end = set_mode(model, "invariant" if can_be_invariant(weight) else "optimised"), end
+        self.device = model.token_embedding.weight.device
+        self.model, self.end = set_mode(model), end
         self._generator: Generator | None = None
 
     def trunk(self, tokens_BT: Tensor) -> Tensor:
@@ -216,7 +215,7 @@ def open_evaluated(
     if dtype not in DTYPES:
         raise ValueError(f"dtype must be fp32 or bf16, got {dtype!r}")
     ours = (directory / "spec.json").is_file()
-    kind = (read_json(directory / "config.json") or {}).get("model_type")
+    kind = (read_object(directory / "config.json") or {}).get("model_type")
     gguf = sorted(directory.glob("*.gguf"))
     if ours or kind in hf.FORMATS or not (kind or gguf):
         model, tokenizer = open_model(directory, cache=cache, dtype=dtype, device=device)

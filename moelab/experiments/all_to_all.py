@@ -20,8 +20,9 @@ from typing import TYPE_CHECKING, Any
 
 from moelab import paper
 from moelab.design.experiment import Experiment, Scale
+from moelab.design.judging import judge
+from moelab.design.verdicts import Verdict
 from moelab.experiments.decoding import check_file
-from moelab.paper.verdicts import Verdict, judge
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -26,11 +26,11 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from moelab import paper
-from moelab.config import ModelConfig
 from moelab.config.distill import DistillConfig
 from moelab.design import comparison, settings
 from moelab.design.experiment import Experiment, Scale
-from moelab.paper.verdicts import Verdict, judge
+from moelab.design.judging import judge
+from moelab.design.verdicts import Verdict
 from moelab.runs import with_weights
 from moelab.runs.spec import RunSpec, Start
 
@@ -203,44 +203,26 @@ def late_training(curves: pd.DataFrame, training: pd.DataFrame, until: float) ->
 
 
 def verdicts(final: pd.DataFrame, curves: pd.DataFrame, scale: str, base: str = "350M") -> list[Verdict]:
-    """Judge the claims on distillation throughout and staged, for the runs of one base.
-
-    Equality with the teacher is measured by what the teacher gains over the student alone.
-    """
-    arms = names(base)
+    """Judge the claims on distillation throughout and staged, for the runs of one base."""
+    arms, looks = names(base), EXPERIMENT.looks_at(scale)
     judged = []
     for claim in paper.claims("distillation"):
         if claim.id == "full-kd-helps-early" and claim.right == arms["L21 alone"]:
             values = list(early(curves).query("arm == 'L21 + KD'")["gap"])
             note = "Mean over the evaluations of the first half of training, at the peak rate; twins, paired by seed."
-            judged.append(judge(claim, values, note=note, scale=scale))
+            lost = comparison.missing(final, "L21 + KD", "L21 alone") if values else ()
+            judged.append(judge(claim, values, note=note, scale=scale, looks=looks, missing=lost))
         else:
             halves = scale != "paper" and arms["Teacher"] in (claim.left, claim.right)
             note = f"{comparison.TWINS} {HALVES}" if halves else comparison.TWINS
-            if claim.id == "full-kd-hurts-late" and scale != "paper" and "L21 + KD" in set(final["arm"]):
-                note = f"{note} {_earlier(final, scale)}"
-            judged.append(comparison.judge_loss(claim, final, arms, scale, ("Teacher", "L21 alone"), note))
+            judged.append(comparison.judge_loss(claim, final, arms, scale, looks, note))
     return judged
 
 
-def _earlier(final: pd.DataFrame, scale: str) -> str:
-    """Return where the paper's 350M curves cross and where the twins end, in tokens a parameter of the base."""
-    published = paper.training_settings("350M+PR-MoE-32/64+L21+MoS")
-    crossing = published.kd_stop_steps * published.batch_seqs * published.seq_len
-    theirs = crossing / ModelConfig.parse("350M").non_embedding_parameters()
-    ours = final.loc[final["arm"] == "L21 + KD", "tokens"].max() / (
-        settings.spec("350M", scale).model.non_embedding_parameters()
-    )
-    return (
-        f"The paper's curves cross after {theirs:.0f} tokens for each parameter of the dense base; twins end after "
-        f"{ours:.0f}."
-    )
-
-
-def headline(final: pd.DataFrame, base: str = "350M") -> str:
+def headline(final: pd.DataFrame, base: str = "350M", scale: str = "") -> str:
     """Return the result in one line, which names the base, because results of both bases appear together."""
-    staged = "L21 + staged KD" in set(final["arm"])
-    return f"{base} base: {comparison.difference(final, 'L21 + staged KD' if staged else 'L21 + KD', 'L21 alone')}"
+    taught = "L21 + staged KD" if "L21 + staged KD" in set(final["arm"]) else "L21 + KD"
+    return f"{base} base: {comparison.difference(final, taught, 'L21 alone', EXPERIMENT.looks_at(scale))}"
 
 
 EXPERIMENT = Experiment(

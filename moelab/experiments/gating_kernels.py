@@ -13,12 +13,13 @@ Expect: little difference at the 8 tokens of a decoding step, tens of times at h
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from moelab import paper
 from moelab.design.experiment import Experiment, Scale
-from moelab.paper.verdicts import DIRECTION, REPRODUCED, Verdict, judge, judge_timing
+from moelab.design.judging import judge, judge_timing
+from moelab.design.verdicts import Verdict
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -197,8 +198,7 @@ def verdicts(ratios: pd.DataFrame, scale: str, device: str, counted_work: float)
     """Judge the claims of section 5.4: the counted work of dispatch, exactly, and "more than six times".
 
     The second is taken at a decoding step's tokens and the most experts, over sessions. The paper speaks of GPUs; on a
-    CPU only the direction is judged, so the best verdict is "direction only". Smoke's shapes are too small for either
-    claim.
+    CPU only the direction is judged. Smoke's shapes are too small for either claim.
 
     Args:
         ratios: from `speedups`.
@@ -214,9 +214,13 @@ def verdicts(ratios: pd.DataFrame, scale: str, device: str, counted_work: float)
         f"On {device}: {tokens} tokens, {experts} experts; "
         f"over all shapes {medians.min():.1f} to {medians.max():.1f} times."
     )
-    found = judge_timing(CLAIM, [list(part) for part in sessions], note=note, scale=scale if scale == "smoke" else None)
-    if scale == "cpu" and found.verdict == REPRODUCED:
-        found = replace(found, verdict=DIRECTION)
+    found = judge_timing(
+        CLAIM,
+        [list(part) for part in sessions],
+        note=note,
+        scale=scale if scale == "smoke" else None,
+        number=scale != "cpu",
+    )
     counted = judge(
         paper.claim("dispatch-cost-factor-e"),
         [counted_work],

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 from moelab.design import comparison
 from moelab.design.experiment import Experiment, twin_scales
-from moelab.paper.verdicts import Verdict
+from moelab.design.verdicts import Verdict
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -32,12 +32,13 @@ ARMS = {
 
 def verdicts(final: pd.DataFrame, scale: str) -> list[Verdict]:
     """Judge the paper's claim on the two halves."""
-    return comparison.judge_losses("half-moe", final, ARMS, scale)
+    note = comparison.RAISED if scale == "cpu" else comparison.TWINS
+    return comparison.judge_losses("half-moe", final, ARMS, scale, EXPERIMENT.looks_at(scale), note)
 
 
-def headline(final: pd.DataFrame) -> str:
+def headline(final: pd.DataFrame, scale: str = "") -> str:
     """Return the result in one line."""
-    return comparison.difference(final, "Second half", "First half")
+    return comparison.difference(final, "Second half", "First half", EXPERIMENT.looks_at(scale))
 
 
 EXPERIMENT = Experiment(
@@ -49,6 +50,5 @@ EXPERIMENT = Experiment(
     paper_answer="Yes: experts in the second half of the layers lower the loss clearly more than in the first.",
     scales=twin_scales(4, "350M base with 32 experts; 300 B tokens"),
     arms=ARMS,
-    planned_seeds=5,
-    planned_first=3,
+    looks={"cpu": (3, 5)},
 )

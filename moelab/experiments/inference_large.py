@@ -16,8 +16,9 @@ from typing import TYPE_CHECKING
 from moelab import paper
 from moelab.config import ModelConfig
 from moelab.design.experiment import Experiment, Scale
+from moelab.design.simulated import judge_simulated
+from moelab.design.verdicts import Verdict
 from moelab.experiments.decoding import check_file
-from moelab.paper.verdicts import Verdict, judge_simulated
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -8,7 +8,7 @@ Here: twins on the same data order from the same shared weights; sizes, tokens a
 says. The paper's PR-MoE has 28 % more active parameters than MoE-128, its twin 32 wide 12 %; `Top2-MoE-128` has about
 as many, so it is MoE-128 at PR-MoE's compute. `PR-MoE-32/64 (sum)` adds the two branches, as the text says; the others
 mix them by learned coefficients, as the released code does. Dense, PR-MoE and MoE-128 are also trained at smaller
-token budgets (`budgets`), which tells whether PR-MoE's share of the gain is one of this length only.
+token budgets (`budgets`), which tells whether their gains are ones of this length only.
 
 Fixed before the first run: 3 seeds, all arms on each. Fixed on 2026-11-26, after three seeds of some arms had left most
 claims undecided: seeds 3 and 4 for all arms, because half of the paper's effects is below 0.02 nats.
@@ -17,7 +17,6 @@ Five is the end: no verdict comes from adding seeds until it turns.
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -26,9 +25,9 @@ from moelab.config import ModelConfig
 from moelab.config.parallel import ParallelConfig
 from moelab.design import budgets, comparison, settings
 from moelab.design.experiment import Experiment, twin_scales
-from moelab.paper.verdicts import Verdict, judge_simulated
+from moelab.design.simulated import judge_simulated
+from moelab.design.verdicts import Verdict
 from moelab.runs.spec import RunSpec
-from moelab.statistics import interval
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -128,10 +127,10 @@ def paper_gaps() -> dict[str, tuple[float, float, float]]:
 def verdicts(final: pd.DataFrame, scale: str = "cpu") -> list[Verdict]:
     """Judge the paper's claims on this ablation on `Runs.final()`; sizes follow from the paper's own models.
 
-    Memory is simulated, and equality with MoE-128 is measured by what MoE-128 gains over the dense base.
+    Memory is simulated.
     """
-    gains = {"pr-moe-matches-moe128": ("MoE-128", "Dense")}
-    judged = comparison.judge_losses("pr-moe", final, _OF_THE_PAPER, scale, gains)
+    note = comparison.RAISED if scale == "cpu" else comparison.TWINS
+    judged = comparison.judge_losses("pr-moe", final, _OF_THE_PAPER, scale, EXPERIMENT.looks_at(scale), note)
     return [_memory() if verdict.claim == "pr-moe-training-memory" else verdict for verdict in judged]
 
 
@@ -166,33 +165,25 @@ def _memory() -> Verdict:
     return judge_simulated(paper.claim("pr-moe-training-memory"), ratios[best], note=note)
 
 
-def paper_share() -> float:
-    """Return which share of MoE-128's gain over the dense base the paper's PR-MoE keeps, from `paper_gaps`."""
-    gaps = paper_gaps()
-    return 1 - gaps["PR-MoE-32/64"][0] / gaps["Dense"][0]
+def gain_headline(final: pd.DataFrame, scale: str = "") -> str:
+    """Return, in one line, what PR-MoE and MoE-128 gain over the dense base, and what 128 experts gain over 32.
+
+    The second is the gain that PR-MoE is to keep: over the dense base MoE-32 has most of MoE-128's gain, too.
+    """
+    text = comparison.gaps_headline(comparison.gaps(final[final["arm"].isin(BUDGETED)], "Dense"), "Dense")
+    if not {"MoE-128", "MoE-32"} <= set(final["arm"]):
+        return text
+    return f"{text}; {comparison.difference(final, 'MoE-128', 'MoE-32', EXPERIMENT.looks_at(scale))}"
 
 
-def share_headline(final: pd.DataFrame) -> str:
-    """Return, in one line, which share of MoE-128's gain PR-MoE keeps."""
-    shares = budgets.share_kept(final, "PR-MoE-32/64", "MoE-128", "Dense")
-    if not shares:
-        return "Dense, PR-MoE and MoE-128 have no finished seed in common"
-    gain = -statistics.fmean(comparison.paired(final, "MoE-128", "Dense"))
-    if gain <= 0:
-        return f"MoE-128 gains nothing over Dense here ({-gain:+.3f} nats), so there is no gain that PR-MoE could keep"
-    mean, low, high = interval(shares)
-    spread = f"95 % interval {low:.0%} to {high:.0%}, {len(shares)} seeds" if len(shares) > 1 else "1 seed, no spread"
-    return f"PR-MoE-32/64 keeps {mean:.0%} of MoE-128's gain ({spread}; paper: {paper_share():.0%})"
-
-
-def moe_headline(final: pd.DataFrame) -> str:
+def moe_headline(final: pd.DataFrame, scale: str = "") -> str:
     """Return, in one line, how MoE-128 compares with the dense base."""
-    return comparison.difference(final, "MoE-128", "Dense")
+    return comparison.difference(final, "MoE-128", "Dense", EXPERIMENT.looks_at(scale))
 
 
-def headline(final: pd.DataFrame) -> str:
+def headline(final: pd.DataFrame, scale: str = "") -> str:
     """Return the result in one line, for titles."""
-    text = comparison.difference(final, "PR-MoE-32/64", "MoE-128")
+    text = comparison.difference(final, "PR-MoE-32/64", "MoE-128", EXPERIMENT.looks_at(scale))
     size = final.drop_duplicates("arm").set_index("arm")["parameters"]
     if not {"PR-MoE-32/64", "MoE-128"} <= set(size.index):
         return text
@@ -209,6 +200,5 @@ EXPERIMENT = Experiment(
     scales=twin_scales(10, "the paper's models; 300 B tokens", quick=3),
     arms=ARMS,
     build=build,
-    planned_seeds=5,
-    planned_first=3,
+    looks={"cpu": (3, 5)},
 )

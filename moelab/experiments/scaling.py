@@ -16,14 +16,12 @@ would see 7 for each parameter and say nothing about the paper's.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from moelab import paper
-from moelab.config import ModelConfig
 from moelab.design import budgets, comparison, settings
 from moelab.design.experiment import Experiment, Scale
-from moelab.paper.verdicts import DIRECTION, REPRODUCED, Verdict, judge
+from moelab.design.verdicts import Verdict
 from moelab.runs.spec import RunSpec
 
 if TYPE_CHECKING:
@@ -74,14 +72,14 @@ def training_length(final: pd.DataFrame, scale: str) -> pd.DataFrame:
 
     rows = {}
     for run in final.drop_duplicates("arm").itertuples():
-        base = settings.base_of(run.arm)
-        published = paper.training_settings(run.arm).train_tokens
-        large = ModelConfig.parse(base).non_embedding_parameters()
-        small = settings.spec(base, scale).model.non_embedding_parameters()
+        ours, theirs = comparison.tokens_a_parameter(run.arm, scale, run.tokens), comparison.tokens_a_parameter(run.arm)
         rows[run.arm] = {
-            "tokens a parameter": run.tokens / small,
-            "paper: tokens a parameter": published / large,
-            "ours reach the paper's curve at (B tokens)": run.tokens / small * large / 1e9,
+            "tokens a parameter": ours,
+            "paper: tokens a parameter": theirs,
+            "ours reach the paper's curve at (B tokens)": ours
+            / theirs
+            * paper.training_settings(run.arm).train_tokens
+            / 1e9,
         }
     return pd.DataFrame(rows).T
 
@@ -125,49 +123,13 @@ def _first_at(curve: pd.DataFrame, goal: float) -> float | None:
 
 
 def verdicts(final: pd.DataFrame, scale: str) -> list[Verdict]:
-    """Judge the claims of Fig 1; those on the larger dense model only at the paper's budget, else they are shown.
-
-    Equality with the larger model is measured by what the MoE gains over its own base. That gain's number counts as
-    reproduced only if it is also the paper's at as many tokens for each of the base's parameters.
-    """
-    judged = []
-    for claim in paper.claims("scaling"):
-        base = next((base for moe, base, _ in PAIRS if moe == claim.left), claim.right)
-        if claim.kind != "difference":
-            judged.append(judge(claim, [], scale=scale))
-            continue
-        found = comparison.judge_loss(claim, final, ARMS, scale, (claim.left, base))
-        judged.append(_at_equal_length(found, claim, final, scale) if base == claim.right else found)
-    return judged
+    """Judge the claims of Fig 1; those on the larger dense model where the runs reach the crossing of the curves."""
+    return comparison.judge_losses("scaling", final, ARMS, scale, EXPERIMENT.looks_at(scale))
 
 
-def _at_equal_length(found: Verdict, claim: paper.Claim, final: pd.DataFrame, scale: str) -> Verdict:
-    """Return the verdict on an MoE's gain over its base, beside the paper's gain at equal tokens a parameter.
-
-    "Reproduced" becomes "direction only" where the interval does not show that gain.
-    """
-    import numpy as np
-
-    theirs, length = budgets.paper_gaps(claim.left, claim.right), training_length(final, scale)
-    if not found.samples or claim.left not in length.index:
-        return found
-    ours = length.loc[claim.left, "tokens a parameter"]
-    if not theirs["per_parameter"].min() <= ours < theirs["per_parameter"].max():
-        return found
-    gap, low, high = (float(np.interp(ours, theirs["per_parameter"], theirs[name])) for name in ("gap", "low", "high"))
-    there = replace(claim, value=gap, value_low=low, value_high=high)
-    note = (
-        f"The paper's number is that of the end of its runs; where its base has seen as many tokens for each parameter "
-        f"as ours ({ours:.0f}), its gap is {gap:.3f} ({low:.3f} to {high:.3f})."
-    )
-    shown = comparison.judge_loss(there, final, ARMS, scale).verdict
-    verdict = DIRECTION if found.verdict == REPRODUCED and shown != REPRODUCED else found.verdict
-    return replace(found, verdict=verdict, note=f"{found.note} {note}".strip())
-
-
-def headline(final: pd.DataFrame) -> str:
+def headline(final: pd.DataFrame, scale: str = "") -> str:
     """Return the result in one line."""
-    return comparison.difference(final, "350M+MoE-128", "350M")
+    return comparison.difference(final, "350M+MoE-128", "350M", EXPERIMENT.looks_at(scale))
 
 
 def paper_length() -> float:

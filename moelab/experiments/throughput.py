@@ -20,7 +20,8 @@ from typing import TYPE_CHECKING
 from moelab import paper
 from moelab.config import ModelConfig
 from moelab.design.experiment import Experiment, Scale
-from moelab.paper.verdicts import Verdict, judge_simulated
+from moelab.design.simulated import judge_simulated
+from moelab.design.verdicts import Verdict
 from moelab.runs.spec import RunSpec
 
 if TYPE_CHECKING:

@@ -24,7 +24,8 @@ from moelab import paper
 from moelab.config import ModelConfig, RoutingConfig
 from moelab.design import comparison
 from moelab.design.experiment import Experiment, twin_scales
-from moelab.paper.verdicts import Verdict, judge, judge_timing
+from moelab.design.judging import judge, judge_timing
+from moelab.design.verdicts import Verdict
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -119,13 +120,11 @@ def speed_headline(measured: pd.DataFrame) -> str:
 def verdicts(final: pd.DataFrame, timed: Mapping[int, Sequence[Sequence[float]]], scale: str) -> list[Verdict]:
     """Judge the claims: loss on the twins, speed as measured, volume and FLOPs by counting at the paper's size.
 
-    Equality in loss is measured by what Top-2 gains over top-1.
-
     Args:
         timed: ranks -> `sessions` on them.
     """
     ranks = {"residual-faster-than-top2": 1, **{f"residual-faster-than-top2-{n}-ranks": n for n in (2, 4)}}
-    judged = []
+    judged, shared = [], comparison.RAISED if scale == "cpu" else comparison.TWINS
     for claim in paper.claims("top2-vs-residual"):
         left, right = (ModelConfig.parse(side) for side in (claim.left, claim.right))
         if claim.id in ranks:
@@ -141,13 +140,13 @@ def verdicts(final: pd.DataFrame, timed: Mapping[int, Sequence[Sequence[float]]]
         elif claim.id == "top2-flops-33pct":
             judged.append(judge(claim, [layer_flops(left) / layer_flops(right)], exact=True, note="Counted."))
         else:
-            judged.append(comparison.judge_loss(claim, final, ARMS, scale, ("Top2-MoE-32", "MoE-32")))
+            judged.append(comparison.judge_loss(claim, final, ARMS, scale, EXPERIMENT.looks_at(scale), shared))
     return judged
 
 
-def headline(final: pd.DataFrame) -> str:
+def headline(final: pd.DataFrame, scale: str = "") -> str:
     """Return the result in one line."""
-    return comparison.difference(final, "Residual-MoE-32", "Top2-MoE-32")
+    return comparison.difference(final, "Residual-MoE-32", "Top2-MoE-32", EXPERIMENT.looks_at(scale))
 
 
 EXPERIMENT = Experiment(
@@ -161,6 +160,5 @@ EXPERIMENT = Experiment(
     arms=ARMS,
     measures=True,
     measures_on_gpu=("gpu", "paper"),
-    planned_seeds=5,
-    planned_first=3,
+    looks={"cpu": (3, 5)},
 )

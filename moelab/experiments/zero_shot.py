@@ -21,7 +21,8 @@ from typing import TYPE_CHECKING, Any
 from moelab import paper
 from moelab.design import comparison
 from moelab.design.experiment import Experiment, Scale
-from moelab.paper.verdicts import Gain, Verdict, judge
+from moelab.design.judging import judge
+from moelab.design.verdicts import Verdict
 from moelab.runs import with_weights
 
 if TYPE_CHECKING:
@@ -236,29 +237,19 @@ def headline(table: pd.DataFrame) -> str:
 def verdicts(scores: pd.DataFrame, scale: str) -> list[Verdict]:
     """Judge the claims on Tables 2 and 4: percentage points of the six tasks' average, paired by seed.
 
-    Equalities are measured by what MoE-128 gains over the dense base.
+    An equality needs the arms of the gain that it is about: for PR-MoE that is MoE-32, which is not among these.
     """
     part = scores[scores["paper"] != ""]
     whole = part.groupby(["arm", "seed"]).filter(lambda g: set(g["paper"]) == set(paper.TASKS))
-    table = 100 * whole.pivot_table(index="seed", columns="arm", values="accuracy") if len(whole) else None
     note = f"{comparison.TWINS} Stand-ins for RACE-h and WebQs." if scores["stand_in"].any() else comparison.TWINS
-    if table is not None and set(ARMS) <= set(table):
-        table = table.dropna(subset=list(ARMS))
-        gain = Gain("MoE-128 over Dense", list(table["MoE-128"] - table["Dense"]))
-    else:
-        gain = None
-    return [
-        judge(claim, _differences(claim, table), gain=gain, note=note, scale=scale)
-        for claim in paper.claims("zero-shot")
-    ]
-
-
-def _differences(claim: paper.Claim, table: pd.DataFrame | None, arms: Mapping[str, str] = ARMS) -> list[float]:
-    names = {name: arm for arm, name in arms.items()}
-    sides = [names.get(side, "") for side in (claim.left, claim.right)]
-    if table is None or any(side not in table for side in sides):
-        return []
-    return list((table[sides[0]] - table[sides[1]]).dropna())
+    if not len(whole):
+        return [judge(claim, [], scale=scale) for claim in paper.claims("zero-shot")]
+    table = 100 * whole.pivot_table(index="seed", columns="arm", values="accuracy")
+    table = table.reindex(sorted(part["seed"].unique()))
+    samples = {
+        claim: comparison.compared(claim, table, ARMS, lower_is_better=False) for claim in paper.claims("zero-shot")
+    }
+    return [judge(claim, **found, note=note, scale=scale) for claim, found in samples.items()]
 
 
 EXPERIMENT = Experiment(

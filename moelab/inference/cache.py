@@ -7,9 +7,9 @@ Prefill takes whole prompts of any lengths concatenated, [1, N] tokens without p
 attention treats tokens independently, and attention is computed prompt by prompt. Decode takes one token per sequence,
 [B, 1], in one of two ways:
 
-- dynamic (CPU): the unfinished sequences occupy the first slots. Attention covers exactly the existing tokens, and
-  sequences of equal length are computed together, so that a sequence's attention does not depend on the others. Our
-  compiled code (`moelab.kernels.packed.attend`) takes all sequences at once.
+- dynamic (CPU): the unfinished sequences occupy the first slots. Attention covers exactly the existing tokens
+  (`moelab.kernels.packed.attend`; without a C++ compiler, PyTorch's, one call for each length), so that a sequence's
+  attention does not depend on the others.
 - static (CUDA): all slots, attention over all T positions under a mask computed from the positions, which are on the
   device. Shapes are the same at each step and nothing comes from the host, so that a CUDA graph can capture the step.
 """
@@ -24,8 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from moelab.inference.frozen_blocks import is_compiled
-from moelab.kernels import packed
+from moelab.kernels import can_pack, packed
 from moelab.models import GPT
 
 
@@ -51,18 +50,15 @@ class KVCache:
         sliced = config.heads // model.blocks[0].attention.heads  # a tensor-sliced model has fewer than its config
         heads = config.kv_heads // sliced
         self._gqa = config.kv_heads < config.heads
-        size_fits = config.head_size % packed.MULTIPLE == 0 and config.head_size <= packed.LARGEST_HEAD
-        self._compiled = is_compiled(model) and size_fits
         shape = (config.layers, slots, heads, length, config.head_size)
         self.keys, self.values = (torch.zeros(shape, dtype=dtype, device=device) for _ in range(2))
+        self._fused = can_pack(self.keys) and config.head_size <= packed.LARGEST_HEAD
         self.slots, self.length, self.device = slots, length, torch.device(device)
         self.positions_BT = torch.zeros(1, 0, dtype=torch.long, device=device)
         self.layers = [_Layer(self, i) for i in range(config.layers)]
         self._spans: list[tuple[int, int, int]] | None = None  # prefill: (slot, first, past the last packed token)
         # Dynamic decode: (first slot, past the last slot, visible tokens) of each run of equal lengths.
         self._runs: list[tuple[int, int, int]] | None = None
-        # Dynamic decode of equal lengths: per layer the visible keys and values, then those of the new tokens.
-        self._views: list[tuple[Tensor, ...]] | None = None
         self._mask_B11T: Tensor | None = None  # static decode
         self._rows = torch.arange(slots, device=device)
         self._places = torch.arange(length, device=device)
@@ -76,34 +72,23 @@ class KVCache:
         """Prepare a forward pass over concatenated prompts of these lengths, one per given slot."""
         ends = list(itertools.accumulate(lengths))
         self._spans = [(slot, end - n, end) for slot, n, end in zip(slots, lengths, ends, strict=True)]
-        self._runs = self._mask_B11T = self._views = None
+        self._runs = self._mask_B11T = None
         positions = [torch.arange(n) for n in lengths]
         self.positions_BT = torch.cat([*positions, torch.arange(0)])[None].to(self.device)
 
     def decode(self, lengths: Sequence[int]) -> None:
         """Prepare a forward pass over one token for each of the slots 0, 1, ..., which hold `lengths` tokens."""
-        self._spans = self._mask_B11T = self._views = None
+        self._spans = self._mask_B11T = None
         self.positions_BT = torch.tensor(lengths, dtype=torch.long, device=self.device)[:, None]
         self._runs, first = [], 0
         for n, same in itertools.groupby(lengths):
             past = first + len(list(same))
             self._runs.append((first, past, n + 1))
             first = past
-        if len(self._runs) == 1 and not self._compiled:
-            self._views = self._equal_views(*self._runs[0][1:])
-
-    def _equal_views(self, B: int, n: int) -> list[tuple[Tensor, ...]]:
-        """Return `_views` of slots 0 to B - 1 with n visible tokens: slices of all layers cost as much as of one.
-
-        Writing through them is faster than through indices.
-        """
-        pairs = (self.keys[:, :B, :, :n], self.values[:, :B, :, :n])
-        every = [t.unbind() for t in (*pairs, *(t[..., n - 1 :, :] for t in pairs))]
-        return list(zip(*every, strict=True))
 
     def decode_static(self, positions_B: Tensor) -> None:
         """Prepare a forward pass over one token for every slot, at `positions_B` (int64, on the device)."""
-        self._spans = self._runs = self._views = None
+        self._spans = self._runs = None
         self.positions_BT = positions_B[:, None]
         self._mask_B11T = (self._places <= self.positions_BT)[:, None, None]
 
@@ -117,12 +102,14 @@ class _Layer:
     """Hold one layer's keys and values; a `moelab.models.gpt.Past`."""
 
     def __init__(self, cache: KVCache, layer: int) -> None:
-        self._cache, self._layer = cache, layer
+        self._cache = cache
         self._keys, self._values = cache.keys[layer], cache.values[layer]
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Store the new tokens' keys and values; return their attention over all visible tokens, [B, H, T, D]."""
         cache, keys, values = self._cache, self._keys, self._values
+        if cache._fused and cache._runs is not None:
+            return packed.attend(q, k, v, keys, values, cache.positions_BT)
         attention = functools.partial(F.scaled_dot_product_attention, enable_gqa=cache._gqa)
         if cache._spans is not None:
             y = torch.empty_like(q)
@@ -131,14 +118,7 @@ class _Layer:
                 part = (t[:, :, a:b] for t in (q, k, v))
                 y[:, :, a:b] = attention(*part, is_causal=True)
             return y
-        if cache._compiled:
-            return packed.attend(q, k, v, keys, values, cache.positions_BT)
         B = len(q)
-        if cache._views is not None:
-            keys, values, last_key, last_value = cache._views[self._layer]
-            last_key.copy_(k)
-            last_value.copy_(v)
-            return attention(q, keys, values)
         at = (cache._rows[:B], slice(None), cache.positions_BT[:, 0])
         keys[at], values[at] = k[:, :, 0], v[:, :, 0]
         if cache._mask_B11T is not None:

@@ -4,7 +4,7 @@
     for piece in generator.stream(prompts, Sampling(temperature=0.8, top_k=50)): ...
     completions = generator.generate(prompts, Sampling(temperature=0))
 
-Sequences share forward passes but do not influence each other beyond rounding (in the mode "invariant", in no bit):
+Sequences share forward passes but do not influence each other beyond rounding (with packed weights, in no bit):
 routing is drop-free, and attention and random draws are computed per sequence. When a sequence ends, the next prompt
 takes its slot at once. On several ranks, every rank calls the same method with the same prompts; each data rank
 generates its part of them, and a rank that has finished joins the others' forward passes without tokens until all ranks

@@ -21,7 +21,7 @@ from moelab.engine import parallel as engine
 from moelab.engine.checkpoint import hf
 from moelab.engine.launch import process
 from moelab.engine.mesh import Mesh
-from moelab.files import read_json
+from moelab.files import read_object
 from moelab.inference.generate import Finish, Generator, Piece
 from moelab.inference.modes import set_mode
 from moelab.inference.sampling import Sampling
@@ -180,7 +180,7 @@ def model_config(directory: Path) -> ModelConfig:
 
 def run_configs(directory: Path) -> tuple[ModelConfig, DataConfig]:
     """Return the model and data configurations in a run's `spec.json`; ValueError, one line, if it has none."""
-    spec = read_json(directory / "spec.json")
+    spec = read_object(directory / "spec.json")
     if not isinstance(spec, dict) or "model" not in spec:
         raise ValueError(f"{directory / 'spec.json'}: not the spec of a run")
     where = str(directory / "spec.json")

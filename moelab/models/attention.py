@@ -18,6 +18,7 @@ from torch.autograd.function import once_differentiable
 
 from moelab.config import ModelConfig
 from moelab.models import products
+from moelab.models.layers import Linear
 
 SHORT = 256
 """Longest sequence for `short_attention`, in tokens.
@@ -45,25 +46,27 @@ class Attention(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.heads, self.head_size, self.dropout = config.heads, config.head_size, config.dropout
-        self.qkv = nn.Linear(config.hidden, 3 * config.hidden)
-        self.out = nn.Linear(config.hidden, config.hidden)
+        self.qkv = Linear(config.hidden, 3 * config.hidden)
+        self.out = Linear(config.hidden, config.hidden)
 
-    def forward(self, x_BTM: Tensor, past: Past | None = None, rotation: None = None) -> Tensor:
-        """Return the attention's output [B, T, M]; with `past`, tokens also attend to the earlier ones it holds.
+    def forward(
+        self, x_BTM: Tensor, past: Past | None = None, rotation: None = None, add: Tensor | None = None
+    ) -> Tensor:
+        """Return the attention's output, with `add` added, both [B, T, M].
 
-        `rotation` is not used: positions are embedded.
+        With `past`, tokens also attend to the earlier ones it holds. `rotation` is not used: positions are embedded.
         """
         B, T, _ = x_BTM.shape
-        qkv_BT3HD = self.qkv(x_BTM).view(B, T, 3, self.heads, self.head_size)
+        qkv_BT3HD = self.qkv.forward(x_BTM).view(B, T, 3, self.heads, self.head_size)
         dropout = self.dropout if self.training else 0.0
         if past is None and not dropout and T <= SHORT and takes_short_attention(qkv_BT3HD):
-            return self.out(short_attention(qkv_BT3HD).flatten(2))
-        q, k, v = qkv_BT3HD.permute(2, 0, 3, 1, 4)
+            return self.out.forward(short_attention(qkv_BT3HD).flatten(2), add=add)
+        q, k, v = qkv_BT3HD.permute(2, 0, 3, 1, 4).unbind()
         if past is not None:
             y_BHTD = past.attend(q, k, v)
         else:
             y_BHTD = F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=dropout)
-        return self.out(y_BHTD.transpose(1, 2).flatten(2))
+        return self.out.forward(y_BHTD.transpose(1, 2).flatten(2), add=add)
 
 
 def takes_short_attention(x: Tensor) -> bool:

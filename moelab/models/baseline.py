@@ -23,11 +23,13 @@ def mask_gate(
     seed: int | None = None,
     normalize: bool = False,
     choice_logits_SE: Tensor | None = None,
+    losses: bool = True,
 ) -> Routing:
     """Return what `moelab.kernels.gate` returns for finite logits: the same choices, slots, weights and losses.
 
     Each choice is an argmax and a one-hot mask [S, E]; random selection is a top-k over tokens, and slots are
-    cumulative sums. The arguments are those of `moelab.kernels.gate`. The host reads nothing from the device.
+    cumulative sums. The arguments are those of `moelab.kernels.gate`; the losses are always computed. The host reads
+    nothing from the device.
     """
     S, E = logits_SE.shape
     logits_SE = logits_SE.float()

@@ -66,24 +66,17 @@ class ByTable(NamedTuple):
 
 
 class LocalDispatch(Dispatch[ByTable]):
-    """Copy rows by a table, in each direction at most S * K * M numbers.
-
-    Args:
-        backend: function that returns the implementation of the operations to use in a call.
-    """
-
-    def __init__(self, backend: Callable[[], kernels.Backend] = lambda: "auto") -> None:
-        self.backend = backend
+    """Copy rows by a table, in each direction at most S * K * M numbers."""
 
     def dispatch(self, x_SM: Tensor, routing: Routing) -> Dispatched[ByTable]:
         """Return the tokens in expert order."""
-        table = kernels.row_table(routing, backend=self.backend())
-        rows_RM = kernels.dispatch(x_SM, table, backend=self.backend())
+        table = kernels.row_table(routing)
+        rows_RM = kernels.dispatch(x_SM, table)
         return Dispatched(rows_RM, table.offsets_E1, ByTable(table, routing.weight_SK))
 
     def combine(self, rows_RM: Tensor, state: ByTable) -> Tensor:
         """Return each token's weighted sum of its experts' outputs, [S, M]."""
-        return kernels.combine(rows_RM, state.table, state.weight_SK, backend=self.backend())
+        return kernels.combine(rows_RM, state.table, state.weight_SK)
 
 
 class EinsumDispatch(Dispatch[Tensor]):

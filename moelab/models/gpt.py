@@ -21,9 +21,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moelab.config import ModelConfig
+from moelab.kernels import packed
 from moelab.models.attention import Attention, Past
 from moelab.models.grouped_attention import GroupedAttention, Rotation, rotation_at
-from moelab.models.loss import Further, linear_losses
+from moelab.models.layers import RMSNorm
+from moelab.models.loss import Further, linear_losses, losses_of
 from moelab.models.moe import MLP, Experts, MoE
 from moelab.models.routing import Routing
 
@@ -74,14 +76,17 @@ class Cache(Protocol):
     layers: Sequence[Past]
 
 
-def make_norm(config: ModelConfig) -> nn.LayerNorm | nn.RMSNorm:
+def make_norm(config: ModelConfig) -> nn.LayerNorm | RMSNorm:
     """Return a norm over the hidden size."""
-    kind = nn.LayerNorm if config.decoder.norm == "layer" else nn.RMSNorm
+    kind = nn.LayerNorm if config.decoder.norm == "layer" else RMSNorm
     return kind(config.hidden, eps=config.decoder.norm_eps)
 
 
 class Block(nn.Module):
-    """Compute one layer: attention, then a feed-forward or MoE, each after a norm and added to the residual."""
+    """Compute one layer: attention, then a feed-forward or MoE, each after a norm and added to the residual.
+
+    A block calls its modules' `forward`, because a module's call, which looks for hooks, takes a microsecond more.
+    """
 
     def __init__(self, config: ModelConfig, experts: int) -> None:
         super().__init__()
@@ -89,7 +94,7 @@ class Block(nn.Module):
         self.attention_norm = make_norm(config)
         self.attention = (Attention if decoder.plain_attention else GroupedAttention)(config)
         self.ffn_norm = make_norm(config)
-        self.ffn = MoE(config, experts) if experts else MLP(config.hidden, config.ffn, decoder)
+        self.ffn = MoE(config, experts) if experts else MLP(config.dense_feed_forward)
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(
@@ -97,22 +102,35 @@ class Block(nn.Module):
     ) -> tuple[Tensor, Routing | None]:
         """Return (the layer's output [B, T, M], the routing, None for a dense layer)."""
         x_BTM, h_BTM = self.attend(x_BTM, past, rotation)
-        y_BTM, routing = self.ffn(h_BTM) if isinstance(self.ffn, MoE) else (self.ffn(h_BTM), None)
-        return x_BTM + self.dropout(y_BTM), routing
+        add = None if self._drops() else x_BTM
+        found = self.ffn.forward(h_BTM, add)
+        y_BTM, routing = found if isinstance(found, tuple) else (found, None)
+        return x_BTM + self.dropout(y_BTM) if add is None else y_BTM, routing
 
     def attend(
         self, x_BTM: Tensor, past: Past | None = None, rotation: Rotation | None = None
     ) -> tuple[Tensor, Tensor]:
         """Compute the attention half: return the residual stream and the feed-forward's input, both [B, T, M]."""
-        x_BTM = x_BTM + self.dropout(self.attention(self.attention_norm(x_BTM), past, rotation))
-        return x_BTM, self.ffn_norm(x_BTM)
+        add = None if self._drops() else x_BTM
+        y_BTM = self.attention.forward(self.attention_norm.forward(x_BTM), past, rotation, add)
+        x_BTM = x_BTM + self.dropout(y_BTM) if add is None else y_BTM
+        return x_BTM, self.ffn_norm.forward(x_BTM)
+
+    def _drops(self) -> bool:
+        """Return whether dropout comes between a layer and its sum with the residual stream."""
+        return self.training and self.dropout.p > 0
 
 
 class GPT(nn.Module):
     """Compute the decoder of a `ModelConfig`.
 
     Its weights are uninitialised until `init_weights` is called; on the meta device nothing is allocated.
+
+    Attributes:
+        packed: the packed matrix of the output head, in place of `output_weight`; see `moelab.models.layers`.
     """
+
+    packed: packed.Packed | None = None
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -176,13 +194,16 @@ class GPT(nn.Module):
 
     def head(self, x: Tensor) -> Tensor:
         """Return the logits of the next token, [..., V], from the trunk's output [..., M]."""
-        return F.linear(self.norm(x), self.output_weight)
+        x = self.norm.forward(x)
+        return F.linear(x, self.output_weight) if self.packed is None else packed.linear(x, self.packed)
 
     def losses(
         self, x_BTM: Tensor, targets_BT: Tensor, reduction: str = "mean", further: Further | None = None
     ) -> tuple[Tensor, Tensor]:
         """Return (`Output.loss`, `Output.further`) from the trunk's output; arguments as of `forward`."""
-        x_NM = self.norm(x_BTM).flatten(0, 1)
+        if self.packed is not None:
+            return losses_of(self.head(x_BTM.flatten(0, 1)), targets_BT.flatten(), reduction, further)
+        x_NM = self.norm.forward(x_BTM).flatten(0, 1)
         return linear_losses(x_NM, self.output_weight, targets_BT.flatten(), reduction, further)
 
     @torch.no_grad()

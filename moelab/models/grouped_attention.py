@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from moelab.config import ModelConfig
 from moelab.models.attention import SHORT, Past, short_attention, takes_short_attention
+from moelab.models.layers import Linear, RMSNorm
 
 Rotation = tuple[Tensor, Tensor]
 """(cos, sin), fp32 [B or 1, T, D]: the angles by which the two halves of each head are rotated together."""
@@ -54,17 +55,23 @@ class GroupedAttention(nn.Module):
         decoder, D = config.decoder, config.head_size
         self.heads, self.kv_heads, self.head_size, self.dropout = config.heads, config.kv_heads, D, config.dropout
         biases = decoder.biases
-        self.qkv = nn.Linear(config.hidden, (config.heads + 2 * config.kv_heads) * D, bias=biases != "none")
-        self.out = nn.Linear(config.heads * D, config.hidden, bias=biases == "all")
+        self.qkv = Linear(config.hidden, (config.heads + 2 * config.kv_heads) * D, bias=biases != "none")
+        self.out = Linear(config.heads * D, config.hidden, bias=biases == "all")
         self.norms_heads = decoder.qk_norm == "head"
         self.q_norm = self.k_norm = None
         self.pool: Callable[[Tensor], Tensor] | None = None
         if decoder.qk_norm != "none":
             widths = (D, D) if self.norms_heads else (config.heads * D, config.kv_heads * D)
-            self.q_norm, self.k_norm = (nn.RMSNorm(width, eps=decoder.norm_eps) for width in widths)
+            self.q_norm, self.k_norm = (RMSNorm(width, eps=decoder.norm_eps) for width in widths)
 
-    def forward(self, x_BTM: Tensor, past: Past | None = None, rotation: Rotation | None = None) -> Tensor:
-        """Return the attention's output [B, T, M].
+    def forward(
+        self,
+        x_BTM: Tensor,
+        past: Past | None = None,
+        rotation: Rotation | None = None,
+        add: Tensor | None = None,
+    ) -> Tensor:
+        """Return the attention's output, with `add` added, both [B, T, M].
 
         Args:
             past: earlier tokens to attend to as well.
@@ -72,7 +79,9 @@ class GroupedAttention(nn.Module):
         """
         B, T, _ = x_BTM.shape
         D = self.head_size
-        q_BTX, k_BTX, v_BTX = self.qkv(x_BTM).split([n * D for n in (self.heads, self.kv_heads, self.kv_heads)], -1)
+        q_BTX, k_BTX, v_BTX = self.qkv.forward(x_BTM).split(
+            [n * D for n in (self.heads, self.kv_heads, self.kv_heads)], -1
+        )
         if self.pool is None:
             q_BTHD, k_BTND = self._normed(q_BTX, self.q_norm), self._normed(k_BTX, self.k_norm)
         else:
@@ -84,16 +93,16 @@ class GroupedAttention(nn.Module):
         if past is None and not dropout and T <= SHORT and takes_short_attention(q_BTHD):
             shared = self.heads // self.kv_heads
             keys_values = (t if shared == 1 else t.repeat_interleave(shared, 2) for t in (k_BTND, v_BTND))
-            return self.out(short_attention(torch.stack((q_BTHD, *keys_values), 2)).flatten(2))
+            return self.out.forward(short_attention(torch.stack((q_BTHD, *keys_values), 2)).flatten(2), add=add)
         q, k, v = (t.transpose(1, 2) for t in (q_BTHD, k_BTND, v_BTND))
         if past is not None:
             y_BHTD = past.attend(q, k, v)
         else:
             grouped = self.heads != self.kv_heads
             y_BHTD = F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=dropout, enable_gqa=grouped)
-        return self.out(y_BHTD.transpose(1, 2).flatten(2))
+        return self.out.forward(y_BHTD.transpose(1, 2).flatten(2), add=add)
 
-    def _normed(self, x_BTX: Tensor, norm: nn.RMSNorm | None) -> Tensor:
+    def _normed(self, x_BTX: Tensor, norm: RMSNorm | None) -> Tensor:
         """Return queries or keys by head, [B, T, heads, D], normalised."""
         if norm is not None and not self.norms_heads:
             x_BTX = _rms(x_BTX, norm)
@@ -110,6 +119,8 @@ class GroupedAttention(nn.Module):
             yield y.to(x.dtype).unflatten(-1, (-1, self.head_size))
 
 
-def _rms(x: Tensor, norm: nn.RMSNorm) -> Tensor:
+def _rms(x: Tensor, norm: RMSNorm) -> Tensor:
     """Return norm(x) in x's dtype, also under autocast, which leaves the norm's weight in fp32."""
+    if norm.packed:
+        return norm.forward(x)
     return F.rms_norm(x, norm.normalized_shape, norm.weight.to(x.dtype), norm.eps)

@@ -62,6 +62,18 @@ def linear_losses(
     return (total / len(x_NM), more / len(x_NM)) if reduction == "mean" else (total, more)
 
 
+def losses_of(
+    logits_NV: Tensor, targets_N: Tensor, reduction: str = "mean", further: Further | None = None
+) -> tuple[Tensor, Tensor]:
+    """Return the losses as `linear_losses`, of logits that are all in memory, without gradients."""
+    logits_NV = logits_NV.float()
+    loss, more = F.cross_entropy(logits_NV, targets_N, reduction=reduction), logits_NV.new_zeros(())
+    if further is not None:
+        more, _ = further(logits_NV, 0, len(logits_NV))
+        more = more / len(logits_NV) if reduction == "mean" else more
+    return loss + more, more
+
+
 class _LinearLosses(torch.autograd.Function):
     """Compute the losses summed over tokens: all of them, and the further one alone."""
 

@@ -10,72 +10,73 @@ experts, mix) by modules with the same interface, and its dispatch by `MoE.set_d
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moelab import kernels
-from moelab.config import DecoderConfig, ModelConfig
+from moelab.config import FeedForward, ModelConfig
 from moelab.kernels.gating import MAX_EXPERTS
-from moelab.models.activations import activation
-from moelab.models.dispatch import Dispatch, DispatchFactory, make_dispatch
+from moelab.models.dispatch import Dispatch, DispatchFactory, LocalDispatch, make_dispatch
+from moelab.models.layers import Linear, sigmoid
 from moelab.models.routing import Router, Routing
-
-_PAPER = DecoderConfig()
-"""The paper's feed-forwards: GELU, with biases."""
 
 
 class MLP(nn.Module):
-    """Compute a dense feed-forward M -> F -> M with the decoder's activation and biases.
+    """Compute a dense feed-forward M -> F -> M.
 
     If gated, the rows of `up.weight` [2 F, M] are those of the gate and then those of the other matrix.
     """
 
-    def __init__(self, hidden: int, ffn: int, decoder: DecoderConfig = _PAPER) -> None:
+    def __init__(self, shape: FeedForward) -> None:
         super().__init__()
-        self.activation, self.function = activation(decoder.feed_forward)
-        biases = decoder.biases == "all"
-        self.up = nn.Linear(hidden, 2 * ffn if decoder.gated else ffn, bias=biases)
-        self.down = nn.Linear(ffn, hidden, bias=biases)
+        self.activation = shape.activation
+        self.up = Linear(shape.hidden, shape.inner, bias=shape.biases)
+        self.down = Linear(shape.ffn, shape.hidden, bias=shape.biases)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Return the output [..., M] of x [..., M]."""
-        return self.down(self.function(self.up(x)))
+    def forward(self, x: Tensor, add: Tensor | None = None) -> Tensor:
+        """Return the output [..., M] of x [..., M], with `add` [..., M] added."""
+        return self.down.forward(self.up.forward(x, self.activation), add=add)
 
 
 class Experts(nn.Module):
     """Compute E feed-forwards of one shape, with their weights stacked along the first dim: expert e is row e.
 
-    If gated, `up` [E, M, 2, F] holds gate and up side by side, so that one grouped product computes both.
+    The parameters are those of `FeedForward.tensors`. If gated, `up` [E, M, 2, F] holds gate and up side by side, so
+    that one grouped product computes both.
 
     Attributes:
         ffn: `moelab.kernels.expert_ffn`, or a function with its arguments.
+        packed: the four weights that `ffn` takes, with packed matrices, in place of the parameters; see
+            `moelab.models.layers`.
     """
 
     ffn = staticmethod(kernels.expert_ffn)
+    packed: tuple[kernels.Packed, Tensor | None, kernels.Packed, Tensor | None] | None = None
 
-    def __init__(self, experts: int, hidden: int, ffn: int, decoder: DecoderConfig = _PAPER) -> None:
+    def __init__(self, experts: int, shape: FeedForward) -> None:
         super().__init__()
-        self.activation = activation(decoder.feed_forward).kernel
-        inner, biases = (2, ffn) if decoder.gated else (ffn,), decoder.biases == "all"
-        self.up = nn.Parameter(torch.empty(experts, hidden, *inner))
-        self.up_bias = nn.Parameter(torch.empty(experts, *inner)) if biases else None
-        self.down = nn.Parameter(torch.empty(experts, ffn, hidden))
-        self.down_bias = nn.Parameter(torch.empty(experts, hidden)) if biases else None
+        self.activation = shape.activation
+        self.up_bias = self.down_bias = None
+        for name, weight in shape.tensors().items():
+            setattr(self, name, nn.Parameter(torch.empty(experts, *weight.shape)))
 
     def forward(self, rows_RM: Tensor, offsets_E1: Tensor) -> Tensor:
         """Return the outputs [R, M] of rows in expert order.
 
         Expert e's rows are `offsets_E1[e]` to `offsets_E1[e + 1]` (int32).
         """
-        return self.compute(rows_RM, offsets_E1, self.down_bias)
-
-    def compute(self, rows_RM: Tensor, offsets_E1: Tensor, down_bias: Tensor | None) -> Tensor:
-        """Compute as `forward`, with another output bias [E, M]."""
-        up, up_bias = self.up.flatten(2), None if self.up_bias is None else self.up_bias.flatten(1)
-        weights = (up, up_bias, self.down, down_bias)
-        if up.dtype != torch.float32:  # else the kernel converts them
+        weights = self.packed or self.weights()
+        if self.packed is None and self.up.dtype != torch.float32:  # else the kernel converts them
             weights = (w if w is None else w.to(rows_RM.dtype) for w in weights)
         return self.ffn(rows_RM, offsets_E1, *weights, activation=self.activation)
+
+    def of_tokens(self, x_SM: Tensor, routing: Routing, add_SM: Tensor | None) -> Tensor:
+        """Return the weighted sum of each token's experts' outputs, with `add_SM` added, [S, M]; by packed weights."""
+        return kernels.routed_ffn(x_SM, routing, *self.packed, activation=self.activation, add_SM=add_SM)
+
+    def weights(self) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:
+        """Return (w1 [E, M, N], b1 [E, N], w2 [E, F, M], b2 [E, M]) as `ffn` takes them: N is F, with a gate 2 F."""
+        up_bias = None if self.up_bias is None else self.up_bias.flatten(1)
+        return self.up.flatten(2), up_bias, self.down, self.down_bias
 
 
 class Mix(nn.Linear):
@@ -90,7 +91,7 @@ class Mix(nn.Linear):
         return kernels.residual_mix(routed_SM, fixed_SM, x_SM, weight, bias)
 
 
-class SharedGate(nn.Linear):
+class SharedGate(Linear):
     """Add the shared experts' output to the routed one, times a learned sigmoid per token (Qwen2-MoE)."""
 
     def __init__(self, hidden: int) -> None:
@@ -98,7 +99,7 @@ class SharedGate(nn.Linear):
 
     def forward(self, routed_SM: Tensor, fixed_SM: Tensor, x_SM: Tensor) -> Tensor:
         """Return the branches' sum, [S, M]; the coefficient is computed from the layer's input `x_SM`."""
-        return routed_SM + fixed_SM * F.linear(x_SM, self.weight.to(x_SM.dtype)).sigmoid()
+        return routed_SM + fixed_SM * sigmoid(self.product(x_SM, None))
 
 
 class MoE(nn.Module):
@@ -114,8 +115,8 @@ class MoE(nn.Module):
             raise ValueError(f"model: a layer of {experts} experts; the gate takes up to {MAX_EXPERTS}")
         super().__init__()
         self.router = Router(config.hidden, experts, config.top_k, config.routing)
-        self.experts = Experts(experts, config.hidden, config.expert_ffn, config.decoder)
-        self.mlp = MLP(config.hidden, config.fixed_ffn, config.decoder) if config.fixed_ffn else None
+        self.experts = Experts(experts, config.expert_feed_forward)
+        self.mlp = None if config.fixed_feed_forward is None else MLP(config.fixed_feed_forward)
         self.mix: Mix | SharedGate | None = None
         if config.residual and config.residual_mix == "learned":
             self.mix = Mix(config.hidden)
@@ -136,15 +137,25 @@ class MoE(nn.Module):
             self._factory = factory
         self.dispatcher: Dispatch = self._factory(name, static_tokens)
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Routing]:
-        """Return (y [..., M], the routing) of x [..., M]; S is the product of the leading dims."""
+    def forward(self, x: Tensor, add: Tensor | None = None) -> tuple[Tensor, Routing]:
+        """Return (y [..., M], `add` included, the routing) of x [..., M]; S is the product of the leading dims."""
         x_SM = x.reshape(-1, x.shape[-1])
         sequences = x.shape[0] if x.dim() == 3 else 1
         routing = self.router(x_SM, sequences)
         if torch.is_autocast_enabled(x.device.type):  # our kernels compute in their input's dtype
             x_SM = x_SM.to(torch.get_autocast_dtype(x.device.type))
+        add_SM = None if add is None else add.reshape(x_SM.shape)
+        if self.mlp is None:
+            return self._routed(x_SM, routing, add_SM).view(x.shape), routing
+        y_SM = self._routed(x_SM, routing, None)
+        y_SM = (
+            self.mlp.forward(x_SM, y_SM) if self.mix is None else self.mix.forward(y_SM, self.mlp.forward(x_SM), x_SM)
+        )
+        return (y_SM if add_SM is None else y_SM + add_SM).view(x.shape), routing
+
+    def _routed(self, x_SM: Tensor, routing: Routing, add_SM: Tensor | None) -> Tensor:
+        """Return each token's weighted sum of its experts' outputs, with `add_SM` added, [S, M]."""
+        if self.experts.packed is not None and isinstance(self.dispatcher, LocalDispatch):
+            return self.experts.of_tokens(x_SM, routing, add_SM)
         y_SM = self.dispatcher(x_SM, routing, self.experts)
-        if self.mlp is not None:
-            fixed_SM = self.mlp(x_SM)
-            y_SM = y_SM + fixed_SM if self.mix is None else self.mix(y_SM, fixed_SM, x_SM)
-        return y_SM.view_as(x), routing
+        return y_SM if add_SM is None else y_SM + add_SM

@@ -22,6 +22,8 @@ from torch import Tensor, nn
 from moelab import kernels
 from moelab.config import RoutingConfig
 from moelab.kernels import Gate as Routing
+from moelab.kernels import packed
+from moelab.models.layers import sigmoid
 
 
 def gumbel(logits_SE: Tensor) -> Tensor:
@@ -40,11 +42,11 @@ NOISE: dict[str, Callable[[Tensor], Tensor]] = {"gumbel": gumbel, "gumbel_second
 
 SCORES: dict[str, Callable[[Tensor], Tensor]] = {
     "softmax": lambda logits_SE: logits_SE.softmax(1),
-    "sigmoid": torch.sigmoid,
+    "sigmoid": sigmoid,
 }
 """`RoutingConfig.scores` -> function from logits to scores, positive and growing with the logits of a token.
 
-All but the softmax are functions of each logit alone; frozen routers compute them of logits in any shape.
+For inference, a token's bits should not depend on the other tokens, see `moelab.models.layers.sigmoid`.
 """
 
 
@@ -57,10 +59,13 @@ class Router(nn.Module):
             `balance`. None without loss-free balancing.
         pool: function that averages a tensor over the data ranks; the engine sets it when `aux_scope` is "step" and
             there are several.
+        losses: whether the gate computes its losses; without them they are None.
+        packed: the packed fp32 weight, in place of `weight`; see `moelab.models.layers`.
         entropies: while a list is set, each call appends the router's normalised entropy (see `normalized_entropy`).
     """
 
     gate = staticmethod(kernels.gate)
+    packed: packed.Packed | None = None
 
     def __init__(self, hidden: int, experts: int, top_k: int, config: RoutingConfig) -> None:
         super().__init__()
@@ -69,6 +74,7 @@ class Router(nn.Module):
         bias = nn.Parameter(torch.empty(experts), requires_grad=False) if config.balance_rate else None
         self.register_parameter("balance_bias", bias)
         self.pool: Callable[[Tensor], Tensor] | None = None
+        self.losses = True
         self.entropies: list[Tensor] | None = None
 
     def share(self, router: Router) -> None:
@@ -81,6 +87,8 @@ class Router(nn.Module):
         Args:
             sequences: number of sequences of equal length that the tokens form, for `RoutingConfig.aux_scope`.
         """
+        if not torch.is_autocast_enabled(x_SM.device.type):  # entering the context takes microseconds
+            return self.route(self.logits(x_SM.float()), sequences)
         with torch.autocast(x_SM.device.type, enabled=False):
             return self.route(self.logits(x_SM.float()), sequences)
 
@@ -88,7 +96,7 @@ class Router(nn.Module):
         """Return the logits [S, E] of fp32 activations."""
         if self.training and (jitter := self.config.input_jitter):
             x_SM = x_SM * torch.empty_like(x_SM).uniform_(1 - jitter, 1 + jitter)
-        return F.linear(x_SM, self.weight.float())
+        return F.linear(x_SM, self.weight.float()) if self.packed is None else packed.linear(x_SM, self.packed)
 
     def activate(self, logits_SE: Tensor) -> Tensor:
         """Return the scores [S, E] of logits, see `RoutingConfig.scores`."""
@@ -109,11 +117,20 @@ class Router(nn.Module):
             seed = int(torch.randint(2**31, ())) if self.training else 0
         normalize = self.top_k > 1 if cfg.normalize_weights is None else cfg.normalize_weights
         capacity = cfg.capacity(S, self.experts, self.top_k, self.training)
-        routing = self.gate(logits_SE, self.top_k, capacity, seed=seed, normalize=normalize, choice_logits_SE=choice_SE)
+        routing = self.gate(
+            logits_SE,
+            self.top_k,
+            capacity,
+            seed=seed,
+            normalize=normalize,
+            choice_logits_SE=choice_SE,
+            losses=self.losses,
+        )
         if rescored:
             routing = routing._replace(weight_SK=_weights(self.activate(logits_SE), routing, normalize))
         pool = self.pool if self.training else None
-        if rescored or cfg.aux_choices == "all" or cfg.aux_scope == "sequence" or pool is not None:
+        special = rescored or cfg.aux_choices == "all" or cfg.aux_scope == "sequence" or pool is not None
+        if self.losses and special:
             routing = routing._replace(aux_loss=self._aux_loss(logits_SE, routing.expert_SK, sequences, pool))
         if self.entropies is not None:
             self.entropies.append(normalized_entropy(self._probabilities(logits_SE.detach())))

@@ -109,6 +109,10 @@ def check_parameters(experiment: Experiment, given: Mapping[str, str]) -> dict[s
     corpus = values.get("overrides", {}).get("data.corpus")
     if isinstance(corpus, str):
         values["overrides"] = values["overrides"] | {"data.corpus": _absolute(corpus)}
+    try:
+        json.dumps(values, ensure_ascii=False).encode()
+    except UnicodeEncodeError:  # half of a surrogate pair, or bytes that are no UTF-8: no notebook can hold it
+        raise ValueError(f"{experiment.name}: a parameter is not valid Unicode text: {values!a}") from None
     if experiment.check is not None:
         experiment.check(values)
     experiment.specs_of(resolve(experiment, values))

@@ -48,7 +48,7 @@ def execute_watched(
         except KeyboardInterrupt:
             done.set()
             watcher.join()
-            console.print("stopped; unfinished runs wrote a checkpoint, the same command goes on from there")
+            console.print(_stopped(plan))
             return False
         finally:
             done.set()
@@ -68,6 +68,15 @@ def execute_watched(
         )
         return False
     return True
+
+
+def _stopped(plan: Path) -> str:
+    """Return what a command that was interrupted says of its runs."""
+    runs = [Path(path) for path in read_json(plan) or ()]
+    saved = [path for path in runs if not (path / "result.json").exists() and any(path.glob("checkpoints/step-*"))]
+    if saved:
+        return "stopped; unfinished runs wrote a checkpoint, the same command goes on from there"
+    return "stopped; no run was in the midst of its training, the same command starts again"
 
 
 def _watch(plan: Path, done: threading.Event, console: Console) -> None:

@@ -25,6 +25,12 @@ class Claim(Provenance):
     `smoke` (arithmetic or counting, seconds), `cpu` (a scaled-down twin), `gpu` (one GPU), `paper` (the A100 cluster)
     or `simulated` (the cluster model). where: section, table or figure. same_as: the id of another row that states the
     same claim in other words or under other conditions, such as a latency and its inverse; the two count as one.
+
+    smallest: the smallest effect of interest, in the quantity's unit, of a claim for which the paper gives no number;
+    smallest_why: its reason. Both were fixed before runs were judged by them. gain_of, gain_over: for an equality, the
+    runs whose difference is the gain that it is about: two arms can be called equal only by that gain, and only where
+    these two differ. from_share: the share of the paper's training from which the statement holds, for one on a late
+    point of it; runs that stop earlier cannot test it.
     """
 
     id: str
@@ -42,6 +48,16 @@ class Claim(Provenance):
     direction: str
     testable_at: str
     same_as: str
+    smallest: float | None
+    smallest_why: str
+    gain_of: str
+    gain_over: str
+    from_share: float | None
+
+    @property
+    def at_the_end(self) -> bool:
+        """Whether the paper's number is one of the end of its training."""
+        return self.value is not None and self.quantity == "final validation loss"
 
     @property
     def timed(self) -> bool:

@@ -28,7 +28,7 @@ from moelab.plotting.palette import COLORS as _COLORS
 from moelab.plotting.palette import DASHES as _DASHES
 from moelab.plotting.palette import colors
 from moelab.plotting.typography import typeset
-from moelab.statistics import interval
+from moelab.statistics import ALPHA, interval
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -114,9 +114,13 @@ def _save_svg(fig: Figure, path: Path, title: str) -> list[Path]:
     return [light, dark]
 
 
-def student(values: pd.Series) -> tuple[float, float]:
-    """Return the 95 % Student interval of the mean, for seaborn's `errorbar`; of a single value, that value twice."""
-    mean, low, high = interval(list(values))
+def student(values: pd.Series, alpha: float = ALPHA) -> tuple[float, float]:
+    """Return the 95 % Student interval of the mean, for seaborn's `errorbar`; of a single value, that value twice.
+
+    Args:
+        alpha: the chance that it misses the mean; of a planned look at a comparison it is `sequential.level`.
+    """
+    mean, low, high = interval(list(values), alpha)
     return (mean, mean) if len(values) < 2 else (low, high)
 
 
@@ -248,6 +252,7 @@ def gaps(
     value: str,
     paper: Mapping[str, tuple[float, float, float]],
     of: str = "seeds",
+    alpha: float = ALPHA,
 ) -> Axes:
     """Draw a row per arm: the mean of `value` over seeds with its 95 % interval, each seed, and the paper's value.
 
@@ -255,6 +260,7 @@ def gaps(
         results: columns arm, seed and `value`.
         paper: arm -> (value, low, high) as the paper reports it.
         of: the word for a value in the legend: seeds, or rounds of a measurement.
+        alpha: see `student`.
     """
     palette = colors(arms)
     labelled = set()
@@ -265,7 +271,7 @@ def gaps(
     for row, arm in enumerate(arms):
         values = results.loc[results["arm"] == arm, value]
         if len(values):
-            low, high = student(values)
+            low, high = student(values, alpha)
             center = values.mean()
             # Under the interval, which would hide them.
             ax.scatter(values, [row + 0.22] * len(values), s=18, color=palette[arm], alpha=0.7, zorder=2, linewidths=0)

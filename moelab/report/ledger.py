@@ -6,14 +6,12 @@ judged is "paper's own numbers disagree" where the paper gives its number twice 
 scale" where it needs a larger scale than any that has run, "not judged" where a result has no spread, and "not tested
 yet" otherwise.
 
-Verdicts are counted by kind (measured, counted, predicted, fitted; "open" without one), claims that share a row of the
-paper once (`paper.Claim.same_as`). Beside each measured verdict stands the one that is left when all measured verdicts
-together are to be right with 95 % probability (Holm's adjustment, `Entry.adjusted`).
+All verdicts are today's rule's: a result stores the values that it judged, and they are judged again when it is read
+(`moelab.design.judging.restate`). Of a result from before values were stored the interval is judged again.
 
-A summary from before verdicts had kinds is shown by today's rules, from the interval that it stores
-(`moelab.paper.verdicts.restate`): orderings, differences and bounds are judged again; equalities of two arms are
-"undecided: the runs cannot tell", because no sensitivity check was stored; timings are one session, because their
-interval was over rounds. Nothing is trained or read from runs for it.
+Verdicts are counted by kind (measured, counted, predicted, fitted; "open" without one), claims that share a row of the
+paper once (`paper.Claim.same_as`). What counts, and what the pages show, is the verdict that is left when all measured
+verdicts together are to be right with 95 % probability (Holm's adjustment, `Entry.adjusted`).
 """
 
 from __future__ import annotations
@@ -25,28 +23,26 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moelab import paper
-from moelab.paper.verdicts import (
+from moelab.design.judging import restate
+from moelab.design.verdicts import (
+    DISAGREES,
+    FEW,
     KINDS,
-    LEVEL,
     MEASURED,
-    NO_SPREAD,
     NOT_JUDGED,
     NOT_TESTABLE,
-    ONE_SESSION,
+    NOT_YET,
     SIMULATED,
     UNDECIDED,
     Verdict,
-    restate,
 )
 from moelab.report.summary import Summary, read_all
-from moelab.statistics import holm
+from moelab.statistics import ALPHA, holm
 
 if TYPE_CHECKING:
     from rich.console import Group
     from rich.text import Text
 
-DISAGREES = "paper's own numbers disagree"
-NOT_YET = "not tested yet"
 OPEN = "open"
 """In place of a kind where no result says anything about a claim."""
 
@@ -77,7 +73,7 @@ class Evidence:
 
     Attributes:
         scale: the result's scale, or `simulated` for a simulation, whatever scale it ran at.
-        ours, low, high, unit, samples, verdict, note, kind, p: see `moelab.paper.verdicts.Verdict`.
+        ours, low, high, unit, samples, verdict, note, kind, p: see `moelab.design.verdicts.Verdict`.
         result: the result's folder, relative to the results.
         figure: the figure that shows it, relative to the results; empty if there is none.
     """
@@ -112,9 +108,10 @@ class Entry:
         conflicts: ids of the paper's contradictions that touch it.
         same_as: id of the claim that states the same, empty if none does.
         evidence: one item per scale, the strongest first.
-        kind: what the verdict rests on: one of `moelab.paper.verdicts.KINDS`, or `OPEN`.
-        verdict: of the claim.
-        adjusted: the same after Holm's adjustment over all measured verdicts; empty for other kinds.
+        kind: what the verdict rests on: one of `moelab.design.verdicts.KINDS`, or `OPEN`.
+        verdict: of the claim alone.
+        adjusted: the same after Holm's adjustment over all measured verdicts, which is what counts; other kinds need
+            none.
     """
 
     claim: str
@@ -128,7 +125,7 @@ class Entry:
     evidence: tuple[Evidence, ...]
     kind: str
     verdict: str
-    adjusted: str = ""
+    adjusted: str
 
     @property
     def deciding(self) -> Evidence | None:
@@ -185,9 +182,9 @@ def distinct(entries: Sequence[Entry]) -> list[Entry]:
 
 
 def counts(entries: Sequence[Entry]) -> dict[str, dict[str, int]]:
-    """Return how many claims have each verdict, the most frequent first, by kind; claims that rows share count once."""
+    """Return how many claims have each adjusted verdict, the most frequent first, by kind; shared claims count once."""
     every = distinct(entries)
-    found = {kind: Counter(e.verdict for e in every if e.kind == kind) for kind in (*KINDS, OPEN)}
+    found = {kind: Counter(e.adjusted for e in every if e.kind == kind) for kind in (*KINDS, OPEN)}
     return {kind: dict(verdicts.most_common()) for kind, verdicts in found.items() if verdicts}
 
 
@@ -222,7 +219,7 @@ def family(entries: Sequence[Entry]) -> Family:
     tested = [entry for entry in distinct(entries) if entry.tested]
     held = [entry for entry in tested if entry.verdict != UNDECIDED]
     withdrawn = tuple(entry.claim for entry in held if entry.adjusted == UNDECIDED)
-    return Family(len(tested), LEVEL * len(tested), len(held), len(held) - len(withdrawn), withdrawn)
+    return Family(len(tested), ALPHA * len(tested), len(held), len(held) - len(withdrawn), withdrawn)
 
 
 def _adjusted(entries: list[Entry]) -> list[Entry]:
@@ -232,7 +229,7 @@ def _adjusted(entries: list[Entry]) -> list[Entry]:
 
     def verdict(entry: Entry) -> str:
         p = p_values.get(entry.claim)
-        return UNDECIDED if p is not None and p >= LEVEL else entry.verdict if entry.kind == MEASURED else ""
+        return UNDECIDED if p is not None and p >= ALPHA else entry.verdict
 
     return [replace(entry, adjusted=verdict(entry)) for entry in entries]
 
@@ -262,24 +259,25 @@ def _described(entry: Entry) -> tuple[Text, Text]:
         values.append(f" · ours {e.ours:.3g}")
         if e.low is not None and e.high is not None and e.samples:
             values.append(f" ({e.low:.3g} to {e.high:.3g})")
-    values.append(f" · {entry.verdict}", "bold")
-    if entry.adjusted and entry.adjusted != entry.verdict:
-        values.append(f" ({entry.adjusted} after Holm's adjustment)")
+    values.append(f" · {entry.adjusted}", "bold")
+    if entry.adjusted != entry.verdict:
+        values.append(f" ({entry.verdict} alone, before Holm's adjustment)")
     at = f" · {e.scale}, {f'n = {e.samples}' if e.samples else 'exact'}" if e else ""
     return values, Text(f"{entry.claim} · {entry.where}{at}", "dim")
 
 
-_COPIED = ("ours", "low", "high", "unit", "samples", "verdict", "note", "kind", "p")
+_COPIED = ("ours", "low", "high", "unit", "samples", "verdict", "kind", "p")
 
 
 def _evidence(claim: paper.Claim, stored: Verdict, path: str, summary: Summary) -> Evidence:
-    verdict = restate(claim, stored)
+    verdict = restate(claim, stored, summary.scale)
     showing = [figure.name for figure in summary.figures if verdict.claim in figure.claims]
     name = next(iter(showing or [figure.name for figure in summary.figures]), "")
     return Evidence(
         # A simulation says the same at every scale, and is weaker evidence than a measurement at any but the smallest.
         scale="simulated" if verdict.verdict in SIMULATED else summary.scale,
         **{key: getattr(verdict, key) for key in _COPIED},
+        note=verdict.text,
         result=path,
         figure=f"{path}/{name}.png" if name else "",
     )
@@ -287,16 +285,15 @@ def _evidence(claim: paper.Claim, stored: Verdict, path: str, summary: Summary) 
 
 def _entry(claim: paper.Claim, by_scale: dict[str, Evidence]) -> Entry:
     # What judges nothing for want of samples ranks below a smaller scale with several.
-    few = (NO_SPREAD, ONE_SESSION)
-    evidence = tuple(sorted(by_scale.values(), key=lambda e: (e.verdict in few, scale_rank(e.scale))))
+    evidence = tuple(sorted(by_scale.values(), key=lambda e: (e.verdict in FEW, scale_rank(e.scale))))
     conflicts = tuple(part.split(":")[0].strip() for part in claim.conflict.split("|") if part.strip())
-    judged = next((e for e in evidence if e.judged), None) or next((e for e in evidence if e.verdict in few), None)
+    judged = next((e for e in evidence if e.judged), None) or next((e for e in evidence if e.verdict in FEW), None)
     kind = judged.kind if judged else OPEN
     if judged:
         verdict = judged.verdict
     elif _DISPUTED & set(conflicts):
         verdict = DISAGREES
-    elif claim.testable_at in ("gpu", "paper"):
+    elif claim.testable_at in ("gpu", "paper") or claim.from_share:
         verdict = NOT_TESTABLE
     else:
         verdict = NOT_YET
@@ -313,4 +310,5 @@ def _entry(claim: paper.Claim, by_scale: dict[str, Evidence]) -> Entry:
         evidence,
         kind,
         verdict,
+        adjusted=verdict,
     )

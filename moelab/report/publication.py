@@ -10,20 +10,20 @@ from __future__ import annotations
 import shutil
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moelab import environment, paths
 from moelab.files import write_json, write_text
-from moelab.report.summary import SUMMARY, FigureRow, TableRow
+from moelab.report.summary import SUMMARY, FigureRow, TableRow, check_file_name
 from moelab.runs.provenance import provenance
 
 if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.figure import Figure
 
-    from moelab.paper.verdicts import Verdict
+    from moelab.design.verdicts import Verdict
     from moelab.runs.collection import Runs
     from moelab.runs.measurements import Measurement
 
@@ -53,10 +53,19 @@ class Publication:
     def open(
         cls, experiment: str, scale: str, parameters: dict[str, Any], measurements: Sequence[Measurement] = ()
     ) -> Publication:
-        """Open the folder that the command gives to a batch run (`MOELAB_PUBLICATION`), else an empty draft."""
+        """Open the folder that the command gives to a batch run (`MOELAB_PUBLICATION`), else an empty draft.
+
+        Raises:
+            ValueError: experiment or scale is not the plain name of a folder, or a link leads out of the drafts.
+        """
+        check_file_name("experiment", experiment)
+        check_file_name("scale", scale)
         given = environment.PUBLICATION.get()
-        path = Path(given) if given else paths.home() / "drafts" / experiment / scale
+        drafts = paths.home() / "drafts"
+        path = Path(given) if given else drafts / experiment / scale
         if not given and path.exists():
+            if path.resolve() != drafts.resolve() / experiment / scale:
+                raise ValueError(f"{path} is a link out of {drafts}; a draft's folder is emptied, so remove the link")
             shutil.rmtree(path)
         path.mkdir(parents=True, exist_ok=True)
         return cls(experiment, scale, parameters, path, interactive=given is None, measurements=measurements)
@@ -79,8 +88,8 @@ class Publication:
         """
         from moelab.plotting import figures
 
-        figures.save(figure, self.path / name, title=title)
         row = FigureRow(name, title, caption, tuple(claims), "" if data is None else f"{name}.jsonl")
+        figures.save(figure, self.path / name, title=title)
         if data is not None:
             self._write_frame(row.data, data)
         self.figures.append(row)
@@ -92,27 +101,9 @@ class Publication:
         self.tables.append(row)
 
     def claims(self, verdicts: Sequence[Verdict]) -> None:
-        """Save the verdicts on the paper's claims.
-
-        Where a verdict rests on another number of seeds than the experiment planned before its first run, its note says
-        so.
-        """
-        self.verdicts = [self._planned(verdict) for verdict in verdicts]
+        """Save the verdicts on the paper's claims, with the values that they were judged by."""
+        self.verdicts = list(verdicts)
         write_json(self.path / "claims.json", [asdict(verdict) for verdict in self.verdicts])
-
-    def _planned(self, verdict: Verdict) -> Verdict:
-        from moelab import paper
-        from moelab.experiments import EXPERIMENTS
-        from moelab.paper.verdicts import MEASURED, NOT_JUDGED
-
-        plan = EXPERIMENTS.get(self.experiment)
-        judged = verdict.kind == MEASURED and verdict.verdict not in NOT_JUDGED
-        if plan is None or not judged or paper.claim(verdict.claim).timed:
-            return verdict
-        said = f"{plan.planned_seeds} seeds were planned" if verdict.samples != plan.planned_seeds else ""
-        if plan.planned_first and verdict.samples > plan.planned_first:
-            said = f"{plan.planned_first} seeds were planned first, {plan.planned_seeds} after these had been seen"
-        return replace(verdict, note=f"{verdict.note} {said}.".strip()) if said else verdict
 
     def finish(self, runs: Runs | None = None, *, title: str) -> str:
         """Write the summary; return one line that says where everything is.

@@ -4,22 +4,22 @@ from __future__ import annotations
 
 import json
 import re
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from moelab.config.serialization import from_json
+from moelab.design.verdicts import Verdict
 from moelab.files import read_json
-from moelab.paper.verdicts import Verdict
 
 SUMMARY = "summary.json"
 
 _FILE_NAME = re.compile(r"\w[\w .+=-]*")
 
 
-def _check_file_name(what: str, name: str) -> None:
-    """Refuse what is not the plain name of a file beside the summary: paths, addresses, scripts."""
-    if not _FILE_NAME.fullmatch(name):
+def check_file_name(what: str, name: str) -> None:
+    """Refuse what is not the plain name of a file or folder: paths, addresses, scripts."""
+    if not isinstance(name, str) or not _FILE_NAME.fullmatch(name):
         raise ValueError(f"{what}: expected the name of a file in the result's folder, got {name!r}")
 
 
@@ -67,9 +67,9 @@ class FigureRow:
     data: str = ""
 
     def __post_init__(self) -> None:
-        _check_file_name("figure's name", self.name)
+        check_file_name("figure's name", self.name)
         if self.data:
-            _check_file_name(f"data of figure {self.name}", self.data)
+            check_file_name(f"data of figure {self.name}", self.data)
 
 
 @dataclass(frozen=True)
@@ -82,8 +82,8 @@ class TableRow:
     caption: str = ""
 
     def __post_init__(self) -> None:
-        _check_file_name("table's name", self.name)
-        _check_file_name(f"data of table {self.name}", self.data)
+        check_file_name("table's name", self.name)
+        check_file_name(f"data of table {self.name}", self.data)
 
 
 @dataclass(frozen=True)
@@ -151,39 +151,18 @@ class Summary:
     provenance: Provenance = field(default_factory=Provenance)
 
 
-_ROWS = {
-    "hardware": Hardware,
-    "provenance": Provenance,
-    "figures": FigureRow,
-    "tables": TableRow,
-    "claims": Verdict,
-    "runs": RunRow,
-    "measurements": MeasurementRow,
-}
-
-
-def _known(row: type, value: Any) -> Any:
-    """Return `value` without fields that this version does not know; `from_json` refuses what is no object."""
-    if isinstance(value, list):
-        return [_known(row, one) for one in value]
-    if not isinstance(value, dict):
-        return value
-    names = {f.name for f in fields(row)}
-    return {key: _known(_ROWS[key], v) if key in _ROWS else v for key, v in value.items() if key in names}
-
-
 def parse(record: Any) -> Summary:
     """Return the summary that a JSON value holds.
 
     Raises:
         ValueError: one line: a field is missing or has the wrong type, or a file name is none.
     """
-    return from_json(Summary, _known(Summary, record), "summary")
+    return from_json(Summary, record, "summary", known=True)
 
 
 def parse_provenance(record: Any) -> Provenance:
     """Return the provenance that a JSON value holds; ValueError as for `parse`."""
-    return from_json(Provenance, _known(Provenance, record), "provenance")
+    return from_json(Provenance, record, "provenance", known=True)
 
 
 def find_results(*roots: Path) -> dict[str, Path]:

@@ -60,7 +60,7 @@ def state_bytes(spec: RunSpec) -> int:
     with `shard`; a tensor-sliced share of it is not subtracted (embeddings stay whole).
     """
     model, layout = spec.model, spec.parallel
-    an_expert = model.expert_parameters()
+    an_expert = model.expert_feed_forward.parameters
     experts = sum(layout.experts(e).experts_per_rank * an_expert for e in model.experts if e)
     others = model.parameters() - sum(e * an_expert for e in model.experts)
     return STATE_BYTES * (experts + (others // layout.data if layout.shard else others))

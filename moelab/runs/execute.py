@@ -137,8 +137,9 @@ def _train(run: Run, should_stop, on_progress, cache: Path) -> None:
     from moelab.runs.provenance import provenance
     from moelab.training import TrainingStopped
 
-    spec = run.spec
-    state = {"step": run.status.step, "steps": spec.train.steps(spec.data.context)}
+    spec, before = run.spec, run.status
+    state = {"step": before.step, "steps": spec.train.steps(spec.data.context)}
+    state |= {"loss": before.loss, "tokens_per_s": before.tokens_per_s}  # no metric row may follow
 
     def progress(p) -> None:
         state.update(step=p.step, steps=p.steps, loss=p.loss, tokens_per_s=p.tokens_per_s)
@@ -170,7 +171,6 @@ def _train(run: Run, should_stop, on_progress, cache: Path) -> None:
         record["sessions"] = several
     record["data"] = {"fingerprint": data.fingerprint, "corpus": spec.data.corpus, "tokenizer": spec.data.tokenizer}
     record["started"], record["finished"] = _iso(started), _iso(time.time())
-    record["host"], record["process"] = socket.gethostname(), os.getpid()
     if spec.parallel.ranks > 1:
         record["parallel"] = to_json(spec.parallel)
     if spec.start is not None:

@@ -12,10 +12,11 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
-from moelab.engine.launch import Limits, process
+from moelab.engine.launch import Limits, postmortem, process
 from moelab.runs.execute import execute
-from moelab.runs.store import Run, Status
+from moelab.runs.store import Run, Status, disk_full
 from moelab.runs.supervisor import supervise
 
 Tick = Callable[[], None]
@@ -44,18 +45,16 @@ def processes(runs: Sequence[Run], workers: int, tick: Tick = lambda: None, poll
     go, waits for them, and is raised again. Those that take much longer than `Limits.stop_s` are killed.
     """
     waiting = sorted(runs, key=lambda run: -run.spec.cost)
-    going: dict[subprocess.Popen, Run] = {}
+    going: dict[subprocess.Popen, _Session] = {}
     try:
         while waiting or going:
-            for worker, its in going.items():
-                if (worker.poll() or 0) < 0 and its.status.state == "new":  # before it could write a status
-                    why = f"its process was ended by {signal.Signals(-worker.returncode).name}"
-                    its.set_status(Status("stopped", reason=why))
-            going = {worker: its for worker, its in going.items() if worker.returncode is None}
-            taken = sum(run.spec.parallel.ranks for run in going.values())
+            for worker in [worker for worker in going if worker.poll() is not None]:
+                going.pop(worker).ended(worker.returncode)
+            taken = sum(session.run.spec.parallel.ranks for session in going.values())
             while (run := _next(waiting, workers - taken, alone=not going)) is not None:
                 waiting.remove(run)
-                going[start(run)] = run
+                session = _Session.of(run)
+                going[start(run)] = session
                 taken += run.spec.parallel.ranks
             tick()
             time.sleep(poll_s)
@@ -63,13 +62,49 @@ def processes(runs: Sequence[Run], workers: int, tick: Tick = lambda: None, poll
         for worker in going:
             worker.send_signal(signal.SIGTERM)
         deadline = time.monotonic() + _stop_s() + _MARGIN_S
-        for worker in going:
+        for worker, session in going.items():
             try:
                 worker.wait(timeout=max(0.1, deadline - time.monotonic()))
             except subprocess.TimeoutExpired:
                 worker.kill()
+                worker.wait()
+            session.ended(worker.returncode)
         raise
     tick()
+
+
+@dataclass(frozen=True)
+class _Session:
+    """A run and what tells, once its process has ended, what the process wrote and what the kernel did to it.
+
+    Attributes:
+        status, log: time of the run's status and bytes of its log, before the process was started.
+        oom_kills: how many processes the kernel had killed for lack of memory.
+    """
+
+    run: Run
+    status: int
+    log: int
+    oom_kills: int
+
+    @classmethod
+    def of(cls, run: Run) -> _Session:
+        return cls(run, run.status_time, postmortem.size(run.path / "log.txt"), postmortem.oom_kills())
+
+    def ended(self, code: int) -> None:
+        """Write into the run's status how its process ended, unless the process has said why or another one trains."""
+        run, status = self.run, Status.read(self.run.path) or Status("new")
+        said = run.status_time != self.status and status.state not in ("new", "running")
+        if code in (process.FINISHED, process.STOPPED) or said or run.finished or run.locked:
+            return
+        if code < 0:
+            how = postmortem.death_by_signal(-code, 0, [0], postmortem.oom_kills() > self.oom_kills)
+        else:
+            log = postmortem.read_log(run.path / "log.txt", self.log)
+            how = postmortem.death_by_exit(code, postmortem.last_error(log))
+        reason = f"its process {how}{disk_full(run.path)}"
+        with contextlib.suppress(OSError):  # the disk is full, which the run's status tells
+            run.set_status(replace(status, state="stopped" if code < 0 else "failed", reason=reason))
 
 
 def _stop_s() -> float:

@@ -24,6 +24,7 @@ from typing import Any
 from filelock import FileLock
 
 from moelab import paths
+from moelab.environment import INSTRUCTIONS
 from moelab.files import read_json, write_json
 from moelab.runs.provenance import hardware, provenance, versions
 from moelab.runs.store import Run
@@ -161,12 +162,12 @@ def as_json(value: Any) -> Any:
 
 @functools.cache
 def code() -> str:
-    """Digest of moelab's source, kernels included."""
+    """Digest of moelab's source, kernels and their C++ included."""
     found = hashlib.sha256()
     for package in ("moelab", "moelab.kernels"):
         spec = find_spec(package)
         for root in map(Path, (spec.submodule_search_locations or ()) if spec else ()):
-            for file in sorted(root.rglob("*.py")):
+            for file in sorted(file for file in root.rglob("*.*") if file.suffix in (".py", ".cpp", ".h")):
                 found.update(f"{package}/{file.relative_to(root)}\0".encode() + file.read_bytes() + b"\0")
     return found.hexdigest()[:12]
 
@@ -181,6 +182,7 @@ def machine() -> dict[str, Any]:
         "gpus": _gpus(),
         "versions": versions(),
         "threads": os.environ.get("OMP_NUM_THREADS"),
+        "instructions": INSTRUCTIONS.get(),
     }
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import moelab
 from moelab import machine, paths
-from moelab.files import read_json
+from moelab.files import read_object
 
 SNAPSHOT = "SNAPSHOT.json"
 """In a copy of the code that was made for a batch: the commit it was copied from."""
@@ -29,6 +29,7 @@ _PACKAGES = (
     "transformers",
     "lm_eval",
     "gguf",
+    "llama-cpp-python",
 )
 
 
@@ -40,7 +41,14 @@ def provenance() -> dict[str, Any]:
         "python": platform.python_version(),
         "versions": versions(),
         "hardware": hardware(),
+        **({"cpu_kernels": kernels} if (kernels := _cpu_kernels()) else {}),
     }
+
+
+def _cpu_kernels() -> dict[str, str] | None:
+    """Return the version and the instruction set of the CPU kernels in a process that uses them."""
+    module = sys.modules.get("moelab.kernels")  # not imported for this alone
+    return None if module is None else module.version()
 
 
 def hardware() -> dict[str, Any]:
@@ -68,7 +76,7 @@ def describe(record: dict[str, Any]) -> str:
 def commit() -> dict[str, Any]:
     """Return the commit of the running code, and whether files differ from it; None for both outside a git checkout."""
     root = paths.checkout()
-    if root is not None and (copied := read_json(root / SNAPSHOT)):
+    if root is not None and (copied := read_object(root / SNAPSHOT)):
         return copied
 
     def git(*arguments: str) -> str | None:

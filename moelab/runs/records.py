@@ -19,7 +19,8 @@ from moelab import paths
 from moelab.files import write_bytes
 from moelab.runs import with_weights
 from moelab.runs.spec import RunSpec
-from moelab.runs.store import Run, RunStore, Status
+from moelab.runs.store import Run, RunStore, Status, check_result
+from moelab.training.metrics import TRAIN, VALIDATION, parse_rows
 
 FILES = ("spec.json", "provenance.json", "train.jsonl", "validation.jsonl", "status.json", "result.json")
 """What a record holds; the result comes last, because a run that has one counts as finished."""
@@ -28,7 +29,11 @@ MEASURED = re.compile(rf"{with_weights.FOLDER}/[a-z0-9-]+\.json")
 """Further files that a record may hold, see `moelab.runs.with_weights`."""
 
 LARGEST = 64 << 20
-"""Bytes that one file of a record may have."""
+"""Bytes that the files of a record may have together."""
+PACKED = 16 << 20
+"""Bytes that a record may have."""
+MOST = 256
+"""Files that a record may hold."""
 
 _EPOCH = (1980, 1, 1, 0, 0, 0)  # the same run is the same archive
 
@@ -55,7 +60,8 @@ def write(run: Run, directory: Path) -> Path:
             if (file := run.path / name).exists():
                 entry = zipfile.ZipInfo(name, _EPOCH)
                 entry.compress_type = zipfile.ZIP_DEFLATED
-                archive.writestr(entry, file.read_bytes())
+                own = name == "provenance.json"  # as the run tells it: without names of hosts
+                archive.writestr(entry, json.dumps(run.provenance, indent=2) + "\n" if own else file.read_bytes())
     path = directory / f"{run.spec.id}.zip"
     write_bytes(path, packed.getvalue())
     return path
@@ -77,6 +83,9 @@ def read(archive: Path, store: RunStore) -> Run | None:
                 raise ValueError("no object")
         except (ValueError, RecursionError) as error:
             raise ValueError(f"{archive}: unreadable ({name}: {str(error) or type(error).__name__})") from None
+    check_result(json.loads(content["result.json"]), f"{archive}: result.json")
+    for name in (TRAIN, VALIDATION):
+        parse_rows(content.get(name, b""), f"{archive}: {name}")
     spec = RunSpec.from_json(json.loads(content["spec.json"]), where=f"{archive}: spec.json")
     if spec.id != archive.stem:
         raise ValueError(f"{archive}: the run it describes is called {spec.id} here: renamed, or of another version")
@@ -107,17 +116,19 @@ def _begun(run: Run) -> bool:
 
 
 def _content(archive: Path) -> dict[str, bytes]:
-    """Return the files of a record by name; never more of one than LARGEST, whatever the archive says of its size.
+    """Return the files of a record by name; never more than LARGEST in all, whatever the archive says of their sizes.
 
     Raises:
         ValueError: one line: not a record, or it cannot be read.
     """
     content: dict[str, bytes] = {}
     try:
-        if archive.stat().st_size > LARGEST:
-            raise ValueError(f"{archive}: larger than {LARGEST >> 20} MiB")
+        if archive.stat().st_size > PACKED:
+            raise ValueError(f"{archive}: larger than {PACKED >> 20} MiB")
         with zipfile.ZipFile(archive) as packed:
             entries = {entry.filename: entry for entry in packed.infolist()}
+            if len(packed.infolist()) > MOST or sum(entry.file_size for entry in packed.infolist()) > LARGEST:
+                raise ValueError(f"{archive}: more than {MOST} files, or than {LARGEST >> 20} MiB in all")
             measured = [name for name in entries if MEASURED.fullmatch(name)]
             if not {"spec.json", "result.json"} <= set(entries) <= {*FILES, *measured}:
                 raise ValueError(f"{archive}: not a run's record; one holds {', '.join(FILES)}, {with_weights.FOLDER}/")
@@ -125,9 +136,7 @@ def _content(archive: Path) -> dict[str, bytes]:
                 if entries[name].compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
                     raise ValueError(f"{archive}: {name} is packed by another method than deflate")
                 with packed.open(entries[name]) as file:
-                    content[name] = file.read(LARGEST + 1)
-                if max(len(content[name]), entries[name].file_size) > LARGEST:
-                    raise ValueError(f"{archive}: {name} is larger than {LARGEST >> 20} MiB")
+                    content[name] = file.read(entries[name].file_size + 1)
     except (zipfile.BadZipFile, zlib.error, EOFError, OSError, RuntimeError) as error:  # RuntimeError: encrypted
         why = (str(error).splitlines() or [type(error).__name__])[0]
         raise ValueError(f"{archive}: unreadable ({why})") from None

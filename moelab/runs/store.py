@@ -18,8 +18,9 @@ from __future__ import annotations
 import contextlib
 import difflib
 import errno
+import shutil
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
@@ -27,15 +28,30 @@ from filelock import FileLock
 
 from moelab import paths
 from moelab.config.parallel import ParallelConfig
-from moelab.files import read_json, write_json
+from moelab.config.serialization import from_json
+from moelab.files import read_json, read_object, write_json
 from moelab.runs.spec import RunSpec
+from moelab.terminal import plain
 
 if TYPE_CHECKING:
     import pandas as pd
 
 
-ENDED = "its process ended without a word; it will resume"
-"""Reason of a run whose status says "running" while no process holds its lock."""
+def ended(folder: Path) -> str:
+    """Return the reason of a run whose status says "running" while no process holds its lock, and nobody watched it."""
+    return f"its process ended without a word; it will resume{disk_full(folder)}"
+
+
+def disk_full(folder: Path) -> str:
+    """Return the end of a reason that names a full disk, on which no process could write why it failed; else empty."""
+    return f"; the disk of {folder} is full, make room" if shutil.disk_usage(folder).free < 1 << 20 else ""
+
+
+_NUMBERS = (
+    *("steps", "tokens", "validation_loss", "bits_per_byte", "unigram_loss"),
+    *("parameters", "active_parameters", "flops_per_token", "seconds"),
+)
+"""What a result has at least."""
 
 
 @dataclass(frozen=True)
@@ -57,6 +73,9 @@ class Status:
     tokens_per_s: float | None = None
     reason: str = ""
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "reason", plain(self.reason))
+
     @classmethod
     def read(cls, folder: Path) -> Self | None:
         """Return the state that a run's folder tells; None where it tells none.
@@ -65,10 +84,19 @@ class Status:
         A torn file counts as missing, and fields that this version does not know are left out.
         """
         try:
-            record = read_json(folder / "status.json")
-            return cls(**{f.name: record[f.name] for f in fields(cls) if f.name in record})
-        except (ValueError, TypeError):  # no JSON; no object, or one without a state
+            return from_json(cls, read_json(folder / "status.json"), known=True)
+        except ValueError:
             return None
+
+
+def check_result(value: Any, where: str) -> None:
+    """Check that a result is what `moelab.training.train` returns; ValueError, one line, where a number is missing."""
+    record = value if isinstance(value, dict) else {}
+    for name in _NUMBERS:
+        if not isinstance(record.get(name), int | float):
+            raise ValueError(
+                f"{where}: no result of a training run ({name} must be a number, got {record.get(name)!r})"
+            )
 
 
 @dataclass(frozen=True)
@@ -93,6 +121,8 @@ class Run:
         """
         try:
             value = read_json(self.path / "result.json")
+            if value is not None:
+                check_result(value, str(self.path / "result.json"))
         except ValueError as error:
             raise ValueError(
                 f"run {self.spec.id}: {error}; remove the file and ask for the run again: it goes on from its last "
@@ -109,9 +139,11 @@ class Run:
     def provenance(self) -> dict[str, Any]:
         """Code, versions, hardware and times of the run; empty before it is finished.
 
-        They are those of its last session. Where several commits or machines have trained it, "sessions" has all.
+        They are those of its last session. Where several commits or machines have trained it, "sessions" has all. The
+        names of hosts, which earlier versions wrote, are left out: they are published with the run.
         """
-        return read_json(self.path / "provenance.json") or {}
+        record = read_object(self.path / "provenance.json") or {}
+        return {name: value for name, value in record.items() if name not in ("host", "process")}
 
     @property
     def status(self) -> Status:
@@ -120,8 +152,16 @@ class Run:
         if self.finished:
             return replace(status, state="finished")
         if status.state == "running" and not self.locked:
-            return replace(status, state="stopped", reason=ENDED)
+            return replace(status, state="stopped", reason=ended(self.path))
         return status
+
+    @property
+    def status_time(self) -> int:
+        """When the status was written, in nanoseconds since the epoch; 0 without one."""
+        try:
+            return (self.path / "status.json").stat().st_mtime_ns
+        except OSError:
+            return 0
 
     @property
     def locked(self) -> bool:
@@ -161,7 +201,7 @@ class Run:
     def why_missing(self) -> str:
         """Return in one line why the run has no result: its status's reason, else its log's last line, or its state."""
         status = self.status
-        return status.reason or self.log_tail(1).strip() or status.state
+        return status.reason or plain(self.log_tail(1).strip()) or status.state
 
     @property
     def has_weights(self) -> bool:
@@ -198,6 +238,13 @@ class Run:
         return pd.DataFrame(read_rows(self.path / file))
 
 
+def _keep_at(stored: dict[str, Any]) -> list[int]:
+    """Return the tokens of the checkpoints that a stored spec, perhaps another version's, asks to be kept."""
+    train = stored.get("train")
+    kept = train.get("keep_at") if isinstance(train, dict) else None
+    return [tokens for tokens in kept if type(tokens) is int] if isinstance(kept, list) else []
+
+
 class RunStore:
     """All runs below one folder."""
 
@@ -212,13 +259,12 @@ class RunStore:
         """
         path = self.root / spec.id
         try:
-            stored = read_json(path / "spec.json")
+            stored = read_object(path / "spec.json") or {}
         except ValueError:  # cut short by a crash of the machine; its content is known
-            stored = None
-        stored = stored if isinstance(stored, dict) else {}
+            stored = {}
         # Of what does not name the run (layout, checkpoints, label) the last wish counts, and all checkpoints that were
         # ever asked to be kept; a finished run stays as it is.
-        spec = spec.keeping(stored.get("train", {}).get("keep_at", []))
+        spec = spec.keeping(_keep_at(stored))
         if write and stored and stored != spec.to_json() and Run(spec, path).locked:
             # Its processes were started for the layout that it has; they are started again for the same one.
             with contextlib.suppress(ValueError):  # by another version: the lock's holder tells

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
 def main(path: Path, parent: int) -> int:
     """Execute the run in a directory; return the process's exit code."""
+    process.show_stacks_when_asked()
     asked: list[int] = []
     for name in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
         signal.signal(name, lambda number, _: asked.append(number))

@@ -23,7 +23,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from moelab.config import DTYPE_BYTES, ModelConfig
+from moelab.config import DTYPE_BYTES, FeedForward, ModelConfig
 from moelab.config.parallel import ParallelConfig
 from moelab.simulate import constants as _constants
 from moelab.simulate.clocks import WAIT, Span, kernels
@@ -167,7 +167,6 @@ def decode_sweep(
     known = constants or _constants.fitted()
     width = DTYPE_BYTES[dtype]
     M, L, D = model.hidden, layouts.tensor, model.head_size
-    across = model.decoder.matrices / 2 * M  # of the two products of a feed-forward, in the mean, per unit of its size
     bandwidth = where.gpu.memory_gb_s * known.memory_share
     rate = where.gpu.tflops * known.matmul_share * (1 if width == 2 else 0.5) * 1e6  # operations per microsecond
     issue = 0.0 if code.graph else known.eager_us
@@ -190,8 +189,8 @@ def decode_sweep(
         program.kernels("attention", 1, product(batch, M * D * model.heads / L))
         sum_over_tensor(program)
 
-    def feed_forward(program: _Program, ffn: int, small: int) -> None:
-        program.kernels("dense", 2, product(batch, across * ffn / L))
+    def feed_forward(program: _Program, shape: FeedForward, small: int) -> None:
+        program.kernels("dense", 2, product(batch, shape.weights / 2 / L))  # the mean of both
         program.kernels("dense", small)
         sum_over_tensor(program)
 
@@ -199,8 +198,8 @@ def decode_sweep(
         spread = ExpertLayouts.of(layouts, experts)
         C = slots(code, model, batch, experts)
         sent = rows_to_send(spread, np.full(len(layouts), batch), model.top_k, C)
-        if model.fixed_ffn:
-            feed_forward(program, model.fixed_ffn, code.residual)
+        if model.fixed_feed_forward is not None:
+            feed_forward(program, model.fixed_feed_forward, code.residual)
         program.kernels("gate", 1, product(batch, M * experts))
         program.kernels("gate", code.gate_wait)
         if code.gate_wait:
@@ -227,7 +226,7 @@ def decode_sweep(
         slices()
         own = spread.experts / spread.parallel
         arriving = sent * spread.slices / own * (1.0 if C else imbalance)  # rows that an expert of this rank multiplies
-        weights = across * model.expert_ffn / spread.slices
+        weights = model.expert_feed_forward.weights / 2 / spread.slices  # of each of the two products, in the mean
         if C:
             read = own
         else:
@@ -257,7 +256,7 @@ def decode_sweep(
         if experts:
             experts_layer(one, experts)
         else:
-            feed_forward(one, model.ffn, code.dense)
+            feed_forward(one, model.dense_feed_forward, code.dense)
 
     step = _Program(issue, known.kernel_us)
     for experts in model.experts or (0,) * model.layers:

@@ -47,7 +47,7 @@ def rank_parameters(model: ModelConfig, layouts: Layouts) -> tuple[Array, Array]
 
     Every rank holds the gates as a whole; all else outside experts is sliced.
     """
-    one = model.expert_parameters()
+    one = model.expert_feed_forward.parameters
     gates = sum(model.hidden * e for e in model.experts)
     outside = model.parameters() - sum(model.experts) * one - gates
     experts = np.zeros(len(layouts))
@@ -72,21 +72,16 @@ def inference_memory(
     Args:
         width: bytes of a number. Other arguments are those of `decode_sweep`.
     """
-    n, M, inner = len(layouts), model.hidden, model.decoder.matrices - 1
+    n, M, expert = len(layouts), model.hidden, model.expert_feed_forward
     outside, experts = rank_parameters(model, layouts)
-    buffers = batch * model.vocab * 4 / layouts.tensor + batch * (2 * M + inner * model.ffn) * width
+    buffers = batch * model.vocab * 4 / layouts.tensor + batch * (2 * M + model.dense_feed_forward.inner) * width
     largest = np.zeros(n)
     for count in {e for e in model.experts if e}:
         spread = ExpertLayouts.of(layouts, count)
         sent = rows_to_send(spread, np.full(n, batch), model.top_k, slots(system, model, batch, count))
         arrived = sent * spread.slices
-        hidden = (
-            arrived
-            * inner
-            * model.expert_ffn
-            / spread.slices
-            / (1 if system.grouped else spread.experts / spread.parallel)
-        )
+        at_once = 1 if system.grouped else spread.experts / spread.parallel
+        hidden = arrived * expert.inner / spread.slices / at_once
         largest = np.maximum(
             largest, (2 * sent * M + 2 * arrived * M + hidden) * width
         )  # out, in, results, intermediate

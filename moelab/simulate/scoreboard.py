@@ -7,7 +7,6 @@ import numpy as np
 from moelab import paper
 from moelab.config import ModelConfig
 from moelab.config.parallel import ParallelConfig
-from moelab.paper.verdicts import TOLERANCE  # noqa: F401 (the goal: a median error within it)
 from moelab.simulate import bars
 from moelab.simulate.calibrate import fit
 from moelab.simulate.constants import Constants

@@ -176,11 +176,12 @@ def _forward_us(
 
     Recomputation repeats all of it but the head, which is small.
     """
-    M, L, across = model.hidden, int(layouts.tensor[0]), model.decoder.matrices * model.hidden
+    M, L, branch = model.hidden, int(layouts.tensor[0]), model.fixed_feed_forward
     rate = where.gpu.tflops * known.matmul_share * 1e6
     bandwidth = where.gpu.memory_gb_s * known.memory_share
     fixed = model.vocab * M + model.layers * model.attention_weights
-    fixed += (model.layers - model.moe_layers) * across * model.ffn + model.moe_layers * across * model.fixed_ffn
+    fixed += (model.layers - model.moe_layers) * model.dense_feed_forward.weights
+    fixed += 0 if branch is None else model.moe_layers * branch.weights
     flops = tokens * (2 * fixed + model.layers * 2 * model.heads * model.head_size * (model.context + 1)) / L
     kept = tokens * M * (10 + 24 / L + 5 * model.heads * model.context / M / L)
     reduced = all_reduce_us(L, tokens * M * 2, where, known)
@@ -189,7 +190,7 @@ def _forward_us(
         "products": flops / rate,
         "einsums": 0.0,
         "elementwise": model.layers * transfer_us(2 * kept, bandwidth),
-        "all_reduce": (2 * model.layers - model.moe_layers * (not model.fixed_ffn)) * float(reduced)
+        "all_reduce": (2 * model.layers - model.moe_layers * (branch is None)) * float(reduced)
         + model.layers * float(normed),
         "all_to_all": 0.0,
     }
@@ -199,7 +200,7 @@ def _forward_us(
         sent = rows_to_send(spread, np.array([tokens]), model.top_k, C)
         # Every sender fills its slots, so a rank multiplies as many rows as it sends; with slices, it multiplies the
         # rows of all slices, each by a slice of the weights.
-        parts["products"] += count * float(2 * sent[0] * across * model.expert_ffn + 2 * tokens * M * experts) / rate
+        parts["products"] += count * float(sent[0] * model.expert_feed_forward.flops + 2 * tokens * M * experts) / rate
         if code.gate > 10:  # one-hot masks instead of tables
             parts["einsums"] += count * 2 * 2 * tokens * experts * C * M / rate
         else:
@@ -216,7 +217,7 @@ def _forward_us(
 def _kernels(model: ModelConfig, code: System, parallel: ParallelConfig) -> float:
     """Return the number of kernels of a forward pass; a backward pass has about twice as many."""
     count = code.step + 1 + model.layers * (code.attention + 2) + (model.layers - model.moe_layers) * (code.dense + 2)
-    count += model.moe_layers * (model.fixed_ffn > 0) * (code.residual + 2)
+    count += model.moe_layers * (model.fixed_feed_forward is not None) * (code.residual + 2)
     for experts in (e for e in model.experts if e):
         own = parallel.experts(experts).experts_per_rank
         loops = 1 if code.grouped else own
@@ -226,7 +227,7 @@ def _kernels(model: ModelConfig, code: System, parallel: ParallelConfig) -> floa
 
 def _expert_gradients_us(model: ModelConfig, layouts: Layouts, where: Cluster, known: Constants) -> float:
     """Return the microseconds to sum each layer's expert gradients over its replicas (section 4.1.3)."""
-    one = model.expert_parameters()
+    one = model.expert_feed_forward.parameters
     total = 0.0
     for experts, count in Counter(e for e in model.experts if e).items():
         spread = ExpertLayouts.of(layouts, experts)
@@ -256,9 +257,8 @@ def _memory(
     copies = _expert_copies(model, parallel) if zero == 2 else 1.0
     layer = tokens * M * (10 + 24 / L + 5 * model.heads * model.context / M / L)
     slots = max((e * training_slots(model, tokens, e) for e in model.experts if e), default=0)
-    layer += (
-        2 * slots * (2 * M + (model.decoder.matrices - 1) * model.expert_ffn)
-    )  # rows in and out of experts, and between their two products
+    # Rows in and out of experts, and between their two products.
+    layer += 2 * slots * (2 * M + model.expert_feed_forward.inner)
     kept = model.layers * tokens * M * 2 + layer if parallel.recompute else model.layers * layer
     return {
         "weights": STATE_BYTES["weights"] * split(everything, 1),

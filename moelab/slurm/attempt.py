@@ -16,6 +16,7 @@ import time
 from dataclasses import asdict, dataclass, replace
 from typing import Literal
 
+from moelab.config import from_json
 from moelab.engine.launch import RankFailed
 from moelab.runs.store import Run
 
@@ -68,8 +69,8 @@ def history(run: Run) -> list[Attempt]:
     attempts = []
     with contextlib.suppress(FileNotFoundError):
         for line in (run.path / ATTEMPTS).read_text(errors="replace").splitlines():
-            with contextlib.suppress(ValueError, TypeError):
-                attempts.append(Attempt(**json.loads(line)))
+            with contextlib.suppress(ValueError, RecursionError):
+                attempts.append(from_json(Attempt, json.loads(line), known=True))
     return attempts
 
 

@@ -8,23 +8,23 @@ from __future__ import annotations
 
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 from moelab.experiments import experiment
-from moelab.files import read_json, write_json
+from moelab.files import read_json
 from moelab.notebook import execute as notebooks
 from moelab.report import site
 from moelab.report.publication import SUMMARY
-from moelab.slurm.submission import Submission
+from moelab.slurm.submission import Outcome, Submission, outcome, set_outcome
 
 
 def main(folder: Path, name: str) -> int:
     """Execute the notebook, and return 0 when it published a result, even without some runs; 1 when it failed."""
     submission = Submission.read(folder / "submission.json")
     part = next(part for part in submission.parts if part.name == name)
-    file = folder / f"{name}.json"
-    file.unlink(missing_ok=True)  # written by an earlier attempt
-    job = {"job": os.environ.get("SLURM_JOB_ID"), "node": os.environ.get("SLURMD_NODENAME")}
+    (folder / f"{name}.json").unlink(missing_ok=True)  # written by an earlier attempt
+    ended = Outcome(job=os.environ.get("SLURM_JOB_ID"), node=os.environ.get("SLURMD_NODENAME"))
     try:
         result = notebooks.execute(
             experiment(submission.experiment),
@@ -35,13 +35,14 @@ def main(folder: Path, name: str) -> int:
             publish=submission.publish,
         )
     except (notebooks.NotebookFailed, ValueError, KeyboardInterrupt) as error:
-        reason = str(error) or "out of time; raise the profile's notebook_time"
-        write_json(file, {"error": reason, **job})
+        cancelled = outcome(folder, name)  # written while it was executed
+        reason = cancelled.error if cancelled else str(error) or "out of time; raise the profile's notebook_time"
+        set_outcome(folder, name, replace(ended, error=reason))
         print(reason, file=sys.stderr)
         return 1
     site.update(publish=submission.publish)
     missing = read_json(result / SUMMARY)["missing"]
-    write_json(file, {"result": str(result), "missing": missing, **job})
+    set_outcome(folder, name, replace(ended, result=str(result), missing=tuple(missing)))
     print(f"result: {result}" + (f"; without {', '.join(missing)}" if missing else ""))
     return 0
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import os
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -28,6 +29,8 @@ _ENDED = {
     "TIMEOUT",
 }
 _MARK = "moelab"
+_PATIENCE_S = 2.0
+"""After which a command of Slurm that has not answered is said to be waited for."""
 LOCAL = "local-"  # precedes the process id in the id of a local job
 
 
@@ -76,18 +79,21 @@ def comment(submission: str, part: str) -> str:
     return f"{_MARK} {submission} {part}"
 
 
-def jobs() -> dict[tuple[str, str, int], Job]:
+def jobs(limit_s: float = 120) -> dict[tuple[str, str, int], Job]:
     """Return this user's jobs that moelab submitted: (submission, part, index) -> job.
 
     Slurm also reports jobs that ended in the last minutes (MinJobAge).
 
     Raises:
-        SlurmError: there is no Slurm here, or its controller does not answer.
+        SlurmError: there is no Slurm here, or its controller does not answer within `limit_s`.
     """
-    out = _run("squeue", "--me", "-h", "-r", "-t", "all", "-o", "%i|%T|%r|%N|%L|%l|%k")
+    out = _run("squeue", "--me", "-h", "-r", "-t", "all", "-o", "%i|%T|%r|%N|%L|%l|%k", limit_s=limit_s)
     found = {}
     for line in out.splitlines():
-        number, state, reason, node, left, limit, note = line.split("|", 6)
+        fields = line.split("|", 6)
+        if len(fields) < 7:  # a comment of another program may have several lines
+            continue
+        number, state, reason, node, left, limit, note = fields
         mark, _, rest = note.partition(" ")
         submission, _, part = rest.partition(" ")
         if mark != _MARK or not part:
@@ -196,14 +202,26 @@ def _has_spare_nodes(node: str) -> bool:
     return False
 
 
-def _run(*command: str, stdin: str | None = None) -> str:
+def _run(*command: str, stdin: str | None = None, limit_s: float = 120) -> str:
     try:
         with environment():
-            done = subprocess.run(command, input=stdin, capture_output=True, text=True, timeout=120)
+            process = subprocess.Popen(
+                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+            )
     except FileNotFoundError:
         raise not_installed(command[0]) from None
-    except subprocess.TimeoutExpired:
-        raise SlurmError(f"{command[0]}: Slurm's controller does not answer") from None
-    if done.returncode:
-        raise explain(command[0], done.stderr, done.returncode)
-    return done.stdout
+    with process:
+        try:
+            try:
+                out, err = process.communicate(stdin, timeout=_PATIENCE_S)
+            except subprocess.TimeoutExpired:
+                waits = f"{command[0]}: Slurm's controller has not answered yet; waiting at most {limit_s:.0f} s"
+                print(waits, file=sys.stderr, flush=True)
+                out, err = process.communicate(timeout=limit_s - _PATIENCE_S)
+        except subprocess.TimeoutExpired:
+            raise SlurmError(f"{command[0]}: Slurm's controller does not answer within {limit_s:.0f} s") from None
+        finally:
+            process.kill()  # an interrupt must not leave it behind
+    if process.returncode:
+        raise explain(command[0], err, process.returncode)
+    return out

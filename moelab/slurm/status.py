@@ -12,12 +12,26 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from moelab import paths
+from moelab.config import from_json
 from moelab.files import read_json
 from moelab.runs.progress import duration
 from moelab.runs.spec import RunSpec
-from moelab.runs.store import ENDED, Run, RunStore, Status
+from moelab.runs.store import Run, RunStore, Status, ended
 from moelab.slurm import local, queue
-from moelab.slurm.submission import Part, Submission, Unreadable, outcome, records, root, submissions
+from moelab.slurm.submission import (
+    CANCELLED,
+    Outcome,
+    Part,
+    Submission,
+    Unreadable,
+    outcome,
+    progress,
+    records,
+    root,
+    set_outcome,
+    submissions,
+)
+from moelab.terminal import plain
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -34,6 +48,12 @@ _COLORS = {
 }
 
 
+_LEFT_OUT = ("job", "node", "Slurm", "tokens/s", "loss", "left", "experiment", "why", "step", "log")
+"""Columns in the order in which a narrow terminal does without them."""
+_WRAPPED = {"run": 18, "log": 16, "why": 20}
+"""Columns of longer texts, and the characters that they have at least."""
+
+
 @dataclass(frozen=True)
 class Row:
     """Describe one run or notebook of a submission.
@@ -43,7 +63,8 @@ class Row:
         what: title of the run, or "notebook" with its parameters.
         id: id of the run, or ``<submission>/<part>`` of a notebook.
         state: new (never started), waiting, starting, running, finished, incomplete (a notebook with missing runs),
-            failed, stopped, lost (its job ended and left no record) or unreadable (one of its files is invalid).
+            failed, stopped (cancelled, too), lost (its job ended and left no record), unknown (a notebook without a
+            record while Slurm does not answer) or unreadable (one of its files is invalid).
         job, slurm, node: id, state and node of its job in Slurm; empty when the job has left the queue.
         step, steps: steps done and steps in all (of a notebook: cells).
         tokens_per_s, loss: speed and loss, from the last metric row.
@@ -68,7 +89,7 @@ class Row:
     @property
     def over(self) -> bool:
         """Return whether its state will not change any more."""
-        return not self.slurm and self.state not in ("new", "waiting", "starting", "running")
+        return not self.slurm and self.state not in ("new", "waiting", "starting", "running", "unknown")
 
 
 @dataclass(frozen=True)
@@ -84,8 +105,13 @@ class Overview:
 
         return pd.DataFrame([row.__dict__ for row in self.rows], columns=[f.name for f in fields(Row)])
 
-    def table(self) -> Any:
-        """Return the rows as a rich table, or one line when there are none, for terminals and notebooks."""
+    def table(self, width: int | None = None) -> Any:
+        """Return the rows as a rich table, or one line when there are none, for terminals and notebooks.
+
+        Args:
+            width: characters of a line; what does not fit is left out, the names of Slurm first, a run and its state
+                never. None has room for all.
+        """
         from rich.table import Table
         from rich.text import Text
 
@@ -93,7 +119,7 @@ class Overview:
         for row in self.rows:
             counts[row.state] = counts.get(row.state, 0) + 1
         title = ", ".join(f"{n} {state}" for state, n in counts.items()) or "nothing submitted (by these names)"
-        title += f" · {self.trouble}" if self.trouble else ""
+        title += f" · {plain(self.trouble)}" if self.trouble else ""
         if not self.rows:
             return Text(title)
         view = Table(title=Text(title, "table.title"), title_justify="left")
@@ -111,13 +137,19 @@ class Overview:
             "left": lambda row: duration(row.left_s) if row.left_s is not None else "",
             "why": lambda row: row.reason,
         }
-        cells = {name: [text(row) for row in self.rows] for name, text in columns.items()}
+        cells = {name: [plain(text(row)) for row in self.rows] for name, text in columns.items()}
         cells = {name: texts for name, texts in cells.items() if any(texts)}
+        least = {name: max(map(len, (name, *texts))) for name, texts in cells.items()}
+        least |= {name: min(least[name], characters) for name, characters in _WRAPPED.items() if name in least}
+        for name in _LEFT_OUT:
+            if width is not None and sum(n + 3 for n in least.values()) >= width:
+                least.pop(name, None)
+        cells = {name: cells[name] for name in least}
         for name in cells:
             number = name in ("step", "loss", "tokens/s", "left")
-            view.add_column(
-                name, justify="right" if number else "left", no_wrap=name not in ("run", "why"), overflow="fold"
-            )
+            justify: Any = "right" if number else "left"
+            wraps = name in _WRAPPED
+            view.add_column(name, justify=justify, no_wrap=not wraps, overflow="fold", min_width=least[name])
         for texts in zip(*cells.values(), strict=True):
             # As `Text`: in a string, rich would take a parameter such as [/b] for markup.
             view.add_row(
@@ -128,8 +160,8 @@ class Overview:
     def _repr_mimebundle_(self, **options: Any) -> Any:
         return self.table()._repr_mimebundle_(**{"include": [], "exclude": [], **options})
 
-    def __rich__(self) -> Any:
-        return self.table()
+    def __rich_console__(self, console: Any, options: Any) -> Iterator[Any]:
+        yield self.table(options.max_width)
 
 
 def overview(names: Sequence[str] = (), *, everything: bool = False, store: RunStore | None = None) -> Overview:
@@ -146,7 +178,7 @@ def overview(names: Sequence[str] = (), *, everything: bool = False, store: RunS
     trouble, jobs = "", local.jobs(readable, store)
     if any(isinstance(record, Unreadable) or record.cluster == "slurm" for record in known) or not known:
         try:
-            jobs |= queue.jobs()
+            jobs |= queue.jobs(_ANSWER_S)
         except queue.SlurmError as error:
             trouble = str(error)
     rows: list[Row] = []
@@ -176,9 +208,26 @@ def watch(
         pause = min(2 * pause, every_s)
 
 
+def cancel(rows: Sequence[Row], store: RunStore | None = None) -> None:
+    """Cancel the jobs of these rows, and record it where no process would: with notebooks and runs that wait.
+
+    Raises:
+        queue.SlurmError: Slurm does not answer.
+    """
+    store = store or RunStore()
+    for row in rows:
+        submission, _, part = row.id.partition("/")
+        if part:
+            set_outcome(root() / submission, part, Outcome(error=CANCELLED, job=row.job))
+        elif row.state == "waiting" and not (run := Run(cast(RunSpec, None), store.root / row.id)).finished:
+            run.set_status(replace(Status.read(run.path) or Status("new"), state="stopped", reason=CANCELLED))
+    queue.cancel(local.cancel(dict.fromkeys(row.job for row in rows)))
+
+
 def _named(row: Row, submission: str, names: Sequence[str]) -> bool:
+    hash = "" if "/" in row.id else row.id.rpartition("-")[2]  # as the column "log" shows it
     return not names or any(
-        text.startswith(name) for name in names for text in (row.experiment, row.id, row.what, submission)
+        text.startswith(name) for name in names for text in (row.experiment, row.id, row.what, submission, hash)
     )
 
 
@@ -189,7 +238,7 @@ def _rows(
     seen: set[str],
     answered: bool,
 ) -> Iterator[Row]:
-    """Yield the rows of a submission, without runs that a newer submission has as well."""
+    """Yield the rows of a submission, without runs, and notebooks that were not executed, that a newer one has too."""
     for part in submission.parts:
         if part.values is not None:
             job = jobs.get((submission.id, part.name, 0))
@@ -197,7 +246,10 @@ def _rows(
                 f"{submission.id}/{part.name}",
                 lambda job=job, part=part: _notebook(submission, part, job, answered),
             )
-            yield _try(row, Row(submission.experiment, "notebook", id, "unreadable"), job)
+            shown = _try(row, Row(submission.experiment, "notebook", id, "unreadable"), job)
+            if (name := f"{submission.experiment} {part.values}") not in seen or shown.state not in ("lost", "stopped"):
+                yield shown
+            seen.add(name)
             continue
         for index, run in enumerate(part.runs):
             if run not in seen:
@@ -211,7 +263,7 @@ def _try(row: Callable[[], Row], instead: Row, job: queue.Job | None) -> Row:
     """Return a row or, where a file cannot be read, a row that names the file and the live job, so it can be ended."""
     try:
         return row()
-    except (ValueError, TypeError, KeyError, AttributeError, OSError) as error:
+    except (ValueError, OSError) as error:
         return replace(instead, reason=str(error), **_job(job if job and job.live else None))
 
 
@@ -228,30 +280,38 @@ def _job(live: queue.Job | None) -> dict[str, str]:
 
 
 @dataclass(frozen=True)
-class _SpecSummary:
-    """Hold what a row shows of a spec. Making 2,000 `RunSpec` objects takes seconds, most of it for checks.
+class _Train:
+    seed: int
+    batch_size: int
 
-    Attributes:
-        what: title and seed.
-        tokens: tokens of one step.
-    """
 
-    what: str
-    tokens: int
+@dataclass(frozen=True)
+class _Data:
+    context: int
+
+
+@dataclass(frozen=True)
+class _Spec:
+    """Hold what a row shows of a spec. Making 2,000 `RunSpec` objects takes seconds, most of it for checks."""
+
+    train: _Train
+    data: _Data
+    model: dict[str, Any]
+    label: str = ""
 
     @classmethod
-    def read(cls, path: Path) -> _SpecSummary:
+    def read(cls, path: Path) -> _Spec:
         record = read_json(path / "spec.json")
         if record is None:
             raise ValueError(f"{path}: no spec.json there; was the run removed?")
-        train, model, data = record["train"], record["model"], record["data"]
-        title = record.get("label") or model.get("name") or RunSpec.from_json(record).title
-        return cls(f"{title} · seed {train['seed']}", train["batch_size"] * data["context"])
+        spec = from_json(cls, record, str(path / "spec.json"), known=True)
+        title = spec.label or spec.model.get("name") or RunSpec.from_json(record).title
+        return replace(spec, label=f"{title} · seed {spec.train.seed}")
 
 
 def _run(submission: Submission, path: Path, job: queue.Job | None, answered: bool) -> Row:
     live = job if job and job.live else None
-    summary = _SpecSummary.read(path)
+    spec = _Spec.read(path)
     finished = (path / "result.json").exists()
     status = Status.read(path) or Status("new")
     if finished:
@@ -261,7 +321,8 @@ def _run(submission: Submission, path: Path, job: queue.Job | None, answered: bo
         state = status.state if status.state in ("running", "finished") else "starting"
     else:
         if status.state == "running" and not Run(cast(RunSpec, None), path).locked:
-            status = replace(status, state="stopped", reason=ENDED)
+            how = f"its job ended as {job.state}" if job and not live else ended(path)
+            status = replace(status, state="stopped", reason=how)
         state = "waiting" if live and not live.ending and not finished else status.state
         if state in ("new", "running") and not live and answered:
             state = "lost" if state == "new" else "stopped"
@@ -277,7 +338,7 @@ def _run(submission: Submission, path: Path, job: queue.Job | None, answered: bo
     speed = status.tokens_per_s if state == "running" else None
     return Row(
         submission.experiment,
-        summary.what,
+        spec.label,
         path.name,
         state,
         **_job(live),
@@ -285,7 +346,7 @@ def _run(submission: Submission, path: Path, job: queue.Job | None, answered: bo
         steps=status.steps,
         tokens_per_s=speed,
         loss=status.loss,
-        left_s=(status.steps - status.step) * summary.tokens / speed if speed else None,
+        left_s=(status.steps - status.step) * spec.train.batch_size * spec.data.context / speed if speed else None,
         reason=reason,
     )
 
@@ -293,21 +354,21 @@ def _run(submission: Submission, path: Path, job: queue.Job | None, answered: bo
 def _notebook(submission: Submission, part: Part, job: queue.Job | None, answered: bool) -> Row:
     live = job if job and job.live else None
     ended = outcome(submission.folder, part.name)
-    progress = read_json(submission.folder / f"{part.name}.progress.json") or {}
+    done = progress(submission.folder, part.name)
     reason = ""
     if ended and not live:
-        if "error" in ended:
-            state, reason = "failed", ended["error"]
+        if ended.error:
+            state, reason = ("stopped", CANCELLED + _AGAIN) if ended.error == CANCELLED else ("failed", ended.error)
         else:
-            state = "incomplete" if ended["missing"] else "finished"
-            reason = (
-                f"without {', '.join(ended['missing'])}" if ended["missing"] else paths.short(Path(ended["result"]))
-            )
+            state = "incomplete" if ended.missing else "finished"
+            reason = f"without {', '.join(ended.missing)}" if ended.missing else paths.short(Path(ended.result))
     elif live:
         state = "running" if live.state == "RUNNING" else "waiting"
         reason = "" if live.reason == "None" else live.reason
+    elif job and job.state == "CANCELLED":
+        state, reason = "stopped", CANCELLED + _AGAIN
     else:
-        state = "lost" if answered else "waiting"
+        state = "lost" if answered else "unknown"
         reason = f"its job ended{f' as {job.state}' if job else ''} without an outcome" + _AGAIN if answered else ""
     return Row(
         submission.experiment,
@@ -315,13 +376,15 @@ def _notebook(submission: Submission, part: Part, job: queue.Job | None, answere
         f"{submission.id}/{part.name}",
         state,
         **_job(live),
-        step=progress.get("cell", 0),
-        steps=progress.get("cells", 0),
+        step=done.cell,
+        steps=done.cells,
         reason=reason,
     )
 
 
 _AGAIN = "; submit again to go on"
+_ANSWER_S = 20.0
+"""In which Slurm has to answer; the files of the runs are shown in any case."""
 
 
 def log_of(name: str, store: RunStore | None = None) -> Path:

@@ -14,10 +14,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, TypeVar
 
 from moelab import paths
+from moelab.config import from_json
 from moelab.files import read_json, write_json
+
+T = TypeVar("T")
 
 
 @dataclass
@@ -76,9 +79,11 @@ class Submission:
             ValueError: one line; the file is not a record.
         """
         try:
-            record = read_json(path)
-            return cls(**{**record, "parts": [Part(**part) for part in record["parts"]]})
-        except (TypeError, KeyError) as error:
+            record = from_json(cls, read_json(path), "submission", known=True)
+            if record.id != path.parent.name:
+                raise ValueError(f"it is of submission {record.id!r}")
+            return record
+        except ValueError as error:
             raise ValueError(f"{path}: not the record of a submission ({error})") from None
 
 
@@ -109,10 +114,51 @@ def submissions() -> list[Submission]:
     return [record for record in records() if isinstance(record, Submission)]
 
 
-def outcome(folder: Path, part: str) -> dict[str, Any] | None:
-    """Return how a notebook ended; None before its end.
+CANCELLED = "cancelled"
+"""The outcome's error of a notebook that `moelab cancel` took out of the queue."""
 
-    Returns:
-        ``{"result": folder, "missing": [run ids]}`` or ``{"error": line}``, with the job's id and node.
+
+@dataclass(frozen=True)
+class Outcome:
+    """Say how a notebook ended.
+
+    Attributes:
+        result: the folder of what it published; empty where it failed.
+        missing: ids of the runs without a result.
+        error: one line, where it failed.
+        job, node: the job's id and node; None without Slurm.
     """
-    return read_json(folder / f"{part}.json")
+
+    result: str = ""
+    missing: tuple[str, ...] = ()
+    error: str = ""
+    job: str | None = None
+    node: str | None = None
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Count the cells that a notebook has executed, of all."""
+
+    cell: int = 0
+    cells: int = 0
+
+
+def outcome(folder: Path, part: str) -> Outcome | None:
+    """Return how a notebook ended; None before its end. ValueError, one line, for a file that does not say so."""
+    return _read(Outcome, folder / f"{part}.json")
+
+
+def set_outcome(folder: Path, part: str, outcome: Outcome) -> None:
+    """Write how a notebook ended."""
+    write_json(folder / f"{part}.json", asdict(outcome))
+
+
+def progress(folder: Path, part: str) -> Progress:
+    """Return how far a notebook is; ValueError as for `outcome`."""
+    return _read(Progress, folder / f"{part}.progress.json") or Progress()
+
+
+def _read(cls: type[T], path: Path) -> T | None:
+    record = read_json(path)
+    return None if record is None else from_json(cls, record, str(path), known=True)

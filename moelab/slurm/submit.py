@@ -49,6 +49,8 @@ class Plan:
         executors: part -> executor that queues it; empty for a local submission.
         calls: part -> what its job calls; empty for a local submission.
         waiting: the runs that were in the queue already, with all checkpoints that this submission needs of them.
+        replaced: jobs of notebooks that wait in the queue, but not for all of their runs; this submission queues the
+            notebooks anew and cancels these jobs.
     """
 
     submission: Submission
@@ -60,6 +62,7 @@ class Plan:
     executors: dict[str, Executor] = field(default_factory=dict)
     calls: dict[str, TrainRun | ExecuteNotebook] = field(default_factory=dict)
     waiting: list[RunSpec] = field(default_factory=list)
+    replaced: list[str] = field(default_factory=list)
 
     def add(self, part: Part, executor: Executor | None = None, call: TrainRun | ExecuteNotebook | None = None) -> None:
         """Add a part; a local submission needs no executor of its own for it."""
@@ -114,6 +117,7 @@ def submit(
             store.keep(spec)
         if plan.scripts:
             _queue(plan, store)
+            queue.cancel(plan.replaced)
             _prune(jobs, plan.submission)
     return plan
 
@@ -146,13 +150,19 @@ def _plan(
     # A cancelled job keeps its node while its run writes a checkpoint; the new job waits for the run's lock.
     queued = {run: job for run, job in live_runs(earlier, jobs).items() if not job.ending}
     done = {id for id in wanted if (store.root / id / "result.json").exists()}
-    shown = [(values, list(closure(specs))) for values, specs in notebooks if with_notebooks]
-    shown = [
-        (values, runs)
-        for values, runs in shown
-        if not _notebook_queued(shown_by, jobs, name, values)
-        and (again or not _notebook_done(shown_by, name, values, runs))
-    ]
+    lacking = wanted.keys() - done - queued.keys()
+    shown: list[tuple[Mapping[str, Any], list[str]]] = []
+    replaced: list[str] = []
+    for values, specs in notebooks if with_notebooks else ():
+        runs = list(closure(specs))
+        if waits := _notebook_queued(shown_by, jobs, name, values):
+            if lacking.isdisjoint(runs):
+                continue
+            # It would be executed without the runs that this submission queues, one of a cancelled task perhaps.
+            replaced += [waits.id] * (waits.state == "PENDING")
+        elif not again and _notebook_done(shown_by, name, values, runs):
+            continue
+        shown.append((values, runs))
     # A local notebook cannot wait for runs of other jobs. Its own job includes them and waits for their locks.
     needed = {run for _, runs in shown for run in runs if profile.cluster == "local"}
     todo = [spec for id, spec in wanted.items() if id not in done and (id not in queued or id in needed)]
@@ -164,7 +174,7 @@ def _plan(
     submission = Submission(
         id, name, profile.name, str(code) if code else None, created, cluster=profile.cluster, publish=publish
     )
-    plan = Plan(submission, profile, len(done), len(wanted) - len(done) - len(todo))
+    plan = Plan(submission, profile, len(done), len(wanted) - len(done) - len(todo), replaced=replaced)
     planned = {spec.id for spec in todo}
     plan.waiting.extend(spec for id, spec in wanted.items() if id not in done and id not in planned)
     awaited = {run: _Place(job.id, 0, 0) for run, job in queued.items() if not job.local}
@@ -276,16 +286,15 @@ def _notebook_queued(
     jobs: Jobs,
     name: str,
     values: Mapping[str, Any],
-) -> bool:
-    return any(
-        submission.experiment == name
-        and part.values == values
-        and (job := jobs.get((submission.id, part.name, 0)))
-        and job.live
-        and not job.ending
+) -> queue.Job | None:
+    """Return the job of Slurm or of this machine that waits to execute a notebook, or executes it."""
+    found = (
+        jobs.get((submission.id, part.name, 0))
         for submission in earlier
         for part in submission.parts
+        if submission.experiment == name and part.values == values
     )
+    return next((job for job in found if job and job.live and not job.ending), None)
 
 
 def _notebook_done(earlier: Sequence[Submission], name: str, values: Mapping[str, Any], runs: Sequence[str]) -> bool:
@@ -293,9 +302,9 @@ def _notebook_done(earlier: Sequence[Submission], name: str, values: Mapping[str
     for submission in earlier:
         for part in submission.parts:
             if submission.experiment == name and part.values == values and part.runs == runs:
-                with contextlib.suppress(ValueError, KeyError):  # an outcome cut short counts as none
-                    ended = outcome(submission.folder, part.name) or {}
-                    if ended.get("result") and not ended["missing"] and Path(ended["result"]).exists():
+                with contextlib.suppress(ValueError):  # an outcome cut short counts as none
+                    ended = outcome(submission.folder, part.name)
+                    if ended and ended.result and not ended.missing and Path(ended.result).exists():
                         return True
     return False
 

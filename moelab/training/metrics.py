@@ -15,10 +15,12 @@ from pathlib import Path
 from typing import Any
 
 from moelab.config import ModelConfig
-from moelab.files import write_bytes
+from moelab.files import read_bytes, write_bytes
 from moelab.training.balance import PERCENTILES, max_violation, statistics
 
 TRAIN, VALIDATION = "train.jsonl", "validation.jsonl"
+_NUMBERS = ("step", "tokens", "time_s", "loss", "bits_per_byte", "tokens_per_s", "lr")
+_NESTED = ("by_domain", "balance", "expert_load")
 
 
 @dataclass
@@ -101,7 +103,7 @@ class Metrics:
         for name, path in self._paths.items():
             if recorded is not None:
                 # A crash of the machine may take an empty file with it; `damage` tells of rows that are gone.
-                kept = path.read_bytes()[: recorded[name]["bytes"]] if path.exists() else b""
+                kept = (read_bytes(path) or b"")[: recorded[name]["bytes"]]
             elif resume_step < 0:
                 kept = b""
             else:
@@ -178,7 +180,7 @@ def damage(run_dir: Path, recorded: Mapping[str, Mapping[str, Any]] | None) -> s
                 return f"{path} has no rows"
             continue
         size = recorded[name]["bytes"]
-        kept = path.read_bytes()[:size] if path.exists() else b""
+        kept = (read_bytes(path) or b"")[:size]
         if len(kept) < size:
             return f"{path} has {len(kept)} bytes, {size} were written before the checkpoint"
         if hashlib.sha256(kept).hexdigest() != recorded[name]["sha256"]:
@@ -190,17 +192,37 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
     """Return all rows of a JSON-lines file, in order; none if the file does not exist. A torn last line is left out.
 
     Raises:
-        ValueError: one line naming the file and the line: a line before the last is no JSON.
+        ValueError: one line naming the file and the line: see `parse_rows`.
+    """
+    return parse_rows(read_bytes(path) or b"", str(path))
+
+
+def parse_rows(data: bytes, where: str) -> list[dict[str, Any]]:
+    """Return the rows of JSON lines, in order. A torn last line is left out.
+
+    Raises:
+        ValueError: one line naming the file and the line: a line before the last is no JSON, or a line is no row.
     """
     rows = []
-    lines = path.read_bytes().splitlines() if path.exists() else []
+    lines = data.splitlines()
     for number, line in enumerate(lines, 1):
         try:
-            rows.append(json.loads(line))
-        except ValueError:
+            row = json.loads(line)
+        except (ValueError, RecursionError):
             if number < len(lines):
-                raise ValueError(f"{path}: line {number} of {len(lines)} is damaged (no JSON)") from None
+                raise ValueError(f"{where}: line {number} of {len(lines)} is damaged (no JSON)") from None
+            continue
+        if not isinstance(row, dict) or type(row.get("step")) is not int or any(map(_is_odd, row.items())):
+            raise ValueError(f"{where}: line {number} of {len(lines)} is damaged (no row of metrics)")
+        rows.append(row)
     return rows
+
+
+def _is_odd(item: tuple[str, Any]) -> bool:
+    """Return whether a value is of another type than rows have: numbers, and objects of numbers by layer or domain."""
+    name, value = item
+    kinds = dict if name in _NESTED else int | float | dict if name not in _NUMBERS else int | float
+    return not isinstance(value, kinds)
 
 
 def _line(row: dict[str, Any]) -> str:

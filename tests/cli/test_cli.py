@@ -222,6 +222,7 @@ def test_list_is_short_and_says_more_of_one():
         "list",
         "list pr-moe",
         "claims",
+        "power pr-moe",
         "run pr-moe --dry-run -p seeds=3",
         "run scaling --dry-run --scale paper",
         "plan 24B+MoE-128 --gpus 256 --objective throughput",
@@ -243,6 +244,9 @@ def test_doctor_finds_this_installation_sound():
     done = moelab("doctor", env={"COLUMNS": "200"})
     assert done.returncode == 0, done.stdout
     assert "embedded corpus" in done.stdout and "Jupyter kernel" in done.stdout
+    assert done.stdout.count("C++ compiler: ") == 1
+    without = moelab("doctor", env={"COLUMNS": "200", "CXX": "no-such-compiler"})
+    assert without.returncode == 0 and "C++ compiler: not used, there is no C++ compiler" in without.stdout
 
 
 def test_doctor_names_the_extras_to_install(monkeypatch, capsys):

@@ -165,7 +165,7 @@ def test_editing_the_checkout_does_not_change_a_queued_job(workplace, spec):
     assert out.count(submission.snapshot) == 2
     (row,) = overview().rows
     assert (row.state, row.slurm, row.reason) == ("waiting", "PENDING", "JobHeldUser")
-    assert "cancelled 1 jobs" in moelab("cancel", spec.id)
+    assert "cancelled 1 job: " in moelab("cancel", spec.id)
     (row,) = overview().rows
     assert row.state == "lost" and "submit again" in row.reason
 

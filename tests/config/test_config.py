@@ -163,10 +163,11 @@ def test_an_experts_size_is_that_of_the_built_one():
     with torch.device("meta"):
         layer = GPT(config).blocks[1].ffn
     built = sum(p[0].numel() for p in layer.experts.parameters())
-    assert config.expert_parameters() == built == sum(p.numel() for p in layer.mlp.parameters())
-    assert config.expert_bytes("fp32") == 4 * built and config.expert_bytes() == 2 * built
+    expert = config.expert_feed_forward
+    assert expert.parameters == built == sum(p.numel() for p in layer.mlp.parameters())
+    assert expert.bytes("fp32") == 4 * built and expert.bytes() == 2 * built
     with pytest.raises(ValueError, match="dtype must be one of fp32, bf16, fp16, got 'int8'"):
-        config.expert_bytes("int8")
+        expert.bytes("int8")
 
 
 @pytest.mark.parametrize("hundredths", range(5, 405, 5))
@@ -218,3 +219,19 @@ def test_bad_json_is_one_line(data, part):
     with pytest.raises(ValueError) as error:
         from_json(TrainConfig, data)
     assert part in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("betas", (2, 2), r"train: betas must be two numbers from 0 up to, not including, 1, got \[2, 2\]"),
+        ("betas", (0.9, 1.0), "train: betas must be two"),
+        ("betas", (0.9,), "train: betas must be two"),
+        ("betas", (-0.1, 0.9), "train: betas must be two"),
+        ("threads", 100_000, "train: threads must be at most 1024, got 100000"),
+    ],
+)
+def test_settings_that_end_a_training_are_refused_when_they_are_given(field, value, message):
+    with pytest.raises(ValueError, match=message):
+        TrainConfig(**{field: value})
+    assert getattr(TrainConfig(betas=(0, 0.95), threads=1024), field)

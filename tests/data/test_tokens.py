@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import subprocess
 import sys
 from collections import Counter
@@ -16,6 +17,7 @@ from moelab.config import DataConfig
 from moelab.data import preparation as module
 from moelab.data import tokens
 from moelab.data.corpus import open_corpus
+from moelab.data.packages import sha256_of
 from moelab.data.preparation import prepare
 from moelab.data.tokens import TokenData
 
@@ -101,7 +103,6 @@ def test_meta_states_what_was_made(data):
     assert meta["train"]["tokens"] == data.train.size
     assert sum(d["tokens"] for d in meta["train"]["domains"].values()) == data.train.size
     assert meta["licence"] and meta["source"]
-    data.verify()
 
 
 def test_same_corpus_gives_the_same_fingerprint(data, config, tmp_path):
@@ -150,17 +151,49 @@ def test_broken_folder_is_rebuilt_with_a_warning(name, harm, config, tmp_path):
         again = prepare(config, tmp_path)
     assert "\n" not in str(warned[0].message)
     assert again.fingerprint == good.fingerprint
-    again.verify()
     assert [f.name for f in tmp_path.iterdir() if f.is_dir()] == [good.folder.name]
 
 
-def test_verify_finds_a_changed_token(config, tmp_path):
-    data = prepare(config, tmp_path)
-    with (data.folder / "train.npy").open("r+b") as file:
-        file.seek(-1, 2)
-        file.write(b"\x01")
-    with pytest.raises(ValueError, match=r"train\.npy was changed"):
-        data.verify()
+def flip(file: Path) -> None:
+    """Change one bit in place; size and time of modification stay."""
+    stat = file.stat()
+    with file.open("r+b") as opened:
+        opened.seek(-1, 2)
+        last = opened.read()
+        opened.seek(-1, 2)
+        opened.write(bytes([last[0] ^ 1]))
+    os.utime(file, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+
+
+@pytest.mark.parametrize("name", ["train.npy", "tokenizer.json", "validation-00-north.npy"])
+def test_a_changed_bit_is_found_by_the_next_to_open_the_data(name, config, tmp_path):
+    good = prepare(config, tmp_path)
+    tokens_ = {n: (good.folder / n).read_bytes() for n in good.meta["files"]}
+    flip(good.folder / name)
+    with pytest.warns(UserWarning, match=f"rebuilding: .*{name} was changed: its SHA-256"):
+        again = prepare(config, tmp_path)
+    assert {n: (again.folder / n).read_bytes() for n in tokens_} == tokens_
+
+
+def test_files_are_read_again_only_when_they_are_others(config, tmp_path, monkeypatch):
+    folder = prepare(config, tmp_path).folder
+    tokens._sha256.cache_clear()  # as in another process
+    read: list[str] = []
+    monkeypatch.setattr(tokens, "sha256_of", lambda path: read.append(path.name) or sha256_of(path))
+    prepare(config, tmp_path)
+    assert read == []
+    os.utime(folder / "train.npy")
+    prepare(config, tmp_path)
+    assert read == ["train.npy"]
+    (folder / "verified.json").write_text("[not JSON")
+    monkeypatch.setattr(tokens, "write_json", lambda *_: (_ for _ in ()).throw(PermissionError()))
+    for _ in range(2):  # a folder that cannot be written: once a process
+        prepare(config, tmp_path)
+    assert len(read) == 1 + 3, "train.npy is known to this process"
+    meta = json.loads((folder / "meta.json").read_text())
+    (folder / "meta.json").write_text(json.dumps({**meta, "fingerprint": "0" * 64}))
+    with pytest.raises(ValueError, match=r"meta\.json was changed"):
+        TokenData(folder)
 
 
 def test_a_failed_build_leaves_nothing(config, tmp_path, monkeypatch):

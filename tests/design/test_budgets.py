@@ -66,13 +66,13 @@ def test_fewer_tokens_keep_the_shares_of_warm_up_and_decay():
     assert (more.warmup_tokens, more.cooldown_tokens) == (409_600, 6_553_600), "the warm-up does not grow"
 
 
-def test_losses_of_trunks_and_budgets_stand_under_one_arm(tmp_path):
+def test_losses_of_trunks_and_budgets_stand_under_one_arm(tmp_path, result):
     from moelab.files import write_json
 
     store = RunStore(tmp_path)
     specs = budgets.with_budgets(settings.spec("350M+MoE-128", "cpu", 3, label="MoE-128"), "cpu")
     for i, spec in enumerate(specs):
-        write_json(store.run(spec).path / "result.json", {"validation_loss": 5.0 - i, "tokens": spec.train.tokens})
+        write_json(store.run(spec).path / "result.json", result(5.0 - i, tokens=spec.train.tokens))
     runs = Runs([store.run(spec) for spec in specs])
     found = budgets.losses(runs)
     assert list(found["arm"].unique()) == ["MoE-128"] and list(found["seed"].unique()) == [3]
@@ -132,11 +132,6 @@ def test_headlines_name_the_weakest_budget_and_the_seeds():
     costs = budgets.at_equal_cost(losses, {"time": {"350M": 1.0, "350M+MoE-128": 1.0}}, "350M")
     assert scaling.cost_headline(costs).endswith("-0.400 at equal time (nats; 1 seed)")
     assert "(1 seed; paper" in scaling.efficiency_headline(budgets.efficiency(losses, "350M+MoE-128", "350M"))
-
-
-def test_share_kept():
-    assert budgets.share_kept(final({"D": [4.0, 5.0], "M": [3.0, 3.0], "P": [3.25, 4.0]}), "P", "M", "D") == [0.75, 0.5]
-    assert budgets.share_kept(final({"D": [4.0]}), "P", "M", "D") == []
 
 
 def test_the_papers_gap_at_equal_tokens_a_parameter():

@@ -87,23 +87,115 @@ torch.testing.assert_close(found.weight_SK, weight / weight.sum(1, keepdim=True)
 """
 
 
-def test_the_router_rule_of_the_page_works(tmp_path):
-    """The page's changes, made to a copy: as many lines and files as it says, and a model with the rule learns."""
+ACTIVATION = """
+import torch
+from moelab import kernels
+from moelab.config import DecoderConfig, ModelConfig, RoutingConfig, from_json, to_json
+from moelab.inference import Generator, Sampling, set_mode
+from moelab.models import build
+
+assert kernels.__file__.startswith({root!r}), kernels.__file__
+sizes = dict(layers=2, hidden=16, heads=2, experts=(0, 4), top_k=2, vocab=32, context=16, init_std=0.2)
+sizes["routing"] = RoutingConfig(drop_tokens=False)
+model = build(ModelConfig(**sizes, decoder=DecoderConfig(feed_forward="relu2")), 0)
+assert from_json(ModelConfig, to_json(model.config)) == model.config
+tokens = torch.arange(16)[None]
+model(tokens, targets_BT=tokens).loss.backward()
+dense, experts = model.blocks[0].ffn, model.blocks[1].ffn.experts
+assert dense.up.weight.grad.any() and experts.up.grad.any()
+x = torch.randn(9, 16)
+torch.testing.assert_close(dense(x), dense.down(dense.up(x).relu() ** 2))
+one = ((x @ experts.up[2] + experts.up_bias[2]).relu() ** 2) @ experts.down[2] + experts.down_bias[2]
+torch.testing.assert_close(experts(x, torch.tensor([0, 0, 0, 9, 9], dtype=torch.int32)), one)
+plain = ModelConfig(**sizes)
+assert model.config.parameters() == sum(p.numel() for p in model.parameters()) == plain.parameters()
+assert model.config.flops_per_token() == plain.flops_per_token()
+Generator(set_mode(model, "baseline")).generate([[1, 2]], Sampling(max_new_tokens=3, temperature=0))
+try:
+    set_mode(build(model.config, 0), "invariant")
+except ValueError as error:
+    assert "got 'relu2'; mode 'baseline'" in str(error), error
+else:
+    raise AssertionError("a frozen layer computes another activation")
+"""
+
+EXPERT_KIND = """
+import math
+from dataclasses import replace
+from pathlib import Path
+import torch
+import torch.nn.functional as F
+from moelab import simulate
+from moelab.config import DecoderConfig, ExpertConfig, ModelConfig, ParallelConfig, RoutingConfig, feed_forward, from_json, to_json
+from moelab.engine.checkpoint import hf
+from moelab.inference import Generator, Sampling, set_mode
+from moelab.models import build
+
+assert feed_forward.__file__.startswith({root!r}), feed_forward.__file__
+kind = ExpertConfig(ffn=32, feed_forward="swiglu")
+config = ModelConfig(
+    layers=2, hidden=16, heads=2, experts=(0, 4), top_k=2, vocab=32, context=16, init_std=0.2, expert=kind,
+    routing=RoutingConfig(drop_tokens=False),
+)
+assert from_json(ModelConfig, to_json(config)) == config
+model, tokens = build(config, 0), torch.arange(16)[None]
+assert config.parameters() == sum(p.numel() for p in model.parameters())
+model(tokens, targets_BT=tokens).loss.backward()
+dense, experts = model.blocks[0].ffn, model.blocks[1].ffn.experts
+assert dense.up.weight.shape == (64, 16) and experts.up.shape == (4, 16, 2, 32) and experts.up.grad.any()
+x = torch.randn(9, 16)
+torch.testing.assert_close(dense(x), dense.down(F.gelu(dense.up(x), approximate="tanh")))
+gate, up = (x @ experts.up[2, :, i] + experts.up_bias[2, i] for i in (0, 1))
+one = (F.silu(gate) * up) @ experts.down[2] + experts.down_bias[2]
+torch.testing.assert_close(experts(x, torch.tensor([0, 0, 0, 9, 9], dtype=torch.int32)), one)
+plain, more = replace(config, expert=ExpertConfig(ffn=32)), 16 * 32
+assert config.flops_per_token() - plain.flops_per_token() == 3 * 2 * 2 * more  # K experts' third matrix
+memory = [simulate.decode(c, ParallelConfig(data=2), "a100").memory_gib["experts"] * 2**30 for c in (config, plain)]
+assert math.isclose(memory[0] - memory[1], 2 * 2 * (more + 32))  # two experts a GPU, fp16
+found = []
+for mode in ("baseline", "optimised"):
+    made = set_mode(build(config, 0), mode)
+    found.append(Generator(made).generate([[1, 2]], Sampling(max_new_tokens=5, temperature=0)))
+assert found[0] == found[1]
+hf.export(build(config, 0), Path("exported"))
+again = hf.load(Path("exported"))
+for ours, theirs in zip(build(config, 0).parameters(), again.parameters(), strict=True):
+    assert torch.equal(ours, theirs)
+modern = replace(config, decoder=DecoderConfig.modern(), experts=(4, 4), expert=ExpertConfig(), routing=replace(config.routing, aux_choices="all"))
+assert hf.suitable_format(modern) == "mixtral"
+assert hf.suitable_format(replace(modern, expert=replace(kind, ffn=0, feed_forward="gelu"))) == "moelab"
+"""
+
+
+@pytest.mark.parametrize(
+    ("heading", "script", "files", "lines"),
+    [
+        ("A new router rule", ROUTER_RULE, ["moelab/config/routing.py", "moelab/models/routing.py"], 3),
+        ("A new activation", ACTIVATION, ["kernels/activations.py", "moelab/config/feed_forward.py"], 4),
+        ("A new kind of expert", EXPERT_KIND, ["moelab/config/feed_forward.py"], 3),
+    ],
+)
+def test_the_changes_of_the_page_work(heading, script, files, lines, tmp_path):
+    """Made to a copy: as many lines and files as the page says, and a model with them learns."""
     for name in ("moelab", "kernels"):
         shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
-    section = (EXAMPLES.parent / "extend.md").read_text().partition("## A new router rule")[2].partition("\n## ")[0]
-    files = re.findall(r"In `(moelab/[\w/]+\.py)`", section)
-    changes = re.findall(r"```diff\n(.*?)```", section, re.S)
-    assert len(files) == len(changes) == 2
-    assert sum(line.startswith(("+", "-")) for change in changes for line in change.splitlines()) == 3
-    for file, change in zip(files, changes, strict=True):
-        before = "".join(line[1:] + "\n" for line in change.splitlines() if not line.startswith("+"))
-        after = "".join(line[1:] + "\n" for line in change.splitlines() if not line.startswith("-"))
+    shutil.copy(ROOT / "pyproject.toml", tmp_path)
+    section = (EXAMPLES.parent / "extend.md").read_text().partition(f"## {heading}\n")[2].partition("\n## ")[0]
+    file, changed, count = "", [], 0
+    for named, change in re.findall(r"In `([\w/]+\.py)`|```diff\n(.*?)```", section, re.S):
+        if named:
+            file = named
+            continue
+        kept = change.splitlines()
+        before, after = ("".join(x[1:] + "\n" for x in kept if not x.startswith(other)) for other in "+-")
         text = (tmp_path / file).read_text()
         assert text.count(before) == 1, f"{file} is not as the page shows it"
         (tmp_path / file).write_text(text.replace(before, after))
+        changed += [file] * (file not in changed)
+        count += sum(x.startswith(("+", "-")) for x in kept)
+    assert (changed, count) == (files, lines)
     environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
-    command = [sys.executable, "-c", ROUTER_RULE.format(root=str(tmp_path))]
+    command = [sys.executable, "-c", script.format(root=str(tmp_path))]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
 

@@ -33,6 +33,7 @@ def test_bold_is_the_fastest_and_what_is_missing_is_a_dash(tables, tmp_path, mon
             (8, "baseline", 4.0),
             (8, "optimised", 3.0),
             (8, "transformers generate", 2.25),
+            (1, "llama.cpp", 1.0),
         ]
     ]
     rows.append({**rows[1], "median_ms": 9.0})  # measured again, beside the ranks
@@ -41,7 +42,12 @@ def test_bold_is_the_fastest_and_what_is_missing_is_a_dash(tables, tmp_path, mon
     monkeypatch.setattr(tables, "ROOT", tmp_path)
     page = tables.render("a\n<!-- table: decode decode.jsonl -->\nold\n<!-- end -->\nz")
     assert "old" not in page and page.startswith("a\n") and page.endswith("<!-- end -->\nz")
-    assert "| MoE | 3.0 / 4.0 | **2.0** / 3.0 | 1.5 / – | – / **2.2** | 1.0 / 1.0 |" in page
+    assert "| MoE | 3.0 / 4.0 | 2.0 / 3.0 | 1.5 / – | – / **2.2** | **1.0** / – | 1.0 / 1.0 |" in page
+    (tmp_path / "decode.jsonl").write_text(
+        "".join(json.dumps(row) + "\n" for row in rows if "." not in row["candidate"])
+    )
+    page = tables.render(page)
+    assert "| MoE | 3.0 / 4.0 | **2.0** / 3.0 | 1.5 / – | – / **2.2** | 1.0 / 1.0 |" in page and "llama.cpp" not in page
 
 
 def test_the_compiled_layer_has_a_line_where_it_was_measured(tables):

@@ -254,7 +254,7 @@ DAMAGE = {
     "torn-state": (lambda folder: os.truncate(folder / "state.json", 30), "not valid JSON"),
     "edited-state": (edit_state, "state.json: content does not match its SHA-256"),
     "no-index": (lambda folder: (folder / "index.json").unlink(), "unreadable"),
-    "old-format": (lambda folder: (folder / "state.json").write_text('{"step": 9, "sha256": {}}'), "unreadable"),
+    "old-format": (lambda folder: (folder / "state.json").write_text('{"step": 9, "sha256": {}}'), "does not match"),
 }
 
 
@@ -391,6 +391,51 @@ def test_saving_copies_and_returns(tmp_path, monkeypatch):
     assert not differences(built, optimizer)
 
 
+def save_without_threads(root, threadless):
+    """Ranks that can start no thread, beside others that can; their training goes on to the next collective."""
+    built, optimizer = filled(ParallelConfig(data=2, expert=2))
+    start = threading.Thread.start
+
+    def fail(thread):
+        raise RuntimeError("can't start new thread")
+
+    with checkpoint.Writer(root) as checkpoints:
+        for step in (1, 2):
+            threading.Thread.start = fail if dist.get_rank() in threadless else start
+            try:
+                checkpoints.save(step, built.module, optimizer, {}, built.placements)
+            finally:
+                threading.Thread.start = start
+            dist.barrier()
+    for p in built.module.parameters():
+        local(p).zero_()
+    checkpoint.load(checkpoint.latest(root), built.module, optimizer, built.placements)
+    return differences(built, optimizer), checkpoint.latest(root).step
+
+
+@pytest.mark.multiprocess
+@pytest.mark.parametrize("threadless", [(1,), (0, 1)])
+def test_ranks_without_a_thread_write_before_they_go_on(threadless, pools, tmp_path):
+    assert pools(2, save_without_threads, tmp_path, threadless) == [([], 2), ([], 2)]
+
+
+def test_without_a_thread_it_is_said_and_a_failed_write_is_told_as_usual(tmp_path, monkeypatch, caplog):
+    built, optimizer = filled(ParallelConfig())
+
+    def fail(*_):
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(threading.Thread, "start", fail)
+    checkpoints = checkpoint.Writer(tmp_path)
+    checkpoints.save(1, built.module, optimizer, {})
+    assert checkpoint.latest(tmp_path).step == 1, "it is written when `save` returns"
+    assert "step 1: can't start new thread; training waits until it is written" in caplog.text
+    monkeypatch.setattr(storage, "save_file", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    checkpoints.save(2, built.module, optimizer, {})
+    with pytest.raises(OSError, match="No space left"):
+        checkpoints.wait()
+
+
 def test_a_disk_without_room_is_one_line_at_the_next_call(tmp_path):
     """A real limit on file size stands for the full disk: safetensors reports it as it reports that one."""
     built, optimizer = filled(ParallelConfig())
@@ -472,6 +517,39 @@ def test_a_file_list_that_names_a_fifo_or_a_device_is_refused_at_once(tmp_path, 
     (path / "index.json").write_text(json.dumps(index))
     with pytest.raises(CheckpointError, match="is not a regular file of the checkpoint"):
         checkpoint.load_model(checkpoint.Checkpoint(path, 1, {}), built.module, built.placements)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"sha256": None}, {"sha256": {"index.json": None}}, {"sha256": []}, {"step": "1"}, {"step": None}, {"state": 3},
+    ],
+)  # fmt: skip
+def test_a_state_of_the_wrong_types_is_refused(tmp_path, change):
+    path = tmp_path / "step-00000001"
+    path.mkdir()
+    content = {"step": 1, "state": {}, "sha256": {}} | change
+    format.write_state(path, content["step"], content["state"], content["sha256"])
+    with pytest.raises(CheckpointError, match=rf"unreadable \(_?State\.{next(iter(change))}"):
+        format.read_state(path)
+    assert checkpoint.latest(tmp_path) is None
+
+
+@pytest.mark.parametrize(
+    "entry",
+    [
+        None, [], {"dtype": "float32", "shape": [1]}, {"dtype": "Tensor", "shape": [1], "pieces": []},
+        {"dtype": None, "shape": [1], "pieces": []}, {"dtype": "float32", "shape": 3, "pieces": []},
+        {"dtype": "float32", "shape": [1], "pieces": [None]},
+        {"dtype": "float32", "shape": [1], "pieces": [{"at": [0, 0], "size": [1], "file": "a"}]},
+        {"dtype": "float32", "shape": [1], "pieces": [{"at": ["0"], "size": [1], "file": "a"}]},
+        {"dtype": "float32", "shape": [1], "pieces": [{"at": [0], "size": [1], "file": 3}]},
+    ],
+)  # fmt: skip
+def test_an_index_of_the_wrong_types_is_refused(tmp_path, entry):
+    (tmp_path / "index.json").write_text(json.dumps({"model/x": entry}))
+    with pytest.raises(CheckpointError, match=r"index\.json: model/x is no tensor"):
+        format.read_index(tmp_path)
 
 
 @pytest.mark.parametrize("file", ["index.json", "state.json"])

@@ -11,6 +11,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from moelab import kernels
+from moelab.config import FeedForward
 from moelab.config.parallel import ParallelConfig
 from moelab.engine.collectives import Sent, Traffic, observe
 from moelab.engine.exchange import Exchange, regroup
@@ -63,7 +64,7 @@ OPEN = []
 
 
 def whole_experts(case):
-    module = Experts(case.experts, M, F) if case.body == "experts" else Scale(case.experts)
+    module = Experts(case.experts, FeedForward(M, F)) if case.body == "experts" else Scale(case.experts)
     generator = torch.Generator().manual_seed(7)
     for p in module.parameters():
         nn.init.normal_(p, generator=generator)
@@ -81,7 +82,7 @@ def cut(tensor, name, groups):
 def rank_experts(case, groups):
     whole = whole_experts(case)
     if case.body == "experts":
-        mine = Experts(len(groups.local_experts), M, F // groups.slices.size)
+        mine = Experts(len(groups.local_experts), FeedForward(M, F).slice(groups.slices.size))
     else:
         mine = Scale(len(groups.local_experts))
     with torch.no_grad():

@@ -199,6 +199,17 @@ def test_what_is_missing_or_null_has_the_value_of_transformers(tmp_path, name, s
         ({"norm_topk_prob": 1}, "norm_topk_prob must be true or false, got 1"),
         ({"rope_parameters": [1]}, r"rope_parameters must be an object, got \[1\]"),
         ({"rope_parameters": None, "rope_scaling": "yarn"}, "rope_scaling must be an object, got 'yarn'"),
+        (
+            {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}},
+            r"rope_scaling and rope_parameters differ: {'rope_type': 'yarn', 'factor': 4.0} and {.*}",
+        ),
+        ({"rope_parameters": None, "rope_scaling": {"type": "linear"}}, ".* of type 'linear', supported is 'default'"),
+        (
+            {"rope_parameters": {"full_attention": {}}},
+            "rope_parameters has 'full_attention', supported are rope_type .*",
+        ),
+        ({"num_experts": 5, "num_local_experts": 6}, "num_local_experts and num_experts differ: 6 and 5"),
+        ({"vocab_size": 2**40}, "vocab_size must be at most 16,777,216, got 1,099,511,627,776"),
         ({"rope_parameters": {"rope_theta": "1e4"}}, "rope_theta must be a number not below 0, got '1e4'"),
         ({"decoder_sparse_step": "2"}, "decoder_sparse_step must be a whole number, got '2'"),
         ({"decoder_sparse_step": 0}, "decoder_sparse_step must be at least 1, got 0"),
@@ -237,6 +248,9 @@ def test_null_means_the_default(tmp_path):
         ({"num_experts": 7}, r"ffn.router.weight is \(6, 32\), expected \(7, 32\)"),
         ({"intermediate_size": 17}, r"experts.0.gate_proj.weight is \(32, 24\), expected \(32, 17\)"),
         ({"num_key_value_heads": 1}, r"k_proj.weight is \(16, 32\), expected \(8, 32\)"),
+        ({"vocab_size": 10**7}, r"token_embedding.weight is \(61, 32\), expected \(10000000, 32\)"),
+        ({"num_hidden_layers": 10**7}, "84 tensors are too few for 10000000 layers"),
+        ({"num_experts": 10**7}, r"/in: model: a layer of 10000000 experts"),
         ({"model_type": "deepseek_v3"}, "model_type 'deepseek_v3' is not supported; allowed: gpt2, olmoe"),
         ({"tie_word_embeddings": True}, "lm_head differs from the embedding"),
     ],
@@ -248,6 +262,54 @@ def test_what_we_do_not_have_is_refused_in_one_line(tmp_path, change, message):
     with pytest.raises(ValueError, match=message) as error:
         hf.load(tmp_path / "in")
     assert "\n" not in str(error.value)
+
+
+def test_nothing_is_allocated_for_sizes_that_the_files_do_not_have(tmp_path, monkeypatch):
+    theirs("olmoe", tmp_path / "in")
+    record = read_json(tmp_path / "in" / "config.json")
+    monkeypatch.setattr(hf, "empty", lambda *_, **__: pytest.fail("allocated"))
+    for change in ({"vocab_size": 1 << 24}, {"hidden_size": 1 << 24, "intermediate_size": 1 << 24, "num_experts": 512}):
+        write_json(tmp_path / "in" / "config.json", {**record, **change})
+        with pytest.raises(ValueError, match=r"/in: .*expected|/in: .* overflow"):
+            hf.load(tmp_path / "in")
+
+
+def rewritten(file: Path, change) -> None:
+    save_file({name: change(name, t) for name, t in load_file(file).items()}, file, {"format": "pt"})
+
+
+def test_a_router_keeps_its_dtype_and_others_are_named(tmp_path):
+    original = theirs("olmoe", tmp_path / "in", torch.bfloat16)
+    file = tmp_path / "in" / "model.safetensors"
+    exact = {n: t.float() + 1e-4 for n, t in load_file(file).items() if n.endswith("mlp.gate.weight")}
+    rewritten(file, lambda name, t: exact.get(name, t))
+    for dtype in (None, torch.bfloat16):
+        model = hf.load(tmp_path / "in", dtype=dtype)
+        routers = {n: p for n, p in model.named_parameters() if n.endswith("router.weight")}
+        assert len(routers) == original.config.num_hidden_layers
+        for layer, router in enumerate(routers.values()):
+            assert torch.equal(router, exact[f"model.layers.{layer}.mlp.gate.weight"])
+        assert {p.dtype for n, p in model.named_parameters() if n not in routers} == {torch.bfloat16}
+        assert model.eval()(TOKENS).logits_BTV.dtype == torch.bfloat16
+    assert {p.dtype for p in hf.load(tmp_path / "in", dtype=torch.float32).parameters()} == {torch.float32}
+    hf.convert(tmp_path / "in", tmp_path / "ours")
+    hf.convert(tmp_path / "ours", tmp_path / "back", "olmoe")
+    assert all(torch.equal(tensors(tmp_path / "back")[n], t) for n, t in exact.items())
+
+    rewritten(file, lambda name, t: t.float() if name == "model.norm.weight" else t)
+    with pytest.raises(
+        ValueError, match=r"norm\.weight is torch\.float32 and the embedding torch\.bfloat16; choose the"
+    ):
+        hf.load(tmp_path / "in")
+    hf.load(tmp_path / "in", dtype=torch.float32)
+    rewritten(file, lambda name, t: t.float() if "q_proj" in name else t)
+    with pytest.raises(
+        ValueError, match=r"k_proj\.weight has another dtype than the others of blocks\.0\.attention\.qkv"
+    ):
+        hf.convert(tmp_path / "in", tmp_path / "out")
+    rewritten(file, lambda name, t: t.to(torch.float8_e4m3fn) if "down_proj" in name else t)
+    with pytest.raises(ValueError, match=r"down_proj\.weight is F8_E4M3; allowed"):
+        hf.load(tmp_path / "in")
 
 
 def test_a_tensor_too_many_is_refused(tmp_path):

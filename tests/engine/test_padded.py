@@ -6,6 +6,7 @@ import torch
 import torch.distributed as dist
 from moelab.kernels import gate
 
+from moelab.config import FeedForward
 from moelab.config.parallel import ParallelConfig
 from moelab.engine.collectives import Traffic, observe
 from moelab.engine.mesh import Mesh
@@ -32,7 +33,7 @@ def inputs(data, tokens):
     generator = torch.Generator().manual_seed(data)
     x, logits = torch.randn(tokens, M, generator=generator), torch.randn(tokens, E, generator=generator)
     torch.manual_seed(9)
-    experts = Experts(E, M, F)
+    experts = Experts(E, FeedForward(M, F))
     for parameter in experts.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
     return x, gate(logits, 2, None), experts
@@ -46,7 +47,7 @@ def layer(parallel, loads):
     x, routing, whole = inputs(mesh.data.index, loads[mesh.data.index])
     W, w = groups.slices.size, groups.slices.index
     mine, cut = groups.local_experts, slice(w * F // W, (w + 1) * F // W)
-    part = Experts(len(mine), M, F // W)
+    part = Experts(len(mine), FeedForward(M, F).slice(W))
     part.up.copy_(whole.up[mine.start : mine.stop, :, cut])
     part.up_bias.copy_(whole.up_bias[mine.start : mine.stop, cut])
     part.down.copy_(whole.down[mine.start : mine.stop, cut])

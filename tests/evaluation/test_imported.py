@@ -10,6 +10,7 @@ import torch
 from moelab.kernels import packed
 from typer.testing import CliRunner
 
+from moelab.bench import peers
 from moelab.cli import app
 from moelab.files import write_json
 
@@ -98,7 +99,9 @@ def test_bench_decode_measures_it_beside_transformers(family, place, tokenizer):
     shown = moelab("bench", "decode", "--model", folder, *options, "--threads", "1", "--out", place / "out")
     rows = [json.loads(line) for line in (place / "out" / "decode.jsonl").read_text().splitlines()]
     one = {row["candidate"] for row in rows if row["ranks"] == 1}
-    assert one - {"compiled"} == {"optimised", "invariant", "baseline", "transformers generate"}
+    installed = peers.has("llama_cpp") and peers.has("gguf")
+    beside = {"llama.cpp"} if installed and family == "qwen3_moe" else set()  # here OLMoE has grouped queries
+    assert one - {"compiled"} == {"optimised", "invariant", "baseline", "transformers generate"} | beside
     assert ("compiled" in one) == (packed.why_not(torch.float32) is None) and "transformers generate" in shown
     assert {row["candidate"] for row in rows if row["ranks"] == 2} == {"optimised", "baseline"}
     assert all(row["model"] == "imported" and row["median_ms"] > 0 for row in rows)

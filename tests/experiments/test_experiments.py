@@ -12,6 +12,7 @@ import pytest
 from moelab import paper
 from moelab.config import ModelConfig
 from moelab.design import comparison, settings
+from moelab.design import verdicts as claims
 from moelab.experiments import (
     EXPERIMENTS,
     all_to_all,
@@ -36,7 +37,6 @@ from moelab.experiments import (
     zero_shot,
 )
 from moelab.lab import Lab
-from moelab.paper import verdicts as claims
 from moelab.runs.collection import Runs
 from moelab.runs.dry_run import paper_rate, planned_runs, state_bytes
 from moelab.runs.spec import Start
@@ -151,13 +151,14 @@ def test_a_shorter_run_whose_warm_up_does_not_fit_begins_anew():
 
 
 def test_differences_of_upcycling():
-    table = final({"Upcycled": [5.0, 5.01], "Dense": [5.2, 5.21], "Top-2": [5.0, 5.01], "MoE-128": [4.9, 4.91]})
+    losses = {"Upcycled": 5.0, "Dense": 5.2, "Top-2": 5.0, "MoE-128": 4.9}
+    table = final({arm: [loss, loss + 0.01, loss + 0.02] for arm, loss in losses.items()})
     found = comparison.differences(table, upcycling.EXPECTED).set_index("right")["found"]
     assert dict(found) == {"Dense": "below", "Top-2": "cannot tell"}
     table["validation_loss"] -= np.where(table["arm"] == "Top-2", 0.1, 0)
     found = comparison.differences(table, upcycling.EXPECTED).set_index("right")
     assert found.loc["Top-2", "found"] == "above" and found.loc["Top-2", "mean"] == pytest.approx(0.1)
-    assert set(comparison.differences(table[table["seed"] == 0], upcycling.EXPECTED)["found"]) == {"one seed"}
+    assert set(comparison.differences(table[table["seed"] < 2], upcycling.EXPECTED)["found"]) == {"too few seeds"}
 
 
 def test_balance_at_the_end_of_training(tmp_path, tiny_spec):
@@ -320,20 +321,6 @@ def test_scaling_judges_the_base_and_only_shows_the_larger_model():
     assert verdicts["moe128-1.3b-beats-own-base"].verdict == claims.NOT_TESTED
 
 
-def test_scaling_judges_the_gain_at_equal_tokens_a_parameter():
-    """The paper's gain is 0.307 nats at the end of its runs, and about 0.21 at as many tokens a parameter as ours."""
-
-    def judged(gap):
-        losses = {"350M": [4.0, 4.01, 4.02], "350M+MoE-128": [4.0 + gap, 4.01 + gap, 4.021 + gap]}
-        table = final(losses).assign(tokens=16_384_000)
-        return next(v for v in scaling.verdicts(table, "cpu") if v.claim == "moe128-350m-beats-own-base")
-
-    assert judged(-0.307).verdict == claims.DIRECTION  # its number, too early
-    assert judged(-0.21).verdict == claims.DIRECTION  # its curve's, not its number
-    assert judged(0.1).verdict == claims.NOT_REPRODUCED
-    assert "as many tokens for each parameter as ours (161), its gap is -0.209" in judged(-0.3).note
-
-
 def test_distillation_early_is_the_mean_of_the_first_half():
     lines = curves(
         {("L21 alone", 0): (9, 6, 5, 4), ("L21 + KD", 0): (9, 5, 5, 5), ("L21 + staged KD", 0): (9, 5, 4, 3)}
@@ -362,19 +349,19 @@ def test_claims_of_top2():
     def judged(losses, sessions):
         return {v.claim: v for v in top2_vs_residual.verdicts(final(losses), sessions, "cpu")}
 
+    level = {"MoE-32": [5.1, 5.1, 5.1], "Top2-MoE-32": [5.0, 5.001, 5.0], "Residual-MoE-32": [5.001, 5.0, 5.0]}
     verdicts = judged({"MoE-32": [1.0]}, {1: [[1.2, 1.21, 1.22]], 2: [[1.3, 1.3], [1.31, 1.31], [1.32, 1.32]]})
     assert verdicts["residual-halves-exchange"].ours == 0.5
     assert verdicts["top2-flops-33pct"].ours == pytest.approx(4 / 3, abs=0.002)
-    assert verdicts["residual-faster-than-top2"].verdict == claims.ONE_SESSION
+    assert verdicts["residual-faster-than-top2"].verdict == claims.FEW_SESSIONS
     assert verdicts["residual-faster-than-top2-2-ranks"].verdict == claims.REPRODUCED
     assert verdicts["residual-faster-than-top2-4-ranks"].verdict == claims.NOT_TESTED
     assert verdicts["residual-equals-top2"].verdict == claims.NOT_TESTED
     # Top-2 gains 0.1 over top-1, so the margin is 0.025.
-    level = {"MoE-32": [5.1, 5.1], "Top2-MoE-32": [5.0, 5.001], "Residual-MoE-32": [5.001, 5.0]}
     found = judged(level, {})
     assert found["residual-equals-top2"].verdict == claims.REPRODUCED
     assert found["top2-beats-top1"].verdict == claims.REPRODUCED
-    found = judged({**level, "MoE-32": [5.0, 5.001]}, {})
+    found = judged({**level, "MoE-32": [5.0, 5.001, 5.0]}, {})
     assert found["residual-equals-top2"].verdict == claims.CANNOT_TELL
 
 
@@ -391,14 +378,14 @@ def test_speed_on_ranks_is_measured_in_sessions_of_new_processes():
 
 def test_a_student_is_held_against_its_teacher_only_where_the_teacher_is_the_better_model():
     def judged(alone):
-        losses = {"Teacher": [5.0, 5.001], "L21 alone": alone, "L21 + staged KD": [5.001, 5.0]}
+        losses = {"Teacher": [5.0, 5.001, 5.0], "L21 alone": alone, "L21 + staged KD": [5.001, 5.0, 5.0]}
         curves = pd.DataFrame(columns=["arm", "seed", "tokens", "loss"])
         return {v.claim: v.verdict for v in distillation.verdicts(final(losses), curves, "cpu")}
 
-    found = judged([5.2, 5.21])
+    found = judged([5.2, 5.21, 5.2])
     assert found["student-alone-behind-teacher"] == claims.REPRODUCED
     assert found["staged-kd-matches-teacher-350m"] == claims.REPRODUCED
-    found = judged([4.9, 4.91])
+    found = judged([4.9, 4.91, 4.9])
     assert found["student-alone-behind-teacher"] == claims.NOT_REPRODUCED
     assert found["staged-kd-matches-teacher-350m"] == claims.CANNOT_TELL
 
@@ -408,10 +395,8 @@ def test_a_verdict_on_teacher_and_student_says_that_they_read_different_halves()
     curves = pd.DataFrame(columns=["arm", "seed", "tokens", "loss"])
     with_teacher = {"student-alone-behind-teacher", "staged-kd-matches-teacher-350m"}
     for scale, expected in (("cpu", with_teacher), ("paper", set())):
-        judged = distillation.verdicts(final(losses).assign(tokens=16_384_000), curves, scale)
+        judged = distillation.verdicts(final(losses), curves, scale)
         assert {v.claim for v in judged if "read different halves of the text" in v.note} == expected
-        late = next(v.note for v in judged if v.claim == "full-kd-hurts-late")
-        assert ("cross after 694 tokens" in late and "end after 161" in late) == (scale == "cpu")
 
 
 def test_throughput_ratio_at_the_papers_size():
@@ -440,7 +425,7 @@ def test_pairing_takes_the_common_part_out():
     row = seeds.deviations(table).set_index("what").loc["MoE-128 − Dense"]
     assert row["mean"] == pytest.approx(-0.2) and row["paired"] < 1e-9
     assert row["unpaired"] == pytest.approx(math.hypot(0.2, 0.2))
-    assert seeds.seeds_needed(0.01, 0.03) == 3 and seeds.seeds_needed(1.0, 0.001) is None
+    assert row["seeds for 0.03"] == row["seeds for 0.01"] == 3, "as few as judge at all"
 
 
 def test_a_plan_counts_state_and_hours(tmp_path):
@@ -494,10 +479,11 @@ def kernel_rounds(session, masks, ours):
 @pytest.mark.parametrize(
     ("sessions", "scale", "verdict"),
     [
-        ([(7.0, 7.1, 7.2)], "gpu", claims.ONE_SESSION),
-        ([(7.0, 7.1, 9.0), (7.1, 7.2, 9.0)], "gpu", claims.REPRODUCED),
-        ([(7.0, 7.1, 9.0), (7.1, 7.2, 9.0)], "cpu", claims.DIRECTION),
-        ([(0.5, 0.51, 0.52), (0.5, 0.52, 0.53)], "cpu", claims.NOT_REPRODUCED),
+        ([(7.0, 7.1, 7.2)], "gpu", claims.FEW_SESSIONS),
+        ([(7.0, 7.1, 7.2), (7.1, 7.2, 7.3)], "gpu", claims.FEW_SESSIONS),
+        ([(7.0, 7.1, 7.2), (7.1, 7.2, 7.3), (7.1, 7.3, 7.4)], "gpu", claims.REPRODUCED),
+        ([(7.0, 7.1, 7.2), (7.1, 7.2, 7.3), (7.1, 7.3, 7.4)], "cpu", claims.DIRECTION),
+        ([(0.5, 0.51, 0.52), (0.5, 0.52, 0.53), (0.5, 0.51, 0.52)], "cpu", claims.NOT_REPRODUCED),
         ([(7.0, 7.1, 7.2)], "smoke", claims.NOT_TESTABLE),
     ],
 )

@@ -7,8 +7,8 @@ import pandas as pd
 import pytest
 
 from moelab import paper
+from moelab.design import verdicts as claims
 from moelab.experiments import zero_shot
-from moelab.paper import verdicts as claims
 from moelab.report.publication import Publication
 
 
@@ -113,11 +113,15 @@ def test_claims_are_shown_at_this_scale_and_judged_at_the_papers():
     assert pr.ours == pytest.approx((3 + 6) / 2 / 6) and pr.samples == 2 and pr.verdict == claims.NOT_TESTABLE
     assert "Stand-ins" in pr.note
     assert found["zero-shot-350m-moe128-vs-1.3b"].samples == 0
-    at_paper = {v.claim: v for v in zero_shot.verdicts(scores(BOTH, stand_in=False), "paper")}
-    assert at_paper["zero-shot-350m-pr-moe"].verdict == claims.CANNOT_TELL, "MoE-128 is no better than the dense base"
-    gains = {(arm, seed): {**SIX, "piqa": 0.8 + 0.01 * seed} for arm in ("MoE-128", "PR-MoE-32/64") for seed in (0, 1)}
-    at_paper = {v.claim: v for v in zero_shot.verdicts(scores({**BOTH, **gains}, stand_in=False), "paper")}
-    assert at_paper["zero-shot-350m-pr-moe"].verdict == claims.REPRODUCED
+    arms = ("Dense", "MoE-128", "PR-MoE-32/64")
+    three = {(arm, seed): {**SIX, "piqa": 0.8 + 0.01 * seed} for arm in arms for seed in (0, 1, 2)}
+    at_paper = {v.claim: v for v in zero_shot.verdicts(scores(three, stand_in=False), "paper")}
+    level = at_paper["zero-shot-350m-pr-moe"]
+    assert level.verdict == claims.CANNOT_TELL, "it is about what 128 experts gain over 32, and MoE-32 is not here"
+    assert "350M+MoE-128 over 350M+MoE-32" in level.why
+    lost = {key: value if key != ("MoE-128", 1) else {"piqa": 0.5} for key, value in three.items()}
+    level = next(v for v in zero_shot.verdicts(scores(lost, stand_in=False), "paper") if v.claim == level.claim)
+    assert level.verdict == claims.INCOMPLETE and level.why == "Missing: seed 1 of MoE-128."
     incomplete = {key: {"piqa": 0.5} for key in BOTH}
     assert all(v.samples == 0 for v in zero_shot.verdicts(scores(incomplete), "cpu"))
 

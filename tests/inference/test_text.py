@@ -119,7 +119,7 @@ def test_the_command_on_ranks(trained, tmp_path):
         (["tinny"], "run 'tinny': no such run or directory; did you mean tiny-"),
         (["other"], "run 'other': no such run or directory; runs are in .*, 1 there"),
         (["tiny", "--top-p", "0"], "sampling: top_p must be above 0 and at most 1, got 0.0"),
-        (["tiny", "--mode", "slow"], "--mode must be optimised or compiled or invariant or baseline, got 'slow'"),
+        (["tiny", "--mode", "slow"], "--mode must be optimised or baseline, got 'slow'"),
     ],
 )
 def test_bad_commands(trained, arguments, message):

@@ -8,11 +8,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from moelab.bench.decode_steps import weight_bytes
 from moelab.config import (
     DataConfig,
     DecoderConfig,
     ExpertConfig,
+    FeedForward,
     ModelConfig,
+    ParallelConfig,
     RoutingConfig,
     TrainConfig,
     digest,
@@ -20,11 +23,15 @@ from moelab.config import (
     from_json,
     to_json,
 )
+from moelab.config.feed_forward import Weight
 from moelab.inference import Generator, Sampling, set_mode
 from moelab.models import GPT, build
 from moelab.models.moe import MoE
 from moelab.models.routing import Router, normalized_entropy
+from moelab.runs.dry_run import STATE_BYTES, state_bytes
 from moelab.runs.spec import RunSpec
+from moelab.simulate.layouts import Layouts
+from moelab.simulate.memory import rank_parameters
 
 FREE = RoutingConfig(drop_tokens=False)
 MODERN = ModelConfig(
@@ -83,6 +90,61 @@ def test_parameters_equal_the_built_model_exactly(config):
     twin = config.shrink(hidden=1, depth=1, experts=1, vocab=64, context=16, head_size=8)
     with torch.device("meta"):
         assert sum(p.numel() for p in GPT(twin).parameters()) == twin.parameters()
+
+
+@pytest.mark.parametrize("config", VARIANTS.values(), ids=VARIANTS)
+def test_feed_forwards_are_those_of_the_built_model(config):
+    with torch.device("meta"):
+        layers = [block.ffn for block in GPT(config).blocks]
+    for layer in layers:
+        if isinstance(layer, MoE):
+            shapes = {name: tuple(p.shape[1:]) for name, p in layer.experts.named_parameters()}
+            assert shapes == {name: w.shape for name, w in config.expert_feed_forward.tensors().items()}
+            assert (layer.mlp is None) == (config.fixed_feed_forward is None)
+        dense, shape = (
+            (layer.mlp, config.fixed_feed_forward) if isinstance(layer, MoE) else (layer, config.dense_feed_forward)
+        )
+        if dense is not None:
+            assert sum(p.numel() for p in dense.parameters()) == shape.parameters
+            assert 2 * (dense.up.weight.numel() + dense.down.weight.numel()) == shape.flops
+            assert dense.up.weight.shape[0] == shape.inner and shape.bytes("fp32") == 4 * shape.parameters
+
+
+@pytest.mark.parametrize("config", VARIANTS.values(), ids=VARIANTS)
+def test_slices_of_an_expert_are_the_expert(config):
+    whole, half = config.expert_feed_forward, config.expert_feed_forward.slice(2)
+    assert half.inner * 2 == whole.inner and half.weights * 2 == whole.weights
+    for name, (shape, sliced, _) in whole.tensors().items():
+        expected = list(shape)
+        if sliced is not None:
+            expected[sliced] //= 2
+        assert half.tensors()[name].shape == tuple(expected), name
+
+
+def test_a_tensor_that_an_expert_gains_is_built_counted_and_simulated(monkeypatch):
+    """By its name, shape and slices alone, which stand in one place."""
+    tensors = FeedForward.tensors
+    gained = Weight((18, 3), 0)
+
+    def more(shape):
+        return tensors(shape) | ({"gained": gained} if shape.ffn == 18 else {})
+
+    config = replace(MODERN, experts=(0, 4, 6), expert=ExpertConfig(ffn=18))
+    layout, layouts = ParallelConfig(data=2), Layouts.of([ParallelConfig(data=2)])
+    found = []
+    for patched in (tensors, more):
+        monkeypatch.setattr(FeedForward, "tensors", patched)
+        with torch.device("meta"):
+            built = GPT(config)
+        spec = RunSpec(config, TrainConfig(micro_batch=1), data=DataConfig(context=16), parallel=layout)
+        found.append([
+            sum(p.numel() for p in built.parameters()), config.parameters(),
+            config.active_parameters(), config.flops_per_token(training=False) // 2,
+            state_bytes(spec) / STATE_BYTES, rank_parameters(config, layouts)[1][0], weight_bytes(config, 2, 4) / 4,
+        ])  # fmt: skip
+    one, K, E = math.prod(gained.shape), config.top_k, sum(config.experts)
+    gains = [after - before for before, after in zip(*found, strict=True)]
+    assert gains == [E * one, E * one, 2 * K * one, 2 * K * one, E / 2 * one, E / 2 * one, 2 * 2 * one]
 
 
 @pytest.mark.parametrize("config", VARIANTS.values(), ids=VARIANTS)

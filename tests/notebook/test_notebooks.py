@@ -4,6 +4,8 @@ import contextlib
 import io
 import json
 import signal
+import subprocess
+import sys
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
@@ -228,3 +230,41 @@ def test_a_reply_whose_signal_was_taken_is_found():
 
     with ThreadPoolExecutor(1) as own:  # the browser's tests leave a loop running in this thread
         assert own.submit(lambda: asyncio.run(wait())).result()["msg_type"] == "execute_reply"
+
+
+@pytest.mark.parametrize("texts", [{"fail": "raise\udc80"}, {"rates": '{"\\ud800": 1}'}])
+def test_a_parameter_that_is_no_text_is_refused_before_anything_is_made(place, texts):
+    with pytest.raises(ValueError, match=r"x: a parameter is not valid Unicode text: .*\\ud[8c][08]0"):
+        given(**texts)
+    assert not (place / "home").exists()
+
+
+def test_an_interrupt_speaks_of_checkpoints_only_where_there_are_some(tmp_path):
+    from moelab.files import write_json
+    from moelab.notebook.watch import _stopped
+
+    runs = [tmp_path / "a", tmp_path / "b"]
+    for run in runs:
+        run.mkdir()
+    assert "no run was" in _stopped(tmp_path / "plan.json"), "the notebook has not asked for its runs yet"
+    write_json(tmp_path / "plan.json", [str(run) for run in runs])
+    assert "no run was" in _stopped(tmp_path / "plan.json")
+    (runs[0] / "checkpoints" / "step-00000005").mkdir(parents=True)
+    assert "unfinished runs wrote a checkpoint" in _stopped(tmp_path / "plan.json")
+    write_json(runs[0] / "result.json", {})
+    assert "no run was" in _stopped(tmp_path / "plan.json")
+
+
+def test_an_interrupt_while_commands_are_imported_leaves_no_traceback():
+    code = (
+        "import sys; name = sys.argv[1]\n"
+        "class Interrupt:\n"
+        "    def find_spec(self, found, path=None, target=None):\n"
+        "        if found == name: raise KeyboardInterrupt\n"
+        "sys.meta_path.insert(0, Interrupt())\n"
+        "from moelab.__main__ import main\n"
+        "sys.argv[1:] = ['list']; main()"
+    )
+    for name in ("moelab.cli", "typer", "moelab.experiments"):
+        done = subprocess.run([sys.executable, "-c", code, name], capture_output=True, text=True)
+        assert (done.returncode, done.stderr.strip()) == (130, ""), name

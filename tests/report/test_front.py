@@ -6,21 +6,21 @@ from pathlib import Path
 import pytest
 
 from moelab import paper
-from moelab.experiments import EXPERIMENTS
-from moelab.paper.verdicts import (
+from moelab.design.verdicts import (
     CANNOT_TELL,
     EQUAL,
+    FEW_SESSIONS,
+    NO_DIFFERENCE,
     NOT_REPRODUCED,
-    ONE_SESSION,
+    NOT_YET,
     REPRODUCED,
-    SIMULATED,
     SIMULATED_CLOSE,
     UNDECIDED,
 )
+from moelab.experiments import EXPERIMENTS
 from moelab.plotting import axis
-from moelab.report.ledger import NOT_YET
 from moelab.report.site import downloads, front, plot
-from moelab.report.site.claims import VERDICTS, ClaimRow
+from moelab.report.site.claims import ClaimRow
 from moelab.report.site.glossary import TERMS, explain
 from moelab.report.site.results import Result
 from moelab.report.summary import parse
@@ -43,7 +43,7 @@ def test_five_findings_say_what_agrees_what_does_not_and_why_the_rest_is_open():
         row("full-kd-hurts-late", NOT_REPRODUCED, -0.05, -0.06, -0.04),
         row("pyramid-shrinks-gap", UNDECIDED, 0.0, -0.01, 0.01),
         row("residual-equals-top2", CANNOT_TELL, 0.0, -0.01, 0.01),
-        row("kernels-6x", ONE_SESSION, 2.0),
+        row("kernels-6x", FEW_SESSIONS, 2.0),
         row("pr-moe-size", REPRODUCED, 0.31, 0.31, 0.31, kind="counted"),
         row("moe-flop-efficiency", "simulated: does not hold", 0.78, kind="predicted"),
         row("1t-under-25ms", "simulated: holds", 21.0, kind="predicted"),
@@ -55,8 +55,11 @@ def test_five_findings_say_what_agrees_what_does_not_and_why_the_rest_is_open():
     assert "on 2 of the 5 claims" in agreement and "2 as stated, 0 in direction" in agreement
     assert found[0].claims[0].claim.id == "moe128-350m-beats-own-base", "the clearest first"
     assert contradiction.startswith("One claim is") and found[1].claims[0].claim.id == "full-kd-hurts-late"
-    assert "1 because the seeds leave both answers open, 1 because no check" in undecided and "1 other has" in undecided
-    assert "one session only" in speed
+    assert (
+        "1 because the seeds leave both answers open, 1 because the arms that must differ" in undecided
+        and "1 other has" in undecided
+    )
+    assert "fewer than three sessions" in speed
     assert "confirms 1 of 1 counted" in rest and "predicts 1 of 2" in rest and found[4].claims[0].ours == 0.78
 
 
@@ -74,7 +77,35 @@ def test_what_holds_within_a_margin_only_is_said():
         in found[0].sentence
     )
     assert "predicts 1 of 2" in found[4].sentence and "cannot tell 1, within its own error" in found[4].sentence
-    assert set(SIMULATED) <= set(VERDICTS) and EQUAL in VERDICTS
+
+
+def test_contradictions_by_a_difference_too_small_to_matter_are_told_apart():
+    rows = [row("full-kd-hurts-late", NOT_REPRODUCED, -0.05, -0.06, -0.04)]
+    alone = front.findings(rows)[1]
+    both = front.findings([*rows, row("pyramid-shrinks-gap", NO_DIFFERENCE, 0.001, -0.005, 0.007)])[1]
+    assert alone.sentence == "One claim is contradicted by the trained twins:"
+    assert both.sentence == (
+        "Two claims are contradicted by the trained twins, 1 of them by a difference too small to matter:"
+    )
+
+
+def test_findings_count_what_stands_after_holms_adjustment(tmp_path):
+    from moelab.design.judging import judge
+    from moelab.report import ledger
+    from moelab.report.site.claims import all_claims, tally
+    from tests.report.test_ledger import publish
+
+    weak = judge(paper.claim("pyramid-shrinks-gap"), [-0.1, -0.14, -0.07])
+    others = [judge(paper.claim(id), [-0.1, 0.1, 0.0]) for id in ("residual-shrinks-gap", "moe128-beats-moe32")]
+    publish(tmp_path, "pr-moe", "cpu", "2026-01-01", [weak, *others], figures=())
+    assert weak.verdict == REPRODUCED and weak.p < 0.05 < 3 * weak.p
+    entries = ledger.ledger(tmp_path)
+    rows = all_claims([Result(tmp_path, "pr-moe/cpu/2026-01-01", s) for _, s in ledger.read_all(tmp_path)[0]], entries)
+    (shown,) = (r for r in rows if r.claim.id == "pyramid-shrinks-gap")
+    assert (shown.verdict, shown.alone, shown.key) == (UNDECIDED, REPRODUCED, "trained: undecided")
+    assert [(item.label, item.claims) for item in tally(entries)["trained"]] == [(UNDECIDED, 3)]
+    assert front.findings(rows)[0].sentence == "No trained claim agrees with the paper yet."
+    assert ledger.counts(entries)["measured"] == {UNDECIDED: 3}
 
 
 def test_findings_without_results_are_sentences_too():
@@ -94,7 +125,7 @@ def test_rows_share_an_axis_by_what_they_show():
         row("moe128-beats-moe32", REPRODUCED, -0.02, -0.03, -0.01),
         row("moe128-350m-beats-own-base", REPRODUCED, -0.05),
     ]
-    ratio = [row("pr-moe-size", REPRODUCED, 0.31), row("kernels-6x", ONE_SESSION, 2.0)]
+    ratio = [row("pr-moe-size", REPRODUCED, 0.31), row("kernels-6x", FEW_SESSIONS, 2.0)]
     (first, losses), (second, ratios) = plot.axes([*loss, *ratio])
     assert (losses, ratios) == (loss, ratio)
     assert first.name == "difference in nats per token" and not first.relative and first.neutral == 0

@@ -1,10 +1,12 @@
 """`moelab browse` answers only requests that are for this machine, with files of the folder."""
 
 import http.client
+import os
 import threading
 
 import pytest
 
+from moelab.report.site.sanitize import OF_FILES, POLICY
 from moelab.report.site.server import ResultsServer
 
 
@@ -17,6 +19,13 @@ def server(tmp_path):
     (tmp_path / "secret.txt").write_text("secret")
     (folder / "link.txt").symlink_to(tmp_path / "secret.txt")
     (folder / "up").symlink_to(tmp_path)
+    (folder / "loop").symlink_to(folder / "loop")
+    os.mkfifo(folder / "fifo.html")
+    (folder / "page").mkdir()
+    (folder / "page" / "index.html").symlink_to(tmp_path / "secret.txt")
+    (folder / "old").mkdir()
+    (folder / "old" / "index.htm").symlink_to(tmp_path / "secret.txt")
+    (folder / "figure.svg").write_text("<svg/>")
     (folder / "inside.html").symlink_to(folder / "index.html")
     with ResultsServer(folder, 0) as server:
         thread = threading.Thread(target=server.serve_forever)
@@ -27,7 +36,7 @@ def server(tmp_path):
 
 
 def ask(server, path, host=None, method="GET"):
-    connection = http.client.HTTPConnection("127.0.0.1", server.server_port)
+    connection = http.client.HTTPConnection("127.0.0.1", server.server_port, timeout=20)
     connection.putrequest(method, path, skip_host=True)
     if host is not False:
         connection.putheader("Host", host or f"127.0.0.1:{server.server_port}")
@@ -51,11 +60,29 @@ def test_another_host_is_refused(server, host, method):
 
 
 @pytest.mark.parametrize(
-    "path", ["/link.txt", "/up/secret.txt", "/up/", "/../secret.txt", "/%2e%2e/secret.txt", "/empty/"]
+    "path",
+    ["/link.txt", "/up/secret.txt", "/up/", "/../secret.txt", "/%2e%2e/secret.txt", "/empty/", "/page/", "/old/"],
 )
 def test_nothing_outside_the_folder_is_served_and_no_folder_is_listed(server, path):
     status, text = ask(server, path)
     assert status == 404 and "secret" not in text
+
+
+@pytest.mark.parametrize("path", ["/%00", "/a%00.html", "/loop", "/loop/x", "/fifo.html", "/" + "x" * 5000, "/empty"])
+@pytest.mark.parametrize("method", ["GET", "HEAD"])
+def test_what_cannot_be_read_is_not_found_and_answered_at_once(server, path, method, capfd):
+    assert ask(server, path, method=method)[0] == 404
+    assert ask(server, "/") == (200, "results") and "Traceback" not in capfd.readouterr().err
+
+
+def test_pages_run_their_own_scripts_and_other_files_nothing(server):
+    def policy(path):
+        connection = http.client.HTTPConnection("127.0.0.1", server.server_port)
+        connection.request("GET", path)
+        return connection.getresponse().headers["Content-Security-Policy"]
+
+    assert policy("/") == policy("/index.html?a=1") == POLICY
+    assert policy("/figure.svg") == OF_FILES and "sandbox" in OF_FILES and "script-src" not in OF_FILES
 
 
 def test_a_link_that_stays_inside_is_followed(server):

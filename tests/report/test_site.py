@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 import time
+from html import unescape
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -11,11 +12,10 @@ import nbformat
 import pytest
 
 from moelab import paper
-from moelab.paper.verdicts import CANNOT_TELL, NO_SPREAD, REPRODUCED
+from moelab.design.verdicts import CANNOT_TELL, DISAGREES, FEW_SEEDS, REPRODUCED
 from moelab.plotting import svg
 from moelab.plotting.typography import typeset
 from moelab.report import ledger, site
-from moelab.report.ledger import DISAGREES
 from moelab.report.site import claims, notebook, order, template
 from moelab.report.site.results import Result, read_results
 from moelab.report.summary import parse
@@ -25,10 +25,10 @@ from moelab.report.summary import parse
 def published(publish, tmp_path_factory):
     """Two experiments, two scales, a newer and an older result of the same scale."""
     root = tmp_path_factory.mktemp("site") / "results"
-    reproduced = {"moe128-350m-beats-own-base": (-0.30, -0.31, -0.305), "moe128-350m-beats-1.3b": (0.1, 0.2)}
+    reproduced = {"moe128-350m-beats-own-base": (-0.30, -0.31, -0.305), "moe128-350m-beats-1.3b": (0.1, 0.15, 0.2)}
     publish(root, "scaling", "cpu", "20260101-000000", claims=reproduced, finished="2026-01-01T00:00:00Z")
-    publish(root, "pr-moe", "cpu", "20260102-000000", claims={"pr-moe-matches-moe128": (0.5, 0.5)}, finished="2026-01-02T00:00:00Z")  # fmt: skip
-    publish(root, "pr-moe", "cpu", "20260103-000000", claims={"pr-moe-matches-moe128": (0.01, 0.012)}, finished="2026-01-03T00:00:00Z")  # fmt: skip
+    publish(root, "pr-moe", "cpu", "20260102-000000", claims={"pr-moe-matches-moe128": (0.5, 0.5, 0.5)}, finished="2026-01-02T00:00:00Z")  # fmt: skip
+    publish(root, "pr-moe", "cpu", "20260103-000000", claims={"pr-moe-matches-moe128": (0.01, 0.011, 0.012)}, finished="2026-01-03T00:00:00Z")  # fmt: skip
     publish(root, "pr-moe", "gpu", "20260101-000000", claims={"pr-moe-matches-moe128": (0.02,)}, losses=(3.0,))
     publish(root, "mine", "smoke", "20260101-000000")
     built = site.build(root)
@@ -80,7 +80,7 @@ def test_the_ledger_has_every_claim_in_the_papers_order_and_the_verdict_that_cou
     matches = by_id["pr-moe-matches-moe128"]
     assert matches.verdict == CANNOT_TELL and matches.scale == "cpu", "one seed on a GPU judges nothing"
     assert matches.result.path == "pr-moe/cpu/20260103-000000", "the newest result of a scale counts"
-    assert [row.verdict for row in rows if row.claim.id == "pr-moe-matches-moe128" and not row.decides] == [NO_SPREAD]
+    assert [row.verdict for row in rows if row.claim.id == "pr-moe-matches-moe128" and not row.decides] == [FEW_SEEDS]
     assert matches.link == "pr-moe/cpu/20260103-000000/index.html#curves"
     assert by_id["speedup-1t"].verdict == DISAGREES and by_id["speedup-1t"].result is None
     page = (published / "index.html").read_text()
@@ -285,6 +285,60 @@ def test_long_code_and_tables_are_folded_and_a_formula_nobody_can_read_stays(tmp
     assert notebook.mathml("\\left(x", "inline").startswith("<code>")
 
 
+HOSTILE = [
+    "<script>attack()</script>",
+    "<img src='x' onerror='attack()'>",
+    '<a href="javascript:attack()">text</a>',
+    '<a href=" JaVaScRiPt:attack()">text</a>',
+    '<a href="data:text/html,attack()">text</a>',
+    '<iframe src="https://attack.example"></iframe>',
+    '<iframe srcdoc="attack()"></iframe>',
+    '<img src="https://attack.example/x.png">',
+    '<img src="//attack.example/x.png">',
+    '<svg onload="attack()"><script>attack()</script></svg>',
+    "<style>@import url(https://attack.example)</style>",
+    '<p style="background: url(https://attack.example)">text</p>',
+    '<object data="attack"></object><embed src="attack">',
+    '<form action="https://attack.example"><input name="attack"></form>',
+    '<meta http-equiv="refresh" content="0;url=javascript:attack()">',
+    '<base href="https://attack.example">',
+    '<math href="javascript:attack()"><mtext><script>attack()</script></mtext></math>',
+    '<noscript><p title="</noscript><img src=x onerror=attack()>">',
+]
+
+
+@pytest.mark.parametrize("where", ["markdown", "text/html", "text/markdown", "image/svg+xml", "raw cell", "tags"])
+def test_what_a_notebook_brings_along_runs_nothing(tmp_path, where):
+    import nbformat.v4 as nb
+
+    cells = [nb.new_markdown_cell("# Title")]
+    for text in HOSTILE:
+        if where == "markdown":
+            cells.append(nb.new_markdown_cell("Words\n\n" + text))
+        elif where == "raw cell":
+            cells.append(nb.new_raw_cell(text, metadata={"raw_mimetype": "text/html"}))
+        elif where == "tags":
+            cells.append(nb.new_code_cell("1", metadata={"tags": ['">' + text.replace(",", ";")]}))
+        else:
+            cells.append(nb.new_code_cell("1", outputs=[nb.new_output("display_data", data={where: text})]))
+    (tmp_path / "notebook.ipynb").write_text(nbformat.writes(nb.new_notebook(cells=cells)))
+    page = site.convert(tmp_path / "notebook.ipynb").read_text()
+    body = page.partition('<div class="notebook">')[2].partition("</main>")[0]
+    found: list[tuple[str, dict]] = []
+    parser = HTMLParser()
+    parser.handle_starttag = lambda tag, attributes: found.append((tag, dict(attributes)))
+    parser.feed(body)
+    assert found and not {tag for tag, _ in found} & set(
+        ["script", "style", "iframe", "object", "embed", "form", "input", "meta", "base", "svg", "noscript"]
+    )
+    for _, attributes in found:
+        assert not [name for name in attributes if name.startswith("on")]
+        for name in ("href", "src", "style", "srcdoc", "action", "data"):
+            value = attributes.get(name) or ""
+            assert value.startswith("data:image/svg+xml;base64,") or "attack" not in value
+    assert "default-src 'none'; script-src 'self'" in unescape(page.partition("<title>")[0])
+
+
 def test_every_formula_of_the_notebooks_can_be_read():
     from moelab import paths
 
@@ -355,7 +409,9 @@ def test_numbers_have_their_units():
 
 def entry(claim: str, kind: str, verdict: str) -> ledger.Entry:
     about = paper.claim(claim)
-    return ledger.Entry(claim, about.experiment, about.where, about.statement, "", "cpu", (), "", (), kind, verdict)
+    return ledger.Entry(
+        claim, about.experiment, about.where, about.statement, "", "cpu", (), "", (), kind, verdict, verdict
+    )
 
 
 def test_the_tally_keeps_kinds_apart_and_trained_from_timed():

@@ -18,18 +18,6 @@ from moelab.runs import preflight, records
 from moelab.runs.collection import Runs
 from moelab.runs.store import RunStore, Status
 
-RESULT = {
-    "tokens": 8,
-    "steps": 1,
-    "validation_loss": 4.5,
-    "bits_per_byte": 2.0,
-    "unigram_loss": 6.0,
-    "parameters": 10,
-    "active_parameters": 5,
-    "flops_per_token": 60.0,
-    "seconds": 2.0,
-}
-
 
 @pytest.fixture
 def store(tmp_path):
@@ -37,14 +25,14 @@ def store(tmp_path):
 
 
 @pytest.fixture
-def finished(store):
+def finished(store, result):
     """A run as training leaves it, its numbers made up."""
     run = store.run(pr_moe.EXPERIMENT.specs("smoke", arms=["PR-MoE-32/64"])[0])
     (run.path / "train.jsonl").write_text('{"step": 1, "loss": 4.6}\n')
     (run.path / "validation.jsonl").write_text('{"step": 1, "tokens": 8, "loss": 4.5}\n')
     (run.path / "checkpoints" / "step-00000001").mkdir(parents=True)
     write_json(run.path / "provenance.json", {"commit": "abc"})
-    write_json(run.path / "result.json", RESULT)
+    write_json(run.path / "result.json", result())
     return run
 
 
@@ -58,9 +46,18 @@ def test_a_record_says_what_the_run_says_and_has_no_weights(finished, tmp_path):
     assert archive.read_bytes() == records.write(finished, tmp_path / "again").read_bytes()
 
 
-def test_what_the_store_has_stays(finished, store, tmp_path):
+def test_names_of_hosts_are_not_passed_on(finished, tmp_path):
+    write_json(
+        finished.path / "provenance.json", {"commit": "abc", "host": "node7", "process": 41}
+    )  # by earlier versions
+    taken = records.read(records.write(finished, tmp_path), RunStore(tmp_path / "theirs"))
+    assert taken.provenance == finished.provenance == {"commit": "abc"}
+    assert "node7" not in (taken.path / "provenance.json").read_text()
+
+
+def test_what_the_store_has_stays(finished, store, tmp_path, result):
     archive = records.write(finished, tmp_path)
-    write_json(finished.path / "result.json", {**RESULT, "validation_loss": 4.4})
+    write_json(finished.path / "result.json", result(4.4))
     assert records.read(archive, store) is None and finished.result["validation_loss"] == 4.4
     (finished.path / "result.json").unlink()
     assert records.read(archive, store) is None, "it has a checkpoint and goes on from there"
@@ -104,6 +101,19 @@ def rewritten(archive, to, change):
         (lambda c: {k: v for k, v in c.items() if k != "result.json"}, "not a run's record"),
         (lambda c: {**c, "../outside.txt": b"x"}, "not a run's record"),
         (lambda c: {**c, "result.json": b"{"}, "unreadable"),
+        (lambda c: {**c, "result.json": b"{}"}, "result.json: no result of a training run \\(steps must be a number"),
+        (
+            lambda c: {**c, "result.json": c["result.json"].replace(b"4.5", b'"4"')},
+            "validation_loss must be a number, go",
+        ),
+        (lambda c: {**c, "train.jsonl": b"[1]\n"}, "train.jsonl: line 1 of 1 is damaged \\(no row of metrics"),
+        (lambda c: {**c, "validation.jsonl": b'{"loss": 1}\n{'}, "validation.jsonl: line 1 of 2 is damaged"),
+        (
+            lambda c: {**c, "validation.jsonl": b'{"step": 1, "loss": "low"}'},
+            "validation.jsonl: line 1 of 1 is damaged",
+        ),
+        (lambda c: {**c, "train.jsonl": b'{"step": 1, "balance": 3}'}, "train.jsonl: line 1 of 1 is damaged"),
+        (lambda c: {**c, **{f"measured/{i}.json": b"{}" for i in range(records.MOST)}}, "more than 256 files"),
         (lambda c: {**c, "spec.json": b"{}"}, "spec.json"),
         (
             lambda c: {**c, "spec.json": json.dumps(replace_seed(json.loads(c["spec.json"]))).encode()},
@@ -184,7 +194,28 @@ def test_an_archive_that_lies_about_its_size_is_read_no_further(finished, tmp_pa
         records.read(bad, RunStore(tmp_path / "theirs"))
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    assert peak < 2.5 * records.LARGEST
+    assert peak < 1 << 20
+
+
+def test_the_sum_of_the_files_is_bounded(finished, tmp_path):
+    """Each is small, packed to nearly nothing; together they are larger than a record may be."""
+    archive = records.write(finished, tmp_path)
+    with zipfile.ZipFile(archive, "a", zipfile.ZIP_DEFLATED) as packed:
+        for i in range(20):
+            packed.writestr(f"measured/{i}.json", b'{"a": "' + b"x" * (records.LARGEST // 19) + b'"}')
+    assert archive.stat().st_size < 1 << 20
+    tracemalloc.start()
+    with pytest.raises(ValueError, match="more than 256 files, or than 64 MiB in all"):
+        records.read(archive, RunStore(tmp_path / "theirs"))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 1 << 20 and not (tmp_path / "theirs").exists()
+
+
+def test_a_result_without_its_numbers_says_what_to_do(finished):
+    write_json(finished.path / "result.json", {})
+    with pytest.raises(ValueError, match=r"result\.json: no result .* got None\); remove the file and ask for the run"):
+        Runs([finished]).final()
 
 
 @pytest.mark.parametrize("harm", ["cut", "flipped", "encrypted", "nested", "bzip2", "deep"])

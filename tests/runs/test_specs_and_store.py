@@ -14,7 +14,6 @@ from moelab.config.distill import DistillConfig
 from moelab.config.parallel import ParallelConfig
 from moelab.files import new_directory, read_json, write_text
 from moelab.lab import Lab
-from moelab.runs import executors
 from moelab.runs.collection import NoResult
 from moelab.runs.execute import execute
 from moelab.runs.spec import RunSpec
@@ -396,14 +395,6 @@ def test_a_missing_result_is_explained_by_the_status_first(tiny_spec, tmp_path):
     assert run.why_missing() == "step 24 of 24"
     run.set_status(Status("running", step=24))
     assert run.why_missing() == "its process ended without a word; it will resume"
-
-
-def test_a_process_that_was_killed_at_once_is_said_to_be(tiny_spec, tmp_path, monkeypatch):
-    run = RunStore(tmp_path).run(tiny_spec)
-    kills_itself = [sys.executable, "-c", "import os; os.kill(os.getpid(), 9)"]
-    monkeypatch.setattr(executors, "start", lambda run: subprocess.Popen(kills_itself))
-    executors.processes([run], 1, poll_s=0.01)
-    assert run.why_missing() == "its process was ended by SIGKILL"
 
 
 def test_the_home_of_nobody_is_no_run(tmp_path):

@@ -20,12 +20,12 @@ def words(run, count, suffix="", show=None):
 
 
 @pytest.fixture
-def run(tmp_path):
+def run(tmp_path, result):
     """A finished run with weights, its numbers made up."""
     CALLS.clear()
     run = RunStore(tmp_path / "ours").run(pr_moe.EXPERIMENT.specs("smoke", arms=["Dense"])[0])
     (run.path / "checkpoints" / "step-00000001").mkdir(parents=True)
-    write_json(run.path / "result.json", {"validation_loss": 4.5})
+    write_json(run.path / "result.json", result())
     return run
 
 
@@ -57,7 +57,6 @@ def test_without_weights_it_is_read_back_and_nothing_else_is_measured(run):
 
 def test_earlier_weights_are_not_the_results(run):
     """The checkpoint of the last step is gone, one that branches start from is kept."""
-    write_json(run.path / "result.json", {"validation_loss": 4.5, "steps": 1})
     found = with_weights.measure(run, words, 2)
     (run.path / "checkpoints" / "step-00000000").mkdir()
     without_weights(run)
@@ -75,11 +74,11 @@ def test_other_code_measures_again_while_the_weights_are_there(run, monkeypatch)
     assert with_weights.measure(without_weights(run), words, 2) == found and CALLS == [2, 2]
 
 
-def test_a_run_trained_again_has_other_weights(run):
+def test_a_run_trained_again_has_other_weights(run, result):
     with_weights.measure(run, words, 2)
     (file,) = with_weights.files(run)
     assert read_json(file)["arguments"] == [2] and read_json(file)["function"].endswith("test_with_weights.words")
-    write_json(run.path / "result.json", {"validation_loss": 4.4})
+    write_json(run.path / "result.json", result(4.4))
     assert with_weights.files(run) == []
     with_weights.measure(run, words, 2)
     assert CALLS == [2, 2]
@@ -105,14 +104,14 @@ def test_a_record_holds_it(run, tmp_path):
     assert not taken.has_weights and with_weights.measure(taken, words, 2) == found and CALLS == [2]
 
 
-def test_a_later_record_of_the_same_run_brings_what_is_new(run, tmp_path):
+def test_a_later_record_of_the_same_run_brings_what_is_new(run, tmp_path, result):
     theirs = RunStore(tmp_path / "theirs")
     taken = records.read(records.write(run, tmp_path), theirs)
     found = with_weights.measure(run, words, 2)
     assert records.read(records.write(run, tmp_path), theirs) is None  # it was here already
     assert with_weights.measure(taken, words, 2) == found
     with_weights.measure(run, words, 1)
-    write_json(taken.path / "result.json", {"validation_loss": 4.4})  # a run of their own
+    write_json(taken.path / "result.json", result(4.4))  # a run of their own
     assert records.read(records.write(run, tmp_path), theirs) is None
     assert len(list((taken.path / with_weights.FOLDER).iterdir())) == 1
 

@@ -17,9 +17,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from moelab.files import read_json, write_text
+from moelab.config import from_json
+from moelab.files import read_object, write_text
 
 INDEX, STATE = "index.json", "state.json"
 
@@ -76,7 +78,32 @@ def read_index(path: Path) -> dict[str, Any]:
     Raises:
         CheckpointError: the index is missing or unreadable.
     """
-    return _read(path, INDEX)
+    index = _read(path, INDEX)
+    for name, entry in index.items():
+        if not _is_entry(entry):
+            raise CheckpointError(f"{path}: unreadable ({INDEX}: {name} is no tensor)")
+    return index
+
+
+def _is_entry(entry: Any) -> bool:
+    """Return whether an entry of the index has what `read_index` says; checked by hand, because there are many."""
+
+    def sizes(value: Any) -> bool:
+        return isinstance(value, list) and all(type(n) is int and n >= 0 for n in value)
+
+    if not isinstance(entry, dict) or not isinstance(getattr(torch, str(entry.get("dtype")), None), torch.dtype):
+        return False
+    rank, pieces = entry.get("shape"), entry.get("pieces")
+    return (
+        sizes(rank)
+        and isinstance(pieces, list)
+        and all(
+            isinstance(piece, dict)
+            and isinstance(piece.get("file"), str)
+            and all(sizes(piece.get(name)) and len(piece[name]) == len(rank) for name in ("at", "size"))
+            for piece in pieces
+        )
+    )
 
 
 def read_state(path: Path) -> dict[str, Any]:
@@ -86,12 +113,22 @@ def read_state(path: Path) -> dict[str, Any]:
         CheckpointError: it is missing, unreadable, or not what was written.
     """
     record = _read(path, STATE)
+    if record.pop("check", None) != _digest(record):
+        raise CheckpointError(f"{path}/{STATE}: content does not match its SHA-256")
     try:
-        if record.pop("check") != _digest(record):
-            raise CheckpointError(f"{path}/{STATE}: content does not match its SHA-256")
-    except (KeyError, TypeError, AttributeError) as error:
+        from_json(_State, record)
+    except ValueError as error:
         raise CheckpointError(f"{path}: unreadable ({error})") from None
     return record
+
+
+@dataclass(frozen=True)
+class _State:
+    """The types of state.json's content."""
+
+    step: int
+    state: dict[str, Any]
+    sha256: dict[str, str]
 
 
 def write_state(path: Path, step: int, state: dict[str, Any], sha256: dict[str, str]) -> None:
@@ -127,7 +164,7 @@ def sync(path: Path) -> None:
 
 def _read(path: Path, name: str) -> dict[str, Any]:
     try:
-        return read_json(regular_file(path, name))
+        return read_object(regular_file(path, name))
     except FileNotFoundError:
         raise CheckpointError(f"{path}: no {name}") from None
     except (OSError, ValueError) as error:

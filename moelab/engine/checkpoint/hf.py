@@ -35,7 +35,7 @@ from moelab.engine.checkpoint.hf_families import FAMILIES, family_of
 from moelab.engine.checkpoint.hf_formats import GPT2, MOELAB, Format, Part, is_gpt2
 from moelab.engine.mesh import Mesh
 from moelab.engine.placement import Placement
-from moelab.files import new_directory, read_json, write_json
+from moelab.files import new_directory, read_json, read_object, write_json
 from moelab.models import GPT, empty
 
 FORMATS: dict[str, Format] = {f.model_type: f for f in (GPT2, *FAMILIES, MOELAB)}
@@ -94,7 +94,7 @@ def convert(source: Path, directory: Path, model_type: str = "moelab", name: str
     config = replace(config, name=name or config.name)
     target, eot = _format(model_type), _end_of_text(record, source / _CONFIG)
     with _Files(source, kind) as files, _new(directory) as new:
-        _check_names(files, kind, config)
+        _check(files, kind, config)
         tensors = _tensors(
             target, config, ((name, files.whole(name, shape, config)) for name, shape in _shapes(config))
         )
@@ -195,7 +195,8 @@ def load(directory: Path, *, mesh: Mesh | None = None, dtype: torch.dtype | None
 
     Args:
         mesh: the ranks that share the model; None means this process alone.
-        dtype: of the weights; None means that in which they are stored.
+        dtype: of the weights; None means that in which they are stored. A router that is stored more exactly than the
+            other weights remains so.
 
     Raises:
         ValueError: there is no such model, the format is unknown, the settings are none that our model has, or tensors
@@ -204,8 +205,12 @@ def load(directory: Path, *, mesh: Mesh | None = None, dtype: torch.dtype | None
     kind, config, _ = _read_config(directory)
     placements: dict[str, Placement] = {}
     with _Files(directory, kind) as files:
-        _check_names(files, kind, config)
-        dtype = dtype or files.dtype()
+        stored = _check(files, kind, config)
+        own = stored["token_embedding.weight"]
+        routers = {name for name, of in stored.items() if of != own and name.endswith(".router.weight")}
+        if odd := [name for name, of in stored.items() if of != own and name not in routers and dtype is None]:
+            raise ValueError(f"{directory}: {odd[0]} is {stored[odd[0]]} and the embedding {own}; choose the dtype")
+        dtype = dtype or own
         if mesh is not None and mesh.world.size > 1:
             part = parallel.build(config, None, mesh, dtype)
             model, placements = part.module, part.placements
@@ -213,6 +218,8 @@ def load(directory: Path, *, mesh: Mesh | None = None, dtype: torch.dtype | None
             model = empty(config, dtype=dtype)
         for name, parameter in model.named_parameters():
             shape = tuple(parameter.shape)
+            if name in routers:
+                parameter.data = parameter.data.to(torch.promote_types(dtype, stored[name]))
             files.fill(parameter.detach(), name, placements.get(name) or Placement.whole(shape), config)
     return model
 
@@ -247,7 +254,7 @@ def load_tokenizer(directory: Path) -> Tokenizer:
     path = directory / _TOKENIZER
     if not path.is_file():
         raise ValueError(f"{directory}: no {_TOKENIZER} here; text needs a tokenizer")
-    end = (read_json(directory / "tokenizer_config.json") or {}).get("eos_token")
+    end = (read_object(directory / "tokenizer_config.json") or {}).get("eos_token")
     end = end.get("content") if isinstance(end, dict) else end
     return Tokenizer.load(path, **({"eot": end} if isinstance(end, str) else {}))
 
@@ -268,16 +275,41 @@ def _shapes(config: ModelConfig) -> list[tuple[str, tuple[int, ...]]]:
         return [(name, tuple(p.shape)) for name, p in GPT(config).named_parameters()]
 
 
-def _check_names(files: _Files, kind: Format, config: ModelConfig) -> None:
-    """Check that no tensor would be left unread, and that a tied head equals the embedding."""
-    wanted = {files.prefix + part.name for name, shape in _shapes(config) for part in kind.parts(name, shape, config)}
+def _check(files: _Files, kind: Format, config: ModelConfig) -> dict[str, torch.dtype]:
+    """Compare a model with the files' headers, before anything of its size is made; return its parameters' dtypes.
+
+    All tensors are there with the right shapes, no tensor would be left unread, a parameter's tensors have one dtype,
+    and a tied head equals the embedding.
+    """
+    if config.layers > len(files.names):
+        raise ValueError(f"{files.directory}: {len(files.names)} tensors are too few for {config.layers} layers")
+    dtypes: dict[str, torch.dtype] = {}
+    wanted: set[str] = set()
+    wrong = ""
+    try:
+        shapes = _shapes(config)
+    except (ValueError, RuntimeError) as error:  # RuntimeError: more elements than torch can count
+        raise ValueError(f"{files.directory}: {str(error).splitlines()[0]}") from None
+    for name, shape in shapes:
+        for part in kind.parts(name, shape, config):
+            theirs = files.prefix + part.name
+            if theirs not in files.names:
+                raise ValueError(f"{files.directory}: {wrong or f'tensor {theirs} is missing'}")
+            wanted.add(theirs)
+            found, expected = files.shape(theirs, part.transposed), _expected(part, shape)
+            if found != expected:
+                wrong = wrong or f"{part.name if part.at else name} is {found}, expected {expected}"
+            elif files.dtype(theirs) != dtypes.setdefault(name, files.dtype(theirs)):
+                wrong = wrong or f"tensor {theirs} has another dtype than the others of {name}"
     odd = [name for name in files.names if name not in wanted and not name.endswith(_UNUSED)]
-    if odd:
-        raise ValueError(f"{files.directory}: tensor {odd[0]} ({len(odd)} such) is none of this model's")
+    if odd or wrong:
+        text = f"tensor {odd[0]} ({len(odd)} such) is none of this model's" if odd else wrong
+        raise ValueError(f"{files.directory}: {text}")
     if config.decoder.tied and "lm_head.weight" in files.names:
         (embedding,) = kind.parts("token_embedding.weight", (), config)
         if not torch.equal(files.read("lm_head.weight"), files.read(files.prefix + embedding.name)):
             raise ValueError(f"{files.directory}: lm_head differs from the embedding; our head is tied to it")
+    return dtypes
 
 
 def _files_of_index(path: Path) -> list[str]:
@@ -313,17 +345,18 @@ class _Files:
             raise ValueError(f"{directory}: no tensor in {', '.join(files)}")
         self.prefix = kind.prefix if any(name.startswith(kind.prefix) for name in self.names) else ""
 
-    def dtype(self) -> torch.dtype:
-        """Return the dtype of the first tensor."""
-        name, file = next(iter(self.names.items()))
-        stored = file.get_slice(name).get_dtype()
+    def shape(self, name: str, transposed: bool) -> tuple[int, ...]:
+        """Return the shape of a tensor, a transposed matrix's as it is in our model."""
+        shape = tuple(self.names[name].get_slice(name).get_shape())
+        return shape[::-1] if transposed and len(shape) == 2 else shape
+
+    def dtype(self, name: str) -> torch.dtype:
+        stored = self.names[name].get_slice(name).get_dtype()
         if stored not in _DTYPES:
             raise ValueError(f"{self.directory}: tensor {name} is {stored}; allowed: {', '.join(_DTYPES)}")
         return _DTYPES[stored]
 
     def read(self, name: str) -> Tensor:
-        if name not in self.names:
-            raise ValueError(f"{self.directory}: tensor {name} is missing")
         return self.names[name].get_tensor(name)
 
     def whole(self, name: str, shape: tuple[int, ...], config: ModelConfig) -> Tensor:
@@ -345,21 +378,16 @@ class _Files:
                 if any(start >= end for start, end in common):
                     continue
                 if tensor is None:
-                    tensor = self._part(part, name, box)
+                    tensor = self._part(part)
                 source = tuple(slice(i - a, j - a) for (i, j), (a, _) in zip(common, box, strict=True))
                 target = tuple(slice(i - c, j - c) for (i, j), (c, _) in zip(common, ends, strict=True))
                 shard.of(local)[target].copy_(tensor[source])
 
-    def _part(self, part: Part, name: str, box: list[tuple[int, int]]) -> Tensor:
+    def _part(self, part: Part) -> Tensor:
         """Return a tensor of the format as the part of our parameter that it is, with all of its dims."""
         tensor = self.read(self.prefix + part.name)
         tensor = tensor.T if part.transposed and tensor.ndim == 2 else tensor
-        single = {dim for dim, index in enumerate(part.at) if isinstance(index, int)}
-        expected = tuple(end - start for dim, (start, end) in enumerate(box) if dim not in single)
-        if tuple(tensor.shape) != expected:
-            what = part.name if part.at else name
-            raise ValueError(f"{self.directory}: {what} is {tuple(tensor.shape)}, expected {expected}")
-        for dim in sorted(single):
+        for dim in sorted(part.single()):
             tensor = tensor.unsqueeze(dim)
         return tensor
 
@@ -369,6 +397,12 @@ class _Files:
     def __exit__(self, *_: object) -> None:
         for opened in self._open:
             opened.__exit__(None, None, None)
+
+
+def _expected(part: Part, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Return the shape that a part of a parameter has in the format, a transposed matrix's as it is in our model."""
+    single = part.single()
+    return tuple(end - start for dim, (start, end) in enumerate(_box(part, shape)) if dim not in single)
 
 
 def _box(part: Part, shape: tuple[int, ...]) -> list[tuple[int, int]]:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from moelab.config import DecoderConfig, ExpertConfig, ModelConfig, RoutingConfig
-from moelab.engine.checkpoint.hf_formats import Format, Part, check_fixed, flag, number, setting
+from moelab.engine.checkpoint.hf_formats import Format, Part, agreed, check_fixed, flag, number, setting
 
 _ARCHITECTURES = {
     "olmoe": "OlmoeForCausalLM",
@@ -30,7 +30,7 @@ _NORM_EPS = {"olmoe": 1e-5, "mixtral": 1e-5, "qwen2_moe": 1e-6, "qwen3_moe": 1e-
 _AUX_LOSS = {"olmoe": 0.01, "mixtral": 0.001, "qwen2_moe": 0.001, "qwen3_moe": 0.001}
 """What a missing `rms_norm_eps` and a missing `router_aux_loss_coef` mean."""
 _FIXED: dict[str, dict[str, Any]] = {
-    "olmoe": {"hidden_act": "silu", "attention_bias": False, "clip_qkv": None},
+    "olmoe": {"hidden_act": "silu", "attention_bias": False, "clip_qkv": None, "sliding_window": None},
     "mixtral": {"hidden_act": "silu", "sliding_window": None},
     "qwen2_moe": {"hidden_act": "silu", "qkv_bias": True, "use_sliding_window": False},
     "qwen3_moe": {"hidden_act": "silu", "attention_bias": False, "use_sliding_window": False},
@@ -52,7 +52,7 @@ def _read_config(record: dict[str, Any], where: Path) -> ModelConfig:
             "num_experts_per_tok",
         )
     )
-    experts = setting(record, "num_local_experts" if "num_local_experts" in record else "num_experts", where)
+    experts = setting(record, agreed(record, ("num_local_experts", "num_experts"), where), where)
     dense = _dense_layers(record, layers, where)
     expert = ExpertConfig()
     if kind in _QWEN:
@@ -118,13 +118,15 @@ def _dense_layers(record: dict[str, Any], layers: int, where: Path) -> set[int]:
 
 def _rotary_base(record: dict[str, Any], where: Path) -> float:
     """Return the base of the rotation: `rope_theta`, or in newer files a setting of `rope_parameters`."""
-    name = "rope_parameters" if record.get("rope_parameters") else "rope_scaling"
+    name = agreed(record, ("rope_scaling", "rope_parameters"), where)
     parameters = record.get(name) or {}
     if not isinstance(parameters, dict):
         raise ValueError(f"{where}: {name} must be an object, got {parameters!r}")
     kind = parameters.get("rope_type", parameters.get("type", "default"))
     if kind != "default":
         raise ValueError(f"{where}: rotary positions of type {kind!r}, supported is 'default'")
+    if odd := set(parameters) - {"rope_type", "type", "rope_theta"}:
+        raise ValueError(f"{where}: {name} has {min(odd)!r}, supported are rope_type and rope_theta")
     default = 1e6 if record["model_type"] == "mixtral" else 10_000.0
     return number(parameters, "rope_theta", where, number(record, "rope_theta", where, default))
 
@@ -158,6 +160,7 @@ def why_not(config: ModelConfig, kind: str) -> str | None:
         (kind == "mixtral" and not _renormalizes(config), "renormalises the weights"),
         (kind not in _QWEN and 0 in config.experts, "has no dense layers"),
         (kind not in _QWEN and x.ffn not in (0, config.ffn), "has one feed-forward size"),
+        (x != ExpertConfig(x.ffn, x.shared, x.shared_ffn, x.shared_gate), "has no other kind of expert"),
         ((x.shared > 0) != (kind == "qwen2_moe"), "has shared experts" if kind == "qwen2_moe" else "has none shared"),
         (kind == "qwen2_moe" and not x.shared_gate, "has a gate of the shared experts"),
     ):
@@ -203,9 +206,13 @@ def _write_config(kind: str, config: ModelConfig, eot: int | None) -> dict[str, 
         record["norm_topk_prob"] = _renormalizes(config)
     if kind in _QWEN:
         dense = [layer for layer, experts in enumerate(config.experts) if not experts]
-        record |= {"moe_intermediate_size": config.expert_ffn, "decoder_sparse_step": 1, "mlp_only_layers": dense}
+        record |= {
+            "moe_intermediate_size": config.expert_feed_forward.ffn,
+            "decoder_sparse_step": 1,
+            "mlp_only_layers": dense,
+        }
     if kind == "qwen2_moe":
-        record["shared_expert_intermediate_size"] = config.fixed_ffn
+        record["shared_expert_intermediate_size"] = config.fixed_feed_forward.ffn
     return record
 
 

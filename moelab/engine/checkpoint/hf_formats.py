@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from moelab.config import DecoderConfig, ModelConfig, from_json, to_json
+from moelab.config.model import LARGEST
 
 VERSION = 1
 """Of our own format."""
@@ -26,6 +27,10 @@ class Part(NamedTuple):
     """The part: an index of the parameter, `()` for all of it."""
     transposed: bool = False
     """The format stores the transposed matrix."""
+
+    def single(self) -> set[int]:
+        """Return the parameter's dims that the tensor does not have."""
+        return {dim for dim, index in enumerate(self.at) if isinstance(index, int)}
 
 
 Parts = Callable[[str, tuple[int, ...], ModelConfig], Iterator[Part]]
@@ -51,7 +56,7 @@ def setting(record: dict[str, Any], name: str, where: Path, default: int | None 
     """Return a whole number above 0 of a `config.json`.
 
     Raises:
-        ValueError: one line: it is missing or something else.
+        ValueError: one line: it is missing, something else, or larger than any model's.
     """
     value = record.get(name)
     if value is None and default is not None:
@@ -60,7 +65,21 @@ def setting(record: dict[str, Any], name: str, where: Path, default: int | None 
         raise ValueError(f"{where}: {name} must be a whole number, got {value!r}")
     if value < 1:
         raise ValueError(f"{where}: {name} must be at least 1, got {value}")
+    if value > LARGEST:
+        raise ValueError(f"{where}: {name} must be at most {LARGEST:,}, got {value:,}")
     return value
+
+
+def agreed(record: dict[str, Any], names: tuple[str, str], where: Path) -> str:
+    """Return the one of a setting's two names that a `config.json` uses; with both, they have the same value.
+
+    Raises:
+        ValueError: one line: the values differ.
+    """
+    given = [name for name in names if record.get(name) not in (None, {})]
+    if len(given) == 2 and record[given[0]] != record[given[1]]:
+        raise ValueError(f"{where}: {' and '.join(names)} differ: {record[names[0]]!r} and {record[names[1]]!r}")
+    return given[0] if given else names[1]
 
 
 def number(record: dict[str, Any], name: str, where: Path, default: float) -> float:

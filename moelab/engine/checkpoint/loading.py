@@ -19,7 +19,7 @@ from moelab.engine.collectives import all_gather_json, broadcast_json
 from moelab.engine.groups import Group
 from moelab.engine.launch import process
 from moelab.engine.placement import Placement
-from moelab.files import read_json
+from moelab.files import read_object
 
 log = logging.getLogger(__name__)
 
@@ -111,7 +111,7 @@ def why_no_weights(run_dir: Path) -> str:
 
 def _last_step(run_dir: Path) -> int | None:
     """Return the steps of a run's result; None without a result, or where it does not tell them."""
-    return (read_json(run_dir / "result.json") or {}).get("steps")
+    return (read_object(run_dir / "result.json") or {}).get("steps")
 
 
 def _not_of_the_result(run_dir: Path, steps: int, what: str) -> str:
@@ -166,6 +166,8 @@ def load(
         key, _, owner = rest.partition("/")
         if kind != "optimizer" or owner in copied.values():
             continue
+        if owner not in parameters:
+            raise CheckpointError(f"{path}: {name} is of no parameter of this model")
         parameter, dtype = parameters[owner], getattr(torch, entry["dtype"])
         if entry["shape"]:
             value = torch.zeros_like(parameter, dtype=dtype, requires_grad=False)

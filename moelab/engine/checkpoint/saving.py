@@ -28,8 +28,8 @@ log = logging.getLogger(__name__)
 class Writer:
     """Writes the checkpoints of one directory, one at a time, in a thread.
 
-    The thread communicates with the other ranks' threads through a gloo group of its own, apart from the training's
-    collectives.
+    Where no thread can be started, training waits for the write. The thread communicates with the other ranks' threads
+    through a gloo group of its own, apart from the training's collectives.
     """
 
     def __init__(self, directory: Path, keep: int = 2, always: Collection[int] = ()) -> None:
@@ -74,8 +74,15 @@ class Writer:
             for piece in shards.pieces(name, tensor, placement)
         ]
         path = self.directory / f"step-{step:08d}"
-        self._thread = threading.Thread(target=self._write, args=(path, step, state, pieces), daemon=True)
-        self._thread.start()
+        thread = threading.Thread(target=self._write, args=(path, step, state, pieces), daemon=True)
+        try:
+            thread.start()
+        except RuntimeError as error:  # a busy machine, or a limit on processes
+            log.warning("checkpoint of step %d: %s; training waits until it is written", step, error)
+            with process.unwatched():
+                self._write(path, step, state, pieces)
+        else:
+            self._thread = thread
 
     def wait(self) -> None:
         """Wait until the last `save` is on disk; raise what it raised (see `save`).

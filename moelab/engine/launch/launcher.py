@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import re
 import shutil
 import signal
 import tempfile
@@ -160,7 +159,7 @@ def launch(
     session = Path(tempfile.mkdtemp(prefix=".session-" if slurm else "moelab-ranks-", dir=logs if slurm else None))
     started: Ranks | None = None
     try:
-        starts = [_size(_log(logs, rank)) for rank in range(ranks)]
+        starts = [postmortem.size(_log(logs, rank)) for rank in range(ranks)]
         if slurm:
             started = SlurmRanks([*srun, *command], ranks, logs.resolve(), session, environment, per_node)
         else:
@@ -322,12 +321,12 @@ class _Watch:
     def _hung(self, late: Sequence[int], how: str, deadline: float | None = None) -> RankFailed:
         """End all ranks and return the failure of the late rank that hangs; stacks show which only wait for it."""
         deadline = deadline or time.monotonic() + self.limits.death_s
-        marks = {rank: _size(_log(self.logs, rank)) for rank in late}
+        marks = {rank: postmortem.size(_log(self.logs, rank)) for rank in late}
         halted = [rank for rank in late if self.started.stopped_by_signal(rank)]
         if not halted:
             self.started.signal(signal.SIGUSR2)
             self._await_stacks(marks)
-        stacks = {rank: postmortem.stacks(_read(_log(self.logs, rank), marks[rank])) for rank in late}
+        stacks = {rank: postmortem.stacks(postmortem.read_log(_log(self.logs, rank), marks[rank])) for rank in late}
         culprits = halted or [r for r in late if not postmortem.in_collective(stacks[r])] or list(late)
         rank = culprits[0]
         if rank in halted:
@@ -346,7 +345,7 @@ class _Watch:
         before: list[int] = []
         while time.monotonic() < deadline:
             time.sleep(0.25)
-            sizes = [_size(_log(self.logs, rank)) for rank in marks]
+            sizes = [postmortem.size(_log(self.logs, rank)) for rank in marks]
             if sizes == before and all(size > mark for size, mark in zip(sizes, marks.values(), strict=True)):
                 return
             before = sizes
@@ -360,25 +359,11 @@ class _Watch:
         return RankFailed(rank, self.ranks, host, how, log, tail)
 
     def _new_log(self, rank: int) -> str:
-        return _read(_log(self.logs, rank), self.starts[rank])
+        return postmortem.read_log(_log(self.logs, rank), self.starts[rank])
 
 
 def _log(logs: Path, rank: int) -> Path:
     return logs / f"{rank_name(rank)}.txt"
-
-
-def _size(path: Path) -> int:
-    return path.stat().st_size if path.exists() else 0
-
-
-def _read(path: Path, start: int, at_most: int = 64_000) -> str:
-    """Return the end of a log, from byte `start` on."""
-    try:
-        with open(path, "rb") as file:
-            file.seek(max(start, _size(path) - at_most))
-            return re.sub(r"\r", "\n", file.read().decode(errors="replace"))
-    except FileNotFoundError:
-        return ""
 
 
 def _list(ranks: Sequence[int]) -> str:

@@ -27,6 +27,21 @@ _FRAME = re.compile(r'^  File "(?P<file>.*)", line (?P<line>\d+) in (?P<function
 Stack = list[tuple[str, int, str]]  # file, line, function; innermost first
 
 
+def size(path: Path) -> int:
+    """Return the bytes of a log; 0 where there is none."""
+    return path.stat().st_size if path.exists() else 0
+
+
+def read_log(path: Path, start: int, at_most: int = 64_000) -> str:
+    """Return the end of a log, from byte `start` on."""
+    try:
+        with open(path, "rb") as file:
+            file.seek(max(start, size(path) - at_most))
+            return re.sub(r"\r", "\n", file.read().decode(errors="replace"))
+    except FileNotFoundError:
+        return ""
+
+
 def last_error(log: str) -> str:
     """Return the last line of a log that names an exception as Python's tracebacks do, or an empty string."""
     found = (_ERROR.match(line.rstrip()) for line in reversed(log.splitlines()))

@@ -110,7 +110,10 @@ def without_rank(environment: Mapping[str, str] = os.environ) -> dict[str, str]:
 
 
 def show_stacks_when_asked() -> None:
-    """Print the stacks of all threads into the log at SIGUSR2, which the launcher sends to a rank that hangs."""
+    """Print the stacks of all threads into the log at SIGUSR2, which the launcher sends to a rank that hangs.
+
+    The stack of a thread that the kernel ends (SIGSEGV, SIGBUS) stands there, too.
+    """
     faulthandler.enable()
     if hasattr(signal, "SIGUSR2"):
         faulthandler.register(signal.SIGUSR2, all_threads=True)

@@ -8,53 +8,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from moelab import paper
-from moelab.paper.verdicts import (
-    CANNOT_TELL,
-    COUNTED,
-    DIRECTION,
-    EQUAL,
-    FITTED,
-    MEASURED,
-    NO_SPREAD,
-    NOT_REPRODUCED,
-    NOT_TESTABLE,
-    NOT_TESTED,
-    ONE_SESSION,
-    PREDICTED,
-    REPRODUCED,
-    SIMULATED_CLOSE,
-    SIMULATED_DIRECTION,
-    SIMULATED_FAILS,
-    SIMULATED_HOLDS,
-    SIMULATED_WITHIN,
-    UNDECIDED,
-    restate,
-)
-from moelab.report.ledger import DISAGREES, NOT_YET, OPEN, Entry, distinct
+from moelab.design.judging import restate
+from moelab.design.verdicts import COUNTED, FITTED, MEASURED, OUTCOMES, PREDICTED, outcome
+from moelab.report.ledger import OPEN, Entry, distinct
 from moelab.report.site.order import position
 from moelab.report.site.results import Result
 from moelab.report.site.template import number, quantity
-
-VERDICTS = {
-    REPRODUCED: ("✓", "good"),
-    SIMULATED_HOLDS: ("✓", "good"),
-    SIMULATED_WITHIN: ("✓", "good"),
-    DIRECTION: ("↗", "part"),
-    EQUAL: ("↗", "part"),
-    SIMULATED_DIRECTION: ("↗", "part"),
-    UNDECIDED: ("?", "open"),
-    CANNOT_TELL: ("?", "open"),
-    SIMULATED_CLOSE: ("?", "open"),
-    NOT_REPRODUCED: ("✗", "bad"),
-    SIMULATED_FAILS: ("✗", "bad"),
-    DISAGREES: ("≠", "open"),
-    NO_SPREAD: ("○", "none"),
-    ONE_SESSION: ("○", "none"),
-    NOT_TESTED: ("–", "none"),
-    NOT_TESTABLE: ("–", "none"),
-    NOT_YET: ("–", "none"),
-}
-"""Verdict -> sign and CSS class, in the order of the tally."""
 
 TRAINED, TIMED = "trained", "timed"
 HEADINGS = {
@@ -75,7 +34,8 @@ def group(kind: str, claim: paper.Claim) -> str:
 
 def sign(verdict: str) -> tuple[str, str]:
     """Return the sign and the CSS class of a verdict."""
-    return VERDICTS.get(verdict, ("•", "none"))
+    found = outcome(verdict)
+    return found.sign, found.style
 
 
 def key(group: str, verdict: str) -> str:
@@ -94,14 +54,14 @@ class TallyItem:
 
 
 def tally(ledger: Sequence[Entry]) -> dict[str, list[TallyItem]]:
-    """Return the number of claims with each verdict by group; rows that share a claim count once, as in the ledger."""
+    """Return the number of claims with each verdict by group, as the ledger counts: adjusted, shared claims once."""
     counted: dict[str, Counter[str]] = {name: Counter() for name in HEADINGS}
     for entry in distinct(ledger):
-        counted[group(entry.kind, paper.claim(entry.claim))][entry.verdict] += 1
+        counted[group(entry.kind, paper.claim(entry.claim))][entry.adjusted] += 1
     return {
         name: [
             TallyItem(v, v.removeprefix("simulated: "), key(name, v), found[v])
-            for v in dict.fromkeys((*VERDICTS, *sorted(found)))
+            for v in dict.fromkeys((*OUTCOMES, *sorted(found)))
             if v in found
         ]
         for name, found in counted.items()
@@ -115,14 +75,14 @@ class ClaimRow:
 
     Attributes:
         claim: the paper's claim.
-        verdict: one of `moelab.paper.verdicts` or `moelab.report.ledger`.
+        verdict: a key of `moelab.design.verdicts.OUTCOMES`; of a row that decides after Holm's adjustment.
         result: the result, None for a claim about which no result says anything.
         scale: the result's scale; empty where there is no result.
         ours, low, high: as in `Verdict`; an infinite bound is None.
         figure: name of the figure that shows it, empty if none does.
         decides: whether the claim's verdict is taken from this row.
         kind: what the verdict rests on, see `moelab.report.ledger.Entry`; empty for none.
-        adjusted: the verdict after Holm's adjustment over all measured ones, where it is another one; else empty.
+        alone: the verdict before Holm's adjustment over all measured ones, where it is another one; else empty.
     """
 
     claim: paper.Claim
@@ -137,7 +97,7 @@ class ClaimRow:
     figure: str = ""
     decides: bool = False
     kind: str = ""
-    adjusted: str = ""
+    alone: str = ""
 
     @property
     def group(self) -> str:
@@ -191,10 +151,10 @@ def claims_of(result: Result) -> list[ClaimRow]:
             result.scale,
             *(_finite(value) for value in (v.ours, v.low, v.high)),
             samples=v.samples,
-            note=v.note,
+            note=v.text,
             kind=v.kind,
         )
-        for v in (restate(known[v.claim], v) for v in result.summary.claims if v.claim in known)
+        for v in (restate(known[v.claim], v, result.summary.scale) for v in result.summary.claims if v.claim in known)
     ]
 
 
@@ -212,7 +172,7 @@ def all_claims(results: Sequence[Result], ledger: Sequence[Entry]) -> list[Claim
         for e in sorted(shown, key=lambda e: e is not deciding):
             row = ClaimRow(
                 claim,
-                entry.verdict if e is deciding else e.verdict,
+                entry.adjusted if e is deciding else e.verdict,
                 by_path[e.result],
                 e.scale,
                 *(_finite(value) for value in (e.ours, e.low, e.high)),
@@ -221,11 +181,11 @@ def all_claims(results: Sequence[Result], ledger: Sequence[Entry]) -> list[Claim
                 e.figure.removeprefix(f"{e.result}/").removesuffix(".png"),
                 decides=e is deciding,
                 kind=entry.kind if e is deciding else e.kind,
-                adjusted=entry.adjusted if e is deciding and entry.adjusted != entry.verdict else "",
+                alone=entry.verdict if e is deciding and entry.adjusted != entry.verdict else "",
             )
             rows.append(row)
         if not shown:
-            rows.append(ClaimRow(claim, entry.verdict, decides=True))
+            rows.append(ClaimRow(claim, entry.adjusted, decides=True))
     return sorted(rows, key=lambda row: position(row.claim.where))
 
 

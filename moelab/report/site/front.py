@@ -14,18 +14,18 @@ from dataclasses import dataclass
 
 from moelab import paper
 from moelab.config import ModelConfig
-from moelab.experiments import EXPERIMENTS
-from moelab.paper.verdicts import (
+from moelab.design.verdicts import (
     CANNOT_TELL,
     COUNTED,
     DIRECTION,
+    DISAGREES,
     EQUAL,
+    FEW,
     FITTED,
-    NO_SPREAD,
+    NO_DIFFERENCE,
     NOT_JUDGED,
     NOT_REPRODUCED,
     NOT_TESTABLE,
-    ONE_SESSION,
     PREDICTED,
     REPRODUCED,
     SIMULATED_CLOSE,
@@ -35,8 +35,9 @@ from moelab.paper.verdicts import (
     SIMULATED_WITHIN,
     UNDECIDED,
 )
+from moelab.experiments import EXPERIMENTS
 from moelab.plotting.typography import typeset
-from moelab.report.ledger import DISAGREES, OPEN
+from moelab.report.ledger import OPEN
 from moelab.report.site.claims import HEADINGS, TIMED, TRAINED, ClaimRow, TallyItem
 from moelab.report.site.plot import Axis, axes
 from moelab.report.site.results import Result
@@ -65,6 +66,8 @@ class Finding:
 def findings(rows: Iterable[ClaimRow]) -> list[Finding]:
     """Return five findings: where training agrees, contradicts, leaves open; timings; what was not measured.
 
+    They count verdicts after Holm's adjustment.
+
     Args:
         rows: of all claims (`moelab.report.site.claims.all_claims`); the deciding one of each claim counts, and rows
             that state the same claim count once.
@@ -72,14 +75,16 @@ def findings(rows: Iterable[ClaimRow]) -> list[Finding]:
     decided = _distinct(row for row in rows if row.decides)
     trained = [row for row in decided if row.group == TRAINED]
     agreeing = _with(trained, REPRODUCED, DIRECTION, EQUAL)
-    contradicting = _with(trained, NOT_REPRODUCED)
+    contradicting = _with(trained, NOT_REPRODUCED, NO_DIFFERENCE)
     unsettled = [row for row in trained if row not in agreeing and row not in contradicting]
     return [
         _agreement(agreeing, len(trained)),
         _quoting(
             "Contradiction",
             contradicting,
-            lambda n: f"{_claims(n)} {'is' if n == 1 else 'are'} contradicted by the trained twins:",
+            lambda n: (
+                f"{_claims(n)} {'is' if n == 1 else 'are'} contradicted by the trained twins{_slight(contradicting)}:"
+            ),
             f"{'No' if trained else 'Without such a test no'} claim is contradicted by the trained twins.",
         ),
         _undecided(unsettled, [row for row in decided if row.group == OPEN or not row.group]),
@@ -134,12 +139,18 @@ def _agreement(rows: Sequence[ClaimRow], trained: int) -> Finding:
     )
 
 
+def _slight(rows: Sequence[ClaimRow]) -> str:
+    """Say how many of the contradicted claims are orders of which no difference that matters is there."""
+    slight = len(_with(rows, NO_DIFFERENCE))
+    return f", {slight} of them by a difference too small to matter" if slight else ""
+
+
 def _undecided(rows: Sequence[ClaimRow], open_: Sequence[ClaimRow]) -> Finding:
     larger = sum(row.verdict == NOT_TESTABLE for row in open_)
     disputed = sum(row.verdict == DISAGREES for row in open_)
     left = f"{len(open_)} {'other has' if len(open_) == 1 else 'others have'} no verdict"
     if larger:
-        left += f", {larger} of them because they need a larger scale than any that has run"
+        left += f", {larger} of them because they need larger or longer runs than any at hand"
     if disputed:
         left += f", {disputed} because the paper’s own numbers disagree"
     left = left if open_ else "every other claim has a verdict"
@@ -159,21 +170,21 @@ def _reasons(rows: Sequence[ClaimRow]) -> str:
     n = Counter(row.verdict for row in rows)
     reasons = (
         (n[UNDECIDED], "because the seeds leave both answers open"),
-        (n[CANNOT_TELL], "because no check showed that these runs can tell such arms apart"),
-        (n[NO_SPREAD], "because there is one seed only"),
+        (n[CANNOT_TELL], "because the arms that must differ do not differ in these runs"),
+        (sum(n[few] for few in FEW), "because seeds are too few or missing"),
     )
     return ", ".join(f"{k} {why}" for k, why in reasons if k) or "for want of samples"
 
 
 def _timing(rows: Sequence[ClaimRow]) -> Finding:
     agreeing, against = _with(rows, REPRODUCED, DIRECTION), _with(rows, NOT_REPRODUCED)
-    once = sum(row.verdict == ONE_SESSION for row in rows)
+    few = sum(row.verdict in FEW for row in rows)
 
     def sentence(n: int) -> str:
-        if once == n:
+        if few == n:
             were = "was" if n == 1 else "were"
-            return f"{_claims(n)} about speed {were} timed in one session only, which judges nothing:"
-        unjudged = f", {once} not judged (one session)" if once else ""
+            return f"{_claims(n)} about speed {were} timed in fewer than three sessions, which judges nothing:"
+        unjudged = f", {few} not judged (fewer than three sessions)" if few else ""
         whole = sum(row.verdict == REPRODUCED for row in agreeing)
         return (
             f"Of {n} claims about speed timed here {whole} agree, {len(agreeing) - whole} in direction only, and "

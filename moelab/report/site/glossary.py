@@ -6,6 +6,7 @@ import re
 
 from markupsafe import Markup, escape
 
+from moelab.design.verdicts import OUTCOMES
 from moelab.plotting.typography import typeset
 
 TERMS = {
@@ -28,18 +29,12 @@ TERMS = {
     "L21": "a student with 21 layers where its teacher has 24",
     "KD": "knowledge distillation: a student is trained to imitate the outputs of a larger teacher",
     "MoS": "mixture of students: a smaller PR-MoE trained by distillation that stops before the end",
-    "95\u00a0% interval": "Student’s interval of the mean over seeds, paired by seed where two arms are compared",
+    "95\u00a0% interval": "Student’s interval of the mean over seeds, paired by seed where two arms are compared; "
+    "where several looks at a comparison were planned, the wider one by which all looks are right together",
+    "smallest effect of interest": "the difference that was fixed beforehand as the smallest that matters, where the "
+    "paper gives no number",
     "Holm": "Holm’s adjustment: makes all measured verdicts right together with 95 % probability",
-    "reproduced": "the 95\u00a0% interval shows the paper’s effect: it excludes “no effect” and is narrower than half "
-    "the paper’s effect, or lies wholly within the paper’s range; an order or an equality needs no number",
-    "direction only": "the interval excludes “no effect” on the paper’s side, but does not show the paper’s number",
-    "equal within the margin only": "two arms are equal within the margin, but the paper’s number for their difference "
-    "is not shown",
-    "not reproduced": "the interval shows the contrary of the claim, or lies wholly short of it",
-    "undecided": "the interval allows both; “the runs cannot tell” where arms are equal, but no check showed that "
-    "these runs would have told a difference",
-    "not testable": "our models are too small, or trained too briefly, for the claim; the value is shown without a "
-    "verdict",
+    **{verdict: about.meaning for verdict, about in OUTCOMES.items()},
     "all-to-all": "the exchange in which each GPU sends tokens to the experts on all others",
     "counted": "follows from the models’ definition by arithmetic; nothing is measured",
     "predicted": "computed by the cluster simulator on numbers that it was not fitted on",

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moelab.files import write_text
-from moelab.report.site import template
+from moelab.report.site import sanitize, template
 
 if TYPE_CHECKING:
     from nbconvert import HTMLExporter
@@ -24,6 +24,8 @@ sys.modules.setdefault("rfc3987_syntax", None)  # type: ignore[arg-type]
 def convert(notebook: Path) -> Path:
     """Write `<name>.html` beside the executed notebook of a result, unless that page is current; return its path.
 
+    Code of markdown cells and outputs is dropped, see `sanitize`.
+
     Widgets, which need a running kernel, are shown as the table or text that is stored with them; where that is only a
     name, a line refers to JupyterLab. Formulas become MathML, which browsers draw themselves. Code of more than 12
     lines is folded.
@@ -34,9 +36,10 @@ def convert(notebook: Path) -> Path:
 
         node = nbformat.read(notebook, as_version=4)
         _describe_figures(node)
+        sanitize.frame_pictures(node)
         _name_widgets(node)
         _fold_tables(node)
-        body, _ = _exporter().from_notebook_node(node)
+        body = sanitize.clean(_exporter().from_notebook_node(node)[0])
         text = template.render(
             "notebook.html", mark=mark, title=_heading(node, notebook.stem), body=body, name=notebook.name
         )

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import moelab
+from moelab.design.verdicts import STYLES
 from moelab.files import write_text
 from moelab.plotting import interactive, svg
 from moelab.report.ledger import Entry, entries, family, scale_rank
@@ -265,6 +266,7 @@ def _comparison(result: Result, rows: Sequence[ClaimRow], tables: Mapping[str, l
 
 _VIEW = {
     "sign": sign,
+    "styles": STYLES,
     "row_plot": plot.row_plot,
     "mark_of": plot.mark,
     "command": front.command,

@@ -8,9 +8,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from moelab.design.verdicts import NOT_TESTABLE, NOT_TESTED, SIMULATED
 from moelab.experiments import EXPERIMENTS, Experiment
-from moelab.files import read_json
-from moelab.paper.verdicts import NOT_TESTABLE, NOT_TESTED, SIMULATED
+from moelab.files import read_json, read_object
 from moelab.plotting.typography import typeset
 from moelab.report.summary import (
     SUMMARY,
@@ -224,7 +224,7 @@ def _sessions(file: Path) -> dict[str, tuple[Provenance, ...]]:
         ValueError: one line: a session is none.
     """
     found = {}
-    for run in read_json(file).get("runs", ()):
+    for run in read_object(file).get("runs", ()):
         if sessions := run.get("provenance", {}).get("sessions"):
             if not isinstance(sessions, list):
                 raise ValueError(f"run {run['id']}: expected a list of sessions, got {str(sessions)[:40]}")

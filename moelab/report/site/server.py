@@ -7,6 +7,8 @@ from http import HTTPStatus
 from pathlib import Path
 from typing import Any
 
+from moelab.report.site.sanitize import OF_FILES, POLICY
+
 HOSTS = ("127.0.0.1", "localhost", "[::1]")
 """Names of this machine that a request may give in its Host header.
 
@@ -53,10 +55,26 @@ class _Handler(http.server.SimpleHTTPRequestHandler):
         if self.headers.get("Host", "").lower() not in self.server.hosts:
             self.send_error(HTTPStatus.FORBIDDEN, "Host must be this machine")
             return None
-        if not Path(self.translate_path(self.path)).resolve().is_relative_to(self.server.folder):
+        if not self._is_served():
             self.send_error(HTTPStatus.NOT_FOUND, "File not found")
             return None
         return super().send_head()
+
+    def _is_served(self) -> bool:
+        """Return whether the path names a file in the folder, or a folder in it whose page is one."""
+        try:
+            path = Path(self.translate_path(self.path))
+            path = (path / "index.html" if path.is_dir() else path).resolve()
+            return path.is_relative_to(self.server.folder) and path.is_file()
+        except (ValueError, RuntimeError, OSError):  # a zero byte, a loop of links
+            return False
+
+    def end_headers(self) -> None:
+        """Say what a page may do, and that no other file does anything."""
+        page = self.path.partition("?")[0].endswith((".html", "/"))
+        self.send_header("Content-Security-Policy", POLICY if page else OF_FILES)
+        self.send_header("X-Content-Type-Options", "nosniff")
+        super().end_headers()
 
     def list_directory(self, path: Any) -> None:
         """List no folders: every page is linked from the start page."""

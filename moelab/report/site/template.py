@@ -10,8 +10,10 @@ from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from moelab.design.verdicts import STYLES
 from moelab.plotting.typography import typeset
 from moelab.report.site.glossary import explain
+from moelab.report.site.sanitize import POLICY
 
 if TYPE_CHECKING:
     from jinja2 import Environment
@@ -46,8 +48,10 @@ def is_current(page: Path, mark: str) -> bool:
 
 @functools.cache
 def asset(name: str) -> str:
-    """Return the text of a file in `templates/`."""
-    return (files("moelab.report") / "templates" / name).read_text(encoding="utf-8")
+    """Return the text of a file in `templates/`; the style sheet gets the colours of verdicts."""
+    text = (files("moelab.report") / "templates" / name).read_text(encoding="utf-8")
+    colours = (f"--{name}: light-dark({s.light}, {s.dark});" for name, s in STYLES.items() if s.light)
+    return text.replace("/* the colours of verdicts */", "\n  ".join(colours))
 
 
 @functools.cache
@@ -61,6 +65,7 @@ def _environment() -> Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
+    environment.globals["policy"] = POLICY
     environment.filters |= {
         "number": number,
         "quantity": quantity,

@@ -1,0 +1,335 @@
+"""Judge claims of the paper by our measurements or our arithmetic, and stored verdicts of all kinds again.
+
+Everything measured is judged by one interval, the 95 % Student interval of the mean over seeds (paired differences
+where the claim compares two arms) or over sessions for timings; in a plan with several looks it is the repeated
+interval of the look (`moelab.design.sequential`). Fewer than three seeds or sessions get no verdict.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+from moelab.design import sequential, stated
+from moelab.design.simulated import simulated
+from moelab.design.verdicts import (
+    CANNOT_TELL,
+    COUNTED,
+    DIRECTION,
+    EQUAL,
+    FEW_SEEDS,
+    FEW_SESSIONS,
+    FITTED,
+    INCOMPLETE,
+    MEASURED,
+    NO_DIFFERENCE,
+    NOT_REPRODUCED,
+    NOT_TESTABLE,
+    NOT_TESTED,
+    PREDICTED,
+    REPRODUCED,
+    SIMULATED,
+    UNDECIDED,
+    Verdict,
+)
+from moelab.paper.claims import SCALES, Claim
+from moelab.statistics import Estimate
+
+LEAST = 3
+"""Fewer seeds, or sessions, judge nothing: the interval of two is 13 standard errors wide either way."""
+
+MARGIN = 0.25
+"""Two arms are equal if they differ by less than this share of the gain that the claim is about: who equals the better
+of two arms keeps at least three quarters of what that arm gains. A convention, not tuned to a result."""
+
+NARROW = 0.5
+"""An interval must be narrower than this share of the paper's effect, or lie in the paper's range, before our mean
+counts as the paper's number."""
+
+END = 0.9
+"""Runs that reach this share of the paper's training show the number of its end."""
+
+
+def can_test(claim: Claim, scale: str | None, share: float | None) -> bool:
+    """Return whether runs can test a claim at all: by their scale, and by the share of the paper's training they reach.
+
+    Without a scale every size will do. Without a share no run is long enough, unless there is no scale either.
+    """
+    if scale is None:
+        return claim.from_share is None or share is None or share >= claim.from_share
+    large = claim.testable_at in SCALES and scale in SCALES and SCALES.index(scale) >= SCALES.index(claim.testable_at)
+    return large and (claim.from_share is None or (share or 0.0) >= claim.from_share)
+
+
+def judge(
+    claim: Claim,
+    values: Sequence[float],
+    *,
+    gain: Sequence[float] = (),
+    note: str = "",
+    exact: bool = False,
+    scale: str | None = None,
+    share: float | None = None,
+    number: bool = True,
+    looks: Sequence[int] = (),
+    missing: Sequence[str] = (),
+    within: float = 0.0,
+) -> Verdict:
+    """Return the verdict on a claim.
+
+    - ordering: no difference that matters when the interval lies within the claim's smallest effect of interest on
+      either side of zero; reproduced when it lies on the claimed side of zero and our mean is at least that effect,
+      else direction only; not reproduced when it lies on the other side.
+    - difference, ratio: reproduced when the interval lies on the claimed side of "no effect", our mean lies in the
+      paper's range (its reading uncertainty, or all beyond "more than x", or within `TOLERANCE` of its value where it
+      has no range) and the interval is narrower than `NARROW` of the paper's effect or lies wholly in the range; else
+      direction only when it lies on the claimed side. A claim of "more than x" is also not reproduced when the interval
+      includes "no effect" and lies wholly short of x. The number of the end of the paper's training needs runs that
+      reach `END` of it.
+    - bound: reproduced when the interval keeps the bound, not reproduced when it lies wholly outside. Claimed *at* a
+      number: within `TOLERANCE` of it.
+    - equal: reproduced when the difference is less than `MARGIN` of the gain that the claim is about either way, not
+      reproduced when it is more. Both are intervals of difference -+ margin x gain, seed by seed, so the gain's own
+      spread counts. The runs cannot tell unless the gain's interval lies above zero. Where the paper's text has a
+      number, too, our mean must lie in its range; else equal within the margin only. An equality without a gain is
+      judged by the smallest effect of interest. Both are equivalence tests (two one-sided tests, each at 2.5 %).
+
+    Args:
+        values: per seed, what the claim's `quantity` compares: left - right, or left / right for a ratio.
+        gain: for an equality, per seed: what `claim.gain_of` gains over `claim.gain_over`, positive where it gains.
+        exact: the values are arithmetic, without spread.
+        scale: the experiment's; a claim that needs a larger one is shown with our values but not judged. None judges in
+            any case.
+        share: of the paper's training that the runs reach, None where that is not known.
+        number: False where these runs cannot show the paper's number, only its direction.
+        looks: the plan of the comparison.
+        missing: names of seeds that have no value. With one of them, or a value that is NaN, nothing is judged.
+        within: standard error of each value by itself, for timings.
+
+    Raises:
+        ValueError: the gain has another number of seeds than the values.
+    """
+    values, gain = [float(v) for v in values], tuple(float(g) for g in gain)
+    if gain and len(gain) != len(values):
+        raise ValueError(f"{claim.id}: {len(values)} values, but the gain of {len(gain)} seeds")
+    lost = [f"value {i + 1}" for i, pair in enumerate(zip(values, gain or values, strict=True)) if not _finite(*pair)]
+    kept = {"share": share, "number": number, "looks": tuple(looks), "within": within, "missing": (*missing, *lost)}
+    if not lost:
+        kept |= {"values": () if exact else tuple(values), "gain": gain}
+    there = [v for v in values if _finite(v)]
+    found, able = Estimate.of(there, within) if there else None, can_test(claim, scale, share)
+    if exact and found and able:
+        counted = stated.row(claim, found, _rule(claim, *[found.mean] * 3, exact=True), note, kept | {"kind": COUNTED})
+        return replace(counted, low=found.mean, high=found.mean, samples=0)
+    if found is None and not kept["missing"]:
+        return stated.row(claim, None, NOT_TESTED if able else NOT_TESTABLE, note, kept)
+    return _measured(claim, found, note, kept, able)
+
+
+def _finite(*values: float) -> bool:
+    return all(math.isfinite(v) for v in values)
+
+
+def judge_timing(
+    claim: Claim,
+    sessions: Sequence[Sequence[float]],
+    *,
+    note: str = "",
+    scale: str | None = None,
+    number: bool = True,
+) -> Verdict:
+    """Return the verdict on a claim about measured times, from the sessions' medians.
+
+    Rounds of one session share a process and the state of its machine: they are no independent samples. But medians of
+    a few sessions may lie closer together by chance than their rounds allow, so the interval takes the standard error
+    that a session's median has by its rounds where that is greater than the spread between sessions.
+
+    Args:
+        sessions: per session (a process of its own), the claim's ratio round by round.
+        note, scale, number: as for `judge`.
+    """
+    timed = [[float(ratio) for ratio in session] for session in sessions if len(session)]
+    spread = ", ".join(f"{min(s):.3g} to {max(s):.3g} over {len(s)} rounds" for s in timed)
+    if timed:
+        note = f"{note} Spread within {'the one session' if len(timed) == 1 else 'each session'}: {spread}.".strip()
+    # The variance of a median is pi / 2 times that of a mean, for normal samples.
+    variances = [math.pi / 2 * statistics.variance(s) / len(s) for s in timed if len(s) > 1 and _finite(*s)]
+    within = math.sqrt(statistics.fmean(variances)) if variances else 0.0
+    medians = [statistics.median(s) if _finite(*s) else math.nan for s in timed]
+    return judge(claim, medians, note=note, scale=scale, number=number, within=within)
+
+
+def restate(claim: Claim, old: Verdict, scale: str | None = None) -> Verdict:
+    """Return a stored verdict by today's rule, from the values that it stores.
+
+    A summary of an earlier version has no values; there the stored interval is judged. Its equalities cannot be told,
+    because no gain was stored, and its timings over rounds are one session.
+
+    Args:
+        scale: of the result; it decides about verdicts that were "not testable" there.
+    """
+    if old.ours is None:
+        return old
+    if old.verdict in SIMULATED:
+        again = old.verdict if claim.kind == "ordering" or claim.value is None else simulated(claim, old.ours)
+        return replace(old, verdict=again, kind=old.kind or (FITTED if "fitted on" in old.note else PREDICTED))
+    if old.low is not None and old.low == old.high and not old.samples:
+        return replace(old, verdict=_rule(claim, *[old.ours] * 3, exact=True), kind=COUNTED)
+    names = ("values", "gain", "within", "share", "number", "looks", "missing")
+    stored = {name: getattr(old, name) for name in names}
+    able = can_test(claim, scale if old.verdict == NOT_TESTABLE or claim.from_share else None, old.share)
+    if old.values:
+        return _measured(claim, Estimate.of(old.values, old.within), old.note, stored, able)
+    if claim.timed and not old.kind and old.low is not None and old.high is not None:
+        old = replace(old, note=f"{old.note} Of rounds, in one session.".strip(), low=None, high=None, samples=1)
+    if old.low is None or old.high is None or old.samples < 2 or not math.isfinite(old.low):
+        found = Estimate(old.ours, math.inf, old.samples)
+    else:
+        found = Estimate.of_interval(old.low, old.high, old.samples)
+    return _measured(claim, found, old.note, stored, able)
+
+
+def _measured(claim: Claim, found: Estimate | None, note: str, stored: dict[str, Any], able: bool) -> Verdict:
+    """Return the verdict on a measured mean; `stored` holds what the verdict keeps of `judge`'s arguments."""
+    stored = stored | {"kind": MEASURED}
+    share, looks, missing = stored["share"], stored["looks"], stored["missing"]
+    if not able:
+        why = ""
+        if claim.from_share and share is not None and share < claim.from_share:
+            why = (
+                f"The claim holds from {claim.from_share:.0%} of the paper's training on; these runs reach {share:.0%}."
+            )
+        return stated.row(claim, found, NOT_TESTABLE, note, stored | {"why": why})
+    if missing:
+        return stated.row(claim, found, INCOMPLETE, note, stored | {"why": f"Missing: {', '.join(missing)}."})
+    if found.samples < LEAST:
+        return stated.row(claim, found, FEW_SESSIONS if claim.timed else FEW_SEEDS, note, stored)
+    level = sequential.level(found.samples, looks)
+    if claim.direction == "equal" and claim.kind != "bound":
+        of, p, why = _equality(claim, found, stored, level)
+    else:
+        low, high = found.interval(level)
+        number = stored["number"] and (share is None or share >= END or not claim.at_the_end)
+        of = _rule(claim, found.mean, low, high, number=number)
+        p = _p(claim, found, low, high, of)
+        why = _why(claim, found, low, high, of, number, share)
+    p = None if p is None else sequential.repeated_p(p, found.samples, looks)
+    plan = _progress(claim, found, of, looks)
+    return stated.row(claim, found, of, note, stored | {"p": p, "why": f"{why} {plan}".strip()})
+
+
+def _rule(claim: Claim, mean: float, low: float, high: float, *, number: bool = True, exact: bool = False) -> str:
+    """Return the verdict that a mean and its interval allow, for all but equalities of two arms."""
+    paper_low, paper_high = stated.paper_range(claim, exact)
+    inside = paper_low <= low and high <= paper_high
+    if claim.kind == "bound" or claim.direction == "equal":
+        meets = low <= paper_high and high >= paper_low
+        return REPRODUCED if inside else UNDECIDED if meets else NOT_REPRODUCED
+    no_effect, lower = stated.neutral(claim), claim.direction == "lower"
+    if claim.smallest and no_effect - claim.smallest < low and high < no_effect + claim.smallest:
+        return NO_DIFFERENCE
+    if (low > no_effect) if lower else (high < no_effect):
+        return NOT_REPRODUCED
+    if not ((high < no_effect) if lower else (low > no_effect)):
+        return NOT_REPRODUCED if stated.short_of_bound(claim, low, high) else UNDECIDED
+    if claim.value is None:
+        return REPRODUCED if abs(mean - no_effect) >= (claim.smallest or 0.0) else DIRECTION
+    narrow = exact or high - low < NARROW * abs(claim.value - no_effect)
+    return REPRODUCED if number and paper_low <= mean <= paper_high and (narrow or inside) else DIRECTION
+
+
+def _p(claim: Claim, found: Estimate, low: float, high: float, of: str) -> float | None:
+    """Return the p-value of what `_rule` tests: no effect, an effect that matters, or a mean at the bound."""
+    if claim.kind == "bound":
+        return None if claim.direction == "equal" or claim.value is None else found.p(claim.value)
+    if of == NO_DIFFERENCE:
+        return max(found.p(stated.neutral(claim) + side * claim.smallest) for side in (-1, 1))
+    return found.p(
+        claim.value if claim.value is not None and stated.short_of_bound(claim, low, high) else stated.neutral(claim)
+    )
+
+
+def _equality(claim: Claim, found: Estimate, stored: dict[str, Any], level: float) -> tuple[str, float | None, str]:
+    """Return the verdict on two arms being equal, its p-value, and how it was found; see `judge`."""
+    values, gain = stored["values"], stored["gain"]
+    differences = [value - stated.neutral(claim) for value in values]
+    if claim.gain_of:
+        what = f"{claim.gain_of} over {claim.gain_over}"
+        if not gain or len(gain) != len(values):
+            return CANNOT_TELL, None, f"It is about what {what} gains, which these runs do not have."
+        gained = Estimate.of(gain)
+        low, high = gained.interval(level)
+        measured = f"{what} gains {gained.mean:.3g} ({low:.3g} to {high:.3g})."
+        if low <= 0:
+            return CANNOT_TELL, None, f"It is about a gain that these runs do not show: {measured}"
+        margins, p_gain = [MARGIN * g for g in gain], gained.p()
+        margin = f"{MARGIN:.0%} of the gain ({MARGIN * gained.mean:.2g}{stated.unit(claim)}): {measured}"
+    elif claim.smallest and differences:
+        margins, p_gain = [claim.smallest] * len(values), 0.0
+        margin = f"the smallest effect of interest, {claim.smallest:g}{stated.unit(claim)}."
+    else:
+        return CANNOT_TELL, None, "No gain is stored by which two arms could be called equal."
+    # The difference beyond the upper margin, and beyond the lower one.
+    over, under = (Estimate.of([d + side * m for d, m in zip(differences, margins, strict=True)]) for side in (-1, 1))
+    (over_low, over_high), (under_low, under_high) = over.interval(level), under.interval(level)
+    if over_high < 0 < under_low:
+        equal, p = f"Equal within {margin}", max(over.p(), under.p(), p_gain)
+        # A number that is not quoted is our difference of two of the paper's values, and no part of the claim.
+        if claim.value is None or "quoted text" not in claim.how:
+            return REPRODUCED, p, equal
+        paper_low, paper_high = stated.paper_range(claim)
+        late = stored["share"] is not None and stored["share"] < END and claim.at_the_end
+        if not late and paper_low <= found.mean <= paper_high:
+            return REPRODUCED, p, equal
+        beside = _too_early(claim, stored["share"]) if late else _beside(claim)
+        return EQUAL, p, f"{equal} {beside}"
+    if over_low > 0 or under_high < 0:
+        return NOT_REPRODUCED, max(over.p() if over_low > 0 else under.p(), p_gain), f"Margin: {margin}"
+    return UNDECIDED, max(over.p(), under.p(), p_gain), f"Margin: {margin}"
+
+
+def _why(claim: Claim, found: Estimate, low: float, high: float, of: str, number: bool, share: float | None) -> str:
+    """Return in a sentence what decided where the verdict alone does not say it."""
+    if of == NO_DIFFERENCE:
+        return f"Within the smallest effect of interest, {claim.smallest:g}{stated.unit(claim)} ({claim.smallest_why})."
+    if of != DIRECTION:
+        return ""
+    if claim.value is None:
+        return f"Our mean is below the smallest effect of interest, {claim.smallest:g}{stated.unit(claim)}."
+    if not number:
+        late = share is not None and share < END and claim.at_the_end
+        return _too_early(claim, share) if late else "Only the direction is judged here."
+    paper_low, paper_high = stated.paper_range(claim)
+    if paper_low <= found.mean <= paper_high:
+        return f"The interval is too wide to show the paper's {claim.value:g}."
+    return _beside(claim)
+
+
+def _too_early(claim: Claim, share: float | None) -> str:
+    return f"The paper's {claim.value:g} is that of the end of its training, of which these runs reach {share:.0%}."
+
+
+def _beside(claim: Claim) -> str:
+    low, high = stated.paper_range(claim)
+    if math.isinf(low) or math.isinf(high):
+        return f"Our mean falls short of the paper's {claim.value:g}."
+    return f"Our mean lies outside the paper's {claim.value:g} ({low:g} to {high:g})."
+
+
+def _progress(claim: Claim, found: Estimate, of: str, looks: Sequence[int]) -> str:
+    """Return where a plan stands: its next look, or that it stops for futility, or that it is not kept."""
+    n = found.samples
+    if not looks:
+        return ""
+    said = "" if n in looks else f"Looks were planned at {', '.join(map(str, looks))} seeds."
+    if n < looks[-1] and of in (UNDECIDED, CANNOT_TELL):
+        planned = stated.effect(claim)
+        likely = sequential.chance(found, planned, tuple(looks), equal=bool(claim.smallest)) if planned else 1.0
+        if likely < sequential.FUTILE:
+            least = f"the chance that {looks[-1]} seeds decide is below {sequential.FUTILE:.0%}"
+            return f"{said} The plan stops for futility: {least}.".strip()
+        return f"{said} The next look is at {min(look for look in looks if look > n)} seeds.".strip()
+    return said

@@ -1,0 +1,114 @@
+"""Say how many seeds the comparisons of an experiment need, from the spreads in its newest result (`moelab power`)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from moelab import paper
+from moelab.design import comparison, power
+from moelab.design.judging import restate
+from moelab.design.verdicts import MEASURED
+from moelab.experiments import experiment as find
+from moelab.report.summary import Summary, read_all
+from moelab.statistics import Estimate
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+SMALLEST = 0.01
+"""Nats per token: the effect that two arms are planned to show where no claim and no user names another."""
+
+COLUMNS = ("comparison", "seeds", "spread", "effect", "effect from", "at once", "at most", "on average")
+
+
+def needs(
+    experiment: str, scale: str, *results: Path, against: str | None = None, effect: float | None = None
+) -> pd.DataFrame:
+    """Return how many seeds each comparison of an experiment needs to decide with 80 % power.
+
+    The comparisons are the paper's claims that the newest result of this experiment and scale measures, or, with
+    `against` and for experiments without such claims, each arm and one other arm.
+
+    Args:
+        results: folders of results.
+        against: an arm with which all others are compared.
+        effect: nats per token that two arms are to show, `SMALLEST` by default; claims have their own.
+
+    Returns:
+        Columns comparison; seeds and spread, those of the result (spread: standard deviation of the difference over
+        seeds, or of a ratio over sessions); effect, and where it is from; at once, with one look; at most and on
+        average, with a look at every third seed. A number of seeds that is missing is more than
+        `moelab.design.power.MOST`.
+
+    Raises:
+        ValueError: one line: an unknown experiment, scale or arm, a bad effect, no result, or fewer than two seeds.
+    """
+    find(experiment).scale(scale)
+    found = [s for _, s in read_all(*results)[0] if (s.experiment, s.scale) == (experiment, scale)]
+    if not found:
+        raise ValueError(
+            f"power: no result of {experiment} at scale {scale} to take a spread from; "
+            f"`moelab run {experiment} --scale {scale} -p seeds=3` makes one"
+        )
+    found.sort(key=lambda summary: summary.finished, reverse=True)
+    rows = [] if against or effect else _claims(found)
+    return _frame(rows) if rows else needs_of(_final(found[0]), against=against, effect=effect)
+
+
+def needs_of(final: pd.DataFrame, *, against: str | None = None, effect: float | None = None) -> pd.DataFrame:
+    """Return the same for each arm and one other, by default the first, from their final losses.
+
+    Args:
+        final: columns arm, seed, validation_loss, as of `Runs.final()`.
+        against, effect: as for `needs`.
+    """
+    if effect is not None and not 0 < effect < float("inf"):
+        raise ValueError(f"power: effect must be a positive number of nats per token, got {effect}")
+    arms = list(dict.fromkeys(final["arm"])) if len(final) else []
+    if against is not None and against not in arms:
+        raise ValueError(f"power: no arm {against!r} in these runs; there are {', '.join(arms) or 'none'}")
+    reference, wanted, rows = against or next(iter(arms), ""), effect or SMALLEST, []
+    for arm in arms:
+        values = comparison.paired(final, arm, reference) if arm != reference else []
+        if len(values) > 1:
+            spread = Estimate.of(values).spread
+            numbers = _numbers(power.of_difference(spread, wanted))
+            rows.append(
+                [f"{arm} − {reference}", len(values), spread, wanted, "given" if effect else "assumed", *numbers]
+            )
+    if not rows:
+        raise ValueError("power: there are no two arms with two seeds each to take a spread from")
+    return _frame(rows)
+
+
+def _frame(rows: list[list]) -> pd.DataFrame:
+    import pandas as pd
+
+    return pd.DataFrame(rows, columns=COLUMNS).astype({"at once": "Int64", "at most": "Int64"})
+
+
+def _final(summary: Summary) -> pd.DataFrame:
+    """Return the final losses behind a result; budgets are left out."""
+    import pandas as pd
+
+    runs = [run for run in summary.runs if not run.spec.get("start")]
+    rows = [[run.label, run.seed, run.result["validation_loss"]] for run in runs if "validation_loss" in run.result]
+    return pd.DataFrame(rows, columns=["arm", "seed", "validation_loss"])
+
+
+def _claims(summaries: list[Summary]) -> list[list]:
+    """Return a row for each claim that any of these results measures; of several the newest counts."""
+    known, rows = {claim.id: claim for claim in paper.claims()}, {}
+    for summary in summaries:
+        for stored in summary.claims:
+            claim = known.get(stored.claim)
+            verdict = restate(claim, stored, summary.scale) if claim else stored
+            if claim and verdict.kind == MEASURED and verdict.low is not None and stored.claim not in rows:
+                need, effect, why = power.of_claim(claim, verdict)
+                rows[claim.id] = [claim.id, verdict.samples, power.spread(verdict), effect, why, *_numbers(need)]
+    return list(rows.values())
+
+
+def _numbers(need: power.Need | None) -> tuple[int | None, int | None, float | None]:
+    return (None,) * 3 if need is None else (need.at_once, need.looks and need.looks[-1], need.mean)

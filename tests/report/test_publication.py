@@ -1,0 +1,60 @@
+"""A publication empties the folder of its own draft and touches nothing else."""
+
+import matplotlib
+import pandas as pd
+import pytest
+
+from moelab import paths
+from moelab.report.publication import Publication
+
+matplotlib.use("Agg")
+
+
+@pytest.fixture(autouse=True)
+def _home(tmp_path, monkeypatch):
+    monkeypatch.setenv("MOELAB_HOME", str(tmp_path / "home"))
+    monkeypatch.delenv("MOELAB_PUBLICATION", raising=False)
+
+
+@pytest.mark.parametrize("batch", [False, True])
+@pytest.mark.parametrize(
+    ("experiment", "scale"),
+    [("pr-moe", "../../../victim"), ("..", "runs"), ("", ""), ("/", "victim"), ("pr-moe", "."), (None, "cpu")],
+)
+def test_names_that_are_no_folder_of_the_drafts_are_refused(tmp_path, monkeypatch, experiment, scale, batch):
+    victims = [tmp_path / "victim" / "a", tmp_path / "home" / "runs" / "a", tmp_path / "home" / "drafts" / "b" / "a"]
+    for file in victims:
+        file.parent.mkdir(parents=True)
+        file.write_text("mine")
+    if batch:
+        monkeypatch.setenv("MOELAB_PUBLICATION", str(tmp_path / "given"))
+    with pytest.raises(ValueError, match=r"(experiment|scale): expected the name of a file"):
+        Publication.open(experiment, scale, {})
+    assert all(file.is_file() for file in victims)
+
+
+def test_a_link_out_of_the_drafts_is_not_followed(tmp_path):
+    (tmp_path / "victim" / "cpu").mkdir(parents=True)
+    (file := tmp_path / "victim" / "cpu" / "a").write_text("mine")
+    drafts = paths.home() / "drafts"
+    drafts.mkdir(parents=True)
+    (drafts / "pr-moe").symlink_to(tmp_path / "victim")
+    with pytest.raises(ValueError, match="is a link out of"):
+        Publication.open("pr-moe", "cpu", {})
+    assert file.is_file()
+
+
+def test_figures_and_tables_stay_in_their_folder(tmp_path):
+    from matplotlib import pyplot as plt
+
+    publication = Publication.open("pr-moe", "cpu", {})
+    (publication.path / "old").touch()
+    publication = Publication.open("pr-moe", "cpu", {})
+    assert list(publication.path.iterdir()) == [], "a draft begins empty"
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(ValueError, match="figure's name: expected"):
+        publication.figure(plt.figure(), "../curves", title="Curves")
+    with pytest.raises(ValueError, match="table's name: expected"):
+        publication.table(pd.DataFrame(), "../final", title="Final")
+    assert sorted(tmp_path.rglob("*")) == before
+    plt.close("all")

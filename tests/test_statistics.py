@@ -1,0 +1,41 @@
+"""Estimates, their intervals and p-values, and Holm's adjustment."""
+
+import math
+
+import pytest
+
+from moelab.statistics import Estimate, holm, interval
+
+
+def test_interval_is_students():
+    mean, low, high = interval([1.0, 2.0, 3.0])
+    assert mean == 2.0 and high - mean == pytest.approx(4.302652729911275 / 3**0.5) == pytest.approx(mean - low)
+    _, low, high = interval([1.0, 2.0, 3.0], 0.01)
+    assert high - 2.0 == pytest.approx(9.924843200918294 / 3**0.5) == pytest.approx(2.0 - low)
+    assert interval([1.0]) == (1.0, -math.inf, math.inf)
+
+
+def test_p_values_are_students():
+    # One degree of freedom is the Cauchy distribution: two-sided p of t is 1 - 2 / pi x atan(t).
+    found = Estimate.of([1.0, 3.0])  # mean 2, standard error 1
+    assert (found.error, found.spread) == (pytest.approx(1), pytest.approx(2**0.5))
+    assert found.p() == pytest.approx(1 - 2 / math.pi * math.atan(2)) and found.p(1.0) == pytest.approx(0.5)
+    assert Estimate.of([1.0, 1.0, 1.0]).p() == 0 and Estimate.of([1.0, 1.0, 1.0]).p(1.0) == 1
+    assert Estimate.of([1.0]).p() == 1.0
+
+
+@pytest.mark.parametrize("samples", [2, 7])
+def test_an_estimate_comes_back_from_its_interval(samples):
+    found = Estimate.of_interval(0.0, 0.2, samples)
+    assert found.p() == pytest.approx(0.05), "an interval that ends at the value has p 0.05"
+    assert found.interval() == (pytest.approx(0, abs=1e-12), pytest.approx(0.2))
+
+
+def test_values_tell_their_mean_no_better_than_each_is_known():
+    assert Estimate.of([1.0, 1.0, 1.0], within=0.3).error == pytest.approx(0.3 / 3**0.5)
+    assert Estimate.of([0.0, 1.0, 2.0], within=0.3).error == pytest.approx(1 / 3**0.5), "the spread between is greater"
+
+
+def test_holm_multiplies_the_least_by_their_number_and_never_falls():
+    assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert holm([0.6, 0.7]) == [1.0, 1.0] and holm([]) == []
