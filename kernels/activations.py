@@ -81,11 +81,7 @@ ACTIVATIONS = {
 
 
 def number_of(op: str, name: str) -> int:
-<<<<<<< HEAD
-    """Return an activation's number in the compiled code; raise ``ValueError`` in ``op``'s name if it has none."""
-=======
     """Return the number of the activation in the C++; raise ``ValueError`` in ``op``'s name if it has none."""
->>>>>>> main
     activation = ACTIVATIONS.get(name)
     if activation is None or activation.number is None:
         known = ", ".join(a.name for a in ACTIVATIONS.values() if a.number is not None)
@@ -102,7 +98,8 @@ def activate(pre: Tensor, activation: str, *, backend: Backend = "auto") -> Tens
     act = ACTIVATIONS[activation]
     if activation == "none":
         return pre
-    if pick_backend("activate", backend, pre, fits=act.number is not None) != "cpp":
+    fits = act.number is not None and pre.is_floating_point() and not (act.gated and pre.shape[-1] % 2)
+    if pick_backend("activate", backend, pre, fits=fits) != "cpp":
         return act.forward(pre)
     return _Activate.apply(pre, act, torch.is_grad_enabled() and pre.requires_grad)
 
