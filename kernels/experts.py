@@ -25,7 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
-from ._common import Backend, accumulate_dtype, contiguous, pick_backend
+from ._common import FLOATS, Backend, accumulate_dtype, contiguous, pick_backend
 from ._cpp import experts as cpp
 from ._cpp import operations
 from ._experts_triton import TritonExperts
@@ -147,15 +147,19 @@ def _reference(offsets_E1, x_RM, w1_EMF, b1_EF, w2_EFM, b2_EM, activation: Activ
 
 def _grouped(offsets_E1, x_RM, w1_EMF, b1_EF, w2_EFM, b2_EM, activation: Activation):
     """Compute the experts by PyTorch's grouped products, for machines without the C++."""
-    widths = w1_EMF.shape[2], *w2_EFM.shape[1:]
-    unaligned = any(width * x_RM.element_size() % 16 for width in widths)
-    if unaligned or x_RM.dtype == torch.float64:  # grouped products know neither
+    sizes = {*w1_EMF.shape[1:], *w2_EFM.shape[1:]}
+    if x_RM.dtype not in FLOATS or any(n * x_RM.element_size() % 16 for n in sizes):  # they need aligned rows
         return _reference(offsets_E1, x_RM, w1_EMF, b1_EF, w2_EFM, b2_EM, activation)
+    x_RM, w1_EMF, w2_EFM = contiguous(x_RM, w1_EMF, w2_EFM)
     expert_R = torch.repeat_interleave(offsets_E1.diff())
-    ends_E, filled = offsets_E1[1:].int(), len(expert_R)
+    ends_E, filled, wide = offsets_E1[1:].int(), len(expert_R), accumulate_dtype(x_RM.dtype)
+
+    def affine(x, w, b):
+        y = F.grouped_mm(x, w, offs=ends_E)
+        if y.requires_grad:
+            y.register_hook(torch.Tensor.contiguous)  # its gradient must be, too
+        return y if b is None else (y + b.to(wide)[expert_R]).to(y.dtype)  # wide, because b's gradient is a long sum
+
     with torch.autocast(x_RM.device.type, enabled=False):
-        h = F.grouped_mm(x_RM[:filled], w1_EMF, offs=ends_E)
-        h = activation.forward(h if b1_EF is None else h + b1_EF[expert_R])
-        y = F.grouped_mm(h, w2_EFM, offs=ends_E)
-        y = y if b2_EM is None else y + b2_EM[expert_R]
+        y = affine(activation.forward(affine(x_RM[:filled], w1_EMF, b1_EF)), w2_EFM, b2_EM)
     return F.pad(y, (0, 0, 0, len(x_RM) - filled))

@@ -105,7 +105,7 @@ class _LearnedMix(torch.autograd.Function):
         if backend == "triton":
             y, a_S2 = mix_triton(moe, mlp, None, x, w_2M, b_2)
         else:
-            a_S2, bias = torch.empty(len(moe), 2), 0.0 if b_2 is None else float(b_2[0] - b_2[1])
+            a_S2, bias = torch.empty(len(moe), 2, dtype=torch.float32), 0.0 if b_2 is None else float(b_2[0] - b_2[1])
             y = operations().mix.default(moe, mlp, a_S2, x, _difference(w_2M), bias, None)
         ctx.save_for_backward(moe, mlp, x, w_2M, b_2, a_S2)
         ctx.backend = backend
@@ -121,7 +121,7 @@ class _LearnedMix(torch.autograd.Function):
             dw_M, db = dl_S @ x.to(dl_S.dtype), dl_S.sum()  # sums over tokens go to the matrix library
         else:
             d_moe, d_mlp, dx = (torch.empty_like(t) for t in (moe, mlp, x))
-            sums = torch.empty(x.shape[1] + 1)
+            sums = torch.empty(x.shape[1] + 1, dtype=torch.float32)
             tensors = dy, moe, mlp, a_S2, x, _difference(w_2M), d_moe, d_mlp, None, dx, sums
             operations().mix_backward.default(*tensors)
             dw_M, db = sums[:-1], sums[-1]

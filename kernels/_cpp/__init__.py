@@ -123,7 +123,8 @@ def operations() -> Any:
 
 def version() -> dict[str, str]:
     """Return what computes on this CPU, for provenance: the digest of the sources, and the instruction set."""
-    return {"sources": _key("")[:12], "instructions": "none" if why_not() else instructions()}
+    fails = why_not() or (available.cache_info().currsize and not available())  # as far as that was tried
+    return {"sources": _key("")[:12], "instructions": "none" if fails else instructions()}
 
 
 @contextlib.contextmanager

@@ -31,7 +31,7 @@ inline Value gelu(Vec x) {
 inline Value gelu_tanh(Vec x) {
   const float c = 1.5957691216057308f, d = c * 0.044715f;
   const Vec square = x * x, s = sigmoid(x * fma(square, all(d), all(c))), value = x * s;
-  return {value, fma(value - value * s, fma(square, all(3 * d), all(c)), s)};
+  return {value, fma(value * (1.f - s), fma(square, all(3 * d), all(c)), s)};
 }
 
 inline Value silu(Vec x) {

@@ -278,9 +278,7 @@ class Trainer:
             ValueError: the data ranks do not divide the number of micro-batches, or the layout does not fit the model.
         """
         if config.compile:
-            raise ValueError(
-                "train: compile is a setting of earlier versions; leave it out, its kernels are the default"
-            )
+            raise ValueError("train: compile is a setting of earlier versions; leave it out")
         self.model_config, self.config, self.batches, self.context = model_config, config, batches, context
         self.mesh = mesh or Mesh(ParallelConfig(), model_config.experts, config.device)
         self.distiller, self.branch = distiller, branch or Branch()

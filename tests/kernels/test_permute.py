@@ -177,7 +177,7 @@ def test_the_code_names_what_a_table_does_not_fit(instructions):
         row_table(g, rows=9, backend="cpp")
     with pytest.raises(RuntimeError, match="row_table: no expert 7 of 4"):
         row_table(g._replace(expert_SK=torch.full_like(g.expert_SK, 7)), backend="cpp")
-    with pytest.raises(RuntimeError, match="row_table: .* must be contiguous int32"):
+    with pytest.raises(RuntimeError, match=r"row_table: .* must be contiguous int32"):
         row_table(g._replace(slot_SK=g.slot_SK.long()), backend="cpp")
     table, x = row_table(g, backend="cpp"), torch.randn(20, 7)
     with pytest.raises(RuntimeError, match="dispatch: the table names 99 of 40"):

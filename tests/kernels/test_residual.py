@@ -13,9 +13,8 @@ WAYS = ["learned", "no bias", "given", "sum"]
 
 def make(S, M, dtype):
     """moe, mlp, x, dy, w, b, coefficients"""
-    return [*torch.randn(4, S, M).to(dtype), *(t.to(dtype) for t in (torch.randn(2, M) / M**0.5, torch.randn(2)))] + [
-        torch.rand(S, 2)
-    ]
+    w, b = torch.randn(2, M) / M**0.5, torch.randn(2)
+    return [*torch.randn(4, S, M).to(dtype), w.to(dtype), b.to(dtype), torch.rand(S, 2)]
 
 
 def run(way, backend, tensors):

@@ -11,7 +11,6 @@ from moelab import machine
 from moelab.config import DecoderConfig, ModelConfig, RoutingConfig
 from moelab.models import build, products
 from moelab.models.attention import uses_kernel
-from moelab.models.grouped_attention import rotation_at
 from moelab.models.products import default_products, fastest_products, onednn_is_faster
 
 matmul = torch.backends.mkldnn.matmul
@@ -122,61 +121,6 @@ def test_a_model_is_the_same_with_either_library(experts, decoder, monkeypatch):
     torch.testing.assert_close(other, loss, rtol=1e-5, atol=1e-5)
     for a, b in zip(others, gradients, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5)
-
-
-@pytest.mark.skipif(torch.cpu._is_amx_tile_supported(), reason="with AMX, oneDNN computes in bf16 when it may")
-@pytest.mark.parametrize("decoder", [DecoderConfig(), DecoderConfig.modern(kv_heads=1)], ids=["paper", "modern"])
-@pytest.mark.parametrize("experts", [(0, 0), (0, 8)])
-def test_a_model_is_the_same_with_either_library(experts, decoder, monkeypatch):
-    """Loss and gradients, by short attention, which PyTorch's fused one would slow down, and padded groups of rows."""
-    on(monkeypatch)
-    config = ModelConfig(
-        layers=2,
-        hidden=48,
-        heads=3,
-        experts=experts,
-        vocab=96,
-        context=64,
-        routing=RoutingConfig(drop_tokens=False),
-        decoder=decoder,
-    )
-    assert uses_kernel(config, 64) and not uses_kernel(config, LONGEST + 16)
-    assert not uses_kernel(replace(config, dropout=0.1), 64)
-    model = build(config, 0)
-    tokens_BT = torch.randint(96, (9, 65), generator=torch.Generator().manual_seed(1))
-    fused, calls = F.scaled_dot_product_attention, []
-    monkeypatch.setattr(F, "scaled_dot_product_attention", lambda *a, **k: calls.append(1) or fused(*a, **k))
-    found = []
-    for wanted in (False, True):
-        model.zero_grad(set_to_none=True)
-        with fastest_products(wanted):
-            output = model(tokens_BT[:, :-1], targets_BT=tokens_BT[:, 1:])
-            output.loss.backward()
-        found.append((output.loss.detach(), [p.grad.clone() for p in model.parameters() if p.grad is not None]))
-        assert not calls
-    (loss, gradients), (other, others) = found
-    torch.testing.assert_close(other, loss, rtol=1e-5, atol=1e-5)
-    for a, b in zip(others, gradients, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5)
-
-
-@pytest.mark.parametrize("decoder", [DecoderConfig(), DecoderConfig.modern(kv_heads=1)], ids=["paper", "modern"])
-@pytest.mark.parametrize("wanted", [False, True])
-def test_the_choice_does_not_break_the_graph_of_compiled_attention(wanted, decoder, monkeypatch):
-    on(monkeypatch)
-    config = ModelConfig(layers=1, hidden=48, heads=3, experts=(0,), vocab=96, context=64, decoder=decoder)
-    block = build(config, 0).blocks[0]
-    rotation = rotation_at(torch.arange(32)[None], 16, 1e4) if decoder.positions == "rotary" else None
-    seen = []
-
-    def backend(graph, inputs):
-        seen.append(len(graph.graph.nodes))
-        return graph
-
-    compiled = torch.compile(block.attention, backend=backend, fullgraph=True, dynamic=False)
-    with fastest_products(wanted):
-        compiled(torch.zeros(2, 32, 48), None, rotation)
-    assert len(seen) == 1
 
 
 @pytest.mark.skipif(torch.cpu._is_amx_tile_supported(), reason="with AMX, oneDNN computes in bf16 when it may")
