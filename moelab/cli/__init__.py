@@ -5,6 +5,7 @@ Heavy modules are imported inside the commands, so that `moelab --help` is quick
 
 from __future__ import annotations
 
+import difflib
 import re
 import sys
 from collections.abc import Sequence
@@ -85,6 +86,17 @@ def _complain(line: str) -> None:
     print(f"moelab: {plain(line)}", file=sys.stderr)
 
 
+_MEANT = {
+    "train": "run",
+    "start": "run",
+    "experiments": "list",
+    "evaluate": "eval",
+    "results": "browse",
+    "queue": "status",
+}
+"""Names that other programs give to commands."""
+
+
 def _one_line(error: Any) -> str:
     """Return a usage error in one line, with what helps; empty where the help has been printed instead."""
     message = " ".join(error.format_message().split()).rstrip(".")
@@ -97,9 +109,20 @@ def _one_line(error: Any) -> str:
         names.insert(0, at.info_name)
         at = at.parent
     hint = f"see `{' '.join(['moelab', *names])} --help`" if context else ""
+    if context and (command := re.fullmatch(r"No such command '(.*)'", message)):
+        known = getattr(context.command, "commands", {})
+        close = (
+            [_MEANT[command[1]]] if _MEANT.get(command[1]) in known else difflib.get_close_matches(command[1], known, 1)
+        )
+        hint = f"did you mean {close[0]}? {hint}" if close else hint
     if type(error).__name__ == "NoSuchOption":
         message = f"no option {error.option_name}"
-        if error.possibilities:
+        options = {option for parameter in context.command.params for option in parameter.opts} if context else set()
+        # Of one hyphen and a word, click reads the first letter as the option.
+        words = [word.partition("=")[0] for word in sys.argv[1:] if word.startswith(error.option_name)]
+        if len(error.option_name) == 2 and (long := [word for word in words if f"-{word}" in options]):
+            message, hint = f"no option {long[0]}", f"did you mean -{long[0]}?"
+        elif error.possibilities:
             hint = f"did you mean {' or '.join(sorted(error.possibilities))}?"
         elif takes_parameters:
             hint = f"parameters are given as -p {_as_parameter(error.option_name, sys.argv[1:])}"

@@ -116,13 +116,16 @@ def test_version_and_help_in_the_order_of_use():
     ("arguments", "part"),
     [
         (("run", "pr-mo"), "did you mean pr-moe?"),
-        (("run", "pr-moe", "-p", "seed=3"), "no parameter 'seed'; allowed: scale: str = 'cpu', seeds: int = 1"),
+        (
+            ("run", "pr-moe", "-p", "seed=3"),
+            "no parameter 'seed'; did you mean seeds? allowed: scale: str = 'cpu', seeds: i",
+        ),
         (("run", "pr-moe", "-p", "seeds=many"), "parameter seeds must be int, got 'many'"),
         (("run", "pr-moe", "-p", "seeds"), "expected NAME=VALUE"),
         (("run", "throughput", "-p", "again=maybe"), "parameter again must be bool"),
         (
             ("run", "pr-moe", "-p", "train.tokenz=5"),
-            "no setting 'train.tokenz'; allowed: train.tokens, train.batch_size",
+            "no setting 'train.tokenz'; did you mean train.tokens? allowed: train.tokens, train.batch_size",
         ),
         (("run", "pr-moe", "-p", "model.routing.drop_tokens=maybe"), "model.routing.drop_tokens: expected bool"),
         (("run", "pr-moe", "-p", "arms=MoE-7"), "pr-moe: unknown arm 'MoE-7'; allowed: Dense"),
@@ -146,6 +149,17 @@ def test_version_and_help_in_the_order_of_use():
             "moelab: simulate decode: no option --nosuch; see `moelab simulate decode --help`",
         ),
         (("rnu", "pr-moe"), "moelab: no such command 'rnu'"),
+        (("train", "pr-moe"), "moelab: no such command 'train'; did you mean run? see `moelab --help`\n"),
+        (("run", "pr-moe", "-scale", "smoke"), "moelab: run: no option -scale; did you mean --scale?\n"),
+        (
+            ("run", "pr-moe", "-p", "train.learning_rate=1"),
+            "'train.learning_rate'; did you mean train.lr? allowed: tra",
+        ),
+        (
+            ("plan", "24B+MoE128", "--gpus", "8"),
+            "'24B+MoE128' is not understood; did you mean 24B+MoE-128? allowed: BASE",
+        ),
+        (("run", "99"), "no experiment '99'; allowed: start, scaling"),
         (("submit",), "moelab: submit: missing argument 'NAME...'; see `moelab submit --help`\n"),
         (("run", "pr-moe", "--scale"), "moelab: option '--scale' requires an argument"),
         (("logs", "x", "-n", "many"), "moelab: logs: invalid value for '-n': "),
@@ -213,6 +227,7 @@ def test_list_is_short_and_says_more_of_one():
     for part in ("smoke", "gpu", "Can fewer experts", "Residual-MoE-32", "notebooks/04_pr_moe.ipynb"):
         assert part in out
     assert "did you mean pr-moe" in moelab("list", "pr-mo").stderr
+    assert moelab("list", "04").stdout == moelab("list", "4").stdout == moelab("list", "pr-moe").stdout
 
 
 @pytest.mark.skipif(shutil.which("script") is None, reason="a terminal of 80 columns needs the program script")
