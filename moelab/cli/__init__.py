@@ -6,9 +6,11 @@ Heavy modules are imported inside the commands, so that `moelab --help` is quick
 from __future__ import annotations
 
 import difflib
+import errno
 import re
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -20,7 +22,6 @@ from moelab.terminal import plain
 
 app = typer.Typer(
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     help="Reproduce, question and extend the DeepSpeed-MoE paper (arXiv 2201.05596).",
 )
@@ -78,8 +79,18 @@ def main() -> None:
     except OSError as error:
         places = " -> ".join(str(name) for name in (error.filename, error.filename2) if name is not None)
         reason = error.strerror or str(error).partition("\n")[0] or type(error).__name__
-        _complain(f"{reason}{': ' if places else ''}{places}")
+        refused = error.errno in (errno.EROFS, errno.EACCES, errno.EPERM) and _variable_of(str(error.filename))
+        help = f"; {refused} names another folder" if refused else ""
+        _complain(f"{reason}{': ' if places else ''}{places}{help}")
         sys.exit(1)
+
+
+def _variable_of(file: str) -> str:
+    """Return the variable that names the home or results folder in which a file is; empty for other files."""
+    from moelab import environment, paths
+
+    folders = {environment.HOME.name: paths.home(), environment.RESULTS.name: paths.results()}
+    return next((name for name, folder in folders.items() if Path(file).is_relative_to(folder)), "")
 
 
 def _complain(line: str) -> None:

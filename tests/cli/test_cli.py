@@ -200,6 +200,76 @@ def test_an_error_of_the_system_names_what_and_where(monkeypatch, capsys):
     assert end.value.code == 1 and capsys.readouterr().err == "moelab: Read-only file system: /shared/results\n"
 
 
+@pytest.mark.parametrize(
+    ("number", "file", "help"),
+    [
+        (1, "home/runs/x", "; MOELAB_HOME names another folder"),
+        (30, "home", "; MOELAB_HOME names another folder"),
+        (13, "results/runs", "; MOELAB_RESULTS names another folder"),
+        (13, "elsewhere", ""),
+        (28, "home/runs/x", ""),
+    ],
+)
+def test_a_folder_that_cannot_be_written_is_told_alike_by_all_commands(
+    tmp_path, monkeypatch, capsys, number, file, help
+):
+    from moelab import cli
+
+    monkeypatch.setenv("MOELAB_HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("MOELAB_RESULTS", str(tmp_path / "results"))
+    monkeypatch.setattr(cli, "app", lambda **_: (_ for _ in ()).throw(OSError(number, "No", str(tmp_path / file))))
+    with pytest.raises(SystemExit):
+        cli.main()
+    assert capsys.readouterr().err == f"moelab: No: {tmp_path / file}{help}\n"
+
+
+@pytest.mark.parametrize(
+    ("line", "names"),
+    [
+        ("run pr", {"pr-moe"}),
+        ("submit sca", {"scaling"}),
+        ("submit pr-moe --profile loc", {"local"}),
+        ("generate tiny", {"tiny-s0-1", "tiny-s1-2"}),
+        ("logs tiny-s1", {"tiny-s1-2"}),
+    ],
+)
+def test_names_are_completed(tmp_path, line, names):
+    for run in ("tiny-s0-1", "tiny-s1-2"):
+        (tmp_path / "runs" / run).mkdir(parents=True)
+        (tmp_path / "runs" / run / "spec.json").touch()
+    words = f"moelab {line}"
+    asked = {"_MOELAB_COMPLETE": "complete_bash", "COMP_WORDS": words, "COMP_CWORD": str(len(words.split()) - 1)}
+    code = "import sys; sys.argv = ['moelab']; from moelab.__main__ import main; main()"
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, **asked, "MOELAB_HOME": str(tmp_path)},
+        capture_output=True,
+        text=True,
+    )
+    assert set(done.stdout.split()) == names, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("command", "key"),
+    [
+        ("list", 0), ("list pr-moe", 0), ("status", "rows"), ("plan 350M+MoE-32 --gpus 4", "best"),
+        ("simulate decode 350M", "latency_ms"), ("simulate train 350M", "days"), ("simulate clusters", "a100-40gb"),
+        ("simulate score", 0), ("doctor", 0), ("claims pr-moe", "claims"),
+    ],
+)  # fmt: skip
+def test_what_a_command_shows_it_also_gives_as_json(command, key):
+    done = moelab(*command.split(), "--json")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)[key] if command != "status" else "rows" in json.loads(done.stdout)
+
+
+def test_help_imports_no_library_of_numbers():
+    code = "import sys; from moelab.cli import main\ntry: main()\nexcept SystemExit: pass\n"
+    code += "print(sorted({'torch', 'numpy', 'pandas', 'matplotlib'} & set(sys.modules)), file=sys.stderr)"
+    done = subprocess.run([sys.executable, "-c", code, "--help"], capture_output=True, text=True)
+    assert done.stderr.splitlines()[-1] == "[]"
+
+
 def test_a_benchmark_leaves_numbers_figure_and_provenance(tmp_path):
     size = ("--tokens", "64", "--experts", "4", "--rounds", "3", "--threads", "1")
     done = moelab("bench", "layer", *size, "--hidden", "16", "--ffn", "32", "--out", str(tmp_path))
@@ -266,7 +336,7 @@ def test_doctor_finds_this_installation_sound():
 def test_doctor_names_the_extras_to_install(monkeypatch, capsys):
     from moelab.cli import doctor
 
-    monkeypatch.setattr(doctor, "_checks", lambda: iter([(None, "extra hf (datasets): pip install -e '.[hf]'")]))
+    monkeypatch.setattr(doctor, "checks", lambda: iter([(None, "extra hf (datasets): pip install -e '.[hf]'")]))
     assert doctor.report() and "pip install -e '.[hf]'" in capsys.readouterr().out
 
 
