@@ -17,6 +17,7 @@ from ._cpp import available as cpp_available
 from ._cpp import instructions, version, why_not
 from ._hash import priorities
 from .activations import ACTIVATIONS, Activation, activate
+from .attention import attention
 from .experts import expert_ffn, routed_ffn
 from .gating import Gate, gate
 from .packed import Packed, can_pack, pack
@@ -31,6 +32,7 @@ __all__ = [
     "Packed",
     "RowTable",
     "activate",
+    "attention",
     "can_pack",
     "combine",
     "cpp_available",

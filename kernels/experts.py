@@ -91,7 +91,9 @@ def routed_ffn(
     if isinstance(w1_EMF, Packed):
         routing = (gate.expert_SK, gate.slot_SK, gate.kept_E, gate.weight_SK)
         weights = (w1_EMF.data, b1_EF, w2_EFM.data, b2_EM, w1_EMF.columns, number_of("routed_ffn", activation))
-        return operations().routed_experts.default(*contiguous(x_SM), *routing, *weights, *contiguous(add_SM))
+        return operations().routed_experts.default(
+            x_SM.contiguous(), *routing, *weights, None if add_SM is None else add_SM.contiguous()
+        )
     table = row_table(gate)
     rows_RM = expert_ffn(dispatch(x_SM, table), table.offsets_E1, w1_EMF, b1_EF, w2_EFM, b2_EM, activation=activation)
     y_SM = combine(rows_RM, table, gate.weight_SK)

@@ -1,6 +1,6 @@
-"""Compute with matrices that were packed once: products, norm and attention of a decoding step on a CPU.
+"""Compute with matrices that were packed once: products, norm, mix and attention of a decoding step on a CPU.
 
-The operations are C++ (``_cpp/packed.cpp``, ``_cpp/attention.cpp``) for float32 and bfloat16, accumulated in float32,
+The operations are C++ (``_cpp/packed.cpp``, ``residual.cpp``, ``attention.cpp``) for float32 and bfloat16, accumulated in float32,
 without gradients; `can_pack` says where they run. An operation does what takes several calls elsewhere, because a call
 takes microseconds, as long as reading a small matrix. A row's result has the same bits whatever the other rows and the
 number of threads. ``experts.py`` takes packed weights as well. The plain modules of ``moelab.models`` are the
@@ -69,15 +69,40 @@ def linear(
     ``add`` [..., N] is added then; with a gated activation, bias is [2 N]. Raises ``ValueError`` for an
     unknown activation and ``RuntimeError`` for shapes or dtypes that do not fit.
     """
+    data, columns = weight
+    add = None if add is None else add.contiguous()
     number = number_of("linear", activation)
-    return _cpp.operations().linear.default(
-        x.contiguous(), weight.data, bias, weight.columns, number, None if add is None else add.contiguous()
-    )
+    return _cpp.operations().linear.default(x.contiguous(), data, bias, columns, number, add)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """Return the RMS norm of x [..., K] times the weight [K], in x's dtype; K is a multiple of 16."""
     return _cpp.operations().rms_norm.default(x.contiguous(), weight, eps)
+
+
+class PackedMix(NamedTuple):
+    """Hold the weights of a learned residual mix (``residual.py``) as the operation reads them.
+
+    Attributes:
+        difference_M: float32, the first row minus the second.
+        bias: the same of the bias.
+    """
+
+    difference_M: Tensor
+    bias: float
+
+
+def pack_mix(w_2M: Tensor, b_2: Tensor) -> PackedMix:
+    """Return the weights of a learned mix, packed."""
+    w_2M = w_2M.detach().float()
+    return PackedMix((w_2M[0] - w_2M[1]).contiguous(), float(b_2[0] - b_2[1]))
+
+
+def mix(moe_SM: Tensor, mlp_SM: Tensor, x_SM: Tensor, weights: PackedMix, add_SM: Tensor | None = None) -> Tensor:
+    """Return the learned mix [S, M] as `residual_mix`, with ``add_SM`` added; all tensors are [S, M]."""
+    return _cpp.operations().mix.default(
+        moe_SM, mlp_SM, None, x_SM.contiguous(), *weights, None if add_SM is None else add_SM.contiguous()
+    )
 
 
 def attend(

@@ -80,10 +80,9 @@ class _Mix(torch.autograd.Function):
         if backend == "triton":
             ctx.save_for_backward(moe, mlp, a_S2)
             return mix_triton(moe, mlp, a_S2)[0]
-        a_S2, y = a_S2.float(), torch.empty_like(moe)
+        a_S2 = a_S2.float()
         ctx.save_for_backward(moe, mlp, a_S2)
-        operations().mix.default(moe, mlp, a_S2, None, None, 0.0, y)
-        return y
+        return operations().mix.default(moe, mlp, a_S2, None, None, 0.0, None)
 
     @staticmethod
     @once_differentiable
@@ -106,9 +105,8 @@ class _LearnedMix(torch.autograd.Function):
         if backend == "triton":
             y, a_S2 = mix_triton(moe, mlp, None, x, w_2M, b_2)
         else:
-            y, a_S2 = torch.empty_like(moe), torch.empty(len(moe), 2, dtype=torch.float32)
-            bias = 0.0 if b_2 is None else float(b_2[0] - b_2[1])
-            operations().mix.default(moe, mlp, a_S2, x, _difference(w_2M), bias, y)
+            a_S2, bias = torch.empty(len(moe), 2, dtype=torch.float32), 0.0 if b_2 is None else float(b_2[0] - b_2[1])
+            y = operations().mix.default(moe, mlp, a_S2, x, _difference(w_2M), bias, None)
         ctx.save_for_backward(moe, mlp, x, w_2M, b_2, a_S2)
         ctx.backend = backend
         return y

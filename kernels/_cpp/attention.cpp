@@ -1,7 +1,8 @@
-// The attention of a decoding step over cached keys and values; kernels/packed.py describes the operation.
+// The attention of a decoding step over cached keys and values (kernels/packed.py describes it), and that of whole short
+// sequences with its gradient (kernels/attention.py).
 //
-// A task is one sequence's group of heads that share keys and values, so that a result has the same bits in any batch and
-// on any number of threads.
+// A task is one sequence's head, or group of heads that share keys and values, so that a result has the same bits in any
+// batch and on any number of threads.
 #include <cmath>
 #include <limits>
 
@@ -111,13 +112,151 @@ Tensor attend(
   return y;
 }
 
+constexpr int64_t kTile = 32;  // queries of a tile, whose scores are computed up to the last one that it may see
+
+// Queries, keys and values of one head, as they lie in qkv [B, T, 3, H, D]: rows `ld` values apart.
+template <typename T>
+struct Head {
+  T *q, *k, *v;
+  int64_t ld;
+  Head(T* qkv, int64_t i, int64_t length, int64_t H, int64_t D) : ld(3 * H * D) {
+    q = qkv + i / H * length * ld + i % H * D;
+    k = q + H * D;
+    v = k + H * D;
+  }
+};
+
+// Keys that the queries of a tile from t on may see, rounded up to what products take.
+inline int64_t seen(int64_t t, int64_t length) { return std::min(t + kTile, length); }
+
+// y = softmax(q k^T / sqrt(D), causal) v of each head; p [B, H, T, T] keeps the probabilities, of which those past the
+// keys that a tile may see are not written.
+template <typename T>
+void attention_as(const Tensor& qkv, const Tensor& p, const Tensor& y) {
+  const int64_t B = qkv.size(0), length = qkv.size(1), H = qkv.size(3), D = qkv.size(4);
+  const float scale = 1.f / std::sqrt(float(D));
+  parallel(B * H, 1, [&](int64_t first, int64_t last) {
+    auto& scratch = Scratch::of_thread();
+    scratch.reserve((panel_words<T>(D, length) + panel_words<T>(length, D) + kTile * std::max(length, D)) * 4);
+    auto* to_k = scratch.take<uint32_t>(panel_words<T>(D, length));
+    auto* to_v = scratch.take<uint32_t>(panel_words<T>(length, D));
+    auto* scores = scratch.take<float>(kTile * std::max(length, D));
+    Ahead ahead;
+    for (int64_t i = first; i < last; ++i) {
+      const Head<const T> head(data<const T>(qkv), i, length, H, D);
+      const auto k_t = panels_of_transposed<T>(head.k, head.ld, D, length, to_k);
+      const auto v = panels<T>(head.v, head.ld, length, D, to_v);
+      T* P = data<T>(p) + i * length * length;
+      T* Y = data<T>(y) + (i / H * length * H + i % H) * D;
+      for (int64_t t = 0; t < length; t += kTile) {
+        const int64_t n = std::min(kTile, length - t), keys = seen(t, length);
+        product<T>(n, keys, D / kWord<T>, rows(head.q + t * head.ld, head.ld), k_t, nullptr, scores,
+                   target(scores, keys), ahead);
+        for (int64_t r = 0; r < n; ++r) {
+          float* row = scores + r * keys;
+          const auto visible = [&](int64_t j) { return lanes() + all(int32_t(j)) <= all(int32_t(t + r)); };
+          Vec most = all(-kInfinity), total{};
+          for (int64_t j = 0; j < keys; j += kLanes) {
+            const Vec score = visible(j) ? load(row + j) * scale : all(-kInfinity);
+            store(row + j, score);
+            most = larger(score, most);
+          }
+          const float shift = largest(most);
+          for (int64_t j = 0; j < keys; j += kLanes) {
+            const Vec e = exp_of_negative(load(row + j) - shift);
+            store(row + j, visible(j) ? e : Vec{});
+            total = total + load(row + j);
+          }
+          const float over = 1.f / sum(total);
+          for (int64_t j = 0; j < keys; j += kLanes) store(P + (t + r) * length + j, load(row + j) * over);
+        }
+        product<T>(n, D, keys / kWord<T>, rows(P + t * length, length), v, nullptr, scores,
+                   target(Y + t * H * D, H * D), ahead);
+      }
+    }
+  });
+}
+
+// The gradient of qkv from that of y.
+template <typename T>
+void attention_backward_as(const Tensor& dy, const Tensor& qkv, const Tensor& p, const Tensor& d_qkv) {
+  const int64_t B = qkv.size(0), length = qkv.size(1), H = qkv.size(3), D = qkv.size(4);
+  const float scale = 1.f / std::sqrt(float(D));
+  parallel(B * H, 1, [&](int64_t first, int64_t last) {
+    auto& scratch = Scratch::of_thread();
+    const int64_t panels_TD = panel_words<T>(length, D), square = length * length, wide = std::max(length, D);
+    scratch.reserve((panel_words<T>(D, length) + 3 * panels_TD + 2 * square + kTile * wide + length * D) * 4);
+    auto* to_v = scratch.take<uint32_t>(panel_words<T>(D, length));
+    auto* to_q = scratch.take<uint32_t>(panels_TD);
+    auto* to_k = scratch.take<uint32_t>(panels_TD);
+    auto* to_dy = scratch.take<uint32_t>(panels_TD);
+    auto* words = scratch.take<uint32_t>(square);
+    auto* ds = scratch.take<T>(square);
+    auto* dp = scratch.take<float>(kTile * wide);
+    Ahead ahead;
+    for (int64_t i = first; i < last; ++i) {
+      const Head<const T> head(data<const T>(qkv), i, length, H, D);
+      const Head<T> d(data<T>(d_qkv), i, length, H, D);
+      const T* P = data<const T>(p) + i * length * length;
+      const T* DY = data<const T>(dy) + (i / H * length * H + i % H) * D;
+      const auto v_t = panels_of_transposed<T>(head.v, head.ld, D, length, to_v);
+      const auto q = panels<T>(head.q, head.ld, length, D, to_q), k = panels<T>(head.k, head.ld, length, D, to_k);
+      const auto dys = panels<T>(DY, H * D, length, D, to_dy);
+      for (int64_t t = 0; t < length; t += kTile) {
+        const int64_t n = std::min(kTile, length - t), keys = seen(t, length);
+        product<T>(n, keys, D / kWord<T>, rows(DY + t * H * D, H * D), v_t, nullptr, dp, target(dp, keys), ahead);
+        for (int64_t r = 0; r < n; ++r) {
+          const T* own = P + (t + r) * length;
+          Vec total{};
+          for (int64_t j = 0; j < keys; j += kLanes) total = fma(load(own + j), load(dp + r * keys + j), total);
+          const float inner = sum(total);
+          for (int64_t j = 0; j < keys; j += kLanes)
+            store(ds + (t + r) * length + j, load(own + j) * (load(dp + r * keys + j) - inner) * scale);
+        }
+        product<T>(n, D, keys / kWord<T>, rows(ds + t * length, length), k, nullptr, dp,
+                   target(d.q + t * d.ld, d.ld), ahead);
+      }
+      // Of keys and values, tile by tile: the sums are over the queries that see them.
+      for (int64_t t = 0; t < length; t += kTile) {
+        const int64_t n = std::min(kTile, length - t), queries = length - t, steps = (queries + kWord<T> - 1) / kWord<T>;
+        const auto of = [&](const T* square) { return transposed(square + t * length + t, length, queries, n, words); };
+        product<T>(n, D, steps, of(P), dys.from(t / kWord<T>), nullptr, dp, target(d.v + t * d.ld, d.ld), ahead);
+        product<T>(n, D, steps, of(ds), q.from(t / kWord<T>), nullptr, dp, target(d.k + t * d.ld, d.ld), ahead);
+      }
+    }
+  });
+}
+
+void check_attention(const Tensor& qkv, const Tensor& y, const Tensor& p) {
+  const int64_t length = qkv.size(1), D = qkv.size(4);
+  check(
+      qkv.dim() == 5 && qkv.size(2) == 3 && length % kMultiple == 0 && D % kMultiple == 0 && 3 * y.numel() == qkv.numel() &&
+          p.numel() == qkv.size(0) * qkv.size(3) * length * length && qkv.is_contiguous() && y.is_contiguous() &&
+          p.is_contiguous() && y.scalar_type() == qkv.scalar_type() && p.scalar_type() == qkv.scalar_type(),
+      "attention: sequences of ", length, " tokens and heads of ", D, "; multiples of ", kMultiple, " are computed");
+}
+
+void attention(const Tensor& qkv, const Tensor& p, const Tensor& y) {
+  check_attention(qkv, y, p);
+  (is_float(qkv) ? attention_as<float> : attention_as<BFloat16>)(qkv, p, y);
+}
+
+void attention_backward(const Tensor& dy, const Tensor& qkv, const Tensor& p, const Tensor& d_qkv) {
+  check_attention(qkv, dy, p);
+  (is_float(qkv) ? attention_backward_as<float> : attention_backward_as<BFloat16>)(dy, qkv, p, d_qkv);
+}
+
 }  // namespace
 }  // namespace moelab
 
 STABLE_TORCH_LIBRARY_FRAGMENT(MOELAB_OPERATIONS, library) {
   library.def("attend(Tensor q, Tensor k, Tensor v, Tensor(a!) keys, Tensor(b!) values, Tensor positions) -> Tensor");
+  library.def("attention(Tensor qkv, Tensor(a!) p, Tensor(b!) y) -> ()");
+  library.def("attention_backward(Tensor dy, Tensor qkv, Tensor p, Tensor(a!) d_qkv) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(MOELAB_OPERATIONS, CPU, library) {
   library.impl("attend", TORCH_BOX(&moelab::attend));
+  library.impl("attention", TORCH_BOX(&moelab::attention));
+  library.impl("attention_backward", TORCH_BOX(&moelab::attention_backward));
 }

@@ -317,7 +317,7 @@ Tensor packed_experts(
   check(
       same_dtype(x, up, up_bias, down, down_bias) && contiguous(x, up, up_bias, down, down_bias),
       "expert_ffn: rows and packed weights must be contiguous, all float32 or all bfloat16");
-  auto y = torch::stable::empty_like(x);
+  auto y = empty_rows(x, x.size(1));
   const auto call = is_float(x) ? packed_forward<float> : packed_forward<BFloat16>;
   call(x, offsets, up, up_bias, down, down_bias, F, activation, y);
   return y;
@@ -337,7 +337,7 @@ Tensor routed_experts(
   auto rows = empty(x, {table.entry.numel(), x.size(1)});
   dispatch(x, table.entry, slot.size(1), rows);
   rows = packed_experts(rows, table.offsets, up, up_bias, down, down_bias, F, activation);
-  auto y = torch::stable::empty_like(x);
+  auto y = empty_rows(x, x.size(1));
   sum_rows(rows, table.row, weight, add, y);
   return y;
 }

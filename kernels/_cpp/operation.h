@@ -59,22 +59,37 @@ inline T* data(const Tensor& t) { return static_cast<T*>(t.data_ptr()); }
 template <typename T>
 inline T* data(const Optional& t) { return t.has_value() ? data<T>(*t) : nullptr; }
 
+inline int32_t dtype_of(const Tensor& t) {
+  int32_t dtype;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(t.get(), &dtype));
+  return dtype;
+}
+
 // A new contiguous tensor on the CPU.
-inline Tensor empty(int32_t dtype, std::initializer_list<int64_t> sizes) {
+inline Tensor empty(int32_t dtype, const int64_t* sizes, int64_t dims) {
   std::array<int64_t, 8> strides{1};
-  for (int64_t i = sizes.size() - 1, step = 1; i >= 0; --i) {
+  check(dims <= int64_t(strides.size()), "tensors have at most ", strides.size(), " dims");
+  for (int64_t i = dims - 1, step = 1; i >= 0; --i) {
     strides[i] = step;
-    step *= std::max<int64_t>(sizes.begin()[i], 1);
+    step *= std::max<int64_t>(sizes[i], 1);
   }
   AtenTensorHandle made;  // the interface's own new_empty takes five times as long
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
-      sizes.size(), sizes.begin(), strides.data(), dtype, aoti_torch_device_type_cpu(), 0, &made));
+  STABLE_TORCH_ERROR_CODE_CHECK(
+      aoti_torch_empty_strided(dims, sizes, strides.data(), dtype, aoti_torch_device_type_cpu(), 0, &made));
   return Tensor(made);
 }
-inline Tensor empty(const Tensor& like, std::initializer_list<int64_t> sizes) {
-  int32_t dtype;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(like.get(), &dtype));
-  return empty(dtype, sizes);
+inline Tensor empty(int32_t dtype, std::initializer_list<int64_t> sizes) {
+  return empty(dtype, sizes.begin(), sizes.size());
+}
+inline Tensor empty(const Tensor& like, std::initializer_list<int64_t> sizes) { return empty(dtype_of(like), sizes); }
+// The same with x's sizes, the last one `n`.
+inline Tensor empty_rows(const Tensor& x, int64_t n) {
+  std::array<int64_t, 8> sizes;
+  const int64_t dims = x.dim();
+  check(0 < dims && dims <= int64_t(sizes.size()), "tensors have 1 to ", sizes.size(), " dims");
+  std::copy_n(x.sizes().data(), dims, sizes.data());
+  sizes[dims - 1] = n;
+  return empty(dtype_of(x), sizes.data(), dims);
 }
 inline Tensor ints(std::initializer_list<int64_t> sizes) { return empty(aoti_torch_dtype_int32(), sizes); }
 inline Tensor floats(std::initializer_list<int64_t> sizes) { return empty(aoti_torch_dtype_float32(), sizes); }

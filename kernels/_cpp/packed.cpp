@@ -69,9 +69,7 @@ Tensor linear(
   check(x.size(dims - 1) == K, "linear: x [..., ", x.size(dims - 1), "] for a matrix [N, ", K, "]");
   check(gates == (activation == kSwiglu ? 2 : 1), "linear: ", gates, " matrices for activation ", activation);
   check(!bias.has_value() || bias->numel() == gates * N, "linear: bias has another size than [", gates * N, "]");
-  std::vector<int64_t> sizes(x.sizes().begin(), x.sizes().end());
-  sizes.back() = N;
-  auto y = torch::stable::new_empty(x, sizes);
+  auto y = empty_rows(x, N);
   check(!add.has_value() || add->numel() == y.numel(), "linear: add has another shape");
   (is_float(x) ? linear_as<float> : linear_as<BFloat16>)(x, packed, bias, activation, add, y);
   return y;
@@ -101,7 +99,7 @@ Tensor rms_norm(const Tensor& x, const Tensor& weight, double eps) {
   check(
       same_dtype(x, weight) && contiguous(x, weight),
       "rms_norm: tensors must be contiguous, all float32 or all bfloat16");
-  auto y = torch::stable::empty_like(x);
+  auto y = empty_rows(x, K);
   (is_float(x) ? rms_norm_as<float> : rms_norm_as<BFloat16>)(x, weight, eps, y);
   return y;
 }

@@ -20,28 +20,35 @@ inline float sum_of_row(int64_t M, const Add& add) {
   return sum(total);
 }
 
-// y = a_0 moe + a_1 mlp. The coefficients a [S, 2] are given, or written from x: a_0 = sigmoid(x . difference + bias).
+// y = a_0 moe + a_1 mlp + add. The coefficients a [S, 2] are given, or computed from x: a_0 = sigmoid(x . difference +
+// bias), and written unless there is no a.
 template <typename T>
 void mix_as(
-    const Tensor& moe, const Tensor& mlp, const Tensor& a, const Optional& x, const Optional& difference, double bias,
-    const Tensor& y) {
+    const Tensor& moe, const Tensor& mlp, const Optional& a, const Optional& x, const Optional& difference, double bias,
+    const Optional& add, const Tensor& y) {
   const int64_t S = moe.size(0), M = moe.size(1);
-  const auto *E = data<T>(moe), *P = data<T>(mlp), *X = data<T>(x);
+  const auto *E = data<T>(moe), *P = data<T>(mlp), *X = data<T>(x), *added = data<T>(add);
   const auto* W = data<float>(difference);
   auto* A = data<float>(a);
   auto* Y = data<T>(y);
   parallel(blocks_of(S), 1, [&](int64_t first, int64_t last) {
     for (int64_t s = first * kBlock; s < std::min(last * kBlock, S); ++s) {
+      float both[2];
       if (X) {
         const float dot = sum_of_row(M, [&](Vec total, int64_t j, auto... n) {
           return fma(load(X + s * M + j, n...), load(W + j, n...), total);
         });
-        A[2 * s] = sigmoid(all(dot + float(bias)))[0];
-        A[2 * s + 1] = 1.f - A[2 * s];
+        both[0] = sigmoid(all(dot + float(bias)))[0];
+        both[1] = 1.f - both[0];
+        if (A) std::copy_n(both, 2, A + 2 * s);
+      } else {
+        std::copy_n(A + 2 * s, 2, both);
       }
       each_vector(M, [&](int64_t j, auto... n) {
-        const Vec routed = load(E + s * M + j, n...) * A[2 * s];
-        store(Y + s * M + j, fma(load(P + s * M + j, n...), all(A[2 * s + 1]), routed), n...);
+        const Vec routed = load(E + s * M + j, n...) * both[0];
+        Vec v = fma(load(P + s * M + j, n...), all(both[1]), routed);
+        if (added) v = v + load(added + s * M + j, n...);
+        store(Y + s * M + j, v, n...);
       });
     }
   });
@@ -92,10 +99,22 @@ void mix_backward_as(
     for (int64_t j = 0; j <= M; ++j) DW[j] += sums[b * (M + 1) + j];
 }
 
-void mix(
-    const Tensor& moe, const Tensor& mlp, const Tensor& a, const Optional& x, const Optional& difference, double bias,
-    const Tensor& y) {
-  (is_float(moe) ? mix_as<float> : mix_as<BFloat16>)(moe, mlp, a, x, difference, bias, y);
+Tensor mix(
+    const Tensor& moe, const Tensor& mlp, const Optional& a, const Optional& x, const Optional& difference, double bias,
+    const Optional& add) {
+  check(
+      same_dtype(moe, mlp, x, add) && contiguous(moe, mlp, a, x, difference, add),
+      "residual_mix: tensors must be contiguous, all float32 or all bfloat16");
+  const int64_t S = moe.size(0), M = moe.size(1);
+  const auto has = [](const Optional& t, int64_t n) { return t.has_value() && t->numel() == n; };
+  const auto fits = [&](const Optional& t) { return !t.has_value() || has(t, S * M); };
+  check(
+      moe.dim() == 2 && has(mlp, S * M) && fits(x) && fits(add) && (!a.has_value() || has(a, 2 * S)) &&
+          (x.has_value() ? has(difference, M) : a.has_value()),
+      "residual_mix: tensors do not fit branches [", S, ", ", M, "]");
+  auto y = empty_rows(moe, M);
+  (is_float(moe) ? mix_as<float> : mix_as<BFloat16>)(moe, mlp, a, x, difference, bias, add, y);
+  return y;
 }
 
 void mix_backward(
@@ -111,7 +130,7 @@ void mix_backward(
 
 STABLE_TORCH_LIBRARY_FRAGMENT(MOELAB_OPERATIONS, library) {
   library.def(
-      "mix(Tensor moe, Tensor mlp, Tensor(a!) a, Tensor? x, Tensor? difference, float bias, Tensor(b!) y) -> ()");
+      "mix(Tensor moe, Tensor mlp, Tensor(a!)? a, Tensor? x, Tensor? difference, float bias, Tensor? add) -> Tensor");
   library.def(
       "mix_backward(Tensor dy, Tensor moe, Tensor mlp, Tensor a, Tensor? x, Tensor? difference, Tensor(a!) d_moe, "
       "Tensor(b!) d_mlp, Tensor(c!)? d_a, Tensor(d!)? d_x, Tensor(e!)? d_difference) -> ()");

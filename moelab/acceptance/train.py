@@ -29,14 +29,12 @@ SHARE = 0.75
 
 
 def cases(context: Context) -> Iterator[Case]:
-    """Yield the speeds, the budget, the arms, and the speed of a compiled dense twin."""
+    """Yield the speeds, the budget and the arms."""
     for arm in ARMS:
         yield Case(f"speed: {arm}", lambda arm=arm: speed(arm, context), (), 3 if context.tiny else 30)
     yield Case("tokens of the comparison", lambda: budget(context))
     for arm in ARMS:
         yield Case(f"arm: {arm}", lambda arm=arm: compare(arm, context), (), 3 if context.tiny else 15)
-    if not context.tiny:
-        yield Case("speed: dense, compiled", lambda: speed("dense", context, compile=True), (), 60)
 
 
 def spec_of(arm: str, context: Context) -> RunSpec:
@@ -56,10 +54,10 @@ def text(spec: RunSpec) -> TokenData:
     return prepare(others[1], folder)
 
 
-def speed(arm: str, context: Context, compile: bool = False) -> Numbers:
+def speed(arm: str, context: Context) -> Numbers:
     """Return tokens/s of an arm: the median step of 20 after 5."""
     spec = spec_of(arm, context)
-    config, model = replace(spec.train, compile=compile), spec.model
+    config, model = spec.train, spec.model
     T, warm, steps = spec.data.context, *((1, 2) if context.tiny else (5, 20))
     trainer = Trainer(model, config, TrainBatches(text(spec), config.batch_size, T, 0), T)
     window, times = Window(), []
@@ -71,7 +69,7 @@ def speed(arm: str, context: Context, compile: bool = False) -> Numbers:
         times.append(time.perf_counter() - started)
     per_s = config.batch_size * T / statistics.median(times[warm:])
     found: Numbers = {
-        "candidate": arm + ", compiled" * compile,
+        "candidate": arm,
         "tokens_per_s": per_s,
         "step_ms": statistics.median(times[warm:]) * 1e3,
         "dtype": config.dtype,

@@ -5,9 +5,8 @@ on batches of text, one family after the other; the dense one runs beside the sa
 PyTorch loop. Ratios are to the dense twin in fp32, round by round. The floor is the time of the model's FLOPs at the
 rate of a large matrix product in the row's dtype. A student learns from a teacher of random weights, whose forward pass
 belongs to its FLOPs. Where training computes fp32 products by another library than PyTorch does by default
-(`moelab.models.products`), each family takes part a second time with PyTorch's; and on request once more with
-`TrainConfig.compile`. All share a process, or each has its own (`moelab.bench.apart`). At the end: the dtype to use on
-this machine for each family.
+(`moelab.models.products`), each family takes part a second time with PyTorch's. All share a process, or each has its
+own (`moelab.bench.apart`). At the end: the dtype to use on this machine for each family.
 """
 
 from __future__ import annotations
@@ -17,7 +16,6 @@ import functools
 import itertools
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -51,8 +49,6 @@ TEACHERS = {"PR-MoE+L21 + KD": "PR-MoE-32/64"}
 BARE = "dense, bare loop"
 DEFAULT = ", PyTorch's products"
 """Ends the name of a candidate with PyTorch's own library of fp32 products."""
-COMPILED = ", compiled"
-"""Ends the name of a candidate with `TrainConfig.compile`."""
 SEQUENCES = 32
 Step = Callable[[int], None]
 """One optimizer step on the batch of that number."""
@@ -181,13 +177,11 @@ def measure(
     steps: int,
     threads: int,
     timing: Timing,
-    compiled: bool = False,
     apart: bool = False,
 ) -> list[Row]:
     """Return the rows of one width: times are those of a step, `tokens_per_s` is in the numbers.
 
     Args:
-        compiled: let each family also take part with `TrainConfig.compile`.
         apart: give each candidate a process of its own.
     """
     torch.set_num_threads(threads)
@@ -201,9 +195,6 @@ def measure(
         candidates = {family: ours} | (
             {BARE: functools.partial(bare_loop, model, config, T)} if family == "dense" else {}
         )
-        if compiled:
-            compiling = replace(config, compile=True)
-            candidates[f"{family}{COMPILED}"] = functools.partial(training_loop, model, compiling, T, teacher)
         if dtype == "fp32" and onednn_is_faster():
             candidates[f"{family}{DEFAULT}"] = functools.partial(_by_default_products, ours)
         for label, make in candidates.items():
@@ -215,7 +206,6 @@ def measure(
                 name: stack.enter_context(processes.training(name, make, threads)).step for name, make in made.items()
             }
         else:
-            stack.enter_context(_many_compiled() if compiled else contextlib.nullcontext())
             steps_of = {name: make() for name, make in made.items()}
         times = turns(steps_of, steps, timing)
     rates = {dtype: harness.product_rate(DTYPES[dtype], timing) for dtype in dtypes}
@@ -243,14 +233,6 @@ def measure(
 
 def _by_default_products(make: Callable[[], Step]) -> Step:
     return default_products()(make())
-
-
-def _many_compiled() -> contextlib.AbstractContextManager[None]:
-    """Let `torch.compile` keep the code of all candidates; by default it gives up after the eighth of one function."""
-    import torch._dynamo
-
-    torch.compiler.reset()  # of an earlier width
-    return torch._dynamo.config.patch(recompile_limit=64)
 
 
 def advice(found: Sequence[Row]) -> list[str]:
@@ -294,7 +276,6 @@ def main(
     threads: int,
     timing: Timing,
     out: Path | None,
-    compiled: bool = False,
     apart: bool = False,
 ) -> None:
     """Measure, print and, with `out` (a folder), write `train.jsonl` and its figure, apart `train-apart`.
@@ -308,7 +289,7 @@ def main(
         raise ValueError("bench train: processor time is that of one process; leave --apart or --cpu-time out")
     found: list[Row] = []
     for width in widths:
-        shared = {"dtypes": dtypes, "steps": steps, "threads": threads, "timing": timing, "compiled": compiled}
+        shared = {"dtypes": dtypes, "steps": steps, "threads": threads, "timing": timing}
         case = measure(width, families=families, apart=apart, **shared)
         title = f"training, {width} wide, {SEQUENCES} x {inputs.CONTEXT} tokens a step, {steps} steps a round"
         columns = {

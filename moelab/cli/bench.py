@@ -47,9 +47,6 @@ def bench_train(
     steps: Annotated[int, typer.Option(help="measured steps of each candidate in a round")] = 5,
     rounds: Rounds = 5,
     threads: Threads = 1,
-    compiled: Annotated[
-        bool, typer.Option("--compiled", help="also with train.compile, which compiles for minutes")
-    ] = False,
     apart: Annotated[
         bool, typer.Option("--apart", help="each candidate in a process of its own, which takes more memory")
     ] = False,
@@ -71,7 +68,6 @@ def bench_train(
         threads=threads,
         timing=Timing(rounds, clock="cpu" if cpu_time else "wall", warm_up=1, budget_s=600),
         out=out,
-        compiled=compiled,
         apart=apart,
     )
     write_provenance(out, "train-apart" if apart else "train")

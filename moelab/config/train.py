@@ -44,9 +44,7 @@ class TrainConfig:
         keep_at: tokens after which a checkpoint is written and kept, so that other runs can start from it
             (`moelab.runs.spec.Start`); the others are removed, but for the newest two. Not part of a run's identity.
         tensorboard: also write TensorBoard events. Not part of a run's identity.
-        compile: compile the parts of a step, by `torch.compile` and, on a CPU with AVX-512, experts and gate by C++ of
-            our own (docs/performance.md). It needs a C++ compiler and, the first time in a workspace, a minute. Results
-            differ within rounding.
+        compile: True in specs of earlier versions, in which it chose other kernels; new runs refuse it.
     """
 
     tokens: int = 1_000_000

@@ -57,8 +57,8 @@ class KVCache:
         self.positions_BT = torch.zeros(1, 0, dtype=torch.long, device=device)
         self.layers = [_Layer(self, i) for i in range(config.layers)]
         self._spans: list[tuple[int, int, int]] | None = None  # prefill: (slot, first, past the last packed token)
-        # Dynamic decode: (first slot, past the last slot, visible tokens) of each run of equal lengths.
-        self._runs: list[tuple[int, int, int]] | None = None
+        # Dynamic decode by PyTorch: (first slot, past the last slot, visible tokens) of each run of equal lengths.
+        self._runs: list[tuple[int, int, int]] = []
         self._mask_B11T: Tensor | None = None  # static decode
         self._rows = torch.arange(slots, device=device)
         self._places = torch.arange(length, device=device)
@@ -72,7 +72,7 @@ class KVCache:
         """Prepare a forward pass over concatenated prompts of these lengths, one per given slot."""
         ends = list(itertools.accumulate(lengths))
         self._spans = [(slot, end - n, end) for slot, n, end in zip(slots, lengths, ends, strict=True)]
-        self._runs = self._mask_B11T = None
+        self._mask_B11T = None
         positions = [torch.arange(n) for n in lengths]
         self.positions_BT = torch.cat([*positions, torch.arange(0)])[None].to(self.device)
 
@@ -81,14 +81,14 @@ class KVCache:
         self._spans = self._mask_B11T = None
         self.positions_BT = torch.tensor(lengths, dtype=torch.long, device=self.device)[:, None]
         self._runs, first = [], 0
-        for n, same in itertools.groupby(lengths):
+        for n, same in () if self._fused else itertools.groupby(lengths):
             past = first + len(list(same))
             self._runs.append((first, past, n + 1))
             first = past
 
     def decode_static(self, positions_B: Tensor) -> None:
         """Prepare a forward pass over one token for every slot, at `positions_B` (int64, on the device)."""
-        self._spans = self._runs = None
+        self._spans = None
         self.positions_BT = positions_B[:, None]
         self._mask_B11T = (self._places <= self.positions_BT)[:, None, None]
 
@@ -108,7 +108,7 @@ class _Layer:
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Store the new tokens' keys and values; return their attention over all visible tokens, [B, H, T, D]."""
         cache, keys, values = self._cache, self._keys, self._values
-        if cache._fused and cache._runs is not None:
+        if cache._fused and cache._spans is None and cache._mask_B11T is None:
             return packed.attend(q, k, v, keys, values, cache.positions_BT)
         attention = functools.partial(F.scaled_dot_product_attention, enable_gqa=cache._gqa)
         if cache._spans is not None:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from moelab import kernels
 from moelab.kernels import ACTIVATIONS
-from moelab.kernels.packed import MULTIPLE
+from moelab.kernels.packed import MULTIPLE, pack_mix
 from moelab.models import GPT
 from moelab.models.layers import Linear, RMSNorm
 from moelab.models.moe import MLP, Experts, MoE, SharedGate
@@ -51,6 +51,9 @@ def pack(model: GPT) -> None:
             _pack_experts(ffn.experts)
             if isinstance(ffn.mix, SharedGate):
                 _pack(ffn.mix)
+            elif ffn.mix is not None:
+                ffn.mix.packed = pack_mix(ffn.mix.weight, ffn.mix.bias)
+                ffn.mix.weight = ffn.mix.bias = None
         mlp = ffn.mlp if isinstance(ffn, MoE) else ffn
         if mlp is not None:
             _pack_mlp(mlp)

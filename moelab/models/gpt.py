@@ -184,7 +184,7 @@ class GPT(nn.Module):
             x_BTM = x_BTM + self.position_embedding(cache.positions_BT)
         else:
             x_BTM = x_BTM + self.position_embedding.weight[:T]
-        x_BTM = self.dropout(x_BTM)
+        x_BTM = self.dropout(x_BTM) if self.training else x_BTM
         routings = []
         for i, block in enumerate(self.blocks):
             x_BTM, routing = block(x_BTM, None if cache is None else cache.layers[i], rotation)

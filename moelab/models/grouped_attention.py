@@ -14,8 +14,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from moelab import kernels
 from moelab.config import ModelConfig
-from moelab.models.attention import SHORT, Past, short_attention, takes_short_attention
+from moelab.kernels.attention import has_kernel
+from moelab.models.attention import Past
 from moelab.models.layers import Linear, RMSNorm
 
 Rotation = tuple[Tensor, Tensor]
@@ -90,10 +92,10 @@ class GroupedAttention(nn.Module):
         if rotation is not None:
             q_BTHD, k_BTND = rotate(q_BTHD, rotation), rotate(k_BTND, rotation)
         dropout = self.dropout if self.training else 0.0
-        if past is None and not dropout and T <= SHORT and takes_short_attention(q_BTHD):
+        if past is None and not dropout and q_BTHD.device.type == "cpu" and has_kernel(T, D):
             shared = self.heads // self.kv_heads
             keys_values = (t if shared == 1 else t.repeat_interleave(shared, 2) for t in (k_BTND, v_BTND))
-            return self.out.forward(short_attention(torch.stack((q_BTHD, *keys_values), 2)).flatten(2), add=add)
+            return self.out.forward(kernels.attention(torch.stack((q_BTHD, *keys_values), 2)).flatten(2), add=add)
         q, k, v = (t.transpose(1, 2) for t in (q_BTHD, k_BTND, v_BTND))
         if past is not None:
             y_BHTD = past.attend(q, k, v)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from moelab import kernels
 from moelab.config import FeedForward, ModelConfig
+from moelab.kernels import packed
 from moelab.kernels.gating import MAX_EXPERTS
 from moelab.models.dispatch import Dispatch, DispatchFactory, LocalDispatch, make_dispatch
 from moelab.models.layers import Linear, sigmoid
@@ -85,10 +86,15 @@ class Mix(nn.Linear):
     def __init__(self, hidden: int) -> None:
         super().__init__(hidden, 2)
 
-    def forward(self, routed_SM: Tensor, fixed_SM: Tensor, x_SM: Tensor) -> Tensor:
-        """Return the branches' weighted sum, [S, M]; the coefficients are computed from the layer's input `x_SM`."""
+    packed: packed.PackedMix | None = None
+
+    def forward(self, routed_SM: Tensor, fixed_SM: Tensor, x_SM: Tensor, add_SM: Tensor | None = None) -> Tensor:
+        """Return the branches' weighted sum, with `add_SM` added, [S, M]; the layer's input `x_SM` gives the weights."""
+        if self.packed is not None:
+            return packed.mix(routed_SM, fixed_SM, x_SM, self.packed, add_SM)
         weight, bias = self.weight.to(x_SM.dtype), self.bias.to(x_SM.dtype)
-        return kernels.residual_mix(routed_SM, fixed_SM, x_SM, weight, bias)
+        y_SM = kernels.residual_mix(routed_SM, fixed_SM, x_SM, weight, bias)
+        return y_SM if add_SM is None else y_SM + add_SM
 
 
 class SharedGate(Linear):
@@ -97,9 +103,10 @@ class SharedGate(Linear):
     def __init__(self, hidden: int) -> None:
         super().__init__(hidden, 1, bias=False)
 
-    def forward(self, routed_SM: Tensor, fixed_SM: Tensor, x_SM: Tensor) -> Tensor:
-        """Return the branches' sum, [S, M]; the coefficient is computed from the layer's input `x_SM`."""
-        return routed_SM + fixed_SM * sigmoid(self.product(x_SM, None))
+    def forward(self, routed_SM: Tensor, fixed_SM: Tensor, x_SM: Tensor, add_SM: Tensor | None = None) -> Tensor:
+        """Return the branches' sum, with `add_SM` added, [S, M]; the layer's input `x_SM` gives the coefficient."""
+        y_SM = routed_SM + fixed_SM * sigmoid(self.product(x_SM, None))
+        return y_SM if add_SM is None else y_SM + add_SM
 
 
 class MoE(nn.Module):
@@ -148,9 +155,9 @@ class MoE(nn.Module):
         if self.mlp is None:
             return self._routed(x_SM, routing, add_SM).view(x.shape), routing
         y_SM = self._routed(x_SM, routing, None)
-        y_SM = (
-            self.mlp.forward(x_SM, y_SM) if self.mix is None else self.mix.forward(y_SM, self.mlp.forward(x_SM), x_SM)
-        )
+        if self.mix is not None:
+            return self.mix.forward(y_SM, self.mlp.forward(x_SM), x_SM, add_SM).view(x.shape), routing
+        y_SM = self.mlp.forward(x_SM, y_SM)
         return (y_SM if add_SM is None else y_SM + add_SM).view(x.shape), routing
 
     def _routed(self, x_SM: Tensor, routing: Routing, add_SM: Tensor | None) -> Tensor:

@@ -10,7 +10,7 @@ PyTorch has no option for the library alone. It passes fp32 products to oneDNN w
 in AMX tiles only. So the option is set on processors without AMX, and after a test that the products are exact to fp32.
 
 PyTorch's fused attention takes three times as long with this option, because it multiplies in small blocks. So it is
-for models and sequences whose attention is computed by batched products (`moelab.models.attention.short_attention`).
+for models and sequences whose attention our C++ computes (`moelab.models.attention.uses_kernel`).
 """
 
 from __future__ import annotations
@@ -25,7 +25,6 @@ from moelab import machine
 
 MAKER, FAMILY = "AuthenticAMD", 26
 """Maker, and the first family (Zen 5), on which oneDNN's fp32 products were measured to be faster than MKL's."""
-_onednn = False  # whether a context of `fastest_products` has chosen oneDNN; compiled code cannot ask PyTorch's option
 _LEAST_ERROR = 2.0**-12
 """Rounding to bf16 gives relative errors of 2**-9 and more; those of fp32 sums are some 2**-20."""
 
@@ -39,33 +38,26 @@ def fastest_products(wanted: bool = True) -> Iterator[None]:
     if not wanted or torch.backends.mkldnn.matmul.fp32_precision != "none" or not onednn_is_faster():
         yield
         return
-    with _option("bf16", onednn=True):
+    with _option("bf16"):
         yield
-
-
-def computed_by_onednn() -> bool:
-    """Return whether oneDNN computes PyTorch's fp32 products at present, because of `fastest_products`."""
-    return _onednn
 
 
 @contextlib.contextmanager
 def default_products() -> Iterator[None]:
     """Use PyTorch's own choice of library in this context, whatever `fastest_products` would choose."""
-    with _option("ieee", onednn=False):
+    with _option("ieee"):
         yield
 
 
 @contextlib.contextmanager
-def _option(precision: str, *, onednn: bool) -> Iterator[None]:
-    """Set PyTorch's option, and whether it makes oneDNN compute fp32 products, in this context."""
-    global _onednn
+def _option(precision: str) -> Iterator[None]:
+    """Set PyTorch's option in this context."""
     matmul = torch.backends.mkldnn.matmul
-    before = matmul.fp32_precision, _onednn
-    matmul.fp32_precision, _onednn = precision, onednn
+    before, matmul.fp32_precision = matmul.fp32_precision, precision
     try:
         yield
     finally:
-        matmul.fp32_precision, _onednn = before
+        matmul.fp32_precision = before
 
 
 @functools.cache

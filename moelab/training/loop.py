@@ -31,10 +31,9 @@ from moelab.engine.collectives import all_reduce
 from moelab.engine.launch import process
 from moelab.engine.mesh import Mesh
 from moelab.models import Routing
-from moelab.models.attention import uses_short_attention
+from moelab.models.attention import uses_kernel
 from moelab.models.moe import MoE
 from moelab.models.products import fastest_products
-from moelab.training.compilation import compile_parts
 from moelab.training.distill import Distiller, Teacher
 from moelab.training.metrics import TRAIN, VALIDATION, Metrics, Window, damage
 from moelab.training.optimizer import make_optimizer
@@ -278,6 +277,8 @@ class Trainer:
         Raises:
             ValueError: the data ranks do not divide the number of micro-batches, or the layout does not fit the model.
         """
+        if config.compile:
+            raise ValueError("train: compile is a setting of earlier versions; leave it out")
         self.model_config, self.config, self.batches, self.context = model_config, config, batches, context
         self.mesh = mesh or Mesh(ParallelConfig(), model_config.experts, config.device)
         self.distiller, self.branch = distiller, branch or Branch()
@@ -286,8 +287,6 @@ class Trainer:
         if count % self.mesh.data.size:
             raise ValueError(f"train: {count} micro-batches a step do not spread over {self.mesh.data.size} data ranks")
         self.model = engine.build(model_config, config.seed, self.mesh)
-        if config.compile:
-            compile_parts(self.model.module, config, self.mesh.config)
         self.sync = gradients.GradientSync(self.model)
         self.optimizer = make_optimizer(self.model.module, config)
         self.routers = {
@@ -300,7 +299,7 @@ class Trainer:
 
     def step(self, step: int, window: Window, should_stop: Callable[[], bool] = lambda: False) -> StepDone:
         """Run one optimizer step on the batch of `step` (counting from 0), and add its metrics to `window`."""
-        with fastest_products(uses_short_attention(self.model_config, self.context)):
+        with fastest_products(uses_kernel(self.model_config, self.context)):
             return self._step(step, window, should_stop)
 
     def _step(self, step: int, window: Window, should_stop: Callable[[], bool]) -> StepDone:

@@ -14,7 +14,7 @@ from moelab.engine.collectives import all_reduce
 from moelab.engine.launch import process
 from moelab.engine.mesh import Mesh
 from moelab.models import GPT
-from moelab.models.attention import uses_short_attention
+from moelab.models.attention import uses_kernel
 from moelab.models.products import fastest_products
 
 
@@ -47,7 +47,7 @@ def evaluate(
         # experts.
         domain, tokens_BT, targets_BT = group[mine] if mine < len(group) else _nothing(group[0])
         with (
-            fastest_products(uses_short_attention(model.config, context)),
+            fastest_products(uses_kernel(model.config, context)),
             torch.autocast(config.device, torch.bfloat16, enabled=config.dtype == "bf16"),
         ):
             output = model(tokens_BT.to(config.device), targets_BT=targets_BT.to(config.device), reduction="sum")

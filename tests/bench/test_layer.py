@@ -6,7 +6,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-from moelab.kernels import why_not_compiled
 
 from moelab.bench import gate as gate_bench
 from moelab.bench import layer, parts
@@ -25,12 +24,10 @@ def known_rates(monkeypatch):
 
 
 @pytest.mark.parametrize("tokens", [67, 3])
-@pytest.mark.parametrize("name", [layer.LOOP, layer.GROUPED, layer.EINSUM, layer.COMPILED_FREE])
+@pytest.mark.parametrize("name", [layer.LOOP, layer.GROUPED, layer.EINSUM])
 def test_layers_agree_when_nothing_is_dropped(name, tokens, monkeypatch):
     """Outputs and gradients; 3 tokens leave experts empty."""
     monkeypatch.setattr(layer, "slots", lambda tokens, experts: tokens)
-    if name == layer.COMPILED_FREE and why_not_compiled() is not None:
-        pytest.skip(why_not_compiled())
     states = HiddenStates(tokens, 16, 7)
     made = layer.candidates(LayerSize(tokens, 16, 32, 7), states.gate_EM, (layer.DROP_FREE, name))
     dy = torch.randn(tokens, 16)
@@ -49,7 +46,6 @@ def test_layers_agree_when_nothing_is_dropped(name, tokens, monkeypatch):
 def test_rows_are_tidy(dtype):
     rows = layer.measure(LayerSize(64, 32, 64, 4, dtype), QUICK) + gate_bench.measure(64, 4, QUICK)
     ours = {layer.DENSE, layer.OURS, layer.DROP_FREE, layer.LOOP, layer.GROUPED, layer.EINSUM, "masks (baseline)"}
-    ours |= {layer.COMPILED, layer.COMPILED_FREE} if why_not_compiled() is None else set()
     assert ours <= {r.candidate for r in rows}
     assert all(r.min_ms <= r.median_ms <= r.max_ms and r.floor_ms > 0 and r.rounds == 3 for r in rows)
     assert all(r.ratio == 1 for r in rows if r.candidate == r.against)
@@ -166,8 +162,7 @@ def test_a_gate_that_raises_is_reported_and_left_out(monkeypatch):
     monkeypatch.setattr(gate_bench.peers, "gates", lambda: {"theirs": broken})
     failed = {}
     rows = gate_bench.measure(1, 4, QUICK, on_failure=failed.__setitem__)
-    compiled = [gate_bench.COMPILED] if why_not_compiled() is None else []
-    assert [r.candidate for r in rows] == ["ours", *compiled, "masks (baseline)"] and list(failed) == ["theirs"]
+    assert [r.candidate for r in rows] == ["ours", "masks (baseline)"] and list(failed) == ["theirs"]
     with pytest.raises(AssertionError, match="too few tokens"):
         gate_bench.measure(1, 4, QUICK)
     monkeypatch.setattr(gate_bench, "_ours", broken)

@@ -41,24 +41,6 @@ def test_the_command_names_a_dtype_for_each_family(another, tmp_path, monkeypatc
     assert said.count("use fp32") + said.count("use bf16") == 2 and (tmp_path / "train.png").exists()
 
 
-def test_on_request_each_family_takes_part_compiled_too(monkeypatch):
-    monkeypatch.setattr(train, "SEQUENCES", 2)
-    monkeypatch.setattr(train, "onednn_is_faster", lambda: False)
-    monkeypatch.setattr(harness, "product_rate", lambda *_: 1e11)
-    compiled = []
-    monkeypatch.setattr("moelab.training.loop.compile_parts", lambda model, *_: compiled.append(model.config.is_moe))
-    given = dict(families=["dense", "MoE-128"], dtypes=["fp32"], steps=1, threads=1, timing=QUICK)
-    rows = train.measure(32, **given, compiled=True)
-    names = [
-        "dense, fp32",
-        "dense, bare loop, fp32",
-        "dense, compiled, fp32",
-        "MoE-128, fp32",
-        "MoE-128, compiled, fp32",
-    ]
-    assert [row.candidate for row in rows] == names and compiled == [False, True]
-
-
 def test_a_student_has_a_teacher(monkeypatch):
     monkeypatch.setattr(train, "SEQUENCES", 2)
     monkeypatch.setattr(train, "onednn_is_faster", lambda: False)
