@@ -8,7 +8,17 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from moelab.kernels import ACTIVATIONS, Activation, _experts_triton, expert_ffn, gate, routed_ffn, row_table, tuning
+from moelab.kernels import (
+    ACTIVATIONS,
+    Activation,
+    _experts_triton,
+    activate,
+    expert_ffn,
+    gate,
+    routed_ffn,
+    row_table,
+    tuning,
+)
 from moelab.kernels import combine as combine_rows
 from moelab.kernels import dispatch as dispatch_rows
 from moelab.kernels._cpp import experts as cpp
@@ -350,6 +360,42 @@ def test_values_and_slopes_keep_the_dtype_and_are_finite(activation, dtype):
     p = torch.tensor([0.0, -0.0, 1e-30, -30.0, 30.0, 1e4, -1e4, -1e-30], dtype=dtype)
     for found in (activation.forward(p), activation.slope(p)):
         assert found.dtype == dtype and found.isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("activation", [*ACTIVATIONS.values(), *NEW], ids=lambda a: a.name)
+def test_activate(target, activation, dtype, monkeypatch):
+    """Values and gradients of any shape and strides, and not finite ones, against double precision."""
+    monkeypatch.setitem(ACTIVATIONS, activation.name, activation)
+    backend, device, _ = target
+    known = dtype != torch.float16 and activation.number is not None
+    if backend == "cpp" and not known and activation.name != "none":
+        with refused():
+            activate(torch.zeros(2, dtype=dtype), activation.name, backend="cpp")
+        backend = "auto"
+    for shape in ((0, 4), (6,), (5, 26), (2, 7, 66), (300, 128)):
+        x = (3 * torch.randn(shape)).to(device, dtype)
+        if len(shape) > 1 and len(x):
+            x[0, 0], x[-1, 1] = math.nan, -math.inf
+        leaf, wide = x.clone().requires_grad_(), x.double().requires_grad_()
+        poison()
+        y, want = activate(leaf, activation.name, backend=backend), activation.forward(wide)
+        d = torch.linspace(-1, 1, y.numel(), device=device).view(y.shape).to(dtype)
+        y.backward(d)
+        want.backward(d.double())
+        for a, b in ((y, want), (leaf.grad, wide.grad)):
+            assert a.dtype == dtype and a.shape == b.shape
+            tolerance = 2e-6 if dtype == torch.float32 else TOLERANCE[dtype]
+            torch.testing.assert_close(a.double(), b, rtol=tolerance, atol=tolerance, equal_nan=True)
+        apart = torch.stack([x, x], -1)[..., 0]
+        exact = 0 if backend == "cpp" else TOLERANCE[dtype]  # PyTorch has other code for what is not contiguous
+        again = activate(apart, activation.name, backend=backend)
+        torch.testing.assert_close(again, y, rtol=exact, atol=exact, equal_nan=True)
+
+
+def test_activate_has_the_same_bits_on_any_number_of_threads(instructions):
+    x = torch.randn(1001, 82)
+    assert_same_bits_on_any_number_of_threads(lambda: [activate(x, name, backend="cpp") for name in ACTIVATIONS])
 
 
 def test_names_and_numbers_are_those_of_one_entry():

@@ -1,0 +1,288 @@
+"""Where the library of the C++ comes from: compiled once, found again, never loaded unless it is whole and this user's.
+
+A script stands for the compiler, and a list for what is loaded, so that nothing is compiled or loaded here.
+"""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from unittest.mock import Mock
+
+import pytest
+import torch
+from moelab.kernels import _cpp, version
+
+NAME = "baseline"
+COMPILER = """#!/bin/sh
+echo "$@" >> {log}
+{also}
+while [ "$1" != -o ]; do shift || exit 3; done
+echo made > "$2"
+"""
+
+
+class Place:
+    """Folders, a compiler, and what was loaded."""
+
+    def __init__(self, root: Path):
+        self.root, self.first, self.sources = root, root / "first", root / "sources"
+        self.temporary = root / "tmp" / f"moelab-kernels-{os.getuid()}"
+        self.loaded, self.refuse = [], []
+
+    def compiler(self, also=""):
+        path = self.root / "compiler"
+        path.write_text(COMPILER.format(log=self.root / "log", also=also))
+        path.chmod(0o755)
+        return str(path)
+
+    def calls(self):
+        log = self.root / "log"
+        return len(log.read_text().splitlines()) if log.exists() else 0
+
+    def load_library(self, path):
+        if Path(path).parent in self.refuse:
+            raise OSError(f"Could not load this library: {path}") from OSError("Operation not permitted")
+        assert Path(path).read_text() == "made\n"
+        self.loaded.append(Path(path))
+
+    def load(self):
+        _cpp._load.__wrapped__(NAME)
+        return self.loaded[-1]
+
+
+ONCE = len(_cpp.SOURCES) + 1  # calls of the compiler: one links
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch):
+    place = Place(tmp_path)
+    (tmp_path / "tmp").mkdir()
+    shutil.copytree(_cpp._HERE, place.sources, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(place.first))
+    monkeypatch.setenv("CXX", place.compiler())
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "tmp"))
+    monkeypatch.setattr(_cpp, "_HERE", place.sources)
+    monkeypatch.setattr(torch.ops, "load_library", place.load_library)
+    _cpp._key.cache_clear()
+    with _cpp.limited(NAME):
+        yield place
+    _cpp._key.cache_clear()
+
+
+def test_it_is_compiled_once_with_one_line(place, capfd):
+    path = place.load()
+    assert path.parent == place.first and place.calls() == ONCE
+    (line,) = capfd.readouterr().err.splitlines()
+    assert line.startswith(f"moelab: compiling the CPU kernels for {NAME} with {place.root}")
+    assert place.load() == path and place.calls() == ONCE and capfd.readouterr() == ("", "")
+    assert [p for p in place.first.iterdir() if p.suffix != ".lock"] == [path]
+    assert place.first.stat().st_mode & 0o077 == 0
+
+
+@pytest.mark.parametrize("damage", ["truncated", "altered", "removed"])
+def test_what_is_not_whole_is_compiled_again(place, damage):
+    path = place.load()
+    path.unlink() if damage == "removed" else path.write_text({"truncated": "", "altered": "madf\n"}[damage])
+    again = place.load()
+    assert again != path and place.calls() == 2 * ONCE
+    assert not path.exists() and again.exists()
+
+
+def test_other_sources_or_flags_are_another_library(place, monkeypatch):
+    path = place.load()
+    for change in (
+        lambda: (place.sources / "vectors.h").open("a").write("// changed\n"),
+        lambda: monkeypatch.setattr(_cpp, "_FLAGS", (*_cpp._FLAGS, "-g")),
+        lambda: (place.sources / "new.h").write_text(""),
+    ):
+        before = place.calls()
+        change()
+        _cpp._key.cache_clear()
+        assert place.load() != path and place.calls() == before + ONCE
+        assert path.exists()
+
+
+def test_sources_that_change_meanwhile_make_no_library(place, monkeypatch):
+    monkeypatch.setenv("CXX", place.compiler(f"echo >> {place.sources}/vectors.h"))
+    with pytest.raises(RuntimeError, match="the sources of the CPU kernels changed while they were compiled"):
+        place.load()
+    assert not list(place.first.glob("*.so")) and not list(place.first.glob("*.tmp")) and not place.loaded
+
+
+def test_foreign_files_of_the_same_prefix_stay(place):
+    place.first.mkdir()
+    key = _cpp._key(NAME)[:16]
+    folder = place.first / f"moelab-kernels-{NAME}-{key}-x.so"
+    folder.mkdir()
+    others = [
+        place.first / name for name in (f"moelab-kernels-{NAME}-x.so", f"moelab-kernels-avx2-{key}-x.so", "x.tmp")
+    ]
+    for path in others:
+        path.touch()
+    assert place.load().parent == place.first
+    assert folder.is_dir() and all(path.exists() for path in others)
+
+
+def test_what_a_killed_compilation_left_is_removed_later(place):
+    place.first.mkdir()
+    killed, other, file = (place.first / f"moelab-kernels-{n}.tmp" for n in ("killed", "other", "file"))
+    killed.mkdir()
+    other.mkdir()
+    file.touch()
+    for old in (killed, file):
+        os.utime(old, (0, 0))
+    place.load()
+    assert not killed.exists() and other.exists() and file.exists()
+
+
+@pytest.mark.parametrize("why", ["no folder", "noexec", "no home"])
+def test_the_folder_of_temporary_files_is_next(place, monkeypatch, why):
+    if why == "no folder":
+        (place.root / "file").touch()
+        monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(place.root / "file" / "below"))
+    elif why == "noexec":
+        place.refuse.append(place.first)
+    else:
+        monkeypatch.delenv("TORCH_EXTENSIONS_DIR")
+        monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+        monkeypatch.setattr(Path, "home", Mock(side_effect=RuntimeError("no home")))
+    path, calls = place.load(), place.calls()
+    assert path.parent == place.temporary
+    assert place.load() == path and place.calls() == calls, "it is found there again"
+
+
+def test_no_folder_takes_it(place, monkeypatch):
+    place.refuse += [place.first, place.temporary]
+    with pytest.raises(RuntimeError, match=r"^no folder takes the compiled code \(.*: Operation not permitted\)$"):
+        place.load()
+    monkeypatch.setattr(tempfile, "gettempdir", Mock(side_effect=FileNotFoundError))
+    assert _cpp._folders() == (place.sources, place.first)
+
+
+@pytest.mark.parametrize("how", ["for all", "a link", "another user's"])
+def test_a_folder_of_temporary_files_that_others_may_have_filled_is_refused(place, how):
+    whole = place.load()
+    shutil.rmtree(place.temporary, ignore_errors=True)
+    real = place.root / "real" if how == "a link" else place.temporary
+    real.mkdir()
+    planted = real / whole.name
+    shutil.move(whole, planted)
+    if how == "for all":
+        real.chmod(0o777)
+    elif how == "a link":
+        place.temporary.symlink_to(real)
+    elif os.getuid() != 0:
+        pytest.skip("only root can make it another user's")
+    else:
+        os.chown(real, 65534, 65534)
+    place.refuse.append(place.first)
+    with pytest.raises(RuntimeError, match=r"no folder takes .*: others can write to it"):
+        place.load()
+    assert place.loaded == [whole], "what was planted is not loaded"
+
+
+def test_a_library_of_the_package_comes_first(place, monkeypatch):
+    path = place.load()
+    brought = place.sources / path.name
+    shutil.copy(path, brought)
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    assert place.load() == brought
+    brought.write_text("x")
+    assert place.load() == path
+
+
+def test_a_compiler_may_have_arguments_and_fail(place, monkeypatch):
+    monkeypatch.setenv("CXX", f"{place.compiler()} -B /some/where")
+    place.load()
+    assert all(line.startswith("-B /some/where -") for line in (place.root / "log").read_text().splitlines())
+    shutil.rmtree(place.first)
+    for said, line in (
+        ("x.cpp:1: error: made up\\nand more\\nmore\\nmore", "x.cpp:1: error: made up"),
+        ("a\\nb\\nc\\nd", "b | c | d"),
+        ("", "exit code 4"),
+    ):
+        monkeypatch.setenv("CXX", place.compiler(f"printf '{said}' >&2; exit 4"))
+        with pytest.raises(RuntimeError) as caught:
+            place.load()
+        assert str(caught.value).endswith(f"failed: {line}")
+        assert [p.suffix for p in place.first.iterdir()] == [".lock"]
+
+
+def test_names_of_instruction_sets(monkeypatch):
+    names = [*_cpp.supported(), "none"]
+    monkeypatch.setenv(_cpp.VARIABLE, "sse9")
+    with pytest.raises(ValueError) as caught:
+        _cpp.available()
+    assert str(caught.value) == f"MOELAB_INSTRUCTIONS must be one of {', '.join(names)} here, got 'sse9'"
+    monkeypatch.delenv(_cpp.VARIABLE)
+    assert _cpp.instructions() == names[0] and names[-2:] == ["baseline", "none"]
+    with _cpp.limited("none"):
+        assert version()["instructions"] == "none" and not _cpp.available()
+        with pytest.raises(RuntimeError, match=r"^MOELAB_INSTRUCTIONS is 'none'$"):
+            _cpp.operations()
+    assert _cpp.VARIABLE not in os.environ
+
+
+def test_version(instructions):
+    assert version() == {"sources": _cpp._key("")[:12], "instructions": instructions}
+
+
+COMPUTES = """
+import torch
+from moelab.kernels import gate, version
+for _ in range(2):
+    assert gate(torch.eye(4), 1).expert_SK.flatten().tolist() == [0, 1, 2, 3]
+print(version()["instructions"])
+"""
+
+
+@pytest.mark.multiprocess
+@pytest.mark.parametrize("compiler", ["none", "fails"])
+def test_without_a_compiler_plain_pytorch_computes(tmp_path, compiler):
+    cxx = "no-such-compiler" if compiler == "none" else Place(tmp_path).compiler("echo an error >&2; exit 1")
+    env = os.environ | {"CXX": cxx, "TORCH_EXTENSIONS_DIR": str(tmp_path / "made"), "TMPDIR": str(tmp_path)}
+    env.pop(_cpp.VARIABLE, None)
+    done = subprocess.run([sys.executable, "-c", COMPUTES], env=env, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, "none\n"), done.stderr
+    *before, line = done.stderr.splitlines()
+    assert len(before) == (compiler == "fails") and line.startswith("moelab: no CPU kernels: ")
+    missing = (
+        f"there is no C++ compiler '{cxx}'; install it, or set CXX." if compiler == "none" else "failed: an error."
+    )
+    assert missing in line and "Plain PyTorch computes instead" in line
+
+
+@pytest.mark.multiprocess
+def test_processes_at_the_same_time_compile_once_and_do_not_wait_for_a_killed_one(tmp_path):
+    place = Place(tmp_path)
+    code = "from pathlib import Path; from moelab.kernels import _cpp\n"
+    code += f"print(_cpp._compile({NAME!r}, Path({str(place.first)!r})))"
+
+    def start(also):
+        env = os.environ | {"CXX": place.compiler(also)}
+        options = dict(env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
+        return subprocess.Popen([sys.executable, "-c", code], **options)
+
+    slow = start("sleep 100")
+    try:
+        until = time.monotonic() + 300
+        while not place.calls():
+            assert time.monotonic() < until and slow.poll() is None
+            time.sleep(0.02)
+        slow.kill()  # its compilers live on
+        slow.wait()
+        (tmp_path / "log").unlink()
+        both = [start("sleep 0.2") for _ in range(2)]
+        outputs = [process.communicate(timeout=300) for process in both]
+    finally:
+        os.killpg(slow.pid, signal.SIGKILL)
+    (first, said), (second, said_second) = outputs
+    assert first == second and Path(first.strip()).read_text() == "made\n", outputs
+    assert sorted(len(text.splitlines()) for text in (said, said_second)) == [0, 1]
+    assert place.calls() == ONCE
+    assert len(list(place.first.glob("*.so"))) == 1
