@@ -57,13 +57,14 @@ _OF_THE_PAPER = {arm: name for arm, name in MODELS.items() if arm not in ("PR-Mo
 
 
 def arms(scale: str) -> list[str]:
-    """Return the arms of a scale: `quick` has the three that show the gap."""
-    return [arm for arm in ARMS if scale != "quick" or arm in _QUICK]
+    """Return the arms of a scale: `quick` has the three that show the gap, `full` those of the paper."""
+    kept = {"quick": _QUICK, "full": tuple(_OF_THE_PAPER)}
+    return list(kept.get(scale, ARMS))
 
 
-def build(scale: str, seed: int, overrides: Mapping[str, Any]) -> list[RunSpec]:
+def build(scale: str, seed: int, overrides: Mapping[str, Any], *, rate: settings.Rate = "own") -> list[RunSpec]:
     """Return the runs of one seed: every arm, then the budgets of those that have some."""
-    shared = {"scale": scale, "seed": seed, "overrides": overrides}
+    shared = {"scale": scale, "seed": seed, "overrides": overrides, "rate": rate}
     specs = [
         settings.spec(**(arm if isinstance(arm, Mapping) else {"name": arm}), **shared, label=label)
         for label, arm in ARMS.items()
@@ -206,7 +207,7 @@ EXPERIMENT = Experiment(
     paper="Fig 4, Table 4 (section 4.1)",
     question="Can fewer experts, better placed, match many?",
     paper_answer="PR-MoE-32/64 ends within about 0.01 nats of MoE-128 with a third of its parameters.",
-    scales=twin_scales(10, "the paper's models; 300 B tokens", quick=3),
+    scales=twin_scales(10, "the paper's models; 300 B tokens", quick=3, full=6),
     arms=ARMS,
     build=build,
     planned_seeds=5,

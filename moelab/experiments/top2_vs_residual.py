@@ -157,7 +157,7 @@ EXPERIMENT = Experiment(
     paper="Fig 2 right (section 4.1.1)",
     question="Is a second routed expert worth more than a fixed MLP?",
     paper_answer="No: equal loss, and the residual form trains more than 10 % faster.",
-    scales=twin_scales(3, "350M base with 32 experts; 300 B tokens"),
+    scales=twin_scales(3, "350M base with 32 experts; 300 B tokens", full=3),
     arms=ARMS,
     measures=True,
     measures_on_gpu=("gpu", "paper"),
