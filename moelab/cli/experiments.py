@@ -52,7 +52,7 @@ def list_(
 
 def run(
     name: Annotated[str | None, typer.Argument(help="experiment, see `moelab list`")] = None,
-    scale: Annotated[str | None, typer.Option(help="smoke, quick, cpu (the default), gpu or paper")] = None,
+    scale: Annotated[str | None, typer.Option(help="smoke, quick, cpu (the default), full, gpu or paper")] = None,
     parameter: commands.Parameters = None,
     all_: Annotated[bool, typer.Option("--all", help="every experiment that has the scale")] = False,
     dry_run: Annotated[

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from moelab.slurm.submit import Plan
 
 Name = Annotated[str, typer.Argument(help="experiment, see `moelab list`")]
-Scale = Annotated[str | None, typer.Option(help="smoke, quick, cpu, gpu or paper; by default the notebook's own")]
+Scale = Annotated[str | None, typer.Option(help="smoke, quick, cpu, full, gpu or paper; by default the notebook's own")]
 Profile = Annotated[
     str | None,
     typer.Option(

@@ -243,16 +243,18 @@ def _mix15(cache: Path) -> Corpus:
 def held_out_groups(domain: str, texts: list[mix15.Text]) -> Iterator[Document]:
     """Documents in their order, those of the groups whose names hash lowest being validation.
 
-    Groups are added until they hold 3 % of the text; one that alone holds more is training.
+    Groups are added until they hold 3 % of the text. One that alone holds more than 1 % is training, so that validation
+    is not much more than 3 % and of several groups.
     """
     sizes: Counter[str] = Counter()
     for text in texts:
         sizes[text.group] += len(text.text.encode())
     wanted = MIX15_VALIDATION * sizes.total()
+    small = [group for group in sizes if 3 * sizes[group] <= wanted] or [min(sizes, key=lambda group: sizes[group])]
     chosen: set[str] = set()
     held = 0
-    for group in sorted(sizes, key=lambda group: hash_fraction(f"{domain}/{group}")):
-        if held < wanted and sizes[group] <= wanted:
+    for group in sorted(small, key=lambda group: hash_fraction(f"{domain}/{group}")):
+        if held < wanted:
             chosen.add(group)
             held += sizes[group]
     for text in texts:
