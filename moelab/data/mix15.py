@@ -26,7 +26,11 @@ package is run. A paragraph of 40 characters or more that one of these domains h
 
 Modules of one package resemble each other, so validation documents are not chosen one by one: all documents of a group
 (an API, a service, a component, a collection) are training or all are validation (`corpus.held_out_groups`).
-Collections that a program wrote are left out (`GENERATED`). `near_copies.py` measures what resemblance is left.
+Collections that a program wrote are left out (`GENERATED`). Of the words of a domain's validation paragraphs, none to
+5 % are in a near copy of a training paragraph (`near_copies.py`; oracle 4.6 %, home 4.0 %, medicine 3.5 %).
+
+With a BPE of 2048 entries it has 108 M training tokens: 22 M of mix5's text, 16 M of documentation and facts, 71 M of
+code with its docstrings.
 """
 
 from __future__ import annotations
