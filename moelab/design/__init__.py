@@ -4,6 +4,8 @@ experiment   `Experiment` and `Scale`: how runs follow from a scale, seeds, arms
 settings     the scales and the settings of their trainings
 comparison   pairs runs of one seed, gives gains their intervals and judges them against the paper
 budgets      one training gives every budget of tokens; gap, data efficiency and effective size over tokens
+rates        at `full`: each arm at its own peak rate and at one that all share
+shares       at `full`: curves laid over the paper's at equal shares of the training
 
 The experiments themselves are in `moelab.experiments`. This package may import everything below `moelab.experiments`.
 """

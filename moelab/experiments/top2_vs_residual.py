@@ -6,7 +6,8 @@ the residual form is faster because it sends half the all-to-all volume.
 
 Here: twins, paired by seed. Speed is measured side by side in one process (`moelab.bench.train`): with one rank there
 is no all-to-all, so the measurement shows only the cost of routing, copying and smaller products. On 2 and 4 ranks of
-this machine (`sessions`) there is one, through memory. The volume is counted from the slots that leave a rank.
+this machine (`sessions`) there is one, through memory. The volume is counted from the slots that leave a rank. At
+`full` the arms have the paper's own tokens a parameter, at each one's own peak rate and at a shared one.
 
 Fixed before the first run: 3 seeds, all arms on each. Fixed on 2026-11-26, after three seeds had left the losses
 undecided: seeds 3 and 4 for all arms, and five is the end (`pr_moe`). Expect of the speed: the residual form as fast
