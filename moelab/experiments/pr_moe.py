@@ -4,13 +4,13 @@ Shows: validation loss of the 350M base with MoE-32, MoE-128, Pyramid-MoE-32/64,
 of the dense base, over training tokens. In the paper pyramid and residual each close part of the gap between 32 and 128
 experts.
 
-Here: twins on the same data order from the same shared weights; sizes, tokens and drop-free routing as `settings`
-says. The paper's PR-MoE has 28 % more active parameters than MoE-128, its twin 32 wide 12 %; `Top2-MoE-128` has about
-as many, so it is MoE-128 at PR-MoE's compute. `PR-MoE-32/64 (sum)` adds the two branches, as the text says; the others
-mix them by learned coefficients, as the released code does. Dense, PR-MoE and MoE-128 are also trained at smaller
-token budgets (`budgets`), which tells whether PR-MoE's share of the gain is one of this length only. At `full` the dense
-base and the five MoE arms of Fig 4 have the paper's own tokens a parameter and no budgets; each is trained at its own
-peak rate and at a shared one (`rates`).
+Here: twins on the same data order from the same shared weights; sizes, tokens and drop-free routing as `settings` says.
+The paper's PR-MoE has 28 % more active parameters than MoE-128, its twin 32 wide 12 %; `Top2-MoE-128` has about as
+many, so it is MoE-128 at PR-MoE's compute. `PR-MoE-32/64 (sum)` adds the two branches, as the text says; the others mix
+them by learned coefficients, as the released code does. Dense, PR-MoE and MoE-128 are also trained at smaller token
+budgets (`budgets`), which tells whether PR-MoE's share of the gain is one of this length only. At `full` the dense base
+and the five MoE arms of Fig 4 have the paper's own tokens a parameter and no budgets; each is trained at its own peak
+rate and at a shared one (`rates`).
 
 Fixed before the first run: 3 seeds, all arms on each. Fixed on 2026-11-26, after three seeds of some arms had left most
 claims undecided: seeds 3 and 4 for all arms, because half of the paper's effects is below 0.02 nats.
