@@ -65,7 +65,7 @@ def run(
     name: Annotated[
         str | None, typer.Argument(help="experiment, see `moelab list`", autocompletion=experiment_names)
     ] = None,
-    scale: Annotated[str | None, typer.Option(help="smoke, quick, cpu (the default), gpu or paper")] = None,
+    scale: Annotated[str | None, typer.Option(help="smoke, quick, cpu (the default), full, gpu or paper")] = None,
     parameter: commands.Parameters = None,
     all_: Annotated[bool, typer.Option("--all", help="every experiment that has the scale")] = False,
     dry_run: Annotated[

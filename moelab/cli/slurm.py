@@ -23,7 +23,7 @@ Experiments = Annotated[
     list[str],
     typer.Argument(metavar="NAME...", help="experiments, see `moelab list`", autocompletion=experiment_names),
 ]
-Scale = Annotated[str | None, typer.Option(help="smoke, quick, cpu, gpu or paper; by default the notebook's own")]
+Scale = Annotated[str | None, typer.Option(help="smoke, quick, cpu, full, gpu or paper; by default the notebook's own")]
 Profile = Annotated[
     str | None,
     typer.Option(

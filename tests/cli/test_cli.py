@@ -130,7 +130,7 @@ def test_version_and_help_in_the_order_of_use():
         (("run", "throughput", "-p", "train.tokens=5"), "no parameter 'train.tokens'"),
         (("run", "pr-moe", "--scale", "quick", "-p", "scale=cpu"), "-p scale=cpu and --scale quick are two scales"),
         (("prepare", "pr-moe", "--scale", "paper"), "is streamed and needs a bound"),
-        (("run", "pr-moe", "--scale", "huge"), "no scale 'huge'; allowed: smoke, quick, cpu, gpu"),
+        (("run", "pr-moe", "--scale", "huge"), "no scale 'huge'; allowed: smoke, quick, cpu, full, gpu"),
         (("run", "pr-moe", "-p", "seeds=0"), "pr-moe: seeds must be 1 to 1000, got 0"),
         (("run", "pr-moe", "-p", 'arms=["foo"]'), "pr-moe: unknown arm 'foo'; allowed: Dense"),
         (("run", "pr-moe", "-p", "data.corpus=mix6"), "data: unknown corpus 'mix6'; known are 'sotu', 'mix5'"),

@@ -292,7 +292,7 @@ def test_experiments_and_parameters_of_commands_are_accepted(page, tmp_path, mon
         done = CliRunner().invoke(app, [*words, *dry])
         assert done.exit_code == 0, f"{page}: moelab {' '.join(words)}: {done.exception}"
     if page == "docs/commands.md":
-        assert [config.corpus for config in prepared] == ["hf:monology/pile-uncopyrighted"]
+        assert [config.corpus for config in prepared] == ["hf:monology/pile-uncopyrighted", "mix15"]
 
 
 def test_installing_is_a_target_of_the_makefile_as_the_pages_say():
