@@ -160,6 +160,11 @@ class Experiment:
         """
         self.scale(scale)
         try:
+            for name, value in {"seeds": seeds, "first_seed": first_seed, "arms": arms, "overrides": overrides}.items():
+                if isinstance(value, str):
+                    raise ValueError(
+                        f"{name} cannot be the text {value!r}; papermill takes lists and objects by -y, not -p"
+                    )
             if not 1 <= seeds <= MOST_SEEDS:
                 raise ValueError(f"seeds must be 1 to {MOST_SEEDS}, got {seeds}")
             if not 0 <= first_seed < 2**32:

@@ -366,6 +366,8 @@ def test_larger_bases_train_at_less():
 @pytest.mark.parametrize(
     ("call", "part"),
     [
+        (lambda: half_moe.EXPERIMENT.specs(arms='["Dense"]'), "half-moe: arms cannot be the text"),
+        (lambda: half_moe.EXPERIMENT.specs(overrides="{}"), "half-moe: overrides cannot be the text '{}'; papermill"),
         (lambda: half_moe.EXPERIMENT.specs(arms=["Third half"]), "half-moe: unknown arm 'Third half'; allowed: Dense"),
         (lambda: top2_vs_residual.EXPERIMENT.specs(seeds=0), "top2-vs-residual: seeds must be 1 to 1000"),
         (lambda: zero_shot.EXPERIMENT.specs(first_seed=-1), "zero-shot: first_seed must be 0 to"),
@@ -560,6 +562,22 @@ def test_summary_and_gaps():
     assert comparison.paired(table, "a", "b") == [1.0, 0.5] and comparison.paired(table, "a", "c") == []
     assert comparison.gaps(table, "b").query("arm == 'a'")["gap"].tolist() == [1.0, 0.5]
     assert "a ends 0.750 nats above b (95 % interval" in comparison.difference(table, "a", "b")
+    for missing in (("c", "b"), ("c", "d")):  # a selection of the arms: what is there is compared
+        assert comparison.difference(table, *missing) == comparison.difference(table, "b", "a")
+    assert comparison.difference(final({"a": [2.0]}), "b", "c") == "b and c have no finished pair"
+
+
+@pytest.mark.parametrize(
+    ("losses", "said"),
+    [
+        ([3.0, 3.5], "all far below it"),
+        ([5.9, 6.0], "not far below it; these"),
+        ([6.0, 6.2], "not all below it; these"),
+    ],
+)
+def test_losses_are_told_beside_the_unigram_loss_as_they_are(losses, said):
+    found = comparison.beside_unigram(pd.DataFrame({"validation_loss": losses, "unigram_loss": 6.13}))
+    assert found.startswith(f"unigram 6.13 nats; arms {losses[0]:.2f} to {losses[1]:.2f}: {said}")
 
 
 def test_counts_of_the_exchanges_are_the_papers_and_the_simulators():
