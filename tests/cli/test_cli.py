@@ -463,7 +463,7 @@ from moelab.notebook.execute import parameters
 assert paths.checkout() is None and moelab.__file__.startswith(sys.argv[1])
 site.build(Path("results"))
 assert simulate.plan("350M+MoE-32", 8, "h100").best.fits, "clusters and calibration come along"
-assert {path.suffix for path in (Path(moelab.kernels.__file__).parent / "_compiled").iterdir()} >= {".cpp", ".h"}
+assert {path.suffix for path in (Path(moelab.kernels.__file__).parent / "_cpp").iterdir()} >= {".cpp", ".h"}
 print(len(paper.models()), len(paper.claims()), *parameters(EXPERIMENTS["pr-moe"]))
 """
     done = subprocess.run(
