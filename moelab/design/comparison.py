@@ -44,6 +44,7 @@ def missing(final: pd.DataFrame, *arms: str) -> list[str]:
 
     A seed that any arm of `final` has is expected of all.
     """
+    arms = tuple(dict.fromkeys(arms))  # an arm may be compared with itself
     return _missing(by_arm(final).reindex(columns=list(arms)), arms)
 
 

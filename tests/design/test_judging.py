@@ -3,9 +3,11 @@
 import math
 from dataclasses import replace
 
+import pandas as pd
 import pytest
 
 from moelab import paper
+from moelab.design import comparison
 from moelab.design import verdicts as claims
 from moelab.design.judging import MARGIN, agreed, can_test, judge, judge_timing, restate
 from moelab.design.simulated import judge_simulated
@@ -447,3 +449,9 @@ class TestSimulated:
     def test_an_order_needs_the_value_that_it_is_against(self):
         with pytest.raises(ValueError, match="needs the value of the right side"):
             judge_simulated(self.ORDERED, 1.0)
+
+
+def test_an_arm_may_be_compared_with_itself():
+    """As the best of several arms is with the first one, which it may be."""
+    final = pd.DataFrame({"seed": [0, 1], "arm": ["Dense", "Dense"], "validation_loss": [3.0, 3.1]})
+    assert comparison.difference(final, "Dense", "Dense").startswith("Dense ends level with Dense")
