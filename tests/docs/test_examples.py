@@ -328,7 +328,7 @@ def test_code_of_the_pages_runs(page, tmp_path, monkeypatch):
     names: dict = {}
     exec(code, names)
     if page == "explore.md":
-        assert len({spec.id for spec in asked}) == 6 + 4 + 2 and len(prompts) == 4
+        assert len({spec.id for spec in asked}) == 6 + 4 + 2 and len(prompts) == 3
     else:
         assert (tmp_path / "curve-dark.svg").exists()
 
