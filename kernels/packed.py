@@ -1,9 +1,9 @@
 """Compute with matrices that were packed once: products, norm, mix and attention of a decoding step on a CPU.
 
-The operations are C++ (``_cpp/packed.cpp``, ``residual.cpp``, ``attention.cpp``) for float32 and bfloat16, accumulated
-in float32, without gradients; `can_pack` says where they run. An operation does what takes several calls elsewhere,
-because a call takes microseconds, as long as reading a small matrix. A row's result has the same bits whatever the
-other rows and the number of threads. ``experts.py`` takes packed weights as well. The plain modules of
+The operations are C++ (``packed.cpp``, ``residual.cpp``, ``attention.cpp`` of ``_cpp``) for float32 and bfloat16,
+accumulated in float32, without gradients; `can_pack` says where they run. An operation does what takes several calls
+elsewhere, because a call takes microseconds, as long as reading a small matrix. A row's result has the same bits
+whatever the other rows and the number of threads. ``experts.py`` takes packed weights as well. The plain modules of
 ``moelab.models`` are the reference.
 
 Shapes: R rows, S tokens, E experts, M hidden, F feed-forward; B sequences, H heads, N heads of keys and values, D head

@@ -5,9 +5,12 @@ Heavy modules are imported inside the commands, so that `moelab --help` is quick
 
 from __future__ import annotations
 
+import difflib
+import errno
 import re
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -19,7 +22,6 @@ from moelab.terminal import plain
 
 app = typer.Typer(
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     help="Reproduce, question and extend the DeepSpeed-MoE paper (arXiv 2201.05596).",
 )
@@ -77,12 +79,33 @@ def main() -> None:
     except OSError as error:
         places = " -> ".join(str(name) for name in (error.filename, error.filename2) if name is not None)
         reason = error.strerror or str(error).partition("\n")[0] or type(error).__name__
-        _complain(f"{reason}{': ' if places else ''}{places}")
+        refused = error.errno in (errno.EROFS, errno.EACCES, errno.EPERM) and _variable_of(str(error.filename))
+        help = f"; {refused} names another folder" if refused else ""
+        _complain(f"{reason}{': ' if places else ''}{places}{help}")
         sys.exit(1)
+
+
+def _variable_of(file: str) -> str:
+    """Return the variable that names the home or results folder in which a file is; empty for other files."""
+    from moelab import environment, paths
+
+    folders = {environment.HOME.name: paths.home(), environment.RESULTS.name: paths.results()}
+    return next((name for name, folder in folders.items() if Path(file).is_relative_to(folder)), "")
 
 
 def _complain(line: str) -> None:
     print(f"moelab: {plain(line)}", file=sys.stderr)
+
+
+_MEANT = {
+    "train": "run",
+    "start": "run",
+    "experiments": "list",
+    "evaluate": "eval",
+    "results": "browse",
+    "queue": "status",
+}
+"""Names that other programs give to commands."""
 
 
 def _one_line(error: Any) -> str:
@@ -97,9 +120,20 @@ def _one_line(error: Any) -> str:
         names.insert(0, at.info_name)
         at = at.parent
     hint = f"see `{' '.join(['moelab', *names])} --help`" if context else ""
+    if context and (command := re.fullmatch(r"No such command '(.*)'", message)):
+        known = getattr(context.command, "commands", {})
+        close = (
+            [_MEANT[command[1]]] if _MEANT.get(command[1]) in known else difflib.get_close_matches(command[1], known, 1)
+        )
+        hint = f"did you mean {close[0]}? {hint}" if close else hint
     if type(error).__name__ == "NoSuchOption":
         message = f"no option {error.option_name}"
-        if error.possibilities:
+        options = {option for parameter in context.command.params for option in parameter.opts} if context else set()
+        # Of one hyphen and a word, click reads the first letter as the option.
+        words = [word.partition("=")[0] for word in sys.argv[1:] if word.startswith(error.option_name)]
+        if len(error.option_name) == 2 and (long := [word for word in words if f"-{word}" in options]):
+            message, hint = f"no option {long[0]}", f"did you mean -{long[0]}?"
+        elif error.possibilities:
             hint = f"did you mean {' or '.join(sorted(error.possibilities))}?"
         elif takes_parameters:
             hint = f"parameters are given as -p {_as_parameter(error.option_name, sys.argv[1:])}"

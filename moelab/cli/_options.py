@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Annotated, get_args
+from typing import Annotated, Any, get_args
 
 import typer
 
@@ -17,10 +17,43 @@ SIMULATOR = "The simulator"
 BENCHMARKS = "Benchmarks and kernels"
 """Groups of commands in the help."""
 
+AsJson = Annotated[bool, typer.Option("--json", help="all of it, as JSON")]
 Experts = Annotated[list[int] | None, typer.Option("--experts", help="number of experts; repeat for several")]
 Threads = Annotated[int, typer.Option(help="CPU threads")]
 Device = Annotated[str, typer.Option(help="cpu or cuda")]
 Out = Annotated[Path | None, typer.Option(help="folder for the numbers as JSON lines")]
+
+
+def experiment_names(incomplete: str) -> list[str]:
+    """Complete the name of an experiment."""
+    from moelab.experiments import EXPERIMENTS
+
+    return [name for name in EXPERIMENTS if name.startswith(incomplete)]
+
+
+def run_names(incomplete: str) -> list[str]:
+    """Complete the id of a run."""
+    from moelab.runs.store import RunStore
+
+    return [name for name in RunStore().ids() if name.startswith(incomplete)]
+
+
+def profile_names(incomplete: str) -> list[str]:
+    """Complete the name of a cluster profile."""
+    from moelab.slurm.profiles import names
+
+    return [name for name in names() if name.startswith(incomplete)]
+
+
+def print_json(value: Any) -> None:
+    """Print a value, of dataclasses perhaps, as JSON."""
+    import json
+    from dataclasses import asdict, is_dataclass
+
+    def plain(part: Any) -> Any:
+        return asdict(part) if is_dataclass(part) else part.item() if hasattr(part, "item") else str(part)
+
+    print(json.dumps(value, indent=2, default=plain))
 
 
 def check_choice(option: str, value: str, allowed: Sequence[str]) -> None:

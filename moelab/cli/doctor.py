@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import importlib
 import shutil
 import sys
 from collections.abc import Iterator
+from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 
 from rich.console import Console
@@ -22,32 +22,36 @@ def report() -> bool:
     """Print one line a check; False when something needed is missing."""
     console = Console()
     good = True
-    for ok, text in _checks():
+    for ok, text in checks():
         good &= ok is not False
         mark = {True: "[green]ok[/]", False: "[red]missing[/]", None: "[yellow]optional[/]"}[ok]
         console.print(f"{mark:>20}  {escape(text)}", soft_wrap=True, highlight=False)
     return good
 
 
-def _checks() -> Iterator[tuple[bool | None, str]]:
+def checks() -> Iterator[tuple[bool | None, str]]:
     """Return True, False or None (an optional thing that is absent), and a line that says what was found."""
     python = sys.version.split()[0]
     yield sys.version_info >= (3, 11), f"Python {python} (3.11 or newer)"
-    for name in ("torch", "triton", "tokenizers", "papermill", "jupyterlab", "seaborn", "submitit"):
-        try:
-            yield True, f"{name} {importlib.import_module(name).__version__}"
-        except ImportError as error:
+    for name in ("triton", "tokenizers", "papermill", "jupyterlab", "seaborn", "submitit"):
+        try:  # importing all of them would take ten seconds
+            yield find_spec(name) is not None, f"{name} {version(name)}"
+        except PackageNotFoundError:
             needed = name != "triton" or sys.platform == "linux"
-            yield False if needed else None, f"{name}: {error}; pip install -e . brings it"
-    import torch
-
-    from moelab import kernels
-
+            yield False if needed else None, f"{name} is not installed; pip install -e . brings it"
+    try:
+        import torch
+    except (ImportError, OSError) as error:
+        yield False, f"torch: {str(error).splitlines()[0]}; pip install -e . brings it"
+        return
+    yield True, f"torch {torch.__version__}"
     yield True, describe(hardware())
     if torch.cuda.is_available():
         yield True, f"CUDA {torch.version.cuda}: {torch.cuda.get_device_name(0)}"
     else:
         yield None, "no CUDA device: scales smoke, quick and cpu run, gpu does not"
+    from moelab import kernels
+
     reason = kernels.why_not()
     if reason is None:
         yield True, f"CPU kernels: C++ for {kernels.instructions()}"

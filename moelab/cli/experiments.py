@@ -13,14 +13,17 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from moelab.cli import slurm as commands
-from moelab.cli._options import EXPERIMENTS
+from moelab.cli._options import EXPERIMENTS, AsJson, experiment_names, print_json
 
 if TYPE_CHECKING:
     from moelab.runs.spec import RunSpec
 
 
 def list_(
-    name: Annotated[str | None, typer.Argument(help="an experiment, of which to say more")] = None,
+    name: Annotated[
+        str | None, typer.Argument(help="an experiment, of which to say more", autocompletion=experiment_names)
+    ] = None,
+    as_json: AsJson = False,
 ) -> None:
     """Show the experiments, or one with its scales and costs."""
     from rich.markup import escape
@@ -29,6 +32,11 @@ def list_(
     from moelab.experiments import EXPERIMENTS as KNOWN
     from moelab.experiments import experiment
 
+    if as_json:
+        told = ("name", "number", "title", "paper", "question", "paper_answer", "arms", "scales")
+        shown = KNOWN.values() if name is None else [experiment(name)]
+        print_json([{key: getattr(e, key) for key in told} for e in shown])
+        return
     console = terminal.console()
     if name is None:
         view = terminal.table("experiment", "in the paper", "cheapest cost")
@@ -54,8 +62,10 @@ def list_(
 
 
 def run(
-    name: Annotated[str | None, typer.Argument(help="experiment, see `moelab list`")] = None,
-    scale: Annotated[str | None, typer.Option(help="smoke, quick, cpu (the default), gpu or paper")] = None,
+    name: Annotated[
+        str | None, typer.Argument(help="experiment, see `moelab list`", autocompletion=experiment_names)
+    ] = None,
+    scale: Annotated[str | None, typer.Option(help="smoke, quick, cpu (the default), full, gpu or paper")] = None,
     parameter: commands.Parameters = None,
     all_: Annotated[bool, typer.Option("--all", help="every experiment that has the scale")] = False,
     dry_run: Annotated[
@@ -124,12 +134,9 @@ def _plan(specs: Sequence[RunSpec]) -> None:
 
 def claims(
     name: Annotated[str | None, typer.Argument(help="only claims of this experiment, or whose id begins so")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="all of it, as JSON")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Show the paper's claims, our values and the verdicts."""
-    import dataclasses
-    import json
-
     from moelab import paths, terminal
     from moelab.report.ledger import counts, distinct, entries, family, listing
     from moelab.report.summary import read_all
@@ -143,8 +150,7 @@ def claims(
         raise ValueError(f"claims: none of experiment {name!r}, and no id begins so; see `moelab list`")
     counted, together = counts(ledger), family(ledger)
     if as_json:
-        found = {"claims": [e.to_json() for e in shown], "counts": counted, "family": dataclasses.asdict(together)}
-        print(json.dumps(found, indent=2))
+        print_json({"claims": [e.to_json() for e in shown], "counts": counted, "family": together})
         return
     console = terminal.console()
     console.print(f"{len(distinct(ledger))} claims in {len(ledger)} rows", markup=False, highlight=False)

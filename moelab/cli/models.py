@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from moelab.cli._options import RUNS, Out, check_choice, check_device, check_dtypes
+from moelab.cli._options import RUNS, Out, check_choice, check_device, check_dtypes, run_names
 from moelab.config.parallel import EXCHANGES
 from moelab.runs.store import RunStore
 
@@ -20,7 +20,11 @@ SMALL_MODEL = "smollm2"
 
 def generate(
     run: Annotated[
-        str, typer.Argument(help="id of a run, or the beginning of it, or a directory of a run or an exported model")
+        str,
+        typer.Argument(
+            help="id of a run, or the beginning of it, or a directory of a run or an exported model",
+            autocompletion=run_names,
+        ),
     ],
     prompt: Annotated[list[str] | None, typer.Option("--prompt", help="text to continue; repeat for several")] = None,
     max_new_tokens: Annotated[int, typer.Option(help="tokens at most")] = 64,
@@ -152,7 +156,11 @@ def import_(
 
 def export(
     run: Annotated[
-        str, typer.Argument(help="id of a run, or the beginning of it, or a directory of a run or an imported model")
+        str,
+        typer.Argument(
+            help="id of a run, or the beginning of it, or a directory of a run or an imported model",
+            autocompletion=run_names,
+        ),
     ],
     directory: Annotated[Path, typer.Argument(help="new directory")],
     format: Annotated[

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from moelab.cli._options import AsJson, print_json
+
 if TYPE_CHECKING:
     from moelab.config import ModelConfig
 
@@ -34,6 +36,7 @@ def plan(
     max_latency: Annotated[float, typer.Option(help="ms; 0 is no limit")] = 0.0,
     dtype: Dtype = "fp16",
     figure: Annotated[Path | None, typer.Option(help="PNG or SVG file for the Pareto front")] = None,
+    as_json: AsJson = False,
 ) -> None:
     """Find the best layout to serve a model, and say why."""
     from rich.padding import Padding
@@ -56,6 +59,9 @@ def plan(
         max_latency_ms=max_latency,
         dtype=dtype,
     )
+    if as_json:
+        print_json(found)
+        return
     best = found.best
     console = terminal.console()
     console.print(f"{best.model} on {best.cluster}, {best.system}, best by {objective}:", highlight=False)
@@ -111,6 +117,7 @@ def decode(
     imbalance: Annotated[
         float, typer.Option(help="tokens of the busiest rank over an even share; for systems without slots")
     ] = 1.0,
+    as_json: AsJson = False,
 ) -> None:
     """Show one decoding step of one layout: latency by part, memory, throughput, cost."""
     from moelab import simulate
@@ -118,6 +125,9 @@ def decode(
     parallel = _parallel(simulate, cluster, gpus, tensor, expert, slicing, exchange or simulate.system(system).exchange)
     options = {"program": system, "batch": batch, "context": context, "dtype": dtype, "imbalance": imbalance}
     got = simulate.decode(_opened(model), parallel, cluster, **options)
+    if as_json:
+        print_json(got)
+        return
     print(f"{got.model} on {gpus} GPUs of {got.cluster}, {got.system}: {got.latency_ms:.2f} ms a token")
     for part, ms in got.parts_ms.items():
         if ms >= 0.0005:
@@ -138,9 +148,10 @@ def train(
     recompute: Annotated[bool, typer.Option(help="activation checkpointing")] = True,
     zero: Annotated[int, typer.Option(help="0, 1 or 2")] = 0,
     tokens: Annotated[float, typer.Option(help="tokens of the whole training, for the days it takes")] = 300e9,
+    as_json: AsJson = False,
 ) -> None:
     """Show a training step of one layout: time by part, samples/s, memory with optimizer, days of the training."""
-    from dataclasses import replace
+    from dataclasses import asdict, replace
 
     from moelab import simulate
 
@@ -154,6 +165,9 @@ def train(
         program=system,
         zero=zero,
     )
+    if as_json:
+        print_json({**asdict(got), "days": got.days(tokens)})
+        return
     print(f"{got.model} on {gpus} GPUs of {got.cluster}, {got.system}: {got.step_s:.3f} s a step of {batch} sequences")
     for part, seconds in got.parts_s.items():
         if seconds > 0:
@@ -164,10 +178,13 @@ def train(
 
 
 @app.command()
-def clusters() -> None:
+def clusters(as_json: AsJson = False) -> None:
     """Show the clusters that come with the package."""
     from moelab import simulate
 
+    if as_json:
+        print_json({name: simulate.cluster(name) for name in simulate.clusters()})
+        return
     for name in simulate.clusters():
         c = simulate.cluster(name)
         print(
@@ -177,11 +194,14 @@ def clusters() -> None:
 
 
 @app.command()
-def score() -> None:
+def score(as_json: AsJson = False) -> None:
     """Show every number of the paper that the simulator can be compared with, and its error."""
     from moelab.simulate.scoreboard import median_error, rows
 
     found = rows()
+    if as_json:
+        print_json(found)
+        return
     for row in found:
         print(
             f"{row['what']:<44} paper {row['paper']:>8.4g}  simulated {row['simulated']:>8.4g} {row['unit']:<9} "

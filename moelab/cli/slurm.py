@@ -13,18 +13,23 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from moelab.cli._options import CLUSTER
+from moelab.cli._options import CLUSTER, AsJson, experiment_names, print_json, profile_names, run_names
 
 if TYPE_CHECKING:
     from moelab.slurm.submit import Plan
 
-Name = Annotated[str, typer.Argument(help="experiment, see `moelab list`")]
-Scale = Annotated[str | None, typer.Option(help="smoke, quick, cpu, gpu or paper; by default the notebook's own")]
+Name = Annotated[str, typer.Argument(help="experiment, see `moelab list`", autocompletion=experiment_names)]
+Experiments = Annotated[
+    list[str],
+    typer.Argument(metavar="NAME...", help="experiments, see `moelab list`", autocompletion=experiment_names),
+]
+Scale = Annotated[str | None, typer.Option(help="smoke, quick, cpu, full, gpu or paper; by default the notebook's own")]
 Profile = Annotated[
     str | None,
     typer.Option(
         help="cluster: slurm/NAME.yaml or the path of one (processes: this machine); by default MOELAB_PROFILE",
         metavar="NAME",
+        autocompletion=profile_names,
     ),
 ]
 Parameters = Annotated[
@@ -66,7 +71,7 @@ def parse_parameters(items: Iterable[str] | None, scale: str | None) -> dict[str
 
 
 def prepare(
-    names: Annotated[list[str], typer.Argument(metavar="NAME...", help="experiments, see `moelab list`")],
+    names: Experiments,
     scale: Scale = None,
     parameter: Parameters = None,
 ) -> None:
@@ -95,7 +100,7 @@ def prepare(
 
 
 def submit(
-    names: Annotated[list[str], typer.Argument(metavar="NAME...", help="experiments, see `moelab list`")],
+    names: Experiments,
     scale: Scale = None,
     profile: Profile = None,
     parameter: Parameters = None,
@@ -153,6 +158,7 @@ def status(
     watch: Annotated[bool, typer.Option("--watch", help="keep looking until all is over")] = False,
     everything: Annotated[bool, typer.Option("--all", help="submissions in which all is over, too")] = False,
     every: Annotated[float, typer.Option(help="seconds between two looks of --watch")] = 10.0,
+    as_json: AsJson = False,
 ) -> None:
     """Show what was submitted: state, step, loss, time left.
 
@@ -163,6 +169,9 @@ def status(
 
     from moelab.slurm import status as module
 
+    if as_json:
+        print_json(module.overview(names or (), everything=everything))
+        return
     console = Console(width=None if sys.stdout.isatty() else 160)
     if not watch:
         console.print(module.overview(names or (), everything=everything))
@@ -176,7 +185,11 @@ def status(
 
 def logs(
     name: Annotated[
-        str, typer.Argument(help="run id (its beginning is enough), or SUBMISSION/notebook-0; see `moelab status`")
+        str,
+        typer.Argument(
+            help="run id (its beginning is enough), or SUBMISSION/notebook-0; see `moelab status`",
+            autocompletion=run_names,
+        ),
     ],
     follow: Annotated[bool, typer.Option("-f", "--follow", help="go on with what is added, until Ctrl-C")] = False,
     lines: Annotated[int, typer.Option("-n", help="of the end; 0 is all")] = 40,

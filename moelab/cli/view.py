@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from moelab.cli import slurm as commands
-from moelab.cli._options import EXPERIMENTS
+from moelab.cli._options import EXPERIMENTS, AsJson, print_json, run_names
 
 
 def lab(
@@ -68,7 +68,10 @@ def browse(
 
 
 def tensorboard(
-    run: Annotated[list[str] | None, typer.Argument(help="runs, by the beginning of their id; all without")] = None,
+    run: Annotated[
+        list[str] | None,
+        typer.Argument(help="runs, by the beginning of their id; all without", autocompletion=run_names),
+    ] = None,
     port: Annotated[int, typer.Option(help="port on 127.0.0.1")] = 6006,
 ) -> None:
     """Show runs in TensorBoard, also while they train.
@@ -80,11 +83,17 @@ def tensorboard(
     raise typer.Exit(board.serve(board.select(run or []), port))
 
 
-def doctor() -> None:
+def doctor(as_json: AsJson = False) -> None:
     """Check this installation: what works and what is missing."""
-    from moelab.cli.doctor import report
+    from moelab.cli.doctor import checks, report
 
-    if not report():
+    if as_json:
+        found = [{"ok": ok, "text": text} for ok, text in checks()]
+        print_json(found)
+        good = all(row["ok"] is not False for row in found)
+    else:
+        good = report()
+    if not good:
         raise typer.Exit(1)
 
 

@@ -5,6 +5,7 @@ experts per token, C capacity, M model (hidden) size, F feed-forward size, H hea
 T context length, G GPUs per node, P ranks.
 """
 
+from moelab.config._check import unknown
 from moelab.config.data import DataConfig
 from moelab.config.decoder import DecoderConfig, expert_pattern
 from moelab.config.distill import DistillConfig
@@ -37,4 +38,5 @@ __all__ = [
     "from_json",
     "identity",
     "to_json",
+    "unknown",
 ]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Iterable, Sequence
 from dataclasses import fields
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
@@ -10,6 +12,22 @@ def check(condition: bool, message: str) -> None:
     """Raise a one-line ValueError unless `condition` holds."""
     if not condition:
         raise ValueError(message)
+
+
+def unknown(
+    complaint: str, name: object, allowed: Iterable[str], *, listing: str = "", close: Sequence[str] = ()
+) -> str:
+    """Return one line about a name that is none of those allowed: what may have been meant, then what is allowed.
+
+    Args:
+        complaint: such as "no experiment 'x'".
+        listing: what is allowed, in other words than the names.
+        close: names that may have been meant; by default the one that is spelt most alike.
+    """
+    options = list(allowed)
+    close = close or difflib.get_close_matches(str(name), options, n=1)
+    meant = f"did you mean {close[0]}? " if close else ""
+    return f"{complaint}; {meant}allowed: {listing or ', '.join(options)}"
 
 
 def check_choices(config: Any, where: str) -> None:

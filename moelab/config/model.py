@@ -11,11 +11,12 @@ from __future__ import annotations
 
 import difflib
 import math
+import re
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, Self
 
 from moelab.config._check import check as _check
-from moelab.config._check import check_choices
+from moelab.config._check import check_choices, unknown
 from moelab.config.decoder import DecoderConfig
 from moelab.config.feed_forward import ExpertConfig, FeedForward, itemsize, scaled
 from moelab.config.names import BASES, GRAMMAR, NAME, PAPER_NAMES
@@ -137,11 +138,9 @@ class ModelConfig:
         _check(isinstance(name, str), f"model name must be a text such as 350M+MoE-128, got {name!r}")
         match = NAME.fullmatch("".join(name.split()))
         if match is None:
-            hint = difflib.get_close_matches(name, PAPER_NAMES, n=1)
-            raise ValueError(
-                f"model name {name!r} is not understood; allowed: {GRAMMAR}"
-                + (f" (did you mean {hint[0]}?)" if hint else "")
-            )
+            hyphened = re.sub(r"(?i)(?<=moe)(?=\d)", "-", "".join(name.split()))
+            close = [hyphened] if NAME.fullmatch(hyphened) else difflib.get_close_matches(name, PAPER_NAMES, n=1)
+            raise ValueError(unknown(f"model name {name!r} is not understood", name, (), listing=GRAMMAR, close=close))
         bases = {b.upper(): b for b in BASES}
         base = bases.get(match["base"].upper())
         _check(base is not None, f"model name {name!r}: unknown base {match['base']}; allowed: {', '.join(BASES)}")

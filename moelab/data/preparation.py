@@ -144,8 +144,8 @@ def _build(config: DataConfig, corpus: Corpus, folder: Path, say: Callable[[str]
     scratch = Path(tempfile.mkdtemp(prefix=f".building-{folder.name}-", dir=folder.parent))
     try:
         documents = corpus.documents
-        if corpus.remote and config.tokenizer != "gpt2":  # learning and encoding are two readings, the network's is one
-            say(f"{corpus.name}: downloading")
+        if corpus.slow and config.tokenizer != "gpt2":  # learning and encoding are two readings, the source's is one
+            say(f"{corpus.name}: reading")
             documents = _spooled(corpus, scratch / "spool.jsonl")
         say(f"{corpus.name}: learning {config.tokenizer}" if config.tokenizer != "gpt2" else "loading gpt2")
         tokenizer = _make_tokenizer(config, documents, folder.parent)

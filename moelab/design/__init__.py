@@ -9,6 +9,8 @@ verdicts     the one table of verdicts: words, signs, colours, meanings
 sequential   plans with several looks at the seeds
 power        how many seeds a comparison needs
 budgets      one training gives every budget of tokens; gap, data efficiency and effective size over tokens
+rates        at `full`: each arm at its own peak rate and at one that all share
+shares       at `full`: curves laid over the paper's at equal shares of the training
 
 The experiments themselves are in `moelab.experiments`. This package may import everything below `moelab.experiments`.
 """

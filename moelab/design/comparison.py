@@ -173,15 +173,36 @@ def interval_text(values: Sequence[float], looks: Sequence[int] = ()) -> str:
 def difference(final: pd.DataFrame, left: str, right: str, looks: Sequence[int] = ()) -> str:
     """Return "LEFT ends 0.012 nats above RIGHT (95 % interval …)", or which of the arms is missing.
 
-    Seeds of which one arm has no result are named.
+    Seeds of which one arm has no result are named. Where the two have no finished pair, it is said of the last and the
+    first arm that have one.
     """
     values = paired(final, left, right)
     if not values:
-        return f"{left} and {right} have no finished pair"
+        return _of_those_there(final, looks) or f"{left} and {right} have no finished pair"
     mean, lost = sum(values) / len(values), missing(final, left, right)
     where = f"{abs(mean):.3f} nats {'below' if mean < 0 else 'above'}" if abs(mean) >= 0.0005 else "level with"
     without = f"; without {', '.join(lost)}" if lost else ""
     return f"{left} ends {where} {right} ({interval_text(values, looks)}{without})"
+
+
+def _of_those_there(final: pd.DataFrame, looks: Sequence[int]) -> str:
+    """Return `difference` of the last and the first arm that have finished; empty where no seed is in common."""
+    arms = list(dict.fromkeys(final["arm"])) if "arm" in final else []
+    pair = next(
+        ((last, first) for first in arms for last in reversed(arms) if last != first and paired(final, last, first)), ()
+    )
+    return difference(final, *pair, looks) if pair else ""
+
+
+def beside_unigram(final: pd.DataFrame) -> str:
+    """Return in one line how the arms' losses lie to the unigram loss, which the tokens' frequencies alone give."""
+    unigram, losses = final["unigram_loss"].iloc[0], final["validation_loss"]
+    arms = f"unigram {unigram:.2f} nats; arms {losses.min():.2f} to {losses.max():.2f}"
+    if losses.max() < 0.8 * unigram:
+        return f"{arms}: all far below it"
+    low = losses.max() < unigram
+    where = "not far below it" if low else "not all below it"
+    return f"{arms}: {where}; these runs are too short for models to differ much"
 
 
 def differences(final: pd.DataFrame, expected: Sequence[tuple[str, str, str]]) -> pd.DataFrame:

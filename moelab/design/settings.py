@@ -9,6 +9,10 @@ which an experiment runs:
   for each of the 102 k parameters that the 350M twin has outside its embeddings (the paper: 992; its curves pass 161 at
   49 B of their 300 B tokens); the 1.3B twin sees 41, the 6.7B twin 7. The gap of MoE-128 to its base is more than twice
   that of shorter runs (LOG.md).
+- `full`: the same twins on 101.6 M tokens of mix15, read at most once, for each the paper's own number of tokens a
+  parameter, and each with the paper's schedule in proportion (`in_proportion`): so a share of our training is the same
+  share of the paper's. In bf16. A validation point at every thirtieth of the training: every 10 B of the
+  paper's 300 B tokens, where its Fig 1 was read.
 - `quick`: the same twins on 1 M tokens (10 a parameter): a run in a minute, and enough for the MoE arms to lead their
   base clearly (LOG.md).
 - `gpu`: hidden / 8, depth / 2, all experts; 400 M tokens of the public Pile, 168 a parameter; one GPU. Without a
@@ -25,14 +29,16 @@ measures that.
 At `quick`, `cpu` and `gpu` the rate warms up, stays, and decays linearly over the last fifth of the tokens, so that
 runs of smaller budgets branch off one long run (`budgets`). A base has one peak rate for its dense model and one for
 all its MoE models, because the families may differ in the rate that suits them. Both come from sweeps of the same three
-rates (experiment `learning-rate`), in the regime itself, on a seed that no other experiment uses.
+rates (experiment `learning-rate`), in the regime itself, on a seed that no other experiment uses. At `full` a rate
+moves a loss by more than most arms differ, so four families have a rate of their own, and every comparison is made at
+one shared rate as well (`FULL_RATES`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, Literal, get_args
 
 from moelab import paper
 from moelab.config import DataConfig, ModelConfig, RoutingConfig, TrainConfig
@@ -40,6 +46,9 @@ from moelab.config.distill import DistillConfig
 from moelab.config.overrides import check_overrides, override
 from moelab.config.parallel import ParallelConfig
 from moelab.runs.spec import RunSpec
+
+Rate = Literal["own", "shared"]
+"""At `full`, which peak rate an arm trains at: the best of its family, or the one that all families share."""
 
 SWEEP_SEED = 100
 """The seed of the learning-rate sweep; experiments use seeds from 0."""
@@ -50,6 +59,7 @@ SHAPES = {
     "smoke": {"hidden": 32, "depth": 6, "experts": 8, "vocab": 1024, "context": 64, "head_size": 32},
     "quick": _CPU_SHAPE,
     "cpu": _CPU_SHAPE,
+    "full": _CPU_SHAPE,
     "gpu": {"hidden": 8, "depth": 2, "experts": 1, "vocab": 8192, "context": 512, "head_size": 64},
 }
 """Scale -> arguments of `ModelConfig.shrink`."""
@@ -65,6 +75,9 @@ _CPU_TRAIN = TrainConfig(
     checkpoint_every=250,
 )
 
+_FULL_STEPS = 30 * 827
+"""101.6 M tokens in steps of 32 x 128; a multiple of 30, because Fig 1 was read every 10 B of its 300 B tokens."""
+
 TRAINS = {
     "smoke": TrainConfig(
         tokens=12_288,
@@ -77,6 +90,15 @@ TRAINS = {
     ),
     "quick": replace(_CPU_TRAIN, tokens=1_024_000, cooldown_tokens=204_800, eval_every=50, log_every=25),
     "cpu": _CPU_TRAIN,
+    "full": replace(
+        _CPU_TRAIN,
+        tokens=_FULL_STEPS * 32 * 128,
+        cooldown_tokens=0,
+        dtype="bf16",
+        eval_every=_FULL_STEPS // 30,
+        log_every=100,
+        checkpoint_every=500,
+    ),
     "gpu": TrainConfig(
         tokens=400_031_744,
         batch_size=64,
@@ -99,10 +121,34 @@ PEAK_RATES: dict[str, dict[str, tuple[float, float]]] = {
 """Scale -> base -> peak learning rates of its dense model and of its MoE models: at `cpu` and `quick` the best of their
 sweep on the 350M base. Not swept: `gpu`, and larger bases, which take the 350M's times `rate_ratio`."""
 
+FAMILIES = ("Dense", "MoE-32", "PR-MoE", "MoE-128")
+"""Families of models that are swept at `full`, each by the arm of the 350M base that has its name."""
+
+
+@dataclass(frozen=True)
+class Rates:
+    """Hold the peak rates of the 350M base at `full`; larger bases take them times `rate_ratio` unless they are here.
+
+    Attributes:
+        own: family -> the rate at which it ends lowest.
+        shared: one rate for all families.
+        measured: whether they come from the published sweep at this scale; False until it has run.
+    """
+
+    own: Mapping[str, float]
+    shared: float
+    measured: bool = False
+
+
+FULL_RATES: dict[str, Rates] = {"350M": Rates(own=dict.fromkeys(FAMILIES, 4e-3), shared=4e-3)}
+"""Base -> rates at `full`. PROVISIONAL until `moelab run learning-rate --scale full` has run: of two rates that were
+tried for one seed of MoE-128, on 65.5 M tokens of another text, it ended lower at 4e-3 (2.897 nats; at 8e-3 2.961)."""
+
 DATA = {
     "smoke": DataConfig(tokenizer="bpe-1024", context=64, max_bytes=600_000),
     "quick": DataConfig(corpus="mix5", tokenizer="bpe-2048", context=128),
     "cpu": DataConfig(corpus="mix5", tokenizer="bpe-2048", context=128),
+    "full": DataConfig(corpus="mix15", tokenizer="bpe-2048", context=128),
     "gpu": DataConfig(
         corpus="hf:monology/pile-uncopyrighted", tokenizer="bpe-8192", context=512, max_bytes=2_000_000_000
     ),
@@ -122,19 +168,21 @@ def spec(
     residual_mix: str = "learned",
     teacher: RunSpec | None = None,
     distill: DistillConfig | None = None,
+    rate: Rate = "own",
 ) -> RunSpec:
     """Return one training of a paper model, or of its twin.
 
     Args:
         name: of the model, such as ``350M+MoE-128``.
         overrides: settings in place of the scale's own, see `moelab.config.overrides`. With ``train.lr`` the rate ends
-            at a tenth of it unless ``train.min_lr`` says otherwise; with fewer ``train.tokens``, warm-up and decay keep
-            their share unless they are given, too. With ``parallel.data`` a twin's batch is cut into
-            one micro-batch per data rank unless ``train.micro_batch`` says otherwise; that makes it another run,
-            because tokens are routed within a micro-batch.
-        published: the run whose published settings the `paper` scale takes; by default the model's own, or those of
-            350M+MoE-128 on its base if it has none.
+            at a tenth of it (at `full` at the paper's share of it) unless ``train.min_lr`` says otherwise; with fewer
+            ``train.tokens``, warm-up and decay keep their share unless they are given, too. With ``parallel.data`` a
+            twin's batch is cut into one micro-batch per data rank unless ``train.micro_batch`` says otherwise; that
+            makes it another run, because tokens are routed within a micro-batch.
+        published: the run whose published settings the `paper` scale takes, and `full` in proportion; by default the
+            model's own, or those of 350M+MoE-128 on its base if it has none.
         routing: by default the scale's own.
+        rate: see `Rate`; other scales than `full` have only "own".
 
     Raises:
         ValueError: an unknown scale, model or setting, or a number out of range; the message is one line.
@@ -146,7 +194,13 @@ def spec(
         parts = {**paper.published_configs(name, published), "data": DATA["paper"]}
     else:
         parts = _twin(name, scale)
-    if "train.lr" in given:
+    if rate not in get_args(Rate) or (rate == "shared" and scale != "full"):
+        allowed = ", ".join(get_args(Rate)) if scale == "full" else "own (full has shared)"
+        raise ValueError(f"rate must be one of {allowed} at scale {scale}, got {rate!r}")
+    if scale == "full":
+        lr, tokens = given.get("train.lr", peak_rate(name, scale, rate)), given.get("train.tokens")
+        parts["train"] = in_proportion(parts["train"], name, published, lr=lr, tokens=tokens)
+    elif "train.lr" in given:
         given.setdefault("train.min_lr", given["train.lr"] / 10)
     own = parts["train"]
     if "train.tokens" in given and own.cooldown_tokens:
@@ -179,12 +233,48 @@ def rate_ratio(name: str) -> float:
     return rates.get(base_of(name), rates["350M"]) / rates["350M"]
 
 
-def peak_rate(name: str, scale: str) -> float:
-    """Return a twin's peak learning rate: its base's in `PEAK_RATES`, else the 350M's times `rate_ratio`."""
-    rates, family = PEAK_RATES[scale], int(ModelConfig.parse(name).is_moe)
-    if base_of(name) in rates:
-        return rates[base_of(name)][family]
-    return round(rates["350M"][family] * rate_ratio(name), 6)
+def peak_rate(name: str, scale: str, rate: Rate = "own") -> float:
+    """Return a twin's peak learning rate: its base's at the scale, else the 350M's times `rate_ratio`."""
+    if scale == "full":
+        found = {base: r.own[family(name)] if rate == "own" else r.shared for base, r in FULL_RATES.items()}
+    else:
+        found = {base: rates[int(ModelConfig.parse(name).is_moe)] for base, rates in PEAK_RATES[scale].items()}
+    base = base_of(name)
+    return found[base] if base in found else round(found["350M"] * rate_ratio(name), 6)
+
+
+def family(name: str) -> str:
+    """Return the family of `FAMILIES` whose rate a model takes: by its number of experts, PR-MoE and students apart."""
+    model = ModelConfig.parse(name)
+    if not model.is_moe:
+        return "Dense"
+    if "PR-MoE" in name:
+        return "PR-MoE"
+    return "MoE-128" if max(model.experts) >= 128 else "MoE-32"
+
+
+def in_proportion(
+    train: TrainConfig, name: str, published: str | None = None, *, lr: float, tokens: int | None = None
+) -> TrainConfig:
+    """Return a training with the paper's own schedule of a model: each part takes the same share of the tokens.
+
+    Warm-up and cosine take the published run's shares of its tokens, and the rate ends at its share of the peak.
+
+    Args:
+        train: what else the training has.
+        name, published: the model, and the run whose settings apply, see `paper.settings_for`.
+        lr: the peak rate.
+        tokens: by default the training's own.
+    """
+    theirs, tokens = paper.settings_for(name, published), tokens or train.tokens
+    return replace(
+        train,
+        tokens=tokens,
+        lr=lr,
+        min_lr=round(lr * theirs.min_lr / theirs.lr, 9),
+        warmup_tokens=round(tokens * theirs.warmup_tokens / theirs.train_tokens),
+        decay_tokens=round(tokens * theirs.decay_tokens / theirs.train_tokens),
+    )
 
 
 def _twin(name: str, scale: str) -> dict[str, Any]:

@@ -161,6 +161,7 @@ class Verdict:
         number: False where these runs cannot show the paper's number, only its direction.
         looks: the plan, see `moelab.design.sequential`.
         missing: seeds that have no value, by name.
+        other: the verdict on the same comparison at other settings, with which this one must agree to decide.
     """
 
     claim: str
@@ -184,6 +185,7 @@ class Verdict:
     number: bool = True
     looks: tuple[int, ...] = ()
     missing: tuple[str, ...] = ()
+    other: Verdict | None = None
 
     @property
     def text(self) -> str:

@@ -7,10 +7,10 @@ its notebook is NN_module.ipynb. Importing this package loads no torch. It may i
 
 from __future__ import annotations
 
-import difflib
 import importlib
 import pkgutil
 
+from moelab.config import unknown
 from moelab.design.experiment import Experiment, Scale
 
 
@@ -32,12 +32,16 @@ EXPERIMENTS: dict[str, Experiment] = _discover()
 
 
 def experiment(name: str) -> Experiment:
-    """Return the experiment of that name; raise a one-line ValueError with the allowed names if there is none."""
-    if name not in EXPERIMENTS:
-        close = difflib.get_close_matches(name, EXPERIMENTS, n=1)
-        hint = f" (did you mean {close[0]}?)" if close else ""
-        raise ValueError(f"no experiment {name!r}; allowed: {', '.join(EXPERIMENTS)}{hint}")
-    return EXPERIMENTS[name]
+    """Return the experiment of that name, or of that number of its notebook.
+
+    Raises:
+        ValueError: one line, with the names that are allowed.
+    """
+    numbers = {str(e.number): e for e in EXPERIMENTS.values()}
+    found = EXPERIMENTS.get(name) or numbers.get(name.lstrip("0") or "0")
+    if found is None:
+        raise ValueError(unknown(f"no experiment {name!r}", name, EXPERIMENTS))
+    return found
 
 
 __all__ = ["EXPERIMENTS", "Experiment", "Scale", "experiment"]

@@ -16,6 +16,9 @@ throughout where distillation stops. There the rate of the twins is still at its
 a fifth of it. What distillation changes at some step of a run is therefore compared at the peak rate until the decay
 over the last fifth of the tokens.
 
+At `full` all read the same text once, and rates follow the paper's cosine, both as published; the teacher is PR-MoE of
+the experiment `pr-moe` (on the 350M base). The arm of equal cost, which is not the paper's, is left out there.
+
 Fixed before the first run: 3 seeds, all arms on each.
 """
 
@@ -28,7 +31,7 @@ from typing import TYPE_CHECKING, Any
 from moelab import paper
 from moelab.config.distill import DistillConfig
 from moelab.design import comparison, settings
-from moelab.design.experiment import Experiment, Scale
+from moelab.design.experiment import FULL_HOURS, Experiment, Scale, full_cost
 from moelab.design.judging import judge
 from moelab.design.verdicts import Verdict
 from moelab.runs import with_weights
@@ -54,21 +57,29 @@ def names(base: str = "350M") -> dict[str, str]:
 
 
 def build(
-    scale: str, seed: int, overrides: Mapping[str, Any], *, base: str = "350M", stop: float = 0.7
+    scale: str,
+    seed: int,
+    overrides: Mapping[str, Any],
+    *,
+    base: str = "350M",
+    stop: float = 0.7,
+    rate: settings.Rate = "own",
 ) -> list[RunSpec]:
     """Return the runs of one seed: the teacher, and the student with each kind of distillation.
 
     Args:
         base: 350M or 1.3B.
         stop: share of the tokens after which staged distillation stops.
+        rate: see `settings.Rate`.
     """
     if base not in TEACHERS:
         raise ValueError(f"base must be one of {', '.join(TEACHERS)}, got {base!r}")
     if not 0 < stop < 1:
         raise ValueError(f"stop must be a share of the tokens between 0 and 1, got {stop}")
-    split = scale != "paper"
-    shared = {"scale": scale, "seed": seed, "overrides": overrides | ({"data.part": "odd blocks"} if split else {})}
+    split = reads_halves(scale)
+    shared = {"scale": scale, "seed": seed, "rate": rate}
     theirs = shared | {"overrides": overrides | ({"data.part": "even blocks"} if split else {})}
+    shared |= {"overrides": overrides | ({"data.part": "odd blocks"} if split else {})}
     teacher = settings.spec(TEACHERS[base], label="Teacher", **theirs)
     kinds = {
         "L21 alone": None,
@@ -87,16 +98,23 @@ def build(
         for arm, distill in kinds.items()
     ]
     alone, taught = students[:2]
-    if not split:
+    if scale == "paper":
         return [teacher, *students]
     a_step = taught.train.batch_size * taught.data.context
     until = max(1, round(stop * taught.train.tokens / a_step)) * a_step
     taught = replace(taught, train=replace(taught.train, keep_at=(until,)))
     staged = replace(alone, start=Start(taught, until), label="L21 + staged KD")
+    if not split:
+        return [teacher, alone, taught, staged]
     tokens = round(alone.train.tokens * taught.cost / alone.cost)
     longer = shared | {"overrides": shared["overrides"] | {"train.tokens": tokens}}
     equal = settings.spec(f"{TEACHERS[base]}+L21", label="L21 alone, equal cost", **longer)
     return [teacher, alone, equal, taught, staged]
+
+
+def reads_halves(scale: str) -> bool:
+    """Return whether teacher and students read different halves of the text at a scale."""
+    return scale not in ("full", "paper")
 
 
 def measure_halves(runs: Runs, tokens: int) -> list[dict[str, Any]]:
@@ -209,11 +227,12 @@ def verdicts(final: pd.DataFrame, curves: pd.DataFrame, scale: str, base: str = 
     for claim in paper.claims("distillation"):
         if claim.id == "full-kd-helps-early" and claim.right == arms["L21 alone"]:
             values = list(early(curves).query("arm == 'L21 + KD'")["gap"])
-            note = "Mean over the evaluations of the first half of training, at the peak rate; twins, paired by seed."
+            peak = ", at the peak rate" if reads_halves(scale) else ""
+            note = f"Mean over the evaluations of the first half of training{peak}; twins, paired by seed."
             lost = comparison.missing(final, "L21 + KD", "L21 alone") if values else ()
             judged.append(judge(claim, values, note=note, scale=scale, looks=looks, missing=lost))
         else:
-            halves = scale != "paper" and arms["Teacher"] in (claim.left, claim.right)
+            halves = reads_halves(scale) and arms["Teacher"] in (claim.left, claim.right)
             note = f"{comparison.TWINS} {HALVES}" if halves else comparison.TWINS
             judged.append(comparison.judge_loss(claim, final, arms, scale, looks, note))
     return judged
@@ -238,6 +257,10 @@ EXPERIMENT = Experiment(
         "quick": Scale("twins 32 wide, 8 and 7 layers; 1 M tokens of mix5", "about 6 minutes a seed on one core"),
         "cpu": Scale(
             "twins 32 wide (1.3B base: 64), 8 and 7 layers; 16.4 M tokens of mix5", "about 1.3 hours a seed on one core"
+        ),
+        "full": Scale(
+            "twins 32 wide (1.3B base: 64), 8 and 7 layers; 101.6 M tokens of mix15",
+            full_cost(3.8 * FULL_HOURS["350M"]),
         ),
         "gpu": Scale("twins 128 wide, 12 layers; 400 M tokens of the Pile", "not yet run; one GPU"),
         "paper": Scale("PR-MoE on either base; 300 B tokens a run", "not run; see its dry run"),

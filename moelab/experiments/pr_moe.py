@@ -4,11 +4,13 @@ Shows: validation loss of the 350M base with MoE-32, MoE-128, Pyramid-MoE-32/64,
 of the dense base, over training tokens. In the paper pyramid and residual each close part of the gap between 32 and 128
 experts.
 
-Here: twins on the same data order from the same shared weights; sizes, tokens and drop-free routing as `settings`
-says. The paper's PR-MoE has 28 % more active parameters than MoE-128, its twin 32 wide 12 %; `Top2-MoE-128` has about
-as many, so it is MoE-128 at PR-MoE's compute. `PR-MoE-32/64 (sum)` adds the two branches, as the text says; the others
-mix them by learned coefficients, as the released code does. Dense, PR-MoE and MoE-128 are also trained at smaller
-token budgets (`budgets`), which tells whether their gains are ones of this length only.
+Here: twins on the same data order from the same shared weights; sizes, tokens and drop-free routing as `settings` says.
+The paper's PR-MoE has 28 % more active parameters than MoE-128, its twin 32 wide 12 %; `Top2-MoE-128` has about as
+many, so it is MoE-128 at PR-MoE's compute. `PR-MoE-32/64 (sum)` adds the two branches, as the text says; the others mix
+them by learned coefficients, as the released code does. Dense, PR-MoE and MoE-128 are also trained at smaller token
+budgets (`budgets`), which tells whether their gains are ones of this length only. At `full` the dense base and the five
+MoE arms of Fig 4 have the paper's own tokens a parameter and no budgets; each is trained at its own peak rate and at a
+shared one (`rates`).
 
 Fixed before the first run: 3 seeds, all arms on each. Fixed on 2026-11-26, after three seeds of some arms had left most
 claims undecided: seeds 3 and 4 for all arms, because half of the paper's effects is below 0.02 nats.
@@ -56,13 +58,14 @@ _OF_THE_PAPER = {arm: name for arm, name in MODELS.items() if arm not in ("PR-Mo
 
 
 def arms(scale: str) -> list[str]:
-    """Return the arms of a scale: `quick` has the three that show the gap."""
-    return [arm for arm in ARMS if scale != "quick" or arm in _QUICK]
+    """Return the arms of a scale: `quick` has the three that show the gap, `full` those of the paper."""
+    kept = {"quick": _QUICK, "full": tuple(_OF_THE_PAPER)}
+    return list(kept.get(scale, ARMS))
 
 
-def build(scale: str, seed: int, overrides: Mapping[str, Any]) -> list[RunSpec]:
+def build(scale: str, seed: int, overrides: Mapping[str, Any], *, rate: settings.Rate = "own") -> list[RunSpec]:
     """Return the runs of one seed: every arm, then the budgets of those that have some."""
-    shared = {"scale": scale, "seed": seed, "overrides": overrides}
+    shared = {"scale": scale, "seed": seed, "overrides": overrides, "rate": rate}
     specs = [
         settings.spec(**(arm if isinstance(arm, Mapping) else {"name": arm}), **shared, label=label)
         for label, arm in ARMS.items()
@@ -197,7 +200,7 @@ EXPERIMENT = Experiment(
     paper="Fig 4, Table 4 (section 4.1)",
     question="Can fewer experts, better placed, match many?",
     paper_answer="PR-MoE-32/64 ends within about 0.01 nats of MoE-128 with a third of its parameters.",
-    scales=twin_scales(10, "the paper's models; 300 B tokens", quick=3),
+    scales=twin_scales(10, "the paper's models; 300 B tokens", quick=3, full=6),
     arms=ARMS,
     build=build,
     looks={"cpu": (3, 5)},

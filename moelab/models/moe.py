@@ -89,7 +89,7 @@ class Mix(nn.Linear):
     packed: packed.PackedMix | None = None
 
     def forward(self, routed_SM: Tensor, fixed_SM: Tensor, x_SM: Tensor, add_SM: Tensor | None = None) -> Tensor:
-        """Return the branches' weighted sum, with `add_SM` added, [S, M]; the layer's input `x_SM` gives the weights."""
+        """Return the branches' weighted sum by the layer's input `x_SM`, with `add_SM` added, [S, M]."""
         if self.packed is not None:
             return packed.mix(routed_SM, fixed_SM, x_SM, self.packed, add_SM)
         weight, bias = self.weight.to(x_SM.dtype), self.bias.to(x_SM.dtype)

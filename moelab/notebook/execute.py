@@ -19,6 +19,7 @@ from typing import Any, TextIO
 from traitlets import Type, Unicode
 
 from moelab import environment, paths
+from moelab.config import unknown
 from moelab.config.overrides import SECTIONS, check_overrides
 from moelab.experiments import Experiment
 from moelab.files import read_json, sweep, write_json
@@ -82,7 +83,7 @@ def check_parameters(experiment: Experiment, given: Mapping[str, str]) -> dict[s
         ValueError: one line with the parameters and types, or the settings, that are allowed.
     """
     allowed = parameters(experiment)
-    listing = "; allowed: " + ", ".join(f"{p.name}: {p.type} = {p.default!r}" for p in allowed.values())
+    listing = ", ".join(f"{p.name}: {p.type} = {p.default!r}" for p in allowed.values())
     if "overrides" in allowed:
         listing += f"; settings of the runs: {', '.join(f'{section}.…' for section in SECTIONS)}"
     values: dict[str, Any] = {}
@@ -91,12 +92,12 @@ def check_parameters(experiment: Experiment, given: Mapping[str, str]) -> dict[s
         if name in dotted:
             continue
         if name not in allowed:
-            raise ValueError(f"{experiment.name}: no parameter {name!r}{listing}")
+            raise ValueError(unknown(f"{experiment.name}: no parameter {name!r}", name, allowed, listing=listing))
         try:
             values[name] = _value(allowed[name].type, text)
         except ValueError:
             raise ValueError(
-                f"{experiment.name}: parameter {name} must be {allowed[name].type}, got {text!r}{listing}"
+                f"{experiment.name}: parameter {name} must be {allowed[name].type}, got {text!r}; allowed: {listing}"
             ) from None
     if dotted:
         try:

@@ -15,7 +15,7 @@ without torch or pandas.
 
 from moelab.paper._table import HOW, Provenance, Table
 from moelab.paper.claims import DIRECTIONS, KINDS, SCALES, TESTABLE_AT, Claim, claim, claims, experiments
-from moelab.paper.configs import GPUS, published_configs
+from moelab.paper.configs import GPUS, published_configs, settings_for
 from moelab.paper.conflicts import Conflict, conflict, conflicts
 from moelab.paper.inference import InferenceResult, inference_results
 from moelab.paper.models import PaperModel, model, models, size_table
@@ -59,6 +59,7 @@ __all__ = [
     "model",
     "models",
     "published_configs",
+    "settings_for",
     "size_table",
     "training_settings",
     "training_throughput",

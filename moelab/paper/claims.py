@@ -8,7 +8,7 @@ from moelab.paper._table import Provenance, Table, load, unknown
 
 KINDS = ("difference", "ratio", "ordering", "bound")
 DIRECTIONS = ("lower", "higher", "equal")
-SCALES = ("smoke", "quick", "cpu", "gpu", "paper")
+SCALES = ("smoke", "quick", "cpu", "full", "gpu", "paper")
 """The sizes at which experiments run, from the smallest to the largest."""
 TESTABLE_AT = (*SCALES, "simulated")
 

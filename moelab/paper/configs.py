@@ -7,14 +7,14 @@ instead of tensor slicing for the dense 1.3B and 6.7B.
 from __future__ import annotations
 
 from moelab.config import ModelConfig, ParallelConfig, RoutingConfig, TrainConfig
-from moelab.paper.training import all_training_settings, training_settings
+from moelab.paper.training import TrainingSettings, all_training_settings, training_settings
 
 GPUS = 64
 """GPUs of the paper's training scripts."""
 
 
-def published_configs(name: str, run: str | None = None) -> dict[str, ModelConfig | TrainConfig | ParallelConfig]:
-    """Return "model", "train" and "parallel" of a model at its own size, with the settings of the paper's scripts.
+def settings_for(name: str, run: str | None = None) -> TrainingSettings:
+    """Return the training settings that apply to a model.
 
     Args:
         name: of the model, such as ``350M+MoE-128``.
@@ -22,7 +22,16 @@ def published_configs(name: str, run: str | None = None) -> dict[str, ModelConfi
     """
     known = {row.run for row in all_training_settings()}
     run, base = run or name, name.split("+")[0]
-    s = training_settings(run if run in known else f"{base}+MoE-128" if "MoE" in name else base)
+    return training_settings(run if run in known else f"{base}+MoE-128" if "MoE" in name else base)
+
+
+def published_configs(name: str, run: str | None = None) -> dict[str, ModelConfig | TrainConfig | ParallelConfig]:
+    """Return "model", "train" and "parallel" of a model at its own size, with the settings of the paper's scripts.
+
+    Args:
+        name, run: see `settings_for`.
+    """
+    s, base = settings_for(name, run), name.split("+")[0]
     routing = RoutingConfig()
     if s.capacity_factor_train is not None:
         routing = RoutingConfig(

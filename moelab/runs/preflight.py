@@ -77,7 +77,8 @@ def _check_devices(specs: Sequence[RunSpec], device: str) -> None:
         return
     if not (count := machine.cuda_devices()):
         raise ValueError(
-            "no CUDA device is available here; scales smoke, quick and cpu need none, `moelab submit` asks a cluster"
+            "no CUDA device is available here; scales smoke, quick, cpu and full need none, `moelab submit` asks a "
+            "cluster"
         )
     from moelab.engine.launch.launcher import in_allocation
 

@@ -20,7 +20,6 @@ from moelab.files import write_bytes
 from moelab.runs import with_weights
 from moelab.runs.spec import RunSpec
 from moelab.runs.store import Run, RunStore, Status, check_result
-from moelab.training.metrics import TRAIN, VALIDATION, parse_rows
 
 FILES = ("spec.json", "provenance.json", "train.jsonl", "validation.jsonl", "status.json", "result.json")
 """What a record holds; the result comes last, because a run that has one counts as finished."""
@@ -83,6 +82,8 @@ def read(archive: Path, store: RunStore) -> Run | None:
                 raise ValueError("no object")
         except (ValueError, RecursionError) as error:
             raise ValueError(f"{archive}: unreadable ({name}: {str(error) or type(error).__name__})") from None
+    from moelab.training.metrics import TRAIN, VALIDATION, parse_rows  # imports numpy, which the help does without
+
     check_result(json.loads(content["result.json"]), f"{archive}: result.json")
     for name in (TRAIN, VALIDATION):
         parse_rows(content.get(name, b""), f"{archive}: {name}")

@@ -249,10 +249,10 @@ class RunSpec:
 def closure(specs: Sequence[RunSpec]) -> dict[str, RunSpec]:
     """Return run id -> spec of these runs and all that they require, required ones first.
 
-    Where a run is asked for and required by another, layout and label are those of the one asked for. It keeps all
-    checkpoints that any of them needs.
+    Where a run is asked for and required by another, layout and label are those of the one asked for, first. It keeps
+    all checkpoints that any of them needs.
     """
-    asked = {spec.id: spec for spec in specs}
+    asked = {spec.id: spec for spec in reversed(specs)}
     found: dict[str, RunSpec] = {}
     for needed in (run for spec in specs for run in (*spec.requires(), spec)):
         before = found.get(needed.id, needed)

@@ -9,13 +9,12 @@ is in `moelab.simulate.constants`.
 
 from __future__ import annotations
 
-import difflib
 from dataclasses import dataclass
 from functools import cache
 from importlib import resources
 from pathlib import Path
 
-from moelab.config import from_json
+from moelab.config import from_json, unknown
 
 ALIASES = {"a100": "a100-40gb"}
 
@@ -100,9 +99,8 @@ def cluster(name: str | Cluster) -> Cluster:
     known = clusters()
     plain = ALIASES.get(name.lower(), name.lower())
     if plain not in known:
-        close = difflib.get_close_matches(plain, known, n=1)
-        hint = f" (did you mean {close[0]}?)" if close else ""
-        raise ValueError(f"no cluster {name!r}; allowed: {', '.join((*ALIASES, *known))}, or a YAML file{hint}")
+        listing = f"{', '.join((*ALIASES, *known))}, or a YAML file"
+        raise ValueError(unknown(f"no cluster {name!r}", name, known, listing=listing))
     return _shipped(plain)
 
 

@@ -5,11 +5,10 @@ The counts come from the code or the paper's text; none is fitted. The count of 
 
 from __future__ import annotations
 
-import difflib
 import math
 from dataclasses import dataclass
 
-from moelab.config import ModelConfig
+from moelab.config import ModelConfig, unknown
 from moelab.config.parallel import Exchange
 
 
@@ -134,10 +133,7 @@ def system(name: str | System) -> System:
     if isinstance(name, System):
         return name
     if name not in SYSTEMS:
-        close = difflib.get_close_matches(name, SYSTEMS, n=1)
-        raise ValueError(
-            f"no system {name!r}; allowed: {', '.join(SYSTEMS)}" + (f" (did you mean {close[0]}?)" if close else "")
-        )
+        raise ValueError(unknown(f"no system {name!r}", name, SYSTEMS))
     return SYSTEMS[name]
 
 

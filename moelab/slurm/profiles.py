@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Literal
 
 from moelab import environment, paths
-from moelab.config import from_json
+from moelab.config import from_json, unknown
 
 
 @dataclass(frozen=True)
@@ -124,6 +124,12 @@ def folder() -> Path | None:
     return root / "slurm" if root else None
 
 
+def names() -> list[str]:
+    """Return the names of the profiles in `folder`."""
+    known = folder()
+    return sorted(path.stem for path in known.glob("*.yaml")) if known else []
+
+
 def load(name: str) -> Profile:
     """Return the profile `slurm/<name>.yaml`, or that of the YAML file whose path is given.
 
@@ -142,8 +148,8 @@ def load(name: str) -> Profile:
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: not UTF-8 ({error})") from None
     except OSError:
-        names = ", ".join(sorted(p.stem for p in known.glob("*.yaml"))) if known else "a path to a YAML file"
-        raise ValueError(f"no cluster profile {name!r}; allowed: {names}, or the path of a .yaml file") from None
+        listing = f"{', '.join([*names(), 'or'])} the path of a .yaml file"
+        raise ValueError(unknown(f"no cluster profile {name!r}", name, names(), listing=listing)) from None
     try:
         # Everything as text: YAML would read 24:00:00 as a number and the account `no` as false.
         data = yaml.load(text, Loader=yaml.BaseLoader)

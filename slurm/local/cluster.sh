@@ -55,6 +55,11 @@ up() {
   need slurmctld slurmd munged sbatch "slurmctld slurmd slurm-client munge"
   [ -z "$accounting" ] || need slurmdbd mariadbd mariadb-install-db mariadb "slurmdbd mariadb-server-core mariadb-client-core"
   if alive "$dir/run/slurmctld.pid"; then echo "already up: $dir"; return; fi
+  local last=$((port + nodes)) n
+  for n in $(seq "$port" $((last + (${#accounting} > 0)))); do
+    ! (exec 3<>"/dev/tcp/127.0.0.1/$n") 2>/dev/null || { echo "port $n is in use; MOELAB_SLURM_PORT names the first of others" >&2; exit 1; }
+  done
+  trap 'down; echo "not up; what was started is stopped, see $dir/log" >&2' EXIT
   umask 022
   mkdir -p "$dir"/{etc,run,log,state,spool}
   chmod 711 "$dir/run"  # munged insists on a directory that others may pass through
@@ -67,6 +72,7 @@ up() {
   for n in $(seq $nodes); do start "node$n"; done
   for _ in $(seq 600); do [ "$(idle)" = $nodes ] && break; sleep 0.1; done
   [ "$(idle)" = $nodes ] || { echo "not all nodes came up; see $dir/log" >&2; exit 1; }
+  trap - EXIT
   echo "up: $nodes nodes, $gpus pretend GPUs each${accounting:+, with accounting}; eval \"\$(slurm/local/cluster.sh env)\""
 }
 

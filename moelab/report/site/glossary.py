@@ -15,8 +15,9 @@ TERMS = {
     "arm": "one of the models or settings that an experiment compares",
     "seed": "the number from which initial weights and the order of the data are drawn; several show how much of a "
     "difference is chance",
-    "scale": "the size at which an experiment runs: smoke (seconds, for tests), quick (minutes), cpu (a laptop), gpu "
-    "(one GPU), paper (the published models on a cluster); simulated: the cluster model",
+    "scale": "the size at which an experiment runs: smoke (seconds, for tests), quick (minutes), cpu (a laptop), "
+    "full (the paper’s own tokens for each parameter), gpu (one GPU), paper (the published models on a cluster); "
+    "simulated: the cluster model",
     "nats": "unit of the loss: the mean of −ln p, p the probability that the model gave to the right next token; 0.7 "
     "less is twice the probability",
     "MoE": "mixture of experts: a layer with several feed-forward networks, of which a gate chooses one or a few for "

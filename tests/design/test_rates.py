@@ -1,0 +1,91 @@
+"""Comparisons at each arm's own rate and at a shared one, and curves over the share of the training."""
+
+from dataclasses import replace
+
+import matplotlib
+import pandas as pd
+import pytest
+
+from moelab import paper
+from moelab.design import rates, settings, shares
+from moelab.design.judging import judge, restate
+from moelab.design.verdicts import DIRECTION, FEW_SEEDS, MEASURED, REPRODUCED, UNDECIDED
+from moelab.runs.collection import Runs
+from moelab.runs.spec import closure
+from moelab.runs.store import RunStore
+
+
+def built(rate):
+    return [settings.spec("350M", "full", rate=rate, label="Dense")]
+
+
+def test_a_run_that_is_both_is_one_run_and_is_shown_twice(tmp_path, monkeypatch):
+    specs = rates.at_both(built)
+    assert [s.label for s in specs] == ["Dense", "Dense, shared rate"] and specs[0].id == specs[1].id
+    assert [s.label for s in closure(specs).values()] == ["Dense"], "a plan names the arm"
+    own, shared = rates.by_rate(Runs([RunStore(tmp_path).run(s) for s in specs]))
+    assert [r.spec.label for r in (*own, *shared)] == ["Dense", "Dense"] and own[0].path == shared[0].path
+    monkeypatch.setitem(settings.FULL_RATES, "350M", settings.Rates({"Dense": 8e-3}, 4e-3))
+    specs = rates.at_both(built)
+    assert [s.train.lr for s in specs] == [8e-3, 4e-3] and len(closure(specs)) == 2
+    assert rates.at_own(specs) == specs[:1]
+
+
+def test_a_claim_is_decided_where_both_rates_agree():
+    claim = paper.claim("moe128-350m-beats-own-base")
+    lower, higher = judge(claim, [-0.31, -0.30, -0.305]), judge(claim, [0.31, 0.30, 0.305])
+    assert lower.kind == MEASURED and lower.verdict in (REPRODUCED, DIRECTION)
+    (same,) = rates.agreed([lower], [lower])
+    assert same.verdict == lower.verdict and same.p == lower.p and "At one shared rate: -0.305" in same.text
+    (other,) = rates.agreed([lower], [higher])
+    assert other.verdict == UNDECIDED and f"+0.305 nats/token, {higher.verdict}" in other.text
+    assert restate(claim, other) == other, "a stored verdict stays undecided"
+    counted = judge(claim, [-0.3], exact=True)
+    one = judge(claim, [-0.3])
+    assert one.verdict == FEW_SEEDS
+    assert rates.agreed([counted, lower], []) == [counted, lower]
+    assert rates.agreed([counted], [higher]) == [counted] and rates.agreed([one], [higher]) == [one]
+    assert rates.agreed([lower], [replace(higher, ours=None)]) == [lower], "nothing was found at the other rate"
+
+
+def curves(losses):
+    rows = [
+        {"arm": arm, "seed": seed, "tokens": 30 * i, "loss": loss}
+        for (arm, seed), values in losses.items()
+        for i, loss in enumerate(values)
+    ]
+    return pd.DataFrame(rows)
+
+
+def test_crossings_by_share_of_the_training():
+    table = shares.gaps(
+        curves({("A", 0): (9, 5, 4, 2), ("B", 0): (9, 4, 3.5, 3), ("A", 1): (9, 5, 5, 5), ("B", 1): (9, 4, 4, 4)}),
+        [("A", "B"), ("A", "C")],
+    )
+    assert set(table["pair"]) == {"A − B"} and list(table[table["seed"] == 0]["share"]) == pytest.approx(
+        [1 / 3, 2 / 3, 1]
+    )
+    found = shares.crossings(table).set_index("seed")["share"]
+    assert found[0] == pytest.approx(2 / 3 + 1 / 3 * 0.5 / 1.5) and pd.isna(found[1])
+    assert shares.headline(table) == "A − B below zero from 78% of the training on (1 of 2 seeds)"
+    assert shares.headline(table[table["seed"] == 1]) == "A − B below zero never"
+    assert shares.crossing(pd.DataFrame({"share": [0.5, 1.0], "gap": [-1.0, -2.0]})) == 0.5, "from its first point on"
+    assert not len(shares.gaps(curves({("A", 0): (9, 5)}), [("A", "B")]))
+
+
+def test_the_papers_crossings_lie_late():
+    for pair, low, high in ((("350M+MoE-128", "1.3B"), 0.6, 0.8), (("1.3B+MoE-128", "6.7B"), 0.7, 0.9)):
+        assert low < shares.crossing(shares.paper_gaps([pair])) < high
+
+
+def test_the_figure_has_the_papers_points_where_fig_1_has_the_pair():
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    fig, ax = plt.subplots()
+    pairs = [("M", "D"), ("N", "D")]
+    table = shares.gaps(curves({("M", 0): (9, 3, 2), ("N", 0): (9, 3, 3), ("D", 0): (9, 4, 4)}), pairs)
+    shares.draw(ax, table, pairs, {"M": "350M+MoE-128", "D": "350M"})
+    labels = [t.get_text() for t in ax.get_legend().get_texts()]
+    assert sorted(labels) == sorted(["M − D", "N − D", "paper: 350M+MoE-128 − 350M"])
+    plt.close(fig)
