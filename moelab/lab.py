@@ -107,14 +107,15 @@ class Lab:
         """Return the result of a function, as JSON values.
 
         It is read back if the same code has measured it with the same arguments on the same machine. Otherwise the
-        function is called now, while no other notebook of this store measures. Prints which of the two happened;
-        publications list it.
+        function is called now, while no other notebook of this store measures. Says so before it is called, and prints
+        which of the two happened; publications list it.
 
         Raises:
             ValueError: a function outside moelab, or an argument by which nothing can be stored, see
                 `moelab.runs.measurements`; the message is one line.
         """
-        found = self.measurements.measure(function, *arguments, again=self._again)
+        say = lambda: print(f"{function.__name__}: measures now; it may take minutes", flush=True)  # noqa: E731
+        found = self.measurements.measure(function, *arguments, again=self._again, before=say)
         self.measured.append(found)
         print(found)
         return found.value

@@ -38,7 +38,8 @@ class CppGate(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, _expert, _slot, d_weight_SK, _load, _kept, d_aux, d_z):
-        d_SE = torch.empty_like(ctx.saved_tensors[0])
+        saved = ctx.saved_tensors  # once: recomputation allows no more
+        d_SE = torch.empty_like(saved[0])
         grads = contiguous(d_weight_SK, d_aux, d_z)
-        operations().gate_backward.default(*ctx.saved_tensors, *grads, ctx.normalize, d_SE)
+        operations().gate_backward.default(*saved, *grads, ctx.normalize, d_SE)
         return d_SE, *[None] * 5

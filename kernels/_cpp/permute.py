@@ -36,9 +36,9 @@ class CppCombine(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, d_SM):
-        rows_RM, weight_SK, _ = ctx.saved_tensors
+        saved = rows_RM, weight_SK, _ = ctx.saved_tensors  # once: recomputation allows no more
         need_rows, need_weight = ctx.needs_input_grad[:2]
         d_RM = torch.empty_like(rows_RM) if need_rows else None
         d_weight_SK = torch.empty_like(weight_SK) if need_weight else None
-        operations().combine_backward.default(d_SM.contiguous(), *ctx.saved_tensors, d_RM, d_weight_SK)
+        operations().combine_backward.default(d_SM.contiguous(), *saved, d_RM, d_weight_SK)
         return d_RM, d_weight_SK, None, None

@@ -150,7 +150,7 @@ def sweep(
             raise ValueError(f"-g {item}: {key.strip()} is given by -p or --scale, too")
         axes[key.strip()] = points
     points = [{**fixed, **dict(zip(axes, values, strict=True))} for values in itertools.product(*axes.values())]
-    _submit([(name, points)], profile, dry_run, again, publish)
+    _submit([(name, points)], profile, dry_run, again, publish, varied=tuple(axes))
 
 
 def status(
@@ -249,10 +249,13 @@ def _submit(
     dry_run: bool,
     again: bool,
     publish: bool,
+    varied: Sequence[str] = (),
 ) -> None:
+    """Submit notebooks and their runs; a dry run shows the scripts, or of a sweep a line for each point."""
     from moelab.data import UnknownCorpus
     from moelab.experiments import experiment
     from moelab.notebook import execute as notebooks
+    from moelab.runs.spec import closure
     from moelab.slurm import preflight, profiles
     from moelab.slurm import submit as module
 
@@ -276,15 +279,20 @@ def _submit(
     for name, batch in batches:
         plan = module.submit(name, batch, cluster, again=again, publish=publish, dry_run=dry_run)
         if dry_run:
-            _print_scripts(plan)
+            for (_, specs), given in zip(batch, dict(wanted)[name], strict=True) if varied else ():
+                todo = {spec.id for group in plan.specs.values() for spec in group}
+                mine = closure(specs)
+                point = " ".join(f"{key}={given[key]}" for key in varied)
+                print(f"{point}: {len(mine)} runs, {len(todo & mine.keys())} of them to train")
+            _print_scripts(plan, scripts=not varied)
         else:
             _print_submitted(name, plan)
     if trouble:
         print(f"# as things are, it would be refused: {trouble}")
 
 
-def _print_scripts(plan: Plan) -> None:
-    for name, text in plan.scripts.items():
+def _print_scripts(plan: Plan, *, scripts: bool = True) -> None:
+    for name, text in plan.scripts.items() if scripts else ():
         runs = plan.specs.get(name, ())
         listed = "".join(f"\n#      {i} {run.id}  {run.title}" for i, run in enumerate(runs))
         print(f"# ---- {name}.sbatch{listed}\n{text}")

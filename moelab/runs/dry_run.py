@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+import statistics
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from moelab import paper
+from moelab.runs import records
 from moelab.runs.spec import RunSpec, closure
 from moelab.runs.store import Run, RunStore
 
@@ -125,6 +129,50 @@ def show(runs: Sequence[PlannedRun]) -> None:
         "gradients and moments",
         highlight=False,
     )
+    for line in on_this_machine(runs):
+        console.print(line, markup=False, highlight=False)
+
+
+def on_this_machine(runs: Sequence[PlannedRun], store: RunStore | None = None) -> list[str]:
+    """Return in a line each how long unfinished runs on a CPU take, and which of them are published.
+
+    The time is that of their FLOPs at the rate of the finished runs here, or of published ones where there are none.
+    """
+    store = store or RunStore()
+    left = [run for run in runs if run.gpu_hours is None and run.state != "finished"]
+    known = records.published()
+    there = [run.spec for run in left if run.spec.id in known]
+    lines = []
+    if left and (rate := _rate(store, known)):
+        hours = sum(run.flops for run in left) / rate[0] / 3600
+        took = f"{hours:,.1f} hours" if hours >= 1 else f"{hours * 60:,.0f} minutes" if hours > 1 / 60 else "a minute"
+        lines.append(f"about {took} on one core, at the speed of {rate[1]}")
+    if there:
+        arms = ", ".join(dict.fromkeys(spec.title for spec in there if spec.start is None))
+        lines.append(f"{len(there)} of these are published ({arms}): `moelab runs import` takes their numbers over")
+    return lines
+
+
+def _rate(store: RunStore, known: Mapping[str, Path]) -> tuple[float, str] | None:
+    """Return FLOPs a second and core of runs on a CPU, the median, and whose they are; None without any."""
+    rates = []
+    for name in store.ids(file="result.json")[:_ASKED]:
+        with contextlib.suppress(ValueError, RuntimeError):
+            run = store.at(name)
+            if run.spec.train.device == "cpu":
+                rates.append(run.spec.cost / run.own_seconds / run.spec.train.threads)
+    if rates:
+        return statistics.median(rates), "the finished runs here"
+    for archive in list(known.values())[:: max(1, len(known) // _ASKED)]:
+        with contextlib.suppress(ValueError):
+            spec, result = records.glance(archive)
+            if spec.train.device == "cpu" and spec.start is None:
+                rates.append(spec.cost / result["seconds"] / spec.train.threads)
+    return (statistics.median(rates), "the published runs") if rates else None
+
+
+_ASKED = 30
+"""Runs whose speed is looked at."""
 
 
 def _hours(hours: float) -> str:

@@ -71,13 +71,20 @@ class MeasurementStore:
     def __init__(self, root: Path | None = None) -> None:
         self.root = root or paths.home() / "measurements"
 
-    def measure(self, function: Callable[..., Any], *arguments: Any, again: bool = False) -> Measurement:
+    def measure(
+        self,
+        function: Callable[..., Any],
+        *arguments: Any,
+        again: bool = False,
+        before: Callable[[], None] = lambda: None,
+    ) -> Measurement:
         """Return what `function(*arguments)` returns, from the store if it is there.
 
         Args:
             function: of a module of moelab; returns what JSON can hold (tuples come back as lists).
             arguments: numbers, texts, dataclasses, runs, and lists or dicts of them.
             again: measure although it is stored; the new value replaces the old one.
+            before: called when the function is about to be called, before the wait for other measurements.
 
         Raises:
             ValueError: one line: a function or an argument by which nothing can be stored.
@@ -87,6 +94,7 @@ class MeasurementStore:
         if not again and (found := self._read(key)):
             return found
         self.root.mkdir(parents=True, exist_ok=True)
+        before()
         with FileLock(self.root / f".{socket.gethostname()}.lock"):
             if not again and (found := self._read(key)):  # by whoever held the lock
                 return found

@@ -13,7 +13,9 @@ import json
 import re
 import zipfile
 import zlib
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from moelab import paths
 from moelab.files import write_bytes
@@ -112,12 +114,31 @@ def read(archive: Path, store: RunStore) -> Run | None:
     return run
 
 
+def published() -> dict[str, Path]:
+    """Return run id -> record, of the published runs."""
+    return {path.stem: path for path in sorted(folder().glob("*.zip"))}
+
+
+def glance(archive: Path) -> tuple[RunSpec, dict[str, Any]]:
+    """Return the spec and the result of a record; ValueError as for `read`."""
+    content = _content(archive, ("spec.json", "result.json"))
+    try:
+        spec, result = (json.loads(content[name]) for name in ("spec.json", "result.json"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{archive}: unreadable ({error})") from None
+    check_result(result, f"{archive}: result.json")
+    return RunSpec.from_json(spec, where=f"{archive}: spec.json"), result
+
+
 def _begun(run: Run) -> bool:
     return run.finished or (run.path / "checkpoints").exists()
 
 
-def _content(archive: Path) -> dict[str, bytes]:
+def _content(archive: Path, wanted: Sequence[str] | None = None) -> dict[str, bytes]:
     """Return the files of a record by name; never more than LARGEST in all, whatever the archive says of their sizes.
+
+    Args:
+        wanted: names of files; None is all.
 
     Raises:
         ValueError: one line: not a record, or it cannot be read.
@@ -133,7 +154,7 @@ def _content(archive: Path) -> dict[str, bytes]:
             measured = [name for name in entries if MEASURED.fullmatch(name)]
             if not {"spec.json", "result.json"} <= set(entries) <= {*FILES, *measured}:
                 raise ValueError(f"{archive}: not a run's record; one holds {', '.join(FILES)}, {with_weights.FOLDER}/")
-            for name in (name for name in (*measured, *FILES) if name in entries):
+            for name in (n for n in (*measured, *FILES) if n in entries and (wanted is None or n in wanted)):
                 if entries[name].compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
                     raise ValueError(f"{archive}: {name} is packed by another method than deflate")
                 with packed.open(entries[name]) as file:

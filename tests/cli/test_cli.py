@@ -322,12 +322,13 @@ def test_what_commands_print_fits_a_terminal_of_80_columns(command, tmp_path):
         assert part in done.stdout
 
 
-def test_doctor_finds_this_installation_sound():
+def test_doctor_finds_this_installation_sound(tmp_path):
     done = moelab("doctor", env={"COLUMNS": "200"})
     assert done.returncode == 0, done.stdout
     assert "embedded corpus" in done.stdout and "Jupyter kernel" in done.stdout
     assert done.stdout.count("CPU kernels: ") == 1
-    without = moelab("doctor", env={"COLUMNS": "200", "CXX": "no-such-compiler"})
+    nothing_compiled = {"TORCH_EXTENSIONS_DIR": str(tmp_path), "TMPDIR": str(tmp_path)}
+    without = moelab("doctor", env={"COLUMNS": "200", "CXX": "no-such-compiler", **nothing_compiled})
     assert without.returncode == 0 and "CPU kernels: there is no C++ compiler" in without.stdout
 
 
@@ -462,7 +463,7 @@ from moelab.notebook.execute import parameters
 assert paths.checkout() is None and moelab.__file__.startswith(sys.argv[1])
 site.build(Path("results"))
 assert simulate.plan("350M+MoE-32", 8, "h100").best.fits, "clusters and calibration come along"
-assert {path.suffix for path in (Path(moelab.kernels.__file__).parent / "_compiled").iterdir()} >= {".cpp", ".h"}
+assert {path.suffix for path in (Path(moelab.kernels.__file__).parent / "_cpp").iterdir()} >= {".cpp", ".h"}
 print(len(paper.models()), len(paper.claims()), *parameters(EXPERIMENTS["pr-moe"]))
 """
     done = subprocess.run(

@@ -149,5 +149,6 @@ def test_a_publication_lists_what_its_lab_measured(tmp_path, monkeypatch, capsys
         publication.finish(title="it takes time")
         (listed,) = json.loads((publication.path / SUMMARY).read_text())["measurements"]
         assert listed["function"] == "moelab.testing.timing" and listed["arguments"] == [8] and "value" not in listed
-        capsys.readouterr()
+        said = capsys.readouterr().out
+        assert said.startswith("timing: measures now") != listed["read_back"], "said before it is silent for minutes"
     assert len(CALLS) == 2 and not listed["read_back"]

@@ -14,7 +14,7 @@ import pytest
 from moelab.cli.runs import export_, import_
 from moelab.experiments import pr_moe
 from moelab.files import write_json
-from moelab.runs import preflight, records
+from moelab.runs import dry_run, preflight, records
 from moelab.runs.collection import Runs
 from moelab.runs.store import RunStore, Status
 
@@ -72,6 +72,22 @@ def test_a_run_that_is_being_trained_stays(finished, tmp_path):
         assert records.read(archive, theirs) is None and not trained.finished
     assert records.read(archive, theirs) == trained and trained.finished
     assert not (trained.path / "run.lock").exists(), "what was not trained here has no lock"
+
+
+def test_a_dry_run_says_how_long_it_takes_and_what_is_published(finished, tmp_path, monkeypatch):
+    monkeypatch.setenv("MOELAB_RESULTS", str(tmp_path / "results"))
+    theirs = RunStore(tmp_path / "theirs")
+    others = pr_moe.EXPERIMENT.specs("smoke", 2, arms=["PR-MoE-32/64"])
+    assert dry_run.on_this_machine(dry_run.planned_runs(others, theirs), theirs) == []
+    seconds = 7200 * finished.spec.cost / sum(spec.cost for spec in others)
+    write_json(finished.path / "result.json", {**finished.result, "seconds": seconds})
+    records.write(finished, records.folder())
+    took, published = dry_run.on_this_machine(dry_run.planned_runs(others, theirs), theirs)
+    assert took == "about 2.0 hours on one core, at the speed of the published runs"
+    assert published.startswith("1 of these are published (PR-MoE-32/64): `moelab runs import`")
+    records.read(records.write(finished, tmp_path), theirs)
+    (took,) = dry_run.on_this_machine(dry_run.planned_runs(others, theirs), theirs)
+    assert "at the speed of the finished runs here" in took
 
 
 def test_a_torn_status_is_passed_over(finished, tmp_path):

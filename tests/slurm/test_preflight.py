@@ -125,6 +125,18 @@ def test_a_dry_run_tells_budgets_of_an_arm_apart():
     assert len({line.partition("  350M")[2] for line in lines}) == len(lines)
 
 
+def test_a_dry_run_of_a_sweep_is_a_line_a_point():
+    grid = ("-g", "train.tokens=1024,2048", "-g", 'arms=["Dense"];["Dense","MoE-32"]')
+    done = CliRunner().invoke(app, ["sweep", "pr-moe", "--scale", "smoke", "--profile", "local", *grid, "--dry-run"])
+    *points, last = done.output.splitlines()
+    assert points == [
+        f"train.tokens={tokens} arms={arms}: {n} runs, {n} of them to train"
+        for tokens in (1024, 2048)
+        for n, arms in ((1, '["Dense"]'), (2, '["Dense","MoE-32"]'))
+    ]
+    assert last.startswith("# nothing was queued: 4 runs and 4 notebooks would be"), done.output
+
+
 def test_a_dry_run_rounds_no_hour_to_zero():
     done = CliRunner().invoke(app, ["run", "half-moe", "--scale", "gpu", "--dry-run"], env={"COLUMNS": "300"})
     said = done.output.replace("\n", " ")
