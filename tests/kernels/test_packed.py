@@ -222,7 +222,7 @@ def test_what_does_not_fit_is_refused_in_a_line(instructions, monkeypatch):
         (lambda: packed.linear(x.bfloat16(), matrix), same),
         (lambda: packed.linear(x, matrix, torch.zeros(40).bfloat16()), same),
         (lambda: packed.linear(x, matrix, add=torch.zeros(2, 40).bfloat16()), same),
-        (lambda: packed.linear(x, matrix._replace(columns=65)), "linear: N = 65 in 1 panels"),
+        (lambda: packed.linear(x, matrix._replace(columns=65)), "linear: N = 65 in 2 panels"),
         (lambda: packed.linear(torch.tensor(1.0), matrix), "linear: N = 40"),
         (lambda: expert_ffn(x, offsets, three, None, three, None, activation="table"), f"expert_ffn: {names} 'table'"),
         (
