@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from moelab.kernels import ACTIVATIONS, Activation, _cpp, can_pack, expert_ffn, gate, packed, routed_ffn
+from moelab.kernels import ACTIVATIONS, Activation, _cpp, can_pack, expert_ffn, gate, packed, residual_mix, routed_ffn
 
 from tests.kernels.helpers import assert_same_bits, assert_same_bits_on_any_number_of_threads, poison
 from tests.kernels.test_experts import LARGE, MULTIPLES, make
@@ -175,6 +175,18 @@ def test_rms_norm(instructions, shape, dtype):
     assert_same_bits_on_any_number_of_threads(lambda: [packed.rms_norm(x, weight, 1e-5)])
     apart = torch.stack([x, x], -1)[..., 0]
     assert_same_bits([packed.rms_norm(apart, weight, 1e-5)], [packed.rms_norm(x, weight, 1e-5)])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("S", "M"), [(0, 16), (1, 5), (300, 67)])
+def test_mix(instructions, S, M, dtype):
+    """The bits of `residual_mix`; what is added is rounded once."""
+    moe, mlp, x, add = (draw(S, M, dtype=dtype, seed=i) for i in range(4))
+    w, b = draw(2, M, dtype=dtype) / M**0.5, draw(2, dtype=dtype)
+    weights, want = packed.pack_mix(w, b), residual_mix(moe, mlp, x, w, b, backend="cpp")
+    assert torch.equal(packed.mix(moe, mlp, x, weights), want)
+    wide = residual_mix(*(t.double() for t in (moe, mlp, x, w, b)), backend="reference")
+    close(packed.mix(moe, mlp, x, weights, add), wide + add.double(), dtype)
 
 
 def test_what_cannot_be_packed(instructions):
