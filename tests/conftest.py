@@ -40,6 +40,14 @@ def pytest_addoption(parser):
     parser.addoption("--kills", type=int, default=2, help="how often tests/runs/test_kills.py kills each run")
 
 
+def pytest_configure(config):
+    """Compile the CPU kernels before any test process starts, so that no rank waits for it beyond its first sign of life."""
+    if not hasattr(config, "workerinput"):
+        from moelab import kernels
+
+        kernels.cpp_available()
+
+
 def pytest_xdist_make_scheduler(config, log):
     """Whole files to each process, as `--dist loadfile`, but all files of tests/cluster to one: they share, and partly break, one cluster."""
     from xdist.scheduler import LoadFileScheduling
