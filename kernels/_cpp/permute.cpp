@@ -55,7 +55,8 @@ void sum_rows_as(
     for (int64_t s = first; s < last; ++s) {
       if (s + kAhead < last)
         for (int64_t k = 0; k < K; ++k) fetch(from, rows_SK[(s + kAhead) * K + k], M);
-      const auto *own = rows_SK + s * K, *a = A ? A + s * M : nullptr;
+      const auto* own = rows_SK + s * K;
+      const auto* a = A ? A + s * M : nullptr;
       const auto* w = W ? W + s * K : nullptr;
       auto* y_s = Y + s * M;
       each_vector(M, [&](int64_t j, auto... n) {

@@ -213,6 +213,20 @@ def test_a_compiler_may_have_arguments_and_fail(place, monkeypatch):
         assert [p.suffix for p in place.first.iterdir()] == [".lock"]
 
 
+COMPILERS = ["g++", "clang++", *(f"clang++-{n}" for n in range(14, 30))]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("source", _cpp.SOURCES)
+@pytest.mark.parametrize("compiler", [name for name in COMPILERS if shutil.which(name)])
+def test_compilers_accept_the_sources_without_a_warning(compiler, source):
+    include = Path(torch.__file__).parent / "include"
+    strict = ["-fsyntax-only", "-Wall", "-Wextra", "-Werror", "-isystem", str(include)]
+    command = [compiler, *_cpp._flags(NAME), *strict, str(_cpp._HERE / source)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
 def test_names_of_instruction_sets(monkeypatch):
     names = [*_cpp.supported(), "none"]
     monkeypatch.setenv(_cpp.VARIABLE, "sse9")
