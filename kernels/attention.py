@@ -24,13 +24,17 @@ LONGEST = 256
 
 def has_kernel(T: int, D: int) -> bool:
     """Return whether the C++ computes sequences of T tokens and heads of D on this machine where nobody asks."""
-    return T % MULTIPLE == D % MULTIPLE == 0 and T <= LONGEST and _cpp.available()
+    return _fits(T, D) and T <= LONGEST and _cpp.available()
+
+
+def _fits(T: int, D: int) -> bool:
+    return T % MULTIPLE == D % MULTIPLE == 0
 
 
 def attention(qkv_BT3HD: Tensor, *, backend: Backend = "auto") -> Tensor:
     """Return the attention's output [B, T, H, D] in the input's dtype. Differentiable (once)."""
-    _, T, _, _, D = qkv_BT3HD.shape
-    fits = T % MULTIPLE == D % MULTIPLE == 0 and (T <= LONGEST or backend == "cpp")
+    T, D = qkv_BT3HD.shape[1], qkv_BT3HD.shape[4]
+    fits = _fits(T, D) and (T <= LONGEST or backend == "cpp")
     if pick_backend("attention", backend, qkv_BT3HD, fits=fits) == "cpp":
         return _Attention.apply(qkv_BT3HD)
     q, k, v = qkv_BT3HD.permute(2, 0, 3, 1, 4)

@@ -141,8 +141,7 @@ class Rates:
 
 
 FULL_RATES: dict[str, Rates] = {"350M": Rates(own=dict.fromkeys(FAMILIES, 4e-3), shared=4e-3)}
-"""Base -> rates at `full`. PROVISIONAL until `moelab run learning-rate --scale full` has run: of two rates that were
-tried for one seed of MoE-128, on 65.5 M tokens of another text, it ended lower at 4e-3 (2.897 nats; at 8e-3 2.961)."""
+"""Base -> rates at `full`. PROVISIONAL, a guess until `moelab run learning-rate --scale full` has run."""
 
 DATA = {
     "smoke": DataConfig(tokenizer="bpe-1024", context=64, max_bytes=600_000),

@@ -60,8 +60,8 @@ def keep_freed_memory() -> bool:
 
     A training step allocates the same sizes again and again, and each page that was given back is mapped and zeroed
     anew: 6,000 page faults per step of the twins, 10 to 19 % of its time. PyTorch's large tensors lie in huge pages
-    from then on, with which layers of 128 experts take a tenth less time. Call it first in a process: it does not move
-    memory that is already allocated, and PyTorch asks for huge pages only if told before its first large tensor.
+    from then on, with which layers of 128 experts take up to a tenth less time. Call it first in a process: it does not
+    move memory that is already allocated, and PyTorch asks for huge pages only if told before its first large tensor.
     """
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     never_mmap, trim_threshold, top_pad = -4, -1, -2  # of malloc.h
