@@ -76,6 +76,9 @@ IDS = {
     "upcycling quick": "747761d1dc",
     "upcycling cpu": "0839163dd4",
     "upcycling gpu": "fec4c3668b",
+    "ladder smoke": "d2f2a684e0",
+    "ladder cpu": "2635092ec9",
+    "ladder gpu": "0aa8bb563a",
 }
 """Experiment and scale -> digest of the ids of its runs with two seeds, as of the runs that are published. (At `full` those
 of the comparisons change once more, when `settings.FULL_RATES` has been measured.)"""
@@ -103,6 +106,7 @@ REQUESTS = [
     ),
     ("learning-rate", "cpu", {"base": "6.7B"}, "2fae7a7dfd"),
     ("learning-rate", "full", {"base": "1.3B"}, "f7e0cd4449"),
+    ("ladder", "cpu", {"larger": True}, "d28e8065c8"),
 ]
 """Experiment, scale, further arguments -> digest of the ids with one seed."""
 
