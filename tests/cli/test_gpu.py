@@ -12,7 +12,7 @@ import torch
 import typer.main
 from typer.testing import CliRunner
 
-from moelab.cli import app, gpu
+from moelab.cli import app, doctor, gpu
 from moelab.cli.gpu import ENDED, FAILED, PARTS, PASSED, Part
 from moelab.report.site.results import read_benchmarks
 
@@ -148,3 +148,16 @@ def test_a_copied_tree_runs_without_installation_and_without_notebook_packages(c
     if command.startswith("bench"):
         rows = [json.loads(line) for line in (tmp_path / "out" / "layer.jsonl").read_text().splitlines()]
         assert all("made text" in row["inputs"] and row["passes"] == "forward" and row["top_k"] == 2 for row in rows)
+
+
+def test_doctor_says_what_was_found_of_the_gpu(tmp_path, monkeypatch):
+    monkeypatch.setenv("MOELAB_HOME", str(tmp_path))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: "NVIDIA H100 80GB HBM3")
+    assert (None, "moelab gpu has not tested and measured it") in list(doctor.checks())
+    ends = {part.name: {"status": ENDED if part.name == "tune" else PASSED} for part in PARTS}
+    file = tmp_path / "gpu" / "nvidia-h100-80gb-hbm3" / "parts.json"
+    file.parent.mkdir(parents=True)
+    file.write_text(json.dumps(ends))
+    (line,) = [text for ok, text in doctor.checks() if ok is None and text.startswith("moelab gpu: ")]
+    assert "8 of 9 parts passed; tune ended at its limit" in line
