@@ -220,7 +220,7 @@ def main(*, ranks: list[int], sizes: list[int], rounds: int, device: str, out: P
             with Ranks(P, backend="nccl" if device == "cuda" else "gloo") as pool:
                 for size in sizes:
                     keep(measure(pool, size, rounds, device))
-    if found and out is not None:
+    if found and out is not None and plot.possible():
         plot.save(figure([row.json() for row in found]), out / "exchange")
 
 

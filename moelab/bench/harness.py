@@ -14,7 +14,7 @@ import dataclasses
 import json
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -87,18 +87,27 @@ def in_turns(
     inputs: Callable[[int], X],
     timing: Timing,
     sample: Callable[[Callable[[X], Any], X], T] | None = None,
+    may_fail: Collection[str] = (),
 ) -> dict[str, list[T]]:
-    """Return what each candidate's turns measured, one value a round; without those that `timing` leaves out.
+    """Return what each candidate's turns measured, one value a round; without those that are left out.
 
     Args:
         candidates: called with the round's inputs.
         inputs: makes the inputs of a round (0, 1, ...; the first ones warm up), outside the measured time.
         sample: measures one call of a candidate; None is `timing.seconds`.
+        may_fail: candidates that are left out, with a line that says so, if they raise while warming up: other
+            libraries', which may not run in these versions, on this device or at this size.
     """
     take = sample or timing.seconds
     names = list(candidates)
     found: dict[str, list[T]] = {name: [] for name in names}
     started, first_s = time.monotonic(), 0.0
+
+    def leave_out(name: str, reason: str) -> None:
+        left_out(f"{name} {reason}")
+        names.remove(name)
+        del found[name]
+
     for i in range(timing.warm_up + timing.rounds):
         counted = i - timing.warm_up
         if counted == 0:
@@ -109,17 +118,32 @@ def in_turns(
         first = i % len(names)
         for name in names[first:] + names[:first]:
             began = time.monotonic()
-            measured = take(candidates[name], given)
+            try:
+                measured = take(candidates[name], given)
+            except Exception as error:
+                if counted >= 0 or name not in may_fail:
+                    raise
+                leave_out(name, f"raises {one_line(error)}")
+                continue
             took_s = time.monotonic() - began
             if i == 0 and name == names[0]:
                 first_s = took_s
             if counted >= 0:
                 found[name].append(measured)
             elif timing.longest_s is not None and took_s > max(timing.longest_s, 10 * first_s):
-                terminal.console().print(f"left out: {name} takes {took_s:.2g} s a turn, {names[0]} {first_s:.2g} s")
-                names.remove(name)
-                del found[name]
+                leave_out(name, f"takes {took_s:.2g} s a turn, {names[0]} {first_s:.2g} s")
     return found
+
+
+def left_out(text: str) -> None:
+    """Print which candidate is left out, and why."""
+    terminal.console().print(f"left out: {text}", markup=False)
+
+
+def one_line(error: Exception) -> str:
+    """Return an exception as one line: its kind, and the first line of its text."""
+    text = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
+    return f"{type(error).__name__}: {text}"
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ Rows are those of `Row.json`, or as read from a file. The look is that of `moela
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -89,6 +90,14 @@ def times(
         ax.set_xlabel("" if across == x else across)
     axes[0][0].set_ylabel(ylabel)
     return _finish(fig, title, found)
+
+
+def possible() -> bool:
+    """Return whether there is what figures are drawn with; say so where it is missing, as on a borrowed machine."""
+    missing = find_spec("seaborn") is None
+    if missing:
+        print("no figure: seaborn is not installed")
+    return not missing
 
 
 def save(figure: Figure, path: Path) -> None:

@@ -225,6 +225,17 @@ def test_settings_need_a_step():
         DecodeSettings(rounds=0)
 
 
+def test_the_simulators_step_is_that_of_the_card_and_the_mode():
+    config = ModelConfig.parse("350M+MoE-128")
+    given = [(mode, "bf16", "NVIDIA H100 80GB HBM3") for mode in ("optimised", "baseline")]
+    ours, baseline = (
+        bench.simulated(config, mode, 8, TINY, dtype, card)["simulated_ms"] for mode, dtype, card in given
+    )
+    assert 0 < ours < baseline
+    for dtype, card in (("fp32", "NVIDIA H100 80GB HBM3"), ("bf16", "NVIDIA GeForce RTX 4090")):
+        assert bench.simulated(config, "optimised", 8, TINY, dtype, card) == {}
+
+
 # -- CUDA graphs, without a GPU ----------------------------------------------------------------------------------------
 
 

@@ -49,7 +49,7 @@ def test_help_answers_at_once_and_loads_nothing_heavy():
         (("import", "nosuch", "new"), "'nosuch' is no directory, and no name of a published model"),
         (("import", "docs", "."), "import: . exists; choose a new directory"),
         (("check-cluster", "--device", "tpu"), "--device must be cpu or cuda"),
-        (("gpu", "--stage", "nosuch"), "gpu: no stage 'nosuch'"),
+        (("gpu", "--part", "nosuch"), "gpu: no part 'nosuch'"),
         (("run", "pr-moe", "-p", "seeds=0"), "pr-moe: seeds must be 1 to 1000"),
         (("run", "pr-moe", "-p", "parallel.data=3"), "parallel.data must divide the batch"),
         (("run", "pr-moe", "-p", "data.corpus=folder:/nowhere"), "corpus 'folder:/nowhere' is no folder"),
@@ -335,7 +335,7 @@ def test_doctor_finds_this_installation_sound(tmp_path):
 def test_doctor_names_the_extras_to_install(monkeypatch, capsys):
     from moelab.cli import doctor
 
-    monkeypatch.setattr(doctor, "checks", lambda: iter([(None, "extra hf (datasets): pip install -e '.[hf]'")]))
+    monkeypatch.setattr(doctor, "checks", lambda rates: iter([(None, "extra hf (datasets): pip install -e '.[hf]'")]))
     assert doctor.report() and "pip install -e '.[hf]'" in capsys.readouterr().out
 
 

@@ -6,10 +6,13 @@ from pathlib import Path
 import pytest
 import torch.distributed as dist
 
-from moelab.acceptance import cluster, shared_folder
-from moelab.acceptance.findings import Found, Nodes
+from moelab import simulate
+from moelab.engine.cluster import check, shared_folder
+from moelab.engine.cluster.findings import Found, Nodes
+from moelab.engine.cluster.links import Links
 from moelab.engine.launch.process import Place
 from moelab.engine.testing import Ranks
+from moelab.simulate.exchange import collective_us
 
 pytestmark = pytest.mark.multiprocess
 LINE = "MOELAB_TEST_LINE=here"
@@ -21,21 +24,23 @@ def pool():
         yield pool
 
 
-def rows(folder, nodes, fault="", **options):
+def rows(folder, nodes, fault="", links=None, **options):
     """On a rank: the rows, with `nodes` made-up nodes and something broken."""
     from _pytest.monkeypatch import MonkeyPatch
 
     rank, world = dist.get_rank(), dist.get_world_size()
     place = Place(rank, world, rank % (world // nodes), f"node{rank * nodes // world}")
-    given = {"device": "cpu", "links": None, "gpus_per_node": 0, "environment": (), "largest": 1 << 20, **options}
+    where = links and simulate.cluster(links)
+    given = {
+        "device": "cpu", "gpus_per_node": 0, "environment": (), "largest": 1 << 20, "commit": "a" * 40, **options,
+        "links": where and Links(links, lambda *group: collective_us(*group, where, simulate.fitted())),
+        "rates": lambda: (1e-3 if (fault, rank) == ("slow", 3) else 1.0, 10.0),
+    }  # fmt: skip
     with MonkeyPatch.context() as patch:
-        # What takes longest and is not about ranks.
-        patch.setattr(cluster.harness, "product_rate", lambda *_: 1e9 if (fault, rank) == ("slow", 3) else 1e12)
-        patch.setattr(cluster.harness, "copy_rate", lambda *_: 1e10)
-        patch.setattr(cluster.os, "sched_getaffinity", lambda _: range(8), raising=False)
+        patch.setattr(check.os, "sched_getaffinity", lambda _: range(8), raising=False)
         if fault == "clock" and rank >= world // 2:
             now = time.time
-            patch.setattr(cluster.time, "time", lambda: now() + 1000)
+            patch.setattr(check.time, "time", lambda: now() + 1000)
         if fault == "locks":
             patch.setattr(shared_folder.fcntl, "flock", lambda *_: None)
         if fault == "no locks" and rank == 0:
@@ -47,11 +52,11 @@ def rows(folder, nodes, fault="", **options):
             patch.setattr(Path, "read_text", lambda path, *a: "old" if path.name == "seen.txt" else read(path, *a))
         hosts = Nodes.of([f"node{other * nodes // world}" for other in range(world)])
         part = {  # what a fault is about
-            "clock": lambda: cluster._clocks(place, hosts),
-            "slow": lambda: cluster._stragglers(hosts, "cpu"),
+            "clock": lambda: check._clocks(place, hosts),
+            "slow": lambda: check._stragglers(hosts, "cpu", given["rates"]),
         }
         part |= dict.fromkeys(("locks", "no locks", "stale"), lambda: shared_folder.files(place, hosts, folder))
-        found = list(part[fault]() if fault else cluster.check(place, folder=folder, **given))
+        found = list(part[fault]() if fault else check.check(place, folder=folder, **given))
     return [(row.check, row.measured, row.expected, row.verdict, row.remedy) for row in found]
 
 
@@ -77,7 +82,7 @@ def test_one_node_is_ok(pool, tmp_path):
     assert "GB/s" in found["all-to-all among all 4 ranks, 1 MiB"].measured
     assert found["checkpoint of 1 MiB a rank, written and hashed"].expected == "reads back equal"
     assert list(tmp_path.iterdir()) == [], "nothing is left behind"
-    assert cluster.verdict(list(found.values()), Place(0, 4, 0, "a"), 1) == "verdict: ok, 4 ranks on 1 node"
+    assert check.verdict(list(found.values()), Place(0, 4, 0, "a"), 1) == "verdict: ok, 4 ranks on 1 node"
 
 
 def test_groups_of_two_nodes_and_links_below_the_data_sheet(pool, tmp_path):
@@ -89,11 +94,11 @@ def test_groups_of_two_nodes_and_links_below_the_data_sheet(pool, tmp_path):
     assert found["ranks of a node"].verdict == "wrong" and found["ranks of a node"].expected == "8, by the profile"
     assert LINE in found["environment of the profile"].measured
     assert found["clocks of the nodes against rank 0's"].verdict == "ok"
-    assert "checks are not ok, 4 ranks on 2 nodes" in cluster.verdict(list(found.values()), Place(0, 4, 0, "a"), 2)
+    assert "checks are not ok, 4 ranks on 2 nodes" in check.verdict(list(found.values()), Place(0, 4, 0, "a"), 2)
 
 
 @pytest.mark.parametrize(
-    ("fault", "check", "says"),
+    ("fault", "checked", "says"),
     [
         ("clock", "clocks of the nodes against rank 0's", "+1e+06 ms (node1"),
         ("locks", "file locks in", "held by two at once, on node0, node1"),
@@ -102,9 +107,9 @@ def test_groups_of_two_nodes_and_links_below_the_data_sheet(pool, tmp_path):
         ("slow", "matrix products, each rank", "rank 3 on node1"),
     ],
 )
-def test_faults_are_found(pool, tmp_path, fault, check, says):
+def test_faults_are_found(pool, tmp_path, fault, checked, says):
     found = run(pool, tmp_path, nodes=2, fault=fault)
-    row = next(row for name, row in found.items() if name.startswith(check))
+    row = next(row for name, row in found.items() if name.startswith(checked))
     assert row.verdict in ("wrong", "slow") and says in row.measured and row.remedy
 
 
@@ -122,6 +127,5 @@ def test_nodes_of_unequal_size_have_no_groups():
 def test_outside_of_ranks_it_says_how_to_start_it(monkeypatch):
     for name in ("RANK", "WORLD_SIZE", "SLURM_PROCID"):
         monkeypatch.delenv(name, raising=False)
-    given = {"links": None, "gpus_per_node": 0, "environment": (), "folder": Path("."), "largest": 1 << 20, "out": None}
     with pytest.raises(ValueError, match="no rank; start it with srun"):
-        cluster.main(device="cpu", **given)
+        check.main(device="cpu", largest=1 << 20, out=None)

@@ -1,28 +1,42 @@
-"""Measure all-reduce and all-to-all among all ranks, inside nodes and between nodes, beside a cluster's data sheet."""
+"""Measure all-reduce and all-to-all among all ranks, inside nodes and between nodes, beside what they should take."""
 
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 
-import numpy as np
 import torch
 import torch.distributed as dist
 
-from moelab import simulate
-from moelab.acceptance.findings import SLOW, Found, Nodes, Verdict, size_text
-from moelab.bench.harness import Timing
+from moelab.engine.cluster.findings import SLOW, Found, Nodes, Verdict, size_text
 from moelab.engine.collectives import all_gather_json
 from moelab.engine.groups import Group, ProcessGroups
 from moelab.engine.launch.process import Place
-from moelab.simulate.exchange import Stage, all_reduce_us
+
+ROUNDS = 5
 
 
-def measure(place: Place, nodes: Nodes, device: str, where: simulate.Cluster | None, largest: int) -> Iterator[Found]:
+@dataclass(frozen=True)
+class Links:
+    """What collectives should take.
+
+    Attributes:
+        name: of the cluster that says so.
+        microseconds: called with "all-reduce" or "all-to-all", the group's ranks, those of them in one node, and the
+            bytes of a rank's tensor.
+    """
+
+    name: str
+    microseconds: Callable[[str, int, int, int], float]
+
+
+def measure(place: Place, nodes: Nodes, device: str, links: Links | None, largest: int) -> Iterator[Found]:
     """Yield the time of the smallest and the bandwidth of the largest message of each collective in each group.
 
     Args:
-        where: the cluster whose links are expected; None: the rows are notes.
+        links: None: the rows are notes.
         largest: bytes.
     """
     groups = ProcessGroups()
@@ -33,13 +47,12 @@ def measure(place: Place, nodes: Nodes, device: str, where: simulate.Cluster | N
         if G > 1:
             parts[f"{G} ranks of a node"] = (groups.make(nodes.ranks), G)
         parts[f"{nodes.count} nodes, one rank each"] = (groups.make(nodes.ranks.T), 1)
-    timing = Timing(5, device)
     for name, (group, in_node) in parts.items():
         if group.size == 1:
             continue
         for operation in ("all-reduce", "all-to-all"):
             for size in (0, largest):
-                yield _link(operation, name, group, in_node, size, nodes, timing, where)
+                yield _link(operation, name, group, in_node, size, nodes, device, links)
     groups.close()
 
 
@@ -54,16 +67,16 @@ def _link(
     in_node: int,
     size: int,
     nodes: Nodes,
-    timing: Timing,
-    where: simulate.Cluster | None,
+    device: str,
+    links: Links | None,
 ) -> Found:
     """Return the row of one collective: its time with next to no data where `size` is 0, else its bandwidth."""
     n = group.size
     count = max(size // 4 // n, 1) * n
-    x = torch.ones(count, device=timing.device)
+    x = torch.ones(count, device=device)
     out = torch.empty_like(x)
 
-    def call(_: None) -> None:
+    def call() -> None:
         if operation == "all-reduce":
             group.all_reduce(x)
         else:
@@ -71,25 +84,17 @@ def _link(
 
     repeated = 20 if size == 0 else 3
     for _ in range(2):
-        call(None)
+        call()
     times = []
-    for _ in range(timing.rounds):
+    for _ in range(ROUNDS):
         dist.barrier()
-        times.append(timing.seconds(call, None, calls=repeated))
+        times.append(_seconds(call, repeated, device))
     mine = statistics.median(times)
     everyone = all_gather_json(mine)
     slowest = max(range(len(everyone)), key=everyone.__getitem__)
     seconds, median = everyone[slowest], statistics.median(everyone)
     moved = x.nbytes * (n - 1) / n * (2 if operation == "all-reduce" else 1)
-    expected_us = None
-    if where is not None:
-        if operation == "all-reduce":
-            stride = 1 if in_node > 1 else where.gpus_per_node
-            expected_us = float(all_reduce_us(n, x.nbytes, where, simulate.fitted(), stride=stride))
-        else:
-            near, far = in_node - 1, n - in_node
-            stage = Stage("", np.array(near), np.array(far), np.array(count * near / n), np.array(count * far / n))
-            expected_us = float(stage.microseconds(4.0, where, simulate.fitted()))
+    expected_us = None if links is None else links.microseconds(operation, n, in_node, x.nbytes)
 
     def text(s: float) -> str:
         return f"{s * 1e6:.3g} us" if size == 0 else f"{moved / s / 1e9:.3g} GB/s"
@@ -104,7 +109,18 @@ def _link(
     return Found(
         f"{operation} among {name}, {size_text(x.nbytes) if size else 'latency'}",
         text(median) + least,
-        "" if expected_us is None else f"{text(expected_us / 1e6)} by {where.name}",
+        "" if links is None or expected_us is None else f"{text(expected_us / 1e6)} by {links.name}",
         verdict,
         "check NCCL_DEBUG=INFO for the network it took, and the interfaces below" if verdict == "slow" else "",
     )
+
+
+def _seconds(call: Callable[[], None], calls: int, device: str) -> float:
+    """Return the time of a call, the mean of some in a row."""
+    wait = torch.cuda.synchronize if device == "cuda" else lambda: None
+    wait()
+    started = time.perf_counter()
+    for _ in range(calls):
+        call()
+    wait()
+    return (time.perf_counter() - started) / calls

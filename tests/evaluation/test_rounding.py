@@ -5,8 +5,8 @@ import json
 import pytest
 from typer.testing import CliRunner
 
-from moelab.bench import losses
 from moelab.cli import app
+from moelab.evaluation import rounding
 from moelab.lab import Lab
 from moelab.runs.store import RunStore
 
@@ -19,14 +19,15 @@ def run(tiny_spec, tmp_path, monkeypatch):
 
 def test_rows(run, tmp_path):
     """Modes of one dtype differ by rounding, and the first row's loss is that of the run's own validation."""
-    arguments = ["bench", "losses", run.path.name, "--tokens", "0", "--out", str(tmp_path)]
+    name = run.path.name
+    arguments = ["eval", name, "--losses", "--out", str(tmp_path)]
     output = CliRunner().invoke(app, arguments, catch_exceptions=False).output
-    rows = [json.loads(line) for line in (tmp_path / "losses.jsonl").read_text().splitlines()]
-    assert (rows[0]["mode"], rows[0]["dtype"], rows[0]["minus_reference"]) == (*losses.VARIANTS[0], 0.0)
-    assert [(row["mode"], row["dtype"]) for row in rows] == list(losses.VARIANTS)
+    rows = [json.loads(line) for line in (tmp_path / f"losses-{name}.jsonl").read_text().splitlines()]
+    assert (rows[0]["mode"], rows[0]["dtype"], rows[0]["minus_reference"]) == (*rounding.VARIANTS[0], 0.0)
+    assert [(row["mode"], row["dtype"]) for row in rows] == list(rounding.VARIANTS)
     for row in rows:
-        assert row["run"] == run.path.name and row["minus_reference"] == row["loss"] - rows[0]["loss"]
+        assert row["run"] == name and row["minus_reference"] == row["loss"] - rows[0]["loss"]
         assert abs(row["minus_reference"]) < (1e-5 if row["dtype"] == "fp32" else 0.05)
     assert any(row["minus_reference"] for row in rows if row["dtype"] == "bf16")
     assert rows[0]["loss"] == pytest.approx(run.result["validation_loss"], abs=0.05)
-    assert "validation tokens" in output and (tmp_path / "losses.provenance.json").is_file()
+    assert "validation tokens" in output and (tmp_path / f"losses-{name}.provenance.json").is_file()

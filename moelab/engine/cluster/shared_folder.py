@@ -15,10 +15,10 @@ from typing import IO
 import torch
 import torch.distributed as dist
 
-from moelab.acceptance.findings import VISIBLE_S, Found, Nodes, size_text
 from moelab.config import ModelConfig
 from moelab.engine.checkpoint import storage
 from moelab.engine.checkpoint.format import Piece, read_index
+from moelab.engine.cluster.findings import VISIBLE_S, Found, Nodes, size_text
 from moelab.engine.collectives import all_gather_json, broadcast_json
 from moelab.engine.groups import gloo_group
 from moelab.engine.launch.process import Place

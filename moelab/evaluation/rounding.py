@@ -1,4 +1,4 @@
-"""`moelab bench losses`: a trained run's validation loss by mode of inference and dtype.
+"""`moelab eval RUN --losses`: a trained run's validation loss by mode of inference and dtype.
 
 The modes compute the same model, but round differently, bf16 above all. Each loss is that of the same tokens, so that a
 difference to the first row is due to rounding alone. All modes are drop-free.
@@ -6,19 +6,15 @@ difference to the first row is due to rounding alone. All modes are drop-free.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from rich.table import Table
-
+from moelab import terminal
 from moelab.config import TrainConfig
 from moelab.data import prepare
-from moelab.files import write_text
 from moelab.inference.modes import MODES, set_mode
 from moelab.inference.text import DTYPES, load_run, run_configs
-from moelab.terminal import console
 from moelab.training.validation import evaluate
 
 VARIANTS = tuple((mode, dtype) for dtype in DTYPES for mode in MODES)
@@ -26,7 +22,7 @@ VARIANTS = tuple((mode, dtype) for dtype in DTYPES for mode in MODES)
 
 
 def measure(run: Path, tokens: int, cache: Path) -> list[dict[str, Any]]:
-    """Return a row for each mode and dtype: the run's validation loss, and its difference to the reference's.
+    """Return a row for each mode and dtype: the run's validation loss, and its difference to the first row's.
 
     Args:
         run: directory of a run with weights.
@@ -45,23 +41,10 @@ def measure(run: Path, tokens: int, cache: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def main(runs: Sequence[Path], *, tokens: int, cache: Path, out: Path | None) -> None:
-    """Measure runs, print and, with `out` (a folder), write `losses.jsonl`."""
-    found: list[dict[str, Any]] = []
-    for run in runs:
-        rows = measure(run, tokens, cache)
-        show(rows)
-        found += rows
-        if out is not None:  # after each run: what was measured is kept
-            write_text(out / "losses.jsonl", "".join(json.dumps(row) + "\n" for row in found))
-    if out is not None:
-        print(f"{len(found)} rows in {out / 'losses.jsonl'}")
-
-
 def show(rows: Sequence[dict[str, Any]]) -> None:
-    """Print a run's rows."""
+    """Print the rows."""
     title = f"{rows[0]['run']}, {rows[0]['validation_tokens']:,} validation tokens"
-    table = Table("mode", "loss, nats a token", f"minus {', '.join(VARIANTS[0])}", title=title, title_justify="left")
+    view = terminal.table("mode", "loss, nats a token", f"minus {', '.join(VARIANTS[0])}", title=title)
     for row in rows:
-        table.add_row(f"{row['mode']}, {row['dtype']}", f"{row['loss']:.6f}", f"{row['minus_reference']:+.1e}")
-    console().print(table)
+        view.add_row(f"{row['mode']}, {row['dtype']}", f"{row['loss']:.6f}", f"{row['minus_reference']:+.1e}")
+    terminal.console().print(view)

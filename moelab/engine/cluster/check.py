@@ -1,9 +1,7 @@
-"""`moelab check-cluster`: what the ranks of an allocation can do together, each check a row, a verdict at the end.
+"""Check ranks, slow GPUs or cores, network interfaces and clocks; print all checks and their verdict.
 
-Checked are: the ranks (equal software, the profile's number a node, one GPU each), slow GPUs or cores, all-reduce and
-all-to-all over all ranks, inside nodes and between nodes, network interfaces, clocks, file locks and visibility on the
-shared folder, and writing a checkpoint. On NCCL the links are compared with a cluster of the simulator: its data-sheet
-bandwidth times the share that NCCL reaches. All ranks call `check`; whatever raises on one rank ends in a time limit.
+On NCCL the links are compared with a cluster of the simulator: its data-sheet bandwidth times the share that NCCL
+reaches.
 """
 
 from __future__ import annotations
@@ -23,24 +21,26 @@ import torch
 import torch.distributed as dist
 
 import moelab
-from moelab import simulate, terminal
-from moelab.acceptance import links as between
-from moelab.acceptance import shared_folder, speed
-from moelab.acceptance.findings import CLOCK_S, LIMIT_S, SLOW, Found, Nodes
-from moelab.bench import harness
-from moelab.bench.harness import Timing
+from moelab import terminal
+from moelab.engine.cluster import shared_folder
+from moelab.engine.cluster.findings import CLOCK_S, LIMIT_S, SLOW, Found, Nodes
+from moelab.engine.cluster.links import Links, measure
 from moelab.engine.collectives import all_gather_json, broadcast_json
 from moelab.engine.groups import gloo_group
 from moelab.engine.launch import process, rendezvous
 from moelab.files import write_json
-from moelab.runs.provenance import commit
+
+Rates = Callable[[], tuple[float, float]]
+"""Measures this rank: matrix products in TFLOP/s, copying memory in GB/s."""
 
 
 def check(
     place: process.Place,
     *,
     device: str,
-    links: str | None,
+    links: Links | None,
+    rates: Rates,
+    commit: str | None,
     gpus_per_node: int,
     environment: Sequence[str],
     folder: Path,
@@ -49,17 +49,17 @@ def check(
     """Yield the rows, on every rank the same; every rank calls this, joined (`process.join`).
 
     Args:
-        links: cluster of the simulator; None is the card's own, where there is one.
+        links: what collectives should take; None: their rows are notes.
+        commit: of the code that runs, if it is known.
         gpus_per_node: ranks of a node that the profile says; 0 is unknown.
         environment: NAME=VALUE lines that the profile sets.
         folder: on the shared file system.
         largest: bytes of the largest message, and of a rank's part of the checkpoint.
     """
     nodes = Nodes.of(all_gather_json(place.host))
-    yield from _ranks(place, nodes, device, gpus_per_node)
-    yield from _stragglers(nodes, device)
-    where = simulate.cluster(links) if links else speed.cluster_of("cuda") if device == "cuda" else None
-    yield from between.measure(place, nodes, device, where, largest)
+    yield from _ranks(place, nodes, device, gpus_per_node, commit)
+    yield from _stragglers(nodes, device, rates)
+    yield from measure(place, nodes, device, links, largest)
     yield from _interfaces(nodes, device, environment)
     yield from _clocks(place, nodes)
     yield from shared_folder.files(place, nodes, folder)
@@ -69,10 +69,10 @@ def check(
 # -- ranks -----------------------------------------------------------------------------------------------------------
 
 
-def _ranks(place: process.Place, nodes: Nodes, device: str, gpus_per_node: int) -> Iterator[Found]:
+def _ranks(place: process.Place, nodes: Nodes, device: str, gpus_per_node: int, commit: str | None) -> Iterator[Found]:
     mine: dict[str, Any] = {
         "moelab": moelab.__version__,
-        "commit": commit()["commit"],
+        "commit": commit,
         "python": platform.python_version(),
         "torch": torch.__version__,
     }
@@ -111,15 +111,12 @@ def _ranks(place: process.Place, nodes: Nodes, device: str, gpus_per_node: int) 
         )
 
 
-def _stragglers(nodes: Nodes, device: str) -> Iterator[Found]:
-    timing = Timing(3, device)
-    kind, n = (torch.bfloat16, 4096) if device == "cuda" else (torch.float32, 512)
+def _stragglers(nodes: Nodes, device: str, rates: Rates) -> Iterator[Found]:
     dist.barrier()
-    rates = all_gather_json(harness.product_rate(kind, timing, n) / 1e12)
-    copies = all_gather_json(harness.copy_rate(timing, 1 << (28 if device == "cuda" else 24)) / 1e9)
+    products, copies = zip(*all_gather_json(rates()), strict=True)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     crowded = device == "cpu" and max(map(nodes.hosts.count, nodes.hosts)) > cores
-    for what, values, unit in (("matrix products", rates, "TFLOP/s"), ("copying memory", copies, "GB/s")):
+    for what, values, unit in (("matrix products", products, "TFLOP/s"), ("copying memory", copies, "GB/s")):
         median, least = statistics.median(values), min(values)
         slow = [f"rank {i} on {nodes.hosts[i]}" for i, value in enumerate(values) if value < SLOW * median]
         measured = f"{median:.3g} {unit}, least {least:.3g}"
@@ -245,18 +242,18 @@ def verdict(found: Sequence[Found], place: process.Place, nodes: int) -> str:
 def main(
     *,
     device: str,
-    links: str | None,
-    gpus_per_node: int,
-    environment: Sequence[str],
-    folder: Path,
     largest: int,
     out: Path | None,
-    say: Callable[[str], None] = print,
+    **options: Any,
 ) -> bool:
     """Join the other ranks, check, and print as rank 0; return whether all is well, on other ranks True.
 
+    Args:
+        out: JSON file for the rows.
+        options: of `check`.
+
     Raises:
-        ValueError: this process is no rank; a size below 1 MiB; an unknown cluster; a folder that not all ranks see.
+        ValueError: this process is no rank; a size below 1 MiB; a folder that not all ranks see.
     """
     if process.find() is None:
         raise ValueError(
@@ -265,21 +262,11 @@ def main(
         )
     if largest < 1 << 20:
         raise ValueError("check-cluster: --mib must be at least 1")
-    if links:
-        simulate.cluster(links)
     place = process.join(device=device, timeout=LIMIT_S)
     found: list[Found] = []
     try:
         hosts = all_gather_json(place.host)
-        for row in check(
-            place,
-            device=device,
-            links=links,
-            gpus_per_node=gpus_per_node,
-            environment=environment,
-            folder=folder,
-            largest=largest,
-        ):
+        for row in check(place, device=device, largest=largest, **options):
             found.append(row)
             if place.rank == 0:  # as they come: a check that never ends is the one after the last line
                 print(f"{row.verdict:>5}  {row.check}", file=sys.stderr, flush=True)
@@ -287,7 +274,7 @@ def main(
         if place.rank == 0:
             _show(found)
             line = verdict(found, place, len(set(hosts)))
-            say(line)
+            print(line)
             if out is not None:
                 write_json(out, {"verdict": line, "checks": [asdict(row) for row in found]})
     finally:
