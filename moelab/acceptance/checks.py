@@ -242,7 +242,7 @@ def _model(device: str) -> Numbers:
     for where in (device, "cpu"):
         model = build(config, 0, where).train()
         output = model(tokens[:, :-1].to(where), targets_BT=tokens[:, 1:].to(where))
-        (output.loss + output.routing_loss(config)).backward()
+        (output.loss + output.routing_loss()).backward()
         grads = {f"d {name}": p.grad.cpu() for name, p in model.named_parameters()}
         found.append({"loss": output.loss.detach().cpu(), **grads})
     return compare(*found, 2e-4)
