@@ -20,10 +20,14 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import torch
+import torch.distributed as dist
 
 from moelab import machine, terminal
 from moelab.files import write_text
 from moelab.models.products import fastest_products
+
+LONG_S = 10.0
+"""Rounds that take longer are announced."""
 
 X = TypeVar("X")
 """The inputs of a round."""
@@ -95,7 +99,7 @@ def in_turns(
         inputs: makes the inputs of a round (0, 1, ...; the first ones warm up), outside the measured time.
         sample: measures one call of a candidate; None is `timing.seconds`.
     """
-    take = sample or timing.seconds
+    take, round_s = sample or timing.seconds, 0.0
     names = list(candidates)
     found: dict[str, list[T]] = {name: [] for name in names}
     started, first_s = time.monotonic(), 0.0
@@ -103,9 +107,10 @@ def in_turns(
         counted = i - timing.warm_up
         if counted == 0:
             started = time.monotonic()
+            _announce(len(names), timing, round_s)
         if counted >= 3 and time.monotonic() - started > timing.budget_s:
             break
-        given = inputs(i)
+        given, round_began = inputs(i), time.monotonic()
         first = i % len(names)
         for name in names[first:] + names[:first]:
             began = time.monotonic()
@@ -119,7 +124,18 @@ def in_turns(
                 terminal.console().print(f"left out: {name} takes {took_s:.2g} s a turn, {names[0]} {first_s:.2g} s")
                 names.remove(name)
                 del found[name]
+        round_s = time.monotonic() - round_began
     return found
+
+
+def _announce(candidates: int, timing: Timing, round_s: float) -> None:
+    """Print how long the rounds will take, by the last one of the warm-up, if that is long; on ranks the first does."""
+    expected_s = min(round_s * timing.rounds, max(timing.budget_s, 3 * round_s))
+    if expected_s >= LONG_S and not (dist.is_initialized() and dist.get_rank()):
+        print(
+            f"  {candidates} candidates in turns, up to {timing.rounds} rounds: about {terminal.duration(expected_s)}",
+            flush=True,
+        )
 
 
 @dataclass(frozen=True)

@@ -26,6 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from moelab import terminal
 from moelab.bench import harness, inputs, kernel_peers, peers, plot
 from moelab.bench.harness import Row, Timing
 from moelab.config import FeedForward
@@ -329,13 +330,15 @@ def main(
     for count in threads:
         timing.check_threads(count)
     found: list[Row] = []
-    for count in threads:
+    slow: dict[tuple[int, str], dict[str, int]] = {}
+    cases = [(count, size) for count in threads for size in sizes]
+    for count, size in terminal.announced(
+        cases, lambda one: f"a layer of {one[1].experts} experts, {one[1].dtype}, {_threads(one[0])}"
+    ):
         torch.set_num_threads(count)
-        slow: dict[str, dict[str, int]] = {}
-        for size in sizes:
-            case = measure(size, timing, only=only, slow=slow.setdefault(size.dtype, {}))
-            show(case)
-            found += case
+        case = measure(size, timing, only=only, slow=slow.setdefault((count, size.dtype), {}))
+        show(case)
+        found += case
     if out is None:
         return
     draw(harness.write(found, out / "layer.jsonl"), out / "layer")

@@ -18,7 +18,7 @@ from moelab.data import prepare
 from moelab.files import write_text
 from moelab.inference.modes import MODES, set_mode
 from moelab.inference.text import DTYPES, load_run, run_configs
-from moelab.terminal import console
+from moelab.terminal import announced, console
 from moelab.training.validation import evaluate
 
 VARIANTS = tuple((mode, dtype) for dtype in DTYPES for mode in MODES)
@@ -48,7 +48,7 @@ def measure(run: Path, tokens: int, cache: Path) -> list[dict[str, Any]]:
 def main(runs: Sequence[Path], *, tokens: int, cache: Path, out: Path | None) -> None:
     """Measure runs, print and, with `out` (a folder), write `losses.jsonl`."""
     found: list[dict[str, Any]] = []
-    for run in runs:
+    for run in announced(runs, lambda run: f"losses of {run.name} by mode and dtype"):
         rows = measure(run, tokens, cache)
         show(rows)
         found += rows

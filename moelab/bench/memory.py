@@ -15,6 +15,7 @@ from pathlib import Path
 
 import torch
 
+from moelab import terminal
 from moelab.bench import apart, harness, inputs
 from moelab.bench.harness import Row, Timing
 from moelab.bench.train import SEQUENCES, TEACHERS, check, training_loop, twin
@@ -81,11 +82,11 @@ def main(
         "peak memory": lambda row: f"{row.numbers['peak_bytes'] / 2**20:,.0f} MiB",
     }
     case = functools.partial(measure, steps=steps, threads=threads, timing=timing)
-    for width in widths:
-        for family in families:
-            for dtype in dtypes:
-                rows = case(width, family, dtype)
-                harness.show(f"freed memory while training {family}, {width} wide, {dtype}", rows, columns)
-                found += rows
+    cases = [(width, family, dtype) for width in widths for family in families for dtype in dtypes]
+    name = lambda one: "freed memory while training {1}, {0} wide, {2}".format(*one)  # noqa: E731
+    for one in terminal.announced(cases, name):
+        rows = case(*one)
+        harness.show(name(one), rows, columns)
+        found += rows
     if out is not None:
         harness.write(found, out / "memory.jsonl")

@@ -288,7 +288,9 @@ def main(
     if apart and timing.clock == "cpu":
         raise ValueError("bench train: processor time is that of one process; leave --apart or --cpu-time out")
     found: list[Row] = []
-    for width in widths:
+    for width in terminal.announced(
+        widths, lambda width: f"training {width} wide: {', '.join(families)}; {', '.join(dtypes)}"
+    ):
         shared = {"dtypes": dtypes, "steps": steps, "threads": threads, "timing": timing}
         case = measure(width, families=families, apart=apart, **shared)
         title = f"training, {width} wide, {SEQUENCES} x {inputs.CONTEXT} tokens a step, {steps} steps a round"
