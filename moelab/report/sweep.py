@@ -74,10 +74,9 @@ class Comparison:
 
     Attributes:
         table: a row for each point and arm: what varies; arm; runs, how many seeds have finished; loss, the mean of
-            their final losses in nats per token, with its 95 % interval, low and high; difference, that loss minus the
-            loss of the point's first arm, paired by seed, with its interval, difference_low and difference_high. Of an
-            experiment that trains nothing a row for each point and claim: what varies; claim; value with its interval,
-            low and high; unit; verdict.
+            their final losses in nats per token; difference, that loss minus the loss of the point's first arm, paired
+            by seed. Of an experiment that trains nothing a row for each point and claim: what varies; claim; value;
+            unit; verdict. Loss, difference and value have their 95 % intervals in loss_low, loss_high and so on.
         runs: all runs of the points.
         lacking: points without a value, as texts.
     """
@@ -121,18 +120,18 @@ def _losses(runs: Runs) -> list[dict[str, Any]]:
     arms = list(dict.fromkeys(final["arm"])) if len(final) else []
     for arm in arms:
         losses = list(final.loc[final["arm"] == arm, "validation_loss"])
-        row = {"arm": arm, "runs": len(losses)} | _interval("loss", "", losses)
         paired = comparison.paired(final, arm, arms[0]) if arm != arms[0] else []
-        rows.append(row | _interval("difference", "difference_", paired))
+        row = {"arm": arm, "runs": len(losses)} | _interval("loss", losses)
+        rows.append(row | _interval("difference", paired))
     return rows
 
 
-def _interval(name: str, prefix: str, values: Sequence[float]) -> dict[str, float | None]:
+def _interval(name: str, values: Sequence[float]) -> dict[str, float | None]:
     """Return a mean and its 95 % interval; None for what the number of values does not give."""
     mean, low, high = interval(values) if values else (None, None, None)
     if len(values) < 2:
         low = high = None
-    return {name: mean, f"{prefix}low": low, f"{prefix}high": high}
+    return {name: mean, f"{name}_low": low, f"{name}_high": high}
 
 
 def _claims(folder: Path | None) -> list[dict[str, Any]]:
@@ -140,7 +139,10 @@ def _claims(folder: Path | None) -> list[dict[str, Any]]:
         return []
     claims = parse(read_json(folder / SUMMARY)).claims
     return [
-        {"claim": v.claim, "value": v.ours, "low": v.low, "high": v.high, "unit": v.unit, "verdict": v.verdict}
+        {
+            **{"claim": v.claim, "value": v.ours, "value_low": v.low, "value_high": v.high},
+            **{"unit": v.unit, "verdict": v.verdict},
+        }
         for v in claims
         if v.ours is not None
     ]
@@ -194,22 +196,18 @@ def _write(publication: Publication, experiment: Experiment, sweep: Sweep, found
 
     losses, title = found.series == "arm", headline(experiment, sweep, found)
     lacking = f" Without a value: {'; '.join(found.lacking)}." if found.lacking else ""
-    figure = sweeps.draw(
-        found.table,
-        sweep.varied,
-        series=found.series,
-        value=found.value,
-        label="final validation loss (nats per token)",
-        apart=not losses,
-    )
+    values = {"value": ""}
+    if losses:
+        values = {"loss": "final validation loss (nats per token)", "difference": "minus the first arm's"}
+    figure = sweeps.draw(found.table, sweep.varied, series=found.series, values=values)
     figures.title(figure, title)
     what = "Final validation loss of each arm, nats per token" if losses else "Value of each claim, in its unit"
     spread = "mean over seeds with its 95 % interval" if losses else "with its 95 % interval where there is one"
-    caption = f"{what}, at each point of the sweep; {spread}.{lacking}"
+    paired = " Differences are to the first arm of the point, paired by seed." if losses else ""
+    caption = f"{what}, at each point of the sweep; {spread}.{paired}{lacking}"
     publication.figure(figure, NAME, title=title, caption=caption, data=found.table)
     plt.close(figure)
-    paired = " difference: to the first arm of the point, paired by seed." if losses else ""
-    publication.table(found.table, NAME, title="all points of the sweep", caption=caption + paired)
+    publication.table(found.table, NAME, title="all points of the sweep", caption=caption)
     publication.finish(found.runs if losses else None, title=title)
 
 
@@ -222,8 +220,9 @@ def show(sweep: Sweep, found: Comparison) -> None:
     def number(value: float | None) -> str:
         return "" if value is None or pd.isna(value) else f"{value:.4g}"
 
-    def spread(row: Mapping[str, Any], low: str, high: str) -> str:
-        return "" if pd.isna(row[low]) else f"{number(row[low])} to {number(row[high])}"
+    def spread(row: Mapping[str, Any], name: str) -> str:
+        low, high = row[f"{name}_low"], row[f"{name}_high"]
+        return "" if low is None or pd.isna(low) else f"{number(low)} to {number(high)}"
 
     losses, console = found.series == "arm", terminal.console()
     if found.series:
@@ -231,9 +230,9 @@ def show(sweep: Sweep, found: Comparison) -> None:
         view = terminal.table(*sweep.varied, found.series, found.value, "95 % interval", *more)
         for row in found.table.astype(object).to_dict("records"):
             cells = [*(str(row[name]) for name in (*sweep.varied, found.series)), number(row[found.value])]
-            cells.append(spread(row, "low", "high"))
+            cells.append(spread(row, found.value))
             if losses:
-                cells += [str(row["runs"]), number(row["difference"]), spread(row, "difference_low", "difference_high")]
+                cells += [str(row["runs"]), number(row["difference"]), spread(row, "difference")]
             view.add_row(*cells, *([] if losses else [row["verdict"]]))
         console.print(view)
     for point in found.lacking:

@@ -23,12 +23,13 @@ def table(**varied) -> pd.DataFrame:
         rows = [{**row, name: value} for row in rows for value in values]
     rows = [{**row, "arm": arm} for row in rows for arm in ("Dense", "MoE-128")]
     for i, row in enumerate(rows):
-        row |= {"loss": 4 - 0.1 * i, "low": 3.9 - 0.1 * i if i % 3 else None, "high": 4.1 - 0.1 * i if i % 3 else None}
+        row |= {"loss": 4 - 0.1 * i, "gap": i if i % 2 else None, "gap_low": None, "gap_high": None}
+        row |= {"loss_low": 3.9 - 0.1 * i if i % 3 else None, "loss_high": 4.1 - 0.1 * i if i % 3 else None}
     return pd.DataFrame(rows)
 
 
-def draw(found: pd.DataFrame, *varied: str, **options):
-    return sweeps.draw(found, varied, series="arm", value="loss", label="loss (nats)", **options)
+def draw(found: pd.DataFrame, *varied: str, **more: str):
+    return sweeps.draw(found, varied, series="arm", values={"loss": "loss (nats)", **more})
 
 
 @pytest.mark.parametrize(
@@ -75,7 +76,7 @@ def test_over_three_settings_the_points_stand_side_by_side():
 
 
 def test_series_of_their_own_units_have_panels_of_their_own():
-    axes = draw(table(x=[1, 2]), "x", apart=True).axes
+    axes = draw(table(x=[1, 2]), "x", loss="").axes
     assert [ax.get_title(loc="left") for ax in axes] == ["Dense", "MoE-128"] and all(not ax.get_ylabel() for ax in axes)
 
 
@@ -93,3 +94,12 @@ def test_it_is_saved_for_light_dark_and_narrow_pages(varied, tmp_path):
 )  # fmt: skip
 def test_values_as_short_texts(value, said):
     assert sweeps.text(value) == said
+
+
+def test_a_second_value_has_a_panel_of_its_own_unless_no_point_has_it():
+    found = table(x=[1, 2])
+    left, right = draw(found, "x", gap="gap (nats)").axes
+    assert (left.get_ylabel(), right.get_ylabel()) == ("loss (nats)", "gap (nats)")
+    (line,) = [c.lines[0] for c in right.containers]
+    assert list(line.get_ydata()) == [1, 3] and line.get_color() == left.containers[1].lines[0].get_color()
+    assert len(draw(found.assign(gap=None), "x", gap="gap (nats)").axes) == 1

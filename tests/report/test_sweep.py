@@ -61,7 +61,7 @@ def test_a_row_for_each_point_and_arm_with_intervals_over_seeds(two):
     ]
     first, second = found.table.iloc[0], found.table.iloc[3]
     assert (first["loss"], second["loss"]) == pytest.approx((5.5625, 4.9625))
-    assert first["low"] < first["loss"] < first["high"] and math.isnan(first["difference"])
+    assert first["loss_low"] < first["loss"] < first["loss_high"] and math.isnan(first["difference"])
     assert second["difference"] == pytest.approx(-0.1) and second["difference_high"] == pytest.approx(-0.1)
     assert len(found.runs) == 8 and found.lacking == ()
 
