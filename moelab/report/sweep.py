@@ -155,7 +155,7 @@ def headline(experiment: Experiment, sweep: Sweep, found: Comparison) -> str:
         return f"{experiment.title} over {over}"
     best = found.table.loc[found.table["loss"].idxmin()]
     where = ", ".join(f"{name}={best[name]}" for name in sweep.varied)
-    return f"Over {over}, {best['arm']} ends lowest at {where}: {best['loss']:.3f} nats"
+    return f"Over {over}, the lowest mean loss is {best['loss']:.3f} nats, of {best['arm']} at {where}"
 
 
 def publish(
@@ -198,7 +198,7 @@ def _write(publication: Publication, experiment: Experiment, sweep: Sweep, found
     lacking = f" Without a value: {'; '.join(found.lacking)}." if found.lacking else ""
     values = {"value": ""}
     if losses:
-        values = {"loss": "final validation loss (nats per token)", "difference": "minus the first arm's"}
+        values = {"loss": "final validation loss (nats per token)", "difference": "minus the first arm's (nats per token)"}
     figure = sweeps.draw(found.table, sweep.varied, series=found.series, values=values)
     figures.title(figure, title)
     what = "Final validation loss of each arm, nats per token" if losses else "Value of each claim, in its unit"
