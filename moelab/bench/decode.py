@@ -27,7 +27,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from moelab import machine, simulate
+from moelab import machine, simulate, terminal
 from moelab.bench import harness, inputs, llama, peers, plot
 from moelab.bench.decode_steps import (
     DecodeSettings,
@@ -279,7 +279,8 @@ def main(
         for size in ranks if config.is_moe else ():
             config.check_layout(ParallelConfig(data=size))
     found: list[Row] = []
-    for config in configs:
+    many = f"batches {', '.join(map(str, batches))}"
+    for config in terminal.announced(configs, lambda config: f"decoding with {config}, {many}{_ranks(config, ranks)}"):
         case = measure(config, batches, settings, device, dtype)
         if config.is_moe and ranks:
             case += measure_ranks(config, ranks, rank_batch, settings)
@@ -289,6 +290,10 @@ def main(
             objects = harness.write(found, out / f"{stem}.jsonl")
     if out is not None and plot.possible():
         draw(objects, out / stem)
+
+
+def _ranks(config: ModelConfig, ranks: list[int]) -> str:
+    return f", then on {', '.join(map(str, ranks))} ranks" if config.is_moe and ranks else ""
 
 
 def _on_ranks(

@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from moelab import terminal
 from moelab.bench import harness, inputs, peers, plot
 from moelab.bench.harness import Row, Timing
 from moelab.kernels import combine, dispatch, gate, row_table
@@ -83,7 +84,7 @@ def main(*, tokens: int, experts: list[int], timing: Timing, threads: int, out: 
     timing.check_threads(threads)
     torch.set_num_threads(threads)
     found: list[Row] = []
-    for E in experts:
+    for E in terminal.announced(experts, lambda E: f"the gate of {E} experts"):
         case = measure(tokens, E, timing)
         busiest = case[0].case["busiest_expert"]
         harness.show(f"gate, forward + backward: S={tokens} E={E} K=1 fp32, busiest expert {busiest:.1f} x mean", case)

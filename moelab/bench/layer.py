@@ -25,6 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from moelab import terminal
 from moelab.bench import harness, inputs, peers, plot
 from moelab.bench.gate import slots
 from moelab.bench.harness import Row, Timing
@@ -296,16 +297,18 @@ def main(
         timing.check_threads(count)
     process.keep_freed_memory()  # as runs do: a step's gradients lie where the last step's lay
     found: list[Row] = []
-    for count in threads:
+    slow: dict[tuple[int, str], dict[str, int]] = {}
+    cases = [(count, size) for count in threads for size in sizes]
+    for count, size in terminal.announced(
+        cases, lambda one: f"a layer of {one[1].experts} experts, {one[1].dtype}, {_threads(one[0])}"
+    ):
         torch.set_num_threads(count)
-        slow: dict[str, dict[str, int]] = {}
-        for size in sizes:
-            known = slow.setdefault(size.dtype, {})
-            case = measure(size, timing, backward=backward, only=only, slow=known)
-            show(case)
-            found += case
-            if out is not None:
-                objects = harness.write(found, out / "layer.jsonl")
+        known = slow.setdefault((count, size.dtype), {})
+        case = measure(size, timing, backward=backward, only=only, slow=known)
+        show(case)
+        found += case
+        if out is not None:
+            objects = harness.write(found, out / "layer.jsonl")
     if out is not None and plot.possible():
         draw(objects, out / "layer")
 

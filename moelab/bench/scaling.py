@@ -24,7 +24,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
-from moelab import machine
+from moelab import machine, terminal
 from moelab.bench import harness, inputs
 from moelab.bench.harness import Row, Timing
 from moelab.config import ModelConfig, RoutingConfig, TrainConfig
@@ -112,7 +112,7 @@ def measure(*, models: list[str], ranks: int, per_rank: int, steps: int, rounds:
             "together": lambda model: run(joint, model, ranks),
         }
         rows = []
-        for model in models:
+        for model in terminal.announced(models, lambda model: f"training {model} on 1 and {ranks} ranks"):
             turns = harness.in_turns(ways, lambda i, model=model: model, timing, lambda way, given: way(given))
             rows += _rows(model, turns, {"ranks": ranks, "sequences_per_rank": per_rank, "steps": steps}, timing)
     return rows

@@ -364,7 +364,7 @@ def main(
         shared |= {"families": families, "dtypes": dtypes, "own_processes": own_processes}
         cases = [(f"training, {w} wide, {size}", functools.partial(measure, w, **shared)) for w in widths]
     found: list[Row] = []
-    for title, call in cases:
+    for title, call in terminal.announced(cases, lambda case: case[0]):
         case = call()
         harness.show(title, case, columns)
         found += case

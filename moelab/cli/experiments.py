@@ -79,7 +79,7 @@ def run(
     """
     from moelab.experiments import experiment
     from moelab.notebook import batch
-    from moelab.notebook import execute as notebooks
+    from moelab.notebook.parameters import check_parameters, resolve
     from moelab.runs import preflight
 
     if all_ == (name is not None):
@@ -87,11 +87,11 @@ def run(
     given = commands.parse_parameters(parameter, scale)
     scale = given.setdefault("scale", "cpu")
     if name is not None:
-        values = notebooks.check_parameters(experiment(name), given)
+        values = check_parameters(experiment(name), given)
         experiment(name).scale(values["scale"])
     wanted = {name: given} if name else batch.chosen(scale, {k: v for k, v in given.items() if k != "scale"})
-    checked = [(experiment(e), notebooks.check_parameters(experiment(e), taken)) for e, taken in wanted.items()]
-    asked = [(e, e.specs_of(notebooks.resolve(e, taken))) for e, taken in checked]
+    checked = [(experiment(e), check_parameters(experiment(e), taken)) for e, taken in wanted.items()]
+    asked = [(e, e.specs_of(resolve(e, taken))) for e, taken in checked]
     trained = [spec for e, specs in asked if e.trains for spec in specs]
     if name is None and (without := batch.left_out(scale)):
         print(f"left out, because each needs its own -p measured_file=FILE: {', '.join(without)}")

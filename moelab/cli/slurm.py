@@ -16,6 +16,7 @@ import typer
 from moelab.cli._options import CLUSTER, AsJson, experiment_names, print_json, profile_names, run_names
 
 if TYPE_CHECKING:
+    from moelab.report.sweep import Sweep
     from moelab.slurm.submit import Plan
 
 Name = Annotated[str, typer.Argument(help="experiment, see `moelab list`", autocompletion=experiment_names)]
@@ -83,14 +84,14 @@ def prepare(
 
     from moelab import data, paths
     from moelab.experiments import experiment
-    from moelab.notebook import execute as notebooks
+    from moelab.notebook.parameters import check_parameters, resolve
     from moelab.runs.spec import closure
 
     given = parse_parameters(parameter, scale)
     specs = []
     for name in names:
         chosen = experiment(name)
-        specs += chosen.specs_of(notebooks.resolve(chosen, notebooks.check_parameters(chosen, given)))
+        specs += chosen.specs_of(resolve(chosen, check_parameters(chosen, given)))
     for config in dict.fromkeys(replace(spec.data, part="whole") for spec in closure(specs).values()):
         try:
             tokens = data.prepare(config, paths.home() / "data", print)
@@ -131,9 +132,10 @@ def sweep(
     again: Again = False,
     publish: Publish = False,
 ) -> None:
-    """Submit a notebook for each point of a grid of parameters.
+    """Submit a notebook for each point of a grid of parameters, and compare the points.
 
-    Runs that points share are trained once.
+    Runs that points share are trained once. The last notebook to end publishes a table and a figure of all points. The
+    same command prints the table.
     """
     fixed = parse_parameters(parameter, scale)
     axes = {}
@@ -254,7 +256,8 @@ def _submit(
     """Submit notebooks and their runs; a dry run shows the scripts, or of a sweep a line for each point."""
     from moelab.data import UnknownCorpus
     from moelab.experiments import experiment
-    from moelab.notebook import execute as notebooks
+    from moelab.notebook.parameters import check_parameters, resolve
+    from moelab.report.sweep import Sweep
     from moelab.runs.spec import closure
     from moelab.slurm import preflight, profiles
     from moelab.slurm import submit as module
@@ -264,7 +267,7 @@ def _submit(
     measuring = []
     for name, points in wanted:  # all of it checked before any of it is queued
         chosen = experiment(name)
-        values = [notebooks.resolve(chosen, notebooks.check_parameters(chosen, given)) for given in points]
+        values = [resolve(chosen, check_parameters(chosen, given)) for given in points]
         specs = [chosen.specs_of(v) for v in values]  # a wrong setting raises, trained or not
         batches.append((name, [(v, s if chosen.trains else []) for v, s in zip(values, specs, strict=True)]))
         measuring += [name] * any(v["scale"] in chosen.measures_on_gpu for v in values)
@@ -277,7 +280,8 @@ def _submit(
             raise
         trouble = str(error)
     for name, batch in batches:
-        plan = module.submit(name, batch, cluster, again=again, publish=publish, dry_run=dry_run)
+        sweep = Sweep(tuple(varied), tuple(values for values, _ in batch)) if varied else None
+        plan = module.submit(name, batch, cluster, again=again, publish=publish, dry_run=dry_run, sweep=sweep)
         if dry_run:
             for (_, specs), given in zip(batch, dict(wanted)[name], strict=True) if varied else ():
                 todo = {spec.id for group in plan.specs.values() for spec in group}
@@ -287,8 +291,30 @@ def _submit(
             _print_scripts(plan, scripts=not varied)
         else:
             _print_submitted(name, plan)
+            if sweep:
+                _compare(name, sweep, publish, over=not plan.scripts)
     if trouble:
         print(f"# as things are, it would be refused: {trouble}")
+
+
+def _compare(name: str, sweep: Sweep, publish: bool, *, over: bool) -> None:
+    """Print the table of a sweep's points as far as they have ended; if all have, publish it, if it is not yet."""
+    from moelab import paths
+    from moelab.experiments import experiment
+    from moelab.report import site
+    from moelab.report import sweep as module
+    from moelab.runs.store import RunStore
+    from moelab.slurm.submission import results
+
+    ended = results(name, sweep.points)
+    if over:
+        found = module.compare(experiment(name), sweep, ended, RunStore())
+        module.show(sweep, found)
+        if all(ended) and (folder := module.publish(experiment(name), sweep, found, publish=publish)):
+            site.update(publish=publish)
+            print(f"figure: {paths.short(folder / module.NAME)}.png; it is on the results page, too")
+    if not (over and all(ended)):
+        print("when the last of its notebooks has ended, the same command prints the table of all points")
 
 
 def _print_scripts(plan: Plan, *, scripts: bool = True) -> None:

@@ -271,7 +271,7 @@ def speeds(specs: Sequence[RunSpec], steps: int, rounds: int) -> dict[str, list[
 
 
 def summary(runs: Runs) -> pd.DataFrame:
-    """Return, a row per arm: mean final loss with its 95 % interval, bits per byte, seeds, tokens.
+    """Return, a row per arm: mean final validation loss with its 95 % interval, bits per byte, seeds, tokens.
 
     Not the time of the runs, which depends on what else their machines did; `speeds` measures the arms side by side.
     """
@@ -286,7 +286,7 @@ def summary(runs: Runs) -> pd.DataFrame:
         rows.append(
             {
                 "arm": arm,
-                "loss": mean,
+                "validation loss": mean,
                 "low": None if one else low,
                 "high": None if one else high,
                 "bits_per_byte": part["bits_per_byte"].mean(),

@@ -133,11 +133,10 @@ def measure_halves(runs: Runs, tokens: int) -> list[dict[str, Any]]:
             "arm": run.spec.title,
             "seed": run.spec.train.seed,
             "trained_on": run.spec.data.part,
-            **with_weights.measure(run, losses_on_halves, tokens),
+            **losses,
             "validation": run.result["validation_loss"],
         }
-        for run in runs.finished
-        if with_weights.available(run, losses_on_halves, tokens)
+        for run, losses in with_weights.measure_all(runs.finished, losses_on_halves, tokens)
     ]
 
 

@@ -14,7 +14,7 @@ from typing import Any
 from moelab import paths
 from moelab.experiments import EXPERIMENTS, Experiment
 from moelab.files import read_json
-from moelab.notebook import execute as notebooks
+from moelab.notebook.parameters import check_parameters, parameters, resolve
 from moelab.report import site
 from moelab.report.summary import SUMMARY, Summary, parse
 from moelab.runs.collection import NoResult, Runs
@@ -32,11 +32,11 @@ def chosen(scale: str, given: Mapping[str, str]) -> dict[str, dict[str, str]]:
     found: dict[str, dict[str, str]] = {}
     for e in EXPERIMENTS.values():
         if scale in e.scales and e.name not in left_out(scale):
-            allowed = notebooks.parameters(e)
+            allowed = parameters(e)
             found[e.name] = {"scale": scale} | {
                 k: v for k, v in given.items() if k in allowed or ("." in k and "overrides" in allowed)
             }
-            notebooks.check_parameters(e, found[e.name])
+            check_parameters(e, found[e.name])
     if not found:
         scales = dict.fromkeys(name for e in EXPERIMENTS.values() for name in e.scales)
         raise ValueError(f"no experiment has the scale {scale!r}; allowed: {', '.join(scales)}")
@@ -49,7 +49,7 @@ def chosen(scale: str, given: Mapping[str, str]) -> dict[str, dict[str, str]]:
 def left_out(scale: str) -> list[str]:
     """Return the experiments that read a file of times on ranks at this scale, of which each needs its own."""
     having = [e for e in EXPERIMENTS.values() if scale in e.scales] if scale == "paper" else []
-    return [e.name for e in having if "measured_file" in notebooks.parameters(e)]
+    return [e.name for e in having if "measured_file" in parameters(e)]
 
 
 def last_result(experiment: Experiment, values: Mapping[str, Any]) -> Summary | None:
@@ -107,8 +107,8 @@ def run_all(
     """
     wanted = chosen(scale, given)
     started = time.monotonic()
-    values = {name: notebooks.check_parameters(EXPERIMENTS[name], texts) for name, texts in wanted.items()}
-    whole = {name: notebooks.resolve(EXPERIMENTS[name], values[name]) for name in wanted}
+    values = {name: check_parameters(EXPERIMENTS[name], texts) for name, texts in wanted.items()}
+    whole = {name: resolve(EXPERIMENTS[name], values[name]) for name in wanted}
     specs = [spec for name in wanted if EXPERIMENTS[name].trains for spec in EXPERIMENTS[name].specs_of(whole[name])]
     try:
         runs = run(specs, workers=workers)

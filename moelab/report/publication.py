@@ -149,4 +149,9 @@ class Publication:
         return f"result handed over as {self.experiment}, scale {self.scale}"
 
     def _write_frame(self, name: str, data: pd.DataFrame) -> None:
-        write_text(self.path / name, data.to_json(orient="records", lines=True, double_precision=15))
+        write_text(self.path / name, lines(data))
+
+
+def lines(data: pd.DataFrame) -> str:
+    """Return the rows of a frame as JSON lines."""
+    return data.to_json(orient="records", lines=True, double_precision=15)

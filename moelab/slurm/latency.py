@@ -23,6 +23,7 @@ from moelab.data import prepare
 from moelab.experiments import experiment
 from moelab.files import write_text
 from moelab.notebook import execute as notebooks
+from moelab.notebook.parameters import resolve
 from moelab.runs import executors
 from moelab.runs.execute import execute
 from moelab.runs.spec import RunSpec
@@ -32,6 +33,7 @@ from moelab.slurm.profiles import Profile
 from moelab.slurm.status import overview
 from moelab.slurm.submission import outcome
 from moelab.slurm.submit import submit
+from moelab.terminal import announced
 
 
 def main(profile: Profile, *, rounds: int, runs: int, out: Path | None) -> None:
@@ -43,7 +45,12 @@ def main(profile: Profile, *, rounds: int, runs: int, out: Path | None) -> None:
         runs: number of runs that are submitted at once, held, and cancelled again.
         out: folder of the results; None writes none.
     """
-    rows = [*_first_step(profile, rounds), *_notebook(profile, rounds), *_many(profile, runs)]
+    parts = {
+        "time to the first step": lambda: _first_step(profile, rounds),
+        "a notebook batch beside the same work in one process": lambda: _notebook(profile, rounds),
+        f"{runs} runs submitted at once": lambda: _many(profile, runs),
+    }
+    rows = [row for part in announced(list(parts), str) for row in parts[part]()]
     for row in rows:
         print(f"{row['what']:<66} {row['seconds']:8.2f} s" + (f"   ({row['note']})" if row["note"] else ""))
     if out is not None:
@@ -75,7 +82,7 @@ def _first_step(profile: Profile, rounds: int) -> Iterator[dict[str, Any]]:
 def _notebook(profile: Profile, rounds: int) -> Iterator[dict[str, Any]]:
     """Time two arms of the PR-MoE notebook at scale smoke: runs in one process, with the notebook, and as jobs."""
     chosen = experiment("pr-moe")
-    values = notebooks.resolve(chosen, {"scale": "smoke", "arms": ["Dense", "MoE-128"]})
+    values = resolve(chosen, {"scale": "smoke", "arms": ["Dense", "MoE-128"]})
     specs = chosen.specs_of(values)
 
     def here() -> None:

@@ -122,7 +122,13 @@ def test_existing_runs_keep_their_ids(request_):
 
 
 def test_every_scale_of_every_experiment_with_runs_is_pinned():
-    assert set(IDS) == {f"{e.name} {scale}" for e in EXPERIMENTS.values() if e.arms or e.build for scale in e.scales}
+    wanted = {f"{e.name} {scale}" for e in EXPERIMENTS.values() if e.arms or e.build for scale in e.scales}
+    missing = [
+        f'"{name}": "{digest(experiment(name.split()[0]).specs(name.split()[1], 2))}",'
+        for name in sorted(wanted - set(IDS))
+    ]
+    assert not missing, "add to IDS, so that no change of code gives these runs other ids:\n" + "\n".join(missing)
+    assert set(IDS) == wanted
 
 
 @pytest.mark.parametrize(("name", "scale", "arguments", "expected"), REQUESTS)
@@ -250,7 +256,7 @@ def test_seeds_may_begin_later():
 
 
 def test_the_command_line_fills_the_notebooks_overrides_with_what_json_can_hold():
-    from moelab.notebook.execute import check_parameters
+    from moelab.notebook.parameters import check_parameters
 
     given = {"seeds": "2", "train.betas": "[0.9, 0.99]", "overrides": '{"data.corpus": "sotu"}', "train.tokens": "4e6"}
     found = check_parameters(experiment("pr-moe"), given)
@@ -261,7 +267,7 @@ def test_the_command_line_fills_the_notebooks_overrides_with_what_json_can_hold(
 
 def test_a_folder_of_text_is_that_of_the_caller(tmp_path, monkeypatch):
     """A notebook's kernel works in another folder."""
-    from moelab.notebook.execute import check_parameters
+    from moelab.notebook.parameters import check_parameters
 
     monkeypatch.chdir(tmp_path)
     for given in ({"data.corpus": "folder:my texts"}, {"overrides": '{"data.corpus": "folder:my texts"}'}):
@@ -297,14 +303,14 @@ def test_a_folder_of_text_is_that_of_the_caller(tmp_path, monkeypatch):
     ],
 )
 def test_what_would_fail_after_the_training_is_refused_before(name, given, message):
-    from moelab.notebook.execute import check_parameters
+    from moelab.notebook.parameters import check_parameters
 
     with pytest.raises(ValueError, match=message):
         check_parameters(experiment(name), {"scale": "smoke", **given})
 
 
 def test_a_file_or_folder_is_that_of_the_caller(tmp_path, monkeypatch):
-    from moelab.notebook.execute import check_parameters
+    from moelab.notebook.parameters import check_parameters
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("MOELAB_HOME", str(tmp_path / "home"))
@@ -327,7 +333,7 @@ def test_all_experiments_of_the_paper_leave_out_those_that_need_a_file():
 
 
 def test_an_experiment_without_its_notebook_is_told_in_one_line(tmp_path, monkeypatch):
-    from moelab.notebook.execute import check_parameters
+    from moelab.notebook.parameters import check_parameters
 
     lone = replace(experiment("half-moe"), name="granularity", number=31)
     with pytest.raises(ValueError) as error:

@@ -16,6 +16,7 @@ import pytest
 from moelab import paths
 from moelab.design.experiment import Experiment, Scale
 from moelab.notebook import execute as notebooks
+from moelab.notebook.parameters import check_parameters, resolve
 
 pytestmark = [pytest.mark.notebook, pytest.mark.slow]
 
@@ -68,7 +69,7 @@ def place(tmp_path, monkeypatch):
 
 
 def given(**texts: str):
-    return notebooks.resolve(EXPERIMENT, notebooks.check_parameters(EXPERIMENT, texts))
+    return resolve(EXPERIMENT, check_parameters(EXPERIMENT, texts))
 
 
 @pytest.mark.parametrize(

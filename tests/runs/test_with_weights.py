@@ -125,3 +125,11 @@ def test_a_record_cannot_hold_other_files(run, tmp_path, name):
         packed.writestr(name, json.dumps({}))
     with pytest.raises(ValueError, match="not a run's record"):
         records.read(archive, RunStore(tmp_path / "theirs"))
+
+
+def test_of_many_runs_each_new_one_is_named_before_it_is_measured(run, tmp_path, result, capsys):
+    other = RunStore(tmp_path / "ours").run(pr_moe.EXPERIMENT.specs("smoke", arms=["MoE-32"])[0])
+    write_json(other.path / "result.json", result())
+    assert with_weights.measure_all([run, other], words, 2) == [(run, with_weights.measure(run, words, 2))]
+    assert capsys.readouterr().out == "Dense, seed 0 (1 of 1)\n" and CALLS == [2]
+    assert len(with_weights.measure_all([run, other], words, 2)) == 1 and not capsys.readouterr().out

@@ -315,9 +315,16 @@ def command(result: Result) -> str:
     about = EXPERIMENTS.get(result.experiment)
     if about is None:
         return ""
-    words = ["moelab", "run", about.name, "--scale", result.summary.scale]
+    given = result.summary.parameters
+    swept = given.get("sweep")
+    varied = {k: v for k, v in swept.items() if isinstance(v, list)} if isinstance(swept, dict) else {}
+    scale = given.get("scale") if varied else result.summary.scale
+    words = ["moelab", "sweep" if varied else "run", about.name, *(["--scale", _text(scale)] if scale else [])]
     defaults = notebook_defaults(about.notebook)
-    for name, value in result.summary.parameters.items():
+    for name, values in varied.items():
+        texts = [_text(value) for value in values]
+        words += ["-g", f"{name}={(';' if any(',' in text for text in texts) else ',').join(texts)}"]
+    for name, value in given.items():
         if name == "scale" or name not in defaults or value in (None, "", [], {}, defaults[name]):
             continue
         if name == "arms" and isinstance(value, list) and set(value) == set(about.arms or ()):

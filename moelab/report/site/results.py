@@ -24,7 +24,7 @@ from moelab.report.summary import (
     read_rows,
     unreadable_line,
 )
-from moelab.runs.progress import duration
+from moelab.terminal import duration
 
 
 @dataclass(frozen=True)
