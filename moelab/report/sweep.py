@@ -198,7 +198,8 @@ def _write(publication: Publication, experiment: Experiment, sweep: Sweep, found
     lacking = f" Without a value: {'; '.join(found.lacking)}." if found.lacking else ""
     values = {"value": ""}
     if losses:
-        values = {"loss": "final validation loss (nats per token)", "difference": "minus the first arm's (nats per token)"}
+        nats = "(nats per token)"
+        values = {"loss": f"final validation loss {nats}", "difference": f"minus the first arm's {nats}"}
     figure = sweeps.draw(found.table, sweep.varied, series=found.series, values=values)
     figures.title(figure, title)
     what = "Final validation loss of each arm, nats per token" if losses else "Value of each claim, in its unit"

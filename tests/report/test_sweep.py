@@ -71,7 +71,9 @@ def test_one_result_with_a_figure_and_a_table_on_the_page(two, home):
     folder = sweep.publish(HALF, two, found)
     assert folder.parent == home / "results" / "half-moe" / "smoke-sweep"
     summary = json.loads((folder / "summary.json").read_text())
-    assert summary["title"] == "Over train.tokens, the lowest mean loss is 4.963 nats, of Second half at train.tokens=2048"
+    assert (
+        summary["title"] == "Over train.tokens, the lowest mean loss is 4.963 nats, of Second half at train.tokens=2048"
+    )
     assert summary["parameters"]["sweep"] == {"train.tokens": [1024, 2048]} and "overrides" not in summary["parameters"]
     assert len(summary["runs"]) == 8 and summary["seeds"] == [0, 1] and (folder / "points-dark.svg").exists()
     assert sweep.publish(HALF, two, found) == folder, "the same comparison is not published twice"
