@@ -25,6 +25,7 @@ from moelab.inference.text import load_run
 from moelab.kernels import Gate
 from moelab.models import build
 from moelab.models.routing import Router
+from moelab.plotting import figures
 from moelab.runs.store import Run
 
 if TYPE_CHECKING:
@@ -214,7 +215,7 @@ def loads(choices: Choices, ax: Axes, *, top_k: int, capacity_factor: float) -> 
         title=f"{share:.0%} of {sum(asked):,} choices dropped, {1 - sum(kept) / slots:.0%} of {slots:,} slots empty",
     )
     ax.set_xticks(experts)
-    ax.legend(loc="upper left", bbox_to_anchor=(1, 1))
+    figures.legend_below(ax, columns=3)
     return ax
 
 

@@ -15,7 +15,7 @@ matplotlib.use("Agg")
 def ax():
     with matplotlib.rc_context():
         figures.theme()
-        fig, ax = plt.subplots()
+        _, (ax,) = figures.panels()
         yield ax
         plt.close(fig)
 
