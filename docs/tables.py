@@ -190,9 +190,9 @@ def decode(rows: list[Row]) -> str:
 
 
 def answers(rows: list[Row]) -> str:
-    """The start page's answers as a list, with the verdict of the results pages where there is one."""
+    """The start page's first three answers as a list, with the verdict of the results pages where there is one."""
     said = []
-    for row in rows:
+    for row in rows[:3]:
         verdict = f" Verdict: *{row['verdict']}*." if row["verdict"] else ""
         said.append(f"- **{row['question']}** {row['answer']} The paper: {row['paper']}.{verdict}")
     return "\n".join(said) + "\n"
@@ -200,13 +200,18 @@ def answers(rows: list[Row]) -> str:
 
 def digest(rows: list[Row]) -> str:
     """A line an experiment."""
-    lines = ["| experiment | outcome | effect (95 % interval) | FLOPs | seeds | hours |", "| --- | --- | --- | --- | --- | --- |"]
+    lines = [
+        "| experiment | outcome | effect (95 % interval) | FLOPs | seeds | hours |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
     for row in rows:
         flops = f"{float(row['flops']):.2f}×" if row["flops"] else "–"
         hours = f"{float(row['hours']):.1f}" if float(row["hours"]) >= 0.05 else "< 0.1"
         effect = f"{row['effect']}: *{row['verdict']}*" if row["effect"] else "–"
         title = f"[{row['title']}](results/{row['link']})"
-        lines.append(f"| {title} | {row['outcome']} | {effect} | {flops} | {row['seeds'] if row['seeds'] != '0' else '–'} | {hours} |")
+        lines.append(
+            f"| {title} | {row['outcome']} | {effect} | {flops} | {row['seeds'] if row['seeds'] != '0' else '–'} | {hours} |"
+        )
     return "\n".join(lines) + "\n"
 
 
@@ -228,7 +233,9 @@ def render(page: str) -> str:
     def table(found: re.Match) -> str:
         opening, kind, file, _, closing = found.groups()
         text = (ROOT / file).read_text()
-        rows = list(csv.DictReader(io.StringIO(text))) if file.endswith(".csv") else [*map(json.loads, text.splitlines())]
+        rows = (
+            list(csv.DictReader(io.StringIO(text))) if file.endswith(".csv") else [*map(json.loads, text.splitlines())]
+        )
         return f"{opening}\n{KINDS[kind](rows)}\n{closing}"
 
     return TABLE.sub(table, page)

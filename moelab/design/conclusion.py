@@ -31,8 +31,16 @@ def conclude(headline: str, judged: Sequence[Verdict] = (), *, seeds: int = 0) -
     """
     lines = ["## Conclusion", "", f"**What was found.** {headline.rstrip('.')}."]
     decided = [v for v in judged if v.verdict not in NOT_JUDGED]
-    lines += [f"- {outcome(v.verdict).sign} *{v.verdict}*: {v.statement} Ours {_value(v)}, the paper {v.paper or '–'}." for v in decided]
-    lines += ["", f"**How sure.** {_sure(decided, seeds)}", "", f"**What it does not say.** {_limits(judged, decided, seeds)}"]
+    lines += [
+        f"- {outcome(v.verdict).sign} *{v.verdict}*: {v.statement} Ours {_value(v)}, the paper {v.paper or '–'}."
+        for v in decided
+    ]
+    lines += [
+        "",
+        f"**How sure.** {_sure(decided, seeds)}",
+        "",
+        f"**What it does not say.** {_limits(judged, decided, seeds)}",
+    ]
     return Conclusion("\n".join(lines))
 
 
@@ -51,13 +59,15 @@ def _sure(decided: Sequence[Verdict], seeds: int) -> str:
         samples = sorted({v.samples for v in decided if v.kind == MEASURED})
         count = f"{samples[0]}" if len(samples) == 1 else f"{samples[0]} to {samples[-1]}"
         parts.append(
-            f"Intervals are 95 % over {count} seeds or sessions, each claim by itself; the results pages adjust them for "
-            "the number of claims, which turns some into undecided."
+            f"Intervals are 95 % over {count} seeds or sessions, each claim by itself; the results pages adjust for the "
+            "number of claims, which turns some into undecided."
         )
     elif seeds:
         parts.append("One seed says nothing of chance." if seeds == 1 else f"Intervals are 95 % over {seeds} seeds.")
     if kinds & {PREDICTED, FITTED}:
-        parts.append("Simulated values have no spread: how far the simulator is off, notebook 11 shows number by number.")
+        parts.append(
+            "Simulated values have no spread: how far the simulator is off, notebook 11 shows number by number."
+        )
     if FITTED in kinds:
         parts.append("Those it was fitted on are no evidence.")
     return " ".join(parts) or "Nothing here has a spread: what was counted is exact."
@@ -66,10 +76,14 @@ def _sure(decided: Sequence[Verdict], seeds: int) -> str:
 def _limits(judged: Sequence[Verdict], decided: Sequence[Verdict], seeds: int) -> str:
     parts = []
     if seeds or any(v.kind == MEASURED for v in decided):
-        parts.append("Small models on one machine show whether an effect appears at this size, not how large it is at the paper’s.")
+        parts.append(
+            "Small models on one machine show whether an effect appears at this size, not how large it is at the "
+            "paper’s."
+        )
     if left := len(judged) - len(decided):
-        parts.append(f"{left} of the paper’s {len(judged)} claims here {'is' if left == 1 else 'are'} not judged at this scale.")
-    open_ = sum(outcome(v.verdict).style == "open" for v in decided)
-    if open_:
-        parts.append(f"{open_} {'is' if open_ == 1 else 'are'} undecided: more seeds or longer runs could turn {'it' if open_ == 1 else 'them'} either way.")
+        parts.append(
+            f"{left} of the paper’s {len(judged)} claims here {'is' if left == 1 else 'are'} not judged at this scale."
+        )
+    if open_ := sum(outcome(v.verdict).style == "open" for v in decided):
+        parts.append(f"Undecided: {open_}; more seeds or longer runs could turn such a claim either way.")
     return " ".join(parts) or "It is about this machine and these shapes alone."

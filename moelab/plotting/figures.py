@@ -20,14 +20,29 @@ from typing import TYPE_CHECKING
 
 import pandas as pd
 
-from moelab.plotting.layout import HEIGHT, TEXT, WIDTH, legend_below, panels, save, title
+from moelab.plotting.layout import HEIGHT, TEXT, WIDTH, legend_below, name_rows, panels, save, title
 from moelab.plotting.palette import COLORS as _COLORS
 from moelab.plotting.palette import DASHES, colors
 from moelab.statistics import ALPHA, interval
 
 __all__ = [
-    *("colors", "gaps", "legend_below", "loss_curves", "means", "our_points", "panels", "paper_bound", "paper_points"),
-    *("save", "seed_lines", "share_curves", "student", "task_scores", "theme", "title"),
+    "colors",
+    "gaps",
+    "legend_below",
+    "loss_curves",
+    "means",
+    "name_rows",
+    "our_points",
+    "panels",
+    "paper_bound",
+    "paper_points",
+    "save",
+    "seed_lines",
+    "share_curves",
+    "student",
+    "task_scores",
+    "theme",
+    "title",
 ]
 
 if TYPE_CHECKING:
@@ -51,6 +66,7 @@ def theme() -> None:
             "axes.spines.right": False,
             "axes.grid": True,
             "grid.alpha": 0.35,
+            "font.size": TEXT,
             "axes.titlesize": 10.5,
             "axes.titlelocation": "left",
             "axes.titlepad": 8,
@@ -247,6 +263,10 @@ def _around(values: Sequence[float], low: Sequence[float], high: Sequence[float]
     return [[v - a for v, a in zip(values, low, strict=True)], [b - v for v, b in zip(values, high, strict=True)]]
 
 
+LONG = 24
+"""Characters of a row's name from which on the names stand above the rows."""
+
+
 def gaps(
     results: pd.DataFrame,
     ax: Axes,
@@ -294,8 +314,11 @@ def gaps(
             label = once("paper" if low == at == high else "paper, with the uncertainty of the reading")
             paper_points(ax, [at], [row - 0.28], [low], [high], label=label, across=True)
     ax.axvline(0, color="#888888", linewidth=1, zorder=1)
-    ax.set_yticks(range(len(arms)), arms)
-    ax.set_ylim(len(arms) - 0.4, -0.8)
+    if max(map(len, arms)) > LONG:
+        name_rows(ax, arms)
+    else:
+        ax.set_yticks(range(len(arms)), arms)
+        ax.set_ylim(len(arms) - 0.4, -0.8)
     return ax
 
 

@@ -30,11 +30,16 @@ HEIGHT = 2.8
 _LINE = 0.2
 """Inches of a line of text."""
 
-_CHARACTERS = {"title": 46, "xlabel": 40, "ylabel": 30}
+_CHARACTERS = {"title": 46, "ylabel": 30}
 """Characters in a line of each."""
 
+_LETTER = 0.082
+"""Inches of a letter, on average."""
 
-def panels(count: int = 1, *, height: float | Sequence[float] = HEIGHT, sharex: bool = False) -> tuple[Figure, list[Axes]]:
+
+def panels(
+    count: int = 1, *, height: float | Sequence[float] = HEIGHT, sharex: bool = False
+) -> tuple[Figure, list[Axes]]:
     """Return a figure and its panels, which stand below one another.
 
     Args:
@@ -57,7 +62,9 @@ def panels(count: int = 1, *, height: float | Sequence[float] = HEIGHT, sharex: 
 
 
 def legend_below(ax: Axes, columns: int = 0, *, of: Sequence[Axes] = ()) -> Legend:
-    """Put a legend below an axis, where it covers nothing; the figure becomes as much higher.
+    """Put a legend below an axis and its labels, where it covers nothing; the figure becomes as much higher.
+
+    Call it when the axis has its labels.
 
     Args:
         columns: of the legend; 0 takes two where its labels are short.
@@ -65,51 +72,74 @@ def legend_below(ax: Axes, columns: int = 0, *, of: Sequence[Axes] = ()) -> Lege
     """
     marks = {label: mark for one in (of or [ax]) for mark, label in zip(*one.get_legend_handles_labels(), strict=True)}
     columns = columns or (2 if max(map(len, marks), default=0) <= 21 else 1)
-    lines = 1 + len(wrapped(ax.get_xlabel(), "xlabel").splitlines())
     figure = ax.get_figure()
-    figure.set_figheight(figure.get_figheight() + _LINE * math.ceil(len(marks) / columns))
-    # The pad is in font sizes, so that the distance is the same for a low axis and a high one.
+    below = _fit(ax)
+    turned = max(0.0, below - 0.75)
+    figure.set_figheight(figure.get_figheight() + _LINE * math.ceil(len(marks) / columns) + turned)
     return ax.legend(
         marks.values(),
         [textwrap.fill(label, _CHARACTERS["title"] // columns) for label in marks],
         loc="upper center",
         bbox_to_anchor=(0.5, 0),
-        borderaxespad=0.8 + 1.45 * lines,
+        borderaxespad=0.4 + below * 72 / TEXT,  # in font sizes: the same distance for a low axis and a high one
         ncols=columns,
         columnspacing=1.2,
         handlelength=1.6,
     )
 
 
+def name_rows(ax: Axes, names: Sequence[str], *, above: float = 0.3) -> None:
+    """Write the names of rows, the first on top, above their marks, where they take no width from the axis."""
+    for row, name in enumerate(names):
+        ax.annotate(name, (0, row - above), xycoords=("axes fraction", "data"), va="bottom")
+    ax.set_yticks([])
+    ax.set_ylim(len(names) - 0.6, -above - 0.55)
+    ax.spines["left"].set_visible(False)
+    ax.grid(axis="y", visible=False)
+
+
 def title(fig: Figure, text: str) -> Figure:
-    """Write the title above the figure, and wrap its labels to its width; call it last.
-
-    Labels of a horizontal axis that would overlap are turned.
-    """
-    from matplotlib.ticker import AutoLocator, MaxNLocator
-
+    """Write the title above the figure, and fit the labels of its axes to its width; call it last."""
     for ax in fig.axes:
-        ax.set_xlabel(wrapped(ax.get_xlabel(), "xlabel"))
-        ax.set_ylabel(wrapped(ax.get_ylabel(), "ylabel"))
-        for place in ("left", "center"):
-            ax.set_title(wrapped(ax.get_title(loc=place), "title"), loc=place)
-        if isinstance(ax.xaxis.get_major_locator(), AutoLocator | MaxNLocator):
-            ax.xaxis.set_major_locator(MaxNLocator(5, integer=getattr(ax.xaxis.get_major_locator(), "_integer", False)))
-    fig.draw_without_rendering()
-    for ax in fig.axes:
-        boxes = [one.get_window_extent() for one in ax.get_xticklabels() if one.get_text() and one.get_visible()]
-        if any(left.x1 + 2 > right.x0 for left, right in zip(boxes, boxes[1:], strict=False)):
-            for one in ax.get_xticklabels():
-                one.set(rotation=40, ha="right", rotation_mode="anchor")
-    lines = wrapped(typeset(text), "title")
+        _fit(ax)
+    lines = wrapped(typeset(text), _CHARACTERS["title"])
     fig.suptitle(lines, x=0.01, ha="left", fontsize=11)
     fig.set_figheight(fig.get_figheight() + _LINE * len(lines.splitlines()))
     return fig
 
 
-def wrapped(text: str, what: str) -> str:
-    """Return a text in lines that fit a figure as `what`: title, xlabel or ylabel."""
-    return "\n".join(textwrap.wrap(text, _CHARACTERS[what])) if text else text
+def _fit(ax: Axes) -> float:
+    """Wrap an axis's labels to the figure's width, and turn those of the horizontal axis that would overlap.
+
+    Returns:
+        Inches that ticks and label take below the axis.
+    """
+    from matplotlib.ticker import AutoLocator, MaxNLocator
+
+    figure = ax.get_figure()
+    ax.set_ylabel(wrapped(ax.get_ylabel(), _CHARACTERS["ylabel"]))
+    for place in ("left", "center"):
+        ax.set_title(wrapped(ax.get_title(loc=place), _CHARACTERS["title"]), loc=place)
+    if isinstance(locator := ax.xaxis.get_major_locator(), AutoLocator | MaxNLocator):
+        ax.xaxis.set_major_locator(MaxNLocator(5, integer=getattr(locator, "_integer", False)))
+    figure.draw_without_rendering()
+    box = ax.get_window_extent()
+    center = (box.x0 + box.x1) / 2
+    room = 2 * min(center - figure.bbox.x0, figure.bbox.x1 - center) / figure.dpi
+    ax.set_xlabel(wrapped(ax.get_xlabel(), max(20, int(room / _LETTER))))
+    ticks = [one for one in ax.get_xticklabels() if one.get_text() and one.get_visible()]
+    boxes = [one.get_window_extent() for one in ticks]
+    if any(left.x1 + 2 > right.x0 for left, right in zip(boxes, boxes[1:], strict=False)):
+        for one in ticks:
+            one.set(rotation=40, ha="right", rotation_mode="anchor")
+    figure.draw_without_rendering()
+    labels = [one.get_window_extent() for one in (*ticks, ax.xaxis.label) if one.get_text()]
+    return (ax.get_window_extent().y0 - min((one.y0 for one in labels), default=ax.get_window_extent().y0)) / figure.dpi
+
+
+def wrapped(text: str, characters: int) -> str:
+    """Return a text in lines of so many characters; names with hyphens stay whole."""
+    return "\n".join(textwrap.wrap(text, characters, break_on_hyphens=False)) if text else text
 
 
 def save(fig: Figure, path: Path, *, title: str = "") -> Path:
@@ -117,19 +147,18 @@ def save(fig: Figure, path: Path, *, title: str = "") -> Path:
 
     Args:
         path: without suffix.
-        title: the title that a page shows above the figure. Where the figure's own title is the same, the file leaves
-            it out.
+        title: the title that a page shows above the figure; the file then leaves out the figure's own.
     """
     file, text = path.with_name(f"{path.name}.svg"), io.StringIO()
-    heading = fig._suptitle if title and fig._suptitle is not None else None
-    if heading is not None and heading.get_text().split() == typeset(title).split():
-        rest, shown = fig.get_figheight(), heading.get_text()
-        fig.set_figheight(rest - _LINE * len(shown.splitlines()))
+    heading = fig._suptitle if title else None
+    if heading is None:
+        fig.savefig(text, format="svg", metadata={"Date": None})
+    else:
+        height, shown = fig.get_figheight(), heading.get_text()
+        fig.set_figheight(height - _LINE * len(shown.splitlines()))
         heading.set_text("")
         fig.savefig(text, format="svg", metadata={"Date": None})
         heading.set_text(shown)
-        fig.set_figheight(rest)
-    else:
-        fig.savefig(text, format="svg", metadata={"Date": None})
+        fig.set_figheight(height)
     write_text(file, svg.themed(text.getvalue()))
     return file

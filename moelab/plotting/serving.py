@@ -49,16 +49,6 @@ MODE_COLORS = {"baseline": SYSTEM_COLORS["pytorch"], "optimised": SYSTEM_COLORS[
 VARIANT_COLORS = {"MoE": "#6E6E6E", "PR-MoE": "#56B4E9", "PR-MoE+MoS": "#0072B2"}
 
 
-def _name_rows(ax: Axes, names: Sequence[str], *, above: float = 0.3) -> None:
-    """Write the names of rows, the first on top, above their marks, where they take no width from the axis."""
-    for row, name in enumerate(names):
-        ax.annotate(name, (0, row - above), xycoords=("axes fraction", "data"), va="bottom")
-    ax.set_yticks([])
-    ax.set_ylim(len(names) - 0.6, -above - 0.55)
-    ax.spines["left"].set_visible(False)
-    ax.grid(axis="y", visible=False)
-
-
 def grouped_bars(
     frame: pd.DataFrame,
     ax: Axes,
@@ -133,7 +123,7 @@ def breakdown(frame: pd.DataFrame, ax: Axes, *, labels: Sequence[str]) -> Axes:
             left += ms
     for row, total in enumerate(left):
         ax.annotate(f"{total:.1f}", (total, row), va="center", xytext=(4, 0), textcoords="offset points")
-    _name_rows(ax, labels)
+    figures.name_rows(ax, labels)
     ax.set_xlabel("milliseconds of a step")
     ax.set_xlim(0, left.max() * 1.14)
     return ax
@@ -166,7 +156,7 @@ def errors(scores: pd.DataFrame, ax: Axes, *, tolerance: float, medians: Mapping
     names = scores["what"].tolist()
     for name, shown in {"fig-": "Fig ", "pytorch": "PyTorch", "deepspeed": "DeepSpeed-MoE"}.items():
         names = [one.replace(name, shown) for one in names]
-    _name_rows(ax, names, above=0.1)
+    figures.name_rows(ax, names, above=0.1)
     ax.set_xlabel("simulated against the paper (%)")
     return ax
 
@@ -238,7 +228,7 @@ def decoding_steps(steps: pd.DataFrame, latency: Axes, parts: Axes) -> None:
             label=mode,
         )
     latency.plot(best["floor_ms"], range(len(best)), "|", markersize=14, color="#444444", label="floor")
-    _name_rows(latency, names, above=0.2)
+    figures.name_rows(latency, names, above=0.2)
     latency.set(xscale="log", xlabel="latency of a step (ms)")
     latency.xaxis.set_major_formatter("{x:g}")
     latency.xaxis.set_minor_formatter(lambda v, _: f"{v:g}" if f"{v:e}"[0] in "25" else "")
@@ -249,7 +239,7 @@ def decoding_steps(steps: pd.DataFrame, latency: Axes, parts: Axes) -> None:
         if ms.max() > 0:
             parts.barh(range(len(best)), ms, left=ends, color=color, label=part, height=0.5)
             ends += ms
-    _name_rows(parts, names)
+    figures.name_rows(parts, names)
     parts.set(xlabel="ms of a step, optimised, with every part timed")
     figures.legend_below(parts)
 
@@ -307,6 +297,6 @@ def against_dense(frame: pd.DataFrame, ax: Axes, *, paper_ratio: float) -> Axes:
         f"{row.model}, {row.gpus} GPU{'s' if row.gpus > 1 else ''}, {SYSTEM_NAMES[row.system].split()[0]}"
         for row in frame.itertuples()
     ]
-    _name_rows(ax, names)
+    figures.name_rows(ax, names)
     ax.set(xlabel="latency of a token (ms), predicted", xlim=(0, max(ms) * 1.55))
     return ax

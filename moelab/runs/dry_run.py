@@ -6,7 +6,6 @@ import contextlib
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from moelab import paper
 from moelab.runs import records

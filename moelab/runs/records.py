@@ -1,9 +1,10 @@
 """The numbers of finished runs, to pass on without their weights: `moelab runs export` and `moelab runs import`.
 
 A run's record holds what it left beside its checkpoints: spec, result, provenance, metrics, and what was measured with
-its weights. `results/runs` has a pack for each model, `<model>.zip`, with the records of its runs, `<id>.zip`. Who takes them over can ask the experiments for more seeds or arms and trains only those;
-figures and verdicts come out as from runs trained here. What needs weights (generating, new evaluations, distilling
-from the run) does not work with them. Any zip program opens a record, and loading one executes nothing.
+its weights. `results/runs` has a pack for each model, `<model>.zip`, with the records of its runs, `<id>.zip`. Who
+takes them over can ask the experiments for more seeds or arms and trains only those; figures and verdicts come out as
+from runs trained here. What needs weights (generating, new evaluations, distilling from the run) does not work with
+them. Any zip program opens a record, and loading one executes nothing.
 """
 
 from __future__ import annotations
@@ -71,7 +72,7 @@ def write(runs: Sequence[Run], directory: Path) -> list[Path]:
 
 
 def found(source: Path) -> list[Archive]:
-    """Return the records in a folder of packs or records, in one pack, or the one record that a file is; none of a missing one."""
+    """Return the records in a folder, in a pack, or the one that a file is; none if it is missing."""
     archives: list[Archive] = []
     for path in sorted(source.glob("*.zip")) if source.is_dir() else [source] if source.exists() else []:
         try:
@@ -179,11 +180,10 @@ def _content(archive: Archive, wanted: Sequence[str] | None = None) -> dict[str,
     """
     content: dict[str, bytes] = {}
     try:
-        with archive.open("rb") as file:
-            data = file.read(PACKED + 1)
-        if len(data) > PACKED:
+        inside = isinstance(archive, zipfile.Path)
+        if (archive.root.getinfo(archive.at).file_size if inside else archive.stat().st_size) > PACKED:
             raise ValueError(f"{archive}: larger than {PACKED >> 20} MiB")
-        with zipfile.ZipFile(io.BytesIO(data)) as packed:
+        with archive.open("rb") as opened, zipfile.ZipFile(opened) as packed:
             entries = {entry.filename: entry for entry in packed.infolist()}
             if len(packed.infolist()) > MOST or sum(entry.file_size for entry in packed.infolist()) > LARGEST:
                 raise ValueError(f"{archive}: more than {MOST} files, or than {LARGEST >> 20} MiB in all")

@@ -227,7 +227,9 @@ def test_curves_can_be_read_switched_and_subtracted(with_curves, visit):
     page.keyboard.press("End")
     assert "◇ −0.3" in values.nth(1).inner_text(), "the paper's point at the end of its training"
     chart.get_by_role("button", name="Table").click()
-    assert "350M+MoE-128, the paper’s" in chart.locator(".grid").inner_text() and not chart.locator(".area").is_visible()
+    assert (
+        "350M+MoE-128, the paper’s" in chart.locator(".grid").inner_text() and not chart.locator(".area").is_visible()
+    )
     chart.get_by_role("button", name="Table").click()
     address = page.url
     page.goto(address)

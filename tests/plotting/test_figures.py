@@ -15,7 +15,7 @@ matplotlib.use("Agg")
 def ax():
     with matplotlib.rc_context():
         figures.theme()
-        _, (ax,) = figures.panels()
+        fig, (ax,) = figures.panels()
         yield ax
         plt.close(fig)
 

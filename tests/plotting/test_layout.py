@@ -28,7 +28,9 @@ def drawn_size(fig, tmp_path):
 def test_panels_stand_below_one_another_at_one_width(tmp_path):
     fig, (top, below) = figures.panels(2, height=(2.0, 3.0))
     top.set_ylabel("a label that is longer than the height of its panel and is wrapped")
-    figures.title(fig, "A title that is far longer than the figure is wide and therefore takes more than one line of it")
+    figures.title(
+        fig, "A title that is far longer than the figure is wide and therefore takes more than one line of it"
+    )
     fig.draw_without_rendering()
     first, second = (ax.get_window_extent() for ax in (top, below))
     assert first.y0 > second.y1 and abs(first.x0 - second.x0) < 1
@@ -76,11 +78,22 @@ def test_many_curves_have_bars_at_their_ends_instead_of_bands():
 
     for arms, bands in ((3, 3), (5, 0)):
         names = [f"arm {i}" for i in range(arms)]
-        rows = [(name, seed, tokens, i + 0.1 * seed) for i, name in enumerate(names) for seed in (0, 1) for tokens in (1, 2)]
+        rows = [
+            (name, seed, tokens, i + 0.1 * seed) for i, name in enumerate(names) for seed in (0, 1) for tokens in (1, 2)
+        ]
         fig, (ax,) = figures.panels()
         curves = pd.DataFrame(rows, columns=["arm", "seed", "tokens", "loss"])
         figures.loss_curves(curves, ax, arms=names, against="Dense")
-        assert len([c for c in ax.collections if c.get_array() is None and hasattr(c, "get_paths") and len(c.get_paths()[0]) > 4]) == bands
+        assert (
+            len(
+                [
+                    c
+                    for c in ax.collections
+                    if c.get_array() is None and hasattr(c, "get_paths") and len(c.get_paths()[0]) > 4
+                ]
+            )
+            == bands
+        )
         assert len(ax.containers) == (0 if bands else arms) and "Dense" in ax.get_ylabel()
 
 

@@ -1,4 +1,4 @@
-"""Collect what an interactive chart draws: the curves of a figure, and the paper's Fig 1 at the same share of training."""
+"""Collect what an interactive chart draws: a figure's curves, and the paper's Fig 1 at the same share of training."""
 
 from __future__ import annotations
 
@@ -29,7 +29,11 @@ def _chart(result: Result, figure: FigureRow) -> dict[str, Any] | None:
         return None
     drawn = {arm: models[arm] for arm in (*found.arms, found.against) if arm in models}
     whole = {arm: tokens for arm, model in drawn.items() if (tokens := whole_training(model, result.summary.scale))}
-    return {**asdict(found), "whole": whole, "paper": {arm: fig_1(model) for arm, model in drawn.items() if arm in whole}}
+    return {
+        **asdict(found),
+        "whole": whole,
+        "paper": {arm: fig_1(model) for arm, model in drawn.items() if arm in whole},
+    }
 
 
 def models_of(result: Result) -> dict[str, str]:
@@ -58,5 +62,7 @@ def gap_of_fig_1(model: str, base: str) -> list[tuple[float, float, float]]:
     """Return the paper's loss of a model minus a base's: share of the training, difference, its uncertainty."""
     theirs: Mapping[float, tuple[float, float]] = {share: (loss, wide) for share, loss, wide in fig_1(base)}
     return [
-        (share, loss - theirs[share][0], wide + theirs[share][1]) for share, loss, wide in fig_1(model) if share in theirs
+        (share, loss - theirs[share][0], wide + theirs[share][1])
+        for share, loss, wide in fig_1(model)
+        if share in theirs
     ]

@@ -68,7 +68,9 @@ def digest(chapters: Sequence[Chapter], rows: Sequence[ClaimRow]) -> list[Row]:
         if claim:
             effect = quantity(claim.ours, claim.claim)
             effect += f" ({claim.interval})" if claim.samples and claim.interval != "–" else ""
-            effect += f", {claim.claim.left} against {claim.claim.right}" if claim.claim.right else f", {claim.claim.left}"
+            effect += (
+                f", {claim.claim.left} against {claim.claim.right}" if claim.claim.right else f", {claim.claim.left}"
+            )
         seconds = result.summary.training_seconds or result.summary.notebook_seconds or 0
         found.append(
             Row(
@@ -128,4 +130,3 @@ def _ratios(result: Result, row: ClaimRow) -> tuple[float | None, float | None]:
         if same and left.get("seconds") and right.get("seconds"):
             time.append(left["seconds"] / right["seconds"])
     return (statistics.median(flops) if flops else None), (statistics.median(time) if time else None)
-

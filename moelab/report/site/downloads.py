@@ -114,8 +114,11 @@ def packed_runs(root: Path, results: Sequence[Result]) -> list[PackedRun]:
             rows.setdefault(run.id, run)
     found = []
     for pack in sorted((root / "runs").glob("*.zip")):
-        with zipfile.ZipFile(pack) as archive:
-            records = {Path(one.filename).stem: one.file_size for one in archive.infolist()}
+        try:
+            with zipfile.ZipFile(pack) as archive:
+                records = {Path(one.filename).stem: one.file_size for one in archive.infolist()}
+        except (zipfile.BadZipFile, OSError):  # `moelab runs import` names it
+            continue
         for id, size in records.items():
             row = rows.get(id)
             about = (row.label, row.seed, row.result) if row else ("", None, {})

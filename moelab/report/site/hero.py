@@ -1,4 +1,4 @@
-"""Draw the start page's figure: how far MoE twins are below their dense base, over the share of the paper's training."""
+"""Draw the start page's figure: how far MoE twins are below their dense base, over the share of the training."""
 
 from __future__ import annotations
 
@@ -69,7 +69,9 @@ def _curves(result: Result, models: dict[str, str]) -> dict[str, dict[float, lis
     return {arm: dict(sorted(points.items())) for arm, points in found.items() if points}
 
 
-def _draw(curves: dict[str, dict[float, list[float]]], theirs: Sequence[tuple[float, float, float]], path: Path) -> None:
+def _draw(
+    curves: dict[str, dict[float, list[float]]], theirs: Sequence[tuple[float, float, float]], path: Path
+) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
@@ -79,7 +81,7 @@ def _draw(curves: dict[str, dict[float, list[float]]], theirs: Sequence[tuple[fl
 
     figures.theme()
     fig, (ax,) = figures.panels(height=3.0)
-    figures.share_curves(curves, ax, paper=theirs, label="paper: MoE-128 (Fig 1)")
-    figures.legend_below(ax)
+    figures.share_curves(curves, ax, paper=theirs, label="paper: MoE-128")
+    figures.legend_below(ax, columns=2)
     figures.save(fig, path.with_suffix(""))
     plt.close(fig)

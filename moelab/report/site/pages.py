@@ -10,9 +10,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from markupsafe import Markup
+
 import moelab
 from moelab.design.verdicts import STYLES
 from moelab.files import write_text
+from moelab.plotting.axis import mark
 from moelab.report.ledger import Entry, entries, family, scale_rank
 from moelab.report.site import digest, downloads, front, hero, notebook, plot, template
 from moelab.report.site.charts import charts
@@ -189,19 +192,19 @@ def _write_result(result: Result, root: Path, unreadable: list[str]) -> int:
     sizes = [(result.folder / f.data).stat().st_size for f in result.figures if f.data and result.has(f.data)]
     facts = [result.path, described, shown, result.has("notebook.html"), tables, sizes]
     facts.append(front.command(result))
-    mark = template.mark(
+    made = template.mark(
         json.dumps(facts),
         (result.folder / SUMMARY).read_bytes(),
         repr([(row.claim, row.key, row.note) for row in rows]),
         names=("result.html", "base.html", "macros.html"),
     )
     page, data = result.folder / "index.html", result.folder / "data.js"
-    if template.is_current(page, mark) and data.exists():
+    if template.is_current(page, made) and data.exists():
         return 0
     up = "../" * (result.path.count("/") + 1)
     html = template.render(
         "result.html",
-        mark=mark,
+        mark=made,
         up=up,
         result=result,
         claims=rows,
@@ -253,7 +256,7 @@ _VIEW = {
     "sign": sign,
     "styles": STYLES,
     "row_plot": plot.row_plot,
-    "mark_of": plot.mark,
+    "mark_of": lambda style, y: Markup(mark(style, y)),
     "command": front.command,
     "table_rows": TABLE_ROWS,
 }

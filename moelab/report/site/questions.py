@@ -98,12 +98,10 @@ def strongest(results: Sequence[Result], experiment: str) -> Result | None:
     return min(of_it, key=lambda result: scale_rank(result.scale), default=None)
 
 
-def nats(values: Sequence[float], unit: str = "") -> str:
-    """Return a mean with its 95 % interval as text: ``−0.25 (−0.31 to −0.19)``."""
+def _said(values: Sequence[float], text: str = "%+.2f", unit: str = "") -> str:
+    """Return a mean with its 95 % interval as text: ``−0.25 nats (−0.31 to −0.19)``."""
     mean, low, high = interval(list(values))
-    shown = "%.2f" if unit else "%+.2f"
-    text = f"{shown % mean}{unit}"
-    return typeset(text + (f" ({shown % low} to {shown % high})" if len(values) > 1 else ""))
+    return typeset(text % mean + unit + (f" ({text % low} to {text % high})" if len(values) > 1 else ""))
 
 
 def basis(result: Result) -> str:
@@ -113,7 +111,9 @@ def basis(result: Result) -> str:
 
 def share_reached(result: Result, model: str) -> float:
     """Return the share of the paper's training, by tokens a parameter, that the runs of a model reach; 0 if unknown."""
-    tokens = [r.result["tokens"] for r in result.summary.runs if str(r.spec["model"].get("name", "")) == f"{model} twin"]
+    tokens = [
+        r.result["tokens"] for r in result.summary.runs if str(r.spec["model"].get("name", "")) == f"{model} twin"
+    ]
     whole = whole_training(model, result.summary.scale)
     return max(tokens) / whole if tokens and whole else 0.0
 
@@ -140,12 +140,11 @@ def _equal_cost(result: Result | None, decided: dict[str, ClaimRow]) -> Answer |
     parts = {COSTS.get(at, at): list(part["gap"]) for at, part in rows.groupby("at", sort=False)}
     clear = [at for at, values in parts.items() if len(values) > 1 and interval(values)[2] < 0]
     open_ = [at for at in parts if at not in clear]
-    yes = f"Yes at equal {' and '.join(clear)}" if clear else "Not shown"
-    short = yes + (f"; open at equal {' and '.join(open_)}" if clear and open_ else "")
-    said = ", ".join(f"{nats(values)} at equal {at}" for at, values in parts.items())
+    short = "Yes" if not open_ else f"At equal {' and '.join(clear)} only" if clear else "Not shown"
+    said = ", ".join(f"{_said(values, unit=' nats')} at equal {at}" for at, values in parts.items())
     return Answer(
         "Does an MoE beat its dense base at equal cost?",
-        f"{short}: {said} nats.",
+        f"{short}: {said}.",
         _beside(result, BASE),
         basis(result),
         [row for id in ("moe128-350m-beats-own-base", "moe128-1.3b-beats-own-base") if (row := decided.get(id))],
@@ -175,11 +174,11 @@ def _dense_size(result: Result | None) -> Answer | None:
     sizes = effective_sizes(result) if result else {}
     if not sizes:
         return None
-    said = ", ".join(f"{nats(values, '×')} at equal {at}" for at, values in sizes.items())
+    said = ", ".join(f"{_said(values, '%.2f')} at equal {at}" for at, values in sizes.items())
     rows = result.rows("against-dense.jsonl")
     behind = [row["difference"] for row in rows if (row.get("arm"), row.get("against")) == (MOE, LARGER)]
     large, small = (ModelConfig.parse(name).non_embedding_parameters() for name in (LARGER, BASE))
-    more = f" Against {LARGER}, {large / small:.0f} times its base: {nats(behind)} nats." if behind else ""
+    more = f" Against {LARGER}, {large / small:.0f} times its base: {_said(behind, unit=' nats')}." if behind else ""
     share = share_reached(result, MOE)
     whole = comparison.tokens_a_parameter(BASE)
     end = budgets.paper_effective_size(MOE, BASE, LARGER, whole)
@@ -187,7 +186,7 @@ def _dense_size(result: Result | None) -> Answer | None:
     beside = _beside(result, LARGER)
     return Answer(
         "How large a dense model does it equal?",
-        f"One {said} the size of its base.{more}",
+        f"One larger than its base by a factor of {said}.{more}",
         typeset(f"{here if share < 0.95 else ''}{end:.1f}× at its end; against {LARGER} {beside}"),
         basis(result),
         link=f"{result.path}/index.html#against-dense",

@@ -102,8 +102,12 @@ class Result:
 
     @property
     def models(self) -> str:
-        """Parameters of its models and the most tokens that one was trained on, as text; empty if nothing was trained."""
-        numbers = [(run.result["parameters"], run.result["tokens"]) for run in self.summary.runs if {"parameters", "tokens"} <= run.result.keys()]
+        """Parameters of its models and the most tokens of a run, as text; empty if nothing was trained."""
+        numbers = [
+            (run.result["parameters"], run.result["tokens"])
+            for run in self.summary.runs
+            if {"parameters", "tokens"} <= run.result.keys()
+        ]
         if not numbers:
             return ""
         sizes, tokens = zip(*numbers, strict=True)
@@ -246,7 +250,9 @@ def large(value: float) -> str:
 def span(values: Sequence[float]) -> str:
     """Return the least and the greatest of numbers as text: ``0.17 to 2.7 million``."""
     low, high = large(min(values)), large(max(values))
-    return low if low == high else f"{low} to {high}"
+    if low.partition(" ")[2] == high.partition(" ")[2]:
+        low = low.partition(" ")[0]
+    return high if low == high.partition(" ")[0] else f"{low} to {high}"
 
 
 def _means(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
