@@ -59,8 +59,8 @@ def _sure(decided: Sequence[Verdict], seeds: int) -> str:
         samples = sorted({v.samples for v in decided if v.kind == MEASURED})
         count = f"{samples[0]}" if len(samples) == 1 else f"{samples[0]} to {samples[-1]}"
         parts.append(
-            f"Intervals are 95 % over {count} seeds or sessions, each claim by itself; the results pages adjust for the "
-            "number of claims, which turns some into undecided."
+            f"Intervals are 95 % over {count} seeds or sessions, each claim by itself; the results pages adjust for "
+            "the number of claims, which turns some into undecided."
         )
     elif seeds:
         parts.append("One seed says nothing of chance." if seeds == 1 else f"Intervals are 95 % over {seeds} seeds.")

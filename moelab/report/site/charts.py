@@ -51,7 +51,7 @@ def whole_training(model: str, scale: str) -> float:
 
 
 def fig_1(model: str) -> list[tuple[float, float, float]]:
-    """Return the paper's Fig 1 for a model: share of its training, loss, uncertainty of the reading; none if unknown."""
+    """Return the paper's Fig 1 for a model: share of its training, loss, uncertainty; none if unknown."""
     if model not in {point.model for point in paper.loss_points()}:
         return []
     curve, whole = paper.loss_curve(model), paper.training_settings(model).train_tokens / 1e9
