@@ -2,8 +2,10 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+CONSTRAINTS ?= constraints.txt
+INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check $(addprefix -c ,$(CONSTRAINTS))
 
-.PHONY: reproduce install test test-slurm lab browse api lint format clean
+.PHONY: reproduce install test test-fast test-slurm lab browse api lint format constraints clean
 
 reproduce: $(VENV)/.installed  ## the gap between dense, PR-MoE and MoE-128 on a laptop (minutes on 2 cores)
 	$(BIN)/moelab run pr-moe --scale quick -p seeds=3
@@ -15,6 +17,12 @@ TEST := PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
 test: $(VENV)/.installed-test  ## run the tests
 	$(TEST) -n auto --dist loadfile --no-loadscope-reorder --durations=15
+
+FAST := not (slow or multiprocess or notebook or slurm or gpu)
+
+test-fast: $(VENV)/.installed-test  ## those that need no other process, notebook, cluster or GPU, and no long training
+	$(TEST) -n auto --dist loadfile --no-loadscope-reorder -m "$(FAST)"
+	@echo "left out: tests marked slow, multiprocess, notebook, slurm or gpu; make test runs them"
 
 test-slurm: $(VENV)/.installed-test  ## the tests on a real Slurm on this machine (slurm/README.md says what it needs)
 	slurm/local/cluster.sh up
@@ -40,14 +48,19 @@ $(BIN)/python:
 	  { echo "moelab needs Python 3.11 or newer; $(PYTHON) is $$($(PYTHON) --version 2>&1). Choose one: make PYTHON=python3.12 ..."; exit 1; }
 	@$(PYTHON) -m venv $(VENV) || { echo "creating $(VENV) failed; on Debian and Ubuntu: apt install python3-venv"; rm -rf $(VENV); exit 1; }
 
-$(VENV)/.installed: pyproject.toml | $(BIN)/python
+$(VENV)/.installed: pyproject.toml $(CONSTRAINTS) | $(BIN)/python
 	@echo "installing into $(VENV) (torch and Jupyter; a few minutes the first time)"
-	$(BIN)/pip install --quiet --disable-pip-version-check -e .
+	$(INSTALL) -e .
 	@touch $@
 
-$(VENV)/.installed-test: pyproject.toml | $(BIN)/python
-	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[test]'
+$(VENV)/.installed-test: pyproject.toml $(CONSTRAINTS) | $(BIN)/python
+	$(INSTALL) -e '.[test]'
 	@touch $@ $(VENV)/.installed
+
+constraints: $(VENV)/.installed-test  ## pin the installed versions, those that do not depend on the machine
+	grep '^#' constraints.txt > constraints.tmp
+	$(BIN)/pip freeze --exclude-editable | grep -viE '^(torch|triton|nvidia[^=]*)==' >> constraints.tmp
+	mv constraints.tmp constraints.txt
 
 clean:  ## remove the environment; runs, tokens and results stay
 	rm -rf $(VENV)

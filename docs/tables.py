@@ -20,7 +20,6 @@ TABLE = re.compile(r"(<!-- table: (\w+) (\S+) -->\n)(.*?)(<!-- end -->)", re.DOT
 
 Row = dict
 OURS = ("ours, capacity 1.0", "ours, drop-free")
-COMPILED = ("ours compiled, capacity 1.0", "ours compiled, drop-free")
 PEERS = ("deepspeed, capacity 1.0", "transformers grouped_mm", "torch grouped_mm, drop-free")
 THEIR_DECODERS = ("transformers Qwen3-MoE", "transformers Mixtral", "transformers generate")
 
@@ -59,27 +58,18 @@ def layer(rows: list[Row]) -> str:
             for row in rows
             if (row["dtype"], row["threads"]) == (dtype, threads)
         }
-        ours, compiled, theirs = [], [], []
+        ours, theirs = [], []
         for E in experts:
             limited, free = (at[E, name] for name in OURS)
-            fast_limited, fast_free = (at.get((E, name)) for name in COMPILED)
             deepspeed, grouped, torch_grouped = (at.get((E, name)) for name in PEERS)
-            # Bold is the fastest that needs no compiler, and the compiled layer where it is the fastest of all.
             best_limited = deepspeed is None or limited <= deepspeed
             best_free = all(other is None or free <= other for other in (grouped, torch_grouped))
             ours.append(_numbers([limited, free], [best_limited, best_free], "{:.2f}".format))
-            leads = [
-                fast is not None and all(other is None or fast <= other for other in others)
-                for fast, others in ((fast_limited, (limited, deepspeed)), (fast_free, (free, grouped, torch_grouped)))
-            ]
-            compiled.append(_numbers([fast_limited, fast_free], leads, "{:.2f}".format))
             others = [value for value in (grouped, torch_grouped) if value is not None]
             ahead = [not best_free and value == min(others) for value in (grouped, torch_grouped)]
             first = _numbers([deepspeed], [not best_limited], "{:.2f}".format)
             theirs.append(f"{first}; {_numbers([grouped, torch_grouped], ahead, '{:.2f}'.format)}")
         lines.append([f"{dtype}, {threads} thread{'s' * (threads > 1)}: ours", *ours])
-        if any(name in COMPILED for _, name in at):
-            lines.append(["ours, compiled", *compiled])
         lines.append(["DeepSpeed; transformers / torch", *theirs])
     return _markdown(["", *(f"E={E}" for E in experts)], lines)
 
@@ -89,8 +79,6 @@ def gate(rows: list[Row]) -> str:
     experts = sorted({row["experts"] for row in rows})
     at = {(row["candidate"], row["experts"]): row for row in rows}
     lines = [["ours, ms", *(f"{at['ours', E]['median_ms']:.2f}" for E in experts)]]
-    if ("ours compiled", experts[0]) in at:
-        lines.append(["ours, compiled, ms", *(f"{at['ours compiled', E]['median_ms']:.2f}" for E in experts)])
     for name, title in (
         ("deepspeed, sparse routes", "DeepSpeed's sparse routes, times ours"),
         ("deepspeed, masks", "DeepSpeed's masks, times ours"),
@@ -99,12 +87,6 @@ def gate(rows: list[Row]) -> str:
         found = [at.get((name, E)) for E in experts]
         if any(found):
             lines.append([title, *("–" if row is None else f"{row['ratio']:.1f}" for row in found)])
-        fast = [at.get(("ours compiled", E)) for E in experts]
-        if any(found) and all(fast):
-            times = [
-                None if row is None else row["median_ms"] / f["median_ms"] for row, f in zip(found, fast, strict=True)
-            ]
-            lines.append([f"{title} compiled", *("–" if t is None else f"{t:.1f}" for t in times)])
     return _markdown(["", *(f"E={E}" for E in experts)], lines)
 
 
@@ -123,70 +105,35 @@ def train(rows: list[Row]) -> str:
 
 
 def shares(rows: list[Row]) -> str:
-    """Return the compiled MoE-128's speed over that of the dense base / of the compiled one, medians of the rounds."""
+    """Return MoE-128's speed as a share of its dense base's, medians of the rounds."""
     widths = sorted({row["width"] for row in rows})
     times = {(row["candidate"], row["width"]): row["rounds_ms"] for row in rows}
     lines = []
     for dtype in ("fp32", "bf16"):
-        cells = []
-        for width in widths:
-            ours = times[f"MoE-128, compiled, {dtype}", width]
-            bases = [times[f"{base}, {dtype}", width] for base in ("dense", "dense, compiled")]
-            pair = [statistics.median(b / a for a, b in zip(ours, base, strict=True)) for base in bases]
-            cells.append(_numbers(pair, [False, False], "{:.2f}".format))
-        lines.append([dtype, *cells])
-    return _markdown(["over dense / over dense, compiled", *(f"{width} wide" for width in widths)], lines)
-
-
-def memory(rows: list[Row]) -> str:
-    """Return the time of a step with kept memory over that with returned memory, fp32 / bf16."""
-    kept = {(row["family"], row["dtype"], row["width"]): row["ratio"] for row in rows if row["candidate"] == "kept"}
-    widths = sorted({width for *_, width in kept})
-    lines = []
-    for family in dict.fromkeys(family for family, *_ in kept):
-        pairs = [[kept.get((family, dtype, width)) for dtype in ("fp32", "bf16")] for width in widths]
-        lines.append([family, *(_numbers(pair, [False, False], "{:.2f}".format) for pair in pairs)])
-    return _markdown(["kept over returned", *(f"{width} wide" for width in widths)], lines)
+        pairs = [(times[f"dense, {dtype}", width], times[f"MoE-128, {dtype}", width]) for width in widths]
+        shares = [statistics.median(b / a for b, a in zip(*pair, strict=True)) for pair in pairs]
+        lines.append([dtype, *(f"{share:.2f}" for share in shares)])
+    return _markdown(["MoE-128 over dense", *(f"{width} wide" for width in widths)], lines)
 
 
 def decode(rows: list[Row]) -> str:
-    """Return milliseconds a token by batch; bold is the fastest, `invariant` apart."""
+    """Return milliseconds a token by batch; bold is the fastest."""
     rows = [row for row in rows if row["ranks"] == 1 and row["model"] != "350M twin"]
     models = list(dict.fromkeys(row["model"] for row in rows))
     batches = sorted({row["batch"] for row in rows})
-    rows = rows[::-1]  # of two measurements the first counts: the later one was taken beside those on ranks
     at = {(row["model"], row["batch"], row["candidate"]): row["median_ms"] for row in rows}
     floor = {(row["model"], row["batch"]): row["floor_ms"] for row in rows}
-    columns = [
-        "baseline",
-        "optimised",
-        *(name for name in ("compiled", "invariant") if any(row["candidate"] == name for row in rows)),
-    ]
-    further = [name for name in ("llama.cpp",) if any(row["candidate"] == name for row in rows)]
+    llama = any(row["candidate"] == "llama.cpp" for row in rows)
     lines = []
     for model in models:
-        values = {name: [at.get((model, batch, name)) for batch in batches] for name in columns}
         theirs = next((n for n in THEIR_DECODERS if any((model, batch, n) in at for batch in batches)), None)
-        values["transformers"] = [at.get((model, batch, theirs)) for batch in batches]
-        values |= {name: [at.get((model, batch, name)) for batch in batches] for name in further}
-        best = [
-            min(v[i] for name, v in values.items() if name != "invariant" and v[i] is not None)
-            for i in range(len(batches))
-        ]
-        cells = [
-            _numbers(v, [name != "invariant" and a == b for a, b in zip(v, best, strict=True)], _time)
-            for name, v in values.items()
-        ]
+        names = ["baseline", "optimised", theirs, *(["llama.cpp"] if llama else [])]
+        values = [[at.get((model, batch, name)) for batch in batches] for name in names]
+        best = [min(v for v in column if v is not None) for column in zip(*values, strict=True)]
+        cells = [_numbers(v, [a == b for a, b in zip(v, best, strict=True)], _time) for v in values]
         lines.append([model, *cells, _numbers([floor.get((model, b)) for b in batches], [False] * len(batches), _time)])
-    titles = {
-        "baseline": "the paper's baseline",
-        "optimised": "ours",
-        "compiled": "ours, compiled",
-        "invariant": "ours, invariant",
-    }
-    batch = " / ".join(map(str, batches))
-    heads = [*(titles[name] for name in columns), "transformers", *further, "floor"]
-    return _markdown([f"ms a token, batch {batch}", *heads], lines)
+    heads = ["the paper's baseline", "ours", "transformers", *(["llama.cpp"] if llama else []), "floor"]
+    return _markdown([f"ms a token, batch {' / '.join(map(str, batches))}", *heads], lines)
 
 
 def answers(rows: list[Row]) -> str:
@@ -222,7 +169,6 @@ KINDS: dict[str, Callable[[list[Row]], str]] = {
     "gate": gate,
     "train": train,
     "shares": shares,
-    "memory": memory,
     "decode": decode,
 }
 

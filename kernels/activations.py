@@ -80,6 +80,13 @@ ACTIVATIONS = {
 """Name -> activation. One without compiled code or a Triton kernel of its own is computed by these functions."""
 
 
+def named(op: str, name: str) -> Activation:
+    """Return the activation of a name; raise ``ValueError`` in ``op``'s name if there is none."""
+    if name not in ACTIVATIONS:
+        raise ValueError(f"{op}: unknown activation {name!r}; know {', '.join(ACTIVATIONS)}")
+    return ACTIVATIONS[name]
+
+
 def number_of(op: str, name: str) -> int:
     """Return the number of the activation in the C++; raise ``ValueError`` in ``op``'s name if it has none."""
     activation = ACTIVATIONS.get(name)
@@ -93,9 +100,10 @@ def activate(pre: Tensor, activation: str, *, backend: Backend = "auto") -> Tens
     """Return h [..., F] of pre-activations [..., F], or [..., 2 F] if gated, in their dtype. Differentiable (once).
 
     The C++ keeps the slope for the backward pass instead of the pre-activations, and an element has the same bits
-    wherever it stands. There is no Triton kernel; on CUDA, PyTorch computes.
+    wherever it stands. There is no Triton kernel; on CUDA, PyTorch computes. ``activation`` is a name in
+    ``ACTIVATIONS``; raises ``ValueError`` for another one.
     """
-    act = ACTIVATIONS[activation]
+    act = named("activate", activation)
     if activation == "none":
         return pre
     fits = act.number is not None and pre.is_floating_point() and not (act.gated and pre.shape[-1] % 2)

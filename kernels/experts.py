@@ -29,7 +29,7 @@ from ._common import FLOATS, Backend, accumulate_dtype, contiguous, pick_backend
 from ._cpp import experts as cpp
 from ._cpp import operations
 from ._experts_triton import TritonExperts
-from .activations import ACTIVATIONS, Activation, number_of
+from .activations import ACTIVATIONS, Activation, named, number_of
 from .gating import Gate
 from .packed import Packed
 from .permute import combine, dispatch, row_table
@@ -101,8 +101,7 @@ def routed_ffn(
 
 
 def _check(x, offsets_E1, activation, *layers) -> None:
-    if activation not in ACTIVATIONS:
-        raise ValueError(f"expert_ffn: unknown activation {activation!r}; know {', '.join(ACTIVATIONS)}")
+    gated = named("expert_ffn", activation).gated
     if x.dim() != 2:
         raise ValueError(f"expert_ffn: rows must be [R, M], not {tuple(x.shape)}")
     if offsets_E1.dim() != 1 or offsets_E1.dtype not in (torch.int32, torch.int64):
@@ -121,7 +120,7 @@ def _check(x, offsets_E1, activation, *layers) -> None:
             raise ValueError(
                 f"expert_ffn: rows are {x.dtype}, weights {w.dtype}: one dtype for all (cast the parameters)"
             )
-        if ACTIVATIONS[activation].gated and w is layers[0][0]:
+        if gated and w is layers[0][0]:
             if width % 2:
                 raise ValueError(
                     f"expert_ffn: {activation}'s first weights hold gate and up, so {width} columns must be even"

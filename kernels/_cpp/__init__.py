@@ -31,7 +31,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from filelock import FileLock, Timeout
+from filelock import AcquireReturnProxy, FileLock, Timeout
 
 SOURCES = ("experts.cpp", "packed.cpp", "gating.cpp", "permute.cpp", "residual.cpp", "attention.cpp", "activation.cpp")
 """Those that take longest to compile come first."""
@@ -232,11 +232,19 @@ def _compile(name: str, folder: Path) -> Path:
     """
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     _check(folder)
-    lock = FileLock(folder / f"moelab-kernels-{name}.lock", timeout=_WAIT_S)
+    lock = FileLock(folder / f"moelab-kernels-{name}.lock")
     # It binds the processes of one node; others compile at the same time, and so do all where files have no locks.
-    with contextlib.suppress(Timeout, NotImplementedError), lock:
+    with contextlib.suppress(Timeout, NotImplementedError), _acquired(lock):
         return _found(name, folder) or _compile_now(name, folder)
     return _compile_now(name, folder)
+
+
+def _acquired(lock: FileLock) -> AcquireReturnProxy:
+    """Acquire the lock, and say so if that means to wait."""
+    with contextlib.suppress(Timeout):
+        return lock.acquire(timeout=0)
+    print("moelab: waiting for another process, which compiles the CPU kernels", file=sys.stderr, flush=True)
+    return lock.acquire(timeout=_WAIT_S)
 
 
 def _compile_now(name: str, folder: Path) -> Path:

@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from moelab.bench import harness, inputs, kernel_peers, peers, plot
 from moelab.bench.harness import Row, Timing
 from moelab.config import FeedForward
+from moelab.engine.launch import process
 from moelab.inference.text import DTYPES
 from moelab.kernels import combine, dispatch, expert_ffn, gate, row_table
 from moelab.models import baseline
@@ -328,6 +329,7 @@ def main(
     """Measure each size at each number of threads, print and, with `out`, write `layer.jsonl` and its figure there."""
     for count in threads:
         timing.check_threads(count)
+    process.keep_freed_memory()  # as runs do: a step's gradients lie where the last step's lay
     found: list[Row] = []
     for count in threads:
         torch.set_num_threads(count)

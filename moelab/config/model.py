@@ -216,9 +216,9 @@ class ModelConfig:
         cut of 12.5 %). Twin layer i represents the source's layers ``((i - 1) L/L', i L/L']``, with L' the twin's
         layers. Every second twin layer has the largest number of experts in its own and the preceding range, divided
         by `experts`; so first and second half stay apart, and a pyramid keeps its larger last layers. `init_std` grows
-        as 1 / sqrt(hidden), so that products start at the source's magnitude (LOG.md has the effect). Heads are about
-        `head_size` wide (the 350M model's own width; narrower ones are slower on a CPU, see LOG.md). A twin without
-        MoE layers has neither a residual branch nor shared experts.
+        as 1 / sqrt(hidden), so that products start at the source's magnitude (effect: docs/log/training.md). Heads are
+        about `head_size` wide (the 350M model's own width; narrower ones are slower on a CPU). A twin without MoE
+        layers has neither a residual branch nor shared experts.
         """
         layers = max(1, round(self.layers / depth))
         ratio = self.layers / layers

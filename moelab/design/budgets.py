@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 BUDGETS = {
+    "smoke": (6_144, 12_288),
     "cpu": (1_024_000, 2_048_000, 4_096_000, 8_192_000),
     "gpu": (25_001_984, 50_003_968, 100_007_936, 200_015_872),
 }

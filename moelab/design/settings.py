@@ -14,7 +14,7 @@ which an experiment runs:
   share of the paper's. In bf16. A validation point at every thirtieth of the training: every 10 B of the
   paper's 300 B tokens, where its Fig 1 was read.
 - `quick`: the same twins on 1 M tokens (10 a parameter): a run in a minute, and enough for the MoE arms to lead their
-  base clearly (LOG.md).
+  base clearly (docs/log/experiments.md).
 - `gpu`: hidden / 8, depth / 2, all experts; 400 M tokens of the public Pile, 168 a parameter; one GPU. Without a
   network, mix5 gives 64 M tokens in four passes: ``-p data.corpus=mix5 -p train.tokens=64e6``.
 - `paper`: the published settings (`moelab.paper.training_settings`) on 64 GPUs, as in the scripts: batch, rates,

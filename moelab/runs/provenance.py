@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import hashlib
 import os
 import platform
 import subprocess
@@ -40,6 +42,7 @@ def provenance() -> dict[str, Any]:
         **commit(),
         "python": platform.python_version(),
         "versions": versions(),
+        **({"constraints": found} if (found := constraints()) else {}),
         "hardware": hardware(),
         **({"cpu_kernels": kernels} if (kernels := _cpu_kernels()) else {}),
     }
@@ -95,6 +98,18 @@ def commit() -> dict[str, Any]:
 def versions() -> dict[str, str]:
     """Of the packages that numbers may depend on, those that are installed."""
     return {name: found for name in _PACKAGES if (found := _version(name))}
+
+
+@functools.cache
+def constraints() -> dict[str, Any] | None:
+    """Return the digest of the checkout's constraints.txt, and the installed packages whose version is another."""
+    root = paths.checkout()
+    if root is None or not (file := root / "constraints.txt").is_file():
+        return None
+    text = file.read_text()
+    pins = [line.split("==") for line in text.splitlines() if not line.startswith("#")]
+    differ = [name for name, pin in pins if _version(name) not in (None, pin)]
+    return {"sha256": hashlib.sha256(text.encode()).hexdigest()[:12], "differ": differ}
 
 
 def _version(name: str) -> str | None:

@@ -28,39 +28,29 @@ def test_bold_is_the_fastest_and_what_is_missing_is_a_dash(tables, tmp_path, mon
         for batch, name, ms in [
             (1, "baseline", 3.0),
             (1, "optimised", 2.0),
-            (1, "invariant", 1.5),  # not compared: the same bits in any batch
             (8, "baseline", 4.0),
             (8, "optimised", 3.0),
             (8, "transformers generate", 2.25),
             (1, "llama.cpp", 1.0),
         ]
     ]
-    rows.append({**rows[1], "median_ms": 9.0})  # measured again, beside the ranks
     rows.append({**rows[1], "ranks": 2, "median_ms": 0.1})
     (tmp_path / "decode.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     monkeypatch.setattr(tables, "ROOT", tmp_path)
     page = tables.render("a\n<!-- table: decode decode.jsonl -->\nold\n<!-- end -->\nz")
     assert "old" not in page and page.startswith("a\n") and page.endswith("<!-- end -->\nz")
-    assert "| MoE | 3.0 / 4.0 | 2.0 / 3.0 | 1.5 / – | – / **2.2** | **1.0** / – | 1.0 / 1.0 |" in page
+    assert "| MoE | 3.0 / 4.0 | 2.0 / 3.0 | – / **2.2** | **1.0** / – | 1.0 / 1.0 |" in page
     (tmp_path / "decode.jsonl").write_text(
         "".join(json.dumps(row) + "\n" for row in rows if "." not in row["candidate"])
     )
     page = tables.render(page)
-    assert "| MoE | 3.0 / 4.0 | **2.0** / 3.0 | 1.5 / – | – / **2.2** | 1.0 / 1.0 |" in page and "llama.cpp" not in page
+    assert "| MoE | 3.0 / 4.0 | **2.0** / 3.0 | – / **2.2** | 1.0 / 1.0 |" in page and "llama.cpp" not in page
 
 
-def test_the_compiled_layer_has_a_line_where_it_was_measured(tables):
-    ratios = {
-        (8, "ours, capacity 1.0"): 1.0,
-        (8, "ours, drop-free"): 1.2,
-        (8, "ours compiled, capacity 1.0"): 0.9,
-        (8, "ours compiled, drop-free"): 1.3,
-        (64, "ours, capacity 1.0"): 1.5,
-        (64, "ours, drop-free"): 1.6,
-    }
+def test_the_share_of_the_dense_speed_is_the_median_of_the_rounds(tables):
     rows = [
-        {"experts": E, "candidate": name, "ratio": ratio, "dtype": "fp32", "threads": 1}
-        for (E, name), ratio in ratios.items()
+        {"width": 32, "candidate": f"{family}, {dtype}", "rounds_ms": times}
+        for family, times in (("dense", [1.0, 2.0, 3.0]), ("MoE-128", [2.0, 2.0, 4.0]))
+        for dtype in ("fp32", "bf16")
     ]
-    assert "| ours, compiled | **0.90** / 1.30 | – / – |" in tables.layer(rows)
-    assert "compiled" not in tables.layer([row for row in rows if "compiled" not in row["candidate"]])
+    assert tables.shares(rows).splitlines()[-1] == "| bf16 | 0.75 |"

@@ -259,6 +259,11 @@ def test_routed_ffn_is_the_four_operations(target, activation, dtype):
     assert torch.equal(routed_ffn(x, g, *params, activation=activation, add_SM=add), y + add)
 
 
+def test_an_unknown_activation_is_refused():
+    with pytest.raises(ValueError, match=r"^activate: unknown activation 'relu'; know none, gelu,"):
+        activate(torch.zeros(2), "relu")
+
+
 @pytest.mark.parametrize(
     "change,message",
     [

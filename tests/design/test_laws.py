@@ -1,0 +1,76 @@
+"""Laws of the loss over size and data."""
+
+import math
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from moelab.design import laws
+
+LAW = laws.Law(floor=1.8, a=0.9, alpha=0.35, b=0.6, beta=0.45, flops0=2e6, tokens0=4e6)
+FLOPS, TOKENS = (1e6, 2e6, 4e6), (1e6, 2e6, 4e6, 8e6, 16e6)
+
+
+def points(noise=0.0, seeds=3, law=LAW, flops=FLOPS, tokens=TOKENS):
+    draw = np.random.default_rng(3)
+    rows = []
+    for size in flops:
+        for seed in range(seeds):
+            shift = draw.normal(0, noise)  # the budgets of a trunk share it
+            rows += [(size, seed, t, float(law.loss(size, t)) + shift + draw.normal(0, noise / 4)) for t in tokens]
+    return pd.DataFrame(rows, columns=["flops", "seed", "tokens", "loss"])
+
+
+def test_the_least_compute_of_a_loss_is_the_least_over_all_sizes():
+    flops = np.geomspace(1e4, 1e9, 200_001)
+    size = LAW.a * (flops / LAW.flops0) ** -LAW.alpha
+    left = 2.9 - LAW.floor - size
+    tokens = LAW.tokens0 * (LAW.b / np.where(left > 0, left, np.nan)) ** (1 / LAW.beta)
+    assert LAW.compute(2.9) == pytest.approx(np.nanmin(flops * tokens), rel=1e-6)
+    assert LAW.compute(1.8) == LAW.compute(1.0) == math.inf
+
+
+def test_the_exponent_is_that_of_the_loss_above_the_floor():
+    low, high = LAW.compute(2.4), LAW.compute(2.3)
+    assert math.log(0.6 / 0.5) / math.log(high / low) == pytest.approx(LAW.exponent)
+
+
+def test_a_law_is_found_again_from_exact_points():
+    found = laws.fit(points())
+    assert found.law.floor == pytest.approx(1.8, abs=0.01)
+    assert found.law.exponent == pytest.approx(LAW.exponent, abs=0.01)
+    assert found.law.compute(2.6) == pytest.approx(LAW.compute(2.6), rel=0.02)
+    (value, low, high), *_ = found.predict(8e6, TOKENS, seeds=3)
+    assert low <= value <= high and value == pytest.approx(float(LAW.loss(8e6, TOKENS[0])), abs=0.002)
+    assert high - low < 0.002
+
+
+def test_intervals_hold_the_truth_and_widen_with_the_noise():
+    quiet, loud = laws.fit(points(0.003)), laws.fit(points(0.02))
+    for found in (quiet, loud):
+        for value in (lambda law: law.floor, lambda law: law.exponent, lambda law: law.compute(2.6)):
+            mean, low, high = found.interval(value)
+            assert low <= mean <= high and low <= value(LAW) <= high
+    width = [high - low for found in (quiet, loud) for _, low, high in [found.predict(8e6, TOKENS, 3)[-1]]]
+    assert 2 * width[0] < width[1]
+    (_, low, high), *_ = loud.predict(8e6, TOKENS, seeds=1)
+    (_, low9, high9), *_ = loud.predict(8e6, TOKENS, seeds=9)
+    assert high9 - low9 < high - low
+
+
+def test_the_same_points_give_the_same_numbers():
+    assert laws.fit(points(0.01)).predict(8e6, TOKENS, 3) == laws.fit(points(0.01)).predict(8e6, TOKENS, 3)
+
+
+def test_trunks_with_a_missing_or_infinite_loss_are_left_out():
+    table = points()
+    broken = table.assign(loss=table["loss"].where((table["seed"] > 0) | (table["flops"] > 1e6), math.inf)).drop(10)
+    assert len(laws.fit(broken).residuals) == 7
+    assert laws.fit(broken).law.floor == pytest.approx(1.8, abs=0.01)
+
+
+@pytest.mark.parametrize("lacks", [{"flops": FLOPS[:2]}, {"tokens": TOKENS[:2]}, {"seeds": 0}])
+def test_too_few_points_are_refused(lacks):
+    with pytest.raises(ValueError, match=r"^a law of 5 numbers needs three sizes and three budgets, got \d and \d$"):
+        laws.fit(points(**lacks))

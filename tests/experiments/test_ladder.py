@@ -1,0 +1,89 @@
+"""The ladder of widths and its prediction."""
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from moelab.design import laws
+from moelab.experiments import ladder
+
+SPECS = ladder.EXPERIMENT.specs("cpu", 1)
+TRUNKS = [spec for spec in SPECS if spec.start is None]
+DENSE = laws.Law(floor=1.9, a=0.8, alpha=0.4, b=0.7, beta=0.4, flops0=3e6, tokens0=4e6)
+
+
+def made(widths, better=0.2, noise=0.004):
+    """Points as `ladder.points` returns them: the MoEs lie below the dense law by a constant."""
+    draw, rows = np.random.default_rng(0), []
+    for spec in ladder.EXPERIMENT.specs("cpu", 3, larger=True):
+        trunk = spec.start.run if spec.start else spec
+        arm, width = trunk.label.split(",")[0], spec.model.hidden
+        if width in widths:
+            flops, tokens = spec.model.flops_per_token(context=128), spec.train.tokens
+            loss = float(DENSE.loss(flops, tokens)) - better * (arm != "Dense") + draw.normal(0, noise)
+            rows.append([arm, width, spec.train.seed, flops, tokens, flops * tokens, loss])
+    return pd.DataFrame(rows, columns=["arm", "width", "seed", "flops", "tokens", "compute", "loss"])
+
+
+def test_every_family_has_every_width_and_budget():
+    assert [(spec.model.hidden, spec.label) for spec in TRUNKS] == [
+        (width, f"{arm}, {width} wide") for width in (32, 64, 96) for arm in ("Dense", "PR-MoE", "MoE-128")
+    ]
+    assert len(SPECS) == 9 * 5 and len({spec.id for spec in SPECS}) == len(SPECS)
+    assert {spec.train.dtype for spec in SPECS} == {"bf16"} and {spec.model.layers for spec in SPECS} == {8}
+    larger = ladder.EXPERIMENT.specs("cpu", 1, larger=True)
+    assert {spec.model.hidden for spec in larger[len(TRUNKS) :]} >= {128} and larger[: len(TRUNKS)] == TRUNKS
+
+
+def test_the_rate_falls_as_the_papers_dense_rates_do():
+    rates = [ladder.peak_rate(width, "cpu") for width in (16, 32, 64, 96, 128, 256)]
+    assert rates[0] == rates[1] == 8e-3 and rates[2] == pytest.approx(8e-3 * 2 / 3, abs=1e-6)
+    assert rates[4] == rates[5] == pytest.approx(8e-3 * 0.4) and rates[2] > rates[3] > rates[4]
+    assert ladder.EXPERIMENT.specs("cpu", 1, overrides={"train.lr": 1e-3})[0].train.lr == 1e-3
+
+
+def test_laws_never_see_the_larger_width():
+    all_ = made((32, 64, 96, 128))
+    below = all_[all_["width"] < 128]
+    for arm, fitted in ladder.fits(all_, "cpu").items():
+        assert fitted.law == ladder.fits(below, "cpu")[arm].law
+
+
+def test_leverage_is_the_dense_models_compute_over_the_moes():
+    table = made((32, 64, 96), noise=0.0)
+    levers = ladder.leverage(table, ladder.fits(table, "cpu"))
+    assert set(levers["arm"]) == {"PR-MoE", "MoE-128"} and len(levers) == 2 * 3 * 5
+    for row in levers.itertuples():
+        mine = table[(table["arm"] == row.arm) & (table["width"] == row.width) & (table["tokens"] == row.tokens)]
+        assert row.value == pytest.approx(DENSE.compute(mine["loss"].mean()) / row.compute, rel=0.05)
+        assert row.beyond == (row.value * row.compute > table.loc[table["arm"] == "Dense", "compute"].max())
+    assert levers["beyond"].any() and not levers["beyond"].all()
+
+
+def test_the_prediction_says_how_far_it_missed():
+    table = made((32, 64, 96, 128))
+    found = ladder.fits(table, "cpu")
+    came = ladder.prediction(table, found, "cpu", 3)
+    assert len(came) == 3 * 5 and set(came["seeds"]) == {3} and set(came["width"]) == {128}
+    assert (came["miss"] == came["measured"] - came["value"]).all() and came["inside"].mean() > 0.7
+    off = table.assign(loss=table["loss"] + 0.1 * (table["width"] == 128))
+    assert not ladder.prediction(off, found, "cpu", 3)["inside"].any()
+    before = ladder.prediction(table[table["width"] < 128], found, "cpu", 3)
+    assert before["measured"].isna().all() and before["inside"].isna().all()
+    assert list(before["value"]) == list(came["value"]) and list(before["low"]) == list(came["low"])
+
+
+def test_headlines():
+    table = made((32, 64, 96, 128))
+    found = ladder.fits(table, "cpu")
+    levers = ladder.leverage(table, found)
+    said = ladder.headline(levers, ladder.prediction(table, found, "cpu", 3))
+    assert said.startswith("Dense models need so many times the FLOPs at the largest rung: PR-MoE ")
+    assert "; the larger rung: " in said and " of 15 losses as predicted, worst " in said
+    below = table[table["width"] < 128]
+    said = ladder.headline(ladder.leverage(below, found), ladder.prediction(below, found, "cpu", 3))
+    assert said.endswith("; the larger rung is predicted, not run")
+    few = below[below["width"] < 96]
+    assert ladder.fits(few, "cpu") == {} and ladder.constants({}).empty
+    nothing = ladder.headline(ladder.leverage(few, {}), ladder.prediction(few, {}, "cpu", 3))
+    assert nothing == "too few runs have finished to fit a law"
