@@ -263,7 +263,7 @@ def _around(values: Sequence[float], low: Sequence[float], high: Sequence[float]
     return [[v - a for v, a in zip(values, low, strict=True)], [b - v for v, b in zip(values, high, strict=True)]]
 
 
-LONG = 24
+LONG = 18
 """Characters of a row's name from which on the names stand above the rows."""
 
 

@@ -46,7 +46,7 @@ def test_every_text_reads_on_a_phone(tmp_path):
     figures.legend_below(ax)
     figures.title(fig, "What it shows")
     text = figures.save(fig, tmp_path / "f").read_text()
-    sizes = {float(size) for size in re.findall(r"font: (?:\d+ )?([\d.]+)px", text)}
+    sizes = {float(size) for size in re.findall(r"font-size: ([\d.]+)px", text)}
     shown = 358 / (72 * WIDTH)  # pixels for a point, in a page of 390 pixels with its margins
     assert sizes and min(sizes) >= TEXT and min(sizes) * shown > 11
 

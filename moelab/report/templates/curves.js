@@ -236,8 +236,10 @@
       const x = plot.data[0], i = index ?? Math.max(...drawn.map(({ points }) => x.indexOf([...points.keys()].at(-1))), -1);
       at.textContent = i >= 0 ? `at ${where(x[i])}` : "";
       for (const arm of arms) values[arm].textContent = arm === show.value ? "(subtracted)" : "";
+      // Arms are evaluated at different shares of the training: the last point before counts.
+      const before = (points) => points.get([...points.keys()].filter((at) => at <= x[i]).at(-1));
       for (const { arm, points, theirs } of drawn)
-        values[arm].textContent = (points.has(x[i]) ? written(points.get(x[i])) : "") + (theirs.has(x[i]) ? ` ◇ ${number(theirs.get(x[i])[0], 3, true)}` : "");
+        values[arm].textContent = (before(points) && x[i] <= [...points.keys()].at(-1) * 1.1 ? written(before(points)) : "") + (theirs.has(x[i]) ? ` ◇ ${number(theirs.get(x[i])[0], 3, true)}` : "");
     }
 
     function step(by) {
