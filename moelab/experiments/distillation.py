@@ -47,6 +47,15 @@ TEACHERS = {"350M": "350M+PR-MoE-32/64", "1.3B": "1.3B+PR-MoE-64/128"}
 """Base -> the paper's teacher."""
 
 ARMS = ("Teacher", "L21 alone", "L21 alone, equal cost", "L21 + KD", "L21 + staged KD")
+STATED = (
+    ("L21 + staged KD", "Teacher"),
+    ("L21 + staged KD", "L21 alone"),
+    ("L21 + staged KD", "L21 alone, equal cost"),
+    ("L21 + staged KD", "L21 + KD"),
+    ("L21 alone", "Teacher"),
+)
+"""Pairs of arms whose difference at the end is drawn."""
+
 HALVES = "Teacher and student read different halves of the text."
 _SUFFIX = {"Teacher": "", "L21 alone": "+L21", "L21 + KD": "+L21+KD", "L21 + staged KD": "+L21+MoS"}
 

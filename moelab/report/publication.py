@@ -1,7 +1,7 @@
 """Publish what a notebook found as files: figures, the data behind them, claims, provenance.
 
 <results>/<experiment>/<scale>/<date>-<time>/summary.json      what is here, how it came about
-                                             <name>.png, .svg, -dark.svg, .jsonl  a figure and its data
+                                             <name>.svg, .jsonl                a figure and its data
                                              notebook.ipynb, notebook.html     the executed notebook
 """
 
@@ -80,7 +80,7 @@ class Publication:
         data: pd.DataFrame | None = None,
         claims: Sequence[str] = (),
     ) -> None:
-        """Save a figure as PNG and SVG (light and dark), and the numbers it shows as JSON lines.
+        """Save a figure as SVG, and the numbers it shows as JSON lines.
 
         Args:
             title: the finding, one sentence.

@@ -196,7 +196,7 @@ def test_the_command_writes_numbers_and_a_figure(known_rate, tmp_path, monkeypat
     )  # fmt: skip
     rows = [json.loads(line) for line in (tmp_path / "decode.jsonl").read_text().splitlines()]
     assert {r["model"] for r in rows} == {"tiny MoE", "tiny"}
-    assert (tmp_path / "decode.png").stat().st_size > 10_000 and (tmp_path / "decode.svg").exists()
+    assert (tmp_path / "decode.svg").stat().st_size > 10_000
     torch.set_num_threads(1)
 
 

@@ -95,7 +95,7 @@ def test_published_rows_are_drawn(name, tmp_path):
         == len({exchange._kind(r["candidate"]) if name == "exchange" else r["candidate"] for r in found}) - 1
     )
     plot.save(figure, tmp_path / name)
-    assert (tmp_path / f"{name}.svg").exists() and (tmp_path / f"{name}.png").stat().st_size > 10_000
+    assert (tmp_path / f"{name}.svg").stat().st_size > 10_000
 
 
 @pytest.mark.parametrize(

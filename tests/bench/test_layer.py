@@ -107,7 +107,7 @@ def test_the_command_measures_every_case(tmp_path):
     layer.main(sizes=sizes, threads=[1, 2], timing=Timing(3, warm_up=0), only=only, out=tmp_path)
     rows = [json.loads(line) for line in (tmp_path / "layer.jsonl").read_text().splitlines()]
     assert [(r["threads"], r["experts"]) for r in rows[::3]] == [(1, 4), (1, 8), (2, 4), (2, 8)]
-    assert (tmp_path / "layer.png").stat().st_size > 10_000 and (tmp_path / "layer.svg").exists()
+    assert (tmp_path / "layer.svg").stat().st_size > 10_000
 
 
 def test_parts_of_both_forms_give_the_same_tokens():

@@ -41,7 +41,7 @@ def test_the_command_names_a_dtype_for_each_family(another, tmp_path, monkeypatc
         flops = train.twin(row["family"], 32).flops_per_token()
         assert row["floor_ms"] == pytest.approx(2 * 128 * flops / 1e11 * 1e3)
     said = capsys.readouterr().out
-    assert said.count("use fp32") + said.count("use bf16") == 2 and (tmp_path / "train.png").exists()
+    assert said.count("use fp32") + said.count("use bf16") == 2 and (tmp_path / "train.svg").exists()
 
 
 def test_a_student_has_a_teacher(monkeypatch):

@@ -273,9 +273,7 @@ def test_a_benchmark_leaves_numbers_figure_and_provenance(tmp_path):
     assert done.returncode == 0, done.stderr
     assert {p.name for p in tmp_path.iterdir()} == {
         "layer.jsonl",
-        "layer.png",
         "layer.svg",
-        "layer-dark.svg",
         "layer.provenance.json",
     }
     record = json.loads((tmp_path / "layer.provenance.json").read_text())
@@ -361,7 +359,7 @@ class TestPrMoeNotebook:
         (folder,) = (results / "pr-moe" / "smoke").iterdir()
         names = {p.name for p in folder.iterdir()}
         for figure in ("gap-over-tokens", "gap-to-moe128", "expert-load"):
-            assert {f"{figure}.png", f"{figure}.svg", f"{figure}.jsonl"} <= names
+            assert {f"{figure}.svg", f"{figure}.jsonl"} <= names
         summary = json.loads((folder / "summary.json").read_text())
         assert len(summary["runs"]) == 4 and not summary["missing"] and summary["seeds"] == [0, 1]
         assert summary["runs"][0]["provenance"]["versions"]["torch"] and summary["hardware"]["cores"]

@@ -59,7 +59,7 @@ def test_the_example_runs_and_is_published(tmp_path):
     (summary,) = (tmp_path / "home" / "results" / "balance-loss" / "smoke").glob("*/summary.json")
     published = json.loads(summary.read_text())
     assert len(published["runs"]) == 6 and published["title"].startswith("weight 0 ends ")
-    assert (summary.parent / "balance-dark.svg").exists()
+    assert (summary.parent / "balance.svg").exists()
     assert "How much balance the gate needs" in (tmp_path / "home" / "pages" / "index.html").read_text()
 
 
@@ -362,7 +362,7 @@ def test_code_of_the_pages_runs(page, tmp_path, monkeypatch):
     if page == "explore.md":
         assert len({spec.id for spec in asked}) == 6 + 4 + 2 and len(prompts) == 3
     else:
-        assert (tmp_path / "curve-dark.svg").exists()
+        assert (tmp_path / "curve.svg").exists()
 
 
 @pytest.mark.slow

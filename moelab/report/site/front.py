@@ -40,7 +40,7 @@ from moelab.plotting.typography import typeset
 from moelab.report.ledger import OPEN
 from moelab.report.site.claims import HEADINGS, TIMED, TRAINED, ClaimRow, TallyItem
 from moelab.report.site.plot import Axis, axes
-from moelab.report.site.results import Result
+from moelab.report.site.results import Result, large
 
 SHOWN = 3
 """Claims quoted below a finding, at most."""
@@ -280,15 +280,6 @@ def _paper_size(name: str) -> tuple[int, float] | None:
         return ModelConfig.parse(label).parameters(), paper.training_settings(label).train_tokens
     except ValueError:
         return None
-
-
-def large(value: float) -> str:
-    """Return a number as text: ``674 thousand``, ``1.0 million``, ``52 billion``."""
-    for size, word in ((1e9, "billion"), (1e6, "million"), (1e3, "thousand")):
-        if value >= size:
-            shown = value / size
-            return f"{shown:.0f} {word}" if shown >= 10 else f"{shown:.1f} {word}"
-    return f"{value:g}"
 
 
 def _range_of(configs: Iterable[Mapping[str, float]], field: str, text: Callable[[float], str] = str) -> str:
