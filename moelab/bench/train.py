@@ -5,13 +5,9 @@ on batches of text, one family after the other; the dense one runs beside the sa
 PyTorch loop. Ratios are to the dense twin in fp32, round by round. The floor is the time of the model's FLOPs at the
 rate of a large matrix product in the row's dtype. A student learns from a teacher of random weights, whose forward pass
 belongs to its FLOPs. Where training on a CPU computes fp32 products by another library than PyTorch does by default
-(`moelab.models.products`), each family takes part a second time with PyTorch's. All share a process, or each has its
-own, as runs have (`apart`): in one process, models share the allocator's memory. At the end: the dtype to use on this
-machine for each family.
-
-`measure_memory` is what training on a CPU gains where freed memory is kept (`process.keep_freed_memory`): a twin trains
-in two processes, one of which keeps it. In one process with other models, most of the memory stays in use and the gain
-is not seen.
+(`moelab.models.products`), each family takes part a second time with PyTorch's. On a CPU each candidate has a process
+of its own, as runs have: in one process, models share the allocator's memory. They share one on a GPU, and where
+processor time is measured. At the end: the dtype to use on this machine for each family.
 """
 
 from __future__ import annotations
@@ -19,12 +15,11 @@ from __future__ import annotations
 import contextlib
 import functools
 import itertools
-import resource
 import statistics
 import time
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -56,8 +51,6 @@ TEACHERS = {"PR-MoE+L21 + KD": "PR-MoE-32/64"}
 BARE = "dense, bare loop"
 DEFAULT = ", PyTorch's products"
 """Ends the name of a candidate with PyTorch's own library of fp32 products."""
-KEPT, RETURNED = "kept", "returned"
-"""The candidates of `measure_memory`: freed memory is kept, or returned to the system as the C library does."""
 SEQUENCES = 32
 TURN_S = 600.0
 """Time limit of a turn in a process of its own."""
@@ -117,44 +110,26 @@ def side_by_side(
 # -- processes of their own --------------------------------------------------------------------------------------------
 
 
-class Turn(NamedTuple):
-    """What a candidate's process measured in its turn.
-
-    Attributes:
-        seconds, faults: of a step; faults are pages that the system had to provide.
-        peak_bytes: the largest memory of the process so far, in all.
-    """
-
-    seconds: float
-    faults: float
-    peak_bytes: int
-
-
 _STEPS: list[Step] = []
 """In a candidate's own process: its step, once it is made."""
 
 
-def _turn(make: Callable[[], Step], keeps_memory: bool, numbers: Sequence[int]) -> Turn:
-    """In a candidate's own process: train the steps of those numbers."""
+def _turn(make: Callable[[], Step], numbers: Sequence[int]) -> float:
+    """In a candidate's own process: train the steps of those numbers and return the seconds of one."""
     if not _STEPS:
-        if keeps_memory:
-            process.keep_freed_memory()
+        process.keep_freed_memory()
         _STEPS.append(make())
-    faults, started = resource.getrusage(resource.RUSAGE_SELF).ru_minflt, time.perf_counter()
+    started = time.perf_counter()
     for number in numbers:
         _STEPS[0](number)
-    seconds, used = time.perf_counter() - started, resource.getrusage(resource.RUSAGE_SELF)
-    return Turn(seconds / len(numbers), (used.ru_minflt - faults) / len(numbers), used.ru_maxrss << 10)
+    return (time.perf_counter() - started) / len(numbers)
 
 
-def apart(
-    made: Mapping[str, Callable[[], Step]], count: int, threads: int, timing: Timing, *, returned: Collection[str] = ()
-) -> dict[str, list[Turn]]:
+def apart(made: Mapping[str, Callable[[], Step]], count: int, threads: int, timing: Timing) -> dict[str, list[float]]:
     """Do what `turns` does, each candidate in a process of its own.
 
     Args:
         made: returns a candidate's step, in its process; must be picklable.
-        returned: candidates whose processes return freed memory to the system; the others keep it, as runs do.
 
     Raises:
         ValueError: one line: a process failed.
@@ -162,10 +137,10 @@ def apart(
     with contextlib.ExitStack() as stack:
         ranks = {name: stack.enter_context(Ranks(1, threads=threads)) for name in made}
 
-        def turn(name: str) -> Callable[[Sequence[int]], Turn]:
-            def run(numbers: Sequence[int]) -> Turn:
+        def turn(name: str) -> Callable[[Sequence[int]], float]:
+            def run(numbers: Sequence[int]) -> float:
                 try:
-                    (found,) = ranks[name].run(_turn, made[name], name not in returned, numbers, timeout_s=TURN_S)
+                    (found,) = ranks[name].run(_turn, made[name], numbers, timeout_s=TURN_S)
                 except RankError as error:
                     raise ValueError(f"bench train: {name}: {str(error).splitlines()[-1]}") from error
                 return found
@@ -201,13 +176,11 @@ def measure(
     threads: int,
     timing: Timing,
     sequences: int = SEQUENCES,
-    own_processes: bool = False,
 ) -> list[Row]:
     """Return the rows of one width: times are those of a step, `tokens_per_s` is in the numbers.
 
     Args:
         sequences: of a step.
-        own_processes: give each candidate a process of its own.
     """
     torch.set_num_threads(threads)
     T, device = inputs.CONTEXT, timing.device
@@ -226,9 +199,8 @@ def measure(
         for label, make in candidates.items():
             made[f"{label}, {dtype}"] = make
             models[f"{label}, {dtype}"] = (family, model, dtype)
-    if own_processes:
-        found = apart(made, steps, threads, timing)
-        times = {name: [turn.seconds for turn in rounds] for name, rounds in found.items()}
+    if own_processes := device == "cpu" and timing.clock == "wall":
+        times = apart(made, steps, threads, timing)
     else:
         times = turns({name: make() for name, make in made.items()}, steps, timing)
     rates = {dtype: harness.product_rate(DTYPES[dtype], timing) for dtype in dtypes}
@@ -257,32 +229,6 @@ def measure(
 
 def _by_default_products(make: Callable[[], Step]) -> Step:
     return default_products()(make())
-
-
-def measure_memory(
-    width: int, family: str, dtype: str, *, steps: int, threads: int, timing: Timing, sequences: int = SEQUENCES
-) -> list[Row]:
-    """Return the rows of a twin with kept and with returned memory: times of a step, with faults and peak memory."""
-    torch.set_num_threads(threads)
-    model, T = twin(family, width), inputs.CONTEXT
-    make = functools.partial(training_loop, model, TrainConfig(batch_size=sequences, dtype=dtype, threads=threads), T)
-    found = apart({RETURNED: make, KEPT: make}, steps, threads, timing, returned=(RETURNED,))
-    case = {"width": width, "family": family, "dtype": dtype, "sequences": sequences}
-    return harness.rows(
-        {**case, "steps": steps, "threads": threads},
-        {name: [turn.seconds for turn in rounds] for name, rounds in found.items()},
-        against=RETURNED,
-        floor_s=sequences * T * model.flops_per_token() / harness.product_rate(DTYPES[dtype], timing),
-        timing=timing,
-        inputs=f"{sequences} x {T} tokens of {inputs.TEXT}",
-        numbers={
-            name: {
-                "faults_per_step": statistics.median(turn.faults for turn in rounds),
-                "peak_bytes": max(turn.peak_bytes for turn in rounds),
-            }
-            for name, rounds in found.items()
-        },
-    )
 
 
 def advice(found: Sequence[Row]) -> list[str]:
@@ -328,63 +274,39 @@ def main(
     timing: Timing,
     out: Path | None,
     sequences: int = SEQUENCES,
-    own_processes: bool = False,
-    memory: bool = False,
 ) -> None:
-    """Measure and print; with `out` (a folder), write the rows after each case, and a figure.
-
-    Args:
-        own_processes, memory: call `measure` in this way (file `train-apart.jsonl`), or `measure_memory`
-            (`memory.jsonl`, no figure).
+    """Measure and print; with `out` (a folder), write the rows after each width, and a figure.
 
     Raises:
         ValueError: a setting that there is not, or that does not go with another one; a process died.
     """
     timing.check_threads(threads)
     check(widths, families, dtypes, steps, sequences)
-    if (own_processes or memory) and timing.clock == "cpu":
-        raise ValueError(
-            "bench train: processor time is that of one process; leave --apart, --memory or --cpu-time out"
-        )
-    if memory and timing.device != "cpu":
-        raise ValueError("bench train: --memory measures a CPU")
-    if memory and (taught := [name for name in families if name in TEACHERS]):
-        raise ValueError(f"bench train: --memory measures no family with a teacher, got {taught[0]!r}")
-    shared: dict[str, Any] = {"steps": steps, "threads": threads, "timing": timing, "sequences": sequences}
-    size = f"{sequences} x {inputs.CONTEXT} tokens a step, {steps} steps a round"
-    cases: list[tuple[str, Callable[[], list[Row]]]]
-    if memory:
-        name, columns = "memory", MEMORY_COLUMNS
-        cases = [
-            (f"freed memory, {f}, {w} wide, {d}, {size}", functools.partial(measure_memory, w, f, d, **shared))
-            for w, f, d in itertools.product(widths, families, dtypes)
-        ]
-    else:
-        name, columns = "train-apart" if own_processes else "train", COLUMNS
-        shared |= {"families": families, "dtypes": dtypes, "own_processes": own_processes}
-        cases = [(f"training, {w} wide, {size}", functools.partial(measure, w, **shared)) for w in widths]
     found: list[Row] = []
-    for title, call in terminal.announced(cases, lambda case: case[0]):
-        case = call()
-        harness.show(title, case, columns)
+    said = f"{sequences} x {inputs.CONTEXT} tokens a step, {steps} steps a round"
+    for width in terminal.announced(widths, lambda width: f"training {width} wide: {', '.join(families)}"):
+        case = measure(
+            width,
+            families=families,
+            dtypes=dtypes,
+            steps=steps,
+            threads=threads,
+            timing=timing,
+            sequences=sequences,
+        )
+        harness.show(f"training, {width} wide, {said}", case, COLUMNS)
         found += case
         if out is not None:
-            objects = harness.write(found, out / f"{name}.jsonl")
-    if memory:
-        return
+            objects = harness.write(found, out / "train.jsonl")
     for line in advice(found):
         terminal.console().print(line, highlight=False)
     if out is not None and plot.possible():
-        plot.save(drawn(objects), out / name)
+        plot.save(drawn(objects), out / "train")
 
 
 COLUMNS: dict[str, Callable[[Row], str]] = {
     "tokens/s": lambda row: f"{row.numbers['tokens_per_s']:,.0f}",
     "parameters": lambda row: f"{row.numbers['parameters'] / 1e6:.1f} M",
-}
-MEMORY_COLUMNS: dict[str, Callable[[Row], str]] = {
-    "page faults / step": lambda row: f"{row.numbers['faults_per_step']:,.0f}",
-    "peak memory": lambda row: f"{row.numbers['peak_bytes'] / 2**20:,.0f} MiB",
 }
 
 

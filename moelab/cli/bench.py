@@ -48,23 +48,11 @@ def bench_train(
     steps: Annotated[int, typer.Option(help="measured steps of each candidate in a round")] = 5,
     rounds: Rounds = 5,
     threads: Threads = 1,
-    apart: Annotated[
-        bool, typer.Option("--apart", help="each candidate in a process of its own, which takes more memory")
-    ] = False,
-    memory: Annotated[
-        bool,
-        typer.Option(
-            "--memory", help="instead: dense and MoE-128 in two processes each, one of which keeps freed memory"
-        ),
-    ] = False,
     cpu_time: CpuTime = False,
     device: Device = "cpu",
     out: Out = None,
 ) -> None:
-    """Measure the training speed of twins, dense and MoE, fp32 and bf16, and name the dtype to use for each.
-
-    With --memory: what training on a CPU gains by keeping freed memory.
-    """
+    """Measure the training speed of twins, dense and MoE, fp32 and bf16, and name the dtype to use for each."""
     check_device(device)
     check_dtypes(dtype or ())
     for name in family or ():
@@ -74,17 +62,15 @@ def bench_train(
 
     train.main(
         widths=width or [32, 64, 128],
-        families=family or list(FAMILIES[:2] if memory else FAMILIES),
+        families=family or list(FAMILIES),
         dtypes=dtype or ["fp32", "bf16"],
         steps=steps,
         threads=threads,
         timing=Timing(rounds, device, "cpu" if cpu_time else "wall", warm_up=1, budget_s=600),
         out=out,
         sequences=sequences,
-        own_processes=apart,
-        memory=memory,
     )
-    write_provenance(out, "memory" if memory else "train-apart" if apart else "train")
+    write_provenance(out, "train")
 
 
 @bench.command(name="gate")

@@ -5,11 +5,9 @@ import json
 import signal
 
 import pytest
-from typer.testing import CliRunner
 
 from moelab.bench import harness, train
 from moelab.bench.harness import Timing
-from moelab.cli import app
 from moelab.config import ModelConfig, TrainConfig
 
 QUICK = Timing(2, clock="cpu", warm_up=1)
@@ -90,8 +88,6 @@ def test_side_by_side_returns_a_speed_each_round():
         (dict(steps=0), "steps must be at least 1"),
         (dict(sequences=0), "sequences must be at least 1"),
         (dict(threads=2), "processor time needs 1 thread"),
-        (dict(memory=True), "processor time is that of one process"),
-        (dict(memory=True, families=["PR-MoE+L21 + KD"], timing=Timing(1)), "measures no family with a teacher"),
     ],
 )
 def test_bad_settings(wrong, message):
@@ -101,34 +97,14 @@ def test_bad_settings(wrong, message):
 
 
 @pytest.mark.multiprocess
-def test_apart_each_candidate_has_a_process(monkeypatch, tmp_path):
+def test_each_candidate_has_a_process(monkeypatch, tmp_path):
     monkeypatch.setattr(train, "onednn_is_faster", lambda: True)
     monkeypatch.setattr(harness, "product_rate", lambda *_: 1e11)
     given = dict(widths=[32], families=["dense"], dtypes=["fp32"], steps=1, threads=1, out=tmp_path)
-    given |= dict(own_processes=True, sequences=2)
-    train.main(**given, timing=Timing(1, warm_up=0))
-    rows = [json.loads(line) for line in (tmp_path / "train-apart.jsonl").read_text().splitlines()]
+    train.main(**given, sequences=2, timing=Timing(1, warm_up=0))
+    rows = [json.loads(line) for line in (tmp_path / "train.jsonl").read_text().splitlines()]
     names = ["dense, fp32", "dense, bare loop, fp32", "dense, PyTorch's products, fp32"]
     assert [row["candidate"] for row in rows] == names and all(row["apart"] and row["median_ms"] > 0 for row in rows)
-    with pytest.raises(ValueError, match="processor time is that of one process"):
-        train.main(**given, timing=QUICK)
-
-
-@pytest.mark.multiprocess
-def test_two_processes_train_in_turns_one_of_which_keeps_what_it_frees(monkeypatch, tmp_path):
-    monkeypatch.setattr(harness, "product_rate", lambda *_: 1e11)
-    options = ["--width", "32", "--family", "dense", "--dtype", "fp32", "--steps", "1", "--rounds", "2"]
-    arguments = ["bench", "train", "--memory", *options, "--out", str(tmp_path)]
-    CliRunner().invoke(app, arguments, catch_exceptions=False)
-    returned, kept = [json.loads(line) for line in (tmp_path / "memory.jsonl").read_text().splitlines()]
-    assert (returned["candidate"], kept["candidate"]) == (train.RETURNED, train.KEPT) and returned["ratio"] == 1
-    assert kept["ratio"] == pytest.approx(
-        sum(a / b for a, b in zip(*(r["rounds_ms"] for r in (kept, returned)), strict=True)) / 2
-    )
-    for row in (returned, kept):
-        assert (row["family"], row["dtype"], row["width"]) == ("dense", "fp32", 32), "what docs/tables.py reads"
-        assert row["faults_per_step"] >= 0 and row["peak_bytes"] > 64 << 20 and row["median_ms"] > 0
-    assert (tmp_path / "memory.provenance.json").is_file()
 
 
 @pytest.mark.multiprocess

@@ -297,10 +297,8 @@ BENCHMARKS = {
     "scaling": "Weak scaling of training over ranks of one machine",
     "submit": "What Slurm adds: from submitting to the first step, many runs at once",
     "train": "Training speed of the twins, side by side",
-    "train-apart": "Training speed of the twins, each in a process of its own",
-    "memory": "Training steps where freed memory is kept, and where it is returned",
-    "decode": "A decoding step: optimised, compiled, the paper's baseline, transformers",
-    "decode-bf16": "A decoding step in bf16: optimised, compiled, the paper's baseline, transformers",
+    "decode": "A decoding step: ours, the paper's baseline, transformers, llama.cpp",
+    "decode-bf16": "A decoding step in bf16: ours, the paper's baseline, transformers, llama.cpp",
     "losses": "Validation losses by mode of inference and dtype",
 }
 """Title of each benchmark of `moelab bench`."""
