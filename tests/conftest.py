@@ -24,6 +24,7 @@ LONGEST = [
     "cluster/test_check.py",
     "browser/test_jupyterlab.py",
     "cli/test_cli.py",
+    "cli/test_gpu.py",
     "runs/test_kills.py",
     "kernels/test_interpreter.py",
     "runs/test_specs_and_store.py",
