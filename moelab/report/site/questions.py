@@ -174,7 +174,7 @@ def _dense_size(result: Result | None) -> Answer | None:
     sizes = effective_sizes(result) if result else {}
     if not sizes:
         return None
-    said = ", ".join(f"{_said(values, '%.2f', '×')} at equal {at}" for at, values in sizes.items())
+    said = ", ".join(f"{_said(values, '%.2f')} at equal {at}" for at, values in sizes.items())
     rows = result.rows("against-dense.jsonl")
     behind = [row["difference"] for row in rows if (row.get("arm"), row.get("against")) == (MOE, LARGER)]
     large, small = (ModelConfig.parse(name).non_embedding_parameters() for name in (LARGER, BASE))
@@ -186,7 +186,7 @@ def _dense_size(result: Result | None) -> Answer | None:
     beside = _beside(result, LARGER)
     return Answer(
         "How large a dense model does it equal?",
-        f"{said}{more}.",
+        f"Times its base’s size: {said}{more}.",
         typeset(f"{here if share < 0.95 else ''}{end:.1f}× at its end; against {LARGER} {beside}"),
         basis(result),
         link=f"{result.path}/index.html#against-dense",
