@@ -26,17 +26,17 @@ COSTS = {"training tokens": "tokens", "training FLOPs": "FLOPs", "time": "time"}
 
 
 FEWER = {
-    "pr-moe-matches-moe128": "PR-MoE-32/64 ends {} from MoE-128",
-    "pr-moe-size": "with {} its parameters",
+    "pr-moe-matches-moe128": "PR-MoE-32/64 {} from MoE-128",
+    "pr-moe-size": "{} its parameters",
 }
 STUDENT = {
-    "staged-kd-matches-teacher-350m": "The student of seven eighths of the layers ends {} from its teacher",
-    "mos-size-350m": "it has {} the parameters of MoE-128",
+    "staged-kd-matches-teacher-350m": "{} from its teacher",
+    "mos-size-350m": "{} MoE-128’s parameters",
 }
 SERVED = {
-    "faster-than-6.7b": "Simulated, 52B as PR-MoE with a student is {} as fast as dense 6.7B",
-    "1t-under-25ms": "a trillion parameters take {} a token",
-    "kernels-6x": "measured here, the MoE kernels are {} as fast as masks and einsum",
+    "faster-than-6.7b": "Simulated: {} dense 6.7B’s speed",
+    "1t-under-25ms": "a trillion parameters in {}",
+    "kernels-6x": "measured: {} for the kernels",
 }
 """Claim -> a clause of the answer, with a place for our value."""
 
@@ -98,10 +98,10 @@ def strongest(results: Sequence[Result], experiment: str) -> Result | None:
     return min(of_it, key=lambda result: scale_rank(result.scale), default=None)
 
 
-def _said(values: Sequence[float], text: str = "%+.2f", unit: str = "") -> str:
-    """Return a mean with its 95 % interval as text: ``−0.25 nats (−0.31 to −0.19)``."""
+def _said(values: Sequence[float], text: str = "%+.3f", unit: str = "") -> str:
+    """Return a mean with its 95 % interval as text: ``−0.285 nats [−0.346, −0.225]``."""
     mean, low, high = interval(list(values))
-    return typeset(text % mean + unit + (f" ({text % low} to {text % high})" if len(values) > 1 else ""))
+    return typeset(text % mean + unit + (f" [{text % low}, {text % high}]" if len(values) > 1 else ""))
 
 
 def basis(result: Result) -> str:
@@ -178,7 +178,7 @@ def _dense_size(result: Result | None) -> Answer | None:
     rows = result.rows("against-dense.jsonl")
     behind = [row["difference"] for row in rows if (row.get("arm"), row.get("against")) == (MOE, LARGER)]
     large, small = (ModelConfig.parse(name).non_embedding_parameters() for name in (LARGER, BASE))
-    more = f" Against {LARGER}, {large / small:.0f} times its base: {_said(behind, unit=' nats')}." if behind else ""
+    more = f"; {_said(behind, unit=' nats')} from {LARGER}, {large / small:.0f}× its base" if behind else ""
     share = share_reached(result, MOE)
     whole = comparison.tokens_a_parameter(BASE)
     end = budgets.paper_effective_size(MOE, BASE, LARGER, whole)
@@ -186,7 +186,7 @@ def _dense_size(result: Result | None) -> Answer | None:
     beside = _beside(result, LARGER)
     return Answer(
         "How large a dense model does it equal?",
-        f"One larger than its base by a factor of {said}.{more}",
+        f"Times its base’s size: {said}{more}.",
         typeset(f"{here if share < 0.95 else ''}{end:.1f}× at its end; against {LARGER} {beside}"),
         basis(result),
         link=f"{result.path}/index.html#against-dense",
@@ -202,7 +202,7 @@ def _claims(question: str, decided: dict[str, ClaimRow], clauses: dict[str, str]
     for row in rows:
         ours = quantity(row.ours, row.claim)
         if row.samples and row.interval != "–":
-            ours += f" ({row.interval})"
+            ours += f" [{row.interval.replace(' to ', ', ')}]"
         said.append(clauses[row.claim.id].format(ours))
     paper = "; ".join(row.paper for row in rows)
     return Answer(question, f"{'; '.join(said)}.", paper, basis(rows[0].result), rows, rows[0].link)
