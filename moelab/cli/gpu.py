@@ -7,8 +7,7 @@ from typing import Annotated
 
 import typer
 
-from moelab.cli import slurm as commands
-from moelab.cli._options import BENCHMARKS, check_device
+from moelab.cli._options import BENCHMARKS, Profile, Publish, check_device
 
 OUT = typer.Option(help="folder of the results; by default .moelab/gpu/CARD, below the home")
 
@@ -28,7 +27,7 @@ def gpu(
     ] = False,
     again: Annotated[bool, typer.Option("--again", help="also what has succeeded; earlier results are kept")] = False,
     out: Annotated[Path | None, OUT] = None,
-    publish: commands.Publish = False,
+    publish: Publish = False,
 ) -> None:
     """Check and measure this machine's GPU, and write a page.
 
@@ -89,7 +88,7 @@ def _prepare(setup, again: bool) -> None:
 
 
 def check_cluster(
-    profile: commands.Profile = None,
+    profile: Profile = None,
     cluster: Annotated[
         str | None, typer.Option(help="links to compare with: a100-40gb, a100-80gb, h100 or a YAML file")
     ] = None,

@@ -263,17 +263,10 @@ def models(specs: Sequence[RunSpec]) -> pd.DataFrame:
     return pd.DataFrame(rows.values(), index=pd.Index(rows, name="arm"))
 
 
-def speeds(specs: Sequence[RunSpec], steps: int, rounds: int) -> dict[str, list[float]]:
-    """Measure the training tokens/s of each arm, in turns, by `moelab.bench.train.side_by_side`."""
-    from moelab.bench.train import side_by_side
-
-    return side_by_side({spec.label: spec.model for spec in specs}, specs[0].train, steps=steps, rounds=rounds)
-
-
 def summary(runs: Runs) -> pd.DataFrame:
     """Return, a row per arm: mean final loss with its 95 % interval, bits per byte, seeds, tokens.
 
-    Not the time of the runs, which depends on what else their machines did; `speeds` measures the arms side by side.
+    Not the time of the runs, which depends on what else their machines did; `moelab bench train` measures arms in turn.
     """
     import pandas as pd
 

@@ -420,8 +420,8 @@ class TestPrMoeNotebook:
 
 
 def test_notebooks_are_committed_without_outputs_and_with_typed_commented_parameters():
+    from moelab.design.parameters import parameters
     from moelab.experiments import EXPERIMENTS
-    from moelab.notebook.execute import parameters
 
     for path in (ROOT / "notebooks").glob("*.ipynb"):
         notebook = nbformat.read(path, as_version=4)
@@ -459,7 +459,7 @@ from moelab import paper, simulate
 from moelab import paths
 from moelab.report import site
 from moelab.experiments import EXPERIMENTS
-from moelab.notebook.execute import parameters
+from moelab.design.parameters import parameters
 assert paths.checkout() is None and moelab.__file__.startswith(sys.argv[1])
 site.build(Path("results"))
 assert simulate.plan("350M+MoE-32", 8, "h100").best.fits, "clusters and calibration come along"

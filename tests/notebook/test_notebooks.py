@@ -15,6 +15,7 @@ import pytest
 
 from moelab import paths
 from moelab.design.experiment import Experiment, Scale
+from moelab.design.parameters import resolve
 from moelab.notebook import execute as notebooks
 
 pytestmark = [pytest.mark.notebook, pytest.mark.slow]
@@ -68,7 +69,7 @@ def place(tmp_path, monkeypatch):
 
 
 def given(**texts: str):
-    return notebooks.resolve(EXPERIMENT, notebooks.check_parameters(EXPERIMENT, texts))
+    return resolve(EXPERIMENT, texts).values
 
 
 @pytest.mark.parametrize(

@@ -229,14 +229,14 @@ def test_runs_that_wait_for_a_teacher_are_jobs_of_their_own(tiny_spec, monkeypat
 
 
 def test_the_notebook_and_the_submission_ask_for_the_same_runs():
+    from moelab.design.parameters import resolve
     from moelab.experiments import EXPERIMENTS
-    from moelab.notebook import execute as notebooks
 
     for chosen in EXPERIMENTS.values():
-        values = notebooks.resolve(chosen, {"scale": "smoke"})
-        seeds = {"seeds": values["seeds"]} if "seeds" in values else {}
+        request = resolve(chosen, {"scale": "smoke"})
+        seeds = {"seeds": request.values["seeds"]} if "seeds" in request.values else {}
         wanted = {spec.id for spec in chosen.specs("smoke", **seeds)}
-        assert {spec.id for spec in chosen.specs_of(values)} == wanted, chosen.name
+        assert {spec.id for spec in request.specs} == wanted, chosen.name
 
 
 def test_a_snapshot_is_the_code_with_its_commit_and_made_once(tmp_path):
