@@ -9,17 +9,16 @@ from __future__ import annotations
 import difflib
 import functools
 import json
-import types
 from collections.abc import Mapping
 from dataclasses import fields, is_dataclass, replace
-from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Any, TypeVar, get_type_hints
 
 from moelab.config._check import unknown
+from moelab.config.boundary import from_text
 from moelab.config.data import DataConfig
 from moelab.config.distill import DistillConfig
 from moelab.config.model import ModelConfig
 from moelab.config.parallel import ParallelConfig
-from moelab.config.serialization import coerce
 from moelab.config.train import TrainConfig
 
 T = TypeVar("T")
@@ -102,19 +101,4 @@ def _value(name: str, value: Any) -> Any:
         close = difflib.get_close_matches(name, same, n=1, cutoff=0) or short
         listing = ", ".join(of_section or (f"{section}.…" for section in SECTIONS))
         raise ValueError(unknown(f"no setting {name!r}", name, allowed, listing=listing, close=close))
-    hint = allowed[name]
-    value = _read(hint, value) if isinstance(value, str) else value
-    if hint is int and isinstance(value, float) and value.is_integer():
-        value = int(value)
-    return coerce(hint, value, name)
-
-
-def _read(hint: Any, text: str) -> Any:
-    """Return the value that a text stands for; text that is not JSON is returned unchanged, for `coerce` to check."""
-    options = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
-    if str in options or get_origin(hint) not in (None, tuple, Union, types.UnionType):  # text, or one of several texts
-        return text
-    try:
-        return json.loads(text.replace("_", "").lower().replace("none", "null"))
-    except json.JSONDecodeError:
-        return text
+    return from_text(allowed[name], value if isinstance(value, str) else json.dumps(value, default=str), name)

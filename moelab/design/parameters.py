@@ -9,14 +9,27 @@ import tokenize
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import GenericAlias
 from typing import Any
 
 from moelab import paths
-from moelab.config import unknown
+from moelab.config import from_text, unknown
 from moelab.config.overrides import SECTIONS, check_overrides
 from moelab.design.experiment import Experiment
 from moelab.files import read_json
 from moelab.runs.spec import RunSpec
+
+_SCALARS = (int, float, bool, str)
+_TYPES: dict[str, Any] = {
+    **{kind.__name__: kind for kind in _SCALARS},
+    **{
+        str(kind): kind
+        for scalar in _SCALARS
+        for kind in (GenericAlias(list, (scalar,)), GenericAlias(dict, (str, scalar)))
+    },
+    "dict": dict[str, Any],
+}
+"""Annotation of a parameter -> its type; with another one, a value is what its text is in JSON."""
 
 
 @dataclass(frozen=True)
@@ -111,11 +124,11 @@ def resolve(experiment: Experiment, given: Mapping[str, str]) -> Request:
         if name not in known:
             raise ValueError(unknown(f"{experiment.name}: no parameter {name!r}", name, known, listing=listing))
         try:
-            values[name] = _value(known[name].type, text)
-        except ValueError:
-            raise ValueError(
-                f"{experiment.name}: parameter {name} must be {known[name].type}, got {text!r}; allowed: {listing}"
-            ) from None
+            values[name] = from_text(_TYPES.get(known[name].type, Any), text, f"parameter {name}")
+        except ValueError as error:
+            raise ValueError(f"{experiment.name}: {error}; allowed: {listing}") from None
+        if isinstance(values[name], str):
+            values[name] = _absolute(values[name])
     if dotted:
         try:
             typed = json.loads(
@@ -138,54 +151,10 @@ def resolve(experiment: Experiment, given: Mapping[str, str]) -> Request:
     return Request(experiment, values, whole, experiment.specs_of(whole))
 
 
-def _value(kind: str, text: str) -> Any:
-    if kind == "str":  # a path: the kernel works in another folder
-        is_path = "/" in text or Path(text).suffix in (".jsonl", ".yaml", ".yml")
-        return str(Path(text).resolve()) if is_path and Path(text).exists() else _absolute(text)
-    if kind == "bool":
-        if text.lower() in ("true", "yes", "1"):
-            return True
-        if text.lower() in ("false", "no", "0"):
-            return False
-        raise ValueError(text)
-    if kind in ("int", "float"):
-        return {"int": int, "float": float}[kind](text.replace("_", ""))
-    if kind.startswith("list"):
-        element = kind.removeprefix("list").strip("[]")
-        try:
-            value = json.loads(text)
-        except json.JSONDecodeError:
-            value = [part.strip() for part in text.split(",") if part.strip()]
-        else:
-            value = [value] if element in ("int", "float") and isinstance(value, int | float) else value
-        if not isinstance(value, list):
-            raise ValueError(text)
-        return [_element(element, v) for v in value]
-    if kind.startswith("dict"):
-        value = json.loads(text)  # a JSONDecodeError is a ValueError
-        if not isinstance(value, dict):
-            raise ValueError(text)
-        element = kind.removeprefix("dict").strip("[]").partition(",")[2].strip()
-        return {key: _element(element, v) for key, v in value.items()}
-    raise ValueError(text)
-
-
-def _absolute(corpus: str) -> str:
-    """Return a corpus with its folder's whole path; one that is no folder as it is."""
-    kind, _, where = corpus.partition(":")
-    return f"folder:{Path(where).resolve()}" if kind == "folder" and where and where[0] not in "/~" else corpus
-
-
-def _element(kind: str, value: Any) -> Any:
-    """Return an element of a list or dict as the declared type; numbers may be given as text (``1,2,3``)."""
-    if kind in ("int", "float") and not isinstance(value, bool):
-        number = float(value) if kind == "float" else int(value)
-        if isinstance(value, str) or number == value:
-            return number
-    elif (
-        (kind == "str" and isinstance(value, str))
-        or (kind == "bool" and isinstance(value, bool))
-        or kind in ("", "Any")
-    ):
-        return value
-    raise ValueError(value)
+def _absolute(text: str) -> str:
+    """Return a path, or a corpus that is a folder, from the root: a notebook's kernel works in another folder."""
+    kind, _, where = text.partition(":")
+    if kind == "folder" and where and where[0] not in "/~":
+        return f"folder:{Path(where).resolve()}"
+    is_path = "/" in text or Path(text).suffix in (".jsonl", ".yaml", ".yml")
+    return str(Path(text).resolve()) if is_path and Path(text).exists() else text
