@@ -11,7 +11,7 @@ import functools
 import json
 import types
 from dataclasses import fields, is_dataclass
-from typing import TYPE_CHECKING, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, Union, cast, get_args, get_origin, get_type_hints
 
 from moelab.config._check import unknown
 
@@ -35,7 +35,8 @@ def from_json(kind: type[T], value: Any, where: str = "", *, known: bool = False
     """
     from pydantic import ValidationError
 
-    reader, extra = _reader(kind), "ignore" if known else "forbid"
+    reader: TypeAdapter[T] = _reader(cast(Any, kind))
+    extra: Literal["ignore", "forbid"] = "ignore" if known else "forbid"
     try:
         if texts:
             return reader.validate_python(value, extra=extra)
@@ -73,7 +74,7 @@ def _number(digits: str) -> int | float:
 
 
 @functools.cache
-def _reader(kind: type[T]) -> TypeAdapter[T]:
+def _reader(kind: Any) -> TypeAdapter[Any]:
     from pydantic import TypeAdapter
 
     return TypeAdapter(kind, config=None if is_dataclass(kind) else {"allow_inf_nan": False})

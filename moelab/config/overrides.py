@@ -40,7 +40,7 @@ def settable() -> dict[str, Any]:
     """Return every dotted name that can be overridden, with the declared type of its value."""
     found: dict[str, Any] = {}
 
-    def collect(cls: type, prefix: str) -> None:
+    def collect(cls: Any, prefix: str) -> None:
         hints = get_type_hints(cls)
         for field in fields(cls):
             name, hint = f"{prefix}.{field.name}", hints[field.name]
@@ -84,9 +84,9 @@ def override(section: str, config: T, given: Mapping[str, Any]) -> T:
     return _replace(config, changes)
 
 
-def _replace(config: Any, changes: Mapping[str, Any]) -> Any:
+def _replace(config: T, changes: Mapping[str, Any]) -> T:
     new = {k: _replace(getattr(config, k), v) if isinstance(v, dict) else v for k, v in changes.items()}
-    return replace(config, **new) if new else config
+    return replace(config, **new) if new else config  # type: ignore[type-var]  # of a dataclass, as `fields` says
 
 
 def _value(name: str, value: Any) -> Any:

@@ -12,7 +12,10 @@ from typing import Any
 
 from moelab.config.boundary import from_json
 
-_hints = functools.cache(typing.get_type_hints)
+
+@functools.cache
+def _hints(cls: Any) -> dict[str, Any]:
+    return typing.get_type_hints(cls)
 
 
 def identity(config: Any) -> Any:
@@ -26,12 +29,13 @@ def identity(config: Any) -> Any:
         ValueError: one line, for a value of another type than its field's.
     """
     if is_dataclass(config):
-        kept, hints = {}, _hints(type(config))
+        cls: Any = type(config)
+        kept, hints = {}, _hints(cls)
         for f in fields(config):
             value = getattr(config, f.name)
             default = f.default if f.default_factory is dataclasses.MISSING else f.default_factory()
             if f.metadata.get("identity", True) and value != default:
-                where = f"{type(config).__name__}.{f.name}"
+                where = f"{cls.__name__}.{f.name}"
                 kept[f.name] = identity(value if is_dataclass(value) else from_json(hints[f.name], value, where))
         return kept
     if isinstance(config, tuple | list):

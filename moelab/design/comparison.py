@@ -7,7 +7,7 @@ more.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from moelab import paper
 from moelab.config import ModelConfig
@@ -100,7 +100,7 @@ def judge_loss(
 
 def compared(
     claim: paper.Claim, table: pd.DataFrame, arms: Mapping[str, str], *, lower_is_better: bool = True
-) -> dict[str, list]:
+) -> dict[str, Any]:
     """Return what `judge` compares: values, gain and missing; no values where the table lacks a side of the claim.
 
     The gain is there where the table has both arms of it.
@@ -113,10 +113,9 @@ def compared(
     left, right, better, worse = (columns.get(n) for n in (claim.left, claim.right, claim.gain_of, claim.gain_over))
     if not left or not right:
         return {"values": []}
-    known = bool(better and worse)
-    sides = list(dict.fromkeys([left, right, *([better, worse] if known else [])]))
+    sides = list(dict.fromkeys([left, right, *([better, worse] if better and worse else [])]))
     whole = table[sides].dropna()
-    gain = whole[worse] - whole[better] if known else whole[left].iloc[:0]
+    gain = whole[worse] - whole[better] if better and worse else whole[left].iloc[:0]
     return {
         "values": list(whole[left] - whole[right]),
         "gain": list(gain if lower_is_better else -gain),

@@ -93,7 +93,7 @@ def parameters(experiment: Experiment) -> dict[str, Parameter]:
             node.target.id,
             ast.unparse(node.annotation),
             ast.literal_eval(node.value),
-            comments.get(node.end_lineno, ""),
+            comments.get(node.end_lineno or 0, ""),
         )
         for node in ast.parse(source).body
         if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name) and node.value

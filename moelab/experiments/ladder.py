@@ -117,7 +117,12 @@ def constants(found: Mapping[str, laws.Fit]) -> pd.DataFrame:
     """Return floor (nats) and exponents of each law: columns arm, constant, value, low, high."""
     import pandas as pd
 
-    names = {"floor": "floor", "alpha": "exponent of size", "beta": "exponent of data", "exponent": "exponent of compute"}
+    names = {
+        "floor": "floor",
+        "alpha": "exponent of size",
+        "beta": "exponent of data",
+        "exponent": "exponent of compute",
+    }
     rows = [
         [arm, title, *fitted.interval(lambda law, name=name: getattr(law, name))]
         for arm, fitted in found.items()
