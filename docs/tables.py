@@ -5,6 +5,8 @@ python docs/tables.py                              # writes them anew, after new
 A table stands between `<!-- table: KIND FILE -->` and `<!-- end -->`; a test compares all of them with their files.
 """
 
+import csv
+import io
 import json
 import re
 import statistics
@@ -13,6 +15,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "performance.md"
+PAGES = (PAGE, ROOT / "README.md")
 TABLE = re.compile(r"(<!-- table: (\w+) (\S+) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
 
 Row = dict
@@ -133,7 +136,35 @@ def decode(rows: list[Row]) -> str:
     return _markdown([f"ms a token, batch {' / '.join(map(str, batches))}", *heads], lines)
 
 
+def answers(rows: list[Row]) -> str:
+    """The start page's first three answers as a list, with the verdict of the results pages where there is one."""
+    said = []
+    for row in rows[:3]:
+        verdict = f" Verdict: *{row['verdict']}*." if row["verdict"] else ""
+        said.append(f"- **{row['question']}** {row['answer']} The paper: {row['paper']}.{verdict}")
+    return "\n".join(said) + "\n"
+
+
+def digest(rows: list[Row]) -> str:
+    """A line an experiment."""
+    lines = [
+        "| experiment | outcome | effect (95 % interval) | FLOPs | seeds | hours |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
+    for row in rows:
+        flops = f"{float(row['flops']):.2f}×" if row["flops"] else "–"
+        hours = f"{float(row['hours']):.1f}" if float(row["hours"]) >= 0.05 else "< 0.1"
+        effect = f"{row['effect']}: *{row['verdict']}*" if row["effect"] else "–"
+        title = f"[{row['title']}](results/{row['link']})"
+        lines.append(
+            f"| {title} | {row['outcome']} | {effect} | {flops} | {row['seeds'] if row['seeds'] != '0' else '–'} | {hours} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
 KINDS: dict[str, Callable[[list[Row]], str]] = {
+    "answers": answers,
+    "digest": digest,
     "layer": layer,
     "gate": gate,
     "train": train,
@@ -147,11 +178,15 @@ def render(page: str) -> str:
 
     def table(found: re.Match) -> str:
         opening, kind, file, _, closing = found.groups()
-        rows = [json.loads(line) for line in (ROOT / file).read_text().splitlines()]
+        text = (ROOT / file).read_text()
+        rows = (
+            list(csv.DictReader(io.StringIO(text))) if file.endswith(".csv") else [*map(json.loads, text.splitlines())]
+        )
         return f"{opening}\n{KINDS[kind](rows)}\n{closing}"
 
     return TABLE.sub(table, page)
 
 
 if __name__ == "__main__":
-    PAGE.write_text(render(PAGE.read_text()))
+    for page in PAGES:
+        page.write_text(render(page.read_text()))

@@ -1,8 +1,7 @@
-"""Draw the priorities of random token selection: a counter hash, the same bits in NumPy, torch and Triton."""
+"""Draw the priorities of random token selection: a counter hash, the same bits in torch, Triton and C++."""
 
 from __future__ import annotations
 
-import numpy as np
 import torch
 
 _M32 = 0xFFFFFFFF
@@ -37,23 +36,3 @@ def priorities(seed: int, tokens: int, top_k: int, device: torch.device | str = 
     token_S1 = torch.arange(tokens, device=device)[:, None]
     k_1K = torch.arange(top_k, device=device)[None, :] * 0x9E3779B9
     return mix(mix(token_S1 ^ low) + k_1K & _M32 ^ high)
-
-
-def priorities_numpy(seed: int, tokens: int, top_k: int) -> np.ndarray:
-    """Return the same bits as :func:`priorities`, uint32 [S, K]."""
-    low, high = (np.uint32(v) for v in hash_keys(seed))
-
-    def mix(x):
-        x ^= x >> np.uint32(16)
-        x *= np.uint32(0x85EBCA6B)
-        x ^= x >> np.uint32(13)
-        x *= np.uint32(0xC2B2AE35)
-        x ^= x >> np.uint32(16)
-        return x
-
-    token_S1 = np.arange(tokens, dtype=np.uint32)[:, None]
-    token_S1 ^= low
-    k_1K = np.arange(top_k, dtype=np.uint32)[None, :] * np.uint32(0x9E3779B9)
-    x_SK = mix(token_S1) + k_1K
-    x_SK ^= high
-    return mix(x_SK)

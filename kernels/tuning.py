@@ -109,8 +109,3 @@ def persistent(programs_per_sm: int) -> Iterator[None]:
         for op in GROUPED:
             trials.enter_context(trial(op, {"programs_per_sm": programs_per_sm}))
         yield
-
-
-def forget() -> None:
-    """Read the tables again at the next launch."""
-    _tables.clear()

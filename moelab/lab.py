@@ -11,6 +11,8 @@ lab.generate(runs[0], "Fellow") # text that the run's model generates
 
 from __future__ import annotations
 
+import contextlib
+import inspect
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import fields
@@ -18,21 +20,23 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from moelab import environment, paths
-from moelab.files import write_json
+from moelab.files import read_json, write_json
 from moelab.report.publication import Publication
+from moelab.report.summary import SUMMARY, parse
 from moelab.runs import executors
 from moelab.runs.collection import Runs
-from moelab.runs.measurements import Measurement, MeasurementStore
+from moelab.runs.measurements import Measurement, MeasurementStore, prefix
 from moelab.runs.progress import NotebookProgress
 from moelab.runs.spec import RunSpec, closure
 from moelab.runs.store import Run, RunStore
+from moelab.terminal import duration
 
 if TYPE_CHECKING:
     import pandas as pd
 
     from moelab.inference.text import Text
     from moelab.slurm.jobs import Jobs
-    from moelab.slurm.status import Overview
+    from moelab.slurm.rows import Overview
 
 Executor = Literal["auto", "inline", "processes", "slurm", "read"]
 
@@ -50,6 +54,7 @@ class Lab:
         self.measurements = MeasurementStore()
         self.measured: list[Measurement] = []
         self._again = measure_again
+        self._shown = ("", "")
 
     def run(
         self,
@@ -107,18 +112,33 @@ class Lab:
         """Return the result of a function, as JSON values.
 
         It is read back if the same code has measured it with the same arguments on the same machine. Otherwise the
-        function is called now, while no other notebook of this store measures. Says so before it is called, and prints
-        which of the two happened; publications list it.
+        function is called now, while no other notebook of this store measures. Prints before that what it does and how
+        long it took before, and then which of the two happened; publications list it.
 
         Raises:
             ValueError: a function outside moelab, or an argument by which nothing can be stored, see
                 `moelab.runs.measurements`; the message is one line.
         """
-        say = lambda: print(f"{function.__name__}: measures now; it may take minutes", flush=True)  # noqa: E731
+
+        def say() -> None:
+            took = max(self.measurements.took(function), *self._published(function), 0.0)
+            long = f"it has taken up to {duration(took)}" if took >= 1 else "it may take minutes"
+            what = (inspect.getdoc(function) or function.__name__).splitlines()[0]
+            print(f"{function.__name__}: measures now; {long}. {what}", flush=True)
+
         found = self.measurements.measure(function, *arguments, again=self._again, before=say)
         self.measured.append(found)
         print(found)
         return found.value
+
+    def _published(self, function: Callable[..., Any]) -> list[float]:
+        """Return the seconds of a function's measurements in published results of the experiment and scale shown."""
+        found: list[float] = []
+        for file in paths.results().glob("/".join((*self._shown, "*", SUMMARY))) if all(self._shown) else ():
+            with contextlib.suppress(ValueError, OSError):
+                listed = parse(read_json(file)).measurements
+                found += [one.seconds for one in listed if one.id.startswith(f"{prefix(function)}-")]
+        return found
 
     def submit(
         self, specs: Sequence[RunSpec], profile: str | None = None, *, cluster: Literal["slurm", "local"] | None = None
@@ -238,4 +258,6 @@ class Lab:
         A batch run (`moelab run`) publishes to `.moelab/results/`, with `--publish` to `results/`; an interactive one
         writes a draft to `.moelab/drafts/`.
         """
-        return Publication.open(experiment, scale, parameters or {}, measurements=self.measured)
+        opened = Publication.open(experiment, scale, parameters or {}, measurements=self.measured)
+        self._shown = (experiment, scale)
+        return opened

@@ -1,16 +1,19 @@
-"""Draw tables and progress bars in a terminal, in one style; a pipe or a file has room for every column."""
+"""Draw tables and progress in a terminal, in one style; a pipe or a file has room for every column."""
 
 from __future__ import annotations
 
 import contextlib
 import re
 import sys
-from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, TypeVar
 
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
+
+T = TypeVar("T")
 
 PIPE_WIDTH = 200
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
@@ -55,3 +58,23 @@ def task_progress() -> Iterator[Callable[[str, int, int], None]]:
             bars.update(rows[task], completed=done, total=total)
 
         yield show
+
+
+def announced(cases: Sequence[T], name: Callable[[T], str]) -> Iterator[T]:
+    """Yield cases that take long; print before each its name and, from the second on, about how long the rest takes."""
+    started = time.monotonic()
+    for i, case in enumerate(cases):
+        left = f", about {duration((time.monotonic() - started) / i * (len(cases) - i))} left" if i else ""
+        print(f"{name(case)} ({i + 1} of {len(cases)}{left})", flush=True)
+        yield case
+
+
+def duration(seconds: float | None) -> str:
+    """``1 h 05 min``, ``3 min 20 s``, ``12 s``; an ellipsis for None."""
+    if seconds is None:
+        return "…"
+    seconds = round(seconds)
+    if seconds < 60:
+        return f"{seconds} s"
+    minutes, rest = divmod(seconds, 60)
+    return f"{minutes} min {rest:02d} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import io
 import json
 import random
 from pathlib import Path
@@ -23,6 +24,7 @@ LONGEST = [
     "cluster/test_check.py",
     "browser/test_jupyterlab.py",
     "cli/test_cli.py",
+    "cli/test_gpu.py",
     "runs/test_kills.py",
     "kernels/test_interpreter.py",
     "runs/test_specs_and_store.py",
@@ -190,7 +192,7 @@ def publish(tmp_path_factory, result):
             )
         figures.theme()
         publication = Publication(experiment, scale, {"scale": scale, **(parameters or {})}, folder, interactive=False)
-        fig, ax = plt.subplots(figsize=(8, 3))
+        fig, (ax,) = figures.panels()
         figures.our_points(ax, [1, 2, 3], list(losses) if len(losses) == 3 else [3, 2, 1])
         figures.paper_points(ax, [1, 2, 3], [3, 2.5, 2], [2.9, 2.4, 1.9], [3.1, 2.6, 2.1])
         ax.set(xlabel="tokens (millions)", ylabel="loss (nats per token)")
@@ -198,9 +200,11 @@ def publish(tmp_path_factory, result):
         figures.title(fig, title)
         data = pd.DataFrame({"arm": ["350M", "350M+MoE-128"], "loss": [3.05, 2.95]})
         publication.figure(fig, "curves", title=title, caption="Made up for a test.", data=data)
+        drawn = io.BytesIO()
+        fig.savefig(drawn)
         plt.close(fig)
         if curves:
-            fig, ax = plt.subplots(figsize=(8, 3))
+            fig, _ = figures.panels()
             publication.figure(fig, "loss-curves", title="Curves", data=pd.DataFrame(curves))
             plt.close(fig)
         publication.table(data, "final", title="final losses")
@@ -214,7 +218,7 @@ def publish(tmp_path_factory, result):
         if finished:
             summary = json.loads((folder / "summary.json").read_text())
             write_json(folder / "summary.json", {**summary, "finished": finished})
-        picture = base64.b64encode((folder / "curves.png").read_bytes()).decode()
+        picture = base64.b64encode(drawn.getvalue()).decode()
         table = data.style.format(precision=2)._repr_html_()
         outputs = [
             nb.new_output("stream", name="stderr", text="a warning\n"),

@@ -9,6 +9,8 @@ ARMS = {
     for weight in (0.0, 0.01, 0.1)
 }
 
+EXPECTED = [("weight 0", "weight 0.01", "above"), ("weight 0.1", "weight 0.01", "cannot tell")]
+
 
 def headline(final):
     return comparison.difference(final, "weight 0", "weight 0.01")

@@ -4,7 +4,7 @@ Random weights; in each round a batch of new prompts, `prompt` tokens of text ea
 take turns and generate `output` tokens for every prompt, greedily; one round warms up. The first token's time is that
 of the prompts (prefill); all later steps are the sample: latency is a step's time, which gives each sequence of the
 batch one token. The breakdown comes from a further generation under a clock, so its sum is a little more than the
-latency; on CUDA it is of the same step without its graph.
+latency; on CUDA it is of the same step without its graph. There the simulator's step stands beside the measured one.
 
 The floor is what the machine must do at least: read the weights that a step needs (of the experts, those that got
 tokens, counted) and the cache, once, at the bandwidth measured in the same rounds (the median), or compute their
@@ -27,7 +27,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from moelab import machine
+from moelab import machine, simulate, terminal
 from moelab.bench import harness, inputs, llama, peers, plot
 from moelab.bench.decode_steps import (
     DecodeSettings,
@@ -98,7 +98,7 @@ def _measure(
         candidates |= {n: lambda given, p=p: p.turns(given, settings.output) for n, p in others.items()}
         candidates["reading"] = lambda _: [read()]
         new_prompts = round_prompts(config, batch, settings)
-        turns[batch] = harness.in_turns(candidates, new_prompts, timing, lambda call, given: call(given))
+        turns[batch] = harness.in_turns(candidates, new_prompts, timing, lambda call, given: call(given), others.keys())
         rates[batch] = Rates(statistics.median(rate for [rate] in turns[batch].pop("reading")), products)
     found = []
     for batch in batches:  # last, as the clock slows the models down
@@ -107,8 +107,11 @@ def _measure(
             name: breakdown(Generator(model, batch=batch, capture=False), prompts, settings)
             for name, model in models.items()
         }
-        for name, peer in others.items():
-            numbers[name] = peer.numbers(prompts, settings.output)
+        if device == "cuda":
+            for name in models:
+                numbers[name] |= simulated(config, name, batch, settings, dtype, harness.device_name(device))
+        for name in others.keys() & turns[batch].keys():
+            numbers[name] = others[name].numbers(prompts, settings.output)
         distinct = numbers["optimised"]["distinct_experts"] or 0
         floor_s = least_seconds(config, distinct, batch, settings, rates[batch], DTYPES[dtype].itemsize)
         case = {"model": str(config), "experts": max(config.experts), "batch": batch, "ranks": 1, "dtype": dtype}
@@ -116,6 +119,24 @@ def _measure(
         case["product_GFLOP_per_s"] = products / 1e9
         found += decode_rows(case, turns[batch], numbers, floor_s, settings, device)
     return found
+
+
+def simulated(
+    config: ModelConfig, mode: str, batch: int, settings: DecodeSettings, dtype: str, card: str
+) -> dict[str, float]:
+    """Return, as "simulated_ms", what the simulator says of a mode's step on one GPU, whose data sheet it has.
+
+    Args:
+        card: the GPU's name; for others than those of `simulate.clusters`, and in fp32, the result is empty.
+    """
+    where = simulate.cluster_of_card(card)
+    if where is None or dtype != "bf16":
+        return {}
+    # The baseline is replayed from a graph as well, so that its gate does not wait for the host.
+    replayed = replace(simulate.system("pytorch"), graph=True, layer_waits=False, gate_wait=0)
+    program = replayed if mode == "baseline" else simulate.system("moelab")
+    options = {"program": program, "batch": batch, "context": settings.prompt + settings.output // 2, "dtype": dtype}
+    return {"simulated_ms": simulate.decode(config, ParallelConfig(), where, **options).latency_ms}
 
 
 # -- ranks -----------------------------------------------------------------------------------------------------------
@@ -258,7 +279,8 @@ def main(
         for size in ranks if config.is_moe else ():
             config.check_layout(ParallelConfig(data=size))
     found: list[Row] = []
-    for config in configs:
+    many = f"batches {', '.join(map(str, batches))}"
+    for config in terminal.announced(configs, lambda config: f"decoding with {config}, {many}{_ranks(config, ranks)}"):
         case = measure(config, batches, settings, device, dtype)
         if config.is_moe and ranks:
             case += measure_ranks(config, ranks, rank_batch, settings)
@@ -266,8 +288,12 @@ def main(
         found += case
         if out is not None:  # after each model: what was measured is kept
             objects = harness.write(found, out / f"{stem}.jsonl")
-    if out is not None:
+    if out is not None and plot.possible():
         draw(objects, out / stem)
+
+
+def _ranks(config: ModelConfig, ranks: list[int]) -> str:
+    return f", then on {', '.join(map(str, ranks))} ranks" if config.is_moe and ranks else ""
 
 
 def _on_ranks(
@@ -299,9 +325,11 @@ def _on_ranks(
     process.leave()
 
 
+SIMULATED = "simulated ms"
 COLUMNS: dict[str, Callable[[Row], str]] = {
     "p95 ms": lambda row: f"{row.numbers['p95_ms']:.2f}",
     "tokens/s": lambda row: f"{row.numbers['tokens_per_s']:,.0f}",
+    SIMULATED: lambda row: f"{row.numbers['simulated_ms']:.2f}" if "simulated_ms" in row.numbers else "",
     "where (ms)": lambda row: ", ".join(
         f"{name} {ms:.2f}"
         for name, ms in sorted(row.numbers.get("parts_ms", {}).items(), key=lambda item: -item[1])
@@ -316,7 +344,8 @@ def show(found: Sequence[Row]) -> None:
     for (batch, device), case in cases.items():
         rows = [row for row in found if (row.case["batch"], row.device) == (batch, device)]
         title = f"decoding, {case['model']}, {case.get('dtype', 'fp32')}, batch {batch}, ranks {case['ranks']}"
-        harness.show(title, rows, COLUMNS)
+        columns = {k: v for k, v in COLUMNS.items() if k != SIMULATED or any("simulated_ms" in r.numbers for r in rows)}
+        harness.show(title, rows, columns)
 
 
 def draw(found: list[dict[str, Any]], path: Path) -> None:

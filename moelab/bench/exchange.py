@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 
-from moelab import kernels
+from moelab import kernels, terminal
 from moelab.bench import harness, plot
 from moelab.bench.harness import Row, Timing
 from moelab.config.parallel import ParallelConfig
@@ -216,11 +216,11 @@ def main(*, ranks: list[int], sizes: list[int], rounds: int, device: str, out: P
     if joined:
         _on_ranks(place, sizes, rounds, device, keep)
     else:
-        for P in ranks:
+        for P in terminal.announced(ranks, lambda P: f"exchanges of {P} ranks"):
             with Ranks(P, backend="nccl" if device == "cuda" else "gloo") as pool:
                 for size in sizes:
                     keep(measure(pool, size, rounds, device))
-    if found and out is not None:
+    if found and out is not None and plot.possible():
         plot.save(figure([row.json() for row in found]), out / "exchange")
 
 

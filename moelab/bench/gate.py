@@ -1,27 +1,45 @@
-"""`moelab bench gate`: the gate, forward and backward, against the baselines' gates.
+"""`moelab bench gate`: the gate, forward and backward, against the baselines' gates; and the parts around the experts.
 
 Top-1, capacity factor 1.0, random token selection, load-balancing loss; the gradient goes back to the logits through
 the weights and the loss. Candidates: ours, the mask form (the paper's PyTorch baseline), and DeepSpeed's own two forms
 where it is installed. Inputs: see `moelab.bench.inputs.HiddenStates`, new ones each round. Floor: the logits read twice
 and their gradient written once, at the measured copy rate.
+
+`measure_parts` times the kernels around the experts at inference, part by part: gate, dispatch, combine (paper section
+5.4). Forward only, top-1, slots for `max(4, S / E)` tokens an expert, first come first served. The experts are left
+out: combine gets what dispatch made. Ours are the fused gate, the row table with the copies by it, and the weighted
+sums; the baseline's are one-hot masks and an einsum each way. "all three" is one after the other in one call, not the
+sum. Floor: the bytes of the part (logits; tokens there and back) at the measured copy rate.
 """
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from moelab import terminal
 from moelab.bench import harness, inputs, peers, plot
 from moelab.bench.harness import Row, Timing
-from moelab.kernels import gate
+from moelab.kernels import combine, dispatch, gate, row_table
 from moelab.models import baseline
 
 HIDDEN = 128
 """M of the hidden states in front of the gate; the gate's product is not measured."""
+PARTS = ("gate", "dispatch", "combine", "all three")
+OURS, MASKS, BASELINE = "ours", "masks (baseline)", "einsum (baseline)"
+"""Candidates; `BASELINE` is the mask form of the parts."""
+Call = Callable[[], Any]
+
+
+def slots(tokens: int, experts: int) -> int:
+    """Return the slots of an expert at capacity factor 1.0, for so many (token, expert) pairs."""
+    return max(4, math.ceil(tokens / experts))
 
 
 def _backward(logits_SE: Tensor, loss: Tensor) -> None:
@@ -40,39 +58,21 @@ def _masks(logits_SE: Tensor, capacity: int) -> None:
     _backward(logits_SE, combine_SEC.sum() + routing.aux_loss)
 
 
-def measure(
-    tokens: int, experts: int, timing: Timing, *, on_failure: Callable[[str, Exception], None] | None = None
-) -> list[Row]:
-    """Return the rows of one case.
-
-    Args:
-        on_failure: called with the candidates beside ours that raise, which are then left out; None lets them raise.
-    """
+def measure(tokens: int, experts: int, timing: Timing) -> list[Row]:
+    """Return the rows of one case; a gate of DeepSpeed that does not run is left out."""
     states = inputs.HiddenStates(tokens, HIDDEN, experts, timing.device)
-    capacity = max(4, math.ceil(tokens / experts))
-    candidates = {
-        "ours": lambda logits: _ours(logits, capacity),
-        "masks (baseline)": lambda logits: _masks(logits, capacity),
-    }
-    for name, call in peers.gates().items():
+    capacity = slots(tokens, experts)
+    theirs = peers.gates()
+    candidates = {OURS: lambda logits: _ours(logits, capacity), MASKS: lambda logits: _masks(logits, capacity)}
+    for name, call in theirs.items():
         candidates[name] = lambda logits, call=call: _backward(logits, call(logits))
-    if on_failure is not None:
-        logits_SE = states(0).logits_SE.requires_grad_()
-        for name, call in list(candidates.items()):
-            try:
-                timing.seconds(call, logits_SE)  # waits for the device
-            except Exception as error:  # another library's, for this device or size
-                if name == "ours":
-                    raise
-                on_failure(name, error)
-                del candidates[name]
-    times = harness.in_turns(candidates, lambda i: states(i).logits_SE.requires_grad_(), timing)
+    times = harness.in_turns(candidates, lambda i: states(i).logits_SE.requires_grad_(), timing, may_fail=theirs.keys())
     floor_s = 3 * tokens * experts * 4 / harness.copy_rate(timing)
     case = {"tokens": tokens, "experts": experts, "capacity": capacity, "threads": torch.get_num_threads()}
     return harness.rows(
         {**case, **states.measured()},
         times,
-        against="ours",
+        against=OURS,
         floor_s=floor_s,
         timing=timing,
         inputs=inputs.described(inputs.HIDDEN),
@@ -80,16 +80,100 @@ def measure(
 
 
 def main(*, tokens: int, experts: list[int], timing: Timing, threads: int, out: Path | None) -> None:
-    """Measure, print and, with `out` (a folder), write `gate.jsonl` and its figure."""
+    """Measure, print and, with `out` (a folder), write `gate.jsonl`, after each case, and its figure."""
     timing.check_threads(threads)
     torch.set_num_threads(threads)
     found: list[Row] = []
-    for E in experts:
+    for E in terminal.announced(experts, lambda E: f"the gate of {E} experts"):
         case = measure(tokens, E, timing)
         busiest = case[0].case["busiest_expert"]
         harness.show(f"gate, forward + backward: S={tokens} E={E} K=1 fp32, busiest expert {busiest:.1f} x mean", case)
         found += case
-    if out is not None:
-        objects = harness.write(found, out / "gate.jsonl")
-        title = f"The mask form of the gate takes {harness.span(objects, 'masks (baseline)')} times as long as ours"
+        if out is not None:
+            objects = harness.write(found, out / "gate.jsonl")
+    if out is not None and plot.possible():
+        title = f"The mask form of the gate takes {harness.span(objects, MASKS)} times as long as ours"
         plot.save(plot.ratios(objects, title=title), out / "gate")
+
+
+# -- the parts around the experts, at inference ------------------------------------------------------------------------
+
+
+def our_parts(x_SM: Tensor, logits_SE: Tensor, capacity: int) -> dict[str, Call]:
+    """Return part -> call; what a part takes is made beforehand."""
+    routing = gate(logits_SE, 1, capacity)
+    table = row_table(routing)
+    rows_RM = dispatch(x_SM, table)
+
+    def all_three() -> Tensor:
+        routing = gate(logits_SE, 1, capacity)
+        table = row_table(routing)
+        return combine(dispatch(x_SM, table), table, routing.weight_SK)
+
+    calls = (
+        lambda: gate(logits_SE, 1, capacity),
+        lambda: dispatch(x_SM, row_table(routing)),
+        lambda: combine(rows_RM, table, routing.weight_SK),
+        all_three,
+    )
+    return dict(zip(PARTS, calls, strict=True))
+
+
+def mask_parts(x_SM: Tensor, logits_SE: Tensor, capacity: int) -> dict[str, Call]:
+    """Return the same of the baseline."""
+
+    def both_masks() -> tuple[Tensor, Tensor]:
+        return baseline.one_hot_masks(baseline.mask_gate(logits_SE, 1, capacity), capacity, x_SM.dtype)
+
+    dispatch_SEC, combine_SEC = both_masks()
+    rows_ECM = baseline.einsum_dispatch(x_SM, dispatch_SEC)
+
+    def all_three() -> Tensor:
+        dispatch_SEC, combine_SEC = both_masks()
+        return baseline.einsum_combine(baseline.einsum_dispatch(x_SM, dispatch_SEC), combine_SEC)
+
+    calls = (
+        both_masks,
+        lambda: baseline.einsum_dispatch(x_SM, dispatch_SEC),
+        lambda: baseline.einsum_combine(rows_ECM, combine_SEC),
+        all_three,
+    )
+    return dict(zip(PARTS, calls, strict=True))
+
+
+@torch.no_grad()
+def measure_parts(tokens: int, hidden: int, experts: int, timing: Timing, *, calls: int = 20) -> list[Row]:
+    """Return a row for each part and candidate, times a call; the case's `part` names the part.
+
+    All parts of both candidates take turns, so that a ratio within a round meets the same machine.
+
+    Args:
+        calls: of a part in a row; the mean counts.
+    """
+    capacity = slots(tokens, experts)
+    states = inputs.HiddenStates(tokens, hidden, experts, timing.device)
+
+    def new_round(i: int) -> dict[str, dict[str, Call]]:
+        made = states(i)
+        arguments = (made.x_SM, made.logits_SE, capacity)
+        return {OURS: our_parts(*arguments), BASELINE: mask_parts(*arguments)}
+
+    names = [(part, name) for part in PARTS for name in (OURS, BASELINE)]
+    candidates = {pair: lambda made, pair=pair: made[pair[1]][pair[0]]() for pair in names}
+    times = harness.in_turns(candidates, new_round, timing, functools.partial(timing.seconds, calls=calls))
+    rate = harness.copy_rate(timing)
+    numbers = {"gate": tokens * experts, "dispatch": 2 * tokens * hidden, "combine": 2 * tokens * hidden}
+    numbers["all three"] = sum(numbers.values())
+    case = {"tokens": tokens, "hidden": hidden, "experts": experts, "capacity": capacity, **states.measured()}
+    return [
+        row
+        for part in PARTS
+        for row in harness.rows(
+            {**case, "part": part},
+            {name: times[part, name] for name in (OURS, BASELINE)},
+            against=OURS,
+            floor_s=4 * numbers[part] / rate,
+            timing=timing,
+            inputs=inputs.described(inputs.HIDDEN),
+        )
+    ]

@@ -14,16 +14,20 @@ import dataclasses
 import json
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import torch
+import torch.distributed as dist
 
 from moelab import machine, terminal
 from moelab.files import write_text
 from moelab.models.products import fastest_products
+
+LONG_S = 10.0
+"""Rounds that take longer are announced."""
 
 X = TypeVar("X")
 """The inputs of a round."""
@@ -87,39 +91,75 @@ def in_turns(
     inputs: Callable[[int], X],
     timing: Timing,
     sample: Callable[[Callable[[X], Any], X], T] | None = None,
+    may_fail: Collection[str] = (),
 ) -> dict[str, list[T]]:
-    """Return what each candidate's turns measured, one value a round; without those that `timing` leaves out.
+    """Return what each candidate's turns measured, one value a round; without those that are left out.
 
     Args:
         candidates: called with the round's inputs.
         inputs: makes the inputs of a round (0, 1, ...; the first ones warm up), outside the measured time.
         sample: measures one call of a candidate; None is `timing.seconds`.
+        may_fail: candidates that are left out, with a line that says so, if they raise while warming up: other
+            libraries', which may not run in these versions, on this device or at this size.
     """
-    take = sample or timing.seconds
+    take, round_s = sample or timing.seconds, 0.0
     names = list(candidates)
     found: dict[str, list[T]] = {name: [] for name in names}
     started, first_s = time.monotonic(), 0.0
+
+    def leave_out(name: str, reason: str) -> None:
+        left_out(f"{name} {reason}")
+        names.remove(name)
+        del found[name]
+
     for i in range(timing.warm_up + timing.rounds):
         counted = i - timing.warm_up
         if counted == 0:
             started = time.monotonic()
+            _announce(len(names), timing, round_s)
         if counted >= 3 and time.monotonic() - started > timing.budget_s:
             break
-        given = inputs(i)
+        given, round_began = inputs(i), time.monotonic()
         first = i % len(names)
         for name in names[first:] + names[:first]:
             began = time.monotonic()
-            measured = take(candidates[name], given)
+            try:
+                measured = take(candidates[name], given)
+            except Exception as error:
+                if counted >= 0 or name not in may_fail:
+                    raise
+                leave_out(name, f"raises {one_line(error)}")
+                continue
             took_s = time.monotonic() - began
             if i == 0 and name == names[0]:
                 first_s = took_s
             if counted >= 0:
                 found[name].append(measured)
             elif timing.longest_s is not None and took_s > max(timing.longest_s, 10 * first_s):
-                terminal.console().print(f"left out: {name} takes {took_s:.2g} s a turn, {names[0]} {first_s:.2g} s")
-                names.remove(name)
-                del found[name]
+                leave_out(name, f"takes {took_s:.2g} s a turn, {names[0]} {first_s:.2g} s")
+        round_s = time.monotonic() - round_began
     return found
+
+
+def left_out(text: str) -> None:
+    """Print which candidate is left out, and why."""
+    terminal.console().print(f"left out: {text}", markup=False)
+
+
+def one_line(error: Exception) -> str:
+    """Return an exception as one line: its kind, and the first line of its text."""
+    text = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
+    return f"{type(error).__name__}: {text}"
+
+
+def _announce(candidates: int, timing: Timing, round_s: float) -> None:
+    """Print how long the rounds will take, by the last one of the warm-up, if that is long; on ranks the first does."""
+    expected_s = min(round_s * timing.rounds, max(timing.budget_s, 3 * round_s))
+    if expected_s >= LONG_S and not (dist.is_initialized() and dist.get_rank()):
+        print(
+            f"  {candidates} candidates in turns, up to {timing.rounds} rounds: about {terminal.duration(expected_s)}",
+            flush=True,
+        )
 
 
 @dataclass(frozen=True)

@@ -5,9 +5,9 @@ each step as a training loop does. Every round has new tokens and so new routing
 the same for all candidates, whose gates have equal weights. Candidates: ours at capacity factor 1.0 (random token
 selection; as the paper trains) and drop-free; a loop over experts and
 `torch.nn.functional.grouped_mm`, both as plain PyTorch, drop-free; the baseline with masks and einsum at capacity
-factor 1.0; and, where installed, DeepSpeed's layer, transformers' expert functions and, on a GPU, the layers of
-`moelab.bench.kernel_peers`. At capacity factor 1.0 dropped tokens cost nothing: the share that is kept stands in the
-rows.
+factor 1.0; and, where installed, DeepSpeed's layer and transformers' expert functions. What does not run on this
+device or at this size is left out, ours excepted. At capacity factor 1.0 dropped tokens cost nothing: the share that is
+kept stands in the rows.
 
 Floor: the FLOPs at the measured rate of a large product, plus the weights of the experts that have tokens, read twice,
 and their gradient, written once, at the copy rate.
@@ -15,7 +15,6 @@ and their gradient, written once, at the copy rate.
 
 from __future__ import annotations
 
-import math
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -26,7 +25,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from moelab.bench import harness, inputs, kernel_peers, peers, plot
+from moelab import terminal
+from moelab.bench import harness, inputs, peers, plot
+from moelab.bench.gate import slots
 from moelab.bench.harness import Row, Timing
 from moelab.config import FeedForward
 from moelab.engine.launch import process
@@ -53,11 +54,6 @@ class Weights(nn.Module):
     def logits(self, x_SM: Tensor) -> Tensor:
         """Return the gate's logits in fp32."""
         return F.linear(x_SM.float(), self.gate.float())
-
-
-def slots(tokens: int, experts: int) -> int:
-    """Return the slots of an expert at capacity factor 1.0, for so many (token, expert) pairs."""
-    return max(4, math.ceil(tokens / experts))
 
 
 def ours(w: Weights, x_SM: Tensor, capacity: int | None, top_k: int = 1) -> Output:
@@ -151,37 +147,21 @@ class LayerSize:
 DENSE, OURS, DROP_FREE, EINSUM = "dense", "ours, capacity 1.0", "ours, drop-free", "einsum (baseline)"
 LOOP, GROUPED = "sort and loop, drop-free", "torch grouped_mm, drop-free"
 DEEPSPEED, EAGER, MIXTRAL = "deepspeed, capacity 1.0", "transformers eager", "transformers grouped_mm"
-LIGER, TRITON_KERNELS = "liger fused moe, drop-free", "triton_kernels, drop-free"
-GPU_ONLY = (LIGER, TRITON_KERNELS)
-"""Those of `moelab.bench.kernel_peers`, which are compared with a reference before they are timed."""
-CANDIDATES = (
-    *(DENSE, OURS, DROP_FREE, LOOP, GROUPED, EINSUM),
-    *(DEEPSPEED, EAGER, MIXTRAL, *GPU_ONLY),
-)
+CANDIDATES = (DENSE, OURS, DROP_FREE, LOOP, GROUPED, EINSUM, DEEPSPEED, EAGER, MIXTRAL)
+MAY_FAIL = tuple(name for name in CANDIDATES if name not in (DENSE, OURS, DROP_FREE))
+"""Candidates that are left out where they raise, unless they were asked for by name."""
 Candidate = tuple[nn.Module, Callable[[Tensor], Output]]
 """The module with the parameters, and the call."""
-OnFailure = Callable[[str, Exception], None]
 
 
-def candidates(
-    size: LayerSize,
-    gate_EM: Tensor,
-    only: Sequence[str] = (),
-    *,
-    backward: bool = False,
-    on_failure: OnFailure | None = None,
-) -> dict[str, Candidate]:
-    """Return the candidates by name; without those that are not installed or do not run on this device.
+def candidates(size: LayerSize, gate_EM: Tensor, only: Sequence[str] = ()) -> dict[str, Candidate]:
+    """Return the candidates by name; without those that are not installed, or cannot be made though nobody named them.
 
     Args:
         only: some of `CANDIDATES` beside "dense"; empty is all.
-        backward: leave out those that have no backward pass.
-        on_failure: called with a library that cannot be imported or made, which is then left out; None lets it raise.
     """
     if unknown := [name for name in only if name not in CANDIDATES]:
         raise ValueError(f"bench layer: unknown candidate {unknown[0]!r}; allowed: {', '.join(CANDIDATES)}")
-    if backward and TRITON_KERNELS in only:
-        raise ValueError("bench layer: triton_kernels has no backward pass; moelab gpu times its forward pass")
     wanted = [name for name in CANDIDATES if not only or name in (DENSE, *only)]
     shape, K = (size.hidden, size.ffn), size.top_k
     capacity = slots(size.tokens * K, size.experts)
@@ -201,27 +181,22 @@ def candidates(
 
     def add(name: str, make: Callable[[], nn.Module]) -> nn.Module | None:
         try:
-            module = make()
-        except Exception as error:  # another library's: for these versions, this device or this size
-            if on_failure is None:
+            module = placed(make())
+        except Exception as error:
+            if only:
                 raise
-            on_failure(name, error)
+            harness.left_out(f"{name} raises {harness.one_line(error)}")
             return None
         made[name] = (module, module)
         return module
 
     if DEEPSPEED in wanted and peers.has("deepspeed"):
-        add(DEEPSPEED, lambda: placed(peers.DeepSpeedLayer(*shape, gate_EM, K)))
+        add(DEEPSPEED, lambda: peers.DeepSpeedLayer(*shape, gate_EM, K))
     if (EAGER in wanted or MIXTRAL in wanted) and peers.has("transformers"):
-        mixtral = add(MIXTRAL, lambda: placed(peers.MixtralLayer(*shape, gate_EM, K)))
+        mixtral = add(MIXTRAL, lambda: peers.MixtralLayer(*shape, gate_EM, K))
         if mixtral is not None:
             made[EAGER] = (mixtral, lambda x: mixtral(x, "eager"))
             made[MIXTRAL] = (mixtral, lambda x: mixtral(x, "grouped_mm"))
-    if LIGER in wanted and peers.on_gpu("liger_kernel", gate_EM.device):
-        add(LIGER, lambda: placed(kernel_peers.LigerLayer(*shape, gate_EM, K)))
-    if TRITON_KERNELS in wanted and not backward and peers.on_gpu("triton_kernels", gate_EM.device):
-        weights = (shared.gate, shared.w1, shared.b1, shared.w2, shared.b2)
-        add(TRITON_KERNELS, lambda: kernel_peers.TritonKernelsLayer(*weights, K))
     return {name: made[name] for name in wanted if name in made}
 
 
@@ -232,7 +207,6 @@ def measure(
     backward: bool = True,
     only: Sequence[str] = (),
     slow: dict[str, int] | None = None,
-    on_failure: OnFailure | None = None,
 ) -> list[Row]:
     """Return the rows of one case.
 
@@ -242,8 +216,6 @@ def measure(
         only: see `candidates`.
         slow: the candidates that an earlier case left out as too slow, and its number of experts; they are not tried
             with as many or more. What this case leaves out is added.
-        on_failure: called with the candidates that raise, or whose result is wrong where it is checked, which are then
-            left out; None lets the first one raise.
     """
     torch.manual_seed(0)
     S, M, K, dtype = size.tokens, size.hidden, size.top_k, DTYPES[size.dtype]
@@ -275,28 +247,10 @@ def measure(
 
         return run
 
-    pairs = candidates(size, states.gate_EM, only, backward=backward, on_failure=on_failure)
-    made = {name: turn(*pair) for name, pair in pairs.items()}
-    checked = {name: m for name, (m, _) in pairs.items() if isinstance(m, kernel_peers.CheckedLayer)}
-    if on_failure is not None or checked:
-        x_SM, dy_SM = new_round(0)
-
-        def runs(name: str, call: Callable[[tuple[Tensor, Tensor]], None]) -> bool:
-            try:
-                if name in checked:
-                    kernel_peers.check(checked[name], x_SM, dy_SM if backward else None)
-                timing.seconds(call, (x_SM, dy_SM))  # waits for the device
-            except Exception as error:  # another library's or torch's, for this device, dtype or size
-                if on_failure is None:
-                    raise
-                on_failure(name, error)
-                return False
-            return True
-
-        made = {name: call for name, call in made.items() if runs(name, call)}
+    made = {name: turn(*pair) for name, pair in candidates(size, states.gate_EM, only).items()}
     slow = {} if slow is None else slow
     made = {name: call for name, call in made.items() if slow.get(name, size.experts + 1) > size.experts}
-    times = harness.in_turns(made, new_round, timing)
+    times = harness.in_turns(made, new_round, timing, may_fail=() if only else MAY_FAIL)
     slow |= dict.fromkeys(made.keys() - times.keys(), size.experts)
     measured = states.measured()
     passes = 3 if backward else 1
@@ -324,23 +278,39 @@ def show(found: list[Row]) -> None:
 
 
 def main(
-    *, sizes: Sequence[LayerSize], threads: Sequence[int], timing: Timing, only: Sequence[str], out: Path | None
+    *,
+    sizes: Sequence[LayerSize],
+    threads: Sequence[int],
+    timing: Timing,
+    only: Sequence[str],
+    out: Path | None,
+    backward: bool = True,
 ) -> None:
-    """Measure each size at each number of threads, print and, with `out`, write `layer.jsonl` and its figure there."""
+    """Measure each size at each number of threads and print.
+
+    With `out` (a folder), write `layer.jsonl` there, after each case, and its figure.
+
+    Args:
+        backward: see `measure`.
+    """
     for count in threads:
         timing.check_threads(count)
     process.keep_freed_memory()  # as runs do: a step's gradients lie where the last step's lay
     found: list[Row] = []
-    for count in threads:
+    slow: dict[tuple[int, str], dict[str, int]] = {}
+    cases = [(count, size) for count in threads for size in sizes]
+    for count, size in terminal.announced(
+        cases, lambda one: f"a layer of {one[1].experts} experts, {one[1].dtype}, {_threads(one[0])}"
+    ):
         torch.set_num_threads(count)
-        slow: dict[str, dict[str, int]] = {}
-        for size in sizes:
-            case = measure(size, timing, only=only, slow=slow.setdefault(size.dtype, {}))
-            show(case)
-            found += case
-    if out is None:
-        return
-    draw(harness.write(found, out / "layer.jsonl"), out / "layer")
+        known = slow.setdefault((count, size.dtype), {})
+        case = measure(size, timing, backward=backward, only=only, slow=known)
+        show(case)
+        found += case
+        if out is not None:
+            objects = harness.write(found, out / "layer.jsonl")
+    if out is not None and plot.possible():
+        draw(objects, out / "layer")
 
 
 def draw(objects: list[dict[str, Any]], path: Path) -> None:

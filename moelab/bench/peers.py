@@ -1,14 +1,12 @@
 """Call what others wrote for the same work, where it is installed (extra `peers`).
 
 DeepSpeed's gate and MoE layer, transformers' experts and its `generate`. Each is called as its users call it, in the
-same process, on the same tokens. Layers on kernels of Liger and triton_kernels: `moelab.bench.kernel_peers`;
-llama.cpp: `moelab.bench.llama`.
+same process, on the same tokens. llama.cpp: `moelab.bench.llama`.
 """
 
 from __future__ import annotations
 
 import atexit
-import importlib.metadata
 import importlib.util
 import inspect
 import statistics
@@ -29,37 +27,8 @@ from moelab.models import GPT
 
 
 def has(package: str) -> bool:
-    """Return whether a package, or a module of one, is installed; a module's package is imported."""
-    try:
-        return importlib.util.find_spec(package) is not None
-    except ModuleNotFoundError:  # the package itself
-        return False
-
-
-PEERS = {
-    "transformers": "transformers",
-    "deepspeed": "deepspeed",
-    "liger_kernel": "liger_kernel",
-    "triton_kernels": "triton_kernels.matmul",  # registries have another package of that name
-}
-"""Package -> the module by which it is known."""
-
-
-def installed() -> dict[str, str]:
-    """Return package -> version of the `PEERS` that are installed; an empty text where it has none."""
-    found = {}
-    for package, module in PEERS.items():
-        if has(module):
-            try:
-                found[package] = importlib.metadata.version(package)
-            except importlib.metadata.PackageNotFoundError:  # a folder on the path
-                found[package] = ""
-    return found
-
-
-def on_gpu(package: str, device: torch.device) -> bool:
-    """Return whether one of `PEERS` is installed and the device is one that its kernels run on."""
-    return device.type == "cuda" and has(PEERS[package])
+    """Return whether a package is installed."""
+    return importlib.util.find_spec(package) is not None
 
 
 def gated_width(ffn: int) -> int:

@@ -6,6 +6,7 @@ Rows are those of `Row.json`, or as read from a file. The look is that of `moela
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -48,10 +49,8 @@ def ratios(
     for ax, rows in axes:
         _series(ax, rows, x, palette, ("ratio", "ratio_min", "ratio_max"), tick, line)
         ax.axhline(1, color="#888888", linewidth=1)
-        if ax.get_subplotspec().is_last_row():
-            ax.set_xlabel(xlabel or x)
-        if ax.get_subplotspec().is_first_col():
-            ax.set_ylabel(f"time / {against}\n(median, least to greatest)")
+        ax.set_ylabel(f"time / {against} (median, least to greatest)")
+    axes[-1][0].set_xlabel(xlabel or x)
     return _finish(fig, title, found)
 
 
@@ -70,12 +69,10 @@ def times(
     Args:
         panels: (title, its rows); the horizontal axis is `x`, or a row's "across" column where it names one.
     """
-    import matplotlib.pyplot as plt
-
     figures.theme()
-    fig, axes = plt.subplots(1, len(panels), figsize=(2 + 3.6 * len(panels), 4.8), sharey=True, squeeze=False)
+    fig, axes = figures.panels(len(panels))
     palette = figures.colors(list(dict.fromkeys(row["candidate"] for row in found)))
-    for ax, (heading, rows) in zip(axes[0], panels, strict=True):
+    for ax, (heading, rows) in zip(axes, panels, strict=True):
         across = rows[0].get("across", x)
         _series(ax, rows, across, palette, ("median_ms", "median_ms", high), tick, False)
         floors = {}
@@ -86,33 +83,35 @@ def times(
             ax.plot(ends, [value, value], color="#444444", linewidth=1.5, label="_" if at else "floor")
         ax.set_title(heading)
         ax.tick_params("x", rotation=30 if across == x else 0)
-        ax.set_xlabel("" if across == x else across)
-    axes[0][0].set_ylabel(ylabel)
+        ax.set(xlabel="" if across == x else across, ylabel=ylabel)
     return _finish(fig, title, found)
 
 
+def possible() -> bool:
+    """Return whether there is what figures are drawn with; say so where it is missing, as on a borrowed machine."""
+    missing = find_spec("seaborn") is None
+    if missing:
+        print("no figure: seaborn is not installed")
+    return not missing
+
+
 def save(figure: Figure, path: Path) -> None:
-    """Write a figure as PNG and SVGs (`moelab.plotting.figures.save`), `path` without suffix, and close it."""
+    """Write a figure as SVG (`moelab.plotting.figures.save`), `path` without suffix, and close it."""
     import matplotlib.pyplot as plt
 
     written = figures.save(figure, path)
     plt.close(figure)
-    print(f"drawn to {written[0]}")
+    print(f"drawn to {written}")
 
 
 def _panels(shown: Rows, panel: str | None, text: Callable[[Any], str]) -> tuple[Figure, list[tuple[Axes, Rows]]]:
-    import matplotlib.pyplot as plt
-
     figures.theme()
     values = list(dict.fromkeys(row[panel] for row in shown)) if panel else [None]
-    down = 2 if len(values) == 4 else 1  # four panels in a row would be too small on a page
-    across = len(values) // down
-    size = (3.2 + 3.6 * across, 0.9 + 3.5 * down)
-    fig, axes = plt.subplots(down, across, figsize=size, sharex=down > 1, sharey=True, squeeze=False)
-    for ax, value in zip(axes.flat, values, strict=True):
+    fig, axes = figures.panels(len(values))
+    for ax, value in zip(axes, values, strict=True):
         ax.set_title("" if value is None else text(value))
     parts = [[row for row in shown if panel is None or row[panel] == value] for value in values]
-    return fig, list(zip(axes.flat, parts, strict=True))
+    return fig, list(zip(axes, parts, strict=True))
 
 
 def _series(
@@ -156,9 +155,7 @@ def _series(
 
 
 def _finish(fig: Figure, title: str, found: Rows) -> Figure:
-    axes = fig.axes
-    handles = {label: handle for ax in axes for handle, label in zip(*ax.get_legend_handles_labels(), strict=True)}
-    axes[-1].legend(handles.values(), handles.keys(), loc="center left", bbox_to_anchor=(1, 0.5))
+    figures.legend_below(fig.axes[-1], of=fig.axes)
     clock = ", processor time" if found[0].get("clock") == "cpu" else ""
     devices = {row["device"] for row in found}
     device = devices.pop() if len(devices) == 1 else found[0]["device"].rpartition(", ")[0]  # panels name the threads

@@ -5,20 +5,26 @@ independent ranks at once, which share the machine's memory and caches but no to
 ranks training one model. "together" over "alone" is the inverse of the usual efficiency, over "independent" it is what
 the engine itself costs. Time inside communication calls is counted by kind on rank 0: it includes waiting for slower
 ranks. The floor is the rank alone.
+
+`speed_ratios` compares the training speed of two models on ranks in sessions: sets of new processes, in which the two
+train in turns. The rounds of one session share its processes and their memory, so they are no independent samples;
+sessions are.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 import math
 import statistics
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
-from moelab import machine
+from moelab import machine, terminal
 from moelab.bench import harness, inputs
 from moelab.bench.harness import Row, Timing
 from moelab.config import ModelConfig, RoutingConfig, TrainConfig
@@ -52,20 +58,21 @@ def _clock_calls() -> Iterator[dict[str, float]]:
         yield seconds
 
 
-_TRAINERS: dict[tuple[str, int], tuple[Trainer, Iterator[int]]] = {}
+Side = tuple[ModelConfig, TrainConfig]
+"""A model and how it is trained."""
+
+_TRAINERS: dict[tuple[Side, int], tuple[Trainer, Iterator[int]]] = {}
 """On a rank: the trainers by model and number of ranks, kept between rounds."""
 
 
-def _steps(name: str, layout: ParallelConfig, per_rank: int, steps: int) -> Found:
-    """On a rank: train on its own part of batches of text."""
-    key = (name, layout.ranks)
-    if key not in _TRAINERS:
-        model = ModelConfig.parse(name, routing=RoutingConfig(drop_tokens=False))
-        config = TrainConfig(batch_size=per_rank * layout.data, micro_batch=per_rank)
-        mesh = Mesh(layout, model.experts)
+def _steps(side: Side, ranks: int, steps: int) -> Found:
+    """On a rank: train some steps on its part of batches of text, after one that warms up."""
+    if (side, ranks) not in _TRAINERS:
+        model, config = side
+        mesh = Mesh(ParallelConfig(data=ranks), model.experts)
         batches = inputs.TextBatches(config.batch_size, model.context, model.vocab, mesh.data.index, mesh.data.size)
-        _TRAINERS[key] = (Trainer(model, config, batches, model.context, mesh), itertools.count())
-    trainer, counter = _TRAINERS[key]
+        _TRAINERS[side, ranks] = (Trainer(model, config, batches, model.context, mesh), itertools.count())
+    trainer, counter = _TRAINERS[side, ranks]
     window = Window()
     trainer.step(next(counter), window)
     with _clock_calls() as seconds:
@@ -93,7 +100,9 @@ def measure(*, models: list[str], ranks: int, per_rank: int, steps: int, rounds:
         pool = stack.enter_context(ThreadPoolExecutor(ranks))
 
         def run(on: Ranks, model: str, data: int) -> list[Found]:
-            return on.run(_steps, model, ParallelConfig(data=data), per_rank, steps, timeout_s=600)
+            config = TrainConfig(batch_size=per_rank * data, micro_batch=per_rank)
+            side = (ModelConfig.parse(model, routing=RoutingConfig(drop_tokens=False)), config)
+            return on.run(_steps, side, data, steps, timeout_s=600)
 
         ways: dict[str, Callable[[str], list[Found]]] = {
             "alone": lambda model: run(singles[0], model, 1),
@@ -103,10 +112,38 @@ def measure(*, models: list[str], ranks: int, per_rank: int, steps: int, rounds:
             "together": lambda model: run(joint, model, ranks),
         }
         rows = []
-        for model in models:
+        for model in terminal.announced(models, lambda model: f"training {model} on 1 and {ranks} ranks"):
             turns = harness.in_turns(ways, lambda i, model=model: model, timing, lambda way, given: way(given))
             rows += _rows(model, turns, {"ranks": ranks, "sequences_per_rank": per_rank, "steps": steps}, timing)
     return rows
+
+
+def speed_ratios(first: Side, second: Side, ranks: int, count: int, steps: int, rounds: int) -> list[list[float]]:
+    """Return the training speed of `first` over `second` in each round, by session, on ranks of this machine.
+
+    The ranks share a step's batch and spread its experts.
+
+    Args:
+        ranks: a divisor of the batch and of the experts.
+        count: sessions.
+        steps, rounds: measured steps of a side in a round; rounds of a session.
+    """
+    inputs.text()  # once, before the ranks ask for it
+    sides = {
+        name: (model, replace(config, micro_batch=config.batch_size // ranks))
+        for name, (model, config) in (("first", first), ("second", second))
+    }
+    timing, found = Timing(rounds, warm_up=1, budget_s=math.inf), []
+    for _ in range(count):
+        with Ranks(ranks) as group:
+            calls = {name: functools.partial(_slowest, group, side, ranks, steps) for name, side in sides.items()}
+            turns = harness.in_turns(calls, lambda i: None, timing, lambda call, given: call(given))
+        found.append([b / a for a, b in zip(turns["first"], turns["second"], strict=True)])
+    return found
+
+
+def _slowest(group: Ranks, side: Side, ranks: int, steps: int, _: None) -> float:
+    return max(seconds for seconds, _ in group.run(_steps, side, ranks, steps, timeout_s=600))
 
 
 def _rows(model: str, turns: dict[str, list[list[Found]]], case: dict[str, int], timing: Timing) -> list[Row]:

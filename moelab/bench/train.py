@@ -4,9 +4,10 @@ Twins of the 350M models with the paper's own numbers of experts (`shrink(expert
 on batches of text, one family after the other; the dense one runs beside the same model in a bare, hand-written
 PyTorch loop. Ratios are to the dense twin in fp32, round by round. The floor is the time of the model's FLOPs at the
 rate of a large matrix product in the row's dtype. A student learns from a teacher of random weights, whose forward pass
-belongs to its FLOPs. Where training computes fp32 products by another library than PyTorch does by default
-(`moelab.models.products`), each family takes part a second time with PyTorch's. All share a process, or each has its
-own (`moelab.bench.apart`). At the end: the dtype to use on this machine for each family.
+belongs to its FLOPs. Where training on a CPU computes fp32 products by another library than PyTorch does by default
+(`moelab.models.products`), each family takes part a second time with PyTorch's. On a CPU each candidate has a process
+of its own, as runs have: in one process, models share the allocator's memory. They share one on a GPU, and where
+processor time is measured. At the end: the dtype to use on this machine for each family.
 """
 
 from __future__ import annotations
@@ -15,20 +16,21 @@ import contextlib
 import functools
 import itertools
 import statistics
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
 
 from moelab import terminal
-from moelab.bench import apart as processes
 from moelab.bench import harness, inputs, plot
+from moelab.bench.bare import Step, bare_loop
 from moelab.bench.harness import Row, Timing
 from moelab.config import ModelConfig, RoutingConfig, TrainConfig
 from moelab.config.distill import DistillConfig
+from moelab.engine.launch import process
+from moelab.engine.testing import RankError, Ranks
 from moelab.inference.text import DTYPES
 from moelab.models import build
 from moelab.models.products import default_products, onednn_is_faster
@@ -50,65 +52,8 @@ BARE = "dense, bare loop"
 DEFAULT = ", PyTorch's products"
 """Ends the name of a candidate with PyTorch's own library of fp32 products."""
 SEQUENCES = 32
-Step = Callable[[int], None]
-"""One optimizer step on the batch of that number."""
-
-
-class BareGPT(nn.Module):
-    """The dense decoder as one writes it in ten minutes; our model is held against it."""
-
-    def __init__(self, c: ModelConfig) -> None:
-        super().__init__()
-        self.heads = c.heads
-        self.wte, self.wpe = nn.Embedding(c.vocab, c.hidden), nn.Embedding(c.context, c.hidden)
-        M = c.hidden
-        self.layers = nn.ModuleList(
-            nn.ModuleDict(
-                {
-                    "ln1": nn.LayerNorm(M),
-                    "qkv": nn.Linear(M, 3 * M),
-                    "proj": nn.Linear(M, M),
-                    "ln2": nn.LayerNorm(M),
-                    "fc": nn.Linear(M, 4 * M),
-                    "fc2": nn.Linear(4 * M, M),
-                }
-            )
-            for _ in range(c.layers)
-        )
-        self.ln = nn.LayerNorm(M)
-
-    def forward(self, tokens_BT: Tensor, targets_BT: Tensor) -> Tensor:
-        """Return the loss."""
-        B, T = tokens_BT.shape
-        x = self.wte(tokens_BT) + self.wpe.weight[:T]
-        for layer in self.layers:
-            q, k, v = layer["qkv"](layer["ln1"](x)).chunk(3, dim=-1)
-            q, k, v = (t.view(B, T, self.heads, -1).transpose(1, 2) for t in (q, k, v))
-            y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-            x = x + layer["proj"](y.transpose(1, 2).reshape(B, T, -1))
-            x = x + layer["fc2"](F.gelu(layer["fc"](layer["ln2"](x)), approximate="tanh"))
-        logits = F.linear(self.ln(x), self.wte.weight)
-        return F.cross_entropy(logits.view(B * T, -1).float(), targets_BT.reshape(-1))
-
-
-def bare_loop(model_config: ModelConfig, config: TrainConfig, context: int) -> Step:
-    """Return the step of a hand-written loop around `BareGPT`."""
-    torch.manual_seed(0)
-    model = BareGPT(model_config)
-    nn.init.normal_(model.wte.weight, 0.0, 0.02)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, betas=config.betas, weight_decay=0.1, fused=True)
-    batches = inputs.TextBatches(config.batch_size, context, model_config.vocab)
-
-    def step(number: int) -> None:
-        tokens_BT, targets_BT = batches.batch(number)
-        with torch.autocast("cpu", torch.bfloat16, enabled=config.dtype == "bf16"):
-            loss = model(tokens_BT, targets_BT)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-
-    return step
+TURN_S = 600.0
+"""Time limit of a turn in a process of its own."""
 
 
 def training_loop(
@@ -116,7 +61,9 @@ def training_loop(
 ) -> Step:
     """Return the step of moelab's own training loop; with a teacher, of random weights, that of a student."""
     batches = inputs.TextBatches(config.batch_size, context, model_config.vocab)
-    distiller = None if teacher is None else Distiller(build(teacher, 0), DistillConfig(), config, context)
+    distiller = (
+        None if teacher is None else Distiller(build(teacher, 0, config.device), DistillConfig(), config, context)
+    )
     trainer = Trainer(model_config, config, batches, context, distiller=distiller)
     window = Window()
 
@@ -136,10 +83,13 @@ def turns(steps: Mapping[str, Step], count: int, timing: Timing) -> dict[str, li
 
         return steps_of_round
 
-    times = harness.in_turns(
-        {name: run(step) for name, step in steps.items()}, lambda i: range(i * count, (i + 1) * count), timing
-    )
+    times = harness.in_turns({name: run(step) for name, step in steps.items()}, _numbers(count), timing)
     return {name: [t / count for t in rounds] for name, rounds in times.items()}
+
+
+def _numbers(count: int) -> Callable[[int], range]:
+    """Return what gives the numbers of a round's steps."""
+    return lambda i: range(i * count, (i + 1) * count)
 
 
 def side_by_side(
@@ -155,6 +105,54 @@ def side_by_side(
     made = {name: training_loop(model, config, model.context) for name, model in models.items()}
     times = turns(made, steps, Timing(rounds=rounds, warm_up=1))
     return {name: [config.batch_size * models[name].context / t for t in times[name]] for name in models}
+
+
+# -- processes of their own --------------------------------------------------------------------------------------------
+
+
+_STEPS: list[Step] = []
+"""In a candidate's own process: its step, once it is made."""
+
+
+def _turn(make: Callable[[], Step], numbers: Sequence[int]) -> float:
+    """In a candidate's own process: train the steps of those numbers and return the seconds of one."""
+    if not _STEPS:
+        process.keep_freed_memory()
+        _STEPS.append(make())
+    started = time.perf_counter()
+    for number in numbers:
+        _STEPS[0](number)
+    return (time.perf_counter() - started) / len(numbers)
+
+
+def apart(made: Mapping[str, Callable[[], Step]], count: int, threads: int, timing: Timing) -> dict[str, list[float]]:
+    """Do what `turns` does, each candidate in a process of its own.
+
+    Args:
+        made: returns a candidate's step, in its process; must be picklable.
+
+    Raises:
+        ValueError: one line: a process failed.
+    """
+    with contextlib.ExitStack() as stack:
+        ranks = {name: stack.enter_context(Ranks(1, threads=threads)) for name in made}
+
+        def turn(name: str) -> Callable[[Sequence[int]], float]:
+            def run(numbers: Sequence[int]) -> float:
+                try:
+                    (found,) = ranks[name].run(_turn, made[name], numbers, timeout_s=TURN_S)
+                except RankError as error:
+                    raise ValueError(f"bench train: {name}: {str(error).splitlines()[-1]}") from error
+                return found
+
+            return run
+
+        return harness.in_turns(
+            {name: turn(name) for name in made}, _numbers(count), timing, lambda run, numbers: run(numbers)
+        )
+
+
+# -- the benchmarks ----------------------------------------------------------------------------------------------------
 
 
 def twin(family: str, width: int) -> ModelConfig:
@@ -177,56 +175,54 @@ def measure(
     steps: int,
     threads: int,
     timing: Timing,
-    apart: bool = False,
+    sequences: int = SEQUENCES,
 ) -> list[Row]:
     """Return the rows of one width: times are those of a step, `tokens_per_s` is in the numbers.
 
     Args:
-        apart: give each candidate a process of its own.
+        sequences: of a step.
     """
     torch.set_num_threads(threads)
-    T = inputs.CONTEXT
+    T, device = inputs.CONTEXT, timing.device
     made: dict[str, Callable[[], Step]] = {}
     models: dict[str, tuple[str, ModelConfig, str]] = {}
     for family, dtype in itertools.product(families, dtypes):
-        model, config = twin(family, width), TrainConfig(batch_size=SEQUENCES, dtype=dtype, threads=threads)
+        model = twin(family, width)
+        config = TrainConfig(batch_size=sequences, dtype=dtype, threads=threads, device=device)
         teacher = twin(TEACHERS[family], width) if family in TEACHERS else None
         ours = functools.partial(training_loop, model, config, T, teacher)
         candidates = {family: ours} | (
             {BARE: functools.partial(bare_loop, model, config, T)} if family == "dense" else {}
         )
-        if dtype == "fp32" and onednn_is_faster():
+        if device == "cpu" and dtype == "fp32" and onednn_is_faster():
             candidates[f"{family}{DEFAULT}"] = functools.partial(_by_default_products, ours)
         for label, make in candidates.items():
             made[f"{label}, {dtype}"] = make
             models[f"{label}, {dtype}"] = (family, model, dtype)
-    with contextlib.ExitStack() as stack:
-        if apart:
-            steps_of = {
-                name: stack.enter_context(processes.training(name, make, threads)).step for name, make in made.items()
-            }
-        else:
-            steps_of = {name: make() for name, make in made.items()}
-        times = turns(steps_of, steps, timing)
+    if own_processes := device == "cpu" and timing.clock == "wall":
+        times = apart(made, steps, threads, timing)
+    else:
+        times = turns({name: make() for name, make in made.items()}, steps, timing)
     rates = {dtype: harness.product_rate(DTYPES[dtype], timing) for dtype in dtypes}
-    flops = {name: SEQUENCES * T * flops_per_token(family, width) for name, (family, _, _) in models.items()}
+    flops = {name: sequences * T * flops_per_token(family, width) for name, (family, _, _) in models.items()}
     numbers = {
         name: {
             "family": family,
             "dtype": dtype,
             "parameters": model.parameters(),
-            "tokens_per_s": SEQUENCES * T / statistics.median(times[name]),
+            "tokens_per_s": sequences * T / statistics.median(times[name]),
             "product_flop_per_s": rates[dtype],
         }
         for name, (family, model, dtype) in models.items()
     }
+    case = {"width": width, "sequences": sequences, "context": T, "steps": steps, "threads": threads}
     return harness.rows(
-        {"width": width, "sequences": SEQUENCES, "context": T, "steps": steps, "threads": threads, "apart": apart},
+        {**case, "apart": own_processes},
         times,
         against=next(iter(times)),
         floor_s={name: flops[name] / rates[dtype] for name, (_, _, dtype) in models.items()},
         timing=timing,
-        inputs=f"{SEQUENCES} x {T} tokens of {inputs.TEXT}",
+        inputs=f"{sequences} x {T} tokens of {inputs.TEXT}",
         numbers=numbers,
     )
 
@@ -256,15 +252,16 @@ def advice(found: Sequence[Row]) -> list[str]:
     return lines
 
 
-def check(command: str, widths: Sequence[int], families: Sequence[str], dtypes: Sequence[str], steps: int) -> None:
-    """Raise ValueError, in the name of `command`, for a family, dtype or width that there is not, or no steps."""
+def check(widths: Sequence[int], families: Sequence[str], dtypes: Sequence[str], steps: int, sequences: int) -> None:
+    """Raise ValueError for a family, dtype or width that there is not, no steps or no sequences."""
     for what, given, allowed in (("family", families, FAMILIES), ("dtype", dtypes, DTYPES)):
         if unknown := [name for name in given if name not in allowed]:
-            raise ValueError(f"{command}: {what} must be one of {', '.join(allowed)}, got {unknown[0]!r}")
+            raise ValueError(f"bench train: {what} must be one of {', '.join(allowed)}, got {unknown[0]!r}")
     if odd := [w for w in widths if not 16 <= w <= 1024 or w % 16]:
-        raise ValueError(f"{command}: width must be a multiple of 16 up to 1024, got {odd[0]}")
-    if steps < 1:
-        raise ValueError(f"{command}: steps must be at least 1, got {steps}")
+        raise ValueError(f"bench train: width must be a multiple of 16 up to 1024, got {odd[0]}")
+    for what, number in (("steps", steps), ("sequences", sequences)):
+        if number < 1:
+            raise ValueError(f"bench train: {what} must be at least 1, got {number}")
 
 
 def main(
@@ -276,35 +273,41 @@ def main(
     threads: int,
     timing: Timing,
     out: Path | None,
-    apart: bool = False,
+    sequences: int = SEQUENCES,
 ) -> None:
-    """Measure, print and, with `out` (a folder), write `train.jsonl` and its figure, apart `train-apart`.
+    """Measure and print; with `out` (a folder), write the rows after each width, and a figure.
 
     Raises:
-        ValueError: a family, dtype or width that there is not, or no steps.
+        ValueError: a setting that there is not, or that does not go with another one; a process died.
     """
     timing.check_threads(threads)
-    check("bench train", widths, families, dtypes, steps)
-    if apart and timing.clock == "cpu":
-        raise ValueError("bench train: processor time is that of one process; leave --apart or --cpu-time out")
+    check(widths, families, dtypes, steps, sequences)
     found: list[Row] = []
-    for width in widths:
-        shared = {"dtypes": dtypes, "steps": steps, "threads": threads, "timing": timing}
-        case = measure(width, families=families, apart=apart, **shared)
-        title = f"training, {width} wide, {SEQUENCES} x {inputs.CONTEXT} tokens a step, {steps} steps a round"
-        columns = {
-            "tokens/s": lambda row: f"{row.numbers['tokens_per_s']:,.0f}",
-            "parameters": lambda row: f"{row.numbers['parameters'] / 1e6:.1f} M",
-        }
-        harness.show(title, case, columns)
+    said = f"{sequences} x {inputs.CONTEXT} tokens a step, {steps} steps a round"
+    for width in terminal.announced(widths, lambda width: f"training {width} wide: {', '.join(families)}"):
+        case = measure(
+            width,
+            families=families,
+            dtypes=dtypes,
+            steps=steps,
+            threads=threads,
+            timing=timing,
+            sequences=sequences,
+        )
+        harness.show(f"training, {width} wide, {said}", case, COLUMNS)
         found += case
-    console = terminal.console()
+        if out is not None:
+            objects = harness.write(found, out / "train.jsonl")
     for line in advice(found):
-        console.print(line, highlight=False)
-    if out is not None:
-        name = "train-apart" if apart else "train"
-        objects = harness.write(found, out / f"{name}.jsonl")
-        plot.save(drawn(objects), out / name)
+        terminal.console().print(line, highlight=False)
+    if out is not None and plot.possible():
+        plot.save(drawn(objects), out / "train")
+
+
+COLUMNS: dict[str, Callable[[Row], str]] = {
+    "tokens/s": lambda row: f"{row.numbers['tokens_per_s']:,.0f}",
+    "parameters": lambda row: f"{row.numbers['parameters'] / 1e6:.1f} M",
+}
 
 
 def drawn(objects: Sequence[Mapping[str, Any]]) -> Figure:

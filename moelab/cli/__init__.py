@@ -16,7 +16,7 @@ from typing import Annotated, Any
 import typer
 
 import moelab
-from moelab.cli import bench, experiments, gpu, kernels, models, runs, simulate, slurm, view
+from moelab.cli import bench, cluster, experiments, gpu, kernels, models, runs, simulate, slurm, view
 from moelab.cli._options import BENCHMARKS, RUNS, SIMULATOR
 from moelab.terminal import plain
 
@@ -36,6 +36,7 @@ app.add_typer(simulate.app, name="simulate", rich_help_panel=SIMULATOR)
 app.add_typer(bench.bench, name="bench", rich_help_panel=BENCHMARKS)
 app.add_typer(kernels.kernels, name="kernels", rich_help_panel=BENCHMARKS)
 gpu.register(app)
+cluster.register(app)
 
 
 def _print_version(wanted: bool) -> None:

@@ -110,10 +110,10 @@ def check_device(device: str) -> None:
         raise ValueError("--device cuda: no CUDA device is available; allowed here: cpu")
 
 
-def write_provenance(out: Path | None, name: str) -> None:
-    """Write commit, versions and hardware beside a benchmark's numbers."""
+def write_provenance(out: Path | None, name: str, title: str = "") -> None:
+    """Write commit, versions and hardware beside a benchmark's numbers, and the title that pages show."""
     if out is not None:
         from moelab.files import write_json
         from moelab.runs.provenance import provenance
 
-        write_json(out / f"{name}.provenance.json", provenance())
+        write_json(out / f"{name}.provenance.json", {**provenance(), **({"title": title} if title else {})})

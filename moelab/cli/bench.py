@@ -44,16 +44,16 @@ def bench_train(
         typer.Option("--family", help=f"{', '.join(FAMILIES)}; repeat for several (default: all)"),
     ] = None,
     dtype: Annotated[list[str] | None, typer.Option(help="fp32 or bf16; repeat (default: both)")] = None,
+    sequences: Annotated[int, typer.Option(help="of 128 tokens, in a step")] = 32,
     steps: Annotated[int, typer.Option(help="measured steps of each candidate in a round")] = 5,
     rounds: Rounds = 5,
     threads: Threads = 1,
-    apart: Annotated[
-        bool, typer.Option("--apart", help="each candidate in a process of its own, which takes more memory")
-    ] = False,
     cpu_time: CpuTime = False,
+    device: Device = "cpu",
     out: Out = None,
 ) -> None:
     """Measure the training speed of twins, dense and MoE, fp32 and bf16, and name the dtype to use for each."""
+    check_device(device)
     check_dtypes(dtype or ())
     for name in family or ():
         check_choice("--family", name, FAMILIES)
@@ -66,45 +66,11 @@ def bench_train(
         dtypes=dtype or ["fp32", "bf16"],
         steps=steps,
         threads=threads,
-        timing=Timing(rounds, clock="cpu" if cpu_time else "wall", warm_up=1, budget_s=600),
+        timing=Timing(rounds, device, "cpu" if cpu_time else "wall", warm_up=1, budget_s=600),
         out=out,
-        apart=apart,
+        sequences=sequences,
     )
-    write_provenance(out, "train-apart" if apart else "train")
-
-
-@bench.command(name="memory")
-def bench_memory(
-    width: Annotated[
-        list[int] | None, typer.Option("--width", help="hidden size; repeat (default: 32, 64, 128)")
-    ] = None,
-    family: Annotated[
-        list[str] | None,
-        typer.Option("--family", help=f"{', '.join(FAMILIES[:3])}; repeat (default: dense, MoE-128)"),
-    ] = None,
-    dtype: Annotated[list[str] | None, typer.Option(help="fp32 or bf16; repeat (default: both)")] = None,
-    steps: Annotated[int, typer.Option(help="measured steps of each process in a round")] = 5,
-    rounds: Rounds = 7,
-    threads: Threads = 1,
-    out: Out = None,
-) -> None:
-    """Measure what training on a CPU gains by keeping freed memory: two processes, one that keeps it, take turns."""
-    check_dtypes(dtype or ())
-    for name in family or ():
-        check_choice("--family", name, FAMILIES[:3])
-    from moelab.bench import memory
-    from moelab.bench.harness import Timing
-
-    memory.main(
-        widths=width or [32, 64, 128],
-        families=family or ["dense", "MoE-128"],
-        dtypes=dtype or ["fp32", "bf16"],
-        steps=steps,
-        threads=threads,
-        timing=Timing(rounds, warm_up=1),
-        out=out,
-    )
-    write_provenance(out, "memory")
+    write_provenance(out, "train")
 
 
 @bench.command(name="gate")
@@ -135,6 +101,8 @@ def bench_layer(
     experts: Experts = None,
     dtype: Annotated[list[str] | None, typer.Option(help="fp32 or bf16; repeat (default: both)")] = None,
     threads: Annotated[list[int] | None, typer.Option(help="CPU threads; repeat (default: 1, 2)")] = None,
+    top_k: Annotated[int, typer.Option(help="experts of a token, K")] = 1,
+    forward: Annotated[bool, typer.Option("--forward", help="the forward pass alone, as at inference")] = False,
     only: Annotated[list[str] | None, typer.Option(help="a candidate beside the dense layer; repeat")] = None,
     rounds: Rounds = 7,
     cpu_time: CpuTime = False,
@@ -148,13 +116,20 @@ def bench_layer(
     from moelab.bench.harness import Timing
 
     sizes = [
-        layer.LayerSize(tokens, hidden, ffn, E, name)
+        layer.LayerSize(tokens, hidden, ffn, E, name, top_k)
         for name in dtype or ["fp32", "bf16"]
         for E in experts or [8, 64, 128]
     ]
     slow_s = 8 if device == "cpu" else None  # on a GPU the first turns compile
     timing = Timing(rounds, device, "cpu" if cpu_time else "wall", budget_s=120, longest_s=slow_s)
-    layer.main(sizes=sizes, threads=threads or ([1] if cpu_time else [1, 2]), timing=timing, only=only or (), out=out)
+    layer.main(
+        sizes=sizes,
+        threads=threads or ([1] if cpu_time or device == "cuda" else [1, 2]),
+        timing=timing,
+        only=only or (),
+        out=out,
+        backward=not forward,
+    )
     write_provenance(out, "layer")
 
 
@@ -232,28 +207,6 @@ def bench_scaling(
     models = model or ["350M twin", "350M+MoE-128 twin", "350M+PR-MoE-32/64 twin"]
     bench_main(models=models, ranks=ranks, per_rank=sequences, steps=steps, rounds=rounds, out=out)
     write_provenance(out, "scaling")
-
-
-@bench.command(name="losses")
-def bench_losses(
-    runs: Annotated[list[str], typer.Argument(help="id of a run with weights, or the beginning of it, or a directory")],
-    tokens: Annotated[int, typer.Option(help="of each domain's validation text; 0 is all")] = 65536,
-    out: Out = None,
-) -> None:
-    """Compare trained runs' validation losses by mode of inference and dtype: what rounding changes, on a CPU."""
-    from moelab.runs.store import RunStore
-
-    store = RunStore()
-    found = [store.find(name) for name in runs]
-    from moelab import paths
-    from moelab.bench.losses import main as bench_main
-    from moelab.engine.checkpoint import CheckpointError
-
-    try:
-        bench_main(found, tokens=tokens, cache=paths.home() / "data", out=out)
-    except CheckpointError as error:
-        raise ValueError(str(error)) from None
-    write_provenance(out, "losses")
 
 
 @bench.command(name="exchange")

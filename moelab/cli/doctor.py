@@ -1,4 +1,4 @@
-"""`moelab doctor`: what this installation has and lacks."""
+"""`moelab doctor`: what this machine and this installation can do."""
 
 from __future__ import annotations
 
@@ -18,19 +18,23 @@ from moelab.runs.provenance import describe, hardware
 _EXTRAS = {"hf": "datasets", "tensorboard": "tensorboard", "eval": "lm_eval", "peers": "deepspeed"}
 
 
-def report() -> bool:
-    """Print one line a check; False when something needed is missing."""
+def report(rates: bool = False) -> bool:
+    """Print one line a check; False when something needed is missing. Argument as of `checks`."""
     console = Console()
     good = True
-    for ok, text in checks():
+    for ok, text in checks(rates):
         good &= ok is not False
         mark = {True: "[green]ok[/]", False: "[red]missing[/]", None: "[yellow]optional[/]"}[ok]
         console.print(f"{mark:>20}  {escape(text)}", soft_wrap=True, highlight=False)
     return good
 
 
-def checks() -> Iterator[tuple[bool | None, str]]:
-    """Return True, False or None (an optional thing that is absent), and a line that says what was found."""
+def checks(rates: bool = False) -> Iterator[tuple[bool | None, str]]:
+    """Return True, False or None (an optional thing that is absent), and a line that says what was found.
+
+    Args:
+        rates: measure what matrix products and memory reach here, too.
+    """
     python = sys.version.split()[0]
     yield sys.version_info >= (3, 11), f"Python {python} (3.11 or newer)"
     for name in ("triton", "tokenizers", "papermill", "jupyterlab", "seaborn", "submitit"):
@@ -48,8 +52,11 @@ def checks() -> Iterator[tuple[bool | None, str]]:
     yield True, describe(hardware())
     if torch.cuda.is_available():
         yield True, f"CUDA {torch.version.cuda}: {torch.cuda.get_device_name(0)}"
+        yield _tested(torch.cuda.get_device_name(0))
     else:
         yield None, "no CUDA device: scales smoke, quick and cpu run, gpu does not"
+    if rates:
+        yield True, _rates("cuda" if torch.cuda.is_available() else "cpu")
     from moelab import kernels
 
     reason = kernels.why_not()
@@ -63,12 +70,12 @@ def checks() -> Iterator[tuple[bool | None, str]]:
         yield any(folder.glob("*.ipynb")), f"notebooks in {folder}"
     except ValueError as error:
         yield False, str(error)
-    from jupyter_client.kernelspec import KernelSpecManager, NoSuchKernel
-
     try:
+        from jupyter_client.kernelspec import KernelSpecManager
+
         argv = KernelSpecManager().get_kernel_spec("python3").argv
         yield True, f"Jupyter kernel python3: {argv[0]}"
-    except NoSuchKernel:
+    except (ImportError, KeyError):  # NoSuchKernel is a KeyError
         yield False, "Jupyter kernel python3: python -m ipykernel install --sys-prefix"
     for name, folder in (("workspace", paths.home()), ("published results", paths.results())):
         free = shutil.disk_usage(existing(folder)).free / 2**30
@@ -81,3 +88,43 @@ def checks() -> Iterator[tuple[bool | None, str]]:
     for extra, module in _EXTRAS.items():
         there = find_spec(module) is not None
         yield True if there else None, f"extra {extra} ({module})" + ("" if there else f": pip install -e '.[{extra}]'")
+
+
+def _tested(card: str) -> tuple[bool | None, str]:
+    """Return what `moelab gpu` said of this machine's GPU when it was last called."""
+    from moelab.cli import gpu
+    from moelab.files import read_object
+
+    folder = paths.home() / "gpu" / gpu.folder_name(card)
+    ends = read_object(folder / "parts.json") or {}
+    passed = [name for name, end in ends.items() if end["status"] == gpu.PASSED]
+    if not ends:
+        return None, "moelab gpu has not tested and measured it"
+    others = ", ".join(f"{name} {end['status']}" for name, end in ends.items() if name not in passed)
+    text = (
+        f"moelab gpu: {len(passed)} of {len(gpu.PARTS)} parts passed{others and f'; {others}'} ({paths.short(folder)})"
+    )
+    return (True if len(passed) == len(gpu.PARTS) else None), text
+
+
+def _rates(device: str) -> str:
+    """Return the measured rates of this machine, beside the GPU's data sheet where the simulator has it."""
+    import torch
+
+    from moelab import simulate
+    from moelab.bench import harness
+
+    timing, on_gpu = harness.Timing(device=device), device == "cuda"
+    kinds = {"fp32": torch.float32, "bf16": torch.bfloat16}
+    n, size = (8192, 1 << 30) if on_gpu else (2048, 1 << 28)
+    products = {name: harness.product_rate(kind, timing, n) / 1e12 for name, kind in kinds.items()}
+    read, copied = harness.read_rate(timing, size) / 1e9, harness.copy_rate(timing, size) / 1e9
+    text = ", ".join(f"{name} products {rate:.3g} TFLOP/s" for name, rate in products.items())
+    text += f", memory read at {read:.4g} GB/s, copied at {copied:.4g} GB/s ({harness.device_name(device)})"
+    where = simulate.cluster_of_card(torch.cuda.get_device_name(0)) if on_gpu else None
+    if where is not None:
+        shares = (products["bf16"] / where.gpu.tflops, read / where.gpu.memory_gb_s)
+        known = simulate.fitted()
+        text += "; of the data sheet {:.0%} and {:.0%}, ".format(*shares)
+        text += f"the simulator takes {known.matmul_share:.0%} and {known.memory_share:.0%}"
+    return text

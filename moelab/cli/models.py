@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from moelab.cli._options import RUNS, Out, check_choice, check_device, check_dtypes, run_names
+from moelab.cli._options import RUNS, Out, check_choice, check_device, check_dtypes, run_names, write_provenance
 from moelab.config.parallel import EXCHANGES
 from moelab.runs.store import RunStore
 
@@ -91,22 +91,32 @@ def eval_(
     tasks: Annotated[
         str, typer.Option(help="comma-separated: packaged ones (default: all six), or lm-eval's own with a network")
     ] = "",
-    limit: Annotated[int, typer.Option(help="only the first items of each task; 0 is all")] = 0,
+    limit: Annotated[
+        int, typer.Option(help="only the first items of each task, or tokens of validation text; 0 is all")
+    ] = 0,
     batch: Annotated[int, typer.Option(help="sequences at a time")] = 16,
     dtype: Annotated[str, typer.Option(help="fp32 or bf16")] = "fp32",
     device: Annotated[str, typer.Option(help="cpu or cuda")] = "cpu",
+    losses: Annotated[
+        bool,
+        typer.Option("--losses", help="instead: a run's validation loss in each mode of inference and dtype, on a CPU"),
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="the scores as JSON")] = False,
     out: Out = None,
 ) -> None:
     """Evaluate a model on zero-shot tasks (the paper's Table 2).
 
-    Prints accuracy beside chance and bits per byte; an interrupted evaluation continues.
+    Prints accuracy beside chance and bits per byte; an interrupted evaluation continues. With --losses: what rounding
+    changes.
     """
     import json
     from dataclasses import asdict
 
     check_device(device)
     check_dtypes([dtype])
+    if losses:
+        _losses(RunStore().find(run), limit, as_json, out)
+        return
     reference = run == SMALL_MODEL
     directory = None if reference else RunStore().find(run)
     from moelab import paths
@@ -131,6 +141,29 @@ def eval_(
         print(json.dumps([asdict(score) for score in scores], indent=2))
         return
     report.show(scores)
+
+
+def _losses(run: Path, tokens: int, as_json: bool, out: Path | None) -> None:
+    """Print, and with `out` write, a run's validation loss by mode of inference and dtype."""
+    import json
+
+    from moelab import paths
+    from moelab.engine.checkpoint import CheckpointError
+    from moelab.evaluation import rounding
+    from moelab.files import write_text
+
+    try:
+        rows = rounding.measure(run, tokens, paths.home() / "data")
+    except CheckpointError as error:
+        raise ValueError(str(error)) from None
+    if out is not None:
+        write_text(out / f"losses-{run.name}.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+        title = f"Validation losses by mode of inference and dtype: {run.name}"
+        write_provenance(out, f"losses-{run.name}", title)
+    if as_json:
+        print(json.dumps(rows, indent=2))
+        return
+    rounding.show(rows)
 
 
 def import_(

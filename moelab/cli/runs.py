@@ -20,23 +20,21 @@ def export_(
     to: Annotated[Path | None, typer.Option("--to", help="folder; default: .moelab/results/runs")] = None,
     publish: Annotated[bool, typer.Option("--publish", help="into results/runs")] = False,
 ) -> None:
-    """Pack the numbers of finished runs, a zip each: spec, result, metrics, provenance, no weights."""
+    """Pack the numbers of finished runs, a zip for each model: spec, result, metrics, provenance, no weights."""
     if to and publish:
         raise ValueError("runs export: --to and --publish each name a folder; give one of them")
     to = to or records.folder(publish=publish)
     store = RunStore()
     runs = store.select(names or (), file="result.json")
-    packed = 0
+    found = []
     for name in runs:
         try:
-            run = store.at(name)
+            found.append(store.at(name))
         except ValueError as error:  # made by another version; the others are good
             print(f"moelab: {error}", file=sys.stderr)
-            continue
-        records.write(run, to)
-        packed += 1
-    print(f"{packed} runs packed into {to}")
-    if refused := len(runs) - packed:
+    records.write(found, to)
+    print(f"{len(found)} runs packed into {to}")
+    if refused := len(runs) - len(found):
         raise ValueError(f"{refused} of {len(runs)} runs cannot be read and were not packed")
 
 
@@ -46,8 +44,8 @@ def import_(
 ) -> None:
     """Take published runs over, so that an experiment trains only what is missing."""
     source = source or records.folder()
-    archives = sorted(source.glob("*.zip")) if source.is_dir() else [source]
-    if not archives or not source.exists():
+    archives = records.found(source)
+    if not archives:
         raise ValueError(f"{source}: no runs to take over; give a folder of zips that `moelab runs export` wrote")
     store = RunStore()
     taken = here = 0
@@ -60,4 +58,4 @@ def import_(
         taken, here = taken + (found is not None), here + (found is None)
     print(f"{taken} runs taken over, {here} were here already ({store.root})")
     if refused := len(archives) - taken - here:
-        raise ValueError(f"{refused} of {len(archives)} archives were not taken over")
+        raise ValueError(f"{refused} of {len(archives)} records were not taken over")

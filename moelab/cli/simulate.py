@@ -88,16 +88,15 @@ def plan(
         import matplotlib
 
         matplotlib.use("Agg")
-        import matplotlib.pyplot as plt
 
         from moelab.plotting import figures, serving
 
         figures.theme()
-        drawing, ax = plt.subplots(figsize=(8.5, 5))
+        drawing, (ax,) = figures.panels(height=3.6)
         chosen = (best.latency_ms, best.tokens_per_s_per_gpu)
         serving.pareto(frame(found.front), ax, best=chosen, objective=objective)
         figures.title(drawing, found.headline)
-        drawing.savefig(figure, bbox_inches="tight", dpi=160)
+        drawing.savefig(figure, dpi=200)
         print(f"figure: {figure}")
 
 

@@ -26,6 +26,7 @@ from moelab.cli._options import (
 )
 
 if TYPE_CHECKING:
+    from moelab.report.sweep import Sweep
     from moelab.slurm.submit import Plan
 
 Name = Annotated[str, typer.Argument(help="experiment, see `moelab list`", autocompletion=experiment_names)]
@@ -105,9 +106,10 @@ def sweep(
     again: Again = False,
     publish: Publish = False,
 ) -> None:
-    """Submit a notebook for each point of a grid of parameters.
+    """Submit a notebook for each point of a grid of parameters, and compare the points.
 
-    Runs that points share are trained once.
+    Runs that points share are trained once. The last notebook to end publishes a table and a figure of all points. The
+    same command prints the table.
     """
     fixed = parse_parameters(parameter, scale)
     axes = {}
@@ -229,6 +231,7 @@ def _submit(
     from moelab.data import UnknownCorpus
     from moelab.design.parameters import resolve
     from moelab.experiments import experiment
+    from moelab.report.sweep import Sweep
     from moelab.runs.spec import closure
     from moelab.slurm import preflight, profiles
     from moelab.slurm import submit as module
@@ -248,7 +251,8 @@ def _submit(
         trouble = str(error)
     for name, batch in batches.items():
         notebooks = [(request.values, request.trained) for request in batch]
-        plan = module.submit(name, notebooks, cluster, again=again, publish=publish, dry_run=dry_run)
+        sweep = Sweep(tuple(varied), tuple(request.values for request in batch)) if varied else None
+        plan = module.submit(name, notebooks, cluster, again=again, publish=publish, dry_run=dry_run, sweep=sweep)
         if dry_run:
             for request, given in zip(batch, dict(wanted)[name], strict=True) if varied else ():
                 todo = {spec.id for group in plan.specs.values() for spec in group}
@@ -258,8 +262,30 @@ def _submit(
             _print_scripts(plan, scripts=not varied)
         else:
             _print_submitted(name, plan)
+            if sweep:
+                _compare(name, sweep, publish, over=not plan.scripts)
     if trouble:
         print(f"# as things are, it would be refused: {trouble}")
+
+
+def _compare(name: str, sweep: Sweep, publish: bool, *, over: bool) -> None:
+    """Print the table of a sweep's points as far as they have ended; if all have, publish it, if it is not yet."""
+    from moelab import paths
+    from moelab.experiments import experiment
+    from moelab.report import site
+    from moelab.report import sweep as module
+    from moelab.runs.store import RunStore
+    from moelab.slurm.submission import results
+
+    ended = results(name, sweep.points)
+    if over:
+        found = module.compare(experiment(name), sweep, ended, RunStore())
+        module.show(sweep, found)
+        if all(ended) and (folder := module.publish(experiment(name), sweep, found, publish=publish)):
+            site.update(publish=publish)
+            print(f"figure: {paths.short(folder / module.NAME)}.png; it is on the results page, too")
+    if not (over and all(ended)):
+        print("when the last of its notebooks has ended, the same command prints the table of all points")
 
 
 def _print_scripts(plan: Plan, *, scripts: bool = True) -> None:

@@ -82,16 +82,21 @@ def tensorboard(
     raise typer.Exit(board.serve(board.select(run or []), port))
 
 
-def doctor(as_json: AsJson = False) -> None:
-    """Check this installation: what works and what is missing."""
+def doctor(
+    rates: Annotated[
+        bool, typer.Option("--rates", help="measure what matrix products and memory reach here, too")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Check this machine and this installation: what works and what is missing."""
     from moelab.cli.doctor import checks, report
 
     if as_json:
-        found = [{"ok": ok, "text": text} for ok, text in checks()]
+        found = [{"ok": ok, "text": text} for ok, text in checks(rates)]
         print_json(found)
         good = all(row["ok"] is not False for row in found)
     else:
-        good = report()
+        good = report(rates)
     if not good:
         raise typer.Exit(1)
 

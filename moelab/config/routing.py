@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from fractions import Fraction
 from typing import Literal
 
@@ -67,7 +67,7 @@ class RoutingConfig:
         _check(self.min_capacity >= 1, f"routing: min_capacity must be at least 1, got {self.min_capacity}")
         _check(0 <= self.input_jitter < 1, f"routing: input_jitter must be in [0, 1), got {self.input_jitter}")
         _check(0 <= self.balance_rate < 1, f"routing: balance_rate must be in [0, 1), got {self.balance_rate}")
-        for what in ("aux_loss", "z_loss"):
+        for what in (field.name for field in fields(self) if field.name.endswith("_loss")):
             value = getattr(self, what)
             _check(0 <= value < math.inf, f"routing: {what} must be 0 or more and finite, got {value}")
         _check(

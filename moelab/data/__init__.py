@@ -10,7 +10,8 @@ pure function of (seed, step, rank, world). Importing this package loads neither
 
 from typing import TYPE_CHECKING, Any
 
-from moelab.data.corpus import Corpus, Document, UnknownCorpus, open_corpus
+from moelab.data.corpus import open_corpus
+from moelab.data.documents import Corpus, Document, UnknownCorpus
 from moelab.data.packages import CorpusUnavailable
 from moelab.data.preparation import encode_validation, is_prepared, prepare
 from moelab.data.tokens import TokenData

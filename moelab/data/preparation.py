@@ -20,7 +20,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from moelab.config import DataConfig
-from moelab.data.corpus import Corpus, Document, open_corpus
+from moelab.data.corpus import open_corpus
+from moelab.data.documents import Corpus, Document
 from moelab.data.packages import sha256_of
 from moelab.data.tokens import TokenData, fingerprint
 

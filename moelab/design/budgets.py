@@ -96,13 +96,15 @@ def losses(runs: Runs) -> pd.DataFrame:
 def gaps(table: pd.DataFrame, reference: str) -> pd.DataFrame:
     """Return the losses minus the reference arm's of the same seed and budget, as a column gap; without the reference.
 
+    A column against names the reference.
+
     Args:
         table: from `losses`.
     """
     keys = ["seed", "tokens"]
     base = table[table["arm"] == reference].set_index(keys)["loss"].rename("base")
     both = table[table["arm"] != reference].join(base, on=keys, how="inner")
-    return both.assign(gap=both["loss"] - both["base"]).drop(columns="base")
+    return both.assign(against=reference, gap=both["loss"] - both["base"]).drop(columns="base")
 
 
 def paper_gaps(model: str, base: str) -> pd.DataFrame:
@@ -173,7 +175,7 @@ def draw(
         xlabel="training tokens for each parameter of the base (without embeddings)",
         ylabel=f"loss minus {reference}'s (nats per token)",
     )
-    ax.legend()
+    figures.legend_below(ax, columns=1)
     return ax
 
 

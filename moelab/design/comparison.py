@@ -59,6 +59,23 @@ def gaps(final: pd.DataFrame, reference: str) -> pd.DataFrame:
     return there.assign(gap=there["validation_loss"] - there["seed"].map(base))[["arm", "seed", "gap"]]
 
 
+def pairs(final: pd.DataFrame, of: Sequence[tuple[str, str]]) -> pd.DataFrame:
+    """Return the final loss of one arm minus another's, by seed, for pairs of arms that are both there.
+
+    Columns: arm ("left − right"), left, right, seed, gap (nats per token).
+    """
+    import pandas as pd
+
+    table = by_arm(final)
+    rows = [
+        [f"{left} − {right}", left, right, seed, gap]
+        for left, right in of
+        if {left, right} <= set(table)
+        for seed, gap in (table[left] - table[right]).dropna().items()
+    ]
+    return pd.DataFrame(rows, columns=["arm", "left", "right", "seed", "gap"])
+
+
 def judge_losses(
     experiment: str,
     final: pd.DataFrame,
@@ -229,11 +246,15 @@ def differences(final: pd.DataFrame, expected: Sequence[tuple[str, str, str]]) -
 
 
 def over_training(curves: pd.DataFrame, arms: Sequence[str], reference: str) -> pd.DataFrame:
-    """Return columns arm, seed, tokens and loss, the difference to the reference arm at the same tokens and seed."""
+    """Return the losses minus the reference arm's at the same tokens and seed.
+
+    Columns: arm, against (the reference), seed, tokens, loss (the difference).
+    """
     trained = curves[curves["tokens"] > 0]
     base = trained[trained["arm"] == reference].set_index(["seed", "tokens"])["loss"].rename("base")
     both = trained[trained["arm"].isin(arms)].join(base, on=["seed", "tokens"], how="inner")
-    return both.assign(loss=both["loss"] - both["base"])[["arm", "seed", "tokens", "loss"]]
+    moved = both.assign(against=reference, loss=both["loss"] - both["base"])
+    return moved[["arm", "against", "seed", "tokens", "loss"]]
 
 
 def gaps_headline(table: pd.DataFrame, reference: str) -> str:
@@ -242,6 +263,22 @@ def gaps_headline(table: pd.DataFrame, reference: str) -> str:
     if not len(means):
         return f"{reference} and another arm have no finished pair"
     return f"Against {reference}: {', '.join(f'{arm} {gap:+.3f}' for arm, gap in means.items())} nats"
+
+
+def moved_headline(moved: pd.DataFrame) -> str:
+    """Return "Along training, at its end, against REFERENCE: ARM −0.012, … nats", from `over_training`."""
+    if not len(moved):
+        return "no arm and its reference have both been trained"
+    last = moved[moved["tokens"] == moved["tokens"].max()]
+    said = ", ".join(f"{arm} {gap:+.3f}" for arm, gap in last.groupby("arm", sort=False)["loss"].mean().items())
+    return f"At the end of their curves, against {moved['against'].iloc[0]}: {said} nats"
+
+
+def ends_headline(curves: pd.DataFrame) -> str:
+    """Return "At the end of its curve: ARM 3.95, … nats per token", the mean over seeds, from curves of losses."""
+    last = curves[curves["tokens"] == curves.groupby("arm")["tokens"].transform("max")]
+    said = ", ".join(f"{arm} {loss:.2f}" for arm, loss in last.groupby("arm", sort=False)["loss"].mean().items())
+    return f"Loss at the end of the curves: {said} nats per token"
 
 
 def models(specs: Sequence[RunSpec]) -> pd.DataFrame:
@@ -263,7 +300,7 @@ def models(specs: Sequence[RunSpec]) -> pd.DataFrame:
 
 
 def summary(runs: Runs) -> pd.DataFrame:
-    """Return, a row per arm: mean final loss with its 95 % interval, bits per byte, seeds, tokens.
+    """Return, a row per arm: mean final validation loss with its 95 % interval, bits per byte, seeds, tokens.
 
     Not the time of the runs, which depends on what else their machines did; `moelab bench train` measures arms in turn.
     """
@@ -278,7 +315,7 @@ def summary(runs: Runs) -> pd.DataFrame:
         rows.append(
             {
                 "arm": arm,
-                "loss": mean,
+                "validation loss": mean,
                 "low": None if one else low,
                 "high": None if one else high,
                 "bits_per_byte": part["bits_per_byte"].mean(),

@@ -127,7 +127,7 @@ def draw(
             figures.paper_points(ax, 100 * theirs["share"], *bounds, color=color, label=label)
     ax.axhline(0, color="#888888", linewidth=1)
     ax.set(xlabel="share of the training (%)", ylabel="difference of validation losses (nats per token)")
-    ax.legend()
+    figures.legend_below(ax, columns=1)
     return ax
 
 

@@ -8,6 +8,7 @@ exchange        sends tokens to the ranks of their experts and back; `padded` is
 parallel        builds a rank's part of a model; `placement` says which shards it holds, `tensor_slicing` cuts layers
 gradients       sums over replicas, the global norm
 checkpoint/     saves, loads and reshards
+cluster/        checks the ranks of an allocation
 launch/         starts, watches and ends ranks
 testing         runs functions on N ranks of this machine; `threads`: hundreds of ranks as threads
 

@@ -154,9 +154,11 @@ def identity_experts(rows_RM: Tensor, offsets_E1: Tensor) -> Tensor:
     return rows_RM
 
 
-def run_on_ranks(size: int, function: Callable[..., Any], *args: Any, timeout_s: float = 300.0) -> list[Any]:
-    """Call `function(*args)` once on `size` new gloo ranks; see `Ranks.run`."""
-    with Ranks(size) as ranks:
+def run_on_ranks(
+    size: int, function: Callable[..., Any], *args: Any, timeout_s: float = 300.0, backend: str = "gloo"
+) -> list[Any]:
+    """Call `function(*args)` once on `size` new ranks; see `Ranks.run`."""
+    with Ranks(size, backend) as ranks:
         return ranks.run(function, *args, timeout_s=timeout_s)
 
 

@@ -47,6 +47,15 @@ TEACHERS = {"350M": "350M+PR-MoE-32/64", "1.3B": "1.3B+PR-MoE-64/128"}
 """Base -> the paper's teacher."""
 
 ARMS = ("Teacher", "L21 alone", "L21 alone, equal cost", "L21 + KD", "L21 + staged KD")
+STATED = (
+    ("L21 + staged KD", "Teacher"),
+    ("L21 + staged KD", "L21 alone"),
+    ("L21 + staged KD", "L21 alone, equal cost"),
+    ("L21 + staged KD", "L21 + KD"),
+    ("L21 alone", "Teacher"),
+)
+"""Pairs of arms whose difference at the end is drawn."""
+
 HALVES = "Teacher and student read different halves of the text."
 _SUFFIX = {"Teacher": "", "L21 alone": "+L21", "L21 + KD": "+L21+KD", "L21 + staged KD": "+L21+MoS"}
 
@@ -133,11 +142,10 @@ def measure_halves(runs: Runs, tokens: int) -> list[dict[str, Any]]:
             "arm": run.spec.title,
             "seed": run.spec.train.seed,
             "trained_on": run.spec.data.part,
-            **with_weights.measure(run, losses_on_halves, tokens),
+            **losses,
             "validation": run.result["validation_loss"],
         }
-        for run in runs.finished
-        if with_weights.available(run, losses_on_halves, tokens)
+        for run, losses in with_weights.measure_all(runs.finished, losses_on_halves, tokens)
     ]
 
 

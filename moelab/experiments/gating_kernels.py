@@ -65,7 +65,7 @@ _SESSION_S = 3600.0  # time limit of a session
 def parts(scale: str, rounds: int | None = None, threads: int = 1) -> list[dict[str, Any]]:
     """Measure gate, dispatch and combine at inference: a row for each session, shape, part, candidate and round.
 
-    See `moelab.bench.parts.measure`.
+    See `moelab.bench.gate.measure_parts`.
 
     Args:
         rounds: of a session; by default the scale's own number.
@@ -84,14 +84,14 @@ def parts(scale: str, rounds: int | None = None, threads: int = 1) -> list[dict[
 
 def _session(scale: str, rounds: int | None, threads: int) -> list[dict[str, Any]]:
     """Return the rows of one session, measured in this process."""
+    from moelab.bench.gate import measure_parts
     from moelab.bench.harness import Timing, torch_threads
-    from moelab.bench.parts import measure
 
     s = SHAPES[scale]
     cases = [(tokens, experts) for tokens in s.tokens for experts in s.experts]
     timing = Timing(rounds or s.rounds, s.device)
     with torch_threads(threads):
-        found = [row for S, E in cases for row in measure(S, s.hidden, E, timing, calls=s.calls)]
+        found = [row for S, E in cases for row in measure_parts(S, s.hidden, E, timing, calls=s.calls)]
     return [
         {**row.case, "device": row.device, "candidate": row.candidate, "round": i, "ms": ms}
         for row in found
@@ -134,7 +134,7 @@ def layers(scale: str, rounds: int | None = None, threads: int = 1) -> list[dict
 
 def speedups(found: pd.DataFrame) -> pd.DataFrame:
     """Return, from `parts`, columns session, tokens, experts, part, round, and ratio: the baseline's time over ours."""
-    from moelab.bench.parts import BASELINE, OURS
+    from moelab.bench.gate import BASELINE, OURS
 
     keys = ["session", "tokens", "experts", "part", "round"]
     ms = found.pivot(index=keys, columns="candidate", values="ms")
@@ -143,7 +143,7 @@ def speedups(found: pd.DataFrame) -> pd.DataFrame:
 
 def breakdown(found: pd.DataFrame) -> pd.DataFrame:
     """Return median milliseconds, from `parts`: a row for each shape and candidate, a column for each part."""
-    from moelab.bench.parts import PARTS
+    from moelab.bench.gate import PARTS
 
     table = found.groupby(["tokens", "experts", "candidate", "part"])["ms"].median().unstack()
     return table[list(PARTS)]

@@ -117,16 +117,11 @@ def constants(found: Mapping[str, laws.Fit]) -> pd.DataFrame:
     """Return floor (nats) and exponents of each law: columns arm, constant, value, low, high."""
     import pandas as pd
 
-    names = {
-        "floor": "floor",
-        "alpha": "exponent of size",
-        "beta": "exponent of data",
-        "exponent": "exponent of compute",
-    }
+    exponents = {"alpha": "exponent of size", "beta": "exponent of data", "exponent": "exponent of compute"}
     rows = [
         [arm, title, *fitted.interval(lambda law, name=name: getattr(law, name))]
         for arm, fitted in found.items()
-        for name, title in names.items()
+        for name, title in ({"floor": "floor"} | exponents).items()
     ]
     return pd.DataFrame(rows, columns=["arm", "constant", *INTERVAL])
 

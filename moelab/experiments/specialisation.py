@@ -41,7 +41,7 @@ def measure(runs: Runs, max_tokens: int | None = None) -> dict[str, list[dict[st
     """
     for run in runs.finished:  # before the first takes its time
         with_weights.require(run, route, max_tokens)
-    found = [with_weights.measure(run, route, max_tokens) for run in runs.finished]
+    found = [rows for _, rows in with_weights.measure_all(runs.finished, route, max_tokens)]
     return {name: [row for one in found for row in one[name]] for name in ("layers", "shares")}
 
 

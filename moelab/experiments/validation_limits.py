@@ -28,9 +28,8 @@ def measure(runs: Runs, tokens: int = 0) -> list[dict[str, Any]]:
         Rows of arm, seed and what `validated` returns.
     """
     return [
-        {"arm": run.spec.title, "seed": run.spec.train.seed, **with_weights.measure(run, validated, tokens)}
-        for run in runs.finished
-        if with_weights.available(run, validated, tokens)
+        {"arm": run.spec.title, "seed": run.spec.train.seed, **losses}
+        for run, losses in with_weights.measure_all(runs.finished, validated, tokens)
     ]
 
 

@@ -53,15 +53,9 @@ class Output:
         logits = self.logits_BTV.flatten(0, 1).float()
         return F.cross_entropy(logits, targets_BT.flatten(), reduction=reduction)
 
-    def routing_loss(self, config: ModelConfig) -> Tensor | float:
-        """Return the weighted load-balancing and z losses, summed over MoE layers as in the released code."""
-        r = config.routing
-        total: Tensor | float = 0.0
-        for routing in self.routing:
-            total = total + r.aux_loss * routing.aux_loss
-            if r.z_loss:
-                total = total + r.z_loss * routing.z_loss
-        return total
+    def routing_loss(self) -> Tensor | float:
+        """Return the routers' losses (`Router`), summed over MoE layers as in the released code."""
+        return sum((routing.loss for routing in self.routing), start=0.0)
 
 
 class Cache(Protocol):

@@ -2,12 +2,12 @@
 
     x_SM -> logits_SE -> noise, scores, capacity, gate -> Routing
 
-`Routing` is data (`moelab.kernels.Gate`: expert ids, slots, weights, counts, losses). It is computed once per layer;
-dispatch, combine, losses and metrics only read it. Routing is computed in fp32 for activations of any dtype. Letters as
-in `moelab.config`.
+`Routing` is data (expert ids, slots, weights, counts, losses). It is computed once per layer; dispatch, combine and
+metrics only read it. Routing is computed in fp32 for activations of any dtype. Letters as in `moelab.config`.
 
 To add a kind of noise, write a function of the logits here, enter it in `NOISE`, and add its name to
-`RoutingConfig.choice_noise`; a kind of scores is added in the same way to `SCORES` and `RoutingConfig.scores`.
+`RoutingConfig.choice_noise`; a kind of scores is added in the same way to `SCORES` and `RoutingConfig.scores`, a loss
+to `LOSSES` and, its weight, to `RoutingConfig`.
 """
 
 from __future__ import annotations
@@ -21,8 +21,7 @@ from torch import Tensor, nn
 
 from moelab import kernels
 from moelab.config import RoutingConfig
-from moelab.kernels import Gate as Routing
-from moelab.kernels import packed
+from moelab.kernels import Gate, packed
 from moelab.models.layers import sigmoid
 
 
@@ -48,6 +47,25 @@ SCORES: dict[str, Callable[[Tensor], Tensor]] = {
 
 For inference, a token's bits should not depend on the other tokens, see `moelab.models.layers.sigmoid`.
 """
+
+LOSSES: dict[str, Callable[[Tensor, Gate], Tensor]] = {
+    "z_loss": lambda logits_SE, routing: routing.z_loss,
+}
+"""Weight in `RoutingConfig` -> function from the gate's fp32 logits and the routing to a loss, a mean over tokens.
+
+These are added to the load-balancing loss. Over micro-batches and data ranks the mean of each is taken.
+"""
+
+
+class Routing(Gate):
+    """Record where every token goes (see `moelab.kernels.Gate`), and what the router adds to the training loss.
+
+    Attributes:
+        loss: fp32 scalar, differentiable: the load-balancing loss and `LOSSES`, weighted; missing where `Router.losses`
+            is off.
+    """
+
+    loss: Tensor
 
 
 class Router(nn.Module):
@@ -132,6 +150,9 @@ class Router(nn.Module):
         special = rescored or cfg.aux_choices == "all" or cfg.aux_scope == "sequence" or pool is not None
         if self.losses and special:
             routing = routing._replace(aux_loss=self._aux_loss(logits_SE, routing.expert_SK, sequences, pool))
+        if self.losses:  # a decoding step, which has none, is spared the copy
+            routing = Routing(*routing)
+            routing.loss = self._loss(logits_SE, routing)
         if self.entropies is not None:
             self.entropies.append(normalized_entropy(self._probabilities(logits_SE.detach())))
         return routing
@@ -163,6 +184,17 @@ class Router(nn.Module):
         mean_BE = self._probabilities(logits_SE).view(B, S // B, E).mean(1)
         return E * (mean_BE * share_BE).sum(1).mean()
 
+    def _loss(self, logits_SE: Tensor, routing: Gate) -> Tensor:
+        """Return the weighted load-balancing loss and `LOSSES`; at weight 0 only the first is computed.
+
+        It is NaN where a token cannot be routed, which training must notice.
+        """
+        total = self.config.aux_loss * routing.aux_loss
+        for name, loss in LOSSES.items():
+            if (weight := getattr(self.config, name)) and len(logits_SE):
+                total = total + weight * loss(logits_SE, routing)
+        return total
+
     @torch.no_grad()
     def balance(self, load_E: Tensor) -> None:
         """Move the bias of each expert by `RoutingConfig.balance_rate` against its deviation from the mean load.
@@ -174,7 +206,7 @@ class Router(nn.Module):
         self.balance_bias += self.config.balance_rate * torch.sign(load_E.mean() - load_E).float()
 
 
-def _weights(scores_SE: Tensor, routing: Routing, normalize: bool) -> Tensor:
+def _weights(scores_SE: Tensor, routing: Gate, normalize: bool) -> Tensor:
     """Return the kept choices' scores, or their shares of the sum, as `moelab.kernels.gate` does for a softmax."""
     weight_SK = torch.where(routing.slot_SK >= 0, scores_SE.gather(1, routing.expert_SK.long()), 0.0)
     if normalize:
@@ -187,4 +219,4 @@ def normalized_entropy(p_SE: Tensor) -> Tensor:
     return torch.special.entr(p_SE).sum(1).mean() / math.log(p_SE.shape[1])
 
 
-__all__ = ["NOISE", "SCORES", "Router", "Routing", "normalized_entropy"]
+__all__ = ["LOSSES", "NOISE", "SCORES", "Router", "Routing", "normalized_entropy"]

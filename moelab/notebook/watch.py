@@ -106,7 +106,7 @@ def _watch(plan: Path, done: threading.Event, console: Console) -> None:
             words = snapshot.describe(estimate.seconds_left(snapshot))
             for task, s in zip(tasks, snapshot.statuses, strict=True):
                 going = s.state in ("running", "finished") and s.loss is not None
-                note = f"loss {s.loss:.3f}" if going else s.state
+                note = f"training loss {s.loss:.3f}" if going else s.state
                 share = 1.0 if s.state == "finished" else s.step / max(1, s.steps)
                 bars.update(task, completed=share, note=note)
             bars.update(total, description="all runs", completed=snapshot.done, note=words)

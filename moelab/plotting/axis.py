@@ -78,3 +78,39 @@ class Axis:
             parts.append(f'<line class="zero" x1="{x}" x2="{x}" y1="14" y2="18"/>')
             parts.append(f'<text x="{x}" y="10" text-anchor="middle">{self.label(tick)}</text>')
         return f'<svg class="plot ruler" height="18" aria-hidden="true">{"".join(parts)}</svg>'
+
+    def row(self, stated: Sequence[float], ours: Sequence[float], style: str) -> str:
+        """Return a row as an inline SVG: the paper's value as a hollow diamond, ours below in the shape of `style`.
+
+        Args:
+            stated: the paper's value, then the ends of its range; may be empty.
+            ours: our value, then the ends of its interval.
+        """
+        x = [f"{self.percent(value):.2f}%" for value in (self.neutral, *stated, *ours)]
+        zero, stated_x, ours_x = x[0], x[1 : 1 + len(stated)], x[1 + len(stated) :]
+        parts = [f'<line class="zero" x1="{zero}" x2="{zero}" y1="0" y2="26"/>']
+        if stated:
+            parts.append(_span("paper", stated, stated_x, 8))
+            parts.append(
+                f'<svg class="at" x="{stated_x[0]}"><path class="paper point" d="M0 3l5 5l-5 5l-5 -5z"/></svg>'
+            )
+        parts.append(_span("ours", ours, ours_x, 19))
+        parts.append(f'<svg class="at" x="{ours_x[0]}">{mark(style)}</svg>')
+        return f'<svg class="plot row {style}" height="26" aria-hidden="true">{"".join(parts)}</svg>'
+
+
+def _span(name: str, values: Sequence[float], x: Sequence[str], y: int) -> str:
+    low, high = values.index(min(values)), values.index(max(values))
+    return (
+        f'<line class="{name}" x1="{x[low]}" x2="{x[high]}" y1="{y}" y2="{y}"/>' if values[low] < values[high] else ""
+    )
+
+
+def mark(style: str, y: float = 19) -> str:
+    """Return the mark of a class of verdicts around x = 0: shapes tell apart what colours do."""
+    shapes = {
+        "good": f'<circle class="ours full" cx="0" cy="{y}" r="4.2"/>',
+        "part": f'<path class="ours full" d="M0 {y - 5}l5 9h-10z"/>',
+        "bad": f'<path class="ours full" d="M-4.2 {y - 4.2}h8.4v8.4h-8.4z"/>',
+    }
+    return shapes.get(style, f'<circle class="ours open" cx="0" cy="{y}" r="3.8"/>')

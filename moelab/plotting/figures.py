@@ -1,38 +1,52 @@
 """Draw all figures in one style: a seaborn theme, colours safe for colour blindness, one mark for the paper's values.
 
     figures.theme()
-    fig, ax = plt.subplots()
+    fig, (ax,) = figures.panels()
     figures.our_points(ax, x, ours, low, high, label="ours")
     figures.paper_points(ax, x, theirs)
     ax.set(xlabel="GPUs", ylabel="latency (ms per token)")
+    figures.legend_below(ax)
     figures.title(fig, "Twice the GPUs take 0.6 times the latency")
-    figures.save(fig, Path("latency"))                  # latency.png, latency.svg, latency-dark.svg
+    figures.save(fig, Path("latency"))                  # latency.svg
 
-Every function draws on an axis that it is given and returns it, so that a notebook can add to it. `Publication.figure`
-saves a figure by `save`.
+Every function draws on an axis that it is given and returns it, so that a notebook can add to it. All figures are as
+wide as `layout.WIDTH`, with their panels below one another. `Publication.figure` saves a figure by `save`.
 """
 
 from __future__ import annotations
 
-import io
-import textwrap
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pandas as pd
 
-from moelab.files import write_text
-from moelab.plotting import svg
+from moelab.plotting.layout import HEIGHT, TEXT, WIDTH, legend_below, name_rows, panels, save, title
 from moelab.plotting.palette import COLORS as _COLORS
-from moelab.plotting.palette import DASHES as _DASHES
-from moelab.plotting.palette import colors
-from moelab.plotting.typography import typeset
+from moelab.plotting.palette import DASHES, colors
 from moelab.statistics import ALPHA, interval
+
+__all__ = [
+    "colors",
+    "gaps",
+    "legend_below",
+    "loss_curves",
+    "means",
+    "name_rows",
+    "our_points",
+    "panels",
+    "paper_bound",
+    "paper_points",
+    "save",
+    "seed_lines",
+    "share_curves",
+    "student",
+    "task_scores",
+    "theme",
+    "title",
+]
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
 
 PAPER = {"color": "#444444", "marker": "D"}
 """How a value of the paper is drawn: a dark hollow diamond, everywhere."""
@@ -46,72 +60,29 @@ def theme() -> None:
         context="notebook",
         style="ticks",
         rc={
-            "figure.figsize": (10, 4.4),
-            "figure.dpi": 96,
+            "figure.figsize": (WIDTH, HEIGHT),
+            "figure.dpi": 110,
             "axes.spines.top": False,
             "axes.spines.right": False,
             "axes.grid": True,
             "grid.alpha": 0.35,
-            "axes.titlesize": 11,
+            "font.size": TEXT,
+            "axes.titlesize": 10.5,
             "axes.titlelocation": "left",
-            "axes.titlepad": 10,
-            "axes.labelsize": 11,
-            "legend.fontsize": 10,
+            "axes.titlepad": 8,
+            "axes.labelsize": TEXT,
+            "lines.linewidth": 1.4,
+            "lines.markersize": 5,
+            "legend.fontsize": TEXT,
+            "legend.title_fontsize": TEXT,
             "legend.frameon": False,
-            "xtick.labelsize": 10,
-            "ytick.labelsize": 10,
+            "xtick.labelsize": TEXT,
+            "ytick.labelsize": TEXT,
             "svg.fonttype": "none",
             "svg.hashsalt": "moelab",  # the same figure is the same file
             "savefig.facecolor": "white",
         },
     )
-
-
-def title(fig: Figure, text: str) -> Figure:
-    """Write the title above the figure, wrapped to its width; call it last, because it lays the figure out again."""
-    from matplotlib.layout_engine import ConstrainedLayoutEngine
-
-    width = int(fig.get_figwidth() * 11)
-    lines = textwrap.wrap(typeset(text), width)
-    fig.suptitle("\n".join(lines), x=0.01, ha="left", fontsize=12)
-    if not isinstance(fig.get_layout_engine(), ConstrainedLayoutEngine):
-        fig.tight_layout()
-    return fig
-
-
-def save(fig: Figure, path: Path, *, title: str = "") -> list[Path]:
-    """Save a figure as PNG (160 dots per inch) and as SVG for light and dark pages; return the paths.
-
-    The files are `<path>.png`, `<path>.svg`, `<path>-dark.svg`, and `<path>-narrow.svg` and `<path>-narrow-dark.svg`
-    for phones, unless the figure cannot be laid out again (`moelab.plotting.narrow`).
-
-    Args:
-        path: without suffix.
-        title: the title that a page shows above the figure. Where the figure's own title is the same, the SVGs leave it
-            out; the PNG, which is used without a page, keeps it.
-    """
-    from moelab.plotting.narrow import narrowed
-
-    png = path.with_name(f"{path.name}.png")
-    fig.savefig(png, dpi=160, bbox_inches="tight")
-    saved = [png, *_save_svg(fig, path, title)]
-    if (small := narrowed(fig)) is not None:
-        saved += _save_svg(small, path.with_name(f"{path.name}-narrow"), title)
-    return saved
-
-
-def _save_svg(fig: Figure, path: Path, title: str) -> list[Path]:
-    heading = [t for t in fig.texts if title and t.get_text().split() == typeset(title).split()]
-    for artist in heading:
-        artist.set_visible(False)
-    text = io.StringIO()
-    fig.savefig(text, format="svg", bbox_inches="tight", metadata={"Date": None})
-    for artist in heading:
-        artist.set_visible(True)
-    light, dark = (path.with_name(path.name + end) for end in (".svg", "-dark.svg"))
-    write_text(light, text.getvalue())
-    write_text(dark, svg.dark(text.getvalue()))
-    return [light, dark]
 
 
 def student(values: pd.Series, alpha: float = ALPHA) -> tuple[float, float]:
@@ -124,8 +95,18 @@ def student(values: pd.Series, alpha: float = ALPHA) -> tuple[float, float]:
     return (mean, mean) if len(values) < 2 else (low, high)
 
 
+BANDS = 3
+"""Curves that have their interval as a band; more bands cover one another, and each curve has a bar at its end."""
+
+
 def loss_curves(
-    curves: pd.DataFrame, ax: Axes, *, arms: Sequence[str], of: Sequence[str] = (), skip_first: bool = True
+    curves: pd.DataFrame,
+    ax: Axes,
+    *,
+    arms: Sequence[str],
+    of: Sequence[str] = (),
+    skip_first: bool = True,
+    against: str = "",
 ) -> Axes:
     """Draw validation loss over tokens, one line per arm: the mean over seeds with its 95 % interval.
 
@@ -134,27 +115,65 @@ def loss_curves(
         arms: the arms to draw, in the order of the legend.
         of: all arms of the experiment, where only some are drawn: each keeps its colour and its dashes.
         skip_first: leave out the untrained model, whose loss would compress the rest of the axis.
+        against: the arm whose loss is subtracted, for curves of differences.
     """
-    import seaborn as sns
-
+    palette, every = colors(of or arms), list(of or arms)
     shown = curves[curves["tokens"] > 0] if skip_first else curves
-    shown = shown.assign(millions=shown["tokens"] / 1e6)
-    sns.lineplot(
-        shown,
-        x="millions",
-        y="loss",
-        hue="arm",
-        style="arm",
-        hue_order=list(arms),
-        style_order=list(arms),
-        palette=colors(of or arms),
-        dashes={arm: _DASHES[i % len(_DASHES)] for i, arm in enumerate(of or arms)},
-        errorbar=student,
-        err_kws={"alpha": 0.1, "linewidth": 0},
-        ax=ax,
-    )
-    ax.set(xlabel="training tokens (millions)", ylabel="validation loss (nats per token)")
-    ax.legend(title=None)
+    end = shown["tokens"].max() / 1e6
+    for i, arm in enumerate(arms):
+        part = shown[shown["arm"] == arm].groupby("tokens")["loss"]
+        if not len(part):
+            continue
+        millions, means = [tokens / 1e6 for tokens in part.groups], list(part.mean())
+        dash = DASHES[every.index(arm) % len(DASHES)]
+        ax.plot(millions, means, color=palette[arm], dashes=dash or (None, None), label=arm)
+        low, high = zip(*(student(values) for _, values in part), strict=True)
+        if len(arms) <= BANDS:
+            ax.fill_between(millions, low, high, color=palette[arm], alpha=0.12, linewidth=0)
+        elif low[-1] < high[-1]:
+            at = max(millions[-1], end) + end * 0.015 * (i + 1)
+            bars = _around(means[-1:], low[-1:], high[-1:])
+            ax.errorbar([at], means[-1:], yerr=bars, fmt=".", color=palette[arm], capsize=2)
+    if against:
+        ax.axhline(0, color="#888888", linewidth=1)
+    what = f"loss minus {against}’s" if against else "validation loss"
+    ax.set(xlabel="training tokens (millions)", ylabel=f"{what} (nats per token)")
+    legend_below(ax)
+    return ax
+
+
+def share_curves(
+    curves: Mapping[str, Mapping[float, Sequence[float]]],
+    ax: Axes,
+    *,
+    paper: Sequence[tuple[float, float, float]] = (),
+    label: str = "paper",
+) -> Axes:
+    """Draw differences over the share of the paper's training, on a logarithmic axis, the paper's points beside them.
+
+    Args:
+        curves: arm -> share of the training (1 is all) -> the difference of each seed; drawn are means, with the 95 %
+            interval at the end.
+        paper: share, difference, uncertainty of the reading.
+        label: of the paper's points.
+    """
+    palette = colors(list(curves))
+    for i, (arm, points) in enumerate(curves.items()):
+        x, y = [100 * share for share in points], [sum(values) / len(values) for values in points.values()]
+        ax.plot(x, y, color=palette[arm], label=arm)
+        low, high = student(pd.Series(list(points.values())[-1]))
+        at = x[-1] * 1.06 ** (i + 1)  # beside one another
+        ax.errorbar([at], y[-1:], yerr=_around(y[-1:], [low], [high]), fmt=".", color=palette[arm], capsize=2)
+    if paper:
+        x, y, wide = zip(*paper, strict=True)
+        low, high = [a - b for a, b in zip(y, wide, strict=True)], [a + b for a, b in zip(y, wide, strict=True)]
+        paper_points(ax, [100 * share for share in x], y, low, high, label=label)
+    ax.axhline(0, color="#888888", linewidth=1)
+    ax.set_xscale("log")
+    ticks = (1, 2, 5, 10, 20, 50, 100)
+    ax.set_xticks(ticks, [f"{tick} %" for tick in ticks])
+    ax.minorticks_off()
+    ax.set(xlabel="share of the paper’s training (tokens a parameter)", ylabel="loss minus Dense’s (nats per token)")
     return ax
 
 
@@ -244,6 +263,10 @@ def _around(values: Sequence[float], low: Sequence[float], high: Sequence[float]
     return [[v - a for v, a in zip(values, low, strict=True)], [b - v for v, b in zip(values, high, strict=True)]]
 
 
+LONG = 18
+"""Characters of a row's name from which on the names stand above the rows."""
+
+
 def gaps(
     results: pd.DataFrame,
     ax: Axes,
@@ -282,7 +305,7 @@ def gaps(
                 fmt="o",
                 color=palette[arm],
                 capsize=4,
-                markersize=8,
+                markersize=6,
                 zorder=3,
                 label=once("ours" if len(values) == 1 else f"ours: mean of {len(values)} {of}, 95 % interval"),
             )
@@ -291,8 +314,11 @@ def gaps(
             label = once("paper" if low == at == high else "paper, with the uncertainty of the reading")
             paper_points(ax, [at], [row - 0.28], [low], [high], label=label, across=True)
     ax.axvline(0, color="#888888", linewidth=1, zorder=1)
-    ax.set_yticks(range(len(arms)), arms)
-    ax.set_ylim(len(arms) - 0.4, -0.8)
+    if max(map(len, arms)) > LONG:
+        name_rows(ax, arms)
+    else:
+        ax.set_yticks(range(len(arms)), arms)
+        ax.set_ylim(len(arms) - 0.4, -0.8)
     return ax
 
 
@@ -342,11 +368,5 @@ def task_scores(
     for at, reference in enumerate(table.drop_duplicates("task").set_index("task").loc[list(tasks), "reference"]):
         ax.plot([at - 0.4, at + 0.4], [100 * reference] * 2, "k--", lw=1, label="guessing" if at == 0 else None)
     ax.set(ylabel="accuracy (%)", ylim=(-4, 100))
-    legend_below(ax)
+    ax.set_xticks(range(len(tasks)), [task.removeprefix("packaged_") for task in tasks])
     return ax
-
-
-def legend_below(ax: Axes, columns: int = 2) -> None:
-    """Put an axis's legend below its label, where it covers nothing."""
-    # The pad is in font sizes, so the distance is the same for a low axis and a high one.
-    ax.legend(loc="upper center", bbox_to_anchor=(0.5, 0), borderaxespad=4.6, ncols=columns)

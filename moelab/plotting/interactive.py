@@ -19,6 +19,7 @@ class Curves:
 
     Attributes:
         values: ``loss``, or ``gap`` where the figure shows differences.
+        against: the arm whose loss is subtracted, as far as the data says it.
         along: these are evaluations along training; else they are final losses of runs of these lengths.
         arms: arm -> its colours on light and dark pages.
         grids: the training tokens of the points; several curves share a grid.
@@ -26,6 +27,7 @@ class Curves:
     """
 
     values: str
+    against: str
     along: bool
     arms: dict[str, tuple[str, str]]
     grids: list[list[float]]
@@ -67,4 +69,5 @@ def pack(rows: Sequence[dict[str, Any]], order: Sequence[str] = ()) -> Curves | 
     there = list(dict.fromkeys(arm for arm, _ in found))
     palette = colors(list(dict.fromkeys([*order, *there])))  # of all arms: each keeps its colour in every figure
     arms = {arm: (color, svg.dark_color(color)) for arm, color in palette.items() if arm in there}
-    return Curves("gap" if differences else "loss", "per_parameter" not in rows[0], arms, grids, series)
+    kind, along = "gap" if differences else "loss", "per_parameter" not in rows[0]
+    return Curves(kind, str(rows[0].get("against", "")), along, arms, grids, series)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from moelab.plotting.layout import legend_below
 from moelab.plotting.palette import colors
 
 if TYPE_CHECKING:
@@ -43,7 +44,7 @@ def losses(points: pd.DataFrame, curves: pd.DataFrame, predicted: pd.DataFrame, 
             ax.plot([], [], "*", color="#888888", markersize=10, markeredgecolor="black", label=f"{width} wide, came")
     ax.set_xscale("log")
     ax.set(xlabel="training compute (FLOPs)", ylabel="validation loss (nats per token)")
-    ax.legend()
+    legend_below(ax)
     return ax
 
 
@@ -69,5 +70,5 @@ def leverage(levers: pd.DataFrame, ax: Axes) -> Axes:
     ax.set_yscale("log", base=2)
     ax.yaxis.set_major_formatter("{x:g}")
     ax.set(xlabel="the MoE's training compute (FLOPs)", ylabel="FLOPs that a dense model needs, times the MoE's")
-    ax.legend()
+    legend_below(ax)
     return ax

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 EXCHANGE_COLORS = figures.colors(["flat", "hierarchical", "coordinated"])
 
 
-def exchange_counts(counted: pd.DataFrame, left: Axes, right: Axes) -> None:
+def exchange_counts(counted: pd.DataFrame, messages: Axes, volume: Axes) -> None:
     """Draw messages over ranks, and rows over those of the flat exchange: formulas as lines, counts as dots.
 
     Args:
@@ -29,20 +29,20 @@ def exchange_counts(counted: pd.DataFrame, left: Axes, right: Axes) -> None:
     for way, color in EXCHANGE_COLORS.items():
         there = counted[counted["way"] == way].set_index("ranks")
         there = there[there["messages"] > 0]
-        left.plot(there.index, there["formula_messages"], color=color, label=f"{way}, the paper's formula")
-        left.plot(there.index, there["messages"], "o", color=color, label=f"{way}, counted")
+        messages.plot(there.index, there["formula_messages"], color=color, label=f"{way}, the paper’s formula")
+        messages.plot(there.index, there["messages"], "o", color=color, label=f"{way}, counted")
         out = (there["rows"] + there["gathered_rows"]) / flat["rows"]
         expected = (there["formula_rows"] + there["formula_gathered_rows"]) / flat["formula_rows"]
-        right.plot(there.index, expected[there.index], color=color)
-        right.plot(there.index, out[there.index], "o", color=color)
-    left.set(yscale="log", ylabel="messages a rank", ylim=(None, 20 * counted["messages"].max()))  # room for the legend
-    right.set(ylabel="rows that leave a rank, over flat", ylim=(0, 2.1))
-    left.yaxis.set_major_formatter("{x:g}")
-    for ax in (left, right):
+        volume.plot(there.index, expected[there.index], color=color)
+        volume.plot(there.index, out[there.index], "o", color=color)
+    messages.set(yscale="log", ylabel="messages a rank")
+    volume.set(ylabel="rows that leave a rank, over flat", ylim=(0, 2.1))
+    messages.yaxis.set_major_formatter("{x:g}")
+    for ax in (messages, volume):
         ax.set(xscale="log", xlabel="ranks")
         ax.set_xticks(worlds, [str(p) for p in worlds])
         ax.minorticks_off()
-    left.legend()
+    figures.legend_below(volume, columns=1, of=[messages])
 
 
 def exchange_times(predicted: pd.DataFrame, axes: Sequence[Axes]) -> None:
@@ -59,8 +59,8 @@ def exchange_times(predicted: pd.DataFrame, axes: Sequence[Axes]) -> None:
         ax.set(xscale="log", xlabel="GPUs", title=f"{size // 1024} KiB a GPU", ylim=(0, None))
         ax.set_xticks(sorted(part["ranks"].unique()), [str(p) for p in sorted(part["ranks"].unique())])
         ax.minorticks_off()
-    axes[0].set_ylabel("time / flat, simulated")
-    axes[-1].legend(loc="center left", bbox_to_anchor=(1, 0.5))
+        ax.set_ylabel("time / flat, simulated")
+    figures.legend_below(axes[-1], columns=3)
 
 
 def kernel_speedups(whole: pd.DataFrame, ax: Axes, *, bound: float) -> Axes:
@@ -85,7 +85,7 @@ def kernel_speedups(whole: pd.DataFrame, ax: Axes, *, bound: float) -> Axes:
     ax.set(xlabel="experts", ylabel="baseline's time over ours", yscale="log")
     ax.yaxis.set_major_formatter("{x:g}")
     ax.set_xticks(range(len(experts)), [str(E) for E in experts])
-    ax.legend(loc="center left", bbox_to_anchor=(1.02, 0.5))
+    figures.legend_below(ax)
     return ax
 
 
@@ -108,6 +108,5 @@ def kernel_breakdown(table: pd.DataFrame, axes: Sequence[Axes]) -> None:
         ax.invert_yaxis()
         ax.grid(axis="y", visible=False)
         ax.set_title(f"{tokens} tokens")
-        ax.set_xlabel("ms")
-    axes[0].set_ylabel("form, experts")
-    axes[-1].legend(loc="center left", bbox_to_anchor=(1, 0.5))
+        ax.set(xlabel="ms", ylabel="form, experts")
+    figures.legend_below(axes[-1], columns=3)

@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 
 from moelab.plotting import figures
-from moelab.plotting.figures import PAPER
+from moelab.plotting.typography import typeset
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -53,74 +53,57 @@ def grouped_bars(
     frame: pd.DataFrame,
     ax: Axes,
     *,
-    x: str,
+    by: str,
+    series: str = "system",
     value: str = "simulated_ms",
     reported: str = "paper_ms",
     log: bool = False,
 ) -> Axes:
-    """Draw a group of bars for each `x`, one bar per system, the paper's values as diamonds and the errors above.
+    """Draw a group of rows for each `by`, a bar for each series, the paper's values as diamonds, numbers at the ends.
 
     Bars to which the simulator's constants were fitted are hatched.
 
     Args:
-        frame: columns system, kind ("fitted" or "predicted"), `x`, `value` and `reported`.
+        frame: columns `series`, `by` and `value`; `reported`, and kind ("fitted" or "predicted"), where there are any.
+        series: the column whose values are told apart by colour: system or variant.
         value, reported: columns of our values and of the paper's.
-        log: draw on a logarithmic axis.
+        log: the axis is logarithmic, and values are dots, because it has no zero for bars to begin at.
     """
-    groups = list(dict.fromkeys(frame[x]))
-    systems = list(dict.fromkeys(frame["system"]))
-    width = 0.8 / len(systems)
+    groups, names = list(dict.fromkeys(frame[by])), list(dict.fromkeys(frame[series]))
+    height = 0.8 / len(names)
     seen: set[str] = set()
 
     def once(label: str) -> str:
         return "_" if label in seen else seen.add(label) or label
 
-    top = frame[[value, reported]].max().max()
+    top, low = 0.0, float("inf")
     for _, row in frame.iterrows():
-        at = groups.index(row[x]) + (systems.index(row["system"]) - (len(systems) - 1) / 2) * width
-        fitted = row["kind"] == "fitted"
-        ax.bar(
-            at,
-            row[value],
-            width * 0.92,
-            color=SYSTEM_COLORS[row["system"]],
-            hatch="////" if fitted else None,
-            edgecolor="white",
-            linewidth=0.5,
-            label=once(f"{SYSTEM_NAMES[row['system']]}, simulated ({'fitted' if fitted else 'predicted'})"),
-        )
-        given = not pd.isna(row[reported])
-        if given:
-            ax.plot(
-                at,
-                row[reported],
-                marker=PAPER["marker"],
-                color=PAPER["color"],
-                markerfacecolor="white",
-                linestyle="none",
-                markersize=6,
-                label=once("paper (its number in brackets)"),
-            )
-        height = max(row[value], row[reported]) if given else row[value]
-        # Over the higher of bar and diamond, so both numbers are named: a lone one would read as the diamond's.
-        against = f"\n({row[reported]:.3g})\n{100 * (row[value] / row[reported] - 1):+.0f} %" if given else ""
-        ax.annotate(
-            f"{row[value]:.3g}{against}",
-            (at, height),
-            xytext=(0, 5),
-            textcoords="offset points",
-            ha="center",
-            va="bottom",
-            fontsize=8,
-        )
-    ax.set_xticks(range(len(groups)), [str(g) for g in groups])
-    ax.grid(axis="x", visible=False)
+        at = groups.index(row[by]) + (names.index(row[series]) - (len(names) - 1) / 2) * height
+        ours, theirs, kind = row[value], row.get(reported, np.nan), row.get("kind", "")
+        color = (SYSTEM_COLORS | VARIANT_COLORS)[row[series]]
+        name = SYSTEM_NAMES.get(row[series], row[series])
+        label = once(f"{name}, {kind}" if kind and series == "system" else name)
+        if log:
+            ax.plot(ours, at, "o", color=color, label=label)
+        else:
+            hatch = "////" if kind == "fitted" else None
+            ax.barh(at, ours, height * 0.9, color=color, hatch=hatch, edgecolor="white", linewidth=0.5, label=label)
+        end, text = ours, f"{ours:.3g}"
+        if not pd.isna(theirs):
+            figures.paper_points(ax, [theirs], [at], label=once("paper (its number in brackets)"), across=True)
+            end, text = max(ours, theirs), f"{text} ({theirs:.3g}, {100 * (ours / theirs - 1):+.0f} %)"
+        ax.annotate(typeset(text), (end, at), xytext=(7, 0), textcoords="offset points", va="center")
+        top, low = max(top, end), min(low, ours, end)
+    ax.set_yticks(range(len(groups)), [str(g) for g in groups])
+    ax.set_ylim(len(groups) - 0.5, -0.5)
+    ax.grid(axis="y", visible=False)
     if log:
-        ax.set_yscale("log")
-        ax.yaxis.set_major_formatter("{x:g}")
-        ax.set_ylim(frame[value].min() / 3, top * 2.6)
+        ax.set_xscale("log")
+        ax.xaxis.set_major_formatter("{x:g}")
+        ax.xaxis.set_minor_formatter("")
+        ax.set_xlim(low / 1.5, top * (top / low) ** 0.8)  # room for the numbers
     else:
-        ax.set_ylim(0, top * 1.2)
+        ax.set_xlim(0, top * (1.75 if reported in frame else 1.2))
     return ax
 
 
@@ -136,15 +119,13 @@ def breakdown(frame: pd.DataFrame, ax: Axes, *, labels: Sequence[str]) -> Axes:
     for part, (color, name) in SIMULATED_PARTS.items():
         ms = frame[f"{part}_ms"].to_numpy()
         if ms.max() > 0:
-            ax.barh(rows, ms, left=left, color=color, label=name, height=0.7)
+            ax.barh(rows, ms, left=left, color=color, label=name, height=0.5)
             left += ms
     for row, total in enumerate(left):
-        ax.annotate(f" {total:.1f}", (total, row), va="center", fontsize=8, xytext=(2, 0), textcoords="offset points")
-    ax.set_yticks(rows, labels)
-    ax.invert_yaxis()
+        ax.annotate(f"{total:.1f}", (total, row), va="center", xytext=(4, 0), textcoords="offset points")
+    figures.name_rows(ax, labels)
     ax.set_xlabel("milliseconds of a step")
-    ax.set_xlim(0, left.max() * 1.1)
-    ax.grid(axis="y", visible=False)
+    ax.set_xlim(0, left.max() * 1.14)
     return ax
 
 
@@ -168,15 +149,14 @@ def errors(scores: pd.DataFrame, ax: Axes, *, tolerance: float, medians: Mapping
             rows[of_kind],
             facecolor=face,
             edgecolor="#0072B2",
-            s=36,
+            s=30,
             zorder=3,
             label=f"{kind}: median error {medians[kind]:.0f} %",
         )
-    labels = scores["what"].tolist()
+    names = scores["what"].tolist()
     for name, shown in {"fig-": "Fig ", "pytorch": "PyTorch", "deepspeed": "DeepSpeed-MoE"}.items():
-        labels = [label.replace(name, shown) for label in labels]
-    ax.set_yticks(rows, labels)
-    ax.invert_yaxis()
+        names = [one.replace(name, shown) for one in names]
+    figures.name_rows(ax, names, above=0.1)
     ax.set_xlabel("simulated against the paper (%)")
     return ax
 
@@ -202,14 +182,14 @@ def pareto(front: pd.DataFrame, ax: Axes, *, best: tuple[float, float], objectiv
         zorder=4,
         label=f"best by {objective}",
     )
-    some = front if len(front) <= 7 else front.iloc[[round(i * (len(front) - 1) / 6) for i in range(7)]]
+    some = front if len(front) <= 5 else front.iloc[[round(i * (len(front) - 1) / 4) for i in range(5)]]
     for row in some.itertuples():
         ax.annotate(
-            f"{row.gpus} GPU{'s' if row.gpus > 1 else ''}, tensor {row.tensor}, batch {row.batch}",
+            f"{row.gpus} GPU{'s' if row.gpus > 1 else ''}, batch {row.batch}"
+            + (f", tensor {row.tensor}" if row.tensor > 1 else ""),
             (row.latency_ms, row.tokens_per_s_per_gpu),
             xytext=(8, -4),
             textcoords="offset points",
-            fontsize=8,
             va="top",
         )
     ax.margins(x=0.12, y=0.1)
@@ -220,50 +200,48 @@ def pareto(front: pd.DataFrame, ax: Axes, *, best: tuple[float, float], objectiv
         axis.set_major_formatter("{x:g}")
         axis.set_minor_formatter(NullFormatter())
     low, high = ax.get_xlim()
-    ax.set_xlim(low, high * (high / low) ** 0.25)  # room for the last label
-    ax.legend(loc="lower right")
+    ax.set_xlim(low, high * (high / low) ** 0.6)  # room for the labels
+    figures.legend_below(ax)
     return ax
 
 
-def decoding_steps(steps: pd.DataFrame, left: Axes, right: Axes, *, join: bool = False) -> None:
-    """Draw measured decoding steps.
+def decoding_steps(steps: pd.DataFrame, latency: Axes, parts: Axes) -> None:
+    """Draw measured decoding steps: the latency of each, and the parts of the optimised one.
 
-    Left: latency of each label with a bar to the 95th percentile, and the floor. Right: parts of the optimised step.
+    Latencies are medians with a bar to the 95th percentile; a line marks the floor.
 
     Args:
         steps: see `moelab.experiments.decoding.steps`.
-        join: draw a line through the labels, where they are sizes of one model.
     """
+    best = steps[steps["candidate"] == "optimised"]
+    names = [str(label).replace("\n", ", ") for label in best["label"]]
     for mode, color in MODE_COLORS.items():
         of_mode = steps[steps["candidate"] == mode]
         above = (of_mode["p95_ms"] - of_mode["median_ms"]).clip(lower=0)
-        left.errorbar(
-            range(len(of_mode)),
+        latency.errorbar(
             of_mode["median_ms"],
-            yerr=[[0.0] * len(of_mode), above],
-            fmt="o-" if join else "o",
+            range(len(of_mode)),
+            xerr=[[0.0] * len(of_mode), above],
+            fmt="o",
             capsize=3,
             color=color,
             label=mode,
         )
-    best = steps[steps["candidate"] == "optimised"]
-    labels = list(best["label"])
-    left.plot(range(len(best)), best["floor_ms"], "_", markersize=24, color="#444444", label="floor")
-    left.set(yscale="log", ylabel="latency of a step (ms)", xlim=(-0.5, len(best) - 0.5))
-    left.set_xticks(range(len(best)), labels)
-    left.yaxis.set_major_formatter("{x:g}")
-    left.yaxis.set_minor_formatter(lambda v, _: f"{v:g}" if f"{v:e}"[0] in "25" else "")
-    left.legend()
+    latency.plot(best["floor_ms"], range(len(best)), "|", markersize=14, color="#444444", label="floor")
+    figures.name_rows(latency, names, above=0.2)
+    latency.set(xscale="log", xlabel="latency of a step (ms)")
+    latency.xaxis.set_major_formatter("{x:g}")
+    latency.xaxis.set_minor_formatter(lambda v, _: f"{v:g}" if f"{v:e}"[0] in "25" else "")
+    figures.legend_below(latency, columns=3)
     ends = np.zeros(len(best))
     for part, color in MEASURED_PARTS.items():
-        ms = np.array([parts.get(part, 0.0) for parts in best["parts_ms"]])
+        ms = np.array([row.get(part) or 0.0 for row in best["parts_ms"]])
         if ms.max() > 0:
-            right.barh(labels, ms, left=ends, color=color, label=part)
+            parts.barh(range(len(best)), ms, left=ends, color=color, label=part, height=0.5)
             ends += ms
-    right.invert_yaxis()
-    right.grid(axis="y", visible=False)
-    right.set(xlabel="ms of a step, optimised, with every part timed")
-    right.legend(loc="center left", bbox_to_anchor=(1, 0.5))
+    figures.name_rows(parts, names)
+    parts.set(xlabel="ms of a step, optimised, with every part timed")
+    figures.legend_below(parts)
 
 
 def memory(held: pd.DataFrame, ax: Axes, *, capacity: float, paper: Mapping[str, int]) -> Axes:
@@ -289,7 +267,7 @@ def memory(held: pd.DataFrame, ax: Axes, *, capacity: float, paper: Mapping[str,
     ax.set_xticks(counts, [str(n) for n in counts])
     ax.set_yticks([5, 10, 20, 40, 80, 160], ["5", "10", "20", "40", "80", "160"])
     ax.minorticks_off()
-    ax.legend()
+    figures.legend_below(ax)
     return ax
 
 
@@ -302,24 +280,23 @@ def against_dense(frame: pd.DataFrame, ax: Axes, *, paper_ratio: float) -> Axes:
         frame: columns model, gpus, system, simulated_ms, faster and cheaper.
         paper_ratio: how many times faster than the dense model the last one is in the paper.
     """
-    ms = frame["simulated_ms"].tolist()
-    ax.bar(range(len(ms)), ms, color=[SYSTEM_COLORS[system] for system in frame["system"]], width=0.7)
+    ms, rows = frame["simulated_ms"].tolist(), range(len(frame))
+    ax.barh(rows, ms, color=[SYSTEM_COLORS[system] for system in frame["system"]], height=0.5)
     target = ms[0] / paper_ratio
-    figures.paper_points(ax, [len(ms) - 1], [target], label="where the paper's ratio to dense would put it")
-    labels = []
+    label = "where the paper’s ratio to dense would put it"
+    figures.paper_points(ax, [target], [len(ms) - 1], label=label, across=True)
     for i, row in enumerate(frame.itertuples()):
-        last = i == len(ms) - 1
         ax.annotate(
-            f"{row.simulated_ms:.1f}\n{row.faster:.1f}x, cost {1 / row.cheaper:.2f}",
-            (i, max(row.simulated_ms, target if last else 0)),
-            xytext=(0, 9 if last else 5),
+            f"{row.simulated_ms:.1f}: {row.faster:.1f}×, cost {1 / row.cheaper:.2f}",
+            (max(row.simulated_ms, target if i == len(ms) - 1 else 0), i),
+            xytext=(7, 0),
             textcoords="offset points",
-            ha="center",
-            fontsize=8,
+            va="center",
         )
-        model = row.model.replace(" ", "\n").replace("+", "\n+")
-        labels.append(f"{model}\n{row.gpus} GPU{'s' if row.gpus > 1 else ''}\n{SYSTEM_NAMES[row.system].split()[0]}")
-    ax.set_xticks(range(len(ms)), labels, fontsize=8)
-    ax.set(ylabel="latency of a token (ms), predicted", ylim=(0, max(ms) * 1.2))
-    ax.grid(axis="x", visible=False)
+    names = [
+        f"{row.model}, {row.gpus} GPU{'s' if row.gpus > 1 else ''}, {SYSTEM_NAMES[row.system].split()[0]}"
+        for row in frame.itertuples()
+    ]
+    figures.name_rows(ax, names)
+    ax.set(xlabel="latency of a token (ms), predicted", xlim=(0, max(ms) * 1.55))
     return ax

@@ -1,4 +1,4 @@
-"""Make figures for dark pages: invert the colours of an SVG."""
+"""Give SVGs the colours of dark pages: one file, whose colours are CSS variables."""
 
 from __future__ import annotations
 
@@ -6,23 +6,32 @@ import colorsys
 import re
 
 GROUND, INK = "#14181d", "#e4e8ee"
-"""Colours of the page and of the text in the dark variant."""
+"""Colours of the ground and of the text on dark pages."""
+
+_COLOR = re.compile(r"(fill|stroke): (#[0-9a-fA-F]{6})\b")
 
 
-def dark(svg: str) -> str:
-    """Return the dark variant of an SVG that matplotlib wrote.
+def themed(svg: str) -> str:
+    """Return an SVG of matplotlib's with a style sheet in which each of its colours is a CSS variable.
 
-    Greys are inverted (white becomes the dark ground, black the light ink); other colours keep their hue and are
-    lightened until their contrast with the ground is 4.5 to 1 (WCAG's ratio for text). Pictures inside the SVG, such as
-    a heat map's pixels, stay as they are.
+    The variable of ``#0072b2`` is ``--c0072b2``; it has a value where dark colours are preferred, by the system or by
+    the page that shows the file, and else the colour itself stands. The elements keep their literal colours for
+    programs that read no style sheet. Pictures inside the SVG, such as a heat map's pixels, stay as they are.
     """
-    text = re.sub(r"#[0-9a-fA-F]{6}\b", lambda found: dark_color(found[0]), svg)
+    used = sorted(set(_COLOR.findall(svg)))
+    values = "".join(f"--c{c[1:]}:{dark_color(c)};" for c in sorted({"#000000", *(c for _, c in used)}))
+    rules = "".join(f'[style*="{what}: {c}"]{{{what}:var(--c{c[1:]},{c})!important}}' for what, c in used)
     # What has no colour of its own is black by default.
-    return re.sub(r"<svg\b", f'<svg fill="{INK}"', text, count=1)
+    sheet = f"@media (prefers-color-scheme:dark){{svg{{{values}}}}}svg{{fill:var(--c000000,#000000)}}{rules}"
+    return svg.replace("<defs>", f"<style>{sheet}</style>\n <defs>", 1)
 
 
 def dark_color(color: str) -> str:
-    """Return the colour of the dark variant in place of a colour such as ``#56b4e9``."""
+    """Return the colour of dark pages in place of a colour such as ``#56b4e9``.
+
+    Greys are inverted (white becomes the dark ground, black the light ink); other colours keep their hue and are
+    lightened until their contrast with the ground is 4.5 to 1 (WCAG's ratio for text).
+    """
     rgb = _rgb(color)
     hue, lightness, saturation = colorsys.rgb_to_hls(*rgb)
     if max(rgb) - min(rgb) < 0.06:

@@ -279,7 +279,7 @@ def _evidence(claim: paper.Claim, stored: Verdict, path: str, summary: Summary) 
         **{key: getattr(verdict, key) for key in _COPIED},
         note=verdict.text,
         result=path,
-        figure=f"{path}/{name}.png" if name else "",
+        figure=f"{path}/{name}.svg" if name else "",
     )
 
 

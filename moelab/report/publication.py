@@ -1,7 +1,7 @@
 """Publish what a notebook found as files: figures, the data behind them, claims, provenance.
 
 <results>/<experiment>/<scale>/<date>-<time>/summary.json      what is here, how it came about
-                                             <name>.png, .svg, -dark.svg, .jsonl  a figure and its data
+                                             <name>.svg, .jsonl                a figure and its data
                                              notebook.ipynb, notebook.html     the executed notebook
 """
 
@@ -80,7 +80,7 @@ class Publication:
         data: pd.DataFrame | None = None,
         claims: Sequence[str] = (),
     ) -> None:
-        """Save a figure as PNG and SVG (light and dark), and the numbers it shows as JSON lines.
+        """Save a figure as SVG, and the numbers it shows as JSON lines.
 
         Args:
             title: the finding, one sentence.
@@ -149,4 +149,9 @@ class Publication:
         return f"result handed over as {self.experiment}, scale {self.scale}"
 
     def _write_frame(self, name: str, data: pd.DataFrame) -> None:
-        write_text(self.path / name, data.to_json(orient="records", lines=True, double_precision=15))
+        write_text(self.path / name, lines(data))
+
+
+def lines(data: pd.DataFrame) -> str:
+    """Return the rows of a frame as JSON lines."""
+    return data.to_json(orient="records", lines=True, double_precision=15)

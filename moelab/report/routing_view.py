@@ -25,6 +25,7 @@ from moelab.inference.text import load_run
 from moelab.kernels import Gate
 from moelab.models import build
 from moelab.models.routing import Router
+from moelab.plotting import placement
 from moelab.runs.store import Run
 
 if TYPE_CHECKING:
@@ -33,7 +34,6 @@ if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.axes import Axes
 
-KEPT, DROPPED, CHOSEN = "#0072B2", "#D55E00", "#D55E00"
 SPACE = "▁"
 """Marks the space at the beginning of a token."""
 
@@ -152,30 +152,9 @@ class Gates:
 
 
 def heatmap(choices: Choices, ax: Axes, *, top: float | None = None) -> Axes:
-    """Draw the gate's probabilities, one column per token and one row per expert; a ring marks the chosen expert.
-
-    Args:
-        top: the probability drawn in the darkest blue, for figures to be compared; by default the highest one.
-    """
-    shown = choices.probability_SE.T
-    image = ax.imshow(shown.numpy(), aspect="auto", cmap="Blues", vmin=0, vmax=top, interpolation="nearest")
-    for expert_S in choices.route().expert_SK.T:
-        ax.plot(
-            range(len(expert_S)),
-            expert_S.numpy(),
-            "o",
-            markersize=8,
-            markeredgewidth=1.8,
-            markerfacecolor="none",
-            color=CHOSEN,
-            clip_on=False,
-        )
-    ax.set_xticks(range(len(choices.tokens)), choices.tokens, rotation=90, family="monospace")
-    ax.set_yticks(range(0, choices.experts, max(1, choices.experts // 8)))
-    ax.set(ylabel="expert")
-    ax.grid(visible=False)
-    ax.figure.colorbar(image, ax=ax, label="gate's probability", pad=0.01)
-    return ax
+    """Draw the gate's probabilities and what it chose, see `moelab.plotting.placement.heatmap`."""
+    expert_SK = choices.route().expert_SK.numpy()
+    return placement.heatmap(choices.probability_SE.numpy(), expert_SK, choices.tokens, ax, top=top)
 
 
 def frame(moments: Mapping[str, Choices]) -> pd.DataFrame:
@@ -200,22 +179,8 @@ def frame(moments: Mapping[str, Choices]) -> pd.DataFrame:
 def loads(choices: Choices, ax: Axes, *, top_k: int, capacity_factor: float) -> Axes:
     """Draw the tokens that each expert keeps and drops, against its capacity."""
     routing = choices.route(top_k, capacity_factor)
-    kept, asked = routing.kept_E.tolist(), routing.load_E.tolist()
-    experts = range(choices.experts)
-    ax.bar(experts, kept, color=KEPT, label="kept")
-    over = [a - k for a, k in zip(asked, kept, strict=True)]
-    ax.bar(experts, over, bottom=kept, color=DROPPED, hatch="///", edgecolor="white", label="dropped")
     limit = RoutingConfig(capacity_factor=capacity_factor).capacity(len(choices.tokens), choices.experts, top_k, True)
-    ax.axhline(limit, color="#444444", linestyle="--", linewidth=1, label=f"capacity {limit}")
-    share, slots = choices.dropped(top_k, capacity_factor), choices.experts * limit
-    ax.set(
-        xlabel="expert",
-        ylabel="tokens",
-        title=f"{share:.0%} of {sum(asked):,} choices dropped, {1 - sum(kept) / slots:.0%} of {slots:,} slots empty",
-    )
-    ax.set_xticks(experts)
-    ax.legend(loc="upper left", bbox_to_anchor=(1, 1))
-    return ax
+    return placement.loads(routing.kept_E.tolist(), routing.load_E.tolist(), ax, limit=limit)
 
 
 def dropped(choices: Choices, factors: Iterable[float], top_k: int | None = None) -> pd.DataFrame:

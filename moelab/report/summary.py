@@ -58,7 +58,7 @@ class Provenance:
 
 @dataclass(frozen=True)
 class FigureRow:
-    """A figure of a result: `<name>.png`, `.svg`, `-dark.svg`, and the file `data` with the numbers that it shows."""
+    """A figure of a result: `<name>.svg`, and the file `data` with the numbers that it shows."""
 
     name: str
     title: str = ""

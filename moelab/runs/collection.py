@@ -43,6 +43,11 @@ class Runs(Sequence[Run]):
         return iter(self._runs)
 
     @property
+    def seeds(self) -> int:
+        """How many seeds have a finished run."""
+        return len({run.spec.train.seed for run in self.finished})
+
+    @property
     def finished(self) -> Runs:
         """Runs that have a result."""
         return Runs([run for run in self if run.finished])

@@ -6,7 +6,6 @@ import contextlib
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from moelab import paper
 from moelab.runs import records
@@ -153,7 +152,7 @@ def on_this_machine(runs: Sequence[PlannedRun], store: RunStore | None = None) -
     return lines
 
 
-def _rate(store: RunStore, known: Mapping[str, Path]) -> tuple[float, str] | None:
+def _rate(store: RunStore, known: Mapping[str, records.Archive]) -> tuple[float, str] | None:
     """Return FLOPs a second and core of runs on a CPU, the median, and whose they are; None without any."""
     rates = []
     for name in store.ids(file="result.json")[:_ASKED]:

@@ -119,6 +119,11 @@ class MeasurementStore:
         found = [self._record(id) for id in ids]
         return all(r is not None and (r["code"], r["machine"]) == (code(), machine()) for r in found)
 
+    def took(self, function: Callable[..., Any]) -> float:
+        """Return the seconds of the longest stored measurement by a function, of any arguments; 0 without one."""
+        stored = [self._record(file.stem) for file in self.root.glob(f"{prefix(function)}-*.json")]
+        return max((record["seconds"] for record in stored if record), default=0.0)
+
     def _read(self, key: str) -> Measurement | None:
         record = self._record(key)
         return _of(key, record, read_back=True) if record else None
@@ -147,8 +152,12 @@ def _identity(function: Callable[..., Any], arguments: Sequence[Any]) -> tuple[s
         )
     plain = [as_json(value) for value in arguments]
     whole = json.dumps([FORMAT, module, name, plain, code(), machine()])
-    short = "-".join((*module.split(".")[-1:], name)).replace("_", "-")
-    return f"{module}.{name}", plain, f"{short}-{hashlib.sha256(whole.encode()).hexdigest()[:12]}"
+    return f"{module}.{name}", plain, f"{prefix(function)}-{hashlib.sha256(whole.encode()).hexdigest()[:12]}"
+
+
+def prefix(function: Callable[..., Any]) -> str:
+    """Return the beginning of the ids of a function's measurements."""
+    return "-".join((function.__module__.rpartition(".")[2], function.__qualname__)).replace("_", "-")
 
 
 def as_json(value: Any) -> Any:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from moelab.runs.store import Run, Status
+from moelab.terminal import duration
 
 
 @dataclass(frozen=True)
@@ -64,22 +65,13 @@ class Estimate:
         return now.left * (time.monotonic() - self._started) / gained if gained > 1e-3 else None
 
 
-def duration(seconds: float | None) -> str:
-    """``1 h 05 min``, ``3 min 20 s``, ``12 s``; an ellipsis for None."""
-    if seconds is None:
-        return "…"
-    seconds = round(seconds)
-    if seconds < 60:
-        return f"{seconds} s"
-    minutes, rest = divmod(seconds, 60)
-    return f"{minutes} min {rest:02d} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
-
-
 def table(runs: Sequence[Run], snapshot: Snapshot, left: float | None) -> Any:
     """Return a rich table, one row per run, for terminals and notebooks."""
     from rich.table import Table
 
-    view = Table("run", "state", "step", "loss", "tokens/s", title=snapshot.describe(left), title_justify="left")
+    view = Table(
+        "run", "state", "step", "training loss", "tokens/s", title=snapshot.describe(left), title_justify="left"
+    )
     for run, s in zip(runs, snapshot.statuses, strict=True):
         view.add_row(
             f"{run.spec.title} · seed {run.spec.train.seed}",

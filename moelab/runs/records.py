@@ -1,9 +1,10 @@
 """The numbers of finished runs, to pass on without their weights: `moelab runs export` and `moelab runs import`.
 
-`results/runs/<id>.zip` holds what a run left beside its checkpoints: spec, result, provenance, metrics, and what was
-measured with its weights. Who takes them over can ask the experiments for more seeds or arms and trains only those;
-figures and verdicts come out as from runs trained here. What needs weights (generating, new evaluations, distilling
-from the run) does not work with them. Any zip program opens a record, and loading one executes nothing.
+A run's record holds what it left beside its checkpoints: spec, result, provenance, metrics, and what was measured with
+its weights. `results/runs` has a pack for each model, `<model>.zip`, with the records of its runs, `<id>.zip`. Who
+takes them over can ask the experiments for more seeds or arms and trains only those; figures and verdicts come out as
+from runs trained here. What needs weights (generating, new evaluations, distilling from the run) does not work with
+them. Any zip program opens a record, and loading one executes nothing.
 """
 
 from __future__ import annotations
@@ -29,6 +30,9 @@ FILES = ("spec.json", "provenance.json", "train.jsonl", "validation.jsonl", "sta
 MEASURED = re.compile(rf"{with_weights.FOLDER}/[a-z0-9-]+\.json")
 """Further files that a record may hold, see `moelab.runs.with_weights`."""
 
+Archive = Path | zipfile.Path
+"""A record: a file, or one inside a pack."""
+
 LARGEST = 64 << 20
 """Bytes that the files of a record may have together."""
 PACKED = 16 << 20
@@ -44,12 +48,45 @@ def folder(*, publish: bool = True) -> Path:
     return paths.results_for(publish) / "runs"
 
 
-def write(run: Run, directory: Path) -> Path:
-    """Pack a finished run's record as `<directory>/<id>.zip`.
+def write(runs: Sequence[Run], directory: Path) -> list[Path]:
+    """Pack the records of finished runs, a zip for each model in a directory; records that are there already stay.
 
     Raises:
-        ValueError: the run is not finished.
+        ValueError: a run is not finished.
     """
+    packs: dict[str, dict[str, bytes]] = {}
+    for run in runs:
+        model = run.spec.id.rpartition("-")[0].rpartition("-")[0]  # without seed and hash
+        packs.setdefault(model, {})[f"{run.spec.id}.zip"] = _packed(run)
+    written = []
+    for model, records in packs.items():
+        path, whole = directory / f"{model}.zip", io.BytesIO()
+        for archive in found(path):
+            records.setdefault(archive.name, archive.read_bytes())
+        with zipfile.ZipFile(whole, "w") as pack:
+            for name, data in sorted(records.items()):
+                pack.writestr(zipfile.ZipInfo(name, _EPOCH), data)
+        write_bytes(path, whole.getvalue())
+        written.append(path)
+    return written
+
+
+def found(source: Path) -> list[Archive]:
+    """Return the records in a folder, in a pack, or the one that a file is; none if it is missing."""
+    archives: list[Archive] = []
+    for path in sorted(source.glob("*.zip")) if source.is_dir() else [source] if source.exists() else []:
+        try:
+            with zipfile.ZipFile(path) as pack:
+                names = pack.namelist()
+        except (zipfile.BadZipFile, OSError):
+            names = []
+        inner = [zipfile.Path(str(path), name) for name in names if "/" not in name and name.endswith(".zip")]
+        archives += inner if inner and len(inner) == len(names) else [path]
+    return archives
+
+
+def _packed(run: Run) -> bytes:
+    """Return a finished run's record."""
     if not run.finished:
         raise ValueError(f"run {run.spec.id}: not finished ({run.status.state}); only finished runs are passed on")
     packed = io.BytesIO()
@@ -63,12 +100,10 @@ def write(run: Run, directory: Path) -> Path:
                 entry.compress_type = zipfile.ZIP_DEFLATED
                 own = name == "provenance.json"  # as the run tells it: without names of hosts
                 archive.writestr(entry, json.dumps(run.provenance, indent=2) + "\n" if own else file.read_bytes())
-    path = directory / f"{run.spec.id}.zip"
-    write_bytes(path, packed.getvalue())
-    return path
+    return packed.getvalue()
 
 
-def read(archive: Path, store: RunStore) -> Run | None:
+def read(archive: Archive, store: RunStore) -> Run | None:
     """Take a record over into a store; None when the store has begun that run itself.
 
     The run has begun there when it is finished, has a checkpoint, or is being trained. What it has is never replaced.
@@ -114,12 +149,12 @@ def read(archive: Path, store: RunStore) -> Run | None:
     return run
 
 
-def published() -> dict[str, Path]:
+def published() -> dict[str, Archive]:
     """Return run id -> record, of the published runs."""
-    return {path.stem: path for path in sorted(folder().glob("*.zip"))}
+    return {archive.stem: archive for archive in found(folder())}
 
 
-def glance(archive: Path) -> tuple[RunSpec, dict[str, Any]]:
+def glance(archive: Archive) -> tuple[RunSpec, dict[str, Any]]:
     """Return the spec and the result of a record; ValueError as for `read`."""
     content = _content(archive, ("spec.json", "result.json"))
     try:
@@ -134,7 +169,7 @@ def _begun(run: Run) -> bool:
     return run.finished or (run.path / "checkpoints").exists()
 
 
-def _content(archive: Path, wanted: Sequence[str] | None = None) -> dict[str, bytes]:
+def _content(archive: Archive, wanted: Sequence[str] | None = None) -> dict[str, bytes]:
     """Return the files of a record by name; never more than LARGEST in all, whatever the archive says of their sizes.
 
     Args:
@@ -145,9 +180,10 @@ def _content(archive: Path, wanted: Sequence[str] | None = None) -> dict[str, by
     """
     content: dict[str, bytes] = {}
     try:
-        if archive.stat().st_size > PACKED:
+        inside = isinstance(archive, zipfile.Path)
+        if (archive.root.getinfo(archive.at).file_size if inside else archive.stat().st_size) > PACKED:
             raise ValueError(f"{archive}: larger than {PACKED >> 20} MiB")
-        with zipfile.ZipFile(archive) as packed:
+        with archive.open("rb") as opened, zipfile.ZipFile(opened) as packed:
             entries = {entry.filename: entry for entry in packed.infolist()}
             if len(packed.infolist()) > MOST or sum(entry.file_size for entry in packed.infolist()) > LARGEST:
                 raise ValueError(f"{archive}: more than {MOST} files, or than {LARGEST >> 20} MiB in all")

@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from moelab.files import read_json, write_json
 from moelab.runs.measurements import as_json, code, file_digest
 from moelab.runs.provenance import provenance
 from moelab.runs.store import Run
+from moelab.terminal import announced
 
 FOLDER = "measured"
 FORMAT = 1
@@ -40,8 +41,7 @@ def measure(run: Run, function: Callable[..., Any], *arguments: Any, **others: A
     Raises:
         ValueError: one line: neither the value nor the weights are there.
     """
-    stored = _stored(run, function, arguments)
-    if stored and (stored["code"] == code() or not run.has_weights):
+    if stored := _current(run, function, arguments):
         return stored["value"]
     run.require_weights()
     began = time.time()
@@ -58,6 +58,15 @@ def measure(run: Run, function: Callable[..., Any], *arguments: Any, **others: A
     }
     write_json(_file(run, function, arguments), record)
     return value
+
+
+def measure_all(runs: Sequence[Run], function: Callable[..., Any], *arguments: Any) -> list[tuple[Run, Any]]:
+    """Return the runs that have a value or the weights, each with what `measure` returns; announce new measurements."""
+    there = [run for run in runs if available(run, function, *arguments)]
+    new = [run for run in there if not _current(run, function, arguments)]
+    for run in announced(new, lambda run: f"{run.spec.title}, seed {run.spec.train.seed}"):
+        measure(run, function, *arguments)
+    return [(run, measure(run, function, *arguments)) for run in there]
 
 
 def available(run: Run, function: Callable[..., Any], *arguments: Any) -> bool:
@@ -81,6 +90,11 @@ def files(run: Run) -> list[Path]:
 def _stored(run: Run, function: Callable[..., Any], arguments: tuple[Any, ...]) -> dict[str, Any] | None:
     record = _read(_file(run, function, arguments))
     return record if record and record["result"] == file_digest(run.path / "result.json") else None
+
+
+def _current(run: Run, function: Callable[..., Any], arguments: tuple[Any, ...]) -> dict[str, Any] | None:
+    stored = _stored(run, function, arguments)
+    return stored if stored and (stored["code"] == code() or not run.has_weights) else None
 
 
 def _read(file: Path) -> dict[str, Any] | None:

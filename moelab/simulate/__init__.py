@@ -19,6 +19,7 @@ from typing import Any
 _WHERE = {
     "Cluster": "hardware",
     "cluster": "hardware",
+    "cluster_of_card": "hardware",
     "clusters": "hardware",
     "Constants": "constants",
     "fitted": "constants",

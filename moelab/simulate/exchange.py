@@ -137,3 +137,17 @@ def all_reduce_us(
         size / g, cluster.far_gb_s * constants.far_share
     )
     return (np.asarray(ranks) > 1) * (constants.collective_us + near + far)
+
+
+def collective_us(operation: str, ranks: int, in_node: int, size: int, cluster: Cluster, constants: Constants) -> float:
+    """Return the microseconds of one "all-reduce" or "all-to-all" among ranks, `in_node` of which share a node.
+
+    Args:
+        size: bytes of a rank's tensor.
+    """
+    if operation == "all-reduce":
+        stride = 1 if in_node > 1 else cluster.gpus_per_node
+        return float(all_reduce_us(ranks, size, cluster, constants, stride=stride))
+    near, far = in_node - 1, ranks - in_node
+    counts = (np.array(n) for n in (near, far, near / ranks, far / ranks))
+    return float(Stage(operation, *counts).microseconds(size, cluster, constants))

@@ -104,6 +104,13 @@ def cluster(name: str | Cluster) -> Cluster:
     return _shipped(plain)
 
 
+def cluster_of_card(card: str) -> Cluster | None:
+    """Return the package's cluster of a GPU, by its name as CUDA gives it; None if there is none."""
+    words = card.lower().replace("-", " ").split()
+    known = (name for name in clusters() if all(word in words for word in name.split("-")))
+    return next(map(cluster, known), None)
+
+
 @cache
 def _shipped(name: str) -> Cluster:
     return parse(resources.files(__package__).joinpath("clusters", f"{name}.yaml").read_text(encoding="utf-8"), name)

@@ -15,7 +15,8 @@ from submitit.core.utils import FailedJobError
 from moelab.runs.spec import RunSpec
 from moelab.runs.store import Run, RunStore
 from moelab.slurm import local, queue
-from moelab.slurm.status import Overview, Row, overview, watch
+from moelab.slurm.rows import Overview, Row
+from moelab.slurm.status import overview, watch
 from moelab.slurm.submission import root, submissions
 
 if TYPE_CHECKING:
@@ -42,7 +43,7 @@ class RunJob(submitit.Job[dict[str, Any]]):
 
     @property
     def state(self) -> str:
-        """Return the state, one of those of `moelab.slurm.status.Row`."""
+        """Return the state, one of those of `moelab.slurm.rows.Row`."""
         return "finished" if self.run.finished else self.row.state
 
     def done(self, force_check: bool = False) -> bool:
@@ -114,7 +115,7 @@ class Jobs(tuple[RunJob, ...]):
         return overview([job.run.spec.id for job in self], store=self[0]._store)
 
     def frame(self) -> pd.DataFrame:
-        """Return the jobs' states as a table; `moelab.slurm.status.Row` describes its columns."""
+        """Return the jobs' states as a table; `moelab.slurm.rows.Row` describes its columns."""
         return self.overview.frame()
 
     def wait(self) -> None:

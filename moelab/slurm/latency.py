@@ -33,6 +33,7 @@ from moelab.slurm.profiles import Profile
 from moelab.slurm.status import overview
 from moelab.slurm.submission import outcome
 from moelab.slurm.submit import submit
+from moelab.terminal import announced
 
 
 def main(profile: Profile, *, rounds: int, runs: int, out: Path | None) -> None:
@@ -44,7 +45,12 @@ def main(profile: Profile, *, rounds: int, runs: int, out: Path | None) -> None:
         runs: number of runs that are submitted at once, held, and cancelled again.
         out: folder of the results; None writes none.
     """
-    rows = [*_first_step(profile, rounds), *_notebook(profile, rounds), *_many(profile, runs)]
+    parts = {
+        "time to the first step": lambda: _first_step(profile, rounds),
+        "a notebook batch beside the same work in one process": lambda: _notebook(profile, rounds),
+        f"{runs} runs submitted at once": lambda: _many(profile, runs),
+    }
+    rows = [row for part in announced(list(parts), str) for row in parts[part]()]
     for row in rows:
         print(f"{row['what']:<66} {row['seconds']:8.2f} s" + (f"   ({row['note']})" if row["note"] else ""))
     if out is not None:

@@ -1,7 +1,8 @@
 """Execute a notebook of a submission: `python -m moelab.slurm.notebook_job SUBMISSION_FOLDER PART`, a step of its job.
 
 The outcome is `PART.json` in the submission's folder, which is written last. The executed notebook cannot tell the
-outcome: papermill marks cells as completed even when the kernel has died.
+outcome: papermill marks cells as completed even when the kernel has died. The last notebook of a sweep to end also
+publishes the comparison of all points.
 """
 
 from __future__ import annotations
@@ -14,14 +15,28 @@ from pathlib import Path
 from moelab.experiments import experiment
 from moelab.files import read_json
 from moelab.notebook import execute as notebooks
-from moelab.report import site
+from moelab.report import site, sweep
 from moelab.report.publication import SUMMARY
-from moelab.slurm.submission import Outcome, Submission, outcome, set_outcome
+from moelab.runs.store import RunStore
+from moelab.slurm.submission import Outcome, Submission, outcome, results, set_outcome
 
 
 def main(folder: Path, name: str) -> int:
     """Execute the notebook, and return 0 when it published a result, even without some runs; 1 when it failed."""
     submission = Submission.read(folder / "submission.json")
+    code = _execute(submission, name)
+    try:
+        ended = [part.values is None or outcome(folder, part.name) for part in submission.parts]
+        if submission.sweep and all(ended) and (found := _compare(submission, submission.sweep)):
+            site.update(publish=submission.publish)
+            print(f"comparison of the sweep: {found}")
+    except (ValueError, OSError) as error:  # the notebook's own outcome stands
+        print(f"the sweep's comparison: {error}", file=sys.stderr)
+    return code
+
+
+def _execute(submission: Submission, name: str) -> int:
+    folder = submission.folder
     part = next(part for part in submission.parts if part.name == name)
     (folder / f"{name}.json").unlink(missing_ok=True)  # written by an earlier attempt
     ended = Outcome(job=os.environ.get("SLURM_JOB_ID"), node=os.environ.get("SLURMD_NODENAME"))
@@ -45,6 +60,15 @@ def main(folder: Path, name: str) -> int:
     set_outcome(folder, name, replace(ended, result=str(result), missing=tuple(missing)))
     print(f"result: {result}" + (f"; without {', '.join(missing)}" if missing else ""))
     return 0
+
+
+def _compare(submission: Submission, points: sweep.Sweep) -> Path | None:
+    """Publish the comparison of the sweep, in a folder that is named by the time of the submission."""
+    chosen = experiment(submission.experiment)
+    found = sweep.compare(chosen, points, results(chosen.name, points.points), RunStore())
+    return sweep.publish(
+        chosen, points, found, publish=submission.publish, name=submission.id[: len("YYYYMMDD-HHMMSS")]
+    )
 
 
 if __name__ == "__main__":

@@ -7,17 +7,17 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 from moelab import paths
 from moelab.config import from_json
 from moelab.files import read_json
-from moelab.runs.progress import duration
 from moelab.runs.spec import RunSpec
 from moelab.runs.store import Run, RunStore, Status, ended
 from moelab.slurm import local, queue
+from moelab.slurm.rows import Overview, Row
 from moelab.slurm.submission import (
     CANCELLED,
     Outcome,
@@ -31,137 +31,6 @@ from moelab.slurm.submission import (
     set_outcome,
     submissions,
 )
-from moelab.terminal import plain
-
-if TYPE_CHECKING:
-    import pandas as pd
-
-
-_COLORS = {
-    "failed": "red",
-    "lost": "red",
-    "unreadable": "red",
-    "stopped": "yellow",
-    "incomplete": "yellow",
-    "finished": "green",
-    "running": "cyan",
-}
-
-
-_LEFT_OUT = ("job", "node", "Slurm", "tokens/s", "loss", "left", "experiment", "why", "step", "log")
-"""Columns in the order in which a narrow terminal does without them."""
-_WRAPPED = {"run": 18, "log": 16, "why": 20}
-"""Columns of longer texts, and the characters that they have at least."""
-
-
-@dataclass(frozen=True)
-class Row:
-    """Describe one run or notebook of a submission.
-
-    Attributes:
-        experiment: name of the experiment.
-        what: title of the run, or "notebook" with its parameters.
-        id: id of the run, or ``<submission>/<part>`` of a notebook.
-        state: new (never started), waiting, starting, running, finished, incomplete (a notebook with missing runs),
-            failed, stopped (cancelled, too), lost (its job ended and left no record), unknown (a notebook without a
-            record while Slurm does not answer) or unreadable (one of its files is invalid).
-        job, slurm, node: id, state and node of its job in Slurm; empty when the job has left the queue.
-        step, steps: steps done and steps in all (of a notebook: cells).
-        tokens_per_s, loss: speed and loss, from the last metric row.
-        left_s: seconds to the end at that speed.
-        reason: why it waits, stopped or failed.
-    """
-
-    experiment: str
-    what: str
-    id: str
-    state: str
-    job: str = ""
-    slurm: str = ""
-    node: str = ""
-    step: int = 0
-    steps: int = 0
-    tokens_per_s: float | None = None
-    loss: float | None = None
-    left_s: float | None = None
-    reason: str = ""
-
-    @property
-    def over(self) -> bool:
-        """Return whether its state will not change any more."""
-        return not self.slurm and self.state not in ("new", "waiting", "starting", "running", "unknown")
-
-
-@dataclass(frozen=True)
-class Overview:
-    """Hold all rows and, when Slurm did not answer, its error in `trouble`."""
-
-    rows: tuple[Row, ...]
-    trouble: str = ""
-
-    def frame(self) -> pd.DataFrame:
-        """Return the rows as a data frame."""
-        import pandas as pd
-
-        return pd.DataFrame([row.__dict__ for row in self.rows], columns=[f.name for f in fields(Row)])
-
-    def table(self, width: int | None = None) -> Any:
-        """Return the rows as a rich table, or one line when there are none, for terminals and notebooks.
-
-        Args:
-            width: characters of a line; what does not fit is left out, the names of Slurm first, a run and its state
-                never. None has room for all.
-        """
-        from rich.table import Table
-        from rich.text import Text
-
-        counts: dict[str, int] = {}
-        for row in self.rows:
-            counts[row.state] = counts.get(row.state, 0) + 1
-        title = ", ".join(f"{n} {state}" for state, n in counts.items()) or "nothing submitted (by these names)"
-        title += f" · {plain(self.trouble)}" if self.trouble else ""
-        if not self.rows:
-            return Text(title)
-        view = Table(title=Text(title, "table.title"), title_justify="left")
-        columns: dict[str, Callable[[Row], str]] = {
-            "experiment": lambda row: row.experiment,
-            "run": lambda row: row.what,
-            "log": lambda row: row.id if "/" in row.id else row.id.rpartition("-")[2],
-            "state": lambda row: row.state,
-            "Slurm": lambda row: row.slurm,
-            "job": lambda row: row.job,
-            "node": lambda row: row.node,
-            "step": lambda row: f"{row.step}/{row.steps}" if row.steps else "",
-            "loss": lambda row: f"{row.loss:.3f}" if row.loss is not None else "",
-            "tokens/s": lambda row: f"{row.tokens_per_s:,.0f}" if row.tokens_per_s else "",
-            "left": lambda row: duration(row.left_s) if row.left_s is not None else "",
-            "why": lambda row: row.reason,
-        }
-        cells = {name: [plain(text(row)) for row in self.rows] for name, text in columns.items()}
-        cells = {name: texts for name, texts in cells.items() if any(texts)}
-        least = {name: max(map(len, (name, *texts))) for name, texts in cells.items()}
-        least |= {name: min(least[name], characters) for name, characters in _WRAPPED.items() if name in least}
-        for name in _LEFT_OUT:
-            if width is not None and sum(n + 3 for n in least.values()) >= width:
-                least.pop(name, None)
-        cells = {name: cells[name] for name in least}
-        for name in cells:
-            number = name in ("step", "loss", "tokens/s", "left")
-            justify: Any = "right" if number else "left"
-            wraps = name in _WRAPPED
-            view.add_column(name, justify=justify, no_wrap=not wraps, overflow="fold", min_width=least[name])
-        for texts in zip(*cells.values(), strict=True):
-            # As `Text`: in a string, rich would take a parameter such as [/b] for markup.
-            view.add_row(
-                *(Text(t, _COLORS.get(t, "") if n == "state" else "") for n, t in zip(cells, texts, strict=True))
-            )
-        return view
-
-    def _repr_mimebundle_(self, **options: Any) -> Any:
-        return self.table()._repr_mimebundle_(**{"include": [], "exclude": [], **options})
-
-    def __rich_console__(self, console: Any, options: Any) -> Iterator[Any]:
-        yield self.table(options.max_width)
 
 
 def overview(names: Sequence[str] = (), *, everything: bool = False, store: RunStore | None = None) -> Overview:

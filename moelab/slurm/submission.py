@@ -11,7 +11,8 @@ The other files are submitit's. A job loads the callable that it runs from ``*_s
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Self, TypeVar
@@ -19,6 +20,7 @@ from typing import Any, Literal, Self, TypeVar
 from moelab import paths
 from moelab.config import from_json
 from moelab.files import read_json, write_json
+from moelab.report.sweep import Sweep
 
 T = TypeVar("T")
 
@@ -51,6 +53,7 @@ class Submission:
         created: time, ISO 8601.
         cluster: "slurm", or "local" for processes of one machine.
         publish: whether its notebooks go into the published results instead of the user's own.
+        sweep: the sweep whose points its notebooks are, with all of its points; None where it is no sweep.
     """
 
     id: str
@@ -61,6 +64,7 @@ class Submission:
     parts: list[Part] = field(default_factory=list)
     cluster: Literal["slurm", "local"] = "slurm"
     publish: bool = False
+    sweep: Sweep | None = None
 
     @property
     def folder(self) -> Path:
@@ -147,6 +151,27 @@ class Progress:
 def outcome(folder: Path, part: str) -> Outcome | None:
     """Return how a notebook ended; None before its end. ValueError, one line, for a file that does not say so."""
     return _read(Outcome, folder / f"{part}.json")
+
+
+def outcomes(
+    records: Sequence[Submission], experiment: str, values: Mapping[str, Any]
+) -> Iterator[tuple[Part, Outcome]]:
+    """Yield how the notebooks with these parameters ended, in the order of the submissions; without unreadable ones."""
+    for record in records:
+        for part in record.parts:
+            if record.experiment == experiment and part.values == values:
+                with contextlib.suppress(ValueError):  # an outcome cut short counts as none
+                    if ended := outcome(record.folder, part.name):
+                        yield part, ended
+
+
+def results(experiment: str, points: Sequence[Mapping[str, Any]]) -> list[Path | None]:
+    """Return the newest result of the notebook with each of these parameters, None where there is none."""
+    known = submissions()
+    return [
+        next((path for _, e in outcomes(known, experiment, p) if e.result and (path := Path(e.result)).exists()), None)
+        for p in points
+    ]
 
 
 def set_outcome(folder: Path, part: str, outcome: Outcome) -> None:

@@ -6,7 +6,6 @@ recorded the job's id. `moelab.slurm.submission` describes the files.
 
 from __future__ import annotations
 
-import contextlib
 import re
 import secrets
 import time
@@ -19,6 +18,7 @@ from filelock import FileLock
 
 from moelab import paths
 from moelab.config.parallel import ParallelConfig
+from moelab.report.sweep import Sweep
 from moelab.runs.spec import RunSpec, closure
 from moelab.runs.store import RunStore
 from moelab.slurm import executor, local, queue, snapshot
@@ -26,7 +26,7 @@ from moelab.slurm.attempt import Limits
 from moelab.slurm.callables import ExecuteNotebook, TrainRun
 from moelab.slurm.executor import Executor, Size
 from moelab.slurm.profiles import Profile
-from moelab.slurm.submission import Part, Submission, outcome, root, submissions
+from moelab.slurm.submission import Part, Submission, outcomes, root, submissions
 
 _ARRAY = 500  # the default of Slurm's MaxArraySize is 1001
 Jobs = Mapping[tuple[str, str, int], queue.Job]
@@ -82,6 +82,7 @@ def submit(
     again: bool = False,
     publish: bool = False,
     dry_run: bool = False,
+    sweep: Sweep | None = None,
     store: RunStore | None = None,
 ) -> Plan:
     """Queue the unfinished runs and, after them, their notebooks. What is finished or in the queue is not queued again.
@@ -94,6 +95,7 @@ def submit(
         again: also execute notebooks whose complete result exists.
         publish: into the published results instead of the user's own.
         dry_run: only return the plan; nothing is written or queued.
+        sweep: the sweep whose points the notebooks are; the last of them to end publishes the comparison of all.
         store: where the runs are; by default the store of MOELAB_HOME.
 
     Raises:
@@ -110,6 +112,7 @@ def submit(
         if profile.cluster == "slurm":
             jobs |= queue.jobs()
         plan = _plan(name, notebooks, profile, with_notebooks, again, publish, store, jobs)
+        plan.submission.sweep = sweep
         if plan.scripts:
             for text in {_header(text): None for text in plan.scripts.values() if text}:
                 queue.check(text)
@@ -299,14 +302,10 @@ def _notebook_queued(
 
 def _notebook_done(earlier: Sequence[Submission], name: str, values: Mapping[str, Any], runs: Sequence[str]) -> bool:
     """Return whether a notebook with these parameters and runs has published a result without missing runs."""
-    for submission in earlier:
-        for part in submission.parts:
-            if submission.experiment == name and part.values == values and part.runs == runs:
-                with contextlib.suppress(ValueError):  # an outcome cut short counts as none
-                    ended = outcome(submission.folder, part.name)
-                    if ended and ended.result and not ended.missing and Path(ended.result).exists():
-                        return True
-    return False
+    return any(
+        part.runs == runs and ended.result and not ended.missing and Path(ended.result).exists()
+        for part, ended in outcomes(earlier, name, values)
+    )
 
 
 def _header(text: str) -> str:

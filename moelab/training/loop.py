@@ -324,7 +324,7 @@ class Trainer:
             further = self.distiller.loss(tokens_BT[rows], step, number) if self.distiller else None
             with torch.autocast(config.device, torch.bfloat16, enabled=config.dtype == "bf16"):
                 output = module(tokens_BT[rows], targets_BT=targets_BT[rows], further=further)
-            routing_loss = output.routing_loss(self.model_config)
+            routing_loss = output.routing_loss()
             if part == parts - 1:
                 self.sync.arm()
             ((output.loss + routing_loss) / parts).backward()

@@ -1,10 +1,13 @@
 "use strict";
-// Interactive charts of curves, drawn with uPlot: hover to read values, drag to zoom, choose arms, seeds and the arm to subtract.
+// Interactive charts of curves, drawn with uPlot: hover or use the arrow keys to read values, drag to zoom, choose arms, seeds, axis
+// and the arm to subtract; differences have the paper's points beside them. The choices stand in the address.
 // Each figure's picture stays in the page, and is what there is without a script.
 (() => {
   // Two-sided 97.5 % points of Student's distribution by degrees of freedom; from 30 on those of the normal one.
   const STUDENT = [12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.16, 2.145, 2.131, 2.12, 2.11, 2.101, 2.093, 2.086, 2.08, 2.074, 2.069, 2.064, 2.06, 2.056, 2.052, 2.048, 2.045];
   const student = (n) => STUDENT[n - 2] ?? 1.96;
+  const BANDS = 3; // more bands cover one another
+  const ROWS = 40; // of the table
   const dark = () => getComputedStyle(document.documentElement).colorScheme === "dark" || (getComputedStyle(document.documentElement).colorScheme !== "light" && matchMedia("(prefers-color-scheme: dark)").matches);
   const css = (name) => {
     const probe = document.body.appendChild(Object.assign(document.createElement("span"), { style: `color: var(${name})` }));
@@ -19,6 +22,7 @@
     return node;
   };
   const tokens = (n) => (n >= 1e9 ? `${+(n / 1e9).toPrecision(3)} B` : n >= 1e6 ? `${+(n / 1e6).toPrecision(3)} M` : `${Math.round(n / 1e3)} k`);
+  const percent = (share) => `${+(100 * share).toPrecision(2)} %`;
   const number = (v, digits, signed) => ((signed && v > 0 ? "+" : "") + v.toFixed(digits)).replace("-", "−");
 
   function table(data) {
@@ -46,19 +50,28 @@
     return found;
   }
 
-  function chart(box) {
+  // The paper's difference of two arms at the same share of the training: Map of share to [value, uncertainty].
+  function published(data, arm, base) {
+    const theirs = new Map((data.paper[base] ?? []).map(([share, loss, wide]) => [share, [loss, wide]]));
+    return new Map((data.paper[arm] ?? []).filter(([share]) => theirs.has(share)).map(([share, loss, wide]) => [share, [loss - theirs.get(share)[0], wide + theirs.get(share)[1]]]));
+  }
+
+  function chart(box, name) {
     const data = JSON.parse(box.querySelector("script").textContent);
     const all = table(data);
     const arms = Object.keys(data.arms);
     const seeds = [...new Set(data.series.map(([, seed]) => seed))].sort((a, b) => a - b);
-    const xs = [...new Set(data.grids.flat())].sort((a, b) => a - b);
     const gap = data.values === "gap";
     const label = box.dataset.label;
+    const shares = arms.every((arm) => data.whole[arm]);
+    const beside = shares && arms.some((arm) => data.paper[arm].length) && (gap ? data.paper[data.against]?.length : true);
 
     const option = (value, text) => make("option", { value }, text);
-    const show = make("select", {}, option("", gap ? "as in the picture" : "loss"), ...arms.map((arm) => option(arm, `minus ${arm}`)));
+    const show = make("select", {}, option("", gap ? `minus ${data.against || "the reference"}` : "loss"), ...arms.map((arm) => option(arm, gap ? `less ${arm}` : `minus ${arm}`)));
     const which = make("select", {}, option("mean", seeds.length > 1 ? "mean of seeds, 95 % interval" : "the one seed"), ...(seeds.length > 1 ? [option("each", "each seed"), ...seeds.map((seed) => option(seed, `seed ${seed}`))] : []));
     const part = make("select", {}, option("0", "all tokens"), option("0.25", "from a quarter on"), option("0.5", "the last half"), option("0.75", "the last quarter"));
+    const along = make("select", {}, option("tokens", "training tokens"), option("share", "share of the paper’s training"));
+    if (beside && gap) along.value = "share";
     const switches = {}, values = {};
     const legend = make("fieldset", { class: "arms" }, make("legend", {}, "Arms"));
     for (const arm of arms) {
@@ -70,79 +83,135 @@
       swatch.style.setProperty("--dark", data.arms[arm][1]);
       legend.append(make("label", {}, switches[arm], swatch, ` ${arm} `, values[arm]));
     }
-    const at = make("span", { class: "soft at" });
-    const area = make("div", { class: "area", role: "img", "aria-label": `${label}. Interactive; the numbers are in the data file below.` });
+    const at = make("span", { class: "soft at", "aria-live": "polite" });
+    const area = make("div", { class: "area", role: "group", tabindex: "0", "aria-label": `${label}. Chart; the arrow keys read its values, the table has them all.` });
+    const grid = make("div", { class: "grid scroll", tabindex: "0", role: "group", "aria-label": "Values of the chart" });
+    grid.hidden = true;
+    const tab = make("button", { type: "button", class: "button", "aria-pressed": "false" }, "Table");
     const controls = make("div", { class: "controls" },
-      make("label", {}, "Show ", show), ...(seeds.length > 1 ? [make("label", {}, "Seeds ", which)] : []), ...(data.along ? [make("label", {}, "Range ", part)] : []));
-    const help = make("p", { class: "soft small" }, "Move over the chart to read values; drag to zoom, double-click to see all again.");
-    box.append(controls, area, make("div", { class: "read" }, legend, at), help);
+      make("label", {}, "Show ", show), ...(seeds.length > 1 ? [make("label", {}, "Seeds ", which)] : []),
+      ...(shares ? [make("label", {}, "Over ", along)] : []), ...(data.along ? [make("label", {}, "Range ", part)] : []), tab);
+    const note = beside ? " Diamonds: the paper’s Fig 1 at the same share of its training, along one run, beside differences." : "";
+    const help = make("p", { class: "soft small" }, `Move over the chart, or use the arrow keys, to read values; drag to zoom, double-click to see all again.${note}`);
+    box.append(controls, area, grid, make("div", { class: "read" }, legend, at), help);
+
+    // The choices, as they stand in the address under the figure's name.
+    const selects = { show, seeds: which, over: along, range: part };
+    const first = Object.fromEntries(Object.entries(selects).map(([key, select]) => [key, select.value]));
+    const said = new URLSearchParams(new URLSearchParams(location.search).get(name) ?? "");
+    for (const [key, select] of Object.entries(selects)) if ([...select.options].some((o) => o.value === said.get(key))) select.value = said.get(key);
+    const off = said.get("off")?.split("|") ?? [];
+    for (const arm of arms) if (off.includes(arm)) switches[arm].checked = false;
+    function remember() {
+      const state = new URLSearchParams(Object.entries(selects).filter(([key, select]) => select.value !== first[key]).map(([key, select]) => [key, select.value]));
+      const hidden = arms.filter((arm) => !switches[arm].checked);
+      if (hidden.length) state.set("off", hidden.join("|"));
+      const asked = new URLSearchParams(location.search);
+      if (state.size) asked.set(name, state.toString());
+      else asked.delete(name);
+      const address = location.pathname + (asked.size ? `?${asked}` : "") + location.hash;
+      if (address !== location.pathname + location.search + location.hash) history.replaceState(null, "", address);
+    }
 
     let plot, drawn = [];
     const shown = () => arms.filter((arm) => switches[arm].checked && arm !== show.value);
+    const place = (arm, x) => (along.value === "share" ? x / data.whole[arm] : x);
+    const where = (x) => (along.value === "share" ? `${percent(x)} of the paper’s training` : `${tokens(x)} tokens`);
+
+    // For each arm: where it has values, their means and bounds, each seed's, and the paper's.
+    function curves() {
+      const base = show.value;
+      const last = Math.max(...data.grids.flat());
+      const chosen = which.value === "mean" || which.value === "each" ? seeds : [Number(which.value)];
+      return shown().map((arm) => {
+        const found = Object.values(lines(all, arm, base, chosen)).filter((points) => points.size);
+        const points = new Map();
+        for (const x of [...new Set(found.flatMap((one) => [...one.keys()]))].sort((a, b) => a - b)) {
+          if (x < last * Number(part.value)) continue;
+          const there = found.map((one) => one.get(x)).filter((y) => y !== undefined);
+          const n = there.length, mean = there.reduce((sum, y) => sum + y, 0) / n;
+          const half = n > 1 ? student(n) * Math.sqrt(there.reduce((sum, y) => sum + (y - mean) ** 2, 0) / (n - 1) / n) : 0;
+          points.set(place(arm, x), { mean, half, each: found.map((one) => one.get(x) ?? null), n });
+        }
+        const theirs = along.value === "share" && Number(part.value) === 0 ? (gap ? (base ? new Map() : published(data, arm, data.against)) : base ? published(data, arm, base) : new Map()) : new Map();
+        return { arm, points, seeds: found.length, theirs };
+      }).filter(({ points }) => points.size);
+    }
 
     function draw() {
       plot?.destroy();
-      const night = dark();
-      const base = show.value;
-      const difference = gap || Boolean(base);
-      const first = xs[0] + (xs.at(-1) - xs[0]) * Number(part.value);
-      const x = xs.filter((v) => v >= first);
-      const columns = [x], series = [{}], bands = [];
-      drawn = [];
+      remember();
+      const night = dark(), base = show.value, difference = gap || Boolean(base), share = along.value === "share";
       for (const arm of arms) switches[arm].closest("label").classList.toggle("off", arm === base);
-      for (const arm of shown()) {
+      drawn = curves();
+      const x = [...new Set(drawn.flatMap(({ points, theirs }) => [...points.keys(), ...theirs.keys()]))].sort((a, b) => a - b);
+      const columns = [x], series = [{}], bands = [];
+      for (const { arm, points, theirs, seeds: n } of drawn) {
         const color = data.arms[arm][night ? 1 : 0];
-        const chosen = which.value === "mean" || which.value === "each" ? seeds : [Number(which.value)];
-        const found = Object.values(lines(all, arm, base, chosen)).filter((points) => points.size);
-        if (!found.length) continue;
-        const line = (column, extra = {}) => {
-          columns.push(column);
+        const line = (value, extra = {}) => {
+          columns.push(x.map((v) => (points.has(v) ? value(points.get(v)) : null)));
           series.push({ stroke: color, width: 2, spanGaps: true, points: { show: !data.along, size: 6 }, ...extra });
           return columns.length - 1;
         };
-        if (which.value === "each") {
-          found.forEach((points) => line(x.map((v) => points.get(v) ?? null), { width: 1.2 }));
-        }
-        const means = [], lows = [], highs = [];
-        for (const v of x) {
-          const there = found.map((points) => points.get(v)).filter((y) => y !== undefined);
-          const n = there.length;
-          if (!n) {
-            means.push(null), lows.push(null), highs.push(null);
-            continue;
-          }
-          const mean = there.reduce((sum, y) => sum + y, 0) / n;
-          const half = n > 1 ? student(n) * Math.sqrt(there.reduce((sum, y) => sum + (y - mean) ** 2, 0) / (n - 1) / n) : 0;
-          means.push(mean), lows.push(mean - half), highs.push(mean + half);
-        }
-        if (which.value !== "each") {
-          line(means);
-          if (found.length > 1) {
+        if (which.value === "each") for (let i = 0; i < n; i++) line(({ each }) => each[i] ?? null, { width: 1.2 });
+        else {
+          line(({ mean }) => mean);
+          if (n > 1 && drawn.length <= BANDS) {
             const quiet = { width: 0, stroke: "transparent", points: { show: false } };
-            const high = line(highs, quiet), low = line(lows, quiet);
-            bands.push({ series: [high, low], fill: color + "2b" });
+            bands.push({ series: [line(({ mean, half }) => mean + half, quiet), line(({ mean, half }) => mean - half, quiet)], fill: color + "2b" });
           }
         }
-        drawn.push({ arm, means, lows, highs, n: found.length });
+        if (theirs.size) {
+          columns.push(x.map((v) => theirs.get(v)?.[0] ?? null));
+          series.push({ stroke: color, width: 0, paths: () => null, points: { show: (u, i) => (diamonds(u, i, theirs, color), false) } });
+        }
       }
-      const ink = css("--soft"), grid = css("--line");
-      const axis = { stroke: ink, grid: { stroke: grid, width: 1 }, ticks: { stroke: grid, width: 1 }, font: "12px system-ui, sans-serif", labelFont: "12px system-ui, sans-serif" };
-      const unit = "nats per token";
-      const what = base ? `minus ${base} (${unit})` : gap ? `difference (${unit})` : `${data.along ? "" : "final "}validation loss (${unit})`;
+      const ink = css("--soft"), rule = css("--line"), unit = "nats per token";
+      const axis = { stroke: ink, grid: { stroke: rule, width: 1 }, ticks: { stroke: rule, width: 1 }, font: "12px system-ui, sans-serif", labelFont: "12px system-ui, sans-serif" };
+      const what = base ? `minus ${base} (${unit})` : gap ? `minus ${data.against || "the reference"} (${unit})` : `${data.along ? "" : "final "}validation loss (${unit})`;
+      const log = !data.along || (share && drawn.some(({ theirs }) => theirs.size));
+      const marks = share ? [0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1] : x;
       plot = new uPlot({
         width: area.clientWidth,
         height: Math.max(260, Math.min(400, Math.round(area.clientWidth * 0.55))),
         legend: { show: false },
-        scales: { x: data.along ? { time: false } : { time: false, distr: 3, range: (u, low, high) => [low / 1.1, high * 1.1] }, y: { range: (u, low, high) => (low === null ? [0, 1] : uPlot.rangeNum(difference ? Math.min(low, 0) : low, difference ? Math.max(high, 0) : high, 0.06, false)) } },
+        scales: {
+          x: log ? { time: false, distr: 3, range: (u, low, high) => [low / 1.1, high * 1.1] } : { time: false },
+          y: { range: (u, low, high) => (low === null ? [0, 1] : uPlot.rangeNum(difference ? Math.min(low, 0) : low, difference ? Math.max(high, 0) : high, 0.06, false)) },
+        },
         cursor: { drag: { x: true, y: false }, points: { size: 6 } },
         axes: [
-          { ...axis, label: "training tokens", values: (u, ticks) => ticks.map(tokens), space: 70, ...(data.along ? {} : { splits: (u) => u.data[0], filter: (u, ticks) => ticks }) },
+          { ...axis, label: share ? "share of the paper’s training, by tokens a parameter" : "training tokens", values: (u, ticks) => ticks.map((v) => (v === null ? "" : share ? percent(v) : tokens(v))), space: share ? 48 : 70, ...(log ? { splits: (u) => marks.filter((v) => v >= u.scales.x.min && v <= u.scales.x.max), filter: (u, ticks) => ticks } : {}) },
           { ...axis, label: what, size: 62, values: (u, ticks) => ticks.map((v) => String(+v.toFixed(4)).replace("-", "−")) },
         ],
         series, bands,
         hooks: { setCursor: [(u) => read(u.cursor.idx)], drawAxes: [(u) => difference && zero(u, ink)] },
       }, columns, area);
       read(null);
+      if (!grid.hidden) fill();
+    }
+
+    function diamonds(u, i, theirs, color) {
+      const { ctx } = u, size = 5 * devicePixelRatio;
+      ctx.save();
+      ctx.strokeStyle = color;
+      ctx.fillStyle = css("--ground");
+      ctx.lineWidth = 1.6 * devicePixelRatio;
+      for (const [share, [value, wide]] of theirs) {
+        if (share < u.scales.x.min || share > u.scales.x.max) continue;
+        const x = u.valToPos(share, "x", true), y = u.valToPos(value, "y", true);
+        ctx.beginPath();
+        ctx.moveTo(x, u.valToPos(value - wide, "y", true));
+        ctx.lineTo(x, u.valToPos(value + wide, "y", true));
+        ctx.stroke();
+        ctx.beginPath();
+        ctx.moveTo(x, y - size);
+        for (const [dx, dy] of [[size, 0], [0, size], [-size, 0]]) ctx.lineTo(x + dx, y + dy);
+        ctx.closePath();
+        ctx.fill();
+        ctx.stroke();
+      }
+      ctx.restore();
     }
 
     function zero(u, color) {
@@ -159,17 +228,48 @@
       u.ctx.restore();
     }
 
+    const signed = () => gap || Boolean(show.value);
+    const written = ({ mean, half, n }) => number(mean, 3, signed()) + (n > 1 ? ` ±${half.toFixed(3)}` : "");
+
     // Write the values under the pointer, or the last ones, beside the names of the arms.
     function read(index) {
-      const i = index ?? plot.data[0].length - 1;
-      const signed = gap || Boolean(show.value);
-      at.textContent = plot.data[0].length ? `at ${tokens(plot.data[0][i])} tokens` : "";
+      const x = plot.data[0], i = index ?? Math.max(...drawn.map(({ points }) => x.indexOf([...points.keys()].at(-1))), -1);
+      at.textContent = i >= 0 ? `at ${where(x[i])}` : "";
       for (const arm of arms) values[arm].textContent = arm === show.value ? "(subtracted)" : "";
-      for (const { arm, means, lows, highs, n } of drawn)
-        if (means[i] !== null && means[i] !== undefined)
-          values[arm].textContent = number(means[i], 3, signed) + (n > 1 ? ` ±${((highs[i] - lows[i]) / 2).toFixed(3)}` : "");
+      // Arms are evaluated at different shares of the training: the last point before counts.
+      const before = (points) => points.get([...points.keys()].filter((at) => at <= x[i]).at(-1));
+      for (const { arm, points, theirs } of drawn)
+        values[arm].textContent = (before(points) && x[i] <= [...points.keys()].at(-1) * 1.1 ? written(before(points)) : "") + (theirs.has(x[i]) ? ` ◇ ${number(theirs.get(x[i])[0], 3, true)}` : "");
     }
 
+    function step(by) {
+      const x = plot.data[0];
+      const next = Math.max(0, Math.min(x.length - 1, (plot.cursor.idx ?? (by > 0 ? -1 : x.length)) + by));
+      plot.setCursor({ left: plot.valToPos(x[next], "x"), top: plot.over.clientHeight / 2 });
+    }
+
+    function fill() {
+      const rows = [...new Set(drawn.flatMap(({ points, theirs }) => [...points.keys(), ...theirs.keys()]))].sort((a, b) => a - b);
+      const every = Math.ceil(rows.length / ROWS), kept = rows.filter((_, i) => (rows.length - 1 - i) % every === 0);
+      const columns = drawn.flatMap(({ arm, points, theirs }) => [[arm, (x) => (points.has(x) ? written(points.get(x)) : "")], ...(theirs.size ? [[`${arm}, the paper’s`, (x) => (theirs.has(x) ? `${number(theirs.get(x)[0], 3, true)} ±${theirs.get(x)[1].toFixed(3)}` : "")]] : [])]);
+      grid.replaceChildren(make("table", {},
+        make("caption", {}, every > 1 ? `Every ${every}th of ${rows.length} points; the data file has all.` : ""),
+        make("thead", {}, make("tr", {}, make("th", { scope: "col" }, along.value === "share" ? "share of training" : "tokens"), ...columns.map(([head]) => make("th", { scope: "col", class: "n" }, head)))),
+        make("tbody", {}, ...kept.map((x) => make("tr", {}, make("th", { scope: "row" }, along.value === "share" ? percent(x) : tokens(x)), ...columns.map(([, cell]) => make("td", { class: "n" }, cell(x))))))));
+    }
+
+    tab.addEventListener("click", () => {
+      grid.hidden = !grid.hidden;
+      area.hidden = !grid.hidden;
+      tab.setAttribute("aria-pressed", String(!grid.hidden));
+      draw();
+    });
+    area.addEventListener("keydown", (event) => {
+      const by = { ArrowLeft: -1, ArrowRight: 1, Home: -Infinity, End: Infinity }[event.key];
+      if (!by) return;
+      event.preventDefault();
+      step(by);
+    });
     box.addEventListener("input", draw);
     new ResizeObserver(() => plot && area.clientWidth && Math.abs(plot.width - area.clientWidth) > 2 && draw()).observe(area);
     matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => plot && draw());
@@ -178,23 +278,18 @@
   }
 
   for (const box of document.querySelectorAll(".chart")) {
-    // A picture of one panel shows the same curves along training: the chart takes its place. Others, which show the paper's
-    // values or more beside ours, stay above it.
-    const picture = box.parentElement.querySelector(".picture");
-    const alone = Number(box.dataset.panels) === 1 && JSON.parse(box.querySelector("script").textContent).along;
-    const button = make("button", { type: "button", class: "button", "aria-expanded": String(alone) }, alone ? "Show the picture" : "Hover, zoom, switch arms");
-    const holder = make("p", { class: "actions" }, button);
-    box.before(holder);
+    const button = make("button", { type: "button", class: "button", "aria-expanded": "false" }, "Read, zoom, switch arms");
+    box.before(make("p", { class: "actions" }, button));
+    const name = box.dataset.name;
     let draw;
     const set = (open) => {
       box.hidden = !open;
-      if (alone) picture.hidden = open;
-      button.textContent = open ? (alone ? "Show the picture" : "Close the chart") : "Hover, zoom, switch arms";
+      button.textContent = open ? "Close the chart" : "Read, zoom, switch arms";
       button.setAttribute("aria-expanded", String(open));
-      if (open && !draw) draw = chart(box);
+      if (open && !draw) draw = chart(box, name);
       if (open) draw();
     };
     button.addEventListener("click", () => set(box.hidden));
-    set(alone || (matchMedia("(max-width: 46rem)").matches && !picture.querySelector("source")));
+    set(new URLSearchParams(location.search).has(name));
   }
 })();

@@ -39,6 +39,21 @@ def test_where_all_are_slow_none_is_left_out():
     assert list(times) == ["a", "b"], "the candidate that ratios refer to is there"
 
 
+def test_long_rounds_are_announced_before_they_begin(monkeypatch, capsys):
+    now, said = [0.0], []
+    monkeypatch.setattr(harness.time, "monotonic", lambda: now[0])
+
+    def turn(_) -> None:
+        said.append(capsys.readouterr().out)
+        now[0] += 20
+
+    harness.in_turns({"a": turn, "b": turn}, lambda i: i, Timing(rounds=3, warm_up=1, budget_s=1000))
+    assert said == ["", "", "  2 candidates in turns, up to 3 rounds: about 2 min 00 s\n", "", "", "", "", ""]
+    monkeypatch.setattr(harness, "LONG_S", 1000.0)
+    harness.in_turns({"a": turn, "b": turn}, lambda i: i, Timing(rounds=3, warm_up=1))
+    assert not any(said[8:])
+
+
 def test_a_candidate_may_measure_itself():
     found = harness.in_turns({"a": lambda i: [i, i]}, lambda i: i, Timing(2, warm_up=1), lambda call, i: call(i))
     assert found == {"a": [[1, 1], [2, 2]]}
@@ -80,7 +95,7 @@ def test_published_rows_are_drawn(name, tmp_path):
         == len({exchange._kind(r["candidate"]) if name == "exchange" else r["candidate"] for r in found}) - 1
     )
     plot.save(figure, tmp_path / name)
-    assert (tmp_path / f"{name}.svg").exists() and (tmp_path / f"{name}.png").stat().st_size > 10_000
+    assert (tmp_path / f"{name}.svg").stat().st_size > 10_000
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from moelab.bench import gate as gate_bench
-from moelab.bench import layer, parts
+from moelab.bench import layer
 from moelab.bench.harness import Timing
 from moelab.bench.inputs import HiddenStates
 from moelab.bench.layer import LayerSize
@@ -107,23 +107,23 @@ def test_the_command_measures_every_case(tmp_path):
     layer.main(sizes=sizes, threads=[1, 2], timing=Timing(3, warm_up=0), only=only, out=tmp_path)
     rows = [json.loads(line) for line in (tmp_path / "layer.jsonl").read_text().splitlines()]
     assert [(r["threads"], r["experts"]) for r in rows[::3]] == [(1, 4), (1, 8), (2, 4), (2, 8)]
-    assert (tmp_path / "layer.png").stat().st_size > 10_000 and (tmp_path / "layer.svg").exists()
+    assert (tmp_path / "layer.svg").stat().st_size > 10_000
 
 
 def test_parts_of_both_forms_give_the_same_tokens():
     torch.manual_seed(0)
     x, logits = torch.randn(60, 16), torch.randn(60, 4)
     with torch.no_grad():
-        made = [form(x, logits, 60) for form in (parts.ours, parts.masks)]
+        made = [form(x, logits, 60) for form in (gate_bench.our_parts, gate_bench.mask_parts)]
     for part in ("combine", "all three"):
         torch.testing.assert_close(*(calls[part]() for calls in made))
     torch.testing.assert_close(made[0]["combine"](), made[0]["all three"]())
 
 
 def test_parts_are_timed_round_by_round():
-    rows = parts.measure(8, 16, 4, QUICK, calls=2)
+    rows = gate_bench.measure_parts(8, 16, 4, QUICK, calls=2)
     assert [(r.case["part"], r.candidate) for r in rows] == [
-        (part, name) for part in parts.PARTS for name in (parts.OURS, parts.BASELINE)
+        (part, name) for part in gate_bench.PARTS for name in (gate_bench.OURS, gate_bench.BASELINE)
     ]
     assert all(len(r.rounds_ms) == 3 and min(r.rounds_ms) > 0 and r.case["capacity"] == 4 for r in rows)
 
@@ -142,42 +142,31 @@ def test_layers_agree_on_two_experts_a_token(monkeypatch):
         LayerSize(67, 16, 32, 7, top_k=8)
 
 
-def test_a_library_that_cannot_be_imported_costs_its_own_rows(monkeypatch):
-    def broken(*_):
-        raise ImportError("no metadata")
-
-    monkeypatch.setattr(layer.peers, "has", lambda name: name == "transformers")
-    monkeypatch.setattr(layer.peers, "MixtralLayer", broken)
-    failed = {}
-    rows = layer.measure(
-        LayerSize(8, 32, 64, 4), QUICK, only=[layer.LOOP, layer.MIXTRAL], on_failure=failed.__setitem__
-    )
-    assert [r.candidate for r in rows] == [layer.DENSE, layer.LOOP] and list(failed) == [layer.MIXTRAL]
+def broken(*_):
+    raise RuntimeError("not on this device\nmore text")
 
 
-def test_a_gate_that_raises_is_reported_and_left_out(monkeypatch):
-    def broken(*_):
-        raise AssertionError("too few tokens")
-
-    monkeypatch.setattr(gate_bench.peers, "gates", lambda: {"theirs": broken})
-    failed = {}
-    rows = gate_bench.measure(1, 4, QUICK, on_failure=failed.__setitem__)
-    assert [r.candidate for r in rows] == ["ours", "masks (baseline)"] and list(failed) == ["theirs"]
-    with pytest.raises(AssertionError, match="too few tokens"):
-        gate_bench.measure(1, 4, QUICK)
-    monkeypatch.setattr(gate_bench, "_ours", broken)
-    with pytest.raises(AssertionError, match="too few tokens"):  # there is nothing to compare with
-        gate_bench.measure(1, 4, QUICK, on_failure=failed.__setitem__)
-
-
-def test_a_candidate_that_raises_is_reported_and_left_out(monkeypatch):
-    def broken(*_):
-        raise RuntimeError("not on this device")
-
-    monkeypatch.setattr(layer, "grouped", broken)
-    size, failed = LayerSize(8, 32, 64, 4, top_k=2), {}
-    rows = layer.measure(size, QUICK, only=[layer.LOOP, layer.GROUPED], on_failure=failed.__setitem__)
-    assert [r.candidate for r in rows] == [layer.DENSE, layer.LOOP] and list(failed) == [layer.GROUPED]
+@pytest.mark.parametrize(
+    ("owner", "name", "candidate"),
+    [(layer, "grouped", layer.GROUPED), (layer.peers, "MixtralLayer", layer.MIXTRAL)],
+    ids=["when it runs", "when it is made"],
+)
+def test_a_candidate_that_raises_is_left_out_and_named(owner, name, candidate, monkeypatch, capsys):
+    monkeypatch.setattr(layer.peers, "has", lambda package: package == "transformers")
+    monkeypatch.setattr(owner, name, broken)
+    size = LayerSize(8, 32, 64, 4, top_k=2)
+    rows = layer.measure(size, QUICK)
+    assert {layer.DROP_FREE, layer.LOOP} <= {r.candidate for r in rows} and candidate not in {r.candidate for r in rows}
     assert rows[0].case["top_k"] == 2
+    assert f"left out: {candidate} raises RuntimeError: not on this device\n" in capsys.readouterr().out
+    with pytest.raises(RuntimeError, match="not on this device"):  # it was asked for
+        layer.measure(size, QUICK, only=[candidate])
+
+
+def test_another_librarys_gate_that_raises_is_left_out_and_ours_is_not(monkeypatch, capsys):
+    monkeypatch.setattr(gate_bench.peers, "gates", lambda: {"theirs": broken})
+    assert [r.candidate for r in gate_bench.measure(1, 4, QUICK)] == [gate_bench.OURS, gate_bench.MASKS]
+    assert "left out: theirs raises RuntimeError: not on this device" in capsys.readouterr().out
+    monkeypatch.setattr(gate_bench, "_ours", broken)
     with pytest.raises(RuntimeError, match="not on this device"):
-        layer.measure(size, QUICK, only=[layer.GROUPED])
+        gate_bench.measure(1, 4, QUICK)

@@ -1,6 +1,8 @@
 """`moelab bench train`: the paper's numbers of experts, uneven batches, a dtype for each family."""
 
+import functools
 import json
+import signal
 
 import pytest
 
@@ -23,10 +25,9 @@ def test_twins_have_the_papers_experts():
 def test_the_command_names_a_dtype_for_each_family(another, tmp_path, monkeypatch, capsys):
     """With `another` library than PyTorch's for fp32 products, both are measured."""
     monkeypatch.setattr(train, "onednn_is_faster", lambda: another)
-    monkeypatch.setattr(train, "SEQUENCES", 2)
     monkeypatch.setattr(harness, "product_rate", lambda *_: 1e11)
     given = dict(widths=[32], families=["dense", "PR-MoE-32/64"], dtypes=["fp32", "bf16"], steps=1, threads=1)
-    train.main(**given, timing=QUICK, out=tmp_path)
+    train.main(**given, timing=QUICK, out=tmp_path, sequences=2)
     rows = [json.loads(line) for line in (tmp_path / "train.jsonl").read_text().splitlines()]
     names = [
         "dense, fp32", "dense, bare loop, fp32", "dense, PyTorch's products, fp32", "dense, bf16", "dense, bare loop, bf16",
@@ -38,18 +39,17 @@ def test_the_command_names_a_dtype_for_each_family(another, tmp_path, monkeypatc
         flops = train.twin(row["family"], 32).flops_per_token()
         assert row["floor_ms"] == pytest.approx(2 * 128 * flops / 1e11 * 1e3)
     said = capsys.readouterr().out
-    assert said.count("use fp32") + said.count("use bf16") == 2 and (tmp_path / "train.png").exists()
+    assert said.count("use fp32") + said.count("use bf16") == 2 and (tmp_path / "train.svg").exists()
 
 
 def test_a_student_has_a_teacher(monkeypatch):
-    monkeypatch.setattr(train, "SEQUENCES", 2)
     monkeypatch.setattr(train, "onednn_is_faster", lambda: False)
     monkeypatch.setattr(harness, "product_rate", lambda *_: 1e11)
     heard = []
     further = train.Distiller.loss
     monkeypatch.setattr(train.Distiller, "loss", lambda *given: heard.append(further(*given)) or heard[-1])
-    families = ["PR-MoE-32/64", "PR-MoE+L21 + KD"]
-    teacher, student = train.measure(32, families=families, dtypes=["fp32"], steps=1, threads=1, timing=QUICK)
+    given = dict(families=["PR-MoE-32/64", "PR-MoE+L21 + KD"], dtypes=["fp32"], steps=1, threads=1, sequences=2)
+    teacher, student = train.measure(32, **given, timing=QUICK)
     assert len(heard) == 3 and None not in heard, "a warm-up and two rounds"
     flops = train.twin("PR-MoE+L21 + KD", 32).flops_per_token() + train.twin("PR-MoE-32/64", 32).flops_per_token() / 3
     assert student.floor_ms == pytest.approx(2 * 128 * flops / 1e11 * 1e3) and student.floor_ms > teacher.floor_ms
@@ -86,6 +86,7 @@ def test_side_by_side_returns_a_speed_each_round():
         (dict(dtypes=["fp16"]), "dtype must be one of fp32, bf16, got 'fp16'"),
         (dict(widths=[40]), "width must be a multiple of 16 up to 1024, got 40"),
         (dict(steps=0), "steps must be at least 1"),
+        (dict(sequences=0), "sequences must be at least 1"),
         (dict(threads=2), "processor time needs 1 thread"),
     ],
 )
@@ -96,13 +97,17 @@ def test_bad_settings(wrong, message):
 
 
 @pytest.mark.multiprocess
-def test_apart_each_candidate_has_a_process(monkeypatch, tmp_path):
+def test_each_candidate_has_a_process(monkeypatch, tmp_path):
     monkeypatch.setattr(train, "onednn_is_faster", lambda: True)
     monkeypatch.setattr(harness, "product_rate", lambda *_: 1e11)
-    given = dict(widths=[32], families=["dense"], dtypes=["fp32"], steps=1, threads=1, out=tmp_path, apart=True)
-    train.main(**given, timing=Timing(1, warm_up=0))
-    rows = [json.loads(line) for line in (tmp_path / "train-apart.jsonl").read_text().splitlines()]
+    given = dict(widths=[32], families=["dense"], dtypes=["fp32"], steps=1, threads=1, out=tmp_path)
+    train.main(**given, sequences=2, timing=Timing(1, warm_up=0))
+    rows = [json.loads(line) for line in (tmp_path / "train.jsonl").read_text().splitlines()]
     names = ["dense, fp32", "dense, bare loop, fp32", "dense, PyTorch's products, fp32"]
     assert [row["candidate"] for row in rows] == names and all(row["apart"] and row["median_ms"] > 0 for row in rows)
-    with pytest.raises(ValueError, match="processor time is that of one process"):
-        train.main(**given, timing=QUICK)
+
+
+@pytest.mark.multiprocess
+def test_a_process_that_dies_is_one_line():
+    with pytest.raises(ValueError, match=r"^bench train: dense: .* died with exit code -9$"):
+        train.apart({"dense": functools.partial(signal.raise_signal, signal.SIGKILL)}, 1, 1, Timing(1, warm_up=0))

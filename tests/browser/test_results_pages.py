@@ -25,7 +25,7 @@ def results(publish, tmp_path_factory):
 
 
 NEWEST = "pr-moe/cpu/20260102-000000"
-PAGES = ("index.html", "runs.html", "compare.html", f"{NEWEST}/index.html", f"{NEWEST}/notebook.html", f"compare.html?a={NEWEST}&b=pr-moe/gpu/20260101-000000")  # fmt: skip
+PAGES = ("index.html", "overview.html", "claims.html", "figures.html", "about.html", "runs.html", "compare.html", f"{NEWEST}/index.html", f"{NEWEST}/notebook.html", f"compare.html?a={NEWEST}&b=pr-moe/gpu/20260101-000000")  # fmt: skip
 
 
 def shown(page, selector: str) -> list[str]:
@@ -44,7 +44,7 @@ def test_a_page_is_whole_and_accessible(results, visit, address, scheme, width):
     page.wait_for_function("[...document.images].every(i => i.complete)")
     visible = "[...document.images].filter(i => i.offsetParent)"
     assert page.evaluate(f"{visible}.every(i => i.naturalWidth > 0)")
-    assert page.evaluate(f"{visible}.length") >= ("a=" in address or "/" in address or "index" in address)
+    assert page.evaluate(f"{visible}.length") >= ("a=" in address or "/" in address or "figures" in address)
     wide = "document.documentElement.scrollWidth - document.documentElement.clientWidth"
     assert page.evaluate(wide) <= 0, "the page does not scroll sideways"
     # Without preload: axe would ask for the style sheet again, which a page from a file may not.
@@ -58,69 +58,82 @@ def test_a_page_is_whole_and_accessible(results, visit, address, scheme, width):
 
 
 def test_search_and_filters(results, visit):
-    page = visit(f"{results.as_uri()}/index.html")
-    rows, chapters, entries = "#tested tr[data-item]", "section[data-chapter]", "table.all tbody tr"
-    assert len(shown(page, rows)) == 2 and len(shown(page, entries)) == 5
-    page.get_by_label("Search").fill("moe-128's validation loss")
+    page = visit(f"{results.as_uri()}/claims.html")
+    rows = "#tested tr[data-item]"
+    search = page.locator("#filter").get_by_label("Search")
+    assert len(shown(page, rows)) == 2
+    search.fill("moe-128's validation loss")
     (row,) = shown(page, rows)
-    assert "ends within about 0.01" in row and not shown(page, entries)
-    assert "1 claim" in page.locator("#count").inner_text()
-    page.get_by_label("Search").fill("latency")
+    assert "ends within about 0.01" in row and "1 claim" in page.locator("#count").inner_text()
+    search.fill("latency")
     assert len(shown(page, "#untested tbody tr")) > 5, "claims that nothing has tested unfold when they are looked for"
-    page.get_by_label("Search").fill("")
+    search.fill("")
     page.locator("select[name=experiment]").select_option("pr-moe")
-    assert len(shown(page, rows)) == 1 and len(shown(page, chapters)) == 1 and len(shown(page, entries)) == 3
+    assert len(shown(page, rows)) == 1
     page.locator("select[name=experiment]").select_option("")
-    page.get_by_role("button", name="not reproduced").click()
+    page.locator("select[name=verdict]").select_option("trained: not reproduced")
     (row,) = shown(page, rows)
-    assert row.startswith("✗") and page.locator("select[name=verdict]").input_value() == "trained: not reproduced"
-    assert len(shown(page, "[data-forest]")) == len(shown(page, chapters)) == 1, "the filter acts on all lists"
-    assert not shown(page, "#waiting"), "and hides empty ones"
+    assert row.startswith("✗")
     page.goto(page.url)
     assert "verdict=trained" in page.url and len(shown(page, rows)) == 1, "it stands in the address"
-    page.get_by_label("Search").fill("nothing has these words")
+    search.fill("nothing has these words")
     page.get_by_role("button", name="Clear them").click()
     assert len(shown(page, rows)) == 2 and "?" not in page.url
-    page.mouse.wheel(0, 6000)
-    page.wait_for_function("scrollY > 1000")
+    page.evaluate("document.getElementById('untested').open = true; scrollTo(0, 3000)")
+    assert page.evaluate("scrollY") > 1000
     assert page.locator("#filter").bounding_box()["y"] < 100, "the filters stay in sight"
 
 
+def test_the_search_in_the_head_and_a_count_lead_to_the_claims(results, visit):
+    page = visit(f"{results.as_uri()}/{NEWEST}/index.html")
+    for _ in range(3):  # the link to the content, the start page, the search
+        page.keyboard.press("Tab")
+    page.keyboard.type("latency")
+    page.keyboard.press("Enter")
+    page.wait_for_url("**/claims.html?q=latency")
+    assert len(shown(page, "#untested tbody tr")) > 5
+    page.goto(f"{results.as_uri()}/overview.html")
+    page.get_by_role("link", name="not reproduced").click()
+    assert [row[0] for row in shown(page, "#tested tr[data-item]")] == ["✗"]
+
+
 def test_scale_switch(results, visit):
-    page = visit(f"{results.as_uri()}/index.html")
+    page = visit(f"{results.as_uri()}/figures.html")
+    chapters, entries = "section[data-chapter]", "table.all tbody tr"
     chapter = "section[data-experiment='pr-moe'] "
     (facts,) = shown(page, chapter + ".facts")
     assert facts.startswith("gpu"), "the most telling scale first"
+    assert len(shown(page, entries)) == 5
     scale = page.locator("select[name=scale]")
     scale.select_option("cpu")
     (facts,) = shown(page, chapter + ".facts")
-    assert facts.startswith("cpu")
-    assert [row.split()[0] for row in shown(page, "#tested tr[data-item]")] == ["✓", "?"]
+    assert facts.startswith("cpu") and len(shown(page, entries)) == 3
     scale.select_option("gpu")
-    assert "No result at scale gpu; there is one at cpu." in shown(
-        page, "section[data-experiment='scaling'] .elsewhere"
-    )
-    scale.select_option("")
-    assert not shown(page, ".elsewhere")
+    assert len(shown(page, chapters)) == 1, "no empty card"
+    page.locator("#filter").get_by_label("Search").fill("scaling")
+    assert not shown(page, chapters) and page.locator("#nothing").is_visible()
 
 
 def test_colour_switch(results, visit):
     page = visit(f"{results.as_uri()}/{NEWEST}/index.html")
     ground = "getComputedStyle(document.body).backgroundColor"
     assert page.evaluate(ground) == "rgb(255, 255, 255)"
-    page.locator("img.light").wait_for()  # has a size, and is visible, once it is loaded
+    page.locator("#curves img").wait_for()
     button = page.get_by_role("button", name="Colours")
     button.click()
     button.click()
     assert page.evaluate(ground) == "rgb(20, 24, 29)"
-    page.locator("img.dark").wait_for()
-    assert not page.locator("img.light").is_visible()
+    corner = page.locator("#curves img").screenshot()
+    button.click()  # auto, on a light system
+    assert page.locator("#curves img").screenshot() != corner, "the figure follows the page"
+    button.click()
+    button.click()
     page.goto(f"{results.as_uri()}/index.html")
     assert page.evaluate(ground) == "rgb(20, 24, 29)", "the choice is kept"
 
 
 def test_two_results_side_by_side(results, visit):
-    page = visit(f"{results.as_uri()}/index.html")
+    page = visit(f"{results.as_uri()}/figures.html")
     pick = page.locator("#pick")
     assert pick.get_by_role("button", name="Compare").is_disabled()
     pick.get_by_label("pr-moe, cpu, 2026-01-02").check()
@@ -143,7 +156,7 @@ def test_two_results_side_by_side(results, visit):
 
 
 def test_links_lead_from_a_claim_to_its_figure(results, visit):
-    page = visit(f"{results.as_uri()}/index.html")
+    page = visit(f"{results.as_uri()}/claims.html")
     page.locator("#tested tr[data-item] a").first.click()
     assert page.url.endswith(
         "scaling/cpu/20260101-000000/index.html#claim-moe128-350m-beats-own-base"
@@ -153,7 +166,7 @@ def test_links_lead_from_a_claim_to_its_figure(results, visit):
 
 
 def test_without_a_script_everything_is_there(results, visit):
-    page = visit(f"{results.as_uri()}/index.html", script=False)
+    page = visit(f"{results.as_uri()}/figures.html", script=False)
     assert len(shown(page, "table.all tbody tr")) == 5 and not shown(page, "#filter")
     assert len(shown(page, "section[data-experiment='pr-moe'] .facts")) == 2
 
@@ -168,7 +181,7 @@ def test_moelab_browse(results, visit, tmp_path):
     )
     try:
         address = process.stdout.readline().split(" at ")[1].split()[0]
-        page = visit(address)
+        page = visit(f"{address.rstrip('/')}/claims.html")
         start = page.url
         page.locator("#tested tr[data-item] a").first.click()
         page.wait_for_url(
@@ -180,7 +193,7 @@ def test_moelab_browse(results, visit, tmp_path):
         process.wait()
 
 
-def curve_rows(arms=("Dense", "MoE-128"), seeds=3, steps=20):
+def curve_rows(arms=("350M", "350M+MoE-128"), seeds=3, steps=20):
     """Made-up curves: the second arm is below the first by 0.1 nats per token at the end."""
     return [
         {"arm": arm, "seed": seed, "tokens": 1000 * step, "loss": 5 - 0.05 * step - 0.005 * step * i + 0.01 * seed}
@@ -201,31 +214,47 @@ def with_curves(publish, tmp_path_factory):
 def test_curves_can_be_read_switched_and_subtracted(with_curves, visit):
     page = visit(with_curves.as_uri())
     chart = page.locator(".chart")
-    assert chart.is_visible() and not page.locator("#loss-curves .picture").is_visible()
+    assert not chart.is_visible() and page.locator("#loss-curves img").is_visible()
+    page.get_by_role("button", name="Read, zoom, switch arms").click()
     assert page.locator(".chart canvas").bounding_box()["width"] > 500
     values = chart.locator(".value")
     assert values.all_inner_texts() == ["4.010 ±0.025", "3.910 ±0.025"], "the last values, with their intervals"
-    chart.get_by_label("Show").select_option("Dense")
+    chart.get_by_label("Show").select_option("350M")
     assert values.all_inner_texts() == ["(subtracted)", "−0.100 ±0.000"], "paired by seed"
+    chart.get_by_label("Over").select_option("share")
+    assert "of the paper’s training" in chart.locator(".at").inner_text()
+    chart.locator(".area").focus()
+    page.keyboard.press("End")
+    assert "◇ −0.3" in values.nth(1).inner_text(), "the paper's point at the end of its training"
+    chart.get_by_role("button", name="Table").click()
+    assert (
+        "350M+MoE-128, the paper’s" in chart.locator(".grid").inner_text() and not chart.locator(".area").is_visible()
+    )
+    chart.get_by_role("button", name="Table").click()
+    address = page.url
+    page.goto(address)
+    assert chart.get_by_label("Show").input_value() == "350M" and chart.get_by_label("Over").input_value() == "share"
+    chart.get_by_label("Over").select_option("tokens")
     chart.get_by_label("Show").select_option("")
     chart.get_by_label("Seeds").select_option("2")
     assert values.all_inner_texts() == ["4.020", "3.920"]
-    chart.get_by_role("checkbox", name="MoE-128").uncheck()
-    assert values.all_inner_texts() == ["4.020", ""]
+    chart.get_by_role("checkbox", name="350M+MoE-128").uncheck()
+    assert values.all_inner_texts() == ["4.020", ""] and "off" in page.url
+    chart.locator(".area").focus()
+    page.keyboard.press("Home")
+    assert chart.locator(".at").inner_text() == "at 1 k tokens" and values.first.inner_text() == "4.970"
     box = page.locator(".chart .u-over").bounding_box()
     page.mouse.move(box["x"] + 2, box["y"] + 50)
-    assert chart.locator(".at").inner_text() == "at 1 k tokens" and values.first.inner_text() == "4.970"
     page.mouse.down()
     page.mouse.move(box["x"] + box["width"] / 2, box["y"] + 60)
     page.mouse.up()
-    page.get_by_role("button", name="Show the picture").click()
-    page.locator("#loss-curves img.light").wait_for()  # it is loaded when it is first shown
+    page.get_by_role("button", name="Close the chart").click()
     assert not chart.is_visible()
 
 
 def test_without_a_script_the_picture_of_the_curves_is_there(with_curves, visit):
     page = visit(with_curves.as_uri(), script=False)
-    page.locator("#loss-curves img.light").wait_for()
+    page.locator("#loss-curves img").wait_for()
     assert not page.locator(".chart").is_visible()
 
 
@@ -235,23 +264,29 @@ def test_a_chart_is_accessible_and_fits(with_curves, visit, width, scheme):
     from axe_playwright_python.sync_playwright import Axe
 
     page = visit(with_curves.as_uri(), width=width, scheme=scheme)
+    page.get_by_role("button", name="Read, zoom, switch arms").click()
     assert page.locator(".chart canvas").bounding_box()["width"] <= width
     assert page.evaluate("document.documentElement.scrollWidth - document.documentElement.clientWidth") <= 0
     found = Axe().run(page, options={"preload": False}).response["violations"]
     assert [v["id"] for v in found if v["impact"] in ("serious", "critical")] == []
 
 
-def test_a_phone_gets_the_narrow_picture(with_curves, visit):
-    for width, name in ((1280, "curves.svg"), (390, "curves-narrow.svg")):
-        page = visit(with_curves.as_uri(), width=width)
-        image = page.locator("#curves img.light")
-        image.wait_for()
-        assert image.evaluate("i => i.currentSrc").endswith(f"/{name}")
+def test_runs_are_sorted_by_loss(results, visit, tmp_path):
+    page = visit(f"{results.as_uri()}/index.html")
+    heads = page.locator("table.digest thead th")
+    before = [row.split("\t")[0] for row in shown(page, "table.digest tbody tr")]
+    heads.nth(0).get_by_role("button").click()
+    names = [row.split("\t")[0] for row in shown(page, "table.digest tbody tr")]
+    assert names == sorted(names, key=str.lower) and sorted(before) == sorted(names)
+    assert heads.nth(0).get_attribute("aria-sort") == "ascending"
+    heads.nth(0).get_by_role("button").click()
+    assert [row.split("\t")[0] for row in shown(page, "table.digest tbody tr")] == names[::-1]
 
 
 def test_all_data_can_be_downloaded(results, visit):
     page = visit(f"{results.as_uri()}/index.html")
     for name in ("claims.csv", "all data (zip)"):
         assert (results / page.get_by_role("link", name=name).get_attribute("href")).stat().st_size > 1000
+    page.goto(f"{results.as_uri()}/overview.html")
     found = shown(page, ".findings > li")
     assert len(found) == 5 and "The trained twins agree with the paper on 1 of the 2 claims" in found[0]

@@ -49,7 +49,7 @@ def test_help_answers_at_once_and_loads_nothing_heavy():
         (("import", "nosuch", "new"), "'nosuch' is no directory, and no name of a published model"),
         (("import", "docs", "."), "import: . exists; choose a new directory"),
         (("check-cluster", "--device", "tpu"), "--device must be cpu or cuda"),
-        (("gpu", "--stage", "nosuch"), "gpu: no stage 'nosuch'"),
+        (("gpu", "--part", "nosuch"), "gpu: no part 'nosuch'"),
         (("run", "pr-moe", "-p", "seeds=0"), "pr-moe: seeds must be 1 to 1000"),
         (("run", "pr-moe", "-p", "parallel.data=3"), "parallel.data must divide the batch"),
         (("run", "pr-moe", "-p", "data.corpus=folder:/nowhere"), "corpus 'folder:/nowhere' is no folder"),
@@ -276,9 +276,7 @@ def test_a_benchmark_leaves_numbers_figure_and_provenance(tmp_path):
     assert done.returncode == 0, done.stderr
     assert {p.name for p in tmp_path.iterdir()} == {
         "layer.jsonl",
-        "layer.png",
         "layer.svg",
-        "layer-dark.svg",
         "layer.provenance.json",
     }
     record = json.loads((tmp_path / "layer.provenance.json").read_text())
@@ -338,7 +336,7 @@ def test_doctor_finds_this_installation_sound(tmp_path):
 def test_doctor_names_the_extras_to_install(monkeypatch, capsys):
     from moelab.cli import doctor
 
-    monkeypatch.setattr(doctor, "checks", lambda: iter([(None, "extra hf (datasets): pip install -e '.[hf]'")]))
+    monkeypatch.setattr(doctor, "checks", lambda rates: iter([(None, "extra hf (datasets): pip install -e '.[hf]'")]))
     assert doctor.report() and "pip install -e '.[hf]'" in capsys.readouterr().out
 
 
@@ -364,7 +362,7 @@ class TestPrMoeNotebook:
         (folder,) = (results / "pr-moe" / "smoke").iterdir()
         names = {p.name for p in folder.iterdir()}
         for figure in ("gap-over-tokens", "gap-to-moe128", "expert-load"):
-            assert {f"{figure}.png", f"{figure}.svg", f"{figure}.jsonl"} <= names
+            assert {f"{figure}.svg", f"{figure}.jsonl"} <= names
         summary = json.loads((folder / "summary.json").read_text())
         assert len(summary["runs"]) == 4 and not summary["missing"] and summary["seeds"] == [0, 1]
         assert summary["runs"][0]["provenance"]["versions"]["torch"] and summary["hardware"]["cores"]

@@ -98,6 +98,9 @@ def test_a_sweep_of_six_loses_only_the_points_of_a_lost_run(workplace, tmp_path)
         for o in c.get("outputs", [])
     )
     assert "MoE-32, seed 0" in shown, "the notebook says what is missing"
+    (compared,) = (workplace.home / "results" / "pr-moe" / "smoke-sweep").iterdir()
+    assert read_json(compared / "summary.json")["missing"] == [lost], "the last notebook compares the points"
+    assert len((compared / "points.jsonl").read_text().splitlines()) == 11 and (compared / "points-dark.svg").exists()
     out = moelab(
         "sweep",
         "pr-moe",

@@ -9,7 +9,8 @@ import pytest
 
 from moelab.config import DataConfig
 from moelab.data import mix5
-from moelab.data.corpus import Document, held_out, open_corpus
+from moelab.data.corpus import held_out, open_corpus
+from moelab.data.documents import Document
 from moelab.data.packages import CorpusUnavailable, Package, unpacked
 
 

@@ -7,7 +7,8 @@ import pytest
 
 from moelab.config import DataConfig
 from moelab.data import corpus, mix5, mix15
-from moelab.data.corpus import Document, held_out_groups, open_corpus
+from moelab.data.corpus import held_out_groups, open_corpus
+from moelab.data.documents import Document
 from moelab.data.mix15 import DOMAINS, Once, Text
 
 LONG = "Returns the version of the object that was stored last in the bucket."

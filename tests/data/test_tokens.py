@@ -249,7 +249,7 @@ def test_long_documents_are_cut_into_pieces_and_whole_again():
 
 
 def test_hf_corpus_is_read_once_when_it_comes_from_afar(tmp_path, monkeypatch):
-    from moelab.data import corpus
+    from moelab.data import user_text
 
     readings: list[str] = []
 
@@ -257,7 +257,7 @@ def test_hf_corpus_is_read_once_when_it_comes_from_afar(tmp_path, monkeypatch):
         readings.append(name)
         yield from ({"text": f"a document about the number {i}"} for i in range(300))
 
-    monkeypatch.setattr(corpus, "_hf_records", records)
+    monkeypatch.setattr(user_text, "_hf_records", records)
     config = DataConfig(corpus="hf:someone/numbers:en", tokenizer="bpe-260", context=4, max_documents=250)
     data = prepare(config, tmp_path)
     assert readings == ["someone/numbers"]

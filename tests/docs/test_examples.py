@@ -59,7 +59,7 @@ def test_the_example_runs_and_is_published(tmp_path):
     (summary,) = (tmp_path / "home" / "results" / "balance-loss" / "smoke").glob("*/summary.json")
     published = json.loads(summary.read_text())
     assert len(published["runs"]) == 6 and published["title"].startswith("weight 0 ends ")
-    assert (summary.parent / "balance-dark.svg").exists()
+    assert (summary.parent / "balance.svg").exists()
     assert "How much balance the gate needs" in (tmp_path / "home" / "pages" / "index.html").read_text()
 
 
@@ -74,7 +74,7 @@ rule = RoutingConfig(scores="sqrt_softplus", drop_tokens=False, balance_rate=0.0
 model = build(ModelConfig(layers=2, hidden=16, heads=2, experts=(0, 6), top_k=2, vocab=32, context=16, routing=rule), 0)
 tokens = torch.arange(16)[None]
 output = model(tokens, targets_BT=tokens)
-(output.loss + output.routing_loss(model.config)).backward()
+(output.loss + output.routing_loss()).backward()
 router = model.blocks[1].ffn.router
 assert router.weight.grad.abs().sum() > 0
 x = torch.randn(9, 16)
@@ -86,6 +86,37 @@ weight = scores.gather(1, chosen)
 torch.testing.assert_close(found.weight_SK, weight / weight.sum(1, keepdim=True))
 """
 
+
+LOSS_TERM = """
+from dataclasses import replace
+import torch
+from torch.nn import functional as F
+from moelab.config import ModelConfig, RoutingConfig
+from moelab.models import build, routing
+
+assert routing.__file__.startswith({root!r}), routing.__file__
+rule = RoutingConfig(importance_loss=0.5, drop_tokens=False)
+config = ModelConfig(layers=2, hidden=16, heads=2, experts=(0, 6), top_k=2, vocab=32, context=16, init_std=0.2, routing=rule)
+model, plain = build(config, 0), build(replace(config, routing=replace(rule, importance_loss=0.0)), 0)
+tokens, losses = torch.arange(16)[None], []
+for made in (model, plain):
+    output = made(tokens, targets_BT=tokens)
+    losses.append(float(output.routing_loss().detach()))
+    (output.loss + output.routing_loss()).backward()
+assert losses[0] > losses[1]
+router, other = (made.blocks[1].ffn.router for made in (model, plain))
+assert not torch.equal(router.weight.grad, other.weight.grad)
+x = torch.randn(9, 16)
+sums_E, found = F.linear(x, router.weight).softmax(1).sum(0), router(x)
+expected = 0.01 * found.aux_loss + 0.5 * sums_E.var(correction=0) / sums_E.mean() ** 2
+torch.testing.assert_close(found.loss, expected)
+try:
+    RoutingConfig(importance_loss=-1.0)
+except ValueError as error:
+    assert "importance_loss must be 0 or more" in str(error)
+else:
+    raise AssertionError("a negative weight")
+"""
 
 ACTIVATION = """
 import torch
@@ -166,6 +197,7 @@ assert hf.suitable_format(replace(modern, expert=replace(kind, ffn=0, feed_forwa
     ("heading", "script", "files", "lines"),
     [
         ("A new router rule", ROUTER_RULE, ["moelab/config/routing.py", "moelab/models/routing.py"], 3),
+        ("A new loss term", LOSS_TERM, ["moelab/config/routing.py", "moelab/models/routing.py"], 2),
         ("A new activation", ACTIVATION, ["kernels/activations.py", "moelab/config/feed_forward.py"], 4),
         ("A new kind of expert", EXPERT_KIND, ["moelab/config/feed_forward.py"], 3),
     ],
@@ -330,7 +362,7 @@ def test_code_of_the_pages_runs(page, tmp_path, monkeypatch):
     if page == "explore.md":
         assert len({spec.id for spec in asked}) == 6 + 4 + 2 and len(prompts) == 3
     else:
-        assert (tmp_path / "curve-dark.svg").exists()
+        assert (tmp_path / "curve.svg").exists()
 
 
 @pytest.mark.slow

@@ -63,7 +63,7 @@ def forward_backward(config: ModelConfig, module, first: int, count: int, last=l
             last()
         with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
             output = module(tokens[i : i + 1])
-        loss = output.cross_entropy(targets[i : i + 1]) + output.routing_loss(config)
+        loss = output.cross_entropy(targets[i : i + 1]) + output.routing_loss()
         (loss / count).backward()
         total += float(loss.detach()) / count
     return total
@@ -202,7 +202,7 @@ def pooled(config: ModelConfig, layout: ParallelConfig) -> float:
     reference = build(config, SEED).train()
     torch.manual_seed(0)
     output = reference(tokens)
-    (output.cross_entropy(targets) + output.routing_loss(config)).backward()
+    (output.cross_entropy(targets) + output.routing_loss()).backward()
     mesh = Mesh(layout, config.experts)
     model = parallel.build(config, SEED, mesh)
     sync = gradients.GradientSync(model)

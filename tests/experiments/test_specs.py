@@ -77,6 +77,9 @@ IDS = {
     "upcycling quick": "747761d1dc",
     "upcycling cpu": "0839163dd4",
     "upcycling gpu": "fec4c3668b",
+    "ladder smoke": "d2f2a684e0",
+    "ladder cpu": "2635092ec9",
+    "ladder gpu": "0aa8bb563a",
 }
 """Experiment and scale -> digest of the ids of its runs with two seeds, as of the runs that are published. (At `full` those
 of the comparisons change once more, when `settings.FULL_RATES` has been measured.)"""
@@ -104,6 +107,7 @@ REQUESTS = [
     ),
     ("learning-rate", "cpu", {"base": "6.7B"}, "2fae7a7dfd"),
     ("learning-rate", "full", {"base": "1.3B"}, "f7e0cd4449"),
+    ("ladder", "cpu", {"larger": True}, "d28e8065c8"),
 ]
 """Experiment, scale, further arguments -> digest of the ids with one seed."""
 
@@ -119,7 +123,13 @@ def test_existing_runs_keep_their_ids(request_):
 
 
 def test_every_scale_of_every_experiment_with_runs_is_pinned():
-    assert set(IDS) == {f"{e.name} {scale}" for e in EXPERIMENTS.values() if e.arms or e.build for scale in e.scales}
+    wanted = {f"{e.name} {scale}" for e in EXPERIMENTS.values() if e.arms or e.build for scale in e.scales}
+    missing = [
+        f'"{name}": "{digest(experiment(name.split()[0]).specs(name.split()[1], 2))}",'
+        for name in sorted(wanted - set(IDS))
+    ]
+    assert not missing, "add to IDS, so that no change of code gives these runs other ids:\n" + "\n".join(missing)
+    assert set(IDS) == wanted
 
 
 @pytest.mark.parametrize(("name", "scale", "arguments", "expected"), REQUESTS)

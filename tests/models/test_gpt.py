@@ -39,7 +39,7 @@ def test_initial_loss_is_that_of_guessing():
         torch.log(torch.tensor(4096.0)).item(), abs=0.15
     )
     assert len(output.routing) == 4
-    aux = float(output.routing_loss(config).detach())
+    aux = float(output.routing_loss().detach())
     assert 0.04 <= aux < 0.12, "0.01 a layer, summed, and a little above its least value at the start"
 
 

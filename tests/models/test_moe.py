@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 from moelab.config import ModelConfig, RoutingConfig
 from moelab.models.moe import MoE
-from moelab.models.routing import Router
+from moelab.models.routing import LOSSES, Router
 
 BASE = ModelConfig(
     layers=2, hidden=12, heads=1, experts=(0, 5), vocab=16, context=16, routing=RoutingConfig(drop_tokens=False)
@@ -150,3 +150,17 @@ def test_routing_logits_is_routing_activations():
             found.append(route())
         assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
         assert 0 < found[0].kept_E.sum() < 120
+
+
+def test_a_router_weighs_its_losses_and_computes_none_at_weight_zero(monkeypatch):
+    calls = []
+    monkeypatch.setitem(LOSSES, "z_loss", lambda logits_SE, routing: calls.append(len(logits_SE)) or routing.z_loss)
+    for weight in (0.0, 0.5):
+        router = Router(12, 5, 1, RoutingConfig(aux_loss=0.1, z_loss=weight))
+        torch.nn.init.normal_(router.weight)
+        found = router(torch.randn(7, 12))
+        torch.testing.assert_close(found.loss, 0.1 * found.aux_loss + weight * found.z_loss)
+    assert calls == [7]
+    nowhere = Router(12, 5, 1, RoutingConfig(aux_loss=0.0, z_loss=0.0))
+    torch.nn.init.constant_(nowhere.weight, torch.nan)
+    assert nowhere(torch.randn(7, 12)).loss.isnan(), "tokens that cannot be routed are noticed at weight 0, too"

@@ -464,7 +464,7 @@ def test_a_step_in_bf16_is_near_one_in_fp32(config):
         model = build(config, 1)
         with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
             output = model(tokens[:, :-1], targets_BT=tokens[:, 1:])
-        (output.loss + output.routing_loss(config)).backward()
+        (output.loss + output.routing_loss()).backward()
         assert all(p.grad.isfinite().all() for p in model.parameters() if p.requires_grad)
         found.append(float(output.loss.detach()))
     assert found[0] == pytest.approx(found[1], abs=0.05)

@@ -46,7 +46,7 @@ class TestAllNotebooks:
         assert not summary["missing"] and summary["figures"]
         folder = sorted((everything / "home" / "results" / name / "smoke").iterdir())[0]
         for figure in summary["figures"]:
-            assert (folder / f"{figure['name']}.png").stat().st_size > 5_000 and figure["title"]
+            assert (folder / f"{figure['name']}.svg").stat().st_size > 5_000 and figure["title"]
             assert (folder / figure["data"]).exists()
 
     def test_runs_are_shared_and_not_trained_again(self, everything, monkeypatch):

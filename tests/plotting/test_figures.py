@@ -15,7 +15,7 @@ matplotlib.use("Agg")
 def ax():
     with matplotlib.rc_context():
         figures.theme()
-        fig, ax = plt.subplots()
+        fig, (ax,) = figures.panels()
         yield ax
         plt.close(fig)
 
@@ -65,7 +65,7 @@ def test_a_title_is_set_as_in_print_and_left_out_of_svgs_that_stand_below_it(ax,
     title = "Ours ends -0.05 nats away (95 % interval), 50% smaller"
     figures.title(ax.figure, title)
     (text,) = ax.figure.texts
-    assert text.get_text() == "Ours ends −0.05 nats away (95\u00a0% interval), 50\u00a0% smaller"
+    assert text.get_text().replace("\n", " ") == "Ours ends −0.05 nats away (95\u00a0% interval), 50\u00a0% smaller"
     figures.save(ax.figure, tmp_path / "a", title=title)
     assert "nats away" not in (tmp_path / "a.svg").read_text()
     figures.save(ax.figure, tmp_path / "b")

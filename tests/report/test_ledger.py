@@ -68,7 +68,7 @@ def test_the_newest_result_of_the_most_telling_scale_decides(tmp_path):
     publish(tmp_path, "pr-moe", "cpu", "2026-01-02", [judge(ORDER, [0.1, 0.11, 0.12])])
     entry = entries(tmp_path)["moe128-beats-moe32"]
     assert entry.verdict == claims.NOT_REPRODUCED and entry.deciding.result == "pr-moe/cpu/2026-01-02"
-    assert entry.deciding.figure == "pr-moe/cpu/2026-01-02/gaps.png"
+    assert entry.deciding.figure == "pr-moe/cpu/2026-01-02/gaps.svg"
     publish(tmp_path, "pr-moe", "gpu", "2025-01-01", [judge(ORDER, [-0.2, -0.21, -0.22])])
     entry = entries(tmp_path)["moe128-beats-moe32"]
     assert entry.verdict == claims.REPRODUCED and [e.scale for e in entry.evidence] == ["gpu", "cpu"]

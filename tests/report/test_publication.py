@@ -1,5 +1,9 @@
 """A publication empties the folder of its own draft and touches nothing else."""
 
+import re
+import zipfile
+from pathlib import Path
+
 import matplotlib
 import pandas as pd
 import pytest
@@ -58,3 +62,16 @@ def test_figures_and_tables_stay_in_their_folder(tmp_path):
         publication.table(pd.DataFrame(), "../final", title="Final")
     assert sorted(tmp_path.rglob("*")) == before
     plt.close("all")
+
+
+def test_no_published_file_names_a_host():
+    """Provenance of earlier versions named the host and the process that had trained a run."""
+    root, named = Path(__file__).resolve().parents[2] / "results", []
+    for file in (path for path in root.rglob("*") if path.suffix in (".json", ".jsonl", ".ipynb", ".js", ".zip")):
+        if file.suffix == ".zip":
+            with zipfile.ZipFile(file) as packed:
+                texts = [packed.read(name) for name in packed.namelist() if name.endswith((".json", ".jsonl"))]
+        else:
+            texts = [file.read_bytes()]
+        named += [file.relative_to(root)] if any(re.search(rb'"host(name)?":', text) for text in texts) else []
+    assert not named

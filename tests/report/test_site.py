@@ -13,7 +13,7 @@ import pytest
 
 from moelab import paper
 from moelab.design.verdicts import CANNOT_TELL, DISAGREES, FEW_SEEDS, REPRODUCED
-from moelab.plotting import svg
+from moelab.plotting import layout, svg
 from moelab.plotting.typography import typeset
 from moelab.report import ledger, site
 from moelab.report.site import claims, notebook, order, template
@@ -53,7 +53,7 @@ class Page(HTMLParser):
 
 def test_every_link_on_every_page_leads_to_a_file_and_an_id_inside(published):
     pages = sorted(published.rglob("*.html"))
-    assert len(pages) == 3 + 2 * 5
+    assert len(pages) == 7 + 2 * 5
     for page in pages:
         found = Page(page)
         assert len(found.links) > 5 and not any(re.match(r"([a-z]+:)?//", link) for link in found.loaded)
@@ -83,7 +83,7 @@ def test_the_ledger_has_every_claim_in_the_papers_order_and_the_verdict_that_cou
     assert [row.verdict for row in rows if row.claim.id == "pr-moe-matches-moe128" and not row.decides] == [FEW_SEEDS]
     assert matches.link == "pr-moe/cpu/20260103-000000/index.html#curves"
     assert by_id["speedup-1t"].verdict == DISAGREES and by_id["speedup-1t"].result is None
-    page = (published / "index.html").read_text()
+    page = (published / "claims.html").read_text()
     assert all(typeset(claim.statement).replace("'", "&#39;") in page for claim in paper.claims())
 
 
@@ -114,13 +114,14 @@ def test_unchanged_results_are_not_written_again(published, tmp_path):
     summary = executed.with_name("summary.json")
     summary.write_text(summary.read_text().replace("Loss falls", "Loss rises"))
     again = site.build(root)
-    assert again.converted == 0 and "Loss rises" in (root / "index.html").read_text()
+    assert again.converted == 0 and "Loss rises" in (root / "figures.html").read_text()
     changed = {
         p.relative_to(root).as_posix() for p in root.rglob("*.*") if p.stat().st_mtime >= summary.stat().st_mtime
     }
     assert {Path(p).name for p in changed} == {
         "summary.json",
         "index.html",
+        "figures.html",
         "data.js",
         "data.zip",
         "moelab-results.zip",
@@ -158,9 +159,9 @@ def test_a_malformed_notebook_table_or_benchmark_is_named_and_the_rest_is_built(
     folder = "mine/smoke/20260101-000000"
     assert named == {f"{folder}/notebook.ipynb", f"{folder}/final.jsonl", "benchmarks/gate.provenance.json"}
     assert built.results == 5
-    index, page = (root / "index.html").read_text(), (broken / "index.html").read_text()
+    index, page = (root / "figures.html").read_text(), (broken / "index.html").read_text()
     assert (
-        all(name in index for name in named)
+        all(name in (root / "index.html").read_text() for name in named)
         and 'href="notebook.html"' not in page
         and "Executed notebook of mine" not in index
     )
@@ -186,7 +187,7 @@ def test_a_page_says_which_arms_were_trained_on_which_machine(published, tmp_pat
     page = (root / folder / "index.html").read_text()
     assert "The runs of seed 1 were not all trained on one kind of processor" in page
     assert "<li>Test: 350M (0 2), 350M+MoE-128 (0 1 2)</li>" in page and "<li>Another: 350M (1)</li>" in page
-    assert "<li>Test and Another</li>" in page
+    assert "<dd>Test and Another</dd>" in page
 
 
 def test_a_page_names_every_machine_and_commit_of_a_run(published, tmp_path):
@@ -236,14 +237,14 @@ def test_the_results_of_this_checkout_build(tmp_path):
 
 def test_no_results_yet(tmp_path):
     built = site.build(tmp_path)
-    assert built.results == 0 and "No results yet" in built.index.read_text()
+    assert built.results == 0 and "No results yet" in built.index.with_name("figures.html").read_text()
 
 
 def test_what_a_notebook_says_stays_text(publish, tmp_path):
     folder = publish(tmp_path, parameters={"corpus": "<script>alert(1)</script>"}, finished="</script><b>")
     site.build(tmp_path)
     assert "<script>alert" not in (folder / "index.html").read_text()
-    assert "<b>" not in (tmp_path / "index.html").read_text()
+    assert all("<b>" not in page.read_text() for page in tmp_path.glob("*.html"))
     text = (folder / "data.js").read_text()
     assert json.loads(text.removeprefix("moelab.add(").removesuffix(");\n"))["path"].startswith("pr-moe/cpu")
 
@@ -275,11 +276,13 @@ def test_long_code_and_tables_are_folded_and_a_formula_nobody_can_read_stays(tmp
     cells = [
         nb.new_markdown_cell("$$\\ell_i = -\\sum_v p_v \\log q_v$$"),
         nb.new_code_cell("x = 1\n" * 20, outputs=widgets),
+        nb.new_code_cell("y = 2", metadata={"jupyter": {"source_hidden": True}}),
         *(nb.new_code_cell("table", outputs=[table(rows)]) for rows in (4, 40)),
     ]
     (tmp_path / "notebook.ipynb").write_text(nbformat.writes(nb.new_notebook(cells=cells)))
     page = site.convert(tmp_path / "notebook.ipynb").read_text()
     assert 'display="block"' in page and "<summary>20 lines of code</summary>" in page
+    assert "<summary>1 line of code</summary>" in page, "what JupyterLab hides"
     assert "<summary>Table of 40 rows</summary>" in page and page.count('<details class="table">') == 1
     assert "Controls to play with" in page and "VBox" not in page and "Output()" not in page
     assert notebook.mathml("\\left(x", "inline").startswith("<code>")
@@ -355,23 +358,29 @@ def test_every_formula_of_the_notebooks_can_be_read():
         assert notebook.mathml(formula, "inline").startswith("<math"), f"{name}: {formula}"
 
 
-def test_dark_figures_are_readable(published):
+def test_a_figure_is_one_file_whose_dark_colours_are_readable(published):
     folder = published / "pr-moe" / "cpu" / "20260103-000000"
-    light, dark = ((folder / name).read_text() for name in ("curves.svg", "curves-dark.svg"))
-    assert "#ffffff" in light and "#ffffff" not in dark and svg.GROUND in dark
+    drawn = (folder / "curves.svg").read_text()
+    assert {path.name for path in folder.glob("curves*")} == {"curves.svg", "curves.jsonl"}
+    dark = dict(re.findall(r"--c([0-9a-f]{6}):(#[0-9a-f]{6})", drawn.lower()))
+    assert dark["ffffff"] == svg.GROUND and dark["000000"] == svg.INK
+    used = {color.lower() for color in re.findall(r"(?:fill|stroke): #([0-9a-fA-F]{6})", drawn)}
+    assert used <= set(dark) and len(used) >= 3
     # Whatever writes or draws, grid and frames of nothing apart, stands out from the ground.
-    inks = set(re.findall(r"(?:fill|stroke): (#[0-9a-f]{6})", dark)) - {svg.GROUND}
-    faint = {ink for ink in inks if svg.contrast(ink, svg.GROUND) < 4.5}
-    assert len(inks) >= 3 and len(faint) <= 1, faint  # the grid
-    assert "Loss falls" not in light and "Loss falls" not in dark, "the page says it"
+    faint = {ink for ink in set(dark.values()) - {svg.GROUND} if svg.contrast(ink, svg.GROUND) < 4.5}
+    assert len(faint) <= 1, faint  # the grid
+    assert "Loss falls" not in drawn, "the page says it"
+    (result,) = (one for one in read_results(published)[0] if one.folder == folder)
+    picture = result.picture("curves")
+    assert picture.file == "curves.svg" and picture.width == round(96 * layout.WIDTH) < picture.height * 3
+    assert result.picture("missing").width == 0
 
 
 @pytest.mark.parametrize(("color", "expected"), [("#ffffff", svg.GROUND), ("#000000", svg.INK), ("#E69F00", "#E69F00")])
 def test_colours_turn_around(color, expected):
-    assert (
-        svg.dark(f'<svg><path style="fill: {color}"/></svg>')
-        == f'<svg fill="{svg.INK}"><path style="fill: {expected}"/></svg>'
-    )
+    drawn = svg.themed(f'<svg><defs></defs><path style="fill: {color}"/></svg>')
+    assert f"--c{color[1:]}:{expected};" in drawn and f'<path style="fill: {color}"/>' in drawn
+    assert f'[style*="fill: {color}"]{{fill:var(--c{color[1:]},{color})!important}}' in drawn
 
 
 @pytest.mark.slow
@@ -438,7 +447,7 @@ def test_the_tally_keeps_kinds_apart_and_trained_from_timed():
 
 
 def test_the_page_counts_as_the_ledger_does_and_names_the_family(published):
-    page = (published / "index.html").read_text()
+    page = (published / "overview.html").read_text()
     every = ledger.ledger(published)
     counted = claims.tally(every)
     for kind, of in ledger.counts(every).items():
@@ -449,7 +458,7 @@ def test_the_page_counts_as_the_ledger_does_and_names_the_family(published):
         for item in items:
             assert f'aria-label="{item.claims} {item.key}"'.replace("'", "&#39;") in page
     assert str(ledger.family(every)).split(":")[0] in page.replace("\u00a0", " ")
-    assert 'data-verdict="trained: reproduced"' in page
+    assert 'href="claims.html?verdict=trained%3A%20reproduced"' in page
 
 
 def test_runs_of_an_arm_that_were_trained_differently_are_not_averaged():

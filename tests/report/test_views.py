@@ -65,7 +65,7 @@ class TestChoices:
     def test_the_pictures_say_it(self, ax):
         lopsided = choices([0] * 9 + [1, 2, 3])
         routing_view.loads(lopsided, ax, top_k=1, capacity_factor=1.0)
-        assert ax.get_title("left") == "42% of 12 choices dropped, 56% of 16 slots empty"
+        assert ax.get_title("left").replace("\n", " ") == "42% of 12 choices dropped, 56% of 16 slots empty"
         heights = [bar.get_height() for bar in ax.patches]
         assert heights == [4, 1, 1, 1, 5, 0, 0, 0]
         ax.clear()

@@ -152,3 +152,24 @@ def test_a_publication_lists_what_its_lab_measured(tmp_path, monkeypatch, capsys
         said = capsys.readouterr().out
         assert said.startswith("timing: measures now") != listed["read_back"], "said before it is silent for minutes"
     assert len(CALLS) == 2 and not listed["read_back"]
+
+
+@pytest.mark.parametrize("where", ["stored", "published"])
+def test_a_lab_says_what_it_measures_and_how_long_that_took_before(tmp_path, monkeypatch, capsys, where):
+    monkeypatch.setenv("MOELAB_HOME", str(tmp_path))
+    monkeypatch.setenv("MOELAB_RESULTS", str(tmp_path / "results"))
+    lab = Lab()
+    lab.publish("throughput", "smoke")
+    lab.measure(timing, 7)
+    assert "timing: measures now; it may take minutes. timing\n" in capsys.readouterr().out
+    if where == "stored":
+        (file,) = (tmp_path / "measurements").glob("*.json")
+        file.write_text(json.dumps({**json.loads(file.read_text()), "seconds": 61.0}))
+    else:
+        listed = {"id": "testing-timing-0", "measured": "2026-01-01", "seconds": 61.0, "read_back": False}
+        summary = {"experiment": "throughput", "scale": "smoke", "title": "", "finished": "", "measurements": [listed]}
+        (folder := tmp_path / "results" / "throughput" / "smoke" / "1").mkdir(parents=True)
+        (folder / SUMMARY).write_text(json.dumps(summary))
+    monkeypatch.setattr(timing, "__doc__", "Time it.\n\nTwice.")
+    lab.measure(timing, 8)
+    assert "timing: measures now; it has taken up to 1 min 01 s. Time it.\n" in capsys.readouterr().out

@@ -36,27 +36,50 @@ def finished(store, result):
     return run
 
 
+def record(run, directory):
+    """Pack a run's record, and return it as a file of its own."""
+    (pack,) = records.write([run], directory)
+    (archive,) = records.found(pack)
+    (alone := directory / archive.name).write_bytes(archive.read_bytes())
+    pack.unlink()
+    return alone
+
+
+def test_a_pack_has_the_runs_of_a_model_and_keeps_what_it_has(store, finished, result, tmp_path):
+    other = store.run(pr_moe.EXPERIMENT.specs("smoke", 2, arms=["PR-MoE-32/64"])[-1])
+    write_json(other.path / "result.json", result(4.4))
+    (pack,) = records.write([finished], tmp_path / "runs")
+    assert records.write([other], tmp_path / "runs") == [pack] and finished.spec.id.startswith(pack.stem)
+    assert [one.stem for one in records.found(tmp_path / "runs")] == sorted([finished.spec.id, other.spec.id])
+    theirs = RunStore(tmp_path / "theirs")
+    taken = [records.read(archive, theirs) for archive in records.found(pack)]
+    assert {run.spec for run in taken} == {finished.spec, other.spec}
+    before = pack.read_bytes()
+    records.write([other, finished], tmp_path / "runs")
+    assert pack.read_bytes() == before, "the same runs are the same file"
+
+
 def test_a_record_says_what_the_run_says_and_has_no_weights(finished, tmp_path):
-    archive = records.write(finished, tmp_path / "passed on")
+    archive = record(finished, tmp_path / "passed on")
     taken = records.read(archive, RunStore(tmp_path / "theirs"))
     assert taken.path != finished.path and taken.spec == finished.spec and taken.finished
     assert Runs([taken]).final().equals(Runs([finished]).final())
     assert Runs([taken]).curves().equals(Runs([finished]).curves()) and taken.provenance == finished.provenance
     assert not (taken.path / "checkpoints").exists()
-    assert archive.read_bytes() == records.write(finished, tmp_path / "again").read_bytes()
+    assert archive.read_bytes() == record(finished, tmp_path / "again").read_bytes()
 
 
 def test_names_of_hosts_are_not_passed_on(finished, tmp_path):
     write_json(
         finished.path / "provenance.json", {"commit": "abc", "host": "node7", "process": 41}
     )  # by earlier versions
-    taken = records.read(records.write(finished, tmp_path), RunStore(tmp_path / "theirs"))
+    taken = records.read(record(finished, tmp_path), RunStore(tmp_path / "theirs"))
     assert taken.provenance == finished.provenance == {"commit": "abc"}
     assert "node7" not in (taken.path / "provenance.json").read_text()
 
 
 def test_what_the_store_has_stays(finished, store, tmp_path, result):
-    archive = records.write(finished, tmp_path)
+    archive = record(finished, tmp_path)
     write_json(finished.path / "result.json", result(4.4))
     assert records.read(archive, store) is None and finished.result["validation_loss"] == 4.4
     (finished.path / "result.json").unlink()
@@ -65,7 +88,7 @@ def test_what_the_store_has_stays(finished, store, tmp_path, result):
 
 def test_a_run_that_is_being_trained_stays(finished, tmp_path):
     """It holds its lock for a while before it has a checkpoint."""
-    archive = records.write(finished, tmp_path)
+    archive = record(finished, tmp_path)
     theirs = RunStore(tmp_path / "theirs")
     trained = theirs.run(finished.spec)
     with trained.lock():
@@ -81,27 +104,27 @@ def test_a_dry_run_says_how_long_it_takes_and_what_is_published(finished, tmp_pa
     assert dry_run.on_this_machine(dry_run.planned_runs(others, theirs), theirs) == []
     seconds = 7200 * finished.spec.cost / sum(spec.cost for spec in others)
     write_json(finished.path / "result.json", {**finished.result, "seconds": seconds})
-    records.write(finished, records.folder())
+    records.write([finished], records.folder())
     took, published = dry_run.on_this_machine(dry_run.planned_runs(others, theirs), theirs)
     assert took == "about 2.0 hours on one core, at the speed of the published runs"
     assert published.startswith("1 of these are published (PR-MoE-32/64): `moelab runs import`")
-    records.read(records.write(finished, tmp_path), theirs)
+    records.read(record(finished, tmp_path), theirs)
     (took,) = dry_run.on_this_machine(dry_run.planned_runs(others, theirs), theirs)
     assert "at the speed of the finished runs here" in took
 
 
 def test_a_torn_status_is_passed_over(finished, tmp_path):
-    archive = records.write(finished, tmp_path / "without")
+    archive = record(finished, tmp_path / "without")
     (finished.path / "status.json").write_text("")
-    assert records.write(finished, tmp_path / "torn").read_bytes() == archive.read_bytes()
+    assert record(finished, tmp_path / "torn").read_bytes() == archive.read_bytes()
     finished.set_status(Status("finished", 1, 1))
-    assert records.read(records.write(finished, tmp_path), RunStore(tmp_path / "theirs")).status.step == 1
+    assert records.read(record(finished, tmp_path), RunStore(tmp_path / "theirs")).status.step == 1
 
 
 def test_an_unfinished_run_is_not_passed_on(store, tmp_path):
     run = store.run(pr_moe.EXPERIMENT.specs("smoke", arms=["Dense"])[0])
     with pytest.raises(ValueError, match="not finished"):
-        records.write(run, tmp_path)
+        record(run, tmp_path)
 
 
 def rewritten(archive, to, change):
@@ -138,7 +161,7 @@ def rewritten(archive, to, change):
     ],
 )
 def test_a_bad_record_is_one_line_and_leaves_nothing(change, part, finished, tmp_path):
-    archive = records.write(finished, tmp_path)
+    archive = record(finished, tmp_path)
     (tmp_path / "bad").mkdir()
     bad = rewritten(archive, tmp_path / "bad" / archive.name, change)
     theirs = RunStore(tmp_path / "theirs")
@@ -162,7 +185,7 @@ def test_a_teacher_without_weights_says_what_to_do(finished, tmp_path, monkeypat
     from moelab.runs.execute import execute
 
     theirs = RunStore(tmp_path / "theirs")
-    records.read(records.write(finished, tmp_path), theirs)
+    records.read(record(finished, tmp_path), theirs)
     student = theirs.run(replace(finished.spec, teacher=finished.spec, distill=DistillConfig()))
     monkeypatch.setenv("MOELAB_HOME", str(tmp_path / "home"))
     with pytest.raises(ValueError, match=r"numbers only, .* to train it here: remove it and run its experiment again"):
@@ -175,7 +198,7 @@ def test_what_needs_weights_says_at_once_that_there_are_none(finished, tmp_path,
     from moelab.experiments import specialisation, zero_shot
     from moelab.inference.text import open_text
 
-    taken = records.read(records.write(finished, tmp_path), RunStore(tmp_path / "theirs"))
+    taken = records.read(record(finished, tmp_path), RunStore(tmp_path / "theirs"))
     monkeypatch.setenv("MOELAB_HOME", str(tmp_path / "home"))
     for need in (
         lambda: open_text(taken.path, cache=tmp_path),
@@ -196,7 +219,7 @@ def test_a_damaged_result_says_what_to_do(finished):
 
 def test_an_archive_that_lies_about_its_size_is_read_no_further(finished, tmp_path):
     """Its directory says 10 bytes; what is packed are 256 MiB."""
-    archive = records.write(finished, tmp_path)
+    archive = record(finished, tmp_path)
     (tmp_path / "bad").mkdir()
     bad = rewritten(archive, tmp_path / "bad" / archive.name, lambda c: c)
     size = (256 << 20) + 77
@@ -215,7 +238,7 @@ def test_an_archive_that_lies_about_its_size_is_read_no_further(finished, tmp_pa
 
 def test_the_sum_of_the_files_is_bounded(finished, tmp_path):
     """Each is small, packed to nearly nothing; together they are larger than a record may be."""
-    archive = records.write(finished, tmp_path)
+    archive = record(finished, tmp_path)
     with zipfile.ZipFile(archive, "a", zipfile.ZIP_DEFLATED) as packed:
         for i in range(20):
             packed.writestr(f"measured/{i}.json", b'{"a": "' + b"x" * (records.LARGEST // 19) + b'"}')
@@ -236,7 +259,7 @@ def test_a_result_without_its_numbers_says_what_to_do(finished):
 
 @pytest.mark.parametrize("harm", ["cut", "flipped", "encrypted", "nested", "bzip2", "deep"])
 def test_every_kind_of_bad_archive_is_one_line(harm, finished, tmp_path):
-    archive = records.write(finished, tmp_path)
+    archive = record(finished, tmp_path)
     (tmp_path / "bad").mkdir()
     bad, data = tmp_path / "bad" / archive.name, bytearray(archive.read_bytes())
     if harm == "cut":
@@ -263,10 +286,10 @@ def test_every_kind_of_bad_archive_is_one_line(harm, finished, tmp_path):
 
 
 def test_a_bad_archive_keeps_no_other_from_being_taken(finished, tmp_path, monkeypatch, capsys):
-    records.write(finished, tmp_path / "zips")
+    records.write([finished], tmp_path / "zips")
     (tmp_path / "zips" / "a.zip").write_text("no")
     monkeypatch.setenv("MOELAB_HOME", str(tmp_path / "home"))
-    with pytest.raises(ValueError, match="1 of 2 archives were not taken over"):
+    with pytest.raises(ValueError, match="1 of 2 records were not taken over"):
         import_(tmp_path / "zips")
     shown = capsys.readouterr()
     assert "1 runs taken over, 0 were here already" in shown.out and "a.zip: unreadable" in shown.err
@@ -283,4 +306,4 @@ def test_a_run_of_another_version_keeps_no_other_from_being_packed(finished, tmp
         export_(to=tmp_path / "zips")
     said = capsys.readouterr()
     assert "1 runs packed" in said.out and "350m-old" in said.err and "got 'first half'" in said.err
-    assert [p.stem for p in (tmp_path / "zips").iterdir()] == [finished.path.name]
+    assert [archive.stem for archive in records.found(tmp_path / "zips")] == [finished.path.name]

@@ -97,8 +97,8 @@ def test_a_damaged_file_is_measured_again(run, content):
 
 def test_a_record_holds_it(run, tmp_path):
     found = with_weights.measure(run, words, 2)
-    archive = records.write(run, tmp_path)
-    assert archive.read_bytes() == records.write(run, tmp_path / "again").read_bytes()
+    archive = records.found(*records.write([run], tmp_path))[0]
+    assert archive.read_bytes() == records.found(*records.write([run], tmp_path / "again"))[0].read_bytes()
     theirs = RunStore(tmp_path / "theirs")
     taken = records.read(archive, theirs)
     assert not taken.has_weights and with_weights.measure(taken, words, 2) == found and CALLS == [2]
@@ -106,13 +106,13 @@ def test_a_record_holds_it(run, tmp_path):
 
 def test_a_later_record_of_the_same_run_brings_what_is_new(run, tmp_path, result):
     theirs = RunStore(tmp_path / "theirs")
-    taken = records.read(records.write(run, tmp_path), theirs)
+    taken = records.read(records.found(*records.write([run], tmp_path))[0], theirs)
     found = with_weights.measure(run, words, 2)
-    assert records.read(records.write(run, tmp_path), theirs) is None  # it was here already
+    assert records.read(records.found(*records.write([run], tmp_path))[0], theirs) is None  # it was here already
     assert with_weights.measure(taken, words, 2) == found
     with_weights.measure(run, words, 1)
     write_json(taken.path / "result.json", result(4.4))  # a run of their own
-    assert records.read(records.write(run, tmp_path), theirs) is None
+    assert records.read(records.found(*records.write([run], tmp_path))[0], theirs) is None
     assert len(list((taken.path / with_weights.FOLDER).iterdir())) == 1
 
 
@@ -120,8 +120,18 @@ def test_a_later_record_of_the_same_run_brings_what_is_new(run, tmp_path, result
 def test_a_record_cannot_hold_other_files(run, tmp_path, name):
     import zipfile
 
-    archive = records.write(run, tmp_path)
+    packed = records.found(*records.write([run], tmp_path))[0]
+    (archive := tmp_path / "alone" / packed.name).parent.mkdir()
+    archive.write_bytes(packed.read_bytes())
     with zipfile.ZipFile(archive, "a") as packed:
         packed.writestr(name, json.dumps({}))
     with pytest.raises(ValueError, match="not a run's record"):
         records.read(archive, RunStore(tmp_path / "theirs"))
+
+
+def test_of_many_runs_each_new_one_is_named_before_it_is_measured(run, tmp_path, result, capsys):
+    other = RunStore(tmp_path / "ours").run(pr_moe.EXPERIMENT.specs("smoke", arms=["MoE-32"])[0])
+    write_json(other.path / "result.json", result())
+    assert with_weights.measure_all([run, other], words, 2) == [(run, with_weights.measure(run, words, 2))]
+    assert capsys.readouterr().out == "Dense, seed 0 (1 of 1)\n" and CALLS == [2]
+    assert len(with_weights.measure_all([run, other], words, 2)) == 1 and not capsys.readouterr().out

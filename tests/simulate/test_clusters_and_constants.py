@@ -98,3 +98,17 @@ def test_no_torch():
     code = "import sys; from moelab import simulate; simulate.plan('350M+MoE-32', 8); print('torch' in sys.modules, 'pandas' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["False", "False"]
+
+
+@pytest.mark.parametrize(
+    ("card", "name"),
+    [
+        ("NVIDIA A100-SXM4-40GB", "a100-40gb"),
+        ("NVIDIA A100 80GB PCIe", "a100-80gb"),
+        ("NVIDIA H100 80GB HBM3", "h100"),
+        ("NVIDIA GeForce RTX 4090", None),
+    ],
+)
+def test_a_card_has_the_cluster_of_its_kind_and_memory(card, name):
+    found = simulate.cluster_of_card(card)
+    assert (found and found.name) == name

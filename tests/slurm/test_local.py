@@ -181,6 +181,30 @@ def test_from_the_command_line(lab):
     assert Path(read_json(submissions()[0].folder / "notebook-0.json")["result"]).is_dir()
 
 
+def test_a_sweep_ends_with_one_table_and_one_figure(lab):
+    from typer.testing import CliRunner
+
+    from moelab import paths
+    from moelab.cli import app
+
+    def moelab(*words: str) -> str:
+        done = CliRunner().invoke(app, [*words], catch_exceptions=False)
+        assert done.exit_code == 0, done.output
+        return done.output
+
+    grid = ("-g", "train.tokens=1024,2048", "-p", 'arms=["Dense","MoE-32"]')
+    command = ("sweep", "pr-moe", "--scale", "smoke", *grid, "--profile", "processes")
+    assert "the same command prints the table of all points" in moelab(*command)
+    until(lambda: all(row.over for row in overview().rows))
+    (folder,) = (paths.own_results() / "pr-moe" / "smoke-sweep").iterdir()
+    summary = read_json(folder / "summary.json")
+    assert len(summary["runs"]) == 4 and not summary["missing"] and (folder / "points.png").stat().st_size > 5_000
+    assert "MoE-32" in (paths.pages() / "pr-moe" / "smoke-sweep" / folder.name / "index.html").read_text()
+    again = moelab(*command)
+    assert "nothing to submit" in again and again.count("MoE-32") == 2 and f"{folder.name}/points.png" in again
+    assert len(list(folder.parent.iterdir())) == 1, "published once"
+
+
 def test_a_job_that_has_gone_does_not_live(lab, tiny_spec, monkeypatch):
     monkeypatch.setattr(local, "start", lambda *_: None)
     submit.submit("x", [({}, [tiny_spec])], PROFILE, with_notebooks=False)

@@ -656,6 +656,32 @@ def test_a_notebook_that_is_cancelled_while_it_is_executed_says_so(submitted, mo
         assert outcome(record.folder, "notebook-0").error == said
 
 
+def test_the_last_notebook_of_a_sweep_compares_its_points(submitted, monkeypatch, capsys):
+    from moelab.report.sweep import Sweep
+    from moelab.slurm import notebook_job
+    from moelab.slurm.submission import Part, Submission, outcome
+
+    _, _, record, _ = submitted
+    points = tuple({"scale": "smoke", "seeds": seeds} for seeds in (1, 2))
+    record.experiment, record.sweep = "pr-moe", Sweep(("seeds",), points)
+    record.parts = [record.parts[0], *(Part(f"notebook-{i}", None, [], point) for i, point in enumerate(points))]
+    record.write()
+    assert Submission.read(record.folder / "submission.json").sweep == record.sweep
+    compared = []
+
+    def fails(*_, **__):
+        raise ValueError("no luck")
+
+    monkeypatch.setattr(notebook_job.notebooks, "execute", fails)
+    monkeypatch.setattr(notebook_job, "_compare", lambda submission, points: compared.append(points))
+    for name, calls in (("notebook-0", 0), ("notebook-1", 1), ("notebook-0", 2)):
+        assert notebook_job.main(record.folder, name) == 1 and len(compared) == calls
+    monkeypatch.setattr(notebook_job, "_compare", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
+    assert notebook_job.main(record.folder, "notebook-1") == 1
+    assert outcome(record.folder, "notebook-1").error == "no luck", "the notebook's own outcome stands"
+    assert "the sweep's comparison: disk full" in capsys.readouterr().err
+
+
 def test_a_controller_that_is_down_is_said_to_be_waited_for(submitted, slurm, monkeypatch, capsys, tmp_path):
     monkeypatch.undo()  # of `queue.jobs`
     monkeypatch.setenv("MOELAB_HOME", str(tmp_path / "home"))

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -32,7 +32,8 @@ from moelab.config import ModelConfig
 from moelab.data import Tokenizer
 from moelab.engine import parallel
 from moelab.engine.checkpoint.hf_families import FAMILIES, family_of
-from moelab.engine.checkpoint.hf_formats import GPT2, MOELAB, Format, Part, is_gpt2
+from moelab.engine.checkpoint.hf_files import INDEX, WEIGHTS, Files, expected_shape
+from moelab.engine.checkpoint.hf_formats import GPT2, MOELAB, Format, is_gpt2
 from moelab.engine.mesh import Mesh
 from moelab.engine.placement import Placement
 from moelab.files import new_directory, read_json, read_object, write_json
@@ -41,14 +42,8 @@ from moelab.models import GPT, empty
 FORMATS: dict[str, Format] = {f.model_type: f for f in (GPT2, *FAMILIES, MOELAB)}
 SHARD_BYTES = 4 << 30
 """A file of weights is closed when it has this size."""
-_CONFIG, _WEIGHTS, _INDEX, _TOKENIZER = (
-    "config.json",
-    "model.safetensors",
-    "model.safetensors.index.json",
-    "tokenizer.json",
-)
+_CONFIG, _TOKENIZER = "config.json", "tokenizer.json"
 _BESIDE = (_TOKENIZER, "tokenizer_config.json", "special_tokens_map.json", "generation_config.json")
-_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "F64": torch.float64}
 _UNUSED = ("lm_head.weight", ".attn.bias", ".attn.masked_bias", ".rotary_emb.inv_freq")
 """Ends of the names of tensors that may be in a file beside the parameters: a tied head, and constants."""
 
@@ -93,7 +88,7 @@ def convert(source: Path, directory: Path, model_type: str = "moelab", name: str
     kind, config, record = _read_config(source)
     config = replace(config, name=name or config.name)
     target, eot = _format(model_type), _end_of_text(record, source / _CONFIG)
-    with _Files(source, kind) as files, _new(directory) as new:
+    with Files(source, kind) as files, _new(directory) as new:
         _check(files, kind, config)
         tensors = _tensors(
             target, config, ((name, files.whole(name, shape, config)) for name, shape in _shapes(config))
@@ -167,12 +162,12 @@ def _write(
         held[name] = tensor.clone() if tensor.untyped_storage().nbytes() != tensor.nbytes else tensor
         size, total, dtype = size + tensor.nbytes, total + tensor.nbytes, tensor.dtype
     close()
-    names = [_WEIGHTS] if len(files) == 1 else [f"model-{i:05}-of-{len(files):05}.safetensors" for i in _from_1(files)]
+    names = [WEIGHTS] if len(files) == 1 else [f"model-{i:05}-of-{len(files):05}.safetensors" for i in _from_1(files)]
     for i, name in enumerate(names):
         (new / f"{i}").rename(new / name)
     if len(files) > 1:
         index = {name: file for file, held_names in zip(names, files, strict=True) for name in held_names}
-        write_json(new / _INDEX, {"metadata": {"total_size": total}, "weight_map": index})
+        write_json(new / INDEX, {"metadata": {"total_size": total}, "weight_map": index})
     if kind is not MOELAB:
         record["torch_dtype"] = str(dtype).removeprefix("torch.")
     write_json(new / _CONFIG, record)
@@ -204,7 +199,7 @@ def load(directory: Path, *, mesh: Mesh | None = None, dtype: torch.dtype | None
     """
     kind, config, _ = _read_config(directory)
     placements: dict[str, Placement] = {}
-    with _Files(directory, kind) as files:
+    with Files(directory, kind) as files:
         stored = _check(files, kind, config)
         own = stored["token_embedding.weight"]
         routers = {name for name, of in stored.items() if of != own and name.endswith(".router.weight")}
@@ -275,7 +270,7 @@ def _shapes(config: ModelConfig) -> list[tuple[str, tuple[int, ...]]]:
         return [(name, tuple(p.shape)) for name, p in GPT(config).named_parameters()]
 
 
-def _check(files: _Files, kind: Format, config: ModelConfig) -> dict[str, torch.dtype]:
+def _check(files: Files, kind: Format, config: ModelConfig) -> dict[str, torch.dtype]:
     """Compare a model with the files' headers, before anything of its size is made; return its parameters' dtypes.
 
     All tensors are there with the right shapes, no tensor would be left unread, a parameter's tensors have one dtype,
@@ -296,7 +291,7 @@ def _check(files: _Files, kind: Format, config: ModelConfig) -> dict[str, torch.
             if theirs not in files.names:
                 raise ValueError(f"{files.directory}: {wrong or f'tensor {theirs} is missing'}")
             wanted.add(theirs)
-            found, expected = files.shape(theirs, part.transposed), _expected(part, shape)
+            found, expected = files.shape(theirs, part.transposed), expected_shape(part, shape)
             if found != expected:
                 wrong = wrong or f"{part.name if part.at else name} is {found}, expected {expected}"
             elif files.dtype(theirs) != dtypes.setdefault(name, files.dtype(theirs)):
@@ -310,105 +305,3 @@ def _check(files: _Files, kind: Format, config: ModelConfig) -> dict[str, torch.
         if not torch.equal(files.read("lm_head.weight"), files.read(files.prefix + embedding.name)):
             raise ValueError(f"{files.directory}: lm_head differs from the embedding; our head is tied to it")
     return dtypes
-
-
-def _files_of_index(path: Path) -> list[str]:
-    """Return the names of the files in which an index places tensors; none without an index."""
-    index = read_json(path)
-    if index is None:
-        return []
-    placed = index.get("weight_map") if isinstance(index, dict) else None
-    if not isinstance(placed, dict) or not placed or any(not isinstance(file, str) for file in placed.values()):
-        raise ValueError(f"{path}: weight_map must be an object of tensor names and their files")
-    return sorted(set(placed.values()))
-
-
-class _Files:
-    """The safetensors files of a directory, one or several with an index."""
-
-    def __init__(self, directory: Path, kind: Format) -> None:
-        self.directory, self.kind = directory, kind
-        files = _files_of_index(directory / _INDEX) or [_WEIGHTS]
-        self._open: list[Any] = []
-        self.names: dict[str, Any] = {}
-        for file in files:
-            path = directory / Path(file).name
-            if path.exists() and not path.is_file():  # reading a FIFO or a device might never end
-                raise ValueError(f"{path}: not a regular file")
-            try:
-                opened = safe_open(path, "pt").__enter__()
-            except (OSError, SafetensorError) as error:
-                raise ValueError(f"{path}: unreadable ({error})") from None
-            self._open.append(opened)
-            self.names.update(dict.fromkeys(opened.keys(), opened))
-        if not self.names:
-            raise ValueError(f"{directory}: no tensor in {', '.join(files)}")
-        self.prefix = kind.prefix if any(name.startswith(kind.prefix) for name in self.names) else ""
-
-    def shape(self, name: str, transposed: bool) -> tuple[int, ...]:
-        """Return the shape of a tensor, a transposed matrix's as it is in our model."""
-        shape = tuple(self.names[name].get_slice(name).get_shape())
-        return shape[::-1] if transposed and len(shape) == 2 else shape
-
-    def dtype(self, name: str) -> torch.dtype:
-        stored = self.names[name].get_slice(name).get_dtype()
-        if stored not in _DTYPES:
-            raise ValueError(f"{self.directory}: tensor {name} is {stored}; allowed: {', '.join(_DTYPES)}")
-        return _DTYPES[stored]
-
-    def read(self, name: str) -> Tensor:
-        return self.names[name].get_tensor(name)
-
-    def whole(self, name: str, shape: tuple[int, ...], config: ModelConfig) -> Tensor:
-        """Return one of our parameters."""
-        parts = list(self.kind.parts(name, shape, config))
-        first = self.read(self.prefix + parts[0].name)
-        parameter = torch.empty(shape, dtype=first.dtype)
-        self.fill(parameter, name, Placement.whole(shape), config)
-        return parameter
-
-    def fill(self, local: Tensor, name: str, placement: Placement, config: ModelConfig) -> None:
-        """Fill a rank's tensor of one of our parameters; read only the tensors that have something of it."""
-        for part in self.kind.parts(name, placement.shape, config):
-            box = _box(part, placement.shape)
-            tensor: Tensor | None = None
-            for shard in placement.shards:
-                ends = [(o, o + n) for o, n in zip(shard.offset, shard.size, strict=True)]
-                common = [(max(a, c), min(b, d)) for (a, b), (c, d) in zip(box, ends, strict=True)]
-                if any(start >= end for start, end in common):
-                    continue
-                if tensor is None:
-                    tensor = self._part(part)
-                source = tuple(slice(i - a, j - a) for (i, j), (a, _) in zip(common, box, strict=True))
-                target = tuple(slice(i - c, j - c) for (i, j), (c, _) in zip(common, ends, strict=True))
-                shard.of(local)[target].copy_(tensor[source])
-
-    def _part(self, part: Part) -> Tensor:
-        """Return a tensor of the format as the part of our parameter that it is, with all of its dims."""
-        tensor = self.read(self.prefix + part.name)
-        tensor = tensor.T if part.transposed and tensor.ndim == 2 else tensor
-        for dim in sorted(part.single()):
-            tensor = tensor.unsqueeze(dim)
-        return tensor
-
-    def __enter__(self) -> _Files:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for opened in self._open:
-            opened.__exit__(None, None, None)
-
-
-def _expected(part: Part, shape: tuple[int, ...]) -> tuple[int, ...]:
-    """Return the shape that a part of a parameter has in the format, a transposed matrix's as it is in our model."""
-    single = part.single()
-    return tuple(end - start for dim, (start, end) in enumerate(_box(part, shape)) if dim not in single)
-
-
-def _box(part: Part, shape: tuple[int, ...]) -> list[tuple[int, int]]:
-    """Return (start, end) of a part along each dim of a parameter."""
-    box = [(0, n) for n in shape]
-    for dim, index in enumerate(part.at):
-        start, end, _ = (index, index + 1, 1) if isinstance(index, int) else index.indices(shape[dim])
-        box[dim] = (start, end)
-    return box

@@ -6,9 +6,9 @@
     rendezvous   how ranks find each other: the store that rank 0 serves
     postmortem   how a rank died or where it hangs, from exit code, log and stacks
 
-torchrun is not used because its agent gives ranks 30 s after SIGTERM, does not distinguish "stopped, the checkpoint is
-written" from "failed", does not watch for ranks that hang, leaves its ranks alive when it is killed, and loads torch
-(2 s, and memory) only to wait. Ranks take their place from the variables that torchrun sets, so torchrun can start
+torchrun is not used because its agent does not watch for ranks that hang, takes a rank that stopped as asked, its
+checkpoint written, for failed, leaves its ranks alive when it is killed, and loads torch (2 s, and memory) only to wait
+(`tests/engine/test_torchs_own.py`). Ranks take their place from the variables that torchrun sets, so torchrun can start
 them, too.
 """
 

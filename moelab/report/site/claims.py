@@ -178,7 +178,7 @@ def all_claims(results: Sequence[Result], ledger: Sequence[Entry]) -> list[Claim
                 *(_finite(value) for value in (e.ours, e.low, e.high)),
                 e.samples,
                 e.note,
-                e.figure.removeprefix(f"{e.result}/").removesuffix(".png"),
+                e.figure.removeprefix(f"{e.result}/").removesuffix(".svg"),
                 decides=e is deciding,
                 kind=entry.kind if e is deciding else e.kind,
                 alone=entry.verdict if e is deciding and entry.adjusted != entry.verdict else "",

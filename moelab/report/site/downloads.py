@@ -10,10 +10,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 from moelab.files import write_bytes
 from moelab.report.ledger import Entry
 from moelab.report.site.results import Result
+from moelab.report.summary import RunRow
 
 EVERYTHING = "moelab-results.zip"
 RESULT = "data.zip"
@@ -42,8 +44,7 @@ def claims_csv(ledger: Sequence[Entry]) -> str:
 
 def members(result: Result) -> dict[str, Path]:
     """Return the files of a result that its zip has: summary, claims, data, figures; not the notebook, nor pages."""
-    taken = [n for n in result.names if n.endswith((".json", ".jsonl", ".svg")) and not n.endswith("-dark.svg")]
-    return {name: result.folder / name for name in sorted(taken) if not name.endswith("-narrow.svg")}
+    return {n: result.folder / n for n in sorted(result.names) if n.endswith((".json", ".jsonl", ".svg"))}
 
 
 def write_zip(path: Path, files: Mapping[str, Path]) -> bool:
@@ -84,24 +85,46 @@ def _is_current(path: Path, files: Mapping[str, Path]) -> bool:
 
 @dataclass(frozen=True)
 class PackedRun:
-    """The numbers of a run as `moelab runs export` packed them: its file, its size, and the results that use it."""
+    """A run whose numbers `moelab runs export` packed.
+
+    Attributes:
+        id: the run's.
+        pack: the file with the runs of its model.
+        kilobytes: size of its record.
+        label, seed, result: its arm, its seed and its numbers, as a result that uses it says; empty where none does.
+        results: those that use it.
+    """
 
     id: str
-    file: str
+    pack: str
     kilobytes: int
+    label: str
+    seed: int | None
+    result: Mapping[str, Any]
     results: Sequence[Result]
 
 
 def packed_runs(root: Path, results: Sequence[Result]) -> list[PackedRun]:
     """Return the runs in `runs/` below the results, by id."""
     users: dict[str, list[Result]] = {}
+    rows: dict[str, RunRow] = {}
     for result in results:
         for run in result.summary.runs:
             users.setdefault(run.id, []).append(result)
-    return [
-        PackedRun(f.stem, f"runs/{f.name}", max(1, round(f.stat().st_size / 1000)), users.get(f.stem, []))
-        for f in sorted((root / "runs").glob("*.zip"))
-    ]
+            rows.setdefault(run.id, run)
+    found = []
+    for pack in sorted((root / "runs").glob("*.zip")):
+        try:
+            with zipfile.ZipFile(pack) as archive:
+                records = {Path(one.filename).stem: one.file_size for one in archive.infolist()}
+        except (zipfile.BadZipFile, OSError):  # `moelab runs import` names it
+            continue
+        for id, size in records.items():
+            row = rows.get(id)
+            about = (row.label, row.seed, row.result) if row else ("", None, {})
+            file = pack.relative_to(root).as_posix()
+            found.append(PackedRun(id, file, max(1, round(size / 1000)), *about, users.get(id, [])))
+    return sorted(found, key=lambda run: run.id)
 
 
 def repository() -> str:

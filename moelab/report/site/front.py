@@ -42,7 +42,7 @@ from moelab.plotting.typography import typeset
 from moelab.report.ledger import OPEN
 from moelab.report.site.claims import HEADINGS, TIMED, TRAINED, ClaimRow, TallyItem
 from moelab.report.site.plot import Axis, axes
-from moelab.report.site.results import Result
+from moelab.report.site.results import Result, large
 
 SHOWN = 3
 """Claims quoted below a finding, at most."""
@@ -284,15 +284,6 @@ def _paper_size(name: str) -> tuple[int, float] | None:
         return None
 
 
-def large(value: float) -> str:
-    """Return a number as text: ``674 thousand``, ``1.0 million``, ``52 billion``."""
-    for size, word in ((1e9, "billion"), (1e6, "million"), (1e3, "thousand")):
-        if value >= size:
-            shown = value / size
-            return f"{shown:.0f} {word}" if shown >= 10 else f"{shown:.1f} {word}"
-    return f"{value:g}"
-
-
 def _range_of(configs: Iterable[Mapping[str, float]], field: str, text: Callable[[float], str] = str) -> str:
     return _range([config.get(field) for config in configs], text)
 
@@ -317,9 +308,16 @@ def command(result: Result) -> str:
     about = EXPERIMENTS.get(result.experiment)
     if about is None:
         return ""
-    words = ["moelab", "run", about.name, "--scale", result.summary.scale]
+    given = result.summary.parameters
+    swept = given.get("sweep")
+    varied = {k: v for k, v in swept.items() if isinstance(v, list)} if isinstance(swept, dict) else {}
+    scale = given.get("scale") if varied else result.summary.scale
+    words = ["moelab", "sweep" if varied else "run", about.name, *(["--scale", _text(scale)] if scale else [])]
     defaults = _defaults(about.name)
-    for name, value in result.summary.parameters.items():
+    for name, values in varied.items():
+        texts = [_text(value) for value in values]
+        words += ["-g", f"{name}={(';' if any(',' in text for text in texts) else ',').join(texts)}"]
+    for name, value in given.items():
         if name == "scale" or name not in defaults or value in (None, "", [], {}, defaults[name]):
             continue
         if name == "arms" and isinstance(value, list) and set(value) == set(about.arms or ()):

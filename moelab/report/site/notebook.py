@@ -28,7 +28,7 @@ def convert(notebook: Path) -> Path:
 
     Widgets, which need a running kernel, are shown as the table or text that is stored with them; where that is only a
     name, a line refers to JupyterLab. Formulas become MathML, which browsers draw themselves. Code of more than 12
-    lines is folded.
+    lines, and of cells whose source JupyterLab hides, is folded.
     """
     page, mark = notebook.with_suffix(".html"), _mark(notebook)
     if not template.is_current(page, mark):

@@ -10,16 +10,20 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from markupsafe import Markup
+
 import moelab
 from moelab.design.verdicts import STYLES
 from moelab.files import write_text
-from moelab.plotting import interactive, svg
+from moelab.plotting.axis import mark
 from moelab.report.ledger import Entry, entries, family, scale_rank
-from moelab.report.site import downloads, front, notebook, plot, template
+from moelab.report.site import digest, downloads, front, hero, notebook, plot, template
+from moelab.report.site.charts import charts
 from moelab.report.site.claims import ClaimRow, all_claims, claims_of, sign, tally
 from moelab.report.site.gallery import by_chapter, chapters
 from moelab.report.site.glossary import TERMS
-from moelab.report.site.results import Result, read_benchmarks, read_results
+from moelab.report.site.questions import ANSWERS, answers
+from moelab.report.site.results import Picture, Result, read_benchmarks, read_results
 from moelab.report.summary import SUMMARY, unreadable_line
 
 TABLE_ROWS = 40
@@ -60,7 +64,6 @@ def build(root: Path) -> Built:
     for result in results:
         if result.has("notebook.ipynb"):
             (result.names.discard if result.folder in failed else result.names.add)("notebook.html")
-        written += _write_dark_figures(result)
         written += downloads.write_zip(result.folder / downloads.RESULT, downloads.members(result))
         written += _write_result(result, root, unreadable)
     benchmarks, unreadable_benchmarks = read_benchmarks(root)
@@ -73,32 +76,47 @@ def build(root: Path) -> Built:
     counted = tally(ledger)
     used = {result.scale for result in results} | {row.scale for row in claims if row.result}
     runs = downloads.packed_runs(root, results)
-    page = template.render(
-        "index.html",
-        up="",
-        chapters=parts,
-        benchmarks=benchmarks,
-        claims=claims,
-        groups=[(chapter, plot.axes(rows)) for chapter, rows in by_chapter(claims, parts)],
-        verdicts_of=_verdicts(claims),
-        findings=front.findings(claims),
-        sizes=front.sizes(results),
-        forest=front.forest(claims, counted),
-        tally=counted,
-        family=family(ledger),
-        scales=sorted(used, key=lambda scale: (scale_rank(scale), scale)),
-        results=results,
-        unreadable=unreadable,
-        terms=TERMS,
-        repository=downloads.repository(),
-        version=moelab.__version__,
-        everything=downloads.EVERYTHING,
-        runs=runs,
+    about = {
+        "up": "",
+        "chapters": parts,
+        "claims": claims,
+        "family": family(ledger),
+        "tally": counted,
+        "scales": sorted(used, key=lambda scale: (scale_rank(scale), scale)),
+        "results": results,
+        "runs": runs,
+        "repository": downloads.repository(),
+        "unreadable": unreadable,
         **_VIEW,
-    )
-    written += _write_if_changed(root / "index.html", page)
-    written += _write_if_changed(root / "runs.html", template.render("runs.html", up="", runs=runs, **_VIEW))
-    written += _write_if_changed(root / "compare.html", template.render("compare.html", up="", results=results))
+    }
+    shown, drawn = hero.write(results, root)
+    rows = digest.digest(parts, claims)
+    found = answers(results, claims)
+    written += drawn + _write_if_changed(root / digest.FILE, digest.to_csv([vars(row) for row in rows]))
+    written += _write_if_changed(root / ANSWERS, digest.to_csv([answer.row() for answer in found]))
+    start = {
+        "hero": shown,
+        "hero_caption": hero.caption(shown) if shown else "",
+        "hero_picture": Picture.of(root / hero.FILE),
+        "answers": found,
+        "digest": rows,
+        "hours": digest.hours(results),
+        "sizes": front.sizes(results),
+        "everything": downloads.EVERYTHING,
+    }
+    overview = {"findings": front.findings(claims), "sizes": start["sizes"], "forest": front.forest(claims, counted)}
+    tested = [(chapter, plot.axes(of_it)) for chapter, of_it in by_chapter(claims, parts)]
+    pages = {
+        "index.html": start,
+        "overview.html": overview,
+        "claims.html": {"groups": tested},
+        "figures.html": {"benchmarks": benchmarks, "verdicts_of": _verdicts(claims)},
+        "about.html": {"terms": TERMS, "version": moelab.__version__},
+        "runs.html": {},
+        "compare.html": {},
+    }
+    for name, own in pages.items():
+        written += _write_if_changed(root / name, template.render(name, **about, **own))
     return Built(root / "index.html", len(results), written, converted, unreadable)
 
 
@@ -158,19 +176,6 @@ def _conversion_error(path: Path) -> str:
     return ""
 
 
-def _write_dark_figures(result: Result) -> int:
-    """Write dark variants of the figures that were published without one; return how many."""
-    written = 0
-    for figure in result.figures:
-        dark = f"{figure.name}-dark.svg"
-        if result.has(f"{figure.name}.svg") and not result.has(dark):
-            text = (result.folder / f"{figure.name}.svg").read_text(encoding="utf-8", errors="replace")
-            write_text(result.folder / dark, svg.dark(text))
-            result.names.add(dark)
-            written += 1
-    return written
-
-
 def _write_result(result: Result, root: Path, unreadable: list[str]) -> int:
     """Write the page and the comparison data of a result; return how many files were written."""
     about = result.about
@@ -187,47 +192,30 @@ def _write_result(result: Result, root: Path, unreadable: list[str]) -> int:
     sizes = [(result.folder / f.data).stat().st_size for f in result.figures if f.data and result.has(f.data)]
     facts = [result.path, described, shown, result.has("notebook.html"), tables, sizes]
     facts.append(front.command(result))
-    mark = template.mark(
+    made = template.mark(
         json.dumps(facts),
         (result.folder / SUMMARY).read_bytes(),
         repr([(row.claim, row.key, row.note) for row in rows]),
         names=("result.html", "base.html", "macros.html"),
     )
     page, data = result.folder / "index.html", result.folder / "data.js"
-    if template.is_current(page, mark) and data.exists():
+    if template.is_current(page, made) and data.exists():
         return 0
     up = "../" * (result.path.count("/") + 1)
-    charts = {f.name: chart for f in result.figures if f.data and (chart := _chart(result, f.name, f.data))}
     html = template.render(
         "result.html",
-        mark=mark,
+        mark=made,
         up=up,
         result=result,
         claims=rows,
         axes=plot.axes(rows),
         tables=tables,
-        charts=charts,
+        charts=charts(result),
         **_VIEW,
     )
     write_text(data, f"moelab.add({json.dumps(_comparison(result, rows, tables))});\n")
     write_text(page, html)
     return 2
-
-
-def _chart(result: Result, name: str, data: str) -> dict[str, Any] | None:
-    """Return what the interactive chart of a figure draws, None for a figure without curves."""
-    try:
-        whole = (
-            run.label for run in result.summary.runs if not run.spec.get("start")
-        )  # budgets begin at a run's middle
-        found = interactive.pack(result.rows(data), list(dict.fromkeys(whole)))
-    except (ValueError, OSError, RecursionError):
-        return None  # the picture is shown
-    if found is None:
-        return None
-    picture = result.folder / f"{name}.svg"
-    panels = picture.read_text(encoding="utf-8", errors="replace").count('id="axes_') if picture.exists() else 0
-    return {**asdict(found), "panels": panels}
 
 
 def _comparison(result: Result, rows: Sequence[ClaimRow], tables: Mapping[str, list]) -> dict[str, Any]:
@@ -259,7 +247,7 @@ def _comparison(result: Result, rows: Sequence[ClaimRow], tables: Mapping[str, l
             for row in rows
         ],
         "arms": result.arms,
-        "figures": [{"name": f.name, "title": f.title, **result.image(f.name)} for f in result.figures],
+        "figures": [{"name": f.name, "title": f.title, **asdict(result.picture(f.name))} for f in result.figures],
         "tables": {t.name: {"title": t.title, "rows": tables[t.name][:TABLE_ROWS]} for t in result.summary.tables},
     }
 
@@ -268,7 +256,7 @@ _VIEW = {
     "sign": sign,
     "styles": STYLES,
     "row_plot": plot.row_plot,
-    "mark_of": plot.mark,
+    "mark_of": lambda style, y: Markup(mark(style, y)),
     "command": front.command,
     "table_rows": TABLE_ROWS,
 }

@@ -58,27 +58,4 @@ def row_plot(row: ClaimRow, axis: Axis | None) -> Markup:
     """
     if row.ours is None or axis is None:
         return Markup("")
-    stated, ours = places(row)
-
-    def x(value: float) -> str:
-        return f"{axis.percent(value):.2f}%"
-
-    parts = [f'<line class="zero" x1="{x(axis.neutral)}" x2="{x(axis.neutral)}" y1="0" y2="26"/>']
-    if stated:
-        if min(stated) < max(stated):
-            parts.append(f'<line class="paper" x1="{x(min(stated))}" x2="{x(max(stated))}" y1="8" y2="8"/>')
-        parts.append(f'<svg class="at" x="{x(stated[0])}"><path class="paper point" d="M0 3l5 5l-5 5l-5 -5z"/></svg>')
-    if min(ours) < max(ours):
-        parts.append(f'<line class="ours" x1="{x(min(ours))}" x2="{x(max(ours))}" y1="19" y2="19"/>')
-    parts.append(f'<svg class="at" x="{x(ours[0])}">{mark(sign(row.verdict)[1])}</svg>')
-    return Markup(f'<svg class="plot row {sign(row.verdict)[1]}" height="26" aria-hidden="true">{"".join(parts)}</svg>')
-
-
-def mark(style: str, y: float = 19) -> Markup:
-    """Return the mark of a kind of verdict around x = 0: shapes tell apart what colours do."""
-    shapes = {
-        "good": f'<circle class="ours full" cx="0" cy="{y}" r="4.2"/>',
-        "part": f'<path class="ours full" d="M0 {y - 5}l5 9h-10z"/>',
-        "bad": f'<path class="ours full" d="M-4.2 {y - 4.2}h8.4v8.4h-8.4z"/>',
-    }
-    return Markup(shapes.get(style, f'<circle class="ours open" cx="0" cy="{y}" r="3.8"/>'))
+    return Markup(axis.row(*places(row), sign(row.verdict)[1]))

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,26 @@ from moelab.report.summary import (
     read_rows,
     unreadable_line,
 )
-from moelab.runs.progress import duration
+from moelab.terminal import duration
+
+
+@dataclass(frozen=True)
+class Picture:
+    """An SVG by its name, with its width and height in pixels; 0 where it does not tell."""
+
+    file: str
+    width: int = 0
+    height: int = 0
+
+    @classmethod
+    def of(cls, path: Path) -> Picture:
+        """Return the picture in a file, which may be missing."""
+        try:
+            with open(path, encoding="utf-8", errors="replace") as f:
+                points = re.search(r'<svg\b[^>]*?width="([\d.]+)pt" height="([\d.]+)pt"', f.read(1000))
+        except OSError:
+            points = None
+        return cls(path.name, *(round(float(value) * 4 / 3) for value in points.groups())) if points else cls(path.name)
 
 
 @dataclass(frozen=True)
@@ -81,6 +101,19 @@ class Result:
         return sorted(found, key=lambda f: f is not lead)
 
     @property
+    def models(self) -> str:
+        """Parameters of its models and the most tokens of a run, as text; empty if nothing was trained."""
+        numbers = [
+            (run.result["parameters"], run.result["tokens"])
+            for run in self.summary.runs
+            if {"parameters", "tokens"} <= run.result.keys()
+        ]
+        if not numbers:
+            return ""
+        sizes, tokens = zip(*numbers, strict=True)
+        return f"{span(sizes)} parameters, {large(max(tokens))} tokens"
+
+    @property
     def seeds(self) -> str:
         """How many seeds, as text."""
         n = len(self.summary.seeds)
@@ -90,7 +123,8 @@ class Result:
         """Return the commits and machines that have trained a run."""
         return self.sessions.get(run.id) or (run.provenance,)
 
-    def _processors(self, run: RunRow) -> set[str]:
+    def processors(self, run: RunRow) -> set[str]:
+        """Return the kinds of processor that have trained a run."""
         return {_processor(one.hardware) for one in self.trained_by(run)}
 
     @cached_property
@@ -101,7 +135,7 @@ class Result:
         """
         arms: dict[str, dict[str, list[int]]] = {}
         for run in self.summary.runs:
-            for processor in sorted(self._processors(run)):
+            for processor in sorted(self.processors(run)):
                 arms.setdefault(processor, {}).setdefault(run.label, []).append(run.seed)
         most_first = sorted(arms.items(), key=lambda item: -sum(map(len, item[1].values())))
         return {
@@ -112,7 +146,7 @@ class Result:
     @cached_property
     def mixed_seeds(self) -> list[int]:
         """The seeds whose runs were not all trained on one kind of processor."""
-        pairs = {(run.seed, processor) for run in self.summary.runs for processor in self._processors(run)}
+        pairs = {(run.seed, processor) for run in self.summary.runs for processor in self.processors(run)}
         return sorted({seed for seed, _ in pairs if sum(seed == one for one, _ in pairs) > 1})
 
     @property
@@ -199,14 +233,26 @@ class Result:
         shown = (f.title for f in self.figures)
         return " ".join((self.experiment, self.scale, self.title, self.date, self.hardware, *described, *shown)).lower()
 
-    def image(self, name: str) -> dict[str, str]:
-        """Return the files of a figure: `light`, `dark` where there is one; `narrow` and `narrow_dark` for phones."""
-        if not self.has(f"{name}-dark.svg"):
-            return {"light": f"{name}.png"}
-        files = {"light": f"{name}.svg", "dark": f"{name}-dark.svg"}
-        if self.has(f"{name}-narrow.svg") and self.has(f"{name}-narrow-dark.svg"):
-            files |= {"narrow": f"{name}-narrow.svg", "narrow_dark": f"{name}-narrow-dark.svg"}
-        return files
+    def picture(self, name: str) -> Picture:
+        """Return the picture of a figure."""
+        return Picture.of(self.folder / f"{name}.svg")
+
+
+def large(value: float) -> str:
+    """Return a number as text: ``674 thousand``, ``1.0 million``, ``52 billion``."""
+    for size, word in ((1e9, "billion"), (1e6, "million"), (1e3, "thousand")):
+        if value >= size:
+            shown = value / size
+            return f"{shown:.0f} {word}" if shown >= 10 else f"{shown:.1f} {word}"
+    return f"{value:g}"
+
+
+def span(values: Sequence[float]) -> str:
+    """Return the least and the greatest of numbers as text: ``0.17 to 2.7 million``."""
+    low, high = large(min(values)), large(max(values))
+    if low.partition(" ")[2] == high.partition(" ")[2]:
+        low = low.partition(" ")[0]
+    return high if low == high.partition(" ")[0] else f"{low} to {high}"
 
 
 def _means(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
@@ -251,10 +297,8 @@ BENCHMARKS = {
     "scaling": "Weak scaling of training over ranks of one machine",
     "submit": "What Slurm adds: from submitting to the first step, many runs at once",
     "train": "Training speed of the twins, side by side",
-    "train-apart": "Training speed of the twins, each in a process of its own",
-    "memory": "Training steps where freed memory is kept, and where it is returned",
-    "decode": "A decoding step: optimised, compiled, the paper's baseline, transformers",
-    "decode-bf16": "A decoding step in bf16: optimised, compiled, the paper's baseline, transformers",
+    "decode": "A decoding step: ours, the paper's baseline, transformers, llama.cpp",
+    "decode-bf16": "A decoding step in bf16: ours, the paper's baseline, transformers, llama.cpp",
     "losses": "Validation losses by mode of inference and dtype",
 }
 """Title of each benchmark of `moelab bench`."""
@@ -267,7 +311,7 @@ def _processor(machine: Hardware | None) -> str:
 
 @dataclass(frozen=True)
 class Benchmark:
-    """The numbers of `moelab bench` or `moelab eval --out`, with the names of their files and their provenance.
+    """The numbers of `moelab bench` or `moelab eval --out`, with the names of their files, provenance and picture.
 
     `name` and `files` are relative to `benchmarks/`; those of a further machine lie in a folder of their own there.
     """
@@ -277,10 +321,7 @@ class Benchmark:
     provenance: Provenance
     files: tuple[str, ...]
     rows: tuple[dict[str, Any], ...] = ()
-
-    def has(self, suffix: str) -> bool:
-        """Return whether there is a file `<name><suffix>`."""
-        return f"{self.name}{suffix}" in self.files
+    picture: Picture | None = None
 
     @property
     def table(self) -> list[dict[str, Any]]:
@@ -312,5 +353,7 @@ def read_benchmarks(root: Path) -> tuple[list[Benchmark], list[str]]:
         title = typeset(provenance.title or BENCHMARKS.get(name, f"Benchmark: {name}"))
         if machine.name:
             title += f" ({machine.name})"
-        found.append(Benchmark((machine / name).as_posix(), title, provenance, files, rows))
+        drawn = file.with_name(f"{name}.svg")
+        picture = replace(Picture.of(drawn), file=drawn.relative_to(folder).as_posix()) if drawn.exists() else None
+        found.append(Benchmark((machine / name).as_posix(), title, provenance, files, rows, picture))
     return found, unreadable

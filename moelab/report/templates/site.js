@@ -19,13 +19,20 @@ const moelab = {
     const button = document.getElementById("theme");
     if (!button) return;
     button.querySelector("span").textContent = name;
-    button.setAttribute("aria-label", "Colours: " + (name === "auto" ? "as the system" : name));
+    button.setAttribute("aria-label", `Colours: ${name === "auto" ? "as the system (auto)" : name}`);
   },
 
-  // The filters act on all lists, and stand in the address, so that what is shown can be passed on.
+  // The search in the head of every page leads to the claims.
+  find(form) {
+    form.addEventListener("submit", (event) => {
+      event.preventDefault();
+      location.href = `${document.body.dataset.up}claims.html?q=${encodeURIComponent(form.q.value)}`;
+    });
+  },
+
+  // The filters act on all lists of a page, and stand in the address, so that what is shown can be passed on.
   filters(form) {
     const items = [...document.querySelectorAll("[data-item]")];
-    const tally = [...document.querySelectorAll(".tally button")];
     const names = ["q", "scale", "verdict", "experiment"];
     const asked = new URLSearchParams(location.search);
     for (const name of names) {
@@ -35,19 +42,21 @@ const moelab = {
     const apply = () => {
       const words = form.q.value.toLowerCase().split(/\s+/).filter(Boolean);
       const { scale, verdict, experiment } = Object.fromEntries(new FormData(form));
-      const shown = { claim: 0, chapter: 0, result: 0 };
+      const shown = { claim: 0, experiment: 0, result: 0 };
+      const there = new Set();
       for (const item of items) {
         const d = item.dataset;
-        const chapter = "chapter" in d;
-        const claim = "best" in d;
+        const kind = "chapter" in d ? "experiment" : "best" in d ? "claim" : "result";
         let keep = words.every((word) => d.text.includes(word)) && (!experiment || d.experiment === experiment);
-        if (claim) keep &&= ("forest" in d || (scale ? d.scale === scale : d.best === "1")) && (!verdict || d.verdict === verdict);
+        if (kind === "claim") keep &&= (scale ? d.scale === scale : d.best === "1") && (!verdict || d.verdict === verdict);
         else keep &&= !verdict || d.verdicts.split("|").includes(verdict);
-        if (claim && "forest" in d) keep &&= !scale || d.scale === scale;
-        if (chapter) moelab.panels(item, scale);
-        else if (!claim) keep &&= !scale || d.scale === scale;
+        if (kind === "experiment") moelab.panels(item, scale);
+        // A card without a result at this scale would be empty.
+        if (kind === "experiment") keep &&= !scale || d.scales.split(" ").includes(scale);
+        if (kind === "result") keep &&= !scale || d.scale === scale;
         item.hidden = !keep;
-        if (keep && !("forest" in d)) shown[claim ? "claim" : chapter ? "chapter" : "result"] += 1;
+        there.add(kind);
+        if (keep) shown[kind] += 1;
       }
       const any = words.length || scale || verdict || experiment;
       for (const group of document.querySelectorAll("[data-group]"))
@@ -65,22 +74,15 @@ const moelab = {
         untested.hidden = !left;
         if (words.length || verdict) untested.open = left > 0;
       }
-      document.getElementById("tested").hidden = !document.querySelector("#tested [data-item]:not([hidden])");
-      document.getElementById("nothing").hidden = shown.claim + shown.chapter + shown.result > 0;
-      for (const button of tally) button.setAttribute("aria-pressed", String(button.dataset.verdict === verdict));
+      const tested = document.getElementById("tested");
+      if (tested) tested.hidden = !tested.querySelector("[data-item]:not([hidden])");
+      document.getElementById("nothing").hidden = shown.claim + shown.experiment + shown.result > 0;
       const count = (n, word) => n + " " + word + (n === 1 ? "" : "s");
-      document.getElementById("count").textContent = any
-        ? [count(shown.claim, "claim"), count(shown.chapter, "experiment"), count(shown.result, "result")].join(", ")
-        : "";
+      document.getElementById("count").textContent = any ? [...there].map((kind) => count(shown[kind], kind)).join(", ") : "";
       const chosen = new URLSearchParams(names.filter((name) => form[name].value).map((name) => [name, form[name].value]));
       const address = location.pathname + (chosen.size ? `?${chosen}` : "") + location.hash;
       if (address !== location.pathname + location.search + location.hash) history.replaceState(null, "", address);
     };
-    for (const button of tally)
-      button.addEventListener("click", () => {
-        form.verdict.value = form.verdict.value === button.dataset.verdict ? "" : button.dataset.verdict;
-        apply();
-      });
     document.querySelector("#nothing button").addEventListener("click", () => {
       for (const name of names) form[name].value = "";
       apply();
@@ -94,10 +96,6 @@ const moelab = {
     const scales = chapter.dataset.scales.split(" ").filter(Boolean);
     const wanted = scale || scales[0];
     for (const panel of chapter.querySelectorAll("[data-panel]")) panel.hidden = panel.dataset.panel !== wanted;
-    const note = chapter.querySelector(".elsewhere");
-    if (!note) return;
-    note.hidden = !scale || scales.includes(scale) || !scales.length;
-    note.textContent = `No result at scale ${scale}; there is one at ${scales.join(", ")}.`;
   },
 
   picks(form) {
@@ -190,7 +188,7 @@ const moelab = {
     const claims = (r) => Object.fromEntries(r.claims.map((c) => [c.id, c]));
     const [ca, cb] = [claims(a), claims(b)];
     const say = (c) => {
-      if (!c) return "–";
+      if (!c) return "no statement";
       const [mark, style] = c.sign.split(" ");
       return make("span", {}, make("span", { class: `badge ${style}` }, make("span", { "aria-hidden": "true" }, mark), c.verdict),
         c.ours === "–" ? "" : ` ${c.ours}${["–", "exact"].includes(c.interval) ? "" : ` (${c.interval})`}`);
@@ -218,16 +216,13 @@ const moelab = {
       parts.push(first.includes(key) ? shown : make("details", {}, make("summary", {}, key.replaceAll("_", " ")), shown));
     }
 
-    const phone = matchMedia("(max-width: 46rem)").matches;
     const by = (r) => Object.fromEntries(r.figures.map((f) => [f.name, f]));
     const [fa, fb] = [by(a), by(b)];
     for (const name of union(Object.keys(fa), Object.keys(fb))) {
       const one = (r, f, side) => {
         if (!f) return make("p", { class: "soft" }, `${side} has no figure ${name}.`);
-        const image = (kind, file) => make("img", { class: phone && f.narrow ? kind : `${kind} whole`, src: `${r.path}/${file}`, alt: f.title });
         return make("figure", {}, make("h3", {}, `${side}: ${f.title}`),
-          make("div", { class: "scroll" },
-            ...(f.dark ? [image("light", (phone && f.narrow) || f.light), image("dark", (phone && f.narrow_dark) || f.dark)] : [image("card", f.light)])));
+          make("img", { class: "picture", src: `${r.path}/${f.file}`, alt: f.title, width: f.width, height: f.height }));
       };
       parts.push(make("h2", {}, name), make("div", { class: "pair" }, one(a, fa[name], "A"), one(b, fb[name], "B")));
     }
@@ -245,6 +240,28 @@ const moelab = {
       parts.push(make("h2", {}, name), make("div", { class: "pair" }, one(a, "A"), one(b, "B")));
     }
     return parts;
+  },
+
+  // A click on the head of a column sorts by it, a second one the other way; rows without a value come last.
+  sortable(table) {
+    const heads = [...table.tHead.rows[0].cells];
+    heads.forEach((head, column) => {
+      const button = document.createElement("button");
+      button.type = "button";
+      button.append(...head.childNodes);
+      head.append(button);
+      button.addEventListener("click", () => {
+        const down = head.getAttribute("aria-sort") === "ascending";
+        heads.forEach((other) => other.removeAttribute("aria-sort"));
+        head.setAttribute("aria-sort", down ? "descending" : "ascending");
+        const key = ({ cells }) => (cells[column].dataset.value === undefined ? cells[column].textContent : cells[column].dataset.value && Number(cells[column].dataset.value));
+        const empty = (value) => value === "";
+        const compare = (x, y) => (typeof x === "number" && typeof y === "number" ? x - y : String(x).localeCompare(String(y), "en", { numeric: true })) * (down ? -1 : 1);
+        const rows = [...table.tBodies[0].rows].map((row) => [key(row), row]);
+        rows.sort(([x], [y]) => empty(x) - empty(y) || compare(x, y));
+        table.tBodies[0].append(...rows.map(([, row]) => row));
+      });
+    });
   },
 
   // Let the keyboard reach boxes that scroll sideways.
@@ -271,5 +288,7 @@ document.addEventListener("DOMContentLoaded", () => {
   if (filter) moelab.filters(filter);
   if (pick) moelab.picks(pick);
   if (choose) moelab.comparison(choose);
+  moelab.find(document.querySelector("form.find"));
+  document.querySelectorAll("table.sortable").forEach(moelab.sortable);
   moelab.focusable(document);
 });

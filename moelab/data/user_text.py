@@ -1,0 +1,162 @@
+"""Texts of the user: a folder of files, or a Hugging Face data set."""
+
+from __future__ import annotations
+
+import functools
+import json
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from moelab.config import DataConfig
+from moelab.data.documents import Corpus, Document, Split, UnknownCorpus, hash_fraction
+from moelab.data.packages import CorpusUnavailable
+
+FOLDER_VALIDATION = 0.05
+HF_VALIDATION = 0.01
+_HF_NAME = re.compile(r"[A-Za-z0-9_][\w.-]*(/[A-Za-z0-9_][\w.-]*)?(:[^/:]+)?")
+
+
+def folder(config: DataConfig, root: Path) -> Corpus:
+    """Return the corpus of a folder; ValueError, one line, where it is none, has no text, or links lead out of it."""
+    if not root.is_dir():
+        raise ValueError(f"data: corpus {config.corpus!r} is no folder")
+    files = sorted(file for file in root.rglob("*") if file.suffix in {".txt", ".md", ".jsonl"} and file.is_file())
+    if not files:
+        raise ValueError(f"data: no .txt, .md or .jsonl file in {root}")
+    within = root.resolve()
+    if outside := next((file for file in files if not file.resolve().is_relative_to(within)), None):
+        raise ValueError(f"data: {outside} is a link to {outside.resolve()}, outside of {root}; copy the file into it")
+    return Corpus(
+        name=config.corpus,
+        licence="as the owner of the folder states; not known here",
+        source=f"{len(files)} files in {root}",
+        state=_listing(root, files),
+        documents=functools.partial(_folder_documents, root, files, config.text_field),
+    )
+
+
+def _folder_documents(root: Path, files: list[Path], field: str) -> Iterator[Document]:
+    """About 5 % of each domain is validation, by the hash of relative paths (and line numbers, in .jsonl files).
+
+    A domain whose hashes are all above 5 % gives its lowest one; a domain of one document gives that one's last 5 %.
+    """
+    counts: Counter[str] = Counter()
+    lowest: dict[str, tuple[float, str]] = {}
+    for domain, name, _ in _folder_texts(root, files, field):
+        counts[domain] += 1
+        lowest[domain] = min(lowest.get(domain, (2.0, "")), (hash_fraction(name), name))
+    for domain, name, text in _folder_texts(root, files, field):
+        if counts[domain] == 1:
+            cut = _near_space(text, round(len(text) * (1 - FOLDER_VALIDATION)))
+            yield Document(domain, "train", text[:cut], f"{name}[:{cut}]")
+            yield Document(domain, "validation", text[cut:], f"{name}[{cut}:]")
+        else:
+            chosen = hash_fraction(name) < FOLDER_VALIDATION or name == lowest[domain][1]
+            yield Document(domain, "validation" if chosen else "train", text, name)
+
+
+def _folder_texts(root: Path, files: list[Path], field: str) -> Iterator[tuple[str, str, str]]:
+    """(domain, name, text) of every text that is not blank."""
+    for file in files:
+        path = file.relative_to(root)
+        domain = path.parts[0] if len(path.parts) > 1 else (root.resolve().name or "text")
+        for name, text in _texts_of(file, path.as_posix(), field):
+            if text.strip():
+                yield domain, name, text
+
+
+def _texts_of(file: Path, name: str, field: str) -> Iterable[tuple[str, str]]:
+    try:
+        if file.suffix != ".jsonl":
+            yield name, file.read_text(encoding="utf-8")
+            return
+        with file.open(encoding="utf-8") as lines:
+            for number, line in enumerate(lines, 1):
+                if line.strip():
+                    record = json.loads(line)
+                    if not isinstance(record, dict) or not isinstance(record.get(field), str):
+                        raise ValueError(f"data: {file} line {number} has no text under {field!r} (text_field)")
+                    yield f"{name}#{number}", _valid(record[field])
+    except UnicodeDecodeError as error:
+        raise ValueError(f"data: {file} is not UTF-8 text (byte {error.start})") from None
+    except json.JSONDecodeError as error:
+        raise ValueError(f"data: {file} line {number} is not JSON: {error}") from None
+
+
+def _valid(text: str) -> str:
+    """JSON may hold halves of surrogate pairs, which are no Unicode text; they become "?"."""
+    return text.encode("utf-8", "replace").decode()
+
+
+def _near_space(text: str, cut: int) -> int:
+    """Return the position of the last white space before `cut`, or `cut` if there is none close by."""
+    return next((i for i in range(cut, max(0, cut - 1000), -1) if text[i : i + 1].isspace()), cut)
+
+
+def _listing(root: Path, files: list[Path]) -> str:
+    """Return a text that changes when a file is added, removed or rewritten."""
+    rows = ((file, file.stat()) for file in files)
+    return "\n".join(f"{file.relative_to(root)} {stat.st_size} {stat.st_mtime_ns}" for file, stat in rows)
+
+
+def hugging_face(config: DataConfig, where: str) -> Corpus:
+    """Return the corpus of a data set: of the folder or the name before the colon in `where`, its configuration after.
+
+    Raises:
+        ValueError: one line: it is neither (`UnknownCorpus`), or it is streamed without a bound.
+    """
+    name, _, subset = where.partition(":")
+    local = Path(name).is_dir()
+    if not local and (not _HF_NAME.fullmatch(where) or ".." in name or "--" in name):
+        raise UnknownCorpus(
+            f"data: corpus {config.corpus!r}: {where!r} is neither a folder nor the name of a Hugging Face data set "
+            "(OWNER/NAME[:CONFIG])"
+        )
+    if not (local or config.max_documents or config.max_bytes):
+        raise ValueError(
+            f"data: corpus {config.corpus!r} is streamed and needs a bound: set max_documents or max_bytes"
+        )
+    state = "remote"
+    if local:
+        state = _listing(Path(name), sorted(file for file in Path(name).rglob("*") if file.is_file()))
+    return Corpus(
+        name=config.corpus,
+        licence="as stated on the data set's page",
+        source=f"Hugging Face data set {name}" + (f", configuration {subset}" if subset else "") + ", split train",
+        state=state,
+        documents=functools.partial(_hf_documents, config, name, subset or None),
+        slow=not local,
+    )
+
+
+def _hf_documents(config: DataConfig, name: str, subset: str | None) -> Iterator[Document]:
+    """About 1 % is validation, by the hash of the text: copies of a document end up on the same side."""
+    domain = Path(name).name
+    size = 0
+    for number, record in enumerate(_hf_records(name, subset)):
+        if (config.max_documents and number >= config.max_documents) or (config.max_bytes and size >= config.max_bytes):
+            return
+        text = record.get(config.text_field)
+        if not isinstance(text, str):
+            raise ValueError(f"data: {name} has no text field {config.text_field!r}; its fields are {sorted(record)}")
+        if text.strip():
+            text = _valid(text)
+            size += len(text.encode())
+            split: Split = "validation" if hash_fraction(text) < HF_VALIDATION else "train"
+            yield Document(domain, split, text, f"{number}")
+
+
+def _hf_records(name: str, subset: str | None) -> Iterator[dict]:
+    try:
+        import datasets
+    except ImportError:
+        raise CorpusUnavailable("hf: corpora need the package datasets: pip install 'moelab[hf]'") from None
+    try:
+        yield from datasets.load_dataset(name, subset, split="train", streaming=True)
+    except Exception as error:  # the library raises many kinds, most of them pages long
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise CorpusUnavailable(
+            f"cannot read Hugging Face data set {name!r}: {type(error).__name__}: {reason}"
+        ) from error

@@ -1,0 +1,89 @@
+"""Say in words what an experiment found, how sure that is, and what it does not say: the end of every notebook."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from moelab.design.verdicts import FITTED, MEASURED, NOT_JUDGED, PREDICTED, Verdict, outcome
+
+
+@dataclass(frozen=True)
+class Conclusion:
+    """A text in markdown, which a notebook shows as such."""
+
+    text: str
+
+    def _repr_markdown_(self) -> str:
+        return self.text
+
+    def __str__(self) -> str:
+        return self.text
+
+
+def conclude(headline: str, judged: Sequence[Verdict] = (), *, seeds: int = 0) -> Conclusion:
+    """Return the conclusion of an experiment.
+
+    Args:
+        headline: the main finding, one sentence.
+        judged: the verdicts on the paper's claims; none for a question beyond the paper.
+        seeds: of the training runs; 0 where nothing was trained.
+    """
+    lines = ["## Conclusion", "", f"**What was found.** {headline.rstrip('.')}."]
+    decided = [v for v in judged if v.verdict not in NOT_JUDGED]
+    lines += [
+        f"- {outcome(v.verdict).sign} *{v.verdict}*: {v.statement} Ours {_value(v)}, the paper {v.paper or '–'}."
+        for v in decided
+    ]
+    lines += [
+        "",
+        f"**How sure.** {_sure(decided, seeds)}",
+        "",
+        f"**What it does not say.** {_limits(judged, decided, seeds)}",
+    ]
+    return Conclusion("\n".join(lines))
+
+
+def _value(verdict: Verdict) -> str:
+    if verdict.ours is None:
+        return "–"
+    unit = f" {verdict.unit}" if verdict.unit else ""
+    interval = verdict.samples and verdict.low is not None and verdict.high is not None
+    return f"{verdict.ours:.3g}{unit}" + (f" ({verdict.low:.3g} to {verdict.high:.3g})" if interval else "")
+
+
+def _sure(decided: Sequence[Verdict], seeds: int) -> str:
+    kinds = {v.kind for v in decided}
+    parts = []
+    if MEASURED in kinds:
+        samples = sorted({v.samples for v in decided if v.kind == MEASURED})
+        count = f"{samples[0]}" if len(samples) == 1 else f"{samples[0]} to {samples[-1]}"
+        parts.append(
+            f"Intervals are 95 % over {count} seeds or sessions, each claim by itself; the results pages adjust for "
+            "the number of claims, which turns some into undecided."
+        )
+    elif seeds:
+        parts.append("One seed says nothing of chance." if seeds == 1 else f"Intervals are 95 % over {seeds} seeds.")
+    if kinds & {PREDICTED, FITTED}:
+        parts.append(
+            "Simulated values have no spread: how far the simulator is off, notebook 11 shows number by number."
+        )
+    if FITTED in kinds:
+        parts.append("Those it was fitted on are no evidence.")
+    return " ".join(parts) or "Nothing here has a spread: what was counted is exact."
+
+
+def _limits(judged: Sequence[Verdict], decided: Sequence[Verdict], seeds: int) -> str:
+    parts = []
+    if seeds or any(v.kind == MEASURED for v in decided):
+        parts.append(
+            "Small models on one machine show whether an effect appears at this size, not how large it is at the "
+            "paper’s."
+        )
+    if left := len(judged) - len(decided):
+        parts.append(
+            f"{left} of the paper’s {len(judged)} claims here {'is' if left == 1 else 'are'} not judged at this scale."
+        )
+    if open_ := sum(outcome(v.verdict).style == "open" for v in decided):
+        parts.append(f"Undecided: {open_}; more seeds or longer runs could turn such a claim either way.")
+    return " ".join(parts) or "It is about this machine and these shapes alone."

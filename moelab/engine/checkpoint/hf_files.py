@@ -1,0 +1,122 @@
+"""Read the safetensors files of a model's directory, a tensor at a time and a rank's part of each."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from moelab.config import ModelConfig
+from moelab.engine.checkpoint.hf_formats import Format, Part
+from moelab.engine.placement import Placement
+from moelab.files import read_json
+
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "F64": torch.float64}
+
+
+def _files_of_index(path: Path) -> list[str]:
+    """Return the names of the files in which an index places tensors; none without an index."""
+    index = read_json(path)
+    if index is None:
+        return []
+    placed = index.get("weight_map") if isinstance(index, dict) else None
+    if not isinstance(placed, dict) or not placed or any(not isinstance(file, str) for file in placed.values()):
+        raise ValueError(f"{path}: weight_map must be an object of tensor names and their files")
+    return sorted(set(placed.values()))
+
+
+class Files:
+    """The safetensors files of a directory, one or several with an index."""
+
+    def __init__(self, directory: Path, kind: Format) -> None:
+        self.directory, self.kind = directory, kind
+        files = _files_of_index(directory / INDEX) or [WEIGHTS]
+        self._open: list[Any] = []
+        self.names: dict[str, Any] = {}
+        for file in files:
+            path = directory / Path(file).name
+            if path.exists() and not path.is_file():  # reading a FIFO or a device might never end
+                raise ValueError(f"{path}: not a regular file")
+            try:
+                opened = safe_open(path, "pt").__enter__()
+            except (OSError, SafetensorError) as error:
+                raise ValueError(f"{path}: unreadable ({error})") from None
+            self._open.append(opened)
+            self.names.update(dict.fromkeys(opened.keys(), opened))
+        if not self.names:
+            raise ValueError(f"{directory}: no tensor in {', '.join(files)}")
+        self.prefix = kind.prefix if any(name.startswith(kind.prefix) for name in self.names) else ""
+
+    def shape(self, name: str, transposed: bool) -> tuple[int, ...]:
+        """Return the shape of a tensor, a transposed matrix's as it is in our model."""
+        shape = tuple(self.names[name].get_slice(name).get_shape())
+        return shape[::-1] if transposed and len(shape) == 2 else shape
+
+    def dtype(self, name: str) -> torch.dtype:
+        """Return the dtype of a tensor; ValueError, one line, for one that we do not read."""
+        stored = self.names[name].get_slice(name).get_dtype()
+        if stored not in _DTYPES:
+            raise ValueError(f"{self.directory}: tensor {name} is {stored}; allowed: {', '.join(_DTYPES)}")
+        return _DTYPES[stored]
+
+    def read(self, name: str) -> Tensor:
+        """Return a tensor."""
+        return self.names[name].get_tensor(name)
+
+    def whole(self, name: str, shape: tuple[int, ...], config: ModelConfig) -> Tensor:
+        """Return one of our parameters."""
+        parts = list(self.kind.parts(name, shape, config))
+        first = self.read(self.prefix + parts[0].name)
+        parameter = torch.empty(shape, dtype=first.dtype)
+        self.fill(parameter, name, Placement.whole(shape), config)
+        return parameter
+
+    def fill(self, local: Tensor, name: str, placement: Placement, config: ModelConfig) -> None:
+        """Fill a rank's tensor of one of our parameters; read only the tensors that have something of it."""
+        for part in self.kind.parts(name, placement.shape, config):
+            box = _box(part, placement.shape)
+            tensor: Tensor | None = None
+            for shard in placement.shards:
+                ends = [(o, o + n) for o, n in zip(shard.offset, shard.size, strict=True)]
+                common = [(max(a, c), min(b, d)) for (a, b), (c, d) in zip(box, ends, strict=True)]
+                if any(start >= end for start, end in common):
+                    continue
+                if tensor is None:
+                    tensor = self._part(part)
+                source = tuple(slice(i - a, j - a) for (i, j), (a, _) in zip(common, box, strict=True))
+                target = tuple(slice(i - c, j - c) for (i, j), (c, _) in zip(common, ends, strict=True))
+                shard.of(local)[target].copy_(tensor[source])
+
+    def _part(self, part: Part) -> Tensor:
+        """Return a tensor of the format as the part of our parameter that it is, with all of its dims."""
+        tensor = self.read(self.prefix + part.name)
+        tensor = tensor.T if part.transposed and tensor.ndim == 2 else tensor
+        for dim in sorted(part.single()):
+            tensor = tensor.unsqueeze(dim)
+        return tensor
+
+    def __enter__(self) -> Files:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for opened in self._open:
+            opened.__exit__(None, None, None)
+
+
+def expected_shape(part: Part, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Return the shape that a part of a parameter has in the format, a transposed matrix's as it is in our model."""
+    single = part.single()
+    return tuple(end - start for dim, (start, end) in enumerate(_box(part, shape)) if dim not in single)
+
+
+def _box(part: Part, shape: tuple[int, ...]) -> list[tuple[int, int]]:
+    """Return (start, end) of a part along each dim of a parameter."""
+    box = [(0, n) for n in shape]
+    for dim, index in enumerate(part.at):
+        start, end, _ = (index, index + 1, 1) if isinstance(index, int) else index.indices(shape[dim])
+        box[dim] = (start, end)
+    return box

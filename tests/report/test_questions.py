@@ -1,0 +1,148 @@
+"""The start page's answers and the line an experiment: computed from published data, with the paper's at an equal share."""
+
+import csv
+import io
+import json
+import math
+
+import pandas as pd
+import pytest
+
+from moelab import paper
+from moelab.design.verdicts import UNDECIDED
+from moelab.report.site import charts, digest, hero, questions
+from moelab.report.site.claims import ClaimRow
+from moelab.report.site.gallery import chapters
+from moelab.report.site.results import Result
+from moelab.report.summary import parse
+
+ARMS = {"350M": 4.0, "350M+MoE-128": 3.7, "1.3B": 3.4}
+
+
+def run(arm, seed, tokens=16_384_000):
+    spec = {"model": {"name": f"{arm} twin"}, "train": {"tokens": tokens, "seed": seed}}
+    numbers = {
+        "validation_loss": ARMS[arm] + 0.01 * seed,
+        "parameters": 171_000,
+        "tokens": tokens,
+        "seconds": 60.0 * (1 + (arm != "350M")),
+    }
+    flops = 2e6 if "MoE" in arm else 1e6
+    provenance = {"commit": "a" * 40, "hardware": {"cpu": "Test", "cores": 2}}
+    return {
+        "id": f"{arm}{seed}",
+        "label": arm,
+        "spec": spec,
+        "result": {**numbers, "flops_per_token": flops},
+        "provenance": provenance,
+    }
+
+
+@pytest.fixture
+def scaling(tmp_path):
+    folder = tmp_path / "scaling" / "cpu" / "1"
+    folder.mkdir(parents=True)
+    seeds = (0, 1, 2)
+    costs = [
+        {"at": at, "arm": "350M+MoE-128", "seed": s, "gap": gap + 0.01 * s}
+        for at, gap in (("training tokens", -0.31), ("training FLOPs", -0.2), ("time", 0.0))
+        for s in seeds
+    ]
+    final = [{"arm": arm, "seed": s, "validation_loss": loss} for arm, loss in ARMS.items() for s in seeds]
+    pairs = [{"arm": "350M+MoE-128", "against": "1.3B", "seed": s, "difference": 0.3, "pair": "p"} for s in seeds]
+    for name, rows in (("equal-cost", costs), ("final", final), ("against-dense", pairs)):
+        pd.DataFrame(rows).to_json(folder / f"{name}.jsonl", orient="records", lines=True)
+    about = {"experiment": "scaling", "scale": "cpu", "title": "t", "finished": "2026", "seeds": list(seeds)}
+    return Result(folder, "scaling/cpu/1", parse({**about, "runs": [run(arm, s) for arm in ARMS for s in seeds]}))
+
+
+def test_equal_cost_says_where_the_interval_excludes_none(scaling):
+    first, second = questions.answers([scaling], [])
+    assert first.short.startswith("At equal tokens and FLOPs only: −0.300 nats [−0.325, −0.275] at equal tokens")
+    assert (
+        "+0.010 nats" in first.short
+        and "−0.31 at its end" in first.paper
+        and "16\u00a0% of its training" in first.paper
+    )
+    assert "+0.300 nats" in second.short and second.short.startswith("Times its base’s size: 1.")
+    assert first.row()["verdict"] == "" and first.row()["link"].startswith("scaling/cpu/1/")
+    assert questions.answers([], []) == []
+
+
+def test_the_dense_size_at_equal_tokens_is_interpolated_in_logarithms(scaling):
+    sizes = questions.effective_sizes(scaling)
+    assert list(sizes) == ["tokens", "FLOPs", "time"] and len(sizes["time"]) == 3
+    from moelab.design import settings
+
+    small, large = (settings.spec(name, "cpu").model.non_embedding_parameters() for name in ("350M", "1.3B"))
+    share = 0.31 / (ARMS["350M"] - ARMS["1.3B"])
+    assert sizes["tokens"][0] == pytest.approx(math.exp(share * math.log(large / small)))
+    assert sizes["time"][0] == pytest.approx(1.0)
+
+
+def test_a_claim_is_quoted_with_its_interval(scaling):
+    row = ClaimRow(
+        paper.claim("pr-moe-matches-moe128"), UNDECIDED, scaling, "cpu", 0.014, -0.002, 0.03, 5, decides=True
+    )
+    (answer,) = (a for a in questions.answers([scaling], [row]) if a.claims)
+    assert answer.short == "PR-MoE-32/64 +0.014 nats/token [−0.002, +0.030] from MoE-128."
+    assert answer.paper == "+0.010 nats/token" and answer.row()["verdict"] == UNDECIDED
+
+
+def test_a_line_an_experiment_has_the_costs_of_both_sides(scaling):
+    claim = paper.claim("moe128-350m-beats-own-base")
+    row = ClaimRow(claim, UNDECIDED, scaling, "cpu", -0.3, -0.35, -0.25, 3, decides=True)
+    (line,) = digest.digest(chapters([scaling]), [row])
+    assert (line.experiment, line.seeds, line.verdict, line.flops, line.time) == ("scaling", 3, UNDECIDED, 2.0, 2.0)
+    assert line.effect.startswith("−0.300 nats/token (−0.350 to −0.250), 350M+MoE-128 against 350M")
+    (read,) = csv.DictReader(io.StringIO(digest.to_csv([vars(line)])))
+    assert read["outcome"] == "t" and float(read["flops"]) == 2.0
+    assert digest.hours([scaling, scaling]) == pytest.approx((3 * 60 + 6 * 120) / 3600), "a run counts once"
+
+
+def test_the_papers_points_stand_at_the_share_of_its_training():
+    points = charts.fig_1("350M+MoE-128")
+    assert points[-1][0] == pytest.approx(1, abs=0.05) and charts.fig_1("nobody") == []
+    gap = charts.gap_of_fig_1("350M+MoE-128", "350M")
+    assert gap[-1][1] == pytest.approx(-0.307, abs=0.01) and gap[-1][2] > 0
+    assert charts.whole_training("350M", "cpu") > 50e6 and charts.whole_training("350M", "full") == pytest.approx(
+        101.6e6, rel=0.01
+    )
+    assert charts.whole_training("nobody", "cpu") == 0
+
+
+def test_the_figure_of_the_start_page_takes_the_strongest_scale(scaling, tmp_path):
+    found = []
+    for scale in ("quick", "cpu"):
+        folder = tmp_path / scale
+        folder.mkdir()
+        rows = [
+            {"arm": arm, "seed": s, "tokens": t, "loss": -t / 1e8 - s / 100}
+            for arm in ("MoE-32", "MoE-128")
+            for s in (0, 1)
+            for t in (1e6, 8e6, 16e6)
+        ]
+        (folder / hero.DATA).write_text("".join(json.dumps(row) + "\n" for row in rows))
+        runs = [
+            {
+                "id": arm,
+                "label": arm,
+                "spec": {"model": {"name": f"{name} twin"}},
+                "result": {"parameters": 2e5, "tokens": 16e6},
+            }
+            for arm, name in (("Dense", "350M"), ("MoE-32", "350M+MoE-32"), ("MoE-128", "350M+MoE-128"))
+        ]
+        about = {
+            "experiment": "pr-moe",
+            "scale": scale,
+            "title": "t",
+            "finished": "2026",
+            "seeds": [0, 1],
+            "runs": runs,
+        }
+        found.append(Result(folder, f"pr-moe/{scale}/1", parse(about)))
+    shown, written = hero.write(found, tmp_path)
+    assert shown.scale == "cpu" and written and not hero.write(found, tmp_path)[1], "drawn once"
+    text = (tmp_path / hero.FILE).read_text()
+    assert "paper: MoE-128" in text and "MoE-32" in text and "of the paper’s tokens" in hero.caption(shown)
+    assert hero.write([scaling], tmp_path) == (None, False)

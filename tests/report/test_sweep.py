@@ -1,0 +1,139 @@
+"""The comparison of a sweep's points: one table, one figure, one result."""
+
+import json
+import math
+from pathlib import Path
+
+import matplotlib
+import pytest
+
+from moelab.design.parameters import resolve
+from moelab.experiments import experiment
+from moelab.files import write_json
+from moelab.report import site, sweep
+from moelab.report.site import front
+from moelab.report.site.results import read_results
+from moelab.runs.store import RunStore
+
+matplotlib.use("Agg")
+HALF = experiment("half-moe")
+
+
+@pytest.fixture(autouse=True)
+def home(tmp_path, monkeypatch):
+    monkeypatch.setenv("MOELAB_HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("MOELAB_RESULTS", str(tmp_path / "results"))
+    return tmp_path / "home"
+
+
+def points(name: str, grid: list[dict[str, str]], **given: str) -> sweep.Sweep:
+    chosen = experiment(name)
+    values = [resolve(chosen, {"scale": "smoke", **given, **point}).values for point in grid]
+    return sweep.Sweep(tuple(grid[0]), tuple(values))
+
+
+def finish(result, asked: sweep.Sweep, loss) -> None:
+    """Make up a result for every run of a sweep of `half-moe`; `loss` is a function of the spec, None leaves it out."""
+    for point in asked.points:
+        for spec in HALF.specs_of(point):
+            if (value := loss(spec)) is not None:
+                write_json(RunStore().run(spec).path / "result.json", result(value))
+
+
+@pytest.fixture
+def two(result):
+    """Two points, two arms, two seeds: the loss falls with the tokens, the second half is 0.1 lower."""
+    asked = points(
+        "half-moe", [{"train.tokens": "1024"}, {"train.tokens": "2048"}], seeds="2", arms='["Dense","Second half"]'
+    )
+    finish(
+        result,
+        asked,
+        lambda spec: 6 - spec.train.tokens / 2048 + spec.train.seed / 8 - 0.1 * (spec.label == "Second half"),
+    )
+    return asked
+
+
+def test_a_row_for_each_point_and_arm_with_intervals_over_seeds(two):
+    found = sweep.compare(HALF, two, [None, None], RunStore())
+    assert found.table[["train.tokens", "arm", "runs"]].values.tolist() == [
+        [tokens, arm, 2] for tokens in (1024, 2048) for arm in ("Dense", "Second half")
+    ]
+    first, second = found.table.iloc[0], found.table.iloc[3]
+    assert (first["loss"], second["loss"]) == pytest.approx((5.5625, 4.9625))
+    assert first["loss_low"] < first["loss"] < first["loss_high"] and math.isnan(first["difference"])
+    assert second["difference"] == pytest.approx(-0.1) and second["difference_high"] == pytest.approx(-0.1)
+    assert len(found.runs) == 8 and found.lacking == ()
+
+
+def test_one_result_with_a_figure_and_a_table_on_the_page(two, home):
+    found = sweep.compare(HALF, two, [None, None], RunStore())
+    folder = sweep.publish(HALF, two, found)
+    assert folder.parent == home / "results" / "half-moe" / "smoke-sweep"
+    summary = json.loads((folder / "summary.json").read_text())
+    assert (
+        summary["title"] == "Over train.tokens, the lowest mean loss is 4.963 nats, of Second half at train.tokens=2048"
+    )
+    assert summary["parameters"]["sweep"] == {"train.tokens": [1024, 2048]} and "overrides" not in summary["parameters"]
+    assert len(summary["runs"]) == 8 and summary["seeds"] == [0, 1] and (folder / "points-dark.svg").exists()
+    assert sweep.publish(HALF, two, found) == folder, "the same comparison is not published twice"
+    page = Path(site.update().index).parent / folder.relative_to(home / "results") / "index.html"
+    text = page.read_text()
+    assert "All points of the sweep" in text and "points.svg" in text
+    (shown,), _ = read_results(home / "results")
+    assert front.command(shown) == (
+        'moelab sweep half-moe --scale smoke -g train.tokens=1024,2048 -p seeds=2 -p \'arms=["Dense", "Second half"]\''
+    )
+
+
+def test_points_without_a_value_are_named_and_their_runs_missing(two, result, capsys):
+    more = sweep.Sweep(two.varied, (*two.points, {**two.points[0], "overrides": {"train.tokens": 4096}}))
+    found = sweep.compare(HALF, more, [None] * 3, RunStore())
+    assert found.lacking == ("train.tokens=4096",) and len(found.runs.missing) == 4
+    folder = sweep.publish(HALF, more, found)
+    summary = json.loads((folder / "summary.json").read_text())
+    assert len(summary["missing"]) == 4 and "train.tokens=4096" in summary["figures"][0]["caption"]
+    sweep.show(more, found)
+    out = capsys.readouterr().out
+    assert "no value at train.tokens=4096" in out and out.count("Second half") == 2
+    finish(result, more, lambda spec: 3.0)
+    again = sweep.compare(HALF, more, [None] * 3, RunStore())
+    assert sweep.publish(HALF, more, again) != folder and not again.lacking
+
+
+def test_nothing_is_published_where_no_point_has_a_value(home):
+    asked = points("half-moe", [{"train.tokens": "1024"}])
+    found = sweep.compare(HALF, asked, [None], RunStore())
+    assert sweep.publish(HALF, asked, found) is None and not (home / "results").exists()
+
+
+def test_without_training_the_claims_are_compared(publish, tmp_path):
+    chosen = experiment("inference-scaling")
+    asked = points(chosen.name, [{"again": "true"}, {"again": "false"}])
+    folders = [
+        publish(tmp_path / "made", chosen.name, "smoke", f"2026010{i}-000000", claims={"pr-moe-size": (value,)})
+        for i, value in enumerate((0.3, 0.4))
+    ]
+    found = sweep.compare(chosen, asked, folders, RunStore())
+    assert found.series == "claim" and list(found.table["value"]) == [0.3, 0.4]
+    assert found.table["again"].tolist() == [True, False] and not found.runs
+    folder = sweep.publish(chosen, asked, found)
+    assert (folder / "points.png").exists() and json.loads((folder / "summary.json").read_text())["runs"] == []
+    sweep.show(asked, found)
+
+
+def test_budgets_of_an_arm_are_no_arms_of_a_sweep(result):
+    chosen = experiment("pr-moe")
+    asked = points("pr-moe", [{"seeds": "1"}], scale="cpu", arms='["Dense","MoE-128"]')
+    for spec in chosen.specs_of(asked.points[0]):
+        write_json(RunStore().run(spec).path / "result.json", result(3.0))
+    found = sweep.compare(chosen, asked, [None], RunStore())
+    assert found.table["arm"].tolist() == ["Dense", "MoE-128"] and len(found.runs) > 2
+
+
+def test_a_table_that_cannot_be_written_is_no_result(two, home, monkeypatch):
+    found = sweep.compare(HALF, two, [None, None], RunStore())
+    monkeypatch.setattr(sweep, "_write", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left")))
+    with pytest.raises(OSError, match="No space"):
+        sweep.publish(HALF, two, found, name="20260101-000000")
+    assert not list((home / "results").rglob("summary.json"))
