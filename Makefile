@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 CONSTRAINTS ?= constraints.txt
 INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check $(addprefix -c ,$(CONSTRAINTS))
 
-.PHONY: reproduce install test test-fast test-slurm lab browse api lint format constraints clean
+.PHONY: reproduce install test test-fast test-slurm lab browse api lint types format constraints clean
 
 reproduce: $(VENV)/.installed  ## the gap between dense, PR-MoE and MoE-128 on a laptop (minutes on 2 cores)
 	$(BIN)/moelab run pr-moe --scale quick -p seeds=3
@@ -37,8 +37,13 @@ browse: $(VENV)/.installed  ## the results page on localhost
 api: $(VENV)/.installed-test  ## the API reference from the docstrings, in .moelab/api
 	$(BIN)/python docs/api.py .moelab/api
 
-lint: $(VENV)/.installed-test
+lint: types
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/lint-imports
+
+TYPES := .moelab/types
+types: $(VENV)/.installed-test  ## check the types, in the tree as it is installed: kernels/ is moelab/kernels
+	rm -rf $(TYPES) && mkdir -p $(TYPES)/moelab && ln -s $(CURDIR)/moelab/* $(CURDIR)/kernels $(TYPES)/moelab/
+	cd $(TYPES) && $(CURDIR)/$(BIN)/python -m mypy --config-file $(CURDIR)/pyproject.toml --cache-dir ../mypy -p moelab
 
 format: $(VENV)/.installed-test
 	$(BIN)/ruff check --fix . && $(BIN)/ruff format .

@@ -252,7 +252,7 @@ class Lab:
             return planning.needs_of(of.final(), against=against, effect=effect)
         return planning.needs(of, scale, *paths.all_results(), against=against, effect=effect)
 
-    def publish(self, experiment: str, scale: str, parameters: dict | None = None) -> Publication:
+    def publish(self, experiment: str, scale: str, parameters: dict[str, Any] | None = None) -> Publication:
         """Open the publication to which this notebook adds its figures, tables and claims.
 
         A batch run (`moelab run`) publishes to `.moelab/results/`, with `--publish` to `results/`; an interactive one

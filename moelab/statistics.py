@@ -39,11 +39,6 @@ class Estimate:
         between = math.fsum((v - mean) ** 2 for v in values) / (n - 1)
         return cls(mean, math.sqrt(max(between, within**2) / n), n)
 
-    @classmethod
-    def of_interval(cls, low: float, high: float, samples: int) -> Estimate:
-        """Return the estimate whose 95 % Student interval, over at least 2 samples, is low to high."""
-        return cls((low + high) / 2, (high - low) / 2 / _quantile(ALPHA, samples), samples)
-
     @property
     def spread(self) -> float:
         """Standard deviation of a sample."""

@@ -46,17 +46,16 @@ def table(*columns: str, title: str | None = None) -> Table:
 def task_progress() -> Iterator[Callable[[str, int, int], None]]:
     """Show a progress bar per task, on standard error or in the notebook; yield a function of (task, done, total)."""
     from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=Console(stderr=True), refresh_per_second=2) as bars:
-        rows: dict[str, int] = {}
+        rows: dict[str, TaskID] = {}
 
         def show(task: str, done: int, total: int) -> None:
-            row = rows.setdefault(task, -1)
-            if row < 0:
-                row = rows[task] = bars.add_task(task, total=total)
-            bars.update(row, completed=done, total=total)
+            if task not in rows:
+                rows[task] = bars.add_task(task, total=total)
+            bars.update(rows[task], completed=done, total=total)
 
         yield show
 

@@ -24,13 +24,6 @@ def test_p_values_are_students():
     assert Estimate.of([1.0]).p() == 1.0
 
 
-@pytest.mark.parametrize("samples", [2, 7])
-def test_an_estimate_comes_back_from_its_interval(samples):
-    found = Estimate.of_interval(0.0, 0.2, samples)
-    assert found.p() == pytest.approx(0.05), "an interval that ends at the value has p 0.05"
-    assert found.interval() == (pytest.approx(0, abs=1e-12), pytest.approx(0.2))
-
-
 def test_values_tell_their_mean_no_better_than_each_is_known():
     assert Estimate.of([1.0, 1.0, 1.0], within=0.3).error == pytest.approx(0.3 / 3**0.5)
     assert Estimate.of([0.0, 1.0, 2.0], within=0.3).error == pytest.approx(1 / 3**0.5), "the spread between is greater"

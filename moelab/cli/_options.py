@@ -22,6 +22,9 @@ Experts = Annotated[list[int] | None, typer.Option("--experts", help="number of 
 Threads = Annotated[int, typer.Option(help="CPU threads")]
 Device = Annotated[str, typer.Option(help="cpu or cuda")]
 Out = Annotated[Path | None, typer.Option(help="folder for the numbers as JSON lines")]
+Publish = Annotated[
+    bool, typer.Option("--publish", help="into the published results (results/) instead of the workspace")
+]
 
 
 def experiment_names(incomplete: str) -> list[str]:
@@ -43,6 +46,38 @@ def profile_names(incomplete: str) -> list[str]:
     from moelab.slurm.profiles import names
 
     return [name for name in names() if name.startswith(incomplete)]
+
+
+Profile = Annotated[
+    str | None,
+    typer.Option(
+        help="cluster: slurm/NAME.yaml or the path of one (processes: this machine); by default MOELAB_PROFILE",
+        metavar="NAME",
+        autocompletion=profile_names,
+    ),
+]
+Parameters = Annotated[
+    list[str] | None,
+    typer.Option(
+        "-p",
+        "--parameter",
+        metavar="NAME=VALUE",
+        help="a parameter of the notebook, or a setting of its runs such as train.tokens=4e6",
+    ),
+]
+
+
+def parse_parameters(items: Iterable[str] | None, scale: str | None) -> dict[str, str]:
+    """``-p NAME=VALUE`` options and --scale as texts by name. ValueError, one line."""
+    given = {}
+    for item in items or ():
+        key, separator, value = item.partition("=")
+        if not separator:
+            raise ValueError(f"-p {item}: expected NAME=VALUE")
+        given[key.strip()] = value.strip()
+    if scale is not None and given.setdefault("scale", scale) != scale:
+        raise ValueError(f"-p scale={given['scale']} and --scale {scale} are two scales; give one of them")
+    return given
 
 
 def print_json(value: Any) -> None:

@@ -7,11 +7,11 @@ from typing import Annotated
 
 import typer
 
-from moelab.cli import slurm as commands
 from moelab.cli._options import (
     Device,
     Experts,
     Out,
+    Profile,
     Threads,
     check_choice,
     check_device,
@@ -236,7 +236,7 @@ def bench_exchange(
 
 @bench.command(name="submit")
 def bench_submit(
-    profile: commands.Profile = None,
+    profile: Profile = None,
     rounds: Annotated[int, typer.Option(help="times the ways of running take turns")] = 3,
     runs: Annotated[int, typer.Option(help="runs submitted at once")] = 200,
     out: Out = None,

@@ -7,8 +7,7 @@ from typing import Annotated
 
 import typer
 
-from moelab.cli import slurm as commands
-from moelab.cli._options import BENCHMARKS, check_device
+from moelab.cli._options import BENCHMARKS, Profile, check_device
 
 
 def register(app: typer.Typer) -> None:
@@ -17,7 +16,7 @@ def register(app: typer.Typer) -> None:
 
 
 def check_cluster(
-    profile: commands.Profile = None,
+    profile: Profile = None,
     cluster: Annotated[
         str | None, typer.Option(help="links to compare with: a100-40gb, a100-80gb, h100 or a YAML file")
     ] = None,

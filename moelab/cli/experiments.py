@@ -12,8 +12,15 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from moelab.cli import slurm as commands
-from moelab.cli._options import EXPERIMENTS, AsJson, experiment_names, print_json
+from moelab.cli._options import (
+    EXPERIMENTS,
+    AsJson,
+    Parameters,
+    Publish,
+    experiment_names,
+    parse_parameters,
+    print_json,
+)
 
 if TYPE_CHECKING:
     from moelab.runs.spec import RunSpec
@@ -66,49 +73,43 @@ def run(
         str | None, typer.Argument(help="experiment, see `moelab list`", autocompletion=experiment_names)
     ] = None,
     scale: Annotated[str | None, typer.Option(help="smoke, quick, cpu (the default), full, gpu or paper")] = None,
-    parameter: commands.Parameters = None,
+    parameter: Parameters = None,
     all_: Annotated[bool, typer.Option("--all", help="every experiment that has the scale")] = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="only say what would be trained, and what it costs")
     ] = False,
-    publish: commands.Publish = False,
+    publish: Publish = False,
 ) -> None:
     """Train what an experiment lacks, and show what it found.
 
     Executes the experiment's notebook; its figures and claims go onto the results page.
     """
+    from moelab.design.parameters import resolve
     from moelab.experiments import experiment
     from moelab.notebook import batch
-    from moelab.notebook.parameters import check_parameters, resolve
     from moelab.runs import preflight
 
     if all_ == (name is not None):
         raise ValueError("run: give an experiment's name or --all; see `moelab list`")
-    given = commands.parse_parameters(parameter, scale)
-    scale = given.setdefault("scale", "cpu")
-    if name is not None:
-        values = check_parameters(experiment(name), given)
-        experiment(name).scale(values["scale"])
-    wanted = {name: given} if name else batch.chosen(scale, {k: v for k, v in given.items() if k != "scale"})
-    checked = [(experiment(e), check_parameters(experiment(e), taken)) for e, taken in wanted.items()]
-    asked = [(e, e.specs_of(resolve(e, taken))) for e, taken in checked]
-    trained = [spec for e, specs in asked if e.trains for spec in specs]
-    if name is None and (without := batch.left_out(scale)):
+    given = {"scale": "cpu", **parse_parameters(parameter, scale)}
+    wanted = [resolve(experiment(name), given)] if name else batch.chosen(given)
+    trained = [spec for request in wanted for spec in request.trained]
+    if name is None and (without := batch.left_out(given["scale"])):
         print(f"left out, because each needs its own -p measured_file=FILE: {', '.join(without)}")
     if dry_run:
         _plan(trained)
         return
     # What was measured with the weights of finished runs is read back; that needs no GPU.
-    on_gpu = any(scale in e.measures_on_gpu and (e.measures or not specs) for e, specs in asked)
+    on_gpu = any(r.scale in r.experiment.measures_on_gpu and (r.experiment.measures or not r.specs) for r in wanted)
     preflight.check(trained, device="cuda" if on_gpu else "cpu", publish=publish)
     if name is None:
         from moelab.lab import Lab
 
-        good = batch.run_all(scale, {k: v for k, v in given.items() if k != "scale"}, Lab().run, publish=publish)
+        good = batch.run_all(wanted, Lab().run, publish=publish)
     else:
         from moelab.notebook.watch import execute_watched
 
-        good = execute_watched(experiment(name), values, publish=publish)
+        good = execute_watched(wanted[0].experiment, wanted[0].given, publish=publish)
     if not good:
         raise typer.Exit(1)
 

@@ -20,8 +20,7 @@ from typing import Annotated, Any
 
 import typer
 
-from moelab.cli import slurm as commands
-from moelab.cli._options import BENCHMARKS
+from moelab.cli._options import BENCHMARKS, Publish
 
 ROOT = Path(__file__).parents[2]
 """Of the source tree, in which the parts run."""
@@ -120,7 +119,7 @@ def gpu(
     out: Annotated[
         Path | None, typer.Option(help="folder of logs and numbers; by default .moelab/gpu/CARD, below the home")
     ] = None,
-    publish: commands.Publish = False,
+    publish: Publish = False,
 ) -> None:
     """Test and measure this machine's GPU, in parts of at most 25 minutes together.
 
@@ -212,7 +211,7 @@ def _publish(part: Part, folder: Path, results: Path, about: dict[str, Any]) -> 
 
     for rows in folder.glob("*.jsonl"):
         results.mkdir(parents=True, exist_ok=True)
-        for file in folder.glob(f"{rows.stem}[.-]*"):
+        for file in folder.glob(f"{rows.stem}.*"):
             if not file.name.endswith(".provenance.json"):
                 shutil.copyfile(file, results / (part.name + file.name.removeprefix(rows.stem)))
         write_json(results / f"{part.name}.provenance.json", {**about, "title": part.what})

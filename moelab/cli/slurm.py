@@ -8,12 +8,22 @@ from __future__ import annotations
 import itertools
 import sys
 import time
-from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Annotated, Any
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from moelab.cli._options import CLUSTER, AsJson, experiment_names, print_json, profile_names, run_names
+from moelab.cli._options import (
+    CLUSTER,
+    AsJson,
+    Parameters,
+    Profile,
+    Publish,
+    experiment_names,
+    parse_parameters,
+    print_json,
+    run_names,
+)
 
 if TYPE_CHECKING:
     from moelab.report.sweep import Sweep
@@ -25,27 +35,7 @@ Experiments = Annotated[
     typer.Argument(metavar="NAME...", help="experiments, see `moelab list`", autocompletion=experiment_names),
 ]
 Scale = Annotated[str | None, typer.Option(help="smoke, quick, cpu, full, gpu or paper; by default the notebook's own")]
-Profile = Annotated[
-    str | None,
-    typer.Option(
-        help="cluster: slurm/NAME.yaml or the path of one (processes: this machine); by default MOELAB_PROFILE",
-        metavar="NAME",
-        autocompletion=profile_names,
-    ),
-]
-Parameters = Annotated[
-    list[str] | None,
-    typer.Option(
-        "-p",
-        "--parameter",
-        metavar="NAME=VALUE",
-        help="a parameter of the notebook, or a setting of its runs such as train.tokens=4e6",
-    ),
-]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="print the batch scripts, queue nothing")]
-Publish = Annotated[
-    bool, typer.Option("--publish", help="into the published results (results/) instead of the workspace")
-]
 Again = Annotated[bool, typer.Option("--again", help="execute notebooks that have a complete result, too")]
 Names = Annotated[
     list[str] | None, typer.Argument(help="experiments, runs or submissions, by the beginning of their names")
@@ -56,19 +46,6 @@ def register(app: typer.Typer) -> None:
     """Add the commands to `moelab`."""
     for function in (prepare, submit, sweep, status, logs, cancel):
         app.command(rich_help_panel=CLUSTER)(function)
-
-
-def parse_parameters(items: Iterable[str] | None, scale: str | None) -> dict[str, str]:
-    """``-p NAME=VALUE`` options and --scale as texts by name. ValueError, one line."""
-    given = {}
-    for item in items or ():
-        key, separator, value = item.partition("=")
-        if not separator:
-            raise ValueError(f"-p {item}: expected NAME=VALUE")
-        given[key.strip()] = value.strip()
-    if scale is not None and given.setdefault("scale", scale) != scale:
-        raise ValueError(f"-p scale={given['scale']} and --scale {scale} are two scales; give one of them")
-    return given
 
 
 def prepare(
@@ -83,15 +60,12 @@ def prepare(
     from dataclasses import replace
 
     from moelab import data, paths
+    from moelab.design.parameters import resolve
     from moelab.experiments import experiment
-    from moelab.notebook.parameters import check_parameters, resolve
     from moelab.runs.spec import closure
 
     given = parse_parameters(parameter, scale)
-    specs = []
-    for name in names:
-        chosen = experiment(name)
-        specs += chosen.specs_of(resolve(chosen, check_parameters(chosen, given)))
+    specs = [spec for name in names for spec in resolve(experiment(name), given).specs]
     for config in dict.fromkeys(replace(spec.data, part="whole") for spec in closure(specs).values()):
         try:
             tokens = data.prepare(config, paths.home() / "data", print)
@@ -255,37 +229,34 @@ def _submit(
 ) -> None:
     """Submit notebooks and their runs; a dry run shows the scripts, or of a sweep a line for each point."""
     from moelab.data import UnknownCorpus
+    from moelab.design.parameters import resolve
     from moelab.experiments import experiment
-    from moelab.notebook.parameters import check_parameters, resolve
     from moelab.report.sweep import Sweep
     from moelab.runs.spec import closure
     from moelab.slurm import preflight, profiles
     from moelab.slurm import submit as module
 
     cluster = profiles.choose(profile)
-    batches: list[tuple[str, list[tuple[dict[str, Any], Sequence[Any]]]]] = []
-    measuring = []
-    for name, points in wanted:  # all of it checked before any of it is queued
-        chosen = experiment(name)
-        values = [resolve(chosen, check_parameters(chosen, given)) for given in points]
-        specs = [chosen.specs_of(v) for v in values]  # a wrong setting raises, trained or not
-        batches.append((name, [(v, s if chosen.trains else []) for v, s in zip(values, specs, strict=True)]))
-        measuring += [name] * any(v["scale"] in chosen.measures_on_gpu for v in values)
+    # All of it is checked before any of it is queued.
+    batches = {name: [resolve(experiment(name), given) for given in points] for name, points in wanted}
+    requests = [request for batch in batches.values() for request in batch]
+    measuring = [name for name, batch in batches.items() if any(r.scale in r.experiment.measures_on_gpu for r in batch)]
     trouble = ""
     try:
-        asked = [spec for _, batch in batches for _, specs in batch for spec in specs]
+        asked = [spec for request in requests for spec in request.trained]
         preflight.check(asked, cluster, measuring=measuring, publish=publish)
     except ValueError as error:
         if not dry_run or isinstance(error, UnknownCorpus):
             raise
         trouble = str(error)
-    for name, batch in batches:
-        sweep = Sweep(tuple(varied), tuple(values for values, _ in batch)) if varied else None
-        plan = module.submit(name, batch, cluster, again=again, publish=publish, dry_run=dry_run, sweep=sweep)
+    for name, batch in batches.items():
+        notebooks = [(request.values, request.trained) for request in batch]
+        sweep = Sweep(tuple(varied), tuple(request.values for request in batch)) if varied else None
+        plan = module.submit(name, notebooks, cluster, again=again, publish=publish, dry_run=dry_run, sweep=sweep)
         if dry_run:
-            for (_, specs), given in zip(batch, dict(wanted)[name], strict=True) if varied else ():
+            for request, given in zip(batch, dict(wanted)[name], strict=True) if varied else ():
                 todo = {spec.id for group in plan.specs.values() for spec in group}
-                mine = closure(specs)
+                mine = closure(request.trained)
                 point = " ".join(f"{key}={given[key]}" for key in varied)
                 print(f"{point}: {len(mine)} runs, {len(todo & mine.keys())} of them to train")
             _print_scripts(plan, scripts=not varied)

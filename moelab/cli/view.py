@@ -8,13 +8,12 @@ from typing import Annotated
 
 import typer
 
-from moelab.cli import slurm as commands
-from moelab.cli._options import EXPERIMENTS, AsJson, print_json, run_names
+from moelab.cli._options import EXPERIMENTS, AsJson, Profile, print_json, run_names
 
 
 def lab(
     context: typer.Context,
-    profile: commands.Profile = None,
+    profile: Profile = None,
     originals: Annotated[
         bool, typer.Option("--originals", help="the notebooks themselves instead of copies in the workspace")
     ] = False,

@@ -6,6 +6,7 @@ T context length, G GPUs per node, P ranks.
 """
 
 from moelab.config._check import unknown
+from moelab.config.boundary import from_json, from_text
 from moelab.config.data import DataConfig
 from moelab.config.decoder import DecoderConfig, expert_pattern
 from moelab.config.distill import DistillConfig
@@ -14,7 +15,7 @@ from moelab.config.model import ModelConfig
 from moelab.config.names import BASES
 from moelab.config.parallel import ExpertLayout, ParallelConfig, Position
 from moelab.config.routing import RoutingConfig
-from moelab.config.serialization import digest, from_json, identity, to_json
+from moelab.config.serialization import digest, identity, to_json
 from moelab.config.train import TrainConfig
 from moelab.config.upcycle import UpcycleConfig
 
@@ -36,6 +37,7 @@ __all__ = [
     "digest",
     "expert_pattern",
     "from_json",
+    "from_text",
     "identity",
     "to_json",
     "unknown",

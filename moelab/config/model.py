@@ -142,8 +142,8 @@ class ModelConfig:
             close = [hyphened] if NAME.fullmatch(hyphened) else difflib.get_close_matches(name, PAPER_NAMES, n=1)
             raise ValueError(unknown(f"model name {name!r} is not understood", name, (), listing=GRAMMAR, close=close))
         bases = {b.upper(): b for b in BASES}
-        base = bases.get(match["base"].upper())
-        _check(base is not None, f"model name {name!r}: unknown base {match['base']}; allowed: {', '.join(BASES)}")
+        if (base := bases.get(match["base"].upper())) is None:
+            raise ValueError(f"model name {name!r}: unknown base {match['base']}; allowed: {', '.join(BASES)}")
         base_layers, hidden, heads = BASES[base]
         layers = int(match["layers"] or base_layers)
         _check(
@@ -297,7 +297,7 @@ class ModelConfig:
     @property
     def ffn_sizes(self) -> tuple[int, ...]:
         """Return the feed-forward sizes that occur in the model."""
-        found = [self.dense_feed_forward] if self.moe_layers < self.layers else []
+        found: list[FeedForward | None] = [self.dense_feed_forward] if self.moe_layers < self.layers else []
         found += [self.expert_feed_forward, self.fixed_feed_forward] if self.is_moe else []
         return tuple(sorted({one.ffn for one in found if one is not None}))
 

@@ -9,17 +9,16 @@ from __future__ import annotations
 import difflib
 import functools
 import json
-import types
 from collections.abc import Mapping
 from dataclasses import fields, is_dataclass, replace
-from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Any, TypeVar, get_type_hints
 
 from moelab.config._check import unknown
+from moelab.config.boundary import from_text
 from moelab.config.data import DataConfig
 from moelab.config.distill import DistillConfig
 from moelab.config.model import ModelConfig
 from moelab.config.parallel import ParallelConfig
-from moelab.config.serialization import coerce
 from moelab.config.train import TrainConfig
 
 T = TypeVar("T")
@@ -41,7 +40,7 @@ def settable() -> dict[str, Any]:
     """Return every dotted name that can be overridden, with the declared type of its value."""
     found: dict[str, Any] = {}
 
-    def collect(cls: type, prefix: str) -> None:
+    def collect(cls: Any, prefix: str) -> None:
         hints = get_type_hints(cls)
         for field in fields(cls):
             name, hint = f"{prefix}.{field.name}", hints[field.name]
@@ -85,9 +84,9 @@ def override(section: str, config: T, given: Mapping[str, Any]) -> T:
     return _replace(config, changes)
 
 
-def _replace(config: Any, changes: Mapping[str, Any]) -> Any:
+def _replace(config: T, changes: Mapping[str, Any]) -> T:
     new = {k: _replace(getattr(config, k), v) if isinstance(v, dict) else v for k, v in changes.items()}
-    return replace(config, **new) if new else config
+    return replace(config, **new) if new else config  # type: ignore[type-var]  # of a dataclass, as `fields` says
 
 
 def _value(name: str, value: Any) -> Any:
@@ -102,19 +101,4 @@ def _value(name: str, value: Any) -> Any:
         close = difflib.get_close_matches(name, same, n=1, cutoff=0) or short
         listing = ", ".join(of_section or (f"{section}.…" for section in SECTIONS))
         raise ValueError(unknown(f"no setting {name!r}", name, allowed, listing=listing, close=close))
-    hint = allowed[name]
-    value = _read(hint, value) if isinstance(value, str) else value
-    if hint is int and isinstance(value, float) and value.is_integer():
-        value = int(value)
-    return coerce(hint, value, name)
-
-
-def _read(hint: Any, text: str) -> Any:
-    """Return the value that a text stands for; text that is not JSON is returned unchanged, for `coerce` to check."""
-    options = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
-    if str in options or get_origin(hint) not in (None, tuple, Union, types.UnionType):  # text, or one of several texts
-        return text
-    try:
-        return json.loads(text.replace("_", "").lower().replace("none", "null"))
-    except json.JSONDecodeError:
-        return text
+    return from_text(allowed[name], value if isinstance(value, str) else json.dumps(value, default=str), name)

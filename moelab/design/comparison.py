@@ -7,7 +7,7 @@ more.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from moelab import paper
 from moelab.config import ModelConfig
@@ -117,7 +117,7 @@ def judge_loss(
 
 def compared(
     claim: paper.Claim, table: pd.DataFrame, arms: Mapping[str, str], *, lower_is_better: bool = True
-) -> dict[str, list]:
+) -> dict[str, Any]:
     """Return what `judge` compares: values, gain and missing; no values where the table lacks a side of the claim.
 
     The gain is there where the table has both arms of it.
@@ -130,10 +130,9 @@ def compared(
     left, right, better, worse = (columns.get(n) for n in (claim.left, claim.right, claim.gain_of, claim.gain_over))
     if not left or not right:
         return {"values": []}
-    known = bool(better and worse)
-    sides = list(dict.fromkeys([left, right, *([better, worse] if known else [])]))
+    sides = list(dict.fromkeys([left, right, *([better, worse] if better and worse else [])]))
     whole = table[sides].dropna()
-    gain = whole[worse] - whole[better] if known else whole[left].iloc[:0]
+    gain = whole[worse] - whole[better] if better and worse else whole[left].iloc[:0]
     return {
         "values": list(whole[left] - whole[right]),
         "gain": list(gain if lower_is_better else -gain),
@@ -300,17 +299,10 @@ def models(specs: Sequence[RunSpec]) -> pd.DataFrame:
     return pd.DataFrame(rows.values(), index=pd.Index(rows, name="arm"))
 
 
-def speeds(specs: Sequence[RunSpec], steps: int, rounds: int) -> dict[str, list[float]]:
-    """Measure the training tokens/s of each arm, in turns, by `moelab.bench.train.side_by_side`."""
-    from moelab.bench.train import side_by_side
-
-    return side_by_side({spec.label: spec.model for spec in specs}, specs[0].train, steps=steps, rounds=rounds)
-
-
 def summary(runs: Runs) -> pd.DataFrame:
     """Return, a row per arm: mean final validation loss with its 95 % interval, bits per byte, seeds, tokens.
 
-    Not the time of the runs, which depends on what else their machines did; `speeds` measures the arms side by side.
+    Not the time of the runs, which depends on what else their machines did; `moelab bench train` measures arms in turn.
     """
     import pandas as pd
 

@@ -131,7 +131,7 @@ class Experiment:
 
     def looks_at(self, scale: str) -> tuple[int, ...]:
         """Return the numbers of seeds at which comparisons are judged at a scale."""
-        return self.looks.get(scale) or LOOKS.get(scale, (3,))
+        return self.looks.get(scale) or LOOKS.get(scale) or (3,)
 
     def specs(
         self,
@@ -219,7 +219,8 @@ def _arguments(label: str, arm: str | Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         ValueError: one line that names the arm: no model's name, an unknown key, or a value of another type.
     """
-    where, given = f"arm {label!r}", {"name": arm} if isinstance(arm, str) else arm
+    where = f"arm {label!r}"
+    given: Mapping[str, Any] = {"name": arm} if isinstance(arm, str) else arm
     if not isinstance(given, Mapping):
         raise ValueError(f"{where}: expected a model's name or a mapping with name, got {type(arm).__name__}")
     # The scale, the seed and the rate are the experiment's.

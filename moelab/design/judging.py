@@ -22,7 +22,6 @@ from moelab.design.verdicts import (
     EQUAL,
     FEW_SEEDS,
     FEW_SESSIONS,
-    FITTED,
     INCOMPLETE,
     MEASURED,
     NO_DIFFERENCE,
@@ -30,7 +29,6 @@ from moelab.design.verdicts import (
     NOT_REPRODUCED,
     NOT_TESTABLE,
     NOT_TESTED,
-    PREDICTED,
     REPRODUCED,
     SIMULATED,
     UNDECIDED,
@@ -117,7 +115,13 @@ def judge(
     if gain and len(gain) != len(values):
         raise ValueError(f"{claim.id}: {len(values)} values, but the gain of {len(gain)} seeds")
     lost = [f"value {i + 1}" for i, pair in enumerate(zip(values, gain or values, strict=True)) if not _finite(*pair)]
-    kept = {"share": share, "number": number, "looks": tuple(looks), "within": within, "missing": (*missing, *lost)}
+    kept: dict[str, Any] = {
+        "share": share,
+        "number": number,
+        "looks": tuple(looks),
+        "within": within,
+        "missing": (*missing, *lost),
+    }
     if not lost:
         kept |= {"values": () if exact else tuple(values), "gain": gain}
     there = [v for v in values if _finite(v)]
@@ -174,46 +178,33 @@ def agreed(own: Verdict, other: Verdict) -> Verdict:
     if own.kind != MEASURED or own.verdict in NOT_JUDGED or other.ours is None:
         return own
     why = f"{own.why} {other.note}: {other.ours:+.3g}{f' {own.unit}' if own.unit else ''}, {other.verdict}.".strip()
-    tested = own.p is not None and other.p is not None
     return replace(
         own,
         verdict=own.verdict if own.verdict == other.verdict else UNDECIDED,
-        p=max(own.p, other.p) if tested else own.p,
+        p=own.p if own.p is None or other.p is None else max(own.p, other.p),
         why=why,
         other=other,
     )
 
 
-def restate(claim: Claim, old: Verdict, scale: str | None = None) -> Verdict:
-    """Return a stored verdict by today's rule, from the values that it stores.
-
-    A summary of an earlier version has no values; there the stored interval is judged. Its equalities cannot be told,
-    because no gain was stored, and its timings over rounds are one session.
+def restate(claim: Claim, stored: Verdict, scale: str | None = None) -> Verdict:
+    """Return a stored verdict by today's rule, from the values that it stores; one without values as it is.
 
     Args:
         scale: of the result; it decides about verdicts that were "not testable" there.
     """
-    if old.ours is None:
-        return old
-    if old.other is not None:
-        return agreed(restate(claim, replace(old, other=None), scale), restate(claim, old.other, scale))
-    if old.verdict in SIMULATED:
-        again = old.verdict if claim.kind == "ordering" or claim.value is None else simulated(claim, old.ours)
-        return replace(old, verdict=again, kind=old.kind or (FITTED if "fitted on" in old.note else PREDICTED))
-    if old.low is not None and old.low == old.high and not old.samples:
-        return replace(old, verdict=_rule(claim, *[old.ours] * 3, exact=True), kind=COUNTED)
+    if stored.other is not None:
+        return agreed(restate(claim, replace(stored, other=None), scale), restate(claim, stored.other, scale))
+    if stored.ours is not None and stored.kind == COUNTED:
+        return replace(stored, verdict=_rule(claim, *[stored.ours] * 3, exact=True))
+    if stored.ours is not None and stored.verdict in SIMULATED and claim.kind != "ordering":
+        return replace(stored, verdict=simulated(claim, stored.ours))
+    if not stored.values:
+        return stored
     names = ("values", "gain", "within", "share", "number", "looks", "missing")
-    stored = {name: getattr(old, name) for name in names}
-    able = can_test(claim, scale if old.verdict == NOT_TESTABLE or claim.from_share else None, old.share)
-    if old.values:
-        return _measured(claim, Estimate.of(old.values, old.within), old.note, stored, able)
-    if claim.timed and not old.kind and old.low is not None and old.high is not None:
-        old = replace(old, note=f"{old.note} Of rounds, in one session.".strip(), low=None, high=None, samples=1)
-    if old.low is None or old.high is None or old.samples < 2 or not math.isfinite(old.low):
-        found = Estimate(old.ours, math.inf, old.samples)
-    else:
-        found = Estimate.of_interval(old.low, old.high, old.samples)
-    return _measured(claim, found, old.note, stored, able)
+    kept = {name: getattr(stored, name) for name in names}
+    able = can_test(claim, scale if stored.verdict == NOT_TESTABLE or claim.from_share else None, stored.share)
+    return _measured(claim, Estimate.of(stored.values, stored.within), stored.note, kept, able)
 
 
 def _measured(claim: Claim, found: Estimate | None, note: str, stored: dict[str, Any], able: bool) -> Verdict:
@@ -227,7 +218,7 @@ def _measured(claim: Claim, found: Estimate | None, note: str, stored: dict[str,
                 f"The claim holds from {claim.from_share:.0%} of the paper's training on; these runs reach {share:.0%}."
             )
         return stated.row(claim, found, NOT_TESTABLE, note, stored | {"why": why})
-    if missing:
+    if missing or found is None:
         return stated.row(claim, found, INCOMPLETE, note, stored | {"why": f"Missing: {', '.join(missing)}."})
     if found.samples < LEAST:
         return stated.row(claim, found, FEW_SESSIONS if claim.timed else FEW_SEEDS, note, stored)
@@ -269,7 +260,7 @@ def _p(claim: Claim, found: Estimate, low: float, high: float, of: str) -> float
     """Return the p-value of what `_rule` tests: no effect, an effect that matters, or a mean at the bound."""
     if claim.kind == "bound":
         return None if claim.direction == "equal" or claim.value is None else found.p(claim.value)
-    if of == NO_DIFFERENCE:
+    if of == NO_DIFFERENCE and claim.smallest:
         return max(found.p(stated.neutral(claim) + side * claim.smallest) for side in (-1, 1))
     return found.p(
         claim.value if claim.value is not None and stated.short_of_bound(claim, low, high) else stated.neutral(claim)

@@ -98,10 +98,8 @@ def of_claim(claim: Claim, found: Verdict) -> tuple[Need | None, float | None, s
 
 
 def spread(found: Verdict) -> float:
-    """Return the standard deviation of a verdict's samples; of older results from the interval."""
-    if found.values:
-        return Estimate.of(found.values, found.within).spread
-    return Estimate.of_interval(found.low, found.high, found.samples).spread
+    """Return the standard deviation of a verdict's samples."""
+    return Estimate.of(found.values, found.within).spread
 
 
 @functools.lru_cache(maxsize=512)

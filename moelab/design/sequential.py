@@ -52,7 +52,9 @@ def boundaries(fractions: Sequence[float], cumulative: Sequence[float]) -> list[
     for fraction, total in zip(fractions, cumulative, strict=True):
         step, root = math.sqrt(fraction - before), math.sqrt(fraction)
 
-        def beyond(z: float, x=x, mass=mass, step=step, root=root) -> float:
+        def beyond(
+            z: float, x: np.ndarray = x, mass: np.ndarray = mass, step: float = step, root: float = root
+        ) -> float:
             return float(mass @ (norm.sf((z * root - x) / step) + norm.sf((z * root + x) / step)))
 
         z = brentq(lambda z, goal=total - gone, beyond=beyond: beyond(z) - goal, 0, 12)

@@ -164,7 +164,7 @@ def spec(
     label: str = "",
     published: str | None = None,
     routing: RoutingConfig | None = None,
-    residual_mix: str = "learned",
+    residual_mix: Literal["learned", "sum"] = "learned",
     teacher: RunSpec | None = None,
     distill: DistillConfig | None = None,
     rate: Rate = "own",
@@ -189,36 +189,35 @@ def spec(
     if scale not in paper.SCALES:
         raise ValueError(f"no scale {scale!r}; allowed: {', '.join(paper.SCALES)}")
     given = check_overrides(overrides or {})
-    if scale == "paper":
-        parts = {**paper.published_configs(name, published), "data": DATA["paper"]}
-    else:
-        parts = _twin(name, scale)
+    model, train, layout = paper.published_configs(name, published) if scale == "paper" else _twin(name, scale)
     if rate not in get_args(Rate) or (rate == "shared" and scale != "full"):
         allowed = ", ".join(get_args(Rate)) if scale == "full" else "own (full has shared)"
         raise ValueError(f"rate must be one of {allowed} at scale {scale}, got {rate!r}")
     if scale == "full":
         lr, tokens = given.get("train.lr", peak_rate(name, scale, rate)), given.get("train.tokens")
-        parts["train"] = in_proportion(parts["train"], name, published, lr=lr, tokens=tokens)
+        train = in_proportion(train, name, published, lr=lr, tokens=tokens)
     elif "train.lr" in given:
         given.setdefault("train.min_lr", given["train.lr"] / 10)
-    own = parts["train"]
-    if "train.tokens" in given and own.cooldown_tokens:
-        share = given["train.tokens"] / own.tokens
-        given.setdefault("train.cooldown_tokens", round(own.cooldown_tokens * share))
-        given.setdefault("train.warmup_tokens", round(own.warmup_tokens * min(1.0, share)))
+    if "train.tokens" in given and train.cooldown_tokens:
+        share = given["train.tokens"] / train.tokens
+        given.setdefault("train.cooldown_tokens", round(train.cooldown_tokens * share))
+        given.setdefault("train.warmup_tokens", round(train.warmup_tokens * min(1.0, share)))
     ranks = given.get("parallel.data", 1)
     if ranks > 1 and scale != "paper" and "train.micro_batch" not in given:
-        batch = given.get("train.batch_size", parts["train"].batch_size)
+        batch = given.get("train.batch_size", train.batch_size)
         if batch % ranks:
             raise ValueError(f"parallel.data must divide the batch of {batch} sequences, got {ranks}")
         given["train.micro_batch"] = batch // ranks
-    model = parts["model"]
-    parts["model"] = replace(model, routing=routing or model.routing, residual_mix=residual_mix)
-    parts["train"] = replace(parts["train"], seed=seed)
-    if distill is not None:
-        parts["distill"] = distill
-    made = {section: override(section, config, given) for section, config in parts.items()}
-    return RunSpec(**made, teacher=teacher, label=label)
+    model = replace(model, routing=routing or model.routing, residual_mix=residual_mix)
+    return RunSpec(
+        model=override("model", model, given),
+        train=override("train", replace(train, seed=seed), given),
+        data=override("data", DATA[scale], given),
+        parallel=override("parallel", layout, given),
+        teacher=teacher,
+        distill=distill and override("distill", distill, given),
+        label=label,
+    )
 
 
 def base_of(name: str) -> str:
@@ -276,12 +275,8 @@ def in_proportion(
     )
 
 
-def _twin(name: str, scale: str) -> dict[str, Any]:
-    """Return the sections of a twin's spec."""
+def _twin(name: str, scale: str) -> tuple[ModelConfig, TrainConfig, ParallelConfig]:
+    """Return the model, training and layout of a twin."""
     peak = peak_rate(name, scale)
-    return {
-        "model": replace(ModelConfig.parse(name).shrink(**SHAPES[scale]), routing=RoutingConfig(drop_tokens=False)),
-        "train": replace(TRAINS[scale], lr=peak, min_lr=round(peak / 10, 7)),
-        "data": DATA[scale],
-        "parallel": ParallelConfig(),
-    }
+    model = replace(ModelConfig.parse(name).shrink(**SHAPES[scale]), routing=RoutingConfig(drop_tokens=False))
+    return model, replace(TRAINS[scale], lr=peak, min_lr=round(peak / 10, 7)), ParallelConfig()

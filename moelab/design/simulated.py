@@ -57,11 +57,11 @@ def judge_simulated(
 
 def simulated(claim: Claim, ours: float) -> str:
     """Return the verdict on a simulated limit or number."""
-    lower = claim.direction == "lower"
+    lower, value = claim.direction == "lower", claim.number
     if claim.kind == "bound" and claim.direction != "equal":
-        return SIMULATED_HOLDS if (ours <= claim.value if lower else ours >= claim.value) else SIMULATED_FAILS
-    near = abs(ours - claim.value) <= stated.TOLERANCE * abs(claim.value)
-    low, high = (claim.value if v is None else v for v in (claim.value_low, claim.value_high))
+        return SIMULATED_HOLDS if (ours <= value if lower else ours >= value) else SIMULATED_FAILS
+    near = abs(ours - value) <= stated.TOLERANCE * abs(value)
+    low, high = (value if v is None else v for v in (claim.value_low, claim.value_high))
     if near or low <= ours <= high:
         return SIMULATED_WITHIN
     directed = ours < stated.neutral(claim) if lower else ours > stated.neutral(claim)

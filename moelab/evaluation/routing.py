@@ -7,6 +7,7 @@ found["layers"], found["shares"], found["loads"]
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,6 +16,7 @@ from moelab.config import DataConfig
 
 if TYPE_CHECKING:
     import numpy as np
+    from torch import Tensor
 
     from moelab.data import Tokenizer
     from moelab.models import GPT
@@ -80,6 +82,60 @@ def measure(
     return routing(*open_model(Path(model), cache=cache, dtype=dtype, device=device), data, cache, max_tokens)
 
 
+@dataclass(frozen=True)
+class ExpertUse:
+    """Hold how one MoE layer routed a text, counting all K choices of a token.
+
+    Attributes:
+        layer: its number, from 1.
+        domains: names of the domains, in the text's order.
+        by_domain_DE: tokens of each domain whose choices include the expert, int64.
+        by_token_VE: the same by token id, for the V ids that the text has.
+    """
+
+    layer: int
+    domains: tuple[str, ...]
+    by_domain_DE: np.ndarray
+    by_token_VE: np.ndarray
+
+    def shares(self) -> list[dict[str, Any]]:
+        """Return the share of each domain's choices that each expert takes: layer, domain, expert, share."""
+        share_DE = self.by_domain_DE / self.by_domain_DE.sum(1, keepdims=True)
+        return [
+            {"layer": self.layer, "domain": domain, "expert": expert, "share": share}
+            for domain, row in zip(self.domains, share_DE.tolist(), strict=True)
+            for expert, share in enumerate(row)
+        ]
+
+
+def expert_use(model: GPT, batches: Iterable[tuple[str, Tensor]]) -> list[ExpertUse]:
+    """Route text, and return how each MoE layer routed it.
+
+    Args:
+        model: in evaluation mode.
+        batches: (domain, tokens [B, T]).
+    """
+    import numpy as np
+    import torch
+
+    device = model.token_embedding.weight.device
+    texts: list[tuple[str, np.ndarray]] = []
+    chosen: list[list[np.ndarray]] = []
+    with torch.no_grad():
+        for domain, tokens_BT in batches:
+            _, routing = model.trunk(tokens_BT.to(device))
+            texts.append((domain, tokens_BT.flatten().numpy()))
+            chosen.append([layer.expert_SK.cpu().numpy() for layer in routing])
+    domains = tuple(dict.fromkeys(domain for domain, _ in texts))
+    domain_S = np.repeat([domains.index(domain) for domain, _ in texts], [len(ids) for _, ids in texts])
+    _, token_S = np.unique(np.concatenate([ids for _, ids in texts]), return_inverse=True)
+    found = []
+    for i, (number, E) in enumerate((at, experts) for at, experts in enumerate(model.config.experts, 1) if experts):
+        expert_SK = np.concatenate([layers[i] for layers in chosen])
+        found.append(ExpertUse(number, domains, _counts(domain_S, expert_SK, E), _counts(token_S, expert_SK, E)))
+    return found
+
+
 def routing(model: GPT, tokenizer: Tokenizer, data: DataConfig, cache: Path, max_tokens: int = 0) -> dict[str, Any]:
     """Route the validation text of a corpus, and count.
 
@@ -96,7 +152,6 @@ def routing(model: GPT, tokenizer: Tokenizer, data: DataConfig, cache: Path, max
 
     from moelab.data import encode_validation
     from moelab.models.moe import MoE
-    from moelab.training.expert_use import routed
 
     config = model.eval().config
     routers = [block.ffn.router for block in model.blocks if isinstance(block.ffn, MoE)]
@@ -109,24 +164,13 @@ def routing(model: GPT, tokenizer: Tokenizer, data: DataConfig, cache: Path, max
     ]
     for router in routers:
         router.entropies = []
-    found = list(routed(model, batches))
-    sizes, domains = [len(ids) for _, ids, _ in found], tuple(texts)
-    domain_S = np.repeat([domains.index(domain) for domain, _, _ in found], sizes)
-    _, token_S = np.unique(np.concatenate([ids for _, ids, _ in found]), return_inverse=True)
     layers, loads, shares = [], {}, []
-    for i, (number, E) in enumerate((at, experts) for at, experts in enumerate(config.experts, 1) if experts):
-        expert_SK = np.concatenate([choices[i] for _, _, choices in found])
-        by_domain_DE, by_token_VE = _counts(domain_S, expert_SK, E), _counts(token_S, expert_SK, E)
-        entropy = np.average([float(x) for x in routers[i].entropies], weights=sizes)
-        routers[i].entropies = None
-        layers.append(asdict(_layer(number, by_domain_DE, by_token_VE, float(entropy))))
-        loads[str(number)] = by_domain_DE.sum(0).tolist()
-        share_DE = by_domain_DE / by_domain_DE.sum(1, keepdims=True)
-        shares += [
-            {"layer": number, "domain": domain, "expert": expert, "share": share}
-            for domain, row in zip(domains, share_DE.tolist(), strict=True)
-            for expert, share in enumerate(row)
-        ]
+    for router, use in zip(routers, expert_use(model, batches), strict=True):
+        entropy = np.average([float(x) for x in router.entropies], weights=[part.numel() for _, part in batches])
+        router.entropies = None
+        layers.append(asdict(_layer(use, float(entropy))))
+        loads[str(use.layer)] = use.by_domain_DE.sum(0).tolist()
+        shares += use.shares()
     tokens = {domain: int(windows_NT.size) for domain, windows_NT in texts.items()}
     return {"layers": layers, "loads": loads, "shares": shares, "tokens": tokens}
 
@@ -170,26 +214,26 @@ def _counts(value_S: np.ndarray, expert_SK: np.ndarray, experts: int) -> np.ndar
     return np.bincount(pairs, minlength=values * experts).reshape(values, experts)
 
 
-def _layer(number: int, by_domain_DE: np.ndarray, by_token_VE: np.ndarray, router_entropy: float) -> Layer:
+def _layer(use: ExpertUse, router_entropy: float) -> Layer:
     import numpy as np
 
     from moelab.training.balance import layer_statistics, max_violation
 
-    load_E = by_domain_DE.sum(0)
+    load_E = use.by_domain_DE.sum(0)
     p50, p90, p99, busiest = np.percentile(load_E / load_E.mean(), (50, 90, 99, 100), method="nearest").tolist()
     even = layer_statistics(load_E)
     return Layer(
-        layer=number,
+        layer=use.layer,
         experts=len(load_E),
         p50=p50,
         p90=p90,
         p99=p99,
         busiest=busiest,
         max_violation=busiest - 1,
-        domain_violation=float(np.mean([max_violation({"": load}) for load in by_domain_DE.tolist()])),
+        domain_violation=float(np.mean([max_violation({"": load}) for load in use.by_domain_DE.tolist()])),
         dead_experts=even["dead_experts"],
         load_entropy=even["load_entropy"],
         router_entropy=router_entropy,
-        by_token=told(by_token_VE),
-        by_domain=told(by_domain_DE),
+        by_token=told(use.by_token_VE),
+        by_domain=told(use.by_domain_DE),
     )

@@ -10,11 +10,9 @@ Fixed before the first run: 3 seeds; at `cpu` those of zero-shot (3 to 5).
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
 from typing import TYPE_CHECKING, Any
 
 from moelab.design.experiment import Experiment, Scale
-from moelab.evaluation.routing import told
 from moelab.runs import with_weights
 
 if TYPE_CHECKING:
@@ -26,25 +24,10 @@ if TYPE_CHECKING:
 ARMS = {"MoE-128": "350M+MoE-128"}
 
 
-@dataclass(frozen=True)
-class Told:
-    """Hold how much two variables tell about a layer's choice of an expert; see `told`."""
-
-    seed: int
-    layer: int
-    by_domain: float
-    by_token: float
-
-
-@dataclass(frozen=True)
-class Share:
-    """Hold the share of a domain's validation tokens that one expert of a layer takes."""
-
-    seed: int
-    layer: int
-    domain: str
-    expert: int
-    share: float
+LAYERS = ("seed", "layer", "by_domain", "by_token")
+"""Columns: how much the domain and the token id tell about a layer's choice, see `moelab.evaluation.routing.told`."""
+SHARES = ("seed", "layer", "domain", "expert", "share")
+"""Columns: the share of a domain's validation tokens that one expert of a layer takes."""
 
 
 def measure(runs: Runs, max_tokens: int | None = None) -> dict[str, list[dict[str, Any]]]:
@@ -54,8 +37,7 @@ def measure(runs: Runs, max_tokens: int | None = None) -> dict[str, list[dict[st
         max_tokens: bound on the tokens of each domain; by default all of them.
 
     Returns:
-        "layers", the fields of a `Told` for each layer, and "shares", those of a `Share` for each layer, domain and
-        expert.
+        "layers", rows of `LAYERS`, and "shares", rows of `SHARES` for each layer, domain and expert.
     """
     for run in runs.finished:  # before the first takes its time
         with_weights.require(run, route, max_tokens)
@@ -73,28 +55,27 @@ def check(parameters: Mapping[str, Any]) -> None:
 def route(run: Run, max_tokens: int | None) -> dict[str, list[dict[str, Any]]]:
     """Return the rows of `measure` for one run."""
     from moelab import paths
-    from moelab.data import prepare
-    from moelab.training.expert_use import expert_use
+    from moelab.data import prepare, validation_batches
+    from moelab.evaluation.routing import expert_use, told
+    from moelab.inference.text import load_run
 
-    layers, shares, spec = [], [], run.spec
-    seed = spec.train.seed
-    data = prepare(spec.data, paths.home() / "data")
-    for use in expert_use(spec.model, spec.train, run.path, data, spec.data.context, max_tokens=max_tokens or 0):
-        layers.append(Told(seed, use.layer, told(use.by_domain_DE), told(use.by_token_VE)))
-        for domain, counts in zip(use.domains, use.by_domain_DE, strict=True):
-            rows = enumerate((counts / counts.sum()).tolist())
-            shares += [Share(seed, use.layer, domain, expert, share) for expert, share in rows]
-    return {"layers": [asdict(row) for row in layers], "shares": [asdict(row) for row in shares]}
+    train, seed = run.spec.train, {"seed": run.spec.train.seed}
+    text = prepare(run.spec.data, paths.home() / "data")
+    batches = validation_batches(text, train.batch_size, run.spec.data.context, max_tokens or 0)
+    model = load_run(run.path, device=train.device).eval()
+    uses = expert_use(model, ((domain, tokens_BT) for domain, tokens_BT, _ in batches))
+    layers = [
+        {**seed, "layer": use.layer, "by_domain": told(use.by_domain_DE), "by_token": told(use.by_token_VE)}
+        for use in uses
+    ]
+    return {"layers": layers, "shares": [{**seed, **row} for use in uses for row in use.shares()]}
 
 
 def tables(found: Mapping[str, Sequence[Mapping[str, Any]]]) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Return what `measure` found as frames: layers, shares."""
     import pandas as pd
 
-    return tuple(
-        pd.DataFrame(found[name], columns=[f.name for f in fields(row)])
-        for name, row in (("layers", Told), ("shares", Share))
-    )
+    return pd.DataFrame(found["layers"], columns=LAYERS), pd.DataFrame(found["shares"], columns=SHARES)
 
 
 def most_by_domain(shares: pd.DataFrame) -> pd.Series:

@@ -35,6 +35,13 @@ def flops_ratio(dense: ModelConfig, moe: ModelConfig) -> float:
     return dense.flops_per_token() / moe.flops_per_token()
 
 
+def speeds(specs: Sequence[RunSpec], steps: int, rounds: int) -> dict[str, list[float]]:
+    """Measure the training tokens/s of each arm, in turns, by `moelab.bench.train.side_by_side`."""
+    from moelab.bench.train import side_by_side
+
+    return side_by_side({spec.label: spec.model for spec in specs}, specs[0].train, steps=steps, rounds=rounds)
+
+
 def compared(specs: Sequence[RunSpec], ratios: Sequence[float]) -> pd.DataFrame:
     """Return the MoE's advantage by FLOPs per token and by training speed, for the twins and for the paper's models.
 

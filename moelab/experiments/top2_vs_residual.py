@@ -58,7 +58,7 @@ def one_session(speeds: Mapping[str, Sequence[float]]) -> list[list[float]]:
     """Return the speed of Residual-MoE-32 over Top2-MoE-32 in each round of one session; empty without both arms.
 
     Args:
-        speeds: from `comparison.speeds`.
+        speeds: from `moelab.experiments.throughput.speeds`.
     """
     if not {"Top2-MoE-32", "Residual-MoE-32"} <= set(speeds):
         return []

@@ -8,42 +8,44 @@ import multiprocessing.connection
 import os
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from moelab import paths
+from moelab.design.parameters import Request, parameters, resolve
 from moelab.experiments import EXPERIMENTS, Experiment
 from moelab.files import read_json
-from moelab.notebook.parameters import check_parameters, parameters, resolve
 from moelab.report import site
 from moelab.report.summary import SUMMARY, Summary, parse
 from moelab.runs.collection import NoResult, Runs
 from moelab.runs.measurements import MeasurementStore
+from moelab.runs.spec import RunSpec
 
 
-def chosen(scale: str, given: Mapping[str, str]) -> dict[str, dict[str, str]]:
-    """Return experiment -> those of the given parameters that its notebook takes, for experiments that have the scale.
+def chosen(given: Mapping[str, str]) -> list[Request]:
+    """Return the experiments that have the scale, each with those of the given parameters that its notebook takes.
 
     Overrides (dotted names) are for the notebooks whose runs can be overridden. Those of `left_out` are not there.
+
+    Args:
+        given: name -> text, the scale among them.
 
     Raises:
         ValueError: no notebook takes a parameter, a value is of the wrong type, or no experiment has the scale.
     """
-    found: dict[str, dict[str, str]] = {}
-    for e in EXPERIMENTS.values():
-        if scale in e.scales and e.name not in left_out(scale):
-            allowed = parameters(e)
-            found[e.name] = {"scale": scale} | {
-                k: v for k, v in given.items() if k in allowed or ("." in k and "overrides" in allowed)
-            }
-            check_parameters(e, found[e.name])
-    if not found:
+    scale, without = given["scale"], left_out(given["scale"])
+    wanted = {e.name: parameters(e) for e in EXPERIMENTS.values() if scale in e.scales and e.name not in without}
+    if not wanted:
         scales = dict.fromkeys(name for e in EXPERIMENTS.values() for name in e.scales)
         raise ValueError(f"no experiment has the scale {scale!r}; allowed: {', '.join(scales)}")
-    for name in given:
-        if not any(name in taken for taken in found.values()):
-            raise ValueError(f"no notebook takes a parameter {name!r}")
-    return found
+    takes = {
+        name: [key for key in given if key in known or ("." in key and "overrides" in known)]
+        for name, known in wanted.items()
+    }
+    for key in given:
+        if not any(key in taken for taken in takes.values()):
+            raise ValueError(f"no notebook takes a parameter {key!r}")
+    return [resolve(EXPERIMENTS[name], {key: given[key] for key in taken}) for name, taken in takes.items()]
 
 
 def left_out(scale: str) -> list[str]:
@@ -88,49 +90,43 @@ def _publish(
     sys.exit(0 if execute_watched(EXPERIMENTS[name], values, publish=publish, page=False) else 1)
 
 
-def run_all(
-    scale: str,
-    given: Mapping[str, str],
-    run: Callable[..., Runs],
-    workers: int | None = None,
-    *,
-    publish: bool = False,
-) -> bool:
-    """Train and publish every experiment that has the scale; True when all were published whole.
+def run_all(wanted: Sequence[Request], run: Callable[[Sequence[RunSpec]], Runs], *, publish: bool = False) -> bool:
+    """Train and publish these experiments; True when all were published whole.
 
     A notebook that fails does not stop the others. Its output goes into a log in the home folder, named here. What
     takes part of each notebook's time and is the same for all, what papermill and nbconvert load, is done once.
 
     Args:
+        wanted: from `chosen`.
         run: `Lab.run`.
         publish: into the published results instead of the user's own.
     """
-    wanted = chosen(scale, given)
     started = time.monotonic()
-    values = {name: check_parameters(EXPERIMENTS[name], texts) for name, texts in wanted.items()}
-    whole = {name: resolve(EXPERIMENTS[name], values[name]) for name in wanted}
-    specs = [spec for name in wanted if EXPERIMENTS[name].trains for spec in EXPERIMENTS[name].specs_of(whole[name])]
+    specs = [spec for request in wanted for spec in request.trained]
     try:
-        runs = run(specs, workers=workers)
+        runs = run(specs)
     except NoResult as error:  # the other experiments go on
         runs = error.runs
     if why := runs.explain_missing():
         print(why)
     print(f"{len({s.id for s in specs})} runs in {time.monotonic() - started:.0f} s", flush=True)
-    last = {name: last_result(EXPERIMENTS[name], whole[name]) for name in wanted}
-    # A measurement beside nothing else: notebooks that time something anew come last and alone.
-    alone = [name for name in wanted if EXPERIMENTS[name].measures and not reads_back(last[name], whole[name])]
-
-    def seconds(summary: Summary | None) -> float:
-        return (summary and summary.notebook_seconds) or 0.0
-
-    # The longest first, so that none is left over at the end.
-    beside = sorted((n for n in wanted if n not in alone), key=lambda n: -seconds(last[n]))
+    # A measurement beside nothing else: notebooks that time something anew come last and alone. Of the others the
+    # longest come first, so that none is left over at the end.
+    beside: list[tuple[float, Request]] = []
+    alone: list[Request] = []
+    for request in wanted:
+        last = last_result(request.experiment, request.values)
+        if request.experiment.measures and not reads_back(last, request.values):
+            alone.append(request)
+        else:
+            beside.append(((last and last.notebook_seconds) or 0.0, request))
+    beside.sort(key=lambda timed: -timed[0])
     logs = paths.home() / "logs"
     logs.mkdir(parents=True, exist_ok=True)
-    cores = workers or len(os.sched_getaffinity(0))
+    cores = len(os.sched_getaffinity(0))
     context = multiprocessing.get_context("forkserver" if os.name == "posix" else "spawn")
     context.set_forkserver_preload(["moelab.notebook.forked"])
+    log_of: dict[str, str] = {}
     failed: list[str] = []
     going: dict[str, tuple[Any, float]] = {}
 
@@ -142,13 +138,14 @@ def run_all(
                     del going[name]
                     good = process.exitcode == 0
                     failed.extend([] if good else [name])
-                    result = "published" if good else f"FAILED, see {logs / f'{name}-{scale}.log'}"
+                    result = "published" if good else f"FAILED, see {log_of[name]}"
                     print(f"{name}: {result} ({time.monotonic() - since:.0f} s)", flush=True)
 
-    for name in (*beside, *alone):
-        reap(0 if name in alone else cores - 1)
-        log = str(logs / f"{name}-{scale}.log")
-        arguments = (name, values[name], publish, log, dict(os.environ), os.getcwd())
+    for request in (*(request for _, request in beside), *alone):
+        reap(0 if request in alone else cores - 1)
+        name = request.experiment.name
+        log_of[name] = str(logs / f"{name}-{request.scale}.log")
+        arguments = (name, request.given, publish, log_of[name], dict(os.environ), os.getcwd())
         process = context.Process(target=_publish, args=arguments)
         process.start()
         going[name] = (process, time.monotonic())

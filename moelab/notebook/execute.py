@@ -1,4 +1,4 @@
-"""Execute an experiment's notebook by papermill: publish the whole result or nothing."""
+"""Execute an experiment's notebook by papermill, and publish the whole result or nothing."""
 
 from __future__ import annotations
 
@@ -16,7 +16,6 @@ from traitlets import Type, Unicode
 from moelab import environment, paths
 from moelab.experiments import Experiment
 from moelab.files import sweep, write_json
-from moelab.notebook.parameters import resolve
 from moelab.report.publication import SUMMARY
 from moelab.report.site import convert
 from moelab.runs.collection import NoResult
@@ -41,7 +40,7 @@ def execute(
     notebook publishes nothing.
 
     Args:
-        values: from `moelab.notebook.parameters.check_parameters`.
+        values: parameters, the scale among them, see `moelab.design.parameters.Request`.
         plan: file in which the notebook lists the runs it waits for, for whoever shows progress.
         log: where what the notebook prints goes while it runs, cell by cell; by default a file beside the executed
             copy.
@@ -56,8 +55,7 @@ def execute(
     import papermill
     from nbclient.exceptions import CellTimeoutError, DeadKernelError
 
-    scale = resolve(experiment, values)["scale"]
-    experiment.scale(scale)
+    scale = values["scale"]
     name = time.strftime("%Y%m%d-%H%M%S", time.gmtime())
     (publishing := paths.home() / "publishing").mkdir(parents=True, exist_ok=True)
     # Notebooks of a sweep start in the same second, on several machines.

@@ -55,6 +55,13 @@ class Claim(Provenance):
     from_share: float | None
 
     @property
+    def number(self) -> float:
+        """The paper's number; ValueError for a claim that has none."""
+        if self.value is None:
+            raise ValueError(f"{self.id}: the paper gives no number")
+        return self.value
+
+    @property
     def at_the_end(self) -> bool:
         """Whether the paper's number is one of the end of its training."""
         return self.value is not None and self.quantity == "final validation loss"

@@ -6,6 +6,8 @@ instead of tensor slicing for the dense 1.3B and 6.7B.
 
 from __future__ import annotations
 
+from typing import Any
+
 from moelab.config import ModelConfig, ParallelConfig, RoutingConfig, TrainConfig
 from moelab.paper.training import TrainingSettings, all_training_settings, training_settings
 
@@ -25,25 +27,25 @@ def settings_for(name: str, run: str | None = None) -> TrainingSettings:
     return training_settings(run if run in known else f"{base}+MoE-128" if "MoE" in name else base)
 
 
-def published_configs(name: str, run: str | None = None) -> dict[str, ModelConfig | TrainConfig | ParallelConfig]:
-    """Return "model", "train" and "parallel" of a model at its own size, with the settings of the paper's scripts.
+def published_configs(name: str, run: str | None = None) -> tuple[ModelConfig, TrainConfig, ParallelConfig]:
+    """Return model, training and layout of a model at its own size, with the settings of the paper's scripts.
 
     Args:
         name, run: see `settings_for`.
     """
     s, base = settings_for(name, run), name.split("+")[0]
-    routing = RoutingConfig()
-    if s.capacity_factor_train is not None:
-        routing = RoutingConfig(
-            capacity_factor=s.capacity_factor_train,
-            capacity_factor_eval=s.capacity_factor_eval,
-            min_capacity=s.min_capacity,
-            drop_tokens=s.drop_tokens,
-            random_token_selection=s.random_token_selection,
-            aux_loss=s.aux_coefficient,
-            choice_noise="gumbel_second" if "Top2" in name else "none",
-        )
-    model = ModelConfig.parse(name, init_std=s.init_std, dropout=s.dropout, routing=routing)
+    gate: dict[str, Any] = {}
+    if s.capacity_factor_train is not None:  # an MoE's, whose settings of the gate are all there
+        gate = {
+            "capacity_factor": s.capacity_factor_train,
+            "capacity_factor_eval": s.capacity_factor_eval,
+            "min_capacity": s.min_capacity,
+            "drop_tokens": s.drop_tokens,
+            "random_token_selection": s.random_token_selection,
+            "aux_loss": s.aux_coefficient,
+            "choice_noise": "gumbel_second" if "Top2" in name else "none",
+        }
+    model = ModelConfig.parse(name, init_std=s.init_std, dropout=s.dropout, routing=RoutingConfig(**gate))
     step = s.batch_seqs * s.seq_len
     train = TrainConfig(
         tokens=s.train_tokens,
@@ -63,4 +65,4 @@ def published_configs(name: str, run: str | None = None) -> dict[str, ModelConfi
         checkpoint_every=500,
     )
     layout = ParallelConfig(data=GPUS, shard=not model.is_moe and base != "350M", recompute=s.activation_checkpointing)
-    return {"model": model, "train": train, "parallel": layout}
+    return model, train, layout

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING
 
 from moelab.paper._table import Provenance, Table, load, unknown
+
+if TYPE_CHECKING:
+    import pandas
 
 TASKS = ("lambada", "piqa", "boolq", "race_h", "triviaqa", "webqs")
 """The six zero-shot tasks of Tables 2, 4 and 5, as columns of `zero_shot()`."""
@@ -93,7 +97,7 @@ class LossCurve(Provenance):
     final_low: float
     final_high: float
 
-    def frame(self):
+    def frame(self) -> pandas.DataFrame:
         """Return the points as a pandas data frame with columns model, tokens_B, loss, uncertainty."""
         import pandas
 

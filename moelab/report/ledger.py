@@ -7,7 +7,7 @@ scale" where it needs a larger scale than any that has run, "not judged" where a
 yet" otherwise.
 
 All verdicts are today's rule's: a result stores the values that it judged, and they are judged again when it is read
-(`moelab.design.judging.restate`). Of a result from before values were stored the interval is judged again.
+(`moelab.design.judging.restate`).
 
 Verdicts are counted by kind (measured, counted, predicted, fitted; "open" without one), claims that share a row of the
 paper once (`paper.Claim.same_as`). What counts, and what the pages show, is the verdict that is left when all measured

@@ -104,7 +104,7 @@ def _claims(summaries: list[Summary]) -> list[list]:
         for stored in summary.claims:
             claim = known.get(stored.claim)
             verdict = restate(claim, stored, summary.scale) if claim else stored
-            if claim and verdict.kind == MEASURED and verdict.low is not None and stored.claim not in rows:
+            if claim and verdict.kind == MEASURED and len(verdict.values) > 1 and stored.claim not in rows:
                 need, effect, why = power.of_claim(claim, verdict)
                 rows[claim.id] = [claim.id, verdict.samples, power.spread(verdict), effect, why, *_numbers(need)]
     return list(rows.values())

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from moelab.config.serialization import from_json
+from moelab.config import from_json
 from moelab.design.verdicts import Verdict
 from moelab.files import read_json
 

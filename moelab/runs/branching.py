@@ -12,10 +12,10 @@ nearest checkpoint before.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from moelab.config.parallel import ParallelConfig
 from moelab.runs.spec import RunSpec, Start
@@ -86,7 +86,7 @@ def _trained_again(trunk: RunSpec, wanted: ParallelConfig) -> RunSpec:
     """
     quiet = replace(trunk.train, eval_every=trunk.train.steps(trunk.data.context) + 1, keep_at=(), tensorboard=False)
     degrees = [n for n in range(wanted.ranks, 0, -1) if wanted.ranks % n == 0]
-    others = (
+    others: Iterator[dict[str, Any]] = (
         {
             "tensor": tensor,
             "data": wanted.ranks // tensor,
@@ -154,7 +154,12 @@ def shorter(trunk: RunSpec, tokens: int) -> RunSpec:
     if share and train.warmup_tokens <= tokens * (1 - share):
         return token_budgets(trunk, [tokens])[0]
     warmup = round(train.warmup_tokens * tokens / train.tokens)
-    own = {"tokens": tokens, "warmup_tokens": warmup, "cooldown_tokens": round(share * tokens), "keep_at": ()}
+    own: dict[str, Any] = {
+        "tokens": tokens,
+        "warmup_tokens": warmup,
+        "cooldown_tokens": round(share * tokens),
+        "keep_at": (),
+    }
     return replace(trunk, train=replace(train, **own))
 
 

@@ -6,10 +6,10 @@ import contextlib
 import os
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from moelab import paths
 from moelab.config import to_json
@@ -20,6 +20,16 @@ from moelab.runs.branching import remove_prefix
 from moelab.runs.spec import RunSpec
 from moelab.runs.store import Run, Status
 
+if TYPE_CHECKING:
+    from moelab.data import TokenData
+    from moelab.engine.checkpoint import Checkpoint
+    from moelab.training import Progress
+
+ShouldStop = Callable[[], bool]
+"""Says whether the training is to stop, with a checkpoint."""
+OnProgress = Callable[["Progress"], None]
+"""Called after each step."""
+
 _STOP = "stop"
 """What rank 0 publishes for ranks that wait for it while the run starts, in place of what they wait for."""
 
@@ -28,7 +38,13 @@ class StoppedAtStart(KeyboardInterrupt):
     """Report that a run was asked to stop before its training began."""
 
 
-def execute(run: Run, *, should_stop=lambda: False, on_progress=lambda _: None, cache: Path | None = None) -> None:
+def execute(
+    run: Run,
+    *,
+    should_stop: ShouldStop = lambda: False,
+    on_progress: OnProgress = lambda _: None,
+    cache: Path | None = None,
+) -> None:
     """Train a run to its end in this process, or find it finished. Waits while another process trains it.
 
     Writes status, provenance and, last, the result. As a rank of several it joins the others; rank 0 does the writing.
@@ -67,7 +83,7 @@ def execute(run: Run, *, should_stop=lambda: False, on_progress=lambda _: None, 
     process.leave()
 
 
-def _train_as_first(run: Run, should_stop, on_progress, cache: Path) -> None:
+def _train_as_first(run: Run, should_stop: ShouldStop, on_progress: OnProgress, cache: Path) -> None:
     """Train as rank 0, which holds the lock and tells the others what is to be done."""
     with contextlib.ExitStack() as held:
         try:
@@ -93,7 +109,7 @@ def _from_first(key: str) -> str:
 
 
 @contextlib.contextmanager
-def _trainer_of(run: Run, should_stop) -> Iterator[None]:
+def _trainer_of(run: Run, should_stop: ShouldStop) -> Iterator[None]:
     """Hold the run's lock, after waiting for it."""
     lock = run.lock()
     waited = False
@@ -131,17 +147,17 @@ def _holder(run: Run) -> str:
     return "another process"
 
 
-def _train(run: Run, should_stop, on_progress, cache: Path) -> None:
+def _train(run: Run, should_stop: ShouldStop, on_progress: OnProgress, cache: Path) -> None:
     """Train and write all about it; the caller holds the lock."""
     from moelab.data import prepare
     from moelab.runs.provenance import provenance
     from moelab.training import TrainingStopped
 
     spec, before = run.spec, run.status
-    state = {"step": before.step, "steps": spec.train.steps(spec.data.context)}
+    state: dict[str, Any] = {"step": before.step, "steps": spec.train.steps(spec.data.context)}
     state |= {"loss": before.loss, "tokens_per_s": before.tokens_per_s}  # no metric row may follow
 
-    def progress(p) -> None:
+    def progress(p: Progress) -> None:
         state.update(step=p.step, steps=p.steps, loss=p.loss, tokens_per_s=p.tokens_per_s)
         run.set_status(Status("running", **state))
         on_progress(p)
@@ -182,14 +198,14 @@ def _train(run: Run, should_stop, on_progress, cache: Path) -> None:
     run.set_status(Status("finished", **{**state, "step": state["steps"]}))
 
 
-def _stop_others(run: Run, should_stop) -> None:
+def _stop_others(run: Run, should_stop: ShouldStop) -> None:
     """Stop with the ranks that wait for the data, if that is asked; a run on one rank stops after its first step."""
     if run.spec.parallel.ranks > 1 and should_stop():
         process.publish("data", _STOP)
         raise StoppedAtStart("stopped before the training began")
 
 
-def _train_along(run: Run, should_stop, cache: Path) -> None:
+def _train_along(run: Run, should_stop: ShouldStop, cache: Path) -> None:
     """Train as a rank after the first, on the data that rank 0 has prepared."""
     from moelab.data import prepare
 
@@ -200,7 +216,7 @@ def _train_along(run: Run, should_stop, cache: Path) -> None:
     _call_train(run, data, should_stop, lambda _: None)
 
 
-def _call_train(run: Run, data, should_stop, on_progress) -> dict[str, Any]:
+def _call_train(run: Run, data: TokenData, should_stop: ShouldStop, on_progress: OnProgress) -> dict[str, Any]:
     import torch
 
     from moelab.runs.branching import starting_point
@@ -208,8 +224,8 @@ def _call_train(run: Run, data, should_stop, on_progress) -> dict[str, Any]:
     spec, runs = run.spec, run.path.parent
     steps = spec.train.steps(spec.data.context)
 
-    def train_until(trunk: RunSpec, folder: Path, start, step: int) -> None:
-        def progress(p) -> None:
+    def train_until(trunk: RunSpec, folder: Path, start: Checkpoint | None, step: int) -> None:
+        def progress(p: Progress) -> None:
             on_progress(replace(p, steps=steps))
 
         _train_in(trunk, folder, runs, data, start=start, until=step, on_progress=progress, should_stop=should_stop)
@@ -227,7 +243,7 @@ def _call_train(run: Run, data, should_stop, on_progress) -> dict[str, Any]:
         torch.set_num_threads(threads)
 
 
-def _train_in(spec: RunSpec, folder: Path, runs: Path, data, **options: Any) -> dict[str, Any]:
+def _train_in(spec: RunSpec, folder: Path, runs: Path, data: TokenData, **options: Any) -> dict[str, Any]:
     """Train a spec in a folder, with its teacher from the folder of all runs."""
     from moelab.training import Branch, Teacher, train
 
@@ -239,7 +255,7 @@ def _train_in(spec: RunSpec, folder: Path, runs: Path, data, **options: Any) -> 
         source.require_weights()
         teacher = Teacher(spec.teacher.model, source.path, spec.distill)
     branch = Branch(spec.start.tokens, spec.start.warmup_tokens, spec.start.upcycle) if spec.start else None
-    given = {"parallel": spec.parallel, "teacher": teacher, "branch": branch, **options}
+    given: dict[str, Any] = {"parallel": spec.parallel, "teacher": teacher, "branch": branch, **options}
     return train(spec.model, spec.train, data, spec.data.context, folder, **given)
 
 

@@ -45,7 +45,7 @@ def processes(runs: Sequence[Run], workers: int, tick: Tick = lambda: None, poll
     go, waits for them, and is raised again. Those that take much longer than `Limits.stop_s` are killed.
     """
     waiting = sorted(runs, key=lambda run: -run.spec.cost)
-    going: dict[subprocess.Popen, _Session] = {}
+    going: dict[subprocess.Popen[bytes], _Session] = {}
     try:
         while waiting or going:
             for worker in [worker for worker in going if worker.poll() is not None]:
@@ -120,7 +120,7 @@ def _next(waiting: Sequence[Run], free: int, *, alone: bool) -> Run | None:
     return next((run for run in waiting if alone or run.spec.parallel.ranks <= free), None)
 
 
-def start(run: Run) -> subprocess.Popen:
+def start(run: Run) -> subprocess.Popen[bytes]:
     """Start the process of one run; it ends when this process does."""
     # Its own session, so that a terminal's Ctrl-C reaches us alone and we ask for the checkpoint.
     run.path.mkdir(parents=True, exist_ok=True)

@@ -138,8 +138,8 @@ class MeasurementStore:
 
 
 def _of(key: str, record: dict[str, Any], *, read_back: bool) -> Measurement:
-    fields = ("function", "arguments", "measured", "seconds", "provenance", "value")
-    return Measurement(key, *(record[name] for name in fields), read_back=read_back)
+    stored = {f.name: record[f.name] for f in dataclasses.fields(Measurement) if f.name in record}
+    return Measurement(id=key, **stored, read_back=read_back)
 
 
 def _identity(function: Callable[..., Any], arguments: Sequence[Any]) -> tuple[str, list[Any], str]:

@@ -61,7 +61,7 @@ def check(
 
 def unfinished(specs: Iterable[RunSpec], store: RunStore) -> list[RunSpec]:
     """Return the specs of the runs without a result, and of those that they require."""
-    return [spec for spec in closure(specs).values() if not Run(spec, store.root / spec.id).finished]
+    return [spec for spec in closure(list(specs)).values() if not Run(spec, store.root / spec.id).finished]
 
 
 def _check_writable(name: str, variable: str, folder: Path) -> None:

@@ -90,7 +90,8 @@ def in_notebook(view: Any) -> Any:
         from IPython.display import display
     except ImportError:
         return None
-    return display(view, display_id=True) if get_ipython() is not None else None
+    show: Any = display  # IPython's has no annotations
+    return show(view, display_id=True) if get_ipython() is not None else None
 
 
 class NotebookProgress:

@@ -27,8 +27,8 @@ from typing import TYPE_CHECKING, Any, Self
 from filelock import FileLock
 
 from moelab import paths
+from moelab.config import from_json
 from moelab.config.parallel import ParallelConfig
-from moelab.config.serialization import from_json
 from moelab.files import read_json, read_object, write_json
 from moelab.runs.spec import RunSpec
 from moelab.terminal import plain

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from moelab import paper
 from moelab.config import ModelConfig
@@ -61,11 +61,11 @@ class Bar:
     fitted: bool = False
     assumed: str = ""
 
-    def simulate(self, **options) -> DecodeEstimate:
+    def simulate(self, **options: Any) -> DecodeEstimate:
         """Return the simulated decoding step; `options` as in `decode_sweep`."""
         return decode(self.model, self.parallel, CLUSTER, program=self.system, batch=BATCH, context=CONTEXT, **options)
 
-    def row(self, **options) -> dict:
+    def row(self, **options: Any) -> dict[str, Any]:
         """Return one row of a table, with the paper's and the simulated value.
 
         It has latencies (ms), their error (per cent), the simulated throughput (tokens / s / GPU), parts and memory.
@@ -243,7 +243,7 @@ def fig15() -> list[Bar]:
 
 def _measured(figure: str) -> list[Bar]:
     rows = paper.inference_results(figure=figure, metric="latency").where(variant="standard")
-    bars: dict[tuple, Bar] = {}
+    bars: dict[tuple[str, str, int], Bar] = {}
     for row in rows:
         if row.system in ("pytorch", "deepspeed") and row.gpus and row.how.startswith("read off"):
             bars.setdefault((row.model, row.system, row.gpus), _bar(figure, row.model, row.system, row.gpus, row))

@@ -35,7 +35,7 @@ def fit(
     low = np.log([FREE[n][0] for n in names])
     high = np.log([FREE[n][1] for n in names])
     first = start or Constants()
-    target = np.log([bar.paper_ms for bar in bars])
+    target = np.log([bar.paper_ms for bar in bars if bar.paper_ms])
 
     def residuals(x: np.ndarray) -> np.ndarray:
         known = first.with_free(dict(zip(names, np.exp(x), strict=True)))

@@ -20,6 +20,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -92,7 +93,7 @@ class DecodeEstimate:
     @property
     def bound(self) -> str:
         """The part that takes longest."""
-        return max(self.parts_ms, key=self.parts_ms.get)
+        return max(self.parts_ms, key=self.parts_ms.__getitem__)
 
 
 class _Program:
@@ -279,7 +280,7 @@ def decode_sweep(
     )
 
 
-def decode(model: ModelConfig | str, parallel: ParallelConfig, on: str | Cluster, **options) -> DecodeEstimate:
+def decode(model: ModelConfig | str, parallel: ParallelConfig, on: str | Cluster, **options: Any) -> DecodeEstimate:
     """Return `decode_sweep` of one layout, as plain numbers; `options` are the sweep's.
 
     Raises:

@@ -17,6 +17,7 @@ With expert slicing, an all-gather of rows over the W slices comes before the ex
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 
@@ -57,7 +58,10 @@ class Stage:
         return self.happens * (constants.collective_us + near + far)
 
 
-def transfer_us(size: Array | float, gb_s: float) -> Array | float:
+Size = TypeVar("Size", Array, float, Array | float)
+
+
+def transfer_us(size: Size, gb_s: float) -> Size:
     """Return the microseconds for `size` bytes at `gb_s` 1e9 bytes per second."""
     return size / (gb_s * 1e3)
 
@@ -118,7 +122,7 @@ def slice_exchange(layouts: Layouts, expert: ExpertLayouts, rows: Array, gpus_pe
 
 
 def all_reduce_us(
-    ranks: Array, size: Array | float, cluster: Cluster, constants: Constants, *, stride: Array | int = 1
+    ranks: Array | int, size: Array | float, cluster: Cluster, constants: Constants, *, stride: Array | int = 1
 ) -> Array:
     """Return the microseconds of an all-reduce of `size` bytes over `ranks` ranks that lie `stride` apart.
 

@@ -38,10 +38,8 @@ class Layouts:
         def column(name: str) -> Array:
             return np.array([getattr(c, name) for c in configs], dtype=np.int64)
 
-        return cls(
-            *(column(n) for n in ("tensor", "data", "expert", "expert_slicing", "gpus_per_node")),
-            np.array([EXCHANGES.index(c.exchange) for c in configs]),
-        )
+        numbers = {n: column(n) for n in ("tensor", "data", "expert", "expert_slicing", "gpus_per_node")}
+        return cls(**numbers, exchange=np.array([EXCHANGES.index(c.exchange) for c in configs]))
 
     def __len__(self) -> int:
         return len(self.tensor)

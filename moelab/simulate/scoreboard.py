@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 
 from moelab import paper
@@ -14,15 +16,19 @@ from moelab.simulate.decoding import DecodeEstimate
 from moelab.simulate.search import least_gpus
 from moelab.simulate.step import TrainingEstimate, training
 
+Row = dict[str, Any]
 
-def rows(constants: Constants | None = None) -> list[dict]:
+
+def rows(constants: Constants | None = None) -> list[Row]:
     """Return a row for each number: group, what, paper, simulated, unit, error_percent, kind, assumed.
 
     `kind` is "fitted" or "predicted".
     """
-    found = []
+    found: list[Row] = []
 
-    def add(group: str, what: str, reported: float, ours: float, unit: str, kind: str = "predicted", assumed: str = ""):
+    def add(
+        group: str, what: str, reported: float, ours: float, unit: str, kind: str = "predicted", assumed: str = ""
+    ) -> None:
         found.append(
             {
                 "group": group,
@@ -51,23 +57,24 @@ def rows(constants: Constants | None = None) -> list[dict]:
         word = "faster" if metric == "speedup" else "cheaper"
         add("ratio", f"{figure}: {word} than dense", reported, ratio, "x", assumed=assumed)
     needed = paper.inference_results(figure="fig-12", metric="gpus-needed")[0]
-    for what, reported, model in (
+    assert needed.baseline_gpus is not None
+    for what, gpus, model in (
         ("8B+MoE-128", needed.baseline_gpus, fig12()["MoE"]),
         ("its PR-MoE+MoS", needed.value, fig12()["PR-MoE+MoS"]),
     ):
         assumed = "" if what == "8B+MoE-128" else "experts from the authors' script"
-        add("GPUs", f"fig-12: fewest for {what}", reported, least_gpus(model, bars.CLUSTER)[0], "GPUs", assumed=assumed)
+        add("GPUs", f"fig-12: fewest for {what}", gpus, least_gpus(model, bars.CLUSTER)[0], "GPUs", assumed=assumed)
     speeds = table3(constants)
-    for reported in paper.training_throughput():
-        ours = speeds[reported.model].samples_per_s
-        add("training", f"Table 3: {reported.model}", reported.samples_per_s, ours, "samples/s", assumed=TABLE3_ASSUMED)
-    ratio = [t.samples_per_s for t in paper.training_throughput()]
-    ours = [speeds[t.model].samples_per_s for t in paper.training_throughput()]
-    add("ratio", "Table 3: MoE over dense", ratio[1] / ratio[0], ours[1] / ours[0], "x", assumed=TABLE3_ASSUMED)
+    theirs = {t.model: t.samples_per_s for t in paper.training_throughput()}
+    ours = {name: speeds[name].samples_per_s for name in theirs}
+    for name in theirs:
+        add("training", f"Table 3: {name}", theirs[name], ours[name], "samples/s", assumed=TABLE3_ASSUMED)
+    (dense, moe), (our_dense, our_moe) = theirs.values(), ours.values()
+    add("ratio", "Table 3: MoE over dense", moe / dense, our_moe / our_dense, "x", assumed=TABLE3_ASSUMED)
     return found
 
 
-def median_error(found: list[dict], **wanted: str) -> float:
+def median_error(found: list[Row], **wanted: str) -> float:
     """Return the median absolute error, in per cent, of matching rows, such as kind="predicted", group="latency"."""
     return float(np.median([abs(r["error_percent"]) for r in found if all(r[k] == v for k, v in wanted.items())]))
 
@@ -128,7 +135,7 @@ def table3(constants: Constants | None = None, program: str = "pytorch") -> dict
     return found
 
 
-def sensitivity(values: dict[str, list[float]]) -> list[dict]:
+def sensitivity(values: dict[str, list[float]]) -> list[Row]:
     """Return what the fit does not determine.
 
     One constant is held at each of some values and the others are fitted again. The last row fits all constants, but
@@ -139,7 +146,7 @@ def sensitivity(values: dict[str, list[float]]) -> list[dict]:
         latencies and of all predictions, in per cent.
     """
 
-    def row(what: str, value: float, known: Constants) -> dict:
+    def row(what: str, value: float, known: Constants) -> Row:
         found = rows(known)
         return {
             "constant": what,

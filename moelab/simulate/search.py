@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import product
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
@@ -212,7 +212,7 @@ def plan(
     if gpus < 1 or not batches:
         raise ValueError(f"plan: needs at least one GPU and one batch, got {gpus} and {list(batches)}")
     options = layouts(model, sizes(gpus, where.gpus_per_node), where.gpus_per_node)
-    settings = {"program": code, "context": context, "dtype": dtype}
+    settings: dict[str, Any] = {"program": code, "context": context, "dtype": dtype}
     sweeps = {b: decode_sweep(model, options, where, batch=b, **settings) for b in batches}
     latency = _table(sweeps, "latency_ms")
     throughput = _table(sweeps, "tokens_per_s_per_gpu")

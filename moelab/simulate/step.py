@@ -82,7 +82,7 @@ class TrainingEstimate:
     @property
     def bound(self) -> str:
         """The part that takes longest."""
-        return max(self.parts_s, key=self.parts_s.get)
+        return max(self.parts_s, key=self.parts_s.__getitem__)
 
     def days(self, tokens: float) -> float:
         """Return the days of training for `tokens` tokens at a constant batch."""

@@ -73,7 +73,7 @@ def counts(config: ParallelConfig, ranks: int) -> tuple[int, int, int]:
     """Return messages, rows and gathered rows as the simulator counts them."""
     stages, gather = _stages(config, ranks)
 
-    def total(parts: Sequence, *names: str) -> int:
+    def total(parts: Sequence[Stage], *names: str) -> int:
         return round(sum(float(getattr(part, name)[0]) for part in parts for name in names))
 
     return (

@@ -20,10 +20,10 @@ from typing import Any
 
 from moelab import environment, paths
 from moelab.data import prepare
+from moelab.design.parameters import resolve
 from moelab.experiments import experiment
 from moelab.files import write_text
 from moelab.notebook import execute as notebooks
-from moelab.notebook.parameters import resolve
 from moelab.runs import executors
 from moelab.runs.execute import execute
 from moelab.runs.spec import RunSpec
@@ -82,8 +82,8 @@ def _first_step(profile: Profile, rounds: int) -> Iterator[dict[str, Any]]:
 def _notebook(profile: Profile, rounds: int) -> Iterator[dict[str, Any]]:
     """Time two arms of the PR-MoE notebook at scale smoke: runs in one process, with the notebook, and as jobs."""
     chosen = experiment("pr-moe")
-    values = resolve(chosen, {"scale": "smoke", "arms": ["Dense", "MoE-128"]})
-    specs = chosen.specs_of(values)
+    request = resolve(chosen, {"scale": "smoke", "arms": "Dense,MoE-128"})
+    values, specs = request.values, request.specs
 
     def here() -> None:
         for spec in specs:

@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import re
-import typing
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Literal
@@ -159,14 +158,7 @@ def load(name: str) -> Profile:
         raise ValueError(f"{path}: expected `field: value` lines")
     if "name" in data:
         raise ValueError(f"{path}: a profile is named by its file; remove the field name")
-    hints = typing.get_type_hints(Profile)
-    for key, value in data.items():
-        if hints.get(key) is int:
-            try:
-                data[key] = int(value)
-            except (TypeError, ValueError):
-                raise ValueError(f"profile {path.stem}.{key}: expected a whole number, got {value!r}") from None
-    return from_json(Profile, {**data, "name": path.stem}, where=f"profile {path.stem}")
+    return from_json(Profile, {**data, "name": path.stem}, f"profile {path.stem}", texts=True)
 
 
 def choose(name: str | None) -> Profile:

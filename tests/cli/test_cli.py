@@ -117,14 +117,17 @@ def test_version_and_help_in_the_order_of_use():
             ("run", "pr-moe", "-p", "seed=3"),
             "no parameter 'seed'; did you mean seeds? allowed: scale: str = 'cpu', seeds: i",
         ),
-        (("run", "pr-moe", "-p", "seeds=many"), "parameter seeds must be int, got 'many'"),
+        (("run", "pr-moe", "-p", "seeds=many"), "parameter seeds must be a valid integer, got 'many'"),
         (("run", "pr-moe", "-p", "seeds"), "expected NAME=VALUE"),
-        (("run", "throughput", "-p", "again=maybe"), "parameter again must be bool"),
+        (("run", "throughput", "-p", "again=maybe"), "parameter again must be a valid boolean"),
         (
             ("run", "pr-moe", "-p", "train.tokenz=5"),
             "no setting 'train.tokenz'; did you mean train.tokens? allowed: train.tokens, train.batch_size",
         ),
-        (("run", "pr-moe", "-p", "model.routing.drop_tokens=maybe"), "model.routing.drop_tokens: expected bool"),
+        (
+            ("run", "pr-moe", "-p", "model.routing.drop_tokens=maybe"),
+            "model.routing.drop_tokens must be a valid boolean, got",
+        ),
         (("run", "pr-moe", "-p", "arms=MoE-7"), "pr-moe: unknown arm 'MoE-7'; allowed: Dense"),
         (("run", "scaling", "-p", "distill.weight=2"), "need a run that has a teacher"),
         (("run", "throughput", "-p", "train.tokens=5"), "no parameter 'train.tokens'"),
@@ -418,8 +421,8 @@ class TestPrMoeNotebook:
 
 
 def test_notebooks_are_committed_without_outputs_and_with_typed_commented_parameters():
+    from moelab.design.parameters import parameters
     from moelab.experiments import EXPERIMENTS
-    from moelab.notebook.parameters import parameters
 
     for path in (ROOT / "notebooks").glob("*.ipynb"):
         notebook = nbformat.read(path, as_version=4)
@@ -457,7 +460,7 @@ from moelab import paper, simulate
 from moelab import paths
 from moelab.report import site
 from moelab.experiments import EXPERIMENTS
-from moelab.notebook.parameters import parameters
+from moelab.design.parameters import parameters
 assert paths.checkout() is None and moelab.__file__.startswith(sys.argv[1])
 site.build(Path("results"))
 assert simulate.plan("350M+MoE-32", 8, "h100").best.fits, "clusters and calibration come along"

@@ -1,4 +1,5 @@
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from typing import Any
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from moelab.config import (
     TrainConfig,
     digest,
     from_json,
+    from_text,
     identity,
     to_json,
 )
@@ -208,17 +210,60 @@ def test_json_round_trip(config):
     ("data", "part"),
     [
         ({"lr": 1, "learning": 2}, "unknown field learning; allowed: tokens"),
-        ({"lr": "fast"}, "TrainConfig.lr: expected float, got 'fast'"),
-        ({"betas": [0.9]}, "expected 2 values"),
-        ({"dtype": "fp64"}, "must be one of"),
-        ({"seed": True}, "expected int"),
-        ([], "expected an object"),
+        ({"seeds": 1}, "unknown field seeds; did you mean seed? allowed: tokens"),
+        ({"lr": "fast"}, "TrainConfig.lr must be a valid number, got 'fast'"),
+        ({"betas": [0.9]}, "TrainConfig: betas.1 is missing"),
+        ({"dtype": "fp64"}, "TrainConfig.dtype must be 'fp32' or 'bf16', got 'fp64'"),
+        ({"seed": True}, "TrainConfig.seed must be a valid integer, got True"),
+        ({"lr": -1}, "train: lr must be positive"),
+        ([], "TrainConfig must be an object, got []"),
     ],
 )
 def test_bad_json_is_one_line(data, part):
     with pytest.raises(ValueError) as error:
         from_json(TrainConfig, data)
     assert part in str(error.value) and "\n" not in str(error.value)
+
+
+@dataclass(frozen=True)
+class Site:
+    """Holds a field of each kind that a profile's file may have."""
+
+    nodes: int = 1
+    share: float = 1.0
+    exclusive: bool = False
+    lines: tuple[str, ...] = ()
+
+
+def test_a_file_of_texts_has_fields_of_all_kinds():
+    texts = {"nodes": "4", "share": "0.5", "exclusive": "yes", "lines": ["7"]}
+    assert from_json(Site, texts, texts=True) == Site(4, 0.5, True, ("7",))
+    for name, text, kind in (
+        ("share", "half", "number"),
+        ("exclusive", "maybe", "boolean"),
+        ("nodes", "1.5", "integer"),
+    ):
+        with pytest.raises(ValueError, match=f"^site.{name} must be a valid {kind}, got '{text}'$"):
+            from_json(Site, {name: text}, "site", texts=True)
+    assert from_json(Site, {"nodes": 2, "later": 1}, known=True) == Site(2)
+
+
+@pytest.mark.parametrize(
+    ("kind", "text", "value"),
+    [
+        (int, "4e6", 4_000_000), (int, "1_000", 1000), (float, "4e6", 4e6), (bool, "no", False), (bool, "1", True), (str, "None", "None"),
+        (float | None, "none", None), (list[int], "3", [3]), (list[int], "1, 2", [1, 2]), (list[str], '["a,b"]', ["a,b"]),
+        (tuple[float, float], "[0.9, 1]", (0.9, 1.0)), (dict[str, Any], '{"A_b": "C"}', {"A_b": "C"}),
+        (int, "true", None), (int, "1.5", None), (float, "inf", None), (bool, "2", None), (list[int], "[true]", None), (dict[str, Any], "[]", None),
+    ],
+)  # fmt: skip
+def test_a_text_is_read_as_the_declared_type(kind, text, value):
+    if value is None and kind != float | None:
+        with pytest.raises(ValueError, match=r"^p(\.0)? must be [^\n]*, got"):
+            from_text(kind, text, "p")
+    else:
+        found = from_text(kind, text, "p")
+        assert found == value and type(found) is type(value)
 
 
 @pytest.mark.parametrize(

@@ -343,46 +343,17 @@ class TestTimings:
 
 
 class TestStored:
-    """Verdicts of summaries from before values, or kinds, were stored."""
+    """Verdicts of results, judged again when they are read."""
 
-    @staticmethod
-    def old(claim, values, verdict, **fields):
-        kept = {"values": (), "kind": "", "p": None, "why": ""} | fields
-        return replace(judge(claim, values), verdict=verdict, **kept)
-
-    @pytest.mark.parametrize("kind", ["", claims.MEASURED])
-    def test_an_ordering_is_judged_again_from_its_interval(self, kind):
-        found = restate(ORDER, self.old(ORDER, three(-0.12, -0.10), claims.UNDECIDED, kind=kind))
-        now = judge(ORDER, three(-0.12, -0.10))
-        assert replace(found, values=now.values, p=None, low=0, high=0) == replace(now, p=None, low=0, high=0)
-        assert (found.p, found.low, found.high) == (pytest.approx(now.p), pytest.approx(-0.12), pytest.approx(-0.10))
-        wide = restate(FIG1, self.old(FIG1, three(-0.60, 0.05), claims.REPRODUCED, kind=kind))
-        assert wide.verdict == claims.UNDECIDED
-
-    def test_an_equality_cannot_be_told(self):
-        found = restate(NEAR, self.old(NEAR, three(0.009, 0.011), claims.REPRODUCED))
-        assert found.verdict == claims.CANNOT_TELL and found.kind == claims.MEASURED and found.p is None
-
-    def test_two_seeds_and_a_claim_on_a_late_point_are_judged_no_more(self):
-        two = replace(self.old(ORDER, three(-0.12, -0.10), claims.REPRODUCED, kind=claims.MEASURED), samples=2)
-        assert restate(ORDER, two).verdict == claims.FEW_SEEDS
-        late = self.old(LATE, three(-0.09, -0.07), claims.NOT_REPRODUCED, kind=claims.MEASURED)
-        assert restate(LATE, late, "cpu").verdict == claims.NOT_TESTABLE
-
-    def test_a_timing_over_rounds_is_one_session(self):
-        found = restate(FASTER, self.old(FASTER, three(1.2, 1.3), claims.REPRODUCED))
-        assert found.verdict == claims.FEW_SESSIONS and found.samples == 1 and found.low is None
-        over = restate(FASTER, self.old(FASTER, three(1.2, 1.3), claims.UNDECIDED, kind=claims.MEASURED))
-        assert over.verdict == claims.REPRODUCED, "over sessions"
-
-    def test_kinds(self):
-        counted = judge(SIZE, [0.313], exact=True)
-        assert restate(SIZE, replace(counted, kind="")) == counted
-        speed = paper.claim("speedup-1t")
+    def test_a_changed_rule_counts_for_all_kinds(self):
+        counted, speed = judge(SIZE, [0.313], exact=True), paper.claim("speedup-1t")
+        assert restate(SIZE, replace(counted, verdict=claims.NOT_REPRODUCED)) == counted
         for fitted in (False, True):
             now = judge_simulated(speed, 7.3, fitted=fitted)
             assert now.kind == (claims.FITTED if fitted else claims.PREDICTED)
-            assert restate(speed, replace(now, kind="", verdict=claims.SIMULATED_FAILS)) == now
+            assert restate(speed, replace(now, verdict=claims.SIMULATED_FAILS)) == now
+        now = judge(ORDER, three(-0.12, -0.10))
+        assert restate(ORDER, replace(now, verdict=claims.UNDECIDED, p=0.5)) == now
 
     @pytest.mark.parametrize("now", [judge(ORDER, []), judge_timing(FASTER, [[1.2, 1.3]]), judge(ORDER, [-0.5])])
     def test_verdicts_of_today_stay(self, now):

@@ -7,10 +7,10 @@ import sys
 
 import pytest
 
+from moelab.design.parameters import resolve
 from moelab.experiments import EXPERIMENTS
 from moelab.lab import Lab
 from moelab.notebook import batch
-from moelab.notebook.parameters import resolve
 
 SMOKE = [e.name for e in EXPERIMENTS.values() if "smoke" in e.scales]
 
@@ -71,7 +71,7 @@ class TestAllNotebooks:
         monkeypatch.setenv("MOELAB_HOME", str(everything / "home"))
         monkeypatch.setenv("MOELAB_RESULTS", str(everything / "results"))
         for name in (e.name for e in EXPERIMENTS.values() if e.measures):
-            values = resolve(EXPERIMENTS[name], {"scale": "smoke"})
+            values = resolve(EXPERIMENTS[name], {"scale": "smoke"}).values
             last = batch.last_result(EXPERIMENTS[name], values)
             assert batch.reads_back(last, values), f"{name} would run alone again"
             assert not batch.reads_back(last, values | {"again": True})

@@ -15,8 +15,8 @@ import pytest
 
 from moelab import paths
 from moelab.design.experiment import Experiment, Scale
+from moelab.design.parameters import resolve
 from moelab.notebook import execute as notebooks
-from moelab.notebook.parameters import check_parameters, resolve
 
 pytestmark = [pytest.mark.notebook, pytest.mark.slow]
 
@@ -69,7 +69,7 @@ def place(tmp_path, monkeypatch):
 
 
 def given(**texts: str):
-    return resolve(EXPERIMENT, check_parameters(EXPERIMENT, texts))
+    return resolve(EXPERIMENT, texts).values
 
 
 @pytest.mark.parametrize(
@@ -90,7 +90,7 @@ def test_parameters_are_json_of_the_declared_type(texts, value):
     if value is not None:
         assert given(**texts)[name] == value
     else:
-        with pytest.raises(ValueError, match=f"parameter {name} must be") as error:
+        with pytest.raises(ValueError, match=rf"parameter {name}(\.\w+)? must be") as error:
             given(**texts)
         assert "\n" not in str(error.value)
 

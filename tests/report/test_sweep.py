@@ -7,9 +7,9 @@ from pathlib import Path
 import matplotlib
 import pytest
 
+from moelab.design.parameters import resolve
 from moelab.experiments import experiment
 from moelab.files import write_json
-from moelab.notebook.parameters import check_parameters, resolve
 from moelab.report import site, sweep
 from moelab.report.site import front
 from moelab.report.site.results import read_results
@@ -28,7 +28,7 @@ def home(tmp_path, monkeypatch):
 
 def points(name: str, grid: list[dict[str, str]], **given: str) -> sweep.Sweep:
     chosen = experiment(name)
-    values = [resolve(chosen, check_parameters(chosen, {"scale": "smoke", **given, **point})) for point in grid]
+    values = [resolve(chosen, {"scale": "smoke", **given, **point}).values for point in grid]
     return sweep.Sweep(tuple(grid[0]), tuple(values))
 
 

@@ -87,16 +87,16 @@ def test_profiles_that_ship_are_valid_and_the_example_shows_every_field():
 @pytest.mark.parametrize(
     ("text", "part"),
     [
-        ("partiton: gpu", "unknown field partiton; allowed: name, cluster, partition"),
-        ("nodes: many", "profile site.nodes: expected a whole number, got 'many'"),
+        ("partiton: gpu", "unknown field partiton; did you mean partition? allowed: name, cluster, partition"),
+        ("nodes: many", "profile site.nodes must be a valid integer, got 'many'"),
         ("nodes: 0", "nodes must be at least 1, got 0"),
         ("time: soon", "time: expected minutes, H:M:S or D-H:M:S, got 'soon'"),
         ("memory_per_rank: 60", "memory_per_rank: expected a size such as 60G or 500M, got '60'"),
         ("time: 0:02:00", "lead_s must leave at least 30 s of the time limit 0:02:00, got 180"),
         ("environment: [NCCL]", "environment takes NAME=VALUE lines, got 'NCCL'"),
         ("sbatch: [-x node1]", "sbatch takes --name=value or --name, got '-x node1'"),
-        ("setup: module load", "setup: expected a list, got 'module load'"),
-        ("lab_address: all", "lab_address: must be one of 'loopback', 'node', got 'all'"),
+        ("setup: module load", "profile site.setup must be a list, got 'module load'"),
+        ("lab_address: all", "lab_address must be 'loopback' or 'node', got 'all'"),
         ("name: other", "a profile is named by its file"),
         ('partition: "gpu\\n#SBATCH --uid=0"', "partition must be one line without control characters, got 'gpu"),
         ('account: "a\\nrm -rf /"', "account must be one line without control characters"),
@@ -105,7 +105,7 @@ def test_profiles_that_ship_are_valid_and_the_example_shows_every_field():
         ('gpu_type: "a\\0"', "gpu_type must be one line"),
         ('sbatch: ["--comment=a\\nb"]', "sbatch must be one line"),
         ('environment: ["A=1\\nB=2"]', "environment must be one line"),
-        ("cluster: moon", "cluster: must be one of 'slurm', 'local', got 'moon'"),
+        ("cluster: moon", "cluster must be 'slurm' or 'local', got 'moon'"),
         ("a: [", "not valid YAML"),
         ("- a", "expected `field: value` lines"),
     ],
@@ -229,14 +229,14 @@ def test_runs_that_wait_for_a_teacher_are_jobs_of_their_own(tiny_spec, monkeypat
 
 
 def test_the_notebook_and_the_submission_ask_for_the_same_runs():
+    from moelab.design.parameters import resolve
     from moelab.experiments import EXPERIMENTS
-    from moelab.notebook.parameters import resolve
 
     for chosen in EXPERIMENTS.values():
-        values = resolve(chosen, {"scale": "smoke"})
-        seeds = {"seeds": values["seeds"]} if "seeds" in values else {}
+        request = resolve(chosen, {"scale": "smoke"})
+        seeds = {"seeds": request.values["seeds"]} if "seeds" in request.values else {}
         wanted = {spec.id for spec in chosen.specs("smoke", **seeds)}
-        assert {spec.id for spec in chosen.specs_of(values)} == wanted, chosen.name
+        assert {spec.id for spec in request.specs} == wanted, chosen.name
 
 
 def test_a_snapshot_is_the_code_with_its_commit_and_made_once(tmp_path):

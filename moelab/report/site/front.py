@@ -5,6 +5,7 @@ All of it is generated from the stored verdicts, specs and parameters of the res
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import shlex
@@ -14,6 +15,7 @@ from dataclasses import dataclass
 
 from moelab import paper
 from moelab.config import ModelConfig
+from moelab.design.parameters import parameters
 from moelab.design.verdicts import (
     CANNOT_TELL,
     COUNTED,
@@ -311,7 +313,7 @@ def command(result: Result) -> str:
     varied = {k: v for k, v in swept.items() if isinstance(v, list)} if isinstance(swept, dict) else {}
     scale = given.get("scale") if varied else result.summary.scale
     words = ["moelab", "sweep" if varied else "run", about.name, *(["--scale", _text(scale)] if scale else [])]
-    defaults = notebook_defaults(about.notebook)
+    defaults = _defaults(about.name)
     for name, values in varied.items():
         texts = [_text(value) for value in values]
         words += ["-g", f"{name}={(';' if any(',' in text for text in texts) else ',').join(texts)}"]
@@ -332,16 +334,8 @@ def _text(value: object) -> str:
 
 
 @functools.cache
-def notebook_defaults(name: str) -> dict[str, object]:
-    """Return the parameters of a notebook with their defaults, from its cell tagged `parameters`."""
-    import ast
-
-    from moelab import paths
-
-    try:
-        cells = json.loads((paths.notebooks() / name).read_text(encoding="utf-8"))["cells"]
-        source = next("".join(c["source"]) for c in cells if "parameters" in c["metadata"].get("tags", []))
-        assigned = [node for node in ast.parse(source).body if isinstance(node, ast.AnnAssign) and node.value]
-        return {node.target.id: ast.literal_eval(node.value) for node in assigned if isinstance(node.target, ast.Name)}
-    except (OSError, StopIteration, KeyError, ValueError):
-        return {}
+def _defaults(name: str) -> dict[str, object]:
+    """Return the parameters of an experiment's notebook with their defaults; none without the notebook."""
+    with contextlib.suppress(ValueError):
+        return {p.name: p.default for p in parameters(EXPERIMENTS[name]).values()}
+    return {}
