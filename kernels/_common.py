@@ -9,7 +9,7 @@ Triton's interpreter, that is ``TRITON_INTERPRET=1`` set before Triton is import
 from __future__ import annotations
 
 import functools
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch.utils._python_dispatch import _get_current_dispatch_mode
@@ -37,7 +37,7 @@ except ImportError:  # macOS: the other backends do not need Triton
         def constexpr_function(fn):
             return fn
 
-    triton = tl = _NoTriton()  # type: ignore[assignment]
+    triton = tl = _NoTriton()
     HAS_TRITON = False
     INTERPRETING = False
 
@@ -118,6 +118,6 @@ def dot_precision(dtype: torch.dtype) -> str:
     return "tf32" if dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
 
 
-def contiguous(*tensors: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
+def contiguous(*tensors: torch.Tensor | None) -> tuple[Any, ...]:
     """Return the tensors with contiguous memory, None where one is None: kernels address them by shape alone."""
     return tuple(None if t is None else t.contiguous() for t in tensors)

@@ -20,6 +20,8 @@ The Triton implementation is in ``_experts_triton.py``, that for CPU in ``_cpp/e
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -55,17 +57,19 @@ def expert_ffn(
     Raises ``ValueError`` for another one, and for shapes or dtypes that do not fit.
     """
     if isinstance(w1_EMF, Packed):
+        assert isinstance(w2_EFM, Packed)
         weights = (w1_EMF.data, b1_EF, w2_EFM.data, b2_EM, w1_EMF.columns, number_of("expert_ffn", activation))
         return operations().packed_experts.default(x_RM.contiguous(), offsets_E1.to(torch.int32), *weights)
     _check(x_RM, offsets_E1, activation, (w1_EMF, b1_EF), (w2_EFM, b2_EM))
-    act, tensors = ACTIVATIONS[activation], (x_RM, w1_EMF, b1_EF, w2_EFM, b2_EM)
-    fits = act.number is not None and cpp.fits(x_RM, w2_EFM, act.gated)
+    act, tensors = ACTIVATIONS[activation], cast(tuple[Any, ...], (x_RM, w1_EMF, b1_EF, w2_EFM, b2_EM))
+    fits = act.number is not None and cpp.fits(x_RM, tensors[3], act.gated)
     chosen = pick_backend("expert_ffn", backend, *tensors, offsets_E1, fits=fits)
     if chosen != "cpp" or x_RM.dtype != torch.bfloat16:  # the C++ converts to bfloat16 by itself
         tensors = tuple(None if t is None else t.to(x_RM.dtype) for t in tensors)
     if chosen == "reference":
         slow = backend == "reference" or x_RM.device.type != "cpu" or _get_current_dispatch_mode() is not None
-        return (_reference if slow else _grouped)(offsets_E1, *tensors, act)
+        run: Callable[..., torch.Tensor] = _reference if slow else _grouped
+        return run(offsets_E1, *tensors, act)
     keep = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
     if chosen == "cpp":
         return cpp.CppExperts.apply(*contiguous(*tensors), offsets_E1, act, keep)

@@ -93,7 +93,8 @@ def gate(
     if capacity is None:
         seed = None
     if chosen == "cpp":
-        logits_SE, choice_logits_SE = (None if t is None else t.float() for t in (logits_SE, choice_logits_SE))
+        logits_SE = logits_SE.float()
+        choice_logits_SE = None if choice_logits_SE is None else choice_logits_SE.float()
         if not losses:
             return Gate(*gate_without_gradient(logits_SE, choice_logits_SE, top_k, capacity, seed, normalize))
     run = {"reference": gate_reference, "cpp": CppGate.apply, "triton": TritonGate.apply}[chosen]

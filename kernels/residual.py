@@ -47,7 +47,8 @@ def residual_mix(
     S, M = moe_SM.shape
     if (x_SM is None) != (w_2M is None) or (b_2 is not None and w_2M is None):
         raise ValueError("residual_mix: the learned mix needs both x_SM and w_2M")
-    if w_2M is not None and (x_SM.shape != (S, M) or w_2M.shape != (2, M) or (b_2 is not None and b_2.shape != (2,))):
+    fit = ((x_SM, (S, M)), (w_2M, (2, M)), (b_2, (2,)))
+    if x_SM is not None and w_2M is not None and any(t is not None and t.shape != shape for t, shape in fit):
         raise ValueError(
             f"residual_mix: x {tuple(x_SM.shape)}, w {tuple(w_2M.shape)} must be {(S, M)} and {(2, M)}, b [2]"
         )
@@ -61,9 +62,10 @@ def residual_mix(
         return moe_SM + mlp_SM
     if chosen == "reference":
         wide = accumulate_dtype(moe_SM.dtype)
-        if coefficient_S2 is None:
+        if x_SM is not None and w_2M is not None:
             logits_S2 = x_SM.to(wide) @ w_2M.to(wide).T
             coefficient_S2 = (logits_S2 if b_2 is None else logits_S2 + b_2.to(wide)).softmax(1)
+        assert coefficient_S2 is not None
         a_S2 = coefficient_S2.to(wide)
         return (a_S2[:, :1] * moe_SM.to(wide) + a_S2[:, 1:] * mlp_SM.to(wide)).to(moe_SM.dtype)
     if coefficient_S2 is not None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch.autograd.function import once_differentiable
 
@@ -10,7 +12,7 @@ from .._hash import hash_keys
 from . import operations
 
 
-def gate_without_gradient(logits_SE, choice_SE, top_k, capacity, seed, normalize) -> list[torch.Tensor | None]:
+def gate_without_gradient(logits_SE, choice_SE, top_k, capacity, seed, normalize) -> list[Any]:
     """Return the gate's results without the losses, which are None, for a step that needs no gradients."""
     logits_SE, choice_SE = contiguous(logits_SE, choice_SE)
     hash_words = () if seed is None else hash_keys(seed)

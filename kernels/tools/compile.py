@@ -18,7 +18,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -45,7 +45,7 @@ LIMITS = {"sm_80": Limits(64, 32, 65536, 164 << 10), "sm_90": Limits(64, 32, 655
 class Launch(NamedTuple):
     """Describe one kernel as an op would launch it."""
 
-    kernel: object
+    kernel: Any
     case: str
     signature: tuple[tuple[str, str], ...]
     constants: tuple[tuple[str, object], ...]
@@ -92,9 +92,8 @@ def _permute_case(S, E, K, M, dtype) -> Callable[[], None]:
     def run():
         i32 = dict(dtype=torch.int32)
         scalar = _meta()
-        g = gating.Gate(
-            _meta(S, K, **i32), _meta(S, K, **i32), _meta(S, K, grad=True), *_meta(2, E, **i32), scalar, scalar
-        )
+        load, kept = _meta(2, E, **i32)
+        g = gating.Gate(_meta(S, K, **i32), _meta(S, K, **i32), _meta(S, K, grad=True), load, kept, scalar, scalar)
         table = permute.row_table(g, backend="triton")
         rows = permute.dispatch(_meta(S, M, dtype=dtype, grad=True), table, backend="triton")
         y = permute.combine(rows, table, g.weight_SK, backend="triton")

@@ -13,7 +13,7 @@ import contextlib
 import json
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -53,8 +53,8 @@ class Target:
 
     op: str
     shape: str
-    choices: dict[str, tuple[int, ...]]
-    call: Callable[[], Sequence[torch.Tensor]]
+    choices: Mapping[str, tuple[int, ...]]
+    call: Callable[[], Sequence[torch.Tensor | None]]
 
 
 def targets(device: str = "cuda", *, tiny: bool = False) -> Iterator[Target]:
@@ -117,7 +117,7 @@ def _around(S: int, E: int, K: int, M: int, device: str) -> Iterator[Target]:
     def gate(grad: bool = False) -> gating.Gate:
         return gating.gate(logits.detach().requires_grad_(grad), K, normalize=K > 1, backend="triton")
 
-    def gate_backward() -> Sequence[torch.Tensor]:
+    def gate_backward() -> Sequence[torch.Tensor | None]:
         leaf = logits.detach().requires_grad_()
         routing = gating.gate(leaf, K, normalize=K > 1, backend="triton")
         (routing.weight_SK.sum() + routing.aux_loss).backward()
@@ -129,9 +129,9 @@ def _around(S: int, E: int, K: int, M: int, device: str) -> Iterator[Target]:
     def mix() -> torch.Tensor:
         return residual.residual_mix(moe, mlp, x, w, b, backend="triton")
 
-    def mix_backward() -> Sequence[torch.Tensor]:
+    def mix_backward() -> Sequence[torch.Tensor | None]:
         leaves = [t.detach().requires_grad_() for t in (moe, mlp, x)]
-        residual.residual_mix(*leaves, w, b, backend="triton").backward(x)
+        residual.residual_mix(leaves[0], leaves[1], leaves[2], w, b, backend="triton").backward(x)
         return [t.grad for t in leaves]
 
     yield Target("sum", shape, COPY, lambda: [permute.combine(rows, table, weights, backend="triton")])
@@ -188,7 +188,7 @@ def tune(target: Target, deadline: float, timer: Callable[[Callable[[], Any]], f
     key, own = _asked(target)
     with tuning.trial(target.op, {}):
         want = [t.clone() for t in target.call() if t is not None]
-        times: dict[tuple, float] = {(): timer(target.call)}
+        times: dict[tuple[tuple[str, int], ...], float] = {(): timer(target.call)}
     counts = {"refused": 0, "wrong": 0}
     best: Tile = {}
     for name, values in target.choices.items():
@@ -198,7 +198,8 @@ def tune(target: Target, deadline: float, timer: Callable[[Callable[[], Any]], f
             if mark in times or time.monotonic() > deadline:
                 continue
             times[mark] = _candidate(target, changes, want, timer, counts)
-        best = dict(min(times, key=times.get))
+        fastest = min(times, key=times.__getitem__)
+        best = dict(fastest)
     own_ms, best_ms = _in_turns(target, best, timer) if best else (times[()], times[()])
     if best_ms > GAIN * own_ms:
         best, best_ms = {}, own_ms

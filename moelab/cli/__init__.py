@@ -55,7 +55,7 @@ def _options(
 
 
 # Typer exports only `BadParameter`; the class above all such errors is click's, or that of Typer's own copy of click.
-_UsageError = next(cls for cls in typer.BadParameter.__mro__ if cls.__name__ == "ClickException")
+_UsageError: Any = next(cls for cls in typer.BadParameter.__mro__ if cls.__name__ == "ClickException")
 
 
 def main() -> None:
@@ -114,7 +114,8 @@ def _one_line(error: Any) -> str:
     message = " ".join(error.format_message().split()).rstrip(".")
     if not message or type(error).__name__ == "NoArgsIsHelpError":
         return ""
-    names, context = [], getattr(error, "ctx", None)
+    names: list[str] = []
+    context = getattr(error, "ctx", None)
     takes_parameters = context and any(parameter.name == "parameter" for parameter in context.command.params)
     at = context
     while at and at.parent:

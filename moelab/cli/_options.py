@@ -86,7 +86,9 @@ def print_json(value: Any) -> None:
     from dataclasses import asdict, is_dataclass
 
     def plain(part: Any) -> Any:
-        return asdict(part) if is_dataclass(part) else part.item() if hasattr(part, "item") else str(part)
+        if is_dataclass(part) and not isinstance(part, type):
+            return asdict(part)
+        return part.item() if hasattr(part, "item") else str(part)
 
     print(json.dumps(value, indent=2, default=plain))
 

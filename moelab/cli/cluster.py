@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -58,7 +59,7 @@ def check_cluster(
     chosen = profiles.choose(profile) if profile else None
     good = check.main(
         device=device,
-        links=where and Links(where.name, lambda *group: collective_us(*group, where, shares)),
+        links=where and Links(where.name, partial(collective_us, cluster=where, constants=shares)),
         rates=rates,
         commit=commit()["commit"],
         gpus_per_node=chosen.gpus_per_node if chosen else 0,

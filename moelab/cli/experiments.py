@@ -186,8 +186,8 @@ def power(
     view = terminal.table("comparison", "spread", "effect to see", "one look", "at most", "mean")
     for row in found.to_dict("records"):
         seeds = [f"> {MOST}" if pd.isna(row[k]) else f"{row[k]:.0f}" for k in ("at once", "at most", "on average")]
-        effect = "–" if pd.isna(row["effect"]) else f"{row['effect']:.3g}, {row['effect from']}"
-        view.add_row(row["comparison"], f"{row['spread']:.2g} of {row['seeds']}", effect, *seeds)
+        seen = "–" if pd.isna(row["effect"]) else f"{row['effect']:.3g}, {row['effect from']}"
+        view.add_row(row["comparison"], f"{row['spread']:.2g} of {row['seeds']}", seen, *seeds)
     console = terminal.console()
     console.print(view)
     console.print(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -128,7 +128,7 @@ def eval_(
     from moelab.terminal import task_progress
 
     wanted = tuple(dict.fromkeys(name for name in map(str.strip, tasks.split(",")) if name)) or PACKAGED
-    options = dict(cache=paths.home() / "data", limit=limit, batch=batch, dtype=dtype, device=device)
+    options: dict[str, Any] = dict(cache=paths.home() / "data", limit=limit, batch=batch, dtype=dtype, device=device)
     try:
         directory = directory or reference_directory(run, options["cache"])
         with task_progress() as show:

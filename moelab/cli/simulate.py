@@ -52,7 +52,7 @@ def plan(
         _opened(model),
         gpus,
         cluster,
-        objective=objective,
+        objective=objective,  # type: ignore[arg-type]  # `plan` checks it
         program=system,
         batches=tuple(batch or BATCHES),
         context=context,
@@ -257,7 +257,7 @@ def _parallel(simulate, cluster: str, gpus: int, tensor: int, expert: int, slici
         expert=expert,
         expert_slicing=slicing,
         gpus_per_node=simulate.cluster(cluster).gpus_per_node,
-        exchange=exchange,
+        exchange=exchange,  # type: ignore[arg-type]  # the class checks it
     )
 
 

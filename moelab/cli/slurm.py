@@ -125,8 +125,8 @@ def sweep(
         if key.strip() in fixed:
             raise ValueError(f"-g {item}: {key.strip()} is given by -p or --scale, too")
         axes[key.strip()] = points
-    points = [{**fixed, **dict(zip(axes, values, strict=True))} for values in itertools.product(*axes.values())]
-    _submit([(name, points)], profile, dry_run, again, publish, varied=tuple(axes))
+    asked = [{**fixed, **dict(zip(axes, values, strict=True))} for values in itertools.product(*axes.values())]
+    _submit([(name, asked)], profile, dry_run, again, publish, varied=tuple(axes))
 
 
 def status(
@@ -296,8 +296,8 @@ def _print_scripts(plan: Plan, *, scripts: bool = True) -> None:
     if not plan.scripts:
         print("nothing to submit: all is finished or queued")
         return
-    runs, notebooks = sum(map(len, plan.specs.values())), len(plan.scripts) - len(plan.specs)
-    what = [f"{n} {name}{'s' * (n != 1)}" for n, name in ((runs, "run"), (notebooks, "notebook")) if n]
+    counts = {"run": sum(map(len, plan.specs.values())), "notebook": len(plan.scripts) - len(plan.specs)}
+    what = [f"{n} {name}{'s' * (n != 1)}" for name, n in counts.items() if n]
     ids = (
         "; @NAME@ stands for the job's id"
         if any("=afterany:@" in x or "=afterok:@" in x for x in plan.scripts.values())

@@ -40,7 +40,10 @@ def from_json(kind: type[T], value: Any, where: str = "", *, known: bool = False
     try:
         if texts:
             return reader.validate_python(value, extra=extra)
-        return reader.validate_json(json.dumps(value, default=str), strict=True, extra=extra)
+        text = json.dumps(value, default=str, ensure_ascii=False).encode()
+        return reader.validate_json(text, strict=True, extra=extra)
+    except UnicodeEncodeError:
+        raise ValueError(f"{where}: not valid Unicode text: {value!a}") from None
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
     raise ValueError(_line(kind, where or kind.__name__, first))

@@ -152,9 +152,7 @@ def _entry(word: str, entry: dict) -> str:
 
 def _integer_table(node: ast.Dict) -> dict[int, int] | None:
     """Return the dictionary as integers, or None if it holds anything else."""
-    pairs = [(k.value, v.value) for k, v in zip(node.keys, node.values, strict=True) if _is_int(k) and _is_int(v)]
-    return dict(pairs) if pairs and len(pairs) == len(node.keys) else None
-
-
-def _is_int(node: ast.expr | None) -> bool:
-    return isinstance(node, ast.Constant) and type(node.value) is int
+    constants = [n.value if isinstance(n, ast.Constant) else None for n in (*node.keys, *node.values)]
+    numbers = [n for n in constants if type(n) is int]
+    half = len(node.keys)
+    return dict(zip(numbers[:half], numbers[half:], strict=True)) if numbers and len(numbers) == 2 * half else None

@@ -57,7 +57,7 @@ class TokenData:
         try:
             self.meta: dict[str, Any] = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
             _verify(folder, self.meta)
-            self.train = _map(folder / "train.npy")
+            self.train: np.ndarray = _map(folder / "train.npy")
             self.validation = {domain: _map(folder / part["file"]) for domain, part in self.meta["validation"].items()}
             self.vocab_size: int = self.meta["vocab_size"]
             self.eot: int = self.meta["eot"]

@@ -118,7 +118,7 @@ def all_reduce(
     sizes[(group.index + 1) % group.size] = messages * tensor.nbytes // group.size
     with _observed("all_reduce", kind, group, sizes, messages=messages, backward=backward):
         work = group.all_reduce(tensor, op, asynchronous)
-    return Pending(work, kind, group) if asynchronous else None
+    return Pending(work, kind, group) if work is not None and asynchronous else None
 
 
 @dataclass(frozen=True)

@@ -103,7 +103,8 @@ class _ReduceScatter(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        return _gather(grad, *ctx.arguments, True), None, None, None
+        sizes, group, kind = ctx.arguments
+        return _gather(grad, sizes, group, kind, True), None, None, None
 
 
 class _CopyToGroup(torch.autograd.Function):

@@ -216,9 +216,9 @@ class Exchange(Dispatch[Trip]):
             rows = _Reorder.apply(rows, *state.expert_back)
         rows = reduce_scatter_rows(rows, route.slice_sizes, self.groups.slices, "slices")
         if state.inter_node_back is not None:
-            rows = all_to_all_rows(rows, *reversed(route.inter_node), self._inter_node, "combine")
+            rows = all_to_all_rows(rows, *route.inter_node[::-1], self._inter_node, "combine")
             rows = _Reorder.apply(rows, *state.inter_node_back)
-        rows = all_to_all_rows(rows, *reversed(route.intra_node), self._intra_node, "combine")
+        rows = all_to_all_rows(rows, *route.intra_node[::-1], self._intra_node, "combine")
         rows = all_gather_rows(rows, route.tensor_sizes, self._tensor, "tensor", sum_gradients=False)
         return kernels.combine(rows, state.table, state.weight_SK)
 
@@ -255,8 +255,8 @@ class Exchange(Dispatch[Trip]):
                 "computes other values); continue from the last checkpoint"
             )
         shapes = (shape, between.shape, arrived.shape)
-        on_host = (part.reshape(sizes) for part, sizes in zip(host, shapes, strict=True))
-        return Route(*on_host, tensor.index, slices.index, Counts(kept, between, arrived))
+        there, across, here = (part.reshape(sizes) for part, sizes in zip(host, shapes, strict=True))
+        return Route(there, across, here, tensor.index, slices.index, Counts(kept, between, arrived))
 
     def _swap(self, counts: Tensor, group: Group) -> Tensor:
         """Exchange equal parts along dim 0."""

@@ -45,7 +45,7 @@ class _Bucket:
         for p in self.parameters:
             if p.grad is None:
                 p.grad = torch.zeros_like(p)
-        grads = [p.grad for p in self.parameters]
+        grads = self._grads()
         alone = len(grads) == 1 and grads[0].is_contiguous()
         self.flat = grads[0].view(-1) if alone else torch.cat([g.reshape(-1) for g in grads])
         self.pending = all_reduce(self.flat, self.group, "gradients", asynchronous=True)
@@ -54,14 +54,19 @@ class _Bucket:
         """Wait for the sum and write it, scaled, into the parameters' gradients."""
         if self.pending is not None:
             self.pending.wait()
+        flat, grads = self.flat, self._grads()
+        assert flat is not None
         if self.scale != 1.0:
-            self.flat.mul_(self.scale)
-        if self.flat.data_ptr() != self.parameters[0].grad.data_ptr():
+            flat.mul_(self.scale)
+        if flat.data_ptr() != grads[0].data_ptr():
             at = 0
-            for p in self.parameters:
-                p.grad.copy_(self.flat[at : at + p.numel()].view_as(p))
-                at += p.numel()
+            for grad in grads:
+                grad.copy_(flat[at : at + grad.numel()].view_as(grad))
+                at += grad.numel()
         self.flat = self.pending = None
+
+    def _grads(self) -> list[Tensor]:
+        return [p.grad for p in self.parameters if p.grad is not None]
 
 
 class GradientSync:
@@ -141,12 +146,13 @@ def clip(model: ParallelModel, largest: float) -> float:
     The norm is that of the whole model's gradient and the same number on every rank: each contributes the squares of
     its shards, divided by the number of ranks that hold the same shard, which is exact under any layout.
     """
-    parameters = [p for p in model.module.parameters() if p.grad is not None]
+    parameters = list(model.module.parameters())
+    grads = [p.grad for p in parameters if p.grad is not None]
     if model.mesh.world.size == 1:
-        norm = nn.utils.get_total_norm([p.grad for p in parameters])
-        if not largest / (norm + 1e-6) >= 1:  # else all would be multiplied by 1, or also by NaN where it is NaN
-            nn.utils.clip_grads_with_norm_(parameters, largest, norm)
-        return float(norm)
+        own = nn.utils.get_total_norm(grads)
+        if not largest / (own + 1e-6) >= 1:  # else all would be multiplied by 1, or also by NaN where it is NaN
+            nn.utils.clip_grads_with_norm_(parameters, largest, own)
+        return float(own)
     total = torch.zeros((), dtype=torch.float64, device=model.mesh.device)
     for name, parameter in model.module.named_parameters():
         grad = parameter.grad
@@ -158,6 +164,6 @@ def clip(model: ParallelModel, largest: float) -> float:
     norm = math.sqrt(float(total)) if math.isfinite(float(total)) else float(total)
     scale = min(1.0, largest / (norm + 1e-6))
     if scale < 1.0:
-        for p in parameters:
-            p.grad.mul_(scale)
+        for grad in grads:
+            grad.mul_(scale)
     return norm

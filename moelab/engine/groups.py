@@ -119,7 +119,13 @@ def gloo_group() -> Group:
     world = Group.world()
     if world.size == 1:
         return world
-    return replace(world, handle=_connected(dist.new_group(backend="gloo", timeout=time_limit(dist.group.WORLD))))
+    return replace(world, handle=_connected(dist.new_group(backend="gloo", timeout=time_limit(_world()))))
+
+
+def _world() -> dist.ProcessGroup:
+    world = dist.group.WORLD
+    assert world is not None, "the ranks have not joined"
+    return world
 
 
 def time_limit(handle: dist.ProcessGroup) -> timedelta:
@@ -133,9 +139,11 @@ def _device_type(handle: dist.ProcessGroup) -> str:
 
 def _subgroup(partition: list[list[int]]) -> dist.ProcessGroup:
     """Make the groups of a partition and return this rank's."""
-    limit = time_limit(dist.group.WORLD)
-    if dist.get_backend() == "nccl" and dist.group.WORLD.bound_device_id is not None:
-        return dist.split_group(split_ranks=partition, timeout=limit)  # makes all groups in one call
+    limit = time_limit(_world())
+    if dist.get_backend() == "nccl" and _world().bound_device_id is not None:
+        own = dist.split_group(split_ranks=partition, timeout=limit)  # makes all groups in one call
+        assert own is not None
+        return own
     return _connected(dist.new_subgroups_by_enumeration(partition, timeout=limit)[0])
 
 

@@ -26,7 +26,7 @@ from moelab.engine.padded import PaddedExchange
 from moelab.engine.placement import Placement
 from moelab.engine.tensor_slicing import ColumnLinear, RowLinear
 from moelab.models.dispatch import Dispatch
-from moelab.models.gpt import GPT, allocate, initial_weight
+from moelab.models.gpt import GPT, Block, allocate, initial_weight
 from moelab.models.grouped_attention import GroupedAttention
 from moelab.models.layers import RMSNorm
 from moelab.models.moe import MLP, Experts, MoE
@@ -82,13 +82,13 @@ def build(config: ModelConfig, seed: int | None, mesh: Mesh, dtype: torch.dtype 
         _init(model, config, seed, placements, mesh)
     if parallel.recompute:
         for block in model.blocks:
-            block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
+            block.__dict__["forward"] = functools.partial(checkpoint, block.forward, use_reentrant=False)
     if mesh.fsdp is not None:
         _shard(model, mesh)
     return ParallelModel(model, placements, mesh)
 
 
-def _slice_block(block: nn.Module, config: ModelConfig, mesh: Mesh) -> None:
+def _slice_block(block: Block, config: ModelConfig, mesh: Mesh) -> None:
     tensor = mesh.tensor
     if tensor.size > 1:
         attention = block.attention
@@ -96,8 +96,8 @@ def _slice_block(block: nn.Module, config: ModelConfig, mesh: Mesh) -> None:
         if isinstance(attention, GroupedAttention):
             attention.kv_heads //= tensor.size
             if config.decoder.qk_norm == "all":
-                norms = (attention.q_norm, attention.k_norm)
-                attention.q_norm, attention.k_norm = (_sliced_norm(norm, tensor) for norm in norms)
+                for name in ("q_norm", "k_norm"):
+                    setattr(attention, name, _sliced_norm(getattr(attention, name), tensor))
                 attention.pool = functools.partial(mean_over_group, group=tensor)
         mlp = block.ffn if isinstance(block.ffn, MLP) else block.ffn.mlp
         pairs = [(attention, "qkv", "out")] + ([] if mlp is None else [(mlp, "up", "down")])
@@ -170,7 +170,7 @@ def _placement(name: str, shape: tuple[int, ...], config: ModelConfig, mesh: Mes
         stretches: tuple[int, ...] = ()
         if module == "qkv":
             stretches = tuple(n * config.head_size for n in (config.heads, config.kv_heads, config.kv_heads))
-        elif module == "up" and (config.fixed_feed_forward if ".mlp." in name else config.dense_feed_forward).gated:
+        elif module == "up" and config.dense_feed_forward.gated:  # the fixed branch's kind is the same
             stretches = (shape[0] // 2,) * 2
         return Placement.part(shape, {dim: part}, mesh.data.ranks, 1, stretches)
     if module in ("q_norm", "k_norm"):  # each tensor rank has the gradient of its own heads only

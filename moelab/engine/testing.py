@@ -53,7 +53,7 @@ class Ranks:
             threads: CPU threads of each rank.
         """
         self.size, self._backend, self._threads = size, backend, threads
-        self._processes: list[multiprocessing.Process] = []
+        self._processes: list[Any] = []
         self._pipes: list[Connection] = []
         self._folder: Path | None = None
 
@@ -125,10 +125,11 @@ class Ranks:
     def _collect(self, name: str, deadline: float) -> list[Any]:
         results: dict[int, Any] = {}
         while len(results) < self.size:
-            waiting = {self._pipes[rank]: rank for rank in range(self.size) if rank not in results}
+            waiting: dict[Any, int] = {self._pipes[rank]: rank for rank in range(self.size) if rank not in results}
             ready = wait(list(waiting), max(deadline - time.monotonic(), 0))
             if not ready:
                 raise RankError(f"{name}: ranks {sorted(waiting.values())} of {self.size} did not answer in time")
+            pipe: Any
             for pipe in ready:
                 rank = waiting[pipe]
                 try:
@@ -209,7 +210,7 @@ def _module(name: str, code: str | None) -> Any:
         try:
             return importlib.import_module(name)
         except ImportError:
-            spec = importlib.util.spec_from_file_location(name, code)
+            spec: Any = importlib.util.spec_from_file_location(name, code)
             sys.modules[name] = importlib.util.module_from_spec(spec)
             spec.loader.exec_module(sys.modules[name])
     return sys.modules[name]

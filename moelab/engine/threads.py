@@ -27,6 +27,7 @@ from moelab.engine.exchange import Exchange
 from moelab.engine.groups import Group
 from moelab.engine.mesh import ExpertGroups
 from moelab.engine.testing import identity_experts
+from moelab.models.routing import Routing
 
 Result = TypeVar("Result")
 WAIT_S = 60.0  # for the slowest thread at one collective
@@ -136,6 +137,6 @@ def traffic(config: ParallelConfig, experts: int, width: int = 1) -> list[Traffi
 
     @torch.no_grad()
     def forward(rank: int, groups: ExpertGroups) -> None:
-        Exchange(groups, config)(x_SM, kernels.gate(logits_SE, 1), identity_experts)
+        Exchange(groups, config)(x_SM, Routing(*kernels.gate(logits_SE, 1)), identity_experts)
 
     return World(config, experts).count(forward)[1]

@@ -17,7 +17,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -99,7 +99,7 @@ class Ours:
 class Theirs:
     """Wrap a causal model of transformers."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: Any) -> None:
         self.model = model.eval()
         place = ("_name_or_path", "transformers_version")
         config = {key: value for key, value in model.config.to_dict().items() if key not in place}

@@ -166,7 +166,7 @@ def routing(model: GPT, tokenizer: Tokenizer, data: DataConfig, cache: Path, max
         router.entropies = []
     layers, loads, shares = [], {}, []
     for router, use in zip(routers, expert_use(model, batches), strict=True):
-        entropy = np.average([float(x) for x in router.entropies], weights=[part.numel() for _, part in batches])
+        entropy = np.average([float(x) for x in router.entropies or ()], weights=[part.numel() for _, part in batches])
         router.entropies = None
         layers.append(asdict(_layer(use, float(entropy))))
         loads[str(use.layer)] = use.by_domain_DE.sum(0).tolist()

@@ -140,7 +140,7 @@ def evaluate(
         file = folder / f"{task}{f'-first-{limit}' if limit else ''}.json"
         score = _read(file, task)
         if score is None:
-            lm.on_progress = lambda done, total, task=task: on_progress(task, done, total)
+            lm.on_progress = functools.partial(on_progress, task)
             score = run_task(lm, task, cache=cache, limit=limit, manager=manager)
             write_json(file, asdict(score))
         on_progress(task, score.requests, score.requests)

@@ -115,8 +115,7 @@ class _Layer:
             y = torch.empty_like(q)
             for slot, a, b in cache._spans:
                 keys[slot, :, : b - a], values[slot, :, : b - a] = k[0, :, a:b], v[0, :, a:b]
-                part = (t[:, :, a:b] for t in (q, k, v))
-                y[:, :, a:b] = attention(*part, is_causal=True)
+                y[:, :, a:b] = attention(q[:, :, a:b], k[:, :, a:b], v[:, :, a:b], is_causal=True)
             return y
         B = len(q)
         at = (cache._rows[:B], slice(None), cache.positions_BT[:, 0])

@@ -150,13 +150,13 @@ class Generator:
             RuntimeError: a stream is read after a later one has begun; raised by the iterator.
         """
         sampling = sampling or Sampling()
-        prompts = [tuple(int(t) for t in p) for p in prompts]
-        self._check(prompts)
-        room = self.cache.length - min(map(len, prompts), default=0)  # most new tokens of any prompt
+        ids = [tuple(int(t) for t in p) for p in prompts]
+        self._check(ids)
+        room = self.cache.length - min(map(len, ids), default=0)  # most new tokens of any prompt
         count = 0 if sampling.greedy else min(sampling.max_new_tokens, room)
-        draws = uniforms(sampling.seed, prompts, count).tolist()
+        draws = uniforms(sampling.seed, ids, count).tolist()
         data, ranks = (self.mesh.data.index, self.mesh.data.size) if self.mesh is not None else (0, 1)
-        queue = deque(_Sequence(i, prompts[i], draws[i]) for i in range(data, len(prompts), ranks))
+        queue = deque(_Sequence(i, ids[i], draws[i]) for i in range(data, len(ids), ranks))
         return self._alone((self._stream_static if self.static else self._stream)(queue, sampling))
 
     def _alone(self, pieces: Iterator[Piece]) -> Iterator[Piece]:
@@ -270,19 +270,19 @@ class Generator:
         if step is None or step.sampling != sampling:
             step = self._step = _StaticStep(self.model, self.cache, sampling, self._capture)
         while queue or any(slots):
-            alive = [slot for slot, s in enumerate(slots) if s is not None]
+            alive = {slot: s for slot, s in enumerate(slots) if s is not None}
             free = [slot for slot, s in enumerate(slots) if s is None]
             if alive:
                 tokens = step()
-                yield from self._keep([slots[i] for i in alive], [tokens[i] for i in alive], sampling)
+                yield from self._keep(list(alive.values()), [tokens[i] for i in alive], sampling)
             if fresh := self._admit(queue, len(free)):
                 taken = free[: len(fresh)]
                 yield from self._take(fresh, self._prefill(fresh, taken), sampling)
                 for slot, sequence in zip(taken, fresh, strict=True):
                     slots[slot] = sequence
                     step.place(slot, sequence)
-            for slot, sequence in enumerate(slots):
-                if sequence is not None and self._finish(sequence, sampling):
+            for slot, held in enumerate(slots):
+                if held is not None and self._finish(held, sampling):
                     slots[slot] = None
 
 

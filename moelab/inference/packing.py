@@ -47,13 +47,13 @@ def pack(model: GPT) -> None:
         ffn = block.ffn
         if isinstance(ffn, MoE):
             ffn.router.packed = kernels.pack(ffn.router.weight.float())
-            ffn.router.weight = None
+            _free(ffn.router, "weight")
             _pack_experts(ffn.experts)
             if isinstance(ffn.mix, SharedGate):
                 _pack(ffn.mix)
             elif ffn.mix is not None:
                 ffn.mix.packed = pack_mix(ffn.mix.weight, ffn.mix.bias)
-                ffn.mix.weight = ffn.mix.bias = None
+                _free(ffn.mix, "weight", "bias")
         mlp = ffn.mlp if isinstance(ffn, MoE) else ffn
         if mlp is not None:
             _pack_mlp(mlp)
@@ -62,32 +62,41 @@ def pack(model: GPT) -> None:
             norm.packed = norm.weight.shape[0] % MULTIPLE == 0
     model.packed = kernels.pack(model.output_weight)
     if model.output is not None:
-        model.output.weight = None
+        _free(model.output, "weight")
     for module in model.modules():  # as plain attributes they are found at once; a module's search takes a microsecond
         module.__dict__.update({**module._modules, **module._parameters})
 
 
+def _free(module: nn.Module, *names: str) -> None:
+    """Remove weights whose packed forms have taken their place."""
+    for name in names:
+        setattr(module, name, None)
+
+
 def _pack(linear: Linear) -> None:
-    linear.packed, linear.weight = kernels.pack(linear.weight), None
+    linear.packed = kernels.pack(linear.weight)
+    _free(linear, "weight")
 
 
 def _pack_mlp(mlp: MLP) -> None:
     gates = 1 + ACTIVATIONS[mlp.activation].gated
     up, down = mlp.up, mlp.down
-    up.packed, up.weight = kernels.pack(_filled(up.weight.unflatten(0, (gates, -1)), 1)), None
+    up.packed = kernels.pack(_filled(up.weight.unflatten(0, (gates, -1)), 1))
     if up.bias is not None:
         up.bias = nn.Parameter(_filled(up.bias.view(gates, -1), 1).flatten(), requires_grad=False)
-    down.packed, down.weight = kernels.pack(_filled(down.weight, 1)), None
+    down.packed = kernels.pack(_filled(down.weight, 1))
+    _free(up, "weight")
+    _free(down, "weight")
 
 
 def _pack_experts(experts: Experts) -> None:
     gates = 1 + ACTIVATIONS[experts.activation].gated
-    w1_EMN, b1_EN, w2_EFM, b2_EM = (None if w is None else w.detach() for w in experts.weights())
+    w1_EMN, b1_EN, w2_EFM, b2_EM = experts.weights()
     up = kernels.pack(_filled(w1_EMN.unflatten(2, (gates, -1)).permute(0, 2, 3, 1), 2))
     b1_EN = b1_EN if b1_EN is None else _filled(b1_EN.unflatten(1, (gates, -1)), 2).flatten(1)
-    experts.up = experts.up_bias = None
+    _free(experts, "up", "up_bias")
     experts.packed = (up, b1_EN, kernels.pack(_filled(w2_EFM, 1).mT), b2_EM)
-    experts.down = experts.down_bias = None
+    _free(experts, "down", "down_bias")
 
 
 def _filled(x: Tensor, dim: int) -> Tensor:

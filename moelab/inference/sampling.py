@@ -74,7 +74,7 @@ def choose(logits_BV: Tensor, uniform_B: Tensor | None, sampling: Sampling) -> T
 
     The greedy choice does not use `uniform_B`. Each sequence needs a largest logit that is finite.
     """
-    if sampling.greedy:
+    if sampling.greedy or uniform_B is None:
         return logits_BV.argmax(1)
     scores = logits_BV.float()
     scores = (scores - scores.amax(1, keepdim=True)) / max(sampling.temperature, _COLDEST)

@@ -8,7 +8,7 @@ others by `F.scaled_dot_product_attention`. Letters as in `moelab.config`; B seq
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -40,7 +40,7 @@ class Attention(nn.Module):
         self.out = Linear(config.hidden, config.hidden)
 
     def forward(
-        self, x_BTM: Tensor, past: Past | None = None, rotation: None = None, add: Tensor | None = None
+        self, x_BTM: Tensor, past: Past | None = None, rotation: Any = None, add: Tensor | None = None
     ) -> Tensor:
         """Return the attention's output, with `add` added, both [B, T, M].
 

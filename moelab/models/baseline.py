@@ -35,7 +35,8 @@ def mask_gate(
     logits_SE = logits_SE.float()
     probs_SE = logits_SE.softmax(1)
     remaining_SE = (logits_SE if choice_logits_SE is None else choice_logits_SE).detach()
-    experts_S, masks_SE = [], []
+    experts_S: list[Tensor] = []
+    masks_SE: list[Tensor] = []
     for k in range(top_k):
         if k:
             remaining_SE = remaining_SE.masked_fill(masks_SE[-1].bool(), -torch.inf)
@@ -43,16 +44,16 @@ def mask_gate(
         masks_SE.append(_one_hot(experts_S[-1], E).long())
     chosen_NE = torch.cat(masks_SE)  # N = K * S entries: all first choices before any second one
     load_E = chosen_NE.sum(0, dtype=torch.int32)
-    limited = capacity is not None and capacity < S
-    if limited and seed is not None:
+    limit = capacity if capacity is not None and capacity < S else None
+    if limit is not None and seed is not None:
         draw_N = priorities(seed, S, top_k, device=logits_SE.device).T.flatten()
         # If draws are equal, which is rare, the earlier entry comes first.
         rank_N = draw_N * (S * top_k) + torch.arange(S * top_k, 0, -1, device=logits_SE.device)
-        top_CE = (chosen_NE * rank_N[:, None]).topk(capacity, dim=0).indices
+        top_CE = (chosen_NE * rank_N[:, None]).topk(limit, dim=0).indices
         chosen_NE = chosen_NE * torch.zeros_like(chosen_NE).scatter_(0, top_CE, 1)
     slot_N = (chosen_NE.cumsum(0) * chosen_NE).sum(1) - 1  # -1 for dropped entries
-    if limited and seed is None:
-        slot_N = torch.where(slot_N < capacity, slot_N, -1)
+    if limit is not None and seed is None:
+        slot_N = torch.where(slot_N < limit, slot_N, -1)
     slot_SK = slot_N.view(top_k, S).T
     expert_SK = torch.stack(experts_S, 1)
     weight_SK = probs_SE.gather(1, expert_SK) * (slot_SK >= 0)
@@ -63,7 +64,7 @@ def mask_gate(
         z_loss = logits_SE.logsumexp(1).square().mean()
     else:
         aux_loss = z_loss = logits_SE.sum()
-    kept_E = load_E.clamp(max=capacity) if limited else load_E
+    kept_E = load_E if limit is None else load_E.clamp(max=limit)
     return Routing(expert_SK.int(), slot_SK.int(), weight_SK, load_E, kept_E, aux_loss, z_loss)
 
 

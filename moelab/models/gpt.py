@@ -14,7 +14,7 @@ import hashlib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -50,6 +50,7 @@ class Output:
 
     def cross_entropy(self, targets_BT: Tensor, reduction: str = "mean") -> Tensor:
         """Return the next-token loss in nats, fp32, from the logits."""
+        assert self.logits_BTV is not None
         logits = self.logits_BTV.flatten(0, 1).float()
         return F.cross_entropy(logits, targets_BT.flatten(), reduction=reduction)
 
@@ -63,11 +64,14 @@ class Cache(Protocol):
 
     Attributes:
         positions_BT: int64, the new tokens' positions in their sequences.
-        layers: one `Past` per layer.
     """
 
     positions_BT: Tensor
-    layers: Sequence[Past]
+
+    @property
+    def layers(self) -> Sequence[Past]:
+        """One per layer."""
+        ...
 
 
 def make_norm(config: ModelConfig) -> nn.LayerNorm | RMSNorm:
@@ -125,6 +129,7 @@ class GPT(nn.Module):
     """
 
     packed: packed.Packed | None = None
+    blocks: Sequence[Block]
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -133,7 +138,8 @@ class GPT(nn.Module):
         learned = config.decoder.positions == "learned"
         self.position_embedding = _embedding(config.context, config.hidden) if learned else None
         self.dropout = nn.Dropout(config.dropout)
-        self.blocks = nn.ModuleList(Block(config, experts) for experts in config.experts)
+        blocks: Any = nn.ModuleList(Block(config, experts) for experts in config.experts)
+        self.blocks = blocks
         self.norm = make_norm(config)
         self.output = None if config.decoder.tied else nn.Linear(config.hidden, config.vocab, bias=False)
 

@@ -60,7 +60,8 @@ class GroupedAttention(nn.Module):
         self.qkv = Linear(config.hidden, (config.heads + 2 * config.kv_heads) * D, bias=biases != "none")
         self.out = Linear(config.heads * D, config.hidden, bias=biases == "all")
         self.norms_heads = decoder.qk_norm == "head"
-        self.q_norm = self.k_norm = None
+        self.q_norm: RMSNorm | None = None
+        self.k_norm: RMSNorm | None = None
         self.pool: Callable[[Tensor], Tensor] | None = None
         if decoder.qk_norm != "none":
             widths = (D, D) if self.norms_heads else (config.heads * D, config.kv_heads * D)
@@ -87,7 +88,7 @@ class GroupedAttention(nn.Module):
         if self.pool is None:
             q_BTHD, k_BTND = self._normed(q_BTX, self.q_norm), self._normed(k_BTX, self.k_norm)
         else:
-            q_BTHD, k_BTND = self._normed_over_ranks(q_BTX, k_BTX)
+            q_BTHD, k_BTND = self._normed_over_ranks(q_BTX, k_BTX, self.pool)
         v_BTND = v_BTX.view(B, T, self.kv_heads, D)
         if rotation is not None:
             q_BTHD, k_BTND = rotate(q_BTHD, rotation), rotate(k_BTND, rotation)
@@ -111,12 +112,13 @@ class GroupedAttention(nn.Module):
         x_BTHD = x_BTX.unflatten(-1, (-1, self.head_size))
         return _rms(x_BTHD, norm) if norm is not None and self.norms_heads else x_BTHD
 
-    def _normed_over_ranks(self, q_BTX: Tensor, k_BTX: Tensor) -> Iterator[Tensor]:
+    def _normed_over_ranks(self, q_BTX: Tensor, k_BTX: Tensor, pool: Callable[[Tensor], Tensor]) -> Iterator[Tensor]:
         """Iterate over queries and keys by head, normalised over all ranks' heads; one collective serves both."""
         wide = torch.promote_types(q_BTX.dtype, torch.float32)
         squares_BT2 = torch.stack([x.to(wide).square().mean(-1) for x in (q_BTX, k_BTX)], -1)
-        means_BT2 = self.pool(squares_BT2)
+        means_BT2 = pool(squares_BT2)
         for x, norm, mean_BT in zip((q_BTX, k_BTX), (self.q_norm, self.k_norm), means_BT2.unbind(-1), strict=True):
+            assert norm is not None
             y = x.to(wide) * (mean_BT[..., None] + norm.eps).rsqrt() * norm.weight
             yield y.to(x.dtype).unflatten(-1, (-1, self.head_size))
 

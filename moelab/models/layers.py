@@ -42,6 +42,7 @@ class RMSNorm(nn.RMSNorm):
     """
 
     packed = False
+    eps: float
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the norm of x [..., M]."""

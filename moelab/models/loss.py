@@ -144,11 +144,11 @@ def _forward(
                     p_CV += gradient_CV
                 if dtype != wide:
                     chunk_CV.copy_(p_CV)
-        if for_x:
+        if dx_NM is not None:
             torch.mm(logits_GV, w_MV.T, out=dx_NM[start : start + group])
-        if for_w and dtype == wide:
+        if dw_MV is not None and dtype == wide:
             dw_MV.addmm_(x_GM.T, logits_GV)
-        elif for_w:
+        elif dw_MV is not None:
             dw_MV += x_GM.T @ logits_GV
     ctx.save_for_backward(dx_NM, dw_MV)
     losses_N = p_N1[:, 0].log().neg_()

@@ -9,6 +9,8 @@ experts, mix) by modules with the same interface, and its dispatch by `MoE.set_d
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -52,6 +54,10 @@ class Experts(nn.Module):
 
     ffn = staticmethod(kernels.expert_ffn)
     packed: tuple[kernels.Packed, Tensor | None, kernels.Packed, Tensor | None] | None = None
+    up: nn.Parameter
+    down: nn.Parameter
+    up_bias: nn.Parameter | None
+    down_bias: nn.Parameter | None
 
     def __init__(self, experts: int, shape: FeedForward) -> None:
         super().__init__()
@@ -65,13 +71,14 @@ class Experts(nn.Module):
 
         Expert e's rows are `offsets_E1[e]` to `offsets_E1[e + 1]` (int32).
         """
-        weights = self.packed or self.weights()
+        weights: tuple[Any, ...] = self.packed or self.weights()
         if self.packed is None and self.up.dtype != torch.float32:  # else the kernel converts them
-            weights = (w if w is None else w.to(rows_RM.dtype) for w in weights)
+            weights = tuple(w if w is None else w.to(rows_RM.dtype) for w in weights)
         return self.ffn(rows_RM, offsets_E1, *weights, activation=self.activation)
 
     def of_tokens(self, x_SM: Tensor, routing: Routing, add_SM: Tensor | None) -> Tensor:
         """Return the weighted sum of each token's experts' outputs, with `add_SM` added, [S, M]; by packed weights."""
+        assert self.packed is not None
         return kernels.routed_ffn(x_SM, routing, *self.packed, activation=self.activation, add_SM=add_SM)
 
     def weights(self) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:
@@ -88,7 +95,9 @@ class Mix(nn.Linear):
 
     packed: packed.PackedMix | None = None
 
-    def forward(self, routed_SM: Tensor, fixed_SM: Tensor, x_SM: Tensor, add_SM: Tensor | None = None) -> Tensor:
+    def forward(  # type: ignore[override]  # a linear map only by its parameters
+        self, routed_SM: Tensor, fixed_SM: Tensor, x_SM: Tensor, add_SM: Tensor | None = None
+    ) -> Tensor:
         """Return the branches' weighted sum by the layer's input `x_SM`, with `add_SM` added, [S, M]."""
         if self.packed is not None:
             return packed.mix(routed_SM, fixed_SM, x_SM, self.packed, add_SM)
@@ -103,7 +112,9 @@ class SharedGate(Linear):
     def __init__(self, hidden: int) -> None:
         super().__init__(hidden, 1, bias=False)
 
-    def forward(self, routed_SM: Tensor, fixed_SM: Tensor, x_SM: Tensor, add_SM: Tensor | None = None) -> Tensor:
+    def forward(  # type: ignore[override]  # a linear map only by its parameters
+        self, routed_SM: Tensor, fixed_SM: Tensor, x_SM: Tensor, add_SM: Tensor | None = None
+    ) -> Tensor:
         """Return the branches' sum, with `add_SM` added, [S, M]; the layer's input `x_SM` gives the coefficient."""
         y_SM = routed_SM + fixed_SM * sigmoid(self.product(x_SM, None))
         return y_SM if add_SM is None else y_SM + add_SM

@@ -18,6 +18,7 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 
@@ -25,6 +26,7 @@ from moelab import machine
 
 MAKER, FAMILY = "AuthenticAMD", 26
 """Maker, and the first family (Zen 5), on which oneDNN's fp32 products were measured to be faster than MKL's."""
+_matmul: Any = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]  # torch's annotations lack it
 _LEAST_ERROR = 2.0**-12
 """Rounding to bf16 gives relative errors of 2**-9 and more; those of fp32 sums are some 2**-20."""
 
@@ -35,7 +37,7 @@ def fastest_products(wanted: bool = True) -> Iterator[None]:
 
     A precision that the program has set itself stays. Without `wanted` nothing is changed.
     """
-    if not wanted or torch.backends.mkldnn.matmul.fp32_precision != "none" or not onednn_is_faster():
+    if not wanted or _matmul.fp32_precision != "none" or not onednn_is_faster():
         yield
         return
     with _option("bf16"):
@@ -52,12 +54,11 @@ def default_products() -> Iterator[None]:
 @contextlib.contextmanager
 def _option(precision: str) -> Iterator[None]:
     """Set PyTorch's option in this context."""
-    matmul = torch.backends.mkldnn.matmul
-    before, matmul.fp32_precision = matmul.fp32_precision, precision
+    before, _matmul.fp32_precision = _matmul.fp32_precision, precision
     try:
         yield
     finally:
-        matmul.fp32_precision = before
+        _matmul.fp32_precision = before
 
 
 @functools.cache
@@ -71,16 +72,12 @@ def onednn_is_faster() -> bool:
 
 def _error() -> float:
     """Return the largest error of products that oneDNN may compute in bf16, relative to their largest element."""
-    matmul = torch.backends.mkldnn.matmul
-    before, matmul.fp32_precision = matmul.fp32_precision, "bf16"
     generator = torch.Generator().manual_seed(0)
     worst = 0.0
-    try:
+    with _option("bf16"):
         for rows, inner, columns in ((1, 64, 64), (48, 32, 128), (256, 128, 512)):
             x, w = (torch.randn(*shape, generator=generator) for shape in ((rows, inner), (inner, columns)))
             exact = x.double() @ w.double()
             for y in (x @ w, (w.T @ x.T).T, torch.bmm(x[None], w[None])[0]):
                 worst = max(worst, float((y - exact).abs().max() / exact.abs().max()))
-    finally:
-        matmul.fp32_precision = before
     return worst

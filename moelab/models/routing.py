@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -82,7 +83,8 @@ class Router(nn.Module):
         entropies: while a list is set, each call appends the router's normalised entropy (see `normalized_entropy`).
     """
 
-    gate = staticmethod(kernels.gate)
+    gate: Callable[..., kernels.Gate] = staticmethod(kernels.gate)
+    balance_bias: nn.Parameter | None
     packed: packed.Packed | None = None
 
     def __init__(self, hidden: int, experts: int, top_k: int, config: RoutingConfig) -> None:
@@ -155,7 +157,7 @@ class Router(nn.Module):
             routing.loss = self._loss(logits_SE, routing)
         if self.entropies is not None:
             self.entropies.append(normalized_entropy(self._probabilities(logits_SE.detach())))
-        return routing
+        return cast(Routing, routing)
 
     def _probabilities(self, logits_SE: Tensor) -> Tensor:
         """Return the scores, [S, E], divided by their sum over the experts."""
@@ -202,8 +204,9 @@ class Router(nn.Module):
         Args:
             load_E: tokens of one training step, over all data ranks, that chose each expert.
         """
+        assert self.balance_bias is not None
         load_E = load_E.to(self.balance_bias.device, torch.float64)
-        self.balance_bias += self.config.balance_rate * torch.sign(load_E.mean() - load_E).float()
+        self.balance_bias.add_(self.config.balance_rate * torch.sign(load_E.mean() - load_E).float())
 
 
 def _weights(scores_SE: Tensor, routing: Gate, normalize: bool) -> Tensor:

@@ -124,7 +124,7 @@ def run_all(wanted: Sequence[Request], run: Callable[[Sequence[RunSpec]], Runs],
     logs = paths.home() / "logs"
     logs.mkdir(parents=True, exist_ok=True)
     cores = len(os.sched_getaffinity(0))
-    context = multiprocessing.get_context("forkserver" if os.name == "posix" else "spawn")
+    context: Any = multiprocessing.get_context("forkserver" if os.name == "posix" else "spawn")
     context.set_forkserver_preload(["moelab.notebook.forked"])
     log_of: dict[str, str] = {}
     failed: list[str] = []

@@ -222,7 +222,7 @@ def _kernel_manager() -> type:
     unanswered: set[str] = set()
 
     class PatientChannel(AsyncZMQSocketChannel):
-        async def get_msg(self, timeout: float | None = None) -> dict[str, Any]:
+        async def get_msg(self, timeout: float | None = None) -> dict[str, Any]:  # type: ignore[override]  # as theirs
             while timeout is None:
                 with contextlib.suppress(Empty):
                     return self._noted(await super().get_msg(1.0))

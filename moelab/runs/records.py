@@ -16,7 +16,7 @@ import zipfile
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from moelab import paths
 from moelab.files import write_bytes
@@ -180,8 +180,11 @@ def _content(archive: Archive, wanted: Sequence[str] | None = None) -> dict[str,
     """
     content: dict[str, bytes] = {}
     try:
-        inside = isinstance(archive, zipfile.Path)
-        if (archive.root.getinfo(archive.at).file_size if inside else archive.stat().st_size) > PACKED:
+        if isinstance(archive, Path):
+            size = archive.stat().st_size
+        else:
+            size = cast(zipfile.ZipFile, archive.root).getinfo(archive.at).file_size
+        if size > PACKED:
             raise ValueError(f"{archive}: larger than {PACKED >> 20} MiB")
         with archive.open("rb") as opened, zipfile.ZipFile(opened) as packed:
             entries = {entry.filename: entry for entry in packed.infolist()}

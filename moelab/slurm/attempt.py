@@ -85,8 +85,11 @@ def decide(run: Run, attempt: Attempt, limits: Limits) -> tuple[bool, str]:
         return True, ""
     earlier = [a for a in history(run) if a.job == attempt.job]
     last = earlier[-1] if earlier else None
-    same = last is not None and (last.kind, _where_ever(last)) == (attempt.kind, _where_ever(attempt))
-    if same and (attempt.kind == "failed" or last.checkpoint >= attempt.checkpoint):
+    if (
+        last is not None
+        and (last.kind, _where_ever(last)) == (attempt.kind, _where_ever(attempt))
+        and (attempt.kind == "failed" or last.checkpoint >= attempt.checkpoint)
+    ):
         return False, f"failed twice the same way: {attempt.reason}"
     count = 1 + sum(a.kind in ("failed", "killed") for a in earlier)
     if count > limits.failures:

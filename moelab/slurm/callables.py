@@ -97,8 +97,11 @@ class Checkpointable(ABC):
         return process.returncode
 
     @abstractmethod
-    def work(self, *arguments: str) -> dict[str, Any]:
-        """Do the work, which ends early once `stop` is set, and return a summary of its outcome."""
+    def work(self, *arguments: Any, **options: Any) -> dict[str, Any]:
+        """Do the work, which ends early once `stop` is set, and return a summary of its outcome.
+
+        Its arguments are a subclass's own.
+        """
 
 
 @dataclass

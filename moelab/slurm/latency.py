@@ -72,9 +72,14 @@ def _first_step(profile: Profile, rounds: int) -> Iterator[dict[str, Any]]:
                 spec = replace(base, train=replace(base.train, log_every=1, seed=100 + len(ways) * turn + number))
                 run = RunStore().run(spec)
                 rows = run.path / "train.jsonl"
-                times[what].append(
-                    _seconds(lambda: (start(spec), _until(lambda: rows.exists() and rows.stat().st_size)))  # noqa: B023
-                )
+
+                def to_first_row(
+                    start: Callable[[RunSpec], Any] = start, spec: RunSpec = spec, rows: Path = rows
+                ) -> None:
+                    start(spec)
+                    _until(lambda: rows.exists() and rows.stat().st_size)
+
+                times[what].append(_seconds(to_first_row))
                 _until(lambda: run.finished)  # noqa: B023
     yield from _compared(times)
 

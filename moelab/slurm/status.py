@@ -143,7 +143,7 @@ def _unreadable(record: Unreadable, jobs: Mapping[tuple[str, str, int], queue.Jo
     return [first, *(replace(first, what=f"{job.part} {job.index}", reason="", **_job(job)) for job in alive)]
 
 
-def _job(live: queue.Job | None) -> dict[str, str]:
+def _job(live: queue.Job | None) -> dict[str, Any]:
     """Return the fields of a row that describe its job in the queue."""
     return {"job": live.id, "slurm": live.state, "node": live.node} if live else {}
 

@@ -207,8 +207,9 @@ def _plan(
         given = {"job_name": f"{name}-notebook", "comment": queue.comment(id, part.name)}
         # afterany: the notebook starts even if runs failed, and shows the others.
         given["dependency"] = _dependency("afterany", [run for run in runs if run not in done], awaited)
-        call = ExecuteNotebook(executor.step(profile, f"--cpus-per-task={profile.notebook_cpus}"), profile.failures)
-        plan.add(part, executor.for_notebook(profile, code, submission.folder, **given), call)
+        step = executor.step(profile, f"--cpus-per-task={profile.notebook_cpus}")
+        job = executor.for_notebook(profile, code, submission.folder, **given)
+        plan.add(part, job, ExecuteNotebook(step, profile.failures))
     return plan
 
 

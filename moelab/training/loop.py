@@ -337,7 +337,7 @@ class Trainer:
         norm = gradients.clip(self.model, config.clip or math.inf)
         sums = [loss_sum, routing_sum, distill_sum]
         if measures and self.routers:
-            sums.append(float(torch.stack([x for r in self.routers.values() for x in r.entropies]).mean()))
+            sums.append(float(torch.stack([x for r in self.routers.values() for x in r.entropies or ()]).mean()))
             for router in self.routers.values():
                 router.entropies = None  # not in evaluation
         losses, load, kept, stop = self._agree(tuple(sums), counts, should_stop())
@@ -348,7 +348,7 @@ class Trainer:
             if self.model_config.routing.balance_rate:
                 for layer, router in self.routers.items():
                     router.balance(torch.tensor(load[layer]))
-            window.add(*losses, load, kept)
+            window.add(losses[0], losses[1], losses[2], load, kept)
             window.grad_norm += norm
         self.optimizer.zero_grad(set_to_none=True)
         others = sum(losses[1:])
@@ -360,8 +360,8 @@ class Trainer:
     ) -> tuple[tuple[float, ...], dict[str, list[int]], dict[str, int], bool]:
         """Combine a step's metrics over all ranks: means of losses, load and kept tokens by layer, whether to stop."""
         layers = [str(i + 1) for i, experts in enumerate(self.model_config.experts) if experts]
-        load = {layer: sum(part[i].load_E for part in counts) for i, layer in enumerate(layers)}
-        kept = {layer: sum(part[i].kept_E.sum() for part in counts) for i, layer in enumerate(layers)}
+        load = {layer: torch.stack([part[i].load_E for part in counts]).sum(0) for i, layer in enumerate(layers)}
+        kept = {layer: torch.stack([part[i].kept_E for part in counts]).sum() for i, layer in enumerate(layers)}
         if self.mesh.world.size > 1:
             numbers = [torch.tensor([*losses, float(stop)], dtype=torch.float64, device=self.mesh.device)]
             numbers += [load[layer].double() for layer in layers] + [kept[layer].double()[None] for layer in layers]

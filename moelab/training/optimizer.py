@@ -30,7 +30,7 @@ class AdamW(torch.optim.AdamW):
             function.__dict__.setdefault("__dynamo_disable", function)
         super().__init__(*arguments, **options)
 
-    def step(self, closure: None = None) -> None:
+    def step(self, closure: None = None) -> None:  # type: ignore[override]  # training has no closure
         """Update the parameters."""
         with torch.no_grad():
             _STEP(self, closure)

@@ -52,7 +52,7 @@ def evaluate(
         ):
             output = model(tokens_BT.to(config.device), targets_BT=targets_BT.to(config.device), reduction="sum")
         sums[domains.index(domain)] += torch.tensor([float(output.loss), targets_BT.numel()], dtype=torch.float64)
-    if world > 1:
+    if mesh and world > 1:
         sums = sums.to(mesh.device)
         all_reduce(sums, mesh.data, "metrics")
     model.train()

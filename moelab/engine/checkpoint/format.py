@@ -95,7 +95,8 @@ def _is_entry(entry: Any) -> bool:
         return False
     rank, pieces = entry.get("shape"), entry.get("pieces")
     return (
-        sizes(rank)
+        isinstance(rank, list)
+        and sizes(rank)
         and isinstance(pieces, list)
         and all(
             isinstance(piece, dict)
@@ -164,11 +165,13 @@ def sync(path: Path) -> None:
 
 def _read(path: Path, name: str) -> dict[str, Any]:
     try:
-        return read_object(regular_file(path, name))
+        if (record := read_object(regular_file(path, name))) is not None:
+            return record
     except FileNotFoundError:
-        raise CheckpointError(f"{path}: no {name}") from None
+        pass
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path}: unreadable ({error})") from None
+    raise CheckpointError(f"{path}: no {name}")
 
 
 def _digest(record: dict[str, Any]) -> str:

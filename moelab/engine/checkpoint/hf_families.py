@@ -211,7 +211,7 @@ def _write_config(kind: str, config: ModelConfig, eot: int | None) -> dict[str, 
             "decoder_sparse_step": 1,
             "mlp_only_layers": dense,
         }
-    if kind == "qwen2_moe":
+    if kind == "qwen2_moe" and config.fixed_feed_forward is not None:
         record["shared_expert_intermediate_size"] = config.fixed_feed_forward.ffn
     return record
 

@@ -180,7 +180,9 @@ _GPT2_FIXED: dict[str, Any] = {
 def _read_gpt2_config(record: dict[str, Any], where: Path) -> ModelConfig:
     check_fixed(record, _GPT2_FIXED, where)
     theirs = {"layers": "n_layer", "hidden": "n_embd", "heads": "n_head", "vocab": "vocab_size"}
-    sizes = {ours: setting(record, name, where) for ours, name in (*theirs.items(), ("context", "n_positions"))}
+    sizes: dict[str, Any] = {
+        ours: setting(record, name, where) for ours, name in (*theirs.items(), ("context", "n_positions"))
+    }
     if record.get("n_inner") not in (None, 4 * sizes["hidden"]):
         raise ValueError(f"{where}: n_inner is {record['n_inner']}, supported is 4 x n_embd")
     try:

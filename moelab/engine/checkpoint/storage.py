@@ -99,8 +99,8 @@ def read(path: Path, index: dict[str, Entry], pieces: Iterable[Piece]) -> None:
     for file, parts in files.items():
         try:
             with safe_open(regular_file(path, file), framework="pt") as opened:
-                for key, source, target in parts:
-                    target.copy_(_read_part(opened, key, source))
+                for key, part, tensor in parts:
+                    tensor.copy_(_read_part(opened, key, part))
         except (OSError, SafetensorError) as error:
             raise CheckpointError(f"{path}: unreadable ({error})") from None
 

@@ -259,6 +259,6 @@ def _step_tasks(environment: Mapping[str, str]) -> int:
 def _number(environment: Mapping[str, str], name: str, default: int | None = None) -> int:
     text = environment.get(name, default)
     try:
-        return int(text)
-    except (TypeError, ValueError):
+        return int(text if text is not None else "")
+    except ValueError:
         raise ValueError(f"ranks: environment variable {name} must be a whole number, got {text!r}") from None

@@ -22,7 +22,7 @@ from moelab.environment import LAUNCHER, RENDEZVOUS
 from moelab.files import read_json, write_json
 
 if TYPE_CHECKING:
-    from torch.distributed import Store
+    from torch.distributed import Store, TCPStore
 
 
 def meet(rank: int, world_size: int, limit: timedelta, folder: Path | None = None) -> Store:
@@ -118,7 +118,7 @@ def _file(environment: Mapping[str, str], folder: Path | None) -> Path:
     return (folder or Path.cwd()) / f".rendezvous-{'-'.join(step)}.json"
 
 
-def _serve(address: str, world_size: int, limit: timedelta) -> Store:
+def _serve(address: str, world_size: int, limit: timedelta) -> TCPStore:
     """Serve a store on one address, at a port that the system chooses.
 
     Given only a name, TCPStore would listen on all interfaces.
