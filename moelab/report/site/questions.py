@@ -5,9 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
-import numpy as np
-import pandas as pd
-
 from moelab.config import ModelConfig
 from moelab.design import budgets, comparison
 from moelab.plotting.typography import typeset
@@ -120,6 +117,8 @@ def share_reached(result: Result, model: str) -> float:
 
 def paper_gap(model: str, base: str, share: float) -> float | None:
     """Return the paper's loss of a model minus a base's at a share of its training, interpolated in Fig 1."""
+    import numpy as np
+
     points = gap_of_fig_1(model, base)
     return float(np.interp(share, *zip(*((s, gap) for s, gap, _ in points), strict=True))) if points else None
 
@@ -134,6 +133,8 @@ def _beside(result: Result, other: str) -> str:
 
 
 def _equal_cost(result: Result | None, decided: dict[str, ClaimRow]) -> Answer | None:
+    import pandas as pd
+
     rows = pd.DataFrame(result.rows_or_none("equal-cost.jsonl")) if result else pd.DataFrame()
     if not len(rows):
         return None
@@ -157,6 +158,8 @@ def effective_sizes(result: Result) -> dict[str, list[float]]:
 
     At equal FLOPs and time the MoE's loss is its base's plus the difference in the table of equal costs.
     """
+    import pandas as pd
+
     final, costs = (pd.DataFrame(result.rows_or_none(f"{name}.jsonl")) for name in ("final", "equal-cost"))
     if not len(final) or not len(costs):
         return {}
