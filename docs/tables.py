@@ -137,12 +137,10 @@ def decode(rows: list[Row]) -> str:
 
 
 def answers(rows: list[Row]) -> str:
-    """The start page's first three answers as a list, with the verdict of the results pages where there is one."""
-    said = []
-    for row in rows[:3]:
-        verdict = f" Verdict: *{row['verdict']}*." if row["verdict"] else ""
-        said.append(f"- **{row['question']}** {row['answer']} The paper: {row['paper']}.{verdict}")
-    return "\n".join(said) + "\n"
+    """The start page's first three answers, with the verdict of the results pages where there is one."""
+    lines = ["| question | ours | the paper | verdict |", "| --- | --- | --- | --- |"]
+    lines += [f"| {r['question']} | {r['answer']} | {r['paper']} | {r['verdict'] or '–'} |" for r in rows[:3]]
+    return "\n".join(lines) + "\n"
 
 
 def digest(rows: list[Row]) -> str:

@@ -211,7 +211,7 @@ def _publish(part: Part, folder: Path, results: Path, about: dict[str, Any]) -> 
 
     for rows in folder.glob("*.jsonl"):
         results.mkdir(parents=True, exist_ok=True)
-        for file in folder.glob(f"{rows.stem}[.-]*"):
+        for file in folder.glob(f"{rows.stem}.*"):
             if not file.name.endswith(".provenance.json"):
                 shutil.copyfile(file, results / (part.name + file.name.removeprefix(rows.stem)))
         write_json(results / f"{part.name}.provenance.json", {**about, "title": part.what})

@@ -23,13 +23,15 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from moelab.config import ModelConfig
-from moelab.design import budgets, laws, settings
+from moelab.design import budgets, settings
 from moelab.design.experiment import Experiment, Scale
 from moelab.runs.collection import Runs
 from moelab.runs.spec import RunSpec
 
 if TYPE_CHECKING:
     import pandas as pd
+
+    from moelab.design import laws
 
 ARMS = {"Dense": "350M", "PR-MoE": "350M+PR-MoE-32/64", "MoE-128": "350M+MoE-128"}
 BASE = "350M"
@@ -106,6 +108,8 @@ def fits(table: pd.DataFrame, scale: str) -> dict[str, laws.Fit]:
     Args:
         table: from `points`.
     """
+    from moelab.design import laws
+
     found = {}
     for arm in ARMS:
         try:

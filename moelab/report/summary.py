@@ -208,6 +208,8 @@ def read_rows(file: Path) -> list[dict[str, Any]]:
     """
     rows = []
     for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
+        if not line.strip():  # pandas writes one for an empty table
+            continue
         try:
             row = json.loads(line)
         except ValueError as error:

@@ -115,7 +115,7 @@ def show_all(page) -> None:
     page.evaluate("() => document.querySelectorAll('.jp-WindowedPanel-outer').forEach(e => e.scrollTo(0, 0))")
 
 
-@pytest.mark.parametrize(("path", "figures"), [("00_start.ipynb", 4), ("02_half_moe.ipynb", 3)])
+@pytest.mark.parametrize(("path", "figures"), [("00_start.ipynb", 4), ("02_half_moe.ipynb", 4)])
 def test_a_notebook_runs_top_to_bottom(notebook, path, figures):
     page, cells = notebook(path)
     errors = [output for cell in cells for output in cell["outputs"] if output["output_type"] == "error"]

@@ -87,7 +87,7 @@ def test_a_part_that_fails_or_hangs_loses_nothing_and_does_not_stop_the_others(t
     assert ends["fails"]["last_line"] == "device lost" and ends["hangs"]["last_line"] == "measured"
     benchmarks, unreadable = read_benchmarks(results)
     assert [b.title for b in benchmarks] == ["What fails (h100)", "What hangs (h100)", "What passes (h100)"]
-    assert unreadable == [] and all(b.rows and b.has(".svg") for b in benchmarks)
+    assert unreadable == [] and all(b.rows and f"{b.name}.svg" in b.files for b in benchmarks)
 
     # Again: what has passed is left alone.
     (folder / "fails" / "mended").touch()

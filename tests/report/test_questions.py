@@ -67,6 +67,10 @@ def test_equal_cost_says_where_the_interval_excludes_none(scaling):
     assert "+0.300 nats" in second.short and second.short.startswith("Times its base’s size: 1.")
     assert first.row()["verdict"] == "" and first.row()["link"].startswith("scaling/cpu/1/")
     assert questions.answers([], []) == []
+    (scaling.folder / "equal-cost.jsonl").write_text("\n")  # as pandas writes an empty table
+    assert questions.answers([scaling], []) == []
+    (scaling.folder / "equal-cost.jsonl").write_text("torn")
+    assert questions.answers([scaling], []) == []
 
 
 def test_the_dense_size_at_equal_tokens_is_interpolated_in_logarithms(scaling):

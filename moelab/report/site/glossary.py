@@ -60,4 +60,5 @@ def explain(text: str) -> Markup:
         seen.add(term)
         return f'<abbr title="{escape(TERMS[term])}">{found[0]}</abbr>'
 
-    return Markup(_PATTERN.sub(marked, str(escape(typeset(text)))))
+    quoted = re.sub(r"`([^`]+)`", r"<code>\1</code>", str(escape(typeset(text))))
+    return Markup(_PATTERN.sub(marked, quoted))

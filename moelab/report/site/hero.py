@@ -63,7 +63,7 @@ def _curves(result: Result, models: dict[str, str]) -> dict[str, dict[float, lis
     """Return arm -> share of the paper's training -> the difference of each seed."""
     found: dict[str, dict[float, list[float]]] = {arm: {} for arm in ARMS}
     wholes = {arm: whole_training(models.get(arm, ""), result.summary.scale) for arm in ARMS}
-    rows: list[dict[str, Any]] = result.rows(DATA)
+    rows: list[dict[str, Any]] = result.rows_or_none(DATA)
     for row in rows:
         if wholes.get(row["arm"]) and row["tokens"] > 0:
             found[row["arm"]].setdefault(row["tokens"] / wholes[row["arm"]], []).append(row["loss"])

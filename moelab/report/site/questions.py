@@ -5,9 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
-import numpy as np
-import pandas as pd
-
 from moelab.config import ModelConfig
 from moelab.design import budgets, comparison
 from moelab.plotting.typography import typeset
@@ -120,6 +117,8 @@ def share_reached(result: Result, model: str) -> float:
 
 def paper_gap(model: str, base: str, share: float) -> float | None:
     """Return the paper's loss of a model minus a base's at a share of its training, interpolated in Fig 1."""
+    import numpy as np
+
     points = gap_of_fig_1(model, base)
     return float(np.interp(share, [at for at, _, _ in points], [gap for _, gap, _ in points])) if points else None
 
@@ -134,7 +133,9 @@ def _beside(result: Result, other: str) -> str:
 
 
 def _equal_cost(result: Result | None, decided: dict[str, ClaimRow]) -> Answer | None:
-    rows = pd.DataFrame(result.rows("equal-cost.jsonl")) if result else pd.DataFrame()
+    import pandas as pd
+
+    rows = pd.DataFrame(result.rows_or_none("equal-cost.jsonl")) if result else pd.DataFrame()
     if not result or not len(rows):
         return None
     parts = {COSTS.get(at, at): list(part["gap"]) for at, part in rows.groupby("at", sort=False)}
@@ -157,7 +158,9 @@ def effective_sizes(result: Result) -> dict[str, list[float]]:
 
     At equal FLOPs and time the MoE's loss is its base's plus the difference in the table of equal costs.
     """
-    final, costs = (pd.DataFrame(result.rows(f"{name}.jsonl")) for name in ("final", "equal-cost"))
+    import pandas as pd
+
+    final, costs = (pd.DataFrame(result.rows_or_none(f"{name}.jsonl")) for name in ("final", "equal-cost"))
     if not len(final) or not len(costs):
         return {}
     base = final[final["arm"] == BASE].set_index("seed")["validation_loss"]
@@ -175,7 +178,7 @@ def _dense_size(result: Result | None) -> Answer | None:
     if not result or not sizes:
         return None
     said = ", ".join(f"{_said(values, '%.2f')} at equal {at}" for at, values in sizes.items())
-    rows = result.rows("against-dense.jsonl")
+    rows = result.rows_or_none("against-dense.jsonl")
     behind = [row["difference"] for row in rows if (row.get("arm"), row.get("against")) == (MOE, LARGER)]
     large, small = (ModelConfig.parse(name).non_embedding_parameters() for name in (LARGER, BASE))
     more = f"; {_said(behind, unit=' nats')} from {LARGER}, {large / small:.0f}× its base" if behind else ""

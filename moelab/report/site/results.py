@@ -192,6 +192,13 @@ class Result:
         """Return the rows of a file of JSON lines in the folder, none if it is missing; ValueError: see `read_rows`."""
         return read_rows(self.folder / name) if self.has(name) else []
 
+    def rows_or_none(self, name: str) -> list[dict[str, Any]]:
+        """Return `rows`, none of a file that cannot be read, which the result's own page names."""
+        try:
+            return self.rows(name)
+        except (ValueError, OSError, RecursionError):
+            return []
+
     @cached_property
     def arms(self) -> list[dict[str, Any]]:
         """The runs by arm: label, seeds, and the mean of every number that all results of the arm have.

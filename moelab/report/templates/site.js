@@ -188,7 +188,7 @@ const moelab = {
     const claims = (r) => Object.fromEntries(r.claims.map((c) => [c.id, c]));
     const [ca, cb] = [claims(a), claims(b)];
     const say = (c) => {
-      if (!c) return "no statement";
+      if (!c || (c.ours === "–" && c.verdict.startsWith("not test"))) return "no value in this result";
       const [mark, style] = c.sign.split(" ");
       return make("span", {}, make("span", { class: `badge ${style}` }, make("span", { "aria-hidden": "true" }, mark), c.verdict),
         c.ours === "–" ? "" : ` ${c.ours}${["–", "exact"].includes(c.interval) ? "" : ` (${c.interval})`}`);

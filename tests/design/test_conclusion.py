@@ -1,0 +1,54 @@
+"""What a notebook says at its end, from the verdicts."""
+
+import pandas as pd
+import pytest
+
+from moelab import paper
+from moelab.design import comparison
+from moelab.design.conclusion import conclude
+from moelab.design.judging import judge
+from moelab.design.simulated import judge_simulated
+
+
+def test_a_conclusion_quotes_verdicts_with_their_intervals_and_counts_what_is_left():
+    judged = [
+        judge(paper.claim("moe128-350m-beats-own-base"), [-0.30, -0.31, -0.305]),
+        judge(paper.claim("moe128-beats-moe32"), [-0.1, 0.1, 0.0]),
+        judge(paper.claim("pyramid-shrinks-gap"), [-0.1]),
+    ]
+    text = conclude("MoE-128 is ahead.", judged, seeds=3)._repr_markdown_()
+    assert text.startswith("## Conclusion\n\n**What was found.** MoE-128 is ahead.\n")
+    assert f"*{judged[0].verdict}*: {judged[0].statement} Ours -0.305 nats/token (" in text and "paper -0.307" in text
+    assert judged[2].statement not in text and "1 of the paper’s 3 claims here is not judged" in text
+    assert "Undecided: 1;" in text and "95 % over 3 seeds" in text
+
+
+@pytest.mark.parametrize(
+    ("seeds", "said"), [(0, "Nothing here has a spread"), (1, "One seed says nothing"), (4, "over 4")]
+)
+def test_without_claims_the_seeds_say_how_sure(seeds, said):
+    assert said in str(conclude("A finding", seeds=seeds))
+
+
+def test_a_simulation_has_no_spread():
+    verdict = judge_simulated(paper.claim("1t-under-25ms"), 21.4)
+    text = str(conclude("Fast", [verdict]))
+    assert "Simulated values have no spread" in text and "Small models" not in text
+
+
+def test_pairs_and_headlines_of_curves():
+    final = pd.DataFrame(
+        [("a", s, 3.0 + s) for s in (0, 1)] + [("b", s, 2.5 + s) for s in (0, 1)],
+        columns=["arm", "seed", "validation_loss"],
+    )
+    table = comparison.pairs(final, [("b", "a"), ("c", "a")])
+    assert list(table["arm"]) == ["b − a"] * 2 and table["gap"].tolist() == [-0.5, -0.5]
+    curves = pd.DataFrame(
+        [(arm, 0, t, loss - t / 10) for arm, loss in (("a", 3.0), ("b", 2.0)) for t in (1, 2)],
+        columns=["arm", "seed", "tokens", "loss"],
+    )
+    moved = comparison.over_training(curves, ["b"], "a")
+    assert moved["against"].unique().tolist() == ["a"]
+    assert comparison.moved_headline(moved) == "At the end of their curves, against a: b -1.000 nats"
+    assert comparison.ends_headline(curves) == "Loss at the end of the curves: a 2.80, b 1.80 nats per token"
+    assert "no arm" in comparison.moved_headline(moved.iloc[:0])
