@@ -85,7 +85,7 @@ class Lab:
         """
         asked = executor
         if executor == "auto":
-            executor = environment.EXECUTOR.get() or "processes"  # type: ignore[assignment]
+            executor = environment.EXECUTOR.get() or "processes"  # type: ignore[assignment]  # checked below
         if executor not in (allowed := get_args(Executor)):
             raise ValueError(f"lab.run: executor must be one of {', '.join(allowed)}, got {executor!r}")
         runs = [self.store.run(spec, write=executor != "read") for spec in closure(specs).values()]

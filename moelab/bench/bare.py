@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -42,6 +43,7 @@ class BareGPT(nn.Module):
         """Return the loss."""
         B, T = tokens_BT.shape
         x = self.wte(tokens_BT) + self.wpe.weight[:T]
+        layer: Any  # a ModuleDict
         for layer in self.layers:
             q, k, v = layer["qkv"](layer["ln1"](x)).chunk(3, dim=-1)
             q, k, v = (t.view(B, T, self.heads, -1).transpose(1, 2) for t in (q, k, v))

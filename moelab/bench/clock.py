@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -37,7 +37,7 @@ class Clock:
 
     def reset(self) -> None:
         """Start again at zero."""
-        self.seconds: Counter[str] = Counter()
+        self.seconds: defaultdict[str, float] = defaultdict(float)
         self.collectives = 0
         self.distinct: list[int] = []
         self._since = self._now()
@@ -90,7 +90,9 @@ class Clock:
             if ffn.mlp is not None:
                 self._replace(ffn.mlp, "forward", "feed-forward")
             self._replace(ffn.router, "forward", "gate")
-            ffn.router.forward = self._counting(ffn.router.forward, lambda routing: int((routing.load_E > 0).sum()))
+            ffn.router.__dict__["forward"] = self._counting(
+                ffn.router.forward, lambda routing: int((routing.load_E > 0).sum())
+            )
         self._replace(model, "head", "head")
 
     def detach(self) -> None:

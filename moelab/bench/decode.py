@@ -18,6 +18,7 @@ on all of them.
 
 from __future__ import annotations
 
+import functools
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -72,7 +73,7 @@ def measure(
     reference = filled(config, device, DTYPES[dtype])
     others = peers.generators(reference, settings.prompt + settings.output)
     with llama.beside(reference, round_prompts(config, 2, settings)(0), settings.output) as further:
-        return _measure(reference, others | further, batches, settings, device, dtype)
+        return _measure(reference, {**others, **further}, batches, settings, device, dtype)
 
 
 def _measure(
@@ -94,8 +95,10 @@ def _measure(
     rates: dict[int, Rates] = {}
     for batch in batches:
         ours = {name: Generator(model, batch=batch) for name, model in models.items()}
-        candidates = {n: lambda given, g=g: our_turns(g, given, settings.output) for n, g in ours.items()}
-        candidates |= {n: lambda given, p=p: p.turns(given, settings.output) for n, p in others.items()}
+        candidates: dict[str, Callable[[Any], Any]] = {
+            name: functools.partial(our_turns, generator, tokens=settings.output) for name, generator in ours.items()
+        }
+        candidates |= {name: functools.partial(p.turns, tokens=settings.output) for name, p in others.items()}
         candidates["reading"] = lambda _: [read()]
         new_prompts = round_prompts(config, batch, settings)
         turns[batch] = harness.in_turns(candidates, new_prompts, timing, lambda call, given: call(given), others.keys())
@@ -183,7 +186,7 @@ def measure_ranks(
     inputs.text()  # once, before the ranks ask for it
     found = []
     for size in ranks:
-        parallel = ParallelConfig(data=size, exchange=exchange)
+        parallel = ParallelConfig(data=size, exchange=exchange)  # type: ignore[arg-type]  # the class checks it
         with Ranks(size, threads=1) as pool:
             answers = pool.run(measure_rank, config, parallel, batch, settings, timeout_s=900)
         name = f"{machine.cpu()}, {size} ranks of 1 thread"
@@ -308,7 +311,7 @@ def _on_ranks(
 ) -> None:
     if tensor < 1 or place.world_size % tensor:
         raise ValueError(f"bench decode: --tensor {tensor} does not divide {place.world_size} ranks")
-    parallel = ParallelConfig(tensor=tensor, data=place.world_size // tensor, exchange=exchange)
+    parallel = ParallelConfig(tensor=tensor, data=place.world_size // tensor, exchange=exchange)  # type: ignore[arg-type]  # the class checks it
     if batch < parallel.data:
         raise ValueError(f"bench decode: {batch} sequences do not give each of {parallel.data} data ranks one")
     for config in configs:

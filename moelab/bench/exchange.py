@@ -34,6 +34,7 @@ from moelab.engine.exchange import Exchange
 from moelab.engine.launch import process
 from moelab.engine.mesh import Mesh
 from moelab.engine.testing import Ranks, identity_experts
+from moelab.models.routing import Routing
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -74,7 +75,8 @@ def _stream(timing: Timing) -> tuple[float, float]:
         def send_all(_: None) -> None:
             start = dist.isend if rank == 0 else dist.irecv
             for work in [start(buffer, 1 - rank) for buffer in buffers]:
-                work.wait()
+                if work is not None:
+                    work.wait()
             (dist.recv if rank == 0 else dist.send)(ack, 1 - rank)
 
         send_all(None)
@@ -90,6 +92,10 @@ def _stream(timing: Timing) -> tuple[float, float]:
     return alpha, beta
 
 
+def _exchange(exchange: Exchange, x: torch.Tensor, routing: Routing, _: None) -> None:
+    exchange(x, routing, identity_experts)
+
+
 def _measure_rank(ranks: int, size: int, rounds: int, device: str, node: int = 0) -> dict[str, Any]:
     """On each rank: seconds of each candidate, round by round; what it sends; alpha and beta."""
     timing = Timing(rounds, device, warm_up=1, budget_s=math.inf)  # no rank may stop before another
@@ -97,7 +103,7 @@ def _measure_rank(ranks: int, size: int, rounds: int, device: str, node: int = 0
     x = torch.ones(S, max(size // S // 4, 1), device=device)
     logits = torch.zeros(S, ranks, device=device)
     logits[torch.arange(S), torch.arange(S) % ranks] = 9.0
-    routing = kernels.gate(logits, 1)
+    routing = Routing(*kernels.gate(logits, 1))
     out = torch.empty_like(x)
 
     def bare(_: None) -> None:
@@ -118,8 +124,7 @@ def _measure_rank(ranks: int, size: int, rounds: int, device: str, node: int = 0
             "far_messages": total.inter_node_messages,
             "sent_bytes": total.bytes,
         }
-        exchange = functools.partial(Exchange(groups, config), x, routing, identity_experts)
-        calls[name] = lambda _, exchange=exchange: exchange()
+        calls[name] = functools.partial(_exchange, Exchange(groups, config), x, routing)
     calls[BARE] = bare
     messages = 2 * (ranks - 1)
     sent[BARE] = {"near_messages": messages, "far_messages": 0, "sent_bytes": messages * x.nbytes // ranks}
@@ -194,9 +199,9 @@ def main(*, ranks: list[int], sizes: list[int], rounds: int, device: str, out: P
         ValueError: ranks that are no power of two from 4, or more than there are GPUs; sizes below 1 KiB; no rounds.
     """
     place = process.find()
-    joined = place is not None and place.world_size > 1
+    joined = place if place is not None and place.world_size > 1 else None
     most = 1 << 20 if joined else torch.cuda.device_count() if device == "cuda" else 64
-    for P in [place.world_size] if joined else ranks:
+    for P in [joined.world_size] if joined else ranks:
         if P < 4 or P & (P - 1) or P > most:
             raise ValueError(f"--ranks must be powers of two from 4 to {most} here, got {P}")
     for size in sizes:
@@ -214,7 +219,7 @@ def main(*, ranks: list[int], sizes: list[int], rounds: int, device: str, out: P
             harness.write(found, out / "exchange.jsonl")
 
     if joined:
-        _on_ranks(place, sizes, rounds, device, keep)
+        _on_ranks(joined, sizes, rounds, device, keep)
     else:
         for P in terminal.announced(ranks, lambda P: f"exchanges of {P} ranks"):
             with Ranks(P, backend="nccl" if device == "cuda" else "gloo") as pool:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import json
 import statistics
 import time
@@ -31,7 +32,7 @@ LONG_S = 10.0
 
 X = TypeVar("X")
 """The inputs of a round."""
-T = TypeVar("T")
+Name = TypeVar("Name")
 """What one turn measures."""
 
 
@@ -87,27 +88,27 @@ def _synchronise(device: str) -> None:
 
 
 def in_turns(
-    candidates: Mapping[str, Callable[[X], Any]],
+    candidates: Mapping[Name, Callable[[X], Any]],
     inputs: Callable[[int], X],
     timing: Timing,
-    sample: Callable[[Callable[[X], Any], X], T] | None = None,
-    may_fail: Collection[str] = (),
-) -> dict[str, list[T]]:
+    sample: Callable[[Callable[[X], Any], X], Any] | None = None,
+    may_fail: Collection[Name] = (),
+) -> dict[Name, list[Any]]:
     """Return what each candidate's turns measured, one value a round; without those that are left out.
 
     Args:
         candidates: called with the round's inputs.
         inputs: makes the inputs of a round (0, 1, ...; the first ones warm up), outside the measured time.
-        sample: measures one call of a candidate; None is `timing.seconds`.
+        sample: measures one call of a candidate, as a number or in numbers; None is `timing.seconds`.
         may_fail: candidates that are left out, with a line that says so, if they raise while warming up: other
             libraries', which may not run in these versions, on this device or at this size.
     """
     take, round_s = sample or timing.seconds, 0.0
     names = list(candidates)
-    found: dict[str, list[T]] = {name: [] for name in names}
+    found: dict[Name, list[Any]] = {name: [] for name in names}
     started, first_s = time.monotonic(), 0.0
 
-    def leave_out(name: str, reason: str) -> None:
+    def leave_out(name: Name, reason: str) -> None:
         left_out(f"{name} {reason}")
         names.remove(name)
         del found[name]
@@ -314,7 +315,7 @@ def product_rate(dtype: torch.dtype, timing: Timing, largest: int = 2048) -> flo
         while True:
             a, b = (torch.randn(n, n, device=timing.device).to(dtype) for _ in range(2))
             a @ b
-            if n == largest or _best(lambda a=a, b=b: a @ b, timing, 1) > 0.1:
+            if n == largest or _best(functools.partial(torch.matmul, a, b), timing, 1) > 0.1:
                 break
             n = min(2 * n, largest)
         return 2 * n**3 / _best(lambda: a @ b, timing, 5)

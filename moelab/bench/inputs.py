@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import math
 import statistics
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -33,11 +33,11 @@ def text() -> TokenData:
 
     Where neither the text's package nor its tokens are, it is the corpus `made`; see `described`.
     """
-    shape, folder = {"tokenizer": f"bpe-{VOCAB}", "context": CONTEXT, "max_bytes": 2_000_000}, paths.home() / "data"
+    config, folder = DataConfig(tokenizer=f"bpe-{VOCAB}", context=CONTEXT, max_bytes=2_000_000), paths.home() / "data"
     try:
-        return prepare(DataConfig(**shape), folder)
+        return prepare(config, folder)
     except CorpusUnavailable:
-        return prepare(DataConfig(corpus="made", **shape), folder)
+        return prepare(replace(config, corpus="made"), folder)
 
 
 def described(what: str) -> str:
@@ -138,6 +138,7 @@ class HiddenStates:
     def _hidden(self, tokens_BT: Tensor) -> Tensor:
         model = self._model
         tokens_BT = tokens_BT.to(model.token_embedding.weight.device)
+        assert model.position_embedding is not None
         x_BTM = model.token_embedding(tokens_BT) + model.position_embedding.weight[: tokens_BT.shape[1]]
         first, second = model.blocks
         x_BTM, _ = first(x_BTM)

@@ -19,7 +19,7 @@ import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -154,6 +154,9 @@ Candidate = tuple[nn.Module, Callable[[Tensor], Output]]
 """The module with the parameters, and the call."""
 
 
+Placed = TypeVar("Placed", bound=nn.Module)
+
+
 def candidates(size: LayerSize, gate_EM: Tensor, only: Sequence[str] = ()) -> dict[str, Candidate]:
     """Return the candidates by name; without those that are not installed, or cannot be made though nobody named them.
 
@@ -166,11 +169,11 @@ def candidates(size: LayerSize, gate_EM: Tensor, only: Sequence[str] = ()) -> di
     shape, K = (size.hidden, size.ffn), size.top_k
     capacity = slots(size.tokens * K, size.experts)
 
-    def placed(module: nn.Module) -> nn.Module:
+    def placed(module: Placed) -> Placed:
         return module.to(gate_EM.device, DTYPES[size.dtype])
 
     shared, dense = placed(Weights(*shape, gate_EM)), placed(Dense(size.hidden, size.ffn * K))
-    made = {
+    made: dict[str, Candidate] = {
         DENSE: (dense, dense),
         OURS: (shared, lambda x: ours(shared, x, capacity, K)),
         DROP_FREE: (shared, lambda x: ours(shared, x, None, K)),
@@ -240,7 +243,7 @@ def measure(
                 y_SM, aux_loss = call(x_SM)
                 if backward:
                     pairs = [(y_SM, dy_SM)] + ([] if aux_loss is None else [(aux_loss, torch.ones_like(aux_loss))])
-                    torch.autograd.backward(*zip(*pairs, strict=True))
+                    torch.autograd.backward([y for y, _ in pairs], [dy for _, dy in pairs])
             x_SM.grad = None
             for parameter in parameters:
                 parameter.grad = None

@@ -7,6 +7,7 @@ same process, on the same tokens. llama.cpp: `moelab.bench.llama`.
 from __future__ import annotations
 
 import atexit
+import functools
 import importlib.util
 import inspect
 import statistics
@@ -57,9 +58,9 @@ def gates() -> dict[str, Callable[[Tensor], Tensor]]:
         weight = next(o for o in out[1:] if torch.is_tensor(o) and o.requires_grad)
         return weight.sum() + out[0]
 
-    found = {"deepspeed, masks": call}
+    found: dict[str, Callable[[Tensor], Tensor]] = {"deepspeed, masks": call}
     if "sparse_routes" in inspect.signature(sharded_moe.top1gating).parameters:
-        found["deepspeed, sparse routes"] = lambda logits_SE: call(logits_SE, sparse_routes=True)
+        found["deepspeed, sparse routes"] = functools.partial(call, sparse_routes=True)
     return found
 
 
@@ -125,7 +126,7 @@ class MixtralLayer(nn.Module):
 class Peer:
     """A transformers model that generates as its users do: `generate` with its defaults, greedy."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: Any) -> None:
         self.model = model.eval()
 
     def generate(self, prompts: list[list[int]], tokens: int, streamer: Any = None) -> list[list[int]]:

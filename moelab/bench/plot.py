@@ -75,7 +75,7 @@ def times(
     for ax, (heading, rows) in zip(axes, panels, strict=True):
         across = rows[0].get("across", x)
         _series(ax, rows, across, palette, ("median_ms", "median_ms", high), tick, False)
-        floors = {}
+        floors: dict[Any, float] = {}
         for row in rows:
             floors.setdefault(row[across], row["floor_ms"])
         for at, (_, value) in enumerate(floors.items()):

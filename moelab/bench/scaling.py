@@ -113,7 +113,11 @@ def measure(*, models: list[str], ranks: int, per_rank: int, steps: int, rounds:
         }
         rows = []
         for model in terminal.announced(models, lambda model: f"training {model} on 1 and {ranks} ranks"):
-            turns = harness.in_turns(ways, lambda i, model=model: model, timing, lambda way, given: way(given))
+
+            def same(_: int, model: str = model) -> str:
+                return model
+
+            turns = harness.in_turns(ways, same, timing, lambda way, given: way(given))
             rows += _rows(model, turns, {"ranks": ranks, "sequences_per_rank": per_rank, "steps": steps}, timing)
     return rows
 
@@ -184,7 +188,7 @@ def main(*, models: list[str], ranks: int, per_rank: int, steps: int, rounds: in
         "efficiency": lambda row: f"{1 / row.ratio:.0%}",
         "of independent": lambda row: f"{row.numbers['of_independent']:.0%}" if row.numbers else "",
     }
-    columns |= {kind: lambda row, kind=kind: share(row, kind) for kind in KINDS}
+    columns |= {kind: functools.partial(share, kind=kind) for kind in KINDS}
     for name in models:
         title = f"weak scaling 1 -> {ranks} ranks: {name}, {per_rank} sequences a rank, {steps} steps a round"
         harness.show(title, [row for row in found if row.case["model"] == name], columns)

@@ -188,7 +188,12 @@ def measure(
     models: dict[str, tuple[str, ModelConfig, str]] = {}
     for family, dtype in itertools.product(families, dtypes):
         model = twin(family, width)
-        config = TrainConfig(batch_size=sequences, dtype=dtype, threads=threads, device=device)
+        config = TrainConfig(
+            batch_size=sequences,
+            dtype=dtype,  # type: ignore[arg-type]  # the class checks it
+            threads=threads,
+            device=device,  # type: ignore[arg-type]  # the class checks it
+        )
         teacher = twin(TEACHERS[family], width) if family in TEACHERS else None
         ours = functools.partial(training_loop, model, config, T, teacher)
         candidates = {family: ours} | (
@@ -322,7 +327,7 @@ def drawn(objects: Sequence[Mapping[str, Any]]) -> Figure:
     ratios = [f"{name} {harness.span(shown, name)} times" for name in said if name.endswith(first)]
     title = ": ".join([f"Time of a training step over {against}", *filter(None, [", ".join(ratios)])])
     families = [
-        row if row["candidate"] == against else row | {"candidate": row["candidate"].rpartition(", ")[0]}
+        row if row["candidate"] == against else {**row, "candidate": row["candidate"].rpartition(", ")[0]}
         for row in shown
     ]
     return plot.ratios(families, title=title, x="width", xlabel="hidden size", panel="dtype")

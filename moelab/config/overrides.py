@@ -11,7 +11,7 @@ import functools
 import json
 from collections.abc import Mapping
 from dataclasses import fields, is_dataclass, replace
-from typing import Any, TypeVar, get_type_hints
+from typing import TYPE_CHECKING, Any, TypeVar, get_type_hints
 
 from moelab.config._check import unknown
 from moelab.config.boundary import from_text
@@ -21,7 +21,10 @@ from moelab.config.model import ModelConfig
 from moelab.config.parallel import ParallelConfig
 from moelab.config.train import TrainConfig
 
-T = TypeVar("T")
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+T = TypeVar("T", bound="DataclassInstance")
 
 SECTIONS = {
     "model": ModelConfig,
@@ -86,7 +89,7 @@ def override(section: str, config: T, given: Mapping[str, Any]) -> T:
 
 def _replace(config: T, changes: Mapping[str, Any]) -> T:
     new = {k: _replace(getattr(config, k), v) if isinstance(v, dict) else v for k, v in changes.items()}
-    return replace(config, **new) if new else config  # type: ignore[type-var]  # of a dataclass, as `fields` says
+    return replace(config, **new) if new else config
 
 
 def _value(name: str, value: Any) -> Any:

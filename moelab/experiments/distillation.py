@@ -86,9 +86,9 @@ def build(
     if not 0 < stop < 1:
         raise ValueError(f"stop must be a share of the tokens between 0 and 1, got {stop}")
     split = reads_halves(scale)
-    shared = {"scale": scale, "seed": seed, "rate": rate}
-    theirs = shared | {"overrides": overrides | ({"data.part": "even blocks"} if split else {})}
-    shared |= {"overrides": overrides | ({"data.part": "odd blocks"} if split else {})}
+    shared: dict[str, Any] = {"scale": scale, "seed": seed, "rate": rate}
+    theirs = shared | {"overrides": {**overrides, **({"data.part": "even blocks"} if split else {})}}
+    shared |= {"overrides": {**overrides, **({"data.part": "odd blocks"} if split else {})}}
     teacher = settings.spec(TEACHERS[base], label="Teacher", **theirs)
     kinds = {
         "L21 alone": None,

@@ -16,8 +16,10 @@ Fixed before the first run: 3 seeds, three widths for the laws, which never see 
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from moelab.config import ModelConfig
@@ -65,7 +67,7 @@ def _trunk(arm: str, name: str, width: int, scale: str, seed: int, overrides: Ma
     given = SETTINGS.get(scale, {}) | {"train.lr": peak_rate(width, scale)} | dict(overrides)
     spec = settings.spec(name, scale, seed, label=label, overrides=given)
     whole = ModelConfig.parse(name)
-    shape = settings.SHAPES[scale] | {"hidden": whole.hidden / width}
+    shape: dict[str, Any] = {**settings.SHAPES[scale], "hidden": whole.hidden / width}
     model = whole.shrink(**shape)
     return replace(spec, model=replace(model, routing=spec.model.routing, name=f"{spec.model} {width} wide"))
 
@@ -123,7 +125,7 @@ def constants(found: Mapping[str, laws.Fit]) -> pd.DataFrame:
 
     exponents = {"alpha": "exponent of size", "beta": "exponent of data", "exponent": "exponent of compute"}
     rows = [
-        [arm, title, *fitted.interval(lambda law, name=name: getattr(law, name))]
+        [arm, title, *fitted.interval(operator.attrgetter(name))]
         for arm, fitted in found.items()
         for name, title in ({"floor": "floor"} | exponents).items()
     ]
@@ -167,9 +169,14 @@ def leverage(table: pd.DataFrame, found: Mapping[str, laws.Fit]) -> pd.DataFrame
         for (arm, width, tokens, compute), part in table.groupby(["arm", "width", "tokens", "compute"], sort=False):
             if arm != "Dense":
                 loss = part["loss"].mean()
-                value = dense.interval(lambda law, loss=loss, compute=compute: law.compute(loss) / compute)
+                value = dense.interval(partial(_times, loss=loss, compute=compute))
                 rows.append([arm, width, tokens, compute, *value, value[0] * compute > most])
     return pd.DataFrame(rows, columns=["arm", "width", "tokens", "compute", *INTERVAL, "beyond"])
+
+
+def _times(law: laws.Law, loss: float, compute: float) -> float:
+    """Return the least compute to a loss, over another one."""
+    return law.compute(loss) / compute
 
 
 def prediction(table: pd.DataFrame, found: Mapping[str, laws.Fit], scale: str, seeds: int) -> pd.DataFrame:

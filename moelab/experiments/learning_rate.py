@@ -75,7 +75,7 @@ def build(
             scale,
             settings.SWEEP_SEED + seed,
             label=arm,
-            overrides={"train.lr": rate} | overrides,
+            overrides={"train.lr": rate, **overrides},
         )
         for rate in rates(base, scale, peaks)
         for arm, name in arms(base, scale).items()

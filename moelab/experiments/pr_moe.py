@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 from moelab import paper
 from moelab.config import ModelConfig
 from moelab.config.parallel import ParallelConfig
-from moelab.design import budgets, comparison, settings
+from moelab.design import budgets, comparison, settings, stated
 from moelab.design.experiment import Experiment, twin_scales
 from moelab.design.simulated import judge_simulated
 from moelab.design.verdicts import Verdict
@@ -46,7 +46,7 @@ MODELS = {
 }
 """Arm, as Fig 4 calls it -> the paper's model. The sum and the Top-2 arm are not in Fig 4."""
 
-ARMS = MODELS | {"PR-MoE-32/64 (sum)": {"name": "350M+PR-MoE-32/64", "residual_mix": "sum"}}
+ARMS: dict[str, Any] = MODELS | {"PR-MoE-32/64 (sum)": {"name": "350M+PR-MoE-32/64", "residual_mix": "sum"}}
 """Arm -> arguments of `settings.spec`."""
 
 _QUICK = ("Dense", "PR-MoE-32/64", "MoE-128")
@@ -65,7 +65,7 @@ def arms(scale: str) -> list[str]:
 
 def build(scale: str, seed: int, overrides: Mapping[str, Any], *, rate: settings.Rate = "own") -> list[RunSpec]:
     """Return the runs of one seed: every arm, then the budgets of those that have some."""
-    shared = {"scale": scale, "seed": seed, "overrides": overrides, "rate": rate}
+    shared: dict[str, Any] = {"scale": scale, "seed": seed, "overrides": overrides, "rate": rate}
     specs = [
         settings.spec(**(arm if isinstance(arm, Mapping) else {"name": arm}), **shared, label=label)
         for label, arm in ARMS.items()
@@ -123,7 +123,7 @@ def paper_gaps() -> dict[str, tuple[float, float, float]]:
             dense.final_low - moe.final_high,
             dense.final_high - moe.final_low,
         ),
-        "PR-MoE-32/64": (near.value, near.value_low, near.value_high),
+        "PR-MoE-32/64": (near.number, *stated.paper_range(near)),
     }
 
 

@@ -51,13 +51,13 @@ def arms(scale: str) -> list[str]:
 
 def build(scale: str, seed: int, overrides: Mapping[str, Any], *, rate: settings.Rate = "own") -> list[RunSpec]:
     """Return the runs of one seed: every arm, then the budgets of those that have some; at `full` a pair on mix5."""
-    given = {"scale": scale, "seed": seed, "rate": rate}
+    given: dict[str, Any] = {"scale": scale, "seed": seed, "rate": rate}
     specs = [settings.spec(name, **given, label=name, overrides=overrides) for name in arms(scale)]
     specs = budgets.expand(specs, BUDGETED, scale)
     if scale != "full" or rate == "shared":
         return specs
-    text = {"data.corpus": OTHER_TEXT}
-    return specs + [settings.spec(n, **given, label=on_other_text(n), overrides=text | overrides) for n in BUDGETED]
+    text = {"data.corpus": OTHER_TEXT, **overrides}
+    return specs + [settings.spec(n, **given, label=on_other_text(n), overrides=text) for n in BUDGETED]
 
 
 def on_other_text(arm: str) -> str:

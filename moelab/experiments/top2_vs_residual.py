@@ -50,8 +50,7 @@ def layer_flops(model: ModelConfig) -> float:
 def exchanged_slots(model: ModelConfig, tokens: int) -> int:
     """Return the slots, experts x capacity, that a rank sends to the all-to-all of an MoE layer and micro-batch."""
     experts = max(model.experts)
-    capacity = RoutingConfig().capacity(tokens, experts, model.top_k, training=True)
-    return experts * capacity
+    return experts * (RoutingConfig().capacity(tokens, experts, model.top_k, training=True) or 0)
 
 
 def one_session(speeds: Mapping[str, Sequence[float]]) -> list[list[float]]:
@@ -81,7 +80,8 @@ def sessions(specs: Sequence[RunSpec], ranks: int, count: int, steps: int, round
     pair = [arms[label] for label in ("Residual-MoE-32", "Top2-MoE-32") if label in arms]
     if len(pair) < 2 or any(spec.train.device != "cpu" for spec in pair):
         return []
-    return speed_ratios(*((spec.model, spec.train) for spec in pair), ranks, count, steps, rounds)
+    residual, top2 = ((spec.model, spec.train) for spec in pair)
+    return speed_ratios(residual, top2, ranks, count, steps, rounds)
 
 
 def sessions_table(timed: Mapping[int, Sequence[Sequence[float]]]) -> pd.DataFrame:

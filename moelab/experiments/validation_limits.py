@@ -52,7 +52,7 @@ def validated(run: Run, tokens: int = 0) -> dict[str, float]:
     from moelab.engine import checkpoint
     from moelab.models import build
 
-    spec, found = run.spec, {}
+    spec, found = run.spec, dict[str, Any]()
     data = prepare(spec.data, paths.home() / "data")
     size = spec.train.batch_size
     alone = [(x, y) for _, x, y in validation_batches(data, size, spec.data.context, tokens)]

@@ -18,8 +18,9 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar, Union, get_args, get_or
 
 if TYPE_CHECKING:
     import pandas
+    from _typeshed import DataclassInstance
 
-Row = TypeVar("Row")
+Row = TypeVar("Row", bound="DataclassInstance")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,7 +62,7 @@ class Table(tuple[Row, ...], Generic[Row]):
 
         if not self:
             return pandas.DataFrame()
-        names = [field.name for field in fields(self[0])]  # type: ignore[arg-type]
+        names = [field.name for field in fields(self[0])]
         return pandas.DataFrame([[getattr(row, name) for name in names] for row in self], columns=names)
 
     def where(self, **wanted: Any) -> Table[Row]:
@@ -88,7 +89,7 @@ def _parser(hint: Any) -> Callable[[str], Any]:
 def load(file_name: str, row_type: type[Row]) -> Table[Row]:
     """Read `file_name` of this package into `row_type` rows; a bad cell is a ValueError that names file and line."""
     hints = get_type_hints(row_type)
-    names = [field.name for field in fields(row_type)]  # type: ignore[arg-type]
+    names = [field.name for field in fields(row_type)]
     parsers = {name: _parser(hints[name]) for name in names}
     text = resources.files(__package__).joinpath(file_name).read_text(encoding="utf-8")
     reader = csv.DictReader(text.splitlines(), strict=True)

@@ -165,9 +165,9 @@ def share_curves(
         at = x[-1] * 1.06 ** (i + 1)  # beside one another
         ax.errorbar([at], y[-1:], yerr=_around(y[-1:], [low], [high]), fmt=".", color=palette[arm], capsize=2)
     if paper:
-        x, y, wide = zip(*paper, strict=True)
-        low, high = [a - b for a, b in zip(y, wide, strict=True)], [a + b for a, b in zip(y, wide, strict=True)]
-        paper_points(ax, [100 * share for share in x], y, low, high, label=label)
+        read = [value for _, value, _ in paper]
+        least, most = ([value + sign * wide for _, value, wide in paper] for sign in (-1, 1))
+        paper_points(ax, [100 * share for share, _, _ in paper], read, least, most, label=label)
     ax.axhline(0, color="#888888", linewidth=1)
     ax.set_xscale("log")
     ticks = (1, 2, 5, 10, 20, 50, 100)
@@ -225,7 +225,8 @@ def paper_points(
     ax.errorbar(
         x,
         y,
-        **{"xerr" if across else "yerr": bars},
+        xerr=bars if across else None,
+        yerr=None if across else bars,
         fmt=PAPER["marker"],
         linestyle="--" if line else "none",
         color=color,
@@ -286,10 +287,12 @@ def gaps(
         alpha: see `student`.
     """
     palette = colors(arms)
-    labelled = set()
+    labelled: set[str] = set()
 
     def once(label: str) -> str:
-        return "_" if label in labelled else labelled.add(label) or label
+        shown = "_" if label in labelled else label
+        labelled.add(label)
+        return shown
 
     for row, arm in enumerate(arms):
         values = results.loc[results["arm"] == arm, value]

@@ -75,10 +75,11 @@ def kernel_speedups(whole: pd.DataFrame, ax: Axes, *, bound: float) -> Axes:
     palette = figures.colors(["", *map(str, tokens)])
     for i, S in enumerate(tokens):
         part = whole[whole["tokens"] == S].groupby("experts")["ratio"]
-        low, high = zip(*(figures.student(values) for _, values in part), strict=True)
+        bounds = [figures.student(values) for _, values in part]
         at = [experts.index(E) + (i - (len(tokens) - 1) / 2) * 0.06 for E in part.groups]
         # An interval may reach below zero, where a logarithmic axis ends.
-        low = [max(bound, mean / 10) for bound, mean in zip(low, part.mean(), strict=True)]
+        low = [max(least, mean / 10) for (least, _), mean in zip(bounds, part.mean(), strict=True)]
+        high = [most for _, most in bounds]
         figures.our_points(ax, at, list(part.mean()), low, high, label=f"{S} tokens", color=palette[str(S)])
     figures.paper_bound(ax, bound, label=f"paper: over {bound:g}")
     ax.axhline(1, color="#888888", linewidth=1)

@@ -7,7 +7,7 @@ import math
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, cast
 
 from moelab.files import write_text
 from moelab.plotting import svg
@@ -72,7 +72,7 @@ def legend_below(ax: Axes, columns: int = 0, *, of: Sequence[Axes] = ()) -> Lege
     """
     marks = {label: mark for one in (of or [ax]) for mark, label in zip(*one.get_legend_handles_labels(), strict=True)}
     columns = columns or (2 if max(map(len, marks), default=0) <= 21 else 1)
-    figure = ax.get_figure()
+    figure: Any = ax.get_figure()
     below = _fit(ax)
     turned = max(0.0, below - 0.75)
     figure.set_figheight(figure.get_figheight() + _LINE * math.ceil(len(marks) / columns) + turned)
@@ -116,7 +116,7 @@ def _fit(ax: Axes) -> float:
     """
     from matplotlib.ticker import AutoLocator, MaxNLocator
 
-    figure = ax.get_figure()
+    figure: Any = ax.get_figure()
     ax.set_ylabel(wrapped(ax.get_ylabel(), _CHARACTERS["ylabel"]))
     for place in ("left", "center"):
         ax.set_title(wrapped(ax.get_title(loc=place), _CHARACTERS["title"]), loc=place)
@@ -150,7 +150,7 @@ def save(fig: Figure, path: Path, *, title: str = "") -> Path:
         title: the title that a page shows above the figure; the file then leaves out the figure's own.
     """
     file, text = path.with_name(f"{path.name}.svg"), io.StringIO()
-    heading = fig._suptitle if title else None
+    heading = cast(Any, fig)._suptitle if title else None
     if heading is None:
         fig.savefig(text, format="svg", metadata={"Date": None})
     else:

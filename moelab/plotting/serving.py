@@ -74,7 +74,9 @@ def grouped_bars(
     seen: set[str] = set()
 
     def once(label: str) -> str:
-        return "_" if label in seen else seen.add(label) or label
+        shown = "_" if label in seen else label
+        seen.add(label)
+        return shown
 
     top, low = 0.0, float("inf")
     for _, row in frame.iterrows():
@@ -174,7 +176,8 @@ def pareto(front: pd.DataFrame, ax: Axes, *, best: tuple[float, float], objectiv
     at = front[["latency_ms", "tokens_per_s_per_gpu"]]
     ax.plot(*at.to_numpy().T, marker="o", color="#0072B2", label="Pareto front")
     ax.scatter(
-        *([value] for value in best),
+        [best[0]],
+        [best[1]],
         s=140,
         facecolor="none",
         edgecolor="#D55E00",

@@ -84,7 +84,7 @@ def curves(table: pd.DataFrame, ax: Axes, varied: Sequence[str], *, series: str,
         shift = (i - (len(names) - 1) / 2) * (BESIDE if measured else min(0.1, 0.6 / len(names)))
         at = part["at"] * (most / least) ** shift if wide else part["at"] + shift * (most - least if measured else 1)
         low, high = (list(part[f"{value}_{end}"].astype(float).fillna(part[value])) for end in ("low", "high"))
-        look = {"label": str(name), "color": palette[name], "line": len(varied) == 1}
+        look: dict[str, Any] = {"label": str(name), "color": palette[name], "line": len(varied) == 1}
         figures.our_points(ax, list(at), list(part[value]), low, high, **look)
     if wide:
         ax.set_xscale("log")

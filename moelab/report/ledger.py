@@ -225,7 +225,8 @@ def family(entries: Sequence[Entry]) -> Family:
 def _adjusted(entries: list[Entry]) -> list[Entry]:
     """Return the entries with `adjusted` set. A row that shares its claim is adjusted as the row that counts."""
     tested = [entry for entry in distinct(entries) if entry.tested]
-    p_values = dict(zip((e.claim for e in tested), holm([e.deciding.p for e in tested]), strict=True))
+    alone = [e.deciding.p for e in tested if e.deciding and e.deciding.p is not None]
+    p_values = dict(zip((e.claim for e in tested), holm(alone), strict=True))
 
     def verdict(entry: Entry) -> str:
         p = p_values.get(entry.claim)

@@ -111,4 +111,4 @@ def _claims(summaries: list[Summary]) -> list[list]:
 
 
 def _numbers(need: power.Need | None) -> tuple[int | None, int | None, float | None]:
-    return (None,) * 3 if need is None else (need.at_once, need.looks and need.looks[-1], need.mean)
+    return (None,) * 3 if need is None else (need.at_once, need.looks[-1] if need.looks else None, need.mean)

@@ -12,11 +12,11 @@ Reads runs and trains nothing. Shape letters as in `moelab.config`.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from moelab import paths
 from moelab.config import RoutingConfig
@@ -135,7 +135,7 @@ class Gates:
     def _scores(self, tokens_BT: Tensor) -> list[Choices]:
         recorded: list[Tensor] = []
 
-        def record(router: nn.Module, given: tuple[Tensor, ...], _: Gate) -> None:
+        def record(router: Any, given: tuple[Tensor, ...], _: Gate) -> None:
             recorded.append(F.linear(given[0].float(), router.weight.float()))
 
         routers = [module for module in self._model.modules() if isinstance(module, Router)]
@@ -180,6 +180,7 @@ def loads(choices: Choices, ax: Axes, *, top_k: int, capacity_factor: float) -> 
     """Draw the tokens that each expert keeps and drops, against its capacity."""
     routing = choices.route(top_k, capacity_factor)
     limit = RoutingConfig(capacity_factor=capacity_factor).capacity(len(choices.tokens), choices.experts, top_k, True)
+    assert limit is not None, "rules drop tokens by default"
     return placement.loads(routing.kept_E.tolist(), routing.load_E.tolist(), ax, limit=limit)
 
 

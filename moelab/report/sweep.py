@@ -21,7 +21,7 @@ from moelab.files import new_directory, read_json
 from moelab.report.publication import Publication, lines
 from moelab.report.summary import SUMMARY, parse
 from moelab.runs.collection import Runs
-from moelab.runs.store import RunStore
+from moelab.runs.store import Run, RunStore
 from moelab.statistics import interval
 
 if TYPE_CHECKING:
@@ -104,7 +104,9 @@ def compare(experiment: Experiment, sweep: Sweep, results: Sequence[Path | None]
     """
     import pandas as pd
 
-    rows, runs, lacking = [], {}, []
+    rows: list[dict[str, Any]] = []
+    runs: dict[str, Run] = {}
+    lacking: list[str] = []
     for point, folder in zip(sweep.points, results, strict=True):
         at, specs = sweep.at(point), experiment.specs_of(point) if experiment.trains else []
         own = Runs([store.run(spec, write=False) for spec in specs])

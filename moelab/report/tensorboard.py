@@ -9,6 +9,7 @@ import tempfile
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 from moelab.runs.store import RunStore
 from moelab.training.metrics import TRAIN, VALIDATION, read_rows, scalars
@@ -43,7 +44,7 @@ class Events:
         shutil.rmtree(folder, ignore_errors=True)
         self.folder = folder
         self._runs = list(runs)
-        self._writers = {}
+        self._writers: dict[Path, Any] = {}
         self._seen: dict[tuple[Path, str], int] = {}
 
     def update(self) -> int:

@@ -121,9 +121,9 @@ def packed_runs(root: Path, results: Sequence[Result]) -> list[PackedRun]:
             continue
         for id, size in records.items():
             row = rows.get(id)
-            about = (row.label, row.seed, row.result) if row else ("", None, {})
+            label, seed, numbers = (row.label, row.seed, row.result) if row else ("", None, {})
             file = pack.relative_to(root).as_posix()
-            found.append(PackedRun(id, file, max(1, round(size / 1000)), *about, users.get(id, [])))
+            found.append(PackedRun(id, file, max(1, round(size / 1000)), label, seed, numbers, users.get(id, [])))
     return sorted(found, key=lambda run: run.id)
 
 

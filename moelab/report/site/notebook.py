@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 # jsonschema, if it finds this package, compiles a grammar of internationalised addresses, which takes half of the time
 # that papermill, nbconvert and nbformat need to be imported. The format of notebooks does not use it.
-sys.modules.setdefault("rfc3987_syntax", None)  # type: ignore[arg-type]
+sys.modules.setdefault("rfc3987_syntax", None)  # type: ignore[arg-type]  # as if it could not be imported
 
 
 def convert(notebook: Path) -> Path:

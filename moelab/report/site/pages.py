@@ -106,7 +106,7 @@ def build(root: Path) -> Built:
     }
     overview = {"findings": front.findings(claims), "sizes": start["sizes"], "forest": front.forest(claims, counted)}
     tested = [(chapter, plot.axes(of_it)) for chapter, of_it in by_chapter(claims, parts)]
-    pages = {
+    pages: dict[str, dict[str, Any]] = {
         "index.html": start,
         "overview.html": overview,
         "claims.html": {"groups": tested},

@@ -33,7 +33,7 @@ def _axis(relative: bool, name: str, rows: Sequence[ClaimRow]) -> Axis:
 def places(row: ClaimRow) -> tuple[list[float], list[float]]:
     """Return the paper's value with its range, and our value with its interval, in the unit of the row's axis."""
     claim = row.claim
-    by = claim.value if family(row)[0] else 1.0
+    by = claim.number if family(row)[0] else 1.0
     stated = [v / by for v in (claim.value, claim.value_low, claim.value_high) if v is not None]
     ours = [v / by for v in (row.ours, row.low, row.high) if v is not None]
     return stated, ours

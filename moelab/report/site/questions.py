@@ -120,7 +120,7 @@ def paper_gap(model: str, base: str, share: float) -> float | None:
     import numpy as np
 
     points = gap_of_fig_1(model, base)
-    return float(np.interp(share, *zip(*((s, gap) for s, gap, _ in points), strict=True))) if points else None
+    return float(np.interp(share, [at for at, _, _ in points], [gap for _, gap, _ in points])) if points else None
 
 
 def _beside(result: Result, other: str) -> str:
@@ -136,7 +136,7 @@ def _equal_cost(result: Result | None, decided: dict[str, ClaimRow]) -> Answer |
     import pandas as pd
 
     rows = pd.DataFrame(result.rows_or_none("equal-cost.jsonl")) if result else pd.DataFrame()
-    if not len(rows):
+    if not result or not len(rows):
         return None
     parts = {COSTS.get(at, at): list(part["gap"]) for at, part in rows.groupby("at", sort=False)}
     clear = [at for at, values in parts.items() if len(values) > 1 and interval(values)[2] < 0]
@@ -175,7 +175,7 @@ def effective_sizes(result: Result) -> dict[str, list[float]]:
 
 def _dense_size(result: Result | None) -> Answer | None:
     sizes = effective_sizes(result) if result else {}
-    if not sizes:
+    if not result or not sizes:
         return None
     said = ", ".join(f"{_said(values, '%.2f')} at equal {at}" for at, values in sizes.items())
     rows = result.rows_or_none("against-dense.jsonl")
@@ -207,5 +207,5 @@ def _claims(question: str, decided: dict[str, ClaimRow], clauses: dict[str, str]
         if row.samples and row.interval != "–":
             ours += f" [{row.interval.replace(' to ', ', ')}]"
         said.append(clauses[row.claim.id].format(ours))
-    paper = "; ".join(row.paper for row in rows)
-    return Answer(question, f"{'; '.join(said)}.", paper, basis(rows[0].result), rows, rows[0].link)
+    paper, first = "; ".join(row.paper for row in rows), rows[0].result
+    return Answer(question, f"{'; '.join(said)}.", paper, basis(first) if first else "", rows, rows[0].link)

@@ -277,7 +277,7 @@ def _sessions(file: Path) -> dict[str, tuple[Provenance, ...]]:
         ValueError: one line: a session is none.
     """
     found = {}
-    for run in read_object(file).get("runs", ()):
+    for run in (read_object(file) or {}).get("runs", ()):
         if sessions := run.get("provenance", {}).get("sessions"):
             if not isinstance(sessions, list):
                 raise ValueError(f"run {run['id']}: expected a list of sessions, got {str(sessions)[:40]}")
