@@ -392,7 +392,7 @@ class TestPrMoeNotebook:
         """What they say and where they lead: test_site.py and tests/browser."""
         results, _, _ = published
         for folder in (results / "pr-moe" / "smoke").iterdir():
-            assert f"pr-moe/smoke/{folder.name}/index.html" in (results.parent / "pages" / "overview.html").read_text()
+            assert f"pr-moe/smoke/{folder.name}/index.html" in (results.parent / "pages" / "figures.html").read_text()
             pages = results.parent / "pages" / "pr-moe" / "smoke" / folder.name
             assert (pages / "index.html").exists() and (pages / "notebook.html").exists()
 
