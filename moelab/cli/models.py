@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from moelab.cli._options import RUNS, Out, check_choice, check_device, check_dtypes, run_names, write_provenance
 from moelab.config.parallel import EXCHANGES
 from moelab.runs.store import RunStore
+
+if TYPE_CHECKING:
+    from moelab.evaluation.zero_shot import Score
 
 MODES = ("optimised", "baseline")
 """Those of `moelab.inference.modes`, which torch is imported for."""
@@ -124,7 +128,7 @@ def eval_(
     from moelab.engine.checkpoint import CheckpointError
     from moelab.evaluation.models import reference_directory
     from moelab.evaluation.zero_shot import PACKAGED, evaluate
-    from moelab.report import scores as report
+    from moelab.experiments.zero_shot import save
     from moelab.terminal import task_progress
 
     wanted = tuple(dict.fromkeys(name for name in map(str.strip, tasks.split(",")) if name)) or PACKAGED
@@ -136,11 +140,39 @@ def eval_(
     except (CheckpointError, CorpusUnavailable) as error:
         raise ValueError(str(error)) from None
     if out is not None:
-        report.save(scores, out, run if reference else directory.resolve().name, options)
+        save(scores, out, run if reference else directory.resolve().name, options)
     if as_json:
         print(json.dumps([asdict(score) for score in scores], indent=2))
         return
-    report.show(scores)
+    _show(scores)
+
+
+def _show(scores: Sequence[Score]) -> None:
+    """Print scores as a table."""
+    from rich.box import SIMPLE
+    from rich.console import Console
+    from rich.table import Table
+
+    view = Table(
+        "task", "accuracy %", "chance %", "always %", "n", "bits/byte", "cut", box=SIMPLE, padding=(0, 1, 0, 0)
+    )
+    for s in scores:
+        view.add_row(
+            s.task + ("*" if s.stand_in else ""),
+            f"{100 * s.accuracy:.1f} ± {100 * s.standard_error:.1f}",
+            f"{100 * s.chance:.1f}",
+            "–" if s.majority is None else f"{100 * s.majority:.1f}",
+            str(s.n),
+            f"{s.bits_per_byte:.3f}",
+            "–" if s.cut is None else f"{s.cut / s.requests:.0%}",
+        )
+    console = Console()
+    console.print(view)
+    console.print(
+        "±: one standard error over the items. Always: accuracy of always choosing the place that is right most often. "
+        "Bits per byte: of the right answers, given their questions. Cut: share of requests whose beginning was cut "
+        "off to fit the model's context. *: stands in for the paper's data set."
+    )
 
 
 def _losses(run: Path, tokens: int, as_json: bool, out: Path | None) -> None:

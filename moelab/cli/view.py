@@ -77,7 +77,7 @@ def tensorboard(
 
     Losses, speed, and the experts' load by layer.
     """
-    from moelab.report import tensorboard as board
+    from moelab.runs import tensorboard as board
 
     raise typer.Exit(board.serve(board.select(run or []), port))
 

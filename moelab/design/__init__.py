@@ -1,6 +1,7 @@
 """What experiments share: what an experiment is, its scales and arms, token budgets, and how runs are compared.
 
 experiment   `Experiment` and `Scale`: how runs follow from a scale, seeds, arms and overrides
+parameters   a notebook's parameters: declared, given, and the runs that follow from them
 settings     the scales and the settings of their trainings
 comparison   pairs runs of one seed, gives differences their intervals and judges them against the paper
 judging      the rule by which a claim of the paper gets its verdict; simulated: that of simulations; stated: what

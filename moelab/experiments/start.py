@@ -13,12 +13,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from moelab.config.parallel import ParallelConfig
 from moelab.design import settings
 from moelab.design.experiment import Experiment, Scale
+from moelab.plotting import placement
 from moelab.runs.spec import RunSpec
 
 if TYPE_CHECKING:
     import pandas as pd
+    from matplotlib.axes import Axes
 
 ARMS = {"Dense": "350M", "MoE-32": "350M+MoE-32", "MoE-128": "350M+MoE-128"}
 SHORT = {
@@ -44,6 +47,44 @@ def headline(final: pd.DataFrame) -> str:
         f"After {tokens / 1e3:,.0f} k tokens: {losses} nats a token (guessing by frequency: {guess:.2f}); "
         "one seed, too short to rank the arms"
     )
+
+
+def gpus(layout: ParallelConfig, ax: Axes, *, experts: int = 0) -> Axes:
+    """Draw a square per GPU and a row per node. The GPUs of one colour hold one whole copy together.
+
+    Args:
+        experts: number of experts of the layer to show; 0 shows the weights outside the experts (copies for data
+            parallelism, cut into tensor slices).
+
+    Raises:
+        ValueError: the layout cannot hold that many experts; one line with what is allowed.
+    """
+    held_by = layout.experts(experts) if experts else None
+    cells = []
+    for rank in range(layout.ranks):
+        if held_by is None:
+            copy, slice_ = divmod(rank, layout.tensor)
+            text = f"copy {copy}" + (f"\nslice {slice_}" if layout.tensor > 1 else "")
+            cells.append((text, copy if layout.tensor > 1 else 0))
+        else:
+            held, at = held_by.local_experts(rank), held_by.position(rank)
+            text = f"{held[0]}" if len(held) == 1 else f"{held[0]}–{held[-1]}"
+            cells.append((text + (f"\nslice {at.slice}" if held_by.slices > 1 else ""), at.replica))
+    placement.squares(cells, ax, per_row=layout.ranks_per_node)
+    ax.set_title(_title(layout, experts))
+    return ax
+
+
+def _title(layout: ParallelConfig, experts: int) -> str:
+    if not experts:
+        copies = (
+            f"{layout.data} whole copies" if layout.tensor == 1 else f"{layout.data} copies in {layout.tensor} slices"
+        )
+        return f"outside the experts: {copies}"
+    held_by = layout.experts(experts)
+    times = {1: "once", 2: "twice"}.get(held_by.replicas, f"{held_by.replicas} times")
+    sliced = f", each in {held_by.slices} slices" if held_by.slices > 1 else ""
+    return f"a layer of {experts} experts: all of them {times}{sliced}"
 
 
 EXPERIMENT = Experiment(

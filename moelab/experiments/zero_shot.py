@@ -16,6 +16,7 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moelab import paper
@@ -28,7 +29,7 @@ from moelab.runs import with_weights
 if TYPE_CHECKING:
     import pandas as pd
 
-    from moelab.evaluation.zero_shot import OnProgress
+    from moelab.evaluation.zero_shot import OnProgress, Score
     from moelab.runs.collection import Runs
     from moelab.runs.store import Run
 
@@ -113,6 +114,35 @@ def scored(rows: Sequence[dict]) -> pd.DataFrame:
     from moelab.evaluation.zero_shot import Score
 
     return pd.DataFrame(rows, columns=["arm", "seed", "paper", *Score.__dataclass_fields__])
+
+
+def save(scores: Sequence[Score], folder: Path, name: str, options: Mapping[str, Any]) -> Path:
+    """Write `zero-shot-<name>.jsonl`, one line per task, and its provenance beside it; return the former's path.
+
+    Args:
+        name: the model's: one of `moelab.evaluation.models.REFERENCES`, a run's id or a directory's name.
+        options: the evaluation's: limit, batch, dtype, device.
+    """
+    from moelab.evaluation.models import REFERENCES
+    from moelab.files import write_json, write_text
+    from moelab.runs.provenance import provenance
+
+    known = REFERENCES.get(name)
+    about = {"model": known.name if known else name, "source": str(known.package) if known else ""}
+    about |= {key: options[key] for key in ("limit", "dtype", "device")}
+    file = folder / f"zero-shot-{name}.jsonl"
+    write_text(file, "".join(json.dumps({**about, **asdict(score)}) + "\n" for score in scores))
+    write_json(folder / f"zero-shot-{name}.provenance.json", {"title": _title(about["model"], scores), **provenance()})
+    return file
+
+
+def _title(model: str, scores: Sequence[Score]) -> str:
+    """Return the scores in one line, those furthest above chance first."""
+    parts = [
+        f"{s.task.removeprefix('packaged_')} {100 * s.accuracy:.1f} ± {100 * s.standard_error:.1f}"
+        for s in sorted(scores, key=lambda s: max(s.chance, s.majority or 0) - s.accuracy)
+    ]
+    return f"{model} through our zero-shot pipeline, percent: {', '.join(parts)}"
 
 
 def reference() -> pd.DataFrame:

@@ -1,4 +1,4 @@
-"""Publish and show results: publications, the claims ledger, views of a run, the results pages.
+"""Publish and show results: publications, the claims ledger, sweeps, the results pages.
 
 May import every room but `notebook`, `slurm`, `lab` and `cli`.
 """

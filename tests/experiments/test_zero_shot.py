@@ -67,7 +67,7 @@ def test_guessing_is_called_guessing_and_knowing_knowing():
 
 def test_a_real_models_scores_are_read_from_the_results_while_the_tasks_are_the_same(tmp_path, monkeypatch):
     from moelab.evaluation.zero_shot import Score, version
-    from moelab.report.scores import save
+    from moelab.experiments.zero_shot import save
 
     monkeypatch.setenv("MOELAB_RESULTS", str(tmp_path))
     assert not len(zero_shot.reference()) and "moelab eval smollm2" in zero_shot.reference_headline(

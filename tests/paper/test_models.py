@@ -99,3 +99,10 @@ def test_other_size_conflicts():
     assert paper.model("6.7B").computed_B / paper.model("1.3B").computed_B == pytest.approx(5.06, abs=0.005)
     mixing = 12 * (2 * 1024 + 2) / 1e9  # residual-sum-or-mix
     assert mixing / paper.model("350M+Residual-MoE-32").computed_B < 2e-5
+
+
+def test_the_sizes_are_the_papers():
+    sizes = paper.size_table()
+    assert sizes.loc["350M+PR-MoE-32/64", "MoE layers x experts"] == "10 x 32, 2 x 64"
+    assert len(sizes) >= 9 and sizes["off"].abs().max() < 0.03
+    assert sizes.loc["350M+MoE-128", "active (B)"] < 1.01 * sizes.loc["350M", "active (B)"]

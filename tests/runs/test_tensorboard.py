@@ -11,7 +11,7 @@ import urllib.request
 import pytest
 
 from moelab.files import write_json
-from moelab.report import tensorboard
+from moelab.runs import tensorboard
 from moelab.training.metrics import TRAIN, VALIDATION, scalars
 
 

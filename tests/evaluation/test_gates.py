@@ -1,18 +1,15 @@
-"""Pictures of routing and of layouts: what they show is what the model and the engine do."""
+"""A run's gates route text as the model does, and pictures of it show that."""
 
 import matplotlib
 import pytest
 import torch
 from matplotlib import pyplot as plt
 
-from moelab import paper
 from moelab.config import ModelConfig
-from moelab.config.parallel import ParallelConfig
+from moelab.evaluation.gates import SPACE, Choices, Gates, dropped, frame
 from moelab.inference.text import load_run
 from moelab.lab import Lab
-from moelab.plotting import figures
-from moelab.report import layout_view, routing_view
-from moelab.report.routing_view import Choices, Gates
+from moelab.plotting import figures, placement
 
 matplotlib.use("Agg")
 TEXT = "wave salt ship mast wind gull."
@@ -53,7 +50,7 @@ class TestChoices:
         even = choices([0, 1, 2, 3] * 4)
         assert even.route(2).expert_SK.shape == (16, 2)
         assert torch.allclose(even.route(2).weight_SK.sum(1), torch.ones(16))
-        table = routing_view.dropped(even, [0.5, 1.0], top_k=2)
+        table = dropped(even, [0.5, 1.0], top_k=2)
         assert table.columns.tolist() == ["layer", "experts", "top_k", "capacity_factor", "dropped"]
         assert table["dropped"].is_monotonic_decreasing and table["top_k"].eq(2).all()
 
@@ -64,17 +61,18 @@ class TestChoices:
 
     def test_the_pictures_say_it(self, ax):
         lopsided = choices([0] * 9 + [1, 2, 3])
-        routing_view.loads(lopsided, ax, top_k=1, capacity_factor=1.0)
+        kept, asked, limit = lopsided.loads(1, 1.0)
+        placement.loads(kept, asked, ax, limit=limit)
         assert ax.get_title("left").replace("\n", " ") == "42% of 12 choices dropped, 56% of 16 slots empty"
         heights = [bar.get_height() for bar in ax.patches]
         assert heights == [4, 1, 1, 1, 5, 0, 0, 0]
         ax.clear()
-        routing_view.heatmap(lopsided, ax)
+        placement.heatmap(lopsided.probability_SE.numpy(), lopsided.route().expert_SK.numpy(), lopsided.tokens, ax)
         assert [t.get_text() for t in ax.get_xticklabels()] == list(lopsided.tokens)
         assert list(ax.lines[0].get_ydata()) == [0] * 9 + [1, 2, 3]
-        frame = routing_view.frame({"now": lopsided})
-        assert len(frame) == 12 * 4 and frame["chosen"].sum() == 12
-        assert frame.groupby("position")["probability"].sum().to_numpy() == pytest.approx(1)
+        table = frame({"now": lopsided})
+        assert len(table) == 12 * 4 and table["chosen"].sum() == 12
+        assert table.groupby("position")["probability"].sum().to_numpy() == pytest.approx(1)
 
 
 class TestGates:
@@ -85,64 +83,27 @@ class TestGates:
         return run
 
     def test_they_route_as_the_model_does(self, run):
-        gates = Gates(run)
+        gates = Gates(run.path)
         layers = gates.on_text(TEXT)
         assert [(c.layer, c.experts) for c in layers] == [(2, 2), (4, 4)]
-        assert "".join(layers[0].tokens).replace(routing_view.SPACE, " ") == TEXT
+        assert "".join(layers[0].tokens).replace(SPACE, " ") == TEXT
         ids = gates._tokenizer.encode(TEXT)
         with torch.no_grad():
             routing = load_run(run.path).eval()(torch.tensor([ids])).routing
         for heard, did in zip(layers, routing, strict=True):
             assert torch.equal(heard.route().expert_SK, did.expert_SK)
-        before = Gates(run, trained=False).on_text(TEXT)
+        before = Gates(run.path, initial=run.spec.train.seed).on_text(TEXT)
         assert not torch.allclose(before[1].logits_SE, layers[1].logits_SE)
         spec = run.spec
-        assert len(gates.on_validation()[0].tokens) == spec.train.batch_size * spec.data.context
+        assert len(gates.on_validation(spec.train.batch_size)[0].tokens) == spec.train.batch_size * spec.data.context
         with pytest.raises(ValueError, match="the text is empty"):
             gates.on_text("")
 
     def test_a_dense_model_has_none(self, tiny_spec, tmp_path):
         from dataclasses import replace
 
-        from moelab.runs.store import Run
+        from moelab.runs.store import RunStore
 
-        dense = replace(tiny_spec, model=ModelConfig(layers=1, hidden=32, heads=2, vocab=320, context=32), label="flat")
-        with pytest.raises(ValueError, match="gates: flat is dense"):
-            Gates(Run(dense, tmp_path))
-
-
-def texts(ax) -> list[str]:
-    return [t.get_text() for t in ax.texts]
-
-
-class TestLayout:
-    def test_a_pyramid_on_eight_ranks(self, ax):
-        layout = ParallelConfig(data=8, gpus_per_node=4)
-        layout_view.gpus(layout, ax, experts=4)
-        assert (
-            texts(ax) == ["0", "1", "2", "3"] * 2 and ax.get_title("left") == "a layer of 4 experts: all of them twice"
-        )
-        colors = [patch.get_facecolor() for patch in ax.patches]
-        assert len(set(colors)) == 2 and len(set(colors[:4])) == 1, "a colour a whole set"
-        ax.clear()
-        layout_view.gpus(layout, ax, experts=16)
-        assert texts(ax)[:2] == ["0–1", "2–3"] and ax.get_title("left").endswith("once")
-
-    def test_slices(self, ax):
-        layout = ParallelConfig(tensor=2, data=4, expert_slicing=2, gpus_per_node=8)
-        layout_view.gpus(layout, ax)
-        assert texts(ax)[:3] == ["copy 0\nslice 0", "copy 0\nslice 1", "copy 1\nslice 0"]
-        ax.clear()
-        layout_view.gpus(layout, ax, experts=4)
-        assert texts(ax)[0] == "0\nslice 0" and texts(ax)[4] == "0\nslice 1", "slices of an expert sit X ranks apart"
-
-    def test_what_does_not_fit_is_one_line(self, ax):
-        with pytest.raises(ValueError, match=r"^parallel: "):
-            layout_view.gpus(ParallelConfig(data=8), ax, experts=5)
-
-
-def test_the_sizes_are_the_papers():
-    sizes = paper.size_table()
-    assert sizes.loc["350M+PR-MoE-32/64", "MoE layers x experts"] == "10 x 32, 2 x 64"
-    assert len(sizes) >= 9 and sizes["off"].abs().max() < 0.03
-    assert sizes.loc["350M+MoE-128", "active (B)"] < 1.01 * sizes.loc["350M", "active (B)"]
+        dense = replace(tiny_spec, model=ModelConfig(layers=1, hidden=32, heads=2, vocab=320, context=32, name="flat"))
+        with pytest.raises(ValueError, match=r"gates: .* is dense"):
+            Gates(RunStore(tmp_path).run(dense).path)

@@ -1,9 +1,7 @@
-"""Draw routing: which expert takes which token, and what a capacity limit would drop.
+"""Route text by a run's gates: which expert takes which token, and what a capacity limit would drop.
 
-    gates = routing_view.Gates(run)                    # or trained=False: as the run began
+    gates = Gates(run.path)                             # or with initial weights: Gates(run.path, initial=seed)
     layer = gates.on_text("Fellow citizens of ...")[0]  # the first MoE layer's `Choices`
-    routing_view.heatmap(layer, ax)
-    routing_view.loads(gates.on_validation()[0], ax, top_k=1, capacity_factor=1.0)
     layer.dropped(top_k=2, capacity_factor=1.25)
 
 Reads runs and trains nothing. Shape letters as in `moelab.config`.
@@ -11,7 +9,8 @@ Reads runs and trains nothing. Shape letters as in `moelab.config`.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -21,18 +20,15 @@ from torch import Tensor
 from moelab import paths
 from moelab.config import RoutingConfig
 from moelab.data import prepare, validation_batches
-from moelab.inference.text import load_run
+from moelab.inference.text import load_run, run_configs
 from moelab.kernels import Gate
 from moelab.models import build
 from moelab.models.routing import Router
-from moelab.plotting import placement
-from moelab.runs.store import Run
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
     import pandas as pd
-    from matplotlib.axes import Axes
 
 SPACE = "▁"
 """Marks the space at the beginning of a token."""
@@ -84,6 +80,12 @@ class Choices:
         routing = self.route(top_k, capacity_factor)
         return 1 - float(routing.kept_E.sum()) / float(routing.load_E.sum())
 
+    def loads(self, top_k: int, capacity_factor: float) -> tuple[list[int], list[int], int]:
+        """Return the tokens that each expert keeps, those that chose it, and its capacity."""
+        routing, slots = self.route(top_k, capacity_factor), RoutingConfig(capacity_factor=capacity_factor)
+        limit = slots.capacity(len(self.tokens), self.experts, top_k, training=True)
+        return routing.kept_E.tolist(), routing.load_E.tolist(), limit or len(self.tokens)
+
     def repeats(self) -> tuple[int, int]:
         """Return how many repeated tokens take the same first expert as before, and how many tokens repeat."""
         earlier: dict[str, int] = {}
@@ -99,20 +101,20 @@ class Gates:
     """Applies the gates of a run's model to a text.
 
     Args:
-        trained: False takes the initial weights.
+        folder: the run's.
+        initial: the seed of initial weights to take in place of the trained ones.
 
     Raises:
         ValueError: the run's model has no MoE layer, or no checkpoint yet.
     """
 
-    def __init__(self, run: Run, *, trained: bool = True) -> None:
-        spec = run.spec
-        if not spec.model.is_moe:
-            raise ValueError(f"gates: {spec.title} is dense, it routes nothing")
-        self._spec = replace(spec, train=replace(spec.train, device="cpu"))
-        self._data = prepare(spec.data, paths.home() / "data")
+    def __init__(self, folder: Path, *, initial: int | None = None) -> None:
+        self._config, self._text = run_configs(folder)
+        if not self._config.is_moe:
+            raise ValueError(f"gates: {self._config} is dense, it routes nothing")
+        self._data = prepare(self._text, paths.home() / "data")
         self._tokenizer = self._data.tokenizer()
-        self._model = (load_run(run.path) if trained else build(spec.model, spec.train.seed)).eval()
+        self._model = (load_run(folder) if initial is None else build(self._config, initial)).eval()
 
     def on_text(self, text: str) -> list[Choices]:
         """Return one `Choices` per MoE layer, in order.
@@ -125,10 +127,9 @@ class Gates:
             raise ValueError("gates: the text is empty")
         return self._scores(torch.tensor([ids]))
 
-    def on_validation(self) -> list[Choices]:
-        """Return the same for the first batch of the run's validation text, of the size of a training batch."""
-        spec = self._spec
-        batches = validation_batches(self._data, spec.train.batch_size, spec.data.context)
+    def on_validation(self, sequences: int) -> list[Choices]:
+        """Return the same for the first batch, of so many sequences, of the run's validation text."""
+        batches = validation_batches(self._data, sequences, self._text.context)
         return self._scores(next(iter(batches))[1])
 
     @torch.no_grad()
@@ -146,15 +147,9 @@ class Gates:
             for hook in hooks:
                 hook.remove()
         texts = tuple(self._tokenizer.decode([i]).replace(" ", SPACE) for i in tokens_BT.flatten())
-        layers = [i + 1 for i, experts in enumerate(self._spec.model.experts) if experts]
-        K = self._spec.model.top_k
+        layers = [i + 1 for i, experts in enumerate(self._config.experts) if experts]
+        K = self._config.top_k
         return [Choices(layer, texts, logits, K) for layer, logits in zip(layers, recorded, strict=True)]
-
-
-def heatmap(choices: Choices, ax: Axes, *, top: float | None = None) -> Axes:
-    """Draw the gate's probabilities and what it chose, see `moelab.plotting.placement.heatmap`."""
-    expert_SK = choices.route().expert_SK.numpy()
-    return placement.heatmap(choices.probability_SE.numpy(), expert_SK, choices.tokens, ax, top=top)
 
 
 def frame(moments: Mapping[str, Choices]) -> pd.DataFrame:
@@ -174,14 +169,6 @@ def frame(moments: Mapping[str, Choices]) -> pd.DataFrame:
                 {**at, "expert": e, "probability": p, "chosen": e in chosen_SK[position]} for e, p in enumerate(p_E)
             ]
     return pd.DataFrame(rows)
-
-
-def loads(choices: Choices, ax: Axes, *, top_k: int, capacity_factor: float) -> Axes:
-    """Draw the tokens that each expert keeps and drops, against its capacity."""
-    routing = choices.route(top_k, capacity_factor)
-    limit = RoutingConfig(capacity_factor=capacity_factor).capacity(len(choices.tokens), choices.experts, top_k, True)
-    assert limit is not None, "rules drop tokens by default"
-    return placement.loads(routing.kept_E.tolist(), routing.load_E.tolist(), ax, limit=limit)
 
 
 def dropped(choices: Choices, factors: Iterable[float], top_k: int | None = None) -> pd.DataFrame:
