@@ -77,7 +77,7 @@ def test_a_sweep_of_six_loses_only_the_points_of_a_lost_run(workplace, tmp_path)
     out = moelab(
         "sweep", "pr-moe", "--scale", "smoke", "--profile", "local", "-g", arms, "-g", "train.tokens=1024,2048"
     )
-    assert "8 runs" in out and out.count("notebook") == 6, "runs that points share are trained once"
+    assert "8 runs" in out and out.count("notebook, after") == 6, "runs that points share are trained once"
     (submission,) = submit.submissions()
     lost = next(run for run in submission.parts[0].runs if run.startswith("350m-moe-32"))
     queue.cancel([f"{submission.parts[0].job}_{submission.parts[0].runs.index(lost)}"])
@@ -100,7 +100,7 @@ def test_a_sweep_of_six_loses_only_the_points_of_a_lost_run(workplace, tmp_path)
     assert "MoE-32, seed 0" in shown, "the notebook says what is missing"
     (compared,) = (workplace.home / "results" / "pr-moe" / "smoke-sweep").iterdir()
     assert read_json(compared / "summary.json")["missing"] == [lost], "the last notebook compares the points"
-    assert len((compared / "points.jsonl").read_text().splitlines()) == 11 and (compared / "points-dark.svg").exists()
+    assert len((compared / "points.jsonl").read_text().splitlines()) == 11 and (compared / "points.svg").exists()
     out = moelab(
         "sweep",
         "pr-moe",
