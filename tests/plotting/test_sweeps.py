@@ -81,11 +81,11 @@ def test_series_of_their_own_units_have_panels_of_their_own():
 
 
 @pytest.mark.parametrize("varied", [("x",), ("x", "y")])
-def test_it_is_saved_for_light_dark_and_narrow_pages(varied, tmp_path):
+def test_it_is_saved(varied, tmp_path):
     figure = draw(table(**{name: [1, 2] for name in varied}), *varied)
     figures.title(figure, "Over x, MoE-128 ends lowest")
     names = {path.name for path in figures.save(figure, tmp_path / "points")}
-    assert {"points.png", "points-dark.svg", "points-narrow.svg"} <= names
+    assert "points.svg" in names
 
 
 @pytest.mark.parametrize(

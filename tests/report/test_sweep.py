@@ -75,7 +75,7 @@ def test_one_result_with_a_figure_and_a_table_on_the_page(two, home):
         summary["title"] == "Over train.tokens, the lowest mean loss is 4.963 nats, of Second half at train.tokens=2048"
     )
     assert summary["parameters"]["sweep"] == {"train.tokens": [1024, 2048]} and "overrides" not in summary["parameters"]
-    assert len(summary["runs"]) == 8 and summary["seeds"] == [0, 1] and (folder / "points-dark.svg").exists()
+    assert len(summary["runs"]) == 8 and summary["seeds"] == [0, 1] and (folder / "points.svg").exists()
     assert sweep.publish(HALF, two, found) == folder, "the same comparison is not published twice"
     page = Path(site.update().index).parent / folder.relative_to(home / "results") / "index.html"
     text = page.read_text()
