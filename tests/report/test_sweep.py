@@ -118,7 +118,7 @@ def test_without_training_the_claims_are_compared(publish, tmp_path):
     assert found.series == "claim" and list(found.table["value"]) == [0.3, 0.4]
     assert found.table["again"].tolist() == [True, False] and not found.runs
     folder = sweep.publish(chosen, asked, found)
-    assert (folder / "points.png").exists() and json.loads((folder / "summary.json").read_text())["runs"] == []
+    assert (folder / "points.svg").exists() and json.loads((folder / "summary.json").read_text())["runs"] == []
     sweep.show(asked, found)
 
 
