@@ -283,7 +283,7 @@ def _compare(name: str, sweep: Sweep, publish: bool, *, over: bool) -> None:
         module.show(sweep, found)
         if all(ended) and (folder := module.publish(experiment(name), sweep, found, publish=publish)):
             site.update(publish=publish)
-            print(f"figure: {paths.short(folder / module.NAME)}.png; it is on the results page, too")
+            print(f"figure: {paths.short(folder / module.NAME)}.svg; it is on the results page, too")
     if not (over and all(ended)):
         print("when the last of its notebooks has ended, the same command prints the table of all points")
 

@@ -58,7 +58,7 @@ def execute_watched(
     console.print(f"[bold green]{summary['title']}[/]")
     for name, path in (
         ("notebook", result / "notebook.ipynb"),
-        *(("figure", result / f"{f['name']}.png") for f in summary["figures"]),
+        *(("figure", result / f"{f['name']}.svg") for f in summary["figures"]),
         *([("page", index)] if index else []),
     ):
         console.print(f"{name:>9}  {paths.short(path)}", soft_wrap=True, highlight=False)

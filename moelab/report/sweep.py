@@ -1,6 +1,6 @@
 """Compare the points of a sweep: one table and one figure over all of them, published as a result of its own.
 
-    <results>/<experiment>/<scale>-sweep/<date>-<time>/    points.jsonl, points.png, ..., summary.json
+    <results>/<experiment>/<scale>-sweep/<date>-<time>/    points.jsonl, points.svg, ..., summary.json
 
 Where the experiment trains, the value of a point is the final loss of each arm, from the run store; else that of each
 claim, from the results of the points. So it is the same wherever the points' notebooks were executed.

@@ -367,8 +367,13 @@ class TestPrMoeNotebook:
         assert len(summary["runs"]) == 4 and not summary["missing"] and summary["seeds"] == [0, 1]
         assert summary["runs"][0]["provenance"]["versions"]["torch"] and summary["hardware"]["cores"]
         assert {c["claim"] for c in summary["claims"]} >= {"pr-moe-matches-moe128", "pr-moe-size"}
-        for line in ("notebook", "figure", "page"):
-            assert line in out
+        said = [
+            line.split(maxsplit=1)
+            for line in out.splitlines()
+            if line.startswith((" notebook", "   figure", "     page"))
+        ]
+        assert [kind for kind, _ in said] == ["notebook", *["figure"] * len(summary["figures"]), "page"]
+        assert all(Path(path).exists() for _, path in said)
         notebook = nbformat.read(folder / "notebook.ipynb", as_version=4)
         assert [c for c in notebook.cells if "injected-parameters" in c.metadata.get("tags", [])]
         for claim in summary["claims"]:

@@ -198,10 +198,10 @@ def test_a_sweep_ends_with_one_table_and_one_figure(lab):
     until(lambda: all(row.over for row in overview().rows))
     (folder,) = (paths.own_results() / "pr-moe" / "smoke-sweep").iterdir()
     summary = read_json(folder / "summary.json")
-    assert len(summary["runs"]) == 4 and not summary["missing"] and (folder / "points.png").stat().st_size > 5_000
+    assert len(summary["runs"]) == 4 and not summary["missing"] and (folder / "points.svg").stat().st_size > 5_000
     assert "MoE-32" in (paths.pages() / "pr-moe" / "smoke-sweep" / folder.name / "index.html").read_text()
     again = moelab(*command)
-    assert "nothing to submit" in again and again.count("MoE-32") == 2 and f"{folder.name}/points.png" in again
+    assert "nothing to submit" in again and again.count("MoE-32") == 2 and f"{folder.name}/points.svg" in again
     assert len(list(folder.parent.iterdir())) == 1, "published once"
 
 
