@@ -124,6 +124,8 @@ def _series(
     line: bool,
 ) -> None:
     """One series for each candidate, side by side at each value of `x`; the scale is logarithmic."""
+    from matplotlib.ticker import MaxNLocator, NullLocator
+
     values = list(dict.fromkeys(row[x] for row in rows))
     names = [name for name in palette if any(row["candidate"] == name for row in rows)]
     center, low, high = columns
@@ -151,6 +153,10 @@ def _series(
     ax.set_yscale("log")
     ax.yaxis.set_major_formatter(lambda v, _: f"{v:g}")
     ax.yaxis.set_minor_formatter(lambda v, _: f"{v:g}" if f"{v:e}"[0] in "25" else "")
+    bottom, top = ax.get_ylim()
+    if top < 2.5 * bottom:  # hardly a 1, 2 or 5 among them
+        ax.yaxis.set_major_locator(MaxNLocator(4))
+        ax.yaxis.set_minor_locator(NullLocator())
     ax.set_xticks(range(len(values)), [tick(value) for value in values])
 
 

@@ -41,8 +41,9 @@ def losses(points: pd.DataFrame, curves: pd.DataFrame, predicted: pd.DataFrame, 
         width = predicted["width"].iloc[0]
         ax.plot([], [], "--", color="#888888", label=f"{width} wide, predicted (95 %)")
         if predicted["measured"].notna().any():
-            ax.plot([], [], "*", color="#888888", markersize=10, markeredgecolor="black", label=f"{width} wide, came")
+            ax.plot([], [], "*", color="#888888", markersize=10, markeredgecolor="black", label=f"{width} wide, measured")
     ax.set_xscale("log")
+    ax.xaxis.set_minor_formatter("")
     ax.set(xlabel="training compute (FLOPs)", ylabel="validation loss (nats per token)")
     legend_below(ax)
     return ax
@@ -64,9 +65,11 @@ def leverage(levers: pd.DataFrame, ax: Axes) -> Axes:
             ax.plot(row.compute, row.value, marker, color=color, markerfacecolor="white" if row.beyond else color)
     for arm in dict.fromkeys(levers["arm"]):
         ax.plot([], [], "o", color=palette[arm], label=arm)
-    ax.plot([], [], "o", color="#888888", markerfacecolor="white", label="more compute than any dense run had")
+    if levers["beyond"].any():
+        ax.plot([], [], "o", color="#888888", markerfacecolor="white", label="more compute than any dense run had")
     ax.axhline(1, color="#888888", linewidth=1)
     ax.set_xscale("log")
+    ax.xaxis.set_minor_formatter("")
     ax.set_yscale("log", base=2)
     ax.yaxis.set_major_formatter("{x:g}")
     ax.set(xlabel="the MoE's training compute (FLOPs)", ylabel="FLOPs that a dense model needs, times the MoE's")
