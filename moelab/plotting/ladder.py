@@ -41,7 +41,9 @@ def losses(points: pd.DataFrame, curves: pd.DataFrame, predicted: pd.DataFrame, 
         width = predicted["width"].iloc[0]
         ax.plot([], [], "--", color="#888888", label=f"{width} wide, predicted (95 %)")
         if predicted["measured"].notna().any():
-            ax.plot([], [], "*", color="#888888", markersize=10, markeredgecolor="black", label=f"{width} wide, measured")
+            ax.plot(
+                [], [], "*", color="#888888", markersize=10, markeredgecolor="black", label=f"{width} wide, measured"
+            )
     ax.set_xscale("log")
     ax.xaxis.set_minor_formatter("")
     ax.set(xlabel="training compute (FLOPs)", ylabel="validation loss (nats per token)")
