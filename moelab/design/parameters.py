@@ -131,9 +131,8 @@ def resolve(experiment: Experiment, given: Mapping[str, str]) -> Request:
             values[name] = _absolute(values[name])
     if dotted:
         try:
-            typed = json.loads(
-                json.dumps(check_overrides(dotted))
-            )  # what a notebook and a submission's record can hold
+            # As a notebook and a submission's record can hold them.
+            typed = json.loads(json.dumps(check_overrides(dotted)))
         except ValueError as error:
             raise ValueError(f"{experiment.name}: {error}") from None
         values["overrides"] = values.get("overrides", {}) | typed

@@ -63,7 +63,7 @@ def write(runs: Sequence[Run], directory: Path) -> list[Path]:
         path, whole = directory / f"{model}.zip", io.BytesIO()
         for archive in found(path):
             records.setdefault(archive.name, archive.read_bytes())
-        with zipfile.ZipFile(whole, "w") as pack:
+        with zipfile.ZipFile(whole, "w") as pack:  # records lie as they are, so that git keeps what was added alone
             for name, data in sorted(records.items()):
                 pack.writestr(zipfile.ZipInfo(name, _EPOCH), data)
         write_bytes(path, whole.getvalue())

@@ -9,21 +9,14 @@ from pathlib import Path
 from typing import Any
 
 from moelab.files import write_text
-from moelab.report.ledger import scale_rank
 from moelab.report.site.charts import gap_of_fig_1, models_of, whole_training
-from moelab.report.site.results import Result
+from moelab.report.site.results import Result, strongest
 
 FILE = "hero.svg"
 ARMS = ("MoE-32", "PR-MoE-32/64", "MoE-128")
 BASE = "Dense"
 DATA = "over-training.jsonl"
 """Curves of differences to the base at the same step and seed, in a result of pr-moe."""
-
-
-def source(results: Sequence[Result]) -> Result | None:
-    """Return the result whose curves are drawn: the newest at the scale whose evidence is strongest."""
-    found = [result for result in results if result.experiment == "pr-moe" and result.has(DATA)]
-    return min(found, key=lambda result: scale_rank(result.scale), default=None)
 
 
 def caption(result: Result) -> str:
@@ -43,7 +36,7 @@ def caption(result: Result) -> str:
 
 def write(results: Sequence[Result], folder: Path) -> tuple[Result | None, bool]:
     """Write the figure if its data have changed; return the result that it shows, and whether it was written."""
-    result = source(results)
+    result = strongest(results, "pr-moe", DATA)
     if result is None:
         return None, False
     models = models_of(result)

@@ -8,10 +8,9 @@ from dataclasses import dataclass, field
 from moelab.config import ModelConfig
 from moelab.design import budgets, comparison
 from moelab.plotting.typography import typeset
-from moelab.report.ledger import scale_rank
 from moelab.report.site.charts import gap_of_fig_1, whole_training
 from moelab.report.site.claims import ClaimRow
-from moelab.report.site.results import Result
+from moelab.report.site.results import Result, strongest
 from moelab.report.site.template import quantity
 from moelab.statistics import interval
 
@@ -87,12 +86,6 @@ def answers(results: Sequence[Result], rows: Iterable[ClaimRow]) -> list[Answer]
         _claims("How fast is it served?", decided, SERVED),
     ]
     return [answer for answer in found if answer]
-
-
-def strongest(results: Sequence[Result], experiment: str) -> Result | None:
-    """Return the newest result of an experiment at the scale whose evidence is strongest."""
-    of_it = [result for result in results if result.experiment == experiment]
-    return min(of_it, key=lambda result: scale_rank(result.scale), default=None)
 
 
 def _said(values: Sequence[float], text: str = "%+.3f", unit: str = "") -> str:

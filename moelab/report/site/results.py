@@ -13,6 +13,7 @@ from moelab.design.verdicts import NOT_TESTABLE, NOT_TESTED, SIMULATED
 from moelab.experiments import EXPERIMENTS, Experiment
 from moelab.files import read_json, read_object
 from moelab.plotting.typography import typeset
+from moelab.report.ledger import scale_rank
 from moelab.report.summary import (
     SUMMARY,
     FigureRow,
@@ -295,6 +296,17 @@ def read_results(root: Path) -> tuple[list[Result], list[str]]:
         except (ValueError, OSError, RecursionError) as error:
             unreadable.append(unreadable_line(root / path / SUMMARY, root, error))
     return sorted(found, key=lambda r: (r.summary.finished, r.path), reverse=True), unreadable
+
+
+def strongest(results: Sequence[Result], experiment: str, data: str = "") -> Result | None:
+    """Return the newest result of an experiment at the scale whose evidence is strongest.
+
+    Args:
+        results: the newest first.
+        data: only results that have this file.
+    """
+    found = [result for result in results if result.experiment == experiment and (not data or result.has(data))]
+    return min(found, key=lambda result: scale_rank(result.scale), default=None)
 
 
 BENCHMARKS = {
