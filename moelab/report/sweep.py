@@ -179,7 +179,9 @@ def publish(
     before = sorted((folder for folder in place.glob(f"[!.]*/{NAME}.jsonl")), reverse=True)
     if before and before[0].read_text(encoding="utf-8") == lines(found.table):
         return before[0].parent
-    target = place / (name or time.strftime("%Y%m%d-%H%M%S", time.gmtime()))
+    moment = int(time.time())
+    while (target := place / (name or time.strftime("%Y%m%d-%H%M%S", time.gmtime(moment)))).exists() and not name:
+        moment += 1  # another result has this second
     try:
         with new_directory(target) as staging:
             _write(
