@@ -23,7 +23,10 @@ if TYPE_CHECKING:
     from moelab.runs.collection import Runs
 
 TWINS = "Twins, paired by seed."
-RAISED = f"{TWINS} The look at five seeds was added after that at three had been seen."
+RAISED = (
+    f"{TWINS} Judged with three seeds as planned, and once more with five, which was decided after seeing the first; "
+    "the interval allows for both."
+)
 
 
 def by_arm(final: pd.DataFrame, value: str = "validation_loss") -> pd.DataFrame:
