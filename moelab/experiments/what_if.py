@@ -24,13 +24,13 @@ MODELS = {
     ),
 }
 GPUS = {"smoke": (8, 16), "cpu": (1, 8, 32, 128, 256)}
-BATCHES = {"smoke": (8,), "cpu": (1, 8, 64, 512)}
+BATCHES = {"smoke": (8,), "cpu": (1, 4, 16, 64, 256)}
 """Scale -> what the grid is made of; batches are of a tensor group."""
 OBJECTIVES: tuple[simulate.Objective, ...] = ("latency", "cost")
 
 
 def grid(scale: str, context: int) -> pd.DataFrame:
-    """Return the best layout for each model, cluster, number of GPUs, batch and objective; what fits nowhere is left out.
+    """Return the best layout for each model, cluster, number of GPUs, batch and objective, where one fits.
 
     Columns: model, cluster, most_gpus, best_by, memory_gib and currency of the cluster, and those of
     `moelab.simulate.search.frame`.
