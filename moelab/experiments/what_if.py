@@ -65,14 +65,15 @@ def draw(rows: pd.DataFrame, ax: Axes) -> None:
     shown = rows[(rows["best_by"] == "latency") & (rows["most_gpus"] == rows["most_gpus"].max())]
     shown = shown[shown["batch"] == shown["batch"].min()]
     models = list(dict.fromkeys(shown["model"]))[::-1]
-    for (where, part), (color, form) in zip(shown.groupby("cluster", sort=False), MARKS, strict=False):
-        ax.plot(part["latency_ms"], part["model"].map(models.index), form, color=color, label=where)
+    for (where, part), (color, form, size) in zip(shown.groupby("cluster", sort=False), MARKS, strict=False):
+        at = part["model"].map(models.index)
+        ax.plot(part["latency_ms"], at, form, color=color, markersize=size, markerfacecolor="none", label=where)
     ax.set_yticks(range(len(models)), models)
     ax.set(xlabel="latency of a token (ms)", xlim=(0, None))
 
 
-MARKS = (("#0072B2", "o"), ("#D55E00", "s"), ("#009E73", "^"))
-"""Colour and form of each cluster."""
+MARKS = (("#0072B2", "o", 11), ("#D55E00", "s", 7), ("#009E73", "x", 5))
+"""Colour, form and size of each cluster's mark: equal latencies are seen through one another."""
 
 
 def headline(rows: pd.DataFrame) -> str:

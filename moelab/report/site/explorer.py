@@ -12,8 +12,10 @@ PAGE = "explorer.html"
 DATA = "grid.jsonl"
 CHOICES = {"model": "Model", "cluster": "Cluster", "most_gpus": "GPUs at most", "best_by": "Best by"}
 """Column by which a reader chooses -> its label."""
+NUMBERS = 6
+"""Columns of the table that hold numbers, the first ones."""
 START = {"model": "1.3B+MoE-128", "cluster": "a100-80gb", "most_gpus": "32", "best_by": "latency"}
-HEADS = ("Batch", "ms a token", "tokens/s/GPU", "per million tokens", "GiB a GPU", "of", "GPUs", "Layout, bound by")
+HEADS = ("Batch", "ms a token", "tokens/s/GPU", "per million tokens", "GiB a GPU", "GPUs", "Layout", "Bound by")
 
 
 def explorer(results: Sequence[Result]) -> dict[str, Any] | None:
@@ -31,8 +33,9 @@ def explorer(results: Sequence[Result]) -> dict[str, Any] | None:
         "choices": [(name, label, options[name]) for name, label in CHOICES.items()],
         "start": start,
         "heads": HEADS,
+        "numbers": NUMBERS,
         "rows": [line for key, line in packed if key == list(start.values())],
-        "packed": {"fields": list(CHOICES), "rows": packed},
+        "packed": {"fields": list(CHOICES), "heads": HEADS, "numbers": NUMBERS, "rows": packed},
     }
 
 
@@ -43,8 +46,8 @@ def _line(row: dict[str, Any]) -> list[str]:
         f"{row['latency_ms']:.3g}",
         f"{row['tokens_per_s_per_gpu']:,.0f}",
         price,
-        f"{row['gib_per_gpu']:.1f}",
-        f"{row['memory_gib']:.1f}",
+        f"{row['gib_per_gpu']:.1f} of {row['memory_gib']:.1f}",
         f"{row['gpus']}",
-        f"{row['layout'].partition(', ')[2].rpartition(', ')[0]}; {BOUND.get(row['bound'], row['bound'])}",
+        row["layout"].partition(", ")[2].rpartition(", ")[0],
+        BOUND.get(row["bound"], row["bound"]),
     ]
