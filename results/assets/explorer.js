@@ -1,7 +1,7 @@
 "use strict";
 // Show the rows of the grid that the controls choose; the choice stands in the address.
 {
-  const { fields, rows } = JSON.parse(document.getElementById("all").textContent);
+  const { fields, heads, numbers, rows } = JSON.parse(document.getElementById("all").textContent);
   const form = document.getElementById("explore");
   const table = document.getElementById("grid");
   const caption = table.caption.textContent;
@@ -20,7 +20,8 @@
         row[1].forEach((text, i) => {
           const cell = document.createElement(i ? "td" : "th");
           if (!i) cell.scope = "row";
-          else if (i < row[1].length - 1) cell.className = "n";
+          else if (i < numbers) cell.className = "n";
+          cell.dataset.label = heads[i];
           cell.textContent = text;
           line.append(cell);
         });

@@ -149,8 +149,8 @@ def _fold_tables(notebook: NotebookNode) -> None:
                 output.data["text/html"] = f'<details class="table">{summary}<div>{text}</div></details>'
 
 
-_WIDGET = re.compile(r"[A-Z]\w+\(.*\)", re.S)
-"""The text of a widget."""
+_WIDGET = re.compile(r"[A-Z]\w+\(.*[)…]", re.S)
+"""The text of a widget, which may be cut off."""
 
 
 def _heading(notebook: NotebookNode, name: str) -> str:
