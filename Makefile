@@ -37,7 +37,7 @@ browse: $(VENV)/.installed  ## the results page on localhost
 DOCS := .moelab/docs
 docs: $(VENV)/.installed-test  ## the documentation with the API reference and a search, in .moelab/docs/html; no network
 	rm -rf $(DOCS) && mkdir -p $(DOCS)/source
-	ln -s $(addprefix $(CURDIR)/,README.md LOG.md CHANGELOG.md CONTRIBUTING.md docs slurm results) $(DOCS)/source/
+	cp -r README.md LOG.md CHANGELOG.md CONTRIBUTING.md docs slurm $(DOCS)/source/ && ln -s $(CURDIR)/results $(DOCS)/source/
 	$(BIN)/python -m sphinx -q -c docs $(SPHINX) $(DOCS)/source $(DOCS)/html
 	@echo "$(DOCS)/html/README.html"
 

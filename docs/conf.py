@@ -1,6 +1,6 @@
 """The documentation as a site with the API reference and a search, in pages that need no network: `make docs`.
 
-Sphinx reads a folder of links to the pages of the checkout, to which this adds a page a package, from the docstrings.
+Sphinx reads a copy of the checkout's pages, to which this adds a page a package, from the docstrings.
 """
 
 import os
@@ -23,6 +23,7 @@ html_title = "moelab"
 html_copy_source = False
 myst_heading_anchors = 4
 myst_url_schemes = {"http": None, "https": None, "checkout": None}
+napoleon_use_ivar = True
 autodoc_typehints = "none"  # they stand in the signature
 autodoc_member_order = "bysource"
 default_role = "literal"
@@ -38,6 +39,7 @@ PAGES = """
 ```{toctree}
 :hidden:
 :caption: Guides
+docs/README
 docs/explore
 docs/browse
 docs/reviewer
@@ -64,7 +66,6 @@ api/index
 :glob:
 LOG
 docs/log/*
-docs/README
 ```
 """
 
@@ -108,8 +109,8 @@ def link(app, docname, source) -> None:
 
     def outside(found: re.Match) -> str:
         path = posixpath.normpath(posixpath.join(folder, found[2]))
-        page = path.removesuffix(".md") if path.endswith(".md") else None
-        return found[0] if page in app.env.found_docs else f"{found[1]}(checkout:{path}{found[3] or ''})"
+        page = path.endswith(".md") and path.removesuffix(".md") in app.env.found_docs
+        return f"{found[1]}({'/' if page else 'checkout:'}{path}{found[3] or ''})"
 
     text = re.sub(r"((?<!!)\[[^\[\]]*\])\(([^)#:\s]+)(#[^)\s]*)?\)", outside, source[0])
     text = re.sub(r"\[(!\[[^\]]*\]\([^)]*\))\]\([^)]*\)", r"\1", text.replace("```mermaid", "```text"))

@@ -13,6 +13,7 @@ from typing import Any
 from markupsafe import Markup
 
 import moelab
+from moelab import paper
 from moelab.design.verdicts import STYLES
 from moelab.files import write_text
 from moelab.plotting.axis import mark
@@ -261,6 +262,7 @@ def _comparison(result: Result, rows: Sequence[ClaimRow], tables: Mapping[str, l
 
 _VIEW = {
     "sign": sign,
+    "statement": lambda id: paper.claim(id).statement,
     "styles": STYLES,
     "row_plot": plot.row_plot,
     "mark_of": lambda style, y: Markup(mark(style, y)),
