@@ -241,7 +241,7 @@ def test_links_lead_to_files_and_headings():
             if link.startswith("https://"):
                 continue
             name, _, anchor = link.partition("#")
-            target = page.parent / name if name else page
+            target = page.parent / name.partition("?")[0] if name else page
             assert target.exists(), f"{page.name}: {link}"
             if anchor and target.suffix == ".md":
                 assert anchor in anchors(target), f"{page.name}: {link}"
