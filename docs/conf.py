@@ -27,6 +27,7 @@ napoleon_use_ivar = True
 autodoc_typehints = "none"  # they stand in the signature
 autodoc_member_order = "bysource"
 default_role = "literal"
+autodoc_mock_imports = ["deepspeed", "llama_cpp"]  # peers of the benchmarks, which may be missing
 suppress_warnings = [
     "myst.header",
     "myst.xref_missing",
