@@ -242,10 +242,10 @@ def forest(rows: Iterable[ClaimRow], tally: dict[str, list[TallyItem]]) -> list[
 def sizes(results: Sequence[Result]) -> dict[str, str]:
     """Return scale -> a text: how large its twins are and how long they trained, beside the paper's models.
 
-    It is about the runs behind the newest result of every experiment.
+    It is about the runs behind the newest result of every experiment but the tour (`start`), which compares nothing.
     """
     newest: dict[tuple[str, str], Result] = {}
-    for result in results:
+    for result in (result for result in results if result.experiment != "start"):
         newest.setdefault((result.scale, result.experiment), result)
     by_scale: dict[str, list[Result]] = {}
     for (scale, _), result in newest.items():
