@@ -7,6 +7,7 @@ import re
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, TypeVar
 
 if TYPE_CHECKING:
@@ -58,6 +59,14 @@ def task_progress() -> Iterator[Callable[[str, int, int], None]]:
             bars.update(rows[task], completed=done, total=total)
 
         yield show
+
+
+def working(what: str) -> AbstractContextManager[object]:
+    """Show on standard error, in a terminal, that this goes on while the context lasts."""
+    from rich.console import Console
+    from rich.text import Text
+
+    return Console(stderr=True).status(Text(plain(f"{what} …")))
 
 
 def announced(cases: Sequence[T], name: Callable[[T], str]) -> Iterator[T]:

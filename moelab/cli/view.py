@@ -49,8 +49,10 @@ def browse(
 
     from moelab.report import site
     from moelab.report.site.server import ResultsServer
+    from moelab.terminal import working
 
-    built = site.update(publish=publish)
+    with working("building the pages"):
+        built = site.update(publish=publish)
     for line in built.unreadable:
         print(f"not readable: {line}", file=sys.stderr)
     if not serve:
