@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from moelab import environment, paths
 from moelab.files import read_json, write_json
+from moelab.lazy import pd
 from moelab.report.publication import Publication
 from moelab.report.summary import SUMMARY, parse
 from moelab.runs import executors
@@ -32,8 +33,6 @@ from moelab.runs.store import Run, RunStore
 from moelab.terminal import duration
 
 if TYPE_CHECKING:
-    import pandas as pd
-
     from moelab.inference.text import Text
     from moelab.slurm.jobs import Jobs
     from moelab.slurm.rows import Overview

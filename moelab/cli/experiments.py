@@ -21,6 +21,7 @@ from moelab.cli._options import (
     parse_parameters,
     print_json,
 )
+from moelab.lazy import pd
 
 if TYPE_CHECKING:
     from moelab.runs.spec import RunSpec
@@ -176,8 +177,6 @@ def power(
     By the spread over seeds in its newest result, published or your own: of the paper's claims that it measures, or of
     all arms against one of them.
     """
-    import pandas as pd
-
     from moelab import paths, terminal
     from moelab.design.power import MOST
     from moelab.report.planning import needs

@@ -18,12 +18,12 @@ from typing import TYPE_CHECKING
 from moelab import paper
 from moelab.config import ExpertConfig, ModelConfig
 from moelab.design import settings
+from moelab.lazy import np, pd
 from moelab.runs.branching import token_budgets
 from moelab.runs.collection import Runs
 from moelab.runs.spec import RunSpec
 
 if TYPE_CHECKING:
-    import pandas as pd
     from matplotlib.axes import Axes
 
 BUDGETS = {
@@ -80,8 +80,6 @@ def losses(runs: Runs) -> pd.DataFrame:
     Columns: arm, seed, tokens, per_parameter (tokens over the base's parameters outside its embeddings), loss (nats per
     token).
     """
-    import pandas as pd
-
     rows = []
     for run in runs.finished:
         spec = run.spec
@@ -114,8 +112,6 @@ def paper_gaps(model: str, base: str) -> pd.DataFrame:
 
     Columns: tokens, per_parameter, gap, low, high.
     """
-    import pandas as pd
-
     moe, dense = paper.loss_curve(model), paper.loss_curve(base)
     parameters = ModelConfig.parse(base).non_embedding_parameters()
     theirs = dict(zip(moe.tokens_B, zip(moe.loss, moe.uncertainty, strict=True), strict=True))
@@ -192,8 +188,6 @@ def efficiency(table: pd.DataFrame, moe: str, base: str) -> pd.DataFrame:
     Returns:
         Columns arm, seed, tokens (the base's budget), per_parameter, times.
     """
-    import pandas as pd
-
     rows = []
     for seed, part in table.groupby("seed"):
         ours, theirs = (part[part["arm"] == arm].sort_values("tokens") for arm in (moe, base))
@@ -239,8 +233,6 @@ def at_equal_cost(table: pd.DataFrame, costs: Mapping[str, Mapping[str, float]],
     Returns:
         Columns at (what), arm, seed, gap.
     """
-    import pandas as pd
-
     rows = []
     for seed, part in table.groupby("seed"):
         dense = part[part["arm"] == base].sort_values("tokens")
@@ -270,8 +262,6 @@ def effective_size(final: pd.DataFrame, moe: str, base: str, larger: str, scale:
     Returns:
         Columns seed, times.
     """
-    import pandas as pd
-
     table = final.pivot(index="seed", columns="arm", values="validation_loss")
     if not {moe, base, larger} <= set(table):
         return pd.DataFrame(columns=["seed", "times"])
@@ -283,8 +273,6 @@ def effective_size(final: pd.DataFrame, moe: str, base: str, larger: str, scale:
 
 def paper_effective_size(moe: str, base: str, larger: str, per_parameter: float) -> float:
     """Return the same from the paper's Fig 1, at the tokens where its base has seen so many tokens a parameter."""
-    import numpy as np
-
     small, large = (ModelConfig.parse(name).non_embedding_parameters() for name in (base, larger))
     at = per_parameter * small / 1e9
     curves = {name: paper.loss_curve(name) for name in (moe, base, larger)}

@@ -14,14 +14,11 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
 
+from moelab.lazy import pd
 from moelab.statistics import ALPHA
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 PARAMETERS = 5
 DRAWS = 400

@@ -14,16 +14,13 @@ import bisect
 import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from moelab.design import sequential, stated
 from moelab.design.judging import LEAST, MARGIN
 from moelab.design.verdicts import Verdict
+from moelab.lazy import np
 from moelab.paper.claims import Claim
 from moelab.statistics import Estimate
-
-if TYPE_CHECKING:
-    import numpy as np
 
 POWER = 0.8
 """Chance to decide, if the effect is there, that a plan is made for."""
@@ -71,8 +68,6 @@ def of_equality(differences: Sequence[float], gain: Sequence[float]) -> Need:
     Args:
         differences, gain: per seed, of earlier runs; their mean gain is taken as the true one.
     """
-    import numpy as np
-
     gained = np.asarray(gain, float)
     margin, apart = MARGIN * gained, np.asarray(differences, float)
     columns = np.stack([gained, margin - apart, margin + apart])
@@ -127,8 +122,6 @@ def _first(numbers: range, good: Callable[[int], bool]) -> int | None:
 
 def _statistics(means: Sequence[float], covariance: Sequence[Sequence[float]]) -> np.ndarray:
     """Return the t statistics of simulated experiments: [experiments, seeds - 1, means], from two seeds on."""
-    import numpy as np
-
     random = np.random.default_rng(0)  # the same experiments for all plans, so that they can be compared
     values = random.multivariate_normal(means, covariance, (_SIMULATED, MOST), method="eigh")
     n = np.arange(1, MOST + 1)[:, None]
@@ -139,7 +132,6 @@ def _statistics(means: Sequence[float], covariance: Sequence[Sequence[float]]) -
 
 def _decides(t: np.ndarray, looks: tuple[int, ...]) -> tuple[float, float]:
     """Return in which share of the experiments a plan decides, and after how many seeds it ends on average."""
-    import numpy as np
     from scipy.stats import t as student
 
     decided, ended = np.zeros(len(t), bool), np.full(len(t), looks[-1])

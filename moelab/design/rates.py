@@ -8,16 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
 from moelab.design import judging, settings
 from moelab.design.verdicts import Verdict
+from moelab.lazy import pd
 from moelab.runs.collection import Runs
 from moelab.runs.spec import RunSpec
 from moelab.runs.store import Run
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 SHARED = ", shared rate"
 """Ends the label of an arm at the shared rate."""
@@ -57,8 +54,6 @@ def by_rate(runs: Runs) -> tuple[Runs, Runs]:
 
 def losses(own: Runs, shared: Runs) -> pd.DataFrame:
     """Return the final losses at both rates: columns arm, rate ("own", "shared"), peak, seed, loss (nats per token)."""
-    import pandas as pd
-
     rows = [
         [run.spec.title, rate, run.spec.train.lr, run.spec.train.seed, run.result["validation_loss"]]
         for rate, runs in (("own", own), ("shared", shared))

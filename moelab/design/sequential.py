@@ -21,6 +21,7 @@ import functools
 import math
 from collections.abc import Sequence
 
+from moelab.lazy import np
 from moelab.statistics import ALPHA, Estimate
 
 _HALF = 120  # nodes of the integration on either side of zero: boundaries are exact to four digits
@@ -41,7 +42,6 @@ def boundaries(fractions: Sequence[float], cumulative: Sequence[float]) -> list[
         fractions: of the planned seeds at each look, increasing.
         cumulative: chance, under no effect, that a boundary has been crossed at this look or before.
     """
-    import numpy as np
     from scipy.optimize import brentq
     from scipy.stats import norm
 

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING
 
 from moelab import paper
 from moelab.design import comparison
+from moelab.lazy import pd
 
 if TYPE_CHECKING:
-    import pandas as pd
     from matplotlib.axes import Axes
 
 COLUMNS = ["pair", "seed", "share", "gap"]
@@ -30,8 +30,6 @@ def gaps(curves: pd.DataFrame, pairs: Sequence[tuple[str, str]]) -> pd.DataFrame
     Returns:
         Columns pair ("left − right"), seed, share (0 to 1), gap (nats per token).
     """
-    import pandas as pd
-
     found = [pd.DataFrame(columns=COLUMNS)]
     for left, right in pairs:
         moved = comparison.over_training(curves, [left], right)
@@ -48,8 +46,6 @@ def paper_gaps(pairs: Sequence[tuple[str, str]]) -> pd.DataFrame:
 
     Columns: pair, share, gap, low, high.
     """
-    import pandas as pd
-
     rows = []
     for left, right in pairs:
         ours, theirs = paper.loss_curve(left), paper.loss_curve(right)
@@ -80,8 +76,6 @@ def crossing(curve: pd.DataFrame) -> float | None:
 
 def crossings(table: pd.DataFrame) -> pd.DataFrame:
     """Return `crossing` for each pair and seed of `gaps`: columns pair, seed, share (missing where there is none)."""
-    import pandas as pd
-
     rows = [[pair, seed, crossing(part)] for (pair, seed), part in table.groupby(["pair", "seed"], sort=False)]
     return pd.DataFrame(rows, columns=["pair", "seed", "share"]).astype({"share": float})
 

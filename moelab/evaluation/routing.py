@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moelab.config import DataConfig
+from moelab.lazy import np
 
 if TYPE_CHECKING:
-    import numpy as np
     from torch import Tensor
 
     from moelab.data import Tokenizer
@@ -115,7 +115,6 @@ def expert_use(model: GPT, batches: Iterable[tuple[str, Tensor]]) -> list[Expert
         model: in evaluation mode.
         batches: (domain, tokens [B, T]).
     """
-    import numpy as np
     import torch
 
     device = model.token_embedding.weight.device
@@ -147,7 +146,6 @@ def routing(model: GPT, tokenizer: Tokenizer, data: DataConfig, cache: Path, max
         "shares", the share of a domain's choices that each expert of a layer takes (keys layer, domain, expert, share);
         "tokens", by domain.
     """
-    import numpy as np
     import torch
 
     from moelab.data import encode_validation
@@ -189,8 +187,6 @@ def told(counts_XE: np.ndarray) -> float:
     The share, from 0 to 1, is mutual information over entropy, both less what the same counts tell after shuffling,
     because a small sample tells something by chance.
     """
-    import numpy as np
-
     x_N, e_N = (np.repeat(part, counts_XE.flatten()) for part in map(np.ravel, np.indices(counts_XE.shape)))
     shuffled_XE = np.zeros_like(counts_XE)
     np.add.at(shuffled_XE, (x_N, np.random.default_rng(0).permutation(e_N)), 1)
@@ -207,16 +203,12 @@ def told(counts_XE: np.ndarray) -> float:
 
 def _counts(value_S: np.ndarray, expert_SK: np.ndarray, experts: int) -> np.ndarray:
     """Return how often each value of a variable and each expert come together, int64 [values, E]."""
-    import numpy as np
-
     pairs = value_S.repeat(expert_SK.shape[1]) * experts + expert_SK.ravel()
     values = int(value_S.max()) + 1
     return np.bincount(pairs, minlength=values * experts).reshape(values, experts)
 
 
 def _layer(use: ExpertUse, router_entropy: float) -> Layer:
-    import numpy as np
-
     from moelab.training.balance import layer_statistics, max_violation
 
     load_E = use.by_domain_DE.sum(0)

@@ -23,10 +23,9 @@ from moelab.design.experiment import Experiment, Scale
 from moelab.design.judging import judge
 from moelab.design.verdicts import Verdict
 from moelab.experiments.decoding import check_file
+from moelab.lazy import pd
 
 if TYPE_CHECKING:
-    import pandas as pd
-
     from moelab.design.experiment import Measure
 
 WORLDS = {"smoke": (4, 8, 32, 128), "cpu": (4, 8, 16, 32, 64, 128, 256), "paper": (4, 8, 16, 32, 64, 128, 256)}

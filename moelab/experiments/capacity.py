@@ -14,15 +14,13 @@ hand, fixed before the first run with a limit.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from moelab.config import RoutingConfig
 from moelab.design import comparison
 from moelab.design.experiment import Experiment, twin_scales
 from moelab.experiments import validation_limits
-
-if TYPE_CHECKING:
-    import pandas as pd
+from moelab.lazy import pd
 
 FACTORS = (0.5, 1.0, 1.25, 2.0)
 ARMS = {"drop-free": {"name": "350M+MoE-128"}} | {

@@ -11,9 +11,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal
 
-if TYPE_CHECKING:
-    import pandas as pd
+from moelab.lazy import pd
 
+if TYPE_CHECKING:
     from moelab.config import ModelConfig
     from moelab.design.experiment import Measure
 
@@ -62,8 +62,6 @@ def steps(
     Raises:
         ValueError: there is no such file at scale paper, or it is not one of ranks; the message is one line.
     """
-    import pandas as pd
-
     if scale == "paper":
         from moelab.bench.harness import rows_of_ranks
 

@@ -34,12 +34,11 @@ from moelab.design import comparison, settings
 from moelab.design.experiment import FULL_HOURS, Experiment, Scale, full_cost
 from moelab.design.judging import judge
 from moelab.design.verdicts import Verdict
+from moelab.lazy import pd
 from moelab.runs import with_weights
 from moelab.runs.spec import RunSpec, Start
 
 if TYPE_CHECKING:
-    import pandas as pd
-
     from moelab.runs.collection import Runs
     from moelab.runs.store import Run
 
@@ -179,8 +178,6 @@ def early(curves: pd.DataFrame, share: float = 0.5) -> pd.DataFrame:
     It is the mean over the evaluations up to a share of the tokens. Columns: arm, seed, gap (negative where
     distillation helps).
     """
-    import pandas as pd
-
     end = curves.loc[curves["arm"] == "L21 alone", "tokens"].max()  # the arm of equal cost is longer
     part = curves[(curves["tokens"] > 0) & (curves["tokens"] <= share * end)]
     table = part.pivot_table(index=["seed", "tokens"], columns="arm", values="loss")
@@ -213,8 +210,6 @@ def late_training(curves: pd.DataFrame, training: pd.DataFrame, until: float) ->
         until: share of the tokens at which the learning rate begins its decay; the fall is that over the 15 % of the
             tokens before, because in the decay the loss of every model falls.
     """
-    import pandas as pd
-
     share = curves["tokens"] / curves.groupby("arm")["tokens"].transform("max")  # the arm of equal cost is longer
     late = curves[(share >= until - 0.15) & (share <= until + 1e-9)].sort_values("tokens").groupby(["arm", "seed"])
     rows = {

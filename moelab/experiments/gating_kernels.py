@@ -14,15 +14,13 @@ Expect: little difference at the 8 tokens of a decoding step, tens of times at h
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from moelab import paper
 from moelab.design.experiment import Experiment, Scale
 from moelab.design.judging import judge, judge_timing
 from moelab.design.verdicts import Verdict
-
-if TYPE_CHECKING:
-    import pandas as pd
+from moelab.lazy import pd
 
 
 @dataclass(frozen=True)

@@ -18,10 +18,9 @@ from typing import TYPE_CHECKING, Any
 from moelab.config import DataConfig, DecoderConfig, ModelConfig, RoutingConfig, digest
 from moelab.design.experiment import Experiment, Scale
 from moelab.evaluation.routing import Layer
+from moelab.lazy import pd
 
 if TYPE_CHECKING:
-    import pandas as pd
-
     from moelab.config.parallel import ParallelConfig
     from moelab.simulate import DecodeEstimate
 
@@ -100,8 +99,6 @@ def _random_model() -> Path:
 
 def tables(found: Mapping[str, Any]) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Return what `moelab.evaluation.routing.measure` found as frames: layers, shares."""
-    import pandas as pd
-
     columns = ([f.name for f in fields(Layer)], ["layer", "domain", "expert", "share"])
     return tuple(pd.DataFrame(found[name], columns=c) for name, c in zip(("layers", "shares"), columns, strict=True))
 

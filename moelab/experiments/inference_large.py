@@ -11,7 +11,6 @@ explains why.
 from __future__ import annotations
 
 from functools import partial
-from typing import TYPE_CHECKING
 
 from moelab import paper
 from moelab.config import ModelConfig
@@ -19,9 +18,7 @@ from moelab.design.experiment import Experiment, Scale
 from moelab.design.simulated import judge_simulated
 from moelab.design.verdicts import Verdict
 from moelab.experiments.decoding import check_file
-
-if TYPE_CHECKING:
-    import pandas as pd
+from moelab.lazy import pd
 
 
 SIZES = {"2.4B+MoE-128": "107B", "8B+MoE-128": "349B", "24B+MoE-128": "1T", "47B+MoE-128": "2T"}
@@ -42,8 +39,6 @@ def bars() -> pd.DataFrame:
 
 def speedups() -> pd.DataFrame:
     """Return each size's speed-up over PyTorch, simulated and as the paper prints it, for `serving.grouped_bars`."""
-    import pandas as pd
-
     from moelab.simulate import scoreboard
 
     rows = [

@@ -25,12 +25,11 @@ from typing import TYPE_CHECKING, Any
 from moelab.config import ModelConfig
 from moelab.design import budgets, settings
 from moelab.design.experiment import Experiment, Scale
+from moelab.lazy import np, pd
 from moelab.runs.collection import Runs
 from moelab.runs.spec import RunSpec
 
 if TYPE_CHECKING:
-    import pandas as pd
-
     from moelab.design import laws
 
 ARMS = {"Dense": "350M", "PR-MoE": "350M+PR-MoE-32/64", "MoE-128": "350M+MoE-128"}
@@ -77,8 +76,6 @@ def peak_rate(width: int, scale: str) -> float:
 
     Between the widths of the paper's models it is interpolated, logarithm over logarithm.
     """
-    import numpy as np
-
     bases = ("350M", "1.3B", "6.7B")
     divisor = settings.SHAPES[scale]["hidden"]
     widths = [math.log(ModelConfig.parse(base).hidden / divisor) for base in bases]
@@ -91,8 +88,6 @@ def points(runs: Runs) -> pd.DataFrame:
 
     Columns: arm, width, seed, flops (training FLOPs of a token), tokens, compute (FLOPs), loss (nats per token).
     """
-    import pandas as pd
-
     rows = []
     for run in runs.finished:
         trunk = run.spec.start.run if run.spec.start else run.spec
@@ -121,8 +116,6 @@ def fits(table: pd.DataFrame, scale: str) -> dict[str, laws.Fit]:
 
 def constants(found: Mapping[str, laws.Fit]) -> pd.DataFrame:
     """Return floor (nats) and exponents of each law: columns arm, constant, value, low, high."""
-    import pandas as pd
-
     exponents = {"alpha": "exponent of size", "beta": "exponent of data", "exponent": "exponent of compute"}
     rows = [
         [arm, title, *fitted.interval(operator.attrgetter(name))]
@@ -138,9 +131,6 @@ def curves(found: Mapping[str, laws.Fit], table: pd.DataFrame, scale: str) -> pd
     Args:
         found, table: from `fits` and `points`.
     """
-    import numpy as np
-    import pandas as pd
-
     parts = []
     for arm, fitted in found.items():
         mine = table[table["arm"] == arm]
@@ -161,8 +151,6 @@ def leverage(table: pd.DataFrame, found: Mapping[str, laws.Fit]) -> pd.DataFrame
     Args:
         table, found: from `points` and `fits`.
     """
-    import pandas as pd
-
     rows = []
     if dense := found.get("Dense"):
         most = table.loc[table["arm"] == "Dense", "compute"].max()
@@ -189,8 +177,6 @@ def prediction(table: pd.DataFrame, found: Mapping[str, laws.Fit], scale: str, s
         table, found: from `points` and `fits`.
         seeds: of the larger runs; those that were run where there are any.
     """
-    import pandas as pd
-
     width, rows = LARGER[scale], []
     for arm, fitted in found.items():
         mine = table[table["arm"] == arm]

@@ -14,14 +14,12 @@ is at an edge, the sweep is continued by ``-p peaks=``, in factors of two, for a
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from moelab.design import settings
 from moelab.design.experiment import FULL_HOURS, Experiment, Scale
+from moelab.lazy import pd
 from moelab.runs.spec import RunSpec
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 ARMS = {
     "350M": {"Dense": "350M", "MoE-128": "350M+MoE-128"},

@@ -18,16 +18,14 @@ well, in five passes, to show what the text does to the gap.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from moelab import paper
 from moelab.design import budgets, comparison, settings
 from moelab.design.experiment import FULL_HOURS, Experiment, Scale, full_cost
 from moelab.design.verdicts import Verdict
+from moelab.lazy import pd
 from moelab.runs.spec import RunSpec
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 ARMS = {name: name for name in ("350M", "350M+MoE-128", "1.3B", "1.3B+MoE-128", "6.7B")}
 
@@ -67,8 +65,6 @@ def on_other_text(arm: str) -> str:
 
 def over_texts(final: pd.DataFrame) -> pd.DataFrame:
     """Return the final gap of the 350M MoE to its base on each text of `full`: columns text, seed, gap (nats)."""
-    import pandas as pd
-
     base, moe = BUDGETED
     pairs = {settings.DATA["full"].corpus: (moe, base), OTHER_TEXT: (on_other_text(moe), on_other_text(base))}
     table = comparison.by_arm(final)
@@ -83,8 +79,6 @@ def over_texts(final: pd.DataFrame) -> pd.DataFrame:
 
 def paper_efficiency() -> dict[str, float]:
     """Return how many times fewer tokens an MoE takes to the loss that its base ends at, from the paper's Fig 1."""
-    import pandas as pd
-
     found = {}
     for moe, base, _ in PAIRS:
         curve, goal = paper.loss_curve(moe), paper.loss_curve(base)
@@ -99,8 +93,6 @@ def training_length(final: pd.DataFrame, scale: str) -> pd.DataFrame:
 
     The third column is where the paper's curves have used as many for each parameter (billions of tokens).
     """
-    import pandas as pd
-
     rows = {}
     for run in final.drop_duplicates("arm").itertuples():
         ours, theirs = comparison.tokens_a_parameter(run.arm, scale, run.tokens), comparison.tokens_a_parameter(run.arm)
@@ -120,8 +112,6 @@ def equal_tokens(final: pd.DataFrame) -> pd.DataFrame:
 
     Columns: arm, against, seed, difference (nats per token), pair (the label of a row in a figure).
     """
-    import pandas as pd
-
     rows = []
     table = comparison.by_arm(final)
     for moe, base, larger in PAIRS:

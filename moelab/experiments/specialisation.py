@@ -13,11 +13,10 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from moelab.design.experiment import Experiment, Scale
+from moelab.lazy import np, pd
 from moelab.runs import with_weights
 
 if TYPE_CHECKING:
-    import pandas as pd
-
     from moelab.runs.collection import Runs
     from moelab.runs.store import Run
 
@@ -73,8 +72,6 @@ def route(run: Run, max_tokens: int | None) -> dict[str, list[dict[str, Any]]]:
 
 def tables(found: Mapping[str, Sequence[Mapping[str, Any]]]) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Return what `measure` found as frames: layers, shares."""
-    import pandas as pd
-
     return pd.DataFrame(found["layers"], columns=LAYERS), pd.DataFrame(found["shares"], columns=SHARES)
 
 
@@ -83,9 +80,6 @@ def most_by_domain(shares: pd.DataFrame) -> pd.Series:
 
     Domains have equally many tokens. The mean over seeds.
     """
-    import numpy as np
-    import pandas as pd
-
     rows = []
     for (layer, *_), part in shares.groupby([name for name in ("layer", "seed") if name in shares]):
         load_E = part.groupby("expert")["share"].mean()

@@ -15,17 +15,14 @@ deep); measured somewhat less.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 from moelab import paper
 from moelab.config import ModelConfig
 from moelab.design.experiment import Experiment, Scale
 from moelab.design.simulated import judge_simulated
 from moelab.design.verdicts import Verdict
+from moelab.lazy import pd
 from moelab.runs.spec import RunSpec
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 ARMS = {name: name for name in ("6.7B", "1.3B+MoE-128")}
 
@@ -52,8 +49,6 @@ def compared(specs: Sequence[RunSpec], ratios: Sequence[float]) -> pd.DataFrame:
         Rows FLOPs per token and training speed; columns twins, paper's models, and the share of the first that the
         second delivers.
     """
-    import pandas as pd
-
     twins = {spec.label: spec.model for spec in specs}
     full = {name: ModelConfig.parse(name) for name in twins}
     printed = {row.model: row.samples_per_s for row in paper.training_throughput()}
@@ -73,8 +68,6 @@ def compared(specs: Sequence[RunSpec], ratios: Sequence[float]) -> pd.DataFrame:
 
 def rounds_table(ratios: Sequence[float]) -> pd.DataFrame:
     """Return ratios of speed in the form that `figures.gaps` draws: columns arm, seed (the round), ratio."""
-    import pandas as pd
-
     return pd.DataFrame({"arm": "twins, measured", "seed": range(len(ratios)), "ratio": ratios})
 
 
@@ -84,8 +77,6 @@ def simulated_ratios(predicted: pd.DataFrame) -> pd.DataFrame:
     Args:
         predicted: from `moelab.simulate.frames.training`.
     """
-    import pandas as pd
-
     moe, dense = predicted.loc["1.3B+MoE-128"], predicted.loc["6.7B"]
     rates = {"samples per second": "samples/s", "operations per second and GPU": "TFLOP/s a GPU"}
     rows = [

@@ -27,10 +27,9 @@ from moelab.design import comparison
 from moelab.design.experiment import Experiment, twin_scales
 from moelab.design.judging import judge, judge_timing
 from moelab.design.verdicts import Verdict
+from moelab.lazy import pd
 
 if TYPE_CHECKING:
-    import pandas as pd
-
     from moelab.runs.spec import RunSpec
 
 ARMS = {
@@ -93,8 +92,6 @@ def sessions_table(timed: Mapping[int, Sequence[Sequence[float]]]) -> pd.DataFra
     Returns:
         Columns arm (the number of ranks as text), seed (the session), median, least, greatest.
     """
-    import pandas as pd
-
     rows = [
         {
             "arm": f"{n} rank{'' if n == 1 else 's'}",

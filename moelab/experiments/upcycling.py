@@ -35,16 +35,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from moelab.config import UpcycleConfig
 from moelab.design import comparison, settings
 from moelab.design.experiment import Experiment, twin_scales
+from moelab.lazy import pd
 from moelab.runs.branching import shorter
 from moelab.runs.spec import RunSpec, Start
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 SCRATCH = {"Dense": "350M", "MoE-32": "350M+MoE-32", "MoE-128": "350M+MoE-128", "Top-2": "350M+Top2-MoE-32"}
 """Arm that is trained from initial weights -> the paper's model."""

@@ -10,11 +10,10 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from moelab.design import comparison
+from moelab.lazy import pd
 from moelab.runs import with_weights
 
 if TYPE_CHECKING:
-    import pandas as pd
-
     from moelab.runs.collection import Runs
     from moelab.runs.store import Run
 
@@ -103,8 +102,6 @@ def costs(final: pd.DataFrame, measured: list[dict[str, Any]], reference: str) -
         final: as of `Runs.final`; its loss is that of batches of one domain.
         measured: rows of `measure`; the other kinds are left out unless all runs of `final` have them.
     """
-    import pandas as pd
-
     losses = {"by_domain": final[["arm", "seed", "validation_loss"]]}
     if 0 < len(measured) == len(final):
         table = pd.DataFrame(measured)

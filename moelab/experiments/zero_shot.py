@@ -24,11 +24,10 @@ from moelab.design import comparison
 from moelab.design.experiment import Experiment, Scale
 from moelab.design.judging import judge
 from moelab.design.verdicts import Verdict
+from moelab.lazy import pd
 from moelab.runs import with_weights
 
 if TYPE_CHECKING:
-    import pandas as pd
-
     from moelab.evaluation.zero_shot import OnProgress, Score
     from moelab.runs.collection import Runs
     from moelab.runs.store import Run
@@ -109,8 +108,6 @@ def score(run: Run, limit: int, versions: Mapping[str, str], on_progress: OnProg
 
 def scored(rows: Sequence[dict]) -> pd.DataFrame:
     """Return the rows that `measure` found as a frame."""
-    import pandas as pd
-
     from moelab.evaluation.zero_shot import Score
 
     return pd.DataFrame(rows, columns=["arm", "seed", "paper", *Score.__dataclass_fields__])
@@ -180,8 +177,6 @@ def reference_headline(rows: pd.DataFrame) -> str:
 
 def paper_table() -> pd.DataFrame:
     """Return the paper's own models: zero-shot percentages by run (internal corpus) and task, with their average."""
-    import pandas as pd
-
     rows = [row for row in paper.zero_shot() if row.group == "paper" and row.corpus == "internal"]
     return pd.DataFrame([{**row.scores, "average": row.average} for row in rows], index=[row.run for row in rows])
 
@@ -225,8 +220,6 @@ def answer_bits(scores: pd.DataFrame, reference: str = "Dense") -> pd.DataFrame:
 
     The mean over the tasks of which at most `MOST_CUT` of the requests lost their beginning. Columns: arm, seed, gap.
     """
-    import pandas as pd
-
     fitting = [task for task, share in tasks_that_fit(scores).items() if share <= MOST_CUT]
     part = scores[scores["task"].isin(fitting)]
     table = part.pivot_table(index="seed", columns="arm", values="bits_per_byte", sort=False)

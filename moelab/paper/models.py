@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
+from moelab.lazy import pd
 from moelab.paper._table import Provenance, Table, load, unknown
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 RUN_SUFFIXES = ("+KD", "+MoS")
 """What a run label adds to a student's name: distilled throughout, or staged distillation (Mixture-of-Students)."""
@@ -87,8 +84,6 @@ def size_table() -> pd.DataFrame:
         parameters
     (billions), stated (billions), off (parameters over stated, minus 1). Stated sizes are rounded as printed.
     """
-    import pandas as pd
-
     from moelab.config import ModelConfig
 
     rows = {}

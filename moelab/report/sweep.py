@@ -12,20 +12,18 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from moelab import paths
 from moelab.design import budgets, comparison
 from moelab.experiments import Experiment
 from moelab.files import new_directory, read_json
+from moelab.lazy import pd
 from moelab.report.publication import Publication, lines
 from moelab.report.summary import SUMMARY, parse
 from moelab.runs.collection import Runs
 from moelab.runs.store import Run, RunStore
 from moelab.statistics import interval
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 NAME = "points"
 """Name of the figure and of the table."""
@@ -102,8 +100,6 @@ def compare(experiment: Experiment, sweep: Sweep, results: Sequence[Path | None]
     Args:
         results: the folder of each point's result, None where there is none.
     """
-    import pandas as pd
-
     rows: list[dict[str, Any]] = []
     runs: dict[str, Run] = {}
     lacking: list[str] = []
@@ -218,8 +214,6 @@ def _write(publication: Publication, experiment: Experiment, sweep: Sweep, found
 
 def show(sweep: Sweep, found: Comparison) -> None:
     """Print the table of a sweep."""
-    import pandas as pd
-
     from moelab import terminal
 
     def number(value: float | None) -> str:

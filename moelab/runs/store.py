@@ -22,7 +22,7 @@ import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import Any, Self
 
 from filelock import FileLock
 
@@ -30,11 +30,9 @@ from moelab import paths
 from moelab.config import from_json
 from moelab.config.parallel import ParallelConfig
 from moelab.files import read_json, read_object, write_json
+from moelab.lazy import pd
 from moelab.runs.spec import RunSpec
 from moelab.terminal import plain
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 
 def ended(folder: Path) -> str:
@@ -231,8 +229,6 @@ class Run:
 
     def rows(self, file: str) -> pd.DataFrame:
         """`train.jsonl` or `validation.jsonl` as a frame, nested values left as they are."""
-        import pandas as pd
-
         from moelab.training.metrics import read_rows
 
         return pd.DataFrame(read_rows(self.path / file))
