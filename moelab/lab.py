@@ -13,13 +13,12 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
-from moelab import environment, paths
+from moelab import environment, machine, paths
 from moelab.files import read_json, write_json
 from moelab.lazy import pd
 from moelab.report.publication import Publication
@@ -191,8 +190,7 @@ class Lab:
     def _workers(runs: Sequence[Run]) -> int:
         if any(run.spec.train.device == "cuda" for run in runs):
             return 1
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
-        return max(1, cores // max(run.spec.train.threads for run in runs))
+        return max(1, machine.cores() // max(run.spec.train.threads for run in runs))
 
     @staticmethod
     def _announce(runs: Sequence[Run]) -> None:

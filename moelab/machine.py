@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import os
 import platform
 
 FEATURES = ("avx2", "avx512f", "avx512_bf16", "avx512_fp16", "amx_tile", "amx_bf16", "asimd", "sve", "bf16")
@@ -51,6 +52,11 @@ def describe_cpu(cpuinfo: str) -> str:
     details = "; ".join(part for part in (numbers, ", ".join(f for f in FEATURES if f in flags)) if part)
     name = fields.get("model name") or platform.processor() or platform.machine()
     return f"{name} ({details})" if details else name
+
+
+def cores() -> int:
+    """Return how many cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def cuda_devices() -> int:

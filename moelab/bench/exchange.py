@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import functools
 import math
-import os
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -25,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 
-from moelab import kernels, terminal
+from moelab import kernels, machine, terminal
 from moelab.bench import harness, plot
 from moelab.bench.harness import Row, Timing
 from moelab.config.parallel import ParallelConfig
@@ -155,7 +154,7 @@ def _rows(found: Sequence[dict[str, Any]], near: int, timing: Timing) -> list[Ro
     names = list(found[0]["times"])
     times = {n: [max(t) for t in zip(*(f["times"][n] for f in found), strict=True)] for n in names}
     alpha, beta = found[0]["stream"]
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = machine.cores()
     crowding = 1.0 if timing.device == "cuda" else max(near / cores, 1.0)
     sent = {n: max((f["sent"][n] for f in found), key=lambda s: s["near_messages"] + s["far_messages"]) for n in names}
     floors = {

@@ -129,7 +129,7 @@ def in_turns(
             except Exception as error:
                 if counted >= 0 or name not in may_fail:
                     raise
-                leave_out(name, f"raises {one_line(error)}")
+                leave_out(name, f"raises {type(error).__name__}: {terminal.one_line(error)}")
                 continue
             took_s = time.monotonic() - began
             if i == 0 and name == names[0]:
@@ -145,12 +145,6 @@ def in_turns(
 def left_out(text: str) -> None:
     """Print which candidate is left out, and why."""
     terminal.console().print(f"left out: {text}", markup=False)
-
-
-def one_line(error: Exception) -> str:
-    """Return an exception as one line: its kind, and the first line of its text."""
-    text = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
-    return f"{type(error).__name__}: {text}"
 
 
 def _announce(candidates: int, timing: Timing, round_s: float) -> None:

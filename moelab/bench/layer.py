@@ -188,7 +188,7 @@ def candidates(size: LayerSize, gate_EM: Tensor, only: Sequence[str] = ()) -> di
         except Exception as error:
             if only:
                 raise
-            harness.left_out(f"{name} raises {harness.one_line(error)}")
+            harness.left_out(f"{name} raises {type(error).__name__}: {terminal.one_line(error)}")
             return None
         made[name] = (module, module)
         return module

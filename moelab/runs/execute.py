@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from moelab.terminal import one_line
 from moelab import paths
 from moelab.config import to_json
 from moelab.engine.launch import process
@@ -181,7 +182,7 @@ def _train(run: Run, should_stop: ShouldStop, on_progress: OnProgress, cache: Pa
         _try_status(run, Status("failed", **state, reason=reason))
         raise
     except BaseException as error:
-        run.set_status(Status("failed", **state, reason=(str(error).splitlines() or [type(error).__name__])[0]))
+        run.set_status(Status("failed", **state, reason=one_line(error)))
         raise
     if len(several := sessions.contributing(run.path)) > 1:
         record["sessions"] = several

@@ -25,7 +25,7 @@ from filelock import FileLock
 
 from moelab import paths
 from moelab.environment import INSTRUCTIONS
-from moelab.files import read_json, write_json
+from moelab.files import read_json, sha256_of, write_json
 from moelab.runs.provenance import hardware, provenance, versions
 from moelab.runs.store import Run
 
@@ -216,4 +216,4 @@ def _gpus() -> list[str]:
 
 def file_digest(file: Path) -> str:
     """Return a digest of a file's bytes, or an empty text where there is none."""
-    return hashlib.sha256(file.read_bytes()).hexdigest()[:12] if file.exists() else ""
+    return sha256_of(file)[:12] if file.exists() else ""

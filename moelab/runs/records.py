@@ -18,6 +18,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
 
+from moelab.terminal import one_line
 from moelab import paths
 from moelab.files import write_bytes
 from moelab.runs import with_weights
@@ -199,6 +200,5 @@ def _content(archive: Archive, wanted: Sequence[str] | None = None) -> dict[str,
                 with packed.open(entries[name]) as file:
                     content[name] = file.read(entries[name].file_size + 1)
     except (zipfile.BadZipFile, zlib.error, EOFError, OSError, RuntimeError) as error:  # RuntimeError: encrypted
-        why = (str(error).splitlines() or [type(error).__name__])[0]
-        raise ValueError(f"{archive}: unreadable ({why})") from None
+        raise ValueError(f"{archive}: unreadable ({one_line(error)})") from None
     return content

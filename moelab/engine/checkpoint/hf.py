@@ -28,6 +28,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
+from moelab.terminal import one_line
 from moelab.config import ModelConfig
 from moelab.data import Tokenizer
 from moelab.engine import parallel
@@ -236,8 +237,7 @@ def fetch(name: str) -> Path:
     try:
         return Path(snapshot_download(name, allow_patterns=["*.safetensors", "*.json"]))
     except Exception as error:  # the library passes on its dependencies' exceptions
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise ValueError(f"import: {name!r} cannot be fetched ({reason})") from None
+        raise ValueError(f"import: {name!r} cannot be fetched ({one_line(error)})") from None
 
 
 def load_tokenizer(directory: Path) -> Tokenizer:

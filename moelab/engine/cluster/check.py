@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 
 import moelab
-from moelab import terminal
+from moelab import machine, terminal
 from moelab.engine.cluster import shared_folder
 from moelab.engine.cluster.findings import CLOCK_S, LIMIT_S, SLOW, Found, Nodes
 from moelab.engine.cluster.links import Links, measure
@@ -114,8 +114,7 @@ def _ranks(place: process.Place, nodes: Nodes, device: str, gpus_per_node: int, 
 def _stragglers(nodes: Nodes, device: str, rates: Rates) -> Iterator[Found]:
     dist.barrier()
     products, copies = zip(*all_gather_json(rates()), strict=True)
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    crowded = device == "cpu" and max(map(nodes.hosts.count, nodes.hosts)) > cores
+    crowded = device == "cpu" and max(map(nodes.hosts.count, nodes.hosts)) > machine.cores()
     for what, values, unit in (("matrix products", products, "TFLOP/s"), ("copying memory", copies, "GB/s")):
         median, least = statistics.median(values), min(values)
         slow = [f"rank {i} on {nodes.hosts[i]}" for i, value in enumerate(values) if value < SLOW * median]
