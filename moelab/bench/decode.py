@@ -29,7 +29,7 @@ import torch
 import torch.distributed as dist
 
 from moelab import machine, simulate, terminal
-from moelab.bench import harness, inputs, llama, peers, plot
+from moelab.bench import harness, inputs, llama, peers
 from moelab.bench.decode_steps import (
     DecodeSettings,
     Rates,
@@ -57,6 +57,7 @@ from moelab.inference.generate import Generator
 from moelab.inference.modes import MODES, set_mode
 from moelab.inference.text import DTYPES
 from moelab.models import GPT
+from moelab.plotting import benchmarks
 
 
 def named(name: str) -> ModelConfig:
@@ -291,7 +292,7 @@ def main(
         found += case
         if out is not None:  # after each model: what was measured is kept
             objects = harness.write(found, out / f"{stem}.jsonl")
-    if out is not None and plot.possible():
+    if out is not None and benchmarks.possible():
         draw(objects, out / stem)
 
 
@@ -361,7 +362,7 @@ def draw(found: list[dict[str, Any]], path: Path) -> None:
         rows = [row for row in many if row["model"] == largest]
         panels.append((f"{largest}, batch {rows[0]['batch']} over ranks", rows))
     ylabel = "ms a token (median; bar to p95)"
-    plot.save(plot.times(one, title=headline(one), x="model", panels=panels, ylabel=ylabel, high="p95_ms"), path)
+    benchmarks.save(benchmarks.times(one, title=headline(one), x="model", panels=panels, ylabel=ylabel, high="p95_ms"), path)
 
 
 def headline(one: Sequence[Mapping[str, Any]]) -> str:

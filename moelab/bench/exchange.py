@@ -25,7 +25,7 @@ import torch
 import torch.distributed as dist
 
 from moelab import kernels, machine, terminal
-from moelab.bench import harness, plot
+from moelab.bench import harness
 from moelab.bench.harness import Row, Timing
 from moelab.config.parallel import ParallelConfig
 from moelab.engine.collectives import Traffic, all_gather_json, observe
@@ -34,6 +34,7 @@ from moelab.engine.launch import process
 from moelab.engine.mesh import Mesh
 from moelab.engine.testing import Ranks, identity_experts
 from moelab.models.routing import Routing
+from moelab.plotting import benchmarks
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -224,8 +225,8 @@ def main(*, ranks: list[int], sizes: list[int], rounds: int, device: str, out: P
             with Ranks(P, backend="nccl" if device == "cuda" else "gloo") as pool:
                 for size in sizes:
                     keep(measure(pool, size, rounds, device))
-    if found and out is not None and plot.possible():
-        plot.save(figure([row.json() for row in found]), out / "exchange")
+    if found and out is not None and benchmarks.possible():
+        benchmarks.save(figure([row.json() for row in found]), out / "exchange")
 
 
 def _on_ranks(
@@ -256,7 +257,7 @@ def headline(found: Sequence[Mapping[str, Any]]) -> str:
 
 def figure(found: Sequence[Mapping[str, Any]]) -> Figure:
     """Draw time relative to flat over bytes a rank, one panel for each number of ranks."""
-    return plot.ratios(
+    return benchmarks.ratios(
         [{**row, "candidate": _kind(row["candidate"])} for row in sorted(found, key=lambda row: row["ranks"])],
         title=f"{headline(found)}; one layer, forward, {found[0]['backend']} on {found[0]['cores']} cores",
         x="bytes_per_rank",

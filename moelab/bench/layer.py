@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moelab import terminal
-from moelab.bench import harness, inputs, peers, plot
+from moelab.bench import harness, inputs, peers
 from moelab.bench.gate import slots
 from moelab.bench.harness import Row, Timing
 from moelab.config import FeedForward
@@ -34,6 +34,7 @@ from moelab.engine.launch import process
 from moelab.inference.text import DTYPES
 from moelab.kernels import combine, dispatch, expert_ffn, gate, row_table
 from moelab.models import baseline
+from moelab.plotting import benchmarks
 
 Output = tuple[Tensor, Tensor | None]
 """y_SM and the load-balancing loss, if there is one."""
@@ -312,7 +313,7 @@ def main(
         found += case
         if out is not None:
             objects = harness.write(found, out / "layer.jsonl")
-    if out is not None and plot.possible():
+    if out is not None and benchmarks.possible():
         draw(objects, out / "layer")
 
 
@@ -323,7 +324,7 @@ def draw(objects: list[dict[str, Any]], path: Path) -> None:
     ratios = [f"{text} {harness.span(objects, name)} times" for name, text in said if name in names]
     title = f"Time over the dense layer of equal FLOPs: {', '.join(ratios)}"
     shown = [row | {"panel": f"{row['dtype']}, {_threads(row['threads'])}"} for row in objects]
-    plot.save(plot.ratios(shown, title=title, panel="panel"), path)
+    benchmarks.save(benchmarks.ratios(shown, title=title, panel="panel"), path)
 
 
 def _threads(count: int) -> str:

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from moelab import terminal
-from moelab.bench import harness, inputs, plot
+from moelab.bench import harness, inputs
 from moelab.bench.bare import Step, bare_loop
 from moelab.bench.harness import Row, Timing
 from moelab.config import ModelConfig, RoutingConfig, TrainConfig
@@ -36,6 +36,7 @@ from moelab.models import build
 from moelab.models.products import default_products, onednn_is_faster
 from moelab.training.distill import Distiller
 from moelab.training.loop import Trainer, Window
+from moelab.plotting import benchmarks
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -305,8 +306,8 @@ def main(
             objects = harness.write(found, out / "train.jsonl")
     for line in advice(found):
         terminal.console().print(line, highlight=False)
-    if out is not None and plot.possible():
-        plot.save(drawn(objects), out / "train")
+    if out is not None and benchmarks.possible():
+        benchmarks.save(drawn(objects), out / "train")
 
 
 COLUMNS: dict[str, Callable[[Row], str]] = {
@@ -330,4 +331,4 @@ def drawn(objects: Sequence[Mapping[str, Any]]) -> Figure:
         row if row["candidate"] == against else {**row, "candidate": row["candidate"].rpartition(", ")[0]}
         for row in shown
     ]
-    return plot.ratios(families, title=title, x="width", xlabel="hidden size", panel="dtype")
+    return benchmarks.ratios(families, title=title, x="width", xlabel="hidden size", panel="dtype")

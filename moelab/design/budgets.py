@@ -13,7 +13,6 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
 from moelab import paper
 from moelab.config import ExpertConfig, ModelConfig
@@ -23,8 +22,6 @@ from moelab.runs.branching import token_budgets
 from moelab.runs.collection import Runs
 from moelab.runs.spec import RunSpec
 
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
 
 BUDGETS = {
     "smoke": (6_144, 12_288),
@@ -112,67 +109,12 @@ def paper_gaps(model: str, base: str) -> pd.DataFrame:
 
     Columns: tokens, per_parameter, gap, low, high.
     """
-    moe, dense = paper.loss_curve(model), paper.loss_curve(base)
     parameters = ModelConfig.parse(base).non_embedding_parameters()
-    theirs = dict(zip(moe.tokens_B, zip(moe.loss, moe.uncertainty, strict=True), strict=True))
-    rows = []
-    for billions, loss, wide in zip(dense.tokens_B, dense.loss, dense.uncertainty, strict=True):
-        if billions in theirs:
-            gap, both = theirs[billions][0] - loss, wide + theirs[billions][1]
-            rows.append([billions * 1e9, billions * 1e9 / parameters, gap, gap - both, gap + both])
+    rows = [
+        [billions * 1e9, billions * 1e9 / parameters, *gap]
+        for billions, *gap in paper.loss_curve(model).minus(paper.loss_curve(base))
+    ]
     return pd.DataFrame(rows, columns=["tokens", "per_parameter", "gap", "low", "high"])
-
-
-def draw(
-    ax: Axes,
-    table: pd.DataFrame,
-    *,
-    arms: Sequence[str],
-    reference: str,
-    of: Sequence[str] = (),
-    paper_pair: tuple[str, str] | None = None,
-) -> Axes:
-    """Draw the gap over tokens a parameter: the mean over seeds with its 95 % interval, and the paper's beside it.
-
-    Args:
-        table: from `gaps`.
-        arms: the arms to draw.
-        reference: the arm that the gaps are to.
-        of: all arms of the experiment, for their colours.
-        paper_pair: the paper's model and its base, see `paper_gaps`.
-    """
-    from moelab.plotting import figures
-
-    palette = figures.colors(of or arms)
-    for i, arm in enumerate(arms):
-        part = table[table["arm"] == arm].groupby("per_parameter")["gap"]
-        if not len(part):
-            continue
-        bounds = [figures.student(values) for _, values in part]
-        low, high = zip(*bounds, strict=True)
-        x = [value * (1 + 0.015 * i) for value in part.groups]  # beside one another, not on one another
-        figures.our_points(ax, x, list(part.mean()), list(low), list(high), label=arm, color=palette[arm])
-    if paper_pair:
-        theirs = paper_gaps(*paper_pair)
-        figures.paper_points(
-            ax,
-            theirs["per_parameter"],
-            theirs["gap"],
-            theirs["low"],
-            theirs["high"],
-            line=True,
-            label=f"paper: {paper_pair[0]} (Fig 1, along one run)",
-        )
-    ax.axhline(0, color="#888888", linewidth=1)
-    ax.set_xscale("log")
-    ax.xaxis.set_major_formatter("{x:g}")
-    ax.xaxis.set_minor_formatter("")
-    ax.set(
-        xlabel="training tokens for each parameter of the base (without embeddings)",
-        ylabel=f"loss minus {reference}'s (nats per token)",
-    )
-    figures.legend_below(ax, columns=1)
-    return ax
 
 
 def efficiency(table: pd.DataFrame, moe: str, base: str) -> pd.DataFrame:

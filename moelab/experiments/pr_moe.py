@@ -112,11 +112,7 @@ def paper_gaps() -> dict[str, tuple[float, float, float]]:
     dense, moe = paper.loss_curve("350M"), paper.loss_curve("350M+MoE-128")
     near = paper.claim("pr-moe-matches-moe128")
     return {
-        "Dense": (
-            dense.final - moe.final,
-            dense.final_low - moe.final_high,
-            dense.final_high - moe.final_low,
-        ),
+        "Dense": dense.final_minus(moe),
         "PR-MoE-32/64": (near.number, *stated.paper_range(near)),
     }
 

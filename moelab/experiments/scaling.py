@@ -41,6 +41,9 @@ OTHER_TEXT = "mix5"
 PAIRS = (("350M+MoE-128", "350M", "1.3B"), ("1.3B+MoE-128", "1.3B", "6.7B"))
 """(MoE, its base, the dense model it is to equal)."""
 
+AGAINST = tuple((moe, dense) for moe, base, larger in PAIRS for dense in (base, larger))
+"""(MoE, dense model), compared after all tokens, on the whole validation text."""
+
 
 def arms(scale: str) -> list[str]:
     """Return the arms of a scale."""
@@ -107,30 +110,10 @@ def training_length(final: pd.DataFrame, scale: str) -> pd.DataFrame:
     return pd.DataFrame(rows).T
 
 
-def equal_tokens(final: pd.DataFrame) -> pd.DataFrame:
-    """Return MoE minus its base and minus the larger dense model, after all tokens, on the whole validation text.
-
-    Columns: arm, against, seed, difference (nats per token), pair (the label of a row in a figure).
-    """
-    rows = []
-    table = comparison.by_arm(final)
-    for moe, base, larger in PAIRS:
-        for against in (base, larger):
-            if moe in table and against in table:
-                for seed, value in (table[moe] - table[against]).dropna().items():
-                    rows.append([moe, against, seed, value, f"{moe} − {against}"])
-    return pd.DataFrame(rows, columns=["arm", "against", "seed", "difference", "pair"])
-
-
 def paper_pairs() -> dict[str, tuple[float, float, float]]:
-    """Return the paper's final differences of the same pairs, from Fig 1: pair -> (difference, low, high)."""
-    found = {}
-    for moe, base, larger in PAIRS:
-        for against in (base, larger):
-            ours, theirs = paper.loss_curve(moe), paper.loss_curve(against)
-            low, high = ours.final_low - theirs.final_high, ours.final_high - theirs.final_low
-            found[f"{moe} − {against}"] = (ours.final - theirs.final, low, high)
-    return found
+    """Return the paper's final differences of `AGAINST`, from Fig 1: "left − right" -> (difference, low, high)."""
+    curves = {name: paper.loss_curve(name) for name in ARMS}
+    return {f"{moe} − {dense}": curves[moe].final_minus(curves[dense]) for moe, dense in AGAINST}
 
 
 def _first_at(curve: pd.DataFrame, goal: float) -> float | None:

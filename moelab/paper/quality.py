@@ -97,6 +97,20 @@ class LossCurve(Provenance):
     final_low: float
     final_high: float
 
+    def minus(self, other: LossCurve) -> list[tuple[float, float, float, float]]:
+        """Return tokens_B, difference of losses, and the range of the difference where both curves were read."""
+        theirs = dict(zip(other.tokens_B, zip(other.loss, other.uncertainty, strict=True), strict=True))
+        return [
+            (tokens, gap := loss - theirs[tokens][0], gap - wide - theirs[tokens][1], gap + wide + theirs[tokens][1])
+            for tokens, loss, wide in zip(self.tokens_B, self.loss, self.uncertainty, strict=True)
+            if tokens in theirs
+        ]
+
+    def final_minus(self, other: LossCurve) -> tuple[float, float, float]:
+        """Return the difference of the final losses and its range."""
+        low, high = self.final_low - other.final_high, self.final_high - other.final_low
+        return self.final - other.final, low, high
+
     def frame(self) -> pandas.DataFrame:
         """Return the points as a pandas data frame with columns model, tokens_B, loss, uncertainty."""
         import pandas

@@ -140,20 +140,6 @@ def test_the_papers_gap_at_equal_tokens_a_parameter():
     assert theirs["per_parameter"].between(30, 1000).all() and (theirs["low"] < theirs["high"]).all()
 
 
-def test_the_figure_shows_ours_and_the_papers():
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    losses = table({("Dense", s): (6, 5, 4 + s / 10) for s in (0, 1)} | {("MoE", s): (5.9, 4.8, 3.7) for s in (0, 1)})
-    fig, ax = plt.subplots()
-    budgets.draw(
-        ax, budgets.gaps(losses, "Dense"), arms=["MoE"], reference="Dense", paper_pair=("350M+MoE-128", "350M")
-    )
-    texts = [t.get_text() for t in ax.get_legend().get_texts()]
-    assert texts[0] == "MoE" and "paper: 350M+MoE-128" in texts[1] and ax.get_xscale() == "log"
-    plt.close(fig)
-
-
 def test_an_arm_comes_with_its_budgets():
     from moelab.experiments import experiment
 

@@ -423,9 +423,9 @@ def final(losses, **columns):
 
 def test_equal_tokens_pairs_each_moe_with_both_dense_models():
     table = final({"350M": [4], "350M+MoE-128": [2], "1.3B": [1]})
-    tokens = {row.against: row.difference for row in scaling.equal_tokens(table).itertuples()}
-    assert tokens == {"350M": -2, "1.3B": 1}
-    assert set(scaling.paper_pairs()) >= set(scaling.equal_tokens(table)["pair"])
+    pairs = comparison.pairs(table, scaling.AGAINST)
+    assert dict(zip(pairs["right"], pairs["gap"], strict=True)) == {"350M": -2, "1.3B": 1}
+    assert set(scaling.paper_pairs()) >= set(pairs["arm"])
 
 
 def test_scaling_judges_the_base_and_only_shows_the_larger_model():

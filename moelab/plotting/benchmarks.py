@@ -1,6 +1,6 @@
 """Draw benchmarks, all in one way: a panel for each case, a series for each candidate, medians with their spread.
 
-Rows are those of `Row.json`, or as read from a file. The look is that of `moelab.plotting.figures`.
+Rows are those of `moelab.bench.harness.Row.json`, or as read from a file.
 """
 
 from __future__ import annotations
