@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from moelab.lazy import pd
-from moelab.paper._table import Provenance, Table, load, unknown
+from moelab.paper._table import Provenance, Table, load
 
 RUN_SUFFIXES = ("+KD", "+MoS")
 """What a run label adds to a student's name: distilled throughout, or staged distillation (Mixture-of-Students)."""
@@ -71,10 +71,7 @@ def model(name: str) -> PaperModel:
     for suffix in RUN_SUFFIXES:
         if name.endswith("+L21" + suffix):
             plain = name.removesuffix(suffix)
-    for row in models():
-        if row.model == plain:
-            return row
-    raise unknown("model", name, (row.model for row in models()))
+    return models().where(model=plain)[0]
 
 
 def size_table() -> pd.DataFrame:
