@@ -22,8 +22,7 @@ def kernels_compile(
         check_choice("--arch", name, ("sm_80", "sm_90"))
     from moelab.kernels.tools.compile import main as compile_main
 
-    arguments = [item for name in arch or ["sm_80", "sm_90"] for item in ("--arch", name)]
-    raise typer.Exit(compile_main(arguments + (["--out", str(out)] if out else [])))
+    raise typer.Exit(int(not compile_main(tuple(arch or ("sm_80", "sm_90")), out)))
 
 
 @kernels.command(name="tune")
