@@ -26,8 +26,8 @@ def cpu() -> str:
         return platform.processor() or platform.machine()
 
 
-def maker() -> tuple[str, int]:
-    """Return the maker of the processor and its family, such as ("AuthenticAMD", 26); ("", 0) where nothing tells."""
+def vendor() -> tuple[str, int]:
+    """Return the processor's vendor and family, such as ("AuthenticAMD", 26); ("", 0) where they are unknown."""
     try:
         with open("/proc/cpuinfo", encoding="utf-8") as file:
             fields = _fields(file.read())

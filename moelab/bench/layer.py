@@ -271,13 +271,13 @@ def measure(
     )
 
 
-def show(found: list[Row]) -> None:
+def show(measured: list[Row]) -> None:
     """Print the rows of one case."""
-    c = found[0].case
+    c = measured[0].case
     harness.show(
         f"layer, {c['passes']}: S={c['tokens']} M={c['hidden']} F={c['ffn']} E={c['experts']} {c['dtype']}; "
         f"busiest expert {c['busiest_expert']:.1f} x mean, capacity 1.0 keeps {c['kept_share']:.0%}",
-        found,
+        measured,
     )
 
 
@@ -300,7 +300,7 @@ def main(
     for count in threads:
         timing.check_threads(count)
     process.keep_freed_memory()  # as runs do: a step's gradients lie where the last step's lay
-    found: list[Row] = []
+    measured: list[Row] = []
     slow: dict[tuple[int, str], dict[str, int]] = {}
     cases = [(count, size) for count in threads for size in sizes]
     for count, size in terminal.announced(
@@ -310,9 +310,9 @@ def main(
         known = slow.setdefault((count, size.dtype), {})
         case = measure(size, timing, backward=backward, only=only, slow=known)
         show(case)
-        found += case
+        measured += case
         if out is not None:
-            objects = harness.write(found, out / "layer.jsonl")
+            objects = harness.write(measured, out / "layer.jsonl")
     if out is not None and benchmarks.possible():
         draw(objects, out / "layer")
 

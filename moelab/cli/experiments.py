@@ -41,9 +41,9 @@ def list_(
     from moelab.experiments import experiment
 
     if as_json:
-        told = ("name", "number", "title", "paper", "question", "paper_answer", "arms", "scales")
+        columns = ("name", "number", "title", "paper", "question", "paper_answer", "arms", "scales")
         shown = KNOWN.values() if name is None else [experiment(name)]
-        print_json([{key: getattr(e, key) for key in told} for e in shown])
+        print_json([{key: getattr(e, key) for key in columns} for e in shown])
         return
     console = terminal.console()
     if name is None:
@@ -116,7 +116,7 @@ def run(
 
 
 def _plan(specs: Sequence[RunSpec]) -> None:
-    """Show what would be trained, and what is amiss with its texts; one that exists nowhere is refused."""
+    """Show what would be trained, and problems with its data; data that exist nowhere are refused."""
     from moelab import terminal
     from moelab.data import UnknownCorpus
     from moelab.runs.dry_run import planned_runs, show

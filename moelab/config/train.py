@@ -10,7 +10,7 @@ from moelab.config._check import check_choices
 
 Dtype = Literal["fp32", "bf16"]
 Device = Literal["cpu", "cuda"]
-MOST_THREADS = 1024
+MAX_THREADS = 1024
 """torch ends the process where threads cannot be started."""
 
 
@@ -76,7 +76,7 @@ class TrainConfig:
             value = getattr(self, what)
             _check(value > 0, f"train: {what} must be positive, got {value}")
         _check(self.eps > 0, f"train: eps must be positive, got {self.eps}")
-        _check(self.threads <= MOST_THREADS, f"train: threads must be at most {MOST_THREADS}, got {self.threads}")
+        _check(self.threads <= MAX_THREADS, f"train: threads must be at most {MAX_THREADS}, got {self.threads}")
         two = len(self.betas) == 2 and all(0 <= beta < 1 for beta in self.betas)
         _check(two, f"train: betas must be two numbers from 0 up to, not including, 1, got {list(self.betas)}")
         for what in (

@@ -52,12 +52,12 @@ def with_budgets(trunk: RunSpec, scale: str) -> list[RunSpec]:
     ]
     branches = token_budgets(trunk, fitting)
     starts = tuple(branch.start.tokens for branch in branches if branch.start)
-    keeping = replace(trunk, train=replace(train, keep_at=starts))
+    kept = replace(trunk, train=replace(train, keep_at=starts))
     named = [
         replace(branch, label=f"{trunk.title}, {branch.train.tokens / 1e6:.1f} M tokens")
-        for branch in token_budgets(keeping, fitting)
+        for branch in token_budgets(kept, fitting)
     ]
-    return [keeping, *named]
+    return [kept, *named]
 
 
 def expand(specs: Sequence[RunSpec], arms: Sequence[str], scale: str) -> list[RunSpec]:

@@ -75,7 +75,7 @@ def of_equality(differences: Sequence[float], gain: Sequence[float]) -> Need:
     return _need(tuple(map(float, means)), tuple(tuple(map(float, row)) for row in np.cov(columns)))
 
 
-def of_claim(claim: Claim, found: Verdict) -> tuple[Need | None, float | None, str]:
+def of_claim(claim: Claim, verdict: Verdict) -> tuple[Need | None, float | None, str]:
     """Return what a measured claim needs by the values it was judged by, the effect, and where the effect is from.
 
     The effect is half the paper's number, or the smallest of interest. There is no need where no effect can be named.
@@ -83,18 +83,18 @@ def of_claim(claim: Claim, found: Verdict) -> tuple[Need | None, float | None, s
     effect = stated.effect(claim)
     if effect is not None:
         why = f"half of {claim.value - stated.neutral(claim):+.3g}" if claim.value is not None else "the smallest"
-        return of_difference(spread(found), effect), abs(effect), why
-    if found.gain and len(found.gain) == len(found.values):
-        gained = sum(found.gain) / len(found.gain)
-        apart = [value - stated.neutral(claim) for value in found.values]
+        return of_difference(spread(verdict), effect), abs(effect), why
+    if verdict.gain and len(verdict.gain) == len(verdict.values):
+        gained = sum(verdict.gain) / len(verdict.gain)
+        apart = [value - stated.neutral(claim) for value in verdict.values]
         why = f"{MARGIN:.0%} of the gain"
-        return of_equality(apart, found.gain) if gained > 0 else Need(None, None, None), MARGIN * gained, why
+        return of_equality(apart, verdict.gain) if gained > 0 else Need(None, None, None), MARGIN * gained, why
     return None, None, "no gain measured" if claim.direction == "equal" else "no effect named"
 
 
-def spread(found: Verdict) -> float:
+def spread(verdict: Verdict) -> float:
     """Return the standard deviation of a verdict's samples."""
-    return Estimate.of(found.values, found.within).spread
+    return Estimate.of(verdict.values, verdict.within).spread
 
 
 @functools.lru_cache(maxsize=512)
@@ -116,8 +116,8 @@ def _looks(last: int) -> tuple[int, ...]:
 
 def _first(numbers: range, good: Callable[[int], bool]) -> int | None:
     """Return the first number that is good, where all after it are, too; None where none is."""
-    found = bisect.bisect_left(numbers, True, key=good)
-    return numbers[found] if found < len(numbers) else None
+    verdict = bisect.bisect_left(numbers, True, key=good)
+    return numbers[verdict] if verdict < len(numbers) else None
 
 
 def _statistics(means: Sequence[float], covariance: Sequence[Sequence[float]]) -> np.ndarray:

@@ -69,4 +69,4 @@ def agreed(own: Sequence[Verdict], shared: Sequence[Verdict]) -> list[Verdict]:
         own, shared: verdicts on the same claims; those that `shared` has no value for stay as they are.
     """
     others = {verdict.claim: replace(verdict, note=NOTE) for verdict in shared}
-    return [judging.agreed(found, others[found.claim]) if found.claim in others else found for found in own]
+    return [judging.agreed(finding, others[finding.claim]) if finding.claim in others else finding for finding in own]

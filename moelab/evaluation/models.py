@@ -50,7 +50,7 @@ class LanguageModel(Protocol):
     device: torch.device
     digest: str
 
-    def trunk(self, tokens_BT: Tensor) -> Tensor:
+    def hidden_states(self, tokens_BT: Tensor) -> Tensor:
         """Return the head's input x_BTM; causal: a token's row does not depend on the tokens after it."""
         ...
 
@@ -78,9 +78,9 @@ class Ours:
         self.model, self.end = set_mode(model), end
         self._generator: Generator | None = None
 
-    def trunk(self, tokens_BT: Tensor) -> Tensor:
+    def hidden_states(self, tokens_BT: Tensor) -> Tensor:
         """Return the head's input x_BTM."""
-        return self.model.trunk(tokens_BT)[0]
+        return self.model.hidden_states(tokens_BT)[0]
 
     def head(self, x_NM: Tensor) -> Tensor:
         """Return the logits of the next token, logits_NV."""
@@ -110,7 +110,7 @@ class Theirs:
         ends = model.generation_config.eos_token_id
         self.ends = set(ends) if isinstance(ends, list) else {ends} - {None}
 
-    def trunk(self, tokens_BT: Tensor) -> Tensor:
+    def hidden_states(self, tokens_BT: Tensor) -> Tensor:
         """Return the head's input x_BTM."""
         return self.model.base_model(tokens_BT, use_cache=False).last_hidden_state
 

@@ -36,7 +36,7 @@ class Layer:
         max_violation: MaxVio, `busiest` less one.
         domain_violation: the same within the text of one domain, the mean over domains.
         dead_experts, load_entropy, router_entropy: see `moelab.training.balance`.
-        by_token, by_domain: how much these tell of the choice, see `told`.
+        by_token, by_domain: how much these tell of the choice, see `explained_entropy`.
     """
 
     layer: int
@@ -122,7 +122,7 @@ def expert_use(model: GPT, batches: Iterable[tuple[str, Tensor]]) -> list[Expert
     chosen: list[list[np.ndarray]] = []
     with torch.no_grad():
         for domain, tokens_BT in batches:
-            _, routing = model.trunk(tokens_BT.to(device))
+            _, routing = model.hidden_states(tokens_BT.to(device))
             texts.append((domain, tokens_BT.flatten().numpy()))
             chosen.append([layer.expert_SK.cpu().numpy() for layer in routing])
     domains = tuple(dict.fromkeys(domain for domain, _ in texts))
@@ -181,8 +181,8 @@ def stamp(directory: Path) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
-def told(counts_XE: np.ndarray) -> float:
-    """Return the share of the expert's entropy that another variable tells, from their joint counts [values, experts].
+def explained_entropy(counts_XE: np.ndarray) -> float:
+    """Return the share of the expert's entropy that another variable explains, from their joint counts [values, experts].
 
     The share, from 0 to 1, is mutual information over entropy, both less what the same counts tell after shuffling,
     because a small sample tells something by chance.
@@ -226,6 +226,6 @@ def _layer(use: ExpertUse, router_entropy: float) -> Layer:
         dead_experts=even["dead_experts"],
         load_entropy=even["load_entropy"],
         router_entropy=router_entropy,
-        by_token=told(use.by_token_VE),
-        by_domain=told(use.by_domain_DE),
+        by_token=explained_entropy(use.by_token_VE),
+        by_domain=explained_entropy(use.by_domain_DE),
     )

@@ -86,14 +86,14 @@ def decode(
     from moelab.bench.decode import DecodeSettings, measure, measure_ranks
 
     settings = DecodeSettings(4, 4, 1) if scale == "smoke" else DecodeSettings(16, 24, 5)
-    found = []
+    measured = []
     for name, model in models.items():
         if scale == "gpu":
             rows = [r for r in measure(model, list(batches), DecodeSettings(), "cuda") if r.candidate in MODES]
         else:
             rows = measure_ranks(model, list(ranks), 8, settings)
-        found += [{**row.json(), "name": name} for row in rows]
-    return found
+        measured += [{**row.json(), "name": name} for row in rows]
+    return measured
 
 
 def _size(row: Mapping[str, Any]) -> str:

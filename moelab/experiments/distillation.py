@@ -157,7 +157,7 @@ def losses_on_halves(run: Run, tokens: int) -> dict[str, float]:
     from moelab.engine import checkpoint
     from moelab.models import build
 
-    spec, found = run.spec, {}
+    spec, loss = run.spec, {}
     model = build(spec.model, spec.train.seed, spec.train.device)
     checkpoint.load_model(checkpoint.weights_of(run.path), model)
     model.eval()
@@ -168,8 +168,8 @@ def losses_on_halves(run: Run, tokens: int) -> dict[str, float]:
         with torch.no_grad():
             pairs = (batches.batch(step) for step in range(count))
             losses = [float(model(x.to(spec.train.device), targets_BT=y.to(spec.train.device)).loss) for x, y in pairs]
-        found[part.replace(" ", "_")] = sum(losses) / count
-    return found
+        loss[part.replace(" ", "_")] = sum(losses) / count
+    return loss
 
 
 def early(curves: pd.DataFrame, share: float = 0.5) -> pd.DataFrame:

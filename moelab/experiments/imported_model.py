@@ -97,10 +97,10 @@ def _random_model() -> Path:
     return place
 
 
-def tables(found: Mapping[str, Any]) -> tuple[pd.DataFrame, pd.DataFrame]:
+def tables(measured: Mapping[str, Any]) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Return what `moelab.evaluation.routing.measure` found as frames: layers, shares."""
     columns = ([f.name for f in fields(Layer)], ["layer", "domain", "expert", "share"])
-    return tuple(pd.DataFrame(found[name], columns=c) for name, c in zip(("layers", "shares"), columns, strict=True))
+    return tuple(pd.DataFrame(measured[name], columns=c) for name, c in zip(("layers", "shares"), columns, strict=True))
 
 
 def drawn_layers(layers: Sequence[int], most: int = 6) -> list[int]:
@@ -127,11 +127,11 @@ def imbalance(loads: Mapping[str, Sequence[int]], layout: ParallelConfig) -> flo
     """Return the load of the busiest rank over an even share, the mean over layers, if ranks hold experts in order."""
     from moelab.training.balance import layer_statistics
 
-    found = []
+    busiest = []
     for load in loads.values():
         ranks = layout.experts(len(load)).parallel
-        found.append(1 + layer_statistics(load, ranks).get("busiest_rank", 0.0))
-    return sum(found) / len(found)
+        busiest.append(1 + layer_statistics(load, ranks).get("busiest_rank", 0.0))
+    return sum(busiest) / len(busiest)
 
 
 def serving(

@@ -105,34 +105,34 @@ def fits(table: pd.DataFrame, scale: str) -> dict[str, laws.Fit]:
     """
     from moelab.design import laws
 
-    found = {}
+    by_arm = {}
     for arm in ARMS:
         try:
-            found[arm] = laws.fit(table[(table["arm"] == arm) & table["width"].isin(WIDTHS[scale])])
+            by_arm[arm] = laws.fit(table[(table["arm"] == arm) & table["width"].isin(WIDTHS[scale])])
         except ValueError:
             continue
-    return found
+    return by_arm
 
 
-def constants(found: Mapping[str, laws.Fit]) -> pd.DataFrame:
+def constants(fits: Mapping[str, laws.Fit]) -> pd.DataFrame:
     """Return floor (nats) and exponents of each law: columns arm, constant, value, low, high."""
     exponents = {"alpha": "exponent of size", "beta": "exponent of data", "exponent": "exponent of compute"}
     rows = [
         [arm, title, *fitted.interval(operator.attrgetter(name))]
-        for arm, fitted in found.items()
+        for arm, fitted in fits.items()
         for name, title in ({"floor": "floor"} | exponents).items()
     ]
     return pd.DataFrame(rows, columns=["arm", "constant", *INTERVAL])
 
 
-def curves(found: Mapping[str, laws.Fit], table: pd.DataFrame, scale: str) -> pd.DataFrame:
+def curves(fits: Mapping[str, laws.Fit], table: pd.DataFrame, scale: str) -> pd.DataFrame:
     """Return each law along the budgets of each width: columns arm, width, compute (FLOPs), loss.
 
     Args:
-        found, table: from `fits` and `points`.
+        fits, table: from `fits` and `points`.
     """
     parts = []
-    for arm, fitted in found.items():
+    for arm, fitted in fits.items():
         mine = table[table["arm"] == arm]
         for width in WIDTHS[scale]:
             flops = mine.loc[mine["width"] == width, "flops"].iloc[0]
@@ -142,17 +142,17 @@ def curves(found: Mapping[str, laws.Fit], table: pd.DataFrame, scale: str) -> pd
     return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame(columns=["arm", "width", "compute", "loss"])
 
 
-def leverage(table: pd.DataFrame, found: Mapping[str, laws.Fit]) -> pd.DataFrame:
+def leverage(table: pd.DataFrame, fits: Mapping[str, laws.Fit]) -> pd.DataFrame:
     """Return the efficiency leverage of each MoE at each width and budget, at its mean loss over seeds.
 
     Columns: arm, width, tokens, compute, value, low, high, beyond: the dense model would need more compute than any
     dense run had, so that the law is extrapolated. A loss at the dense law's floor or below it has infinite leverage.
 
     Args:
-        table, found: from `points` and `fits`.
+        table, fits: from `points` and `fits`.
     """
     rows = []
-    if dense := found.get("Dense"):
+    if dense := fits.get("Dense"):
         most = table.loc[table["arm"] == "Dense", "compute"].max()
         for (arm, width, tokens, compute), part in table.groupby(["arm", "width", "tokens", "compute"], sort=False):
             if arm != "Dense":
@@ -167,18 +167,18 @@ def _times(law: laws.Law, loss: float, compute: float) -> float:
     return law.compute(loss) / compute
 
 
-def prediction(table: pd.DataFrame, found: Mapping[str, laws.Fit], scale: str, seeds: int) -> pd.DataFrame:
+def prediction(table: pd.DataFrame, fits: Mapping[str, laws.Fit], scale: str, seeds: int) -> pd.DataFrame:
     """Return what the laws say of the larger width, and what came.
 
     Columns: arm, width, tokens, compute, value, low, high (95 % for the mean over the seeds), measured (missing where
     nothing was run), seeds (that were), miss (measured minus value, nats), inside.
 
     Args:
-        table, found: from `points` and `fits`.
+        table, fits: from `points` and `fits`.
         seeds: of the larger runs; those that were run where there are any.
     """
     width, rows = LARGER[scale], []
-    for arm, fitted in found.items():
+    for arm, fitted in fits.items():
         mine = table[table["arm"] == arm]
         spec = _trunk(arm, ARMS[arm], width, scale, 0, {})
         flops = spec.model.flops_per_token(context=spec.data.context)

@@ -99,13 +99,13 @@ def unbracketed(table: pd.DataFrame) -> list[str]:
     Args:
         table: from `losses`.
     """
-    found = []
+    problems = []
     for arm, part in table.groupby("arm", sort=False):
         means = part.groupby("rate")["loss"].mean()
         best = means.idxmin()
         if best in (edges := {means.index.min(): "lowest", means.index.max(): "highest"}):
-            found.append(f"{arm}'s lowest loss is at {best:g}, the {edges[best]} rate")
-    return found
+            problems.append(f"{arm}'s lowest loss is at {best:g}, the {edges[best]} rate")
+    return problems
 
 
 def headline(table: pd.DataFrame, used: Mapping[str, float], base: str) -> str:

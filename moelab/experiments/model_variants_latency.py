@@ -34,9 +34,9 @@ def latency() -> pd.DataFrame:
     """Return the bars of Fig 13, simulated: `Bar.row`, with columns base and variant."""
     from moelab.simulate import bars
 
-    found = bars.variants()
-    names = [bar.label.split() for bar in found]
-    return bars.frame(found).assign(base=[base for base, _ in names], variant=[variant for _, variant in names])
+    shown = bars.variants()
+    names = [bar.label.split() for bar in shown]
+    return bars.frame(shown).assign(base=[base for base, _ in names], variant=[variant for _, variant in names])
 
 
 def latency_headline(frame: pd.DataFrame) -> str:

@@ -82,13 +82,13 @@ def over_texts(final: pd.DataFrame) -> pd.DataFrame:
 
 def paper_efficiency() -> dict[str, float]:
     """Return how many times fewer tokens an MoE takes to the loss that its base ends at, from the paper's Fig 1."""
-    found = {}
+    speedups = {}
     for moe, base, _ in PAIRS:
         curve, goal = paper.loss_curve(moe), paper.loss_curve(base)
         reached = _first_at(pd.DataFrame({"tokens": curve.tokens_B, "loss": curve.loss}), goal.loss[-1])
         if reached:
-            found[moe] = goal.tokens_B[-1] / reached
-    return found
+            speedups[moe] = goal.tokens_B[-1] / reached
+    return speedups
 
 
 def training_length(final: pd.DataFrame, scale: str) -> pd.DataFrame:

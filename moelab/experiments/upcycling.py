@@ -99,7 +99,7 @@ def build(scale: str, seed: int, overrides: Mapping[str, Any], *, upcycle_at: fl
     at = max(1, round(upcycle_at * total)) * a_step
     plain = dict(scratch)
     for trunk in ("Dense", "MoE-32"):
-        scratch[trunk] = scratch[trunk].keeping([at])
+        scratch[trunk] = scratch[trunk].with_checkpoints([at])
     own = total * a_step - at
     branches = {}
     for label, (trunk, becomes, upcycle) in BRANCHES.items():
@@ -112,7 +112,7 @@ def build(scale: str, seed: int, overrides: Mapping[str, Any], *, upcycle_at: fl
     top2 = scratch["Top-2"]
     budgets = [own, round(branches["Upcycled"].total_cost / top2.cost * total) * a_step]
     starts = [run.start.tokens for run in (shorter(top2, tokens) for tokens in budgets) if run.start]
-    scratch["Top-2"] = top2.keeping(starts)
+    scratch["Top-2"] = top2.with_checkpoints(starts)
     less = [replace(shorter(scratch["Top-2"], n), label=label) for label, n in zip(SHORTER, budgets, strict=True)]
     return [*scratch.values(), *less, *branches.values()]
 

@@ -51,7 +51,7 @@ def validated(run: Run, tokens: int = 0) -> dict[str, float]:
     from moelab.engine import checkpoint
     from moelab.models import build
 
-    spec, found = run.spec, dict[str, Any]()
+    spec, losses = run.spec, dict[str, Any]()
     data = prepare(spec.data, paths.home() / "data")
     size = spec.train.batch_size
     alone = [(x, y) for _, x, y in validation_batches(data, size, spec.data.context, tokens)]
@@ -64,8 +64,8 @@ def validated(run: Run, tokens: int = 0) -> dict[str, float]:
         ("mixed", spec.model, mixed),
         ("without", free, mixed),
     ):
-        if not spec.model.routing.drop_tokens and found:
-            found[name] = found["by_domain"]  # equal up to rounding
+        if not spec.model.routing.drop_tokens and losses:
+            losses[name] = losses["by_domain"]  # equal up to rounding
             continue
         model = build(config, spec.train.seed, spec.train.device)
         checkpoint.load_model(checkpoint.weights_of(run.path), model)
@@ -79,10 +79,10 @@ def validated(run: Run, tokens: int = 0) -> dict[str, float]:
                 output = model(x_BT.to(spec.train.device), targets_BT=y_BT.to(spec.train.device), reduction="sum")
             nats += float(output.loss)
             dropped += sum(float((r.load_E - r.kept_E).sum()) for r in output.routing) / len(output.routing)
-        found[name] = nats / y_NT.numel()
+        losses[name] = nats / y_NT.numel()
         if config.routing.drop_tokens:
-            found[f"{name}_dropped"] = dropped / (y_NT.numel() * config.top_k)
-    return found
+            losses[f"{name}_dropped"] = dropped / (y_NT.numel() * config.top_k)
+    return losses
 
 
 KINDS = {

@@ -38,7 +38,7 @@ REFERENCE = "smollm2"
 LIMITS = {"smoke": 8, "quick": 50, "cpu": 200, "gpu": 1000, "paper": 0}
 """Items of each task by scale; 0 is all."""
 
-MOST_CUT = 0.1
+MAX_CUT = 0.1
 """Largest share of a task's requests that may lose their beginning, if the task is to count in the average of bits."""
 
 
@@ -218,9 +218,9 @@ def tasks_that_fit(scores: pd.DataFrame) -> dict[str, float]:
 def answer_bits(scores: pd.DataFrame, reference: str = "Dense") -> pd.DataFrame:
     """Return the bits per byte of the right answers minus the reference arm's of the same seed.
 
-    The mean over the tasks of which at most `MOST_CUT` of the requests lost their beginning. Columns: arm, seed, gap.
+    The mean over the tasks of which at most `MAX_CUT` of the requests lost their beginning. Columns: arm, seed, gap.
     """
-    fitting = [task for task, share in tasks_that_fit(scores).items() if share <= MOST_CUT]
+    fitting = [task for task, share in tasks_that_fit(scores).items() if share <= MAX_CUT]
     part = scores[scores["task"].isin(fitting)]
     table = part.pivot_table(index="seed", columns="arm", values="bits_per_byte", sort=False)
     if reference not in table:
@@ -232,7 +232,7 @@ def answer_bits(scores: pd.DataFrame, reference: str = "Dense") -> pd.DataFrame:
 def bits_headline(scores: pd.DataFrame) -> str:
     """Return the result in one line: how many bits fewer MoE-128 needs for the right answers than the dense base."""
     gaps = answer_bits(scores).query("arm == 'MoE-128'")["gap"] if len(scores) else []
-    left_out = [task for task, share in tasks_that_fit(scores).items() if share > MOST_CUT] if len(scores) else []
+    left_out = [task for task, share in tasks_that_fit(scores).items() if share > MAX_CUT] if len(scores) else []
     if not len(gaps):
         return "MoE-128 and Dense have no task in common whose requests fit the context"
     without = (

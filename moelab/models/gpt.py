@@ -166,12 +166,12 @@ class GPT(nn.Module):
             reduction: of the loss over tokens, "mean" or "sum".
             further: computes a loss of the logits that is added to that of the targets; tokens count through B * T.
         """
-        x_BTM, routings = self.trunk(tokens_BT, cache)
+        x_BTM, routings = self.hidden_states(tokens_BT, cache)
         if targets_BT is None:
             return Output(self.head(x_BTM), routings)
         return Output(None, routings, *self.losses(x_BTM, targets_BT, reduction, further))
 
-    def trunk(self, tokens_BT: Tensor, cache: Cache | None = None) -> tuple[Tensor, tuple[Routing, ...]]:
+    def hidden_states(self, tokens_BT: Tensor, cache: Cache | None = None) -> tuple[Tensor, tuple[Routing, ...]]:
         """Compute the embedding and all blocks; return (x_BTM, a `Routing` per MoE layer)."""
         T, config = tokens_BT.shape[1], self.config
         if cache is None and T > config.context:
@@ -193,14 +193,14 @@ class GPT(nn.Module):
         return x_BTM, tuple(routings)
 
     def head(self, x: Tensor) -> Tensor:
-        """Return the logits of the next token, [..., V], from the trunk's output [..., M]."""
+        """Return the logits of the next token, [..., V], from the hidden states [..., M]."""
         x = self.norm.forward(x)
         return F.linear(x, self.output_weight) if self.packed is None else packed.linear(x, self.packed)
 
     def losses(
         self, x_BTM: Tensor, targets_BT: Tensor, reduction: str = "mean", further: Further | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Return (`Output.loss`, `Output.further`) from the trunk's output; arguments as of `forward`."""
+        """Return (`Output.loss`, `Output.further`) from the hidden states; arguments as of `forward`."""
         if self.packed is not None:
             return losses_of(self.head(x_BTM.flatten(0, 1)), targets_BT.flatten(), reduction, further)
         x_NM = self.norm.forward(x_BTM).flatten(0, 1)

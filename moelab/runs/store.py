@@ -260,12 +260,12 @@ class RunStore:
             stored = {}
         # Of what does not name the run (layout, checkpoints, label) the last wish counts, and all checkpoints that were
         # ever asked to be kept; a finished run stays as it is.
-        spec = spec.keeping(_keep_at(stored))
+        spec = spec.with_checkpoints(_keep_at(stored))
         if write and stored and stored != spec.to_json() and Run(spec, path).locked:
             # Its processes were started for the layout that it has; they are started again for the same one.
             with contextlib.suppress(ValueError):  # by another version: the lock's holder tells
                 own = RunSpec.from_json(stored)
-                spec = replace(own.keeping(spec.train.keep_at), label=spec.label)
+                spec = replace(own.with_checkpoints(spec.train.keep_at), label=spec.label)
         if write and stored != spec.to_json() and not (stored and Run(spec, path).finished):
             try:
                 write_json(path / "spec.json", spec.to_json())
@@ -282,7 +282,7 @@ class RunStore:
         except ValueError:  # removed or cut short
             self.run(spec)
             return
-        own = run.spec.keeping(spec.train.keep_at)
+        own = run.spec.with_checkpoints(spec.train.keep_at)
         if own.train.keep_at != run.spec.train.keep_at and not run.finished:
             write_json(run.path / "spec.json", own.to_json())
 

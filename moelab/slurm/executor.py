@@ -54,16 +54,16 @@ class Size:
         layout = spec.parallel
         per_node = min(layout.ranks_per_node, profile.gpus_per_node)
         nodes = layout.ranks // per_node
-        told = f"{spec.title}: {layout.ranks} ranks in nodes of {layout.ranks_per_node}"
+        run = f"{spec.title}: {layout.ranks} ranks in nodes of {layout.ranks_per_node}"
         # Nodes with fewer ranks than the layout's are allowed unless the layout depends on the ranks of a node.
         if per_node < layout.ranks_per_node and (
             layout.hierarchical or per_node % layout.tensor or layout.ranks % per_node
         ):
             raise ValueError(
-                f"{told} do not fit profile {profile.name}'s nodes of {profile.gpus_per_node}; set its gpus_per_node"
+                f"{run} do not fit profile {profile.name}'s nodes of {profile.gpus_per_node}; set its gpus_per_node"
             )
         if nodes > profile.nodes:
-            raise ValueError(f"{told} need {nodes} nodes; profile {profile.name} allows {profile.nodes}")
+            raise ValueError(f"{run} need {nodes} nodes; profile {profile.name} allows {profile.nodes}")
         return cls(
             ranks=layout.ranks,
             nodes=nodes,

@@ -35,7 +35,7 @@ from moelab.models.attention import uses_kernel
 from moelab.models.moe import MoE
 from moelab.models.products import fastest_products
 from moelab.training.distill import Distiller, Teacher
-from moelab.training.metrics import TRAIN, VALIDATION, Metrics, Window, damage
+from moelab.training.metrics import TRAIN, VALIDATION, Metrics, Window, objection
 from moelab.training.optimizer import make_optimizer
 from moelab.training.schedule import rewarmed
 from moelab.training.validation import evaluate
@@ -138,7 +138,7 @@ def train(
         keep = {config.step_at(tokens, context, "train: keep_at") for tokens in config.keep_at}
         checkpoints = checkpoint.Writer(run_dir / "checkpoints", always=keep)
         try:
-            last = checkpoint.latest(run_dir / "checkpoints", lambda state: damage(run_dir, state.get("metrics")))
+            last = checkpoint.latest(run_dir / "checkpoints", lambda state: objection(run_dir, state.get("metrics")))
         except checkpoint.Refused as error:
             raise ValueError(
                 f"train: no checkpoint with whole metrics: {error}; remove {run_dir} to train again"

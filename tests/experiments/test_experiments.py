@@ -530,12 +530,12 @@ def test_throughput_ratio_at_the_papers_size():
 
 
 def test_what_a_variable_tells_of_the_expert():
-    assert routing.told(np.diag([500, 500])) == pytest.approx(1, abs=0.01)
-    assert routing.told(np.full((2, 4), 1000)) == pytest.approx(0, abs=0.01)
+    assert routing.explained_entropy(np.diag([500, 500])) == pytest.approx(1, abs=0.01)
+    assert routing.explained_entropy(np.full((2, 4), 1000)) == pytest.approx(0, abs=0.01)
     draw = np.random.default_rng(0)
     chance = np.zeros((200, 16), int)
     np.add.at(chance, (draw.integers(200, size=4000), draw.integers(16, size=4000)), 1)
-    assert routing.told(chance) < 0.05, "what a small sample shows by chance is taken off"
+    assert routing.explained_entropy(chance) < 0.05, "what a small sample shows by chance is taken off"
 
 
 def test_pairing_takes_the_common_part_out():
