@@ -362,7 +362,9 @@ def draw(measured: list[dict[str, Any]], path: Path) -> None:
         rows = [row for row in many if row["model"] == largest]
         panels.append((f"{largest}, batch {rows[0]['batch']} over ranks", rows))
     ylabel = "ms a token (median; bar to p95)"
-    benchmarks.save(benchmarks.times(one, title=headline(one), x="model", panels=panels, ylabel=ylabel, high="p95_ms"), path)
+    benchmarks.save(
+        benchmarks.times(one, title=headline(one), x="model", panels=panels, ylabel=ylabel, high="p95_ms"), path
+    )
 
 
 def headline(one: Sequence[Mapping[str, Any]]) -> str:

@@ -157,7 +157,9 @@ def _rows(measured: Sequence[dict[str, Any]], near: int, timing: Timing) -> list
     alpha, beta = measured[0]["stream"]
     cores = machine.cores()
     crowding = 1.0 if timing.device == "cuda" else max(near / cores, 1.0)
-    sent = {n: max((f["sent"][n] for f in measured), key=lambda s: s["near_messages"] + s["far_messages"]) for n in names}
+    sent = {
+        n: max((f["sent"][n] for f in measured), key=lambda s: s["near_messages"] + s["far_messages"]) for n in names
+    }
     floors = {
         n: crowding * ((s["near_messages"] + s["far_messages"]) * alpha + s["sent_bytes"] * beta)
         for n, s in sent.items()
@@ -250,7 +252,9 @@ def _kind(candidate: str) -> str:
 def headline(measured: Sequence[Mapping[str, Any]]) -> str:
     """Return what the smallest messages show, one line."""
     smallest = min(row["bytes_per_rank"] for row in measured)
-    ratios = [r["ratio"] for r in measured if _kind(r["candidate"]) == "hierarchical" and r["bytes_per_rank"] == smallest]
+    ratios = [
+        r["ratio"] for r in measured if _kind(r["candidate"]) == "hierarchical" and r["bytes_per_rank"] == smallest
+    ]
     span = " to ".join(dict.fromkeys(f"{ratio:.2f}" for ratio in (min(ratios), max(ratios))))
     return f"At {smallest / 1024:g} KiB hierarchical takes {span} times as long as flat"
 

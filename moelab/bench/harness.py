@@ -242,7 +242,7 @@ def rows(
                 numbers=dict((numbers or {}).get(name, {})),
             )
         )
-    return rows
+    return measured
 
 
 def show(title: str, rows: Sequence[Row], columns: Mapping[str, Callable[[Row], str]] | None = None) -> None:

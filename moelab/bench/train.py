@@ -34,9 +34,9 @@ from moelab.engine.testing import RankError, Ranks
 from moelab.inference.text import DTYPES
 from moelab.models import build
 from moelab.models.products import default_products, onednn_is_faster
+from moelab.plotting import benchmarks
 from moelab.training.distill import Distiller
 from moelab.training.loop import Trainer, Window
-from moelab.plotting import benchmarks
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -9,10 +9,10 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from moelab.terminal import one_line
 from moelab.config import DataConfig
 from moelab.data.documents import Corpus, Document, Split, UnknownCorpus, hash_fraction
 from moelab.data.packages import CorpusUnavailable
+from moelab.terminal import one_line
 
 FOLDER_VALIDATION = 0.05
 HF_VALIDATION = 0.01

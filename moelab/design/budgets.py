@@ -22,7 +22,6 @@ from moelab.runs.branching import token_budgets
 from moelab.runs.collection import Runs
 from moelab.runs.spec import RunSpec
 
-
 BUDGETS = {
     "smoke": (6_144, 12_288),
     "cpu": (1_024_000, 2_048_000, 4_096_000, 8_192_000),

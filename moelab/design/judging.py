@@ -127,7 +127,9 @@ def judge(
     there = [v for v in values if _finite(v)]
     estimate, able = Estimate.of(there, within) if there else None, can_test(claim, scale, share)
     if exact and estimate and able:
-        counted = stated.row(claim, estimate, _rule(claim, *[estimate.mean] * 3, exact=True), note, kept | {"kind": COUNTED})
+        counted = stated.row(
+            claim, estimate, _rule(claim, *[estimate.mean] * 3, exact=True), note, kept | {"kind": COUNTED}
+        )
         return replace(counted, low=estimate.mean, high=estimate.mean, samples=0)
     if estimate is None and not kept["missing"]:
         return stated.row(claim, None, NOT_TESTED if able else NOT_TESTABLE, note, kept)

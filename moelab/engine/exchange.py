@@ -207,7 +207,9 @@ class Exchange(Dispatch[DispatchState]):
         rows = all_gather_rows(rows, route.slice_sizes, self.groups.slices, "slices")
         if _is_transposed(route.arrived):
             rows, expert_back = _reorder(rows, route.expert_order)
-        return Dispatched(rows, route.offsets, DispatchState(route, table, routing.weight_SK, inter_node_back, expert_back))
+        return Dispatched(
+            rows, route.offsets, DispatchState(route, table, routing.weight_SK, inter_node_back, expert_back)
+        )
 
     def combine(self, rows_RM: Tensor, state: DispatchState) -> Tensor:
         """Return the experts' outputs, weighted and summed, on their tokens' ranks: [S, M], in the rows' dtype."""

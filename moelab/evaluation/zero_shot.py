@@ -32,10 +32,10 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from moelab.terminal import one_line
 from moelab.config import from_json
 from moelab.evaluation.items import READERS, items
 from moelab.files import read_json, write_json
+from moelab.terminal import one_line
 
 if TYPE_CHECKING:
     from lm_eval.api.model import LM

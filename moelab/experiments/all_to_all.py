@@ -164,7 +164,9 @@ def verdicts(counted: pd.DataFrame) -> list[Verdict]:
         ),
         "pcc-hops": (group, "Counted in the engine on 128 ranks, tensor slicing 8."),
     }
-    return [judge(c, [float(measured[c.id][0])], exact=True, note=measured[c.id][1]) for c in paper.claims("all-to-all")]
+    return [
+        judge(c, [float(measured[c.id][0])], exact=True, note=measured[c.id][1]) for c in paper.claims("all-to-all")
+    ]
 
 
 EXPERIMENT = Experiment(

@@ -13,7 +13,6 @@ already; fixed before the runs of 16 and 64 experts.
 
 from __future__ import annotations
 
-
 from moelab.design import comparison
 from moelab.design.experiment import Experiment, twin_scales
 from moelab.lazy import pd

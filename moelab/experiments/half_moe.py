@@ -13,7 +13,6 @@ halves 0.065 nats apart with an interval of ±0.119: seeds 3 and 4 for all arms.
 
 from __future__ import annotations
 
-
 from moelab.design import comparison
 from moelab.design.experiment import Experiment, twin_scales
 from moelab.design.verdicts import Verdict

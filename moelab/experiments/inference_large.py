@@ -20,7 +20,6 @@ from moelab.design.verdicts import Verdict
 from moelab.experiments.decoding import check_file
 from moelab.lazy import pd
 
-
 SIZES = {"2.4B+MoE-128": "107B", "8B+MoE-128": "349B", "24B+MoE-128": "1T", "47B+MoE-128": "2T"}
 
 

@@ -24,7 +24,7 @@ ARMS = {"MoE-128": "350M+MoE-128"}
 
 
 LAYERS = ("seed", "layer", "by_domain", "by_token")
-"""Columns: how much the domain and the token id tell about a layer's choice, see `moelab.evaluation.routing.explained_entropy`."""
+"""Columns: how much of a layer's choice the domain and the token id explain, see `routing.explained_entropy`."""
 SHARES = ("seed", "layer", "domain", "expert", "share")
 """Columns: the share of a domain's validation tokens that one expert of a layer takes."""
 
@@ -64,7 +64,12 @@ def route(run: Run, max_tokens: int | None) -> dict[str, list[dict[str, Any]]]:
     model = load_run(run.path, device=train.device).eval()
     uses = expert_use(model, ((domain, tokens_BT) for domain, tokens_BT, _ in batches))
     layers = [
-        {**seed, "layer": use.layer, "by_domain": explained_entropy(use.by_domain_DE), "by_token": explained_entropy(use.by_token_VE)}
+        {
+            **seed,
+            "layer": use.layer,
+            "by_domain": explained_entropy(use.by_domain_DE),
+            "by_token": explained_entropy(use.by_token_VE),
+        }
         for use in uses
     ]
     return {"layers": layers, "shares": [{**seed, **row} for use in uses for row in use.shares()]}

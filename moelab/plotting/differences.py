@@ -1,4 +1,4 @@
-"""Draw differences of losses over training: the mean over seeds with its 95 % interval, the paper's points beside it."""
+"""Draw differences of losses over training: the mean over seeds, its 95 % interval, and the paper's points."""
 
 from __future__ import annotations
 

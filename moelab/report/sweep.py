@@ -181,7 +181,10 @@ def publish(
     try:
         with new_directory(target) as staging:
             _write(
-                Publication(experiment.name, scale, parameters, staging, interactive=False), experiment, sweep, comparison
+                Publication(experiment.name, scale, parameters, staging, interactive=False),
+                experiment,
+                sweep,
+                comparison,
             )
     except OSError:  # two jobs that ended together both write it
         if not (target / SUMMARY).exists():

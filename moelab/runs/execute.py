@@ -11,7 +11,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from moelab.terminal import one_line
 from moelab import paths
 from moelab.config import to_json
 from moelab.engine.launch import process
@@ -20,6 +19,7 @@ from moelab.runs import sessions
 from moelab.runs.branching import remove_prefix
 from moelab.runs.spec import RunSpec
 from moelab.runs.store import Run, Status
+from moelab.terminal import one_line
 
 if TYPE_CHECKING:
     from moelab.data import TokenData

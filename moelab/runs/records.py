@@ -18,12 +18,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
 
-from moelab.terminal import one_line
 from moelab import paths
 from moelab.files import write_bytes
 from moelab.runs import with_weights
 from moelab.runs.spec import RunSpec
 from moelab.runs.store import Run, RunStore, Status, check_result
+from moelab.terminal import one_line
 
 FILES = ("spec.json", "provenance.json", "train.jsonl", "validation.jsonl", "status.json", "result.json")
 """What a record holds; the result comes last, because a run that has one counts as finished."""

@@ -3,7 +3,6 @@
 import math
 from dataclasses import replace
 
-import matplotlib
 import pandas as pd
 import pytest
 

@@ -2,7 +2,6 @@
 
 from dataclasses import replace
 
-import matplotlib
 import pandas as pd
 import pytest
 

@@ -28,7 +28,6 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from moelab.terminal import one_line
 from moelab.config import ModelConfig
 from moelab.data import Tokenizer
 from moelab.engine import parallel
@@ -39,6 +38,7 @@ from moelab.engine.mesh import Mesh
 from moelab.engine.placement import Placement
 from moelab.files import new_directory, read_json, read_object, write_json
 from moelab.models import GPT, empty
+from moelab.terminal import one_line
 
 FORMATS: dict[str, Format] = {f.model_type: f for f in (GPT2, *FAMILIES, MOELAB)}
 SHARD_BYTES = 4 << 30

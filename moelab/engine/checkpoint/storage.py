@@ -24,7 +24,6 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from moelab.terminal import one_line
 from moelab.engine.checkpoint.format import (
     INDEX,
     STATE,
@@ -39,6 +38,7 @@ from moelab.engine.checkpoint.format import (
 from moelab.engine.collectives import broadcast_json, gather_json
 from moelab.engine.groups import Group
 from moelab.files import sha256_of, write_text
+from moelab.terminal import one_line
 
 Entry = dict[str, Any]
 """What the index says of a tensor: "dtype", "shape" and "pieces", of which each has "at", "size" and "file"."""

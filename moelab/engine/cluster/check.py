@@ -69,7 +69,9 @@ def check(
 # -- ranks -----------------------------------------------------------------------------------------------------------
 
 
-def _ranks(place: process.Place, nodes: Nodes, device: str, gpus_per_node: int, commit: str | None) -> Iterator[Finding]:
+def _ranks(
+    place: process.Place, nodes: Nodes, device: str, gpus_per_node: int, commit: str | None
+) -> Iterator[Finding]:
     mine: dict[str, Any] = {
         "moelab": moelab.__version__,
         "commit": commit,
