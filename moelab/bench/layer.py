@@ -292,10 +292,7 @@ def main(
 ) -> None:
     """Measure each size at each number of threads and print.
 
-    With `out` (a folder), write `layer.jsonl` there, after each case, and its figure.
-
-    Args:
-        backward: see `measure`.
+    With `out` (a folder), write `layer.jsonl` there, after each case, and its figure. `backward`: see `measure`.
     """
     for count in threads:
         timing.check_threads(count)

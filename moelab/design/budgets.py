@@ -90,10 +90,7 @@ def losses(runs: Runs) -> pd.DataFrame:
 def gaps(table: pd.DataFrame, reference: str) -> pd.DataFrame:
     """Return the losses minus the reference arm's of the same seed and budget, as a column gap; without the reference.
 
-    A column against names the reference.
-
-    Args:
-        table: from `losses`.
+    A column against names the reference. `table` comes from `losses`.
     """
     keys = ["seed", "tokens"]
     base = table[table["arm"] == reference].set_index(keys)["loss"].rename("base")

@@ -100,8 +100,7 @@ def points(runs: Runs) -> pd.DataFrame:
 def fits(table: pd.DataFrame, scale: str) -> dict[str, laws.Fit]:
     """Return the law of each family, fitted to the widths below the larger one; families with too few points lack it.
 
-    Args:
-        table: from `points`.
+    `table` comes from `points`.
     """
     from moelab.design import laws
 
@@ -128,8 +127,7 @@ def constants(fits: Mapping[str, laws.Fit]) -> pd.DataFrame:
 def curves(fits: Mapping[str, laws.Fit], table: pd.DataFrame, scale: str) -> pd.DataFrame:
     """Return each law along the budgets of each width: columns arm, width, compute (FLOPs), loss.
 
-    Args:
-        fits, table: from `fits` and `points`.
+    `fits` and `table` come from `fits` and `points`.
     """
     parts = []
     for arm, fitted in fits.items():
@@ -147,9 +145,7 @@ def leverage(table: pd.DataFrame, fits: Mapping[str, laws.Fit]) -> pd.DataFrame:
 
     Columns: arm, width, tokens, compute, value, low, high, beyond: the dense model would need more compute than any
     dense run had, so that the law is extrapolated. A loss at the dense law's floor or below it has infinite leverage.
-
-    Args:
-        table, fits: from `points` and `fits`.
+    `table` and `fits` come from `points` and `fits`.
     """
     rows = []
     if dense := fits.get("Dense"):

@@ -96,8 +96,7 @@ def used(base: str, scale: str) -> dict[str, float]:
 def unbracketed(table: pd.DataFrame) -> list[str]:
     """Return what is at an edge: "MoE-128's lowest loss is at 0.002, the lowest rate", an item for each such arm.
 
-    Args:
-        table: from `losses`.
+    `table` comes from `losses`.
     """
     problems = []
     for arm, part in table.groupby("arm", sort=False):

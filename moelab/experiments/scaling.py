@@ -144,8 +144,7 @@ def paper_length() -> float:
 def gap_headline(gaps: pd.DataFrame) -> str:
     """Return, in one line, the gap of the MoE to its base at its first and last budget and where it is smallest.
 
-    Args:
-        gaps: from `budgets.gaps`.
+    `gaps` comes from `budgets.gaps`.
     """
     ours = gaps[gaps["arm"] == "350M+MoE-128"]
     means = ours.groupby("tokens")["gap"].mean()

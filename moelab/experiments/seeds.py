@@ -55,8 +55,7 @@ def deviations(final: pd.DataFrame) -> pd.DataFrame:
 def headline(table: pd.DataFrame) -> str:
     """Return, in one line, how sharing seeds changes the spread of the first pair and of that which it helps most.
 
-    Args:
-        table: from `deviations`.
+    `table` comes from `deviations`.
     """
     if not len(table):
         return "no pair has finished"

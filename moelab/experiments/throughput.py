@@ -74,8 +74,7 @@ def rounds_table(ratios: Sequence[float]) -> pd.DataFrame:
 def simulated_ratios(predicted: pd.DataFrame) -> pd.DataFrame:
     """Return 1.3B+MoE-128 over 6.7B on 128 A100: columns what, ours (simulated) and paper, a row for each rate.
 
-    Args:
-        predicted: from `moelab.simulate.frames.training`.
+    `predicted` comes from `moelab.simulate.frames.training`.
     """
     moe, dense = predicted.loc["1.3B+MoE-128"], predicted.loc["6.7B"]
     rates = {"samples per second": "samples/s", "operations per second and GPU": "TFLOP/s a GPU"}
@@ -98,8 +97,7 @@ def simulated_headline(ratios: pd.DataFrame) -> str:
 def verdicts(predicted: pd.DataFrame) -> list[Verdict]:
     """Judge Table 3's claims, which speak of 128 A100, on the simulated cluster.
 
-    Args:
-        predicted: from `moelab.simulate.frames.training`.
+    `predicted` comes from `moelab.simulate.frames.training`.
     """
     speed, operations = simulated_ratios(predicted)["ours"]
     values = {"training-5x-cheaper": speed, "moe-flop-efficiency": operations}

@@ -55,8 +55,7 @@ def exchanged_slots(model: ModelConfig, tokens: int) -> int:
 def one_session(speeds: Mapping[str, Sequence[float]]) -> list[list[float]]:
     """Return the speed of Residual-MoE-32 over Top2-MoE-32 in each round of one session; empty without both arms.
 
-    Args:
-        speeds: from `moelab.experiments.throughput.speeds`.
+    `speeds` comes from `moelab.experiments.throughput.speeds`.
     """
     if not {"Top2-MoE-32", "Residual-MoE-32"} <= set(speeds):
         return []

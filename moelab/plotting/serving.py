@@ -205,9 +205,7 @@ def decoding_steps(steps: pd.DataFrame, latency: Axes, parts: Axes) -> None:
     """Draw measured decoding steps: the latency of each, and the parts of the optimised one.
 
     Latencies are medians with a bar to the 95th percentile; a line marks the floor.
-
-    Args:
-        steps: see `moelab.experiments.decoding.steps`.
+    `steps`: see `moelab.experiments.decoding.steps`.
     """
     best = steps[steps["candidate"] == "optimised"]
     names = [str(label).replace("\n", ", ") for label in best["label"]]
