@@ -35,7 +35,7 @@ from moelab.design.experiment import FULL_HOURS, Experiment, Scale, full_cost
 from moelab.design.judging import judge
 from moelab.design.verdicts import Verdict
 from moelab.lazy import pd
-from moelab.runs import with_weights
+from moelab.runs import evaluations
 from moelab.runs.spec import RunSpec, Start
 
 if TYPE_CHECKING:
@@ -144,7 +144,7 @@ def measure_halves(runs: Runs, tokens: int) -> list[dict[str, Any]]:
             **losses,
             "validation": run.result["validation_loss"],
         }
-        for run, losses in with_weights.measure_all(runs.finished, losses_on_halves, tokens)
+        for run, losses in evaluations.measure_all(runs.finished, losses_on_halves, tokens)
     ]
 
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from moelab.design.experiment import Experiment, Scale
 from moelab.lazy import np, pd
-from moelab.runs import with_weights
+from moelab.runs import evaluations
 
 if TYPE_CHECKING:
     from moelab.runs.collection import Runs
@@ -39,8 +39,8 @@ def measure(runs: Runs, max_tokens: int | None = None) -> dict[str, list[dict[st
         "layers", rows of `LAYERS`, and "shares", rows of `SHARES` for each layer, domain and expert.
     """
     for run in runs.finished:  # before the first takes its time
-        with_weights.require(run, route, max_tokens)
-    measured = [rows for _, rows in with_weights.measure_all(runs.finished, route, max_tokens)]
+        evaluations.require(run, route, max_tokens)
+    measured = [rows for _, rows in evaluations.measure_all(runs.finished, route, max_tokens)]
     return {name: [row for one in measured for row in one[name]] for name in ("layers", "shares")}
 
 

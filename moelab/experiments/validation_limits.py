@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from moelab.design import comparison
 from moelab.lazy import pd
-from moelab.runs import with_weights
+from moelab.runs import evaluations
 
 if TYPE_CHECKING:
     from moelab.runs.collection import Runs
@@ -28,7 +28,7 @@ def measure(runs: Runs, tokens: int = 0) -> list[dict[str, Any]]:
     """
     return [
         {"arm": run.spec.title, "seed": run.spec.train.seed, **losses}
-        for run, losses in with_weights.measure_all(runs.finished, validated, tokens)
+        for run, losses in evaluations.measure_all(runs.finished, validated, tokens)
     ]
 
 

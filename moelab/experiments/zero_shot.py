@@ -25,7 +25,7 @@ from moelab.design.experiment import Experiment, Scale
 from moelab.design.judging import judge
 from moelab.design.verdicts import Verdict
 from moelab.lazy import pd
-from moelab.runs import with_weights
+from moelab.runs import evaluations
 
 if TYPE_CHECKING:
     from moelab.evaluation.zero_shot import OnProgress, Score
@@ -57,12 +57,12 @@ def measure(runs: Runs, limit: int, tasks: Sequence[str] | None = None) -> list[
     ours = {task: str(definition(task)["metadata"]["version"]) for task in PACKAGED}
     versions = {task: ours.get(task, "") for task in tasks or PACKAGED}
     for run in runs.finished:  # before the first takes its time
-        with_weights.require(run, score, limit, versions)
+        evaluations.require(run, score, limit, versions)
     rows = []
     with task_progress() as show:
         for run in runs.finished:
             arm, seed = run.spec.title, run.spec.train.seed
-            scores = with_weights.measure(
+            scores = evaluations.measure(
                 run,
                 score,
                 limit,

@@ -116,25 +116,26 @@ class MeasurementStore:
 
     def current(self, ids: Sequence[str]) -> bool:
         """Whether all of these are stored, by this code and on this machine."""
-        found = [self._record(id) for id in ids]
-        return all(r is not None and (r["code"], r["machine"]) == (code(), machine()) for r in found)
+        records = [read_record(self.root / f"{id}.json") for id in ids]
+        return all(r is not None and (r["code"], r["machine"]) == (code(), machine()) for r in records)
 
     def took(self, function: Callable[..., Any]) -> float:
         """Return the seconds of the longest stored measurement by a function, of any arguments; 0 without one."""
-        stored = [self._record(file.stem) for file in self.root.glob(f"{prefix(function)}-*.json")]
+        stored = [read_record(file) for file in self.root.glob(f"{prefix(function)}-*.json")]
         return max((record["seconds"] for record in stored if record), default=0.0)
 
     def _read(self, key: str) -> Measurement | None:
-        record = self._record(key)
+        record = read_record(self.root / f"{key}.json")
         return _of(key, record, read_back=True) if record else None
 
-    def _record(self, key: str) -> dict[str, Any] | None:
-        """Read a file, None if it is missing or malformed: its value can be measured again."""
-        try:
-            record = read_json(self.root / f"{key}.json")
-        except (ValueError, OSError):
-            return None
-        return record if isinstance(record, dict) and record.get("format") == FORMAT else None
+
+def read_record(file: Path) -> dict[str, Any] | None:
+    """Return the record in a file, None if it is missing or malformed: its value can be measured again."""
+    try:
+        record = read_json(file)
+    except (ValueError, OSError):
+        return None
+    return record if isinstance(record, dict) and record.get("format") == FORMAT else None
 
 
 def _of(key: str, record: dict[str, Any], *, read_back: bool) -> Measurement:

@@ -20,7 +20,7 @@ from typing import Any, cast
 
 from moelab import paths
 from moelab.files import write_bytes
-from moelab.runs import with_weights
+from moelab.runs import evaluations
 from moelab.runs.spec import RunSpec
 from moelab.runs.store import Run, RunStore, Status, check_result
 from moelab.terminal import one_line
@@ -28,8 +28,8 @@ from moelab.terminal import one_line
 FILES = ("spec.json", "provenance.json", "train.jsonl", "validation.jsonl", "status.json", "result.json")
 """What a record holds; the result comes last, because a run that has one counts as finished."""
 
-MEASURED = re.compile(rf"{with_weights.FOLDER}/[a-z0-9-]+\.json")
-"""Further files that a record may hold, see `moelab.runs.with_weights`."""
+MEASURED = re.compile(rf"{evaluations.FOLDER}/[a-z0-9-]+\.json")
+"""Further files that a record may hold, see `moelab.runs.evaluations`."""
 
 Archive = Path | zipfile.Path
 """A record: a file, or one inside a pack."""
@@ -92,7 +92,7 @@ def _packed(run: Run) -> bytes:
         raise ValueError(f"run {run.spec.id}: not finished ({run.status.state}); only finished runs are passed on")
     packed = io.BytesIO()
     with zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED, compresslevel=9) as archive:
-        measured = [str(file.relative_to(run.path)) for file in with_weights.files(run)]
+        measured = [str(file.relative_to(run.path)) for file in evaluations.files(run)]
         for name in (*measured, *FILES):
             if name == "status.json" and Status.read(run.path) is None:
                 continue  # missing, or torn by a crash, which nobody could take over
@@ -193,7 +193,7 @@ def _content(archive: Archive, wanted: Sequence[str] | None = None) -> dict[str,
                 raise ValueError(f"{archive}: more than {MOST} files, or than {LARGEST >> 20} MiB in all")
             measured = [name for name in entries if MEASURED.fullmatch(name)]
             if not {"spec.json", "result.json"} <= set(entries) <= {*FILES, *measured}:
-                raise ValueError(f"{archive}: not a run's record; one holds {', '.join(FILES)}, {with_weights.FOLDER}/")
+                raise ValueError(f"{archive}: not a run's record; one holds {', '.join(FILES)}, {evaluations.FOLDER}/")
             for name in (n for n in (*measured, *FILES) if n in entries and (wanted is None or n in wanted)):
                 if entries[name].compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
                     raise ValueError(f"{archive}: {name} is packed by another method than deflate")
