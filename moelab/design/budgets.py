@@ -1,8 +1,9 @@
-"""Compare arms at several token budgets, each with its own decay of the learning rate.
+"""Compare arms at several token budgets, each with its own cooldown of the learning rate.
 
 A loss in the middle of a run is not the loss of a run of that length, because its learning rate has not decayed yet. A
-*budget* is a run that branches off a longer one, its *trunk*, where its own decay begins
-(`moelab.runs.branching.token_budgets`), so it equals the run of that length and costs a fifth of it.
+*budget* is a run that branches off a longer one, its *trunk*, in the stable phase of a warm-up-stable-decay schedule,
+where its own cooldown begins (`moelab.runs.branching.token_budgets`). It equals the run of that length and costs a
+fifth of it.
 
 Budgets are compared across model sizes by *tokens a parameter*: tokens over the parameters that the dense base has
 outside its embeddings, for the base and for the MoE on it.
@@ -181,9 +182,9 @@ def at_equal_cost(table: pd.DataFrame, costs: Mapping[str, Mapping[str, float]],
             dearer = {"training tokens": 1.0} | {
                 what: a_token[arm] / a_token[base] for what, a_token in costs.items() if {arm, base} <= set(a_token)
             }
-            found = {what: loss_at(curve, last["tokens"] / times) for what, times in dearer.items()}
-            if None not in found.values():
-                rows += [[what, arm, seed, loss - last["loss"]] for what, loss in found.items()]
+            losses = {what: loss_at(curve, last["tokens"] / times) for what, times in dearer.items()}
+            if None not in losses.values():
+                rows += [[what, arm, seed, loss - last["loss"]] for what, loss in losses.items()]
     return pd.DataFrame(rows, columns=["at", "arm", "seed", "gap"])
 
 

@@ -233,9 +233,9 @@ def differences(final: pd.DataFrame, expected: Sequence[tuple[str, str, str]]) -
     for left, right, where in expected:
         if values := paired(final, left, right):
             mean, low, high = interval(values)
-            found = "below" if high < 0 else "above" if low > 0 else "cannot tell"
+            outcome = "below" if high < 0 else "above" if low > 0 else "cannot tell"
             rows.append(
-                [left, right, mean, low, high, len(values), where, found if len(values) >= LEAST else "too few seeds"]
+                [left, right, mean, low, high, len(values), where, outcome if len(values) >= LEAST else "too few seeds"]
             )
     return pd.DataFrame(rows, columns=["left", "right", "mean", "low", "high", "seeds", "expected", "found"])
 
@@ -374,11 +374,11 @@ def balance(runs: Runs) -> pd.DataFrame:
             last = training[-1]
             layers = list(last["load_percentiles"].values())
             percentiles = {f"p{p}": sum(each[i] for each in layers) / len(layers) for i, p in enumerate(PERCENTILES)}
-            found = {k: last[k] for k in BALANCE if k in last}
+            values = {k: last[k] for k in BALANCE if k in last}
             model, tokens = run.spec.model, run.spec.train.batch_size * run.spec.data.context
             floors = [random_max_violation(tokens, experts, model.top_k) for experts in model.experts if experts]
-            found |= {"max_violation, random": sum(floors) / len(floors)}
-            rows.append({"arm": run.spec.title, **found, **percentiles})
+            values |= {"max_violation, random": sum(floors) / len(floors)}
+            rows.append({"arm": run.spec.title, **values, **percentiles})
     if not rows:
         return pd.DataFrame(columns=["arm"])
     return pd.DataFrame(rows).groupby("arm", sort=False).mean().reset_index()

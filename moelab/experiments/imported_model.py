@@ -42,10 +42,10 @@ def directory(model: str) -> Path:
     from moelab.inference.text import model_config
     from moelab.runs.store import RunStore
 
-    found = RunStore().find(model).resolve() if model else _random_model()
-    if not model_config(found).is_moe:
-        raise ValueError(f"imported-model: {found} is dense, it routes nothing")
-    return found
+    path = RunStore().find(model).resolve() if model else _random_model()
+    if not model_config(path).is_moe:
+        raise ValueError(f"imported-model: {path} is dense, it routes nothing")
+    return path
 
 
 def check(parameters: Mapping[str, Any]) -> None:

@@ -32,8 +32,8 @@ def bars() -> pd.DataFrame:
     """Return the bars of Fig 11, simulated beside the paper's: `Bar.row`, and size (total parameters)."""
     from moelab.simulate.bars import fig11, frame
 
-    found = frame(fig11())
-    return found.assign(size=found["model"].map(SIZES))
+    table = frame(fig11())
+    return table.assign(size=table["model"].map(SIZES))
 
 
 def speedups() -> pd.DataFrame:

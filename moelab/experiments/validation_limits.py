@@ -107,5 +107,5 @@ def costs(final: pd.DataFrame, measured: list[dict[str, Any]], reference: str) -
         table = pd.DataFrame(measured)
         for kind in ("mixed", "without"):
             losses[kind] = table.assign(validation_loss=table[kind])[["arm", "seed", "validation_loss"]]
-    found = [comparison.gaps(part, reference).assign(validation=KINDS[kind]) for kind, part in losses.items()]
-    return pd.concat(found, ignore_index=True)
+    tables = [comparison.gaps(part, reference).assign(validation=KINDS[kind]) for kind, part in losses.items()]
+    return pd.concat(tables, ignore_index=True)

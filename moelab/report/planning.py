@@ -42,15 +42,15 @@ def needs(
         ValueError: one line: an unknown experiment, scale or arm, a bad effect, no result, or fewer than two seeds.
     """
     find(experiment).scale(scale)
-    found = [s for _, s in read_all(*results)[0] if (s.experiment, s.scale) == (experiment, scale)]
-    if not found:
+    summaries = [s for _, s in read_all(*results)[0] if (s.experiment, s.scale) == (experiment, scale)]
+    if not summaries:
         raise ValueError(
             f"power: no result of {experiment} at scale {scale} to take a spread from; "
             f"`moelab run {experiment} --scale {scale} -p seeds=3` makes one"
         )
-    found.sort(key=lambda summary: summary.finished, reverse=True)
-    rows = [] if against or effect else _claims(found)
-    return _frame(rows) if rows else needs_of(_final(found[0]), against=against, effect=effect)
+    summaries.sort(key=lambda summary: summary.finished, reverse=True)
+    rows = [] if against or effect else _claims(summaries)
+    return _frame(rows) if rows else needs_of(_final(summaries[0]), against=against, effect=effect)
 
 
 def needs_of(final: pd.DataFrame, *, against: str | None = None, effect: float | None = None) -> pd.DataFrame:

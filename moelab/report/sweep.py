@@ -45,8 +45,8 @@ class Sweep:
         """Return what varies at a point: numbers and texts."""
         from moelab.plotting.sweeps import text
 
-        found = {name: _value(point, name) for name in self.varied}
-        return {k: v if isinstance(v, str | int | float) else text(v) for k, v in found.items()}
+        settings = {name: _value(point, name) for name in self.varied}
+        return {k: v if isinstance(v, str | int | float) else text(v) for k, v in settings.items()}
 
     def parameters(self) -> dict[str, Any]:
         """Return the parameters that do not vary, and the values of those that do in "sweep"."""

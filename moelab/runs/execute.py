@@ -104,9 +104,9 @@ def _from_first(key: str) -> str:
     Raises:
         StoppedAtStart: rank 0 was asked to stop.
     """
-    if (found := process.wait_for(key)) == _STOP:
+    if (answer := process.wait_for(key)) == _STOP:
         raise StoppedAtStart("stopped with rank 0 before the training began")
-    return found
+    return answer
 
 
 @contextlib.contextmanager
@@ -143,8 +143,8 @@ def _trainer_of(run: Run, should_stop: ShouldStop) -> Iterator[None]:
 def _holder(run: Run) -> str:
     """Return in words who trains a run."""
     with contextlib.suppress(ValueError, KeyError, TypeError):
-        found = read_json(run.path / "holder.json")
-        return f"process {found['process']} on {found['host']}, which trains it since {found['since']}"
+        holder = read_json(run.path / "holder.json")
+        return f"process {holder['process']} on {holder['host']}, which trains it since {holder['since']}"
     return "another process"
 
 

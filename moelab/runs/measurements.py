@@ -91,13 +91,13 @@ class MeasurementStore:
         """
         name, plain, key = _identity(function, arguments)
         file = self.root / f"{key}.json"
-        if not again and (found := self._read(key)):
-            return found
+        if not again and (stored := self._read(key)):
+            return stored
         self.root.mkdir(parents=True, exist_ok=True)
         before()
         with FileLock(self.root / f".{socket.gethostname()}.lock"):
-            if not again and (found := self._read(key)):  # by whoever held the lock
-                return found
+            if not again and (stored := self._read(key)):  # by whoever held the lock
+                return stored
             began, started = time.time(), time.perf_counter()
             value = json.loads(json.dumps(function(*arguments)))
             record = {
@@ -181,13 +181,13 @@ def as_json(value: Any) -> Any:
 @functools.cache
 def code() -> str:
     """Digest of moelab's source, kernels and their C++ included."""
-    found = hashlib.sha256()
+    hashed = hashlib.sha256()
     for package in ("moelab", "moelab.kernels"):
         spec = find_spec(package)
         for root in map(Path, (spec.submodule_search_locations or ()) if spec else ()):
             for file in sorted(file for file in root.rglob("*.*") if file.suffix in (".py", ".cpp", ".h")):
-                found.update(f"{package}/{file.relative_to(root)}\0".encode() + file.read_bytes() + b"\0")
-    return found.hexdigest()[:12]
+                hashed.update(f"{package}/{file.relative_to(root)}\0".encode() + file.read_bytes() + b"\0")
+    return hashed.hexdigest()[:12]
 
 
 @functools.cache
@@ -206,13 +206,13 @@ def machine() -> dict[str, Any]:
 
 def _gpus() -> list[str]:
     """As the driver lists them: asking torch would take its import."""
-    found = []
+    names = []
     for file in sorted(Path("/proc/driver/nvidia/gpus").glob("*/information")):
         lines = file.read_text(errors="replace").splitlines()
-        found += [line.partition(":")[2].strip() for line in lines if line.startswith("Model:")]
+        names += [line.partition(":")[2].strip() for line in lines if line.startswith("Model:")]
     if visible := os.environ.get("CUDA_VISIBLE_DEVICES"):
-        found.append(f"visible: {visible}")
-    return found
+        names.append(f"visible: {visible}")
+    return names
 
 
 def file_digest(file: Path) -> str:

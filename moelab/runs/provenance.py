@@ -96,7 +96,7 @@ def commit() -> dict[str, Any]:
 
 def versions() -> dict[str, str]:
     """Of the packages that numbers may depend on, those that are installed."""
-    return {name: found for name in _PACKAGES if (found := _version(name))}
+    return {name: version for name in _PACKAGES if (version := _version(name))}
 
 
 @functools.cache

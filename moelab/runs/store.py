@@ -313,11 +313,11 @@ class RunStore:
             if (path := Path(name).expanduser()).is_dir():
                 return path
         known = self.ids()
-        found = [name] if name in known else [run for run in known if name and run.startswith(name)]
-        if len(found) == 1:
-            return self.root / found[0]
-        if found:
-            raise ValueError(f"run {name!r}: {len(found)} runs begin so: {', '.join(found[:5])}")
+        matches = [name] if name in known else [run for run in known if name and run.startswith(name)]
+        if len(matches) == 1:
+            return self.root / matches[0]
+        if matches:
+            raise ValueError(f"run {name!r}: {len(matches)} runs begin so: {', '.join(matches[:5])}")
         starts = {run[: len(name)]: run for run in known}
         close = [starts[start] for start in difflib.get_close_matches(name, starts, n=3)]
         raise ValueError(

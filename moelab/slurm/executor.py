@@ -215,9 +215,9 @@ def _executor(
     return executor
 
 
-def _exports(profile: Profile, snapshot: Path | None, further: dict[str, str]) -> list[str]:
+def _exports(profile: Profile, snapshot: Path | None, variables: dict[str, str]) -> list[str]:
     """Return the shell lines that set a job's environment variables."""
-    values = {environment.HOME.name: str(paths.home()), environment.RESULTS.name: str(paths.results()), **further}
+    values = {environment.HOME.name: str(paths.home()), environment.RESULTS.name: str(paths.results()), **variables}
     lines = [f"{name}={shlex.quote(value)}" for name, value in values.items()]
     if snapshot is not None:
         # A module is otherwise looked for in the current folder first, which may be the checkout.

@@ -152,8 +152,8 @@ def scalars(file: str, row: dict[str, Any]) -> Iterator[tuple[str, float]]:
     for key, value in row.items():
         if key not in ("step", "time_s") and isinstance(value, int | float):
             yield f"{Path(file).stem}/{key}", value
-    for layer, found in row.get("balance", {}).items():
-        for name, value in found.items():
+    for layer, statistics in row.get("balance", {}).items():
+        for name, value in statistics.items():
             yield f"balance/layer{layer}/{name}", value
     for layer, load in row.get("expert_load", {}).items():
         ordered = sorted(load)

@@ -291,9 +291,9 @@ def _check(files: Files, kind: Format, config: ModelConfig) -> dict[str, torch.d
             if theirs not in files.names:
                 raise ValueError(f"{files.directory}: {wrong or f'tensor {theirs} is missing'}")
             wanted.add(theirs)
-            found, expected = files.shape(theirs, part.transposed), expected_shape(part, shape)
-            if found != expected:
-                wrong = wrong or f"{part.name if part.at else name} is {found}, expected {expected}"
+            shape_there, expected = files.shape(theirs, part.transposed), expected_shape(part, shape)
+            if shape_there != expected:
+                wrong = wrong or f"{part.name if part.at else name} is {shape_there}, expected {expected}"
             elif files.dtype(theirs) != dtypes.setdefault(name, files.dtype(theirs)):
                 wrong = wrong or f"tensor {theirs} has another dtype than the others of {name}"
     odd = [name for name in files.names if name not in wanted and not name.endswith(_UNUSED)]

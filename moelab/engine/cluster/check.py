@@ -184,12 +184,12 @@ def _interfaces(nodes: Nodes, device: str, environment: Sequence[str]) -> Iterat
 
 
 def _active_ports() -> list[Path]:
-    found = []
+    ports = []
     for path in Path("/sys/class/infiniband").glob("*/ports/*/state"):
         with contextlib.suppress(OSError):
             if "ACTIVE" in path.read_text():
-                found.append(path)
-    return found
+                ports.append(path)
+    return ports
 
 
 def _clocks(place: process.Place, nodes: Nodes, times: int = 5) -> Iterator[Finding]:
