@@ -27,9 +27,9 @@ class TrainConfig:
             the load-balancing loss are computed per micro-batch, as in the paper.
         lr, min_lr: peak and final learning rate.
         warmup_tokens: linear warm-up; then cosine decay until `decay_tokens` (0: until `tokens`), then `min_lr`.
-        cooldown_tokens: above 0, the rate stays at `lr` after the warm-up and decays linearly to `min_lr` over the last
-            `cooldown_tokens` tokens (WSD: warm-up, stable phase, cooldown), so that a shorter run equals a longer one until its decay
-            begins. 0 means the cosine.
+        cooldown_tokens: above 0, the rate stays at `lr` after the warm-up (the stable phase of a WSD schedule) and
+            decays linearly to `min_lr` over the last `cooldown_tokens` tokens, so that a shorter run equals a longer
+            one until its cooldown begins. 0 means the cosine.
         betas, eps, weight_decay, clip: AdamW's settings and the largest gradient norm (0: no clipping). Biases and
             norms are not decayed.
         dtype: ``fp32``, or ``bf16`` for autocast matrix products over fp32 weights.
