@@ -44,18 +44,18 @@ def import_(
 ) -> None:
     """Take published runs over, so that an experiment trains only what is missing."""
     source = source or records.folder()
-    archives = records.imported(source)
+    archives = records.archives_in(source)
     if not archives:
         raise ValueError(f"{source}: no runs to take over; give a folder of zips that `moelab runs export` wrote")
     store = RunStore()
     taken = here = 0
     for archive in archives:
         try:
-            imported = records.read(archive, store)
+            taken_over = records.read(archive, store)
         except ValueError as error:  # the others are good
             print(f"moelab: {error}", file=sys.stderr)
             continue
-        taken, here = taken + (imported is not None), here + (imported is None)
+        taken, here = taken + (taken_over is not None), here + (taken_over is None)
     print(f"{taken} runs taken over, {here} were here already ({store.root})")
     if refused := len(archives) - taken - here:
         raise ValueError(f"{refused} of {len(archives)} records were not taken over")

@@ -62,7 +62,7 @@ def write(runs: Sequence[Run], directory: Path) -> list[Path]:
     written = []
     for model, records in packs.items():
         path, whole = directory / f"{model}.zip", io.BytesIO()
-        for archive in found(path):
+        for archive in archives_in(path):
             records.setdefault(archive.name, archive.read_bytes())
         with zipfile.ZipFile(whole, "w") as pack:  # records lie as they are, so that git keeps what was added alone
             for name, data in sorted(records.items()):
@@ -72,7 +72,7 @@ def write(runs: Sequence[Run], directory: Path) -> list[Path]:
     return written
 
 
-def found(source: Path) -> list[Archive]:
+def archives_in(source: Path) -> list[Archive]:
     """Return the records in a folder, in a pack, or the one that a file is; none if it is missing."""
     archives: list[Archive] = []
     for path in sorted(source.glob("*.zip")) if source.is_dir() else [source] if source.exists() else []:
@@ -152,7 +152,7 @@ def read(archive: Archive, store: RunStore) -> Run | None:
 
 def published() -> dict[str, Archive]:
     """Return run id -> record, of the published runs."""
-    return {archive.stem: archive for archive in found(folder())}
+    return {archive.stem: archive for archive in archives_in(folder())}
 
 
 def glance(archive: Archive) -> tuple[RunSpec, dict[str, Any]]:

@@ -253,8 +253,8 @@ def closure(specs: Sequence[RunSpec]) -> dict[str, RunSpec]:
     all checkpoints that any of them needs.
     """
     asked = {spec.id: spec for spec in reversed(specs)}
-    closed: dict[str, RunSpec] = {}
+    runs: dict[str, RunSpec] = {}
     for needed in (run for spec in specs for run in (*spec.requires(), spec)):
-        before = closed.get(needed.id, needed)
-        closed[needed.id] = asked.get(needed.id, before).with_checkpoints((*before.train.keep_at, *needed.train.keep_at))
-    return closed
+        before = runs.get(needed.id, needed)
+        runs[needed.id] = asked.get(needed.id, before).with_checkpoints((*before.train.keep_at, *needed.train.keep_at))
+    return runs

@@ -152,8 +152,8 @@ def scalars(file: str, row: dict[str, Any]) -> Iterator[tuple[str, float]]:
     for key, value in row.items():
         if key not in ("step", "time_s") and isinstance(value, int | float):
             yield f"{Path(file).stem}/{key}", value
-    for layer, statistics in row.get("balance", {}).items():
-        for name, value in statistics.items():
+    for layer, balance in row.get("balance", {}).items():
+        for name, value in balance.items():
             yield f"balance/layer{layer}/{name}", value
     for layer, load in row.get("expert_load", {}).items():
         ordered = sorted(load)

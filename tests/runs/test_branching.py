@@ -207,12 +207,12 @@ def test_a_trunk_that_no_layout_fits_is_one_line(trunk, short, tmp_path):
 def test_a_branch_of_an_imported_trunk(trunk, short, branch, tmp_path):
     lab = Lab()
     (whole, stem) = lab.run([short, trunk], executor="inline")
-    archive = records.found(*records.write([stem], tmp_path))[0]
+    archive = records.archives_in(*records.write([stem], tmp_path))[0]
     shutil.rmtree(stem.path)
     assert records.read(archive, lab.store).finished
     (run,) = lab.run([branch], executor="inline")
     assert_same_from(10, run, whole)
-    taken = records.read(records.found(*records.write([run], tmp_path))[0], RunStore(tmp_path / "theirs"))
+    taken = records.read(records.archives_in(*records.write([run], tmp_path))[0], RunStore(tmp_path / "theirs"))
     assert taken.spec == branch and taken.spec.start.run == trunk and taken.provenance["start"]["trained_again"]
 
 

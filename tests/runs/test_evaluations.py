@@ -6,7 +6,7 @@ import pytest
 
 from moelab.experiments import pr_moe
 from moelab.files import read_json, write_json
-from moelab.runs import records, evaluations
+from moelab.runs import evaluations, records
 from moelab.runs.store import RunStore
 
 CALLS = []
@@ -97,8 +97,8 @@ def test_a_damaged_file_is_measured_again(run, content):
 
 def test_a_record_holds_it(run, tmp_path):
     found = evaluations.measure(run, words, 2)
-    archive = records.found(*records.write([run], tmp_path))[0]
-    assert archive.read_bytes() == records.found(*records.write([run], tmp_path / "again"))[0].read_bytes()
+    archive = records.archives_in(*records.write([run], tmp_path))[0]
+    assert archive.read_bytes() == records.archives_in(*records.write([run], tmp_path / "again"))[0].read_bytes()
     theirs = RunStore(tmp_path / "theirs")
     taken = records.read(archive, theirs)
     assert not taken.has_weights and evaluations.measure(taken, words, 2) == found and CALLS == [2]
@@ -106,13 +106,13 @@ def test_a_record_holds_it(run, tmp_path):
 
 def test_a_later_record_of_the_same_run_brings_what_is_new(run, tmp_path, result):
     theirs = RunStore(tmp_path / "theirs")
-    taken = records.read(records.found(*records.write([run], tmp_path))[0], theirs)
+    taken = records.read(records.archives_in(*records.write([run], tmp_path))[0], theirs)
     found = evaluations.measure(run, words, 2)
-    assert records.read(records.found(*records.write([run], tmp_path))[0], theirs) is None  # it was here already
+    assert records.read(records.archives_in(*records.write([run], tmp_path))[0], theirs) is None  # it was here already
     assert evaluations.measure(taken, words, 2) == found
     evaluations.measure(run, words, 1)
     write_json(taken.path / "result.json", result(4.4))  # a run of their own
-    assert records.read(records.found(*records.write([run], tmp_path))[0], theirs) is None
+    assert records.read(records.archives_in(*records.write([run], tmp_path))[0], theirs) is None
     assert len(list((taken.path / evaluations.FOLDER).iterdir())) == 1
 
 
@@ -120,7 +120,7 @@ def test_a_later_record_of_the_same_run_brings_what_is_new(run, tmp_path, result
 def test_a_record_cannot_hold_other_files(run, tmp_path, name):
     import zipfile
 
-    packed = records.found(*records.write([run], tmp_path))[0]
+    packed = records.archives_in(*records.write([run], tmp_path))[0]
     (archive := tmp_path / "alone" / packed.name).parent.mkdir()
     archive.write_bytes(packed.read_bytes())
     with zipfile.ZipFile(archive, "a") as packed:

@@ -125,7 +125,9 @@ def _rotary_base(record: dict[str, Any], where: Path) -> float:
     if odd := set(parameters) - {"rope_type", "type", "rope_theta"}:
         raise ValueError(f"{where}: {name} has {min(odd)!r}, supported are rope_type and rope_theta")
     default = 1e6 if record["model_type"] == "mixtral" else 10_000.0
-    return float(setting(parameters, "rope_theta", where, Amount, setting(record, "rope_theta", where, Amount, default)))
+    return float(
+        setting(parameters, "rope_theta", where, Amount, setting(record, "rope_theta", where, Amount, default))
+    )
 
 
 def family_of(config: ModelConfig) -> str | None:
