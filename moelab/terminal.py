@@ -25,6 +25,11 @@ def plain(text: str) -> str:
     return _CONTROL.sub("?", text)
 
 
+def one_line(error: BaseException) -> str:
+    """Return the first line of an exception's text; the exception's name where it has none."""
+    return next((line for line in str(error).strip().splitlines()), type(error).__name__)
+
+
 def console() -> Console:
     """Where to print: as wide as the terminal, `PIPE_WIDTH` characters where there is none."""
     from rich.console import Console

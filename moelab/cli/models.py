@@ -77,9 +77,9 @@ def generate(
             print(text, end="", flush=True)
         print()
         return
-    found = writer.generate(prompts, sampling)
+    completions = writer.generate(prompts, sampling)
     if mesh is None or mesh.rank == 0:
-        print("\n\n".join(str(text) for text in found))
+        print("\n\n".join(str(text) for text in completions))
     process.leave()
 
 
