@@ -26,7 +26,7 @@ from moelab.report.summary import SUMMARY, parse
 from moelab.runs import executors
 from moelab.runs.collection import Runs
 from moelab.runs.measurements import Measurement, MeasurementStore, prefix
-from moelab.runs.progress import NotebookProgress
+from moelab.runs.progress import NotebookProgress, in_notebook
 from moelab.runs.spec import RunSpec, closure
 from moelab.runs.store import Run, RunStore
 from moelab.terminal import duration
@@ -173,7 +173,6 @@ class Lab:
         return overview(names, store=self.store)
 
     def _on_cluster(self, specs: Sequence[RunSpec], profile: str | None) -> None:
-        from moelab.runs.progress import in_notebook
         from moelab.slurm import status
 
         handle = in_notebook(self.submit(specs, profile).overview)

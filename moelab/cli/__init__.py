@@ -16,6 +16,7 @@ from typing import Annotated, Any
 import typer
 
 import moelab
+from moelab import environment, paths
 from moelab.cli import bench, cluster, experiments, gpu, kernels, models, runs, simulate, slurm, view
 from moelab.cli._options import BENCHMARKS, RUNS, SIMULATOR
 from moelab.terminal import plain
@@ -88,8 +89,6 @@ def main() -> None:
 
 def _variable_of(file: str) -> str:
     """Return the variable that names the home or results folder in which a file is; empty for other files."""
-    from moelab import environment, paths
-
     folders = {environment.HOME.name: paths.home(), environment.RESULTS.name: paths.results()}
     return next((name for name, folder in folders.items() if Path(file).is_relative_to(folder)), "")
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from moelab import paths, terminal
 from moelab.cli._options import (
     EXPERIMENTS,
     AsJson,
@@ -36,7 +37,6 @@ def list_(
     """Show the experiments, or one with its scales and costs."""
     from rich.markup import escape
 
-    from moelab import terminal
     from moelab.experiments import EXPERIMENTS as KNOWN
     from moelab.experiments import experiment
 
@@ -117,7 +117,6 @@ def run(
 
 def _plan(specs: Sequence[RunSpec]) -> None:
     """Show what would be trained, and problems with its data; data that exist nowhere are refused."""
-    from moelab import terminal
     from moelab.data import UnknownCorpus
     from moelab.runs.dry_run import planned_runs, show
     from moelab.runs.preflight import check_texts
@@ -139,7 +138,6 @@ def claims(
     as_json: AsJson = False,
 ) -> None:
     """Show the paper's claims, our values and the verdicts."""
-    from moelab import paths, terminal
     from moelab.report.ledger import counts, distinct, entries, family, listing
     from moelab.report.summary import read_all
 
@@ -177,7 +175,6 @@ def power(
     By the spread over seeds in its newest result, published or your own: of the paper's claims that it measures, or of
     all arms against one of them.
     """
-    from moelab import paths, terminal
     from moelab.design.power import MOST
     from moelab.report.planning import needs
 

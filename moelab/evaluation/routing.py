@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from moelab import paths
 from moelab.config import DataConfig
 from moelab.lazy import np
 
@@ -73,7 +74,6 @@ def measure(
     """
     import torch
 
-    from moelab import paths
     from moelab.inference.text import open_model
 
     if device == "cuda" and not torch.cuda.is_available():

@@ -28,7 +28,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from moelab import paper
+from moelab import paper, paths
 from moelab.config.distill import DistillConfig
 from moelab.design import comparison, settings
 from moelab.design.experiment import FULL_HOURS, Experiment, Scale, full_cost
@@ -152,7 +152,6 @@ def losses_on_halves(run: Run, tokens: int) -> dict[str, float]:
     """Return a run's loss on each half of the training text, in nats per token; arguments as of `measure_halves`."""
     import torch
 
-    from moelab import paths
     from moelab.data import TrainBatches, prepare
     from moelab.engine import checkpoint
     from moelab.models import build

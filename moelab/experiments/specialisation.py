@@ -12,7 +12,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from moelab import paths
 from moelab.design.experiment import Experiment, Scale
+from moelab.evaluation.routing import expert_use, explained_entropy
 from moelab.lazy import np, pd
 from moelab.runs import evaluations
 
@@ -53,9 +55,7 @@ def check(parameters: Mapping[str, Any]) -> None:
 
 def route(run: Run, max_tokens: int | None) -> dict[str, list[dict[str, Any]]]:
     """Return the rows of `measure` for one run."""
-    from moelab import paths
     from moelab.data import prepare, validation_batches
-    from moelab.evaluation.routing import expert_use, explained_entropy
     from moelab.inference.text import load_run
 
     train, seed = run.spec.train, {"seed": run.spec.train.seed}

@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+from moelab import paths
 from moelab.design import comparison
 from moelab.lazy import pd
 from moelab.runs import evaluations
@@ -46,7 +47,6 @@ def validated(run: Run, tokens: int = 0) -> dict[str, float]:
     """
     import torch
 
-    from moelab import paths
     from moelab.data import prepare, validation_batches
     from moelab.engine import checkpoint
     from moelab.models import build

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from moelab import paths
+from moelab import paths, terminal
 from moelab.design import budgets, comparison
 from moelab.experiments import Experiment
 from moelab.files import new_directory, read_json
@@ -217,7 +217,6 @@ def _write(publication: Publication, experiment: Experiment, sweep: Sweep, compa
 
 def show(sweep: Sweep, comparison: Comparison) -> None:
     """Print the table of a sweep."""
-    from moelab import terminal
 
     def number(value: float | None) -> str:
         return "" if value is None or pd.isna(value) else f"{value:.4g}"

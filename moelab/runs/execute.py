@@ -16,7 +16,8 @@ from moelab.config import to_json
 from moelab.engine.launch import process
 from moelab.files import read_json, sweep, write_json
 from moelab.runs import sessions
-from moelab.runs.branching import remove_prefix
+from moelab.runs.branching import remove_prefix, starting_point
+from moelab.runs.provenance import provenance
 from moelab.runs.spec import RunSpec
 from moelab.runs.store import Run, Status
 from moelab.terminal import one_line
@@ -151,7 +152,6 @@ def _holder(run: Run) -> str:
 def _train(run: Run, should_stop: ShouldStop, on_progress: OnProgress, cache: Path) -> None:
     """Train and write all about it; the caller holds the lock."""
     from moelab.data import prepare
-    from moelab.runs.provenance import provenance
     from moelab.training import TrainingStopped
 
     spec, before = run.spec, run.status
@@ -219,8 +219,6 @@ def _train_along(run: Run, should_stop: ShouldStop, cache: Path) -> None:
 
 def _call_train(run: Run, data: TokenData, should_stop: ShouldStop, on_progress: OnProgress) -> dict[str, Any]:
     import torch
-
-    from moelab.runs.branching import starting_point
 
     spec, runs = run.spec, run.path.parent
     steps = spec.train.steps(spec.data.context)
