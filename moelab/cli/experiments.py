@@ -81,7 +81,7 @@ def run(
     ] = False,
     publish: Publish = False,
 ) -> None:
-    """Train what an experiment lacks, and show what it found.
+    """Train the missing runs of an experiment, execute its notebook, and show the result.
 
     Executes the experiment's notebook; its figures and claims go onto the results page.
     """

@@ -51,7 +51,7 @@ class Need:
 
 
 def of_difference(spread: float, effect: float) -> Need:
-    """Return the seeds that tell an effect from none.
+    """Return the number of seeds that shows an effect if there is one.
 
     Args:
         spread: standard deviation of the difference over seeds.

@@ -103,7 +103,7 @@ def tables(measured: Mapping[str, Any]) -> tuple[pd.DataFrame, pd.DataFrame]:
 
 
 def drawn_layers(layers: Sequence[int], most: int = 6) -> list[int]:
-    """Return at most so many of the layers, from the first to the last, for a figure that has no room for all."""
+    """Return at most this many of the layers, from the first to the last, for a figure that has no room for all."""
     if len(layers) <= most:
         return list(layers)
     return [layers[round(i * (len(layers) - 1) / (most - 1))] for i in range(most)]

@@ -81,7 +81,7 @@ def tables(measured: Mapping[str, Sequence[Mapping[str, Any]]]) -> tuple[pd.Data
 
 
 def most_by_domain(shares: pd.DataFrame) -> pd.Series:
-    """Return, by layer, the largest share of the expert's entropy that the domain can tell: its entropy over that.
+    """Return, by layer, the largest share of the expert's entropy that the domain can explain: its entropy over that.
 
     Domains have equally many tokens. The mean over seeds.
     """
@@ -94,7 +94,7 @@ def most_by_domain(shares: pd.DataFrame) -> pd.Series:
 
 
 def headline(layers: pd.DataFrame, shares: pd.DataFrame) -> str:
-    """Return the result in one line; the domain's entropy bounds what it can tell."""
+    """Return the result in one line; the domain's entropy bounds what it can explain."""
     if not len(layers):
         return "no run has finished"
     means = layers.groupby("layer")[["by_token", "by_domain"]].mean()

@@ -142,7 +142,7 @@ def _trainer_of(run: Run, should_stop: ShouldStop) -> Iterator[None]:
 
 
 def _holder(run: Run) -> str:
-    """Return in words who trains a run."""
+    """Return a phrase that names the process that trains a run."""
     with contextlib.suppress(ValueError, KeyError, TypeError):
         holder = read_json(run.path / "holder.json")
         return f"process {holder['process']} on {holder['host']}, which trains it since {holder['since']}"
