@@ -137,7 +137,7 @@ class TrainRun(Checkpointable):
         command = (self.python, "-m", "moelab.runs.worker")
         ended = train(run, self.stop, command=command, how="srun", per_node=self.per_node, srun=self.srun)
         if ended is None:
-            return _finished(run)
+            return {"run": run.spec.id, "state": "finished"}
         # In another state than RUNNING, Slurm is already ending or requeueing this job (cancelled, preempted).
         if self.requeued.is_set() or queue.retried(queue.state, job) != "RUNNING":
             raise SystemExit(STOPPED)
@@ -256,7 +256,3 @@ def notebook(command: Sequence[str], folder: str, part: str, **options: Any) -> 
 def open_run(path: str) -> Run:
     """Open the run in a directory."""
     return RunStore(Path(path).parent).at(Path(path).name)
-
-
-def _finished(run: Run) -> dict[str, Any]:
-    return {"run": run.spec.id, "state": "finished"}
