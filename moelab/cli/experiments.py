@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
@@ -23,9 +23,7 @@ from moelab.cli._options import (
     print_json,
 )
 from moelab.lazy import pd
-
-if TYPE_CHECKING:
-    from moelab.runs.spec import RunSpec
+from moelab.runs.spec import RunSpec
 
 
 def list_(

@@ -5,18 +5,16 @@ from __future__ import annotations
 import time
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from moelab import terminal
 from moelab.cli._options import AsJson, print_json
+from moelab.config import ModelConfig
 from moelab.config.parallel import ParallelConfig
 from moelab.files import write_json
 from moelab.runs.provenance import provenance
-
-if TYPE_CHECKING:
-    from moelab.config import ModelConfig
 
 app = typer.Typer(no_args_is_help=True, help="Compute latency, memory, throughput and cost of a layout.")
 

@@ -7,7 +7,7 @@ more.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from moelab import paper
 from moelab.config import ModelConfig
@@ -15,11 +15,9 @@ from moelab.design import sequential, settings
 from moelab.design.judging import LEAST, judge
 from moelab.design.verdicts import Verdict
 from moelab.lazy import pd
+from moelab.runs.collection import Runs
 from moelab.runs.spec import RunSpec
 from moelab.statistics import interval
-
-if TYPE_CHECKING:
-    from moelab.runs.collection import Runs
 
 TWINS = "Twins, paired by seed."
 RAISED = f"{TWINS} The look at five seeds was added after that at three had been seen."

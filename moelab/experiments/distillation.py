@@ -26,7 +26,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from moelab import paper, paths
 from moelab.config.distill import DistillConfig
@@ -36,11 +36,9 @@ from moelab.design.judging import judge
 from moelab.design.verdicts import Verdict
 from moelab.lazy import pd
 from moelab.runs import evaluations
+from moelab.runs.collection import Runs
 from moelab.runs.spec import RunSpec, Start
-
-if TYPE_CHECKING:
-    from moelab.runs.collection import Runs
-    from moelab.runs.store import Run
+from moelab.runs.store import Run
 
 TEACHERS = {"350M": "350M+PR-MoE-32/64", "1.3B": "1.3B+PR-MoE-64/128"}
 """Base -> the paper's teacher."""

@@ -10,17 +10,15 @@ Fixed before the first run: 3 seeds; at `cpu` those of zero-shot (3 to 5).
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from moelab import paths
 from moelab.design.experiment import Experiment, Scale
 from moelab.evaluation.routing import expert_use, explained_entropy
 from moelab.lazy import np, pd
 from moelab.runs import evaluations
-
-if TYPE_CHECKING:
-    from moelab.runs.collection import Runs
-    from moelab.runs.store import Run
+from moelab.runs.collection import Runs
+from moelab.runs.store import Run
 
 ARMS = {"MoE-128": "350M+MoE-128"}
 

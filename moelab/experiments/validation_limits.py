@@ -7,16 +7,14 @@ same experts, so that a limit drops more of them than in training, where a batch
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from moelab import paths
 from moelab.design import comparison
 from moelab.lazy import pd
 from moelab.runs import evaluations
-
-if TYPE_CHECKING:
-    from moelab.runs.collection import Runs
-    from moelab.runs.store import Run
+from moelab.runs.collection import Runs
+from moelab.runs.store import Run
 
 
 def measure(runs: Runs, tokens: int = 0) -> list[dict[str, Any]]:
