@@ -315,13 +315,6 @@ def test_a_job_keeps_the_layout_that_it_was_sized_for(tiny_spec, slurm, monkeypa
     call.stop = threading.Event()
     call.work(str(run.path))
     assert supervised == [two.parallel] == [RunStore().at(run.spec.id).spec.parallel]
-    stored = call.__getstate__()
-    del stored["parallel"]  # by an earlier version
-    earlier = object.__new__(callables.TrainRun)
-    earlier.__dict__.update(stored, stop=threading.Event())
-    RunStore().run(four)
-    earlier.work(str(run.path))
-    assert supervised[1] == four.parallel
 
 
 @pytest.mark.parametrize("profile", ["local", "processes"])
