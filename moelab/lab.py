@@ -131,12 +131,12 @@ class Lab:
 
     def _published(self, function: Callable[..., Any]) -> list[float]:
         """Return the seconds of a function's measurements in published results of the experiment and scale shown."""
-        found: list[float] = []
+        durations: list[float] = []
         for file in paths.results().glob("/".join((*self._shown, "*", SUMMARY))) if all(self._shown) else ():
             with contextlib.suppress(ValueError, OSError):
                 listed = parse(read_json(file)).measurements
-                found += [one.seconds for one in listed if one.id.startswith(f"{prefix(function)}-")]
-        return found
+                durations += [one.seconds for one in listed if one.id.startswith(f"{prefix(function)}-")]
+        return durations
 
     def submit(
         self, specs: Sequence[RunSpec], profile: str | None = None, *, cluster: Literal["slurm", "local"] | None = None

@@ -270,7 +270,7 @@ def verdicts(scores: pd.DataFrame, scale: str) -> list[Verdict]:
     samples = {
         claim: comparison.compared(claim, table, ARMS, lower_is_better=False) for claim in paper.claims("zero-shot")
     }
-    return [judge(claim, **found, note=note, scale=scale) for claim, found in samples.items()]
+    return [judge(claim, **sample, note=note, scale=scale) for claim, sample in samples.items()]
 
 
 EXPERIMENT = Experiment(

@@ -107,9 +107,9 @@ def compare(experiment: Experiment, sweep: Sweep, results: Sequence[Path | None]
         at, specs = sweep.at(point), experiment.specs_of(point) if experiment.trains else []
         own = Runs([store.run(spec, write=False) for spec in specs])
         runs |= {run.spec.id: run for run in own}
-        found = _losses(budgets.trunks(own)) if specs else _claims(folder)
-        rows += [at | row for row in found]
-        lacking += [] if found else [" ".join(f"{name}={value}" for name, value in at.items())]
+        values_there = _losses(budgets.trunks(own)) if specs else _claims(folder)
+        rows += [at | row for row in values_there]
+        lacking += [] if values_there else [" ".join(f"{name}={value}" for name, value in at.items())]
     return Comparison(pd.DataFrame(rows), Runs(list(runs.values())), tuple(lacking))
 
 
