@@ -173,13 +173,13 @@ def power(
     By the spread over seeds in its newest result, published or your own: of the paper's claims that it measures, or of
     all arms against one of them.
     """
-    from moelab.design.power import MOST
+    from moelab.design.power import MAX_SEEDS
     from moelab.report.planning import needs
 
     rows = needs(name, scale, *paths.all_results(), against=against, effect=effect)
     view = terminal.table("comparison", "spread", "effect to see", "one look", "at most", "mean")
     for row in rows.to_dict("records"):
-        seeds = [f"> {MOST}" if pd.isna(row[k]) else f"{row[k]:.0f}" for k in ("at once", "at most", "on average")]
+        seeds = [f"> {MAX_SEEDS}" if pd.isna(row[k]) else f"{row[k]:.0f}" for k in ("at once", "at most", "on average")]
         seen = "–" if pd.isna(row["effect"]) else f"{row['effect']:.3g}, {row['effect from']}"
         view.add_row(row["comparison"], f"{row['spread']:.2g} of {row['seeds']}", seen, *seeds)
     console = terminal.console()
