@@ -19,7 +19,7 @@ from moelab.lazy import np
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from moelab.data import Tokenizer
+    from moelab.data.tokenizer import Tokenizer
     from moelab.models import GPT
 
 BATCH = 4096

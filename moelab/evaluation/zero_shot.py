@@ -41,7 +41,7 @@ from moelab.terminal import one_line
 if TYPE_CHECKING:
     from lm_eval.api.model import LM
 
-    from moelab.data import Tokenizer
+    from moelab.data.tokenizer import Tokenizer
     from moelab.evaluation.models import LanguageModel
 
 PACKAGED = tuple(READERS)

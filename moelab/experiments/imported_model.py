@@ -83,7 +83,8 @@ def _random_model() -> Path:
     """Return the directory of a model with random weights, in the format in which OLMoE is published."""
     from filelock import FileLock
 
-    from moelab.data import Tokenizer, made
+    from moelab.data import made
+    from moelab.data.tokenizer import Tokenizer
     from moelab.engine.checkpoint import hf
     from moelab.models import build
 

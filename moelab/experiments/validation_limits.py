@@ -45,7 +45,8 @@ def validated(run: Run, tokens: int = 0) -> dict[str, float]:
     """
     import torch
 
-    from moelab.data import prepare, validation_batches
+    from moelab.data import prepare
+    from moelab.data.batches import validation_batches
     from moelab.engine import checkpoint
     from moelab.models import build
 

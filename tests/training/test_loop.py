@@ -10,8 +10,8 @@ from moelab.engine import checkpoint
 from moelab.engine.checkpoint import storage
 from moelab.engine.launch import process
 from moelab.environment import HEARTBEAT
-from moelab.training import TrainingDiverged, TrainingStopped, evaluate, loop, train
-from moelab.training.loop import Trainer, Window
+from moelab.training import loop
+from moelab.training.loop import Trainer, TrainingDiverged, TrainingStopped, Window, evaluate, train
 from moelab.training.metrics import TRAIN, VALIDATION, Metrics, objection, read_rows
 from moelab.training.schedule import learning_rate, rewarmed
 
@@ -183,7 +183,7 @@ def test_a_missing_gpu_is_one_line(tiny_model, tiny_train, data, tmp_path):
 
 
 def test_micro_batches_give_the_gradient_of_the_whole_batch(tiny_model, tiny_train, data):
-    from moelab.data import TrainBatches
+    from moelab.data.batches import TrainBatches
 
     dense = replace(tiny_model, experts=(), residual=False, dropout=0.0)
     weights = []

@@ -29,7 +29,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from moelab.config import ModelConfig
-from moelab.data import Tokenizer
+from moelab.data.tokenizer import Tokenizer
 from moelab.engine import parallel
 from moelab.engine.checkpoint.hf_families import FAMILIES, family_of
 from moelab.engine.checkpoint.hf_files import INDEX, WEIGHTS, Files, expected_shape
