@@ -88,7 +88,7 @@ class Status:
 
 
 def check_result(value: Any, where: str) -> None:
-    """Check that a result is what `moelab.training.loop.train` returns; ValueError, one line, where a number is missing."""
+    """Check that a result is what `training.loop.train` returns; ValueError, one line, where a number is missing."""
     record = value if isinstance(value, dict) else {}
     for name in _NUMBERS:
         if not isinstance(record.get(name), int | float):
