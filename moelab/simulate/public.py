@@ -78,7 +78,7 @@ def _text(name: str) -> str:
 def measurements() -> tuple[Measurement, ...]:
     """Return all rows in the order of the file."""
     rows = csv.DictReader(_text("public.csv").splitlines(), strict=True)
-    return tuple(Measurement(**{**row, "value": float(row["value"])}) for row in rows)
+    return tuple(Measurement(value=float(row.pop("value")), **row) for row in rows)
 
 
 def digest(text: str) -> str:
