@@ -5,7 +5,8 @@ the fastest is taken (and NCCL's own all-to-all). `settings` says what must be k
 `name=value`; `assumed`, what the source leaves open. Rows of one `series` share source, hardware and layout.
 
 The halves were fixed before the simulator was run on any row, and whole series stand on one side, so that the sealed
-half is made of systems that no constant has seen (`halves`). `public.json` holds the SHA-256 of the sealed rows.
+half is made of systems that no constant has seen (`halves`). `public.json` holds the SHA-256 of the sealed rows;
+`public_opened.json`, what they showed when they were opened, once.
 """
 
 from __future__ import annotations
@@ -123,3 +124,11 @@ def sealed_digest() -> str:
 def seal() -> dict[str, Any]:
     """Return `public.json`: the rule, the numbers of rows, and the digest of the sealed half as it was fixed."""
     return json.loads(_text("public.json"))
+
+
+def opened() -> dict[str, Any]:
+    """Return `public_opened.json`: what the sealed half showed when it was opened, with the commit that predicted it.
+
+    It is a record: a later simulator predicts other values, for rows that are no longer sealed.
+    """
+    return json.loads(_text("public_opened.json"))

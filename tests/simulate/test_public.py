@@ -50,3 +50,14 @@ def test_settings_are_words_with_values():
 @pytest.mark.parametrize("name", sorted({m.cluster for m in public.measurements()}))
 def test_clusters_of_rows_are_known(name):
     assert cluster(name).name == name
+
+
+def test_the_opening_is_on_record():
+    """The record is of the sealed rows as they were fixed; its count of predictions in range follows from its rows."""
+    record, sealed = public.opened(), public.half("sealed")
+    assert record["sealed_sha256"] == public.seal()["sealed_sha256"] and len(record["commit"]) == 40
+    assert [(r["id"], r["published"]) for r in record["rows"]] == [(m.id, round(m.value, 4)) for m in sealed]
+    within = [r["low"] <= r["published"] <= r["high"] for r in record["rows"]]
+    assert within == [r["within"] for r in record["rows"]]
+    assert (sum(within), len(within)) == (record["within"], record["rows_in_all"])
+    assert sum(s["within"] for s in record["summary"]) == record["within"]
