@@ -143,6 +143,22 @@ def decode(
             print(f"  {part:<12} {ms:9.3f} ms  {ms / got.latency_ms:4.0%}")
     print(f"{got.tokens_per_s_per_gpu:,.1f} tokens/s/GPU{_price(got)}")
     _print_memory(got)
+    if simulate.system(system).modern:
+        _print_experience(model, got)
+
+
+def _print_experience(model: str, got) -> None:
+    from moelab.simulate import public
+
+    factor, within, rows = public.experience("decode")
+    low, high = got.latency_ms / factor, got.latency_ms * factor
+    print(
+        f"range {low:.2f} to {high:.2f} ms, which held for {within} of {rows} sealed measurements (docs/simulator.md)"
+    )
+    p = got.parallel
+    near = public.nearest("decode", model, got.cluster, batch=got.batch, tensor=p.tensor, expert=p.expert)
+    if near:
+        print(f"nearest measurement: {near.value:g} {near.unit}, {near.system} on {near.cluster}: {near.settings}")
 
 
 @app.command()

@@ -14,6 +14,7 @@ from __future__ import annotations
 import csv
 import hashlib
 import json
+import math
 from dataclasses import dataclass
 from functools import cache
 from importlib import resources
@@ -126,8 +127,28 @@ def seal() -> dict[str, Any]:
     return json.loads(_text("public.json"))
 
 
+def experience(group: str) -> tuple[float, int, int]:
+    """Return a group's range as a factor, and how many of how many sealed rows lay within it when they were opened."""
+    row = next(s for s in opened()["summary"] if s["group"] == group and s["half"] == "sealed")
+    return row["range_factor"], row["within"], row["rows"]
+
+
+def nearest(group: str, model: str, cluster: str, **numbers: int) -> Measurement | None:
+    """Return the measurement of a published model that is nearest to a question, None if the model has none.
+
+    The same cluster comes first, then the smallest sum of |log| of the ratios of `numbers`, such as batch and tensor.
+    """
+
+    def distance(m: Measurement) -> tuple[bool, float]:
+        apart = (abs(math.log(max(1, int(m.known.get(name, 1))) / max(1, n))) for name, n in numbers.items())
+        return m.cluster != cluster, sum(apart)
+
+    rows = [m for m in measurements() if m.group == group and m.known.get("model") == model]
+    return min(rows, key=distance, default=None)
+
+
 def opened() -> dict[str, Any]:
-    """Return `public_opened.json`: what the sealed half showed when it was opened, with the commit that predicted it.
+    """Return `public_opened.json`: all rows when the sealed half was opened, with the commit that predicted them.
 
     It is a record: a later simulator predicts other values, for rows that are no longer sealed.
     """

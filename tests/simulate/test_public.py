@@ -53,11 +53,25 @@ def test_clusters_of_rows_are_known(name):
 
 
 def test_the_opening_is_on_record():
-    """The record is of the sealed rows as they were fixed; its count of predictions in range follows from its rows."""
-    record, sealed = public.opened(), public.half("sealed")
+    """The record is of the rows as they were fixed; its count of predictions in range follows from its rows."""
+    record, every = public.opened(), public.measurements()
     assert record["sealed_sha256"] == public.seal()["sealed_sha256"] and len(record["commit"]) == 40
-    assert [(r["id"], r["published"]) for r in record["rows"]] == [(m.id, round(m.value, 4)) for m in sealed]
-    within = [r["low"] <= r["published"] <= r["high"] for r in record["rows"]]
-    assert within == [r["within"] for r in record["rows"]]
-    assert (sum(within), len(within)) == (record["within"], record["rows_in_all"])
-    assert sum(s["within"] for s in record["summary"]) == record["within"]
+    assert [(r["id"], r["published"]) for r in record["rows"]] == [
+        (m.id, pytest.approx(m.value, rel=1e-5)) for m in every
+    ]
+    sealed = [r for r in record["rows"] if r["kind"] == "sealed"]
+    assert {r["id"] for r in sealed} == {m.id for m in public.half("sealed")}
+    assert [r["low"] <= r["published"] <= r["high"] for r in sealed] == [r["within"] for r in sealed]
+    assert (sum(r["within"] for r in sealed), len(sealed)) == (record["within"], record["sealed"])
+    assert sum(s["within"] for s in record["summary"] if s["half"] == "sealed") == record["within"]
+
+
+def test_the_nearest_measurement():
+    near = public.nearest("decode", "deepseek-v3", "h200", batch=60, tensor=8)
+    assert near and (near.series, near.known["batch"]) == ("sglang-r1-h200-tp8", 64)
+    assert public.nearest("decode", "qwen3-30b", "h200", batch=1) is None
+
+
+def test_experience_is_that_of_the_opening():
+    factor, within, rows = public.experience("decode")
+    assert factor > 1 and 0 < within <= rows == sum(m.group == "decode" for m in public.half("sealed"))
