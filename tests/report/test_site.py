@@ -53,7 +53,7 @@ class Page(HTMLParser):
 
 def test_every_link_on_every_page_leads_to_a_file_and_an_id_inside(published):
     pages = sorted(published.rglob("*.html"))
-    assert len(pages) == 7 + 2 * 5
+    assert len(pages) == 8 + 2 * 5
     for page in pages:
         found = Page(page)
         assert len(found.links) > 5 and not any(re.match(r"([a-z]+:)?//", link) for link in found.loaded)
