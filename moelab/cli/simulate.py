@@ -334,11 +334,7 @@ def _parallel(simulate, cluster: str, gpus: int, tensor: int, expert: int, slici
 
 
 def _opened(model: str) -> ModelConfig | str:
-    """Return a published model, a name of the paper, or the configuration of the model in a directory."""
-    from moelab.simulate.published import MODELS
-
-    if model in MODELS:
-        return MODELS[model]
+    """Return a model's name, or the configuration of the model in a directory."""
     if not (Path(model) / "config.json").is_file():
         return model
     from moelab.engine.checkpoint import hf

@@ -42,6 +42,7 @@ from moelab.simulate.exchange import (
 from moelab.simulate.hardware import Cluster, cluster
 from moelab.simulate.layouts import Array, ExpertLayouts, Layouts
 from moelab.simulate.memory import InferenceMemory, inference_memory
+from moelab.simulate.published import named
 from moelab.simulate.systems import System, slots, system
 
 WEIGHT_BYTES = {**DTYPE_BYTES, "fp8": 1, "int8": 1}
@@ -306,7 +307,7 @@ def decode(model: ModelConfig | str, parallel: ParallelConfig, on: str | Cluster
     Raises:
         ValueError: the model cannot be spread so, or an option is wrong; the message is one line.
     """
-    model = ModelConfig.parse(model) if isinstance(model, str) else model
+    model = named(model)
     where = cluster(on)
     model.check_layout(parallel)
     _check(

@@ -31,6 +31,13 @@ def _model(
     }
 
 
+def named(model: ModelConfig | str) -> ModelConfig:
+    """Return a model by a published name or a name of the paper, or the model itself."""
+    if isinstance(model, ModelConfig):
+        return model
+    return MODELS[model] if model in MODELS else ModelConfig.parse(model)
+
+
 def published(name: str) -> ModelConfig:
     """Return a published model by name: mixtral-8x7b, mixtral-8x22b, dbrx, qwen3-30b, qwen3-235b, deepseek-v3.
 

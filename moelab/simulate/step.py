@@ -39,6 +39,7 @@ from moelab.simulate.exchange import all_reduce_us, all_to_all, rows_to_send, sh
 from moelab.simulate.hardware import Cluster, cluster
 from moelab.simulate.layouts import ExpertLayouts, Layouts
 from moelab.simulate.memory import rank_parameters
+from moelab.simulate.published import named
 from moelab.simulate.systems import System, system
 from moelab.simulate.traffic import grouped
 
@@ -128,7 +129,7 @@ def training(
     Raises:
         ValueError: the model cannot be spread so, or the batch not divided; the message is one line.
     """
-    model = ModelConfig.parse(model) if isinstance(model, str) else model
+    model = named(model)
     where, code = cluster(on), system(program)
     known = constants or (_constants.modern() if code.modern else _constants.fitted())
     model.check_layout(parallel)

@@ -15,7 +15,7 @@ from moelab.simulate.constants import MODERN_FREE, MODERN_START, Constants, mode
 from moelab.simulate.decoding import decode_sweep
 from moelab.simulate.hardware import Cluster, Gpu
 from moelab.simulate.layouts import Layouts
-from moelab.simulate.published import MODELS, published
+from moelab.simulate.published import MODELS, named, published
 from moelab.simulate.step import expert_row_bytes
 from moelab.simulate.systems import System, system
 
@@ -58,6 +58,11 @@ def test_published_shapes_have_their_sizes():
     assert set(sizes) == set(MODELS)
     with pytest.raises(ValueError, match="no published model 'mixtral'"):
         published("mixtral")
+    assert named("dbrx") is MODELS["dbrx"] is named(MODELS["dbrx"]) and str(named("350M")) == "350M"
+    one = simulate.decode(
+        "mixtral-8x7b", ParallelConfig(tensor=2, gpus_per_node=2), "h100", program="engine-tp", batch=1
+    )
+    assert one.model == "Mixtral-8x7B" and one.fits
 
 
 def test_a_row_for_each_node_and_each_gpu():
