@@ -184,8 +184,8 @@ def _folders() -> tuple[Path, ...]:
 
 def _check(folder: Path) -> None:
     """Refuse a folder among temporary files, where any user writes, that another user may have filled."""
-    found = folder.lstat()
-    own = stat.S_ISDIR(found.st_mode) and found.st_uid == _user() and not found.st_mode & 0o022
+    status = folder.lstat()
+    own = stat.S_ISDIR(status.st_mode) and status.st_uid == _user() and not status.st_mode & 0o022
     if str(folder.parent) == tempfile.tempdir and not own:
         raise PermissionError("others can write to it")
 

@@ -21,6 +21,7 @@ from moelab.cli._options import (
     parse_parameters,
     print_json,
 )
+from moelab.lazy import pd
 
 if TYPE_CHECKING:
     from moelab.runs.spec import RunSpec
@@ -40,9 +41,9 @@ def list_(
     from moelab.experiments import experiment
 
     if as_json:
-        told = ("name", "number", "title", "paper", "question", "paper_answer", "arms", "scales")
+        columns = ("name", "number", "title", "paper", "question", "paper_answer", "arms", "scales")
         shown = KNOWN.values() if name is None else [experiment(name)]
-        print_json([{key: getattr(e, key) for key in told} for e in shown])
+        print_json([{key: getattr(e, key) for key in columns} for e in shown])
         return
     console = terminal.console()
     if name is None:
@@ -115,7 +116,7 @@ def run(
 
 
 def _plan(specs: Sequence[RunSpec]) -> None:
-    """Show what would be trained, and what is amiss with its texts; one that exists nowhere is refused."""
+    """Show what would be trained, and problems with its data; data that exist nowhere are refused."""
     from moelab import terminal
     from moelab.data import UnknownCorpus
     from moelab.runs.dry_run import planned_runs, show
@@ -176,15 +177,13 @@ def power(
     By the spread over seeds in its newest result, published or your own: of the paper's claims that it measures, or of
     all arms against one of them.
     """
-    import pandas as pd
-
     from moelab import paths, terminal
     from moelab.design.power import MOST
     from moelab.report.planning import needs
 
-    found = needs(name, scale, *paths.all_results(), against=against, effect=effect)
+    rows = needs(name, scale, *paths.all_results(), against=against, effect=effect)
     view = terminal.table("comparison", "spread", "effect to see", "one look", "at most", "mean")
-    for row in found.to_dict("records"):
+    for row in rows.to_dict("records"):
         seeds = [f"> {MOST}" if pd.isna(row[k]) else f"{row[k]:.0f}" for k in ("at once", "at most", "on average")]
         seen = "–" if pd.isna(row["effect"]) else f"{row['effect']:.3g}, {row['effect from']}"
         view.add_row(row["comparison"], f"{row['spread']:.2g} of {row['seeds']}", seen, *seeds)

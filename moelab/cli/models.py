@@ -77,9 +77,9 @@ def generate(
             print(text, end="", flush=True)
         print()
         return
-    found = writer.generate(prompts, sampling)
+    completions = writer.generate(prompts, sampling)
     if mesh is None or mesh.rank == 0:
-        print("\n\n".join(str(text) for text in found))
+        print("\n\n".join(str(text) for text in completions))
     process.leave()
 
 
@@ -212,9 +212,11 @@ def import_(
         raise ValueError(f"import: {source!r} is no directory, and no name of a published model such as OWNER/NAME")
     _check_new("import", directory)
     from moelab.engine.checkpoint import hf
+    from moelab.terminal import working
 
     folder = Path(source) if Path(source).is_dir() else hf.fetch(source)
-    config = hf.convert(folder, directory, name=Path(source).name)
+    with working(f"converting {source}"):
+        config = hf.convert(folder, directory, name=Path(source).name)
     billions, active = config.parameters() / 1e9, config.active_parameters() / 1e9
     print(f"{config}: {billions:.3g} billion parameters, {active:.3g} of them active, in {directory}")
 
@@ -242,19 +244,21 @@ def export(
     from moelab.data import prepare
     from moelab.engine.checkpoint import CheckpointError, hf
     from moelab.inference.text import load_run, run_configs
+    from moelab.terminal import working
 
-    if not (source / "spec.json").is_file():
-        config = hf.read_config(source)
-        kind = format or hf.suitable_format(config)
-        hf.convert(source, directory, kind)
-    else:
-        config, data = run_configs(source)
-        kind = format or hf.suitable_format(config)
-        try:
-            model = load_run(source)
-        except CheckpointError as error:
-            raise ValueError(str(error)) from None
-        hf.export(model, directory, prepare(data, paths.home() / "data").tokenizer(), kind)
+    with working(f"writing {directory}"):
+        if not (source / "spec.json").is_file():
+            config = hf.read_config(source)
+            kind = format or hf.suitable_format(config)
+            hf.convert(source, directory, kind)
+        else:
+            config, data = run_configs(source)
+            kind = format or hf.suitable_format(config)
+            try:
+                model = load_run(source)
+            except CheckpointError as error:
+                raise ValueError(str(error)) from None
+            hf.export(model, directory, prepare(data, paths.home() / "data").tokenizer(), kind)
     print(f"{config}: {kind} format in {directory}")
 
 

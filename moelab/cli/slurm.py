@@ -279,9 +279,9 @@ def _compare(name: str, sweep: Sweep, publish: bool, *, over: bool) -> None:
 
     ended = results(name, sweep.points)
     if over:
-        found = module.compare(experiment(name), sweep, ended, RunStore())
-        module.show(sweep, found)
-        if all(ended) and (folder := module.publish(experiment(name), sweep, found, publish=publish)):
+        comparison = module.compare(experiment(name), sweep, ended, RunStore())
+        module.show(sweep, comparison)
+        if all(ended) and (folder := module.publish(experiment(name), sweep, comparison, publish=publish)):
             site.update(publish=publish)
             print(f"figure: {paths.short(folder / module.NAME)}.svg; it is on the results page, too")
     if not (over and all(ended)):

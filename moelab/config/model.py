@@ -297,9 +297,9 @@ class ModelConfig:
     @property
     def ffn_sizes(self) -> tuple[int, ...]:
         """Return the feed-forward sizes that occur in the model."""
-        found: list[FeedForward | None] = [self.dense_feed_forward] if self.moe_layers < self.layers else []
-        found += [self.expert_feed_forward, self.fixed_feed_forward] if self.is_moe else []
-        return tuple(sorted({one.ffn for one in found if one is not None}))
+        kinds: list[FeedForward | None] = [self.dense_feed_forward] if self.moe_layers < self.layers else []
+        kinds += [self.expert_feed_forward, self.fixed_feed_forward] if self.is_moe else []
+        return tuple(sorted({one.ffn for one in kinds if one is not None}))
 
     @property
     def attention_weights(self) -> int:

@@ -22,13 +22,12 @@ from moelab.config import RoutingConfig
 from moelab.data import prepare, validation_batches
 from moelab.inference.text import load_run, run_configs
 from moelab.kernels import Gate
+from moelab.lazy import pd
 from moelab.models import build
 from moelab.models.routing import Router
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
-
-    import pandas as pd
 
 SPACE = "▁"
 """Marks the space at the beginning of a token."""
@@ -158,8 +157,6 @@ def frame(moments: Mapping[str, Choices]) -> pd.DataFrame:
     Returns:
         Columns when, layer, position, token, expert, probability, chosen.
     """
-    import pandas as pd
-
     rows = []
     for when, choices in moments.items():
         chosen_SK = choices.route().expert_SK.tolist()
@@ -177,8 +174,6 @@ def dropped(choices: Choices, factors: Iterable[float], top_k: int | None = None
     Returns:
         Columns layer, experts, top_k, capacity_factor, dropped.
     """
-    import pandas as pd
-
     K = top_k or choices.top_k
     at = {"layer": choices.layer, "experts": choices.experts, "top_k": K}
     return pd.DataFrame([{**at, "capacity_factor": f, "dropped": choices.dropped(K, f)} for f in factors])

@@ -34,12 +34,11 @@ from moelab.design import comparison, settings
 from moelab.design.experiment import FULL_HOURS, Experiment, Scale, full_cost
 from moelab.design.judging import judge
 from moelab.design.verdicts import Verdict
-from moelab.runs import with_weights
+from moelab.lazy import pd
+from moelab.runs import evaluations
 from moelab.runs.spec import RunSpec, Start
 
 if TYPE_CHECKING:
-    import pandas as pd
-
     from moelab.runs.collection import Runs
     from moelab.runs.store import Run
 
@@ -145,7 +144,7 @@ def measure_halves(runs: Runs, tokens: int) -> list[dict[str, Any]]:
             **losses,
             "validation": run.result["validation_loss"],
         }
-        for run, losses in with_weights.measure_all(runs.finished, losses_on_halves, tokens)
+        for run, losses in evaluations.measure_all(runs.finished, losses_on_halves, tokens)
     ]
 
 
@@ -158,7 +157,7 @@ def losses_on_halves(run: Run, tokens: int) -> dict[str, float]:
     from moelab.engine import checkpoint
     from moelab.models import build
 
-    spec, found = run.spec, {}
+    spec, loss = run.spec, {}
     model = build(spec.model, spec.train.seed, spec.train.device)
     checkpoint.load_model(checkpoint.weights_of(run.path), model)
     model.eval()
@@ -169,8 +168,8 @@ def losses_on_halves(run: Run, tokens: int) -> dict[str, float]:
         with torch.no_grad():
             pairs = (batches.batch(step) for step in range(count))
             losses = [float(model(x.to(spec.train.device), targets_BT=y.to(spec.train.device)).loss) for x, y in pairs]
-        found[part.replace(" ", "_")] = sum(losses) / count
-    return found
+        loss[part.replace(" ", "_")] = sum(losses) / count
+    return loss
 
 
 def early(curves: pd.DataFrame, share: float = 0.5) -> pd.DataFrame:
@@ -179,8 +178,6 @@ def early(curves: pd.DataFrame, share: float = 0.5) -> pd.DataFrame:
     It is the mean over the evaluations up to a share of the tokens. Columns: arm, seed, gap (negative where
     distillation helps).
     """
-    import pandas as pd
-
     end = curves.loc[curves["arm"] == "L21 alone", "tokens"].max()  # the arm of equal cost is longer
     part = curves[(curves["tokens"] > 0) & (curves["tokens"] <= share * end)]
     table = part.pivot_table(index=["seed", "tokens"], columns="arm", values="loss")
@@ -213,8 +210,6 @@ def late_training(curves: pd.DataFrame, training: pd.DataFrame, until: float) ->
         until: share of the tokens at which the learning rate begins its decay; the fall is that over the 15 % of the
             tokens before, because in the decay the loss of every model falls.
     """
-    import pandas as pd
-
     share = curves["tokens"] / curves.groupby("arm")["tokens"].transform("max")  # the arm of equal cost is longer
     late = curves[(share >= until - 0.15) & (share <= until + 1e-9)].sort_values("tokens").groupby(["arm", "seed"])
     rows = {

@@ -18,10 +18,9 @@ from typing import TYPE_CHECKING, Any
 from moelab.config import DataConfig, DecoderConfig, ModelConfig, RoutingConfig, digest
 from moelab.design.experiment import Experiment, Scale
 from moelab.evaluation.routing import Layer
+from moelab.lazy import pd
 
 if TYPE_CHECKING:
-    import pandas as pd
-
     from moelab.config.parallel import ParallelConfig
     from moelab.simulate import DecodeEstimate
 
@@ -43,10 +42,10 @@ def directory(model: str) -> Path:
     from moelab.inference.text import model_config
     from moelab.runs.store import RunStore
 
-    found = RunStore().find(model).resolve() if model else _random_model()
-    if not model_config(found).is_moe:
-        raise ValueError(f"imported-model: {found} is dense, it routes nothing")
-    return found
+    path = RunStore().find(model).resolve() if model else _random_model()
+    if not model_config(path).is_moe:
+        raise ValueError(f"imported-model: {path} is dense, it routes nothing")
+    return path
 
 
 def check(parameters: Mapping[str, Any]) -> None:
@@ -98,12 +97,10 @@ def _random_model() -> Path:
     return place
 
 
-def tables(found: Mapping[str, Any]) -> tuple[pd.DataFrame, pd.DataFrame]:
+def tables(measured: Mapping[str, Any]) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Return what `moelab.evaluation.routing.measure` found as frames: layers, shares."""
-    import pandas as pd
-
     columns = ([f.name for f in fields(Layer)], ["layer", "domain", "expert", "share"])
-    return tuple(pd.DataFrame(found[name], columns=c) for name, c in zip(("layers", "shares"), columns, strict=True))
+    return tuple(pd.DataFrame(measured[name], columns=c) for name, c in zip(("layers", "shares"), columns, strict=True))
 
 
 def drawn_layers(layers: Sequence[int], most: int = 6) -> list[int]:
@@ -130,11 +127,11 @@ def imbalance(loads: Mapping[str, Sequence[int]], layout: ParallelConfig) -> flo
     """Return the load of the busiest rank over an even share, the mean over layers, if ranks hold experts in order."""
     from moelab.training.balance import layer_statistics
 
-    found = []
+    busiest = []
     for load in loads.values():
         ranks = layout.experts(len(load)).parallel
-        found.append(1 + layer_statistics(load, ranks).get("busiest_rank", 0.0))
-    return sum(found) / len(found)
+        busiest.append(1 + layer_statistics(load, ranks).get("busiest_rank", 0.0))
+    return sum(busiest) / len(busiest)
 
 
 def serving(

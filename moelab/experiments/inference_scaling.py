@@ -19,10 +19,9 @@ from moelab.design.experiment import Experiment, Scale
 from moelab.design.simulated import judge_simulated
 from moelab.design.verdicts import Verdict
 from moelab.experiments.decoding import check_file, steps, twins
+from moelab.lazy import pd
 
 if TYPE_CHECKING:
-    import pandas as pd
-
     from moelab.design.experiment import Measure
 
 RANKS = (1, 2, 4)
@@ -46,8 +45,8 @@ def bars() -> pd.DataFrame:
 
     read = paper.inference_results(figure="fig-10", metric="throughput-per-gpu")
     rates = {(row.system, row.gpus): row.value for row in read}
-    found = frame(fig10())
-    return found.assign(paper_throughput=[rates[row.system, row.gpus] for row in found.itertuples()])
+    table = frame(fig10())
+    return table.assign(paper_throughput=[rates[row.system, row.gpus] for row in table.itertuples()])
 
 
 def verdicts(frame: pd.DataFrame) -> list[Verdict]:

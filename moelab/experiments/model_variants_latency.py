@@ -17,10 +17,9 @@ from moelab.design.experiment import Experiment, Scale
 from moelab.design.simulated import judge_simulated
 from moelab.design.verdicts import Verdict
 from moelab.experiments.decoding import check_file
+from moelab.lazy import pd
 
 if TYPE_CHECKING:
-    import pandas as pd
-
     from moelab.config import ModelConfig
 
 
@@ -35,9 +34,9 @@ def latency() -> pd.DataFrame:
     """Return the bars of Fig 13, simulated: `Bar.row`, with columns base and variant."""
     from moelab.simulate import bars
 
-    found = bars.variants()
-    names = [bar.label.split() for bar in found]
-    return bars.frame(found).assign(base=[base for base, _ in names], variant=[variant for _, variant in names])
+    shown = bars.variants()
+    names = [bar.label.split() for bar in shown]
+    return bars.frame(shown).assign(base=[base for base, _ in names], variant=[variant for _, variant in names])
 
 
 def latency_headline(frame: pd.DataFrame) -> str:

@@ -17,10 +17,9 @@ from moelab.design.experiment import Experiment, Scale
 from moelab.design.simulated import judge_simulated
 from moelab.design.verdicts import Verdict
 from moelab.experiments.decoding import check_file
+from moelab.lazy import pd
 
 if TYPE_CHECKING:
-    import pandas as pd
-
     from moelab.config import ModelConfig
 
 

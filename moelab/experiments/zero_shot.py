@@ -24,11 +24,10 @@ from moelab.design import comparison
 from moelab.design.experiment import Experiment, Scale
 from moelab.design.judging import judge
 from moelab.design.verdicts import Verdict
-from moelab.runs import with_weights
+from moelab.lazy import pd
+from moelab.runs import evaluations
 
 if TYPE_CHECKING:
-    import pandas as pd
-
     from moelab.evaluation.zero_shot import OnProgress, Score
     from moelab.runs.collection import Runs
     from moelab.runs.store import Run
@@ -39,7 +38,7 @@ REFERENCE = "smollm2"
 LIMITS = {"smoke": 8, "quick": 50, "cpu": 200, "gpu": 1000, "paper": 0}
 """Items of each task by scale; 0 is all."""
 
-MOST_CUT = 0.1
+MAX_CUT = 0.1
 """Largest share of a task's requests that may lose their beginning, if the task is to count in the average of bits."""
 
 
@@ -58,12 +57,12 @@ def measure(runs: Runs, limit: int, tasks: Sequence[str] | None = None) -> list[
     ours = {task: str(definition(task)["metadata"]["version"]) for task in PACKAGED}
     versions = {task: ours.get(task, "") for task in tasks or PACKAGED}
     for run in runs.finished:  # before the first takes its time
-        with_weights.require(run, score, limit, versions)
+        evaluations.require(run, score, limit, versions)
     rows = []
     with task_progress() as show:
         for run in runs.finished:
             arm, seed = run.spec.title, run.spec.train.seed
-            scores = with_weights.measure(
+            scores = evaluations.measure(
                 run,
                 score,
                 limit,
@@ -109,8 +108,6 @@ def score(run: Run, limit: int, versions: Mapping[str, str], on_progress: OnProg
 
 def scored(rows: Sequence[dict]) -> pd.DataFrame:
     """Return the rows that `measure` found as a frame."""
-    import pandas as pd
-
     from moelab.evaluation.zero_shot import Score
 
     return pd.DataFrame(rows, columns=["arm", "seed", "paper", *Score.__dataclass_fields__])
@@ -180,8 +177,6 @@ def reference_headline(rows: pd.DataFrame) -> str:
 
 def paper_table() -> pd.DataFrame:
     """Return the paper's own models: zero-shot percentages by run (internal corpus) and task, with their average."""
-    import pandas as pd
-
     rows = [row for row in paper.zero_shot() if row.group == "paper" and row.corpus == "internal"]
     return pd.DataFrame([{**row.scores, "average": row.average} for row in rows], index=[row.run for row in rows])
 
@@ -223,11 +218,9 @@ def tasks_that_fit(scores: pd.DataFrame) -> dict[str, float]:
 def answer_bits(scores: pd.DataFrame, reference: str = "Dense") -> pd.DataFrame:
     """Return the bits per byte of the right answers minus the reference arm's of the same seed.
 
-    The mean over the tasks of which at most `MOST_CUT` of the requests lost their beginning. Columns: arm, seed, gap.
+    The mean over the tasks of which at most `MAX_CUT` of the requests lost their beginning. Columns: arm, seed, gap.
     """
-    import pandas as pd
-
-    fitting = [task for task, share in tasks_that_fit(scores).items() if share <= MOST_CUT]
+    fitting = [task for task, share in tasks_that_fit(scores).items() if share <= MAX_CUT]
     part = scores[scores["task"].isin(fitting)]
     table = part.pivot_table(index="seed", columns="arm", values="bits_per_byte", sort=False)
     if reference not in table:
@@ -239,7 +232,7 @@ def answer_bits(scores: pd.DataFrame, reference: str = "Dense") -> pd.DataFrame:
 def bits_headline(scores: pd.DataFrame) -> str:
     """Return the result in one line: how many bits fewer MoE-128 needs for the right answers than the dense base."""
     gaps = answer_bits(scores).query("arm == 'MoE-128'")["gap"] if len(scores) else []
-    left_out = [task for task, share in tasks_that_fit(scores).items() if share > MOST_CUT] if len(scores) else []
+    left_out = [task for task, share in tasks_that_fit(scores).items() if share > MAX_CUT] if len(scores) else []
     if not len(gaps):
         return "MoE-128 and Dense have no task in common whose requests fit the context"
     without = (

@@ -154,19 +154,19 @@ def ledger(*results: Path) -> list[Entry]:
 
 def entries(summaries: Iterable[tuple[str, Summary]]) -> list[Entry]:
     """Return the same from summaries at hand, each with its folder relative to the results."""
-    found: dict[str, dict[str, Evidence]] = {}
+    by_claim: dict[str, dict[str, Evidence]] = {}
     known = {claim.id: claim for claim in paper.claims()}
     for path, summary in sorted(summaries, key=lambda item: item[1].finished):
         for verdict in summary.claims:
             if verdict.claim not in known:
                 continue  # of another version
             evidence = _evidence(known[verdict.claim], verdict, path, summary)
-            by_scale = found.setdefault(verdict.claim, {})
+            by_scale = by_claim.setdefault(verdict.claim, {})
             before = by_scale.get(evidence.scale)
             # A newer result replaces an older one, unless it has no value for this claim.
             if before is None or evidence.ours is not None or before.ours is None:
                 by_scale[evidence.scale] = evidence
-    return _adjusted([_entry(claim, found.get(claim.id, {})) for claim in paper.claims()])
+    return _adjusted([_entry(claim, by_claim.get(claim.id, {})) for claim in paper.claims()])
 
 
 def distinct(entries: Sequence[Entry]) -> list[Entry]:

@@ -19,6 +19,7 @@ from moelab.runs import sessions
 from moelab.runs.branching import remove_prefix
 from moelab.runs.spec import RunSpec
 from moelab.runs.store import Run, Status
+from moelab.terminal import one_line
 
 if TYPE_CHECKING:
     from moelab.data import TokenData
@@ -103,9 +104,9 @@ def _from_first(key: str) -> str:
     Raises:
         StoppedAtStart: rank 0 was asked to stop.
     """
-    if (found := process.wait_for(key)) == _STOP:
+    if (answer := process.wait_for(key)) == _STOP:
         raise StoppedAtStart("stopped with rank 0 before the training began")
-    return found
+    return answer
 
 
 @contextlib.contextmanager
@@ -142,8 +143,8 @@ def _trainer_of(run: Run, should_stop: ShouldStop) -> Iterator[None]:
 def _holder(run: Run) -> str:
     """Return in words who trains a run."""
     with contextlib.suppress(ValueError, KeyError, TypeError):
-        found = read_json(run.path / "holder.json")
-        return f"process {found['process']} on {found['host']}, which trains it since {found['since']}"
+        holder = read_json(run.path / "holder.json")
+        return f"process {holder['process']} on {holder['host']}, which trains it since {holder['since']}"
     return "another process"
 
 
@@ -181,7 +182,7 @@ def _train(run: Run, should_stop: ShouldStop, on_progress: OnProgress, cache: Pa
         _try_status(run, Status("failed", **state, reason=reason))
         raise
     except BaseException as error:
-        run.set_status(Status("failed", **state, reason=(str(error).splitlines() or [type(error).__name__])[0]))
+        run.set_status(Status("failed", **state, reason=one_line(error)))
         raise
     if len(several := sessions.contributing(run.path)) > 1:
         record["sessions"] = several

@@ -61,7 +61,7 @@ def main(path: Path, parent: int) -> int:
 
 
 def _print(p: Progress) -> None:
-    """For whoever follows the run's log; flushed, so that the last line is how far it came."""
+    """Print a line of the run's log; flushed, so that the log of a killed run ends with its last step."""
     now = time.strftime("%Y-%m-%d %H:%M:%S")
     print(f"[{now}] step {p.step} of {p.steps}  loss {p.loss:.4f}  {p.tokens_per_s:,.0f} tokens/s", flush=True)
 

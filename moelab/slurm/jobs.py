@@ -7,20 +7,18 @@ and it may be of an earlier attempt at the run. A `RunJob` reads the run's direc
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import submitit
 from submitit.core.utils import FailedJobError
 
+from moelab.lazy import pd
 from moelab.runs.spec import RunSpec
 from moelab.runs.store import Run, RunStore
 from moelab.slurm import local, queue
 from moelab.slurm.rows import Overview, Row
 from moelab.slurm.status import overview, watch
 from moelab.slurm.submission import root, submissions
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 
 class RunJob(submitit.Job[dict[str, Any]]):

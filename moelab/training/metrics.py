@@ -1,7 +1,7 @@
 """Write a run's metrics as JSON lines, one file for training rows and one for validation rows.
 
 A checkpoint records the lengths and SHA-256 of the files (`Metrics.state`). A run that resumes from it first cuts the
-files to these lengths, so that they equal those of an uninterrupted run; `damage` checks that the rows are there.
+files to these lengths, so that they equal those of an uninterrupted run; `objection` checks that the rows are there.
 """
 
 from __future__ import annotations
@@ -102,7 +102,7 @@ class Metrics:
         self._sizes, self._hashes = {}, {}
         for name, path in self._paths.items():
             if recorded is not None:
-                # A crash of the machine may take an empty file with it; `damage` tells of rows that are gone.
+                # A crash of the machine may take an empty file with it; `objection` tells of rows that are gone.
                 kept = (read_bytes(path) or b"")[: recorded[name]["bytes"]]
             elif resume_step < 0:
                 kept = b""
@@ -152,8 +152,8 @@ def scalars(file: str, row: dict[str, Any]) -> Iterator[tuple[str, float]]:
     for key, value in row.items():
         if key not in ("step", "time_s") and isinstance(value, int | float):
             yield f"{Path(file).stem}/{key}", value
-    for layer, found in row.get("balance", {}).items():
-        for name, value in found.items():
+    for layer, balance in row.get("balance", {}).items():
+        for name, value in balance.items():
             yield f"balance/layer{layer}/{name}", value
     for layer, load in row.get("expert_load", {}).items():
         ordered = sorted(load)
@@ -161,7 +161,7 @@ def scalars(file: str, row: dict[str, Any]) -> Iterator[tuple[str, float]]:
             yield f"expert_load/layer{layer}/p{percent}", ordered[round(percent / 100 * (len(load) - 1))] * len(load)
 
 
-def damage(run_dir: Path, recorded: Mapping[str, Mapping[str, Any]] | None) -> str | None:
+def objection(run_dir: Path, recorded: Mapping[str, Mapping[str, Any]] | None) -> str | None:
     """Return one line about metrics that a checkpoint counts on and that are gone or changed; None when they are whole.
 
     Args:

@@ -39,7 +39,7 @@ def finished(store, result):
 def record(run, directory):
     """Pack a run's record, and return it as a file of its own."""
     (pack,) = records.write([run], directory)
-    (archive,) = records.found(pack)
+    (archive,) = records.archives_in(pack)
     (alone := directory / archive.name).write_bytes(archive.read_bytes())
     pack.unlink()
     return alone
@@ -50,9 +50,9 @@ def test_a_pack_has_the_runs_of_a_model_and_keeps_what_it_has(store, finished, r
     write_json(other.path / "result.json", result(4.4))
     (pack,) = records.write([finished], tmp_path / "runs")
     assert records.write([other], tmp_path / "runs") == [pack] and finished.spec.id.startswith(pack.stem)
-    assert [one.stem for one in records.found(tmp_path / "runs")] == sorted([finished.spec.id, other.spec.id])
+    assert [one.stem for one in records.archives_in(tmp_path / "runs")] == sorted([finished.spec.id, other.spec.id])
     theirs = RunStore(tmp_path / "theirs")
-    taken = [records.read(archive, theirs) for archive in records.found(pack)]
+    taken = [records.read(archive, theirs) for archive in records.archives_in(pack)]
     assert {run.spec for run in taken} == {finished.spec, other.spec}
     before = pack.read_bytes()
     records.write([other, finished], tmp_path / "runs")
@@ -306,4 +306,4 @@ def test_a_run_of_another_version_keeps_no_other_from_being_packed(finished, tmp
         export_(to=tmp_path / "zips")
     said = capsys.readouterr()
     assert "1 runs packed" in said.out and "350m-old" in said.err and "got 'first half'" in said.err
-    assert [archive.stem for archive in records.found(tmp_path / "zips")] == [finished.path.name]
+    assert [archive.stem for archive in records.archives_in(tmp_path / "zips")] == [finished.path.name]

@@ -330,7 +330,7 @@ def test_a_run_in_the_queue_learns_of_checkpoints_that_branches_need(tiny_spec, 
     trunk = replace(tiny_spec, train=train, label="trunk")
     monkeypatch.setattr(submit.local, "start", lambda *_: None)
     cluster = profiles.load(profile)
-    first = submit.submit("x", [({}, [trunk.keeping([step])])], cluster, with_notebooks=False).submission
+    first = submit.submit("x", [({}, [trunk.with_checkpoints([step])])], cluster, with_notebooks=False).submission
     if cluster.cluster == "slurm":
         slurm.says(f"3|PENDING|Priority||1:00|1:00|moelab {first.id} runs-0")
     else:

@@ -12,7 +12,7 @@ from moelab.engine.launch import process
 from moelab.environment import HEARTBEAT
 from moelab.training import TrainingDiverged, TrainingStopped, evaluate, loop, train
 from moelab.training.loop import Trainer, Window
-from moelab.training.metrics import TRAIN, VALIDATION, Metrics, damage, read_rows
+from moelab.training.metrics import TRAIN, VALIDATION, Metrics, objection, read_rows
 from moelab.training.schedule import learning_rate, rewarmed
 
 CLOCK = ("time_s", "tokens_per_s", "seconds")
@@ -323,7 +323,7 @@ def test_a_file_without_rows_may_be_missing(tmp_path):
     metrics.write(VALIDATION, {"step": 0})
     recorded = metrics.state()
     (tmp_path / TRAIN).unlink()
-    assert damage(tmp_path, recorded) is None
+    assert objection(tmp_path, recorded) is None
     Metrics(tmp_path, resume_step=1, recorded=recorded)
     assert (tmp_path / TRAIN).read_bytes() == b"" and read_rows(tmp_path / VALIDATION) == [{"step": 0}]
 

@@ -38,6 +38,7 @@ from moelab.engine.mesh import Mesh
 from moelab.engine.placement import Placement
 from moelab.files import new_directory, read_json, read_object, write_json
 from moelab.models import GPT, empty
+from moelab.terminal import one_line
 
 FORMATS: dict[str, Format] = {f.model_type: f for f in (GPT2, *FAMILIES, MOELAB)}
 SHARD_BYTES = 4 << 30
@@ -236,8 +237,7 @@ def fetch(name: str) -> Path:
     try:
         return Path(snapshot_download(name, allow_patterns=["*.safetensors", "*.json"]))
     except Exception as error:  # the library passes on its dependencies' exceptions
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise ValueError(f"import: {name!r} cannot be fetched ({reason})") from None
+        raise ValueError(f"import: {name!r} cannot be fetched ({one_line(error)})") from None
 
 
 def load_tokenizer(directory: Path) -> Tokenizer:
@@ -291,9 +291,9 @@ def _check(files: Files, kind: Format, config: ModelConfig) -> dict[str, torch.d
             if theirs not in files.names:
                 raise ValueError(f"{files.directory}: {wrong or f'tensor {theirs} is missing'}")
             wanted.add(theirs)
-            found, expected = files.shape(theirs, part.transposed), expected_shape(part, shape)
-            if found != expected:
-                wrong = wrong or f"{part.name if part.at else name} is {found}, expected {expected}"
+            shape_there, expected = files.shape(theirs, part.transposed), expected_shape(part, shape)
+            if shape_there != expected:
+                wrong = wrong or f"{part.name if part.at else name} is {shape_there}, expected {expected}"
             elif files.dtype(theirs) != dtypes.setdefault(name, files.dtype(theirs)):
                 wrong = wrong or f"tensor {theirs} has another dtype than the others of {name}"
     odd = [name for name in files.names if name not in wanted and not name.endswith(_UNUSED)]

@@ -21,7 +21,7 @@ VISIBLE_S = 5.0
 
 
 @dataclass(frozen=True)
-class Found:
+class Finding:
     """One row of the table.
 
     Attributes:
