@@ -17,7 +17,7 @@ from moelab.design.verdicts import STYLES
 from moelab.files import write_text
 from moelab.plotting.axis import mark
 from moelab.report.ledger import Entry, entries, family, scale_rank
-from moelab.report.site import digest, downloads, front, hero, notebook, plot, template
+from moelab.report.site import digest, downloads, front, hero, notebook, plot, scoreboard, template
 from moelab.report.site.charts import charts
 from moelab.report.site.claims import ClaimRow, all_claims, claims_of, sign, tally
 from moelab.report.site.gallery import by_chapter, chapters
@@ -114,6 +114,7 @@ def build(root: Path) -> Built:
         "about.html": {"terms": TERMS, "version": moelab.__version__},
         "runs.html": {},
         "compare.html": {},
+        scoreboard.PAGE: scoreboard.scoreboard(),
     }
     for name, own in pages.items():
         written += _write_if_changed(root / name, template.render(name, **about, **own))
