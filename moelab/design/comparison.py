@@ -20,7 +20,10 @@ from moelab.runs.spec import RunSpec
 from moelab.statistics import interval
 
 TWINS = "Twins, paired by seed."
-RAISED = f"{TWINS} The look at five seeds was added after that at three had been seen."
+RAISED = (
+    f"{TWINS} Judged with three seeds as planned, and once more with five, which was decided after seeing the first; "
+    "the interval allows for both."
+)
 
 
 def by_arm(final: pd.DataFrame, value: str = "validation_loss") -> pd.DataFrame:

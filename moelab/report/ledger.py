@@ -206,11 +206,16 @@ class Family:
     standing: int
     withdrawn: tuple[str, ...]
 
-    def __str__(self) -> str:
-        text = (
+    @property
+    def counts(self) -> str:
+        """The note without the claims whose verdicts are withdrawn."""
+        return (
             f"{self.verdicts} measured verdicts at 95 %: up to {self.wrong:.2g} expected wrong by chance; "
             f"{self.standing} of {self.held} that decide stand after Holm's adjustment"
         )
+
+    def __str__(self) -> str:
+        text = self.counts
         return f"{text}, not {', '.join(self.withdrawn)}" if self.withdrawn else text
 
 
