@@ -11,8 +11,8 @@
 
 It combines a roofline for kernels, an alpha-beta model (latency and bandwidth) for collectives, and two clocks for host
 and device. Two free constants are fitted on the paper's Fig 10 alone (`constants`, `calibrate`), and for programs of
-today eleven on public measurements (`public`, `judge`); everything else is prediction. It needs numpy but not torch, and
-computes thousands of layouts at once (`decode_sweep`).
+today eleven on public measurements (`public`, `judge`); everything else is prediction. It needs numpy but not torch,
+and computes thousands of layouts at once (`decode_sweep`).
 """
 
 from importlib import import_module
