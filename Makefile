@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 CONSTRAINTS ?= constraints.txt
 INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check $(addprefix -c ,$(CONSTRAINTS))
 
-.PHONY: reproduce install test test-fast test-slurm lab browse api lint types format constraints clean
+.PHONY: reproduce install test test-fast test-slurm lab browse docs lint types format constraints clean
 
 reproduce: $(VENV)/.installed  ## the gap between dense, PR-MoE and MoE-128 on a laptop (minutes on 2 cores)
 	$(BIN)/moelab run pr-moe --scale quick -p seeds=3
@@ -34,8 +34,12 @@ lab: $(VENV)/.installed  ## JupyterLab on the notebooks
 browse: $(VENV)/.installed  ## the results page on localhost
 	$(BIN)/moelab browse
 
-api: $(VENV)/.installed-test  ## the API reference from the docstrings, in .moelab/api
-	$(BIN)/python docs/api.py .moelab/api
+DOCS := .moelab/docs
+docs: $(VENV)/.installed-test  ## the documentation with the API reference and a search, in .moelab/docs/html; no network
+	rm -rf $(DOCS) && mkdir -p $(DOCS)/source
+	cp -r README.md LOG.md CHANGELOG.md CONTRIBUTING.md docs slurm $(DOCS)/source/ && ln -s $(CURDIR)/results $(DOCS)/source/
+	$(BIN)/python -m sphinx -q -c docs $(SPHINX) $(DOCS)/source $(DOCS)/html
+	@echo "$(DOCS)/html/README.html"
 
 lint: types
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/lint-imports

@@ -26,7 +26,7 @@ from moelab.report.summary import SUMMARY, parse
 from moelab.runs import executors
 from moelab.runs.collection import Runs
 from moelab.runs.measurements import Measurement, MeasurementStore, prefix
-from moelab.runs.progress import NotebookProgress
+from moelab.runs.progress import NotebookProgress, in_notebook
 from moelab.runs.spec import RunSpec, closure
 from moelab.runs.store import Run, RunStore
 from moelab.terminal import duration
@@ -131,12 +131,12 @@ class Lab:
 
     def _published(self, function: Callable[..., Any]) -> list[float]:
         """Return the seconds of a function's measurements in published results of the experiment and scale shown."""
-        found: list[float] = []
+        durations: list[float] = []
         for file in paths.results().glob("/".join((*self._shown, "*", SUMMARY))) if all(self._shown) else ():
             with contextlib.suppress(ValueError, OSError):
                 listed = parse(read_json(file)).measurements
-                found += [one.seconds for one in listed if one.id.startswith(f"{prefix(function)}-")]
-        return found
+                durations += [one.seconds for one in listed if one.id.startswith(f"{prefix(function)}-")]
+        return durations
 
     def submit(
         self, specs: Sequence[RunSpec], profile: str | None = None, *, cluster: Literal["slurm", "local"] | None = None
@@ -173,7 +173,6 @@ class Lab:
         return overview(names, store=self.store)
 
     def _on_cluster(self, specs: Sequence[RunSpec], profile: str | None) -> None:
-        from moelab.runs.progress import in_notebook
         from moelab.slurm import status
 
         handle = in_notebook(self.submit(specs, profile).overview)

@@ -12,7 +12,7 @@ FEATURES = ("avx2", "avx512f", "avx512_bf16", "avx512_fp16", "amx_tile", "amx_bf
 
 
 def cpu() -> str:
-    """Return the processor's name with what tells generations apart.
+    """Return the processor's name with family, model and instruction sets, which differ between generations.
 
     For example "AMD EPYC (family 25, model 17; avx2, avx512f, avx512_bf16)".
 

@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 BARE = "two bare all-to-alls"
-WIDEST = 4096
+MAX_WIDTH = 4096
 """Bytes of a row at most; small messages have narrower rows, at least one for each rank."""
 
 
@@ -99,7 +99,7 @@ def _exchange(exchange: Exchange, x: torch.Tensor, routing: Routing, _: None) ->
 def _measure_rank(ranks: int, size: int, rounds: int, device: str, node: int = 0) -> dict[str, Any]:
     """On each rank: seconds of each candidate, round by round; what it sends; alpha and beta."""
     timing = Timing(rounds, device, warm_up=1, budget_s=math.inf)  # no rank may stop before another
-    S = max(ranks, size // WIDEST // ranks * ranks)
+    S = max(ranks, size // MAX_WIDTH // ranks * ranks)
     x = torch.ones(S, max(size // S // 4, 1), device=device)
     logits = torch.zeros(S, ranks, device=device)
     logits[torch.arange(S), torch.arange(S) % ranks] = 9.0

@@ -8,10 +8,11 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
+from moelab import paths, terminal
 from moelab.cli._options import (
     EXPERIMENTS,
     AsJson,
@@ -22,9 +23,7 @@ from moelab.cli._options import (
     print_json,
 )
 from moelab.lazy import pd
-
-if TYPE_CHECKING:
-    from moelab.runs.spec import RunSpec
+from moelab.runs.spec import RunSpec
 
 
 def list_(
@@ -36,7 +35,6 @@ def list_(
     """Show the experiments, or one with its scales and costs."""
     from rich.markup import escape
 
-    from moelab import terminal
     from moelab.experiments import EXPERIMENTS as KNOWN
     from moelab.experiments import experiment
 
@@ -81,7 +79,7 @@ def run(
     ] = False,
     publish: Publish = False,
 ) -> None:
-    """Train what an experiment lacks, and show what it found.
+    """Train the missing runs of an experiment, execute its notebook, and show the result.
 
     Executes the experiment's notebook; its figures and claims go onto the results page.
     """
@@ -117,7 +115,6 @@ def run(
 
 def _plan(specs: Sequence[RunSpec]) -> None:
     """Show what would be trained, and problems with its data; data that exist nowhere are refused."""
-    from moelab import terminal
     from moelab.data import UnknownCorpus
     from moelab.runs.dry_run import planned_runs, show
     from moelab.runs.preflight import check_texts
@@ -139,7 +136,6 @@ def claims(
     as_json: AsJson = False,
 ) -> None:
     """Show the paper's claims, our values and the verdicts."""
-    from moelab import paths, terminal
     from moelab.report.ledger import counts, distinct, entries, family, listing
     from moelab.report.summary import read_all
 
@@ -177,14 +173,13 @@ def power(
     By the spread over seeds in its newest result, published or your own: of the paper's claims that it measures, or of
     all arms against one of them.
     """
-    from moelab import paths, terminal
-    from moelab.design.power import MOST
+    from moelab.design.power import MAX_SEEDS
     from moelab.report.planning import needs
 
     rows = needs(name, scale, *paths.all_results(), against=against, effect=effect)
     view = terminal.table("comparison", "spread", "effect to see", "one look", "at most", "mean")
     for row in rows.to_dict("records"):
-        seeds = [f"> {MOST}" if pd.isna(row[k]) else f"{row[k]:.0f}" for k in ("at once", "at most", "on average")]
+        seeds = [f"> {MAX_SEEDS}" if pd.isna(row[k]) else f"{row[k]:.0f}" for k in ("at once", "at most", "on average")]
         seen = "–" if pd.isna(row["effect"]) else f"{row['effect']:.3g}, {row['effect from']}"
         view.add_row(row["comparison"], f"{row['spread']:.2g} of {row['seeds']}", seen, *seeds)
     console = terminal.console()

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from moelab import paths, terminal
 from moelab.cli._options import check_choice
 
 kernels = typer.Typer(no_args_is_help=True, help="The Triton kernels: compiled without a GPU, tuned on one.")
@@ -31,9 +33,6 @@ def kernels_tune(
     out: Annotated[Path | None, typer.Option(help="folder of the table; by default .moelab/tuned")] = None,
 ) -> None:
     """Measure tile sizes, warps and stages of each kernel on this machine's GPU; write the table that launches read."""
-    import time
-
-    from moelab import paths, terminal
     from moelab.cli._options import check_device
 
     check_device("cuda")

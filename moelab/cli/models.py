@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from moelab import paths
 from moelab.cli._options import RUNS, Out, check_choice, check_device, check_dtypes, run_names, write_provenance
 from moelab.config.parallel import EXCHANGES
+from moelab.files import write_text
 from moelab.runs.store import RunStore
+from moelab.terminal import task_progress
 
 if TYPE_CHECKING:
     from moelab.evaluation.zero_shot import Score
@@ -56,7 +61,6 @@ def generate(
     check_dtypes([dtype])
     check_choice("--exchange", exchange, EXCHANGES)
     directory = RunStore().find(run)
-    from moelab import paths
     from moelab.engine.checkpoint import CheckpointError
     from moelab.engine.launch import process
     from moelab.inference import Sampling
@@ -113,9 +117,6 @@ def eval_(
     Prints accuracy beside chance and bits per byte; an interrupted evaluation continues. With --losses: what rounding
     changes.
     """
-    import json
-    from dataclasses import asdict
-
     check_device(device)
     check_dtypes([dtype])
     if losses:
@@ -123,13 +124,11 @@ def eval_(
         return
     reference = run == SMALL_MODEL
     directory = None if reference else RunStore().find(run)
-    from moelab import paths
     from moelab.data.packages import CorpusUnavailable
     from moelab.engine.checkpoint import CheckpointError
     from moelab.evaluation.models import reference_directory
     from moelab.evaluation.zero_shot import PACKAGED, evaluate
     from moelab.experiments.zero_shot import save
-    from moelab.terminal import task_progress
 
     wanted = tuple(dict.fromkeys(name for name in map(str.strip, tasks.split(",")) if name)) or PACKAGED
     options: dict[str, Any] = dict(cache=paths.home() / "data", limit=limit, batch=batch, dtype=dtype, device=device)
@@ -177,12 +176,8 @@ def _show(scores: Sequence[Score]) -> None:
 
 def _losses(run: Path, tokens: int, as_json: bool, out: Path | None) -> None:
     """Print, and with `out` write, a run's validation loss by mode of inference and dtype."""
-    import json
-
-    from moelab import paths
     from moelab.engine.checkpoint import CheckpointError
     from moelab.evaluation import rounding
-    from moelab.files import write_text
 
     try:
         rows = rounding.measure(run, tokens, paths.home() / "data")
@@ -240,7 +235,6 @@ def export(
     """
     source = RunStore().find(run)
     _check_new("export", directory)
-    from moelab import paths
     from moelab.data import prepare
     from moelab.engine.checkpoint import CheckpointError, hf
     from moelab.inference.text import load_run, run_configs

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import time
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
+from moelab import terminal
 from moelab.cli._options import AsJson, print_json
-
-if TYPE_CHECKING:
-    from moelab.config import ModelConfig
+from moelab.config import ModelConfig
+from moelab.config.parallel import ParallelConfig
+from moelab.files import write_json
+from moelab.runs.provenance import provenance
 
 app = typer.Typer(no_args_is_help=True, help="Compute latency, memory, throughput and cost of a layout.")
 
@@ -52,7 +56,6 @@ def plan(
     from rich.padding import Padding
     from rich.text import Text
 
-    from moelab import terminal
     from moelab.simulate.search import BATCHES, describe, frame
     from moelab.simulate.search import plan as search
 
@@ -179,8 +182,6 @@ def train(
     as_json: AsJson = False,
 ) -> None:
     """Show a training step of one layout: time by part, samples/s, memory with optimizer, days of the training."""
-    from dataclasses import asdict, replace
-
     from moelab import simulate
 
     parallel = _parallel(simulate, cluster, gpus, tensor, 0, 1, "flat")
@@ -249,7 +250,6 @@ def score(
 
 
 def _score_public(group: str, as_json: bool) -> None:
-    from moelab import terminal
     from moelab.config import unknown
     from moelab.simulate import judge
     from moelab.simulate.public import GROUPS, measurements, seal
@@ -280,11 +280,8 @@ def fit(
     out: Annotated[Path | None, typer.Option(help="JSON file; default: the package's own")] = None,
 ) -> None:
     """Fit the free constants to the 52B scaling figure (arXiv Fig 10) or, with --modern, to open rows; store them."""
-    import time
     from importlib import resources
 
-    from moelab.files import write_json
-    from moelab.runs.provenance import provenance
     from moelab.simulate import judge
     from moelab.simulate.calibrate import fit as run_fit
     from moelab.simulate.constants import FREE
@@ -322,8 +319,6 @@ def _print_fit(found, free) -> None:
 
 
 def _parallel(simulate, cluster: str, gpus: int, tensor: int, expert: int, slicing: int, exchange: str):
-    from moelab.config.parallel import ParallelConfig
-
     if gpus < 1 or tensor < 1 or gpus % tensor:
         raise ValueError(f"--tensor {tensor} does not divide --gpus {gpus}")
     return ParallelConfig(

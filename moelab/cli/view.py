@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from moelab import environment, paths
 from moelab.cli._options import EXPERIMENTS, AsJson, Profile, print_json, run_names
 
 
@@ -22,7 +23,6 @@ def lab(
 
     On 127.0.0.1, or with --profile on a node of a cluster. Further arguments are JupyterLab's.
     """
-    from moelab import environment, paths
     from moelab.notebook import copies
 
     folder = paths.notebooks() if originals else copies.update()

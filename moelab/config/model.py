@@ -23,7 +23,7 @@ from moelab.config.names import BASES, GRAMMAR, NAME, PAPER_NAMES
 from moelab.config.parallel import ParallelConfig
 from moelab.config.routing import RoutingConfig
 
-LARGEST = 1 << 24
+MAX_SIZE = 1 << 24
 """No size of a model is larger: one that is comes from a damaged file or a slip."""
 
 
@@ -76,7 +76,7 @@ class ModelConfig:
         for what in ("layers", "hidden", "heads", "vocab", "context"):
             value = getattr(self, what)
             _check(value >= 1, f"{where}: {what} must be at least 1, got {value}")
-            _check(value <= LARGEST, f"{where}: {what} must be at most {LARGEST:,}, got {value:,}")
+            _check(value <= MAX_SIZE, f"{where}: {what} must be at most {MAX_SIZE:,}, got {value:,}")
         _check(self.init_std >= 0, f"{where}: init_std must not be negative, got {self.init_std}")
         _check(
             self.decoder.head_size > 0 or self.hidden % self.heads == 0,

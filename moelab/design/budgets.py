@@ -30,7 +30,7 @@ BUDGETS = {
 }
 """Scale -> tokens of the budgets below the trunk's own."""
 
-WIDEST = 3
+MAX_FACTOR = 3
 """Between budgets whose tokens are further apart than by this factor nothing is interpolated."""
 
 COLUMNS = ["arm", "seed", "tokens", "per_parameter", "loss"]
@@ -140,11 +140,11 @@ def efficiency(table: pd.DataFrame, moe: str, base: str) -> pd.DataFrame:
 def tokens_at(curve: pd.DataFrame, goal: float) -> float | None:
     """Return the tokens at which an arm's budgets reach a loss, interpolated over log tokens.
 
-    None outside of the budgets, and between two that are more than `WIDEST` apart.
+    None outside of the budgets, and between two that are more than `MAX_FACTOR` apart.
     """
     points = list(zip(curve["tokens"], curve["loss"], strict=True))
     for (before, high), (after, low) in zip(points, points[1:], strict=False):
-        if low <= goal <= high and low < high and after <= WIDEST * before:
+        if low <= goal <= high and low < high and after <= MAX_FACTOR * before:
             return math.exp(math.log(before) + (high - goal) / (high - low) * (math.log(after) - math.log(before)))
     return None
 
@@ -153,7 +153,7 @@ def loss_at(curve: pd.DataFrame, tokens: float) -> float | None:
     """Return an arm's loss at a number of tokens, interpolated over log tokens; None as in `tokens_at`."""
     points = list(zip(curve["tokens"], curve["loss"], strict=True))
     for (before, high), (after, low) in zip(points, points[1:] or points, strict=False):
-        if before <= tokens <= after and after <= WIDEST * before:
+        if before <= tokens <= after and after <= MAX_FACTOR * before:
             share = math.log(tokens / before) / math.log(after / before) if after > before else 0.0
             return high + share * (low - high)
     return None

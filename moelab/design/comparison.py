@@ -7,22 +7,23 @@ more.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from moelab import paper
 from moelab.config import ModelConfig
 from moelab.design import sequential, settings
-from moelab.design.judging import LEAST, judge
+from moelab.design.judging import MIN_SAMPLES, judge
 from moelab.design.verdicts import Verdict
 from moelab.lazy import pd
+from moelab.runs.collection import Runs
 from moelab.runs.spec import RunSpec
 from moelab.statistics import interval
 
-if TYPE_CHECKING:
-    from moelab.runs.collection import Runs
-
 TWINS = "Twins, paired by seed."
-RAISED = f"{TWINS} The look at five seeds was added after that at three had been seen."
+RAISED = (
+    f"{TWINS} Judged with three seeds as planned, and once more with five, which was decided after seeing the first; "
+    "the interval allows for both."
+)
 
 
 def by_arm(final: pd.DataFrame, value: str = "validation_loss") -> pd.DataFrame:
@@ -227,16 +228,15 @@ def differences(final: pd.DataFrame, expected: Sequence[tuple[str, str, str]]) -
 
     Returns:
         Columns left, right, mean (left minus right), low, high (95 % interval), seeds, expected, found: "below" or
-        "above" if the interval is on one side of zero, else "cannot tell"; "too few seeds" below `judging.LEAST`.
+        "above" if the interval is on one side of zero, else "cannot tell"; "too few seeds" below `judging.MIN_SAMPLES`.
     """
     rows = []
     for left, right, where in expected:
         if values := paired(final, left, right):
             mean, low, high = interval(values)
             outcome = "below" if high < 0 else "above" if low > 0 else "cannot tell"
-            rows.append(
-                [left, right, mean, low, high, len(values), where, outcome if len(values) >= LEAST else "too few seeds"]
-            )
+            outcome = outcome if len(values) >= MIN_SAMPLES else "too few seeds"
+            rows.append([left, right, mean, low, high, len(values), where, outcome])
     return pd.DataFrame(rows, columns=["left", "right", "mean", "low", "high", "seeds", "expected", "found"])
 
 

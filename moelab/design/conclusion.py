@@ -21,13 +21,14 @@ class Conclusion:
         return self.text
 
 
-def conclude(headline: str, judged: Sequence[Verdict] = (), *, seeds: int = 0) -> Conclusion:
+def conclude(headline: str, judged: Sequence[Verdict] = (), *, seeds: int = 0, simulated: bool = False) -> Conclusion:
     """Return the conclusion of an experiment.
 
     Args:
         headline: the main finding, one sentence.
         judged: the verdicts on the paper's claims; none for a question beyond the paper.
         seeds: of the training runs; 0 where nothing was trained.
+        simulated: the finding is a simulation's, whether or not claims are judged.
     """
     lines = ["## Conclusion", "", f"**What was found.** {headline.rstrip('.')}."]
     decided = [v for v in judged if v.verdict not in NOT_JUDGED]
@@ -37,9 +38,9 @@ def conclude(headline: str, judged: Sequence[Verdict] = (), *, seeds: int = 0) -
     ]
     lines += [
         "",
-        f"**How sure.** {_sure(decided, seeds)}",
+        f"**How sure.** {_sure(decided, seeds, simulated)}",
         "",
-        f"**What it does not say.** {_limits(judged, decided, seeds)}",
+        f"**What it does not say.** {_limits(judged, decided, seeds, simulated)}",
     ]
     return Conclusion("\n".join(lines))
 
@@ -52,7 +53,7 @@ def _value(verdict: Verdict) -> str:
     return f"{verdict.ours:.3g}{unit}" + (f" ({verdict.low:.3g} to {verdict.high:.3g})" if interval else "")
 
 
-def _sure(decided: Sequence[Verdict], seeds: int) -> str:
+def _sure(decided: Sequence[Verdict], seeds: int, simulated: bool) -> str:
     kinds = {v.kind for v in decided}
     parts = []
     if MEASURED in kinds:
@@ -64,7 +65,7 @@ def _sure(decided: Sequence[Verdict], seeds: int) -> str:
         )
     elif seeds:
         parts.append("One seed says nothing of chance." if seeds == 1 else f"Intervals are 95 % over {seeds} seeds.")
-    if kinds & {PREDICTED, FITTED}:
+    if simulated or kinds & {PREDICTED, FITTED}:
         parts.append(
             "Simulated values have no spread: how far the simulator is off, notebook 11 shows number by number."
         )
@@ -73,8 +74,8 @@ def _sure(decided: Sequence[Verdict], seeds: int) -> str:
     return " ".join(parts) or "Nothing here has a spread: what was counted is exact."
 
 
-def _limits(judged: Sequence[Verdict], decided: Sequence[Verdict], seeds: int) -> str:
-    parts = []
+def _limits(judged: Sequence[Verdict], decided: Sequence[Verdict], seeds: int, simulated: bool) -> str:
+    parts = ["No such cluster was measured."] if simulated else []
     if seeds or any(v.kind == MEASURED for v in decided):
         parts.append(
             "Small models on one machine show whether an effect appears at this size, not how large it is at the "

@@ -37,7 +37,7 @@ from moelab.design.verdicts import (
 from moelab.paper.claims import SCALES, Claim
 from moelab.statistics import Estimate
 
-LEAST = 3
+MIN_SAMPLES = 3
 """Fewer seeds, or sessions, judge nothing: the interval of two is 13 standard errors wide either way."""
 
 MARGIN = 0.25
@@ -222,7 +222,7 @@ def _measured(claim: Claim, estimate: Estimate | None, note: str, stored: dict[s
         return stated.row(claim, estimate, NOT_TESTABLE, note, stored | {"why": why})
     if missing or estimate is None:
         return stated.row(claim, estimate, INCOMPLETE, note, stored | {"why": f"Missing: {', '.join(missing)}."})
-    if estimate.samples < LEAST:
+    if estimate.samples < MIN_SAMPLES:
         return stated.row(claim, estimate, FEW_SESSIONS if claim.timed else FEW_SEEDS, note, stored)
     level = sequential.level(estimate.samples, looks)
     if claim.direction == "equal" and claim.kind != "bound":

@@ -38,7 +38,7 @@ class Law:
     tokens0: float
 
     def loss(self, flops: float | np.ndarray, tokens: float | np.ndarray) -> np.ndarray:
-        """Return the loss of models of a size after so many tokens."""
+        """Return the loss of models of a size after a number of tokens."""
         size = self.a * (np.asarray(flops) / self.flops0) ** -self.alpha
         return self.floor + size + self.b * (np.asarray(tokens) / self.tokens0) ** -self.beta
 

@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from moelab.design import sequential, stated
-from moelab.design.judging import LEAST, MARGIN
+from moelab.design.judging import MARGIN, MIN_SAMPLES
 from moelab.design.verdicts import Verdict
 from moelab.lazy import np
 from moelab.paper.claims import Claim
@@ -28,7 +28,7 @@ POWER = 0.8
 EVERY = 3
 """Seeds from one look to the next."""
 
-MOST = 99
+MAX_SEEDS = 99
 """More seeds are not counted."""
 
 _SIMULATED = 4000
@@ -37,7 +37,7 @@ _SIMULATED = 4000
 
 @dataclass(frozen=True)
 class Need:
-    """Say how many seeds a comparison needs; None is more than `MOST`.
+    """Say how many seeds a comparison needs; None is more than `MAX_SEEDS`.
 
     Attributes:
         at_once: with one look.
@@ -51,7 +51,7 @@ class Need:
 
 
 def of_difference(spread: float, effect: float) -> Need:
-    """Return the seeds that tell an effect from none.
+    """Return the number of seeds that shows an effect if there is one.
 
     Args:
         spread: standard deviation of the difference over seeds.
@@ -103,10 +103,12 @@ def _need(means: tuple[float, ...], covariance: tuple[tuple[float, ...], ...]) -
     if min(means) <= 0:
         return Need(None, None, None)
     t = _statistics(means, covariance)
-    at_once = _first(range(LEAST, MOST + 1), lambda n: _decides(t, (n,))[0] >= POWER)
+    at_once = _first(range(MIN_SAMPLES, MAX_SEEDS + 1), lambda n: _decides(t, (n,))[0] >= POWER)
     if at_once is None:
         return Need(None, None, None)
-    last = _first(range(EVERY * -(-at_once // EVERY), MOST + 1, EVERY), lambda n: _decides(t, _looks(n))[0] >= POWER)
+    last = _first(
+        range(EVERY * -(-at_once // EVERY), MAX_SEEDS + 1, EVERY), lambda n: _decides(t, _looks(n))[0] >= POWER
+    )
     return Need(at_once, *((None, None) if last is None else (_looks(last), _decides(t, _looks(last))[1])))
 
 
@@ -123,8 +125,8 @@ def _first(numbers: range, good: Callable[[int], bool]) -> int | None:
 def _statistics(means: Sequence[float], covariance: Sequence[Sequence[float]]) -> np.ndarray:
     """Return the t statistics of simulated experiments: [experiments, seeds - 1, means], from two seeds on."""
     random = np.random.default_rng(0)  # the same experiments for all plans, so that they can be compared
-    values = random.multivariate_normal(means, covariance, (_SIMULATED, MOST), method="eigh")
-    n = np.arange(1, MOST + 1)[:, None]
+    values = random.multivariate_normal(means, covariance, (_SIMULATED, MAX_SEEDS), method="eigh")
+    n = np.arange(1, MAX_SEEDS + 1)[:, None]
     average = values.cumsum(1) / n
     variance = ((values**2).cumsum(1) - n * average**2)[:, 1:] / (n[1:] - 1)
     return average[:, 1:] / np.sqrt(np.maximum(variance, 1e-300) / n[1:])

@@ -9,9 +9,10 @@ Reads runs and trains nothing. Shape letters as in `moelab.config`.
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -19,15 +20,13 @@ from torch import Tensor
 
 from moelab import paths
 from moelab.config import RoutingConfig
-from moelab.data import prepare, validation_batches
+from moelab.data import prepare
+from moelab.data.batches import validation_batches
 from moelab.inference.text import load_run, run_configs
 from moelab.kernels import Gate
 from moelab.lazy import pd
 from moelab.models import build
 from moelab.models.routing import Router
-
-if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
 
 SPACE = "▁"
 """Marks the space at the beginning of a token."""

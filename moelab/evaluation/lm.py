@@ -16,7 +16,7 @@ from lm_eval.api.model import TemplateLM
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from torch.nn.utils.rnn import pad_sequence
 
-from moelab.data import Tokenizer
+from moelab.data.tokenizer import Tokenizer
 from moelab.evaluation.models import LanguageModel
 from moelab.evaluation.requests import Requests
 

@@ -23,8 +23,8 @@ import torch
 from torch import Tensor, nn
 
 from moelab.config import digest
-from moelab.data import Tokenizer
 from moelab.data.packages import Package, pinned, unpacked
+from moelab.data.tokenizer import Tokenizer
 from moelab.engine.checkpoint import hf
 from moelab.files import read_object
 from moelab.inference.generate import Generator

@@ -12,13 +12,14 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from moelab import paths
 from moelab.config import DataConfig
 from moelab.lazy import np
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from moelab.data import Tokenizer
+    from moelab.data.tokenizer import Tokenizer
     from moelab.models import GPT
 
 BATCH = 4096
@@ -73,7 +74,6 @@ def measure(
     """
     import torch
 
-    from moelab import paths
     from moelab.inference.text import open_model
 
     if device == "cuda" and not torch.cuda.is_available():

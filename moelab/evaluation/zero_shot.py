@@ -34,13 +34,14 @@ import yaml
 
 from moelab.config import from_json
 from moelab.evaluation.items import READERS, items
+from moelab.evaluation.requests import Requests
 from moelab.files import read_json, write_json
 from moelab.terminal import one_line
 
 if TYPE_CHECKING:
     from lm_eval.api.model import LM
 
-    from moelab.data import Tokenizer
+    from moelab.data.tokenizer import Tokenizer
     from moelab.evaluation.models import LanguageModel
 
 PACKAGED = tuple(READERS)
@@ -131,7 +132,6 @@ def evaluate(
     manager = _manager(tasks)
     from moelab.evaluation.lm import RunLM
     from moelab.evaluation.models import open_evaluated
-    from moelab.evaluation.requests import Requests
 
     model, tokenizer = open_evaluated(directory, cache=cache, dtype=dtype, device=device)
     folder = directory / "evaluation" / fingerprint(model, tokenizer)

@@ -16,17 +16,14 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from moelab import paper
-from moelab.design.experiment import Experiment, Scale
+from moelab.design.experiment import Experiment, Measure, Scale
 from moelab.design.judging import judge
 from moelab.design.verdicts import Verdict
 from moelab.experiments.decoding import check_file
 from moelab.lazy import pd
-
-if TYPE_CHECKING:
-    from moelab.design.experiment import Measure
 
 WORLDS = {"smoke": (4, 8, 32, 128), "cpu": (4, 8, 16, 32, 64, 128, 256), "paper": (4, 8, 16, 32, 64, 128, 256)}
 MEASURED: dict[str, tuple[tuple[int, ...], tuple[int, ...], int]] = {

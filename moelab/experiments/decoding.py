@@ -9,13 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
+from moelab.config import ModelConfig
+from moelab.design.experiment import Measure
 from moelab.lazy import pd
-
-if TYPE_CHECKING:
-    from moelab.config import ModelConfig
-    from moelab.design.experiment import Measure
 
 MODES = ("baseline", "optimised")
 SHRINK: dict[str, dict[str, int]] = {

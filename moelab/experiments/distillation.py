@@ -26,9 +26,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from moelab import paper
+from moelab import paper, paths
 from moelab.config.distill import DistillConfig
 from moelab.design import comparison, settings
 from moelab.design.experiment import FULL_HOURS, Experiment, Scale, full_cost
@@ -36,11 +36,9 @@ from moelab.design.judging import judge
 from moelab.design.verdicts import Verdict
 from moelab.lazy import pd
 from moelab.runs import evaluations
+from moelab.runs.collection import Runs
 from moelab.runs.spec import RunSpec, Start
-
-if TYPE_CHECKING:
-    from moelab.runs.collection import Runs
-    from moelab.runs.store import Run
+from moelab.runs.store import Run
 
 TEACHERS = {"350M": "350M+PR-MoE-32/64", "1.3B": "1.3B+PR-MoE-64/128"}
 """Base -> the paper's teacher."""
@@ -152,8 +150,8 @@ def losses_on_halves(run: Run, tokens: int) -> dict[str, float]:
     """Return a run's loss on each half of the training text, in nats per token; arguments as of `measure_halves`."""
     import torch
 
-    from moelab import paths
-    from moelab.data import TrainBatches, prepare
+    from moelab.data import prepare
+    from moelab.data.batches import TrainBatches
     from moelab.engine import checkpoint
     from moelab.models import build
 

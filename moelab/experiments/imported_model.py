@@ -12,13 +12,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from moelab import paths
 from moelab.config import DataConfig, DecoderConfig, ModelConfig, RoutingConfig, digest
 from moelab.design.experiment import Experiment, Scale
 from moelab.evaluation.routing import Layer
 from moelab.lazy import pd
+from moelab.runs.store import RunStore
 
 if TYPE_CHECKING:
     from moelab.config.parallel import ParallelConfig
@@ -40,7 +43,6 @@ def directory(model: str) -> Path:
         ValueError: there is none, or it has no MoE layer; the message is one line.
     """
     from moelab.inference.text import model_config
-    from moelab.runs.store import RunStore
 
     path = RunStore().find(model).resolve() if model else _random_model()
     if not model_config(path).is_moe:
@@ -50,7 +52,7 @@ def directory(model: str) -> Path:
 
 def check(parameters: Mapping[str, Any]) -> None:
     """Refuse a model, text, cluster or program that does not exist, or a number out of range; ValueError, one line."""
-    from moelab import paths, simulate
+    from moelab import simulate
 
     model, corpus = parameters.get("model", ""), parameters.get("corpus", "")
     try:
@@ -79,12 +81,10 @@ def check(parameters: Mapping[str, Any]) -> None:
 
 def _random_model() -> Path:
     """Return the directory of a model with random weights, in the format in which OLMoE is published."""
-    from itertools import islice
-
     from filelock import FileLock
 
-    from moelab import paths
-    from moelab.data import Tokenizer, made
+    from moelab.data import made
+    from moelab.data.tokenizer import Tokenizer
     from moelab.engine.checkpoint import hf
     from moelab.models import build
 
@@ -104,7 +104,7 @@ def tables(measured: Mapping[str, Any]) -> tuple[pd.DataFrame, pd.DataFrame]:
 
 
 def drawn_layers(layers: Sequence[int], most: int = 6) -> list[int]:
-    """Return at most so many of the layers, from the first to the last, for a figure that has no room for all."""
+    """Return at most this many of the layers, from the first to the last, for a figure that has no room for all."""
     if len(layers) <= most:
         return list(layers)
     return [layers[round(i * (len(layers) - 1) / (most - 1))] for i in range(most)]

@@ -11,18 +11,14 @@ prediction; the notebook shows the quality of the fit and what it does not deter
 from __future__ import annotations
 
 from functools import partial
-from typing import TYPE_CHECKING
 
 from moelab import paper
 from moelab.config import ModelConfig
-from moelab.design.experiment import Experiment, Scale
+from moelab.design.experiment import Experiment, Measure, Scale
 from moelab.design.simulated import judge_simulated
 from moelab.design.verdicts import Verdict
 from moelab.experiments.decoding import check_file, steps, twins
 from moelab.lazy import pd
-
-if TYPE_CHECKING:
-    from moelab.design.experiment import Measure
 
 RANKS = (1, 2, 4)
 SHRINK: dict[str, dict[str, int]] = {

@@ -164,7 +164,7 @@ def _times(law: laws.Law, loss: float, compute: float) -> float:
 
 
 def prediction(table: pd.DataFrame, fits: Mapping[str, laws.Fit], scale: str, seeds: int) -> pd.DataFrame:
-    """Return what the laws say of the larger width, and what came.
+    """Return what the laws predict for the larger width, and the losses that were measured.
 
     Columns: arm, width, tokens, compute, value, low, high (95 % for the mean over the seeds), measured (missing where
     nothing was run), seeds (that were), miss (measured minus value, nats), inside.

@@ -10,15 +10,15 @@ Fixed before the first run: 3 seeds; at `cpu` those of zero-shot (3 to 5).
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from moelab import paths
 from moelab.design.experiment import Experiment, Scale
+from moelab.evaluation.routing import expert_use, explained_entropy
 from moelab.lazy import np, pd
 from moelab.runs import evaluations
-
-if TYPE_CHECKING:
-    from moelab.runs.collection import Runs
-    from moelab.runs.store import Run
+from moelab.runs.collection import Runs
+from moelab.runs.store import Run
 
 ARMS = {"MoE-128": "350M+MoE-128"}
 
@@ -53,9 +53,8 @@ def check(parameters: Mapping[str, Any]) -> None:
 
 def route(run: Run, max_tokens: int | None) -> dict[str, list[dict[str, Any]]]:
     """Return the rows of `measure` for one run."""
-    from moelab import paths
-    from moelab.data import prepare, validation_batches
-    from moelab.evaluation.routing import expert_use, explained_entropy
+    from moelab.data import prepare
+    from moelab.data.batches import validation_batches
     from moelab.inference.text import load_run
 
     train, seed = run.spec.train, {"seed": run.spec.train.seed}
@@ -81,7 +80,7 @@ def tables(measured: Mapping[str, Sequence[Mapping[str, Any]]]) -> tuple[pd.Data
 
 
 def most_by_domain(shares: pd.DataFrame) -> pd.Series:
-    """Return, by layer, the largest share of the expert's entropy that the domain can tell: its entropy over that.
+    """Return, by layer, the largest share of the expert's entropy that the domain can explain: its entropy over that.
 
     Domains have equally many tokens. The mean over seeds.
     """
@@ -94,7 +93,7 @@ def most_by_domain(shares: pd.DataFrame) -> pd.Series:
 
 
 def headline(layers: pd.DataFrame, shares: pd.DataFrame) -> str:
-    """Return the result in one line; the domain's entropy bounds what it can tell."""
+    """Return the result in one line; the domain's entropy bounds what it can explain."""
     if not len(layers):
         return "no run has finished"
     means = layers.groupby("layer")[["by_token", "by_domain"]].mean()

@@ -64,7 +64,7 @@ def gpus(layout: ParallelConfig, ax: Axes, *, experts: int = 0) -> Axes:
     for rank in range(layout.ranks):
         if held_by is None:
             copy, slice_ = divmod(rank, layout.tensor)
-            text = f"copy {copy}" + (f"\nslice {slice_}" if layout.tensor > 1 else "")
+            text = f"copy {copy}\nslice {slice_}" if layout.tensor > 1 else f"{copy}"
             cells.append((text, copy if layout.tensor > 1 else 0))
         else:
             held, at = held_by.local_experts(rank), held_by.position(rank)

@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
 
 from moelab import paper
 from moelab.config import ModelConfig, RoutingConfig
@@ -28,9 +27,7 @@ from moelab.design.experiment import Experiment, twin_scales
 from moelab.design.judging import judge, judge_timing
 from moelab.design.verdicts import Verdict
 from moelab.lazy import pd
-
-if TYPE_CHECKING:
-    from moelab.runs.spec import RunSpec
+from moelab.runs.spec import RunSpec
 
 ARMS = {
     "MoE-32": "350M+MoE-32",

@@ -7,15 +7,14 @@ same experts, so that a limit drops more of them than in training, where a batch
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from moelab import paths
 from moelab.design import comparison
 from moelab.lazy import pd
 from moelab.runs import evaluations
-
-if TYPE_CHECKING:
-    from moelab.runs.collection import Runs
-    from moelab.runs.store import Run
+from moelab.runs.collection import Runs
+from moelab.runs.store import Run
 
 
 def measure(runs: Runs, tokens: int = 0) -> list[dict[str, Any]]:
@@ -46,8 +45,8 @@ def validated(run: Run, tokens: int = 0) -> dict[str, float]:
     """
     import torch
 
-    from moelab import paths
-    from moelab.data import prepare, validation_batches
+    from moelab.data import prepare
+    from moelab.data.batches import validation_batches
     from moelab.engine import checkpoint
     from moelab.models import build
 

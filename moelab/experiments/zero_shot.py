@@ -19,13 +19,16 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from moelab import paper
+from moelab import paper, paths
 from moelab.design import comparison
 from moelab.design.experiment import Experiment, Scale
 from moelab.design.judging import judge
 from moelab.design.verdicts import Verdict
+from moelab.files import write_json, write_text
 from moelab.lazy import pd
 from moelab.runs import evaluations
+from moelab.runs.provenance import provenance
+from moelab.terminal import task_progress
 
 if TYPE_CHECKING:
     from moelab.evaluation.zero_shot import OnProgress, Score
@@ -51,7 +54,6 @@ def measure(runs: Runs, limit: int, tasks: Sequence[str] | None = None) -> list[
         Rows of arm, seed, paper (the paper's column, or empty), and the fields of `Score`.
     """
     from moelab.evaluation.zero_shot import PACKAGED, PAPER_TASKS, definition
-    from moelab.terminal import task_progress
 
     columns = {name: column for column, names in PAPER_TASKS.items() for name in names}
     ours = {task: str(definition(task)["metadata"]["version"]) for task in PACKAGED}
@@ -89,7 +91,6 @@ def score(run: Run, limit: int, versions: Mapping[str, str], on_progress: OnProg
         limit, on_progress: as of `moelab.evaluation.zero_shot.evaluate`.
         versions: the tasks' names and the versions of their definitions; "" for those of lm-eval.
     """
-    from moelab import paths
     from moelab.bench.harness import torch_threads
     from moelab.evaluation.zero_shot import evaluate
 
@@ -121,8 +122,6 @@ def save(scores: Sequence[Score], folder: Path, name: str, options: Mapping[str,
         options: the evaluation's: limit, batch, dtype, device.
     """
     from moelab.evaluation.models import REFERENCES
-    from moelab.files import write_json, write_text
-    from moelab.runs.provenance import provenance
 
     known = REFERENCES.get(name)
     about = {"model": known.name if known else name, "source": str(known.package) if known else ""}
@@ -148,7 +147,6 @@ def reference() -> pd.DataFrame:
     The command is `moelab eval smollm2 --limit 200 --out .moelab/results/benchmarks`. The arm is the model's name, the
     seed -1. The frame is empty where there are no such scores, or where the tasks have changed since.
     """
-    from moelab import paths
     from moelab.evaluation.zero_shot import PAPER_TASKS, version
 
     columns = {name: column for column, names in PAPER_TASKS.items() for name in names}
@@ -272,7 +270,7 @@ def verdicts(scores: pd.DataFrame, scale: str) -> list[Verdict]:
     samples = {
         claim: comparison.compared(claim, table, ARMS, lower_is_better=False) for claim in paper.claims("zero-shot")
     }
-    return [judge(claim, **found, note=note, scale=scale) for claim, found in samples.items()]
+    return [judge(claim, **sample, note=note, scale=scale) for claim, sample in samples.items()]
 
 
 EXPERIMENT = Experiment(

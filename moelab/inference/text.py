@@ -15,7 +15,8 @@ import torch
 
 from moelab.config import DataConfig, ModelConfig, from_json
 from moelab.config.parallel import ParallelConfig
-from moelab.data import Tokenizer, prepare
+from moelab.data import prepare
+from moelab.data.tokenizer import Tokenizer
 from moelab.engine import checkpoint
 from moelab.engine import parallel as engine
 from moelab.engine.checkpoint import hf

@@ -21,7 +21,7 @@ LogitsLoss = Callable[[Tensor, int, int], tuple[Tensor, Tensor]]
 
 Without autograd, in at least fp32; the logits must not be changed.
 """
-_LEAST = 1e-30  # smaller fp32 probabilities are too inexact for their logarithm
+_MIN_PROBABILITY = 1e-30  # smaller fp32 probabilities are too inexact for their logarithm
 
 
 def linear_cross_entropy(x_NM: Tensor, w_VM: Tensor, targets_N: Tensor, reduction: str = "mean") -> Tensor:
@@ -152,7 +152,7 @@ def _forward(
             dw_MV += x_GM.T @ logits_GV
     ctx.save_for_backward(dx_NM, dw_MV)
     losses_N = p_N1[:, 0].log().neg_()
-    if len(unlikely := (p_N1[:, 0] < _LEAST).nonzero()[:, 0]):
+    if len(unlikely := (p_N1[:, 0] < _MIN_PROBABILITY).nonzero()[:, 0]):
         logits_UV = (x_NM[unlikely] @ w_MV).to(wide)
         losses_N[unlikely] = F.cross_entropy(logits_UV, targets_N[unlikely], reduction="none")
     return losses_N.sum() + more, more

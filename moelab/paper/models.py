@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from moelab.config import ModelConfig
 from moelab.lazy import pd
 from moelab.paper._table import Provenance, Table, load
 
@@ -81,8 +82,6 @@ def size_table() -> pd.DataFrame:
         parameters
     (billions), stated (billions), off (parameters over stated, minus 1). Stated sizes are rounded as printed.
     """
-    from moelab.config import ModelConfig
-
     rows = {}
     for row in models():
         if row.role.startswith("quality") and row.stated_B is not None:

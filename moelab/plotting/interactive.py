@@ -9,7 +9,7 @@ from typing import Any
 from moelab.plotting import svg
 from moelab.plotting.palette import colors
 
-MOST = 60_000
+MAX_ROWS = 60_000
 """Points of a chart; a figure with more keeps its picture only."""
 
 
@@ -43,7 +43,7 @@ def pack(rows: Sequence[dict[str, Any]], order: Sequence[str] = ()) -> Curves | 
     Args:
         order: all arms of the experiment in the order in which they are to be listed; others follow.
     """
-    if not rows or len(rows) > MOST or not {"arm", "seed", "tokens"} <= rows[0].keys():
+    if not rows or len(rows) > MAX_ROWS or not {"arm", "seed", "tokens"} <= rows[0].keys():
         return None
     column = next((name for name in ("gap", "loss") if name in rows[0]), None)
     if column is None:

@@ -184,8 +184,8 @@ def distinct(entries: Sequence[Entry]) -> list[Entry]:
 def counts(entries: Sequence[Entry]) -> dict[str, dict[str, int]]:
     """Return how many claims have each adjusted verdict, the most frequent first, by kind; shared claims count once."""
     every = distinct(entries)
-    found = {kind: Counter(e.adjusted for e in every if e.kind == kind) for kind in (*KINDS, OPEN)}
-    return {kind: dict(verdicts.most_common()) for kind, verdicts in found.items() if verdicts}
+    by_kind = {kind: Counter(e.adjusted for e in every if e.kind == kind) for kind in (*KINDS, OPEN)}
+    return {kind: dict(verdicts.most_common()) for kind, verdicts in by_kind.items() if verdicts}
 
 
 @dataclass(frozen=True)
@@ -206,11 +206,16 @@ class Family:
     standing: int
     withdrawn: tuple[str, ...]
 
-    def __str__(self) -> str:
-        text = (
+    @property
+    def counts(self) -> str:
+        """The note without the claims whose verdicts are withdrawn."""
+        return (
             f"{self.verdicts} measured verdicts at 95 %: up to {self.wrong:.2g} expected wrong by chance; "
             f"{self.standing} of {self.held} that decide stand after Holm's adjustment"
         )
+
+    def __str__(self) -> str:
+        text = self.counts
         return f"{text}, not {', '.join(self.withdrawn)}" if self.withdrawn else text
 
 

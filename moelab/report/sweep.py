@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from moelab import paths
+from moelab import paths, terminal
 from moelab.design import budgets, comparison
 from moelab.experiments import Experiment
 from moelab.files import new_directory, read_json
@@ -107,9 +107,9 @@ def compare(experiment: Experiment, sweep: Sweep, results: Sequence[Path | None]
         at, specs = sweep.at(point), experiment.specs_of(point) if experiment.trains else []
         own = Runs([store.run(spec, write=False) for spec in specs])
         runs |= {run.spec.id: run for run in own}
-        found = _losses(budgets.trunks(own)) if specs else _claims(folder)
-        rows += [at | row for row in found]
-        lacking += [] if found else [" ".join(f"{name}={value}" for name, value in at.items())]
+        values_there = _losses(budgets.trunks(own)) if specs else _claims(folder)
+        rows += [at | row for row in values_there]
+        lacking += [] if values_there else [" ".join(f"{name}={value}" for name, value in at.items())]
     return Comparison(pd.DataFrame(rows), Runs(list(runs.values())), tuple(lacking))
 
 
@@ -217,7 +217,6 @@ def _write(publication: Publication, experiment: Experiment, sweep: Sweep, compa
 
 def show(sweep: Sweep, comparison: Comparison) -> None:
     """Print the table of a sweep."""
-    from moelab import terminal
 
     def number(value: float | None) -> str:
         return "" if value is None or pd.isna(value) else f"{value:.4g}"

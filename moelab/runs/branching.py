@@ -66,13 +66,13 @@ def starting_point(
     )
     train_until(again, prefix, begin, step)
     with process.unwatched():
-        found = checkpoint.latest(prefix / "checkpoints", up_to=step)
-    if found is None or found.step != step:
+        restored = checkpoint.latest(prefix / "checkpoints", up_to=step)
+    if restored is None or restored.step != step:
         raise ValueError(
             f"the trunk {trunk.id}, trained again, has left no whole checkpoint of step {step} in {prefix}; "
             "remove that folder and run again"
         )
-    return found
+    return restored
 
 
 def _trained_again(trunk: RunSpec, wanted: ParallelConfig) -> RunSpec:

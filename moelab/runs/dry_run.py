@@ -7,7 +7,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from moelab import paper
+from moelab import paper, terminal
 from moelab.runs import records
 from moelab.runs.spec import RunSpec, closure
 from moelab.runs.store import Run, RunStore
@@ -92,8 +92,6 @@ def show(runs: Sequence[PlannedRun]) -> None:
     """Print the plan, two lines for the seeds of an arm, with totals."""
     from rich.padding import Padding
     from rich.text import Text
-
-    from moelab import terminal
 
     if not runs:
         terminal.console().print("nothing to train: the notebook measures or computes, and reads what is there")

@@ -34,11 +34,11 @@ MEASURED = re.compile(rf"{evaluations.FOLDER}/[a-z0-9-]+\.json")
 Archive = Path | zipfile.Path
 """A record: a file, or one inside a pack."""
 
-LARGEST = 64 << 20
+MAX_BYTES = 64 << 20
 """Bytes that the files of a record may have together."""
 PACKED = 16 << 20
 """Bytes that a record may have."""
-MOST = 256
+MAX_FILES = 256
 """Files that a record may hold."""
 
 _EPOCH = (1980, 1, 1, 0, 0, 0)  # the same run is the same archive
@@ -171,7 +171,7 @@ def _begun(run: Run) -> bool:
 
 
 def _content(archive: Archive, wanted: Sequence[str] | None = None) -> dict[str, bytes]:
-    """Return the files of a record by name; never more than LARGEST in all, whatever the archive says of their sizes.
+    """Return the files of a record by name; never more than MAX_BYTES in all, whatever the archive says of their sizes.
 
     Args:
         wanted: names of files; None is all.
@@ -189,8 +189,8 @@ def _content(archive: Archive, wanted: Sequence[str] | None = None) -> dict[str,
             raise ValueError(f"{archive}: larger than {PACKED >> 20} MiB")
         with archive.open("rb") as opened, zipfile.ZipFile(opened) as packed:
             entries = {entry.filename: entry for entry in packed.infolist()}
-            if len(packed.infolist()) > MOST or sum(entry.file_size for entry in packed.infolist()) > LARGEST:
-                raise ValueError(f"{archive}: more than {MOST} files, or than {LARGEST >> 20} MiB in all")
+            if len(packed.infolist()) > MAX_FILES or sum(entry.file_size for entry in packed.infolist()) > MAX_BYTES:
+                raise ValueError(f"{archive}: more than {MAX_FILES} files, or than {MAX_BYTES >> 20} MiB in all")
             measured = [name for name in entries if MEASURED.fullmatch(name)]
             if not {"spec.json", "result.json"} <= set(entries) <= {*FILES, *measured}:
                 raise ValueError(f"{archive}: not a run's record; one holds {', '.join(FILES)}, {evaluations.FOLDER}/")

@@ -199,7 +199,7 @@ class RunSpec:
         return 1 + max((spec.depth for spec in self.requires()), default=-1)
 
     def with_checkpoints(self, tokens: Iterable[int]) -> RunSpec:
-        """Return the same run, which keeps its checkpoints after so many tokens as well."""
+        """Return the same run, which also keeps its checkpoints after these numbers of tokens."""
         keep = tuple(sorted({*self.train.keep_at, *tokens}))
         return self if keep == self.train.keep_at else replace(self, train=replace(self.train, keep_at=keep))
 

@@ -88,7 +88,7 @@ class Status:
 
 
 def check_result(value: Any, where: str) -> None:
-    """Check that a result is what `moelab.training.train` returns; ValueError, one line, where a number is missing."""
+    """Check that a result is what `training.loop.train` returns; ValueError, one line, where a number is missing."""
     record = value if isinstance(value, dict) else {}
     for name in _NUMBERS:
         if not isinstance(record.get(name), int | float):
@@ -111,7 +111,7 @@ class Run:
 
     @property
     def result(self) -> dict[str, Any]:
-        """What `moelab.training.train` returned.
+        """What `moelab.training.loop.train` returned.
 
         Raises:
             RuntimeError: one line: the run is not finished.

@@ -193,8 +193,3 @@ def megabytes(text: str, where: str) -> int:
     if not match:
         raise ValueError(f"{where}: expected a size such as 60G or 500M, got {text!r}")
     return int(match[1]) * {"M": 1, "G": 1024, "T": 1024**2}[match[2]]
-
-
-def field_names() -> list[str]:
-    """Return the fields that a profile's file may have."""
-    return [f.name for f in fields(Profile) if f.name != "name"]

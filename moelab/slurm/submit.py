@@ -184,7 +184,7 @@ def _plan(
     for (size, layout, needs), group in _groups(todo, profile, done):
         part = Part(f"runs-{len(plan.specs)}", None, [spec.id for spec in group])
         plan.specs[part.name] = group
-        if size is None:
+        if size is None or layout is None:
             plan.add(part)
             continue
         call = TrainRun(

@@ -85,8 +85,8 @@ def statistics(load: Mapping[str, Sequence[int]], ranks: Mapping[str, int]) -> d
         ranks: layer -> ranks over which its experts are distributed.
     """
     by_layer = {layer: layer_statistics(counts, ranks.get(layer, 1)) for layer, counts in load.items()}
-    names = dict.fromkeys(name for found in by_layer.values() for name in found)
-    means = {name: float(np.mean([found[name] for found in by_layer.values() if name in found])) for name in names}
+    names = dict.fromkeys(name for one in by_layer.values() for name in one)
+    means = {name: float(np.mean([one[name] for one in by_layer.values() if name in one])) for name in names}
     return {
         **means,
         "balance": by_layer,

@@ -24,7 +24,8 @@ import torch
 
 from moelab.config import ModelConfig, TrainConfig, UpcycleConfig
 from moelab.config.parallel import ParallelConfig
-from moelab.data import TokenData, TrainBatches
+from moelab.data import TokenData
+from moelab.data.batches import TrainBatches
 from moelab.engine import checkpoint, gradients
 from moelab.engine import parallel as engine
 from moelab.engine.collectives import all_reduce

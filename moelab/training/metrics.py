@@ -93,21 +93,13 @@ class Metrics:
 
         Args:
             resume_step: the checkpoint's step; -1 without one.
-            recorded: `state` as the checkpoint holds it; None without one, and for checkpoints of earlier versions.
-
-        Raises:
-            ValueError: a file is damaged, see `read_rows`.
+            recorded: `state` as the checkpoint holds it; None without one.
         """
         self._paths = {name: run_dir / name for name in (TRAIN, VALIDATION)}
         self._sizes, self._hashes = {}, {}
         for name, path in self._paths.items():
-            if recorded is not None:
-                # A crash of the machine may take an empty file with it; `objection` tells of rows that are gone.
-                kept = (read_bytes(path) or b"")[: recorded[name]["bytes"]]
-            elif resume_step < 0:
-                kept = b""
-            else:
-                kept = "".join(_line(row) for row in read_rows(path) if row["step"] <= resume_step).encode()
+            # A crash of the machine may take an empty file with it; `objection` tells of rows that are gone.
+            kept = (read_bytes(path) or b"")[: recorded[name]["bytes"]] if recorded else b""
             write_bytes(path, kept, durable=True)
             self._sizes[name], self._hashes[name] = len(kept), hashlib.sha256(kept)
         self._board = None
@@ -166,19 +158,12 @@ def objection(run_dir: Path, recorded: Mapping[str, Mapping[str, Any]] | None) -
 
     Args:
         run_dir: the run's directory.
-        recorded: `Metrics.state` as the checkpoint holds it. None for checkpoints of earlier versions: only a missing
-            validation file, whose first row is written before any checkpoint, and lines that are no JSON are found.
+        recorded: `Metrics.state` as the checkpoint holds it; None for one of an earlier version.
     """
+    if recorded is None:
+        return f"the checkpoints in {run_dir} are of an earlier version"
     for name in (TRAIN, VALIDATION):
         path = run_dir / name
-        if recorded is None:
-            try:
-                rows = read_rows(path)
-            except ValueError as error:
-                return str(error)
-            if name == VALIDATION and not rows:
-                return f"{path} has no rows"
-            continue
         size = recorded[name]["bytes"]
         kept = (read_bytes(path) or b"")[:size]
         if len(kept) < size:

@@ -116,7 +116,7 @@ def test_the_what_if_page_runs(tmp_path):
     notebook = nbformat.read(ROOT / "notebooks" / "16_what_if.ipynb", as_version=4)
     notebook.cells.append(nbformat.v4.new_code_cell(SEARCHES))
     nbformat.write(notebook, tmp_path / "what_if.ipynb")
-    run(tmp_path / "what_if.ipynb", tmp_path / "executed.ipynb")
+    run(tmp_path / "what_if.ipynb", tmp_path / "executed.ipynb", {"scale": "smoke"})
     notebook = nbformat.read(tmp_path / "executed.ipynb", as_version=4)
     widgets = [
         o for c in notebook.cells if c.cell_type == "code" for o in c.outputs

@@ -32,6 +32,7 @@ def test_without_claims_the_seeds_say_how_sure(seeds, said):
 
 def test_a_simulation_has_no_spread():
     verdict = judge_simulated(paper.claim("1t-under-25ms"), 21.4)
+    assert "Simulated values have no spread" in str(conclude("Fast", simulated=True))
     text = str(conclude("Fast", [verdict]))
     assert "Simulated values have no spread" in text and "Small models" not in text
 

@@ -1,5 +1,7 @@
+import csv
 import importlib.util
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -54,3 +56,22 @@ def test_the_share_of_the_dense_speed_is_the_median_of_the_rounds(tables):
         for dtype in ("fp32", "bf16")
     ]
     assert tables.shares(rows).splitlines()[-1] == "| bf16 | 0.75 |"
+
+
+@pytest.mark.parametrize("page", ["reviewer.md", "browse.md"])
+def test_values_and_verdicts_in_prose_are_those_of_the_ledger(page):
+    """Before each link to a claim stand its value, its interval where it has one, and its verdict after adjustment."""
+    from moelab.paper import claim
+    from moelab.report.site.template import number
+
+    with open(ROOT / "results" / "claims.csv", encoding="utf-8") as file:
+        ledger = {row["claim"]: row for row in csv.DictReader(file)}
+    text = " ".join((ROOT / "docs" / page).read_text(encoding="utf-8").split())
+    parts = re.split(r"\[claim\]\(\.\./results/claims\.html\?q=([\w.-]+)\)", text)
+    assert len(parts) > 8
+    for before, name in zip(parts[::2], parts[1::2], strict=False):
+        row, about = ledger[name], claim(name)
+        said = [number(float(row["ours"]), about).rstrip("×"), f"*{row['adjusted']}*"]
+        if row["low"] and int(row["samples"]):
+            said.append("({} to {})".format(*(number(float(row[end]), about) for end in ("low", "high"))))
+        assert [part for part in said if part not in before] == [], name

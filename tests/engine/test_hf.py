@@ -5,7 +5,7 @@ import torch
 from safetensors.torch import save_file
 
 from moelab.config import ModelConfig
-from moelab.data import Tokenizer
+from moelab.data.tokenizer import Tokenizer
 from moelab.engine.checkpoint import hf
 from moelab.files import read_json, write_json
 from moelab.models import build

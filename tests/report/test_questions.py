@@ -64,6 +64,8 @@ def test_equal_cost_says_where_the_interval_excludes_none(scaling):
         and "−0.31 at its end" in first.paper
         and "16\u00a0% of its training" in first.paper
     )
+    assert first.line.startswith("At equal tokens and FLOPs only: −0.300 [−0.325, −0.275] at equal tokens (paper at 16")
+    assert second.line.startswith("1.") and "× its base [" in second.line and second.line.endswith("×)")
     assert "+0.300 nats" in second.short and second.short.startswith("Times its base’s size: 1.")
     assert first.row()["verdict"] == "" and first.row()["link"].startswith("scaling/cpu/1/")
     assert questions.answers([], []) == []
@@ -90,6 +92,7 @@ def test_a_claim_is_quoted_with_its_interval(scaling):
     )
     (answer,) = (a for a in questions.answers([scaling], [row]) if a.claims)
     assert answer.short == "PR-MoE-32/64 +0.014 nats/token [−0.002, +0.030] from MoE-128."
+    assert answer.line == ("PR-MoE-32/64 +0.014 [−0.002, +0.030] from MoE-128 (paper +0.010)")
     assert answer.paper == "+0.010 nats/token" and answer.row()["verdict"] == UNDECIDED
 
 

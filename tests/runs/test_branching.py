@@ -23,7 +23,7 @@ from moelab.runs.executors import start
 from moelab.runs.progress import Snapshot
 from moelab.runs.spec import RunSpec, Start, closure
 from moelab.runs.store import Run, RunStore, Status
-from moelab.training import TrainingStopped
+from moelab.training.loop import TrainingStopped
 from moelab.training.metrics import TRAIN, VALIDATION, read_rows
 from moelab.training.optimizer import make_optimizer
 

@@ -152,7 +152,7 @@ def rewritten(archive, to, change):
             "validation.jsonl: line 1 of 1 is damaged",
         ),
         (lambda c: {**c, "train.jsonl": b'{"step": 1, "balance": 3}'}, "train.jsonl: line 1 of 1 is damaged"),
-        (lambda c: {**c, **{f"measured/{i}.json": b"{}" for i in range(records.MOST)}}, "more than 256 files"),
+        (lambda c: {**c, **{f"measured/{i}.json": b"{}" for i in range(records.MAX_FILES)}}, "more than 256 files"),
         (lambda c: {**c, "spec.json": b"{}"}, "spec.json"),
         (
             lambda c: {**c, "spec.json": json.dumps(replace_seed(json.loads(c["spec.json"]))).encode()},
@@ -241,7 +241,7 @@ def test_the_sum_of_the_files_is_bounded(finished, tmp_path):
     archive = record(finished, tmp_path)
     with zipfile.ZipFile(archive, "a", zipfile.ZIP_DEFLATED) as packed:
         for i in range(20):
-            packed.writestr(f"measured/{i}.json", b'{"a": "' + b"x" * (records.LARGEST // 19) + b'"}')
+            packed.writestr(f"measured/{i}.json", b'{"a": "' + b"x" * (records.MAX_BYTES // 19) + b'"}')
     assert archive.stat().st_size < 1 << 20
     tracemalloc.start()
     with pytest.raises(ValueError, match="more than 256 files, or than 64 MiB in all"):

@@ -7,7 +7,7 @@ import pytest
 from moelab.runs import provenance, records, sessions
 from moelab.runs.execute import execute
 from moelab.runs.store import RunStore
-from moelab.training import TrainingStopped
+from moelab.training.loop import TrainingStopped
 
 
 def about(cpu, commit="a"):

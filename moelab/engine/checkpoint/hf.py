@@ -29,7 +29,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from moelab.config import ModelConfig
-from moelab.data import Tokenizer
+from moelab.data.tokenizer import Tokenizer
 from moelab.engine import parallel
 from moelab.engine.checkpoint.hf_families import FAMILIES, family_of
 from moelab.engine.checkpoint.hf_files import INDEX, WEIGHTS, Files, expected_shape
@@ -163,7 +163,8 @@ def _write(
         held[name] = tensor.clone() if tensor.untyped_storage().nbytes() != tensor.nbytes else tensor
         size, total, dtype = size + tensor.nbytes, total + tensor.nbytes, tensor.dtype
     close()
-    names = [WEIGHTS] if len(files) == 1 else [f"model-{i:05}-of-{len(files):05}.safetensors" for i in _from_1(files)]
+    count = len(files)
+    names = [WEIGHTS] if count == 1 else [f"model-{i:05}-of-{count:05}.safetensors" for i in range(1, count + 1)]
     for i, name in enumerate(names):
         (new / f"{i}").rename(new / name)
     if len(files) > 1:
@@ -172,10 +173,6 @@ def _write(
     if kind is not MOELAB:
         record["torch_dtype"] = str(dtype).removeprefix("torch.")
     write_json(new / _CONFIG, record)
-
-
-def _from_1(files: list[Any]) -> range:
-    return range(1, len(files) + 1)
 
 
 # -- reading -----------------------------------------------------------------------------------------------------------

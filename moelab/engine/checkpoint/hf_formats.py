@@ -13,7 +13,7 @@ from typing import Annotated, Any, NamedTuple
 from pydantic import Field
 
 from moelab.config import DecoderConfig, ModelConfig, from_json, to_json
-from moelab.config.model import LARGEST
+from moelab.config.model import MAX_SIZE
 
 VERSION = 1
 """Of our own format."""
@@ -53,7 +53,7 @@ class Format(NamedTuple):
     """Of all tensors' names as written; the files read may lack it."""
 
 
-Size = Annotated[int, Field(ge=1, le=LARGEST)]
+Size = Annotated[int, Field(ge=1, le=MAX_SIZE)]
 Amount = Annotated[float, Field(ge=0)]
 
 

@@ -23,7 +23,7 @@ import torch.distributed as dist
 import moelab
 from moelab import machine, terminal
 from moelab.engine.cluster import shared_folder
-from moelab.engine.cluster.findings import CLOCK_S, LIMIT_S, SLOW, Finding, Nodes
+from moelab.engine.cluster.findings import CLOCK_S, LIMIT_S, SLOW_SHARE, Finding, Nodes
 from moelab.engine.cluster.links import Links, measure
 from moelab.engine.collectives import all_gather_json, broadcast_json
 from moelab.engine.groups import gloo_group
@@ -119,7 +119,7 @@ def _stragglers(nodes: Nodes, device: str, rates: Rates) -> Iterator[Finding]:
     crowded = device == "cpu" and max(map(nodes.hosts.count, nodes.hosts)) > machine.cores()
     for what, values, unit in (("matrix products", products, "TFLOP/s"), ("copying memory", copies, "GB/s")):
         median, least = statistics.median(values), min(values)
-        slow = [f"rank {i} on {nodes.hosts[i]}" for i, value in enumerate(values) if value < SLOW * median]
+        slow = [f"rank {i} on {nodes.hosts[i]}" for i, value in enumerate(values) if value < SLOW_SHARE * median]
         measured = f"{median:.3g} {unit}, least {least:.3g}"
         yield Finding(
             f"{what}, each rank",

@@ -8,6 +8,7 @@ for the user's own results beside the published ones, or in `results` where publ
     results/overview.html, claims.html                     all claims in one figure, and as a table
     results/figures.html                                   the figure of each experiment, all results
     results/about.html                                     run it again, cite, glossary
+    results/explorer.html                                  latency, memory and cost of serving, simulated beforehand
     results/compare.html                                   two results side by side
     results/runs.html                                      the training runs in `runs/`, to download
     results/claims.csv                                     all claims with their verdicts

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import base64
 import functools
 import html
 import re
+import struct
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -108,15 +110,18 @@ def mathml(formula: str, display: str) -> str:
 
 
 def _describe_figures(notebook: NotebookNode) -> None:
-    """Describe each picture that has no description by the heading above it."""
+    """Describe each picture that has no description by the heading above it, and say its size."""
     heading = ""
     for cell in notebook.cells:
         if cell.cell_type == "markdown":
             found = [line.lstrip("#").strip() for line in cell.source.splitlines() if line.startswith("#")]
             heading = found[-1] if found else heading
         for output in cell.get("outputs", []):
-            if "image/png" in output.get("data", {}):
-                output.metadata.setdefault("image/png", {}).setdefault("alt", f"Figure: {heading}")
+            if data := output.get("data", {}).get("image/png"):
+                about = output.metadata.setdefault("image/png", {})
+                about.setdefault("alt", f"Figure: {heading}")
+                width, height = struct.unpack(">II", base64.b64decode(data[:64])[16:24])  # of the PNG's first chunk
+                about |= {"width": about.get("width", width), "height": about.get("height", height)}
 
 
 def _name_widgets(notebook: NotebookNode) -> None:
@@ -140,17 +145,20 @@ LONG = 16
 
 
 def _fold_tables(notebook: NotebookNode) -> None:
-    """Fold the output of long tables behind a line that says how long they are."""
+    """Fold the output of long tables behind a line that says how long they are; empty heads become cells."""
     for cell in notebook.cells:
         for output in cell.get("outputs", []):
-            text = output.get("data", {}).get("text/html", "")
+            text = _EMPTY_HEAD.sub(r"<td\1></td>", output.get("data", {}).get("text/html", ""))
+            if "<table" in text:
+                output.data["text/html"] = text
             if "<table" in text and (rows := text.count("<tr") - text.count("<thead")) >= LONG:
                 summary = f"<summary>Table of {rows} rows</summary>"
                 output.data["text/html"] = f'<details class="table">{summary}<div>{text}</div></details>'
 
 
-_WIDGET = re.compile(r"[A-Z]\w+\(.*\)", re.S)
-"""The text of a widget."""
+_EMPTY_HEAD = re.compile(r"<th([^>]*)>\s*(?:&nbsp;)?\s*</th>")
+_WIDGET = re.compile(r"[A-Z]\w+\(.*[)…]", re.S)
+"""The text of a widget, which may be cut off."""
 
 
 def _heading(notebook: NotebookNode, name: str) -> str:

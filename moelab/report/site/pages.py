@@ -13,23 +13,24 @@ from typing import Any
 from markupsafe import Markup
 
 import moelab
+from moelab import paper
 from moelab.design.verdicts import STYLES
 from moelab.files import write_text
 from moelab.plotting.axis import mark
 from moelab.report.ledger import Entry, entries, family, scale_rank
-from moelab.report.site import digest, downloads, front, hero, notebook, plot, scoreboard, template
+from moelab.report.site import digest, downloads, explorer, front, hero, notebook, plot, scoreboard, template
 from moelab.report.site.charts import charts
 from moelab.report.site.claims import ClaimRow, all_claims, claims_of, sign, tally
 from moelab.report.site.gallery import by_chapter, chapters
 from moelab.report.site.glossary import TERMS
-from moelab.report.site.questions import ANSWERS, answers
+from moelab.report.site.questions import ANSWERS, MOE, answers, share_reached
 from moelab.report.site.results import Picture, Result, read_benchmarks, read_results
 from moelab.report.summary import SUMMARY, unreadable_line
 
 TABLE_ROWS = 40
 """Rows of a data table on a page; the file linked below the table has them all."""
 
-ASSETS = ("site.css", "site.js", "curves.js", "uplot.min.js", "uplot.min.css", "uplot.LICENSE.txt")
+ASSETS = ("site.css", "site.js", "curves.js", "explorer.js", "uplot.min.js", "uplot.min.css", "uplot.LICENSE.txt")
 """What all pages share: our style and scripts, and uPlot (MIT licence), which draws the interactive charts."""
 
 
@@ -94,11 +95,14 @@ def build(root: Path) -> Built:
     found = answers(results, claims)
     written += drawn + _write_if_changed(root / digest.FILE, digest.to_csv([vars(row) for row in rows]))
     written += _write_if_changed(root / ANSWERS, digest.to_csv([answer.row() for answer in found]))
+    grid = explorer.explorer(results)
     start = {
+        "explorer": explorer.PAGE if grid else "",
         "hero": shown,
         "hero_caption": hero.caption(shown) if shown else "",
         "hero_picture": Picture.of(root / hero.FILE),
         "answers": found,
+        "share": next((share_reached(r, MOE) for r in results if found and r.path in found[0].link), 0.0),
         "digest": rows,
         "hours": digest.hours(results),
         "sizes": front.sizes(results),
@@ -111,12 +115,16 @@ def build(root: Path) -> Built:
         "overview.html": overview,
         "claims.html": {"groups": tested},
         "figures.html": {"benchmarks": benchmarks, "verdicts_of": _verdicts(claims)},
-        "about.html": {"terms": TERMS, "version": moelab.__version__},
         "runs.html": {},
         "compare.html": {},
         scoreboard.PAGE: scoreboard.scoreboard(),
+        **({explorer.PAGE: grid} if grid else {}),
+        "about.html": {"terms": TERMS, "version": moelab.__version__},
     }
     for name, own in pages.items():
+        if name == "about.html":  # the start page and what it loads are written by now
+            loaded = (root / file for file in ("index.html", "assets/site.css", "assets/site.js", hero.FILE))
+            own["kilobytes"] = sum(file.stat().st_size for file in loaded if file.exists()) / 1000
         written += _write_if_changed(root / name, template.render(name, **about, **own))
     return Built(root / "index.html", len(results), written, converted, unreadable)
 
@@ -255,6 +263,7 @@ def _comparison(result: Result, rows: Sequence[ClaimRow], tables: Mapping[str, l
 
 _VIEW = {
     "sign": sign,
+    "statement": lambda id: paper.claim(id).statement,
     "styles": STYLES,
     "row_plot": plot.row_plot,
     "mark_of": lambda style, y: Markup(mark(style, y)),

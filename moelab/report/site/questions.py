@@ -43,7 +43,8 @@ class Answer:
 
     Attributes:
         question: as a reader asks it.
-        short: the answer in a line.
+        line: the answer in a line, with the paper's number; what the start page shows before a click.
+        short: the answer in full.
         paper: the paper's number beside it.
         basis: size of the models, seeds, scale.
         claims: the claims judged, the one that the answer quotes first.
@@ -51,6 +52,7 @@ class Answer:
     """
 
     question: str
+    line: str
     short: str
     paper: str = ""
     basis: str = ""
@@ -94,6 +96,16 @@ def _said(values: Sequence[float], text: str = "%+.3f", unit: str = "") -> str:
     return typeset(text % mean + unit + (f" [{text % low}, {text % high}]" if len(values) > 1 else ""))
 
 
+def _line(found: str, theirs: str) -> str:
+    """Return an answer in a line; its unit stands above all of them."""
+    return typeset(f"{found} (paper {theirs})" if theirs else found).replace(" nats/token", "").replace(" nats", "")
+
+
+def _at(share: float) -> str:
+    """Say that a number of the paper is one from within its training."""
+    return f"at {share:.0%}: " if share < 0.95 else ""
+
+
 def basis(result: Result) -> str:
     """Return the models of a result, in words: parameters, tokens, seeds, scale."""
     return f"{result.models}, {result.seeds}, scale {result.scale}" if result.models else f"scale {result.scale}"
@@ -135,10 +147,13 @@ def _equal_cost(result: Result | None, decided: dict[str, ClaimRow]) -> Answer |
     clear = [at for at, values in parts.items() if len(values) > 1 and interval(values)[2] < 0]
     open_ = [at for at in parts if at not in clear]
     short = "Yes" if not open_ else f"At equal {' and '.join(clear)} only" if clear else "Not shown"
-    said = ", ".join(f"{_said(values, unit=' nats')} at equal {at}" for at, values in parts.items())
+    said = [f"{_said(values, unit=' nats')} at equal {at}" for at, values in parts.items()]
+    share = share_reached(result, MOE)
+    theirs = paper_gap(MOE, BASE, share)
     return Answer(
-        "Does an MoE beat its dense base at equal cost?",
-        f"{short}: {said}.",
+        "Does an MoE beat its dense base?",
+        _line(f"{short}: {said[0]}", "" if theirs is None else f"{_at(share)}{theirs:+.2f}"),
+        f"{short}: {', '.join(said)}.",
         _beside(result, BASE),
         basis(result),
         [row for id in ("moe128-350m-beats-own-base", "moe128-1.3b-beats-own-base") if (row := decided.get(id))],
@@ -170,7 +185,7 @@ def _dense_size(result: Result | None) -> Answer | None:
     sizes = effective_sizes(result) if result else {}
     if not result or not sizes:
         return None
-    said = ", ".join(f"{_said(values, '%.2f')} at equal {at}" for at, values in sizes.items())
+    said = [f"{_said(values, '%.2f')} at equal {at}" for at, values in sizes.items()]
     rows = result.rows_or_none("against-dense.jsonl")
     behind = [row["difference"] for row in rows if (row.get("arm"), row.get("against")) == (MOE, LARGER)]
     large, small = (ModelConfig.parse(name).non_embedding_parameters() for name in (LARGER, BASE))
@@ -178,11 +193,13 @@ def _dense_size(result: Result | None) -> Answer | None:
     share = share_reached(result, MOE)
     whole = comparison.tokens_a_parameter(BASE)
     end = budgets.paper_effective_size(MOE, BASE, LARGER, whole)
-    here = f"{budgets.paper_effective_size(MOE, BASE, LARGER, share * whole):.1f}× at {share:.0%} of its training, "
+    theirs = budgets.paper_effective_size(MOE, BASE, LARGER, share * whole)
+    here = f"{theirs:.1f}× at {share:.0%} of its training, "
     beside = _beside(result, LARGER)
     return Answer(
         "How large a dense model does it equal?",
-        f"Times its base’s size: {said}{more}.",
+        _line(said[0].replace(" ", "× its base ", 1), f"{_at(share)}{theirs:.1f}×"),
+        f"Times its base’s size: {', '.join(said)}{more}.",
         typeset(f"{here if share < 0.95 else ''}{end:.1f}× at its end; against {LARGER} {beside}"),
         basis(result),
         link=f"{result.path}/index.html#against-dense",
@@ -201,4 +218,5 @@ def _claims(question: str, decided: dict[str, ClaimRow], clauses: dict[str, str]
             ours += f" [{row.interval.replace(' to ', ', ')}]"
         said.append(clauses[row.claim.id].format(ours))
     paper, first = "; ".join(row.paper for row in rows), rows[0].result
-    return Answer(question, f"{'; '.join(said)}.", paper, basis(first) if first else "", rows, rows[0].link)
+    line = _line(said[0], rows[0].paper)
+    return Answer(question, line, f"{'; '.join(said)}.", paper, basis(first) if first else "", rows, rows[0].link)
