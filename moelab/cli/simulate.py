@@ -79,7 +79,7 @@ def plan(
     console = terminal.console()
     console.print(f"{best.model} on {best.cluster}, {best.system}, best by {objective}:", highlight=False)
     speed = f"{best.latency_ms:.2f} ms a token, {best.tokens_per_s_per_gpu:,.1f} tokens/s/GPU{_price(best)}"
-    for line in (describe(best), speed, *found.why):
+    for line in (describe(best), speed, *found.why, *_experience(model, best)):
         console.print(Padding(Text(line), (0, 0, 0, 2)))
     console.print("Pareto front:")
     several = len({e.parallel.exchange for e in found.front}) > 1
@@ -146,22 +146,25 @@ def decode(
             print(f"  {part:<12} {ms:9.3f} ms  {ms / got.latency_ms:4.0%}")
     print(f"{got.tokens_per_s_per_gpu:,.1f} tokens/s/GPU{_price(got)}")
     _print_memory(got)
-    if simulate.system(system).modern:
-        _print_experience(model, got)
+    for line in _experience(model, got):
+        print(line)
 
 
-def _print_experience(model: str, got) -> None:
+def _experience(model: str, got) -> list[str]:
+    """Return the range of a step of a program of today, and the nearest public measurement, as lines."""
     from moelab.simulate import public
+    from moelab.simulate.systems import system
 
+    if not system(got.system).modern:
+        return []
     factor, within, rows = public.experience("decode")
     low, high = got.latency_ms / factor, got.latency_ms * factor
-    print(
-        f"range {low:.2f} to {high:.2f} ms, which held for {within} of {rows} sealed measurements (docs/simulator.md)"
-    )
+    held = f"range {low:.2f} to {high:.2f} ms a token: ranges like it held for {within} of {rows} sealed measurements"
     p = got.parallel
     near = public.nearest("decode", model, got.cluster, batch=got.batch, tensor=p.tensor, expert=p.expert)
-    if near:
-        print(f"nearest measurement: {near.value:g} {near.unit}, {near.system} on {near.cluster}: {near.settings}")
+    if not near:
+        return [held]
+    return [held, f"nearest measurement: {near.value:g} {near.unit}, {near.system} on {near.cluster}: {near.settings}"]
 
 
 @app.command()

@@ -67,6 +67,18 @@ class Measurement:
         return {name: int(value) if value.isdigit() else value for name, value in words}
 
     @property
+    def in_words(self) -> str:
+        """What was measured of a decoding row, in a reader's words."""
+        known = self.known
+        words = {
+            "step": f"{self.value:g} ms a token",
+            "request": f"{self.value:.3g} s for {known.get('prompt')} + {known.get('output')} tokens",
+            "tokens": f"{self.value:g} tokens/s",
+            "node": f"{self.value:,.0f} tokens/s a node",
+        }
+        return f"{words[self.metric]}, batch {known['batch']}, {self.system} on {self.cluster}"
+
+    @property
     def more_is_better(self) -> bool:
         """Whether the number is a rate, not a time."""
         return self.metric not in ("time", "step", "request")
