@@ -15,7 +15,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "performance.md"
-PAGES = (PAGE, ROOT / "README.md")
+PAGES = (PAGE, ROOT / "README.md", ROOT / "docs" / "simulator.md")
 TABLE = re.compile(r"(<!-- table: (\w+) (\S+) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
 
 Row = dict
@@ -160,6 +160,31 @@ def digest(rows: list[Row]) -> str:
     return "\n".join(lines) + "\n"
 
 
+TRUST = {
+    "exchange": "all-to-alls of megabytes, by NCCL or DeepEP, on up to 32 nodes",
+    "layer": "large products; small ones depend on the kernel",
+    "decode": "one node, with the engine's scheduler known",
+    "prefill": "orders of layouts, not tokens a second",
+    "serving": "long outputs; short ones come out too fast",
+    "training": "Megatron-Core with experts over nodes",
+}
+"""Group of public measurements -> for what the simulator was good enough; docs/simulator.md gives the reasons."""
+
+
+def score(rows: list[Row]) -> str:
+    """A line a group: errors of the open and the sealed half, and how many sealed rows lay in their range."""
+    at = {(row["group"], row["half"]): row for row in rows}
+    lines = []
+    for group, use in TRUST.items():
+        known, sealed = at[group, "open"], at[group, "sealed"]
+        errors = [f"{row['median_error_percent']:.0f} %" for row in (known, sealed)]
+        within = f"{sealed['within']} of {sealed['rows']}"
+        factor = f"× or ÷ {sealed['range_factor']:.1f}"
+        lines.append([group, *errors, f"{sealed['worst_error_percent']:+.0f} %", factor, within, use])
+    head = ["group", "median error, open", "sealed", "worst, sealed", "range", "sealed in range", "trust it for"]
+    return _markdown(head, lines)
+
+
 KINDS: dict[str, Callable[[list[Row]], str]] = {
     "answers": answers,
     "digest": digest,
@@ -168,6 +193,7 @@ KINDS: dict[str, Callable[[list[Row]], str]] = {
     "train": train,
     "shares": shares,
     "decode": decode,
+    "score": score,
 }
 
 
@@ -177,9 +203,14 @@ def render(page: str) -> str:
     def table(found: re.Match) -> str:
         opening, kind, file, _, closing = found.groups()
         text = (ROOT / file).read_text()
-        rows = (
-            list(csv.DictReader(io.StringIO(text))) if file.endswith(".csv") else [*map(json.loads, text.splitlines())]
-        )
+        if file.endswith(".json"):
+            rows = json.loads(text)["summary"]
+        else:
+            rows = (
+                list(csv.DictReader(io.StringIO(text)))
+                if file.endswith(".csv")
+                else [*map(json.loads, text.splitlines())]
+            )
         return f"{opening}\n{KINDS[kind](rows)}\n{closing}"
 
     return TABLE.sub(table, page)

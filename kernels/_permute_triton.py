@@ -97,9 +97,9 @@ def table_triton(expert_SK, slot_SK, kept_E, R: int) -> tuple[torch.Tensor, torc
 def _tile(op: str, like: torch.Tensor, count: int) -> tuple[int, int, int]:
     """Return (rows, columns, warps) of a tile: at least 16 bytes per thread, few rows to use the whole GPU."""
     M = like.shape[1]
-    found = tuning.tile(op, {"tile": 2048, "num_warps": 4}, like, rows=count, M=M)
+    chosen = tuning.tile(op, {"tile": 2048, "num_warps": 4}, like, rows=count, M=M)
     columns = min(next_power_of_2(M), 1024)
-    return min(max(found["tile"] // columns, 1), next_power_of_2(count)), columns, found["num_warps"]
+    return min(max(chosen["tile"] // columns, 1), next_power_of_2(count)), columns, chosen["num_warps"]
 
 
 def _spread(x_SM, entry_R, K, weight_SK=None, rows_RM=None):

@@ -82,8 +82,8 @@ def _mix_tile(op: str, moe: torch.Tensor) -> dict:
     S, M = moe.shape
     columns = min(next_power_of_2(M), 1024)
     elements = 1024 if M % 16 else 2048  # unaligned widths are loaded element by element, which takes registers
-    found = tuning.tile(op, {"tile": elements, "num_warps": 4}, moe, rows=S, M=M)
-    return dict(BS=min(max(found["tile"] // columns, 1), next_power_of_2(S)), BM=columns, num_warps=found["num_warps"])
+    tile = tuning.tile(op, {"tile": elements, "num_warps": 4}, moe, rows=S, M=M)
+    return dict(BS=min(max(tile["tile"] // columns, 1), next_power_of_2(S)), BM=columns, num_warps=tile["num_warps"])
 
 
 def mix_triton(moe, mlp, a_S2, x=None, w=None, b=None):

@@ -23,7 +23,7 @@ LONGEST = 256
 
 
 def has_kernel(T: int, D: int) -> bool:
-    """Return whether the C++ computes sequences of T tokens and heads of D on this machine where nobody asks."""
+    """Return whether the C++ computes sequences of T tokens and heads of D on this machine by default."""
     return _fits(T, D) and T <= LONGEST and _cpp.available()
 
 

@@ -75,17 +75,17 @@ def load(card: str) -> dict[str, Tile]:
     Raises:
         ValueError: one line, for a file that is no table.
     """
-    found: dict[str, Tile] = {}
+    by_class: dict[str, Tile] = {}
     for folder in FOLDERS:
         path = folder / f"{card}.json"
         if not path.is_file():
             continue
         try:
             tiles = json.loads(path.read_text(encoding="utf-8"))["tiles"]
-            found |= {key: {name: int(size) for name, size in entry.items()} for key, entry in tiles.items()}
+            by_class |= {key: {name: int(size) for name, size in entry.items()} for key, entry in tiles.items()}
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{path} is no table of tile sizes ({error!r}); remove it") from None
-    return found
+    return by_class
 
 
 @contextlib.contextmanager

@@ -13,27 +13,25 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
-from moelab import environment, paths
+from moelab import environment, machine, paths
 from moelab.files import read_json, write_json
+from moelab.lazy import pd
 from moelab.report.publication import Publication
 from moelab.report.summary import SUMMARY, parse
 from moelab.runs import executors
 from moelab.runs.collection import Runs
 from moelab.runs.measurements import Measurement, MeasurementStore, prefix
-from moelab.runs.progress import NotebookProgress
+from moelab.runs.progress import NotebookProgress, in_notebook
 from moelab.runs.spec import RunSpec, closure
 from moelab.runs.store import Run, RunStore
 from moelab.terminal import duration
 
 if TYPE_CHECKING:
-    import pandas as pd
-
     from moelab.inference.text import Text
     from moelab.slurm.jobs import Jobs
     from moelab.slurm.rows import Overview
@@ -103,10 +101,10 @@ class Lab:
         finally:
             show(final=True)
         by_id = {run.spec.id: run for run in runs}
-        found = Runs([Run(spec, by_id[spec.id].path) for spec in specs])
+        trained = Runs([Run(spec, by_id[spec.id].path) for spec in specs])
         if asked != "read":
-            found.require_results(before=runs, every_arm=executor != "read")
-        return found
+            trained.require_results(before=runs, every_arm=executor != "read")
+        return trained
 
     def measure(self, function: Callable[..., Any], *arguments: Any) -> Any:
         """Return the result of a function, as JSON values.
@@ -126,19 +124,19 @@ class Lab:
             what = (inspect.getdoc(function) or function.__name__).splitlines()[0]
             print(f"{function.__name__}: measures now; {long}. {what}", flush=True)
 
-        found = self.measurements.measure(function, *arguments, again=self._again, before=say)
-        self.measured.append(found)
-        print(found)
-        return found.value
+        measurement = self.measurements.measure(function, *arguments, again=self._again, before=say)
+        self.measured.append(measurement)
+        print(measurement)
+        return measurement.value
 
     def _published(self, function: Callable[..., Any]) -> list[float]:
         """Return the seconds of a function's measurements in published results of the experiment and scale shown."""
-        found: list[float] = []
+        durations: list[float] = []
         for file in paths.results().glob("/".join((*self._shown, "*", SUMMARY))) if all(self._shown) else ():
             with contextlib.suppress(ValueError, OSError):
                 listed = parse(read_json(file)).measurements
-                found += [one.seconds for one in listed if one.id.startswith(f"{prefix(function)}-")]
-        return found
+                durations += [one.seconds for one in listed if one.id.startswith(f"{prefix(function)}-")]
+        return durations
 
     def submit(
         self, specs: Sequence[RunSpec], profile: str | None = None, *, cluster: Literal["slurm", "local"] | None = None
@@ -175,7 +173,6 @@ class Lab:
         return overview(names, store=self.store)
 
     def _on_cluster(self, specs: Sequence[RunSpec], profile: str | None) -> None:
-        from moelab.runs.progress import in_notebook
         from moelab.slurm import status
 
         handle = in_notebook(self.submit(specs, profile).overview)
@@ -192,8 +189,7 @@ class Lab:
     def _workers(runs: Sequence[Run]) -> int:
         if any(run.spec.train.device == "cuda" for run in runs):
             return 1
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
-        return max(1, cores // max(run.spec.train.threads for run in runs))
+        return max(1, machine.cores() // max(run.spec.train.threads for run in runs))
 
     @staticmethod
     def _announce(runs: Sequence[Run]) -> None:
@@ -229,8 +225,8 @@ class Lab:
             )
         batch = min(max(len(several), 1), 32)
         writer = open_text(directory, cache=paths.home() / "data", mode=mode, device=device, batch=batch)
-        found = writer.generate(several, Sampling(**sampling))
-        return found[0] if isinstance(prompts, str) else found
+        completions = writer.generate(several, Sampling(**sampling))
+        return completions[0] if isinstance(prompts, str) else completions
 
     def power(
         self,

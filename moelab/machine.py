@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import os
 import platform
 
 FEATURES = ("avx2", "avx512f", "avx512_bf16", "avx512_fp16", "amx_tile", "amx_bf16", "asimd", "sve", "bf16")
@@ -11,7 +12,7 @@ FEATURES = ("avx2", "avx512f", "avx512_bf16", "avx512_fp16", "amx_tile", "amx_bf
 
 
 def cpu() -> str:
-    """Return the processor's name with what tells generations apart.
+    """Return the processor's name with family, model and instruction sets, which differ between generations.
 
     For example "AMD EPYC (family 25, model 17; avx2, avx512f, avx512_bf16)".
 
@@ -25,8 +26,8 @@ def cpu() -> str:
         return platform.processor() or platform.machine()
 
 
-def maker() -> tuple[str, int]:
-    """Return the maker of the processor and its family, such as ("AuthenticAMD", 26); ("", 0) where nothing tells."""
+def vendor() -> tuple[str, int]:
+    """Return the processor's vendor and family, such as ("AuthenticAMD", 26); ("", 0) where they are unknown."""
     try:
         with open("/proc/cpuinfo", encoding="utf-8") as file:
             fields = _fields(file.read())
@@ -51,6 +52,11 @@ def describe_cpu(cpuinfo: str) -> str:
     details = "; ".join(part for part in (numbers, ", ".join(f for f in FEATURES if f in flags)) if part)
     name = fields.get("model name") or platform.processor() or platform.machine()
     return f"{name} ({details})" if details else name
+
+
+def cores() -> int:
+    """Return how many cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def cuda_devices() -> int:

@@ -67,8 +67,8 @@ def _quantile(alpha: float, samples: int) -> float:
 
 def interval(values: Sequence[float], alpha: float = ALPHA) -> tuple[float, float, float]:
     """Return the mean and its Student interval, 95 % by default; the bounds are infinite for a single value."""
-    found = Estimate.of(values)
-    return found.mean, *found.interval(alpha)
+    estimate = Estimate.of(values)
+    return estimate.mean, *estimate.interval(alpha)
 
 
 def holm(p_values: Sequence[float]) -> list[float]:

@@ -7,6 +7,7 @@ import re
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, TypeVar
 
 if TYPE_CHECKING:
@@ -22,6 +23,11 @@ _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]"
 def plain(text: str) -> str:
     """Return a text that only prints: control characters, which a terminal would obey, become question marks."""
     return _CONTROL.sub("?", text)
+
+
+def one_line(error: BaseException) -> str:
+    """Return the first line of an exception's text; the exception's name where it has none."""
+    return next((line for line in str(error).strip().splitlines()), type(error).__name__)
 
 
 def console() -> Console:
@@ -58,6 +64,14 @@ def task_progress() -> Iterator[Callable[[str, int, int], None]]:
             bars.update(rows[task], completed=done, total=total)
 
         yield show
+
+
+def working(what: str) -> AbstractContextManager[object]:
+    """Show on standard error, in a terminal, that this goes on while the context lasts."""
+    from rich.console import Console
+    from rich.text import Text
+
+    return Console(stderr=True).status(Text(plain(f"{what} …")))
 
 
 def announced(cases: Sequence[T], name: Callable[[T], str]) -> Iterator[T]:

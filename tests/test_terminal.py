@@ -24,3 +24,9 @@ def test_each_case_is_named_before_it_and_the_time_left_after_the_first(monkeypa
         "case b (2 of 3, about 1 min 00 s left)\n",
         "case c (3 of 3, about 30 s left)\n",
     ]
+
+
+def test_what_goes_on_is_no_markup_and_nothing_in_a_file(capsys):
+    with terminal.working("writing [/b]"):
+        pass
+    assert capsys.readouterr() == ("", "")

@@ -93,7 +93,7 @@ def why_not() -> str | None:
 
 @functools.cache
 def available() -> bool:
-    """Return whether the code is used where nobody asks for another; if not, say so in one line on standard error.
+    """Return whether the C++ is the default on this machine; if not, print one line on standard error that says why.
 
     The first call loads the code, and compiles it where that has not been done.
     """
@@ -141,7 +141,7 @@ def limited(name: str) -> Iterator[None]:
 
 
 def _forget() -> None:
-    """Have the environment read again."""
+    """Clear the caches, so that the next call reads the environment again."""
     available.cache_clear()
     operations.cache_clear()
 
@@ -184,8 +184,8 @@ def _folders() -> tuple[Path, ...]:
 
 def _check(folder: Path) -> None:
     """Refuse a folder among temporary files, where any user writes, that another user may have filled."""
-    found = folder.lstat()
-    own = stat.S_ISDIR(found.st_mode) and found.st_uid == _user() and not found.st_mode & 0o022
+    status = folder.lstat()
+    own = stat.S_ISDIR(status.st_mode) and status.st_uid == _user() and not status.st_mode & 0o022
     if str(folder.parent) == tempfile.tempdir and not own:
         raise PermissionError("others can write to it")
 

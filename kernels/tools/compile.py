@@ -1,6 +1,6 @@
 """Compile every kernel ahead of time, without a GPU, and tabulate the resources that each will use.
 
-    python -m moelab.kernels.tools.compile --arch sm_80 --arch sm_90 --out results/kernels/compile.csv
+    moelab kernels compile --arch sm_80 --arch sm_90 --out results/kernels/compile.csv
 
 The ops run on meta tensors of the shapes below, and their launches are recorded instead of executed, so that the
 compiled configurations are those that a GPU would run. Occupancy is an estimate: the fraction of a multiprocessor's
@@ -9,12 +9,10 @@ warps that registers, shared memory and the limit of blocks allow to be resident
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import csv
 import re
 import subprocess
-import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -220,11 +218,11 @@ def launches(cases: tuple[str, ...] | None = None) -> list[Launch]:
         raise RuntimeError("compiling kernels needs the triton package, which this platform lacks")
     if _common.INTERPRETING:
         raise RuntimeError("this process interprets Triton kernels; compile in one without TRITON_INTERPRET")
-    found: list[Launch] = []
+    recorded: list[Launch] = []
     for case in cases or tuple(CASES):
-        with _recorded(case, found):
+        with _recorded(case, recorded):
             CASES[case]()
-    distinct = {(id(f.kernel), *f[2:]): f for f in reversed(found)}
+    distinct = {(id(f.kernel), *f[2:]): f for f in reversed(recorded)}
     return list(reversed(distinct.values()))
 
 
@@ -324,13 +322,8 @@ def write_csv(records: list[Record], path: Path) -> None:
     part.replace(path)
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Print one line per kernel; return 1 if any spills on sm_80."""
-    parser = argparse.ArgumentParser(prog="moelab kernels compile", description=__doc__.splitlines()[0])
-    parser.add_argument("--arch", action="append", choices=sorted(LIMITS), help="repeatable; default all")
-    parser.add_argument("--out", type=Path, help="a .csv to write")
-    parser.add_argument("--quick", action="store_true", help="a few shapes that cover every kernel")
-    options = parser.parse_args(argv)
+def main(archs: tuple[str, ...], out: Path | None, cases: tuple[str, ...] | None = None) -> bool:
+    """Print one line per kernel and write the table if asked; return whether none spills on sm_80."""
 
     def show(r: Record) -> None:
         print(
@@ -339,13 +332,9 @@ def main(argv: list[str] | None = None) -> int:
             flush=True,
         )
 
-    records = compile_all(tuple(options.arch or LIMITS), QUICK if options.quick else None, show)
-    if options.out:
-        write_csv(records, options.out)
+    records = compile_all(archs, cases, show)
+    if out:
+        write_csv(records, out)
     spilling = [r for r in records if r.spill_bytes]
     print(f"{len(records)} kernels compiled, {len(spilling)} with spills")
-    return int(any(r.arch == "sm_80" for r in spilling))
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+    return not any(r.arch == "sm_80" for r in spilling)

@@ -144,7 +144,7 @@ def _around(S: int, E: int, K: int, M: int, device: str) -> Iterator[Target]:
 
 
 @dataclass(frozen=True)
-class Found:
+class Tuned:
     """What was found for a target.
 
     Attributes:
@@ -177,7 +177,7 @@ def seconds(call: Callable[[], Any]) -> float:
     return time.perf_counter() - started
 
 
-def tune(target: Target, deadline: float, timer: Callable[[Callable[[], Any]], float] = seconds) -> Found | None:
+def tune(target: Target, deadline: float, timer: Callable[[Callable[[], Any]], float] = seconds) -> Tuned | None:
     """Return the best tile of a target; None if time is up before its own tile is measured.
 
     Args:
@@ -203,7 +203,7 @@ def tune(target: Target, deadline: float, timer: Callable[[Callable[[], Any]], f
     own_ms, best_ms = _in_turns(target, best, timer) if best else (times[()], times[()])
     if best_ms > GAIN * own_ms:
         best, best_ms = {}, own_ms
-    return Found(
+    return Tuned(
         target.op,
         target.shape,
         key,
@@ -269,10 +269,10 @@ def _in_turns(target: Target, best: Tile, timer: Callable[..., float]) -> tuple[
 
 
 def search(
-    device: str, deadline: float, *, tiny: bool = False, report: Callable[[Found], None] = lambda _: None
-) -> list[Found]:
+    device: str, deadline: float, *, tiny: bool = False, report: Callable[[Tuned], None] = lambda _: None
+) -> list[Tuned]:
     """Tune all targets until the deadline, calling `report` after each; products use the row tile that was found."""
-    found = []
+    tuned = []
     with contextlib.ExitStack() as rows:
         for target in targets(device, tiny=tiny):
             if target.op == "rows":
@@ -281,17 +281,17 @@ def search(
                 break
             if target.op == "rows":
                 rows.enter_context(tuning.trial("rows", one.best))
-            found.append(one)
+            tuned.append(one)
             report(one)
-    return found
+    return tuned
 
 
-def write(found: Sequence[Found], path: Path, card: str) -> None:
+def write(tuned: Sequence[Tuned], path: Path, card: str) -> None:
     """Write the table of a card; entries of an older file at `path` that were not measured again are kept."""
     import triton
 
     before = json.loads(path.read_text(encoding="utf-8"))["tiles"] if path.is_file() else {}
-    measured = {one.key: one.best for one in found}
+    measured = {one.key: one.best for one in tuned}
     tiles = {key: entry for key, entry in {**before, **measured}.items() if entry}
     value = {
         "card": card,

@@ -29,7 +29,7 @@ import torch
 import torch.distributed as dist
 
 from moelab import machine, simulate, terminal
-from moelab.bench import harness, inputs, llama, peers, plot
+from moelab.bench import harness, inputs, llama, peers
 from moelab.bench.decode_steps import (
     DecodeSettings,
     Rates,
@@ -57,6 +57,7 @@ from moelab.inference.generate import Generator
 from moelab.inference.modes import MODES, set_mode
 from moelab.inference.text import DTYPES
 from moelab.models import GPT
+from moelab.plotting import benchmarks
 
 
 def named(name: str) -> ModelConfig:
@@ -103,7 +104,7 @@ def _measure(
         new_prompts = round_prompts(config, batch, settings)
         turns[batch] = harness.in_turns(candidates, new_prompts, timing, lambda call, given: call(given), others.keys())
         rates[batch] = Rates(statistics.median(rate for [rate] in turns[batch].pop("reading")), products)
-    found = []
+    measured = []
     for batch in batches:  # last, as the clock slows the models down
         prompts = round_prompts(config, batch, settings)(timing.warm_up + timing.rounds)
         numbers = {
@@ -120,8 +121,8 @@ def _measure(
         case = {"model": str(config), "experts": max(config.experts), "batch": batch, "ranks": 1, "dtype": dtype}
         case |= {"parameters": config.parameters(), "read_GB_per_s": rates[batch].read / 1e9}
         case["product_GFLOP_per_s"] = products / 1e9
-        found += decode_rows(case, turns[batch], numbers, floor_s, settings, device)
-    return found
+        measured += decode_rows(case, turns[batch], numbers, floor_s, settings, device)
+    return measured
 
 
 def simulated(
@@ -184,14 +185,14 @@ def measure_ranks(
 ) -> list[Row]:
     """Return the rows of one model over numbers of ranks of this machine; its experts are spread over all of them."""
     inputs.text()  # once, before the ranks ask for it
-    found = []
+    measured = []
     for size in ranks:
         parallel = ParallelConfig(data=size, exchange=exchange)  # type: ignore[arg-type]  # the class checks it
         with Ranks(size, threads=1) as pool:
             answers = pool.run(measure_rank, config, parallel, batch, settings, timeout_s=900)
         name = f"{machine.cpu()}, {size} ranks of 1 thread"
-        found += slowest(answers, config, parallel, batch, settings, "cpu", name)
-    return found
+        measured += slowest(answers, config, parallel, batch, settings, "cpu", name)
+    return measured
 
 
 def measure_joined(
@@ -281,17 +282,17 @@ def main(
     for config in configs:  # before the first is measured
         for size in ranks if config.is_moe else ():
             config.check_layout(ParallelConfig(data=size))
-    found: list[Row] = []
+    measured: list[Row] = []
     many = f"batches {', '.join(map(str, batches))}"
     for config in terminal.announced(configs, lambda config: f"decoding with {config}, {many}{_ranks(config, ranks)}"):
         case = measure(config, batches, settings, device, dtype)
         if config.is_moe and ranks:
             case += measure_ranks(config, ranks, rank_batch, settings)
         show(case)
-        found += case
+        measured += case
         if out is not None:  # after each model: what was measured is kept
-            objects = harness.write(found, out / f"{stem}.jsonl")
-    if out is not None and plot.possible():
+            objects = harness.write(measured, out / f"{stem}.jsonl")
+    if out is not None and benchmarks.possible():
         draw(objects, out / stem)
 
 
@@ -317,14 +318,14 @@ def _on_ranks(
     for config in configs:
         config.check_layout(parallel)
     process.join(device=device)
-    found: list[Row] = []
+    measured: list[Row] = []
     for config in configs:
         case = measure_joined(config, parallel, batch, settings, device)
-        found += case
+        measured += case
         if place.rank == 0:
             show(case)
             if out is not None:
-                harness.write(found, out / "decode.jsonl")
+                harness.write(measured, out / "decode.jsonl")
     process.leave()
 
 
@@ -341,27 +342,29 @@ COLUMNS: dict[str, Callable[[Row], str]] = {
 }
 
 
-def show(found: Sequence[Row]) -> None:
+def show(measured: Sequence[Row]) -> None:
     """Print rows, a table for each batch and number of ranks."""
-    cases = {(row.case["batch"], row.device): row.case for row in found}
+    cases = {(row.case["batch"], row.device): row.case for row in measured}
     for (batch, device), case in cases.items():
-        rows = [row for row in found if (row.case["batch"], row.device) == (batch, device)]
+        rows = [row for row in measured if (row.case["batch"], row.device) == (batch, device)]
         title = f"decoding, {case['model']}, {case.get('dtype', 'fp32')}, batch {batch}, ranks {case['ranks']}"
         columns = {k: v for k, v in COLUMNS.items() if k != SIMULATED or any("simulated_ms" in r.numbers for r in rows)}
         harness.show(title, rows, columns)
 
 
-def draw(found: list[dict[str, Any]], path: Path) -> None:
+def draw(measured: list[dict[str, Any]], path: Path) -> None:
     """Draw latency by model and batch in one process, and by ranks where they were measured; `path` without suffix."""
-    many = [{**row, "across": "ranks"} for row in found if "empty_collective_ms" in row]
-    one = [row for row in found if "empty_collective_ms" not in row]
+    many = [{**row, "across": "ranks"} for row in measured if "empty_collective_ms" in row]
+    one = [row for row in measured if "empty_collective_ms" not in row]
     panels = [(f"batch {b}", [r for r in one if r["batch"] == b]) for b in sorted({r["batch"] for r in one})]
     if many:
         largest = max(many, key=lambda row: row["experts"])["model"]
         rows = [row for row in many if row["model"] == largest]
         panels.append((f"{largest}, batch {rows[0]['batch']} over ranks", rows))
     ylabel = "ms a token (median; bar to p95)"
-    plot.save(plot.times(one, title=headline(one), x="model", panels=panels, ylabel=ylabel, high="p95_ms"), path)
+    benchmarks.save(
+        benchmarks.times(one, title=headline(one), x="model", panels=panels, ylabel=ylabel, high="p95_ms"), path
+    )
 
 
 def headline(one: Sequence[Mapping[str, Any]]) -> str:

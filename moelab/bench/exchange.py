@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import functools
 import math
-import os
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -25,8 +24,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 
-from moelab import kernels, terminal
-from moelab.bench import harness, plot
+from moelab import kernels, machine, terminal
+from moelab.bench import harness
 from moelab.bench.harness import Row, Timing
 from moelab.config.parallel import ParallelConfig
 from moelab.engine.collectives import Traffic, all_gather_json, observe
@@ -35,12 +34,13 @@ from moelab.engine.launch import process
 from moelab.engine.mesh import Mesh
 from moelab.engine.testing import Ranks, identity_experts
 from moelab.models.routing import Routing
+from moelab.plotting import benchmarks
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 BARE = "two bare all-to-alls"
-WIDEST = 4096
+MAX_WIDTH = 4096
 """Bytes of a row at most; small messages have narrower rows, at least one for each rank."""
 
 
@@ -52,16 +52,16 @@ def layouts(ranks: int, node: int = 0) -> dict[str, ParallelConfig]:
     """
     G = node if 1 < node < ranks else 1 << ranks.bit_length() // 2
     L = G // 2
-    found = {
+    measured = {
         "flat": ParallelConfig(data=ranks, gpus_per_node=G),
         f"hierarchical {ranks // G}x{G}": ParallelConfig(data=ranks, gpus_per_node=G, exchange="hierarchical"),
         f"coordinated, tensor {G}": ParallelConfig(tensor=G, data=ranks // G, gpus_per_node=G, exchange="coordinated"),
     }
     if L > 1:
-        found[f"both, {ranks // G}x{G}, tensor {L}"] = ParallelConfig(
+        measured[f"both, {ranks // G}x{G}, tensor {L}"] = ParallelConfig(
             tensor=L, data=ranks // L, gpus_per_node=G, exchange="coordinated-hierarchical"
         )
-    return found
+    return measured
 
 
 def _stream(timing: Timing) -> tuple[float, float]:
@@ -99,7 +99,7 @@ def _exchange(exchange: Exchange, x: torch.Tensor, routing: Routing, _: None) ->
 def _measure_rank(ranks: int, size: int, rounds: int, device: str, node: int = 0) -> dict[str, Any]:
     """On each rank: seconds of each candidate, round by round; what it sends; alpha and beta."""
     timing = Timing(rounds, device, warm_up=1, budget_s=math.inf)  # no rank may stop before another
-    S = max(ranks, size // WIDEST // ranks * ranks)
+    S = max(ranks, size // MAX_WIDTH // ranks * ranks)
     x = torch.ones(S, max(size // S // 4, 1), device=device)
     logits = torch.zeros(S, ranks, device=device)
     logits[torch.arange(S), torch.arange(S) % ranks] = 9.0
@@ -146,25 +146,27 @@ def measure(pool: Ranks, size: int, rounds: int, device: str) -> list[Row]:
 
     Messages and bytes are the busiest rank's, counts included.
     """
-    found = pool.run(_measure_rank, pool.size, size, rounds, device, timeout_s=600)
-    return _rows(found, pool.size, Timing(rounds, device))
+    measured = pool.run(_measure_rank, pool.size, size, rounds, device, timeout_s=600)
+    return _rows(measured, pool.size, Timing(rounds, device))
 
 
-def _rows(found: Sequence[dict[str, Any]], near: int, timing: Timing) -> list[Row]:
+def _rows(measured: Sequence[dict[str, Any]], near: int, timing: Timing) -> list[Row]:
     """Return the rows of what the ranks found; `near` of them share a machine."""
-    names = list(found[0]["times"])
-    times = {n: [max(t) for t in zip(*(f["times"][n] for f in found), strict=True)] for n in names}
-    alpha, beta = found[0]["stream"]
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    names = list(measured[0]["times"])
+    times = {n: [max(t) for t in zip(*(f["times"][n] for f in measured), strict=True)] for n in names}
+    alpha, beta = measured[0]["stream"]
+    cores = machine.cores()
     crowding = 1.0 if timing.device == "cuda" else max(near / cores, 1.0)
-    sent = {n: max((f["sent"][n] for f in found), key=lambda s: s["near_messages"] + s["far_messages"]) for n in names}
+    sent = {
+        n: max((f["sent"][n] for f in measured), key=lambda s: s["near_messages"] + s["far_messages"]) for n in names
+    }
     floors = {
         n: crowding * ((s["near_messages"] + s["far_messages"]) * alpha + s["sent_bytes"] * beta)
         for n, s in sent.items()
     }
     case = {
-        "ranks": len(found),
-        "bytes_per_rank": found[0]["bytes"],
+        "ranks": len(measured),
+        "bytes_per_rank": measured[0]["bytes"],
         "backend": "nccl" if timing.device == "cuda" else "gloo",
         "cores": cores,
         "ranks_per_core": crowding,
@@ -175,9 +177,9 @@ def _rows(found: Sequence[dict[str, Any]], near: int, timing: Timing) -> list[Ro
     return harness.rows(case, times, against="flat", floor_s=floors, timing=timing, inputs=equal, numbers=sent)
 
 
-def show(found: Sequence[Row]) -> None:
+def show(measured: Sequence[Row]) -> None:
     """Print the rows of one case."""
-    c = found[0].case
+    c = measured[0].case
     title = (
         f"exchange, forward: {c['ranks']} ranks on {c['cores']} cores, {c['backend']}, "
         f"{c['bytes_per_rank'] / 1024:g} KiB a rank; "
@@ -187,7 +189,7 @@ def show(found: Sequence[Row]) -> None:
         "messages (in node + out)": lambda row: f"{row.numbers['near_messages']} + {row.numbers['far_messages']}",
         "KiB sent": lambda row: f"{row.numbers['sent_bytes'] / 1024:.3g}",
     }
-    harness.show(title, found, columns)
+    harness.show(title, measured, columns)
 
 
 def main(*, ranks: list[int], sizes: list[int], rounds: int, device: str, out: Path | None) -> None:
@@ -209,14 +211,14 @@ def main(*, ranks: list[int], sizes: list[int], rounds: int, device: str, out: P
             raise ValueError(f"--bytes must be 1024 or more, got {size}")
     if rounds < 1:
         raise ValueError(f"--rounds must be 1 or more, got {rounds}")
-    found: list[Row] = []
+    measured: list[Row] = []
 
     def keep(case: list[Row]) -> None:
         """After each case: what was measured is kept."""
         show(case)
-        found.extend(case)
+        measured.extend(case)
         if out is not None:
-            harness.write(found, out / "exchange.jsonl")
+            harness.write(measured, out / "exchange.jsonl")
 
     if joined:
         _on_ranks(joined, sizes, rounds, device, keep)
@@ -225,8 +227,8 @@ def main(*, ranks: list[int], sizes: list[int], rounds: int, device: str, out: P
             with Ranks(P, backend="nccl" if device == "cuda" else "gloo") as pool:
                 for size in sizes:
                     keep(measure(pool, size, rounds, device))
-    if found and out is not None and plot.possible():
-        plot.save(figure([row.json() for row in found]), out / "exchange")
+    if measured and out is not None and benchmarks.possible():
+        benchmarks.save(figure([row.json() for row in measured]), out / "exchange")
 
 
 def _on_ranks(
@@ -247,19 +249,21 @@ def _kind(candidate: str) -> str:
     return {"both": "coordinated + hierarchical", "two": BARE}.get(word, word)
 
 
-def headline(found: Sequence[Mapping[str, Any]]) -> str:
+def headline(measured: Sequence[Mapping[str, Any]]) -> str:
     """Return what the smallest messages show, one line."""
-    smallest = min(row["bytes_per_rank"] for row in found)
-    ratios = [r["ratio"] for r in found if _kind(r["candidate"]) == "hierarchical" and r["bytes_per_rank"] == smallest]
+    smallest = min(row["bytes_per_rank"] for row in measured)
+    ratios = [
+        r["ratio"] for r in measured if _kind(r["candidate"]) == "hierarchical" and r["bytes_per_rank"] == smallest
+    ]
     span = " to ".join(dict.fromkeys(f"{ratio:.2f}" for ratio in (min(ratios), max(ratios))))
     return f"At {smallest / 1024:g} KiB hierarchical takes {span} times as long as flat"
 
 
-def figure(found: Sequence[Mapping[str, Any]]) -> Figure:
+def figure(measured: Sequence[Mapping[str, Any]]) -> Figure:
     """Draw time relative to flat over bytes a rank, one panel for each number of ranks."""
-    return plot.ratios(
-        [{**row, "candidate": _kind(row["candidate"])} for row in sorted(found, key=lambda row: row["ranks"])],
-        title=f"{headline(found)}; one layer, forward, {found[0]['backend']} on {found[0]['cores']} cores",
+    return benchmarks.ratios(
+        [{**row, "candidate": _kind(row["candidate"])} for row in sorted(measured, key=lambda row: row["ranks"])],
+        title=f"{headline(measured)}; one layer, forward, {measured[0]['backend']} on {measured[0]['cores']} cores",
         x="bytes_per_rank",
         xlabel="KiB of tokens a rank",
         panel="ranks",

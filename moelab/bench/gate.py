@@ -24,10 +24,11 @@ import torch
 from torch import Tensor
 
 from moelab import terminal
-from moelab.bench import harness, inputs, peers, plot
+from moelab.bench import harness, inputs, peers
 from moelab.bench.harness import Row, Timing
 from moelab.kernels import combine, dispatch, gate, row_table
 from moelab.models import baseline
+from moelab.plotting import benchmarks
 
 HIDDEN = 128
 """M of the hidden states in front of the gate; the gate's product is not measured."""
@@ -89,17 +90,17 @@ def main(*, tokens: int, experts: list[int], timing: Timing, threads: int, out: 
     """Measure, print and, with `out` (a folder), write `gate.jsonl`, after each case, and its figure."""
     timing.check_threads(threads)
     torch.set_num_threads(threads)
-    found: list[Row] = []
+    measured: list[Row] = []
     for E in terminal.announced(experts, lambda E: f"the gate of {E} experts"):
         case = measure(tokens, E, timing)
         busiest = case[0].case["busiest_expert"]
         harness.show(f"gate, forward + backward: S={tokens} E={E} K=1 fp32, busiest expert {busiest:.1f} x mean", case)
-        found += case
+        measured += case
         if out is not None:
-            objects = harness.write(found, out / "gate.jsonl")
-    if out is not None and plot.possible():
+            objects = harness.write(measured, out / "gate.jsonl")
+    if out is not None and benchmarks.possible():
         title = f"The mask form of the gate takes {harness.span(objects, MASKS)} times as long as ours"
-        plot.save(plot.ratios(objects, title=title), out / "gate")
+        benchmarks.save(benchmarks.ratios(objects, title=title), out / "gate")
 
 
 # -- the parts around the experts, at inference ------------------------------------------------------------------------

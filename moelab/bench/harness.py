@@ -105,13 +105,13 @@ def in_turns(
     """
     take, round_s = sample or timing.seconds, 0.0
     names = list(candidates)
-    found: dict[Name, list[Any]] = {name: [] for name in names}
+    turns: dict[Name, list[Any]] = {name: [] for name in names}
     started, first_s = time.monotonic(), 0.0
 
     def leave_out(name: Name, reason: str) -> None:
         left_out(f"{name} {reason}")
         names.remove(name)
-        del found[name]
+        del turns[name]
 
     for i in range(timing.warm_up + timing.rounds):
         counted = i - timing.warm_up
@@ -129,28 +129,22 @@ def in_turns(
             except Exception as error:
                 if counted >= 0 or name not in may_fail:
                     raise
-                leave_out(name, f"raises {one_line(error)}")
+                leave_out(name, f"raises {type(error).__name__}: {terminal.one_line(error)}")
                 continue
             took_s = time.monotonic() - began
             if i == 0 and name == names[0]:
                 first_s = took_s
             if counted >= 0:
-                found[name].append(measured)
+                turns[name].append(measured)
             elif timing.longest_s is not None and took_s > max(timing.longest_s, 10 * first_s):
                 leave_out(name, f"takes {took_s:.2g} s a turn, {names[0]} {first_s:.2g} s")
         round_s = time.monotonic() - round_began
-    return found
+    return turns
 
 
 def left_out(text: str) -> None:
     """Print which candidate is left out, and why."""
     terminal.console().print(f"left out: {text}", markup=False)
-
-
-def one_line(error: Exception) -> str:
-    """Return an exception as one line: its kind, and the first line of its text."""
-    text = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
-    return f"{type(error).__name__}: {text}"
 
 
 def _announce(candidates: int, timing: Timing, round_s: float) -> None:
@@ -223,11 +217,11 @@ def rows(
         device: empty is this machine's.
         numbers: candidate -> `Row.numbers`.
     """
-    found = []
+    measured = []
     for name, times in seconds.items():
         ratios = [a / b for a, b in zip(times, seconds[against], strict=True)]
         median, floor = statistics.median(times), floor_s[name] if isinstance(floor_s, Mapping) else floor_s
-        found.append(
+        measured.append(
             Row(
                 case=dict(case),
                 candidate=name,
@@ -248,20 +242,20 @@ def rows(
                 numbers=dict((numbers or {}).get(name, {})),
             )
         )
-    return found
+    return measured
 
 
-def show(title: str, found: Sequence[Row], columns: Mapping[str, Callable[[Row], str]] | None = None) -> None:
+def show(title: str, rows: Sequence[Row], columns: Mapping[str, Callable[[Row], str]] | None = None) -> None:
     """Print the rows of a case, their inputs below.
 
     Args:
         columns: heading -> text of a row, for what a benchmark shows beside the times.
     """
-    first, extra = found[0], columns or {}
+    first, extra = rows[0], columns or {}
     ms = "processor ms" if first.clock == "cpu" else "ms"
     heads = ("candidate", f"median {ms}", "min to max", f"time / {first.against}", "min to max", "time / floor")
     view = terminal.table(*heads, *extra, title=title)
-    for row in found:
+    for row in rows:
         view.add_row(
             row.candidate,
             f"{row.median_ms:.3g}",
@@ -276,21 +270,21 @@ def show(title: str, found: Sequence[Row], columns: Mapping[str, Callable[[Row],
     console.print(f"{first.rounds} rounds; inputs: {first.inputs}; {first.device}\n", highlight=False)
 
 
-def write(found: Sequence[Row], path: Path) -> list[dict[str, Any]]:
+def write(rows: Sequence[Row], path: Path) -> list[dict[str, Any]]:
     """Write rows as JSON lines, replacing the file in one step; return them as they are in the file."""
-    objects = [row.json() for row in found]
+    objects = [row.json() for row in rows]
     write_text(path, "".join(json.dumps(value) + "\n" for value in objects))
     print(f"{len(objects)} rows in {path}")
     return objects
 
 
-def span(found: Sequence[Mapping[str, Any]], candidate: str) -> str:
+def span(rows: Sequence[Mapping[str, Any]], candidate: str) -> str:
     """Return the least and the greatest median ratio of a candidate over all cases, as "1.0 to 2.4".
 
     Args:
-        found: rows as read from a file.
+        rows: as read from a file.
     """
-    ratios = [row["ratio"] for row in found if row["candidate"] == candidate]
+    ratios = [row["ratio"] for row in rows if row["candidate"] == candidate]
     return f"{min(ratios):.1f} to {max(ratios):.1f}"
 
 

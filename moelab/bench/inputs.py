@@ -17,7 +17,8 @@ from torch import Tensor
 
 from moelab import paths
 from moelab.config import DataConfig, ModelConfig
-from moelab.data import CorpusUnavailable, TokenData, TrainBatches, prepare
+from moelab.data import CorpusUnavailable, TokenData, prepare
+from moelab.data.batches import TrainBatches
 from moelab.kernels import gate
 from moelab.models.gpt import build, initial_weight
 

@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moelab import terminal
-from moelab.bench import harness, inputs, peers, plot
+from moelab.bench import harness, inputs, peers
 from moelab.bench.gate import slots
 from moelab.bench.harness import Row, Timing
 from moelab.config import FeedForward
@@ -34,6 +34,7 @@ from moelab.engine.launch import process
 from moelab.inference.text import DTYPES
 from moelab.kernels import combine, dispatch, expert_ffn, gate, row_table
 from moelab.models import baseline
+from moelab.plotting import benchmarks
 
 Output = tuple[Tensor, Tensor | None]
 """y_SM and the load-balancing loss, if there is one."""
@@ -188,7 +189,7 @@ def candidates(size: LayerSize, gate_EM: Tensor, only: Sequence[str] = ()) -> di
         except Exception as error:
             if only:
                 raise
-            harness.left_out(f"{name} raises {harness.one_line(error)}")
+            harness.left_out(f"{name} raises {type(error).__name__}: {terminal.one_line(error)}")
             return None
         made[name] = (module, module)
         return module
@@ -270,13 +271,13 @@ def measure(
     )
 
 
-def show(found: list[Row]) -> None:
+def show(measured: list[Row]) -> None:
     """Print the rows of one case."""
-    c = found[0].case
+    c = measured[0].case
     harness.show(
         f"layer, {c['passes']}: S={c['tokens']} M={c['hidden']} F={c['ffn']} E={c['experts']} {c['dtype']}; "
         f"busiest expert {c['busiest_expert']:.1f} x mean, capacity 1.0 keeps {c['kept_share']:.0%}",
-        found,
+        measured,
     )
 
 
@@ -291,15 +292,12 @@ def main(
 ) -> None:
     """Measure each size at each number of threads and print.
 
-    With `out` (a folder), write `layer.jsonl` there, after each case, and its figure.
-
-    Args:
-        backward: see `measure`.
+    With `out` (a folder), write `layer.jsonl` there, after each case, and its figure. `backward`: see `measure`.
     """
     for count in threads:
         timing.check_threads(count)
     process.keep_freed_memory()  # as runs do: a step's gradients lie where the last step's lay
-    found: list[Row] = []
+    measured: list[Row] = []
     slow: dict[tuple[int, str], dict[str, int]] = {}
     cases = [(count, size) for count in threads for size in sizes]
     for count, size in terminal.announced(
@@ -309,10 +307,10 @@ def main(
         known = slow.setdefault((count, size.dtype), {})
         case = measure(size, timing, backward=backward, only=only, slow=known)
         show(case)
-        found += case
+        measured += case
         if out is not None:
-            objects = harness.write(found, out / "layer.jsonl")
-    if out is not None and plot.possible():
+            objects = harness.write(measured, out / "layer.jsonl")
+    if out is not None and benchmarks.possible():
         draw(objects, out / "layer")
 
 
@@ -323,7 +321,7 @@ def draw(objects: list[dict[str, Any]], path: Path) -> None:
     ratios = [f"{text} {harness.span(objects, name)} times" for name, text in said if name in names]
     title = f"Time over the dense layer of equal FLOPs: {', '.join(ratios)}"
     shown = [row | {"panel": f"{row['dtype']}, {_threads(row['threads'])}"} for row in objects]
-    plot.save(plot.ratios(shown, title=title, panel="panel"), path)
+    benchmarks.save(benchmarks.ratios(shown, title=title, panel="panel"), path)
 
 
 def _threads(count: int) -> str:

@@ -208,10 +208,10 @@ def beside(model: GPT, prompts: list[list[int]], tokens: int) -> Iterator[dict[s
         file = Path(folder) / "model.gguf"
         with tempfile.TemporaryDirectory() as exported:
             write(hf.export(model, Path(exported) / "model"), file)
-        found = {NAME: Peer(pool, file, torch.get_num_threads())}
+        peers = {NAME: Peer(pool, file, torch.get_num_threads())}
         try:
-            check(model, found[NAME], prompts, tokens)
+            check(model, peers[NAME], prompts, tokens)
         except (ValueError, OSError, ImportError, RuntimeError) as error:  # all but the first: a library does not load
             terminal.console().print(f"left out: {NAME}: {error}", markup=False)
-            found = {}
-        yield found
+            peers = {}
+        yield peers

@@ -53,7 +53,7 @@ def generate(
     """
     length = len(prompts[0])
     context = _context(path, len(prompts), length + tokens, threads, exact)
-    found, kept, seconds = [], [], []
+    measured, kept, seconds = [], [], []
     last = time.perf_counter()
     logits_BV = context.start(prompts)
     for position in range(length, length + tokens):
@@ -61,12 +61,12 @@ def generate(
         now = time.perf_counter()
         seconds.append(now - last)
         last = now
-        found.append(chosen_B)
+        measured.append(chosen_B)
         if keep_logits:
             kept.append(logits_BV.copy())
         if position < length + tokens - 1:
             logits_BV = context.step(chosen_B, position)
-    return Generated(np.stack(found, 1), seconds, np.stack(kept, 1) if keep_logits else None)
+    return Generated(np.stack(measured, 1), seconds, np.stack(kept, 1) if keep_logits else None)
 
 
 @functools.cache

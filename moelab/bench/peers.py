@@ -58,10 +58,10 @@ def gates() -> dict[str, Callable[[Tensor], Tensor]]:
         weight = next(o for o in out[1:] if torch.is_tensor(o) and o.requires_grad)
         return weight.sum() + out[0]
 
-    found: dict[str, Callable[[Tensor], Tensor]] = {"deepspeed, masks": call}
+    calls: dict[str, Callable[[Tensor], Tensor]] = {"deepspeed, masks": call}
     if "sparse_routes" in inspect.signature(sharded_moe.top1gating).parameters:
-        found["deepspeed, sparse routes"] = functools.partial(call, sparse_routes=True)
-    return found
+        calls["deepspeed, sparse routes"] = functools.partial(call, sparse_routes=True)
+    return calls
 
 
 class DeepSpeedLayer(nn.Module):

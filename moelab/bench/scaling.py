@@ -36,7 +36,7 @@ from moelab.training.loop import Trainer, Window
 
 WAYS = ("alone", "independent", "together")
 KINDS = ("computation", "exchange", "gradients", "agreement")
-Found = tuple[float, dict[str, float]]
+Step = tuple[float, dict[str, float]]
 """Seconds a step, and seconds of it in communication by kind."""
 
 
@@ -65,7 +65,7 @@ _TRAINERS: dict[tuple[Side, int], tuple[Trainer, Iterator[int]]] = {}
 """On a rank: the trainers by model and number of ranks, kept between rounds."""
 
 
-def _steps(side: Side, ranks: int, steps: int) -> Found:
+def _steps(side: Side, ranks: int, steps: int) -> Step:
     """On a rank: train some steps on its part of batches of text, after one that warms up."""
     if (side, ranks) not in _TRAINERS:
         model, config = side
@@ -99,15 +99,15 @@ def measure(*, models: list[str], ranks: int, per_rank: int, steps: int, rounds:
         singles = [stack.enter_context(Ranks(1)) for _ in range(ranks)]
         pool = stack.enter_context(ThreadPoolExecutor(ranks))
 
-        def run(on: Ranks, model: str, data: int) -> list[Found]:
+        def run(on: Ranks, model: str, data: int) -> list[Step]:
             config = TrainConfig(batch_size=per_rank * data, micro_batch=per_rank)
             side = (ModelConfig.parse(model, routing=RoutingConfig(drop_tokens=False)), config)
             return on.run(_steps, side, data, steps, timeout_s=600)
 
-        ways: dict[str, Callable[[str], list[Found]]] = {
+        ways: dict[str, Callable[[str], list[Step]]] = {
             "alone": lambda model: run(singles[0], model, 1),
             "independent": lambda model: [
-                f for found in pool.map(lambda on: run(on, model, 1), singles) for f in found
+                f for measured in pool.map(lambda on: run(on, model, 1), singles) for f in measured
             ],
             "together": lambda model: run(joint, model, ranks),
         }
@@ -137,22 +137,22 @@ def speed_ratios(first: Side, second: Side, ranks: int, count: int, steps: int, 
         name: (model, replace(config, micro_batch=config.batch_size // ranks))
         for name, (model, config) in (("first", first), ("second", second))
     }
-    timing, found = Timing(rounds, warm_up=1, budget_s=math.inf), []
+    timing, measured = Timing(rounds, warm_up=1, budget_s=math.inf), []
     for _ in range(count):
         with Ranks(ranks) as group:
             calls = {name: functools.partial(_slowest, group, side, ranks, steps) for name, side in sides.items()}
             turns = harness.in_turns(calls, lambda i: None, timing, lambda call, given: call(given))
-        found.append([b / a for a, b in zip(turns["first"], turns["second"], strict=True)])
-    return found
+        measured.append([b / a for a, b in zip(turns["first"], turns["second"], strict=True)])
+    return measured
 
 
 def _slowest(group: Ranks, side: Side, ranks: int, steps: int, _: None) -> float:
     return max(seconds for seconds, _ in group.run(_steps, side, ranks, steps, timeout_s=600))
 
 
-def _rows(model: str, turns: dict[str, list[list[Found]]], case: dict[str, int], timing: Timing) -> list[Row]:
-    times = {way: [max(seconds for seconds, _ in found) for found in rounds] for way, rounds in turns.items()}
-    first = [found[0] for found in turns["together"]]
+def _rows(model: str, turns: dict[str, list[list[Step]]], case: dict[str, int], timing: Timing) -> list[Row]:
+    times = {way: [max(seconds for seconds, _ in measured) for measured in rounds] for way, rounds in turns.items()}
+    first = [measured[0] for measured in turns["together"]]
     kinds = {kind: statistics.median(spent[kind] for _, spent in first) for kind in first[0][1]}
     kinds["computation"] = statistics.median(seconds for seconds, _ in first) - sum(kinds.values())
     over = [a / b for a, b in zip(times["independent"], times["together"], strict=True)]
@@ -178,7 +178,7 @@ def main(*, models: list[str], ranks: int, per_rank: int, steps: int, rounds: in
     for name in models:
         model = ModelConfig.parse(name)
         model.check_layout(ParallelConfig(data=ranks))
-    found = measure(models=models, ranks=ranks, per_rank=per_rank, steps=steps, rounds=rounds)
+    measured = measure(models=models, ranks=ranks, per_rank=per_rank, steps=steps, rounds=rounds)
 
     def share(row: Row, kind: str) -> str:
         by_kind = row.numbers.get("seconds_by_kind")
@@ -191,6 +191,6 @@ def main(*, models: list[str], ranks: int, per_rank: int, steps: int, rounds: in
     columns |= {kind: functools.partial(share, kind=kind) for kind in KINDS}
     for name in models:
         title = f"weak scaling 1 -> {ranks} ranks: {name}, {per_rank} sequences a rank, {steps} steps a round"
-        harness.show(title, [row for row in found if row.case["model"] == name], columns)
+        harness.show(title, [row for row in measured if row.case["model"] == name], columns)
     if out is not None:
-        harness.write(found, out / "scaling.jsonl")
+        harness.write(measured, out / "scaling.jsonl")

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from moelab import terminal
-from moelab.bench import harness, inputs, plot
+from moelab.bench import harness, inputs
 from moelab.bench.bare import Step, bare_loop
 from moelab.bench.harness import Row, Timing
 from moelab.config import ModelConfig, RoutingConfig, TrainConfig
@@ -34,6 +34,7 @@ from moelab.engine.testing import RankError, Ranks
 from moelab.inference.text import DTYPES
 from moelab.models import build
 from moelab.models.products import default_products, onednn_is_faster
+from moelab.plotting import benchmarks
 from moelab.training.distill import Distiller
 from moelab.training.loop import Trainer, Window
 
@@ -140,10 +141,10 @@ def apart(made: Mapping[str, Callable[[], Step]], count: int, threads: int, timi
         def turn(name: str) -> Callable[[Sequence[int]], float]:
             def run(numbers: Sequence[int]) -> float:
                 try:
-                    (found,) = ranks[name].run(_turn, made[name], numbers, timeout_s=TURN_S)
+                    (measured,) = ranks[name].run(_turn, made[name], numbers, timeout_s=TURN_S)
                 except RankError as error:
                     raise ValueError(f"bench train: {name}: {str(error).splitlines()[-1]}") from error
-                return found
+                return measured
 
             return run
 
@@ -236,14 +237,14 @@ def _by_default_products(make: Callable[[], Step]) -> Step:
     return default_products()(make())
 
 
-def advice(found: Sequence[Row]) -> list[str]:
+def advice(measured: Sequence[Row]) -> list[str]:
     """Return a line for each width and family measured in both dtypes: speeds, their ratio, the dtype to use."""
     lines = []
-    for row in found:
+    for row in measured:
         family, width = row.numbers["family"], row.case["width"]
         if row.candidate != f"{family}, fp32":
             continue
-        other = next((r for r in found if r.case["width"] == width and r.candidate == f"{family}, bf16"), None)
+        other = next((r for r in measured if r.case["width"] == width and r.candidate == f"{family}, bf16"), None)
         if other is None:
             continue
         ratios = [a / b for a, b in zip(row.rounds_ms, other.rounds_ms, strict=True)]
@@ -287,7 +288,7 @@ def main(
     """
     timing.check_threads(threads)
     check(widths, families, dtypes, steps, sequences)
-    found: list[Row] = []
+    measured: list[Row] = []
     said = f"{sequences} x {inputs.CONTEXT} tokens a step, {steps} steps a round"
     for width in terminal.announced(widths, lambda width: f"training {width} wide: {', '.join(families)}"):
         case = measure(
@@ -300,13 +301,13 @@ def main(
             sequences=sequences,
         )
         harness.show(f"training, {width} wide, {said}", case, COLUMNS)
-        found += case
+        measured += case
         if out is not None:
-            objects = harness.write(found, out / "train.jsonl")
-    for line in advice(found):
+            objects = harness.write(measured, out / "train.jsonl")
+    for line in advice(measured):
         terminal.console().print(line, highlight=False)
-    if out is not None and plot.possible():
-        plot.save(drawn(objects), out / "train")
+    if out is not None and benchmarks.possible():
+        benchmarks.save(drawn(objects), out / "train")
 
 
 COLUMNS: dict[str, Callable[[Row], str]] = {
@@ -330,4 +331,4 @@ def drawn(objects: Sequence[Mapping[str, Any]]) -> Figure:
         row if row["candidate"] == against else {**row, "candidate": row["candidate"].rpartition(", ")[0]}
         for row in shown
     ]
-    return plot.ratios(families, title=title, x="width", xlabel="hidden size", panel="dtype")
+    return benchmarks.ratios(families, title=title, x="width", xlabel="hidden size", panel="dtype")

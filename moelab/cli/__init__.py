@@ -5,7 +5,6 @@ Heavy modules are imported inside the commands, so that `moelab --help` is quick
 
 from __future__ import annotations
 
-import difflib
 import errno
 import re
 import sys
@@ -16,6 +15,7 @@ from typing import Annotated, Any
 import typer
 
 import moelab
+from moelab import environment, paths
 from moelab.cli import bench, cluster, experiments, gpu, kernels, models, runs, simulate, slurm, view
 from moelab.cli._options import BENCHMARKS, RUNS, SIMULATOR
 from moelab.terminal import plain
@@ -88,8 +88,6 @@ def main() -> None:
 
 def _variable_of(file: str) -> str:
     """Return the variable that names the home or results folder in which a file is; empty for other files."""
-    from moelab import environment, paths
-
     folders = {environment.HOME.name: paths.home(), environment.RESULTS.name: paths.results()}
     return next((name for name, folder in folders.items() if Path(file).is_relative_to(folder)), "")
 
@@ -124,10 +122,8 @@ def _one_line(error: Any) -> str:
     hint = f"see `{' '.join(['moelab', *names])} --help`" if context else ""
     if context and (command := re.fullmatch(r"No such command '(.*)'", message)):
         known = getattr(context.command, "commands", {})
-        close = (
-            [_MEANT[command[1]]] if _MEANT.get(command[1]) in known else difflib.get_close_matches(command[1], known, 1)
-        )
-        hint = f"did you mean {close[0]}? {hint}" if close else hint
+        meant = _MEANT.get(command[1])  # similar names are Typer's to suggest
+        hint = f"did you mean {meant}? {hint}" if meant in known else hint
     if type(error).__name__ == "NoSuchOption":
         message = f"no option {error.option_name}"
         options = {option for parameter in context.command.params for option in parameter.opts} if context else set()

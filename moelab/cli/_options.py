@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Sequence
+from dataclasses import asdict, is_dataclass
 from pathlib import Path
 from typing import Annotated, Any, get_args
 
 import typer
 
 from moelab import config, machine
+from moelab.files import write_json
+from moelab.runs.provenance import provenance
+from moelab.runs.store import RunStore
+from moelab.slurm.profiles import names
 
 EXPERIMENTS = "Experiments and their results"
 RUNS = "Runs and models"
@@ -36,15 +42,11 @@ def experiment_names(incomplete: str) -> list[str]:
 
 def run_names(incomplete: str) -> list[str]:
     """Complete the id of a run."""
-    from moelab.runs.store import RunStore
-
     return [name for name in RunStore().ids() if name.startswith(incomplete)]
 
 
 def profile_names(incomplete: str) -> list[str]:
     """Complete the name of a cluster profile."""
-    from moelab.slurm.profiles import names
-
     return [name for name in names() if name.startswith(incomplete)]
 
 
@@ -82,8 +84,6 @@ def parse_parameters(items: Iterable[str] | None, scale: str | None) -> dict[str
 
 def print_json(value: Any) -> None:
     """Print a value, of dataclasses perhaps, as JSON."""
-    import json
-    from dataclasses import asdict, is_dataclass
 
     def plain(part: Any) -> Any:
         if is_dataclass(part) and not isinstance(part, type):
@@ -115,7 +115,4 @@ def check_device(device: str) -> None:
 def write_provenance(out: Path | None, name: str, title: str = "") -> None:
     """Write commit, versions and hardware beside a benchmark's numbers, and the title that pages show."""
     if out is not None:
-        from moelab.files import write_json
-        from moelab.runs.provenance import provenance
-
         write_json(out / f"{name}.provenance.json", {**provenance(), **({"title": title} if title else {})})

@@ -8,7 +8,9 @@ from typing import Annotated
 
 import typer
 
+from moelab import paths
 from moelab.cli._options import BENCHMARKS, Profile, check_device
+from moelab.runs.provenance import commit
 
 
 def register(app: typer.Typer) -> None:
@@ -36,11 +38,10 @@ def check_cluster(
     check_device(device)
     import torch
 
-    from moelab import paths, simulate
+    from moelab import simulate
     from moelab.bench import harness
     from moelab.engine.cluster import check
     from moelab.engine.cluster.links import Links
-    from moelab.runs.provenance import commit
     from moelab.simulate.exchange import collective_us
     from moelab.slurm import profiles
 

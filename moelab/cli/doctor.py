@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from moelab import paths
+from moelab.files import read_object
 from moelab.runs.preflight import existing
 from moelab.runs.provenance import describe, hardware
 
@@ -93,7 +94,6 @@ def checks(rates: bool = False) -> Iterator[tuple[bool | None, str]]:
 def _tested(card: str) -> tuple[bool | None, str]:
     """Return what `moelab gpu` said of this machine's GPU when it was last called."""
     from moelab.cli import gpu
-    from moelab.files import read_object
 
     folder = paths.home() / "gpu" / gpu.folder_name(card)
     ends = read_object(folder / "parts.json") or {}

@@ -8,10 +8,11 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
+from moelab import paths, terminal
 from moelab.cli._options import (
     EXPERIMENTS,
     AsJson,
@@ -21,9 +22,8 @@ from moelab.cli._options import (
     parse_parameters,
     print_json,
 )
-
-if TYPE_CHECKING:
-    from moelab.runs.spec import RunSpec
+from moelab.lazy import pd
+from moelab.runs.spec import RunSpec
 
 
 def list_(
@@ -35,14 +35,13 @@ def list_(
     """Show the experiments, or one with its scales and costs."""
     from rich.markup import escape
 
-    from moelab import terminal
     from moelab.experiments import EXPERIMENTS as KNOWN
     from moelab.experiments import experiment
 
     if as_json:
-        told = ("name", "number", "title", "paper", "question", "paper_answer", "arms", "scales")
+        columns = ("name", "number", "title", "paper", "question", "paper_answer", "arms", "scales")
         shown = KNOWN.values() if name is None else [experiment(name)]
-        print_json([{key: getattr(e, key) for key in told} for e in shown])
+        print_json([{key: getattr(e, key) for key in columns} for e in shown])
         return
     console = terminal.console()
     if name is None:
@@ -80,7 +79,7 @@ def run(
     ] = False,
     publish: Publish = False,
 ) -> None:
-    """Train what an experiment lacks, and show what it found.
+    """Train the missing runs of an experiment, execute its notebook, and show the result.
 
     Executes the experiment's notebook; its figures and claims go onto the results page.
     """
@@ -115,8 +114,7 @@ def run(
 
 
 def _plan(specs: Sequence[RunSpec]) -> None:
-    """Show what would be trained, and what is amiss with its texts; one that exists nowhere is refused."""
-    from moelab import terminal
+    """Show what would be trained, and problems with its data; data that exist nowhere are refused."""
     from moelab.data import UnknownCorpus
     from moelab.runs.dry_run import planned_runs, show
     from moelab.runs.preflight import check_texts
@@ -138,7 +136,6 @@ def claims(
     as_json: AsJson = False,
 ) -> None:
     """Show the paper's claims, our values and the verdicts."""
-    from moelab import paths, terminal
     from moelab.report.ledger import counts, distinct, entries, family, listing
     from moelab.report.summary import read_all
 
@@ -176,16 +173,13 @@ def power(
     By the spread over seeds in its newest result, published or your own: of the paper's claims that it measures, or of
     all arms against one of them.
     """
-    import pandas as pd
-
-    from moelab import paths, terminal
-    from moelab.design.power import MOST
+    from moelab.design.power import MAX_SEEDS
     from moelab.report.planning import needs
 
-    found = needs(name, scale, *paths.all_results(), against=against, effect=effect)
+    rows = needs(name, scale, *paths.all_results(), against=against, effect=effect)
     view = terminal.table("comparison", "spread", "effect to see", "one look", "at most", "mean")
-    for row in found.to_dict("records"):
-        seeds = [f"> {MOST}" if pd.isna(row[k]) else f"{row[k]:.0f}" for k in ("at once", "at most", "on average")]
+    for row in rows.to_dict("records"):
+        seeds = [f"> {MAX_SEEDS}" if pd.isna(row[k]) else f"{row[k]:.0f}" for k in ("at once", "at most", "on average")]
         seen = "–" if pd.isna(row["effect"]) else f"{row['effect']:.3g}, {row['effect from']}"
         view.add_row(row["comparison"], f"{row['spread']:.2g} of {row['seeds']}", seen, *seeds)
     console = terminal.console()

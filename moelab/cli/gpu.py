@@ -20,7 +20,10 @@ from typing import Annotated, Any
 
 import typer
 
+from moelab import environment, paths
 from moelab.cli._options import BENCHMARKS, Publish
+from moelab.files import read_object, write_json
+from moelab.runs.provenance import provenance
 
 ROOT = Path(__file__).parents[2]
 """Of the source tree, in which the parts run."""
@@ -139,8 +142,6 @@ def gpu(
     if not torch.cuda.is_available():
         built = "" if torch.version.cuda else f"; torch {torch.__version__} is built without CUDA"
         raise ValueError(f"gpu: no CUDA device is available{built}")
-    from moelab import paths
-
     card = folder_name(torch.cuda.get_device_name())
     folder = (out or paths.home() / "gpu" / card).resolve()
     good = run(chosen, folder, paths.results_for(publish) / "benchmarks" / card, again=again)
@@ -160,9 +161,6 @@ def run(parts: Sequence[Part], folder: Path, results: Path, *, again: bool = Fal
     Args:
         results: where the results pages look for benchmarks.
     """
-    from moelab.files import read_object, write_json
-    from moelab.runs.provenance import provenance
-
     about = provenance()
     ends: dict[str, Any] = read_object(folder / "parts.json") or {}
     for part in parts:
@@ -178,8 +176,6 @@ def run(parts: Sequence[Part], folder: Path, results: Path, *, again: bool = Fal
 
 def _run(part: Part, folder: Path) -> dict[str, Any]:
     """Run a part's command to its end or its limit; return how it ended."""
-    from moelab import environment, paths
-
     folder.mkdir(parents=True, exist_ok=True)
     arguments = [str(folder) if argument == OUT else argument for argument in part.command]
     started, log = time.monotonic(), folder / "log.txt"
@@ -207,8 +203,6 @@ def _run(part: Part, folder: Path) -> dict[str, Any]:
 
 def _publish(part: Part, folder: Path, results: Path, about: dict[str, Any]) -> None:
     """Copy a benchmark's rows and figures to where the results pages list them, with provenance."""
-    from moelab.files import write_json
-
     for rows in folder.glob("*.jsonl"):
         results.mkdir(parents=True, exist_ok=True)
         for file in folder.glob(f"{rows.stem}.*"):

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from moelab import paths, terminal
 from moelab.cli._options import check_choice
 
 kernels = typer.Typer(no_args_is_help=True, help="The Triton kernels: compiled without a GPU, tuned on one.")
@@ -22,8 +24,7 @@ def kernels_compile(
         check_choice("--arch", name, ("sm_80", "sm_90"))
     from moelab.kernels.tools.compile import main as compile_main
 
-    arguments = [item for name in arch or ["sm_80", "sm_90"] for item in ("--arch", name)]
-    raise typer.Exit(compile_main(arguments + (["--out", str(out)] if out else [])))
+    raise typer.Exit(int(not compile_main(tuple(arch or ("sm_80", "sm_90")), out)))
 
 
 @kernels.command(name="tune")
@@ -32,9 +33,6 @@ def kernels_tune(
     out: Annotated[Path | None, typer.Option(help="folder of the table; by default .moelab/tuned")] = None,
 ) -> None:
     """Measure tile sizes, warps and stages of each kernel on this machine's GPU; write the table that launches read."""
-    import time
-
-    from moelab import paths, terminal
     from moelab.cli._options import check_device
 
     check_device("cuda")
@@ -49,11 +47,11 @@ def kernels_tune(
     path = (out or paths.home() / "tuned") / f"{tuning.card(name)}.json"
     console = terminal.console()
 
-    def report(one: tune.Found) -> None:
+    def report(one: tune.Tuned) -> None:
         tune.write([one], path, name)
         best = " ".join(f"{key}={value}" for key, value in one.best.items()) or "own tile kept"
         text = f"{one.key}: {one.own_ms:.3g} ms -> {one.best_ms:.3g} ms, {best}"
         console.print(f"{text} ({one.tried} tried, {one.refused} refused, {one.wrong} wrong)", highlight=False)
 
-    found = tune.search("cuda", time.monotonic() + 60 * minutes, report=report)
-    console.print(f"{len(found)} shape classes measured: {paths.short(path)}", highlight=False)
+    tuned = tune.search("cuda", time.monotonic() + 60 * minutes, report=report)
+    console.print(f"{len(tuned)} shape classes measured: {paths.short(path)}", highlight=False)

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from moelab import paths
 from moelab.cli._options import RUNS, Out, check_choice, check_device, check_dtypes, run_names, write_provenance
 from moelab.config.parallel import EXCHANGES
+from moelab.files import write_text
 from moelab.runs.store import RunStore
+from moelab.terminal import task_progress
 
 if TYPE_CHECKING:
     from moelab.evaluation.zero_shot import Score
@@ -56,7 +61,6 @@ def generate(
     check_dtypes([dtype])
     check_choice("--exchange", exchange, EXCHANGES)
     directory = RunStore().find(run)
-    from moelab import paths
     from moelab.engine.checkpoint import CheckpointError
     from moelab.engine.launch import process
     from moelab.inference import Sampling
@@ -77,9 +81,9 @@ def generate(
             print(text, end="", flush=True)
         print()
         return
-    found = writer.generate(prompts, sampling)
+    completions = writer.generate(prompts, sampling)
     if mesh is None or mesh.rank == 0:
-        print("\n\n".join(str(text) for text in found))
+        print("\n\n".join(str(text) for text in completions))
     process.leave()
 
 
@@ -113,9 +117,6 @@ def eval_(
     Prints accuracy beside chance and bits per byte; an interrupted evaluation continues. With --losses: what rounding
     changes.
     """
-    import json
-    from dataclasses import asdict
-
     check_device(device)
     check_dtypes([dtype])
     if losses:
@@ -123,13 +124,11 @@ def eval_(
         return
     reference = run == SMALL_MODEL
     directory = None if reference else RunStore().find(run)
-    from moelab import paths
     from moelab.data.packages import CorpusUnavailable
     from moelab.engine.checkpoint import CheckpointError
     from moelab.evaluation.models import reference_directory
     from moelab.evaluation.zero_shot import PACKAGED, evaluate
     from moelab.experiments.zero_shot import save
-    from moelab.terminal import task_progress
 
     wanted = tuple(dict.fromkeys(name for name in map(str.strip, tasks.split(",")) if name)) or PACKAGED
     options: dict[str, Any] = dict(cache=paths.home() / "data", limit=limit, batch=batch, dtype=dtype, device=device)
@@ -177,12 +176,8 @@ def _show(scores: Sequence[Score]) -> None:
 
 def _losses(run: Path, tokens: int, as_json: bool, out: Path | None) -> None:
     """Print, and with `out` write, a run's validation loss by mode of inference and dtype."""
-    import json
-
-    from moelab import paths
     from moelab.engine.checkpoint import CheckpointError
     from moelab.evaluation import rounding
-    from moelab.files import write_text
 
     try:
         rows = rounding.measure(run, tokens, paths.home() / "data")
@@ -212,9 +207,11 @@ def import_(
         raise ValueError(f"import: {source!r} is no directory, and no name of a published model such as OWNER/NAME")
     _check_new("import", directory)
     from moelab.engine.checkpoint import hf
+    from moelab.terminal import working
 
     folder = Path(source) if Path(source).is_dir() else hf.fetch(source)
-    config = hf.convert(folder, directory, name=Path(source).name)
+    with working(f"converting {source}"):
+        config = hf.convert(folder, directory, name=Path(source).name)
     billions, active = config.parameters() / 1e9, config.active_parameters() / 1e9
     print(f"{config}: {billions:.3g} billion parameters, {active:.3g} of them active, in {directory}")
 
@@ -238,23 +235,24 @@ def export(
     """
     source = RunStore().find(run)
     _check_new("export", directory)
-    from moelab import paths
     from moelab.data import prepare
     from moelab.engine.checkpoint import CheckpointError, hf
     from moelab.inference.text import load_run, run_configs
+    from moelab.terminal import working
 
-    if not (source / "spec.json").is_file():
-        config = hf.read_config(source)
-        kind = format or hf.suitable_format(config)
-        hf.convert(source, directory, kind)
-    else:
-        config, data = run_configs(source)
-        kind = format or hf.suitable_format(config)
-        try:
-            model = load_run(source)
-        except CheckpointError as error:
-            raise ValueError(str(error)) from None
-        hf.export(model, directory, prepare(data, paths.home() / "data").tokenizer(), kind)
+    with working(f"writing {directory}"):
+        if not (source / "spec.json").is_file():
+            config = hf.read_config(source)
+            kind = format or hf.suitable_format(config)
+            hf.convert(source, directory, kind)
+        else:
+            config, data = run_configs(source)
+            kind = format or hf.suitable_format(config)
+            try:
+                model = load_run(source)
+            except CheckpointError as error:
+                raise ValueError(str(error)) from None
+            hf.export(model, directory, prepare(data, paths.home() / "data").tokenizer(), kind)
     print(f"{config}: {kind} format in {directory}")
 
 

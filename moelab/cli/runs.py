@@ -26,15 +26,15 @@ def export_(
     to = to or records.folder(publish=publish)
     store = RunStore()
     runs = store.select(names or (), file="result.json")
-    found = []
+    exported = []
     for name in runs:
         try:
-            found.append(store.at(name))
+            exported.append(store.at(name))
         except ValueError as error:  # made by another version; the others are good
             print(f"moelab: {error}", file=sys.stderr)
-    records.write(found, to)
-    print(f"{len(found)} runs packed into {to}")
-    if refused := len(runs) - len(found):
+    records.write(exported, to)
+    print(f"{len(exported)} runs packed into {to}")
+    if refused := len(runs) - len(exported):
         raise ValueError(f"{refused} of {len(runs)} runs cannot be read and were not packed")
 
 
@@ -44,18 +44,18 @@ def import_(
 ) -> None:
     """Take published runs over, so that an experiment trains only what is missing."""
     source = source or records.folder()
-    archives = records.found(source)
+    archives = records.archives_in(source)
     if not archives:
         raise ValueError(f"{source}: no runs to take over; give a folder of zips that `moelab runs export` wrote")
     store = RunStore()
     taken = here = 0
     for archive in archives:
         try:
-            found = records.read(archive, store)
+            taken_over = records.read(archive, store)
         except ValueError as error:  # the others are good
             print(f"moelab: {error}", file=sys.stderr)
             continue
-        taken, here = taken + (found is not None), here + (found is None)
+        taken, here = taken + (taken_over is not None), here + (taken_over is None)
     print(f"{taken} runs taken over, {here} were here already ({store.root})")
     if refused := len(archives) - taken - here:
         raise ValueError(f"{refused} of {len(archives)} records were not taken over")

@@ -2,25 +2,39 @@
 
 from __future__ import annotations
 
+import time
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
+from moelab import terminal
 from moelab.cli._options import AsJson, print_json
-
-if TYPE_CHECKING:
-    from moelab.config import ModelConfig
+from moelab.config import ModelConfig
+from moelab.config.parallel import ParallelConfig
+from moelab.files import write_json
+from moelab.runs.provenance import provenance
 
 app = typer.Typer(no_args_is_help=True, help="Compute latency, memory, throughput and cost of a layout.")
 
-Model = Annotated[str, typer.Argument(help="a name such as 1.3B+MoE-128, or a directory of an imported model")]
+Model = Annotated[
+    str, typer.Argument(help="a name such as 1.3B+MoE-128 or qwen3-235b, or a directory of an imported model")
+]
 Gpus = Annotated[int, typer.Option(help="GPUs")]
-ClusterName = Annotated[str, typer.Option(help="a100, a100-40gb, a100-80gb, h100, or a YAML file")]
-SystemName = Annotated[str, typer.Option(help="pytorch (the paper's baseline), deepspeed (its full system), moelab")]
+ClusterName = Annotated[str, typer.Option(help="a100, a100-40gb, a100-80gb, h100, h200, h800, or a YAML file")]
+SystemName = Annotated[
+    str,
+    typer.Option(help="pytorch (the paper's baseline), deepspeed (its full system), moelab; today: engine, engine-tp"),
+]
 Tensor = Annotated[int, typer.Option(help="ranks of tensor slicing")]
 Context = Annotated[int, typer.Option(help="tokens a sequence, for the cache")]
-Dtype = Annotated[str, typer.Option(help="fp16, bf16 or fp32: of weights, cache and products")]
+Dtype = Annotated[
+    str,
+    typer.Option(
+        help="fp16, bf16 or fp32, of weights, cache and products; fp8, of weights and products; int8, of weights"
+    ),
+]
 
 
 def plan(
@@ -42,7 +56,6 @@ def plan(
     from rich.padding import Padding
     from rich.text import Text
 
-    from moelab import terminal
     from moelab.simulate.search import BATCHES, describe, frame
     from moelab.simulate.search import plan as search
 
@@ -66,7 +79,7 @@ def plan(
     console = terminal.console()
     console.print(f"{best.model} on {best.cluster}, {best.system}, best by {objective}:", highlight=False)
     speed = f"{best.latency_ms:.2f} ms a token, {best.tokens_per_s_per_gpu:,.1f} tokens/s/GPU{_price(best)}"
-    for line in (describe(best), speed, *found.why):
+    for line in (describe(best), speed, *found.why, *_experience(model, best)):
         console.print(Padding(Text(line), (0, 0, 0, 2)))
     console.print("Pareto front:")
     several = len({e.parallel.exchange for e in found.front}) > 1
@@ -133,6 +146,25 @@ def decode(
             print(f"  {part:<12} {ms:9.3f} ms  {ms / got.latency_ms:4.0%}")
     print(f"{got.tokens_per_s_per_gpu:,.1f} tokens/s/GPU{_price(got)}")
     _print_memory(got)
+    for line in _experience(model, got):
+        print(line)
+
+
+def _experience(model: str, got) -> list[str]:
+    """Return the range of a step of a program of today, and the nearest public measurement, as lines."""
+    from moelab.simulate import public
+    from moelab.simulate.systems import system
+
+    if not system(got.system).modern:
+        return []
+    factor, within, rows = public.experience("decode")
+    low, high = got.latency_ms / factor, got.latency_ms * factor
+    held = f"range {low:.2f} to {high:.2f} ms a token: ranges like it held for {within} of {rows} sealed measurements"
+    p = got.parallel
+    near = public.nearest("decode", model, got.cluster, batch=got.batch, tensor=p.tensor, expert=p.expert)
+    if not near:
+        return [held]
+    return [held, f"nearest measurement: {near.value:g} {near.unit}, {near.system} on {near.cluster}: {near.settings}"]
 
 
 @app.command()
@@ -150,8 +182,6 @@ def train(
     as_json: AsJson = False,
 ) -> None:
     """Show a training step of one layout: time by part, samples/s, memory with optimizer, days of the training."""
-    from dataclasses import asdict, replace
-
     from moelab import simulate
 
     parallel = _parallel(simulate, cluster, gpus, tensor, 0, 1, "flat")
@@ -193,8 +223,17 @@ def clusters(as_json: AsJson = False) -> None:
 
 
 @app.command()
-def score(as_json: AsJson = False) -> None:
-    """Show every number of the paper that the simulator can be compared with, and its error."""
+def score(
+    public: Annotated[
+        bool, typer.Option("--public", help="public measurements of today's systems, with ranges")
+    ] = False,
+    group: Annotated[str, typer.Option(help="with --public: every row of a group, such as decode")] = "",
+    as_json: AsJson = False,
+) -> None:
+    """Show the simulator beside every number of the paper, or beside public measurements of today's systems."""
+    if public:
+        _score_public(group, as_json)
+        return
     from moelab.simulate.scoreboard import median_error, rows
 
     found = rows()
@@ -210,22 +249,64 @@ def score(as_json: AsJson = False) -> None:
         print(f"median absolute error, {kind}: {median_error(found, kind=kind):.1f} %")
 
 
+def _score_public(group: str, as_json: bool) -> None:
+    from moelab.config import unknown
+    from moelab.simulate import judge
+    from moelab.simulate.public import GROUPS, measurements, seal
+
+    if group and group not in GROUPS:
+        raise ValueError(unknown(f"no group {group!r}", group, GROUPS))
+    found = judge.rows([m for m in measurements() if not group or m.group == group])
+    if as_json:
+        print_json({"seal": seal(), "summary": judge.summary(found), "rows": found})
+        return
+    if group:
+        table = terminal.table("row", "published", "simulated", "range", "unit", "error of the time", "kind")
+        for r in found:
+            numbers = (f"{r['published']:.4g}", f"{r['simulated']:.4g}", f"{r['low']:.4g} to {r['high']:.4g}")
+            table.add_row(r["id"], *numbers, r["unit"], f"{r['error_percent']:+.0f} %", r["kind"])
+    else:
+        table = terminal.table("group", "half", "rows", "median error", "worst", "in range", "range")
+        for r in judge.summary(found):
+            errors = (f"{r['median_error_percent']:.0f} %", f"{r['worst_error_percent']:+.0f} %")
+            within = f"{r['within']} of {r['rows']}"
+            table.add_row(r["group"], r["half"], str(r["rows"]), *errors, within, f"x or / {r['range_factor']:.2f}")
+    terminal.console().print(table)
+
+
 @app.command()
 def fit(
-    out: Annotated[Path | None, typer.Option(help="JSON file; default: the package's calibration.json")] = None,
+    modern: Annotated[bool, typer.Option("--modern", help="the constants of today's programs")] = False,
+    out: Annotated[Path | None, typer.Option(help="JSON file; default: the package's own")] = None,
 ) -> None:
-    """Fit the free constants to the 52B scaling figure (arXiv Fig 10) alone, and store them with their provenance."""
-    import time
+    """Fit the free constants to the 52B scaling figure (arXiv Fig 10) or, with --modern, to open rows; store them."""
     from importlib import resources
 
-    from moelab.files import write_json
-    from moelab.runs.provenance import provenance
+    from moelab.simulate import judge
     from moelab.simulate.calibrate import fit as run_fit
     from moelab.simulate.constants import FREE
 
-    found = run_fit()
+    found = judge.fit() if modern else run_fit()
+    if modern:
+        for name, value in found["constants"].items():
+            print(f"{name:<14} {value:10.4g}{'  at its bound' if name in found['at_bound'] else ''}")
+    else:
+        _print_fit(found, FREE)
+    record = provenance()
+    found["made"] = {
+        "date": time.strftime("%Y-%m-%d", time.gmtime()),
+        "command": "moelab simulate fit" + " --modern" * modern,
+        **{k: record[k] for k in ("commit", "modified") if k in record},
+    }
+    name = "calibration_modern.json" if modern else "calibration.json"
+    file = out or Path(str(resources.files("moelab.simulate").joinpath(name)))
+    write_json(file, found)
+    print(f"written: {file}")
+
+
+def _print_fit(found, free) -> None:
     for name, value in found["constants"].items():
-        low, high, _ = FREE[name]
+        low, high, _ = free[name]
         error = found["standard_errors"][name]
         spread = "at its bound" if error is None else f"± {error:.0%}"
         print(f"{name:<14} {value:8.3f}  {spread}, allowed {low:g} to {high:g}")
@@ -235,20 +316,9 @@ def fit(
             f"{bar['system']:<10} {bar['gpus']:>3} GPUs  paper {bar['paper_ms']:5.1f}  "
             f"simulated {bar['simulated_ms']:5.1f} ms  {ratio:+.1%}"
         )
-    record = provenance()
-    found["made"] = {
-        "date": time.strftime("%Y-%m-%d", time.gmtime()),
-        "command": "moelab simulate fit",
-        **{k: record[k] for k in ("commit", "modified") if k in record},
-    }
-    file = out or Path(str(resources.files("moelab.simulate").joinpath("calibration.json")))
-    write_json(file, found)
-    print(f"written: {file}")
 
 
 def _parallel(simulate, cluster: str, gpus: int, tensor: int, expert: int, slicing: int, exchange: str):
-    from moelab.config.parallel import ParallelConfig
-
     if gpus < 1 or tensor < 1 or gpus % tensor:
         raise ValueError(f"--tensor {tensor} does not divide --gpus {gpus}")
     return ParallelConfig(

@@ -9,10 +9,12 @@ import itertools
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from moelab import paths
 from moelab.cli._options import (
     CLUSTER,
     AsJson,
@@ -24,6 +26,8 @@ from moelab.cli._options import (
     print_json,
     run_names,
 )
+from moelab.runs.spec import closure
+from moelab.runs.store import RunStore
 
 if TYPE_CHECKING:
     from moelab.report.sweep import Sweep
@@ -57,12 +61,9 @@ def prepare(
 
     Where the nodes have no network, do this on the login node before `moelab submit`.
     """
-    from dataclasses import replace
-
-    from moelab import data, paths
+    from moelab import data
     from moelab.design.parameters import resolve
     from moelab.experiments import experiment
-    from moelab.runs.spec import closure
 
     given = parse_parameters(parameter, scale)
     specs = [spec for name in names for spec in resolve(experiment(name), given).specs]
@@ -232,7 +233,6 @@ def _submit(
     from moelab.design.parameters import resolve
     from moelab.experiments import experiment
     from moelab.report.sweep import Sweep
-    from moelab.runs.spec import closure
     from moelab.slurm import preflight, profiles
     from moelab.slurm import submit as module
 
@@ -270,18 +270,16 @@ def _submit(
 
 def _compare(name: str, sweep: Sweep, publish: bool, *, over: bool) -> None:
     """Print the table of a sweep's points as far as they have ended; if all have, publish it, if it is not yet."""
-    from moelab import paths
     from moelab.experiments import experiment
     from moelab.report import site
     from moelab.report import sweep as module
-    from moelab.runs.store import RunStore
     from moelab.slurm.submission import results
 
     ended = results(name, sweep.points)
     if over:
-        found = module.compare(experiment(name), sweep, ended, RunStore())
-        module.show(sweep, found)
-        if all(ended) and (folder := module.publish(experiment(name), sweep, found, publish=publish)):
+        comparison = module.compare(experiment(name), sweep, ended, RunStore())
+        module.show(sweep, comparison)
+        if all(ended) and (folder := module.publish(experiment(name), sweep, comparison, publish=publish)):
             site.update(publish=publish)
             print(f"figure: {paths.short(folder / module.NAME)}.svg; it is on the results page, too")
     if not (over and all(ended)):
@@ -307,8 +305,6 @@ def _print_scripts(plan: Plan, *, scripts: bool = True) -> None:
 
 
 def _print_submitted(name: str, plan: Plan) -> None:
-    from moelab import paths
-
     submission = plan.submission
     before = [f"{plan.finished} runs are finished"] * bool(plan.finished) + [
         f"{plan.queued} are queued already"

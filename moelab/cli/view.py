@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from moelab import environment, paths
 from moelab.cli._options import EXPERIMENTS, AsJson, Profile, print_json, run_names
 
 
@@ -22,7 +23,6 @@ def lab(
 
     On 127.0.0.1, or with --profile on a node of a cluster. Further arguments are JupyterLab's.
     """
-    from moelab import environment, paths
     from moelab.notebook import copies
 
     folder = paths.notebooks() if originals else copies.update()
@@ -49,8 +49,10 @@ def browse(
 
     from moelab.report import site
     from moelab.report.site.server import ResultsServer
+    from moelab.terminal import working
 
-    built = site.update(publish=publish)
+    with working("building the pages"):
+        built = site.update(publish=publish)
     for line in built.unreadable:
         print(f"not readable: {line}", file=sys.stderr)
     if not serve:
@@ -92,9 +94,9 @@ def doctor(
     from moelab.cli.doctor import checks, report
 
     if as_json:
-        found = [{"ok": ok, "text": text} for ok, text in checks(rates)]
-        print_json(found)
-        good = all(row["ok"] is not False for row in found)
+        lines = [{"ok": ok, "text": text} for ok, text in checks(rates)]
+        print_json(lines)
+        good = all(row["ok"] is not False for row in lines)
     else:
         good = report(rates)
     if not good:
@@ -104,7 +106,7 @@ def doctor(
 def register(app: typer.Typer) -> None:
     """Add these commands to `moelab`."""
     app.command(rich_help_panel=EXPERIMENTS)(browse)
-    further = {"allow_extra_args": True, "ignore_unknown_options": True}
-    app.command(context_settings=further, rich_help_panel=EXPERIMENTS)(lab)
+    options = {"allow_extra_args": True, "ignore_unknown_options": True}
+    app.command(context_settings=options, rich_help_panel=EXPERIMENTS)(lab)
     app.command(rich_help_panel=EXPERIMENTS)(tensorboard)
     app.command(rich_help_panel=EXPERIMENTS)(doctor)

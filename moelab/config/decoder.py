@@ -71,8 +71,9 @@ def expert_pattern(layers: int, experts: int, *, dense_first: int = 0, every: in
     Raises:
         ValueError: no layer would have experts.
     """
-    found = tuple(experts if i > dense_first and i % every == 0 else 0 for i in range(1, layers + 1))
+    counts = tuple(experts if i > dense_first and i % every == 0 else 0 for i in range(1, layers + 1))
     _check(
-        any(found), f"no MoE layer among {layers}: the first {dense_first} are dense, then every {every}th has experts"
+        any(counts),
+        f"no MoE layer among {layers}: the first {dense_first} are dense, then every {every}th has experts",
     )
-    return found
+    return counts

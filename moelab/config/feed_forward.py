@@ -82,13 +82,13 @@ class FeedForward:
         """
         M, F = self.hidden, self.ffn
         columns = (2, F) if self.gated else (F,)
-        found = {
+        named = {
             "up": Weight((M, *columns), len(columns)),
             "up_bias": Weight(columns, len(columns) - 1, matrix=False),
             "down": Weight((F, M), 0),
             "down_bias": Weight((M,), None, matrix=False),
         }
-        return {name: weight for name, weight in found.items() if self.biases or not name.endswith("_bias")}
+        return {name: weight for name, weight in named.items() if self.biases or not name.endswith("_bias")}
 
     @property
     def parameters(self) -> int:

@@ -23,7 +23,7 @@ from moelab.config.names import BASES, GRAMMAR, NAME, PAPER_NAMES
 from moelab.config.parallel import ParallelConfig
 from moelab.config.routing import RoutingConfig
 
-LARGEST = 1 << 24
+MAX_SIZE = 1 << 24
 """No size of a model is larger: one that is comes from a damaged file or a slip."""
 
 
@@ -76,7 +76,7 @@ class ModelConfig:
         for what in ("layers", "hidden", "heads", "vocab", "context"):
             value = getattr(self, what)
             _check(value >= 1, f"{where}: {what} must be at least 1, got {value}")
-            _check(value <= LARGEST, f"{where}: {what} must be at most {LARGEST:,}, got {value:,}")
+            _check(value <= MAX_SIZE, f"{where}: {what} must be at most {MAX_SIZE:,}, got {value:,}")
         _check(self.init_std >= 0, f"{where}: init_std must not be negative, got {self.init_std}")
         _check(
             self.decoder.head_size > 0 or self.hidden % self.heads == 0,
@@ -297,9 +297,9 @@ class ModelConfig:
     @property
     def ffn_sizes(self) -> tuple[int, ...]:
         """Return the feed-forward sizes that occur in the model."""
-        found: list[FeedForward | None] = [self.dense_feed_forward] if self.moe_layers < self.layers else []
-        found += [self.expert_feed_forward, self.fixed_feed_forward] if self.is_moe else []
-        return tuple(sorted({one.ffn for one in found if one is not None}))
+        kinds: list[FeedForward | None] = [self.dense_feed_forward] if self.moe_layers < self.layers else []
+        kinds += [self.expert_feed_forward, self.fixed_feed_forward] if self.is_moe else []
+        return tuple(sorted({one.ffn for one in kinds if one is not None}))
 
     @property
     def attention_weights(self) -> int:

@@ -41,7 +41,7 @@ _FIXED = ("model.name", "train.seed")  # a name has no effect; an experiment's `
 @functools.cache
 def settable() -> dict[str, Any]:
     """Return every dotted name that can be overridden, with the declared type of its value."""
-    found: dict[str, Any] = {}
+    settings: dict[str, Any] = {}
 
     def collect(cls: Any, prefix: str) -> None:
         hints = get_type_hints(cls)
@@ -50,11 +50,11 @@ def settable() -> dict[str, Any]:
             if is_dataclass(hint):
                 collect(hint, name)
             elif name not in _FIXED:
-                found[name] = hint
+                settings[name] = hint
 
     for section, cls in SECTIONS.items():
         collect(cls, section)
-    return found
+    return settings
 
 
 def check_overrides(given: Mapping[str, Any]) -> dict[str, Any]:

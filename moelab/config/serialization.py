@@ -12,10 +12,7 @@ from typing import Any
 
 from moelab.config.boundary import from_json
 
-
-@functools.cache
-def _hints(cls: Any) -> dict[str, Any]:
-    return typing.get_type_hints(cls)
+_hints = functools.cache(typing.get_type_hints)
 
 
 def identity(config: Any) -> Any:

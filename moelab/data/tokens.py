@@ -20,8 +20,7 @@ from typing import TYPE_CHECKING, Any, get_args
 import numpy as np
 
 from moelab.config.data import Part
-from moelab.data.packages import sha256_of
-from moelab.files import read_json, write_json
+from moelab.files import read_json, sha256_of, write_json
 
 if TYPE_CHECKING:
     from moelab.data.tokenizer import Tokenizer
@@ -182,6 +181,3 @@ def _of_part(text: str, part: Part) -> str:
 
 def _map(path: Path) -> np.memmap:
     return np.load(path, mmap_mode="r", allow_pickle=False)
-
-
-# ---- building

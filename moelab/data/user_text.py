@@ -12,6 +12,7 @@ from pathlib import Path
 from moelab.config import DataConfig
 from moelab.data.documents import Corpus, Document, Split, UnknownCorpus, hash_fraction
 from moelab.data.packages import CorpusUnavailable
+from moelab.terminal import one_line
 
 FOLDER_VALIDATION = 0.05
 HF_VALIDATION = 0.01
@@ -156,7 +157,6 @@ def _hf_records(name: str, subset: str | None) -> Iterator[dict]:
     try:
         yield from datasets.load_dataset(name, subset, split="train", streaming=True)
     except Exception as error:  # the library raises many kinds, most of them pages long
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise CorpusUnavailable(
-            f"cannot read Hugging Face data set {name!r}: {type(error).__name__}: {reason}"
+            f"cannot read Hugging Face data set {name!r}: {type(error).__name__}: {one_line(error)}"
         ) from error

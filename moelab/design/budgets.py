@@ -1,8 +1,9 @@
-"""Compare arms at several token budgets, each with its own decay of the learning rate.
+"""Compare arms at several token budgets, each with its own cooldown of the learning rate.
 
 A loss in the middle of a run is not the loss of a run of that length, because its learning rate has not decayed yet. A
-*budget* is a run that branches off a longer one, its *trunk*, where its own decay begins
-(`moelab.runs.branching.token_budgets`), so it equals the run of that length and costs a fifth of it.
+*budget* is a run that branches off a longer one, its *trunk*, in the stable phase of a warm-up-stable-decay schedule,
+where its own cooldown begins (`moelab.runs.branching.token_budgets`). It equals the run of that length and costs a
+fifth of it.
 
 Budgets are compared across model sizes by *tokens a parameter*: tokens over the parameters that the dense base has
 outside its embeddings, for the base and for the MoE on it.
@@ -13,18 +14,14 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
 from moelab import paper
 from moelab.config import ExpertConfig, ModelConfig
 from moelab.design import settings
+from moelab.lazy import np, pd
 from moelab.runs.branching import token_budgets
 from moelab.runs.collection import Runs
 from moelab.runs.spec import RunSpec
-
-if TYPE_CHECKING:
-    import pandas as pd
-    from matplotlib.axes import Axes
 
 BUDGETS = {
     "smoke": (6_144, 12_288),
@@ -33,7 +30,7 @@ BUDGETS = {
 }
 """Scale -> tokens of the budgets below the trunk's own."""
 
-WIDEST = 3
+MAX_FACTOR = 3
 """Between budgets whose tokens are further apart than by this factor nothing is interpolated."""
 
 COLUMNS = ["arm", "seed", "tokens", "per_parameter", "loss"]
@@ -55,12 +52,12 @@ def with_budgets(trunk: RunSpec, scale: str) -> list[RunSpec]:
     ]
     branches = token_budgets(trunk, fitting)
     starts = tuple(branch.start.tokens for branch in branches if branch.start)
-    keeping = replace(trunk, train=replace(train, keep_at=starts))
+    kept = replace(trunk, train=replace(train, keep_at=starts))
     named = [
         replace(branch, label=f"{trunk.title}, {branch.train.tokens / 1e6:.1f} M tokens")
-        for branch in token_budgets(keeping, fitting)
+        for branch in token_budgets(kept, fitting)
     ]
-    return [keeping, *named]
+    return [kept, *named]
 
 
 def expand(specs: Sequence[RunSpec], arms: Sequence[str], scale: str) -> list[RunSpec]:
@@ -80,8 +77,6 @@ def losses(runs: Runs) -> pd.DataFrame:
     Columns: arm, seed, tokens, per_parameter (tokens over the base's parameters outside its embeddings), loss (nats per
     token).
     """
-    import pandas as pd
-
     rows = []
     for run in runs.finished:
         spec = run.spec
@@ -96,10 +91,7 @@ def losses(runs: Runs) -> pd.DataFrame:
 def gaps(table: pd.DataFrame, reference: str) -> pd.DataFrame:
     """Return the losses minus the reference arm's of the same seed and budget, as a column gap; without the reference.
 
-    A column against names the reference.
-
-    Args:
-        table: from `losses`.
+    A column against names the reference. `table` comes from `losses`.
     """
     keys = ["seed", "tokens"]
     base = table[table["arm"] == reference].set_index(keys)["loss"].rename("base")
@@ -114,69 +106,12 @@ def paper_gaps(model: str, base: str) -> pd.DataFrame:
 
     Columns: tokens, per_parameter, gap, low, high.
     """
-    import pandas as pd
-
-    moe, dense = paper.loss_curve(model), paper.loss_curve(base)
     parameters = ModelConfig.parse(base).non_embedding_parameters()
-    theirs = dict(zip(moe.tokens_B, zip(moe.loss, moe.uncertainty, strict=True), strict=True))
-    rows = []
-    for billions, loss, wide in zip(dense.tokens_B, dense.loss, dense.uncertainty, strict=True):
-        if billions in theirs:
-            gap, both = theirs[billions][0] - loss, wide + theirs[billions][1]
-            rows.append([billions * 1e9, billions * 1e9 / parameters, gap, gap - both, gap + both])
+    rows = [
+        [billions * 1e9, billions * 1e9 / parameters, *gap]
+        for billions, *gap in paper.loss_curve(model).minus(paper.loss_curve(base))
+    ]
     return pd.DataFrame(rows, columns=["tokens", "per_parameter", "gap", "low", "high"])
-
-
-def draw(
-    ax: Axes,
-    table: pd.DataFrame,
-    *,
-    arms: Sequence[str],
-    reference: str,
-    of: Sequence[str] = (),
-    paper_pair: tuple[str, str] | None = None,
-) -> Axes:
-    """Draw the gap over tokens a parameter: the mean over seeds with its 95 % interval, and the paper's beside it.
-
-    Args:
-        table: from `gaps`.
-        arms: the arms to draw.
-        reference: the arm that the gaps are to.
-        of: all arms of the experiment, for their colours.
-        paper_pair: the paper's model and its base, see `paper_gaps`.
-    """
-    from moelab.plotting import figures
-
-    palette = figures.colors(of or arms)
-    for i, arm in enumerate(arms):
-        part = table[table["arm"] == arm].groupby("per_parameter")["gap"]
-        if not len(part):
-            continue
-        bounds = [figures.student(values) for _, values in part]
-        low, high = zip(*bounds, strict=True)
-        x = [value * (1 + 0.015 * i) for value in part.groups]  # beside one another, not on one another
-        figures.our_points(ax, x, list(part.mean()), list(low), list(high), label=arm, color=palette[arm])
-    if paper_pair:
-        theirs = paper_gaps(*paper_pair)
-        figures.paper_points(
-            ax,
-            theirs["per_parameter"],
-            theirs["gap"],
-            theirs["low"],
-            theirs["high"],
-            line=True,
-            label=f"paper: {paper_pair[0]} (Fig 1, along one run)",
-        )
-    ax.axhline(0, color="#888888", linewidth=1)
-    ax.set_xscale("log")
-    ax.xaxis.set_major_formatter("{x:g}")
-    ax.xaxis.set_minor_formatter("")
-    ax.set(
-        xlabel="training tokens for each parameter of the base (without embeddings)",
-        ylabel=f"loss minus {reference}'s (nats per token)",
-    )
-    figures.legend_below(ax, columns=1)
-    return ax
 
 
 def efficiency(table: pd.DataFrame, moe: str, base: str) -> pd.DataFrame:
@@ -192,8 +127,6 @@ def efficiency(table: pd.DataFrame, moe: str, base: str) -> pd.DataFrame:
     Returns:
         Columns arm, seed, tokens (the base's budget), per_parameter, times.
     """
-    import pandas as pd
-
     rows = []
     for seed, part in table.groupby("seed"):
         ours, theirs = (part[part["arm"] == arm].sort_values("tokens") for arm in (moe, base))
@@ -207,11 +140,11 @@ def efficiency(table: pd.DataFrame, moe: str, base: str) -> pd.DataFrame:
 def tokens_at(curve: pd.DataFrame, goal: float) -> float | None:
     """Return the tokens at which an arm's budgets reach a loss, interpolated over log tokens.
 
-    None outside of the budgets, and between two that are more than `WIDEST` apart.
+    None outside of the budgets, and between two that are more than `MAX_FACTOR` apart.
     """
     points = list(zip(curve["tokens"], curve["loss"], strict=True))
     for (before, high), (after, low) in zip(points, points[1:], strict=False):
-        if low <= goal <= high and low < high and after <= WIDEST * before:
+        if low <= goal <= high and low < high and after <= MAX_FACTOR * before:
             return math.exp(math.log(before) + (high - goal) / (high - low) * (math.log(after) - math.log(before)))
     return None
 
@@ -220,7 +153,7 @@ def loss_at(curve: pd.DataFrame, tokens: float) -> float | None:
     """Return an arm's loss at a number of tokens, interpolated over log tokens; None as in `tokens_at`."""
     points = list(zip(curve["tokens"], curve["loss"], strict=True))
     for (before, high), (after, low) in zip(points, points[1:] or points, strict=False):
-        if before <= tokens <= after and after <= WIDEST * before:
+        if before <= tokens <= after and after <= MAX_FACTOR * before:
             share = math.log(tokens / before) / math.log(after / before) if after > before else 0.0
             return high + share * (low - high)
     return None
@@ -239,8 +172,6 @@ def at_equal_cost(table: pd.DataFrame, costs: Mapping[str, Mapping[str, float]],
     Returns:
         Columns at (what), arm, seed, gap.
     """
-    import pandas as pd
-
     rows = []
     for seed, part in table.groupby("seed"):
         dense = part[part["arm"] == base].sort_values("tokens")
@@ -251,9 +182,9 @@ def at_equal_cost(table: pd.DataFrame, costs: Mapping[str, Mapping[str, float]],
             dearer = {"training tokens": 1.0} | {
                 what: a_token[arm] / a_token[base] for what, a_token in costs.items() if {arm, base} <= set(a_token)
             }
-            found = {what: loss_at(curve, last["tokens"] / times) for what, times in dearer.items()}
-            if None not in found.values():
-                rows += [[what, arm, seed, loss - last["loss"]] for what, loss in found.items()]
+            losses = {what: loss_at(curve, last["tokens"] / times) for what, times in dearer.items()}
+            if None not in losses.values():
+                rows += [[what, arm, seed, loss - last["loss"]] for what, loss in losses.items()]
     return pd.DataFrame(rows, columns=["at", "arm", "seed", "gap"])
 
 
@@ -270,8 +201,6 @@ def effective_size(final: pd.DataFrame, moe: str, base: str, larger: str, scale:
     Returns:
         Columns seed, times.
     """
-    import pandas as pd
-
     table = final.pivot(index="seed", columns="arm", values="validation_loss")
     if not {moe, base, larger} <= set(table):
         return pd.DataFrame(columns=["seed", "times"])
@@ -283,8 +212,6 @@ def effective_size(final: pd.DataFrame, moe: str, base: str, larger: str, scale:
 
 def paper_effective_size(moe: str, base: str, larger: str, per_parameter: float) -> float:
     """Return the same from the paper's Fig 1, at the tokens where its base has seen so many tokens a parameter."""
-    import numpy as np
-
     small, large = (ModelConfig.parse(name).non_embedding_parameters() for name in (base, larger))
     at = per_parameter * small / 1e9
     curves = {name: paper.loss_curve(name) for name in (moe, base, larger)}

@@ -7,20 +7,17 @@ more.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from moelab import paper
 from moelab.config import ModelConfig
 from moelab.design import sequential, settings
-from moelab.design.judging import LEAST, judge
+from moelab.design.judging import MIN_SAMPLES, judge
 from moelab.design.verdicts import Verdict
+from moelab.lazy import pd
+from moelab.runs.collection import Runs
 from moelab.runs.spec import RunSpec
 from moelab.statistics import interval
-
-if TYPE_CHECKING:
-    import pandas as pd
-
-    from moelab.runs.collection import Runs
 
 TWINS = "Twins, paired by seed."
 RAISED = (
@@ -67,8 +64,6 @@ def pairs(final: pd.DataFrame, of: Sequence[tuple[str, str]]) -> pd.DataFrame:
 
     Columns: arm ("left − right"), left, right, seed, gap (nats per token).
     """
-    import pandas as pd
-
     table = by_arm(final)
     rows = [
         [f"{left} − {right}", left, right, seed, gap]
@@ -233,18 +228,15 @@ def differences(final: pd.DataFrame, expected: Sequence[tuple[str, str, str]]) -
 
     Returns:
         Columns left, right, mean (left minus right), low, high (95 % interval), seeds, expected, found: "below" or
-        "above" if the interval is on one side of zero, else "cannot tell"; "too few seeds" below `judging.LEAST`.
+        "above" if the interval is on one side of zero, else "cannot tell"; "too few seeds" below `judging.MIN_SAMPLES`.
     """
-    import pandas as pd
-
     rows = []
     for left, right, where in expected:
         if values := paired(final, left, right):
             mean, low, high = interval(values)
-            found = "below" if high < 0 else "above" if low > 0 else "cannot tell"
-            rows.append(
-                [left, right, mean, low, high, len(values), where, found if len(values) >= LEAST else "too few seeds"]
-            )
+            outcome = "below" if high < 0 else "above" if low > 0 else "cannot tell"
+            outcome = outcome if len(values) >= MIN_SAMPLES else "too few seeds"
+            rows.append([left, right, mean, low, high, len(values), where, outcome])
     return pd.DataFrame(rows, columns=["left", "right", "mean", "low", "high", "seeds", "expected", "found"])
 
 
@@ -286,8 +278,6 @@ def ends_headline(curves: pd.DataFrame) -> str:
 
 def models(specs: Sequence[RunSpec]) -> pd.DataFrame:
     """Return, a row per arm, its twin's sizes (millions), experts by layer, and FLOPs per token (millions)."""
-    import pandas as pd
-
     rows = {
         spec.title: {
             "layers": spec.model.layers,
@@ -307,8 +297,6 @@ def summary(runs: Runs) -> pd.DataFrame:
 
     Not the time of the runs, which depends on what else their machines did; `moelab bench train` measures arms in turn.
     """
-    import pandas as pd
-
     final = runs.final()
     rows = []
     for arm in dict.fromkeys(final["arm"]) if len(final) else ():
@@ -331,8 +319,6 @@ def summary(runs: Runs) -> pd.DataFrame:
 
 def costs(specs: Sequence[RunSpec]) -> pd.DataFrame:
     """Return, a row per arm: tokens of its trunk before it begins and its own (millions), and FLOPs of both (10^12)."""
-    import pandas as pd
-
     rows = {
         spec.title: {
             "tokens of its trunk (M)": spec.start.tokens / 1e6 if spec.start else 0.0,
@@ -350,8 +336,6 @@ def at_the_start(runs: Runs) -> pd.DataFrame:
     Columns: arm, seed, before, after (nats per token); before is missing where the trunk was not evaluated at that step
     or is not among the runs.
     """
-    import pandas as pd
-
     evaluated = {run.spec.id: run.rows("validation.jsonl") for run in runs.finished}
     rows = []
     for run in runs.finished:
@@ -381,8 +365,6 @@ def balance(runs: Runs) -> pd.DataFrame:
     Columns: arm, those of `BALANCE` that the runs have, the `max_violation` of tokens that are dealt out at random, and
     p0 to p100, the percentiles of an expert's load relative to the mean load. Each is a mean over layers and seeds.
     """
-    import pandas as pd
-
     from moelab.training.balance import PERCENTILES, random_max_violation
 
     rows = []
@@ -392,11 +374,11 @@ def balance(runs: Runs) -> pd.DataFrame:
             last = training[-1]
             layers = list(last["load_percentiles"].values())
             percentiles = {f"p{p}": sum(each[i] for each in layers) / len(layers) for i, p in enumerate(PERCENTILES)}
-            found = {k: last[k] for k in BALANCE if k in last}
+            values = {k: last[k] for k in BALANCE if k in last}
             model, tokens = run.spec.model, run.spec.train.batch_size * run.spec.data.context
             floors = [random_max_violation(tokens, experts, model.top_k) for experts in model.experts if experts]
-            found |= {"max_violation, random": sum(floors) / len(floors)}
-            rows.append({"arm": run.spec.title, **found, **percentiles})
+            values |= {"max_violation, random": sum(floors) / len(floors)}
+            rows.append({"arm": run.spec.title, **values, **percentiles})
     if not rows:
         return pd.DataFrame(columns=["arm"])
     return pd.DataFrame(rows).groupby("arm", sort=False).mean().reset_index()

@@ -65,8 +65,8 @@ def full_cost(hours: float) -> str:
     return f"about {hours:.1f} hours a seed on one core, as much again for other shared rates (estimated)"
 
 
-MOST_SEEDS = 1000
-"""More seeds are taken for a slip of the keyboard: a plan of so many runs takes minutes to print."""
+MAX_SEEDS = 1000
+"""More seeds are refused as a typing error: a plan of so many runs takes minutes to print."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -148,7 +148,7 @@ class Experiment:
         There are none where nothing is trained.
 
         Args:
-            seeds: how many, at most `MOST_SEEDS`; they are first_seed .. first_seed + seeds - 1.
+            seeds: how many, at most `MAX_SEEDS`; they are first_seed .. first_seed + seeds - 1.
             first_seed: 0, or that of runs whose weights are at hand where an experiment measures weights.
             arms: labels of the arms that are wanted, with the runs that branch off theirs; by default all of them.
             overrides: dotted name -> value, see `moelab.config.overrides`, in place of the scale's own settings in
@@ -165,8 +165,8 @@ class Experiment:
                     raise ValueError(
                         f"{name} cannot be the text {value!r}; papermill takes lists and objects by -y, not -p"
                     )
-            if not 1 <= seeds <= MOST_SEEDS:
-                raise ValueError(f"seeds must be 1 to {MOST_SEEDS}, got {seeds}")
+            if not 1 <= seeds <= MAX_SEEDS:
+                raise ValueError(f"seeds must be 1 to {MAX_SEEDS}, got {seeds}")
             if not 0 <= first_seed < 2**32:
                 raise ValueError(f"first_seed must be 0 to {2**32 - 1}, got {first_seed}")
             given = check_overrides(overrides or {})

@@ -37,7 +37,7 @@ from moelab.design.verdicts import (
 from moelab.paper.claims import SCALES, Claim
 from moelab.statistics import Estimate
 
-LEAST = 3
+MIN_SAMPLES = 3
 """Fewer seeds, or sessions, judge nothing: the interval of two is 13 standard errors wide either way."""
 
 MARGIN = 0.25
@@ -125,13 +125,15 @@ def judge(
     if not lost:
         kept |= {"values": () if exact else tuple(values), "gain": gain}
     there = [v for v in values if _finite(v)]
-    found, able = Estimate.of(there, within) if there else None, can_test(claim, scale, share)
-    if exact and found and able:
-        counted = stated.row(claim, found, _rule(claim, *[found.mean] * 3, exact=True), note, kept | {"kind": COUNTED})
-        return replace(counted, low=found.mean, high=found.mean, samples=0)
-    if found is None and not kept["missing"]:
+    estimate, able = Estimate.of(there, within) if there else None, can_test(claim, scale, share)
+    if exact and estimate and able:
+        counted = stated.row(
+            claim, estimate, _rule(claim, *[estimate.mean] * 3, exact=True), note, kept | {"kind": COUNTED}
+        )
+        return replace(counted, low=estimate.mean, high=estimate.mean, samples=0)
+    if estimate is None and not kept["missing"]:
         return stated.row(claim, None, NOT_TESTED if able else NOT_TESTABLE, note, kept)
-    return _measured(claim, found, note, kept, able)
+    return _measured(claim, estimate, note, kept, able)
 
 
 def _finite(*values: float) -> bool:
@@ -207,7 +209,7 @@ def restate(claim: Claim, stored: Verdict, scale: str | None = None) -> Verdict:
     return _measured(claim, Estimate.of(stored.values, stored.within), stored.note, kept, able)
 
 
-def _measured(claim: Claim, found: Estimate | None, note: str, stored: dict[str, Any], able: bool) -> Verdict:
+def _measured(claim: Claim, estimate: Estimate | None, note: str, stored: dict[str, Any], able: bool) -> Verdict:
     """Return the verdict on a measured mean; `stored` holds what the verdict keeps of `judge`'s arguments."""
     stored = stored | {"kind": MEASURED}
     share, looks, missing = stored["share"], stored["looks"], stored["missing"]
@@ -217,23 +219,23 @@ def _measured(claim: Claim, found: Estimate | None, note: str, stored: dict[str,
             why = (
                 f"The claim holds from {claim.from_share:.0%} of the paper's training on; these runs reach {share:.0%}."
             )
-        return stated.row(claim, found, NOT_TESTABLE, note, stored | {"why": why})
-    if missing or found is None:
-        return stated.row(claim, found, INCOMPLETE, note, stored | {"why": f"Missing: {', '.join(missing)}."})
-    if found.samples < LEAST:
-        return stated.row(claim, found, FEW_SESSIONS if claim.timed else FEW_SEEDS, note, stored)
-    level = sequential.level(found.samples, looks)
+        return stated.row(claim, estimate, NOT_TESTABLE, note, stored | {"why": why})
+    if missing or estimate is None:
+        return stated.row(claim, estimate, INCOMPLETE, note, stored | {"why": f"Missing: {', '.join(missing)}."})
+    if estimate.samples < MIN_SAMPLES:
+        return stated.row(claim, estimate, FEW_SESSIONS if claim.timed else FEW_SEEDS, note, stored)
+    level = sequential.level(estimate.samples, looks)
     if claim.direction == "equal" and claim.kind != "bound":
-        of, p, why = _equality(claim, found, stored, level)
+        of, p, why = _equality(claim, estimate, stored, level)
     else:
-        low, high = found.interval(level)
+        low, high = estimate.interval(level)
         number = stored["number"] and (share is None or share >= END or not claim.at_the_end)
-        of = _rule(claim, found.mean, low, high, number=number)
-        p = _p(claim, found, low, high, of)
-        why = _why(claim, found, low, high, of, number, share)
-    p = None if p is None else sequential.repeated_p(p, found.samples, looks)
-    plan = _progress(claim, found, of, looks)
-    return stated.row(claim, found, of, note, stored | {"p": p, "why": f"{why} {plan}".strip()})
+        of = _rule(claim, estimate.mean, low, high, number=number)
+        p = _p(claim, estimate, low, high, of)
+        why = _why(claim, estimate, low, high, of, number, share)
+    p = None if p is None else sequential.repeated_p(p, estimate.samples, looks)
+    plan = _progress(claim, estimate, of, looks)
+    return stated.row(claim, estimate, of, note, stored | {"p": p, "why": f"{why} {plan}".strip()})
 
 
 def _rule(claim: Claim, mean: float, low: float, high: float, *, number: bool = True, exact: bool = False) -> str:
@@ -256,18 +258,18 @@ def _rule(claim: Claim, mean: float, low: float, high: float, *, number: bool = 
     return REPRODUCED if number and paper_low <= mean <= paper_high and (narrow or inside) else DIRECTION
 
 
-def _p(claim: Claim, found: Estimate, low: float, high: float, of: str) -> float | None:
+def _p(claim: Claim, estimate: Estimate, low: float, high: float, of: str) -> float | None:
     """Return the p-value of what `_rule` tests: no effect, an effect that matters, or a mean at the bound."""
     if claim.kind == "bound":
-        return None if claim.direction == "equal" or claim.value is None else found.p(claim.value)
+        return None if claim.direction == "equal" or claim.value is None else estimate.p(claim.value)
     if of == NO_DIFFERENCE and claim.smallest:
-        return max(found.p(stated.neutral(claim) + side * claim.smallest) for side in (-1, 1))
-    return found.p(
+        return max(estimate.p(stated.neutral(claim) + side * claim.smallest) for side in (-1, 1))
+    return estimate.p(
         claim.value if claim.value is not None and stated.short_of_bound(claim, low, high) else stated.neutral(claim)
     )
 
 
-def _equality(claim: Claim, found: Estimate, stored: dict[str, Any], level: float) -> tuple[str, float | None, str]:
+def _equality(claim: Claim, estimate: Estimate, stored: dict[str, Any], level: float) -> tuple[str, float | None, str]:
     """Return the verdict on two arms being equal, its p-value, and how it was found; see `judge`."""
     values, gain = stored["values"], stored["gain"]
     differences = [value - stated.neutral(claim) for value in values]
@@ -297,7 +299,7 @@ def _equality(claim: Claim, found: Estimate, stored: dict[str, Any], level: floa
             return REPRODUCED, p, equal
         paper_low, paper_high = stated.paper_range(claim)
         late = stored["share"] is not None and stored["share"] < END and claim.at_the_end
-        if not late and paper_low <= found.mean <= paper_high:
+        if not late and paper_low <= estimate.mean <= paper_high:
             return REPRODUCED, p, equal
         beside = _too_early(claim, stored["share"]) if late else _beside(claim)
         return EQUAL, p, f"{equal} {beside}"
@@ -306,7 +308,7 @@ def _equality(claim: Claim, found: Estimate, stored: dict[str, Any], level: floa
     return UNDECIDED, max(over.p(), under.p(), p_gain), f"Margin: {margin}"
 
 
-def _why(claim: Claim, found: Estimate, low: float, high: float, of: str, number: bool, share: float | None) -> str:
+def _why(claim: Claim, estimate: Estimate, low: float, high: float, of: str, number: bool, share: float | None) -> str:
     """Return in a sentence what decided where the verdict alone does not say it."""
     if of == NO_DIFFERENCE:
         return f"Within the smallest effect of interest, {claim.smallest:g}{stated.unit(claim)} ({claim.smallest_why})."
@@ -318,7 +320,7 @@ def _why(claim: Claim, found: Estimate, low: float, high: float, of: str, number
         late = share is not None and share < END and claim.at_the_end
         return _too_early(claim, share) if late else "Only the direction is judged here."
     paper_low, paper_high = stated.paper_range(claim)
-    if paper_low <= found.mean <= paper_high:
+    if paper_low <= estimate.mean <= paper_high:
         return f"The interval is too wide to show the paper's {claim.value:g}."
     return _beside(claim)
 
@@ -334,15 +336,15 @@ def _beside(claim: Claim) -> str:
     return f"Our mean lies outside the paper's {claim.value:g} ({low:g} to {high:g})."
 
 
-def _progress(claim: Claim, found: Estimate, of: str, looks: Sequence[int]) -> str:
+def _progress(claim: Claim, estimate: Estimate, of: str, looks: Sequence[int]) -> str:
     """Return where a plan stands: its next look, or that it stops for futility, or that it is not kept."""
-    n = found.samples
+    n = estimate.samples
     if not looks:
         return ""
     said = "" if n in looks else f"Looks were planned at {', '.join(map(str, looks))} seeds."
     if n < looks[-1] and of in (UNDECIDED, CANNOT_TELL):
         planned = stated.effect(claim)
-        likely = sequential.chance(found, planned, tuple(looks), equal=bool(claim.smallest)) if planned else 1.0
+        likely = sequential.chance(estimate, planned, tuple(looks), equal=bool(claim.smallest)) if planned else 1.0
         if likely < sequential.FUTILE:
             least = f"the chance that {looks[-1]} seeds decide is below {sequential.FUTILE:.0%}"
             return f"{said} The plan stops for futility: {least}.".strip()

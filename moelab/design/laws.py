@@ -14,14 +14,11 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
 
+from moelab.lazy import pd
 from moelab.statistics import ALPHA
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 PARAMETERS = 5
 DRAWS = 400
@@ -41,7 +38,7 @@ class Law:
     tokens0: float
 
     def loss(self, flops: float | np.ndarray, tokens: float | np.ndarray) -> np.ndarray:
-        """Return the loss of models of a size after so many tokens."""
+        """Return the loss of models of a size after a number of tokens."""
         size = self.a * (np.asarray(flops) / self.flops0) ** -self.alpha
         return self.floor + size + self.b * (np.asarray(tokens) / self.tokens0) ** -self.beta
 
@@ -76,8 +73,8 @@ class Fit:
 
     def interval(self, value: Callable[[Law], float], alpha: float = ALPHA) -> tuple[float, float, float]:
         """Return a value of the law with the bounds of its interval, from the refits."""
-        found = [value(law) for law in self.draws]
-        low, high = np.quantile(found, [alpha / 2, 1 - alpha / 2], method="nearest")  # infinite ones may be among them
+        values = [value(law) for law in self.draws]
+        low, high = np.quantile(values, [alpha / 2, 1 - alpha / 2], method="nearest")  # infinite ones may be among them
         return value(self.law), float(low), float(high)
 
     def predict(
@@ -92,11 +89,11 @@ class Fit:
             tokens: as many as the fitted trunks had budgets, ascending.
         """
         draw = np.random.default_rng(1)
-        found = [
+        losses = [
             law.loss(flops, np.asarray(tokens)) + self.residuals[draw.integers(len(self.residuals), size=seeds)].mean(0)
             for law in self.draws
         ]
-        low, high = np.quantile(found, [alpha / 2, 1 - alpha / 2], axis=0)
+        low, high = np.quantile(losses, [alpha / 2, 1 - alpha / 2], axis=0)
         return list(zip(self.law.loss(flops, np.asarray(tokens)).tolist(), low.tolist(), high.tolist(), strict=True))
 
 
@@ -154,5 +151,5 @@ def _fit(flops: np.ndarray, tokens: np.ndarray, losses: np.ndarray, start: Law |
         ]
     # The exponents stay between 0.01 and 3: outside, a term is a constant or a step, and the floor takes its place.
     low, high = [0.0, -12.0, math.log(0.01), -12.0, math.log(0.01)], [lowest, 4.0, math.log(3), 4.0, math.log(3)]
-    found = [least_squares(residuals, np.clip(x, low, high), bounds=(low, high)) for x in starts]
-    return law(min(found, key=lambda one: one.cost).x)
+    solutions = [least_squares(residuals, np.clip(x, low, high), bounds=(low, high)) for x in starts]
+    return law(min(solutions, key=lambda one: one.cost).x)

@@ -14,16 +14,13 @@ import bisect
 import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from moelab.design import sequential, stated
-from moelab.design.judging import LEAST, MARGIN
+from moelab.design.judging import MARGIN, MIN_SAMPLES
 from moelab.design.verdicts import Verdict
+from moelab.lazy import np
 from moelab.paper.claims import Claim
 from moelab.statistics import Estimate
-
-if TYPE_CHECKING:
-    import numpy as np
 
 POWER = 0.8
 """Chance to decide, if the effect is there, that a plan is made for."""
@@ -31,7 +28,7 @@ POWER = 0.8
 EVERY = 3
 """Seeds from one look to the next."""
 
-MOST = 99
+MAX_SEEDS = 99
 """More seeds are not counted."""
 
 _SIMULATED = 4000
@@ -40,7 +37,7 @@ _SIMULATED = 4000
 
 @dataclass(frozen=True)
 class Need:
-    """Say how many seeds a comparison needs; None is more than `MOST`.
+    """Say how many seeds a comparison needs; None is more than `MAX_SEEDS`.
 
     Attributes:
         at_once: with one look.
@@ -54,7 +51,7 @@ class Need:
 
 
 def of_difference(spread: float, effect: float) -> Need:
-    """Return the seeds that tell an effect from none.
+    """Return the number of seeds that shows an effect if there is one.
 
     Args:
         spread: standard deviation of the difference over seeds.
@@ -71,8 +68,6 @@ def of_equality(differences: Sequence[float], gain: Sequence[float]) -> Need:
     Args:
         differences, gain: per seed, of earlier runs; their mean gain is taken as the true one.
     """
-    import numpy as np
-
     gained = np.asarray(gain, float)
     margin, apart = MARGIN * gained, np.asarray(differences, float)
     columns = np.stack([gained, margin - apart, margin + apart])
@@ -80,7 +75,7 @@ def of_equality(differences: Sequence[float], gain: Sequence[float]) -> Need:
     return _need(tuple(map(float, means)), tuple(tuple(map(float, row)) for row in np.cov(columns)))
 
 
-def of_claim(claim: Claim, found: Verdict) -> tuple[Need | None, float | None, str]:
+def of_claim(claim: Claim, verdict: Verdict) -> tuple[Need | None, float | None, str]:
     """Return what a measured claim needs by the values it was judged by, the effect, and where the effect is from.
 
     The effect is half the paper's number, or the smallest of interest. There is no need where no effect can be named.
@@ -88,18 +83,18 @@ def of_claim(claim: Claim, found: Verdict) -> tuple[Need | None, float | None, s
     effect = stated.effect(claim)
     if effect is not None:
         why = f"half of {claim.value - stated.neutral(claim):+.3g}" if claim.value is not None else "the smallest"
-        return of_difference(spread(found), effect), abs(effect), why
-    if found.gain and len(found.gain) == len(found.values):
-        gained = sum(found.gain) / len(found.gain)
-        apart = [value - stated.neutral(claim) for value in found.values]
+        return of_difference(spread(verdict), effect), abs(effect), why
+    if verdict.gain and len(verdict.gain) == len(verdict.values):
+        gained = sum(verdict.gain) / len(verdict.gain)
+        apart = [value - stated.neutral(claim) for value in verdict.values]
         why = f"{MARGIN:.0%} of the gain"
-        return of_equality(apart, found.gain) if gained > 0 else Need(None, None, None), MARGIN * gained, why
+        return of_equality(apart, verdict.gain) if gained > 0 else Need(None, None, None), MARGIN * gained, why
     return None, None, "no gain measured" if claim.direction == "equal" else "no effect named"
 
 
-def spread(found: Verdict) -> float:
+def spread(verdict: Verdict) -> float:
     """Return the standard deviation of a verdict's samples."""
-    return Estimate.of(found.values, found.within).spread
+    return Estimate.of(verdict.values, verdict.within).spread
 
 
 @functools.lru_cache(maxsize=512)
@@ -108,10 +103,12 @@ def _need(means: tuple[float, ...], covariance: tuple[tuple[float, ...], ...]) -
     if min(means) <= 0:
         return Need(None, None, None)
     t = _statistics(means, covariance)
-    at_once = _first(range(LEAST, MOST + 1), lambda n: _decides(t, (n,))[0] >= POWER)
+    at_once = _first(range(MIN_SAMPLES, MAX_SEEDS + 1), lambda n: _decides(t, (n,))[0] >= POWER)
     if at_once is None:
         return Need(None, None, None)
-    last = _first(range(EVERY * -(-at_once // EVERY), MOST + 1, EVERY), lambda n: _decides(t, _looks(n))[0] >= POWER)
+    last = _first(
+        range(EVERY * -(-at_once // EVERY), MAX_SEEDS + 1, EVERY), lambda n: _decides(t, _looks(n))[0] >= POWER
+    )
     return Need(at_once, *((None, None) if last is None else (_looks(last), _decides(t, _looks(last))[1])))
 
 
@@ -121,17 +118,15 @@ def _looks(last: int) -> tuple[int, ...]:
 
 def _first(numbers: range, good: Callable[[int], bool]) -> int | None:
     """Return the first number that is good, where all after it are, too; None where none is."""
-    found = bisect.bisect_left(numbers, True, key=good)
-    return numbers[found] if found < len(numbers) else None
+    verdict = bisect.bisect_left(numbers, True, key=good)
+    return numbers[verdict] if verdict < len(numbers) else None
 
 
 def _statistics(means: Sequence[float], covariance: Sequence[Sequence[float]]) -> np.ndarray:
     """Return the t statistics of simulated experiments: [experiments, seeds - 1, means], from two seeds on."""
-    import numpy as np
-
     random = np.random.default_rng(0)  # the same experiments for all plans, so that they can be compared
-    values = random.multivariate_normal(means, covariance, (_SIMULATED, MOST), method="eigh")
-    n = np.arange(1, MOST + 1)[:, None]
+    values = random.multivariate_normal(means, covariance, (_SIMULATED, MAX_SEEDS), method="eigh")
+    n = np.arange(1, MAX_SEEDS + 1)[:, None]
     average = values.cumsum(1) / n
     variance = ((values**2).cumsum(1) - n * average**2)[:, 1:] / (n[1:] - 1)
     return average[:, 1:] / np.sqrt(np.maximum(variance, 1e-300) / n[1:])
@@ -139,7 +134,6 @@ def _statistics(means: Sequence[float], covariance: Sequence[Sequence[float]]) -
 
 def _decides(t: np.ndarray, looks: tuple[int, ...]) -> tuple[float, float]:
     """Return in which share of the experiments a plan decides, and after how many seeds it ends on average."""
-    import numpy as np
     from scipy.stats import t as student
 
     decided, ended = np.zeros(len(t), bool), np.full(len(t), looks[-1])

@@ -8,16 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
 from moelab.design import judging, settings
 from moelab.design.verdicts import Verdict
+from moelab.lazy import pd
 from moelab.runs.collection import Runs
 from moelab.runs.spec import RunSpec
 from moelab.runs.store import Run
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 SHARED = ", shared rate"
 """Ends the label of an arm at the shared rate."""
@@ -57,8 +54,6 @@ def by_rate(runs: Runs) -> tuple[Runs, Runs]:
 
 def losses(own: Runs, shared: Runs) -> pd.DataFrame:
     """Return the final losses at both rates: columns arm, rate ("own", "shared"), peak, seed, loss (nats per token)."""
-    import pandas as pd
-
     rows = [
         [run.spec.title, rate, run.spec.train.lr, run.spec.train.seed, run.result["validation_loss"]]
         for rate, runs in (("own", own), ("shared", shared))
@@ -74,4 +69,4 @@ def agreed(own: Sequence[Verdict], shared: Sequence[Verdict]) -> list[Verdict]:
         own, shared: verdicts on the same claims; those that `shared` has no value for stay as they are.
     """
     others = {verdict.claim: replace(verdict, note=NOTE) for verdict in shared}
-    return [judging.agreed(found, others[found.claim]) if found.claim in others else found for found in own]
+    return [judging.agreed(finding, others[finding.claim]) if finding.claim in others else finding for finding in own]

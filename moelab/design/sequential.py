@@ -21,6 +21,7 @@ import functools
 import math
 from collections.abc import Sequence
 
+from moelab.lazy import np
 from moelab.statistics import ALPHA, Estimate
 
 _HALF = 120  # nodes of the integration on either side of zero: boundaries are exact to four digits
@@ -41,11 +42,10 @@ def boundaries(fractions: Sequence[float], cumulative: Sequence[float]) -> list[
         fractions: of the planned seeds at each look, increasing.
         cumulative: chance, under no effect, that a boundary has been crossed at this look or before.
     """
-    import numpy as np
     from scipy.optimize import brentq
     from scipy.stats import norm
 
-    found: list[float] = []
+    estimate: list[float] = []
     # The sum of the samples is a random walk: after the fraction f its variance is f. x and mass: its distribution
     # among walks that have crossed no boundary yet, on a grid.
     x, mass, before, gone = np.zeros(1), np.ones(1), 0.0, 0.0
@@ -58,12 +58,12 @@ def boundaries(fractions: Sequence[float], cumulative: Sequence[float]) -> list[
             return float(mass @ (norm.sf((z * root - x) / step) + norm.sf((z * root + x) / step)))
 
         z = brentq(lambda z, goal=total - gone, beyond=beyond: beyond(z) - goal, 0, 12)
-        found.append(z)
+        estimate.append(z)
         grid, width = np.linspace(-z * root, z * root, 2 * _HALF + 1, retstep=True)
         simpson = width / 3 * np.array([1, *[4, 2] * (_HALF - 1), 4, 1])
         mass = simpson * (norm.pdf(grid[:, None], x, step) @ mass)
         x, before, gone = grid, fraction, total
-    return found
+    return estimate
 
 
 @functools.lru_cache(maxsize=1024)
@@ -109,7 +109,7 @@ def repeated_p(p: float, seeds: int, looks: tuple[int, ...] = ()) -> float:
     return float(brentq(lambda alpha: level(seeds, looks, alpha) - p, low, high, xtol=1e-9))
 
 
-def chance(found: Estimate, effect: float, looks: tuple[int, ...], *, equal: bool) -> float:
+def chance(estimate: Estimate, effect: float, looks: tuple[int, ...], *, equal: bool) -> float:
     """Return the chance that the last look decides, given the samples so far and their spread.
 
     That is the chance that its interval excludes zero if the true mean is `effect`, or, if that is greater, the chance
@@ -121,12 +121,12 @@ def chance(found: Estimate, effect: float, looks: tuple[int, ...], *, equal: boo
     """
     from scipy.stats import norm, t
 
-    last, n, spread = looks[-1], found.samples, found.spread
+    last, n, spread = looks[-1], estimate.samples, estimate.spread
     if n >= last or not spread:
         return 1.0
     edge = float(t.isf(level(last, looks) / 2, last - 1))
     done, left = n / last, math.sqrt(1 - n / last)
-    so_far = found.mean / spread * n / math.sqrt(last)  # of the z statistic of the last look
+    so_far = estimate.mean / spread * n / math.sqrt(last)  # of the z statistic of the last look
     there = abs(effect) / spread * math.sqrt(last)
     exceeds = norm.sf((edge - math.copysign(1, effect) * so_far - there * (1 - done)) / left)
     within = max(there - edge, 0.0)

@@ -234,11 +234,11 @@ def rate_ratio(name: str) -> float:
 def peak_rate(name: str, scale: str, rate: Rate = "own") -> float:
     """Return a twin's peak learning rate: its base's at the scale, else the 350M's times `rate_ratio`."""
     if scale == "full":
-        found = {base: r.own[family(name)] if rate == "own" else r.shared for base, r in FULL_RATES.items()}
+        by_base = {base: r.own[family(name)] if rate == "own" else r.shared for base, r in FULL_RATES.items()}
     else:
-        found = {base: rates[int(ModelConfig.parse(name).is_moe)] for base, rates in PEAK_RATES[scale].items()}
+        by_base = {base: rates[int(ModelConfig.parse(name).is_moe)] for base, rates in PEAK_RATES[scale].items()}
     base = base_of(name)
-    return found[base] if base in found else round(found["350M"] * rate_ratio(name), 6)
+    return by_base[base] if base in by_base else round(by_base["350M"] * rate_ratio(name), 6)
 
 
 def family(name: str) -> str:

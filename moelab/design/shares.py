@@ -8,14 +8,10 @@ ends before its curve would show what the rest of the paper's does.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
 
 from moelab import paper
 from moelab.design import comparison
-
-if TYPE_CHECKING:
-    import pandas as pd
-    from matplotlib.axes import Axes
+from moelab.lazy import pd
 
 COLUMNS = ["pair", "seed", "share", "gap"]
 
@@ -30,36 +26,34 @@ def gaps(curves: pd.DataFrame, pairs: Sequence[tuple[str, str]]) -> pd.DataFrame
     Returns:
         Columns pair ("left − right"), seed, share (0 to 1), gap (nats per token).
     """
-    import pandas as pd
-
-    found = [pd.DataFrame(columns=COLUMNS)]
+    parts = [pd.DataFrame(columns=COLUMNS)]
     for left, right in pairs:
         moved = comparison.over_training(curves, [left], right)
         if len(moved):
             end = curves.loc[curves["arm"] == left, "tokens"].max()
-            found.append(
+            parts.append(
                 moved.assign(pair=_named(left, right), share=moved["tokens"] / end, gap=moved["loss"])[COLUMNS]
             )
-    return pd.concat(found[1:] or found, ignore_index=True)
+    return pd.concat(parts[1:] or parts, ignore_index=True)
 
 
-def paper_gaps(pairs: Sequence[tuple[str, str]]) -> pd.DataFrame:
-    """Return the same from the paper's Fig 1, for pairs of its models.
+def paper_gaps(pairs: Sequence[tuple[str, str]], models: Mapping[str, str] | None = None) -> dict[str, pd.DataFrame]:
+    """Return the same from the paper's Fig 1, for the pairs of which it has both curves: pair -> points.
 
-    Columns: pair, share, gap, low, high.
+    Columns: share, gap, low, high.
+
+    Args:
+        models: arm -> the paper's model, where an arm has another name.
     """
-    import pandas as pd
-
-    rows = []
-    for left, right in pairs:
-        ours, theirs = paper.loss_curve(left), paper.loss_curve(right)
-        whole = paper.training_settings(left).train_tokens / 1e9
-        against = dict(zip(theirs.tokens_B, zip(theirs.loss, theirs.uncertainty, strict=True), strict=True))
-        for billions, loss, wide in zip(ours.tokens_B, ours.loss, ours.uncertainty, strict=True):
-            if billions in against:
-                gap, both = loss - against[billions][0], wide + against[billions][1]
-                rows.append([_named(left, right), billions / whole, gap, gap - both, gap + both])
-    return pd.DataFrame(rows, columns=["pair", "share", "gap", "low", "high"])
+    known, by_pair = {point.model for point in paper.loss_points()}, {}
+    for pair in pairs:
+        left, right = ((models or {}).get(arm, arm) for arm in pair)
+        if {left, right} <= known:
+            whole = paper.training_settings(left).train_tokens / 1e9
+            curve = paper.loss_curve(left).minus(paper.loss_curve(right))
+            rows = [[billions / whole, *gap] for billions, *gap in curve]
+            by_pair[_named(*pair)] = pd.DataFrame(rows, columns=["share", "gap", "low", "high"])
+    return by_pair
 
 
 def crossing(curve: pd.DataFrame) -> float | None:
@@ -80,55 +74,20 @@ def crossing(curve: pd.DataFrame) -> float | None:
 
 def crossings(table: pd.DataFrame) -> pd.DataFrame:
     """Return `crossing` for each pair and seed of `gaps`: columns pair, seed, share (missing where there is none)."""
-    import pandas as pd
-
     rows = [[pair, seed, crossing(part)] for (pair, seed), part in table.groupby(["pair", "seed"], sort=False)]
     return pd.DataFrame(rows, columns=["pair", "seed", "share"]).astype({"share": float})
 
 
 def headline(table: pd.DataFrame) -> str:
     """Return, in one line, from which share of the training on each pair stays below zero: the mean over seeds."""
-    found = crossings(table)
+    shares = crossings(table)
     said = []
-    for pair, part in found.groupby("pair", sort=False):
+    for pair, part in shares.groupby("pair", sort=False):
         crossed = part["share"].dropna()
         where = f"from {crossed.mean():.0%} of the training on" if len(crossed) else "never"
         seeds = f" ({len(crossed)} of {len(part)} seeds)" if 0 < len(crossed) < len(part) else ""
         said.append(f"{pair} below zero {where}{seeds}")
     return "; ".join(said) or "no pair has finished"
-
-
-def draw(
-    ax: Axes, table: pd.DataFrame, pairs: Sequence[tuple[str, str]], models: Mapping[str, str] | None = None
-) -> Axes:
-    """Draw gaps over the share of the training: the mean over seeds with its 95 % interval, the paper's beside it.
-
-    Args:
-        table: from `gaps`.
-        pairs: of arms, what to draw; pairs of models of Fig 1 get its points in their colour.
-        models: arm -> the paper's model, where an arm has another name.
-    """
-    from moelab.plotting import figures
-
-    palette = figures.colors([_named(*pair) for pair in pairs])
-    known = {point.model for point in paper.loss_points()}
-    for pair in pairs:
-        part = table[table["pair"] == _named(*pair)].groupby("share")["gap"]
-        if len(part):
-            x, mean = [100 * share for share in part.groups], part.mean()
-            low, high = zip(*(figures.student(values) for _, values in part), strict=True)
-            ax.plot(x, mean, color=palette[_named(*pair)], label=_named(*pair))
-            ax.fill_between(x, low, high, color=palette[_named(*pair)], alpha=0.15, linewidth=0)
-        published = ((models or {}).get(pair[0], pair[0]), (models or {}).get(pair[1], pair[1]))
-        if known.issuperset(published):
-            theirs = paper_gaps([published])
-            bounds = (theirs["gap"], theirs["low"], theirs["high"])
-            color, label = palette[_named(*pair)], f"paper: {theirs['pair'].iloc[0]}"
-            figures.paper_points(ax, 100 * theirs["share"], *bounds, color=color, label=label)
-    ax.axhline(0, color="#888888", linewidth=1)
-    ax.set(xlabel="share of the training (%)", ylabel="difference of validation losses (nats per token)")
-    figures.legend_below(ax, columns=1)
-    return ax
 
 
 def _named(left: str, right: str) -> str:

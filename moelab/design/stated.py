@@ -62,22 +62,22 @@ def effect(claim: Claim) -> float | None:
     return claim.smallest and (-claim.smallest if claim.direction == "lower" else claim.smallest)
 
 
-def row(claim: Claim, found: Estimate | None, of: str, note: str, stored: dict[str, Any]) -> Verdict:
+def row(claim: Claim, estimate: Estimate | None, of: str, note: str, stored: dict[str, Any]) -> Verdict:
     """Return the row of a verdict, with the interval at the level of its look where there are two samples or more."""
     paper = claim.direction if claim.value is None else f"{claim.value:g} {claim.unit}".strip()
     low = high = None
-    if found is not None and found.samples > 1 and math.isfinite(found.error):
-        low, high = found.interval(sequential.level(found.samples, stored.get("looks", ())))
+    if estimate is not None and estimate.samples > 1 and math.isfinite(estimate.error):
+        low, high = estimate.interval(sequential.level(estimate.samples, stored.get("looks", ())))
     return Verdict(
         claim=claim.id,
         statement=claim.statement,
         where=claim.where,
         paper=paper,
-        ours=None if found is None else found.mean,
+        ours=None if estimate is None else estimate.mean,
         low=low,
         high=high,
         unit=claim.unit,
-        samples=0 if found is None else found.samples,
+        samples=0 if estimate is None else estimate.samples,
         verdict=of,
         note=note,
         **stored,

@@ -9,6 +9,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from moelab.lazy import pd
+
 if TYPE_CHECKING:
     from pandas.io.formats.style import Styler
 
@@ -195,8 +197,6 @@ class Verdict:
 
 def table(verdicts: Sequence[Verdict]) -> Styler:
     """Return verdicts as a table for a notebook: the interval where any has one, the notes where any has one."""
-    import pandas as pd
-
     frame = pd.DataFrame(verdicts).assign(note=[verdict.text for verdict in verdicts])
     columns = ["statement", "where", "paper", "ours", "low", "high", "samples", "unit", "kind", "verdict", "note"]
     measured = frame["low"].notna().any()

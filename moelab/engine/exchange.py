@@ -141,7 +141,7 @@ class Route:
         return F.pad(self.device.arrived.sum((0, 1)).cumsum(0), (1, 0)).int()
 
 
-class Trip(NamedTuple):
+class DispatchState(NamedTuple):
     """The state between dispatch and combine: how this call's rows came, so that their results take the same way back.
 
     Attributes:
@@ -160,7 +160,7 @@ class Trip(NamedTuple):
     expert_back: tuple[Tensor, Tensor] | None
 
 
-class Exchange(Dispatch[Trip]):
+class Exchange(Dispatch[DispatchState]):
     """Dispatches and combines the tokens of one MoE layer over ranks; `config.exchange` says how tokens travel.
 
     Every rank of the layer's groups must call it equally often, and run backward through it equally often, whatever its
@@ -181,7 +181,7 @@ class Exchange(Dispatch[Trip]):
         if config.hierarchical and groups.layout.nodes > 1:
             self._intra_node, self._inter_node = groups.intra_node, groups.inter_node
 
-    def dispatch(self, x_SM: Tensor, routing: Routing) -> Dispatched[Trip]:
+    def dispatch(self, x_SM: Tensor, routing: Routing) -> Dispatched[DispatchState]:
         """Bring this rank's tokens to the ranks of their experts.
 
         Args:
@@ -207,9 +207,11 @@ class Exchange(Dispatch[Trip]):
         rows = all_gather_rows(rows, route.slice_sizes, self.groups.slices, "slices")
         if _is_transposed(route.arrived):
             rows, expert_back = _reorder(rows, route.expert_order)
-        return Dispatched(rows, route.offsets, Trip(route, table, routing.weight_SK, inter_node_back, expert_back))
+        return Dispatched(
+            rows, route.offsets, DispatchState(route, table, routing.weight_SK, inter_node_back, expert_back)
+        )
 
-    def combine(self, rows_RM: Tensor, state: Trip) -> Tensor:
+    def combine(self, rows_RM: Tensor, state: DispatchState) -> Tensor:
         """Return the experts' outputs, weighted and summed, on their tokens' ranks: [S, M], in the rows' dtype."""
         route, rows = state.route, rows_RM
         if state.expert_back is not None:

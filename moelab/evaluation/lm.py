@@ -16,7 +16,7 @@ from lm_eval.api.model import TemplateLM
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from torch.nn.utils.rnn import pad_sequence
 
-from moelab.data import Tokenizer
+from moelab.data.tokenizer import Tokenizer
 from moelab.evaluation.models import LanguageModel
 from moelab.evaluation.requests import Requests
 
@@ -139,7 +139,7 @@ class RunLM(TemplateLM):
         rows = {text: row for row, text in enumerate(dict.fromkeys(texts))}
         # Padding is on the right, so that no token of a text attends to it.
         tokens_BT = pad_sequence([torch.tensor(text) for text in rows], batch_first=True).to(self.device)
-        x_BTM = self.model.trunk(tokens_BT)
+        x_BTM = self.model.hidden_states(tokens_BT)
         lengths = [len(wanted) for _, wanted in pairs]
         # The head only computes the rows that predict the continuations.
         rows_NM = torch.cat(

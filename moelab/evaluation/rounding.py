@@ -34,10 +34,10 @@ def measure(run: Path, tokens: int, cache: Path) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = []
     for mode, dtype in VARIANTS:
         model = set_mode(load_run(run, dtype=dtype), mode)
-        found = evaluate(model, data, TrainConfig(), data_config.context, max_tokens=tokens)
-        row = {"run": run.name, "model": str(config), "mode": mode, "dtype": dtype, "loss": found["loss"]}
-        row["minus_reference"] = found["loss"] - (rows[0]["loss"] if rows else found["loss"])
-        rows.append({**row, "validation_tokens": found["validation_tokens"]})
+        losses = evaluate(model, data, TrainConfig(), data_config.context, max_tokens=tokens)
+        row = {"run": run.name, "model": str(config), "mode": mode, "dtype": dtype, "loss": losses["loss"]}
+        row["minus_reference"] = losses["loss"] - (rows[0]["loss"] if rows else losses["loss"])
+        rows.append({**row, "validation_tokens": losses["validation_tokens"]})
     return rows
 
 

@@ -12,13 +12,14 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from moelab import paths
 from moelab.config import DataConfig
+from moelab.lazy import np
 
 if TYPE_CHECKING:
-    import numpy as np
     from torch import Tensor
 
-    from moelab.data import Tokenizer
+    from moelab.data.tokenizer import Tokenizer
     from moelab.models import GPT
 
 BATCH = 4096
@@ -36,7 +37,7 @@ class Layer:
         max_violation: MaxVio, `busiest` less one.
         domain_violation: the same within the text of one domain, the mean over domains.
         dead_experts, load_entropy, router_entropy: see `moelab.training.balance`.
-        by_token, by_domain: how much these tell of the choice, see `told`.
+        by_token, by_domain: how much these tell of the choice, see `explained_entropy`.
     """
 
     layer: int
@@ -73,7 +74,6 @@ def measure(
     """
     import torch
 
-    from moelab import paths
     from moelab.inference.text import open_model
 
     if device == "cuda" and not torch.cuda.is_available():
@@ -115,7 +115,6 @@ def expert_use(model: GPT, batches: Iterable[tuple[str, Tensor]]) -> list[Expert
         model: in evaluation mode.
         batches: (domain, tokens [B, T]).
     """
-    import numpy as np
     import torch
 
     device = model.token_embedding.weight.device
@@ -123,17 +122,17 @@ def expert_use(model: GPT, batches: Iterable[tuple[str, Tensor]]) -> list[Expert
     chosen: list[list[np.ndarray]] = []
     with torch.no_grad():
         for domain, tokens_BT in batches:
-            _, routing = model.trunk(tokens_BT.to(device))
+            _, routing = model.hidden_states(tokens_BT.to(device))
             texts.append((domain, tokens_BT.flatten().numpy()))
             chosen.append([layer.expert_SK.cpu().numpy() for layer in routing])
     domains = tuple(dict.fromkeys(domain for domain, _ in texts))
     domain_S = np.repeat([domains.index(domain) for domain, _ in texts], [len(ids) for _, ids in texts])
     _, token_S = np.unique(np.concatenate([ids for _, ids in texts]), return_inverse=True)
-    found = []
+    uses = []
     for i, (number, E) in enumerate((at, experts) for at, experts in enumerate(model.config.experts, 1) if experts):
         expert_SK = np.concatenate([layers[i] for layers in chosen])
-        found.append(ExpertUse(number, domains, _counts(domain_S, expert_SK, E), _counts(token_S, expert_SK, E)))
-    return found
+        uses.append(ExpertUse(number, domains, _counts(domain_S, expert_SK, E), _counts(token_S, expert_SK, E)))
+    return uses
 
 
 def routing(model: GPT, tokenizer: Tokenizer, data: DataConfig, cache: Path, max_tokens: int = 0) -> dict[str, Any]:
@@ -147,7 +146,6 @@ def routing(model: GPT, tokenizer: Tokenizer, data: DataConfig, cache: Path, max
         "shares", the share of a domain's choices that each expert of a layer takes (keys layer, domain, expert, share);
         "tokens", by domain.
     """
-    import numpy as np
     import torch
 
     from moelab.data import encode_validation
@@ -183,14 +181,12 @@ def stamp(directory: Path) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
-def told(counts_XE: np.ndarray) -> float:
-    """Return the share of the expert's entropy that another variable tells, from their joint counts [values, experts].
+def explained_entropy(counts_XE: np.ndarray) -> float:
+    """Return the share of the experts' entropy that another variable explains, from joint counts [values, experts].
 
     The share, from 0 to 1, is mutual information over entropy, both less what the same counts tell after shuffling,
     because a small sample tells something by chance.
     """
-    import numpy as np
-
     x_N, e_N = (np.repeat(part, counts_XE.flatten()) for part in map(np.ravel, np.indices(counts_XE.shape)))
     shuffled_XE = np.zeros_like(counts_XE)
     np.add.at(shuffled_XE, (x_N, np.random.default_rng(0).permutation(e_N)), 1)
@@ -207,16 +203,12 @@ def told(counts_XE: np.ndarray) -> float:
 
 def _counts(value_S: np.ndarray, expert_SK: np.ndarray, experts: int) -> np.ndarray:
     """Return how often each value of a variable and each expert come together, int64 [values, E]."""
-    import numpy as np
-
     pairs = value_S.repeat(expert_SK.shape[1]) * experts + expert_SK.ravel()
     values = int(value_S.max()) + 1
     return np.bincount(pairs, minlength=values * experts).reshape(values, experts)
 
 
 def _layer(use: ExpertUse, router_entropy: float) -> Layer:
-    import numpy as np
-
     from moelab.training.balance import layer_statistics, max_violation
 
     load_E = use.by_domain_DE.sum(0)
@@ -234,6 +226,6 @@ def _layer(use: ExpertUse, router_entropy: float) -> Layer:
         dead_experts=even["dead_experts"],
         load_entropy=even["load_entropy"],
         router_entropy=router_entropy,
-        by_token=told(use.by_token_VE),
-        by_domain=told(use.by_domain_DE),
+        by_token=explained_entropy(use.by_token_VE),
+        by_domain=explained_entropy(use.by_domain_DE),
     )

@@ -34,12 +34,14 @@ import yaml
 
 from moelab.config import from_json
 from moelab.evaluation.items import READERS, items
+from moelab.evaluation.requests import Requests
 from moelab.files import read_json, write_json
+from moelab.terminal import one_line
 
 if TYPE_CHECKING:
     from lm_eval.api.model import LM
 
-    from moelab.data import Tokenizer
+    from moelab.data.tokenizer import Tokenizer
     from moelab.evaluation.models import LanguageModel
 
 PACKAGED = tuple(READERS)
@@ -130,7 +132,6 @@ def evaluate(
     manager = _manager(tasks)
     from moelab.evaluation.lm import RunLM
     from moelab.evaluation.models import open_evaluated
-    from moelab.evaluation.requests import Requests
 
     model, tokenizer = open_evaluated(directory, cache=cache, dtype=dtype, device=device)
     folder = directory / "evaluation" / fingerprint(model, tokenizer)
@@ -166,14 +167,13 @@ def run_task(lm: LM, task: str, *, cache: Path, limit: int = 0, manager: Any = N
             for one in loaded["tasks"].values():
                 one.set_config("num_fewshot", 0)
             # Not `simple_evaluate`, which lists all installed packages with pip at each call.
-            found = lm_eval.evaluate(lm, loaded, limit=limit or None, bootstrap_iters=0)
+            results = lm_eval.evaluate(lm, loaded, limit=limit or None, bootstrap_iters=0)
     except (OSError, ConnectionError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise ValueError(
-            f"eval: the data of {task} cannot be had here ({reason}); without a network: {', '.join(PACKAGED)}"
+            f"eval: the data of {task} cannot be had here ({one_line(error)}); without a network: {', '.join(PACKAGED)}"
         ) from None
-    kind = found["configs"][task]["output_type"]
-    rows = _first_filter(found["samples"][task])
+    kind = results["configs"][task]["output_type"]
+    rows = _first_filter(results["samples"][task])
     metric = next(name for name in ("exact_match", "acc") if name in rows[0])
     right = [float(row[metric]) for row in rows]
     chosen = kind == "multiple_choice" and metric == "acc"

@@ -16,7 +16,7 @@ from moelab.design.experiment import Experiment, Scale
 
 def _discover() -> dict[str, Experiment]:
     """Return the `EXPERIMENT` of every module of this package by name, in the order of their numbers."""
-    found = []
+    declarations = []
     for info in pkgutil.iter_modules(__path__):
         module = importlib.import_module(f"{__name__}.{info.name}")
         if declared := getattr(module, "EXPERIMENT", None):
@@ -24,8 +24,8 @@ def _discover() -> dict[str, Experiment]:
                 raise ValueError(
                     f"experiment {declared.name!r} belongs in {declared.module}.py, found in {info.name}.py"
                 )
-            found.append(declared)
-    return {e.name: e for e in sorted(found, key=lambda e: e.number)}
+            declarations.append(declared)
+    return {e.name: e for e in sorted(declarations, key=lambda e: e.number)}
 
 
 EXPERIMENTS: dict[str, Experiment] = _discover()
@@ -38,10 +38,10 @@ def experiment(name: str) -> Experiment:
         ValueError: one line, with the names that are allowed.
     """
     numbers = {str(e.number): e for e in EXPERIMENTS.values()}
-    found = EXPERIMENTS.get(name) or numbers.get(name.lstrip("0") or "0")
-    if found is None:
+    known = EXPERIMENTS.get(name) or numbers.get(name.lstrip("0") or "0")
+    if known is None:
         raise ValueError(unknown(f"no experiment {name!r}", name, EXPERIMENTS))
-    return found
+    return known
 
 
 __all__ = ["EXPERIMENTS", "Experiment", "Scale", "experiment"]

@@ -16,18 +16,14 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from moelab import paper
-from moelab.design.experiment import Experiment, Scale
+from moelab.design.experiment import Experiment, Measure, Scale
 from moelab.design.judging import judge
 from moelab.design.verdicts import Verdict
 from moelab.experiments.decoding import check_file
-
-if TYPE_CHECKING:
-    import pandas as pd
-
-    from moelab.design.experiment import Measure
+from moelab.lazy import pd
 
 WORLDS = {"smoke": (4, 8, 32, 128), "cpu": (4, 8, 16, 32, 64, 128, 256), "paper": (4, 8, 16, 32, 64, 128, 256)}
 MEASURED: dict[str, tuple[tuple[int, ...], tuple[int, ...], int]] = {
@@ -70,7 +66,7 @@ def counts(worlds: Iterable[int]) -> list[dict[str, Any]]:
     from moelab.engine.threads import traffic
     from moelab.simulate import ways
 
-    found = []
+    measured = []
     for ranks in worlds:
         for way, config in ways.layouts(ranks).items():
             sent = traffic(config, ranks)
@@ -87,8 +83,8 @@ def counts(worlds: Iterable[int]) -> list[dict[str, Any]]:
                 *ways.formula(way, ranks),
                 *ways.counts(config, ranks),
             )
-            found.append(asdict(count))
-    return found
+            measured.append(asdict(count))
+    return measured
 
 
 def measured_times(
@@ -116,12 +112,12 @@ def times(scale: str, rounds: int | None) -> list[dict[str, Any]]:
     from moelab.engine.testing import Ranks
 
     worlds, sizes, own = MEASURED[scale]
-    found = []
+    measured = []
     for ranks in worlds:
         with Ranks(ranks) as pool:
             for size in sizes:
-                found += [row.json() for row in bench.measure(pool, size, rounds or own, "cpu")]
-    return found
+                measured += [row.json() for row in bench.measure(pool, size, rounds or own, "cpu")]
+    return measured
 
 
 def headline(counted: pd.DataFrame) -> str:
@@ -157,7 +153,7 @@ def verdicts(counted: pd.DataFrame) -> list[Verdict]:
     leaving = at["rows"][32, "hierarchical"] / at["rows"][32, "flat"]
     # An all-to-all among n ranks has n - 1 messages of each rank.
     group = (at["messages"][128, "coordinated"] + 1) / (at["messages"][128, "flat"] + 1)
-    found = {
+    measured = {
         "hierarchical-hops": (hops, "Counted in the engine on 4 nodes of 8."),
         "hierarchical-volume": (
             volume,
@@ -165,7 +161,9 @@ def verdicts(counted: pd.DataFrame) -> list[Verdict]:
         ),
         "pcc-hops": (group, "Counted in the engine on 128 ranks, tensor slicing 8."),
     }
-    return [judge(c, [float(found[c.id][0])], exact=True, note=found[c.id][1]) for c in paper.claims("all-to-all")]
+    return [
+        judge(c, [float(measured[c.id][0])], exact=True, note=measured[c.id][1]) for c in paper.claims("all-to-all")
+    ]
 
 
 EXPERIMENT = Experiment(

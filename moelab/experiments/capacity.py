@@ -14,15 +14,13 @@ hand, fixed before the first run with a limit.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from moelab.config import RoutingConfig
 from moelab.design import comparison
 from moelab.design.experiment import Experiment, twin_scales
 from moelab.experiments import validation_limits
-
-if TYPE_CHECKING:
-    import pandas as pd
+from moelab.lazy import pd
 
 FACTORS = (0.5, 1.0, 1.25, 2.0)
 ARMS = {"drop-free": {"name": "350M+MoE-128"}} | {
@@ -34,12 +32,12 @@ ARMS = {"drop-free": {"name": "350M+MoE-128"}} | {
 
 def headline(final: pd.DataFrame, measured: list[dict[str, Any]]) -> str:
     """Return the result in one line; arguments as of `validation_limits.costs`."""
-    found = comparison.difference(final, "capacity 1", "drop-free")
+    gap = comparison.difference(final, "capacity 1", "drop-free")
     table = validation_limits.costs(final, measured, "drop-free")
     free = table.loc[
         (table["arm"] == "capacity 1") & (table["validation"] == validation_limits.KINDS["without"]), "gap"
     ]
-    return f"{found}; validated without a limit {free.mean():.3f}" if len(free) else found
+    return f"{gap}; validated without a limit {free.mean():.3f}" if len(free) else gap
 
 
 EXPERIMENT = Experiment(

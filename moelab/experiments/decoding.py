@@ -9,13 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
-if TYPE_CHECKING:
-    import pandas as pd
-
-    from moelab.config import ModelConfig
-    from moelab.design.experiment import Measure
+from moelab.config import ModelConfig
+from moelab.design.experiment import Measure
+from moelab.lazy import pd
 
 MODES = ("baseline", "optimised")
 SHRINK: dict[str, dict[str, int]] = {
@@ -62,8 +60,6 @@ def steps(
     Raises:
         ValueError: there is no such file at scale paper, or it is not one of ranks; the message is one line.
     """
-    import pandas as pd
-
     if scale == "paper":
         from moelab.bench.harness import rows_of_ranks
 
@@ -88,14 +84,14 @@ def decode(
     from moelab.bench.decode import DecodeSettings, measure, measure_ranks
 
     settings = DecodeSettings(4, 4, 1) if scale == "smoke" else DecodeSettings(16, 24, 5)
-    found = []
+    measured = []
     for name, model in models.items():
         if scale == "gpu":
             rows = [r for r in measure(model, list(batches), DecodeSettings(), "cuda") if r.candidate in MODES]
         else:
             rows = measure_ranks(model, list(ranks), 8, settings)
-        found += [{**row.json(), "name": name} for row in rows]
-    return found
+        measured += [{**row.json(), "name": name} for row in rows]
+    return measured
 
 
 def _size(row: Mapping[str, Any]) -> str:

@@ -26,22 +26,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from moelab import paper
+from moelab import paper, paths
 from moelab.config.distill import DistillConfig
 from moelab.design import comparison, settings
 from moelab.design.experiment import FULL_HOURS, Experiment, Scale, full_cost
 from moelab.design.judging import judge
 from moelab.design.verdicts import Verdict
-from moelab.runs import with_weights
+from moelab.lazy import pd
+from moelab.runs import evaluations
+from moelab.runs.collection import Runs
 from moelab.runs.spec import RunSpec, Start
-
-if TYPE_CHECKING:
-    import pandas as pd
-
-    from moelab.runs.collection import Runs
-    from moelab.runs.store import Run
+from moelab.runs.store import Run
 
 TEACHERS = {"350M": "350M+PR-MoE-32/64", "1.3B": "1.3B+PR-MoE-64/128"}
 """Base -> the paper's teacher."""
@@ -145,7 +142,7 @@ def measure_halves(runs: Runs, tokens: int) -> list[dict[str, Any]]:
             **losses,
             "validation": run.result["validation_loss"],
         }
-        for run, losses in with_weights.measure_all(runs.finished, losses_on_halves, tokens)
+        for run, losses in evaluations.measure_all(runs.finished, losses_on_halves, tokens)
     ]
 
 
@@ -153,12 +150,12 @@ def losses_on_halves(run: Run, tokens: int) -> dict[str, float]:
     """Return a run's loss on each half of the training text, in nats per token; arguments as of `measure_halves`."""
     import torch
 
-    from moelab import paths
-    from moelab.data import TrainBatches, prepare
+    from moelab.data import prepare
+    from moelab.data.batches import TrainBatches
     from moelab.engine import checkpoint
     from moelab.models import build
 
-    spec, found = run.spec, {}
+    spec, loss = run.spec, {}
     model = build(spec.model, spec.train.seed, spec.train.device)
     checkpoint.load_model(checkpoint.weights_of(run.path), model)
     model.eval()
@@ -169,8 +166,8 @@ def losses_on_halves(run: Run, tokens: int) -> dict[str, float]:
         with torch.no_grad():
             pairs = (batches.batch(step) for step in range(count))
             losses = [float(model(x.to(spec.train.device), targets_BT=y.to(spec.train.device)).loss) for x, y in pairs]
-        found[part.replace(" ", "_")] = sum(losses) / count
-    return found
+        loss[part.replace(" ", "_")] = sum(losses) / count
+    return loss
 
 
 def early(curves: pd.DataFrame, share: float = 0.5) -> pd.DataFrame:
@@ -179,8 +176,6 @@ def early(curves: pd.DataFrame, share: float = 0.5) -> pd.DataFrame:
     It is the mean over the evaluations up to a share of the tokens. Columns: arm, seed, gap (negative where
     distillation helps).
     """
-    import pandas as pd
-
     end = curves.loc[curves["arm"] == "L21 alone", "tokens"].max()  # the arm of equal cost is longer
     part = curves[(curves["tokens"] > 0) & (curves["tokens"] <= share * end)]
     table = part.pivot_table(index=["seed", "tokens"], columns="arm", values="loss")
@@ -213,8 +208,6 @@ def late_training(curves: pd.DataFrame, training: pd.DataFrame, until: float) ->
         until: share of the tokens at which the learning rate begins its decay; the fall is that over the 15 % of the
             tokens before, because in the decay the loss of every model falls.
     """
-    import pandas as pd
-
     share = curves["tokens"] / curves.groupby("arm")["tokens"].transform("max")  # the arm of equal cost is longer
     late = curves[(share >= until - 0.15) & (share <= until + 1e-9)].sort_values("tokens").groupby(["arm", "seed"])
     rows = {

@@ -13,13 +13,9 @@ already; fixed before the runs of 16 and 64 experts.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from moelab.design import comparison
 from moelab.design.experiment import Experiment, twin_scales
-
-if TYPE_CHECKING:
-    import pandas as pd
+from moelab.lazy import pd
 
 ARMS = {"1 (dense)": "350M"} | {str(n): f"350M+MoE-{n}" for n in (16, 32, 64, 128)}
 """Experts of a layer (at `smoke` the twin has an eighth of them) -> model."""

@@ -14,15 +14,13 @@ Expect: little difference at the 8 tokens of a decoding step, tens of times at h
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from moelab import paper
 from moelab.design.experiment import Experiment, Scale
 from moelab.design.judging import judge, judge_timing
 from moelab.design.verdicts import Verdict
-
-if TYPE_CHECKING:
-    import pandas as pd
+from moelab.lazy import pd
 
 
 @dataclass(frozen=True)
@@ -75,11 +73,11 @@ def parts(scale: str, rounds: int | None = None, threads: int = 1) -> list[dict[
     from moelab.engine.testing import run_on_ranks
 
     inputs.text()  # once, before the sessions ask for it
-    found = []
+    measured = []
     for session in range(SHAPES[scale].sessions):
         (rows,) = run_on_ranks(1, _session, scale, rounds, threads, timeout_s=_SESSION_S)
-        found += [{"session": session, **row} for row in rows]
-    return found
+        measured += [{"session": session, **row} for row in rows]
+    return measured
 
 
 def _session(scale: str, rounds: int | None, threads: int) -> list[dict[str, Any]]:
@@ -91,10 +89,10 @@ def _session(scale: str, rounds: int | None, threads: int) -> list[dict[str, Any
     cases = [(tokens, experts) for tokens in s.tokens for experts in s.experts]
     timing = Timing(rounds or s.rounds, s.device)
     with torch_threads(threads):
-        found = [row for S, E in cases for row in measure_parts(S, s.hidden, E, timing, calls=s.calls)]
+        measured = [row for S, E in cases for row in measure_parts(S, s.hidden, E, timing, calls=s.calls)]
     return [
         {**row.case, "device": row.device, "candidate": row.candidate, "round": i, "ms": ms}
-        for row in found
+        for row in measured
         for i, ms in enumerate(row.rounds_ms)
     ]
 
@@ -132,20 +130,20 @@ def layers(scale: str, rounds: int | None = None, threads: int = 1) -> list[dict
         ]
 
 
-def speedups(found: pd.DataFrame) -> pd.DataFrame:
+def speedups(measured: pd.DataFrame) -> pd.DataFrame:
     """Return, from `parts`, columns session, tokens, experts, part, round, and ratio: the baseline's time over ours."""
     from moelab.bench.gate import BASELINE, OURS
 
     keys = ["session", "tokens", "experts", "part", "round"]
-    ms = found.pivot(index=keys, columns="candidate", values="ms")
+    ms = measured.pivot(index=keys, columns="candidate", values="ms")
     return (ms[BASELINE] / ms[OURS]).rename("ratio").reset_index()
 
 
-def breakdown(found: pd.DataFrame) -> pd.DataFrame:
+def breakdown(measured: pd.DataFrame) -> pd.DataFrame:
     """Return median milliseconds, from `parts`: a row for each shape and candidate, a column for each part."""
     from moelab.bench.gate import PARTS
 
-    table = found.groupby(["tokens", "experts", "candidate", "part"])["ms"].median().unstack()
+    table = measured.groupby(["tokens", "experts", "candidate", "part"])["ms"].median().unstack()
     return table[list(PARTS)]
 
 
@@ -214,7 +212,7 @@ def verdicts(ratios: pd.DataFrame, scale: str, device: str, counted_work: float)
         f"On {device}: {tokens} tokens, {experts} experts; "
         f"over all shapes {medians.min():.1f} to {medians.max():.1f} times."
     )
-    found = judge_timing(
+    measured = judge_timing(
         CLAIM,
         [list(part) for part in sessions],
         note=note,
@@ -228,7 +226,7 @@ def verdicts(ratios: pd.DataFrame, scale: str, device: str, counted_work: float)
         note=f"Counted for {all_three['tokens'].max()} tokens: the factor is the slots of all experts together, the "
         "paper's is the number of experts. Tested is that there is one, not its value.",
     )
-    return [found, counted]
+    return [measured, counted]
 
 
 EXPERIMENT = Experiment(

@@ -13,14 +13,10 @@ halves 0.065 nats apart with an interval of ±0.119: seeds 3 and 4 for all arms.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from moelab.design import comparison
 from moelab.design.experiment import Experiment, twin_scales
 from moelab.design.verdicts import Verdict
-
-if TYPE_CHECKING:
-    import pandas as pd
+from moelab.lazy import pd
 
 ARMS = {
     "Dense": "350M",

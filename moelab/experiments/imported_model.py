@@ -12,16 +12,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from moelab import paths
 from moelab.config import DataConfig, DecoderConfig, ModelConfig, RoutingConfig, digest
 from moelab.design.experiment import Experiment, Scale
 from moelab.evaluation.routing import Layer
+from moelab.lazy import pd
+from moelab.runs.store import RunStore
 
 if TYPE_CHECKING:
-    import pandas as pd
-
     from moelab.config.parallel import ParallelConfig
     from moelab.simulate import DecodeEstimate
 
@@ -41,17 +43,16 @@ def directory(model: str) -> Path:
         ValueError: there is none, or it has no MoE layer; the message is one line.
     """
     from moelab.inference.text import model_config
-    from moelab.runs.store import RunStore
 
-    found = RunStore().find(model).resolve() if model else _random_model()
-    if not model_config(found).is_moe:
-        raise ValueError(f"imported-model: {found} is dense, it routes nothing")
-    return found
+    path = RunStore().find(model).resolve() if model else _random_model()
+    if not model_config(path).is_moe:
+        raise ValueError(f"imported-model: {path} is dense, it routes nothing")
+    return path
 
 
 def check(parameters: Mapping[str, Any]) -> None:
     """Refuse a model, text, cluster or program that does not exist, or a number out of range; ValueError, one line."""
-    from moelab import paths, simulate
+    from moelab import simulate
 
     model, corpus = parameters.get("model", ""), parameters.get("corpus", "")
     try:
@@ -80,12 +81,10 @@ def check(parameters: Mapping[str, Any]) -> None:
 
 def _random_model() -> Path:
     """Return the directory of a model with random weights, in the format in which OLMoE is published."""
-    from itertools import islice
-
     from filelock import FileLock
 
-    from moelab import paths
-    from moelab.data import Tokenizer, made
+    from moelab.data import made
+    from moelab.data.tokenizer import Tokenizer
     from moelab.engine.checkpoint import hf
     from moelab.models import build
 
@@ -98,16 +97,14 @@ def _random_model() -> Path:
     return place
 
 
-def tables(found: Mapping[str, Any]) -> tuple[pd.DataFrame, pd.DataFrame]:
+def tables(measured: Mapping[str, Any]) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Return what `moelab.evaluation.routing.measure` found as frames: layers, shares."""
-    import pandas as pd
-
     columns = ([f.name for f in fields(Layer)], ["layer", "domain", "expert", "share"])
-    return tuple(pd.DataFrame(found[name], columns=c) for name, c in zip(("layers", "shares"), columns, strict=True))
+    return tuple(pd.DataFrame(measured[name], columns=c) for name, c in zip(("layers", "shares"), columns, strict=True))
 
 
 def drawn_layers(layers: Sequence[int], most: int = 6) -> list[int]:
-    """Return at most so many of the layers, from the first to the last, for a figure that has no room for all."""
+    """Return at most this many of the layers, from the first to the last, for a figure that has no room for all."""
     if len(layers) <= most:
         return list(layers)
     return [layers[round(i * (len(layers) - 1) / (most - 1))] for i in range(most)]
@@ -130,11 +127,11 @@ def imbalance(loads: Mapping[str, Sequence[int]], layout: ParallelConfig) -> flo
     """Return the load of the busiest rank over an even share, the mean over layers, if ranks hold experts in order."""
     from moelab.training.balance import layer_statistics
 
-    found = []
+    busiest = []
     for load in loads.values():
         ranks = layout.experts(len(load)).parallel
-        found.append(1 + layer_statistics(load, ranks).get("busiest_rank", 0.0))
-    return sum(found) / len(found)
+        busiest.append(1 + layer_statistics(load, ranks).get("busiest_rank", 0.0))
+    return sum(busiest) / len(busiest)
 
 
 def serving(

@@ -11,7 +11,6 @@ explains why.
 from __future__ import annotations
 
 from functools import partial
-from typing import TYPE_CHECKING
 
 from moelab import paper
 from moelab.config import ModelConfig
@@ -19,10 +18,7 @@ from moelab.design.experiment import Experiment, Scale
 from moelab.design.simulated import judge_simulated
 from moelab.design.verdicts import Verdict
 from moelab.experiments.decoding import check_file
-
-if TYPE_CHECKING:
-    import pandas as pd
-
+from moelab.lazy import pd
 
 SIZES = {"2.4B+MoE-128": "107B", "8B+MoE-128": "349B", "24B+MoE-128": "1T", "47B+MoE-128": "2T"}
 
@@ -36,14 +32,12 @@ def bars() -> pd.DataFrame:
     """Return the bars of Fig 11, simulated beside the paper's: `Bar.row`, and size (total parameters)."""
     from moelab.simulate.bars import fig11, frame
 
-    found = frame(fig11())
-    return found.assign(size=found["model"].map(SIZES))
+    table = frame(fig11())
+    return table.assign(size=table["model"].map(SIZES))
 
 
 def speedups() -> pd.DataFrame:
     """Return each size's speed-up over PyTorch, simulated and as the paper prints it, for `serving.grouped_bars`."""
-    import pandas as pd
-
     from moelab.simulate import scoreboard
 
     rows = [

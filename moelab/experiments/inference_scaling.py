@@ -11,19 +11,14 @@ prediction; the notebook shows the quality of the fit and what it does not deter
 from __future__ import annotations
 
 from functools import partial
-from typing import TYPE_CHECKING
 
 from moelab import paper
 from moelab.config import ModelConfig
-from moelab.design.experiment import Experiment, Scale
+from moelab.design.experiment import Experiment, Measure, Scale
 from moelab.design.simulated import judge_simulated
 from moelab.design.verdicts import Verdict
 from moelab.experiments.decoding import check_file, steps, twins
-
-if TYPE_CHECKING:
-    import pandas as pd
-
-    from moelab.design.experiment import Measure
+from moelab.lazy import pd
 
 RANKS = (1, 2, 4)
 SHRINK: dict[str, dict[str, int]] = {
@@ -46,8 +41,8 @@ def bars() -> pd.DataFrame:
 
     read = paper.inference_results(figure="fig-10", metric="throughput-per-gpu")
     rates = {(row.system, row.gpus): row.value for row in read}
-    found = frame(fig10())
-    return found.assign(paper_throughput=[rates[row.system, row.gpus] for row in found.itertuples()])
+    table = frame(fig10())
+    return table.assign(paper_throughput=[rates[row.system, row.gpus] for row in table.itertuples()])
 
 
 def verdicts(frame: pd.DataFrame) -> list[Verdict]:

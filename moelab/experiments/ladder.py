@@ -25,12 +25,11 @@ from typing import TYPE_CHECKING, Any
 from moelab.config import ModelConfig
 from moelab.design import budgets, settings
 from moelab.design.experiment import Experiment, Scale
+from moelab.lazy import np, pd
 from moelab.runs.collection import Runs
 from moelab.runs.spec import RunSpec
 
 if TYPE_CHECKING:
-    import pandas as pd
-
     from moelab.design import laws
 
 ARMS = {"Dense": "350M", "PR-MoE": "350M+PR-MoE-32/64", "MoE-128": "350M+MoE-128"}
@@ -77,8 +76,6 @@ def peak_rate(width: int, scale: str) -> float:
 
     Between the widths of the paper's models it is interpolated, logarithm over logarithm.
     """
-    import numpy as np
-
     bases = ("350M", "1.3B", "6.7B")
     divisor = settings.SHAPES[scale]["hidden"]
     widths = [math.log(ModelConfig.parse(base).hidden / divisor) for base in bases]
@@ -91,8 +88,6 @@ def points(runs: Runs) -> pd.DataFrame:
 
     Columns: arm, width, seed, flops (training FLOPs of a token), tokens, compute (FLOPs), loss (nats per token).
     """
-    import pandas as pd
-
     rows = []
     for run in runs.finished:
         trunk = run.spec.start.run if run.spec.start else run.spec
@@ -105,44 +100,37 @@ def points(runs: Runs) -> pd.DataFrame:
 def fits(table: pd.DataFrame, scale: str) -> dict[str, laws.Fit]:
     """Return the law of each family, fitted to the widths below the larger one; families with too few points lack it.
 
-    Args:
-        table: from `points`.
+    `table` comes from `points`.
     """
     from moelab.design import laws
 
-    found = {}
+    by_arm = {}
     for arm in ARMS:
         try:
-            found[arm] = laws.fit(table[(table["arm"] == arm) & table["width"].isin(WIDTHS[scale])])
+            by_arm[arm] = laws.fit(table[(table["arm"] == arm) & table["width"].isin(WIDTHS[scale])])
         except ValueError:
             continue
-    return found
+    return by_arm
 
 
-def constants(found: Mapping[str, laws.Fit]) -> pd.DataFrame:
+def constants(fits: Mapping[str, laws.Fit]) -> pd.DataFrame:
     """Return floor (nats) and exponents of each law: columns arm, constant, value, low, high."""
-    import pandas as pd
-
     exponents = {"alpha": "exponent of size", "beta": "exponent of data", "exponent": "exponent of compute"}
     rows = [
         [arm, title, *fitted.interval(operator.attrgetter(name))]
-        for arm, fitted in found.items()
+        for arm, fitted in fits.items()
         for name, title in ({"floor": "floor"} | exponents).items()
     ]
     return pd.DataFrame(rows, columns=["arm", "constant", *INTERVAL])
 
 
-def curves(found: Mapping[str, laws.Fit], table: pd.DataFrame, scale: str) -> pd.DataFrame:
+def curves(fits: Mapping[str, laws.Fit], table: pd.DataFrame, scale: str) -> pd.DataFrame:
     """Return each law along the budgets of each width: columns arm, width, compute (FLOPs), loss.
 
-    Args:
-        found, table: from `fits` and `points`.
+    `fits` and `table` come from `fits` and `points`.
     """
-    import numpy as np
-    import pandas as pd
-
     parts = []
-    for arm, fitted in found.items():
+    for arm, fitted in fits.items():
         mine = table[table["arm"] == arm]
         for width in WIDTHS[scale]:
             flops = mine.loc[mine["width"] == width, "flops"].iloc[0]
@@ -152,19 +140,15 @@ def curves(found: Mapping[str, laws.Fit], table: pd.DataFrame, scale: str) -> pd
     return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame(columns=["arm", "width", "compute", "loss"])
 
 
-def leverage(table: pd.DataFrame, found: Mapping[str, laws.Fit]) -> pd.DataFrame:
+def leverage(table: pd.DataFrame, fits: Mapping[str, laws.Fit]) -> pd.DataFrame:
     """Return the efficiency leverage of each MoE at each width and budget, at its mean loss over seeds.
 
     Columns: arm, width, tokens, compute, value, low, high, beyond: the dense model would need more compute than any
     dense run had, so that the law is extrapolated. A loss at the dense law's floor or below it has infinite leverage.
-
-    Args:
-        table, found: from `points` and `fits`.
+    `table` and `fits` come from `points` and `fits`.
     """
-    import pandas as pd
-
     rows = []
-    if dense := found.get("Dense"):
+    if dense := fits.get("Dense"):
         most = table.loc[table["arm"] == "Dense", "compute"].max()
         for (arm, width, tokens, compute), part in table.groupby(["arm", "width", "tokens", "compute"], sort=False):
             if arm != "Dense":
@@ -179,20 +163,18 @@ def _times(law: laws.Law, loss: float, compute: float) -> float:
     return law.compute(loss) / compute
 
 
-def prediction(table: pd.DataFrame, found: Mapping[str, laws.Fit], scale: str, seeds: int) -> pd.DataFrame:
-    """Return what the laws say of the larger width, and what came.
+def prediction(table: pd.DataFrame, fits: Mapping[str, laws.Fit], scale: str, seeds: int) -> pd.DataFrame:
+    """Return what the laws predict for the larger width, and the losses that were measured.
 
     Columns: arm, width, tokens, compute, value, low, high (95 % for the mean over the seeds), measured (missing where
     nothing was run), seeds (that were), miss (measured minus value, nats), inside.
 
     Args:
-        table, found: from `points` and `fits`.
+        table, fits: from `points` and `fits`.
         seeds: of the larger runs; those that were run where there are any.
     """
-    import pandas as pd
-
     width, rows = LARGER[scale], []
-    for arm, fitted in found.items():
+    for arm, fitted in fits.items():
         mine = table[table["arm"] == arm]
         spec = _trunk(arm, ARMS[arm], width, scale, 0, {})
         flops = spec.model.flops_per_token(context=spec.data.context)

@@ -14,14 +14,12 @@ is at an edge, the sweep is continued by ``-p peaks=``, in factors of two, for a
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from moelab.design import settings
 from moelab.design.experiment import FULL_HOURS, Experiment, Scale
+from moelab.lazy import pd
 from moelab.runs.spec import RunSpec
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 ARMS = {
     "350M": {"Dense": "350M", "MoE-128": "350M+MoE-128"},
@@ -98,16 +96,15 @@ def used(base: str, scale: str) -> dict[str, float]:
 def unbracketed(table: pd.DataFrame) -> list[str]:
     """Return what is at an edge: "MoE-128's lowest loss is at 0.002, the lowest rate", an item for each such arm.
 
-    Args:
-        table: from `losses`.
+    `table` comes from `losses`.
     """
-    found = []
+    problems = []
     for arm, part in table.groupby("arm", sort=False):
         means = part.groupby("rate")["loss"].mean()
         best = means.idxmin()
         if best in (edges := {means.index.min(): "lowest", means.index.max(): "highest"}):
-            found.append(f"{arm}'s lowest loss is at {best:g}, the {edges[best]} rate")
-    return found
+            problems.append(f"{arm}'s lowest loss is at {best:g}, the {edges[best]} rate")
+    return problems
 
 
 def headline(table: pd.DataFrame, used: Mapping[str, float], base: str) -> str:

@@ -10,18 +10,14 @@ published: 64 and 128 experts, as for the 1.3B base, and an eighth of the layers
 from __future__ import annotations
 
 from functools import partial
-from typing import TYPE_CHECKING
 
 from moelab import paper
+from moelab.config import ModelConfig
 from moelab.design.experiment import Experiment, Scale
 from moelab.design.simulated import judge_simulated
 from moelab.design.verdicts import Verdict
 from moelab.experiments.decoding import check_file
-
-if TYPE_CHECKING:
-    import pandas as pd
-
-    from moelab.config import ModelConfig
+from moelab.lazy import pd
 
 
 def models() -> dict[str, ModelConfig]:
@@ -35,9 +31,9 @@ def latency() -> pd.DataFrame:
     """Return the bars of Fig 13, simulated: `Bar.row`, with columns base and variant."""
     from moelab.simulate import bars
 
-    found = bars.variants()
-    names = [bar.label.split() for bar in found]
-    return bars.frame(found).assign(base=[base for base, _ in names], variant=[variant for _, variant in names])
+    shown = bars.variants()
+    names = [bar.label.split() for bar in shown]
+    return bars.frame(shown).assign(base=[base for base, _ in names], variant=[variant for _, variant in names])
 
 
 def latency_headline(frame: pd.DataFrame) -> str:

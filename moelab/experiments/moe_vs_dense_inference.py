@@ -10,18 +10,14 @@ published (44 layers of width 8192 assumed), nor are its GPU count and PR-MoE.
 from __future__ import annotations
 
 from functools import partial
-from typing import TYPE_CHECKING
 
 from moelab import paper
+from moelab.config import ModelConfig
 from moelab.design.experiment import Experiment, Scale
 from moelab.design.simulated import judge_simulated
 from moelab.design.verdicts import Verdict
 from moelab.experiments.decoding import check_file
-
-if TYPE_CHECKING:
-    import pandas as pd
-
-    from moelab.config import ModelConfig
+from moelab.lazy import pd
 
 
 def models() -> dict[str, ModelConfig]:

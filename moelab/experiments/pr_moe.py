@@ -20,7 +20,7 @@ Five is the end: no verdict comes from adding seeds until it turns.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from moelab import paper
 from moelab.config import ModelConfig
@@ -29,10 +29,8 @@ from moelab.design import budgets, comparison, settings, stated
 from moelab.design.experiment import Experiment, twin_scales
 from moelab.design.simulated import judge_simulated
 from moelab.design.verdicts import Verdict
+from moelab.lazy import pd
 from moelab.runs.spec import RunSpec
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 MODELS = {
     "Dense": "350M",
@@ -76,8 +74,6 @@ def build(scale: str, seed: int, overrides: Mapping[str, Any], *, rate: settings
 
 def sizes(specs: Sequence[RunSpec]) -> pd.DataFrame:
     """Return, by arm, the parameters of the paper's model (billions) and its twin (millions), and its experts."""
-    import pandas as pd
-
     rows = {}
     for spec in specs:
         if spec.start:
@@ -95,8 +91,6 @@ def sizes(specs: Sequence[RunSpec]) -> pd.DataFrame:
 
 def size_shares(final: pd.DataFrame) -> pd.DataFrame:
     """Return total parameters as a share of MoE-128's: a row per arm, columns twin and paper."""
-    import pandas as pd
-
     paper_sizes = pd.Series({arm: ModelConfig.parse(name).parameters() for arm, name in MODELS.items()})
     twin_sizes = final.drop_duplicates("arm").set_index("arm")["parameters"].reindex(paper_sizes.index)
     return pd.DataFrame({"twin": twin_sizes / twin_sizes["MoE-128"], "paper": paper_sizes / paper_sizes["MoE-128"]})
@@ -118,11 +112,7 @@ def paper_gaps() -> dict[str, tuple[float, float, float]]:
     dense, moe = paper.loss_curve("350M"), paper.loss_curve("350M+MoE-128")
     near = paper.claim("pr-moe-matches-moe128")
     return {
-        "Dense": (
-            dense.final - moe.final,
-            dense.final_low - moe.final_high,
-            dense.final_high - moe.final_low,
-        ),
+        "Dense": dense.final_minus(moe),
         "PR-MoE-32/64": (near.number, *stated.paper_range(near)),
     }
 

@@ -18,16 +18,14 @@ well, in five passes, to show what the text does to the gap.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from moelab import paper
 from moelab.design import budgets, comparison, settings
 from moelab.design.experiment import FULL_HOURS, Experiment, Scale, full_cost
 from moelab.design.verdicts import Verdict
+from moelab.lazy import pd
 from moelab.runs.spec import RunSpec
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 ARMS = {name: name for name in ("350M", "350M+MoE-128", "1.3B", "1.3B+MoE-128", "6.7B")}
 
@@ -42,6 +40,9 @@ OTHER_TEXT = "mix5"
 
 PAIRS = (("350M+MoE-128", "350M", "1.3B"), ("1.3B+MoE-128", "1.3B", "6.7B"))
 """(MoE, its base, the dense model it is to equal)."""
+
+AGAINST = tuple((moe, dense) for moe, base, larger in PAIRS for dense in (base, larger))
+"""(MoE, dense model), compared after all tokens, on the whole validation text."""
 
 
 def arms(scale: str) -> list[str]:
@@ -67,8 +68,6 @@ def on_other_text(arm: str) -> str:
 
 def over_texts(final: pd.DataFrame) -> pd.DataFrame:
     """Return the final gap of the 350M MoE to its base on each text of `full`: columns text, seed, gap (nats)."""
-    import pandas as pd
-
     base, moe = BUDGETED
     pairs = {settings.DATA["full"].corpus: (moe, base), OTHER_TEXT: (on_other_text(moe), on_other_text(base))}
     table = comparison.by_arm(final)
@@ -83,15 +82,13 @@ def over_texts(final: pd.DataFrame) -> pd.DataFrame:
 
 def paper_efficiency() -> dict[str, float]:
     """Return how many times fewer tokens an MoE takes to the loss that its base ends at, from the paper's Fig 1."""
-    import pandas as pd
-
-    found = {}
+    speedups = {}
     for moe, base, _ in PAIRS:
         curve, goal = paper.loss_curve(moe), paper.loss_curve(base)
         reached = _first_at(pd.DataFrame({"tokens": curve.tokens_B, "loss": curve.loss}), goal.loss[-1])
         if reached:
-            found[moe] = goal.tokens_B[-1] / reached
-    return found
+            speedups[moe] = goal.tokens_B[-1] / reached
+    return speedups
 
 
 def training_length(final: pd.DataFrame, scale: str) -> pd.DataFrame:
@@ -99,8 +96,6 @@ def training_length(final: pd.DataFrame, scale: str) -> pd.DataFrame:
 
     The third column is where the paper's curves have used as many for each parameter (billions of tokens).
     """
-    import pandas as pd
-
     rows = {}
     for run in final.drop_duplicates("arm").itertuples():
         ours, theirs = comparison.tokens_a_parameter(run.arm, scale, run.tokens), comparison.tokens_a_parameter(run.arm)
@@ -115,32 +110,10 @@ def training_length(final: pd.DataFrame, scale: str) -> pd.DataFrame:
     return pd.DataFrame(rows).T
 
 
-def equal_tokens(final: pd.DataFrame) -> pd.DataFrame:
-    """Return MoE minus its base and minus the larger dense model, after all tokens, on the whole validation text.
-
-    Columns: arm, against, seed, difference (nats per token), pair (the label of a row in a figure).
-    """
-    import pandas as pd
-
-    rows = []
-    table = comparison.by_arm(final)
-    for moe, base, larger in PAIRS:
-        for against in (base, larger):
-            if moe in table and against in table:
-                for seed, value in (table[moe] - table[against]).dropna().items():
-                    rows.append([moe, against, seed, value, f"{moe} − {against}"])
-    return pd.DataFrame(rows, columns=["arm", "against", "seed", "difference", "pair"])
-
-
 def paper_pairs() -> dict[str, tuple[float, float, float]]:
-    """Return the paper's final differences of the same pairs, from Fig 1: pair -> (difference, low, high)."""
-    found = {}
-    for moe, base, larger in PAIRS:
-        for against in (base, larger):
-            ours, theirs = paper.loss_curve(moe), paper.loss_curve(against)
-            low, high = ours.final_low - theirs.final_high, ours.final_high - theirs.final_low
-            found[f"{moe} − {against}"] = (ours.final - theirs.final, low, high)
-    return found
+    """Return the paper's final differences of `AGAINST`, from Fig 1: "left − right" -> (difference, low, high)."""
+    curves = {name: paper.loss_curve(name) for name in ARMS}
+    return {f"{moe} − {dense}": curves[moe].final_minus(curves[dense]) for moe, dense in AGAINST}
 
 
 def _first_at(curve: pd.DataFrame, goal: float) -> float | None:
@@ -171,8 +144,7 @@ def paper_length() -> float:
 def gap_headline(gaps: pd.DataFrame) -> str:
     """Return, in one line, the gap of the MoE to its base at its first and last budget and where it is smallest.
 
-    Args:
-        gaps: from `budgets.gaps`.
+    `gaps` comes from `budgets.gaps`.
     """
     ours = gaps[gaps["arm"] == "350M+MoE-128"]
     means = ours.groupby("tokens")["gap"].mean()

@@ -10,13 +10,10 @@ MoE-128 was added after its runs were seen.
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
 
 from moelab.design import comparison, power
 from moelab.design.experiment import Experiment, twin_scales
-
-if TYPE_CHECKING:
-    import pandas as pd
+from moelab.lazy import pd
 
 ARMS = {
     "Dense": "350M",
@@ -33,8 +30,6 @@ def deviations(final: pd.DataFrame) -> pd.DataFrame:
     Columns: what (the pair), mean, paired, unpaired (if seeds were not shared), seeds, and the seeds with which one
     look tells an effect of 0.03 or 0.01 nats with 80 % power (`moelab.design.power`).
     """
-    import pandas as pd
-
     table = comparison.by_arm(final)
     rows = []
     for left, right in PAIRS:
@@ -60,8 +55,7 @@ def deviations(final: pd.DataFrame) -> pd.DataFrame:
 def headline(table: pd.DataFrame) -> str:
     """Return, in one line, how sharing seeds changes the spread of the first pair and of that which it helps most.
 
-    Args:
-        table: from `deviations`.
+    `table` comes from `deviations`.
     """
     if not len(table):
         return "no pair has finished"

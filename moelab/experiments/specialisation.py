@@ -10,22 +10,21 @@ Fixed before the first run: 3 seeds; at `cpu` those of zero-shot (3 to 5).
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from moelab import paths
 from moelab.design.experiment import Experiment, Scale
-from moelab.runs import with_weights
-
-if TYPE_CHECKING:
-    import pandas as pd
-
-    from moelab.runs.collection import Runs
-    from moelab.runs.store import Run
+from moelab.evaluation.routing import expert_use, explained_entropy
+from moelab.lazy import np, pd
+from moelab.runs import evaluations
+from moelab.runs.collection import Runs
+from moelab.runs.store import Run
 
 ARMS = {"MoE-128": "350M+MoE-128"}
 
 
 LAYERS = ("seed", "layer", "by_domain", "by_token")
-"""Columns: how much the domain and the token id tell about a layer's choice, see `moelab.evaluation.routing.told`."""
+"""Columns: how much of a layer's choice the domain and the token id explain, see `routing.explained_entropy`."""
 SHARES = ("seed", "layer", "domain", "expert", "share")
 """Columns: the share of a domain's validation tokens that one expert of a layer takes."""
 
@@ -40,9 +39,9 @@ def measure(runs: Runs, max_tokens: int | None = None) -> dict[str, list[dict[st
         "layers", rows of `LAYERS`, and "shares", rows of `SHARES` for each layer, domain and expert.
     """
     for run in runs.finished:  # before the first takes its time
-        with_weights.require(run, route, max_tokens)
-    found = [rows for _, rows in with_weights.measure_all(runs.finished, route, max_tokens)]
-    return {name: [row for one in found for row in one[name]] for name in ("layers", "shares")}
+        evaluations.require(run, route, max_tokens)
+    measured = [rows for _, rows in evaluations.measure_all(runs.finished, route, max_tokens)]
+    return {name: [row for one in measured for row in one[name]] for name in ("layers", "shares")}
 
 
 def check(parameters: Mapping[str, Any]) -> None:
@@ -54,9 +53,8 @@ def check(parameters: Mapping[str, Any]) -> None:
 
 def route(run: Run, max_tokens: int | None) -> dict[str, list[dict[str, Any]]]:
     """Return the rows of `measure` for one run."""
-    from moelab import paths
-    from moelab.data import prepare, validation_batches
-    from moelab.evaluation.routing import expert_use, told
+    from moelab.data import prepare
+    from moelab.data.batches import validation_batches
     from moelab.inference.text import load_run
 
     train, seed = run.spec.train, {"seed": run.spec.train.seed}
@@ -65,27 +63,27 @@ def route(run: Run, max_tokens: int | None) -> dict[str, list[dict[str, Any]]]:
     model = load_run(run.path, device=train.device).eval()
     uses = expert_use(model, ((domain, tokens_BT) for domain, tokens_BT, _ in batches))
     layers = [
-        {**seed, "layer": use.layer, "by_domain": told(use.by_domain_DE), "by_token": told(use.by_token_VE)}
+        {
+            **seed,
+            "layer": use.layer,
+            "by_domain": explained_entropy(use.by_domain_DE),
+            "by_token": explained_entropy(use.by_token_VE),
+        }
         for use in uses
     ]
     return {"layers": layers, "shares": [{**seed, **row} for use in uses for row in use.shares()]}
 
 
-def tables(found: Mapping[str, Sequence[Mapping[str, Any]]]) -> tuple[pd.DataFrame, pd.DataFrame]:
+def tables(measured: Mapping[str, Sequence[Mapping[str, Any]]]) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Return what `measure` found as frames: layers, shares."""
-    import pandas as pd
-
-    return pd.DataFrame(found["layers"], columns=LAYERS), pd.DataFrame(found["shares"], columns=SHARES)
+    return pd.DataFrame(measured["layers"], columns=LAYERS), pd.DataFrame(measured["shares"], columns=SHARES)
 
 
 def most_by_domain(shares: pd.DataFrame) -> pd.Series:
-    """Return, by layer, the largest share of the expert's entropy that the domain can tell: its entropy over that.
+    """Return, by layer, the largest share of the expert's entropy that the domain can explain: its entropy over that.
 
     Domains have equally many tokens. The mean over seeds.
     """
-    import numpy as np
-    import pandas as pd
-
     rows = []
     for (layer, *_), part in shares.groupby([name for name in ("layer", "seed") if name in shares]):
         load_E = part.groupby("expert")["share"].mean()
@@ -95,7 +93,7 @@ def most_by_domain(shares: pd.DataFrame) -> pd.Series:
 
 
 def headline(layers: pd.DataFrame, shares: pd.DataFrame) -> str:
-    """Return the result in one line; the domain's entropy bounds what it can tell."""
+    """Return the result in one line; the domain's entropy bounds what it can explain."""
     if not len(layers):
         return "no run has finished"
     means = layers.groupby("layer")[["by_token", "by_domain"]].mean()

@@ -16,11 +16,11 @@ from typing import TYPE_CHECKING, Any
 from moelab.config.parallel import ParallelConfig
 from moelab.design import settings
 from moelab.design.experiment import Experiment, Scale
+from moelab.lazy import pd
 from moelab.plotting import placement
 from moelab.runs.spec import RunSpec
 
 if TYPE_CHECKING:
-    import pandas as pd
     from matplotlib.axes import Axes
 
 ARMS = {"Dense": "350M", "MoE-32": "350M+MoE-32", "MoE-128": "350M+MoE-128"}

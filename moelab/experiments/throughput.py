@@ -15,17 +15,14 @@ deep); measured somewhat less.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 from moelab import paper
 from moelab.config import ModelConfig
 from moelab.design.experiment import Experiment, Scale
 from moelab.design.simulated import judge_simulated
 from moelab.design.verdicts import Verdict
+from moelab.lazy import pd
 from moelab.runs.spec import RunSpec
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 ARMS = {name: name for name in ("6.7B", "1.3B+MoE-128")}
 
@@ -52,8 +49,6 @@ def compared(specs: Sequence[RunSpec], ratios: Sequence[float]) -> pd.DataFrame:
         Rows FLOPs per token and training speed; columns twins, paper's models, and the share of the first that the
         second delivers.
     """
-    import pandas as pd
-
     twins = {spec.label: spec.model for spec in specs}
     full = {name: ModelConfig.parse(name) for name in twins}
     printed = {row.model: row.samples_per_s for row in paper.training_throughput()}
@@ -73,19 +68,14 @@ def compared(specs: Sequence[RunSpec], ratios: Sequence[float]) -> pd.DataFrame:
 
 def rounds_table(ratios: Sequence[float]) -> pd.DataFrame:
     """Return ratios of speed in the form that `figures.gaps` draws: columns arm, seed (the round), ratio."""
-    import pandas as pd
-
     return pd.DataFrame({"arm": "twins, measured", "seed": range(len(ratios)), "ratio": ratios})
 
 
 def simulated_ratios(predicted: pd.DataFrame) -> pd.DataFrame:
     """Return 1.3B+MoE-128 over 6.7B on 128 A100: columns what, ours (simulated) and paper, a row for each rate.
 
-    Args:
-        predicted: from `moelab.simulate.frames.training`.
+    `predicted` comes from `moelab.simulate.frames.training`.
     """
-    import pandas as pd
-
     moe, dense = predicted.loc["1.3B+MoE-128"], predicted.loc["6.7B"]
     rates = {"samples per second": "samples/s", "operations per second and GPU": "TFLOP/s a GPU"}
     rows = [
@@ -107,8 +97,7 @@ def simulated_headline(ratios: pd.DataFrame) -> str:
 def verdicts(predicted: pd.DataFrame) -> list[Verdict]:
     """Judge Table 3's claims, which speak of 128 A100, on the simulated cluster.
 
-    Args:
-        predicted: from `moelab.simulate.frames.training`.
+    `predicted` comes from `moelab.simulate.frames.training`.
     """
     speed, operations = simulated_ratios(predicted)["ours"]
     values = {"training-5x-cheaper": speed, "moe-flop-efficiency": operations}

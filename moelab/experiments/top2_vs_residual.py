@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
 
 from moelab import paper
 from moelab.config import ModelConfig, RoutingConfig
@@ -27,11 +26,8 @@ from moelab.design import comparison
 from moelab.design.experiment import Experiment, twin_scales
 from moelab.design.judging import judge, judge_timing
 from moelab.design.verdicts import Verdict
-
-if TYPE_CHECKING:
-    import pandas as pd
-
-    from moelab.runs.spec import RunSpec
+from moelab.lazy import pd
+from moelab.runs.spec import RunSpec
 
 ARMS = {
     "MoE-32": "350M+MoE-32",
@@ -56,8 +52,7 @@ def exchanged_slots(model: ModelConfig, tokens: int) -> int:
 def one_session(speeds: Mapping[str, Sequence[float]]) -> list[list[float]]:
     """Return the speed of Residual-MoE-32 over Top2-MoE-32 in each round of one session; empty without both arms.
 
-    Args:
-        speeds: from `moelab.experiments.throughput.speeds`.
+    `speeds` comes from `moelab.experiments.throughput.speeds`.
     """
     if not {"Top2-MoE-32", "Residual-MoE-32"} <= set(speeds):
         return []
@@ -93,8 +88,6 @@ def sessions_table(timed: Mapping[int, Sequence[Sequence[float]]]) -> pd.DataFra
     Returns:
         Columns arm (the number of ranks as text), seed (the session), median, least, greatest.
     """
-    import pandas as pd
-
     rows = [
         {
             "arm": f"{n} rank{'' if n == 1 else 's'}",

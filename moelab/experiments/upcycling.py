@@ -35,16 +35,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from moelab.config import UpcycleConfig
 from moelab.design import comparison, settings
 from moelab.design.experiment import Experiment, twin_scales
+from moelab.lazy import pd
 from moelab.runs.branching import shorter
 from moelab.runs.spec import RunSpec, Start
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 SCRATCH = {"Dense": "350M", "MoE-32": "350M+MoE-32", "MoE-128": "350M+MoE-128", "Top-2": "350M+Top2-MoE-32"}
 """Arm that is trained from initial weights -> the paper's model."""
@@ -101,7 +99,7 @@ def build(scale: str, seed: int, overrides: Mapping[str, Any], *, upcycle_at: fl
     at = max(1, round(upcycle_at * total)) * a_step
     plain = dict(scratch)
     for trunk in ("Dense", "MoE-32"):
-        scratch[trunk] = scratch[trunk].keeping([at])
+        scratch[trunk] = scratch[trunk].with_checkpoints([at])
     own = total * a_step - at
     branches = {}
     for label, (trunk, becomes, upcycle) in BRANCHES.items():
@@ -114,7 +112,7 @@ def build(scale: str, seed: int, overrides: Mapping[str, Any], *, upcycle_at: fl
     top2 = scratch["Top-2"]
     budgets = [own, round(branches["Upcycled"].total_cost / top2.cost * total) * a_step]
     starts = [run.start.tokens for run in (shorter(top2, tokens) for tokens in budgets) if run.start]
-    scratch["Top-2"] = top2.keeping(starts)
+    scratch["Top-2"] = top2.with_checkpoints(starts)
     less = [replace(shorter(scratch["Top-2"], n), label=label) for label, n in zip(SHORTER, budgets, strict=True)]
     return [*scratch.values(), *less, *branches.values()]
 

@@ -7,16 +7,14 @@ same experts, so that a limit drops more of them than in training, where a batch
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from moelab import paths
 from moelab.design import comparison
-from moelab.runs import with_weights
-
-if TYPE_CHECKING:
-    import pandas as pd
-
-    from moelab.runs.collection import Runs
-    from moelab.runs.store import Run
+from moelab.lazy import pd
+from moelab.runs import evaluations
+from moelab.runs.collection import Runs
+from moelab.runs.store import Run
 
 
 def measure(runs: Runs, tokens: int = 0) -> list[dict[str, Any]]:
@@ -29,7 +27,7 @@ def measure(runs: Runs, tokens: int = 0) -> list[dict[str, Any]]:
     """
     return [
         {"arm": run.spec.title, "seed": run.spec.train.seed, **losses}
-        for run, losses in with_weights.measure_all(runs.finished, validated, tokens)
+        for run, losses in evaluations.measure_all(runs.finished, validated, tokens)
     ]
 
 
@@ -47,12 +45,12 @@ def validated(run: Run, tokens: int = 0) -> dict[str, float]:
     """
     import torch
 
-    from moelab import paths
-    from moelab.data import prepare, validation_batches
+    from moelab.data import prepare
+    from moelab.data.batches import validation_batches
     from moelab.engine import checkpoint
     from moelab.models import build
 
-    spec, found = run.spec, dict[str, Any]()
+    spec, losses = run.spec, dict[str, Any]()
     data = prepare(spec.data, paths.home() / "data")
     size = spec.train.batch_size
     alone = [(x, y) for _, x, y in validation_batches(data, size, spec.data.context, tokens)]
@@ -65,8 +63,8 @@ def validated(run: Run, tokens: int = 0) -> dict[str, float]:
         ("mixed", spec.model, mixed),
         ("without", free, mixed),
     ):
-        if not spec.model.routing.drop_tokens and found:
-            found[name] = found["by_domain"]  # equal up to rounding
+        if not spec.model.routing.drop_tokens and losses:
+            losses[name] = losses["by_domain"]  # equal up to rounding
             continue
         model = build(config, spec.train.seed, spec.train.device)
         checkpoint.load_model(checkpoint.weights_of(run.path), model)
@@ -80,10 +78,10 @@ def validated(run: Run, tokens: int = 0) -> dict[str, float]:
                 output = model(x_BT.to(spec.train.device), targets_BT=y_BT.to(spec.train.device), reduction="sum")
             nats += float(output.loss)
             dropped += sum(float((r.load_E - r.kept_E).sum()) for r in output.routing) / len(output.routing)
-        found[name] = nats / y_NT.numel()
+        losses[name] = nats / y_NT.numel()
         if config.routing.drop_tokens:
-            found[f"{name}_dropped"] = dropped / (y_NT.numel() * config.top_k)
-    return found
+            losses[f"{name}_dropped"] = dropped / (y_NT.numel() * config.top_k)
+    return losses
 
 
 KINDS = {
@@ -103,12 +101,10 @@ def costs(final: pd.DataFrame, measured: list[dict[str, Any]], reference: str) -
         final: as of `Runs.final`; its loss is that of batches of one domain.
         measured: rows of `measure`; the other kinds are left out unless all runs of `final` have them.
     """
-    import pandas as pd
-
     losses = {"by_domain": final[["arm", "seed", "validation_loss"]]}
     if 0 < len(measured) == len(final):
         table = pd.DataFrame(measured)
         for kind in ("mixed", "without"):
             losses[kind] = table.assign(validation_loss=table[kind])[["arm", "seed", "validation_loss"]]
-    found = [comparison.gaps(part, reference).assign(validation=KINDS[kind]) for kind, part in losses.items()]
-    return pd.concat(found, ignore_index=True)
+    tables = [comparison.gaps(part, reference).assign(validation=KINDS[kind]) for kind, part in losses.items()]
+    return pd.concat(tables, ignore_index=True)

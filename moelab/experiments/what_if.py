@@ -3,24 +3,28 @@
 Shows: for each model, cluster, number of GPUs and batch the fastest and the cheapest layout that the simulator finds.
 
 Expect: everything is simulated, so no claim of the paper is judged here; notebooks 10 to 14 say how far to trust it.
+Models of today stand with the range of such a prediction and the nearest public measurement.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from moelab import simulate
 from moelab.design.experiment import Experiment, Scale
+from moelab.simulate import public
 
 if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.axes import Axes
 
+TODAY = {"mixtral-8x7b": "bf16", "qwen3-30b": "bf16", "qwen3-235b": "fp8", "deepseek-v3": "fp8"}
+"""Published model -> dtype in which an inference engine of today serves it; A100s have no fp8."""
 MODELS = {
-    "smoke": ("1.3B+MoE-128",),
+    "smoke": ("1.3B+MoE-128", "mixtral-8x7b"),
     "cpu": (
         *("1.3B", "6.7B", "175B", "350M+MoE-128", "1.3B+MoE-128", "1.3B+PR-MoE-64/128"),
-        *("1.3B+PR-MoE-64/128+L21", "8B+MoE-128", "24B+MoE-128"),
+        *("1.3B+PR-MoE-64/128+L21", "8B+MoE-128", "24B+MoE-128", *TODAY),
     ),
 }
 GPUS = {"smoke": (8, 16), "cpu": (1, 8, 32, 128, 256)}
@@ -32,8 +36,8 @@ OBJECTIVES: tuple[simulate.Objective, ...] = ("latency", "cost")
 def grid(scale: str, context: int) -> pd.DataFrame:
     """Return the best layout for each model, cluster, number of GPUs, batch and objective, where one fits.
 
-    Columns: model, cluster, most_gpus, best_by, memory_gib and currency of the cluster, and those of
-    `moelab.simulate.search.frame`.
+    Columns: model, cluster, most_gpus, best_by, memory_gib and currency of the cluster, those of
+    `moelab.simulate.search.frame`, and for models of today low_ms, high_ms and nearest (`beside_measurements`).
 
     Args:
         context: tokens of a sequence in the cache.
@@ -44,20 +48,33 @@ def grid(scale: str, context: int) -> pd.DataFrame:
 
     rows = []
     for name in MODELS[scale]:
+        settings: dict[str, Any] = {"program": "engine", "dtype": TODAY[name]} if name in TODAY else {}
         for where in simulate.clusters():
+            if settings.get("dtype") == "fp8" and where.startswith("a100"):
+                continue
             for most in GPUS[scale]:
                 for batch in BATCHES[scale]:
                     for objective in OBJECTIVES:
                         try:
                             found = simulate.plan(
-                                name, most, where, objective=objective, batches=[batch], context=context
+                                name, most, where, objective=objective, batches=[batch], context=context, **settings
                             ).best
                         except ValueError:  # it does not fit
                             continue
                         about = {"model": name, "cluster": where, "most_gpus": most, "best_by": objective}
                         of_cluster = {"memory_gib": found.capacity_gib, "currency": found.currency}
-                        rows.append(about | frame([found]).iloc[0].to_dict() | of_cluster)
+                        beside = beside_measurements(name, found) if name in TODAY else {}
+                        rows.append(about | frame([found]).iloc[0].to_dict() | of_cluster | beside)
     return pd.DataFrame(rows)
+
+
+def beside_measurements(name: str, found: simulate.DecodeEstimate) -> dict[str, Any]:
+    """Return the range of a step's latency, and the nearest public measurement of the model, empty without one."""
+    factor, _, _ = public.experience("decode")
+    p = found.parallel
+    near = public.nearest("decode", name, found.cluster, batch=found.batch, tensor=p.tensor, expert=p.expert)
+    low, high = found.latency_ms / factor, found.latency_ms * factor
+    return {"low_ms": low, "high_ms": high, "nearest": near.in_words if near else ""}
 
 
 def draw(rows: pd.DataFrame, ax: Axes) -> None:
@@ -72,7 +89,7 @@ def draw(rows: pd.DataFrame, ax: Axes) -> None:
     ax.set(xlabel="latency of a token (ms)", xlim=(0, None))
 
 
-MARKS = (("#0072B2", "o", 11), ("#D55E00", "s", 7), ("#009E73", "x", 5))
+MARKS = (("#0072B2", "o", 11), ("#D55E00", "s", 7), ("#009E73", "x", 5), ("#CC79A7", "D", 8), ("#000000", "+", 9))
 """Colour, form and size of each cluster's mark: equal latencies are seen through one another."""
 
 
@@ -95,7 +112,9 @@ EXPERIMENT = Experiment(
     question="Which layout serves a model fastest or cheapest, and on how many GPUs?",
     paper_answer="For its own models and cluster: Table 6 and Figs 10 to 15.",
     scales={
-        "smoke": Scale("one model on simulated clusters", "seconds (tests)"),
-        "cpu": Scale("nine models on simulated clusters of up to 256 GPUs", "minutes (computed, nothing is measured)"),
+        "smoke": Scale("two models on simulated clusters", "seconds (tests)"),
+        "cpu": Scale(
+            "thirteen models on simulated clusters of up to 256 GPUs", "minutes (computed, nothing is measured)"
+        ),
     },
 )

@@ -21,14 +21,12 @@ within one machine").
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from moelab.design import comparison, settings
 from moelab.design.experiment import Experiment, twin_scales
+from moelab.lazy import pd
 from moelab.runs.spec import RunSpec
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 _SHARED = {"model.expert.shared": 1}
 _BIAS = {"model.routing.balance_rate": 1e-3, "model.routing.aux_loss": 0.0}

@@ -19,16 +19,18 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from moelab import paper
+from moelab import paper, paths
 from moelab.design import comparison
 from moelab.design.experiment import Experiment, Scale
 from moelab.design.judging import judge
 from moelab.design.verdicts import Verdict
-from moelab.runs import with_weights
+from moelab.files import write_json, write_text
+from moelab.lazy import pd
+from moelab.runs import evaluations
+from moelab.runs.provenance import provenance
+from moelab.terminal import task_progress
 
 if TYPE_CHECKING:
-    import pandas as pd
-
     from moelab.evaluation.zero_shot import OnProgress, Score
     from moelab.runs.collection import Runs
     from moelab.runs.store import Run
@@ -39,7 +41,7 @@ REFERENCE = "smollm2"
 LIMITS = {"smoke": 8, "quick": 50, "cpu": 200, "gpu": 1000, "paper": 0}
 """Items of each task by scale; 0 is all."""
 
-MOST_CUT = 0.1
+MAX_CUT = 0.1
 """Largest share of a task's requests that may lose their beginning, if the task is to count in the average of bits."""
 
 
@@ -52,18 +54,17 @@ def measure(runs: Runs, limit: int, tasks: Sequence[str] | None = None) -> list[
         Rows of arm, seed, paper (the paper's column, or empty), and the fields of `Score`.
     """
     from moelab.evaluation.zero_shot import PACKAGED, PAPER_TASKS, definition
-    from moelab.terminal import task_progress
 
     columns = {name: column for column, names in PAPER_TASKS.items() for name in names}
     ours = {task: str(definition(task)["metadata"]["version"]) for task in PACKAGED}
     versions = {task: ours.get(task, "") for task in tasks or PACKAGED}
     for run in runs.finished:  # before the first takes its time
-        with_weights.require(run, score, limit, versions)
+        evaluations.require(run, score, limit, versions)
     rows = []
     with task_progress() as show:
         for run in runs.finished:
             arm, seed = run.spec.title, run.spec.train.seed
-            scores = with_weights.measure(
+            scores = evaluations.measure(
                 run,
                 score,
                 limit,
@@ -90,7 +91,6 @@ def score(run: Run, limit: int, versions: Mapping[str, str], on_progress: OnProg
         limit, on_progress: as of `moelab.evaluation.zero_shot.evaluate`.
         versions: the tasks' names and the versions of their definitions; "" for those of lm-eval.
     """
-    from moelab import paths
     from moelab.bench.harness import torch_threads
     from moelab.evaluation.zero_shot import evaluate
 
@@ -109,8 +109,6 @@ def score(run: Run, limit: int, versions: Mapping[str, str], on_progress: OnProg
 
 def scored(rows: Sequence[dict]) -> pd.DataFrame:
     """Return the rows that `measure` found as a frame."""
-    import pandas as pd
-
     from moelab.evaluation.zero_shot import Score
 
     return pd.DataFrame(rows, columns=["arm", "seed", "paper", *Score.__dataclass_fields__])
@@ -124,8 +122,6 @@ def save(scores: Sequence[Score], folder: Path, name: str, options: Mapping[str,
         options: the evaluation's: limit, batch, dtype, device.
     """
     from moelab.evaluation.models import REFERENCES
-    from moelab.files import write_json, write_text
-    from moelab.runs.provenance import provenance
 
     known = REFERENCES.get(name)
     about = {"model": known.name if known else name, "source": str(known.package) if known else ""}
@@ -151,7 +147,6 @@ def reference() -> pd.DataFrame:
     The command is `moelab eval smollm2 --limit 200 --out .moelab/results/benchmarks`. The arm is the model's name, the
     seed -1. The frame is empty where there are no such scores, or where the tasks have changed since.
     """
-    from moelab import paths
     from moelab.evaluation.zero_shot import PAPER_TASKS, version
 
     columns = {name: column for column, names in PAPER_TASKS.items() for name in names}
@@ -180,8 +175,6 @@ def reference_headline(rows: pd.DataFrame) -> str:
 
 def paper_table() -> pd.DataFrame:
     """Return the paper's own models: zero-shot percentages by run (internal corpus) and task, with their average."""
-    import pandas as pd
-
     rows = [row for row in paper.zero_shot() if row.group == "paper" and row.corpus == "internal"]
     return pd.DataFrame([{**row.scores, "average": row.average} for row in rows], index=[row.run for row in rows])
 
@@ -223,11 +216,9 @@ def tasks_that_fit(scores: pd.DataFrame) -> dict[str, float]:
 def answer_bits(scores: pd.DataFrame, reference: str = "Dense") -> pd.DataFrame:
     """Return the bits per byte of the right answers minus the reference arm's of the same seed.
 
-    The mean over the tasks of which at most `MOST_CUT` of the requests lost their beginning. Columns: arm, seed, gap.
+    The mean over the tasks of which at most `MAX_CUT` of the requests lost their beginning. Columns: arm, seed, gap.
     """
-    import pandas as pd
-
-    fitting = [task for task, share in tasks_that_fit(scores).items() if share <= MOST_CUT]
+    fitting = [task for task, share in tasks_that_fit(scores).items() if share <= MAX_CUT]
     part = scores[scores["task"].isin(fitting)]
     table = part.pivot_table(index="seed", columns="arm", values="bits_per_byte", sort=False)
     if reference not in table:
@@ -239,7 +230,7 @@ def answer_bits(scores: pd.DataFrame, reference: str = "Dense") -> pd.DataFrame:
 def bits_headline(scores: pd.DataFrame) -> str:
     """Return the result in one line: how many bits fewer MoE-128 needs for the right answers than the dense base."""
     gaps = answer_bits(scores).query("arm == 'MoE-128'")["gap"] if len(scores) else []
-    left_out = [task for task, share in tasks_that_fit(scores).items() if share > MOST_CUT] if len(scores) else []
+    left_out = [task for task, share in tasks_that_fit(scores).items() if share > MAX_CUT] if len(scores) else []
     if not len(gaps):
         return "MoE-128 and Dense have no task in common whose requests fit the context"
     without = (
@@ -279,7 +270,7 @@ def verdicts(scores: pd.DataFrame, scale: str) -> list[Verdict]:
     samples = {
         claim: comparison.compared(claim, table, ARMS, lower_is_better=False) for claim in paper.claims("zero-shot")
     }
-    return [judge(claim, **found, note=note, scale=scale) for claim, found in samples.items()]
+    return [judge(claim, **sample, note=note, scale=scale) for claim, sample in samples.items()]
 
 
 EXPERIMENT = Experiment(

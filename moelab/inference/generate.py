@@ -222,7 +222,7 @@ class Generator:
         lengths = [len(s.prompt) for s in fresh]
         tokens = torch.tensor([list(itertools.chain.from_iterable(s.prompt for s in fresh))], dtype=torch.long)
         self.cache.prefill(slots, lengths)
-        x_1NM, _ = self.model.trunk(tokens.to(self.cache.device), self.cache)
+        x_1NM, _ = self.model.hidden_states(tokens.to(self.cache.device), self.cache)
         last = torch.tensor([end - 1 for end in itertools.accumulate(lengths)], dtype=torch.long)
         return self.model.head(x_1NM[0, last.to(self.cache.device)])
 
@@ -231,7 +231,7 @@ class Generator:
         """Return the logits [B, V] after each sequence's newest token."""
         self.cache.decode([s.cached for s in alive])
         tokens = torch.tensor([s.tokens[-1] for s in alive], dtype=torch.long, device=self.cache.device)
-        x_B1M, _ = self.model.trunk(tokens[:, None], self.cache)
+        x_B1M, _ = self.model.hidden_states(tokens[:, None], self.cache)
         return self.model.head(x_B1M[:, 0])
 
     @torch.inference_mode()
@@ -312,7 +312,7 @@ class _StaticStep:
     def compute(self) -> None:
         """Compute one step without any transfer between host and device."""
         self.cache.decode_static(self.positions_B)
-        x_B1M, _ = self.model.trunk(self.tokens_B1, self.cache)
+        x_B1M, _ = self.model.hidden_states(self.tokens_B1, self.cache)
         last = self.draws_BN.shape[1] - 1
         draw_B = self.draws_BN.gather(1, self.count_B1.clamp(max=last))[:, 0]
         self.tokens_B1.copy_(choose(self.model.head(x_B1M[:, 0]), draw_B, self.sampling)[:, None])

@@ -15,7 +15,8 @@ import torch
 
 from moelab.config import DataConfig, ModelConfig, from_json
 from moelab.config.parallel import ParallelConfig
-from moelab.data import Tokenizer, prepare
+from moelab.data import prepare
+from moelab.data.tokenizer import Tokenizer
 from moelab.engine import checkpoint
 from moelab.engine import parallel as engine
 from moelab.engine.checkpoint import hf
@@ -65,10 +66,10 @@ class Writer:
 
     def generate(self, prompts: Sequence[str], sampling: Sampling | None = None) -> list[Text]:
         """Return the continuations in the order of the prompts."""
-        found = self.generator.generate(self._encode(prompts), self._with_end(sampling))
+        completions = self.generator.generate(self._encode(prompts), self._with_end(sampling))
         return [
             Text(prompt, self.tokenizer.decode(self._without_end(c.tokens)), len(c.tokens), c.finish)
-            for prompt, c in zip(prompts, found, strict=True)
+            for prompt, c in zip(prompts, completions, strict=True)
         ]
 
     def stream(self, prompts: Sequence[str], sampling: Sampling | None = None) -> Iterator[tuple[int, str]]:

@@ -25,7 +25,7 @@ from moelab.kernels import packed
 from moelab.models.attention import Attention, Past
 from moelab.models.grouped_attention import GroupedAttention, Rotation, rotation_at
 from moelab.models.layers import RMSNorm
-from moelab.models.loss import Further, linear_losses, losses_of
+from moelab.models.loss import LogitsLoss, linear_losses, losses_of
 from moelab.models.moe import MLP, Experts, MoE
 from moelab.models.routing import Routing
 
@@ -38,15 +38,15 @@ class Output:
         logits_BTV: logits of the next token, in the activations' dtype; None if the loss was computed without keeping
             them.
         routing: one `Routing` per MoE layer, in order.
-        loss: next-token loss in nats, fp32, of the targets given to the forward pass, plus the further loss; None
+        loss: next-token loss in nats, fp32, of the targets given to the forward pass, plus `logits_loss`; None
             without targets.
-        further: the further loss that was asked for, without gradient, or zero; None without targets.
+        logits_loss: the loss of the logits that was asked for, without gradient, or zero; None without targets.
     """
 
     logits_BTV: Tensor | None
     routing: tuple[Routing, ...]
     loss: Tensor | None = None
-    further: Tensor | None = None
+    logits_loss: Tensor | None = None
 
     def cross_entropy(self, targets_BT: Tensor, reduction: str = "mean") -> Tensor:
         """Return the next-token loss in nats, fp32, from the logits."""
@@ -101,8 +101,8 @@ class Block(nn.Module):
         """Return (the layer's output [B, T, M], the routing, None for a dense layer)."""
         x_BTM, h_BTM = self.attend(x_BTM, past, rotation)
         add = None if self._drops() else x_BTM
-        found = self.ffn.forward(h_BTM, add)
-        y_BTM, routing = found if isinstance(found, tuple) else (found, None)
+        result = self.ffn.forward(h_BTM, add)
+        y_BTM, routing = result if isinstance(result, tuple) else (result, None)
         return x_BTM + self.dropout(y_BTM) if add is None else y_BTM, routing
 
     def attend(
@@ -155,7 +155,7 @@ class GPT(nn.Module):
         *,
         targets_BT: Tensor | None = None,
         reduction: str = "mean",
-        further: Further | None = None,
+        logits_loss: LogitsLoss | None = None,
     ) -> Output:
         """Return logits, or with `targets_BT` the loss instead of them.
 
@@ -164,14 +164,14 @@ class GPT(nn.Module):
             cache: state of the earlier tokens that `tokens_BT` follows.
             targets_BT: int64 ids of the next tokens.
             reduction: of the loss over tokens, "mean" or "sum".
-            further: computes a loss of the logits that is added to that of the targets; tokens count through B * T.
+            logits_loss: computes a loss of the logits that is added to that of the targets; tokens count through B * T.
         """
-        x_BTM, routings = self.trunk(tokens_BT, cache)
+        x_BTM, routings = self.hidden_states(tokens_BT, cache)
         if targets_BT is None:
             return Output(self.head(x_BTM), routings)
-        return Output(None, routings, *self.losses(x_BTM, targets_BT, reduction, further))
+        return Output(None, routings, *self.losses(x_BTM, targets_BT, reduction, logits_loss))
 
-    def trunk(self, tokens_BT: Tensor, cache: Cache | None = None) -> tuple[Tensor, tuple[Routing, ...]]:
+    def hidden_states(self, tokens_BT: Tensor, cache: Cache | None = None) -> tuple[Tensor, tuple[Routing, ...]]:
         """Compute the embedding and all blocks; return (x_BTM, a `Routing` per MoE layer)."""
         T, config = tokens_BT.shape[1], self.config
         if cache is None and T > config.context:
@@ -193,18 +193,18 @@ class GPT(nn.Module):
         return x_BTM, tuple(routings)
 
     def head(self, x: Tensor) -> Tensor:
-        """Return the logits of the next token, [..., V], from the trunk's output [..., M]."""
+        """Return the logits of the next token, [..., V], from the hidden states [..., M]."""
         x = self.norm.forward(x)
         return F.linear(x, self.output_weight) if self.packed is None else packed.linear(x, self.packed)
 
     def losses(
-        self, x_BTM: Tensor, targets_BT: Tensor, reduction: str = "mean", further: Further | None = None
+        self, x_BTM: Tensor, targets_BT: Tensor, reduction: str = "mean", logits_loss: LogitsLoss | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Return (`Output.loss`, `Output.further`) from the trunk's output; arguments as of `forward`."""
+        """Return (`Output.loss`, `Output.logits_loss`) from the hidden states; arguments as of `forward`."""
         if self.packed is not None:
-            return losses_of(self.head(x_BTM.flatten(0, 1)), targets_BT.flatten(), reduction, further)
+            return losses_of(self.head(x_BTM.flatten(0, 1)), targets_BT.flatten(), reduction, logits_loss)
         x_NM = self.norm.forward(x_BTM).flatten(0, 1)
-        return linear_losses(x_NM, self.output_weight, targets_BT.flatten(), reduction, further)
+        return linear_losses(x_NM, self.output_weight, targets_BT.flatten(), reduction, logits_loss)
 
     @torch.no_grad()
     def init_weights(self, seed: int) -> None:

@@ -1,6 +1,6 @@
 """Compute the output head and its loss in one function that never holds all logits.
 
-    x_NM, w_VM -> logits_NV, a chunk of rows at a time -> cross-entropy, and a further loss such as distillation's
+    x_NM, w_VM -> logits_NV, a chunk of rows at a time -> cross-entropy, and a loss of the logits such as distillation's
 
 N tokens; other letters as in `moelab.config`.
 """
@@ -15,13 +15,13 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 _CHUNK = {"cpu": 1 << 19, "cuda": 1 << 26}  # logits per softmax; on a CPU they stay in a core's cache
-_FURTHER = 4  # with a further loss, about so many more arrays of this size are in use
-Further = Callable[[Tensor, int, int], tuple[Tensor, Tensor]]
+_WITH_LOGITS_LOSS = 4  # with a loss of the logits, about so many more arrays of this size are in use
+LogitsLoss = Callable[[Tensor, int, int], tuple[Tensor, Tensor]]
 """(logits [n, V] of tokens `first` to `past` - 1, first, past) -> (a loss summed over them, its gradient [n, V])
 
 Without autograd, in at least fp32; the logits must not be changed.
 """
-_LEAST = 1e-30  # smaller fp32 probabilities are too inexact for their logarithm
+_MIN_PROBABILITY = 1e-30  # smaller fp32 probabilities are too inexact for their logarithm
 
 
 def linear_cross_entropy(x_NM: Tensor, w_VM: Tensor, targets_N: Tensor, reduction: str = "mean") -> Tensor:
@@ -42,11 +42,11 @@ def linear_cross_entropy(x_NM: Tensor, w_VM: Tensor, targets_N: Tensor, reductio
 
 
 def linear_losses(
-    x_NM: Tensor, w_VM: Tensor, targets_N: Tensor, reduction: str = "mean", further: Further | None = None
+    x_NM: Tensor, w_VM: Tensor, targets_N: Tensor, reduction: str = "mean", logits_loss: LogitsLoss | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Return (`linear_cross_entropy` plus a further loss of the logits, that further loss without gradient).
+    """Return (`linear_cross_entropy` plus a loss of the logits, that loss without gradient).
 
-    Both are reduced in the same way; without `further` the second is zero.
+    Both are reduced in the same way; without `logits_loss` the second is zero.
     """
     if reduction not in ("mean", "sum"):
         raise ValueError(f"linear_cross_entropy: reduction must be 'mean' or 'sum', got {reduction!r}")
@@ -57,25 +57,25 @@ def linear_losses(
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x_NM.dtype
     gradients = torch.is_grad_enabled()
     total, more = _LinearLosses.apply(
-        x_NM, w_VM, targets_N, further, dtype, gradients and x_NM.requires_grad, gradients and w_VM.requires_grad
+        x_NM, w_VM, targets_N, logits_loss, dtype, gradients and x_NM.requires_grad, gradients and w_VM.requires_grad
     )
     return (total / len(x_NM), more / len(x_NM)) if reduction == "mean" else (total, more)
 
 
 def losses_of(
-    logits_NV: Tensor, targets_N: Tensor, reduction: str = "mean", further: Further | None = None
+    logits_NV: Tensor, targets_N: Tensor, reduction: str = "mean", logits_loss: LogitsLoss | None = None
 ) -> tuple[Tensor, Tensor]:
     """Return the losses as `linear_losses`, of logits that are all in memory, without gradients."""
     logits_NV = logits_NV.float()
     loss, more = F.cross_entropy(logits_NV, targets_N, reduction=reduction), logits_NV.new_zeros(())
-    if further is not None:
-        more, _ = further(logits_NV, 0, len(logits_NV))
+    if logits_loss is not None:
+        more, _ = logits_loss(logits_NV, 0, len(logits_NV))
         more = more / len(logits_NV) if reduction == "mean" else more
     return loss + more, more
 
 
 class _LinearLosses(torch.autograd.Function):
-    """Compute the losses summed over tokens: all of them, and the further one alone."""
+    """Compute the losses summed over tokens: all of them, and that of the logits alone."""
 
     @staticmethod
     def forward(
@@ -83,14 +83,14 @@ class _LinearLosses(torch.autograd.Function):
         x_NM: Tensor,
         w_VM: Tensor,
         targets_N: Tensor,
-        further: Further | None,
+        logits_loss: LogitsLoss | None,
         dtype: torch.dtype,
         for_x: bool,
         for_w: bool,
     ) -> tuple[Tensor, Tensor]:
         ctx.dtypes = x_NM.dtype, w_VM.dtype
         with torch.autocast(x_NM.device.type, enabled=False):
-            total, more = _forward(ctx, x_NM, w_VM, targets_N, further, dtype, for_x, for_w)
+            total, more = _forward(ctx, x_NM, w_VM, targets_N, logits_loss, dtype, for_x, for_w)
         ctx.mark_non_differentiable(more)
         return total, more
 
@@ -108,7 +108,7 @@ def _forward(
     x_NM: Tensor,
     w_VM: Tensor,
     targets_N: Tensor,
-    further: Further | None,
+    logits_loss: LogitsLoss | None,
     dtype: torch.dtype,
     for_x: bool,
     for_w: bool,
@@ -120,7 +120,7 @@ def _forward(
     dx_NM = torch.empty_like(x_NM) if for_x else None
     dw_MV = torch.zeros_like(w_MV, dtype=wide) if for_w else None
     more = x_NM.new_zeros((), dtype=wide)
-    size = _CHUNK.get(x_NM.device.type, _CHUNK["cuda"]) // (_FURTHER if further else 1)
+    size = _CHUNK.get(x_NM.device.type, _CHUNK["cuda"]) // (_WITH_LOGITS_LOSS if logits_loss else 1)
     rows = max(1, size // V)
     # If products have a dtype below fp32, dw needs an extra addition in fp32, so that several chunks share one.
     group = rows if dtype == wide else 4 * rows
@@ -132,15 +132,15 @@ def _forward(
         for at, chunk_CV in zip(range(start, N, rows), logits_GV.split(rows), strict=False):
             end = at + len(chunk_CV)
             p_CV = chunk_CV if dtype == wide else scratch[: len(chunk_CV)].copy_(chunk_CV)
-            if further is not None:
-                value, gradient_CV = further(p_CV, at, end)
+            if logits_loss is not None:
+                value, gradient_CV = logits_loss(p_CV, at, end)
                 more += value
             torch.softmax(p_CV, -1, out=p_CV)
             target_C1 = targets_N1[at:end]
             p_C1 = torch.gather(p_CV, 1, target_C1, out=p_N1[at:end])
             if for_x or for_w:  # softmax - one-hot is the gradient of the logits
                 p_CV.scatter_(1, target_C1, p_C1 - 1)
-                if further is not None:
+                if logits_loss is not None:
                     p_CV += gradient_CV
                 if dtype != wide:
                     chunk_CV.copy_(p_CV)
@@ -152,7 +152,7 @@ def _forward(
             dw_MV += x_GM.T @ logits_GV
     ctx.save_for_backward(dx_NM, dw_MV)
     losses_N = p_N1[:, 0].log().neg_()
-    if len(unlikely := (p_N1[:, 0] < _LEAST).nonzero()[:, 0]):
+    if len(unlikely := (p_N1[:, 0] < _MIN_PROBABILITY).nonzero()[:, 0]):
         logits_UV = (x_NM[unlikely] @ w_MV).to(wide)
         losses_N[unlikely] = F.cross_entropy(logits_UV, targets_N[unlikely], reduction="none")
     return losses_N.sum() + more, more

@@ -24,10 +24,10 @@ import torch
 
 from moelab import machine
 
-MAKER, FAMILY = "AuthenticAMD", 26
+VENDOR, FAMILY = "AuthenticAMD", 26
 """Maker, and the first family (Zen 5), on which oneDNN's fp32 products were measured to be faster than MKL's."""
 _matmul: Any = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]  # torch's annotations lack it
-_LEAST_ERROR = 2.0**-12
+_MAX_ERROR = 2.0**-12
 """Rounding to bf16 gives relative errors of 2**-9 and more; those of fp32 sums are some 2**-20."""
 
 
@@ -64,10 +64,10 @@ def _option(precision: str) -> Iterator[None]:
 @functools.cache
 def onednn_is_faster() -> bool:
     """Return whether oneDNN's fp32 products are faster on this processor, and exact."""
-    maker, family = machine.maker()
-    if (maker, family >= FAMILY) != (MAKER, True) or torch.cpu._is_amx_tile_supported():
+    vendor, family = machine.vendor()
+    if (vendor, family >= FAMILY) != (VENDOR, True) or torch.cpu._is_amx_tile_supported():
         return False
-    return torch.backends.mkldnn.is_available() and torch.backends.mkl.is_available() and _error() < _LEAST_ERROR
+    return torch.backends.mkldnn.is_available() and torch.backends.mkl.is_available() and _error() < _MAX_ERROR
 
 
 def _error() -> float:

@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from moelab import paths
+from moelab import machine, paths
 from moelab.design.parameters import Request, parameters, resolve
 from moelab.experiments import EXPERIMENTS, Experiment
 from moelab.files import read_json
@@ -123,7 +123,6 @@ def run_all(wanted: Sequence[Request], run: Callable[[Sequence[RunSpec]], Runs],
     beside.sort(key=lambda timed: -timed[0])
     logs = paths.home() / "logs"
     logs.mkdir(parents=True, exist_ok=True)
-    cores = len(os.sched_getaffinity(0))
     context: Any = multiprocessing.get_context("forkserver" if os.name == "posix" else "spawn")
     context.set_forkserver_preload(["moelab.notebook.forked"])
     log_of: dict[str, str] = {}
@@ -142,7 +141,7 @@ def run_all(wanted: Sequence[Request], run: Callable[[Sequence[RunSpec]], Runs],
                     print(f"{name}: {result} ({time.monotonic() - since:.0f} s)", flush=True)
 
     for request in (*(request for _, request in beside), *alone):
-        reap(0 if request in alone else cores - 1)
+        reap(0 if request in alone else machine.cores() - 1)
         name = request.experiment.name
         log_of[name] = str(logs / f"{name}-{request.scale}.log")
         arguments = (name, request.given, publish, log_of[name], dict(os.environ), os.getcwd())

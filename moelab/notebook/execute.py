@@ -9,6 +9,7 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from queue import Empty
 from typing import Any, TextIO
 
 from traitlets import Type, Unicode
@@ -213,8 +214,6 @@ def _kernel_manager() -> type:
 
     The shutdown interrupts only a kernel that works: one that has just replied would log a KeyboardInterrupt.
     """
-    from queue import Empty
-
     from jupyter_client.asynchronous import AsyncKernelClient
     from jupyter_client.channels import AsyncZMQSocketChannel
     from jupyter_client.manager import AsyncKernelManager

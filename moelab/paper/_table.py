@@ -66,8 +66,15 @@ class Table(tuple[Row, ...], Generic[Row]):
         return pandas.DataFrame([[getattr(row, name) for name in names] for row in self], columns=names)
 
     def where(self, **wanted: Any) -> Table[Row]:
-        """Return the rows whose fields equal `wanted`; a wanted value of `None` does not filter."""
+        """Return the rows whose fields equal `wanted`; a wanted value of `None` does not filter.
+
+        Raises:
+            ValueError: one line: no row has one of the values; it names those that are spelt alike.
+        """
         conditions = {name: value for name, value in wanted.items() if value is not None}
+        for name, value in conditions.items():
+            if value not in (known := [getattr(row, name) for row in self]):
+                raise unknown(type(self[0]).__name__.lower() if name == "id" else name, value, map(str, known))
         return Table(row for row in self if all(getattr(row, name) == value for name, value in conditions.items()))
 
 

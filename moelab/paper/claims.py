@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from moelab.paper._table import Provenance, Table, load, unknown
+from moelab.paper._table import Provenance, Table, load
 
 KINDS = ("difference", "ratio", "ordering", "bound")
 DIRECTIONS = ("lower", "higher", "equal")
@@ -74,18 +74,12 @@ class Claim(Provenance):
 
 def claims(experiment: str | None = None) -> Table[Claim]:
     """All claims, or those of one experiment such as `pr-moe`; ValueError names close matches."""
-    rows = load("claims.csv", Claim)
-    if experiment is not None and not rows.where(experiment=experiment):
-        raise unknown("experiment", experiment, (row.experiment for row in rows))
-    return rows.where(experiment=experiment)
+    return load("claims.csv", Claim).where(experiment=experiment)
 
 
 def claim(id: str) -> Claim:
     """One claim by its kebab-case id, such as `pr-moe-size`; ValueError names close matches."""
-    for row in claims():
-        if row.id == id:
-            return row
-    raise unknown("claim", id, (row.id for row in claims()))
+    return claims().where(id=id)[0]
 
 
 def experiments() -> tuple[str, ...]:

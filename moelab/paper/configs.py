@@ -30,8 +30,7 @@ def settings_for(name: str, run: str | None = None) -> TrainingSettings:
 def published_configs(name: str, run: str | None = None) -> tuple[ModelConfig, TrainConfig, ParallelConfig]:
     """Return model, training and layout of a model at its own size, with the settings of the paper's scripts.
 
-    Args:
-        name, run: see `settings_for`.
+    `name` and `run`: see `settings_for`.
     """
     s, base = settings_for(name, run), name.split("+")[0]
     gate: dict[str, Any] = {}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from moelab.paper._table import Provenance, Table, load, unknown
+from moelab.paper._table import Provenance, Table, load
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,7 +35,4 @@ def conflicts() -> Table[Conflict]:
 
 def conflict(id: str) -> Conflict:
     """One contradiction by its kebab-case id; ValueError names close matches."""
-    for row in conflicts():
-        if row.id == id:
-            return row
-    raise unknown("conflict", id, (row.id for row in conflicts()))
+    return conflicts().where(id=id)[0]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from moelab.paper._table import Provenance, Table, load, unknown
+from moelab.paper._table import Provenance, Table, load
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,8 +41,4 @@ def inference_results(
 ) -> Table[InferenceResult]:
     """Return the inference numbers, filtered by what is given; ValueError for a value that no row has."""
     rows = load("inference.csv", InferenceResult)
-    wanted = {"figure": figure, "model": model, "system": system, "metric": metric}
-    for name, value in wanted.items():
-        if value is not None and not rows.where(**{name: value}):
-            raise unknown(f"{name} in inference_results", value, (getattr(row, name) for row in rows))
-    return rows.where(**wanted)
+    return rows.where(figure=figure, model=model, system=system, metric=metric)

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
-from moelab.paper._table import Provenance, Table, load, unknown
-
-if TYPE_CHECKING:
-    import pandas as pd
+from moelab.config import ModelConfig
+from moelab.lazy import pd
+from moelab.paper._table import Provenance, Table, load
 
 RUN_SUFFIXES = ("+KD", "+MoS")
 """What a run label adds to a student's name: distilled throughout, or staged distillation (Mixture-of-Students)."""
@@ -74,10 +72,7 @@ def model(name: str) -> PaperModel:
     for suffix in RUN_SUFFIXES:
         if name.endswith("+L21" + suffix):
             plain = name.removesuffix(suffix)
-    for row in models():
-        if row.model == plain:
-            return row
-    raise unknown("model", name, (row.model for row in models()))
+    return models().where(model=plain)[0]
 
 
 def size_table() -> pd.DataFrame:
@@ -87,10 +82,6 @@ def size_table() -> pd.DataFrame:
         parameters
     (billions), stated (billions), off (parameters over stated, minus 1). Stated sizes are rounded as printed.
     """
-    import pandas as pd
-
-    from moelab.config import ModelConfig
-
     rows = {}
     for row in models():
         if row.role.startswith("quality") and row.stated_B is not None:

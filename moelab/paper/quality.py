@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING
 
-from moelab.paper._table import Provenance, Table, load, unknown
+from moelab.paper._table import Provenance, Table, load
 
 if TYPE_CHECKING:
     import pandas
@@ -52,12 +52,7 @@ class ZeroShot(Provenance):
 
 def zero_shot(run: str | None = None, corpus: str | None = None) -> Table[ZeroShot]:
     """Tables 2, 4 and 5 and the public-Pile numbers of the tutorial; ValueError for a run or corpus that has none."""
-    rows = load("zero_shot.csv", ZeroShot)
-    if run is not None and not rows.where(run=run):
-        raise unknown("run in zero_shot", run, (row.run for row in rows))
-    if corpus is not None and not rows.where(corpus=corpus):
-        raise unknown("corpus", corpus, (row.corpus for row in rows))
-    return rows.where(run=run, corpus=corpus)
+    return load("zero_shot.csv", ZeroShot).where(run=run, corpus=corpus)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,6 +92,20 @@ class LossCurve(Provenance):
     final_low: float
     final_high: float
 
+    def minus(self, other: LossCurve) -> list[tuple[float, float, float, float]]:
+        """Return tokens_B, difference of losses, and the range of the difference where both curves were read."""
+        theirs = dict(zip(other.tokens_B, zip(other.loss, other.uncertainty, strict=True), strict=True))
+        return [
+            (tokens, gap := loss - theirs[tokens][0], gap - wide - theirs[tokens][1], gap + wide + theirs[tokens][1])
+            for tokens, loss, wide in zip(self.tokens_B, self.loss, self.uncertainty, strict=True)
+            if tokens in theirs
+        ]
+
+    def final_minus(self, other: LossCurve) -> tuple[float, float, float]:
+        """Return the difference of the final losses and its range."""
+        low, high = self.final_low - other.final_high, self.final_high - other.final_low
+        return self.final - other.final, low, high
+
     def frame(self) -> pandas.DataFrame:
         """Return the points as a pandas data frame with columns model, tokens_B, loss, uncertainty."""
         import pandas
@@ -108,8 +117,6 @@ class LossCurve(Provenance):
 def loss_curve(model: str) -> LossCurve:
     """Return the validation-loss curve of one of the five models of Fig 1; ValueError names them for any other."""
     rows = loss_points().where(model=model)
-    if not rows:
-        raise unknown("loss curve", model, (row.model for row in loss_points()))
     points = rows.where(kind="point")
     (final,) = rows.where(kind="final")
     return LossCurve(

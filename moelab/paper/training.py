@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from moelab.paper._table import Provenance, Table, load, unknown
+from moelab.paper._table import Provenance, Table, load
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,10 +86,7 @@ def training_settings(run: str) -> TrainingSettings:
 
     Ablations without published settings come back as well, with `assumed=True` and `assumed_from` naming the recipe.
     """
-    for row in all_training_settings():
-        if row.run == run:
-            return row
-    raise unknown("training run", run, (row.run for row in all_training_settings()))
+    return all_training_settings().where(run=run)[0]
 
 
 @dataclass(frozen=True, kw_only=True)

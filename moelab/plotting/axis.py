@@ -9,7 +9,7 @@ from dataclasses import dataclass
 EDGE = 4.0
 """Percent of the width that stays free on either side, for the marks."""
 
-LEAST = 0.01
+LOWEST = 0.01
 """Smallest multiple that an axis shows."""
 
 
@@ -49,11 +49,11 @@ class Axis:
 
     @classmethod
     def of_multiples(cls, name: str, values: Sequence[float]) -> Axis:
-        """Return the logarithmic axis on which these multiples and 1 fit; it ends at `LEAST`.
+        """Return the logarithmic axis on which these multiples and 1 fit; it begins at `LOWEST`.
 
         An interval of a few samples may reach below zero, where there is no logarithm.
         """
-        low, high = max(min([*values, 1.0]), LEAST), max([*values, 1.0])
+        low, high = max(min([*values, 1.0]), LOWEST), max([*values, 1.0])
         low, high = min(low / 1.05, 0.8), max(high * 1.05, 1.25)
         coarse = [t for t in (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 20.0, 50.0) if low <= t <= high]
         fine = [t for t in (0.6, 0.8, 1.0, 1.2) if low <= t <= high]

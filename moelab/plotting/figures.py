@@ -287,13 +287,6 @@ def gaps(
         alpha: see `student`.
     """
     palette = colors(arms)
-    labelled: set[str] = set()
-
-    def once(label: str) -> str:
-        shown = "_" if label in labelled else label
-        labelled.add(label)
-        return shown
-
     for row, arm in enumerate(arms):
         values = results.loc[results["arm"] == arm, value]
         if len(values):
@@ -310,11 +303,11 @@ def gaps(
                 capsize=4,
                 markersize=6,
                 zorder=3,
-                label=once("ours" if len(values) == 1 else f"ours: mean of {len(values)} {of}, 95 % interval"),
+                label="ours" if len(values) == 1 else f"ours: mean of {len(values)} {of}, 95 % interval",
             )
         if arm in paper:
             at, low, high = paper[arm]
-            label = once("paper" if low == at == high else "paper, with the uncertainty of the reading")
+            label = "paper" if low == at == high else "paper, with the uncertainty of the reading"
             paper_points(ax, [at], [row - 0.28], [low], [high], label=label, across=True)
     ax.axvline(0, color="#888888", linewidth=1, zorder=1)
     if max(map(len, arms)) > LONG:
@@ -331,8 +324,7 @@ def means(results: pd.DataFrame, ax: Axes, *, x: str, y: str) -> Axes:
     ax.scatter(results[x], results[y], s=14, color=_COLORS[5], alpha=0.5, linewidths=0)
     if rows:
         at, center, low, high = (list(column) for column in zip(*rows, strict=True))
-        bars = [[c - a for c, a in zip(center, low, strict=True)], [b - c for c, b in zip(center, high, strict=True)]]
-        ax.errorbar(at, center, yerr=bars, fmt="o-", color=_COLORS[5], capsize=4)
+        ax.errorbar(at, center, yerr=_around(center, low, high), fmt="o-", color=_COLORS[5], capsize=4)
     return ax
 
 

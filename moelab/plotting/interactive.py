@@ -9,7 +9,7 @@ from typing import Any
 from moelab.plotting import svg
 from moelab.plotting.palette import colors
 
-MOST = 60_000
+MAX_ROWS = 60_000
 """Points of a chart; a figure with more keeps its picture only."""
 
 
@@ -43,30 +43,30 @@ def pack(rows: Sequence[dict[str, Any]], order: Sequence[str] = ()) -> Curves | 
     Args:
         order: all arms of the experiment in the order in which they are to be listed; others follow.
     """
-    if not rows or len(rows) > MOST or not {"arm", "seed", "tokens"} <= rows[0].keys():
+    if not rows or len(rows) > MAX_ROWS or not {"arm", "seed", "tokens"} <= rows[0].keys():
         return None
     column = next((name for name in ("gap", "loss") if name in rows[0]), None)
     if column is None:
         return None
-    found: dict[tuple[str, int], list[tuple[float, float]]] = {}
+    points_of: dict[tuple[str, int], list[tuple[float, float]]] = {}
     for row in rows:
         tokens, value = row.get("tokens"), row.get(column)
         if not isinstance(tokens, int | float) or not isinstance(value, int | float):
             continue
         if tokens > 0:
-            found.setdefault((str(row["arm"]), int(row["seed"])), []).append((tokens, value))
-    found = {key: sorted(points) for key, points in found.items() if len(points) >= 3}
-    if not found:
+            points_of.setdefault((str(row["arm"]), int(row["seed"])), []).append((tokens, value))
+    points_of = {key: sorted(points) for key, points in points_of.items() if len(points) >= 3}
+    if not points_of:
         return None
     grids: list[list[float]] = []
     series = []
-    for (arm, seed), points in found.items():
+    for (arm, seed), points in points_of.items():
         grid = [tokens for tokens, _ in points]
         if grid not in grids:
             grids.append(grid)
         series.append((arm, seed, grids.index(grid), [round(value, 5) for _, value in points]))
-    differences = column == "gap" or any(value < 0 for points in found.values() for _, value in points)
-    there = list(dict.fromkeys(arm for arm, _ in found))
+    differences = column == "gap" or any(value < 0 for points in points_of.values() for _, value in points)
+    there = list(dict.fromkeys(arm for arm, _ in points_of))
     palette = colors(list(dict.fromkeys([*order, *there])))  # of all arms: each keeps its colour in every figure
     arms = {arm: (color, svg.dark_color(color)) for arm, color in palette.items() if arm in there}
     kind, along = "gap" if differences else "loss", "per_parameter" not in rows[0]

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from moelab.lazy import pd
 from moelab.plotting.layout import legend_below
 from moelab.plotting.palette import colors
 
 if TYPE_CHECKING:
-    import pandas as pd
     from matplotlib.axes import Axes
 
 _MARKERS = "osD^v"

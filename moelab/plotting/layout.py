@@ -70,7 +70,10 @@ def legend_below(ax: Axes, columns: int = 0, *, of: Sequence[Axes] = ()) -> Lege
         columns: of the legend; 0 takes two where its labels are short.
         of: the panels whose marks it explains, each label once; by default the axis itself.
     """
-    marks = {label: mark for one in (of or [ax]) for mark, label in zip(*one.get_legend_handles_labels(), strict=True)}
+    marks: dict[str, Any] = {}
+    for one in of or [ax]:
+        for mark, label in zip(*one.get_legend_handles_labels(), strict=True):
+            marks.setdefault(label, mark)
     columns = columns or (2 if max(map(len, marks), default=0) <= 21 else 1)
     figure: Any = ax.get_figure()
     below = _fit(ax)

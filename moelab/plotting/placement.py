@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from moelab.lazy import np
 from moelab.plotting.layout import legend_below
 
 if TYPE_CHECKING:
-    import numpy as np
     from matplotlib.axes import Axes
 
 KEPT, DROPPED, CHOSEN = "#0072B2", "#D55E00", "#D55E00"

@@ -71,20 +71,13 @@ def grouped_bars(
     """
     groups, names = list(dict.fromkeys(frame[by])), list(dict.fromkeys(frame[series]))
     height = 0.8 / len(names)
-    seen: set[str] = set()
-
-    def once(label: str) -> str:
-        shown = "_" if label in seen else label
-        seen.add(label)
-        return shown
-
     top, low = 0.0, float("inf")
     for _, row in frame.iterrows():
         at = groups.index(row[by]) + (names.index(row[series]) - (len(names) - 1) / 2) * height
         ours, theirs, kind = row[value], row.get(reported, np.nan), row.get("kind", "")
         color = (SYSTEM_COLORS | VARIANT_COLORS)[row[series]]
         name = SYSTEM_NAMES.get(row[series], row[series])
-        label = once(f"{name}, {kind}" if kind and series == "system" else name)
+        label = f"{name}, {kind}" if kind and series == "system" else name
         if log:
             ax.plot(ours, at, "o", color=color, label=label)
         else:
@@ -92,7 +85,7 @@ def grouped_bars(
             ax.barh(at, ours, height * 0.9, color=color, hatch=hatch, edgecolor="white", linewidth=0.5, label=label)
         end, text = ours, f"{ours:.3g}"
         if not pd.isna(theirs):
-            figures.paper_points(ax, [theirs], [at], label=once("paper (its number in brackets)"), across=True)
+            figures.paper_points(ax, [theirs], [at], label="paper (its number in brackets)", across=True)
             end, text = max(ours, theirs), f"{text} ({theirs:.3g}, {100 * (ours / theirs - 1):+.0f} %)"
         ax.annotate(typeset(text), (end, at), xytext=(7, 0), textcoords="offset points", va="center")
         top, low = max(top, end), min(low, ours, end)
@@ -212,9 +205,7 @@ def decoding_steps(steps: pd.DataFrame, latency: Axes, parts: Axes) -> None:
     """Draw measured decoding steps: the latency of each, and the parts of the optimised one.
 
     Latencies are medians with a bar to the 95th percentile; a line marks the floor.
-
-    Args:
-        steps: see `moelab.experiments.decoding.steps`.
+    `steps`: see `moelab.experiments.decoding.steps`.
     """
     best = steps[steps["candidate"] == "optimised"]
     names = [str(label).replace("\n", ", ") for label in best["label"]]

@@ -154,19 +154,19 @@ def ledger(*results: Path) -> list[Entry]:
 
 def entries(summaries: Iterable[tuple[str, Summary]]) -> list[Entry]:
     """Return the same from summaries at hand, each with its folder relative to the results."""
-    found: dict[str, dict[str, Evidence]] = {}
+    by_claim: dict[str, dict[str, Evidence]] = {}
     known = {claim.id: claim for claim in paper.claims()}
     for path, summary in sorted(summaries, key=lambda item: item[1].finished):
         for verdict in summary.claims:
             if verdict.claim not in known:
                 continue  # of another version
             evidence = _evidence(known[verdict.claim], verdict, path, summary)
-            by_scale = found.setdefault(verdict.claim, {})
+            by_scale = by_claim.setdefault(verdict.claim, {})
             before = by_scale.get(evidence.scale)
             # A newer result replaces an older one, unless it has no value for this claim.
             if before is None or evidence.ours is not None or before.ours is None:
                 by_scale[evidence.scale] = evidence
-    return _adjusted([_entry(claim, found.get(claim.id, {})) for claim in paper.claims()])
+    return _adjusted([_entry(claim, by_claim.get(claim.id, {})) for claim in paper.claims()])
 
 
 def distinct(entries: Sequence[Entry]) -> list[Entry]:
@@ -184,8 +184,8 @@ def distinct(entries: Sequence[Entry]) -> list[Entry]:
 def counts(entries: Sequence[Entry]) -> dict[str, dict[str, int]]:
     """Return how many claims have each adjusted verdict, the most frequent first, by kind; shared claims count once."""
     every = distinct(entries)
-    found = {kind: Counter(e.adjusted for e in every if e.kind == kind) for kind in (*KINDS, OPEN)}
-    return {kind: dict(verdicts.most_common()) for kind, verdicts in found.items() if verdicts}
+    by_kind = {kind: Counter(e.adjusted for e in every if e.kind == kind) for kind in (*KINDS, OPEN)}
+    return {kind: dict(verdicts.most_common()) for kind, verdicts in by_kind.items() if verdicts}
 
 
 @dataclass(frozen=True)

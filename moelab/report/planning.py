@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from moelab import paper
 from moelab.design import comparison, power
 from moelab.design.judging import restate
 from moelab.design.verdicts import MEASURED
 from moelab.experiments import experiment as find
+from moelab.lazy import pd
 from moelab.report.summary import Summary, read_all
 from moelab.statistics import Estimate
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 SMALLEST = 0.01
 """Nats per token: the effect that two arms are planned to show where no claim and no user names another."""
@@ -39,21 +36,21 @@ def needs(
         Columns comparison; seeds and spread, those of the result (spread: standard deviation of the difference over
         seeds, or of a ratio over sessions); effect, and where it is from; at once, with one look; at most and on
         average, with a look at every third seed. A number of seeds that is missing is more than
-        `moelab.design.power.MOST`.
+        `moelab.design.power.MAX_SEEDS`.
 
     Raises:
         ValueError: one line: an unknown experiment, scale or arm, a bad effect, no result, or fewer than two seeds.
     """
     find(experiment).scale(scale)
-    found = [s for _, s in read_all(*results)[0] if (s.experiment, s.scale) == (experiment, scale)]
-    if not found:
+    summaries = [s for _, s in read_all(*results)[0] if (s.experiment, s.scale) == (experiment, scale)]
+    if not summaries:
         raise ValueError(
             f"power: no result of {experiment} at scale {scale} to take a spread from; "
             f"`moelab run {experiment} --scale {scale} -p seeds=3` makes one"
         )
-    found.sort(key=lambda summary: summary.finished, reverse=True)
-    rows = [] if against or effect else _claims(found)
-    return _frame(rows) if rows else needs_of(_final(found[0]), against=against, effect=effect)
+    summaries.sort(key=lambda summary: summary.finished, reverse=True)
+    rows = [] if against or effect else _claims(summaries)
+    return _frame(rows) if rows else needs_of(_final(summaries[0]), against=against, effect=effect)
 
 
 def needs_of(final: pd.DataFrame, *, against: str | None = None, effect: float | None = None) -> pd.DataFrame:
@@ -83,15 +80,11 @@ def needs_of(final: pd.DataFrame, *, against: str | None = None, effect: float |
 
 
 def _frame(rows: list[list]) -> pd.DataFrame:
-    import pandas as pd
-
     return pd.DataFrame(rows, columns=COLUMNS).astype({"at once": "Int64", "at most": "Int64"})
 
 
 def _final(summary: Summary) -> pd.DataFrame:
     """Return the final losses behind a result; budgets are left out."""
-    import pandas as pd
-
     runs = [run for run in summary.runs if not run.spec.get("start")]
     rows = [[run.label, run.seed, run.result["validation_loss"]] for run in runs if "validation_loss" in run.result]
     return pd.DataFrame(rows, columns=["arm", "seed", "validation_loss"])

@@ -16,11 +16,11 @@ from typing import TYPE_CHECKING, Any
 
 from moelab import environment, paths
 from moelab.files import write_json, write_text
+from moelab.lazy import pd
 from moelab.report.summary import SUMMARY, FigureRow, TableRow, check_file_name
 from moelab.runs.provenance import provenance
 
 if TYPE_CHECKING:
-    import pandas as pd
     from matplotlib.figure import Figure
 
     from moelab.design.verdicts import Verdict

@@ -170,12 +170,12 @@ def find_results(*roots: Path) -> dict[str, Path]:
 
     Of two results with the same relative path, which are copies of one, the first counts.
     """
-    found: dict[str, Path] = {}
+    folders: dict[str, Path] = {}
     for root in roots:
         for file in root.glob(f"*/*/*/{SUMMARY}"):
             if not file.parent.name.startswith("."):  # being moved into place
-                found.setdefault(file.parent.relative_to(root).as_posix(), file.parent)
-    return dict(sorted(found.items()))
+                folders.setdefault(file.parent.relative_to(root).as_posix(), file.parent)
+    return dict(sorted(folders.items()))
 
 
 def read_all(*roots: Path) -> tuple[list[tuple[str, Summary]], list[str]]:
@@ -184,14 +184,14 @@ def read_all(*roots: Path) -> tuple[list[tuple[str, Summary]], list[str]]:
     Returns:
         Pairs of a result's relative path, see `find_results`, and its summary; by path.
     """
-    found: list[tuple[str, Summary]] = []
+    summaries: list[tuple[str, Summary]] = []
     unreadable: list[str] = []
     for path, folder in find_results(*roots).items():
         try:
-            found.append((path, parse(read_json(folder / SUMMARY))))
+            summaries.append((path, parse(read_json(folder / SUMMARY))))
         except (ValueError, OSError, RecursionError) as error:
             unreadable.append(unreadable_line(folder / SUMMARY, folder.parents[2], error))
-    return found, unreadable
+    return summaries, unreadable
 
 
 def unreadable_line(file: Path, root: Path, error: BaseException) -> str:

@@ -12,20 +12,18 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from moelab import paths
+from moelab import paths, terminal
 from moelab.design import budgets, comparison
 from moelab.experiments import Experiment
 from moelab.files import new_directory, read_json
+from moelab.lazy import pd
 from moelab.report.publication import Publication, lines
 from moelab.report.summary import SUMMARY, parse
 from moelab.runs.collection import Runs
 from moelab.runs.store import Run, RunStore
 from moelab.statistics import interval
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 NAME = "points"
 """Name of the figure and of the table."""
@@ -47,8 +45,8 @@ class Sweep:
         """Return what varies at a point: numbers and texts."""
         from moelab.plotting.sweeps import text
 
-        found = {name: _value(point, name) for name in self.varied}
-        return {k: v if isinstance(v, str | int | float) else text(v) for k, v in found.items()}
+        settings = {name: _value(point, name) for name in self.varied}
+        return {k: v if isinstance(v, str | int | float) else text(v) for k, v in settings.items()}
 
     def parameters(self) -> dict[str, Any]:
         """Return the parameters that do not vary, and the values of those that do in "sweep"."""
@@ -102,8 +100,6 @@ def compare(experiment: Experiment, sweep: Sweep, results: Sequence[Path | None]
     Args:
         results: the folder of each point's result, None where there is none.
     """
-    import pandas as pd
-
     rows: list[dict[str, Any]] = []
     runs: dict[str, Run] = {}
     lacking: list[str] = []
@@ -111,9 +107,9 @@ def compare(experiment: Experiment, sweep: Sweep, results: Sequence[Path | None]
         at, specs = sweep.at(point), experiment.specs_of(point) if experiment.trains else []
         own = Runs([store.run(spec, write=False) for spec in specs])
         runs |= {run.spec.id: run for run in own}
-        found = _losses(budgets.trunks(own)) if specs else _claims(folder)
-        rows += [at | row for row in found]
-        lacking += [] if found else [" ".join(f"{name}={value}" for name, value in at.items())]
+        values_there = _losses(budgets.trunks(own)) if specs else _claims(folder)
+        rows += [at | row for row in values_there]
+        lacking += [] if values_there else [" ".join(f"{name}={value}" for name, value in at.items())]
     return Comparison(pd.DataFrame(rows), Runs(list(runs.values())), tuple(lacking))
 
 
@@ -150,18 +146,18 @@ def _claims(folder: Path | None) -> list[dict[str, Any]]:
     ]
 
 
-def headline(experiment: Experiment, sweep: Sweep, found: Comparison) -> str:
+def headline(experiment: Experiment, sweep: Sweep, comparison: Comparison) -> str:
     """Return the main finding, one sentence."""
     over = " and ".join(sweep.varied)
-    if found.series != "arm":
+    if comparison.series != "arm":
         return f"{experiment.title} over {over}"
-    best = found.table.loc[found.table["loss"].idxmin()]
+    best = comparison.table.loc[comparison.table["loss"].idxmin()]
     where = ", ".join(f"{name}={best[name]}" for name in sweep.varied)
     return f"Over {over}, the lowest mean loss is {best['loss']:.3f} nats, of {best['arm']} at {where}"
 
 
 def publish(
-    experiment: Experiment, sweep: Sweep, found: Comparison, *, publish: bool = False, name: str = ""
+    experiment: Experiment, sweep: Sweep, comparison: Comparison, *, publish: bool = False, name: str = ""
 ) -> Path | None:
     """Publish the table and the figure of a sweep, unless its newest result has the same; return the result's folder.
 
@@ -171,13 +167,13 @@ def publish(
         publish: into the published results instead of the user's own.
         name: of the folder; by default the time.
     """
-    if not found.series:
+    if not comparison.series:
         return None
     parameters = sweep.parameters()
     scale = f"{sweep.points[0]['scale']}-sweep"
     place = paths.results_for(publish) / experiment.name / scale
     before = sorted((folder for folder in place.glob(f"[!.]*/{NAME}.jsonl")), reverse=True)
-    if before and before[0].read_text(encoding="utf-8") == lines(found.table):
+    if before and before[0].read_text(encoding="utf-8") == lines(comparison.table):
         return before[0].parent
     moment = int(time.time())
     while (target := place / (name or time.strftime("%Y%m%d-%H%M%S", time.gmtime(moment)))).exists() and not name:
@@ -185,7 +181,10 @@ def publish(
     try:
         with new_directory(target) as staging:
             _write(
-                Publication(experiment.name, scale, parameters, staging, interactive=False), experiment, sweep, found
+                Publication(experiment.name, scale, parameters, staging, interactive=False),
+                experiment,
+                sweep,
+                comparison,
             )
     except OSError:  # two jobs that ended together both write it
         if not (target / SUMMARY).exists():
@@ -193,34 +192,31 @@ def publish(
     return target
 
 
-def _write(publication: Publication, experiment: Experiment, sweep: Sweep, found: Comparison) -> None:
+def _write(publication: Publication, experiment: Experiment, sweep: Sweep, comparison: Comparison) -> None:
     from matplotlib import pyplot as plt
 
     from moelab.plotting import figures, sweeps
 
-    losses, title = found.series == "arm", headline(experiment, sweep, found)
-    lacking = f" Without a value: {'; '.join(found.lacking)}." if found.lacking else ""
+    losses, title = comparison.series == "arm", headline(experiment, sweep, comparison)
+    lacking = f" Without a value: {'; '.join(comparison.lacking)}." if comparison.lacking else ""
     values = {"value": ""}
     if losses:
         nats = "(nats per token)"
         values = {"loss": f"final validation loss {nats}", "difference": f"minus the first arm's {nats}"}
-    figure = sweeps.draw(found.table, sweep.varied, series=found.series, values=values)
+    figure = sweeps.draw(comparison.table, sweep.varied, series=comparison.series, values=values)
     figures.title(figure, title)
     what = "Final validation loss of each arm, nats per token" if losses else "Value of each claim, in its unit"
     spread = "mean over seeds with its 95 % interval" if losses else "with its 95 % interval where there is one"
     paired = " Differences are to the first arm of the point, paired by seed." if losses else ""
     caption = f"{what}, at each point of the sweep; {spread}.{paired}{lacking}"
-    publication.figure(figure, NAME, title=title, caption=caption, data=found.table)
+    publication.figure(figure, NAME, title=title, caption=caption, data=comparison.table)
     plt.close(figure)
-    publication.table(found.table, NAME, title="all points of the sweep", caption=caption)
-    publication.finish(found.runs if losses else None, title=title)
+    publication.table(comparison.table, NAME, title="all points of the sweep", caption=caption)
+    publication.finish(comparison.runs if losses else None, title=title)
 
 
-def show(sweep: Sweep, found: Comparison) -> None:
+def show(sweep: Sweep, comparison: Comparison) -> None:
     """Print the table of a sweep."""
-    import pandas as pd
-
-    from moelab import terminal
 
     def number(value: float | None) -> str:
         return "" if value is None or pd.isna(value) else f"{value:.4g}"
@@ -229,16 +225,16 @@ def show(sweep: Sweep, found: Comparison) -> None:
         low, high = row[f"{name}_low"], row[f"{name}_high"]
         return "" if low is None or pd.isna(low) else f"{number(low)} to {number(high)}"
 
-    losses, console = found.series == "arm", terminal.console()
-    if found.series:
+    losses, console = comparison.series == "arm", terminal.console()
+    if comparison.series:
         more = ("seeds", "minus the first arm's", "95 % interval") if losses else ("verdict",)
-        view = terminal.table(*sweep.varied, found.series, found.value, "95 % interval", *more)
-        for row in found.table.astype(object).to_dict("records"):
-            cells = [*(str(row[name]) for name in (*sweep.varied, found.series)), number(row[found.value])]
-            cells.append(spread(row, found.value))
+        view = terminal.table(*sweep.varied, comparison.series, comparison.value, "95 % interval", *more)
+        for row in comparison.table.astype(object).to_dict("records"):
+            cells = [*(str(row[name]) for name in (*sweep.varied, comparison.series)), number(row[comparison.value])]
+            cells.append(spread(row, comparison.value))
             if losses:
                 cells += [str(row["runs"]), number(row["difference"]), spread(row, "difference")]
             view.add_row(*cells, *([] if losses else [row["verdict"]]))
         console.print(view)
-    for point in found.lacking:
+    for point in comparison.lacking:
         console.print(f"no value at {point}", markup=False, highlight=False)

@@ -66,13 +66,13 @@ def starting_point(
     )
     train_until(again, prefix, begin, step)
     with process.unwatched():
-        found = checkpoint.latest(prefix / "checkpoints", up_to=step)
-    if found is None or found.step != step:
+        restored = checkpoint.latest(prefix / "checkpoints", up_to=step)
+    if restored is None or restored.step != step:
         raise ValueError(
             f"the trunk {trunk.id}, trained again, has left no whole checkpoint of step {step} in {prefix}; "
             "remove that folder and run again"
         )
-    return found
+    return restored
 
 
 def _trained_again(trunk: RunSpec, wanted: ParallelConfig) -> RunSpec:
@@ -108,10 +108,10 @@ def _trained_again(trunk: RunSpec, wanted: ParallelConfig) -> RunSpec:
 
 
 def token_budgets(trunk: RunSpec, budgets: Sequence[int]) -> list[RunSpec]:
-    """Return a run for each budget of tokens that differs from the trunk only in where its decay begins and ends.
+    """Return a run for each budget of tokens that differs from the trunk only in where its cooldown begins and ends.
 
-    Each starts from the trunk at its own decay, which takes the same share of its tokens, and equals the run of that
-    budget trained from initial weights: together they cost the trunk and their decays.
+    Each starts from the trunk at its own cooldown, which takes the same share of its tokens, and equals the run of that
+    budget trained from initial weights: together they cost the trunk and their cooldowns.
 
     Args:
         trunk: a run with `train.cooldown_tokens`.

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, overload
+from typing import overload
 
+from moelab.lazy import pd
 from moelab.runs.store import Run
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 
 class NoResult(RuntimeError):
@@ -97,8 +95,6 @@ class Runs(Sequence[Run]):
 
         Not their time, which depends on what else their machines did.
         """
-        import pandas as pd
-
         rows = []
         for run in self.finished:
             r = run.result
@@ -116,8 +112,6 @@ class Runs(Sequence[Run]):
 
     def curves(self, file: str = "validation.jsonl") -> pd.DataFrame:
         """Rows of `validation.jsonl` (or `train.jsonl`) of all runs, with columns arm and seed in front."""
-        import pandas as pd
-
         frames = []
         for run in self:
             frame = run.rows(file)

@@ -7,7 +7,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from moelab import paper
+from moelab import paper, terminal
 from moelab.runs import records
 from moelab.runs.spec import RunSpec, closure
 from moelab.runs.store import Run, RunStore
@@ -92,8 +92,6 @@ def show(runs: Sequence[PlannedRun]) -> None:
     """Print the plan, two lines for the seeds of an arm, with totals."""
     from rich.padding import Padding
     from rich.text import Text
-
-    from moelab import terminal
 
     if not runs:
         terminal.console().print("nothing to train: the notebook measures or computes, and reads what is there")
@@ -180,13 +178,13 @@ def _hours(hours: float) -> str:
 
 def _ranges(numbers: Sequence[int]) -> str:
     """Return numbers as ``0-3, 7``."""
-    found: list[list[int]] = []
+    ranges: list[list[int]] = []
     for number in sorted(numbers):
-        if found and number == found[-1][1] + 1:
-            found[-1][1] = number
+        if ranges and number == ranges[-1][1] + 1:
+            ranges[-1][1] = number
         else:
-            found.append([number, number])
-    return ", ".join(f"{a}" if a == b else f"{a}-{b}" for a, b in found)
+            ranges.append([number, number])
+    return ", ".join(f"{a}" if a == b else f"{a}-{b}" for a, b in ranges)
 
 
 def _name(spec: RunSpec) -> str:

@@ -16,14 +16,16 @@ from moelab.config import to_json
 from moelab.engine.launch import process
 from moelab.files import read_json, sweep, write_json
 from moelab.runs import sessions
-from moelab.runs.branching import remove_prefix
+from moelab.runs.branching import remove_prefix, starting_point
+from moelab.runs.provenance import provenance
 from moelab.runs.spec import RunSpec
 from moelab.runs.store import Run, Status
+from moelab.terminal import one_line
 
 if TYPE_CHECKING:
     from moelab.data import TokenData
     from moelab.engine.checkpoint import Checkpoint
-    from moelab.training import Progress
+    from moelab.training.loop import Progress
 
 ShouldStop = Callable[[], bool]
 """Says whether the training is to stop, with a checkpoint."""
@@ -69,7 +71,7 @@ def execute(
                 _train(run, should_stop, on_progress, cache)
         return
 
-    from moelab.training import TrainingStopped
+    from moelab.training.loop import TrainingStopped
 
     place = process.join(device=run.spec.train.device, folder=run.path)
     try:
@@ -103,9 +105,9 @@ def _from_first(key: str) -> str:
     Raises:
         StoppedAtStart: rank 0 was asked to stop.
     """
-    if (found := process.wait_for(key)) == _STOP:
+    if (answer := process.wait_for(key)) == _STOP:
         raise StoppedAtStart("stopped with rank 0 before the training began")
-    return found
+    return answer
 
 
 @contextlib.contextmanager
@@ -140,18 +142,17 @@ def _trainer_of(run: Run, should_stop: ShouldStop) -> Iterator[None]:
 
 
 def _holder(run: Run) -> str:
-    """Return in words who trains a run."""
+    """Return a phrase that names the process that trains a run."""
     with contextlib.suppress(ValueError, KeyError, TypeError):
-        found = read_json(run.path / "holder.json")
-        return f"process {found['process']} on {found['host']}, which trains it since {found['since']}"
+        holder = read_json(run.path / "holder.json")
+        return f"process {holder['process']} on {holder['host']}, which trains it since {holder['since']}"
     return "another process"
 
 
 def _train(run: Run, should_stop: ShouldStop, on_progress: OnProgress, cache: Path) -> None:
     """Train and write all about it; the caller holds the lock."""
     from moelab.data import prepare
-    from moelab.runs.provenance import provenance
-    from moelab.training import TrainingStopped
+    from moelab.training.loop import TrainingStopped
 
     spec, before = run.spec, run.status
     state: dict[str, Any] = {"step": before.step, "steps": spec.train.steps(spec.data.context)}
@@ -181,7 +182,7 @@ def _train(run: Run, should_stop: ShouldStop, on_progress: OnProgress, cache: Pa
         _try_status(run, Status("failed", **state, reason=reason))
         raise
     except BaseException as error:
-        run.set_status(Status("failed", **state, reason=(str(error).splitlines() or [type(error).__name__])[0]))
+        run.set_status(Status("failed", **state, reason=one_line(error)))
         raise
     if len(several := sessions.contributing(run.path)) > 1:
         record["sessions"] = several
@@ -219,8 +220,6 @@ def _train_along(run: Run, should_stop: ShouldStop, cache: Path) -> None:
 def _call_train(run: Run, data: TokenData, should_stop: ShouldStop, on_progress: OnProgress) -> dict[str, Any]:
     import torch
 
-    from moelab.runs.branching import starting_point
-
     spec, runs = run.spec, run.path.parent
     steps = spec.train.steps(spec.data.context)
 
@@ -245,7 +244,8 @@ def _call_train(run: Run, data: TokenData, should_stop: ShouldStop, on_progress:
 
 def _train_in(spec: RunSpec, folder: Path, runs: Path, data: TokenData, **options: Any) -> dict[str, Any]:
     """Train a spec in a folder, with its teacher from the folder of all runs."""
-    from moelab.training import Branch, Teacher, train
+    from moelab.training.distill import Teacher
+    from moelab.training.loop import Branch, train
 
     teacher = None
     if spec.teacher is not None and spec.distill is not None:

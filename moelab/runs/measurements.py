@@ -25,7 +25,7 @@ from filelock import FileLock
 
 from moelab import paths
 from moelab.environment import INSTRUCTIONS
-from moelab.files import read_json, write_json
+from moelab.files import read_json, sha256_of, write_json
 from moelab.runs.provenance import hardware, provenance, versions
 from moelab.runs.store import Run
 
@@ -91,13 +91,13 @@ class MeasurementStore:
         """
         name, plain, key = _identity(function, arguments)
         file = self.root / f"{key}.json"
-        if not again and (found := self._read(key)):
-            return found
+        if not again and (stored := self._read(key)):
+            return stored
         self.root.mkdir(parents=True, exist_ok=True)
         before()
         with FileLock(self.root / f".{socket.gethostname()}.lock"):
-            if not again and (found := self._read(key)):  # by whoever held the lock
-                return found
+            if not again and (stored := self._read(key)):  # by whoever held the lock
+                return stored
             began, started = time.time(), time.perf_counter()
             value = json.loads(json.dumps(function(*arguments)))
             record = {
@@ -116,25 +116,26 @@ class MeasurementStore:
 
     def current(self, ids: Sequence[str]) -> bool:
         """Whether all of these are stored, by this code and on this machine."""
-        found = [self._record(id) for id in ids]
-        return all(r is not None and (r["code"], r["machine"]) == (code(), machine()) for r in found)
+        records = [read_record(self.root / f"{id}.json") for id in ids]
+        return all(r is not None and (r["code"], r["machine"]) == (code(), machine()) for r in records)
 
     def took(self, function: Callable[..., Any]) -> float:
         """Return the seconds of the longest stored measurement by a function, of any arguments; 0 without one."""
-        stored = [self._record(file.stem) for file in self.root.glob(f"{prefix(function)}-*.json")]
+        stored = [read_record(file) for file in self.root.glob(f"{prefix(function)}-*.json")]
         return max((record["seconds"] for record in stored if record), default=0.0)
 
     def _read(self, key: str) -> Measurement | None:
-        record = self._record(key)
+        record = read_record(self.root / f"{key}.json")
         return _of(key, record, read_back=True) if record else None
 
-    def _record(self, key: str) -> dict[str, Any] | None:
-        """Read a file, None if it is missing or malformed: its value can be measured again."""
-        try:
-            record = read_json(self.root / f"{key}.json")
-        except (ValueError, OSError):
-            return None
-        return record if isinstance(record, dict) and record.get("format") == FORMAT else None
+
+def read_record(file: Path) -> dict[str, Any] | None:
+    """Return the record in a file, None if it is missing or malformed: its value can be measured again."""
+    try:
+        record = read_json(file)
+    except (ValueError, OSError):
+        return None
+    return record if isinstance(record, dict) and record.get("format") == FORMAT else None
 
 
 def _of(key: str, record: dict[str, Any], *, read_back: bool) -> Measurement:
@@ -180,13 +181,13 @@ def as_json(value: Any) -> Any:
 @functools.cache
 def code() -> str:
     """Digest of moelab's source, kernels and their C++ included."""
-    found = hashlib.sha256()
+    hashed = hashlib.sha256()
     for package in ("moelab", "moelab.kernels"):
         spec = find_spec(package)
         for root in map(Path, (spec.submodule_search_locations or ()) if spec else ()):
             for file in sorted(file for file in root.rglob("*.*") if file.suffix in (".py", ".cpp", ".h")):
-                found.update(f"{package}/{file.relative_to(root)}\0".encode() + file.read_bytes() + b"\0")
-    return found.hexdigest()[:12]
+                hashed.update(f"{package}/{file.relative_to(root)}\0".encode() + file.read_bytes() + b"\0")
+    return hashed.hexdigest()[:12]
 
 
 @functools.cache
@@ -205,15 +206,15 @@ def machine() -> dict[str, Any]:
 
 def _gpus() -> list[str]:
     """As the driver lists them: asking torch would take its import."""
-    found = []
+    names = []
     for file in sorted(Path("/proc/driver/nvidia/gpus").glob("*/information")):
         lines = file.read_text(errors="replace").splitlines()
-        found += [line.partition(":")[2].strip() for line in lines if line.startswith("Model:")]
+        names += [line.partition(":")[2].strip() for line in lines if line.startswith("Model:")]
     if visible := os.environ.get("CUDA_VISIBLE_DEVICES"):
-        found.append(f"visible: {visible}")
-    return found
+        names.append(f"visible: {visible}")
+    return names
 
 
 def file_digest(file: Path) -> str:
     """Return a digest of a file's bytes, or an empty text where there is none."""
-    return hashlib.sha256(file.read_bytes()).hexdigest()[:12] if file.exists() else ""
+    return sha256_of(file)[:12] if file.exists() else ""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import os
 import platform
 import subprocess
 import sys
@@ -60,7 +59,7 @@ def hardware() -> dict[str, Any]:
 
     record: dict[str, Any] = {
         "cpu": machine.cpu(),
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "cores": machine.cores(),
         "memory_GiB": round(psutil.virtual_memory().total / 2**30, 1),
         "system": f"{platform.system()} {platform.machine()}",
     }
@@ -97,7 +96,7 @@ def commit() -> dict[str, Any]:
 
 def versions() -> dict[str, str]:
     """Of the packages that numbers may depend on, those that are installed."""
-    return {name: found for name in _PACKAGES if (found := _version(name))}
+    return {name: version for name in _PACKAGES if (version := _version(name))}
 
 
 @functools.cache

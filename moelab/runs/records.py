@@ -20,24 +20,25 @@ from typing import Any, cast
 
 from moelab import paths
 from moelab.files import write_bytes
-from moelab.runs import with_weights
+from moelab.runs import evaluations
 from moelab.runs.spec import RunSpec
 from moelab.runs.store import Run, RunStore, Status, check_result
+from moelab.terminal import one_line
 
 FILES = ("spec.json", "provenance.json", "train.jsonl", "validation.jsonl", "status.json", "result.json")
 """What a record holds; the result comes last, because a run that has one counts as finished."""
 
-MEASURED = re.compile(rf"{with_weights.FOLDER}/[a-z0-9-]+\.json")
-"""Further files that a record may hold, see `moelab.runs.with_weights`."""
+MEASURED = re.compile(rf"{evaluations.FOLDER}/[a-z0-9-]+\.json")
+"""Further files that a record may hold, see `moelab.runs.evaluations`."""
 
 Archive = Path | zipfile.Path
 """A record: a file, or one inside a pack."""
 
-LARGEST = 64 << 20
+MAX_BYTES = 64 << 20
 """Bytes that the files of a record may have together."""
 PACKED = 16 << 20
 """Bytes that a record may have."""
-MOST = 256
+MAX_FILES = 256
 """Files that a record may hold."""
 
 _EPOCH = (1980, 1, 1, 0, 0, 0)  # the same run is the same archive
@@ -61,7 +62,7 @@ def write(runs: Sequence[Run], directory: Path) -> list[Path]:
     written = []
     for model, records in packs.items():
         path, whole = directory / f"{model}.zip", io.BytesIO()
-        for archive in found(path):
+        for archive in archives_in(path):
             records.setdefault(archive.name, archive.read_bytes())
         with zipfile.ZipFile(whole, "w") as pack:  # records lie as they are, so that git keeps what was added alone
             for name, data in sorted(records.items()):
@@ -71,7 +72,7 @@ def write(runs: Sequence[Run], directory: Path) -> list[Path]:
     return written
 
 
-def found(source: Path) -> list[Archive]:
+def archives_in(source: Path) -> list[Archive]:
     """Return the records in a folder, in a pack, or the one that a file is; none if it is missing."""
     archives: list[Archive] = []
     for path in sorted(source.glob("*.zip")) if source.is_dir() else [source] if source.exists() else []:
@@ -91,7 +92,7 @@ def _packed(run: Run) -> bytes:
         raise ValueError(f"run {run.spec.id}: not finished ({run.status.state}); only finished runs are passed on")
     packed = io.BytesIO()
     with zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED, compresslevel=9) as archive:
-        measured = [str(file.relative_to(run.path)) for file in with_weights.files(run)]
+        measured = [str(file.relative_to(run.path)) for file in evaluations.files(run)]
         for name in (*measured, *FILES):
             if name == "status.json" and Status.read(run.path) is None:
                 continue  # missing, or torn by a crash, which nobody could take over
@@ -151,7 +152,7 @@ def read(archive: Archive, store: RunStore) -> Run | None:
 
 def published() -> dict[str, Archive]:
     """Return run id -> record, of the published runs."""
-    return {archive.stem: archive for archive in found(folder())}
+    return {archive.stem: archive for archive in archives_in(folder())}
 
 
 def glance(archive: Archive) -> tuple[RunSpec, dict[str, Any]]:
@@ -170,7 +171,7 @@ def _begun(run: Run) -> bool:
 
 
 def _content(archive: Archive, wanted: Sequence[str] | None = None) -> dict[str, bytes]:
-    """Return the files of a record by name; never more than LARGEST in all, whatever the archive says of their sizes.
+    """Return the files of a record by name; never more than MAX_BYTES in all, whatever the archive says of their sizes.
 
     Args:
         wanted: names of files; None is all.
@@ -188,17 +189,16 @@ def _content(archive: Archive, wanted: Sequence[str] | None = None) -> dict[str,
             raise ValueError(f"{archive}: larger than {PACKED >> 20} MiB")
         with archive.open("rb") as opened, zipfile.ZipFile(opened) as packed:
             entries = {entry.filename: entry for entry in packed.infolist()}
-            if len(packed.infolist()) > MOST or sum(entry.file_size for entry in packed.infolist()) > LARGEST:
-                raise ValueError(f"{archive}: more than {MOST} files, or than {LARGEST >> 20} MiB in all")
+            if len(packed.infolist()) > MAX_FILES or sum(entry.file_size for entry in packed.infolist()) > MAX_BYTES:
+                raise ValueError(f"{archive}: more than {MAX_FILES} files, or than {MAX_BYTES >> 20} MiB in all")
             measured = [name for name in entries if MEASURED.fullmatch(name)]
             if not {"spec.json", "result.json"} <= set(entries) <= {*FILES, *measured}:
-                raise ValueError(f"{archive}: not a run's record; one holds {', '.join(FILES)}, {with_weights.FOLDER}/")
+                raise ValueError(f"{archive}: not a run's record; one holds {', '.join(FILES)}, {evaluations.FOLDER}/")
             for name in (n for n in (*measured, *FILES) if n in entries and (wanted is None or n in wanted)):
                 if entries[name].compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
                     raise ValueError(f"{archive}: {name} is packed by another method than deflate")
                 with packed.open(entries[name]) as file:
                     content[name] = file.read(entries[name].file_size + 1)
     except (zipfile.BadZipFile, zlib.error, EOFError, OSError, RuntimeError) as error:  # RuntimeError: encrypted
-        why = (str(error).splitlines() or [type(error).__name__])[0]
-        raise ValueError(f"{archive}: unreadable ({why})") from None
+        raise ValueError(f"{archive}: unreadable ({one_line(error)})") from None
     return content

@@ -38,11 +38,11 @@ def contributing(folder: Path) -> list[dict[str, Any]]:
 
     A session's steps are lost where a later one begins no further than it did itself.
     """
-    found: list[dict[str, Any]] = []
+    kept: list[dict[str, Any]] = []
     for session in _read(folder):
-        found = [one for one in found if one["step"] < session["step"]] + [session]
+        kept = [one for one in kept if one["step"] < session["step"]] + [session]
     distinct: list[dict[str, Any]] = []
-    for session in found:
+    for session in kept:
         if not any(all(one.get(name) == session.get(name) for name in _RECORDED) for one in distinct):
             distinct.append(session)
     return distinct

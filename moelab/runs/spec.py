@@ -190,7 +190,7 @@ class RunSpec:
         """
         needed = [self.teacher] if self.teacher else []
         if self.start is not None:
-            needed.append(self.start.run.keeping((self.start.tokens,)))
+            needed.append(self.start.run.with_checkpoints((self.start.tokens,)))
         return list(closure(needed).values())
 
     @property
@@ -198,8 +198,8 @@ class RunSpec:
         """0 for a run that requires no other, else one more than the greatest depth of those that it requires."""
         return 1 + max((spec.depth for spec in self.requires()), default=-1)
 
-    def keeping(self, tokens: Iterable[int]) -> RunSpec:
-        """Return the same run, which keeps its checkpoints after so many tokens as well."""
+    def with_checkpoints(self, tokens: Iterable[int]) -> RunSpec:
+        """Return the same run, which also keeps its checkpoints after these numbers of tokens."""
         keep = tuple(sorted({*self.train.keep_at, *tokens}))
         return self if keep == self.train.keep_at else replace(self, train=replace(self.train, keep_at=keep))
 
@@ -253,8 +253,8 @@ def closure(specs: Sequence[RunSpec]) -> dict[str, RunSpec]:
     all checkpoints that any of them needs.
     """
     asked = {spec.id: spec for spec in reversed(specs)}
-    found: dict[str, RunSpec] = {}
+    runs: dict[str, RunSpec] = {}
     for needed in (run for spec in specs for run in (*spec.requires(), spec)):
-        before = found.get(needed.id, needed)
-        found[needed.id] = asked.get(needed.id, before).keeping((*before.train.keep_at, *needed.train.keep_at))
-    return found
+        before = runs.get(needed.id, needed)
+        runs[needed.id] = asked.get(needed.id, before).with_checkpoints((*before.train.keep_at, *needed.train.keep_at))
+    return runs

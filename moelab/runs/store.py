@@ -22,7 +22,7 @@ import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import Any, Self
 
 from filelock import FileLock
 
@@ -30,11 +30,9 @@ from moelab import paths
 from moelab.config import from_json
 from moelab.config.parallel import ParallelConfig
 from moelab.files import read_json, read_object, write_json
+from moelab.lazy import pd
 from moelab.runs.spec import RunSpec
 from moelab.terminal import plain
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 
 def ended(folder: Path) -> str:
@@ -90,7 +88,7 @@ class Status:
 
 
 def check_result(value: Any, where: str) -> None:
-    """Check that a result is what `moelab.training.train` returns; ValueError, one line, where a number is missing."""
+    """Check that a result is what `training.loop.train` returns; ValueError, one line, where a number is missing."""
     record = value if isinstance(value, dict) else {}
     for name in _NUMBERS:
         if not isinstance(record.get(name), int | float):
@@ -113,7 +111,7 @@ class Run:
 
     @property
     def result(self) -> dict[str, Any]:
-        """What `moelab.training.train` returned.
+        """What `moelab.training.loop.train` returned.
 
         Raises:
             RuntimeError: one line: the run is not finished.
@@ -231,8 +229,6 @@ class Run:
 
     def rows(self, file: str) -> pd.DataFrame:
         """`train.jsonl` or `validation.jsonl` as a frame, nested values left as they are."""
-        import pandas as pd
-
         from moelab.training.metrics import read_rows
 
         return pd.DataFrame(read_rows(self.path / file))
@@ -264,12 +260,12 @@ class RunStore:
             stored = {}
         # Of what does not name the run (layout, checkpoints, label) the last wish counts, and all checkpoints that were
         # ever asked to be kept; a finished run stays as it is.
-        spec = spec.keeping(_keep_at(stored))
+        spec = spec.with_checkpoints(_keep_at(stored))
         if write and stored and stored != spec.to_json() and Run(spec, path).locked:
             # Its processes were started for the layout that it has; they are started again for the same one.
             with contextlib.suppress(ValueError):  # by another version: the lock's holder tells
                 own = RunSpec.from_json(stored)
-                spec = replace(own.keeping(spec.train.keep_at), label=spec.label)
+                spec = replace(own.with_checkpoints(spec.train.keep_at), label=spec.label)
         if write and stored != spec.to_json() and not (stored and Run(spec, path).finished):
             try:
                 write_json(path / "spec.json", spec.to_json())
@@ -286,7 +282,7 @@ class RunStore:
         except ValueError:  # removed or cut short
             self.run(spec)
             return
-        own = run.spec.keeping(spec.train.keep_at)
+        own = run.spec.with_checkpoints(spec.train.keep_at)
         if own.train.keep_at != run.spec.train.keep_at and not run.finished:
             write_json(run.path / "spec.json", own.to_json())
 
@@ -317,11 +313,11 @@ class RunStore:
             if (path := Path(name).expanduser()).is_dir():
                 return path
         known = self.ids()
-        found = [name] if name in known else [run for run in known if name and run.startswith(name)]
-        if len(found) == 1:
-            return self.root / found[0]
-        if found:
-            raise ValueError(f"run {name!r}: {len(found)} runs begin so: {', '.join(found[:5])}")
+        matches = [name] if name in known else [run for run in known if name and run.startswith(name)]
+        if len(matches) == 1:
+            return self.root / matches[0]
+        if matches:
+            raise ValueError(f"run {name!r}: {len(matches)} runs begin so: {', '.join(matches[:5])}")
         starts = {run[: len(name)]: run for run in known}
         close = [starts[start] for start in difflib.get_close_matches(name, starts, n=3)]
         raise ValueError(

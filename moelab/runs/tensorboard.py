@@ -25,9 +25,9 @@ def select(names: Sequence[str]) -> list[Path]:
         ValueError: one line: no run fits a name, or there are none.
     """
     store = RunStore()
-    if not (found := store.select(names)):
+    if not (runs := store.select(names)):
         raise ValueError(f"no runs in {store.root} yet; `moelab run` makes some")
-    return [store.root / run for run in found]
+    return [store.root / run for run in runs]
 
 
 class Events:

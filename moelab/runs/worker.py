@@ -26,7 +26,7 @@ from moelab.runs.store import Run
 from moelab.runs.supervisor import supervise
 
 if TYPE_CHECKING:
-    from moelab.training import Progress
+    from moelab.training.loop import Progress
 
 
 def main(path: Path, parent: int) -> int:
@@ -47,7 +47,7 @@ def main(path: Path, parent: int) -> int:
         print(error, file=sys.stderr)  # the details are in the run's log
         return FAILED
 
-    from moelab.training import TrainingStopped
+    from moelab.training.loop import TrainingStopped
 
     try:
         execute(run, should_stop=should_stop, on_progress=_print)
@@ -61,7 +61,7 @@ def main(path: Path, parent: int) -> int:
 
 
 def _print(p: Progress) -> None:
-    """For whoever follows the run's log; flushed, so that the last line is how far it came."""
+    """Print a line of the run's log; flushed, so that the log of a killed run ends with its last step."""
     now = time.strftime("%Y-%m-%d %H:%M:%S")
     print(f"[{now}] step {p.step} of {p.steps}  loss {p.loss:.4f}  {p.tokens_per_s:,.0f} tokens/s", flush=True)
 

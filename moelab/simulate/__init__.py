@@ -7,10 +7,12 @@
     simulate.training("6.7B", ParallelConfig(tensor=8, data=16), "a100", batch=1024, micro_batch=4).samples_per_s
     simulate.plan("24B+MoE-128", 256, "a100", objective="latency").best
     simulate.least_gpus("8B+MoE-128", "a100")
+    simulate.decode("qwen3-235b", ParallelConfig(data=8), "h200", program="engine", dtype="fp8", batch=64).latency_ms
 
 It combines a roofline for kernels, an alpha-beta model (latency and bandwidth) for collectives, and two clocks for host
-and device. Two free constants are fitted on the paper's Fig 10 alone (`constants`, `calibrate`); everything else is
-prediction. It needs numpy but not torch, and computes thousands of layouts at once (`decode_sweep`).
+and device. Two free constants are fitted on the paper's Fig 10 alone (`constants`, `calibrate`), and for programs of
+today eleven on public measurements (`public`, `judge`); everything else is prediction. It needs numpy but not torch,
+and computes thousands of layouts at once (`decode_sweep`).
 """
 
 from importlib import import_module

@@ -14,7 +14,7 @@ from moelab import paper
 from moelab.config import ModelConfig
 from moelab.config.parallel import ParallelConfig
 from moelab.simulate.decoding import DecodeEstimate, decode
-from moelab.simulate.systems import system
+from moelab.simulate.systems import System, system
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -42,7 +42,7 @@ class Bar:
 
     Attributes:
         figure, label, gpus: as the paper gives them.
-        system: a name of `moelab.simulate.systems`.
+        system: a name of `moelab.simulate.systems`, or a program of one's own.
         model, parallel: the simulated model and layout.
         paper_ms, low, high: the paper's value and the bounds of its reading, ms; None where the bar is not available.
         fitted: whether the constants were fitted on it.
@@ -51,7 +51,7 @@ class Bar:
 
     figure: str
     label: str
-    system: str
+    system: str | System
     gpus: int
     model: ModelConfig
     parallel: ParallelConfig

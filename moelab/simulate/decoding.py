@@ -27,6 +27,7 @@ import numpy as np
 from moelab.config import DTYPE_BYTES, FeedForward, ModelConfig
 from moelab.config.parallel import ParallelConfig
 from moelab.simulate import constants as _constants
+from moelab.simulate.attention import cache_slices, cached_numbers, output_weights, pair_flops
 from moelab.simulate.clocks import WAIT, Span, kernels
 from moelab.simulate.constants import Constants
 from moelab.simulate.exchange import (
@@ -41,7 +42,12 @@ from moelab.simulate.exchange import (
 from moelab.simulate.hardware import Cluster, cluster
 from moelab.simulate.layouts import Array, ExpertLayouts, Layouts
 from moelab.simulate.memory import InferenceMemory, inference_memory
+from moelab.simulate.published import named
 from moelab.simulate.systems import System, slots, system
+
+WEIGHT_BYTES = {**DTYPE_BYTES, "fp8": 1, "int8": 1}
+"""Bytes of a weight. With fp8, weights and products have 8 bits and products twice the rate; with int8, weights alone.
+All else has 16."""
 
 PARTS = ("attention", "dense", "gate", "dispatch", "all_to_all", "experts", "all_reduce", "head", "launch")
 """The parts of a step, whose times add up to the latency.
@@ -164,36 +170,45 @@ def decode_sweep(
     where, code = cluster(on), system(program)
     _check(batch >= 1 and context >= 1, f"batch and context must be at least 1, got {batch} and {context}")
     _check(imbalance >= 1, f"imbalance must be at least 1 (even), got {imbalance}")
-    _check(dtype in DTYPE_BYTES, f"dtype must be one of {', '.join(DTYPE_BYTES)}, got {dtype!r}")
-    known = constants or _constants.fitted()
-    width = DTYPE_BYTES[dtype]
-    M, L, D = model.hidden, layouts.tensor, model.head_size
+    _check(dtype in WEIGHT_BYTES, f"dtype must be one of {', '.join(WEIGHT_BYTES)}, got {dtype!r}")
+    known = constants or (_constants.modern() if code.modern else _constants.fitted())
+    weight = WEIGHT_BYTES[dtype]
+    width = max(weight, 2)
+    M, L = model.hidden, layouts.tensor
     bandwidth = where.gpu.memory_gb_s * known.memory_share
-    rate = where.gpu.tflops * known.matmul_share * (1 if width == 2 else 0.5) * 1e6  # operations per microsecond
+    plain = where.gpu.tflops * known.matmul_share * 1e6  # operations per microsecond
+    rate = plain * {"fp32": 0.5, "fp8": 2.0}.get(dtype, 1.0)
     issue = 0.0 if code.graph else known.eager_us
 
     def product(rows: Array | float, weights: Array | float) -> Array:
         """Microseconds of rows x (a matrix of `weights` numbers)."""
-        return np.maximum(transfer_us(weights * width, bandwidth), 2 * rows * weights / rate)
+        return known.product_us + np.maximum(transfer_us(weights * weight, bandwidth), 2 * rows * weights / rate)
 
     def sum_over_tensor(program: _Program) -> None:
         program.kernels("all_reduce", L > 1, all_reduce_us(L, batch * M * width, where, known))
 
     def attention(program: _Program) -> None:
-        program.kernels("attention", 1, product(batch, M * D * (model.heads + 2 * model.kv_heads) / L))
+        outer = output_weights(model)
+        program.kernels("attention", 1, product(batch, (model.attention_weights - outer) / L))
         if model.decoder.qk_norm == "all":  # the slices' mean squares of queries and keys, in fp32
             program.kernels("all_reduce", L > 1, all_reduce_us(L, batch * 2 * 4, where, known))
-        program.kernels(
-            "attention", 1, transfer_us(batch * context * 2 * model.kv_heads * D * width / L, bandwidth)
-        )  # reads the cache
+        pairs = batch * context
+        read = transfer_us(pairs * cached_numbers(model) * width / cache_slices(model, L), bandwidth)
+        program.kernels("attention", 1, np.maximum(read, pairs * pair_flops(model, decoding=True) / L / plain))
         program.kernels("attention", code.attention - 1)
-        program.kernels("attention", 1, product(batch, M * D * model.heads / L))
+        program.kernels("attention", 1, product(batch, outer / L))
         sum_over_tensor(program)
 
     def feed_forward(program: _Program, shape: FeedForward, small: int) -> None:
         program.kernels("dense", 2, product(batch, shape.weights / 2 / L))  # the mean of both
         program.kernels("dense", small)
         sum_over_tensor(program)
+
+    def grouped(program: _Program, read: Array | float, rows: Array | float, weights: Array | float) -> None:
+        """Both products of `rows` rows with the experts that are read, each of `weights` numbers."""
+        us = np.maximum(transfer_us(read * weights * weight, bandwidth), 2 * rows * weights / rate)
+        program.kernels("experts", 2, known.product_us + us)
+        program.kernels("experts", code.expert + code.once)
 
     def experts_layer(program: _Program, experts: int) -> None:
         spread = ExpertLayouts.of(layouts, experts)
@@ -206,6 +221,12 @@ def decode_sweep(
         if code.gate_wait:
             program.wait()
         program.kernels("gate", code.gate - code.gate_wait)
+        if code.sliced:
+            rows = batch * model.top_k
+            program.kernels("dispatch", code.dispatch + code.combine, transfer_us(rows * M * width, bandwidth))
+            grouped(program, distinct_experts(experts, rows), rows, model.expert_feed_forward.weights / 2 / L)
+            sum_over_tensor(program)
+            return
 
         moved = transfer_us(2 * sent * M * width, bandwidth)
         program.kernels("dispatch", 1, moved)
@@ -214,16 +235,16 @@ def decode_sweep(
         staged = there[0].happens & there[1].happens
         over_slices = slice_exchange(layouts, spread, sent, where.gpus_per_node)
 
-        def exchange(stages: Sequence[Stage]) -> None:
+        def exchange(stages: Sequence[Stage], bytes_of_a_number: float) -> None:
             for stage in stages:
-                program.kernels("all_to_all", stage.happens, stage.microseconds(M * width, where, known))
+                program.kernels("all_to_all", stage.happens, stage.microseconds(M * bytes_of_a_number, where, known))
                 program.kernels("dispatch", code.transform * staged, moved)
 
         def slices() -> None:
             us = over_slices.microseconds(M * width, where, known)
             program.kernels("all_to_all", over_slices.happens, us)
 
-        exchange(there)
+        exchange(there, weight if dtype == "fp8" else width)
         slices()
         own = spread.experts / spread.parallel
         arriving = sent * spread.slices / own * (1.0 if C else imbalance)  # rows that an expert of this rank multiplies
@@ -234,15 +255,13 @@ def decode_sweep(
             groups = np.maximum(spread.parallel * spread.slices / L, 1.0)  # tensor groups whose tokens meet here
             read = busiest_distinct(experts, spread.parallel, batch * model.top_k * groups)
         if code.grouped:
-            whole = np.maximum(transfer_us(read * weights * width, bandwidth), 2 * arriving * own * weights / rate)
-            program.kernels("experts", 2, whole)
-            program.kernels("experts", code.expert + code.once)
+            grouped(program, read, arriving * own, weights)
         else:  # one expert after the other: its products and its small kernels alternate, so all get the mean
             mean = (2 * product(arriving, weights) + code.expert * known.kernel_us) / (2 + code.expert)
             program.kernels("experts", read * (2 + code.expert), mean)
             program.kernels("experts", code.once)
         slices()
-        exchange(there[::-1])
+        exchange(there[::-1], width)
         gather = share_gather(spread, sent)
         program.kernels("all_to_all", gather.happens, gather.microseconds(M * width, where, known))
         program.kernels("dispatch", 1, moved)
@@ -265,11 +284,13 @@ def decode_sweep(
     step.kernels("head", 1, product(batch, model.vocab * M / L))
     step.kernels("head", code.step)
 
-    latency = np.broadcast_to(step.span.ends, len(layouts)) / 1e3
+    latency = np.broadcast_to(step.span.ends + known.step_us * code.scheduler, len(layouts)) / 1e3
     parts = {part: np.broadcast_to(step.parts.get(part, 0.0), len(layouts)) / 1e3 for part in PARTS}
     parts["launch"] = np.maximum(latency - sum(parts.values()), 0.0)
     throughput = batch / L / latency * 1e3
-    memory = inference_memory(model, layouts, code, batch=batch, context=context, width=width, constants=known)
+    memory = inference_memory(
+        model, layouts, code, batch=batch, context=context, width=width, weight=weight, constants=known
+    )
     return DecodeSweep(
         latency_ms=latency,
         parts_ms=parts,
@@ -286,7 +307,7 @@ def decode(model: ModelConfig | str, parallel: ParallelConfig, on: str | Cluster
     Raises:
         ValueError: the model cannot be spread so, or an option is wrong; the message is one line.
     """
-    model = ModelConfig.parse(model) if isinstance(model, str) else model
+    model = named(model)
     where = cluster(on)
     model.check_layout(parallel)
     _check(

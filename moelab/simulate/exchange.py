@@ -48,14 +48,18 @@ class Stage:
         return (self.near_messages + self.far_messages) > 0
 
     def microseconds(self, row_bytes: float, cluster: Cluster, constants: Constants) -> Array:
-        """Return start + messages x latency + bytes / bandwidth (alpha-beta), in microseconds; 0 if nothing is sent."""
+        """Return start + messages x latency + bytes / bandwidth (alpha-beta), in microseconds; 0 if nothing is sent.
+
+        The links in the node and between nodes take turns, or with `Constants.links_overlap` work at the same time.
+        """
         near = self.near_messages * constants.near_us + transfer_us(
             self.near_rows * row_bytes, cluster.near_gb_s * constants.near_share
         )
         far = self.far_messages * constants.far_us + transfer_us(
             self.far_rows * row_bytes, cluster.far_gb_s * constants.far_share
         )
-        return self.happens * (constants.collective_us + near + far)
+        links = np.maximum(near, far) if constants.links_overlap else near + far
+        return self.happens * (constants.collective_us + constants.exchange_us + links)
 
 
 Size = TypeVar("Size", Array, float, Array | float)

@@ -8,6 +8,7 @@ from dataclasses import dataclass, fields
 import numpy as np
 
 from moelab.config import ModelConfig
+from moelab.simulate.attention import cache_slices, cached_numbers
 from moelab.simulate.constants import Constants
 from moelab.simulate.exchange import rows_to_send
 from moelab.simulate.layouts import Array, ExpertLayouts, Layouts
@@ -42,10 +43,10 @@ class InferenceMemory:
         return self.weights + self.experts + self.cache + self.buffers + self.reserved
 
 
-def rank_parameters(model: ModelConfig, layouts: Layouts) -> tuple[Array, Array]:
+def rank_parameters(model: ModelConfig, layouts: Layouts, *, sliced: bool = False) -> tuple[Array, Array]:
     """Return the parameters on a rank, as (outside experts, experts).
 
-    Every rank holds the gates as a whole; all else outside experts is sliced.
+    Every rank holds the gates as a whole; all else outside experts is sliced, and with `sliced` the experts, too.
     """
     one = model.expert_feed_forward.parameters
     gates = sum(model.hidden * e for e in model.experts)
@@ -53,7 +54,7 @@ def rank_parameters(model: ModelConfig, layouts: Layouts) -> tuple[Array, Array]
     experts = np.zeros(len(layouts))
     for count, layers in Counter(e for e in model.experts if e).items():
         spread = ExpertLayouts.of(layouts, count)
-        experts += layers * count / spread.parallel * one / spread.slices
+        experts += layers * count * one / (layouts.tensor if sliced else spread.parallel * spread.slices)
     return outside / layouts.tensor + gates, experts
 
 
@@ -65,15 +66,16 @@ def inference_memory(
     batch: int,
     context: int,
     width: int,
+    weight: int,
     constants: Constants,
 ) -> InferenceMemory:
     """Return the memory of each layout; see `InferenceMemory`.
 
     Args:
-        width: bytes of a number. Other arguments are those of `decode_sweep`.
+        width, weight: bytes of a number, and of a weight. Other arguments are those of `decode_sweep`.
     """
     n, M, expert = len(layouts), model.hidden, model.expert_feed_forward
-    outside, experts = rank_parameters(model, layouts)
+    outside, experts = rank_parameters(model, layouts, sliced=system.sliced)
     buffers = batch * model.vocab * 4 / layouts.tensor + batch * (2 * M + model.dense_feed_forward.inner) * width
     largest = np.zeros(n)
     for count in {e for e in model.experts if e}:
@@ -86,9 +88,9 @@ def inference_memory(
             largest, (2 * sent * M + 2 * arrived * M + hidden) * width
         )  # out, in, results, intermediate
     return InferenceMemory(
-        weights=outside * width,
-        experts=experts * width,
-        cache=batch * context * 2 * model.layers * model.kv_heads * model.head_size * width / layouts.tensor,
+        weights=outside * weight,
+        experts=experts * weight,
+        cache=batch * context * model.layers * cached_numbers(model) * width / cache_slices(model, layouts.tensor),
         buffers=buffers + largest,
         reserved=np.full(n, constants.reserved_gib * 2**30),
     )

@@ -14,6 +14,7 @@ from moelab.config.parallel import EXCHANGES, ParallelConfig
 from moelab.simulate.decoding import DecodeEstimate, DecodeSweep, decode, decode_sweep
 from moelab.simulate.hardware import Cluster, cluster
 from moelab.simulate.layouts import Layouts
+from moelab.simulate.published import named
 from moelab.simulate.systems import System, system
 
 if TYPE_CHECKING:
@@ -74,7 +75,7 @@ def least_gpus(
     Raises:
         ValueError: it does not fit `most` GPUs.
     """
-    model = ModelConfig.parse(model) if isinstance(model, str) else model
+    model = named(model)
     where = cluster(on)
     for n in sizes(most, where.gpus_per_node):
         options = layouts(model, [n], where.gpus_per_node)
@@ -205,7 +206,7 @@ def plan(
     Raises:
         ValueError: nothing fits; the message is one line and says how many GPUs would.
     """
-    model = ModelConfig.parse(model) if isinstance(model, str) else model
+    model = named(model)
     where, code = cluster(on), system(program)
     if objective not in OBJECTIVES:
         raise ValueError(f"plan: objective must be one of {', '.join(OBJECTIVES)}, got {objective!r}")

@@ -15,6 +15,11 @@ gradients are summed and the optimizer runs. A pass has these parts in each laye
 
 The host runs ahead of the device at these sizes: a micro-batch takes the larger of the device time and the time to
 issue its kernels.
+
+Programs of today (`System.modern`) differ in four ways. Fused attention keeps no scores. A token goes once to each node
+that has some of its experts (`moelab.simulate.traffic.grouped`). With `overlap`, exchanges hide behind the products of
+another micro-batch, and gradients behind the backward pass, as far as these last. Layers may be divided over `pipeline`
+stages: p stages of v chunks idle for (p - 1) / v micro-batches a step (Narayanan et al. 2021, arXiv 2104.04473, 2.2).
 """
 
 from __future__ import annotations
@@ -28,12 +33,15 @@ import numpy as np
 from moelab.config import ModelConfig
 from moelab.config.parallel import ParallelConfig
 from moelab.simulate import constants as _constants
+from moelab.simulate.attention import pair_flops
 from moelab.simulate.constants import Constants
 from moelab.simulate.exchange import all_reduce_us, all_to_all, rows_to_send, share_gather, slice_exchange, transfer_us
 from moelab.simulate.hardware import Cluster, cluster
 from moelab.simulate.layouts import ExpertLayouts, Layouts
 from moelab.simulate.memory import rank_parameters
+from moelab.simulate.published import named
 from moelab.simulate.systems import System, system
+from moelab.simulate.traffic import grouped
 
 PARTS = ("products", "einsums", "elementwise", "all_reduce", "all_to_all", "launch", "gradients", "optimizer")
 COLLECTIVES = ("all_reduce", "all_to_all")
@@ -98,24 +106,32 @@ def training(
     micro_batch: int = 1,
     program: str | System = "pytorch",
     zero: int = 0,
+    pipeline: int = 1,
+    chunks: int = 1,
+    dtype: str = "bf16",
+    overlap: bool = True,
     constants: Constants | None = None,
 ) -> TrainingEstimate:
     """Return the estimate of a training step.
 
     Args:
-        parallel: `recompute` adds a forward pass and saves activations; `shard` splits all of a model's state over the
-            data ranks.
+        parallel: the ranks, with a pipeline those of one stage; `recompute` adds a forward pass and saves activations;
+            `shard` splits all of a model's state over the data ranks.
         batch: sequences per step, over all ranks.
         micro_batch: sequences in a forward pass of one data rank.
         program: gives the dispatch ("pytorch": einsums; the others: table-driven); the exchange is that of `parallel`.
         zero: 2 splits gradients and optimizer state over the ranks that hold the same parameters; 0 and 1 do as the
             paper's scripts.
+        pipeline, chunks: stages of a pipeline, and chunks of layers of each; all stages take the same time.
+        dtype: of products: bf16 (or fp16), or fp8, at twice the rate, but for attention's scores.
+        overlap: of exchanges and gradients with computation, in programs of today.
 
     Raises:
         ValueError: the model cannot be spread so, or the batch not divided; the message is one line.
     """
-    model = ModelConfig.parse(model) if isinstance(model, str) else model
-    where, code, known = cluster(on), system(program), constants or _constants.fitted()
+    model = named(model)
+    where, code = cluster(on), system(program)
+    known = constants or (_constants.modern() if code.modern else _constants.fitted())
     model.check_layout(parallel)
     share = batch / (parallel.data * micro_batch) if micro_batch >= 1 else 0
     if share < 1 or share != int(share):
@@ -124,20 +140,27 @@ def training(
         )
     if zero not in (0, 1, 2):
         raise ValueError(f"simulate: zero must be 0, 1 or 2, got {zero}")
+    if pipeline < 1 or chunks < 1 or (not code.modern and (pipeline > 1 or dtype == "fp8")):
+        raise ValueError(f"simulate: {code.name} knows no pipeline of {pipeline} x {chunks} in {dtype}")
     layouts = Layouts.of([parallel])
     tokens = micro_batch * model.context
-    forward = _forward_us(model, layouts, where, code, known, tokens)
+    forward = forward_us(model, layouts, where, code, known, tokens, dtype=dtype, train=True)
     passes = 3 + parallel.recompute
-    issue = passes * known.eager_us * _kernels(model, code, parallel)
+    issue = passes * known.eager_us * kernels_issued(model, code, parallel)
     parts = {name: (passes - (name in COLLECTIVES)) * us for name, us in forward.items()}
+    if code.modern and overlap:
+        parts["all_to_all"] = max(0.0, parts["all_to_all"] - parts["products"])
     parts["launch"] = max(0.0, issue - sum(parts.values()))
-    parts = {name: int(share) * us for name, us in parts.items()}
+    rounds = (int(share) + (pipeline - 1) / chunks) / pipeline
+    parts = {name: rounds * us for name, us in parts.items()}
 
-    outside, experts = (float(p[0]) for p in rank_parameters(model, layouts))
+    outside, experts = (float(p[0]) / pipeline for p in rank_parameters(model, layouts))
     parts["gradients"] = float(
         all_reduce_us(parallel.data, 2 * outside, where, known, stride=parallel.tensor)
-        + _expert_gradients_us(model, layouts, where, known)
+        + _expert_gradients_us(model, layouts, where, known) / pipeline
     )
+    if code.modern and overlap:
+        parts["gradients"] = max(0.0, parts["gradients"] - 2 / 3 * parts["products"])
     sharded = parallel.data if parallel.shard or zero else 1
     state = outside / sharded + experts
     # Adam reads and writes the weight and both moments and reads the gradient: 7 numbers of 4 bytes.
@@ -154,7 +177,7 @@ def training(
         step_s=step,
         samples_per_s=samples,
         tokens_per_s=samples * model.context,
-        tflops_per_gpu=6 * model.active_parameters() * samples * model.context / parallel.ranks / 1e12,
+        tflops_per_gpu=6 * model.active_parameters() * samples * model.context / (parallel.ranks * pipeline) / 1e12,
         parts_s={name: parts[name] / 1e6 for name in PARTS},
         memory_gib={
             name: size / 2**30 for name, size in _memory(model, parallel, outside, experts, tokens, zero, known).items()
@@ -169,28 +192,44 @@ def training_slots(model: ModelConfig, tokens: int, experts: int) -> int:
     return capacity if capacity is not None else math.ceil(tokens * model.top_k / experts)
 
 
-def _forward_us(
-    model: ModelConfig, layouts: Layouts, where: Cluster, code: System, known: Constants, tokens: int
+def forward_us(
+    model: ModelConfig,
+    layouts: Layouts,
+    where: Cluster,
+    code: System,
+    known: Constants,
+    tokens: int,
+    *,
+    dtype: str = "bf16",
+    heads_of: int = 0,
+    train: bool = False,
 ) -> dict[str, float]:
     """Return the device microseconds of one micro-batch's forward pass, by part.
 
     Recomputation repeats all of it but the head, which is small.
+
+    Args:
+        tokens: of a tensor group.
+        heads_of: tokens for which the output head is computed; 0: all, as in training.
+        train: whether it is a pass of training, for `Constants.train_share`.
     """
     M, L, branch = model.hidden, int(layouts.tensor[0]), model.fixed_feed_forward
-    rate = where.gpu.tflops * known.matmul_share * 1e6
+    plain = where.gpu.tflops * known.matmul_share * 1e6
+    rate = plain * (2 if dtype == "fp8" else 1)
     bandwidth = where.gpu.memory_gb_s * known.memory_share
-    fixed = model.vocab * M + model.layers * model.attention_weights
+    fixed = model.layers * model.attention_weights
     fixed += (model.layers - model.moe_layers) * model.dense_feed_forward.weights
     fixed += 0 if branch is None else model.moe_layers * branch.weights
-    flops = tokens * (2 * fixed + model.layers * 2 * model.heads * model.head_size * (model.context + 1)) / L
-    kept = tokens * M * (10 + 24 / L + 5 * model.heads * model.context / M / L)
+    flops = 2 * (tokens * fixed + (heads_of or tokens) * model.vocab * M) / L
+    scores = tokens * model.layers * pair_flops(model, decoding=False) * (model.context + 1) / 2 / L
+    kept = tokens * M * (10 + 24 / L + (0 if code.modern else 5 * model.heads * model.context / M / L))
     reduced = all_reduce_us(L, tokens * M * 2, where, known)
     normed = all_reduce_us(L, tokens * 2 * 4, where, known) if model.decoder.qk_norm == "all" else 0.0
     parts = {
-        "products": flops / rate,
+        "products": flops / rate + scores / plain,
         "einsums": 0.0,
         "elementwise": model.layers * transfer_us(2 * kept, bandwidth),
-        "all_reduce": (2 * model.layers - model.moe_layers * (branch is None)) * float(reduced)
+        "all_reduce": (2 * model.layers - model.moe_layers * (branch is None and not code.sliced)) * float(reduced)
         + model.layers * float(normed),
         "all_to_all": 0.0,
     }
@@ -200,21 +239,53 @@ def _forward_us(
         sent = rows_to_send(spread, np.array([tokens]), model.top_k, C)
         # Every sender fills its slots, so a rank multiplies as many rows as it sends; with slices, it multiplies the
         # rows of all slices, each by a slice of the weights.
-        parts["products"] += count * float(sent[0] * model.expert_feed_forward.flops + 2 * tokens * M * experts) / rate
+        flops = float(sent[0]) * model.expert_feed_forward.flops / (L if code.sliced else 1)
+        parts["products"] += count * (flops + 2 * tokens * M * experts) / rate
         if code.gate > 10:  # one-hot masks instead of tables
             parts["einsums"] += count * 2 * 2 * tokens * experts * C * M / rate
+        elif code.modern:
+            row_bytes = expert_row_bytes(model, 1 if dtype == "fp8" else 2)
+            parts["elementwise"] += (
+                count * transfer_us(float(sent[0]) * row_bytes, bandwidth) / (L if code.sliced else 1)
+            )
         else:
             parts["elementwise"] += count * 2 * transfer_us(2 * float(sent[0]) * M * 2, bandwidth)
         row = M * 2
+        if code.modern:
+            parts["all_to_all"] += count * _grouped_us(model, spread, where, known, tokens / L, dtype)
+            continue
         for stage in all_to_all(layouts, spread, sent, where.gpus_per_node):
             parts["all_to_all"] += count * 2 * float(stage.microseconds(row, where, known)[0])
         parts["all_to_all"] += count * float(share_gather(spread, sent).microseconds(row, where, known)[0])
         over = slice_exchange(layouts, spread, sent, where.gpus_per_node)
         parts["all_to_all"] += count * 2 * float(over.microseconds(row, where, known)[0])
+    for name in ("products", "elementwise"):
+        parts[name] /= known.train_share if train else known.counted_share
     return parts
 
 
-def _kernels(model: ModelConfig, code: System, parallel: ParallelConfig) -> float:
+def expert_row_bytes(model: ModelConfig, width: int) -> int:
+    """Return the bytes that an expert's kernels move for one row, besides weights; operands of products have `width`.
+
+    The row is brought into expert order (read and written), multiplied (read; the inner numbers written), activated
+    (read; F written), multiplied (read; the row written), and brought back (read and written).
+    """
+    M, one = model.hidden, model.expert_feed_forward
+    return M * (4 + width) + 2 * one.inner + (2 * one.inner + width * one.ffn) + (width * one.ffn + 2 * M) + 4 * M
+
+
+def _grouped_us(
+    model: ModelConfig, spread: ExpertLayouts, where: Cluster, known: Constants, tokens: float, dtype: str
+) -> float:
+    """Return the microseconds of a layer's dispatch, with fp8 in 8 bits, and combine, of a rank's own `tokens`."""
+    ranks = int(spread.parallel[0])
+    in_node = min(ranks, where.gpus_per_node)
+    stage, _, _ = grouped(ranks, in_node, tokens, model.top_k, ranks // in_node)
+    widths = (1 if dtype == "fp8" else 2, 2)
+    return sum(float(stage.microseconds(model.hidden * width, where, known)[0]) for width in widths)
+
+
+def kernels_issued(model: ModelConfig, code: System, parallel: ParallelConfig) -> float:
     """Return the number of kernels of a forward pass; a backward pass has about twice as many."""
     count = code.step + 1 + model.layers * (code.attention + 2) + (model.layers - model.moe_layers) * (code.dense + 2)
     count += model.moe_layers * (model.fixed_feed_forward is not None) * (code.residual + 2)

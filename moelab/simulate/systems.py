@@ -6,7 +6,7 @@ The counts come from the code or the paper's text; none is fitted. The count of 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from moelab.config import ModelConfig, unknown
 from moelab.config.parallel import Exchange
@@ -33,6 +33,10 @@ class System:
         graph: whether kernels are replayed from a CUDA graph.
         layer_waits: whether the host waits for the device in every layer, before its feed-forward.
         gate_wait: kernels of the gate issued before the host waits for their result; 0: it never waits.
+        modern: whether it is a program of today: `moelab.simulate.constants.modern` instead of those fitted on the
+            paper, fused attention, which keeps no scores, and links that work at the same time.
+        sliced: whether tensor parallelism slices every expert like a dense feed-forward, so that nothing is exchanged.
+        scheduler: whether the host schedules between two steps while the GPU waits (`Constants.step_us`).
         source: where the counts come from.
     """
 
@@ -53,6 +57,9 @@ class System:
     graph: bool = False
     layer_waits: bool = False
     gate_wait: int = 0
+    modern: bool = False
+    sliced: bool = False
+    scheduler: bool = False
     source: str = ""
 
 
@@ -120,12 +127,56 @@ SYSTEMS = {
             source="What this project's engine aims at: drop-free routing, grouped products over the experts that got "
             "tokens, a CUDA graph.",
         ),
+        System(
+            name="engine",
+            attention=4,
+            dense=2,
+            residual=2,
+            gate=2,
+            dispatch=1,
+            combine=1,
+            expert=1,
+            once=0,
+            transform=0,
+            step=8,
+            exchange="flat",
+            min_capacity=0,
+            grouped=True,
+            graph=True,
+            modern=True,
+            source="An inference engine of today (vLLM, SGLang, TensorRT-LLM): a CUDA graph; norm, rotation, write "
+            "into the cache and attention; top-k and alignment, two grouped products, an activation between them, sum.",
+        ),
+        System(
+            name="megatron",
+            attention=8,
+            dense=3,
+            residual=4,
+            gate=10,
+            dispatch=4,
+            combine=4,
+            expert=1,
+            once=2,
+            transform=0,
+            step=20,
+            exchange="coordinated",
+            min_capacity=0,
+            modern=True,
+            source="Training with Megatron-Core: eager kernels of Transformer Engine, one product for each expert of a "
+            "GPU in several streams (README of megatron/core/transformer/moe); small kernels estimated.",
+        ),
     )
 }
+SYSTEMS["engine-tp"] = replace(
+    SYSTEMS["engine"], name="engine-tp", sliced=True, source="As engine, with every expert sliced over all GPUs."
+)
 
 
 def system(name: str | System) -> System:
-    """Return a program by name: pytorch (the paper's baseline), deepspeed (its full system), moelab.
+    """Return a program by name.
+
+    They are pytorch (the paper's baseline), deepspeed (its full system), moelab, engine and engine-tp (today's
+    inference engines), and megatron (today's training).
 
     Raises:
         ValueError: another name; the message is one line.

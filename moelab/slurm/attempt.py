@@ -87,7 +87,7 @@ def decide(run: Run, attempt: Attempt, limits: Limits) -> tuple[bool, str]:
     last = earlier[-1] if earlier else None
     if (
         last is not None
-        and (last.kind, _where_ever(last)) == (attempt.kind, _where_ever(attempt))
+        and (last.kind, _reason_on_any_node(last)) == (attempt.kind, _reason_on_any_node(attempt))
         and (attempt.kind == "failed" or last.checkpoint >= attempt.checkpoint)
     ):
         return False, f"failed twice the same way: {attempt.reason}"
@@ -137,6 +137,6 @@ def judge(failure: RankFailed | OSError | ValueError, run: Run) -> tuple[Kind, s
     return "failed", str(failure), failure.host
 
 
-def _where_ever(attempt: Attempt) -> str:
+def _reason_on_any_node(attempt: Attempt) -> str:
     """Return the reason without the node that it names."""
     return attempt.reason.replace(f" on {attempt.node} ", " ") if attempt.node else attempt.reason

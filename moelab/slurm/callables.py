@@ -115,21 +115,19 @@ class TrainRun(Checkpointable):
         limits: how often to try.
         spare_nodes: whether a requeued job leaves out the node whose rank was killed or hung, if the partition has
             enough others.
-        parallel: the layout that the job was sized for. None in jobs of earlier versions: the layout of the spec.
+        parallel: the layout that the job was sized for; another may be asked for while it is queued.
     """
 
     python: str
     srun: tuple[str, ...]
     per_node: int
     limits: attempt.Limits
-    spare_nodes: bool = True
-    parallel: ParallelConfig | None = None
+    spare_nodes: bool
+    parallel: ParallelConfig
 
     def work(self, path: str) -> dict[str, Any]:
         """Train the run in the directory `path`; after a failure, requeue the job or give it up."""
-        run = open_run(path)
-        if self.parallel is not None:
-            run = run.laid_out(self.parallel)  # another layout may have been asked for since the job was queued
+        run = open_run(path).laid_out(self.parallel)
         job, restart = submitit.JobEnvironment().job_id, int(os.environ.get("SLURM_RESTART_COUNT", 0))
         if restart > self.limits.restarts:
             attempt.record(run, job, restart, "restarts", "", "", self.limits)
@@ -137,7 +135,7 @@ class TrainRun(Checkpointable):
         command = (self.python, "-m", "moelab.runs.worker")
         ended = train(run, self.stop, command=command, how="srun", per_node=self.per_node, srun=self.srun)
         if ended is None:
-            return _finished(run)
+            return {"run": run.spec.id, "state": "finished"}
         # In another state than RUNNING, Slurm is already ending or requeueing this job (cancelled, preempted).
         if self.requeued.is_set() or queue.retried(queue.state, job) != "RUNNING":
             raise SystemExit(STOPPED)
@@ -256,7 +254,3 @@ def notebook(command: Sequence[str], folder: str, part: str, **options: Any) -> 
 def open_run(path: str) -> Run:
     """Open the run in a directory."""
     return RunStore(Path(path).parent).at(Path(path).name)
-
-
-def _finished(run: Run) -> dict[str, Any]:
-    return {"run": run.spec.id, "state": "finished"}

@@ -54,16 +54,16 @@ class Size:
         layout = spec.parallel
         per_node = min(layout.ranks_per_node, profile.gpus_per_node)
         nodes = layout.ranks // per_node
-        told = f"{spec.title}: {layout.ranks} ranks in nodes of {layout.ranks_per_node}"
+        run = f"{spec.title}: {layout.ranks} ranks in nodes of {layout.ranks_per_node}"
         # Nodes with fewer ranks than the layout's are allowed unless the layout depends on the ranks of a node.
         if per_node < layout.ranks_per_node and (
             layout.hierarchical or per_node % layout.tensor or layout.ranks % per_node
         ):
             raise ValueError(
-                f"{told} do not fit profile {profile.name}'s nodes of {profile.gpus_per_node}; set its gpus_per_node"
+                f"{run} do not fit profile {profile.name}'s nodes of {profile.gpus_per_node}; set its gpus_per_node"
             )
         if nodes > profile.nodes:
-            raise ValueError(f"{told} need {nodes} nodes; profile {profile.name} allows {profile.nodes}")
+            raise ValueError(f"{run} need {nodes} nodes; profile {profile.name} allows {profile.nodes}")
         return cls(
             ranks=layout.ranks,
             nodes=nodes,
@@ -215,9 +215,9 @@ def _executor(
     return executor
 
 
-def _exports(profile: Profile, snapshot: Path | None, further: dict[str, str]) -> list[str]:
+def _exports(profile: Profile, snapshot: Path | None, variables: dict[str, str]) -> list[str]:
     """Return the shell lines that set a job's environment variables."""
-    values = {environment.HOME.name: str(paths.home()), environment.RESULTS.name: str(paths.results()), **further}
+    values = {environment.HOME.name: str(paths.home()), environment.RESULTS.name: str(paths.results()), **variables}
     lines = [f"{name}={shlex.quote(value)}" for name, value in values.items()]
     if snapshot is not None:
         # A module is otherwise looked for in the current folder first, which may be the checkout.

@@ -7,20 +7,18 @@ and it may be of an earlier attempt at the run. A `RunJob` reads the run's direc
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import submitit
 from submitit.core.utils import FailedJobError
 
+from moelab.lazy import pd
 from moelab.runs.spec import RunSpec
 from moelab.runs.store import Run, RunStore
 from moelab.slurm import local, queue
 from moelab.slurm.rows import Overview, Row
 from moelab.slurm.status import overview, watch
 from moelab.slurm.submission import root, submissions
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 
 class RunJob(submitit.Job[dict[str, Any]]):
@@ -38,8 +36,8 @@ class RunJob(submitit.Job[dict[str, Any]]):
     @property
     def row(self) -> Row:
         """Return the run's present state as a row, with one call to Slurm."""
-        found = [row for row in overview([self.run.spec.id], store=self._store).rows if row.id == self.run.spec.id]
-        return found[0] if found else Row("", self.run.spec.title, self.run.spec.id, self.run.status.state)
+        own = [row for row in overview([self.run.spec.id], store=self._store).rows if row.id == self.run.spec.id]
+        return own[0] if own else Row("", self.run.spec.title, self.run.spec.id, self.run.status.state)
 
     @property
     def state(self) -> str:

@@ -72,7 +72,7 @@ def start(
 
 def jobs(known: Iterable[Submission], store: RunStore) -> dict[tuple[str, str, int], queue.Job]:
     """Return the runs and notebooks of local submissions whose process is alive: (submission, part, index) -> job."""
-    found = {}
+    states = {}
     for submission in known:
         if submission.cluster != "local" or not submission.parts or not _lives(submission):
             continue
@@ -82,8 +82,8 @@ def jobs(known: Iterable[Submission], store: RunStore) -> dict[tuple[str, str, i
                 over = run and (store.root / run / "result.json").exists()
                 state = "COMPLETED" if over else "RUNNING" if works else "PENDING"
                 key = (submission.id, part.name, index)
-                found[key] = queue.Job(str(part.job), *key, state=state, reason="None", node="", left="")
-    return found
+                states[key] = queue.Job(str(part.job), *key, state=state, reason="None", node="", left="")
+    return states
 
 
 def cancel(ids: Iterable[str]) -> list[str]:

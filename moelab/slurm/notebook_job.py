@@ -27,9 +27,9 @@ def main(folder: Path, name: str) -> int:
     code = _execute(submission, name)
     try:
         ended = [part.values is None or outcome(folder, part.name) for part in submission.parts]
-        if submission.sweep and all(ended) and (found := _compare(submission, submission.sweep)):
+        if submission.sweep and all(ended) and (comparison := _compare(submission, submission.sweep)):
             site.update(publish=submission.publish)
-            print(f"comparison of the sweep: {found}")
+            print(f"comparison of the sweep: {comparison}")
     except (ValueError, OSError) as error:  # the notebook's own outcome stands
         print(f"the sweep's comparison: {error}", file=sys.stderr)
     return code
@@ -65,9 +65,9 @@ def _execute(submission: Submission, name: str) -> int:
 def _compare(submission: Submission, points: sweep.Sweep) -> Path | None:
     """Publish the comparison of the sweep, in a folder that is named by the time of the submission."""
     chosen = experiment(submission.experiment)
-    found = sweep.compare(chosen, points, results(chosen.name, points.points), RunStore())
+    comparison = sweep.compare(chosen, points, results(chosen.name, points.points), RunStore())
     return sweep.publish(
-        chosen, points, found, publish=submission.publish, name=submission.id[: len("YYYYMMDD-HHMMSS")]
+        chosen, points, comparison, publish=submission.publish, name=submission.id[: len("YYYYMMDD-HHMMSS")]
     )
 
 

@@ -173,10 +173,10 @@ def choose(name: str | None) -> Profile:
 
 def minutes(text: str, where: str) -> float:
     """Return a time limit of Slurm in minutes: ``M``, ``M:S``, ``H:M:S``, ``D-H``, ``D-H:M`` or ``D-H:M:S``."""
-    found = re.fullmatch(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?", text)
-    if not found:
+    match = re.fullmatch(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?", text)
+    if not match:
         raise ValueError(f"{where}: expected minutes, H:M:S or D-H:M:S, got {text!r}")
-    days, *parts = found.groups()
+    days, *parts = match.groups()
     a, b, c = (int(p or 0) for p in parts)
     if days is not None:
         return int(days) * 1440 + a * 60 + b + c / 60
@@ -189,12 +189,7 @@ def megabytes(text: str, where: str) -> int:
     """Return a size such as ``60G``, ``500M`` or ``1T`` in MiB; 0 for an empty text."""
     if not text:
         return 0
-    found = re.fullmatch(r"(\d+)([MGT])B?", text.upper())
-    if not found:
+    match = re.fullmatch(r"(\d+)([MGT])B?", text.upper())
+    if not match:
         raise ValueError(f"{where}: expected a size such as 60G or 500M, got {text!r}")
-    return int(found[1]) * {"M": 1, "G": 1024, "T": 1024**2}[found[2]]
-
-
-def field_names() -> list[str]:
-    """Return the fields that a profile's file may have."""
-    return [f.name for f in fields(Profile) if f.name != "name"]
+    return int(match[1]) * {"M": 1, "G": 1024, "T": 1024**2}[match[2]]

@@ -88,7 +88,7 @@ def jobs(limit_s: float = 120) -> dict[tuple[str, str, int], Job]:
         SlurmError: there is no Slurm here, or its controller does not answer within `limit_s`.
     """
     out = _run("squeue", "--me", "-h", "-r", "-t", "all", "-o", "%i|%T|%r|%N|%L|%l|%k", limit_s=limit_s)
-    found = {}
+    states = {}
     for line in out.splitlines():
         fields = line.split("|", 6)
         if len(fields) < 7:  # a comment of another program may have several lines
@@ -103,9 +103,9 @@ def jobs(limit_s: float = 120) -> dict[tuple[str, str, int], Job]:
         ending = state == "COMPLETING" and left != limit
         job = Job(number, submission, part, int(index) if index.isdigit() else 0, state, reason, node, left, ending)
         key = (submission, part, job.index)
-        if key not in found or job.live:
-            found[key] = job
-    return found
+        if key not in states or job.live:
+            states[key] = job
+    return states
 
 
 def check(script: str) -> None:

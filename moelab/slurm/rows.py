@@ -4,12 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from moelab.lazy import pd
 from moelab.terminal import duration, plain
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 _COLORS = {
     "failed": "red",
@@ -73,8 +71,6 @@ class Overview:
 
     def frame(self) -> pd.DataFrame:
         """Return the rows as a data frame."""
-        import pandas as pd
-
         return pd.DataFrame([row.__dict__ for row in self.rows], columns=[f.name for f in fields(Row)])
 
     def table(self, width: int | None = None) -> Any:

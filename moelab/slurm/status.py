@@ -274,11 +274,11 @@ def log_of(name: str, store: RunStore | None = None) -> Path:
             for p in record.parts
             if (record.id, p.name) == (submission, part)
         ]
-        found = [path for log in logs if (path := root() / submission / log).exists()]
+        matches = [path for log in logs if (path := root() / submission / log).exists()]
     else:
         logs = store.ids(file="log.txt")
-        found = [store.root / run / "log.txt" for run in logs if run.startswith(name) or run.endswith(f"-{name}")]
-    if len(found) != 1:
-        ids = ", ".join(p.parent.name for p in found[:5]) if found else "see `moelab status --all`"
-        raise ValueError(f"{'several logs' if found else 'no log'} of {name!r}: {ids}")
-    return found[0]
+        matches = [store.root / run / "log.txt" for run in logs if run.startswith(name) or run.endswith(f"-{name}")]
+    if len(matches) != 1:
+        ids = ", ".join(p.parent.name for p in matches[:5]) if matches else "see `moelab status --all`"
+        raise ValueError(f"{'several logs' if matches else 'no log'} of {name!r}: {ids}")
+    return matches[0]

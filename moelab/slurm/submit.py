@@ -184,7 +184,7 @@ def _plan(
     for (size, layout, needs), group in _groups(todo, profile, done):
         part = Part(f"runs-{len(plan.specs)}", None, [spec.id for spec in group])
         plan.specs[part.name] = group
-        if size is None:
+        if size is None or layout is None:
             plan.add(part)
             continue
         call = TrainRun(
@@ -292,13 +292,13 @@ def _notebook_queued(
     values: Mapping[str, Any],
 ) -> queue.Job | None:
     """Return the job of Slurm or of this machine that waits to execute a notebook, or executes it."""
-    found = (
+    queued = (
         jobs.get((submission.id, part.name, 0))
         for submission in earlier
         for part in submission.parts
         if submission.experiment == name and part.values == values
     )
-    return next((job for job in found if job and job.live and not job.ending), None)
+    return next((job for job in queued if job and job.live and not job.ending), None)
 
 
 def _notebook_done(earlier: Sequence[Submission], name: str, values: Mapping[str, Any], runs: Sequence[str]) -> bool:

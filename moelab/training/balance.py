@@ -35,19 +35,19 @@ DEAD = 0.01
 
 def max_violation(load: Mapping[str, Sequence[int]]) -> float:
     """Return the mean over layers of the busiest expert's excess over the mean load; 0 without tokens."""
-    found = [max(counts) * len(counts) / total - 1 for counts in load.values() if (total := sum(counts))]
-    return sum(found) / len(found) if found else 0.0
+    violations = [max(counts) * len(counts) / total - 1 for counts in load.values() if (total := sum(counts))]
+    return sum(violations) / len(violations) if violations else 0.0
 
 
 @functools.cache
 def random_max_violation(tokens: int, experts: int, top_k: int = 1) -> float:
     """Return the mean `max_violation` of steps, 32 draws, whose tokens choose top_k experts at random."""
     rng = np.random.default_rng(0)
-    found = []
+    violations = []
     for _ in range(32):
         chosen_SK = rng.random((tokens, experts)).argpartition(top_k - 1, axis=1)[:, :top_k]
-        found.append(max_violation({"": np.bincount(chosen_SK.ravel(), minlength=experts).tolist()}))
-    return float(np.mean(found))
+        violations.append(max_violation({"": np.bincount(chosen_SK.ravel(), minlength=experts).tolist()}))
+    return float(np.mean(violations))
 
 
 def layer_statistics(load: Sequence[int], ranks: int = 1) -> dict[str, float]:
@@ -61,14 +61,14 @@ def layer_statistics(load: Sequence[int], ranks: int = 1) -> dict[str, float]:
     relative_E = load_E / mean if mean else np.ones(E)
     share_E = relative_E / E
     entropy = float(-(share_E * np.log(np.where(share_E > 0, share_E, 1))).sum() / np.log(E))
-    found = {
+    values = {
         "load_variation": float(relative_E.std()),
         "dead_experts": float((relative_E < DEAD).mean()),
         "load_entropy": entropy,
     }
     if ranks > 1:
-        found["busiest_rank"] = float(relative_E.reshape(ranks, -1).mean(1).max() - 1)
-    return found
+        values["busiest_rank"] = float(relative_E.reshape(ranks, -1).mean(1).max() - 1)
+    return values
 
 
 def percentiles(load: Sequence[int]) -> list[float]:
@@ -85,8 +85,8 @@ def statistics(load: Mapping[str, Sequence[int]], ranks: Mapping[str, int]) -> d
         ranks: layer -> ranks over which its experts are distributed.
     """
     by_layer = {layer: layer_statistics(counts, ranks.get(layer, 1)) for layer, counts in load.items()}
-    names = dict.fromkeys(name for found in by_layer.values() for name in found)
-    means = {name: float(np.mean([found[name] for found in by_layer.values() if name in found])) for name in names}
+    names = dict.fromkeys(name for one in by_layer.values() for name in one)
+    means = {name: float(np.mean([one[name] for one in by_layer.values() if name in one])) for name in names}
     return {
         **means,
         "balance": by_layer,

@@ -28,7 +28,7 @@ from moelab.engine import checkpoint
 from moelab.engine import parallel as engine
 from moelab.engine.mesh import Mesh
 from moelab.files import write_bytes
-from moelab.models.loss import Further
+from moelab.models.loss import LogitsLoss
 
 log = logging.getLogger(__name__)
 
@@ -158,7 +158,7 @@ class Distiller:
         """Return the schedule's weight of the KL divergence in the step after `step` steps."""
         return self.distill.weight_at(step, step * self.config.batch_size * self.context)
 
-    def loss(self, tokens_BT: Tensor, step: int, part: int) -> Further | None:
+    def loss(self, tokens_BT: Tensor, step: int, part: int) -> LogitsLoss | None:
         """Return what computes a micro-batch's distillation loss, weight * T^2 * KL in nats, from the student's logits.
 
         None while the weight is 0.
@@ -176,7 +176,7 @@ class Distiller:
         else:
             teacher_NV = self._forward(tokens_BT).flatten(0, 1)
 
-        def further(student_NV: Tensor, first: int, past: int) -> tuple[Tensor, Tensor]:
+        def logits_loss(student_NV: Tensor, first: int, past: int) -> tuple[Tensor, Tensor]:
             if self.distill.top_k:
                 kl, gradient_NV = divergence_of_likeliest(log_p_NK[first:past], token_NK[first:past], student_NV, t)
             else:
@@ -184,16 +184,16 @@ class Distiller:
             scale = weight * t**2
             return kl * scale, gradient_NV if scale == 1.0 else gradient_NV.mul_(scale)
 
-        return further
+        return logits_loss
 
     def _likeliest(self, tokens_BT: Tensor, step: int, part: int) -> Likeliest:
         name = f"step-{step:08d}-{part}"
-        found = self.cache.get(name, tokens_BT) if self.cache else None
-        if found is None:
-            found = likeliest(self._forward(tokens_BT), self.distill.top_k, self.distill.temperature)
+        stored = self.cache.get(name, tokens_BT) if self.cache else None
+        if stored is None:
+            stored = likeliest(self._forward(tokens_BT), self.distill.top_k, self.distill.temperature)
             if self.cache:
-                self.cache.put(name, found)
-        return found
+                self.cache.put(name, stored)
+        return stored
 
     @torch.no_grad()
     def _forward(self, tokens_BT: Tensor) -> Tensor:

@@ -24,7 +24,8 @@ import torch
 
 from moelab.config import ModelConfig, TrainConfig, UpcycleConfig
 from moelab.config.parallel import ParallelConfig
-from moelab.data import TokenData, TrainBatches
+from moelab.data import TokenData
+from moelab.data.batches import TrainBatches
 from moelab.engine import checkpoint, gradients
 from moelab.engine import parallel as engine
 from moelab.engine.collectives import all_reduce
@@ -35,7 +36,7 @@ from moelab.models.attention import uses_kernel
 from moelab.models.moe import MoE
 from moelab.models.products import fastest_products
 from moelab.training.distill import Distiller, Teacher
-from moelab.training.metrics import TRAIN, VALIDATION, Metrics, Window, damage
+from moelab.training.metrics import TRAIN, VALIDATION, Metrics, Window, objection
 from moelab.training.optimizer import make_optimizer
 from moelab.training.schedule import rewarmed
 from moelab.training.validation import evaluate
@@ -138,7 +139,7 @@ def train(
         keep = {config.step_at(tokens, context, "train: keep_at") for tokens in config.keep_at}
         checkpoints = checkpoint.Writer(run_dir / "checkpoints", always=keep)
         try:
-            last = checkpoint.latest(run_dir / "checkpoints", lambda state: damage(run_dir, state.get("metrics")))
+            last = checkpoint.latest(run_dir / "checkpoints", lambda state: objection(run_dir, state.get("metrics")))
         except checkpoint.Refused as error:
             raise ValueError(
                 f"train: no checkpoint with whole metrics: {error}; remove {run_dir} to train again"
@@ -321,16 +322,16 @@ class Trainer:
             number = self.mesh.data.index * parts + part  # of the micro-batch, over all ranks
             torch.manual_seed(draw_seed(config.seed, step, number))
             rows = slice(part * self.micro_batch, (part + 1) * self.micro_batch)
-            further = self.distiller.loss(tokens_BT[rows], step, number) if self.distiller else None
+            logits_loss = self.distiller.loss(tokens_BT[rows], step, number) if self.distiller else None
             with torch.autocast(config.device, torch.bfloat16, enabled=config.dtype == "bf16"):
-                output = module(tokens_BT[rows], targets_BT=targets_BT[rows], further=further)
+                output = module(tokens_BT[rows], targets_BT=targets_BT[rows], logits_loss=logits_loss)
             routing_loss = output.routing_loss()
             if part == parts - 1:
                 self.sync.arm()
             ((output.loss + routing_loss) / parts).backward()
-            loss_sum += float(output.loss.detach() - output.further) / parts
+            loss_sum += float(output.loss.detach() - output.logits_loss) / parts
             routing_sum += float(torch.as_tensor(routing_loss).detach()) / parts
-            distill_sum += float(output.further) / parts
+            distill_sum += float(output.logits_loss) / parts
             counts.append(output.routing)
             process.beat()
         self.sync.finish()

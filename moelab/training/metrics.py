@@ -1,7 +1,7 @@
 """Write a run's metrics as JSON lines, one file for training rows and one for validation rows.
 
 A checkpoint records the lengths and SHA-256 of the files (`Metrics.state`). A run that resumes from it first cuts the
-files to these lengths, so that they equal those of an uninterrupted run; `damage` checks that the rows are there.
+files to these lengths, so that they equal those of an uninterrupted run; `objection` checks that the rows are there.
 """
 
 from __future__ import annotations
@@ -93,21 +93,13 @@ class Metrics:
 
         Args:
             resume_step: the checkpoint's step; -1 without one.
-            recorded: `state` as the checkpoint holds it; None without one, and for checkpoints of earlier versions.
-
-        Raises:
-            ValueError: a file is damaged, see `read_rows`.
+            recorded: `state` as the checkpoint holds it; None without one.
         """
         self._paths = {name: run_dir / name for name in (TRAIN, VALIDATION)}
         self._sizes, self._hashes = {}, {}
         for name, path in self._paths.items():
-            if recorded is not None:
-                # A crash of the machine may take an empty file with it; `damage` tells of rows that are gone.
-                kept = (read_bytes(path) or b"")[: recorded[name]["bytes"]]
-            elif resume_step < 0:
-                kept = b""
-            else:
-                kept = "".join(_line(row) for row in read_rows(path) if row["step"] <= resume_step).encode()
+            # A crash of the machine may take an empty file with it; `objection` tells of rows that are gone.
+            kept = (read_bytes(path) or b"")[: recorded[name]["bytes"]] if recorded else b""
             write_bytes(path, kept, durable=True)
             self._sizes[name], self._hashes[name] = len(kept), hashlib.sha256(kept)
         self._board = None
@@ -152,8 +144,8 @@ def scalars(file: str, row: dict[str, Any]) -> Iterator[tuple[str, float]]:
     for key, value in row.items():
         if key not in ("step", "time_s") and isinstance(value, int | float):
             yield f"{Path(file).stem}/{key}", value
-    for layer, found in row.get("balance", {}).items():
-        for name, value in found.items():
+    for layer, balance in row.get("balance", {}).items():
+        for name, value in balance.items():
             yield f"balance/layer{layer}/{name}", value
     for layer, load in row.get("expert_load", {}).items():
         ordered = sorted(load)
@@ -161,24 +153,17 @@ def scalars(file: str, row: dict[str, Any]) -> Iterator[tuple[str, float]]:
             yield f"expert_load/layer{layer}/p{percent}", ordered[round(percent / 100 * (len(load) - 1))] * len(load)
 
 
-def damage(run_dir: Path, recorded: Mapping[str, Mapping[str, Any]] | None) -> str | None:
+def objection(run_dir: Path, recorded: Mapping[str, Mapping[str, Any]] | None) -> str | None:
     """Return one line about metrics that a checkpoint counts on and that are gone or changed; None when they are whole.
 
     Args:
         run_dir: the run's directory.
-        recorded: `Metrics.state` as the checkpoint holds it. None for checkpoints of earlier versions: only a missing
-            validation file, whose first row is written before any checkpoint, and lines that are no JSON are found.
+        recorded: `Metrics.state` as the checkpoint holds it; None for one of an earlier version.
     """
+    if recorded is None:
+        return f"the checkpoints in {run_dir} are of an earlier version"
     for name in (TRAIN, VALIDATION):
         path = run_dir / name
-        if recorded is None:
-            try:
-                rows = read_rows(path)
-            except ValueError as error:
-                return str(error)
-            if name == VALIDATION and not rows:
-                return f"{path} has no rows"
-            continue
         size = recorded[name]["bytes"]
         kept = (read_bytes(path) or b"")[:size]
         if len(kept) < size:

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from moelab.config import TrainConfig
-from moelab.data import TokenData, bits_per_byte, overall_loss, validation_batches
+from moelab.data import TokenData
+from moelab.data.batches import bits_per_byte, overall_loss, validation_batches
 from moelab.engine.collectives import all_reduce
 from moelab.engine.launch import process
 from moelab.engine.mesh import Mesh

@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from moelab.bench import exchange, harness, inputs, plot
+from moelab.bench import exchange, harness, inputs
 from moelab.bench.harness import Timing
+from moelab.plotting import benchmarks
 
 
 def test_candidates_take_turns_on_the_same_inputs_and_new_ones_each_round():
@@ -88,13 +89,13 @@ def test_published_columns_keep_their_names(tmp_path):
 def test_published_rows_are_drawn(name, tmp_path):
     file = Path(__file__).parents[2] / "results" / "benchmarks" / f"{name}.jsonl"
     found = [json.loads(line) for line in file.read_text().splitlines()]
-    figure = exchange.figure(found) if name == "exchange" else plot.ratios(found, title=name)
+    figure = exchange.figure(found) if name == "exchange" else benchmarks.ratios(found, title=name)
     series = {text.get_text() for text in figure.axes[-1].get_legend().get_texts()}
     assert (
         len(series)
         == len({exchange._kind(r["candidate"]) if name == "exchange" else r["candidate"] for r in found}) - 1
     )
-    plot.save(figure, tmp_path / name)
+    benchmarks.save(figure, tmp_path / name)
     assert (tmp_path / f"{name}.svg").stat().st_size > 10_000
 
 

@@ -45,6 +45,25 @@ def test_decode_train_clusters_and_score(tmp_path):
     assert "median absolute error, predicted" in moelab("simulate", "score").output
 
 
+def test_a_program_of_today_has_a_range_and_a_nearest_measurement():
+    today = ("--system", "engine", "--cluster", "h200", "--dtype", "fp8")
+    done = moelab("simulate", "decode", "deepseek-v3", "--gpus", "16", "--batch", "64", *today)
+    assert done.exit_code == 0, done.output
+    assert "DeepSeek-V3 on 16 GPUs of h200" in done.output and "ranges like it held for 16 of 24" in done.output
+    assert "nearest measurement: 34.6 ms, SGLang on h200" in done.output
+    done = moelab("plan", "qwen3-30b", "--gpus", "2", "--batch", "8", *today)
+    assert "ms a token: ranges like it" in done.output and "nearest" not in done.output
+    done = moelab("simulate", "decode", "1.3B+MoE-128")
+    assert "ranges like it" not in done.output
+
+
+def test_the_public_scoreboard_by_group():
+    done = moelab("simulate", "score", "--public", "--group", "prefill")
+    assert done.exit_code == 0 and "deepseek-v3-prefill-1" in done.output and "sealed" in done.output
+    done = moelab("simulate", "score", "--public", "--group", "prefil")
+    assert "no group 'prefil'; did you mean prefill?" in str(done.exception)
+
+
 def test_fit_writes_what_it_found(tmp_path):
     file = tmp_path / "calibration.json"
     done = moelab("simulate", "fit", "--out", str(file))

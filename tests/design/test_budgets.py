@@ -3,7 +3,6 @@
 import math
 from dataclasses import replace
 
-import matplotlib
 import pandas as pd
 import pytest
 
@@ -138,20 +137,6 @@ def test_the_papers_gap_at_equal_tokens_a_parameter():
     theirs = budgets.paper_gaps("350M+MoE-128", "350M")
     assert theirs["gap"].iloc[0] == pytest.approx(-0.155, abs=0.01) and theirs["gap"].iloc[-1] < -0.3
     assert theirs["per_parameter"].between(30, 1000).all() and (theirs["low"] < theirs["high"]).all()
-
-
-def test_the_figure_shows_ours_and_the_papers():
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    losses = table({("Dense", s): (6, 5, 4 + s / 10) for s in (0, 1)} | {("MoE", s): (5.9, 4.8, 3.7) for s in (0, 1)})
-    fig, ax = plt.subplots()
-    budgets.draw(
-        ax, budgets.gaps(losses, "Dense"), arms=["MoE"], reference="Dense", paper_pair=("350M+MoE-128", "350M")
-    )
-    texts = [t.get_text() for t in ax.get_legend().get_texts()]
-    assert texts[0] == "MoE" and "paper: 350M+MoE-128" in texts[1] and ax.get_xscale() == "log"
-    plt.close(fig)
 
 
 def test_an_arm_comes_with_its_budgets():

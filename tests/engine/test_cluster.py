@@ -8,7 +8,7 @@ import torch.distributed as dist
 
 from moelab import simulate
 from moelab.engine.cluster import check, shared_folder
-from moelab.engine.cluster.findings import Found, Nodes
+from moelab.engine.cluster.findings import Finding, Nodes
 from moelab.engine.cluster.links import Links
 from moelab.engine.launch.process import Place
 from moelab.engine.testing import Ranks
@@ -67,7 +67,7 @@ def no_locks(*_):
 def run(pool, folder, nodes=1, fault="", **options):
     everyone = pool.run(rows_with, str(folder), nodes, fault, options)
     assert all(found == everyone[0] for found in everyone), "every rank has the same rows"
-    return {row[0]: Found(*row) for row in everyone[0]}
+    return {row[0]: Finding(*row) for row in everyone[0]}
 
 
 def rows_with(folder, nodes, fault, options):

@@ -5,7 +5,7 @@ import torch
 from safetensors.torch import save_file
 
 from moelab.config import ModelConfig
-from moelab.data import Tokenizer
+from moelab.data.tokenizer import Tokenizer
 from moelab.engine.checkpoint import hf
 from moelab.files import read_json, write_json
 from moelab.models import build
@@ -92,7 +92,7 @@ def test_bad_directories(tmp_path):
     for change, message in (
         ({"activation_function": "relu"}, "activation_function is 'relu', supported is 'gelu_new'"),
         ({"model_type": "llama"}, "model_type 'llama' is not supported; allowed: gpt2, olmoe"),
-        ({"n_layer": None}, "n_layer must be a whole number, got None"),
+        ({"n_layer": None}, "n_layer must be a valid integer, got None"),
         ({"n_inner": 7}, "n_inner is 7, supported is 4 x n_embd"),
         ({"n_layer": 3}, "tensor transformer.h.2.ln_1.weight is missing"),
         ({"n_positions": 25}, r"position_embedding.weight is \(24, 32\), expected \(25, 32\)"),
@@ -102,7 +102,7 @@ def test_bad_directories(tmp_path):
             hf.load(folder)
     for change, message in (
         ({"model_type": ["gpt2"]}, r"model_type \['gpt2'\] is not supported"),
-        ({"n_head": 0}, r"config\.json: n_head must be at least 1, got 0"),
+        ({"n_head": 0}, r"config\.json: n_head must be greater than or equal to 1, got 0"),
         ({"n_head": 5}, r"config\.json: model: 5 heads do not divide hidden size 32"),
         ({"eos_token_id": []}, r"config\.json: eos_token_id must be a whole number or a list of them, got \[\]"),
         ({"eos_token_id": "end"}, r"config\.json: eos_token_id must be a whole number or a list of them, got 'end'"),

@@ -5,7 +5,7 @@ import pyarrow as pa
 import pytest
 
 from moelab.config import ModelConfig
-from moelab.data import Tokenizer
+from moelab.data.tokenizer import Tokenizer
 from moelab.engine.checkpoint import hf
 from moelab.models import build
 

@@ -6,7 +6,8 @@ import torch
 
 from moelab.config import DataConfig, DecoderConfig, ModelConfig, RoutingConfig
 from moelab.config.parallel import ParallelConfig
-from moelab.data import Tokenizer, encode_validation
+from moelab.data import encode_validation
+from moelab.data.tokenizer import Tokenizer
 from moelab.engine.checkpoint import hf
 from moelab.evaluation import routing
 from moelab.experiments import imported_model

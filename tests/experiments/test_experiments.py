@@ -423,9 +423,9 @@ def final(losses, **columns):
 
 def test_equal_tokens_pairs_each_moe_with_both_dense_models():
     table = final({"350M": [4], "350M+MoE-128": [2], "1.3B": [1]})
-    tokens = {row.against: row.difference for row in scaling.equal_tokens(table).itertuples()}
-    assert tokens == {"350M": -2, "1.3B": 1}
-    assert set(scaling.paper_pairs()) >= set(scaling.equal_tokens(table)["pair"])
+    pairs = comparison.pairs(table, scaling.AGAINST)
+    assert dict(zip(pairs["right"], pairs["gap"], strict=True)) == {"350M": -2, "1.3B": 1}
+    assert set(scaling.paper_pairs()) >= set(pairs["arm"])
 
 
 def test_scaling_judges_the_base_and_only_shows_the_larger_model():
@@ -530,12 +530,12 @@ def test_throughput_ratio_at_the_papers_size():
 
 
 def test_what_a_variable_tells_of_the_expert():
-    assert routing.told(np.diag([500, 500])) == pytest.approx(1, abs=0.01)
-    assert routing.told(np.full((2, 4), 1000)) == pytest.approx(0, abs=0.01)
+    assert routing.explained_entropy(np.diag([500, 500])) == pytest.approx(1, abs=0.01)
+    assert routing.explained_entropy(np.full((2, 4), 1000)) == pytest.approx(0, abs=0.01)
     draw = np.random.default_rng(0)
     chance = np.zeros((200, 16), int)
     np.add.at(chance, (draw.integers(200, size=4000), draw.integers(16, size=4000)), 1)
-    assert routing.told(chance) < 0.05, "what a small sample shows by chance is taken off"
+    assert routing.explained_entropy(chance) < 0.05, "what a small sample shows by chance is taken off"
 
 
 def test_pairing_takes_the_common_part_out():

@@ -178,7 +178,7 @@ def test_a_published_model_is_imported_continued_and_exported(tmp_path):
     transformers = pytest.importorskip("transformers", reason="needs transformers (extra eval)")
     import torch
 
-    from moelab.data import Tokenizer
+    from moelab.data.tokenizer import Tokenizer
 
     tokenizer = Tokenizer.train(["the wave and the wind and the mast"] * 3, 300)
     torch.manual_seed(0)

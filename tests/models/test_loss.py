@@ -40,11 +40,11 @@ def test_loss_and_gradients_are_those_of_the_plain_function(N, M, V, rows, reduc
 def test_a_further_loss_is_added_with_its_gradient(rows, reduction, dtype, monkeypatch):
     """Each token has a coefficient, so that a chunk that asks for the wrong tokens is found."""
     N, V = 64, 128
-    monkeypatch.setitem(loss._CHUNK, "cpu", rows * V * loss._FURTHER)
+    monkeypatch.setitem(loss._CHUNK, "cpu", rows * V * loss._WITH_LOGITS_LOSS)
     x, w, targets = case(N, 32, V, dtype=torch.float64)
     factor_N1 = torch.arange(1, N + 1, dtype=torch.float64)[:, None]
 
-    def further(logits_CV, first, past):
+    def logits_loss(logits_CV, first, past):
         assert logits_CV.dtype == torch.promote_types(dtype, torch.float32) and not torch.is_grad_enabled()
         factor_C1 = factor_N1[first:past].to(logits_CV.dtype)
         return (logits_CV.square() * factor_C1).sum(), 2 * logits_CV * factor_C1
@@ -54,7 +54,7 @@ def test_a_further_loss_is_added_with_its_gradient(rows, reduction, dtype, monke
         return plain(x, w, targets, reduction) + (more / N if reduction == "mean" else more)
 
     def ours(x, w, targets):
-        total, more = linear_losses(x.to(dtype), w.to(dtype), targets, reduction, further)
+        total, more = linear_losses(x.to(dtype), w.to(dtype), targets, reduction, logits_loss)
         assert not more.requires_grad
         plain_part = linear_cross_entropy(x.to(dtype), w.to(dtype), targets, reduction)
         torch.testing.assert_close(total - more, plain_part.to(more.dtype), rtol=0.02, atol=0.02)

@@ -28,7 +28,7 @@ def test_loads_without_torch_or_pandas():
         (lambda: paper.model("350M+MOE-129"), "unknown model '350M+MOE-129'; did you mean 350M+MoE-128"),
         (lambda: paper.model("?"), "unknown model '?'; known: 350M, 1.3B"),
         (lambda: paper.model("350M+MoS"), "unknown model '350M+MoS'"),
-        (lambda: paper.training_settings("8B+MoE-128"), "unknown training run '8B+MoE-128'"),
+        (lambda: paper.training_settings("8B+MoE-128"), "unknown run '8B+MoE-128'"),
         (lambda: paper.claim("pr-moe-sizes"), "unknown claim 'pr-moe-sizes'; did you mean pr-moe-size"),
         (lambda: paper.claims("prmoe"), "unknown experiment 'prmoe'; did you mean pr-moe"),
         (lambda: paper.conflict("table-6-layers"), "did you mean table6-layers"),
@@ -61,7 +61,7 @@ def test_frames():
     assert pandas.api.types.is_float_dtype(frame["stated_B"])
     assert list(paper.loss_curve("350M").frame().columns) == ["model", "tokens_B", "loss", "uncertainty"]
     assert len(paper.claims("pr-moe").frame()) == len(paper.claims("pr-moe"))
-    assert paper.models().where(model="nothing").frame().empty
+    assert paper.Table().frame().empty
 
 
 def test_where():

@@ -77,7 +77,7 @@ def test_loss_curves():
         assert all(later <= earlier for earlier, later in zip(curve.loss, curve.loss[1:], strict=False))
         assert curve.final_low <= curve.final <= curve.final_high
         assert set(curve.uncertainty) == {0.005}
-    with pytest.raises(ValueError, match="unknown loss curve '350M\\+MoE-32'; did you mean"):
+    with pytest.raises(ValueError, match="unknown model '350M\\+MoE-32'; did you mean"):
         paper.loss_curve("350M+MoE-32")
 
 

@@ -23,7 +23,7 @@ from moelab.runs.executors import start
 from moelab.runs.progress import Snapshot
 from moelab.runs.spec import RunSpec, Start, closure
 from moelab.runs.store import Run, RunStore, Status
-from moelab.training import TrainingStopped
+from moelab.training.loop import TrainingStopped
 from moelab.training.metrics import TRAIN, VALIDATION, read_rows
 from moelab.training.optimizer import make_optimizer
 
@@ -95,7 +95,7 @@ def test_a_branch_is_the_run_from_scratch(trunk, short, branch):
 def test_a_branch_does_not_need_the_metrics_of_its_trunk(damaged, trunk, short, branch):
     """The checkpoint is whole, and a branch's own metrics begin at the branch."""
     lab = Lab()
-    (whole, stem) = lab.run([short, trunk.keeping([10 * STEP])], executor="inline")
+    (whole, stem) = lab.run([short, trunk.with_checkpoints([10 * STEP])], executor="inline")
     file = stem.path / TRAIN
     content = file.read_bytes()
     file.unlink() if damaged == "gone" else file.write_bytes(content[:40] + content[60:])
@@ -114,7 +114,7 @@ def test_a_branch_of_processes_is_the_run_from_scratch(trunk, short, branch):
 @pytest.mark.parametrize("steps", [1, 3])
 def test_a_stopped_branch_goes_on(steps, trunk, short, branch):
     lab = Lab()
-    (whole, _) = lab.run([short, trunk.keeping([10 * STEP])], executor="inline")
+    (whole, _) = lab.run([short, trunk.with_checkpoints([10 * STEP])], executor="inline")
     run = lab.store.run(branch)
     with pytest.raises(TrainingStopped, match=f"stopped at step {10 + steps} of 14"):
         execute(run, should_stop=stop_after(steps))
@@ -134,7 +134,7 @@ def test_a_branch_that_is_asked_for_later_trains_the_trunk_again(trunk, short, b
 
 def test_training_again_goes_on_after_a_stop_and_from_the_nearest_checkpoint(trunk, short, branch, capsys):
     lab = Lab()
-    (whole, _) = lab.run([short, trunk.keeping([5 * STEP])], executor="inline")
+    (whole, _) = lab.run([short, trunk.with_checkpoints([5 * STEP])], executor="inline")
     run = lab.store.run(branch)
     with pytest.raises(TrainingStopped):
         execute(run, should_stop=stop_after(2))
@@ -207,12 +207,12 @@ def test_a_trunk_that_no_layout_fits_is_one_line(trunk, short, tmp_path):
 def test_a_branch_of_an_imported_trunk(trunk, short, branch, tmp_path):
     lab = Lab()
     (whole, stem) = lab.run([short, trunk], executor="inline")
-    archive = records.found(*records.write([stem], tmp_path))[0]
+    archive = records.archives_in(*records.write([stem], tmp_path))[0]
     shutil.rmtree(stem.path)
     assert records.read(archive, lab.store).finished
     (run,) = lab.run([branch], executor="inline")
     assert_same_from(10, run, whole)
-    taken = records.read(records.found(*records.write([run], tmp_path))[0], RunStore(tmp_path / "theirs"))
+    taken = records.read(records.archives_in(*records.write([run], tmp_path))[0], RunStore(tmp_path / "theirs"))
     assert taken.spec == branch and taken.spec.start.run == trunk and taken.provenance["start"]["trained_again"]
 
 
@@ -272,7 +272,7 @@ def filled(trunk: RunSpec, branch: RunSpec):
     """Return the trunk's weights where the branch starts, and the branch's before its first step."""
     from moelab.models import build
 
-    (stem,) = Lab().run([trunk.keeping([branch.start.tokens])], executor="inline")
+    (stem,) = Lab().run([trunk.with_checkpoints([branch.start.tokens])], executor="inline")
     model = build(branch.model, branch.train.seed)
     found = checkpoint.latest(stem.path / "checkpoints", up_to=branch.first_step)
     optimizer = make_optimizer(model, branch.train)
@@ -458,8 +458,8 @@ def test_a_branch_on_ranks(trunk, short):
 
 def test_identity_and_json(trunk, branch):
     assert RunSpec.from_json(json.loads(json.dumps(branch.to_json()))) == branch
-    assert trunk.keeping([STEP]).id == trunk.id and trunk.keeping([STEP]) == trunk
-    named = replace(branch, start=Start(replace(trunk.keeping([STEP]), label="x"), 10 * STEP))
+    assert trunk.with_checkpoints([STEP]).id == trunk.id and trunk.with_checkpoints([STEP]) == trunk
+    named = replace(branch, start=Start(replace(trunk.with_checkpoints([STEP]), label="x"), 10 * STEP))
     assert named.id == branch.id and named == branch
     assert len({branch.id, replace(branch, start=None).id, replace(branch, start=Start(trunk, 9 * STEP)).id}) == 3
     old = trunk.to_json()
@@ -495,8 +495,8 @@ def test_what_a_branch_requires_and_costs(trunk, branch):
 
 def test_the_store_keeps_what_was_ever_asked_for(trunk):
     store = RunStore()
-    store.run(trunk.keeping([STEP]))
-    assert store.run(trunk.keeping([3 * STEP])).spec.train.keep_at == (STEP, 3 * STEP)
+    store.run(trunk.with_checkpoints([STEP]))
+    assert store.run(trunk.with_checkpoints([3 * STEP])).spec.train.keep_at == (STEP, 3 * STEP)
     assert store.run(trunk).spec.train.keep_at == (STEP, 3 * STEP) == store.at(trunk.id).spec.train.keep_at
 
 

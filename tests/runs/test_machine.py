@@ -52,6 +52,6 @@ def test_the_maker_of_the_processor(text, expected, monkeypatch):
 
     monkeypatch.setattr("builtins.open", cpuinfo)
     monkeypatch.setattr(machine.platform, "processor", lambda: "Intel64 Family 6")
-    found = machine.maker()
+    found = machine.vendor()
     monkeypatch.undo()
     assert found == expected

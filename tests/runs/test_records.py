@@ -39,7 +39,7 @@ def finished(store, result):
 def record(run, directory):
     """Pack a run's record, and return it as a file of its own."""
     (pack,) = records.write([run], directory)
-    (archive,) = records.found(pack)
+    (archive,) = records.archives_in(pack)
     (alone := directory / archive.name).write_bytes(archive.read_bytes())
     pack.unlink()
     return alone
@@ -50,9 +50,9 @@ def test_a_pack_has_the_runs_of_a_model_and_keeps_what_it_has(store, finished, r
     write_json(other.path / "result.json", result(4.4))
     (pack,) = records.write([finished], tmp_path / "runs")
     assert records.write([other], tmp_path / "runs") == [pack] and finished.spec.id.startswith(pack.stem)
-    assert [one.stem for one in records.found(tmp_path / "runs")] == sorted([finished.spec.id, other.spec.id])
+    assert [one.stem for one in records.archives_in(tmp_path / "runs")] == sorted([finished.spec.id, other.spec.id])
     theirs = RunStore(tmp_path / "theirs")
-    taken = [records.read(archive, theirs) for archive in records.found(pack)]
+    taken = [records.read(archive, theirs) for archive in records.archives_in(pack)]
     assert {run.spec for run in taken} == {finished.spec, other.spec}
     before = pack.read_bytes()
     records.write([other, finished], tmp_path / "runs")
@@ -152,7 +152,7 @@ def rewritten(archive, to, change):
             "validation.jsonl: line 1 of 1 is damaged",
         ),
         (lambda c: {**c, "train.jsonl": b'{"step": 1, "balance": 3}'}, "train.jsonl: line 1 of 1 is damaged"),
-        (lambda c: {**c, **{f"measured/{i}.json": b"{}" for i in range(records.MOST)}}, "more than 256 files"),
+        (lambda c: {**c, **{f"measured/{i}.json": b"{}" for i in range(records.MAX_FILES)}}, "more than 256 files"),
         (lambda c: {**c, "spec.json": b"{}"}, "spec.json"),
         (
             lambda c: {**c, "spec.json": json.dumps(replace_seed(json.loads(c["spec.json"]))).encode()},
@@ -241,7 +241,7 @@ def test_the_sum_of_the_files_is_bounded(finished, tmp_path):
     archive = record(finished, tmp_path)
     with zipfile.ZipFile(archive, "a", zipfile.ZIP_DEFLATED) as packed:
         for i in range(20):
-            packed.writestr(f"measured/{i}.json", b'{"a": "' + b"x" * (records.LARGEST // 19) + b'"}')
+            packed.writestr(f"measured/{i}.json", b'{"a": "' + b"x" * (records.MAX_BYTES // 19) + b'"}')
     assert archive.stat().st_size < 1 << 20
     tracemalloc.start()
     with pytest.raises(ValueError, match="more than 256 files, or than 64 MiB in all"):
@@ -306,4 +306,4 @@ def test_a_run_of_another_version_keeps_no_other_from_being_packed(finished, tmp
         export_(to=tmp_path / "zips")
     said = capsys.readouterr()
     assert "1 runs packed" in said.out and "350m-old" in said.err and "got 'first half'" in said.err
-    assert [archive.stem for archive in records.found(tmp_path / "zips")] == [finished.path.name]
+    assert [archive.stem for archive in records.archives_in(tmp_path / "zips")] == [finished.path.name]

@@ -7,7 +7,7 @@ import pytest
 from moelab.runs import provenance, records, sessions
 from moelab.runs.execute import execute
 from moelab.runs.store import RunStore
-from moelab.training import TrainingStopped
+from moelab.training.loop import TrainingStopped
 
 
 def about(cpu, commit="a"):
@@ -74,7 +74,7 @@ def test_a_run_that_is_resumed_elsewhere_names_both_machines(tiny_spec, tmp_path
     execute(run)
     assert run.provenance["hardware"]["cpu"] == "y"
     assert [(s["hardware"]["cpu"], s["step"]) for s in run.provenance["sessions"]] == [("x", 0), ("y", 10)]
-    taken = records.read(records.found(*records.write([run], tmp_path))[0], RunStore(tmp_path / "theirs"))
+    taken = records.read(records.archives_in(*records.write([run], tmp_path))[0], RunStore(tmp_path / "theirs"))
     assert taken.provenance == run.provenance and not (taken.path / sessions.FILE).exists()
 
 

@@ -69,11 +69,11 @@ def test_values_of_another_type_are_refused_before_a_worker_reads_them(tiny_spec
 
 def test_an_unfinished_run_takes_the_last_wishes_that_do_not_name_it(tiny_spec):
     store = RunStore()
-    run = store.run(tiny_spec.keeping([256]))
+    run = store.run(tiny_spec.with_checkpoints([256]))
     wished = replace(tiny_spec, train=replace(tiny_spec.train, checkpoint_every=1, tensorboard=True), label="other")
     assert store.run(wished).path == run.path
     stored = RunSpec.from_json(read_json(run.path / "spec.json"))
-    assert stored == wished.keeping([256]), "and all checkpoints that were ever asked to be kept"
+    assert stored == wished.with_checkpoints([256]), "and all checkpoints that were ever asked to be kept"
 
 
 def test_spec_round_trip(tiny_spec):
@@ -109,7 +109,7 @@ def test_what_a_finished_run_was_stays_on_record(tiny_spec):
     assert store.at(run.path.name).spec.parallel.data == 2
     before = (run.path / "spec.json").read_bytes()
     (run.path / "result.json").write_text("{}")
-    assert store.run(spec.keeping((128,))).spec.id == run.spec.id
+    assert store.run(spec.with_checkpoints((128,))).spec.id == run.spec.id
     assert (run.path / "spec.json").read_bytes() == before
 
 
@@ -370,7 +370,7 @@ def test_a_run_that_is_being_trained_keeps_its_layout(tiny_spec, tmp_path):
     """Its processes are started again for the layout that it has, whoever else asks for the run meanwhile."""
     store = RunStore(tmp_path)
     run = store.run(replace(tiny_spec, parallel=ParallelConfig(recompute=True)))
-    other = replace(tiny_spec, label="x", train=replace(tiny_spec.train, checkpoint_every=1)).keeping([4096])
+    other = replace(tiny_spec, label="x", train=replace(tiny_spec.train, checkpoint_every=1)).with_checkpoints([4096])
     with run.lock():
         asked = store.run(other)
     stored = RunSpec.from_json(read_json(run.path / "spec.json"))

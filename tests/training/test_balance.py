@@ -64,7 +64,7 @@ def test_tensorboard_has_every_statistic():
 def test_rows_of_a_run(tiny_model, tiny_train, data, tmp_path):
     from dataclasses import replace
 
-    from moelab.training import train
+    from moelab.training.loop import train
 
     train(tiny_model, replace(tiny_train, tokens=10 * 128), data, 32, tmp_path)
     rows = read_rows(tmp_path / TRAIN)

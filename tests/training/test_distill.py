@@ -7,8 +7,8 @@ import torch.nn.functional as F
 
 from moelab.config.distill import DistillConfig
 from moelab.engine import checkpoint
-from moelab.training import Teacher, TrainingStopped, train
-from moelab.training.distill import Likeliest, LogitCache, divergence, divergence_of_likeliest, likeliest
+from moelab.training.distill import Likeliest, LogitCache, Teacher, divergence, divergence_of_likeliest, likeliest
+from moelab.training.loop import TrainingStopped, train
 from moelab.training.metrics import TRAIN, read_rows
 
 

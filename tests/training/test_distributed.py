@@ -15,7 +15,7 @@ from moelab.data import TokenData
 from moelab.engine import checkpoint
 from moelab.engine.testing import Ranks
 from moelab.models import build
-from moelab.training import TrainingStopped, train
+from moelab.training.loop import TrainingStopped, train
 from moelab.training.metrics import TRAIN, VALIDATION, read_rows
 
 pytestmark = pytest.mark.multiprocess

@@ -9,7 +9,7 @@ import torch.distributed as dist
 from moelab.config import RoutingConfig
 from moelab.engine.testing import run_on_ranks
 from moelab.models import build
-from moelab.training import train
+from moelab.training.loop import train
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 DEVICE = "cuda"

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from moelab.config import from_json
-from moelab.files import read_object, write_text
+from moelab.files import read_object, sha256_of, write_text
 
 INDEX, STATE = "index.json", "state.json"
 
@@ -141,17 +141,11 @@ def write_state(path: Path, step: int, state: dict[str, Any], sha256: dict[str, 
 def verify(path: Path, file: str, expected: str) -> None:
     """Check that a file's SHA-256 is the expected one; raise CheckpointError otherwise."""
     try:
-        actual = file_sha256(regular_file(path, file))
+        actual = sha256_of(regular_file(path, file))
     except OSError as error:
         raise CheckpointError(f"{path}: unreadable ({error})") from None
     if actual != expected:
         raise CheckpointError(f"{path}/{file}: content does not match its SHA-256")
-
-
-def file_sha256(path: Path) -> str:
-    """Return the SHA-256 of a file, in hexadecimal digits."""
-    with open(path, "rb") as f:
-        return hashlib.file_digest(f, "sha256").hexdigest()
 
 
 def sync(path: Path) -> None:

@@ -29,7 +29,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from moelab.config import ModelConfig
-from moelab.data import Tokenizer
+from moelab.data.tokenizer import Tokenizer
 from moelab.engine import parallel
 from moelab.engine.checkpoint.hf_families import FAMILIES, family_of
 from moelab.engine.checkpoint.hf_files import INDEX, WEIGHTS, Files, expected_shape
@@ -38,6 +38,7 @@ from moelab.engine.mesh import Mesh
 from moelab.engine.placement import Placement
 from moelab.files import new_directory, read_json, read_object, write_json
 from moelab.models import GPT, empty
+from moelab.terminal import one_line
 
 FORMATS: dict[str, Format] = {f.model_type: f for f in (GPT2, *FAMILIES, MOELAB)}
 SHARD_BYTES = 4 << 30
@@ -162,7 +163,8 @@ def _write(
         held[name] = tensor.clone() if tensor.untyped_storage().nbytes() != tensor.nbytes else tensor
         size, total, dtype = size + tensor.nbytes, total + tensor.nbytes, tensor.dtype
     close()
-    names = [WEIGHTS] if len(files) == 1 else [f"model-{i:05}-of-{len(files):05}.safetensors" for i in _from_1(files)]
+    count = len(files)
+    names = [WEIGHTS] if count == 1 else [f"model-{i:05}-of-{count:05}.safetensors" for i in range(1, count + 1)]
     for i, name in enumerate(names):
         (new / f"{i}").rename(new / name)
     if len(files) > 1:
@@ -171,10 +173,6 @@ def _write(
     if kind is not MOELAB:
         record["torch_dtype"] = str(dtype).removeprefix("torch.")
     write_json(new / _CONFIG, record)
-
-
-def _from_1(files: list[Any]) -> range:
-    return range(1, len(files) + 1)
 
 
 # -- reading -----------------------------------------------------------------------------------------------------------
@@ -236,8 +234,7 @@ def fetch(name: str) -> Path:
     try:
         return Path(snapshot_download(name, allow_patterns=["*.safetensors", "*.json"]))
     except Exception as error:  # the library passes on its dependencies' exceptions
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise ValueError(f"import: {name!r} cannot be fetched ({reason})") from None
+        raise ValueError(f"import: {name!r} cannot be fetched ({one_line(error)})") from None
 
 
 def load_tokenizer(directory: Path) -> Tokenizer:
@@ -291,9 +288,9 @@ def _check(files: Files, kind: Format, config: ModelConfig) -> dict[str, torch.d
             if theirs not in files.names:
                 raise ValueError(f"{files.directory}: {wrong or f'tensor {theirs} is missing'}")
             wanted.add(theirs)
-            found, expected = files.shape(theirs, part.transposed), expected_shape(part, shape)
-            if found != expected:
-                wrong = wrong or f"{part.name if part.at else name} is {found}, expected {expected}"
+            shape_there, expected = files.shape(theirs, part.transposed), expected_shape(part, shape)
+            if shape_there != expected:
+                wrong = wrong or f"{part.name if part.at else name} is {shape_there}, expected {expected}"
             elif files.dtype(theirs) != dtypes.setdefault(name, files.dtype(theirs)):
                 wrong = wrong or f"tensor {theirs} has another dtype than the others of {name}"
     odd = [name for name in files.names if name not in wanted and not name.endswith(_UNUSED)]

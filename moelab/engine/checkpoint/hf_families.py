@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from moelab.config import DecoderConfig, ExpertConfig, ModelConfig, RoutingConfig
-from moelab.engine.checkpoint.hf_formats import Format, Part, agreed, check_fixed, flag, number, setting
+from moelab.engine.checkpoint.hf_formats import Amount, Format, Part, agreed, check_fixed, setting
 
 _ARCHITECTURES = {
     "olmoe": "OlmoeForCausalLM",
@@ -62,11 +62,11 @@ def _read_config(record: dict[str, Any], where: Path) -> ModelConfig:
         expert = ExpertConfig(expert.ffn, shared=1, shared_ffn=shared, shared_gate=True)
     kv_heads = setting(record, "num_key_value_heads", where, default=heads)
     head_size = setting(record, "head_dim", where, default=hidden // heads)
-    norm_eps = number(record, "rms_norm_eps", where, _NORM_EPS[kind])
-    aux_loss = number(record, "router_aux_loss_coef", where, _AUX_LOSS[kind])
-    init_std, rotary_base = number(record, "initializer_range", where, 0.02), _rotary_base(record, where)
-    tied = flag(record, "tie_word_embeddings", where)
-    normalize = kind == "mixtral" or flag(record, "norm_topk_prob", where)
+    norm_eps = setting(record, "rms_norm_eps", where, Amount, _NORM_EPS[kind])
+    aux_loss = setting(record, "router_aux_loss_coef", where, Amount, _AUX_LOSS[kind])
+    init_std, rotary_base = setting(record, "initializer_range", where, Amount, 0.02), _rotary_base(record, where)
+    tied = setting(record, "tie_word_embeddings", where, bool, False)
+    normalize = kind == "mixtral" or setting(record, "norm_topk_prob", where, bool, False)
     try:
         decoder = DecoderConfig.modern(
             norm_eps=norm_eps,
@@ -110,25 +110,24 @@ def _dense_layers(record: dict[str, Any], layers: int, where: Path) -> set[int]:
     """Return the layers without experts, counted from 0."""
     if record["model_type"] not in _QWEN:
         return set()
-    step, named = setting(record, "decoder_sparse_step", where, default=1), record.get("mlp_only_layers") or []
-    if not isinstance(named, list) or any(type(layer) is not int for layer in named):
-        raise ValueError(f"{where}: mlp_only_layers must be a list of whole numbers, got {named!r}")
+    step = setting(record, "decoder_sparse_step", where, default=1)
+    named = setting(record, "mlp_only_layers", where, list[int], [])
     return {layer for layer in range(layers) if (layer + 1) % step} | set(named)
 
 
 def _rotary_base(record: dict[str, Any], where: Path) -> float:
     """Return the base of the rotation: `rope_theta`, or in newer files a setting of `rope_parameters`."""
     name = agreed(record, ("rope_scaling", "rope_parameters"), where)
-    parameters = record.get(name) or {}
-    if not isinstance(parameters, dict):
-        raise ValueError(f"{where}: {name} must be an object, got {parameters!r}")
+    parameters = setting(record, name, where, dict[str, Any], {})
     kind = parameters.get("rope_type", parameters.get("type", "default"))
     if kind != "default":
         raise ValueError(f"{where}: rotary positions of type {kind!r}, supported is 'default'")
     if odd := set(parameters) - {"rope_type", "type", "rope_theta"}:
         raise ValueError(f"{where}: {name} has {min(odd)!r}, supported are rope_type and rope_theta")
     default = 1e6 if record["model_type"] == "mixtral" else 10_000.0
-    return number(parameters, "rope_theta", where, number(record, "rope_theta", where, default))
+    return float(
+        setting(parameters, "rope_theta", where, Amount, setting(record, "rope_theta", where, Amount, default))
+    )
 
 
 def family_of(config: ModelConfig) -> str | None:

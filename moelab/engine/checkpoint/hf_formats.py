@@ -6,13 +6,14 @@ all formats by it. This module has GPT-2's format and our own, `hf_families` tho
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
+
+from pydantic import Field
 
 from moelab.config import DecoderConfig, ModelConfig, from_json, to_json
-from moelab.config.model import LARGEST
+from moelab.config.model import MAX_SIZE
 
 VERSION = 1
 """Of our own format."""
@@ -52,22 +53,18 @@ class Format(NamedTuple):
     """Of all tensors' names as written; the files read may lack it."""
 
 
-def setting(record: dict[str, Any], name: str, where: Path, default: int | None = None) -> int:
-    """Return a whole number above 0 of a `config.json`.
+Size = Annotated[int, Field(ge=1, le=MAX_SIZE)]
+Amount = Annotated[float, Field(ge=0)]
+
+
+def setting(record: dict[str, Any], name: str, where: Path, kind: Any = Size, default: Any = None) -> Any:
+    """Return a setting of a `config.json`, of this type; the default if it is missing or null.
 
     Raises:
-        ValueError: one line: it is missing, something else, or larger than any model's.
+        ValueError: one line: it is something else, or missing without a default.
     """
     value = record.get(name)
-    if value is None and default is not None:
-        return default
-    if type(value) is not int:
-        raise ValueError(f"{where}: {name} must be a whole number, got {value!r}")
-    if value < 1:
-        raise ValueError(f"{where}: {name} must be at least 1, got {value}")
-    if value > LARGEST:
-        raise ValueError(f"{where}: {name} must be at most {LARGEST:,}, got {value:,}")
-    return value
+    return default if value is None and default is not None else from_json(kind, value, f"{where}: {name}")
 
 
 def agreed(record: dict[str, Any], names: tuple[str, str], where: Path) -> str:
@@ -80,32 +77,6 @@ def agreed(record: dict[str, Any], names: tuple[str, str], where: Path) -> str:
     if len(given) == 2 and record[given[0]] != record[given[1]]:
         raise ValueError(f"{where}: {' and '.join(names)} differ: {record[names[0]]!r} and {record[names[1]]!r}")
     return given[0] if given else names[1]
-
-
-def number(record: dict[str, Any], name: str, where: Path, default: float) -> float:
-    """Return a number of a `config.json`, not below 0; the default if it is missing or null.
-
-    Raises:
-        ValueError: one line: it is something else.
-    """
-    value = record.get(name)
-    if value is None:
-        return default
-    if type(value) not in (int, float) or not 0 <= value < math.inf:
-        raise ValueError(f"{where}: {name} must be a number not below 0, got {value!r}")
-    return float(value)
-
-
-def flag(record: dict[str, Any], name: str, where: Path) -> bool:
-    """Return a setting of a `config.json` that is true or false; false if it is missing or null.
-
-    Raises:
-        ValueError: one line: it is something else.
-    """
-    value = record.get(name)
-    if value is not None and not isinstance(value, bool):
-        raise ValueError(f"{where}: {name} must be true or false, got {value!r}")
-    return bool(value)
 
 
 def check_fixed(record: dict[str, Any], fixed: dict[str, Any], where: Path) -> None:

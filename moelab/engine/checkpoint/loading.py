@@ -65,12 +65,12 @@ def latest(
     refused = None
     for name in reversed(names):
         try:
-            found = _verify(directory / name, world, only_weights)
-            if why := broadcast_json(objection(found.state) if world.index == 0 else None):
-                raise Refused(f"{found.path}: {why}")
+            checkpoint = _verify(directory / name, world, only_weights)
+            if why := broadcast_json(objection(checkpoint.state) if world.index == 0 else None):
+                raise Refused(f"{checkpoint.path}: {why}")
             if name != names[-1] and world.index == 0:
-                log.warning("step %d is used in place of the newest checkpoint: %s", found.step, found.path)
-            return found
+                log.warning("step %d is used in place of the newest checkpoint: %s", checkpoint.step, checkpoint.path)
+            return checkpoint
         except CheckpointError as error:
             if isinstance(error, Refused):
                 refused = refused or error
@@ -89,12 +89,12 @@ def weights_of(run_dir: Path) -> Checkpoint:
     Raises:
         ValueError: one line: there are no weights, or not those of the result, and what helps.
     """
-    found = latest(run_dir / "checkpoints", only_weights=True)
-    if found is None:
+    checkpoint = latest(run_dir / "checkpoints", only_weights=True)
+    if checkpoint is None:
         raise ValueError(why_no_weights(run_dir))
-    if (steps := _last_step(run_dir)) is not None and found.step != steps:
+    if (steps := _last_step(run_dir)) is not None and checkpoint.step != steps:
         raise ValueError(_not_of_the_result(run_dir, steps, "missing or damaged"))
-    return found
+    return checkpoint
 
 
 def why_no_weights(run_dir: Path) -> str:
@@ -258,12 +258,12 @@ def _verify(path: Path, world: Group, only_weights: bool) -> Checkpoint:
     record = broadcast_json(_or_error(read_state, path) if world.index == 0 else None)
     if "error" in record:
         raise CheckpointError(record["error"])
-    found: dict[str, Any] = {}
+    manifest: dict[str, Any] = {}
     files = sorted(f for f in record["sha256"].items() if not (only_weights and f[0].startswith("optimizer-")))
     for file, expected in files[world.index :: world.size]:
-        found = found or _or_error(verify, path, file, expected) or {}
+        manifest = manifest or _or_error(verify, path, file, expected) or {}
         process.beat()
-    for answer in all_gather_json(found):
+    for answer in all_gather_json(manifest):
         if "error" in answer:
             raise CheckpointError(answer["error"])
     return Checkpoint(path, record["step"], record["state"])

@@ -30,7 +30,6 @@ from moelab.engine.checkpoint.format import (
     CheckpointError,
     Piece,
     directories,
-    file_sha256,
     regular_file,
     step_of,
     sync,
@@ -38,7 +37,8 @@ from moelab.engine.checkpoint.format import (
 )
 from moelab.engine.collectives import broadcast_json, gather_json
 from moelab.engine.groups import Group
-from moelab.files import write_text
+from moelab.files import sha256_of, write_text
+from moelab.terminal import one_line
 
 Entry = dict[str, Any]
 """What the index says of a tensor: "dtype", "shape" and "pieces", of which each has "at", "size" and "file"."""
@@ -151,7 +151,7 @@ def _write_pieces(temporary: Path, rank: int, pieces: Iterable[Piece]) -> dict[s
         except SafetensorError as error:  # how safetensors reports a full disk
             raise OSError(str(error)) from error
         sync(temporary / file)
-    return {"index": index, "sha256": {file: file_sha256(temporary / file) for file in files}}
+    return {"index": index, "sha256": {file: sha256_of(temporary / file) for file in files}}
 
 
 def _finish(
@@ -176,7 +176,7 @@ def _finish(
             raise CheckpointError(f"{path}: not written (the pieces of {name} overlap or leave gaps)")
     write_text(temporary / INDEX, json.dumps(index))
     hashes = {file: digest for part in written for file, digest in sorted(part["sha256"].items())}
-    write_state(temporary, step, state, {INDEX: file_sha256(temporary / INDEX), **hashes})
+    write_state(temporary, step, state, {INDEX: sha256_of(temporary / INDEX), **hashes})
     for file in (INDEX, STATE):
         sync(temporary / file)
     if path.exists():
@@ -217,7 +217,7 @@ def _together(group: Group, path: Path, work: Callable[[], Any]) -> list[Any]:
     except OSError as error:
         answer = {"os_error": [error.errno, error.strerror or str(error), error.filename and str(error.filename)]}
     except Exception as error:
-        answer = {"error": (str(error).splitlines() or [""])[0] or type(error).__name__}
+        answer = {"error": one_line(error)}
     try:
         answers = gather_json(answer, group)
         failed = broadcast_json(next(_failures(answers), None), group)

@@ -31,17 +31,17 @@ def sources(stored: Mapping[str, tuple[int, ...]], wanted: Mapping[str, tuple[in
         stored: name -> shape of the whole tensor, in the checkpoint.
         wanted: name -> shape of the whole parameter, in the model.
     """
-    found: dict[str, str | None] = {}
+    origin: dict[str, str | None] = {}
     for name, shape in wanted.items():
         match = _OF_MOE.fullmatch(name)
         if match and f"{match['layer']}.up.weight" in stored:
             source = {"experts": _OF_EXPERTS.get(match["name"]), "mlp": match["name"]}.get(match["part"])
-            found[name] = source and f"{match['layer']}.{source}"
+            origin[name] = source and f"{match['layer']}.{source}"
         elif match and match["part"] in ("experts", "router") and name in stored:
             theirs = stored[name]
             if theirs[1:] == shape[1:] and theirs[0] < shape[0] and shape[0] % theirs[0] == 0:
-                found[name] = name
-    return found
+                origin[name] = name
+    return origin
 
 
 class Copies:
@@ -74,13 +74,13 @@ class Copies:
         self.name, self.config, self.seed = name, config, seed
         self.grows = source == name
         self.fixed = ".mlp." in name  # the fixed branch, which is the dense feed-forward itself
-        found = tuple(stored.shape)
+        given = tuple(stored.shape)
         if not (self.grows or self.fixed):
             stored = stored.T if stored.ndim == 2 else stored
             gated = stored.ndim == len(shape) - 2 and stored.numel() == math.prod(shape[1:])  # a dim of gate and up
             stored = (stored.reshape(shape[1:]) if gated else stored)[None]
         if tuple(stored.shape[not self.fixed :]) != tuple(shape[not self.fixed :]):
-            raise ValueError(f"a dense feed-forward of {found} does not become {tuple(shape)}")
+            raise ValueError(f"a dense feed-forward of {given} does not become {tuple(shape)}")
         self.stored = stored
         self.deviation = float(stored.std(correction=0)) * config.noise
         if name.endswith("balance_bias"):

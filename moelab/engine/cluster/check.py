@@ -21,9 +21,9 @@ import torch
 import torch.distributed as dist
 
 import moelab
-from moelab import terminal
+from moelab import machine, terminal
 from moelab.engine.cluster import shared_folder
-from moelab.engine.cluster.findings import CLOCK_S, LIMIT_S, SLOW, Found, Nodes
+from moelab.engine.cluster.findings import CLOCK_S, LIMIT_S, SLOW_SHARE, Finding, Nodes
 from moelab.engine.cluster.links import Links, measure
 from moelab.engine.collectives import all_gather_json, broadcast_json
 from moelab.engine.groups import gloo_group
@@ -45,7 +45,7 @@ def check(
     environment: Sequence[str],
     folder: Path,
     largest: int,
-) -> Iterator[Found]:
+) -> Iterator[Finding]:
     """Yield the rows, on every rank the same; every rank calls this, joined (`process.join`).
 
     Args:
@@ -69,7 +69,9 @@ def check(
 # -- ranks -----------------------------------------------------------------------------------------------------------
 
 
-def _ranks(place: process.Place, nodes: Nodes, device: str, gpus_per_node: int, commit: str | None) -> Iterator[Found]:
+def _ranks(
+    place: process.Place, nodes: Nodes, device: str, gpus_per_node: int, commit: str | None
+) -> Iterator[Finding]:
     mine: dict[str, Any] = {
         "moelab": moelab.__version__,
         "commit": commit,
@@ -82,7 +84,7 @@ def _ranks(place: process.Place, nodes: Nodes, device: str, gpus_per_node: int, 
     differing = {name: sorted({str(one[name]) for one in everyone}) for name in mine}
     differing = {name: values for name, values in differing.items() if len(values) > 1}
     software = ", ".join(f"{name} {value}" for name, value in mine.items() if name != "commit")
-    yield Found(
+    yield Finding(
         "software of the ranks",
         "; ".join(f"{name}: {' and '.join(values)}" for name, values in differing.items()) or software,
         "equal on all",
@@ -91,7 +93,7 @@ def _ranks(place: process.Place, nodes: Nodes, device: str, gpus_per_node: int, 
     )
     numbers = sorted({nodes.hosts.count(host) for host in nodes.hosts})
     expected = [gpus_per_node] if gpus_per_node else numbers[:1]
-    yield Found(
+    yield Finding(
         "ranks of a node",
         f"{' or '.join(map(str, numbers))}, {nodes.count} node{'s' if nodes.count > 1 else ''}",
         f"{expected[0]}, by the profile" if gpus_per_node else "equal",
@@ -102,7 +104,7 @@ def _ranks(place: process.Place, nodes: Nodes, device: str, gpus_per_node: int, 
         cards = all_gather_json([place.host, str(torch.cuda.get_device_properties("cuda").uuid)])
         shared = len(cards) - len({tuple(card) for card in cards})
         free = all_gather_json(torch.cuda.mem_get_info()[0] / torch.cuda.mem_get_info()[1])
-        yield Found(
+        yield Finding(
             "a GPU for each rank",
             f"{shared} ranks share one; least free memory {min(free):.0%} (rank {free.index(min(free))})",
             "none shared, 90 % free",
@@ -111,16 +113,15 @@ def _ranks(place: process.Place, nodes: Nodes, device: str, gpus_per_node: int, 
         )
 
 
-def _stragglers(nodes: Nodes, device: str, rates: Rates) -> Iterator[Found]:
+def _stragglers(nodes: Nodes, device: str, rates: Rates) -> Iterator[Finding]:
     dist.barrier()
     products, copies = zip(*all_gather_json(rates()), strict=True)
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    crowded = device == "cpu" and max(map(nodes.hosts.count, nodes.hosts)) > cores
+    crowded = device == "cpu" and max(map(nodes.hosts.count, nodes.hosts)) > machine.cores()
     for what, values, unit in (("matrix products", products, "TFLOP/s"), ("copying memory", copies, "GB/s")):
         median, least = statistics.median(values), min(values)
-        slow = [f"rank {i} on {nodes.hosts[i]}" for i, value in enumerate(values) if value < SLOW * median]
+        slow = [f"rank {i} on {nodes.hosts[i]}" for i, value in enumerate(values) if value < SLOW_SHARE * median]
         measured = f"{median:.3g} {unit}, least {least:.3g}"
-        yield Found(
+        yield Finding(
             f"{what}, each rank",
             measured + (f" ({', '.join(slow[:3])})" if slow else ""),
             "no equals: ranks share cores" if crowded else "all alike",
@@ -132,7 +133,7 @@ def _stragglers(nodes: Nodes, device: str, rates: Rates) -> Iterator[Found]:
 # -- interfaces, clocks ----------------------------------------------------------------------------------------------
 
 
-def _interfaces(nodes: Nodes, device: str, environment: Sequence[str]) -> Iterator[Found]:
+def _interfaces(nodes: Nodes, device: str, environment: Sequence[str]) -> Iterator[Finding]:
     import psutil
 
     addresses, states = psutil.net_if_addrs(), psutil.net_if_stats()
@@ -154,7 +155,7 @@ def _interfaces(nodes: Nodes, device: str, environment: Sequence[str]) -> Iterat
     rate = min((one["mbit"] for one in everyone if one["mbit"]), default=0)
     wrong = several and (bool(loopback) or len(names) > 1)
     slow = several and device == "cuda" and 0 < rate <= 1000 and not all(one["infiniband"] for one in everyone)
-    yield Found(
+    yield Finding(
         "interface of gloo and of the meeting",
         ", ".join(names) + (f", {rate} Mbit/s" if rate else "") + (f"; loopback on {loopback[0]}" if loopback else ""),
         "one name on all nodes, no loopback" if several else "any, one node",
@@ -165,7 +166,7 @@ def _interfaces(nodes: Nodes, device: str, environment: Sequence[str]) -> Iterat
     disabled = os.environ.get("NCCL_IB_DISABLE") == "1"
     if counts != [0] or disabled:
         bad = len(counts) > 1 or (disabled and counts != [0])
-        yield Found(
+        yield Finding(
             "InfiniBand ports that are active, each node",
             " or ".join(map(str, counts)) + (", NCCL_IB_DISABLE=1" if disabled else ""),
             "equal, and used",
@@ -173,7 +174,7 @@ def _interfaces(nodes: Nodes, device: str, environment: Sequence[str]) -> Iterat
             "unset NCCL_IB_DISABLE; leave out nodes with ports that are down" if bad else "",
         )
     if missing := sorted({line for one in everyone for line in one["missing"]}):
-        yield Found(
+        yield Finding(
             "environment of the profile",
             f"not set: {', '.join(missing)}",
             "as the profile says",
@@ -183,15 +184,15 @@ def _interfaces(nodes: Nodes, device: str, environment: Sequence[str]) -> Iterat
 
 
 def _active_ports() -> list[Path]:
-    found = []
+    ports = []
     for path in Path("/sys/class/infiniband").glob("*/ports/*/state"):
         with contextlib.suppress(OSError):
             if "ACTIVE" in path.read_text():
-                found.append(path)
-    return found
+                ports.append(path)
+    return ports
 
 
-def _clocks(place: process.Place, nodes: Nodes, times: int = 5) -> Iterator[Found]:
+def _clocks(place: process.Place, nodes: Nodes, times: int = 5) -> Iterator[Finding]:
     """Compare each node's clock with rank 0's: a message there and back brackets the other clock."""
     group = gloo_group()
     first = [nodes.hosts.index(host) for host in dict.fromkeys(nodes.hosts)][1:]
@@ -213,11 +214,11 @@ def _clocks(place: process.Place, nodes: Nodes, times: int = 5) -> Iterator[Foun
         offsets[other] = best
     offsets = {int(k): v for k, v in broadcast_json(offsets).items()}
     if not offsets:
-        yield Found("clocks", "one node", "", "ok")
+        yield Finding("clocks", "one node", "", "ok")
         return
     worst = max(offsets, key=lambda rank: abs(offsets[rank][1]))
     trip, offset = offsets[worst]
-    yield Found(
+    yield Finding(
         "clocks of the nodes against rank 0's",
         f"at most {offset * 1e3:+.3g} ms ({nodes.hosts[worst]}; known to {trip / 2 * 1e3:.2g} ms)",
         f"within {CLOCK_S * 1e3:g} ms",
@@ -229,14 +230,14 @@ def _clocks(place: process.Place, nodes: Nodes, times: int = 5) -> Iterator[Foun
 # -- the command -----------------------------------------------------------------------------------------------------
 
 
-def verdict(found: Sequence[Found], place: process.Place, nodes: int) -> str:
+def verdict(findings: Sequence[Finding], place: process.Place, nodes: int) -> str:
     """Return the verdict in one line."""
     what = f"{place.world_size} ranks on {nodes} node{'s' if nodes > 1 else ''}"
-    bad = [row for row in found if row.verdict in ("wrong", "slow")]
+    bad = [row for row in findings if row.verdict in ("wrong", "slow")]
     if not bad:
         return f"verdict: ok, {what}"
     named = "; ".join(f"{row.check} ({row.verdict})" for row in bad)
-    return f"verdict: {len(bad)} of {len(found)} checks are not ok, {what}: {named}"
+    return f"verdict: {len(bad)} of {len(findings)} checks are not ok, {what}: {named}"
 
 
 def main(
@@ -263,28 +264,28 @@ def main(
     if largest < 1 << 20:
         raise ValueError("check-cluster: --mib must be at least 1")
     place = process.join(device=device, timeout=LIMIT_S)
-    found: list[Found] = []
+    findings: list[Finding] = []
     try:
         hosts = all_gather_json(place.host)
         for row in check(place, device=device, largest=largest, **options):
-            found.append(row)
+            findings.append(row)
             if place.rank == 0:  # as they come: a check that never ends is the one after the last line
                 print(f"{row.verdict:>5}  {row.check}", file=sys.stderr, flush=True)
-        good = not any(row.verdict in ("wrong", "slow") for row in found)
+        good = not any(row.verdict in ("wrong", "slow") for row in findings)
         if place.rank == 0:
-            _show(found)
-            line = verdict(found, place, len(set(hosts)))
+            _show(findings)
+            line = verdict(findings, place, len(set(hosts)))
             print(line)
             if out is not None:
-                write_json(out, {"verdict": line, "checks": [asdict(row) for row in found]})
+                write_json(out, {"verdict": line, "checks": [asdict(row) for row in findings]})
     finally:
         process.leave()
     return good or place.rank != 0
 
 
-def _show(found: Sequence[Found]) -> None:
+def _show(findings: Sequence[Finding]) -> None:
     view = terminal.table("check", "measured", "expected", "verdict", "what to do")
-    for row in found:
+    for row in findings:
         remedy = row.remedy if row.verdict in ("wrong", "slow") else ""
         view.add_row(row.check, row.measured, row.expected, row.verdict, remedy)
     terminal.console().print(view)

@@ -12,7 +12,7 @@ Verdict = Literal["ok", "slow", "wrong", "note"]
 """`note` is a number with nothing to compare it with."""
 LIMIT_S = 120.0
 """Of each collective: a cluster that is broken should say so soon."""
-SLOW = 0.7
+SLOW_SHARE = 0.7
 """Times the expected bandwidth, or the median of equals: what is less is slow."""
 CLOCK_S = 0.5
 """Clocks that differ by more make time stamps of files and logs misleading."""
@@ -21,7 +21,7 @@ VISIBLE_S = 5.0
 
 
 @dataclass(frozen=True)
-class Found:
+class Finding:
     """One row of the table.
 
     Attributes:

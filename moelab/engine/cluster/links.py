@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
-from moelab.engine.cluster.findings import SLOW, Found, Nodes, Verdict, size_text
+from moelab.engine.cluster.findings import SLOW_SHARE, Finding, Nodes, Verdict, size_text
 from moelab.engine.collectives import all_gather_json
 from moelab.engine.groups import Group, ProcessGroups
 from moelab.engine.launch.process import Place
@@ -32,7 +32,7 @@ class Links:
     microseconds: Callable[[str, int, int, int], float]
 
 
-def measure(place: Place, nodes: Nodes, device: str, links: Links | None, largest: int) -> Iterator[Found]:
+def measure(place: Place, nodes: Nodes, device: str, links: Links | None, largest: int) -> Iterator[Finding]:
     """Yield the time of the smallest and the bandwidth of the largest message of each collective in each group.
 
     Args:
@@ -69,7 +69,7 @@ def _link(
     nodes: Nodes,
     device: str,
     links: Links | None,
-) -> Found:
+) -> Finding:
     """Return the row of one collective: its time with next to no data where `size` is 0, else its bandwidth."""
     n = group.size
     count = max(size // 4 // n, 1) * n
@@ -99,14 +99,14 @@ def _link(
     def text(s: float) -> str:
         return f"{s * 1e6:.3g} us" if size == 0 else f"{moved / s / 1e9:.3g} GB/s"
 
-    uneven = seconds > median / SLOW and n < len(nodes.hosts)  # ranks of one group end together
+    uneven = seconds > median / SLOW_SHARE and n < len(nodes.hosts)  # ranks of one group end together
     least = f" (slowest: rank {slowest} on {nodes.hosts[slowest]}, {text(seconds)})" if uneven else ""
     verdict: Verdict = "note" if expected_us is None else "ok"
     if uneven and size:
         verdict = "slow"
-    if expected_us is not None and seconds * 1e6 > expected_us / (SLOW if size else 0.2):
+    if expected_us is not None and seconds * 1e6 > expected_us / (SLOW_SHARE if size else 0.2):
         verdict = "slow"
-    return Found(
+    return Finding(
         f"{operation} among {name}, {size_text(x.nbytes) if size else 'latency'}",
         text(median) + least,
         "" if links is None or expected_us is None else f"{text(expected_us / 1e6)} by {links.name}",

@@ -18,14 +18,14 @@ import torch.distributed as dist
 from moelab.config import ModelConfig
 from moelab.engine.checkpoint import storage
 from moelab.engine.checkpoint.format import Piece, read_index
-from moelab.engine.cluster.findings import VISIBLE_S, Found, Nodes, size_text
+from moelab.engine.cluster.findings import VISIBLE_S, Finding, Nodes, size_text
 from moelab.engine.collectives import all_gather_json, broadcast_json
 from moelab.engine.groups import gloo_group
 from moelab.engine.launch.process import Place
 from moelab.files import write_text
 
 
-def files(place: Place, nodes: Nodes, folder: Path) -> Iterator[Found]:
+def files(place: Place, nodes: Nodes, folder: Path) -> Iterator[Finding]:
     """Yield whether locks exclude each other and how soon a replaced file is seen."""
     inside = _common_folder(place, folder)
     last = place.world_size - 1
@@ -46,7 +46,7 @@ def files(place: Place, nodes: Nodes, folder: Path) -> Iterator[Found]:
         dist.barrier()
     bad = refused | doubled
     how = "held by two at once" if doubled else "cannot be taken"
-    yield Found(
+    yield Finding(
         f"file locks in {folder}",
         f"{how}, on {', '.join(sorted(bad)[:3])}{'; '.join(['', *sorted(errors)])}" if bad else "exclude each other",
         "exclude each other on all ranks",
@@ -57,7 +57,7 @@ def files(place: Place, nodes: Nodes, folder: Path) -> Iterator[Found]:
     everyone = all_gather_json(seconds)
     late = [nodes.hosts[i] for i, value in enumerate(everyone) if value is None]
     worst = max((value for value in everyone if value is not None), default=0.0)
-    yield Found(
+    yield Finding(
         "a file replaced by one rank, seen by the others",
         f"not seen on {late[0]} in {VISIBLE_S:g} s" if late else f"after {worst * 1e3:.3g} ms",
         f"within {VISIBLE_S:g} s",
@@ -132,7 +132,7 @@ def _remove(place: Place, inside: Path) -> None:
         shutil.rmtree(inside, ignore_errors=True)
 
 
-def checkpoint(place: Place, folder: Path, size: int) -> Iterator[Found]:
+def checkpoint(place: Place, folder: Path, size: int) -> Iterator[Finding]:
     """Write a checkpoint of `size` bytes a rank with the engine's own code, and read it back."""
     inside = _common_folder(place, folder)
     group, count = gloo_group(), size // 4
@@ -156,7 +156,7 @@ def checkpoint(place: Place, folder: Path, size: int) -> Iterator[Found]:
     if size >= 16 << 20:  # less says nothing of a large one
         large = ModelConfig.parse("1.3B+MoE-128").parameters() * 12 / 1e9  # fp32 weights and AdamW's two moments
         measured += f"; 1.3B+MoE-128 ({large:.0f} GB) would take {large / rate / 60:.1f} minutes"
-    yield Found(
+    yield Finding(
         f"checkpoint of {size_text(size)} a rank, written and hashed",
         measured,
         "reads back equal",

@@ -85,14 +85,14 @@ class Limits:
         Raises:
             ValueError: a value is not a number of seconds; the message is one line.
         """
-        found = {}
+        signs = {}
         for field, variable in zip(fields(cls), (HANG_S, DEATH_S, STOP_S, COLLECTIVE_S), strict=True):
             if text := variable.get(environment):
                 try:
-                    found[field.name] = float(text)
+                    signs[field.name] = float(text)
                 except ValueError:
                     raise ValueError(f"{variable.name} must be a number of seconds, got {text!r}") from None
-        return cls(**found)
+        return cls(**signs)
 
 
 class RankFailed(RuntimeError):

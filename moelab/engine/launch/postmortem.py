@@ -44,8 +44,8 @@ def read_log(path: Path, start: int, at_most: int = 64_000) -> str:
 
 def last_error(log: str) -> str:
     """Return the last line of a log that names an exception as Python's tracebacks do, or an empty string."""
-    found = (_ERROR.match(line.rstrip()) for line in reversed(log.splitlines()))
-    return next((match["error"] for match in found if match), "")
+    matches = (_ERROR.match(line.rstrip()) for line in reversed(log.splitlines()))
+    return next((match["error"] for match in matches if match), "")
 
 
 def lost_connection(error: str) -> bool:
@@ -107,13 +107,13 @@ def memory_limit() -> int:
 
 def stacks(dump: str) -> list[Stack]:
     """Parse the threads in a dump of `faulthandler`."""
-    found: list[Stack] = []
+    result: list[Stack] = []
     for line in dump.splitlines():
         if line.endswith("(most recent call first):"):
-            found.append([])
-        elif found and (match := _FRAME.match(line)):
-            found[-1].append((match["file"], int(match["line"]), match["function"]))
-    return [stack for stack in found if stack]
+            result.append([])
+        elif result and (match := _FRAME.match(line)):
+            result[-1].append((match["file"], int(match["line"]), match["function"]))
+    return [stack for stack in result if stack]
 
 
 def in_collective(threads: Sequence[Stack]) -> bool:
@@ -143,16 +143,16 @@ def _control_files() -> list[tuple[Path, str]]:
 
     In a container it is the root group.
     """
-    root, found = Path("/sys/fs/cgroup"), []
+    root, files = Path("/sys/fs/cgroup"), []
     with contextlib.suppress(OSError):
         for line in Path("/proc/self/cgroup").read_text().splitlines():
             _, kinds, path = line.split(":", 2)
             if not kinds:
-                found += [(root / path.lstrip("/"), "memory.events"), (root, "memory.events")]
+                files += [(root / path.lstrip("/"), "memory.events"), (root, "memory.events")]
             elif "memory" in kinds.split(","):
                 folder = root / "memory"
-                found += [(folder / path.lstrip("/"), "memory.oom_control"), (folder, "memory.oom_control")]
-    return found
+                files += [(folder / path.lstrip("/"), "memory.oom_control"), (folder, "memory.oom_control")]
+    return files
 
 
 def _signal(number: int) -> str:

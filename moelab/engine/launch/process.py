@@ -16,6 +16,7 @@ import socket
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -133,8 +134,6 @@ def join(*, device: str = "cpu", timeout: float | None = None, folder: Path | No
         RuntimeError: this process is no rank, or the others did not come in time.
         ValueError: there is no GPU for it.
     """
-    from datetime import timedelta
-
     import torch
     import torch.distributed as dist
 

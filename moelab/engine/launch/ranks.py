@@ -269,8 +269,8 @@ def _wait(processes: Sequence[subprocess.Popen], seconds: float) -> None:
 def _host(rank: int, per_node: int) -> str:
     """Return the node of a rank of a job whose ranks are laid out in blocks; empty when Slurm does not say."""
     with contextlib.suppress(OSError, IndexError, subprocess.TimeoutExpired):
-        told = subprocess.run(["scontrol", "show", "hostnames"], capture_output=True, text=True, timeout=60)
-        return told.stdout.split()[rank // per_node]
+        listed = subprocess.run(["scontrol", "show", "hostnames"], capture_output=True, text=True, timeout=60)
+        return listed.stdout.split()[rank // per_node]
     return ""
 
 

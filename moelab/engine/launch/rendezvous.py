@@ -48,11 +48,11 @@ def meet(rank: int, world_size: int, limit: timedelta, folder: Path | None = Non
         write_json(file, {"address": store.host, "port": store.port})
         return store
     deadline = time.monotonic() + limit.total_seconds()
-    while (found := read_json(file)) is None:
+    while (address := read_json(file)) is None:
         if time.monotonic() > deadline:
             raise RuntimeError(f"rank {rank} of {world_size}: rank 0 did not come within {limit.total_seconds():.0f} s")
         time.sleep(0.02)
-    return dist.TCPStore(found["address"], found["port"], world_size, is_master=False, timeout=limit)
+    return dist.TCPStore(address["address"], address["port"], world_size, is_master=False, timeout=limit)
 
 
 def met(rank: int, folder: Path | None = None) -> None:

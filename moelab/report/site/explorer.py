@@ -12,10 +12,21 @@ PAGE = "explorer.html"
 DATA = "grid.jsonl"
 CHOICES = {"model": "Model", "cluster": "Cluster", "most_gpus": "GPUs at most", "best_by": "Best by"}
 """Column by which a reader chooses -> its label."""
-NUMBERS = 6
+NUMBERS = 7
 """Columns of the table that hold numbers, the first ones."""
 START = {"model": "1.3B+MoE-128", "cluster": "a100-80gb", "most_gpus": "32", "best_by": "latency"}
-HEADS = ("Batch", "ms a token", "tokens/s/GPU", "per million tokens", "GiB a GPU", "GPUs", "Layout", "Bound by")
+HEADS = (
+    "Batch",
+    "ms a token",
+    "range",
+    "tokens/s/GPU",
+    "per million tokens",
+    "GiB a GPU",
+    "GPUs",
+    "Layout",
+    "Bound by",
+    "Nearest measurement",
+)
 
 
 def explorer(results: Sequence[Result]) -> dict[str, Any] | None:
@@ -44,10 +55,12 @@ def _line(row: dict[str, Any]) -> list[str]:
     return [
         f"{row['batch']}",
         f"{row['latency_ms']:.3g}",
+        f"{row['low_ms']:.3g} to {row['high_ms']:.3g}" if row.get("low_ms") else "–",
         f"{row['tokens_per_s_per_gpu']:,.0f}",
         price,
         f"{row['gib_per_gpu']:.1f} of {row['memory_gib']:.1f}",
         f"{row['gpus']}",
         row["layout"].partition(", ")[2].rpartition(", ")[0],
         BOUND.get(row["bound"], row["bound"]),
+        row.get("nearest") or "–",
     ]

@@ -18,7 +18,7 @@ from moelab.design.verdicts import STYLES
 from moelab.files import write_text
 from moelab.plotting.axis import mark
 from moelab.report.ledger import Entry, entries, family, scale_rank
-from moelab.report.site import digest, downloads, explorer, front, hero, notebook, plot, template
+from moelab.report.site import digest, downloads, explorer, front, hero, notebook, plot, scoreboard, template
 from moelab.report.site.charts import charts
 from moelab.report.site.claims import ClaimRow, all_claims, claims_of, sign, tally
 from moelab.report.site.gallery import by_chapter, chapters
@@ -117,6 +117,7 @@ def build(root: Path) -> Built:
         "figures.html": {"benchmarks": benchmarks, "verdicts_of": _verdicts(claims)},
         "runs.html": {},
         "compare.html": {},
+        scoreboard.PAGE: scoreboard.scoreboard(),
         **({explorer.PAGE: grid} if grid else {}),
         "about.html": {"terms": TERMS, "version": moelab.__version__},
     }

@@ -1,4 +1,4 @@
-"""Keep beside a run what was measured with its weights, so that it stays where the weights do not.
+"""Keep the evaluations of a run's weights beside it, so that they stay where the weights do not.
 
     .moelab/runs/<id>/measured/<function>-<digest>.json      arguments, result's digest, code, when, provenance, value
 
@@ -16,14 +16,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from moelab.files import read_json, write_json
-from moelab.runs.measurements import as_json, code, file_digest
+from moelab.files import write_json
+from moelab.runs.measurements import FORMAT, as_json, code, file_digest, read_record
 from moelab.runs.provenance import provenance
 from moelab.runs.store import Run
 from moelab.terminal import announced
 
 FOLDER = "measured"
-FORMAT = 1
 
 
 def measure(run: Run, function: Callable[..., Any], *arguments: Any, **others: Any) -> Any:
@@ -83,8 +82,8 @@ def require(run: Run, function: Callable[..., Any], *arguments: Any) -> None:
 def files(run: Run) -> list[Path]:
     """Return the files that hold what was measured with the run's present weights, sorted."""
     digest = file_digest(run.path / "result.json")
-    found = [(file, _read(file)) for file in sorted((run.path / FOLDER).glob("*.json"))]
-    return [file for file, record in found if record and record["result"] == digest]
+    records = [(file, _read(file)) for file in sorted((run.path / FOLDER).glob("*.json"))]
+    return [file for file, record in records if record and record["result"] == digest]
 
 
 def _stored(run: Run, function: Callable[..., Any], arguments: tuple[Any, ...]) -> dict[str, Any] | None:
@@ -98,13 +97,8 @@ def _current(run: Run, function: Callable[..., Any], arguments: tuple[Any, ...])
 
 
 def _read(file: Path) -> dict[str, Any] | None:
-    """Read a file, None if it is missing or malformed: its value can be measured again."""
-    try:
-        record = read_json(file)
-    except (ValueError, OSError):
-        return None
-    whole = isinstance(record, dict) and record.get("format") == FORMAT and {"result", "code", "value"} <= set(record)
-    return record if whole else None
+    record = read_record(file)
+    return record if record and {"result", "code", "value"} <= set(record) else None
 
 
 def _file(run: Run, function: Callable[..., Any], arguments: tuple[Any, ...]) -> Path:

@@ -1,6 +1,6 @@
 """Draw benchmarks, all in one way: a panel for each case, a series for each candidate, medians with their spread.
 
-Rows are those of `Row.json`, or as read from a file. The look is that of `moelab.plotting.figures`.
+Rows are those of `moelab.bench.harness.Row.json`, or as read from a file.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ MARKERS = "os^D"
 
 
 def ratios(
-    found: Rows,
+    measured: Rows,
     *,
     title: str,
     x: str = "experts",
@@ -42,8 +42,8 @@ def ratios(
         tick, panel_title: the text of a value of `x` and of `panel`.
         line: join the points of a candidate.
     """
-    against = found[0]["against"]
-    shown = [row for row in found if row["candidate"] != against]
+    against = measured[0]["against"]
+    shown = [row for row in measured if row["candidate"] != against]
     fig, axes = _panels(shown, panel, panel_title)
     palette = figures.colors(list(dict.fromkeys(row["candidate"] for row in shown)))
     for ax, rows in axes:
@@ -51,11 +51,11 @@ def ratios(
         ax.axhline(1, color="#888888", linewidth=1)
         ax.set_ylabel(f"time / {against} (median, least to greatest)")
     axes[-1][0].set_xlabel(xlabel or x)
-    return _finish(fig, title, found)
+    return _finish(fig, title, measured)
 
 
 def times(
-    found: Rows,
+    measured: Rows,
     *,
     title: str,
     x: str,
@@ -71,7 +71,7 @@ def times(
     """
     figures.theme()
     fig, axes = figures.panels(len(panels))
-    palette = figures.colors(list(dict.fromkeys(row["candidate"] for row in found)))
+    palette = figures.colors(list(dict.fromkeys(row["candidate"] for row in measured)))
     for ax, (heading, rows) in zip(axes, panels, strict=True):
         across = rows[0].get("across", x)
         _series(ax, rows, across, palette, ("median_ms", "median_ms", high), tick, False)
@@ -84,7 +84,7 @@ def times(
         ax.set_title(heading)
         ax.tick_params("x", rotation=30 if across == x else 0)
         ax.set(xlabel="" if across == x else across, ylabel=ylabel)
-    return _finish(fig, title, found)
+    return _finish(fig, title, measured)
 
 
 def possible() -> bool:
@@ -160,9 +160,11 @@ def _series(
     ax.set_xticks(range(len(values)), [tick(value) for value in values])
 
 
-def _finish(fig: Figure, title: str, found: Rows) -> Figure:
+def _finish(fig: Figure, title: str, measured: Rows) -> Figure:
     figures.legend_below(fig.axes[-1], of=fig.axes)
-    clock = ", processor time" if found[0].get("clock") == "cpu" else ""
-    devices = {row["device"] for row in found}
-    device = devices.pop() if len(devices) == 1 else found[0]["device"].rpartition(", ")[0]  # panels name the threads
+    clock = ", processor time" if measured[0].get("clock") == "cpu" else ""
+    devices = {row["device"] for row in measured}
+    device = (
+        devices.pop() if len(devices) == 1 else measured[0]["device"].rpartition(", ")[0]
+    )  # panels name the threads
     return figures.title(fig, f"{title}. {device}{clock}")

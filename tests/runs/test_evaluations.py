@@ -6,7 +6,7 @@ import pytest
 
 from moelab.experiments import pr_moe
 from moelab.files import read_json, write_json
-from moelab.runs import records, with_weights
+from moelab.runs import evaluations, records
 from moelab.runs.store import RunStore
 
 CALLS = []
@@ -36,20 +36,20 @@ def without_weights(run):
 
 def test_a_value_is_measured_once_for_the_same_arguments(run):
     shown = []
-    first = with_weights.measure(run, words, 2, show=shown.append)
+    first = evaluations.measure(run, words, 2, show=shown.append)
     assert first == {"words": ["Dense", "Dense"], "pair": [1, 2]}  # as JSON has it
-    assert with_weights.measure(run, words, 2, show=None) == first and CALLS == [2] and shown == [2]
-    assert with_weights.measure(run, words, 1)["words"] == ["Dense"]
-    assert with_weights.measure(run, words, 2, "!")["words"] == ["Dense!", "Dense!"] and CALLS == [2, 1, 2]
+    assert evaluations.measure(run, words, 2, show=None) == first and CALLS == [2] and shown == [2]
+    assert evaluations.measure(run, words, 1)["words"] == ["Dense"]
+    assert evaluations.measure(run, words, 2, "!")["words"] == ["Dense!", "Dense!"] and CALLS == [2, 1, 2]
 
 
 def test_without_weights_it_is_read_back_and_nothing_else_is_measured(run):
-    found = with_weights.measure(run, words, 2)
+    found = evaluations.measure(run, words, 2)
     without_weights(run)
-    with_weights.require(run, words, 2)
-    assert with_weights.available(run, words, 2) and not with_weights.available(run, words, 3)
-    assert with_weights.measure(run, words, 2) == found
-    for call in (with_weights.require, with_weights.measure):
+    evaluations.require(run, words, 2)
+    assert evaluations.available(run, words, 2) and not evaluations.available(run, words, 3)
+    assert evaluations.measure(run, words, 2) == found
+    for call in (evaluations.require, evaluations.measure):
         with pytest.raises(ValueError, match="numbers only, no weights"):
             call(run, words, 3)
     assert CALLS == [2]
@@ -57,30 +57,30 @@ def test_without_weights_it_is_read_back_and_nothing_else_is_measured(run):
 
 def test_earlier_weights_are_not_the_results(run):
     """The checkpoint of the last step is gone, one that branches start from is kept."""
-    found = with_weights.measure(run, words, 2)
+    found = evaluations.measure(run, words, 2)
     (run.path / "checkpoints" / "step-00000000").mkdir()
     without_weights(run)
-    assert not run.has_weights and with_weights.measure(run, words, 2) == found
+    assert not run.has_weights and evaluations.measure(run, words, 2) == found
     with pytest.raises(ValueError, match="the checkpoint of its result, step 1, is missing") as error:
-        with_weights.measure(run, words, 3)
+        evaluations.measure(run, words, 3)
     assert "\n" not in str(error.value) and CALLS == [2]
 
 
 def test_other_code_measures_again_while_the_weights_are_there(run, monkeypatch):
-    found = with_weights.measure(run, words, 2)
-    monkeypatch.setattr(with_weights, "code", lambda: "another")
-    assert with_weights.measure(run, words, 2) == found and CALLS == [2, 2]
-    monkeypatch.setattr(with_weights, "code", lambda: "a third")
-    assert with_weights.measure(without_weights(run), words, 2) == found and CALLS == [2, 2]
+    found = evaluations.measure(run, words, 2)
+    monkeypatch.setattr(evaluations, "code", lambda: "another")
+    assert evaluations.measure(run, words, 2) == found and CALLS == [2, 2]
+    monkeypatch.setattr(evaluations, "code", lambda: "a third")
+    assert evaluations.measure(without_weights(run), words, 2) == found and CALLS == [2, 2]
 
 
 def test_a_run_trained_again_has_other_weights(run, result):
-    with_weights.measure(run, words, 2)
-    (file,) = with_weights.files(run)
-    assert read_json(file)["arguments"] == [2] and read_json(file)["function"].endswith("test_with_weights.words")
+    evaluations.measure(run, words, 2)
+    (file,) = evaluations.files(run)
+    assert read_json(file)["arguments"] == [2] and read_json(file)["function"].endswith("test_evaluations.words")
     write_json(run.path / "result.json", result(4.4))
-    assert with_weights.files(run) == []
-    with_weights.measure(run, words, 2)
+    assert evaluations.files(run) == []
+    evaluations.measure(run, words, 2)
     assert CALLS == [2, 2]
 
 
@@ -88,39 +88,39 @@ def test_a_run_trained_again_has_other_weights(run, result):
     "content", ["", "[]", "{}", '{"format": 1}', '{"format": 2, "result": "", "code": "", "value": 1}']
 )
 def test_a_damaged_file_is_measured_again(run, content):
-    with_weights.measure(run, words, 2)
-    (file,) = with_weights.files(run)
+    evaluations.measure(run, words, 2)
+    (file,) = evaluations.files(run)
     file.write_text(content)
-    assert with_weights.files(run) == []
-    assert with_weights.measure(run, words, 2)["words"] == ["Dense", "Dense"] and CALLS == [2, 2]
+    assert evaluations.files(run) == []
+    assert evaluations.measure(run, words, 2)["words"] == ["Dense", "Dense"] and CALLS == [2, 2]
 
 
 def test_a_record_holds_it(run, tmp_path):
-    found = with_weights.measure(run, words, 2)
-    archive = records.found(*records.write([run], tmp_path))[0]
-    assert archive.read_bytes() == records.found(*records.write([run], tmp_path / "again"))[0].read_bytes()
+    found = evaluations.measure(run, words, 2)
+    archive = records.archives_in(*records.write([run], tmp_path))[0]
+    assert archive.read_bytes() == records.archives_in(*records.write([run], tmp_path / "again"))[0].read_bytes()
     theirs = RunStore(tmp_path / "theirs")
     taken = records.read(archive, theirs)
-    assert not taken.has_weights and with_weights.measure(taken, words, 2) == found and CALLS == [2]
+    assert not taken.has_weights and evaluations.measure(taken, words, 2) == found and CALLS == [2]
 
 
 def test_a_later_record_of_the_same_run_brings_what_is_new(run, tmp_path, result):
     theirs = RunStore(tmp_path / "theirs")
-    taken = records.read(records.found(*records.write([run], tmp_path))[0], theirs)
-    found = with_weights.measure(run, words, 2)
-    assert records.read(records.found(*records.write([run], tmp_path))[0], theirs) is None  # it was here already
-    assert with_weights.measure(taken, words, 2) == found
-    with_weights.measure(run, words, 1)
+    taken = records.read(records.archives_in(*records.write([run], tmp_path))[0], theirs)
+    found = evaluations.measure(run, words, 2)
+    assert records.read(records.archives_in(*records.write([run], tmp_path))[0], theirs) is None  # it was here already
+    assert evaluations.measure(taken, words, 2) == found
+    evaluations.measure(run, words, 1)
     write_json(taken.path / "result.json", result(4.4))  # a run of their own
-    assert records.read(records.found(*records.write([run], tmp_path))[0], theirs) is None
-    assert len(list((taken.path / with_weights.FOLDER).iterdir())) == 1
+    assert records.read(records.archives_in(*records.write([run], tmp_path))[0], theirs) is None
+    assert len(list((taken.path / evaluations.FOLDER).iterdir())) == 1
 
 
 @pytest.mark.parametrize("name", ["measured/../../x.json", "measured/a/b.json", "measured/x.py", "other/x.json"])
 def test_a_record_cannot_hold_other_files(run, tmp_path, name):
     import zipfile
 
-    packed = records.found(*records.write([run], tmp_path))[0]
+    packed = records.archives_in(*records.write([run], tmp_path))[0]
     (archive := tmp_path / "alone" / packed.name).parent.mkdir()
     archive.write_bytes(packed.read_bytes())
     with zipfile.ZipFile(archive, "a") as packed:
@@ -132,6 +132,6 @@ def test_a_record_cannot_hold_other_files(run, tmp_path, name):
 def test_of_many_runs_each_new_one_is_named_before_it_is_measured(run, tmp_path, result, capsys):
     other = RunStore(tmp_path / "ours").run(pr_moe.EXPERIMENT.specs("smoke", arms=["MoE-32"])[0])
     write_json(other.path / "result.json", result())
-    assert with_weights.measure_all([run, other], words, 2) == [(run, with_weights.measure(run, words, 2))]
+    assert evaluations.measure_all([run, other], words, 2) == [(run, evaluations.measure(run, words, 2))]
     assert capsys.readouterr().out == "Dense, seed 0 (1 of 1)\n" and CALLS == [2]
-    assert len(with_weights.measure_all([run, other], words, 2)) == 1 and not capsys.readouterr().out
+    assert len(evaluations.measure_all([run, other], words, 2)) == 1 and not capsys.readouterr().out

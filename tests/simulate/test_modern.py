@@ -1,0 +1,212 @@
+"""The terms that today's systems need, each beside a count by hand."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from moelab import simulate
+from moelab.config import DecoderConfig, ExpertConfig, ModelConfig
+from moelab.config.parallel import ParallelConfig
+from moelab.config.routing import RoutingConfig
+from moelab.simulate import serving, traffic
+from moelab.simulate.attention import LatentModel, cache_slices, cached_numbers, output_weights, pair_flops
+from moelab.simulate.constants import MODERN_FREE, MODERN_START, Constants, modern
+from moelab.simulate.decoding import decode_sweep
+from moelab.simulate.hardware import Cluster, Gpu
+from moelab.simulate.layouts import Layouts
+from moelab.simulate.published import MODELS, named, published
+from moelab.simulate.step import expert_row_bytes
+from moelab.simulate.systems import System, system
+
+ROUND = Constants(
+    eager_us=10.0, memory_share=0.5, far_us=4.0, near_us=1.0, collective_us=10.0, near_share=1.0, far_share=0.5,
+    matmul_share=0.5, hop_us=4.0, kernel_us=0.0, reserved_gib=0.0,
+)  # fmt: skip
+TOY = Cluster("toy", Gpu("toy", memory_gib=1.0, memory_gb_s=20.0, tflops=1.0), 2, near_gb_s=10.0, far_gb_s=2.0)
+BARE = System("bare", 2, 1, 1, 1, 1, 1, 1, 0, 1, 1, "flat", 0, grouped=True, graph=True, modern=True)
+DROPLESS = RoutingConfig(drop_tokens=False)
+LATENT = LatentModel(
+    layers=2, hidden=64, heads=4, experts=(0, 8), top_k=2, vocab=64, routing=DROPLESS,
+    decoder=DecoderConfig.modern(ffn=128, head_size=8), expert=ExpertConfig(ffn=16, shared=1),
+    query_rank=32, latent=16, rotated=4, value_size=8,
+)  # fmt: skip
+
+
+def test_latent_attention_by_hand():
+    queries = 64 * 32 + 32 * 4 * (8 + 4)
+    keys = 64 * (16 + 4) + 16 * 4 * (8 + 8)
+    assert LATENT.attention_weights == queries + keys + 4 * 8 * 64 and output_weights(LATENT) == 2048
+    assert cached_numbers(LATENT) == 20 and cache_slices(LATENT, np.array([8]))[0] == 1
+    assert pair_flops(LATENT, decoding=True) == 2 * 4 * (16 + 4 + 16)  # scores with latent and key, sum of latents
+    assert pair_flops(LATENT, decoding=False) == 2 * 4 * (8 + 4 + 8)
+
+
+def test_grouped_queries_by_hand():
+    model = ModelConfig(layers=1, hidden=64, heads=8, decoder=DecoderConfig.modern(kv_heads=2))
+    assert cached_numbers(model) == 2 * 2 * 8 and cache_slices(model, np.array([1, 2, 8])).tolist() == [1, 2, 2]
+    assert pair_flops(model, decoding=True) == 4 * 64
+
+
+def test_published_shapes_have_their_sizes():
+    """Total and active parameters in billions as the models' cards state them."""
+    sizes = {"mixtral-8x7b": (46.7, 12.9), "mixtral-8x22b": (141, 39), "dbrx": (132, 36), "qwen3-30b": (30.5, 3.3),
+             "qwen3-235b": (235, 22), "deepseek-v3": (671, 37)}  # fmt: skip
+    for name, (total, active) in sizes.items():
+        assert published(name).parameters() / 1e9 == pytest.approx(total, rel=0.01)
+        assert published(name).active_parameters() / 1e9 == pytest.approx(active, rel=0.03)
+    assert set(sizes) == set(MODELS)
+    with pytest.raises(ValueError, match="no published model 'mixtral'"):
+        published("mixtral")
+    assert named("dbrx") is MODELS["dbrx"] is named(MODELS["dbrx"]) and str(named("350M")) == "350M"
+    one = simulate.decode(
+        "mixtral-8x7b", ParallelConfig(tensor=2, gpus_per_node=2), "h100", program="engine-tp", batch=1
+    )
+    assert one.model == "Mixtral-8x7B" and one.fits
+
+
+def test_a_row_for_each_node_and_each_gpu():
+    """8 ranks in nodes of 2, 100 tokens, 2 choices in 2 of the 4 nodes: 2 (1 - 1/4) = 1.5 nodes, 4 (1 - 9/16) GPUs."""
+    stage, nodes, gpus = traffic.grouped(8, 2, 100, 2, 2)
+    assert nodes == pytest.approx(150) and gpus == pytest.approx(175)
+    assert stage.far_rows[0] == pytest.approx(150 * 3 / 4) and stage.near_rows[0] == pytest.approx(175 / 2)
+    alone, nodes, gpus = traffic.grouped(1, 1, 100, 2, 1)
+    assert not alone.happens[0] and (nodes, gpus) == (100, 100)
+
+
+def test_a_row_for_each_choice():
+    stage = traffic.pairs(8, 2, 100, 2)
+    assert (stage.near_messages[0], stage.far_messages[0]) == (1, 6)
+    assert stage.near_rows[0] == pytest.approx(200 / 8) and stage.far_rows[0] == pytest.approx(200 * 6 / 8)
+    by_card = traffic.pairs(8, 2, 100, 2, by_card=True)
+    assert by_card.near_rows[0] == 0 and by_card.far_rows[0] == pytest.approx(200 * 7 / 8)
+
+
+def test_links_that_work_at_the_same_time():
+    """Near 1 + 1000 / 1e4 us, far 2 x 4 + 2000 / 1e3: one after the other, or the longer; and what packing adds."""
+    stage = traffic.even(4, 2, 4.0)
+    near, far = 1 + 1 * 1000 / 1e4, 2 * 4 + 2 * 1000 / 1e3
+    assert stage.microseconds(1000, TOY, ROUND)[0] == pytest.approx(10 + near + far)
+    together = replace(ROUND, links_overlap=True, exchange_us=5.0)
+    assert stage.microseconds(1000, TOY, together)[0] == pytest.approx(15 + far)
+
+
+def test_a_latent_step_by_hand():
+    """Batch 2, cache 100, fp8: weights of 1 byte, cache of 2, read at 10,000 bytes a microsecond."""
+    model = replace(LATENT, layers=1, experts=(0,), expert=ExpertConfig())
+    got = decode_sweep(
+        model, Layouts.of([ParallelConfig()]), TOY, program=BARE, batch=2, context=100, dtype="fp8",
+        constants=replace(ROUND, product_us=0.5),
+    )  # fmt: skip
+    inner = model.attention_weights - 2048
+    pairs = 2 * 100
+    cache = max(pairs * 20 * 2 / 1e4, pairs * pair_flops(model, decoding=True) / 0.5e6)
+    assert got.parts_ms["attention"][0] * 1e3 == pytest.approx(2 * 0.5 + (inner + 2048) / 1e4 + cache)
+    assert got.memory.cache[0] == 2 * 100 * 20 * 2 and got.memory.weights[0] == model.parameters()
+
+
+def test_experts_sliced_over_a_tensor_group():
+    """2 slices, 3 tokens of 2 choices: 8 (1 - (7/8)^6) experts of half the weights are read; no all-to-all."""
+    model = replace(LATENT, experts=(0, 8), expert=ExpertConfig(ffn=16))
+    code = replace(BARE, sliced=True)
+    got = decode_sweep(
+        model, Layouts.of([ParallelConfig(tensor=2, gpus_per_node=2)]), TOY, program=code, batch=3, context=10,
+        dtype="bf16", constants=ROUND,
+    )  # fmt: skip
+    read = 8 * (1 - (7 / 8) ** 6)
+    weights = model.expert_feed_forward.weights / 2
+    assert got.parts_ms["experts"][0] * 1e3 == pytest.approx(read * weights * 2 / 1e4)
+    assert got.parts_ms["all_to_all"][0] == 0
+    assert got.memory.experts[0] == 8 * model.expert_feed_forward.parameters * 2 / 2
+
+
+def test_a_scheduler_adds_its_time():
+    known = replace(ROUND, step_us=700.0)
+    settings = {"batch": 1, "context": 10, "dtype": "bf16", "constants": known}
+    layouts = Layouts.of([ParallelConfig()])
+    without, with_it = (
+        decode_sweep(LATENT, layouts, TOY, program=replace(BARE, scheduler=s), **settings).latency_ms[0]
+        for s in (False, True)
+    )
+    assert with_it - without == pytest.approx(0.7)
+
+
+def test_bytes_of_an_experts_row():
+    """M 64, F 16, gated, bf16: in and out of order 4 x 64 each, products 2 x 64 and 2 x 16 read, the rest written."""
+    assert expert_row_bytes(LATENT, 2) == 4 * 64 + 2 * 64 + 2 * 32 + (2 * 32 + 2 * 16) + (2 * 16 + 2 * 64) + 4 * 64
+
+
+def test_a_pipeline_idles_for_its_stages():
+    """8 rounds over 2 stages of 2 chunks: (8 + 1/2) / 2 of a round of all layers, without overlap."""
+    settings = {"batch": 8, "micro_batch": 1, "program": "megatron", "constants": ROUND, "overlap": False}
+    model = replace(LATENT, context=16)
+    parallel = ParallelConfig(expert=1)
+    one = simulate.training(model, parallel, TOY, **settings).parts_s
+    two = simulate.training(model, parallel, TOY, pipeline=2, chunks=2, **settings).parts_s
+    assert two["products"] / one["products"] == pytest.approx(8.5 / 2 / 8)
+    assert two["optimizer"] == pytest.approx(one["optimizer"] / 2)
+    with pytest.raises(ValueError, match="knows no pipeline"):
+        simulate.training(model, parallel, TOY, batch=8, pipeline=2, program="pytorch")
+
+
+def test_overlap_hides_an_exchange_behind_products():
+    settings = {"batch": 8, "micro_batch": 1, "program": "megatron", "constants": ROUND}
+    model = replace(LATENT, context=16)
+    shown, hidden = (
+        simulate.training(model, ParallelConfig(data=4, expert=4, gpus_per_node=2), TOY, overlap=o, **settings).parts_s
+        for o in (False, True)
+    )
+    assert shown["all_to_all"] > shown["products"]
+    assert hidden["all_to_all"] == pytest.approx(shown["all_to_all"] - shown["products"])
+
+
+def test_a_prefill_by_hand():
+    """One dense layer, 8 tokens of prompts of 4: products with every token, the head with 2, scores of 2.5 pairs."""
+    model = ModelConfig(
+        layers=1, hidden=64, heads=4, vocab=128, decoder=DecoderConfig.modern(ffn=128), routing=DROPLESS
+    )
+    known = replace(ROUND, memory_share=1.0, counted_share=0.5)
+    got = serving.prefill_s(
+        model, Layouts.of([ParallelConfig()]), TOY, BARE, tokens=8, prompt=4, dtype="bf16", constants=known
+    )
+    flops = 2 * (8 * (4 * 64 * 64 + 3 * 64 * 128) + 2 * 128 * 64) + 8 * 4 * 64 * 2.5
+    products = max(flops / 0.5e6 / 0.5, model.parameters() * 2 / 2e4)
+    elementwise = 2 * 8 * 64 * 34 / 2e4 / 0.5
+    assert got * 1e6 == pytest.approx(products + elementwise)
+
+
+def test_a_request_is_a_prefill_and_steps():
+    layouts, settings = Layouts.of([ParallelConfig()]), {"dtype": "bf16", "constants": ROUND}
+    got = serving.request_s(LATENT, layouts, TOY, BARE, batch=2, prompt=8, output=5, **settings)
+    first = serving.prefill_s(LATENT, layouts, TOY, BARE, tokens=16, prompt=8, **settings)
+    step = decode_sweep(LATENT, layouts, TOY, program=BARE, batch=2, context=10, **settings).latency_ms[0]
+    assert got == pytest.approx(first + 4 * step / 1e3)
+
+
+def test_two_halves_take_the_longer_of_exchange_and_rest():
+    layouts = Layouts.of([ParallelConfig(data=4, expert=4, gpus_per_node=2)])
+    half = decode_sweep(LATENT, layouts, TOY, program=BARE, batch=4, context=10, dtype="bf16", constants=ROUND)
+    exchange = half.parts_ms["all_to_all"][0]
+    assert serving.two_halves_ms(half)[0] == pytest.approx(2 * max(exchange, half.latency_ms[0] - exchange))
+
+
+def test_full_load_fills_the_memory():
+    where = replace(TOY, gpu=replace(TOY.gpu, memory_gib=0.01))
+    layouts, settings = Layouts.of([ParallelConfig()]), {"dtype": "bf16", "constants": ROUND}
+    batch, rate = serving.full_load(LATENT, layouts, where, BARE, prompt=100, output=50, **settings)
+    fits = [
+        bool(decode_sweep(LATENT, layouts, where, program=BARE, batch=b, context=125, **settings).fits[0])
+        for b in (batch, batch + 1)
+    ]
+    assert fits == [True, False] and rate > 0
+
+
+def test_todays_programs_take_todays_constants():
+    assert modern() == MODERN_START.with_free({n: getattr(modern(), n) for free in MODERN_FREE.values() for n in free})
+    for free in MODERN_FREE.values():
+        for name, (low, high, reason) in free.items():
+            assert low <= getattr(modern(), name) <= high and reason
+    step = simulate.decode("1.3B+MoE-128", ParallelConfig(data=8), "h100", program="engine", batch=8)
+    slower = simulate.decode("1.3B+MoE-128", ParallelConfig(data=8), "h100", program="deepspeed", batch=8)
+    assert step.latency_ms < slower.latency_ms
+    assert system("engine-tp").sliced and not system("deepspeed").modern
