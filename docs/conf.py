@@ -50,6 +50,7 @@ docs/commands
 docs/environment
 docs/architecture
 docs/performance
+docs/simulator
 docs/gpu
 CONTRIBUTING
 CHANGELOG
