@@ -183,7 +183,7 @@ const moelab = {
     ];
 
     const facts = rows(union(Object.keys(a.facts), Object.keys(b.facts)).map((k) => [k, text(a.facts[k]), text(b.facts[k])]));
-    if (facts.length) parts.push(table("How they were made", ["", "A", "B"], facts));
+    if (facts.length) parts.push(table("How they were made", ["what", "A", "B"], facts));
 
     const claims = (r) => Object.fromEntries(r.claims.map((c) => [c.id, c]));
     const [ca, cb] = [claims(a), claims(b)];
