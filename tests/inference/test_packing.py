@@ -138,16 +138,16 @@ def test_the_loss_with_and_without_gradients_on(tied, packed):
     tokens = torch.randint(131, (3, 21), generator=torch.Generator().manual_seed(0))
     inputs = {"tokens_BT": tokens[:, :-1], "targets_BT": tokens[:, 1:]}
 
-    def further(logits_NV, first, past):
+    def logits_loss(logits_NV, first, past):
         return logits_NV.logsumexp(1).sum(), torch.zeros_like(logits_NV)
 
-    for options in ({}, {"reduction": "sum"}, {"further": further}):
+    for options in ({}, {"reduction": "sum"}, {"logits_loss": logits_loss}):
         with torch.no_grad():
             expected = plain(**inputs, **options)
         found = model(**inputs, **options)
         assert not found.loss.requires_grad
         torch.testing.assert_close(found.loss, expected.loss)
-        torch.testing.assert_close(found.further, expected.further)
+        torch.testing.assert_close(found.logits_loss, expected.logits_loss)
     assert not any(p.requires_grad for p in model.parameters())
 
 

@@ -37,7 +37,7 @@ def test_loss_and_gradients_are_those_of_the_plain_function(N, M, V, rows, reduc
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
 @pytest.mark.parametrize("rows", [1, 5, 1000])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
-def test_a_further_loss_is_added_with_its_gradient(rows, reduction, dtype, monkeypatch):
+def test_a_loss_of_the_logits_is_added_with_its_gradient(rows, reduction, dtype, monkeypatch):
     """Each token has a coefficient, so that a chunk that asks for the wrong tokens is found."""
     N, V = 64, 128
     monkeypatch.setitem(loss._CHUNK, "cpu", rows * V * loss._WITH_LOGITS_LOSS)
