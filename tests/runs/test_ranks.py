@@ -30,7 +30,7 @@ STAND_IN = '''
 import os, sys, time
 
 class Training:
-    """In place of moelab.training: the ranks agree on a sum each step."""
+    """In place of moelab.training.loop and distill: the ranks agree on a sum each step."""
     Branch = Teacher = None
     class TrainingStopped(Exception): pass
     class Progress:
@@ -52,7 +52,7 @@ class Training:
         numbers = "tokens validation_loss bits_per_byte unigram_loss parameters active_parameters flops_per_token seconds"
         return {"ranks": int(state[0]), "steps": steps, **dict.fromkeys(numbers.split(), 1)}
 
-sys.modules["moelab.training"] = Training
+sys.modules["moelab.training.loop"] = sys.modules["moelab.training.distill"] = Training
 '''
 
 

@@ -1,10 +1,11 @@
 """Which machines and commits trained a run."""
 
 import json
+import sys
 
 import pytest
 
-from moelab.runs import provenance, records, sessions
+from moelab.runs import records, sessions
 from moelab.runs.execute import execute
 from moelab.runs.store import RunStore
 from moelab.training.loop import TrainingStopped
@@ -66,11 +67,11 @@ def test_a_torn_file_loses_no_more_than_its_lines(session, tmp_path):
 def test_a_run_that_is_resumed_elsewhere_names_both_machines(tiny_spec, tmp_path, monkeypatch):
     monkeypatch.setenv("MOELAB_HOME", str(tmp_path / "home"))
     run = RunStore().run(tiny_spec)
-    monkeypatch.setattr(provenance, "provenance", lambda: about("x"))
+    monkeypatch.setattr(sys.modules["moelab.runs.execute"], "provenance", lambda: about("x"))
     steps = iter(range(100))
     with pytest.raises(TrainingStopped):
         execute(run, should_stop=lambda: next(steps) >= 9)
-    monkeypatch.setattr(provenance, "provenance", lambda: about("y"))
+    monkeypatch.setattr(sys.modules["moelab.runs.execute"], "provenance", lambda: about("y"))
     execute(run)
     assert run.provenance["hardware"]["cpu"] == "y"
     assert [(s["hardware"]["cpu"], s["step"]) for s in run.provenance["sessions"]] == [("x", 0), ("y", 10)]
