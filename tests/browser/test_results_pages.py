@@ -150,6 +150,7 @@ def test_the_search_in_the_head_and_a_count_lead_to_the_claims(results, visit):
     assert len(shown(page, "#untested tbody tr")) > 5
     page.goto(f"{results.as_uri()}/overview.html")
     page.get_by_role("link", name="not reproduced").click()
+    page.wait_for_url("**/claims.html?*")  # with its scripts
     assert [row[0] for row in shown(page, "#tested tr[data-item]")] == ["✗"]
 
 
