@@ -2,21 +2,18 @@
 
 Shows: for each model, cluster, number of GPUs and batch the fastest and the cheapest layout that the simulator finds.
 
-Expect: everything is simulated, so no claim of the paper is judged here; notebooks 10 to 14 say how far to trust it.
-Models of today stand with the range of such a prediction and the nearest public measurement.
+Expect: everything is simulated, so no claim of the paper is judged here. How far to trust it: docs/simulator.md and
+notebooks 10 to 14. Models of today stand with the range of such a prediction and the nearest public measurement.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from moelab import simulate
 from moelab.design.experiment import Experiment, Scale
+from moelab.lazy import pd
 from moelab.simulate import public
-
-if TYPE_CHECKING:
-    import pandas as pd
-    from matplotlib.axes import Axes
 
 TODAY = {"mixtral-8x7b": "bf16", "qwen3-30b": "bf16", "qwen3-235b": "fp8", "deepseek-v3": "fp8"}
 """Published model -> dtype in which an inference engine of today serves it; A100s have no fp8."""
@@ -42,8 +39,6 @@ def grid(scale: str, context: int) -> pd.DataFrame:
     Args:
         context: tokens of a sequence in the cache.
     """
-    import pandas as pd
-
     from moelab.simulate.search import frame
 
     rows = []
@@ -75,22 +70,6 @@ def beside_measurements(name: str, found: simulate.DecodeEstimate) -> dict[str, 
     near = public.nearest("decode", name, found.cluster, batch=found.batch, tensor=p.tensor, expert=p.expert)
     low, high = found.latency_ms / factor, found.latency_ms * factor
     return {"low_ms": low, "high_ms": high, "nearest": near.in_words if near else ""}
-
-
-def draw(rows: pd.DataFrame, ax: Axes) -> None:
-    """Draw the fastest token of each model on the most GPUs, at the smallest batch: a row a model, a mark a cluster."""
-    shown = rows[(rows["best_by"] == "latency") & (rows["most_gpus"] == rows["most_gpus"].max())]
-    shown = shown[shown["batch"] == shown["batch"].min()]
-    models = list(dict.fromkeys(shown["model"]))[::-1]
-    for (where, part), (color, form, size) in zip(shown.groupby("cluster", sort=False), MARKS, strict=False):
-        at = part["model"].map(models.index)
-        ax.plot(part["latency_ms"], at, form, color=color, markersize=size, markerfacecolor="none", label=where)
-    ax.set_yticks(range(len(models)), models)
-    ax.set(xlabel="latency of a token (ms)", xlim=(0, None))
-
-
-MARKS = (("#0072B2", "o", 11), ("#D55E00", "s", 7), ("#009E73", "x", 5), ("#CC79A7", "D", 8), ("#000000", "+", 9))
-"""Colour, form and size of each cluster's mark: equal latencies are seen through one another."""
 
 
 def headline(rows: pd.DataFrame) -> str:

@@ -294,3 +294,28 @@ def against_dense(frame: pd.DataFrame, ax: Axes, *, paper_ratio: float) -> Axes:
     figures.name_rows(ax, names)
     ax.set(xlabel="latency of a token (ms), predicted", xlim=(0, max(ms) * 1.55))
     return ax
+
+
+CLUSTER_MARKS = (
+    ("#0072B2", "o", 11),
+    ("#D55E00", "s", 7),
+    ("#009E73", "x", 5),
+    ("#CC79A7", "D", 8),
+    ("#000000", "+", 9),
+)
+"""Colour, form and size of each cluster's mark: equal latencies are seen through one another."""
+
+
+def fastest_tokens(rows: pd.DataFrame, ax: Axes) -> None:
+    """Draw the fastest token of each model on the most GPUs, at the smallest batch: a row a model, a mark a cluster.
+
+    `rows` comes from `moelab.experiments.what_if.grid`.
+    """
+    shown = rows[(rows["best_by"] == "latency") & (rows["most_gpus"] == rows["most_gpus"].max())]
+    shown = shown[shown["batch"] == shown["batch"].min()]
+    models = list(dict.fromkeys(shown["model"]))[::-1]
+    for (where, part), (color, form, size) in zip(shown.groupby("cluster", sort=False), CLUSTER_MARKS, strict=False):
+        at = part["model"].map(models.index)
+        ax.plot(part["latency_ms"], at, form, color=color, markersize=size, markerfacecolor="none", label=where)
+    ax.set_yticks(range(len(models)), models)
+    ax.set(xlabel="latency of a token (ms)", xlim=(0, None))

@@ -3,12 +3,13 @@
 from moelab import simulate
 from moelab.config.parallel import ParallelConfig
 from moelab.experiments import what_if
+from moelab.plotting.serving import CLUSTER_MARKS
 from moelab.simulate.published import MODELS
 
 
 def test_models_of_today_are_published_ones():
     assert set(what_if.TODAY) <= set(MODELS) and set(what_if.TODAY) <= set(what_if.MODELS["cpu"])
-    assert len(what_if.MARKS) >= len(simulate.clusters())
+    assert len(CLUSTER_MARKS) >= len(simulate.clusters())
 
 
 def test_a_step_has_its_range_and_the_nearest_measurement():
