@@ -49,7 +49,7 @@ def scaling(tmp_path):
         for s in seeds
     ]
     final = [{"arm": arm, "seed": s, "validation_loss": loss} for arm, loss in ARMS.items() for s in seeds]
-    pairs = [{"arm": "350M+MoE-128", "against": "1.3B", "seed": s, "difference": 0.3, "pair": "p"} for s in seeds]
+    pairs = [{"arm": "p", "left": "350M+MoE-128", "right": "1.3B", "seed": s, "gap": 0.3} for s in seeds]
     for name, rows in (("equal-cost", costs), ("final", final), ("against-dense", pairs)):
         pd.DataFrame(rows).to_json(folder / f"{name}.jsonl", orient="records", lines=True)
     about = {"experiment": "scaling", "scale": "cpu", "title": "t", "finished": "2026", "seeds": list(seeds)}

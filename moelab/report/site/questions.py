@@ -187,7 +187,7 @@ def _dense_size(result: Result | None) -> Answer | None:
         return None
     said = [f"{_said(values, '%.2f')} at equal {at}" for at, values in sizes.items()]
     rows = result.rows_or_none("against-dense.jsonl")
-    behind = [row["difference"] for row in rows if (row.get("arm"), row.get("against")) == (MOE, LARGER)]
+    behind = [row["gap"] for row in rows if (row.get("left"), row.get("right")) == (MOE, LARGER)]
     large, small = (ModelConfig.parse(name).non_embedding_parameters() for name in (LARGER, BASE))
     more = f"; {_said(behind, unit=' nats')} from {LARGER}, {large / small:.0f}× its base" if behind else ""
     share = share_reached(result, MOE)
