@@ -67,10 +67,15 @@ def on_other_text(arm: str) -> str:
 
 
 def over_texts(final: pd.DataFrame) -> pd.DataFrame:
-    """Return the final gap of the 350M MoE to its base on each text of `full`: columns text, seed, gap (nats)."""
+    """Return the final gap of the 350M MoE to its base on each text of `full`: columns text, seed, gap (nats).
+
+    The table is empty where no run has read the other text: there is nothing to compare.
+    """
     base, moe = BUDGETED
     pairs = {settings.DATA["full"].corpus: (moe, base), OTHER_TEXT: (on_other_text(moe), on_other_text(base))}
     table = comparison.by_arm(final)
+    if on_other_text(moe) not in table:
+        pairs = {}
     rows = [
         [text, seed, gap]
         for text, (left, right) in pairs.items()

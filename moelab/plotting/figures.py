@@ -311,7 +311,7 @@ def gaps(
             paper_points(ax, [at], [row - 0.28], [low], [high], label=label, across=True)
     ax.axvline(0, color="#888888", linewidth=1, zorder=1)
     if max(map(len, arms)) > LONG:
-        name_rows(ax, arms)
+        name_rows(ax, arms, above=0.42 if paper else 0.3)  # clear of the paper's points
     else:
         ax.set_yticks(range(len(arms)), arms)
         ax.set_ylim(len(arms) - 0.4, -0.8)

@@ -186,6 +186,7 @@ def test_the_pair_on_another_text_is_the_same_training():
     )
     gaps = scaling.over_texts(table).groupby("text")["gap"].mean()
     assert gaps.to_dict() == {"mix15": pytest.approx(-0.4), "mix5": pytest.approx(-0.25)}
+    assert not len(scaling.over_texts(final({"350M": [4.0], "350M+MoE-128": [3.6]})))
 
 
 def test_the_papers_students_are_taught_as_published():
