@@ -13,7 +13,7 @@ import typer
 from moelab import config, machine
 from moelab.files import write_json
 from moelab.runs.provenance import provenance
-from moelab.runs.store import RunStore
+from moelab.runs.store import RunStore, published_weights
 from moelab.slurm.profiles import names
 
 EXPERIMENTS = "Experiments and their results"
@@ -41,8 +41,9 @@ def experiment_names(incomplete: str) -> list[str]:
 
 
 def run_names(incomplete: str) -> list[str]:
-    """Complete the id of a run."""
-    return [name for name in RunStore().ids() if name.startswith(incomplete)]
+    """Complete the id of a run, or the name of published weights."""
+    names = [path.name for path in published_weights()] + RunStore().ids()
+    return [name for name in names if name.startswith(incomplete)]
 
 
 def profile_names(incomplete: str) -> list[str]:

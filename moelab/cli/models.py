@@ -15,6 +15,7 @@ from moelab import paths
 from moelab.cli._options import RUNS, Out, check_choice, check_device, check_dtypes, run_names, write_provenance
 from moelab.config.parallel import EXCHANGES
 from moelab.files import write_text
+from moelab.runs.card import model_card
 from moelab.runs.store import RunStore
 from moelab.terminal import task_progress
 
@@ -51,6 +52,7 @@ def generate(
         str, typer.Option(help="on ranks: flat, hierarchical, coordinated or coordinated-hierarchical")
     ] = "flat",
     gpus_per_node: Annotated[int, typer.Option(help="on ranks: of a node")] = 8,
+    as_json: Annotated[bool, typer.Option("--json", help="a line of JSON for each prompt, with the settings")] = False,
 ) -> None:
     """Continue prompts with a trained run.
 
@@ -75,7 +77,7 @@ def generate(
         writer = open_text(directory, cache=cache, mode=mode, dtype=dtype, device=device, batch=batch, mesh=mesh)
     except CheckpointError as error:
         raise ValueError(str(error)) from None
-    if len(prompts) == 1 and mesh is None:
+    if len(prompts) == 1 and mesh is None and not as_json:
         print(prompts[0], end="", flush=True)
         for _, text in writer.stream(prompts, sampling):
             print(text, end="", flush=True)
@@ -83,7 +85,9 @@ def generate(
         return
     completions = writer.generate(prompts, sampling)
     if mesh is None or mesh.rank == 0:
-        print("\n\n".join(str(text) for text in completions))
+        given = {"model": directory.name, "dtype": dtype, "sampling": asdict(sampling)}
+        lines = [json.dumps(given | asdict(text)) for text in completions] if as_json else map(str, completions)
+        print(("\n" if as_json else "\n\n").join(lines))
     process.leave()
 
 
@@ -228,11 +232,14 @@ def export(
     format: Annotated[
         str, typer.Option(help="gpt2, olmoe, mixtral, qwen2_moe, qwen3_moe or moelab; default: the one that fits")
     ] = "",
+    dtype: Annotated[str, typer.Option(help="of a run's weights: fp32 or bf16")] = "fp32",
 ) -> None:
     """Write weights and tokenizer for other libraries.
 
-    As safetensors, in a format that transformers opens if one fits the model, else in moelab's own.
+    As safetensors, in a format that transformers opens if one fits the model, else in moelab's own; of a finished run
+    also a model card.
     """
+    check_dtypes([dtype])
     source = RunStore().find(run)
     _check_new("export", directory)
     from moelab.data import prepare
@@ -249,10 +256,12 @@ def export(
             config, data = run_configs(source)
             kind = format or hf.suitable_format(config)
             try:
-                model = load_run(source)
+                model = load_run(source, dtype=dtype)
             except CheckpointError as error:
                 raise ValueError(str(error)) from None
             hf.export(model, directory, prepare(data, paths.home() / "data").tokenizer(), kind)
+            if (source / "result.json").is_file():
+                write_text(directory / "README.md", model_card(source, directory.name, dtype))
     print(f"{config}: {kind} format in {directory}")
 
 

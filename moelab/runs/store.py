@@ -45,6 +45,11 @@ def disk_full(folder: Path) -> str:
     return f"; the disk of {folder} is full, make room" if shutil.disk_usage(folder).free < 1 << 20 else ""
 
 
+def published_weights() -> list[Path]:
+    """Return the folders of the exported models that are published with the results, by name."""
+    return sorted(path.parent for path in (paths.results() / "weights").glob("*/config.json"))
+
+
 _NUMBERS = (
     *("steps", "tokens", "validation_loss", "bits_per_byte", "unigram_loss"),
     *("parameters", "active_parameters", "flops_per_token", "seconds"),
@@ -304,7 +309,11 @@ class RunStore:
         return [run for run in known if not names or run.startswith(tuple(names))]
 
     def find(self, name: str) -> Path:
-        """Return the directory of a run by its id, the beginning of one, or its path (also that of an exported model).
+        """Return the directory of a run or of exported weights.
+
+        Args:
+            name: a run's id or the beginning of one, the name of published weights (a folder of `results/weights`), or
+                a path.
 
         Raises:
             ValueError: there is none, or several begin so; names those that are close.
@@ -312,10 +321,10 @@ class RunStore:
         with contextlib.suppress(RuntimeError):  # ~ and the name of no user
             if (path := Path(name).expanduser()).is_dir():
                 return path
-        known = self.ids()
+        known = {path.name: path for path in published_weights()} | {run: self.root / run for run in self.ids()}
         matches = [name] if name in known else [run for run in known if name and run.startswith(name)]
         if len(matches) == 1:
-            return self.root / matches[0]
+            return known[matches[0]]
         if matches:
             raise ValueError(f"run {name!r}: {len(matches)} runs begin so: {', '.join(matches[:5])}")
         starts = {run[: len(name)]: run for run in known}

@@ -1,14 +1,17 @@
 """From a trained run to text, through the library, the notebook's one line and the command."""
 
+import json
 import shutil
 import sys
 from dataclasses import replace
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 from moelab.cli import app
+from moelab.cli._options import run_names
 from moelab.engine.checkpoint import hf
 from moelab.engine.launch import launch
 from moelab.inference import Sampling
@@ -97,6 +100,23 @@ def test_commands(trained, tmp_path):
     assert "moelab format in" in moelab("export", trained.spec.id[:6], str(tmp_path / "out"))
     both = moelab("generate", str(tmp_path / "out"), "--prompt", "wave", "--prompt", "corn", *few)
     assert both.startswith("wave") and "\n\ncorn" in both
+    lines = moelab("generate", str(tmp_path / "out"), "--prompt", "wave", "--prompt", "corn", *few, "--json")
+    rows = [json.loads(line) for line in lines.splitlines()]
+    assert "\n\n".join(row["prompt"] + row["text"] for row in rows) + "\n" == both
+    assert rows[0]["model"] == "out" and rows[0]["sampling"]["temperature"] == 0
+
+
+def test_published_weights_are_opened_by_name(trained, tmp_path, monkeypatch):
+    folder = tmp_path / "weights" / "looked-at"
+    moelab("export", trained.spec.id, str(folder), "--dtype", "bf16", "--format", "moelab")
+    assert {t.dtype for t in load_file(folder / "model.safetensors").values()} == {torch.bfloat16}
+    card, result = (folder / "README.md").read_text(), trained.result
+    assert "moelab generate looked-at --prompt" in card and f"{result['validation_loss']:.4f} nats a token" in card
+    assert f"| sea | {result['validation_by_domain']['sea']['loss']:.3f} |" in card and "{" not in card
+    monkeypatch.setenv("MOELAB_RESULTS", str(tmp_path))
+    few = ("--prompt", "wave", "--max-new-tokens", "6", "--temperature", "0", "--dtype", "bf16")
+    assert moelab("generate", "looked-at", *few) == moelab("generate", trained.spec.id, *few)
+    assert run_names("look") == ["looked-at"] and RunStore().find("looked") == folder
 
 
 @pytest.mark.multiprocess

@@ -1,0 +1,95 @@
+"""Write the model card of a finished run: what the weights are, what they were trained on, how well they predict."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from moelab.files import read_json
+from moelab.runs.spec import RunSpec
+from moelab.runs.store import Run
+
+CARD = """\
+---
+library_name: moelab
+pipeline_tag: text-generation
+tags: [mixture-of-experts, language-model]
+---
+
+# {model}
+
+{kind}, trained from scratch by moelab: a scaled-down counterpart (*twin*) of a model of the DeepSpeed-MoE paper
+(arXiv 2201.05596). It is for looking at routing, export and inference. It is far too small to be of use as a language
+model, and nothing kept harmful text out of its training.
+
+```
+moelab generate {name} --prompt "The" --max-new-tokens 60
+{route}```
+
+| | |
+| --- | --- |
+| parameters | {parameters:,}, of which a token uses {active:,} |
+| experts by layer | {experts} |
+| size | {layers} layers, {hidden} wide, {vocab:,} tokens of vocabulary, context {context} |
+| weights | {dtype}, safetensors |
+| training text | {corpus} (`moelab/data/packages.csv` lists texts and licences), tokenizer {tokenizer} |
+| training tokens | {tokens:,} in {steps:,} steps of {batch:,} |
+| peak learning rate | {lr:g}, cosine to {min_lr:g}; AdamW, weight decay {decay:g} |
+| arithmetic | {train_dtype}, seed {seed} |
+| validation loss | {loss:.4f} nats a token, {bits:.4f} bits a byte, on {validation:,} tokens, weights in fp32 |
+| trained on | {cpu}, {hours:.1f} hours |
+| run | `{id}`, commit `{commit}` |
+
+Validation loss by domain, nats a token:
+
+| domain | loss |
+| --- | --- |
+{domains}
+"""
+
+
+def model_card(directory: Path, name: str, dtype: str) -> str:
+    """Return the card of the weights of a finished run, in Markdown.
+
+    Args:
+        directory: the run's.
+        name: of the folder or the model that a reader gives to `moelab generate`.
+        dtype: of the exported weights, "fp32" or "bf16".
+    """
+    run = Run(RunSpec.from_json(read_json(directory / "spec.json"), where=str(directory)), directory)
+    model, train, data, result = run.spec.model, run.spec.train, run.spec.data, run.result
+    provenance = run.provenance
+    route = f"moelab run imported-model -p model={name}   # its routing, by layer and domain\n" if model.is_moe else ""
+    return CARD.format(
+        model=model.name or name,
+        kind="A mixture of experts" if model.is_moe else "A dense decoder",
+        name=name,
+        route=route,
+        parameters=result["parameters"],
+        active=result["active_parameters"],
+        experts=" ".join(str(experts or "–") for experts in model.experts),
+        layers=model.layers,
+        hidden=model.hidden,
+        vocab=model.vocab,
+        context=model.context,
+        dtype=dtype,
+        corpus=data.corpus,
+        tokenizer=data.tokenizer,
+        tokens=result["tokens"],
+        steps=result["steps"],
+        batch=train.batch_size * data.context,
+        lr=train.lr,
+        min_lr=train.min_lr,
+        decay=train.weight_decay,
+        train_dtype=train.dtype,
+        seed=train.seed,
+        loss=result["validation_loss"],
+        bits=result["bits_per_byte"],
+        validation=result["validation_tokens"],
+        cpu=provenance.get("hardware", {}).get("cpu", "unknown hardware"),
+        hours=run.own_seconds / 3600,
+        id=run.spec.id,
+        commit=str(provenance.get("commit") or "unknown")[:8],
+        domains="\n".join(
+            f"| {domain} | {numbers['loss']:.3f} |" for domain, numbers in result["validation_by_domain"].items()
+        ),
+    )
