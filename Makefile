@@ -25,8 +25,7 @@ test-fast: $(VENV)/.installed-test  ## those that need no other process, noteboo
 	@echo "left out: tests marked slow, multiprocess, notebook, slurm or gpu; make test runs them"
 
 test-slurm: $(VENV)/.installed-test  ## the tests on a real Slurm on this machine (slurm/README.md says what it needs)
-	slurm/local/cluster.sh up
-	MOELAB_SLURM=require $(TEST) tests/cluster --durations=10; code=$$?; slurm/local/cluster.sh down; exit $$code
+	MOELAB_SLURM=require $(TEST) tests/cluster --durations=10
 
 lab: $(VENV)/.installed  ## JupyterLab on the notebooks
 	$(BIN)/moelab lab

@@ -15,7 +15,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "performance.md"
-PAGES = (PAGE, ROOT / "README.md", ROOT / "docs" / "simulator.md")
+PAGES = (PAGE, ROOT / "README.md", ROOT / "docs" / "simulator.md", ROOT / "results" / "weights" / "README.md")
 TABLE = re.compile(r"(<!-- table: (\w+) (\S+) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
 
 Row = dict
@@ -185,6 +185,14 @@ def score(rows: list[Row]) -> str:
     return _markdown(head, lines)
 
 
+def texts(rows: list[Row]) -> str:
+    """What models wrote after the same prompts: a line a prompt, a column a model."""
+    models, prompts = (list(dict.fromkeys(row[key] for row in rows)) for key in ("model", "prompt"))
+    wrote = {(row["model"], row["prompt"]): " ".join(row["text"].split()).replace("|", "\\|") for row in rows}
+    lines = [[f"**{prompt}**", *(f"… {wrote[model, prompt]}" for model in models)] for prompt in prompts]
+    return _markdown(["prompt", *models], lines)
+
+
 KINDS: dict[str, Callable[[list[Row]], str]] = {
     "answers": answers,
     "digest": digest,
@@ -194,6 +202,7 @@ KINDS: dict[str, Callable[[list[Row]], str]] = {
     "shares": shares,
     "decode": decode,
     "score": score,
+    "texts": texts,
 }
 
 

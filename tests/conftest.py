@@ -19,9 +19,9 @@ HERE = Path(__file__).parent
 # `make test` hands out whole files to processes, in this order: what takes long must not come last and leave the others idle.
 LONGEST = [
     "notebook/test_all_notebooks.py",
-    "cluster/test_faults.py",
     "cluster/test_batches.py",
-    "cluster/test_check.py",
+    "cluster/test_losses.py",
+    "cluster/test_faults.py",
     "browser/test_jupyterlab.py",
     "cli/test_cli.py",
     "cli/test_gpu.py",
@@ -48,17 +48,6 @@ def pytest_configure(config):
         from moelab import kernels
 
         kernels.cpp_available()
-
-
-def pytest_xdist_make_scheduler(config, log):
-    """Whole files to each process, as `--dist loadfile`, but all files of tests/cluster to one: they share, and partly break, one cluster."""
-    from xdist.scheduler import LoadFileScheduling
-
-    class Scheduling(LoadFileScheduling):
-        def _split_scope(self, nodeid):
-            return "tests/cluster" if "tests/cluster/" in nodeid else super()._split_scope(nodeid)
-
-    return Scheduling(config, log) if config.getoption("dist") == "loadfile" else None
 
 
 def pytest_collection_modifyitems(items):

@@ -1,4 +1,4 @@
-"""The development cluster (slurm/local), which these tests share and partly break and mend.
+"""A development cluster (slurm/local) for each module of tests, which share, and partly break and mend it.
 
 Nothing here waits for a time: limits are generous, since they only count when something is wrong, and a run that is to be disturbed
 halts by itself at a given step.
@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shutil
 import subprocess
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -57,17 +58,23 @@ def pytest_collection_modifyitems(items):
 
 
 @pytest.fixture(scope="module")
-def cluster() -> Iterator[Path]:
-    """The folder of the running development cluster; while these tests run, this process talks to it."""
-    if subprocess.run([CLUSTER, "status"], capture_output=True).returncode:
-        how = "the development cluster is down: slurm/local/cluster.sh up (or make test-slurm) starts it"
-        if os.environ.get("MOELAB_SLURM") == "require":
-            pytest.fail(how)
-        pytest.skip(how)
-    out = subprocess.run([CLUSTER, "env"], capture_output=True, text=True, check=True).stdout
+def cluster(request) -> Iterator[Path]:
+    """The folder of a development cluster of this module's own; while its tests run, this process talks to it."""
+    module = request.path.stem
+    number = sorted(path.stem for path in Path(__file__).parent.glob("test_*.py")).index(module)
     with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MOELAB_SLURM_DIR", str(ROOT / ".moelab" / f"slurm-{module}"))
+        patch.setenv("MOELAB_SLURM_PORT", str(17900 + 20 * number))
+        accounts = all(shutil.which(name, path=f"{os.environ['PATH']}:/usr/sbin") for name in ("slurmdbd", "mariadbd"))
+        up = subprocess.run([CLUSTER, "up", *["--accounting"] * accounts], capture_output=True, text=True)
+        if up.returncode:
+            if os.environ.get("MOELAB_SLURM") == "require":
+                pytest.fail(up.stderr)
+            pytest.skip(up.stderr.strip().splitlines()[-1])
+        out = subprocess.run([CLUSTER, "env"], capture_output=True, text=True, check=True).stdout
         patch.setenv("SLURM_CONF", out.strip().partition("SLURM_CONF=")[2])
         yield Path(os.environ["SLURM_CONF"]).parents[1]
+        subprocess.run([CLUSTER, "down"], capture_output=True, check=True)
 
 
 @pytest.fixture(scope="session")

@@ -72,18 +72,18 @@ def test_the_pr_moe_notebook_and_its_array_of_two_node_runs(workplace, tmp_path)
     assert "pr-moe" in moelab("status") and len(submit.submissions()) == 1
 
 
-def test_a_sweep_of_six_loses_only_the_points_of_a_lost_run(workplace, tmp_path):
-    arms = 'arms=["Dense","MoE-32"];["Dense","MoE-128"];["Dense","PR-MoE-32/64"]'
+def test_a_sweep_loses_only_the_points_of_a_lost_run(workplace, tmp_path):
+    arms = 'arms=["Dense","MoE-32"];["Dense","MoE-128"]'
     out = moelab(
         "sweep", "pr-moe", "--scale", "smoke", "--profile", "local", "-g", arms, "-g", "train.tokens=1024,2048"
     )
-    assert "8 runs" in out and out.count("notebook, after") == 6, "runs that points share are trained once"
+    assert "6 runs" in out and out.count("notebook, after") == 4, "runs that points share are trained once"
     (submission,) = submit.submissions()
     lost = next(run for run in submission.parts[0].runs if run.startswith("350m-moe-32"))
     queue.cancel([f"{submission.parts[0].job}_{submission.parts[0].runs.index(lost)}"])
     rows = until_all_is_over()
     states = sorted(row.state for name, row in rows.items() if name.startswith("notebook"))
-    assert states == ["finished"] * 5 + ["incomplete"]
+    assert states == ["finished"] * 3 + ["incomplete"]
     (row,) = [row for row in rows.values() if row.state == "incomplete"]
     assert lost in row.reason
     published = [
@@ -100,7 +100,7 @@ def test_a_sweep_of_six_loses_only_the_points_of_a_lost_run(workplace, tmp_path)
     assert "MoE-32, seed 0" in shown, "the notebook says what is missing"
     (compared,) = (workplace.home / "results" / "pr-moe" / "smoke-sweep").iterdir()
     assert read_json(compared / "summary.json")["missing"] == [lost], "the last notebook compares the points"
-    assert len((compared / "points.jsonl").read_text().splitlines()) == 11 and (compared / "points.svg").exists()
+    assert len((compared / "points.jsonl").read_text().splitlines()) == 7 and (compared / "points.svg").exists()
     out = moelab(
         "sweep",
         "pr-moe",
@@ -114,7 +114,7 @@ def test_a_sweep_of_six_loses_only_the_points_of_a_lost_run(workplace, tmp_path)
         "train.tokens=1024,2048",
         "--dry-run",
     )
-    assert out.count(", 1 of them to train") == 1 and out.count(", 0 of them to train") == 5, (
+    assert out.count(", 1 of them to train") == 1 and out.count(", 0 of them to train") == 3, (
         "only the lost run is left"
     )
 
@@ -194,7 +194,7 @@ print(run.finished, run.result["validation_loss"])""",
     NotebookClient(notebook, timeout=1800, kernel_name="python3").execute()
     asked, ran, status = (cell.outputs for cell in notebook.cells)
     (run,) = (workplace.home / "runs").iterdir()
-    assert "['waiting']" in asked[-1].text
+    assert asked[-1].text.strip() in ("['waiting']", "['starting']")
     assert f"True {read_json(run / 'result.json')['validation_loss']}" in ran[-1].text
     # One table, renewed in place until all is over; then the progress bar of what was read back.
     table = next(output.data["text/html"] for output in ran if "text/html" in output.get("data", {}))

@@ -1,6 +1,7 @@
 """The gate against a brute-force loop over tokens, its backends against each other, and its gradients."""
 
 import math
+import os
 
 import pytest
 import torch
@@ -102,13 +103,14 @@ def check_against_brute_force(logits, top_k, capacity, seed, normalize, target, 
     return g
 
 
-@pytest.mark.parametrize("seed", [None, 0, 1 << 40])
-@pytest.mark.parametrize("S,E,K,capacity", SHAPES)
+@pytest.mark.parametrize(
+    "S,E,K,capacity,seed", [*((*shape, seed) for shape in SHAPES for seed in (None, 1 << 40)), (13, 5, 2, 3, 0)]
+)
 def test_semantics(target, S, E, K, capacity, seed):
     check_against_brute_force(torch.randn(S, E), K, capacity, seed, K > 1, target)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=10 if os.environ.get("TRITON_INTERPRET") == "1" else 30, deadline=None)
 @given(data=st.data())
 def test_semantics_hypothesis(target, data):
     S, E = data.draw(st.integers(0, 40)), data.draw(st.integers(2, 12))
@@ -184,7 +186,7 @@ def test_priorities_are_one_hash_everywhere():
     assert len(set(priorities(3, 5000, 1).flatten().tolist())) == 5000
 
 
-@pytest.mark.parametrize("S,E,K,capacity", [(300, 3, 2, 40), (1100, 4, 1, 200), (1500, 3, 3, 1300), (90, 2, 2, 1)])
+@pytest.mark.parametrize("S,E,K,capacity", [(300, 3, 2, 40), (1500, 3, 3, 1300), (90, 2, 2, 1)])
 def test_long_lists(target, S, E, K, capacity):
     """Experts with more entries than one chunk of the selection."""
     g = check_against_brute_force(torch.randn(S, E), K, capacity, 3, False, target)
@@ -193,7 +195,7 @@ def test_long_lists(target, S, E, K, capacity):
 
 @pytest.mark.parametrize(
     "S,seed,first,second",  # tokens whose entries (first, k = 0) and (second, k = 1) draw the same priority
-    [(512, 10810, 306, 111), (512, 35692, 16, 355), (64, 1044463, 34, 26), (64, 3213365, 34, 58)],
+    [(512, 10810, 306, 111), (64, 1044463, 34, 26), (64, 3213365, 34, 58)],
 )
 def test_the_lower_token_wins_a_tie_of_priorities(target, S, seed, first, second):
     """All tokens want expert 0, first or second, and its capacity ends between two entries of equal priority."""
@@ -225,9 +227,7 @@ def few_priorities(target, monkeypatch):
             monkeypatch.setattr(module, "priority", few(module.priority))
 
 
-@pytest.mark.parametrize(
-    "S,E,K,capacity", [(30, 3, 2, 7), (300, 3, 2, 40), (1100, 4, 1, 200), (1500, 3, 3, 1300), (90, 2, 2, 1)]
-)
+@pytest.mark.parametrize("S,E,K,capacity", [(30, 3, 2, 7), (1100, 4, 1, 200), (90, 2, 2, 1)])
 def test_many_ties_of_priorities(target, few_priorities, S, E, K, capacity):
     g = check_against_brute_force(torch.randn(S, E), K, capacity, 3, False, target, draw=few(python_priority))
     assert (g.kept_E == capacity).any()
@@ -246,8 +246,9 @@ def losses(g, weights):
     return (g.weight_SK * weights).sum() + 0.3 * g.aux_loss + 0.07 * g.z_loss
 
 
-@pytest.mark.parametrize("normalize", [False, True])
-@pytest.mark.parametrize("S,E,K,capacity", SHAPES)
+@pytest.mark.parametrize(
+    "S,E,K,capacity,normalize", [(*shape, normalize) for shape in SHAPES for normalize in (False, True)[: shape[2]]]
+)
 def test_gradients_match_the_reference(target, S, E, K, capacity, normalize):
     """Each of the three outputs alone and all together."""
     backend, device, _ = target

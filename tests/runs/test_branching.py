@@ -3,6 +3,7 @@
 import json
 import shutil
 import signal
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -212,7 +213,8 @@ def test_a_branch_of_an_imported_trunk(trunk, short, branch, tmp_path):
     assert records.read(archive, lab.store).finished
     (run,) = lab.run([branch], executor="inline")
     assert_same_from(10, run, whole)
-    taken = records.read(records.archives_in(*records.write([run], tmp_path))[0], RunStore(tmp_path / "theirs"))
+    packed = records.archives_in(*records.write([run], tmp_path / "packs"))[0]
+    taken = records.read(packed, RunStore(tmp_path / "theirs"))
     assert taken.spec == branch and taken.spec.start.run == trunk and taken.provenance["start"]["trained_again"]
 
 
@@ -430,7 +432,7 @@ def test_a_killed_branch_goes_on(trunk, short):
     for folder, step in (("prefix/checkpoints", 10), ("checkpoints", 33), ("checkpoints", 40)):
         process = start(run)
         while process.poll() is None and not (run.path / folder / f"step-{step:08d}").exists():
-            pass
+            time.sleep(0.001)
         process.send_signal(signal.SIGKILL)
         process.wait()
         assert not run.finished and (run.path / "checkpoints").exists() == (step > 30)

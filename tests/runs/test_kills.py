@@ -122,7 +122,7 @@ def contents(run: Run) -> dict:
 def test_killed_at_random_times_it_ends_as_undisturbed(ranks, kills, tiny_spec, tmp_path, monkeypatch):
     monkeypatch.setenv("MOELAB_HOME", str(tmp_path / "home"))
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    train = replace(tiny_spec.train, tokens=100 * 128, micro_batch=1, checkpoint_every=7, eval_every=40)
+    train = replace(tiny_spec.train, tokens=60 * 128, micro_batch=1, checkpoint_every=7, eval_every=25)
     spec = replace(
         tiny_spec,
         model=replace(tiny_spec.model, dropout=0.0),
