@@ -19,22 +19,29 @@ HERE = Path(__file__).parent
 # `make test` hands out whole files to processes, in this order: what takes long must not come last and leave the others idle.
 LONGEST = [
     "notebook/test_all_notebooks.py",
-    "cluster/test_batches.py",
+    "cluster/test_batches.py",  # tests of clusters wait most of the time: not all at once
+    "cli/test_cli.py",
     "cluster/test_losses.py",
+    "runs/test_kills.py",
     "cluster/test_faults.py",
     "browser/test_jupyterlab.py",
-    "cli/test_cli.py",
-    "cli/test_gpu.py",
-    "runs/test_kills.py",
     "kernels/test_interpreter.py",
+    "runs/test_branching.py",
+    "browser/test_results_pages.py",
+    "engine/test_launch.py",
     "runs/test_specs_and_store.py",
+    "engine/test_parallel.py",
+    "runs/test_ranks.py",
     "engine/test_checkpoint.py",
+    "docs/test_examples.py",
+    "slurm/test_local.py",
+    "evaluation/test_imported.py",
+    "cli/test_gpu.py",
+    "kernels/test_cpp.py",
+    "kernels/test_experts.py",
     "evaluation/test_zero_shot.py",
     "engine/test_exchange.py",
-    "engine/test_parallel.py",
-    "engine/test_launch.py",
     "training/test_loop.py",
-    "docs/test_examples.py",
 ]
 
 

@@ -232,15 +232,19 @@ def export(
     format: Annotated[
         str, typer.Option(help="gpt2, olmoe, mixtral, qwen2_moe, qwen3_moe or moelab; default: the one that fits")
     ] = "",
-    dtype: Annotated[str, typer.Option(help="of a run's weights: fp32 or bf16")] = "fp32",
+    dtype: Annotated[
+        str | None, typer.Option(help="of a run's weights: fp32 (default) or bf16; a model's keep theirs")
+    ] = None,
 ) -> None:
     """Write weights and tokenizer for other libraries.
 
     As safetensors, in a format that transformers opens if one fits the model, else in moelab's own; of a finished run
     also a model card.
     """
-    check_dtypes([dtype])
+    check_dtypes([dtype or "fp32"])
     source = RunStore().find(run)
+    if dtype and not (source / "spec.json").is_file():
+        raise ValueError(f"export: --dtype is for the weights of runs; {source} is a model, whose weights keep theirs")
     _check_new("export", directory)
     from moelab.data import prepare
     from moelab.engine.checkpoint import CheckpointError, hf
@@ -256,12 +260,12 @@ def export(
             config, data = run_configs(source)
             kind = format or hf.suitable_format(config)
             try:
-                model = load_run(source, dtype=dtype)
+                model = load_run(source, dtype=dtype or "fp32")
             except CheckpointError as error:
                 raise ValueError(str(error)) from None
             hf.export(model, directory, prepare(data, paths.home() / "data").tokenizer(), kind)
             if (source / "result.json").is_file():
-                write_text(directory / "README.md", model_card(source, directory.name, dtype))
+                write_text(directory / "README.md", model_card(source, directory.name, dtype or "fp32"))
     print(f"{config}: {kind} format in {directory}")
 
 

@@ -117,6 +117,8 @@ def test_published_weights_are_opened_by_name(trained, tmp_path, monkeypatch):
     few = ("--prompt", "wave", "--max-new-tokens", "6", "--temperature", "0", "--dtype", "bf16")
     assert moelab("generate", "looked-at", *few) == moelab("generate", trained.spec.id, *few)
     assert run_names("look") == ["looked-at"] and RunStore().find("looked") == folder
+    with pytest.raises(ValueError, match=r"^export: --dtype is for the weights of runs; .* is a model"):
+        moelab("export", "looked-at", str(tmp_path / "again"), "--dtype", "fp32")
 
 
 @pytest.mark.multiprocess
