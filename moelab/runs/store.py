@@ -331,7 +331,7 @@ class RunStore:
         close = [starts[start] for start in difflib.get_close_matches(name, starts, n=3)]
         raise ValueError(
             f"run {name!r}: no such run or directory; "
-            + (f"did you mean {', '.join(close)}?" if close else f"runs are in {self.root}, {len(known)} there")
+            + (f"did you mean {', '.join(close)}?" if close else f"runs are in {self.root}, {len(self.ids())} there")
         )
 
     def at(self, name: str) -> Run:
