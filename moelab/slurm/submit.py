@@ -7,7 +7,6 @@ recorded the job's id. `moelab.slurm.submission` describes the files.
 from __future__ import annotations
 
 import re
-import secrets
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -170,8 +169,10 @@ def _plan(
     needed = {run for _, runs in shown for run in runs if profile.cluster == "local"}
     todo = [spec for id, spec in wanted.items() if id not in done and (id not in queued or id in needed)]
 
-    now = time.gmtime()
-    id = f"{time.strftime('%Y%m%d-%H%M%S', now)}-{name}-{secrets.token_hex(3)}"
+    seconds, rest = divmod(time.time_ns(), 10**9)
+    now = time.gmtime(seconds)
+    # Ids sort by time also where one second has several; the rest, in units of 60 ns, tells them apart.
+    id = f"{time.strftime('%Y%m%d-%H%M%S', now)}-{name}-{(rest << 24) // 10**9:06x}"
     code = snapshot.place(paths.home() / "snapshots")
     created = time.strftime("%Y-%m-%dT%H:%M:%SZ", now)
     submission = Submission(

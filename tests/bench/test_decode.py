@@ -35,6 +35,7 @@ def known_rate(monkeypatch):
     monkeypatch.setattr(bench, "reader", lambda *_: lambda: 1e10)
 
 
+@pytest.mark.slow
 def test_rows_of_one_process(known_rate):
     rows = bench.measure(MOE, [1, 3], TINY, "cpu")
     rows = [row.json() for row in rows]
@@ -189,6 +190,7 @@ def test_the_command_on_ranks(tmp_path):
     assert "tokens/s" not in (tmp_path / "rank-00001.txt").read_text()
 
 
+@pytest.mark.slow
 def test_the_command_writes_numbers_and_a_figure(known_rate, tmp_path, monkeypatch):
     monkeypatch.setattr(bench, "decoders", lambda: {"tiny MoE": MOE, "tiny": DENSE})
     bench.main(

@@ -270,6 +270,7 @@ def test_help_imports_no_library_of_numbers():
     assert done.stderr.splitlines()[-1] == "[]"
 
 
+@pytest.mark.slow
 def test_a_benchmark_leaves_numbers_figure_and_provenance(tmp_path):
     size = ("--tokens", "64", "--experts", "4", "--rounds", "3", "--threads", "1")
     done = moelab("bench", "layer", *size, "--hidden", "16", "--ffn", "32", "--out", str(tmp_path))
@@ -298,6 +299,7 @@ def test_list_is_short_and_says_more_of_one():
     assert moelab("list", "04").stdout == moelab("list", "4").stdout == moelab("list", "pr-moe").stdout
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("script") is None, reason="a terminal of 80 columns needs the program script")
 @pytest.mark.parametrize(
     "command",

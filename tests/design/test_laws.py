@@ -46,6 +46,7 @@ def test_a_law_is_found_again_from_exact_points():
     assert high - low < 0.002
 
 
+@pytest.mark.slow
 def test_intervals_hold_the_truth_and_widen_with_the_noise():
     quiet, loud = laws.fit(points(0.003)), laws.fit(points(0.02))
     for found in (quiet, loud):
@@ -59,6 +60,7 @@ def test_intervals_hold_the_truth_and_widen_with_the_noise():
     assert high9 - low9 < high - low
 
 
+@pytest.mark.slow
 def test_the_same_points_give_the_same_numbers():
     assert laws.fit(points(0.01)).predict(8e6, TOKENS, 3) == laws.fit(points(0.01)).predict(8e6, TOKENS, 3)
 

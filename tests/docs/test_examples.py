@@ -193,6 +193,7 @@ assert hf.suitable_format(replace(modern, expert=replace(kind, ffn=0, feed_forwa
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("heading", "script", "files", "lines"),
     [
@@ -296,6 +297,7 @@ def asked(text: str) -> list[list[str]]:
     return [words for words in commands if words[0] in ("run", "submit", "sweep", "prepare") and words[1:]]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("page", ["README.md", "slurm/README.md", *(f"docs/{p.name}" for p in ROOT.glob("docs/*.md"))])
 def test_experiments_and_parameters_of_commands_are_accepted(page, tmp_path, monkeypatch):
     """Dry runs, and for `prepare` what comes before any text is read."""

@@ -76,6 +76,7 @@ WORLDS = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("config", "experts", "dispatch", "gather"), WORLDS)
 def test_every_row_arrives_and_messages_are_as_the_paper_counts(config, experts, dispatch, gather):
     p, G, L = config.ranks, config.ranks_per_node, config.tensor

@@ -19,6 +19,7 @@ def trained(spec, tmp_path, monkeypatch, **routing):
     return run
 
 
+@pytest.mark.slow
 def test_one_trained_model_is_validated_with_its_limit_and_without(tiny_spec, tmp_path, monkeypatch):
     run = trained(tiny_spec, tmp_path, monkeypatch, capacity_factor_eval=0.5, min_capacity=1)
     found = validation_limits.validated(run)
@@ -31,6 +32,7 @@ def test_one_trained_model_is_validated_with_its_limit_and_without(tiny_spec, tm
     assert validation_limits.validated(run, 64) != found
 
 
+@pytest.mark.slow
 def test_without_a_limit_all_kinds_are_one(tiny_spec, tmp_path, monkeypatch):
     run = trained(tiny_spec, tmp_path, monkeypatch, drop_tokens=False)
     found = validation_limits.validated(run)

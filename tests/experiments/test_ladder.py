@@ -42,6 +42,7 @@ def test_the_rate_falls_as_the_papers_dense_rates_do():
     assert ladder.EXPERIMENT.specs("cpu", 1, overrides={"train.lr": 1e-3})[0].train.lr == 1e-3
 
 
+@pytest.mark.slow
 def test_laws_never_see_the_larger_width():
     all_ = made((32, 64, 96, 128))
     below = all_[all_["width"] < 128]
@@ -73,6 +74,7 @@ def test_the_prediction_says_how_far_it_missed():
     assert list(before["value"]) == list(came["value"]) and list(before["low"]) == list(came["low"])
 
 
+@pytest.mark.slow
 def test_headlines():
     table = made((32, 64, 96, 128))
     found = ladder.fits(table, "cpu")

@@ -84,6 +84,7 @@ def test_a_sequence_has_the_same_bits_among_so_many_that_threads_share_them(kind
     assert all(torch.equal(logits, together[i]) for i, logits in alone.items())
 
 
+@pytest.mark.slow
 @kinds
 @dtypes
 def test_generation_has_the_same_bits_in_any_batch(kind, dtype, packed, threads, monkeypatch):

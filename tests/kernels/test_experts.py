@@ -102,6 +102,7 @@ def test_float32(target, counts, spare, M, F, activation):
 HALVES = [([5, 0, 33, 1], 2, 24, 40), *CASES[len(ODD) :]]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("weights", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("counts,spare,M,F", HALVES)

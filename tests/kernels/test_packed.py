@@ -78,6 +78,7 @@ def pack(params, gated):
     return packed.pack(up), b1, packed.pack(w2.mT), b2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("counts,spare,M,width", [*MULTIPLES, *LARGE])

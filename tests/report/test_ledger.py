@@ -159,6 +159,7 @@ def test_a_result_is_shown_by_todays_rule(tmp_path):
     assert (found.verdict, found.kind) == (claims.REPRODUCED, claims.MEASURED) and found.tested
 
 
+@pytest.mark.slow
 def test_the_command_prints_table_and_json(tmp_path):
 
     publish(tmp_path, "pr-moe", "cpu", "2026-01-01", [judge(ORDER, [-0.1, -0.11, -0.12])])

@@ -28,6 +28,8 @@ from moelab.training.loop import TrainingStopped
 from moelab.training.metrics import TRAIN, VALIDATION, read_rows
 from moelab.training.optimizer import make_optimizer
 
+pytestmark = pytest.mark.slow
+
 STEP = 4 * 32
 """Tokens of a step."""
 

@@ -113,6 +113,7 @@ def test_what_a_finished_run_was_stays_on_record(tiny_spec):
     assert (run.path / "spec.json").read_bytes() == before
 
 
+@pytest.mark.slow
 def test_one_failing_run_takes_no_other_with_it(tiny_spec):
     bad = replace(tiny_spec, model=replace(tiny_spec.model, vocab=100), label="bad")
     with pytest.raises(
@@ -275,6 +276,7 @@ def test_who_waits_for_a_run_says_for_whom(tiny_spec, tmp_path, capsys):
     assert out.count("waits for process 41 on node7, which trains it since 2026-01-01T00:00:00Z; if it is gone") == 1
 
 
+@pytest.mark.slow
 def test_who_trains_is_on_record(tiny_spec, tmp_path):
     run = RunStore(tmp_path).run(tiny_spec)
     execute(run)
@@ -346,6 +348,7 @@ def test_a_layout_that_fits_the_student_alone_is_refused(tiny_spec):
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("executor", ["inline", "processes"])
 def test_teachers_are_trained_first(tiny_spec, executor):
     student = student_of(tiny_spec)

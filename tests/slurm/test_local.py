@@ -23,6 +23,8 @@ from moelab.slurm.profiles import Profile
 from moelab.slurm.status import log_of, overview
 from moelab.slurm.submission import submissions
 
+pytestmark = pytest.mark.multiprocess
+
 PROFILE = Profile("processes", cluster="local", array_parallelism=2)
 
 

@@ -523,6 +523,7 @@ def test_one_bad_file_hides_nothing_else(submitted, tiny_spec, slurm, monkeypatc
 ODD = [None, True, 1e300, "x", [], [1], {"a": 1}]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["submission", "spec", "status", "result", "notebook", "progress", "attempts"])
 def test_valid_json_of_the_wrong_type_is_a_row_or_one_line(submitted, slurm, name, monkeypatch):
     """Every field of every file, and each file as a whole, in turn replaced by a value of each type."""

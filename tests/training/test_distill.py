@@ -139,6 +139,7 @@ def test_a_stopped_student_goes_on_bit_for_bit(taught, tmp_path):
     assert all(torch.equal(a[k], b[k]) for k in a)
 
 
+@pytest.mark.slow
 def test_the_cache_changes_no_number_and_keeps_its_bound(taught, tmp_path, caplog):
     plain = DistillConfig(top_k=8)
     micro = {"train": {"micro_batch": 2}}

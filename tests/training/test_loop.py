@@ -64,6 +64,7 @@ def test_learns_and_reports(tiny_model, tiny_train, data, tmp_path):
     assert list((tmp_path / "tensorboard").iterdir())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("step", [1, 4, 5, 17, 23])
 def test_a_stopped_and_resumed_run_is_the_undisturbed_one(step, tiny_model, tiny_train, data, tmp_path):
     train(tiny_model, tiny_train, data, 32, tmp_path / "whole")
