@@ -1,4 +1,4 @@
-"""The tables of docs/performance.md, from the measurements in results/benchmarks.
+"""The tables of pages that are made from files of results: see `PAGES` and `KINDS`.
 
 python docs/tables.py                              # writes them anew, after new measurements
 

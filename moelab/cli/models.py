@@ -263,9 +263,11 @@ def export(
                 model = load_run(source, dtype=dtype or "fp32")
             except CheckpointError as error:
                 raise ValueError(str(error)) from None
+            finished = (source / "result.json").is_file()
+            card = model_card(source, directory.name, dtype or "fp32") if finished else ""
             hf.export(model, directory, prepare(data, paths.home() / "data").tokenizer(), kind)
-            if (source / "result.json").is_file():
-                write_text(directory / "README.md", model_card(source, directory.name, dtype or "fp32"))
+            if card:
+                write_text(directory / "README.md", card)
     print(f"{config}: {kind} format in {directory}")
 
 

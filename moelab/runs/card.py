@@ -17,9 +17,8 @@ tags: [mixture-of-experts, language-model]
 
 # {model}
 
-{kind}, trained from scratch by moelab: a scaled-down counterpart (*twin*) of a model of the DeepSpeed-MoE paper
-(arXiv 2201.05596). It is for looking at routing, export and inference. It is far too small to be of use as a language
-model, and nothing kept harmful text out of its training.
+{kind}, trained by moelab, which reruns the DeepSpeed-MoE paper (arXiv 2201.05596). It is for experiments
+on routing, export and inference, not for use as a language model: nothing kept harmful text out of its training.
 
 ```
 moelab generate {name} --prompt "The" --max-new-tokens 60
@@ -31,11 +30,11 @@ moelab generate {name} --prompt "The" --max-new-tokens 60
 | experts by layer | {experts} |
 | size | {layers} layers, {hidden} wide, {vocab:,} tokens of vocabulary, context {context} |
 | weights | {dtype}, safetensors |
-| training text | {corpus} (`moelab/data/packages.csv` lists texts and licences), tokenizer {tokenizer} |
+| training text | {corpus}, tokenizer {tokenizer}; licences of packaged texts: `moelab/data/packages.csv` |
 | training tokens | {tokens:,} in {steps:,} steps of {batch:,} |
-| peak learning rate | {lr:g}, cosine to {min_lr:g}; AdamW, weight decay {decay:g} |
+| peak learning rate | {lr:g}, {decline} to {min_lr:g}; AdamW, weight decay {decay:g} |
 | arithmetic | {train_dtype}, seed {seed} |
-| validation loss | {loss:.4f} nats a token, {bits:.4f} bits a byte, on {validation:,} tokens, weights in fp32 |
+| validation loss | {loss:.4f} nats a token, {bits:.4f} bits a byte, on {validation} tokens |
 | trained on | {cpu}, {hours:.1f} hours |
 | run | `{id}`, commit `{commit}` |
 
@@ -54,6 +53,9 @@ def model_card(directory: Path, name: str, dtype: str) -> str:
         directory: the run's.
         name: of the folder or the model that a reader gives to `moelab generate`.
         dtype: of the exported weights, "fp32" or "bf16".
+
+    Raises:
+        ValueError: the spec or the result cannot be read; the message is one line.
     """
     run = Run(RunSpec.from_json(read_json(directory / "spec.json"), where=str(directory)), directory)
     model, train, data, result = run.spec.model, run.spec.train, run.spec.data, run.result
@@ -78,18 +80,20 @@ def model_card(directory: Path, name: str, dtype: str) -> str:
         steps=result["steps"],
         batch=train.batch_size * data.context,
         lr=train.lr,
+        decline="linear at the end" if train.cooldown_tokens else "cosine",
         min_lr=train.min_lr,
         decay=train.weight_decay,
         train_dtype=train.dtype,
         seed=train.seed,
         loss=result["validation_loss"],
         bits=result["bits_per_byte"],
-        validation=result["validation_tokens"],
+        validation=f"{count:,}" if (count := result.get("validation_tokens")) else "an unknown number of",
         cpu=provenance.get("hardware", {}).get("cpu", "unknown hardware"),
         hours=run.own_seconds / 3600,
         id=run.spec.id,
         commit=str(provenance.get("commit") or "unknown")[:8],
         domains="\n".join(
-            f"| {domain} | {numbers['loss']:.3f} |" for domain, numbers in result["validation_by_domain"].items()
+            f"| {domain} | {numbers['loss']:.3f} |"
+            for domain, numbers in result.get("validation_by_domain", {}).items()
         ),
     )

@@ -253,7 +253,7 @@ def test_bad_input_is_one_line_and_queues_nothing(workplace, tmp_path, monkeypat
 
 def test_account_and_qos_are_checked_and_billed_where_there_is_accounting(workplace, spec, tmp_path):
     if "slurmdbd" not in slurm("scontrol", "show", "config").partition("AccountingStorageType")[2].splitlines()[0]:
-        pytest.skip("the development cluster runs without accounting: slurm/local/cluster.sh up --accounting")
+        pytest.skip("accounting needs slurmdbd and mariadbd (slurm/README.md)")
     for wrong, why in (({"account": "nope"}, "Invalid account"), ({"qos": "nope"}, "Invalid qos")):
         with pytest.raises(ValueError, match=why) as error:
             workplace.submit(spec, **wrong)

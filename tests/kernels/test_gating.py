@@ -186,7 +186,7 @@ def test_priorities_are_one_hash_everywhere():
     assert len(set(priorities(3, 5000, 1).flatten().tolist())) == 5000
 
 
-@pytest.mark.parametrize("S,E,K,capacity", [(300, 3, 2, 40), (1500, 3, 3, 1300), (90, 2, 2, 1)])
+@pytest.mark.parametrize("S,E,K,capacity", [(300, 3, 2, 40), (1100, 4, 1, 200), (1500, 3, 3, 1300), (90, 2, 2, 1)])
 def test_long_lists(target, S, E, K, capacity):
     """Experts with more entries than one chunk of the selection."""
     g = check_against_brute_force(torch.randn(S, E), K, capacity, 3, False, target)
