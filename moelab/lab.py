@@ -38,6 +38,15 @@ if TYPE_CHECKING:
 
 Executor = Literal["auto", "inline", "processes", "slurm", "read"]
 
+_SHORT_FLOPS = 1e11
+"""A core's work of two seconds, which is what a process takes until its first step: all of `smoke`, none of `quick`."""
+
+
+def _short(run: Run, workers: int) -> bool:
+    """Return whether a run ends sooner in this process: it is short, and few would train beside it."""
+    spec = run.spec
+    return workers <= 4 and spec.cost < _SHORT_FLOPS and spec.parallel.ranks == 1 and spec.train.device == "cpu"
+
 
 class Lab:
     """Runs specs on this machine or on a cluster, and keeps the runs in one run store.
@@ -71,8 +80,8 @@ class Lab:
             executor: "inline" trains in this process. "processes" trains each run in a process of its own. (A run on
                 several ranks has several processes or srun tasks in any case.) "slurm" trains in jobs of a cluster,
                 shows their state and waits for them; stopping the cell leaves them in the queue. "read" trains nothing.
-                "auto" takes the value of the environment variable `MOELAB_EXECUTOR` (in a notebook's batch job "read"),
-                else "processes".
+                "auto" takes the value of the environment variable `MOELAB_EXECUTOR` (in a notebook's batch job "read");
+                else it is "processes", but "inline" for runs that take less time than their processes to start.
             workers: processes at a time, one for each rank; by default as many as the cores allow at each run's
                 threads, 1 on a GPU. At least one run is trained at a time.
             profile: the cluster for "slurm", see `moelab.slurm.profiles`; by default `MOELAB_PROFILE`.
@@ -83,7 +92,7 @@ class Lab:
         """
         asked = executor
         if executor == "auto":
-            executor = environment.EXECUTOR.get() or "processes"  # type: ignore[assignment]  # checked below
+            executor = environment.EXECUTOR.get() or executor  # type: ignore[assignment]  # checked below
         if executor not in (allowed := get_args(Executor)):
             raise ValueError(f"lab.run: executor must be one of {', '.join(allowed)}, got {executor!r}")
         runs = [self.store.run(spec, write=executor != "read") for spec in closure(specs).values()]
@@ -94,10 +103,12 @@ class Lab:
         try:
             for generation in self._generations(runs):
                 todo = [run for run in generation if not run.finished]
-                if todo and executor == "inline":
-                    executors.inline(todo, show)
-                elif todo and executor == "processes":
-                    executors.processes(todo, workers or self._workers(todo), show)
+                at_once = workers or self._workers(todo)
+                here = [run for run in todo if executor == "inline" or (executor == "auto" and _short(run, at_once))]
+                if here:
+                    executors.inline(here, show)
+                if executor in ("auto", "processes") and len(here) < len(todo):
+                    executors.processes([run for run in todo if run not in here], at_once, show)
         finally:
             show(final=True)
         by_id = {run.spec.id: run for run in runs}
@@ -189,7 +200,7 @@ class Lab:
     def _workers(runs: Sequence[Run]) -> int:
         if any(run.spec.train.device == "cuda" for run in runs):
             return 1
-        return max(1, machine.cores() // max(run.spec.train.threads for run in runs))
+        return max(1, machine.cores() // max((run.spec.train.threads for run in runs), default=1))
 
     @staticmethod
     def _announce(runs: Sequence[Run]) -> None:

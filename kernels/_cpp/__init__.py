@@ -33,7 +33,9 @@ from typing import Any
 import torch
 from filelock import AcquireReturnProxy, FileLock, Timeout
 
-SOURCES = ("experts.cpp", "packed.cpp", "gating.cpp", "permute.cpp", "residual.cpp", "attention.cpp", "activation.cpp")
+SOURCES = (
+    "experts.cpp", "products.cpp", "attention.cpp", "gating.cpp", "residual.cpp", "permute.cpp", "packed.cpp", "activation.cpp",
+)  # fmt: skip
 """Those that take longest to compile come first."""
 
 INSTRUCTIONS = {

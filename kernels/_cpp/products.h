@@ -314,4 +314,11 @@ void product(
   }
 }
 
+// Compiled once, by products.cpp.
+#define MOELAB_PRODUCT(T) \
+  template void product<T>( \
+      int64_t, int64_t, int64_t, const Left&, const Panels&, const float*, float*, const Target&, Ahead&)
+extern MOELAB_PRODUCT(float);
+extern MOELAB_PRODUCT(BFloat16);
+
 }  // namespace moelab

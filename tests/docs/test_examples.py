@@ -49,7 +49,6 @@ def test_the_example_runs_and_is_published(tmp_path):
         "PYTHONPATH": str(tmp_path),
         "MOELAB_HOME": str(tmp_path / "home"),
         "MOELAB_RESULTS": str(tmp_path / "results"),
-        "MOELAB_EXECUTOR": "inline",  # six short runs: a process for each would take longer than they do
     }
     done = subprocess.run(
         [sys.executable, "-m", "moelab.cli", "run", "balance-loss", "--scale", "smoke", "-p", "seeds=2"],

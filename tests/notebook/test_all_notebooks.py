@@ -16,8 +16,7 @@ SMOKE = [e.name for e in EXPERIMENTS.values() if "smoke" in e.scales]
 
 
 def run(root, *what):
-    """In one process the runs, which are so short that starting a process for each (as test_cli.py does) would take most of the time."""
-    places = {"MOELAB_HOME": str(root / "home"), "MOELAB_RESULTS": str(root / "results"), "MOELAB_EXECUTOR": "inline"}
+    places = {"MOELAB_HOME": str(root / "home"), "MOELAB_RESULTS": str(root / "results")}
     command = [sys.executable, "-m", "moelab.cli", "run", *what, "--scale", "smoke"]
     return subprocess.run(command, capture_output=True, text=True, env={**os.environ, **places, "COLUMNS": "200"})
 
