@@ -39,6 +39,7 @@ SOURCES = (
 """Those that take longest to compile come first."""
 
 INSTRUCTIONS = {
+    "amx_bf16": ("avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512bf16", "amx-tile", "amx-bf16"),
     "avx512_bf16": ("avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512bf16"),
     "avx512": ("avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512dq", "avx512vl"),
     "avx2": ("avx2", "fma", "f16c"),
@@ -64,6 +65,7 @@ def compiler() -> str:
 def supported() -> tuple[str, ...]:
     """Return the instruction sets that this processor has, the fastest first."""
     has = {
+        "amx_bf16": torch.cpu._is_avx512_bf16_supported() and torch.cpu._is_amx_tile_supported() and torch.cpu._init_amx(),
         "avx512_bf16": torch.cpu._is_avx512_bf16_supported() and torch.cpu._is_avx512_supported(),
         "avx512": torch.cpu._is_avx512_supported(),
         "avx2": torch.cpu._is_avx2_supported(),

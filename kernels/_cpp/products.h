@@ -286,6 +286,88 @@ void column(
   }
 }
 
+#if defined(__AMX_BF16__)
+// Tiles: matrices of 16 rows of 16 words in registers of their own, which the processor multiplies at a time.
+constexpr int64_t kTileRows = 16;
+
+// Makes the thread's tile registers ready while it lasts.
+class Tiles {
+ public:
+  Tiles() {
+    alignas(64) struct { uint8_t palette = 1, start = 0, zeros[14] = {}; uint16_t bytes[16]; uint8_t rows[16]; } shape;
+    for (int i = 0; i < 16; ++i) shape.bytes[i] = i < 8 ? 64 : 0, shape.rows[i] = i < 8 ? kTileRows : 0;
+    _tile_loadconfig(&shape);
+  }
+  ~Tiles() { _tile_release(); }
+};
+
+// Sums [up to 32, 32] = A @ B, of two tiles of rows and of columns, or of one of either.
+template <bool two_rows, bool two_columns>
+void tiles(
+    int64_t steps, const uint32_t* a, int64_t row, const uint32_t* b, int64_t ld, float* sums, Ahead& ahead) {
+  _tile_zero(0);
+  _tile_zero(1);
+  _tile_zero(2);
+  _tile_zero(3);
+  for (int64_t k = 0; k < steps; k += kTileRows) {
+    _tile_loadd(4, a + k, row * 4);
+    _tile_loadd(6, b + k * ld, ld * 4);
+    _tile_dpbf16ps(0, 4, 6);
+    if constexpr (two_columns) {
+      _tile_loadd(7, b + k * ld + kLanes, ld * 4);
+      _tile_dpbf16ps(1, 4, 7);
+    }
+    if constexpr (two_rows) {
+      _tile_loadd(5, a + kTileRows * row + k, row * 4);
+      _tile_dpbf16ps(2, 5, 6);
+      if constexpr (two_columns) _tile_dpbf16ps(3, 5, 7);
+    }
+    for (int i = 0; i < (two_rows ? 96 : 32); ++i) ahead.fetch();
+  }
+  constexpr int64_t bytes = 2 * kLanes * 4;
+  _tile_stored(0, sums, bytes);
+  if constexpr (two_columns) _tile_stored(1, sums + kLanes, bytes);
+  if constexpr (two_rows) _tile_stored(2, sums + kTileRows * 2 * kLanes, bytes);
+  if constexpr (two_rows && two_columns) _tile_stored(3, sums + kTileRows * 2 * kLanes + kLanes, bytes);
+}
+
+// `product` of rows as they lie, where k is a multiple of 16 words.
+inline void product_of_tiles(
+    int64_t m, int64_t n, int64_t steps, const Left& a, const Panels& b, const float* from, const Target& to,
+    Ahead& ahead) {
+  alignas(64) float sums[2 * kTileRows * 2 * kLanes];
+  const int64_t whole = m / kTileRows * kTileRows, rest = m - whole;
+  alignas(64) static thread_local uint32_t last[kTileRows * (kInner / 2)];  // the last rows, filled up to a tile
+  for (int64_t i = 0; i < rest; ++i) std::memcpy(last + i * steps, a.words + (whole + i) * a.row, steps * 4);
+  const Tiles ready;
+  for (int64_t j = 0; j < n; j += 2 * kLanes) {
+    const int64_t columns = std::min(2 * kLanes, n - j);
+    const auto* right = b.words + j / kPanel * b.stride + j % kPanel;
+    for (int64_t i = 0; i < m;) {
+      const bool two = i + 2 * kTileRows <= whole, own = i < whole;
+      const int64_t rows = std::min(two ? 2 * kTileRows : kTileRows, m - i);
+      const auto call = columns > kLanes ? (two ? tiles<true, true> : tiles<false, true>)
+                                         : (two ? tiles<true, false> : tiles<false, false>);
+      call(steps, own ? a.words + i * a.row : last, own ? a.row : steps, right, b.ld, sums, ahead);
+      for (int64_t r = 0; r < rows; ++r)
+        for (int64_t c = 0; c < columns; c += kLanes) {
+          Vec sum = load(sums + r * 2 * kLanes + c);
+          if (from) sum = sum + load(from + (i + r) * n + j + c);
+          const int64_t at = (i + r) * to.ld + j + c;
+          if (to.narrow) {
+            auto* there = static_cast<BFloat16*>(to.data) + at;
+            to.past ? store_past_caches(there, sum) : store(there, sum);
+          } else {
+            auto* there = static_cast<float*>(to.data) + at;
+            to.past ? store_past_caches(there, sum) : store(there, sum);
+          }
+        }
+      i += rows;
+    }
+  }
+}
+#endif
+
 // C [m, n] = A [m, k] @ B [k, n], plus `from` unless it is null; n is a multiple of 16. k is given in words; sums of
 // parts of a long one are kept in `sums` [m, n], which may be `from`.
 template <typename T>
@@ -296,6 +378,12 @@ void product(
   for (int64_t k = 0; k < steps; k += most) {
     const int64_t some = std::min(most, steps - k);
     const Target there = k + some < steps ? target(sums, n) : to;
+#if defined(__AMX_BF16__)
+    if (sizeof(T) == 2 && a.step == 1 && steps % kTileRows == 0) {
+      product_of_tiles(m, n, some, {a.words + k, a.row, 1}, b.from(k), k > 0 ? sums : from, there, ahead);
+      continue;
+    }
+#endif
     for (int64_t j = 0; j < n; j += side) {
       const auto* right = b.words + j / kPanel * b.stride + j % kPanel + k * b.ld;
       const float* given = k > 0 ? sums + j : from ? from + j : nullptr;
