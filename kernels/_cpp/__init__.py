@@ -2,9 +2,9 @@
 
 One source file an operation (``gating.cpp``, ``permute.cpp``, ``experts.cpp``, ``activation.cpp``, ``residual.cpp``,
 ``packed.cpp``, ``attention.cpp``). Shared are ``vectors.h`` (vectors of the processor's width), ``activations.h``,
-``products.h`` (blocks of sums in registers, while memory fetches what the next product needs), ``packed.h`` and
-``operation.h`` (PyTorch's tensors and threads). The same sources compile for every instruction set in `INSTRUCTIONS`. A
-result has the same bits on any number of threads.
+``products.h`` (blocks of sums in registers, while memory fetches what the next product needs; ``operands.h`` has their
+layouts, ``tiles.h`` those of bfloat16 by AMX), ``packed.h`` and ``operation.h`` (PyTorch's tensors and threads). The
+same sources compile for every instruction set in `INSTRUCTIONS`. A result has the same bits on any number of threads.
 
 The library is kept in ``TORCH_EXTENSIONS_DIR`` or the user's cache (``~/.cache/moelab``), or, where nothing can be
 written or run there, in a folder of this user among the temporary files; one that a wheel brings lies in this package.
@@ -34,15 +34,18 @@ import torch
 from filelock import AcquireReturnProxy, FileLock, Timeout
 
 SOURCES = (
-    "experts.cpp", "products.cpp", "attention.cpp", "gating.cpp", "residual.cpp", "permute.cpp", "packed.cpp", "activation.cpp",
+    "experts.cpp", "products.cpp", "attention.cpp", "gating.cpp", "residual.cpp", "permute.cpp", "packed.cpp",
+    "activation.cpp",
 )  # fmt: skip
 """Those that take longest to compile come first."""
 
+_AVX2 = ("avx2", "fma", "f16c")
+_AVX512 = (*_AVX2, "avx512f", "avx512bw", "avx512dq", "avx512vl")
 INSTRUCTIONS = {
-    "amx_bf16": ("avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512bf16", "amx-tile", "amx-bf16"),
-    "avx512_bf16": ("avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512bf16"),
-    "avx512": ("avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512dq", "avx512vl"),
-    "avx2": ("avx2", "fma", "f16c"),
+    "amx_bf16": (*_AVX512, "avx512bf16", "amx-tile", "amx-bf16"),
+    "avx512_bf16": (*_AVX512, "avx512bf16"),
+    "avx512": _AVX512,
+    "avx2": _AVX2,
     "baseline": (),
 }
 """Instruction set -> what the compiler may use, the fastest first. "baseline" is any 64-bit processor, also ARM."""
@@ -64,9 +67,11 @@ def compiler() -> str:
 @functools.cache
 def supported() -> tuple[str, ...]:
     """Return the instruction sets that this processor has, the fastest first."""
+    bfloat16 = torch.cpu._is_avx512_supported() and torch.cpu._is_avx512_bf16_supported()
     has = {
-        "amx_bf16": torch.cpu._is_avx512_bf16_supported() and torch.cpu._is_amx_tile_supported() and torch.cpu._init_amx(),
-        "avx512_bf16": torch.cpu._is_avx512_bf16_supported() and torch.cpu._is_avx512_supported(),
+        # The operating system gives the tiles to a process that asks for them.
+        "amx_bf16": bfloat16 and torch.cpu._is_amx_tile_supported() and torch.cpu._init_amx(),
+        "avx512_bf16": bfloat16,
         "avx512": torch.cpu._is_avx512_supported(),
         "avx2": torch.cpu._is_avx2_supported(),
         "baseline": True,

@@ -33,7 +33,7 @@ struct Packed {
   const T* panel(int64_t gate, int64_t p) const { return data + (gate * panels + p) * K * kPackedPanel; }
   // C [m, kPackedPanel] = x [m, K] @ a panel, while memory reads `next`, a panel or null.
   void multiply(const T* x, int64_t m, const T* b, float* c, const T* next) const {
-    constexpr int64_t side = std::min(kSide, kPackedPanel / kLanes), most = blocks<T, side>.size();
+    constexpr int64_t side = std::min(kSide, kPackedPanel / kLanes), most = kRowsOfBlock<T, side>;
     const auto* first = reinterpret_cast<const char*>(next);
     const int64_t passes = (m + most - 1) / most * (kPackedPanel / (side * kLanes));
     Ahead ahead{first, next ? first + K * kPackedPanel * sizeof(T) : nullptr, int64_t(kPackedPanel * sizeof(float)) / passes};

@@ -168,6 +168,16 @@ def test_the_same_bits_on_any_number_of_threads(instructions, dtype, activation)
     assert_same_bits_on_any_number_of_threads(lambda: run(*args, activation=activation, backend="cpp"))
 
 
+def test_pytorchs_own_products_are_the_same_beside_ours(instructions):
+    """Both may use AMX, whose registers have a set-up of their own in each thread."""
+    args = make([40, 0, 31, 7], 1, 64, 96, torch.bfloat16)
+    a, b = torch.randn(2, 96, 96, dtype=torch.bfloat16)
+    first = run(*args, backend="cpp"), a @ b
+    for _ in range(3):
+        assert_same_bits(run(*args, backend="cpp"), first[0])
+        assert torch.equal(a @ b, first[1])
+
+
 def test_weight_gradients_have_the_same_bits_twice(target):
     backend, device, _ = target
     args = make([40, 3, 21], 0, 48, 32, device=device)
