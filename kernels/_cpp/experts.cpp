@@ -11,7 +11,7 @@ namespace {
 
 constexpr int64_t kTile = 64;      // rows of one product, forward
 constexpr int64_t kDeep = 128;     // rows that a product of the weights' gradients sums over
-constexpr int64_t kRows = 256;     // rows of a task
+constexpr int64_t kRows = 512;     // rows of a task
 constexpr int64_t kColumns = 512;  // inner columns of a task
 constexpr int64_t kFetched = 256 << 10;  // bytes of the next task's weights that products have fetched
 
@@ -72,9 +72,8 @@ void forward(
   check(rising, "expert_ffn: offsets must rise from 0 to at most ", R);
   share(row_parts(o, E), [&](const Part& part, const Part* next) {
     const int64_t e = part.expert, most = std::min(F, kColumns);
-    const bool packs = sizeof(T) == 2;
     auto& scratch = Scratch::of_thread();
-    const int64_t packed1 = packs ? panel_words<T>(M, F) : 0, packed2 = packs ? panel_words<T>(F, M) : 0;
+    const int64_t packed1 = packs<T>(N) ? panel_words<T>(M, F) : 0, packed2 = packs<T>(M) ? panel_words<T>(F, M) : 0;
     scratch.reserve(
         (gates * packed1 + packed2 + kTile * (gates * most + M)) * sizeof(float) + kTile * most * sizeof(T));
     auto* to1 = scratch.take<uint32_t>(gates * packed1);
@@ -123,11 +122,11 @@ void forward(
 }
 
 // Write d pre = d h * slope of n rows, which are `ld` values apart, and add them to the sums of their columns. Return
-// d pre as the B of a product; bfloat16 is packed into `to` for that.
+// d pre as the B of a product, in panels at `to` where it needs them.
 template <typename T>
 Panels differentiate(
     const float* dh, const T* slope, T* d, int64_t ld, float* sums, int64_t n, int64_t columns, uint32_t* to) {
-  const int64_t steps = (n + 1) / 2;
+  const int64_t steps = (n + kWord<T> - 1) / kWord<T>;
   const auto one = [&](int64_t i, int64_t j) {
     Vec value = load(dh + i * columns + j);
     if (slope) value = value * load(slope + i * ld + j);
@@ -136,12 +135,19 @@ Panels differentiate(
   };
   for (int64_t i = 0; i < n; i += 2)
     for (int64_t j = 0; j < columns; j += kLanes) {
-      const Vec first = one(i, j), second = i + 1 < n ? one(i + 1, j) : Vec{};
+      const bool two = i + 1 < n;
+      const Vec first = one(i, j), second = two ? one(i + 1, j) : Vec{};
       store(sums + j, load(sums + j) + first + second);
-      if constexpr (sizeof(T) == 2)
-        store_as(to + j / kPanel * kPanel * steps + i / 2 * kPanel + j % kPanel, pair_up(first, second));
+      if (!packs<T>(ld)) continue;
+      uint32_t* there = to + j / kPanel * kPanel * steps + i / kWord<T> * kPanel + j % kPanel;
+      if constexpr (sizeof(T) == 2) {
+        store_as(there, pair_up(first, second));
+      } else {
+        store_as(there, first);
+        if (two) store_as(there + kPanel, second);
+      }
     }
-  if constexpr (sizeof(T) == 2) return {to, steps * kPanel, kPanel};
+  if (packs<T>(ld)) return {to, steps * kPanel, kPanel};
   return {reinterpret_cast<const uint32_t*>(d), kPanel, ld};
 }
 
@@ -174,17 +180,20 @@ void backward(
       fence();
       return;
     }
-    const bool packs = sizeof(T) == 2, several = o[e + 1] - o[e] > kDeep;
+    const bool several = o[e + 1] - o[e] > kDeep;
     auto& scratch = Scratch::of_thread();
-    const int64_t tile = packs ? kDeep / 2 * (M + columns + round_up(M, kPanel) + round_up(columns, kPanel)) : 0;
+    const int64_t turned = sizeof(T) == 2 ? kDeep / 2 : 0;  // words of a column of the rows, which float reads in place
+    const int64_t packed_dy = packs<T>(M) ? panel_words<T>(kDeep, M) : 0;
+    const int64_t packed_d = packs<T>(N) ? panel_words<T>(kDeep, columns) : 0;
+    const int64_t tile = turned * (M + columns) + packed_dy + packed_d;
     const int64_t sums = several ? M * columns * (gates + 1) : 0;
     scratch.reserve(
         (panel_words<T>(M, columns) + tile + kDeep * columns + gates * columns + M + sums) * sizeof(float));
     auto* to = scratch.take<uint32_t>(panel_words<T>(M, columns));
-    auto* x_words = scratch.take<uint32_t>(packs ? kDeep / 2 * M : 0);
-    auto* h_words = scratch.take<uint32_t>(packs ? kDeep / 2 * columns : 0);
-    auto* dy_words = scratch.take<uint32_t>(packs ? kDeep / 2 * round_up(M, kPanel) : 0);
-    auto* d_words = scratch.take<uint32_t>(packs ? kDeep / 2 * round_up(columns, kPanel) : 0);
+    auto* x_words = scratch.take<uint32_t>(turned * M);
+    auto* h_words = scratch.take<uint32_t>(turned * columns);
+    auto* dy_words = scratch.take<uint32_t>(packed_dy);
+    auto* d_words = scratch.take<uint32_t>(packed_d);
     auto* dh = scratch.take<float>(kDeep * columns);
     auto* sums_b1 = scratch.take<float>(gates * columns);
     auto* sums_b2 = scratch.take<float>(M);

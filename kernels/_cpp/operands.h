@@ -20,6 +20,7 @@
 namespace moelab {
 
 constexpr int64_t kPanel = 64;    // columns of a panel
+constexpr int64_t kFarApart = 1024;  // values from row to row of a float matrix beyond which it is written in panels
 constexpr int64_t kInner = 512;   // inner length of one product: a panel of it stays in a core's second-level cache
 
 // Values in a word.
@@ -101,20 +102,29 @@ struct Panels {
   const uint32_t* at(int64_t column) const { return words + column / kPanel * stride + column % kPanel; }
 };
 
+// Return whether B, whose rows lie `ld` values apart, is written in panels. Rows far apart share few sets of the caches and
+// need a page each.
+template <typename T>
+bool packs(int64_t ld) { return sizeof(T) == 2 || ld > kFarApart; }
+
 // Words of B [k, n] in panels.
 template <typename T>
 int64_t panel_words(int64_t k, int64_t n) { return (k + kWord<T> - 1) / kWord<T> * round_up(n, kPanel); }
 
-// Return B [k, n] of T, given row-major, in panels: float as it lies, bfloat16 written to `to`.
+// Return B [k, n] of T, given row-major, in panels: written to `to`, unless they are of float and the rows lie close enough
+// together to be read as they are.
 template <typename T, typename From>
 Panels panels(const From* b, int64_t ld, int64_t k, int64_t n, uint32_t* to) {
-  if constexpr (sizeof(T) == 4) {
-    return {reinterpret_cast<const uint32_t*>(b), kPanel, ld};
-  } else {
-    const int64_t steps = (k + 1) / 2;
-    for (int64_t c = 0; c < n; c += kPanel) interleave(b + c, ld, to + c * steps, kPanel, k, std::min(kPanel, n - c));
-    return {to, steps * kPanel, kPanel};
+  const int64_t steps = (k + kWord<T> - 1) / kWord<T>;
+  if (!packs<T>(ld)) return {reinterpret_cast<const uint32_t*>(b), kPanel, ld};
+  for (int64_t c = 0; c < n; c += kPanel) {
+    const int64_t columns = std::min(kPanel, n - c);
+    if constexpr (sizeof(T) == 2)
+      interleave(b + c, ld, to + c * steps, kPanel, k, columns);
+    else
+      for (int64_t r = 0; r < k; ++r) std::memcpy(to + c * steps + r * kPanel, b + r * ld + c, columns * sizeof(T));
   }
+  return {to, steps * kPanel, kPanel};
 }
 
 // Return B [k, n] of T in panels, of which the transposed [n, k] is given row-major; k and n are multiples of 16.

@@ -51,9 +51,9 @@ MULTIPLES = [  # of 16, which the C++ takes
 ]
 LARGE = [
     ([7, 64, 1, 65, 128, 129], 0, 32, 128),  # about the rows of a product
-    ([0, 300, 0, 9], 1, 80, 560),  # more than a task has rows and columns, and panels of fewer than 64 columns
+    ([0, 600, 0, 9], 1, 80, 1072),  # more than a task has rows and columns, and panels of fewer than 64 columns
     ([1, 2] * 64, 0, 64, 256),
-    ([9, 2], 0, 528, 64),  # longer rows than one product takes
+    ([9, 2], 0, 1040, 64),  # longer rows than one product takes, and rows far apart
 ]
 CASES = [*ODD, *MULTIPLES, *([] if INTERPRETING else LARGE)]
 
@@ -164,7 +164,7 @@ def test_no_rows(target):
 @pytest.mark.parametrize("activation", ["gelu_tanh", "swiglu"])
 def test_the_same_bits_on_any_number_of_threads(instructions, dtype, activation):
     """With rows of one expert in several tasks, and inner columns of one in several."""
-    args = make([400, 0, 31, 7], 1, 64, 640, dtype, activation=activation)
+    args = make([600, 0, 31, 7], 1, 64, 640, dtype, activation=activation)
     assert_same_bits_on_any_number_of_threads(lambda: run(*args, activation=activation, backend="cpp"))
 
 
