@@ -3,7 +3,7 @@
 // A product goes step by step through the inner dimension k. What a step takes of a row of A or of a column of B is a
 // word: a float, or two bfloat16 values of neighbouring k. B [k, n] lies in panels of 64 columns:
 //
-//   float     panel [k][64], or the matrix itself, seen as panels with a common row stride, unless its rows lie far apart;
+//   float     panel [k][64], or, unless its rows lie far apart, the matrix itself, seen as panels with a common row stride;
 //   bfloat16  panel [k / 2][64][2]: two rows side by side ("VNNI"), as processors with AVX512_BF16 and AMX read them.
 //             Others multiply the two values of a word as floats.
 //
@@ -19,9 +19,9 @@
 
 namespace moelab {
 
-constexpr int64_t kPanel = 64;    // columns of a panel
+constexpr int64_t kPanel = 64;       // columns of a panel
 constexpr int64_t kFarApart = 1024;  // values from row to row of a float matrix beyond which it is written in panels
-constexpr int64_t kInner = 512;   // inner length of one product: a panel of it stays in a core's second-level cache
+constexpr int64_t kInner = 512;      // inner length of one product: a panel of it stays in a core's second-level cache
 
 // Values in a word.
 template <typename T>
@@ -102,8 +102,8 @@ struct Panels {
   const uint32_t* at(int64_t column) const { return words + column / kPanel * stride + column % kPanel; }
 };
 
-// Return whether B, whose rows lie `ld` values apart, is written in panels. Rows far apart share few sets of the caches and
-// need a page each.
+// Return whether B, whose rows lie `ld` values apart, is written in panels. Rows far apart share few sets of the caches
+// and need a page each.
 template <typename T>
 bool packs(int64_t ld) { return sizeof(T) == 2 || ld > kFarApart; }
 
@@ -111,8 +111,8 @@ bool packs(int64_t ld) { return sizeof(T) == 2 || ld > kFarApart; }
 template <typename T>
 int64_t panel_words(int64_t k, int64_t n) { return (k + kWord<T> - 1) / kWord<T> * round_up(n, kPanel); }
 
-// Return B [k, n] of T, given row-major, in panels: written to `to`, unless they are of float and the rows lie close enough
-// together to be read as they are.
+// Return B [k, n] of T, given row-major, in panels: written to `to`, unless they are of float and the rows lie close
+// enough together to be read as they are.
 template <typename T, typename From>
 Panels panels(const From* b, int64_t ld, int64_t k, int64_t n, uint32_t* to) {
   const int64_t steps = (k + kWord<T> - 1) / kWord<T>;
