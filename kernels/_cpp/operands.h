@@ -3,7 +3,7 @@
 // A product goes step by step through the inner dimension k. What a step takes of a row of A or of a column of B is a
 // word: a float, or two bfloat16 values of neighbouring k. B [k, n] lies in panels of 64 columns:
 //
-//   float     panel [k][64], or, unless its rows lie far apart, the matrix itself, seen as panels with a common row stride;
+//   float     panel [k][64], or, unless its rows lie far apart, the matrix itself: panels with a common row stride;
 //   bfloat16  panel [k / 2][64][2]: two rows side by side ("VNNI"), as processors with AVX512_BF16 and AMX read them.
 //             Others multiply the two values of a word as floats.
 //

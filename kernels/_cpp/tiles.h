@@ -1,8 +1,8 @@
 // Products of bfloat16 by AMX.
 //
 // A tile is a register of 16 rows of 16 words; the processor multiplies two tiles at a time and sums in float. A block
-// of the result is two tiles of rows and two of columns (0 to 3), of A two (4, 5) and of B two (6, 7). A row of a result
-// is summed in the order of k, whatever rows are beside it.
+// of the result is two tiles of rows and two of columns (0 to 3), of A two (4, 5) and of B two (6, 7). A row of a
+// result is summed in the order of k, whatever rows are beside it.
 #pragma once
 
 #include "operands.h"
