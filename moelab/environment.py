@@ -55,7 +55,8 @@ HEARTBEAT = Variable("MOELAB_HEARTBEAT", "Folder in which each rank touches a fi
 LAUNCHER = Variable("MOELAB_LAUNCHER", "Process id of the launcher, when ranks are its children.", "none", "moelab")
 INSTRUCTIONS = Variable(
     "MOELAB_INSTRUCTIONS",
-    'Instruction set of the CPU kernels: "amx_bf16", "avx512_bf16", "avx512", "avx2" or "baseline"; "none" is plain PyTorch.',
+    'Instruction set of the CPU kernels: "amx_bf16", "avx512_bf16", "avx512", "avx2" or "baseline"; "none" is plain '
+    "PyTorch.",
     "the fastest that the processor has",
 )
 SLURM_DIR = Variable(
