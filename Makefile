@@ -3,8 +3,9 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 CONSTRAINTS ?= constraints.txt
-# Bytecode is made where it is used: compiling all of it takes a third of the installation.
-INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check --no-compile $(addprefix -c ,$(CONSTRAINTS))
+# Bytecode is made where it is used: compiling all of it takes a third of the installation. Warnings are those of setuptools about
+# every package that is installed as it lies here.
+INSTALL := PYTHONWARNINGS=ignore $(BIN)/pip install --quiet --disable-pip-version-check --no-compile $(addprefix -c ,$(CONSTRAINTS))
 
 .PHONY: reproduce install test test-fast test-slurm lab browse docs lint types format constraints clean
 
