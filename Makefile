@@ -3,8 +3,8 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 CONSTRAINTS ?= constraints.txt
-# Bytecode is made where it is used: compiling all of it takes a third of the installation. Warnings are those of setuptools about
-# every package that is installed as it lies here.
+# Python compiles a module when it is first imported; compiling all of them takes a third of the installation. setuptools warns
+# about every editable installation, which says nothing to who installs this one.
 INSTALL := PYTHONWARNINGS=ignore $(BIN)/pip install --quiet --disable-pip-version-check --no-compile $(addprefix -c ,$(CONSTRAINTS))
 
 .PHONY: reproduce install test test-fast test-slurm lab browse docs lint types format constraints clean
@@ -57,7 +57,7 @@ $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	  { echo "moelab needs Python 3.11 or newer; $(PYTHON) is $$($(PYTHON) --version 2>&1). Choose one: make PYTHON=python3.12 ..."; exit 1; }
 	@$(PYTHON) -m venv $(VENV) || { echo "creating $(VENV) failed; on Debian and Ubuntu: apt install python3-venv"; rm -rf $(VENV); exit 1; }
-	@$(BIN)/pip install --quiet --disable-pip-version-check --upgrade pip  # installs in half the time of Python 3.11's own
+	@$(BIN)/pip install --quiet --disable-pip-version-check --upgrade pip || true  # takes half the time of Python 3.11's own pip
 
 $(VENV)/.installed: pyproject.toml $(CONSTRAINTS) | $(BIN)/python
 	@echo "installing into $(VENV) (torch and Jupyter; a few minutes the first time)"

@@ -41,7 +41,7 @@ RESULTS = Variable(
     "MOELAB_RESULTS", "Folder of published results, written only with `--publish`.", "`results` in the checkout"
 )
 EXECUTOR = Variable(
-    "MOELAB_EXECUTOR", 'How `lab.run` trains when it is told "auto".', "processes; very short runs in the same one"
+    "MOELAB_EXECUTOR", 'How `lab.run` trains when it is told "auto".', "processes, but short runs in the caller's"
 )
 PROFILE = Variable("MOELAB_PROFILE", "Cluster profile that the Slurm commands use without --profile.", "none")
 HANG_S = Variable("MOELAB_HANG_S", "Seconds without a sign of life after which a rank counts as hanging.", "300")

@@ -39,11 +39,11 @@ if TYPE_CHECKING:
 Executor = Literal["auto", "inline", "processes", "slurm", "read"]
 
 _SHORT_FLOPS = 1e11
-"""A core's work of two seconds, which is what a process takes until its first step: all of `smoke`, none of `quick`."""
+"""Training FLOPs below which a run is short: a core's work of two seconds, as a process takes to begin."""
 
 
 def _short(run: Run, workers: int) -> bool:
-    """Return whether a run ends sooner in this process: it is short, and few would train beside it."""
+    """Return whether a run is trained in this process: it is short, and at most 4 would train at a time."""
     spec = run.spec
     return workers <= 4 and spec.cost < _SHORT_FLOPS and spec.parallel.ranks == 1 and spec.train.device == "cpu"
 
@@ -81,7 +81,8 @@ class Lab:
                 several ranks has several processes or srun tasks in any case.) "slurm" trains in jobs of a cluster,
                 shows their state and waits for them; stopping the cell leaves them in the queue. "read" trains nothing.
                 "auto" takes the value of the environment variable `MOELAB_EXECUTOR` (in a notebook's batch job "read");
-                else it is "processes", but "inline" for runs that take less time than their processes to start.
+                else it is "processes", but "inline" for runs that end before a process of their own would have begun
+                (these have no log).
             workers: processes at a time, one for each rank; by default as many as the cores allow at each run's
                 threads, 1 on a GPU. At least one run is trained at a time.
             profile: the cluster for "slurm", see `moelab.slurm.profiles`; by default `MOELAB_PROFILE`.

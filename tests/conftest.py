@@ -46,7 +46,7 @@ LONGEST = [
 
 
 def pytest_addoption(parser):
-    parser.addoption("--kills", type=int, default=1, help="how often tests/runs/test_kills.py kills each run")
+    parser.addoption("--kills", type=int, default=2, help="how often tests/runs/test_kills.py kills each run")
 
 
 def pytest_configure(config):

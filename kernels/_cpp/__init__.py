@@ -2,9 +2,10 @@
 
 One source file an operation (``gating.cpp``, ``permute.cpp``, ``experts.cpp``, ``activation.cpp``, ``residual.cpp``,
 ``packed.cpp``, ``attention.cpp``). Shared are ``vectors.h`` (vectors of the processor's width), ``activations.h``,
-``products.h`` (blocks of sums in registers, while memory fetches what the next product needs; ``operands.h`` has their
-layouts, ``tiles.h`` those of bfloat16 by AMX), ``packed.h`` and ``operation.h`` (PyTorch's tensors and threads). The
-same sources compile for every instruction set in `INSTRUCTIONS`. A result has the same bits on any number of threads.
+``products.h`` (blocks of sums in registers, while memory fetches what the next product needs), ``operands.h`` (the
+layouts of matrices for products), ``tiles.h`` (products of bfloat16 by AMX), ``packed.h`` and ``operation.h``
+(PyTorch's tensors and threads). The same sources compile for every instruction set in `INSTRUCTIONS`. A result has the
+same bits on any number of threads.
 
 The library is kept in ``TORCH_EXTENSIONS_DIR`` or the user's cache (``~/.cache/moelab``), or, where nothing can be
 written or run there, in a folder of this user among the temporary files; one that a wheel brings lies in this package.
@@ -69,7 +70,7 @@ def supported() -> tuple[str, ...]:
     """Return the instruction sets that this processor has, the fastest first."""
     bfloat16 = torch.cpu._is_avx512_supported() and torch.cpu._is_avx512_bf16_supported()
     has = {
-        # The operating system gives the tiles to a process that asks for them.
+        # `_init_amx` asks the operating system for the tile registers, which a process may not use without.
         "amx_bf16": bfloat16 and torch.cpu._is_amx_tile_supported() and torch.cpu._init_amx(),
         "avx512_bf16": bfloat16,
         "avx512": torch.cpu._is_avx512_supported(),

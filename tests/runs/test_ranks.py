@@ -171,7 +171,7 @@ def test_an_only_rank_shows_where_it_stands(spec, tmp_path):
 
 
 @pytest.mark.multiprocess
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGUSR1])  # SIGTERM: below, while it starts
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
 def test_a_signal_stops_all_ranks_with_a_checkpoint(spec, tmp_path, monkeypatch, number):
     monkeypatch.setenv("STAND_IN_SLEEP", "0.5")
     run = RunStore(tmp_path).run(spec)
@@ -193,8 +193,8 @@ def wait_for_file(path: Path) -> None:
 @pytest.mark.multiprocess
 @pytest.mark.parametrize(
     ("file", "later_s"),
-    [("logs/rank-00001.txt", 0.5), ("holder.json", 0), ("status.json", 0), ("status.json", 0.3)],
-    ids=["ranks meet", "rank 0 has the lock", "rank 0 prepares the data", "the data are prepared"],
+    [("logs/rank-00001.txt", 0), ("logs/rank-00001.txt", 0.5), ("holder.json", 0), ("status.json", 0), ("status.json", 0.3)],
+    ids=["ranks start", "ranks meet", "rank 0 has the lock", "rank 0 prepares the data", "the data are prepared"],
 )  # fmt: skip
 def test_a_signal_while_it_starts_stops_all_ranks(spec, tmp_path, monkeypatch, file, later_s):
     """Where the ranks are exactly differs from time to time; none is left alone by the others."""

@@ -9,11 +9,13 @@ from pathlib import Path
 import pytest
 from filelock import FileLock
 
+from moelab import lab
 from moelab.config import ModelConfig, TrainConfig
 from moelab.config.distill import DistillConfig
 from moelab.config.parallel import ParallelConfig
 from moelab.files import new_directory, read_json, write_text
 from moelab.lab import Lab
+from moelab.runs import executors
 from moelab.runs.collection import NoResult
 from moelab.runs.execute import execute
 from moelab.runs.spec import RunSpec
@@ -74,6 +76,20 @@ def test_an_unfinished_run_takes_the_last_wishes_that_do_not_name_it(tiny_spec):
     assert store.run(wished).path == run.path
     stored = RunSpec.from_json(read_json(run.path / "spec.json"))
     assert stored == wished.with_checkpoints([256]), "and all checkpoints that were ever asked to be kept"
+
+
+@pytest.mark.parametrize(
+    ("workers", "flops", "where"), [(4, 1e11, "inline"), (5, 1e11, "processes"), (4, 1.0, "processes")]
+)
+def test_short_runs_train_in_the_callers_process(tiny_spec, monkeypatch, workers, flops, where):
+    """Unless many would train at a time, for whom processes are faster."""
+    called = []
+    for name in ("inline", "processes"):
+        monkeypatch.setattr(executors, name, lambda *args, name=name: called.append(name))
+    monkeypatch.setattr(lab, "_SHORT_FLOPS", flops)
+    with pytest.raises(NoResult):
+        Lab().run([tiny_spec], workers=workers)
+    assert called == [where]
 
 
 def test_spec_round_trip(tiny_spec):
