@@ -14,6 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from moelab.kernels.head import has_kernel, head
+
 _CHUNK = {"cpu": 1 << 19, "cuda": 1 << 26}  # logits per softmax; on a CPU they stay in a core's cache
 _WITH_LOGITS_LOSS = 4  # with a loss of the logits, about so many more arrays of this size are in use
 LogitsLoss = Callable[[Tensor, int, int], tuple[Tensor, Tensor]]
@@ -97,9 +99,9 @@ class _LinearLosses(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, dtotal: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        dx_NM, dw_MV = ctx.saved_tensors
+        dx_NM, dw_VM = ctx.saved_tensors
         dx_NM = None if dx_NM is None else dx_NM.to(ctx.dtypes[0]) * dtotal
-        dw_VM = None if dw_MV is None else (dw_MV.T * dtotal).to(ctx.dtypes[1])
+        dw_VM = None if dw_VM is None else (dw_VM * dtotal).to(ctx.dtypes[1])
         return dx_NM, dw_VM, None, None, None, None, None
 
 
@@ -115,7 +117,12 @@ def _forward(
 ) -> tuple[Tensor, Tensor]:
     N, V = len(x_NM), len(w_VM)
     wide = torch.promote_types(dtype, torch.float32)
-    x_NM, w_MV, targets_N1 = x_NM.to(dtype), w_VM.to(dtype).T.contiguous(), targets_N[:, None]
+    x_NM = x_NM.to(dtype)
+    if logits_loss is None and has_kernel(x_NM, w_VM):
+        losses_N, *gradients = head(x_NM, w_VM, targets_N, for_x, for_w)
+        ctx.save_for_backward(*gradients)
+        return losses_N.sum(), losses_N.new_zeros(())
+    w_MV, targets_N1 = w_VM.to(dtype).T.contiguous(), targets_N[:, None]
     p_N1 = x_NM.new_empty(N, 1, dtype=wide)  # the targets' probabilities
     dx_NM = torch.empty_like(x_NM) if for_x else None
     dw_MV = torch.zeros_like(w_MV, dtype=wide) if for_w else None
@@ -150,7 +157,7 @@ def _forward(
             dw_MV.addmm_(x_GM.T, logits_GV)
         elif dw_MV is not None:
             dw_MV += x_GM.T @ logits_GV
-    ctx.save_for_backward(dx_NM, dw_MV)
+    ctx.save_for_backward(dx_NM, None if dw_MV is None else dw_MV.T)
     losses_N = p_N1[:, 0].log().neg_()
     if len(unlikely := (p_N1[:, 0] < _MIN_PROBABILITY).nonzero()[:, 0]):
         logits_UV = (x_NM[unlikely] @ w_MV).to(wide)

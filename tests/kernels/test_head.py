@@ -1,0 +1,122 @@
+"""The output head's losses and gradients in C++, beside PyTorch's in float64 of the same rounded products' operands."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from moelab.kernels import _cpp
+from moelab.kernels.head import has_kernel, head
+
+from moelab.models.loss import linear_cross_entropy
+from tests.kernels.helpers import assert_same_bits, assert_same_bits_on_any_number_of_threads, poison
+
+SIZES = [(1, 16, 16), (33, 48, 272), (600, 32, 2048), (7, 2064, 32), (40, 16, 20_000)]
+"""N, M, V: one of all; odd tiles of rows and of entries; several groups; rows of w far apart; a row longer than a group."""
+DTYPES = [(torch.float32, torch.float32), (torch.bfloat16, torch.float32), (torch.bfloat16, torch.bfloat16)]
+
+
+def case(N, M, V, dtypes=DTYPES[0], scale=1.0):
+    g = torch.Generator().manual_seed(N * V)
+    x, w = torch.randn(N, M, generator=g), torch.randn(V, M, generator=g) * scale / M**0.5
+    return x.to(dtypes[0]), w.to(dtypes[1]), torch.randint(V, (N,), generator=g)
+
+
+def exact(x, w, targets):
+    """Losses and gradients in float64, of w as the products take it."""
+    x, w = x.double().requires_grad_(), w.to(x.dtype).double().requires_grad_()
+    losses = F.cross_entropy(x @ w.T, targets, reduction="none")
+    losses.sum().backward()
+    return losses.detach(), x.grad, w.grad
+
+
+@pytest.mark.parametrize("dtypes", DTYPES, ids=str)
+@pytest.mark.parametrize(("N", "M", "V"), SIZES)
+def test_losses_and_gradients_are_the_plain_ones(N, M, V, dtypes, instructions):
+    x, w, targets = case(N, M, V, dtypes, scale=3.0)
+    poison()
+    assert has_kernel(x, w)
+    found, truth = head(x, w, targets, True, True), exact(x, w, targets)
+    assert [t.dtype for t in found] == [torch.float32, dtypes[0], torch.float32]
+    assert [t.shape for t in found] == [t.shape for t in truth]
+    for ours, theirs, error in zip(
+        found, truth, (1e-6, 5e-3, 5e-3) if dtypes[0] == torch.bfloat16 else [4e-6] * 3, strict=True
+    ):
+        assert (ours - theirs).norm() <= error * theirs.norm()
+
+
+def test_only_wanted_gradients_are_computed(instructions):
+    arguments = case(50, 32, 64)
+    losses, dx, dw = head(*arguments, True, True)
+    for for_x, for_w in ((False, False), (True, False), (False, True)):
+        poison()
+        some = head(*arguments, for_x, for_w)
+        assert [t is not None for t in some] == [True, for_x, for_w]
+        assert_same_bits([t for t in some if t is not None], [losses, *([dx] * for_x), *([dw] * for_w)])
+
+
+@pytest.mark.parametrize("dtypes", DTYPES[:2], ids=str)
+def test_bits_depend_neither_on_threads_nor_on_other_rows(dtypes, instructions):
+    x, w, targets = case(300, 32, 2048, dtypes)
+    assert_same_bits_on_any_number_of_threads(lambda: head(x, w, targets, True, True))
+    whole = head(x, w, targets, True, False)[:2]
+    for rows in (slice(0, 1), slice(17, 30), slice(250, 300)):
+        assert_same_bits(head(x[rows], w, targets[rows], True, False)[:2], [t[rows] for t in whole])
+
+
+def test_a_token_that_the_model_excludes_costs_what_it_should(instructions):
+    """Its probability is e^-400, which float32 has not."""
+    x, w = torch.zeros(2, 16), torch.zeros(16, 16)
+    x[:, 0], w[0, 0], w[1, 0] = torch.tensor([200.0, -1.0]), 1.0, -1.0
+    for ours, theirs in zip(
+        head(x, w, torch.tensor([1, 0]), True, True), exact(x, w, torch.tensor([1, 0])), strict=True
+    ):
+        torch.testing.assert_close(ours, theirs.float())
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+def test_what_is_not_finite_stays_so(bad, instructions):
+    x, w, targets = case(40, 16, 32)
+    x[35, 2] = bad
+    losses, dx, dw = head(x, w, targets, True, True)
+    assert losses.isfinite().tolist() == dx.isfinite().all(1).tolist() == [i != 35 for i in range(40)]
+    assert not dw.isfinite().all()
+
+
+def test_no_tokens_cost_nothing(instructions):
+    losses, dx, dw = head(*case(0, 16, 32), True, True)
+    assert losses.shape == (0,) and dx.shape == (0, 16) and torch.equal(dw, torch.zeros(32, 16))
+
+
+@pytest.mark.parametrize("wrong", [-100, 32])
+def test_a_target_that_there_is_not_is_one_line(wrong, instructions):
+    x, w, targets = case(4, 16, 32)
+    targets[2] = wrong
+    with pytest.raises(RuntimeError, match=rf"head: target {wrong}, allowed are 0 to 31"):
+        head(x, w, targets, True, True)
+
+
+@pytest.mark.parametrize("dtypes", DTYPES[:2], ids=str)
+def test_the_loss_function_calls_it(dtypes, instructions):
+    """Through autograd, its gradients scaled by that of the loss, beside PyTorch's form for machines without C++."""
+    x, w, targets = case(100, 32, 64, dtypes)
+    found = []
+    for name in (instructions, "none"):
+        with _cpp.limited(name):
+            a, b = x.clone().requires_grad_(), w.clone().requires_grad_()
+            with torch.autocast("cpu", torch.bfloat16, enabled=dtypes[0] == torch.bfloat16):
+                loss = linear_cross_entropy(a, b, targets)
+            (3 * loss).backward()
+            found.append((loss.detach(), a.grad, b.grad))
+    error = 1e-2 if dtypes[0] == torch.bfloat16 else 1e-6
+    for ours, theirs in zip(*found, strict=True):
+        assert ours.dtype == theirs.dtype and (ours - theirs).norm() <= error * theirs.norm()
+
+
+def test_other_sizes_and_counted_operations_are_left_to_pytorch():
+    from torch.utils.flop_counter import FlopCounterMode
+
+    x, w, targets = case(10, 16, 32)
+    for a, b in ((x[:, :13], w[:, :13]), (x, w[:31]), (x.double(), w.double()), (x, w.bfloat16()), (x.half(), w)):
+        assert not has_kernel(a, b)
+    with FlopCounterMode(display=False) as counter:
+        linear_cross_entropy(x.requires_grad_(), w.requires_grad_(), targets).backward()
+    assert counter.get_total_flops() >= 2 * 2 * 10 * 16 * 32  # it does not know all of them
