@@ -103,7 +103,7 @@ void head_as(
     });
   }
   if (DW)  // [M, n] becomes [n, M]
-    entries([&](int64_t v, int64_t n, uint32_t* words, float* sums) {
+    entries([&](int64_t, int64_t n, uint32_t* words, float* sums) {
       std::memcpy(words, sums, n * M * sizeof(float));
       for (int64_t j = 0; j < n; j += kLanes)
         for (int64_t m = 0; m < M; m += kLanes) {
