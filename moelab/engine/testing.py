@@ -108,10 +108,7 @@ class Ranks:
 
     def _start(self) -> None:
         context = multiprocessing.get_context("forkserver")
-        # The server imports what the ranks will need, once for all of them.
-        context.set_forkserver_preload(
-            ["torch", "torch._dynamo", "moelab.models", "moelab.engine.parallel", "moelab.engine.checkpoint"]
-        )
+        context.set_forkserver_preload(["moelab.engine.forked"])
         self._folder = Path(tempfile.mkdtemp(prefix="ranks-"))
         for rank in range(self.size):
             ours, theirs = context.Pipe()
@@ -171,7 +168,7 @@ def _serve(rank: int, size: int, backend: str, threads: int, rendezvous: str, pi
     torch.set_num_threads(threads)
     if sys.platform == "linux":
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    ready, first = False, True
+    ready = False
     while True:
         try:
             module, code, name, args = pipe.recv()
@@ -195,9 +192,6 @@ def _serve(rank: int, size: int, backend: str, threads: int, rendezvous: str, pi
         # Closed groups hold their threads until the objects around them are gone, and each of gloo's threads wakes
         # 100 times a second.
         gc.collect()
-        if first:
-            gc.freeze()  # excludes the imported modules' objects: later collections take a tenth of the time
-            first = False
         try:
             pipe.send_bytes(answer)
         except OSError:
