@@ -1,8 +1,9 @@
 """Compute the cross-entropy of the output head and its gradients on a CPU, without holding the logits.
 
 Shapes: N tokens, M hidden, V entries of the vocabulary. One pass computes losses and gradients, a group of rows at a
-time: logits and softmax are float32, products are accumulated in float32. The C++ is ``_cpp/head.cpp``; the reference,
-which also takes losses of the logits, is `moelab.models.loss`.
+time: logits and softmax are float32, products are accumulated in float32. In memory are the gradients of some 500,000
+logits and two copies of the weights. The C++ is ``_cpp/head.cpp``; the reference, which also takes losses of the
+logits, is `moelab.models.loss`.
 """
 
 from __future__ import annotations
@@ -18,7 +19,10 @@ MULTIPLE = 16
 
 
 def has_kernel(x_NM: Tensor, w_VM: Tensor) -> bool:
-    """Return whether the C++ computes these products by default: of float32, or of bfloat16 rows and any weights."""
+    """Return whether the C++ computes the head of these rows and weights by default.
+
+    Rows are float32 or bfloat16, weights of the rows' dtype or float32; both sizes are multiples of `MULTIPLE`.
+    """
     fits = x_NM.shape[1] % MULTIPLE == len(w_VM) % MULTIPLE == 0 and w_VM.dtype in (x_NM.dtype, torch.float32)
     return fits and pick_backend("head", "auto", x_NM, w_VM) == "cpp"
 

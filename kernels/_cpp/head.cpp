@@ -97,7 +97,7 @@ void head_as(
     const int64_t steps = (count + kWord<T> - 1) / kWord<T>;
     const auto x_t = transposed(own, M, count, M, data<uint32_t>(memory_x));
     entries([&](int64_t v, int64_t n, uint32_t* words, float* sums) {
-      const Left d_t = transposed(D + v, V, count, n, words);  // its words are those of d as the B of a product
+      const Left d_t = transposed(D + v, V, count, n, words);  // in words that also serve as operand B
       Ahead ahead;
       product<T>(M, n, steps, x_t, {d_t.words, kPanel, d_t.step}, sums, sums, target(sums, n), ahead);
     });

@@ -1,13 +1,8 @@
 """What every notebook's process needs, imported once in the process that they are forked from (see `batch.run_all`)."""
 
-import atexit
-import gc
-
 import papermill  # noqa: F401
 
 from moelab.notebook import watch  # noqa: F401
 from moelab.report.site import notebook
 
 notebook.load()
-gc.freeze()  # so that no collection copies into each process what was imported here
-atexit.register(gc.unfreeze)

@@ -1,16 +1,18 @@
-"""The output head's losses and gradients in C++, beside PyTorch's in float64 of the same rounded products' operands."""
+"""The output head's losses and gradients in C++, beside those that PyTorch computes in float64 from the same numbers."""
 
 import pytest
 import torch
 import torch.nn.functional as F
 from moelab.kernels import _cpp
 from moelab.kernels.head import has_kernel, head
+from torch.utils.flop_counter import FlopCounterMode
 
+from moelab.models import loss as models_loss
 from moelab.models.loss import linear_cross_entropy
 from tests.kernels.helpers import assert_same_bits, assert_same_bits_on_any_number_of_threads, poison
 
 SIZES = [(1, 16, 16), (33, 48, 272), (600, 32, 2048), (7, 2064, 32), (40, 16, 20_000)]
-"""N, M, V: one of all; odd tiles of rows and of entries; several groups; rows of w far apart; a row longer than a group."""
+"""N, M, V: one of all; odd tiles of rows and of entries; several groups; rows of w far apart; groups of one tile."""
 DTYPES = [(torch.float32, torch.float32), (torch.bfloat16, torch.float32), (torch.bfloat16, torch.bfloat16)]
 
 
@@ -95,10 +97,11 @@ def test_a_target_that_there_is_not_is_one_line(wrong, instructions):
 
 
 @pytest.mark.parametrize("dtypes", DTYPES[:2], ids=str)
-def test_the_loss_function_calls_it(dtypes, instructions):
+def test_the_loss_function_calls_it(dtypes, instructions, monkeypatch):
     """Through autograd, its gradients scaled by that of the loss, beside PyTorch's form for machines without C++."""
     x, w, targets = case(100, 32, 64, dtypes)
-    found = []
+    found, calls = [], []
+    monkeypatch.setattr(models_loss, "head", lambda *args: calls.append(args) or head(*args))
     for name in (instructions, "none"):
         with _cpp.limited(name):
             a, b = x.clone().requires_grad_(), w.clone().requires_grad_()
@@ -106,14 +109,13 @@ def test_the_loss_function_calls_it(dtypes, instructions):
                 loss = linear_cross_entropy(a, b, targets)
             (3 * loss).backward()
             found.append((loss.detach(), a.grad, b.grad))
+        assert len(calls) == 1, "with C++ it is called, without it is not"
     error = 1e-2 if dtypes[0] == torch.bfloat16 else 1e-6
     for ours, theirs in zip(*found, strict=True):
         assert ours.dtype == theirs.dtype and (ours - theirs).norm() <= error * theirs.norm()
 
 
 def test_other_sizes_and_counted_operations_are_left_to_pytorch():
-    from torch.utils.flop_counter import FlopCounterMode
-
     x, w, targets = case(10, 16, 32)
     for a, b in ((x[:, :13], w[:, :13]), (x, w[:31]), (x.double(), w.double()), (x, w.bfloat16()), (x.half(), w)):
         assert not has_kernel(a, b)
