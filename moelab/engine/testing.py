@@ -1,8 +1,8 @@
 """Run functions on N ranks of this machine, for tests and benchmarks.
 
 Ranks are processes forked from a server that has imported torch once, so that eight of them start in a tenth of a
-second, and each runs many functions. The first failure ends all of them and is raised in the caller with the failing rank's
-traceback. No rank outlives its time limit or the caller's process.
+second, and each runs many functions. The first failure ends all of them and is raised in the caller with the failing
+rank's traceback. No rank outlives its time limit or the caller's process.
 """
 
 from __future__ import annotations
