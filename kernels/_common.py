@@ -16,31 +16,6 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from . import _cpp
 
-try:
-    import triton
-    import triton.language as tl
-
-    HAS_TRITON = True
-    INTERPRETING = bool(triton.knobs.runtime.interpret)
-except ImportError:  # macOS: the other backends do not need Triton
-
-    class _NoTriton:
-        """Let the kernel files be imported; no function decorated by this class is ever launched."""
-
-        constexpr = None
-
-        @staticmethod
-        def jit(fn=None, **_):
-            return fn if fn is not None else (lambda f: f)
-
-        @staticmethod
-        def constexpr_function(fn):
-            return fn
-
-    triton = tl = _NoTriton()
-    HAS_TRITON = False
-    INTERPRETING = False
-
 Backend = Literal["auto", "reference", "triton", "cpp"]
 """Names of an op's implementations; see the module's docstring."""
 
@@ -76,9 +51,10 @@ def pick_backend(op: str, backend: Backend, *tensors: torch.Tensor | None, fits:
             dtypes = ", ".join(sorted({str(t.dtype) for t in present}))
             raise ValueError(f"{op}: backend 'cpp' does not take these sizes or dtypes ({dtypes}); use 'auto'")
     elif backend == "triton":
-        if not HAS_TRITON:
+        interprets = triton_interprets()
+        if interprets is None:
             raise ValueError(f"{op}: backend 'triton' needs the triton package, which this platform lacks")
-        if device.type != "cuda" and not INTERPRETING and not (recording and device.type == "meta"):
+        if device.type != "cuda" and not interprets and not (recording and device.type == "meta"):
             raise ValueError(
                 f"{op}: backend 'triton' needs CUDA tensors, these are on {device.type} (tests: TRITON_INTERPRET=1)"
             )
@@ -88,6 +64,16 @@ def pick_backend(op: str, backend: Backend, *tensors: torch.Tensor | None, fits:
     elif backend != "reference":
         raise ValueError(f"{op}: unknown backend {backend!r}; know {', '.join(get_args(Backend))}")
     return backend
+
+
+@functools.cache
+def triton_interprets() -> bool | None:
+    """Return whether Triton interprets its kernels, on CPU tensors; None where there is no Triton."""
+    try:
+        from ._triton import INTERPRETING
+    except ImportError:
+        return None
+    return INTERPRETING
 
 
 def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -24,7 +24,8 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from . import tuning
-from ._common import INTERPRETING, dot_precision, multiprocessors, next_power_of_2, tl, triton
+from ._common import dot_precision, multiprocessors, next_power_of_2
+from ._triton import INTERPRETING, tl, triton
 from .activations import ACTIVATIONS
 
 

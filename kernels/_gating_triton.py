@@ -13,9 +13,10 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from . import tuning
-from ._common import next_power_of_2, tl, triton
+from ._common import next_power_of_2
 from ._hash import hash_keys
 from ._selection_triton import gate_select_kernel, priority
+from ._triton import tl, triton
 
 
 @triton.jit

@@ -9,7 +9,8 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from . import tuning
-from ._common import next_power_of_2, tl, triton
+from ._common import next_power_of_2
+from ._triton import tl, triton
 
 
 @triton.jit(do_not_specialize=["N", "R"])

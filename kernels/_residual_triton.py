@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 
 from . import tuning
-from ._common import next_power_of_2, tl, triton
+from ._common import next_power_of_2
+from ._triton import tl, triton
 
 
 @triton.jit(do_not_specialize=["S"])

@@ -30,7 +30,6 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode
 from ._common import FLOATS, Backend, accumulate_dtype, contiguous, pick_backend
 from ._cpp import experts as cpp
 from ._cpp import operations
-from ._experts_triton import TritonExperts
 from .activations import ACTIVATIONS, Activation, named, number_of
 from .gating import Gate
 from .packed import Packed
@@ -73,6 +72,8 @@ def expert_ffn(
     keep = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
     if chosen == "cpp":
         return cpp.CppExperts.apply(*contiguous(*tensors), offsets_E1, act, keep)
+    from ._experts_triton import TritonExperts
+
     return TritonExperts.apply(*contiguous(*tensors, offsets_E1), activation, keep)
 
 

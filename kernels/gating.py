@@ -29,7 +29,6 @@ import torch
 
 from ._common import Backend, accumulate_dtype, pick_backend
 from ._cpp.gating import CppGate, gate_without_gradient
-from ._gating_triton import TritonGate
 from ._hash import priorities
 
 MAX_EXPERTS = 512
@@ -97,7 +96,10 @@ def gate(
         choice_logits_SE = None if choice_logits_SE is None else choice_logits_SE.float()
         if not losses:
             return Gate(*gate_without_gradient(logits_SE, choice_logits_SE, top_k, capacity, seed, normalize))
-    run = {"reference": gate_reference, "cpp": CppGate.apply, "triton": TritonGate.apply}[chosen]
+    if chosen == "triton":
+        from ._gating_triton import TritonGate
+
+    run = gate_reference if chosen == "reference" else CppGate.apply if chosen == "cpp" else TritonGate.apply
     return Gate(*run(logits_SE, choice_logits_SE, top_k, capacity, seed, normalize))
 
 

@@ -21,7 +21,6 @@ import torch
 from ._common import Backend, accumulate_dtype, contiguous, pick_backend
 from ._cpp import operations
 from ._cpp.permute import CppCombine, CppDispatch
-from ._permute_triton import TritonCombine, TritonDispatch, table_triton
 from .gating import Gate
 
 
@@ -50,6 +49,8 @@ def row_table(gate: Gate, *, rows: int | None = None, backend: Backend = "auto")
     exact = chosen == "reference" and slot_SK.device.type == "cpu"
     R = rows if rows is not None else int(kept_E.sum()) if exact else entries
     if chosen == "triton":
+        from ._permute_triton import table_triton
+
         return RowTable(*table_triton(expert_SK, slot_SK, kept_E, R))
     start_E1 = torch.nn.functional.pad(kept_E.cumsum(0), (1, 0))
     row_SK = torch.where(slot_SK >= 0, start_E1[expert_SK.long()] + slot_SK, -1)
@@ -70,6 +71,9 @@ def dispatch(x_SM: torch.Tensor, table: RowTable, *, backend: Backend = "auto") 
     if chosen == "reference":
         padded = torch.cat([x_SM, x_SM.new_zeros(1, x_SM.shape[1])])
         return padded[torch.where(table.entry_R >= 0, table.entry_R // K, S)]
+    if chosen == "triton":
+        from ._permute_triton import TritonDispatch
+
     op = CppDispatch if chosen == "cpp" else TritonDispatch
     return op.apply(*contiguous(x_SM, table.row_SK, table.entry_R))
 
@@ -93,5 +97,8 @@ def combine(
         padded = torch.cat([rows_RM, rows_RM.new_zeros(1, rows_RM.shape[1])])  # row -1
         wide_SKM = padded[table.row_SK].to(accumulate_dtype(rows_RM.dtype))
         return (wide_SKM * weight_SK[:, :, None]).sum(1).to(rows_RM.dtype)
+    if chosen == "triton":
+        from ._permute_triton import TritonCombine
+
     op = CppCombine if chosen == "cpp" else TritonCombine
     return op.apply(*contiguous(rows_RM, weight_SK, table.row_SK, table.entry_R))

@@ -18,7 +18,6 @@ from torch.autograd.function import once_differentiable
 
 from ._common import Backend, accumulate_dtype, contiguous, pick_backend
 from ._cpp import operations
-from ._residual_triton import mix_backward_triton, mix_triton
 
 
 def residual_mix(
@@ -80,6 +79,8 @@ class _Mix(torch.autograd.Function):
     def forward(ctx, moe, mlp, a_S2, backend):
         ctx.backend, ctx.dtype = backend, a_S2.dtype
         if backend == "triton":
+            from ._residual_triton import mix_triton
+
             ctx.save_for_backward(moe, mlp, a_S2)
             return mix_triton(moe, mlp, a_S2)[0]
         a_S2 = a_S2.float()
@@ -92,6 +93,8 @@ class _Mix(torch.autograd.Function):
         moe, mlp, a_S2 = ctx.saved_tensors
         dy = dy.contiguous()
         if ctx.backend == "triton":
+            from ._residual_triton import mix_backward_triton
+
             d_moe, d_mlp, da_S2, _ = mix_backward_triton(dy, moe, mlp, a_S2)
         else:
             d_moe, d_mlp, da_S2 = (torch.empty_like(t) for t in (moe, mlp, a_S2))
@@ -105,6 +108,8 @@ class _LearnedMix(torch.autograd.Function):
     @staticmethod
     def forward(ctx, moe, mlp, x, w_2M, b_2, backend):
         if backend == "triton":
+            from ._residual_triton import mix_triton
+
             y, a_S2 = mix_triton(moe, mlp, None, x, w_2M, b_2)
         else:
             a_S2, bias = torch.empty(len(moe), 2, dtype=torch.float32), 0.0 if b_2 is None else float(b_2[0] - b_2[1])
@@ -119,6 +124,8 @@ class _LearnedMix(torch.autograd.Function):
         moe, mlp, x, w_2M, b_2, a_S2 = ctx.saved_tensors
         dy = dy.contiguous()
         if ctx.backend == "triton":
+            from ._residual_triton import mix_backward_triton
+
             d_moe, d_mlp, dl_S, dx = mix_backward_triton(dy, moe, mlp, a_S2, x, w_2M)
             dw_M, db = dl_S @ x.to(dl_S.dtype), dl_S.sum()  # sums over tokens go to the matrix library
         else:

@@ -214,9 +214,10 @@ def _recorded(case: str, launches: list[Launch]) -> Iterator[None]:
 
 def launches(cases: tuple[str, ...] | None = None) -> list[Launch]:
     """Return the distinct launches of the cases (all by default), each under the first case that makes it."""
-    if not _common.HAS_TRITON:
+    interprets = _common.triton_interprets()
+    if interprets is None:
         raise RuntimeError("compiling kernels needs the triton package, which this platform lacks")
-    if _common.INTERPRETING:
+    if interprets:
         raise RuntimeError("this process interprets Triton kernels; compile in one without TRITON_INTERPRET")
     recorded: list[Launch] = []
     for case in cases or tuple(CASES):

@@ -21,9 +21,9 @@ from typing import Any
 import torch
 
 from .. import gating, permute, residual, tuning
-from .._common import INTERPRETING
 from .._experts_triton import _mm, _plan, _weight_gradient
 from .._gating_triton import TILE
+from .._triton import INTERPRETING
 from ..experts import expert_ffn
 from ..tuning import Tile
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import functools
 from collections.abc import Iterable, Sequence
 from dataclasses import fields
 from typing import Any, Literal, get_args, get_origin, get_type_hints
@@ -40,9 +41,16 @@ def check_choices(config: Any, where: str) -> None:
     Raises:
         ValueError: one line naming the field, the allowed values and the value given.
     """
-    hints = get_type_hints(type(config))
-    for field in fields(config):
-        if get_origin(hints[field.name]) is Literal:
-            allowed, value = get_args(hints[field.name]), getattr(config, field.name)
+    kind: Any = type(config)
+    for name, allowed in _choices(kind).items():
+        value = getattr(config, name)
+        if value not in allowed:
             names = ", ".join(map(repr, allowed))
-            check(value in allowed, f"{where}: {field.name} must be one of {names}, got {value!r}")
+            raise ValueError(f"{where}: {name} must be one of {names}, got {value!r}")
+
+
+@functools.cache
+def _choices(kind: Any) -> dict[str, tuple[Any, ...]]:
+    """Return field -> allowed values, for the fields of a dataclass that are declared as a `Literal`."""
+    hints = get_type_hints(kind)
+    return {f.name: get_args(hints[f.name]) for f in fields(kind) if get_origin(hints[f.name]) is Literal}

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import json
+import math
 import types
 from dataclasses import fields, is_dataclass
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, Union, cast, get_args, get_origin, get_type_hints
@@ -33,6 +34,8 @@ def from_json(kind: type[T], value: Any, where: str = "", *, known: bool = False
     Raises:
         ValueError: one line naming an unknown or missing field, or one of another type.
     """
+    if type(value) is kind and (kind in (bool, int) or (kind is float and math.isfinite(cast(Any, value)))):
+        return value  # most fields of most configurations, without pydantic
     from pydantic import ValidationError
 
     reader: TypeAdapter[T] = _reader(cast(Any, kind))

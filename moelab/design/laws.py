@@ -140,6 +140,13 @@ def _fit(flops: np.ndarray, tokens: np.ndarray, losses: np.ndarray, start: Law |
     def residuals(x: np.ndarray) -> np.ndarray:
         return (law(x).loss(flops, tokens) - losses).ravel()
 
+    def slopes(x: np.ndarray) -> np.ndarray:
+        """Return the derivatives of the residuals (rows) by the five numbers."""
+        one = law(x)
+        size, data = one.a * (flops / flops0) ** -one.alpha, one.b * (tokens / tokens0) ** -one.beta
+        by = (1.0, size, -size * np.log(flops / flops0) * one.alpha, data, -data * np.log(tokens / tokens0) * one.beta)
+        return np.stack([np.broadcast_to(part, losses.shape).ravel() for part in by], axis=1)
+
     if start is not None:
         starts = [[start.floor, *map(math.log, (start.a, start.alpha, start.b, start.beta))]]
     else:
@@ -151,5 +158,5 @@ def _fit(flops: np.ndarray, tokens: np.ndarray, losses: np.ndarray, start: Law |
         ]
     # The exponents stay between 0.01 and 3: outside, a term is a constant or a step, and the floor takes its place.
     low, high = [0.0, -12.0, math.log(0.01), -12.0, math.log(0.01)], [lowest, 4.0, math.log(3), 4.0, math.log(3)]
-    solutions = [least_squares(residuals, np.clip(x, low, high), bounds=(low, high)) for x in starts]
+    solutions = [least_squares(residuals, np.clip(x, low, high), slopes, (low, high)) for x in starts]
     return law(min(solutions, key=lambda one: one.cost).x)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import re
 from collections.abc import Iterable, Sequence
@@ -203,7 +204,7 @@ class RunSpec:
         keep = tuple(sorted({*self.train.keep_at, *tokens}))
         return self if keep == self.train.keep_at else replace(self, train=replace(self.train, keep_at=keep))
 
-    @property
+    @functools.cached_property
     def id(self) -> str:
         """Directory-safe name: the model's name and the seed for people, the hash for truth."""
         slug = re.sub(r"[^a-z0-9.]+", "-", str(self.model.name or "gpt").lower()).strip("-")

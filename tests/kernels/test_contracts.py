@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import sys
 
 import pytest
 import torch
@@ -209,6 +210,20 @@ def test_without_gradients_nothing_is_kept(target, op, monkeypatch):
     torch.testing.assert_close(got, want)
     if op == "expert_ffn" and target[0] == "triton":
         assert shapes.count((len(leaves[1]), F)) == 1, "the activation, and no pre-activation beside it"
+
+
+def test_without_triton_its_backend_is_refused_in_one_line(monkeypatch):
+    monkeypatch.setitem(sys.modules, "triton", None)  # as on macOS
+    monkeypatch.delitem(sys.modules, "moelab.kernels._triton", raising=False)
+    _common.triton_interprets.cache_clear()
+    try:
+        with pytest.raises(
+            ValueError, match=r"^gate: backend 'triton' needs the triton package, which this platform lacks$"
+        ):
+            gate(torch.randn(S, E), K, backend="triton")
+        assert gate(torch.randn(S, E), K).load_E.sum() == S * K
+    finally:
+        _common.triton_interprets.cache_clear()
 
 
 def test_dot_precision_follows_either_switch():

@@ -397,9 +397,12 @@ def test_upcycling_on_ranks_is_that_of_one_process(few, layouts, trunk):
     stem = replace(trunk, model=replace(trunk.model, experts=(0, few, 0, few), residual=bool(few)))
     start = Start(stem, 16 * STEP, upcycle=UpcycleConfig(noise=0.3, scale=1.5))
     branch = replace(trunk, model=replace(trunk.model, experts=(0, 4, 0, 8)), start=start)
-    one = Lab(RunStore(Path("one").absolute())).run([branch], executor="inline")[0]
+    lab = Lab(RunStore(Path("one").absolute()))
+    one = lab.run([branch], executor="inline")[0]
+    stem = lab.store.run(start.run.with_checkpoints([16 * STEP])).path
     for layout in layouts:
         folder = Path(f"{layout.shard}-{layout.expert_slicing}").absolute()
+        shutil.copytree(stem, folder / stem.name)  # the ranks go on from the checkpoint of one process
         run = Lab(RunStore(folder)).run([replace(branch, parallel=layout)])[0]
         rows, expected = read_rows(run.path / VALIDATION), read_rows(one.path / VALIDATION)
         assert [row["loss"] for row in rows] == pytest.approx([row["loss"] for row in expected], abs=1e-4)
@@ -426,8 +429,8 @@ def test_rows_begin_anew_where_the_trunks_do_not_fit(trunk, branch):
 @pytest.mark.slow
 def test_a_killed_branch_goes_on(trunk, short):
     """Killed while the trunk is trained again, and after that."""
-    trunk = replace(trunk, train=replace(trunk.train, tokens=100 * STEP))
-    often = replace(short.train, tokens=80 * STEP, cooldown_tokens=50 * STEP, checkpoint_every=1)
+    trunk = replace(trunk, train=replace(trunk.train, tokens=60 * STEP))
+    often = replace(short.train, tokens=50 * STEP, cooldown_tokens=20 * STEP, checkpoint_every=1)
     lab = Lab()
     (whole, _) = lab.run([replace(short, train=often), trunk], executor="inline")
     run = lab.store.run(replace(short, train=often, start=Start(trunk, 30 * STEP)))
