@@ -210,3 +210,26 @@ def overall_loss(data: TokenData, nats_per_token: Mapping[str, float]) -> Overal
     tokens = {domain: stored.size for domain, stored in data.validation.items()}
     nats = sum(tokens[domain] * loss for domain, loss in nats_per_token.items()) / sum(tokens.values())
     return OverallLoss(nats, bits_per_byte(data, nats))
+
+
+PAIRS = ("repeated", "changed", "new")
+"""What a sequence has shown before of a token and the next one, see `pairs`."""
+
+
+def pairs(tokens_BT: Tensor, targets_BT: Tensor) -> Tensor:
+    """Return for each target, as an index of `PAIRS`, what its sequence has shown before, int64 [B, T].
+
+    - repeated: the token stood before with the same next token, so that copying tells the target;
+    - changed: the token stood before, but always with another next token;
+    - new: the token did not stand before.
+    """
+    # A pair of ids is one number: ids are below 2^31.
+    repeated_BT = _stood_before(tokens_BT << 32 | targets_BT)
+    return torch.where(repeated_BT, 0, torch.where(_stood_before(tokens_BT), 1, 2))
+
+
+def _stood_before(ids_BT: Tensor) -> Tensor:
+    """Return where a value stands at an earlier place of its row, bool [B, T]."""
+    sorted_BT, order_BT = ids_BT.sort(dim=1, stable=True)
+    again_BT = torch.zeros_like(ids_BT, dtype=torch.bool)
+    return again_BT.scatter(1, order_BT[:, 1:], sorted_BT[:, 1:] == sorted_BT[:, :-1])

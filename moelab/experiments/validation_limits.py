@@ -75,8 +75,8 @@ def validated(run: Run, tokens: int = 0) -> dict[str, float]:
                 torch.no_grad(),
                 torch.autocast(spec.train.device, torch.bfloat16, enabled=spec.train.dtype == "bf16"),
             ):
-                output = model(x_BT.to(spec.train.device), targets_BT=y_BT.to(spec.train.device), reduction="sum")
-            nats += float(output.loss)
+                output = model(x_BT.to(spec.train.device), targets_BT=y_BT.to(spec.train.device), reduction="none")
+            nats += float(output.loss.sum())
             dropped += sum(float((r.load_E - r.kept_E).sum()) for r in output.routing) / len(output.routing)
         losses[name] = nats / y_NT.numel()
         if config.routing.drop_tokens:

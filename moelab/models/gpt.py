@@ -163,7 +163,7 @@ class GPT(nn.Module):
             tokens_BT: int64 ids, T up to the config's context (ValueError beyond).
             cache: state of the earlier tokens that `tokens_BT` follows.
             targets_BT: int64 ids of the next tokens.
-            reduction: of the loss over tokens, "mean" or "sum".
+            reduction: of the loss over tokens, "mean", or "none": each token's [B * T], without gradient.
             logits_loss: computes a loss of the logits that is added to that of the targets; tokens count through B * T.
         """
         x_BTM, routings = self.hidden_states(tokens_BT, cache)

@@ -35,7 +35,7 @@ def linear_cross_entropy(x_NM: Tensor, w_VM: Tensor, targets_N: Tensor, reductio
 
     Args:
         targets_N: int64 token ids.
-        reduction: "mean" over the tokens, or "sum".
+        reduction: "mean" over the tokens, or "none": each token's loss [N], without gradient.
 
     Raises:
         ValueError: another reduction, or shapes that do not fit.
@@ -48,20 +48,20 @@ def linear_losses(
 ) -> tuple[Tensor, Tensor]:
     """Return (`linear_cross_entropy` plus a loss of the logits, that loss without gradient).
 
-    Both are reduced in the same way; without `logits_loss` the second is zero.
+    Both are means over the tokens; without `logits_loss` the second is zero. With "none" there is no `logits_loss`.
     """
-    if reduction not in ("mean", "sum"):
-        raise ValueError(f"linear_cross_entropy: reduction must be 'mean' or 'sum', got {reduction!r}")
+    if reduction not in ("mean", "none"):
+        raise ValueError(f"linear_cross_entropy: reduction must be 'mean' or 'none', got {reduction!r}")
     if x_NM.dim() != 2 or w_VM.shape[1:] != x_NM.shape[1:] or targets_N.shape != x_NM.shape[:1]:
         shapes = ", ".join(str(tuple(t.shape)) for t in (x_NM, w_VM, targets_N))
         raise ValueError(f"linear_cross_entropy: x, w and targets must be [N, M], [V, M] and [N], got {shapes}")
     device = x_NM.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x_NM.dtype
     gradients = torch.is_grad_enabled()
-    total, more = _LinearLosses.apply(
+    total, more, losses_N = _LinearLosses.apply(
         x_NM, w_VM, targets_N, logits_loss, dtype, gradients and x_NM.requires_grad, gradients and w_VM.requires_grad
     )
-    return (total / len(x_NM), more / len(x_NM)) if reduction == "mean" else (total, more)
+    return (total / len(x_NM), more / len(x_NM)) if reduction == "mean" else (losses_N, more)
 
 
 def losses_of(
@@ -77,7 +77,7 @@ def losses_of(
 
 
 class _LinearLosses(torch.autograd.Function):
-    """Compute the losses summed over tokens: all of them, and that of the logits alone."""
+    """Compute the losses summed over tokens, all of them and that of the logits alone, and each target's."""
 
     @staticmethod
     def forward(
@@ -89,16 +89,16 @@ class _LinearLosses(torch.autograd.Function):
         dtype: torch.dtype,
         for_x: bool,
         for_w: bool,
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, Tensor]:
         ctx.dtypes = x_NM.dtype, w_VM.dtype
         with torch.autocast(x_NM.device.type, enabled=False):
-            total, more = _forward(ctx, x_NM, w_VM, targets_N, logits_loss, dtype, for_x, for_w)
-        ctx.mark_non_differentiable(more)
-        return total, more
+            losses_N, more = _forward(ctx, x_NM, w_VM, targets_N, logits_loss, dtype, for_x, for_w)
+        ctx.mark_non_differentiable(more, losses_N)
+        return losses_N.sum() + more, more, losses_N
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, dtotal: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx, dtotal: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         dx_NM, dw_VM = ctx.saved_tensors
         dx_NM = None if dx_NM is None else dx_NM.to(ctx.dtypes[0]) * dtotal
         dw_VM = None if dw_VM is None else (dw_VM * dtotal).to(ctx.dtypes[1])
@@ -121,7 +121,7 @@ def _forward(
     if logits_loss is None and has_kernel(x_NM, w_VM):
         losses_N, *gradients = head(x_NM, w_VM, targets_N, for_x, for_w)
         ctx.save_for_backward(*gradients)
-        return losses_N.sum(), losses_N.new_zeros(())
+        return losses_N, losses_N.new_zeros(())
     w_MV, targets_N1 = w_VM.to(dtype).T.contiguous(), targets_N[:, None]
     p_N1 = x_NM.new_empty(N, 1, dtype=wide)  # the targets' probabilities
     dx_NM = torch.empty_like(x_NM) if for_x else None
@@ -162,4 +162,4 @@ def _forward(
     if len(unlikely := (p_N1[:, 0] < _MIN_PROBABILITY).nonzero()[:, 0]):
         logits_UV = (x_NM[unlikely] @ w_MV).to(wide)
         losses_N[unlikely] = F.cross_entropy(logits_UV, targets_N[unlikely], reduction="none")
-    return losses_N.sum() + more, more
+    return losses_N, more

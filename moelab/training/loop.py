@@ -222,6 +222,7 @@ def train(
         "validation_loss": final["loss"],
         "bits_per_byte": final["bits_per_byte"],
         "validation_by_domain": final["by_domain"],
+        "validation_by_pair": final["by_pair"],
         "validation_tokens": final["validation_tokens"],
         "unigram_loss": data.unigram_loss,
         "parameters": model_config.parameters(),

@@ -20,7 +20,7 @@ from moelab.training.balance import PERCENTILES, max_violation, statistics
 
 TRAIN, VALIDATION = "train.jsonl", "validation.jsonl"
 _NUMBERS = ("step", "tokens", "time_s", "loss", "bits_per_byte", "tokens_per_s", "lr")
-_NESTED = ("by_domain", "balance", "expert_load")
+_NESTED = ("by_domain", "by_pair", "balance", "expert_load")
 
 
 @dataclass

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from moelab.config import TrainConfig
 from moelab.data import TokenData
-from moelab.data.batches import bits_per_byte, overall_loss, validation_batches
+from moelab.data.batches import PAIRS, bits_per_byte, overall_loss, pairs, validation_batches
 from moelab.engine.collectives import all_reduce
 from moelab.engine.launch import process
 from moelab.engine.mesh import Mesh
@@ -31,6 +31,9 @@ def evaluate(
 ) -> dict[str, Any]:
     """Return the validation loss in nats per token and in bits per byte of text, over all domains and by domain.
 
+    Also its parts by what the sequence has shown before of a token and the next one (`moelab.data.batches.pairs`), with
+    their shares of the tokens: how well a model copies, and what it knows without.
+
     Args:
         model: the model; it is in training mode afterwards.
         context: tokens per sequence, T.
@@ -40,7 +43,7 @@ def evaluate(
     model.eval()
     world, mine = (mesh.data.size, mesh.data.index) if mesh else (1, 0)
     domains = sorted(data.validation)
-    sums = torch.zeros(len(domains), 2, dtype=torch.float64)  # nats, tokens
+    sums = torch.zeros(len(domains), len(PAIRS), 2, dtype=torch.float64)  # nats, tokens
     batches = validation_batches(data, config.batch_size, context, max_tokens)
     while group := list(itertools.islice(batches, world)):
         process.beat()
@@ -51,13 +54,17 @@ def evaluate(
             fastest_products(uses_kernel(model.config, context)),
             torch.autocast(config.device, torch.bfloat16, enabled=config.dtype == "bf16"),
         ):
-            output = model(tokens_BT.to(config.device), targets_BT=targets_BT.to(config.device), reduction="sum")
-        sums[domains.index(domain)] += torch.tensor([float(output.loss), targets_BT.numel()], dtype=torch.float64)
+            output = model(tokens_BT.to(config.device), targets_BT=targets_BT.to(config.device), reduction="none")
+        nats_N = output.loss.double().cpu()
+        found = torch.stack([nats_N, torch.ones_like(nats_N)], 1)
+        sums[domains.index(domain)].index_add_(0, pairs(tokens_BT, targets_BT).flatten(), found)
     if mesh and world > 1:
         sums = sums.to(mesh.device)
         all_reduce(sums, mesh.data, "metrics")
     model.train()
-    losses = {domain: nats / count for domain, (nats, count) in zip(domains, sums.tolist(), strict=True)}
+    losses = {domain: nats / count for domain, (nats, count) in zip(domains, sums.sum(1).tolist(), strict=True)}
+    by_pair = {kind: (nats, int(count)) for kind, (nats, count) in zip(PAIRS, sums.sum(0).tolist(), strict=True)}
+    tokens = int(sums[..., 1].sum())
     overall = overall_loss(data, losses)
     return {
         "loss": overall.nats_per_token,
@@ -66,7 +73,8 @@ def evaluate(
             domain: {"loss": loss, "bits_per_byte": bits_per_byte(data, loss, domain)}
             for domain, loss in losses.items()
         },
-        "validation_tokens": int(sums[:, 1].sum()),
+        "by_pair": {kind: {"loss": nats / n, "share": n / tokens} for kind, (nats, n) in by_pair.items() if n},
+        "validation_tokens": tokens,
     }
 
 

@@ -30,4 +30,6 @@ def test_rows(run, tmp_path):
         assert abs(row["minus_reference"]) < (1e-5 if row["dtype"] == "fp32" else 0.05)
     assert any(row["minus_reference"] for row in rows if row["dtype"] == "bf16")
     assert rows[0]["loss"] == pytest.approx(run.result["validation_loss"], abs=0.05)
+    assert sum(part["share"] for part in rows[0]["by_pair"].values()) == pytest.approx(1)
+    assert f"repeated {rows[0]['by_pair']['repeated']['loss']:.4f} (" in " ".join(output.split())
     assert "validation tokens" in output and (tmp_path / f"losses-{name}.provenance.json").is_file()

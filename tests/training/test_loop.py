@@ -54,6 +54,10 @@ def test_learns_and_reports(tiny_model, tiny_train, data, tmp_path):
     assert result["validation_loss"] < data.unigram_loss - 0.5
     assert result["steps"] == 120 and seen[-1].step == 120
     assert set(result["validation_by_domain"]) == {"sea", "field"}
+    parts = result["validation_by_pair"].values()
+    assert sum(part["share"] for part in parts) == pytest.approx(1)
+    whole = sum(part["share"] * part["loss"] for part in parts)
+    assert whole == pytest.approx(result["validation_loss"], rel=0.01)  # domains are weighted by their whole text
     assert result["bits_per_byte"] == pytest.approx(result["validation_loss"] / math.log(2) / data.bytes_per_token())
     rows = read_rows(tmp_path / TRAIN)
     assert [row["step"] for row in rows] == list(range(3, 121, 3))
