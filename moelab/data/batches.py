@@ -219,17 +219,17 @@ PAIRS = ("repeated", "changed", "new")
 def pairs(tokens_BT: Tensor, targets_BT: Tensor) -> Tensor:
     """Return for each target, as an index of `PAIRS`, what its sequence has shown before, int64 [B, T].
 
-    - repeated: the token stood before with the same next token, so that copying tells the target;
-    - changed: the token stood before, but always with another next token;
-    - new: the token did not stand before.
+    - repeated: the token occurred before with the same next token, so that copying gives the target;
+    - changed: the token occurred before, but always with another next token;
+    - new: the token did not occur before.
     """
     # A pair of ids is one number: ids are below 2^31.
-    repeated_BT = _stood_before(tokens_BT << 32 | targets_BT)
-    return torch.where(repeated_BT, 0, torch.where(_stood_before(tokens_BT), 1, 2))
+    repeated_BT = _occurred_before(tokens_BT << 32 | targets_BT)
+    return torch.where(repeated_BT, 0, torch.where(_occurred_before(tokens_BT), 1, 2))
 
 
-def _stood_before(ids_BT: Tensor) -> Tensor:
-    """Return where a value stands at an earlier place of its row, bool [B, T]."""
+def _occurred_before(ids_BT: Tensor) -> Tensor:
+    """Return where a value occurs at an earlier place of its row, bool [B, T]."""
     sorted_BT, order_BT = ids_BT.sort(dim=1, stable=True)
     again_BT = torch.zeros_like(ids_BT, dtype=torch.bool)
     return again_BT.scatter(1, order_BT[:, 1:], sorted_BT[:, 1:] == sorted_BT[:, :-1])

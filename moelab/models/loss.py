@@ -52,6 +52,8 @@ def linear_losses(
     """
     if reduction not in ("mean", "none"):
         raise ValueError(f"linear_cross_entropy: reduction must be 'mean' or 'none', got {reduction!r}")
+    if reduction == "none" and logits_loss is not None:
+        raise ValueError("linear_losses: a loss of the logits has no value for each token; reduction must be 'mean'")
     if x_NM.dim() != 2 or w_VM.shape[1:] != x_NM.shape[1:] or targets_N.shape != x_NM.shape[:1]:
         shapes = ", ".join(str(tuple(t.shape)) for t in (x_NM, w_VM, targets_N))
         raise ValueError(f"linear_cross_entropy: x, w and targets must be [N, M], [V, M] and [N], got {shapes}")

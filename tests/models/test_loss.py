@@ -113,6 +113,11 @@ def test_no_gradient_is_computed_that_nobody_wants():
     assert not value.requires_grad and value == pytest.approx(plain(x, w, targets).item(), rel=1e-6)
 
 
+def test_a_loss_of_the_logits_is_no_tokens_own():
+    with pytest.raises(ValueError, match=r"^linear_losses: a loss of the logits has no value for each token"):
+        linear_losses(*case(3, 4, 5), "none", lambda logits, first, past: (logits.sum(), torch.ones_like(logits)))
+
+
 def test_no_tokens_cost_nothing():
     value = linear_cross_entropy(torch.zeros(0, 4), torch.ones(9, 4), torch.zeros(0, dtype=torch.long), "none")
     assert value.shape == (0,)
