@@ -31,8 +31,8 @@ def evaluate(
 ) -> dict[str, Any]:
     """Return the validation loss in nats per token and in bits per byte of text, over all domains and by domain.
 
-    Also its parts by what the sequence has shown before of a token and the next one (`moelab.data.batches.pairs`), with
-    their shares of the tokens: how well a model copies, and what it knows without.
+    Also ``by_pair``: the evaluated tokens' loss by what the sequence has shown before of a token and the next one
+    (`moelab.data.batches.pairs`), with the shares of the tokens. It tells how well a model copies from its context.
 
     Args:
         model: the model; it is in training mode afterwards.

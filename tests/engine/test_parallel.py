@@ -81,7 +81,7 @@ def on_one_rank(config: ModelConfig, bf16: bool = False) -> tuple[float, dict[st
 def parts(model: parallel.ParallelModel, name: str, ours: torch.Tensor, whole: torch.Tensor) -> list[tuple]:
     """The pieces of a weight or gradient that this rank holds, each with the same piece of the whole.
 
-    No rank gathers the others' pieces: on 8 ranks of two cores that took four fifths of a test's time.
+    No rank gathers the others' pieces: on 8 ranks of two cores that took more than half of a test's time.
     """
     if isinstance(ours, DTensor):
         (place,), mesh = ours.placements, ours.device_mesh
