@@ -1,0 +1,42 @@
+"""Split the difference of two arms' losses by what the sequence has shown before of a target.
+
+A model that copies from its context gains on targets whose pair occurred before, one that knows more gains on the
+others; a difference of two losses is the sum of both (`moelab.data.batches.pairs`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from moelab.lazy import pd
+from moelab.runs.collection import Runs
+
+
+def gaps(runs: Runs, pairs: Sequence[tuple[str, str]]) -> pd.DataFrame:
+    """Return the parts of left minus right, by seed; empty where results say nothing of targets (older ones).
+
+    Args:
+        runs: finished ones are read, one for each arm and seed.
+        pairs: (left, right) arms; those that are not both there are left out.
+
+    Returns:
+        Columns pair ("left − right"), seed, target (`moelab.data.batches.PAIRS`), share (of the validation tokens),
+        left, right (losses on these targets) and part (share times left minus right; all in nats per token). The parts
+        sum to the difference of the losses on all targets.
+    """
+    by_run = {(run.spec.title, run.spec.train.seed): run.result.get("validation_by_pair", {}) for run in runs.finished}
+    rows = [
+        [f"{left} − {right}", seed, target, numbers["share"], by_run[left, seed][target]["loss"], numbers["loss"]]
+        for left, right in pairs
+        for (arm, seed), targets in by_run.items()
+        if arm == right and by_run.get((left, seed))
+        for target, numbers in targets.items()
+    ]
+    table = pd.DataFrame(rows, columns=["pair", "seed", "target", "share", "left", "right"])
+    return table.assign(part=table["share"] * (table["left"] - table["right"]))
+
+
+def summary(table: pd.DataFrame) -> pd.DataFrame:
+    """Return the parts of `gaps`, means over seeds: a row per pair, a column per target and one for all of them."""
+    parts = table.groupby(["pair", "target"], sort=False)["part"].mean().unstack()
+    return parts.assign(all=parts.sum(axis=1))
