@@ -140,8 +140,11 @@ class Rates:
     measured: bool = False
 
 
-FULL_RATES: dict[str, Rates] = {"350M": Rates(own=dict.fromkeys(FAMILIES, 4e-3), shared=4e-3)}
-"""Base -> rates at `full`. PROVISIONAL, a guess until `moelab run learning-rate --scale full` has run."""
+FULL_RATES: dict[str, Rates] = {
+    "350M": Rates(own={"Dense": 4e-3, "MoE-32": 8e-3, "PR-MoE": 8e-3, "MoE-128": 8e-3}, shared=8e-3)
+}
+"""Base -> rates at `full`, from the sweep on seeds 100 and 101, whose last runs are under way (LOG.md). The shared rate
+is the MoE families' own, so that only dense arms are trained at two."""
 
 DATA = {
     "smoke": DataConfig(tokenizer="bpe-1024", context=64, max_bytes=600_000),

@@ -8,7 +8,7 @@ the MoE models of a base each take the best of the same three rates, so neither 
 
 At `full` four families are swept on the 350M base (`settings.FAMILIES`) and two on the 1.3B base as a check, on two
 seeds. An optimum counts when it is bracketed: a rate above and one below it have ended higher (`unbracketed`). Where it
-is at an edge, the sweep is continued by ``-p peaks=``, in factors of two, for all arms alike.
+is at an edge, the sweep is continued in factors of two: by ``-p peaks=``, for all arms alike, or in `LOWER`.
 """
 
 from __future__ import annotations
@@ -32,9 +32,8 @@ RATES = (4e-3, 8e-3, 16e-3)
 """Peak rates of the 350M base; larger bases are swept at less, in the proportion of the paper's dense rates
 (`settings.rate_ratio`)."""
 
-FULL_SWEEP = (2e-3, 4e-3, 8e-3)
-"""The same at `full`, to begin with. It goes on in factors of two until each family's best rate is bracketed: the first
-runs ended lower at 8e-3 than at 4e-3 (LOG.md)."""
+LOWER = {"Dense": 2e-3}
+"""Arm -> a lower rate that is tried at `full`, too: the dense model ended lowest at the lowest of `RATES` (LOG.md)."""
 
 
 def arms(base: str = "350M", scale: str = "cpu") -> dict[str, str]:
@@ -45,13 +44,17 @@ def arms(base: str = "350M", scale: str = "cpu") -> dict[str, str]:
     return ARMS[base] | more
 
 
-def rates(base: str = "350M", scale: str = "cpu", chosen: Sequence[float] | None = None) -> list[float]:
-    """Return the peak rates that the sweep of a base tries.
+def rates(
+    base: str = "350M", scale: str = "cpu", chosen: Sequence[float] | None = None, arm: str | None = None
+) -> list[float]:
+    """Return the peak rates that the sweep of a base tries, ascending.
 
     Args:
         chosen: other rates of the 350M base than the scale's.
+        arm: those of one arm; None means those of any.
     """
-    tried = chosen or (FULL_SWEEP if scale == "full" else RATES)
+    lower = [rate for name, rate in LOWER.items() if scale == "full" and arm in (None, name)]
+    tried = chosen or (*lower, *RATES)
     return [round(rate * settings.rate_ratio(base), 6) for rate in sorted(tried)]
 
 
@@ -76,8 +79,8 @@ def build(
             label=arm,
             overrides={"train.lr": rate, **overrides},
         )
-        for rate in rates(base, scale, peaks)
         for arm, name in arms(base, scale).items()
+        for rate in rates(base, scale, peaks, arm)
     ]
 
 
@@ -146,7 +149,7 @@ EXPERIMENT = Experiment(
         "cpu": Scale("twins 32 wide, 8 layers; 16.4 M tokens of mix5; one seed", "about 1.3 hours on one core"),
         "full": Scale(
             "twins 32 wide (1.3B base: 64), 8 layers; 101.6 M tokens of mix15; two seeds",
-            f"about {12 * FULL_HOURS['350M']:.0f} hours a seed on one core (estimated)",
+            f"about {13 * FULL_HOURS['350M']:.0f} hours a seed on one core (estimated)",
         ),
     },
     build=build,

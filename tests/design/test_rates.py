@@ -19,6 +19,7 @@ def built(rate):
 
 
 def test_a_run_that_is_both_is_one_run_and_is_shown_twice(tmp_path, monkeypatch):
+    monkeypatch.setitem(settings.FULL_RATES, "350M", settings.Rates({"Dense": 4e-3}, 4e-3))
     specs = rates.at_both(built)
     assert [s.label for s in specs] == ["Dense", "Dense, shared rate"] and specs[0].id == specs[1].id
     assert [s.label for s in closure(specs).values()] == ["Dense"], "a plan names the arm"
