@@ -141,7 +141,7 @@ class Rates:
 
 
 FULL_RATES: dict[str, Rates] = {
-    "350M": Rates(own={"Dense": 4e-3, "MoE-32": 8e-3, "PR-MoE": 8e-3, "MoE-128": 8e-3}, shared=8e-3)
+    "350M": Rates(own={"Dense": 16e-3, "MoE-32": 8e-3, "PR-MoE": 8e-3, "MoE-128": 8e-3}, shared=8e-3)
 }
 """Base -> rates at `full`, from the sweep on seeds 100 and 101, whose last runs are under way (LOG.md). The shared rate
 is the MoE families' own, so that only dense arms are trained at two."""
