@@ -58,16 +58,6 @@ LARGE = [
 CASES = [*ODD, *MULTIPLES, *([] if INTERPRETING else LARGE)]
 
 
-def with_activations(cases, few):
-    """Return each case with a plain and with a gated activation, and `few` of them with the others, for `parametrize`.
-
-    What an activation computes does not depend on the sizes; `test_any_sizes` draws both.
-    """
-    usual = ("gelu_tanh", "swiglu")
-    others = [activation for activation in ACTIVATIONS if activation not in usual]
-    return [(*case, name) for some, names in ((cases, usual), (few, others)) for case in some for name in names]
-
-
 def make(counts, spare, M, F, dtype=torch.float32, device="cpu", activation="gelu_tanh", weights=None):
     """(x, offsets, [w1, b1, w2, b2], dy), weights in a dtype of their own"""
     E, R = len(counts), sum(counts) + spare
@@ -103,7 +93,8 @@ def check(counts, spare, M, F, dtype, activation, target, weights=None):
     assert not got[0][sum(counts) :].any() and not got[1][sum(counts) :].any()  # spare rows: zero out, zero gradient
 
 
-@pytest.mark.parametrize("counts,spare,M,F,activation", with_activations(CASES, [ODD[1], MULTIPLES[2]]))
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("counts,spare,M,F", CASES)
 def test_float32(target, counts, spare, M, F, activation):
     check(counts, spare, M, F, torch.float32, activation, target)
 
@@ -113,7 +104,8 @@ HALVES = [([5, 0, 33, 1], 2, 24, 40), *CASES[len(ODD) :]]
 
 @pytest.mark.slow
 @pytest.mark.parametrize("weights", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("counts,spare,M,F,activation", with_activations(HALVES, [HALVES[0], MULTIPLES[2]]))
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("counts,spare,M,F", HALVES)
 def test_bfloat16(target, counts, spare, M, F, activation, weights):
     if INTERPRETING and (activation not in ("gelu_tanh", "swiglu") or weights == torch.float32):
         pytest.skip("slow there")
