@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -133,14 +134,15 @@ def show(runs: Sequence[PlannedRun]) -> None:
 def on_this_machine(runs: Sequence[PlannedRun], store: RunStore | None = None) -> list[str]:
     """Return in a line each how long unfinished runs on a CPU take, and which of them are published.
 
-    The time is that of their FLOPs at the rate of the finished runs here, or of published ones where there are none.
+    The time is that of their FLOPs at the rate of finished runs here of nearly their cost, or of published ones where
+    there are none.
     """
     store = store or RunStore()
     left = [run for run in runs if run.gpu_hours is None and run.state != "finished"]
     known = records.published()
     there = [run.spec for run in left if run.spec.id in known]
     lines = []
-    if left and (rate := _rate(store, known)):
+    if left and (rate := _rate(statistics.median(run.spec.cost for run in left), store, known)):
         hours = sum(run.flops for run in left) / rate[0] / 3600
         took = f"{hours:,.1f} hours" if hours >= 1 else f"{hours * 60:,.0f} minutes" if hours > 1 / 60 else "a minute"
         lines.append(f"about {took} on one core, at the speed of {rate[1]}")
@@ -150,26 +152,31 @@ def on_this_machine(runs: Sequence[PlannedRun], store: RunStore | None = None) -
     return lines
 
 
-def _rate(store: RunStore, known: Mapping[str, records.Archive]) -> tuple[float, str] | None:
-    """Return FLOPs a second and core of runs on a CPU, the median, and whose they are; None without any."""
-    rates = []
-    for name in store.ids(file="result.json")[:_ASKED]:
+def _rate(cost: float, store: RunStore, known: Mapping[str, records.Archive]) -> tuple[float, str] | None:
+    """Return FLOPs a second and core of runs on a CPU of nearly this cost, the median, and whose; None without any."""
+    timed = []
+    for name in store.ids(file="result.json"):
         with contextlib.suppress(ValueError, RuntimeError):
             run = store.at(name)
-            if run.spec.train.device == "cpu":
-                rates.append(run.spec.cost / run.own_seconds / run.spec.train.threads)
-    if rates:
-        return statistics.median(rates), "the finished runs here"
-    for archive in list(known.values())[:: max(1, len(known) // _ASKED)]:
-        with contextlib.suppress(ValueError):
-            spec, result = records.glance(archive)
-            if spec.train.device == "cpu" and spec.start is None:
-                rates.append(spec.cost / result["seconds"] / spec.train.threads)
-    return (statistics.median(rates), "the published runs") if rates else None
+            timed.append((run.spec, run.own_seconds))
+    whose = "the finished runs here"
+    if not (timed := [(spec, seconds) for spec, seconds in timed if spec.train.device == "cpu"]):
+        whose = "the published runs"
+        for archive in list(known.values())[:: max(1, len(known) // _READ)]:
+            with contextlib.suppress(ValueError):
+                spec, result = records.glance(archive)
+                if spec.train.device == "cpu" and spec.start is None:
+                    timed.append((spec, result["seconds"]))
+    # A short run takes most of its time to start: those of this length tell.
+    timed.sort(key=lambda one: abs(math.log(one[0].cost / cost)))
+    rates = [spec.cost / seconds / spec.train.threads for spec, seconds in timed[:_ASKED]]
+    return (statistics.median(rates), whose) if rates else None
 
 
-_ASKED = 30
-"""Runs whose speed is looked at."""
+_READ = 30
+"""Published runs that are read for their speed."""
+_ASKED = 10
+"""Runs whose speed counts."""
 
 
 def _hours(hours: float) -> str:

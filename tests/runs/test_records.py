@@ -113,6 +113,19 @@ def test_a_dry_run_says_how_long_it_takes_and_what_is_published(finished, tmp_pa
     assert "at the speed of the finished runs here" in took
 
 
+def test_a_dry_run_goes_by_runs_of_nearly_its_cost(tmp_path, monkeypatch, result):
+    """The seconds of a short run are those of its start."""
+    monkeypatch.setattr(dry_run, "_ASKED", 1)
+    store, hours = RunStore(tmp_path), {"smoke": 1, "quick": 2, "full": 30}
+    for scale, took in hours.items():
+        spec = pr_moe.EXPERIMENT.specs(scale, arms=["Dense"])[0]
+        write_json(store.run(spec).path / "result.json", result(seconds=took * 3600.0))
+    for scale, took in hours.items():
+        spec = pr_moe.EXPERIMENT.specs(scale, 2, arms=["Dense"])[-1]
+        line, *_ = dry_run.on_this_machine(dry_run.planned_runs([spec], store), store)
+        assert line == f"about {took:.1f} hours on one core, at the speed of the finished runs here"
+
+
 def test_a_torn_status_is_passed_over(finished, tmp_path):
     archive = record(finished, tmp_path / "without")
     (finished.path / "status.json").write_text("")
