@@ -87,6 +87,7 @@ def run(
     from moelab.experiments import experiment
     from moelab.notebook import batch
     from moelab.runs import preflight
+    from moelab.runs.dry_run import on_this_machine, planned_runs
 
     if all_ == (name is not None):
         raise ValueError("run: give an experiment's name or --all; see `moelab list`")
@@ -101,6 +102,8 @@ def run(
     # What was measured with the weights of finished runs is read back; that needs no GPU.
     on_gpu = any(r.scale in r.experiment.measures_on_gpu and (r.experiment.measures or not r.specs) for r in wanted)
     preflight.check(trained, device="cuda" if on_gpu else "cpu", publish=publish)
+    for line in on_this_machine(planned_runs(trained)):
+        print(line, flush=True)
     if name is None:
         from moelab.lab import Lab
 

@@ -342,6 +342,20 @@ def test_doctor_names_the_extras_to_install(monkeypatch, capsys):
     assert doctor.report() and "pip install -e '.[hf]'" in capsys.readouterr().out
 
 
+def test_a_run_says_first_how_long_it_takes_and_what_is_published(tmp_path, monkeypatch, capsys):
+    from moelab.cli import experiments
+    from moelab.notebook import watch
+    from moelab.runs import preflight
+
+    monkeypatch.setenv("MOELAB_HOME", str(tmp_path))
+    monkeypatch.setattr(preflight, "check", lambda *_, **__: None)
+    monkeypatch.setattr(watch, "execute_watched", lambda *_, **__: print("executes") is None)
+    experiments.run("pr-moe", scale="quick", parameter=["seeds=3"])
+    took, published, executes = capsys.readouterr().out.splitlines()
+    assert took.startswith("about ") and "on one core" in took and executes == "executes"
+    assert "are published (Dense, PR-MoE-32/64, MoE-128): `moelab runs import`" in published
+
+
 PR_MOE = ("run", "pr-moe", "--scale", "smoke", "-p", "seeds=2", "-p", 'arms=["MoE-128","PR-MoE-32/64"]')
 
 
