@@ -1,0 +1,75 @@
+"""A workshop for each test, a Slurm that accepts everything, and a submission on record."""
+
+import os
+from dataclasses import replace
+
+import pytest
+
+from moelab.runs.store import RunStore
+from moelab.slurm import queue
+from moelab.slurm.queue import Job
+from moelab.slurm.submission import Part, Submission
+
+
+@pytest.fixture
+def workshop(tmp_path, monkeypatch):
+    monkeypatch.setenv("MOELAB_HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("MOELAB_RESULTS", str(tmp_path / "results"))
+    return tmp_path / "home"
+
+
+@pytest.fixture
+def slurm(tmp_path, monkeypatch):
+    """Commands of a Slurm that accepts everything, in front of any real ones: its calls, and what its squeue says."""
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    calls, answer = tmp_path / "calls", tmp_path / "squeue.txt"
+    calls.touch()
+    answer.touch()
+    head = f'#!/bin/sh\necho "$(basename $0) $*" >> {calls}\n'
+    for name in ("srun", "scancel", "scontrol"):
+        (folder / name).write_text(head)
+    (folder / "sinfo").write_text(f"{head}printf 'node1\\nnode2\\n'\n")
+    (folder / "squeue").write_text(f"{head}cat {answer}\n")
+    (folder / "sbatch").write_text(
+        f'{head}case "$1" in --test-only) cat > /dev/null ;; *) echo "Submitted batch job $(wc -l < {calls})" ;; esac\n'
+    )
+    for command in folder.iterdir():
+        command.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
+
+    class Fake:
+        def calls(self) -> list[str]:
+            """The commands since the last time, without their arguments."""
+            return [line.split()[0] for line in self.commands()]
+
+        def commands(self) -> list[str]:
+            """The commands since the last time, in full."""
+            lines = calls.read_text().splitlines()
+            calls.write_text("")
+            return lines
+
+        def says(self, *lines: str) -> None:
+            answer.write_text("".join(f"{line}\n" for line in lines))
+
+    return Fake()
+
+
+@pytest.fixture
+def submitted(tiny_spec, monkeypatch):
+    """Four runs and a notebook on record; the test says what Slurm knows."""
+    specs = [replace(tiny_spec, train=replace(tiny_spec.train, seed=seed)) for seed in range(4)]
+    runs = [RunStore().run(spec) for spec in specs]
+    record = Submission("20260101-000000-x-abc", "x", "local", None, "2026-01-01T00:00:00Z")
+    record.parts = [
+        Part("runs-0", "7", [run.spec.id for run in runs]),
+        Part("notebook-0", "8", [run.spec.id for run in runs], {"seeds": 4}),
+    ]
+    record.write()
+    jobs: dict = {}
+    monkeypatch.setattr(queue, "jobs", lambda *_: jobs)
+
+    def job(part: str, index: int, state: str, reason: str = "None", node: str = "") -> None:
+        jobs[record.id, part, index] = Job(f"7_{index}", record.id, part, index, state, reason, node, "1:00")
+
+    return runs, job, record, jobs

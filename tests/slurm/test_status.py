@@ -1,0 +1,376 @@
+"""Check how submissions are shown and cancelled."""
+
+import json
+import os
+import shutil
+import time
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+from typer.testing import CliRunner
+
+from moelab.cli import app
+from moelab.files import read_json, write_json
+from moelab.runs.store import RunStore, Status
+from moelab.slurm import attempt, profiles, queue, snapshot, status, submit
+from moelab.slurm.attempt import Limits
+from moelab.slurm.queue import Job
+from moelab.slurm.submission import Part, Submission
+
+pytestmark = pytest.mark.usefixtures("workshop")
+
+
+def test_the_overview_believes_the_run_and_slurm_where_each_knows_better(submitted):
+    runs, job, record, _ = submitted
+    job("runs-0", 0, "RUNNING", node="node3")
+    runs[0].set_status(
+        Status("running", step=12, steps=24, loss=3.5, tokens_per_s=128.0)
+    )  # no lock is held in this test
+    job("runs-0", 1, "PENDING", "Priority")
+    write_json(runs[2].path / "result.json", {})
+    job("notebook-0", 0, "PENDING", "Dependency")
+    rows = status.overview().rows
+    assert [row.state for row in rows] == ["running", "waiting", "finished", "lost", "waiting"]
+    assert (rows[0].node, rows[0].step, rows[0].left_s) == ("node3", 12, 12 * 4 * 32 / 128.0)
+    assert rows[1].reason == "Priority" and "submit again" in rows[3].reason
+    assert not rows[0].over and rows[2].over and rows[3].over
+
+    write_json(record.folder / "notebook-0.json", {"result": "/r", "missing": [runs[3].spec.id]})
+    job("notebook-0", 0, "COMPLETED")
+    (row,) = status.overview(["20260101-000000-x-abc/notebook"]).rows
+    assert row.state == "incomplete" and runs[3].spec.id in row.reason
+
+
+def test_a_requeued_run_waits_and_says_what_was_before(submitted):
+    runs, job, _, _ = submitted
+    runs[0].set_status(Status("stopped", step=12, steps=24, reason="stopped at step 12 of 24"))
+    job("runs-0", 0, "PENDING", "BeginTime")
+    row = status.overview([runs[0].spec.id]).rows[0]
+    assert (row.state, row.step) == ("waiting", 12) and row.reason == "BeginTime; before: stopped at step 12 of 24"
+    job("runs-0", 0, "RUNNING", node="node1")
+    assert status.overview([runs[0].spec.id]).rows[0].state == "starting"
+
+
+def test_without_slurm_the_runs_still_speak(submitted, monkeypatch):
+    runs, _, _, _ = submitted
+    write_json(runs[0].path / "result.json", {})
+    monkeypatch.setattr(queue, "jobs", lambda *_: (_ for _ in ()).throw(queue.SlurmError("squeue: nobody answers")))
+    now = status.overview()
+    assert now.trouble == "squeue: nobody answers" and [row.state for row in now.rows[:2]] == ["finished", "new"]
+    from rich.console import Console
+
+    console = Console(width=160, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
+    console.print(now)
+    shown = console.export_text()
+    assert "1 finished, 3 new" in shown and "nobody answers" in shown
+    console.print(status.overview(["none"]))
+    assert console.export_text().strip() == "nothing submitted (by these names) · squeue: nobody answers"
+
+
+def test_one_bad_file_hides_nothing_else(submitted, tiny_spec, slurm, monkeypatch):
+    runs, job, record, jobs = submitted
+    for index in range(4):
+        job("runs-0", index, "PENDING", "Priority")
+    (runs[0].path / "status.json").write_text("")
+    (runs[1].path / "spec.json").write_text('{"train": {')
+    shutil.rmtree(runs[2].path)
+    for name in ("20260102-000000-x-abd", "20260103-000000-x-abe"):
+        (record.folder.parent / name).mkdir()
+    (record.folder.parent / "20260102-000000-x-abd" / "submission.json").write_text("")
+    (record.folder.parent / "20260103-000000-x-abe" / "submission.json").write_text('{"id": 3, "parts": []}')
+    jobs["20260102-000000-x-abd", "runs-0", 0] = Job("9_0", "", "runs-0", 0, "PENDING", "Priority", "", "1:00")
+    (record.folder / "notebook-0.json").write_text("{")
+    rows = {row.id: row for row in status.overview(everything=True).rows}
+    by_run = [rows[run.spec.id] for run in runs]
+    assert [row.state for row in by_run] == ["waiting", "unreadable", "unreadable", "waiting"], "a torn status is none"
+    assert "spec.json: not valid JSON" in by_run[1].reason
+    assert "was the run removed?" in by_run[2].reason and "submission.json" in rows["20260103-000000-x-abe"].reason
+    assert rows[f"{record.id}/notebook-0"].state == "unreadable"
+    assert all("\n" not in row.reason for row in rows.values())
+    done = CliRunner().invoke(app, ["cancel", "--all"], catch_exceptions=False)
+    assert done.exit_code == 0 and "cancelled 5 jobs" in done.output and slurm.calls() == ["scancel"]
+    # And submitting goes on: the torn spec is written again.
+    jobs.clear()
+    plan = submit.submit("x", [({}, [run.spec for run in runs])], profiles.load("local"), with_notebooks=False)
+    assert [len(group) for group in plan.specs.values()] == [4]
+    assert RunStore().at(runs[1].spec.id).spec == runs[1].spec
+
+
+ODD = [None, True, 1e300, "x", [], [1], {"a": 1}]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["submission", "spec", "status", "result", "notebook", "progress", "attempts"])
+def test_valid_json_of_the_wrong_type_is_a_row_or_one_line(submitted, slurm, name, monkeypatch):
+    """Every field of every file, and each file as a whole, in turn replaced by a value of each type."""
+    from rich.console import Console
+
+    runs, job, record, jobs = submitted
+    run, folder = runs[0], record.folder
+    monkeypatch.setattr(submit, "_queue", lambda *_: None)
+    monkeypatch.setattr(snapshot, "place", lambda _: None)
+    run.set_status(Status("stopped", 3, 24, 4.5, 100.0, "x"))
+    attempt.record(run, "7", 0, "stopped", "x", "node1", Limits(3, 10))
+    write_json(folder / "notebook-0.json", {"result": "/r", "missing": [runs[3].spec.id], "job": "8", "node": None})
+    write_json(folder / "notebook-0.progress.json", {"cell": 3, "cells": 7})
+    file = {
+        "submission": folder / "submission.json",
+        "notebook": folder / "notebook-0.json",
+        "progress": folder / "notebook-0.progress.json",
+        "attempts": run.path / attempt.ATTEMPTS,
+    }.get(name, run.path / f"{name}.json")
+    whole = read_json(file) if file.exists() else {}
+    for values in ([{**whole, key: odd} for key in whole for odd in ODD], [{**whole, "new": 1}], ODD):
+        for value in values:
+            file.write_text(json.dumps(value) + "\n")
+            jobs.clear()
+            if record.cluster == "slurm":
+                job("runs-0", 0, "PENDING", "Priority")
+            Console(width=160, file=open(os.devnull, "w")).print(status.overview(everything=True))  # noqa: SIM115
+            status.overview(["tiny"])
+            status.cancel([row for row in status.overview().rows if row.job])
+            file.write_text(json.dumps(value) + "\n")
+            jobs.clear()
+            attempt.history(run)
+            try:
+                submit.submit("x", [({"seeds": 4}, [run.spec])], profiles.load("local"))
+            except ValueError as error:
+                assert "\n" not in str(error), value
+
+
+@pytest.mark.parametrize("name", ["spec.json", "status.json", "train.jsonl"])
+def test_a_file_that_never_ends_is_named(submitted, name):
+    runs, *_ = submitted
+    (runs[0].path / name).unlink(missing_ok=True)
+    os.mkfifo(runs[0].path / name)
+    row = status.overview(everything=True).rows[0]
+    assert row.state == ("unreadable" if name == "spec.json" else "lost")
+    assert ("not a regular file" in row.reason) == (name == "spec.json")
+    if name == "train.jsonl":
+        with pytest.raises(ValueError, match=r"train\.jsonl: not a regular file"):
+            runs[0].rows(name)
+
+
+def test_a_notebook_that_waits_for_too_few_runs_is_queued_anew(tiny_spec, slurm):
+    """A task of its array was cancelled; the notebook in the queue would be executed without that run."""
+    specs = [replace(tiny_spec, train=replace(tiny_spec.train, seed=seed)) for seed in range(3)]
+    ask = lambda: submit.submit("x", [({"a": 1}, specs)], profiles.load("local"))  # noqa: E731
+    first = ask().submission
+    runs, notebook = first.parts
+    mark = f"moelab {first.id}"
+    rest = f"1:00|1:00|{mark}"
+    alive = [f"{runs.job}_{i}|PENDING|Priority||{rest} runs-0" for i in range(3)]
+    for state, cancelled in (("PENDING", [f"scancel {notebook.job}"]), ("RUNNING", [])):
+        waits = f"{notebook.job}|{state}|Dependency||{rest} notebook-0"
+        slurm.says(*alive, waits)
+        assert not ask().scripts
+        slurm.says(alive[0], alive[2], waits)
+        slurm.commands()
+        again = ask()
+        assert [again.queued, list(again.scripts)] == [2, ["runs-0", "notebook-0"]]
+        new = again.submission.parts[0].job
+        script = (again.submission.folder / f"{again.submission.parts[1].job}_submission.sh").read_text()
+        waited_for = script.partition("dependency=afterany:")[2].split()[0].split(":")
+        assert set(waited_for) == {f"{runs.job}_0", f"{runs.job}_2", new}
+        assert [line for line in slurm.commands() if line.startswith("scancel")] == cancelled
+        if cancelled:
+            slurm.says(alive[0], alive[2])
+            shown = [row.id for row in status.overview().rows if "/" in row.id]
+            assert shown == [f"{again.submission.id}/notebook-0"], "what is replaced is not shown as lost"
+        shutil.rmtree(again.submission.folder)
+
+
+def test_what_was_cancelled_says_so_with_and_without_slurm(submitted, slurm, monkeypatch):
+    runs, job, record, jobs = submitted
+    job("runs-0", 0, "PENDING", "Priority")
+    job("notebook-0", 0, "PENDING", "Dependency")
+    rows = {row.id: row for row in status.overview(everything=True).rows}
+    notebook = f"{record.id}/notebook-0"
+    status.cancel([rows[runs[0].spec.id], rows[notebook]])
+    assert slurm.calls() == ["scancel"]
+    jobs.clear()
+
+    def states() -> list[tuple[str, str]]:
+        rows = {row.id: row for row in status.overview(everything=True).rows}
+        return [(rows[id].state, rows[id].reason) for id in (runs[0].spec.id, notebook)]
+
+    said = ("stopped", "cancelled; submit again to go on")
+    assert states() == [said, said]
+    with monkeypatch.context() as down:
+        down.setattr(queue, "jobs", lambda *_: (_ for _ in ()).throw(queue.SlurmError("squeue: nobody answers")))
+        assert states() == [said, said]
+        (record.folder / "notebook-0.json").unlink()  # cancelled by scancel
+        assert states()[1] == ("unknown", "")
+    job("notebook-0", 0, "CANCELLED")
+    assert states()[1] == said
+    jobs.clear()
+    assert states()[1][0] == "lost"
+
+
+def test_a_notebook_that_is_cancelled_while_it_is_executed_says_so(submitted, monkeypatch):
+    from moelab.slurm import notebook_job
+    from moelab.slurm.submission import CANCELLED, Outcome, outcome, set_outcome
+
+    _, _, record, _ = submitted
+    record.experiment = "pr-moe"
+    record.write()
+
+    for cancelled, said in ((False, "out of time; raise the profile's notebook_time"), (True, CANCELLED)):
+
+        def interrupted(*_, cancelled=cancelled, **__):
+            if cancelled:
+                set_outcome(record.folder, "notebook-0", Outcome(error=CANCELLED))
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(notebook_job.notebooks, "execute", interrupted)
+        assert notebook_job.main(record.folder, "notebook-0") == 1
+        assert outcome(record.folder, "notebook-0").error == said
+
+
+def test_the_last_notebook_of_a_sweep_compares_its_points(submitted, monkeypatch, capsys):
+    from moelab.report.sweep import Sweep
+    from moelab.slurm import notebook_job
+    from moelab.slurm.submission import outcome
+
+    _, _, record, _ = submitted
+    points = tuple({"scale": "smoke", "seeds": seeds} for seeds in (1, 2))
+    record.experiment, record.sweep = "pr-moe", Sweep(("seeds",), points)
+    record.parts = [record.parts[0], *(Part(f"notebook-{i}", None, [], point) for i, point in enumerate(points))]
+    record.write()
+    assert Submission.read(record.folder / "submission.json").sweep == record.sweep
+    compared = []
+
+    def fails(*_, **__):
+        raise ValueError("no luck")
+
+    monkeypatch.setattr(notebook_job.notebooks, "execute", fails)
+    monkeypatch.setattr(notebook_job, "_compare", lambda submission, points: compared.append(points))
+    for name, calls in (("notebook-0", 0), ("notebook-1", 1), ("notebook-0", 2)):
+        assert notebook_job.main(record.folder, name) == 1 and len(compared) == calls
+    monkeypatch.setattr(notebook_job, "_compare", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
+    assert notebook_job.main(record.folder, "notebook-1") == 1
+    assert outcome(record.folder, "notebook-1").error == "no luck", "the notebook's own outcome stands"
+    assert "the sweep's comparison: disk full" in capsys.readouterr().err
+
+
+def test_a_controller_that_is_down_is_said_to_be_waited_for(submitted, slurm, monkeypatch, capsys, tmp_path):
+    monkeypatch.undo()  # of `queue.jobs`
+    monkeypatch.setenv("MOELAB_HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
+    (tmp_path / "bin" / "squeue").write_text("#!/bin/sh\nexec sleep 60\n")
+    monkeypatch.setattr(queue, "_PATIENCE_S", 0.2)
+    monkeypatch.setattr(status, "_ANSWER_S", 1.0)
+    started = time.monotonic()
+    now = status.overview()
+    assert time.monotonic() - started < 10 and len(now.rows) == 5
+    assert now.trouble == "squeue: Slurm's controller does not answer within 1 s"
+    assert capsys.readouterr().err == "squeue: Slurm's controller has not answered yet; waiting at most 1 s\n"
+
+
+def test_cancel_takes_the_hash_that_status_shows(submitted, slurm, monkeypatch):
+    runs, job, record, _ = submitted
+    for index in range(3):
+        job("runs-0", index, "PENDING", "Priority")
+    invoke = lambda *names, **more: CliRunner().invoke(app, ["cancel", *names], **more)  # noqa: E731
+    done = invoke(runs[1].spec.id.rpartition("-")[2])
+    assert done.exit_code == 0 and "cancelled 1 job: 7_1" in done.output and slurm.commands() == ["scancel 7_1"]
+    done = invoke("nothing-so")
+    assert done.exit_code == 1 and "nothing in the queue is named so: nothing-so" in done.stderr
+    monkeypatch.setattr("moelab.cli.slurm.sys", SimpleNamespace(stdin=SimpleNamespace(isatty=lambda: True)))
+    done = invoke("tiny", input="n\n")
+    assert done.exit_code == 1 and slurm.commands() == []
+    assert all(run.spec.id in done.output for run in runs[:3]) and "cancel these 3?" in done.output
+    done = invoke("tiny", input="y\n")
+    assert done.exit_code == 0 and slurm.commands() == ["scancel 7_0 7_1 7_2"]
+
+
+def test_a_parameter_is_not_markup(submitted):
+    from rich.console import Console
+
+    _, _, record, _ = submitted
+    record.parts[1].values = {"arms": ["[/b]", "[red]"]}
+    record.write()
+    console = Console(width=200, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
+    console.print(status.overview())
+    assert "arms=['[/b]', '[red]']" in console.export_text()
+
+
+@pytest.mark.parametrize("width", [40, 60, 80, 100, 220])
+def test_a_narrow_terminal_sees_run_and_state_whole(submitted, width):
+    from rich.console import Console
+
+    runs, job, _, _ = submitted
+    job("runs-0", 0, "RUNNING", node="a-node-with-a-long-name-0001")
+    runs[0].set_status(Status("running", 12, 24, 3.5, 128.0))
+    job("runs-0", 1, "PENDING", "JobArrayTaskLimit")
+    runs[2].set_status(Status("failed", 3, 24, reason="train: " + "a long story " * 12))
+    console = Console(width=width, record=True, file=open(os.devnull, "w"))  # noqa: SIM115
+    console.print(status.overview(everything=True))
+    lines = console.export_text().splitlines()
+    assert max(map(len, lines)) <= width
+    shown = "\n".join(lines)
+    for word in ("running", "waiting", "failed", "lost", *(f"tiny · seed {i}" for i in range(4))):
+        assert word in shown, word
+    assert (runs[0].spec.id.rpartition("-")[2] in shown) == (width >= 60)
+    assert ("12/24" in shown) == (width >= 60) and ("a-node" in shown) == (width >= 220)
+
+
+def test_a_reason_does_not_command_the_terminal(submitted):
+    """Reasons are texts of exceptions, labels those of users."""
+    from rich.console import Console
+
+    runs, job, record, _ = submitted
+    hostile = "\x1b]0;title\x07\x1b[2J\x9b31m\r\u202egone"
+    runs[0].set_status(Status("failed", reason=hostile))
+    spec = read_json(runs[1].path / "spec.json")
+    write_json(runs[1].path / "spec.json", {**spec, "label": hostile})
+    job("runs-0", 1, "PENDING", hostile)
+    console = Console(width=400, record=True, force_terminal=False, file=open(os.devnull, "w"))  # noqa: SIM115
+    console.print(status.overview(everything=True))
+    for said in (console.export_text(), runs[0].why_missing(), runs[0].status.reason):
+        assert "gone" in said and not set("\x1b\x07\x9b\r\u202e") & set(said)
+
+
+def test_a_machine_without_a_cluster_is_told_as_such(monkeypatch, tmp_path):
+    """What Slurm's own commands say where there is no slurm.conf fills three lines."""
+    squeue = tmp_path / "squeue"
+    squeue.write_text(
+        "#!/bin/sh\necho 'squeue: error: fetch_config: DNS SRV lookup failed' >&2\n"
+        "echo 'squeue: fatal: Could not establish a configuration source' >&2\nexit 1\n"
+    )
+    squeue.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    with pytest.raises(queue.SlurmError, match=r"^squeue: no slurm.conf here: .*cluster.sh env\)\"$"):
+        queue.jobs()
+    monkeypatch.setenv("PATH", str(tmp_path / "nothing"))
+    with pytest.raises(queue.SlurmError, match="squeue is not installed here"):
+        queue.jobs()
+
+
+def test_a_full_queue_is_asked_for_once_and_read_right(monkeypatch):
+    lines = [
+        "12_0|RUNNING|None|node1|1:00|2:00|moelab s runs-0",
+        "12_1|PENDING|JobArrayTaskLimit||2:00|2:00|moelab s runs-0",
+        "13|PENDING|Dependency||1:00|1:00|moelab s notebook-0",
+        "14|RUNNING|None|node1|1:00|2:00|(null)",
+        "11_0|COMPLETED|None|node1|1:00|2:00|moelab s runs-0",
+    ]
+    asked = []
+    monkeypatch.setattr(queue, "_run", lambda *command, **_: asked.append(command) or "\n".join(lines))
+    jobs = queue.jobs()
+    assert len(asked) == 1 and jobs["s", "runs-0", 0].id == "12_0", "the live job of two with the same place"
+    assert set(jobs) == {("s", "runs-0", 0), ("s", "runs-0", 1), ("s", "notebook-0", 0)}
+
+
+def test_logs_are_found_by_the_beginning_of_an_id(submitted):
+    runs, _, record, _ = submitted
+    for run in runs[:2]:
+        (run.path / "log.txt").write_text("hello")
+    assert status.log_of(runs[0].spec.id[:-2]) == runs[0].path / "log.txt"
+    with pytest.raises(ValueError, match="several logs of 'tiny'"):
+        status.log_of("tiny")
+    with pytest.raises(ValueError, match="no log of 'nothing'"):
+        status.log_of("nothing")
+    (record.folder / "8_0_log.out").write_text("cell 1")
+    assert status.log_of(f"{record.id}/notebook-0").read_text() == "cell 1"
