@@ -1,0 +1,68 @@
+"""The learning rate's sweep: its specs, and the rates that its results give."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from moelab.design import settings
+from moelab.experiments import learning_rate
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_the_sweep_is_the_regime_itself_on_a_seed_of_its_own():
+    specs = learning_rate.EXPERIMENT.specs("cpu")
+    assert {spec.train.seed for spec in specs} == {settings.SWEEP_SEED}
+    for spec in specs:
+        used = settings.spec(str(spec.model).removesuffix(" twin"), "cpu", settings.SWEEP_SEED)
+        assert replace(spec.train, lr=used.train.lr, min_lr=used.train.min_lr) == used.train
+        assert spec.model == used.model and spec.data == used.data
+    assert set(learning_rate.used("350M", "cpu").values()) <= set(learning_rate.rates())
+
+
+@pytest.mark.parametrize("scale", ["cpu", "full"])
+def test_the_rates_in_use_are_the_lowest_of_the_published_sweep(scale):
+    files = list((ROOT / "results" / "learning-rate" / scale).glob("*/summary.json"))
+    assert files
+    for file in files:
+        base = json.loads(file.read_text())["parameters"]["base"]
+        table = pd.read_json(file.with_name("loss-over-rate.jsonl"), lines=True)
+        assert scale == "cpu" or not learning_rate.unbracketed(table)
+        for arm, rate in learning_rate.used(base, scale).items():
+            means = table[table["arm"] == arm].groupby("rate")["loss"].mean()
+            assert len(means) > 1 and means.idxmin() == pytest.approx(rate), (base, arm)
+
+
+def test_the_sweep_at_full_is_of_four_families_and_names_an_optimum_at_an_edge():
+    specs = learning_rate.EXPERIMENT.specs("full", 2, peaks=[4e-3, 1e-3, 2e-3])
+    assert {s.label for s in specs} == {"Dense", "MoE-128", "MoE-32", "PR-MoE"} == set(settings.FAMILIES)
+    assert {s.train.lr for s in specs} == {1e-3, 2e-3, 4e-3} and {s.train.seed for s in specs} == {100, 101}
+    assert all(s.train.min_lr < s.train.lr / 9 for s in specs)
+    rates = {(s.label, s.train.lr) for s in learning_rate.EXPERIMENT.specs("full")}
+    assert rates == {(arm, rate) for arm in settings.FAMILIES for rate in (4e-3, 8e-3, 16e-3)} | {
+        ("Dense", 2e-3),
+        ("Dense", 32e-3),
+    }
+    check = learning_rate.EXPERIMENT.specs("full", base="1.3B")
+    assert {str(s.model) for s in check} == {"1.3B twin", "1.3B+MoE-128 twin"}
+    losses = {"A": (3.2, 3.1, 3.3), "B": (3.0, 3.1, 3.3), "C": (3.4, 3.3, 3.1)}
+    rows = [[a, r, 100, v] for a, vs in losses.items() for r, v in zip((2e-3, 4e-3, 8e-3), vs, strict=True)]
+    table = pd.DataFrame(rows, columns=["arm", "rate", "seed", "loss"])
+    edges = ["B's lowest loss is at 0.002, the lowest rate", "C's lowest loss is at 0.008, the highest rate"]
+    assert learning_rate.unbracketed(table) == edges
+    line = learning_rate.headline(table, dict.fromkeys(losses, 4e-3), "350M")
+    assert line.endswith(f"; not bracketed: {edges[0]}; not bracketed: {edges[1]}")
+
+
+def test_larger_bases_train_at_less():
+    names = ("350M", "1.3B", "1.3B+MoE-128", "6.7B")
+    for scale in ("cpu", "gpu"):
+        train = {name: settings.spec(name, scale).train for name in names}
+        assert train["350M"].lr > train["1.3B"].lr > train["6.7B"].lr
+        assert all(t.min_lr == pytest.approx(t.lr / 10, rel=1e-4) for t in train.values())
+    # without a sweep in the proportion of the paper's dense rates
+    assert train["1.3B"].lr == pytest.approx(train["350M"].lr * 2e-4 / 3e-4, rel=1e-3)
+    assert train["6.7B"].lr == pytest.approx(train["350M"].lr * 1.2e-4 / 3e-4, rel=1e-3)
