@@ -154,20 +154,20 @@ def on_this_machine(runs: Sequence[PlannedRun], store: RunStore | None = None) -
 
 def _rate(cost: float, store: RunStore, known: Mapping[str, records.Archive]) -> tuple[float, str] | None:
     """Return FLOPs a second and core of runs on a CPU of nearly this cost, the median, and whose; None without any."""
-    timed = []
+    timed, whose = [], "the finished runs here"
     for name in store.ids(file="result.json"):
-        with contextlib.suppress(ValueError, RuntimeError):
+        with contextlib.suppress(ValueError, RuntimeError, OSError):  # a damaged run tells nothing
             run = store.at(name)
-            timed.append((run.spec, run.own_seconds))
-    whose = "the finished runs here"
-    if not (timed := [(spec, seconds) for spec, seconds in timed if spec.train.device == "cpu"]):
+            if run.spec.train.device == "cpu" and (seconds := run.own_seconds) > 0:
+                timed.append((run.spec, seconds))
+    if not timed:
         whose = "the published runs"
         for archive in list(known.values())[:: max(1, len(known) // _READ)]:
             with contextlib.suppress(ValueError):
                 spec, result = records.glance(archive)
                 if spec.train.device == "cpu" and spec.start is None:
                     timed.append((spec, result["seconds"]))
-    # A short run takes most of its time to start: those of this length tell.
+    # Most of a short run's time is its start, so it says little of a long one's speed.
     timed.sort(key=lambda one: abs(math.log(one[0].cost / cost)))
     rates = [spec.cost / seconds / spec.train.threads for spec, seconds in timed[:_ASKED]]
     return (statistics.median(rates), whose) if rates else None

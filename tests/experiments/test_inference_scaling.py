@@ -1,0 +1,47 @@
+"""Inference scaling: measurements of a cluster."""
+
+import json
+
+import pytest
+
+from moelab.experiments import decoding, inference_scaling
+from moelab.lab import Lab
+
+
+def test_measurements_of_a_cluster_are_read_and_drawn(tmp_path):
+    import matplotlib.pyplot as plt
+
+    from moelab.plotting import serving
+
+    def row(mode, ranks, ms):
+        parts = {"attention": ms / 2, "all-to-all": ms / 2}
+        rank = {
+            "candidate": mode,
+            "ranks": ranks,
+            "median_ms": ms,
+            "p95_ms": 2 * ms,
+            "floor_ms": 1.0,
+            "parts_ms": parts,
+        }
+        return rank | {"batch": 64, "empty_collective_ms": 0.1}
+
+    rows = [row(mode, ranks, ms) for ranks, ms in ((64, 4.0), (8, 9.0)) for mode in ("baseline", "optimised")]
+    file = tmp_path / "decode.jsonl"
+    file.write_text("".join(json.dumps(r) + "\n" for r in rows))
+    found = inference_scaling.measured_steps(Lab().measure, "paper", str(file))
+    assert list(found["label"]) == ["8 ranks", "8 ranks", "64 ranks", "64 ranks"]
+    assert decoding.speedups(found) == {"8 ranks": 1.0, "64 ranks": 1.0}
+    fig, axes = plt.subplots(1, 2)
+    serving.decoding_steps(found, *axes)
+    for ax in axes:
+        shown = {t.get_text() for t in (*ax.texts, *ax.get_yticklabels())}
+        assert {"8 ranks", "64 ranks"} <= shown
+    plt.close(fig)
+    file.write_text("{}")
+    for given, part in (
+        (None, "needs -p measured_file=FILE"),
+        (str(tmp_path / "none"), "No such file"),
+        (str(file), "no rows"),
+    ):
+        with pytest.raises(ValueError, match=part):
+            inference_scaling.measured_steps(Lab().measure, "paper", given)
