@@ -34,7 +34,7 @@ def shown(page, selector: str) -> list[str]:
     return [node.inner_text() for node in page.locator(selector).all() if node.is_visible()]
 
 
-VIEWS = [(1400, "light"), (820, "dark"), (390, "light"), (390, "dark")]
+VIEWS = [(1400, "light"), (390, "dark")]
 
 
 def findings(page) -> list[str]:
@@ -88,7 +88,7 @@ def test_before_the_fold_of_the_start_page_stand_its_figure_and_at_most_120_word
 
 
 @pytest.mark.parametrize("name", ["index.html", "explorer.html"])
-@pytest.mark.parametrize(("width", "scheme"), VIEWS[:2])
+@pytest.mark.parametrize(("width", "scheme"), VIEWS)
 def test_published_pages_are_accessible(visit, name, width, scheme):
     page = visit(f"{PUBLISHED.as_uri()}/{name}", width=width, scheme=scheme)
     assert findings(page) == []

@@ -273,14 +273,10 @@ def test_help_imports_no_library_of_numbers():
 @pytest.mark.slow
 def test_a_benchmark_leaves_numbers_figure_and_provenance(tmp_path):
     size = ("--tokens", "64", "--experts", "4", "--rounds", "3", "--threads", "1")
-    done = moelab("bench", "layer", *size, "--hidden", "16", "--ffn", "32", "--out", str(tmp_path))
+    done = moelab("bench", "gate", *size, "--out", str(tmp_path))
     assert done.returncode == 0, done.stderr
-    assert {p.name for p in tmp_path.iterdir()} == {
-        "layer.jsonl",
-        "layer.svg",
-        "layer.provenance.json",
-    }
-    record = json.loads((tmp_path / "layer.provenance.json").read_text())
+    assert {p.name for p in tmp_path.iterdir()} == {"gate.jsonl", "gate.svg", "gate.provenance.json"}
+    record = json.loads((tmp_path / "gate.provenance.json").read_text())
     assert record["versions"]["torch"] and "cpu" in record["hardware"]
     bad = moelab("bench", "gate", "--device", "tpu")
     assert bad.returncode == 2 and "--device must be cpu or cuda" in bad.stderr

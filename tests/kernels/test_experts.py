@@ -93,8 +93,12 @@ def check(counts, spare, M, F, dtype, activation, target, weights=None):
     assert not got[0][sum(counts) :].any() and not got[1][sum(counts) :].any()  # spare rows: zero out, zero gradient
 
 
-@pytest.mark.parametrize("activation", ACTIVATIONS)
-@pytest.mark.parametrize("counts,spare,M,F", CASES)
+def each(cases):
+    """Every case with an activation without and one with gates; the last case with all, which act number by number."""
+    return [(*case, name) for case in cases for name in (ACTIVATIONS if case is cases[-1] else ("gelu_tanh", "swiglu"))]
+
+
+@pytest.mark.parametrize("counts,spare,M,F,activation", each(CASES))
 def test_float32(target, counts, spare, M, F, activation):
     check(counts, spare, M, F, torch.float32, activation, target)
 
@@ -104,8 +108,7 @@ HALVES = [([5, 0, 33, 1], 2, 24, 40), *CASES[len(ODD) :]]
 
 @pytest.mark.slow
 @pytest.mark.parametrize("weights", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("activation", ACTIVATIONS)
-@pytest.mark.parametrize("counts,spare,M,F", HALVES)
+@pytest.mark.parametrize("counts,spare,M,F,activation", each(HALVES))
 def test_bfloat16(target, counts, spare, M, F, activation, weights):
     if INTERPRETING and (activation not in ("gelu_tanh", "swiglu") or weights == torch.float32):
         pytest.skip("slow there")

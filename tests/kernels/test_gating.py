@@ -186,7 +186,7 @@ def test_priorities_are_one_hash_everywhere():
     assert len(set(priorities(3, 5000, 1).flatten().tolist())) == 5000
 
 
-@pytest.mark.parametrize("S,E,K,capacity", [(300, 3, 2, 40), (1100, 4, 1, 200), (1500, 3, 3, 1300), (90, 2, 2, 1)])
+@pytest.mark.parametrize("S,E,K,capacity", [(300, 3, 2, 40), (1500, 3, 3, 1300), (90, 2, 2, 1)])
 def test_long_lists(target, S, E, K, capacity):
     """Experts with more entries than one chunk of the selection."""
     g = check_against_brute_force(torch.randn(S, E), K, capacity, 3, False, target)
@@ -247,7 +247,7 @@ def losses(g, weights):
 
 
 @pytest.mark.parametrize(
-    "S,E,K,capacity,normalize", [(*shape, normalize) for shape in SHAPES for normalize in (False, True)[: shape[2]]]
+    "S,E,K,capacity,normalize", [*((*shape, shape[2] > 1) for shape in SHAPES), (13, 5, 2, 3, False)]
 )
 def test_gradients_match_the_reference(target, S, E, K, capacity, normalize):
     """Each of the three outputs alone and all together."""

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from moelab.kernels import ACTIVATIONS, Activation, _cpp, can_pack, expert_ffn, gate, packed, residual_mix, routed_ffn
 
 from tests.kernels.helpers import assert_same_bits, assert_same_bits_on_any_number_of_threads, poison
-from tests.kernels.test_experts import LARGE, MULTIPLES, make
+from tests.kernels.test_experts import LARGE, MULTIPLES, each, make
 
 pytestmark = pytest.mark.usefixtures("inference")
 DTYPES = [torch.float32, torch.bfloat16]
@@ -80,8 +80,7 @@ def pack(params, gated):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("activation", ACTIVATIONS)
-@pytest.mark.parametrize("counts,spare,M,width", [*MULTIPLES, *LARGE])
+@pytest.mark.parametrize("counts,spare,M,width,activation", each([*MULTIPLES, *LARGE]))
 def test_experts_have_the_bits_of_those_that_are_not_packed(instructions, counts, spare, M, width, activation, dtype):
     """On any number of threads, and an expert's rows in any batch."""
     x, offsets, params, _ = make(counts, spare, M, width, dtype, activation=activation)
