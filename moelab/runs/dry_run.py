@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from moelab import paper, terminal
 from moelab.runs import records
+from moelab.runs.progress import Snapshot
 from moelab.runs.spec import RunSpec, closure
 from moelab.runs.store import Run, RunStore
 
@@ -24,6 +25,7 @@ class PlannedRun:
     Attributes:
         spec: what it is.
         state: "finished", "stopped" and so on, as the store knows it; "new".
+        done: share of its steps that is done.
         steps: its own optimiser steps, without a trunk's.
         parameters, active: of the model.
         ranks: GPUs or processes.
@@ -35,6 +37,7 @@ class PlannedRun:
 
     spec: RunSpec
     state: str
+    done: float
     steps: int
     parameters: int
     active: int
@@ -72,12 +75,12 @@ def state_bytes(spec: RunSpec) -> int:
 
 def _planned(spec: RunSpec, store: RunStore) -> PlannedRun:
     train, layout = spec.train, spec.parallel
-    path = store.root / spec.id
-    state = Run(spec, path).status.state if path.exists() else "new"
+    run = Run(spec, store.root / spec.id)
     on_gpu = train.device == "cuda"
     return PlannedRun(
         spec=spec,
-        state=state,
+        state=run.status.state if run.path.exists() else "new",
+        done=Snapshot.of([run]).done,
         steps=train.steps(spec.data.context) - spec.first_step,
         parameters=spec.model.parameters(),
         active=spec.model.active_parameters(),
@@ -134,49 +137,56 @@ def show(runs: Sequence[PlannedRun]) -> None:
 def on_this_machine(runs: Sequence[PlannedRun], store: RunStore | None = None) -> list[str]:
     """Return in a line each how long unfinished runs on a CPU take, and which of them are published.
 
-    The time is that of their FLOPs at the rate of finished runs here of nearly their cost, or of published ones where
-    there are none.
+    The time is that of the FLOPs that are left of each, at the rate of finished runs here of nearly its cost, or of
+    published ones where there are none.
     """
     store = store or RunStore()
     left = [run for run in runs if run.gpu_hours is None and run.state != "finished"]
     known = records.published()
     there = [run.spec for run in left if run.spec.id in known]
     lines = []
-    if left and (rate := _rate(statistics.median(run.spec.cost for run in left), store, known)):
-        hours = sum(run.flops for run in left) / rate[0] / 3600
+    timed, whose = _timed(store, known) if left else ([], "")
+    if timed:
+        rates = {cost: _rate(cost, timed) for cost in {run.flops for run in left}}
+        hours = sum(run.flops * (1 - run.done) / rates[run.flops] for run in left) / 3600
         took = f"{hours:,.1f} hours" if hours >= 1 else f"{hours * 60:,.0f} minutes" if hours > 1 / 60 else "a minute"
-        lines.append(f"about {took} on one core, at the speed of {rate[1]}")
+        lines.append(f"about {took} on one core, at the speed of {whose}")
     if there:
         arms = ", ".join(dict.fromkeys(spec.title for spec in there if spec.start is None))
         lines.append(f"{len(there)} of these are published ({arms}): `moelab runs import` takes their numbers over")
     return lines
 
 
-def _rate(cost: float, store: RunStore, known: Mapping[str, records.Archive]) -> tuple[float, str] | None:
-    """Return FLOPs a second and core of runs on a CPU of nearly this cost, the median, and whose; None without any."""
-    timed, whose = [], "the finished runs here"
+def _timed(store: RunStore, known: Mapping[str, records.Archive]) -> tuple[list[tuple[RunSpec, float]], str]:
+    """Return finished runs on a CPU, each with its seconds, and whose they are: published ones if none is here."""
+    timed = []
     for name in store.ids(file="result.json"):
         with contextlib.suppress(ValueError, RuntimeError, OSError):  # a damaged run tells nothing
             run = store.at(name)
             if run.spec.train.device == "cpu" and (seconds := run.own_seconds) > 0:
                 timed.append((run.spec, seconds))
-    if not timed:
-        whose = "the published runs"
-        for archive in list(known.values())[:: max(1, len(known) // _READ)]:
-            with contextlib.suppress(ValueError):
-                spec, result = records.glance(archive)
-                if spec.train.device == "cpu" and spec.start is None:
-                    timed.append((spec, result["seconds"]))
-    # Most of a short run's time is its start, so it says little of a long one's speed.
-    timed.sort(key=lambda one: abs(math.log(one[0].cost / cost)))
-    rates = [spec.cost / seconds / spec.train.threads for spec, seconds in timed[:_ASKED]]
-    return (statistics.median(rates), whose) if rates else None
+    if timed:
+        return timed, "the finished runs here"
+    for archive in list(known.values())[:: max(1, len(known) // _READ)]:
+        with contextlib.suppress(ValueError):
+            spec, result = records.glance(archive)
+            if spec.train.device == "cpu" and spec.start is None:
+                timed.append((spec, result["seconds"]))
+    return timed, "the published runs"
+
+
+def _rate(cost: float, timed: Sequence[tuple[RunSpec, float]]) -> float:
+    """Return the median FLOPs a second and core of the runs next to this cost: a twin twice as wide computes faster."""
+    apart = sorted((abs(math.log(spec.cost / cost)), spec.cost / s / spec.train.threads) for spec, s in timed)
+    return statistics.median(rate for distance, rate in apart[:_ASKED] if distance <= apart[0][0] + _ALIKE)
 
 
 _READ = 30
 """Published runs that are read for their speed."""
 _ASKED = 10
-"""Runs whose speed counts."""
+"""Runs whose speed counts, at most."""
+_ALIKE = 0.05
+"""By which share the cost of these may be further off than that of the nearest."""
 
 
 def _hours(hours: float) -> str:

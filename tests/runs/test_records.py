@@ -113,17 +113,18 @@ def test_a_dry_run_says_how_long_it_takes_and_what_is_published(finished, tmp_pa
     assert "at the speed of the finished runs here" in took
 
 
-def test_a_dry_run_goes_by_runs_of_nearly_its_cost(tmp_path, monkeypatch, result):
-    """The seconds of a short run are those of its start."""
-    monkeypatch.setattr(dry_run, "_ASKED", 1)
+def test_a_dry_run_goes_by_runs_of_nearly_the_cost_of_each(tmp_path, result):
+    """The seconds of a short run are those of its start; of a half-trained run the other half is left."""
     store, hours = RunStore(tmp_path), {"smoke": 1, "quick": 2, "full": 30}
-    for scale, took in hours.items():
-        spec = pr_moe.EXPERIMENT.specs(scale, arms=["Dense"])[0]
+    ours, others = ([pr_moe.EXPERIMENT.specs(scale, 2, arms=["Dense"])[n] for scale in hours] for n in (0, -1))
+    for spec, took in zip(ours, hours.values(), strict=True):
         write_json(store.run(spec).path / "result.json", result(seconds=took * 3600.0))
-    for scale, took in hours.items():
-        spec = pr_moe.EXPERIMENT.specs(scale, 2, arms=["Dense"])[-1]
-        line, *_ = dry_run.on_this_machine(dry_run.planned_runs([spec], store), store)
-        assert line == f"about {took:.1f} hours on one core, at the speed of the finished runs here"
+    line, *_ = dry_run.on_this_machine(dry_run.planned_runs(others, store), store)
+    assert line == "about 33.0 hours on one core, at the speed of the finished runs here"
+    steps = others[-1].train.steps(others[-1].data.context)
+    store.run(others[-1]).set_status(Status("stopped", step=steps // 2, steps=steps))
+    line, *_ = dry_run.on_this_machine(dry_run.planned_runs(others, store), store)
+    assert line.startswith("about 18.0 hours")
 
 
 def test_a_torn_status_is_passed_over(finished, tmp_path):
