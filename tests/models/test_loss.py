@@ -25,12 +25,14 @@ def case(N, M, V, scale=1.0, dtype=torch.float32):
 
 
 @pytest.mark.parametrize("rows", [1, 5, 8, 1000])  # in a chunk: one, not a divisor, a divisor, more than there are
-@pytest.mark.parametrize(("N", "M", "V"), [(7, 13, 67), (64, 32, 128), (1, 3, 2)])
+@pytest.mark.parametrize(("N", "M", "V"), [(7, 13, 67), (64, 32, 128), (1, 3, 2), (0, 4, 9)])
 def test_loss_and_gradients_are_those_of_the_plain_function(N, M, V, rows, monkeypatch):
     monkeypatch.setitem(loss._CHUNK, "cpu", rows * V)
     arguments = case(N, M, V, dtype=torch.float64)
     each = linear_cross_entropy(*arguments, "none")
     torch.testing.assert_close(each, plain(*arguments, "none"), rtol=1e-12, atol=1e-14)
+    if not N:
+        return  # the mean of no tokens is not a number
     for ours, theirs in zip(outcome(linear_cross_entropy, *arguments), outcome(plain, *arguments), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-14)
 
@@ -113,16 +115,6 @@ def test_no_gradient_is_computed_that_nobody_wants():
     assert not value.requires_grad and value == pytest.approx(plain(x, w, targets).item(), rel=1e-6)
 
 
-def test_a_loss_of_the_logits_is_no_tokens_own():
-    with pytest.raises(ValueError, match=r"^linear_losses: a loss of the logits has no value for each token"):
-        linear_losses(*case(3, 4, 5), "none", lambda logits, first, past: (logits.sum(), torch.ones_like(logits)))
-
-
-def test_no_tokens_cost_nothing():
-    value = linear_cross_entropy(torch.zeros(0, 4), torch.ones(9, 4), torch.zeros(0, dtype=torch.long), "none")
-    assert value.shape == (0,)
-
-
 def test_the_logits_are_never_held(monkeypatch):
     """No tensor of the forward and backward passes has as many elements as the logits."""
     from torch.utils._python_dispatch import TorchDispatchMode
@@ -146,10 +138,17 @@ def test_the_logits_are_never_held(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("change", "part"),
-    [({"targets": torch.zeros(3, dtype=torch.long)}, r"\[3|\(3,\)"), ({"reduction": "sum"}, "'mean' or 'none'")],
+    ("call", "part"),
+    [
+        (lambda x, w, t: linear_cross_entropy(x, w, t[:3]), r"\[3|\(3,\)"),
+        (lambda x, w, t: linear_cross_entropy(x, w, t, "sum"), "'mean' or 'none'"),
+        (
+            lambda *case: linear_losses(*case, "none", lambda *_: None),
+            "^linear_losses: a loss of the logits has no value",
+        ),
+    ],
 )
-def test_bad_input_is_one_line(change, part):
-    x, w, targets = case(4, 2, 5)
-    with pytest.raises(ValueError, match=part):
-        linear_cross_entropy(x, w, change.get("targets", targets), change.get("reduction", "mean"))
+def test_bad_input_is_one_line(call, part):
+    with pytest.raises(ValueError, match=part) as error:
+        call(*case(4, 2, 5))
+    assert "\n" not in str(error.value)
