@@ -10,19 +10,12 @@ from moelab.runs.store import RunStore
 
 def test_parts_sum_to_the_difference(tmp_path, result):
     """The parts of arms that are both there, by seed; a result without parts is left out."""
-    losses = {
-        ("A", 0): (2.0, 4.0),
-        ("B", 0): (3.0, 4.4),
-        ("A", 1): (2.0, 4.0),
-        ("B", 1): (5.0, 4.0),
-        ("A", 2): (2.0, 4.0),
-        ("B", 2): None,
-    }
+    losses = {("A", seed): (2.0, 4.0) for seed in range(3)}
+    losses |= {("B", 0): (3.0, 4.4), ("B", 1): (5.0, 4.0), ("B", 2): None}
     runs = []
-    for (arm, seed), values in losses.items():
-        run = RunStore(tmp_path).run(
-            settings.spec("350M", "smoke", seed, label=arm, overrides={"train.lr": ord(arm) / 1e4})
-        )
+    for (arm, seed), values in sorted(losses.items(), key=lambda item: item[0][1]):
+        rate = {"train.lr": ord(arm) / 1e4}
+        run = RunStore(tmp_path).run(settings.spec("350M", "smoke", seed, label=arm, overrides=rate))
         by_pair = zip(("repeated", "new"), (0.25, 0.75), values or (), strict=False)
         more = {"validation_by_pair": {kind: {"loss": loss, "share": share} for kind, share, loss in by_pair}}
         write_json(run.path / "result.json", result(**(more if values else {})))
