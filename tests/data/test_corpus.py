@@ -119,9 +119,6 @@ def test_half_surrogates_in_json_become_question_marks(tmp_path):
     assert {d.text for d in documents(f"folder:{tmp_path}", tmp_path)} == {"a?b", "c"}
 
 
-# ---- mix5, on tiny trees of the packages' shapes
-
-
 def test_cloud_reader_strips_html_short_sentences_and_repeats(tmp_path):
     def service(name: str, version: str, *paragraphs: str) -> None:
         folder = tmp_path / "botocore/data" / name / version
@@ -178,9 +175,6 @@ def test_held_out_always_keeps_some_and_ignores_order():
     assert sum(d.split == "validation" for d in held_out("d", texts[:2])) == 1
 
 
-# ---- packages
-
-
 def wheel(folder: Path, **members: str) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     with zipfile.ZipFile(folder / "some_texts-1.0-py3-none-any.whl", "w") as archive:
@@ -208,9 +202,6 @@ def test_a_failed_or_foreign_download_is_one_clear_line(fails, tmp_path, monkeyp
         unpacked(Package("some-texts", "1.0", "0" * 64, keep="*"), tmp_path)
     assert "\n" not in str(error.value)
     assert list((tmp_path / "packages").iterdir()) == []
-
-
-# ---- Hugging Face
 
 
 def test_hf_reads_a_local_folder_of_json(tmp_path):

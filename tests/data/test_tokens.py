@@ -9,6 +9,7 @@ import sys
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -74,19 +75,13 @@ def test_halves_are_alternating_blocks_of_every_domain(data, config, tmp_path, m
     monkeypatch.setattr(tokens, "BLOCK", block)
     first, second = (data.of_part(part) for part in ("even blocks", "odd blocks"))
     assert first.train.size + second.train.size == data.train.size
-    ranges = (tokens_.training_ranges() for tokens_ in (data, first, second))
-    for (start, end, domain), a, b in zip(*ranges, strict=True):
-        assert domain == a[2] == b[2]
-        position, rest = start, [list(first.train[a[0] : a[1]]), list(second.train[b[0] : b[1]])]
+    ranges = (part.training_ranges() for part in (data, first, second))
+    for (start, end, domain), *ours in zip(*ranges, strict=True):
         blocks = 2 * max(1, round((end - start) / (2 * block)))
-        assert abs((a[1] - a[0]) - (b[1] - b[0])) <= blocks // 2
-        for i in range(blocks):  # dealing the blocks out in turns gives the domain's text again
-            after = start + (end - start) * (i + 1) // blocks
-            size = after - position
-            assert rest[i % 2][:size] == list(data.train[position:after])
-            del rest[i % 2][:size]
-            position = after
-        assert rest == [[], []]
+        edges = [start + (end - start) * i // blocks for i in range(blocks + 1)]
+        dealt = [data.train[i:j] for i, j in pairwise(edges)]
+        for half, (begins, ends, of), in_turn in zip((first, second), ours, (dealt[::2], dealt[1::2]), strict=True):
+            assert of == domain and np.array_equal(half.train[begins:ends], np.concatenate(in_turn))
     assert len({data.fingerprint, first.fingerprint, second.fingerprint}) == 3
     assert second.shares_text(first.fingerprint) and data.shares_text(second.fingerprint)
     assert not data.shares_text("0" * 64)

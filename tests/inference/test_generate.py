@@ -149,37 +149,12 @@ def test_a_static_step_never_asks_the_device(kinds, make, prompts, sampling):
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device: steps are captured in a graph")
-def test_graphs_give_the_tokens_of_eager_steps(kind, prompts, make):
-    model = set_mode(make(kind).cuda())
+@pytest.mark.parametrize("name", ["dense", "MoE", "top-2", "PR-MoE", "residual, sum"])
+def test_graphs_give_the_tokens_of_eager_steps(name, kinds, prompts, make):
+    model = set_mode(make(kinds[name]).cuda())
     captured = Generator(model, batch=3)
     assert captured.static
     assert captured.generate(prompts, GREEDY) == Generator(model, batch=3, static=False).generate(prompts, GREEDY)
-
-
-@pytest.mark.parametrize(
-    ("prompt", "message"),
-    [
-        ([], "prompt 1 is empty"),
-        ([1] * 48, "prompt 1 has 48 tokens, allowed are at most 47"),
-        ([3, 320], "prompt 1 has token 320, allowed are 0 to 319"),
-        ([-1], "prompt 1 has token -1"),
-    ],
-)
-def test_bad_prompts(prompt, message, kinds, make):
-    generator = Generator(make(kinds["dense"]), batch=2)
-    with pytest.raises(ValueError, match=message):
-        generator.stream([[1], prompt])
-
-
-def test_bad_settings(kinds, make):
-    model = make(kinds["dense"])
-    with pytest.raises(ValueError, match="batch must be at least 1"):
-        Generator(model, batch=0)
-    with pytest.raises(ValueError, match="length must be at most the model's context of 48, got 49"):
-        Generator(model, length=49)
-    with pytest.raises(ValueError, match="mode must be 'optimised' or 'baseline', got 'fast'"):
-        set_mode(model, "fast")
-    assert Generator(model).generate([]) == []
 
 
 @pytest.mark.parametrize("sampling", [GREEDY, Sampling(), Sampling(top_k=3)], ids=["greedy", "all", "top-k"])
@@ -191,3 +166,22 @@ def test_logits_that_are_no_numbers_are_refused_in_one_line(value, sampling, kin
     generator = Generator(set_mode(model), batch=2)
     with pytest.raises(ValueError, match=r"^generate: prompt 0: the model's logits .* are NaN or infinite$"):
         generator.generate([[17, 2], [3]], sampling)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda model: Generator(model).stream([[1], []]), "prompt 1 is empty"),
+        (lambda model: Generator(model).stream([[1], [1] * 48]), "prompt 1 has 48 tokens, allowed are at most 47"),
+        (lambda model: Generator(model).stream([[1], [3, 320]]), "prompt 1 has token 320, allowed are 0 to 319"),
+        (lambda model: Generator(model).stream([[1], [-1]]), "prompt 1 has token -1"),
+        (lambda model: Generator(model, batch=0), "batch must be at least 1"),
+        (lambda model: Generator(model, length=49), "length must be at most the model's context of 48, got 49"),
+        (lambda model: set_mode(model, "fast"), "mode must be 'optimised' or 'baseline', got 'fast'"),
+    ],
+)
+def test_bad_prompts_and_settings(call, message, kinds, make):
+    model = make(kinds["dense"])
+    with pytest.raises(ValueError, match=message):
+        call(model)
+    assert Generator(model).generate([]) == []

@@ -30,7 +30,7 @@ def on(monkeypatch, vendor=ZEN_5, amx=False, error=1e-6):
     onednn_is_faster.cache_clear()
 
 
-def test_it_is_set_inside_and_not_after(monkeypatch):
+def test_it_is_set_inside_and_not_after_unless_the_program_has_set_another(monkeypatch):
     on(monkeypatch)
     with fastest_products():
         assert matmul.fp32_precision == "bf16"
@@ -38,6 +38,15 @@ def test_it_is_set_inside_and_not_after(monkeypatch):
     with pytest.raises(RuntimeError, match="in the middle"), fastest_products():
         raise RuntimeError("in the middle")
     assert matmul.fp32_precision == "none"
+    with default_products(), fastest_products():
+        assert matmul.fp32_precision == "ieee", "PyTorch's choice can be asked for"
+    assert matmul.fp32_precision == "none"
+    matmul.fp32_precision = "ieee"
+    try:
+        with fastest_products():
+            assert matmul.fp32_precision == "ieee"
+    finally:
+        matmul.fp32_precision = "none"
 
 
 @pytest.mark.parametrize(
@@ -48,23 +57,6 @@ def test_elsewhere_it_is_not(monkeypatch, case):
     on(monkeypatch, **case)
     with fastest_products():
         assert matmul.fp32_precision == "none"
-
-
-def test_what_the_program_has_set_stays(monkeypatch):
-    on(monkeypatch)
-    matmul.fp32_precision = "ieee"
-    try:
-        with fastest_products():
-            assert matmul.fp32_precision == "ieee"
-    finally:
-        matmul.fp32_precision = "none"
-
-
-def test_pytorchs_choice_can_be_asked_for(monkeypatch):
-    on(monkeypatch)
-    with default_products(), fastest_products():
-        assert matmul.fp32_precision == "ieee"
-    assert matmul.fp32_precision == "none"
 
 
 def test_products_are_those_of_fp32_on_this_machine():

@@ -24,10 +24,8 @@ from moelab.config import (
     to_json,
 )
 from moelab.config.feed_forward import Weight
-from moelab.inference import Generator, Sampling, set_mode
 from moelab.models import GPT, build
 from moelab.models.grouped_attention import rotation_at
-from moelab.models.moe import MoE
 from moelab.models.routing import Router, normalized_entropy
 from moelab.runs.dry_run import STATE_BYTES, state_bytes
 from moelab.runs.spec import RunSpec
@@ -82,35 +80,6 @@ def test_a_default_leaves_no_trace_in_the_identity_and_old_specs_load():
     assert from_json(ModelConfig, stored) == plain
     assert len({digest(config) for config in VARIANTS.values()}) == len(VARIANTS)
     assert all(from_json(ModelConfig, to_json(config)) == config for config in VARIANTS.values())
-
-
-@pytest.mark.parametrize("config", VARIANTS.values(), ids=VARIANTS)
-def test_feed_forwards_are_those_of_the_built_model(config):
-    with torch.device("meta"):
-        layers = [block.ffn for block in GPT(config).blocks]
-    for layer in layers:
-        if isinstance(layer, MoE):
-            shapes = {name: tuple(p.shape[1:]) for name, p in layer.experts.named_parameters()}
-            assert shapes == {name: w.shape for name, w in config.expert_feed_forward.tensors().items()}
-            assert (layer.mlp is None) == (config.fixed_feed_forward is None)
-        dense, shape = (
-            (layer.mlp, config.fixed_feed_forward) if isinstance(layer, MoE) else (layer, config.dense_feed_forward)
-        )
-        if dense is not None:
-            assert sum(p.numel() for p in dense.parameters()) == shape.parameters
-            assert 2 * (dense.up.weight.numel() + dense.down.weight.numel()) == shape.flops
-            assert dense.up.weight.shape[0] == shape.inner and shape.bytes("fp32") == 4 * shape.parameters
-
-
-@pytest.mark.parametrize("config", VARIANTS.values(), ids=VARIANTS)
-def test_slices_of_an_expert_are_the_expert(config):
-    whole, half = config.expert_feed_forward, config.expert_feed_forward.slice(2)
-    assert half.inner * 2 == whole.inner and half.weights * 2 == whole.weights
-    for name, (shape, sliced, _) in whole.tensors().items():
-        expected = list(shape)
-        if sliced is not None:
-            expected[sliced] //= 2
-        assert half.tensors()[name].shape == tuple(expected), name
 
 
 def test_a_tensor_that_an_expert_gains_is_built_counted_and_simulated(monkeypatch):
@@ -192,9 +161,6 @@ def test_impossible_settings_are_refused_in_one_line(make, part):
     assert expert_pattern(5, 8, dense_first=1) == (0, 8, 8, 8, 8)
 
 
-# -- the router --------------------------------------------------------------------------------------------------------
-
-
 def router_of(config: RoutingConfig, top_k=3, experts=6) -> Router:
     torch.manual_seed(0)
     router = Router(8, experts, top_k, config)
@@ -272,9 +238,6 @@ def test_entropy_of_the_router():
     assert float(router.entropies[0]) == pytest.approx(float(-(p * p.log()).sum(1).mean() / math.log(6)), rel=1e-5)
 
 
-# -- the decoder -------------------------------------------------------------------------------------------------------
-
-
 def plain_rms(x, norm):
     return x * (x.square().mean(-1, keepdim=True) + norm.eps).rsqrt() * norm.weight
 
@@ -325,29 +288,6 @@ def test_attention_equals_a_loop_over_heads(name):
         grads.append([y.detach(), leaf.grad, *(p.grad.clone() for p in attention.parameters())])
     for ours, theirs in zip(*grads, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-3)
-
-
-@pytest.mark.parametrize("config", VARIANTS.values(), ids=VARIANTS)
-def test_decoding_with_a_cache_equals_the_whole_sequence(config):
-    """Optimised and baseline mode, greedy: every token is the argmax of a forward pass over all before it."""
-    config = replace(config, routing=replace(config.routing, drop_tokens=False))
-    whole = build(config, 3).eval()
-    with torch.no_grad():
-        for name, p in whole.named_parameters():
-            if name.endswith(("bias", "q_norm.weight")):
-                torch.nn.init.normal_(p, 0.5, 0.2)
-    prompts = [[1, 2, 3, 4, 5], [7], [9, 8, 7]]
-    for mode in ("optimised", "baseline"):
-        model = build(config, 3)
-        model.load_state_dict(whole.state_dict())
-        generator = Generator(set_mode(model, mode), batch=2)
-        found = generator.generate(prompts, Sampling(max_new_tokens=5, temperature=0))
-        for prompt, completion in zip(prompts, found, strict=True):
-            tokens = list(prompt)
-            for token in completion.tokens:
-                with torch.no_grad():
-                    assert int(whole(torch.tensor([tokens])).logits_BTV[0, -1].argmax()) == token
-                tokens.append(token)
 
 
 @pytest.mark.parametrize("config", VARIANTS.values(), ids=VARIANTS)

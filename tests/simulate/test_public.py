@@ -52,12 +52,9 @@ def test_the_opening_is_on_record():
     assert sum(s["within"] for s in record["summary"] if s["half"] == "sealed") == record["within"]
 
 
-def test_the_nearest_measurement():
+def test_the_nearest_measurement_and_experience():
     near = public.nearest("decode", "deepseek-v3", "h200", batch=60, tensor=8)
     assert near and (near.series, near.known["batch"]) == ("sglang-r1-h200-tp8", 64)
     assert public.nearest("decode", "qwen3-30b", "h200", batch=1) is None
-
-
-def test_experience_is_that_of_the_opening():
     factor, within, rows = public.experience("decode")
     assert factor > 1 and 0 < within <= rows == sum(m.group == "decode" for m in public.half("sealed"))
