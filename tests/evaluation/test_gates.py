@@ -1,13 +1,17 @@
-"""A run's gates route text as the model does, and pictures of it show that."""
+"""What is measured of a run: its gates route text as the model does, pictures show that; losses by mode and dtype."""
 
+import json
 from dataclasses import replace
 
 import matplotlib
 import pytest
 import torch
 from matplotlib import pyplot as plt
+from typer.testing import CliRunner
 
+from moelab.cli import app
 from moelab.config import ModelConfig
+from moelab.evaluation import rounding
 from moelab.evaluation.gates import SPACE, Choices, Gates, dropped, frame
 from moelab.inference.text import load_run
 from moelab.lab import Lab
@@ -80,9 +84,19 @@ def test_the_pictures_say_it(ax):
     assert table.groupby("position")["probability"].sum().to_numpy() == pytest.approx(1)
 
 
-def test_gates_route_as_the_model_does(tiny_spec, tmp_path, monkeypatch):
-    monkeypatch.setenv("MOELAB_HOME", str(tmp_path))
-    (run,) = Lab().run([tiny_spec], executor="inline")
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    return tmp_path_factory.mktemp("home")
+
+
+@pytest.fixture
+def run(tiny_spec, home, monkeypatch):
+    """A finished run, trained once."""
+    monkeypatch.setenv("MOELAB_HOME", str(home))
+    return Lab().run([tiny_spec], executor="inline")[0]
+
+
+def test_gates_route_as_the_model_does(run, tiny_spec, tmp_path):
     gates = Gates(run.path)
     layers = gates.on_text(TEXT)
     assert [(c.layer, c.experts) for c in layers] == [(2, 2), (4, 4)]
@@ -101,3 +115,21 @@ def test_gates_route_as_the_model_does(tiny_spec, tmp_path, monkeypatch):
     dense = replace(tiny_spec, model=ModelConfig(layers=1, hidden=32, heads=2, vocab=320, context=32, name="flat"))
     with pytest.raises(ValueError, match=r"gates: .* is dense"):
         Gates(RunStore(tmp_path).run(dense).path)
+
+
+def test_losses_by_mode_and_dtype(run, tmp_path):
+    """Modes of one dtype differ by rounding, and the first row's loss is that of the run's own validation."""
+    name = run.path.name
+    arguments = ["eval", name, "--losses", "--out", str(tmp_path)]
+    output = CliRunner().invoke(app, arguments, catch_exceptions=False).output
+    rows = [json.loads(line) for line in (tmp_path / f"losses-{name}.jsonl").read_text().splitlines()]
+    assert (rows[0]["mode"], rows[0]["dtype"], rows[0]["minus_reference"]) == (*rounding.VARIANTS[0], 0.0)
+    assert [(row["mode"], row["dtype"]) for row in rows] == list(rounding.VARIANTS)
+    for row in rows:
+        assert row["run"] == name and row["minus_reference"] == row["loss"] - rows[0]["loss"]
+        assert abs(row["minus_reference"]) < (1e-5 if row["dtype"] == "fp32" else 0.05)
+    assert any(row["minus_reference"] for row in rows if row["dtype"] == "bf16")
+    assert rows[0]["loss"] == pytest.approx(run.result["validation_loss"], abs=0.05)
+    assert sum(part["share"] for part in rows[0]["by_pair"].values()) == pytest.approx(1)
+    assert f"repeated {rows[0]['by_pair']['repeated']['loss']:.4f} (" in " ".join(output.split())
+    assert "validation tokens" in output and (tmp_path / f"losses-{name}.provenance.json").is_file()

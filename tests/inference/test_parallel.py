@@ -12,7 +12,10 @@ from moelab.engine import parallel as engine
 from moelab.engine.mesh import Mesh
 from moelab.engine.placement import Placement
 from moelab.inference import Generator, Sampling, set_mode
+from moelab.inference.text import open_text
 from moelab.models import build
+from moelab.runs.execute import execute
+from moelab.runs.store import RunStore
 
 pytestmark = pytest.mark.multiprocess
 
@@ -113,8 +116,6 @@ def test_a_rank_that_ends_early_waits_for_the_others(on_ranks):
 
 
 def open_and_write(directory, cache, parallel, expert_counts):
-    from moelab.inference.text import open_text
-
     torch.set_num_threads(1)
     mesh = Mesh(parallel, expert_counts)
     found = open_text(directory, cache=cache, mesh=mesh).generate(["the wave", "corn", "mill"], SAMPLING)
@@ -123,25 +124,9 @@ def open_and_write(directory, cache, parallel, expert_counts):
 
 
 def test_a_checkpoint_of_one_process_is_written_with_by_many(on_ranks, tiny_spec, tmp_path):
-    from moelab.inference.text import open_text
-    from moelab.runs.execute import execute
-    from moelab.runs.store import RunStore
-
     run = RunStore(tmp_path / "runs").run(tiny_spec)
     execute(run, cache=tmp_path / "data")
     expected = open_text(run.path, cache=tmp_path / "data").generate(["the wave", "corn", "mill"], SAMPLING)
     for parallel in (ParallelConfig(data=2), ParallelConfig(tensor=2, exchange="coordinated")):
         args = (run.path, tmp_path / "data", parallel, tiny_spec.model.experts)
         assert on_ranks(2, open_and_write, *args) == [expected, expected]
-
-
-def refuse_static(parallel):
-    mesh = Mesh(parallel, PR.experts)
-    try:
-        Generator(engine.build(PR, 0, mesh).module, mesh=mesh, static=True)
-    except ValueError as error:
-        return str(error)
-
-
-def test_static_is_for_one_rank(on_ranks):
-    assert "static decoding is for one rank" in on_ranks(2, refuse_static, ParallelConfig(data=2))[0]

@@ -68,12 +68,13 @@ def test_a_loss_of_the_logits_is_added_with_its_gradient(rows, dtype, monkeypatc
 
 
 def test_fp32_is_as_exact_as_the_plain_function():
-    x, w, targets = case(600, 32, 1000)
-    exact = outcome(plain, x.double(), w.double(), targets)
-    for ours, theirs, truth in zip(
-        outcome(linear_cross_entropy, x, w, targets), outcome(plain, x, w, targets), exact, strict=True
-    ):
-        assert (ours - truth).norm() <= 2 * (theirs - truth).norm() + 1e-7 * truth.norm()
+    excluded = torch.tensor([[200.0], [-1.0]]), torch.tensor([[1.0], [-1.0], [0.0]]), torch.tensor([1, 0])
+    for x, w, targets in (case(600, 32, 1000), excluded):  # e^-400 is the probability of the first of the latter
+        exact = outcome(plain, x.double(), w.double(), targets)
+        for ours, theirs, truth in zip(
+            outcome(linear_cross_entropy, x, w, targets), outcome(plain, x, w, targets), exact, strict=True
+        ):
+            assert (ours - truth).norm() <= 2 * (theirs - truth).norm() + 1e-7 * truth.norm()
 
 
 @pytest.mark.parametrize("rows", [16, 100])
@@ -87,14 +88,6 @@ def test_bf16_autocast_is_as_exact_as_the_plain_function(rows, monkeypatch):
     assert ours[0] == pytest.approx(theirs[0].item(), rel=1e-6), "the loss is fp32 in both"
     for a, b, truth in zip(ours[1:], theirs[1:], exact[1:], strict=True):
         assert (a - truth).norm() <= 1.1 * (b - truth).norm()
-
-
-def test_a_token_that_the_model_excludes_costs_what_it_should():
-    x, w = torch.tensor([[200.0], [-1.0]]), torch.tensor([[1.0], [-1.0], [0.0]])
-    targets = torch.tensor([1, 0])  # the first one's probability is e^-400: nothing in fp32
-    for ours, theirs in zip(outcome(linear_cross_entropy, x, w, targets), outcome(plain, x, w, targets), strict=True):
-        torch.testing.assert_close(ours, theirs)
-    assert outcome(linear_cross_entropy, x, w, targets)[0] > 200
 
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])

@@ -94,9 +94,10 @@ def test_layer_equals_a_loop_over_tokens(tokens, config, dispatch):
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5 if i else 1e-6)
 
 
+@pytest.mark.parametrize("dispatch", ["local", "einsum"])
 @pytest.mark.parametrize("config", [BASE, replace(MODERN, top_k=1), replace(GATED_SHARE, top_k=1)])
-def test_all_tokens_to_one_expert_and_no_tokens(config):
-    moe = layer(config)
+def test_all_tokens_to_one_expert_and_no_tokens(config, dispatch):
+    moe = layer(replace(config, dispatch=dispatch))
     with torch.no_grad():
         moe.router.weight.zero_()
     x = torch.randn(9, config.hidden, dtype=torch.float64)

@@ -91,10 +91,16 @@ def test_no_bar_but_fig_10_is_fitted_and_every_constant_has_a_source():
     assert PAPER_HAS_NONE <= modern
 
 
-def test_no_torch():
-    code = "import sys; from moelab import simulate; simulate.plan('350M+MoE-32', 8); print('torch' in sys.modules, 'pandas' in sys.modules)"
+def test_paper_and_simulator_load_no_torch():
+    code = (
+        "import sys; from moelab import paper; paper.loss_curve('350M'); "
+        "[read() for read in (paper.models, paper.claims, paper.all_training_settings, paper.zero_shot, "
+        "paper.inference_results, paper.conflicts, paper.training_throughput)]; "
+        "print({'torch', 'pandas', 'numpy'} & sys.modules.keys()); "
+        "from moelab import simulate; simulate.plan('350M+MoE-32', 8); print({'torch', 'pandas'} & sys.modules.keys())"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.split() == ["False", "False"]
+    assert done.stdout.split() == ["set()", "set()"]
 
 
 def test_a_card_has_the_cluster_of_its_kind_and_memory():

@@ -58,20 +58,16 @@ def test_published_shapes_have_their_sizes():
     assert one.model == "Mixtral-8x7B" and one.fits
 
 
-def test_a_row_for_each_node_and_each_gpu():
+def test_a_row_for_each_node_each_gpu_and_each_choice():
     """8 ranks in nodes of 2, 100 tokens, 2 choices in 2 of the 4 nodes: 2 (1 - 1/4) = 1.5 nodes, 4 (1 - 9/16) GPUs."""
     stage, nodes, gpus = traffic.grouped(8, 2, 100, 2, 2)
     assert nodes == pytest.approx(150) and gpus == pytest.approx(175)
     assert stage.far_rows[0] == pytest.approx(150 * 3 / 4) and stage.near_rows[0] == pytest.approx(175 / 2)
     alone, nodes, gpus = traffic.grouped(1, 1, 100, 2, 1)
     assert not alone.happens[0] and (nodes, gpus) == (100, 100)
-
-
-def test_a_row_for_each_choice():
-    stage = traffic.pairs(8, 2, 100, 2)
+    stage, by_card = (traffic.pairs(8, 2, 100, 2, by_card=by_card) for by_card in (False, True))
     assert (stage.near_messages[0], stage.far_messages[0]) == (1, 6)
     assert stage.near_rows[0] == pytest.approx(200 / 8) and stage.far_rows[0] == pytest.approx(200 * 6 / 8)
-    by_card = traffic.pairs(8, 2, 100, 2, by_card=True)
     assert by_card.near_rows[0] == 0 and by_card.far_rows[0] == pytest.approx(200 * 7 / 8)
 
 
@@ -110,33 +106,18 @@ def test_experts_sliced_over_a_tensor_group():
     assert got.memory.experts[0] == 8 * model.expert_feed_forward.parameters * 2 / 2
 
 
-def test_a_scheduler_adds_its_time():
-    programs = (replace(BARE, scheduler=scheduler) for scheduler in (False, True))
-    known = replace(ROUND, step_us=700.0)
-    without, with_it = (step(program=p, batch=1, constants=known).latency_ms[0] for p in programs)
-    assert with_it - without == pytest.approx(0.7)
-
-
-def test_a_pipeline_idles_for_its_stages():
+def test_a_pipeline_idles_for_its_stages_and_overlap_hides_an_exchange_behind_products():
     """8 rounds over 2 stages of 2 chunks: (8 + 1/2) / 2 of a round of all layers, without overlap."""
-    settings = {"batch": 8, "micro_batch": 1, "program": "megatron", "constants": ROUND, "overlap": False}
-    model = replace(LATENT, context=16)
-    parallel = ParallelConfig(expert=1)
-    one = simulate.training(model, parallel, TOY, **settings).parts_s
-    two = simulate.training(model, parallel, TOY, pipeline=2, chunks=2, **settings).parts_s
+    settings = {"batch": 8, "micro_batch": 1, "program": "megatron", "constants": ROUND}
+    model, parallel = replace(LATENT, context=16), ParallelConfig(expert=1)
+    one = simulate.training(model, parallel, TOY, overlap=False, **settings).parts_s
+    two = simulate.training(model, parallel, TOY, overlap=False, pipeline=2, chunks=2, **settings).parts_s
     assert two["products"] / one["products"] == pytest.approx(8.5 / 2 / 8)
     assert two["optimizer"] == pytest.approx(one["optimizer"] / 2)
     with pytest.raises(ValueError, match="knows no pipeline"):
         simulate.training(model, parallel, TOY, batch=8, pipeline=2, program="pytorch")
-
-
-def test_overlap_hides_an_exchange_behind_products():
-    settings = {"batch": 8, "micro_batch": 1, "program": "megatron", "constants": ROUND}
-    model = replace(LATENT, context=16)
-    shown, hidden = (
-        simulate.training(model, ParallelConfig(data=4, expert=4, gpus_per_node=2), TOY, overlap=o, **settings).parts_s
-        for o in (False, True)
-    )
+    ranks = ParallelConfig(data=4, expert=4, gpus_per_node=2)
+    shown, hidden = (simulate.training(model, ranks, TOY, overlap=o, **settings).parts_s for o in (False, True))
     assert shown["all_to_all"] > shown["products"]
     assert hidden["all_to_all"] == pytest.approx(shown["all_to_all"] - shown["products"])
 
@@ -158,12 +139,11 @@ def test_a_request_is_a_prefill_and_steps():
     got = serving.request_s(LATENT, layouts, TOY, BARE, batch=2, prompt=8, output=5, **settings)
     first = serving.prefill_s(LATENT, layouts, TOY, BARE, tokens=16, prompt=8, **settings)
     assert got == pytest.approx(first + 4 * step(batch=2).latency_ms[0] / 1e3)
-
-
-def test_two_halves_take_the_longer_of_exchange_and_rest():
     half = step(parallel=ParallelConfig(data=4, expert=4, gpus_per_node=2), batch=4)
     exchange = half.parts_ms["all_to_all"][0]
     assert serving.two_halves_ms(half)[0] == pytest.approx(2 * max(exchange, half.latency_ms[0] - exchange))
+    with_it = step(program=replace(BARE, scheduler=True), batch=1, constants=replace(ROUND, step_us=700.0))
+    assert with_it.latency_ms[0] - step(batch=1).latency_ms[0] == pytest.approx(0.7), "a scheduler adds its time"
 
 
 def test_full_load_fills_the_memory():

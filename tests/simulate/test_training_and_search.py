@@ -63,6 +63,12 @@ def test_pr_moe_needs_less_memory_in_training():
 @pytest.mark.parametrize(
     ("call", "part"),
     [
+        (lambda: simulate.decode("1.3B+MoE-128", ParallelConfig(tensor=3, data=1), "a100"), "16 attention heads"),
+        (lambda: simulate.decode("1.3B+MoE-128", ParallelConfig(data=24, expert=24), "a100"), "do not spread evenly"),
+        (lambda: simulate.decode("350M", ParallelConfig(), "a100", batch=0), "batch and context must be at least 1"),
+        (lambda: simulate.decode("350M", ParallelConfig(), "a100", dtype="fp4"), "dtype must be one of"),
+        (lambda: simulate.decode("350M", ParallelConfig(), "a100", imbalance=0.5), "imbalance"),
+        (lambda: simulate.decode("350M+MoE-32", ParallelConfig(data=16, gpus_per_node=16), "a100"), "more than the 8"),
         (lambda: dense(batch=1000), "not a multiple of 16 data ranks x micro_batch 4"),
         (lambda: dense(micro_batch=0), "not a multiple"),
         (lambda: dense(zero=3), "zero must be 0, 1 or 2"),

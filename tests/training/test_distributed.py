@@ -37,7 +37,7 @@ def here(tmp_path_factory):
 
 @pytest.fixture
 def run(ranks, data, tmp_path, here):
-    """Trains on as many ranks as the layout asks for, or here when it is None; what is named "one…" is trained once."""
+    """Trains on as many ranks as the layout asks for, or here when it is None; "one …" is trained once a file."""
 
     def start(name: str, layout: ParallelConfig | None, model: ModelConfig, config: TrainConfig, stop_after=0) -> Path:
         folder = (here if name.startswith("one") else tmp_path) / name

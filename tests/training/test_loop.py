@@ -261,6 +261,15 @@ def test_metrics_drop_a_torn_line_and_what_lies_after_the_checkpoint(tmp_path):
         file.write('{"step": 3}\n{"st')
     Metrics(tmp_path, resume_step=2, recorded=recorded).write(TRAIN, {"step": 3, "again": True})
     assert read_rows(tmp_path / TRAIN) == [{"step": 1}, {"step": 2}, {"step": 3, "again": True}]
+    new = tmp_path / "new"
+    new.mkdir()
+    metrics = Metrics(new, resume_step=-1)  # a checkpoint before the first row counts on none
+    metrics.write(VALIDATION, {"step": 0})
+    recorded = metrics.state()
+    (new / TRAIN).unlink()
+    assert objection(new, recorded) is None
+    Metrics(new, resume_step=1, recorded=recorded)
+    assert (new / TRAIN).read_bytes() == b"" and read_rows(new / VALIDATION) == [{"step": 0}]
 
 
 def tear(file, number):
@@ -299,17 +308,6 @@ def test_metrics_lost_before_every_checkpoint_are_one_line(file, harm, run, cut)
         run(cut)
     assert "\n" not in str(error.value)
     assert sorted(path.name for path in (cut / "checkpoints").iterdir()) == before
-
-
-def test_a_file_without_rows_may_be_missing(tmp_path):
-    """A checkpoint before the first metric row counts on none."""
-    metrics = Metrics(tmp_path, resume_step=-1)
-    metrics.write(VALIDATION, {"step": 0})
-    recorded = metrics.state()
-    (tmp_path / TRAIN).unlink()
-    assert objection(tmp_path, recorded) is None
-    Metrics(tmp_path, resume_step=1, recorded=recorded)
-    assert (tmp_path / TRAIN).read_bytes() == b"" and read_rows(tmp_path / VALIDATION) == [{"step": 0}]
 
 
 def test_a_checkpoint_of_an_earlier_version_is_refused_in_one_line(run, tmp_path, monkeypatch):
