@@ -2,12 +2,13 @@
 
 from dataclasses import replace
 
-import numpy as np
 import pytest
 
 from moelab.config import DataConfig, ModelConfig, TrainConfig
 from moelab.config.parallel import EXCHANGES, ParallelConfig
 from moelab.runs.spec import RunSpec
+
+P = ParallelConfig
 
 
 def test_pr_moe_gets_its_own_expert_parallelism_per_layer():
@@ -49,51 +50,32 @@ def test_grid_and_position_agree(exchange, tensor, data, slicing, node, experts)
     # A (node, local, share) row never leaves its node when the layer spans several.
     if layout.nodes > 1:
         assert (grid // node == grid[..., :1, :1] // node).all()
-    assert np.array_equal(
-        config.dense_grid() // config.ranks_per_node,
-        config.dense_grid()[:, :1] // config.ranks_per_node + 0 * config.dense_grid(),
-    )
+    nodes = config.dense_grid() // config.ranks_per_node
+    assert (nodes == nodes[:, :1]).all()
 
 
 @pytest.mark.parametrize(
-    "fields, message",
+    "call, message",
     [
-        ({"tensor": 3, "data": 8}, "tensor 3 does not divide the 8 ranks of a node"),
-        ({"data": 12}, "12 ranks .* do not fill nodes of 8"),
-        ({"tensor": 0}, "tensor must be at least 1"),
-        ({"exchange": "ring"}, "exchange must be one of .flat"),
-        ({"tensor": 2, "data": 4, "shard": True}, "shard needs tensor = 1"),
-        ({"data": 8, "expert_slicing": 3}, r"expert_slicing 3 does not divide 8 ranks; allowed: \[1, 2, 4, 8\]"),
+        (lambda: P(tensor=3, data=8), "tensor 3 does not divide the 8 ranks of a node"),
+        (lambda: P(data=12), "12 ranks .* do not fill nodes of 8"),
+        (lambda: P(tensor=0), "tensor must be at least 1"),
+        (lambda: P(exchange="ring"), "exchange must be one of .flat"),
+        (lambda: P(tensor=2, data=4, shard=True), "shard needs tensor = 1"),
+        (lambda: P(data=8, expert_slicing=3), r"expert_slicing 3 does not divide 8 ranks; allowed: \[1, 2, 4, 8\]"),
+        (lambda: P(data=32).experts(48), r"48 experts .* evenly over 32 ranks; allowed .*\[1, 2, 4, 8, 16\]"),
+        (lambda: P(data=8, expert_slicing=4, expert=4).experts(4), r"need a multiple of 16 ranks, got 8; .*\[1, 2\]"),
+        (lambda: P(data=8).experts(6), r"6 experts over 6 ranks need a multiple of 6 ranks, got 8; allowed .*\[1, 2\]"),
+        (lambda: P(tensor=4, data=3, gpus_per_node=4).experts(6), "must divide one another"),
+        (lambda: P(data=24, exchange="hierarchical").experts(12), "needs whole nodes of 8"),
+        (lambda: P(tensor=8).check((0, 0), heads=12, ffn=64), r"tensor 8 .* 12 attention heads; allowed: \[1, 2, 3"),
+        (lambda: P(data=8).check((0, 6), heads=8, ffn=64), r"\(layer 2\)"),
     ],
 )
-def test_impossible_configurations_name_the_constraint(fields, message):
-    with pytest.raises(ValueError, match=message):
-        ParallelConfig(**fields)
-
-
-@pytest.mark.parametrize(
-    "fields, experts, message",
-    [
-        ({"data": 32}, 48, r"48 experts do not spread evenly over 32 ranks; allowed for expert: \[1, 2, 4, 8, 16\]"),
-        ({"data": 8, "expert_slicing": 4, "expert": 4}, 4, r"each in 4 slices, need a multiple of 16 ranks, got 8; allowed for expert: \[1, 2\]"),
-        ({"data": 8}, 6, r"6 experts over 6 ranks need a multiple of 6 ranks, got 8; allowed for expert: \[1, 2\]"),
-        ({"tensor": 4, "data": 3, "gpus_per_node": 4}, 6, "must divide one another"),
-        ({"data": 24, "exchange": "hierarchical", "gpus_per_node": 8}, 12, "needs whole nodes of 8"),
-    ],
-)  # fmt: skip
-def test_impossible_layers_name_the_constraint(fields, experts, message):
-    config = ParallelConfig(**fields)
-    with pytest.raises(ValueError, match=message):
-        config.experts(experts)
-
-
-def test_a_model_that_cannot_be_sliced_is_refused():
-    with pytest.raises(
-        ValueError, match=r"tensor 8 does not divide the model's 12 attention heads; allowed: \[1, 2, 3"
-    ):
-        ParallelConfig(tensor=8).check((0, 0), heads=12, ffn=64)
-    with pytest.raises(ValueError, match=r"\(layer 2\)"):
-        ParallelConfig(data=8).check((0, 6), heads=8, ffn=64)
+def test_impossible_layouts_name_the_constraint(call, message):
+    with pytest.raises(ValueError, match=message) as error:
+        call()
+    assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize(
@@ -107,9 +89,7 @@ def test_the_one_rank_baseline_is_refused_on_ranks_before_anything_starts(layout
     spec = RunSpec(replace(local, dispatch="einsum"), train, DataConfig(context=16))
     with pytest.raises(ValueError) as error:
         replace(spec, parallel=layout)
-    assert str(error.value) == (
-        f"model: dispatch 'einsum' knows no expert parallelism or slicing, but layer 2 has its 4 experts on {ranks} "
-        "ranks; allowed: dispatch 'local', or expert 1 and expert_slicing 1"
-    )
+    said = f"'einsum' knows no expert parallelism or slicing, but layer 2 has its 4 experts on {ranks} ranks; allowed: "
+    assert said in str(error.value) and "\n" not in str(error.value)
     assert replace(spec, parallel=ParallelConfig(data=4, expert=1)).id == spec.id, "each rank has all experts"
     replace(spec, model=local, parallel=layout)

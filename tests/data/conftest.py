@@ -10,20 +10,15 @@ from moelab.data.preparation import prepare
 from moelab.data.tokens import TokenData
 
 
-def write_texts(root: Path, documents: int = 12, words: int = 150) -> None:
-    """Reproducible nonsense in two domains with different words."""
-    rng = random.Random(0)
-    for domain, letters in {"north": "abcde", "south": "vwxyz"}.items():
-        (root / domain).mkdir(parents=True)
-        for i in range(documents):
-            text = " ".join("".join(rng.choices(letters, k=rng.randint(1, 5))) for _ in range(words))
-            (root / domain / f"{i:02d}.txt").write_text(text + "\n")
-
-
 @pytest.fixture(scope="session")
 def texts(tmp_path_factory) -> Path:
-    root = tmp_path_factory.mktemp("texts")
-    write_texts(root)
+    """Reproducible nonsense in two domains with different words: 12 documents of 150 words each."""
+    root, rng = tmp_path_factory.mktemp("texts"), random.Random(0)
+    for domain, letters in {"north": "abcde", "south": "vwxyz"}.items():
+        (root / domain).mkdir()
+        for i in range(12):
+            text = " ".join("".join(rng.choices(letters, k=rng.randint(1, 5))) for _ in range(150))
+            (root / domain / f"{i:02d}.txt").write_text(text + "\n")
     return root
 
 

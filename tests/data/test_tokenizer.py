@@ -49,20 +49,16 @@ def test_another_process_learns_the_same(tmp_path):
     assert (tmp_path / "here.json").read_bytes() == (tmp_path / "there.json").read_bytes()
 
 
-def test_load_refuses_other_files(tmp_path):
-    (tmp_path / "t.json").write_text("{}")
-    with pytest.raises(ValueError, match="not a tokenizer file"):
-        Tokenizer.load(tmp_path / "t.json")
-
-
-def test_names():
-    assert bpe_vocabulary("bpe-4096") == 4096
-    assert bpe_vocabulary("gpt2") is None
+def test_names_and_other_files_are_refused(tmp_path):
+    assert bpe_vocabulary("bpe-4096") == 4096 and bpe_vocabulary("gpt2") is None
     with pytest.raises(ValueError, match="smallest is bpe-257"):
         bpe_vocabulary("bpe-256")
     for name in ("bpe", "bpe--1", "gpt3", ""):
         with pytest.raises(ValueError, match="known are 'bpe-<vocabulary size>' and 'gpt2'"):
             bpe_vocabulary(name)
+    (tmp_path / "t.json").write_text("{}")
+    with pytest.raises(ValueError, match="not a tokenizer file"):
+        Tokenizer.load(tmp_path / "t.json")
 
 
 def test_gpt2_is_built_from_the_files_of_its_package(tmp_path):

@@ -7,28 +7,15 @@ import pandas as pd
 import pytest
 
 from moelab.design import budgets, settings
-from moelab.experiments import scaling
+from moelab.experiments import experiment, scaling
+from moelab.files import write_json
 from moelab.runs.collection import Runs
 from moelab.runs.store import RunStore
 
 
 def table(losses, tokens=(100, 200, 400)):
-    rows = [
-        [arm, seed, n, n / 10, loss]
-        for (arm, seed), values in losses.items()
-        for n, loss in zip(tokens, values, strict=True)
-    ]
-    return pd.DataFrame(rows, columns=budgets.COLUMNS)
-
-
-def final(losses):
-    return pd.DataFrame(
-        [
-            {"arm": arm, "seed": seed, "validation_loss": loss}
-            for arm, values in losses.items()
-            for seed, loss in enumerate(values)
-        ]
-    )
+    points = [(*arm, n, n / 10, loss) for arm, values in losses.items() for n, loss in zip(tokens, values, strict=True)]
+    return pd.DataFrame(points, columns=budgets.COLUMNS)
 
 
 def test_budgets_branch_off_a_run_that_keeps_their_checkpoints():
@@ -66,8 +53,6 @@ def test_fewer_tokens_keep_the_shares_of_warm_up_and_decay():
 
 
 def test_losses_of_trunks_and_budgets_stand_under_one_arm(tmp_path, result):
-    from moelab.files import write_json
-
     store = RunStore(tmp_path)
     specs = budgets.with_budgets(settings.spec("350M+MoE-128", "cpu", 3, label="MoE-128"), "cpu")
     for i, spec in enumerate(specs):
@@ -87,45 +72,39 @@ def test_gaps_pair_seed_and_budget():
 
 
 def test_efficiency_interpolates_over_the_logarithm_of_the_tokens():
-    losses = table({("Dense", 0): (6, 5, 4), ("MoE", 0): (5.5, 4.5, 3.5)})
-    found = budgets.efficiency(losses, "MoE", "Dense").set_index("tokens")["times"]
-    assert 100 not in found.index, "the MoE's smallest budget is better already"
-    assert found[200] == pytest.approx(200 / (100 * math.sqrt(2))) and found[400] == pytest.approx(math.sqrt(2))
-    never = table({("Dense", 0): (6, 5, 4), ("MoE", 0): (9, 8, 7)})
-    assert not len(budgets.efficiency(never, "MoE", "Dense"))
-
-
-def test_nothing_is_interpolated_over_a_missing_budget():
-    losses = table({("Dense", 0): (6, 5, 4), ("MoE", 0): (5.5, 4.5, 3.5)}, tokens=(100, 200, 1600))
-    assert list(budgets.efficiency(losses, "MoE", "Dense")["tokens"]) == [200]
-    curve = losses[losses["arm"] == "MoE"]
+    dense, moe = (6, 5, 4), (5.5, 4.5, 3.5)
+    found = budgets.efficiency(table({("Dense", 0): dense, ("MoE", 0): moe}), "MoE", "Dense").set_index("tokens")
+    assert list(found.index) == [200, 400], "the MoE's smallest budget is better already"
+    assert list(found["times"]) == pytest.approx([200 / (100 * math.sqrt(2)), math.sqrt(2)])
+    assert not len(budgets.efficiency(table({("Dense", 0): dense, ("MoE", 0): (9, 8, 7)}), "MoE", "Dense"))
+    apart = table({("Dense", 0): dense, ("MoE", 0): moe}, tokens=(100, 200, 1600))
+    assert list(budgets.efficiency(apart, "MoE", "Dense")["tokens"]) == [200], "nothing is made up between 200 and 1600"
+    curve = apart[apart["arm"] == "MoE"]
     assert budgets.loss_at(curve, 800) is None and budgets.loss_at(curve, 200) == 4.5
 
 
 def test_equal_cost_gives_the_dearer_model_fewer_tokens():
     losses = table({("Dense", 0): (6, 5, 4), ("MoE", 0): (5.5, 4.5, 3.5)})
-    found = budgets.at_equal_cost(losses, {"time": {"Dense": 1.0, "MoE": 2.0}}, "Dense")
-    assert found.set_index("at")["gap"].to_dict() == {
-        "training tokens": pytest.approx(3.5 - 4),
-        "time": pytest.approx(4.5 - 4),
-    }
+    found = budgets.at_equal_cost(losses, {"time": {"Dense": 1.0, "MoE": 2.0}}, "Dense").set_index("at")["gap"]
+    assert found.to_dict() == pytest.approx({"training tokens": 3.5 - 4, "time": 4.5 - 4})
     dear = budgets.at_equal_cost(losses, {"time": {"Dense": 1.0, "MoE": 8.0}}, "Dense")
     assert not len(dear), "50 tokens are below the MoE's budgets, so the seed counts for no cost"
 
 
 def test_effective_size_is_between_the_dense_models():
-    at_base = budgets.effective_size(final({"350M": [4.0], "M": [4.0], "1.3B": [3.0]}), "M", "350M", "1.3B", "cpu")
-    at_larger = budgets.effective_size(final({"350M": [4.0], "M": [3.0], "1.3B": [3.0]}), "M", "350M", "1.3B", "cpu")
-    assert at_base["times"].item() == pytest.approx(1.0)
-    assert at_larger["times"].item() == pytest.approx(400_000 / 101_696)
+    arms = ["350M", "M", "1.3B"]
+    found = []
+    for losses in ([4.0, 4.0, 3.0], [4.0, 3.0, 3.0]):
+        final = pd.DataFrame({"arm": arms, "seed": 0, "validation_loss": losses})
+        found.append(budgets.effective_size(final, "M", "350M", "1.3B", "cpu")["times"].item())
+    assert found == pytest.approx([1.0, 400_000 / 101_696])
     early, late = (budgets.paper_effective_size("350M+MoE-128", "350M", "1.3B", n) for n in (161, 975))
     assert 2 < early < late < 7, "the paper's MoE equals a larger model as training goes on"
 
 
 def test_headlines_name_the_weakest_budget_and_the_seeds():
-    losses = table(
-        {("350M", 0): (6, 5, 4), ("350M+MoE-128", 0): (5.8, 4.95, 3.6)}, tokens=(10**6, 2 * 10**6, 4 * 10**6)
-    )
+    arms = {("350M", 0): (6, 5, 4), ("350M+MoE-128", 0): (5.8, 4.95, 3.6)}
+    losses = table(arms, tokens=(10**6, 2 * 10**6, 4 * 10**6))
     line = scaling.gap_headline(budgets.gaps(losses, "350M"))
     assert "-0.200 after 1.0 M, -0.050 after 2.0 M, -0.400 after 4.0 M" in line
     costs = budgets.at_equal_cost(losses, {"time": {"350M": 1.0, "350M+MoE-128": 1.0}}, "350M")
@@ -140,8 +119,6 @@ def test_the_papers_gap_at_equal_tokens_a_parameter():
 
 
 def test_an_arm_comes_with_its_budgets():
-    from moelab.experiments import experiment
-
     specs = experiment("scaling").specs("cpu", arms=["350M"])
     assert {spec.label for spec in specs if not spec.start} == {"350M"} and len(specs) == 5
     (one,) = experiment("scaling").specs("cpu", arms=["350M, 4.1 M tokens"])

@@ -1,7 +1,6 @@
 """What a notebook says at its end, from the verdicts."""
 
 import pandas as pd
-import pytest
 
 from moelab import paper
 from moelab.design import comparison
@@ -21,20 +20,11 @@ def test_a_conclusion_quotes_verdicts_with_their_intervals_and_counts_what_is_le
     assert f"*{judged[0].verdict}*: {judged[0].statement} Ours -0.305 nats/token (" in text and "paper -0.307" in text
     assert judged[2].statement not in text and "1 of the paper’s 3 claims here is not judged" in text
     assert "Undecided: 1;" in text and "95 % over 3 seeds" in text
-
-
-@pytest.mark.parametrize(
-    ("seeds", "said"), [(0, "Nothing here has a spread"), (1, "One seed says nothing"), (4, "over 4")]
-)
-def test_without_claims_the_seeds_say_how_sure(seeds, said):
-    assert said in str(conclude("A finding", seeds=seeds))
-
-
-def test_a_simulation_has_no_spread():
-    verdict = judge_simulated(paper.claim("1t-under-25ms"), 21.4)
-    assert "Simulated values have no spread" in str(conclude("Fast", simulated=True))
-    text = str(conclude("Fast", [verdict]))
-    assert "Simulated values have no spread" in text and "Small models" not in text
+    for seeds, said in ((0, "Nothing here has a spread"), (1, "One seed says nothing"), (4, "over 4")):
+        assert said in str(conclude("A finding", seeds=seeds)), "without claims the seeds say how sure it is"
+    simulated = [judge_simulated(paper.claim("1t-under-25ms"), 21.4)]
+    for text in (str(conclude("Fast", simulated=True)), str(conclude("Fast", simulated))):
+        assert "Simulated values have no spread" in text and "Small models" not in text
 
 
 def test_pairs_and_headlines_of_curves():

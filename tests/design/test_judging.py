@@ -1,7 +1,7 @@
 """The rule that judges claims: each kind of claim at its edges, and that what is stored is judged again alike."""
 
 import math
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import pandas as pd
 import pytest
@@ -11,6 +11,7 @@ from moelab.design import comparison
 from moelab.design import verdicts as claims
 from moelab.design.judging import MARGIN, agreed, can_test, judge, judge_timing, restate
 from moelab.design.simulated import judge_simulated
+from moelab.report.summary import parse
 from moelab.statistics import interval
 
 NEAR = paper.claim("pr-moe-matches-moe128")
@@ -110,7 +111,8 @@ def test_why_the_number_is_not_shown():
 
 
 def test_without_values_or_with_few():
-    assert judge(ORDER, []).verdict == claims.NOT_TESTED and judge(ORDER, []).kind == ""
+    none = judge(ORDER, [])
+    assert none.verdict == claims.NOT_TESTED and none.kind == "" and restate(ORDER, none) == none
     for values in ([-0.5], [-0.5, -0.5], [-0.5, -0.49]):
         found = judge(ORDER, values)
         assert found.verdict == claims.FEW_SEEDS and found.p is None and found.samples == len(values)
@@ -174,7 +176,7 @@ class TestEquality:
         assert found.verdict == claims.REPRODUCED
         found = judge(NEAR, [0.005] * 3, gain=[0.04, 0.08, 0.12])
         mean, low, _ = interval([0.04, 0.08, 0.12])
-        assert (mean, low) == (pytest.approx(0.08), pytest.approx(0.08 - T3 * 0.04 / 3**0.5))
+        assert [mean, low] == pytest.approx([0.08, 0.08 - T3 * 0.04 / 3**0.5])
         assert low < 0 and found.verdict == claims.CANNOT_TELL
         found = judge(NEAR, [0.012] * 3, gain=[0.06, 0.08, 0.10])
         # 0.012 - 0.25 x gain is -0.003, -0.008, -0.013: mean -0.008, half 4.30 x 0.005 / sqrt(3) = 0.0124.
@@ -279,10 +281,6 @@ class TestAgreed:
         assert agreed(own, judge(ORDER, [])) == own
 
     def test_it_is_read_back_from_a_summary(self):
-        from dataclasses import asdict
-
-        from moelab.report.summary import parse
-
         found = agreed(judge(ORDER, [-0.1, -0.11, -0.12]), judge(ORDER, [0.1, 0.11, 0.12], note=self.OTHER))
         record = {"experiment": "e", "scale": "full", "title": "t", "finished": "2026", "claims": [asdict(found)]}
         assert parse(record).claims == (found,)
@@ -298,12 +296,9 @@ class TestPlans:
     def test_a_look_between_says_what_comes_next_or_that_it_is_futile(self):
         undecided = [-0.02, 0.01, -0.03]
         assert judge(ORDER, undecided, looks=(3, 6, 30)).why == "The next look is at 6 seeds."
-        assert judge(ORDER, [-0.2, 0.3, -0.3], looks=(3, 6)).why == (
-            "The plan stops for futility: the chance that 6 seeds decide is below 10%."
-        )
-        assert judge(ORDER, [*undecided, 0.0], looks=(3, 6, 30)).why == (
-            "Looks were planned at 3, 6, 30 seeds. The next look is at 6 seeds."
-        )
+        assert judge(ORDER, [-0.2, 0.3, -0.3], looks=(3, 6)).why.startswith("The plan stops for futility: the chance")
+        between = judge(ORDER, [*undecided, 0.0], looks=(3, 6, 30)).why
+        assert between == "Looks were planned at 3, 6, 30 seeds. The next look is at 6 seeds."
         assert judge(ORDER, [-0.1] * 3, looks=(3, 6)).why == "", "it has decided"
         assert judge(ORDER, undecided, looks=(3,)).why == ""
 
@@ -314,11 +309,13 @@ class TestTimings:
         assert found.verdict == claims.FEW_SESSIONS and found.samples == 1
         assert found.ours == 1.25 and found.low is None and found.high is None and found.p is None
         assert found.note == "Twins. Spread within the one session: 1.2 to 1.3 over 3 rounds."
+        assert restate(FASTER, found) == found
 
     def test_sessions_are_the_samples(self):
         found = judge_timing(FASTER, [[1.2], [1.22], [1.24], []])
         assert found.samples == 3 and found.high - found.ours == pytest.approx(T3 * 0.02 / 3**0.5)
         assert judge_timing(FASTER, [[1.2], [1.22]]).verdict == claims.FEW_SESSIONS
+        assert judge_timing(FASTER, []).verdict == claims.NOT_TESTED
 
     def test_sessions_that_agree_by_chance_are_no_surer_than_their_rounds(self):
         # The rounds' variance is 0.01, a median's pi / 2 x 0.01 / 3; the medians alone would give 1.2 -+ 0.
@@ -333,31 +330,21 @@ class TestTimings:
         found = judge_timing(FASTER, [[1.1, 1.2], [1.1, math.nan], [1.1, 1.2], [1.2]])
         assert found.verdict == claims.INCOMPLETE and found.why == "Missing: value 2."
 
-    def test_no_session(self):
-        assert judge_timing(FASTER, []).verdict == claims.NOT_TESTED
-
     def test_timed_claims(self):
         timed = {claim.id for claim in paper.claims() if claim.timed}
         assert {"kernels-6x", "training-5x-cheaper"} <= timed
         assert not timed & {"pr-moe-size", "moe128-beats-moe32", "hierarchical-hops", "dispatch-cost-factor-e"}
 
 
-class TestStored:
-    """Verdicts of results, judged again when they are read."""
-
-    def test_a_changed_rule_counts_for_all_kinds(self):
-        counted, speed = judge(SIZE, [0.313], exact=True), paper.claim("speedup-1t")
-        assert restate(SIZE, replace(counted, verdict=claims.NOT_REPRODUCED)) == counted
-        for fitted in (False, True):
-            now = judge_simulated(speed, 7.3, fitted=fitted)
-            assert now.kind == (claims.FITTED if fitted else claims.PREDICTED)
-            assert restate(speed, replace(now, verdict=claims.SIMULATED_FAILS)) == now
-        now = judge(ORDER, three(-0.12, -0.10))
-        assert restate(ORDER, replace(now, verdict=claims.UNDECIDED, p=0.5)) == now
-
-    @pytest.mark.parametrize("now", [judge(ORDER, []), judge_timing(FASTER, [[1.2, 1.3]]), judge(ORDER, [-0.5])])
-    def test_verdicts_of_today_stay(self, now):
-        assert restate(paper.claim(now.claim), now) == now
+def test_a_changed_rule_counts_for_all_kinds_of_stored_verdicts():
+    counted, speed = judge(SIZE, [0.313], exact=True), paper.claim("speedup-1t")
+    assert restate(SIZE, replace(counted, verdict=claims.NOT_REPRODUCED)) == counted
+    for fitted in (False, True):
+        now = judge_simulated(speed, 7.3, fitted=fitted)
+        assert now.kind == (claims.FITTED if fitted else claims.PREDICTED)
+        assert restate(speed, replace(now, verdict=claims.SIMULATED_FAILS)) == now
+    now = judge(ORDER, three(-0.12, -0.10))
+    assert restate(ORDER, replace(now, verdict=claims.UNDECIDED, p=0.5)) == now
 
 
 def test_arithmetic_needs_no_spread_and_has_no_tolerance():

@@ -29,11 +29,8 @@ def test_the_least_compute_of_a_loss_is_the_least_over_all_sizes():
     tokens = LAW.tokens0 * (LAW.b / np.where(left > 0, left, np.nan)) ** (1 / LAW.beta)
     assert LAW.compute(2.9) == pytest.approx(np.nanmin(flops * tokens), rel=1e-6)
     assert LAW.compute(1.8) == LAW.compute(1.0) == math.inf
-
-
-def test_the_exponent_is_that_of_the_loss_above_the_floor():
     low, high = LAW.compute(2.4), LAW.compute(2.3)
-    assert math.log(0.6 / 0.5) / math.log(high / low) == pytest.approx(LAW.exponent)
+    assert math.log(0.6 / 0.5) / math.log(high / low) == pytest.approx(LAW.exponent), "of the loss above the floor"
 
 
 def test_a_law_is_found_again_from_exact_points():
@@ -48,28 +45,25 @@ def test_a_law_is_found_again_from_exact_points():
 
 @pytest.mark.slow
 def test_intervals_hold_the_truth_and_widen_with_the_noise():
-    quiet, loud = laws.fit(points(0.003)), laws.fit(points(0.02))
+    quiet, loud, again = (laws.fit(points(noise)) for noise in (0.003, 0.02, 0.02))
+    assert again.predict(8e6, TOKENS, 3) == loud.predict(8e6, TOKENS, 3), "the same points give the same numbers"
     for found in (quiet, loud):
         for value in (lambda law: law.floor, lambda law: law.exponent, lambda law: law.compute(2.6)):
             mean, low, high = found.interval(value)
             assert low <= mean <= high and low <= value(LAW) <= high
-    width = [high - low for found in (quiet, loud) for _, low, high in [found.predict(8e6, TOKENS, 3)[-1]]]
-    assert 2 * width[0] < width[1]
-    (_, low, high), *_ = loud.predict(8e6, TOKENS, seeds=1)
-    (_, low9, high9), *_ = loud.predict(8e6, TOKENS, seeds=9)
-    assert high9 - low9 < high - low
 
+    def width(found, seeds, at):
+        _, low, high = found.predict(8e6, TOKENS, seeds)[at]
+        return high - low
 
-@pytest.mark.slow
-def test_the_same_points_give_the_same_numbers():
-    assert laws.fit(points(0.01)).predict(8e6, TOKENS, 3) == laws.fit(points(0.01)).predict(8e6, TOKENS, 3)
+    assert 2 * width(quiet, 3, -1) < width(loud, 3, -1) and width(loud, 9, 0) < width(loud, 1, 0)
 
 
 def test_trunks_with_a_missing_or_infinite_loss_are_left_out():
     table = points()
     broken = table.assign(loss=table["loss"].where((table["seed"] > 0) | (table["flops"] > 1e6), math.inf)).drop(10)
-    assert len(laws.fit(broken).residuals) == 7
-    assert laws.fit(broken).law.floor == pytest.approx(1.8, abs=0.01)
+    found = laws.fit(broken)
+    assert len(found.residuals) == 7 and found.law.floor == pytest.approx(1.8, abs=0.01)
 
 
 @pytest.mark.parametrize("lacks", [{"flops": FLOPS[:2]}, {"tokens": TOKENS[:2]}, {"seeds": 0}])

@@ -9,8 +9,11 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from moelab import paper, paths
 from moelab.design import verdicts as claims
+from moelab.design.judging import restate
 from moelab.experiments import distillation, pr_moe, scaling, top2_vs_residual
+from moelab.report.summary import read_all
 from moelab.statistics import holm
 
 CPU = 16_384_000
@@ -18,12 +21,8 @@ FULL = 101_600_000  # the paper's own tokens a parameter
 
 
 def final(losses, tokens=CPU):
-    rows = [
-        {"arm": arm, "seed": seed, "validation_loss": loss, "tokens": tokens, "parameters": 1}
-        for arm, values in losses.items()
-        for seed, loss in enumerate(values)
-    ]
-    return pd.DataFrame(rows)
+    rows = [(arm, seed, loss, tokens, 1) for arm, values in losses.items() for seed, loss in enumerate(values)]
+    return pd.DataFrame(rows, columns=["arm", "seed", "validation_loss", "tokens", "parameters"])
 
 
 def fig4(gain=0.09, seeds=5, spread=0.01, **arms):
@@ -131,10 +130,7 @@ def test_claims_on_a_late_point_are_judged_by_runs_that_reach_it(tokens, judged)
     late = {found["full-kd-hurts-late"].verdict, found["staged-kd-beats-full-kd"].verdict}
     assert late == ({claims.NOT_REPRODUCED} if judged else {claims.NOT_TESTABLE})
     losses = {"350M": [4.0, 4.01, 4.02], "350M+MoE-128": [3.7, 3.71, 3.73], "1.3B": [3.8, 3.82, 3.83]}
-    table = pd.concat(
-        [final({arm: losses[arm] for arm in ("350M", "350M+MoE-128")}, tokens), final({"1.3B": losses["1.3B"]}, tokens)]
-    )
-    found = {v.claim: v for v in scaling.verdicts(table, "cpu")}["moe128-350m-beats-1.3b"]
+    found = of(scaling, losses, "cpu", tokens=tokens)["moe128-350m-beats-1.3b"]
     assert (found.verdict == claims.NOT_TESTABLE) == (not judged) and found.ours == pytest.approx(-0.103, abs=0.001)
 
 
@@ -154,16 +150,10 @@ def test_sessions_that_agree_by_chance_do_not_decide():
 
 def test_published_claims_are_judged_by_their_stored_values():
     """The results in the repository: each verdict that rests on seeds stores them, and is today's rule's."""
-    from moelab import paper, paths
-    from moelab.design.judging import restate
-    from moelab.report.summary import read_all
-
     for path, summary in read_all(paths.checkout() / "results")[0]:
         for stored in summary.claims:
             if stored.kind == claims.MEASURED and summary.experiment != "zero-shot":
                 assert len(stored.values) == stored.samples, (path, stored.claim)
                 again = restate(paper.claim(stored.claim), stored, summary.scale)
-                assert (again.verdict, again.p, again.low) == (stored.verdict, stored.p, stored.low), (
-                    path,
-                    stored.claim,
-                )
+                judged, said = ((v.verdict, v.p, v.low) for v in (again, stored))
+                assert judged == said, (path, stored.claim)

@@ -1,4 +1,4 @@
-"""Comparisons at each arm's own rate and at a shared one, and curves over the share of the training."""
+"""Comparisons at each arm's own rate and at a shared one, over the share of the training, and by kinds of targets."""
 
 from dataclasses import replace
 
@@ -6,9 +6,10 @@ import pandas as pd
 import pytest
 
 from moelab import paper
-from moelab.design import rates, settings, shares
+from moelab.design import rates, settings, shares, targets
 from moelab.design.judging import judge, restate
 from moelab.design.verdicts import DIRECTION, FEW_SEEDS, MEASURED, REPRODUCED, UNDECIDED
+from moelab.files import write_json
 from moelab.runs.collection import Runs
 from moelab.runs.spec import closure
 from moelab.runs.store import RunStore
@@ -40,31 +41,22 @@ def test_a_claim_is_decided_where_both_rates_agree():
     (other,) = rates.agreed([lower], [higher])
     assert other.verdict == UNDECIDED and f"+0.305 nats/token, {higher.verdict}" in other.text
     assert restate(claim, other) == other, "a stored verdict stays undecided"
-    counted = judge(claim, [-0.3], exact=True)
     one = judge(claim, [-0.3])
     assert one.verdict == FEW_SEEDS
-    assert rates.agreed([counted, lower], []) == [counted, lower]
-    assert rates.agreed([counted], [higher]) == [counted] and rates.agreed([one], [higher]) == [one]
+    assert rates.agreed([one, lower], []) == [one, lower] and rates.agreed([one], [higher]) == [one]
     assert rates.agreed([lower], [replace(higher, ours=None)]) == [lower], "nothing was found at the other rate"
 
 
 def curves(losses):
-    rows = [
-        {"arm": arm, "seed": seed, "tokens": 30 * i, "loss": loss}
-        for (arm, seed), values in losses.items()
-        for i, loss in enumerate(values)
-    ]
-    return pd.DataFrame(rows)
+    rows = [(*arm, 30 * i, loss) for arm, values in losses.items() for i, loss in enumerate(values)]
+    return pd.DataFrame(rows, columns=["arm", "seed", "tokens", "loss"])
 
 
 def test_crossings_by_share_of_the_training():
-    table = shares.gaps(
-        curves({("A", 0): (9, 5, 4, 2), ("B", 0): (9, 4, 3.5, 3), ("A", 1): (9, 5, 5, 5), ("B", 1): (9, 4, 4, 4)}),
-        [("A", "B"), ("A", "C")],
-    )
-    assert set(table["pair"]) == {"A − B"} and list(table[table["seed"] == 0]["share"]) == pytest.approx(
-        [1 / 3, 2 / 3, 1]
-    )
+    losses = {("A", 0): (9, 5, 4, 2), ("B", 0): (9, 4, 3.5, 3), ("A", 1): (9, 5, 5, 5), ("B", 1): (9, 4, 4, 4)}
+    table = shares.gaps(curves(losses), [("A", "B"), ("A", "C")])
+    assert set(table["pair"]) == {"A − B"}
+    assert list(table[table["seed"] == 0]["share"]) == pytest.approx([1 / 3, 2 / 3, 1])
     found = shares.crossings(table).set_index("seed")["share"]
     assert found[0] == pytest.approx(2 / 3 + 1 / 3 * 0.5 / 1.5) and pd.isna(found[1])
     assert shares.headline(table) == "A − B below zero from 78% of the training on (1 of 2 seeds)"
@@ -79,3 +71,23 @@ def test_the_papers_crossings_lie_late():
         assert low < shares.crossing(theirs) < high
     named = shares.paper_gaps([("M", "D"), ("N", "D")], {"M": "350M+MoE-128", "D": "350M"})
     assert list(named) == ["M − D"], "Fig 1 has the pair"
+
+
+def test_parts_sum_to_the_difference(tmp_path, result):
+    """The parts of arms that are both there, by seed; a result without parts is left out."""
+    losses = {("A", seed): (2.0, 4.0) for seed in range(3)}
+    losses |= {("B", 0): (3.0, 4.4), ("B", 1): (5.0, 4.0), ("B", 2): None}
+    runs = []
+    for (arm, seed), values in sorted(losses.items(), key=lambda item: item[0][1]):
+        rate = {"train.lr": ord(arm) / 1e4}
+        run = RunStore(tmp_path).run(settings.spec("350M", "smoke", seed, label=arm, overrides=rate))
+        by_pair = zip(("repeated", "new"), (0.25, 0.75), values or (), strict=False)
+        more = {"validation_by_pair": {kind: {"loss": loss, "share": share} for kind, share, loss in by_pair}}
+        write_json(run.path / "result.json", result(**(more if values else {})))
+        runs.append(run)
+    table = targets.gaps(Runs(runs), [("A", "B"), ("A", "C")])
+    assert set(table["pair"]) == {"A − B"} and list(table["seed"]) == [0, 0, 1, 1]
+    assert list(table["part"]) == pytest.approx([-0.25, -0.3, -0.75, 0.0])
+    means = targets.summary(table)
+    assert means.loc["A − B"].to_dict() == pytest.approx({"repeated": -0.5, "new": -0.15, "all": -0.65})
+    assert not len(targets.gaps(Runs(runs[-2:]), [("A", "B")]))

@@ -42,19 +42,6 @@ def test_boundaries_are_the_published_ones(spent, published):
     assert found == pytest.approx(published, abs=0.001)
 
 
-@pytest.mark.parametrize(
-    "classical",  # Pocock (1977), O'Brien and Fleming (1979): three looks, 5 % together
-    [[2.289, 2.289, 2.289], [3.471, 2.454, 2.004]],
-)
-def test_what_the_classical_boundaries_spend_gives_them_back(classical):
-    # Their spending is found look by look: what each spends is the chance to cross it first.
-    random = np.random.default_rng(0)
-    walk = random.standard_normal((400_000, 3)).cumsum(1) / np.sqrt([1, 2, 3])
-    crossed = np.maximum.accumulate(np.abs(walk) > classical, axis=1).mean(0)
-    assert crossed[-1] == pytest.approx(0.05, abs=0.0015)
-    assert boundaries(equal(3), list(crossed)) == pytest.approx(classical, abs=0.06)
-
-
 def test_all_looks_together_miss_in_five_percent_with_few_seeds_too():
     looks = (3, 6, 9)
     values = np.random.default_rng(1).standard_normal((60_000, 9))

@@ -20,10 +20,8 @@ def cache(tmp_path):
     lambada.parent.mkdir(parents=True)
     with gzip.open(lambada, "wt") as file:
         for i in range(6):
-            line = {
-                "request": {"context": f"the wave and the wind {'and the mast ' * i}and the", "continuation": " gull"}
-            }
-            file.write(json.dumps(line) + "\n")
+            context = f"the wave and the wind {'and the mast ' * i}and the"
+            file.write(json.dumps({"request": {"context": context, "continuation": " gull"}}) + "\n")
     answers = {"aliases": ["the tide", "tide", "Tide"], "value": "tide"}
     tables = {
         "piqa/plain_text/validation": [
@@ -34,9 +32,7 @@ def cache(tmp_path):
             {"question": "does the tide wait", "answer": i < 4, "passage": "the gull " * (2 + 20 * i) + f"number {i}"}
             for i in range(5)
         ],
-        "trivia_qa/rc.wikipedia.nocontext/validation": [
-            {"question": f"what waits {i}", "answer": answers} for i in range(4)
-        ],
+        "trivia_qa/rc.wikipedia.nocontext/validation": [{"question": f"what {i}", "answer": answers} for i in range(4)],
         "nq_open/none/validation": [{"question": f"who waits {i}", "answer": ["the mast", "gull"]} for i in range(4)],
         **{
             f"hails/mmlu_no_train/high_school_{name}_history/test": [

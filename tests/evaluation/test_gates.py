@@ -1,15 +1,22 @@
-"""A run's gates route text as the model does, and pictures of it show that."""
+"""What is measured of a run: its gates route text as the model does, pictures show that; losses by mode and dtype."""
+
+import json
+from dataclasses import replace
 
 import matplotlib
 import pytest
 import torch
 from matplotlib import pyplot as plt
+from typer.testing import CliRunner
 
+from moelab.cli import app
 from moelab.config import ModelConfig
+from moelab.evaluation import rounding
 from moelab.evaluation.gates import SPACE, Choices, Gates, dropped, frame
 from moelab.inference.text import load_run
 from moelab.lab import Lab
 from moelab.plotting import figures, placement
+from moelab.runs.store import RunStore
 
 matplotlib.use("Agg")
 TEXT = "wave salt ship mast wind gull."
@@ -36,74 +43,93 @@ def choices(experts: list[int], count: int = 4, top_k: int = 1) -> Choices:
     return Choices(2, tuple(f"t{e}" for e in experts), logits, top_k)
 
 
-class TestChoices:
-    def test_a_full_expert_drops_what_does_not_fit(self):
-        # 12 tokens, 4 experts: room for the least capacity of 4 at factor 1, for 6 at factor 2.
-        lopsided = choices([0] * 9 + [1, 2, 3])
-        assert lopsided.dropped() == 0
-        assert lopsided.dropped(capacity_factor=1.0) == pytest.approx(5 / 12)
-        assert lopsided.dropped(capacity_factor=2.0) == pytest.approx(3 / 12)
-        first = lopsided.route(capacity_factor=1.0, by_chance=False)
-        assert first.slot_SK[:9, 0].tolist() == [0, 1, 2, 3, -1, -1, -1, -1, -1]
-
-    def test_more_choices_double_the_capacity_and_share_the_weight(self):
-        even = choices([0, 1, 2, 3] * 4)
-        assert even.route(2).expert_SK.shape == (16, 2)
-        assert torch.allclose(even.route(2).weight_SK.sum(1), torch.ones(16))
-        table = dropped(even, [0.5, 1.0], top_k=2)
-        assert table.columns.tolist() == ["layer", "experts", "top_k", "capacity_factor", "dropped"]
-        assert table["dropped"].is_monotonic_decreasing and table["top_k"].eq(2).all()
-
-    def test_repeats(self):
-        said = Choices(2, ("the", "sea", "the", "the"), choices([0, 1, 0, 2]).logits_SE, 1)
-        assert said.repeats() == (1, 2)
-        assert choices([0, 1, 2]).repeats() == (0, 0)
-
-    def test_the_pictures_say_it(self, ax):
-        lopsided = choices([0] * 9 + [1, 2, 3])
-        kept, asked, limit = lopsided.loads(1, 1.0)
-        placement.loads(kept, asked, ax, limit=limit)
-        assert ax.get_title("left").replace("\n", " ") == "42% of 12 choices dropped, 56% of 16 slots empty"
-        heights = [bar.get_height() for bar in ax.patches]
-        assert heights == [4, 1, 1, 1, 5, 0, 0, 0]
-        ax.clear()
-        placement.heatmap(lopsided.probability_SE.numpy(), lopsided.route().expert_SK.numpy(), lopsided.tokens, ax)
-        assert [t.get_text() for t in ax.get_xticklabels()] == list(lopsided.tokens)
-        assert list(ax.lines[0].get_ydata()) == [0] * 9 + [1, 2, 3]
-        table = frame({"now": lopsided})
-        assert len(table) == 12 * 4 and table["chosen"].sum() == 12
-        assert table.groupby("position")["probability"].sum().to_numpy() == pytest.approx(1)
+def test_a_full_expert_drops_what_does_not_fit():
+    # 12 tokens, 4 experts: room for the least capacity of 4 at factor 1, for 6 at factor 2.
+    lopsided = choices([0] * 9 + [1, 2, 3])
+    assert lopsided.dropped() == 0
+    assert lopsided.dropped(capacity_factor=1.0) == pytest.approx(5 / 12)
+    assert lopsided.dropped(capacity_factor=2.0) == pytest.approx(3 / 12)
+    first = lopsided.route(capacity_factor=1.0, by_chance=False)
+    assert first.slot_SK[:9, 0].tolist() == [0, 1, 2, 3, -1, -1, -1, -1, -1]
 
 
-class TestGates:
-    @pytest.fixture
-    def run(self, tiny_spec, tmp_path, monkeypatch):
-        monkeypatch.setenv("MOELAB_HOME", str(tmp_path))
-        (run,) = Lab().run([tiny_spec], executor="inline")
-        return run
+def test_more_choices_double_the_capacity_and_share_the_weight():
+    even = choices([0, 1, 2, 3] * 4)
+    assert even.route(2).expert_SK.shape == (16, 2)
+    assert torch.allclose(even.route(2).weight_SK.sum(1), torch.ones(16))
+    table = dropped(even, [0.5, 1.0], top_k=2)
+    assert table.columns.tolist() == ["layer", "experts", "top_k", "capacity_factor", "dropped"]
+    assert table["dropped"].is_monotonic_decreasing and table["top_k"].eq(2).all()
 
-    def test_they_route_as_the_model_does(self, run):
-        gates = Gates(run.path)
-        layers = gates.on_text(TEXT)
-        assert [(c.layer, c.experts) for c in layers] == [(2, 2), (4, 4)]
-        assert "".join(layers[0].tokens).replace(SPACE, " ") == TEXT
-        ids = gates._tokenizer.encode(TEXT)
-        with torch.no_grad():
-            routing = load_run(run.path).eval()(torch.tensor([ids])).routing
-        for heard, did in zip(layers, routing, strict=True):
-            assert torch.equal(heard.route().expert_SK, did.expert_SK)
-        before = Gates(run.path, initial=run.spec.train.seed).on_text(TEXT)
-        assert not torch.allclose(before[1].logits_SE, layers[1].logits_SE)
-        spec = run.spec
-        assert len(gates.on_validation(spec.train.batch_size)[0].tokens) == spec.train.batch_size * spec.data.context
-        with pytest.raises(ValueError, match="the text is empty"):
-            gates.on_text("")
 
-    def test_a_dense_model_has_none(self, tiny_spec, tmp_path):
-        from dataclasses import replace
+def test_repeats():
+    said = Choices(2, ("the", "sea", "the", "the"), choices([0, 1, 0, 2]).logits_SE, 1)
+    assert said.repeats() == (1, 2)
+    assert choices([0, 1, 2]).repeats() == (0, 0)
 
-        from moelab.runs.store import RunStore
 
-        dense = replace(tiny_spec, model=ModelConfig(layers=1, hidden=32, heads=2, vocab=320, context=32, name="flat"))
-        with pytest.raises(ValueError, match=r"gates: .* is dense"):
-            Gates(RunStore(tmp_path).run(dense).path)
+def test_the_pictures_say_it(ax):
+    lopsided = choices([0] * 9 + [1, 2, 3])
+    kept, asked, limit = lopsided.loads(1, 1.0)
+    placement.loads(kept, asked, ax, limit=limit)
+    assert ax.get_title("left").replace("\n", " ") == "42% of 12 choices dropped, 56% of 16 slots empty"
+    heights = [bar.get_height() for bar in ax.patches]
+    assert heights == [4, 1, 1, 1, 5, 0, 0, 0]
+    ax.clear()
+    placement.heatmap(lopsided.probability_SE.numpy(), lopsided.route().expert_SK.numpy(), lopsided.tokens, ax)
+    assert [t.get_text() for t in ax.get_xticklabels()] == list(lopsided.tokens)
+    assert list(ax.lines[0].get_ydata()) == [0] * 9 + [1, 2, 3]
+    table = frame({"now": lopsided})
+    assert len(table) == 12 * 4 and table["chosen"].sum() == 12
+    assert table.groupby("position")["probability"].sum().to_numpy() == pytest.approx(1)
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    return tmp_path_factory.mktemp("home")
+
+
+@pytest.fixture
+def run(tiny_spec, home, monkeypatch):
+    """A finished run, trained once."""
+    monkeypatch.setenv("MOELAB_HOME", str(home))
+    return Lab().run([tiny_spec], executor="inline")[0]
+
+
+def test_gates_route_as_the_model_does(run, tiny_spec, tmp_path):
+    gates = Gates(run.path)
+    layers = gates.on_text(TEXT)
+    assert [(c.layer, c.experts) for c in layers] == [(2, 2), (4, 4)]
+    assert "".join(layers[0].tokens).replace(SPACE, " ") == TEXT
+    ids = gates._tokenizer.encode(TEXT)
+    with torch.no_grad():
+        routing = load_run(run.path).eval()(torch.tensor([ids])).routing
+    for heard, did in zip(layers, routing, strict=True):
+        assert torch.equal(heard.route().expert_SK, did.expert_SK)
+    before = Gates(run.path, initial=run.spec.train.seed).on_text(TEXT)
+    assert not torch.allclose(before[1].logits_SE, layers[1].logits_SE)
+    spec = run.spec
+    assert len(gates.on_validation(spec.train.batch_size)[0].tokens) == spec.train.batch_size * spec.data.context
+    with pytest.raises(ValueError, match="the text is empty"):
+        gates.on_text("")
+    dense = replace(tiny_spec, model=ModelConfig(layers=1, hidden=32, heads=2, vocab=320, context=32, name="flat"))
+    with pytest.raises(ValueError, match=r"gates: .* is dense"):
+        Gates(RunStore(tmp_path).run(dense).path)
+
+
+def test_losses_by_mode_and_dtype(run, tmp_path):
+    """Modes of one dtype differ by rounding, and the first row's loss is that of the run's own validation."""
+    name = run.path.name
+    arguments = ["eval", name, "--losses", "--out", str(tmp_path)]
+    output = CliRunner().invoke(app, arguments, catch_exceptions=False).output
+    rows = [json.loads(line) for line in (tmp_path / f"losses-{name}.jsonl").read_text().splitlines()]
+    assert (rows[0]["mode"], rows[0]["dtype"], rows[0]["minus_reference"]) == (*rounding.VARIANTS[0], 0.0)
+    assert [(row["mode"], row["dtype"]) for row in rows] == list(rounding.VARIANTS)
+    for row in rows:
+        assert row["run"] == name and row["minus_reference"] == row["loss"] - rows[0]["loss"]
+        assert abs(row["minus_reference"]) < (1e-5 if row["dtype"] == "fp32" else 0.05)
+    assert any(row["minus_reference"] for row in rows if row["dtype"] == "bf16")
+    assert rows[0]["loss"] == pytest.approx(run.result["validation_loss"], abs=0.05)
+    assert sum(part["share"] for part in rows[0]["by_pair"].values()) == pytest.approx(1)
+    assert f"repeated {rows[0]['by_pair']['repeated']['loss']:.4f} (" in " ".join(output.split())
+    assert "validation tokens" in output and (tmp_path / f"losses-{name}.provenance.json").is_file()

@@ -3,28 +3,47 @@ from dataclasses import replace
 import pytest
 import torch
 
-from moelab.config import ModelConfig
+from moelab.config import DecoderConfig, ExpertConfig, ModelConfig, RoutingConfig
 from moelab.engine.testing import Ranks
+from moelab.inference import Generator
 from moelab.models import build
 
 # Large weights, so that outputs depend on everything before them and ties are out of the question.
 _COMMON = dict(hidden=32, heads=2, vocab=320, context=48, init_std=0.3)
+_DECODER = DecoderConfig.modern(kv_heads=1, qk_norm="head", biases="qkv")
+_TODAY = ModelConfig(layers=2, experts=(0, 4), top_k=2, decoder=_DECODER, **_COMMON)
 KINDS = {
     "dense": ModelConfig(layers=3, **_COMMON),
     "MoE": ModelConfig(layers=4, experts=(0, 4, 0, 4), **_COMMON),
     "top-2": ModelConfig(layers=2, experts=(0, 4), top_k=2, **_COMMON),
     "PR-MoE": ModelConfig(layers=4, experts=(0, 4, 0, 8), residual=True, **_COMMON),
     "residual, sum": ModelConfig(layers=2, experts=(0, 4), residual=True, residual_mix="sum", **_COMMON),
-    "student": ModelConfig(layers=3, experts=(0, 4, 8), residual=True, **_COMMON),
+    "sigmoid": replace(_TODAY, routing=RoutingConfig(scores="sigmoid", balance_rate=0.01)),
+    "shared gate, norm of all heads": replace(
+        _TODAY, decoder=DecoderConfig.modern(qk_norm="all"), expert=ExpertConfig(shared=1, shared_gate=True)
+    ),
 }
-
-
 KINDS = {name: replace(config, routing=replace(config.routing, drop_tokens=False)) for name, config in KINDS.items()}
+
+
+class Recorder(Generator):
+    """Keeps the logits behind every token."""
+
+    def _take(self, sequences, logits_BV, sampling):
+        self.logits = getattr(self, "logits", {})
+        for sequence, row in zip(sequences, logits_BV, strict=True):
+            self.logits[sequence.index, len(sequence.tokens)] = row.clone()
+        return super()._take(sequences, logits_BV, sampling)
+
+
+@pytest.fixture
+def recorder() -> type[Recorder]:
+    return Recorder
 
 
 @pytest.fixture(params=KINDS)
 def kind(request) -> ModelConfig:
-    """A small model of each kind the paper has."""
+    """A small model of each kind the paper has, and of two of today."""
     return KINDS[request.param]
 
 
@@ -58,7 +77,7 @@ def make():
         generator = torch.Generator().manual_seed(3)
         with torch.no_grad():
             for name, parameter in model.named_parameters():
-                if name.endswith("bias"):
+                if name.endswith(("bias", "q_norm.weight")):
                     parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.3)
         return model.eval()
 

@@ -1,6 +1,7 @@
 """Cached generation equals the full forward pass, and nobody's output depends on the neighbours."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,16 +13,7 @@ from moelab.inference import Generator, Sampling, set_mode
 from moelab.inference.packing import is_packed
 
 GREEDY = Sampling(max_new_tokens=8, temperature=0)
-
-
-class Recorder(Generator):
-    """Keeps the logits behind every token."""
-
-    def _take(self, sequences, logits_BV, sampling):
-        self.logits = getattr(self, "logits", {})
-        for sequence, row in zip(sequences, logits_BV, strict=True):
-            self.logits[sequence.index, len(sequence.tokens)] = row.clone()
-        return super()._take(sequences, logits_BV, sampling)
+SEVERAL = SimpleNamespace(world=SimpleNamespace(size=2))  # what a generator reads of a mesh before it sends anything
 
 
 def by_full_forward(model, prompt, count):
@@ -35,34 +27,27 @@ def by_full_forward(model, prompt, count):
 
 
 @pytest.mark.parametrize(("mode", "instructions"), [("baseline", ""), ("optimised", ""), ("optimised", "none")])
-def test_cached_decoding_equals_the_full_forward_pass(kind, prompts, mode, instructions, make):
+def test_cached_decoding_equals_the_full_forward_pass(kind, prompts, mode, instructions, make, recorder):
     """Also without C++, where nothing is packed."""
     with _cpp.limited(instructions):
-        generator = Recorder(set_mode(make(kind), mode), batch=4)
+        generator = recorder(set_mode(make(kind), mode), batch=4)
         assert is_packed(generator.model) == (mode == "optimised" and _cpp.available())
         found = generator.generate(prompts, GREEDY)
+        static = Generator(generator.model, batch=3, static=True).generate(prompts, GREEDY)
     reference = make(kind)
     for i, prompt in enumerate(prompts):
         tokens, logits = by_full_forward(reference, prompt, 8)
-        assert found[i].tokens == tokens
+        assert found[i].tokens == static[i].tokens == tokens
         for n, expected in enumerate(logits):
             torch.testing.assert_close(generator.logits[i, n], expected, rtol=1e-4, atol=1e-4)
 
 
-def test_static_decoding_equals_the_full_forward_pass(kind, prompts, make):
-    found = Generator(set_mode(make(kind)), batch=3, static=True).generate(prompts, GREEDY)
-    reference = make(kind)
-    assert [c.tokens for c in found] == [by_full_forward(reference, p, 8)[0] for p in prompts]
-
-
-@pytest.mark.parametrize(("mode", "static"), [("baseline", False), ("baseline", True)])
-def test_without_packed_weights_the_batch_changes_no_token(kind, prompts, mode, static, make):
+def test_without_packed_weights_the_batch_changes_no_token(kind, prompts, make):
     """Plain products choose their kernel by the number of rows: the last bits differ, the tokens do not."""
-    model = set_mode(make(kind), mode)
-    sampling = Sampling(max_new_tokens=6, temperature=0.8, seed=3)
-    assert Generator(model, batch=2, static=static).generate(prompts, sampling) == Generator(model, batch=7).generate(
-        prompts, sampling
-    )
+    model, sampling = set_mode(make(kind), "baseline"), Sampling(max_new_tokens=6, temperature=0.8, seed=3)
+    generators = [Generator(model, batch=7), Generator(model, batch=2), Generator(model, batch=2, static=True)]
+    whole, *others = (generator.generate(prompts, sampling) for generator in generators)
+    assert others == [whole, whole]
 
 
 def test_equal_prompts_draw_differently_and_seeds_matter(prompts, kinds, make):
@@ -96,8 +81,7 @@ def test_stop_conditions(prompts, static, kinds, make):
 
 def test_streaming_gives_the_same_tokens_as_they_come(prompts, kinds, make):
     generator = Generator(set_mode(make(kinds["PR-MoE"])), batch=3)
-    seen = {}
-    pieces = []
+    seen, pieces = {}, []
     found = generator.generate(prompts, GREEDY, on_piece=pieces.append)
     for piece in pieces:
         assert not any(p.finish for p in seen.get(piece.prompt, [])), "nothing follows the last token"
@@ -162,37 +146,12 @@ def test_a_static_step_never_asks_the_device(kinds, make, prompts, sampling):
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device: steps are captured in a graph")
-def test_graphs_give_the_tokens_of_eager_steps(kind, prompts, make):
-    model = set_mode(make(kind).cuda())
+@pytest.mark.parametrize("name", ["dense", "MoE", "top-2", "PR-MoE", "residual, sum"])
+def test_graphs_give_the_tokens_of_eager_steps(name, kinds, prompts, make):
+    model = set_mode(make(kinds[name]).cuda())
     captured = Generator(model, batch=3)
     assert captured.static
     assert captured.generate(prompts, GREEDY) == Generator(model, batch=3, static=False).generate(prompts, GREEDY)
-
-
-@pytest.mark.parametrize(
-    ("prompt", "message"),
-    [
-        ([], "prompt 1 is empty"),
-        ([1] * 48, "prompt 1 has 48 tokens, allowed are at most 47"),
-        ([3, 320], "prompt 1 has token 320, allowed are 0 to 319"),
-        ([-1], "prompt 1 has token -1"),
-    ],
-)
-def test_bad_prompts(prompt, message, kinds, make):
-    generator = Generator(make(kinds["dense"]), batch=2)
-    with pytest.raises(ValueError, match=message):
-        generator.stream([[1], prompt])
-
-
-def test_bad_settings(kinds, make):
-    model = make(kinds["dense"])
-    with pytest.raises(ValueError, match="batch must be at least 1"):
-        Generator(model, batch=0)
-    with pytest.raises(ValueError, match="length must be at most the model's context of 48, got 49"):
-        Generator(model, length=49)
-    with pytest.raises(ValueError, match="mode must be 'optimised' or 'baseline', got 'fast'"):
-        set_mode(model, "fast")
-    assert Generator(model).generate([]) == []
 
 
 @pytest.mark.parametrize("sampling", [GREEDY, Sampling(), Sampling(top_k=3)], ids=["greedy", "all", "top-k"])
@@ -204,3 +163,23 @@ def test_logits_that_are_no_numbers_are_refused_in_one_line(value, sampling, kin
     generator = Generator(set_mode(model), batch=2)
     with pytest.raises(ValueError, match=r"^generate: prompt 0: the model's logits .* are NaN or infinite$"):
         generator.generate([[17, 2], [3]], sampling)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda model: Generator(model).stream([[1], []]), "prompt 1 is empty"),
+        (lambda model: Generator(model).stream([[1], [1] * 48]), "prompt 1 has 48 tokens, allowed are at most 47"),
+        (lambda model: Generator(model).stream([[1], [3, 320]]), "prompt 1 has token 320, allowed are 0 to 319"),
+        (lambda model: Generator(model).stream([[1], [-1]]), "prompt 1 has token -1"),
+        (lambda model: Generator(model, batch=0), "batch must be at least 1"),
+        (lambda model: Generator(model, length=49), "length must be at most the model's context of 48, got 49"),
+        (lambda model: Generator(model, mesh=SEVERAL, static=True), "static decoding is for one rank"),
+        (lambda model: set_mode(model, "fast"), "mode must be 'optimised' or 'baseline', got 'fast'"),
+    ],
+)
+def test_bad_prompts_and_settings(call, message, kinds, make):
+    model = make(kinds["dense"])
+    with pytest.raises(ValueError, match=message):
+        call(model)
+    assert Generator(model).generate([]) == []

@@ -12,7 +12,10 @@ from moelab.engine import parallel as engine
 from moelab.engine.mesh import Mesh
 from moelab.engine.placement import Placement
 from moelab.inference import Generator, Sampling, set_mode
+from moelab.inference.text import open_text
 from moelab.models import build
+from moelab.runs.execute import execute
+from moelab.runs.store import RunStore
 
 pytestmark = pytest.mark.multiprocess
 
@@ -28,14 +31,12 @@ PROMPTS = [
 ]
 
 LAYOUTS = {
-    "expert 2": (PR, ParallelConfig(data=2)),
     "expert 2, top-2": (TOP2, ParallelConfig(data=2)),
     "tensor 2": (PR, ParallelConfig(tensor=2, expert=1)),
     "tensor 2, gated": (GATED, ParallelConfig(tensor=2, expert=1)),
     "slicing 2, gated": (GATED, ParallelConfig(data=2, expert=1, expert_slicing=2)),
     "tensor 2, wide": (WIDE, ParallelConfig(tensor=2)),
     "tensor 2, dense": (DENSE, ParallelConfig(tensor=2)),
-    "tensor 2, expert 2": (PR, ParallelConfig(tensor=2)),
     "tensor 2, expert 2, coordinated": (PR, ParallelConfig(tensor=2, exchange="coordinated")),
     "slicing 2": (PR, ParallelConfig(data=2, expert=1, expert_slicing=2)),
     "expert 4": (PR, ParallelConfig(data=4)),
@@ -43,11 +44,15 @@ LAYOUTS = {
     "expert 2, slicing 2": (PR, ParallelConfig(data=4, expert=2, expert_slicing=2)),
     "expert 2 of 4 ranks": (PR, ParallelConfig(data=4, expert=2)),
     "tensor 2, expert 4, coordinated": (PR, ParallelConfig(tensor=2, data=2, exchange="coordinated")),
-    "tensor 2, expert 4, both": (
-        PR,
-        ParallelConfig(tensor=2, data=2, gpus_per_node=2, exchange="coordinated-hierarchical"),
-    ),
+    "tensor 2, expert 4, both": (PR, ParallelConfig(2, 2, gpus_per_node=2, exchange="coordinated-hierarchical")),
 }
+BASELINE = (
+    "expert 2, top-2",
+    "tensor 2, gated",
+    "slicing 2",
+    "expert 4, hierarchical 2 x 2",
+    "tensor 2, expert 4, both",
+)
 
 
 def random_biases(model, placements):
@@ -81,8 +86,9 @@ def alone(config, mode, prompts):
     return [c.tokens for c in Generator(model, batch=2).generate(prompts, SAMPLING)]
 
 
-@pytest.mark.parametrize("mode", ["optimised", "baseline"])
-@pytest.mark.parametrize("name", LAYOUTS)
+@pytest.mark.parametrize(
+    ("name", "mode"), [*((name, "optimised") for name in LAYOUTS), *((name, "baseline") for name in BASELINE)]
+)
 def test_a_layout_writes_the_tokens_of_one_process(on_ranks, name, mode):
     config, parallel = LAYOUTS[name]
     expected = alone(config, mode, PROMPTS)
@@ -92,34 +98,24 @@ def test_a_layout_writes_the_tokens_of_one_process(on_ranks, name, mode):
         assert mine == list(range(data, len(PROMPTS), parallel.data)), "each data rank wrote its share"
 
 
-@pytest.mark.parametrize("prompts", [PROMPTS[:1], [], [PROMPTS[0], PROMPTS[5]]], ids=["one", "none", "two"])
-@pytest.mark.parametrize(
-    ("name", "mode"),
-    [
-        ("expert 4", "optimised"),
-        ("expert 4, hierarchical 2 x 2", "optimised"),
-        ("expert 2, slicing 2", "optimised"),
-        ("expert 2, slicing 2", "baseline"),
-    ],
-)
+@pytest.mark.parametrize("prompts", [PROMPTS[:1], []], ids=["one", "none"])
+@pytest.mark.parametrize("mode", ["optimised", "baseline"])
+@pytest.mark.parametrize("name", ["expert 4, hierarchical 2 x 2", "expert 2, slicing 2"])
 def test_ranks_without_sequences_neither_hang_nor_skew(on_ranks, name, mode, prompts):
     config, parallel = LAYOUTS[name]
     expected = alone(config, mode, prompts)
-    for tokens, _ in on_ranks(parallel.ranks, write, config, parallel, mode, prompts):
-        assert tokens == expected
+    assert [tokens for tokens, _ in on_ranks(4, write, config, parallel, mode, prompts)] == [expected] * 4
 
 
 def test_a_rank_that_ends_early_waits_for_the_others(on_ranks):
     """Rank 0 has five prompts and room for one, rank 1 four shorter ones: both keep meeting until the last token."""
     prompts = [PROMPTS[i % 7] for i in range(9)]
     expected = alone(PR, "optimised", prompts)
-    for tokens, _ in on_ranks(2, write, PR, ParallelConfig(data=2), "optimised", prompts, 1):
-        assert tokens == expected
+    found = on_ranks(2, write, PR, ParallelConfig(data=2), "optimised", prompts, 1)
+    assert [tokens for tokens, _ in found] == [expected] * 2
 
 
 def open_and_write(directory, cache, parallel, expert_counts):
-    from moelab.inference.text import open_text
-
     torch.set_num_threads(1)
     mesh = Mesh(parallel, expert_counts)
     found = open_text(directory, cache=cache, mesh=mesh).generate(["the wave", "corn", "mill"], SAMPLING)
@@ -128,25 +124,9 @@ def open_and_write(directory, cache, parallel, expert_counts):
 
 
 def test_a_checkpoint_of_one_process_is_written_with_by_many(on_ranks, tiny_spec, tmp_path):
-    from moelab.inference.text import open_text
-    from moelab.runs.execute import execute
-    from moelab.runs.store import RunStore
-
     run = RunStore(tmp_path / "runs").run(tiny_spec)
     execute(run, cache=tmp_path / "data")
     expected = open_text(run.path, cache=tmp_path / "data").generate(["the wave", "corn", "mill"], SAMPLING)
     for parallel in (ParallelConfig(data=2), ParallelConfig(tensor=2, exchange="coordinated")):
         args = (run.path, tmp_path / "data", parallel, tiny_spec.model.experts)
         assert on_ranks(2, open_and_write, *args) == [expected, expected]
-
-
-def refuse_static(parallel):
-    mesh = Mesh(parallel, PR.experts)
-    try:
-        Generator(engine.build(PR, 0, mesh).module, mesh=mesh, static=True)
-    except ValueError as error:
-        return str(error)
-
-
-def test_static_is_for_one_rank(on_ranks):
-    assert "static decoding is for one rank" in on_ranks(2, refuse_static, ParallelConfig(data=2))[0]

@@ -30,7 +30,7 @@ def on(monkeypatch, vendor=ZEN_5, amx=False, error=1e-6):
     onednn_is_faster.cache_clear()
 
 
-def test_it_is_set_inside_and_not_after(monkeypatch):
+def test_it_is_set_inside_and_not_after_unless_the_program_has_set_another(monkeypatch):
     on(monkeypatch)
     with fastest_products():
         assert matmul.fp32_precision == "bf16"
@@ -38,26 +38,9 @@ def test_it_is_set_inside_and_not_after(monkeypatch):
     with pytest.raises(RuntimeError, match="in the middle"), fastest_products():
         raise RuntimeError("in the middle")
     assert matmul.fp32_precision == "none"
-
-
-@pytest.mark.parametrize(
-    "case",
-    [
-        {"vendor": ("AuthenticAMD", 25)},
-        {"vendor": ("GenuineIntel", 26)},
-        {"vendor": ("", 0)},
-        {"amx": True},
-        {"error": 2.0**-9},
-    ],
-)
-def test_elsewhere_it_is_not(monkeypatch, case):
-    on(monkeypatch, **case)
-    with fastest_products():
-        assert matmul.fp32_precision == "none"
-
-
-def test_what_the_program_has_set_stays(monkeypatch):
-    on(monkeypatch)
+    with default_products(), fastest_products():
+        assert matmul.fp32_precision == "ieee", "PyTorch's choice can be asked for"
+    assert matmul.fp32_precision == "none"
     matmul.fp32_precision = "ieee"
     try:
         with fastest_products():
@@ -66,11 +49,14 @@ def test_what_the_program_has_set_stays(monkeypatch):
         matmul.fp32_precision = "none"
 
 
-def test_pytorchs_choice_can_be_asked_for(monkeypatch):
-    on(monkeypatch)
-    with default_products(), fastest_products():
-        assert matmul.fp32_precision == "ieee"
-    assert matmul.fp32_precision == "none"
+@pytest.mark.parametrize(
+    "case",
+    [{"vendor": ("AuthenticAMD", 25)}, {"vendor": ("GenuineIntel", 26)}, {"amx": True}, {"error": 2.0**-9}],
+)
+def test_elsewhere_it_is_not(monkeypatch, case):
+    on(monkeypatch, **case)
+    with fastest_products():
+        assert matmul.fp32_precision == "none"
 
 
 def test_products_are_those_of_fp32_on_this_machine():
@@ -93,16 +79,8 @@ def test_products_are_those_of_fp32_on_this_machine():
 def test_a_model_is_the_same_with_either_library(experts, decoder, monkeypatch):
     """Loss and gradients, by short attention, which PyTorch's fused one would slow down, and padded groups of rows."""
     on(monkeypatch)
-    config = ModelConfig(
-        layers=2,
-        hidden=48,
-        heads=3,
-        experts=experts,
-        vocab=96,
-        context=64,
-        routing=RoutingConfig(drop_tokens=False),
-        decoder=decoder,
-    )
+    free, sizes = RoutingConfig(drop_tokens=False), {"hidden": 48, "heads": 3, "vocab": 96, "context": 64}
+    config = ModelConfig(layers=2, experts=experts, routing=free, decoder=decoder, **sizes)
     assert uses_kernel(config, 64) and not uses_kernel(config, LONGEST + 16)
     assert not uses_kernel(replace(config, dropout=0.1), 64)
     model = build(config, 0)
@@ -123,11 +101,5 @@ def test_a_model_is_the_same_with_either_library(experts, decoder, monkeypatch):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5)
 
 
-@pytest.mark.skipif(torch.cpu._is_amx_tile_supported(), reason="with AMX, oneDNN computes in bf16 when it may")
-def test_without_amx_onednn_stays_exact():
-    assert products._error() < products._MAX_ERROR
-
-
-@pytest.mark.skipif(not torch.cpu._is_amx_tile_supported(), reason="needs AMX")
-def test_with_amx_the_check_finds_bf16():
-    assert products._error() > products._MAX_ERROR
+def test_the_check_finds_bf16_where_there_is_amx():
+    assert (products._error() > products._MAX_ERROR) == torch.cpu._is_amx_tile_supported()

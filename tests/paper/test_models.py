@@ -23,46 +23,22 @@ def count(layers, hidden, experts, experts_per_token=None, residual=False):
 
 
 @pytest.mark.parametrize("row", paper.models(), ids=lambda row: row.model)
-def test_computed_sizes(row):
+def test_sizes_and_shapes(row):
+    """Stated sizes within 0.7 % or the printed digits; the 350M of the name is the one nominal exception."""
     assert count(row.layers, row.hidden, row.experts, None, row.residual) == pytest.approx(row.computed_B, rel=1e-3)
     active = count(row.layers, row.hidden, row.experts, row.top_k, row.residual)
     assert active == pytest.approx(row.active_B, rel=1e-3)
-
-
-@pytest.mark.parametrize("row", [row for row in paper.models() if row.stated_B], ids=lambda row: row.model)
-def test_stated_sizes(row):
-    """Within 0.7 % or the printed digits; the 350M of the name is the one nominal exception."""
-    error = abs(row.computed_B - row.stated_B)
-    agrees = error <= max(0.007 * row.stated_B, row.stated_precision_B)
-    assert agrees == (row.model != "350M")
-    assert agrees or (row.stated_kind == "nominal" and "nominal-350m" in row.conflict and error < 0.02 * row.stated_B)
-
-
-@pytest.mark.parametrize("row", paper.models(), ids=lambda row: row.model)
-def test_shapes(row):
-    assert len(row.experts) == row.layers
     assert row.heads is None or row.hidden % row.heads == 0
-    assert (row.top_k == 0) == (not row.moe_layers)
-    assert all(number % 2 == 0 for number in row.moe_layers)
-    assert (row.stated_B is None) == (row.stated_kind == "none") == (row.stated_precision_B is None)
+    assert (row.top_k == 0) == (not row.moe_layers) and all(number % 2 == 0 for number in row.moe_layers)
     assert row.experts_kind in {"stated", "derived", "assumed"}
     if row.moe_layers and "Half" not in row.model:
         assert row.moe_layers == tuple(range(2, row.layers + 1, 2))
-
-
-def test_shapes_by_name():
-    experts = {name: [e for e in paper.model(name).experts if e] for name in (row.model for row in paper.models())}
-    assert experts["350M"] == experts["175B"] == []
-    assert experts["350M+MoE-128"] == [128] * 12
-    assert experts["350M+PR-MoE-32/64"] == experts["350M+Pyramid-MoE-32/64"] == [32] * 10 + [64] * 2
-    assert experts["1.3B+PR-MoE-64/128+L21"] == [64] * 8 + [128] * 2
-    assert paper.model("350M+FirstHalf-MoE-32").moe_layers == (2, 4, 6, 8, 10, 12)
-    assert paper.model("350M+SecondHalf-MoE-32").moe_layers == (14, 16, 18, 20, 22, 24)
-    assert paper.model("350M+SecondHalf-MoE-32").experts_kind == "assumed"
-    assert {row.model for row in paper.models() if row.residual} == {
-        name for name in experts if "Residual" in name or "PR-MoE" in name
-    }
-    assert {row.model for row in paper.models() if row.top_k == 2} == {"350M+Top2-MoE-32"}
+    assert (row.stated_B is None) == (row.stated_kind == "none") == (row.stated_precision_B is None)
+    if row.stated_B:
+        error = abs(row.computed_B - row.stated_B)
+        agrees = error <= max(0.007 * row.stated_B, row.stated_precision_B)
+        nominal = row.stated_kind == "nominal" and "nominal-350m" in row.conflict and error < 0.02 * row.stated_B
+        assert agrees == (row.model != "350M") and (agrees or nominal)
 
 
 def test_active_parameters_of_residual_and_top2_agree():

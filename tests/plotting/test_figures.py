@@ -6,7 +6,8 @@ import pytest
 from matplotlib import pyplot as plt
 
 from moelab.experiments import pr_moe, scaling, top2_vs_residual, upcycling, zero_shot
-from moelab.plotting import figures, layer
+from moelab.plotting import differences, figures, layer
+from moelab.plotting.axis import EDGE, LOWEST, Axis
 
 matplotlib.use("Agg")
 
@@ -20,22 +21,21 @@ def ax():
         plt.close(fig)
 
 
+def legend(ax):
+    return [text.get_text() for text in ax.get_legend().get_texts()]
+
+
 def test_an_arm_has_one_colour_in_every_figure():
     whole = figures.colors(list(pr_moe.ARMS))
     for arms in (list(zero_shot.ARMS), list(top2_vs_residual.ARMS), ["MoE-128", "Dense"]):
         some = figures.colors(arms)
-        assert list(some) == arms
-        assert all(some[arm] == whole[arm] for arm in arms if arm in whole)
+        assert list(some) == arms and all(some[arm] == whole[arm] for arm in arms if arm in whole)
     assert figures.colors(list(scaling.ARMS))["350M+MoE-128"] == whole["MoE-128"]
     for arms in (pr_moe.ARMS, top2_vs_residual.ARMS, scaling.ARMS):
         assert len(set(figures.colors(list(arms)).values())) == len(arms)
-
-
-def test_arms_that_share_a_figure_keep_their_colours_where_all_arms_are_drawn():
     shown = ["Top-2", "Upcycled", "Upcycled, top-1, scaled", "MoE-32", "MoE-128", "Grown"]  # of notebook 27
     whole = figures.colors(list(upcycling.ARMS))
-    assert figures.colors(shown) == {arm: whole[arm] for arm in shown}
-    assert len({whole[arm] for arm in shown}) == len(shown)
+    assert figures.colors(shown) == {arm: whole[arm] for arm in shown} and len({whole[arm] for arm in shown}) == 6
     ways = figures.colors(["hierarchical", "coordinated", "two bare all-to-alls", "coordinated + hierarchical"])
     assert len(set(ways.values())) == 4
     assert all(ways[way] == color for way, color in layer.EXCHANGE_COLORS.items() if way != "flat")
@@ -58,7 +58,7 @@ def test_seeds_stand_below_their_mean_and_the_paper_above(ax):
     (paper,) = (line for line in ax.lines if line.get_marker() == figures.PAPER["marker"])
     assert paper.get_ydata()[0] < 0
     ax.legend()
-    assert "paper" in [t.get_text() for t in ax.get_legend().get_texts()]
+    assert "paper" in legend(ax)
 
 
 def test_a_title_is_set_as_in_print_and_left_out_of_svgs_that_stand_below_it(ax, tmp_path):
@@ -70,3 +70,23 @@ def test_a_title_is_set_as_in_print_and_left_out_of_svgs_that_stand_below_it(ax,
     assert "nats away" not in (tmp_path / "a.svg").read_text()
     figures.save(ax.figure, tmp_path / "b")
     assert "nats away" in (tmp_path / "b.svg").read_text()
+
+
+def test_gaps_over_budgets_and_shares(ax):
+    ours = [{"arm": "MoE", "per_parameter": 10.0 * n, "gap": -0.1 * n - 0.01 * s} for n in (1, 2) for s in (0, 1)]
+    paper = pd.DataFrame({"per_parameter": [10, 20], "gap": [-0.1, -0.2], "low": [-0.2, -0.3], "high": [0, -0.1]})
+    arms = ["MoE", "missing"]
+    differences.over_budgets(pd.DataFrame(ours), ax, arms=arms, reference="Dense", paper=paper, label="paper: MoE")
+    assert legend(ax) == ["MoE", "paper: MoE"] and ax.get_xscale() == "log"
+    assert ax.get_ylabel().startswith("loss minus Dense's")
+    ax.clear()
+    ours = [{"pair": pair, "share": share, "gap": -share} for pair in ("M − D", "N − D") for share in (0.5, 1.0)]
+    paper = {"M − D": pd.DataFrame({"share": [0.5], "gap": [-0.1], "low": [-0.2], "high": [0.0]})}
+    differences.over_shares(pd.DataFrame(ours), ax, pairs=["M − D", "N − D"], paper=paper)
+    assert sorted(legend(ax)) == sorted(["M − D", "N − D", "paper: M − D"])
+
+
+def test_an_interval_below_zero_ends_at_the_axis_that_rows_of_a_page_share():
+    axis = Axis.of_multiples("times the paper's", [-0.4, 0.9, 3.0])
+    assert 0 < axis.low < LOWEST and axis.percent(-0.4) == EDGE < axis.percent(1.0) < axis.percent(3.0)
+    assert all(LOWEST <= tick for tick in axis.ticks) and "svg" in axis.ruler()

@@ -3,13 +3,14 @@
 import re
 
 import matplotlib
+import pandas as pd
 import pytest
-
-matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
 from moelab.plotting import figures, interactive
 from moelab.plotting.layout import TEXT, WIDTH
+
+matplotlib.use("Agg")
 
 
 @pytest.fixture(autouse=True)
@@ -20,22 +21,18 @@ def style():
     plt.close("all")
 
 
-def drawn_size(fig, tmp_path):
-    text = figures.save(fig, tmp_path / "f").read_text()
-    return tuple(float(value) / 72 for value in re.search(r'width="([\d.]+)pt" height="([\d.]+)pt"', text).groups())
-
-
 def test_panels_stand_below_one_another_at_one_width(tmp_path):
     fig, (top, below) = figures.panels(2, height=(2.0, 3.0))
     top.set_ylabel("a label that is longer than the height of its panel and is wrapped")
-    figures.title(
-        fig, "A title that is far longer than the figure is wide and therefore takes more than one line of it"
-    )
+    top.set_xticks(range(8), ["a long label"] * 8)
+    figures.title(fig, "A title that is far longer than the figure is wide and so takes more than one line of the page")
     fig.draw_without_rendering()
     first, second = (ax.get_window_extent() for ax in (top, below))
     assert first.y0 > second.y1 and abs(first.x0 - second.x0) < 1
     assert "\n" in top.get_ylabel() and "\n" in fig._suptitle.get_text()
-    width, height = drawn_size(fig, tmp_path)
+    assert top.get_xticklabels()[0].get_rotation() == 40, "labels that would overlap are turned"
+    size = re.search(r'width="([\d.]+)pt" height="([\d.]+)pt"', figures.save(fig, tmp_path / "f").read_text())
+    width, height = (float(value) / 72 for value in size.groups())
     assert width == pytest.approx(WIDTH) and height > 5
 
 
@@ -66,35 +63,15 @@ def test_a_legend_covers_nothing_and_takes_no_height_from_its_panel():
     assert heights[1] > 0.9 * heights[0]
 
 
-def test_labels_that_would_overlap_are_turned():
+@pytest.mark.parametrize(("arms", "bands"), [(3, 3), (5, 0)])
+def test_many_curves_have_bars_at_their_ends_instead_of_bands(arms, bands):
+    names = [f"arm {i}" for i in range(arms)]
+    points = [(name, seed, n, i + 0.1 * seed) for i, name in enumerate(names) for seed in (0, 1) for n in (1, 2)]
     fig, (ax,) = figures.panels()
-    ax.set_xticks(range(8), ["a long label"] * 8)
-    figures.title(fig, "Eight long labels")
-    assert ax.get_xticklabels()[0].get_rotation() == 40
-
-
-def test_many_curves_have_bars_at_their_ends_instead_of_bands():
-    import pandas as pd
-
-    for arms, bands in ((3, 3), (5, 0)):
-        names = [f"arm {i}" for i in range(arms)]
-        rows = [
-            (name, seed, tokens, i + 0.1 * seed) for i, name in enumerate(names) for seed in (0, 1) for tokens in (1, 2)
-        ]
-        fig, (ax,) = figures.panels()
-        curves = pd.DataFrame(rows, columns=["arm", "seed", "tokens", "loss"])
-        figures.loss_curves(curves, ax, arms=names, against="Dense")
-        assert (
-            len(
-                [
-                    c
-                    for c in ax.collections
-                    if c.get_array() is None and hasattr(c, "get_paths") and len(c.get_paths()[0]) > 4
-                ]
-            )
-            == bands
-        )
-        assert len(ax.containers) == (0 if bands else arms) and "Dense" in ax.get_ylabel()
+    curves = pd.DataFrame(points, columns=["arm", "seed", "tokens", "loss"])
+    figures.loss_curves(curves, ax, arms=names, against="Dense")
+    assert sum(c.get_array() is None and len(c.get_paths()[0]) > 4 for c in ax.collections) == bands
+    assert len(ax.containers) == (0 if bands else arms) and "Dense" in ax.get_ylabel()
 
 
 def rows(column="loss", **others):
@@ -114,11 +91,8 @@ def test_curves_are_packed_by_arm_and_seed():
     assert (found.values, found.against, found.along) == ("loss", "", True)
     differences = interactive.pack([row | {"loss": row["loss"] - 3, "against": "MoE-32"} for row in rows()])
     assert (differences.values, differences.against) == ("gap", "MoE-32")
-
-
-def test_budgets_are_final_losses_and_their_gap_counts():
-    found = interactive.pack(rows("gap", loss=5.0, per_parameter=20.0))
-    assert (found.values, found.along) == ("gap", False) and found.series[0][3] == [2.75, 2.5, 2.25]
+    budgets = interactive.pack(rows("gap", loss=5.0, per_parameter=20.0))
+    assert (budgets.values, budgets.along) == ("gap", False) and budgets.series[0][3] == [2.75, 2.5, 2.25]
 
 
 @pytest.mark.parametrize(

@@ -11,19 +11,14 @@ from moelab.config.parallel import ParallelConfig
 from moelab.config.routing import RoutingConfig
 from moelab.simulate import serving, traffic
 from moelab.simulate.attention import LatentModel, cache_slices, cached_numbers, output_weights, pair_flops
-from moelab.simulate.constants import MODERN_FREE, MODERN_START, Constants, modern
+from moelab.simulate.constants import MODERN_FREE, MODERN_START, modern
 from moelab.simulate.decoding import decode_sweep
-from moelab.simulate.hardware import Cluster, Gpu
 from moelab.simulate.layouts import Layouts
 from moelab.simulate.published import MODELS, named, published
 from moelab.simulate.step import expert_row_bytes
 from moelab.simulate.systems import System, system
+from tests.simulate.toy import ROUND, TOY
 
-ROUND = Constants(
-    eager_us=10.0, memory_share=0.5, far_us=4.0, near_us=1.0, collective_us=10.0, near_share=1.0, far_share=0.5,
-    matmul_share=0.5, hop_us=4.0, kernel_us=0.0, reserved_gib=0.0,
-)  # fmt: skip
-TOY = Cluster("toy", Gpu("toy", memory_gib=1.0, memory_gb_s=20.0, tflops=1.0), 2, near_gb_s=10.0, far_gb_s=2.0)
 BARE = System("bare", 2, 1, 1, 1, 1, 1, 1, 0, 1, 1, "flat", 0, grouped=True, graph=True, modern=True)
 DROPLESS = RoutingConfig(drop_tokens=False)
 LATENT = LatentModel(
@@ -40,12 +35,11 @@ def test_latent_attention_by_hand():
     assert cached_numbers(LATENT) == 20 and cache_slices(LATENT, np.array([8]))[0] == 1
     assert pair_flops(LATENT, decoding=True) == 2 * 4 * (16 + 4 + 16)  # scores with latent and key, sum of latents
     assert pair_flops(LATENT, decoding=False) == 2 * 4 * (8 + 4 + 8)
-
-
-def test_grouped_queries_by_hand():
-    model = ModelConfig(layers=1, hidden=64, heads=8, decoder=DecoderConfig.modern(kv_heads=2))
-    assert cached_numbers(model) == 2 * 2 * 8 and cache_slices(model, np.array([1, 2, 8])).tolist() == [1, 2, 2]
-    assert pair_flops(model, decoding=True) == 4 * 64
+    grouped = ModelConfig(layers=1, hidden=64, heads=8, decoder=DecoderConfig.modern(kv_heads=2))
+    assert cached_numbers(grouped) == 2 * 2 * 8 and cache_slices(grouped, np.array([1, 2, 8])).tolist() == [1, 2, 2]
+    assert pair_flops(grouped, decoding=True) == 4 * 64
+    # A row of an expert, M 64, F 16, gated, bf16: in and out of order 4 x 64 each, products read 2 x 64 and 2 x 16.
+    assert expert_row_bytes(LATENT, 2) == 4 * 64 + 2 * 64 + 2 * 32 + (2 * 32 + 2 * 16) + (2 * 16 + 2 * 64) + 4 * 64
 
 
 def test_published_shapes_have_their_sizes():
@@ -59,26 +53,21 @@ def test_published_shapes_have_their_sizes():
     with pytest.raises(ValueError, match="no published model 'mixtral'"):
         published("mixtral")
     assert named("dbrx") is MODELS["dbrx"] is named(MODELS["dbrx"]) and str(named("350M")) == "350M"
-    one = simulate.decode(
-        "mixtral-8x7b", ParallelConfig(tensor=2, gpus_per_node=2), "h100", program="engine-tp", batch=1
-    )
+    layout = ParallelConfig(tensor=2, gpus_per_node=2)
+    one = simulate.decode("mixtral-8x7b", layout, "h100", program="engine-tp", batch=1)
     assert one.model == "Mixtral-8x7B" and one.fits
 
 
-def test_a_row_for_each_node_and_each_gpu():
+def test_a_row_for_each_node_each_gpu_and_each_choice():
     """8 ranks in nodes of 2, 100 tokens, 2 choices in 2 of the 4 nodes: 2 (1 - 1/4) = 1.5 nodes, 4 (1 - 9/16) GPUs."""
     stage, nodes, gpus = traffic.grouped(8, 2, 100, 2, 2)
     assert nodes == pytest.approx(150) and gpus == pytest.approx(175)
     assert stage.far_rows[0] == pytest.approx(150 * 3 / 4) and stage.near_rows[0] == pytest.approx(175 / 2)
     alone, nodes, gpus = traffic.grouped(1, 1, 100, 2, 1)
     assert not alone.happens[0] and (nodes, gpus) == (100, 100)
-
-
-def test_a_row_for_each_choice():
-    stage = traffic.pairs(8, 2, 100, 2)
+    stage, by_card = (traffic.pairs(8, 2, 100, 2, by_card=by_card) for by_card in (False, True))
     assert (stage.near_messages[0], stage.far_messages[0]) == (1, 6)
     assert stage.near_rows[0] == pytest.approx(200 / 8) and stage.far_rows[0] == pytest.approx(200 * 6 / 8)
-    by_card = traffic.pairs(8, 2, 100, 2, by_card=True)
     assert by_card.near_rows[0] == 0 and by_card.far_rows[0] == pytest.approx(200 * 7 / 8)
 
 
@@ -91,84 +80,54 @@ def test_links_that_work_at_the_same_time():
     assert stage.microseconds(1000, TOY, together)[0] == pytest.approx(15 + far)
 
 
+def step(model=LATENT, parallel=None, program=BARE, where=TOY, **settings):
+    """A decoding step of one layout, whose every number is an array of one."""
+    settings = {"context": 10, "dtype": "bf16", "constants": ROUND, **settings}
+    return decode_sweep(model, Layouts.of([parallel or ParallelConfig()]), where, program=program, **settings)
+
+
 def test_a_latent_step_by_hand():
     """Batch 2, cache 100, fp8: weights of 1 byte, cache of 2, read at 10,000 bytes a microsecond."""
     model = replace(LATENT, layers=1, experts=(0,), expert=ExpertConfig())
-    got = decode_sweep(
-        model, Layouts.of([ParallelConfig()]), TOY, program=BARE, batch=2, context=100, dtype="fp8",
-        constants=replace(ROUND, product_us=0.5),
-    )  # fmt: skip
-    inner = model.attention_weights - 2048
+    got = step(model, batch=2, context=100, dtype="fp8", constants=replace(ROUND, product_us=0.5))
     pairs = 2 * 100
     cache = max(pairs * 20 * 2 / 1e4, pairs * pair_flops(model, decoding=True) / 0.5e6)
-    assert got.parts_ms["attention"][0] * 1e3 == pytest.approx(2 * 0.5 + (inner + 2048) / 1e4 + cache)
+    assert got.parts_ms["attention"][0] * 1e3 == pytest.approx(2 * 0.5 + model.attention_weights / 1e4 + cache)
     assert got.memory.cache[0] == 2 * 100 * 20 * 2 and got.memory.weights[0] == model.parameters()
 
 
 def test_experts_sliced_over_a_tensor_group():
     """2 slices, 3 tokens of 2 choices: 8 (1 - (7/8)^6) experts of half the weights are read; no all-to-all."""
     model = replace(LATENT, experts=(0, 8), expert=ExpertConfig(ffn=16))
-    code = replace(BARE, sliced=True)
-    got = decode_sweep(
-        model, Layouts.of([ParallelConfig(tensor=2, gpus_per_node=2)]), TOY, program=code, batch=3, context=10,
-        dtype="bf16", constants=ROUND,
-    )  # fmt: skip
-    read = 8 * (1 - (7 / 8) ** 6)
-    weights = model.expert_feed_forward.weights / 2
+    got = step(model, ParallelConfig(tensor=2, gpus_per_node=2), replace(BARE, sliced=True), batch=3)
+    read, weights = 8 * (1 - (7 / 8) ** 6), model.expert_feed_forward.weights / 2
     assert got.parts_ms["experts"][0] * 1e3 == pytest.approx(read * weights * 2 / 1e4)
     assert got.parts_ms["all_to_all"][0] == 0
     assert got.memory.experts[0] == 8 * model.expert_feed_forward.parameters * 2 / 2
 
 
-def test_a_scheduler_adds_its_time():
-    known = replace(ROUND, step_us=700.0)
-    settings = {"batch": 1, "context": 10, "dtype": "bf16", "constants": known}
-    layouts = Layouts.of([ParallelConfig()])
-    without, with_it = (
-        decode_sweep(LATENT, layouts, TOY, program=replace(BARE, scheduler=s), **settings).latency_ms[0]
-        for s in (False, True)
-    )
-    assert with_it - without == pytest.approx(0.7)
-
-
-def test_bytes_of_an_experts_row():
-    """M 64, F 16, gated, bf16: in and out of order 4 x 64 each, products 2 x 64 and 2 x 16 read, the rest written."""
-    assert expert_row_bytes(LATENT, 2) == 4 * 64 + 2 * 64 + 2 * 32 + (2 * 32 + 2 * 16) + (2 * 16 + 2 * 64) + 4 * 64
-
-
-def test_a_pipeline_idles_for_its_stages():
+def test_a_pipeline_idles_for_its_stages_and_overlap_hides_an_exchange_behind_products():
     """8 rounds over 2 stages of 2 chunks: (8 + 1/2) / 2 of a round of all layers, without overlap."""
-    settings = {"batch": 8, "micro_batch": 1, "program": "megatron", "constants": ROUND, "overlap": False}
-    model = replace(LATENT, context=16)
-    parallel = ParallelConfig(expert=1)
-    one = simulate.training(model, parallel, TOY, **settings).parts_s
-    two = simulate.training(model, parallel, TOY, pipeline=2, chunks=2, **settings).parts_s
+    settings = {"batch": 8, "micro_batch": 1, "program": "megatron", "constants": ROUND}
+    model, parallel = replace(LATENT, context=16), ParallelConfig(expert=1)
+    one = simulate.training(model, parallel, TOY, overlap=False, **settings).parts_s
+    two = simulate.training(model, parallel, TOY, overlap=False, pipeline=2, chunks=2, **settings).parts_s
     assert two["products"] / one["products"] == pytest.approx(8.5 / 2 / 8)
     assert two["optimizer"] == pytest.approx(one["optimizer"] / 2)
     with pytest.raises(ValueError, match="knows no pipeline"):
         simulate.training(model, parallel, TOY, batch=8, pipeline=2, program="pytorch")
-
-
-def test_overlap_hides_an_exchange_behind_products():
-    settings = {"batch": 8, "micro_batch": 1, "program": "megatron", "constants": ROUND}
-    model = replace(LATENT, context=16)
-    shown, hidden = (
-        simulate.training(model, ParallelConfig(data=4, expert=4, gpus_per_node=2), TOY, overlap=o, **settings).parts_s
-        for o in (False, True)
-    )
+    ranks = ParallelConfig(data=4, expert=4, gpus_per_node=2)
+    shown, hidden = (simulate.training(model, ranks, TOY, overlap=o, **settings).parts_s for o in (False, True))
     assert shown["all_to_all"] > shown["products"]
     assert hidden["all_to_all"] == pytest.approx(shown["all_to_all"] - shown["products"])
 
 
 def test_a_prefill_by_hand():
     """One dense layer, 8 tokens of prompts of 4: products with every token, the head with 2, scores of 2.5 pairs."""
-    model = ModelConfig(
-        layers=1, hidden=64, heads=4, vocab=128, decoder=DecoderConfig.modern(ffn=128), routing=DROPLESS
-    )
+    decoder, layouts = DecoderConfig.modern(ffn=128), Layouts.of([ParallelConfig()])
+    model = ModelConfig(layers=1, hidden=64, heads=4, vocab=128, decoder=decoder, routing=DROPLESS)
     known = replace(ROUND, memory_share=1.0, counted_share=0.5)
-    got = serving.prefill_s(
-        model, Layouts.of([ParallelConfig()]), TOY, BARE, tokens=8, prompt=4, dtype="bf16", constants=known
-    )
+    got = serving.prefill_s(model, layouts, TOY, BARE, tokens=8, prompt=4, dtype="bf16", constants=known)
     flops = 2 * (8 * (4 * 64 * 64 + 3 * 64 * 128) + 2 * 128 * 64) + 8 * 4 * 64 * 2.5
     products = max(flops / 0.5e6 / 0.5, model.parameters() * 2 / 2e4)
     elementwise = 2 * 8 * 64 * 34 / 2e4 / 0.5
@@ -179,25 +138,19 @@ def test_a_request_is_a_prefill_and_steps():
     layouts, settings = Layouts.of([ParallelConfig()]), {"dtype": "bf16", "constants": ROUND}
     got = serving.request_s(LATENT, layouts, TOY, BARE, batch=2, prompt=8, output=5, **settings)
     first = serving.prefill_s(LATENT, layouts, TOY, BARE, tokens=16, prompt=8, **settings)
-    step = decode_sweep(LATENT, layouts, TOY, program=BARE, batch=2, context=10, **settings).latency_ms[0]
-    assert got == pytest.approx(first + 4 * step / 1e3)
-
-
-def test_two_halves_take_the_longer_of_exchange_and_rest():
-    layouts = Layouts.of([ParallelConfig(data=4, expert=4, gpus_per_node=2)])
-    half = decode_sweep(LATENT, layouts, TOY, program=BARE, batch=4, context=10, dtype="bf16", constants=ROUND)
+    assert got == pytest.approx(first + 4 * step(batch=2).latency_ms[0] / 1e3)
+    half = step(parallel=ParallelConfig(data=4, expert=4, gpus_per_node=2), batch=4)
     exchange = half.parts_ms["all_to_all"][0]
     assert serving.two_halves_ms(half)[0] == pytest.approx(2 * max(exchange, half.latency_ms[0] - exchange))
+    with_it = step(program=replace(BARE, scheduler=True), batch=1, constants=replace(ROUND, step_us=700.0))
+    assert with_it.latency_ms[0] - step(batch=1).latency_ms[0] == pytest.approx(0.7), "a scheduler adds its time"
 
 
 def test_full_load_fills_the_memory():
     where = replace(TOY, gpu=replace(TOY.gpu, memory_gib=0.01))
     layouts, settings = Layouts.of([ParallelConfig()]), {"dtype": "bf16", "constants": ROUND}
     batch, rate = serving.full_load(LATENT, layouts, where, BARE, prompt=100, output=50, **settings)
-    fits = [
-        bool(decode_sweep(LATENT, layouts, where, program=BARE, batch=b, context=125, **settings).fits[0])
-        for b in (batch, batch + 1)
-    ]
+    fits = [bool(step(where=where, batch=b, context=125).fits[0]) for b in (batch, batch + 1)]
     assert fits == [True, False] and rate > 0
 
 

@@ -40,9 +40,9 @@ def test_what_costs_and_what_saves():
     got = dense()
     kept = dense(parallel=ParallelConfig(tensor=8, data=16))
     assert kept.step_s < got.step_s, "recomputation is work"
+    assert kept.memory_gib["activations"] > got.memory_gib["activations"]
     assert got.parts_s["all_reduce"] == pytest.approx(1.5 * kept.parts_s["all_reduce"]), "backward as often as forward"
     assert got.parts_s["products"] == pytest.approx(4 / 3 * kept.parts_s["products"])
-    assert dense(parallel=ParallelConfig(tensor=8, data=16)).memory_gib["activations"] > got.memory_gib["activations"]
     moe = ParallelConfig(data=128, recompute=True)
     einsum, table = (
         simulate.training("1.3B+MoE-128", moe, "a100", batch=512, micro_batch=4, program=p)
@@ -63,6 +63,12 @@ def test_pr_moe_needs_less_memory_in_training():
 @pytest.mark.parametrize(
     ("call", "part"),
     [
+        (lambda: simulate.decode("1.3B+MoE-128", ParallelConfig(tensor=3, data=1), "a100"), "16 attention heads"),
+        (lambda: simulate.decode("1.3B+MoE-128", ParallelConfig(data=24, expert=24), "a100"), "do not spread evenly"),
+        (lambda: simulate.decode("350M", ParallelConfig(), "a100", batch=0), "batch and context must be at least 1"),
+        (lambda: simulate.decode("350M", ParallelConfig(), "a100", dtype="fp4"), "dtype must be one of"),
+        (lambda: simulate.decode("350M", ParallelConfig(), "a100", imbalance=0.5), "imbalance"),
+        (lambda: simulate.decode("350M+MoE-32", ParallelConfig(data=16, gpus_per_node=16), "a100"), "more than the 8"),
         (lambda: dense(batch=1000), "not a multiple of 16 data ranks x micro_batch 4"),
         (lambda: dense(micro_batch=0), "not a multiple"),
         (lambda: dense(zero=3), "zero must be 0, 1 or 2"),
@@ -78,15 +84,8 @@ def test_bad_queries_are_one_line(call, part):
     assert part in str(error.value) and "\n" not in str(error.value)
 
 
-def test_sizes_fill_nodes():
-    assert (
-        sizes(64, 8) == [1, 2, 4, 8, 16, 32, 64]
-        and sizes(24, 8) == [1, 2, 4, 8, 16, 24]
-        and sizes(12, 8) == [1, 2, 4, 8]
-    )
-
-
-def test_the_pareto_front():
+def test_sizes_fill_nodes_and_the_pareto_front():
+    assert sizes(64, 8) == [1, 2, 4, 8, 16, 32, 64] and sizes(24, 8) == [1, 2, 4, 8, 16, 24]
     latency, throughput = np.array([1.0, 2.0, 3.0, 2.5, 0.5]), np.array([1.0, 3.0, 3.0, 4.0, 9.0])
     allowed = np.array([True, True, True, True, False])
     assert pareto(latency, throughput, allowed) == [0, 1, 3]

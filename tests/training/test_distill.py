@@ -4,6 +4,7 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file
 
 from moelab.config.distill import DistillConfig
 from moelab.engine import checkpoint
@@ -20,27 +21,19 @@ def logits():
 
 
 @pytest.mark.parametrize("t", [1.0, 2.5])
-def test_divergence_is_the_formula(logits, t):
+def test_divergence_and_its_gradient_are_those_of_the_plain_function(logits, t):
     teacher, student = logits
-    by_hand = 0.0
-    for n in range(6):
-        p, q = torch.softmax(teacher[n] / t, 0), torch.softmax(student[n] / t, 0)
-        by_hand += sum(float(p[v] * (p[v] / q[v]).log()) for v in range(11))
-    given = student.clone()
-    assert float(divergence(teacher, student, t)[0]) == pytest.approx(by_hand, rel=1e-5)
-    assert torch.equal(student, given), "the logits are not changed"
-    same, gradient = divergence(teacher, teacher, t)
-    assert float(same) == pytest.approx(0.0, abs=1e-6) and float(gradient.abs().max()) < 1e-6
-
-
-@pytest.mark.parametrize("t", [1.0, 2.5])
-def test_the_gradient_is_that_of_the_plain_function(logits, t):
-    teacher, student = logits
-    student = student.requires_grad_()
-    p, q = F.log_softmax(teacher / t, -1), F.log_softmax(student / t, -1)
-    (expected,) = torch.autograd.grad(F.kl_div(q, p, reduction="sum", log_target=True), student)
+    student, given = student.requires_grad_(), student.clone()
+    p, q = F.softmax(teacher / t, -1), F.softmax(student / t, -1)
+    plain = (p * (p / q).log()).sum()
+    (expected,) = torch.autograd.grad(plain, student)
     with torch.no_grad():
-        torch.testing.assert_close(divergence(teacher, student, t)[1], expected, rtol=1e-5, atol=1e-6)
+        found, gradient = divergence(teacher, student, t)
+        same, nothing = divergence(teacher, teacher, t)
+    assert float(found) == pytest.approx(float(plain.detach()), rel=1e-5)
+    torch.testing.assert_close(gradient, expected, rtol=1e-5, atol=1e-6)
+    assert torch.equal(student, given), "the logits are not changed"
+    assert float(same) == pytest.approx(0.0, abs=1e-6) and float(nothing.abs().max()) < 1e-6
 
 
 @pytest.mark.parametrize("t", [1.0, 2.5])
@@ -74,7 +67,7 @@ def test_schedules(config, weights):
     ("arguments", "part"),
     [
         ({"temperature": 0.0}, "temperature must be positive"),
-        ({"schedule": "late"}, "schedule must be one of 'off', 'constant', 'stop', 'linear', 'cosine', got 'late'"),
+        ({"schedule": "late"}, "schedule must be one of 'off', .*, got 'late'"),
         ({"schedule": "stop"}, "needs a stop above 0"),
         ({"stop": 5}, "stop belongs to"),
         ({"schedule": "linear", "start": 5, "stop": 5}, "start must be before stop"),
@@ -88,14 +81,19 @@ def test_bad_configurations_are_one_line(arguments, part):
     assert "\n" not in str(error.value)
 
 
+@pytest.fixture(scope="module")
+def school(tmp_path_factory):
+    return tmp_path_factory.mktemp("teacher")
+
+
 @pytest.fixture
-def taught(tiny_model, tiny_train, data, tmp_path):
-    """A trained teacher, and a function that trains a student of it into a folder."""
+def taught(tiny_model, tiny_train, data, school, tmp_path):
+    """A function that trains a student into a folder; its teacher is trained once."""
     teacher = replace(tiny_model, experts=(0, 4, 0, 4), name="teacher")
-    train(teacher, replace(tiny_train, tokens=60 * 128), data, 32, tmp_path / "teacher")
+    train(teacher, replace(tiny_train, tokens=60 * 128), data, 32, school)
 
     def student(name, distill, **options):
-        who = Teacher(teacher, tmp_path / "teacher", distill) if distill else None
+        who = Teacher(teacher, school, distill) if distill else None
         config = replace(tiny_train, seed=1, **options.pop("train", {}))
         return train(tiny_model, config, data, 32, tmp_path / name, teacher=who, **options)
 
@@ -103,29 +101,28 @@ def taught(tiny_model, tiny_train, data, tmp_path):
 
 
 def weights(folder):
-    from safetensors.torch import load_file
-
     return load_file(checkpoint.latest(folder / "checkpoints").path / "model-00000.safetensors")
 
 
-def test_a_student_learns_from_its_teacher(taught, tmp_path):
+def assert_same_weights(a, b):
+    a, b = (found if isinstance(found, dict) else weights(found) for found in (a, b))
+    assert all(torch.equal(a[k], b[k]) for k in a)
+
+
+def test_a_student_learns_from_its_teacher_while_it_is_taught(taught, school, tmp_path):
     # One epoch has few batches here: at equal steps the teacher's whole distributions tell more than single next tokens.
+    before = weights(school)
     alone, full = taught("alone", None), taught("full", DistillConfig(weight=3.0))
     assert full["validation_loss"] < alone["validation_loss"] - 0.01
     rows = read_rows(tmp_path / "full" / TRAIN)
-    assert (
-        rows[-1]["distill_loss"] < rows[0]["distill_loss"]
-        and "distill_loss" not in read_rows(tmp_path / "alone" / TRAIN)[0]
-    )
-
-
-def test_off_is_no_teacher_and_stop_is_staged(taught, tmp_path):
-    taught("alone", None), taught("off", DistillConfig(schedule="off"))
-    a, b = weights(tmp_path / "alone"), weights(tmp_path / "off")
-    assert all(torch.equal(a[k], b[k]) for k in a)
+    assert rows[-1]["distill_loss"] < rows[0]["distill_loss"]
+    assert "distill_loss" not in read_rows(tmp_path / "alone" / TRAIN)[0]
+    taught("off", DistillConfig(schedule="off"))
+    assert_same_weights(tmp_path / "alone", tmp_path / "off")
     taught("staged", DistillConfig(schedule="stop", unit="steps", stop=9))
     rows = read_rows(tmp_path / "staged" / TRAIN)
     assert [row["step"] for row in rows if row.get("distill_loss")] == [3, 6, 9]
+    assert_same_weights(before, school)
 
 
 def test_a_stopped_student_goes_on_bit_for_bit(taught, tmp_path):
@@ -135,29 +132,27 @@ def test_a_stopped_student_goes_on_bit_for_bit(taught, tmp_path):
     with pytest.raises(TrainingStopped):
         taught("cut", distill, should_stop=lambda: next(done) >= 10)
     taught("cut", distill)
-    a, b = weights(tmp_path / "whole"), weights(tmp_path / "cut")
-    assert all(torch.equal(a[k], b[k]) for k in a)
+    assert_same_weights(tmp_path / "whole", tmp_path / "cut")
 
 
 @pytest.mark.slow
-def test_the_cache_changes_no_number_and_keeps_its_bound(taught, tmp_path, caplog):
+def test_the_cache_changes_no_number_and_keeps_its_bound(taught, school, tmp_path, caplog):
     plain = DistillConfig(top_k=8)
     micro = {"train": {"micro_batch": 2}}
     taught("plain", plain, **micro)
     taught("filling", replace(plain, cache_bytes=10_000_000), **micro)
-    (folder,) = (tmp_path / "teacher" / "logits").iterdir()
+    (folder,) = (school / "logits").iterdir()
     files = sorted(folder.iterdir())
     assert len(files) == 48, "a file a micro-batch"
     files[0].write_bytes(b"torn")
     taught("reading", replace(plain, cache_bytes=10_000_000), **micro)
     assert "is unreadable" in caplog.text
     for name in ("filling", "reading"):
-        a, b = weights(tmp_path / "plain"), weights(tmp_path / name)
-        assert all(torch.equal(a[k], b[k]) for k in a)
+        assert_same_weights(tmp_path / "plain", tmp_path / name)
 
     bound = 3 * files[1].stat().st_size
     taught("bounded", replace(plain, top_k=9, cache_bytes=bound), **micro)
-    other = next(f for f in (tmp_path / "teacher" / "logits").iterdir() if f != folder)
+    other = next(f for f in (school / "logits").iterdir() if f != folder)
     assert 0 < sum(f.stat().st_size for f in other.iterdir()) <= bound
 
 
@@ -170,9 +165,3 @@ def test_a_cache_of_another_shape_is_not_used(tmp_path):
 def test_a_teacher_without_checkpoint_is_one_line(tiny_model, tiny_train, data, tmp_path):
     with pytest.raises(ValueError, match="no checkpoint yet"):
         train(tiny_model, tiny_train, data, 32, tmp_path, teacher=Teacher(tiny_model, tmp_path / "no", DistillConfig()))
-
-
-def test_the_teacher_is_not_trained(taught, tmp_path):
-    before = {k: v.clone() for k, v in weights(tmp_path / "teacher").items()}
-    taught("full", DistillConfig())
-    assert all(torch.equal(v, before[k]) for k, v in weights(tmp_path / "teacher").items())

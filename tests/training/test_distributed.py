@@ -30,14 +30,17 @@ def ranks():
         yield {4: four, 2: two}
 
 
-@pytest.fixture
-def run(ranks, data, tmp_path):
-    """Trains on as many ranks as the layout asks for, or here when it is None."""
+@pytest.fixture(scope="module")
+def here(tmp_path_factory):
+    return tmp_path_factory.mktemp("one")
 
-    def start(
-        name: str, layout: ParallelConfig | None, model: ModelConfig, config: TrainConfig, stop_after: int = 0
-    ) -> Path:
-        folder = tmp_path / name
+
+@pytest.fixture
+def run(ranks, data, tmp_path, here):
+    """Trains on as many ranks as the layout asks for, or here when it is None; "one …" is trained once a file."""
+
+    def start(name: str, layout: ParallelConfig | None, model: ModelConfig, config: TrainConfig, stop_after=0) -> Path:
+        folder = (here if name.startswith("one") else tmp_path) / name
         folder.mkdir(exist_ok=True)
         if layout is None:
             train(model, config, data, 32, folder)
@@ -53,16 +56,12 @@ def on_rank(model, config, tokens, folder, layout, stop_after) -> None:
     asked = iter(range(1, 10_000))
     # Only one rank is told to stop: the others must hear of it.
     told = stop_after and dist.get_rank() == layout.ranks - 1
+
+    def stop() -> bool:
+        return bool(told) and next(asked) >= stop_after
+
     try:
-        train(
-            model,
-            config,
-            data,
-            32,
-            folder,
-            parallel=layout,
-            should_stop=lambda: bool(told) and next(asked) >= stop_after,
-        )
+        train(model, config, data, 32, folder, parallel=layout, should_stop=stop)
         assert not stop_after
     except TrainingStopped as stop:
         assert "the checkpoint is written" in str(stop)
@@ -108,7 +107,7 @@ def test_the_balancing_bias_is_that_of_all_ranks(run, tiny_model, tiny_train, la
     model = replace(tiny_model, dropout=0.0, residual=False, routing=routing, expert=expert)
     model = replace(model, decoder=DecoderConfig.modern(kv_heads=1))
     config = replace(tiny_train, micro_batch=1, tokens=12 * 128)
-    one, many = run("one", None, model, config), run("many", LAYOUTS[layout], model, config)
+    one, many = run("one with a bias", None, model, config), run("many", LAYOUTS[layout], model, config)
     assert_same_curve(one, many)
     found = []
     for folder in (one, many):
@@ -122,7 +121,7 @@ def test_the_balancing_bias_is_that_of_all_ranks(run, tiny_model, tiny_train, la
 
 def test_a_stopped_run_goes_on_with_another_layout(run, tiny_model, tiny_train):
     config = replace(tiny_train, micro_batch=1, tokens=12 * 128, checkpoint_every=4)
-    undisturbed = run("one", None, tiny_model, config)
+    undisturbed = run("one undisturbed", None, tiny_model, config)
     moved = run("moved", ParallelConfig(data=4), tiny_model, config, stop_after=5)
     assert read_rows(moved / TRAIN)[-1]["step"] < 6
     run("moved", ParallelConfig(data=2, shard=True), tiny_model, config, stop_after=3)
