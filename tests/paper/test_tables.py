@@ -1,6 +1,8 @@
 """Every file: provenance on every row, clean cells, resolvable contradictions."""
 
+import csv
 import math
+import re
 from dataclasses import fields
 from importlib import resources
 
@@ -50,6 +52,22 @@ def test_rows(name):
             if isinstance(value, str):
                 assert value == value.strip() and "\n" not in value, (row, field.name)
                 assert "../" not in value and "://" not in value and not value.startswith("/"), (row, field.name)
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_prose_stays_out_of_numeric_columns(name):
+    """A column with a number in it holds nothing but numbers (lists of numbers, empty cells)."""
+    words = {
+        "smallest_why", "source", "how", "conflict", "note", "statement", "subject", "readings", "check", "used",
+        "where", "role", "model", "run", "base", "id", "figure", "left", "right", "teacher", "assumed_from", "quantity",
+        "baseline",
+    }  # fmt: skip
+    with resources.files(paper).joinpath(name).open(encoding="utf-8", newline="") as file:
+        rows = list(csv.DictReader(file))
+    for column in set(rows[0]) - words:
+        cells = [cell for row in rows for cell in row[column].split()]
+        numeric = [bool(re.fullmatch(r"-?\d+(\.\d+)?(e-?\d+)?", cell)) for cell in cells]
+        assert all(numeric) or not any(numeric), (name, column)
 
 
 def test_conflict_cells_repeat_the_conflicts_table_and_every_conflict_touches_a_row():
