@@ -29,9 +29,8 @@ class TestLayout:
     def test_a_pyramid_on_eight_ranks(self, ax):
         layout = ParallelConfig(data=8, gpus_per_node=4)
         gpus(layout, ax, experts=4)
-        assert (
-            texts(ax) == ["0", "1", "2", "3"] * 2 and ax.get_title("left") == "a layer of 4 experts: all of them twice"
-        )
+        assert texts(ax) == ["0", "1", "2", "3"] * 2
+        assert ax.get_title("left") == "a layer of 4 experts: all of them twice"
         colors = [patch.get_facecolor() for patch in ax.patches]
         assert len(set(colors)) == 2 and len(set(colors[:4])) == 1, "a colour a whole set"
         ax.clear()
