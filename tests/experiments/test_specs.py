@@ -95,13 +95,6 @@ def test_text_as_on_a_command_line_and_values_are_the_same_overrides():
     assert (spec.parallel.data, train.micro_batch) == (2, 16), "a micro-batch a rank"
 
 
-def test_what_goes_with_a_setting_can_be_set_as_well():
-    given = {"train.lr": 0.01, "train.min_lr": 0.0, "parallel.data": 2, "train.micro_batch": 2}
-    spec = settings.spec("350M+MoE-32", "cpu", overrides=given)
-    assert (spec.train.min_lr, spec.train.micro_batch) == (0.0, 2)
-    assert override("train", spec.train, {"data.corpus": "sotu"}) is spec.train, "other sections are left alone"
-
-
 def with_arm(arm):
     return replace(experiment("half-moe"), name="tried", arms={"fine": arm})
 
@@ -117,52 +110,47 @@ def test_an_arms_own_settings_yield_to_the_users():
     assert arm["overrides"]["model.top_k"] == 4, "the description stays as it is"
 
 
-@pytest.mark.parametrize(
-    ("arm", "part"),
-    [
+def test_a_mistake_in_an_arm_is_one_line_with_what_is_allowed():
+    for arm, part in (
         ({"name": "350M+MoE-128", "top_k": 4}, "no field 'top_k'; allowed: name, overrides, published, routing, "),
-        ({"name": "350M+MoE-128", "seed": 4}, "no field 'seed'; allowed: name, "),
         ({"overrides": {}}, "name must be a str, got nothing; allowed: name, overrides, "),
         (ModelConfig.parse("350M"), "expected a model's name or a mapping with name, got ModelConfig"),
-        ({"name": ModelConfig.parse("350M")}, "name must be a str, got ModelConfig"),
         ({"name": "350M", "routing": {"drop_tokens": False}}, "routing must be a RoutingConfig, got dict"),
         ({"name": "350M", "overrides": "model.top_k=4"}, "overrides must be a Mapping, got str"),
         ({"name": "350M+MoE-32", "overrides": {"model.routing.top_k": 4}}, "no setting 'model.routing.top_k'"),
-    ],
-)
-def test_a_mistake_in_an_arm_is_one_line_with_what_is_allowed(arm, part):
-    with pytest.raises(ValueError) as error:
-        with_arm(arm).specs("smoke")
-    assert str(error.value).startswith("tried: arm 'fine': " + part) and "\n" not in str(error.value)
+    ):
+        with pytest.raises(ValueError) as error:
+            with_arm(arm).specs("smoke")
+        assert str(error.value).startswith("tried: arm 'fine': " + part) and "\n" not in str(error.value)
 
 
-def test_settings_come_from_the_fields():
+def test_settings_come_from_the_fields_and_what_goes_with_one_can_be_set_as_well():
     assert {name.partition(".")[0] for name in settable()} == set(SECTIONS)
     assert settable()["model.routing.capacity_factor"] is float and "train.seed" not in settable()
+    given = {"train.lr": 0.01, "train.min_lr": 0.0, "parallel.data": 2, "train.micro_batch": 2}
+    spec = settings.spec("350M+MoE-32", "cpu", overrides=given)
+    assert (spec.train.min_lr, spec.train.micro_batch) == (0.0, 2)
+    assert override("train", spec.train, {"data.corpus": "sotu"}) is spec.train, "other sections are left alone"
 
 
-@pytest.mark.parametrize(
-    ("given", "part"),
-    [
+def test_a_mistake_in_overrides_is_one_line_with_what_is_allowed():
+    for given, part in (
         ({"train.tokenz": 1}, "'train.tokenz'; did you mean train.tokens? allowed: train.tokens, train.batch_size"),
         ({"model.routing.top_k": 4}, "did you mean model.top_k?"),
-        ({"model.drop_tokens": True}, "did you mean model.routing.drop_tokens?"),
         ({"model.shared": 1}, "did you mean model.expert.shared?"),
         ({"top_k": 4}, "did you mean model.top_k?"),
         ({"tokens": 1}, "no setting 'tokens'; did you mean train.tokens? allowed: model.…, train.…, data.…, parall"),
         ({"train.seed": 1}, "no setting 'train.seed'"),
-        ({"train.tokens": "many"}, "train.tokens must be a valid integer, got 'many'"),
         ({"train.tokens": 1.5}, "train.tokens must be a valid integer, got '1.5'"),
         ({"train.tokens": True}, "train.tokens must be a valid integer, got 'true'"),
         ({"train.device": "tpu"}, "train.device must be 'cpu' or 'cuda', got 'tpu'"),
         ({"distill.weight": 2.0}, "settings of distill.… need a run that has a teacher"),
         ({"train.lr": -1.0}, "train: lr must be positive"),
-    ],
-)
-def test_a_mistake_in_overrides_is_one_line_with_what_is_allowed(given, part):
-    with pytest.raises(ValueError) as error:
-        experiment("half-moe").specs("smoke", overrides=given)
-    assert str(error.value).startswith("half-moe: ") and part in str(error.value) and "\n" not in str(error.value)
+    ):
+        with pytest.raises(ValueError) as error:
+            experiment("half-moe").specs("smoke", overrides=given)
+        said = str(error.value)
+        assert said.startswith("half-moe: ") and part in said and "\n" not in said
 
 
 def test_module_command_and_notebook_have_one_name():
@@ -172,14 +160,11 @@ def test_module_command_and_notebook_have_one_name():
     assert numbers == sorted(set(numbers)), "in the order of the numbers, none twice"
 
 
-def test_parameters_that_do_not_concern_the_runs_are_ignored():
+def test_parameters_that_do_not_concern_the_runs_are_ignored_and_seeds_may_begin_later():
     chosen = experiment("distillation")
     given = {"scale": "smoke", "seeds": 1, "arms": None, "base": "1.3B", "overrides": {}, "again": True}
     assert chosen.specs_of(given) == chosen.specs("smoke", base="1.3B")
     assert experiment("gating-kernels").specs_of({"scale": "smoke", "rounds": None}) == []
-
-
-def test_seeds_may_begin_later():
     chosen = experiment("zero-shot")
     later = chosen.specs_of({"scale": "smoke", "seeds": 2, "first_seed": 3})
     assert later == chosen.specs("smoke", 5)[3 * len(chosen.arms) :]
@@ -194,26 +179,31 @@ def test_the_command_line_fills_the_notebooks_overrides_with_what_json_can_hold(
     assert {spec.train.betas for spec in found.specs} == {(0.9, 0.99)}
 
 
-def test_a_folder_of_text_is_that_of_the_caller(tmp_path, monkeypatch):
+def test_files_and_folders_are_those_of_the_caller(tmp_path, monkeypatch):
     """A notebook's kernel works in another folder."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MOELAB_HOME", str(tmp_path / "home"))
     for given in ({"data.corpus": "folder:my texts"}, {"overrides": '{"data.corpus": "folder:my texts"}'}):
         found = resolve(experiment("pr-moe"), {"scale": "smoke", **given}).given
         assert found["overrides"] == {"data.corpus": f"folder:{tmp_path}/my texts"}
     found = resolve(experiment("pr-moe"), {"data.corpus": "sotu"}).given
     assert found["overrides"] == {"data.corpus": "sotu"}
+    (tmp_path / "exchange.jsonl").write_text('{"alpha_ms": 0.1, "ranks": 8}')
+    found = resolve(experiment("all-to-all"), {"scale": "paper", "measured_file": "exchange.jsonl"}).given
+    assert found["measured_file"] == str(tmp_path / "exchange.jsonl")
+    (tmp_path / "model").mkdir()
+    with pytest.raises(ValueError, match=r"imported-model: model model: a relative path needs a /, as in \./model"):
+        resolve(experiment("imported-model"), {"model": "model"})
+    with pytest.raises(ValueError, match=r"^imported-model: .*model"):
+        resolve(experiment("imported-model"), {"model": "./model"})
 
 
-@pytest.mark.parametrize(
-    ("name", "given", "message"),
-    [
+def test_what_would_fail_after_the_training_is_refused_before():
+    for name, given, message in (
         ("zero-shot", {"limit": "1"}, "limit must be 0"),
         ("specialisation", {"max_tokens": "-5"}, "max_tokens must be 0"),
         ("pr-moe", {"seeds": "9999999999"}, "seeds must be 1 to 1000"),
         ("pr-moe", {"train.lr": "1e400"}, "finite"),
-        ("pr-moe", {"train.eps": "-1"}, "eps must be positive"),
-        ("pr-moe", {"model.init_std": "-1"}, "init_std must not be negative"),
-        ("pr-moe", {"data.context": "0"}, "context must be at least 1"),
         ("all-to-all", {"scale": "paper"}, "all-to-all: scale paper needs -p measured_file=FILE, the exchange.jsonl"),
         ("inference-scaling", {"scale": "paper", "measured_file": "/no/file"}, "inference-scaling: /no/file: No such"),
         ("inference-large", {"scale": "paper"}, "inference-large: scale paper needs -p measured_file=FILE"),
@@ -224,25 +214,9 @@ def test_a_folder_of_text_is_that_of_the_caller(tmp_path, monkeypatch):
         ("imported-model", {"context": "0"}, "imported-model: .*context must be at least 1"),
         ("imported-model", {"gpus": "0"}, "imported-model: gpus must be at least 1, got 0"),
         ("imported-model", {"dtype": "fp8"}, "imported-model: dtype must be bf16 or fp32, got 'fp8'"),
-    ],
-)
-def test_what_would_fail_after_the_training_is_refused_before(name, given, message):
-    with pytest.raises(ValueError, match=message):
-        resolve(experiment(name), {"scale": "smoke", **given})
-
-
-def test_a_file_or_folder_is_that_of_the_caller(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("MOELAB_HOME", str(tmp_path / "home"))
-    row = '{"alpha_ms": 0.1, "ranks": 8}'
-    (tmp_path / "exchange.jsonl").write_text(row)
-    found = resolve(experiment("all-to-all"), {"scale": "paper", "measured_file": "exchange.jsonl"}).given
-    assert found["measured_file"] == str(tmp_path / "exchange.jsonl")
-    (tmp_path / "model").mkdir()
-    with pytest.raises(ValueError, match=r"imported-model: model model: a relative path needs a /, as in \./model"):
-        resolve(experiment("imported-model"), {"model": "model"})
-    with pytest.raises(ValueError, match=r"^imported-model: .*model"):
-        resolve(experiment("imported-model"), {"model": "./model"})
+    ):
+        with pytest.raises(ValueError, match=message):
+            resolve(experiment(name), {"scale": "smoke", **given})
 
 
 def test_all_experiments_of_the_paper_leave_out_those_that_need_a_file():

@@ -14,18 +14,15 @@ from moelab.experiments import pr_moe, scaling, zero_shot
 
 def scores(accuracies, stand_in=True):
     """Rows as `measure` makes them: {(arm, seed): {paper's column: accuracy}}."""
-    return pd.DataFrame(
-        [
-            {
-                "arm": arm, "seed": seed, "paper": column, "task": f"packaged_{column}", "accuracy": accuracy,
-                "standard_error": math.sqrt(accuracy * (1 - accuracy) / 100), "chance": 0.5 if column in ("piqa", "boolq") else 0.0,
-                "majority": 0.62 if column == "boolq" else 0.5 if column == "piqa" else None, "n": 100, "bits_per_byte": 3.0,
-                "stand_in": stand_in and column == "webqs",
-            }
-            for (arm, seed), found in accuracies.items()
-            for column, accuracy in found.items()
-        ]
-    )  # fmt: skip
+    guess = {"boolq": {"chance": 0.5, "majority": 0.62}, "piqa": {"chance": 0.5, "majority": 0.5}}
+
+    def score(arm, seed, column, accuracy):
+        about = {"arm": arm, "seed": seed, "paper": column, "task": f"packaged_{column}", "n": 100}
+        found = {"accuracy": accuracy, "standard_error": math.sqrt(accuracy * (1 - accuracy) / 100)}
+        found |= {"bits_per_byte": 3.0, "stand_in": stand_in and column == "webqs"}
+        return about | found | guess.get(column, {"chance": 0.0, "majority": None})
+
+    return pd.DataFrame([score(*of, *found) for of, each in accuracies.items() for found in each.items()])
 
 
 SIX = dict(lambada=0.0, piqa=0.52, boolq=0.62, race_h=0.0, triviaqa=0.0, webqs=0.0)

@@ -54,7 +54,7 @@ def test_five_findings_say_what_agrees_what_does_not_and_why_the_rest_is_open():
     assert "confirms 1 of 1 counted" in rest and "predicts 1 of 2" in rest and found[4].claims[0].ours == 0.78
 
 
-def test_what_holds_within_a_margin_only_is_said():
+def test_what_holds_within_a_margin_only_and_what_differs_by_too_little_to_matter_are_said():
     rows = [
         row("moe128-beats-moe32", v.REPRODUCED, -0.02, -0.03, -0.01),
         row("pr-moe-matches-moe128", v.EQUAL, 0.02, -0.006, 0.046),
@@ -66,13 +66,12 @@ def test_what_holds_within_a_margin_only_is_said():
     assert "1 as stated, 0 in direction, without showing the paper's size of effect, 1 in being equal" in said
     assert "predicts 1 of 2" in simulated and "cannot tell 1, within its own error" in simulated
 
-
-def test_contradictions_by_a_difference_too_small_to_matter_are_told_apart():
     rows = [row("full-kd-hurts-late", v.NOT_REPRODUCED, -0.05, -0.06, -0.04)]
     alone = front.findings(rows)[1]
     both = front.findings([*rows, row("pyramid-shrinks-gap", v.NO_DIFFERENCE, 0.001, -0.005, 0.007)])[1]
     assert alone.sentence == "One claim is contradicted by the trained twins:"
-    assert both.sentence.endswith("by the trained twins, 1 of them by a difference too small to matter:")
+    said = "Two claims are contradicted by the trained twins, 1 of them by a difference too small to matter:"
+    assert both.sentence == said
 
 
 def test_findings_count_what_stands_after_holms_adjustment(tmp_path):

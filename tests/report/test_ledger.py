@@ -175,17 +175,14 @@ def test_a_malformed_summary_is_named_and_the_others_count(text, tmp_path):
     assert len(found) == 1 and line.startswith("pr-moe/cpu/2026-01-02/summary.json: ") and "\n" not in line
 
 
-@pytest.mark.parametrize(
-    "name", ["javascript:alert(1)", "https://example.org/a", "../a.jsonl", "/etc/passwd", "a\\b", ".a", ""]
-)
-def test_only_names_of_files_in_the_folder_are_links(name):
+def test_only_names_of_files_in_the_folder_are_links():
     assert parse({**WHOLE, "figures": [{"name": "a b-1.5", "data": "a.jsonl"}]}).figures[0].data == "a.jsonl"
-    for rows in ({"figures": [{"name": name}]}, {"tables": [{"name": "a", "data": name}]}):
-        with pytest.raises(ValueError, match="expected the name of a file"):
-            parse({**WHOLE, **rows})
-    if name:
-        with pytest.raises(ValueError, match="data of figure a: expected the name of a file"):
-            parse({**WHOLE, "figures": [{"name": "a", "data": name}]})
+    for name in ("javascript:alert(1)", "https://example.org/a", "../a.jsonl", "/etc/passwd", "a\\b", ".a", ""):
+        wrong = [{"figures": [{"name": name}]}, {"tables": [{"name": "a", "data": name}]}]
+        wrong += [{"figures": [{"name": "a", "data": name}]}] * bool(name)
+        for rows in wrong:
+            with pytest.raises(ValueError, match="expected the name of a file"):
+                parse({**WHOLE, **rows})
 
 
 def test_a_simulation_ranks_below_a_measurement_whatever_scale_it_ran_at(tmp_path):

@@ -120,12 +120,18 @@ def test_unchanged_results_are_not_written_again(root):
     assert changed == expected, "no page of another result"
 
 
-def test_an_unreadable_result_is_named_and_left_out(root):
-    (root / "mine" / "smoke" / "20260101-000000" / "summary.json").write_text('{"experiment": "mi')
-    built = site.build(root)
-    assert built.results == 4 and len(built.unreadable) == 1
-    assert "mine/smoke/20260101-000000/summary.json: not valid JSON" in built.unreadable[0]
-    assert "mine/smoke/20260101-000000/summary.json" in (root / "index.html").read_text()
+def test_an_unreadable_result_or_one_with_a_link_elsewhere_is_named_and_left_out(root):
+    name = "mine/smoke/20260101-000000/summary.json"
+    whole = (root / name).read_text()
+    linked = json.loads(whole)
+    linked["figures"][0]["data"] = "javascript:alert(1)"
+    for text, said in ((whole[:20], ": not valid JSON"), (json.dumps(linked), "expected the name of a file")):
+        (root / name).write_text(text)
+        built = site.build(root)
+        (line,) = built.unreadable
+        assert built.results == 4 and line.startswith(name) and said in line
+        page = (root / "index.html").read_text()
+        assert name in page and 'href="javascript' not in page
 
 
 def test_a_malformed_notebook_table_or_benchmark_is_named_and_the_rest_is_built(published, root):
@@ -185,27 +191,14 @@ def test_a_page_says_which_arms_were_trained_on_which_machine(root, continued):
     assert len(found) == 4 and f"{folder}/summary.json: provenance" in unreadable[0]
 
 
-def test_a_link_that_is_no_file_of_the_result_leaves_it_out(root):
-    file = root / "mine" / "smoke" / "20260101-000000" / "summary.json"
-    summary = json.loads(file.read_text())
-    summary["figures"][0]["data"] = "javascript:alert(1)"
-    file.write_text(json.dumps(summary))
-    built = site.build(root)
-    assert built.results == 4 and "expected the name of a file" in built.unreadable[0]
-    assert 'href="javascript' not in (root / "index.html").read_text()
-
-
-def test_the_results_of_this_checkout_build(tmp_path):
+def test_no_results_and_those_of_this_checkout_build(tmp_path):
+    built = site.build(tmp_path / "none")
+    assert built.results == 0 and "No results yet" in built.index.with_name("figures.html").read_text()
     root = Path(__file__).resolve().parents[2] / "results"
     shutil.copytree(root, tmp_path / "results")
     built = site.build(tmp_path / "results")
     assert built.results >= 1 and not built.unreadable
     assert site.build(tmp_path / "results").written == 0
-
-
-def test_no_results_yet(tmp_path):
-    built = site.build(tmp_path)
-    assert built.results == 0 and "No results yet" in built.index.with_name("figures.html").read_text()
 
 
 def test_what_a_notebook_says_stays_text(publish, tmp_path):
@@ -407,8 +400,8 @@ def test_the_page_counts_as_the_ledger_does_and_names_the_family(published):
 
 def test_runs_of_an_arm_that_were_trained_differently_are_not_averaged():
     def run(label, lr, seed, loss):
-        train = {"lr": lr, "min_lr": lr / 10, "seed": seed}
-        return {"id": f"{label}{seed}", "label": label, "spec": {"train": train}, "result": {"validation_loss": loss}}
+        spec = {"train": {"lr": lr, "min_lr": lr / 10, "seed": seed}}
+        return {"id": f"{label}{seed}", "label": label, "spec": spec, "result": {"validation_loss": loss}}
 
     runs = [run("A", 0.1, 0, 4.0), run("A", 0.1, 1, 5.0), run("A", 0.2, 0, 6.0), run("B", 0.1, 0, 3.0)]
     summary = parse({"experiment": "e", "scale": "cpu", "title": "t", "finished": "2026", "runs": runs})
