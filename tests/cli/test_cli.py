@@ -2,43 +2,88 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
+import tomllib
 import urllib.request
 import zipfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import nbformat
 import pytest
 
+import moelab as moelab_package
+from moelab import cli
+from moelab.bench import train
+from moelab.cli import bench, doctor, experiments, models
+from moelab.design.parameters import parameters
+from moelab.evaluation.models import REFERENCES
+from moelab.experiments import EXPERIMENTS
+from moelab.inference.modes import MODES
+from moelab.notebook import watch
+from moelab.runs import preflight
+
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def moelab(*arguments, env=None, **options):
-    return subprocess.run(
-        [sys.executable, "-m", "moelab.cli", *arguments],
-        capture_output=True,
-        text=True,
-        env={**os.environ, **(env or {})},
-        **options,
-    )
+def moelab(*arguments, env=None):
+    command = [sys.executable, "-m", "moelab.cli", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, env={**os.environ, **(env or {})})
 
 
-def test_help_answers_at_once_and_loads_nothing_heavy():
+EACH = """
+import contextlib, io, json, os, sys
+from moelab.cli import main
+ends, heavy = [], ("torch", "numpy", "pandas", "matplotlib", "papermill", "nbformat")
+for words, environment in json.loads(sys.argv[1]):
+    sys.argv[:], out, err, code = ["moelab", *words], io.StringIO(), io.StringIO(), 0
+    os.environ.update(environment)
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            main()
+        except SystemExit as end:
+            code = end.code or 0
+    loaded = [name for name in heavy if name in sys.modules]
+    ends.append({"code": code, "stdout": out.getvalue(), "stderr": err.getvalue(), "loaded": loaded})
+print(json.dumps(ends))
+"""
+
+
+def moelab_of_each(*commands: str | tuple[str, ...], env=None, more=()) -> list[SimpleNamespace]:
+    """What each command prints, one after the other in one process, and which heavy modules are loaded by then.
+
+    `more` has variables of the environment for each command.
+    """
+    words = [command.split() if isinstance(command, str) else command for command in commands]
+    given = json.dumps([*zip(words, more or [{}] * len(words), strict=True)])
+    command = [sys.executable, "-c", EACH, given]
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **(env or {})}, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    return [SimpleNamespace(**end) for end in json.loads(done.stdout)]
+
+
+def test_help_answers_at_once_in_the_order_of_use_and_loads_nothing_heavy():
     before = os.times()
-    assert "Reproduce, question and extend" in moelab("--help").stdout
+    shown, version = moelab_of_each("--help", "--version", env={"COLUMNS": "80", "TERMINAL_WIDTH": "80"})
     after = os.times()
+    out = shown.stdout
+    assert "Reproduce, question and extend" in out and max(map(len, out.splitlines())) <= 80
+    assert version.stdout == f"moelab {moelab_package.__version__}\n" and version.loaded == []
+    groups = ("Experiments and their results", "Runs and models", "A cluster", "The simulator", "Benchmarks")
+    commands = ("list ", "run ", "claims ", "generate ", "submit ", "status ", "plan ", "bench ")
+    for order in (groups, [f"│ {name}" for name in commands]):
+        assert sorted(order, key=out.index) == list(order)
     # Seconds of the processor, not of the clock: the machine may be busy. A quarter of a second when it is not.
     assert (after.children_user - before.children_user) + (after.children_system - before.children_system) < 1.5
-    code = "import sys, moelab, moelab.cli, moelab.experiments; print(*sorted({'torch', 'pandas', 'numpy'} & set(sys.modules)))"
-    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.split()
-    assert loaded == [], "and so does `moelab list`"
 
 
-@pytest.mark.parametrize(
-    ("arguments", "part"),
-    [
+def test_wrong_arguments_are_told_before_anything_heavy_is_loaded(tmp_path):
+    """Which modules a process loads says more than the time it takes on a busy machine."""
+    cases = [
+        (("list", "nosuch"), "no experiment 'nosuch'"),
         (("generate", "nosuch"), "run 'nosuch': no such run or directory"),
         (("generate", "nosuch", "--device", "cuda"), "no CUDA device is available"),
         (("generate", ".", "--dtype", "fp64"), "--dtype must be fp32 or bf16, got 'fp64'"),
@@ -49,17 +94,12 @@ def test_help_answers_at_once_and_loads_nothing_heavy():
         (("import", "nosuch", "new"), "'nosuch' is no directory, and no name of a published model"),
         (("import", "docs", "."), "import: . exists; choose a new directory"),
         (("check-cluster", "--device", "tpu"), "--device must be cpu or cuda"),
-        (("gpu", "--part", "nosuch"), "gpu: no part 'nosuch'"),
-        (("run", "pr-moe", "-p", "seeds=0"), "pr-moe: seeds must be 1 to 1000"),
+        (("gpu", "--part", "nosuch"), "gpu: no part 'nosuch'; allowed: tests, layer"),
         (("run", "pr-moe", "-p", "parallel.data=3"), "parallel.data must divide the batch"),
         (("run", "pr-moe", "-p", "data.corpus=folder:/nowhere"), "corpus 'folder:/nowhere' is no folder"),
         (("run", "pr-moe", "-p", "data.tokenizer=gpt2"), "tokenizer gpt2 has 50257 entries"),
         (("run", "pr-moe", "--scale", "gpu"), "no CUDA device is available here"),
         (("submit", "nosuch", "--profile", "local"), "no experiment 'nosuch'"),
-        (
-            ("submit", "pr-moe", "-p", "data.corpus=folder:/nowhere", "--profile", "local"),
-            "'folder:/nowhere' is no folder",
-        ),
         (("sweep", "pr-moe", "-g", "x=1", "--profile", "local"), "no parameter 'x'"),
         (("bench", "gate", "--device", "tpu"), "--device must be cpu or cuda, got 'tpu'"),
         (("bench", "train", "--family", "x"), "--family must be dense or MoE-128"),
@@ -67,137 +107,71 @@ def test_help_answers_at_once_and_loads_nothing_heavy():
         (("bench", "decode", "--model", "nosuch"), "model name 'nosuch' is not understood"),
         (("kernels", "compile", "--arch", "sm_1"), "--arch must be sm_80 or sm_90"),
         (("claims", "nosuch"), "claims: none of experiment 'nosuch'"),
-    ],
-)
-def test_wrong_arguments_are_told_before_anything_heavy_is_loaded(arguments, part, tmp_path):
-    """Which modules a process loads says more than the time it takes on a busy machine."""
-    code = """
-import sys
-from moelab.cli import main
-sys.argv[0] = "moelab"
-try:
-    main()
-finally:
-    print(*sorted({"torch", "pandas", "papermill", "nbformat"} & set(sys.modules)))
-"""
-    env = {**os.environ, "MOELAB_HOME": str(tmp_path / "home"), "MOELAB_RESULTS": str(tmp_path / "results")}
-    done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, env=env, cwd=ROOT)
-    assert done.returncode == 2 and part in done.stderr and len(done.stderr.strip().splitlines()) == 1
-    assert done.stdout.split() == []
+    ]
+    env = {"MOELAB_HOME": str(tmp_path / "home"), "MOELAB_RESULTS": str(tmp_path / "results")}
+    for (words, part), end in zip(cases, moelab_of_each(*(words for words, _ in cases), env=env), strict=True):
+        assert end.code == 2 and part in end.stderr and len(end.stderr.strip().splitlines()) == 1, words
+        assert end.stdout == "" and not {"torch", "pandas", "papermill", "nbformat"} & set(end.loaded), words
     assert not (tmp_path / "home").exists()
+    done = moelab("run", "pr-moe", "-p", "seeds=0")
+    assert done.returncode == 2 and done.stderr.startswith("moelab: pr-moe: seeds must be 1 to 1000"), "as a command"
 
 
 def test_what_stands_in_the_commands_is_what_the_heavy_modules_have():
-    from moelab.bench import train
-    from moelab.cli import bench, models
-    from moelab.evaluation.models import REFERENCES
-    from moelab.inference.modes import MODES
-
     assert tuple(train.FAMILIES) == bench.FAMILIES and {models.SMALL_MODEL} == set(REFERENCES)
     assert models.MODES == MODES
 
 
-def test_version_and_help_in_the_order_of_use():
-    import moelab as package
-
-    assert moelab("--version").stdout == f"moelab {package.__version__}\n"
-    out = moelab("--help", env={"COLUMNS": "80", "TERMINAL_WIDTH": "80"}).stdout
-    groups = ("Experiments and their results", "Runs and models", "A cluster", "The simulator", "Benchmarks")
-    commands = ("list ", "run ", "claims ", "generate ", "submit ", "status ", "plan ", "bench ")
-    for order in (groups, [f"│ {name}" for name in commands]):
-        assert sorted(order, key=out.index) == list(order)
-    assert max(map(len, out.splitlines())) <= 80
-
-
-@pytest.mark.parametrize(
-    ("arguments", "part"),
-    [
+def test_bad_input_is_one_line_and_starts_nothing(tmp_path, monkeypatch, capsys):
+    """In this process: that the command ends so in its own is shown above."""
+    for place in ("MOELAB_HOME", "MOELAB_RESULTS"):
+        monkeypatch.setenv(place, str(tmp_path))
+    for arguments, part in (
         (("run", "pr-mo"), "did you mean pr-moe?"),
-        (
-            ("run", "pr-moe", "-p", "seed=3"),
-            "no parameter 'seed'; did you mean seeds? allowed: scale: str = 'cpu', seeds: i",
-        ),
+        (("run", "pr-moe", "-p", "seed=3"), "no parameter 'seed'; did you mean seeds? allowed: scale: str = 'cpu', "),
         (("run", "pr-moe", "-p", "seeds=many"), "parameter seeds must be a valid integer, got 'many'"),
         (("run", "pr-moe", "-p", "seeds"), "expected NAME=VALUE"),
-        (("run", "throughput", "-p", "again=maybe"), "parameter again must be a valid boolean"),
-        (
-            ("run", "pr-moe", "-p", "train.tokenz=5"),
-            "no setting 'train.tokenz'; did you mean train.tokens? allowed: train.tokens, train.batch_size",
-        ),
-        (
-            ("run", "pr-moe", "-p", "model.routing.drop_tokens=maybe"),
-            "model.routing.drop_tokens must be a valid boolean, got",
-        ),
+        (("run", "pr-moe", "-p", "model.routing.drop_tokens=maybe"), "drop_tokens must be a valid boolean, got"),
         (("run", "pr-moe", "-p", "arms=MoE-7"), "pr-moe: unknown arm 'MoE-7'; allowed: Dense"),
-        (("run", "scaling", "-p", "distill.weight=2"), "need a run that has a teacher"),
         (("run", "throughput", "-p", "train.tokens=5"), "no parameter 'train.tokens'"),
         (("run", "pr-moe", "--scale", "quick", "-p", "scale=cpu"), "-p scale=cpu and --scale quick are two scales"),
         (("prepare", "pr-moe", "--scale", "paper"), "is streamed and needs a bound"),
         (("run", "pr-moe", "--scale", "huge"), "no scale 'huge'; allowed: smoke, quick, cpu, full, gpu"),
-        (("run", "pr-moe", "-p", "seeds=0"), "pr-moe: seeds must be 1 to 1000, got 0"),
-        (("run", "pr-moe", "-p", 'arms=["foo"]'), "pr-moe: unknown arm 'foo'; allowed: Dense"),
-        (("run", "pr-moe", "-p", "data.corpus=mix6"), "data: unknown corpus 'mix6'; known are 'sotu', 'mix5'"),
-        (("run", "pr-moe", "-p", "data.corpus=folder:/nowhere"), "data: corpus 'folder:/nowhere' is no folder"),
         (("run", "pr-moe", "--seeds", "3"), "moelab: run: no option --seeds; parameters are given as -p seeds=3\n"),
         (("submit", "pr-moe", "--first-seed=3"), "no option --first-seed; parameters are given as -p first_seed=3\n"),
         (("sweep", "pr-moe", "--train.lr", "-g", "x=1"), "--train.lr; parameters are given as -p train.lr=VALUE\n"),
         (("run", "pr-moe", "--sclae", "cpu"), "moelab: run: no option --sclae; did you mean --scale?\n"),
         (("run", "pr-moe", "seeds=3"), "(seeds=3); parameters are given as -p seeds=3\n"),
         (("status", "--nosuch"), "moelab: status: no option --nosuch; see `moelab status --help`\n"),
-        (
-            ("simulate", "decode", "--nosuch"),
-            "moelab: simulate decode: no option --nosuch; see `moelab simulate decode --help`",
-        ),
+        (("simulate", "decode", "--nosuch"), "no option --nosuch; see `moelab simulate decode --help`\n"),
         (("rnu", "pr-moe"), "moelab: no such command 'rnu'"),
         (("train", "pr-moe"), "moelab: no such command 'train'; did you mean run? see `moelab --help`\n"),
         (("run", "pr-moe", "-scale", "smoke"), "moelab: run: no option -scale; did you mean --scale?\n"),
-        (
-            ("run", "pr-moe", "-p", "train.learning_rate=1"),
-            "'train.learning_rate'; did you mean train.lr? allowed: tra",
-        ),
-        (
-            ("plan", "24B+MoE128", "--gpus", "8"),
-            "'24B+MoE128' is not understood; did you mean 24B+MoE-128? allowed: BASE",
-        ),
+        (("run", "pr-moe", "-p", "train.learning_rate=1"), "rate'; did you mean train.lr? allowed: train.tokens, "),
+        (("plan", "24B+MoE128", "--gpus", "8"), "not understood; did you mean 24B+MoE-128? allowed: BASE"),
+        (("plan", "24B+MoE-128", "--gpus", "8"), "it needs 64"),
+        (("plan", "350M", "--gpus", "8", "--figure", "x.pdf"), "must end in .png or .svg"),
+        (("simulate", "decode", "350M", "--gpus", "8", "--tensor", "3"), "does not divide"),
+        (("simulate", "decode", "350M", "--gpus", "9"), "do not fill nodes of 8"),
         (("run", "99"), "no experiment '99'; allowed: start, scaling"),
         (("submit",), "moelab: submit: missing argument 'NAME...'; see `moelab submit --help`\n"),
         (("run", "pr-moe", "--scale"), "moelab: option '--scale' requires an argument"),
         (("logs", "x", "-n", "many"), "moelab: logs: invalid value for '-n': "),
-    ],
-)
-def test_bad_input_is_one_line_and_starts_nothing(arguments, part, tmp_path, monkeypatch, capsys):
-    """In this process: that the command ends so in its own is shown above."""
-    from moelab import cli
-
-    monkeypatch.setattr(sys, "argv", ["moelab", *arguments])
-    for place in ("MOELAB_HOME", "MOELAB_RESULTS"):
-        monkeypatch.setenv(place, str(tmp_path))
-    with pytest.raises(SystemExit) as end:
-        cli.main()
-    said = capsys.readouterr().err
-    assert end.value.code == 2 and part in said
-    assert len(said.strip().splitlines()) == 1 and not list(tmp_path.iterdir())
+    ):
+        monkeypatch.setattr(sys, "argv", ["moelab", *arguments])
+        with pytest.raises(SystemExit) as end:
+            cli.main()
+        said = capsys.readouterr().err
+        assert end.value.code == 2 and part in said and len(said.strip().splitlines()) == 1, arguments
+    assert not list(tmp_path.iterdir())
 
 
 def test_what_the_system_refuses_is_one_line(tmp_path):
     (tmp_path / "file").write_text("")
-    for arguments in (("run", "pr-moe", "--scale", "smoke"), ("browse", "--no-serve"), ("status",)):
-        place = str(tmp_path / "file" / "below")
-        done = moelab(*arguments, env={"MOELAB_HOME": place, "MOELAB_RESULTS": place})
-        assert len(done.stderr.strip().splitlines()) <= 1 and "Traceback" not in done.stdout, done.stderr
-        assert (done.returncode == 0) == (not done.stderr), arguments
-
-
-def test_an_error_of_the_system_names_what_and_where(monkeypatch, capsys):
-    from moelab import cli
-
-    def refused(**_) -> None:
-        raise OSError(30, "Read-only file system", "/shared/results")
-
-    monkeypatch.setattr(cli, "app", refused)
-    with pytest.raises(SystemExit) as end:
-        cli.main()
-    assert end.value.code == 1 and capsys.readouterr().err == "moelab: Read-only file system: /shared/results\n"
+    env = dict.fromkeys(("MOELAB_HOME", "MOELAB_RESULTS"), str(tmp_path / "file" / "below"))
+    for end in moelab_of_each("run pr-moe --scale smoke", "browse --no-serve", "status", env=env):
+        assert len(end.stderr.strip().splitlines()) <= 1 and "Traceback" not in end.stdout, end.stderr
+        assert (end.code == 0) == (not end.stderr)
 
 
 @pytest.mark.parametrize(
@@ -210,64 +184,42 @@ def test_an_error_of_the_system_names_what_and_where(monkeypatch, capsys):
         (28, "home/runs/x", ""),
     ],
 )
-def test_a_folder_that_cannot_be_written_is_told_alike_by_all_commands(
-    tmp_path, monkeypatch, capsys, number, file, help
-):
-    from moelab import cli
-
+def test_what_the_system_refuses_names_what_and_where(tmp_path, monkeypatch, capsys, number, file, help):
     monkeypatch.setenv("MOELAB_HOME", str(tmp_path / "home"))
     monkeypatch.setenv("MOELAB_RESULTS", str(tmp_path / "results"))
     monkeypatch.setattr(cli, "app", lambda **_: (_ for _ in ()).throw(OSError(number, "No", str(tmp_path / file))))
-    with pytest.raises(SystemExit):
+    with pytest.raises(SystemExit) as end:
         cli.main()
-    assert capsys.readouterr().err == f"moelab: No: {tmp_path / file}{help}\n"
+    assert end.value.code == 1 and capsys.readouterr().err == f"moelab: No: {tmp_path / file}{help}\n"
 
 
-@pytest.mark.parametrize(
-    ("line", "names"),
-    [
-        ("run pr", {"pr-moe"}),
-        ("submit sca", {"scaling"}),
-        ("submit pr-moe --profile loc", {"local"}),
-        ("generate tiny", {"tiny-s0-1", "tiny-s1-2"}),
-        ("logs tiny-s1", {"tiny-s1-2"}),
-    ],
-)
-def test_names_are_completed(tmp_path, line, names):
+def test_names_are_completed(tmp_path):
+    expected = {
+        "run pr": {"pr-moe"},
+        "submit sca": {"scaling"},
+        "submit pr-moe --profile loc": {"local"},
+        "generate tiny": {"tiny-s0-1", "tiny-s1-2"},
+        "logs tiny-s1": {"tiny-s1-2"},
+    }
     for run in ("tiny-s0-1", "tiny-s1-2"):
         (tmp_path / "runs" / run).mkdir(parents=True)
         (tmp_path / "runs" / run / "spec.json").touch()
-    words = f"moelab {line}"
-    asked = {"_MOELAB_COMPLETE": "complete_bash", "COMP_WORDS": words, "COMP_CWORD": str(len(words.split()) - 1)}
-    code = "import sys; sys.argv = ['moelab']; from moelab.__main__ import main; main()"
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        env={**os.environ, **asked, "MOELAB_HOME": str(tmp_path)},
-        capture_output=True,
-        text=True,
-    )
-    assert set(done.stdout.split()) == names, done.stderr
+    env = {"_MOELAB_COMPLETE": "complete_bash", "MOELAB_HOME": str(tmp_path)}
+    asked = [{"COMP_WORDS": f"moelab {line}", "COMP_CWORD": str(len(line.split()))} for line in expected]
+    ends = moelab_of_each(*[()] * len(expected), env=env, more=asked)
+    assert dict(zip(expected, (set(end.stdout.split()) for end in ends), strict=True)) == expected
 
 
-@pytest.mark.parametrize(
-    ("command", "key"),
-    [
-        ("list", 0), ("list pr-moe", 0), ("status", "rows"), ("plan 350M+MoE-32 --gpus 4", "best"),
-        ("simulate decode 350M", "latency_ms"), ("simulate train 350M", "days"), ("simulate clusters", "a100-40gb"),
-        ("simulate score", 0), ("doctor", 0), ("claims pr-moe", "claims"),
-    ],
-)  # fmt: skip
-def test_what_a_command_shows_it_also_gives_as_json(command, key):
-    done = moelab(*command.split(), "--json")
-    assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout)[key] if command != "status" else "rows" in json.loads(done.stdout)
-
-
-def test_help_imports_no_library_of_numbers():
-    code = "import sys; from moelab.cli import main\ntry: main()\nexcept SystemExit: pass\n"
-    code += "print(sorted({'torch', 'numpy', 'pandas', 'matplotlib'} & set(sys.modules)), file=sys.stderr)"
-    done = subprocess.run([sys.executable, "-c", code, "--help"], capture_output=True, text=True)
-    assert done.stderr.splitlines()[-1] == "[]"
+def test_what_a_command_shows_it_also_gives_as_json():
+    keys = {
+        "list": 0, "list pr-moe": 0, "status": "rows", "plan 350M+MoE-32 --gpus 4": "best",
+        "simulate decode 350M": "latency_ms", "simulate train 350M": "days", "simulate clusters": "a100-40gb",
+        "simulate score": 0, "doctor": 0, "claims pr-moe": "claims",
+    }  # fmt: skip
+    ends = moelab_of_each(*(f"{command} --json" for command in keys))
+    for (command, key), end in zip(keys.items(), ends, strict=True):
+        assert end.code == 0, end.stderr
+        assert json.loads(end.stdout)[key] if command != "status" else "rows" in json.loads(end.stdout)
 
 
 @pytest.mark.slow
@@ -275,24 +227,20 @@ def test_a_benchmark_leaves_numbers_figure_and_provenance(tmp_path):
     size = ("--tokens", "64", "--experts", "4", "--rounds", "3", "--threads", "1")
     done = moelab("bench", "gate", *size, "--out", str(tmp_path))
     assert done.returncode == 0, done.stderr
-    assert {p.name for p in tmp_path.iterdir()} == {"gate.jsonl", "gate.svg", "gate.provenance.json"}
+    assert {p.name for p in tmp_path.iterdir()} == {f"gate.{end}" for end in ("jsonl", "svg", "provenance.json")}
     record = json.loads((tmp_path / "gate.provenance.json").read_text())
     assert record["versions"]["torch"] and "cpu" in record["hardware"]
-    bad = moelab("bench", "gate", "--device", "tpu")
-    assert bad.returncode == 2 and "--device must be cpu or cuda" in bad.stderr
 
 
 def test_list_is_short_and_says_more_of_one():
-    from moelab.experiments import EXPERIMENTS
-
-    lines = moelab("list").stdout.splitlines()
+    every, *named, near = moelab_of_each("list", "list pr-moe", "list 04", "list 4", "list pr-mo")
+    lines = every.stdout.splitlines()
     assert {line.split()[0] for line in lines if line.split()} >= set(EXPERIMENTS)
     assert len(lines) < len(EXPERIMENTS) + 10 and any("Fig 4, Table 4" in line for line in lines)
-    out = moelab("list", "pr-moe").stdout
+    (out,) = {end.stdout for end in named}
     for part in ("smoke", "gpu", "Can fewer experts", "Residual-MoE-32", "notebooks/04_pr_moe.ipynb"):
         assert part in out
-    assert "did you mean pr-moe" in moelab("list", "pr-mo").stderr
-    assert moelab("list", "04").stdout == moelab("list", "4").stdout == moelab("list", "pr-moe").stdout
+    assert "did you mean pr-moe" in near.stderr and every.loaded == []
 
 
 @pytest.mark.slow
@@ -305,7 +253,6 @@ def test_list_is_short_and_says_more_of_one():
         "claims",
         "power pr-moe",
         "run pr-moe --dry-run -p seeds=3",
-        "run scaling --dry-run --scale paper",
         "plan 24B+MoE-128 --gpus 256 --objective throughput",
     ],
 )
@@ -315,34 +262,25 @@ def test_what_commands_print_fits_a_terminal_of_80_columns(command, tmp_path):
     env.pop("COLUMNS", None)
     done = subprocess.run(["script", "-qec", line, "/dev/null"], capture_output=True, text=True, env=env)
     assert done.returncode == 0 and max(map(len, done.stdout.splitlines())) <= 80, done.stdout
-    for part in {"run pr-moe": ("PR-MoE-32/64 (sum) ·", "seeds 0-2"), "plan": ("USD per million",)}.get(
-        command[:10], ()
-    ):
-        assert part in done.stdout
+    if command.startswith("run pr-moe"):
+        assert "PR-MoE-32/64 (sum) ·" in done.stdout and "seeds 0-2" in done.stdout
 
 
 def test_doctor_finds_this_installation_sound(tmp_path):
     done = moelab("doctor", env={"COLUMNS": "200"})
     assert done.returncode == 0, done.stdout
     assert "embedded corpus" in done.stdout and "Jupyter kernel" in done.stdout
-    assert done.stdout.count("CPU kernels: ") == 1
     nothing_compiled = {"TORCH_EXTENSIONS_DIR": str(tmp_path), "TMPDIR": str(tmp_path)}
     without = moelab("doctor", env={"COLUMNS": "200", "CXX": "no-such-compiler", **nothing_compiled})
     assert without.returncode == 0 and "CPU kernels: there is no C++ compiler" in without.stdout
 
 
 def test_doctor_names_the_extras_to_install(monkeypatch, capsys):
-    from moelab.cli import doctor
-
     monkeypatch.setattr(doctor, "checks", lambda rates: iter([(None, "extra hf (datasets): pip install -e '.[hf]'")]))
     assert doctor.report() and "pip install -e '.[hf]'" in capsys.readouterr().out
 
 
 def test_a_run_says_first_how_long_it_takes_and_what_is_published(tmp_path, monkeypatch, capsys):
-    from moelab.cli import experiments
-    from moelab.notebook import watch
-    from moelab.runs import preflight
-
     monkeypatch.setenv("MOELAB_HOME", str(tmp_path))
     monkeypatch.setattr(preflight, "check", lambda *_, **__: None)
     monkeypatch.setattr(watch, "execute_watched", lambda *_, **__: print("executes") is None)
@@ -370,30 +308,19 @@ def published(tmp_path_factory):
 @pytest.mark.slow
 class TestPrMoeNotebook:
     def test_publishes_a_complete_result(self, published):
+        """Its figures and verdicts: tests/notebook."""
         results, _, out = published
         (folder,) = (results / "pr-moe" / "smoke").iterdir()
-        names = {p.name for p in folder.iterdir()}
-        for figure in ("gap-over-tokens", "gap-to-moe128", "expert-load"):
-            assert {f"{figure}.svg", f"{figure}.jsonl"} <= names
         summary = json.loads((folder / "summary.json").read_text())
         assert len(summary["runs"]) == 4 and not summary["missing"] and summary["seeds"] == [0, 1]
         assert summary["runs"][0]["provenance"]["versions"]["torch"] and summary["hardware"]["cores"]
-        assert {c["claim"] for c in summary["claims"]} >= {"pr-moe-matches-moe128", "pr-moe-size"}
-        said = [
-            line.split(maxsplit=1)
-            for line in out.splitlines()
-            if line.startswith((" notebook", "   figure", "     page"))
-        ]
+        said = re.findall(r"^ +(notebook|figure|page) +(.+)$", out, re.M)
         assert [kind for kind, _ in said] == ["notebook", *["figure"] * len(summary["figures"]), "page"]
         assert all(Path(path).exists() for _, path in said)
         notebook = nbformat.read(folder / "notebook.ipynb", as_version=4)
         assert [c for c in notebook.cells if "injected-parameters" in c.metadata.get("tags", [])]
-        for claim in summary["claims"]:
-            assert claim["verdict"]
-        places = str(results.parents[1])
-        assert not [
-            p.name for p in folder.iterdir() if p.suffix in (".ipynb", ".json", ".html") and places in p.read_text()
-        ]
+        written = [p for p in folder.iterdir() if p.suffix in (".ipynb", ".json", ".html")]
+        assert not [p.name for p in written if str(results.parents[1]) in p.read_text()], "no places of this machine"
 
     def test_again_is_read_back_and_overwrites_nothing(self, published):
         results, env, _ = published
@@ -405,13 +332,11 @@ class TestPrMoeNotebook:
         first, last = (json.loads((f / "summary.json").read_text())["runs"] for f in (folders[0], folders[-1]))
         assert [r["result"] for r in first] == [r["result"] for r in last]
 
-    def test_the_pages_are_there(self, published):
-        """What they say and where they lead: test_site.py and tests/browser."""
-        results, _, _ = published
-        for folder in (results / "pr-moe" / "smoke").iterdir():
-            assert f"pr-moe/smoke/{folder.name}/index.html" in (results.parent / "pages" / "figures.html").read_text()
-            pages = results.parent / "pages" / "pr-moe" / "smoke" / folder.name
-            assert (pages / "index.html").exists() and (pages / "notebook.html").exists()
+        # What the pages say and where they lead: test_site.py and tests/browser.
+        pages = results.parent / "pages"
+        for folder in folders:
+            assert f"pr-moe/smoke/{folder.name}/index.html" in (pages / "figures.html").read_text()
+            assert (pages / "pr-moe" / "smoke" / folder.name / "notebook.html").exists()
 
     def test_a_failing_notebook_publishes_nothing_and_says_where(self, published):
         results, env, _ = published
@@ -423,24 +348,17 @@ class TestPrMoeNotebook:
 
     def test_browse_serves_the_page(self, published):
         _, env, _ = published
-        process = subprocess.Popen(
-            [sys.executable, "-m", "moelab.cli", "browse", "--port", "0"],
-            env={**os.environ, **env},
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        try:
-            address = process.stdout.readline().split(" at ")[1].split()[0]
-            with urllib.request.urlopen(address) as response:
-                assert b"moelab results" in response.read()
-        finally:
-            process.terminate()
+        command = [sys.executable, "-m", "moelab.cli", "browse", "--port", "0"]
+        with subprocess.Popen(command, env={**os.environ, **env}, stdout=subprocess.PIPE, text=True) as process:
+            try:
+                address = process.stdout.readline().split(" at ")[1].split()[0]
+                with urllib.request.urlopen(address) as response:
+                    assert b"moelab results" in response.read()
+            finally:
+                process.terminate()
 
 
 def test_notebooks_are_committed_without_outputs_and_with_typed_commented_parameters():
-    from moelab.design.parameters import parameters
-    from moelab.experiments import EXPERIMENTS
-
     for path in (ROOT / "notebooks").glob("*.ipynb"):
         notebook = nbformat.read(path, as_version=4)
         nbformat.validate(notebook)
@@ -452,8 +370,6 @@ def test_notebooks_are_committed_without_outputs_and_with_typed_commented_parame
 
 
 def test_packaging_lists_every_package():
-    import tomllib
-
     listed = set(tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"])
     found = {".".join(p.parent.relative_to(ROOT).parts) for p in (ROOT / "moelab").rglob("__init__.py")}
     found |= {".".join(("moelab", *p.parent.relative_to(ROOT).parts)) for p in (ROOT / "kernels").rglob("__init__.py")}
@@ -462,19 +378,15 @@ def test_packaging_lists_every_package():
 
 @pytest.mark.slow
 def test_a_wheel_brings_notebooks_and_paper(tmp_path):
-    subprocess.run(
-        [sys.executable, "-m", "build", "--wheel", "--outdir", str(tmp_path), str(ROOT)],
-        check=True,
-        capture_output=True,
-    )
+    command = [sys.executable, "-m", "build", "--wheel", "--outdir", str(tmp_path), str(ROOT)]
+    subprocess.run(command, check=True, capture_output=True)
     (wheel,) = tmp_path.glob("*.whl")
     place = tmp_path / "elsewhere"
     zipfile.ZipFile(wheel).extractall(place)
     code = """
 import sys, moelab, moelab.kernels
 from pathlib import Path
-from moelab import paper, simulate
-from moelab import paths
+from moelab import paper, paths, simulate
 from moelab.report import site
 from moelab.experiments import EXPERIMENTS
 from moelab.design.parameters import parameters
@@ -484,12 +396,8 @@ assert simulate.plan("350M+MoE-32", 8, "h100").best.fits, "clusters and calibrat
 assert {path.suffix for path in (Path(moelab.kernels.__file__).parent / "_cpp").iterdir()} >= {".cpp", ".h"}
 print(len(paper.models()), len(paper.claims()), *parameters(EXPERIMENTS["pr-moe"]))
 """
-    done = subprocess.run(
-        [sys.executable, "-c", code, str(place)],
-        env={**os.environ, "PYTHONPATH": str(place)},
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-    )
+    env = {**os.environ, "PYTHONPATH": str(place)}
+    command = [sys.executable, "-c", code, str(place)]
+    done = subprocess.run(command, env=env, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "seeds" in done.stdout

@@ -80,15 +80,11 @@ def cluster(request) -> Iterator[Path]:
 @pytest.fixture(scope="session")
 def spec(data_config) -> RunSpec:
     """A run of a second or two."""
-    model = ModelConfig(
-        layers=4, hidden=32, heads=2, experts=(0, 2, 0, 4), residual=True, vocab=320, context=32, init_std=0.02, dropout=0.1,
-        name="tiny",
-    )  # fmt: skip
-    train = TrainConfig(
-        tokens=STEPS * 4 * 32, batch_size=4, lr=3e-3, min_lr=3e-4, warmup_tokens=256, eval_every=EVERY, eval_tokens=512, log_every=5,
-        checkpoint_every=EVERY,
-    )  # fmt: skip
-    return RunSpec(model=model, train=train, data=data_config, label="tiny")
+    sizes = {"layers": 4, "hidden": 32, "heads": 2, "vocab": 320, "context": 32}
+    model = ModelConfig(**sizes, experts=(0, 2, 0, 4), residual=True, init_std=0.02, dropout=0.1, name="tiny")
+    rates = {"batch_size": 4, "lr": 3e-3, "min_lr": 3e-4, "warmup_tokens": 256}
+    every = {"eval_every": EVERY, "eval_tokens": 512, "log_every": 5, "checkpoint_every": EVERY}
+    return RunSpec(model, TrainConfig(tokens=STEPS * 4 * 32, **rates, **every), data_config, label="tiny")
 
 
 @pytest.fixture(scope="session")
@@ -106,9 +102,8 @@ def numbers(run: Run) -> dict:
     def timeless(row: dict) -> dict:
         return {k: v for k, v in row.items() if k not in ("seconds", "time_s", "tokens_per_s")}
 
-    rows = {
-        file: [timeless(r) for r in run.rows(file).to_dict("records")] for file in ("train.jsonl", "validation.jsonl")
-    }
+    files = ("train.jsonl", "validation.jsonl")
+    rows = {file: [timeless(row) for row in run.rows(file).to_dict("records")] for file in files}
     return {"result": timeless(run.result), **rows}
 
 
@@ -148,9 +143,8 @@ def find_process(job: str, cluster: Path, module: bytes, variable: bytes = b"") 
 def _proc_status(pid: int) -> dict[str, str]:
     """What the kernel says about a process; empty when there is none."""
     try:
-        return dict(
-            line.split(":\t", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines() if ":\t" in line
-        )
+        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+        return dict(line.split(":\t", 1) for line in lines if ":\t" in line)
     except (FileNotFoundError, ProcessLookupError):
         return {}
 
@@ -199,6 +193,16 @@ class Workplace:
         until(halts, f"the run to halt at step {step}")
         return int(mark.read_text())
 
+    def halts(self, spec: RunSpec, **changes) -> tuple[Run, int]:
+        """A run that has halted at step 60, and the process that trains it."""
+        (run,) = self.submit(spec, halt=[60], **changes)
+        return run, self.halted(run, 60)
+
+    def numbers(self, run: Run) -> dict:
+        """What a run found, once it is over."""
+        self.until_over(run)
+        return numbers(run)
+
     def rank(self, run: Run, number: int) -> int:
         """The process that is this rank of a run."""
         variable = f"SLURM_PROCID={number}".encode()
@@ -233,10 +237,8 @@ class Workplace:
         """Wait until all four nodes are there and free."""
 
         def idle() -> bool:
-            done = subprocess.run(
-                ["sinfo", "-h", "-p", "debug", "-t", "idle", "-o", "%D"], capture_output=True, text=True
-            )
-            return done.stdout.strip() == "4"
+            command = ["sinfo", "-h", "-p", "debug", "-t", "idle", "-o", "%D"]
+            return subprocess.run(command, capture_output=True, text=True).stdout.strip() == "4"
 
         until(idle, "four idle nodes")
 

@@ -5,15 +5,12 @@ import os
 import shutil
 import signal
 import subprocess
-from dataclasses import replace
 
 import pytest
 
-from moelab.config import DataConfig
 from moelab.slurm import attempt, queue
-from moelab.slurm.status import log_of, overview
 from moelab.slurm.submission import submissions
-from tests.cluster.conftest import EVERY, STEPS, numbers, told, until
+from tests.cluster.conftest import EVERY, numbers, told, until
 
 pytestmark = pytest.mark.slow
 
@@ -23,8 +20,7 @@ def scontrol(*arguments: str) -> str:
 
 
 def test_time_limit(workplace, spec, undisturbed):
-    (run,) = workplace.submit(spec, halt=[60])
-    pid = workplace.halted(run, 60)
+    run, pid = workplace.halts(spec)
     job = workplace.job(run).id
     scontrol("update", f"JobId={job}", "TimeLimit=1")  # the warning is due a minute before it
     until(lambda: told(pid, signal.SIGUSR1), "the warning")
@@ -33,44 +29,23 @@ def test_time_limit(workplace, spec, undisturbed):
     workplace.until_requeued(run)
     scontrol("update", f"JobId={job}", "TimeLimit=60")
     (first,) = attempt.history(run)
-    assert (first.kind, first.again) == ("stopped", True) and first.checkpoint >= 60, (
-        "a checkpoint of the step it was stopped at"
-    )
-    workplace.until_over(run)
-    assert numbers(run) == numbers(undisturbed)
+    assert (first.kind, first.again) == ("stopped", True)
+    assert first.checkpoint >= 60, "a checkpoint of the step it was stopped at"
+    assert workplace.numbers(run) == numbers(undisturbed)
 
 
 def test_preemption(workplace, spec, undisturbed):
-    (run,) = workplace.submit(spec, halt=[60])
-    workplace.halted(run, 60)
+    run, _ = workplace.halts(spec)
     node = workplace.job(run).node
-    subprocess.run(
-        ["sbatch", "-p", "urgent", "-w", node, "--exclusive", "-o", "/dev/null", "--wrap", "sleep 3"],
-        check=True,
-        capture_output=True,
-    )
+    urgent = ("-p", "urgent", "-w", node, "--exclusive", "-o", "/dev/null", "--wrap", "sleep 3")
+    subprocess.run(["sbatch", *urgent], check=True, capture_output=True)
     workplace.until_requeued(run)
-    workplace.until_over(run)
-    assert numbers(run) == numbers(undisturbed)
-
-
-def test_requeue_by_hand(workplace, spec, undisturbed):
-    (run,) = workplace.submit(spec, halt=[60])
-    workplace.halted(run, 60)
-    job = workplace.job(run).id
-    scontrol("requeuehold", job)  # held, so that there is time to look
-    until(lambda: run.status.state == "stopped" and attempt.newest_checkpoint(run) >= 60, "the checkpoint")
-    assert overview([spec.id]).rows[0].state == "waiting"
-    assert f"step 60 of {STEPS}  loss " in log_of(spec.id).read_text()
-    scontrol("release", job)
-    workplace.until_over(run)
-    assert numbers(run) == numbers(undisturbed)
+    assert workplace.numbers(run) == numbers(undisturbed)
 
 
 def test_submitits_own_signal(workplace, spec, undisturbed):
     """The checkpoint of the callable, and submitit's requeue."""
-    (run,) = workplace.submit(spec, halt=[60])
-    pid = workplace.halted(run, 60)
+    run, pid = workplace.halts(spec)
     job = workplace.job(run).id
     subprocess.run(["scancel", "--batch", "--signal=USR2", job], check=True)
     until(lambda: told(pid, signal.SIGUSR1), "the driver to ask its rank to stop")
@@ -83,17 +58,12 @@ def test_submitits_own_signal(workplace, spec, undisturbed):
 
 
 def test_a_killed_task(workplace, spec, undisturbed):
-    (run,) = workplace.submit(spec, halt=[60])
-    pid = workplace.halted(run, 60)
+    run, pid = workplace.halts(spec)
     os.kill(pid, signal.SIGKILL)
     until(lambda: attempt.history(run), "the attempt's record")
     (first,) = attempt.history(run)
-    assert (
-        first.kind == "killed"
-        and "SIGKILL (out of memory?)" in first.reason
-        and first.checkpoint == EVERY
-        and first.again
-    )
+    assert (first.kind, first.checkpoint, first.again) == ("killed", EVERY, True)
+    assert "SIGKILL (out of memory?)" in first.reason
     workplace.until_over(run)
     assert first.node and workplace.job(run).node != first.node, "requeued without the node that killed it"
     assert numbers(run) == numbers(undisturbed)
@@ -102,14 +72,12 @@ def test_a_killed_task(workplace, spec, undisturbed):
 def test_a_full_disk(workplace, spec, undisturbed):
     runs = workplace.home / "runs"
     runs.mkdir()
-    small = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=24M", "none", str(runs)], capture_output=True, text=True
-    )
+    mount = ["mount", "-t", "tmpfs", "-o", "size=24M", "none", str(runs)]
+    small = subprocess.run(mount, capture_output=True, text=True)
     if small.returncode:
         pytest.skip(f"a small file system needs mount: {small.stderr.strip()}")
     try:
-        (run,) = workplace.submit(spec, halt=[60])
-        pid = workplace.halted(run, 60)
+        run, pid = workplace.halts(spec)
         ballast = runs / "ballast"
         with open(ballast, "wb") as file:
             file.write(b"\0" * (shutil.disk_usage(runs).free - 500_000))
@@ -118,28 +86,16 @@ def test_a_full_disk(workplace, spec, undisturbed):
         ballast.unlink()
         (first,) = attempt.history(run)
         assert first.kind == "failed" and "make room" in first.reason and first.checkpoint == EVERY and first.again
-        workplace.until_over(run)
-        assert numbers(run) == numbers(undisturbed)
+        assert workplace.numbers(run) == numbers(undisturbed)
     finally:
         workplace.until_over(run)
         subprocess.run(["umount", str(runs)], check=True)
 
 
-def test_failing_twice_the_same_way_ends_it_and_says_why(workplace, spec, tmp_path):
-    bad = replace(spec, data=DataConfig(corpus=f"folder:{tmp_path}/nothing", tokenizer="bpe-300", context=32))
-    (run,) = workplace.submit(bad)
-    workplace.until_over(run)
-    assert [a.kind for a in attempt.history(run)] == ["failed", "failed"]
-    (row,) = overview([bad.id]).rows
-    assert row.state == "failed" and row.reason.startswith("failed twice the same way: ") and "nothing" in row.reason
-
-
 def test_cancelled_runs_keep_a_checkpoint_and_go_on_when_submitted_again(workplace, spec, undisturbed):
-    (run,) = workplace.submit(spec, halt=[60])
-    workplace.halted(run, 60)
+    run, _ = workplace.halts(spec)
     queue.cancel([workplace.job(run).id])
     workplace.until_over(run)
     assert run.status.state == "stopped" and attempt.newest_checkpoint(run) >= 60
     workplace.submit(spec)
-    workplace.until_over(run)
-    assert numbers(run) == numbers(undisturbed)
+    assert workplace.numbers(run) == numbers(undisturbed)

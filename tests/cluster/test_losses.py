@@ -18,31 +18,25 @@ from tests.cluster.conftest import EVERY, numbers, processes, until
 pytestmark = pytest.mark.slow
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
-def test_a_rank_that_hangs_is_named_and_the_run_goes_on(workplace, spec, tmp_path, ranks):
+def test_a_rank_that_hangs_is_named_and_the_run_goes_on(workplace, spec, tmp_path):
     """A halted process gives no sign of life; the others would wait for it until their collective gives up, after minutes."""
-    wide = replace(
-        spec, parallel=ParallelConfig(data=2, expert=2, gpus_per_node=1), train=replace(spec.train, micro_batch=2)
-    )
-    chosen = wide if ranks == 2 else spec
-    alone = RunStore(tmp_path / "local").run(chosen)
+    layout = ParallelConfig(data=2, expert=2, gpus_per_node=1)
+    wide = replace(spec, parallel=layout, train=replace(spec.train, micro_batch=2))
+    alone = RunStore(tmp_path / "local").run(wide)
     assert supervise(alone) == FINISHED
-    (run,) = workplace.submit(
-        chosen, halt=[60], environment=("OMP_NUM_THREADS=1", "MOELAB_HANG_S=12", "MOELAB_DEATH_S=6")
-    )
-    workplace.halted(run, 60)
+    patience = ("OMP_NUM_THREADS=1", "MOELAB_HANG_S=12", "MOELAB_DEATH_S=6")
+    run, _ = workplace.halts(wide, environment=patience)
     until(lambda: attempt.history(run), "the attempt's record")
     (first,) = attempt.history(run)
     assert first.kind == "killed" and first.again and first.checkpoint == EVERY
-    assert first.reason.startswith(f"rank 0 of {ranks} on node") and "hangs: no sign of life for 12 s" in first.reason
+    assert first.reason.startswith("rank 0 of 2 on node") and "hangs: no sign of life for 12 s" in first.reason
     workplace.until_over(run)
     assert first.node.startswith("node") and first.node not in workplace.job(run).node
     assert numbers(run) == numbers(alone)
 
 
 def test_a_lost_node(workplace, spec, undisturbed):
-    (run,) = workplace.submit(spec, halt=[60])
-    workplace.halted(run, 60)
+    run, _ = workplace.halts(spec)
     job = workplace.job(run)
     for pid in [workplace.pid(f"slurmd.{job.node}"), *processes(job.id, workplace.cluster)]:
         os.kill(pid, signal.SIGKILL)
@@ -50,14 +44,12 @@ def test_a_lost_node(workplace, spec, undisturbed):
         until(lambda: workplace.job(run).node not in (job.node, ""), "another node")
     finally:
         workplace.start(job.node)
-    workplace.until_over(run)
-    assert numbers(run) == numbers(undisturbed)
+    assert workplace.numbers(run) == numbers(undisturbed)
     workplace.until_idle()
 
 
 def test_the_controller_restarts(workplace, spec, undisturbed):
-    (run,) = workplace.submit(spec, halt=[60])
-    pid = workplace.halted(run, 60)
+    run, pid = workplace.halts(spec)
     try:
         controller = workplace.pid("slurmctld")
         os.kill(controller, signal.SIGTERM)
@@ -70,5 +62,4 @@ def test_the_controller_restarts(workplace, spec, undisturbed):
         workplace.start("slurmctld")
     until(lambda: not overview([spec.id]).trouble, "the controller")
     os.kill(pid, signal.SIGCONT)
-    workplace.until_over(run)
-    assert numbers(run) == numbers(undisturbed)
+    assert workplace.numbers(run) == numbers(undisturbed)

@@ -14,6 +14,15 @@ from types import SimpleNamespace
 
 import nbformat
 import pytest
+import typer
+from typer.testing import CliRunner
+
+from moelab import data
+from moelab.cli import app
+from moelab.experiments import experiment
+from moelab.lab import Lab
+from moelab.runs.collection import Runs
+from moelab.runs.store import Run
 
 ROOT = Path(__file__).resolve().parents[2]
 EXAMPLES = ROOT / "docs" / "examples"
@@ -26,8 +35,6 @@ def test_an_experiment_takes_less_than_sixty_lines():
 
 
 def test_the_arms_of_the_page_are_understood():
-    from moelab.experiments import experiment
-
     (code,) = re.findall(r"```python\n( +ARMS = .*?)```", (EXAMPLES.parent / "extend.md").read_text(), re.S)
     names: dict = {}
     exec(textwrap.dedent(code), names)
@@ -44,16 +51,10 @@ def test_the_example_runs_and_is_published(tmp_path):
     shutil.copy(ROOT / "pyproject.toml", tmp_path)
     shutil.copy(EXAMPLES / "balance_loss.py", tmp_path / "moelab" / "experiments")
     shutil.copy(EXAMPLES / "30_balance_loss.ipynb", tmp_path / "notebooks")
-    environment = {
-        **os.environ,
-        "PYTHONPATH": str(tmp_path),
-        "MOELAB_HOME": str(tmp_path / "home"),
-        "MOELAB_RESULTS": str(tmp_path / "results"),
-    }
-    done = subprocess.run(
-        [sys.executable, "-m", "moelab.cli", "run", "balance-loss", "--scale", "smoke", "-p", "seeds=2"],
-        capture_output=True, text=True, env=environment, cwd=tmp_path,
-    )  # fmt: skip
+    places = {"PYTHONPATH": tmp_path, "MOELAB_HOME": tmp_path / "home", "MOELAB_RESULTS": tmp_path / "results"}
+    environment = {**os.environ, **{name: str(place) for name, place in places.items()}}
+    command = [sys.executable, "-m", "moelab.cli", "run", "balance-loss", "--scale", "smoke", "-p", "seeds=2"]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
     (summary,) = (tmp_path / "home" / "results" / "balance-loss" / "smoke").glob("*/summary.json")
     published = json.loads(summary.read_text())
@@ -62,50 +63,46 @@ def test_the_example_runs_and_is_published(tmp_path):
     assert "How much balance the gate needs" in (tmp_path / "home" / "pages" / "index.html").read_text()
 
 
-ROUTER_RULE = """
+# What the four changes of extend.md have in common: a small model, and what proves that the copy is what runs.
+BEFORE = """
+import math
+from dataclasses import replace
+from pathlib import Path
 import torch
 from torch.nn import functional as F
-from moelab.config import ModelConfig, RoutingConfig
+from moelab import kernels, simulate
+from moelab.config import DecoderConfig, ExpertConfig, ModelConfig, ParallelConfig, RoutingConfig, from_json, to_json
+from moelab.engine.checkpoint import hf
+from moelab.inference import Generator, Sampling, set_mode
 from moelab.models import build, routing
 
-assert routing.__file__.startswith({root!r}), routing.__file__
+assert all(module.__file__.startswith({root!r}) for module in (kernels, routing, simulate))
+sizes = dict(layers=2, hidden=16, heads=2, experts=(0, 4), top_k=2, vocab=32, context=16, init_std=0.2)
+tokens, x = torch.arange(16)[None], torch.randn(9, 16)
+def learn(config):
+    model = build(config, 0)
+    output = model(tokens, targets_BT=tokens)
+    (output.loss + output.routing_loss()).backward()
+    return model, float(output.routing_loss().detach())
+"""
+
+ROUTER_RULE = """
 rule = RoutingConfig(scores="sqrt_softplus", drop_tokens=False, balance_rate=0.01)
-model = build(ModelConfig(layers=2, hidden=16, heads=2, experts=(0, 6), top_k=2, vocab=32, context=16, routing=rule), 0)
-tokens = torch.arange(16)[None]
-output = model(tokens, targets_BT=tokens)
-(output.loss + output.routing_loss()).backward()
-router = model.blocks[1].ffn.router
+router = learn(ModelConfig(**sizes, routing=rule))[0].blocks[1].ffn.router
 assert router.weight.grad.abs().sum() > 0
-x = torch.randn(9, 16)
-scores = F.softplus(F.linear(x, router.weight)).sqrt()
+scores, found = F.softplus(F.linear(x, router.weight)).sqrt(), router(x)
 chosen = scores.topk(2).indices
-found = router(x)
 assert torch.equal(found.expert_SK.long(), chosen)
 weight = scores.gather(1, chosen)
 torch.testing.assert_close(found.weight_SK, weight / weight.sum(1, keepdim=True))
 """
 
-
 LOSS_TERM = """
-from dataclasses import replace
-import torch
-from torch.nn import functional as F
-from moelab.config import ModelConfig, RoutingConfig
-from moelab.models import build, routing
-
-assert routing.__file__.startswith({root!r}), routing.__file__
 rule = RoutingConfig(importance_loss=0.5, drop_tokens=False)
-config = ModelConfig(layers=2, hidden=16, heads=2, experts=(0, 6), top_k=2, vocab=32, context=16, init_std=0.2, routing=rule)
-model, plain = build(config, 0), build(replace(config, routing=replace(rule, importance_loss=0.0)), 0)
-tokens, losses = torch.arange(16)[None], []
-for made in (model, plain):
-    output = made(tokens, targets_BT=tokens)
-    losses.append(float(output.routing_loss().detach()))
-    (output.loss + output.routing_loss()).backward()
-assert losses[0] > losses[1]
+rules = (rule, replace(rule, importance_loss=0.0))
+(model, loss), (plain, least) = (learn(ModelConfig(**sizes, routing=one)) for one in rules)
 router, other = (made.blocks[1].ffn.router for made in (model, plain))
-assert not torch.equal(router.weight.grad, other.weight.grad)
-x = torch.randn(9, 16)
+assert loss > least and not torch.equal(router.weight.grad, other.weight.grad)
 sums_E, found = F.linear(x, router.weight).softmax(1).sum(0), router(x)
 expected = 0.01 * found.aux_loss + 0.5 * sums_E.var(correction=0) / sums_E.mean() ** 2
 torch.testing.assert_close(found.loss, expected)
@@ -118,57 +115,29 @@ else:
 """
 
 ACTIVATION = """
-import torch
-from moelab import kernels
-from moelab.config import DecoderConfig, ModelConfig, RoutingConfig, from_json, to_json
-from moelab.inference import Generator, Sampling, set_mode
-from moelab.models import build
-
-assert kernels.__file__.startswith({root!r}), kernels.__file__
-sizes = dict(layers=2, hidden=16, heads=2, experts=(0, 4), top_k=2, vocab=32, context=16, init_std=0.2)
 sizes["routing"] = RoutingConfig(drop_tokens=False)
-model = build(ModelConfig(**sizes, decoder=DecoderConfig(feed_forward="relu2")), 0)
-assert from_json(ModelConfig, to_json(model.config)) == model.config
-tokens = torch.arange(16)[None]
-model(tokens, targets_BT=tokens).loss.backward()
+config, plain = ModelConfig(**sizes, decoder=DecoderConfig(feed_forward="relu2")), ModelConfig(**sizes)
+assert from_json(ModelConfig, to_json(config)) == config
+model, _ = learn(config)
 dense, experts = model.blocks[0].ffn, model.blocks[1].ffn.experts
 assert dense.up.weight.grad.any() and experts.up.grad.any()
-x = torch.randn(9, 16)
 torch.testing.assert_close(dense(x), dense.down(dense.up(x).relu() ** 2))
 one = ((x @ experts.up[2] + experts.up_bias[2]).relu() ** 2) @ experts.down[2] + experts.down_bias[2]
 torch.testing.assert_close(experts(x, torch.tensor([0, 0, 0, 9, 9], dtype=torch.int32)), one)
-plain = ModelConfig(**sizes)
-assert model.config.parameters() == sum(p.numel() for p in model.parameters()) == plain.parameters()
-assert model.config.flops_per_token() == plain.flops_per_token()
+assert config.parameters() == sum(p.numel() for p in model.parameters()) == plain.parameters()
+assert config.flops_per_token() == plain.flops_per_token()
 for mode in ("optimised", "baseline"):
-    Generator(set_mode(build(model.config, 0), mode)).generate([[1, 2]], Sampling(max_new_tokens=3, temperature=0))
+    Generator(set_mode(build(config, 0), mode)).generate([[1, 2]], Sampling(max_new_tokens=3, temperature=0))
 """
 
 EXPERT_KIND = """
-import math
-from dataclasses import replace
-from pathlib import Path
-import torch
-import torch.nn.functional as F
-from moelab import simulate
-from moelab.config import DecoderConfig, ExpertConfig, ModelConfig, ParallelConfig, RoutingConfig, feed_forward, from_json, to_json
-from moelab.engine.checkpoint import hf
-from moelab.inference import Generator, Sampling, set_mode
-from moelab.models import build
-
-assert feed_forward.__file__.startswith({root!r}), feed_forward.__file__
-kind = ExpertConfig(ffn=32, feed_forward="swiglu")
-config = ModelConfig(
-    layers=2, hidden=16, heads=2, experts=(0, 4), top_k=2, vocab=32, context=16, init_std=0.2, expert=kind,
-    routing=RoutingConfig(drop_tokens=False),
-)
+kind, rule = ExpertConfig(ffn=32, feed_forward="swiglu"), RoutingConfig(drop_tokens=False)
+config = ModelConfig(**sizes, expert=kind, routing=rule)
 assert from_json(ModelConfig, to_json(config)) == config
-model, tokens = build(config, 0), torch.arange(16)[None]
+model, _ = learn(config)
 assert config.parameters() == sum(p.numel() for p in model.parameters())
-model(tokens, targets_BT=tokens).loss.backward()
 dense, experts = model.blocks[0].ffn, model.blocks[1].ffn.experts
 assert dense.up.weight.shape == (64, 16) and experts.up.shape == (4, 16, 2, 32) and experts.up.grad.any()
-x = torch.randn(9, 16)
 torch.testing.assert_close(dense(x), dense.down(F.gelu(dense.up(x), approximate="tanh")))
 gate, up = (x @ experts.up[2, :, i] + experts.up_bias[2, i] for i in (0, 1))
 one = (F.silu(gate) * up) @ experts.down[2] + experts.down_bias[2]
@@ -177,16 +146,14 @@ plain, more = replace(config, expert=ExpertConfig(ffn=32)), 16 * 32
 assert config.flops_per_token() - plain.flops_per_token() == 3 * 2 * 2 * more  # K experts' third matrix
 memory = [simulate.decode(c, ParallelConfig(data=2), "a100").memory_gib["experts"] * 2**30 for c in (config, plain)]
 assert math.isclose(memory[0] - memory[1], 2 * 2 * (more + 32))  # two experts a GPU, fp16
-found = []
-for mode in ("baseline", "optimised"):
-    made = set_mode(build(config, 0), mode)
-    found.append(Generator(made).generate([[1, 2]], Sampling(max_new_tokens=5, temperature=0)))
+made = (Generator(set_mode(build(config, 0), mode)) for mode in ("baseline", "optimised"))
+found = [one.generate([[1, 2]], Sampling(max_new_tokens=5, temperature=0)) for one in made]
 assert found[0] == found[1]
 hf.export(build(config, 0), Path("exported"))
-again = hf.load(Path("exported"))
-for ours, theirs in zip(build(config, 0).parameters(), again.parameters(), strict=True):
+for ours, theirs in zip(build(config, 0).parameters(), hf.load(Path("exported")).parameters(), strict=True):
     assert torch.equal(ours, theirs)
-modern = replace(config, decoder=DecoderConfig.modern(), experts=(4, 4), expert=ExpertConfig(), routing=replace(config.routing, aux_choices="all"))
+rule = replace(rule, aux_choices="all")
+modern = replace(config, decoder=DecoderConfig.modern(), experts=(4, 4), expert=ExpertConfig(), routing=rule)
 assert hf.suitable_format(modern) == "mixtral"
 assert hf.suitable_format(replace(modern, expert=replace(kind, ffn=0, feed_forward="gelu"))) == "moelab"
 """
@@ -222,7 +189,7 @@ def test_the_changes_of_the_page_work(heading, script, files, lines, tmp_path):
         count += sum(x.startswith(("+", "-")) for x in kept)
     assert (changed, count) == (files, lines)
     environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
-    command = [sys.executable, "-c", script.format(root=str(tmp_path))]
+    command = [sys.executable, "-c", BEFORE.format(root=str(tmp_path)) + script]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
 
@@ -247,15 +214,12 @@ def test_links_lead_to_files_and_headings():
                 assert anchor in anchors(target), f"{page.name}: {link}"
 
 
-def test_files_that_the_architecture_page_names_exist():
+def test_files_that_the_architecture_page_names_exist_and_the_index_has_every_page():
     text = (ROOT / "docs" / "architecture.md").read_text()
     named = {name for name in re.findall(r"`([\w./]+)`", text) if "/" in name}
     assert len(named) > 30
     for name in named:
         assert (ROOT / name).exists() or (ROOT / "moelab" / name).exists() or name.startswith("."), name
-
-
-def test_the_index_has_every_page():
     index = (ROOT / "docs" / "README.md").read_text()
     for page in (ROOT / "docs").rglob("*.md"):
         name = page.relative_to(ROOT / "docs").as_posix()
@@ -269,10 +233,6 @@ def test_prose_keeps_to_120_characters():
 
 
 def test_the_page_of_commands_has_every_command_and_no_other():
-    import typer
-
-    from moelab.cli import app
-
     def names(command, prefix: str) -> set[str]:
         subcommands = getattr(command, "commands", None)
         if subcommands is None:
@@ -300,11 +260,6 @@ def asked(text: str) -> list[list[str]]:
 @pytest.mark.parametrize("page", ["README.md", "slurm/README.md", *(f"docs/{p.name}" for p in ROOT.glob("docs/*.md"))])
 def test_experiments_and_parameters_of_commands_are_accepted(page, tmp_path, monkeypatch):
     """Dry runs, and for `prepare` what comes before any text is read."""
-    from typer.testing import CliRunner
-
-    from moelab import data
-    from moelab.cli import app
-
     monkeypatch.setenv("MOELAB_HOME", str(tmp_path))
     monkeypatch.setenv("MOELAB_PROFILE", "example")
     prepared = []
@@ -315,11 +270,8 @@ def test_experiments_and_parameters_of_commands_are_accepted(page, tmp_path, mon
 
     monkeypatch.setattr(data, "prepare", prepare)
     for words in asked((ROOT / page).read_text()):
-        if (
-            (words[1].startswith("-") and words[1] != "--all")
-            or words[1] == "balance-loss"
-            or "DIRECTORY" in str(words)
-        ):
+        unnamed = words[1].startswith("-") and words[1] != "--all"
+        if unnamed or words[1] == "balance-loss" or "DIRECTORY" in str(words):
             continue  # no experiment of this checkout, or no model
         dry = [] if words[0] == "prepare" or "--dry-run" in words else ["--dry-run"]
         done = CliRunner().invoke(app, [*words, *dry])
@@ -330,9 +282,8 @@ def test_experiments_and_parameters_of_commands_are_accepted(page, tmp_path, mon
 
 def test_installing_is_a_target_of_the_makefile_as_the_pages_say():
     def commands(*target: str) -> str:
-        return subprocess.run(
-            ["make", "--dry-run", "VENV=nowhere", *target], capture_output=True, text=True, cwd=ROOT, check=True
-        ).stdout
+        command = ["make", "--dry-run", "VENV=nowhere", *target]
+        return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=True).stdout
 
     assert "pip install" in commands("install") and "moelab run" not in commands("install")
     assert commands() == commands("reproduce") and "moelab run pr-moe --scale quick" in commands()
@@ -343,10 +294,6 @@ def test_installing_is_a_target_of_the_makefile_as_the_pages_say():
 @pytest.mark.parametrize("page", ["explore.md", "browse.md"])
 def test_code_of_the_pages_runs(page, tmp_path, monkeypatch):
     """All of it but the trainings, which are asked for and not made."""
-    from moelab.lab import Lab
-    from moelab.runs.collection import Runs
-    from moelab.runs.store import Run
-
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("MPLBACKEND", "Agg")
     asked, prompts = [], []
@@ -389,9 +336,8 @@ def test_the_documentation_is_a_site_with_reference_and_search_that_asks_for_not
 
 
 def test_the_reference_has_all_modules():
-    found = subprocess.run(
-        [sys.executable, "-c", "import conf; print(*(m for p in conf.packages() for m in conf.modules(p)))"],
-        capture_output=True, text=True, cwd=ROOT / "docs",
-    ).stdout.split()  # fmt: skip
+    code = "import conf; print(*(m for p in conf.packages() for m in conf.modules(p)))"
+    command = [sys.executable, "-c", code]
+    found = subprocess.run(command, capture_output=True, text=True, cwd=ROOT / "docs").stdout.split()
     wanted = {"moelab.config", "moelab.kernels.gating", "moelab.engine.exchange", "moelab.engine.checkpoint.hf"}
     assert {*wanted, "moelab.report.site.pages", "moelab.lab"} <= set(found) and len(found) == len(set(found))

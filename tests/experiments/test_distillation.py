@@ -9,19 +9,17 @@ from moelab.design import verdicts as claims
 from moelab.experiments import distillation
 from tests.experiments.helpers import final
 
+STUDENTS = ("L21 alone", "L21 + KD", "L21 + staged KD")
+
 
 def curves(losses, tokens=(0, 100, 200, 300)):
-    rows = [
-        {"arm": arm, "seed": seed, "tokens": t, "loss": loss}
-        for (arm, seed), values in losses.items()
-        for t, loss in zip(tokens, values, strict=True)
-    ]
-    return pd.DataFrame(rows)
+    rows = [(arm, 0, *at) for arm, values in losses.items() for at in zip(tokens, values, strict=True)]
+    return pd.DataFrame(rows, columns=["arm", "seed", "tokens", "loss"])
 
 
 def test_students_at_full_read_what_their_teacher_has_read_once():
     specs = {s.label: s for s in rates.at_own(distillation.EXPERIMENT.specs("full", base="1.3B"))}
-    teacher, alone, taught, staged = (specs[a] for a in ("Teacher", "L21 alone", "L21 + KD", "L21 + staged KD"))
+    teacher, alone, taught, staged = (specs[arm] for arm in ("Teacher", *STUDENTS))
     assert set(specs) == {s.label for s in (teacher, alone, taught, staged)}
     assert {s.data.part for s in specs.values()} == {"whole"} and taught.teacher.id == teacher.id
     assert staged.start.run.id == taught.id and staged.start.tokens == 0.7 * staged.train.tokens
@@ -39,46 +37,42 @@ def test_the_papers_students_are_taught_as_published():
 
 def test_students_read_the_half_that_their_teacher_has_not_read():
     specs = {spec.label: spec for spec in distillation.EXPERIMENT.specs("cpu")}
-    teacher, alone, taught, staged = (specs[a] for a in ("Teacher", "L21 alone", "L21 + KD", "L21 + staged KD"))
+    teacher, alone, taught, staged = (specs[arm] for arm in ("Teacher", *STUDENTS))
     assert teacher.data.part == "even blocks" and {s.data.part for s in (alone, taught, staged)} == {"odd blocks"}
     assert taught.teacher.id == teacher.id and staged.teacher is None
-    assert staged.start.run.id == taught.id and staged.start.tokens == pytest.approx(
-        0.7 * staged.train.tokens, rel=1e-3
-    )
-    assert staged.start.tokens in taught.train.keep_at
+    assert staged.start.run.id == taught.id and staged.start.tokens in taught.train.keep_at
+    assert staged.start.tokens == pytest.approx(0.7 * staged.train.tokens, rel=1e-3)
     longer = specs["L21 alone, equal cost"]
     assert longer.cost == pytest.approx(taught.cost, rel=1e-3) and longer.train.tokens > alone.train.tokens
 
 
 def test_distillation_early_is_the_mean_of_the_first_half():
-    lines = curves(
-        {("L21 alone", 0): (9, 6, 5, 4), ("L21 + KD", 0): (9, 5, 5, 5), ("L21 + staged KD", 0): (9, 5, 4, 3)}
-    )
+    lines = curves(dict(zip(STUDENTS, ((9, 6, 5, 4), (9, 5, 5, 5), (9, 5, 4, 3)), strict=True)))
     assert distillation.early(lines).set_index("arm")["gap"].to_dict() == {"L21 + KD": -1, "L21 + staged KD": -1}
     assert distillation.early(lines, 0.7).set_index("arm")["gap"].to_dict() == {"L21 + KD": -0.5, "L21 + staged KD": -1}
-    longer = curves({("L21 alone, equal cost", 0): (9, 6, 5, 4, 3, 2, 1)}, range(0, 700, 100))
+    longer = curves({"L21 alone, equal cost": (9, 6, 5, 4, 3, 2, 1)}, range(0, 700, 100))
     both = pd.concat([lines, longer])
     assert distillation.early(both).equals(distillation.early(lines))
     falls = distillation.late_training(both, pd.DataFrame(), until=1).iloc[0]
-    assert set(falls.index) == {"L21 alone", "L21 alone, equal cost", "L21 + KD", "L21 + staged KD"}
+    assert set(falls.index) == {*STUDENTS, "L21 alone, equal cost"}
 
 
 def test_distillation_late_is_before_the_decay():
     assert distillation.decay_begins(distillation.EXPERIMENT.specs("cpu")) == pytest.approx(0.8, abs=0.001)
     assert distillation.decay_begins(distillation.EXPERIMENT.specs("paper")) == 1
-    lines = curves({("L21 alone", 0): (9, 8, 7, 6, 5.5, 3)}, range(0, 600, 100))
-    fall = distillation.late_training(lines, pd.DataFrame(), until=0.75).iloc[0]
-    assert fall["L21 alone"] == 0  # one evaluation, at 60 % of the tokens
-    assert distillation.late_training(lines, pd.DataFrame(), until=0.81).iloc[0]["L21 alone"] == 0
-    lines = curves({("L21 alone", 0): range(20, -1, -1)}, range(0, 2100, 100))
-    assert distillation.late_training(lines, pd.DataFrame(), until=0.8).iloc[0]["L21 alone"] == 3
+
+    def fall(losses, until):
+        lines = curves({"L21 alone": losses}, range(0, 100 * len(losses), 100))
+        return distillation.late_training(lines, pd.DataFrame(), until=until).iloc[0]["L21 alone"]
+
+    few = (9, 8, 7, 6, 5.5, 3)  # one evaluation, at 60 % of the tokens
+    assert fall(few, 0.75) == fall(few, 0.81) == 0 and fall(range(20, -1, -1), 0.8) == 3
 
 
 def test_a_student_is_held_against_its_teacher_only_where_the_teacher_is_the_better_model():
     def judged(alone):
         losses = {"Teacher": [5.0, 5.001, 5.0], "L21 alone": alone, "L21 + staged KD": [5.001, 5.0, 5.0]}
-        curves = pd.DataFrame(columns=["arm", "seed", "tokens", "loss"])
-        return {v.claim: v.verdict for v in distillation.verdicts(final(losses), curves, "cpu")}
+        return {v.claim: v.verdict for v in distillation.verdicts(final(losses), curves({}), "cpu")}
 
     found = judged([5.2, 5.21, 5.2])
     assert found["student-alone-behind-teacher"] == claims.REPRODUCED
@@ -90,8 +84,7 @@ def test_a_student_is_held_against_its_teacher_only_where_the_teacher_is_the_bet
 
 def test_a_verdict_on_teacher_and_student_says_that_they_read_different_halves():
     losses = {"Teacher": [5.0, 5.1], "L21 alone": [5.2, 5.3], "L21 + KD": [5.1, 5.2], "L21 + staged KD": [5.0, 5.1]}
-    curves = pd.DataFrame(columns=["arm", "seed", "tokens", "loss"])
     with_teacher = {"student-alone-behind-teacher", "staged-kd-matches-teacher-350m"}
     for scale, expected in (("cpu", with_teacher), ("paper", set())):
-        judged = distillation.verdicts(final(losses), curves, scale)
+        judged = distillation.verdicts(final(losses), curves({}), scale)
         assert {v.claim for v in judged if "read different halves of the text" in v.note} == expected

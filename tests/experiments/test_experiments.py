@@ -15,24 +15,15 @@ from moelab.design import verdicts as claims
 from moelab.evaluation import routing
 from moelab.experiments import (
     EXPERIMENTS,
-    capacity,
     decoding,
-    distillation,
-    expert_count,
-    half_moe,
     inference_large,
     inference_scaling,
-    learning_rate,
     model_variants_latency,
     moe_vs_dense_inference,
-    pr_moe,
-    scaling,
     seeds,
     specialisation,
     throughput,
     top2_vs_residual,
-    upcycling,
-    zero_shot,
 )
 from moelab.runs.collection import Runs
 from moelab.runs.dry_run import paper_rate, planned_runs, state_bytes
@@ -43,34 +34,45 @@ from moelab.training.balance import random_max_violation
 from moelab.training.schedule import learning_rate as learning_rate_at
 from tests.experiments.helpers import final
 
-SCALED = [(e.name, scale) for e in EXPERIMENTS.values() if e.arms or e.build for scale in e.scales]
+SAME = [
+    [("pr-moe", "Dense"), ("scaling", "350M"), ("half-moe", "Dense"), ("expert-count", "1 (dense)")],
+    [("pr-moe", "MoE-32"), ("half-moe", "MoE-32"), ("top2-vs-residual", "MoE-32"), ("expert-count", "32")],
+    [("pr-moe", "MoE-128"), ("scaling", "350M+MoE-128"), ("capacity", "drop-free"), ("expert-count", "128")],
+    [("pr-moe", "Residual-MoE-32"), ("top2-vs-residual", "Residual-MoE-32")],
+    [("seeds", "MoE-128"), ("specialisation", "MoE-128")],
+]
+BUDGETS = [("pr-moe", "Dense, 4.1 M tokens"), ("scaling", "350M, 4.1 M tokens")]
+TEACHERS = [("pr-moe", "PR-MoE-32/64"), ("distillation", "Teacher")]  # with less text, a teacher reads half of it
 
 
-@pytest.mark.parametrize(("name", "scale"), SCALED)
-def test_every_experiment_has_specs_at_each_of_its_scales(name, scale):
-    experiment = EXPERIMENTS[name]
-    specs = experiment.specs(scale, 2)
-    assert specs and {spec.train.seed % 100 for spec in specs} == {0, 1}
-    for spec in specs:
-        assert spec.label and (spec.train.device == "cuda") == (scale in ("gpu", "paper"))
-        assert spec.train.tokens >= 1_000_000 or scale == "smoke" or name == "start" or spec.label in upcycling.SHORTER
-    with pytest.raises(ValueError, match=f"{name}: no scale 'huge'"):
-        experiment.specs("huge")
+def equal_arms_are_one_run(scale):
+    for arms in (*SAME, BUDGETS if scale == "cpu" else TEACHERS):
+        named = [(EXPERIMENTS[name], arm) for name, arm in arms if scale in EXPERIMENTS[name].scales]
+        ids = [{rates.arm(s.label): s.id for s in chosen.specs(scale, 1, arms=[arm])}[arm] for chosen, arm in named]
+        assert len(set(ids)) <= 1, arms
 
 
-def test_equal_arms_of_experiments_are_one_run():
-    def ids(module, *arms):
-        return [spec.id for spec in module.EXPERIMENT.specs("cpu", 1, arms=arms) if spec.label in arms]
-
-    assert ids(pr_moe, "Dense") == ids(scaling, "350M") == ids(half_moe, "Dense") == ids(expert_count, "1 (dense)")
-    assert (
-        ids(pr_moe, "MoE-32") == ids(half_moe, "MoE-32") == ids(top2_vs_residual, "MoE-32") == ids(expert_count, "32")
-    )
-    assert ids(pr_moe, "MoE-128") == ids(scaling, "350M+MoE-128") == ids(capacity, "drop-free")
-    assert ids(pr_moe, "MoE-128") == ids(expert_count, "128")
-    assert ids(pr_moe, "Residual-MoE-32") == ids(top2_vs_residual, "Residual-MoE-32")
-    assert ids(seeds, "MoE-128") == [s.id for s in specialisation.EXPERIMENT.specs("cpu")]
-    assert ids(pr_moe, "Dense, 4.1 M tokens") == ids(scaling, "350M, 4.1 M tokens") != []
+def test_equal_arms_of_experiments_are_one_run_and_at_full_every_arm_has_both_rates(monkeypatch):
+    equal_arms_are_one_run("cpu")
+    equal_arms_are_one_run("full")
+    names = ("scaling", "half-moe", "top2-vs-residual", "pr-moe", "distillation")
+    every = [EXPERIMENTS[name].specs("full") for name in names]
+    assert all(len(closure(specs)) * 2 >= len(specs) for specs in every)
+    own = dict(zip(settings.FAMILIES, (8e-3, 6e-3, 3e-3, 2e-3), strict=True))
+    monkeypatch.setitem(settings.FULL_RATES, "350M", settings.Rates(own, 4e-3))
+    equal_arms_are_one_run("full")
+    for name in names:
+        specs = EXPERIMENTS[name].specs("full")
+        at_own = rates.at_own(specs)
+        shared = {rates.arm(s.label): s for s in specs if s not in at_own}
+        assert {s.label for s in at_own} - set(shared) <= {"350M on mix5", "350M+MoE-128 on mix5"}
+        for spec in at_own:
+            model = str(spec.model).removesuffix(" twin")
+            ratio = settings.rate_ratio(model)
+            assert spec.train.lr == pytest.approx(own[settings.family(model)] * ratio, abs=1e-6)
+            if spec.label in shared:
+                other = shared[spec.label]
+                assert other.train.lr == pytest.approx(4e-3 * ratio, abs=1e-6) and other.id != spec.id
 
 
 @pytest.mark.parametrize("run", [s.run for s in paper.all_training_settings()])
@@ -79,12 +81,8 @@ def test_the_paper_scale_is_the_published_settings(run):
     spec = settings.spec(s.model, "paper", published=run)
     train = spec.train
     assert abs(train.steps(spec.data.context) - s.steps) <= 1
-    assert (train.lr, train.min_lr, train.batch_size, train.micro_batch) == (
-        s.lr,
-        s.min_lr,
-        s.batch_seqs,
-        s.micro_batch_seqs,
-    )
+    assert (train.lr, train.min_lr) == (s.lr, s.min_lr)
+    assert (train.batch_size, train.micro_batch) == (s.batch_seqs, s.micro_batch_seqs)
     assert (train.warmup_tokens, train.decay_tokens) == (s.warmup_tokens, s.decay_tokens)
     assert spec.model.parameters() == ModelConfig.parse(s.model).parameters() and spec.model.dropout == s.dropout
     if s.capacity_factor_train:
@@ -107,50 +105,14 @@ def test_full_is_the_papers_ratio_of_tokens_and_its_schedule_in_proportion():
         assert learning_rate_at(train, train.decay_tokens) == pytest.approx(train.min_lr)
         assert spec.model == cpu.model and (train.batch_size, train.micro_batch) == (cpu.train.batch_size, 0)
     assert train.tokens == pytest.approx(101.6e6, rel=1e-3) and train.dtype == "bf16"
-    evaluated = {step * 300 / train.steps(spec.data.context) for step in range(0, 24_811, train.eval_every)}
-    read = {point.tokens_B for point in paper.loss_points() if point.kind == "point"}
-    assert {b for b in read if min(abs(b - e) for e in evaluated) > 0.01} == {295.0}, "validation where Fig 1 was read"
-
-
-def test_a_shorter_run_at_full_keeps_the_shares_of_its_schedule():
     given = {"train.tokens": 4_096_000, "train.lr": 0.01}
     whole, short = (settings.spec("350M", "full", overrides=o).train for o in ({}, given))
     for what in ("warmup_tokens", "decay_tokens"):
         assert getattr(short, what) / short.tokens == pytest.approx(getattr(whole, what) / whole.tokens, rel=1e-3)
     assert short.min_lr == pytest.approx(0.001)
-
-
-def test_at_full_equal_arms_are_one_run_and_every_arm_has_both_rates(monkeypatch):
-    def ids(name, *arms):
-        return {rates.arm(s.label): s.id for s in EXPERIMENTS[name].specs("full", arms=arms)}
-
-    def same(*named):
-        assert len({ids(name, arm)[arm] for name, arm in named}) == 1, named
-
-    def check():
-        same(("pr-moe", "Dense"), ("scaling", "350M"), ("half-moe", "Dense"))
-        same(("pr-moe", "MoE-32"), ("half-moe", "MoE-32"), ("top2-vs-residual", "MoE-32"))
-        same(("pr-moe", "MoE-128"), ("scaling", "350M+MoE-128"))
-        same(("pr-moe", "Residual-MoE-32"), ("top2-vs-residual", "Residual-MoE-32"))
-        same(("pr-moe", "PR-MoE-32/64"), ("distillation", "Teacher"))
-
-    check()
-    names = ("scaling", "half-moe", "top2-vs-residual", "pr-moe", "distillation")
-    assert all(len(closure(EXPERIMENTS[n].specs("full"))) * 2 >= len(EXPERIMENTS[n].specs("full")) for n in names)
-    own = dict(zip(settings.FAMILIES, (8e-3, 6e-3, 3e-3, 2e-3), strict=True))
-    monkeypatch.setitem(settings.FULL_RATES, "350M", settings.Rates(own, 4e-3))
-    check()
-    for name in names:
-        specs = EXPERIMENTS[name].specs("full")
-        at_own = rates.at_own(specs)
-        shared = {rates.arm(s.label): s for s in specs if s not in at_own}
-        assert {s.label for s in at_own} - set(shared) <= {"350M on mix5", "350M+MoE-128 on mix5"}
-        for spec in at_own:
-            model = str(spec.model).removesuffix(" twin")
-            assert spec.train.lr == pytest.approx(own[settings.family(model)] * settings.rate_ratio(model), abs=1e-6)
-            if spec.label in shared:
-                expected = pytest.approx(4e-3 * settings.rate_ratio(model), abs=1e-6)
-                assert shared[spec.label].train.lr == expected and shared[spec.label].id != spec.id
+    evaluated = {step * 300 / train.steps(spec.data.context) for step in range(0, 24_811, train.eval_every)}
+    read = {point.tokens_B for point in paper.loss_points() if point.kind == "point"}
+    assert {b for b in read if min(abs(b - e) for e in evaluated) > 0.01} == {295.0}, "validation where Fig 1 was read"
 
 
 def test_families_by_experts():
@@ -162,14 +124,10 @@ def test_families_by_experts():
 
 def test_balance_at_the_end_of_training(tmp_path, tiny_spec):
     """The mean over seeds of the last row that has statistics; a run that stopped early and a dense one have none."""
+    loads = ({"2": [0, 0, 0, 0, 9]}, {"2": [0, 0, 1, 1, 2], "4": [1] * 5})
     rows = [
-        {"step": 1, "max_violation": 9.0, "balance": {"2": {}}, "load_percentiles": {"2": [0, 0, 0, 0, 9]}},
-        {
-            "step": 2,
-            "max_violation": 1.0,
-            "balance": {"2": {}},
-            "load_percentiles": {"2": [0, 0, 1, 1, 2], "4": [1] * 5},
-        },
+        {"step": step, "max_violation": 9.0, "balance": {"2": {}}, "load_percentiles": load}
+        for step, load in enumerate(loads, start=1)
     ]
     store, made = RunStore(tmp_path), []
     dense = replace(tiny_spec, model=replace(tiny_spec.model, experts=(), residual=False), label="dense")
@@ -184,19 +142,9 @@ def test_balance_at_the_end_of_training(tmp_path, tiny_spec):
     def random(experts):
         return random_max_violation(tokens, experts, tiny_spec.model.top_k)
 
-    table = comparison.balance(Runs(made))
-    assert table.to_dict("records") == [
-        {
-            "arm": "tiny",
-            "max_violation": 1.5,
-            "max_violation, random": pytest.approx((random(2) + random(4)) / 2),
-            "p0": 0.5,
-            "p10": 0.5,
-            "p50": 1,
-            "p90": 1,
-            "p100": 1.5,
-        }
-    ]
+    (found,) = comparison.balance(Runs(made)).to_dict("records")
+    expected = {"max_violation": 1.5, "max_violation, random": pytest.approx((random(2) + random(4)) / 2)}
+    assert found == {"arm": "tiny", **expected, "p0": 0.5, "p10": 0.5, "p50": 1, "p90": 1, "p100": 1.5}
     assert not len(comparison.balance(Runs(made[2:])))
 
 
@@ -219,43 +167,22 @@ def test_losses_where_branches_begin(tmp_path, tiny_spec):
     assert comparison.costs([run.spec for run in made])["training TFLOPs of both"].nunique() == 1
 
 
-@pytest.mark.parametrize(
-    ("call", "part"),
-    [
-        (lambda: half_moe.EXPERIMENT.specs(arms='["Dense"]'), "half-moe: arms cannot be the text"),
-        (lambda: half_moe.EXPERIMENT.specs(overrides="{}"), "half-moe: overrides cannot be the text '{}'; papermill"),
-        (lambda: half_moe.EXPERIMENT.specs(arms=["Third half"]), "half-moe: unknown arm 'Third half'; allowed: Dense"),
-        (lambda: top2_vs_residual.EXPERIMENT.specs(seeds=0), "top2-vs-residual: seeds must be 1 to 1000"),
-        (lambda: zero_shot.EXPERIMENT.specs(first_seed=-1), "zero-shot: first_seed must be 0 to"),
-        (
-            lambda: scaling.EXPERIMENT.specs(overrides={"train.tokens": 5}),
-            "scaling: train: 5 tokens are less than one step",
-        ),
-        (lambda: distillation.EXPERIMENT.specs(base="2B"), "distillation: base must be one of 350M, 1.3B, got '2B'"),
-        (
-            lambda: learning_rate.EXPERIMENT.specs(base="2B"),
-            "learning-rate: base must be one of 350M, 1.3B, 6.7B, got '2B'",
-        ),
-        (lambda: distillation.EXPERIMENT.specs(stop=1.5), "distillation: stop must be a share"),
-        (
-            lambda: pr_moe.EXPERIMENT.specs("cpu", rate="shared"),
-            r"pr-moe: rate must be one of own \(full has shared\) at scale cpu, got 'shared'",
-        ),
-        (
-            lambda: upcycling.EXPERIMENT.specs(upcycle_at=0.9),
-            "upcycling: upcycle_at must be a share of the tokens between",
-        ),
-        (lambda: distillation.EXPERIMENT.specs(arms=["L22"]), "distillation: unknown arm 'L22'"),
-        (
-            lambda: pr_moe.EXPERIMENT.specs(overrides={"parallel.data": 3}),
-            "pr-moe: parallel.data must divide the batch",
-        ),
-    ],
-)
-def test_bad_arguments_are_one_line(call, part):
-    with pytest.raises(ValueError, match=part) as error:
-        call()
-    assert "\n" not in str(error.value)
+def test_bad_arguments_are_one_line():
+    for name, given, part in (
+        ("half-moe", {"arms": '["Dense"]'}, "arms cannot be the text"),
+        ("half-moe", {"overrides": "{}"}, "overrides cannot be the text '{}'; papermill"),
+        ("half-moe", {"arms": ["Third half"]}, "unknown arm 'Third half'; allowed: Dense"),
+        ("top2-vs-residual", {"seeds": 0}, "seeds must be 1 to 1000"),
+        ("zero-shot", {"first_seed": -1}, "first_seed must be 0 to"),
+        ("scaling", {"overrides": {"train.tokens": 5}}, "train: 5 tokens are less than one step"),
+        ("learning-rate", {"base": "2B"}, "base must be one of 350M, 1.3B, 6.7B, got '2B'"),
+        ("distillation", {"stop": 1.5}, "stop must be a share"),
+        ("pr-moe", {"scale": "cpu", "rate": "shared"}, "rate must be one of own (full has shared) at scale cpu, got"),
+        ("upcycling", {"upcycle_at": 0.9}, "upcycle_at must be a share of the tokens between"),
+    ):
+        with pytest.raises(ValueError) as error:
+            EXPERIMENTS[name].specs(**given)
+        assert str(error.value).startswith(f"{name}: {part}") and "\n" not in str(error.value)
 
 
 def test_claims_of_top2():
@@ -319,7 +246,7 @@ def test_pairing_takes_the_common_part_out():
 
 
 def test_a_plan_counts_state_and_hours(tmp_path):
-    specs = [spec for spec in distillation.EXPERIMENT.specs("paper", arms=["L21 + KD"])]
+    specs = EXPERIMENTS["distillation"].specs("paper", arms=["L21 + KD"])
     teacher, student = planned_runs(specs, RunStore(tmp_path))
     assert teacher.spec == specs[0].teacher and teacher.state == "new" and not list(tmp_path.iterdir())
     assert teacher.gpu_hours == pytest.approx(teacher.flops / paper_rate() / 3600) and student.gpu_hours > 0
@@ -327,7 +254,7 @@ def test_a_plan_counts_state_and_hours(tmp_path):
     experts = 12 * 2 * (2 * 2048 * 8192 + 8192 + 2048)  # 128 experts on 64 ranks: two a layer
     shared = ModelConfig.parse("1.3B+MoE-128").parameters() - 64 * experts
     assert state_bytes(one) == 16 * (experts + shared)
-    assert planned_runs(half_moe.EXPERIMENT.specs("cpu"), RunStore(tmp_path))[0].gpu_hours is None
+    assert planned_runs(EXPERIMENTS["half-moe"].specs("cpu"), RunStore(tmp_path))[0].gpu_hours is None
 
 
 def test_summary_and_gaps():
@@ -338,30 +265,17 @@ def test_summary_and_gaps():
     for missing in (("c", "b"), ("c", "d")):  # a selection of the arms: what is there is compared
         assert comparison.difference(table, *missing) == comparison.difference(table, "b", "a")
     assert comparison.difference(final({"a": [2.0]}), "b", "c") == "b and c have no finished pair"
+    for least, most, said in ((3.0, 3.5, "all far below"), (5.9, 6.0, "not far below"), (6.0, 6.2, "not all below")):
+        said_of = comparison.beside_unigram(pd.DataFrame({"validation_loss": [least, most], "unigram_loss": 6.13}))
+        assert said_of.startswith(f"unigram 6.13 nats; arms {least:.2f} to {most:.2f}: {said} it")
 
 
-@pytest.mark.parametrize(
-    ("losses", "said"),
-    [
-        ([3.0, 3.5], "all far below it"),
-        ([5.9, 6.0], "not far below it; these"),
-        ([6.0, 6.2], "not all below it; these"),
-    ],
-)
-def test_losses_are_told_beside_the_unigram_loss_as_they_are(losses, said):
-    found = comparison.beside_unigram(pd.DataFrame({"validation_loss": losses, "unigram_loss": 6.13}))
-    assert found.startswith(f"unigram 6.13 nats; arms {losses[0]:.2f} to {losses[1]:.2f}: {said}")
-
-
-def test_the_measured_twin_is_the_papers_in_small():
+def test_twins_of_the_large_models_keep_what_tells_them_apart():
     for scale in inference_scaling.SHRINK:
         model = {"52B": ModelConfig.parse("1.3B+MoE-128")}
         twin = decoding.twins(model, scale, inference_scaling.SHRINK)["52B"]
         assert twin.is_moe and max(twin.experts) % 4 == 0, "experts spread over 1, 2 and 4 ranks"
         assert twin.parameters() < (2e9 if scale == "gpu" else 100e6), "two copies on one card"
-
-
-def test_twins_of_the_large_models_keep_what_tells_them_apart():
     for module in (inference_large, model_variants_latency, moe_vs_dense_inference):
         for scale in decoding.SHRINK:
             twins = decoding.twins(module.models(), scale)
@@ -379,13 +293,8 @@ def test_what_a_domain_can_tell_is_bounded_by_its_entropy():
     """Two domains, four experts in even use: ln 2 / ln 4. With one expert in use, nothing is left to be told."""
 
     def shares(by_domain):
-        return pd.DataFrame(
-            [
-                {"layer": 2, "seed": 0, "domain": domain, "expert": expert, "share": share}
-                for domain, each in by_domain.items()
-                for expert, share in enumerate(each)
-            ]
-        )
+        rows = [(2, 0, domain, i, share) for domain, each in by_domain.items() for i, share in enumerate(each)]
+        return pd.DataFrame(rows, columns=["layer", "seed", "domain", "expert", "share"])
 
     even = shares({"a": [0.5, 0.5, 0, 0], "b": [0, 0, 0.5, 0.5]})
     assert specialisation.most_by_domain(even).to_dict() == {2: pytest.approx(0.5)}

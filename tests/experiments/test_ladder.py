@@ -25,6 +25,16 @@ def made(widths, better=0.2, noise=0.004):
     return pd.DataFrame(rows, columns=["arm", "width", "seed", "flops", "tokens", "compute", "loss"])
 
 
+@pytest.fixture(scope="module")
+def table():
+    return made((32, 64, 96, 128))
+
+
+@pytest.fixture(scope="module")
+def fits(table):
+    return ladder.fits(table, "cpu")
+
+
 def test_every_family_has_every_width_and_budget():
     assert [(spec.model.hidden, spec.label) for spec in TRUNKS] == [
         (width, f"{arm}, {width} wide") for width in (32, 64, 96) for arm in ("Dense", "PR-MoE", "MoE-128")
@@ -43,11 +53,9 @@ def test_the_rate_falls_as_the_papers_dense_rates_do():
 
 
 @pytest.mark.slow
-def test_laws_never_see_the_larger_width():
-    all_ = made((32, 64, 96, 128))
-    below = all_[all_["width"] < 128]
-    for arm, fitted in ladder.fits(all_, "cpu").items():
-        assert fitted.law == ladder.fits(below, "cpu")[arm].law
+def test_laws_never_see_the_larger_width(table, fits):
+    below = ladder.fits(table[table["width"] < 128], "cpu")
+    assert {arm: fitted.law for arm, fitted in fits.items()} == {arm: fitted.law for arm, fitted in below.items()} != {}
 
 
 def test_leverage_is_the_dense_models_compute_over_the_moes():
@@ -61,29 +69,23 @@ def test_leverage_is_the_dense_models_compute_over_the_moes():
     assert levers["beyond"].any() and not levers["beyond"].all()
 
 
-def test_the_prediction_says_how_far_it_missed():
-    table = made((32, 64, 96, 128))
-    found = ladder.fits(table, "cpu")
-    came = ladder.prediction(table, found, "cpu", 3)
+def test_the_prediction_says_how_far_it_missed(table, fits):
+    came = ladder.prediction(table, fits, "cpu", 3)
     assert len(came) == 3 * 5 and set(came["seeds"]) == {3} and set(came["width"]) == {128}
     assert (came["miss"] == came["measured"] - came["value"]).all() and came["inside"].mean() > 0.7
     off = table.assign(loss=table["loss"] + 0.1 * (table["width"] == 128))
-    assert not ladder.prediction(off, found, "cpu", 3)["inside"].any()
-    before = ladder.prediction(table[table["width"] < 128], found, "cpu", 3)
+    assert not ladder.prediction(off, fits, "cpu", 3)["inside"].any()
+    before = ladder.prediction(table[table["width"] < 128], fits, "cpu", 3)
     assert before["measured"].isna().all() and before["inside"].isna().all()
     assert list(before["value"]) == list(came["value"]) and list(before["low"]) == list(came["low"])
 
 
-@pytest.mark.slow
-def test_headlines():
-    table = made((32, 64, 96, 128))
-    found = ladder.fits(table, "cpu")
-    levers = ladder.leverage(table, found)
-    said = ladder.headline(levers, ladder.prediction(table, found, "cpu", 3))
+def test_headlines(table, fits):
+    said = ladder.headline(ladder.leverage(table, fits), ladder.prediction(table, fits, "cpu", 3))
     assert said.startswith("Dense models need so many times the FLOPs at the largest rung: PR-MoE ")
     assert "; the larger rung: " in said and " of 15 losses as predicted, worst " in said
     below = table[table["width"] < 128]
-    said = ladder.headline(ladder.leverage(below, found), ladder.prediction(below, found, "cpu", 3))
+    said = ladder.headline(ladder.leverage(below, fits), ladder.prediction(below, fits, "cpu", 3))
     assert said.endswith("; the larger rung is predicted, not run")
     few = below[below["width"] < 96]
     assert ladder.fits(few, "cpu") == {} and ladder.constants({}).empty

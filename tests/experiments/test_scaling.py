@@ -14,16 +14,13 @@ def test_the_pair_on_another_text_is_the_same_training():
     specs = {s.label: s for s in rates.at_own(scaling.EXPERIMENT.specs("full"))}
     for arm in scaling.BUDGETED:
         there, other = specs[arm], specs[scaling.on_other_text(arm)]
-        assert other.data == replace(there.data, corpus="mix5") and (other.model, other.train) == (
-            there.model,
-            there.train,
-        )
-    table = final(
-        {"350M": [4.0], "350M+MoE-128": [3.6], "350M on mix5": [4.0, 4.0], "350M+MoE-128 on mix5": [3.7, 3.8]}
-    )
+        assert other.data == replace(there.data, corpus="mix5")
+        assert (other.model, other.train) == (there.model, there.train)
+    here = {"350M": [4.0], "350M+MoE-128": [3.6]}
+    table = final({**here, "350M on mix5": [4.0, 4.0], "350M+MoE-128 on mix5": [3.7, 3.8]})
     gaps = scaling.over_texts(table).groupby("text")["gap"].mean()
     assert gaps.to_dict() == {"mix15": pytest.approx(-0.4), "mix5": pytest.approx(-0.25)}
-    assert not len(scaling.over_texts(final({"350M": [4.0], "350M+MoE-128": [3.6]})))
+    assert not len(scaling.over_texts(final(here)))
 
 
 def test_equal_tokens_pairs_each_moe_with_both_dense_models():

@@ -12,17 +12,15 @@ from tests.experiments.helpers import final
 def test_an_upcycled_run_is_a_branch_before_the_decay(scale):
     specs = upcycling.EXPERIMENT.specs(scale)
     arms = {spec.label: spec for spec in specs}
-    assert tuple(arms) == upcycling.ARMS and set(arms) >= {
-        a for left, right, _ in upcycling.EXPECTED for a in (left, right)
-    }
+    assert tuple(arms) == upcycling.ARMS
+    assert set(arms) >= {arm for left, right, _ in upcycling.EXPECTED for arm in (left, right)}
     whole = arms["Dense"].train
     for label, (trunk, becomes, _) in upcycling.BRANCHES.items():
         run = arms[label]
         assert run.start.run.id == arms[trunk].id and specs.index(arms[trunk]) < specs.index(run)
         assert run.model == arms[becomes].model and run.train == arms[becomes].train
-        assert (
-            run.start.tokens in arms[trunk].train.keep_at and run.start.tokens <= whole.tokens - whole.cooldown_tokens
-        )
+        assert run.start.tokens in arms[trunk].train.keep_at
+        assert run.start.tokens <= whole.tokens - whole.cooldown_tokens
         factor = max(run.model.experts) / max(1, *run.start.run.model.experts)
         assert any(run.start.upcycle.scale == pytest.approx(scale) for scale in (1, factor, 0.36 * factor))
     own, equal = (arms[label] for label in upcycling.SHORTER)

@@ -13,9 +13,8 @@ def test_models_of_today_are_published_ones():
 
 
 def test_a_step_has_its_range_and_the_nearest_measurement():
-    step = simulate.decode(
-        "deepseek-v3", ParallelConfig(data=8), "h200", program="engine", dtype="fp8", batch=8, context=1024
-    )
+    today = {"program": "engine", "dtype": "fp8", "batch": 8, "context": 1024}
+    step = simulate.decode("deepseek-v3", ParallelConfig(data=8), "h200", **today)
     beside = what_if.beside_measurements("deepseek-v3", step)
     assert beside["low_ms"] < step.latency_ms < beside["high_ms"]
     assert beside["nearest"] == "12.8 ms a token, batch 8, SGLang on h200"

@@ -8,28 +8,26 @@ import pytest
 
 from moelab import paper
 from moelab.design import verdicts as claims
-from moelab.experiments import zero_shot
-from moelab.report.publication import Publication
+from moelab.evaluation.zero_shot import Score, version
+from moelab.experiments import pr_moe, scaling, zero_shot
 
 
 def scores(accuracies, stand_in=True):
     """Rows as `measure` makes them: {(arm, seed): {paper's column: accuracy}}."""
-    return pd.DataFrame(
-        [
-            {
-                "arm": arm, "seed": seed, "paper": column, "task": f"packaged_{column}", "accuracy": accuracy,
-                "standard_error": math.sqrt(accuracy * (1 - accuracy) / 100), "chance": 0.5 if column in ("piqa", "boolq") else 0.0,
-                "majority": 0.62 if column == "boolq" else 0.5 if column == "piqa" else None, "n": 100, "bits_per_byte": 3.0,
-                "stand_in": stand_in and column == "webqs",
-            }
-            for (arm, seed), found in accuracies.items()
-            for column, accuracy in found.items()
-        ]
-    )  # fmt: skip
+    guess = {"boolq": {"chance": 0.5, "majority": 0.62}, "piqa": {"chance": 0.5, "majority": 0.5}}
+
+    def score(arm, seed, column, accuracy):
+        about = {"arm": arm, "seed": seed, "paper": column, "task": f"packaged_{column}", "n": 100}
+        found = {"accuracy": accuracy, "standard_error": math.sqrt(accuracy * (1 - accuracy) / 100)}
+        found |= {"bits_per_byte": 3.0, "stand_in": stand_in and column == "webqs"}
+        return about | found | guess.get(column, {"chance": 0.0, "majority": None})
+
+    return pd.DataFrame([score(*of, *found) for of, each in accuracies.items() for found in each.items()])
 
 
 SIX = dict(lambada=0.0, piqa=0.52, boolq=0.62, race_h=0.0, triviaqa=0.0, webqs=0.0)
-BOTH = {(arm, seed): SIX for arm in ("Dense", "MoE-128", "PR-MoE-32/64") for seed in (0, 1)}
+ARMS = ("Dense", "MoE-128", "PR-MoE-32/64")
+BOTH = {(arm, seed): SIX for arm in ARMS for seed in (0, 1)}
 
 
 def test_bits_of_right_answers_count_only_tasks_that_fit():
@@ -50,35 +48,25 @@ def test_guessing_is_called_guessing_and_knowing_knowing():
     table = zero_shot.over_chance(scores(BOTH))
     boolq = table[(table["arm"] == "Dense") & (table["task"] == "packaged_boolq")].iloc[0]
     assert boolq["reference"] == 0.62 and boolq["sigmas"] == 0 and boolq["n"] == 100
-    assert "None is 3 standard errors above a guess" in zero_shot.headline(
-        table
-    ) and "3 twins on 6 tasks, up to 100 items" in zero_shot.headline(table)
-    knows = zero_shot.over_chance(
-        scores({**BOTH, ("Dense", 0): {**SIX, "lambada": 0.4}, ("Dense", 1): {**SIX, "lambada": 0.3}})
-    )
-    assert zero_shot.headline(knows).startswith(
-        "Above a guess without knowledge by 3 standard errors: Dense on packaged_lambada ("
-    )
-    assert (
-        zero_shot.headline(zero_shot.over_chance(scores({}).reindex(columns=scores(BOTH).columns)))
-        == "no run has finished"
-    )
+    said = zero_shot.headline(table)
+    assert "None is 3 standard errors above a guess" in said and "3 twins on 6 tasks, up to 100 items" in said
+    dense = {("Dense", seed): {**SIX, "lambada": accuracy} for seed, accuracy in enumerate((0.4, 0.3))}
+    said = zero_shot.headline(zero_shot.over_chance(scores({**BOTH, **dense})))
+    assert said.startswith("Above a guess without knowledge by 3 standard errors: Dense on packaged_lambada (")
+    nothing = zero_shot.over_chance(scores({}).reindex(columns=scores(BOTH).columns))
+    assert zero_shot.headline(nothing) == "no run has finished"
 
 
 def test_a_real_models_scores_are_read_from_the_results_while_the_tasks_are_the_same(tmp_path, monkeypatch):
-    from moelab.evaluation.zero_shot import Score, version
-    from moelab.experiments.zero_shot import save
-
     monkeypatch.setenv("MOELAB_RESULTS", str(tmp_path))
-    assert not len(zero_shot.reference()) and "moelab eval smollm2" in zero_shot.reference_headline(
-        zero_shot.reference()
-    )
+    nothing = zero_shot.reference()
+    assert not len(nothing) and "moelab eval smollm2" in zero_shot.reference_headline(nothing)
     found = [
         Score("packaged_lambada", "acc", 0.34, 0.03, 0.0, None, 200, 0.8, 0, 200, False, version("packaged_lambada"), 1.0),
         Score("packaged_piqa", "acc", 0.64, 0.03, 0.5, 0.525, 200, 1.1, 0, 400, False, version("packaged_piqa"), 1.0),
         Score("packaged_boolq", "acc", 0.60, 0.03, 0.5, 0.6, 200, 1.1, 0, 400, False, "packaged_boolq 0.1, lm-eval 0", 1.0),
     ]  # fmt: skip
-    save(found, tmp_path / "benchmarks", "smollm2", {"limit": 200, "dtype": "fp32", "device": "cpu"})
+    zero_shot.save(found, tmp_path / "benchmarks", "smollm2", {"limit": 200, "dtype": "fp32", "device": "cpu"})
     rows = zero_shot.reference()
     assert list(rows["task"]) == ["packaged_lambada", "packaged_piqa"], "an older form of a task does not count"
     assert set(rows["arm"]) == {"SmolLM2-135M-Instruct"} and list(rows["paper"]) == ["lambada", "piqa"]
@@ -88,17 +76,14 @@ def test_a_real_models_scores_are_read_from_the_results_while_the_tasks_are_the_
     table = pd.concat([zero_shot.over_chance(scores(BOTH)), zero_shot.over_chance(rows)])
     assert len(table) == 20 and zero_shot.our_table(rows).loc["SmolLM2-135M-Instruct", "piqa"] == pytest.approx(64)
     record = json.loads((tmp_path / "benchmarks" / "zero-shot-smollm2.provenance.json").read_text())
-    assert record["versions"]["torch"] and record["title"].startswith(
-        "SmolLM2-135M-Instruct through our zero-shot pipeline"
-    )
+    assert record["versions"]["torch"] and record["title"].startswith("SmolLM2-135M-Instruct through our zero-shot")
 
 
 def test_the_tables_are_the_papers_and_ours_in_its_columns():
     theirs, ours = zero_shot.paper_table(), zero_shot.our_table(scores(BOTH))
     assert list(theirs.columns) == list(ours.columns) == [*paper.TASKS, "average"]
-    assert theirs.loc["1.3B", "lambada"] == 63.65 and theirs.loc["350M+MoE-128", "average"] == pytest.approx(
-        42.517, abs=1e-3
-    )
+    assert theirs.loc["1.3B", "lambada"] == 63.65
+    assert theirs.loc["350M+MoE-128", "average"] == pytest.approx(42.517, abs=1e-3)
     assert "0.1B+MoE-64" not in theirs.index, "the paper's own models only"
     assert ours.loc["MoE-128", "average"] == pytest.approx((52 + 62) / 6)
     part = {("Dense", 0): {"piqa": 0.5}}
@@ -113,8 +98,7 @@ def test_claims_are_shown_at_this_scale_and_judged_at_the_papers():
     assert pr.ours == pytest.approx((3 + 6) / 2 / 6) and pr.samples == 2 and pr.verdict == claims.NOT_TESTABLE
     assert "Stand-ins" in pr.note
     assert found["zero-shot-350m-moe128-vs-1.3b"].samples == 0
-    arms = ("Dense", "MoE-128", "PR-MoE-32/64")
-    three = {(arm, seed): {**SIX, "piqa": 0.8 + 0.01 * seed} for arm in arms for seed in (0, 1, 2)}
+    three = {(arm, seed): {**SIX, "piqa": 0.8 + 0.01 * seed} for arm in ARMS for seed in (0, 1, 2)}
     at_paper = {v.claim: v for v in zero_shot.verdicts(scores(three, stand_in=False), "paper")}
     level = at_paper["zero-shot-350m-pr-moe"]
     assert level.verdict == claims.CANNOT_TELL, "it is about what 128 experts gain over 32, and MoE-32 is not here"
@@ -126,11 +110,6 @@ def test_claims_are_shown_at_this_scale_and_judged_at_the_papers():
     assert all(v.samples == 0 for v in zero_shot.verdicts(scores(incomplete), "cpu"))
 
 
-def test_runs_are_those_of_the_other_experiments(tmp_path):
-    from moelab.experiments import pr_moe, scaling
-
+def test_runs_are_those_of_the_other_experiments():
     others = {s.id for module in (scaling, pr_moe) for s in module.EXPERIMENT.specs("cpu", 1)}
     assert {s.id for s in zero_shot.EXPERIMENT.specs("cpu", 1)} <= others
-    publication = Publication("zero-shot", "cpu", {}, tmp_path, interactive=True)
-    publication.table(zero_shot.over_chance(scores(BOTH)), "over", title="t")
-    assert len([json.loads(line) for line in (tmp_path / "over.jsonl").read_text().splitlines()]) == 18

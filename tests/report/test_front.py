@@ -6,24 +6,17 @@ from pathlib import Path
 import pytest
 
 from moelab import paper
-from moelab.design.verdicts import (
-    CANNOT_TELL,
-    EQUAL,
-    FEW_SESSIONS,
-    NO_DIFFERENCE,
-    NOT_REPRODUCED,
-    NOT_YET,
-    REPRODUCED,
-    SIMULATED_CLOSE,
-    UNDECIDED,
-)
+from moelab.design import verdicts as v
+from moelab.design.judging import judge
 from moelab.experiments import EXPERIMENTS
 from moelab.plotting import axis
+from moelab.report import ledger
 from moelab.report.site import downloads, front, plot
-from moelab.report.site.claims import ClaimRow
+from moelab.report.site.claims import ClaimRow, all_claims, tally
 from moelab.report.site.glossary import TERMS, explain
 from moelab.report.site.results import Result
 from moelab.report.summary import parse
+from tests.report.test_ledger import publish
 
 
 def result(parameters: dict | None = None, runs: list | None = None, experiment: str = "pr-moe", **others) -> Result:
@@ -38,16 +31,16 @@ def row(claim: str, verdict: str, ours: float | None = None, low=None, high=None
 
 def test_five_findings_say_what_agrees_what_does_not_and_why_the_rest_is_open():
     rows = [
-        row("moe128-beats-moe32", REPRODUCED, -0.02, -0.03, -0.01),
-        row("moe128-350m-beats-own-base", REPRODUCED, -0.3, -0.31, -0.29),
-        row("full-kd-hurts-late", NOT_REPRODUCED, -0.05, -0.06, -0.04),
-        row("pyramid-shrinks-gap", UNDECIDED, 0.0, -0.01, 0.01),
-        row("residual-equals-top2", CANNOT_TELL, 0.0, -0.01, 0.01),
-        row("kernels-6x", FEW_SESSIONS, 2.0),
-        row("pr-moe-size", REPRODUCED, 0.31, 0.31, 0.31, kind="counted"),
+        row("moe128-beats-moe32", v.REPRODUCED, -0.02, -0.03, -0.01),
+        row("moe128-350m-beats-own-base", v.REPRODUCED, -0.3, -0.31, -0.29),
+        row("full-kd-hurts-late", v.NOT_REPRODUCED, -0.05, -0.06, -0.04),
+        row("pyramid-shrinks-gap", v.UNDECIDED, 0.0, -0.01, 0.01),
+        row("residual-equals-top2", v.CANNOT_TELL, 0.0, -0.01, 0.01),
+        row("kernels-6x", v.FEW_SESSIONS, 2.0),
+        row("pr-moe-size", v.REPRODUCED, 0.31, 0.31, 0.31, kind="counted"),
         row("moe-flop-efficiency", "simulated: does not hold", 0.78, kind="predicted"),
         row("1t-under-25ms", "simulated: holds", 21.0, kind="predicted"),
-        row("speedup-1t", NOT_YET, kind="open"),
+        row("speedup-1t", v.NOT_YET, kind="open"),
     ]
     found = front.findings(rows)
     assert [f.name for f in found] == ["Agreement", "Contradiction", "Undecided", "Speed", "Not measured"]
@@ -55,77 +48,60 @@ def test_five_findings_say_what_agrees_what_does_not_and_why_the_rest_is_open():
     assert "on 2 of the 5 claims" in agreement and "2 as stated, 0 in direction" in agreement
     assert found[0].claims[0].claim.id == "moe128-350m-beats-own-base", "the clearest first"
     assert contradiction.startswith("One claim is") and found[1].claims[0].claim.id == "full-kd-hurts-late"
-    assert (
-        "1 because the seeds leave both answers open, 1 because the arms that must differ" in undecided
-        and "1 other has" in undecided
-    )
+    assert "1 because the seeds leave both answers open, 1 because the arms that must differ" in undecided
+    assert "1 other has" in undecided
     assert "fewer than three sessions" in speed
     assert "confirms 1 of 1 counted" in rest and "predicts 1 of 2" in rest and found[4].claims[0].ours == 0.78
 
 
-def test_what_holds_within_a_margin_only_is_said():
+def test_what_holds_within_a_margin_only_and_what_differs_by_too_little_to_matter_are_said():
     rows = [
-        row("moe128-beats-moe32", REPRODUCED, -0.02, -0.03, -0.01),
-        row("pr-moe-matches-moe128", EQUAL, 0.02, -0.006, 0.046),
-        row("pr-moe-mos-lowest-latency", SIMULATED_CLOSE, -0.06, kind="predicted"),
+        row("moe128-beats-moe32", v.REPRODUCED, -0.02, -0.03, -0.01),
+        row("pr-moe-matches-moe128", v.EQUAL, 0.02, -0.006, 0.046),
+        row("pr-moe-mos-lowest-latency", v.SIMULATED_CLOSE, -0.06, kind="predicted"),
         row("1t-under-25ms", "simulated: holds", 21.0, kind="predicted"),
     ]
-    found = front.findings(rows)
-    assert "on 2 of the 2 claims" in found[0].sentence
-    assert (
-        "1 as stated, 0 in direction, without showing the paper's size of effect, 1 in being equal, without"
-        in found[0].sentence
-    )
-    assert "predicts 1 of 2" in found[4].sentence and "cannot tell 1, within its own error" in found[4].sentence
+    said, *_, simulated = (found.sentence for found in front.findings(rows))
+    assert "on 2 of the 2 claims" in said
+    assert "1 as stated, 0 in direction, without showing the paper's size of effect, 1 in being equal" in said
+    assert "predicts 1 of 2" in simulated and "cannot tell 1, within its own error" in simulated
 
-
-def test_contradictions_by_a_difference_too_small_to_matter_are_told_apart():
-    rows = [row("full-kd-hurts-late", NOT_REPRODUCED, -0.05, -0.06, -0.04)]
+    rows = [row("full-kd-hurts-late", v.NOT_REPRODUCED, -0.05, -0.06, -0.04)]
     alone = front.findings(rows)[1]
-    both = front.findings([*rows, row("pyramid-shrinks-gap", NO_DIFFERENCE, 0.001, -0.005, 0.007)])[1]
+    both = front.findings([*rows, row("pyramid-shrinks-gap", v.NO_DIFFERENCE, 0.001, -0.005, 0.007)])[1]
     assert alone.sentence == "One claim is contradicted by the trained twins:"
-    assert both.sentence == (
-        "Two claims are contradicted by the trained twins, 1 of them by a difference too small to matter:"
-    )
+    said = "Two claims are contradicted by the trained twins, 1 of them by a difference too small to matter:"
+    assert both.sentence == said
 
 
 def test_findings_count_what_stands_after_holms_adjustment(tmp_path):
-    from moelab.design.judging import judge
-    from moelab.report import ledger
-    from moelab.report.site.claims import all_claims, tally
-    from tests.report.test_ledger import publish
-
     weak = judge(paper.claim("pyramid-shrinks-gap"), [-0.1, -0.14, -0.07])
     others = [judge(paper.claim(id), [-0.1, 0.1, 0.0]) for id in ("residual-shrinks-gap", "moe128-beats-moe32")]
     publish(tmp_path, "pr-moe", "cpu", "2026-01-01", [weak, *others], figures=())
-    assert weak.verdict == REPRODUCED and weak.p < 0.05 < 3 * weak.p
+    assert weak.verdict == v.REPRODUCED and weak.p < 0.05 < 3 * weak.p
     entries = ledger.ledger(tmp_path)
     rows = all_claims([Result(tmp_path, "pr-moe/cpu/2026-01-01", s) for _, s in ledger.read_all(tmp_path)[0]], entries)
     (shown,) = (r for r in rows if r.claim.id == "pyramid-shrinks-gap")
-    assert (shown.verdict, shown.alone, shown.key) == (UNDECIDED, REPRODUCED, "trained: undecided")
-    assert [(item.label, item.claims) for item in tally(entries)["trained"]] == [(UNDECIDED, 3)]
+    assert (shown.verdict, shown.alone, shown.key) == (v.UNDECIDED, v.REPRODUCED, "trained: undecided")
+    assert [(item.label, item.claims) for item in tally(entries)["trained"]] == [(v.UNDECIDED, 3)]
     assert front.findings(rows)[0].sentence == "No trained claim agrees with the paper yet."
-    assert ledger.counts(entries)["measured"] == {UNDECIDED: 3}
+    assert ledger.counts(entries)["measured"] == {v.UNDECIDED: 3}
 
 
-def test_findings_without_results_are_sentences_too():
-    found = front.findings([row("moe128-beats-moe32", NOT_YET, kind="open")])
+def test_without_results_there_are_sentences_and_rows_that_state_the_same_claim_count_once():
+    found = front.findings([row("moe128-beats-moe32", v.NOT_YET, kind="open")])
     assert len(found) == 5 and all(f.sentence.endswith(".") and not f.claims for f in found)
-
-
-def test_rows_that_state_the_same_claim_count_once():
     shared = next(claim for claim in paper.claims() if claim.same_as)
-    rows = [row(shared.same_as, "simulated: holds", 2.0, kind="predicted")]
-    rows.append(row(shared.id, "simulated: holds", 2.0, kind="predicted"))
+    rows = [row(id, "simulated: holds", 2.0, kind="predicted") for id in (shared.same_as, shared.id)]
     assert "predicts 1 of 1" in front.findings(rows)[4].sentence
 
 
 def test_rows_share_an_axis_by_what_they_show():
     loss = [
-        row("moe128-beats-moe32", REPRODUCED, -0.02, -0.03, -0.01),
-        row("moe128-350m-beats-own-base", REPRODUCED, -0.05),
+        row("moe128-beats-moe32", v.REPRODUCED, -0.02, -0.03, -0.01),
+        row("moe128-350m-beats-own-base", v.REPRODUCED, -0.05),
     ]
-    ratio = [row("pr-moe-size", REPRODUCED, 0.31), row("kernels-6x", FEW_SESSIONS, 2.0)]
+    ratio = [row("pr-moe-size", v.REPRODUCED, 0.31), row("kernels-6x", v.FEW_SESSIONS, 2.0)]
     (first, losses), (second, ratios) = plot.axes([*loss, *ratio])
     assert (losses, ratios) == (loss, ratio)
     assert first.name == "difference in nats per token" and not first.relative and first.neutral == 0
@@ -135,11 +111,8 @@ def test_rows_share_an_axis_by_what_they_show():
     assert first.percent(-9) == axis.EDGE, "beyond the end is the end"
     drawn = plot.row_plot(loss[0], first)
     assert f'x1="{first.percent(-0.03):.2f}%"' in drawn and "circle" in drawn
-    assert "M-4.2" in plot.row_plot(row("full-kd-hurts-late", NOT_REPRODUCED, -0.05), first), "a square contradicts"
-
-
-def test_a_ratio_without_a_number_of_the_paper_has_no_axis():
-    assert plot.axes([row("dispatch-cost-factor-e", REPRODUCED, 512.0)])[0][0] is None
+    assert "M-4.2" in plot.row_plot(row("full-kd-hurts-late", v.NOT_REPRODUCED, -0.05), first), "a square contradicts"
+    assert plot.axes([row("dispatch-cost-factor-e", v.REPRODUCED, 512.0)])[0][0] is None, "the paper has no number"
 
 
 @pytest.mark.parametrize("values", [(-0.3, 0.1), (1e-5, 2e-5), (-3000.0, 10.0), (0.0, 0.0)])
@@ -150,15 +123,12 @@ def test_an_axis_has_a_few_ticks_inside(values):
 
 
 def test_the_command_has_the_parameters_that_are_not_defaults():
-    arms = list(EXPERIMENTS["half-moe"].arms)
+    command = "moelab run half-moe --scale cpu -p "
     overrides = {"train.tokens": 7, "data.corpus": "mix5"}
-    given = {"scale": "cpu", "seeds": 8, "arms": arms, "of_another_version": 1, "overrides": overrides}
-    assert front.command(result(given, experiment="half-moe")) == (
-        "moelab run half-moe --scale cpu -p seeds=8 -p train.tokens=7 -p data.corpus=mix5"
-    )
-    assert front.command(result({"arms": ["a", "b"]}, experiment="half-moe")) == (
-        """moelab run half-moe --scale cpu -p 'arms=["a", "b"]'"""
-    )
+    given = {"scale": "cpu", "seeds": 8, "arms": list(EXPERIMENTS["half-moe"].arms), "of_another_version": 1}
+    shown = front.command(result(given | {"overrides": overrides}, experiment="half-moe"))
+    assert shown == command + "seeds=8 -p train.tokens=7 -p data.corpus=mix5"
+    assert front.command(result({"arms": ["a", "b"]}, experiment="half-moe")) == command + """'arms=["a", "b"]'"""
     assert front.command(result(experiment="mine")) == ""
 
 

@@ -1,43 +1,27 @@
 import json
-import os
-import subprocess
-import sys
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import pytest
+from rich.console import Console
+from typer.testing import CliRunner
 
 from moelab import paper
+from moelab.cli import app
 from moelab.design import verdicts as claims
-from moelab.design.judging import judge
+from moelab.design.judging import judge, judge_timing
+from moelab.design.simulated import judge_simulated
 from moelab.files import write_json
 from moelab.report import ledger
 from moelab.report.summary import SUMMARY, parse, read_all
 
+FIGURES = ({"name": "curves"}, {"name": "gaps", "claims": ["moe128-beats-moe32"]})
 
-def publish(
-    results,
-    experiment,
-    scale,
-    date,
-    verdicts,
-    figures=({"name": "curves"}, {"name": "gaps", "claims": ["moe128-beats-moe32"]}),
-):
+
+def publish(results, experiment, scale, date, verdicts, figures=FIGURES):
     """A published result in small: what `Publication` leaves."""
-    from dataclasses import asdict
-
-    folder = results / experiment / scale / date
-    records = [asdict(v) for v in verdicts]
-    write_json(
-        folder / SUMMARY,
-        {
-            "experiment": experiment,
-            "scale": scale,
-            "title": "A title",
-            "finished": date,
-            "claims": records,
-            "figures": list(figures),
-        },
-    )
+    about = {"experiment": experiment, "scale": scale, "title": "A title", "finished": date}
+    found = {"claims": [asdict(v) for v in verdicts], "figures": list(figures)}
+    write_json(results / experiment / scale / date / SUMMARY, {**about, **found})
 
 
 def entries(results):
@@ -45,39 +29,36 @@ def entries(results):
 
 
 ORDER = paper.claim("moe128-beats-moe32")
+LOWER = judge(ORDER, [-0.1, -0.11, -0.12])
+HIGHER = judge(ORDER, [0.1, 0.11, 0.12])
 
 
 def test_without_results_every_claim_is_there_and_unjudged(tmp_path):
     found = entries(tmp_path)
     assert len(found) == len(paper.claims()) >= 60
     assert {e.verdict for e in found.values()} == {claims.DISAGREES, claims.NOT_TESTABLE, claims.NOT_YET}
-    assert (
-        found["mos-retention-350m"].verdict == claims.DISAGREES
-        and "mos-350m-average" in found["mos-retention-350m"].conflicts
-    )
+    retention = found["mos-retention-350m"]
+    assert retention.verdict == claims.DISAGREES and "mos-350m-average" in retention.conflicts
     assert found["zero-shot-350m-pr-moe"].verdict == claims.NOT_TESTABLE
     assert found["moe128-beats-moe32"].verdict == claims.NOT_YET
-
-
-def test_every_dispute_is_a_conflict_of_the_paper():
     assert {c.id for c in paper.conflicts()} >= ledger._DISPUTED
 
 
 def test_the_newest_result_of_the_most_telling_scale_decides(tmp_path):
-    publish(tmp_path, "pr-moe", "cpu", "2026-01-01", [judge(ORDER, [-0.1, -0.11, -0.12])])
-    publish(tmp_path, "pr-moe", "cpu", "2026-01-02", [judge(ORDER, [0.1, 0.11, 0.12])])
+    publish(tmp_path, "pr-moe", "cpu", "2026-01-01", [LOWER])
+    publish(tmp_path, "pr-moe", "cpu", "2026-01-02", [HIGHER])
+    publish(tmp_path, "pr-moe", "cpu", "2026-01-03", [judge(ORDER, [])])
     entry = entries(tmp_path)["moe128-beats-moe32"]
-    assert entry.verdict == claims.NOT_REPRODUCED and entry.deciding.result == "pr-moe/cpu/2026-01-02"
+    assert entry.verdict == claims.NOT_REPRODUCED, "what did not test a claim hides nothing"
+    assert entry.deciding.result == "pr-moe/cpu/2026-01-02"
     assert entry.deciding.figure == "pr-moe/cpu/2026-01-02/gaps.svg"
     publish(tmp_path, "pr-moe", "gpu", "2025-01-01", [judge(ORDER, [-0.2, -0.21, -0.22])])
+    publish(tmp_path, "pr-moe", "planet", "2026-01-02", [HIGHER])
+    file = tmp_path / "pr-moe" / "planet" / "2026-01-02" / SUMMARY
+    write_json(file, {**json.loads(file.read_text()), "mood": "good"})
     entry = entries(tmp_path)["moe128-beats-moe32"]
-    assert entry.verdict == claims.REPRODUCED and [e.scale for e in entry.evidence] == ["gpu", "cpu"]
-
-
-def test_a_result_that_did_not_test_a_claim_does_not_hide_one_that_did(tmp_path):
-    publish(tmp_path, "pr-moe", "cpu", "2026-01-01", [judge(ORDER, [-0.1, -0.11, -0.12])])
-    publish(tmp_path, "pr-moe", "cpu", "2026-01-02", [judge(ORDER, [])])
-    assert entries(tmp_path)["moe128-beats-moe32"].verdict == claims.REPRODUCED
+    assert entry.verdict == claims.REPRODUCED
+    assert [e.scale for e in entry.evidence] == ["gpu", "cpu", "planet"], "a scale and a field of a later version"
 
 
 def test_a_scale_too_small_is_shown_and_not_judged(tmp_path):
@@ -91,14 +72,12 @@ def test_a_scale_too_small_is_shown_and_not_judged(tmp_path):
 
 
 def test_kinds_are_counted_apart_and_a_shared_claim_once(tmp_path):
-    from moelab.design.simulated import judge_simulated
-
     serving = [judge_simulated(paper.claim(id), 7.2) for id in ("speedup-2t", "throughput-up-to-7.3x")]
     publish(tmp_path, "inference-large", "cpu", "2026-01-01", serving)
     fitted = judge_simulated(paper.claim("52b-superlinear"), 2.1, fitted=True)
     publish(tmp_path, "inference-scaling", "cpu", "2026-01-01", [fitted])
     size = judge(paper.claim("pr-moe-size"), [0.31], exact=True)
-    publish(tmp_path, "pr-moe", "cpu", "2026-01-01", [size, judge(ORDER, [-0.1, -0.11, -0.12])])
+    publish(tmp_path, "pr-moe", "cpu", "2026-01-01", [size, LOWER])
     every = ledger.ledger(tmp_path)
     shared = {claim.id for claim in paper.claims() if claim.same_as}
     assert {"throughput-up-to-7.3x", "52b-superlinear", "cheaper-than-6.7b"} <= shared
@@ -114,8 +93,6 @@ def test_kinds_are_counted_apart_and_a_shared_claim_once(tmp_path):
 
 
 def test_of_rows_that_share_a_claim_the_named_one_counts_if_it_is_judged(tmp_path):
-    from moelab.design.judging import judge_timing
-
     ids = [f"residual-faster-than-top2{end}" for end in ("-4-ranks", "", "-2-ranks")]
 
     def counted():
@@ -132,7 +109,7 @@ def test_of_rows_that_share_a_claim_the_named_one_counts_if_it_is_judged(tmp_pat
 
 
 def test_the_measured_verdicts_together(tmp_path):
-    clear, weak = judge(ORDER, [-0.1, -0.11, -0.12]), judge(paper.claim("pyramid-shrinks-gap"), [-0.1, -0.14, -0.07])
+    clear, weak = LOWER, judge(paper.claim("pyramid-shrinks-gap"), [-0.1, -0.14, -0.07])
     open_ = judge(paper.claim("residual-shrinks-gap"), [-0.1, 0.1, 0.0])
     blind = judge(paper.claim("pr-moe-matches-moe128"), [0.0, 0.0, 0.01])
     assert clear.p < 0.01 < weak.p < 0.05 and weak.verdict == claims.REPRODUCED
@@ -153,21 +130,18 @@ def test_the_measured_verdicts_together(tmp_path):
 
 
 def test_a_result_is_shown_by_todays_rule(tmp_path):
-    stored = replace(judge(ORDER, [-0.1, -0.11, -0.12]), verdict=claims.UNDECIDED, p=0.5)
+    stored = replace(LOWER, verdict=claims.UNDECIDED, p=0.5)
     publish(tmp_path, "pr-moe", "cpu", "2026-01-01", [stored])
     found = entries(tmp_path)[ORDER.id]
     assert (found.verdict, found.kind) == (claims.REPRODUCED, claims.MEASURED) and found.tested
 
 
-@pytest.mark.slow
 def test_the_command_prints_table_and_json(tmp_path):
-
-    publish(tmp_path, "pr-moe", "cpu", "2026-01-01", [judge(ORDER, [-0.1, -0.11, -0.12])])
-    env = {"MOELAB_RESULTS": str(tmp_path), "COLUMNS": "220"}
+    publish(tmp_path, "pr-moe", "cpu", "2026-01-01", [LOWER])
+    env = {"MOELAB_RESULTS": str(tmp_path), "MOELAB_HOME": str(tmp_path / "home"), "COLUMNS": "220"}
 
     def moelab(*arguments):
-        command = [sys.executable, "-m", "moelab.cli", *arguments]
-        return subprocess.run(command, capture_output=True, text=True, env={**os.environ, **env}).stdout
+        return CliRunner().invoke(app, arguments, env=env, catch_exceptions=False).stdout
 
     write_json(tmp_path / "pr-moe" / "cpu" / "2026-01-02" / SUMMARY, {"experiment": "pr-moe", "claims": 7})
     out = moelab("claims")
@@ -181,29 +155,18 @@ def test_the_command_prints_table_and_json(tmp_path):
     assert len(found["claims"]) == rows and found["counts"]["measured"] == {"reproduced": 1}
     assert found["family"]["verdicts"] == found["family"]["standing"] == 1
     (record,) = [r for r in found["claims"] if r["claim"] == ORDER.id]
-    assert record["kind"] == "measured" and record["adjusted"] == "reproduced"
-    assert record["verdict"] == "reproduced" and record["evidence"][0]["samples"] == 3
+    assert [record[key] for key in ("kind", "adjusted", "verdict")] == ["measured", "reproduced", "reproduced"]
+    assert record["evidence"][0]["samples"] == 3
 
 
-@pytest.mark.parametrize(
-    "text",
-    [
-        "",
-        "[]",
-        "7",
-        '{"experiment": "pr-moe"',
-        '{"scale": "cpu"}',
-        "\udcff",
-        "[" * 100_000,
-        json.dumps({"experiment": 1, "scale": "cpu", "title": "t", "finished": "2026"}),
-        json.dumps(
-            {"experiment": "e", "scale": "cpu", "title": "t", "finished": "2026", "claims": [{"claim": ORDER.id}]}
-        ),
-        json.dumps({"experiment": "e", "scale": "cpu", "title": "t", "finished": "2026", "claims": {"a": 1}}),
-    ],
-)
+WHOLE = {"experiment": "e", "scale": "cpu", "title": "t", "finished": "2026"}
+WRONG = ({"experiment": 1}, {"claims": [{"claim": ORDER.id}]}, {"claims": {"a": 1}})
+NO_JSON = ("", "[]", "7", '{"experiment": "pr-moe"', '{"scale": "cpu"}', "\udcff", "[" * 100_000)
+
+
+@pytest.mark.parametrize("text", [*NO_JSON, *(json.dumps(WHOLE | wrong) for wrong in WRONG)])
 def test_a_malformed_summary_is_named_and_the_others_count(text, tmp_path):
-    publish(tmp_path, "pr-moe", "cpu", "2026-01-01", [judge(ORDER, [-0.1, -0.11, -0.12])])
+    publish(tmp_path, "pr-moe", "cpu", "2026-01-01", [LOWER])
     folder = tmp_path / "pr-moe" / "cpu" / "2026-01-02"
     folder.mkdir()
     (folder / SUMMARY).write_bytes(text.encode(errors="surrogateescape"))
@@ -212,32 +175,17 @@ def test_a_malformed_summary_is_named_and_the_others_count(text, tmp_path):
     assert len(found) == 1 and line.startswith("pr-moe/cpu/2026-01-02/summary.json: ") and "\n" not in line
 
 
-def test_a_scale_or_a_field_of_a_later_version_is_read(tmp_path):
-    publish(tmp_path, "pr-moe", "cpu", "2026-01-01", [judge(ORDER, [-0.1, -0.11, -0.12])])
-    publish(tmp_path, "pr-moe", "planet", "2026-01-02", [judge(ORDER, [0.1, 0.11, 0.12])])
-    file = tmp_path / "pr-moe" / "planet" / "2026-01-02" / SUMMARY
-    write_json(file, {**json.loads(file.read_text()), "mood": "good"})
-    entry = entries(tmp_path)["moe128-beats-moe32"]
-    assert [e.scale for e in entry.evidence] == ["cpu", "planet"] and entry.verdict == claims.REPRODUCED
-
-
-@pytest.mark.parametrize(
-    "name", ["javascript:alert(1)", "https://example.org/a", "../a.jsonl", "/etc/passwd", "a\\b", ".a", ""]
-)
-def test_only_names_of_files_in_the_folder_are_links(name):
-    summary = {"experiment": "e", "scale": "cpu", "title": "t", "finished": "2026"}
-    assert parse({**summary, "figures": [{"name": "a b-1.5", "data": "a.jsonl"}]}).figures[0].data == "a.jsonl"
-    for rows in ({"figures": [{"name": name}]}, {"tables": [{"name": "a", "data": name}]}):
-        with pytest.raises(ValueError, match="expected the name of a file"):
-            parse({**summary, **rows})
-    if name:
-        with pytest.raises(ValueError, match="data of figure a: expected the name of a file"):
-            parse({**summary, "figures": [{"name": "a", "data": name}]})
+def test_only_names_of_files_in_the_folder_are_links():
+    assert parse({**WHOLE, "figures": [{"name": "a b-1.5", "data": "a.jsonl"}]}).figures[0].data == "a.jsonl"
+    for name in ("javascript:alert(1)", "https://example.org/a", "../a.jsonl", "/etc/passwd", "a\\b", ".a", ""):
+        wrong = [{"figures": [{"name": name}]}, {"tables": [{"name": "a", "data": name}]}]
+        wrong += [{"figures": [{"name": "a", "data": name}]}] * bool(name)
+        for rows in wrong:
+            with pytest.raises(ValueError, match="expected the name of a file"):
+                parse({**WHOLE, **rows})
 
 
 def test_a_simulation_ranks_below_a_measurement_whatever_scale_it_ran_at(tmp_path):
-    from moelab.design.simulated import judge_simulated
-
     claim = paper.claim("52b-speedup-8-gpus")
     publish(tmp_path, "inference-scaling", "cpu", "20260102-000000", [judge_simulated(claim, 2.05)])
     entry = entries(tmp_path)[claim.id]
@@ -249,9 +197,7 @@ def test_a_simulation_ranks_below_a_measurement_whatever_scale_it_ran_at(tmp_pat
 
 @pytest.mark.parametrize("width", [80, 220])
 def test_the_listing_fits_and_names_and_states_each_claim(width, tmp_path):
-    from rich.console import Console
-
-    publish(tmp_path, "pr-moe", "cpu", "2026-01-01", [judge(ORDER, [-0.1, -0.11, -0.12])])
+    publish(tmp_path, "pr-moe", "cpu", "2026-01-01", [LOWER])
     console = Console(width=width)
     with console.capture() as printed:
         console.print(ledger.listing(ledger.ledger(tmp_path)))

@@ -20,20 +20,20 @@ def _home(tmp_path, monkeypatch):
     monkeypatch.delenv("MOELAB_PUBLICATION", raising=False)
 
 
+NO_NAMES = (("pr-moe", "../../../victim"), ("..", "runs"), ("", ""), ("/", "victim"), ("pr-moe", "."), (None, "cpu"))
+
+
 @pytest.mark.parametrize("batch", [False, True])
-@pytest.mark.parametrize(
-    ("experiment", "scale"),
-    [("pr-moe", "../../../victim"), ("..", "runs"), ("", ""), ("/", "victim"), ("pr-moe", "."), (None, "cpu")],
-)
-def test_names_that_are_no_folder_of_the_drafts_are_refused(tmp_path, monkeypatch, experiment, scale, batch):
+def test_names_that_are_no_folder_of_the_drafts_are_refused(tmp_path, monkeypatch, batch):
     victims = [tmp_path / "victim" / "a", tmp_path / "home" / "runs" / "a", tmp_path / "home" / "drafts" / "b" / "a"]
     for file in victims:
         file.parent.mkdir(parents=True)
         file.write_text("mine")
     if batch:
         monkeypatch.setenv("MOELAB_PUBLICATION", str(tmp_path / "given"))
-    with pytest.raises(ValueError, match=r"(experiment|scale): expected the name of a file"):
-        Publication.open(experiment, scale, {})
+    for experiment, scale in NO_NAMES:
+        with pytest.raises(ValueError, match=r"(experiment|scale): expected the name of a file"):
+            Publication.open(experiment, scale, {})
     assert all(file.is_file() for file in victims)
 
 

@@ -9,6 +9,7 @@ import pandas as pd
 import pytest
 
 from moelab import paper
+from moelab.design import settings
 from moelab.design.verdicts import UNDECIDED
 from moelab.report.site import charts, digest, hero, questions
 from moelab.report.site.claims import ClaimRow
@@ -21,21 +22,15 @@ ARMS = {"350M": 4.0, "350M+MoE-128": 3.7, "1.3B": 3.4}
 
 def run(arm, seed, tokens=16_384_000):
     spec = {"model": {"name": f"{arm} twin"}, "train": {"tokens": tokens, "seed": seed}}
-    numbers = {
-        "validation_loss": ARMS[arm] + 0.01 * seed,
-        "parameters": 171_000,
-        "tokens": tokens,
-        "seconds": 60.0 * (1 + (arm != "350M")),
-    }
-    flops = 2e6 if "MoE" in arm else 1e6
+    costs = {"flops_per_token": 2e6 if "MoE" in arm else 1e6, "seconds": 60.0 * (1 + (arm != "350M"))}
+    result = {"validation_loss": ARMS[arm] + 0.01 * seed, "parameters": 171_000, "tokens": tokens, **costs}
     provenance = {"commit": "a" * 40, "hardware": {"cpu": "Test", "cores": 2}}
-    return {
-        "id": f"{arm}{seed}",
-        "label": arm,
-        "spec": spec,
-        "result": {**numbers, "flops_per_token": flops},
-        "provenance": provenance,
-    }
+    return {"id": f"{arm}{seed}", "label": arm, "spec": spec, "result": result, "provenance": provenance}
+
+
+def result(folder, experiment, scale, **others):
+    about = {"experiment": experiment, "scale": scale, "title": "t", "finished": "2026"}
+    return Result(folder, f"{experiment}/{scale}/1", parse(about | others))
 
 
 @pytest.fixture
@@ -52,34 +47,28 @@ def scaling(tmp_path):
     pairs = [{"arm": "p", "left": "350M+MoE-128", "right": "1.3B", "seed": s, "gap": 0.3} for s in seeds]
     for name, rows in (("equal-cost", costs), ("final", final), ("against-dense", pairs)):
         pd.DataFrame(rows).to_json(folder / f"{name}.jsonl", orient="records", lines=True)
-    about = {"experiment": "scaling", "scale": "cpu", "title": "t", "finished": "2026", "seeds": list(seeds)}
-    return Result(folder, "scaling/cpu/1", parse({**about, "runs": [run(arm, s) for arm in ARMS for s in seeds]}))
+    runs = [run(arm, s) for arm in ARMS for s in seeds]
+    return result(folder, "scaling", "cpu", seeds=list(seeds), runs=runs)
 
 
 def test_equal_cost_says_where_the_interval_excludes_none(scaling):
     first, second = questions.answers([scaling], [])
     assert first.short.startswith("At equal tokens and FLOPs only: −0.300 nats [−0.325, −0.275] at equal tokens")
-    assert (
-        "+0.010 nats" in first.short
-        and "−0.31 at its end" in first.paper
-        and "16\u00a0% of its training" in first.paper
-    )
+    assert "+0.010 nats" in first.short
+    assert "−0.31 at its end" in first.paper and "16\u00a0% of its training" in first.paper
     assert first.line.startswith("At equal tokens and FLOPs only: −0.300 [−0.325, −0.275] at equal tokens (paper at 16")
     assert second.line.startswith("1.") and "× its base [" in second.line and second.line.endswith("×)")
     assert "+0.300 nats" in second.short and second.short.startswith("Times its base’s size: 1.")
     assert first.row()["verdict"] == "" and first.row()["link"].startswith("scaling/cpu/1/")
     assert questions.answers([], []) == []
-    (scaling.folder / "equal-cost.jsonl").write_text("\n")  # as pandas writes an empty table
-    assert questions.answers([scaling], []) == []
-    (scaling.folder / "equal-cost.jsonl").write_text("torn")
-    assert questions.answers([scaling], []) == []
+    for text in ("\n", "torn"):  # the first as pandas writes an empty table
+        (scaling.folder / "equal-cost.jsonl").write_text(text)
+        assert questions.answers([scaling], []) == []
 
 
 def test_the_dense_size_at_equal_tokens_is_interpolated_in_logarithms(scaling):
     sizes = questions.effective_sizes(scaling)
     assert list(sizes) == ["tokens", "FLOPs", "time"] and len(sizes["time"]) == 3
-    from moelab.design import settings
-
     small, large = (settings.spec(name, "cpu").model.non_embedding_parameters() for name in ("350M", "1.3B"))
     share = 0.31 / (ARMS["350M"] - ARMS["1.3B"])
     assert sizes["tokens"][0] == pytest.approx(math.exp(share * math.log(large / small)))
@@ -87,9 +76,8 @@ def test_the_dense_size_at_equal_tokens_is_interpolated_in_logarithms(scaling):
 
 
 def test_a_claim_is_quoted_with_its_interval(scaling):
-    row = ClaimRow(
-        paper.claim("pr-moe-matches-moe128"), UNDECIDED, scaling, "cpu", 0.014, -0.002, 0.03, 5, decides=True
-    )
+    claim = paper.claim("pr-moe-matches-moe128")
+    row = ClaimRow(claim, UNDECIDED, scaling, "cpu", 0.014, -0.002, 0.03, 5, decides=True)
     (answer,) = (a for a in questions.answers([scaling], [row]) if a.claims)
     assert answer.short == "PR-MoE-32/64 +0.014 nats/token [−0.002, +0.030] from MoE-128."
     assert answer.line == ("PR-MoE-32/64 +0.014 [−0.002, +0.030] from MoE-128 (paper +0.010)")
@@ -112,9 +100,8 @@ def test_the_papers_points_stand_at_the_share_of_its_training():
     assert points[-1][0] == pytest.approx(1, abs=0.05) and charts.fig_1("nobody") == []
     gap = charts.gap_of_fig_1("350M+MoE-128", "350M")
     assert gap[-1][1] == pytest.approx(-0.307, abs=0.01) and gap[-1][2] > 0
-    assert charts.whole_training("350M", "cpu") > 50e6 and charts.whole_training("350M", "full") == pytest.approx(
-        101.6e6, rel=0.01
-    )
+    assert charts.whole_training("350M", "cpu") > 50e6
+    assert charts.whole_training("350M", "full") == pytest.approx(101.6e6, rel=0.01)
     assert charts.whole_training("nobody", "cpu") == 0
 
 
@@ -130,24 +117,9 @@ def test_the_figure_of_the_start_page_takes_the_strongest_scale(scaling, tmp_pat
             for t in (1e6, 8e6, 16e6)
         ]
         (folder / hero.DATA).write_text("".join(json.dumps(row) + "\n" for row in rows))
-        runs = [
-            {
-                "id": arm,
-                "label": arm,
-                "spec": {"model": {"name": f"{name} twin"}},
-                "result": {"parameters": 2e5, "tokens": 16e6},
-            }
-            for arm, name in (("Dense", "350M"), ("MoE-32", "350M+MoE-32"), ("MoE-128", "350M+MoE-128"))
-        ]
-        about = {
-            "experiment": "pr-moe",
-            "scale": scale,
-            "title": "t",
-            "finished": "2026",
-            "seeds": [0, 1],
-            "runs": runs,
-        }
-        found.append(Result(folder, f"pr-moe/{scale}/1", parse(about)))
+        names = {"Dense": "350M", "MoE-32": "350M+MoE-32", "MoE-128": "350M+MoE-128"}
+        runs = [run("350M", 0) | {"label": arm, "spec": {"model": {"name": f"{names[arm]} twin"}}} for arm in names]
+        found.append(result(folder, "pr-moe", scale, seeds=[0, 1], runs=runs))
     shown, written = hero.write(found, tmp_path)
     assert shown.scale == "cpu" and written and not hero.write(found, tmp_path)[1], "drawn once"
     text = (tmp_path / hero.FILE).read_text()

@@ -43,22 +43,20 @@ def finish(result, asked: sweep.Sweep, loss) -> None:
 @pytest.fixture
 def two(result):
     """Two points, two arms, two seeds: the loss falls with the tokens, the second half is 0.1 lower."""
-    asked = points(
-        "half-moe", [{"train.tokens": "1024"}, {"train.tokens": "2048"}], seeds="2", arms='["Dense","Second half"]'
-    )
-    finish(
-        result,
-        asked,
-        lambda spec: 6 - spec.train.tokens / 2048 + spec.train.seed / 8 - 0.1 * (spec.label == "Second half"),
-    )
+
+    def loss(spec):
+        return 6 - spec.train.tokens / 2048 + spec.train.seed / 8 - 0.1 * (spec.label == "Second half")
+
+    grid = [{"train.tokens": "1024"}, {"train.tokens": "2048"}]
+    asked = points("half-moe", grid, seeds="2", arms='["Dense","Second half"]')
+    finish(result, asked, loss)
     return asked
 
 
 def test_a_row_for_each_point_and_arm_with_intervals_over_seeds(two):
     found = sweep.compare(HALF, two, [None, None], RunStore())
-    assert found.table[["train.tokens", "arm", "runs"]].values.tolist() == [
-        [tokens, arm, 2] for tokens in (1024, 2048) for arm in ("Dense", "Second half")
-    ]
+    rows = found.table[["train.tokens", "arm", "runs"]].values.tolist()
+    assert rows == [[tokens, arm, 2] for tokens in (1024, 2048) for arm in ("Dense", "Second half")]
     first, second = found.table.iloc[0], found.table.iloc[3]
     assert (first["loss"], second["loss"]) == pytest.approx((5.5625, 4.9625))
     assert first["loss_low"] < first["loss"] < first["loss_high"] and math.isnan(first["difference"])
@@ -71,9 +69,8 @@ def test_one_result_with_a_figure_and_a_table_on_the_page(two, home):
     folder = sweep.publish(HALF, two, found)
     assert folder.parent == home / "results" / "half-moe" / "smoke-sweep"
     summary = json.loads((folder / "summary.json").read_text())
-    assert (
-        summary["title"] == "Over train.tokens, the lowest mean loss is 4.963 nats, of Second half at train.tokens=2048"
-    )
+    lowest = "Over train.tokens, the lowest mean loss is 4.963 nats, of Second half at train.tokens=2048"
+    assert summary["title"] == lowest
     assert summary["parameters"]["sweep"] == {"train.tokens": [1024, 2048]} and "overrides" not in summary["parameters"]
     assert len(summary["runs"]) == 8 and summary["seeds"] == [0, 1] and (folder / "points.svg").exists()
     assert sweep.publish(HALF, two, found) == folder, "the same comparison is not published twice"
@@ -81,9 +78,8 @@ def test_one_result_with_a_figure_and_a_table_on_the_page(two, home):
     text = page.read_text()
     assert "All points of the sweep" in text and "points.svg" in text
     (shown,), _ = read_results(home / "results")
-    assert front.command(shown) == (
-        'moelab sweep half-moe --scale smoke -g train.tokens=1024,2048 -p seeds=2 -p \'arms=["Dense", "Second half"]\''
-    )
+    command = "moelab sweep half-moe --scale smoke -g train.tokens=1024,2048 -p seeds=2 -p "
+    assert front.command(shown) == command + """'arms=["Dense", "Second half"]'"""
 
 
 def test_points_without_a_value_are_named_and_their_runs_missing(two, result, capsys):

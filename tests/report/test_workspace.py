@@ -24,9 +24,9 @@ def both(tmp_path, monkeypatch, publish):
     monkeypatch.setenv("MOELAB_RESULTS", str(tmp_path / "results"))
     publish(paths.results(), claims=CLAIMS)
     site.update(publish=True)
-    (paths.results() / "benchmarks" / "another-cpu").mkdir(parents=True)
-    (paths.results() / "benchmarks" / "gate.provenance.json").write_text('{"commit": "aaa"}')
-    (paths.results() / "benchmarks" / "another-cpu" / "gate.provenance.json").write_text('{"commit": "bbb"}')
+    for folder in (".", "another-cpu"):
+        (paths.results() / "benchmarks" / folder).mkdir(parents=True, exist_ok=True)
+        (paths.results() / "benchmarks" / folder / "gate.provenance.json").write_text('{"commit": "aaa"}')
     publish(paths.own_results(), "scaling", "smoke", "20260102-000000")
     (paths.own_results() / "runs").mkdir()
     (paths.own_results() / "runs" / "broken.zip").write_bytes(b"no zip")

@@ -2,11 +2,13 @@
 
 import os
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
+from rich.console import Console
 
 from moelab.runs.store import RunStore
-from moelab.slurm import queue
+from moelab.slurm import queue, status
 from moelab.slurm.queue import Job
 from moelab.slurm.submission import Part, Submission
 
@@ -20,7 +22,10 @@ def workshop(tmp_path, monkeypatch):
 
 @pytest.fixture
 def slurm(tmp_path, monkeypatch):
-    """Commands of a Slurm that accepts everything, in front of any real ones: its calls, and what its squeue says."""
+    """Commands of a Slurm that accepts everything, in front of any real ones.
+
+    `commands()` are those since the last time, `calls()` their names alone; `says` tells its squeue what to say.
+    """
     folder = tmp_path / "bin"
     folder.mkdir()
     calls, answer = tmp_path / "calls", tmp_path / "squeue.txt"
@@ -38,21 +43,28 @@ def slurm(tmp_path, monkeypatch):
         command.chmod(0o755)
     monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
 
-    class Fake:
-        def calls(self) -> list[str]:
-            """The commands since the last time, without their arguments."""
-            return [line.split()[0] for line in self.commands()]
+    def commands() -> list[str]:
+        lines = calls.read_text().splitlines()
+        calls.write_text("")
+        return lines
 
-        def commands(self) -> list[str]:
-            """The commands since the last time, in full."""
-            lines = calls.read_text().splitlines()
-            calls.write_text("")
-            return lines
+    def says(*lines: str) -> None:
+        answer.write_text("".join(f"{line}\n" for line in lines))
 
-        def says(self, *lines: str) -> None:
-            answer.write_text("".join(f"{line}\n" for line in lines))
+    return SimpleNamespace(commands=commands, calls=lambda: [line.split()[0] for line in commands()], says=says)
 
-    return Fake()
+
+@pytest.fixture
+def shown():
+    """What the overview prints on a terminal of a width."""
+
+    def shown(*names: str, width: int = 160, everything: bool = False) -> str:
+        console = Console(width=width, force_terminal=False)
+        with console.capture() as printed:
+            console.print(status.overview(names, everything=everything))
+        return printed.get()
+
+    return shown
 
 
 @pytest.fixture

@@ -8,12 +8,15 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 from types import SimpleNamespace
 
 import psutil
 import pytest
+import submitit
+from typer.testing import CliRunner
 
+from moelab import paths
+from moelab.cli import app
 from moelab.files import read_json
 from moelab.lab import Lab
 from moelab.runs.execute import execute
@@ -29,9 +32,7 @@ PROFILE = Profile("processes", cluster="local", array_parallelism=2)
 
 
 @pytest.fixture
-def lab(tmp_path, data_config, tiny_spec, monkeypatch):
-    monkeypatch.setenv("MOELAB_HOME", str(tmp_path / "home"))
-    monkeypatch.setenv("MOELAB_RESULTS", str(tmp_path / "results"))
+def lab(workshop, monkeypatch):
     # Nothing here may ask Slurm.
     monkeypatch.setattr(queue, "_run", lambda *command, **_: pytest.fail(f"{command} was called"))
     yield Lab()
@@ -51,8 +52,6 @@ def losses(run: Run) -> list:
 
 
 def test_jobs_are_submitits_but_for_the_truth_of_the_run(lab, tiny_spec, monkeypatch):
-    import submitit
-
     monkeypatch.setattr(preflight, "check", lambda *_: None)  # as if the text went away after the submission
     bad = replace(tiny_spec, data=replace(tiny_spec.data, corpus="folder:/nowhere/at/all"))
     jobs = lab.submit([tiny_spec, bad], cluster="local")
@@ -114,21 +113,17 @@ def test_a_cancelled_job_leaves_a_checkpoint_and_goes_on_when_submitted_again(la
 
 def test_a_teacher_first_then_its_student_then_the_notebook(lab, tiny_spec, monkeypatch):
     started = []
-    monkeypatch.setattr(
-        local, "start", lambda submission, profile, specs, directories: started.append((specs, directories))
-    )
+    monkeypatch.setattr(local, "start", lambda submission, profile, *rest: started.append(rest))
     teacher = replace(tiny_spec, train=replace(tiny_spec.train, seed=5))
     monkeypatch.setattr(type(tiny_spec), "requires", lambda self: [teacher] if self.train.seed == 0 else [])
     plan = submit.submit("x", [({"a": 1}, [tiny_spec])], PROFILE)
     assert list(plan.scripts) == ["runs-0", "runs-1", "notebook-0"] and set(plan.scripts.values()) == {""}
     ((specs, directories),) = started
     assert [group[0].id for group in specs.values()] == [teacher.id, tiny_spec.id]
-    assert [paths[0].name for paths in directories.values()] == [teacher.id, tiny_spec.id]
+    assert [folders[0].name for folders in directories.values()] == [teacher.id, tiny_spec.id]
 
 
 def test_a_run_whose_spec_is_unreadable_leaves_the_others_alone(lab, tiny_spec, monkeypatch, capsys):
-    import submitit
-
     specs = [replace(tiny_spec, train=replace(tiny_spec.train, seed=seed)) for seed in range(3)]
     runs = [lab.store.run(spec) for spec in specs]
     (runs[0].path / "spec.json").write_text('{"train": {')
@@ -161,49 +156,25 @@ def test_a_run_of_another_local_job(lab, tiny_spec, monkeypatch):
     assert list(there.scripts) == ["notebook-0"] and "local-7" not in there.scripts["notebook-0"]
 
 
-def test_from_the_command_line(lab):
-    """Runs, notebook and its log, through the profile that ships."""
-    from typer.testing import CliRunner
-
-    from moelab.cli import app
-
-    def moelab(*words: str) -> str:
-        done = CliRunner().invoke(app, [*words], catch_exceptions=False)
-        assert done.exit_code == 0, done.output
-        return done.output
-
-    command = ("submit", "pr-moe", "--scale", "smoke", "-p", 'arms=["Dense"]', "--profile", "processes")
-    assert "1 run and 1 notebook would be" in moelab(*command, "--dry-run")
-    assert "notebook, after its runs" in moelab(*command)
-    assert "nothing to submit" in moelab(*command)
-    until(lambda: all(row.over for row in overview().rows))
-    rows = overview().rows
-    assert [row.state for row in rows] == ["finished", "finished"], rows
-    assert "all 1 runs have a result" in log_of(rows[1].id).read_text()
-    assert Path(read_json(submissions()[0].folder / "notebook-0.json")["result"]).is_dir()
-
-
 def test_a_sweep_ends_with_one_table_and_one_figure(lab):
-    from typer.testing import CliRunner
-
-    from moelab import paths
-    from moelab.cli import app
-
     def moelab(*words: str) -> str:
         done = CliRunner().invoke(app, [*words], catch_exceptions=False)
         assert done.exit_code == 0, done.output
         return done.output
 
-    grid = ("-g", "train.tokens=1024,2048", "-p", 'arms=["Dense","MoE-32"]')
+    grid = ("-g", "train.tokens=1024,2048", "-p", 'arms=["Dense"]')
     command = ("sweep", "pr-moe", "--scale", "smoke", *grid, "--profile", "processes")
     assert "the same command prints the table of all points" in moelab(*command)
     until(lambda: all(row.over for row in overview().rows))
+    rows = overview().rows
+    assert [row.state for row in rows] == ["finished"] * 4, rows
+    assert "all 1 runs have a result" in log_of(rows[-1].id).read_text()
     (folder,) = (paths.own_results() / "pr-moe" / "smoke-sweep").iterdir()
     summary = read_json(folder / "summary.json")
-    assert len(summary["runs"]) == 4 and not summary["missing"] and (folder / "points.svg").stat().st_size > 5_000
-    assert "MoE-32" in (paths.pages() / "pr-moe" / "smoke-sweep" / folder.name / "index.html").read_text()
+    assert len(summary["runs"]) == 2 and not summary["missing"] and (folder / "points.svg").stat().st_size > 5_000
+    assert "Dense" in (paths.pages() / "pr-moe" / "smoke-sweep" / folder.name / "index.html").read_text()
     again = moelab(*command)
-    assert "nothing to submit" in again and again.count("MoE-32") == 2 and f"{folder.name}/points.svg" in again
+    assert "nothing to submit" in again and again.count("Dense") == 2 and f"{folder.name}/points.svg" in again
     assert len(list(folder.parent.iterdir())) == 1, "published once"
 
 

@@ -12,11 +12,12 @@ from typer.testing import CliRunner
 
 from moelab.cli import app
 from moelab.files import read_json, write_json
+from moelab.report.sweep import Sweep
 from moelab.runs.store import RunStore, Status
-from moelab.slurm import attempt, profiles, queue, snapshot, status, submit
+from moelab.slurm import attempt, notebook_job, profiles, queue, snapshot, status, submit
 from moelab.slurm.attempt import Limits
 from moelab.slurm.queue import Job
-from moelab.slurm.submission import Part, Submission
+from moelab.slurm.submission import CANCELLED, Outcome, Part, Submission, outcome, set_outcome
 
 pytestmark = pytest.mark.usefixtures("workshop")
 
@@ -24,9 +25,7 @@ pytestmark = pytest.mark.usefixtures("workshop")
 def test_the_overview_believes_the_run_and_slurm_where_each_knows_better(submitted):
     runs, job, record, _ = submitted
     job("runs-0", 0, "RUNNING", node="node3")
-    runs[0].set_status(
-        Status("running", step=12, steps=24, loss=3.5, tokens_per_s=128.0)
-    )  # no lock is held in this test
+    runs[0].set_status(Status("running", 12, 24, 3.5, tokens_per_s=128.0))  # no lock is held in this test
     job("runs-0", 1, "PENDING", "Priority")
     write_json(runs[2].path / "result.json", {})
     job("notebook-0", 0, "PENDING", "Dependency")
@@ -52,20 +51,18 @@ def test_a_requeued_run_waits_and_says_what_was_before(submitted):
     assert status.overview([runs[0].spec.id]).rows[0].state == "starting"
 
 
-def test_without_slurm_the_runs_still_speak(submitted, monkeypatch):
+def nobody_answers(*_):
+    raise queue.SlurmError("squeue: nobody answers")
+
+
+def test_without_slurm_the_runs_still_speak(submitted, shown, monkeypatch):
     runs, _, _, _ = submitted
     write_json(runs[0].path / "result.json", {})
-    monkeypatch.setattr(queue, "jobs", lambda *_: (_ for _ in ()).throw(queue.SlurmError("squeue: nobody answers")))
+    monkeypatch.setattr(queue, "jobs", nobody_answers)
     now = status.overview()
     assert now.trouble == "squeue: nobody answers" and [row.state for row in now.rows[:2]] == ["finished", "new"]
-    from rich.console import Console
-
-    console = Console(width=160, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
-    console.print(now)
-    shown = console.export_text()
-    assert "1 finished, 3 new" in shown and "nobody answers" in shown
-    console.print(status.overview(["none"]))
-    assert console.export_text().strip() == "nothing submitted (by these names) · squeue: nobody answers"
+    assert "1 finished, 3 new" in shown() and "nobody answers" in shown()
+    assert shown("none").strip() == "nothing submitted (by these names) · squeue: nobody answers"
 
 
 def test_one_bad_file_hides_nothing_else(submitted, tiny_spec, slurm, monkeypatch):
@@ -75,10 +72,9 @@ def test_one_bad_file_hides_nothing_else(submitted, tiny_spec, slurm, monkeypatc
     (runs[0].path / "status.json").write_text("")
     (runs[1].path / "spec.json").write_text('{"train": {')
     shutil.rmtree(runs[2].path)
-    for name in ("20260102-000000-x-abd", "20260103-000000-x-abe"):
+    for name, text in {"20260102-000000-x-abd": "", "20260103-000000-x-abe": '{"id": 3, "parts": []}'}.items():
         (record.folder.parent / name).mkdir()
-    (record.folder.parent / "20260102-000000-x-abd" / "submission.json").write_text("")
-    (record.folder.parent / "20260103-000000-x-abe" / "submission.json").write_text('{"id": 3, "parts": []}')
+        (record.folder.parent / name / "submission.json").write_text(text)
     jobs["20260102-000000-x-abd", "runs-0", 0] = Job("9_0", "", "runs-0", 0, "PENDING", "Priority", "", "1:00")
     (record.folder / "notebook-0.json").write_text("{")
     rows = {row.id: row for row in status.overview(everything=True).rows}
@@ -102,10 +98,8 @@ ODD = [None, True, 1e300, "x", [], [1], {"a": 1}]
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["submission", "spec", "status", "result", "notebook", "progress", "attempts"])
-def test_valid_json_of_the_wrong_type_is_a_row_or_one_line(submitted, slurm, name, monkeypatch):
+def test_valid_json_of_the_wrong_type_is_a_row_or_one_line(submitted, slurm, shown, name, monkeypatch):
     """Every field of every file, and each file as a whole, in turn replaced by a value of each type."""
-    from rich.console import Console
-
     runs, job, record, jobs = submitted
     run, folder = runs[0], record.folder
     monkeypatch.setattr(submit, "_queue", lambda *_: None)
@@ -127,7 +121,7 @@ def test_valid_json_of_the_wrong_type_is_a_row_or_one_line(submitted, slurm, nam
             jobs.clear()
             if record.cluster == "slurm":
                 job("runs-0", 0, "PENDING", "Priority")
-            Console(width=160, file=open(os.devnull, "w")).print(status.overview(everything=True))  # noqa: SIM115
+            shown(everything=True)
             status.overview(["tiny"])
             status.cancel([row for row in status.overview().rows if row.job])
             file.write_text(json.dumps(value) + "\n")
@@ -198,7 +192,7 @@ def test_what_was_cancelled_says_so_with_and_without_slurm(submitted, slurm, mon
     said = ("stopped", "cancelled; submit again to go on")
     assert states() == [said, said]
     with monkeypatch.context() as down:
-        down.setattr(queue, "jobs", lambda *_: (_ for _ in ()).throw(queue.SlurmError("squeue: nobody answers")))
+        down.setattr(queue, "jobs", nobody_answers)
         assert states() == [said, said]
         (record.folder / "notebook-0.json").unlink()  # cancelled by scancel
         assert states()[1] == ("unknown", "")
@@ -209,9 +203,6 @@ def test_what_was_cancelled_says_so_with_and_without_slurm(submitted, slurm, mon
 
 
 def test_a_notebook_that_is_cancelled_while_it_is_executed_says_so(submitted, monkeypatch):
-    from moelab.slurm import notebook_job
-    from moelab.slurm.submission import CANCELLED, Outcome, outcome, set_outcome
-
     _, _, record, _ = submitted
     record.experiment = "pr-moe"
     record.write()
@@ -229,10 +220,6 @@ def test_a_notebook_that_is_cancelled_while_it_is_executed_says_so(submitted, mo
 
 
 def test_the_last_notebook_of_a_sweep_compares_its_points(submitted, monkeypatch, capsys):
-    from moelab.report.sweep import Sweep
-    from moelab.slurm import notebook_job
-    from moelab.slurm.submission import outcome
-
     _, _, record, _ = submitted
     points = tuple({"scale": "smoke", "seeds": seeds} for seeds in (1, 2))
     record.experiment, record.sweep = "pr-moe", Sweep(("seeds",), points)
@@ -241,14 +228,17 @@ def test_the_last_notebook_of_a_sweep_compares_its_points(submitted, monkeypatch
     assert Submission.read(record.folder / "submission.json").sweep == record.sweep
     compared = []
 
-    def fails(*_, **__):
-        raise ValueError("no luck")
+    def fails(error):
+        def fail(*_, **__):
+            raise error
 
-    monkeypatch.setattr(notebook_job.notebooks, "execute", fails)
+        return fail
+
+    monkeypatch.setattr(notebook_job.notebooks, "execute", fails(ValueError("no luck")))
     monkeypatch.setattr(notebook_job, "_compare", lambda submission, points: compared.append(points))
     for name, calls in (("notebook-0", 0), ("notebook-1", 1), ("notebook-0", 2)):
         assert notebook_job.main(record.folder, name) == 1 and len(compared) == calls
-    monkeypatch.setattr(notebook_job, "_compare", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
+    monkeypatch.setattr(notebook_job, "_compare", fails(OSError("disk full")))
     assert notebook_job.main(record.folder, "notebook-1") == 1
     assert outcome(record.folder, "notebook-1").error == "no luck", "the notebook's own outcome stands"
     assert "the sweep's comparison: disk full" in capsys.readouterr().err
@@ -285,50 +275,33 @@ def test_cancel_takes_the_hash_that_status_shows(submitted, slurm, monkeypatch):
     assert done.exit_code == 0 and slurm.commands() == ["scancel 7_0 7_1 7_2"]
 
 
-def test_a_parameter_is_not_markup(submitted):
-    from rich.console import Console
-
-    _, _, record, _ = submitted
-    record.parts[1].values = {"arms": ["[/b]", "[red]"]}
-    record.write()
-    console = Console(width=200, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
-    console.print(status.overview())
-    assert "arms=['[/b]', '[red]']" in console.export_text()
-
-
-@pytest.mark.parametrize("width", [40, 60, 80, 100, 220])
-def test_a_narrow_terminal_sees_run_and_state_whole(submitted, width):
-    from rich.console import Console
-
+@pytest.mark.parametrize("width", [40, 60, 80, 220])
+def test_a_narrow_terminal_sees_run_and_state_whole(submitted, shown, width):
     runs, job, _, _ = submitted
     job("runs-0", 0, "RUNNING", node="a-node-with-a-long-name-0001")
     runs[0].set_status(Status("running", 12, 24, 3.5, 128.0))
     job("runs-0", 1, "PENDING", "JobArrayTaskLimit")
     runs[2].set_status(Status("failed", 3, 24, reason="train: " + "a long story " * 12))
-    console = Console(width=width, record=True, file=open(os.devnull, "w"))  # noqa: SIM115
-    console.print(status.overview(everything=True))
-    lines = console.export_text().splitlines()
-    assert max(map(len, lines)) <= width
-    shown = "\n".join(lines)
+    text = shown(width=width, everything=True)
+    assert max(map(len, text.splitlines())) <= width
     for word in ("running", "waiting", "failed", "lost", *(f"tiny · seed {i}" for i in range(4))):
-        assert word in shown, word
-    assert (runs[0].spec.id.rpartition("-")[2] in shown) == (width >= 60)
-    assert ("12/24" in shown) == (width >= 60) and ("a-node" in shown) == (width >= 220)
+        assert word in text, word
+    assert (runs[0].spec.id.rpartition("-")[2] in text) == ("12/24" in text) == (width >= 60)
+    assert ("a-node" in text) == (width >= 220)
 
 
-def test_a_reason_does_not_command_the_terminal(submitted):
+def test_a_reason_does_not_command_the_terminal_and_a_parameter_is_not_markup(submitted, shown):
     """Reasons are texts of exceptions, labels those of users."""
-    from rich.console import Console
-
     runs, job, record, _ = submitted
+    record.parts[1].values = {"arms": ["[/b]", "[red]"]}
+    record.write()
+    assert "arms=['[/b]', '[red]']" in shown(width=200)
     hostile = "\x1b]0;title\x07\x1b[2J\x9b31m\r\u202egone"
     runs[0].set_status(Status("failed", reason=hostile))
     spec = read_json(runs[1].path / "spec.json")
     write_json(runs[1].path / "spec.json", {**spec, "label": hostile})
     job("runs-0", 1, "PENDING", hostile)
-    console = Console(width=400, record=True, force_terminal=False, file=open(os.devnull, "w"))  # noqa: SIM115
-    console.print(status.overview(everything=True))
-    for said in (console.export_text(), runs[0].why_missing(), runs[0].status.reason):
+    for said in (shown(width=400, everything=True), runs[0].why_missing(), runs[0].status.reason):
         assert "gone" in said and not set("\x1b\x07\x9b\r\u202e") & set(said)
 
 

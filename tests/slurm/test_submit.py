@@ -12,6 +12,8 @@ import pytest
 
 from moelab import paths
 from moelab.config.parallel import ParallelConfig
+from moelab.design.parameters import resolve
+from moelab.experiments import EXPERIMENTS
 from moelab.files import read_json, write_json
 from moelab.runs.branching import token_budgets
 from moelab.runs.store import RunStore
@@ -26,19 +28,20 @@ def _lines(text: str) -> set[str]:
     return {line.removeprefix("#SBATCH --") for line in text.splitlines() if line.startswith("#SBATCH")}
 
 
+def seeds(spec, count: int) -> list:
+    return [replace(spec, train=replace(spec.train, seed=seed)) for seed in range(count)]
+
+
 def test_a_job_is_sized_by_the_layout(tiny_spec):
     profile = profiles.load("a100")
     train = replace(tiny_spec.train, device="cuda", batch_size=32, micro_batch=1)
     big = replace(tiny_spec, train=train, parallel=ParallelConfig(data=32, expert=2))
     size = Size.of(big, profile)
     assert size == Size(ranks=32, nodes=4, per_node=8, gpus=8, cpus=8, memory=8 * 100 * 1024)
-    text = executor.for_runs(
-        profile, size, Path("/w/code"), Path("/w"), job_name="x", comment="moelab a runs-0"
-    ).script(6)
-    assert {"nodes=4", "ntasks-per-node=8", "gpus-per-node=a100:8", "mem=819200M", "array=0-5%6", "requeue"} <= _lines(
-        text
-    )
-    assert {"signal=USR1@300", "partition=gpu", "time=1440", "cpus-per-task=8"} <= _lines(text)
+    named = {"job_name": "x", "comment": "moelab a runs-0"}
+    text = executor.for_runs(profile, size, Path("/w/code"), Path("/w"), **named).script(6)
+    assert {"nodes=4", "ntasks-per-node=8", "gpus-per-node=a100:8", "mem=819200M", "cpus-per-task=8"} <= _lines(text)
+    assert {"array=0-5%6", "requeue", "signal=USR1@300", "partition=gpu", "time=1440"} <= _lines(text)
     assert "export NCCL_SOCKET_IFNAME='^lo,docker'" in text and "export PYTHONPATH=/w/code" in text
     assert text.splitlines()[-1].startswith("exec ") and text.endswith("-m submitit.core._submit /w\n")
     single = Size.of(tiny_spec, profile)
@@ -77,25 +80,19 @@ def test_a_folder_that_slurm_and_submitit_would_rewrite_is_refused(tiny_spec, mo
 
 def test_equal_sizes_share_an_array_and_notebooks_wait_for_their_own_runs(tiny_spec):
     profile = profiles.load("local")
-    specs = [replace(tiny_spec, train=replace(tiny_spec.train, seed=seed)) for seed in range(3)]
-    wide = replace(
-        specs[0],
-        train=replace(specs[0].train, micro_batch=2, seed=9),
-        parallel=ParallelConfig(data=2, expert=2, gpus_per_node=1),
-    )
-    plan = submit.submit(
-        "x", [({"a": 1}, specs[:2]), ({"a": 2}, [specs[0], wide]), ({"a": 3}, specs)], profile, dry_run=True
-    )
+    specs = seeds(tiny_spec, 3)
+    layout = ParallelConfig(data=2, expert=2, gpus_per_node=1)
+    wide = replace(tiny_spec, train=replace(tiny_spec.train, micro_batch=2, seed=9), parallel=layout)
+    asked = [({"a": 1}, specs[:2]), ({"a": 2}, [specs[0], wide]), ({"a": 3}, specs)]
+    plan = submit.submit("x", asked, profile, dry_run=True)
     assert {name: len(group) for name, group in plan.specs.items()} == {"runs-0": 3, "runs-1": 1}
-    waits = {
-        name: next((x for x in _lines(text) if x.startswith("dependency")), "") for name, text in plan.scripts.items()
-    }
+    waits = {name: [x for x in _lines(text) if x.startswith("dependency")] for name, text in plan.scripts.items()}
     assert waits == {
-        "runs-0": "",
-        "runs-1": "",
-        "notebook-0": "dependency=afterany:@runs-0@_0:@runs-0@_1",
-        "notebook-1": "dependency=afterany:@runs-0@_0:@runs-1@",
-        "notebook-2": "dependency=afterany:@runs-0@",
+        "runs-0": [],
+        "runs-1": [],
+        "notebook-0": ["dependency=afterany:@runs-0@_0:@runs-0@_1"],
+        "notebook-1": ["dependency=afterany:@runs-0@_0:@runs-1@"],
+        "notebook-2": ["dependency=afterany:@runs-0@"],
     }
     assert {"nodes=2", "ntasks-per-node=1"} <= _lines(plan.scripts["runs-1"])
     assert "export MOELAB_EXECUTOR=read" in plan.scripts["notebook-0"]
@@ -105,7 +102,7 @@ def test_equal_sizes_share_an_array_and_notebooks_wait_for_their_own_runs(tiny_s
 def test_runs_that_wait_for_a_teacher_are_jobs_of_their_own(tiny_spec, monkeypatch):
     teacher = replace(tiny_spec, train=replace(tiny_spec.train, seed=5))
     monkeypatch.setattr(type(tiny_spec), "requires", lambda self: [teacher] if self.train.seed < 2 else [])
-    students = [replace(tiny_spec, train=replace(tiny_spec.train, seed=seed)) for seed in range(2)]
+    students = seeds(tiny_spec, 2)
     plan = submit.submit("x", [({}, students)], profiles.load("local"), dry_run=True)
     assert [[s.train.seed for s in group] for group in plan.specs.values()] == [[5], [0, 1]]
     assert {"dependency=afterok:@runs-0@", "kill-on-invalid-dep=yes"} <= _lines(plan.scripts["runs-1"])
@@ -115,9 +112,6 @@ def test_runs_that_wait_for_a_teacher_are_jobs_of_their_own(tiny_spec, monkeypat
 
 
 def test_the_notebook_and_the_submission_ask_for_the_same_runs():
-    from moelab.design.parameters import resolve
-    from moelab.experiments import EXPERIMENTS
-
     for chosen in EXPERIMENTS.values():
         request = resolve(chosen, {"scale": "smoke"})
         seeds = {"seeds": request.values["seeds"]} if "seeds" in request.values else {}
@@ -125,12 +119,21 @@ def test_the_notebook_and_the_submission_ask_for_the_same_runs():
         assert {spec.id for spec in request.specs} == wanted, chosen.name
 
 
-def test_a_snapshot_is_the_code_with_its_commit_and_made_once(tmp_path):
+def test_a_snapshot_is_the_code_with_its_commit_and_made_once_with_and_without_git(tmp_path, monkeypatch):
     place = snapshot.place(tmp_path)
     snapshot.take(place)
     assert (place / "moelab" / "kernels" / "gating.py").exists() and (place / "notebooks").is_dir()
     assert read_json(place / "SNAPSHOT.json")["commit"] and not (place / "tests").exists()
     assert snapshot.place(tmp_path) == place
+    checkout = tmp_path / "moelab-main"  # a downloaded archive has no `.git`
+    for name in ("moelab/a.py", "moelab/__pycache__/a.pyc", "moelab/.hidden", "kernels/b.py", "results/c.json"):
+        (checkout / name).parent.mkdir(parents=True, exist_ok=True)
+        (checkout / name).write_text(name)
+    monkeypatch.setattr(paths, "checkout", lambda: checkout)
+    snapshot.take(place := snapshot.place(tmp_path / "snapshots"))
+    copied = {str(p.relative_to(place)) for p in place.rglob("*") if p.is_file()}
+    assert {"moelab/a.py", "kernels/b.py"} <= copied
+    assert not any("pycache" in name or "hidden" in name or "results" in name for name in copied)
 
 
 def test_code_that_no_job_uses_goes_after_a_week(submitted, workshop, tiny_spec, slurm):
@@ -154,7 +157,7 @@ def test_code_that_no_job_uses_goes_after_a_week(submitted, workshop, tiny_spec,
 
 
 def test_two_hundred_runs_are_one_array_and_a_handful_of_calls(workshop, tiny_spec, slurm):
-    specs = [replace(tiny_spec, train=replace(tiny_spec.train, seed=seed)) for seed in range(200)]
+    specs = seeds(tiny_spec, 200)
     plan = submit.submit("x", [({}, specs)], profiles.load("local"))
     assert [len(group) for group in plan.specs.values()] == [200]
     assert slurm.calls() == ["squeue", *["sbatch"] * 4], "two scripts: each judged, each queued"
@@ -221,16 +224,3 @@ def test_a_run_in_the_queue_learns_of_checkpoints_that_branches_need(tiny_spec, 
     stored = RunStore().at(trunk.id).spec
     assert stored.train.keep_at == (step, branch.start.tokens)
     assert (stored.label, stored.parallel) == ("trunk", trunk.parallel)
-
-
-def test_a_snapshot_needs_no_git(tmp_path, monkeypatch):
-    """A downloaded archive has no `.git`."""
-    checkout = tmp_path / "moelab-main"
-    for name in ("moelab/a.py", "moelab/__pycache__/a.pyc", "moelab/.hidden", "kernels/b.py", "results/c.json"):
-        (checkout / name).parent.mkdir(parents=True, exist_ok=True)
-        (checkout / name).write_text(name)
-    monkeypatch.setattr(paths, "checkout", lambda: checkout)
-    snapshot.take(place := snapshot.place(tmp_path / "snapshots"))
-    copied = {str(p.relative_to(place)) for p in place.rglob("*") if p.is_file()}
-    assert {"moelab/a.py", "kernels/b.py"} <= copied
-    assert not any("pycache" in name or "hidden" in name or "results" in name for name in copied)
