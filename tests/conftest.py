@@ -13,7 +13,9 @@ import torch
 
 from moelab.config import DataConfig, ModelConfig, RoutingConfig, TrainConfig
 from moelab.data import TokenData, prepare
+from moelab.lab import Lab
 from moelab.runs.spec import RunSpec
+from moelab.runs.store import Run
 
 HERE = Path(__file__).parent
 # `make test` hands out whole files to processes, in this order: what takes long must not come last and leave the others idle.
@@ -123,6 +125,19 @@ def tiny_train() -> TrainConfig:
 @pytest.fixture
 def tiny_spec(tiny_model, tiny_train, data_config) -> RunSpec:
     return RunSpec(model=tiny_model, train=tiny_train, data=data_config, label="tiny")
+
+
+@pytest.fixture(scope="module")
+def workspace(tmp_path_factory) -> Path:
+    """MOELAB_HOME of `trained`."""
+    return tmp_path_factory.mktemp("home")
+
+
+@pytest.fixture
+def trained(tiny_spec, workspace, monkeypatch) -> Run:
+    """The finished run of `tiny_spec`, trained once a module."""
+    monkeypatch.setenv("MOELAB_HOME", str(workspace))
+    return Lab().run([tiny_spec], executor="inline")[0]
 
 
 @pytest.fixture(scope="session")

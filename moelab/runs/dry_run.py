@@ -137,7 +137,7 @@ def show(runs: Sequence[PlannedRun]) -> None:
 def on_this_machine(runs: Sequence[PlannedRun], store: RunStore | None = None) -> list[str]:
     """Return in a line each how long unfinished runs on a CPU take, and which of them are published.
 
-    The time is that of the FLOPs that are left of each, at the rate of finished runs here of nearly its cost, or of
+    The time of a run is that of the FLOPs it has left, at the rate of finished runs here of nearly its cost, or of
     published ones where there are none.
     """
     store = store or RunStore()
@@ -158,7 +158,7 @@ def on_this_machine(runs: Sequence[PlannedRun], store: RunStore | None = None) -
 
 
 def _timed(store: RunStore, known: Mapping[str, records.Archive]) -> tuple[list[tuple[RunSpec, float]], str]:
-    """Return finished runs on a CPU, each with its seconds, and whose they are: published ones if none is here."""
+    """Return finished runs on a CPU with the seconds of each, and whose they are: published ones if none is here."""
     timed = []
     for name in store.ids(file="result.json"):
         with contextlib.suppress(ValueError, RuntimeError, OSError):  # a damaged run tells nothing
@@ -176,7 +176,7 @@ def _timed(store: RunStore, known: Mapping[str, records.Archive]) -> tuple[list[
 
 
 def _rate(cost: float, timed: Sequence[tuple[RunSpec, float]]) -> float:
-    """Return the median FLOPs a second and core of the runs next to this cost: a twin twice as wide computes faster."""
+    """Return FLOPs a second and core: the median of the runs nearest in cost, as larger runs compute faster."""
     apart = sorted((abs(math.log(spec.cost / cost)), spec.cost / s / spec.train.threads) for spec, s in timed)
     return statistics.median(rate for distance, rate in apart[:_ASKED] if distance <= apart[0][0] + _ALIKE)
 
@@ -186,7 +186,7 @@ _READ = 30
 _ASKED = 10
 """Runs whose speed counts, at most."""
 _ALIKE = 0.05
-"""By which share the cost of these may be further off than that of the nearest."""
+"""How much further than the nearest run these may be from the cost that is asked for (logarithm of the ratio)."""
 
 
 def _hours(hours: float) -> str:

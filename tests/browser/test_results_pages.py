@@ -34,7 +34,7 @@ def shown(page, selector: str) -> list[str]:
     return [node.inner_text() for node in page.locator(selector).all() if node.is_visible()]
 
 
-VIEWS = [(1400, "light"), (390, "dark")]
+VIEWS = [(1400, "light"), (820, "light"), (390, "dark")]
 
 
 def findings(page) -> list[str]:

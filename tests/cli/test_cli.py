@@ -253,6 +253,7 @@ def test_list_is_short_and_says_more_of_one():
         "claims",
         "power pr-moe",
         "run pr-moe --dry-run -p seeds=3",
+        "run scaling --dry-run --scale paper",
         "plan 24B+MoE-128 --gpus 256 --objective throughput",
     ],
 )

@@ -14,7 +14,6 @@ from moelab.config import ModelConfig
 from moelab.evaluation import rounding
 from moelab.evaluation.gates import SPACE, Choices, Gates, dropped, frame
 from moelab.inference.text import load_run
-from moelab.lab import Lab
 from moelab.plotting import figures, placement
 from moelab.runs.store import RunStore
 
@@ -84,31 +83,19 @@ def test_the_pictures_say_it(ax):
     assert table.groupby("position")["probability"].sum().to_numpy() == pytest.approx(1)
 
 
-@pytest.fixture(scope="module")
-def home(tmp_path_factory):
-    return tmp_path_factory.mktemp("home")
-
-
-@pytest.fixture
-def run(tiny_spec, home, monkeypatch):
-    """A finished run, trained once."""
-    monkeypatch.setenv("MOELAB_HOME", str(home))
-    return Lab().run([tiny_spec], executor="inline")[0]
-
-
-def test_gates_route_as_the_model_does(run, tiny_spec, tmp_path):
-    gates = Gates(run.path)
+def test_gates_route_as_the_model_does(trained, tiny_spec, tmp_path):
+    gates = Gates(trained.path)
     layers = gates.on_text(TEXT)
     assert [(c.layer, c.experts) for c in layers] == [(2, 2), (4, 4)]
     assert "".join(layers[0].tokens).replace(SPACE, " ") == TEXT
     ids = gates._tokenizer.encode(TEXT)
     with torch.no_grad():
-        routing = load_run(run.path).eval()(torch.tensor([ids])).routing
+        routing = load_run(trained.path).eval()(torch.tensor([ids])).routing
     for heard, did in zip(layers, routing, strict=True):
         assert torch.equal(heard.route().expert_SK, did.expert_SK)
-    before = Gates(run.path, initial=run.spec.train.seed).on_text(TEXT)
+    before = Gates(trained.path, initial=trained.spec.train.seed).on_text(TEXT)
     assert not torch.allclose(before[1].logits_SE, layers[1].logits_SE)
-    spec = run.spec
+    spec = trained.spec
     assert len(gates.on_validation(spec.train.batch_size)[0].tokens) == spec.train.batch_size * spec.data.context
     with pytest.raises(ValueError, match="the text is empty"):
         gates.on_text("")
@@ -117,9 +104,9 @@ def test_gates_route_as_the_model_does(run, tiny_spec, tmp_path):
         Gates(RunStore(tmp_path).run(dense).path)
 
 
-def test_losses_by_mode_and_dtype(run, tmp_path):
+def test_losses_by_mode_and_dtype(trained, tmp_path):
     """Modes of one dtype differ by rounding, and the first row's loss is that of the run's own validation."""
-    name = run.path.name
+    name = trained.path.name
     arguments = ["eval", name, "--losses", "--out", str(tmp_path)]
     output = CliRunner().invoke(app, arguments, catch_exceptions=False).output
     rows = [json.loads(line) for line in (tmp_path / f"losses-{name}.jsonl").read_text().splitlines()]
@@ -129,7 +116,7 @@ def test_losses_by_mode_and_dtype(run, tmp_path):
         assert row["run"] == name and row["minus_reference"] == row["loss"] - rows[0]["loss"]
         assert abs(row["minus_reference"]) < (1e-5 if row["dtype"] == "fp32" else 0.05)
     assert any(row["minus_reference"] for row in rows if row["dtype"] == "bf16")
-    assert rows[0]["loss"] == pytest.approx(run.result["validation_loss"], abs=0.05)
+    assert rows[0]["loss"] == pytest.approx(trained.result["validation_loss"], abs=0.05)
     assert sum(part["share"] for part in rows[0]["by_pair"].values()) == pytest.approx(1)
     assert f"repeated {rows[0]['by_pair']['repeated']['loss']:.4f} (" in " ".join(output.split())
     assert "validation tokens" in output and (tmp_path / f"losses-{name}.provenance.json").is_file()

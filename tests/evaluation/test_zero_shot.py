@@ -262,8 +262,9 @@ def test_the_command(lm_eval, exported, cache, tmp_path, monkeypatch):
 
 def test_bad_input_is_one_line(lm_eval, exported, cache, monkeypatch):
     folder = exported()
-    with pytest.raises(ValueError, match="limit must be 0"):
-        evaluate(folder, cache=cache, limit=1)
+    for limit in (1, -3):
+        with pytest.raises(ValueError, match="limit must be 0"):
+            evaluate(folder, cache=cache, limit=limit)
     with pytest.raises(ValueError, match="batch must be at least 1"):
         evaluate(folder, cache=cache, batch=0)
     monkeypatch.setattr(zero_shot, "find_spec", lambda name: None)

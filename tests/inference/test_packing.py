@@ -88,14 +88,14 @@ def test_a_sequence_has_the_same_bits_among_so_many_that_threads_share_them(kind
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["residual", "OLMoE", "Qwen3-MoE"])
+@kinds
 @dtypes
 def test_generation_has_the_same_bits_in_any_batch(kind, dtype, packed, threads, monkeypatch, recorder):
     """Batches of 1 and 7, prompts in one forward pass and in several, another order, one thread and two."""
     sampling = Sampling(max_new_tokens=6, temperature=0.8, top_k=40, top_p=0.95, seed=3)
     draws = torch.Generator().manual_seed(5)
     prompts = [torch.randint(131, (n,), generator=draws).tolist() for n in (7, 1, 19, 12, 7, 30, 3)]
-    model, _ = packed(LAYERS[kind], dtype)
+    model, _ = packed(kind, dtype)
     threads(1)
     together = recorder(model, batch=7)
     found = together.generate(prompts, sampling)

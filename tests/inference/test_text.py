@@ -21,22 +21,10 @@ from moelab.runs.store import RunStore
 SAMPLING = Sampling(max_new_tokens=20, temperature=0.7, top_k=20)
 
 
-@pytest.fixture(scope="module")
-def home(tmp_path_factory):
-    return tmp_path_factory.mktemp("home")
-
-
 @pytest.fixture
-def trained(tiny_spec, home, monkeypatch):
-    """A finished run, trained once."""
-    monkeypatch.setenv("MOELAB_HOME", str(home))
-    return Lab(RunStore()).run([tiny_spec], executor="inline")[0]
-
-
-@pytest.fixture
-def opened(trained, home):
+def opened(trained, workspace):
     """`opened(**options)`: what writes texts with the run's model."""
-    return lambda **options: open_text(trained.path, cache=home / "data", **options)
+    return lambda **options: open_text(trained.path, cache=workspace / "data", **options)
 
 
 def test_a_run_writes_and_streams_the_same_text(opened):
@@ -55,11 +43,11 @@ def test_a_run_writes_and_streams_the_same_text(opened):
         assert list(writer._texts(iter(pieces))) == [(0, text)]
 
 
-def test_modes_and_exports_write_the_same_text(trained, home, opened, tmp_path):
+def test_modes_and_exports_write_the_same_text(trained, workspace, opened, tmp_path):
     expected = opened().generate(["the wave"], SAMPLING)
     assert opened(mode="baseline").generate(["the wave"], SAMPLING) == expected
     folder = hf.export(load_run(trained.path), tmp_path / "out", opened().tokenizer)
-    assert open_text(folder, cache=home / "data").generate(["the wave"], SAMPLING) == expected
+    assert open_text(folder, cache=workspace / "data").generate(["the wave"], SAMPLING) == expected
     assert opened(dtype="bf16").generate(["wave"], SAMPLING)[0].tokens
 
 
@@ -144,12 +132,12 @@ def test_a_damaged_checkpoint(trained, tmp_path, caplog):
         load_run(run)
 
 
-def test_what_cannot_be_opened(trained, home, opened, tmp_path):
+def test_what_cannot_be_opened(trained, workspace, opened, tmp_path):
     with pytest.raises(ValueError, match="neither a run"):
-        open_text(tmp_path, cache=home / "data")
+        open_text(tmp_path, cache=workspace / "data")
     empty = RunStore(tmp_path / "runs").run(trained.spec).path
     with pytest.raises(ValueError, match="no checkpoint yet; train the run first"):
-        open_text(empty, cache=home / "data")
+        open_text(empty, cache=workspace / "data")
     with pytest.raises(ValueError, match="dtype must be fp32 or bf16, got 'fp64'"):
         opened(dtype="fp64")
     with pytest.raises(ValueError, match="2 runs begin so"):

@@ -3,6 +3,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from moelab.config import ModelConfig
 from moelab.models import build
 
 
@@ -27,6 +28,18 @@ def test_initial_weights_depend_on_seed_and_name_alone(tiny_model):
     up = "blocks.3.ffn.experts.up"
     assert torch.equal(moe[up], wider[up][:4]) and not torch.equal(moe[up][0], moe[up][1])
     assert not torch.equal(moe[up], other[up])
+
+
+def test_initial_loss_is_that_of_guessing():
+    config = ModelConfig.parse("350M+PR-MoE-32/64 twin")
+    tokens = torch.randint(config.vocab, (2, 65), generator=torch.Generator().manual_seed(0))
+    output = build(config, 0)(tokens[:, :-1])
+    assert float(output.cross_entropy(tokens[:, 1:]).detach()) == pytest.approx(
+        torch.log(torch.tensor(4096.0)).item(), abs=0.15
+    )
+    assert len(output.routing) == 4
+    aux = float(output.routing_loss().detach())
+    assert 0.04 <= aux < 0.12, "0.01 a layer, summed, and a little above its least value at the start"
 
 
 def test_too_long_a_sequence_is_refused(tiny_model):

@@ -174,7 +174,7 @@ def test_an_only_rank_shows_where_it_stands(spec, tmp_path):
 
 
 @pytest.mark.multiprocess
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGUSR1])  # SIGTERM: below, while ranks start
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
 def test_a_signal_stops_all_ranks_with_a_checkpoint(spec, tmp_path, monkeypatch, number):
     monkeypatch.setenv("STAND_IN_SLEEP", "0.5")
     run = RunStore(tmp_path).run(spec)

@@ -33,10 +33,11 @@ def cluster_sh(tmp_path):
     return up
 
 
-def test_a_port_in_use_is_told_before_anything_is_made(cluster_sh, tmp_path):
+@pytest.mark.parametrize("offset", [0, 3])
+def test_a_port_in_use_is_told_before_anything_is_made(cluster_sh, tmp_path, offset):
     with socket.create_server(("127.0.0.1", 0)) as used:
         number = used.getsockname()[1]
-        done = cluster_sh(number - 3)
+        done = cluster_sh(number - offset)
     assert done.returncode == 1
     assert done.stderr == f"port {number} is in use; MOELAB_SLURM_PORT names the first of others\n"
     assert not (tmp_path / "slurm").exists()
