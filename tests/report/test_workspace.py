@@ -1,13 +1,16 @@
 """The pages of the workspace show one's own results beside the published ones, which stay as they are."""
 
 import os
-import zipfile
 
 import pytest
 
 from moelab import paths
+from moelab.design import settings
+from moelab.files import write_json
 from moelab.report import ledger, site
 from moelab.report.summary import SUMMARY, read_all
+from moelab.runs import records
+from moelab.runs.store import RunStore
 
 CLAIMS = {"pr-moe-matches-moe128": (0.0, 0.01, 0.02)}
 PUBLISHED, OWN = "pr-moe/cpu/20260101-000000", "scaling/smoke/20260102-000000"
@@ -18,7 +21,7 @@ def tree(folder):
 
 
 @pytest.fixture
-def both(tmp_path, monkeypatch, publish):
+def both(tmp_path, monkeypatch, publish, result):
     """A published result with its pages, one of one's own, and a benchmark."""
     monkeypatch.setenv("MOELAB_HOME", str(tmp_path / "home"))
     monkeypatch.setenv("MOELAB_RESULTS", str(tmp_path / "results"))
@@ -28,10 +31,10 @@ def both(tmp_path, monkeypatch, publish):
         (paths.results() / "benchmarks" / folder).mkdir(parents=True, exist_ok=True)
         (paths.results() / "benchmarks" / folder / "gate.provenance.json").write_text('{"commit": "aaa"}')
     publish(paths.own_results(), "scaling", "smoke", "20260102-000000")
-    (paths.own_results() / "runs").mkdir()
+    run = RunStore().run(settings.spec("350M", "smoke", 7, label="Mine"))
+    write_json(run.path / "result.json", result(3.21))
+    records.write([run], paths.own_results() / "runs")
     (paths.own_results() / "runs" / "broken.zip").write_bytes(b"no zip")
-    with zipfile.ZipFile(paths.own_results() / "runs" / "350m.zip", "w") as pack:
-        pack.writestr("350m-s0-abc.zip", b"packed")
     return tmp_path
 
 
@@ -43,8 +46,9 @@ def test_pages_show_both_and_change_neither(both):
     assert PUBLISHED in start and OWN in start and "gate.provenance.json" in start
     assert (paths.pages() / "benchmarks" / "another-cpu" / "gate.provenance.json").exists() and "(another-cpu)" in start
     assert (paths.pages() / OWN / "notebook.html").exists()
-    assert "350m-s0-abc" in (paths.pages() / "runs.html").read_text()
-    assert "350m-s0-abc" not in (paths.results() / "runs.html").read_text()
+    (row,) = (line for line in (paths.pages() / "runs.html").read_text().splitlines() if "350m-twin-s7" in line)
+    assert "Mine" in row and "3.2100" in row, "the numbers of a run that no result uses are its record's"
+    assert "350m-twin-s7" not in (paths.results() / "runs.html").read_text()
     assert (tree(paths.results()), tree(paths.own_results())) == before
     assert OWN not in (paths.results() / "index.html").read_text(), "published pages show published results"
     assert site.update().written == 0

@@ -16,6 +16,7 @@ from moelab.files import write_bytes
 from moelab.report.ledger import Entry
 from moelab.report.site.results import Result
 from moelab.report.summary import RunRow
+from moelab.runs import records
 
 EVERYTHING = "moelab-results.zip"
 RESULT = "data.zip"
@@ -90,22 +91,20 @@ class PackedRun:
     Attributes:
         id: the run's.
         pack: the file with the runs of its model.
-        kilobytes: size of its record.
-        label, seed, result: its arm, its seed and its numbers, as a result that uses it says; empty where none does.
+        label, seed, result: its arm, its seed and its numbers, as a result that uses it says, else as its record does.
         results: those that use it.
     """
 
     id: str
     pack: str
-    kilobytes: int
     label: str
-    seed: int | None
+    seed: int
     result: Mapping[str, Any]
     results: Sequence[Result]
 
 
 def packed_runs(root: Path, results: Sequence[Result]) -> list[PackedRun]:
-    """Return the runs in `runs/` below the results, by id."""
+    """Return the runs in `runs/` below the results, by id; damaged records are left out."""
     users: dict[str, list[Result]] = {}
     rows: dict[str, RunRow] = {}
     for result in results:
@@ -113,17 +112,18 @@ def packed_runs(root: Path, results: Sequence[Result]) -> list[PackedRun]:
             users.setdefault(run.id, []).append(result)
             rows.setdefault(run.id, run)
     found = []
-    for pack in sorted((root / "runs").glob("*.zip")):
-        try:
-            with zipfile.ZipFile(pack) as archive:
-                records = {Path(one.filename).stem: one.file_size for one in archive.infolist()}
-        except (zipfile.BadZipFile, OSError):  # `moelab runs import` names it
-            continue
-        for id, size in records.items():
-            row = rows.get(id)
-            label, seed, numbers = (row.label, row.seed, row.result) if row else ("", None, {})
-            file = pack.relative_to(root).as_posix()
-            found.append(PackedRun(id, file, max(1, round(size / 1000)), label, seed, numbers, users.get(id, [])))
+    for archive in records.archives_in(root / "runs"):
+        if row := rows.get(archive.stem):
+            label, seed, numbers = row.label, row.seed, row.result
+        else:
+            try:
+                spec, numbers = records.glance(archive)
+            except ValueError:  # `moelab runs import` names it
+                continue
+            label, seed = spec.label, spec.train.seed
+        file = Path(archive.root.filename or "") if isinstance(archive, zipfile.Path) else archive
+        pack = file.relative_to(root).as_posix()
+        found.append(PackedRun(archive.stem, pack, label, seed, numbers, users.get(archive.stem, [])))
     return sorted(found, key=lambda run: run.id)
 
 
