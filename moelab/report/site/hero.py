@@ -25,12 +25,12 @@ def caption(result: Result) -> str:
     shares = _curves(result, models)
     reached = max((max(points) for points in shares.values()), default=0.0)
     sizes = [run.result["parameters"] for run in result.summary.runs if "parameters" in run.result]
+    early = ", and lower their learning rate at their own end" if reached < 0.99 else ""
     return (
         f"Loss minus the dense base’s: twins of {min(sizes) / 1e6:.1f} to {max(sizes) / 1e6:.1f} million parameters "
         f"(lines: mean of {result.seeds}, 95 % interval at the end), which see {reached:.0%} of the paper’s tokens for "
-        "each parameter, and the paper’s MoE-128 (diamonds: Fig 1, read off the plot). The twins are smaller, read "
-        "other text, and lower their learning rate at their own end, so the size of a gap is not comparable; its sign "
-        "and its course are."
+        f"each parameter, and the paper’s MoE-128 (diamonds: Fig 1, read off the plot). The twins are smaller and read "
+        f"other text{early}, so the size of a gap is not comparable; its sign and its course are."
     )
 
 
