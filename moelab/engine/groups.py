@@ -15,6 +15,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from moelab.engine.launch import process
+
 
 @dataclass(frozen=True)
 class Group:
@@ -141,7 +143,8 @@ def _subgroup(partition: list[list[int]]) -> dist.ProcessGroup:
     """Make the groups of a partition and return this rank's."""
     limit = time_limit(_world())
     if dist.get_backend() == "nccl" and _world().bound_device_id is not None:
-        own = dist.split_group(split_ranks=partition, timeout=limit)  # makes all groups in one call
+        with process.within(limit):
+            own = dist.split_group(split_ranks=partition, timeout=limit)  # makes all groups in one call
         assert own is not None
         return own
     return _connected(dist.new_subgroups_by_enumeration(partition, timeout=limit)[0])

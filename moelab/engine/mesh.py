@@ -84,30 +84,38 @@ class Mesh:
         config: the layout.
         rank: this rank.
         device: "cpu" or "cuda".
+        groups: what makes them.
         world, data, tensor: all ranks; the data-parallel ranks, which have this rank's tensor coordinate; the
             tensor-parallel ranks.
         fsdp: the data-parallel ranks as a DeviceMesh, where FSDP2 shards over them; else None.
     """
 
-    def __init__(self, config: ParallelConfig, expert_counts: Iterable[int] = (), device: str = "cpu") -> None:
+    def __init__(
+        self,
+        config: ParallelConfig,
+        expert_counts: Iterable[int] = (),
+        device: str = "cpu",
+        groups: ProcessGroups | None = None,
+    ) -> None:
         """Make the groups of a layout; every rank calls this.
 
         Args:
             expert_counts: the model's experts per layer (0 = dense); layers of equal number share their groups.
+            groups: those of another model's mesh, to share them: on NCCL each holds memory of the GPU.
 
         Raises:
             ValueError: the layout is impossible for a layer, or is for another number of ranks than there are.
         """
         layouts = {e: config.experts(e) for e in sorted({e for e in expert_counts if e})}
-        self._groups = ProcessGroups()
-        self.world = self._groups.world
+        self.groups = groups or ProcessGroups()
+        self.world = self.groups.world
         if self.world.size != config.ranks:
             raise ValueError(
                 f"parallel: the layout is for {config.ranks} ranks (tensor {config.tensor} x data {config.data}), "
                 f"there are {self.world.size}"
             )
         self.config, self.device, self.rank = config, device, self.world.rank
-        grid, make = config.dense_grid(), self._groups.make
+        grid, make = config.dense_grid(), self.groups.make
         self.data, self.tensor = make(grid.T), make(grid)
         self._experts = {e: ExpertGroups.make(config, layout, self.rank, make) for e, layout in layouts.items()}
         sharded = config.shard and self.data.size > 1
@@ -122,4 +130,4 @@ class Mesh:
 
         Only processes that make many meshes need it.
         """
-        self._groups.close()
+        self.groups.close()

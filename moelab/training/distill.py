@@ -143,7 +143,7 @@ class Distiller:
         last = checkpoint.weights_of(teacher.run_dir)
         if not data.shares_text(last.state["data"]):
             raise ValueError(f"distill: the teacher of {teacher.run_dir} was trained on other text than the student's")
-        own = Mesh(mesh.config, teacher.model.experts, config.device)
+        own = Mesh(mesh.config, teacher.model.experts, config.device, mesh.groups)
         built = engine.build(teacher.model, config.seed, own)
         checkpoint.load_model(last, built.module, built.placements)
         cache = None

@@ -4,6 +4,7 @@ import datetime
 import os
 import socket
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import psutil
 import pytest
@@ -96,6 +97,28 @@ def test_an_interface_that_was_chosen_is_where_rank_0_listens(environment):
 )
 def test_gloo_follows_the_interface_chosen_for_nccl(given, expected):
     assert gloo_interface(given, ["lo", "docker0", "eth0", "eth1", "ib0"]) == expected
+
+
+def test_only_interfaces_that_carry_traffic_are_chosen(environment, monkeypatch):
+    """A port without a cable, and one that reaches its own link only, come first on many nodes."""
+
+    def ip(address):
+        return [SimpleNamespace(family=socket.AF_INET, address=address)]
+
+    port = [SimpleNamespace(family=psutil.AF_LINK, address="fe:e4:bc:7f:83:57")]
+    own = {
+        "lo": ip("127.0.0.1"),
+        "eno1": port,
+        "down0": ip("10.0.0.1"),
+        "usb0": ip("169.254.3.1"),
+        "ib0": ip("10.1.0.7"),
+    }
+    monkeypatch.setattr(psutil, "net_if_addrs", lambda: own)
+    monkeypatch.setattr(psutil, "net_if_stats", lambda: {n: SimpleNamespace(isup=n != "down0") for n in own})
+    monkeypatch.setattr(socket, "if_nameindex", lambda: list(enumerate(own)))
+    assert rendezvous.interfaces() == {"lo": "127.0.0.1", "ib0": "10.1.0.7"}
+    environment(SLURM_LAUNCH_NODE_IPADDR="127.0.0.1", NCCL_SOCKET_IFNAME="^lo,docker")
+    assert own_address(os.environ) == "10.1.0.7" and gloo_interface(os.environ, rendezvous.interfaces()) == "ib0"
 
 
 def test_nowhere_to_meet_is_one_line(environment):

@@ -64,8 +64,8 @@ class Limits:
         hang_s: a rank that has given signs of life hangs if it gives none for this long.
         death_s: from the first death to the end of all ranks.
         stop_s: from the first rank that has stopped to the last; time for a checkpoint.
-        collective_s: a collective that waits longer raises in the ranks. It takes effect if the watch fails, so it is
-            longer than `hang_s`.
+        collective_s: a collective that waits longer raises in the ranks (NCCL aborts them). It takes effect if the
+            watch fails, so it is longer than `hang_s`.
     """
 
     hang_s: float = 300

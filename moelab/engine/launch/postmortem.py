@@ -13,15 +13,19 @@ from pathlib import Path
 _ERROR = re.compile(
     r"^(?:\[rank\d+\]: )?(?P<error>(?:[A-Za-z_][\w.]*(?:Error|Exception|Interrupt|Exit|Diverged|Failed))\b(?::.*)?)$"
 )
+# What NCCL's own thread saw when it aborts the process, and what `process.within` says: no Python exception.
+_ABORTED = re.compile(r"terminated with exception: (?:\[Rank \d+\] )?(?P<error>.+)|^(?P<late>Timeout \(\d.*\)!)$")
 _LOST = re.compile(
-    r"Connection (?:closed|reset|refused)|connection lost|Broken pipe|Timed? ?out waiting|remote process exited"
-    r"|DistNetworkError|DistBackendError|DistStoreError|Socket Timeout|wait timeout|Rank \d+ failed to pass"
-    r"|did not come within|gloo/transport",
+    r"Connection (?:closed|reset|refused)|connection lost|Broken pipe|Timed? ?out waiting|remote process exit"
+    r"|DistNetworkError|DistStoreError|Socket Timeout|wait timeout|Rank \d+ failed to pass"
+    r"|did not come within|gloo/transport|connectFullMesh|ncclRemoteError|Watchdog caught collective operation timeout"
+    r"|communicator was aborted|^Timeout \(",
     re.IGNORECASE,
 )
 _MEMORY = re.compile(
     r"MemoryError|OutOfMemoryError|out of memory|can't allocate memory|not enough memory", re.IGNORECASE
 )
+_FETCHES = re.compile(r"\.(wait(_tensor)?|cpu|tolist|item|synchronize)\(|\bfloat\(")
 _FRAME = re.compile(r'^  File "(?P<file>.*)", line (?P<line>\d+) in (?P<function>\S+)')
 
 Stack = list[tuple[str, int, str]]  # file, line, function; innermost first
@@ -43,9 +47,11 @@ def read_log(path: Path, start: int, at_most: int = 64_000) -> str:
 
 
 def last_error(log: str) -> str:
-    """Return the last line of a log that names an exception as Python's tracebacks do, or an empty string."""
-    matches = (_ERROR.match(line.rstrip()) for line in reversed(log.splitlines()))
-    return next((match["error"] for match in matches if match), "")
+    """Return the last exception that a log names as Python's tracebacks do, else why its process aborted, if it did."""
+    lines = [line.rstrip() for line in reversed(log.splitlines())]
+    if error := next((match["error"] for line in lines if (match := _ERROR.match(line))), ""):
+        return error
+    return next((match["error"] or match["late"] for line in lines if (match := _ABORTED.search(line))), "")
 
 
 def lost_connection(error: str) -> bool:
@@ -119,7 +125,8 @@ def stacks(dump: str) -> list[Stack]:
 def in_collective(threads: Sequence[Stack]) -> bool:
     """Return whether one of the threads waits for other ranks.
 
-    Such a thread is inside torch.distributed, or at the `wait` of a handle from it.
+    Such a thread is inside torch.distributed, at the `wait` of a handle from it, or fetches a number from a GPU: NCCL's
+    collectives return at once, and what waits is the first line that needs a result.
     """
     return any(_waits(stack) for stack in threads)
 
@@ -135,7 +142,7 @@ def innermost(threads: Sequence[Stack]) -> str:
 def _waits(stack: Stack) -> bool:
     file, line, _ = stack[0]
     inside = any("torch/distributed" in f.replace("\\", "/") for f, _, _ in stack[:4])
-    return inside or re.search(r"\.wait(_tensor)?\(", linecache.getline(file, line)) is not None
+    return inside or _FETCHES.search(linecache.getline(file, line)) is not None
 
 
 def _control_files() -> list[tuple[Path, str]]:

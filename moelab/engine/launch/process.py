@@ -150,30 +150,48 @@ def join(*, device: str = "cpu", timeout: float | None = None, folder: Path | No
         raise RuntimeError("ranks: this process is not a rank; start it through launch, torchrun or srun")
     show_stacks_when_asked()
     limit = timedelta(seconds=timeout or float(COLLECTIVE_S.get() or COLLECTIVE_S.default))
-    if interface := rendezvous.gloo_interface(os.environ, [name for _, name in socket.if_nameindex()]):
+    if interface := rendezvous.gloo_interface(os.environ, rendezvous.interfaces()):
         os.environ["GLOO_SOCKET_IFNAME"] = interface
     store = rendezvous.meet(place.rank, place.world_size, limit, folder)
     options: dict[str, Any] = {}
     if device == "cuda":
         count = torch.cuda.device_count()
-        # Under srun a rank may see only its own GPU.
-        number = 0 if count == 1 and "SLURM_PROCID" in os.environ else place.local_rank
+        # Under srun a rank may see only its own GPU; torchrun's ranks see all of the node's.
+        alone = "SLURM_PROCID" in os.environ and os.environ.get("LOCAL_WORLD_SIZE", "1") == "1"
+        number = 0 if count == 1 and alone else place.local_rank
         if number >= count:
             raise ValueError(f"ranks: {place} needs a GPU of its own, its number {number} here; there are {count}")
         torch.cuda.set_device(number)
         options["device_id"] = torch.device("cuda", number)
-    dist.init_process_group(
-        "nccl" if device == "cuda" else "gloo",
-        store=dist.PrefixStore("group", store),
-        rank=place.rank,
-        world_size=place.world_size,
-        timeout=limit,
-        **options,
-    )
+        # Sums of gradients overlap the exchanges of other groups; NCCL then starts both in one order on all ranks.
+        os.environ.setdefault("NCCL_LAUNCH_ORDER_IMPLICIT", "1")
+    with within(limit) if device == "cuda" else contextlib.nullcontext():
+        dist.init_process_group(
+            "nccl" if device == "cuda" else "gloo",
+            store=dist.PrefixStore("group", store),
+            rank=place.rank,
+            world_size=place.world_size,
+            timeout=limit,
+            **options,
+        )
     rendezvous.met(place.rank, folder)  # all ranks are connected by now
     global _store
     _store = dist.PrefixStore("published", store)
     return place
+
+
+@contextlib.contextmanager
+def within(limit: timedelta) -> Iterator[None]:
+    """End this process, with its stacks in the log, if the code inside takes longer.
+
+    NCCL makes communicators in C, without a limit and deaf to signals that Python handles: ranks whose network does not
+    lead to the others would wait for as long as the job may last.
+    """
+    faulthandler.dump_traceback_later(limit.total_seconds(), exit=True)
+    try:
+        yield
+    finally:
+        faulthandler.cancel_dump_traceback_later()
 
 
 def leave() -> None:

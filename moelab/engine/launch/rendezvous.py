@@ -68,13 +68,10 @@ def own_address(environment: Mapping[str, str]) -> str:
     It is the loopback address for ranks of one machine. Among nodes it is that of the interface which
     GLOO_SOCKET_IFNAME or NCCL_SOCKET_IFNAME names, else of the one through which the node that called srun is reached.
     """
-    import psutil
-
     if LAUNCHER.get(environment):
         return "127.0.0.1"
-    addresses = psutil.net_if_addrs()
-    if (name := gloo_interface(environment, addresses)) and (own := addresses.get(name.split(",")[0])):
-        return next((a.address for a in own if a.family == socket.AF_INET), own[0].address)
+    if (name := gloo_interface(environment, interfaces())) and (own := interfaces().get(name.split(",")[0])):
+        return own
     target = environment.get("SLURM_LAUNCH_NODE_IPADDR") or socket.gethostname()
     family, _, _, _, address = socket.getaddrinfo(target, 9, type=socket.SOCK_DGRAM)[0]
     with socket.socket(family, socket.SOCK_DGRAM) as probe:
@@ -82,8 +79,28 @@ def own_address(environment: Mapping[str, str]) -> str:
         return probe.getsockname()[0]
 
 
+def interfaces() -> dict[str, str]:
+    """Return the IPv4 addresses of the interfaces that can carry traffic, by name, in the system's order.
+
+    A node has others: network ports without a cable, and the one to its management controller, which have no address or
+    one of their own link (169.254).
+    """
+    import psutil
+
+    addresses, states = psutil.net_if_addrs(), psutil.net_if_stats()
+    found: dict[str, str] = {}
+    for _, name in socket.if_nameindex():
+        own = [a.address for a in addresses.get(name, ()) if a.family == socket.AF_INET]
+        if (name in states and states[name].isup) and (usable := [a for a in own if not a.startswith("169.254.")]):
+            found[name] = usable[0]
+    return found
+
+
 def gloo_interface(environment: Mapping[str, str], interfaces: Iterable[str]) -> str | None:
     """Return the value for GLOO_SOCKET_IFNAME, or None to let gloo take the interface of the host's name.
+
+    Args:
+        interfaces: the names of those that can carry traffic.
 
     If unset, it follows NCCL_SOCKET_IFNAME, so that on GPU clusters the checkpoints' gloo group uses the network that
     was chosen for NCCL. gloo takes a full name; NCCL a list of prefixes, of full names after "=", or of names to leave
