@@ -119,13 +119,16 @@ def encode_validation(
     return {domain: np.asarray(ids[domain][:end], np.int64).reshape(-1, T) for domain, end in ends.items()}
 
 
-def _open(folder: Path) -> TokenData | None:
+def _open(folder: Path, warn: bool = True) -> TokenData | None:
     if not folder.exists():
         return None
     try:
         return TokenData(folder)
     except ValueError as error:
-        warnings.warn(f"rebuilding: {error}", stacklevel=3)
+        if isinstance(cause := error.__cause__, OSError) and not isinstance(cause, FileNotFoundError):
+            raise ValueError(f"data: {folder} cannot be read: {cause}") from error  # the data may be whole
+        if warn:
+            warnings.warn(f"rebuilding: {error}", stacklevel=3)
         return None
 
 
@@ -144,6 +147,8 @@ def _build(config: DataConfig, corpus: Corpus, folder: Path, say: Callable[[str]
     _sweep(folder)
     scratch = Path(tempfile.mkdtemp(prefix=f".building-{folder.name}-", dir=folder.parent))
     try:
+        if _open(folder, warn=False) is not None:
+            return  # on a network file system it is seen only after the folder around it has changed
         documents = corpus.documents
         if corpus.slow and config.tokenizer != "gpt2":  # learning and encoding are two readings, the source's is one
             say(f"{corpus.name}: reading")
@@ -171,6 +176,8 @@ def _build(config: DataConfig, corpus: Corpus, folder: Path, say: Callable[[str]
         }
         (scratch / "meta.json").write_text(json.dumps(meta, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
         scratch.chmod(0o755)  # mkdtemp's folders are private; prepared data may be shared
+        if _open(folder, warn=False) is not None:
+            return  # another machine was faster; its data is the same, and jobs may have mapped it
         if folder.exists():  # a broken one: renamed away, since processes may still have it open
             folder.rename(scratch.with_name(scratch.name + "-broken"))
             shutil.rmtree(scratch.with_name(scratch.name + "-broken"), ignore_errors=True)

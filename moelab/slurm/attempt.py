@@ -22,6 +22,12 @@ from moelab.runs.store import Run
 
 ATTEMPTS = "attempts.jsonl"
 Kind = Literal["stopped", "failed", "killed", "restarts"]
+_BROKEN = re.compile(
+    r"uncorrectable ECC|hardware error|NVLink|no CUDA device is available|needs a GPU of its own"
+    r"|system not yet initialized|unspecified launch failure|devices? .*(busy|unavailable)",
+    re.IGNORECASE,
+)
+"""What is said of a GPU that is broken or taken, which another node may not have."""
 
 
 @dataclass(frozen=True)
@@ -132,6 +138,8 @@ def judge(failure: RankFailed | OSError | ValueError, run: Run) -> tuple[Kind, s
         unknown = failure.how == "was killed by SIGKILL"  # the kernel gives no reason
         return "killed", str(failure) + " (out of memory?)" * unknown, failure.host
     status = run.status
+    if _BROKEN.search(f"{failure.how} {status.reason}"):
+        return "killed", str(failure), failure.host  # another node may have whole GPUs
     if (run.spec.parallel.ranks == 1 or failure.unexplained) and status.state == "failed" and status.reason:
         return "failed", status.reason, failure.host  # the reason that the rank itself, or rank 0, recorded
     return "failed", str(failure), failure.host

@@ -182,6 +182,7 @@ class LocalBatch(Checkpointable):
         workers: number of runs that train at a time.
         limits: how often to try a run.
         folder: folder of the submission.
+        gpus: CUDA_VISIBLE_DEVICES of the process that submitted; None: not set, empty: no GPU. submitit sets its own.
     """
 
     stages: list[list[str]]
@@ -189,9 +190,13 @@ class LocalBatch(Checkpointable):
     workers: int
     limits: attempt.Limits
     folder: str
+    gpus: str | None = ""
 
     def work(self) -> dict[str, Any]:
         """Train the runs stage by stage, then execute the notebooks, whatever became of the runs."""
+        os.environ["CUDA_VISIBLE_DEVICES"] = self.gpus or ""
+        if self.gpus is None:
+            del os.environ["CUDA_VISIBLE_DEVICES"]
         failed: list[str] = []
         job = f"{queue.LOCAL}{submitit.JobEnvironment().job_id}"
         for stage in self.stages:

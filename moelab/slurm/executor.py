@@ -8,6 +8,7 @@ queued, and submitit writes it only when it queues the job.
 from __future__ import annotations
 
 import math
+import os
 import shlex
 import sys
 from collections.abc import Callable, Sequence
@@ -161,7 +162,7 @@ def for_jupyter(profile: Profile, folder: Path) -> Executor:
 
 def step(profile: Profile, *options: str) -> tuple[str, ...]:
     """Return the srun command line, up to the interpreter, of a step of one task."""
-    arguments = ("--ntasks=1", "--nodes=1", *options, "--unbuffered", *profile.srun, *profile.container)
+    arguments = ("--ntasks=1", "--nodes=1", "--export=ALL", *options, "--unbuffered", *profile.srun, *profile.container)
     return ("srun", *arguments, interpreter(profile))
 
 
@@ -188,10 +189,12 @@ def _executor(
     executor = Executor(folder, max_num_timeout=profile.restarts, python=f"exec {shlex.quote(driver)}")
     dependency = parameters.pop("dependency", "")
     extra = dict(argument.removeprefix("--").partition("=")[::2] for argument in profile.sbatch)
+    parameters["comment"] = " ".join(filter(None, (extra.pop("comment", ""), parameters["comment"])))
     given = {
-        "partition": profile.partition or None,
-        "account": profile.account or None,
-        "qos": profile.qos or None,
+        # submitit calls sbatch without the user's SBATCH_ variables.
+        "partition": profile.partition or os.environ.get("SBATCH_PARTITION") or None,
+        "account": profile.account or os.environ.get("SBATCH_ACCOUNT") or None,
+        "qos": profile.qos or os.environ.get("SBATCH_QOS") or None,
         "constraint": profile.constraint or None,
         # Whole minutes, since submitit multiplies them.
         "time": math.ceil(minutes(time, profile.name)),
@@ -205,7 +208,7 @@ def _executor(
         "additional_parameters": {
             "signal": signal,
             "open-mode": "append",  # a requeued job would start its log anew
-            **({"requeue": True} if requeue else {}),
+            **({"requeue": True} if requeue else {"no-requeue": True}),  # a site's default may be either
             **({"kill-on-invalid-dep": "yes"} if dependency.startswith("afterok") else {}),
             **{key: value or True for key, value in extra.items()},
         },
@@ -219,6 +222,8 @@ def _exports(profile: Profile, snapshot: Path | None, variables: dict[str, str])
     """Return the shell lines that set a job's environment variables."""
     values = {environment.HOME.name: str(paths.home()), environment.RESULTS.name: str(paths.results()), **variables}
     lines = [f"{name}={shlex.quote(value)}" for name, value in values.items()]
+    # On a node's own disk: Triton's files of many ranks collide on a network file system.
+    lines.append("TRITON_CACHE_DIR=${TRITON_CACHE_DIR:-$(mktemp -u /tmp/triton-XXXXXXXXXX)}")
     if snapshot is not None:
         # A module is otherwise looked for in the current folder first, which may be the checkout.
         lines += [f"PYTHONPATH={shlex.quote(str(snapshot))}${{PYTHONPATH:+:$PYTHONPATH}}", "PYTHONSAFEPATH=1"]

@@ -35,7 +35,7 @@ class RunJob(submitit.Job[dict[str, Any]]):
 
     @property
     def row(self) -> Row:
-        """Return the run's present state as a row, with one call to Slurm."""
+        """Return the run's present state as a row, with one call to Slurm (`Jobs.overview`: one for all)."""
         own = [row for row in overview([self.run.spec.id], store=self._store).rows if row.id == self.run.spec.id]
         return own[0] if own else Row("", self.run.spec.title, self.run.spec.id, self.run.status.state)
 

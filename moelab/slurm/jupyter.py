@@ -73,8 +73,10 @@ def start(profile: Profile, notebooks: Path, arguments: Sequence[str]) -> int:
     token = secrets.token_hex(24)
     (folder / "token").touch(mode=0o600)  # in a file that only its owner can read: everyone sees command lines
     (folder / "token").write_text(token)
+    cores = profile.cpus_per_rank * profile.gpus_per_node
     options = (f"--ServerApp.root_dir={notebooks}", "--no-browser", *arguments)
-    serve = ServeJupyter(executor.step(profile), options, str(folder), everywhere=profile.lab_address == "node")
+    step = executor.step(profile, f"--cpus-per-task={cores}")
+    serve = ServeJupyter(step, options, str(folder), everywhere=profile.lab_address == "node")
     try:
         job = executor.for_jupyter(profile, folder).queue(serve, [()])
     except queue.SlurmError as error:
@@ -85,7 +87,7 @@ def start(profile: Profile, notebooks: Path, arguments: Sequence[str]) -> int:
         server = _wait(job, folder, console)
         if server is not None:
             console.print(*_directions(server, (folder / "node").read_text().strip(), token, profile), sep="\n")
-            while queue.state(job) in ("RUNNING", "SUSPENDED"):
+            while queue.retried(queue.state, job) in ("RUNNING", "SUSPENDED"):
                 time.sleep(5)
     except KeyboardInterrupt:
         queue.cancel([job])
@@ -105,7 +107,7 @@ def _wait(job: str, folder: Path, console: Console) -> dict | None:
                 return json.loads(file.read_text())
             except ValueError:
                 pass  # being written
-        state = queue.state(job)
+        state = queue.retried(queue.state, job)
         if state not in ("PENDING", "CONFIGURING", "RUNNING"):
             return None
         if state != said:

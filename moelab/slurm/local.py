@@ -40,15 +40,14 @@ def start(
     for name, group in specs.items():
         for spec, path in zip(group, directories[name], strict=True):
             depths.setdefault(spec.depth, []).append(str(path))
+    cuda = any(s.train.device == "cuda" for group in specs.values() for s in group)
     plan = {
         "stages": [depths[depth] for depth in sorted(depths)],
         "notebooks": [part.name for part in submission.parts if part.values is not None],
-        "workers": profile.array_parallelism,
+        "workers": 1 if cuda else profile.array_parallelism,  # each run takes the first GPUs
         "failures": profile.failures,
         "restarts": profile.restarts,
-        "gpus": profile.gpus_per_node
-        if any(s.train.device == "cuda" for group in specs.values() for s in group)
-        else 0,
+        "cuda": cuda,
     }
     write_json(submission.folder / "local.json", plan)
     code = {"PYTHONPATH": submission.snapshot, "PYTHONSAFEPATH": "1"} if submission.snapshot else {}
@@ -126,9 +125,10 @@ def main(folder: Path) -> None:
     """Start the job of the submission in a folder and write down its id."""
     plan = read_json(folder / "local.json")
     executor = submitit.AutoExecutor(folder, cluster="local")
-    executor.update_parameters(timeout_min=_YEAR_MIN, gpus_per_node=plan["gpus"], stderr_to_stdout=True)
+    executor.update_parameters(timeout_min=_YEAR_MIN, stderr_to_stdout=True)
     limits = Limits(plan["failures"], plan["restarts"])
-    batch = LocalBatch(plan["stages"], plan["notebooks"], plan["workers"], limits, str(folder))
+    gpus = os.environ.get("CUDA_VISIBLE_DEVICES") if plan["cuda"] else ""
+    batch = LocalBatch(plan["stages"], plan["notebooks"], plan["workers"], limits, str(folder), gpus)
     write_json(folder / "local.id.json", int(executor.submit(batch).job_id))
 
 

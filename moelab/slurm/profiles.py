@@ -13,6 +13,9 @@ from typing import Literal
 from moelab import environment, paths
 from moelab.config import from_json, unknown
 
+_OWN = ("array", "signal", "requeue", "no-requeue", "dependency", "output", "open-mode", "kill-on-invalid-dep")
+"""Options of sbatch on which moelab's jobs depend."""
+
 
 @dataclass(frozen=True)
 class Profile:
@@ -107,6 +110,8 @@ class Profile:
             for argument in getattr(self, what):
                 if not re.fullmatch(r"--[a-z][a-z0-9-]*(=.*)?", argument):
                     raise ValueError(f"{where}: {what} takes --name=value or --name, got {argument!r}")
+                if what == "sbatch" and argument[2:].partition("=")[0] in _OWN:
+                    raise ValueError(f"{where}: sbatch may not have {argument!r}, which moelab itself sets")
 
     def _check_characters(self, where: str) -> None:
         """Refuse texts that would end a line of the batch script: the rest would be read as options or commands."""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import subprocess
 import sys
 import time
@@ -94,9 +95,9 @@ def jobs(limit_s: float = 120) -> dict[tuple[str, str, int], Job]:
         if len(fields) < 7:  # a comment of another program may have several lines
             continue
         number, state, reason, node, left, limit, note = fields
-        mark, _, rest = note.partition(" ")
+        _, mark, rest = f" {note}".rpartition(f" {_MARK} ")  # after the profile's own comment
         submission, _, part = rest.partition(" ")
-        if mark != _MARK or not part:
+        if not mark or not part:
             continue
         index = number.partition("_")[2]
         # A job that is about to be requeued is COMPLETING, too, but its whole time is left.
@@ -117,7 +118,10 @@ def check(script: str) -> None:
     try:
         _run("sbatch", "--test-only", stdin=script)
     except SlurmError as error:
-        raise ValueError(str(error)) from None
+        # The test leaves out nodes that are down or drained; a queued job waits for them.
+        busy = "Requested node configuration is not available" in str(error) or "nodes are busy" in str(error)
+        if not busy or all(state in _USABLE for _, state, _ in _nodes()):
+            raise ValueError(str(error)) from None
 
 
 def state(job: str) -> str:
@@ -145,13 +149,13 @@ def requeue(job: str, exclude: str = "") -> None:
     """
     if retried(state, job) != "RUNNING":
         return
-    spare = exclude and _has_spare_nodes(exclude)
+    left_out = _left_out(job, exclude) if exclude else ""
     retried(_run, "scontrol", "requeue", job)
-    if spare:
+    if left_out:
         # Only a pending job can be changed; this one stays pending until its driver has exited. The requeue sends
         # SIGTERM to all processes of the job, so that the first call of scontrol may die.
         with contextlib.suppress(SlurmError):
-            retried(_run, "scontrol", "update", f"JobId={job}", f"ExcNodeList={exclude}", times=5, pause_s=0.5)
+            retried(_run, "scontrol", "update", f"JobId={job}", f"ExcNodeList={left_out}", times=5, pause_s=0.5)
             print(f"requeued without {exclude}", flush=True)
 
 
@@ -166,13 +170,12 @@ def retried(function: Callable[..., T], *arguments: str, times: int = 6, pause_s
 
 @contextlib.contextmanager
 def environment() -> Iterator[None]:
-    """Remove the SLURM_ variables of a surrounding job, except SLURM_CONF, which tells where the controller is."""
+    """Remove the SLURM_ variables of a surrounding job, except those that tell where the controller is."""
     from submitit.helpers import clean_env
 
-    conf = os.environ.get("SLURM_CONF")
+    kept = {name: os.environ[name] for name in ("SLURM_CONF", "SLURM_CLUSTERS", "SLURM_JWT") if name in os.environ}
     with clean_env():
-        if conf:
-            os.environ["SLURM_CONF"] = conf
+        os.environ.update(kept)
         yield
 
 
@@ -193,13 +196,31 @@ def not_installed(command: str) -> SlurmError:
     return SlurmError(f"{command} is not installed here: this is not a machine of a Slurm cluster")
 
 
-def _has_spare_nodes(node: str) -> bool:
-    """Return whether the job's partition has enough usable nodes for the job without this one."""
+_USABLE = ("idle", "mixed", "allocated", "completing")
+
+
+def _nodes(*options: str) -> list[tuple[str, str, str]]:
+    """Return name, state and devices (GRES) of nodes; flags such as those of saved power do not count."""
+    out = _run("sinfo", "-h", "-N", *options, "-o", "%N|%T|%G")
+    fields = [line.split("|") for line in out.splitlines() if line.count("|") == 2]
+    return [(name, state.rstrip("~#%-"), devices) for name, state, devices in fields]
+
+
+def _left_out(job: str, node: str) -> str:
+    """Return the nodes that a job is to leave out, with this one and those before.
+
+    It is empty if the partition has not enough others that are usable and have the same devices.
+    """
     partition = os.environ.get("SLURM_JOB_PARTITION", "")
     with contextlib.suppress(SlurmError):
-        nodes = _run("sinfo", "-h", "-N", "-p", partition, "-t", "idle,mixed,allocated", "-o", "%N").split()
-        return node in nodes and len(set(nodes) - {node}) >= int(os.environ.get("SLURM_JOB_NUM_NODES", 1))
-    return False
+        nodes = _nodes("-p", partition)
+        alike = {devices for name, _, devices in nodes if name == node}
+        before = re.search(r"ExcNodeList=(\S+)", _run("scontrol", "show", "job", job))
+        out = {node} | ({*before[1].split(",")} - {"(null)"} if before else set())
+        others = {name for name, state, devices in nodes if state in _USABLE and devices in alike} - out
+        if alike and len(others) >= int(os.environ.get("SLURM_JOB_NUM_NODES", 1)):
+            return ",".join(sorted(out))
+    return ""
 
 
 def _run(*command: str, stdin: str | None = None, limit_s: float = 120) -> str:

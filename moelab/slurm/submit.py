@@ -193,7 +193,7 @@ def _plan(
             (*profile.srun, *profile.container),
             size.per_node,
             Limits(profile.failures, profile.restarts),
-            spare_nodes=not profile.constraint,  # the number of nodes that meet a constraint is not known
+            spare_nodes=not _chooses_nodes(profile),
             parallel=layout,
         )
         given = {"job_name": name, "comment": queue.comment(id, part.name)}
@@ -212,6 +212,12 @@ def _plan(
         job = executor.for_notebook(profile, code, submission.folder, **given)
         plan.add(part, job, ExecuteNotebook(step, profile.failures))
     return plan
+
+
+def _chooses_nodes(profile: Profile) -> bool:
+    """Return whether a profile's jobs run on some nodes of a partition only, whose number is not known."""
+    options = ("--constraint", "--nodelist", "--reservation", "--nodefile")
+    return bool(profile.constraint) or any(argument.startswith(options) for argument in profile.sbatch)
 
 
 def _queue(plan: Plan, store: RunStore) -> None:

@@ -1,5 +1,6 @@
 """Tokens on disk: right, made once, opened fast, rebuilt when broken."""
 
+import errno
 import json
 import math
 import os
@@ -131,6 +132,29 @@ def test_broken_folder_is_rebuilt_with_a_warning(name, config, tmp_path):
             again = prepare(config, tmp_path)
         assert "\n" not in str(warned[0].message) and again.fingerprint == good.fingerprint
         assert [f.name for f in tmp_path.iterdir() if f.is_dir()] == [good.folder.name]
+
+
+@pytest.mark.parametrize("late", [2, 3])
+def test_data_that_another_machine_has_built_meanwhile_stays(late, config, tmp_path, monkeypatch):
+    """Locks may not hold between machines; the folder is seen when the build begins, or at its end. Jobs have mapped it."""
+    good = prepare(config, tmp_path)
+    place, real, seen = good.folder.stat().st_ino, module._open, iter(range(9))
+    monkeypatch.setattr(module, "_open", lambda *a, **k: real(*a, **k) if next(seen) >= late else None)
+    assert prepare(config, tmp_path).fingerprint == good.fingerprint and next(seen) == late + 1
+    assert good.folder.stat().st_ino == place
+    assert [f.name for f in tmp_path.iterdir() if f.is_dir()] == [good.folder.name]
+
+
+def test_a_file_system_that_fails_does_not_rebuild_data(config, tmp_path, monkeypatch):
+    good = prepare(config, tmp_path)
+
+    def stale(folder):
+        raise ValueError(f"{folder} is not a prepared corpus") from OSError(errno.ESTALE, "Stale file handle")
+
+    monkeypatch.setattr(module, "TokenData", stale)
+    with pytest.raises(ValueError, match=r"cannot be read: .*Stale file handle"):
+        prepare(config, tmp_path)
+    assert good.folder.exists()
 
 
 def flip(file: Path) -> None:

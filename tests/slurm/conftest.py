@@ -20,6 +20,10 @@ def workshop(tmp_path, monkeypatch):
     return tmp_path / "home"
 
 
+OTHERS = ("node3|drained|gpu:a100:8", "node4|idle|gpu:v100:4", "node7|idle|gpu:a100:8")
+"""Nodes that are no substitute for node1: drained, of another kind, left out before."""
+
+
 @pytest.fixture
 def slurm(tmp_path, monkeypatch):
     """Commands of a Slurm that accepts everything, in front of any real ones.
@@ -32,9 +36,13 @@ def slurm(tmp_path, monkeypatch):
     calls.touch()
     answer.touch()
     head = f'#!/bin/sh\necho "$(basename $0) $*" >> {calls}\n'
-    for name in ("srun", "scancel", "scontrol"):
+    for name in ("srun", "scancel"):
         (folder / name).write_text(head)
-    (folder / "sinfo").write_text(f"{head}printf 'node1\\nnode2\\n'\n")
+    (folder / "scontrol").write_text(
+        f'{head}test "$1" = show && echo "   ReqNodeList=(null) ExcNodeList=node7"\nexit 0\n'
+    )
+    nodes = "".join(f"{line}\\n" for line in ("node1|mixed|gpu:a100:8", "node2|idle~|gpu:a100:8", *OTHERS))
+    (folder / "sinfo").write_text(f"{head}printf '{nodes}'\n")
     (folder / "squeue").write_text(f"{head}cat {answer}\n")
     (folder / "sbatch").write_text(
         f'{head}case "$1" in --test-only) cat > /dev/null ;; *) echo "Submitted batch job $(wc -l < {calls})" ;; esac\n'

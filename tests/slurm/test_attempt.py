@@ -45,6 +45,15 @@ def test_the_same_failure_on_another_node_is_the_same(tiny_spec):
         assert attempt.record(run, "7", 0, kind, reason, where, Limits(3, 10)) is again
 
 
+def test_a_broken_gpu_is_its_nodes_fault(tiny_spec):
+    run = RunStore().run(tiny_spec)
+    for said in (
+        "ValueError: train: device is cuda, but no CUDA device is available",
+        "CUDA error: uncorrectable ECC error",
+    ):
+        assert attempt.judge(_death(f"failed with {said} (exit code 1)", "gpu07"), run)[::2] == ("killed", "gpu07")
+
+
 def _death(how: str, host: str = "node1") -> RankFailed:
     return RankFailed(0, 1, host, how, Path("rank-00000.txt"), "")
 
@@ -87,7 +96,8 @@ def test_a_requeued_job_leaves_out_the_node_that_killed_it_if_there_are_others(s
         return [line for line in slurm.commands() if line.startswith("scontrol")]
 
     slurm.says("RUNNING")
-    assert requeue("node1") == ["scontrol requeue 12_3", "scontrol update JobId=12_3 ExcNodeList=node1"]
-    assert requeue("") == requeue("node1", nodes=2) == requeue("node9") == ["scontrol requeue 12_3"]
+    asked, again = "scontrol show job 12_3", "scontrol requeue 12_3"
+    assert requeue("node1") == [asked, again, "scontrol update JobId=12_3 ExcNodeList=node1,node7"]
+    assert requeue("node1", nodes=2) == requeue("node9") == [asked, again] and requeue("") == [again]
     slurm.says("COMPLETING")
     assert requeue("node1") == [], "it has been cancelled meanwhile"

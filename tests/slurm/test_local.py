@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import signal
 import threading
@@ -133,8 +134,11 @@ def test_a_run_whose_spec_is_unreadable_leaves_the_others_alone(lab, tiny_spec, 
     monkeypatch.setattr(submitit, "JobEnvironment", lambda: SimpleNamespace(job_id="7"))
     batch = callables.LocalBatch([[str(run.path) for run in runs]], [], 2, attempt.Limits(1, 1), "")
     batch.stop = threading.Event()
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")  # submitit's
+    batch.gpus = "GPU-3"
     with pytest.raises(callables.Failed, match=f"^failed: {runs[0].spec.id}, {runs[1].spec.id}; see moelab status"):
         batch.work()
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == "GPU-3", "the user's"
     assert trained == [specs[2]] and "spec.json: not valid JSON" in capsys.readouterr().err
 
 

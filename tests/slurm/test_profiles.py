@@ -38,6 +38,7 @@ def test_a_bad_profile_is_one_line(tmp_path):
         ('environment: ["A=1\\nB=2"]', "environment must be one line"),
         ('gpu_type: "a\\0"', "gpu_type must be one line"),
         ('sbatch: ["--comment=a\\nb"]', "sbatch must be one line"),
+        ('sbatch: ["--signal=B:USR1@60"]', "sbatch may not have '--signal=B:USR1@60', which moelab itself sets"),
         ("cluster: moon", "cluster must be 'slurm' or 'local', got 'moon'"),
         ("a: [", "not valid YAML"),
         ("- a", "expected `field: value` lines"),

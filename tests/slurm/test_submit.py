@@ -17,7 +17,7 @@ from moelab.experiments import EXPERIMENTS
 from moelab.files import read_json, write_json
 from moelab.runs.branching import token_budgets
 from moelab.runs.store import RunStore
-from moelab.slurm import callables, executor, profiles, snapshot, status, submit
+from moelab.slurm import callables, executor, profiles, queue, snapshot, status, submit
 from moelab.slurm.executor import Size
 from moelab.slurm.queue import Job
 
@@ -69,6 +69,31 @@ def test_containers_setup_and_further_arguments(tiny_spec):
     train, notebook = plan.calls["runs-0"], plan.calls["notebook-0"]
     assert train.python == "/env/bin/python" and train.srun == ("--cpu-bind=cores", "--container-image=/i.sqsh")
     assert notebook.command[-3:] == ("--cpu-bind=cores", "--container-image=/i.sqsh", "/env/bin/python")
+
+
+def test_a_site_may_want_a_comment_and_a_user_have_an_account(tiny_spec, slurm, monkeypatch):
+    monkeypatch.setenv("SBATCH_ACCOUNT", "lab7")
+    profile = profiles.Profile("site", sbatch=("--comment=project 42", "--export=NONE"), qos="high")
+    plan = submit.submit("x", [({}, [tiny_spec])], profile, dry_run=True)
+    lines = _lines(plan.scripts["runs-0"])
+    assert {"account=lab7", "qos=high", "export=NONE"} <= lines
+    (comment,) = [line.removeprefix("comment=").strip("'\"") for line in lines if line.startswith("comment")]
+    assert comment == f"project 42 moelab {plan.submission.id} runs-0"
+    assert "--export=ALL" in plan.calls["notebook-0"].command, "a notebook's step has the job's variables all the same"
+    slurm.says(f"12|RUNNING|None|node1|1:00|2:00|{comment}")
+    assert list(queue.jobs()) == [(plan.submission.id, "runs-0", 0)]
+
+
+def test_nodes_that_are_down_refuse_no_job(slurm, tmp_path):
+    """`sbatch --test-only` leaves them out, where a queued job would wait for them."""
+    sbatch = tmp_path / "bin" / "sbatch"
+    for said, passes in (("Requested node configuration is not available", True), ("Invalid account", False)):
+        sbatch.write_text(f"#!/bin/sh\ncat > /dev/null\necho 'allocation failure: {said}' >&2\nexit 1\n")
+        if passes:
+            queue.check("#!/bin/sh")
+            continue
+        with pytest.raises(ValueError, match=said):
+            queue.check("#!/bin/sh")
 
 
 def test_a_folder_that_slurm_and_submitit_would_rewrite_is_refused(tiny_spec, monkeypatch):

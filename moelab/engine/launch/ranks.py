@@ -152,7 +152,8 @@ class SlurmRanks:
                     *layout,
                     *([f"--cpus-per-task={cpus}"] if cpus else []),
                     *(["--overlap"] if "SLURM_STEP_ID" in environment else []),
-                    "--distribution=block",
+                    "--distribution=block:block",  # a node's first ranks, and so its first GPUs, on its first socket
+                    "--export=ALL",  # a job that was submitted with --export=NONE would pass on no variable
                     # The launcher decides when one rank's end ends all: a rank that stopped as asked has not failed.
                     "--kill-on-bad-exit=0",
                     "--wait=0",
