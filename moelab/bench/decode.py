@@ -95,7 +95,8 @@ def _measure(
     turns: dict[int, dict[str, list[Turns]]] = {}
     rates: dict[int, Rates] = {}
     for batch in batches:
-        ours = {name: Generator(model, batch=batch) for name, model in models.items()}
+        length = settings.prompt + settings.output  # a static cache is read as long as it is
+        ours = {name: Generator(model, batch=batch, length=length) for name, model in models.items()}
         candidates: dict[str, Callable[[Any], Any]] = {
             name: functools.partial(our_turns, generator, tokens=settings.output) for name, generator in ours.items()
         }
@@ -108,7 +109,7 @@ def _measure(
     for batch in batches:  # last, as the clock slows the models down
         prompts = round_prompts(config, batch, settings)(timing.warm_up + timing.rounds)
         numbers = {
-            name: breakdown(Generator(model, batch=batch, capture=False), prompts, settings)
+            name: breakdown(Generator(model, batch=batch, length=length, capture=False), prompts, settings)
             for name, model in models.items()
         }
         if device == "cuda":

@@ -299,11 +299,13 @@ def device_name(device: str) -> str:
     return f"{machine.cpu()}, {threads} thread{'s' if threads > 1 else ''}"
 
 
-def product_rate(dtype: torch.dtype, timing: Timing, largest: int = 2048) -> float:
+def product_rate(dtype: torch.dtype, timing: Timing, largest: int | None = None) -> float:
     """Return FLOP/s of an n x n x n matrix product, best of five, by the fastest library (`fastest_products`).
 
-    n is `largest`, or less where that would take long (bf16 on a processor that has no instructions for it).
+    n is `largest` (by default 2048, on a GPU 8192: a shorter product would be timed with its launch), or less where
+    that would take long (bf16 on a processor that has no instructions for it).
     """
+    largest = largest or (8192 if timing.device == "cuda" else 2048)
     n = min(256, largest)
     with fastest_products():
         while True:
@@ -315,26 +317,32 @@ def product_rate(dtype: torch.dtype, timing: Timing, largest: int = 2048) -> flo
         return 2 * n**3 / _best(lambda: a @ b, timing, 5)
 
 
-def copy_rate(timing: Timing, size: int = 1 << 28) -> float:
+def copy_rate(timing: Timing, size: int | None = None) -> float:
     """Return bytes/s, read plus written, of copying memory larger than the caches, best of five."""
+    size = size or _large(timing)
     a = torch.empty(size, dtype=torch.uint8, device=timing.device)
     b = torch.empty_like(a)
     b.copy_(a)
     return 2 * size / _best(lambda: b.copy_(a), timing, 5)
 
 
-def read_rate(timing: Timing, size: int = 1 << 28) -> float:
+def read_rate(timing: Timing, size: int | None = None) -> float:
     """Return bytes/s of reading memory larger than the caches, the best of `reader`."""
     return reader(timing, size)()
 
 
-def reader(timing: Timing, size: int = 1 << 28) -> Callable[[], float]:
+def _large(timing: Timing) -> int:
+    """Return the bytes of memory larger than the caches, whose reading takes much longer than a launch on a GPU."""
+    return 1 << 30 if timing.device == "cuda" else 1 << 28
+
+
+def reader(timing: Timing, size: int | None = None) -> Callable[[], float]:
     """Return a function that measures bytes/s of reading memory, the best of seven times three operations.
 
     Which operation reads fastest depends on the machine: a sum, or a matrix times a vector by rows or by columns, as
     the products of one row of a decoding step do. On a shared machine the rate changes from minute to minute.
     """
-    x = torch.ones(size // 4, device=timing.device)
+    x = torch.ones((size or _large(timing)) // 4, device=timing.device)
     wide, tall = x.view(-1, 2048), x.view(2048, -1)
     one = torch.ones(2048, device=timing.device)
     calls = (x.sum, lambda: torch.mv(wide, one), lambda: torch.mv(tall.t(), one))

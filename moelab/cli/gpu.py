@@ -98,7 +98,7 @@ PARTS = (
         "train",
         "Training steps of twins on a GPU, dense and MoE",
         180,
-        _bench("train", "--width 256 --width 1024 --sequences 256"),
+        _bench("train", "--width 256 --width 512 --sequences 256"),
     ),
     Part(
         "tune",

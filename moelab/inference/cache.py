@@ -46,6 +46,9 @@ class KVCache:
             slots: number of sequences at a time.
             length: longest sequence in tokens, prompt and output; at most the model's context.
         """
+        if torch.device(device).type == "cuda":
+            # cuDNN's attention makes a plan, which takes a fraction of a second, for each new length of keys.
+            torch.backends.cuda.enable_cudnn_sdp(False)
         config = model.config
         sliced = config.heads // model.blocks[0].attention.heads  # a tensor-sliced model has fewer than its config
         heads = config.kv_heads // sliced

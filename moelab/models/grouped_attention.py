@@ -124,7 +124,7 @@ class GroupedAttention(nn.Module):
 
 
 def _rms(x: Tensor, norm: RMSNorm) -> Tensor:
-    """Return norm(x) in x's dtype, also under autocast, which leaves the norm's weight in fp32."""
+    """Return norm(x) in x's dtype, also under autocast, which leaves the weight and on CUDA the result in fp32."""
     if norm.packed:
         return norm.forward(x)
-    return F.rms_norm(x, norm.normalized_shape, norm.weight.to(x.dtype), norm.eps)
+    return F.rms_norm(x, norm.normalized_shape, norm.weight.to(x.dtype), norm.eps).to(x.dtype)

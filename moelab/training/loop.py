@@ -1,6 +1,6 @@
 """Train one model on one stream of tokens, with its files in one directory.
 
-A run that is resumed with the same code on the same kind of processor equals an uninterrupted one bit for bit: data and
+A run that is resumed with the same code on the same kind of CPU equals an uninterrupted one bit for bit: data and
 random draws of a step are functions of the seed and the position (step, micro-batch), so that a checkpoint only holds
 weights, optimizer state and the running sums of the metrics. To resume, call `train` again with the same arguments.
 
@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import itertools
 import math
 import time
 from collections.abc import Callable
@@ -21,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from moelab.config import ModelConfig, TrainConfig, UpcycleConfig
 from moelab.config.parallel import ParallelConfig
@@ -317,7 +319,7 @@ class Trainer:
             for router in self.routers.values():
                 router.entropies = []
         module.train()
-        loss_sum = routing_sum = distill_sum = 0.0
+        sums = torch.zeros(3, dtype=torch.float64, device=config.device)  # read once a step: a GPU need not wait before
         counts: list[tuple[Routing, ...]] = []
         for part in range(parts):
             number = self.mesh.data.index * parts + part  # of the micro-batch, over all ranks
@@ -330,19 +332,19 @@ class Trainer:
             if part == parts - 1:
                 self.sync.arm()
             ((output.loss + routing_loss) / parts).backward()
-            loss_sum += float(output.loss.detach() - output.logits_loss) / parts
-            routing_sum += float(torch.as_tensor(routing_loss).detach()) / parts
-            distill_sum += float(output.logits_loss) / parts
+            with torch.no_grad():
+                routed, other = torch.as_tensor(routing_loss, device=sums.device), output.logits_loss
+                sums += torch.stack([x.double() for x in (output.loss - other, routed, other)]) / parts
             counts.append(output.routing)
             process.beat()
         self.sync.finish()
         norm = gradients.clip(self.model, config.clip or math.inf)
-        sums = [loss_sum, routing_sum, distill_sum]
         if measures and self.routers:
-            sums.append(float(torch.stack([x for r in self.routers.values() for x in r.entropies or ()]).mean()))
+            entropies = torch.stack([x for r in self.routers.values() for x in r.entropies or ()])
+            sums = torch.cat([sums, entropies.mean()[None]])
             for router in self.routers.values():
                 router.entropies = None  # not in evaluation
-        losses, load, kept, stop = self._agree(tuple(sums), counts, should_stop())
+        losses, load, kept, stop = self._agree(sums, counts, should_stop())
         losses, entropy = losses[:3], losses[3:]
         applied = math.isfinite(sum(losses)) and math.isfinite(norm)
         if applied:
@@ -358,26 +360,21 @@ class Trainer:
         return StepDone(loss, norm, rate, applied, stop, {"router_entropy": entropy[0]} if entropy else {})
 
     def _agree(
-        self, losses: tuple[float, ...], counts: list[tuple[Routing, ...]], stop: bool
-    ) -> tuple[tuple[float, ...], dict[str, list[int]], dict[str, int], bool]:
+        self, losses: Tensor, counts: list[tuple[Routing, ...]], stop: bool
+    ) -> tuple[list[float], dict[str, list[int]], dict[str, int], bool]:
         """Combine a step's metrics over all ranks: means of losses, load and kept tokens by layer, whether to stop."""
         layers = [str(i + 1) for i, experts in enumerate(self.model_config.experts) if experts]
-        load = {layer: torch.stack([part[i].load_E for part in counts]).sum(0) for i, layer in enumerate(layers)}
-        kept = {layer: torch.stack([part[i].kept_E for part in counts]).sum() for i, layer in enumerate(layers)}
-        if self.mesh.world.size > 1:
-            numbers = [torch.tensor([*losses, float(stop)], dtype=torch.float64, device=self.mesh.device)]
-            numbers += [load[layer].double() for layer in layers] + [kept[layer].double()[None] for layer in layers]
-            flat = torch.cat(numbers)
-            all_reduce(flat, self.mesh.world, "metrics")
-            n = len(losses)
-            losses = tuple((flat[:n] / self.mesh.world.size).tolist())
-            stop = bool(flat[n] > 0)
-            whole = (flat / self.mesh.tensor.size).round().long()  # tensor ranks have counted the same tokens
-            sizes = [n + 1, *(len(load[layer]) for layer in layers), *(1 for _ in layers)]
-            pieces = whole.split(sizes)[1:]
-            load = dict(zip(layers, pieces, strict=False))
-            kept = dict(zip(layers, pieces[len(layers) :], strict=True))
-        return losses, {k: v.tolist() for k, v in load.items()}, {k: int(v) for k, v in kept.items()}, stop
+        load = [torch.stack([part[i].load_E for part in counts]).sum(0) for i in range(len(layers))]
+        kept = [torch.stack([part[i].kept_E for part in counts]).sum()[None] for i in range(len(layers))]
+        numbers = [losses, losses.new_tensor([float(stop)]), *load, *kept]
+        flat = torch.cat([x.double() for x in numbers])
+        all_reduce(flat, self.mesh.world, "metrics")
+        n, ranks, same = len(losses), self.mesh.world.size, self.mesh.tensor.size
+        values, (stopping, *whole) = flat[:n].tolist(), flat[n:].tolist()
+        tokens = [round(x / same) for x in whole]  # tensor ranks have counted the same ones
+        ends = list(itertools.accumulate((len(x) for x in load), initial=0))
+        found = {layer: tokens[first:end] for layer, (first, end) in zip(layers, itertools.pairwise(ends), strict=True)}
+        return [x / ranks for x in values], found, dict(zip(layers, tokens[ends[-1] :], strict=True)), stopping > 0
 
     def save(self, checkpoints: checkpoint.Writer, step: int, state: dict[str, Any]) -> None:
         """Write a checkpoint of `step` steps in the background; see `moelab.engine.checkpoint.Writer.save`."""

@@ -317,7 +317,7 @@ def gradient(logits, *args, backend, **kwargs):
     """Return the gate's results and the logits' gradient from all three differentiable ones."""
     x = logits.clone().requires_grad_()
     g = gate(x, *args, backend=backend, **kwargs)
-    losses(g, torch.linspace(-1, 1, g.weight_SK.numel()).view_as(g.weight_SK)).backward()
+    losses(g, torch.linspace(-1, 1, g.weight_SK.numel(), device=x.device).view_as(g.weight_SK)).backward()
     return [*(t.detach() for t in g), x.grad]
 
 

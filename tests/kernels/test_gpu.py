@@ -62,7 +62,7 @@ def test_dispatch_and_combine(S, E, K, M, dtype):
 @pytest.mark.parametrize("programs", [0, 1, 4])
 def test_expert_ffn(programs, counts, M, F, dtype, activation):
     """With one program for each tile, and with persistent programs for each multiprocessor."""
-    with tuning.persistent(programs):
+    with torch.device(DEVICE), tuning.persistent(programs):  # numbers are drawn, and memory is poisoned, on the card
         test_experts.check(counts, 3, M, F, dtype, activation, TARGET)
 
 
