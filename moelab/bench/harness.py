@@ -342,11 +342,13 @@ def reader(timing: Timing, size: int | None = None) -> Callable[[], float]:
     Which operation reads fastest depends on the machine: a sum, or a matrix times a vector by rows or by columns, as
     the products of one row of a decoding step do. On a shared machine the rate changes from minute to minute.
     """
-    x = torch.ones((size or _large(timing)) // 4, device=timing.device)
+    size = size or _large(timing)
+    x = torch.ones(size // 4, device=timing.device)
     wide, tall = x.view(-1, 2048), x.view(2048, -1)
     one = torch.ones(2048, device=timing.device)
     calls = (x.sum, lambda: torch.mv(wide, one), lambda: torch.mv(tall.t(), one))
-    return lambda: size / min(_best(call, timing, 7) for call in calls)
+    read: float = size
+    return lambda: read / min(_best(call, timing, 7) for call in calls)
 
 
 def _best(call: Callable[[], Any], timing: Timing, times: int) -> float:
