@@ -139,3 +139,10 @@ def test_prompts_are_new_each_round_and_fit_the_vocabulary():
 def test_hidden_states_need_a_size(zero):
     with pytest.raises(ValueError, match=f"bench: {zero} must be at least 1, got 0"):
         inputs.HiddenStates(**({"tokens": 8, "hidden": 32, "experts": 4} | {zero: 0}))
+
+
+def test_the_rates_of_this_machine_are_positive(monkeypatch):
+    monkeypatch.setattr(harness, "_large", lambda timing: 1 << 24)
+    timing = harness.Timing()
+    assert min(harness.reader(timing)(), harness.read_rate(timing), harness.copy_rate(timing, 1 << 20)) > 1e7
+    assert harness.product_rate(torch.float32, timing, 256) > 1e7
