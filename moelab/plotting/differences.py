@@ -53,15 +53,24 @@ def over_budgets(
     return ax
 
 
-def over_shares(table: pd.DataFrame, ax: Axes, *, pairs: Sequence[str], paper: Mapping[str, pd.DataFrame]) -> Axes:
+def over_shares(
+    table: pd.DataFrame,
+    ax: Axes,
+    *,
+    pairs: Sequence[str],
+    paper: Mapping[str, pd.DataFrame],
+    of: Sequence[str] = (),
+) -> Axes:
     """Draw gaps of pairs of arms over the share of the training.
 
     Args:
         table: columns pair, share, gap, a row per seed and share.
-        pairs: what to draw.
+        pairs: what to draw, as ``arm − other``.
         paper: pair -> columns share, gap, low, high; the points get the pair's colour.
+        of: all arms of the experiment: a pair then has the colour of its first arm.
     """
-    palette = figures.colors(pairs)
+    colors = figures.colors(of or pairs)
+    palette = {pair: colors[pair.partition(" − ")[0] if of else pair] for pair in pairs}
     for pair in pairs:
         part = table[table["pair"] == pair].groupby("share")["gap"]
         if len(part):

@@ -82,7 +82,9 @@ def test_gaps_over_budgets_and_shares(ax):
     ax.clear()
     ours = [{"pair": pair, "share": share, "gap": -share} for pair in ("M − D", "N − D") for share in (0.5, 1.0)]
     paper = {"M − D": pd.DataFrame({"share": [0.5], "gap": [-0.1], "low": [-0.2], "high": [0.0]})}
-    differences.over_shares(pd.DataFrame(ours), ax, pairs=["M − D", "N − D"], paper=paper)
+    differences.over_shares(pd.DataFrame(ours), ax, pairs=["M − D", "N − D"], paper=paper, of=["D", "M", "N"])
+    drawn = {line.get_label(): line.get_color() for line in ax.lines}
+    assert [drawn[f"{arm} − D"] for arm in "MN"] == [figures.colors(["D", "M", "N"])[arm] for arm in "MN"]
     assert sorted(legend(ax)) == sorted(["M − D", "N − D", "paper: M − D"])
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -102,7 +102,7 @@ def build(root: Path) -> Built:
         "hero_caption": hero.caption(shown) if shown else "",
         "hero_picture": Picture.of(root / hero.FILE),
         "answers": found,
-        "share": next((share_reached(r, MOE) for r in results if found and r.path in found[0].link), 0.0),
+        "shares": _shares([r for r in results if r is shown or any(r.path in answer.link for answer in found)]),
         "digest": rows,
         "hours": digest.hours(results),
         "sizes": front.sizes(results),
@@ -146,6 +146,12 @@ def _write_downloads(root: Path, results: Sequence[Result], ledger: Sequence[Ent
         files |= {f"{result.path}/{name}": path for name, path in downloads.members(result).items()}
     files |= {p.relative_to(root).as_posix(): p for p in sorted((root / "benchmarks").rglob("*.json*"))}
     return written + downloads.write_zip(root / downloads.EVERYTHING, files)
+
+
+def _shares(results: Iterable[Result]) -> str:
+    """Say which shares of the paper's training the runs behind results reach: ``16 %``, ``16 to 100 %`` or nothing."""
+    found = sorted({min(round(100 * share), 100) for r in results if (share := share_reached(r, MOE))})
+    return " to ".join(dict.fromkeys(map(str, (found[0], found[-1])))) + "\xa0%" if found else ""
 
 
 def _write_if_changed(path: Path, text: str) -> bool:
