@@ -24,7 +24,8 @@ class Profile:
     Attributes:
         name: the file's name without its ending; not a field of the file.
         cluster: ``slurm``, or ``local`` for processes of the machine that submits, `array_parallelism` runs at a time.
-        partition, account, qos, constraint: values of the sbatch options of these names.
+        partition, account, qos, constraint: values of the sbatch options of these names; the first three by default
+            those of SBATCH_PARTITION, SBATCH_ACCOUNT and SBATCH_QOS.
         nodes: the largest number of nodes of one job.
         gpus_per_node: GPUs of a node; also the number of ranks that share a node, on CPUs, too.
         gpu_type: type of GPU that the site's --gpus-per-node expects before the number (``a100``).
