@@ -45,24 +45,24 @@ class _Bucket:
         for p in self.parameters:
             if p.grad is None:
                 p.grad = torch.zeros_like(p)
+        if self.group.size == 1:
+            return
         grads = self._grads()
-        alone = len(grads) == 1 and grads[0].is_contiguous()
-        self.flat = grads[0].view(-1) if alone else torch.cat([g.reshape(-1) for g in grads])
+        if len(grads) == 1 and grads[0].is_contiguous():
+            self.flat = grads[0].view(-1)
+        else:  # the gradients become parts of the message, so that there is one copy of them
+            self.flat = torch.cat([g.reshape(-1) for g in grads])
+            for p, part in zip(self.parameters, self.flat.split([g.numel() for g in grads]), strict=True):
+                p.grad = part.view_as(p)
         self.pending = all_reduce(self.flat, self.group, "gradients", asynchronous=True)
 
     def finish(self) -> None:
-        """Wait for the sum and write it, scaled, into the parameters' gradients."""
+        """Wait for the sum and scale it."""
         if self.pending is not None:
             self.pending.wait()
-        flat, grads = self.flat, self._grads()
-        assert flat is not None
         if self.scale != 1.0:
-            flat.mul_(self.scale)
-        if flat.data_ptr() != grads[0].data_ptr():
-            at = 0
-            for grad in grads:
-                grad.copy_(flat[at : at + grad.numel()].view_as(grad))
-                at += grad.numel()
+            for part in self._grads() if self.flat is None else [self.flat]:
+                part.mul_(self.scale)
         self.flat = self.pending = None
 
     def _grads(self) -> list[Tensor]:

@@ -49,4 +49,5 @@ EXPERIMENT = Experiment(
     paper_answer="Not examined; all runs use capacity factor 1.0.",
     scales=twin_scales(5),
     arms=ARMS,
+    measures_on_gpu=("gpu",),
 )

@@ -267,4 +267,5 @@ EXPERIMENT = Experiment(
         "paper": Scale("PR-MoE on either base; 300 B tokens a run", "not run; see its dry run"),
     },
     build=build,
+    measures_on_gpu=("gpu",),
 )

@@ -205,4 +205,5 @@ EXPERIMENT = Experiment(
     arms=ARMS,
     build=build,
     looks={"full": (3,)},
+    measures_on_gpu=("gpu",),
 )

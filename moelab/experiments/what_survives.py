@@ -76,4 +76,5 @@ EXPERIMENT = Experiment(
     paper_answer="Not examined; later models have shared and fine-grained experts, and balance by a bias.",
     scales=twin_scales(12),
     build=build,
+    measures_on_gpu=("gpu",),
 )

@@ -61,7 +61,8 @@ def published_configs(name: str, run: str | None = None) -> tuple[ModelConfig, T
         device="cuda",
         eval_every=max(1, 1_000_000_000 // step),
         eval_tokens=1_000_000,
-        checkpoint_every=500,
+        checkpoint_every=2_000,
+        log_every=200,
     )
     layout = ParallelConfig(data=GPUS, shard=not model.is_moe and base != "350M", recompute=s.activation_checkpointing)
     return model, train, layout

@@ -109,11 +109,12 @@ def check_texts(specs: Sequence[RunSpec], *, same_files: bool = True, same_packa
             open_corpus(config, folder)
         except CorpusUnavailable as error:
             raise ValueError(str(error)) from None
-        if not same_packages or not config.corpus.startswith("hf:") or find_spec("datasets"):
+        if not same_packages or not config.corpus.startswith("hf:"):
             continue
-        if not is_prepared(config, folder):
+        lacking = [package for package in ("datasets", "zstandard") if not find_spec(package)]
+        if lacking and not is_prepared(config, folder):
             raise ValueError(
-                f"data: {config.corpus} is read by the package datasets, which {sys.executable} lacks: "
+                f"data: {config.corpus} is read by the package {lacking[0]}, which {sys.executable} lacks: "
                 "pip install -e '.[hf]'"
             )
     for spec in specs:
@@ -136,9 +137,9 @@ def _check_space(specs: Sequence[RunSpec], store: RunStore, publish: bool) -> No
 
 
 def _checkpoint_bytes(spec: RunSpec) -> int:
-    """Return what the checkpoints that stay take: one at the end, the one before it, and those kept for branches."""
+    """Return what the checkpoints take at most: two that stay, one being written, those for branches."""
     steps, every = spec.train.steps(spec.data.context), spec.train.checkpoint_every
-    count = (2 if 0 < every < steps else 1) + len(spec.train.keep_at)
+    count = (min(3, -(-steps // every)) if every > 0 else 1) + len(spec.train.keep_at)
     return spec.model.parameters() * MOMENTS_AND_WEIGHT * count
 
 

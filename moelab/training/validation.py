@@ -44,7 +44,8 @@ def evaluate(
     world, mine = (mesh.data.size, mesh.data.index) if mesh else (1, 0)
     domains = sorted(data.validation)
     sums = torch.zeros(len(domains), len(PAIRS), 2, dtype=torch.float64)  # nats, tokens
-    batches = validation_batches(data, config.batch_size, context, max_tokens)
+    # As many sequences at a time as training takes: what fits there fits here, and many ranks have work.
+    batches = validation_batches(data, config.micro_batch or config.batch_size, context, max_tokens)
     while group := list(itertools.islice(batches, world)):
         process.beat()
         # All ranks run the model equally often, if necessary without tokens, because other ranks may need their

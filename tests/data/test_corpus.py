@@ -210,6 +210,11 @@ def test_hf_reads_a_local_folder_of_json(tmp_path):
     assert len(documents(f"hf:{root}", tmp_path, text_field="body", max_bytes=100)) == 6
     with pytest.raises(ValueError, match=r"no text field 'text'; its fields are \['body'\]"):
         documents(f"hf:{root}", tmp_path)
+    zstandard = pytest.importorskip("zstandard")  # the Pile's files
+    (tmp_path / "pile" / "train").mkdir(parents=True)
+    (tmp_path / "pile" / "train" / "00.jsonl.zst").write_bytes(zstandard.compress((root / "data.jsonl").read_bytes()))
+    (tmp_path / "pile" / "val.jsonl.zst").write_bytes(zstandard.compress(b'{"body": "not for training"}\n'))
+    assert [d.text for d in documents(f"hf:{tmp_path / 'pile'}", tmp_path, text_field="body")] == [d.text for d in docs]
 
 
 def test_hf_without_library_or_network_is_one_line(tmp_path, monkeypatch):

@@ -118,7 +118,7 @@ def test_folders_that_cannot_be_written_are_refused(variable, publish, tiny_spec
 
 
 def test_a_disk_without_room_for_the_checkpoints_is_refused(tiny_spec, monkeypatch):
-    needed = preflight.ROOM + 2 * 12 * tiny_spec.model.parameters()
+    needed = preflight.ROOM + 3 * 12 * tiny_spec.model.parameters()
     usage = namedtuple("usage", "free")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(needed))
     preflight.check([tiny_spec])
@@ -137,4 +137,4 @@ def test_a_trunk_needs_room_for_the_checkpoint_that_it_keeps(tiny_spec, monkeypa
     monkeypatch.setattr(preflight, "_check_space", lambda specs, store, publish: seen.extend(specs))
     preflight.check([branch, trunk])
     assert [spec.id for spec in seen] == [trunk.id, branch.id]
-    assert preflight._checkpoint_bytes(seen[0]) == preflight._checkpoint_bytes(trunk) * 3 // 2
+    assert preflight._checkpoint_bytes(seen[0]) == preflight._checkpoint_bytes(trunk) * 4 // 3
