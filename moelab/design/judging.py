@@ -93,8 +93,11 @@ def judge(
     - equal: reproduced when the difference is less than `MARGIN` of the gain that the claim is about either way, not
       reproduced when it is more. Both are intervals of difference -+ margin x gain, seed by seed, so the gain's own
       spread counts. The runs cannot tell unless the gain's interval lies above zero. Where the paper's text has a
-      number, too, our mean must lie in its range; else equal within the margin only. An equality without a gain is
-      judged by the smallest effect of interest. Both are equivalence tests (two one-sided tests, each at 2.5 %).
+      number, too, our mean must lie in its range and the interval be as narrow as for a difference; else equal within
+      the margin only. An equality without a gain is judged by the smallest effect of interest. Both are equivalence
+      tests (two one-sided tests, each at 2.5 %).
+
+    With a plan, the values up to its last look decide; further ones wait for the next.
 
     Args:
         values: per seed, what the claim's `quantity` compares: left - right, or left / right for a ratio.
@@ -170,19 +173,30 @@ def judge_timing(
 
 
 def agreed(own: Verdict, other: Verdict) -> Verdict:
-    """Return a measured verdict, or "undecided" where the same comparison at other settings has another one.
+    """Return a measured verdict, or "undecided" where the same comparison at other settings contradicts it.
 
-    Both are kept, so that a later rule judges both again. Together they are as sure as the less sure of them.
+    Where one of the two shows less than the other (the direction, or equality within the margin only), that is the
+    verdict. Without a verdict at the other settings there is none. Both are kept, so that a later rule judges both
+    again. Together they are as sure as the less sure of them.
 
     Args:
-        other: its note says in a few words which settings those are, such as "At one shared rate".
+        other: its note says in a few words which settings those are, such as "At one shared rate". With the same values
+            it is the same comparison, which is said.
     """
-    if own.kind != MEASURED or own.verdict in NOT_JUDGED or other.ours is None:
+    if own.kind != MEASURED or own.verdict in NOT_JUDGED:
         return own
+    if own.values and (own.values, own.gain) == (other.values, other.gain):
+        why = f"{own.why} {other.note} these are the same runs: no second comparison.".strip()
+        return replace(own, why=why, other=other)
+    if other.ours is None:
+        why = f"{own.why} {other.note} there are no values.".strip()
+        return replace(own, verdict=INCOMPLETE, p=None, why=why, other=other)
+    less = next((v for v in (DIRECTION, EQUAL) if {own.verdict, other.verdict} == {REPRODUCED, v}), UNDECIDED)
+    agree = own.verdict if own.verdict == other.verdict else INCOMPLETE if other.verdict in NOT_JUDGED else less
     why = f"{own.why} {other.note}: {other.ours:+.3g}{f' {own.unit}' if own.unit else ''}, {other.verdict}.".strip()
     return replace(
         own,
-        verdict=own.verdict if own.verdict == other.verdict else UNDECIDED,
+        verdict=agree,
         p=own.p if own.p is None or other.p is None else max(own.p, other.p),
         why=why,
         other=other,
@@ -222,11 +236,18 @@ def _measured(claim: Claim, estimate: Estimate | None, note: str, stored: dict[s
         return stated.row(claim, estimate, NOT_TESTABLE, note, stored | {"why": why})
     if missing or estimate is None:
         return stated.row(claim, estimate, INCOMPLETE, note, stored | {"why": f"Missing: {', '.join(missing)}."})
-    if estimate.samples < MIN_SAMPLES:
+    n = max((look for look in looks if look <= estimate.samples), default=0 if looks else estimate.samples)
+    if n < MIN_SAMPLES:
         return stated.row(claim, estimate, FEW_SESSIONS if claim.timed else FEW_SEEDS, note, stored)
+    if n < estimate.samples:  # further seeds count at the next planned look: each look more is a chance to be wrong
+        after = f"Judged by the first {n} of {estimate.samples} seeds, the last planned look."
+        judged = stored | {"values": stored["values"][:n], "gain": stored["gain"][:n]}
+        estimate = Estimate.of(judged["values"], stored["within"])
+    else:
+        after, judged = "", stored
     level = sequential.level(estimate.samples, looks)
     if claim.direction == "equal" and claim.kind != "bound":
-        of, p, why = _equality(claim, estimate, stored, level)
+        of, p, why = _equality(claim, estimate, judged, level)
     else:
         low, high = estimate.interval(level)
         number = stored["number"] and (share is None or share >= END or not claim.at_the_end)
@@ -234,8 +255,8 @@ def _measured(claim: Claim, estimate: Estimate | None, note: str, stored: dict[s
         p = _p(claim, estimate, low, high, of)
         why = _why(claim, estimate, low, high, of, number, share)
     p = None if p is None else sequential.repeated_p(p, estimate.samples, looks)
-    plan = _progress(claim, estimate, of, looks)
-    return stated.row(claim, estimate, of, note, stored | {"p": p, "why": f"{why} {plan}".strip()})
+    why = " ".join(text for text in (why, after, _progress(claim, estimate, of, looks)) if text)
+    return stated.row(claim, estimate, of, note, stored | {"p": p, "why": why})
 
 
 def _rule(claim: Claim, mean: float, low: float, high: float, *, number: bool = True, exact: bool = False) -> str:
@@ -299,10 +320,14 @@ def _equality(claim: Claim, estimate: Estimate, stored: dict[str, Any], level: f
             return REPRODUCED, p, equal
         paper_low, paper_high = stated.paper_range(claim)
         late = stored["share"] is not None and stored["share"] < END and claim.at_the_end
-        if not late and paper_low <= estimate.mean <= paper_high:
+        if late:
+            return EQUAL, p, f"{equal} {_too_early(claim, stored['share'])}"
+        if not paper_low <= estimate.mean <= paper_high:
+            return EQUAL, p, f"{equal} {_beside(claim)}"
+        low, high = estimate.interval(level)
+        if high - low < NARROW * abs(claim.value - stated.neutral(claim)) or (paper_low <= low and high <= paper_high):
             return REPRODUCED, p, equal
-        beside = _too_early(claim, stored["share"]) if late else _beside(claim)
-        return EQUAL, p, f"{equal} {beside}"
+        return EQUAL, p, f"{equal} {_wide(claim)}"
     if over_low > 0 or under_high < 0:
         return NOT_REPRODUCED, max(over.p() if over_low > 0 else under.p(), p_gain), f"Margin: {margin}"
     return UNDECIDED, max(over.p(), under.p(), p_gain), f"Margin: {margin}"
@@ -320,9 +345,11 @@ def _why(claim: Claim, estimate: Estimate, low: float, high: float, of: str, num
         late = share is not None and share < END and claim.at_the_end
         return _too_early(claim, share) if late else "Only the direction is judged here."
     paper_low, paper_high = stated.paper_range(claim)
-    if paper_low <= estimate.mean <= paper_high:
-        return f"The interval is too wide to show the paper's {claim.value:g}."
-    return _beside(claim)
+    return _wide(claim) if paper_low <= estimate.mean <= paper_high else _beside(claim)
+
+
+def _wide(claim: Claim) -> str:
+    return f"The interval is too wide to show the paper's {claim.value:g}."
 
 
 def _too_early(claim: Claim, share: float | None) -> str:
@@ -337,16 +364,17 @@ def _beside(claim: Claim) -> str:
 
 
 def _progress(claim: Claim, estimate: Estimate, of: str, looks: Sequence[int]) -> str:
-    """Return where a plan stands: its next look, or that it stops for futility, or that it is not kept."""
+    """Return where a plan stands: its next look, and whether that is advised.
+
+    A decided claim has a next look as well, because Holm's adjustment may need more seeds than it does.
+    """
     n = estimate.samples
-    if not looks:
+    if not looks or n >= looks[-1]:
         return ""
-    said = "" if n in looks else f"Looks were planned at {', '.join(map(str, looks))} seeds."
-    if n < looks[-1] and of in (UNDECIDED, CANNOT_TELL):
-        planned = stated.effect(claim)
-        likely = sequential.chance(estimate, planned, tuple(looks), equal=bool(claim.smallest)) if planned else 1.0
-        if likely < sequential.FUTILE:
-            least = f"the chance that {looks[-1]} seeds decide is below {sequential.FUTILE:.0%}"
-            return f"{said} The plan stops for futility: {least}.".strip()
-        return f"{said} The next look is at {min(look for look in looks if look > n)} seeds.".strip()
-    return said
+    planned = stated.effect(claim)
+    if of in (UNDECIDED, CANNOT_TELL) and planned:
+        seen = estimate.mean - stated.neutral(claim)
+        likely = seen if abs(seen) > abs(planned) and seen * planned > 0 else planned
+        if sequential.chance(estimate, likely, tuple(looks), within=claim.smallest or 0.0) < sequential.FUTILE:
+            return f"More seeds are futile: the chance that {looks[-1]} decide is below {sequential.FUTILE:.0%}."
+    return f"The next look is at {min(look for look in looks if look > n)} seeds."

@@ -101,7 +101,8 @@ def fit(points: pd.DataFrame) -> Fit:
     """Fit a family's law by least squares, and again to points with residuals drawn anew.
 
     The budgets of a trunk share most of their training, so residuals are drawn a whole trunk at a time. They are
-    widened for the parameters that were fitted.
+    widened for what a trunk's mean cannot show of the size's share of the law (floor, a, alpha), and because the spread
+    of few trunks is itself uncertain (Student's t beside the normal distribution).
 
     Args:
         points: columns flops (training FLOPs of a token), seed, tokens, loss. Sizes and seeds with a missing or
@@ -110,6 +111,8 @@ def fit(points: pd.DataFrame) -> Fit:
     Raises:
         ValueError: one line: there are not more points than parameters, or fewer than three sizes or budgets.
     """
+    from scipy.stats import norm, t
+
     table = points.pivot(index=["flops", "seed"], columns="tokens", values="loss")
     table = table[np.isfinite(table).all(axis=1)]
     flops, tokens = table.index.get_level_values("flops").to_numpy(float), table.columns.to_numpy(float)
@@ -120,7 +123,8 @@ def fit(points: pd.DataFrame) -> Fit:
         )
     law = _fit(flops[:, None], tokens[None, :], table.to_numpy(), None)
     fitted = law.loss(flops[:, None], tokens[None, :])
-    residuals = (table.to_numpy() - fitted) * math.sqrt(table.size / (table.size - PARAMETERS))
+    trunks, left = len(table), max(len(table) - 3, 1)
+    residuals = (table.to_numpy() - fitted) * math.sqrt(trunks / left) * float(t.isf(0.025, left) / norm.isf(0.025))
     draw = np.random.default_rng(0)
     drawn = [residuals[draw.integers(len(residuals), size=len(residuals))] for _ in range(DRAWS)]
     draws = tuple(_fit(flops[:, None], tokens[None, :], fitted + some, law) for some in drawn)

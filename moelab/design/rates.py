@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
+from moelab import paper
 from moelab.design import judging, settings
 from moelab.design.verdicts import Verdict
 from moelab.lazy import pd
@@ -66,7 +67,7 @@ def agreed(own: Sequence[Verdict], shared: Sequence[Verdict]) -> list[Verdict]:
     """Return the verdicts at each arm's own rate, each with that at the shared rate; see `judging.agreed`.
 
     Args:
-        own, shared: verdicts on the same claims; those that `shared` has no value for stay as they are.
+        own, shared: verdicts on the same claims; times depend on no rate and stay as they are.
     """
-    others = {verdict.claim: replace(verdict, note=NOTE) for verdict in shared}
+    others = {v.claim: replace(v, note=NOTE) for v in shared if not paper.claim(v.claim).timed}
     return [judging.agreed(finding, others[finding.claim]) if finding.claim in others else finding for finding in own]

@@ -109,15 +109,15 @@ def repeated_p(p: float, seeds: int, looks: tuple[int, ...] = ()) -> float:
     return float(brentq(lambda alpha: level(seeds, looks, alpha) - p, low, high, xtol=1e-9))
 
 
-def chance(estimate: Estimate, effect: float, looks: tuple[int, ...], *, equal: bool) -> float:
+def chance(estimate: Estimate, effect: float, looks: tuple[int, ...], *, within: float = 0.0) -> float:
     """Return the chance that the last look decides, given the samples so far and their spread.
 
     That is the chance that its interval excludes zero if the true mean is `effect`, or, if that is greater, the chance
-    that it lies within -+ effect if the true mean is zero. Samples to come are taken as normal, of the spread so far.
+    that it lies within -+ `within` if the true mean is zero. Samples to come are taken as normal, of the spread so far.
 
     Args:
         effect: with the sign that is claimed.
-        equal: whether the second decision is one, too.
+        within: the smallest effect of interest, where the second decision is one, too.
     """
     from scipy.stats import norm, t
 
@@ -129,6 +129,6 @@ def chance(estimate: Estimate, effect: float, looks: tuple[int, ...], *, equal: 
     so_far = estimate.mean / spread * n / math.sqrt(last)  # of the z statistic of the last look
     there = abs(effect) / spread * math.sqrt(last)
     exceeds = norm.sf((edge - math.copysign(1, effect) * so_far - there * (1 - done)) / left)
-    within = max(there - edge, 0.0)
-    lies_within = norm.cdf((within - so_far) / left) - norm.cdf((-within - so_far) / left)
-    return float(max(exceeds, lies_within if equal else 0.0))
+    room = max(within / spread * math.sqrt(last) - edge, 0.0)
+    lies_within = norm.cdf((room - so_far) / left) - norm.cdf((-room - so_far) / left)
+    return float(max(exceeds, lies_within if within else 0.0))

@@ -14,7 +14,8 @@ shared one (`rates`).
 
 Fixed before the first run: 3 seeds, all arms on each. Fixed on 2026-11-26, after three seeds of some arms had left most
 claims undecided: seeds 3 and 4 for all arms, because half of the paper's effects is below 0.02 nats.
-Five is the end: no verdict comes from adding seeds until it turns.
+Five is the end at `cpu`: no verdict comes from adding seeds until it turns. Fixed on 2026-11-29, when `full` had one
+seed: all arms go on together to 3, 6 and 9 seeds, and end before 9 where every claim stands after Holm's adjustment.
 """
 
 from __future__ import annotations

@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any
 from moelab import paper
 from moelab.design.judging import restate
 from moelab.design.verdicts import (
+    CANNOT_TELL,
     DISAGREES,
     FEW,
     KINDS,
@@ -135,8 +136,9 @@ class Entry:
 
     @property
     def tested(self) -> bool:
-        """Whether its verdict is that of a statistical test."""
-        return self.kind == MEASURED and self.deciding is not None and self.deciding.p is not None
+        """Whether its verdict is that of a statistical test, also of one whose runs cannot tell."""
+        told = self.verdict == CANNOT_TELL or (self.deciding is not None and self.deciding.p is not None)
+        return self.kind == MEASURED and told
 
     def to_json(self) -> dict[str, Any]:
         """Return all fields as JSON values."""
@@ -157,6 +159,8 @@ def entries(summaries: Iterable[tuple[str, Summary]]) -> list[Entry]:
     by_claim: dict[str, dict[str, Evidence]] = {}
     known = {claim.id: claim for claim in paper.claims()}
     for path, summary in sorted(summaries, key=lambda item: item[1].finished):
+        if summary.scale == "full" and (summary.parameters.get("overrides") or summary.parameters.get("first_seed")):
+            continue  # the plan was made for its settings and its seeds, from 0 on
         for verdict in summary.claims:
             if verdict.claim not in known:
                 continue  # of another version
@@ -193,7 +197,7 @@ class Family:
     """Say how far the measured verdicts can be trusted together.
 
     Attributes:
-        verdicts: how many there are, those that the runs cannot tell left out.
+        verdicts: how many there are, those that the runs cannot tell included.
         wrong: how many of them a level of 95 % lets be wrong by chance, at most, on average.
         held: verdicts other than undecided.
         standing: how many of those are left after Holm's adjustment.
@@ -222,7 +226,7 @@ class Family:
 def family(entries: Sequence[Entry]) -> Family:
     """Return the note on all measured verdicts together."""
     tested = [entry for entry in distinct(entries) if entry.tested]
-    held = [entry for entry in tested if entry.verdict != UNDECIDED]
+    held = [entry for entry in tested if entry.verdict not in (UNDECIDED, CANNOT_TELL)]
     withdrawn = tuple(entry.claim for entry in held if entry.adjusted == UNDECIDED)
     return Family(len(tested), ALPHA * len(tested), len(held), len(held) - len(withdrawn), withdrawn)
 
@@ -230,12 +234,13 @@ def family(entries: Sequence[Entry]) -> Family:
 def _adjusted(entries: list[Entry]) -> list[Entry]:
     """Return the entries with `adjusted` set. A row that shares its claim is adjusted as the row that counts."""
     tested = [entry for entry in distinct(entries) if entry.tested]
-    alone = [e.deciding.p for e in tested if e.deciding and e.deciding.p is not None]
-    p_values = dict(zip((e.claim for e in tested), holm(alone), strict=True))
+    alone = [1.0 if e.deciding is None or e.deciding.p is None else e.deciding.p for e in tested]
+    p_values = dict(zip((e.same_as or e.claim for e in tested), holm(alone), strict=True))
 
     def verdict(entry: Entry) -> str:
-        p = p_values.get(entry.claim)
-        return UNDECIDED if p is not None and p >= ALPHA else entry.verdict
+        p = p_values.get(entry.same_as or entry.claim)
+        decides = entry.tested and entry.verdict != CANNOT_TELL
+        return UNDECIDED if decides and p is not None and p >= ALPHA else entry.verdict
 
     return [replace(entry, adjusted=verdict(entry)) for entry in entries]
 

@@ -136,7 +136,7 @@ def test_claims_on_a_late_point_are_judged_by_runs_that_reach_it(tokens, judged)
 
 def test_an_order_that_is_too_small_to_matter_is_no_agreement():
     """Clear by the interval, but below 0.01: adding seeds until it is significant does not help."""
-    losses = fig4(0.006, 30, spread=0.003)
+    losses = fig4(0.006, 5, spread=0.0005)
     found = of(pr_moe, losses, "cpu")["moe128-beats-moe32"]
     assert found.high < 0 and found.verdict == claims.NO_DIFFERENCE
 

@@ -77,10 +77,10 @@ def test_futility_is_the_chance_of_the_last_look():
     to_come = np.random.default_rng(2).normal(effect, spread, (100_000, 9)).sum(1)
     z = (3 * so_far + to_come) / math.sqrt(12) / spread
     edge = student.isf(level(12, looks) / 2, 11)
-    assert chance(found, effect, looks, equal=False) == pytest.approx((z < -edge).mean(), abs=0.005)
+    assert chance(found, effect, looks) == pytest.approx((z < -edge).mean(), abs=0.005)
     none = np.random.default_rng(3).normal(0, spread, (100_000, 9)).sum(1)
     within = np.abs(3 * so_far + none) / 12 + edge * spread / math.sqrt(12) < abs(effect)
-    wide = chance(found, effect, looks, equal=True)
+    wide = chance(found, effect, looks, within=-effect)
     assert wide == pytest.approx(max(within.mean(), (z < -edge).mean()), abs=0.005)
-    assert chance(Estimate(0.0, 0.3, 3), -0.01, looks, equal=True) < sequential.FUTILE
-    assert chance(Estimate(0.0, 0.3, 12), -0.01, looks, equal=True) == 1.0, "nothing is left to wait for"
+    assert chance(Estimate(0.0, 0.3, 3), -0.01, looks, within=0.01) < sequential.FUTILE
+    assert chance(Estimate(0.0, 0.3, 12), -0.01, looks, within=0.01) == 1.0, "nothing is left to wait for"

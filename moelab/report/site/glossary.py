@@ -34,7 +34,8 @@ TERMS = {
     "where several looks at a comparison were planned, the wider one by which all looks are right together",
     "smallest effect of interest": "the difference that was fixed beforehand as the smallest that matters, where the "
     "paper gives no number",
-    "Holm": "Holm’s adjustment: makes all measured verdicts right together with 95 % probability",
+    "Holm": "Holm’s adjustment: makes what all measured verdicts say about “no effect” or a margin right together with "
+    "95 % probability",
     **{verdict: about.meaning for verdict, about in OUTCOMES.items()},
     "all-to-all": "the exchange in which each GPU sends tokens to the experts on all others",
     "counted": "follows from the models’ definition by arithmetic; nothing is measured",
