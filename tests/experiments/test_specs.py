@@ -15,11 +15,11 @@ from moelab.experiments import EXPERIMENTS, experiment, upcycling
 TABLE = """
 experiment       smoke      quick      cpu        full       gpu        paper
 start            fdcfc197d8 -          94d75e102b -          -          -
-scaling          8079779132 1001b59c3f 52012ec8f2 670e8aef88 57b315ae86 6422f9a279
-half-moe         d7458eba27 f723df7a91 9e8ad2dcd4 f15593427d 9e3588f334 30dc523831
-top2-vs-residual 3df32537ea 3996098de6 a94c22f7ca 6c45d430bf cfc28c9b36 dc46eade32
-pr-moe           c5d5234ee9 ea2a9350f4 ff97bad5fd 65fb5bf15c f1b8c0ae57 be5b634029
-distillation     096ab2b263 4b31bca5d0 b91ca88044 6d7a270e54 c82b013649 1c462d8690
+scaling          8079779132 1001b59c3f 52012ec8f2 670e8aef88 57b315ae86 b7b69637ff
+half-moe         d7458eba27 f723df7a91 9e8ad2dcd4 f15593427d 9e3588f334 81fc0d572f
+top2-vs-residual 3df32537ea 3996098de6 a94c22f7ca 6c45d430bf cfc28c9b36 d48faae13c
+pr-moe           c5d5234ee9 ea2a9350f4 ff97bad5fd 65fb5bf15c f1b8c0ae57 c692d735e0
+distillation     096ab2b263 4b31bca5d0 b91ca88044 6d7a270e54 c82b013649 ff47e20e3a
 throughput       e3dac82197 -          aa90976859 -          7a81d44018 -
 zero-shot        7b633e6514 -          7fa782540e -          477f4675ce -
 expert-count     9d95d1b174 5246c04780 5ad91496e6 -          c9217244c2 -
@@ -40,9 +40,9 @@ DROPS = {"overrides": {"model.routing.drop_tokens": True}}
 TAUGHT = {"distill.temperature": 2.0, "distill.weight": 0.5, "distill.top_k": 8, "distill.cache_bytes": 1000}
 REQUESTS = [
     ("pr-moe", "cpu", TEXT, "3ce41b30fe"),
-    ("distillation", "paper", TEXT, "8b92358f06"),
+    ("distillation", "paper", TEXT, "00338eee79"),
     ("pr-moe", "cpu", DROPS, "44e73f8fe3"),
-    ("pr-moe", "paper", DROPS, "837ea6b813"),
+    ("pr-moe", "paper", DROPS, "987dd4085b"),
     ("pr-moe", "cpu", {"overrides": {"parallel.data": 2}}, "bc7303f2ca"),
     ("distillation", "cpu", {"base": "1.3B"}, "8e5c2adf06"),
     ("distillation", "gpu", {"stop": 0.5, "overrides": TAUGHT}, "685527667c"),
