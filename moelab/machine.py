@@ -6,6 +6,7 @@ import contextlib
 import ctypes
 import os
 import platform
+from pathlib import Path
 
 FEATURES = ("avx2", "avx512f", "avx512_bf16", "avx512_fp16", "amx_tile", "amx_bf16", "asimd", "sve", "bf16")
 """Flags that decide which kernels a matrix library has, as Linux names them."""
@@ -55,8 +56,12 @@ def describe_cpu(cpuinfo: str) -> str:
 
 
 def cores() -> int:
-    """Return how many cores this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    """Return how many cores this process may use: those that it is bound to, or its container's share of their time."""
+    count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    with contextlib.suppress(OSError, ValueError):  # no such control group, or no quota ("max")
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+        count = min(count, max(1, int(quota) // int(period)))
+    return count
 
 
 def cuda_devices() -> int:

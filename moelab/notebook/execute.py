@@ -12,7 +12,7 @@ from pathlib import Path
 from queue import Empty
 from typing import Any, TextIO
 
-from traitlets import Type, Unicode
+from traitlets import Type, Unicode, default
 
 from moelab import environment, paths
 from moelab.experiments import Experiment
@@ -67,7 +67,9 @@ def execute(
 
     with contextlib.ExitStack() as stack:
         if log is None:
-            log = stack.enter_context(open(staging.parent / f"{staging.name}.log", "w"))
+            log = stack.enter_context(
+                open(staging.parent / f"{staging.name}.log", "w", encoding="utf-8", errors="replace")
+            )
         places = {
             # The kernel works in the staging folder, where an installed copy would make a home of its own.
             environment.HOME.name: str(paths.home()),
@@ -155,6 +157,7 @@ def run(
                 kernel_name="python3",
                 kernel_manager_class=_kernel_manager(),
                 progress_bar=False,
+                start_timeout=600,  # the first start compiles every module, on a network's disk perhaps
                 iopub_timeout=120,  # a cell's last output may come late on a busy machine; the default gives it 4 s
                 cwd=str(copy.parent),
                 stdout_file=log,
@@ -241,9 +244,17 @@ def _kernel_manager() -> type:
             unanswered.discard("being sent")
             return request
 
+    sockets = os.environ.get("JUPYTER_RUNTIME_DIR", "")
+
     class Manager(AsyncKernelManager):
         client_factory = Type(klass=AsyncKernelClient, default_value=Client)
-        transport = Unicode("ipc" if os.name == "posix" else "tcp")
+        # The name of a socket has at most 107 bytes.
+        transport = Unicode("ipc" if os.name == "posix" and len(sockets) < 80 else "tcp")
+
+        @default("connection_file")
+        def _place(self) -> str:
+            """Return where the sockets lie as well: by default that is the kernel's working folder."""
+            return str(Path(sockets) / "kernel.json")
 
         async def _async_interrupt_kernel(self) -> None:
             if unanswered:

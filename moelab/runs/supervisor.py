@@ -83,7 +83,7 @@ def _record(run: Run, before: Status, reason: str, *details: str, unexplained: b
 
     Rank 0's reason stays where it is the only rank, or says more than the cause, which is then `unexplained`.
     """
-    with contextlib.suppress(OSError), open(run.path / "log.txt", "a") as log:  # the disk may be full
+    with contextlib.suppress(OSError), open(run.path / "log.txt", "a", encoding="utf-8") as log:  # the disk may be full
         log.write(f"\n{time.strftime('%Y-%m-%d %H:%M:%S')} {reason}\n")
         log.write("".join(f"    {line}\n" for text in details for line in text.splitlines()))
     lock = run.lock()
