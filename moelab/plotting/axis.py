@@ -66,7 +66,7 @@ class Axis:
         room = 0.04 * ((high - low) or 1.0)
         low, high = low - room, high + room
         step = 10 ** math.floor(math.log10((high - low) / 2))
-        step *= next(f for f in (1, 2, 2.5, 5) if (high - low) / (f * step) <= 4)  # labels do not touch on 195 pixels
+        step *= next(f for f in (1, 2, 2.5, 5) if (high - low) / (f * step) <= 4)  # a cell has 195 pixels
         first, last = math.ceil(low / step), math.floor(high / step)
         return cls(name, False, low, high, tuple(round(i * step, 10) for i in range(first, last + 1)))
 

@@ -17,9 +17,9 @@ from moelab.report.summary import SUMMARY, parse, read_all
 FIGURES = ({"name": "curves"}, {"name": "gaps", "claims": ["moe128-beats-moe32"]})
 
 
-def publish(results, experiment, scale, date, verdicts, figures=FIGURES):
+def publish(results, experiment, scale, date, verdicts, figures=FIGURES, **parameters):
     """A published result in small: what `Publication` leaves."""
-    about = {"experiment": experiment, "scale": scale, "title": "A title", "finished": date}
+    about = {"experiment": experiment, "scale": scale, "title": "A title", "finished": date, "parameters": parameters}
     found = {"claims": [asdict(v) for v in verdicts], "figures": list(figures)}
     write_json(results / experiment / scale / date / SUMMARY, {**about, **found})
 
@@ -127,6 +127,26 @@ def test_the_measured_verdicts_together(tmp_path):
         "4 measured verdicts at 95 %: up to 0.2 expected wrong by chance; 1 of 2 that decide stand after Holm's "
         "adjustment, not pyramid-shrinks-gap"
     )
+
+
+def test_a_row_that_shares_its_claim_is_adjusted_with_it(tmp_path):
+    own, shared = "residual-faster-than-top2-4-ranks", "residual-faster-than-top2"
+    assert paper.claim(shared).same_as == own
+    weak = [judge_timing(paper.claim(name), [[r] for r in (0.97, 1.0, 1.03)]) for name in (own, shared)]
+    others = [judge(paper.claim(name), [-0.1, 0.1, 0.0]) for name in ("residual-shrinks-gap", "pyramid-shrinks-gap")]
+    assert {v.verdict for v in weak} == {claims.NOT_REPRODUCED} and 0.05 / 3 < weak[0].p < 0.05
+    publish(tmp_path, "top2-vs-residual", "cpu", "2026-01-01", [*weak, *others])
+    found = entries(tmp_path)
+    assert {found[name].adjusted for name in (own, shared)} == {claims.UNDECIDED}
+
+
+@pytest.mark.parametrize("changed", [{"first_seed": 40}, {"overrides": {"train.lr": 0.1}}])
+def test_at_full_length_only_the_planned_settings_and_seeds_decide(changed, tmp_path):
+    publish(tmp_path, "pr-moe", "full", "2026-01-01", [LOWER], first_seed=0, overrides={}, seeds=3)
+    publish(tmp_path, "pr-moe", "full", "2026-01-02", [HIGHER], **changed)
+    assert entries(tmp_path)["moe128-beats-moe32"].deciding.result == "pr-moe/full/2026-01-01"
+    publish(tmp_path, "pr-moe", "full", "2026-01-03", [HIGHER], first_seed=0)
+    assert entries(tmp_path)["moe128-beats-moe32"].deciding.result == "pr-moe/full/2026-01-03"
 
 
 def test_a_result_is_shown_by_todays_rule(tmp_path):

@@ -61,8 +61,8 @@ def keep_freed_memory() -> bool:
 
     A training step allocates the same sizes again and again, and each page that was given back is mapped and zeroed
     anew: 6,000 page faults per step of the twins, 10 to 19 % of its time. With huge pages layers of 128 experts take up
-    to a tenth less time, and steps of the twins 1 to 5 %. Call it first in a process: it does not move memory that is
-    already allocated, and PyTorch asks for huge pages (of tensors of 2 MiB and more) only if told before the first.
+    to a tenth less time. Call it first in a process: it does not move memory that is already allocated, and PyTorch
+    asks for huge pages (of tensors of 2 MiB and more) only if told before the first.
     """
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     never_mmap, trim_threshold, top_pad = -4, -1, -2  # of malloc.h
@@ -72,7 +72,7 @@ def keep_freed_memory() -> bool:
     except (OSError, AttributeError):
         return False
     kept = all([set_option(*option) for option in ((never_mmap, 0), (trim_threshold, 2**31 - 1), (top_pad, 64 << 20))])
-    # The heap grows now by addresses (not by memory) for which huge pages can be asked.
+    # Extend the heap by addresses, which take no memory before they are used, and ask for huge pages there.
     size, page, huge_pages = 1 << 30, 2 << 20, 14  # MADV_HUGEPAGE
     c.malloc.restype, c.malloc.argtypes, c.free.argtypes = ctypes.c_void_p, [ctypes.c_size_t], [ctypes.c_void_p]
     c.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
@@ -184,8 +184,8 @@ def join(*, device: str = "cpu", timeout: float | None = None, folder: Path | No
 def within(limit: timedelta) -> Iterator[None]:
     """End this process, with its stacks in the log, if the code inside takes longer.
 
-    NCCL makes communicators in C, without a limit and deaf to signals that Python handles: ranks whose network does not
-    lead to the others would wait for as long as the job may last.
+    NCCL makes communicators in C without a time limit, and Python's signal handlers do not run meanwhile: ranks that
+    cannot reach the others would wait until the job's own limit.
     """
     faulthandler.dump_traceback_later(limit.total_seconds(), exit=True)
     try:

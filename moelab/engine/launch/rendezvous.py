@@ -70,7 +70,8 @@ def own_address(environment: Mapping[str, str]) -> str:
     """
     if LAUNCHER.get(environment):
         return "127.0.0.1"
-    if (name := gloo_interface(environment, interfaces())) and (own := interfaces().get(name.split(",")[0])):
+    usable = interfaces()
+    if (name := gloo_interface(environment, usable)) and (own := usable.get(name.split(",")[0])):
         return own
     target = environment.get("SLURM_LAUNCH_NODE_IPADDR") or socket.gethostname()
     family, _, _, _, address = socket.getaddrinfo(target, 9, type=socket.SOCK_DGRAM)[0]
@@ -99,12 +100,12 @@ def interfaces() -> dict[str, str]:
 def gloo_interface(environment: Mapping[str, str], interfaces: Iterable[str]) -> str | None:
     """Return the value for GLOO_SOCKET_IFNAME, or None to let gloo take the interface of the host's name.
 
-    Args:
-        interfaces: the names of those that can carry traffic.
-
     If unset, it follows NCCL_SOCKET_IFNAME, so that on GPU clusters the checkpoints' gloo group uses the network that
     was chosen for NCCL. gloo takes a full name; NCCL a list of prefixes, of full names after "=", or of names to leave
     out after "^".
+
+    Args:
+        interfaces: names of those that can carry traffic.
     """
     if given := environment.get("GLOO_SOCKET_IFNAME"):
         return given
