@@ -6,7 +6,7 @@ more.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from moelab import paper
@@ -107,7 +107,7 @@ def judge_loss(
     """
     if claim.quantity == "total parameters":
         return judge(claim, [size_ratio(claim.left, claim.right)], exact=True, note="Arithmetic at the paper's size.")
-    share = share_of_training(claim, final, arms, scale)
+    share = share_of_training([claim.left, claim.right], final, arms, scale)
     if claim.quantity != "final validation loss" or not len(final):
         return judge(claim, [], scale=scale, share=share)
     return judge(claim, **compared(claim, by_arm(final), arms), note=note, scale=scale, share=share, looks=looks)
@@ -138,15 +138,15 @@ def compared(
     }
 
 
-def share_of_training(claim: paper.Claim, final: pd.DataFrame, arms: Mapping[str, str], scale: str) -> float | None:
-    """Return the share of the paper's training that the runs of a claim reach; None where none of them is there.
+def share_of_training(names: Collection[str], final: pd.DataFrame, arms: Mapping[str, str], scale: str) -> float | None:
+    """Return the share of the paper's training that runs of some names reach; None where none of them is there.
 
     Training is counted in tokens for each parameter that the dense base has outside its embeddings, so 1 is the paper's
     own ratio of tokens to parameters.
     """
     reached = [
         tokens_a_parameter(name, scale, tokens) / tokens_a_parameter(name)
-        for name in (claim.left, claim.right)
+        for name in names
         if "tokens" in final and name in arms.values()
         for tokens in final.loc[final["arm"].map(arms) == name, "tokens"].unique()
     ]

@@ -8,9 +8,12 @@ ends before its curve would show what the rest of the paper's does.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from moelab import paper
 from moelab.design import comparison
+from moelab.design.judging import can_test, judge
+from moelab.design.verdicts import Verdict
 from moelab.lazy import pd
 
 COLUMNS = ["pair", "seed", "share", "gap"]
@@ -76,6 +79,32 @@ def crossings(table: pd.DataFrame) -> pd.DataFrame:
     """Return `crossing` for each pair and seed of `gaps`: columns pair, seed, share (missing where there is none)."""
     rows = [[pair, seed, crossing(part)] for (pair, seed), part in table.groupby(["pair", "seed"], sort=False)]
     return pd.DataFrame(rows, columns=["pair", "seed", "share"]).astype({"share": float})
+
+
+def judge_crossing(
+    claim: paper.Claim, curves: pd.DataFrame, arms: tuple[str, str], whole: float, share: float | None, **how: Any
+) -> Verdict:
+    """Judge a claim on where two curves cross: in each seed from there on one arm stays below the other.
+
+    A seed of one arm, and one in which they do not cross, is missing. Runs that end before the claim's share of the
+    training have no value.
+
+    Args:
+        curves: `Runs.curves()`.
+        arms: (the arm that is below after the crossing, the other).
+        whole: the paper's training, in the claim's unit.
+        share: of it that the runs reach.
+        how: further arguments of `judging.judge`.
+    """
+    both = curves[curves["arm"].isin(arms)] if len(curves) else curves
+    if not can_test(claim, how.get("scale"), share) or not len(both) or both["arm"].nunique() < 2:
+        return judge(claim, [], share=share, **how)
+    found = crossings(gaps(both, [arms])).set_index("seed")["share"]
+    lost = {seed: f"seed {seed}: {arms[0]} does not end below {arms[1]}" for seed in found.index[found.isna()]}
+    lost |= {seed: f"seed {seed} of one arm" for seed in both["seed"].unique() if seed not in found.index}
+    missing = [lost[seed] for seed in sorted(lost)]
+    note = f"{comparison.TWINS} The share of the training at which the curves cross (on a part of the validation text)."
+    return judge(claim, list(whole * found.dropna()), missing=missing, note=note, share=share, **how)
 
 
 def headline(table: pd.DataFrame) -> str:

@@ -30,7 +30,7 @@ from typing import Any
 
 from moelab import paper, paths
 from moelab.config.distill import DistillConfig
-from moelab.design import comparison, settings
+from moelab.design import comparison, settings, shares
 from moelab.design.experiment import FULL_HOURS, Experiment, Scale, full_cost
 from moelab.design.judging import judge
 from moelab.design.verdicts import Verdict
@@ -232,6 +232,10 @@ def verdicts(final: pd.DataFrame, curves: pd.DataFrame, scale: str, base: str = 
             note = f"Mean over the evaluations of the first half of training{peak}; twins, paired by seed."
             lost = comparison.missing(final, "L21 + KD", "L21 alone") if values else ()
             judged.append(judge(claim, values, note=note, scale=scale, looks=looks, missing=lost))
+        elif claim.id == "full-kd-turns-at-400k" and claim.right == arms["L21 alone"]:
+            share = comparison.share_of_training((claim.left, claim.right), final, arms, scale)
+            whole, pair = paper.training_settings(claim.left).steps, ("L21 alone", "L21 + KD")
+            judged.append(shares.judge_crossing(claim, curves, pair, whole, share, scale=scale, looks=looks))
         else:
             halves = reads_halves(scale) and arms["Teacher"] in (claim.left, claim.right)
             note = f"{comparison.TWINS} {HALVES}" if halves else comparison.TWINS

@@ -21,8 +21,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from moelab import paper
-from moelab.design import budgets, comparison, settings
+from moelab.design import budgets, comparison, settings, shares
 from moelab.design.experiment import FULL_HOURS, Experiment, Scale, full_cost
+from moelab.design.judging import can_test, judge
 from moelab.design.verdicts import Verdict
 from moelab.lazy import pd
 from moelab.runs.spec import RunSpec
@@ -43,6 +44,12 @@ PAIRS = (("350M+MoE-128", "350M", "1.3B"), ("1.3B+MoE-128", "1.3B", "6.7B"))
 
 AGAINST = tuple((moe, dense) for moe, base, larger in PAIRS for dense in (base, larger))
 """(MoE, dense model), compared after all tokens, on the whole validation text."""
+
+
+EQUAL_SIZE = "dense-equivalent-4-5x"
+BOTH_PAIRS = (
+    "Geometric mean of the 350M and the 1.3B pair; losses between two dense models go by the log of their size."
+)
 
 
 def arms(scale: str) -> list[str]:
@@ -131,9 +138,46 @@ def _first_at(curve: pd.DataFrame, goal: float) -> float | None:
     return None
 
 
-def verdicts(final: pd.DataFrame, scale: str) -> list[Verdict]:
-    """Judge the claims of Fig 1; those on the larger dense model where the runs reach the crossing of the curves."""
-    return comparison.judge_losses("scaling", final, ARMS, scale, EXPERIMENT.looks_at(scale))
+def verdicts(final: pd.DataFrame, curves: pd.DataFrame, scale: str) -> list[Verdict]:
+    """Judge the claims of Fig 1; those on the larger dense model where the runs reach the crossing of the curves.
+
+    Where the curves cross is the share of the training from which on the MoE's curve stays below the dense one's, times
+    the paper's tokens. The dense model of equal quality is `equal_sizes`. A seed that has no such number is missing.
+
+    Args:
+        final, curves: `Runs.final()` and `Runs.curves()`.
+    """
+    looks, judged = EXPERIMENT.looks_at(scale), []
+    for claim in paper.claims("scaling"):
+        names = ARMS if claim.id == EQUAL_SIZE else (claim.left, claim.right)
+        share = comparison.share_of_training(names, final, ARMS, scale)
+        how: dict[str, Any] = {"scale": scale, "share": share, "looks": looks}
+        if claim.quantity.startswith("training tokens at the crossing"):
+            whole = paper.training_settings(claim.left).train_tokens / 1e9
+            judged.append(shares.judge_crossing(claim, curves, (claim.left, claim.right), whole, **how))
+        elif claim.id == EQUAL_SIZE and can_test(claim, scale, share):
+            judged.append(judge(claim, **equal_sizes(final, scale), note=f"{comparison.TWINS} {BOTH_PAIRS}", **how))
+        else:
+            judged.append(comparison.judge_loss(claim, final, ARMS, scale, looks))
+    return judged
+
+
+def equal_sizes(final: pd.DataFrame, scale: str) -> dict[str, Any]:
+    """Return what `judge` compares for the dense model of equal quality: by seed, the geometric mean of both `PAIRS`.
+
+    A seed is missing where a run is, or where a larger dense model does not end below its base: no size equals then.
+    There are no values where an arm was not trained at all.
+    """
+    table, sizes, lost = comparison.by_arm(final), {}, comparison.missing(final, *ARMS)
+    if not set(ARMS) <= set(table):
+        return {"values": []}
+    for moe, base, larger in PAIRS:
+        reverse = table.index[table[larger] >= table[base]]
+        lost += [f"seed {seed}: {larger} does not end below {base}" for seed in reverse]
+        times = budgets.effective_size(final, moe, base, larger, scale).set_index("seed")["times"]
+        sizes[moe] = times.drop(reverse)
+    whole = pd.DataFrame(sizes).dropna()
+    return {"values": list(whole.prod(axis=1) ** (1 / len(PAIRS))), "missing": lost}
 
 
 def headline(final: pd.DataFrame, scale: str = "") -> str:

@@ -32,6 +32,7 @@ from moelab.design.verdicts import (
     MEASURED,
     NOT_JUDGED,
     NOT_TESTABLE,
+    NOT_TESTED,
     NOT_YET,
     SIMULATED,
     UNDECIDED,
@@ -304,6 +305,8 @@ def _entry(claim: paper.Claim, by_scale: dict[str, Evidence]) -> Entry:
         verdict = judged.verdict
     elif _DISPUTED & set(conflicts):
         verdict = DISAGREES
+    elif any(e.verdict == NOT_TESTED for e in evidence):  # runs that could test it have no value
+        verdict = NOT_YET
     elif claim.testable_at in ("gpu", "paper") or claim.from_share:
         verdict = NOT_TESTABLE
     else:

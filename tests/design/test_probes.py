@@ -109,7 +109,7 @@ def test_an_interval_that_touches_the_papers_range_is_not_enough(gap, verdict):
     """-0.329 to -0.286 is the paper's range, and the interval of -0.28 or -0.335 reaches into it."""
     apart = [-0.012, 0.0, 0.012]
     losses = {"350M": [4.0, 4.0, 4.0], "350M+MoE-128": [4.0 + gap + d for d in apart]}
-    found = of(scaling, losses, "cpu", tokens=FULL)["moe128-350m-beats-own-base"]
+    found = of(scaling, losses, pd.DataFrame(), "cpu", tokens=FULL)["moe128-350m-beats-own-base"]
     assert found.verdict == verdict and (found.low < -0.286 < found.high or found.low < -0.329 < found.high or gap > 0)
 
 
@@ -117,7 +117,7 @@ def test_a_number_of_the_end_is_not_shown_by_a_sixth_of_the_training():
     """Neither by its value nor by that of the paper's curve there, whose learning rate has not decayed."""
     for gap in (-0.307, -0.209):
         losses = {"350M": [4.0, 4.01, 4.02], "350M+MoE-128": [4.0 + gap, 4.01 + gap, 4.021 + gap]}
-        found = of(scaling, losses, "cpu")["moe128-350m-beats-own-base"]
+        found = of(scaling, losses, pd.DataFrame(), "cpu")["moe128-350m-beats-own-base"]
         assert found.verdict == claims.DIRECTION and "these runs reach 16%" in found.why
 
 
@@ -130,7 +130,7 @@ def test_claims_on_a_late_point_are_judged_by_runs_that_reach_it(tokens, judged)
     late = {found["full-kd-hurts-late"].verdict, found["staged-kd-beats-full-kd"].verdict}
     assert late == ({claims.NOT_REPRODUCED} if judged else {claims.NOT_TESTABLE})
     losses = {"350M": [4.0, 4.01, 4.02], "350M+MoE-128": [3.7, 3.71, 3.73], "1.3B": [3.8, 3.82, 3.83]}
-    found = of(scaling, losses, "cpu", tokens=tokens)["moe128-350m-beats-1.3b"]
+    found = of(scaling, losses, pd.DataFrame(), "cpu", tokens=tokens)["moe128-350m-beats-1.3b"]
     assert (found.verdict == claims.NOT_TESTABLE) == (not judged) and found.ours == pytest.approx(-0.103, abs=0.001)
 
 
@@ -155,5 +155,6 @@ def test_published_claims_are_judged_by_their_stored_values():
             if stored.kind == claims.MEASURED and summary.experiment != "zero-shot":
                 assert len(stored.values) == stored.samples, (path, stored.claim)
                 again = restate(paper.claim(stored.claim), stored, summary.scale)
-                judged, said = ((v.verdict, v.p, v.low) for v in (again, stored))
-                assert judged == said, (path, stored.claim)
+                assert again.verdict == stored.verdict, (path, stored.claim)
+                for now, then in ((again.p, stored.p), (again.low, stored.low)):  # processors round differently
+                    assert now == pytest.approx(then, rel=1e-9), (path, stored.claim)

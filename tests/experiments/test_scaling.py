@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+import pandas as pd
 import pytest
 
 from moelab.design import comparison, rates
@@ -34,8 +35,64 @@ def test_scaling_judges_the_base_and_only_shows_the_larger_model():
     table = final({"350M": [5.0, 5.1, 5.2], "350M+MoE-128": [4.9, 5.01, 5.1], "1.3B": [4.6, 4.7, 4.8]}).assign(
         tokens=16_384_000
     )
-    verdicts = {v.claim: v for v in scaling.verdicts(table, "cpu")}
+    verdicts = {v.claim: v for v in scaling.verdicts(table, pd.DataFrame(), "cpu")}
     assert verdicts["moe128-350m-beats-own-base"].verdict == claims.DIRECTION
     assert verdicts["moe128-350m-beats-1.3b"].verdict == claims.NOT_TESTABLE
     assert verdicts["moe128-350m-beats-1.3b"].ours == pytest.approx(0.303, abs=0.01)
     assert verdicts["moe128-1.3b-beats-own-base"].verdict == claims.NOT_TESTED
+
+
+TOKENS = 101_621_760
+LOSSES = {
+    "350M": [4.0, 4.1, 4.0],
+    "1.3B": [3.6, 3.7, 3.61],
+    "6.7B": [3.2, 3.31, 3.2],
+    "350M+MoE-128": [3.58, 3.69, 3.6],
+    "1.3B+MoE-128": [3.2, 3.3, 3.2],
+}
+
+
+def curves(crossed):
+    """Curves on which 350M+MoE-128 comes below 1.3B at a share of the training, by seed; None: never."""
+    rows = []
+    for seed, at in enumerate(crossed):
+        for share in (0.0, 0.1, 0.3, 0.5, 0.7, 0.9, 1.0):
+            ahead = at is not None and share > at
+            losses = {"1.3B": 3.0, "350M+MoE-128": 2.9 if ahead else 3.1}
+            rows += [[arm, seed, share * TOKENS, loss] for arm, loss in losses.items()]
+    return pd.DataFrame(rows, columns=["arm", "seed", "tokens", "loss"])
+
+
+def judged(losses, lines):
+    found = scaling.verdicts(final(losses).assign(tokens=TOKENS), lines, "full")
+    return {v.claim: v for v in found}
+
+
+def test_a_crossing_is_judged_by_its_share_of_the_papers_tokens():
+    late = judged(LOSSES, curves([0.69, 0.69, 0.71]))["moe-crossover-350m"]
+    assert late.values == pytest.approx((180, 180, 240)) and late.verdict == claims.UNDECIDED
+    assert judged(LOSSES, curves([0.65, 0.6, 0.69]))["moe-crossover-350m"].values == pytest.approx((180, 180, 180))
+    early = judged(LOSSES, curves([0.1, 0.1, 0.1]))["moe-crossover-350m"]
+    assert early.verdict == claims.NOT_REPRODUCED
+    never = judged(LOSSES, curves([0.65, None, 0.65]))["moe-crossover-350m"]
+    assert never.verdict == claims.INCOMPLETE
+    assert never.missing == ("seed 1: 350M+MoE-128 does not end below 1.3B",)
+    half = curves([0.65, 0.65, 0.65]).query("arm != '1.3B' or seed != 2")
+    assert judged(LOSSES, half)["moe-crossover-350m"].missing == ("seed 2 of one arm",)
+    alone = {"350M": [4.0], "350M+MoE-128": [3.6]}
+    assert judged(alone, curves([0.65]).query("arm != '1.3B'"))["moe-crossover-350m"].verdict == claims.NOT_TESTED
+
+
+def test_the_dense_model_of_equal_quality_is_a_mean_over_both_pairs():
+    equal = judged(LOSSES, curves([0.65] * 3))["dense-equivalent-4-5x"]
+    assert equal.verdict == claims.REPRODUCED and 4 < equal.ours < 5
+    first = {**LOSSES, "1.3B+MoE-128": LOSSES["1.3B"]}  # the other pair's MoE equals its base
+    of_one = judged(first, curves([0.65] * 3))["dense-equivalent-4-5x"]
+    assert of_one.values[0] == pytest.approx(4 ** (0.42 / 0.40 / 2), rel=0.01)
+    exact = {**LOSSES, "350M+MoE-128": LOSSES["1.3B"], "1.3B+MoE-128": LOSSES["6.7B"]}
+    assert judged(exact, curves([0.65] * 3))["dense-equivalent-4-5x"].ours == pytest.approx((4 * 5.33) ** 0.5, rel=0.01)
+    reverse = {**LOSSES, "1.3B": [3.6, 4.2, 3.61]}
+    found = judged(reverse, curves([0.65] * 3))["dense-equivalent-4-5x"]
+    assert found.verdict == claims.INCOMPLETE and found.missing == ("seed 1: 1.3B does not end below 350M",)
+    without = {arm: losses for arm, losses in LOSSES.items() if arm != "6.7B"}
+    assert judged(without, curves([0.65] * 3))["dense-equivalent-4-5x"].verdict == claims.NOT_TESTED
