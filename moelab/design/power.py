@@ -17,7 +17,7 @@ from dataclasses import dataclass
 
 from moelab.design import sequential, stated
 from moelab.design.judging import MARGIN, MIN_SAMPLES
-from moelab.design.verdicts import Verdict
+from moelab.design.verdicts import CANNOT_TELL, MEASURED, UNDECIDED, Verdict
 from moelab.lazy import np
 from moelab.paper.claims import Claim
 from moelab.statistics import Estimate
@@ -90,6 +90,30 @@ def of_claim(claim: Claim, verdict: Verdict) -> tuple[Need | None, float | None,
         why = f"{MARGIN:.0%} of the gain"
         return of_equality(apart, verdict.gain) if gained > 0 else Need(None, None, None), MARGIN * gained, why
     return None, None, "no gain measured" if claim.direction == "equal" else "no effect named"
+
+
+def outlook(claim: Claim, verdict: Verdict) -> str:
+    """Return, for an undecided verdict, its interval's half-width, the effect to be seen, and the seeds that takes.
+
+    Empty for other verdicts, and where no effect can be named.
+    """
+    if (
+        verdict.kind != MEASURED
+        or verdict.verdict not in (UNDECIDED, CANNOT_TELL)
+        or None in (verdict.low, verdict.high)
+    ):
+        return ""
+    need, effect, why = of_claim(claim, verdict)
+    if need is None or effect is None:
+        return ""
+    what, count = "sessions" if claim.timed else "seeds", f"more than {MAX_SEEDS}"
+    if need.at_once:
+        count = f"{need.at_once}" if need.looks is None else f"{need.at_once} to {need.looks[-1]}"
+    half, to_see = (
+        (verdict.high - verdict.low) / 2,
+        f"{effect:.2g}{stated.unit(claim)} ({why.replace('smallest', 'smallest effect of interest')})",
+    )
+    return f"The interval is ±{half:.2g}; to see {to_see} takes {count} {what} with this spread, at 80 % power."
 
 
 def spread(verdict: Verdict) -> float:

@@ -63,3 +63,14 @@ def test_the_effect_is_half_the_papers_or_the_smallest_of_interest(id, values, g
     assert (need is None) == (effect is None) and said.startswith(why)
     assert found is None if effect is None else found == pytest.approx(effect)
     assert power.spread(judge(claim, values, gain=gain)) == pytest.approx(np.std(values, ddof=1))
+
+
+def test_an_undecided_verdict_says_what_it_would_take():
+    claim = paper.claim("moe128-350m-beats-own-base")
+    said = power.outlook(claim, judge(claim, [-0.3, 0.2, -0.31]))
+    need = power.of_difference(np.std([-0.3, 0.2, -0.31], ddof=1), 0.307 / 2)
+    assert said.startswith("The interval is ±0.72; to see 0.15 nats (half of -0.307) takes ")
+    assert f" {need.at_once} to {need.looks[-1]} seeds " in said
+    assert "more than 99 seeds" in power.outlook(claim, judge(claim, [-9.0, 9.0, 1.0]))
+    assert not power.outlook(claim, judge(claim, [-0.3, -0.31, -0.29])), "decided"
+    assert not power.outlook(claim, judge(claim, [-0.3, 0.2])), "too few seeds judge nothing"

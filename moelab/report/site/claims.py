@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from moelab import paper
+from moelab.design import power
 from moelab.design.judging import restate
 from moelab.design.verdicts import COUNTED, FITTED, MEASURED, OUTCOMES, PREDICTED, outcome
 from moelab.report.ledger import OPEN, Entry, distinct
@@ -80,6 +81,7 @@ class ClaimRow:
         scale: the result's scale; empty where there is no result.
         ours, low, high: as in `Verdict`; an infinite bound is None.
         figure: name of the figure that shows it, empty if none does.
+        note: how it was compared, what decided, and for an undecided one what it would take.
         decides: whether the claim's verdict is taken from this row.
         kind: what the verdict rests on, see `moelab.report.ledger.Entry`; empty for none.
         alone: the verdict before Holm's adjustment over all measured ones, where it is another one; else empty.
@@ -153,7 +155,7 @@ def claims_of(result: Result) -> list[ClaimRow]:
             _finite(v.low),
             _finite(v.high),
             samples=v.samples,
-            note=v.text,
+            note=f"{v.text} {power.outlook(known[v.claim], v)}".strip(),
             kind=v.kind,
         )
         for v in (restate(known[v.claim], v, result.summary.scale) for v in result.summary.claims if v.claim in known)
@@ -167,6 +169,7 @@ def all_claims(results: Sequence[Result], ledger: Sequence[Entry]) -> list[Claim
     (`moelab.report.ledger`) says which row decides, as for `moelab claims`.
     """
     by_path = {result.path: result for result in results}
+    notes = {(result.path, row.claim.id): row.note for result in results for row in claims_of(result)}
     rows = []
     for entry in ledger:
         claim, deciding = paper.claim(entry.claim), entry.deciding
@@ -181,7 +184,7 @@ def all_claims(results: Sequence[Result], ledger: Sequence[Entry]) -> list[Claim
                 _finite(e.low),
                 _finite(e.high),
                 e.samples,
-                e.note,
+                notes[e.result, entry.claim],
                 e.figure.removeprefix(f"{e.result}/").removesuffix(".svg"),
                 decides=e is deciding,
                 kind=entry.kind if e is deciding else e.kind,
