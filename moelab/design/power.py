@@ -97,23 +97,17 @@ def outlook(claim: Claim, verdict: Verdict) -> str:
 
     Empty for other verdicts, and where no effect can be named.
     """
-    if (
-        verdict.kind != MEASURED
-        or verdict.verdict not in (UNDECIDED, CANNOT_TELL)
-        or None in (verdict.low, verdict.high)
-    ):
+    if verdict.kind != MEASURED or verdict.verdict not in (UNDECIDED, CANNOT_TELL):
         return ""
     need, effect, why = of_claim(claim, verdict)
-    if need is None or effect is None:
+    if verdict.low is None or verdict.high is None or need is None or effect is None:
         return ""
     what, count = "sessions" if claim.timed else "seeds", f"more than {MAX_SEEDS}"
     if need.at_once:
         count = f"{need.at_once}" if need.looks is None else f"{need.at_once} to {need.looks[-1]}"
-    half, to_see = (
-        (verdict.high - verdict.low) / 2,
-        f"{effect:.2g}{stated.unit(claim)} ({why.replace('smallest', 'smallest effect of interest')})",
-    )
-    return f"The interval is ±{half:.2g}; to see {to_see} takes {count} {what} with this spread, at 80 % power."
+    seen = f"{effect:.2g}{stated.unit(claim)} ({why.replace('smallest', 'smallest effect of interest')})"
+    half = (verdict.high - verdict.low) / 2
+    return f"The interval is ±{half:.2g}; to see {seen} takes {count} {what} with this spread, at 80 % power."
 
 
 def spread(verdict: Verdict) -> float:
