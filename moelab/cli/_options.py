@@ -59,6 +59,14 @@ Profile = Annotated[
         autocompletion=profile_names,
     ),
 ]
+OwnProfile = Annotated[
+    str | None,
+    typer.Option(
+        help="cluster: slurm/NAME.yaml or the path of one; without it this machine, whatever MOELAB_PROFILE says",
+        metavar="NAME",
+        autocompletion=profile_names,
+    ),
+]
 Parameters = Annotated[
     list[str] | None,
     typer.Option(

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from moelab import paths
-from moelab.cli._options import BENCHMARKS, Profile, check_device
+from moelab.cli._options import BENCHMARKS, OwnProfile, check_device
 from moelab.runs.provenance import commit
 
 
@@ -19,13 +19,16 @@ def register(app: typer.Typer) -> None:
 
 
 def check_cluster(
-    profile: Profile = None,
+    profile: OwnProfile = None,
     cluster: Annotated[
-        str | None, typer.Option(help="links to compare with: a100-40gb, a100-80gb, h100 or a YAML file")
+        str | None,
+        typer.Option(
+            help="links to compare with: a name of `moelab simulate`, such as a100-40gb or h100, or a YAML file"
+        ),
     ] = None,
     device: Annotated[str, typer.Option(help="cpu (gloo) or cuda (NCCL)")] = "cuda",
     folder: Annotated[
-        Path | None, typer.Option(help="folder on the shared file system that is checked; by default the home")
+        Path | None, typer.Option(help="folder on the shared file system that is checked; by default the workspace")
     ] = None,
     mib: Annotated[int, typer.Option("--mib", help="largest message, and a rank's part of the checkpoint")] = 64,
     out: Annotated[Path | None, typer.Option(help="JSON file for the numbers")] = None,

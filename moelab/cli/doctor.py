@@ -55,7 +55,7 @@ def checks(rates: bool = False) -> Iterator[tuple[bool | None, str]]:
         yield True, f"CUDA {torch.version.cuda}: {torch.cuda.get_device_name(0)}"
         yield _tested(torch.cuda.get_device_name(0))
     else:
-        yield None, "no CUDA device: scales smoke, quick and cpu run, gpu does not"
+        yield None, "no CUDA device: scales smoke, quick, cpu and full run; gpu and paper need one"
     if rates:
         yield True, _rates("cuda" if torch.cuda.is_available() else "cpu")
     from moelab import kernels

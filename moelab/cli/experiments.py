@@ -50,11 +50,15 @@ def list_(
         for e in KNOWN.values():
             scale, first = next((item for item in e.scales.items() if item[0] != "smoke"), (*e.scales.items(),)[0])
             figure = re.sub(r" \(sec[^)]*\)", "", e.paper)
-            cost = re.sub(r" \([^)]*\)$", "", first.cost).removeprefix("about ").replace("minutes", "min")
+            cost = re.sub(r" \([^)]*\)$", "", first.cost).removeprefix("about ")
+            cost = re.sub(r"(\d) minutes", r"\1 min", cost)
             cost = cost.replace(" a seed on one core", "/seed, one core")
             view.add_row(e.name, figure, f"{scale}: {cost}")
         console.print(view)
-        console.print("moelab list NAME says more of one, moelab run NAME runs it", markup=False)
+        console.print(
+            "moelab list NAME says more of one; moelab run NAME --scale SCALE -p seeds=3 runs it (else cpu, one seed)",
+            markup=False,
+        )
         return
     e = experiment(name)
     console.print(f"[bold]{escape(e.title)}[/] · {escape(e.paper)} · notebooks/{e.notebook}", highlight=False)

@@ -120,7 +120,7 @@ def gpu(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="list the parts with their limits, run nothing")] = False,
     again: Annotated[bool, typer.Option("--again", help="also parts that have passed")] = False,
     out: Annotated[
-        Path | None, typer.Option(help="folder of logs and numbers; by default .moelab/gpu/CARD, below the home")
+        Path | None, typer.Option(help="folder of logs and numbers; by default gpu/CARD in the workspace")
     ] = None,
     publish: Publish = False,
 ) -> None:

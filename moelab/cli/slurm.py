@@ -38,7 +38,9 @@ Experiments = Annotated[
     list[str],
     typer.Argument(metavar="NAME...", help="experiments, see `moelab list`", autocompletion=experiment_names),
 ]
-Scale = Annotated[str | None, typer.Option(help="smoke, quick, cpu, full, gpu or paper; by default the notebook's own")]
+Scale = Annotated[
+    str | None, typer.Option(help="smoke, quick, cpu, full, gpu or paper; by default the notebook's, cpu")
+]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="print the batch scripts, queue nothing")]
 Again = Annotated[bool, typer.Option("--again", help="execute notebooks that have a complete result, too")]
 Names = Annotated[

@@ -9,12 +9,12 @@ from typing import Annotated
 import typer
 
 from moelab import environment, paths
-from moelab.cli._options import EXPERIMENTS, AsJson, Profile, print_json, run_names
+from moelab.cli._options import EXPERIMENTS, AsJson, OwnProfile, print_json, run_names
 
 
 def lab(
     context: typer.Context,
-    profile: Profile = None,
+    profile: OwnProfile = None,
     originals: Annotated[
         bool, typer.Option("--originals", help="the notebooks themselves instead of copies in the workspace")
     ] = False,

@@ -126,7 +126,7 @@ EXPERIMENT = Experiment(
     paper_answer="Not examined.",
     scales={
         "smoke": Scale("twins of 32 wide, 4 layers; 12 k tokens of sotu", "seconds (tests)"),
-        "cpu": Scale("the 350M+MoE-128 twin of `scaling`", "seconds beyond that run"),
+        "cpu": Scale("the 350M+MoE-128 twin of `scaling`", "seconds beyond the run of `scaling`"),
         "gpu": Scale("the 350M+MoE-128 twin of `scaling`", "not yet run; one GPU"),
     },
     arms=ARMS,
