@@ -50,17 +50,18 @@ class Need:
     mean: float | None
 
 
-def of_difference(spread: float, effect: float) -> Need:
+def of_difference(spread: float, effect: float, looks: bool = True) -> Need:
     """Return the number of seeds that shows an effect if there is one.
 
     Args:
         spread: standard deviation of the difference over seeds.
         effect: that is to be seen, in the same unit.
+        looks: also plan looks, which takes longer to compute.
     """
-    return _need((abs(effect),), ((spread**2,),))
+    return _need((abs(effect),), ((spread**2,),), looks)
 
 
-def of_equality(differences: Sequence[float], gain: Sequence[float]) -> Need:
+def of_equality(differences: Sequence[float], gain: Sequence[float], looks: bool = True) -> Need:
     """Return the seeds that show two arms to be equal within `MARGIN` of a gain, if they are.
 
     Three means must stand out of their spread: the gain, and the margin minus and plus the difference.
@@ -72,10 +73,10 @@ def of_equality(differences: Sequence[float], gain: Sequence[float]) -> Need:
     margin, apart = MARGIN * gained, np.asarray(differences, float)
     columns = np.stack([gained, margin - apart, margin + apart])
     means = (gained.mean(), margin.mean(), margin.mean())
-    return _need(tuple(map(float, means)), tuple(tuple(map(float, row)) for row in np.cov(columns)))
+    return _need(tuple(map(float, means)), tuple(tuple(map(float, row)) for row in np.cov(columns)), looks)
 
 
-def of_claim(claim: Claim, verdict: Verdict) -> tuple[Need | None, float | None, str]:
+def of_claim(claim: Claim, verdict: Verdict, looks: bool = True) -> tuple[Need | None, float | None, str]:
     """Return what a measured claim needs by the values it was judged by, the effect, and where the effect is from.
 
     The effect is half the paper's number, or the smallest of interest. There is no need where no effect can be named.
@@ -83,31 +84,33 @@ def of_claim(claim: Claim, verdict: Verdict) -> tuple[Need | None, float | None,
     effect = stated.effect(claim)
     if effect is not None:
         why = f"half of {claim.value - stated.neutral(claim):+.3g}" if claim.value is not None else "the smallest"
-        return of_difference(spread(verdict), effect), abs(effect), why
+        return of_difference(spread(verdict), effect, looks), abs(effect), why
     if verdict.gain and len(verdict.gain) == len(verdict.values):
         gained = sum(verdict.gain) / len(verdict.gain)
         apart = [value - stated.neutral(claim) for value in verdict.values]
         why = f"{MARGIN:.0%} of the gain"
-        return of_equality(apart, verdict.gain) if gained > 0 else Need(None, None, None), MARGIN * gained, why
+        return of_equality(apart, verdict.gain, looks) if gained > 0 else Need(None, None, None), MARGIN * gained, why
     return None, None, "no gain measured" if claim.direction == "equal" else "no effect named"
 
 
 def outlook(claim: Claim, verdict: Verdict) -> str:
     """Return, for an undecided verdict, its interval's half-width, the effect to be seen, and the seeds that takes.
 
-    Empty for other verdicts, and where no effect can be named.
+    Of two rates that must agree, for the one that takes more. The seeds decide the claim alone, without Holm's
+    adjustment. Empty for other verdicts, and where no effect can be named.
     """
     if verdict.kind != MEASURED or verdict.verdict not in (UNDECIDED, CANNOT_TELL):
         return ""
-    need, effect, why = of_claim(claim, verdict)
-    if verdict.low is None or verdict.high is None or need is None or effect is None:
+    compared = [v for v in (verdict, verdict.other) if v is not None and v.values and None not in (v.low, v.high)]
+    plans = [of_claim(claim, v, looks=False) for v in compared]
+    if not plans or any(need is None or effect is None or effect <= 0 for need, effect, _ in plans):
         return ""
-    what, count = "sessions" if claim.timed else "seeds", f"more than {MAX_SEEDS}"
-    if need.at_once:
-        count = f"{need.at_once}" if need.looks is None else f"{need.at_once} to {need.looks[-1]}"
-    seen = f"{effect:.2g}{stated.unit(claim)} ({why.replace('smallest', 'smallest effect of interest')})"
-    half = (verdict.high - verdict.low) / 2
-    return f"The interval is ±{half:.2g}; to see {seen} takes {count} {what} with this spread, at 80 % power."
+    half = max(((v.high or 0.0) - (v.low or 0.0)) / 2 for v in compared)
+    need, effect, why = max(plans, key=lambda plan: (plan[0] and plan[0].at_once) or MAX_SEEDS + 1)
+    count, what = (need and need.at_once) or f"more than {MAX_SEEDS}", "sessions" if claim.timed else "seeds"
+    unit, why = stated.unit(claim), why.replace("smallest", "smallest effect of interest")
+    seen = f"{'equality within' if claim.direction == 'equal' else 'an effect of'} {effect:.2g}{unit} ({why})"
+    return f"The interval is ±{half:.2g}{unit}; {seen} takes {count} {what} of this spread, alone, at 80 % power."
 
 
 def spread(verdict: Verdict) -> float:
@@ -116,14 +119,14 @@ def spread(verdict: Verdict) -> float:
 
 
 @functools.lru_cache(maxsize=512)
-def _need(means: tuple[float, ...], covariance: tuple[tuple[float, ...], ...]) -> Need:
+def _need(means: tuple[float, ...], covariance: tuple[tuple[float, ...], ...], looks: bool) -> Need:
     """Return the seeds that make all means stand out above zero; the covariance is that of one seed's samples."""
     if min(means) <= 0:
         return Need(None, None, None)
     t = _statistics(means, covariance)
     at_once = _first(range(MIN_SAMPLES, MAX_SEEDS + 1), lambda n: _decides(t, (n,))[0] >= POWER)
-    if at_once is None:
-        return Need(None, None, None)
+    if at_once is None or not looks:
+        return Need(at_once, None, None)
     last = _first(
         range(EVERY * -(-at_once // EVERY), MAX_SEEDS + 1, EVERY), lambda n: _decides(t, _looks(n))[0] >= POWER
     )

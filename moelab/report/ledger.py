@@ -131,9 +131,10 @@ class Entry:
 
     @property
     def deciding(self) -> Evidence | None:
-        """The evidence that carries the verdict, else the strongest that has a value, else None."""
+        """The evidence that carries the verdict (judged, else of too few samples), else the strongest with a value."""
         judged = [e for e in self.evidence if e.judged]
-        return next(iter(judged or [e for e in self.evidence if e.ours is not None]), None)
+        few = [e for e in self.evidence if e.verdict in FEW]
+        return next(iter(judged or few or [e for e in self.evidence if e.ours is not None]), None)
 
     @property
     def tested(self) -> bool:
@@ -155,13 +156,18 @@ def ledger(*results: Path) -> list[Entry]:
     return entries(read_all(*results)[0])
 
 
+def of_the_plan(summary: Summary) -> bool:
+    """Return whether a result has the settings and, from 0 on, the seeds for which the looks at `full` were planned."""
+    return summary.scale != "full" or not (summary.parameters.get("overrides") or summary.parameters.get("first_seed"))
+
+
 def entries(summaries: Iterable[tuple[str, Summary]]) -> list[Entry]:
     """Return the same from summaries at hand, each with its folder relative to the results."""
     by_claim: dict[str, dict[str, Evidence]] = {}
     known = {claim.id: claim for claim in paper.claims()}
     for path, summary in sorted(summaries, key=lambda item: item[1].finished):
-        if summary.scale == "full" and (summary.parameters.get("overrides") or summary.parameters.get("first_seed")):
-            continue  # the plan was made for its settings and its seeds, from 0 on
+        if not of_the_plan(summary):
+            continue
         for verdict in summary.claims:
             if verdict.claim not in known:
                 continue  # of another version

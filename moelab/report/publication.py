@@ -113,6 +113,7 @@ class Publication:
             title: the main finding, one sentence.
         """
         finished = runs.finished if runs is not None else ()
+        once = {run.spec.id: run for run in finished}.values()  # a run may stand for its own and for the shared rate
         hardware = [run.provenance.get("hardware") for run in finished]
         write_json(
             self.path / SUMMARY,
@@ -123,13 +124,13 @@ class Publication:
                 "parameters": self.parameters,
                 "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
                 "notebook_seconds": round(time.time() - self.started, 1),
-                "training_seconds": round(sum(run.own_seconds for run in finished), 1),
+                "training_seconds": round(sum(run.own_seconds for run in once), 1),
                 "seeds": sorted({run.spec.train.seed for run in finished}),
                 "hardware": hardware[0] if hardware else None,
                 "figures": [asdict(row) for row in self.figures],
                 "tables": [asdict(row) for row in self.tables],
                 "claims": [asdict(verdict) for verdict in self.verdicts],
-                "missing": [run.spec.id for run in runs.missing] if runs is not None else [],
+                "missing": list(dict.fromkeys(run.spec.id for run in runs.missing)) if runs is not None else [],
                 "runs": [
                     {
                         "id": run.spec.id,

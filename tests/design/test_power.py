@@ -1,6 +1,7 @@
 """Seeds needed: against the noncentral t distribution and simulated experiments, and for which effect."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -9,7 +10,7 @@ from scipy.stats import t as student
 
 from moelab import paper
 from moelab.design import power
-from moelab.design.judging import judge
+from moelab.design.judging import agreed, judge
 
 
 def exact(seeds, ratio):
@@ -66,11 +67,17 @@ def test_the_effect_is_half_the_papers_or_the_smallest_of_interest(id, values, g
 
 
 def test_an_undecided_verdict_says_what_it_would_take():
-    claim = paper.claim("moe128-350m-beats-own-base")
-    said = power.outlook(claim, judge(claim, [-0.3, 0.2, -0.31]))
-    need = power.of_difference(np.std([-0.3, 0.2, -0.31], ddof=1), 0.307 / 2)
-    assert said.startswith("The interval is ±0.72; to see 0.15 nats (half of -0.307) takes ")
-    assert f" {need.at_once} to {need.looks[-1]} seeds " in said
+    claim, values = paper.claim("moe128-350m-beats-own-base"), [-0.3, 0.2, -0.31]
+    need = power.of_difference(np.std(values, ddof=1), 0.307 / 2, looks=False)
+    assert need == replace(power.of_difference(np.std(values, ddof=1), 0.307 / 2), looks=None, mean=None)
+    undecided = judge(claim, values)
+    said = power.outlook(claim, undecided)
+    assert said.startswith(f"The interval is ±0.72 nats; an effect of 0.15 nats (half of -0.307) takes {need.at_once} ")
     assert "more than 99 seeds" in power.outlook(claim, judge(claim, [-9.0, 9.0, 1.0]))
-    assert not power.outlook(claim, judge(claim, [-0.3, -0.31, -0.29])), "decided"
-    assert not power.outlook(claim, judge(claim, [-0.3, 0.2])), "too few seeds judge nothing"
+    decided = judge(claim, [-0.3, -0.31, -0.29])
+    assert not power.outlook(claim, decided) and not power.outlook(claim, judge(claim, [-0.3, 0.2]))
+    of_both = power.outlook(claim, agreed(decided, replace(undecided, note="At one shared rate")))
+    assert of_both == said, "the rate that takes more"
+    equal = paper.claim("pr-moe-matches-moe128")
+    assert "equality within 0.025 nats" in power.outlook(equal, judge(equal, [0.01, 0.0, 0.1], gain=[0.1, 0.1, 0.1]))
+    assert not power.outlook(equal, judge(equal, [0.01, 0.0, 0.1], gain=[-0.1, -0.1, -0.1]))

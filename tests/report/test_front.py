@@ -88,6 +88,16 @@ def test_findings_count_what_stands_after_holms_adjustment(tmp_path):
     assert ledger.counts(entries)["measured"] == {v.UNDECIDED: 3}
 
 
+def test_a_claim_that_lacks_every_seeds_value_keeps_its_group_and_the_seeds_names(tmp_path):
+    lost = judge(paper.claim("moe-crossover-350m"), [], scale="full", share=1.0, missing=["seed 0: never"])
+    publish(tmp_path, "scaling", "full", "2026-01-01", [lost], figures=())
+    entries = ledger.ledger(tmp_path)
+    results = [Result(tmp_path, "scaling/full/2026-01-01", s) for _, s in ledger.read_all(tmp_path)[0]]
+    (shown,) = (r for r in all_claims(results, entries) if r.claim.id == lost.claim)
+    assert shown.decides and "seed 0: never" in shown.note and shown.link.startswith("scaling/full/")
+    assert shown.key in {item.key for item in tally(entries)["trained"]}
+
+
 def test_without_results_there_are_sentences_and_rows_that_state_the_same_claim_count_once():
     found = front.findings([row("moe128-beats-moe32", v.NOT_YET, kind="open")])
     assert len(found) == 5 and all(f.sentence.endswith(".") and not f.claims for f in found)

@@ -71,6 +71,9 @@ def test_a_scale_too_small_is_shown_and_not_judged(tmp_path):
     assert judge(larger, [0.1, 0.11, 0.12], scale="cpu", share=0.8).verdict == claims.NOT_REPRODUCED
     publish(tmp_path, "scaling", "full", "2026-01-02", [judge(larger, [], scale="full", share=1.0)])
     assert entries(tmp_path)[larger.id].verdict == claims.NOT_YET, "long enough, but an arm was left out"
+    publish(tmp_path, "scaling", "full", "2026-01-03", [judge(larger, [0.3, 0.2], scale="full", share=1.0)])
+    entry = entries(tmp_path)[larger.id]
+    assert entry.verdict == claims.FEW_SEEDS and entry.deciding.scale == "full", "not the value of a shorter training"
 
 
 def test_kinds_are_counted_apart_and_a_shared_claim_once(tmp_path):

@@ -9,7 +9,12 @@ import pandas as pd
 import pytest
 
 from moelab import paths
+from moelab.experiments import EXPERIMENTS
+from moelab.files import read_json, write_json
 from moelab.report.publication import Publication
+from moelab.report.summary import SUMMARY
+from moelab.runs.collection import Runs
+from moelab.runs.store import RunStore
 
 matplotlib.use("Agg")
 
@@ -62,6 +67,23 @@ def test_figures_and_tables_stay_in_their_folder(tmp_path):
         publication.table(pd.DataFrame(), "../final", title="Final")
     assert sorted(tmp_path.rglob("*")) == before
     plt.close("all")
+
+
+def test_a_run_that_stands_for_both_rates_counts_once():
+    specs = [s for s in EXPERIMENTS["half-moe"].specs("full") if "First half" in s.label]
+    assert len(specs) == 2 and specs[0].id == specs[1].id
+    runs = [RunStore().run(spec) for spec in specs]
+    publication = Publication.open("half-moe", "full", {})
+    publication.finish(Runs(runs), title="Missing")
+    summary = read_json(publication.path / SUMMARY)
+    assert summary["missing"] == [specs[0].id]
+    numbers = dict.fromkeys(("steps", "tokens", "validation_loss", "bits_per_byte", "unigram_loss", "seconds"), 1.0)
+    numbers |= dict.fromkeys(("parameters", "active_parameters", "flops_per_token"), 1.0)
+    write_json(runs[0].path / "result.json", numbers)
+    write_json(runs[0].path / "provenance.json", {})
+    publication.finish(Runs(runs), title="There")
+    summary = read_json(publication.path / SUMMARY)
+    assert summary["training_seconds"] == 1 and [run["label"] for run in summary["runs"]] == [s.title for s in specs]
 
 
 def test_no_published_file_names_a_host():

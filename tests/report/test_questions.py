@@ -14,7 +14,7 @@ from moelab.design.verdicts import UNDECIDED
 from moelab.report.site import charts, digest, hero, questions
 from moelab.report.site.claims import ClaimRow
 from moelab.report.site.gallery import chapters
-from moelab.report.site.results import Result
+from moelab.report.site.results import Result, strongest
 from moelab.report.summary import parse
 
 ARMS = {"350M": 4.0, "350M+MoE-128": 3.7, "1.3B": 3.4}
@@ -61,8 +61,14 @@ def test_equal_cost_says_where_the_interval_excludes_none(scaling):
     assert "+0.300 nats" in second.short and second.short.startswith("Times its base’s size: 1.")
     assert first.row()["verdict"] == "" and first.row()["link"].startswith("scaling/cpu/1/")
     assert questions.answers([], []) == []
-    for text in ("\n", "torn"):  # the first as pandas writes an empty table
-        (scaling.folder / "equal-cost.jsonl").write_text(text)
+    (scaling.folder / "equal-cost.jsonl").write_text("\n")  # as pandas writes an empty table: no budgets, at `full`
+    first, second = questions.answers([scaling], [])
+    assert (
+        first.short == "Yes: −0.300 nats [−0.300, −0.300] at equal tokens."
+        and "1.98 [1.98, 1.98] at equal tokens" in second.short
+    )
+    for text in ("\n", "torn"):
+        (scaling.folder / "final.jsonl").write_text(text)
         assert questions.answers([scaling], []) == []
 
 
@@ -119,8 +125,11 @@ def test_the_figure_of_the_start_page_takes_the_strongest_scale(scaling, tmp_pat
         (folder / hero.DATA).write_text("".join(json.dumps(row) + "\n" for row in rows))
         names = {"Dense": "350M", "MoE-32": "350M+MoE-32", "MoE-128": "350M+MoE-128"}
         runs = [run("350M", 0) | {"label": arm, "spec": {"model": {"name": f"{names[arm]} twin"}}} for arm in names]
-        found.append(result(folder, "pr-moe", scale, seeds=[0, 1], runs=runs))
+        found.append(result(folder, "pr-moe", scale, seeds=[0, 1, 2], runs=runs))
     shown, written = hero.write(found, tmp_path)
+    one = result(found[0].folder, "pr-moe", "full", seeds=[0])
+    others = result(found[0].folder, "pr-moe", "full", seeds=[1, 2, 3], parameters={"first_seed": 1})
+    assert strongest([one, others, *found], "pr-moe").scale == "cpu", "no verdict, or not of the plan"
     assert shown.scale == "cpu" and written and not hero.write(found, tmp_path)[1], "drawn once"
     text = (tmp_path / hero.FILE).read_text()
     assert "paper: MoE-128" in text and "MoE-32" in text and "of the paper’s tokens" in hero.caption(shown)

@@ -23,7 +23,7 @@ def _chart(result: Result, figure: FigureRow) -> dict[str, Any] | None:
     try:
         rows = result.rows(figure.data)
         found = interactive.pack(rows, list(models))
-    except (ValueError, OSError, RecursionError):
+    except (ValueError, TypeError, KeyError, OSError, RecursionError):
         return None  # the picture is shown
     if found is None:
         return None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from moelab import paper
 from moelab.design import power
@@ -81,7 +81,7 @@ class ClaimRow:
         scale: the result's scale; empty where there is no result.
         ours, low, high: as in `Verdict`; an infinite bound is None.
         figure: name of the figure that shows it, empty if none does.
-        note: how it was compared, what decided, and for an undecided one what it would take.
+        note: how it was compared, what decided, and where a claim is undecided what it would take to decide it alone.
         decides: whether the claim's verdict is taken from this row.
         kind: what the verdict rests on, see `moelab.report.ledger.Entry`; empty for none.
         alone: the verdict before Holm's adjustment over all measured ones, where it is another one; else empty.
@@ -155,7 +155,7 @@ def claims_of(result: Result) -> list[ClaimRow]:
             _finite(v.low),
             _finite(v.high),
             samples=v.samples,
-            note=f"{v.text} {power.outlook(known[v.claim], v)}".strip(),
+            note=v.text,
             kind=v.kind,
         )
         for v in (restate(known[v.claim], v, result.summary.scale) for v in result.summary.claims if v.claim in known)
@@ -169,11 +169,10 @@ def all_claims(results: Sequence[Result], ledger: Sequence[Entry]) -> list[Claim
     (`moelab.report.ledger`) says which row decides, as for `moelab claims`.
     """
     by_path = {result.path: result for result in results}
-    notes = {(result.path, row.claim.id): row.note for result in results for row in claims_of(result)}
     rows = []
     for entry in ledger:
         claim, deciding = paper.claim(entry.claim), entry.deciding
-        shown = [e for e in entry.evidence if e.judged or e.ours is not None]
+        shown = [e for e in entry.evidence if e is deciding or e.judged or e.ours is not None]
         for e in sorted(shown, key=lambda e: e is not deciding):
             row = ClaimRow(
                 claim,
@@ -184,7 +183,7 @@ def all_claims(results: Sequence[Result], ledger: Sequence[Entry]) -> list[Claim
                 _finite(e.low),
                 _finite(e.high),
                 e.samples,
-                notes[e.result, entry.claim],
+                f"{e.note} {_outlook(claim, by_path[e.result], entry) if e is deciding else ''}".strip(),
                 e.figure.removeprefix(f"{e.result}/").removesuffix(".svg"),
                 decides=e is deciding,
                 kind=entry.kind if e is deciding else e.kind,
@@ -194,6 +193,12 @@ def all_claims(results: Sequence[Result], ledger: Sequence[Entry]) -> list[Claim
         if not shown:
             rows.append(ClaimRow(claim, entry.adjusted, decides=True))
     return sorted(rows, key=lambda row: position(row.claim.where))
+
+
+def _outlook(claim: paper.Claim, result: Result, entry: Entry) -> str:
+    """Return what it would take to decide a claim whose verdict, after Holm's adjustment, is undecided."""
+    stored = next(v for v in result.summary.claims if v.claim == claim.id)
+    return power.outlook(claim, replace(restate(claim, stored, result.scale), verdict=entry.adjusted))
 
 
 def _finite(value: float | None) -> float | None:

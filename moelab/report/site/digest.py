@@ -14,6 +14,7 @@ from moelab.report.site.claims import ClaimRow
 from moelab.report.site.gallery import Chapter
 from moelab.report.site.results import Result
 from moelab.report.site.template import quantity
+from moelab.report.summary import RunRow
 
 FILE = "digest.csv"
 _PREFERRED = {
@@ -92,9 +93,17 @@ def digest(chapters: Sequence[Chapter], rows: Sequence[ClaimRow]) -> list[Row]:
     return found
 
 
+def _own_seconds(run: RunRow) -> float:
+    start, tokens = run.spec.get("start") or {}, run.result.get("tokens") or 1
+    return run.result.get("seconds", 0.0) * (1 - start.get("tokens", 0) / tokens)
+
+
 def hours(results: Sequence[Result]) -> float:
-    """Return the hours of training and computing behind results; a run that several of them use counts once."""
-    trained = {run.id: run.result.get("seconds", 0.0) for result in results for run in result.summary.runs}
+    """Return the hours of training and computing behind results; a run that several of them use counts once.
+
+    Of a run that branches off another one, the share of its tokens after the start counts.
+    """
+    trained = {run.id: _own_seconds(run) for result in results for run in result.summary.runs}
     return (sum(trained.values()) + sum(result.summary.notebook_seconds or 0 for result in results)) / 3600
 
 

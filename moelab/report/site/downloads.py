@@ -108,7 +108,7 @@ def packed_runs(root: Path, results: Sequence[Result]) -> list[PackedRun]:
     users: dict[str, list[Result]] = {}
     rows: dict[str, RunRow] = {}
     for result in results:
-        for run in result.summary.runs:
+        for run in {run.id: run for run in reversed(result.summary.runs)}.values():  # one may have two labels
             users.setdefault(run.id, []).append(result)
             rows.setdefault(run.id, run)
     found = []

@@ -186,7 +186,9 @@ def _timing(rows: Sequence[ClaimRow]) -> Finding:
         if few == n:
             were = "was" if n == 1 else "were"
             return f"{_claims(n)} about speed {were} timed in fewer than three sessions, which judges nothing:"
-        unjudged = f", {few} not judged (fewer than three sessions)" if few else ""
+        open_ = n - len(agreeing) - len(against) - few
+        unjudged = f", {open_} undecided" if open_ else ""
+        unjudged += f", {few} not judged (fewer than three sessions)" if few else ""
         whole = sum(row.verdict == REPRODUCED for row in agreeing)
         return (
             f"Of {n} claims about speed timed here {whole} agree, {len(agreeing) - whole} in direction only, and "

@@ -7,10 +7,9 @@ from dataclasses import dataclass
 
 from moelab import paper
 from moelab.experiments import EXPERIMENTS
-from moelab.report.ledger import scale_rank
 from moelab.report.site.claims import ClaimRow
 from moelab.report.site.order import position
-from moelab.report.site.results import Result
+from moelab.report.site.results import Result, weakness
 
 
 @dataclass(frozen=True)
@@ -48,7 +47,7 @@ def chapters(results: Sequence[Result]) -> list[Chapter]:
 
 
 def _chapter(name: str, by_scale: Mapping[str, Result]) -> Chapter:
-    ordered = dict(sorted(by_scale.items(), key=lambda item: scale_rank(item[0])))
+    ordered = dict(sorted(by_scale.items(), key=lambda item: weakness(item[1])))
     if about := EXPERIMENTS.get(name):
         described = (about.title, about.paper, about.question, about.paper_answer, f"moelab run {name}")
     else:

@@ -210,7 +210,7 @@ def _write_result(result: Result, root: Path, unreadable: list[str]) -> int:
     made = template.mark(
         json.dumps(facts),
         (result.folder / SUMMARY).read_bytes(),
-        repr([(row.claim, row.key, row.note) for row in rows]),
+        repr([(row.claim, row.key, row.note, row.ours, row.low, row.high) for row in rows]),
         names=("result.html", "base.html", "macros.html"),
     )
     page, data = result.folder / "index.html", result.folder / "data.js"

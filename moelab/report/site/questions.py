@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 from moelab.config import ModelConfig
 from moelab.design import budgets, comparison
+from moelab.lazy import pd
 from moelab.plotting.typography import typeset
 from moelab.report.site.charts import gap_of_fig_1, whole_training
 from moelab.report.site.claims import ClaimRow
@@ -137,10 +138,16 @@ def _beside(result: Result, other: str) -> str:
     return typeset(f"{here}{points[-1][1]:+.2f} at its end")
 
 
-def _equal_cost(result: Result | None, decided: dict[str, ClaimRow]) -> Answer | None:
-    import pandas as pd
+def _costs(result: Result) -> pd.DataFrame:
+    """Return the MoE's gap to its base at equal tokens, FLOPs and time: at tokens alone where no budget was trained."""
+    costs, final = (pd.DataFrame(result.rows_or_none(f"{name}.jsonl")) for name in ("equal-cost", "final"))
+    if len(costs) or not {"arm", "seed", "validation_loss"} <= set(final):
+        return costs
+    return comparison.pairs(final, [(MOE, BASE)]).assign(at="training tokens")
 
-    rows = pd.DataFrame(result.rows_or_none("equal-cost.jsonl")) if result else pd.DataFrame()
+
+def _equal_cost(result: Result | None, decided: dict[str, ClaimRow]) -> Answer | None:
+    rows = _costs(result) if result else pd.DataFrame()
     if not result or not len(rows):
         return None
     parts = {COSTS.get(at, at): list(part["gap"]) for at, part in rows.groupby("at", sort=False)}
@@ -166,9 +173,7 @@ def effective_sizes(result: Result) -> dict[str, list[float]]:
 
     At equal FLOPs and time the MoE's loss is its base's plus the difference in the table of equal costs.
     """
-    import pandas as pd
-
-    final, costs = (pd.DataFrame(result.rows_or_none(f"{name}.jsonl")) for name in ("final", "equal-cost"))
+    final, costs = pd.DataFrame(result.rows_or_none("final.jsonl")), _costs(result)
     if not len(final) or not len(costs):
         return {}
     base = final[final["arm"] == BASE].set_index("seed")["validation_loss"]

@@ -9,11 +9,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from moelab.design.verdicts import NOT_TESTABLE, NOT_TESTED, SIMULATED
+from moelab.design.judging import MIN_SAMPLES
+from moelab.design.verdicts import MEASURED, NOT_TESTABLE, NOT_TESTED, SIMULATED
 from moelab.experiments import EXPERIMENTS, Experiment
 from moelab.files import read_json, read_object
 from moelab.plotting.typography import typeset
-from moelab.report.ledger import scale_rank
+from moelab.report.ledger import of_the_plan, scale_rank
 from moelab.report.summary import (
     SUMMARY,
     FigureRow,
@@ -118,7 +119,8 @@ class Result:
     def seeds(self) -> str:
         """How many seeds, as text."""
         n = len(self.summary.seeds)
-        return "no seeds: computed" if not n else f"{n} seed{'s' if n > 1 else ''}"
+        timed = any(v.kind == MEASURED for v in self.summary.claims)
+        return f"no seeds: {'timed' if timed else 'computed'}" if not n else f"{n} seed{'s' if n > 1 else ''}"
 
     def trained_by(self, run: RunRow) -> tuple[Provenance, ...]:
         """Return the commits and machines that have trained a run."""
@@ -306,7 +308,16 @@ def strongest(results: Sequence[Result], experiment: str, data: str = "") -> Res
         data: only results that have this file.
     """
     found = [result for result in results if result.experiment == experiment and (not data or result.has(data))]
-    return min(found, key=lambda result: scale_rank(result.scale), default=None)
+    return min(found, key=weakness, default=None)
+
+
+def weakness(result: Result) -> tuple[bool, int]:
+    """Return by what results of an experiment are sorted, the strongest evidence first, as in the ledger.
+
+    One or two seeds judge nothing, and one at `full` with other seeds or settings than planned is none of the plan's.
+    """
+    summary = result.summary
+    return 0 < len(summary.seeds) < MIN_SAMPLES or not of_the_plan(summary), scale_rank(result.scale)
 
 
 BENCHMARKS = {

@@ -81,7 +81,7 @@ def number(value: float | None, claim: Claim) -> str:
     if value is None:
         return "–"
     if abs(value) >= 1000:
-        return f"{value:,.0f}"
+        return typeset(f"{value:,.0f}")
     if claim.kind == "ratio":
         return f"{value:.3g}"
     if claim.kind == "bound":

@@ -255,7 +255,7 @@ const moelab = {
         heads.forEach((other) => other.removeAttribute("aria-sort"));
         head.setAttribute("aria-sort", down ? "descending" : "ascending");
         const key = ({ cells }) => (cells[column].dataset.value === undefined ? cells[column].textContent : cells[column].dataset.value && Number(cells[column].dataset.value));
-        const empty = (value) => value === "";
+        const empty = (value) => value === "" || value === "–";
         const compare = (x, y) => (typeof x === "number" && typeof y === "number" ? x - y : String(x).localeCompare(String(y), "en", { numeric: true })) * (down ? -1 : 1);
         const rows = [...table.tBodies[0].rows].map((row) => [key(row), row]);
         rows.sort(([x], [y]) => empty(x) - empty(y) || compare(x, y));
