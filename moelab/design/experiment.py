@@ -36,7 +36,7 @@ def twin_scales(runs: int, paper: str | None = None, quick: int = 0, full: int =
         runs: of a seed, for the cost of a seed at `quick` and `cpu`: 1 and 13 minutes a run on a quiet core (measured).
         paper: what the `paper` scale trains; None where there is no such scale.
         quick: runs of a seed at `quick` where it has fewer arms.
-        full: runs of a seed at `full`; 0 where there is no such scale.
+        full: runs of a seed at `full`, those of dense arms at two rates; 0 where there is no such scale.
     """
     scales = {
         "smoke": Scale("twins of 32 wide, 4 layers; 12 k tokens of sotu", "seconds (tests)"),
@@ -56,13 +56,13 @@ def twin_scales(runs: int, paper: str | None = None, quick: int = 0, full: int =
 LOOKS = {"full": (3, 6, 9)}
 """Scale -> the looks of experiments that name none; elsewhere there is one, at three seeds."""
 
-FULL_HOURS = {"350M": 0.6, "1.3B": 0.9, "6.7B": 2.4}
-"""Base -> core-hours of a run at `full` (estimated from shorter runs on a Zen 5 in bf16, with slower kernels)."""
+FULL_HOURS = {"350M": 0.35, "1.3B": 0.9, "6.7B": 2.4}
+"""Base -> hours of a run at `full` on a core of a Zen 5: of the 350M base measured, of the others estimated."""
 
 
 def full_cost(hours: float) -> str:
     """Return the cost of a seed at `full` in words."""
-    return f"about {hours:.1f} hours a seed on one core, as much again for other shared rates (estimated)"
+    return f"about {hours:.1f} hours a seed on one core of a Zen 5, up to four times as long on others"
 
 
 MAX_SEEDS = 1000

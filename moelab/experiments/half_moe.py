@@ -45,7 +45,7 @@ EXPERIMENT = Experiment(
     paper="Fig 2 left (section 4.1.1)",
     question="Do deep layers profit more from experts than shallow ones?",
     paper_answer="Yes: experts in the second half of the layers lower the loss clearly more than in the first.",
-    scales=twin_scales(4, "350M base with 32 experts; 300 B tokens", full=4),
+    scales=twin_scales(4, "350M base with 32 experts; 300 B tokens", full=5),
     arms=ARMS,
     looks={"cpu": (3, 5)},
 )

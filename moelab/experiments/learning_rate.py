@@ -18,7 +18,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from moelab.design import settings
-from moelab.design.experiment import FULL_HOURS, Experiment, Scale
+from moelab.design.experiment import FULL_HOURS, Experiment, Scale, full_cost
 from moelab.lazy import pd
 from moelab.runs.spec import RunSpec
 
@@ -151,7 +151,7 @@ EXPERIMENT = Experiment(
         "cpu": Scale("twins 32 wide, 8 layers; 16.4 M tokens of mix5; one seed", "about 1.3 hours on one core"),
         "full": Scale(
             "twins 32 wide (1.3B base: 64), 8 layers; 101.6 M tokens of mix15; two seeds",
-            f"about {14 * FULL_HOURS['350M']:.0f} hours a seed on one core (estimated)",
+            full_cost(14 * FULL_HOURS["350M"]),
         ),
     },
     build=build,

@@ -191,7 +191,7 @@ EXPERIMENT = Experiment(
     paper="Fig 4, Table 4 (section 4.1)",
     question="Can fewer experts, better placed, match many?",
     paper_answer="PR-MoE-32/64 ends within about 0.01 nats of MoE-128 with a third of its parameters.",
-    scales=twin_scales(10, "the paper's models; 300 B tokens", quick=3, full=6),
+    scales=twin_scales(10, "the paper's models; 300 B tokens", quick=3, full=7),
     arms=ARMS,
     build=build,
     looks={"cpu": (3, 5)},
