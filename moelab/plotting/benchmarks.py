@@ -62,7 +62,6 @@ def times(
     panels: Sequence[tuple[str, Rows]],
     ylabel: str,
     high: str = "max_ms",
-    tick: Callable[[Any], str] = str,
 ) -> Figure:
     """Draw milliseconds, bars from the median to `high`, and the floor of the first candidate's row as a line.
 
@@ -74,7 +73,7 @@ def times(
     palette = figures.colors(list(dict.fromkeys(row["candidate"] for row in measured)))
     for ax, (heading, rows) in zip(axes, panels, strict=True):
         across = rows[0].get("across", x)
-        _series(ax, rows, across, palette, ("median_ms", "median_ms", high), tick, False)
+        _series(ax, rows, across, palette, ("median_ms", "median_ms", high), str, False)
         floors: dict[Any, float] = {}
         for row in rows:
             floors.setdefault(row[across], row["floor_ms"])

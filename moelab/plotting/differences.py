@@ -1,4 +1,4 @@
-"""Draw differences of losses over training: the mean over seeds, its 95 % interval, and the paper's points."""
+"""Draw differences of losses over training: the mean over seeds, each point's 95 % interval, and the paper's points."""
 
 from __future__ import annotations
 

@@ -108,7 +108,9 @@ def loss_curves(
     skip_first: bool = True,
     against: str = "",
 ) -> Axes:
-    """Draw validation loss over tokens, one line per arm: the mean over seeds with its 95 % interval.
+    """Draw validation loss over tokens, one line per arm: the mean over seeds with the 95 % interval of each point.
+
+    That interval takes each point by itself: it is not the wider one of planned looks, by which claims are judged.
 
     Args:
         curves: `Runs.curves()`: columns arm, seed, tokens, loss.
@@ -152,8 +154,8 @@ def share_curves(
     """Draw differences over the share of the paper's training, on a logarithmic axis, the paper's points beside them.
 
     Args:
-        curves: arm -> share of the training (1 is all) -> the difference of each seed; drawn are means, with the 95 %
-            interval at the end.
+        curves: arm -> share of the training (1 is all) -> the difference of each seed; drawn are means, and at the end
+            the 95 % interval of that point by itself, see `loss_curves`.
         paper: share, difference, uncertainty of the reading.
         label: of the paper's points.
     """
@@ -238,14 +240,9 @@ def paper_points(
     return ax
 
 
-def paper_bound(ax: Axes, value: float, *, label: str = "paper", across: bool = False) -> Axes:
-    """Draw a number that the paper gives for the whole axis, such as a limit: a dashed line with the paper's diamond.
-
-    Args:
-        across: the value is on the x axis.
-    """
-    draw = ax.axvline if across else ax.axhline
-    draw(
+def paper_bound(ax: Axes, value: float, *, label: str = "paper") -> Axes:
+    """Draw a number of the paper for the whole axis, such as a limit: a dashed line with the paper's diamond."""
+    ax.axhline(
         value,
         color=PAPER["color"],
         linewidth=1.2,
@@ -328,13 +325,13 @@ def means(results: pd.DataFrame, ax: Axes, *, x: str, y: str) -> Axes:
     return ax
 
 
-def seed_lines(results: pd.DataFrame, ax: Axes, *, arms: Sequence[str], value: str = "validation_loss") -> Axes:
+def seed_lines(results: pd.DataFrame, ax: Axes, *, arms: Sequence[str]) -> Axes:
     """Draw a line per seed across the arms; pairing by seed removes what the lines have in common.
 
     Args:
-        results: columns arm, seed and `value`.
+        results: columns arm, seed and validation_loss.
     """
-    table = results.pivot(index="seed", columns="arm", values=value)
+    table = results.pivot(index="seed", columns="arm", values="validation_loss")
     there = [arm for arm in arms if arm in table]
     for _, row in table[there].iterrows():
         ax.plot(range(len(there)), row, marker="o", color=_COLORS[5], alpha=0.6)

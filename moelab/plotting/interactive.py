@@ -37,8 +37,8 @@ class Curves:
 def pack(rows: Sequence[dict[str, Any]], order: Sequence[str] = ()) -> Curves | None:
     """Return the curves in a figure's data, None if it has none.
 
-    Curves are rows with an arm, a seed, training tokens and a `loss` or `gap`, at least three of each arm and seed.
-    The untrained model is left out: its loss would compress the rest.
+    Curves are rows with an arm, a seed, training tokens and a `loss` or `gap`, at least three of each arm and seed, and
+    of none two at the same tokens. The untrained model is left out: its loss would compress the rest.
 
     Args:
         order: all arms of the experiment in the order in which they are to be listed; others follow.
@@ -56,7 +56,8 @@ def pack(rows: Sequence[dict[str, Any]], order: Sequence[str] = ()) -> Curves | 
         if tokens > 0:
             points_of.setdefault((str(row["arm"]), int(row["seed"])), []).append((tokens, value))
     points_of = {key: sorted(points) for key, points in points_of.items() if len(points) >= 3}
-    if not points_of:
+    repeated = any(len(dict(points)) < len(points) for points in points_of.values())  # a ladder's, of several widths
+    if repeated or not points_of:
         return None
     grids: list[list[float]] = []
     series = []

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import math
-import textwrap
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -38,21 +37,14 @@ def draw(table: pd.DataFrame, varied: Sequence[str], *, series: str, values: Map
         varied, series: columns.
         values: column of a value -> the label of its axis; columns without any number are left out.
     """
-    import matplotlib.pyplot as plt
-
     names, maps = list(dict.fromkeys(table[series])), len(varied) == 2
     values = {column: label for column, label in values.items() if table[column].notna().any()}
     first = next(iter(values))
     apart = not values[first]
     panels = [(first, [name]) for name in names] if maps or apart else [(column, names) for column in values]
-    across = min(len(panels), 2)
-    down = math.ceil(len(panels) / across)
     figures.theme()
-    size = (11 if across > 1 else 8, 0.9 + 3.5 * down)
-    fig, axes = plt.subplots(down, across, figsize=size, squeeze=False, layout="constrained")
-    for ax in list(axes.flat)[len(panels) :]:
-        ax.remove()
-    for ax, (value, shown) in zip(axes.flat, panels, strict=False):
+    fig, axes = figures.panels(len(panels), height=3.0)
+    for ax, (value, shown) in zip(axes, panels, strict=True):
         part = table[table[series].isin(shown)]
         if maps:
             heat_map(part, ax, *varied, value=value, of=part if apart else table)
@@ -60,7 +52,7 @@ def draw(table: pd.DataFrame, varied: Sequence[str], *, series: str, values: Map
             curves(part, ax, varied, series=series, value=value, of=table)
             ax.set_ylabel(values[value])
         if maps or apart:
-            ax.set_title("\n".join(textwrap.wrap(str(shown[0]), 60)))
+            ax.set_title(str(shown[0]))
     return fig
 
 
@@ -89,14 +81,10 @@ def curves(table: pd.DataFrame, ax: Axes, varied: Sequence[str], *, series: str,
     if wide:
         ax.set_xscale("log")
         ax.minorticks_off()
-    several = len(varied) > 1
-    texts = ["\n".join(f"{n}={text(v)}" for n, v in zip(varied, at, strict=True)) for at in places]
-    ax.set_xticks(list(places.values()), texts if several else [text(at[0]) for at in places])
-    if not measured and len(places) * max(map(len, texts)) > 80:
-        ax.tick_params("x", rotation=90 if several else 30)
-    ax.set_xlabel("" if several else varied[0])
+    ax.set_xticks(list(places.values()), ["; ".join(map(text, at)) for at in places])
+    ax.set_xlabel("; ".join(varied))
     if len(names) > 1:
-        ax.legend(title=None)
+        figures.legend_below(ax)
     return ax
 
 
@@ -121,8 +109,6 @@ def heat_map(table: pd.DataFrame, ax: Axes, x: str, y: str, *, value: str, of: p
     ax.grid(visible=False)
     ax.set_xticks(range(len(xs)), [text(at) for at in xs])
     ax.set_yticks(range(len(ys)), [text(at) for at in ys])
-    if sum(len(text(at)) for at in xs) > 40:
-        ax.tick_params("x", rotation=30)
     ax.set(xlabel=x, ylabel=y)
     return ax
 

@@ -41,7 +41,10 @@ class Hardware:
 
 @dataclass(frozen=True)
 class Provenance:
-    """The code, versions and machine behind a number; see `moelab.runs.provenance`."""
+    """The code, versions and machine behind a number; see `moelab.runs.provenance`.
+
+    A run that several commits or machines have trained has one for each session (`moelab.runs.sessions`).
+    """
 
     commit: str | None = None
     modified: bool | None = None
@@ -49,6 +52,7 @@ class Provenance:
     versions: dict = field(default_factory=dict)
     hardware: Hardware | None = None
     title: str = ""
+    sessions: tuple[Provenance, ...] = ()
 
     @property
     def short_commit(self) -> str:
@@ -86,9 +90,16 @@ class TableRow:
         check_file_name(f"data of table {self.name}", self.data)
 
 
+_NUMBERS = {"seed", "tokens", "parameters", "validation_loss", "seconds", "flops_per_token"}
+
+
 @dataclass(frozen=True)
 class RunRow:
-    """A training run behind a result: its id, the name of its arm, its spec and its result as JSON values."""
+    """A training run behind a result: its id, the name of its arm, its spec and its result as JSON values.
+
+    Raises:
+        ValueError: one line: a part of the spec is no object, or a number that the pages show is none.
+    """
 
     id: str
     label: str
@@ -96,18 +107,24 @@ class RunRow:
     result: dict = field(default_factory=dict)
     provenance: Provenance = field(default_factory=Provenance)
 
+    def __post_init__(self) -> None:
+        parts = {name: self.spec.get(name, {}) for name in ("model", "train", "data")}
+        for name, part in {**parts, "start": self.spec.get("start") or {}, "result": self.result}.items():
+            if not isinstance(part, dict):
+                raise ValueError(f"run {self.id}: {name} must be an object, got {str(part)[:40]}")
+            for number in _NUMBERS & part.keys():
+                if not isinstance(part[number], int | float):
+                    raise ValueError(f"run {self.id}: {number} must be a number, got {str(part[number])[:40]}")
+
     @property
     def seed(self) -> int:
         """The seed of its training; -1 where the record has none."""
-        train = self.spec.get("train")
-        return train.get("seed", -1) if isinstance(train, dict) else -1
+        return self.spec.get("train", {}).get("seed", -1)
 
     @property
     def training(self) -> dict[str, Any]:
         """The fields of `TrainConfig` that tell arms apart: all but the seed and what follows from the peak rate."""
-        train = self.spec.get("train")
-        fields_ = train.items() if isinstance(train, dict) else ()
-        return {name: value for name, value in fields_ if name not in ("seed", "min_lr")}
+        return {name: value for name, value in self.spec.get("train", {}).items() if name not in ("seed", "min_lr")}
 
 
 @dataclass(frozen=True)

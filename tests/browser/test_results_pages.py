@@ -138,6 +138,10 @@ def test_search_and_filters(results, visit):
     page.evaluate("document.getElementById('untested').open = true; scrollTo(0, 3000)")
     assert page.evaluate("scrollY") > 1000
     assert page.locator("#filter").bounding_box()["y"] < 100, "the filters stay in sight"
+    for width in (1000, 820):
+        page.set_viewport_size({"width": width, "height": 700})
+        head, filters = (page.locator(part).bounding_box() for part in (".top", "#filter"))
+        assert head["y"] + head["height"] <= filters["y"] + 1, "and the head does not cover them"
 
 
 def test_the_search_in_the_head_and_a_count_lead_to_the_claims(results, visit):
@@ -210,6 +214,19 @@ def test_two_results_side_by_side(results, visit):
     assert "hardware" in page.locator("#compared").inner_text()
     page.goto(f"{results.as_uri()}/compare.html?a={NEWEST}")
     assert page.locator("#compared").inner_text() == "Choose the other result."
+    failed = page.evaluate("""() => {
+      document.head.append = (script) => setTimeout(() => script.onerror());
+      return moelab.load("none").catch(() => delete document.head.append && "none" in moelab.asked);
+    }""")
+    assert failed is False, "what did not load can be asked for again"
+    page.evaluate("""() => {
+      const load = moelab.load;
+      moelab.load = (path) => new Promise((done) => setTimeout(done, path.includes("gpu") ? 400 : 0)).then(() => load.call(moelab, path));
+    }""")
+    for path in ("pr-moe/gpu/20260101-000000", "scaling/cpu/20260101-000000"):
+        page.locator("select[name=b]").select_option(path)
+    page.wait_for_timeout(800)
+    assert "B: scaling" in page.locator("#compared").inner_text(), "a slow earlier choice does not replace a later one"
 
 
 def test_links_lead_from_a_claim_to_its_figure(results, visit):
@@ -274,6 +291,7 @@ def test_curves_can_be_read_switched_and_subtracted(with_curves, visit):
     assert not chart.is_visible() and page.locator("#loss-curves img").is_visible()
     page.get_by_role("button", name="Read, zoom, switch arms").click()
     assert page.locator(".chart canvas").bounding_box()["width"] > 500
+    assert "Intervals are of each point by itself" in chart.inner_text(), "not of the looks at the seeds"
     values = chart.locator(".value")
     assert values.all_inner_texts() == ["4.010 ±0.025", "3.910 ±0.025"], "the last values, with their intervals"
     chart.get_by_label("Show").select_option("350M")
@@ -287,6 +305,7 @@ def test_curves_can_be_read_switched_and_subtracted(with_curves, visit):
     assert (
         "350M+MoE-128, the paper’s" in chart.locator(".grid").inner_text() and not chart.locator(".area").is_visible()
     )
+    assert page.evaluate("document.querySelector('.chart canvas').width") > 500, "no plot is drawn without a width"
     chart.get_by_role("button", name="Table").click()
     address = page.url
     page.goto(address)
@@ -332,6 +351,7 @@ def test_runs_are_sorted_by_loss(results, visit, tmp_path):
     names = [row.split("\t")[0] for row in shown(page, "table.digest tbody tr")]
     assert names == sorted(names, key=str.lower) and sorted(before) == sorted(names)
     assert heads.nth(0).get_attribute("aria-sort") == "ascending"
+    assert not heads.nth(2).get_by_role("button").count(), "effects have several units"
     heads.nth(0).get_by_role("button").click()
     assert [row.split("\t")[0] for row in shown(page, "table.digest tbody tr")] == names[::-1]
 

@@ -96,7 +96,15 @@ def test_curves_are_packed_by_arm_and_seed():
 
 
 @pytest.mark.parametrize(
-    "data", [[], [{"arm": "a", "loss": 1}], rows("accuracy"), rows()[:2], [row | {"loss": None} for row in rows()]]
+    "data",
+    [
+        [],
+        [{"arm": "a", "loss": 1}],
+        rows("accuracy"),
+        rows()[:2],
+        [row | {"loss": None} for row in rows()],
+        [*rows(width=32), *rows(width=64)],  # of a ladder: two losses of an arm and seed at the same tokens
+    ],
 )
 def test_other_data_have_no_curves(data):
     assert interactive.pack(data) is None

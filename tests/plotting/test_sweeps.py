@@ -5,7 +5,7 @@ import pandas as pd
 import pytest
 from matplotlib import pyplot as plt
 
-from moelab.plotting import sweeps
+from moelab.plotting import layout, sweeps
 
 matplotlib.use("Agg")
 
@@ -68,7 +68,8 @@ def test_a_heat_map_for_each_arm_over_two():
 
 def test_over_three_settings_the_points_stand_side_by_side():
     (ax,) = draw(table(x=[1, 2], y=["a", "b"], z=[True, False]), "x", "y", "z").axes
-    assert len(ax.get_xticks()) == 8 and ax.get_xticklabels()[0].get_text() == "x=1\ny=a\nz=true"
+    assert len(ax.get_xticks()) == 8 and ax.get_xticklabels()[0].get_text() == "1; a; true"
+    assert ax.get_xlabel() == "x; y; z"
 
 
 def test_series_of_their_own_units_have_panels_of_their_own():
@@ -88,6 +89,7 @@ def test_a_second_value_has_a_panel_of_its_own_unless_no_point_has_it():
     found = table(x=[1, 2])
     left, right = draw(found, "x", gap="gap (nats)").axes
     assert (left.get_ylabel(), right.get_ylabel()) == ("loss (nats)", "gap (nats)")
+    assert left.figure.get_figwidth() == layout.WIDTH, "its text is as large as that of all figures"
     (line,) = [c.lines[0] for c in right.containers]
     assert list(line.get_ydata()) == [1, 3] and line.get_color() == left.containers[1].lines[0].get_color()
     assert len(draw(found.assign(gap=None), "x", gap="gap (nats)").axes) == 1

@@ -29,6 +29,10 @@ def row(claim: str, verdict: str, ours: float | None = None, low=None, high=None
     return ClaimRow(paper.claim(claim), verdict, where, "cpu", ours, low, high, 3, decides=True, kind=kind)
 
 
+def findings(rows: list[ClaimRow]) -> list[front.Finding]:
+    return front.findings(rows, {row.claim.id for row in rows})
+
+
 def test_five_findings_say_what_agrees_what_does_not_and_why_the_rest_is_open():
     rows = [
         row("moe128-beats-moe32", v.REPRODUCED, -0.02, -0.03, -0.01),
@@ -42,7 +46,7 @@ def test_five_findings_say_what_agrees_what_does_not_and_why_the_rest_is_open():
         row("1t-under-25ms", "simulated: holds", 21.0, kind="predicted"),
         row("speedup-1t", v.NOT_YET, kind="open"),
     ]
-    found = front.findings(rows)
+    found = findings(rows)
     assert [f.name for f in found] == ["Agreement", "Contradiction", "Undecided", "Speed", "Not measured"]
     agreement, contradiction, undecided, speed, rest = (f.sentence for f in found)
     assert "on 2 of the 5 claims" in agreement and "2 as stated, 0 in direction" in agreement
@@ -61,14 +65,14 @@ def test_what_holds_within_a_margin_only_and_what_differs_by_too_little_to_matte
         row("pr-moe-mos-lowest-latency", v.SIMULATED_CLOSE, -0.06, kind="predicted"),
         row("1t-under-25ms", "simulated: holds", 21.0, kind="predicted"),
     ]
-    said, *_, simulated = (found.sentence for found in front.findings(rows))
+    said, *_, simulated = (found.sentence for found in findings(rows))
     assert "on 2 of the 2 claims" in said
     assert "1 as stated, 0 in direction, without showing the paper's size of effect, 1 in being equal" in said
     assert "predicts 1 of 2" in simulated and "cannot tell 1, within its own error" in simulated
 
     rows = [row("full-kd-hurts-late", v.NOT_REPRODUCED, -0.05, -0.06, -0.04)]
-    alone = front.findings(rows)[1]
-    both = front.findings([*rows, row("pyramid-shrinks-gap", v.NO_DIFFERENCE, 0.001, -0.005, 0.007)])[1]
+    alone = findings(rows)[1]
+    both = findings([*rows, row("pyramid-shrinks-gap", v.NO_DIFFERENCE, 0.001, -0.005, 0.007)])[1]
     assert alone.sentence == "One claim is contradicted by the trained twins:"
     said = "Two claims are contradicted by the trained twins, 1 of them by a difference too small to matter:"
     assert both.sentence == said
@@ -84,7 +88,7 @@ def test_findings_count_what_stands_after_holms_adjustment(tmp_path):
     (shown,) = (r for r in rows if r.claim.id == "pyramid-shrinks-gap")
     assert (shown.verdict, shown.alone, shown.key) == (v.UNDECIDED, v.REPRODUCED, "trained: undecided")
     assert [(item.label, item.claims) for item in tally(entries)["trained"]] == [(v.UNDECIDED, 3)]
-    assert front.findings(rows)[0].sentence == "No trained claim agrees with the paper yet."
+    assert findings(rows)[0].sentence == "No trained claim agrees with the paper yet."
     assert ledger.counts(entries)["measured"] == {v.UNDECIDED: 3}
 
 
@@ -99,11 +103,11 @@ def test_a_claim_that_lacks_every_seeds_value_keeps_its_group_and_the_seeds_name
 
 
 def test_without_results_there_are_sentences_and_rows_that_state_the_same_claim_count_once():
-    found = front.findings([row("moe128-beats-moe32", v.NOT_YET, kind="open")])
+    found = findings([row("moe128-beats-moe32", v.NOT_YET, kind="open")])
     assert len(found) == 5 and all(f.sentence.endswith(".") and not f.claims for f in found)
     shared = next(claim for claim in paper.claims() if claim.same_as)
     rows = [row(id, "simulated: holds", 2.0, kind="predicted") for id in (shared.same_as, shared.id)]
-    assert "predicts 1 of 1" in front.findings(rows)[4].sentence
+    assert "predicts 1 of 1" in front.findings(rows, {shared.same_as})[4].sentence
 
 
 def test_rows_share_an_axis_by_what_they_show():

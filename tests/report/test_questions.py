@@ -67,6 +67,8 @@ def test_equal_cost_says_where_the_interval_excludes_none(scaling):
         first.short == "Yes: −0.300 nats [−0.300, −0.300] at equal tokens."
         and "1.98 [1.98, 1.98] at equal tokens" in second.short
     )
+    (scaling.folder / "equal-cost.jsonl").write_text('{"at": "time", "seed": 0}\n')
+    assert questions.answers([scaling], []) == [], "a column is missing"
     for text in ("\n", "torn"):
         (scaling.folder / "final.jsonl").write_text(text)
         assert questions.answers([scaling], []) == []
@@ -122,7 +124,8 @@ def test_the_figure_of_the_start_page_takes_the_strongest_scale(scaling, tmp_pat
             for s in (0, 1)
             for t in (1e6, 8e6, 16e6)
         ]
-        (folder / hero.DATA).write_text("".join(json.dumps(row) + "\n" for row in rows))
+        odd = [{}, {"arm": "MoE-32", "tokens": None, "loss": 1.0}, {"arm": "MoE-32", "tokens": 1e6, "loss": "x"}]
+        (folder / hero.DATA).write_text("".join(json.dumps(row) + "\n" for row in [*odd, *rows]))
         names = {"Dense": "350M", "MoE-32": "350M+MoE-32", "MoE-128": "350M+MoE-128"}
         runs = [run("350M", 0) | {"label": arm, "spec": {"model": {"name": f"{names[arm]} twin"}}} for arm in names]
         found.append(result(folder, "pr-moe", scale, seeds=[0, 1, 2], runs=runs))
@@ -133,4 +136,7 @@ def test_the_figure_of_the_start_page_takes_the_strongest_scale(scaling, tmp_pat
     assert shown.scale == "cpu" and written and not hero.write(found, tmp_path)[1], "drawn once"
     text = (tmp_path / hero.FILE).read_text()
     assert "paper: MoE-128" in text and "MoE-32" in text and "of the paper’s tokens" in hero.caption(shown)
+    assert "twins of 0.2 to 0.2 million parameters" in hero.caption(shown)
+    assert "interval of that point by itself" in hero.caption(shown), "no look at the seeds was planned along a curve"
+    assert "the dense base’s: twins (lines" in hero.caption(result(shown.folder, "pr-moe", "cpu")), "without runs"
     assert hero.write([scaling], tmp_path) == (None, False)

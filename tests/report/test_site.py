@@ -125,7 +125,10 @@ def test_an_unreadable_result_or_one_with_a_link_elsewhere_is_named_and_left_out
     whole = (root / name).read_text()
     linked = json.loads(whole)
     linked["figures"][0]["data"] = "javascript:alert(1)"
-    for text, said in ((whole[:20], ": not valid JSON"), (json.dumps(linked), "expected the name of a file")):
+    odd = json.loads(whole)
+    odd["runs"][0]["result"]["tokens"] = None
+    broken = {whole[:20]: ": not valid JSON", json.dumps(linked): "expected the name of a file"}
+    for text, said in (broken | {json.dumps(odd): "tokens must be a number, got None"}).items():
         (root / name).write_text(text)
         built = site.build(root)
         (line,) = built.unreadable
@@ -188,7 +191,7 @@ def test_a_page_says_which_arms_were_trained_on_which_machine(root, continued):
     record["runs"][0]["provenance"]["sessions"] = [7]
     file.write_text(json.dumps(record))
     found, unreadable = read_results(root)
-    assert len(found) == 4 and f"{folder}/summary.json: provenance" in unreadable[0]
+    assert len(found) == 4 and f"{folder}/summary.json: summary.runs.0.provenance.sessions" in unreadable[0]
 
 
 def test_no_results_and_those_of_this_checkout_build(tmp_path):
@@ -204,7 +207,8 @@ def test_no_results_and_those_of_this_checkout_build(tmp_path):
 def test_what_a_notebook_says_stays_text(publish, tmp_path):
     folder = publish(tmp_path, parameters={"corpus": "<script>alert(1)</script>"}, finished="</script><b>")
     site.build(tmp_path)
-    assert "<script>alert" not in (folder / "index.html").read_text()
+    page = (folder / "index.html").read_text()
+    assert "<script>alert" not in page and "&lt;script&gt;alert(1)" in page, "as it was written"
     assert all("<b>" not in page.read_text() for page in tmp_path.glob("*.html"))
     text = (folder / "data.js").read_text()
     assert json.loads(text.removeprefix("moelab.add(").removesuffix(");\n"))["path"].startswith("pr-moe/cpu")
@@ -396,6 +400,8 @@ def test_the_page_counts_as_the_ledger_does_and_names_the_family(published):
             assert f'aria-label="{item.claims} {item.key}"'.replace("'", "&#39;") in page
     assert str(ledger.family(every)).split(":")[0] in page.replace("\u00a0", " ")
     assert 'href="claims.html?verdict=trained%3A%20reproduced"' in page
+    few = "<option>trained: not judged: fewer than three seeds</option>"
+    assert few in (published / "claims.html").read_text(), "also a verdict that decides no claim can be looked for"
 
 
 def test_runs_of_an_arm_that_were_trained_differently_are_not_averaged():

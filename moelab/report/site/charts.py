@@ -9,7 +9,7 @@ from typing import Any
 from moelab import paper
 from moelab.design import comparison
 from moelab.plotting import interactive
-from moelab.report.site.results import Result
+from moelab.report.site.results import ODD, Result
 from moelab.report.summary import FigureRow
 
 
@@ -23,7 +23,7 @@ def _chart(result: Result, figure: FigureRow) -> dict[str, Any] | None:
     try:
         rows = result.rows(figure.data)
         found = interactive.pack(rows, list(models))
-    except (ValueError, TypeError, KeyError, OSError, RecursionError):
+    except (*ODD, OSError, RecursionError):
         return None  # the picture is shown
     if found is None:
         return None

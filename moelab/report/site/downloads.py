@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import io
 import zipfile
 import zlib
@@ -14,6 +13,7 @@ from typing import Any
 
 from moelab.files import write_bytes
 from moelab.report.ledger import Entry
+from moelab.report.site.digest import to_csv
 from moelab.report.site.results import Result
 from moelab.report.summary import RunRow
 from moelab.runs import records
@@ -30,17 +30,9 @@ _COLUMNS = (
 
 def claims_csv(ledger: Sequence[Entry]) -> str:
     """Return a row for every claim: the paper's value, ours with its interval, and the verdict."""
-    text = io.StringIO()
-    writer = csv.DictWriter(text, _COLUMNS, lineterminator="\n")
-    writer.writeheader()
-    for entry in ledger:
-        row = {name: getattr(entry, name) for name in _COLUMNS if hasattr(entry, name)}
-        if (e := entry.deciding) is not None:
-            row |= {
-                name: getattr(e, name) for name in ("ours", "low", "high", "unit", "samples", "scale", "note", "result")
-            }
-        writer.writerow(row)
-    return text.getvalue()
+    return to_csv(
+        [{name: getattr(entry, name, getattr(entry.deciding, name, "")) for name in _COLUMNS} for entry in ledger]
+    )
 
 
 def members(result: Result) -> dict[str, Path]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from moelab.report.site.results import Result, strongest
+from moelab.report.site.results import ODD, Result, strongest
 from moelab.simulate.search import BOUND
 
 PAGE = "explorer.html"
@@ -30,12 +30,15 @@ HEADS = (
 
 
 def explorer(results: Sequence[Result]) -> dict[str, Any] | None:
-    """Return the values of the explorer's template; None where no result has a grid."""
+    """Return the values of the explorer's template; None where no result has a grid, or one that can be read."""
     result = strongest(results, "what-if", DATA)
-    rows = result.rows_or_none(DATA) if result else []
-    if not result or not rows:
+    try:
+        rows = result.rows_or_none(DATA) if result else []
+        packed = [[[str(row[name]) for name in CHOICES], _line(row)] for row in rows]
+    except ODD:
         return None
-    packed = [[[str(row[name]) for name in CHOICES], _line(row)] for row in rows]
+    if not result or not packed:
+        return None
     options = {name: list(dict.fromkeys(key[i] for key, _ in packed)) for i, name in enumerate(CHOICES)}
     start = {name: START[name] if START[name] in found else found[0] for name, found in options.items()}
     return {

@@ -10,7 +10,7 @@ import functools
 import json
 import shlex
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from moelab import paper
@@ -25,7 +25,6 @@ from moelab.design.verdicts import (
     FEW,
     FITTED,
     NO_DIFFERENCE,
-    NOT_JUDGED,
     NOT_REPRODUCED,
     NOT_TESTABLE,
     PREDICTED,
@@ -42,7 +41,7 @@ from moelab.plotting.typography import typeset
 from moelab.report.ledger import OPEN
 from moelab.report.site.claims import HEADINGS, TIMED, TRAINED, ClaimRow, TallyItem
 from moelab.report.site.plot import Axis, axes
-from moelab.report.site.results import Result, large
+from moelab.report.site.results import Result, large, span
 
 SHOWN = 3
 """Claims quoted below a finding, at most."""
@@ -65,16 +64,16 @@ class Finding:
     more: int = 0
 
 
-def findings(rows: Iterable[ClaimRow]) -> list[Finding]:
+def findings(rows: Iterable[ClaimRow], counted: Collection[str]) -> list[Finding]:
     """Return five findings: where training agrees, contradicts, leaves open; timings; what was not measured.
 
     They count verdicts after Holm's adjustment.
 
     Args:
-        rows: of all claims (`moelab.report.site.claims.all_claims`); the deciding one of each claim counts, and rows
-            that state the same claim count once.
+        rows: of all claims (`moelab.report.site.claims.all_claims`); the deciding one of each claim counts.
+        counted: ids of the claims that count, those that rows share once (`moelab.report.ledger.distinct`).
     """
-    decided = _distinct(row for row in rows if row.decides)
+    decided = [row for row in rows if row.decides and row.claim.id in counted]
     trained = [row for row in decided if row.group == TRAINED]
     agreeing = _with(trained, REPRODUCED, DIRECTION, EQUAL)
     contradicting = _with(trained, NOT_REPRODUCED, NO_DIFFERENCE)
@@ -92,17 +91,6 @@ def findings(rows: Iterable[ClaimRow]) -> list[Finding]:
         _undecided(unsettled, [row for row in decided if row.group == OPEN or not row.group]),
         _timing([row for row in decided if row.group == TIMED]),
         _not_measured(decided),
-    ]
-
-
-def _distinct(rows: Iterable[ClaimRow]) -> list[ClaimRow]:
-    """Return one row a claim, as `moelab.report.ledger.distinct`: of rows that share it the first that is judged."""
-    shared: dict[str, list[ClaimRow]] = {}
-    for row in rows:
-        shared.setdefault(row.claim.same_as or row.claim.id, []).append(row)
-    return [
-        min(group, key=lambda r: (r.verdict in NOT_JUDGED, r.kind in ("", OPEN), r.claim.same_as != ""))
-        for group in shared.values()
     ]
 
 
@@ -258,21 +246,20 @@ def sizes(results: Sequence[Result]) -> dict[str, str]:
 def _size(results: Sequence[Result]) -> str:
     runs = {run.id: run for result in results for run in result.summary.runs}.values()
     models, trained, data = (
-        [run.spec[part] for run in runs if isinstance(run.spec.get(part), dict)] for part in ("model", "train", "data")
+        [run.spec[part] for run in runs if part in run.spec] for part in ("model", "train", "data")
     )
-    parameters = [n for run in runs if isinstance(n := run.result.get("parameters"), int | float)]
+    parameters = [run.result["parameters"] for run in runs if "parameters" in run.result]
     if not (models and trained and parameters):
         return ""
     published = [known for model in models if (known := _paper_size(str(model.get("name", ""))))]
     seeds = [len(result.summary.seeds) for result in results if result.summary.seeds]
     tokens, corpora = _range_of(trained, "tokens", large), sorted({str(d.get("corpus")) for d in data})
     shape = f"{_range_of(models, 'layers')} layers of {_range_of(models, 'hidden')}"
-    each = f"{_range(seeds, str)} seed{'' if set(seeds) == {1} else 's'} each"
+    each = f"{span(seeds, str)} seed{'' if set(seeds) == {1} else 's'} each"
     return (
-        f"The twins have {_range(parameters, large)} parameters in {shape} and are trained on {tokens} "
+        f"The twins have {span(parameters)} parameters in {shape} and are trained on {tokens} "
         f"tokens of {', '.join(corpora)}, {each} ({len(runs)} runs). The paper’s models of these names have "
-        f"{_range([size for size, _ in published], large)} parameters and "
-        f"{_range([tokens for _, tokens in published], large)} tokens."
+        f"{span(size for size, _ in published)} parameters and {span(tokens for _, tokens in published)} tokens."
     )
 
 
@@ -287,19 +274,7 @@ def _paper_size(name: str) -> tuple[int, float] | None:
 
 
 def _range_of(configs: Iterable[Mapping[str, float]], field: str, text: Callable[[float], str] = str) -> str:
-    return _range([config.get(field) for config in configs], text)
-
-
-def _range(values: Iterable[float | None], text: Callable[[float], str]) -> str:
-    known = [v for v in values if v is not None]
-    if not known:
-        return "unknown"
-    low, high = text(min(known)), text(max(known))
-    if low == high:
-        return low
-    if low.partition(" ")[2] == high.partition(" ")[2]:
-        low = low.partition(" ")[0]
-    return f"{low} to {high}"
+    return span((config.get(field) for config in configs), text)
 
 
 def command(result: Result) -> str:

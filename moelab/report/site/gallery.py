@@ -20,7 +20,6 @@ class Chapter:
         name, title, reference, question, answer: the experiment's, as far as they are known.
         command: the command that runs it, empty for an experiment that this version does not have.
         results: scale -> newest result, the strongest evidence first.
-        position: place in the paper, see `moelab.report.site.order`.
     """
 
     name: str
@@ -30,7 +29,6 @@ class Chapter:
     answer: str
     command: str
     results: Mapping[str, Result]
-    position: int
 
 
 def chapters(results: Sequence[Result]) -> list[Chapter]:
@@ -43,7 +41,7 @@ def chapters(results: Sequence[Result]) -> list[Chapter]:
     for result in results:
         newest.setdefault(result.experiment, {}).setdefault(result.scale, result)
     found = [_chapter(name, newest.get(name, {})) for name in dict.fromkeys([*EXPERIMENTS, *newest])]
-    return sorted(found, key=lambda c: c.position)
+    return sorted(found, key=lambda c: position(c.reference))
 
 
 def _chapter(name: str, by_scale: Mapping[str, Result]) -> Chapter:
@@ -52,7 +50,7 @@ def _chapter(name: str, by_scale: Mapping[str, Result]) -> Chapter:
         described = (about.title, about.paper, about.question, about.paper_answer, f"moelab run {name}")
     else:
         described = (name, ", ".join(c.where for c in paper.claims() if c.experiment == name), "", "", "")
-    return Chapter(name, *described, ordered, position(described[1]))
+    return Chapter(name, *described, ordered)
 
 
 def by_chapter(rows: Sequence[ClaimRow], chapters: Sequence[Chapter]) -> list[tuple[Chapter, list[ClaimRow]]]:

@@ -31,7 +31,8 @@ TERMS = {
     "KD": "knowledge distillation: a student is trained to imitate the outputs of a larger teacher",
     "MoS": "mixture of students: a smaller PR-MoE trained by distillation that stops before the end",
     "95\u00a0% interval": "Student’s interval of the mean over seeds, paired by seed where two arms are compared; "
-    "where several looks at a comparison were planned, the wider one by which all looks are right together",
+    "of a verdict, where several looks at a comparison were planned, the wider one by which all looks are right "
+    "together; along curves, that of each point by itself",
     "smallest effect of interest": "the difference that was fixed beforehand as the smallest that matters, where the "
     "paper gives no number",
     "Holm": "Holm’s adjustment: makes what all measured verdicts say about “no effect” or a margin right together with "

@@ -6,7 +6,6 @@ import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from moelab.files import write_text
 from moelab.report.site.charts import gap_of_fig_1, models_of, whole_training
@@ -24,13 +23,14 @@ def caption(result: Result) -> str:
     models = models_of(result)
     shares = _curves(result, models)
     reached = max((max(points) for points in shares.values()), default=0.0)
-    sizes = [run.result["parameters"] for run in result.summary.runs if "parameters" in run.result]
+    sizes = [run.result["parameters"] / 1e6 for run in result.summary.runs if "parameters" in run.result]
+    size = f" of {min(sizes):.1f} to {max(sizes):.1f} million parameters" if sizes else ""
     early = ", and lower their learning rate at their own end" if reached < 0.99 else ""
     return (
-        f"Loss minus the dense base’s: twins of {min(sizes) / 1e6:.1f} to {max(sizes) / 1e6:.1f} million parameters "
-        f"(lines: mean of {result.seeds}, 95 % interval at the end), which see {reached:.0%} of the paper’s tokens for "
-        f"each parameter, and the paper’s MoE-128 (diamonds: Fig 1, read off the plot). The twins are smaller and read "
-        f"other text{early}, so the size of a gap is not comparable; its sign and its course are."
+        f"Loss minus the dense base’s: twins{size} (lines: mean of {result.seeds}; the bar at the end is the 95 % "
+        f"interval of that point by itself), which see {reached:.0%} of the paper’s tokens for each parameter, and the "
+        f"paper’s MoE-128 (diamonds: Fig 1, read off the plot). The twins are smaller and read other text{early}, so "
+        f"the size of a gap is not comparable; its sign and its course are."
     )
 
 
@@ -56,10 +56,12 @@ def _curves(result: Result, models: dict[str, str]) -> dict[str, dict[float, lis
     """Return arm -> share of the paper's training -> the difference of each seed."""
     found: dict[str, dict[float, list[float]]] = {arm: {} for arm in ARMS}
     wholes = {arm: whole_training(models.get(arm, ""), result.summary.scale) for arm in ARMS}
-    rows: list[dict[str, Any]] = result.rows_or_none(DATA)
-    for row in rows:
-        if wholes.get(row["arm"]) and row["tokens"] > 0:
-            found[row["arm"]].setdefault(row["tokens"] / wholes[row["arm"]], []).append(row["loss"])
+    for row in result.rows_or_none(DATA):
+        arm, tokens, loss = (row.get(name) for name in ("arm", "tokens", "loss"))
+        if arm not in ARMS or not isinstance(tokens, int | float) or not isinstance(loss, int | float):
+            continue
+        if wholes[arm] and tokens > 0:
+            found[arm].setdefault(tokens / wholes[arm], []).append(loss)
     return {arm: dict(sorted(points.items())) for arm, points in found.items() if points}
 
 

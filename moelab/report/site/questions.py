@@ -11,7 +11,7 @@ from moelab.lazy import pd
 from moelab.plotting.typography import typeset
 from moelab.report.site.charts import gap_of_fig_1, whole_training
 from moelab.report.site.claims import ClaimRow
-from moelab.report.site.results import Result, strongest
+from moelab.report.site.results import ODD, Result, strongest
 from moelab.report.site.template import quantity
 from moelab.statistics import interval
 
@@ -80,15 +80,20 @@ def answers(results: Sequence[Result], rows: Iterable[ClaimRow]) -> list[Answer]
         rows: of all claims; the deciding one of each counts.
     """
     decided = {row.claim.id: row for row in rows if row.decides and row.ours is not None}
-    scaling = strongest(results, "scaling")
     found = [
-        _equal_cost(scaling, decided),
-        _dense_size(scaling),
+        *_of_tables(strongest(results, "scaling"), decided),
         _claims("Can fewer experts, better placed, match many?", decided, FEWER),
         _claims("Can a smaller student replace its teacher?", decided, STUDENT),
         _claims("How fast is it served?", decided, SERVED),
     ]
     return [answer for answer in found if answer]
+
+
+def _of_tables(result: Result | None, decided: dict[str, ClaimRow]) -> list[Answer | None]:
+    try:
+        return [_equal_cost(result, decided), _dense_size(result)]
+    except ODD:
+        return []
 
 
 def _said(values: Sequence[float], text: str = "%+.3f", unit: str = "") -> str:
@@ -114,11 +119,9 @@ def basis(result: Result) -> str:
 
 def share_reached(result: Result, model: str) -> float:
     """Return the share of the paper's training, by tokens a parameter, that the runs of a model reach; 0 if unknown."""
-    tokens = [
-        r.result["tokens"] for r in result.summary.runs if str(r.spec["model"].get("name", "")) == f"{model} twin"
-    ]
+    runs = [run for run in result.summary.runs if run.spec.get("model", {}).get("name") == f"{model} twin"]
     whole = whole_training(model, result.summary.scale)
-    return max(tokens) / whole if tokens and whole else 0.0
+    return max(run.result.get("tokens", 0) for run in runs) / whole if runs and whole else 0.0
 
 
 def paper_gap(model: str, base: str, share: float) -> float | None:

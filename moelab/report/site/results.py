@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -12,11 +12,10 @@ from typing import Any
 from moelab.design.judging import MIN_SAMPLES
 from moelab.design.verdicts import MEASURED, NOT_TESTABLE, NOT_TESTED, SIMULATED
 from moelab.experiments import EXPERIMENTS, Experiment
-from moelab.files import read_json, read_object
+from moelab.files import read_json
 from moelab.plotting.typography import typeset
 from moelab.report.ledger import of_the_plan, scale_rank
 from moelab.report.summary import (
-    SUMMARY,
     FigureRow,
     Hardware,
     Provenance,
@@ -28,6 +27,9 @@ from moelab.report.summary import (
     unreadable_line,
 )
 from moelab.terminal import duration
+
+ODD = (AttributeError, KeyError, TypeError, ValueError)
+"""What odd rows raise: those that lack a column, or have no number in it; what they say is not shown then."""
 
 
 @dataclass(frozen=True)
@@ -57,13 +59,11 @@ class Result:
         folder: the result's folder.
         path: the same relative to the results, with slashes.
         summary: what its `summary.json` says.
-        sessions: of each run, by its id, that several commits or machines have trained: all of them.
     """
 
     folder: Path
     path: str
     summary: Summary
-    sessions: Mapping[str, tuple[Provenance, ...]] = field(default_factory=dict)
 
     @property
     def experiment(self) -> str:
@@ -124,7 +124,7 @@ class Result:
 
     def trained_by(self, run: RunRow) -> tuple[Provenance, ...]:
         """Return the commits and machines that have trained a run."""
-        return self.sessions.get(run.id) or (run.provenance,)
+        return run.provenance.sessions or (run.provenance,)
 
     def processors(self, run: RunRow) -> set[str]:
         """Return the kinds of processor that have trained a run."""
@@ -225,7 +225,7 @@ class Result:
     @property
     def curves_note(self) -> str:
         """On how much text the points of curves and the final losses were evaluated; empty if that is the same."""
-        trained = [run.spec["train"] for run in self.summary.runs if isinstance(run.spec.get("train"), dict)]
+        trained = [run.spec["train"] for run in self.summary.runs if "train" in run.spec]
         along = {train.get("eval_tokens") for train in trained}
         final = {run.result.get("validation_tokens") for run in self.summary.runs}
         if len(along) != 1 or len(final) != 1 or None in along | final or along == final:
@@ -257,12 +257,17 @@ def large(value: float) -> str:
     return f"{value:g}"
 
 
-def span(values: Sequence[float]) -> str:
-    """Return the least and the greatest of numbers as text: ``0.17 to 2.7 million``."""
-    low, high = large(min(values)), large(max(values))
+def span(values: Iterable[float | None], text: Callable[[float], str] = large) -> str:
+    """Return the least and the greatest of numbers as text: ``0.17 to 2.7 million``; ``unknown`` if there is none."""
+    known = [v for v in values if v is not None]
+    if not known:
+        return "unknown"
+    low, high = text(min(known)), text(max(known))
+    if low == high:
+        return low
     if low.partition(" ")[2] == high.partition(" ")[2]:
         low = low.partition(" ")[0]
-    return high if low == high.partition(" ")[0] else f"{low} to {high}"
+    return f"{low} to {high}"
 
 
 def _means(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
@@ -273,30 +278,10 @@ def _means(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     return {key: sum(row[key] for row in rows) / len(rows) for key in keys}
 
 
-def _sessions(file: Path) -> dict[str, tuple[Provenance, ...]]:
-    """Return the sessions in the provenance of a summary's runs, by run; see `moelab.runs.sessions`.
-
-    Raises:
-        ValueError: one line: a session is none.
-    """
-    found = {}
-    for run in (read_object(file) or {}).get("runs", ()):
-        if sessions := run.get("provenance", {}).get("sessions"):
-            if not isinstance(sessions, list):
-                raise ValueError(f"run {run['id']}: expected a list of sessions, got {str(sessions)[:40]}")
-            found[run["id"]] = tuple(parse_provenance(one) for one in sessions)
-    return found
-
-
 def read_results(root: Path) -> tuple[list[Result], list[str]]:
     """Return all results below `root`, newest first, and a line for each that cannot be read."""
     summaries, unreadable = read_all(root)
-    found = []
-    for path, summary in summaries:
-        try:
-            found.append(Result(root / path, path, summary, _sessions(root / path / SUMMARY)))
-        except (ValueError, OSError, RecursionError) as error:
-            unreadable.append(unreadable_line(root / path / SUMMARY, root, error))
+    found = [Result(root / path, path, summary) for path, summary in summaries]
     return sorted(found, key=lambda r: (r.summary.finished, r.path), reverse=True), unreadable
 
 

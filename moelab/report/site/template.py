@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import json
 import math
 from collections.abc import Sequence
 from importlib.resources import files
@@ -67,11 +68,11 @@ def _environment() -> Environment:
     )
     environment.globals["policy"] = POLICY
     environment.filters |= {
-        "number": number,
         "quantity": quantity,
         "cell": cell,
         "typeset": typeset,
         "explain": explain,
+        "json": lambda value: json.dumps(value, ensure_ascii=False),
     }
     return environment
 
